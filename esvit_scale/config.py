@@ -48,7 +48,9 @@ class LocalCrops(Section):
 class Data(Section):
     train: str = ""  # folder of a shard set (with manifest.json)
     workers: Count = 4  # loader processes per rank; 0 decodes in the training process
-    slots: Positive | None = None  # canonical slots of the data order; null: the largest divisor of global_batch up to 512
+    slots: Positive | None = (
+        None  # canonical slots of the data order; null: the largest divisor of global_batch up to 512
+    )
     shuffle_window: Positive = 8  # shards whose samples are shuffled together
     global_crops: GlobalCrops = GlobalCrops()
     local_crops: list[LocalCrops] = [LocalCrops()]
@@ -184,7 +186,9 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key_node, _ in node.value:
             if key_node.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key_node.value!r} is given twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key_node.value!r} is given twice", key_node.start_mark
+                )
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 

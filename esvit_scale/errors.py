@@ -3,8 +3,8 @@
 0 finished, or saved and asking for a requeue; 130 ctrl-C (saved); 2 the user's error; 3 diverged; 75 a restart can help.
 """
 
+from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import Iterable
 
 
 class UserError(Exception):
