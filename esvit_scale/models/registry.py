@@ -46,7 +46,9 @@ def trunk_shape(config: Config) -> Shape:
         if width % heads:
             divisors = [d for d in range(1, width + 1) if width % d == 0]
             near = min(divisors, key=lambda d: abs(d - heads))
-            raise UserError(f"model.heads.{i}: {heads} heads do not divide the stage's {width} channels; nearest: {near}")
+            raise UserError(
+                f"model.heads.{i}: {heads} heads do not divide the stage's {width} channels; nearest: {near}"
+            )
     smallest = PATCH * 2 ** (len(shape.depths) - 1)
     if config.data.global_crops.size < smallest:
         raise UserError(

@@ -8,7 +8,7 @@ Parameter names are the official ones, so checkpoints map by name.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -96,8 +96,12 @@ class Swin(nn.Module):
         self.run_block: Callable[..., Tensor] = call
 
     @property
+    def stages(self) -> list["Stage"]:
+        return cast(list[Stage], list(self.layers))
+
+    @property
     def blocks(self) -> list["Block"]:
-        return [block for stage in self.layers for block in stage.blocks]
+        return [cast(Block, block) for stage in self.stages for block in stage.blocks]
 
     def forward(self, crops: list[Tensor], drop_keys: Tensor | None = None) -> Features:
         """
@@ -125,14 +129,14 @@ class Swin(nn.Module):
     def _block_outputs(self, crops: list[Tensor], drop_keys: Tensor | None) -> Any:
         """After each block: (tokens [N, C] in the stage's order, grids, window)."""
         grids: Grids = tuple((len(x), -(-x.shape[-2] // PATCH), -(-x.shape[-1] // PATCH)) for x in crops)
-        windows = [stage.window for stage in self.layers]
+        windows = [stage.window for stage in self.stages]
         device = crops[0].device
         scales = keep_scales(drop_keys, torch.tensor(self.drop_rates)) if drop_keys is not None else None
         tokens = self.patch_embed(crops, grids, storage_plan(grids, windows[0], device))  # [N, C]
         i = 0
-        for s, stage in enumerate(self.layers):
+        for s, stage in enumerate(self.stages):
             plans = [window_plan(grids, stage.window, shift, device) for shift in stage.shifts]
-            of_crop = crop_of_token(grids, device) if scales is not None else None
+            of_crop = crop_of_token(grids, device)
             for block, plan in zip(stage.blocks, plans, strict=True):
                 keep_attn = keep_mlp = None
                 if scales is not None and self.drop_rates[i] > 0:
@@ -229,7 +233,7 @@ class SlotLinear(nn.Linear):
     A pad is a zero token to Swin, so its output is the bias, known without computing it.
     """
 
-    def forward(self, tokens: Tensor, plan: Permutation) -> Tensor:  # [N, C] → [slots, 3C]
+    def forward(self, tokens: Tensor, plan: Permutation) -> Tensor:  # type: ignore[override]  # [N, C] → [slots, 3C]
         return to_slots(super().forward(tokens), plan, fill=self.bias)
 
 

@@ -21,7 +21,7 @@ MASKED = -100.0  # what Swin adds to the score of two tokens that the shift brou
 class Permutation(NamedTuple):
     """Tokens laid into slots. Every token has exactly one slot; the slots without a token are pads."""
 
-    index: Tensor  # int64 [slots]: the token of each slot (0 for pads)
+    tokens: Tensor  # int64 [slots]: the token of each slot (0 for pads)
     inverse: Tensor  # int64 [N]: the slot of each token
     pads: Tensor  # int64 [pads]: slots without a token
     identity: bool  # slot i holds token i, no pads
@@ -70,7 +70,7 @@ def to_slots(tokens: Tensor, plan: Permutation, fill: Tensor | None = None) -> T
     if plan.identity:
         return tokens
     no_pads = plan.pads[:0]
-    return _Permute.apply(tokens, fill, plan.index, plan.inverse, plan.pads, no_pads)
+    return _Permute.apply(tokens, fill, plan.tokens, plan.inverse, plan.pads, no_pads)
 
 
 def from_slots(slots: Tensor, plan: Permutation) -> Tensor:
@@ -78,7 +78,7 @@ def from_slots(slots: Tensor, plan: Permutation) -> Tensor:
     if plan.identity:
         return slots
     no_pads = plan.pads[:0]
-    return _Permute.apply(slots, None, plan.inverse, plan.index, no_pads, plan.pads)
+    return _Permute.apply(slots, None, plan.inverse, plan.tokens, no_pads, plan.pads)
 
 
 def total_tokens(grids: Grids) -> int:
