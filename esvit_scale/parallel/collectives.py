@@ -42,13 +42,13 @@ def all_reduce_mean_(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def max_over_ranks(value: int) -> int:
-    """The largest of the ranks' values, known to all; `max_over_ranks(flag)` is "any rank says so"."""
+def bits_of_ranks(bits: int) -> int:
+    """The union of the ranks' flags, known to all: a bit is set when any rank set it. For up to 8 bits."""
     if world_size() == 1:
-        return value
-    flag = torch.tensor([value])
-    dist.all_reduce(flag, dist.ReduceOp.MAX, group=control_group())
-    return int(flag.item())
+        return bits
+    flags = torch.tensor([bits >> i & 1 for i in range(8)], dtype=torch.uint8)
+    dist.all_reduce(flags, dist.ReduceOp.MAX, group=control_group())
+    return sum(int(flag) << i for i, flag in enumerate(flags.tolist()))
 
 
 def gather_objects(obj: Any) -> list[Any]:

@@ -60,6 +60,13 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def abandon() -> None:
+    """Leaves without waiting for the others: this rank failed, and they may never come."""
+    if dist.is_initialized():
+        collectives.forget_groups()
+        dist.destroy_process_group()
+
+
 def _adopt_slurm_variables() -> None:
     """`srun`'s variables in torchrun's words. SLURM_STEP_NUM_TASKS exists in job steps only, not in a batch shell."""
     if "RANK" in os.environ or "SLURM_STEP_NUM_TASKS" not in os.environ or "SLURM_PROCID" not in os.environ:

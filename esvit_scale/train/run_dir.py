@@ -18,6 +18,7 @@ from esvit_scale import config as config_module
 from esvit_scale import files
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
+from esvit_scale.parallel import collectives
 
 HEARTBEAT_S = 10
 STALE_S = 60
@@ -99,6 +100,8 @@ class Lock:
     Taken over from the same Slurm job (a requeue), from a dead process of this host, and when the heartbeat is older
     than 60 s.
 
+    All ranks enter and leave it together; rank 0 holds it.
+
     Raises:
         UserError: somebody else is writing (on entering).
     """
@@ -110,6 +113,17 @@ class Lock:
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
     def __enter__(self) -> "Lock":
+        collectives.on_rank_0(self._acquire)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._thread.is_alive():
+            self._stop.set()
+            self._thread.join()
+            if self.held():
+                self._path.unlink(missing_ok=True)
+
+    def _acquire(self) -> None:
         holder = self._read()
         if holder and not self._may_take_over(holder):
             age = time.time() - holder["heartbeat"]
@@ -120,13 +134,6 @@ class Lock:
             )
         self._write()
         self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        if self.held():
-            self._path.unlink(missing_ok=True)
 
     def held(self) -> bool:
         """False when another process took the run over: this one must not write any more."""
