@@ -1,0 +1,167 @@
+"""Features of a frozen trunk: images → view features [N, C], once, for every evaluation that follows."""
+
+import io
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from esvit_scale.errors import UserError
+from esvit_scale.parallel import collectives
+
+Batch = tuple[Tensor, list[str], Tensor]  # images [B, 3, S, S], keys [B], labels [B]
+
+
+class FeatureSet(NamedTuple):
+    features: Tensor  # float32 [N, C], on the CPU
+    keys: list[str]  # [N]
+    labels: Tensor  # int64 [N]; -1: no label
+
+
+class Teacher(NamedTuple):
+    trunk: nn.Module
+    size: int  # pixels of the crop it is evaluated at: the size of its global crops
+    step: int | None  # None: the checkpoint does not say
+
+
+def extract(
+    trunk: nn.Module,
+    source: Path,
+    size: int,
+    batch: int = 64,
+    workers: int = 4,
+    device: str | torch.device | None = None,
+    precision: str = "fp32",
+) -> FeatureSet:
+    """View features of every image in `source` (shards or an image folder), in the source's order.
+
+    The transform is FACTS' k-NN protocol (short side to size·256/224, centre crop). On several ranks each extracts its
+    part; every rank returns the whole set. `precision` "bf16" runs the trunk under autocast; features are fp32.
+
+    Raises:
+        UserError: `source` is missing, empty, or holds no readable image.
+    """
+    place = torch.device(device) if device else default_device()
+
+    def encode(images: Tensor) -> Tensor:
+        with torch.autocast(place.type, torch.bfloat16, enabled=precision == "bf16"):
+            return trunk([images.to(place, non_blocking=True)]).view.float()  # [B, C]
+
+    was_training = trunk.training
+    trunk.to(place).eval()  # batch norm trunks: running statistics, whatever the batch
+    try:
+        return _extract(encode, source, size, batch, workers)
+    finally:
+        trunk.train(was_training)
+
+
+def raw_pixels(source: Path, size: int, batch: int = 64, workers: int = 4) -> FeatureSet:
+    """The baseline that has learnt nothing: the normalised pixels themselves, C = 3·size². For small sets only."""
+    return _extract(lambda images: images.flatten(1), source, size, batch, workers)
+
+
+def run_embed(
+    checkpoint: Path,
+    data: Path,
+    out: Path,
+    batch: int = 64,
+    workers: int = 4,
+    device: str | torch.device | None = None,
+    precision: str = "fp32",
+) -> FeatureSet:
+    """`esvit-scale embed`: features of `data` under `checkpoint`'s teacher, written to the file `out`."""
+    if out.is_dir():
+        raise UserError(f"{out}: is a folder; --out names the file to write, for example {out / 'features.npz'}")
+    teacher = load_teacher(checkpoint)
+    found = extract(teacher.trunk, data, teacher.size, batch, workers, device, precision)
+    if collectives.rank() == 0:
+        save(found, out)
+        print(f"{out}: {len(found.keys)} features of width {found.features.shape[1]} from {data}")
+    return found
+
+
+def save(found: FeatureSet, path: Path) -> None:
+    """`path`.npz with arrays features float32 [N, C], keys str [N], labels int64 [N]; no pickles; whole or not at all."""
+    buffer = io.BytesIO()
+    keys = np.asarray(found.keys, dtype=np.str_)
+    np.savez(buffer, features=found.features.numpy(), keys=keys, labels=found.labels.numpy())
+    write_atomically(path, buffer.getvalue())
+
+
+def load_teacher(checkpoint: Path) -> Teacher:
+    """The teacher's trunk of a run dir or step dir, on the CPU."""
+    from esvit_scale.checkpoint import state  # heavy: only when a checkpoint is read
+
+    trunk, config = state.load_teacher(checkpoint)
+    return Teacher(trunk, config.data.global_crops.size, _step_of(checkpoint))
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """A reader sees the old file or the new one, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _extract(encode: Callable[[Tensor], Tensor], source: Path, size: int, batch: int, workers: int) -> FeatureSet:
+    from esvit_scale.data import stream
+
+    rank, world = collectives.rank(), collectives.world_size()
+    features, keys, labels = [], [], []
+    batches = stream.evaluation_batches(source, size, batch, workers, rank, world)
+    with torch.no_grad():
+        for images, batch_keys, batch_labels in _with_progress(batches, source.name):
+            features.append(encode(images).float().cpu())
+            keys += batch_keys
+            labels.append(batch_labels)
+    part = (torch.cat(features).numpy(), keys, torch.cat(labels).numpy()) if features else None
+    parts = [p for p in collectives.gather_objects(part) if p is not None]
+    if not parts:
+        raise UserError(f"{source}: holds no readable image")
+    return FeatureSet(
+        torch.from_numpy(np.concatenate([p[0] for p in parts])),
+        [key for p in parts for key in p[1]],
+        torch.from_numpy(np.concatenate([p[2] for p in parts])),
+    )
+
+
+def _with_progress(batches: Iterable[Batch], name: str) -> Iterator[Batch]:
+    """Passes the batches on; a bar with rate on a terminal, otherwise one line every ten seconds and one at the end."""
+    if collectives.rank() != 0:
+        yield from batches
+        return
+    live = sys.stderr.isatty()
+    start = told = time.monotonic()
+    done = 0
+    with tqdm(desc=f"features of {name}", unit=" images", disable=not live, leave=False) as bar:
+        for item in batches:
+            yield item
+            done += len(item[1])
+            bar.update(len(item[1]))
+            now = time.monotonic()
+            if not live and now - told > 10:
+                told = now
+                print(f"features of {name}: {done} images, {done / (now - start):.0f} images/s", file=sys.stderr)
+
+
+def _step_of(checkpoint: Path) -> int | None:
+    """The optimizer step that a run dir's latest checkpoint, or a step dir, was saved at."""
+    latest = checkpoint / "checkpoints" / "latest"
+    name = latest.read_text().strip() if latest.is_file() else checkpoint.name
+    number = name.removeprefix("step-")
+    return int(number) if name.startswith("step-") and number.isdigit() else None

@@ -1,0 +1,166 @@
+"""k-NN against scikit-learn, its edge cases, and its errors."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.neighbors import KNeighborsClassifier
+from torch import nn
+
+from esvit_scale.errors import UserError
+from esvit_scale.evaluate import knn as module
+from esvit_scale.evaluate.features import FeatureSet, Teacher
+from esvit_scale.evaluate.knn import Labelled, class_names, evaluate, knn, run_knn, same_classes, table
+
+
+def clusters(n: int, classes: int, seed: int, width: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(classes, width, generator=torch.Generator().manual_seed(99))
+    labels = torch.arange(n) % classes
+    return centres[labels] + 1.5 * torch.randn(n, width, generator=generator), labels
+
+
+def feature_set(n: int = 30, classes: int = 3, seed: int = 0) -> FeatureSet:
+    features, labels = clusters(n, classes, seed)
+    return FeatureSet(features, [f"{seed}-{i}" for i in range(n)], labels)
+
+
+def oracle(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, k: int) -> np.ndarray:
+    """scikit-learn's weighted vote: its cosine distance is 1 − s."""
+    classifier = KNeighborsClassifier(k, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07))
+    return classifier.fit(train.double().numpy(), labels.numpy()).predict_proba(test.double().numpy())
+
+
+@pytest.mark.parametrize("classes", [2, 7])
+def test_equals_scikit_learn(classes: int) -> None:
+    train, labels = clusters(300, classes, seed=0)
+    test, truth = clusters(120, classes, seed=1)
+    found = knn(train, labels, test, truth)
+    for k in (10, 20, 100, 200):
+        votes = oracle(train, labels, test, k)
+        assert found[k].top1 == pytest.approx(100 * np.mean(votes.argmax(1) == truth.numpy()))
+        if classes < 5:
+            assert found[k].top5 is None
+        else:
+            best = np.argsort(-votes, axis=1)[:, :5]
+            hit = (best == truth.numpy()[:, None]) & (np.take_along_axis(votes, best, 1) > 0)
+            assert found[k].top5 == pytest.approx(100 * hit.any(1).mean())
+    assert 100 / classes < found[20].top1 < 100  # neither chance nor trivial, or the comparison says little
+
+
+def test_length_of_features_and_chunks_do_not_matter() -> None:
+    train, labels = clusters(90, 6, seed=0)
+    test, truth = clusters(31, 6, seed=1)
+    whole = knn(train, labels, test, truth, ks=(5, 20))
+    scaled = train * torch.linspace(0.1, 9, 90)[:, None]
+    for chunk in (1, 7, 31, 100):
+        assert knn(scaled, labels, test * 3, truth, ks=(5, 20), chunk=chunk) == whole
+
+
+def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SIMILARITIES_AT_ONCE", 1000)
+    train, _ = clusters(90, 3, seed=0)
+    sizes = [len(index) for _, _, index in module.nearest_neighbours(train, train, k=3)]
+    assert max(sizes) == 1000 // 90
+    assert sum(sizes) == 90
+
+
+def test_k_beyond_the_training_set_is_clipped_and_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    train, test = feature_set(30), feature_set(12, seed=1)
+    result = evaluate(Labelled(train, ("a", "b", "c")), Labelled(test, ("a", "b", "c")))
+    assert list(result["results"]) == ["10", "20", "30"]
+    assert capsys.readouterr().out.count("clipped to 30") == 1
+    votes = oracle(train.features, train.labels, test.features, 30)
+    assert result["results"]["30"]["top1"] == pytest.approx(100 * np.mean(votes.argmax(1) == test.labels.numpy()))
+
+
+def test_classes_are_compared_by_name() -> None:
+    train = Labelled(feature_set(), ("ant", "bee", "cat"))
+    found = feature_set(6, seed=1)
+    renumbered = Labelled(found._replace(labels=found.labels.clamp(max=1)), ("bee", "cat"))
+    assert same_classes(train, renumbered).tolist() == [1, 2, 2, 1, 2, 2]
+
+
+def test_a_test_class_without_training_samples_is_named() -> None:
+    train = Labelled(feature_set(), ("ant", "bee", "cat"))
+    test = Labelled(feature_set(6, seed=1), ("ant", "dog", "emu"))
+    with pytest.raises(UserError, match=r"2 of its 3 classes have no training sample: 'dog', 'emu'"):
+        evaluate(train, test)
+
+
+def test_labels_stay_when_neither_set_has_class_names() -> None:
+    labels = torch.tensor([2, 0])
+    bare = Labelled(FeatureSet(torch.zeros(2, 2), ["a", "b"], labels), ())
+    assert same_classes(bare, bare) is labels
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda f, y: (f.index_put((torch.tensor([1, 4]),), torch.tensor(float("nan"))), y),
+            "train set: 2 of 30 .*NaN",
+        ),
+        (
+            lambda f, y: (f, y.index_put((torch.tensor([3]),), torch.tensor(-1))),
+            "train set: 1 of 30 samples have no label",
+        ),
+        (lambda f, y: (f, torch.zeros_like(y)), "one class"),
+        (lambda f, y: (f[:0], y[:0]), "train set: no samples"),
+        (lambda f, y: (f[:, :5], y), "width differs: train 5, test 16"),
+    ],
+)
+def test_invalid_input(change, message: str) -> None:
+    train, labels = change(*clusters(30, 3, seed=0))
+    with pytest.raises(UserError, match=message):
+        knn(train, labels, *clusters(12, 3, seed=1))
+
+
+def test_k_below_one_is_refused() -> None:
+    with pytest.raises(UserError, match="at least 1"):
+        knn(*clusters(30, 3, seed=0), *clusters(12, 3, seed=1), ks=(0, 5))
+
+
+def test_class_names_of_an_image_folder(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "readme.txt").write_text("not a class")
+    assert class_names(tmp_path) == ("a", "b")
+
+
+def test_command_writes_stable_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    sets = {"train": feature_set(60, 6, seed=0), "test": feature_set(18, 6, seed=1)}
+    for split in sets:
+        for c in range(6):
+            (tmp_path / split / f"class{c}").mkdir(parents=True)
+    monkeypatch.setattr(module, "load_teacher", lambda path: Teacher(nn.Identity(), 64, 400))
+    monkeypatch.setattr(module, "extract", lambda trunk, source, *_: sets[source.name])
+    result = run_knn(tmp_path / "run", tmp_path / "train", tmp_path / "test", tmp_path / "out", ks=(10, 20))
+    written = json.loads((tmp_path / "out" / "knn.json").read_text())
+    assert written == result
+    assert list(written) == [
+        *("checkpoint", "step", "train", "test", "n_train", "n_test", "feature_dim", "results", "best", "examples")
+    ]
+    assert set(written["results"]["10"]) == {"top1", "top5"}
+    assert written["best"]["top1"] == max(r["top1"] for r in written["results"].values())
+    assert [len(e["neighbours"]) for e in written["examples"]] == [5] * 10
+    assert "step 400" in capsys.readouterr().out
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["knn.json"]
+
+
+def test_table_lines_up_results_of_different_k() -> None:
+    def row(ks: dict[str, float]) -> dict:
+        return {
+            "checkpoint": "x",
+            "step": None,
+            "feature_dim": 8,
+            "n_train": 1,
+            "n_test": 2,
+            "results": {k: {"top1": v, "top5": None} for k, v in ks.items()},
+        }
+
+    text = table([row({"10": 12.34, "20": 50.0}), row({"10": 99.0})], ["first", "second"])
+    assert "12.3" in text
+    assert text.splitlines()[2].split() == ["second", "99.0", "–", "8"]
