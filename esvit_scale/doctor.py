@@ -1,0 +1,381 @@
+"""`esvit-scale doctor`: what works on this machine, found by trying it.
+
+One row a thing: ok, absent (optional, not there) or problem, with what to do. Exit code 0, or 1 when something that
+every command needs does not work; a GPU is not among these.
+"""
+
+import importlib
+import importlib.machinery
+import importlib.util
+import os
+import platform
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import esvit_scale
+
+State = Literal["ok", "absent", "problem"]
+GIB = 2**30
+
+# The oldest Linux driver that runs any build of a CUDA major version (NVIDIA's minor-version compatibility).
+OLDEST_DRIVER = {11: (450, 80, 2), 12: (525, 60, 13), 13: (580, 65, 6)}
+
+
+class Row(NamedTuple):
+    name: str
+    state: State
+    detail: str
+    advice: str = ""
+    required: bool = False
+
+
+class NvidiaMachine(NamedTuple):
+    """What is there without asking torch."""
+
+    gpus: list[str]  # names, or PCI addresses where only the bus shows them
+    driver: str | None
+
+
+def run() -> int:
+    """Prints the table; 1 when a required row is a problem, else 0."""
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    print(f"esvit-scale {esvit_scale.__version__} on {platform.platform()}\n")
+    broken = False
+    for row in _rows():
+        print(f"{row.name:<16}{row.state:<9}{row.detail}")
+        if row.advice:
+            print(f"{'':<25}→ {row.advice}")
+        broken |= row.required and row.state == "problem"
+    print("\nSomething that every command needs does not work." if broken else "\nEverything required works.")
+    return int(broken)
+
+
+def _rows() -> Iterator[Row]:
+    yield _python()
+    torch_row = _imported("torch", f"CUDA build {cuda}" if (cuda := _cuda_build()) else "CPU build")
+    yield torch_row
+    if torch_row.state == "ok":
+        yield from _gpu()
+        yield _bf16()
+        yield _collective("gloo", required=True)
+        if _torch_sees_gpu():
+            yield _collective("nccl", required=False)
+    yield _imported(
+        "timm", f"torchvision {_version('torchvision')}", "pip install torch and torchvision from one index"
+    )
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch_row.state == "ok" and _torch_sees_gpu() else "cpu")
+    yield _imported("deepspeed")
+    yield _deepspeed_ops()
+    yield _imported("fairscale")
+    yield _imported("webdataset")
+    yield _tensorboard()
+    yield apex(importlib.util.find_spec("apex"))
+    yield _slurm()
+    yield _compilers()
+    yield _cores()
+    yield _memory()
+    yield from _shared_memory()
+    yield _open_files()
+    yield _disk()
+
+
+# --- Python and packages -------------------------------------------------------------------------------------------
+
+
+def _python() -> Row:
+    version = platform.python_version()
+    old = sys.version_info < (3, 10)
+    return Row(
+        "Python",
+        "problem" if old else "ok",
+        f"{version} ({sys.executable})",
+        "3.10 or newer is needed" if old else "",
+        True,
+    )
+
+
+def _imported(
+    name: str, also: str = "", advice: str = "make venv installs it; pip install -e . in your own environment"
+) -> Row:
+    """A required package, really imported: an installed one may still not load."""
+    try:
+        importlib.import_module(name)
+    except Exception as error:
+        return Row(name, "problem", _one_line(error), advice, True)
+    return Row(name, "ok", ", ".join(filter(None, [_version(name), also])), required=True)
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _deepspeed_ops() -> Row:
+    from esvit_scale.parallel.probe import deepspeed_ops
+
+    try:
+        ops = deepspeed_ops()
+    except Exception as error:
+        return Row("DeepSpeed ops", "problem", _one_line(error))
+    can, cannot = ([name for name, works in sorted(ops.items()) if works is wanted] for wanted in (True, False))
+    detail = f"could be built: {', '.join(can) or 'none'}" + (f"; not: {', '.join(cannot)}" if cannot else "")
+    return Row("DeepSpeed ops", "ok", detail + " (none is needed)")
+
+
+def _tensorboard() -> Row:
+    if importlib.util.find_spec("tensorboard"):
+        return Row("tensorboard", "ok", _version("tensorboard"))
+    return Row("tensorboard", "absent", "metrics go to metrics.jsonl alone", "pip install tensorboard")
+
+
+def apex(spec: "importlib.machinery.ModuleSpec | None") -> Row:
+    """NVIDIA's apex has apex.optimizers; the package of that name on the public index is something else."""
+    if spec is None:
+        return Row("apex", "absent", "optional: fused optimizers")
+    if any((Path(folder) / "optimizers").is_dir() for folder in spec.submodule_search_locations or []):
+        return Row("apex", "ok", f"NVIDIA's, {_version('apex')}: fused optimizers")
+    return Row(
+        "apex",
+        "absent",
+        f"an unrelated package of that name is installed ({_version('apex')})",
+        "pip uninstall apex; NVIDIA's is built from its repository",
+    )
+
+
+# --- GPU -----------------------------------------------------------------------------------------------------------
+
+
+def driver_problem(driver: str, cuda_build: str | None) -> str | None:
+    """Why a torch build cannot use this driver and what to do; None when it can, as far as versions tell.
+
+    Args:
+        driver: for example "535.183.01".
+        cuda_build: torch.version.cuda, for example "12.6"; None for a CPU build.
+    """
+    if cuda_build is None:
+        return "this torch is a CPU build: install one for CUDA (make venv TORCH_INDEX=URL)"
+    have = _numbers(driver)
+    need = OLDEST_DRIVER.get(_numbers(cuda_build)[0], OLDEST_DRIVER[max(OLDEST_DRIVER)])
+    if not have or have >= need:
+        return None
+    fitting = [major for major, oldest in OLDEST_DRIVER.items() if have >= oldest]
+    old = f"driver {driver} is too old for this torch, built for CUDA {cuda_build} (needs {_dotted(need)} or newer)"
+    if not fitting:
+        return f"{old}: update the driver"
+    return (
+        f"{old}: update the driver, or install torch for CUDA {max(fitting)}: make demo TORCH_INDEX=URL,"
+        " with the URL that pytorch.org's install page names"
+    )
+
+
+def parse_driver(text: str) -> str | None:
+    """The version in /proc/driver/nvidia/version."""
+    found = re.search(r"NVRM version:.*?\s(\d{3,}\.\d+(?:\.\d+)?)\s", text)
+    return found[1] if found else None
+
+
+def _gpu() -> Iterator[Row]:
+    import torch
+
+    if _torch_sees_gpu():
+        for i in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(i)
+            yield _visible_gpu(i, properties.name, properties.total_memory, torch.cuda.get_device_capability(i))
+        return
+    machine = nvidia_machine()
+    if not machine.gpus and not machine.driver:
+        yield Row("GPU", "absent", "no NVIDIA device in this machine; everything runs on the CPU")
+        return
+    what = ", ".join(machine.gpus) or "NVIDIA driver"
+    if machine.driver is None:
+        yield Row("GPU", "problem", f"{what}: no driver answers", "install NVIDIA's driver, or load its module")
+        return
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        yield Row("GPU", "absent", f"{what} (driver {machine.driver}) is hidden by CUDA_VISIBLE_DEVICES")
+        return
+    advice = (
+        driver_problem(machine.driver, torch.version.cuda)
+        or "torch cannot use it: see `python -c 'import torch; torch.cuda.init()'`"
+    )
+    yield Row("GPU", "problem", f"{what}, driver {machine.driver}; torch sees none", advice)
+
+
+def _visible_gpu(index: int, name: str, memory: int, capability: tuple[int, int]) -> Row:
+    import torch
+
+    built = [int(arch.split("_")[1].rstrip("af")) for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")]
+    detail = f"{name}, {memory / GIB:.0f} GiB, sm_{capability[0]}{capability[1]}, driver {nvidia_machine().driver or 'unknown'}"
+    if built and capability[0] * 10 + capability[1] < min(built):
+        return Row(
+            f"GPU {index}",
+            "problem",
+            detail,
+            f"this torch was built for sm_{min(built)} and newer: install an older CUDA build (make demo TORCH_INDEX=URL)",
+        )
+    return Row(f"GPU {index}", "ok", detail)
+
+
+def nvidia_machine() -> NvidiaMachine:
+    """GPUs and driver by nvidia-smi, else by the kernel."""
+    said = _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+    rows = [line.rpartition(", ") for line in (said or "").splitlines() if ", " in line]
+    if rows:
+        return NvidiaMachine([name for name, _, _ in rows], rows[0][2])
+    version = Path("/proc/driver/nvidia/version")
+    driver = parse_driver(version.read_text()) if version.is_file() else None
+    return NvidiaMachine(list(_nvidia_on_the_bus()), driver)
+
+
+def _nvidia_on_the_bus() -> Iterator[str]:
+    for device in sorted(Path("/sys/bus/pci/devices").glob("*")):
+        try:
+            vendor, kind = (device / "vendor").read_text().strip(), (device / "class").read_text().strip()
+        except OSError:
+            continue
+        if vendor == "0x10de" and kind.startswith("0x03"):  # NVIDIA; display or 3D controller
+            yield f"NVIDIA device {device.name}"
+
+
+def _torch_sees_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _cuda_build() -> str | None:
+    try:
+        import torch
+    except Exception:
+        return None
+    return torch.version.cuda
+
+
+def _bf16() -> Row:
+    import torch
+
+    if _torch_sees_gpu():
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return Row("bf16", "ok", "the GPU computes in it")
+        return Row("bf16", "problem", "the GPU emulates it, slowly", "train.precision=fp32")
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = set(re.findall(r"\b(?:avx512_bf16|amx_bf16)\b", cpuinfo.read_text())) if cpuinfo.is_file() else set()
+    if flags:
+        return Row("bf16", "ok", f"the CPU computes in it ({', '.join(sorted(flags))})")
+    return Row("bf16", "absent", "this CPU emulates it, slowly", "train.precision=fp32")
+
+
+def _collective(backend: Literal["gloo", "nccl"], required: bool) -> Row:
+    from esvit_scale.parallel.probe import all_reduce_works
+
+    try:
+        all_reduce_works(backend)
+    except Exception as error:
+        advice = (
+            "does this host's name resolve? GLOO_SOCKET_IFNAME=lo chooses the interface"
+            if backend == "gloo"
+            else "NCCL_DEBUG=INFO says more"
+        )
+        return Row(backend, "problem", _one_line(error), advice, required)
+    return Row(backend, "ok", "an all-reduce came back", required=required)
+
+
+# --- the machine ---------------------------------------------------------------------------------------------------
+
+
+def _slurm() -> Row:
+    said = [_output(command, "--version") for command in ("sinfo", "srun")]
+    if not any(said):
+        return Row("Slurm", "absent", "no sinfo or srun here")
+    return Row(
+        "Slurm", "ok", ", ".join(f"{name}: {text}" for name, text in zip(("sinfo", "srun"), said, strict=True) if text)
+    )
+
+
+def _compilers() -> Row:
+    found = [f"{name} ({path})" for name in ("c++", "nvcc") if (path := shutil.which(name))]
+    if not found:
+        return Row("compiler", "absent", "no c++: only DeepSpeed's optional ops would need one")
+    return Row("compiler", "ok", ", ".join(found))
+
+
+def _cores() -> Row:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota, _, period = (_cgroup("cpu.max") or "max").partition(" ")
+    limit = "" if quota == "max" else f", limited to {int(quota) / int(period):.1f} by a control group"
+    return Row("cores", "ok", f"{usable}{limit}")
+
+
+def _memory() -> Row:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = _cgroup("memory.max") or "max"
+    usable = total if limit == "max" else min(total, int(limit))
+    low = usable < 4 * GIB
+    return Row(
+        "memory", "problem" if low else "ok", f"{usable / GIB:.1f} GiB", "the demo needs about 4 GiB" if low else ""
+    )
+
+
+def _shared_memory() -> Iterator[Row]:
+    if not Path("/dev/shm").is_dir():
+        return
+    size = shutil.disk_usage("/dev/shm").total
+    low = size < GIB
+    advice = "loader processes hand batches over in it: docker run --shm-size=8g, or data.workers=0" if low else ""
+    yield Row("/dev/shm", "problem" if low else "ok", f"{size / GIB:.1f} GiB", advice)
+
+
+def _open_files() -> Row:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    low = 0 <= soft < 1024
+    shown = ["unlimited" if limit == resource.RLIM_INFINITY else str(limit) for limit in (soft, hard)]
+    return Row(
+        "open files", "problem" if low else "ok", f"{shown[0]} (at most {shown[1]})", "ulimit -n 4096" if low else ""
+    )
+
+
+def _disk() -> Row:
+    free = shutil.disk_usage(".").free
+    low = free < 5 * GIB
+    return Row(
+        "disk here", "problem" if low else "ok", f"{free / GIB:.0f} GiB free", "checkpoints need room" if low else ""
+    )
+
+
+# --- helpers -------------------------------------------------------------------------------------------------------
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints; None when it is not there, fails or hangs."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _cgroup(name: str) -> str | None:
+    path = Path("/sys/fs/cgroup") / name
+    return path.read_text().strip() if path.is_file() else None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version))
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(f"{part:02d}" if i else str(part) for i, part in enumerate(version))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -1,0 +1,125 @@
+"""The command line from outside: exit codes, one-line errors, and that nothing heavy is imported to say them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from esvit_scale import __version__, cli
+from esvit_scale.errors import Diverged, RestartCanHelp, UserError
+
+
+def run(*arguments: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "esvit_scale", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1]), **env},
+        timeout=120,
+        check=False,
+    )
+
+
+def test_help_names_every_command_and_the_exit_codes():
+    shown = run("--help")
+    assert shown.returncode == 0
+    for word in ("demo", "shards", "pretrain", "evaluate", "embed", "report", "doctor", "75", "130"):
+        assert word in shown.stdout
+    assert run("--version").stdout == f"esvit-scale {__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["pretrain", "--help"], ["pretran"], ["pretrain", "nowhere"]])
+def test_nothing_heavy_is_imported_for_help_and_mistakes(arguments):
+    code = (
+        "import sys; from esvit_scale.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'numpy', 'deepspeed'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, timeout=60)
+
+
+MISTAKES = {
+    "pretran x": "unknown command 'pretran'; did you mean 'pretrain'? (see esvit-scale --help)",
+    "evaluate kn": "unknown command 'kn'; did you mean 'knn'? (see esvit-scale evaluate --help)",
+    "shards creat a b": "unknown command 'creat'; did you mean 'create'?",
+    "": "the following arguments are required: COMMAND",
+    "evaluate knn --train a --test b --out c": "the following arguments are required: --checkpoint",
+    "demo --ot x": "unrecognized arguments: --ot x",
+    "shards create a b --samples-per-shard 0": "--samples-per-shard: expected a whole number ≥ 1, got '0'",
+    "embed --checkpoint a --data b --out c --workers -1": "--workers: expected",
+    "pretrain swint": "swint: neither a file nor a preset; did you mean 'swin_t'?",
+    "pretrain no/such.yaml": "no/such.yaml: no such config file",
+    "pretrain swin_t train.epoch=3": "unknown key train.epoch; did you mean 'train.epochs'?",
+    "pretrain swin_t train.epochs": "overrides are written key=value",
+    "pretrain swin_t": "data.train: not set; give a folder of shards, for example data.train=/data/my-shards",
+    "shards verify no/such/folder": "no/such/folder",
+    "shards create no/such/folder out": "no/such/folder",
+    "report no/such/run": "no/such/run",
+    "pretrain swin_t data.train=no/such/folder": "no/such/folder",
+    "evaluate knn --checkpoint no/such/run --train a --test b --out c": "no/such/run",
+    "embed --checkpoint no/such/run --data a --out b.npz": "no/such/run",
+}
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(line, tmp_path):
+    ended = run(*line.split(), cwd=tmp_path)
+    assert ended.returncode == 2, ended.stderr
+    lines = ended.stderr.splitlines()
+    assert len(lines) == 1, ended.stderr
+    assert lines[0].startswith("esvit-scale: error: ")
+    assert MISTAKES[line] in lines[0]
+    assert not ended.stdout
+    assert not list(tmp_path.iterdir()), "a mistake leaves nothing behind"
+
+
+def test_only_rank_0_says_it():
+    assert "swint" in run("pretrain", "swint", RANK="0", SLURM_PROCID="3").stderr
+    for env in ({"RANK": "1"}, {"SLURM_PROCID": "1"}):
+        ended = run("pretrain", "swint", **env)
+        assert (ended.returncode, ended.stderr) == (2, "")
+        assert run("pretran", **env).stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(UserError("a\nb"), 2), (Diverged("a\nb"), 3), (RestartCanHelp("a\nb"), 75), (KeyboardInterrupt(), 130)],
+)
+def test_errors_become_exit_codes(error, code, monkeypatch, capsys):
+    def fail(options):
+        raise error
+
+    monkeypatch.setattr(cli, "_doctor", fail)
+    assert cli.main(["doctor"]) == code
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == (0 if code == 130 else 2)
+    assert all(line.startswith("esvit-scale: error: ") for line in lines)
+
+
+def test_an_unexpected_error_keeps_its_traceback(monkeypatch):
+    def fail(options):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "_doctor", fail)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["doctor"])
+
+
+def test_the_exit_code_of_a_command_is_passed_on(monkeypatch):
+    monkeypatch.setattr(cli, "_doctor", lambda options: 7)
+    assert cli.main(["doctor"]) == 7
+
+
+def test_overrides_reach_the_config(monkeypatch):
+    from esvit_scale.train import loop, signals
+
+    seen = []
+    monkeypatch.setattr(signals, "install", lambda: seen.append("signals"))
+    monkeypatch.setattr(loop, "pretrain", lambda config: seen.append(config) or 0)
+    assert cli.main(["pretrain", "swin_s", "data.train=x", "seed=-0", "optim.lr=1e-3"]) == 0
+    assert seen[0] == "signals"
+    assert (seen[1].name, seen[1].data.train, seen[1].optim.lr) == ("swin_s", "x", 1e-3)
