@@ -6,24 +6,31 @@ No torch in this module: it must be cheap to import on a login node.
 """
 
 import math
+import os
 import re
+import types
+from collections.abc import Iterator
+from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from esvit_scale.errors import UserError, nearest
 
 FORMAT_VERSION = 1
 
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Temperature = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Scale = Annotated[tuple[Fraction, Fraction], Field(strict=False)]
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 
 
 class Section(BaseModel):
@@ -46,11 +53,9 @@ class LocalCrops(Section):
 
 
 class Data(Section):
-    train: str = ""  # folder of a shard set (with manifest.json)
+    train: PathText = ""  # folder of a shard set (with manifest.json); pretraining needs it
     workers: Count = 4  # loader processes per rank; 0 decodes in the training process
-    slots: Positive | None = (
-        None  # canonical slots of the data order; null: the largest divisor of global_batch up to 512
-    )
+    slots: Positive | None = None  # canonical slots of the data order; null: largest divisor of global_batch ≤ 512
     shuffle_window: Positive = 8  # shards whose samples are shuffled together
     global_crops: GlobalCrops = GlobalCrops()
     local_crops: list[LocalCrops] = [LocalCrops()]
@@ -61,8 +66,8 @@ class Model(Section):
     window: Positive = 7
     drop_path: Fraction = 0.1
     embed_dim: Positive | None = None
-    depths: list[Positive] | None = None
-    heads: list[Positive] | None = None
+    depths: Annotated[list[Positive], Field(min_length=1)] | None = None
+    heads: Annotated[list[Positive], Field(min_length=1)] | None = None
 
 
 class Objective(Section):
@@ -72,9 +77,9 @@ class Objective(Section):
     head_hidden: Positive = 2048
     bottleneck: Positive = 256
     norm_last_layer: bool = False  # true: the prototypes' gains stay at 1
-    student_temp: Temperature = 0.1
-    teacher_temp: Temperature = 0.04  # at the start; moves once an epoch
-    teacher_temp_end: Temperature = 0.07
+    student_temp: AboveZero = 0.1
+    teacher_temp: AboveZero = 0.04  # at the start; moves once an epoch
+    teacher_temp_end: AboveZero = 0.07
     teacher_temp_warmup_epochs: Count = 30
     center_momentum: Fraction = 0.9
     ema_momentum: Fraction = 0.996  # of the teacher; cosine to ema_momentum_end, per step
@@ -83,13 +88,13 @@ class Objective(Section):
 
 class Optim(Section):
     name: Literal["adamw"] = "adamw"
-    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.999)
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
     lr: Rate = 5e-4  # per 256 images: the peak is lr · global_batch / 256
     lr_end: Rate = 1e-6
     warmup_epochs: Rate = 10
     weight_decay: Rate = 0.04
     weight_decay_end: Rate = 0.4
-    clip: Annotated[float, Field(gt=0)] | None = 3.0  # gradient norm; null: no clipping
+    clip: AboveZero | None = 3.0  # gradient norm; null: no clipping
     clip_by: Literal["tensor", "global"] = "tensor"  # tensor: as the official code, each parameter's own norm
     freeze_last_layer_epochs: Count = 1
 
@@ -108,10 +113,12 @@ class Train(Section):
 
 
 class Config(Section):
+    """A complete run; `resolve` makes one, and every key's unit and meaning stand beside it above."""
+
     format_version: Literal[1] = 1
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
-    run_dir: str | None = None  # null: runs/<name>
-    seed: Count = 0
+    run_dir: PathText | None = None  # null: runs/<name>
+    seed: Seed = 0
     data: Data = Data()
     model: Model = Model()
     objective: Objective = Objective()
@@ -144,7 +151,7 @@ class Config(Section):
         return self.optim.lr * self.train.global_batch / 256
 
 
-def _cross_field_problems(c: Config) -> "list[str]":
+def _cross_field_problems(c: Config) -> list[str]:
     problems = []
     batch, accum = c.train.global_batch, c.train.grad_accum
     if batch % accum:
@@ -178,24 +185,46 @@ def nearest_multiple(n: int, of: int) -> int:
 
 # --- reading -------------------------------------------------------------------------------------------------------
 
+_FLOAT = re.compile(r"^[-+]?(\d+\.\d*|\.\d+)([eE][-+]?\d+)?$|^[-+]?\d+[eE][-+]?\d+$")
+
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-3 is a number (YAML 1.1 reads it as a string) and a repeated key is an error."""
+    """Safe YAML with the scalars of YAML 1.2, and a repeated key is an error.
+
+    YAML 1.1, PyYAML's own, reads 1e-3 as text, 010 as 8, 1:30 as 90, `no` as false and 2024-01-01 as a date.
+    """
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (the base class's attribute, emptied)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be one word", key_node.start_mark)
             if key_node.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key_node.value!r} is given twice", key_node.start_mark
-                )
+                problem = f"key {key_node.value!r} is given twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
+def _decimal(loader: _Loader, node: yaml.ScalarNode) -> int:
+    return int(loader.construct_scalar(node))
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"^<<$"), ["<"])
+_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|false|False)$"), list("tTfF"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?\d+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+_Loader.add_constructor("tag:yaml.org,2002:int", _decimal)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what either YAML would not read back as text (a run named 12e4)."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
 def preset_names() -> list[str]:
@@ -207,29 +236,40 @@ def resolve(config: str, overrides: list[str] | None = None) -> Config:
     """The complete config of a preset's name or a YAML file, with dotted `key=value` overrides on top.
 
     Raises:
-        UserError: file not found, YAML that does not parse, unknown key, wrong type, numbers that do not fit together.
+        UserError: file not found, YAML that does not parse, unknown key, wrong type, numbers that do not fit together;
+            one line per problem, each with where it stands (the file or the override), the key and the nearest right value.
     """
     values = _read(config)
     for override in overrides or []:
         _apply_override(values, override)
-    return validate(values, where=config)
+    return validate(values, where=config, overrides=overrides)
 
 
 def load(path: Path) -> Config:
     """A config file written by `dump`."""
-    return validate(_parse(path.read_text(), str(path)), where=str(path))
+    return validate(_parse(_text(path), str(path)), where=str(path))
 
 
 def dump(config: Config) -> str:
     """YAML that `resolve` reads back to the same config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=120)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, width=120)
 
 
-def validate(values: dict[str, Any], where: str) -> Config:
+def validate(values: dict[str, Any], where: str, overrides: list[str] | None = None) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise UserError("\n".join(_explain(e, where) for e in error.errors())) from None
+        lines = [_explain(e, _origin(e["loc"], where, overrides or [])) for e in error.errors()]
+        raise UserError("\n".join(lines)) from None
+
+
+def require_training_data(config: Config) -> None:
+    """Pretraining reads shards; the presets cannot know where yours are."""
+    if not config.data.train:
+        raise UserError(
+            "data.train: not set; give a folder of shards, for example data.train=/data/my-shards"
+            " (`esvit-scale shards create IMAGES /data/my-shards` makes one)"
+        )
 
 
 def differences(a: Config, b: Config) -> list[str]:
@@ -240,63 +280,80 @@ def differences(a: Config, b: Config) -> list[str]:
 
 
 def _read(config: str) -> dict[str, Any]:
-    path = Path(config)
-    if path.suffix in (".yaml", ".yml") or path.is_file():
-        if not path.is_file():
-            raise UserError(f"{config}: no such config file{_presets_hint(path.stem)}")
-        return _parse(path.read_text(), config)
+    path = Path(config).expanduser()
+    if path.is_file():
+        return _parse(_text(path), config)
+    if (path / "config.yaml").is_file():
+        raise UserError(f"{config}: is a run dir; its config is {path / 'config.yaml'}")
+    if path.suffix in (".yaml", ".yml"):
+        raise UserError(f"{config}: no such config file{nearest(path.stem, preset_names())}")
     if config not in preset_names():
         raise UserError(f"{config}: neither a file nor a preset{nearest(config, preset_names())}")
-    return _parse((resources.files("esvit_scale") / "configs" / f"{config}.yaml").read_text(), config)
+    return _parse((resources.files("esvit_scale") / "configs" / f"{config}.yaml").read_text("utf-8"), config)
 
 
-def _presets_hint(stem: str) -> str:
-    return f"; presets: {', '.join(preset_names())}"
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text file (UTF-8)") from None
 
 
 def _parse(text: str, where: str) -> dict[str, Any]:
-    try:
-        values = yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    values = _yaml(text, where)
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"{where}: must hold `key: value` lines, not a {type(values).__name__}")
+        raise UserError(f"{where}: must hold `key: value` lines, got {_show(values)}")
     return values
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark and "\n" in text else ""
+        raise UserError(f"{where}{line}: not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise UserError(f"{where}: not valid YAML: {str(error).splitlines()[0]}") from None
+
+
+# --- overrides -----------------------------------------------------------------------------------------------------
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"{override!r}: overrides are written key=value, for example train.global_batch=64")
-    try:
-        value = yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError:
-        raise UserError(f"{override!r}: the value is not valid YAML") from None
+    if not equals or not key.strip():
+        raise UserError(f"{_show(override)}: overrides are written key=value, for example train.global_batch=64")
+    *parents, leaf = path = key.strip().split(".")
     node: Any = values
-    *parents, leaf = key.split(".")
     for i, part in enumerate(parents):
         if isinstance(node, list):
-            node = _item(node, part, override)
+            node = node[_index(node, part, override)]
         else:
-            child = node.setdefault(part, _default_at(parents[: i + 1]))
-            if child is None:
-                child = node[part] = {}
-            node = child
+            if node.get(part) is None:
+                node[part] = _default_at(parents[: i + 1])
+            node = node[part]
         if not isinstance(node, dict | list):
-            raise UserError(f"{override!r}: {'.'.join(parents[: i + 1])} is a value, not a section")
-    if isinstance(node, list):
-        _item(node, leaf, override)
-        node[int(leaf)] = value
-    else:
-        node[leaf] = value
+            raise UserError(f"{_show(override)}: {'.'.join(parents[: i + 1])} is a value, not a section")
+    node[_index(node, leaf, override) if isinstance(node, list) else leaf] = _override_value(path, text, override)
 
 
-def _item(node: list[Any], index: str, override: str) -> Any:
-    if not index.isdigit() or int(index) >= len(node):
-        raise UserError(f"{override!r}: {index!r} is not an item of a list of {len(node)}; use 0 to {len(node) - 1}")
-    return node[int(index)]
+def _override_value(path: list[str], text: str, override: str) -> Any:
+    """Where the schema has text, the text as it stands: a path may hold any character, a name may look like a number."""
+    kind = _declared(path)
+    if kind is str and _optional(path) and text in ("", "null", "~"):
+        return None
+    return text if kind is str else _yaml(text, _show(override))
+
+
+def _index(node: list[Any], index: str, override: str) -> int:
+    if not index.isdecimal() or int(index) >= len(node):
+        known = f"use 0 to {len(node) - 1}" if node else "give the whole list"
+        raise UserError(f"{_show(override)}: {index!r} is not an item of a list of {len(node)}; {known}")
+    return int(index)
 
 
 def _default_at(path: list[str]) -> Any:
@@ -307,24 +364,137 @@ def _default_at(path: list[str]) -> Any:
     return node if isinstance(node, list) else {}
 
 
+# --- the schema, asked ---------------------------------------------------------------------------------------------
+
+
+def _annotation(path: list[str]) -> Any:
+    """The type as declared at a dotted path (list items by their number); None where the schema has no such key."""
+    node: Any = Config
+    for part in path:
+        node = _bare(node)
+        if isinstance(node, type) and issubclass(node, Section):
+            node = node.model_fields[part].annotation if part in node.model_fields else None
+        else:
+            node = get_args(node)[0] if get_origin(node) in (list, tuple) and part.isdecimal() else None
+    return node
+
+
+def _bare(annotation: Any) -> Any:
+    """The type without Annotated and without `| None`."""
+    while get_origin(annotation) in (Annotated, Union, types.UnionType):
+        annotation = next(arg for arg in get_args(annotation) if arg is not type(None))
+    return annotation
+
+
+def _declared(path: list[str]) -> Any:
+    return _bare(_annotation(path))
+
+
+def _optional(path: list[str]) -> bool:
+    return type(None) in get_args(_annotation(path))
+
+
+def _keys(section: Any = Config, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of the schema, sections and leaves; a list of sections shows its item 0."""
+    for name in section.model_fields:
+        yield prefix + name
+        kind = _bare(section.model_fields[name].annotation)
+        item = get_args(kind)[0] if get_origin(kind) is list else kind
+        if isinstance(item, type) and issubclass(item, Section):
+            yield from _keys(item, f"{prefix}{name}." if item is kind else f"{prefix}{name}.0.")
+
+
+# --- errors --------------------------------------------------------------------------------------------------------
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_parsing_size": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "list_type": "a list, written [1, 2]",
+    "tuple_type": "a list of two numbers",
+    "missing": "a list of two numbers",
+    "too_long": "a list of two numbers",
+    "too_short": "at least one number",
+    "model_type": "a section (`key: value` lines)",
+}
+
+
+def _origin(loc: tuple[int | str, ...], where: str, overrides: list[str]) -> str:
+    """What to put right: the last override that set this key, else the file."""
+    key = _dotted(loc) + "."
+    for override in reversed(overrides):
+        overridden = override.partition("=")[0].strip() + "."
+        if key.startswith(overridden) or overridden.startswith(key):
+            return _show(override)
+    return where
+
+
 def _explain(error: Any, where: str) -> str:
-    loc = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        parent = ".".join(str(part) for part in error["loc"][:-1])
-        return f"{where}: unknown key {loc}{nearest(loc, _known_keys(parent))}"
-    if error["type"] == "value_error":
+    kind, loc, value = error["type"], _dotted(error["loc"]), error["input"]
+    if kind == "value_error":
         return "\n".join(f"{where}: {line}" for line in str(error["ctx"]["error"]).splitlines())
-    return f"{where}: {loc}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
+    if kind == "extra_forbidden":
+        return f"{where}: unknown key {loc}{_nearest_key(loc)}"
+    if kind == "string_pattern_mismatch":
+        return (
+            f"{where}: {loc}: letters, digits, '.', '_' and '-', beginning with a letter or digit; got {_show(value)}"
+        )
+    if kind == "literal_error":
+        known = re.findall(r"'(.*?)'", error["ctx"]["expected"])
+        close = get_close_matches(str(value), known, n=1)
+        near = f"; did you mean {close[0]!r}?" if close else ""
+        return f"{where}: {loc}: expected {error['ctx']['expected']}, got {_show(value)}{near}"
+    for bound, sign in [("ge", "≥"), ("le", "≤"), ("gt", ">"), ("lt", "<")]:
+        if bound in error.get("ctx", {}):
+            near = f"; nearest: {error['ctx'][bound]}" if bound in ("ge", "le") else ""
+            return f"{where}: {loc}: must be {sign} {error['ctx'][bound]}, got {_show(value)}{near}"
+    if kind == "missing":
+        loc = loc.rpartition(".")[0]
+    if kind in _EXPECTED:
+        return f"{where}: {loc}: expected {_EXPECTED[kind]}, got {_show(value)}{_as_written(kind, value)}"
+    return f"{where}: {loc}: {error['msg'][0].lower()}{error['msg'][1:]}, got {_show(value)}"
 
 
-def _known_keys(parent: str) -> list[str]:
-    keys = _flatten(Config().model_dump(mode="json"))
-    sections = {k.rsplit(".", i)[0] for k in keys for i in range(1, k.count(".") + 1)}
-    inside = [k for k in [*keys, *sections] if not parent or k.startswith(parent + ".")]
-    return inside or list(keys)
+def _as_written(kind: str, value: Any) -> str:
+    if kind == "int_type" and isinstance(value, float) and value.is_integer():
+        return f"; write {int(value)}"
+    if kind == "string_type" and not isinstance(value, list | dict):
+        return "; put it in quotes"
+    if kind == "float_type" and str(value).lower().lstrip("+-.") in ("inf", "nan"):
+        return "; it must be finite"
+    return ""
+
+
+def _show(value: Any) -> str:
+    """A value as the user wrote it, short."""
+    text = {"None": "nothing", "True": "true", "False": "false"}.get(repr(value), repr(value))
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _dotted(loc: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in loc)
+
+
+def _nearest_key(loc: str) -> str:
+    """The sibling that was meant, else the key of that name in another section, else what is known here."""
+    parent, _, leaf = loc.rpartition(".")
+    section = _declared(parent.split(".")) if parent else Config
+    siblings = list(section.model_fields)
+    elsewhere: dict[str, str] = {}
+    for key in _keys():
+        elsewhere.setdefault(key.rpartition(".")[2], key)
+    if close := get_close_matches(leaf, siblings, n=1):
+        return f"; did you mean {f'{parent}.{close[0]}'.lstrip('.')!r}?"
+    if close := get_close_matches(leaf, elsewhere, n=1, cutoff=0.8):
+        return f"; did you mean {elsewhere[close[0]]!r}?"
+    return f"; known: {', '.join(siblings)}"
 
 
 def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key → value, sections and lists of sections opened."""
     if isinstance(node, dict):
         items: Any = node.items()
     elif isinstance(node, list) and node and isinstance(node[0], dict):
