@@ -1,11 +1,16 @@
 """The few things that ranks say to each other. A leaf: any module may import it, and without a process group
 every function is the single process's answer."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from esvit_scale.errors import RestartCanHelp, UserError
+
+T = TypeVar("T")
 
 _control_group: Any = None  # gloo: flags and small objects must not make the host wait for the GPU's queue
 
@@ -37,13 +42,13 @@ def all_reduce_mean_(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def max_over_ranks(value: int) -> int:
-    """The largest of the ranks' values, known to all; `max_over_ranks(flag)` is "any rank says so"."""
+def bits_of_ranks(bits: int) -> int:
+    """The union of the ranks' flags, known to all: a bit is set when any rank set it. For up to 8 bits."""
     if world_size() == 1:
-        return value
-    flag = torch.tensor([value])
-    dist.all_reduce(flag, dist.ReduceOp.MAX, group=control_group())
-    return int(flag.item())
+        return bits
+    flags = torch.tensor([bits >> i & 1 for i in range(8)], dtype=torch.uint8)
+    dist.all_reduce(flags, dist.ReduceOp.MAX, group=control_group())
+    return sum(int(flag) << i for i, flag in enumerate(flags.tolist()))
 
 
 def gather_objects(obj: Any) -> list[Any]:
@@ -66,3 +71,27 @@ def control_group() -> Any:
     if _control_group is None:
         _control_group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
     return _control_group
+
+
+def forget_groups() -> None:
+    """Called when the process group goes: a group of a destroyed world must not be used again."""
+    global _control_group
+    _control_group = None
+
+
+def on_rank_0(function: Callable[[], T]) -> T:
+    """Runs on rank 0 only; its answer, or its error that concerns the user, is every rank's.
+
+    A decision about files must be taken once: ranks that look for themselves may see different answers.
+    """
+    answer: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            answer[0] = function()
+        except (UserError, RestartCanHelp) as error:
+            answer[1] = error
+    if world_size() > 1:
+        dist.broadcast_object_list(answer, src=0, group=control_group())
+    if answer[1] is not None:
+        raise answer[1]
+    return answer[0]

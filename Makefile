@@ -1,0 +1,74 @@
+# make demo | test | test-slow | lint | venv | clean
+#
+# PYTHON=python3.12    the interpreter that .venv is made with (3.10 or newer)
+# TORCH_INDEX=URL      a package index with another build of torch and torchvision (an older CUDA, or CPU only);
+#                      it is remembered in .venv, and giving another one rebuilds .venv
+# JOBS=2               test processes at a time
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+JOBS ?= 2
+VENV := .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+PIP := $(RUN) -m pip --quiet --disable-pip-version-check --no-input install --progress-bar off
+
+# Nothing is compiled, at installation or later.
+export DS_BUILD_OPS := 0
+
+# .venv is made anew for another TORCH_INDEX and when its interpreter is gone; TORCH_INDEX not given keeps what is there.
+HAVE_INDEX := $(shell cat $(VENV)/.torch-index 2>/dev/null)
+INDEX := $(or $(TORCH_INDEX),$(HAVE_INDEX))
+STALE := $(if $(filter-out $(HAVE_INDEX),$(INDEX)),yes) $(shell $(RUN) -c '' 2>/dev/null || echo yes)
+
+.PHONY: help demo test test-slow lint venv clean FORCE
+
+help:
+	@sed -n '1,7s/^# \{0,1\}//p' Makefile
+
+demo: venv
+	@$(RUN) -m esvit_scale demo --out runs/demo
+	@echo "The report: $(CURDIR)/runs/demo/report.html"
+
+# One thread a process: two test processes with torch's own threads on top only wait for each other.
+test: venv
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" -n $(JOBS) --dist loadfile
+
+test-slow: venv
+	@$(RUN) -m pytest -m slow
+
+lint: venv
+	@$(RUN) -m ruff check
+	@$(RUN) -m ruff format --check
+	@$(RUN) -m mypy
+
+venv: $(STAMP)
+
+# .venv/.installing lives as long as an installation does: after an interrupted one the next starts from an empty .venv.
+$(STAMP): pyproject.toml $(if $(strip $(STALE)),FORCE)
+	@command -v $(PYTHON) >/dev/null \
+	  || { echo "$(PYTHON): not found. Install Python 3.10 or newer, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "$(PYTHON) is $$($(PYTHON) -V 2>&1), and 3.10 or newer is needed. Name one: make PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+	  || { echo "$(PYTHON) cannot make virtual environments (Debian, Ubuntu: sudo apt-get install python3-venv)" >&2; exit 1; }
+	@echo "Installing torch, DeepSpeed and what they need into $(VENV): about 6 GB, some minutes, once." >&2
+	@rm -f $(STAMP); \
+	if [ -e $(VENV)/.installing ] || [ -n "$(strip $(STALE))" ] || ! $(RUN) -c 'import pip' 2>/dev/null; then \
+	  rm -rf $(VENV); mkdir $(VENV); touch $(VENV)/.installing; $(PYTHON) -m venv $(VENV); \
+	fi; \
+	touch $(VENV)/.installing
+	@if [ -n "$(INDEX)" ]; then \
+	  echo "$(INDEX)" > $(VENV)/.torch-index; \
+	  $(PIP) --index-url "$(INDEX)" 'torch>=2.6' 'torchvision>=0.21' \
+	    || { echo "torch could not be installed from TORCH_INDEX=$(INDEX)" >&2; exit 1; }; \
+	fi
+	@$(PIP) --editable '.[dev,tracking]' \
+	  || { echo "The installation failed; the lines above say why. 'make venv' starts it again." >&2; exit 1; }
+	@rm $(VENV)/.installing; touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist *.egg-info

@@ -1,0 +1,20 @@
+"""Self-supervised pretraining of multi-stage vision transformers (EsViT), from tar shards to a report.
+
+The journey, one line a station. B images, V crops, T tokens, C width, K prototypes:
+
+    tar shard            data/shard_writer.py, data/manifest.py     images → name.tar + manifest.json
+    → order              data/order.py                              (seed, epoch, step) → which samples, at any world size
+    → decoded image      data/decode.py, data/stream.py             bytes → uint8 [H, W, 3]
+    → crops              data/crops.py, data/photometric.py         one tensor a resolution: [V_g, B, 3, S_g, S_g]
+    → tokens             models/swin.py                             view [V·B, C], regions [V·B·T, C], all crops in one pass
+    → student/teacher    parallel/engine.py, parallel/ema.py        one forward of each; the teacher sees the 2 globals
+    → loss               objective/esvit.py, objective/prototypes.py  view and region cross-entropies; no [T, K] is ever stored
+    → sharded step       parallel/engine.py, train/loop.py          one optimizer update of the partitions, then EMA, then centre
+    → checkpoint         checkpoint/state.py                        student, teacher, optimizer, centres, cursor: step-00000100/
+    → evaluation         evaluate/features.py, evaluate/knn.py      features [N, C] → k-NN accuracy
+    → report             report/html.py                             one self-contained report.html
+
+Beside it: config.py (every number of a run), cli.py (the commands), doctor.py (what works on this machine).
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,186 @@
+"""A run's state on disk: student, teacher, optimizer, centres and the cursor; saved whole or not at all.
+
+checkpoints/step-00000100/ holds the tensors (storage.py) and state.json (cursor, shapes, config). It is written aside,
+renamed when every rank is done, and only then does checkpoints/latest name it. There is no RNG state to save: every
+random draw of a run is a function of (seed, epoch, sample key, crop) or of (seed, step, position, crop, block).
+"""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esvit_scale import config as config_module
+from esvit_scale import files
+from esvit_scale.checkpoint import storage
+from esvit_scale.checkpoint.storage import Interval, whole
+from esvit_scale.config import Config
+from esvit_scale.errors import UserError
+from esvit_scale.models.registry import build_trunk
+from esvit_scale.parallel import collectives, partitions
+from esvit_scale.parallel.engine import Engines
+
+FORMAT_VERSION = 1
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def save(run: Path, config: Config, engines: Engines, centers: dict[str, Tensor], cursor: dict[str, int]) -> Path:
+    """Writes the state at `cursor["step"]`, then retires all but the last `train.keep_checkpoints`. All ranks call it."""
+    folder = run / "checkpoints" / f"step-{cursor['step']:08d}"
+    aside = folder.with_name(f".{folder.name}.partial")
+    collectives.on_rank_0(lambda: _make_empty(aside))
+    optimizer_steps = _optimizer_steps(engines)
+    storage.save(aside, _intervals(engines, optimizer_steps, centers))
+    state = {
+        "format_version": FORMAT_VERSION,
+        "cursor": cursor,
+        "optimizer_steps": optimizer_steps,
+        "shapes": _shapes(engines.student.module),
+        "config": config.model_dump(mode="json"),
+    }
+    collectives.on_rank_0(lambda: _publish(aside, folder, state, config.train.keep_checkpoints))
+    return folder
+
+
+def restore(folder: Path, engines: Engines, centers: dict[str, Tensor]) -> dict[str, int]:
+    """Reads a checkpoint of any world size and ZeRO stage into engines and `centers`; returns its cursor.
+
+    Raises:
+        UserError: another architecture (the first differing tensors are named), or a damaged checkpoint.
+    """
+    state = read_state(folder)
+    _check_shapes(folder, state["shapes"], _shapes(engines.student.module))
+    _make_moments(engines, state["optimizer_steps"])
+    storage.load(folder, _intervals(engines, state["optimizer_steps"], centers))
+    partitions.publish(engines.student)
+    engines.teacher.publish()
+    return state["cursor"]
+
+
+def latest(run: Path) -> Path | None:
+    """The step folder that checkpoints/latest names, or None before the first save."""
+    pointer = run / "checkpoints" / "latest"
+    if not pointer.exists():
+        return None
+    folder = pointer.parent / Path(pointer.read_text().strip()).name
+    if not folder.is_dir():
+        raise UserError(f"{pointer}: names {folder.name}, which is not there{_others(pointer.parent)}")
+    return folder
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """state.json of a step folder.
+
+    Raises:
+        UserError: not a checkpoint, damaged, or written by a newer version.
+    """
+    path = folder / "state.json"
+    try:
+        state = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{folder}: not a checkpoint (no state.json); give a run dir or one of its step folders") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: damaged: {error}") from None
+    if state.get("format_version") != FORMAT_VERSION:
+        raise UserError(f"{path}: format version {state.get('format_version')}, this program reads {FORMAT_VERSION}")
+    return state
+
+
+def resolve(checkpoint: Path) -> Path:
+    """The step folder meant by a run dir or a step folder."""
+    if not checkpoint.exists():
+        raise UserError(f"{checkpoint}: no such checkpoint; give a run dir or one of its step folders")
+    if (checkpoint / "checkpoints").is_dir():
+        folder = latest(checkpoint)
+        if folder is None:
+            raise UserError(f"{checkpoint}: has no checkpoint yet")
+        return folder
+    return checkpoint
+
+
+def load_teacher(checkpoint: Path) -> tuple[nn.Module, Config]:
+    """The EMA teacher's trunk in fp32 on the CPU, and the run's config. Needs neither DeepSpeed nor a process group."""
+    folder = resolve(checkpoint)
+    state = read_state(folder)
+    config = config_module.validate(state["config"], where=str(folder / "state.json"))
+    trunk = build_trunk(config)
+    stored = {n.removeprefix("trunk."): s for n, s in state["shapes"].items() if n.startswith("trunk.")}
+    _check_shapes(folder, stored, _shapes(trunk))
+    values = {f"ema/trunk.{name}": whole(p.data) for name, p in trunk.named_parameters()}
+    storage.load(folder, values, alone=True)
+    return trunk.eval(), config
+
+
+def _intervals(engines: Engines, optimizer_steps: dict[str, int], centers: dict[str, Tensor]) -> dict[str, Interval]:
+    """Every tensor of the state as this rank holds it; views, so that loading writes into place."""
+    intervals = {f"center/{name}": whole(center) for name, center in centers.items()}
+    for p, ema in zip(engines.partitions, engines.teacher.values, strict=True):
+        total = p.shape.numel()
+        intervals[f"student/{p.name}"] = Interval(p.master, p.start, total)
+        intervals[f"ema/{p.name}"] = Interval(ema, p.start, total)
+        if optimizer_steps[engines.group_of[p.name]] > 0:
+            moments = engines.optimizer.state[p.flat]
+            for key in MOMENTS:
+                intervals[f"{key}/{p.name}"] = Interval(p.within(moments[key]), p.start, total)
+    return intervals
+
+
+def _optimizer_steps(engines: Engines) -> dict[str, int]:
+    """Steps that Adam has counted, by parameter group: 0 for a last layer that was frozen so far."""
+    mine = dict.fromkeys(engines.group_of.values(), 0)
+    for p in engines.partitions:
+        state = engines.optimizer.state.get(p.flat)
+        if state:
+            mine[engines.group_of[p.name]] = int(state["step"])
+    everyone = collectives.gather_objects(mine)
+    return {group: max(steps[group] for steps in everyone) for group in mine}
+
+
+def _make_moments(engines: Engines, optimizer_steps: dict[str, int]) -> None:
+    fused = bool(engines.optimizer.defaults.get("fused"))
+    for p in engines.partitions:
+        step = optimizer_steps[engines.group_of[p.name]]
+        if step == 0:
+            engines.optimizer.state.pop(p.flat, None)
+        elif p.flat not in engines.optimizer.state:
+            counter = torch.tensor(float(step), device=p.flat.device if fused else "cpu")
+            engines.optimizer.state[p.flat] = {"step": counter} | {key: torch.zeros_like(p.flat) for key in MOMENTS}
+
+
+def _shapes(module: nn.Module) -> dict[str, list[int]]:
+    named = ((name, p) for name, p in module.named_parameters() if p.requires_grad)
+    return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in named}
+
+
+def _check_shapes(folder: Path, stored: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:
+    lines = [f"{n}: {stored.get(n, 'absent')} in the checkpoint, {s} in the model" for n, s in wanted.items() if stored.get(n) != s]
+    lines += [f"{n}: {s} in the checkpoint, absent in the model" for n, s in stored.items() if n not in wanted]
+    if lines:
+        more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
+        raise UserError(f"{folder}: a checkpoint of another architecture: {'; '.join(lines[:3])}{more}")
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _publish(aside: Path, folder: Path, state: dict[str, Any], keep: int) -> None:
+    files.write_json(aside / "state.json", state)
+    files.sync_folder(aside)
+    if folder.exists():
+        shutil.rmtree(folder)
+    aside.rename(folder)
+    files.sync_folder(folder.parent)
+    files.write_text(folder.parent / "latest", folder.name + "\n")
+    for old in sorted(folder.parent.glob("step-*"))[:-keep]:
+        if old != folder:
+            shutil.rmtree(old)
+
+
+def _others(checkpoints: Path) -> str:
+    steps = sorted(folder.name for folder in checkpoints.glob("step-*"))
+    return f"; there are {', '.join(steps[-3:])}: write one of these names into latest" if steps else ""

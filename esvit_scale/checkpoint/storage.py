@@ -1,0 +1,180 @@
+"""Flat intervals of named tensors, saved by many ranks and read back by any number of others.
+
+torch.distributed.checkpoint does the work; two planners teach it our `Interval`. Each tensor is stored flattened, so a
+checkpoint knows nothing of ZeRO stages or world sizes. Its index file is a pickle: it is read with an allow-list,
+because a checkpoint may come from anywhere.
+"""
+
+import io
+import pickle
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from esvit_scale.errors import UserError
+from esvit_scale.parallel import collectives
+
+INDEX_FILE = ".metadata"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """This process's part [start, start + len(values)) of a flattened tensor of `total` elements."""
+
+    values: Tensor  # 1-D; read into in place
+    start: int
+    total: int
+
+    @property
+    def chunk(self) -> ChunkStorageMetadata:
+        return ChunkStorageMetadata(torch.Size([self.start]), torch.Size([self.values.numel()]))
+
+
+def whole(tensor: Tensor) -> Interval:
+    flat = tensor.view(-1)
+    return Interval(flat, 0, flat.numel())
+
+
+def save(folder: Path, intervals: dict[str, Interval]) -> None:
+    """All ranks together write their intervals; an interval that several ranks hold is written once."""
+    group = collectives.control_group() if collectives.world_size() > 1 else None
+    with _without_single_process_warning():
+        dcp.save(intervals, checkpoint_id=folder, planner=_SavePlanner(), process_group=group, no_dist=group is None)
+
+
+def load(folder: Path, intervals: dict[str, Interval], alone: bool = False) -> None:
+    """Fills the intervals in place, whatever intervals the checkpoint was written in.
+
+    Args:
+        alone: this process reads by itself, also when it is one of many.
+    """
+    no_dist = alone or collectives.world_size() == 1
+    group = None if no_dist else collectives.control_group()
+    with _without_single_process_warning():
+        dcp.load(
+            intervals,
+            storage_reader=_SafeReader(folder),
+            planner=_LoadPlanner(),
+            process_group=group,
+            no_dist=no_dist,
+        )
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Elements of every tensor in a checkpoint.
+
+    Raises:
+        UserError: the index is missing or damaged.
+    """
+    metadata = _SafeReader(folder).read_metadata()
+    return {k: m.size.numel() for k, m in metadata.state_dict_metadata.items() if isinstance(m, TensorStorageMetadata)}
+
+
+@contextmanager
+def _without_single_process_warning() -> Iterator[None]:
+    """One process is a case like any other here, not something to warn about."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        yield
+
+
+class _SavePlanner(DefaultSavePlanner):
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def create_local_plan(self) -> SavePlan:
+        self.plan = SavePlan([_write_item(name, interval) for name, interval in self.state_dict.items()])
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        return self.state_dict[write_item.index.fqn].values.detach()
+
+
+def _write_item(name: str, interval: Interval) -> WriteItem:
+    properties = TensorProperties(dtype=interval.values.dtype)
+    data = TensorWriteData(interval.chunk, properties, torch.Size([interval.total]))
+    return WriteItem(MetadataIndex(name, interval.chunk.offsets), WriteItemType.SHARD, tensor_data=data)
+
+
+class _LoadPlanner(DefaultLoadPlanner):
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        stored = self.metadata.state_dict_metadata
+        items: list[ReadItem] = []
+        for name, interval in self.state_dict.items():
+            items += create_read_items_for_chunk_list(name, stored[name], [interval.chunk])  # type: ignore[arg-type]
+        return LoadPlan(items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self.state_dict[index.fqn].values
+
+
+class _SafeReader(dcp.FileSystemReader):
+    """Reads the index with an unpickler that knows only the index's own classes."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        path = Path(self.path) / INDEX_FILE
+        try:
+            metadata = _IndexUnpickler(io.BytesIO(path.read_bytes())).load()
+        except FileNotFoundError:
+            raise UserError(f"{path.parent}: not a complete checkpoint: {INDEX_FILE} is missing") from None
+        except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, ImportError, TypeError, ValueError) as error:
+            raise UserError(f"{path}: damaged or not a checkpoint index: {error}") from None
+        if not isinstance(metadata, Metadata):
+            raise UserError(f"{path}: not a checkpoint index")
+        return metadata
+
+
+class _IndexUnpickler(pickle.Unpickler):  # noqa: S301 (this class is what makes it safe)
+    _MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+    _NAMES = frozenset(
+        {
+            ("torch", "Size"),
+            ("torch.serialization", "_get_layout"),
+            ("pathlib", "PosixPath"),
+            ("pathlib._local", "PosixPath"),
+            ("collections", "OrderedDict"),
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if "." not in name and (module in self._MODULES and name[:1] in "_ABCDEFGHIJKLMNOPQRSTUVWXYZ"):
+            found = super().find_class(module, name)
+            if isinstance(found, type) and found.__module__ == module:
+                return found
+        elif is_dtype or (module, name) in self._NAMES:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint of ours contains")

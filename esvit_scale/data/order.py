@@ -1,0 +1,120 @@
+"""Which sample comes when: a pure function of (seed, epoch, manifest), the same at any world size and worker count.
+
+An epoch's order is the shards permuted, then the samples shuffled within windows of `shuffle_window` consecutive
+shards, so that a reader touches few shards at a time. Of its N positions the first T·B are used (T = ⌊N/B⌋ steps of B
+images); the last N mod B are dropped. Slot s of S reads the contiguous positions [s·L, (s+1)·L) with L = T·B/S, and the
+global batch of step t holds positions s·L + t·(B/S) + i of every slot s. Ranks and loader workers each own whole
+slots: how many of them there are decides who reads a sample, never which samples a batch holds.
+
+Only numpy. The state is O(shards), plus a bounded cache of window permutations. Random numbers are raw bits of a numpy
+bit generator, whose streams numpy guarantees; its `Generator` methods may change between releases.
+"""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from esvit_scale.errors import UserError
+
+CACHED_POSITIONS = 4_000_000  # of window permutations: 32 MB at most
+
+
+class Order:
+    """The order of one epoch.
+
+    Args:
+        seed, epoch: whole numbers ≥ 0.
+        counts: samples of every shard, in the manifest's order.
+        global_batch: B, images per step over all ranks.
+        slots: S, canonical slots; divides B.
+        shuffle_window: shards whose samples are shuffled together.
+
+    Raises:
+        UserError: fewer samples than one batch, or slots that do not divide the batch.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        epoch: int,
+        counts: "Sequence[int] | NDArray[np.int64]",
+        global_batch: int,
+        slots: int,
+        shuffle_window: int,
+    ) -> None:
+        counts = np.asarray(counts, dtype=np.int64)
+        if global_batch % slots:
+            raise UserError(f"data.slots: {slots} slots do not divide train.global_batch={global_batch}")
+        self.samples = int(counts.sum())
+        self.steps = steps_per_epoch(self.samples, global_batch)
+        self._seed, self._epoch = seed, epoch
+        self._per_slot = global_batch // slots
+        self._slot_length = self.steps * self._per_slot  # L
+        self._shards = _permutation(len(counts), seed, epoch, "shards")
+        self._starts = np.concatenate([[0], np.cumsum(counts[self._shards])])  # of each shard, in the epoch's order
+        self._window_starts = np.append(self._starts[:-1:shuffle_window], self.samples)
+        self._permutations: OrderedDict[int, NDArray[np.int64]] = OrderedDict()
+        self._cached = 0
+
+    def position(self, step: int, slot: int, i: int) -> int:
+        """The order position of image `i` (0..B/S-1) of `slot` in the global batch of `step`."""
+        return slot * self._slot_length + step * self._per_slot + i
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """(shard, index in the shard) of a position in 0..N-1; shards are numbered as in the manifest."""
+        if not 0 <= position < self.samples:
+            raise IndexError(f"position {position} is not in 0..{self.samples - 1}")
+        window = int(np.searchsorted(self._window_starts, position, side="right")) - 1
+        start = int(self._window_starts[window])
+        shuffled = start + int(self._window_permutation(window)[position - start])
+        shard = int(np.searchsorted(self._starts, shuffled, side="right")) - 1
+        return int(self._shards[shard]), shuffled - int(self._starts[shard])
+
+    def substitute(self, position: int, attempt: int) -> int:
+        """The position whose sample stands in for the bad one at `position`; a pure function of both."""
+        if self.samples == 1:
+            return position
+        other = _hash(self._seed, self._epoch, "substitute", position, attempt) % (self.samples - 1)
+        return other + (other >= position)
+
+    def _window_permutation(self, window: int) -> NDArray[np.int64]:
+        found = self._permutations.get(window)
+        if found is None:
+            size = int(self._window_starts[window + 1] - self._window_starts[window])
+            found = self._permutations[window] = _permutation(size, self._seed, self._epoch, "window", window)
+            self._cached += size
+            while self._cached > CACHED_POSITIONS and len(self._permutations) > 1:
+                self._cached -= len(self._permutations.popitem(last=False)[1])
+        else:
+            self._permutations.move_to_end(window)
+        return found
+
+
+def steps_per_epoch(samples: int, global_batch: int) -> int:
+    """T = ⌊N/B⌋.
+
+    Raises:
+        UserError: the set is smaller than one batch.
+    """
+    if samples < global_batch:
+        raise UserError(
+            f"train.global_batch: {global_batch} images, but the set holds {samples} samples; "
+            + (f"set train.global_batch={samples} or less" if samples else "write shards with samples first")
+        )
+    return samples // global_batch
+
+
+def _hash(*parts: int | str) -> int:
+    """A 64-bit hash of small plain values, the same on every machine."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
+
+
+def _permutation(n: int, *key: int | str) -> NDArray[np.int64]:
+    """A permutation of 0..n-1 drawn from `key`: indices sorted by random high bits, ties broken by the index."""
+    low = np.uint64(max(n - 1, 1).bit_length())
+    bits = np.asarray(np.random.PCG64(_hash(*key)).random_raw(n), dtype=np.uint64)
+    tagged = np.sort((bits >> low << low) | np.arange(n, dtype=np.uint64))
+    return (tagged & ((np.uint64(1) << low) - np.uint64(1))).astype(np.int64)

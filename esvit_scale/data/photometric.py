@@ -1,0 +1,183 @@
+"""Colour, blur and solarisation of crops, as one batched pass on whatever device the crops are on.
+
+The recipe is DINO's, which EsViT uses (its `DataAugmentationDINO`): colour jitter (.4, .4, .2, .1) with p .8 in a random
+order of its four operations, grayscale p .2, Gaussian blur of radius U(.1, 2) (p 1 for the first global crop, .1 for
+the second, .5 for local crops), solarisation p .2 (second global only), then ImageNet mean and standard deviation.
+Parameters are drawn per crop of each sample from its key, so a batch's composition changes nobody's pixels.
+
+Against the official Pillow pipeline, which rounds to 8 bits after every operation, values differ by that rounding only.
+"""
+
+from collections.abc import Callable
+from itertools import permutations
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, Pillow's grey
+BLUR_RATE = (1.0, 0.1, 0.5)  # first global, second global, local
+BLUR_RADIUS = (0.1, 2.0)
+JITTER = (0.4, 0.4, 0.2, 0.1)  # brightness, contrast, saturation, hue
+ORDERS = tuple(permutations(range(4)))  # the orders of the four jitter operations
+BOX_REACH = 2  # pixels on either side that one box pass of the largest radius reaches
+
+
+class Photometric(NamedTuple):
+    """Parameters of crops; all fields share their leading shape ([V, B] from the stream, [N] flattened)."""
+
+    order: Tensor  # int64: which of ORDERS the jitter takes; -1: no jitter
+    factors: Tensor  # float32 [..., 4]: brightness, contrast, saturation factor; hue shift in turns
+    grayscale: Tensor  # bool
+    radius: Tensor  # float32: blur radius in pixels, 0: no blur
+    solarize: Tensor  # bool
+
+    def to(self, device: torch.device | str) -> "Photometric":
+        return Photometric(*(field.to(device, non_blocking=True) for field in self))
+
+    def crops(self, start: int, stop: int) -> "Photometric":
+        """The parameters of crops start..stop-1 of every image, flattened to [(stop-start)·B] like the crops'
+        `flatten(0, 1)`."""
+        return Photometric(*(field[start:stop].flatten(0, 1) for field in self))
+
+
+class Draw(NamedTuple):
+    """Photometric parameters of one crop; the fields of `Photometric` as plain numbers."""
+
+    order: int
+    factors: tuple[float, float, float, float]
+    grayscale: bool
+    radius: float
+    solarize: bool
+
+
+def draw(rng: np.random.Generator, crop: int) -> Draw:
+    """Parameters for crop number `crop` of a sample (0 and 1 are the globals), from its own generator."""
+    u = rng.random(10)
+    b, c, s, h = ((2 * float(v) - 1) * reach for v, reach in zip(u[2:6], JITTER, strict=True))
+    return Draw(
+        order=int(u[1] * len(ORDERS)) if u[0] < 0.8 else -1,
+        factors=(1 + b, 1 + c, 1 + s, h),
+        grayscale=bool(u[6] < 0.2),
+        radius=BLUR_RADIUS[0] + (BLUR_RADIUS[1] - BLUR_RADIUS[0]) * float(u[8]) if u[7] < BLUR_RATE[min(crop, 2)] else 0.0,
+        solarize=bool(crop == 1 and u[9] < 0.2),
+    )
+
+
+def stack(draws: list[list[Draw]]) -> Photometric:
+    """Parameters [V][B] as tensors with the leading shape [V, B]."""
+    columns = [[[d[field] for d in row] for row in draws] for field in range(len(Draw._fields))]
+    types = (torch.int64, torch.float32, torch.bool, torch.float32, torch.bool)
+    return Photometric(*(torch.tensor(c, dtype=t) for c, t in zip(columns, types, strict=True)))
+
+
+def concatenate(parts: list[Photometric], dim: int) -> Photometric:
+    return Photometric(*(torch.cat(fields, dim) for fields in zip(*parts, strict=True)))
+
+
+def apply(crops: Tensor, params: Photometric) -> Tensor:
+    """Augment and normalise. Keep `params` on the host: which rows an operation touches is decided there, so that the
+    host never waits for the device.
+
+    Args:
+        crops: uint8 [N, 3, S, S].
+        params: of those N crops (flattened).
+
+    Returns:
+        float32 [N, 3, S, S], normalised with ImageNet's mean and standard deviation, on the crops' device.
+    """
+    x = crops.to(torch.float32).mul_(1 / 255)
+    orders = torch.tensor([*ORDERS, (-1,) * 4], device=params.order.device)[params.order]  # [N, 4]
+    for place in range(4):
+        for operation, function in enumerate((_brightness, _contrast, _saturation, _hue)):
+            _on_rows(x, orders[:, place] == operation, function, params.factors[:, operation])
+    _on_rows(x, params.grayscale, _grayscale)
+    _on_rows(x, params.radius > 0, _blur, params.radius)
+    _on_rows(x, params.solarize, _solarize)
+    return normalize_(x)
+
+
+def normalize_(x: Tensor) -> Tensor:
+    """[N, 3, S, S] in 0..1 → ImageNet-normalised, in place."""
+    mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (MEAN, STD))
+    return x.sub_(mean).div_(std)
+
+
+def _on_rows(x: Tensor, chosen: Tensor, function: Callable[..., Tensor], *parameters: Tensor) -> None:
+    """x[rows] = function(x[rows], *parameters[rows]) for the chosen rows."""
+    rows = chosen.nonzero().flatten()
+    if len(rows):
+        arguments = [p[rows].to(x.device, non_blocking=True).view(-1, 1, 1, 1) for p in parameters]
+        rows = rows.to(x.device, non_blocking=True)
+        x.index_copy_(0, rows, function(x.index_select(0, rows), *arguments))
+
+
+def _grey(x: Tensor) -> Tensor:
+    """[N, 1, S, S]"""
+    return (x[:, 0] * LUMA[0]).add_(x[:, 1], alpha=LUMA[1]).add_(x[:, 2], alpha=LUMA[2]).unsqueeze(1)
+
+
+def _brightness(x: Tensor, factor: Tensor) -> Tensor:
+    return x.mul_(factor).clamp_(max=1)
+
+
+def _contrast(x: Tensor, factor: Tensor) -> Tensor:
+    mean = _grey(x).mean((2, 3), keepdim=True)
+    return x.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
+
+
+def _saturation(x: Tensor, factor: Tensor) -> Tensor:
+    grey = _grey(x)
+    return x.mul_(factor).add_(grey * (1 - factor)).clamp_(0, 1)
+
+
+def _hue(x: Tensor, shift: Tensor) -> Tensor:
+    """Turn the hue by `shift` turns, HSV value and saturation kept.
+
+    A hue h has channel c = max − chroma · clamp(min(k, 4 − k), 0, 1) with k = (n_c + 6h) mod 6, n = 5, 3, 1: no table of
+    the six sectors is needed.
+    """
+    highest, lowest = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
+    chroma = highest - lowest
+    r, g, b = x.unbind(1)
+    inverse = chroma.squeeze(1).clamp(min=1e-12).reciprocal_()
+    is_r, is_g = r == highest.squeeze(1), g == highest.squeeze(1)
+    sixths = torch.where(is_r, (g - b) * inverse, torch.where(is_g, (b - r) * inverse + 2, (r - g) * inverse + 4))
+    sixths = sixths.add_(6 * shift.squeeze(1)).unsqueeze(1)  # 6h, [N, 1, S, S]
+    k = (sixths + torch.tensor([5.0, 3.0, 1.0], device=x.device).view(3, 1, 1)).remainder_(6)
+    return torch.addcmul(highest, torch.minimum(k, 4 - k).clamp_(0, 1), chroma, value=-1)
+
+
+def _grayscale(x: Tensor) -> Tensor:
+    return _grey(x).expand_as(x)
+
+
+def _blur(x: Tensor, radius: Tensor) -> Tensor:
+    """Pillow's Gaussian blur as two products with one banded matrix [S, S] per image."""
+    n, channels, size, _ = x.shape
+    matrix = blur_matrices(radius.flatten(), size)  # [n, S, S]
+    rows = torch.bmm(x.reshape(n, channels * size, size), matrix.transpose(1, 2)).view_as(x)
+    return torch.matmul(matrix.unsqueeze(1), rows)
+
+
+def blur_matrices(radius: Tensor, size: int) -> Tensor:
+    """[n, S, S]: blur along one axis, row i holding the weights of output pixel i. As Pillow's `GaussianBlur(radius)`:
+    three passes of a box of fractional width whose variances add up to radius² (Gwosdek et al., extended box filters),
+    each with edge replication."""
+    variance = radius.double().unsqueeze(1) ** 2 / 3  # of one pass
+    whole = ((12 * variance + 1).sqrt().sub(1) / 2).floor()
+    fraction = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
+    offsets = torch.arange(-BOX_REACH, BOX_REACH + 1, device=radius.device)
+    taps = torch.where(offsets.abs() <= whole, 1.0, torch.where(offsets.abs() == whole + 1, fraction, 0.0))
+    taps = (taps / (2 * (whole + fraction) + 1)).float()  # [n, 5]
+    source = (torch.arange(size, device=radius.device).unsqueeze(1) + offsets).clamp_(0, size - 1)  # [S, 5]
+    box = torch.zeros(len(radius), size, size, device=radius.device)
+    box.scatter_add_(2, source.expand(len(radius), -1, -1), taps.unsqueeze(1).expand(-1, size, -1))
+    return box @ box @ box
+
+
+def _solarize(x: Tensor) -> Tensor:
+    return torch.where(x >= 127.5 / 255, 1 - x, x)

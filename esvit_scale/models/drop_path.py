@@ -1,0 +1,66 @@
+"""Stochastic depth without a random generator: every decision is a hash of what it is for.
+
+A crop of an image at a step has a key; a residual branch of a block is kept for that crop or not by a hash of
+(key, block, branch). So the draws do not depend on rank, world size, micro-batches or recomputation.
+"""
+
+import torch
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15  # splitmix64 (Steele, Lea and Flood 2014): increment and finaliser
+_MIX_1 = 0xBF58476D1CE4E5B9
+_MIX_2 = 0x94D049BB133111EB
+
+
+def _signed(value: int) -> int:
+    value &= (1 << 64) - 1
+    return value - (1 << 64) if value >> 63 else value
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical shift: torch's >> on int64 keeps the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _hash(state: Tensor, value: Tensor | int) -> Tensor:
+    """int64 → int64: `value` folded into `state`, every output bit depending on every input bit."""
+    if isinstance(value, int):
+        x = state + _signed((value + 1) * _GOLDEN)
+    else:
+        x = state + (value + 1) * _signed(_GOLDEN)
+    x = (x ^ _shift_right(x, 30)) * _signed(_MIX_1)
+    x = (x ^ _shift_right(x, 27)) * _signed(_MIX_2)
+    return x ^ _shift_right(x, 31)
+
+
+def drop_keys(seed: int, step: int, positions: Tensor, crops: int) -> Tensor:
+    """One key per crop image.
+
+    Args:
+        seed, step: of the run, and which batch of it.
+        positions: int64 [B], each image's position in the global batch.
+        crops: V, crops per image.
+
+    Returns:
+        int64 [V·B] in the order in which crops are stacked: crop 0 of all images, crop 1 of all images, …
+    """
+    state = _hash(_hash(torch.zeros_like(positions), seed), step)
+    images = _hash(state, positions)
+    return _hash(images[None, :], torch.arange(crops, device=positions.device)[:, None]).reshape(-1)
+
+
+def keep_scales(keys: Tensor, rates: Tensor) -> Tensor:
+    """The factor of every residual branch: 0 where it is dropped, else 1/(1 − rate).
+
+    Args:
+        keys: int64 [n], one per crop image.
+        rates: float32 [depth], the blocks' drop rates.
+
+    Returns:
+        float32 [depth, 2, n]; the two branches (attention, MLP) are drawn independently.
+    """
+    branches = torch.arange(2 * len(rates), device=keys.device)[:, None]
+    uniform = _shift_right(_hash(keys[None, :], branches), 40).float() / (1 << 24)  # exact: 24 bits
+    rate = rates.to(keys.device).repeat_interleave(2)[:, None]
+    scale = torch.where(uniform >= rate, 1 / (1 - rate).clamp_min(1e-6), torch.zeros_like(rate))
+    return scale.view(len(rates), 2, -1)

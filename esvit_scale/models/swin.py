@@ -1,0 +1,296 @@
+"""Swin V1, packed: every crop of every size in one pass.
+
+Swin Transformer (Liu et al. 2021) as EsViT runs it (Li et al. 2022). All windows have one size whatever the crop, so
+the tokens of all crops form one list [N, C]: per-token layers run once over it, and windows of all crops share one
+attention call. The numbers are those of one pass per resolution; a ZeRO-3 engine gathers each layer once.
+
+Parameter names are the official ones, so checkpoints map by name.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from esvit_scale.models.drop_path import keep_scales
+from esvit_scale.models.windows import (
+    Grids,
+    Permutation,
+    WindowPlan,
+    crop_of_token,
+    from_slots,
+    merge_plan,
+    merged,
+    relative_position_index,
+    storage_plan,
+    to_slots,
+    total_tokens,
+    window_plan,
+)
+
+PATCH = 4  # pixels
+NORM_EPS = 1e-6
+
+
+class Features(NamedTuple):
+    """What a trunk returns for a multi-crop batch."""
+
+    view: Tensor  # [ΣB, C] mean of each crop's tokens, crops in order
+    regions: Tensor  # [ΣB·T, C] tokens after the final norm, crops in order, each row-major
+    grids: list[tuple[int, int, int]]  # (crops, H, W) per resolution group
+
+
+class TokenMap(NamedTuple):
+    """The output of one block."""
+
+    tokens: Tensor  # [ΣB·T, C], crops in order, each row-major
+    grids: list[tuple[int, int, int]]
+
+
+class Swin(nn.Module):
+    """A Swin V1 trunk.
+
+    Args:
+        embed_dim: C of the first stage; it doubles at each further stage.
+        depths, heads: per stage.
+        window: tokens along a window's side. A stage whose map (of a global crop) is not larger than the window has
+            one window of the map's size and no shift.
+        size: pixels of the global crops; fixes windows and shifts, for crops of any other size too.
+        drop_path: stochastic-depth rate of the last block; rates grow linearly from 0.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        depths: tuple[int, ...],
+        heads: tuple[int, ...],
+        window: int = 7,
+        size: int = 224,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.depths = tuple(depths)
+        self.dim = embed_dim * 2 ** (len(depths) - 1)
+        self.drop_rates = [drop_path * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]
+        self.patch_embed = PatchEmbed(embed_dim)
+        stages = []
+        for i, (depth, n_heads) in enumerate(zip(depths, heads, strict=True)):
+            resolution = size // PATCH // 2**i
+            clipped = resolution <= window
+            stages.append(
+                Stage(
+                    embed_dim * 2**i,
+                    depth,
+                    n_heads,
+                    window=resolution if clipped else window,
+                    shift=0 if clipped else window // 2,
+                    downsample=i < len(depths) - 1,
+                )
+            )
+        self.layers = nn.ModuleList(stages)
+        self.norm = nn.LayerNorm(self.dim, eps=NORM_EPS)
+        # How a block is called: parallel.activation_checkpointing puts a checkpointing call here.
+        self.run_block: Callable[..., Tensor] = call
+
+    @property
+    def stages(self) -> list["Stage"]:
+        return cast(list[Stage], list(self.layers))
+
+    @property
+    def blocks(self) -> list["Block"]:
+        return [cast(Block, block) for stage in self.stages for block in stage.blocks]
+
+    def forward(self, crops: list[Tensor], drop_keys: Tensor | None = None) -> Features:
+        """
+        Args:
+            crops: one tensor per resolution group, [N_g, 3, S_g, S_g], normalised pixels. Sizes that are not a
+                multiple of 4 are padded right and bottom with zeros.
+            drop_keys: int64 [ΣN_g], one key per crop image (`models.drop_path.drop_keys`); None: every branch is kept.
+        """
+        *_, (tokens, grids, window) = self._block_outputs(crops, drop_keys)
+        regions = from_slots(self.norm(tokens), storage_plan(grids, window, tokens.device))  # [ΣB·T, C]
+        views = [maps.view(n, h * w, -1).mean(1) for maps, (n, h, w) in _per_group(regions, grids)]
+        return Features(torch.cat(views), regions, list(grids))
+
+    def last_blocks(self, crops: list[Tensor], n: int) -> list[TokenMap]:
+        """Token maps of the last n blocks, in order; those of the last stage after the final norm."""
+        maps = []
+        for i, (tokens, grids, window) in enumerate(self._block_outputs(crops, None)):
+            if i < sum(self.depths) - n:
+                continue
+            if i >= sum(self.depths[:-1]):
+                tokens = self.norm(tokens)
+            maps.append(TokenMap(from_slots(tokens, storage_plan(grids, window, tokens.device)), list(grids)))
+        return maps
+
+    def _block_outputs(self, crops: list[Tensor], drop_keys: Tensor | None) -> Any:
+        """After each block: (tokens [N, C] in the stage's order, grids, window)."""
+        grids: Grids = tuple((len(x), -(-x.shape[-2] // PATCH), -(-x.shape[-1] // PATCH)) for x in crops)
+        windows = [stage.window for stage in self.stages]
+        device = crops[0].device
+        scales = keep_scales(drop_keys, torch.tensor(self.drop_rates)) if drop_keys is not None else None
+        tokens = self.patch_embed(crops, grids, storage_plan(grids, windows[0], device))  # [N, C]
+        i = 0
+        for s, stage in enumerate(self.stages):
+            plans = [window_plan(grids, stage.window, shift, device) for shift in stage.shifts]
+            of_crop = crop_of_token(grids, device)
+            for block, plan in zip(stage.blocks, plans, strict=True):
+                keep_attn = keep_mlp = None
+                if scales is not None and self.drop_rates[i] > 0:
+                    keep_attn, keep_mlp = scales[i].to(tokens.dtype).index_select(1, of_crop).unsqueeze(-1)  # [N, 1]
+                tokens = self.run_block(block, tokens, plan, keep_attn, keep_mlp)
+                i += 1
+                yield tokens, grids, stage.window
+            if stage.downsample is not None:
+                tokens = stage.downsample(tokens, merge_plan(grids, stage.window, windows[s + 1], device))
+                grids = merged(grids)
+
+
+class PatchEmbed(nn.Module):
+    """4×4 patches → tokens."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.proj = PatchProjection(dim)
+        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+
+    def forward(self, crops: list[Tensor], grids: Grids, order: Permutation) -> Tensor:
+        """Crops [N_g, 3, S_g, S_g] → [N, C] in the first stage's order."""
+        patches = crops[0].new_empty(total_tokens(grids), 3 * PATCH * PATCH, dtype=self.proj.weight.dtype)
+        for rows, crop, (n, h, w) in zip(_split(patches, grids), crops, grids, strict=True):
+            if crop.shape[-2:] != (h * PATCH, w * PATCH):
+                crop = F.pad(crop, (0, w * PATCH - crop.shape[-1], 0, h * PATCH - crop.shape[-2]))
+            rows.view(n, h, w, 3, PATCH, PATCH).copy_(crop.view(n, 3, h, PATCH, w, PATCH).permute(0, 2, 4, 1, 3, 5))
+        return self.norm(self.proj(to_slots(patches, order)))
+
+
+class PatchProjection(nn.Conv2d):
+    """The official patch convolution (its parameters and shapes), applied to patches that are rows already."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(3, dim, PATCH, stride=PATCH)
+
+    def forward(self, patches: Tensor) -> Tensor:  # [N, 48] → [N, C]
+        return F.linear(patches, self.weight.flatten(1), self.bias)
+
+
+class Stage(nn.Module):
+    """Blocks of one resolution, then patch merging. Swin drives the blocks; this only owns them."""
+
+    def __init__(self, dim: int, depth: int, heads: int, window: int, shift: int, downsample: bool) -> None:
+        super().__init__()
+        self.window = window
+        self.shifts = [shift if i % 2 else 0 for i in range(depth)]
+        self.blocks = nn.ModuleList(Block(dim, heads, window) for _ in range(depth))
+        self.downsample = PatchMerging(dim) if downsample else None
+
+
+class Block(nn.Module):
+    """Window attention and MLP, pre-norm. One call a block: the unit of ZeRO-3 and of activation checkpointing."""
+
+    def __init__(self, dim: int, heads: int, window: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.attn = WindowAttention(dim, heads, window)
+        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.mlp = Mlp(dim)
+
+    def forward(self, tokens: Tensor, plan: WindowPlan, keep_attn: Tensor | None, keep_mlp: Tensor | None) -> Tensor:
+        """tokens [N, C] → [N, C]; keep_* [N, 1] scales a branch (0: dropped), None keeps it."""
+        tokens = _add(tokens, self.attn(self.norm1(tokens), plan), keep_attn)
+        return _add(tokens, self.mlp(self.norm2(tokens)), keep_mlp)
+
+
+class WindowAttention(nn.Module):
+    """softmax(QKᵀ/√d + relative position bias + mask) V within windows; qkv and proj run on real tokens only."""
+
+    def __init__(self, dim: int, heads: int, window: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.window = window
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
+        self.qkv = SlotLinear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, tokens: Tensor, plan: WindowPlan) -> Tensor:  # [N, C] → [N, C]
+        length = self.window**2
+        index = relative_position_index(self.window, tokens.device)
+        bias = self.relative_position_bias_table.index_select(0, index).view(length, length, -1).permute(2, 0, 1)
+        qkv = self.qkv(tokens, plan.slots).view(-1, length, 3, self.heads, tokens.shape[1] // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [windows, heads, window², d]
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        attention = AddBias.apply(scores, bias, plan.masks).softmax(-1)  # the kernel reduces in fp32
+        mixed = (attention @ v).transpose(1, 2).reshape(-1, tokens.shape[1])  # [slots, C]
+        return self.proj(from_slots(mixed, plan.slots))
+
+
+class SlotLinear(nn.Linear):
+    """A linear layer on real tokens whose output is laid into window slots.
+
+    A pad is a zero token to Swin, so its output is the bias, known without computing it.
+    """
+
+    def forward(self, tokens: Tensor, plan: Permutation) -> Tensor:  # type: ignore[override]  # [N, C] → [slots, 3C]
+        return to_slots(super().forward(tokens), plan, fill=self.bias)
+
+
+class AddBias(torch.autograd.Function):
+    """In place: scores [windows, heads, L, L] + bias [heads, L, L] + the mask of each window's class."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, bias: Tensor, masks: tuple[tuple[int, int, Tensor], ...]) -> Tensor:
+        ctx.mark_dirty(scores)
+        ctx.bias_dtype = bias.dtype
+        bias = bias.to(scores.dtype)
+        done = masks[0][0] if masks else len(scores)
+        scores[:done].add_(bias)
+        for first, end, mask in masks:
+            scores[first:end].add_(bias + mask.to(scores.dtype))
+        return scores
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, grad.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None, None
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(tokens)))
+
+
+class PatchMerging(nn.Module):
+    """Four neighbouring tokens → one of twice the width; odd maps are padded with zeros."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.norm = nn.LayerNorm(4 * dim, eps=NORM_EPS)
+
+    def forward(self, tokens: Tensor, plan: Permutation) -> Tensor:  # [N, C] → [N', 2C]
+        quads = to_slots(tokens, plan).view(-1, 4 * tokens.shape[1])
+        return self.reduction(self.norm(quads))
+
+
+def call(block: nn.Module, *args: Any) -> Tensor:
+    return block(*args)
+
+
+def _add(tokens: Tensor, branch: Tensor, keep: Tensor | None) -> Tensor:
+    return tokens + branch if keep is None else torch.addcmul(tokens, branch, keep)
+
+
+def _split(tokens: Tensor, grids: Grids) -> tuple[Tensor, ...]:
+    return tokens.split([n * h * w for n, h, w in grids])
+
+
+def _per_group(tokens: Tensor, grids: Grids) -> Any:
+    return zip(_split(tokens, grids), grids, strict=True)

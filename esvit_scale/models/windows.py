@@ -1,0 +1,213 @@
+"""Where every token of a packed batch lies: index plans for windows and patch merging.
+
+A packed batch is one list of tokens [N, C]: resolution group after group, crop after crop. Inside a crop tokens are
+kept in the order of the stage's unshifted windows, so that for maps that a window divides, windows are a plain view.
+Plans are made on the host with numpy, once per layout, and cached.
+"""
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Grids = tuple[tuple[int, int, int], ...]  # (crops, H, W) of each resolution group
+
+MASKED = -100.0  # what Swin adds to the score of two tokens that the shift brought together
+
+
+class Permutation(NamedTuple):
+    """Tokens laid into slots. Every token has exactly one slot; the slots without a token are pads."""
+
+    tokens: Tensor  # int64 [slots]: the token of each slot (0 for pads)
+    inverse: Tensor  # int64 [N]: the slot of each token
+    pads: Tensor  # int64 [pads]: slots without a token
+    identity: bool  # slot i holds token i, no pads
+
+
+class WindowPlan(NamedTuple):
+    """Windows of one block. Windows of one mask class are neighbours, so that a mask is added to a slice."""
+
+    slots: Permutation  # [windows · window², …]
+    window: int
+    masks: tuple[tuple[int, int, Tensor], ...]  # (first window, end, float32 [window², window²])
+
+
+class _Permute(torch.autograd.Function):
+    """Row gather whose backward is a gather as well (autograd's own is a scatter-add, several times slower)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, fill: Tensor | None, to: Tensor, back: Tensor, to_pads: Tensor, back_pads: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(back, to_pads, back_pads)
+        ctx.fill_dtype = fill.dtype if fill is not None else None
+        return _take(rows, to, to_pads, fill)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        back, to_pads, back_pads = ctx.saved_tensors
+        rows = _take(grad, back, back_pads, None) if ctx.needs_input_grad[0] else None
+        fill = grad.index_select(0, to_pads).sum(0).to(ctx.fill_dtype) if ctx.needs_input_grad[1] else None
+        return rows, fill, None, None, None, None
+
+
+def _take(rows: Tensor, index: Tensor, pads: Tensor, fill: Tensor | None) -> Tensor:
+    out = rows.index_select(0, index)
+    if pads.numel():
+        if fill is None:
+            out.index_fill_(0, pads, 0)
+        else:
+            out.index_copy_(0, pads, fill.to(out.dtype).expand(pads.numel(), -1))
+    return out
+
+
+def to_slots(tokens: Tensor, plan: Permutation, fill: Tensor | None = None) -> Tensor:
+    """[N, C] → [slots, C]; pads hold `fill` [C] (whose gradient is the sum over pads) or zero."""
+    if plan.identity:
+        return tokens
+    no_pads = plan.pads[:0]
+    return _Permute.apply(tokens, fill, plan.tokens, plan.inverse, plan.pads, no_pads)
+
+
+def from_slots(slots: Tensor, plan: Permutation) -> Tensor:
+    """[slots, C] → [N, C]; what pads hold is dropped."""
+    if plan.identity:
+        return slots
+    no_pads = plan.pads[:0]
+    return _Permute.apply(slots, None, plan.inverse, plan.tokens, no_pads, plan.pads)
+
+
+def total_tokens(grids: Grids) -> int:
+    return sum(n * h * w for n, h, w in grids)
+
+
+def merged(grids: Grids) -> Grids:
+    """The layout after patch merging (odd maps are padded)."""
+    return tuple((n, -(-h // 2), -(-w // 2)) for n, h, w in grids)
+
+
+@lru_cache(maxsize=256)
+def window_plan(grids: Grids, window: int, shift: int, device: torch.device) -> WindowPlan:
+    """The windows of a packed batch.
+
+    Maps are padded right and bottom to a multiple of the window, then rolled by −shift; the padding is not masked. A
+    shifted map has four kinds of windows: interior (no mask), last column, last row and corner.
+    """
+    slots, kinds, first = [], [], 0
+    for n, h, w in grids:
+        cells, kind = _windows(h, w, window, shift)
+        cells = np.where(cells >= 0, _storage(h, w, window)[cells], -1)
+        slots.append(_repeat(cells, n, h * w, first))
+        kinds.append(np.tile(kind, n))
+        first += n * h * w
+    kind = np.concatenate(kinds)
+    order = np.argsort(kind, kind="stable")
+    ends = np.cumsum(np.bincount(kind, minlength=4))
+    with torch.inference_mode(False):  # a cached inference tensor could not be saved for a later backward
+        masks = tuple(
+            (int(ends[k - 1]), int(ends[k]), torch.from_numpy(_mask(window, shift, k)).to(device))
+            for k in (1, 2, 3)
+            if ends[k] > ends[k - 1]
+        )
+        return WindowPlan(_permutation(np.concatenate(slots)[order], first, device), window, masks)
+
+
+@lru_cache(maxsize=256)
+def merge_plan(grids: Grids, window: int, next_window: int, device: torch.device) -> Permutation:
+    """Four neighbouring tokens in the order (0,0), (1,0), (0,1), (1,1) for every token of the merged map."""
+    slots, first = [], 0
+    for n, h, w in grids:
+        h2, w2 = -(-h // 2), -(-w // 2)
+        padded = np.full((2 * h2, 2 * w2), -1)
+        padded[:h, :w] = _storage(h, w, window).reshape(h, w)
+        quads = padded.reshape(h2, 2, w2, 2).transpose(0, 2, 3, 1).reshape(h2 * w2, 4)
+        slots.append(_repeat(quads[_order(h2, w2, next_window)], n, h * w, first))
+        first += n * h * w
+    with torch.inference_mode(False):
+        return _permutation(np.concatenate(slots), first, device)
+
+
+@lru_cache(maxsize=256)
+def storage_plan(grids: Grids, window: int, device: torch.device) -> Permutation:
+    """Row-major tokens → the order in which a stage with this window keeps them (`from_slots` goes back)."""
+    slots, first = [], 0
+    for n, h, w in grids:
+        slots.append(_repeat(_order(h, w, window), n, h * w, first))
+        first += n * h * w
+    with torch.inference_mode(False):
+        return _permutation(np.concatenate(slots), first, device)
+
+
+@lru_cache(maxsize=256)
+def crop_of_token(grids: Grids, device: torch.device) -> Tensor:
+    """int64 [N]: which crop image of the batch each token belongs to."""
+    tokens = np.concatenate([np.full(n, h * w) for n, h, w in grids])
+    with torch.inference_mode(False):
+        return torch.from_numpy(np.repeat(np.arange(len(tokens)), tokens)).to(device)
+
+
+@lru_cache(maxsize=64)
+def relative_position_index(window: int, device: torch.device) -> Tensor:
+    """int64 [window⁴]: for each (query, key) of a window the row of its bias table, (dy + w−1)·(2w−1) + dx + w−1."""
+    y, x = np.divmod(np.arange(window * window), window)
+    dy, dx = y[:, None] - y[None, :], x[:, None] - x[None, :]
+    index = (dy + window - 1) * (2 * window - 1) + dx + window - 1
+    with torch.inference_mode(False):
+        return torch.from_numpy(index.reshape(-1)).to(device)
+
+
+# --- one map, on the host --------------------------------------------------------------------------------------------
+
+
+def _windows(h: int, w: int, window: int, shift: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row-major token of each slot [windows, window²] (−1: pad) and each window's mask class [windows]."""
+    rows, cols = -(-h // window), -(-w // window)
+    padded = np.full((rows * window, cols * window), -1)
+    padded[:h, :w] = np.arange(h * w).reshape(h, w)
+    rolled = np.roll(padded, (-shift, -shift), axis=(0, 1))
+    cells = rolled.reshape(rows, window, cols, window).transpose(0, 2, 1, 3).reshape(rows * cols, window * window)
+    kind = np.zeros((rows, cols), dtype=np.int64)
+    if shift:
+        kind[:, -1] += 1
+        kind[-1, :] += 2
+    return cells, kind.reshape(-1)
+
+
+def _mask(window: int, shift: int, kind: int) -> np.ndarray:
+    """float32 [window², window²]: 0 between tokens of one region, −100 between regions of a rolled window."""
+    wrapped = np.arange(window) >= window - shift
+    region = 2 * (wrapped & bool(kind & 2))[:, None] + (wrapped & bool(kind & 1))[None, :]
+    region = region.reshape(-1)
+    return np.where(region[:, None] == region[None, :], 0.0, MASKED).astype(np.float32)
+
+
+def _order(h: int, w: int, window: int) -> np.ndarray:
+    """[h·w]: row-major token at each place of a crop's list."""
+    cells = _windows(h, w, window, 0)[0].reshape(-1)
+    return cells[cells >= 0]
+
+
+def _storage(h: int, w: int, window: int) -> np.ndarray:
+    """[h·w]: place in a crop's list of each row-major token."""
+    return np.argsort(_order(h, w, window))
+
+
+def _repeat(cells: np.ndarray, n: int, tokens: int, first: int) -> np.ndarray:
+    """A map's cells [slots…] for n crops that start at token `first`."""
+    starts = first + tokens * np.arange(n).reshape(-1, *[1] * cells.ndim)
+    return np.where(cells >= 0, cells + starts, -1).reshape(-1, *cells.shape[1:])
+
+
+def _permutation(cells: np.ndarray, tokens: int, device: torch.device) -> Permutation:
+    flat = cells.reshape(-1)
+    real = np.flatnonzero(flat >= 0)
+    inverse = np.empty(tokens, dtype=np.int64)
+    inverse[flat[real]] = real
+    identity = len(flat) == tokens and bool((inverse == np.arange(tokens)).all())
+    index, pads = np.maximum(flat, 0), np.flatnonzero(flat < 0)
+    put = lambda a: torch.from_numpy(np.ascontiguousarray(a)).to(device)  # noqa: E731
+    return Permutation(put(index), put(inverse), put(pads), identity)

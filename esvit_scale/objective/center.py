@@ -1,0 +1,64 @@
+"""The centre of the teacher's logits: what keeps all images from choosing the same prototypes (DINO, Caron et al. 2021).
+
+c ← momentum·c + (1 − momentum)·mean of the teacher's logits over the global batch, once per applied optimizer step. The
+mean is linear in the bottleneck, mean(z Wᵀ) = mean(z) Wᵀ, so ranks exchange D numbers rather than K.
+"""
+
+import torch
+from torch import Tensor
+
+from esvit_scale.parallel import collectives
+
+
+class Center:
+    """One head's centre, fp32 [K].
+
+    A plain tensor on purpose: a buffer would be cast to the module's precision by the engine. It is made at first
+    use, when device and K are known, because a tensor made while a partitioned module is built is cast as well.
+    """
+
+    def __init__(self, momentum: float) -> None:
+        self.momentum = momentum
+        self._values: Tensor | None = None  # fp32 [K]
+        self._sum: Tensor | None = None  # [D] of the micro-batches' means since the last commit
+        self._rows: Tensor | None = None  # [K, D] the teacher's prototypes, the same for all of them
+        self._count = 0
+
+    def values(self, rows: Tensor) -> Tensor:
+        """[K] with the device and precision (fp32) of the teacher's prototypes `rows` [K, D]; zero before the first
+        commit."""
+        if self._values is None:
+            self._values = rows.detach().new_zeros(rows.shape[0])
+        self._values = self._values.to(rows.device)
+        return self._values
+
+    @torch.no_grad()
+    def observe(self, mean_z: Tensor, rows: Tensor) -> None:
+        """Note a micro-batch: the mean of the teacher's bottleneck [D] and its prototypes [K, D]."""
+        mean_z = mean_z.detach().to(torch.promote_types(mean_z.dtype, torch.float32))
+        self._sum = mean_z.clone() if self._sum is None else self._sum + mean_z
+        self._rows = rows.detach()
+        self._count += 1
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        """The step was applied: move the centre by what was observed. All ranks together."""
+        if self._sum is None or self._rows is None:
+            raise RuntimeError("Center.commit: nothing was observed since the last commit or discard")
+        mean_z = collectives.all_reduce_mean_(self._sum / self._count)
+        mean_logits = self._rows @ mean_z.to(self._rows.dtype)
+        self._values = self.values(self._rows) * self.momentum + mean_logits * (1 - self.momentum)
+        self.discard()
+
+    def discard(self) -> None:
+        """The step was skipped: forget what was observed."""
+        self._sum = self._rows = None
+        self._count = 0
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Empty before the first commit or forward."""
+        return {} if self._values is None else {"values": self._values}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self._values = state["values"].detach().clone() if "values" in state else None
+        self.discard()

@@ -1,0 +1,181 @@
+"""EsViT's objective (Li et al. 2022): match the teacher per view and per region.
+
+    L = mean over teacher views t of the 2 globals and student crops v ≠ t of
+        ½ · mean over images of CE(p_t, q_v)  +  ½ · mean over images and regions i of CE(p_t^{j*(i)}, q_v^i)
+    j*(i) = argmax_j cos(f_v^i, f_t^j),   f the trunk's tokens after its final norm
+
+Without regions it is the first term alone, without its ½ (DINO's objective).
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from esvit_scale.config import Objective
+from esvit_scale.models.heads import Head
+from esvit_scale.models.swin import Features
+from esvit_scale.objective.center import Center
+from esvit_scale.objective.prototypes import prototype_cross_entropy
+
+TEACHER_VIEWS = 2  # the globals
+
+
+class HeadTargets(NamedTuple):
+    """What one head of the teacher gives."""
+
+    z: Tensor  # [n, D] bottleneck, unit rows
+    rows: Tensor  # [K, D] its prototypes, fp32 (fp64 for fp64)
+
+
+class Targets(NamedTuple):
+    """What the student's loss needs of the teacher: tensors only, so that the two may be separate engines."""
+
+    view: HeadTargets  # n = 2B
+    region: HeadTargets | None  # n = 2B·T
+    features: Tensor | None  # [2B, T, C] unit region features to match with
+    images: int  # B
+
+
+class EsViT(nn.Module):
+    """Heads and centres of the objective; teacher and student are two instances of it."""
+
+    def __init__(self, dim: int, config: Objective) -> None:
+        """Args: dim: C of the trunk."""
+        super().__init__()
+        self.student_temp = config.student_temp
+        self.view_head = _head(dim, config)
+        self.region_head = _head(dim, config) if config.regions else None
+        self.view_center = Center(config.center_momentum)
+        self.region_center = Center(config.center_momentum)
+
+    def targets(self, teacher: Features) -> Targets:
+        """The teacher's role: features of the two global views → targets. Call without gradient."""
+        crops = teacher.grids[0][0]
+        view = HeadTargets(*_bottleneck_and_rows(self.view_head, teacher.view))
+        if self.region_head is None:
+            return Targets(view, None, None, crops // TEACHER_VIEWS)
+        region = HeadTargets(*_bottleneck_and_rows(self.region_head, teacher.regions))
+        features = _unit(teacher.regions).view(crops, -1, teacher.regions.shape[1])
+        return Targets(view, region, features, crops // TEACHER_VIEWS)
+
+    def forward(self, student: Features, targets: Targets, teacher_temp: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """The student's role.
+
+        The micro-batch is observed by the centres; `commit` or `discard` them after the optimizer step.
+
+        Returns:
+            The loss (scalar) and detached scalars: loss_view, loss_region (each a mean cross-entropy without its ½)
+            and the teacher's mean entropies (nats).
+        """
+        views = len(student.view) // targets.images
+        match, weight = view_pairs(views, targets.images, targets.view.rows)
+        loss, entropy = self._term(
+            self.view_head, self.view_center, student.view, targets.view, match, weight, teacher_temp
+        )
+        logs = {"loss_view": loss.detach(), "teacher_entropy_view": entropy}
+        if self.region_head is None or targets.region is None or targets.features is None:
+            return loss, logs
+        match, weight = region_pairs(student, targets.features, targets.images)
+        region_loss, entropy = self._term(
+            self.region_head, self.region_center, student.regions, targets.region, match, weight, teacher_temp
+        )
+        logs |= {"loss_region": region_loss.detach(), "teacher_entropy_region": entropy}
+        return 0.5 * loss + 0.5 * region_loss, logs
+
+    def commit_centers(self) -> None:
+        """After an applied optimizer step, on all ranks."""
+        self.view_center.commit()
+        if self.region_head is not None:
+            self.region_center.commit()
+
+    def discard_centers(self) -> None:
+        """After a skipped optimizer step."""
+        self.view_center.discard()
+        self.region_center.discard()
+
+    def centers_state(self) -> dict[str, Tensor]:
+        """fp32 tensors by name, for checkpoints; the same on all ranks."""
+        state = {f"view.{k}": v for k, v in self.view_center.state_dict().items()}
+        return state | {f"region.{k}": v for k, v in self.region_center.state_dict().items()}
+
+    def load_centers_state(self, state: dict[str, Tensor]) -> None:
+        for name, center in (("view.", self.view_center), ("region.", self.region_center)):
+            center.load_state_dict({k.removeprefix(name): v for k, v in state.items() if k.startswith(name)})
+
+    def _term(
+        self,
+        head: Head,
+        center: Center,
+        features: Tensor,
+        targets: HeadTargets,
+        match: Tensor,
+        weight: Tensor,
+        teacher_temp: float,
+    ) -> tuple[Tensor, Tensor]:
+        center_values = center.values(targets.rows)
+        center.observe(targets.z.mean(0, dtype=torch.promote_types(targets.z.dtype, torch.float32)), targets.rows)
+        return head.last_layer(
+            head(features),
+            lambda z, rows: prototype_cross_entropy(
+                z, rows, targets.z, targets.rows, center_values, match, weight, self.student_temp, teacher_temp
+            ),
+        )
+
+
+def view_pairs(views: int, images: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Teacher rows and weights [V·B, 2] of every crop: the same image's two globals, without the crop itself.
+
+    The weights have the precision of `like`, everything its device.
+    """
+    device = like.device
+    crop = torch.arange(views, device=device)[:, None, None]
+    image = torch.arange(images, device=device)[None, :, None]
+    teacher = torch.arange(TEACHER_VIEWS, device=device)[None, None, :]
+    match = (teacher * images + image).expand(views, images, TEACHER_VIEWS)
+    weight = (crop != teacher).to(like.dtype).expand_as(match) / (_pairs(views) * images)
+    return match.reshape(-1, TEACHER_VIEWS), weight.reshape(-1, TEACHER_VIEWS)
+
+
+@torch.no_grad()
+def region_pairs(student: Features, teacher: Tensor, images: int) -> tuple[Tensor, Tensor]:
+    """Teacher rows and weights [ΣB·T, 2] of every student region: in each global of its image, the most similar region.
+
+    Args:
+        student: features of V crops of each image.
+        teacher: [2B, T, C] unit region features of the globals.
+        images: B.
+    """
+    regions = teacher.shape[1]
+    first_row = torch.arange(TEACHER_VIEWS * images, device=teacher.device).view(TEACHER_VIEWS, 1, images, 1) * regions
+    views = sum(n for n, _, _ in student.grids) // images
+    tokens = student.regions.detach().split([n * h * w for n, h, w in student.grids])
+    matches, weights, first = [], [], 0
+    for group, (n, h, w) in zip(tokens, student.grids, strict=True):
+        features = _unit(group).view(n // images, images, h * w, -1)  # [V_g, B, T_g, C]
+        maps = teacher.to(features.dtype).view(TEACHER_VIEWS, 1, images, regions, -1).transpose(-2, -1)
+        nearest = torch.stack([(features @ view).argmax(-1) for view in maps])  # [2, V_g, B, T_g]
+        crop = torch.arange(first, first + n // images, device=teacher.device)[:, None, None, None]
+        other = (crop != torch.arange(TEACHER_VIEWS, device=teacher.device)).expand(*nearest.shape[1:], -1)
+        matches.append((first_row + nearest).permute(1, 2, 3, 0).reshape(-1, TEACHER_VIEWS))
+        weights.append(other.reshape(-1, TEACHER_VIEWS).to(teacher.dtype) / (_pairs(views) * images * h * w))
+        first += n // images
+    return torch.cat(matches), torch.cat(weights)
+
+
+def _pairs(views: int) -> int:
+    return TEACHER_VIEWS * (views - 1)
+
+
+def _head(dim: int, config: Objective) -> Head:
+    return Head(dim, config.head_hidden, config.bottleneck, config.prototypes, config.norm_last_layer)
+
+
+def _bottleneck_and_rows(head: Head, features: Tensor) -> tuple[Tensor, Tensor]:
+    return head.last_layer(head(features), lambda z, rows: (z.detach(), rows.detach()))
+
+
+def _unit(features: Tensor) -> Tensor:
+    """Rows of unit norm in fp32 or wider: an argmax must not depend on bf16 rounding."""
+    return F.normalize(features.detach().to(torch.promote_types(features.dtype, torch.float32)), dim=-1)

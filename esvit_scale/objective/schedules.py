@@ -1,0 +1,61 @@
+"""What moves during a run, each a pure function of the optimizer step (0 is the first).
+
+lr, weight decay and EMA momentum move per step; the teacher's temperature and the last layer's freeze per epoch. The
+values are those of the official code's tables. A run shorter than its warm-up stays in it: it is the beginning of the
+longer run.
+"""
+
+import math
+from dataclasses import dataclass
+
+from esvit_scale.config import Config
+
+
+@dataclass(frozen=True)
+class Schedules:
+    config: Config
+    steps_per_epoch: int
+
+    @property
+    def total_steps(self) -> int:
+        """Length of the run in optimizer steps."""
+        return self.config.train.steps or self.config.train.epochs * self.steps_per_epoch
+
+    def lr(self, step: int) -> float:
+        optim = self.config.optim
+        warmup = int(optim.warmup_epochs * self.steps_per_epoch)
+        return warmup_cosine(step, self.total_steps, self.config.peak_lr, optim.lr_end, warmup)
+
+    def weight_decay(self, step: int) -> float:
+        optim = self.config.optim
+        return warmup_cosine(step, self.total_steps, optim.weight_decay, optim.weight_decay_end)
+
+    def ema_momentum(self, step: int) -> float:
+        objective = self.config.objective
+        return warmup_cosine(step, self.total_steps, objective.ema_momentum, objective.ema_momentum_end)
+
+    def teacher_temp(self, step: int) -> float:
+        objective = self.config.objective
+        epoch = step // self.steps_per_epoch
+        if epoch >= objective.teacher_temp_warmup_epochs:
+            return objective.teacher_temp_end
+        return linspace(objective.teacher_temp, objective.teacher_temp_end, objective.teacher_temp_warmup_epochs, epoch)
+
+    def last_layer_frozen(self, step: int) -> bool:
+        return step // self.steps_per_epoch < self.config.optim.freeze_last_layer_epochs
+
+
+def warmup_cosine(step: int, total: int, base: float, end: float, warmup: int = 0) -> float:
+    """Linear from 0 to `base` in `warmup` steps (the last of them is at `base`), then half a cosine towards `end`,
+    which would be reached at step `total`."""
+    if step < warmup:
+        return linspace(0.0, base, warmup, step)
+    progress = min(step - warmup, total - warmup) / max(total - warmup, 1)
+    return end + 0.5 * (base - end) * (1 + math.cos(math.pi * progress))
+
+
+def linspace(start: float, stop: float, count: int, i: int) -> float:
+    """Element i of numpy.linspace(start, stop, count)."""
+    if count > 1 and i == count - 1:
+        return stop
+    return start + i * ((stop - start) / max(count - 1, 1))

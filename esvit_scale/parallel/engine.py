@@ -1,0 +1,109 @@
+"""Student and teacher made ready to train: built, wrapped, initialised, in this order and for these reasons.
+
+1. Activation checkpointing is chosen on the plain trunk: wrappers must be inside what ZeRO partitions.
+2. ZeRO wraps next (`deepspeed.initialize`), and with it the training precision: bf16 working copies, fp32 masters.
+3. Values are written last, per parameter by name: initialisers that run while ZeRO-3 builds a module are silently
+   lost, and a value that depends on (name, shape, seed) alone is the same at every stage, world size and precision.
+4. The teacher copies the student: it must start equal.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from esvit_scale.config import Config
+from esvit_scale.parallel import activation_checkpointing, ds_config, partitions
+from esvit_scale.parallel.ema import Teacher
+from esvit_scale.parallel.gradients import GradientGate
+from esvit_scale.parallel.partitions import Partition
+from esvit_scale.parallel.world import World
+
+
+class Recipe(NamedTuple):
+    """What the engine must know of a network without knowing which network it is."""
+
+    build: Callable[[], nn.Module]
+    initial_value: Callable[[str, torch.Size], Tensor]  # parameter's name and shape → fp32 value
+    groups: Callable[[nn.Module], dict[str, list[str]]]  # parameter group ("decay", "no_decay", "last_layer") → names
+
+
+class Engines(NamedTuple):
+    student: Any  # deepspeed.DeepSpeedEngine
+    optimizer: torch.optim.Optimizer  # the one that ZeRO steps
+    group_of: dict[str, str]  # trainable parameter → its group's name
+    teacher: Teacher
+    gate: GradientGate
+    partitions: list[Partition]
+    dtype: torch.dtype  # of the working copies
+    zero_stage: int
+
+
+def build(config: Config, recipe: Recipe, world: World) -> Engines:
+    """Raises UserError on a DeepSpeed config that contradicts the run config (see ds_config.fill)."""
+    import deepspeed
+
+    ds = ds_config.fill(config, world.size)
+    stage = ds_config.zero_stage(ds)
+    with deepspeed.zero.Init(config_dict_or_path=ds, enabled=stage == 3):
+        module = recipe.build()
+    activation_checkpointing.apply(module.trunk, config.train.activation_checkpointing)  # type: ignore[arg-type]
+    groups = recipe.groups(module)
+    optimizer = _optimizer(config, module, groups, world)
+    student, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds, dist_init_required=False)
+    owned = partitions.of_engine(student)
+    _initialise(student, owned, recipe)
+    names = [name for name, p in module.named_parameters() if p.requires_grad]
+    gate = GradientGate(optimizer, owned, names, stage, config.optim.clip, config.optim.clip_by)
+    teacher = Teacher(student, owned, recipe.build, _teacher_config(ds))
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    group_of = {name: group for group, members in groups.items() for name in members}
+    return Engines(student, optimizer, group_of, teacher, gate, owned, dtype, stage)
+
+
+def set_rates(engines: Engines, lr: float, weight_decay: float) -> None:
+    """Learning rate of all groups, weight decay of those that decay, for the next step."""
+    for group in engines.student.optimizer.param_groups:
+        group["lr"] = lr
+        group["weight_decay"] = 0.0 if group["name"] == "no_decay" else weight_decay
+
+
+def take_step(engines: Engines) -> bool:
+    """`engine.step()`; True when the optimizer really moved (at an accumulation boundary, all gradients finite)."""
+    engines.student.step()
+    return bool(engines.student.was_step_applied()) and engines.gate.take_finite()
+
+
+def _optimizer(config: Config, module: nn.Module, groups: dict[str, list[str]], world: World) -> torch.optim.Optimizer:
+    parameters = dict(module.named_parameters())
+    param_groups = [{"name": name, "params": [parameters[n] for n in names]} for name, names in groups.items() if names]
+    fused = world.device.type == "cuda"
+    return torch.optim.AdamW(param_groups, lr=0.0, betas=config.optim.betas, weight_decay=0.0, fused=fused)
+
+
+@torch.no_grad()
+def _initialise(student: Any, owned: list[Partition], recipe: Recipe) -> None:
+    for p in owned:
+        value = recipe.initial_value(p.name, p.shape).view(-1)
+        p.master.copy_(value[p.start : p.start + p.length])
+    for name, parameter in student.module.named_parameters():
+        if not parameter.requires_grad:
+            _write_frozen(parameter, recipe.initial_value(name, getattr(parameter, "ds_shape", parameter.shape)))
+    partitions.publish(student)
+
+
+def _write_frozen(parameter: Any, value: Tensor) -> None:
+    if not hasattr(parameter, "ds_id"):
+        parameter.data.copy_(value)
+        return
+    length = parameter.ds_tensor.numel()
+    start = torch.distributed.get_rank() * length
+    mine = value.view(-1)[start : start + length]
+    parameter.ds_tensor.data[: mine.numel()].copy_(mine)
+
+
+def _teacher_config(ds: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer-less engine: of the sections only precision and partitioning concern it."""
+    kept = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "bf16", "zero_optimization"}
+    return {key: value for key, value in ds.items() if key in kept}

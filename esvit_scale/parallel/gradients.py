@@ -1,0 +1,91 @@
+"""Between ZeRO's gradient reduction and the optimizer's step: clip per tensor, freeze the last layer, refuse NaN.
+
+A public hook on the base optimizer (`register_step_pre_hook`) is the one place where this is exact at every ZeRO stage:
+lr = 0 would still move the moments and decay, and `requires_grad` toggles confuse ZeRO's buckets.
+"""
+
+from collections import defaultdict
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from esvit_scale.parallel import collectives
+from esvit_scale.parallel.partitions import Partition
+
+FREEZABLE = "last_layer"  # the `name` of the parameter group that `freeze` acts on
+
+
+class GradientGate:
+    """The pre-step hook and what it leaves behind: the step's gradient norm, and whether all of it was finite.
+
+    ZeRO 1–3 step one flat group at a time, so the hook runs several times a step; each run looks only at the groups
+    that are about to be stepped.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        partitions: list[Partition],
+        names: list[str],
+        zero_stage: int,
+        clip: float | None,
+        clip_by: Literal["tensor", "global"],
+    ) -> None:
+        self.freeze = False
+        self._index = {name: i for i, name in enumerate(names)}
+        self._by_flat: dict[int, list[Partition]] = defaultdict(list)
+        for partition in partitions:
+            self._by_flat[id(partition.flat)].append(partition)
+        self._zero_stage, self._clip, self._clip_by = zero_stage, clip, clip_by
+        self._squares: list[Tensor] = []
+        self._finite = True
+        optimizer.register_step_pre_hook(self._before_step)
+
+    def take_norm(self) -> Tensor:
+        """The global gradient norm of the step (before the per-tensor clip); the next step starts anew."""
+        squares, self._squares = self._squares, []
+        return torch.stack(squares).sum().sqrt() if squares else torch.tensor(float("nan"))
+
+    def take_finite(self) -> bool:
+        """False when stage 0's step was emptied because of a NaN or an infinity (ZeRO 1–3 find it themselves)."""
+        finite, self._finite = self._finite, True
+        return finite
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        flats = [flat for group in optimizer.param_groups for flat in group["params"]]
+        owned = [p for flat in flats if flat.grad is not None for p in self._by_flat[id(flat)]]
+        norms = self._tensor_norms(owned, flats[0].device)  # [number of parameters]
+        self._squares.append(norms.square().sum())
+        if self._zero_stage == 0 and not torch.isfinite(self._squares[-1]):
+            self._finite = False
+            for flat in flats:
+                flat.grad = None
+            return
+        self._scale(owned, norms)
+        for group in optimizer.param_groups:
+            if self.freeze and group["name"] == FREEZABLE:
+                for flat in group["params"]:
+                    flat.grad = None
+
+    def _tensor_norms(self, owned: list[Partition], device: torch.device) -> Tensor:
+        """Norm of every parameter's gradient [number of parameters]; zero for those not in this call."""
+        squares = torch.zeros(len(self._index), device=device)
+        if owned:
+            mine = torch.stack(torch._foreach_norm([p.grad for p in owned])).square()
+            squares[torch.tensor([self._index[p.name] for p in owned], device=device)] = mine.float()
+        if self._zero_stage > 0:
+            collectives.all_reduce_sum_(squares)
+        return squares.sqrt()
+
+    def _scale(self, owned: list[Partition], norms: Tensor) -> None:
+        if self._clip is None or not owned:
+            return
+        if self._clip_by == "tensor":
+            factors = (self._clip / (norms + 1e-6)).clamp(max=1.0)  # [number of parameters]
+            for p in owned:
+                p.grad.mul_(factors[self._index[p.name]])  # type: ignore[union-attr]
+        elif self._zero_stage == 0:
+            factor = (self._clip / (norms.square().sum().sqrt() + 1e-6)).clamp(max=1.0)
+            for p in owned:
+                p.grad.mul_(factor)  # type: ignore[union-attr]

@@ -1,0 +1,92 @@
+"""What this rank owns of each parameter: the one view of ZeRO 0–3 on which initialisation, clipping, the EMA teacher
+and checkpoints stand.
+
+Stage 0 owns every parameter whole (on every rank alike), stages 1 and 2 own an interval of a flat buffer per parameter
+group, stage 3 an equal part of each parameter. In all of them a rank's share of a parameter is an interval of the
+flattened parameter, and its fp32 values are an interval of a tensor that the base optimizer steps.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Partition:
+    """This rank's interval [start, start + length) of one flattened parameter."""
+
+    name: str
+    shape: torch.Size  # of the whole parameter
+    start: int
+    length: int
+    flat: Tensor  # the fp32 tensor that the base optimizer steps
+    offset: int  # of the interval in `flat`
+
+    @property
+    def master(self) -> Tensor:
+        """The fp32 values [length]; a view, writing to it changes the optimizer's parameter."""
+        return self.within(self.flat.data)
+
+    @property
+    def grad(self) -> Tensor | None:
+        """The fp32 gradient [length], a view; there only while the optimizer steps."""
+        return None if self.flat.grad is None else self.within(self.flat.grad)
+
+    def within(self, like_flat: Tensor) -> Tensor:
+        """The interval of a tensor that is laid out as `flat` (a gradient, an optimizer state)."""
+        return like_flat.view(-1).narrow(0, self.offset, self.length)
+
+
+def of_engine(engine: Any) -> list[Partition]:
+    """The partitions of every trainable parameter that this rank owns a part of, in the module's parameter order."""
+    named = [(name, p) for name, p in engine.module.named_parameters() if p.requires_grad]
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        return [Partition(name, p.shape, 0, p.numel(), p, 0) for name, p in named]
+    if stage == 3:
+        return _stage_3(engine.optimizer, named)
+    return _stage_1_or_2(engine.optimizer, named)
+
+
+def _stage_1_or_2(optimizer: Any, named: list[tuple[str, Tensor]]) -> list[Partition]:
+    names = {id(p): name for name, p in named}
+    order = {name: i for i, (name, _) in enumerate(named)}
+    owned = []
+    for group, params in enumerate(optimizer.bit16_groups):
+        working_flat, flat = optimizer.bit16_groups_flat[group], optimizer.single_partition_of_fp32_groups[group]
+        low = torch.distributed.get_rank(optimizer.real_dp_process_group[group]) * optimizer.partition_size[group]
+        high = low + optimizer.partition_size[group]
+        for p in params:
+            begin = (p.data_ptr() - working_flat.data_ptr()) // working_flat.element_size()
+            first, last = max(begin, low), min(begin + p.numel(), high)
+            if first < last:
+                owned.append(Partition(names[id(p)], p.shape, first - begin, last - first, flat, first - low))
+    return sorted(owned, key=lambda partition: order[partition.name])
+
+
+def _stage_3(optimizer: Any, named: list[tuple[str, Tensor]]) -> list[Partition]:
+    rank = torch.distributed.get_rank(optimizer.dp_process_group)
+    owned = []
+    for name, p in named:
+        start = rank * p.ds_tensor.numel()  # type: ignore[attr-defined]
+        length = min(p.ds_tensor.numel(), p.ds_numel - start)  # type: ignore[attr-defined]
+        group, offset, _ = optimizer.grad_position[optimizer.get_param_id(p)]
+        if length > 0:
+            flat = optimizer.fp32_partitioned_groups_flat[group]
+            owned.append(Partition(name, p.ds_shape, start, length, flat, offset))  # type: ignore[attr-defined]
+    return owned
+
+
+def publish(engine: Any) -> None:
+    """After masters were written from outside: the working copies that the forward uses follow them."""
+    stage = engine.zero_optimization_stage()
+    if stage in (1, 2):
+        engine.optimizer.update_lp_params()
+    elif stage == 3:
+        for name, p in engine.module.named_parameters():
+            if p.requires_grad:
+                group, offset, length = engine.optimizer.grad_position[engine.optimizer.get_param_id(p)]
+                flat = engine.optimizer.fp32_partitioned_groups_flat[group]
+                p.ds_tensor.data.copy_(flat.data.narrow(0, offset, length))

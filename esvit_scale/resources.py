@@ -1,0 +1,35 @@
+"""The files that ship beside the code: in a checkout they are folders of the repository, in a wheel package data."""
+
+from pathlib import Path
+
+from esvit_scale.errors import UserError, nearest
+
+_PACKAGE = Path(__file__).parent
+
+
+def shipped_folder(name: str) -> Path:
+    """`ds_configs` or `slurm`: the wheel's copy, or the repository's folder when the code runs from a checkout."""
+    packaged = _PACKAGE / name
+    return packaged if packaged.is_dir() else _PACKAGE.parent / name
+
+
+def ds_config_path(name_or_path: str) -> Path:
+    """The DeepSpeed JSON that `train.ds_config` means: a path (it ends in .json) or the name of a shipped one.
+
+    Raises:
+        UserError: no such file; no shipped config of that name (the error gives the nearest).
+    """
+    path = Path(name_or_path)
+    if path.suffix == ".json":
+        if not path.is_file():
+            raise UserError(f"train.ds_config: {name_or_path}: no such file{nearest(path.stem, ds_config_names())}")
+        return path
+    if name_or_path not in ds_config_names():
+        raise UserError(
+            f"train.ds_config: no shipped DeepSpeed config is named {name_or_path!r}{nearest(name_or_path, ds_config_names())}"
+        )
+    return shipped_folder("ds_configs") / f"{name_or_path}.json"
+
+
+def ds_config_names() -> list[str]:
+    return sorted(path.stem for path in shipped_folder("ds_configs").glob("*.json"))

@@ -1,0 +1,56 @@
+"""The training loop: for every batch a step, a record, a save when due, and a way out when asked."""
+
+import logging
+
+from esvit_scale.config import Config
+from esvit_scale.data import manifest, stream
+from esvit_scale.errors import UserError
+from esvit_scale.objective.schedules import Schedules
+from esvit_scale.parallel import collectives
+from esvit_scale.parallel import world as world_module
+from esvit_scale.parallel.world import World
+from esvit_scale.train import run_dir, signals
+from esvit_scale.train.run import Run
+from esvit_scale.train.step import open_session, train_step
+
+log = logging.getLogger("esvit_scale")
+
+
+def pretrain(config: Config) -> int:
+    """Runs or resumes the run of a config, on this rank among all; returns the exit code (0, or 130 after ctrl-C).
+
+    Raises:
+        UserError: data, batch, run dir or checkpoint do not fit; before any training.
+        Diverged: gradients were not finite for many steps in a row.
+    """
+    if not config.data.train:
+        raise UserError("data.train: not set; give the folder of a shard set, for example data.train=shards/train")
+    world = world_module.start()
+    try:
+        code = _open_and_train(config, world)
+    except BaseException:
+        world_module.abandon()
+        raise
+    world_module.stop()
+    return code
+
+
+def _open_and_train(config: Config, world: World) -> int:
+    path, finished = collectives.on_rank_0(lambda: run_dir.open_run(config))
+    if finished:
+        if world.rank == 0:
+            log.warning("%s: this run is finished; nothing to do", path)
+        return 0
+    with run_dir.Lock(path) as lock:
+        data = collectives.on_rank_0(lambda: manifest.checked(config.data.train))
+        schedules = Schedules(config, stream.steps_per_epoch(config, data))
+        session = open_session(config, world, schedules)
+        with Run(path, session, lock) as run:
+            for batch in run.waiting_for(stream.batches(config, data, world.rank, world.size, run.step, run.last_step)):
+                result = train_step(session, batch, run.step)
+                run.record(batch, result)
+                run.save_if_due()
+                if run.asked():
+                    return run.leave()
+            run.finish()
+    return 0

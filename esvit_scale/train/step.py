@@ -1,0 +1,113 @@
+"""One optimizer step: micro-batches through teacher and student, then the updates that belong to an applied step."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esvit_scale.config import Config
+from esvit_scale.data import photometric
+from esvit_scale.data.stream import Batch
+from esvit_scale.models.drop_path import drop_keys
+from esvit_scale.models.initialize import initial_value, initial_values
+from esvit_scale.objective.network import build_network
+from esvit_scale.objective.param_groups import parameter_groups
+from esvit_scale.objective.schedules import Schedules
+from esvit_scale.parallel import engine as engine_module
+from esvit_scale.parallel.engine import Engines, Recipe
+from esvit_scale.parallel.world import World
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a training step needs, all of it made before the first one."""
+
+    config: Config
+    world: World
+    engines: Engines
+    schedules: Schedules
+
+    @property
+    def objective(self) -> Any:
+        """The student's objective, whose centres the run keeps."""
+        return self.engines.student.module.objective
+
+
+@dataclass(frozen=True)
+class StepResult:
+    applied: bool  # False: gradients were not finite, nothing moved
+    logs: dict[str, Tensor]  # scalars on the device, means over this rank's micro-batches; not yet over ranks
+    grad_norm: Tensor
+
+
+def open_session(config: Config, world: World, schedules: Schedules) -> Session:
+    """Builds and initialises student and teacher (parallel/engine.py says in which order and why)."""
+    return Session(config, world, engine_module.build(config, _recipe(config), world), schedules)
+
+
+def train_step(session: Session, batch: Batch, step: int) -> StepResult:
+    """Consumes this rank's part of the global batch of `step` (0 is the first)."""
+    engines, schedules = session.engines, session.schedules
+    engine_module.set_rates(engines, schedules.lr(step), schedules.weight_decay(step))
+    engines.gate.freeze = schedules.last_layer_frozen(step)
+    sums: dict[str, Tensor] = {}
+    for micro in _micro_batches(session, batch):
+        for name, value in _forward_backward(session, micro, step).items():
+            sums[name] = sums[name] + value if name in sums else value
+        applied = engine_module.take_step(engines)
+    if applied:
+        engines.teacher.update(schedules.ema_momentum(step))
+        session.objective.commit_centers()
+    else:
+        session.objective.discard_centers()
+    logs = {name: value / session.config.train.grad_accum for name, value in sums.items()}
+    return StepResult(applied, logs, engines.gate.take_norm())
+
+
+def _forward_backward(session: Session, micro: "MicroBatch", step: int) -> dict[str, Tensor]:
+    engines = session.engines
+    with torch.no_grad():
+        targets = engines.teacher.network(micro.crops[:1])
+    keys = drop_keys(session.config.seed, step, micro.positions, len(session.config.crop_sizes))
+    loss, logs = engines.student(micro.crops, targets, keys, session.schedules.teacher_temp(step))
+    engines.student.backward(loss)
+    return {"loss": loss.detach(), **logs}
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    crops: list[Tensor]  # one [V_g·B, 3, S_g, S_g] per resolution group, augmented and normalised
+    positions: Tensor  # int64 [B] in the global batch
+
+
+def _micro_batches(session: Session, batch: Batch) -> "list[MicroBatch]":
+    """The rank's images in canonical order, cut into grad_accum equal parts."""
+    device, dtype = session.world.device, session.engines.dtype
+    crops, first = [], 0
+    for group in batch.crops:  # uint8 [V_g, B, 3, S, S]
+        views, images = group.shape[:2]
+        parameters = batch.photometric.crops(first, first + views)
+        pixels = group.to(device, non_blocking=True).flatten(0, 1)
+        crops.append(photometric.apply(pixels, parameters).to(dtype).unflatten(0, (views, images)))
+        first += views
+    parts = [group.chunk(session.config.train.grad_accum, dim=1) for group in crops]
+    positions = batch.positions.to(device).chunk(session.config.train.grad_accum)
+    return [
+        MicroBatch([group.flatten(0, 1) for group in groups], position)
+        for groups, position in zip(zip(*parts, strict=True), positions, strict=True)
+    ]
+
+
+def _recipe(config: Config) -> Recipe:
+    with torch.device("meta"):
+        inits = initial_values(build_network(config))
+
+    def value(name: str, shape: torch.Size) -> Tensor:
+        return initial_value(name, inits[name], shape, config.seed)
+
+    def groups(module: nn.Module) -> dict[str, list[str]]:
+        group_of = parameter_groups(module)
+        return {group: [n for n, g in group_of.items() if g == group] for group in ("decay", "no_decay", "last_layer")}
+
+    return Recipe(lambda: build_network(config), value, groups)
