@@ -8,11 +8,12 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from esvit_scale import __version__, files
 from esvit_scale import config as configs
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
-from esvit_scale.evaluate.features import write_atomically
 from esvit_scale.report import pictures, plots
+from esvit_scale.train import metrics
 
 Json = dict[str, Any]
 
@@ -31,7 +32,7 @@ def write_report(run_dir: Path) -> Path:
     if not (run_dir / "config.yaml").is_file() and not (run_dir / "metrics.jsonl").is_file():
         raise UserError(f"{run_dir}: not a run dir: it has neither config.yaml nor metrics.jsonl")
     path = run_dir / "report.html"
-    write_atomically(path, _render(_contents(run_dir)).encode())
+    files.write_text(path, _render(_contents(run_dir)))
     return path
 
 
@@ -40,7 +41,9 @@ def _contents(run_dir: Path) -> Json:
     missing: list[str] = []
     text = _text(run_dir / "config.yaml", missing)
     config = configs.load(run_dir / "config.yaml") if text else None
-    rows = _rows(run_dir / "metrics.jsonl", missing)
+    rows = metrics.read_rows(run_dir / "metrics.jsonl")
+    if not rows:
+        missing.append("curves: no step is logged in metrics.jsonl")
     summary, environment = (_json(run_dir / name, missing) for name in ("summary.json", "environment.json"))
     results = knn_results(run_dir)
     if not results:
@@ -64,7 +67,7 @@ def _contents(run_dir: Path) -> Json:
             if values
         ],
         "config": text,
-        "version": _version(),
+        "version": __version__,
         "run_dir": str(run_dir),
     }
 
@@ -162,23 +165,23 @@ def _neighbours(result: Json) -> Json:
 
 def _curves(rows: Sequence[Json], config: Config | None, missing: list[str]) -> list[list[Json]]:
     """Pairs of figures, side by side on a wide page."""
-    metrics = plots.columns(rows)
+    columns = plots.columns(rows)
     prototypes = config.objective.prototypes if config else None
     figures: list[tuple[str, str, bytes | None]] = [
         (
             "Loss",
             "Cross-entropy of the student's predictions against the teacher's targets. It need not fall all the way: "
             "the targets sharpen and move as the teacher learns.",
-            plots.losses(metrics),
+            plots.losses(columns),
         ),
         (
             "Entropy of the teacher's targets",
             "In nats. At ln K the targets are uniform, at 0 every image has the same one: both are collapse.",
-            plots.entropies(metrics, prototypes),
+            plots.entropies(columns, prototypes),
         ),
-        ("Gradient norm", "Before clipping.", plots.grad_norm(metrics)),
-        ("Throughput", "Per logged step; the wait is what the accelerator spent without data.", plots.throughput(metrics)),
-        ("Schedules", "What moves during the run.", plots.schedules(metrics)),
+        ("Gradient norm", "Before clipping.", plots.grad_norm(columns)),
+        ("Throughput", "Per logged step; the wait is what the accelerator spent without data.", plots.throughput(columns)),
+        ("Schedules", "What moves during the run.", plots.schedules(columns)),
     ]
     missing += [f"{title}: not logged in metrics.jsonl" for title, _, image in figures if image is None]
     shown = [
@@ -231,20 +234,3 @@ def _json(path: Path, missing: list[str]) -> Json | None:
         missing.append(f"{path.name}: not valid JSON")
         return None
     return value if isinstance(value, dict) else None
-
-
-def _rows(path: Path, missing: list[str]) -> list[Json]:
-    """The logged steps; a last line that is still being written is left out."""
-    rows = []
-    for line in (_text(path, missing) or "").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return [row for row in rows if isinstance(row, dict) and "step" in row]
-
-
-def _version() -> str:
-    import esvit_scale
-
-    return getattr(esvit_scale, "__version__", "")

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from esvit_scale.config import Config
-from esvit_scale.data import decode, manifest, photometric, stream
+from esvit_scale.data import decode, image_folder, manifest, photometric, stream
 from esvit_scale.errors import UserError
 
 SHOWN = 6  # images whose crops are shown
@@ -93,19 +93,20 @@ def images_by_key(source: Path, keys: set[str]) -> dict[str, Image.Image]:
 
 
 def _encoded(source: Path, keys: set[str]) -> Iterable[tuple[str, bytes]]:
-    if not (source / "manifest.json").is_file():
-        for key in keys & {key for key in keys if (source / key).is_file()}:
-            yield key, (source / key).read_bytes()
+    if not manifest.is_shard_set(source):
+        for file in image_folder.list_images(source).files:
+            if image_folder.printable(file.path) in keys:
+                yield image_folder.printable(file.path), (source / file.path).read_bytes()
         return
     for shard in manifest.load(source).shards:
         path = source / shard.name
         wanted = [entry for entry in manifest.read_index(path) if entry.key in keys]
-        if wanted:
-            with path.open("rb") as file:
-                for entry in wanted:
-                    offset, size = next(at for ext, at in entry.members.items() if ext in decode.EXTENSIONS)
-                    file.seek(offset)
-                    yield entry.key, file.read(size)
+        with path.open("rb") as tar:
+            for entry in wanted:
+                place = manifest.image_member(entry)
+                if place:
+                    tar.seek(place[0])
+                    yield entry.key, tar.read(place[1])
 
 
 def thumbnail(image: Image.Image) -> str:
