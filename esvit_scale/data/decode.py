@@ -8,7 +8,28 @@ from PIL import Image, ImageFile
 
 MIN_SIDE = 4  # pixels; a smaller picture holds nothing to crop
 MAX_PIXELS = 178_956_970  # a larger picture is taken for a decompression bomb (Pillow's own hard limit)
-EXTENSIONS = frozenset("jpg jpeg jpe jfif png webp bmp gif tif tiff ppm pgm pbm pnm jp2 j2k avif tga".split())
+EXTENSIONS = frozenset(
+    [
+        "jpg",
+        "jpeg",
+        "jpe",
+        "jfif",
+        "png",
+        "webp",
+        "bmp",
+        "gif",
+        "tif",
+        "tiff",
+        "ppm",
+        "pgm",
+        "pbm",
+        "pnm",
+        "jp2",
+        "j2k",
+        "avif",
+        "tga",
+    ]
+)
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `decode` checks the size itself

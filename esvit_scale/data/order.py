@@ -53,7 +53,7 @@ class Order:
         self._seed, self._epoch = seed, epoch
         self._per_slot = global_batch // slots
         self._slot_length = self.steps * self._per_slot  # L
-        self._shards = _permutation(len(counts), seed, epoch, "shards")
+        self._shards = permutation(len(counts), seed, epoch, "shards")
         self._starts = np.concatenate([[0], np.cumsum(counts[self._shards])])  # of each shard, in the epoch's order
         self._window_starts = np.append(self._starts[:-1:shuffle_window], self.samples)
         self._permutations: OrderedDict[int, NDArray[np.int64]] = OrderedDict()
@@ -84,7 +84,7 @@ class Order:
         found = self._permutations.get(window)
         if found is None:
             size = int(self._window_starts[window + 1] - self._window_starts[window])
-            found = self._permutations[window] = _permutation(size, self._seed, self._epoch, "window", window)
+            found = self._permutations[window] = permutation(size, self._seed, self._epoch, "window", window)
             self._cached += size
             while self._cached > CACHED_POSITIONS and len(self._permutations) > 1:
                 self._cached -= len(self._permutations.popitem(last=False)[1])
@@ -112,7 +112,7 @@ def _hash(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 
 
-def _permutation(n: int, *key: int | str) -> NDArray[np.int64]:
+def permutation(n: int, *key: int | str) -> NDArray[np.int64]:
     """A permutation of 0..n-1 drawn from `key`: indices sorted by random high bits, ties broken by the index."""
     low = np.uint64(max(n - 1, 1).bit_length())
     bits = np.asarray(np.random.PCG64(_hash(*key)).random_raw(n), dtype=np.uint64)

@@ -62,7 +62,9 @@ def draw(rng: np.random.Generator, crop: int) -> Draw:
         order=int(u[1] * len(ORDERS)) if u[0] < 0.8 else -1,
         factors=(1 + b, 1 + c, 1 + s, h),
         grayscale=bool(u[6] < 0.2),
-        radius=BLUR_RADIUS[0] + (BLUR_RADIUS[1] - BLUR_RADIUS[0]) * float(u[8]) if u[7] < BLUR_RATE[min(crop, 2)] else 0.0,
+        radius=BLUR_RADIUS[0] + (BLUR_RADIUS[1] - BLUR_RADIUS[0]) * float(u[8])
+        if u[7] < BLUR_RATE[min(crop, 2)]
+        else 0.0,
         solarize=bool(crop == 1 and u[9] < 0.2),
     )
 

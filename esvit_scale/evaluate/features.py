@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,8 +14,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from esvit_scale import files
+from esvit_scale.checkpoint import state
+from esvit_scale.data import image_folder, manifest, stream
 from esvit_scale.errors import UserError
 from esvit_scale.parallel import collectives
+from esvit_scale.parallel import world as world_module
 
 Batch = tuple[Tensor, list[str], Tensor]  # images [B, 3, S, S], keys [B], labels [B]
 
@@ -25,10 +30,15 @@ class FeatureSet(NamedTuple):
     labels: Tensor  # int64 [N]; -1: no label
 
 
+class Contents(NamedTuple):
+    images: int
+    classes: tuple[str, ...]  # empty: no labels
+
+
 class Teacher(NamedTuple):
     trunk: nn.Module
     size: int  # pixels of the crop it is evaluated at: the size of its global crops
-    step: int | None  # None: the checkpoint does not say
+    step: int
 
 
 def extract(
@@ -79,9 +89,11 @@ def run_embed(
     """`esvit-scale embed`: features of `data` under `checkpoint`'s teacher, written to the file `out`."""
     if out.is_dir():
         raise UserError(f"{out}: is a folder; --out names the file to write, for example {out / 'features.npz'}")
-    teacher = load_teacher(checkpoint)
-    found = extract(teacher.trunk, data, teacher.size, batch, workers, device, precision)
-    if collectives.rank() == 0:
+    with launched():
+        teacher = load_teacher(checkpoint)
+        found = extract(teacher.trunk, data, teacher.size, batch, workers, device, precision)
+        main = collectives.rank() == 0
+    if main:
         save(found, out)
         print(f"{out}: {len(found.keys)} features of width {found.features.shape[1]} from {data}")
     return found
@@ -92,26 +104,44 @@ def save(found: FeatureSet, path: Path) -> None:
     buffer = io.BytesIO()
     keys = np.asarray(found.keys, dtype=np.str_)
     np.savez(buffer, features=found.features.numpy(), keys=keys, labels=found.labels.numpy())
-    write_atomically(path, buffer.getvalue())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_bytes(path, buffer.getvalue())
 
 
 def load_teacher(checkpoint: Path) -> Teacher:
     """The teacher's trunk of a run dir or step dir, on the CPU."""
-    from esvit_scale.checkpoint import state  # heavy: only when a checkpoint is read
+    folder = state.resolve(checkpoint)
+    trunk, config = state.load_teacher(folder)
+    return Teacher(trunk, config.data.global_crops.size, int(state.read_state(folder)["cursor"]["step"]))
 
-    trunk, config = state.load_teacher(checkpoint)
-    return Teacher(trunk, config.data.global_crops.size, _step_of(checkpoint))
+
+def contents(source: Path) -> Contents:
+    """What a shard set's manifest, or an image folder, says it holds.
+
+    Raises:
+        UserError: there is neither.
+    """
+    if manifest.is_shard_set(source):
+        held = manifest.load(source)
+        return Contents(held.samples, held.classes)
+    folder = image_folder.list_images(source)
+    return Contents(len(folder.files), folder.classes)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """A reader sees the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+@contextmanager
+def launched() -> Iterator[None]:
+    """A process group around an evaluation that `torchrun` or `srun` started on several ranks."""
+    alone = not {"RANK", "SLURM_STEP_NUM_TASKS"} & os.environ.keys()
+    if alone or collectives.initialized():
+        yield
+        return
+    world_module.start()
     try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except BaseException:
+        world_module.abandon()
+        raise
+    world_module.stop()
 
 
 def default_device() -> torch.device:
@@ -119,13 +149,13 @@ def default_device() -> torch.device:
 
 
 def _extract(encode: Callable[[Tensor], Tensor], source: Path, size: int, batch: int, workers: int) -> FeatureSet:
-    from esvit_scale.data import stream
-
     rank, world = collectives.rank(), collectives.world_size()
     features, keys, labels = [], [], []
-    batches = stream.evaluation_batches(source, size, batch, workers, rank, world)
+    batches: Iterable[Batch] = stream.evaluation_batches(source, size, batch, workers, rank, world)
+    if rank == 0:
+        batches = _with_progress(batches, source.name, contents(source).images // world)
     with torch.no_grad():
-        for images, batch_keys, batch_labels in _with_progress(batches, source.name):
+        for images, batch_keys, batch_labels in batches:
             features.append(encode(images).float().cpu())
             keys += batch_keys
             labels.append(batch_labels)
@@ -140,28 +170,20 @@ def _extract(encode: Callable[[Tensor], Tensor], source: Path, size: int, batch:
     )
 
 
-def _with_progress(batches: Iterable[Batch], name: str) -> Iterator[Batch]:
-    """Passes the batches on; a bar with rate on a terminal, otherwise one line every ten seconds and one at the end."""
-    if collectives.rank() != 0:
-        yield from batches
-        return
+def _with_progress(batches: Iterable[Batch], name: str, total: int) -> Iterator[Batch]:
+    """Passes the batches on; a bar with rate and ETA on a terminal, otherwise a line every ten seconds."""
     live = sys.stderr.isatty()
     start = told = time.monotonic()
     done = 0
-    with tqdm(desc=f"features of {name}", unit=" images", disable=not live, leave=False) as bar:
+    with tqdm(desc=f"features of {name}", total=total, unit=" images", disable=not live, leave=False) as bar:
         for item in batches:
             yield item
             done += len(item[1])
             bar.update(len(item[1]))
             now = time.monotonic()
             if not live and now - told > 10:
-                told = now
-                print(f"features of {name}: {done} images, {done / (now - start):.0f} images/s", file=sys.stderr)
-
-
-def _step_of(checkpoint: Path) -> int | None:
-    """The optimizer step that a run dir's latest checkpoint, or a step dir, was saved at."""
-    latest = checkpoint / "checkpoints" / "latest"
-    name = latest.read_text().strip() if latest.is_file() else checkpoint.name
-    number = name.removeprefix("step-")
-    return int(number) if name.startswith("step-") and number.isdigit() else None
+                told, rate = now, done / (now - start)
+                left = max(0, total - done) / rate
+                print(
+                    f"features of {name}: {done}/{total} images · {rate:.0f} images/s · ETA {left:.0f} s", file=sys.stderr
+                )

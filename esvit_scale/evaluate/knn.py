@@ -4,7 +4,6 @@ The protocol (DINO's, used by EsViT): features are L2-normalised; a test sample'
 cosine vote for their class with weight exp(s / 0.07); k = 10, 20, 100, 200. Accuracies are percentages.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from esvit_scale import files
 from esvit_scale.errors import UserError
-from esvit_scale.evaluate.features import FeatureSet, extract, load_teacher, write_atomically
+from esvit_scale.evaluate.features import FeatureSet, contents, extract, launched, load_teacher
 from esvit_scale.parallel import collectives
 
 KS = (10, 20, 100, 200)
@@ -126,13 +126,14 @@ def run_knn(
     precision: str = "fp32",
 ) -> dict[str, Any]:
     """`esvit-scale evaluate knn`: the teacher of `checkpoint` on two labelled sets; writes `out`/knn.json."""
-    teacher = load_teacher(checkpoint)
-    sets = [
-        labelled(extract(teacher.trunk, s, teacher.size, batch, workers, device, precision), s) for s in (train, test)
-    ]
-    row = {"checkpoint": str(checkpoint), "step": teacher.step, "train": str(train), "test": str(test)}
-    result = row | evaluate(sets[0], sets[1], ks)  # on every rank: an error must end them all, not leave them waiting
-    if collectives.rank() == 0:
+    with launched():
+        teacher = load_teacher(checkpoint)
+        settings = (teacher.size, batch, workers, device, precision)
+        sets = [labelled(extract(teacher.trunk, source, *settings), source) for source in (train, test)]
+        row = {"checkpoint": str(checkpoint), "step": teacher.step, "train": str(train), "test": str(test)}
+        result = row | evaluate(sets[0], sets[1], ks)  # on every rank: an error ends them all, nobody is left waiting
+        main = collectives.rank() == 0
+    if main:
         write_result(result, out / "knn.json")
         print(table([result]))
     return result
@@ -140,16 +141,7 @@ def run_knn(
 
 def labelled(found: FeatureSet, source: Path) -> Labelled:
     """`found` with the class names of the set it came from."""
-    return Labelled(found, class_names(source))
-
-
-def class_names(source: Path) -> tuple[str, ...]:
-    """Of a shard set's manifest, or of an image folder's sub-folders in the order that numbers them."""
-    from esvit_scale.data import manifest
-
-    if (source / "manifest.json").is_file():
-        return manifest.load(source).classes
-    return tuple(sorted(entry.name for entry in source.iterdir() if entry.is_dir()))
+    return Labelled(found, contents(source).classes)
 
 
 def evaluate(train: Labelled, test: Labelled, ks: Sequence[int] = KS) -> dict[str, Any]:
@@ -171,7 +163,8 @@ def evaluate(train: Labelled, test: Labelled, ks: Sequence[int] = KS) -> dict[st
 
 
 def write_result(result: dict[str, Any], path: Path) -> None:
-    write_atomically(path, (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_json(path, result)
 
 
 def table(rows: Sequence[dict[str, Any]], names: Sequence[str] | None = None) -> str:

@@ -48,7 +48,7 @@ def start() -> World:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         else:
             dist.init_process_group(backend, rank=rank, world_size=size)
-    _quieten_deepspeed()
+    _prepare_deepspeed(dist.get_backend())
     return World(rank, size, local_rank, device)
 
 
@@ -90,7 +90,7 @@ def _first_host(nodes: str) -> str:
     return listed.stdout.split()[0]
 
 
-def _quieten_deepspeed() -> None:
+def _prepare_deepspeed(backend: str) -> None:
     """Its warnings stay; its hundred lines of information per start do not help anybody."""
     import deepspeed
 
@@ -98,3 +98,4 @@ def _quieten_deepspeed() -> None:
     # A shared-memory collective that DeepSpeed would compile at first use (17 s, needs a compiler) and we never call.
     if hasattr(deepspeed.ops, "__compatible_ops__"):
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)  # adopts the group made above

@@ -1,15 +1,17 @@
 """The training loop: for every batch a step, a record, a save when due, and a way out when asked."""
 
 import logging
+from pathlib import Path
 
 from esvit_scale.config import Config
 from esvit_scale.data import manifest, stream
+from esvit_scale.data.manifest import Manifest
 from esvit_scale.errors import UserError
 from esvit_scale.objective.schedules import Schedules
 from esvit_scale.parallel import collectives
 from esvit_scale.parallel import world as world_module
 from esvit_scale.parallel.world import World
-from esvit_scale.train import run_dir, signals
+from esvit_scale.train import run_dir
 from esvit_scale.train.run import Run
 from esvit_scale.train.step import open_session, train_step
 
@@ -42,7 +44,7 @@ def _open_and_train(config: Config, world: World) -> int:
             log.warning("%s: this run is finished; nothing to do", path)
         return 0
     with run_dir.Lock(path) as lock:
-        data = collectives.on_rank_0(lambda: manifest.checked(config.data.train))
+        data = collectives.on_rank_0(lambda: _open_data(config))
         schedules = Schedules(config, stream.steps_per_epoch(config, data))
         session = open_session(config, world, schedules)
         with Run(path, session, lock) as run:
@@ -54,3 +56,9 @@ def _open_and_train(config: Config, world: World) -> int:
                     return run.leave()
             run.finish()
     return 0
+
+
+def _open_data(config: Config) -> Manifest:
+    data = manifest.load(Path(config.data.train))
+    manifest.check_sizes(data)
+    return data

@@ -1,4 +1,4 @@
-"""Extraction over batches, and the file that `embed` leaves."""
+"""Extraction from real files, over ranks, and the file that `embed` leaves."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -6,12 +6,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
-from esvit_scale.data import stream
 from esvit_scale.errors import UserError
 from esvit_scale.evaluate import features as module
-from esvit_scale.evaluate.features import FeatureSet, Teacher, extract, raw_pixels, run_embed, save, write_atomically
+from esvit_scale.evaluate.features import FeatureSet, Teacher, contents, extract, raw_pixels, run_embed, save
+
+SIZE = 16
 
 
 class Mean(nn.Module):
@@ -23,50 +25,80 @@ class Mean(nn.Module):
 
 
 @pytest.fixture
-def images(monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
-    images = torch.randn(10, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-
-    def batches(source, size, batch, workers, rank, world_size):
-        for i in range(0, 10, batch):
-            part = range(i, min(i + batch, 10))
-            yield images[i : i + batch], [f"key{j}" for j in part], torch.tensor([j % 3 for j in part])
-
-    monkeypatch.setattr(stream, "evaluation_batches", batches, raising=False)
-    return images
+def folder(tmp_path: Path) -> Path:
+    """Ten grey images of rising brightness, in two classes."""
+    root = tmp_path / "images"
+    for i in range(10):
+        path = root / ("bright" if i >= 6 else "adark") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 30), (20 * i,) * 3).save(path)
+    return root
 
 
-def test_every_image_once_in_order(images: torch.Tensor) -> None:
+def test_every_image_once_in_order(folder: Path) -> None:
     trunk = Mean()
-    found = extract(trunk, Path("x"), 8, batch=4, device="cpu")
-    assert torch.equal(found.features, images.mean((2, 3)))
-    assert found.keys == [f"key{i}" for i in range(10)]
-    assert found.labels.tolist() == [i % 3 for i in range(10)]
+    found = extract(trunk, folder, SIZE, batch=4, workers=0, device="cpu")
+    assert [Path(key).stem for key in found.keys] == [str(i) for i in range(10)]
+    assert found.labels.tolist() == [0] * 6 + [1] * 4
+    assert contents(folder) == (10, ("adark", "bright"))
+    expected = (torch.arange(10) * 20 / 255 - 0.485) / 0.229
+    assert torch.allclose(found.features[:, 0], expected, atol=1e-5)
     assert not trunk.saw_training
     assert trunk.training  # left as it was
 
 
-def test_bf16_features_are_stored_as_fp32(images: torch.Tensor) -> None:
-    found = extract(Mean(), Path("x"), 8, batch=4, device="cpu", precision="bf16")
+def test_bf16_features_are_stored_as_fp32(folder: Path) -> None:
+    class Precision(nn.Linear):
+        def forward(self, crops: list[torch.Tensor]) -> SimpleNamespace:
+            view = super().forward(crops[0].mean((2, 3)))
+            self.saw = view.dtype
+            return SimpleNamespace(view=view)
+
+    trunk = Precision(3, 5)
+    found = extract(trunk, folder, SIZE, workers=0, device="cpu", precision="bf16")
+    assert trunk.saw == torch.bfloat16
     assert found.features.dtype == torch.float32
 
 
-def test_raw_pixels(images: torch.Tensor) -> None:
-    assert torch.equal(raw_pixels(Path("x"), 8, batch=3).features, images.flatten(1))
+def test_raw_pixels_are_the_normalised_image(folder: Path) -> None:
+    found = raw_pixels(folder, SIZE, batch=3, workers=0)
+    assert found.features.shape == (10, 3 * SIZE * SIZE)
+    assert found.features[7].unflatten(0, (3, SIZE * SIZE))[2].allclose(torch.tensor((140 / 255 - 0.406) / 0.225))
 
 
-def test_empty_source_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "evaluation_batches", lambda *_: iter(()), raising=False)
+def test_empty_source_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no image files"):
+        extract(Mean(), tmp_path, SIZE, workers=0, device="cpu")
+    (tmp_path / "bad.png").write_bytes(b"not an image")
     with pytest.raises(UserError, match="no readable image"):
-        extract(Mean(), Path("nothing"), 8, device="cpu")
+        extract(Mean(), tmp_path, SIZE, workers=0, device="cpu")
 
 
-def test_ranks_are_joined_in_order(images: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    other = (np.full((2, 3), 7, np.float32), ["z1", "z2"], np.array([1, 2]))
-    monkeypatch.setattr(module.collectives, "gather_objects", lambda part: [part, None, other])
-    found = extract(Mean(), Path("x"), 8, batch=4, device="cpu")
-    assert found.keys[-3:] == ["key9", "z1", "z2"]
-    assert found.features.shape == (12, 3)
-    assert found.labels.tolist()[-2:] == [1, 2]
+@pytest.mark.parametrize("world", [2, 3])
+def test_parts_of_ranks_join_to_the_whole(folder: Path, world: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = extract(Mean(), folder, SIZE, batch=4, workers=0, device="cpu")
+    given: list = []
+    monkeypatch.setattr(module.collectives, "world_size", lambda: world)
+    monkeypatch.setattr(module.collectives, "gather_objects", lambda part: given.append(part) or list(given))
+    for rank in range(world):
+        monkeypatch.setattr(module.collectives, "rank", lambda rank=rank: rank)
+        joined = extract(Mean(), folder, SIZE, batch=4, workers=0, device="cpu")
+    assert joined.keys == whole.keys
+    assert torch.equal(joined.features, whole.features)
+    assert torch.equal(joined.labels, whole.labels)
+
+
+def test_a_rank_without_images_does_not_matter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.collectives, "gather_objects", lambda part: [part, None])
+    assert len(extract(Mean(), folder, SIZE, workers=0, device="cpu").keys) == 10
+
+
+def test_progress_says_rate_and_eta(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(0, 1000, 11))
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    batches = [(torch.zeros(22, 3, 2, 2), ["k"] * 22, torch.zeros(22))] * 2
+    assert len(list(module._with_progress(batches, "photos", 88))) == 2
+    assert "features of photos: 22/88 images · 2 images/s · ETA 33 s" in capsys.readouterr().err
 
 
 def test_file_loads_without_pickle(tmp_path: Path) -> None:
@@ -76,37 +108,14 @@ def test_file_loads_without_pickle(tmp_path: Path) -> None:
         assert sorted(data) == ["features", "keys", "labels"]
         assert data["keys"].tolist() == found.keys
         assert data["labels"].dtype == np.int64
-        np.testing.assert_array_equal(data["features"], found.features.numpy())
         assert data["features"].dtype == np.float32
+        np.testing.assert_array_equal(data["features"], found.features.numpy())
 
 
-def test_embed_writes_the_named_file(images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "load_teacher", lambda path: Teacher(Mean(), 8, 400))
-    run_embed(tmp_path / "run", Path("data"), tmp_path / "f.npz", device="cpu")
+def test_embed_writes_the_named_file(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "load_teacher", lambda path: Teacher(Mean(), SIZE, 400))
+    run_embed(tmp_path / "run", folder, tmp_path / "f.npz", workers=0, device="cpu")
     with np.load(tmp_path / "f.npz", allow_pickle=False) as data:
         assert data["features"].shape == (10, 3)
     with pytest.raises(UserError, match="is a folder"):
-        run_embed(tmp_path / "run", Path("data"), tmp_path)
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    write_atomically(path, b"old")
-
-    def fail(self: Path, target: Path) -> None:
-        raise OSError("disk")
-
-    monkeypatch.setattr(Path, "replace", fail)
-    with pytest.raises(OSError, match="disk"):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
-
-
-def test_step_is_read_from_run_and_step_dirs(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    (run / "checkpoints" / "step-00000400").mkdir(parents=True)
-    (run / "checkpoints" / "latest").write_text("step-00000400\n")
-    assert module._step_of(run) == 400
-    assert module._step_of(run / "checkpoints" / "step-00000012") == 12
-    assert module._step_of(tmp_path) is None
+        run_embed(tmp_path / "run", folder, tmp_path)

@@ -1,0 +1,263 @@
+"""What a shard set holds: manifest.json, and beside each tar an index of where its members lie.
+
+docs/shard_format.md specifies both files. Neither is trusted: names are plain file names inside the set's folder, and
+offsets are checked against the tar when it is read.
+"""
+
+import json
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from esvit_scale.data.decode import EXTENSIONS
+from esvit_scale.errors import UserError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+MAX_MEMBER = 1 << 30  # bytes; a larger member is no image
+
+
+class Shard(NamedTuple):
+    name: str  # file name in the set's folder
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    root: Path
+    shards: tuple[Shard, ...]
+    classes: tuple[str, ...] = ()  # empty when the source was flat
+    source: str = ""  # fingerprint of what was written, see shard_writer
+
+    @property
+    def samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+
+class Entry(NamedTuple):
+    """One sample of a tar."""
+
+    key: str
+    members: dict[str, tuple[int, int]]  # extension → (offset, size) of its bytes in the tar
+
+
+def index_path(shard: Path) -> Path:
+    return shard.with_suffix(".index.jsonl")
+
+
+def is_shard_set(root: Path) -> bool:
+    return (root / MANIFEST).is_file()
+
+
+def load(root: Path) -> Manifest:
+    """The manifest of the set in `root`.
+
+    Raises:
+        UserError: no such folder, no manifest.json, another format version, or a manifest that is not well formed.
+    """
+    root = Path(root)
+    path = root / MANIFEST
+    if not root.is_dir():
+        raise UserError(f"{root}: no such shard folder{_nearest_set(root)}")
+    if not path.is_file():
+        tars = sum(1 for p in root.iterdir() if p.suffix == ".tar")
+        what = f"{tars} tars but no {MANIFEST}" if tars else f"no {MANIFEST}"
+        hint = _nearest_set(root / "x") or "; write a set with `esvit-scale shards create SRC DST`"
+        raise UserError(f"{root}: not a finished shard set ({what}){hint}")
+    try:
+        raw = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: not valid JSON; write the set again, or copy the file again") from None
+    version = raw.get("format_version") if isinstance(raw, dict) else None
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path}: format_version {version!r} is not one this version reads; known: {FORMAT_VERSION}")
+    try:
+        return _parse(root, raw)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: not a well-formed manifest ({error})") from None
+
+
+def check_sizes(manifest: Manifest) -> None:
+    """Stat every shard; reads nothing.
+
+    Raises:
+        UserError: naming the first shard that is missing or of another size than the manifest's, and how many more.
+    """
+    problems = list(size_problems(manifest))
+    if problems:
+        more = f" (and {len(problems) - 1} more shards)" if len(problems) > 1 else ""
+        raise UserError(f"{problems[0]}{more}; copy it again, or write the set again")
+
+
+def size_problems(manifest: Manifest) -> Iterator[str]:
+    for shard in manifest.shards:
+        path = manifest.root / shard.name
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            yield f"{path}: {error.strerror}"
+            continue
+        if size != shard.bytes:
+            kind = "truncated" if size < shard.bytes else "too long"
+            yield f"{path}: {kind}: {size} bytes, the manifest says {shard.bytes}"
+
+
+def dump(shards: Sequence[Shard], classes: Sequence[str], source: str, tool: str) -> bytes:
+    """The bytes of a manifest.json, the same for the same set."""
+    content = {
+        "format_version": FORMAT_VERSION,
+        "tool": tool,
+        "samples": sum(s.samples for s in shards),
+        "bytes": sum(s.bytes for s in shards),
+        "source": source,
+        "classes": list(classes),
+        "shards": [s._asdict() for s in shards],
+    }
+    return (json.dumps(content, indent=1) + "\n").encode()
+
+
+def _parse(root: Path, raw: dict[str, Any]) -> Manifest:
+    shards = tuple(
+        Shard(_file_name(s["name"]), _count(s["samples"]), _count(s["bytes"]), str(s["sha256"])) for s in raw["shards"]
+    )
+    if len({s.name for s in shards}) != len(shards):
+        raise ValueError("a shard is listed twice")
+    return Manifest(root, shards, tuple(str(c) for c in raw["classes"]), str(raw.get("source", "")))
+
+
+def _file_name(name: Any) -> str:
+    if not isinstance(name, str) or not name.endswith(".tar") or name.startswith(".") or set(name) & set("/\\\0"):
+        raise ValueError(f"{name!r} is not the name of a tar in this folder")
+    return name
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is not a count")
+    return value
+
+
+def _nearest_set(path: Path) -> str:
+    """A hint that names the shard sets beside `path`."""
+    try:
+        sets = sorted(p.name for p in path.parent.iterdir() if p.is_dir() and is_shard_set(p))
+    except OSError:
+        return ""
+    return f"; shard sets in {path.parent}: {', '.join(sets[:5])}" if sets else ""
+
+
+# --- the index of a tar ----------------------------------------------------------------------------------------------
+
+
+class Index(Sequence[Entry]):
+    """The samples of a tar in order. Holds the index file's bytes and parses a line when it is asked for: about 100
+    bytes a sample, so that many shards' indexes can stay in memory."""
+
+    def __init__(self, lines: bytes) -> None:
+        self._lines = lines
+        self._ends = np.flatnonzero(np.frombuffer(lines, np.uint8) == ord("\n"))  # the first ends the header line
+
+    def __len__(self) -> int:
+        return max(len(self._ends) - 1, 0)
+
+    def __getitem__(self, i: Any) -> Any:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        key, members = json.loads(self._lines[self._ends[i] + 1 : self._ends[i + 1]])
+        return Entry(str(key), {str(ext): (_count(at), _count(size)) for ext, (at, size) in members.items()})
+
+    @property
+    def nbytes(self) -> int:
+        return len(self._lines) + self._ends.nbytes
+
+
+def read_index(shard: Path) -> Index:
+    """The index of a tar: its side-car file, or, where there is none that can be read, a scan of the tar's headers.
+
+    Raises:
+        OSError: the tar has neither a side-car nor can be opened.
+    """
+    try:
+        return read_side_car(shard)
+    except (OSError, ValueError):
+        return Index(dump_index(shard.name, scan(shard)))
+
+
+def read_side_car(shard: Path) -> Index:
+    """The index file of a tar.
+
+    Raises:
+        OSError: no such file.
+        ValueError: not an index of this tar, or cut short.
+    """
+    lines = index_path(shard).read_bytes()
+    header = json.loads(lines[: lines.find(b"\n") + 1])
+    if not isinstance(header, dict) or header.get("format_version") != FORMAT_VERSION:
+        raise ValueError("not an index of this format version")
+    if header.get("shard") != shard.name or not lines.endswith(b"\n"):
+        raise ValueError("of another shard, or cut short")
+    return Index(lines)
+
+
+def dump_index(name: str, entries: Iterable[Entry]) -> bytes:
+    """The bytes of an index file: a header line, then one line a sample."""
+    lines = [json.dumps({"format_version": FORMAT_VERSION, "shard": name})]
+    lines += [json.dumps(entry, separators=(",", ":")) for entry in entries]
+    return "".join(line + "\n" for line in lines).encode("ascii")
+
+
+def scan(shard: Path) -> list[Entry]:
+    """The samples of any WebDataset tar, by its headers: consecutive regular files with the same name up to the first
+    dot of its last part. Links, devices and folders are ignored, and a truncated tar ends at its last whole member.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    entries: list[Entry] = []
+    size = shard.stat().st_size
+    with shard.open("rb") as file:
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                end = 0
+                for member in tar:
+                    if member.size < 0 or member.offset_data < end:
+                        break  # a forged header that would lead back into the file
+                    end = member.offset_data
+                    whole = end + member.size <= size and member.size <= MAX_MEMBER
+                    if not member.isreg() or member.issparse() or not whole:
+                        continue
+                    key, ext = split_name(member.name)
+                    if not key or not ext:
+                        continue
+                    if not entries or entries[-1].key != key or ext in entries[-1].members:
+                        entries.append(Entry(key, {}))
+                    entries[-1].members[ext] = (member.offset_data, member.size)
+        except (tarfile.TarError, EOFError, ValueError, RecursionError):
+            pass  # what was read before the damage stands; counts show the rest
+    return entries
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """`a/b.seg.png` → (`a/b`, `seg.png`)."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, ext = base.partition(".")
+    return (folder + slash + stem if stem else ""), ext.lower()
+
+
+def image_member(entry: Entry) -> tuple[int, int] | None:
+    """(offset, size) of a sample's image, its first member with an image's extension."""
+    return next((place for ext, place in entry.members.items() if ext in EXTENSIONS), None)
+
+
+def parse_label(text: bytes) -> int:
+    """The number in a `.cls` member; -1 when it holds none."""
+    try:
+        return int(text[:20])
+    except ValueError:
+        return -1

@@ -1,0 +1,95 @@
+"""Real photographs bundled with scikit-image and scikit-learn, cut into patches: a small classification task for the
+demo that needs no download. The class of a patch is its photograph; train and test patches come from disjoint halves."""
+
+import io
+
+import numpy as np
+import skimage.data
+from numpy.typing import NDArray
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+from esvit_scale.data.crops import keyed_generator
+from esvit_scale.data.shard_writer import Sample
+from esvit_scale.errors import UserError
+
+# of scikit-image's data, what comes inside the package and is a photograph
+PHOTOGRAPHS = (
+    "astronaut",
+    "brick",
+    "camera",
+    "cell",
+    "chelsea",
+    "clock",
+    "coffee",
+    "coins",
+    "grass",
+    "gravel",
+    "hubble_deep_field",
+    "immunohistochemistry",
+    "moon",
+    "page",
+    "retina",
+    "rocket",
+    "stereo_motorcycle",
+    "text",
+)
+SKLEARN_PHOTOGRAPHS = ("china", "flower")
+CLASSES = (*PHOTOGRAPHS, *SKLEARN_PHOTOGRAPHS)
+
+
+def demo_samples(size: int = 64, train: int = 100, test: int = 30, seed: int = 0) -> tuple[list[Sample], list[Sample]]:
+    """Train and test patches for `write_samples`, with CLASSES as their classes.
+
+    Args:
+        size: pixels on a side of a patch.
+        train, test: patches per photograph. Train patches lie in one half of it and test patches in the other (halves
+            of the longer side), so that no pixel is in both.
+
+    Returns:
+        Train and test samples (PNG), the classes taking turns; the same for the same arguments.
+
+    Raises:
+        UserError: patches larger than half a photograph.
+    """
+    parts: tuple[list[list[Sample]], list[list[Sample]]] = ([], [])
+    for label, name in enumerate(CLASSES):
+        for half, (pixels, count) in enumerate(zip(_halves(_photograph(name)), (train, test), strict=True)):
+            parts[half].append(_patches(pixels, name, label, ("train", "test")[half], size, count, seed))
+    return _take_turns(parts[0]), _take_turns(parts[1])
+
+
+def _photograph(name: str) -> NDArray[np.uint8]:
+    """[H, W, 3]"""
+    loaded = load_sample_image(f"{name}.jpg") if name in SKLEARN_PHOTOGRAPHS else getattr(skimage.data, name)()
+    pixels = loaded[0] if isinstance(loaded, tuple) else loaded  # a stereo pair: the left picture
+    return pixels if pixels.ndim == 3 else np.repeat(pixels[:, :, None], 3, axis=2)
+
+
+def _halves(pixels: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    height, width, _ = pixels.shape
+    if width >= height:
+        return pixels[:, : width // 2], pixels[:, width // 2 :]
+    return pixels[: height // 2], pixels[height // 2 :]
+
+
+def _patches(
+    pixels: NDArray[np.uint8], name: str, label: int, split: str, size: int, count: int, seed: int
+) -> list[Sample]:
+    height, width, _ = pixels.shape
+    if min(height, width) < size:
+        raise UserError(
+            f"patches of {size} pixels: half of {name} is {width}x{height}; use {min(height, width)} or less"
+        )
+    rng = keyed_generator(seed, 0, f"{split}/{name}", 0)
+    samples = []
+    for i in range(count):
+        top, left = int(rng.random() * (height - size + 1)), int(rng.random() * (width - size + 1))
+        png = io.BytesIO()
+        Image.fromarray(pixels[top : top + size, left : left + size]).save(png, "PNG")
+        samples.append(Sample(f"{name}/{split}-{i:05d}", label, "png", png.getvalue()))
+    return samples
+
+
+def _take_turns(by_class: list[list[Sample]]) -> list[Sample]:
+    return [sample for turn in zip(*by_class, strict=True) for sample in turn]

@@ -1,0 +1,141 @@
+"""`esvit-scale demo`: the whole journey on one small machine, in minutes and without a download.
+
+Bundled photographs → patches → shards → k-NN of raw pixels and of the untrained teacher → pretraining with the view and
+the region loss → k-NN of the trained teacher → report.html. A patch's class is the photograph it was cut from; training
+never sees it. Train and test patches come from disjoint halves of the photographs.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from esvit_scale import config as configs
+from esvit_scale.config import Config
+from esvit_scale.data import samples, shard_writer
+from esvit_scale.evaluate import knn
+from esvit_scale.evaluate.features import extract, load_teacher, raw_pixels
+from esvit_scale.models.initialize import initialize
+from esvit_scale.objective.network import build_network
+from esvit_scale.report.html import write_report
+from esvit_scale.train import loop
+from esvit_scale.train.run_dir import read_summary
+
+K = 10  # the k whose accuracy is quoted: fixed beforehand, not the best on the test set
+SAMPLES_PER_SHARD = 250
+NAMES = ("raw pixels", "untrained teacher", "trained teacher")
+
+Json = dict[str, Any]
+
+
+def run(out: Path) -> int:
+    """Everything above in the run dir `out`; a finished one is only read again. Returns the exit code.
+
+    Raises:
+        UserError: `out` holds something else.
+    """
+    began = time.monotonic()
+    out = out.resolve()
+    code, results = pretrain_and_compare(out, seed=0)
+    if code:
+        return code
+    report = write_report(out)
+    print(f"\n{comparison(results, read_summary(out))}\n")
+    print(f"all of it took {time.monotonic() - began:.0f} s\nrun dir  {out}\nreport   {report}")
+    return 0
+
+
+def pretrain_and_compare(out: Path, seed: int) -> tuple[int, list[Json]]:
+    """The exit code of the pretraining in `out`, and when it is 0 the k-NN results in the order of NAMES."""
+    config = demo_config(out, seed)
+    paths = [out / "knn" / f"{name.replace(' ', '-')}.json" for name in NAMES]
+    if read_summary(out).get("finished") and all(path.is_file() for path in paths):
+        print(f"{out}: finished before; reading its results")
+        return loop.pretrain(config), [json.loads(path.read_text()) for path in paths]
+    train, test = write_shards(out / "shards", config.data.global_crops.size)
+    baselines = [pixels_result(config, train, test), untrained_result(config, train, test)]
+    print(knn.table(baselines, NAMES[:2]))
+    code = loop.pretrain(config)
+    if code:
+        return code, []
+    results = [*baselines, trained_result(out, config, train, test)]
+    for path, result in zip(paths, results, strict=True):  # not before training: a run dir is the training's to create
+        knn.write_result(result, path)
+    return 0, results
+
+
+def demo_config(out: Path, seed: int) -> Config:
+    """The preset `demo`, in `out`, in the precision that is fast here."""
+    precision = "bf16" if has_fast_bf16() else "fp32"
+    overrides = {"run_dir": out, "data.train": out / "shards" / "train", "seed": seed, "train.precision": precision}
+    return configs.resolve("demo", [f"{key}={json.dumps(str(v) if isinstance(v, Path) else v)}" for key, v in overrides.items()])
+
+
+def has_fast_bf16() -> bool:
+    """Whether bf16 arithmetic is done by the hardware: a GPU's, or a CPU's AVX512-BF16 or AMX."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older torch does not tell: fp32 is always right
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def write_shards(folder: Path, size: int) -> tuple[Path, Path]:
+    """Train and test patches as shard sets; sets that are there already are kept."""
+    sets = []
+    for split, patches in zip(("train", "test"), samples.demo_samples(size), strict=True):
+        source = f"demo {split} patches of {size} pixels, {len(patches)}"
+        shard_writer.write_samples(patches, folder / split, samples.CLASSES, SAMPLES_PER_SHARD, source)
+        sets.append(folder / split)
+    return sets[0], sets[1]
+
+
+def pixels_result(config: Config, train: Path, test: Path) -> Json:
+    size, workers = config.data.global_crops.size, config.data.workers
+    sets = [knn.labelled(raw_pixels(source, size, workers=workers), source) for source in (train, test)]
+    return _row(0, None, train, test) | knn.evaluate(*sets)
+
+
+def untrained_result(config: Config, train: Path, test: Path) -> Json:
+    """Of the teacher as training starts with it: the same values by name and seed."""
+    network = build_network(config)
+    initialize(network, config.seed)
+    return _row(1, 0, train, test) | _evaluate(network.trunk, config, train, test)
+
+
+def trained_result(out: Path, config: Config, train: Path, test: Path) -> Json:
+    teacher = load_teacher(out)
+    return _row(2, teacher.step, train, test) | _evaluate(teacher.trunk, config, train, test)
+
+
+def comparison(results: list[Json], summary: Json) -> str:
+    """The table, what training cost, and what may and may not be read from it."""
+    pixels, before, after = (result["results"][str(K)]["top1"] for result in results)
+    seconds = summary["images_seen"] / summary["images_per_s"]
+    return "\n".join(
+        [
+            knn.table(results, NAMES),
+            "",
+            f"pretraining  {summary['step']} steps, {summary['images_seen']:,} images in {seconds:.0f} s: "
+            f"{summary['images_per_s']:.0f} images/s on {_machine()}",
+            f"k = {K}        {after - before:+.1f} points over the untrained teacher, {after - pixels:+.1f} over raw pixels",
+            "one seed, and patches of a few photographs: it shows that the pipeline learns, not how good the method is",
+        ]
+    )
+
+
+def _evaluate(trunk: torch.nn.Module, config: Config, train: Path, test: Path) -> Json:
+    size, workers = config.data.global_crops.size, config.data.workers
+    sets = [knn.labelled(extract(trunk, source, size, workers=workers), source) for source in (train, test)]
+    return knn.evaluate(*sets)
+
+
+def _row(which: int, step: int | None, train: Path, test: Path) -> Json:
+    return {"name": NAMES[which], "checkpoint": None, "step": step, "train": str(train), "test": str(test)}
+
+
+def _machine() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} CPU threads"

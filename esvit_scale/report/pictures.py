@@ -1,0 +1,129 @@
+"""Images of a report: the crops of a few training samples, and test samples beside their nearest neighbours."""
+
+import base64
+import io
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from esvit_scale.config import Config
+from esvit_scale.data import decode, image_folder, manifest, photometric, stream
+from esvit_scale.errors import UserError
+
+SHOWN = 6  # images whose crops are shown
+SIDE = 208  # pixels of a thumbnail's longer side: twice its size on the page
+
+
+class CropGrid(NamedTuple):
+    columns: list[str]
+    rows: list[list[str]]  # data URIs; rows images, columns crops
+
+
+class Neighbour(NamedTuple):
+    image: str  # data URI
+    label: str
+    similarity: float
+    right: bool  # of the query's class
+
+
+class Query(NamedTuple):
+    image: str
+    label: str
+    neighbours: list[Neighbour]
+
+
+def crop_grid(config: Config) -> CropGrid:
+    """The crops of the first epoch for a few samples of the run's training set, augmented as in training.
+
+    Raises:
+        UserError: the training set is not there any more.
+    """
+    train = config.train.model_copy(update={"global_batch": SHOWN, "grad_accum": 1})
+    data = config.data.model_copy(update={"workers": 0, "slots": None})
+    small = config.model_copy(update={"train": train, "data": data})
+    batch = next(iter(stream.batches(small, manifest.load(Path(config.data.train)), 0, 1, 0, 1)))
+    columns, first = [], 0
+    for group in batch.crops:  # uint8 [V_g, B, 3, S, S]
+        views = len(group)
+        augmented = photometric.apply(group.flatten(0, 1), batch.photometric.crops(first, first + views))
+        columns += [[thumbnail(_unnormalized(image)) for image in view] for view in augmented.unflatten(0, group.shape[:2])]
+        first += views
+    names = ["global 1", "global 2", *(f"local {i + 1}" for i in range(len(columns) - 2))]
+    return CropGrid(names, [list(row) for row in zip(*columns, strict=True)])
+
+
+def neighbour_rows(result: Mapping[str, Any]) -> list[Query]:
+    """The examples that a knn.json recorded, with their images.
+
+    Raises:
+        UserError: one of its two sets is not there any more, or does not hold a recorded sample.
+    """
+    examples = result["examples"]
+    queries = images_by_key(Path(result["test"]), {e["key"] for e in examples})
+    bank = images_by_key(Path(result["train"]), {n["key"] for e in examples for n in e["neighbours"]})
+    return [
+        Query(
+            thumbnail(queries[e["key"]]),
+            e["class"],
+            [
+                Neighbour(thumbnail(bank[n["key"]]), n["class"], n["similarity"], n["class"] == e["class"])
+                for n in e["neighbours"]
+            ],
+        )
+        for e in examples
+    ]
+
+
+def images_by_key(source: Path, keys: set[str]) -> dict[str, Image.Image]:
+    """The pictures of a few samples of a shard set or an image folder.
+
+    Raises:
+        UserError: the set is not there, or does not hold one of them.
+    """
+    found = {key: decode.decode(data) for key, data in _encoded(source, keys)}
+    missing = sorted(keys - found.keys())
+    if missing:
+        raise UserError(f"{source}: holds no sample {missing[0]!r}")
+    return found
+
+
+def _encoded(source: Path, keys: set[str]) -> Iterable[tuple[str, bytes]]:
+    if not manifest.is_shard_set(source):
+        for file in image_folder.list_images(source).files:
+            if image_folder.printable(file.path) in keys:
+                yield image_folder.printable(file.path), (source / file.path).read_bytes()
+        return
+    for shard in manifest.load(source).shards:
+        path = source / shard.name
+        wanted = [entry for entry in manifest.read_index(path) if entry.key in keys]
+        with path.open("rb") as tar:
+            for entry in wanted:
+                place = manifest.image_member(entry)
+                if place:
+                    tar.seek(place[0])
+                    yield entry.key, tar.read(place[1])
+
+
+def thumbnail(image: Image.Image) -> str:
+    """A data URI; small pictures keep every pixel."""
+    image = image.copy()
+    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=90, subsampling=0)
+    return data_uri(buffer.getvalue(), "image/jpeg")
+
+
+def data_uri(content: bytes, mime: str) -> str:
+    return f"data:{mime};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def _unnormalized(image: Tensor) -> Image.Image:
+    """[3, S, S], ImageNet-normalised → a picture."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (photometric.MEAN, photometric.STD))
+    pixels = (image.cpu() * std + mean).clamp(0, 1).mul(255).round().byte()
+    return Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
