@@ -70,9 +70,7 @@ def demo_config(out: Path, seed: int) -> Config:
     """The preset `demo`, in `out`, in the precision that is fast here."""
     precision = "bf16" if has_fast_bf16() else "fp32"
     overrides = {"run_dir": out, "data.train": out / "shards" / "train", "seed": seed, "train.precision": precision}
-    return configs.resolve(
-        "demo", [f"{key}={json.dumps(str(v) if isinstance(v, Path) else v)}" for key, v in overrides.items()]
-    )
+    return configs.resolve("demo", [f"{key}={json.dumps(str(v) if isinstance(v, Path) else v)}" for key, v in overrides.items()])
 
 
 def has_fast_bf16() -> bool:

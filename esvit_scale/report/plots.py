@@ -57,9 +57,7 @@ def schedules(metrics: Metrics) -> bytes | None:
 
 def throughput(metrics: Metrics) -> bytes | None:
     """Images per second, and the seconds a step waited for data."""
-    return _panels(
-        metrics, {"images_per_s": "images per second", "data_wait_s": "wait for data, s"}, GREEN, HALF, zero=True
-    )
+    return _panels(metrics, {"images_per_s": "images per second", "data_wait_s": "wait for data, s"}, GREEN, HALF, zero=True)
 
 
 def _lines(
@@ -98,7 +96,9 @@ def _lines(
     return _png(figure)
 
 
-def _panels(metrics: Metrics, titles: Mapping[str, str], colour: str, width: float, zero: bool = False) -> bytes | None:
+def _panels(
+    metrics: Metrics, titles: Mapping[str, str], colour: str, width: float, zero: bool = False
+) -> bytes | None:
     present = [column for column in titles if _has(metrics, column)]
     if not present:
         return None
