@@ -74,12 +74,6 @@ def control_group() -> Any:
     return _control_group
 
 
-def forget_groups() -> None:
-    """Called when the process group goes: a group of a destroyed world must not be used again."""
-    global _control_group
-    _control_group = None
-
-
 def on_rank_0(function: Callable[[], T]) -> T:
     """Runs on rank 0 only; its answer, or its error that concerns the user, is every rank's.
 
