@@ -75,5 +75,5 @@ def test_bf16_parameters_get_the_rounded_fp32_value_and_empty_ones_a_whole_value
 
 
 def test_a_parameter_without_a_rule_is_an_error():
-    with pytest.raises(LookupError, match="odd.scale"):
+    with pytest.raises(LookupError, match=r"odd\.scale"):
         initial_values(nn.ModuleDict({"odd": nn.ParameterDict({"scale": nn.Parameter(torch.ones(1))})}))

@@ -15,10 +15,13 @@ from esvit_scale.models.initialize import initialize
 from esvit_scale.models.swin import Attention, Block, Swin
 
 SHAPES = {  # window 3 pads and shifts everywhere; window 14 is clipped in stage 2
-    "w3": (dict(embed_dim=8, depths=(2, 2), heads=(2, 4), window=3, size=32), [(2, 32), (3, 20), (1, 17)]),
-    "w4": (dict(embed_dim=8, depths=(2, 1, 2), heads=(1, 2, 2), window=4, size=64), [(2, 64), (2, 32)]),
-    "w14": (dict(embed_dim=4, depths=(2, 1), heads=(1, 2), window=14, size=112), [(1, 112), (2, 36)]),
-    "larger than the map": (dict(embed_dim=8, depths=(2, 2), heads=(2, 2), window=20, size=32), [(1, 32), (1, 16)]),
+    "w3": ({"embed_dim": 8, "depths": (2, 2), "heads": (2, 4), "window": 3, "size": 32}, [(2, 32), (3, 20), (1, 17)]),
+    "w4": ({"embed_dim": 8, "depths": (2, 1, 2), "heads": (1, 2, 2), "window": 4, "size": 64}, [(2, 64), (2, 32)]),
+    "w14": ({"embed_dim": 4, "depths": (2, 1), "heads": (1, 2), "window": 14, "size": 112}, [(1, 112), (2, 36)]),
+    "larger than the map": (
+        {"embed_dim": 8, "depths": (2, 2), "heads": (2, 2), "window": 20, "size": 32},
+        [(1, 32), (1, 16)],
+    ),
 }
 
 
