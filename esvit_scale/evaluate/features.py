@@ -185,5 +185,6 @@ def _with_progress(batches: Iterable[Batch], name: str, total: int) -> Iterator[
                 told, rate = now, done / (now - start)
                 left = max(0, total - done) / rate
                 print(
-                    f"features of {name}: {done}/{total} images · {rate:.0f} images/s · ETA {left:.0f} s", file=sys.stderr
+                    f"features of {name}: {done}/{total} images · {rate:.0f} images/s · ETA {left:.0f} s",
+                    file=sys.stderr,
                 )

@@ -176,7 +176,7 @@ def table(rows: Sequence[dict[str, Any]], names: Sequence[str] | None = None) ->
         else [f"step {row['step']}" if row["step"] is not None else row["checkpoint"] for row in rows]
     )
     width = max(24, *map(len, names))
-    lines = [f"{'k-NN top-1, %':<{width}}" + "".join(f"{f'k={k}':>8}" for k in ks) + f"{'width':>8}"]
+    lines = [f"{'k-NN top-1, %':<{width}}" + "".join(f"{f'k={k}':>8}" for k in ks) + f"{'dim':>8}"]
     for name, row in zip(names, rows, strict=True):
         cells = [f"{row['results'][str(k)]['top1']:8.1f}" if str(k) in row["results"] else f"{'–':>8}" for k in ks]
         lines.append(f"{name:<{width}}" + "".join(cells) + f"{row['feature_dim']:8d}")

@@ -40,8 +40,11 @@ def entropies(metrics: Metrics, prototypes: int | None) -> bytes | None:
 
 
 def grad_norm(metrics: Metrics) -> bytes | None:
-    """Gradient norm before clipping, on a logarithmic axis."""
-    return _lines(metrics, [("grad_norm", "gradient norm", VIOLET)], log=True)
+    """Gradient norm before clipping, on a logarithmic axis when it spans more than one power of ten."""
+    values = metrics.get("grad_norm", np.empty(0))
+    values = values[np.isfinite(values) & (values > 0)]
+    wide = len(values) > 0 and values.max() > 20 * values.min()
+    return _lines(metrics, [("grad_norm", "gradient norm", VIOLET)], log=wide)
 
 
 def schedules(metrics: Metrics) -> bytes | None:
@@ -57,7 +60,9 @@ def schedules(metrics: Metrics) -> bytes | None:
 
 def throughput(metrics: Metrics) -> bytes | None:
     """Images per second, and the seconds a step waited for data."""
-    return _panels(metrics, {"images_per_s": "images per second", "data_wait_s": "wait for data, s"}, GREEN, HALF, zero=True)
+    return _panels(
+        metrics, {"images_per_s": "images per second", "data_wait_s": "wait for data, s"}, GREEN, HALF, zero=True
+    )
 
 
 def _lines(
@@ -96,9 +101,7 @@ def _lines(
     return _png(figure)
 
 
-def _panels(
-    metrics: Metrics, titles: Mapping[str, str], colour: str, width: float, zero: bool = False
-) -> bytes | None:
+def _panels(metrics: Metrics, titles: Mapping[str, str], colour: str, width: float, zero: bool = False) -> bytes | None:
     present = [column for column in titles if _has(metrics, column)]
     if not present:
         return None
