@@ -182,7 +182,7 @@ def _curves(rows: Sequence[Json], config: Config | None, missing: list[str]) -> 
         ("Gradient norm", "Before clipping.", plots.grad_norm(columns)),
         (
             "Throughput",
-            "Per logged step; the wait is what the accelerator spent without data.",
+            "The wait is the part of a step that was spent without data to work on.",
             plots.throughput(columns),
         ),
         ("Schedules", "What moves during the run.", plots.schedules(columns)),
