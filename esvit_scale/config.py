@@ -342,11 +342,11 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def _override_value(path: list[str], text: str, override: str) -> Any:
-    """Where the schema has text, the text as it stands: a path may hold any character, a name may look like a number."""
-    kind = _declared(path)
-    if kind is str and _optional(path) and text in ("", "null", "~"):
-        return None
-    return text if kind is str else _yaml(text, _show(override))
+    """Where the schema has text, the text as it stands (a path may hold any character, a name may look like a number),
+    unless it is in quotes; elsewhere YAML."""
+    if _declared(path) is not str or (text[:1] in ("'", '"') and text[-1:] == text[:1]):
+        return _yaml(text, _show(override))
+    return None if _optional(path) and text in ("", "null", "~") else text
 
 
 def _index(node: list[Any], index: str, override: str) -> int:

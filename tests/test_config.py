@@ -1,6 +1,7 @@
 """The run config: presets, round trips, overrides, and the one clear line for every mistake."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -166,6 +167,11 @@ def test_overrides_reach_every_depth_and_the_last_one_wins():
     assert config.data.train == "/data/a=b #1: {x}"
 
 
+def test_quoted_text_loses_its_quotes():
+    config = resolve("swin_t", ['data.train="/data/a b\\u00e9"', "name='1e5'", "run_dir='null'"])
+    assert (config.data.train, config.name, config.run_dir) == ("/data/a b\u00e9", "1e5", "null")
+
+
 def test_overrides_into_a_list_of_the_file(write):
     path = write("data: {local_crops: [{size: 96}, {size: 64, count: 2}]}")
     config = resolve(path, ["data.local_crops.1.count=3"])
@@ -309,6 +315,20 @@ def test_ds_config_path(tmp_path):
 
 
 # --- comparing -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ds_config_names())
+def test_ds_configs_are_short_and_leave_the_run_configs_numbers_open(name):
+    text = ds_config_path(name).read_text()
+    assert len(text.splitlines()) <= 40
+    values = json.loads(text)
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        assert values[key] == "auto"
+    assert values["bf16"]["enabled"] == "auto"
+    assert values["gradient_clipping"] == 0.0
+    assert values["zero_optimization"]["memory_efficient_linear"] is False
+    if values["zero_optimization"]["stage"] == 3:
+        assert values["zero_optimization"]["stage3_param_persistence_threshold"] == 0
 
 
 def test_differences_name_every_leaf():

@@ -161,14 +161,15 @@ class _Part(NamedTuple):
 
 def _places(job: _Job) -> Iterator[_Place]:
     epoch, order = -1, None
+    slots, per_slot = job.slots_of_worker(), job.per_slot
     for batch_index in range(job.start, job.stop):
         if order is None or batch_index // job.steps != epoch:
             epoch = batch_index // job.steps
             order = job.order(epoch)
-        for slot in job.slots_of_worker():
-            for i in range(job.per_slot):
+        for slot in slots:
+            for i in range(per_slot):
                 position = order.position(batch_index % job.steps, slot, i)
-                yield _Place(batch_index, epoch, order, position, slot * job.per_slot + i)
+                yield _Place(batch_index, epoch, order, position, slot * per_slot + i)
 
 
 def _read(job: _Job, places: Iterable[_Place]) -> Iterator[_Read]:

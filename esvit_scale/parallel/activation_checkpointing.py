@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 Door = Literal["none", "torch", "deepspeed", "fairscale"]
@@ -28,10 +28,11 @@ def _through_torch(block: Callable[..., Any], *inputs: Any) -> Any:
     return torch_checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
-def _through_deepspeed(block: Callable[..., Any], *inputs: Any) -> Any:
+def _through_deepspeed(block: Callable[..., Any], tokens: Tensor, plan: Any, *keep: Tensor | None) -> Any:
     from deepspeed.runtime.activation_checkpointing.checkpointing import checkpoint
 
-    return checkpoint(block, *inputs)
+    # The plan goes in by closure: DeepSpeed takes argument tuples apart, named ones too.
+    return checkpoint(lambda tokens, *keep: block(tokens, plan, *keep), tokens, *keep)
 
 
 def _wrap_with_fairscale(trunk: nn.Module) -> None:
