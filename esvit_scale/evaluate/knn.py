@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from esvit_scale import files
 from esvit_scale.errors import UserError
-from esvit_scale.evaluate.features import FeatureSet, contents, extract, launched, load_teacher
+from esvit_scale.evaluate.features import FeatureSet, contents, extract, load_teacher
 from esvit_scale.parallel import collectives
 
 KS = (10, 20, 100, 200)
@@ -126,14 +126,12 @@ def run_knn(
     precision: str = "fp32",
 ) -> dict[str, Any]:
     """`esvit-scale evaluate knn`: the teacher of `checkpoint` on two labelled sets; writes `out`/knn.json."""
-    with launched():
-        teacher = load_teacher(checkpoint)
-        settings = (teacher.size, batch, workers, device, precision)
-        sets = [labelled(extract(teacher.trunk, source, *settings), source) for source in (train, test)]
-        row = {"checkpoint": str(checkpoint), "step": teacher.step, "train": str(train), "test": str(test)}
-        result = row | evaluate(sets[0], sets[1], ks)  # on every rank: an error ends them all, nobody is left waiting
-        main = collectives.rank() == 0
-    if main:
+    teacher = load_teacher(checkpoint)
+    settings = (teacher.size, batch, workers, device, precision)
+    sets = [labelled(extract(teacher.trunk, source, *settings), source) for source in (train, test)]
+    row = {"checkpoint": str(checkpoint), "step": teacher.step, "train": str(train), "test": str(test)}
+    result = row | evaluate(sets[0], sets[1], ks)  # on every rank: an error ends them all, nobody is left waiting
+    if collectives.rank() == 0:
         write_result(result, out / "knn.json")
         print(table([result]))
     return result

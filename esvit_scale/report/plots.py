@@ -61,7 +61,7 @@ def schedules(metrics: Metrics) -> bytes | None:
 def throughput(metrics: Metrics) -> bytes | None:
     """Images per second, and the seconds a step waited for data."""
     return _panels(
-        metrics, {"images_per_s": "images per second", "data_wait_s": "wait for data, s"}, GREEN, HALF, zero=True
+        metrics, {"images_per_s": "images per second", "data_wait_s": "wait for data, s"}, GREEN, HALF, measured=True
     )
 
 
