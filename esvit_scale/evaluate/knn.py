@@ -126,6 +126,9 @@ def run_knn(
     precision: str = "fp32",
 ) -> dict[str, Any]:
     """`esvit-scale evaluate knn`: the teacher of `checkpoint` on two labelled sets; writes `out`/knn.json."""
+    for source in (train, test):  # before the hours that features may take
+        if not contents(source).classes:
+            raise UserError(f"{source}: its images have no labels; k-NN needs one subfolder for each class")
     teacher = load_teacher(checkpoint)
     settings = (teacher.size, batch, workers, device, precision)
     sets = [labelled(extract(teacher.trunk, source, *settings), source) for source in (train, test)]
