@@ -23,7 +23,14 @@ VALUES: dict[str, Any] = {
     "objective": {"prototypes": 64, "head_hidden": 32, "bottleneck": 16},
     # A short warm-up, a rate and a clip at which everything moves; epoch 0 (4 steps) has the last layer frozen.
     "optim": {"lr": 1e-2, "warmup_epochs": 0.5, "clip": 0.3},
-    "train": {"global_batch": 8, "precision": "fp32", "ds_config": "zero1", "steps": 20, "log_every": 1, "checkpoint_every": 10},
+    "train": {
+        "global_batch": 8,
+        "precision": "fp32",
+        "ds_config": "zero1",
+        "steps": 20,
+        "log_every": 1,
+        "checkpoint_every": 10,
+    },
 }
 
 
@@ -69,10 +76,10 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
 
 
-def start_cli(*arguments: str, ranks: int = 1, port: int = 29511) -> "subprocess.Popen[str]":
+def start_cli(*arguments: str, ranks: int = 1) -> "subprocess.Popen[str]":
     """`python -m esvit_scale …`, under torchrun when there are several ranks."""
     module = ["-m", "esvit_scale", *arguments]
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", str(port)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command = [sys.executable, *(torchrun if ranks > 1 else []), *module]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), cwd=REPOSITORY

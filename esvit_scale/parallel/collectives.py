@@ -10,7 +10,6 @@ from torch import Tensor
 
 from esvit_scale.errors import RestartCanHelp, UserError
 
-
 T = TypeVar("T")
 
 _control_group: Any = None  # gloo: flags and small objects must not make the host wait for the GPU's queue

@@ -88,7 +88,9 @@ def _first_host(nodes: str) -> str:
             ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=60, check=True
         )
     except (OSError, subprocess.SubprocessError) as error:
-        raise UserError(f"srun's node list {nodes!r} could not be expanded by scontrol ({error}); set MASTER_ADDR") from None
+        raise UserError(
+            f"srun's node list {nodes!r} could not be expanded by scontrol ({error}); set MASTER_ADDR"
+        ) from None
     return listed.stdout.split()[0]
 
 

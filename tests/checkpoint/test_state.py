@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests import tiny
 
 from esvit_scale.checkpoint import state, storage
 from esvit_scale.errors import UserError
 from esvit_scale.parallel import world as world_module
 from esvit_scale.train import loop
 from esvit_scale.train.step import Schedules, open_session
+from tests import tiny
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,10 @@ def test_another_architecture_is_named_and_nothing_is_loaded(run: Path, tmp_path
     try:
         session = open_session(config, world, Schedules(config, 4))
         before = [p.master.clone() for p in session.engines.partitions]
-        with pytest.raises(UserError, match=r"another architecture: trunk\.\S+: \[16.* in the checkpoint, \[32.* in the model.*and \d+ more"):
+        with pytest.raises(
+            UserError,
+            match=r"another architecture: trunk\.\S+: \[16.* in the checkpoint, \[32.* in the model.*and \d+ more",
+        ):
             state.restore(state.resolve(run), session.engines, {})
         assert all(torch.equal(a, p.master) for a, p in zip(before, session.engines.partitions, strict=True))
     finally:

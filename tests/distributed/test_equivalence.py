@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests import tiny
 
 from esvit_scale.train import loop
+from tests import tiny
 
 # fp32 sums of a few hundred terms in another order: 1e-7 each, grown by 20 steps of training at a high rate.
 TOLERANCE = 1e-5
@@ -54,7 +54,7 @@ def two_ranks(folder: Path) -> Path:
     for name, overrides in TWO_RANKS.items():
         config = tiny.config(folder / f"two-{name}", folder / "shards", **overrides)
         paths.append(str(tiny.write_config(folder / f"two-{name}.yaml", config)))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29517"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, str(Path(__file__).with_name("scenarios.py")), *paths]
     done = subprocess.run(command, capture_output=True, text=True, env=tiny.environment(), timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]

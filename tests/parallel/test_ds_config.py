@@ -2,10 +2,10 @@ import json
 from pathlib import Path
 
 import pytest
-from tests import tiny
 
 from esvit_scale.errors import UserError
 from esvit_scale.parallel import ds_config
+from tests import tiny
 
 
 def filled(tmp_path: Path, content: dict[str, object] | None = None, world_size: int = 1, **overrides: object) -> dict:

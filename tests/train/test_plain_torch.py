@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests import tiny
 
 from esvit_scale.config import Config
 from esvit_scale.data import manifest, photometric, stream
@@ -13,6 +12,7 @@ from esvit_scale.models.initialize import initialize
 from esvit_scale.objective.network import build_network
 from esvit_scale.objective.schedules import Schedules
 from esvit_scale.train import loop
+from tests import tiny
 
 
 def plain_losses(config: Config) -> list[float]:
@@ -25,7 +25,9 @@ def plain_losses(config: Config) -> list[float]:
     teacher.requires_grad_(False)
     decay = [p for n, p in student.named_parameters() if p.ndim > 1]
     no_decay = [p for n, p in student.named_parameters() if p.ndim == 1]
-    optimizer = torch.optim.AdamW([{"params": decay}, {"params": no_decay, "weight_decay": 0.0}], betas=config.optim.betas)
+    optimizer = torch.optim.AdamW(
+        [{"params": decay}, {"params": no_decay, "weight_decay": 0.0}], betas=config.optim.betas
+    )
     losses = []
     for step, batch in enumerate(stream.batches(config, data, 0, 1, 0, schedules.total_steps)):
         crops = [group.flatten(0, 1) for group in batch.crops]

@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 
 import pytest
-from tests import tiny
 
 from esvit_scale.train import loop, run_dir
+from tests import tiny
 
 
 @pytest.fixture(scope="module")

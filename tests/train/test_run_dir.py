@@ -5,10 +5,10 @@ import time
 from pathlib import Path
 
 import pytest
-from tests import tiny
 
 from esvit_scale.errors import UserError
 from esvit_scale.train import metrics, run_dir
+from tests import tiny
 
 
 def opened(tmp_path: Path, **overrides: object) -> Path:

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests import tiny
 
 from esvit_scale.data import manifest, stream
 from esvit_scale.errors import Diverged
@@ -13,6 +12,7 @@ from esvit_scale.objective.schedules import Schedules
 from esvit_scale.parallel import world as world_module
 from esvit_scale.train import loop
 from esvit_scale.train.step import open_session, train_step
+from tests import tiny
 
 
 def snapshot(session: Any) -> list[torch.Tensor]:
