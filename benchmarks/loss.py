@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--prototypes", type=int, default=65536)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the matrix products")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=3, help="the fastest counts")
+    parser.add_argument("--repeats", type=int, default=2, help="the fastest counts")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     parser.add_argument("--cell", nargs=2, metavar=("METHOD", "BATCH"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -68,7 +68,8 @@ def print_table(cells: list[dict[str, Any]], options: argparse.Namespace) -> Non
     first, last = fused[0], fused[-1]
     print(
         f"fused: from {first['images']} to {last['images']} images the peak grows by "
-        f"{last['peak_mb'] - first['peak_mb']:.0f} MB, its inputs by {last['inputs_mb'] - first['inputs_mb']:.0f} MB"
+        f"{last['peak_mb'] - first['peak_mb']:.1f} MB, its inputs by {last['inputs_mb'] - first['inputs_mb']:.1f} MB "
+        "(and as much again for their gradients)"
     )
 
 
