@@ -128,7 +128,7 @@ def _teacher(
     expected = torch.empty_like(pull)
     entropy = pull.new_zeros(())
     for part, logits, p in _softmax_chunks(z, rows, temp, center, chunk):
-        entropy += (_log_sum_exp(logits, p) - torch.linalg.vecdot(p, logits)).sum()
+        entropy += (_log_sum_exp(logits, p) - _row_dots(p, logits)).sum()
         p = p.to(z.dtype)
         expected[part] = p @ student_rows
         if grad_rows is not None:
@@ -185,6 +185,11 @@ def _softmax_chunks(
 def _log_sum_exp(logits: Tensor, p: Tensor) -> Tensor:
     """From the softmax at hand: log-sum-exp = max logit − log of the largest probability; saves a pass of exp."""
     return logits.amax(-1) - p.amax(-1).log()
+
+
+def _row_dots(a: Tensor, b: Tensor) -> Tensor:
+    """[n] of rows' inner products, without the n × K product that `linalg.vecdot` makes."""
+    return torch.bmm(a[:, None, :], b[:, :, None]).view(-1)
 
 
 def _add_product_(total: Tensor, p: Tensor, vectors: Tensor) -> None:
