@@ -21,7 +21,7 @@ from esvit_scale.models.initialize import initialize
 from esvit_scale.objective.network import build_network
 from esvit_scale.report.html import write_report
 from esvit_scale.train import loop
-from esvit_scale.train.run_dir import read_summary
+from esvit_scale.train.run_dir import open_run, read_summary
 
 K = 10  # the k whose accuracy is quoted: fixed beforehand, not the best on the test set
 SAMPLES_PER_SHARD = 250
@@ -50,10 +50,11 @@ def run(out: Path) -> int:
 def pretrain_and_compare(out: Path, seed: int) -> tuple[int, list[Json]]:
     """The exit code of the pretraining in `out`, and when it is 0 the k-NN results in the order of NAMES."""
     config = demo_config(out, seed)
-    paths = [out / "knn" / f"{name.replace(' ', '-')}.json" for name in NAMES]
-    if read_summary(out).get("finished") and all(path.is_file() for path in paths):
-        print(f"{out}: finished before; reading its results")
-        return loop.pretrain(config), [json.loads(path.read_text()) for path in paths]
+    paths = [out / f"knn-{name.replace(' ', '-')}.json" for name in NAMES]
+    _, finished = open_run(config)
+    if finished and all(path.is_file() for path in paths):
+        print(f"{out}: finished before; these are its results")
+        return 0, [json.loads(path.read_text()) for path in paths]
     train, test = write_shards(out / "shards", config.data.global_crops.size)
     baselines = [pixels_result(config, train, test), untrained_result(config, train, test)]
     print(knn.table(baselines, NAMES[:2]))
@@ -68,16 +69,18 @@ def pretrain_and_compare(out: Path, seed: int) -> tuple[int, list[Json]]:
 
 def demo_config(out: Path, seed: int) -> Config:
     """The preset `demo`, in `out`, in the precision that is fast here."""
-    precision = "bf16" if has_fast_bf16() else "fp32"
-    overrides = {"run_dir": out, "data.train": out / "shards" / "train", "seed": seed, "train.precision": precision}
-    return configs.resolve("demo", [f"{key}={json.dumps(str(v) if isinstance(v, Path) else v)}" for key, v in overrides.items()])
+    values = configs.resolve("demo").model_dump(mode="json") | {"run_dir": str(out), "seed": seed}
+    values["data"]["train"] = str(out / "shards" / "train")
+    values["train"]["precision"] = "bf16" if has_fast_bf16() else "fp32"
+    return configs.validate(values, where="demo")
 
 
 def has_fast_bf16() -> bool:
     """Whether bf16 arithmetic is done by the hardware: a GPU's, or a CPU's AVX512-BF16 or AMX."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older torch does not tell: fp32 is always right
+    ask = getattr(torch.cpu, "get_capabilities", None)  # older torch does not tell: fp32 is right everywhere
+    capabilities = ask() if ask else {}
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
@@ -92,9 +95,10 @@ def write_shards(folder: Path, size: int) -> tuple[Path, Path]:
 
 
 def pixels_result(config: Config, train: Path, test: Path) -> Json:
-    size, workers = config.data.global_crops.size, config.data.workers
-    sets = [knn.labelled(raw_pixels(source, size, workers=workers), source) for source in (train, test)]
-    return _row(0, None, train, test) | knn.evaluate(*sets)
+    def pixels(source: Path) -> knn.Labelled:
+        return knn.labelled(raw_pixels(source, config.data.global_crops.size, workers=config.data.workers), source)
+
+    return _row(0, None, train, test) | knn.evaluate(pixels(train), pixels(test))
 
 
 def untrained_result(config: Config, train: Path, test: Path) -> Json:
@@ -126,9 +130,11 @@ def comparison(results: list[Json], summary: Json) -> str:
 
 
 def _evaluate(trunk: torch.nn.Module, config: Config, train: Path, test: Path) -> Json:
-    size, workers = config.data.global_crops.size, config.data.workers
-    sets = [knn.labelled(extract(trunk, source, size, workers=workers), source) for source in (train, test)]
-    return knn.evaluate(*sets)
+    def features(source: Path) -> knn.Labelled:
+        size = config.data.global_crops.size
+        return knn.labelled(extract(trunk, source, size, workers=config.data.workers), source)
+
+    return knn.evaluate(features(train), features(test))
 
 
 def _row(which: int, step: int | None, train: Path, test: Path) -> Json:

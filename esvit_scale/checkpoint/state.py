@@ -81,7 +81,9 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         state = json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"{folder}: not a checkpoint (no state.json); give a run dir or one of its step folders") from None
+        raise UserError(
+            f"{folder}: not a checkpoint (no state.json); give a run dir or one of its step folders"
+        ) from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: damaged: {error}") from None
     if state.get("format_version") != FORMAT_VERSION:
@@ -156,7 +158,11 @@ def _shapes(module: nn.Module) -> dict[str, list[int]]:
 
 
 def _check_shapes(folder: Path, stored: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:
-    lines = [f"{n}: {stored.get(n, 'absent')} in the checkpoint, {s} in the model" for n, s in wanted.items() if stored.get(n) != s]
+    lines = [
+        f"{n}: {stored.get(n, 'absent')} in the checkpoint, {s} in the model"
+        for n, s in wanted.items()
+        if stored.get(n) != s
+    ]
     lines += [f"{n}: {s} in the checkpoint, absent in the model" for n, s in stored.items() if n not in wanted]
     if lines:
         more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""

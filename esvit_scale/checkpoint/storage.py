@@ -150,14 +150,22 @@ class _SafeReader(dcp.FileSystemReader):
             metadata = _IndexUnpickler(io.BytesIO(path.read_bytes())).load()
         except FileNotFoundError:
             raise UserError(f"{path.parent}: not a complete checkpoint: {INDEX_FILE} is missing") from None
-        except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, ImportError, TypeError, ValueError) as error:
+        except (
+            pickle.UnpicklingError,
+            EOFError,
+            AttributeError,
+            IndexError,
+            ImportError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise UserError(f"{path}: damaged or not a checkpoint index: {error}") from None
         if not isinstance(metadata, Metadata):
             raise UserError(f"{path}: not a checkpoint index")
         return metadata
 
 
-class _IndexUnpickler(pickle.Unpickler):  # noqa: S301 (this class is what makes it safe)
+class _IndexUnpickler(pickle.Unpickler):
     _MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
     _NAMES = frozenset(
         {

@@ -15,7 +15,7 @@ TRIES = 10
 def keyed_generator(seed: int, epoch: int, key: str, crop: int) -> np.random.Generator:
     """The random source of one crop of one sample. Use only `random()`: the stream behind it is stable."""
     digest = hashlib.blake2b(f"{seed}/{epoch}/{crop}/{key}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+    return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
 
 
 def crop_box(

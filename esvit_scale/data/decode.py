@@ -32,7 +32,7 @@ EXTENSIONS = frozenset(
 )
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `decode` checks the size itself
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of files: `decode` raises what matters, sizes included
 
 _UPRIGHT = {  # EXIF orientation → the transposition that undoes it
     2: Image.Transpose.FLIP_LEFT_RIGHT,

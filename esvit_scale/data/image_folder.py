@@ -27,8 +27,9 @@ class ImageFolder:
 
 
 def printable(path: str) -> str:
-    """A path as text that any terminal and any UTF-8 file can take."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    """A path as one line of text that any terminal and any UTF-8 file can take."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def list_images(root: Path) -> ImageFolder:

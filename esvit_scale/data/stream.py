@@ -8,7 +8,9 @@ are read through their shard's index, so starting at any batch index costs nothi
 
 import ctypes
 import logging
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -161,14 +163,15 @@ class _Part(NamedTuple):
 
 def _places(job: _Job) -> Iterator[_Place]:
     epoch, order = -1, None
+    slots, per_slot = job.slots_of_worker(), job.per_slot
     for batch_index in range(job.start, job.stop):
         if order is None or batch_index // job.steps != epoch:
             epoch = batch_index // job.steps
             order = job.order(epoch)
-        for slot in job.slots_of_worker():
-            for i in range(job.per_slot):
+        for slot in slots:
+            for i in range(per_slot):
                 position = order.position(batch_index % job.steps, slot, i)
-                yield _Place(batch_index, epoch, order, position, slot * job.per_slot + i)
+                yield _Place(batch_index, epoch, order, position, slot * per_slot + i)
 
 
 def _read(job: _Job, places: Iterable[_Place]) -> Iterator[_Read]:
@@ -278,7 +281,7 @@ def _loader(stages: list[Callable[..., Any]], workers: int) -> Iterable[Any]:
         collate_fn=_as_it_is,
         num_workers=workers,
         prefetch_factor=PREFETCH if workers else None,
-        worker_init_fn=_start_worker,
+        worker_init_fn=partial(_start_worker, os.getpid()),
         generator=torch.Generator(),  # the loader draws a seed nobody uses; not from the process's generator
     )
 
@@ -288,14 +291,23 @@ def _as_it_is(part: T) -> T:
     return part
 
 
-def _start_worker(worker: int) -> None:
-    """Signals are the training process's business (ctrl-C and the scheduler reach the whole process group); a worker
-    ends when the loader says so, or is killed with its parent."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
+def _start_worker(parent: int, worker: int) -> None:
+    """Signals are the training process's business, though ctrl-C and the scheduler send them to the whole process
+    group: a worker ends when its parent says so, or is killed with it."""
+    for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_at_sigterm_of, args=(parent,), daemon=True).start()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     torch.set_num_threads(1)
+
+
+def _end_at_sigterm_of(parent: int) -> None:
+    """The loader ends with SIGTERM what does not end by itself; anybody else's is ignored."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def _parts(loader: Iterable[Any]) -> Iterator[Any]:

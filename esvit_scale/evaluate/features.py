@@ -1,11 +1,9 @@
 """Features of a frozen trunk: images → view features [N, C], once, for every evaluation that follows."""
 
 import io
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +17,6 @@ from esvit_scale.checkpoint import state
 from esvit_scale.data import image_folder, manifest, stream
 from esvit_scale.errors import UserError
 from esvit_scale.parallel import collectives
-from esvit_scale.parallel import world as world_module
 
 Batch = tuple[Tensor, list[str], Tensor]  # images [B, 3, S, S], keys [B], labels [B]
 
@@ -89,11 +86,9 @@ def run_embed(
     """`esvit-scale embed`: features of `data` under `checkpoint`'s teacher, written to the file `out`."""
     if out.is_dir():
         raise UserError(f"{out}: is a folder; --out names the file to write, for example {out / 'features.npz'}")
-    with launched():
-        teacher = load_teacher(checkpoint)
-        found = extract(teacher.trunk, data, teacher.size, batch, workers, device, precision)
-        main = collectives.rank() == 0
-    if main:
+    teacher = load_teacher(checkpoint)
+    found = extract(teacher.trunk, data, teacher.size, batch, workers, device, precision)
+    if collectives.rank() == 0:
         save(found, out)
         print(f"{out}: {len(found.keys)} features of width {found.features.shape[1]} from {data}")
     return found
@@ -126,22 +121,6 @@ def contents(source: Path) -> Contents:
         return Contents(held.samples, held.classes)
     folder = image_folder.list_images(source)
     return Contents(len(folder.files), folder.classes)
-
-
-@contextmanager
-def launched() -> Iterator[None]:
-    """A process group around an evaluation that `torchrun` or `srun` started on several ranks."""
-    alone = not {"RANK", "SLURM_STEP_NUM_TASKS"} & os.environ.keys()
-    if alone or collectives.initialized():
-        yield
-        return
-    world_module.start()
-    try:
-        yield
-    except BaseException:
-        world_module.abandon()
-        raise
-    world_module.stop()
 
 
 def default_device() -> torch.device:
@@ -185,5 +164,6 @@ def _with_progress(batches: Iterable[Batch], name: str, total: int) -> Iterator[
                 told, rate = now, done / (now - start)
                 left = max(0, total - done) / rate
                 print(
-                    f"features of {name}: {done}/{total} images · {rate:.0f} images/s · ETA {left:.0f} s", file=sys.stderr
+                    f"features of {name}: {done}/{total} images · {rate:.0f} images/s · ETA {left:.0f} s",
+                    file=sys.stderr,
                 )

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from esvit_scale import files
 from esvit_scale.errors import UserError
-from esvit_scale.evaluate.features import FeatureSet, contents, extract, launched, load_teacher
+from esvit_scale.evaluate.features import FeatureSet, contents, extract, load_teacher
 from esvit_scale.parallel import collectives
 
 KS = (10, 20, 100, 200)
@@ -126,14 +126,15 @@ def run_knn(
     precision: str = "fp32",
 ) -> dict[str, Any]:
     """`esvit-scale evaluate knn`: the teacher of `checkpoint` on two labelled sets; writes `out`/knn.json."""
-    with launched():
-        teacher = load_teacher(checkpoint)
-        settings = (teacher.size, batch, workers, device, precision)
-        sets = [labelled(extract(teacher.trunk, source, *settings), source) for source in (train, test)]
-        row = {"checkpoint": str(checkpoint), "step": teacher.step, "train": str(train), "test": str(test)}
-        result = row | evaluate(sets[0], sets[1], ks)  # on every rank: an error ends them all, nobody is left waiting
-        main = collectives.rank() == 0
-    if main:
+    for source in (train, test):  # before the hours that features may take
+        if not contents(source).classes:
+            raise UserError(f"{source}: its images have no labels; k-NN needs one subfolder for each class")
+    teacher = load_teacher(checkpoint)
+    settings = (teacher.size, batch, workers, device, precision)
+    sets = [labelled(extract(teacher.trunk, source, *settings), source) for source in (train, test)]
+    row = {"checkpoint": str(checkpoint), "step": teacher.step, "train": str(train), "test": str(test)}
+    result = row | evaluate(sets[0], sets[1], ks)  # on every rank: an error ends them all, nobody is left waiting
+    if collectives.rank() == 0:
         write_result(result, out / "knn.json")
         print(table([result]))
     return result
@@ -176,7 +177,7 @@ def table(rows: Sequence[dict[str, Any]], names: Sequence[str] | None = None) ->
         else [f"step {row['step']}" if row["step"] is not None else row["checkpoint"] for row in rows]
     )
     width = max(24, *map(len, names))
-    lines = [f"{'k-NN top-1, %':<{width}}" + "".join(f"{f'k={k}':>8}" for k in ks) + f"{'width':>8}"]
+    lines = [f"{'k-NN top-1, %':<{width}}" + "".join(f"{f'k={k}':>8}" for k in ks) + f"{'dim':>8}"]
     for name, row in zip(names, rows, strict=True):
         cells = [f"{row['results'][str(k)]['top1']:8.1f}" if str(k) in row["results"] else f"{'–':>8}" for k in ks]
         lines.append(f"{name:<{width}}" + "".join(cells) + f"{row['feature_dim']:8d}")

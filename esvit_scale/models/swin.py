@@ -219,11 +219,7 @@ class WindowAttention(nn.Module):
         length = self.window**2
         index = relative_position_index(self.window, tokens.device)
         bias = self.relative_position_bias_table.index_select(0, index).view(length, length, -1).permute(2, 0, 1)
-        qkv = self.qkv(tokens, plan.slots).view(-1, length, 3, self.heads, tokens.shape[1] // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [windows, heads, window², d]
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-        attention = AddBias.apply(scores, bias, plan.masks).softmax(-1)  # the kernel reduces in fp32
-        mixed = (attention @ v).transpose(1, 2).reshape(-1, tokens.shape[1])  # [slots, C]
+        mixed = Attention.apply(self.qkv(tokens, plan.slots), bias, plan.masks)  # [slots, C]
         return self.proj(from_slots(mixed, plan.slots))
 
 
@@ -237,24 +233,46 @@ class SlotLinear(nn.Linear):
         return to_slots(super().forward(tokens), plan, fill=self.bias)
 
 
-class AddBias(torch.autograd.Function):
-    """In place: scores [windows, heads, L, L] + bias [heads, L, L] + the mask of each window's class."""
+class Attention(torch.autograd.Function):
+    """softmax(QKᵀ/√d + bias + mask) V in every window: qkv [slots, 3C], bias [heads, L, L] → [slots, C].
+
+    Written out with its backward because autograd's keeps and copies more: what is kept is one packed copy of q, k, v
+    and the probabilities. Products run in qkv's precision, the softmax and the bias's gradient in fp32 or wider.
+    """
 
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, bias: Tensor, masks: tuple[tuple[int, int, Tensor], ...]) -> Tensor:
-        ctx.mark_dirty(scores)
+    def forward(ctx: Any, qkv: Tensor, bias: Tensor, masks: tuple[tuple[int, int, Tensor], ...]) -> Tensor:
+        heads, length, _ = bias.shape
         ctx.bias_dtype = bias.dtype
-        bias = bias.to(scores.dtype)
-        done = masks[0][0] if masks else len(scores)
-        scores[:done].add_(bias)
+        packed = qkv.view(-1, length, 3, heads, qkv.shape[1] // (3 * heads)).permute(2, 0, 3, 1, 4).contiguous()
+        q, k, v = packed  # each [windows, heads, L, d]
+        wide = torch.promote_types(qkv.dtype, torch.float32)
+        scores = torch.add(bias.to(wide), q @ k.transpose(-2, -1), alpha=q.shape[-1] ** -0.5)
         for first, end, mask in masks:
-            scores[first:end].add_(bias + mask.to(scores.dtype))
-        return scores
+            scores[first:end].add_(mask)
+        attention = scores.softmax(-1).to(qkv.dtype)
+        mixed = (attention @ v).transpose(1, 2).reshape(len(qkv), -1)  # [slots, C]
+        ctx.save_for_backward(packed, attention, mixed)
+        return mixed
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad, grad.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None, None
+        packed, attention, mixed = ctx.saved_tensors
+        q, k, v = packed
+        windows, heads, length, depth = q.shape
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        # Σ_j P_ij dP_ij = dO_i·O_i: the softmax's inner sum from d numbers a token instead of L.
+        inner = (grad * mixed).view(windows, length, heads, depth).sum(-1, dtype=wide).transpose(1, 2).unsqueeze(-1)
+        grad = grad.reshape(windows, length, heads, depth).transpose(1, 2).contiguous()
+        grad_packed = torch.empty_like(packed)
+        torch.matmul(attention.transpose(-2, -1), grad, out=grad_packed[2])
+        grad_scores = torch.sub(grad @ v.transpose(-2, -1), inner).mul_(attention)  # [windows, heads, L, L]
+        grad_bias = grad_scores.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
+        grad_scores = grad_scores.mul_(depth**-0.5).to(grad.dtype)
+        torch.matmul(grad_scores, k, out=grad_packed[0])
+        torch.matmul(grad_scores.transpose(-2, -1), q, out=grad_packed[1])
+        return grad_packed.permute(1, 3, 0, 2, 4).reshape(windows * length, -1), grad_bias, None
 
 
 class Mlp(nn.Module):

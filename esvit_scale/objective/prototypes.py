@@ -16,6 +16,7 @@ per teacher token. The weights of the mean are known beforehand, so the gradient
     dW   = Pᵀ(m z)/τ − Σ_t p_tᵀ G_t/τ          with G_t = Σ over the (s, m) matched to t of weight·z_s
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -126,9 +127,7 @@ def _teacher(
     """Expected student prototypes e [N_t, D] and the mean entropy; adds p_tᵀ pull to grad_rows [K, D]."""
     expected = torch.empty_like(pull)
     entropy = pull.new_zeros(())
-    for part in _chunks(len(z), chunk):
-        logits = _logits(z[part], rows, temp).sub_(center / temp)  # [n, K]
-        p = logits.softmax(-1)
+    for part, logits, p in _softmax_chunks(z, rows, temp, center, chunk):
         entropy += (_log_sum_exp(logits, p) - torch.linalg.vecdot(p, logits)).sum()
         p = p.to(z.dtype)
         expected[part] = p @ student_rows
@@ -150,9 +149,7 @@ def _student(
     log_sums = torch.empty_like(mass)
     grad_z = mass.new_empty(z.shape) if with_grad_z else None
     scale = (mass / temp)[:, None]
-    for part in _chunks(len(z), chunk):
-        logits = _logits(z[part], rows, temp)  # [n, K]
-        p = logits.softmax(-1)
+    for part, logits, p in _softmax_chunks(z, rows, temp, None, chunk):
         log_sums[part] = _log_sum_exp(logits, p)
         p = p.to(z.dtype)
         if grad_z is not None:
@@ -162,11 +159,27 @@ def _student(
     return log_sums, grad_z
 
 
-def _logits(z: Tensor, rows: Tensor, temp: float) -> Tensor:
-    """z Wᵀ/τ, the product in z's dtype, the result in fp32 or wider."""
-    zero = z.new_zeros(())
-    logits = torch.addmm(zero, z, rows.t(), beta=0, alpha=1 / temp)
-    return logits.to(torch.promote_types(z.dtype, torch.float32))
+def _softmax_chunks(
+    z: Tensor, rows: Tensor, temp: float, center: Tensor | None, chunk: int
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Tokens of a chunk, their logits (z Wᵀ − c)/τ [n, K] and softmax [n, K], in fp32 or wider.
+
+    The two matrices are the same memory for every chunk (fresh pages cost as much as the arithmetic on a CPU).
+    """
+    wide = torch.promote_types(z.dtype, torch.float32)
+    all_logits = z.new_empty(min(chunk, len(z)), len(rows), dtype=wide)
+    all_p = torch.empty_like(all_logits)
+    for start in range(0, len(z), chunk):
+        part = slice(start, min(start + chunk, len(z)))
+        logits, p = all_logits[: part.stop - start], all_p[: part.stop - start]
+        product = logits if z.dtype == wide else z.new_empty(logits.shape)
+        torch.addmm(product, z[part], rows.t(), beta=0, alpha=1 / temp, out=product)
+        if product is not logits:
+            logits.copy_(product)
+        if center is not None:
+            logits.sub_(center / temp)
+        torch.softmax(logits, -1, out=p)
+        yield part, logits, p
 
 
 def _log_sum_exp(logits: Tensor, p: Tensor) -> Tensor:
@@ -187,7 +200,3 @@ def _matched_sum(z: Tensor, match: Tensor, weight: Tensor, teachers: int) -> Ten
     for m in range(match.shape[1]):
         total.index_add_(0, match[:, m], z * weight[:, m, None])
     return total
-
-
-def _chunks(tokens: int, chunk: int) -> list[slice]:
-    return [slice(start, start + chunk) for start in range(0, tokens, chunk)]

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 Door = Literal["none", "torch", "deepspeed", "fairscale"]
 
 
-def apply(trunk: nn.Module, door: Door) -> None:
+def apply(trunk: Any, door: Door) -> None:
     """Makes every block of the trunk run through the chosen door (`trunk.run_block`)."""
     if door == "torch":
         trunk.run_block = _through_torch
@@ -28,15 +28,16 @@ def _through_torch(block: Callable[..., Any], *inputs: Any) -> Any:
     return torch_checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
-def _through_deepspeed(block: Callable[..., Any], *inputs: Any) -> Any:
+def _through_deepspeed(block: Callable[..., Any], tokens: Tensor, plan: Any, *keep: Tensor | None) -> Any:
     from deepspeed.runtime.activation_checkpointing.checkpointing import checkpoint
 
-    return checkpoint(block, *inputs)
+    # The plan goes in by closure: DeepSpeed takes argument tuples apart, named ones too.
+    return checkpoint(lambda tokens, *keep: block(tokens, plan, *keep), tokens, *keep)
 
 
-def _wrap_with_fairscale(trunk: nn.Module) -> None:
+def _wrap_with_fairscale(trunk: Any) -> None:
     """fairscale wraps modules in place; the activations that it keeps go to the CPU where there is a GPU."""
     from fairscale.nn import checkpoint_wrapper
 
-    for block in trunk.blocks:  # type: ignore[union-attr]
+    for block in trunk.blocks:
         checkpoint_wrapper(block, offload_to_cpu=torch.cuda.is_available())

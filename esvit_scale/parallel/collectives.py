@@ -10,7 +10,6 @@ from torch import Tensor
 
 from esvit_scale.errors import RestartCanHelp, UserError
 
-
 T = TypeVar("T")
 
 _control_group: Any = None  # gloo: flags and small objects must not make the host wait for the GPU's queue
@@ -72,12 +71,6 @@ def control_group() -> Any:
     if _control_group is None:
         _control_group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
     return _control_group
-
-
-def forget_groups() -> None:
-    """Called when the process group goes: a group of a destroyed world must not be used again."""
-    global _control_group
-    _control_group = None
 
 
 def on_rank_0(function: Callable[[], T]) -> T:

@@ -26,7 +26,9 @@ def fill(config: Config, world_size: int) -> dict[str, Any]:
     """
     path = ds_config_path(config.train.ds_config)
     values = _read(path)
-    problems = [f"{key}: owned by {owner}; remove it from this file" for key, owner in _OWNED_ELSEWHERE.items() if key in values]
+    problems = [
+        f"{key}: owned by {owner}; remove it from this file" for key, owner in _OWNED_ELSEWHERE.items() if key in values
+    ]
     problems += _batch_problems(config, world_size)
     stage = values.setdefault("zero_optimization", {}).setdefault("stage", 0)
     if stage == 0 and config.train.precision == "bf16":

@@ -24,7 +24,9 @@ class Teacher:
         values: for each of the student's partitions, the fp32 EMA of that interval [length].
     """
 
-    def __init__(self, student: Any, partitions: list[Partition], build: Callable[[], nn.Module], ds: dict[str, Any]) -> None:
+    def __init__(
+        self, student: Any, partitions: list[Partition], build: Callable[[], nn.Module], ds: dict[str, Any]
+    ) -> None:
         """`student` is the initialised engine: the teacher starts as its copy."""
         self._partitions = partitions
         self._stage = student.zero_optimization_stage()

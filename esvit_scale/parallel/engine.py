@@ -105,5 +105,11 @@ def _write_frozen(parameter: Any, value: Tensor) -> None:
 
 def _teacher_config(ds: dict[str, Any]) -> dict[str, Any]:
     """An optimizer-less engine: of the sections only precision and partitioning concern it."""
-    kept = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "bf16", "zero_optimization"}
+    kept = {
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "bf16",
+        "zero_optimization",
+    }
     return {key: value for key, value in ds.items() if key in kept}

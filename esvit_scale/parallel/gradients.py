@@ -72,7 +72,7 @@ class GradientGate:
         """Norm of every parameter's gradient [number of parameters]; zero for those not in this call."""
         squares = torch.zeros(len(self._index), device=device)
         if owned:
-            mine = torch.stack(torch._foreach_norm([p.grad for p in owned])).square()
+            mine = torch.stack([p.grad.norm() for p in owned if p.grad is not None]).square()
             squares[torch.tensor([self._index[p.name] for p in owned], device=device)] = mine.float()
         if self._zero_stage > 0:
             collectives.all_reduce_sum_(squares)

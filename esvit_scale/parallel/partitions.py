@@ -85,7 +85,7 @@ def publish(engine: Any) -> None:
     if stage in (1, 2):
         engine.optimizer.update_lp_params()
     elif stage == 3:
-        for name, p in engine.module.named_parameters():
+        for p in engine.module.parameters():
             if p.requires_grad:
                 group, offset, length = engine.optimizer.grad_position[engine.optimizer.get_param_id(p)]
                 flat = engine.optimizer.fp32_partitioned_groups_flat[group]

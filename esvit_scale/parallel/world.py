@@ -3,6 +3,7 @@
 Nothing here is asked of the user: the launcher's environment says it all.
 """
 
+import atexit
 import logging
 import os
 import subprocess
@@ -48,23 +49,24 @@ def start() -> World:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         else:
             dist.init_process_group(backend, rank=rank, world_size=size)
+        atexit.register(dist.destroy_process_group)  # without it a rank aborts now and then
     _prepare_deepspeed(dist.get_backend())
     return World(rank, size, local_rank, device)
 
 
 def stop() -> None:
-    """Leaves the process group together: without the barrier a rank may abort while another still talks to it."""
-    if dist.is_initialized():
-        collectives.barrier()
-        collectives.forget_groups()
-        dist.destroy_process_group()
+    """The end of a job that went well: nobody leaves while another still talks to it.
+
+    The group itself lives until the process ends (DeepSpeed keeps it in its own tables), so that a process can train
+    and evaluate several times.
+    """
+    collectives.barrier()
 
 
 def abandon() -> None:
-    """Leaves without waiting for the others: this rank failed, and they may never come."""
-    if dist.is_initialized():
-        collectives.forget_groups()
-        dist.destroy_process_group()
+    """The end of a job that failed here: the others may never come, so do not wait for them, now or at exit."""
+    if collectives.world_size() > 1:
+        atexit.unregister(dist.destroy_process_group)
 
 
 def _adopt_slurm_variables() -> None:
@@ -86,7 +88,9 @@ def _first_host(nodes: str) -> str:
             ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=60, check=True
         )
     except (OSError, subprocess.SubprocessError) as error:
-        raise UserError(f"srun's node list {nodes!r} could not be expanded by scontrol ({error}); set MASTER_ADDR") from None
+        raise UserError(
+            f"srun's node list {nodes!r} could not be expanded by scontrol ({error}); set MASTER_ADDR"
+        ) from None
     return listed.stdout.split()[0]
 
 

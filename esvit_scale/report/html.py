@@ -180,7 +180,11 @@ def _curves(rows: Sequence[Json], config: Config | None, missing: list[str]) -> 
             plots.entropies(columns, prototypes),
         ),
         ("Gradient norm", "Before clipping.", plots.grad_norm(columns)),
-        ("Throughput", "Per logged step; the wait is what the accelerator spent without data.", plots.throughput(columns)),
+        (
+            "Throughput",
+            "The wait is the part of a step that was spent without data to work on.",
+            plots.throughput(columns),
+        ),
         ("Schedules", "What moves during the run.", plots.schedules(columns)),
     ]
     missing += [f"{title}: not logged in metrics.jsonl" for title, _, image in figures if image is None]

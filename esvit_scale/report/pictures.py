@@ -15,7 +15,7 @@ from esvit_scale.config import Config
 from esvit_scale.data import decode, image_folder, manifest, photometric, stream
 from esvit_scale.errors import UserError
 
-SHOWN = 6  # images whose crops are shown
+SHOWN = 5  # images whose crops are shown
 SIDE = 208  # pixels of a thumbnail's longer side: twice its size on the page
 
 
@@ -51,7 +51,9 @@ def crop_grid(config: Config) -> CropGrid:
     for group in batch.crops:  # uint8 [V_g, B, 3, S, S]
         views = len(group)
         augmented = photometric.apply(group.flatten(0, 1), batch.photometric.crops(first, first + views))
-        columns += [[thumbnail(_unnormalized(image)) for image in view] for view in augmented.unflatten(0, group.shape[:2])]
+        columns += [
+            [thumbnail(_unnormalized(image)) for image in view] for view in augmented.unflatten(0, group.shape[:2])
+        ]
         first += views
     names = ["global 1", "global 2", *(f"local {i + 1}" for i in range(len(columns) - 2))]
     return CropGrid(names, [list(row) for row in zip(*columns, strict=True)])

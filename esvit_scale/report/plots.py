@@ -40,8 +40,11 @@ def entropies(metrics: Metrics, prototypes: int | None) -> bytes | None:
 
 
 def grad_norm(metrics: Metrics) -> bytes | None:
-    """Gradient norm before clipping, on a logarithmic axis."""
-    return _lines(metrics, [("grad_norm", "gradient norm", VIOLET)], log=True)
+    """Gradient norm before clipping, on a logarithmic axis when it spans more than one power of ten."""
+    values = metrics.get("grad_norm", np.empty(0))
+    values = values[np.isfinite(values) & (values > 0)]
+    wide = len(values) > 0 and values.max() > 20 * values.min()
+    return _lines(metrics, [("grad_norm", "gradient norm", VIOLET)], log=wide)
 
 
 def schedules(metrics: Metrics) -> bytes | None:
@@ -52,12 +55,14 @@ def schedules(metrics: Metrics) -> bytes | None:
         "momentum": "teacher momentum",
         "teacher_temp": "teacher temperature",
     }
-    return _panels(metrics, titles, BLUE, FULL)
+    return _panels(metrics, titles, BLUE, FULL, measured=False)
 
 
 def throughput(metrics: Metrics) -> bytes | None:
     """Images per second, and the seconds a step waited for data."""
-    return _panels(metrics, {"images_per_s": "images per second", "data_wait_s": "wait for data, s"}, GREEN, HALF, zero=True)
+    return _panels(
+        metrics, {"images_per_s": "images per second", "data_wait_s": "wait for data, s"}, GREEN, HALF, measured=True
+    )
 
 
 def _lines(
@@ -96,18 +101,16 @@ def _lines(
     return _png(figure)
 
 
-def _panels(
-    metrics: Metrics, titles: Mapping[str, str], colour: str, width: float, zero: bool = False
-) -> bytes | None:
+def _panels(metrics: Metrics, titles: Mapping[str, str], colour: str, width: float, measured: bool) -> bytes | None:
     present = [column for column in titles if _has(metrics, column)]
     if not present:
         return None
     figure, all_axes = _figure(len(present), width)
     for axes, column in zip(all_axes, present, strict=True):
-        _curve(axes, metrics, column, colour)
+        _curve(axes, metrics, column, colour, smooth=measured)
         axes.set_title(titles[column], color=GREY, fontsize=10, loc="left")
         axes.set_xlabel("step", color=GREY)
-        if zero:
+        if measured:
             axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(FuncFormatter(_short))
     return _png(figure)
@@ -134,18 +137,20 @@ def _style(axes: Axes) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
-def _curve(axes: Axes, metrics: Metrics, column: str, colour: str, label: str | None = None) -> None:
-    """Each logged value thin, and for a long noisy run the running mean over it."""
+def _curve(
+    axes: Axes, metrics: Metrics, column: str, colour: str, label: str | None = None, smooth: bool = True
+) -> None:
+    """The logged values; of a long run thin, with their running mean over them, where they are noisy."""
     steps, values = _steps(metrics), metrics[column]
     finite = np.isfinite(values)
     steps, values = steps[finite], values[finite]
-    if len(values) <= 200:
+    if len(values) <= 200 or not smooth:
         axes.plot(steps, values, color=colour, linewidth=1.8, label=label, marker="o" if len(values) == 1 else None)
         return
     axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.3)
     window = len(values) // 50
-    smooth = np.convolve(values, np.ones(window) / window, mode="valid")
-    axes.plot(steps[window - 1 :], smooth, color=colour, linewidth=1.8, label=label)
+    mean = np.convolve(values, np.ones(window) / window, mode="valid")
+    axes.plot(steps[window - 1 :], mean, color=colour, linewidth=1.8, label=label)
 
 
 def _steps(metrics: Metrics) -> np.ndarray:

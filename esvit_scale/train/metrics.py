@@ -70,7 +70,9 @@ class Journal:
             return
         for sample in samples:
             _append(self._quarantine, {"step": step, **sample})
-            log.warning("step %d: replaced a bad sample: %s in %s: %s", step, sample["key"], sample["shard"], sample["reason"])
+            log.warning(
+                "step %d: replaced a bad sample: %s in %s: %s", step, sample["key"], sample["shard"], sample["reason"]
+            )
 
     def advance(self, step: int) -> None:
         if self._active:

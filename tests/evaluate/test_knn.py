@@ -156,3 +156,16 @@ def test_table_lines_up_results_of_different_k() -> None:
     text = table([row({"10": 12.34, "20": 50.0}), row({"10": 99.0})], ["first", "second"])
     assert "12.3" in text
     assert text.splitlines()[2].split() == ["second", "99.0", "–", "8"]
+
+
+def test_unlabelled_or_missing_sets_are_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in ("good/a/0.png", "good/b/0.png", "flat/0.png"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    monkeypatch.setattr(module, "load_teacher", None)
+    for test, message in (("flat", "flat: its images have no labels"), ("goo", "did you mean")):
+        with pytest.raises(UserError, match=message):
+            run_knn(tmp_path / "run", tmp_path / "good", tmp_path / test, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,108 @@
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from esvit_scale.checkpoint import state, storage
+from esvit_scale.errors import UserError
+from esvit_scale.parallel import world as world_module
+from esvit_scale.train import loop
+from esvit_scale.train.step import Schedules, open_session
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    config = tiny.config(folder / "run", tiny.shards(folder / "shards"), train__steps=6, train__checkpoint_every=2)
+    assert loop.pretrain(config) == 0
+    return folder / "run"
+
+
+def test_retention_keeps_the_last_and_latest_names_the_newest(run: Path) -> None:
+    kept = sorted(folder.name for folder in (run / "checkpoints").iterdir())
+    assert kept == ["latest", "step-00000002", "step-00000004", "step-00000006"]
+    assert state.latest(run) == run / "checkpoints" / "step-00000006"
+
+
+def test_load_teacher_gives_the_ema_and_needs_no_process_group(run: Path) -> None:
+    trunk, config = state.load_teacher(run)
+    folder = state.resolve(run)
+    for name, p in trunk.named_parameters():
+        stored = torch.zeros(p.numel())
+        storage.load(folder, {f"ema/trunk.{name}": storage.whole(stored)}, alone=True)
+        assert torch.equal(p.detach().flatten(), stored), name
+    assert config.name == "tiny"
+    features = trunk([torch.randn(2, 3, 32, 32)])
+    assert features.view.shape == (2, trunk.dim)
+    assert torch.isfinite(features.view).all()
+
+
+def test_another_architecture_is_named_and_nothing_is_loaded(run: Path, tmp_path: Path) -> None:
+    config = tiny.config(tmp_path / "run", tmp_path / "shards", model__embed_dim=32)
+    world = world_module.start()
+    try:
+        session = open_session(config, world, Schedules(config, 4))
+        before = [p.master.clone() for p in session.engines.partitions]
+        with pytest.raises(
+            UserError,
+            match=r"another architecture: trunk\.\S+: \[16.* in the checkpoint, \[32.* in the model.*and \d+ more",
+        ):
+            state.restore(state.resolve(run), session.engines, {})
+        assert all(torch.equal(a, p.master) for a, p in zip(before, session.engines.partitions, strict=True))
+    finally:
+        world_module.stop()
+
+
+def test_an_index_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (marker,))
+
+    (tmp_path / storage.INDEX_FILE).write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(UserError, match="no checkpoint of ours contains"):
+        storage.sizes(tmp_path)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("damage", ["empty", "garbage", "missing"])
+def test_a_damaged_index_is_one_line(tmp_path: Path, damage: str) -> None:
+    if damage != "missing":
+        (tmp_path / storage.INDEX_FILE).write_bytes(b"" if damage == "empty" else b"\x80\x04garbage")
+    with pytest.raises(UserError, match=r"missing|damaged"):
+        storage.sizes(tmp_path)
+
+
+def test_what_is_not_a_checkpoint_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such checkpoint"):
+        state.load_teacher(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"not a checkpoint \(no state.json\)"):
+        state.load_teacher(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="has no checkpoint yet"):
+        state.load_teacher(tmp_path)
+    (tmp_path / "checkpoints" / "latest").write_text("step-00000009\n")
+    with pytest.raises(UserError, match="which is not there"):
+        state.load_teacher(tmp_path)
+
+
+def test_a_newer_format_is_refused(run: Path, tmp_path: Path) -> None:
+    newer = json.loads((state.resolve(run) / "state.json").read_text()) | {"format_version": 99}
+    (tmp_path / "state.json").write_text(json.dumps(newer))
+    with pytest.raises(UserError, match="format version 99, this program reads 1"):
+        state.read_state(tmp_path)
+
+
+def test_intervals_reshard(tmp_path: Path) -> None:
+    """What was written whole is read in any pieces."""
+    tensor = torch.randn(13)
+    storage.save(tmp_path / "c", {"x": storage.whole(tensor)})
+    assert storage.sizes(tmp_path / "c") == {"x": 13}
+    for start, stop in [(0, 13), (0, 5), (5, 13), (12, 13)]:
+        part = torch.zeros(stop - start)
+        storage.load(tmp_path / "c", {"x": storage.Interval(part, start, 13)})
+        assert torch.equal(part, tensor[start:stop])

@@ -1,0 +1,21 @@
+"""Runs by torchrun: trains a list of configs one after the other in one process group (starting a group and importing
+DeepSpeed costs seconds, a tiny run does not)."""
+
+import sys
+from pathlib import Path
+
+from esvit_scale import config as configs
+from esvit_scale.parallel import world as world_module
+from esvit_scale.train import loop
+
+
+def main(paths: list[str]) -> None:
+    world = world_module.start()
+    for path in paths:
+        code = loop._open_and_train(configs.load(Path(path)), world)
+        assert code == 0, f"{path}: exit code {code}"
+    world_module.stop()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,79 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from esvit_scale.config import validate
+from esvit_scale.models.heads import Head
+from esvit_scale.models.initialize import initial_value, initial_values, initialize
+from esvit_scale.models.registry import SHAPES, build_trunk
+from esvit_scale.models.swin import Swin
+
+
+def trunk():
+    return Swin(16, (1, 1), (2, 2), window=4, size=64)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_poisoned_then_initialised_every_parameter_is_finite(name):
+    """Every preset's parameters by name; heads included. Widths are cut so that the large ones fit a small machine."""
+    shape = SHAPES[name]
+    config = validate({"model": {"trunk": name, "embed_dim": shape.heads[0] * 4}}, where="test")
+    network = nn.ModuleDict({"trunk": build_trunk(config), "head": Head(64, 32, 16, 48)})
+    for p in network.parameters():
+        p.data.fill_(math.nan)
+    initialize(network, seed=1)
+    assert all(p.isfinite().all() for p in network.parameters())
+    with torch.device("meta"):
+        whole = build_trunk(validate({"model": {"trunk": name}}, where="test"))
+    assert set(initial_values(whole)) == {n for n, _ in whole.named_parameters()}
+
+
+def test_distributions():
+    module = nn.ModuleDict({"trunk": Swin(96, (2,), (3,)), "head": Head(96, 512, 256, 2048)})
+    initialize(module, seed=0)
+    p = dict(module.named_parameters())
+    for name, std in (("trunk.layers.0.blocks.0.mlp.fc1.weight", 0.02), ("head.mlp.2.weight", 0.02)):
+        assert p[name].std().item() == pytest.approx(std, rel=0.03)
+    assert p["trunk.layers.0.blocks.1.attn.relative_position_bias_table"].std().item() == pytest.approx(0.02, rel=0.1)
+    assert p["trunk.patch_embed.proj.weight"].abs().max().item() == pytest.approx(48**-0.5, rel=0.01)
+    assert 0 < p["trunk.patch_embed.proj.bias"].abs().max().item() <= 48**-0.5
+    v = p["head.last_layer.weight_v"]  # torch's Linear default: the row norm 0.577 sets Adam's angular rate
+    assert v.abs().max().item() == pytest.approx(1 / 16, rel=0.001)
+    assert v.norm(dim=1).mean().item() == pytest.approx(0.577, abs=0.002)
+    assert (p["head.last_layer.weight_g"] == 1).all()
+    assert (p["trunk.norm.weight"] == 1).all()
+    assert (p["head.mlp.0.bias"] == 0).all()
+
+
+def test_a_value_depends_on_name_shape_and_seed_only():
+    first, second = trunk(), nn.ModuleDict({"other": nn.Linear(3, 3), "trunk": trunk()})
+    initialize(nn.ModuleDict({"trunk": first}), seed=5)
+    torch.manual_seed(123)
+    initialize(second, seed=5)
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second["trunk"].parameters(), strict=True))
+    initialize(second, seed=6)
+    assert not torch.equal(first.norm.weight, first.patch_embed.proj.weight)
+    assert not torch.equal(first.patch_embed.proj.weight, second["trunk"].patch_embed.proj.weight)
+    qkv = [b.attn.qkv.weight for b in first.blocks]
+    assert not torch.equal(qkv[0], qkv[1][:48, :16])
+
+
+def test_bf16_parameters_get_the_rounded_fp32_value_and_empty_ones_a_whole_value():
+    module = trunk().bfloat16()
+    initialize(module, seed=0)
+    inits = initial_values(module)
+    for name, p in module.named_parameters():
+        shape = tuple(p.shape)
+        p.data = torch.empty(0)  # as a partitioned parameter looks from outside
+        value = initial_value(name, inits[name], shape, 0)
+        assert value.shape == shape
+        assert value.dtype == torch.float32
+    with torch.device("meta"):
+        assert initial_value(name, inits[name], shape, 0).device.type == "cpu"
+
+
+def test_a_parameter_without_a_rule_is_an_error():
+    with pytest.raises(LookupError, match=r"odd\.scale"):
+        initial_values(nn.ModuleDict({"odd": nn.ParameterDict({"scale": nn.Parameter(torch.ones(1))})}))

@@ -1,0 +1,56 @@
+import pytest
+import torch
+
+from esvit_scale.config import validate
+from esvit_scale.errors import UserError
+from esvit_scale.models.registry import SHAPES, build_trunk
+
+COUNTS = {
+    ("swin_t", 7): 27_519_354,
+    ("swin_t", 14): 27_569_754,
+    ("swin_s", 7): 48_837_258,
+    ("swin_s", 14): 48_968_298,
+    ("swin_b", 7): 86_743_224,
+    ("swin_b", 14): 86_917_944,
+    ("swin_l", 7): 194_995_476,
+    ("swin_l", 14): 195_257_556,
+}
+
+
+def config(model, size=224):
+    return validate({"model": model, "data": {"global_crops": {"size": size}}}, where="test")
+
+
+def test_every_name_is_counted():
+    assert {name for name, _ in COUNTS} == set(SHAPES)
+
+
+@pytest.mark.parametrize(("name", "window"), COUNTS)
+def test_parameter_counts(name, window):
+    with torch.device("meta"):
+        trunk = build_trunk(config({"trunk": name, "window": window}))
+    assert sum(p.numel() for p in trunk.parameters()) == COUNTS[name, window]
+    assert trunk.dim == SHAPES[name].embed_dim * 8
+
+
+def test_overrides():
+    trunk = build_trunk(config({"embed_dim": 32, "depths": [1, 1, 2, 1], "heads": [1, 2, 4, 8], "window": 4}, 64))
+    assert trunk.dim == 256
+    assert [stage.window for stage in trunk.stages] == [4, 4, 4, 2]
+    assert [stage.shifts for stage in trunk.stages] == [[0], [0], [0, 0], [0]]
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "words"),
+    [
+        ({"trunk": "swin_tt"}, 224, ["model.trunk", "swin_tt", "did you mean 'swin_t'"]),
+        ({"trunk": "swin_t", "embed_dim": 64}, 224, ["model.heads.0", "3 heads", "64 channels", "nearest: 2"]),
+        ({"trunk": "swin_t", "depths": [1, 1]}, 224, ["model.depths has 2", "model.heads 4"]),
+        ({"trunk": "swin_t"}, 24, ["data.global_crops.size", "24 pixels", "at least 32"]),
+    ],
+)
+def test_what_cannot_be_built_is_one_clear_line(model, size, words):
+    with pytest.raises(UserError) as error:
+        build_trunk(config(model, size))
+    assert all(word in str(error.value) for word in words), error.value
+    assert "\n" not in str(error.value)

@@ -1,0 +1,74 @@
+import pytest
+import torch
+from test_param_groups import SMALL
+
+from esvit_scale.config import validate
+from esvit_scale.models.drop_path import drop_keys
+from esvit_scale.models.initialize import initialize
+from esvit_scale.objective.network import build_network
+
+B = 2
+
+
+def pair(dtype=torch.float32, **sections):
+    config = validate({**SMALL, **sections}, where="test")
+    networks = build_network(config), build_network(config)
+    for seed, network in enumerate(networks):
+        initialize(network, seed)
+        network.to(dtype)
+    return networks
+
+
+def crops_of(*groups):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(n * B, 3, s, s, generator=generator) for n, s in groups]
+
+
+@pytest.mark.parametrize("groups", [[(2, 32)], [(2, 32), (3, 16)], [(2, 32), (1, 24), (2, 12)]])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_parameter_gets_a_gradient_whatever_the_crops(groups, dtype):
+    """A parameter without one would be re-applied its old gradient under ZeRO-3."""
+    student, teacher = pair(dtype)
+    crops = crops_of(*groups)
+    with torch.no_grad():
+        targets = teacher(crops[:1])
+    keys = drop_keys(0, 0, torch.arange(B), sum(n for n, _ in groups))
+    loss, logs = student(crops, targets, keys, teacher_temp=0.04)
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in student.parameters())
+    assert 0 < logs["teacher_entropy_view"] <= torch.tensor(16.0).log() + 1e-4
+
+
+def test_teacher_and_student_roles():
+    student, teacher = pair()
+    crops = crops_of((2, 32), (2, 16))
+    targets = teacher(crops[:1])
+    assert not any(t.requires_grad for t in (*targets.view, *targets.region, targets.features))
+    assert targets.view.z.shape == (2 * B, 4)
+    assert targets.region.z.shape == (2 * B * 16, 4)
+    assert targets.images == B
+    with pytest.raises(TypeError, match="teacher_temp"):
+        student(crops, targets)
+
+
+def test_the_loss_of_equal_images_does_not_depend_on_the_batch_they_come_in():
+    """The mean over a batch of two is the mean of the two alone, drop path included."""
+    student, teacher = pair(torch.float64, model={**SMALL["model"], "drop_path": 0.5})
+    crops = [x.double() for x in crops_of((2, 32), (3, 16))]
+
+    def loss(images):
+        part = [x.view(-1, B, *x.shape[1:])[:, images].flatten(0, 1) for x in crops]
+        keys = drop_keys(0, 4, torch.tensor(images), 5)
+        with torch.no_grad():
+            return student(part, teacher(part[:1]), keys, 0.04)[0].item()
+
+    assert loss([0, 1]) == pytest.approx((loss([0]) + loss([1])) / 2, abs=1e-12)
+    assert loss([0]) != pytest.approx(loss([1]), abs=1e-3)
+
+
+def test_names():
+    names = {name for name, _ in pair()[0].named_parameters()}
+    assert "trunk.patch_embed.proj.weight" in names
+    assert "objective.view_head.last_layer.weight_v" in names
+    assert "objective.region_head.mlp.4.bias" in names

@@ -1,0 +1,48 @@
+import torch
+
+from esvit_scale.config import validate
+from esvit_scale.objective.network import build_network
+from esvit_scale.objective.param_groups import parameter_groups
+
+SMALL = {
+    "model": {"embed_dim": 8, "depths": [1, 1], "heads": [1, 2], "window": 4},
+    "data": {"global_crops": {"size": 32}},
+    "objective": {"prototypes": 16, "head_hidden": 8, "bottleneck": 4},
+}
+
+
+def network(**objective):
+    return build_network(validate({**SMALL, "objective": {**SMALL["objective"], **objective}}, where="test"))
+
+
+def test_groups_of_every_parameter():
+    module = network()
+    groups = parameter_groups(module)
+    assert groups.keys() == {name for name, _ in module.named_parameters()}
+    block = "trunk.layers.0.blocks.0"
+    assert groups[f"{block}.attn.relative_position_bias_table"] == "decay"  # 2-D: decays in the official code
+    assert groups[f"{block}.attn.qkv.weight"] == groups["trunk.patch_embed.proj.weight"] == "decay"
+    assert groups["trunk.layers.0.downsample.reduction.weight"] == "decay"
+    assert groups[f"{block}.attn.qkv.bias"] == groups[f"{block}.norm1.weight"] == "no_decay"
+    assert groups["objective.view_head.mlp.0.weight"] == "decay"
+    for head in ("view_head", "region_head"):
+        for name in ("weight_g", "weight_v"):  # the gains are 2-D: frozen with the last layer, and decayed
+            assert groups[f"objective.{head}.last_layer.{name}"] == "last_layer"
+    assert set(groups.values()) == {"decay", "no_decay", "last_layer"}
+    for name, parameter in module.named_parameters():
+        assert (groups[name] == "no_decay") == (name.endswith(".bias") or parameter.ndim == 1)
+
+
+def test_frozen_gains_are_in_no_group():
+    groups = parameter_groups(network(norm_last_layer=True))
+    assert "objective.view_head.last_layer.weight_g" not in groups
+    assert groups["objective.view_head.last_layer.weight_v"] == "last_layer"
+
+
+def test_shapes_are_read_through_partitioning():
+    module = network()
+    expected = parameter_groups(module)
+    for parameter in module.parameters():
+        parameter.ds_shape = parameter.shape
+        parameter.data = torch.empty(0)
+    assert parameter_groups(module) == expected

@@ -1,0 +1,155 @@
+"""The fused cross-entropy against the slow algorithm of its docstring, in float64."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from esvit_scale.models.heads import Head
+from esvit_scale.objective import prototypes
+from esvit_scale.objective.prototypes import prototype_cross_entropy
+
+STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.04
+
+
+def problem(students=11, teachers=5, matches=2, k=23, d=6, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    random = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator)  # noqa: E731
+    match = torch.randint(teachers, (students, matches), generator=generator)
+    weight = torch.rand(students, matches, dtype=torch.float64, generator=generator)
+    weight[2, 0] = 0
+    given = [F.normalize(random(students, d), dim=1), 0.3 * random(k, d), F.normalize(random(teachers, d), dim=1)]
+    given += [0.3 * random(k, d), 0.1 * random(k)]
+    return *(x.to(dtype) for x in given), match, weight
+
+
+def slow(z_s, rows_s, z_t, rows_t, center, match, weight):
+    loss = z_s.new_zeros(())
+    for s in range(len(z_s)):
+        q = F.log_softmax(rows_s @ z_s[s] / STUDENT_TEMP, dim=0)
+        for m in range(match.shape[1]):
+            p = F.softmax((rows_t @ z_t[match[s, m]] - center) / TEACHER_TEMP, dim=0)
+            for k in range(len(p)):
+                loss = loss - weight[s, m] * p[k] * q[k]
+    return loss
+
+
+def fused(*given, chunk=None):
+    return prototype_cross_entropy(*given, STUDENT_TEMP, TEACHER_TEMP, chunk=chunk)
+
+
+def with_gradient(given):
+    return [x.detach().clone().requires_grad_() if i < 2 else x for i, x in enumerate(given)]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 5, 100])
+@pytest.mark.parametrize("matches", [1, 2, 3])
+def test_loss_and_gradients_are_the_slow_ones(chunk, matches):
+    given = problem(matches=matches)
+    ours, theirs = with_gradient(given), with_gradient(given)
+    loss, expected = fused(*ours, chunk=chunk)[0], slow(*theirs)
+    (3 * loss).backward()
+    (3 * expected).backward()
+    assert abs(loss.item() - expected.item()) < 1e-9
+    for a, b in zip(ours[:2], theirs[:2], strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-9)
+
+
+def test_through_the_head_to_features_directions_and_gains():
+    head = Head(7, 9, 6, 23).double()
+    with torch.no_grad():
+        head.last_layer.weight_g.uniform_(0.5, 1.5)
+    _, _, z_t, rows_t, center, match, weight = problem()
+    features = torch.randn(11, 7, dtype=torch.float64, requires_grad=True)
+    leaves = [features, *head.parameters()]
+    ours = head.last_layer(head(features), lambda z, rows: fused(z, rows, z_t, rows_t, center, match, weight)[0])
+    v, g = head.last_layer.weight_v, head.last_layer.weight_g
+    expected = slow(head(features), g * v / v.norm(dim=1, keepdim=True), z_t, rows_t, center, match, weight)
+    assert abs(ours.item() - expected.item()) < 1e-9
+    got, right = torch.autograd.grad(ours, leaves), torch.autograd.grad(expected, leaves)
+    for a, b in zip(got, right, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+
+
+def test_nothing_flows_to_the_teacher():
+    given = [x.clone().requires_grad_() if x.is_floating_point() else x for x in problem()]
+    loss, entropy = fused(*given)
+    loss.backward()
+    assert [x.grad is not None for x in given if x.is_floating_point()] == [True, True, False, False, False, False]
+    assert not entropy.requires_grad
+
+
+def test_gradients_accumulate_and_scale():
+    given = with_gradient(problem())
+    fused(*given)[0].backward()
+    once = [x.grad.clone() for x in given[:2]]
+    (0.5 * fused(*given)[0]).backward()
+    for x, g in zip(given[:2], once, strict=True):
+        torch.testing.assert_close(x.grad, 1.5 * g)
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_only_the_gradients_that_are_needed(frozen):
+    given = with_gradient(problem())
+    full = with_gradient(given)
+    given[frozen] = given[frozen].detach()
+    fused(*given)[0].backward()
+    fused(*full)[0].backward()
+    assert given[frozen].grad is None
+    torch.testing.assert_close(given[1 - frozen].grad, full[1 - frozen].grad)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(*full)[0], fused(*given)[0].detach())
+
+
+def test_entropy_is_the_teachers_mean():
+    _, _, z_t, rows_t, center, _, _ = given = problem()
+    p = F.softmax((z_t @ rows_t.T - center) / TEACHER_TEMP, dim=1)
+    torch.testing.assert_close(fused(*given, chunk=2)[1], -(p * p.log()).sum(1).mean())
+
+
+def test_a_sharp_teacher_and_large_gains_stay_finite():
+    z_s, rows_s, z_t, rows_t, center, match, weight = problem(dtype=torch.float32)
+    given = with_gradient([z_s, 300 * rows_s, z_t, 300 * rows_t, center, match, weight])
+    loss, entropy = prototype_cross_entropy(*given, STUDENT_TEMP, 1e-3)
+    loss.backward()
+    assert all(x.isfinite().all() for x in (loss, entropy, given[0].grad, given[1].grad))
+
+
+def test_bf16_multiplies_in_bf16_and_sums_in_fp32():
+    exact = with_gradient(problem(students=64, k=200, d=32, dtype=torch.float32))
+    half = [x.detach().bfloat16() if i in (0, 2) else x for i, x in enumerate(exact)]
+    half[0].requires_grad_()
+    half[1] = half[1].detach().requires_grad_()
+    (loss, _), (expected, _) = fused(*half, chunk=7), fused(*exact)
+    loss.backward()
+    expected.backward()
+    assert loss.dtype == torch.float32
+    assert half[1].grad.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=0.01)
+    for a, b in zip(half[:2], exact[:2], strict=True):
+        assert F.cosine_similarity(a.grad.float().flatten(), b.grad.flatten(), dim=0) > 0.995
+
+
+def test_no_tensor_exceeds_a_chunk(monkeypatch):
+    """The largest tensor made is chunk × K; what is kept for the backward is K × D and tokens × D."""
+    k, d, students, chunk = 512, 4, 300, 8
+    given = with_gradient(problem(students=students, teachers=50, k=k, d=d, dtype=torch.float32))
+    made = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            made.extend(x.numel() for x in (out if isinstance(out, tuple | list) else [out]) if torch.is_tensor(x))
+            return out
+
+    with Watch():
+        loss, _ = fused(*given, chunk=chunk)
+    assert max(made) <= max(chunk * k, k * d, students * d)
+    assert sorted(x.numel() for x in loss.grad_fn.saved_tensors) == [students * d, k * d]
+
+
+def test_the_chunk_is_chosen_by_its_bytes(monkeypatch):
+    seen = []
+    real = prototypes._softmax_chunks
+    monkeypatch.setattr(prototypes, "_softmax_chunks", lambda *a: seen.append(a[-1]) or real(*a))
+    fused(*problem(k=64))
+    assert set(seen) == {prototypes.CHUNK_BYTES // (4 * 64)}

@@ -1,0 +1,71 @@
+"""Against the official tables, re-derived here with numpy as the official code builds them."""
+
+import math
+
+import numpy as np
+import pytest
+
+from esvit_scale.config import validate
+from esvit_scale.objective.schedules import Schedules
+
+
+def table(base, end, epochs, per_epoch, warmup_epochs=0):
+    warmup = warmup_epochs * per_epoch
+    ramp = np.linspace(0, base, warmup) if warmup_epochs else np.array([])
+    n = epochs * per_epoch - warmup
+    cosine = np.array([end + 0.5 * (base - end) * (1 + math.cos(math.pi * i / n)) for i in range(n)])
+    values = np.concatenate((ramp, cosine))
+    assert len(values) == epochs * per_epoch
+    return values
+
+
+def schedules(per_epoch=7, **sections):
+    return Schedules(validate(sections, where="test"), per_epoch)
+
+
+@pytest.mark.parametrize(("epochs", "per_epoch", "warmup"), [(20, 7, 3), (5, 1, 1), (4, 3, 0), (6, 5, 6), (300, 2, 10)])
+def test_every_value_of_the_official_tables(epochs, per_epoch, warmup):
+    s = schedules(per_epoch, train={"epochs": epochs, "global_batch": 128}, optim={"warmup_epochs": warmup})
+    steps = range(epochs * per_epoch)
+    assert s.total_steps == len(steps)
+    assert [s.lr(i) for i in steps] == pytest.approx(table(5e-4 / 2, 1e-6, epochs, per_epoch, warmup), rel=1e-14)
+    assert [s.weight_decay(i) for i in steps] == pytest.approx(table(0.04, 0.4, epochs, per_epoch), rel=1e-14)
+    assert [s.ema_momentum(i) for i in steps] == pytest.approx(table(0.996, 1, epochs, per_epoch), rel=1e-14)
+
+
+@pytest.mark.parametrize(("warmup", "epochs"), [(30, 40), (1, 3), (0, 3), (2, 2)])
+def test_the_teachers_temperature_is_a_staircase_per_epoch(warmup, epochs):
+    s = schedules(train={"epochs": epochs}, objective={"teacher_temp_warmup_epochs": warmup})
+    stairs = np.concatenate((np.linspace(0.04, 0.07, warmup), np.ones(epochs - warmup) * 0.07))
+    assert [s.teacher_temp(i) for i in range(epochs * 7)] == pytest.approx(np.repeat(stairs, 7), rel=1e-14)
+
+
+def test_lr_moves_within_an_epoch_where_the_temperature_does_not():
+    s = schedules()
+    assert s.lr(7) != s.lr(8)
+    assert s.teacher_temp(7) == s.teacher_temp(13) != s.teacher_temp(14)
+
+
+@pytest.mark.parametrize("epochs", [0, 1, 2])
+def test_the_last_layer_is_frozen_for_whole_epochs(epochs):
+    s = schedules(optim={"freeze_last_layer_epochs": epochs})
+    assert [s.last_layer_frozen(i) for i in range(21)] == [i < 7 * epochs for i in range(21)]
+
+
+def test_steps_replace_epochs_as_the_length():
+    s = schedules(train={"steps": 50, "epochs": 300}, optim={"warmup_epochs": 2})
+    assert s.total_steps == 50
+    assert s.weight_decay(50) == pytest.approx(0.4)
+    assert s.lr(13) == s.config.peak_lr
+    assert s.lr(50) == pytest.approx(1e-6)
+
+
+def test_a_run_shorter_than_its_warmup_is_the_beginning_of_the_longer_one():
+    short, long = schedules(train={"steps": 20}), schedules(train={"epochs": 300})
+    assert [short.lr(i) for i in range(20)] == [long.lr(i) for i in range(20)]
+
+
+def test_one_step():
+    s = schedules(per_epoch=1, train={"steps": 1}, optim={"warmup_epochs": 0})
+    assert (s.lr(0), s.weight_decay(0), s.ema_momentum(0)) == pytest.approx((s.config.peak_lr, 0.04, 0.996))
+    assert schedules(per_epoch=1, train={"steps": 1}, optim={"warmup_epochs": 1}).lr(0) == 0

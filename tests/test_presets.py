@@ -1,0 +1,30 @@
+"""Every shipped config with every shipped DeepSpeed config: validates and builds; the tiny ones step."""
+
+import pytest
+import torch
+
+from esvit_scale import config as configs
+from esvit_scale.models.initialize import initial_values
+from esvit_scale.objective.network import build_network
+from esvit_scale.objective.param_groups import parameter_groups
+from esvit_scale.parallel import ds_config
+from esvit_scale.resources import ds_config_names
+
+
+@pytest.mark.parametrize("preset", configs.preset_names())
+def test_a_preset_builds_on_the_meta_device_with_a_value_and_a_group_for_all(preset: str) -> None:
+    with torch.device("meta"):
+        network = build_network(configs.resolve(preset))
+    names = {name for name, _ in network.named_parameters()}
+    assert set(initial_values(network)) == names
+    assert set(parameter_groups(network)) == names
+    assert network.trunk.dim == network.objective.view_head.mlp[0].in_features
+
+
+@pytest.mark.parametrize("preset", configs.preset_names())
+@pytest.mark.parametrize("name", ds_config_names())
+def test_a_preset_fits_every_deepspeed_config(preset: str, name: str) -> None:
+    overrides = [f"train.ds_config={name}", *(["train.precision=fp32"] if name == "zero0" else [])]
+    values = ds_config.fill(configs.resolve(preset, overrides), world_size=8)
+    assert "auto" not in str(values)
+    assert ds_config.zero_stage(values) == int(name.removeprefix("zero")[0])

@@ -1,0 +1,65 @@
+"""The sharded step against an independent plain-torch loop: the official order of things, written out naively."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from esvit_scale.config import Config
+from esvit_scale.data import manifest, photometric, stream
+from esvit_scale.models.drop_path import drop_keys
+from esvit_scale.models.initialize import initialize
+from esvit_scale.objective.network import build_network
+from esvit_scale.objective.schedules import Schedules
+from esvit_scale.train import loop
+from tests import tiny
+
+
+def plain_losses(config: Config) -> list[float]:
+    """Two modules, torch.optim.AdamW, a clip per parameter, gradients of the last layer dropped in epoch 0, EMA."""
+    data = manifest.load(Path(config.data.train))
+    schedules = Schedules(config, stream.steps_per_epoch(config, data))
+    student, teacher = build_network(config), build_network(config)
+    initialize(student, config.seed)
+    teacher.load_state_dict(student.state_dict())
+    teacher.requires_grad_(False)
+    decay = [p for n, p in student.named_parameters() if p.ndim > 1]
+    no_decay = [p for n, p in student.named_parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay}, {"params": no_decay, "weight_decay": 0.0}], betas=config.optim.betas
+    )
+    losses = []
+    for step, batch in enumerate(stream.batches(config, data, 0, 1, 0, schedules.total_steps)):
+        crops = [group.flatten(0, 1) for group in batch.crops]
+        views = [group.shape[0] for group in batch.crops]
+        parameters = [batch.photometric.crops(0, 2), batch.photometric.crops(2, sum(views))]
+        crops = [photometric.apply(pixels, p) for pixels, p in zip(crops, parameters, strict=True)]
+        for group in optimizer.param_groups:
+            group["lr"] = schedules.lr(step)
+        optimizer.param_groups[0]["weight_decay"] = schedules.weight_decay(step)
+        with torch.no_grad():
+            targets = teacher(crops[:1])
+        keys = drop_keys(config.seed, step, batch.positions, sum(views))
+        loss, _ = student(crops, targets, keys, schedules.teacher_temp(step))
+        optimizer.zero_grad()
+        loss.backward()
+        for name, p in student.named_parameters():
+            p.grad.mul_((config.optim.clip / (p.grad.norm() + 1e-6)).clamp(max=1))
+            if step < schedules.steps_per_epoch and "last_layer" in name:
+                p.grad = None
+        optimizer.step()
+        m = schedules.ema_momentum(step)
+        with torch.no_grad():
+            for e, s in zip(teacher.parameters(), student.parameters(), strict=True):
+                e.mul_(m).add_((1 - m) * s)
+        student.objective.commit_centers()
+        losses.append(loss.item())
+    return losses
+
+
+def test_the_run_is_the_plain_loop(tmp_path: Path) -> None:
+    config = tiny.config(tmp_path / "run", tiny.shards(tmp_path / "shards"))
+    assert loop.pretrain(config) == 0
+    losses = [row["loss"] for row in tiny.rows(tmp_path / "run")]
+    # The same fp32 operations, in flat buffers there and per tensor here.
+    assert losses == pytest.approx(plain_losses(config), abs=1e-5)

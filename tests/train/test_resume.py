@@ -1,0 +1,72 @@
+"""A run that is stopped goes on as if nothing had happened: bit for bit on a CPU."""
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from esvit_scale.train import loop, run_dir
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.shards(tmp_path_factory.mktemp("data") / "shards")
+
+
+@pytest.fixture(scope="module")
+def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
+    run = tmp_path_factory.mktemp("straight") / "run"
+    assert loop.pretrain(tiny.config(run, data)) == 0
+    return tiny.rows(run)
+
+
+def start_and_wait_for_step(config_path: Path, run: Path, step: int) -> "subprocess.Popen[str]":
+    process = tiny.start_cli("pretrain", str(config_path))
+    deadline = time.monotonic() + 120
+    while len(tiny.rows(run)) < step:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, "the run does not get on"
+        time.sleep(0.01)
+    return process
+
+
+def test_killed_and_resumed_equals_straight(data: Path, straight: list[dict[str, object]], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    path = tiny.write_config(tmp_path / "c.yaml", tiny.config(run, data, train__steps=20))
+    process = start_and_wait_for_step(path, run, 12)
+    process.kill()
+    process.communicate()
+    assert (run / "checkpoints" / "latest").read_text().strip() == "step-00000010"
+    assert loop.pretrain(tiny.config(run, data)) == 0
+    assert tiny.rows(run) == straight
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_same_command_goes_on(
+    data: Path, straight: list[dict[str, object]], tmp_path: Path, number: int, code: int
+) -> None:
+    run = tmp_path / "run"
+    # Long enough to be met while it runs; the schedules are the 20-step run's only when it ends there, so compare rows.
+    config = tiny.config(run, data, train__steps=2000, train__checkpoint_every=2000)
+    process = start_and_wait_for_step(tiny.write_config(tmp_path / "c.yaml", config), run, 3)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    saved = int((run / "checkpoints" / "latest").read_text().strip().removeprefix("step-"))
+    assert 3 <= saved < 2000
+    assert len(tiny.rows(run)) == saved
+    assert (run / "requeue").exists() == (code == 0)
+    assert not (run / "lock.json").exists()
+    assert run_dir.read_summary(run)["finished"] is False
+    assert "the same command continues" in errors
+
+
+def test_a_finished_run_is_left_alone(data: Path, tmp_path: Path) -> None:
+    config = tiny.config(tmp_path / "run", data, train__steps=2)
+    assert loop.pretrain(config) == 0
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    assert loop.pretrain(config) == 0
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before

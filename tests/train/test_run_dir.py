@@ -1,0 +1,97 @@
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from esvit_scale.errors import UserError
+from esvit_scale.train import metrics, run_dir
+from tests import tiny
+
+
+def opened(tmp_path: Path, **overrides: object) -> Path:
+    config = tiny.config(tmp_path / "run", tmp_path / "shards", **overrides)
+    path, _ = run_dir.open_run(config)
+    run_dir.record_start(path, config)
+    return path
+
+
+def test_another_config_is_refused_with_the_difference(tmp_path: Path) -> None:
+    opened(tmp_path)
+    with pytest.raises(UserError, match=r"seed: 0 → 1.*another name= or run_dir="):
+        opened(tmp_path, seed=1)
+
+
+def test_what_does_not_change_results_may_differ(tmp_path: Path) -> None:
+    opened(tmp_path)
+    path = opened(tmp_path, train__ds_config="zero3", data__workers=3)
+    assert "zero3" in (path / "config.yaml").read_text()
+
+
+def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("x")
+    with pytest.raises(UserError, match=r"no run dir \(no config.yaml\)"):
+        opened(tmp_path)
+
+
+def test_the_requeue_marker_is_gone_after_the_next_start(tmp_path: Path) -> None:
+    path = opened(tmp_path)
+    (path / "requeue").write_text("3")
+    opened(tmp_path)
+    assert not (path / "requeue").exists()
+
+
+def holder(path: Path, pid: int, heartbeat: float, host: str | None = None, job: str = "") -> None:
+    lock = {"host": host or os.uname().nodename, "pid": pid, "slurm_job": job, "heartbeat": heartbeat}
+    (path / "lock.json").write_text(json.dumps(lock))
+
+
+def test_a_second_writer_is_refused(tmp_path: Path) -> None:
+    path = opened(tmp_path)
+    other = subprocess.Popen(["sleep", "60"])
+    try:
+        holder(path, other.pid, time.time())
+        with pytest.raises(UserError, match=rf"in use by process {other.pid}"), run_dir.Lock(path):
+            pass
+    finally:
+        other.kill()
+        other.wait()
+    with run_dir.Lock(path) as lock:  # the process is gone: no need to wait for its heartbeat to grow old
+        assert lock.held()
+    assert not (path / "lock.json").exists()
+
+
+def test_a_fresh_heartbeat_of_another_host_is_respected_and_a_stale_one_is_not(tmp_path: Path) -> None:
+    path = opened(tmp_path)
+    holder(path, 1, time.time() - 50, host="elsewhere")
+    with pytest.raises(UserError, match="on elsewhere"), run_dir.Lock(path):
+        pass
+    holder(path, 1, time.time() - 61, host="elsewhere")
+    with run_dir.Lock(path) as lock:
+        assert lock.held()
+
+
+def test_the_same_slurm_job_takes_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = opened(tmp_path)
+    holder(path, 1, time.time(), host="elsewhere", job="77")
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    with run_dir.Lock(path) as lock:
+        assert lock.held()
+
+
+def test_a_run_taken_over_is_noticed(tmp_path: Path) -> None:
+    path = opened(tmp_path)
+    with run_dir.Lock(path) as lock:
+        holder(path, 1, time.time(), host="elsewhere")
+        assert not lock.held()
+    assert (path / "lock.json").exists()  # it is the other one's
+
+
+def test_metrics_are_cut_at_the_cursor(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    metrics.cut(file, 2)
+    assert file.read_text() == '{"step": 1}\n{"step": 2}\n'
