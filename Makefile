@@ -64,7 +64,7 @@ $(STAMP): pyproject.toml $(if $(strip $(STALE)),FORCE)
 	@if [ -n "$(INDEX)" ]; then \
 	  echo "$(INDEX)" > $(VENV)/.torch-index; \
 	  $(PIP) --index-url "$(INDEX)" 'torch>=2.6' 'torchvision>=0.21' \
-	    || { echo "torch could not be installed from TORCH_INDEX=$(INDEX)" >&2; exit 1; }; \
+	    || { echo "torch could not be installed from TORCH_INDEX=$(INDEX); give another, or 'make clean' forgets it" >&2; exit 1; }; \
 	fi
 	@$(PIP) --editable '.[dev,tracking]' \
 	  || { echo "The installation failed; the lines above say why. 'make venv' starts it again." >&2; exit 1; }

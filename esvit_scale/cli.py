@@ -39,6 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
+    from esvit_scale.train import signals
+
+    signals.install()
     from esvit_scale import demo
 
     return demo.run(options.out)
