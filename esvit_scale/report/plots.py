@@ -176,5 +176,5 @@ def _rgb(colour: str) -> tuple[float, float, float]:
 
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", transparent=True)
+    figure.savefig(buffer, format="png")
     return buffer.getvalue()
