@@ -43,8 +43,8 @@ def _open_and_train(config: Config, world: World) -> int:
         if world.rank == 0:
             log.warning("%s: this run is finished; nothing to do", path)
         return 0
+    data = collectives.on_rank_0(lambda: _open_data(config))
     with run_dir.Lock(path) as lock:
-        data = collectives.on_rank_0(lambda: _open_data(config))
         schedules = Schedules(config, stream.steps_per_epoch(config, data))
         session = open_session(config, world, schedules)
         with Run(path, session, lock) as run:

@@ -10,6 +10,7 @@ import platform
 import socket
 import threading
 import time
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ MAY_DIFFER = (
 
 
 def open_run(config: Config) -> "tuple[Path, bool]":
-    """Creates or re-opens the run dir of a config; returns it, and whether its run is finished already.
+    """The run dir of a config, checked but not yet created; and whether its run is finished already.
 
     Raises:
         UserError: another config's run, or not a run dir at all.
@@ -47,7 +48,6 @@ def open_run(config: Config) -> "tuple[Path, bool]":
         _check_same(path, config)
     elif path.is_dir() and any(entry.name not in _OURS_BEFORE_CONFIG for entry in path.iterdir()):
         raise UserError(f"{path}: exists but is no run dir (no config.yaml); set name or run_dir to a new one")
-    path.mkdir(parents=True, exist_ok=True)
     (path / "requeue").unlink(missing_ok=True)
     return path, bool(read_summary(path).get("finished"))
 
@@ -100,7 +100,7 @@ class Lock:
     Taken over from the same Slurm job (a requeue), from a dead process of this host, and when the heartbeat is older
     than 60 s.
 
-    All ranks enter and leave it together; rank 0 holds it.
+    All ranks enter and leave it together; rank 0 holds it. A run dir that nothing was written to is gone afterwards.
 
     Raises:
         UserError: somebody else is writing (on entering).
@@ -122,8 +122,11 @@ class Lock:
             self._thread.join()
             if self.held():
                 self._path.unlink(missing_ok=True)
+            with suppress(OSError):  # not empty: the run began
+                self._path.parent.rmdir()
 
     def _acquire(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
         holder = self._read()
         if holder and not self._may_take_over(holder):
             age = time.time() - holder["heartbeat"]

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 
 from esvit_scale.errors import UserError
-from esvit_scale.train import metrics, run_dir
+from esvit_scale.train import loop, metrics, run_dir
 from tests import tiny
 
 
 def opened(tmp_path: Path, **overrides: object) -> Path:
     config = tiny.config(tmp_path / "run", tmp_path / "shards", **overrides)
     path, _ = run_dir.open_run(config)
+    path.mkdir(exist_ok=True)
     run_dir.record_start(path, config)
     return path
 
@@ -35,6 +36,16 @@ def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run" / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match=r"no run dir \(no config.yaml\)"):
         opened(tmp_path)
+
+
+def test_a_start_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    config = tiny.config(tmp_path / "runs" / "x", tiny.shards(tmp_path / "shards"), train__global_batch=48)
+    with pytest.raises(UserError, match="36 samples"):
+        loop.pretrain(config)
+    config = tiny.config(tmp_path / "runs" / "x", tmp_path / "shards", train__ds_config="zero0", train__precision="bf16")
+    with pytest.raises(UserError, match="fp32 only"):
+        loop.pretrain(config)
+    assert not (tmp_path / "runs" / "x").exists()
 
 
 def test_the_requeue_marker_is_gone_after_the_next_start(tmp_path: Path) -> None:
