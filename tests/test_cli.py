@@ -60,8 +60,8 @@ MISTAKES = {
     "shards create no/such/folder out": "no/such/folder",
     "report no/such/run": "no/such/run",
     "pretrain swin_t data.train=no/such/folder": "no/such/folder",
-    "evaluate knn --checkpoint no/such/run --train a --test b --out c": "no/such/run",
-    "embed --checkpoint no/such/run --data a --out b.npz": "no/such/run",
+    "evaluate knn --checkpoint no/such/run --train no/such/run --test no/such/run --out c": "no/such/run",
+    "embed --checkpoint no/such/run --data no/such/run --out b.npz": "no/such/run",
 }
 
 
