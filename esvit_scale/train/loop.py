@@ -3,10 +3,9 @@
 import logging
 from pathlib import Path
 
-from esvit_scale.config import Config
+from esvit_scale.config import Config, require_training_data
 from esvit_scale.data import manifest, stream
 from esvit_scale.data.manifest import Manifest
-from esvit_scale.errors import UserError
 from esvit_scale.objective.schedules import Schedules
 from esvit_scale.parallel import collectives
 from esvit_scale.parallel import world as world_module
@@ -25,8 +24,7 @@ def pretrain(config: Config) -> int:
         UserError: data, batch, run dir or checkpoint do not fit; before any training.
         Diverged: gradients were not finite for many steps in a row.
     """
-    if not config.data.train:
-        raise UserError("data.train: not set; give the folder of a shard set, for example data.train=shards/train")
+    require_training_data(config)
     world = world_module.start()
     try:
         code = _open_and_train(config, world)
