@@ -13,7 +13,7 @@ from esvit_scale.checkpoint import state
 from esvit_scale.data.stream import Batch
 from esvit_scale.errors import Diverged, UserError
 from esvit_scale.parallel import collectives
-from esvit_scale.train import metrics, run_dir, signals
+from esvit_scale.train import metrics, mfu, run_dir, signals
 from esvit_scale.train.step import Session, StepResult
 
 log = logging.getLogger("esvit_scale")
@@ -47,6 +47,8 @@ class Run:
         self._resume()
         collectives.on_rank_0(lambda: run_dir.record_start(self._path, self._session.config))
         self._journal = metrics.Journal(self._path, self.last_step, self.step, active=self._rank == 0)
+        config, world = self._session.config, self._session.world
+        self._ideal_rate = collectives.on_rank_0(lambda: mfu.ideal_images_per_s(config, world.device, world.size))
         self._window_began, self._window_step = time.monotonic(), self.step
         self._began, self._began_step = time.monotonic(), self.step
         return self
@@ -151,6 +153,7 @@ class Run:
             "teacher_temp": schedules.teacher_temp(done),
             "skipped_steps": self.step - self.optimizer_step,
             "images_per_s": steps * self._batch / elapsed,
+            "mfu": steps * self._batch / elapsed / self._ideal_rate,
             "step_s": elapsed / steps,
             "data_wait_s": self._wait_s / steps,
             "time": time.time(),
