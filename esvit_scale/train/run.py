@@ -14,6 +14,7 @@ from esvit_scale.data.stream import Batch
 from esvit_scale.errors import Diverged, UserError
 from esvit_scale.parallel import collectives
 from esvit_scale.train import metrics, run_dir, signals
+from esvit_scale.train.monitors import Monitors
 from esvit_scale.train.step import Session, StepResult
 from esvit_scale.train.watchdog import Watchdog
 
@@ -42,6 +43,7 @@ class Run:
         self._skips = 0
         self._flags = 0
         self._row: dict[str, Any] = {}
+        self._monitors = Monitors(session.config.objective.prototypes)
         self._wait_s = 0.0
 
     def __enter__(self) -> "Run":
@@ -166,6 +168,9 @@ class Run:
         }
         self._window_began, self._window_step, self._wait_s = now, self.step, 0.0
         self._journal.row(self._row)
+        for sentence in self._monitors.observe(self._row):
+            if self._rank == 0:
+                log.warning("%s", sentence)
 
     def _save(self) -> None:
         if self._saved == self.step:
