@@ -109,7 +109,10 @@ class Train(Section):
     activation_checkpointing: Literal["none", "torch", "deepspeed", "fairscale"] = "none"
     log_every: Positive = 10  # steps
     checkpoint_every: Positive = 500  # steps
+    checkpoint_minutes: Annotated[float, Field(gt=0)] | None = None  # also save when this much time has passed
     keep_checkpoints: Positive = 3
+    keep_every: Positive | None = None  # steps whose checkpoints are kept for good: every so many
+    hang_minutes: Annotated[float, Field(gt=0)] = 30.0  # a rank without progress for so long ends the job (exit 75)
 
 
 class Config(Section):

@@ -1,11 +1,13 @@
 """A run's state on disk: student, teacher, optimizer, centres and the cursor; saved whole or not at all.
 
-checkpoints/step-00000100/ holds the tensors (storage.py) and state.json (cursor, shapes, config). It is written aside,
-renamed when every rank is done, and only then does checkpoints/latest name it. There is no RNG state to save: every
+checkpoints/step-00000100/ holds the tensors (storage.py) and state.json (cursor, shapes, config, checksums). It is
+written aside, renamed when every rank is done, and only then does checkpoints/latest name it; a resume reads the newest
+one whose checksums hold. There is no RNG state to save: every
 random draw of a run is a function of (seed, epoch, sample key, crop) or of (seed, step, position, crop, block).
 """
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,25 +25,30 @@ from esvit_scale.models.registry import build_trunk
 from esvit_scale.parallel import collectives, partitions
 from esvit_scale.parallel.engine import Engines
 
+log = logging.getLogger("esvit_scale")
+
 FORMAT_VERSION = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def save(run: Path, config: Config, engines: Engines, centers: dict[str, Tensor], cursor: dict[str, int]) -> Path:
-    """Writes the state at `cursor["step"]`, then retires all but the last `train.keep_checkpoints`. All ranks call it."""
+    """Writes the state at `cursor["step"]`, then retires old ones as `train` says. All ranks call it."""
     folder = run / "checkpoints" / f"step-{cursor['step']:08d}"
     aside = folder.with_name(f".{folder.name}.partial")
     collectives.on_rank_0(lambda: _make_empty(aside))
     optimizer_steps = _optimizer_steps(engines)
     storage.save(aside, _intervals(engines, optimizer_steps, centers))
+    written = collectives.gather_objects(storage.checksums(aside, collectives.rank()))
     state = {
         "format_version": FORMAT_VERSION,
         "cursor": cursor,
+        "files": {name: checksum for files_of_rank in written for name, checksum in files_of_rank.items()},
         "optimizer_steps": optimizer_steps,
         "shapes": _shapes(engines.student.module),
         "config": config.model_dump(mode="json"),
     }
-    collectives.on_rank_0(lambda: _publish(aside, folder, state, config.train.keep_checkpoints))
+    collectives.on_rank_0(lambda: _publish(aside, folder, state))
+    collectives.on_rank_0(lambda: _retire(folder, config))
     return folder
 
 
@@ -60,15 +67,29 @@ def restore(folder: Path, engines: Engines, centers: dict[str, Tensor]) -> dict[
     return state["cursor"]
 
 
+def newest_good(run: Path) -> Path | None:
+    """The newest checkpoint whose files are what was written, or None before the first save. All ranks call it.
+
+    The one that checkpoints/latest names comes first; a damaged one is logged and the one before it is tried.
+
+    Raises:
+        UserError: there are checkpoints, and every one is damaged.
+    """
+    candidates = collectives.on_rank_0(lambda: _candidates(run))
+    for folder in candidates:
+        problems = [p for of_rank in collectives.gather_objects(_problems(folder)) for p in of_rank]
+        if not problems:
+            return folder
+        if collectives.rank() == 0:
+            log.warning("%s is damaged (%s); trying the checkpoint before it", folder, "; ".join(problems))
+    if candidates:
+        raise UserError(f"{run / 'checkpoints'}: every checkpoint is damaged; move the folder away to start anew")
+    return None
+
+
 def latest(run: Path) -> Path | None:
     """The step folder that checkpoints/latest names, or None before the first save."""
-    pointer = run / "checkpoints" / "latest"
-    if not pointer.exists():
-        return None
-    folder = pointer.parent / Path(pointer.read_text().strip()).name
-    if not folder.is_dir():
-        raise UserError(f"{pointer}: names {folder.name}, which is not there{_others(pointer.parent)}")
-    return folder
+    return next(iter(_candidates(run)), None)
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -174,7 +195,7 @@ def _make_empty(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _publish(aside: Path, folder: Path, state: dict[str, Any], keep: int) -> None:
+def _publish(aside: Path, folder: Path, state: dict[str, Any]) -> None:
     files.write_json(aside / "state.json", state)
     files.sync_folder(aside)
     if folder.exists():
@@ -182,9 +203,40 @@ def _publish(aside: Path, folder: Path, state: dict[str, Any], keep: int) -> Non
     aside.rename(folder)
     files.sync_folder(folder.parent)
     files.write_text(folder.parent / "latest", folder.name + "\n")
-    for old in sorted(folder.parent.glob("step-*"))[:-keep]:
-        if old != folder:
+
+
+def _retire(newest: Path, config: Config) -> None:
+    """Keeps the last `keep_checkpoints` and every `keep_every`-th step's."""
+    keep_every = config.train.keep_every
+    for old in sorted(newest.parent.glob("step-*"))[: -config.train.keep_checkpoints]:
+        if old != newest and not (keep_every and _step(old) % keep_every == 0):
             shutil.rmtree(old)
+
+
+def _candidates(run: Path) -> list[Path]:
+    """Step folders, the one that `latest` names first and then those before it, newest first."""
+    pointer = run / "checkpoints" / "latest"
+    if not pointer.exists():
+        return []
+    named = pointer.parent / Path(pointer.read_text().strip()).name
+    if not named.is_dir():
+        raise UserError(f"{pointer}: names {named.name}, which is not there{_others(pointer.parent)}")
+    older = [folder for folder in pointer.parent.glob("step-*") if folder.name < named.name]
+    return [named, *sorted(older, reverse=True)]
+
+
+def _problems(folder: Path) -> list[str]:
+    """What is wrong with this rank's share of a checkpoint's files, one line each."""
+    try:
+        recorded = read_state(folder)["files"]
+    except UserError as error:
+        return [str(error)] if collectives.rank() == 0 else []
+    mine = sorted(recorded)[collectives.rank() :: collectives.world_size()]
+    return [problem for name in mine for problem in storage.problems(folder / Path(name).name, recorded[name])]
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def _others(checkpoints: Path) -> str:

@@ -5,6 +5,7 @@ checkpoint knows nothing of ZeRO stages or world sizes. Its index file is a pick
 because a checkpoint may come from anywhere.
 """
 
+import hashlib
 import io
 import pickle
 import warnings
@@ -82,6 +83,29 @@ def load(folder: Path, intervals: dict[str, Interval], alone: bool = False) -> N
             process_group=group,
             no_dist=no_dist,
         )
+
+
+def checksums(folder: Path, rank: int) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of every file that this rank wrote, by file name."""
+    mine = [*folder.glob(f"__{rank}_*"), *([folder / INDEX_FILE] if rank == 0 else [])]
+    return {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in mine}
+
+
+def problems(path: Path, recorded: dict[str, Any]) -> list[str]:
+    """Why a file is not the one that `checksums` recorded; empty when it is."""
+    if not path.is_file():
+        return [f"{path.name} is missing"]
+    if path.stat().st_size != recorded["bytes"]:
+        return [f"{path.name} has {path.stat().st_size} bytes of {recorded['bytes']}"]
+    return [] if _sha256(path) == recorded["sha256"] else [f"{path.name} has changed since it was written"]
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def sizes(folder: Path) -> dict[str, int]:

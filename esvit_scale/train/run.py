@@ -14,14 +14,17 @@ from esvit_scale.data.stream import Batch
 from esvit_scale.errors import Diverged, UserError
 from esvit_scale.parallel import collectives
 from esvit_scale.train import metrics, mfu, run_dir, signals
+from esvit_scale.train.monitors import Monitors
 from esvit_scale.train.step import Session, StepResult
+from esvit_scale.train.watchdog import Watchdog
 
 log = logging.getLogger("esvit_scale")
 
 INTERRUPTED = 130
 SKIPS_IN_A_ROW = 20  # then the run has diverged: a NaN that comes and goes is one skipped step
 REQUESTS: tuple[signals.Request, ...] = ("none", "requeue", "interrupt")  # what weighs more comes later
-BAD_SAMPLES = 4  # a bit above those of a request
+ASKED = 3  # the bits of a request
+BAD_SAMPLES, SAVE_NOW = 4, 8
 
 
 class Run:
@@ -40,20 +43,24 @@ class Run:
         self._skips = 0
         self._flags = 0
         self._row: dict[str, Any] = {}
+        self._monitors = Monitors(session.config.objective.prototypes)
         self._wait_s = 0.0
 
     def __enter__(self) -> "Run":
         metrics.start_logging(self._path, active=self._rank == 0)
-        self._resume()
-        collectives.on_rank_0(lambda: run_dir.record_start(self._path, self._session.config))
-        self._journal = metrics.Journal(self._path, self.last_step, self.step, active=self._rank == 0)
         config, world = self._session.config, self._session.world
         self._ideal_rate = collectives.on_rank_0(lambda: mfu.ideal_images_per_s(config, world.device, world.size))
+        self._resume()
+        collectives.on_rank_0(lambda: run_dir.record_start(self._path, self._session.config))
+        self._watchdog = Watchdog(self._rank, 60 * self._session.config.train.hang_minutes).__enter__()
+        self._journal = metrics.Journal(self._path, self.last_step, self.step, active=self._rank == 0)
         self._window_began, self._window_step = time.monotonic(), self.step
         self._began, self._began_step = time.monotonic(), self.step
+        self._saved_at = time.monotonic()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: Any) -> None:
+        self._watchdog.__exit__(*error)
         self._journal.close()
 
     def waiting_for(self, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -70,6 +77,7 @@ class Run:
     def record(self, batch: Batch, result: StepResult) -> None:
         """The step is done: move the cursor, hear the ranks, and write a row where one is due."""
         self.step += 1
+        self._watchdog.beat(self.step)
         self.optimizer_step += result.applied
         self._flags = collectives.bits_of_ranks(self._my_flags(batch))
         if self._flags & BAD_SAMPLES:
@@ -82,10 +90,10 @@ class Run:
 
     def asked(self) -> bool:
         """A signal reached some rank; known to all ranks at the same step."""
-        return bool(self._flags & (BAD_SAMPLES - 1))
+        return bool(self._flags & ASKED)
 
     def save_if_due(self) -> None:
-        if self.step % self._session.config.train.checkpoint_every == 0 or self.asked() or self.step == self.last_step:
+        if self.step % self._session.config.train.checkpoint_every == 0 or self._flags & (ASKED | SAVE_NOW):
             self._save()
 
     def leave(self) -> int:
@@ -105,7 +113,7 @@ class Run:
             log.info("finished: %d steps, %s", self.step, self._path)
 
     def _resume(self) -> None:
-        folder = collectives.on_rank_0(lambda: state.latest(self._path))
+        folder = state.newest_good(self._path)
         if folder is None:
             return
         objective, engines = self._session.objective, self._session.engines
@@ -122,7 +130,10 @@ class Run:
         return {name: torch.zeros(size, device=device) for name in names}
 
     def _my_flags(self, batch: Batch) -> int:
-        return REQUESTS.index(signals.request()) | (BAD_SAMPLES if batch.bad else 0)
+        minutes = self._session.config.train.checkpoint_minutes
+        # One clock decides for all ranks.
+        save_now = self._rank == 0 and minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
+        return REQUESTS.index(signals.request()) | (BAD_SAMPLES if batch.bad else 0) | (SAVE_NOW if save_now else 0)
 
     def _count_skips(self, result: StepResult) -> None:
         if result.applied:
@@ -160,6 +171,9 @@ class Run:
         }
         self._window_began, self._window_step, self._wait_s = now, self.step, 0.0
         self._journal.row(self._row)
+        for sentence in self._monitors.observe(self._row):
+            if self._rank == 0:
+                log.warning("%s", sentence)
 
     def _save(self) -> None:
         if self._saved == self.step:
@@ -174,7 +188,8 @@ class Run:
         }
         engines, centers = self._session.engines, self._session.objective.centers_state()
         state.save(self._path, self._session.config, engines, centers, cursor)
-        self._saved = self.step
+        self._saved, self._saved_at = self.step, time.monotonic()
+        self._watchdog.beat(self.step)
 
     def _check_lock(self) -> None:
         if not self._lock.held():

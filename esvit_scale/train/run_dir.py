@@ -31,7 +31,10 @@ MAY_DIFFER = (
     "train.activation_checkpointing",
     "train.log_every",
     "train.checkpoint_every",
+    "train.checkpoint_minutes",
     "train.keep_checkpoints",
+    "train.keep_every",
+    "train.hang_minutes",
 )
 
 

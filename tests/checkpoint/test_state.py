@@ -1,5 +1,7 @@
 import json
+import logging
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
@@ -106,3 +108,44 @@ def test_intervals_reshard(tmp_path: Path) -> None:
         part = torch.zeros(stop - start)
         storage.load(tmp_path / "c", {"x": storage.Interval(part, start, 13)})
         assert torch.equal(part, tensor[start:stop])
+
+
+@pytest.mark.parametrize("damage", ["flipped bit", "cut short", "file gone", "state gone"])
+def test_a_damaged_checkpoint_is_said_and_the_one_before_it_is_used(
+    run: Path, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    newest = copy / "checkpoints" / "step-00000006"
+    file = next(newest.glob("*.distcp"))
+    data = bytearray(file.read_bytes())
+    if damage == "flipped bit":
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+    elif damage == "cut short":
+        file.write_bytes(data[:-10])
+    elif damage == "file gone":
+        file.unlink()
+    else:
+        (newest / "state.json").unlink()
+    logging.getLogger("esvit_scale").propagate = True
+    with caplog.at_level(logging.WARNING):
+        assert state.newest_good(copy) == copy / "checkpoints" / "step-00000004"
+    assert "step-00000006 is damaged" in caplog.text
+    for folder in (copy / "checkpoints").glob("step-*"):
+        (folder / "state.json").unlink(missing_ok=True)
+    with pytest.raises(UserError, match="every checkpoint is damaged"):
+        state.newest_good(copy)
+
+
+def test_an_undamaged_checkpoint_is_the_newest(run: Path) -> None:
+    assert state.newest_good(run) == run / "checkpoints" / "step-00000006"
+
+
+def test_every_so_many_steps_are_kept_for_good(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for step in range(1, 11):
+        (checkpoints / f"step-{step:08d}").mkdir(parents=True)
+    config = tiny.config(tmp_path / "run", tmp_path, train__keep_checkpoints=2, train__keep_every=4)
+    state._retire(checkpoints / "step-00000010", config)
+    assert sorted(int(f.name[5:]) for f in checkpoints.iterdir()) == [4, 8, 9, 10]
