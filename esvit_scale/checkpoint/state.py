@@ -163,13 +163,12 @@ def _optimizer_steps(engines: Engines) -> dict[str, int]:
 
 
 def _make_moments(engines: Engines, optimizer_steps: dict[str, int]) -> None:
-    fused = bool(engines.optimizer.defaults.get("fused"))
     for p in engines.partitions:
         step = optimizer_steps[engines.group_of[p.name]]
         if step == 0:
             engines.optimizer.state.pop(p.flat, None)
         elif p.flat not in engines.optimizer.state:
-            counter = torch.tensor(float(step), device=p.flat.device if fused else "cpu")
+            counter = torch.tensor(float(step), device=p.flat.device)  # where the fused AdamW keeps it
             engines.optimizer.state[p.flat] = {"step": counter} | {key: torch.zeros_like(p.flat) for key in MOMENTS}
 
 

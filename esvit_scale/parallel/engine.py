@@ -50,7 +50,7 @@ def build(config: Config, recipe: Recipe, world: World) -> Engines:
         module = recipe.build()
     activation_checkpointing.apply(module.trunk, config.train.activation_checkpointing)  # type: ignore[arg-type]
     groups = recipe.groups(module)
-    optimizer = _optimizer(config, module, groups, world)
+    optimizer = _optimizer(config, module, groups)
     student, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds, dist_init_required=False)
     owned = partitions.of_engine(student)
     _initialise(student, owned, recipe)
@@ -75,11 +75,11 @@ def take_step(engines: Engines) -> bool:
     return bool(engines.student.was_step_applied()) and engines.gate.take_finite()
 
 
-def _optimizer(config: Config, module: nn.Module, groups: dict[str, list[str]], world: World) -> torch.optim.Optimizer:
+def _optimizer(config: Config, module: nn.Module, groups: dict[str, list[str]]) -> torch.optim.Optimizer:
     parameters = dict(module.named_parameters())
     param_groups = [{"name": name, "params": [parameters[n] for n in names]} for name, names in groups.items() if names]
-    fused = world.device.type == "cuda"
-    return torch.optim.AdamW(param_groups, lr=0.0, betas=config.optim.betas, weight_decay=0.0, fused=fused)
+    # One pass over the parameters instead of a dozen, on a CPU as well.
+    return torch.optim.AdamW(param_groups, lr=0.0, betas=config.optim.betas, weight_decay=0.0, fused=True)
 
 
 @torch.no_grad()
