@@ -15,6 +15,7 @@ is refused.
 
 import math
 import re
+import warnings
 import zipfile
 from collections import defaultdict
 from collections.abc import Mapping
@@ -54,10 +55,11 @@ def read(path: Path) -> Weights:
         held = ", ".join(sorted(map(str, content))[:5]) or "nothing"
         raise UserError(f"{path}: no official EsViT checkpoint: no student or teacher in it; it holds {held}")
     networks = {name: _our_names(found[name]) for name in found}
-    config = _config(path, networks.get("teacher") or networks["student"])
+    some = networks.get("teacher") or networks["student"]
+    config = _config(path, some)
     for name, tensors in networks.items():
         check_network(f"{path}: {name}", tensors, config)
-    return Weights(config, networks, _centers(path, content.get("dino_loss"), config))
+    return Weights(config, networks, _centers(path, content.get("dino_loss"), config, heads_in(some)))
 
 
 def write(path: Path, weights: Weights) -> None:
@@ -103,7 +105,8 @@ def _load(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such file; give the .pth of the official trainer")
     _check_archive(path)
     try:
-        with torch.serialization.safe_globals([(_Nothing, name) for name in _READ_AS_NOTHING]):
+        with torch.serialization.safe_globals([(_Nothing, n) for n in _READ_AS_NOTHING]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's, about pickles of others
             # Legacy files (torch < 1.6) cannot be mapped.
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a damaged pickle can fail in any way; it runs no code
@@ -145,7 +148,7 @@ def _our_names(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
         while name.startswith(_WRAPPERS):
             name = name.partition(".")[2]
         prefix = next((prefix for prefix in _THEIR_HEADS if name.startswith(prefix)), "")
-        ours[_THEIR_HEADS.get(prefix, TRUNK) + name.removeprefix(prefix)] = tensor.detach().float()
+        ours[_THEIR_HEADS.get(prefix, TRUNK) + name.removeprefix(prefix)] = tensor.detach().float().contiguous()
     return ours
 
 
@@ -217,10 +220,14 @@ def _global_size(windows: list[int]) -> int:
     return next(fits, _SIZES[0])
 
 
-def _centers(path: Path, loss: Any, config: Config) -> dict[str, Tensor]:
-    if not isinstance(loss, Mapping):
-        return {}
-    found = {ours: loss[theirs].detach().float().view(-1) for theirs, ours in CENTERS.items() if theirs in loss}
+def _centers(path: Path, loss: Any, config: Config, heads: list[str]) -> dict[str, Tensor]:
+    """Of the heads that are there; a centre is of no use without its head."""
+    there = loss if isinstance(loss, Mapping) else {}
+    found = {
+        ours: there[theirs].detach().float().view(-1)
+        for theirs, ours in CENTERS.items()
+        if isinstance(there.get(theirs), Tensor) and ours.partition(".")[0] in heads
+    }
     wanted = {name: [config.objective.prototypes] for name in found}
     check_shapes(f"{path}: dino_loss", {name: list(center.shape) for name, center in found.items()}, wanted)
     return found

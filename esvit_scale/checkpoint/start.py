@@ -28,7 +28,8 @@ def start(config: Config) -> Start:
 
     Student and teacher both start from the source's teacher (from its student where there is no teacher). The trunk
     must fit as a whole. A head is taken when the source has it, and must fit then; one that the source lacks is
-    initialised freshly, one that the run lacks is left behind. Centres come with their heads.
+    initialised freshly, one that the run lacks is left behind. Centres come with their heads, gains unless
+    `norm_last_layer` keeps them at 1.
 
     Raises:
         UserError: the source cannot be read, or its trunk or a head is of another shape.
@@ -38,7 +39,7 @@ def start(config: Config) -> Start:
     path = Path(config.model.init_from)
     source = collectives.on_rank_0(lambda: _settle(path))  # a living run may move `latest` between two ranks
     weights = state.read_weights(source) if source.is_dir() else convert.read(source)
-    return _fit(source, weights, network_shapes(config))
+    return _fit(source, weights, config)
 
 
 def _settle(path: Path) -> Path:
@@ -51,7 +52,8 @@ def _settle(path: Path) -> Path:
     return folder
 
 
-def _fit(source: Path, weights: Weights, wanted: Shapes) -> Start:
+def _fit(source: Path, weights: Weights, config: Config) -> Start:
+    wanted = network_shapes(config)
     network = "teacher" if "teacher" in weights.networks else next(iter(weights.networks))
     tensors = weights.networks[network]
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
@@ -67,7 +69,8 @@ def _fit(source: Path, weights: Weights, wanted: Shapes) -> Start:
             notes.append(f"no {head} head there, it is initialised freshly")
         elif there:
             notes.append(f"{head} head left behind, the run has none")
-    values = {name: tensor for name, tensor in tensors.items() if name.startswith(tuple(taken))}
+    left = ".weight_g" if config.objective.norm_last_layer else ()
+    values = {n: t for n, t in tensors.items() if n.startswith(tuple(taken)) and not n.endswith(left)}
     centers = {n: c for n, c in weights.centers.items() if HEADS[n.partition(".")[0]] in taken}
     return Start(values, centers, f"{network} of {source}: {', '.join(notes)}")
 
