@@ -6,7 +6,7 @@ The journey, one line a station. B images, V crops, T tokens, C width, K prototy
     → order              data/order.py                              (seed, epoch, step) → which samples, at any world size
     → decoded image      data/decode.py, data/stream.py             bytes → uint8 [H, W, 3]
     → crops              data/crops.py, data/photometric.py         one tensor a resolution: [V_g, B, 3, S_g, S_g]
-    → tokens             models/swin.py                             view [V·B, C], regions [V·B·T, C], all crops in one pass
+    → tokens             models/swin.py, models/swin_v2.py          view [V·B, C], regions [V·B·T, C], all crops in one pass
     → student/teacher    parallel/engine.py, parallel/ema.py        one forward of each; the teacher sees the 2 globals
     → loss               objective/esvit.py, objective/prototypes.py  view and region cross-entropies; no [T, K] is ever stored
     → sharded step       parallel/engine.py, train/loop.py          one optimizer update of the partitions, then EMA, then centre
@@ -14,7 +14,7 @@ The journey, one line a station. B images, V crops, T tokens, C width, K prototy
     → evaluation         evaluate/features.py, evaluate/knn.py      features [N, C] → k-NN accuracy
     → report             report/html.py                             one self-contained report.html
 
-Beside it: config.py (every number of a run), cli.py (the commands), doctor.py (what works on this machine).
+Beside it: config.py (every number of a run), models/complexity.py (what it costs), cli.py (the commands), doctor.py (what works on this machine).
 """
 
 __version__ = "0.1.0"

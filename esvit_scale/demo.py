@@ -14,7 +14,7 @@ import torch
 
 from esvit_scale import config as configs
 from esvit_scale.config import Config
-from esvit_scale.data import samples, shard_writer
+from esvit_scale.data import samples, shard_writer, stream
 from esvit_scale.evaluate import knn
 from esvit_scale.evaluate.features import extract, load_teacher, raw_pixels
 from esvit_scale.models.initialize import initialize
@@ -23,7 +23,7 @@ from esvit_scale.report.html import write_report
 from esvit_scale.train import loop
 from esvit_scale.train.run_dir import open_run, read_summary
 
-K = 10  # the k whose accuracy is quoted: fixed beforehand, not the best on the test set
+K = 20  # the k whose accuracy is quoted, DINO's usual one: fixed beforehand, not the best on the test set
 SAMPLES_PER_SHARD = 250
 NAMES = ("raw pixels", "untrained teacher", "trained teacher")
 
@@ -55,7 +55,7 @@ def pretrain_and_compare(out: Path, seed: int) -> tuple[int, list[Json]]:
     if finished and all(path.is_file() for path in paths):
         print(f"{out}: finished before; these are its results")
         return 0, [json.loads(path.read_text()) for path in paths]
-    train, test = write_shards(out / "shards", config.data.global_crops.size)
+    train, test = write_shards(out / "shards", config)
     baselines = [pixels_result(config, train, test), untrained_result(config, train, test)]
     print(knn.table(baselines, NAMES[:2]))
     code = loop.pretrain(config)
@@ -84,8 +84,13 @@ def has_fast_bf16() -> bool:
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
-def write_shards(folder: Path, size: int) -> tuple[Path, Path]:
-    """Train and test patches as shard sets; sets that are there already are kept."""
+def write_shards(folder: Path, config: Config) -> tuple[Path, Path]:
+    """Train and test patches as shard sets; sets that are there already are kept.
+
+    Patches have the size that evaluation would resize them to: enlarging them there would show the trunk another scale
+    than it was trained on (4 points of k-NN accuracy, measured).
+    """
+    size = stream.evaluation_side(config.data.global_crops.size)
     sets = []
     for split, patches in zip(("train", "test"), samples.demo_samples(size), strict=True):
         source = f"demo {split} patches of {size} pixels, {len(patches)}"

@@ -1,9 +1,13 @@
 """Every shipped config with every shipped DeepSpeed config: validates and builds; the tiny ones step."""
 
+import re
+from importlib import resources
+
 import pytest
 import torch
 
 from esvit_scale import config as configs
+from esvit_scale.models import complexity
 from esvit_scale.models.initialize import initial_values
 from esvit_scale.objective.network import build_network
 from esvit_scale.objective.param_groups import parameter_groups
@@ -28,3 +32,17 @@ def test_a_preset_fits_every_deepspeed_config(preset: str, name: str) -> None:
     values = ds_config.fill(configs.resolve(preset, overrides), world_size=8)
     assert "auto" not in str(values)
     assert ds_config.zero_stage(values) == int(name.removeprefix("zero")[0])
+
+
+@pytest.mark.parametrize("preset", [name for name in configs.preset_names() if name.startswith("swin")])
+def test_a_presets_header_says_what_it_costs(preset: str) -> None:
+    config = configs.resolve(preset)
+    header = (resources.files("esvit_scale") / "configs" / f"{preset}.yaml").read_text().split("\n\n")[0]
+    assert f"({complexity.parameters(config).trunk:,} parameters without" in header
+    stated = re.search(r"Cost: ([\d,.]+) GFLOPs per image", header)
+    assert stated
+    stated_flops = stated[1].replace(",", "")
+    digits = len(stated_flops.partition(".")[2])
+    assert f"{complexity.image_flops(config) / 1e9:.{digits}f}" == stated_flops
+    assert re.search(r"Expected[,:]", header)
+    assert "Source:" in header

@@ -435,10 +435,16 @@ def _evaluation_joined(loader: Iterable[Any], source: str, total: int) -> Iterat
         log.warning("%s: left out %d bad images of %d (first: %s)", source, len(bad), total, bad[0])
 
 
+def evaluation_side(size: int) -> int:
+    """Pixels that evaluation resizes the short side to before it crops the centre: images of this size stay as they
+    are."""
+    return round(size * 256 / 224)
+
+
 def centre_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
     """[3, S, S]: the short side resized to size·256/224 (bicubic), then the central square; torchvision's
     `Resize` and `CenterCrop`."""
-    short = round(size * 256 / 224)
+    short = evaluation_side(size)
     width, height = image.size
     if width <= height:
         image = image.resize((short, int(short * height / width)), Image.Resampling.BICUBIC)

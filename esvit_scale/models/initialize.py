@@ -4,9 +4,11 @@ A value depends only on the parameter's name, its shape and the seed, so that it
 world size and precision of the built module (constructors and `nn.init` calls are silently without effect under
 partitioned construction). Distributions are those of the official code: linear weights and bias tables truncated
 normal 0.02 with zero biases, norms 1 and 0, torch's defaults for the patch convolution and the prototypes' directions
-(the official last layer is made after the truncated-normal initialisation), gains 1.
+(the official last layer is made after the truncated-normal initialisation), gains 1. Swin V2 as its published code:
+the norms that end a branch 0 and 0 (a block starts as the identity), temperatures 1/10.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from zlib import crc32
 
@@ -15,6 +17,7 @@ from torch import Generator, Tensor, nn
 
 from esvit_scale.models.heads import Prototypes
 from esvit_scale.models.swin import WindowAttention
+from esvit_scale.models.swin_v2 import BranchNorm, WindowAttentionV2
 
 Initializer = Callable[[Sequence[int], Generator], Tensor]  # (shape, generator) → float32 on the CPU
 
@@ -53,6 +56,8 @@ def initialize(module: nn.Module, seed: int) -> None:
 def _of(module: nn.Module) -> dict[str, Initializer]:
     if isinstance(module, nn.Linear):
         return {"weight": _normal, "bias": _constant(0.0)}
+    if isinstance(module, BranchNorm):
+        return {"weight": _constant(0.0), "bias": _constant(0.0)}
     if isinstance(module, nn.LayerNorm):
         return {"weight": _constant(1.0), "bias": _constant(0.0)}
     if isinstance(module, nn.Conv2d):
@@ -60,6 +65,8 @@ def _of(module: nn.Module) -> dict[str, Initializer]:
         return {"weight": _uniform(fan_in**-0.5), "bias": _uniform(fan_in**-0.5)}
     if isinstance(module, WindowAttention):
         return {"relative_position_bias_table": _normal}
+    if isinstance(module, WindowAttentionV2):
+        return {"logit_scale": _constant(math.log(10.0)), "q_bias": _constant(0.0), "v_bias": _constant(0.0)}
     if isinstance(module, Prototypes):
         return {"weight_v": _uniform_rows, "weight_g": _constant(1.0)}
     return {}

@@ -51,7 +51,7 @@ class TokenMap(NamedTuple):
 
 
 class Swin(nn.Module):
-    """A Swin V1 trunk.
+    """A Swin V1 trunk; V2 (models/swin_v2.py) replaces the blocks and the merging.
 
     Args:
         embed_dim: C of the first stage; it doubles at each further stage.
@@ -61,6 +61,8 @@ class Swin(nn.Module):
         size: pixels of the global crops; fixes windows and shifts, for crops of any other size too.
         drop_path: stochastic-depth rate of the last block; rates grow linearly from 0.
     """
+
+    norm_eps = NORM_EPS
 
     def __init__(
         self,
@@ -75,33 +77,31 @@ class Swin(nn.Module):
         self.depths = tuple(depths)
         self.dim = embed_dim * 2 ** (len(depths) - 1)
         self.drop_rates = [drop_path * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]
-        self.patch_embed = PatchEmbed(embed_dim)
+        self.patch_embed = PatchEmbed(embed_dim, self.norm_eps)
         stages = []
-        for i, (depth, n_heads) in enumerate(zip(depths, heads, strict=True)):
-            resolution = size // PATCH // 2**i
-            clipped = resolution <= window
-            stages.append(
-                Stage(
-                    embed_dim * 2**i,
-                    depth,
-                    n_heads,
-                    window=resolution if clipped else window,
-                    shift=0 if clipped else window // 2,
-                    downsample=i < len(depths) - 1,
-                )
-            )
+        for s, (depth, n_heads) in enumerate(zip(depths, heads, strict=True)):
+            side, shift = stage_window(size, window, s)
+            width = embed_dim * 2**s
+            blocks = [self.make_block(s, i, width, n_heads, side) for i in range(depth)]
+            stages.append(Stage(blocks, side, shift, self.make_merging(width) if s < len(depths) - 1 else None))
         self.layers = nn.ModuleList(stages)
-        self.norm = nn.LayerNorm(self.dim, eps=NORM_EPS)
+        self.norm = nn.LayerNorm(self.dim, eps=self.norm_eps)
         # How a block is called: parallel.activation_checkpointing puts a checkpointing call here.
         self.run_block: Callable[..., Tensor] = call
+
+    def make_block(self, stage: int, index: int, dim: int, heads: int, window: int) -> nn.Module:
+        return Block(dim, heads, window)
+
+    def make_merging(self, dim: int) -> nn.Module:
+        return PatchMerging(dim)
 
     @property
     def stages(self) -> list["Stage"]:
         return cast(list[Stage], list(self.layers))
 
     @property
-    def blocks(self) -> list["Block"]:
-        return [cast(Block, block) for stage in self.stages for block in stage.blocks]
+    def blocks(self) -> list[nn.Module]:
+        return [block for stage in self.stages for block in stage.blocks]
 
     def forward(self, crops: list[Tensor], drop_keys: Tensor | None = None) -> Features:
         """
@@ -152,10 +152,10 @@ class Swin(nn.Module):
 class PatchEmbed(nn.Module):
     """4×4 patches → tokens."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
         self.proj = PatchProjection(dim)
-        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.norm = nn.LayerNorm(dim, eps=eps)
 
     def forward(self, crops: list[Tensor], grids: Grids, order: Permutation) -> Tensor:
         """Crops [N_g, 3, S_g, S_g] → [N, C] in the first stage's order."""
@@ -181,12 +181,12 @@ class PatchProjection(nn.Conv2d):
 class Stage(nn.Module):
     """Blocks of one resolution, then patch merging. Swin drives the blocks; this only owns them."""
 
-    def __init__(self, dim: int, depth: int, heads: int, window: int, shift: int, downsample: bool) -> None:
+    def __init__(self, blocks: list[nn.Module], window: int, shift: int, downsample: nn.Module | None) -> None:
         super().__init__()
         self.window = window
-        self.shifts = [shift if i % 2 else 0 for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(dim, heads, window) for _ in range(depth))
-        self.downsample = PatchMerging(dim) if downsample else None
+        self.shifts = [shift if i % 2 else 0 for i in range(len(blocks))]
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample
 
 
 class Block(nn.Module):
@@ -201,8 +201,8 @@ class Block(nn.Module):
 
     def forward(self, tokens: Tensor, plan: WindowPlan, keep_attn: Tensor | None, keep_mlp: Tensor | None) -> Tensor:
         """tokens [N, C] → [N, C]; keep_* [N, 1] scales a branch (0: dropped), None keeps it."""
-        tokens = _add(tokens, self.attn(self.norm1(tokens), plan), keep_attn)
-        return _add(tokens, self.mlp(self.norm2(tokens)), keep_mlp)
+        tokens = add_branch(tokens, self.attn(self.norm1(tokens), plan), keep_attn)
+        return add_branch(tokens, self.mlp(self.norm2(tokens)), keep_mlp)
 
 
 class WindowAttention(nn.Module):
@@ -299,11 +299,17 @@ class PatchMerging(nn.Module):
         return self.reduction(self.norm(quads))
 
 
+def stage_window(size: int, window: int, stage: int) -> tuple[int, int]:
+    """Side and shift of a stage's windows in a trunk that is built for crops of `size` pixels."""
+    resolution = size // PATCH // 2**stage
+    return (resolution, 0) if resolution <= window else (window, window // 2)
+
+
 def call(block: nn.Module, *args: Any) -> Tensor:
     return block(*args)
 
 
-def _add(tokens: Tensor, branch: Tensor, keep: Tensor | None) -> Tensor:
+def add_branch(tokens: Tensor, branch: Tensor, keep: Tensor | None) -> Tensor:
     return tokens + branch if keep is None else torch.addcmul(tokens, branch, keep)
 
 

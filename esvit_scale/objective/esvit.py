@@ -67,14 +67,14 @@ class EsViT(nn.Module):
 
         Returns:
             The loss (scalar) and detached scalars: loss_view, loss_region (each a mean cross-entropy without its ½)
-            and the teacher's mean entropies (nats).
+            and the teacher's mean entropies (nats), and feature_std, the spread of the student's features.
         """
         views = len(student.view) // targets.images
         match, weight = view_pairs(views, targets.images, targets.view.rows)
         loss, entropy = self._term(
             self.view_head, self.view_center, student.view, targets.view, match, weight, teacher_temp
         )
-        logs = {"loss_view": loss.detach(), "teacher_entropy_view": entropy}
+        logs = {"loss_view": loss.detach(), "teacher_entropy_view": entropy, "feature_std": spread(student.view)}
         if self.region_head is None or targets.region is None or targets.features is None:
             return loss, logs
         match, weight = region_pairs(student, targets.features, targets.images)
@@ -122,6 +122,15 @@ class EsViT(nn.Module):
                 z, rows, targets.z, targets.rows, center_values, match, weight, self.student_temp, teacher_temp
             ),
         )
+
+
+@torch.no_grad()
+def spread(features: Tensor) -> Tensor:
+    """How different the rows of features [n, C] are: 1 for unit vectors in all directions, 0 when all are equal.
+
+    √C times the mean over channels of the unit rows' standard deviation.
+    """
+    return _unit(features).std(0, correction=0).mean() * features.shape[1] ** 0.5
 
 
 def view_pairs(views: int, images: int, like: Tensor) -> tuple[Tensor, Tensor]:

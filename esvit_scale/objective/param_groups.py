@@ -10,9 +10,9 @@ Group = Literal["decay", "no_decay", "last_layer"]
 def parameter_groups(module: nn.Module) -> dict[str, Group]:
     """The optimizer group of every trainable parameter, by name.
 
-    "no_decay": biases and 1-D tensors. "last_layer": the heads' prototypes with their gains, which decay (the gains
-    are 2-D) but are left alone during the first epochs. Bias tables are 2-D and decay. Shapes are read through
-    ZeRO-3's partitioning.
+    "no_decay": biases, 1-D tensors, and Swin V2's temperatures and position-bias network. "last_layer": the heads'
+    prototypes with their gains, which decay (the gains are 2-D) but are left alone during the first epochs. Bias
+    tables are 2-D and decay. Shapes are read through ZeRO-3's partitioning.
     """
     return {name: _group(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad}
 
@@ -21,4 +21,5 @@ def _group(name: str, parameter: nn.Parameter) -> Group:
     if ".last_layer." in f".{name}":
         return "last_layer"
     dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
-    return "no_decay" if name.endswith(".bias") or dimensions == 1 else "decay"
+    exempt = name.endswith((".bias", ".logit_scale")) or ".cpb_mlp." in name
+    return "no_decay" if exempt or dimensions == 1 else "decay"

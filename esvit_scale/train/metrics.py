@@ -18,7 +18,7 @@ from esvit_scale import files
 log = logging.getLogger("esvit_scale")
 
 # Fields that differ between two runs of the same config: everything measured by a clock.
-TIME_FIELDS = frozenset({"images_per_s", "data_wait_s", "step_s", "time"})
+TIME_FIELDS = frozenset({"images_per_s", "mfu", "data_wait_s", "step_s", "time"})
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

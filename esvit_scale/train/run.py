@@ -13,7 +13,8 @@ from esvit_scale.checkpoint import state
 from esvit_scale.data.stream import Batch
 from esvit_scale.errors import Diverged, UserError
 from esvit_scale.parallel import collectives
-from esvit_scale.train import metrics, run_dir, signals
+from esvit_scale.train import metrics, mfu, run_dir, signals
+from esvit_scale.train.monitors import Monitors
 from esvit_scale.train.step import Session, StepResult
 from esvit_scale.train.watchdog import Watchdog
 
@@ -42,10 +43,13 @@ class Run:
         self._skips = 0
         self._flags = 0
         self._row: dict[str, Any] = {}
+        self._monitors = Monitors(session.config.objective.prototypes)
         self._wait_s = 0.0
 
     def __enter__(self) -> "Run":
         metrics.start_logging(self._path, active=self._rank == 0)
+        config, world = self._session.config, self._session.world
+        self._ideal_rate = collectives.on_rank_0(lambda: mfu.ideal_images_per_s(config, world.device, world.size))
         self._resume()
         collectives.on_rank_0(lambda: run_dir.record_start(self._path, self._session.config))
         self._watchdog = Watchdog(self._rank, 60 * self._session.config.train.hang_minutes).__enter__()
@@ -162,12 +166,16 @@ class Run:
             "teacher_temp": schedules.teacher_temp(done),
             "skipped_steps": self.step - self.optimizer_step,
             "images_per_s": steps * self._batch / elapsed,
+            "mfu": steps * self._batch / elapsed / self._ideal_rate,
             "step_s": elapsed / steps,
             "data_wait_s": self._wait_s / steps,
             "time": time.time(),
         }
         self._window_began, self._window_step, self._wait_s = now, self.step, 0.0
         self._journal.row(self._row)
+        for sentence in self._monitors.observe(self._row):
+            if self._rank == 0:
+                log.warning("%s", sentence)
 
     def _save(self) -> None:
         if self._saved == self.step:

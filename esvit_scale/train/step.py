@@ -58,11 +58,16 @@ def open_session(config: Config, world: World, schedules: Schedules, fresh: bool
 
 def train_step(session: Session, batch: Batch, step: int) -> StepResult:
     """Consumes this rank's part of the global batch of `step` (0 is the first)."""
+    return optimizer_step(session, _micro_batches(session, batch), step)
+
+
+def optimizer_step(session: Session, micro_batches: "list[MicroBatch]", step: int) -> StepResult:
+    """One update from augmented crops: what `train_step` does once the pixels are ready."""
     engines, schedules = session.engines, session.schedules
     engine_module.set_rates(engines, schedules.lr(step), schedules.weight_decay(step))
     engines.gate.freeze = schedules.last_layer_frozen(step)
     sums: dict[str, Tensor] = {}
-    for micro in _micro_batches(session, batch):
+    for micro in micro_batches:
         for name, value in _forward_backward(session, micro, step).items():
             sums[name] = sums[name] + value if name in sums else value
         applied = engine_module.take_step(engines)
@@ -91,7 +96,7 @@ class MicroBatch:
     positions: Tensor  # int64 [B] in the global batch
 
 
-def _micro_batches(session: Session, batch: Batch) -> "list[MicroBatch]":
+def _micro_batches(session: Session, batch: Batch) -> list[MicroBatch]:
     """The rank's images in canonical order, cut into grad_accum equal parts."""
     device, dtype = session.world.device, session.engines.dtype
     crops, first = [], 0

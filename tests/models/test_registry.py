@@ -3,7 +3,9 @@ import torch
 
 from esvit_scale.config import validate
 from esvit_scale.errors import UserError
+from esvit_scale.models.initialize import initialize
 from esvit_scale.models.registry import SHAPES, build_trunk
+from esvit_scale.objective.network import build_network
 
 COUNTS = {
     ("swin_t", 7): 27_519_354,
@@ -14,6 +16,14 @@ COUNTS = {
     ("swin_b", 14): 86_917_944,
     ("swin_l", 7): 194_995_476,
     ("swin_l", 14): 195_257_556,
+    ("swinv2_t", 7): 27_578_154,  # V2's position bias does not depend on the window; T, S, B and L are timm's counts
+    ("swinv2_t", 16): 27_578_154,
+    ("swinv2_s", 7): 48_959_418,
+    ("swinv2_b", 7): 86_893_816,
+    ("swinv2_l", 7): 195_202_932,
+    ("swinv2_h", 7): 655_219_370,
+    ("swinv2_1b", 7): 1_060_976_996,
+    ("swinv2_g", 7): 2_997_843_680,
 }
 
 
@@ -54,3 +64,26 @@ def test_what_cannot_be_built_is_one_clear_line(model, size, words):
         build_trunk(config(model, size))
     assert all(word in str(error.value) for word in words), error.value
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("trunk", ["swin_t", "swinv2_t"])
+@pytest.mark.parametrize(
+    ("window", "size", "local"),
+    [(20, 64, 32), (7, 50, 22), (1, 32, 32), (7, 56, 3)],
+    ids=["larger than every map", "no multiples of 4", "one token", "a crop smaller than a patch"],
+)
+def test_odd_windows_and_crops_train(trunk, window, size, local):
+    values = {
+        "model": {"trunk": trunk, "embed_dim": 8, "depths": [1, 2, 1], "heads": [1, 1, 2], "window": window},
+        "data": {"global_crops": {"size": size}, "local_crops": [{"size": local, "count": 2}]},
+        "objective": {"prototypes": 16, "head_hidden": 8, "bottleneck": 4},
+    }
+    network = build_network(validate(values, where="test"))
+    initialize(network, 0)
+    crops = [torch.randn(4, 3, size, size), torch.randn(4, 3, local, local)]
+    with torch.no_grad():
+        targets = network(crops[:1])
+    loss, _ = network(crops, targets, teacher_temp=0.04)
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in network.parameters())

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from esvit_scale.config import Objective
 from esvit_scale.models.swin import Features
-from esvit_scale.objective.esvit import EsViT, region_pairs, view_pairs
+from esvit_scale.objective.esvit import EsViT, region_pairs, spread, view_pairs
 
 B, C, K = 2, 12, 50
 LAYOUTS = {
@@ -110,7 +110,7 @@ def test_loss_and_every_gradient_are_the_triple_loops(layout, regions):
     leaves = [student.regions, *student_module.parameters()]
     for a, b in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
-    assert set(logs) == {"loss_view", "teacher_entropy_view"} | (
+    assert set(logs) == {"loss_view", "teacher_entropy_view", "feature_std"} | (
         {"loss_region", "teacher_entropy_region"} if regions else set()
     )
     assert not any(value.requires_grad for value in logs.values())
@@ -237,3 +237,10 @@ def test_centres_survive_a_checkpoint():
     first, second = (m(features("a", grids), targets, 0.05)[0] for m in (module, other))
     assert torch.equal(first, second)
     assert first != objective()(features("a", grids), targets, 0.05)[0]
+
+
+def test_spread_is_one_for_all_directions_and_zero_for_one() -> None:
+    torch.manual_seed(0)
+    assert spread(torch.randn(4000, 64)).item() == pytest.approx(1, abs=0.02)
+    assert spread(torch.randn(1, 64).expand(100, 64)).item() == pytest.approx(0, abs=1e-3)
+    assert spread(torch.randn(1, 64) + 0.01 * torch.randn(100, 64)).item() < 0.05

@@ -33,6 +33,15 @@ def test_groups_of_every_parameter():
         assert (groups[name] == "no_decay") == (name.endswith(".bias") or parameter.ndim == 1)
 
 
+def test_v2s_temperatures_and_position_bias_do_not_decay():
+    values = {**SMALL, "model": {**SMALL["model"], "trunk": "swinv2_t"}}
+    groups = parameter_groups(build_network(validate(values, where="test")))
+    attention = "trunk.layers.0.blocks.0.attn"
+    for name in ("logit_scale", "cpb_mlp.0.weight", "cpb_mlp.0.bias", "cpb_mlp.2.weight", "q_bias", "v_bias"):
+        assert groups[f"{attention}.{name}"] == "no_decay", name
+    assert groups[f"{attention}.qkv.weight"] == groups[f"{attention}.proj.weight"] == "decay"
+
+
 def test_frozen_gains_are_in_no_group():
     groups = parameter_groups(network(norm_last_layer=True))
     assert "objective.view_head.last_layer.weight_g" not in groups

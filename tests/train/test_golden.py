@@ -22,7 +22,7 @@ KEYS = ("loss", "loss_view", "loss_region", "teacher_entropy_view", "teacher_ent
 
 def curve(folder: Path) -> list[dict[str, Any]]:
     """The demo run's first steps in fp32; its schedules are those of the whole run's beginning, shortened."""
-    train, _ = demo.write_shards(folder / "shards", 64)
+    train, _ = demo.write_shards(folder / "shards", configs.resolve("demo"))
     overrides = [f"run_dir={folder / 'run'}", f"data.train={train}", "data.workers=0", "train.precision=fp32"]
     config = configs.resolve("demo", [*overrides, f"train.steps={STEPS}", "train.log_every=1"])
     assert loop.pretrain(config) == 0

@@ -1,0 +1,86 @@
+"""Instability and collapse, named in words while the run lives: they hide behind a loss that looks fine (MoCo v3).
+
+Each monitor looks at the logged rows alone, so what it says can be checked in metrics.jsonl.
+"""
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from statistics import median
+from typing import Any
+
+Row = dict[str, Any]
+
+WINDOW = 50  # logged rows that a spike is compared with
+ROWS_TO_SPEAK = 5  # a state must last: one batch is no collapse
+UNIFORM, PEAKED = 0.98, 0.02  # of ln K, the teacher's entropy
+COLLAPSED_STD = 0.05  # of the unit features, where 1 is isotropic
+SPIKE = 10.0  # times the median gradient norm
+
+
+class Monitors:
+    """Feed it every logged row; it answers with sentences when something begins or ends."""
+
+    def __init__(self, prototypes: int) -> None:
+        self._ln_k = math.log(prototypes)
+        self._norms: deque[float] = deque(maxlen=WINDOW)
+        self._since: dict[str, int] = {}  # state → the step at which it began
+        self._rows: dict[str, int] = {}  # state → rows that it has lasted
+        self._said: set[str] = set()
+
+    def observe(self, row: Row) -> list[str]:
+        """What is to be said after this row, most often nothing."""
+        states = dict(self._states(row))
+        said = [self._begun(name, text, row["step"]) for name, text in states.items()]
+        said += [self._ended(name, row["step"]) for name in list(self._since) if name not in states]
+        said.append(self._spike(row))
+        return [sentence for sentence in said if sentence]
+
+    def _states(self, row: Row) -> Iterator[tuple[str, str]]:
+        for part in ("view", "region"):
+            entropy = row.get(f"teacher_entropy_{part}")
+            if entropy is None:
+                continue
+            if entropy > UNIFORM * self._ln_k:
+                yield (
+                    f"the teacher's {part} targets are uniform",
+                    f"entropy {entropy:.2f} of ln K = {self._ln_k:.2f}, so the {part} loss cannot fall; try a lower "
+                    "objective.teacher_temp, or more steps before judging",
+                )
+            if entropy < PEAKED * self._ln_k:
+                yield (
+                    f"the teacher's {part} targets are single prototypes",
+                    f"entropy {entropy:.3f}: images may share one; try a higher objective.teacher_temp or a lower "
+                    "objective.center_momentum",
+                )
+        if row.get("feature_std", 1.0) < COLLAPSED_STD:
+            yield (
+                "the student's features have collapsed",
+                f"their spread over the batch is {row['feature_std']:.3f}, where 1 is isotropic: all images look alike; "
+                "try a lower optim.lr, a longer optim.warmup_epochs or a larger batch",
+            )
+
+    def _begun(self, name: str, text: str, step: int) -> str | None:
+        self._since.setdefault(name, step)
+        self._rows[name] = self._rows.get(name, 0) + 1
+        if self._rows[name] < ROWS_TO_SPEAK or name in self._said:
+            return None
+        self._said.add(name)
+        return f"{name} since step {self._since[name]}: {text}"
+
+    def _ended(self, name: str, step: int) -> str | None:
+        del self._since[name], self._rows[name]
+        if name not in self._said:
+            return None
+        self._said.discard(name)
+        return f"no longer: {name} (step {step})"
+
+    def _spike(self, row: Row) -> str | None:
+        norm, before = row["grad_norm"], median(self._norms) if len(self._norms) >= ROWS_TO_SPEAK else math.inf
+        self._norms.append(norm)
+        if math.isfinite(norm) and norm > SPIKE * before:
+            return (
+                f"gradient spike at step {row['step']}: norm {norm:.3g}, {norm / before:.0f} times the median of the last "
+                f"{len(self._norms) - 1} rows; if they recur, lower optim.lr"
+            )
+        return None

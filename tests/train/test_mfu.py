@@ -1,0 +1,46 @@
+import torch
+
+from esvit_scale.models import complexity
+from esvit_scale.train import loop, metrics, mfu
+from tests import tiny
+
+CPU = torch.device("cpu")
+
+
+def test_mfu_is_useful_flops_over_what_large_products_reach(tmp_path, monkeypatch):
+    monkeypatch.setattr(mfu, "matmul_rate", lambda device, dtype: {torch.float32: 5e9, torch.bfloat16: 9e9}[dtype])
+    config = tiny.config(tmp_path / "run", tmp_path)
+    flops = complexity.image_flops(config, "useful")
+    assert mfu.ideal_images_per_s(config, CPU, 3) == 3 * 5e9 / flops
+    half = tiny.config(tmp_path / "run", tmp_path, train__precision="bf16")
+    assert mfu.ideal_images_per_s(half, CPU, 1) == 9e9 / flops
+
+
+def test_the_rate_is_measured_once_in_little_time():
+    mfu.matmul_rate.cache_clear()
+    rate = mfu.matmul_rate(CPU, torch.float32)
+    side = 512
+    a = torch.randn(side, side)
+    reached = 2 * side**3 / min(mfu._seconds(lambda: a @ a, CPU) for _ in range(20))
+    assert 0.2 < reached / rate < 5  # the machine may be busy
+    assert mfu._seconds(lambda: mfu.matmul_rate(CPU, torch.float32), CPU) < 0.01
+
+
+def test_measuring_leaves_the_random_generator_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    mfu.matmul_rate.cache_clear()
+    mfu.matmul_rate(CPU, torch.float32)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_row_has_it_and_it_is_a_clocks_field(tmp_path):
+    config = tiny.config(tmp_path / "run", tiny.shards(tmp_path / "shards"), train__steps=2)
+    assert loop.pretrain(config) == 0
+    rows = metrics.read_rows(tmp_path / "run" / "metrics.jsonl")
+    ideal = mfu.ideal_images_per_s(config, CPU, 1)
+    for row in rows:
+        assert 0 < row["mfu"] < 1
+        assert abs(row["mfu"] * ideal / row["images_per_s"] - 1) < 1e-9
+    assert "mfu" in metrics.TIME_FIELDS
