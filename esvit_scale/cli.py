@@ -114,6 +114,14 @@ def _on_all_ranks(evaluate: Callable[[], object]) -> None:
     world.stop()
 
 
+def _convert(options: argparse.Namespace) -> int:
+    from esvit_scale.checkpoint import convert
+
+    o = options
+    print(convert.convert(o.source, o.destination, o.source_form, o.form, o.network, o.heads))
+    return 0
+
+
 def _report(options: argparse.Namespace) -> int:
     from esvit_scale.report import html
 
@@ -202,6 +210,33 @@ def _parser() -> argparse.ArgumentParser:
     )
     _loading(embed)
 
+    convert = _command(commands, "convert", _convert, "weights from one form into another")
+    convert.add_argument("source", type=Path, metavar="SRC", help="official .pth; or run dir, step dir, .safetensors")
+    convert.add_argument("destination", type=Path, metavar="DST", help="file or folder to make")
+    convert.add_argument(
+        "--from",
+        dest="source_form",
+        required=True,
+        choices=["esvit", "esvit-scale"],
+        metavar="FORM",
+        help="esvit: the official code's checkpoint; esvit-scale: ours",
+    )
+    convert.add_argument(
+        "--to",
+        dest="form",
+        required=True,
+        choices=["esvit-scale", "safetensors", "esvit"],
+        metavar="FORM",
+        help="esvit-scale: a step dir; safetensors: one network in one file; esvit: for the official code",
+    )
+    convert.add_argument(
+        "--network",
+        choices=["teacher", "student"],
+        metavar="NETWORK",
+        help="for safetensors: teacher (default) or student",
+    )
+    convert.add_argument("--heads", action="store_true", help="for safetensors: keep the heads and centres too")
+
     report = _command(commands, "report", _report, "one self-contained HTML file a run")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run dir")
 
@@ -222,7 +257,11 @@ def _group(commands: Any, name: str, summary: str) -> Any:
 
 def _checkpoint(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--checkpoint", type=Path, required=True, metavar="C", help="run dir or step dir; its teacher is used"
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="C",
+        help="run dir or step dir, whose teacher is used, or .safetensors",
     )
 
 

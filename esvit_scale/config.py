@@ -68,6 +68,8 @@ class Model(Section):
     embed_dim: Positive | None = None
     depths: Annotated[list[Positive], Field(min_length=1)] | None = None
     heads: Annotated[list[Positive], Field(min_length=1)] | None = None
+    # Weights that a fresh run starts from, own (run dir, step folder, .safetensors) or official (.pth); null: random
+    init_from: PathText | None = None
 
 
 class Objective(Section):

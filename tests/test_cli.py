@@ -26,7 +26,7 @@ def run(*arguments: str, cwd: Path | None = None, **env: str) -> subprocess.Comp
 def test_help_names_every_command_and_the_exit_codes():
     shown = run("--help")
     assert shown.returncode == 0
-    for word in ("demo", "shards", "pretrain", "evaluate", "embed", "report", "doctor", "75", "130"):
+    for word in ("demo", "shards", "pretrain", "evaluate", "embed", "convert", "report", "doctor", "75", "130"):
         assert word in shown.stdout
     assert run("--version").stdout == f"esvit-scale {__version__}\n"
 
@@ -59,6 +59,9 @@ MISTAKES = {
     "shards verify no/such/folder": "no/such/folder",
     "shards create no/such/folder out": "no/such/folder",
     "report no/such/run": "no/such/run",
+    "convert no.pth out --from esvit --to esvit-scale": "no.pth: no such file; give the .pth of the official trainer",
+    "convert no/such/run out.pth --from esvit-scale --to esvit": "no/such/run: no such checkpoint",
+    "convert a b --from esvi --to esvit": "unknown form 'esvi'; did you mean 'esvit'?",
     "pretrain swin_t data.train=no/such/folder": "no/such/folder",
     "evaluate knn --checkpoint no/such/run --train no/such/run --test no/such/run --out c": "no/such/run",
     "embed --checkpoint no/such/run --data no/such/run --out b.npz": "no/such/run",

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from esvit_scale import config as config_module
 from esvit_scale import files
-from esvit_scale.checkpoint import storage
+from esvit_scale.checkpoint import single_file, storage
 from esvit_scale.checkpoint.storage import Interval, whole
+from esvit_scale.checkpoint.weights import TRUNK, Shapes, Weights, check_shapes, network_shapes, shapes_of
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
 from esvit_scale.models.registry import build_trunk
@@ -29,6 +30,8 @@ log = logging.getLogger("esvit_scale")
 
 FORMAT_VERSION = 1
 MOMENTS = ("exp_avg", "exp_avg_sq")
+ROLES = {"student": "student/", "teacher": "ema/"}  # with the prefix of its tensors in storage
+CENTER = "center/"
 
 
 def save(run: Path, config: Config, engines: Engines, centers: dict[str, Tensor], cursor: dict[str, int]) -> Path:
@@ -44,7 +47,7 @@ def save(run: Path, config: Config, engines: Engines, centers: dict[str, Tensor]
         "cursor": cursor,
         "files": {name: checksum for files_of_rank in written for name, checksum in files_of_rank.items()},
         "optimizer_steps": optimizer_steps,
-        "shapes": _shapes(engines.student.module),
+        "shapes": _trainable_shapes(engines.student.module),
         "config": config.model_dump(mode="json"),
     }
     collectives.on_rank_0(lambda: _publish(aside, folder, state))
@@ -59,7 +62,7 @@ def restore(folder: Path, engines: Engines, centers: dict[str, Tensor]) -> dict[
         UserError: another architecture (the first differing tensors are named), or a damaged checkpoint.
     """
     state = read_state(folder)
-    _check_shapes(folder, state["shapes"], _shapes(engines.student.module))
+    check_shapes(folder, state["shapes"], _trainable_shapes(engines.student.module))
     _make_moments(engines, state["optimizer_steps"])
     storage.load(folder, _intervals(engines, state["optimizer_steps"], centers))
     partitions.publish(engines.student)
@@ -116,6 +119,11 @@ def resolve(checkpoint: Path) -> Path:
     """The step folder meant by a run dir or a step folder."""
     if not checkpoint.exists():
         raise UserError(f"{checkpoint}: no such checkpoint; give a run dir or one of its step folders")
+    if checkpoint.is_file():
+        raise UserError(
+            f"{checkpoint}: neither a run dir, a step folder nor a {single_file.SUFFIX} file; for an official checkpoint: "
+            f"esvit-scale convert {checkpoint} {checkpoint.stem}{single_file.SUFFIX} --from esvit --to safetensors"
+        )
     if (checkpoint / "checkpoints").is_dir():
         folder = latest(checkpoint)
         if folder is None:
@@ -125,21 +133,88 @@ def resolve(checkpoint: Path) -> Path:
 
 
 def load_teacher(checkpoint: Path) -> tuple[nn.Module, Config]:
-    """The EMA teacher's trunk in fp32 on the CPU, and the run's config. Needs neither DeepSpeed nor a process group."""
+    """The trunk of a run dir, a step folder or a safetensors file, in fp32 on the CPU, and its config.
+
+    Of a run it is the EMA teacher's, of a file the one that was written. Needs neither DeepSpeed nor a process group.
+    """
+    if checkpoint.suffix == single_file.SUFFIX:
+        return _trunk_of_file(checkpoint)
     folder = resolve(checkpoint)
     state = read_state(folder)
     config = config_module.validate(state["config"], where=str(folder / "state.json"))
     trunk = build_trunk(config)
-    stored = {n.removeprefix("trunk."): s for n, s in state["shapes"].items() if n.startswith("trunk.")}
-    _check_shapes(folder, stored, _shapes(trunk))
+    stored = {n.removeprefix(TRUNK): s for n, s in state["shapes"].items() if n.startswith(TRUNK)}
+    check_shapes(folder, stored, shapes_of(trunk))
     values = {f"ema/trunk.{name}": whole(p.data) for name, p in trunk.named_parameters()}
     storage.load(folder, values, alone=True)
     return trunk.eval(), config
 
 
+def read_weights(folder: Path) -> Weights:
+    """Student, teacher and centres of a step folder, whole and in memory.
+
+    Raises:
+        UserError: not a checkpoint, or its files are not what was written.
+    """
+    state = read_state(folder)
+    config = config_module.validate(state["config"], where=str(folder / "state.json"))
+    networks = {role: {n: torch.empty(s) for n, s in state["shapes"].items()} for role in ROLES}
+    stored = storage.sizes(folder)
+    centers = {n.removeprefix(CENTER): torch.empty(size) for n, size in stored.items() if n.startswith(CENTER)}
+    storage.load(folder, _whole_intervals(networks, centers), alone=True)
+    for name, shape in network_shapes(config).items():
+        if name.endswith(".weight_g") and name not in state["shapes"]:  # kept at 1 by norm_last_layer
+            for tensors in networks.values():
+                tensors[name] = torch.ones(shape)
+    return Weights(config, networks, centers)
+
+
+def write_weights(folder: Path, weights: Weights) -> None:
+    """A step folder at step 0, without optimizer state, that `load_teacher` and `read_weights` read. One process."""
+    aside = folder.with_name(f".{folder.name}.partial")
+    _make_empty(aside)
+    storage.save(aside, _whole_intervals(weights.networks, weights.centers))
+    state = {
+        "format_version": FORMAT_VERSION,
+        "cursor": {"step": 0, "optimizer_step": 0, "batch_index": 0, "data_offset": 0, "images_seen": 0},
+        "files": storage.checksums(aside, 0),
+        "optimizer_steps": {"decay": 0, "no_decay": 0, "last_layer": 0},
+        "shapes": {name: list(tensor.shape) for name, tensor in weights.networks["student"].items()},
+        "config": weights.config.model_dump(mode="json"),
+    }
+    _complete(aside, folder, state)
+
+
+def check_files(folder: Path) -> None:
+    """
+    Raises:
+        UserError: a file of the step folder is missing or not what was written.
+    """
+    recorded = read_state(folder).get("files", {})
+    problems = [problem for name, entry in recorded.items() for problem in storage.problems(folder / name, entry)]
+    if problems:
+        raise UserError(f"{folder}: damaged: {'; '.join(problems)}")
+
+
+def _trunk_of_file(path: Path) -> tuple[nn.Module, Config]:
+    config, networks, _ = single_file.read(path)
+    trunk = build_trunk(config)
+    tensors = {n.removeprefix(TRUNK): t for of in networks.values() for n, t in of.items() if n.startswith(TRUNK)}
+    check_shapes(path, {name: list(tensor.shape) for name, tensor in tensors.items()}, shapes_of(trunk))
+    trunk.load_state_dict(tensors)
+    return trunk.eval(), config
+
+
+def _whole_intervals(networks: dict[str, dict[str, Tensor]], centers: dict[str, Tensor]) -> dict[str, Interval]:
+    intervals = {f"{CENTER}{name}": whole(center) for name, center in centers.items()}
+    for role, tensors in networks.items():
+        intervals |= {f"{ROLES[role]}{name}": whole(tensor) for name, tensor in tensors.items()}
+    return intervals
+
+
 def _intervals(engines: Engines, optimizer_steps: dict[str, int], centers: dict[str, Tensor]) -> dict[str, Interval]:
     """Every tensor of the state as this rank holds it; views, so that loading writes into place."""
-    intervals = {f"center/{name}": whole(center) for name, center in centers.items()}
+    intervals = {f"{CENTER}{name}": whole(center) for name, center in centers.items()}
     for p, ema in zip(engines.partitions, engines.teacher.values, strict=True):
         total = p.shape.numel()
         intervals[f"student/{p.name}"] = Interval(p.master, p.start, total)
@@ -172,21 +247,9 @@ def _make_moments(engines: Engines, optimizer_steps: dict[str, int]) -> None:
             engines.optimizer.state[p.flat] = {"step": counter} | {key: torch.zeros_like(p.flat) for key in MOMENTS}
 
 
-def _shapes(module: nn.Module) -> dict[str, list[int]]:
-    named = ((name, p) for name, p in module.named_parameters() if p.requires_grad)
-    return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in named}
-
-
-def _check_shapes(folder: Path, stored: dict[str, list[int]], wanted: dict[str, list[int]]) -> None:
-    lines = [
-        f"{n}: {stored.get(n, 'absent')} in the checkpoint, {s} in the model"
-        for n, s in wanted.items()
-        if stored.get(n) != s
-    ]
-    lines += [f"{n}: {s} in the checkpoint, absent in the model" for n, s in stored.items() if n not in wanted]
-    if lines:
-        more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
-        raise UserError(f"{folder}: a checkpoint of another architecture: {'; '.join(lines[:3])}{more}")
+def _trainable_shapes(module: nn.Module) -> Shapes:
+    trainable = {name for name, p in module.named_parameters() if p.requires_grad}
+    return {name: shape for name, shape in shapes_of(module).items() if name in trainable}
 
 
 def _make_empty(folder: Path) -> None:
@@ -195,13 +258,17 @@ def _make_empty(folder: Path) -> None:
 
 
 def _publish(aside: Path, folder: Path, state: dict[str, Any]) -> None:
+    _complete(aside, folder, state)
+    files.write_text(folder.parent / "latest", folder.name + "\n")
+
+
+def _complete(aside: Path, folder: Path, state: dict[str, Any]) -> None:
     files.write_json(aside / "state.json", state)
     files.sync_folder(aside)
     if folder.exists():
         shutil.rmtree(folder)
     aside.rename(folder)
     files.sync_folder(folder.parent)
-    files.write_text(folder.parent / "latest", folder.name + "\n")
 
 
 def _retire(newest: Path, config: Config) -> None:

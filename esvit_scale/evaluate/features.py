@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from esvit_scale import files
-from esvit_scale.checkpoint import state
+from esvit_scale.checkpoint import single_file, state
 from esvit_scale.data import image_folder, manifest, stream
 from esvit_scale.errors import UserError
 from esvit_scale.parallel import collectives
@@ -35,7 +35,7 @@ class Contents(NamedTuple):
 class Teacher(NamedTuple):
     trunk: nn.Module
     size: int  # pixels of the crop it is evaluated at: the size of its global crops
-    step: int
+    step: int | None  # None: a single file does not say
 
 
 def extract(
@@ -104,10 +104,12 @@ def save(found: FeatureSet, path: Path) -> None:
 
 
 def load_teacher(checkpoint: Path) -> Teacher:
-    """The teacher's trunk of a run dir or step dir, on the CPU."""
-    folder = state.resolve(checkpoint)
-    trunk, config = state.load_teacher(folder)
-    return Teacher(trunk, config.data.global_crops.size, int(state.read_state(folder)["cursor"]["step"]))
+    """The teacher's trunk of a run dir or step dir, or that of a safetensors file, on the CPU."""
+    single = checkpoint.suffix == single_file.SUFFIX
+    source = checkpoint if single else state.resolve(checkpoint)
+    trunk, config = state.load_teacher(source)
+    step = None if single else int(state.read_state(source)["cursor"]["step"])
+    return Teacher(trunk, config.data.global_crops.size, step)
 
 
 def contents(source: Path) -> Contents:

@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 
+from esvit_scale.checkpoint import state
 from esvit_scale.config import Config, require_training_data
 from esvit_scale.data import manifest, stream
 from esvit_scale.data.manifest import Manifest
@@ -44,7 +45,8 @@ def _open_and_train(config: Config, world: World) -> int:
     data = collectives.on_rank_0(lambda: _open_data(config))
     with run_dir.Lock(path) as lock:
         schedules = Schedules(config, stream.steps_per_epoch(config, data))
-        session = open_session(config, world, schedules)
+        fresh = collectives.on_rank_0(lambda: state.latest(path) is None)
+        session = open_session(config, world, schedules, fresh)
         with Run(path, session, lock) as run:
             for batch in run.waiting_for(stream.batches(config, data, world.rank, world.size, run.step, run.last_step)):
                 result = train_step(session, batch, run.step)

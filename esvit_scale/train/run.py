@@ -115,6 +115,8 @@ class Run:
     def _resume(self) -> None:
         folder = state.newest_good(self._path)
         if folder is None:
+            if self._session.origin and self._rank == 0:
+                log.info("starts from the %s", self._session.origin)
             return
         objective, engines = self._session.objective, self._session.engines
         centers = self._empty_centers()

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from esvit_scale.checkpoint.start import NOTHING, Start, start
 from esvit_scale.config import Config
 from esvit_scale.data import photometric
 from esvit_scale.data.stream import Batch
@@ -27,6 +28,7 @@ class Session:
     world: World
     engines: Engines
     schedules: Schedules
+    origin: str = ""  # where the initial values came from, in words; empty for random ones
 
     @property
     def objective(self) -> Any:
@@ -41,9 +43,17 @@ class StepResult:
     grad_norm: Tensor
 
 
-def open_session(config: Config, world: World, schedules: Schedules) -> Session:
-    """Builds and initialises student and teacher (parallel/engine.py says in which order and why)."""
-    return Session(config, world, engine_module.build(config, _recipe(config), world), schedules)
+def open_session(config: Config, world: World, schedules: Schedules, fresh: bool = True) -> Session:
+    """Builds and initialises student and teacher (parallel/engine.py says in which order and why).
+
+    Args:
+        fresh: the values count; False: a checkpoint will replace them, so `model.init_from` is not read.
+    """
+    origin = start(config) if fresh else NOTHING
+    engines = engine_module.build(config, _recipe(config, origin), world)
+    session = Session(config, world, engines, schedules, origin.note)
+    session.objective.load_centers_state(origin.centers)
+    return session
 
 
 def train_step(session: Session, batch: Batch, step: int) -> StepResult:
@@ -104,12 +114,13 @@ def _micro_batches(session: Session, batch: Batch) -> list[MicroBatch]:
     ]
 
 
-def _recipe(config: Config) -> Recipe:
+def _recipe(config: Config, origin: Start) -> Recipe:
     with torch.device("meta"):
         inits = initial_values(build_network(config))
 
     def value(name: str, shape: torch.Size) -> Tensor:
-        return initial_value(name, inits[name], shape, config.seed)
+        given = origin.values.get(name)
+        return initial_value(name, inits[name], shape, config.seed) if given is None else given
 
     def groups(module: nn.Module) -> dict[str, list[str]]:
         group_of = parameter_groups(module)

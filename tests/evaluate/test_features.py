@@ -9,9 +9,14 @@ import torch
 from PIL import Image
 from torch import nn
 
+from esvit_scale.checkpoint import single_file
+from esvit_scale.checkpoint.weights import Weights
 from esvit_scale.errors import UserError
 from esvit_scale.evaluate import features as module
 from esvit_scale.evaluate.features import FeatureSet, Teacher, contents, extract, raw_pixels, run_embed, save
+from esvit_scale.models.initialize import initialize
+from esvit_scale.objective.network import build_network
+from tests import tiny
 
 SIZE = 16
 
@@ -119,3 +124,15 @@ def test_embed_writes_the_named_file(folder: Path, tmp_path: Path, monkeypatch: 
         assert data["features"].shape == (10, 3)
     with pytest.raises(UserError, match="is a folder"):
         run_embed(tmp_path / "run", folder, tmp_path)
+
+
+def test_embed_with_a_single_file(folder: Path, tmp_path: Path) -> None:
+    config = tiny.config(tmp_path / "run", tmp_path)
+    network = build_network(config)
+    initialize(network, 0)
+    tensors = {name: p.detach() for name, p in network.named_parameters() if name.startswith("trunk.")}
+    single_file.write(tmp_path / "t.safetensors", Weights(config, {"teacher": tensors}, {}), "teacher")
+    run_embed(tmp_path / "t.safetensors", folder, tmp_path / "f.npz", workers=0, device="cpu")
+    with np.load(tmp_path / "f.npz", allow_pickle=False) as data:
+        assert data["features"].shape == (10, network.trunk.dim)
+    assert module.load_teacher(tmp_path / "t.safetensors").step is None

@@ -1,0 +1,90 @@
+"""Weights from one form into another: official EsViT checkpoints, run dirs and step folders, single files."""
+
+from pathlib import Path
+
+from esvit_scale.checkpoint import official, single_file, state
+from esvit_scale.checkpoint.weights import HEADS, TRUNK, Weights, heads_in
+from esvit_scale.errors import UserError
+
+
+def convert(
+    source: Path, destination: Path, source_form: str, form: str, network: str | None = None, heads: bool = False
+) -> str:
+    """Writes `destination` whole or not at all; returns what it holds in one line.
+
+    Args:
+        source_form: "esvit" (a .pth of the official trainer) or "esvit-scale" (run dir, step folder, .safetensors).
+        form: "esvit-scale" (a step folder with both networks and the centres), "esvit" (an official .pth), or
+            "safetensors" (one network's trunk in one file).
+        network: for "safetensors": "teacher" (the default) or "student".
+        heads: for "safetensors": also the heads and centres, to continue pretraining from.
+
+    Raises:
+        UserError: the source cannot be read, does not hold what the destination needs, or the destination exists.
+    """
+    _check_request(destination, source_form, form, network, heads)
+    weights = official.read(source) if source_form == "esvit" else read_own(source)
+    if form == "safetensors":
+        weights = _one_network(source, weights, network, heads)
+        single_file.write(destination, weights, next(iter(weights.networks)))
+    else:
+        _check_complete(source, weights)
+        write = official.write if form == "esvit" else state.write_weights
+        write(destination, weights)
+    return _summary(destination, weights)
+
+
+def read(path: Path) -> Weights:
+    """Weights in any of the forms, told apart by the path: a folder, a .safetensors file, else an official file."""
+    return read_own(path) if path.is_dir() or path.suffix == single_file.SUFFIX else official.read(path)
+
+
+def read_own(path: Path) -> Weights:
+    """A run dir, a step folder or a .safetensors file."""
+    if path.suffix == single_file.SUFFIX:
+        return single_file.read(path)
+    folder = state.resolve(path)
+    state.check_files(folder)
+    return state.read_weights(folder)
+
+
+def _check_request(destination: Path, source_form: str, form: str, network: str | None, heads: bool) -> None:
+    if source_form == form:
+        raise UserError(f"--from {source_form} --to {form}: nothing to convert")
+    if form != "safetensors" and (network or heads):
+        raise UserError(f"--network and --heads choose for --to safetensors; --to {form} holds everything")
+    if form == "safetensors" and destination.suffix != single_file.SUFFIX:
+        raise UserError(f"{destination}: the name must end in {single_file.SUFFIX}, by which it is known for one")
+    if destination.exists():
+        raise UserError(f"{destination}: exists already; name a new one or remove it")
+
+
+def _one_network(source: Path, weights: Weights, network: str | None, heads: bool) -> Weights:
+    name = network or ("teacher" if "teacher" in weights.networks else next(iter(weights.networks)))
+    if name not in weights.networks:
+        raise UserError(f"{source}: holds no {name}, only the {', '.join(weights.networks)}")
+    tensors = weights.networks[name]
+    if heads and not heads_in(tensors):
+        raise UserError(f"{source}: holds no heads; leave out --heads")
+    prefixes = (TRUNK, *HEADS.values()) if heads else (TRUNK,)
+    kept = {n: t for n, t in tensors.items() if n.startswith(prefixes)}
+    return Weights(weights.config, {name: kept}, weights.centers if heads else {})
+
+
+def _check_complete(source: Path, weights: Weights) -> None:
+    for name in official.NETWORKS:
+        if name not in weights.networks:
+            raise UserError(f"{source}: holds no {name}; only --to safetensors can do without")
+    for head in ["view", "region"] if weights.config.objective.regions else ["view"]:
+        if any(head not in heads_in(tensors) for tensors in weights.networks.values()):
+            raise UserError(f"{source}: holds no {head} head; only --to safetensors can do without")
+
+
+def _summary(destination: Path, weights: Weights) -> str:
+    tensors = next(iter(weights.networks.values()))
+    count = sum(tensor.numel() for name, tensor in tensors.items() if name.startswith(TRUNK))
+    heads = " and ".join(heads_in(tensors))
+    parts = [f"{' and '.join(weights.networks)} of {weights.config.model.trunk} ({count:,} parameters in the trunk)"]
+    parts += [f"{heads} head{'s' if ' ' in heads else ''}, K = {weights.config.objective.prototypes}"] if heads else []
+    parts += ["centres"] if weights.centers else []
+    return f"{destination}: {', '.join(parts)}"

@@ -1,0 +1,68 @@
+"""One network in one safetensors file, with the config that builds it in the file's metadata.
+
+Tensors are fp32 and have the names of `objective.network.Network`: `trunk.…`, and with heads `objective.view_head.…`,
+`objective.region_head.…` and the centres `center.…`. Reading takes torch and safetensors, no DeepSpeed; tensors are
+mapped from the file, so that many processes of a machine share one copy.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from esvit_scale import config as config_module
+from esvit_scale import files
+from esvit_scale.checkpoint.weights import Weights
+from esvit_scale.config import Config
+from esvit_scale.errors import UserError
+
+SUFFIX = ".safetensors"
+FORMAT_VERSION = 1
+CENTER = "center."
+
+
+def write(path: Path, weights: Weights, network: str) -> None:
+    """The tensors of `weights.networks[network]` and its centres."""
+    tensors = weights.networks[network] | {CENTER + name: value for name, value in weights.centers.items()}
+    metadata = {
+        "format": "esvit-scale",
+        "format_version": str(FORMAT_VERSION),
+        "network": network,
+        "config": json.dumps(weights.config.model_dump(mode="json")),
+    }
+    with files.replacing(path) as aside:
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, aside, metadata)
+
+
+def read(path: Path) -> Weights:
+    """The file's one network, under the name it was written with.
+
+    Raises:
+        UserError: no such file, damaged, not written by this program, or by a newer one.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            config, network = _described(path, file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: damaged, or not a safetensors file: {error}") from None
+    centers = {name.removeprefix(CENTER): _pop(tensors, name) for name in list(tensors) if name.startswith(CENTER)}
+    return Weights(config, {network: tensors}, centers)
+
+
+def _described(path: Path, metadata: dict[str, str]) -> tuple[Config, str]:
+    if metadata.get("format") != "esvit-scale":
+        raise UserError(f"{path}: no esvit-scale file (its metadata has no config); `esvit-scale convert` writes one")
+    if metadata["format_version"] != str(FORMAT_VERSION):
+        raise UserError(f"{path}: format version {metadata['format_version']}, this program reads {FORMAT_VERSION}")
+    values: dict[str, Any] = json.loads(metadata["config"])
+    return config_module.validate(values, where=str(path)), metadata["network"]
+
+
+def _pop(tensors: dict[str, Tensor], name: str) -> Tensor:
+    return tensors.pop(name)

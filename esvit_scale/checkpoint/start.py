@@ -1,0 +1,89 @@
+"""What a fresh run starts from when `model.init_from` names weights: own or official, of any ZeRO stage and world size."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from esvit_scale.checkpoint import convert, single_file, state
+from esvit_scale.checkpoint.weights import HEADS, TRUNK, Shapes, Weights, check_shapes, heads_in, network_shapes
+from esvit_scale.config import Config
+from esvit_scale.errors import UserError
+from esvit_scale.parallel import collectives
+
+
+class Start(NamedTuple):
+    """Values for some of a network's parameters; the others are initialised as in any run."""
+
+    values: dict[str, Tensor]  # parameter's name → fp32
+    centers: dict[str, Tensor]  # of the heads among the values
+    note: str  # what was taken and what not, for the log
+
+
+NOTHING = Start({}, {}, "")
+
+
+def start(config: Config) -> Start:
+    """The values that `model.init_from` gives, or NOTHING when it is null. All ranks call it.
+
+    Student and teacher both start from the source's teacher (from its student where there is no teacher). The trunk
+    must fit as a whole. A head is taken when the source has it, and must fit then; one that the source lacks is
+    initialised freshly, one that the run lacks is left behind. Centres come with their heads, gains unless
+    `norm_last_layer` keeps them at 1.
+
+    Raises:
+        UserError: the source cannot be read, or its trunk or a head is of another shape.
+    """
+    if config.model.init_from is None:
+        return NOTHING
+    path = Path(config.model.init_from)
+    source = collectives.on_rank_0(lambda: _settle(path))  # a living run may move `latest` between two ranks
+    weights = state.read_weights(source) if source.is_dir() else convert.read(source)
+    return _fit(source, weights, config)
+
+
+def _settle(path: Path) -> Path:
+    if not path.exists():
+        raise UserError(f"model.init_from: {path}: no such file or folder")
+    if not path.is_dir():
+        return path
+    folder = state.resolve(path)
+    state.check_files(folder)
+    return folder
+
+
+def _fit(source: Path, weights: Weights, config: Config) -> Start:
+    wanted = network_shapes(config)
+    network = "teacher" if "teacher" in weights.networks else next(iter(weights.networks))
+    tensors = weights.networks[network]
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    check_shapes(f"model.init_from: {source}", _part(shapes, TRUNK), _part(wanted, TRUNK))
+    taken, notes = [TRUNK], ["trunk"]
+    for head, prefix in HEADS.items():
+        there, needed = head in heads_in(tensors), bool(_part(wanted, prefix))
+        if there and needed:
+            _check_head(source, head, _part(shapes, prefix), _part(wanted, prefix))
+            taken.append(prefix)
+            notes.append(f"{head} head")
+        elif needed:
+            notes.append(f"no {head} head there, it is initialised freshly")
+        elif there:
+            notes.append(f"{head} head left behind, the run has none")
+    left = ".weight_g" if config.objective.norm_last_layer else ()
+    values = {n: t for n, t in tensors.items() if n.startswith(tuple(taken)) and not n.endswith(left)}
+    centers = {n: c for n, c in weights.centers.items() if HEADS[n.partition(".")[0]] in taken}
+    return Start(values, centers, f"{network} of {source}: {', '.join(notes)}")
+
+
+def _check_head(source: Path, head: str, stored: Shapes, wanted: Shapes) -> None:
+    try:
+        check_shapes(f"model.init_from: {source}", stored, wanted)
+    except UserError as error:
+        raise UserError(
+            f"{error}; set objective.prototypes, head_hidden and bottleneck to the source's, or start from its trunk alone "
+            f"with a new {head} head: `esvit-scale convert … --to safetensors` makes a {single_file.SUFFIX} of it"
+        ) from None
+
+
+def _part(shapes: Shapes, prefix: str) -> Shapes:
+    return {name: shape for name, shape in shapes.items() if name.startswith(prefix)}

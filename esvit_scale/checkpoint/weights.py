@@ -1,0 +1,59 @@
+"""Weights by the names of `objective.network.Network`, wherever they came from."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from esvit_scale.config import Config
+from esvit_scale.errors import UserError
+from esvit_scale.objective.network import build_network
+
+TRUNK = "trunk."
+HEADS = {"view": "objective.view_head.", "region": "objective.region_head."}
+Shapes = dict[str, list[int]]
+
+
+class Weights(NamedTuple):
+    config: Config  # whose model and objective fit the tensors
+    networks: dict[str, dict[str, Tensor]]  # "student", "teacher" → parameter's name → fp32
+    centers: dict[str, Tensor]  # "view.values", "region.values" → fp32 [K]
+
+
+def shapes_of(module: nn.Module) -> Shapes:
+    """Of every parameter, also one that ZeRO-3 partitions."""
+    return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in module.named_parameters()}
+
+
+def network_shapes(config: Config) -> Shapes:
+    """Of every parameter of the config's network, without memory for it."""
+    with torch.device("meta"):
+        return shapes_of(build_network(config))
+
+
+def heads_in(names: dict[str, Tensor]) -> list[str]:
+    """The heads ("view", "region") of which there is any tensor."""
+    return [head for head, prefix in HEADS.items() if any(name.startswith(prefix) for name in names)]
+
+
+def check_shapes(where: object, stored: Shapes, wanted: Shapes) -> None:
+    """
+    Raises:
+        UserError: the first tensors that are absent, unknown or of another shape, and how many more there are.
+    """
+    lines = [
+        f"{n}: {stored.get(n, 'absent')} in the checkpoint, {s} in the model"
+        for n, s in wanted.items()
+        if stored.get(n) != s
+    ]
+    lines += [f"{n}: {s} in the checkpoint, absent in the model" for n, s in stored.items() if n not in wanted]
+    if lines:
+        more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
+        raise UserError(f"{where}: a checkpoint of another architecture: {'; '.join(lines[:3])}{more}")
+
+
+def check_network(where: object, tensors: dict[str, Tensor], config: Config) -> None:
+    """That the tensors are the config's trunk and whole heads of it, no more and no less; `check_shapes` else."""
+    there = (TRUNK, *(HEADS[head] for head in heads_in(tensors)))
+    wanted = {name: shape for name, shape in network_shapes(config).items() if name.startswith(there)}
+    check_shapes(where, {name: list(tensor.shape) for name, tensor in tensors.items()}, wanted)

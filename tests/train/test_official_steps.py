@@ -1,0 +1,135 @@
+"""Five optimizer steps of the official EsViT code against the real engine.
+
+The fixture holds numbers of the official modules, loss, gradient clipping, last-layer freeze, schedules and parameter
+groups with torch's AdamW, in float64 and in the official order of things. Weights and crops are by rule. Left out is
+the K third of qkv.bias, whose true gradient is zero.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from esvit_scale import config as configs
+from esvit_scale.checkpoint import single_file, state
+from esvit_scale.checkpoint.weights import Weights
+from esvit_scale.config import Config
+from esvit_scale.objective.network import build_network
+from esvit_scale.objective.schedules import Schedules
+from esvit_scale.parallel import world as world_module
+from esvit_scale.train import step as step_module
+from esvit_scale.train.step import MicroBatch, open_session, train_step
+from tests.models.rule import by_hash, fill
+
+FIXTURE: dict[str, Any] = json.loads((Path(__file__).parent / "fixtures" / "official_steps.json").read_text())
+STEPS_PER_EPOCH = 2
+CASES = {"V+R": FIXTURE["cases"][0], "V": FIXTURE["cases"][1]}
+
+
+def config_of(case: dict[str, Any], **overrides: Any) -> Config:
+    shape, (_, (local, size)) = FIXTURE["shape"], FIXTURE["crops"]
+    values = {
+        "data": {"train": "none", "workers": 0, "local_crops": [{"size": size, "count": local}]},
+        "model": {"drop_path": 0.0, **shape, **overrides},
+        "objective": {
+            "regions": case["regions"],
+            "prototypes": FIXTURE["prototypes"],
+            "head_hidden": FIXTURE["hidden"],
+            "bottleneck": FIXTURE["bottleneck"],
+            "teacher_temp_warmup_epochs": 3,
+            "ema_momentum": 0.95,
+        },
+        "optim": {"lr": 0.128, "lr_end": 1e-5, "warmup_epochs": 1, "clip": 3.0},
+        "train": {"global_batch": FIXTURE["images"], "epochs": 4, "precision": "fp32"},
+    }
+    return configs.validate(values, where="official_steps")
+
+
+def crops(case: dict[str, Any], step: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    groups, first = [], 0
+    for views, size in FIXTURE["crops"]:
+        names = [f"{case['seed']} step {step} crop {i}" for i in range(first, first + views)]
+        groups.append(torch.cat([by_hash(name, (FIXTURE["images"], 3, size, size), 2.0) for name in names]).to(dtype))
+        first += views
+    return groups
+
+
+def summary(name: str, values: Tensor) -> list[float]:
+    """The norm, and the projection on a unit direction by rule."""
+    values = values.detach().double()
+    if name.endswith("qkv.bias"):
+        values = values.view(3, -1)[[0, 2]]
+    direction = by_hash(f"direction {name}", tuple(values.shape))
+    return [values.norm().item(), ((values * direction).sum() / direction.norm()).item()]
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, list[float]], tolerance: float) -> None:
+    """Relative to each tensor's norm."""
+    assert found.keys() == expected.keys()
+    for name, (norm, projection) in expected.items():
+        assert summary(name, found[name]) == pytest.approx([norm, projection], abs=tolerance * norm), name
+
+
+def test_the_matching_has_no_near_ties() -> None:
+    """Otherwise rounding could flip a match and the comparisons below would not be of the same function."""
+    assert CASES["V+R"]["margin"] > 3e-5
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+def test_loss_gradients_and_centres_of_the_whole_network(
+    case: dict[str, Any], dtype: torch.dtype, tolerance: float
+) -> None:
+    network = build_network(config_of(case))
+    fill(network, by_hash)
+    network.to(dtype)
+    images = crops(case, 0, dtype)
+    with torch.no_grad():
+        targets = network(images[:1])
+    loss, _ = network(images, targets, None, 0.04)
+    loss.backward()
+    assert loss.item() == pytest.approx(case["steps"][0]["loss"], rel=tolerance)
+    gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+    assert_close(gradients, case["first_gradients"], tolerance)
+
+
+@pytest.mark.parametrize(("name", "ds_config"), [("V+R", "zero1"), ("V", "zero1"), ("V+R", "zero3")])
+def test_five_steps_of_the_engine(name: str, ds_config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES[name]
+    weights = tmp_path / "rule.safetensors"
+    network = build_network(config_of(case))
+    fill(network, by_hash)
+    tensors = {parameter: p.detach() for parameter, p in network.named_parameters()}
+    single_file.write(weights, Weights(config_of(case), {"teacher": tensors}, {}), "teacher")
+    config = config_of(case, init_from=str(weights))
+    config = config.model_copy(update={"train": config.train.model_copy(update={"ds_config": ds_config})})
+    losses, folder = _train(config, lambda step: crops(case, step), monkeypatch, tmp_path)
+    assert losses == pytest.approx([row["loss"] for row in case["steps"]], rel=1e-5)
+    _, networks, centers = state.read_weights(folder)
+    assert_close(networks["student"], case["student"], 1e-6)
+    assert_close(networks["teacher"], case["teacher"], 1e-6)
+    assert centers.keys() == case["centers"].keys()
+    for key, expected in case["centers"].items():
+        difference = centers[key].double() - torch.tensor(expected, dtype=torch.float64)
+        assert difference.norm() < 1e-5 * torch.tensor(expected).norm(), key
+
+
+def _train(
+    config: Config, crops_of: Callable[[int], list[Tensor]], monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> tuple[list[float], Path]:
+    """The real train_step; only its augmentation is replaced by crops at hand."""
+    positions = torch.arange(FIXTURE["images"])
+    monkeypatch.setattr(step_module, "_micro_batches", lambda _, step: [MicroBatch(crops_of(step), positions)])
+    world = world_module.start()
+    try:
+        session = open_session(config, world, Schedules(config, STEPS_PER_EPOCH))
+        batches: list[Any] = list(range(5))
+        losses = [train_step(session, batch, step).logs["loss"].item() for step, batch in enumerate(batches)]
+        saved = state.save(folder, config, session.engines, session.objective.centers_state(), {"step": 5})
+    finally:
+        world_module.stop()
+    return losses, saved
