@@ -11,6 +11,7 @@ The journey, one line a station. B images, V crops, T tokens, C width, K prototy
     → loss               objective/esvit.py, objective/prototypes.py  view and region cross-entropies; no [T, K] is ever stored
     → sharded step       parallel/engine.py, train/loop.py          one optimizer update of the partitions, then EMA, then centre
     → checkpoint         checkpoint/state.py                        student, teacher, optimizer, centres, cursor: step-00000100/
+                         checkpoint/convert.py                      official EsViT checkpoints and safetensors files, in and out
     → evaluation         evaluate/features.py, evaluate/knn.py      features [N, C] → k-NN accuracy
     → report             report/html.py                             one self-contained report.html
 

@@ -255,7 +255,15 @@ def test_the_designs_top_level_is_there():
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", "docs/README.md", "ds_configs/README.md", "slurm/README.md"]
+    "page",
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/README.md",
+        "docs/checkpoints.md",
+        "ds_configs/README.md",
+        "slurm/README.md",
+    ],
 )
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text()

@@ -17,7 +17,10 @@ from esvit_scale import cli
 from esvit_scale.checkpoint import convert as convert_module
 from esvit_scale.checkpoint import official, single_file, state
 from esvit_scale.checkpoint.convert import convert
+from esvit_scale.checkpoint.weights import Weights
 from esvit_scale.errors import UserError
+from esvit_scale.models.initialize import initialize
+from esvit_scale.objective.network import build_network
 from tests import tiny
 from tests.checkpoint import official as theirs
 
@@ -277,3 +280,18 @@ def test_a_damaged_step_folder_is_not_converted(pth: Path, tmp_path: Path) -> No
     file.write_bytes(data)
     with pytest.raises(UserError, match=r"damaged: .* has changed since it was written"):
         convert_module.read(tmp_path / "ours")
+
+
+def test_a_trunk_that_the_official_code_does_not_have(tmp_path: Path) -> None:
+    config = tiny.config(tmp_path / "run", tmp_path, model__trunk="swinv2_t")
+    network = build_network(config)
+    initialize(network, 0)
+    tensors = {name: p.detach() for name, p in network.named_parameters()}
+    weights = Weights(config, {"student": tensors, "teacher": tensors}, {})
+    state.write_weights(tmp_path / "ours", weights)
+    with pytest.raises(UserError, match="the official code has no swinv2_t; --to safetensors takes it"):
+        convert(tmp_path / "ours", tmp_path / "theirs.pth", "esvit-scale", "esvit")
+    convert(tmp_path / "ours", tmp_path / "t.safetensors", "esvit-scale", "safetensors")
+    trunk, _ = state.load_teacher(tmp_path / "t.safetensors")
+    image = [torch.ones(1, 3, 32, 32)]
+    assert torch.equal(trunk(image).view, network.trunk(image).view)
