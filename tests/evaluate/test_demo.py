@@ -91,7 +91,7 @@ def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_training_gains_ten_points_on_average(tmp_path: Path) -> None:
-    """k-NN top-1 at k = 20 of the trained over the untrained teacher, mean of seeds 0, 1, 2."""
+    """k-NN top-1 at k = 10 of the trained over the untrained teacher, mean of seeds 0, 1, 2."""
     gains = []
     for seed in range(3):
         out = tmp_path / str(seed)
