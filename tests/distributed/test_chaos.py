@@ -1,0 +1,76 @@
+"""200 steps on 2 ranks under random kills and signals end with the numbers of an undisturbed run."""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from esvit_scale.train import run_dir
+from tests import tiny
+
+STEPS, DISTURBANCES = 200, 20
+
+
+def ranks_of(launcher: int) -> list[int]:
+    """Process ids of the launcher's own children."""
+    return [int(pid) for pid in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]
+
+
+def disturb(process: "subprocess.Popen[str]", generator: random.Random) -> str:
+    """Kill or signal a rank, or the launcher; says what was done."""
+    what = generator.choice(
+        ["kill a rank", "TERM a rank", "USR1 a rank", "INT a rank", "kill the launcher and its ranks"]
+    )
+    ranks = ranks_of(process.pid)
+    if not ranks:
+        return "too late"
+    if what == "kill the launcher and its ranks":
+        process.kill()
+        for rank in ranks:
+            os.kill(rank, signal.SIGKILL)
+    else:
+        number = {"kill": signal.SIGKILL, "TERM": signal.SIGTERM, "USR1": signal.SIGUSR1, "INT": signal.SIGINT}
+        os.kill(generator.choice(ranks), number[what.split()[0]])
+    return what
+
+
+def steps_done(run: Path) -> int:
+    rows = tiny.rows(run)
+    return rows[-1]["step"] if rows else 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_chaos(tmp_path: Path) -> None:
+    generator = random.Random(0)
+    data = tiny.shards(tmp_path / "shards")
+    settings = {"train__steps": STEPS, "train__checkpoint_every": 4, "train__ds_config": "zero2"}
+    calm = tiny.write_config(tmp_path / "calm.yaml", tiny.config(tmp_path / "calm", data, **settings))
+    undisturbed = tiny.start_cli("pretrain", str(calm), ranks=2)
+    assert undisturbed.wait(timeout=200) == 0
+    run = tmp_path / "chaos"
+    path = tiny.write_config(tmp_path / "chaos.yaml", tiny.config(run, data, **settings))
+    done: list[str] = []
+    for _ in range(3 * DISTURBANCES):
+        process = tiny.start_cli("pretrain", str(path), ranks=2)
+        before = steps_done(run)
+        # The next disturbance comes after some progress, so that all of them fall within the run.
+        target = min(STEPS, before + generator.randint(2, max(3, 2 * STEPS // DISTURBANCES - 4)))
+        deadline = time.monotonic() + 120
+        while process.poll() is None and (len(done) >= DISTURBANCES or steps_done(run) < target):
+            assert time.monotonic() < deadline, f"no progress after {done}"
+            time.sleep(0.02)
+        if process.poll() is None:
+            done.append(disturb(process, generator))
+        process.communicate(timeout=120)
+        if run_dir.read_summary(run).get("finished"):
+            break
+    print(f"{len(done)} disturbances: {done}")
+    assert len(done) >= DISTURBANCES // 2
+    assert run_dir.read_summary(run)["finished"]
+    assert tiny.rows(run) == tiny.rows(tmp_path / "calm")
+    assert [row["step"] for row in tiny.rows(run)] == list(range(1, STEPS + 1))
