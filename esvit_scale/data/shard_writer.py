@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 import webdataset as wds
 from tqdm import tqdm
 
+from esvit_scale import files
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data.decode import EXTENSIONS, BadImage, decode
 from esvit_scale.data.image_folder import ImageFolder, list_images, printable, read_file
@@ -143,8 +144,8 @@ def _write_set(
                 shards = _write_shards(samples, partial, samples_per_shard)
                 if quarantined:
                     rows = "".join(json.dumps(row) + "\n" for row in quarantined)
-                    _write_file(partial / QUARANTINE, rows.encode())
-                _write_file(partial / MANIFEST, manifests.dump(shards, classes, source, _tool()))
+                    files.write_bytes(partial / QUARANTINE, rows.encode())
+                files.write_bytes(partial / MANIFEST, manifests.dump(shards, classes, source, _tool()))
                 _commit(partial)
     except OSError as error:
         raise UserError(f"{error.filename or destination}: {error.strerror or error}") from error
@@ -215,10 +216,10 @@ def _commit(partial: Path) -> None:
     """Move a finished set out of `.partial`, the manifest last."""
     for path in sorted(partial.iterdir(), key=lambda p: (p.name == MANIFEST, p.name)):
         if path.name == MANIFEST:
-            _sync_folder(partial.parent)
+            files.sync_folder(partial.parent)
         path.rename(partial.parent / path.name)
     partial.rmdir()
-    _sync_folder(partial.parent)
+    files.sync_folder(partial.parent)
 
 
 def _write_shards(samples: Iterable[Sample], folder: Path, samples_per_shard: int) -> list[Shard]:
@@ -249,7 +250,7 @@ def _write_shard(path: Path, samples: Iterable[Sample], keys: set[str]) -> Shard
     entries = manifests.scan(path)
     if len(entries) != written:
         raise RuntimeError(f"{path}: {written} samples written, {len(entries)} found")
-    _write_file(manifests.index_path(path), manifests.dump_index(path.name, entries))
+    files.write_bytes(manifests.index_path(path), manifests.dump_index(path.name, entries))
     return Shard(path.name, written, hashed.bytes, hashed.sha256.hexdigest())
 
 
@@ -275,24 +276,6 @@ class _Hashed:
         self.sha256.update(data)
         self.bytes += len(data)
         return self._file.write(data)
-
-
-def _write_file(path: Path, data: bytes) -> None:
-    """Under a hidden name first: a name in place stands for a whole file."""
-    aside = path.with_name(".partial-" + path.name)
-    with aside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _tool() -> str:
