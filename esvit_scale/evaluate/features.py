@@ -49,7 +49,7 @@ def extract(
 ) -> FeatureSet:
     """View features of every image in `source` (shards or an image folder), in the source's order.
 
-    The transform is FACTS' k-NN protocol (short side to size·256/224, centre crop). On several ranks each extracts its
+    The transform is the published k-NN protocol's (short side to size·256/224, centre crop). On several ranks each extracts its
     part; every rank returns the whole set. `precision` "bf16" runs the trunk under autocast; features are fp32.
 
     Raises:

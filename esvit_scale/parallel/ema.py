@@ -1,6 +1,6 @@
 """The EMA teacher: fp32, on what each rank owns, from the student's fp32 masters, without communication.
 
-e ← m·e + (1 − m)·s for every trainable parameter, heads included (FACTS: DINO and EsViT do the same). In bf16 an
+e ← m·e + (1 − m)·s for every trainable parameter, heads included (as in DINO and EsViT). In bf16 an
 update of (1 − m) ~ 5e-4 of the distance would be rounded away, hence fp32 whatever the precision of training.
 The working copy, which the teacher's forward uses, follows: stage 0 works on the fp32 values themselves, stages 1 and 2
 gather a flat buffer per parameter group, and at stage 3 the teacher is its own ZeRO-3 engine with partitioned parameters.
