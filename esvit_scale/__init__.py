@@ -15,7 +15,7 @@ The journey, one line a station. B images, V crops, T tokens, C width, K prototy
     → evaluation         evaluate/features.py, evaluate/knn.py      features [N, C] → k-NN accuracy
     → report             report/html.py                             one self-contained report.html
 
-Beside it: config.py (every number of a run), models/complexity.py (what it costs), cli.py (the commands), doctor.py (what works on this machine).
+Beside it: config.py (every number of a run), models/complexity.py (what it costs), cli.py and commands/ (the command line), doctor.py (what works on this machine).
 """
 
 __version__ = "0.1.0"

@@ -28,6 +28,7 @@ ORDER = [
     {"report"},
     {"scaling"},
     {"demo", "doctor", "launch"},
+    {"commands"},
     {"cli"},
     {"__main__"},
 ]

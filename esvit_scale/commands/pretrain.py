@@ -1,0 +1,40 @@
+"""Pretraining: the demo on bundled images, and runs on yours."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from esvit_scale.commands.parser import command
+
+
+def add(commands: Any) -> None:
+    demo = command(commands, "demo", _demo, "bundled photographs → shards → a tiny pretraining → k-NN → report")
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="run dir (default: runs/demo)")
+
+    pretrain = command(commands, "pretrain", _pretrain, "pretrain, or go on with, a run: one process, torchrun or srun")
+    pretrain.add_argument("config", metavar="CONFIG", help="a preset's name or a YAML file")
+    pretrain.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="for example train.global_batch=64 data.train=/data/shards"
+    )
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from esvit_scale.train import signals
+
+    signals.install()
+    from esvit_scale import demo
+
+    return demo.run(options.out)
+
+
+def _pretrain(options: argparse.Namespace) -> int:
+    from esvit_scale.train import signals
+
+    signals.install()  # first: importing the rest takes seconds, and a signal in them must not be lost
+    from esvit_scale import config as configs
+
+    config = configs.resolve(options.config, options.overrides)
+    configs.require_training_data(config)
+    from esvit_scale.train import loop
+
+    return loop.pretrain(config)
