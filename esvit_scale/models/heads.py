@@ -1,13 +1,16 @@
 """The projection head of EsViT (as DINO's): an MLP to a unit bottleneck, and prototypes to compare it with."""
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 Result = TypeVar("Result")
+
+ROWS_AT_ONCE = 4096  # prototypes; in fp32 at D = 256 4 MB
 
 
 class Head(nn.Module):
@@ -41,14 +44,50 @@ class Prototypes(nn.Module):
         self.weight_v = nn.Parameter(torch.empty(prototypes, bottleneck).uniform_(-bound, bound))
 
     def forward(self, z: Tensor, use: Callable[[Tensor, Tensor], Result]) -> Result:
-        """`use(z, rows)` with the rows [K, D] in fp32 (fp64 for fp64), whatever the parameters' precision.
+        """`use(z, rows)` with the rows [K, D] in z's precision.
 
         The rows' user runs inside this call because under ZeRO-3 the parameters are whole only here.
         """
-        dtype = torch.promote_types(self.weight_v.dtype, torch.float32)
-        v, g = self.weight_v.to(dtype), self.weight_g.to(dtype)
-        return use(z, v * (g / torch.linalg.vector_norm(v, dim=1, keepdim=True)))
+        return use(z, _WeightNorm.apply(self.weight_v, self.weight_g, z.dtype))
+
+
+class _WeightNorm(torch.autograd.Function):
+    """w_k = g_k · v_k / ‖v_k‖ in fp32 or wider, handed out in another precision.
+
+    A block of rows at a time: the intermediate products stay in the cache, and of size K × D only the result exists.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+        rows = torch.empty_like(v, dtype=dtype)
+        for out, v_block, g_block in _blocks(rows, v, g):
+            v_block = _wide(v_block)
+            out.copy_(v_block * (_wide(g_block) / torch.linalg.vector_norm(v_block, dim=1, keepdim=True)))
+        ctx.save_for_backward(v, g)
+        return rows
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
+        v, g = ctx.saved_tensors
+        grad_v, grad_g = torch.empty_like(v), torch.empty_like(g)
+        for out_v, out_g, v_block, g_block, grad in _blocks(grad_v, grad_g, v, g, grad_rows):
+            v_block, grad = _wide(v_block), _wide(grad)
+            norm = torch.linalg.vector_norm(v_block, dim=1, keepdim=True)
+            unit = v_block / norm
+            along = (unit * grad).sum(1, keepdim=True)  # dL/dg
+            out_g.copy_(along)
+            out_v.copy_((grad - unit.mul_(along)).mul_(_wide(g_block) / norm))
+        return grad_v if ctx.needs_input_grad[0] else None, grad_g if ctx.needs_input_grad[1] else None, None
+
+
+def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    return zip(*(x.split(ROWS_AT_ONCE) for x in tensors), strict=True)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _unit(x: Tensor) -> Tensor:
-    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1).to(x.dtype)
+    return F.normalize(_wide(x), dim=-1).to(x.dtype)

@@ -7,6 +7,7 @@ mean is linear in the bottleneck, mean(z Wᵀ) = mean(z) Wᵀ, so ranks exchange
 import torch
 from torch import Tensor
 
+from esvit_scale.models.heads import ROWS_AT_ONCE
 from esvit_scale.parallel import collectives
 
 
@@ -25,10 +26,10 @@ class Center:
         self._count = 0
 
     def values(self, rows: Tensor) -> Tensor:
-        """[K] with the device and precision (fp32) of the teacher's prototypes `rows` [K, D]; zero before the first
+        """fp32 (fp64 for fp64) [K] on the device of the teacher's prototypes `rows` [K, D]; zero before the first
         commit."""
         if self._values is None:
-            self._values = rows.detach().new_zeros(rows.shape[0])
+            self._values = rows.new_zeros(len(rows), dtype=torch.promote_types(rows.dtype, torch.float32))
         self._values = self._values.to(rows.device)
         return self._values
 
@@ -46,7 +47,7 @@ class Center:
         if self._sum is None or self._rows is None:
             raise RuntimeError("Center.commit: nothing was observed since the last commit or discard")
         mean_z = collectives.all_reduce_mean_(self._sum / self._count)
-        mean_logits = self._rows @ mean_z.to(self._rows.dtype)
+        mean_logits = torch.cat([block.to(mean_z.dtype) @ mean_z for block in self._rows.split(ROWS_AT_ONCE)])
         self._values = self.values(self._rows) * self.momentum + mean_logits * (1 - self.momentum)
         self.discard()
 

@@ -26,7 +26,7 @@ class HeadTargets(NamedTuple):
     """What one head of the teacher gives."""
 
     z: Tensor  # [n, D] bottleneck, unit rows
-    rows: Tensor  # [K, D] its prototypes, fp32 (fp64 for fp64)
+    rows: Tensor  # [K, D] its prototypes, in z's precision
 
 
 class Targets(NamedTuple):
@@ -136,14 +136,14 @@ def spread(features: Tensor) -> Tensor:
 def view_pairs(views: int, images: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """Teacher rows and weights [V·B, 2] of every crop: the same image's two globals, without the crop itself.
 
-    The weights have the precision of `like`, everything its device.
+    Everything is on the device of `like`; the weights are fp32 (fp64 for fp64).
     """
-    device = like.device
+    device, dtype = like.device, torch.promote_types(like.dtype, torch.float32)
     crop = torch.arange(views, device=device)[:, None, None]
     image = torch.arange(images, device=device)[None, :, None]
     teacher = torch.arange(TEACHER_VIEWS, device=device)[None, None, :]
     match = (teacher * images + image).expand(views, images, TEACHER_VIEWS)
-    weight = (crop != teacher).to(like.dtype).expand_as(match) / (_pairs(views) * images)
+    weight = (crop != teacher).to(dtype).expand_as(match) / (_pairs(views) * images)
     return match.reshape(-1, TEACHER_VIEWS), weight.reshape(-1, TEACHER_VIEWS)
 
 

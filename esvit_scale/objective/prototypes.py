@@ -10,20 +10,27 @@ The slow algorithm, which the tests use as their oracle (all z unit rows [·, D]
 
 The fast one rests on  −Σ_k p_k log_softmax(W z/τ)_k = logsumexp(W z/τ) − (Wᵀp)·z/τ : the first term needs one pass per
 student token whatever the number of its teachers, the second only the teacher's expected prototype e = Wᵀp, D numbers
-per teacher token. The weights of the mean are known beforehand, so the gradients are too, in the same chunks:
+per teacher token. The weights of the mean are known beforehand, so the gradients are too:
 
     dz_s = m·(P W)/τ − Σ_m weight·e/τ          with P = softmax(W z/τ), m = Σ_m weight
     dW   = Pᵀ(m z)/τ − Σ_t p_tᵀ G_t/τ          with G_t = Σ over the (s, m) matched to t of weight·z_s
+
+It goes over the prototypes twice, in tiles that stay in the cache, for teacher and student tokens together: first for
+the log-sum-exps, then, with them, for the probabilities. The logits are so computed twice (4 matrix products where 3
+would do), and for it a tile's dW is complete when its turn is over: it is written once, in its final precision, and
+nothing larger than a tile passes through memory.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_BYTES = 64 * 2**20  # of one chunk × K matrix in fp32
+CPU_TILE_BYTES = 16 * 2**20  # of one tokens × tile matrix in fp32: what caches hold, by measurement
+GPU_TILE_SHARE = 128  # of the device's memory. Not of what is free: the tile decides the order of sums
+NARROWEST_TILE = 128  # prototypes; below it matrix products starve
 
 
 def prototype_cross_entropy(
@@ -36,7 +43,7 @@ def prototype_cross_entropy(
     weight: Tensor,
     student_temp: float,
     teacher_temp: float,
-    chunk: int | None = None,
+    tile: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Σ over student tokens s and their teacher tokens t = match[s, m] of weight[s, m] · cross-entropy(p_t, q_s).
 
@@ -51,15 +58,32 @@ def prototype_cross_entropy(
         match: int64 [N_s, M] rows of z_t.
         weight: [N_s, M]; 0 leaves a pair out.
         student_temp, teacher_temp: τ.
-        chunk: tokens handled at once; None: as many as CHUNK_BYTES allows.
+        tile: prototypes handled at once; None: as many as the device's caches (CPU) or memory (GPU) suggest.
 
     Returns:
         The loss (scalar) and the mean entropy of the teacher's probabilities in nats (scalar, without gradient).
     """
-    chunk = chunk or max(1, CHUNK_BYTES // (4 * rows_s.shape[0]))
+    tile = tile or tile_size(len(z_s) + len(z_t), z_s.device)
     return _PrototypeCrossEntropy.apply(
-        z_s, rows_s, z_t, rows_t, center, match, weight, student_temp, teacher_temp, chunk
+        z_s, rows_s, z_t, rows_t, center, match, weight, student_temp, teacher_temp, tile
     )
+
+
+def tile_size(tokens: int, device: torch.device) -> int:
+    """Prototypes per tile for so many teacher and student tokens together."""
+    budget = CPU_TILE_BYTES
+    if device.type == "cuda":
+        budget = torch.cuda.get_device_properties(device).total_memory // GPU_TILE_SHARE
+    return max(budget // (4 * tokens) // NARROWEST_TILE, 1) * NARROWEST_TILE
+
+
+class _Side(NamedTuple):
+    """Tokens of one network and what turns them into logits (z Wᵀ − c)/τ."""
+
+    z: Tensor  # [n, D]
+    rows: Tensor  # [K, D]
+    temp: float
+    center: Tensor | None  # [K]
 
 
 class _PrototypeCrossEntropy(torch.autograd.Function):
@@ -75,129 +99,98 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         student_temp: float,
         teacher_temp: float,
-        chunk: int,
+        tile: int,
     ) -> tuple[Tensor, Tensor]:
         dtype = z_s.dtype
         wide = torch.promote_types(dtype, torch.float32)
-        prototypes, weight = rows_s.to(dtype), weight.to(wide)
-        grad_rows = torch.zeros_like(prototypes, dtype=wide) if ctx.needs_input_grad[1] else None
-
-        pull = _matched_sum(z_s.to(wide), match, weight, len(z_t))  # G [N_t, D]
-        expected, entropy = _teacher(
-            z_t.to(dtype),
-            rows_t.to(dtype),
-            center.to(wide),
-            teacher_temp,
-            prototypes,
-            pull / -student_temp,
-            grad_rows,
-            chunk,
-        )
+        weight = weight.to(wide)
         mass = weight.sum(1)  # [N_s]
-        log_sums, grad_z = _student(z_s, prototypes, student_temp, mass, ctx.needs_input_grad[0], grad_rows, chunk)
-        loss = torch.dot(mass, log_sums) - (expected * pull).sum() / student_temp
-        if grad_z is not None:
+        pull = _matched_sum(z_s.to(wide), match, weight, len(z_t))  # G [N_t, D]
+        student = _Side(z_s, rows_s.to(dtype), student_temp, None)
+        teacher = _Side(z_t.to(dtype), rows_t.to(dtype), teacher_temp, center.to(wide))
+        log_sums = torch.cat([_log_sum_exp(student, tile), _log_sum_exp(teacher, tile)])
+
+        towards = torch.cat([z_s * mass[:, None], -pull]).div_(student_temp).to(dtype)  # [N_s + N_t, D]
+        grad_rows = torch.empty_like(student.rows) if ctx.needs_input_grad[1] else None
+        mixed, entropy = _expectations(student, teacher, log_sums, towards, grad_rows, tile)
+        expected = mixed[len(z_s) :]  # e [N_t, D]
+        loss = torch.dot(mass, log_sums[: len(z_s)]) - (expected * pull).sum() / student_temp
+
+        grad_z = None
+        if ctx.needs_input_grad[0]:
+            grad_z = mixed[: len(z_s)] * mass[:, None]
             for m in range(match.shape[1]):
-                grad_z.addcmul_(expected[match[:, m]], weight[:, m, None], value=-1 / student_temp)
-            grad_z = grad_z.to(dtype)
-        ctx.save_for_backward(grad_z, grad_rows)
-        ctx.rows_dtype = rows_s.dtype
+                grad_z.addcmul_(expected[match[:, m]], weight[:, m, None], value=-1)
+            grad_z = grad_z.div_(student_temp).to(dtype)
+        # Kept as they are, not by save_for_backward: the backward scales them in place and gives them away.
+        ctx.gradients = grad_z, grad_rows.to(rows_s.dtype) if grad_rows is not None else None
         ctx.mark_non_differentiable(entropy)
         return loss, entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grad_z, grad_rows = ctx.saved_tensors
-        scaled_z = grad_z * grad_loss.to(grad_z.dtype) if grad_z is not None else None
-        scaled_rows = (grad_rows * grad_loss).to(ctx.rows_dtype) if grad_rows is not None else None
-        return scaled_z, scaled_rows, *[None] * 8
+        if ctx.gradients is None:
+            raise RuntimeError("prototype_cross_entropy: its backward can run once; compute the loss again")
+        gradients, ctx.gradients = ctx.gradients, None
+        return *(g.mul_(grad_loss) if g is not None else None for g in gradients), *[None] * 8
 
 
-def _teacher(
-    z: Tensor,
-    rows: Tensor,
-    center: Tensor,
-    temp: float,
-    student_rows: Tensor,
-    pull: Tensor,
-    grad_rows: Tensor | None,
-    chunk: int,
+def _log_sum_exp(side: _Side, tile: int) -> Tensor:
+    """[n] log Σ_k exp(logit_k), tile by tile with a running maximum."""
+    wide = torch.promote_types(side.z.dtype, torch.float32)
+    top = side.z.new_full((len(side.z),), -torch.inf, dtype=wide)
+    total = torch.zeros_like(top)
+    for _, logits in _tiles(side, tile):
+        new = torch.maximum(top, logits.amax(1))
+        total = total * (top - new).exp_() + logits.sub_(new[:, None]).exp_().sum(1)
+        top = new
+    return top + total.log()
+
+
+def _expectations(
+    student: _Side, teacher: _Side, log_sums: Tensor, towards: Tensor, grad_rows: Tensor | None, tile: int
 ) -> tuple[Tensor, Tensor]:
-    """Expected student prototypes e [N_t, D] and the mean entropy; adds p_tᵀ pull to grad_rows [K, D]."""
-    expected = torch.empty_like(pull)
-    entropy = pull.new_zeros(())
-    for part, logits, p in _softmax_chunks(z, rows, temp, center, chunk):
-        entropy += (_log_sum_exp(logits, p) - _row_dots(p, logits)).sum()
-        p = p.to(z.dtype)
-        expected[part] = p @ student_rows
-        if grad_rows is not None:
-            _add_product_(grad_rows, p, pull[part].to(z.dtype))
-    return expected, entropy / len(z)
+    """P W [N_s + N_t, D], the student's prototypes as each token expects them, and the teacher's mean entropy.
 
-
-def _student(
-    z: Tensor,
-    rows: Tensor,
-    temp: float,
-    mass: Tensor,
-    with_grad_z: bool,
-    grad_rows: Tensor | None,
-    chunk: int,
-) -> tuple[Tensor, Tensor | None]:
-    """logsumexp of each token's logits [N_s] and m·(P W)/τ [N_s, D]; adds Pᵀ(m z)/τ to grad_rows [K, D]."""
-    log_sums = torch.empty_like(mass)
-    grad_z = mass.new_empty(z.shape) if with_grad_z else None
-    scale = (mass / temp)[:, None]
-    for part, logits, p in _softmax_chunks(z, rows, temp, None, chunk):
-        log_sums[part] = _log_sum_exp(logits, p)
-        p = p.to(z.dtype)
-        if grad_z is not None:
-            grad_z[part] = (p @ rows) * scale[part]
-        if grad_rows is not None:
-            _add_product_(grad_rows, p, (z[part] * scale[part]).to(z.dtype))
-    return log_sums, grad_z
-
-
-def _softmax_chunks(
-    z: Tensor, rows: Tensor, temp: float, center: Tensor | None, chunk: int
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Tokens of a chunk, their logits (z Wᵀ − c)/τ [n, K] and softmax [n, K], in fp32 or wider.
-
-    The two matrices are the same memory for every chunk (fresh pages cost as much as the arithmetic on a CPU).
+    Writes Pᵀ towards into grad_rows [K, D].
     """
-    wide = torch.promote_types(z.dtype, torch.float32)
-    all_logits = z.new_empty(min(chunk, len(z)), len(rows), dtype=wide)
-    all_p = torch.empty_like(all_logits)
-    for start in range(0, len(z), chunk):
-        part = slice(start, min(start + chunk, len(z)))
-        logits, p = all_logits[: part.stop - start], all_p[: part.stop - start]
-        product = logits if z.dtype == wide else z.new_empty(logits.shape)
-        torch.addmm(product, z[part], rows.t(), beta=0, alpha=1 / temp, out=product)
+    n_s, n_t = len(student.z), len(teacher.z)
+    mixed = torch.zeros_like(towards, dtype=log_sums.dtype)
+    negative_entropy = log_sums.new_zeros(())  # Σ p log p
+    p = student.z.new_empty((n_s + n_t) * tile)
+    spare = log_sums.new_empty(n_t * tile)
+    for (part, s), (_, t) in zip(_tiles(student, tile), _tiles(teacher, tile), strict=True):
+        both = p[: (n_s + n_t) * s.shape[1]].view(n_s + n_t, -1)
+        both[:n_s].copy_(s.sub_(log_sums[:n_s, None]).exp_())
+        probabilities = torch.exp(t.sub_(log_sums[n_s:, None]), out=spare[: t.numel()].view_as(t))
+        both[n_s:].copy_(probabilities)
+        negative_entropy += torch.dot(probabilities.view(-1), t.view(-1))
+        if mixed.dtype == both.dtype:
+            mixed.addmm_(both, student.rows[part])
+        else:
+            mixed.add_(both @ student.rows[part])
+        if grad_rows is not None:
+            torch.mm(both.t(), towards, out=grad_rows[part])
+    return mixed, -negative_entropy / n_t
+
+
+def _tiles(side: _Side, tile: int) -> Iterator[tuple[slice, Tensor]]:
+    """Prototypes of a tile and all tokens' logits for them [n, tile], in fp32 or wider, to be used up before the next:
+    the memory is the same for every tile."""
+    n, k = len(side.z), len(side.rows)
+    wide = torch.promote_types(side.z.dtype, torch.float32)
+    memory = side.z.new_empty(n * min(tile, k), dtype=wide)
+    narrow = memory if side.z.dtype == wide else side.z.new_empty(n * min(tile, k))
+    for start in range(0, k, tile):
+        part = slice(start, min(start + tile, k))
+        logits, product = (m[: n * (part.stop - start)].view(n, -1) for m in (memory, narrow))
+        torch.addmm(product, side.z, side.rows[part].t(), beta=0, alpha=1 / side.temp, out=product)
         if product is not logits:
             logits.copy_(product)
-        if center is not None:
-            logits.sub_(center / temp)
-        torch.softmax(logits, -1, out=p)
-        yield part, logits, p
-
-
-def _log_sum_exp(logits: Tensor, p: Tensor) -> Tensor:
-    """From the softmax at hand: log-sum-exp = max logit − log of the largest probability; saves a pass of exp."""
-    return logits.amax(-1) - p.amax(-1).log()
-
-
-def _row_dots(a: Tensor, b: Tensor) -> Tensor:
-    """[n] of rows' inner products, without the n × K product that `linalg.vecdot` makes."""
-    return torch.bmm(a[:, None, :], b[:, :, None]).view(-1)
-
-
-def _add_product_(total: Tensor, p: Tensor, vectors: Tensor) -> None:
-    """total [K, D] += pᵀ vectors, accumulated in total's precision."""
-    if total.dtype == p.dtype:
-        total.addmm_(p.t(), vectors)
-    else:
-        total.add_(p.t() @ vectors)
+        if side.center is not None:
+            logits.sub_(side.center[part] / side.temp)
+        yield part, logits
 
 
 def _matched_sum(z: Tensor, match: Tensor, weight: Tensor, teachers: int) -> Tensor:

@@ -33,20 +33,20 @@ def slow(z_s, rows_s, z_t, rows_t, center, match, weight):
     return loss
 
 
-def fused(*given, chunk=None):
-    return prototype_cross_entropy(*given, STUDENT_TEMP, TEACHER_TEMP, chunk=chunk)
+def fused(*given, tile=None):
+    return prototype_cross_entropy(*given, STUDENT_TEMP, TEACHER_TEMP, tile=tile)
 
 
 def with_gradient(given):
     return [x.detach().clone().requires_grad_() if i < 2 else x for i, x in enumerate(given)]
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 5, 100])
+@pytest.mark.parametrize("tile", [1, 5, 22, 100])
 @pytest.mark.parametrize("matches", [1, 2, 3])
-def test_loss_and_gradients_are_the_slow_ones(chunk, matches):
+def test_loss_and_gradients_are_the_slow_ones(tile, matches):
     given = problem(matches=matches)
     ours, theirs = with_gradient(given), with_gradient(given)
-    loss, expected = fused(*ours, chunk=chunk)[0], slow(*theirs)
+    loss, expected = fused(*ours, tile=tile)[0], slow(*theirs)
     (3 * loss).backward()
     (3 * expected).backward()
     assert abs(loss.item() - expected.item()) < 1e-9
@@ -103,7 +103,7 @@ def test_only_the_gradients_that_are_needed(frozen):
 def test_entropy_is_the_teachers_mean():
     _, _, z_t, rows_t, center, _, _ = given = problem()
     p = F.softmax((z_t @ rows_t.T - center) / TEACHER_TEMP, dim=1)
-    torch.testing.assert_close(fused(*given, chunk=2)[1], -(p * p.log()).sum(1).mean())
+    torch.testing.assert_close(fused(*given, tile=2)[1], -(p * p.log()).sum(1).mean())
 
 
 def test_a_sharp_teacher_and_large_gains_stay_finite():
@@ -119,7 +119,7 @@ def test_bf16_multiplies_in_bf16_and_sums_in_fp32():
     half = [x.detach().bfloat16() if i in (0, 2) else x for i, x in enumerate(exact)]
     half[0].requires_grad_()
     half[1] = half[1].detach().requires_grad_()
-    (loss, _), (expected, _) = fused(*half, chunk=7), fused(*exact)
+    (loss, _), (expected, _) = fused(*half, tile=7), fused(*exact)
     loss.backward()
     expected.backward()
     assert loss.dtype == torch.float32
@@ -129,10 +129,10 @@ def test_bf16_multiplies_in_bf16_and_sums_in_fp32():
         assert F.cosine_similarity(a.grad.float().flatten(), b.grad.flatten(), dim=0) > 0.995
 
 
-def test_no_tensor_exceeds_a_chunk(monkeypatch):
-    """The largest tensor made is chunk × K; what is kept for the backward is K × D and tokens × D."""
-    k, d, students, chunk = 512, 4, 300, 8
-    given = with_gradient(problem(students=students, teachers=50, k=k, d=d, dtype=torch.float32))
+def test_no_tensor_exceeds_a_tile():
+    """The largest tensor made is tokens × tile; what is kept for the backward is K × D and tokens × D."""
+    k, d, students, teachers, tile = 512, 4, 300, 50, 8
+    given = with_gradient(problem(students=students, teachers=teachers, k=k, d=d, dtype=torch.float32))
     made = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -142,14 +142,21 @@ def test_no_tensor_exceeds_a_chunk(monkeypatch):
             return out
 
     with Watch():
-        loss, _ = fused(*given, chunk=chunk)
-    assert max(made) <= max(chunk * k, k * d, students * d)
-    assert sorted(x.numel() for x in loss.grad_fn.saved_tensors) == [students * d, k * d]
+        loss, _ = fused(*given, tile=tile)
+    assert max(made) <= max((students + teachers) * tile, k * d, (students + teachers) * d)
+    assert sorted(x.numel() for x in loss.grad_fn.gradients) == [students * d, k * d]
 
 
-def test_the_chunk_is_chosen_by_its_bytes(monkeypatch):
-    seen = []
-    real = prototypes._softmax_chunks
-    monkeypatch.setattr(prototypes, "_softmax_chunks", lambda *a: seen.append(a[-1]) or real(*a))
-    fused(*problem(k=64))
-    assert set(seen) == {prototypes.CHUNK_BYTES // (4 * 64)}
+def test_a_second_backward_is_refused():
+    loss, _ = fused(*with_gradient(problem()))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="once"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("tokens", [1, 70, 1072, 10**7])
+def test_a_tile_keeps_to_its_budget_and_is_never_starved(tokens):
+    tile = prototypes.tile_size(tokens, torch.device("cpu"))
+    assert tile % prototypes.NARROWEST_TILE == 0
+    assert tile == prototypes.NARROWEST_TILE or 4 * tokens * tile <= prototypes.CPU_TILE_BYTES
+    assert 4 * tokens * (tile + prototypes.NARROWEST_TILE) > prototypes.CPU_TILE_BYTES
