@@ -68,6 +68,7 @@ class Model(Section):
     embed_dim: Positive | None = None
     depths: Annotated[list[Positive], Field(min_length=1)] | None = None
     heads: Annotated[list[Positive], Field(min_length=1)] | None = None
+    freeze_patch_embed: bool = False  # the patch projection keeps its random values (MoCo v3's cure for instability)
     # Weights that a fresh run starts from, own (run dir, step folder, .safetensors) or official (.pth); null: random
     init_from: PathText | None = None
 
@@ -89,8 +90,9 @@ class Objective(Section):
 
 
 class Optim(Section):
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "sgd", "lamb", "lars", "apex_adam", "apex_lamb"] = "adamw"
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
+    momentum: Beta = 0.9  # of sgd and lars
     lr: Rate = 5e-4  # per 256 images: the peak is lr · global_batch / 256
     lr_end: Rate = 1e-6
     warmup_epochs: Rate = 10
@@ -106,7 +108,8 @@ class Train(Section):
     steps: Positive | None = None  # when set, replaces epochs as the length of the run and of its schedules
     global_batch: Positive = 512  # images per optimizer step, over all ranks and micro-batches
     grad_accum: Positive = 1
-    precision: Literal["fp32", "bf16"] = "bf16"
+    # bf16, fp16: working copies, with fp32 masters (fp16: dynamic loss scaling, GPU only); autocast: fp32 weights, bf16 products
+    precision: Literal["fp32", "bf16", "fp16", "autocast"] = "bf16"
     ds_config: str = "zero1"  # a name in ds_configs/ or a path
     activation_checkpointing: Literal["none", "torch", "deepspeed", "fairscale"] = "none"
     log_every: Positive = 10  # steps

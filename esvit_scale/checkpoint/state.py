@@ -19,7 +19,7 @@ from esvit_scale import config as config_module
 from esvit_scale import files
 from esvit_scale.checkpoint import single_file, storage
 from esvit_scale.checkpoint.storage import Interval, whole
-from esvit_scale.checkpoint.weights import TRUNK, Shapes, Weights, check_shapes, network_shapes, shapes_of
+from esvit_scale.checkpoint.weights import TRUNK, Weights, check_shapes, network_shapes, shapes_of
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
 from esvit_scale.models.registry import build_trunk
@@ -29,7 +29,6 @@ from esvit_scale.parallel.engine import Engines
 log = logging.getLogger("esvit_scale")
 
 FORMAT_VERSION = 1
-MOMENTS = ("exp_avg", "exp_avg_sq")
 ROLES = {"student": "student/", "teacher": "ema/"}  # with the prefix of its tensors in storage
 CENTER = "center/"
 
@@ -47,7 +46,7 @@ def save(run: Path, config: Config, engines: Engines, centers: dict[str, Tensor]
         "cursor": cursor,
         "files": {name: checksum for files_of_rank in written for name, checksum in files_of_rank.items()},
         "optimizer_steps": optimizer_steps,
-        "shapes": _trainable_shapes(engines.student.module),
+        "shapes": shapes_of(engines.student.module),
         "config": config.model_dump(mode="json"),
     }
     collectives.on_rank_0(lambda: _publish(aside, folder, state))
@@ -59,13 +58,19 @@ def restore(folder: Path, engines: Engines, centers: dict[str, Tensor]) -> dict[
     """Reads a checkpoint of any world size and ZeRO stage into engines and `centers`; returns its cursor.
 
     Raises:
-        UserError: another architecture (the first differing tensors are named), or a damaged checkpoint.
+        UserError: another architecture (the first differing tensors are named), another kind of optimizer, or a damaged
+            checkpoint.
     """
     state = read_state(folder)
-    check_shapes(folder, state["shapes"], _trainable_shapes(engines.student.module))
+    shapes = shapes_of(engines.student.module)
+    old = set() if state["shapes"].keys() >= shapes.keys() else {f.name for f in _frozen(engines)}
+    check_shapes(folder, state["shapes"], {name: shape for name, shape in shapes.items() if name not in old})
+    _check_moments(folder, engines, state["optimizer_steps"])
     _make_moments(engines, state["optimizer_steps"])
-    storage.load(folder, _intervals(engines, state["optimizer_steps"], centers))
+    intervals = _intervals(engines, state["optimizer_steps"], centers)
+    storage.load(folder, {key: i for key, i in intervals.items() if key.partition("/")[2] not in old})
     partitions.publish(engines.student)
+    engines.teacher.follow_frozen()
     engines.teacher.publish()
     return state["cursor"]
 
@@ -221,18 +226,25 @@ def _intervals(engines: Engines, optimizer_steps: dict[str, int], centers: dict[
         intervals[f"ema/{p.name}"] = Interval(ema, p.start, total)
         if optimizer_steps[engines.group_of[p.name]] > 0:
             moments = engines.optimizer.state[p.flat]
-            for key in MOMENTS:
+            for key in engines.moments:
                 intervals[f"{key}/{p.name}"] = Interval(p.within(moments[key]), p.start, total)
+    for f in _frozen(engines):
+        for prefix in ROLES.values():
+            intervals[f"{prefix}{f.name}"] = Interval(f.values, f.start, f.shape.numel())
     return intervals
 
 
 def _optimizer_steps(engines: Engines) -> dict[str, int]:
-    """Steps that Adam has counted, by parameter group: 0 for a last layer that was frozen so far."""
+    """Steps that the optimizer has counted, by parameter group: 0 for a last layer that was frozen so far.
+
+    1 stands for "some" where it counts none (SGD, LARS). apex counts in the parameter group.
+    """
+    counted = {group["name"]: group.get("step", 1) for group in engines.optimizer.param_groups}
     mine = dict.fromkeys(engines.group_of.values(), 0)
     for p in engines.partitions:
-        state = engines.optimizer.state.get(p.flat)
+        state, group = engines.optimizer.state.get(p.flat), engines.group_of[p.name]
         if state:
-            mine[engines.group_of[p.name]] = int(state["step"])
+            mine[group] = int(state.get("step", counted[group]))
     everyone = collectives.gather_objects(mine)
     return {group: max(steps[group] for steps in everyone) for group in mine}
 
@@ -244,12 +256,27 @@ def _make_moments(engines: Engines, optimizer_steps: dict[str, int]) -> None:
             engines.optimizer.state.pop(p.flat, None)
         elif p.flat not in engines.optimizer.state:
             counter = torch.tensor(float(step), device=p.flat.device)  # where the fused AdamW keeps it
-            engines.optimizer.state[p.flat] = {"step": counter} | {key: torch.zeros_like(p.flat) for key in MOMENTS}
+            engines.optimizer.state[p.flat] = {"step": counter} | {
+                key: torch.zeros_like(p.flat) for key in engines.moments
+            }
+    for group in engines.optimizer.param_groups:
+        if "step" in group:
+            group["step"] = optimizer_steps[group["name"]]
 
 
-def _trainable_shapes(module: nn.Module) -> Shapes:
-    trainable = {name for name, p in module.named_parameters() if p.requires_grad}
-    return {name: shape for name, shape in shapes_of(module).items() if name in trainable}
+def _check_moments(folder: Path, engines: Engines, optimizer_steps: dict[str, int]) -> None:
+    """An optimizer that keeps other things than the one that saved cannot go on from them."""
+    stored = {name.partition("/")[0] for name in storage.sizes(folder)}
+    missing = set(engines.moments) - stored
+    if missing and any(optimizer_steps.values()):
+        raise UserError(
+            f"{folder}: was saved by another kind of optimizer (no {', '.join(sorted(missing))}); continue with the same "
+            f"optim.name, or start a new run with model.init_from={folder}"
+        )
+
+
+def _frozen(engines: Engines) -> list[partitions.Frozen]:
+    return partitions.frozen_of_module(engines.student.module)
 
 
 def _make_empty(folder: Path) -> None:

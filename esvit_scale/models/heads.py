@@ -44,11 +44,12 @@ class Prototypes(nn.Module):
         self.weight_v = nn.Parameter(torch.empty(prototypes, bottleneck).uniform_(-bound, bound))
 
     def forward(self, z: Tensor, use: Callable[[Tensor, Tensor], Result]) -> Result:
-        """`use(z, rows)` with the rows [K, D] in z's precision.
+        """`use(z, rows)` with the rows [K, D] in z's precision (bf16 for fp16, whose range ends at 1/K).
 
         The rows' user runs inside this call because under ZeRO-3 the parameters are whole only here.
         """
-        return use(z, _WeightNorm.apply(self.weight_v, self.weight_g, z.dtype))
+        dtype = torch.bfloat16 if z.dtype == torch.float16 else z.dtype
+        return use(z, _WeightNorm.apply(self.weight_v, self.weight_g, dtype))
 
 
 class _WeightNorm(torch.autograd.Function):

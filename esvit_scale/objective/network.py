@@ -36,4 +36,6 @@ class Network(nn.Module):
 def build_network(config: Config) -> Network:
     """Teacher and student are the same class; the student's forward is given drop keys, the teacher's is not."""
     trunk = build_trunk(config)
+    if config.model.freeze_patch_embed:
+        trunk.patch_embed.proj.requires_grad_(False)
     return Network(trunk, EsViT(trunk.dim, config.objective))

@@ -47,7 +47,7 @@ def prototype_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Σ over student tokens s and their teacher tokens t = match[s, m] of weight[s, m] · cross-entropy(p_t, q_s).
 
-    Matrix products run in z_s's dtype; log-sum-exp, probabilities, centre and accumulations in fp32 (fp64 for fp64).
+    Matrix products run in z_s's dtype (bf16 for fp16); log-sum-exp, probabilities, centre and accumulations in fp32 (fp64 for fp64).
 
     Args:
         z_s: [N_s, D] the student's bottleneck, unit rows.
@@ -63,10 +63,13 @@ def prototype_cross_entropy(
     Returns:
         The loss (scalar) and the mean entropy of the teacher's probabilities in nats (scalar, without gradient).
     """
+    if z_s.dtype == torch.float16:  # P ~ 1/K and its products are below what fp16 resolves
+        z_s = z_s.bfloat16()
     tile = tile or tile_size(len(z_s) + len(z_t), z_s.device)
-    return _PrototypeCrossEntropy.apply(
-        z_s, rows_s, z_t, rows_t, center, match, weight, student_temp, teacher_temp, tile
-    )
+    with torch.autocast(z_s.device.type, enabled=False):  # precisions are chosen here
+        return _PrototypeCrossEntropy.apply(
+            z_s, rows_s, z_t, rows_t, center, match, weight, student_temp, teacher_temp, tile
+        )
 
 
 def tile_size(tokens: int, device: torch.device) -> int:

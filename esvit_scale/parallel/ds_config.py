@@ -31,13 +31,11 @@ def fill(config: Config, world_size: int) -> dict[str, Any]:
     ]
     problems += _batch_problems(config, world_size)
     stage = values.setdefault("zero_optimization", {}).setdefault("stage", 0)
-    if stage == 0 and config.train.precision == "bf16":
+    if stage == 0 and config.train.precision in ("bf16", "fp16"):
         problems.append(
-            "train.precision: ZeRO stage 0 is offered in fp32 only (in bf16 its optimizer takes one step at start-up); "
-            "use train.ds_config=zero1, also on one process, or train.precision=fp32"
+            "train.precision: ZeRO stage 0 is offered in fp32 and autocast only (in bf16 its optimizer takes one step at "
+            "start-up); use train.ds_config=zero1, also on one process, or train.precision=fp32"
         )
-    if values.get("fp16", {}).get("enabled"):
-        problems.append(f"fp16.enabled: true, but train.precision={config.train.precision}; use bf16 or fp32")
     if not problems:
         problems = _fill_holes(values, _owned_numbers(config, world_size, stage))
     if problems:
@@ -45,6 +43,9 @@ def fill(config: Config, world_size: int) -> dict[str, Any]:
     # Verified to be needed for equal numbers: the memory-efficient linear replaces F.linear process-wide, and
     # persistent parameters would keep the teacher's stale gathered copy.
     values["zero_optimization"]["memory_efficient_linear"] = False
+    # DeepSpeed knows the optimizers that it made itself; ours are tested at every stage.
+    values["zero_allow_untested_optimizer"] = True
+    values["zero_force_ds_cpu_optimizer"] = False
     if stage == 3:
         values["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     return values
@@ -84,6 +85,8 @@ def _owned_numbers(config: Config, world_size: int, stage: int) -> dict[str, Any
         "gradient_accumulation_steps": accum,
         "gradient_clipping": config.optim.clip if by_deepspeed else 0.0,
         "bf16.enabled": config.train.precision == "bf16",
+        "fp16.enabled": config.train.precision == "fp16",
+        "torch_autocast.enabled": config.train.precision == "autocast",
     }
 
 

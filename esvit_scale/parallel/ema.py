@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from esvit_scale.parallel.partitions import Partition
+from esvit_scale.parallel.partitions import Partition, frozen_of_module
 
 
 class Teacher:
@@ -40,6 +40,7 @@ class Teacher:
             self.values = [own[p.name].data.view(-1) for p in partitions]
         else:
             self.values = [p.master.clone() for p in partitions]
+        self.follow_frozen()
         self.publish()
 
     @torch.no_grad()
@@ -48,6 +49,14 @@ class Teacher:
         for value, partition in zip(self.values, self._partitions, strict=True):
             value.mul_(momentum).add_(partition.master, alpha=1 - momentum)
         self.publish()
+
+    @torch.no_grad()
+    def follow_frozen(self) -> None:
+        """What is not trained is the student's; needed again after the student's was written from outside."""
+        network = self.network.module if self._stage == 3 else self.network
+        own = {p.name: p for p in frozen_of_module(network)}
+        for p in frozen_of_module(self._student.module):
+            own[p.name].values.copy_(p.values)
 
     @torch.no_grad()
     def publish(self) -> None:

@@ -8,13 +8,15 @@
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from esvit_scale.config import Config
-from esvit_scale.parallel import activation_checkpointing, ds_config, partitions
+from esvit_scale.errors import UserError
+from esvit_scale.parallel import activation_checkpointing, ds_config, optimizers, partitions
 from esvit_scale.parallel.ema import Teacher
 from esvit_scale.parallel.gradients import GradientGate
 from esvit_scale.parallel.partitions import Partition
@@ -38,28 +40,35 @@ class Engines(NamedTuple):
     partitions: list[Partition]
     dtype: torch.dtype  # of the working copies
     zero_stage: int
+    moments: tuple[str, ...]  # names of what the optimizer keeps per parameter
 
 
 def build(config: Config, recipe: Recipe, world: World) -> Engines:
-    """Raises UserError on a DeepSpeed config that contradicts the run config (see ds_config.fill)."""
+    """Raises UserError on a DeepSpeed config that contradicts the run config (see ds_config.fill), and on what this
+    machine does not have."""
     import deepspeed
 
     ds = ds_config.fill(config, world.size)
     stage = ds_config.zero_stage(ds)
+    if config.train.precision == "fp16" and world.device.type == "cpu":
+        raise UserError("train.precision=fp16: needs a GPU; on a CPU use bf16 or fp32")
     with deepspeed.zero.Init(config_dict_or_path=ds, enabled=stage == 3):
         module = recipe.build()
     activation_checkpointing.apply(module.trunk, config.train.activation_checkpointing)  # type: ignore[arg-type]
     groups = recipe.groups(module)
-    optimizer = _optimizer(config, module, groups)
+    optimizer = optimizers.build(config.optim, _param_groups(module, groups), stage)
     student, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds, dist_init_required=False)
     owned = partitions.of_engine(student)
     _initialise(student, owned, recipe)
     names = [name for name, p in module.named_parameters() if p.requires_grad]
-    gate = GradientGate(optimizer, owned, names, stage, config.optim.clip, config.optim.clip_by)
+    if isinstance(optimizer, optimizers.LayerWise):
+        optimizer.own(owned, names)
+    gate = GradientGate(optimizer, owned, names, stage, config.optim.clip, config.optim.clip_by, world.device)
     teacher = Teacher(student, owned, recipe.build, _teacher_config(ds))
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision, torch.float32)
     group_of = {name: group for group, members in groups.items() for name in members}
-    return Engines(student, optimizer, group_of, teacher, gate, owned, dtype, stage)
+    moments = optimizers.MOMENTS[config.optim.name]
+    return Engines(student, optimizer, group_of, teacher, gate, owned, dtype, stage, moments)
 
 
 def set_rates(engines: Engines, lr: float, weight_decay: float) -> None:
@@ -75,11 +84,14 @@ def take_step(engines: Engines) -> bool:
     return bool(engines.student.was_step_applied()) and engines.gate.take_finite()
 
 
-def _optimizer(config: Config, module: nn.Module, groups: dict[str, list[str]]) -> torch.optim.Optimizer:
+def autocast(config: Config, device: torch.device) -> AbstractContextManager[Any]:
+    """What the teacher's forward runs in; the student's engine does it by itself."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "autocast")
+
+
+def _param_groups(module: nn.Module, groups: dict[str, list[str]]) -> list[dict[str, Any]]:
     parameters = dict(module.named_parameters())
-    param_groups = [{"name": name, "params": [parameters[n] for n in names]} for name, names in groups.items() if names]
-    # One pass over the parameters instead of a dozen, on a CPU as well.
-    return torch.optim.AdamW(param_groups, lr=0.0, betas=config.optim.betas, weight_decay=0.0, fused=True)
+    return [{"name": name, "params": [parameters[n] for n in names]} for name, names in groups.items() if names]
 
 
 @torch.no_grad()
@@ -87,20 +99,9 @@ def _initialise(student: Any, owned: list[Partition], recipe: Recipe) -> None:
     for p in owned:
         value = recipe.initial_value(p.name, p.shape).view(-1)
         p.master.copy_(value[p.start : p.start + p.length])
-    for name, parameter in student.module.named_parameters():
-        if not parameter.requires_grad:
-            _write_frozen(parameter, recipe.initial_value(name, getattr(parameter, "ds_shape", parameter.shape)))
+    for f in partitions.frozen_of_module(student.module):
+        f.values.copy_(recipe.initial_value(f.name, f.shape).view(-1)[f.start : f.start + len(f.values)])
     partitions.publish(student)
-
-
-def _write_frozen(parameter: Any, value: Tensor) -> None:
-    if not hasattr(parameter, "ds_id"):
-        parameter.data.copy_(value)
-        return
-    length = parameter.ds_tensor.numel()
-    start = torch.distributed.get_rank() * length
-    mine = value.view(-1)[start : start + length]
-    parameter.ds_tensor.data[: mine.numel()].copy_(mine)
 
 
 def _teacher_config(ds: dict[str, Any]) -> dict[str, Any]:
@@ -110,6 +111,8 @@ def _teacher_config(ds: dict[str, Any]) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu",
         "gradient_accumulation_steps",
         "bf16",
+        "fp16",
+        "torch_autocast",
         "zero_optimization",
     }
     return {key: value for key, value in ds.items() if key in kept}

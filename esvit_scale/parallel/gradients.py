@@ -31,16 +31,21 @@ class GradientGate:
         zero_stage: int,
         clip: float | None,
         clip_by: Literal["tensor", "global"],
+        device: torch.device,
     ) -> None:
+        """`device`: where ranks exchange numbers (with offloading, gradients may lie elsewhere)."""
         self.freeze = False
         self._index = {name: i for i, name in enumerate(names)}
         self._by_flat: dict[int, list[Partition]] = defaultdict(list)
         for partition in partitions:
             self._by_flat[id(partition.flat)].append(partition)
+        self._device = device
         self._zero_stage, self._clip, self._clip_by = zero_stage, clip, clip_by
         self._squares: list[Tensor] = []
         self._finite = True
+        self._aside: list[tuple[Tensor, Tensor | None]] = []
         optimizer.register_step_pre_hook(self._before_step)
+        optimizer.register_step_post_hook(self._after_step)
 
     def take_norm(self) -> Tensor:
         """The global gradient norm of the step (before the per-tensor clip); the next step starts anew."""
@@ -55,25 +60,36 @@ class GradientGate:
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         flats = [flat for group in optimizer.param_groups for flat in group["params"]]
         owned = [p for flat in flats if flat.grad is not None for p in self._by_flat[id(flat)]]
-        norms = self._tensor_norms(owned, flats[0].device)  # [number of parameters]
+        norms = self._tensor_norms(owned)  # [number of parameters]
         self._squares.append(norms.square().sum())
         if self._zero_stage == 0 and not torch.isfinite(self._squares[-1]):
             self._finite = False
-            for flat in flats:
-                flat.grad = None
+            self._set_aside(flats)
             return
         self._scale(owned, norms)
         for group in optimizer.param_groups:
             if self.freeze and group["name"] == FREEZABLE:
-                for flat in group["params"]:
-                    flat.grad = None
+                self._set_aside(group["params"])
 
-    def _tensor_norms(self, owned: list[Partition], device: torch.device) -> Tensor:
+    def _set_aside(self, flats: list[Tensor]) -> None:
+        """No gradient, no step: not for the moments, the decay or the count."""
+        for flat in flats:
+            self._aside.append((flat, flat.grad))
+            flat.grad = None
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """With offloading, ZeRO writes the next gradients into the same tensors."""
+        for flat, grad in self._aside:
+            flat.grad = grad
+        self._aside.clear()
+
+    def _tensor_norms(self, owned: list[Partition]) -> Tensor:
         """Norm of every parameter's gradient [number of parameters]; zero for those not in this call."""
-        squares = torch.zeros(len(self._index), device=device)
+        squares = torch.zeros(len(self._index), device=self._device)
         if owned:
             mine = torch.stack([p.grad.norm() for p in owned if p.grad is not None]).square()
-            squares[torch.tensor([self._index[p.name] for p in owned], device=device)] = mine.float()
+            at = torch.tensor([self._index[p.name] for p in owned], device=self._device)
+            squares[at] = mine.float().to(self._device)
         if self._zero_stage > 0:
             collectives.all_reduce_sum_(squares)
         return squares.sqrt()
@@ -84,7 +100,7 @@ class GradientGate:
         if self._clip_by == "tensor":
             factors = (self._clip / (norms + 1e-6)).clamp(max=1.0)  # [number of parameters]
             for p in owned:
-                p.grad.mul_(factors[self._index[p.name]])  # type: ignore[union-attr]
+                p.grad.mul_(factors[self._index[p.name]].to(p.grad.device))  # type: ignore[union-attr]
         elif self._zero_stage == 0:
             factor = (self._clip / (norms.square().sum().sqrt() + 1e-6)).clamp(max=1.0)
             for p in owned:

@@ -7,10 +7,10 @@ flattened parameter, and its fp32 values are an interval of a tensor that the ba
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,30 @@ def of_engine(engine: Any) -> list[Partition]:
     if stage == 3:
         return _stage_3(engine.optimizer, named)
     return _stage_1_or_2(engine.optimizer, named)
+
+
+class Frozen(NamedTuple):
+    """This rank's interval of a parameter that is not trained; stages 0–2 hold it whole."""
+
+    name: str
+    shape: torch.Size  # of the whole parameter
+    start: int
+    values: Tensor  # [length], a view of the working copy
+
+
+def frozen_of_module(module: nn.Module) -> list[Frozen]:
+    """The parameters without gradient, in the module's order, as this rank holds them."""
+    frozen = []
+    for name, p in module.named_parameters():
+        if p.requires_grad:
+            continue
+        if not hasattr(p, "ds_id"):
+            frozen.append(Frozen(name, p.shape, 0, p.data.view(-1)))
+            continue
+        start = torch.distributed.get_rank() * p.ds_tensor.numel()  # type: ignore[attr-defined]
+        length = max(0, min(p.ds_tensor.numel(), p.ds_numel - start))  # type: ignore[attr-defined]
+        frozen.append(Frozen(name, p.ds_shape, start, p.ds_tensor.data[:length]))  # type: ignore[attr-defined]
+    return frozen
 
 
 def _stage_1_or_2(optimizer: Any, named: list[tuple[str, Tensor]]) -> list[Partition]:

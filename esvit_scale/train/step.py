@@ -82,7 +82,7 @@ def optimizer_step(session: Session, micro_batches: "list[MicroBatch]", step: in
 
 def _forward_backward(session: Session, micro: "MicroBatch", step: int) -> dict[str, Tensor]:
     engines = session.engines
-    with torch.no_grad():
+    with torch.no_grad(), engine_module.autocast(session.config, session.world.device):
         targets = engines.teacher.network(micro.crops[:1])
     keys = drop_keys(session.config.seed, step, micro.positions, len(session.config.crop_sizes))
     loss, logs = engines.student(micro.crops, targets, keys, session.schedules.teacher_temp(step))

@@ -1,5 +1,7 @@
 """The same numbers however the work is shared out: ZeRO stages, ranks, accumulation, recomputation, elastic resume."""
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from tests import tiny
 
 # fp32 sums of a few hundred terms in another order: 1e-7 each, grown by 20 steps of training at a high rate.
 TOLERANCE = 1e-5
+ROOT = Path(__file__).parents[2]
 
 TWO_RANKS: dict[str, dict[str, Any]] = {
     "zero0": {"train__ds_config": "zero0"},
@@ -25,11 +28,31 @@ TWO_RANKS: dict[str, dict[str, Any]] = {
     "zero3-deepspeed": {"train__ds_config": "zero3", "train__activation_checkpointing": "deepspeed"},
     "zero3-fairscale": {"train__ds_config": "zero3", "train__activation_checkpointing": "fairscale"},
 }
+# Beside them: offloading, a partition inside each node (here two "nodes" of two ranks), layer-wise norms by segment,
+# a frozen patch embedding, and one run that a single process saved at step 10.
+FOUR_RANKS: dict[str, dict[str, Any]] = {
+    "zero0": {"train__ds_config": "zero0"},
+    "zero1": {"train__ds_config": "zero1"},
+    "zero2_offload": {"train__ds_config": "zero2_offload"},
+    "zero3": {"train__ds_config": "zero3"},
+    "zero3_offload": {"train__ds_config": "zero3_offload"},
+    "zero3_hierarchical": {"train__ds_config": "hierarchical.json"},
+    "zero1-elastic": {"train__ds_config": "zero1"},
+    "zero3-elastic": {"train__ds_config": "zero3"},
+}
+OTHERS: dict[str, dict[str, Any]] = {  # each against its own reference: one process, ZeRO 0
+    "lamb": {"optim__name": "lamb"},
+    "lars": {"optim__name": "lars", "optim__lr": 10.0},
+    "sgd": {"optim__name": "sgd"},
+    "frozen": {"model__freeze_patch_embed": True},
+}
 ONE_RANK: dict[str, dict[str, Any]] = {
     "zero1": {"train__ds_config": "zero1"},
     "zero3": {"train__ds_config": "zero3"},
     "zero1-accumulate": {"train__ds_config": "zero1", "train__grad_accum": 2},
     "zero1-workers": {"train__ds_config": "zero1", "data__workers": 2},
+    "zero2_offload": {"train__ds_config": "zero2_offload"},
+    "zero3_offload": {"train__ds_config": "zero3_offload"},
 }
 
 
@@ -50,15 +73,45 @@ def reference(folder: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def two_ranks(folder: Path) -> Path:
     """All runs of TWO_RANKS, in one start of torchrun."""
-    paths = []
-    for name, overrides in TWO_RANKS.items():
-        config = tiny.config(folder / f"two-{name}", folder / "shards", **overrides)
-        paths.append(str(tiny.write_config(folder / f"two-{name}.yaml", config)))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, str(Path(__file__).with_name("scenarios.py")), *paths]
-    done = subprocess.run(command, capture_output=True, text=True, env=tiny.environment(), timeout=280)
-    assert done.returncode == 0, done.stderr[-4000:]
+    train_on(2, {f"two-{name}": overrides for name, overrides in TWO_RANKS.items()}, folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def four_ranks(folder: Path, reference: list[dict[str, Any]]) -> Path:
+    """All runs of FOUR_RANKS and OTHERS, in one start of torchrun."""
+    values = json.loads((ROOT / "ds_configs" / "zero3_hierarchical.json").read_text())
+    values["zero_optimization"]["zero_hpz_partition_size"] = 2
+    (folder / "hierarchical.json").write_text(json.dumps(values))
+    for name in FOUR_RANKS:
+        if name.endswith("-elastic"):
+            back_to_step_10(folder / "reference", folder / f"four-{name}")
+    runs = {f"four-{name}": overrides for name, overrides in FOUR_RANKS.items()}
+    runs |= {f"four-{name}-zero2": o | {"train__ds_config": "zero2"} for name, o in OTHERS.items()}
+    runs |= {f"four-{name}-zero3": o | {"train__ds_config": "zero3"} for name, o in OTHERS.items()}
+    train_on(4, runs, folder)
+    return folder
+
+
+def train_on(ranks: int, runs: dict[str, dict[str, Any]], folder: Path) -> None:
+    paths = []
+    for name, overrides in runs.items():
+        config = tiny.config(folder / name, folder / "shards", **overrides)
+        paths.append(str(tiny.write_config(folder / f"{name}.yaml", config)))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [*torchrun, str(Path(__file__).with_name("scenarios.py")), *paths]
+    done = subprocess.run(command, capture_output=True, text=True, env=tiny.environment(), timeout=290, cwd=folder)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def back_to_step_10(source: Path, run: Path) -> None:
+    """A copy of a finished run as it was after its save at step 10."""
+    shutil.copytree(source, run)
+    kept = sorted(folder.name for folder in (run / "checkpoints").glob("step-*"))
+    assert kept == ["step-00000010", "step-00000020"]
+    shutil.rmtree(run / "checkpoints" / "step-00000020")
+    (run / "checkpoints" / "latest").write_text("step-00000010\n")
+    (run / "summary.json").unlink()
 
 
 def assert_same(rows: list[dict[str, Any]], reference: list[dict[str, Any]]) -> None:
@@ -72,6 +125,21 @@ def assert_same(rows: list[dict[str, Any]], reference: list[dict[str, Any]]) -> 
 @pytest.mark.parametrize("name", TWO_RANKS)
 def test_two_ranks_equal_one_process(two_ranks: Path, reference: list[dict[str, Any]], name: str) -> None:
     assert_same(tiny.rows(two_ranks / f"two-{name}"), reference)
+
+
+@pytest.mark.parametrize("name", FOUR_RANKS)
+def test_four_ranks_equal_one_process(four_ranks: Path, reference: list[dict[str, Any]], name: str) -> None:
+    assert_same(tiny.rows(four_ranks / f"four-{name}"), reference)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_optimizers_and_frozen_parameters_at_every_stage(four_ranks: Path, folder: Path, name: str) -> None:
+    config = tiny.config(folder / f"one-{name}", folder / "shards", **OTHERS[name], train__ds_config="zero0")
+    assert loop.pretrain(config) == 0
+    own = tiny.rows(folder / f"one-{name}")
+    assert own[-1]["loss"] < own[0]["loss"] - 0.3
+    for stage in ("zero2", "zero3"):
+        assert_same(tiny.rows(four_ranks / f"four-{name}-{stage}"), own)
 
 
 @pytest.mark.parametrize("name", ONE_RANK)
@@ -91,15 +159,8 @@ def test_resume_at_another_world_size_and_stage(
     two_ranks: Path, folder: Path, reference: list[dict[str, Any]], tmp_path: Path, saved_by: str, resumed_with: str
 ) -> None:
     """Two ranks save at step 10 at one ZeRO stage, one process goes on at another: the same losses."""
-    import shutil
-
     run = tmp_path / "run"
-    shutil.copytree(two_ranks / f"two-{saved_by}", run)
-    kept = sorted(folder.name for folder in (run / "checkpoints").glob("step-*"))
-    assert kept == ["step-00000010", "step-00000020"]
-    shutil.rmtree(run / "checkpoints" / "step-00000020")
-    (run / "checkpoints" / "latest").write_text("step-00000010\n")
-    (run / "summary.json").unlink()
+    back_to_step_10(two_ranks / f"two-{saved_by}", run)
     config = tiny.config(run, folder / "shards", train__ds_config=resumed_with, train__checkpoint_every=10)
     assert loop.pretrain(config) == 0
     assert_same(tiny.rows(run), reference)

@@ -1,0 +1,131 @@
+"""The optimizer that ZeRO steps: AdamW, SGD, the layer-wise LAMB and LARS, and NVIDIA apex's fused ones.
+
+ZeRO hands an optimizer flat tensors that hold many parameters end to end. AdamW and SGD work element by element and do
+not mind. LAMB and LARS scale every parameter by its own norms: they take them by segment, with one all-reduce, so that
+they do the same at every stage. apex's LAMB takes the norm of what it is given, which at stages 1–3 is a whole buffer:
+there it is refused.
+"""
+
+import importlib
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from esvit_scale.config import Optim
+from esvit_scale.errors import UserError
+from esvit_scale.parallel import collectives
+from esvit_scale.parallel.partitions import Partition
+
+# What each keeps per parameter, as it is named in `optimizer.state`; checkpoints hold the same.
+MOMENTS: dict[str, tuple[str, ...]] = {
+    "adamw": ("exp_avg", "exp_avg_sq"),
+    "lamb": ("exp_avg", "exp_avg_sq"),
+    "apex_adam": ("exp_avg", "exp_avg_sq"),
+    "apex_lamb": ("exp_avg", "exp_avg_sq"),
+    "sgd": ("momentum_buffer",),
+    "lars": ("momentum_buffer",),
+}
+LARS_TRUST = 1e-3
+LAMB_EPS = 1e-6  # as apex's; AdamW's is 1e-8
+
+
+def build(config: Optim, groups: list[dict[str, Any]], zero_stage: int) -> torch.optim.Optimizer:
+    """The optimizer over param groups ({"name", "params"}); lr and weight decay are written per step.
+
+    Raises:
+        UserError: apex is asked for and not installed, or its LAMB at a ZeRO stage where it would be wrong.
+    """
+    start: dict[str, Any] = {"lr": 0.0, "weight_decay": 0.0}
+    if config.name == "adamw":
+        # One pass over the parameters instead of a dozen, on a CPU as well.
+        return torch.optim.AdamW(groups, betas=config.betas, fused=True, **start)
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, momentum=config.momentum, **start)
+    if config.name in ("lamb", "lars"):
+        return LayerWise(groups, config, zero_stage)
+    apex = _apex(config.name)
+    if config.name == "apex_adam":
+        return apex.FusedAdam(groups, betas=config.betas, adam_w_mode=True, **start)
+    if zero_stage > 0:
+        raise UserError(
+            "optim.name=apex_lamb: takes its norms over whole buffers at ZeRO 1–3; use optim.name=lamb (by parameter, "
+            "any stage), or train.ds_config=zero0 train.precision=fp32"
+        )
+    return apex.FusedLAMB(groups, betas=config.betas, max_grad_norm=0.0, **start)
+
+
+def _apex(name: str) -> Any:
+    try:
+        return importlib.import_module("apex.optimizers")  # the unrelated package of that name has no such module
+    except ImportError:
+        instead = {"apex_adam": "adamw (torch's, fused too)", "apex_lamb": "lamb"}[name]
+        raise UserError(f"optim.name={name}: NVIDIA apex is not installed; use {instead}") from None
+
+
+class LayerWise(torch.optim.Optimizer):
+    """LAMB (You et al. 2020) or LARS (You et al. 2017, as MoCo v3 runs it) on flat partitions.
+
+    LAMB: u = m̂/(√v̂ + ε) + wd·w;  w ← w − lr · ‖w‖/‖u‖ · u.
+    LARS: u = g + wd·w;  b ← momentum·b + 0.001·‖w‖/‖u‖ · u;  w ← w − lr·b.
+    Both leave the parameters without decay (biases, 1-D tensors) unscaled.
+
+    `segments` is what each flat tensor holds on this rank; whoever builds the engine sets it.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], config: Optim, zero_stage: int) -> None:
+        super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0})
+        self._lamb = config.name == "lamb"
+        self._betas, self._momentum = config.betas, config.momentum
+        self._reduce = zero_stage > 0
+        self._by_flat: dict[int, list[Partition]] = defaultdict(list)
+        self._index: dict[str, int] = {}
+
+    def own(self, partitions: list[Partition], names: list[str]) -> None:
+        """`names`: of all trainable parameters, in the same order on every rank."""
+        self._index = {name: i for i, name in enumerate(names)}
+        for partition in partitions:
+            self._by_flat[id(partition.flat)].append(partition)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        stepped = [(group, flat) for group in self.param_groups for flat in group["params"] if flat.grad is not None]
+        updates = [self._update(flat, group) for group, flat in stepped]
+        trusts = self._trusts(stepped, updates)
+        for (group, flat), update in zip(stepped, updates, strict=True):
+            if group["name"] != "no_decay":
+                for p in self._by_flat[id(flat)]:
+                    p.within(update).mul_(trusts[self._index[p.name]])
+            if not self._lamb:
+                state = self.state[flat]
+                buffer = state.setdefault("momentum_buffer", torch.zeros_like(flat))
+                update = buffer.mul_(self._momentum).add_(update)
+            flat.add_(update, alpha=-group["lr"])
+
+    def _update(self, flat: Tensor, group: dict[str, Any]) -> Tensor:
+        if not self._lamb:
+            return flat.grad.add(flat, alpha=group["weight_decay"])  # type: ignore[union-attr]
+        state, (beta1, beta2) = self.state[flat], self._betas
+        if "step" not in state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(flat), torch.zeros_like(flat)
+        state["step"] += 1
+        state["exp_avg"].lerp_(flat.grad, 1 - beta1)
+        state["exp_avg_sq"].mul_(beta2).addcmul_(flat.grad, flat.grad, value=1 - beta2)
+        count = float(state["step"])
+        root = (state["exp_avg_sq"] / (1 - beta2**count)).sqrt_().add_(LAMB_EPS)
+        return (state["exp_avg"] / (1 - beta1**count)).div_(root).add_(flat, alpha=group["weight_decay"])
+
+    def _trusts(self, stepped: list[tuple[dict[str, Any], Tensor]], updates: list[Tensor]) -> Tensor:
+        """‖w‖/‖u‖ of every parameter in this call, times LARS' constant; 1 where either is zero. [parameters]"""
+        squares = torch.zeros(2, len(self._index), device=updates[0].device if updates else None)
+        for (_, flat), update in zip(stepped, updates, strict=True):
+            for p in self._by_flat[id(flat)]:
+                squares[0, self._index[p.name]] = p.master.norm() ** 2
+                squares[1, self._index[p.name]] = p.within(update).norm() ** 2
+        if self._reduce:
+            collectives.all_reduce_sum_(squares)
+        weights, of_updates = squares.sqrt()
+        known = (weights > 0) & (of_updates > 0)
+        return torch.where(known, weights / of_updates * (1.0 if self._lamb else LARS_TRUST), 1.0)
