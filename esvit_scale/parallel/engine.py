@@ -115,4 +115,7 @@ def _teacher_config(ds: dict[str, Any]) -> dict[str, Any]:
         "torch_autocast",
         "zero_optimization",
     }
-    return {key: value for key, value in ds.items() if key in kept}
+    config = {key: value for key, value in ds.items() if key in kept}
+    # The copy inside a node serves the backward's gathers, and the teacher has none.
+    config["zero_optimization"] = {k: v for k, v in ds["zero_optimization"].items() if k != "zero_hpz_partition_size"}
+    return config

@@ -114,3 +114,4 @@ def publish(engine: Any) -> None:
                 group, offset, length = engine.optimizer.grad_position[engine.optimizer.get_param_id(p)]
                 flat = engine.optimizer.fp32_partitioned_groups_flat[group]
                 p.ds_tensor.data.copy_(flat.data.narrow(0, offset, length))
+        engine.optimizer.invalidate_secondary_tensor()  # a hierarchical partition's copy inside the node
