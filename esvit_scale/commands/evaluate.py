@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from esvit_scale.commands.parser import add_checkpoint, add_loading, command, group, on_all_ranks, positive
+from esvit_scale.commands.parser import add_checkpoint, add_loading, command, count, group, on_all_ranks, positive
 
 
 def add(commands: Any) -> None:
@@ -18,6 +18,33 @@ def add(commands: Any) -> None:
     knn.add_argument("--shots", type=positive, nargs="+", default=[], metavar="N", help=shots)
     knn.add_argument("--tries", type=positive, default=5, metavar="T", help="draws of those samples (default: 5)")
     _add_features(knn)
+
+    linear = command(evaluate, "linear", _linear, "accuracy of linear classifiers, by three protocols")
+    add_checkpoint(linear)
+    _add_sets(linear)
+    linear.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for linear.json")
+    protocols = ("official", "grid", "logistic")
+    linear.add_argument("--protocol", nargs="+", choices=protocols, default=protocols, help="default: all three")
+    linear.add_argument("--epochs", type=positive, default=100, metavar="E", help="of SGD (default: 100)")
+    linear.add_argument("--sgd-batch", type=positive, default=256, metavar="N", help="of SGD (default: 256)")
+    images = "official and grid: train over random crops of the images, not over kept features (a forward an image and epoch)"
+    linear.add_argument("--augment", action="store_true", help=images)
+    share = "learn from this share of every class: 0.01 or 0.1 for the semi-supervised protocols (default: 1)"
+    linear.add_argument("--fraction", type=float, default=1.0, metavar="F", help=share)
+    linear.add_argument("--seed", type=count, default=0, metavar="S", help="of splits, order and heads (default: 0)")
+    _add_features(linear)
+
+    transfer = command(evaluate, "transfer", _transfer, "a linear classifier on each of many data sets")
+    transfer.add_argument(
+        "list", type=Path, metavar="LIST.yaml", help="data sets with their metrics; `elevater`: the shipped list of 20"
+    )
+    add_checkpoint(transfer)
+    transfer.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for transfer.json")
+    transfer.add_argument("--root", type=Path, metavar="DIR", help="where the list's relative paths start")
+    transfer.add_argument(
+        "--baseline", type=Path, metavar="F.json", help="transfer.json of another checkpoint, to compare with"
+    )
+    _add_features(transfer)
 
     embed = command(commands, "embed", _embed, "features of images, as arrays")
     add_checkpoint(embed)
@@ -60,7 +87,22 @@ def _knn(o: argparse.Namespace) -> int:
     from esvit_scale.evaluate import knn
 
     ks, loading = o.k or knn.KS, _loading(o, o.out)
-    on_all_ranks(lambda: knn.run_knn(o.checkpoint, o.train, o.test, o.out, ks, o.shots, o.tries, loading))
+    on_all_ranks(lambda: knn.run_knn(o.checkpoint, o.train, o.test, o.out, loading, ks, o.shots, o.tries))
+    return 0
+
+
+def _linear(o: argparse.Namespace) -> int:
+    from esvit_scale.evaluate import linear
+
+    recipe = linear.Recipe(o.protocol, o.epochs, o.sgd_batch, o.augment, o.fraction, o.seed)
+    on_all_ranks(lambda: linear.run_linear(o.checkpoint, o.train, o.test, o.out, recipe, _loading(o, o.out)))
+    return 0
+
+
+def _transfer(o: argparse.Namespace) -> int:
+    from esvit_scale.evaluate import transfer
+
+    on_all_ranks(lambda: transfer.run_transfer(o.list, o.checkpoint, o.out, _loading(o, o.out), o.root, o.baseline))
     return 0
 
 

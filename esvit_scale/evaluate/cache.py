@@ -103,16 +103,26 @@ def source_digest(source: Path) -> str:
 def _fill(folder: Path, about: dict[str, Any], images: int, rows: Iterable[Rows]) -> None:
     aside = collectives.on_rank_0(lambda: _fresh(folder))
     try:
-        if collectives.bits_of_ranks(not aside.is_dir()):
+        if collectives.bits_of_ranks(int(not aside.is_dir())):
             raise UserError(
                 f"{folder.parent}: not seen by every rank; --cache must be on a file system that they share"
             )
-        _write_part(aside / f"part-{collectives.rank():05d}", rows)
-        collectives.barrier()
+        _together(lambda: _write_part(aside / f"part-{collectives.rank():05d}", rows), about["source"])
         collectives.on_rank_0(lambda: _publish(aside, folder, about, images))
     finally:
         if collectives.rank() == 0:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def _together(work: Callable[[], None], source: str) -> None:
+    """What fails on one rank fails on all, so that they stay in step whatever the caller does about it."""
+    problem: Exception | None = None
+    try:
+        work()
+    except Exception as error:
+        problem = error
+    if collectives.bits_of_ranks(int(problem is not None)):
+        raise problem or UserError(f"{source}: reading it failed on another rank, which says why")
 
 
 def _fresh(folder: Path) -> Path:

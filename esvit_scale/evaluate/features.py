@@ -2,9 +2,7 @@
 
 import io
 import shutil
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -12,7 +10,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from esvit_scale import files
 from esvit_scale.checkpoint import single_file, state
@@ -21,6 +18,7 @@ from esvit_scale.data.stream import EvaluationBatch
 from esvit_scale.errors import UserError
 from esvit_scale.evaluate import cache as caches
 from esvit_scale.evaluate.cache import FeatureSet, Rows
+from esvit_scale.evaluate.progress import progress
 from esvit_scale.parallel import collectives
 
 Kind = Literal["view", "blocks"]
@@ -185,9 +183,8 @@ def _rows(
     """This rank's part of the source's features, batch by batch."""
     rank, world = collectives.rank(), collectives.world_size()
     batches: Iterable[EvaluationBatch] = stream.evaluation_batches(source, size, batch, workers, rank, world)
-    if rank == 0:
-        batches = _with_progress(batches, source.name, contents(source).images // world)
-    for some in batches:
+    total = contents(source).images // world
+    for some in progress(batches, f"features of {source.name}", total, "images", lambda b: len(b.keys)):
         with torch.no_grad():
             yield Rows(_in(stored, encode(some.images).cpu(), source), some.keys, some.labels, some.numbers)
 
@@ -199,23 +196,3 @@ def _in(stored: str, features: Tensor, source: Path) -> Tensor:
     if (half.isinf() & features.isfinite()).any():
         raise UserError(f"{source}: a feature of {features.abs().max():.3g} is beyond fp16's range; store fp32")
     return half
-
-
-def _with_progress(batches: Iterable[EvaluationBatch], name: str, total: int) -> Iterator[EvaluationBatch]:
-    """Passes the batches on; a bar with rate and ETA on a terminal, otherwise a line every ten seconds."""
-    live = sys.stderr.isatty()
-    start = told = time.monotonic()
-    done = 0
-    with tqdm(desc=f"features of {name}", total=total, unit=" images", disable=not live, leave=False) as bar:
-        for item in batches:
-            yield item
-            done += len(item.keys)
-            bar.update(len(item.keys))
-            now = time.monotonic()
-            if not live and now - told > 10:
-                told, rate = now, done / (now - start)
-                left = max(0, total - done) / rate
-                print(
-                    f"features of {name}: {done}/{total} images · {rate:.0f} images/s · ETA {left:.0f} s",
-                    file=sys.stderr,
-                )

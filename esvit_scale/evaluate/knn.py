@@ -113,10 +113,10 @@ def run_knn(
     train: Path,
     test: Path,
     out: Path,
+    loading: Loading,
     ks: Sequence[int] = KS,
     shots: Sequence[int] = (),
     tries: int = 5,
-    loading: Loading = Loading(),  # noqa: B008 (immutable)
 ) -> dict[str, Any]:
     """`esvit-scale evaluate knn`: the teacher of `checkpoint` on two labelled sets; writes `out`/knn.json."""
     require_classes((train, test), "k-NN")

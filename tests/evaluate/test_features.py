@@ -11,7 +11,6 @@ from torch import nn
 
 from esvit_scale.checkpoint import single_file
 from esvit_scale.checkpoint.weights import Weights
-from esvit_scale.data.stream import EvaluationBatch
 from esvit_scale.errors import UserError
 from esvit_scale.evaluate import features as module
 from esvit_scale.evaluate.features import (
@@ -87,14 +86,6 @@ def test_empty_source_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(b"not an image")
     with pytest.raises(UserError, match="no readable image"):
         extract(Mean(), tmp_path, SIZE, workers=0, device="cpu")
-
-
-def test_progress_says_rate_and_eta(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(range(0, 1000, 11))
-    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
-    batches = [EvaluationBatch(torch.zeros(22, 3, 2, 2), ["k"] * 22, torch.zeros(22), torch.zeros(22))] * 2
-    assert len(list(module._with_progress(batches, "photos", 88))) == 2
-    assert "features of photos: 22/88 images · 2 images/s · ETA 33 s" in capsys.readouterr().err
 
 
 def test_file_loads_without_pickle(tmp_path: Path) -> None:

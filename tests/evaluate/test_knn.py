@@ -13,7 +13,7 @@ from esvit_scale.errors import UserError
 from esvit_scale.evaluate import knn as module
 from esvit_scale.evaluate import labels as labels_module
 from esvit_scale.evaluate import neighbours
-from esvit_scale.evaluate.features import Contents, FeatureSet, Teacher
+from esvit_scale.evaluate.features import Contents, FeatureSet, Loading, Teacher
 from esvit_scale.evaluate.knn import Labelled, evaluate, few_shot, knn, run_knn, same_classes, table
 from esvit_scale.evaluate.neighbours import nearest_neighbours
 
@@ -147,7 +147,7 @@ def test_command_writes_stable_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(labels_module, "contents", lambda source: Contents(0, names))
     monkeypatch.setattr(module, "load_teacher", lambda path: Teacher(nn.Identity(), 64, 400))
     monkeypatch.setattr(module, "extract", lambda trunk, source, *_, **__: sets[source.name])
-    result = run_knn(tmp_path / "run", tmp_path / "train", tmp_path / "test", tmp_path / "out", ks=(10, 20))
+    result = run_knn(tmp_path / "run", tmp_path / "train", tmp_path / "test", tmp_path / "out", Loading(), ks=(10, 20))
     written = json.loads((tmp_path / "out" / "knn.json").read_text())
     assert written == result
     assert list(written) == [
@@ -185,5 +185,5 @@ def test_unlabelled_or_missing_sets_are_refused_before_any_work(
     monkeypatch.setattr(module, "load_teacher", None)
     for test, message in (("flat", "flat: its images have no labels"), ("goo", "did you mean")):
         with pytest.raises(UserError, match=message):
-            run_knn(tmp_path / "run", tmp_path / "good", tmp_path / test, tmp_path / "out")
+            run_knn(tmp_path / "run", tmp_path / "good", tmp_path / test, tmp_path / "out", Loading())
     assert not (tmp_path / "out").exists()
