@@ -7,7 +7,7 @@ loss is the softmax cross-entropy, or for several labels an image the sum over c
 C is 1/(nλ). The objective is convex: the optimum depends on neither seed, batch nor the number of ranks.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -82,28 +82,22 @@ def fit(data: Rows, penalty: float, start: Fitted | None = None, device: torch.d
 
 
 class Candidate(NamedTuple):
-    penalty: float
-    score: float  # on the held-out rows, higher is better
+    l2: float  # λ
+    held_out: float  # mean loss on the held-out rows
 
 
-def search(
-    data: Rows, score: Callable[[Fitted], float], device: torch.device | None = None
-) -> tuple[Candidate, list[Candidate]]:
-    """The λ whose fit on `data` scores best on what was held out, and every one tried, ascending.
+def search(data: Rows, held_out: Rows, device: torch.device | None = None) -> tuple[Candidate, list[Candidate]]:
+    """The λ whose fit on `data` has the least loss on `held_out`, and every one tried, ascending.
 
-    ELEVATER's way: a coarse grid over decades, then twice as fine around its best, and again. Equal scores go to the
-    stronger penalty.
+    Coarse to fine, as ELEVATER's search: a grid over decades, then twice as fine around its best, and again. The loss,
+    not the metric, is compared: it has one minimum in λ, where a metric on some hundred samples has many by chance (on
+    digits the best accuracy chose up to 1.5 points worse, the least loss 0.2 at most).
     """
     fits: dict[float, Fitted] = {}
-    scores: dict[float, float] = {}
-
-    def try_(penalty: float) -> None:
-        near = min(fits, key=lambda p: abs(np.log(p / penalty)), default=None)
-        fits[penalty] = fit(data, penalty, fits[near] if near is not None else None, device)
-        scores[penalty] = score(fits[penalty])
+    found: dict[float, float] = {}
 
     def best() -> float:
-        return max(scores, key=lambda p: (scores[p], p))
+        return min(found, key=lambda l2: (found[l2], -l2))
 
     def wanted() -> Iterator[float]:
         yield from reversed(PENALTIES)  # strong penalties converge fastest, and start the others
@@ -113,10 +107,18 @@ def search(
             middle = best()
             yield from (middle * factor, middle / factor)
 
-    for penalty in progress(wanted(), "logistic regression", len(PENALTIES) + 2 * REFINEMENTS, "penalties"):
-        try_(penalty)
-    tried = [Candidate(p, scores[p]) for p in sorted(scores)]
-    return Candidate(best(), scores[best()]), tried
+    for l2 in progress(wanted(), "logistic regression", len(PENALTIES) + 2 * REFINEMENTS, "penalties"):
+        near = min(fits, key=lambda known: abs(np.log(known / l2)), default=None)
+        fits[l2] = fit(data, l2, fits[near] if near is not None else None, device)
+        found[l2] = mean_loss(fits[l2], held_out)
+    return Candidate(best(), found[best()]), [Candidate(l2, found[l2]) for l2 in sorted(found)]
+
+
+def mean_loss(fitted: Fitted, data: Rows) -> float:
+    """Without the penalty."""
+    parts = zip(data.rows.split(ROWS_AT_ONCE), data.targets.split(ROWS_AT_ONCE), strict=True)
+    losses = [_loss_and_gradient(fitted.scores(data.features[rows]), targets)[0] for rows, targets in parts]
+    return float(torch.stack(losses).sum()) / len(data.rows)
 
 
 class _Blocks:

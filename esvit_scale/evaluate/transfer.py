@@ -100,14 +100,11 @@ def evaluate(dataset: Dataset, teacher: Teacher, loading: Loading) -> Json:
     sets = _several_labels(dataset, found) if dataset.labels else _classes(sources, found)
     metric = METRICS[dataset.metric].score
 
-    def score(fitted: logistic.Fitted) -> float:
-        return metric(fitted.scores(sets.features[sets.held_out]), sets.targets[sets.held_out])
-
     def rows(some: Tensor) -> logistic.Rows:
         return logistic.Rows(sets.features, some, sets.targets[some], sets.classes)
 
-    best, tried = logistic.search(rows(sets.fit), score)
-    final = logistic.fit(rows(torch.arange(len(sets.features))), best.penalty)
+    best, tried = logistic.search(rows(sets.fit), rows(sets.held_out))
+    final = logistic.fit(rows(torch.arange(len(sets.features))), best.l2)
     scores = final.scores(sets.test)
     found_score = metric(scores, sets.truth)
     if metric is accuracy:
@@ -118,8 +115,8 @@ def evaluate(dataset: Dataset, teacher: Teacher, loading: Loading) -> Json:
         "metric": dataset.metric,
         "score": found_score,
         "interval": interval,
-        "selected": {"l2": best.penalty, "held_out": best.score},
-        "path": [{"l2": c.penalty, "held_out": c.score} for c in tried],
+        "selected": best._asdict(),
+        "path": [candidate._asdict() for candidate in tried],
         "n_train": len(sets.features),
         "n_held_out": len(sets.held_out),
         "n_test": len(scores),
