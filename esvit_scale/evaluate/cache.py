@@ -8,6 +8,7 @@ same features the first one's are kept. Ranks on several nodes need DIR on a fil
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import socket
@@ -23,6 +24,8 @@ from esvit_scale import files
 from esvit_scale.data import image_folder, manifest
 from esvit_scale.errors import UserError
 from esvit_scale.parallel import collectives
+
+log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 COPIED_AT_ONCE = 64 << 20  # bytes
@@ -59,9 +62,13 @@ def obtain(
     """
     key = {"format_version": FORMAT_VERSION, **key}
     folder = cache / _digest(json.dumps(key, sort_keys=True).encode())[:20]
-    if not collectives.on_rank_0(lambda: (folder / "about.json").is_file()):
+    kept = collectives.on_rank_0(lambda: (folder / "about.json").is_file())
+    if not kept:
         _fill(folder, {**key, "source": str(source)}, images, compute())
-    return load(folder)
+    found = load(folder)
+    if kept and found.left_out and collectives.rank() == 0:  # the reader says so only when it reads
+        log.warning("%s: %d of %d images were left out when its features were made", source, found.left_out, images)
+    return found
 
 
 def load(folder: Path) -> FeatureSet:
@@ -216,8 +223,8 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def chunks(array: Tensor, bytes_at_once: int = COPIED_AT_ONCE) -> Iterator[tuple[int, Tensor]]:
-    """(first row, rows) of consecutive parts of a mapped tensor, so that it is never in memory whole."""
+def chunks(array: Tensor, bytes_at_once: int = COPIED_AT_ONCE) -> Iterator[Tensor]:
+    """Consecutive rows of a mapped tensor, so that it is never in memory whole."""
     rows = max(1, bytes_at_once // max(1, array[:1].nbytes))
     for start in range(0, len(array), rows):
-        yield start, array[start : start + rows]
+        yield array[start : start + rows]

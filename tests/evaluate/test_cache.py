@@ -34,7 +34,7 @@ def stored(cache: Path, **key: object) -> FeatureSet:
     return obtain(cache, key, SOURCE, 9, rows)
 
 
-def test_what_was_kept_is_not_computed_again(tmp_path: Path) -> None:
+def test_what_was_kept_is_not_computed_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def never() -> Iterator[Rows]:
         raise AssertionError("computed again")
 
@@ -47,6 +47,9 @@ def test_what_was_kept_is_not_computed_again(tmp_path: Path) -> None:
         assert found.numbers is not None
         assert found.numbers.tolist() == list(range(1, 8))
         assert found.left_out == 2
+    assert [r.getMessage() for r in caplog.records] == [
+        "photos: 2 of 9 images were left out when its features were made"
+    ]
     with pytest.raises(AssertionError):
         obtain(tmp_path, {"size": 2}, SOURCE, 9, never)
     assert len(list(tmp_path.iterdir())) == 1  # nothing is left of what failed
