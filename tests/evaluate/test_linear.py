@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -92,11 +93,10 @@ def test_a_fraction_learns_from_fewer(checkpoint: Path, photos: Path, tmp_path: 
 
 def test_over_images_learns_too(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
     recipe = FAST._replace(protocols=("official", "grid"), augment=True, epochs=3)
-    (photos / "train" / "red" / "broken.png").write_bytes(b"no image")  # left out everywhere, and shifts nothing
-    try:
-        result = run(checkpoint, photos, tmp_path, recipe)
-    finally:
-        (photos / "train" / "red" / "broken.png").unlink()
+    shutil.copytree(photos, tmp_path / "photos")
+    for i in range(20):  # before all others, left out everywhere, and shifting no label
+        (tmp_path / "photos" / "train" / "blue" / f"0-{i}.png").write_bytes(b"no image")
+    result = run(checkpoint, tmp_path / "photos", tmp_path, recipe)
     assert result["n_train"] == 60
     assert result["results"]["official"]["augmented"]
     assert result["results"]["grid"]["top1"] > 60

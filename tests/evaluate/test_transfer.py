@@ -46,8 +46,12 @@ def run(world: Path, checkpoint: Path, out: str = "out", **options: Any) -> dict
     return run_transfer(world / "list.yaml", checkpoint, world / out, loading, **options)
 
 
-def test_every_metric_and_the_mean(world: Path, checkpoint: Path, capsys: Any) -> None:
+def test_every_metric_and_the_mean(world: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    real, fitted = module.logistic.fit, list[int]()
+    monkeypatch.setattr(module.logistic, "fit", lambda data, *rest: fitted.append(len(data.rows)) or real(data, *rest))
     result = run(world, checkpoint)
+    assert fitted[10::11] == [60, 40, 60, 36]  # after ten of the search, one on all rows
+    assert fitted[:10] == [48] * 10
     assert json.loads((world / "out" / "transfer.json").read_text()) == result
     rows = result["datasets"]
     assert list(rows) == ["colours", "memes", "tags", "noise"]
