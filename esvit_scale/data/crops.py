@@ -43,13 +43,17 @@ def crop_box(
 
 
 def random_crop(
-    rng: np.random.Generator, image: Image.Image, scale: tuple[float, float], out: NDArray[np.uint8]
+    rng: np.random.Generator,
+    image: Image.Image,
+    scale: tuple[float, float],
+    out: NDArray[np.uint8],
+    resample: Image.Resampling = Image.Resampling.BICUBIC,
 ) -> None:
-    """Crop, resize (antialiased bicubic) and flip (p ½) the RGB `image` into `out` [3, S, S].
+    """Crop, resize (antialiased, bicubic unless said otherwise) and flip (p ½) the RGB `image` into `out` [3, S, S].
 
     Cropped before it is resized, as torchvision does: the resize's filter must not see beyond the crop.
     """
     size = out.shape[-1]
     box = crop_box(rng, *image.size, scale)
-    pixels = np.asarray(image.crop(box).resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    pixels = np.asarray(image.crop(box).resize((size, size), resample)).transpose(2, 0, 1)
     out[:] = pixels[:, :, ::-1] if rng.random() < 0.5 else pixels

@@ -341,6 +341,7 @@ class EvaluationBatch(NamedTuple):
     images: Tensor  # float32 [B, 3, S, S], ImageNet-normalised
     keys: list[str]
     labels: Tensor  # int64 [B], -1 without classes
+    numbers: Tensor  # int64 [B]: place in the source, which images left out keep
 
 
 def evaluation_batches(
@@ -403,6 +404,7 @@ class _EvaluationPart(NamedTuple):
     images: Tensor  # uint8 [B, 3, S, S]
     keys: list[str]
     labels: list[int]
+    numbers: list[int]
     bad: list[str]
 
 
@@ -410,7 +412,7 @@ def _evaluation_parts(items: _Items, numbers: range, size: int, batch: int) -> I
     info = get_worker_info()
     worker, workers = (info.id, info.num_workers) if info else (0, 1)
     for start in range(worker * batch, len(numbers), workers * batch):
-        images, keys, labels, bad = [], [], [], []
+        images, keys, labels, good, bad = [], [], [], [], []
         for number in numbers[start : start + batch]:
             try:
                 key, label, data = items.read(number)
@@ -420,8 +422,9 @@ def _evaluation_parts(items: _Items, numbers: range, size: int, batch: int) -> I
             else:
                 keys.append(key)
                 labels.append(label)
+                good.append(number)
         pixels = np.stack(images) if images else np.empty((0, 3, size, size), np.uint8)
-        yield _EvaluationPart(torch.from_numpy(pixels), keys, labels, bad)
+        yield _EvaluationPart(torch.from_numpy(pixels), keys, labels, good, bad)
 
 
 def _evaluation_joined(loader: Iterable[Any], source: str, total: int) -> Iterator[EvaluationBatch]:
@@ -430,7 +433,7 @@ def _evaluation_joined(loader: Iterable[Any], source: str, total: int) -> Iterat
         bad.extend(part.bad)
         if part.keys:
             images = photometric.normalize_(part.images.to(torch.float32).mul_(1 / 255))
-            yield EvaluationBatch(images, part.keys, torch.tensor(part.labels))
+            yield EvaluationBatch(images, part.keys, torch.tensor(part.labels), torch.tensor(part.numbers))
     if bad:
         log.warning("%s: left out %d bad images of %d (first: %s)", source, len(bad), total, bad[0])
 

@@ -1,30 +1,29 @@
-"""Features of a frozen trunk: images → view features [N, C], once, for every evaluation that follows."""
+"""Features of a frozen trunk: images → [N, C], once, for every evaluation that follows (evaluate/cache.py keeps them)."""
 
 import io
-import sys
-import time
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from esvit_scale import files
 from esvit_scale.checkpoint import single_file, state
 from esvit_scale.data import image_folder, manifest, stream
+from esvit_scale.data.stream import EvaluationBatch
 from esvit_scale.errors import UserError
+from esvit_scale.evaluate import cache as caches
+from esvit_scale.evaluate.cache import FeatureSet, Rows
+from esvit_scale.evaluate.progress import progress
 from esvit_scale.parallel import collectives
 
-Batch = tuple[Tensor, list[str], Tensor]  # images [B, 3, S, S], keys [B], labels [B]
-
-
-class FeatureSet(NamedTuple):
-    features: Tensor  # float32 [N, C], on the CPU
-    keys: list[str]  # [N]
-    labels: Tensor  # int64 [N]; -1: no label
+Kind = Literal["view", "blocks"]
+LAST_BLOCKS = 4
+TRANSFORM = "short side to size*256/224 (bicubic), centre crop"
 
 
 class Contents(NamedTuple):
@@ -38,6 +37,17 @@ class Teacher(NamedTuple):
     step: int | None  # None: a single file does not say
 
 
+class Loading(NamedTuple):
+    """How features are computed and kept; what the evaluations pass on from the command line."""
+
+    batch: int = 64
+    workers: int = 4
+    device: str | torch.device | None = None  # None: the GPU where there is one
+    precision: str = "fp32"  # of the trunk; "bf16": under autocast
+    stored: str = "fp32"  # of the features; "fp16" halves the cache
+    cache: Path | None = None  # None: nothing is kept
+
+
 def extract(
     trunk: nn.Module,
     source: Path,
@@ -46,48 +56,56 @@ def extract(
     workers: int = 4,
     device: str | torch.device | None = None,
     precision: str = "fp32",
+    stored: str = "fp32",
+    cache: Path | None = None,
+    kind: Kind = "view",
 ) -> FeatureSet:
-    """View features of every image in `source` (shards or an image folder), in the source's order.
+    """Features of every image in `source` (shards or an image folder), in the source's order.
 
-    The transform is the published k-NN protocol's (short side to size·256/224, centre crop). On several ranks each extracts its
-    part; every rank returns the whole set. `precision` "bf16" runs the trunk under autocast; features are fp32.
+    The transform is the published k-NN protocol's (short side to size·256/224, centre crop). On several ranks each
+    extracts its part; every rank returns the whole set. Arguments from `batch` to `cache`: see `Loading`.
+
+    kind "view": view features [N, C]. kind "blocks": [N, 2, D], the mean and the maximum over the tokens of each of the
+    last four blocks, concatenated in order (D = 2304 for Swin-T; the last C columns are the last block's); what linear
+    probes read.
 
     Raises:
-        UserError: `source` is missing, empty, or holds no readable image.
+        UserError: `source` is missing, empty, or holds no readable image; a feature exceeds fp16's range.
     """
     place = torch.device(device) if device else default_device()
+    encoder = {"view": _view, "blocks": last_blocks}[kind]
 
     def encode(images: Tensor) -> Tensor:
         with torch.autocast(place.type, torch.bfloat16, enabled=precision == "bf16"):
-            return trunk([images.to(place, non_blocking=True)]).view.float()  # [B, C]
+            return encoder(trunk, images.to(place, non_blocking=True)).float()
 
-    was_training = trunk.training
-    trunk.to(place).eval()  # batch norm trunks: running statistics, whatever the batch
-    try:
-        return _extract(encode, source, size, batch, workers)
-    finally:
-        trunk.train(was_training)
+    def compute() -> Iterator[Rows]:
+        was_training = trunk.training
+        trunk.to(place).eval()  # batch norm trunks: running statistics, whatever the batch
+        try:
+            yield from _rows(encode, source, size, batch, workers, stored)
+        finally:
+            trunk.train(was_training)
+
+    images = contents(source).images  # first of all: it says what is wrong with the source
+    key = {"trunk": caches.trunk_digest(trunk), "data": caches.source_digest(source), "size": size}
+    key |= {"transform": TRANSFORM, "kind": kind, "precision": precision, "stored": stored}
+    return _obtain(cache, key, source, images, compute)
 
 
 def raw_pixels(source: Path, size: int, batch: int = 64, workers: int = 4) -> FeatureSet:
     """The baseline that has learnt nothing: the normalised pixels themselves, C = 3·size². For small sets only."""
-    return _extract(lambda images: images.flatten(1), source, size, batch, workers)
+    images = contents(source).images
+    key = {"kind": "pixels"}
+    return _obtain(None, key, source, images, lambda: _rows(lambda x: x.flatten(1), source, size, batch, workers))
 
 
-def run_embed(
-    checkpoint: Path,
-    data: Path,
-    out: Path,
-    batch: int = 64,
-    workers: int = 4,
-    device: str | torch.device | None = None,
-    precision: str = "fp32",
-) -> FeatureSet:
+def run_embed(checkpoint: Path, data: Path, out: Path, loading: Loading) -> FeatureSet:
     """`esvit-scale embed`: features of `data` under `checkpoint`'s teacher, written to the file `out`."""
     if out.is_dir():
         raise UserError(f"{out}: is a folder; --out names the file to write, for example {out / 'features.npz'}")
     teacher = load_teacher(checkpoint)
-    found = extract(teacher.trunk, data, teacher.size, batch, workers, device, precision)
+    found = extract(teacher.trunk, data, teacher.size, **loading._asdict())
     if collectives.rank() == 0:
         save(found, out)
         print(f"{out}: {len(found.keys)} features of width {found.features.shape[1]} from {data}")
@@ -98,7 +116,7 @@ def save(found: FeatureSet, path: Path) -> None:
     """`path`.npz with arrays features float32 [N, C], keys str [N], labels int64 [N]; no pickles; whole or not at all."""
     buffer = io.BytesIO()
     keys = np.asarray(found.keys, dtype=np.str_)
-    np.savez(buffer, features=found.features.numpy(), keys=keys, labels=found.labels.numpy())
+    np.savez(buffer, features=found.features.float().numpy(), keys=keys, labels=found.labels.numpy())
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_bytes(path, buffer.getvalue())
 
@@ -129,43 +147,52 @@ def default_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def _extract(encode: Callable[[Tensor], Tensor], source: Path, size: int, batch: int, workers: int) -> FeatureSet:
+def last_blocks(trunk: nn.Module, images: Tensor) -> Tensor:
+    """[B, 2, D]: mean and maximum over the tokens of each of the last four blocks, side by side."""
+    maps: Any = getattr(trunk, "last_blocks", None)
+    if maps is None:
+        raise UserError(f"the trunk {type(trunk).__name__} does not give its blocks' tokens; a probe needs them")
+    tokens = [m.tokens.view(len(images), -1, m.tokens.shape[-1]) for m in maps([images], LAST_BLOCKS)]  # [B, T, C]
+    return torch.stack([torch.cat([t.mean(1) for t in tokens], 1), torch.cat([t.amax(1) for t in tokens], 1)], 1)
+
+
+def _view(trunk: nn.Module, images: Tensor) -> Tensor:
+    view: Tensor = trunk([images]).view  # [B, C]
+    return view
+
+
+def _obtain(
+    cache: Path | None, key: dict[str, Any], source: Path, images: int, compute: Callable[[], Iterable[Rows]]
+) -> FeatureSet:
+    if cache is not None:
+        return caches.obtain(cache, key, source, images, compute)
+    folder = collectives.on_rank_0(lambda: Path(tempfile.mkdtemp(prefix="esvit-scale-features-")))
+    try:
+        found = caches.obtain(folder, key, source, images, compute)
+        in_memory = {name: getattr(found, name).clone() for name in ("features", "labels", "numbers")}
+        collectives.barrier()  # every rank has its copy
+        return found._replace(**in_memory)
+    finally:
+        if collectives.rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _rows(
+    encode: Callable[[Tensor], Tensor], source: Path, size: int, batch: int, workers: int, stored: str = "fp32"
+) -> Iterator[Rows]:
+    """This rank's part of the source's features, batch by batch."""
     rank, world = collectives.rank(), collectives.world_size()
-    features, keys, labels = [], [], []
-    batches: Iterable[Batch] = stream.evaluation_batches(source, size, batch, workers, rank, world)
-    if rank == 0:
-        batches = _with_progress(batches, source.name, contents(source).images // world)
-    with torch.no_grad():
-        for images, batch_keys, batch_labels in batches:
-            features.append(encode(images).float().cpu())
-            keys += batch_keys
-            labels.append(batch_labels)
-    part = (torch.cat(features).numpy(), keys, torch.cat(labels).numpy()) if features else None
-    parts = [p for p in collectives.gather_objects(part) if p is not None]
-    if not parts:
-        raise UserError(f"{source}: holds no readable image")
-    return FeatureSet(
-        torch.from_numpy(np.concatenate([p[0] for p in parts])),
-        [key for p in parts for key in p[1]],
-        torch.from_numpy(np.concatenate([p[2] for p in parts])),
-    )
+    batches: Iterable[EvaluationBatch] = stream.evaluation_batches(source, size, batch, workers, rank, world)
+    total = contents(source).images // world
+    for some in progress(batches, f"features of {source.name}", total, "images", lambda b: len(b.keys)):
+        with torch.no_grad():
+            yield Rows(_in(stored, encode(some.images).cpu(), source), some.keys, some.labels, some.numbers)
 
 
-def _with_progress(batches: Iterable[Batch], name: str, total: int) -> Iterator[Batch]:
-    """Passes the batches on; a bar with rate and ETA on a terminal, otherwise a line every ten seconds."""
-    live = sys.stderr.isatty()
-    start = told = time.monotonic()
-    done = 0
-    with tqdm(desc=f"features of {name}", total=total, unit=" images", disable=not live, leave=False) as bar:
-        for item in batches:
-            yield item
-            done += len(item[1])
-            bar.update(len(item[1]))
-            now = time.monotonic()
-            if not live and now - told > 10:
-                told, rate = now, done / (now - start)
-                left = max(0, total - done) / rate
-                print(
-                    f"features of {name}: {done}/{total} images · {rate:.0f} images/s · ETA {left:.0f} s",
-                    file=sys.stderr,
-                )
+def _in(stored: str, features: Tensor, source: Path) -> Tensor:
+    if stored == "fp32":
+        return features
+    half = features.half()
+    if (half.isinf() & features.isfinite()).any():
+        raise UserError(f"{source}: a feature of {features.abs().max():.3g} is beyond fp16's range; store fp32")
+    return half

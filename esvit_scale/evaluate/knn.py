@@ -4,35 +4,30 @@ The protocol (DINO's, used by EsViT): features are L2-normalised; a test sample'
 cosine vote for their class with weight exp(s / 0.07); k = 10, 20, 100, 200. Accuracies are percentages.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from esvit_scale import files
 from esvit_scale.errors import UserError
-from esvit_scale.evaluate.features import FeatureSet, contents, extract, load_teacher
+from esvit_scale.evaluate.features import Loading, default_device, extract, load_teacher
+from esvit_scale.evaluate.labels import Labelled, check, labelled, per_class, require_classes, same_classes
+from esvit_scale.evaluate.metrics import mean_interval, wilson
+from esvit_scale.evaluate.neighbours import nearest_neighbours
 from esvit_scale.parallel import collectives
 
 KS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
-SIMILARITIES_AT_ONCE = 2**26  # of a chunk of queries: 256 MB in fp32, whatever the training set's size
+VOTES_AT_ONCE = 2**24  # queries × classes: 64 MB
 EXAMPLES, EXAMPLE_NEIGHBOURS = 10, 5  # test samples whose neighbours knn.json records for the report
 
 
 class Accuracy(NamedTuple):
     top1: float  # percent
     top5: float | None  # percent; None: fewer than five classes
-
-
-class Labelled(NamedTuple):
-    """A feature set whose labels index `classes`."""
-
-    found: FeatureSet
-    classes: tuple[str, ...]
 
 
 def knn(
@@ -42,51 +37,68 @@ def knn(
     test_labels: Tensor,
     ks: Sequence[int] = KS,
     temperature: float = TEMPERATURE,
-    chunk: int | None = None,
+    device: torch.device | str | None = None,
 ) -> dict[int, Accuracy]:
     """Accuracy for each k.
 
     Features [N, C] of any floating type, labels int64 [N], one numbering of the classes for both sets. A k larger than
-    the training set is clipped to it, and is reported once, under the clipped k. `chunk` queries are compared at a
-    time; None chooses by memory. A class counts among the top five only when it got a vote.
+    the training set is clipped to it, and is reported once, under the clipped k. A class counts among the top five only
+    when it got a vote. On several ranks each takes its part of the test set, and all get the result.
 
     Raises:
         UserError: features that are not finite or of different width, no samples, no labels, or a single class.
     """
-    _check("train", train_features, train_labels)
-    _check("test", test_features, test_labels)
-    if train_features.shape[1] != test_features.shape[1]:
-        raise UserError(f"feature width differs: train {train_features.shape[1]}, test {test_features.shape[1]}")
-    if len(train_labels.unique()) < 2:
-        raise UserError("train set: all samples are of one class; k-NN needs at least two")
+    check(train_features, train_labels, test_features, test_labels, "k-NN")
     ks = clip_ks(ks, len(train_labels))
+    device = device or default_device()
     classes = int(torch.cat([train_labels, test_labels]).max()) + 1
     top = min(5, classes)
-    right = {k: torch.zeros(top, dtype=torch.int64) for k in ks}
-    for queries, similarity, index in nearest_neighbours(train_features, test_features, max(ks), chunk):
-        voters = train_labels.to(index.device)[index]  # [Q, k]
-        weights = (similarity / temperature).exp()
-        truth = test_labels[queries].to(index.device)[:, None]
-        for k in ks:
-            votes = weights.new_zeros(len(voters), classes).scatter_add_(1, voters[:, :k], weights[:, :k])
-            ranked = votes.topk(top)  # [Q, top]
-            right[k] += ((ranked.indices == truth) & (ranked.values > 0)).sum(0).cpu()
-    share = 100 / len(test_labels)
+    rank, world, n = collectives.rank(), collectives.world_size(), len(test_labels)
+    mine = slice(rank * n // world, (rank + 1) * n // world)
+    similarity, index = nearest_neighbours(train_features, test_features[mine], max(ks), device)
+    right = _right(train_labels[index], (similarity / temperature).exp(), test_labels[mine], ks, classes, top)
+    hits = collectives.all_reduce_sum_(right.to(device)).cpu()  # [ks, top]
     return {
-        k: Accuracy(share * int(hits[0]), share * int(hits.sum()) if top == 5 else None) for k, hits in right.items()
+        k: Accuracy(100 * int(row[0]) / n, 100 * int(row.sum()) / n if top == 5 else None)
+        for k, row in zip(ks, hits, strict=True)
     }
 
 
-def nearest_neighbours(
-    train_features: Tensor, test_features: Tensor, k: int, chunk: int | None = None
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(queries, cosine similarity [Q, k], index into train [Q, k]) for chunk after chunk of the test set, best first."""
-    bank = F.normalize(train_features.float(), dim=1)  # [N, C]
-    chunk = chunk or max(1, SIMILARITIES_AT_ONCE // len(bank))
-    for start in range(0, len(test_features), chunk):
-        queries = slice(start, min(start + chunk, len(test_features)))
-        similarity, index = (F.normalize(test_features[queries].float(), dim=1) @ bank.T).topk(k)
-        yield queries, similarity, index
+def _right(voters: Tensor, weights: Tensor, truth: Tensor, ks: Sequence[int], classes: int, top: int) -> Tensor:
+    """How often the true class came first, second, …: int64 [ks, top]. voters and weights [Q, k], truth [Q]."""
+    right = torch.zeros(len(ks), top, dtype=torch.int64)
+    step = max(1, VOTES_AT_ONCE // classes)
+    for start in range(0, len(truth), step):
+        some = slice(start, start + step)
+        for i, k in enumerate(ks):
+            votes = torch.zeros(len(truth[some]), classes)
+            votes.scatter_add_(1, voters[some, :k], weights[some, :k])
+            ranked = votes.topk(top)  # [Q, top]
+            right[i] += ((ranked.indices == truth[some, None]) & (ranked.values > 0)).sum(0)
+    return right
+
+
+def few_shot(
+    train: Labelled, test: Labelled, shots: Sequence[int], tries: int, ks: Sequence[int] = KS, seed: int = 0
+) -> dict[str, Any]:
+    """k-NN with n training samples of each class, for n in `shots`: mean top-1 over `tries` draws, and its interval.
+
+    Raises:
+        UserError: a class has fewer than n samples.
+    """
+    names, labels = train.classes, train.found.labels
+    truth = same_classes(train, test)
+    for n in shots:
+        per_class(labels, n, seed, names)  # says at once what is not there
+    found: dict[str, Any] = {}
+    for n in shots:
+        runs = []
+        for attempt in range(tries):
+            rows = per_class(labels, n, seed + attempt, names)
+            runs.append(knn(train.found.features[rows], labels[rows], test.found.features, truth, ks))
+        means = {k: mean_interval([run[k].top1 for run in runs]) for k in runs[0]}
+        found[str(n)] = {str(k): {"top1": mean, "interval": interval} for k, (mean, interval) in means.items()}
+    return {"tries": tries, "seed": seed, "results": found}
 
 
 def clip_ks(ks: Sequence[int], n: int) -> list[int]:
@@ -96,53 +108,30 @@ def clip_ks(ks: Sequence[int], n: int) -> list[int]:
     return sorted({min(k, n) for k in ks})
 
 
-def same_classes(train: Labelled, test: Labelled) -> Tensor:
-    """The test labels in the training set's numbering, classes matched by name; int64 [N].
-
-    Raises:
-        UserError: the test set has classes that no training sample has.
-    """
-    if train.classes == test.classes or not (train.classes and test.classes):
-        return test.found.labels
-    number = {train.classes[i]: i for i in train.found.labels.unique().tolist() if i >= 0}
-    needed = [test.classes[i] for i in test.found.labels.unique().tolist() if i >= 0]
-    missing = [name for name in needed if name not in number]
-    if missing:
-        shown = ", ".join(repr(name) for name in missing[:10]) + (", …" if len(missing) > 10 else "")
-        raise UserError(f"test set: {len(missing)} of its {len(needed)} classes have no training sample: {shown}")
-    table = torch.tensor([number.get(name, -1) for name in test.classes] + [-1])  # the last: unlabelled (-1)
-    return table[test.found.labels]
-
-
 def run_knn(
     checkpoint: Path,
     train: Path,
     test: Path,
     out: Path,
+    loading: Loading,
     ks: Sequence[int] = KS,
-    batch: int = 64,
-    workers: int = 4,
-    device: str | torch.device | None = None,
-    precision: str = "fp32",
+    shots: Sequence[int] = (),
+    tries: int = 5,
 ) -> dict[str, Any]:
     """`esvit-scale evaluate knn`: the teacher of `checkpoint` on two labelled sets; writes `out`/knn.json."""
-    for source in (train, test):  # before the hours that features may take
-        if not contents(source).classes:
-            raise UserError(f"{source}: its images have no labels; k-NN needs one subfolder for each class")
+    require_classes((train, test), "k-NN")
     teacher = load_teacher(checkpoint)
-    settings = (teacher.size, batch, workers, device, precision)
-    sets = [labelled(extract(teacher.trunk, source, *settings), source) for source in (train, test)]
+    sets = [labelled(extract(teacher.trunk, s, teacher.size, **loading._asdict()), s) for s in (train, test)]
     row = {"checkpoint": str(checkpoint), "step": teacher.step, "train": str(train), "test": str(test)}
     result = row | evaluate(sets[0], sets[1], ks)  # on every rank: an error ends them all, nobody is left waiting
+    if shots:
+        result["few_shot"] = few_shot(sets[0], sets[1], shots, tries, ks)
     if collectives.rank() == 0:
         write_result(result, out / "knn.json")
         print(table([result]))
+        if shots:
+            print(few_shot_table(result["few_shot"]))
     return result
-
-
-def labelled(found: FeatureSet, source: Path) -> Labelled:
-    """`found` with the class names of the set it came from."""
-    return Labelled(found, contents(source).classes)
 
 
 def evaluate(train: Labelled, test: Labelled, ks: Sequence[int] = KS) -> dict[str, Any]:
@@ -157,7 +146,7 @@ def evaluate(train: Labelled, test: Labelled, ks: Sequence[int] = KS) -> dict[st
         "n_train": n,
         "n_test": len(test.found.keys),
         "feature_dim": train.found.features.shape[1],
-        "results": {str(k): a._asdict() for k, a in found.items()},
+        "results": {str(k): a._asdict() | {"interval": wilson(a.top1, len(labels))} for k, a in found.items()},
         "best": {"k": best, **found[best]._asdict()},
         "examples": _examples(train, test),
     }
@@ -186,32 +175,33 @@ def table(rows: Sequence[dict[str, Any]], names: Sequence[str] | None = None) ->
     return "\n".join(lines)
 
 
+def few_shot_table(result: dict[str, Any]) -> str:
+    ks = sorted({int(k) for row in result["results"].values() for k in row})
+    lines = [f"{'k-NN top-1, % (mean ± 95 %)':<28}" + "".join(f"{f'k={k}':>14}" for k in ks)]
+    for n, row in result["results"].items():
+        cells = [_with_reach(row[str(k)]) if str(k) in row else "–" for k in ks]
+        lines.append(f"{n + ' of each class':<28}" + "".join(f"{cell:>14}" for cell in cells))
+    return "\n".join([*lines, f"over {result['tries']} draws of the training samples"])
+
+
+def _with_reach(cell: dict[str, Any]) -> str:
+    interval = cell["interval"]
+    return f"{cell['top1']:.1f}" + (f" ± {interval[1] - cell['top1']:.1f}" if interval else "")
+
+
 def _examples(train: Labelled, test: Labelled) -> list[dict[str, Any]]:
     """Ten test samples, evenly spaced over the set, with their nearest training samples: for pictures."""
     n = len(test.found.keys)
     picked = torch.linspace(0, n - 1, min(EXAMPLES, n)).round().long()
     k = min(EXAMPLE_NEIGHBOURS, len(train.found.keys))
     rows = []
-    for queries, similarity, index in nearest_neighbours(train.found.features, test.found.features[picked], k):
-        for i, s, j in zip(picked[queries].tolist(), similarity.tolist(), index.tolist(), strict=True):
-            neighbours = [_named(train, at) | {"similarity": value} for at, value in zip(j, s, strict=True)]
-            rows.append(_named(test, i) | {"neighbours": neighbours})
+    similarity, index = nearest_neighbours(train.found.features, test.found.features[picked], k)
+    for i, s, j in zip(picked.tolist(), similarity.tolist(), index.tolist(), strict=True):
+        neighbours = [_named(train, at) | {"similarity": value} for at, value in zip(j, s, strict=True)]
+        rows.append(_named(test, i) | {"neighbours": neighbours})
     return rows
 
 
 def _named(of: Labelled, i: int) -> dict[str, Any]:
     label = int(of.found.labels[i])
     return {"key": of.found.keys[i], "class": of.classes[label] if of.classes else str(label)}
-
-
-def _check(name: str, features: Tensor, labels: Tensor) -> None:
-    if len(features) == 0:
-        raise UserError(f"{name} set: no samples")
-    bad = int((~features.isfinite().all(1)).sum())
-    if bad:
-        raise UserError(
-            f"{name} set: {bad} of {len(features)} feature vectors hold NaN or infinity; the trunk is broken"
-        )
-    unlabelled = int((labels < 0).sum())
-    if unlabelled:
-        raise UserError(f"{name} set: {unlabelled} of {len(labels)} samples have no label; k-NN needs class folders")

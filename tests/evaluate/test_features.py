@@ -13,7 +13,16 @@ from esvit_scale.checkpoint import single_file
 from esvit_scale.checkpoint.weights import Weights
 from esvit_scale.errors import UserError
 from esvit_scale.evaluate import features as module
-from esvit_scale.evaluate.features import FeatureSet, Teacher, contents, extract, raw_pixels, run_embed, save
+from esvit_scale.evaluate.features import (
+    FeatureSet,
+    Loading,
+    Teacher,
+    contents,
+    extract,
+    raw_pixels,
+    run_embed,
+    save,
+)
 from esvit_scale.models.initialize import initialize
 from esvit_scale.objective.network import build_network
 from tests import tiny
@@ -79,33 +88,6 @@ def test_empty_source_is_an_error(tmp_path: Path) -> None:
         extract(Mean(), tmp_path, SIZE, workers=0, device="cpu")
 
 
-@pytest.mark.parametrize("world", [2, 3])
-def test_parts_of_ranks_join_to_the_whole(folder: Path, world: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = extract(Mean(), folder, SIZE, batch=4, workers=0, device="cpu")
-    given: list = []
-    monkeypatch.setattr(module.collectives, "world_size", lambda: world)
-    monkeypatch.setattr(module.collectives, "gather_objects", lambda part: given.append(part) or list(given))
-    for rank in range(world):
-        monkeypatch.setattr(module.collectives, "rank", lambda rank=rank: rank)
-        joined = extract(Mean(), folder, SIZE, batch=4, workers=0, device="cpu")
-    assert joined.keys == whole.keys
-    assert torch.equal(joined.features, whole.features)
-    assert torch.equal(joined.labels, whole.labels)
-
-
-def test_a_rank_without_images_does_not_matter(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.collectives, "gather_objects", lambda part: [part, None])
-    assert len(extract(Mean(), folder, SIZE, workers=0, device="cpu").keys) == 10
-
-
-def test_progress_says_rate_and_eta(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter(range(0, 1000, 11))
-    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
-    batches = [(torch.zeros(22, 3, 2, 2), ["k"] * 22, torch.zeros(22))] * 2
-    assert len(list(module._with_progress(batches, "photos", 88))) == 2
-    assert "features of photos: 22/88 images · 2 images/s · ETA 33 s" in capsys.readouterr().err
-
-
 def test_file_loads_without_pickle(tmp_path: Path) -> None:
     found = FeatureSet(torch.randn(3, 4), ["a/1", "ü", "c"], torch.tensor([0, -1, 2]))
     save(found, tmp_path / "deep" / "f.npz")
@@ -119,11 +101,11 @@ def test_file_loads_without_pickle(tmp_path: Path) -> None:
 
 def test_embed_writes_the_named_file(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "load_teacher", lambda path: Teacher(Mean(), SIZE, 400))
-    run_embed(tmp_path / "run", folder, tmp_path / "f.npz", workers=0, device="cpu")
+    run_embed(tmp_path / "run", folder, tmp_path / "f.npz", Loading(workers=0, device="cpu"))
     with np.load(tmp_path / "f.npz", allow_pickle=False) as data:
         assert data["features"].shape == (10, 3)
     with pytest.raises(UserError, match="is a folder"):
-        run_embed(tmp_path / "run", folder, tmp_path)
+        run_embed(tmp_path / "run", folder, tmp_path, Loading())
 
 
 def test_embed_with_a_single_file(folder: Path, tmp_path: Path) -> None:
@@ -132,7 +114,7 @@ def test_embed_with_a_single_file(folder: Path, tmp_path: Path) -> None:
     initialize(network, 0)
     tensors = {name: p.detach() for name, p in network.named_parameters() if name.startswith("trunk.")}
     single_file.write(tmp_path / "t.safetensors", Weights(config, {"teacher": tensors}, {}), "teacher")
-    run_embed(tmp_path / "t.safetensors", folder, tmp_path / "f.npz", workers=0, device="cpu")
+    run_embed(tmp_path / "t.safetensors", folder, tmp_path / "f.npz", Loading(workers=0, device="cpu"))
     with np.load(tmp_path / "f.npz", allow_pickle=False) as data:
         assert data["features"].shape == (10, network.trunk.dim)
     assert module.load_teacher(tmp_path / "t.safetensors").step is None

@@ -11,8 +11,11 @@ from torch import nn
 
 from esvit_scale.errors import UserError
 from esvit_scale.evaluate import knn as module
-from esvit_scale.evaluate.features import Contents, FeatureSet, Teacher
-from esvit_scale.evaluate.knn import Labelled, evaluate, knn, run_knn, same_classes, table
+from esvit_scale.evaluate import labels as labels_module
+from esvit_scale.evaluate import neighbours
+from esvit_scale.evaluate.features import Contents, FeatureSet, Loading, Teacher
+from esvit_scale.evaluate.knn import Labelled, evaluate, few_shot, knn, run_knn, same_classes, table
+from esvit_scale.evaluate.neighbours import nearest_neighbours
 
 
 def clusters(n: int, classes: int, seed: int, width: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,21 +53,36 @@ def test_equals_scikit_learn(classes: int) -> None:
     assert 100 / classes < found[20].top1 < 100  # neither chance nor trivial, or the comparison says little
 
 
-def test_length_of_features_and_chunks_do_not_matter() -> None:
+def test_the_length_of_features_does_not_matter() -> None:
     train, labels = clusters(90, 6, seed=0)
     test, truth = clusters(31, 6, seed=1)
-    whole = knn(train, labels, test, truth, ks=(5, 20))
     scaled = train * torch.linspace(0.1, 9, 90)[:, None]
-    for chunk in (1, 7, 31, 100):
-        assert knn(scaled, labels, test * 3, truth, ks=(5, 20), chunk=chunk) == whole
+    assert knn(scaled, labels, test * 3, truth, ks=(5, 20)) == knn(train, labels, test, truth, ks=(5, 20))
 
 
-def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SIMILARITIES_AT_ONCE", 1000)
-    train, _ = clusters(90, 3, seed=0)
-    sizes = [len(index) for _, _, index in module.nearest_neighbours(train, train, k=3)]
-    assert max(sizes) == 1000 // 90
-    assert sum(sizes) == 90
+@pytest.mark.parametrize(("rows", "queries"), [(1000, 1000), (7, 3), (90, 1), (89, 31)])
+def test_blocks_do_not_matter(rows: int, queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(neighbours, "BANK_ROWS", rows)
+    monkeypatch.setattr(neighbours, "QUERIES", queries)
+    train, test = clusters(90, 3, seed=0)[0], clusters(31, 3, seed=1)[0]
+    similarity, index = nearest_neighbours(train, test, k=12)
+    oracle = torch.cosine_similarity(test.double()[:, None], train.double()[None], dim=2).topk(12)
+    assert torch.equal(index, oracle.indices)
+    assert similarity.double().allclose(oracle.values, atol=1e-6)
+
+
+def test_few_shots_are_means_over_draws() -> None:
+    train, test = Labelled(feature_set(60, 3), ("a", "b", "c")), Labelled(feature_set(30, 3, 1), ("a", "b", "c"))
+    result = few_shot(train, test, [1, 20], tries=3)
+    assert list(result["results"]["1"]) == ["3"]  # k is clipped to the three samples there are
+    whole = knn(train.found.features, train.found.labels, test.found.features, test.found.labels)
+    every = result["results"]["20"]["10"]  # 20 of each class are all there are: every draw gives the same
+    assert every["top1"] == pytest.approx(whole[10].top1)
+    assert every["interval"] == pytest.approx([whole[10].top1] * 2)
+    low, high = result["results"]["1"]["3"]["interval"]
+    assert low < result["results"]["1"]["3"]["top1"] < high
+    with pytest.raises(UserError, match="class 'a' has 20 samples; 21 of each"):
+        few_shot(train, test, [1, 21], tries=1)
 
 
 def test_k_beyond_the_training_set_is_clipped_and_said_once(capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,16 +144,16 @@ def test_k_below_one_is_refused() -> None:
 def test_command_writes_stable_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     sets = {"train": feature_set(60, 6, seed=0), "test": feature_set(18, 6, seed=1)}
     names = tuple(f"class{c}" for c in range(6))
-    monkeypatch.setattr(module, "contents", lambda source: Contents(0, names))
+    monkeypatch.setattr(labels_module, "contents", lambda source: Contents(0, names))
     monkeypatch.setattr(module, "load_teacher", lambda path: Teacher(nn.Identity(), 64, 400))
-    monkeypatch.setattr(module, "extract", lambda trunk, source, *_: sets[source.name])
-    result = run_knn(tmp_path / "run", tmp_path / "train", tmp_path / "test", tmp_path / "out", ks=(10, 20))
+    monkeypatch.setattr(module, "extract", lambda trunk, source, *_, **__: sets[source.name])
+    result = run_knn(tmp_path / "run", tmp_path / "train", tmp_path / "test", tmp_path / "out", Loading(), ks=(10, 20))
     written = json.loads((tmp_path / "out" / "knn.json").read_text())
     assert written == result
     assert list(written) == [
         *("checkpoint", "step", "train", "test", "n_train", "n_test", "feature_dim", "results", "best", "examples")
     ]
-    assert set(written["results"]["10"]) == {"top1", "top5"}
+    assert set(written["results"]["10"]) == {"top1", "top5", "interval"}
     assert written["best"]["top1"] == max(r["top1"] for r in written["results"].values())
     assert [len(e["neighbours"]) for e in written["examples"]] == [5] * 10
     assert "step 400" in capsys.readouterr().out
@@ -167,5 +185,5 @@ def test_unlabelled_or_missing_sets_are_refused_before_any_work(
     monkeypatch.setattr(module, "load_teacher", None)
     for test, message in (("flat", "flat: its images have no labels"), ("goo", "did you mean")):
         with pytest.raises(UserError, match=message):
-            run_knn(tmp_path / "run", tmp_path / "good", tmp_path / test, tmp_path / "out")
+            run_knn(tmp_path / "run", tmp_path / "good", tmp_path / test, tmp_path / "out", Loading())
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,230 @@
+"""Features on disk: computed once for a trunk, a data set and a transform; every evaluation then maps them into memory.
+
+DIR/<key>/ holds features.npy [N, …], labels.npy and numbers.npy (int64 [N]), keys.jsonl (a JSON string a line) and
+about.json, which spells out what <key> is the hash of. Ranks write a part each, with plain sequential writes; rank 0
+joins them and renames the folder into place. So a folder that is there is whole, and of two processes that compute the
+same features the first one's are kept. Ranks on several nodes need DIR on a file system that they share.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from esvit_scale import files
+from esvit_scale.data import image_folder, manifest
+from esvit_scale.errors import UserError
+from esvit_scale.parallel import collectives
+
+log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+COPIED_AT_ONCE = 64 << 20  # bytes
+
+
+class FeatureSet(NamedTuple):
+    features: (
+        Tensor  # [N, …] on the CPU, float32 or float16; from a cache: mapped from its file, private to the process
+    )
+    keys: list[str]  # [N]
+    labels: Tensor  # int64 [N]; -1: no label
+    numbers: Tensor | None = None  # int64 [N]: place in the source
+    left_out: int = 0  # images of the source that could not be read
+
+
+class Rows(NamedTuple):
+    """Some images' part of a FeatureSet."""
+
+    features: Tensor
+    keys: list[str]
+    labels: Tensor
+    numbers: Tensor
+
+
+def obtain(
+    cache: Path, key: dict[str, Any], source: Path, images: int, compute: Callable[[], Iterable[Rows]]
+) -> FeatureSet:
+    """The features that `key` describes: from `cache`, or computed (this rank's part of them) and kept there.
+
+    All ranks call it together, and get the whole set. `images` is how many `source` says it holds.
+
+    Raises:
+        UserError: no image could be read, or the cache's folder is not shared by the ranks.
+    """
+    key = {"format_version": FORMAT_VERSION, **key}
+    folder = cache / _digest(json.dumps(key, sort_keys=True).encode())[:20]
+    kept = collectives.on_rank_0(lambda: (folder / "about.json").is_file())
+    if not kept:
+        _fill(folder, {**key, "source": str(source)}, images, compute())
+    found = load(folder)
+    if kept and found.left_out and collectives.rank() == 0:  # the reader says so only when it reads
+        log.warning("%s: %d of %d images were left out when its features were made", source, found.left_out, images)
+    return found
+
+
+def load(folder: Path) -> FeatureSet:
+    """A finished folder of the cache. Its features are mapped copy-on-write: nothing is read until it is used."""
+    arrays = [torch.from_numpy(np.load(folder / f"{n}.npy", mmap_mode="c")) for n in ("features", "labels", "numbers")]
+    keys = [json.loads(line) for line in (folder / "keys.jsonl").read_bytes().splitlines()]
+    about = json.loads((folder / "about.json").read_text())
+    return FeatureSet(arrays[0], keys, arrays[1], arrays[2], about["left_out"])
+
+
+def trunk_digest(trunk: nn.Module) -> str:
+    """Of the weights as loaded, and of every plain number that a module holds beside them (windows, heads, …): the same
+    trunk from another file has the same digest."""
+    found = hashlib.sha256()
+    for name, module in trunk.named_modules():
+        numbers = {k: v for k, v in vars(module).items() if k != "training" and _is_plain(v)}
+        found.update(f"{name} {type(module).__qualname__} {sorted(numbers.items())}\n".encode())
+    for name, tensor in trunk.state_dict().items():
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def source_digest(source: Path) -> str:
+    """Of a shard set its manifest, which holds every shard's checksum; of a folder its files' names, sizes and dates."""
+    if manifest.is_shard_set(source):
+        return _digest((source / manifest.MANIFEST).read_bytes())
+    found = hashlib.sha256()
+    for file in image_folder.list_images(source).files:
+        path = os.fsencode(file.path)
+        status = os.stat(os.path.join(os.fsencode(source), path))  # noqa: PTH116, PTH118 (paths may be undecodable)
+        found.update(path + f"\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return found.hexdigest()
+
+
+# --- filling ---------------------------------------------------------------------------------------------------------
+
+
+def _fill(folder: Path, about: dict[str, Any], images: int, rows: Iterable[Rows]) -> None:
+    aside = collectives.on_rank_0(lambda: _fresh(folder))
+    try:
+        if collectives.bits_of_ranks(int(not aside.is_dir())):
+            raise UserError(
+                f"{folder.parent}: not seen by every rank; --cache must be on a file system that they share"
+            )
+        _together(lambda: _write_part(aside / f"part-{collectives.rank():05d}", rows), about["source"])
+        collectives.on_rank_0(lambda: _publish(aside, folder, about, images))
+    finally:
+        if collectives.rank() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _together(work: Callable[[], None], source: str) -> None:
+    """What fails on one rank fails on all, so that they stay in step whatever the caller does about it."""
+    problem: Exception | None = None
+    try:
+        work()
+    except Exception as error:
+        problem = error
+    if collectives.bits_of_ranks(int(problem is not None)):
+        raise problem or UserError(f"{source}: reading it failed on another rank, which says why")
+
+
+def _fresh(folder: Path) -> Path:
+    """An empty folder beside `folder` to write in; what killed processes of this machine left there is removed."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    host = socket.gethostname()
+    for old in folder.parent.glob(f".{folder.name}.{host}.*.partial"):
+        pid = int(old.name.split(".")[-2])
+        if pid == os.getpid() or not _is_alive(pid):
+            shutil.rmtree(old, ignore_errors=True)
+    aside = folder.with_name(f".{folder.name}.{host}.{os.getpid()}.partial")
+    aside.mkdir()
+    return aside
+
+
+def _write_part(part: Path, rows: Iterable[Rows]) -> None:
+    """This rank's rows as raw files, in their order, and what is needed to read them again."""
+    count, shape, dtype = 0, [0], "float32"
+    names = ("features", "labels", "numbers", "keys")
+    features, labels, numbers, keys = (part.with_suffix(f".{name}").open("wb") for name in names)
+    with features, labels, numbers, keys:
+        for some in rows:
+            array = some.features.numpy()
+            count, shape, dtype = count + len(array), list(array.shape[1:]), array.dtype.name
+            features.write(np.ascontiguousarray(array).data)
+            labels.write(some.labels.numpy().astype(np.int64).data)
+            numbers.write(some.numbers.numpy().astype(np.int64).data)
+            keys.write("".join(json.dumps(key) + "\n" for key in some.keys).encode("ascii"))
+    files.write_json(part.with_suffix(".json"), {"rows": count, "shape": shape, "dtype": dtype})
+
+
+def _publish(aside: Path, folder: Path, about: dict[str, Any], images: int) -> None:
+    parts = [(path.with_suffix(""), json.loads(path.read_text())) for path in sorted(aside.glob("part-*.json"))]
+    parts = [(path, held) for path, held in parts if held["rows"]]
+    n = sum(held["rows"] for _, held in parts)
+    if not n:
+        raise UserError(f"{about['source']}: holds no readable image (the warnings above say why)")
+    shape, dtype = tuple(parts[0][1]["shape"]), np.dtype(parts[0][1]["dtype"])
+    for name, row, kind in (
+        ("features", shape, dtype),
+        ("labels", (), np.dtype("int64")),
+        ("numbers", (), np.dtype("int64")),
+    ):
+        _join(aside / f"{name}.npy", [path.with_suffix(f".{name}") for path, _ in parts], (n, *row), kind)
+    with (aside / "keys.jsonl").open("wb") as out:
+        for path, _ in parts:
+            out.write(path.with_suffix(".keys").read_bytes())
+        out.flush()
+        os.fsync(out.fileno())
+    for path in aside.glob("part-*"):
+        path.unlink()
+    files.write_json(aside / "about.json", about | {"images": n, "left_out": images - n})
+    files.sync_folder(aside)
+    try:
+        aside.rename(folder)
+    except OSError:
+        if not (folder / "about.json").is_file():
+            raise  # not another process that was faster
+    files.sync_folder(folder.parent)
+
+
+def _join(path: Path, parts: list[Path], shape: tuple[int, ...], dtype: "np.dtype[Any]") -> None:
+    """Raw files one after the other as one .npy; each is removed once it is copied."""
+    with path.open("wb") as out:
+        np.lib.format.write_array_header_1_0(out, {"descr": dtype.str, "fortran_order": False, "shape": shape})
+        for part in parts:
+            with part.open("rb") as source:
+                shutil.copyfileobj(source, out, COPIED_AT_ONCE)
+            part.unlink()
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(_is_plain(item) for item in value)
+    return isinstance(value, (bool, int, float, str))
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def chunks(array: Tensor, bytes_at_once: int = COPIED_AT_ONCE) -> Iterator[Tensor]:
+    """Consecutive rows of a mapped tensor, so that it is never in memory whole."""
+    rows = max(1, bytes_at_once // max(1, array[:1].nbytes))
+    for start in range(0, len(array), rows):
+        yield array[start : start + rows]

@@ -1,0 +1,141 @@
+"""Labelled feature sets: classes matched by name, checked before any work, and parts of them that keep the classes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from esvit_scale.errors import UserError
+from esvit_scale.evaluate.cache import FeatureSet, chunks
+from esvit_scale.evaluate.features import contents
+
+HELD_OUT = 0.1
+HELD_OUT_AT_MOST = 50_000
+
+
+class Labelled(NamedTuple):
+    """A feature set whose labels index `classes`."""
+
+    found: FeatureSet
+    classes: tuple[str, ...]
+
+
+def labelled(found: FeatureSet, source: Path) -> Labelled:
+    """`found` with the class names of the set it came from."""
+    return Labelled(found, contents(source).classes)
+
+
+def same_classes(train: Labelled, test: Labelled) -> Tensor:
+    """The test labels in the training set's numbering, classes matched by name; int64 [N].
+
+    Raises:
+        UserError: the test set has classes that no training sample has.
+    """
+    if train.classes == test.classes or not (train.classes and test.classes):
+        return test.found.labels
+    number = {train.classes[i]: i for i in train.found.labels.unique().tolist() if i >= 0}
+    needed = [test.classes[i] for i in test.found.labels.unique().tolist() if i >= 0]
+    missing = [name for name in needed if name not in number]
+    if missing:
+        shown = ", ".join(repr(name) for name in missing[:10]) + (", …" if len(missing) > 10 else "")
+        raise UserError(f"test set: {len(missing)} of its {len(needed)} classes have no training sample: {shown}")
+    table = torch.tensor([number.get(name, -1) for name in test.classes] + [-1])  # the last: unlabelled (-1)
+    return table[test.found.labels]
+
+
+def require_classes(sources: Sequence[Path], what: str) -> None:
+    """Before the hours that features may take.
+
+    Raises:
+        UserError: a source has no classes.
+    """
+    for source in sources:
+        if not contents(source).classes:
+            raise UserError(f"{source}: its images have no labels; {what} needs one subfolder for each class")
+
+
+def check(train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor, what: str) -> None:
+    """
+    Raises:
+        UserError: features that are not finite or of different width, no samples, no labels, or a single class.
+    """
+    _check_set("train", train_features, train_labels, what)
+    _check_set("test", test_features, test_labels, what)
+    if train_features.shape[1:] != test_features.shape[1:]:
+        widths = (int(x.shape[-1]) for x in (train_features, test_features))
+        raise UserError("feature width differs: train {}, test {}".format(*widths))
+    if len(train_labels.unique()) < 2:
+        raise UserError(f"train set: all samples are of one class; {what} needs at least two")
+
+
+def check_finite(name: str, features: Tensor) -> None:
+    """
+    Raises:
+        UserError: features that are NaN or infinite, or none at all.
+    """
+    if len(features) == 0:
+        raise UserError(f"{name} set: no samples")
+    # A sum is not finite when a term is not, and ten times faster than looking at each.
+    bad = sum(int((~part.flatten(1).float().sum(1).isfinite()).sum()) for part in chunks(features))
+    if bad:
+        raise UserError(
+            f"{name} set: {bad} of {len(features)} feature vectors hold NaN or infinity; the trunk is broken"
+        )
+
+
+def per_class(labels: Tensor, count: int, seed: int, classes: Sequence[str] = ()) -> Tensor:
+    """Rows of `count` samples of each class, drawn with `seed`; int64, ascending.
+
+    Raises:
+        UserError: a class has fewer.
+    """
+    rows = []
+    for label, own in _rows_by_class(labels, seed):
+        if len(own) < count:
+            name = repr(classes[label]) if classes else str(label)
+            raise UserError(f"train set: class {name} has {len(own)} samples; {count} of each class were asked for")
+        rows.append(own[:count])
+    return torch.cat(rows).sort().values
+
+
+def fraction(labels: Tensor, share: float, seed: int) -> Tensor:
+    """Rows of `share` of every class's samples (rounded, at least one of each), drawn with `seed`; ascending."""
+    rows = [own[: max(1, round(share * len(own)))] for _, own in _rows_by_class(labels, seed)]
+    return torch.cat(rows).sort().values
+
+
+def split(labels: Tensor, seed: int, share: float = HELD_OUT) -> tuple[Tensor, Tensor]:
+    """Rows to fit on, and rows held out to select on: `share` of every class (at most HELD_OUT_AT_MOST in all), at
+    least one of a class with two samples or more, none of a class with one.
+
+    Raises:
+        UserError: every class has one sample.
+    """
+    share = min(share, HELD_OUT_AT_MOST / len(labels))
+    fit, held_out = [], []
+    for _, own in _rows_by_class(labels, seed):
+        n = min(max(1, round(share * len(own))), len(own) - 1)
+        held_out.append(own[:n])
+        fit.append(own[n:])
+    chosen = torch.cat(held_out).sort().values
+    if not len(chosen):
+        raise UserError("train set: one sample of each class; selecting on a held-out part needs two or more")
+    return torch.cat(fit).sort().values, chosen
+
+
+def _rows_by_class(labels: Tensor, seed: int) -> list[tuple[int, Tensor]]:
+    """(class, its rows in an order drawn with `seed`), classes ascending; unlabelled rows are left out."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    order = order[labels[order].argsort(stable=True)]
+    values, counts = labels.unique(return_counts=True)
+    parts = order.split(counts.tolist())
+    return [(int(value), part) for value, part in zip(values, parts, strict=True) if value >= 0]
+
+
+def _check_set(name: str, features: Tensor, labels: Tensor, what: str) -> None:
+    check_finite(name, features)
+    unlabelled = int((labels < 0).sum())
+    if unlabelled:
+        raise UserError(f"{name} set: {unlabelled} of {len(labels)} samples have no label; {what} needs class folders")

@@ -1,0 +1,208 @@
+"""`esvit-scale evaluate linear`: how far a linear classifier gets on frozen features, by three protocols.
+
+official   the published one: a head on the last four blocks by SGD, 100 epochs. Nothing is selected.
+grid       13 learning rates × {1, 4} blocks × 2 poolings, trained at once; the best on a held-out part of train.
+logistic   L-BFGS to the optimum; the L2 penalty of least loss on the held-out part, then fitted to all of train.
+
+The test set is read once per protocol, after everything is chosen.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from esvit_scale.data import augmented
+from esvit_scale.errors import UserError
+from esvit_scale.evaluate import heads as sgd
+from esvit_scale.evaluate import labels as parts
+from esvit_scale.evaluate import logistic
+from esvit_scale.evaluate.features import Loading, Teacher, default_device, extract, last_blocks, load_teacher
+from esvit_scale.evaluate.heads import Batch, Head, Heads
+from esvit_scale.evaluate.knn import write_result
+from esvit_scale.evaluate.labels import Labelled, labelled, require_classes, same_classes
+from esvit_scale.evaluate.metrics import accuracy, top5, wilson
+from esvit_scale.parallel import collectives
+
+PROTOCOLS = ("official", "grid", "logistic")
+
+Json = dict[str, Any]
+
+
+class Recipe(NamedTuple):
+    """What the command line decides of a probe."""
+
+    protocols: Sequence[str] = PROTOCOLS
+    epochs: int = 100
+    batch: int = 256  # of SGD, over all ranks
+    augment: bool = False  # SGD over random crops of the images, a frozen forward a step, instead of over kept features
+    fraction: float = 1.0  # of every training class
+    seed: int = 0
+
+
+class Task(NamedTuple):
+    """Features [N, 2, D] (features.last_blocks), which training rows count, and where they come from."""
+
+    train: Tensor
+    labels: Tensor  # int64 [N], of all training rows
+    numbers: Tensor | None  # int64 [N], their places in the source
+    rows: Tensor  # int64: those that the recipe's fraction leaves
+    test: Tensor
+    truth: Tensor  # int64, in the training set's numbering
+    classes: int
+    dim: int  # C of the last block
+    images: "Images"
+
+
+class Images(NamedTuple):
+    """For training over images."""
+
+    teacher: Teacher
+    source: Path
+    loading: Loading
+
+
+def run_linear(
+    checkpoint: Path,
+    train: Path,
+    test: Path,
+    out: Path,
+    recipe: Recipe,
+    loading: Loading,
+) -> Json:
+    """Writes `out`/linear.json: sizes, and for each protocol top-1, top-5, their interval, and what was selected.
+
+    Raises:
+        UserError: sets without labels, with one class, with other classes than each other's; broken features.
+    """
+    if not 0 < recipe.fraction <= 1:
+        raise UserError(f"--fraction: expected more than 0 and at most 1 (0.01 is 1 %), got {recipe.fraction:g}")
+    require_classes((train, test), "a linear probe")
+    teacher = load_teacher(checkpoint)
+    sets = [
+        labelled(extract(teacher.trunk, s, teacher.size, **loading._asdict(), kind="blocks"), s) for s in (train, test)
+    ]
+    task = make_task(sets[0], sets[1], recipe, Images(teacher, train, loading))
+    row: Json = {"checkpoint": str(checkpoint), "step": teacher.step, "train": str(train), "test": str(test)}
+    row |= {"n_train": len(task.rows), "n_test": len(task.truth), "classes": task.classes, "fraction": recipe.fraction}
+    result = row | {"seed": recipe.seed, "results": {name: _RUN[name](task, recipe) for name in recipe.protocols}}
+    if collectives.rank() == 0:
+        write_result(result, out / "linear.json")
+        print(table(result))
+    return result
+
+
+def make_task(train: Labelled, test: Labelled, recipe: Recipe, images: Images) -> Task:
+    truth = same_classes(train, test)
+    parts.check(train.found.features, train.found.labels, test.found.features, truth, "a linear probe")
+    rows = torch.arange(len(train.found.labels))
+    if recipe.fraction < 1:
+        rows = parts.fraction(train.found.labels, recipe.fraction, recipe.seed)
+    classes = max(len(train.classes), int(train.found.labels.max()) + 1)
+    dim = int(getattr(images.teacher.trunk, "dim", train.found.features.shape[-1]))
+    found = (train.found.features, train.found.labels, train.found.numbers, rows, test.found.features, truth)
+    return Task(*found, classes, dim, images)
+
+
+def official(task: Task, recipe: Recipe) -> Json:
+    trained = _trained((sgd.OFFICIAL,), task, task.rows, recipe)
+    found = _judged(sgd.scores_of(trained, 0, task.test), task.truth)
+    rate = sgd.OFFICIAL.lr
+    return found | {"lr": rate, "batch": recipe.batch, "epochs": recipe.epochs, "augmented": recipe.augment}
+
+
+def grid(task: Task, recipe: Recipe) -> Json:
+    fit, held_out = _split(task, recipe)
+    trained = _trained(sgd.GRID, task, fit, recipe)
+    scores = sgd.accuracies(trained, task.train[held_out], task.labels[held_out])
+    best = int(scores.argmax())
+    found = _judged(sgd.scores_of(trained, best, task.test), task.truth)
+    heads = [h._asdict() | {"held_out": float(s)} for h, s in zip(sgd.GRID, scores, strict=True)]
+    found |= {"selected": heads[best], "n_fit": len(fit), "n_held_out": len(held_out), "heads": heads}
+    return found | {"batch": recipe.batch, "epochs": recipe.epochs, "augmented": recipe.augment}
+
+
+def logistic_regression(task: Task, recipe: Recipe) -> Json:
+    fit, held_out = _split(task, recipe)
+    features, labels = task.train[:, 0], task.labels  # mean over tokens
+
+    def of(rows: Tensor) -> logistic.Rows:
+        return logistic.Rows(features, rows, labels[rows], task.classes)
+
+    best, tried = logistic.search(of(fit), of(held_out))
+    final = logistic.fit(of(task.rows), best.l2)
+    found = _judged(final.scores(task.test[:, 0]), task.truth)
+    path = [candidate._asdict() for candidate in tried]
+    found |= {"selected": best._asdict(), "n_fit": len(fit), "n_held_out": len(held_out)}
+    return found | {"path": path, "converged": final.converged}
+
+
+_RUN = {"official": official, "grid": grid, "logistic": logistic_regression}
+
+
+def table(result: Json) -> str:
+    lines = [f"{'linear probe, %':<16}{'top-1':>8}{'95 %':>16}{'top-5':>8}  selected on a held-out part of train"]
+    for name, row in result["results"].items():
+        low, high = row["interval"]
+        last = f"{row['top5']:8.1f}" if row["top5"] is not None else f"{'–':>8}"
+        chosen = row.get("selected", {})
+        selected = ", ".join(
+            f"{k} {v:.2g}" if isinstance(v, float) else f"{k} {v}" for k, v in chosen.items() if k != "held_out"
+        )
+        lines.append(f"{name:<16}{row['top1']:8.1f}{f'{low:.1f} – {high:.1f}':>16}{last}  {selected or 'nothing'}")
+    share = "" if result["fraction"] == 1 else f" ({100 * result['fraction']:g} % of each class)"
+    return "\n".join([*lines, f"{result['n_test']} test samples, {result['n_train']} training samples{share}"])
+
+
+def _split(task: Task, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """Rows to fit on and rows to select on."""
+    fit, held_out = parts.split(task.labels[task.rows], recipe.seed)
+    return task.rows[fit], task.rows[held_out]
+
+
+def _judged(scores: Tensor, truth: Tensor) -> Json:
+    top1 = accuracy(scores, truth)
+    return {"top1": top1, "interval": wilson(top1, len(truth)), "top5": top5(scores, truth)}
+
+
+# --- SGD over kept features, or over images --------------------------------------------------------------------------
+
+
+def _trained(heads: tuple[Head, ...], task: Task, rows: Tensor, recipe: Recipe) -> Heads:
+    trained = Heads(heads, task.dim, task.train.shape[-1], task.classes, recipe.seed).to(default_device())
+    batches = _over_images if recipe.augment else _over_features
+    sgd.train(trained, recipe.epochs, recipe.batch, lambda epoch: batches(task, rows, recipe, epoch))
+    return trained
+
+
+def _over_features(task: Task, rows: Tensor, recipe: Recipe, epoch: int) -> Iterator[Batch]:
+    for mine, size in _order(rows, recipe, epoch):
+        yield Batch(task.train[mine], task.labels[mine], size)
+
+
+def _over_images(task: Task, rows: Tensor, recipe: Recipe, epoch: int) -> Iterator[Batch]:
+    """The official training transform: every epoch sees other crops."""
+    teacher, source, loading = task.images
+    numbers = task.numbers
+    assert numbers is not None
+    place = default_device()
+    trunk = teacher.trunk.to(place).eval()
+    label_of = torch.full((int(numbers.max()) + 1,), -1)
+    label_of[numbers] = task.labels
+    order = list(_order(rows, recipe, epoch))
+    wanted = [numbers[mine] for mine, _ in order]
+    crops = augmented.augmented_batches(source, wanted, teacher.size, recipe.seed, epoch, loading.workers)
+    for (images, good), (_, size) in zip(crops, order, strict=True):
+        with torch.no_grad(), torch.autocast(place.type, torch.bfloat16, enabled=loading.precision == "bf16"):
+            features = torch.cat([last_blocks(trunk, x) for x in images.to(place).split(loading.batch)])
+        yield Batch(features.float(), label_of[good], size)
+
+
+def _order(rows: Tensor, recipe: Recipe, epoch: int) -> Iterator[tuple[Tensor, int]]:
+    """(this rank's rows of a global batch, the batch's size), shuffled by (seed, epoch) alike on every rank."""
+    generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + epoch)
+    rank, world = collectives.rank(), collectives.world_size()
+    for batch in rows[torch.randperm(len(rows), generator=generator)].split(recipe.batch):
+        yield batch[rank * len(batch) // world : (rank + 1) * len(batch) // world], len(batch)

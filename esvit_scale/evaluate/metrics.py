@@ -1,0 +1,125 @@
+"""Scores of predictions, all in percent, and how sure they are.
+
+A metric takes scores [N, K] and targets: int64 [N] for classes, float [N, K] with 1, 0 and NaN (not judged) for
+several labels an image. Higher is better.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.stats import rankdata, t
+from torch import Tensor
+
+from esvit_scale.errors import UserError
+
+Z95 = 1.959963984540054
+RESAMPLES = 1000
+
+Interval = list[float]  # low, high
+
+
+class Metric(NamedTuple):
+    score: Callable[[Tensor, Tensor], float]
+    multi_label: bool = False
+
+
+def accuracy(scores: Tensor, targets: Tensor) -> float:
+    return 100 * float((predicted(scores) == targets).double().mean())
+
+
+def top5(scores: Tensor, targets: Tensor) -> float | None:
+    """None: fewer than five classes."""
+    if scores.shape[1] < 5:
+        return None
+    return 100 * float((scores.topk(5).indices == targets[:, None]).any(1).double().mean())
+
+
+def mean_per_class(scores: Tensor, targets: Tensor) -> float:
+    """The mean over the classes that are there of the share of a class's samples that are recognised."""
+    right = (predicted(scores) == targets).double()
+    counts = torch.bincount(targets, minlength=scores.shape[1])
+    hits = torch.bincount(targets, right, minlength=scores.shape[1])
+    return 100 * float((hits / counts)[counts > 0].mean())
+
+
+def map11(scores: Tensor, targets: Tensor) -> float:
+    """Mean over classes of PASCAL VOC 2007's average precision: the best precision at recall ≥ 0, .1, …, 1, averaged.
+    Classes without a positive are left out."""
+    found = []
+    for own, target in zip(scores.double().T.numpy(), targets.double().T.numpy(), strict=True):
+        judged = ~np.isnan(target)
+        if (target[judged] == 1).any():
+            found.append(_average_precision_11(own[judged], target[judged] == 1))
+    if not found:
+        raise UserError("11-point mAP: no image has any label")
+    return 100 * float(np.mean(found))
+
+
+def roc_auc(scores: Tensor, targets: Tensor) -> float:
+    """Area under the ROC curve of the second class's score against the first's; ties count half.
+
+    Raises:
+        UserError: not exactly two classes, both present.
+    """
+    if scores.shape[1] != 2 or len(targets.unique()) != 2:
+        raise UserError(f"ROC-AUC needs two classes, both in the test set; got {scores.shape[1]}")
+    positive = (targets == 1).numpy()
+    ranks = rankdata((scores[:, 1] - scores[:, 0]).double().numpy())
+    p, n = int(positive.sum()), int((~positive).sum())
+    return 100 * float((ranks[positive].sum() - p * (p + 1) / 2) / (p * n))
+
+
+METRICS = {
+    "accuracy": Metric(accuracy),
+    "mean_per_class": Metric(mean_per_class),
+    "map11": Metric(map11, multi_label=True),
+    "roc_auc": Metric(roc_auc),
+}
+
+
+def predicted(scores: Tensor) -> Tensor:
+    """The best class [N]; -1 where a score is not finite (a probe that diverged is wrong, not class 0)."""
+    return scores.argmax(1).masked_fill(~scores.isfinite().all(1), -1)
+
+
+def wilson(share: float, n: int) -> Interval:
+    """95 % interval of a share of n independent samples (Wilson 1927); percentages in and out."""
+    p, z2 = share / 100, Z95**2
+    middle = (p + z2 / (2 * n)) / (1 + z2 / n)
+    reach = Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
+    return [100 * max(0.0, middle - reach), 100 * min(1.0, middle + reach)]
+
+
+def bootstrap(metric: Callable[[Tensor, Tensor], float], scores: Tensor, targets: Tensor, seed: int = 0) -> Interval:
+    """95 % percentile interval over resamples of the test set; for metrics that are no share of samples."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(RESAMPLES):
+        rows = torch.randint(len(targets), (len(targets),), generator=generator)
+        try:
+            found.append(metric(scores[rows], targets[rows]))
+        except UserError:  # a resample without one of the classes says nothing
+            continue
+    low, high = np.percentile(found, [2.5, 97.5])
+    return [float(low), float(high)]
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, Interval | None]:
+    """Mean, and its 95 % interval by Student's t; None for a single value."""
+    mean, n = float(np.mean(values)), len(values)
+    if n < 2:
+        return mean, None
+    reach = float(t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
+    return mean, [mean - reach, mean + reach]
+
+
+def _average_precision_11(scores: "np.ndarray", positive: "np.ndarray") -> float:
+    order = np.argsort(-scores, kind="stable")
+    hits = np.cumsum(positive[order])
+    last = np.append(np.diff(scores[order]) != 0, True)  # equal scores come together: no order among them is right
+    precision, recall = (hits / np.arange(1, len(hits) + 1))[last], (hits / hits[-1])[last]
+    at = [precision[recall >= level - 1e-9] for level in np.linspace(0, 1, 11)]
+    return float(np.mean([p.max() if len(p) else 0.0 for p in at]))

@@ -1,0 +1,238 @@
+"""`esvit-scale evaluate transfer`: one trunk on many data sets, each with its own metric, and a mean over them.
+
+ELEVATER's protocol for frozen features (Li et al. 2022): a linear classifier on the view feature; its L2 penalty is
+searched coarse to fine on the data set's `val`, or on a fifth of train; then it is fitted to all of train (and val) and
+read once on test. The classifier is logistic regression to the optimum, so that there is no rate or epoch to search.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from esvit_scale.errors import RestartCanHelp, UserError
+from esvit_scale.evaluate import labels as parts
+from esvit_scale.evaluate import logistic
+from esvit_scale.evaluate.cache import FeatureSet, source_digest, trunk_digest
+from esvit_scale.evaluate.features import Loading, Teacher, extract, load_teacher
+from esvit_scale.evaluate.knn import write_result
+from esvit_scale.evaluate.labels import Labelled, labelled, require_classes, same_classes
+from esvit_scale.evaluate.metrics import METRICS, accuracy, bootstrap, wilson
+from esvit_scale.evaluate.transfer_list import Dataset, read_labels, read_list, targets_of
+from esvit_scale.parallel import collectives
+
+HELD_OUT = 0.2
+SEED = 0
+
+Json = dict[str, Any]
+
+
+class Sets(NamedTuple):
+    """Features and targets of train (followed by val) and test."""
+
+    features: Tensor  # [N, C]
+    targets: Tensor  # int64 [N], or float32 [N, K]
+    fit: Tensor  # int64: rows to fit on
+    held_out: Tensor  # int64: rows to select on
+    test: Tensor
+    truth: Tensor
+    classes: int
+
+
+def run_transfer(
+    source: Path,
+    checkpoint: Path,
+    out: Path,
+    loading: Loading,
+    root: Path | None = None,
+    baseline: Path | None = None,
+) -> Json:
+    """Writes `out`/transfer.json and, as each is done, `out`/datasets/NAME.json; what is there already is kept.
+
+    Raises:
+        UserError: at once, a list or baseline that cannot be read; at the end, data sets that failed, after all others
+            are done and written.
+    """
+    datasets = read_list(source, root)
+    other = read_baseline(baseline) if baseline else None
+    teacher = load_teacher(checkpoint)
+    digest = trunk_digest(teacher.trunk)
+    done: dict[str, Json] = {}
+    failed: dict[str, str] = {}
+    for number, dataset in enumerate(datasets, 1):
+        try:
+            done[dataset.name] = _kept_or_evaluated(dataset, teacher, digest, out, loading)
+        except RestartCanHelp:
+            raise
+        except UserError as error:
+            failed[dataset.name] = str(error)
+        except Exception as error:  # whatever breaks one data set must not lose the others
+            failed[dataset.name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        if collectives.rank() == 0:
+            row = done.get(dataset.name)
+            outcome = f"{row['metric']} {row['score']:.1f}" if row else f"failed: {failed[dataset.name]}"
+            print(f"[{number}/{len(datasets)}] {dataset.name}: {outcome}", flush=True)
+    result: Json = {"checkpoint": str(checkpoint), "step": teacher.step, "list": str(source)}
+    result |= {"mean": _mean(done), "datasets": done, "failed": failed}
+    if other is not None:
+        result["baseline"] = compare(done, other) | {"file": str(baseline), "checkpoint": other["checkpoint"]}
+    if collectives.rank() == 0:
+        write_result(result, out / "transfer.json")
+        print(table(result))
+    if failed:
+        why = "; ".join(f"{name}: {message}" for name, message in failed.items())
+        raise UserError(
+            f"{len(failed)} of {len(datasets)} data sets failed, the others are in {out / 'transfer.json'} and the same "
+            f"command tries only these again: {why}"
+        )
+    return result
+
+
+def evaluate(dataset: Dataset, teacher: Teacher, loading: Loading) -> Json:
+    """One data set's row."""
+    sources = [s for s in (dataset.train, dataset.val, dataset.test) if s is not None]
+    if not dataset.labels:
+        require_classes(sources, f"the metric {dataset.metric}")
+    found = [extract(teacher.trunk, s, teacher.size, **loading._asdict()) for s in sources]
+    sets = _several_labels(dataset, found) if dataset.labels else _classes(sources, found)
+    metric = METRICS[dataset.metric].score
+
+    def rows(some: Tensor) -> logistic.Rows:
+        return logistic.Rows(sets.features, some, sets.targets[some], sets.classes)
+
+    best, tried = logistic.search(rows(sets.fit), rows(sets.held_out))
+    final = logistic.fit(rows(torch.arange(len(sets.features))), best.l2)
+    scores = final.scores(sets.test)
+    found_score = metric(scores, sets.truth)
+    if metric is accuracy:
+        interval = wilson(found_score, len(scores))
+    else:
+        interval = bootstrap(metric, scores, sets.truth)
+    return {
+        "metric": dataset.metric,
+        "score": found_score,
+        "interval": interval,
+        "selected": best._asdict(),
+        "path": [candidate._asdict() for candidate in tried],
+        "n_train": len(sets.features),
+        "n_held_out": len(sets.held_out),
+        "n_test": len(scores),
+        "classes": sets.classes,
+        "left_out": sum(f.left_out for f in found),
+        "converged": final.converged,
+    }
+
+
+def read_baseline(path: Path) -> Json:
+    """
+    Raises:
+        UserError: not a transfer.json.
+    """
+    try:
+        content = json.loads(path.read_text())
+        scores = {name: (row["metric"], float(row["score"])) for name, row in content["datasets"].items()}
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: not a transfer.json of `esvit-scale evaluate transfer`") from None
+    return {"checkpoint": content.get("checkpoint"), "scores": scores}
+
+
+def compare(done: dict[str, Json], other: Json) -> Json:
+    """Over the data sets that both have, with the same metric."""
+    theirs = {n: s for n, (metric, s) in other["scores"].items() if n in done and done[n]["metric"] == metric}
+    gains = {name: done[name]["score"] - score for name, score in theirs.items()}
+    return {
+        "scores": theirs,
+        "common": len(theirs),
+        "mean": sum(theirs.values()) / len(theirs) if theirs else None,
+        "gain": sum(gains.values()) / len(gains) if gains else None,
+        "wins": sum(g > 0 for g in gains.values()),
+        "losses": sum(g < 0 for g in gains.values()),
+    }
+
+
+def table(result: Json) -> str:
+    done, against = result["datasets"], result.get("baseline")
+    theirs = against["scores"] if against else {}
+    width = max(18, *(len(name) + 2 for name in [*done, *result["failed"], ""]))
+    lines = [f"{'data set':<{width}}{'metric':<16}{'score':>7}{'95 %':>16}" + ("  baseline" if against else "")]
+    for name, row in done.items():
+        low, high = row["interval"]
+        line = f"{name:<{width}}{row['metric']:<16}{row['score']:7.1f}{f'{low:.1f} – {high:.1f}':>16}"
+        lines.append(line + (f"{theirs[name]:10.1f}{row['score'] - theirs[name]:+7.1f}" if name in theirs else ""))
+    lines += [f"{name:<{width}}failed" for name in result["failed"]]
+    if done:
+        lines.append(f"{f'mean of {len(done)}':<{width + 16}}{result['mean']:7.1f}")
+    if against and against["common"]:
+        lines.append(
+            f"against the baseline: {against['wins']} wins and {against['losses']} losses of {against['common']}, "
+            f"{against['gain']:+.1f} points on average"
+        )
+    return "\n".join(lines)
+
+
+def _kept_or_evaluated(dataset: Dataset, teacher: Teacher, digest: str, out: Path, loading: Loading) -> Json:
+    """The row from `out`/datasets when it is of the same trunk, data and settings."""
+    path = out / "datasets" / f"{dataset.name}.json"
+
+    def ask() -> tuple[Json, Json | None]:
+        sources = {str(s): source_digest(s) for s in (dataset.train, dataset.val, dataset.test) if s is not None}
+        labels = dataset.labels.read_bytes() if dataset.labels and dataset.labels.is_file() else b""
+        of: Json = {"trunk": digest, "size": teacher.size, "precision": loading.precision, "data": sources}
+        of |= {"metric": dataset.metric, "labels": hashlib.sha256(labels).hexdigest()}
+        try:
+            kept = json.loads(path.read_text())
+        except (OSError, ValueError):
+            return of, None
+        return of, kept["result"] if kept.get("of") == of else None
+
+    of, kept = collectives.on_rank_0(ask)
+    if kept is not None:
+        return kept
+    result = evaluate(dataset, teacher, loading)
+    if collectives.rank() == 0:
+        write_result({"of": of, "result": result}, path)
+    return result
+
+
+def _classes(sources: list[Path], found: list[FeatureSet]) -> Sets:
+    """Class folders; the classes of val and test are matched to train's by name."""
+    train, *others = (labelled(f, s) for f, s in zip(found, sources, strict=True))
+    targets = [train.found.labels, *(same_classes(train, other) for other in others)]
+    for name, other, labels in zip(("val", "test")[-len(others) :], others, targets[1:], strict=True):
+        parts.check(train.found.features, train.found.labels, other.found.features, labels, f"transfer ({name} set)")
+    fit, held_out = _split(train.found.labels, [len(t) for t in targets[:-1]])
+    classes = max(len(train.classes), int(train.found.labels.max()) + 1)
+    features, labels = _joined([train, *others[:-1]]), torch.cat(targets[:-1])
+    return Sets(features, labels, fit, held_out, others[-1].found.features, targets[-1], classes)
+
+
+def _several_labels(dataset: Dataset, found: list[FeatureSet]) -> Sets:
+    assert dataset.labels is not None
+    classes, rows = read_labels(dataset.labels)
+    sources = [s for s in (dataset.train, dataset.val, dataset.test) if s is not None]
+    targets = [targets_of(f.keys, rows, dataset.labels, s) for f, s in zip(found, sources, strict=True)]
+    for source, f in zip(sources, found, strict=True):
+        parts.check_finite(str(source), f.features)
+    fit, held_out = _split(torch.zeros(len(targets[0]), dtype=torch.int64), [len(t) for t in targets[:-1]])
+    features = _joined([Labelled(f, classes) for f in found[:-1]])
+    return Sets(features, torch.cat(targets[:-1]), fit, held_out, found[-1].features, targets[-1], len(classes))
+
+
+def _split(labels: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
+    """Train's rows, and val's which follow them; or parts of train where there is no val."""
+    if len(sizes) == 2:
+        return torch.arange(sizes[0]), torch.arange(sizes[0], sum(sizes))
+    return parts.split(labels, SEED, HELD_OUT)
+
+
+def _joined(sets: list[Labelled]) -> Tensor:
+    return sets[0].found.features if len(sets) == 1 else torch.cat([s.found.features for s in sets])
+
+
+def _mean(done: dict[str, Json]) -> float | None:
+    return sum(row["score"] for row in done.values()) / len(done) if done else None

@@ -1,0 +1,143 @@
+"""The list of data sets for `evaluate transfer`, and the label files of images with several labels."""
+
+import csv
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from torch import Tensor
+
+from esvit_scale.data.decode import EXTENSIONS
+from esvit_scale.errors import UserError, nearest
+from esvit_scale.evaluate.metrics import METRICS
+
+SHIPPED = ("elevater",)
+PATHS = ("train", "test", "val", "labels")
+CELLS = {"1": 1.0, "0": 0.0, "": float("nan")}
+
+
+class Dataset(NamedTuple):
+    name: str
+    train: Path
+    test: Path
+    metric: str  # of METRICS
+    val: Path | None = None  # to select on; None: a part of train is held out
+    labels: Path | None = None  # CSV, for metrics of several labels an image
+
+
+def read_list(source: Path, root: Path | None = None) -> list[Dataset]:
+    """The data sets of a YAML list: a file, or the name of a shipped one. Relative paths start at `root`, else at the
+    list's own `root`, else at the list's folder.
+
+    Raises:
+        UserError: no such list, or an entry that is not well formed; says which and what is known.
+    """
+    content = _load(source)
+    where = str(source)
+    _only_known(where, content, ("root", "datasets"))
+    own = content.get("root")
+    base = Path(root or own or source.parent)
+    if root is None and own and not base.is_absolute():
+        base = source.parent / base
+    if source.name in SHIPPED and not source.exists() and not (root or own):
+        raise UserError(f"{source}: its paths are relative; say with --root DIR where the data sets are")
+    entries = content.get("datasets")
+    if not isinstance(entries, dict) or not entries:
+        raise UserError(f"{where}: datasets: expected NAME: {{train: …, test: …, metric: …}} for each data set")
+    return [_dataset(f"{where}: {name}", str(name), entry, base) for name, entry in entries.items()]
+
+
+def read_labels(path: Path) -> tuple[tuple[str, ...], dict[str, list[float]]]:
+    """The classes, and each image's row of 1, 0 and NaN (not judged), of a CSV with a header `image,CLASS,CLASS,…`.
+
+    An image is named by its path in the folder, or its key in the shards; the extension does not count.
+
+    Raises:
+        UserError: no such file, a cell other than 1, 0 and nothing, a line of another length, an image named twice.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text") from None
+    header, *lines = list(csv.reader(text.splitlines())) or [[]]
+    if len(header) < 2:
+        raise UserError(f"{path}: line 1: expected the header image,CLASS,CLASS,…")
+    rows: dict[str, list[float]] = {}
+    for number, line in enumerate(lines, 2):
+        if not line:
+            continue
+        if len(line) != len(header):
+            raise UserError(f"{path}: line {number}: {len(line)} cells, the header has {len(header)}")
+        wrong = next((cell for cell in line[1:] if cell.strip() not in CELLS), None)
+        if wrong is not None:
+            raise UserError(f"{path}: line {number}: {wrong!r} is none of 1, 0 and nothing")
+        key = without_extension(line[0].strip())
+        if key in rows:
+            raise UserError(f"{path}: line {number}: {line[0]} was named before")
+        rows[key] = [CELLS[cell.strip()] for cell in line[1:]]
+    return tuple(name.strip() for name in header[1:]), rows
+
+
+def targets_of(keys: list[str], rows: dict[str, list[float]], labels: Path, source: Path) -> Tensor:
+    """float32 [N, K] of the images of `source`.
+
+    Raises:
+        UserError: an image has no line.
+    """
+    names = [without_extension(key) for key in keys]
+    missing = [key for key, name in zip(keys, names, strict=True) if name not in rows]
+    if missing:
+        raise UserError(f"{labels}: no line for {len(missing)} of {len(keys)} images of {source} (first: {missing[0]})")
+    return torch.tensor([rows[name] for name in names])
+
+
+def without_extension(name: str) -> str:
+    stem, dot, ext = name.rpartition(".")
+    return stem if dot and ext.lower() in EXTENSIONS else name
+
+
+def _load(source: Path) -> dict[str, Any]:
+    if source.name in SHIPPED and not source.exists():
+        text = (resources.files("esvit_scale") / "evaluate" / f"{source.name}.yaml").read_text(encoding="utf-8")
+    else:
+        try:
+            text = source.read_text(encoding="utf-8")
+        except OSError as error:
+            hint = nearest(str(source), SHIPPED)
+            raise UserError(f"{source}: {error.strerror}; expected a YAML list, or a shipped one{hint}") from None
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{source}: expected the keys root and datasets")
+    return content
+
+
+def _dataset(where: str, name: str, entry: Any, base: Path) -> Dataset:
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: expected {{train: …, test: …, metric: …}}, got {entry!r}")
+    if "/" in name or name.startswith("."):
+        raise UserError(f"{where}: the name becomes a file's name; use letters, digits, - and _")
+    _only_known(where, entry, (*PATHS, "metric"))
+    missing = [key for key in ("train", "test", "metric") if not entry.get(key)]
+    if missing:
+        raise UserError(f"{where}: without {' and '.join(missing)}")
+    metric = str(entry["metric"])
+    if metric not in METRICS:
+        raise UserError(f"{where}: unknown metric {metric!r}{nearest(metric, METRICS)}")
+    if METRICS[metric].multi_label != bool(entry.get("labels")):
+        what = "needs labels: FILE.csv" if METRICS[metric].multi_label else "takes its labels from the class folders"
+        raise UserError(f"{where}: the metric {metric} {what}")
+    paths = {key: base / str(entry[key]) for key in PATHS if entry.get(key)}
+    return Dataset(name, metric=metric, **paths)
+
+
+def _only_known(where: str, entry: dict[str, Any], known: tuple[str, ...]) -> None:
+    for key in entry:
+        if key not in known:
+            raise UserError(f"{where}: unknown key {key!r}{nearest(str(key), known)}")

@@ -1,0 +1,22 @@
+"""Evaluations in one process group, by torchrun: importing torch and starting a group costs seconds, they do not."""
+
+import sys
+from pathlib import Path
+
+from esvit_scale.commands.parser import on_all_ranks
+from esvit_scale.evaluate import knn, linear
+from esvit_scale.evaluate.features import Loading
+from esvit_scale.evaluate.linear import Recipe
+
+
+def main(checkpoint: Path, photos: Path, out: Path) -> None:
+    train, test, loading = photos / "train", photos / "test", Loading(batch=7, workers=0, cache=out / "features")
+    recipe = Recipe(epochs=3, batch=15)
+    over_images = Recipe(("official",), epochs=2, batch=15, augment=True)
+    knn.run_knn(checkpoint, train, test, out, loading, ks=(5,), shots=(3,))
+    linear.run_linear(checkpoint, train, test, out, recipe, loading)
+    linear.run_linear(checkpoint, train, test, out / "images", over_images, loading)
+
+
+if __name__ == "__main__":
+    on_all_ranks(lambda: main(*map(Path, sys.argv[1:])))

@@ -1,0 +1,171 @@
+"""`evaluate linear` on real files: its protocols, what it selects on, and that ranks change nothing."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch import nn
+
+from esvit_scale.data.augmented import augmented_batches
+from esvit_scale.errors import UserError
+from esvit_scale.evaluate import linear as module
+from esvit_scale.evaluate.cache import FeatureSet
+from esvit_scale.evaluate.features import Loading, Teacher
+from esvit_scale.evaluate.labels import Labelled
+from esvit_scale.evaluate.linear import Images, Recipe, make_task, run_linear
+from tests import tiny
+from tests.evaluate.conftest import paint
+
+LOADING = Loading(batch=16, workers=0, device="cpu")
+FAST = Recipe(epochs=10, batch=16)
+
+
+def run(checkpoint: Path, photos: Path, out: Path, recipe: Recipe = FAST, **changes: Any) -> dict[str, Any]:
+    sets = {"train": photos / "train", "test": photos / "test"} | changes
+    return run_linear(checkpoint, sets["train"], sets["test"], out, recipe, LOADING._replace(cache=out / "features"))
+
+
+def digits_task(recipe: Recipe, train: int = 1200) -> module.Task:
+    features, labels = load_digits(return_X_y=True)
+    x = torch.tensor(features, dtype=torch.float32)[:, None].expand(-1, 2, -1) / 16
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    x, y, names = x[order], torch.tensor(labels)[order], tuple(map(str, range(10)))
+    sets = [
+        Labelled(FeatureSet(f, [""] * len(f), t), names) for f, t in ((x[:train], y[:train]), (x[train:], y[train:]))
+    ]
+    return make_task(*sets, recipe, Images(Teacher(nn.Identity(), 8, None), Path(), LOADING))
+
+
+def test_all_three_protocols_on_colours(checkpoint: Path, photos: Path, tmp_path: Path, capsys: Any) -> None:
+    result = run(checkpoint, photos, tmp_path)
+    assert json.loads((tmp_path / "linear.json").read_text()) == result
+    assert list(result["results"]) == ["official", "grid", "logistic"]
+    assert (result["n_train"], result["n_test"], result["classes"]) == (60, 24, 3)
+    for row in result["results"].values():
+        low, high = row["interval"]
+        assert low <= row["top1"] <= high
+        assert row["top5"] is None
+    grid, logistic = result["results"]["grid"], result["results"]["logistic"]
+    assert logistic["top1"] > 90
+    assert len(grid["heads"]) == 52
+    assert grid["selected"]["held_out"] == max(head["held_out"] for head in grid["heads"])
+    assert (grid["n_fit"], grid["n_held_out"]) == (54, 6)
+    assert "logistic" in capsys.readouterr().out
+
+
+def test_half_a_point_from_the_optimum_on_digits() -> None:
+    """The optimum: the best of the whole path, chosen on the test set (scikit-learn's at each: test_logistic.py)."""
+    task = digits_task(Recipe())
+    found = module.logistic_regression(task, Recipe())
+    everything = module.logistic.Rows(task.train[:, 0], task.rows, task.labels, 10)
+    scores = [module.logistic.fit(everything, row["l2"]).scores(task.test[:, 0]) for row in found["path"]]
+    assert found["top1"] >= max(module.accuracy(s, task.truth) for s in scores) - 0.5
+    assert found["top5"] > 99
+
+
+def test_the_test_set_does_not_influence_what_is_selected() -> None:
+    recipe = Recipe(epochs=3)
+    task = digits_task(recipe)
+    other = task._replace(truth=task.truth.flip(0))
+    for protocol in (module.grid, module.logistic_regression):
+        once, again = protocol(task, recipe), protocol(other, recipe)
+        assert once["selected"] == again["selected"]
+        assert once["top1"] > again["top1"] + 30
+
+
+def test_a_fraction_learns_from_fewer(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    recipe = FAST._replace(protocols=("logistic",), fraction=0.1)
+    result = run(checkpoint, photos, tmp_path, recipe)
+    assert (result["n_train"], result["results"]["logistic"]["n_fit"]) == (6, 3)
+    with pytest.raises(UserError, match="--fraction: expected more than 0 and at most 1"):
+        run(checkpoint, photos, tmp_path, recipe._replace(fraction=10))
+    with pytest.raises(UserError, match="one sample of each class"):
+        run(checkpoint, photos, tmp_path, recipe._replace(fraction=0.01))
+
+
+def test_over_images_learns_too(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    recipe = FAST._replace(protocols=("official", "grid"), augment=True, epochs=3)
+    shutil.copytree(photos, tmp_path / "photos")
+    for i in range(20):  # before all others, left out everywhere, and shifting no label
+        (tmp_path / "photos" / "train" / "blue" / f"0-{i}.png").write_bytes(b"no image")
+    result = run(checkpoint, tmp_path / "photos", tmp_path, recipe)
+    assert result["n_train"] == 60
+    assert result["results"]["official"]["augmented"]
+    assert result["results"]["grid"]["top1"] > 60
+
+
+def test_crops_are_of_the_asked_images_and_their_key(photos: Path) -> None:
+    numbers = [torch.tensor([59, 0]), torch.tensor([20])]
+    first, second = augmented_batches(photos / "train", numbers, 16, seed=0, epoch=1)
+    assert first.numbers.tolist() == [59, 0]
+    assert first.images.shape == (2, 3, 16, 16)
+    assert first.images.mean((2, 3)).argmax(1).tolist() == [0, 2]  # a red one and a blue one
+    assert second.images.mean((2, 3)).argmax(1).tolist() == [1]
+    (alone,) = augmented_batches(photos / "train", [torch.tensor([0])], 16, seed=0, epoch=1)
+    assert torch.equal(alone.images[0], first.images[1])
+    (later,) = augmented_batches(photos / "train", [torch.tensor([0])], 16, seed=0, epoch=2)
+    assert not torch.equal(alone.images, later.images)
+
+
+def test_bad_input_is_one_clear_line(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    def fails(message: str, **sets: Path) -> None:
+        with pytest.raises(UserError, match=message):
+            run(checkpoint, photos, tmp_path, FAST, **sets)
+
+    paint(tmp_path / "one", 3, 0, {"red": (200, 0, 0)})
+    paint(tmp_path / "more", 2, 0, {"red": (200, 0, 0), "pink": (250, 150, 150)})
+    fails(
+        "train set: all samples are of one class; a linear probe needs", train=tmp_path / "one", test=tmp_path / "one"
+    )
+    fails("no training sample: 'pink'", test=tmp_path / "more")
+    fails("its images have no labels; a linear probe needs", train=photos / "train" / "red")
+    huge = tmp_path / "huge" / "red"
+    huge.mkdir(parents=True)
+    Image.new("1", (14_000, 14_000)).save(huge / "0.png")
+    fails("huge: holds no readable image", test=tmp_path / "huge")
+    assert not (tmp_path / "linear.json").exists()
+
+
+def test_a_broken_trunk_is_named() -> None:
+    task = digits_task(Recipe())
+    task.train[3] = math.nan
+    sets = [Labelled(FeatureSet(x, [], y), ()) for x, y in ((task.train, task.labels), (task.test, task.truth))]
+    with pytest.raises(UserError, match="train set: 1 of 1200 feature vectors hold NaN"):
+        make_task(*sets, Recipe(), task.images)
+
+
+def test_two_ranks_equal_one(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+    """Features bit for bit; k-NN and the probes' results, over kept features and over images."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for ranks, launcher in ((1, []), (2, torchrun)):
+        program = [str(Path(__file__).with_name("ranks.py")), str(checkpoint), str(photos), str(tmp_path / str(ranks))]
+        command = [sys.executable, *launcher, *program]
+        subprocess.run(command, check=True, env=tiny.environment(), cwd=tiny.REPOSITORY, timeout=200)
+    for name in ("knn", "linear", "images/linear"):
+        one, two = (json.loads((tmp_path / ranks / f"{name}.json").read_text()) for ranks in "12")
+        assert_close(one, two)
+    one, two = ({p.name: p for p in (tmp_path / ranks / "features").iterdir()} for ranks in "12")
+    assert len(one) == 4
+    for name, folder in one.items():
+        for file in folder.iterdir():
+            assert file.read_bytes() == (two[name] / file.name).read_bytes(), file.name
+
+
+def assert_close(one: Any, two: Any) -> None:
+    if isinstance(one, dict):
+        assert one.keys() == two.keys()
+        for key, value in one.items():
+            assert_close(value, two[key])
+    elif isinstance(one, list):
+        for a, b in zip(one, two, strict=True):
+            assert_close(a, b)
+    else:
+        assert one == (pytest.approx(two, abs=1e-3) if isinstance(one, float) else two)
