@@ -157,24 +157,29 @@ def test_a_finished_set_is_left_alone(tmp_path: Path, image_folder: Path, capsys
 SLOW = """
 import sys, time
 from pathlib import Path
-from esvit_scale.data import shard_writer
-decode = shard_writer.decode
+from esvit_scale.data import planned_shard, shard_writer
+from esvit_scale.data.shard_plan import Recipe
+from esvit_scale.data.sources import SourceOptions
+decode = planned_shard.decode
 def slow(data):
     time.sleep(0.05)
     return decode(data)
-shard_writer.decode = slow
-shard_writer.create(Path(sys.argv[1]), Path(sys.argv[2]), 2)
+planned_shard.decode = slow
+workers = int(sys.argv[3])
+shard_writer.write_source(sys.argv[1], Path(sys.argv[2]), SourceOptions(), Recipe(samples_per_shard=2), workers)
 """
 
 
+@pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
-def test_interrupted_writing_leaves_nothing_whole_and_completes_later(
-    sign: signal.Signals, image_folder: Path, tmp_path: Path
+def test_interrupted_writing_leaves_nothing_whole_and_goes_on_later(
+    sign: signal.Signals, workers: int, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = tmp_path / "set"
-    child = subprocess.Popen([sys.executable, "-c", SLOW, image_folder, target], stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-c", SLOW, image_folder, target, str(workers)]
+    child = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while not (target / ".partial" / "shard-000001.tar").exists():
+    while not (target / ".partial" / "shard-000001.json").exists():
         assert child.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -185,9 +190,15 @@ def test_interrupted_writing_leaves_nothing_whole_and_completes_later(
     assert [name for name in listing(target) if not name.startswith(".")] == []
     with pytest.raises(UserError):
         manifests.load(target)
-    if sign == signal.SIGINT:
-        assert not target.exists()
+    whole = [p.with_suffix(".tar") for p in (target / ".partial").glob("shard-*.json")]
+    done = {path.name: path.stat().st_mtime_ns for path in whole}
+    assert 1 <= len(done) < 6
+    with pytest.raises(UserError, match="holds an unfinished set of other images or options"):
+        create(image_folder, target, 3)
     create(image_folder, target, 2)
+    assert "shards are there; going on with the rest" in capsys.readouterr().err
+    kept = {p.name: p.stat().st_mtime_ns for p in target.glob("*.tar")}
+    assert kept.items() >= done.items()  # not written again
     create(image_folder, tmp_path / "undisturbed", 2)
     assert listing(target) == listing(tmp_path / "undisturbed")
     for name in listing(target):
