@@ -16,6 +16,7 @@ from conftest import encoded, picture
 from PIL import Image
 
 from esvit_scale.data import manifest as manifests
+from esvit_scale.data import set_folder
 from esvit_scale.data.shard_writer import Sample, create, keys_of, verify, write_samples
 from esvit_scale.errors import UserError
 
@@ -162,7 +163,7 @@ from esvit_scale.data.shard_plan import Recipe
 from esvit_scale.data.sources import SourceOptions
 decode = planned_shard.decode
 def slow(data):
-    time.sleep(0.05)
+    time.sleep(0.1)
     return decode(data)
 planned_shard.decode = slow
 workers = int(sys.argv[3])
@@ -173,7 +174,12 @@ shard_writer.write_source(sys.argv[1], Path(sys.argv[2]), SourceOptions(), Recip
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
 def test_interrupted_writing_leaves_nothing_whole_and_goes_on_later(
-    sign: signal.Signals, workers: int, image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    sign: signal.Signals,
+    workers: int,
+    image_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     target = tmp_path / "set"
     command = [sys.executable, "-c", SLOW, image_folder, target, str(workers)]
@@ -183,8 +189,10 @@ def test_interrupted_writing_leaves_nothing_whole_and_goes_on_later(
         assert child.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    with pytest.raises(UserError, match="another process is writing"):
-        create(image_folder, target, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(set_folder, "LOCK_ATTEMPTS", 1)
+        with pytest.raises(UserError, match="another process is writing"):
+            create(image_folder, target, 2)
     child.send_signal(sign)
     assert child.wait(30) != 0
     assert [name for name in listing(target) if not name.startswith(".")] == []

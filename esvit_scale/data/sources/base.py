@@ -100,6 +100,10 @@ class Labels:
         text = text.strip() if text is not None else ""
         self._ids.append(self._known.setdefault(text, len(self._known)) if text else -1)
 
+    def extend_without(self, n: int) -> None:
+        """n samples without a label."""
+        self._ids.extend(array("i", [-1]) * n)
+
     def finish(self, classes: Iterable[str] | None = None) -> tuple[tuple[str, ...], NDArray[np.int32]]:
         """Classes, and each sample's class number (NONE without a label, UNKNOWN for one not in `classes`).
 

@@ -82,8 +82,12 @@ class BytesSource(Source):
         self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         self.blocks = self._starts[:-1]
         labels = Labels()
-        for text in _column(paths, label) if label else (None for _ in range(len(self))):
-            labels.append(None if text is None else str(text))
+        if label is None:
+            labels.extend_without(len(self))
+        else:
+            for path in paths:
+                for row in _rows(path, [label]):
+                    labels.append(None if row[label] is None else str(row[label]))
         self.classes, self._labels = labels.finish(classes)
         stats = [(str(p.name), p.stat().st_size) for p in paths]
         self._digest = repr((stats, field, label, caption, self.classes)).encode()
@@ -102,10 +106,13 @@ class BytesSource(Source):
         block = self._block(i)
         images, captions = self._group(block)
         row = i - int(self._starts[block])
-        data = images[row].as_py()
+        try:
+            data = images[row].as_py()
+            text = captions[row].as_py() if captions is not None else None
+        except (ValueError, IndexError, _pyarrow().ArrowException) as error:
+            raise BadImage(f"its row cannot be read: {_line(error)}") from None
         if data is None:
             raise BadImage("no bytes in this row")
-        text = captions[row].as_py() if captions is not None else None
         return Item(data, labelled(self, self._labels, i), {"txt": str(text).encode()} if text else {})
 
     def size(self, i: int) -> int:
@@ -133,7 +140,7 @@ class BytesSource(Source):
         wanted = [self._field] + ([self._caption] if self._caption else [])
         try:
             table = _open(path).read_row_group(group, columns=wanted, use_threads=False)
-        except (OSError, _pyarrow().ArrowException) as error:
+        except (OSError, ValueError, _pyarrow().ArrowException) as error:
             raise BadImage(f"its row group cannot be read: {_line(error)}") from None
         column = table.column(self._image)
         if self._field != self._image:
@@ -143,18 +150,20 @@ class BytesSource(Source):
 
 def _path_rows(paths: Sequence[Path], image: str, label: str | None, caption: str | None) -> Iterator[list[str | None]]:
     for path in paths:
-        for batch in _open(path).iter_batches(BATCH, columns=[c for c in (image, label, caption) if c]):
-            columns = [batch.column(c).to_pylist() if c else [None] * batch.num_rows for c in (image, label, caption)]
-            for at, (name, text, words) in enumerate(zip(*columns, strict=True)):
-                if not name:
-                    raise UserError(f"{path}: a row (near number {at}) names no image file")
-                yield [name, None if text is None else str(text), None if words is None else str(words)]
+        rows = _rows(path, [c for c in (image, label, caption) if c])
+        for number, row in enumerate(rows, 1):
+            name, text, words = (row[c] if c else None for c in (image, label, caption))
+            if not name:
+                raise UserError(f"{path}: row {number} names no image file")
+            yield [name, None if text is None else str(text), None if words is None else str(words)]
 
 
-def _column(paths: Sequence[Path], name: str) -> Iterator[Any]:
-    for path in paths:
-        for batch in _open(path).iter_batches(BATCH, columns=[name]):
-            yield from batch.column(0).to_pylist()
+def _rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    try:
+        for batch in _open(path).iter_batches(BATCH, columns=list(columns), use_threads=False):
+            yield from batch.to_pylist()
+    except (OSError, ValueError, _pyarrow().ArrowException) as error:
+        raise UserError(f"{path}: not a readable parquet file: {_line(error)}") from None
 
 
 def _pyarrow() -> Any:
