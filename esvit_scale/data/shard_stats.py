@@ -121,7 +121,7 @@ def _read(manifest: Manifest, every: int, number: int, tick: Callable[[], None])
             with suppress(BadImage):
                 entry = reader.entry(number, i)
                 place = image_member(entry)
-                members.update(entry.members)
+                members.update(entry.members.keys())
                 sizes.append(place[1] if place else 0)
                 if manifest.classes:
                     labels.append(reader.label(number, entry))
