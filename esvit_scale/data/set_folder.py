@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
@@ -156,6 +156,14 @@ def write_record(partial: Path, number: int, written: Written) -> None:
 def records(partial: Path) -> list[int]:
     """Numbers of the shards that are whole, ascending."""
     return sorted(int(p.stem[6:]) for p in partial.glob("shard-*.json") if p.stem[6:].isdecimal())
+
+
+def clear_asides(partial: Path, numbers: Iterable[int]) -> None:
+    """Remove what killed processes were writing of these shards."""
+    names = {shard_name(number) for number in numbers}
+    for path in partial.glob(".shard-*.partial"):
+        if path.name[1:17] in names:
+            path.unlink()
 
 
 def read_record(partial: Path, number: int) -> Written:

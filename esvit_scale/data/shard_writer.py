@@ -250,6 +250,7 @@ def _write_shards(plan: Plan, partial: Path, part: Part | None, workers: int) ->
     left = [number for number in ours if number not in done]
     if len(left) < len(ours):
         say(f"{partial.parent}: {len(ours) - len(left)} of {len(ours)} shards are there; going on with the rest")
+    set_folder.clear_asides(partial, left)
     samples = sum(plan.count(range(number, number + 1)) for number in left)
     said = 0
     try:

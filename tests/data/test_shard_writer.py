@@ -264,6 +264,30 @@ def test_names_that_are_no_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert verify(tmp_path / "set") == []
 
 
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_empty(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scandir = os.scandir
+
+    def denied(path: str) -> object:
+        if str(path).endswith("/b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(UserError, match="images/b: Permission denied"):
+        create(image_folder, tmp_path / "set")
+
+
+def test_what_killed_processes_left_is_cleared(image_folder: Path, tmp_path: Path) -> None:
+    partial = tmp_path / "set" / ".partial"
+    partial.mkdir(parents=True)
+    for number in (1, 7):
+        (partial / f".shard-{number:06d}.tar.123.partial").write_bytes(b"half")
+    set_folder.clear_asides(partial, range(3))
+    assert [p.name for p in partial.iterdir()] == [".shard-000007.tar.123.partial"]
+
+
 def test_keys_are_unique_and_safe() -> None:
     paths = [
         "a/x.jpg",

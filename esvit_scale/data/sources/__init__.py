@@ -51,8 +51,17 @@ def open_source(where: str, options: SourceOptions) -> dict[str, Source]:
     Raises:
         UserError: nothing there, of an unknown kind, or as the source's own module says.
     """
+    try:
+        return _open(where, options)
+    except OSError as error:  # a folder that cannot be listed, no space for temporary files, …
+        raise UserError(f"{error.filename or where}: {error.strerror or error}") from None
+
+
+def _open(where: str, options: SourceOptions) -> dict[str, Source]:
     path = Path(where)
     kind = options.kind or _kind(where)
+    if kind not in KINDS:
+        raise UserError(f"--from {kind}: unknown kind of source{nearest(kind, KINDS)}")
     classes = read_classes(options.classes)
     if kind in ("folder", "imagenet", "img2dataset") and not path.is_dir():
         list_images(path)  # says what is there instead, and what is near
@@ -83,9 +92,7 @@ def _single(kind: str, where: str, path: Path, options: SourceOptions, classes: 
         return parquet_source(files, options.root, options.image_column, options.label, options.caption, classes)
     if kind == "tars":
         return tar_source(path, options.label, classes)
-    if kind == "zips":
-        return zip_source(path, options.label, classes)
-    raise UserError(f"--from {kind}: unknown kind of source{nearest(kind, KINDS)}")
+    return zip_source(path, options.label, classes)
 
 
 def _kind(where: str) -> str:
