@@ -31,41 +31,44 @@ Hash = NDArray[np.uint64]
 
 def find(source: Source, near: int | None, workers: int) -> NDArray[np.int64]:
     """[M, 3]: samples to leave out, the one that stays for each, and how many bits of their perceptual hashes differ
-    (0 where only the bytes were compared)."""
+    (0 where only the bytes were compared). Reads every sample once, and decodes it when `near` is given."""
     everything = np.arange(len(source))
-    exact = duplicates(source, everything, workers)
-    exact = np.column_stack([exact, np.zeros(len(exact), np.int64)])
     if near is None:
-        return exact
-    rest = np.setdiff1d(everything, exact[:, 0], assume_unique=True)
-    both = np.concatenate([exact, near_duplicates(source, rest, near, workers)])
+        exact = duplicates(source, everything, workers)
+        return np.column_stack([exact, np.zeros(len(exact), np.int64)])
+    hashes, found = _hashes(source, everything, _digest_and_perceptual, 4, workers)
+    exact = _same(hashes[:, :2], found)
+    rest = np.setdiff1d(np.flatnonzero(found & (hashes[:, 3] > 0)), exact[:, 0], assume_unique=True)
+    similar = _similar(hashes[rest, 2], near)
+    similar[:, :2] = rest[similar[:, :2]]
+    both = np.concatenate([np.column_stack([exact, np.zeros(len(exact), np.int64)]), similar])
     return both[np.argsort(both[:, 0])]
 
 
 def duplicates(source: Source, chosen: NDArray[np.int64], workers: int) -> NDArray[np.int64]:
     """[M, 2]: samples whose bytes an earlier one of `chosen` has, and that earlier one. Reads all of them."""
     hashes, found = _hashes(source, chosen, _digest, 2, workers)
-    _, first, inverse = np.unique(hashes, axis=0, return_index=True, return_inverse=True)
+    return chosen[_same(hashes, found)]
+
+
+def _same(hashes: Hash, found: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """[M, 2]: rows that stood before, and where they stood first."""
+    rows = np.flatnonzero(found)
+    _, first, inverse = np.unique(hashes[rows], axis=0, return_index=True, return_inverse=True)
     earlier = first[inverse.reshape(-1)]
-    again = np.flatnonzero((earlier != np.arange(len(chosen))) & found)
-    return np.stack([chosen[again], chosen[earlier[again]]], 1)
+    again = np.flatnonzero(earlier != np.arange(len(rows)))
+    return np.stack([rows[again], rows[earlier[again]]], 1)
 
 
-def near_duplicates(source: Source, chosen: NDArray[np.int64], distance: int, workers: int) -> NDArray[np.int64]:
-    """[M, 3]: samples of `chosen` that look like an earlier one that stays, that one, and how many bits differ.
-
-    An image without any structure (a plain colour) looks like nothing. Reads and decodes all of them.
-    """
-    hashes, found = _hashes(source, chosen, perceptual_hash, 1, workers)
-    where = np.flatnonzero(found)
+def _similar(hashes: Hash, distance: int) -> NDArray[np.int64]:
+    """[M, 3]: hashes that are near an earlier one that stays, that one, and how many bits differ."""
     dropped: dict[int, tuple[int, int]] = {}
-    for later, earlier, bits in near_pairs(hashes[where, 0], distance).tolist():
+    for later, earlier, bits in near_pairs(hashes, distance).tolist():
         if earlier in dropped and bits == 0:  # the same hash as one that goes
             dropped[later] = dropped[earlier]
         elif earlier not in dropped and later not in dropped:
             dropped[later] = (earlier, bits)
-    rows = [(chosen[where[i]], chosen[where[j]], bits) for i, (j, bits) in sorted(dropped.items())]
-    return np.array(rows, np.int64).reshape(-1, 3)
+    return np.array([(i, *of) for i, of in sorted(dropped.items())], np.int64).reshape(-1, 3)
 
 
 def write_lists(source: Source, dropped: NDArray[np.int64], out: Path) -> None:
@@ -79,8 +82,8 @@ def write_lists(source: Source, dropped: NDArray[np.int64], out: Path) -> None:
             file.write(f"{printable(source.name(i))}\t{printable(source.name(j))}\t{bits}\n")
 
 
-def perceptual_hash(data: bytes) -> list[int] | None:
-    """None of an image that cannot be read or has no structure."""
+def perceptual_hash(data: bytes) -> int | None:
+    """None of an image that cannot be read, or has no structure: a plain colour looks like nothing else."""
     try:
         image = decode(data)
     except BadImage:
@@ -91,7 +94,7 @@ def perceptual_hash(data: bytes) -> list[int] | None:
     if np.abs(rest).max() < 8:  # of about 32·255 for full contrast
         return None
     bits = low.reshape(-1) > np.median(rest)
-    return [int(np.packbits(bits).view(">u8")[0])]
+    return int(np.packbits(bits).view(">u8")[0])
 
 
 _DCT = np.cos(np.pi / 32 * np.outer(np.arange(8), np.arange(32) + 0.5)) * 0.25
@@ -137,6 +140,12 @@ def _digest(data: bytes) -> list[int]:
     return [int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")]
 
 
+def _digest_and_perceptual(data: bytes) -> list[int]:
+    """The digest, the perceptual hash, and whether there is one."""
+    perceptual = perceptual_hash(data)
+    return [*_digest(data), perceptual or 0, perceptual is not None]
+
+
 def _hashes(
     source: Source, chosen: NDArray[np.int64], hash_of: Callable[[bytes], list[int] | None], width: int, workers: int
 ) -> tuple[Hash, NDArray[np.bool_]]:
@@ -149,8 +158,6 @@ def _hashes(
         for at, row in enumerate(rows, start):
             if row is not None:
                 hashes[at], found[at] = row, True
-    # samples without a hash must not look alike
-    hashes[~found, 0] = np.flatnonzero(~found).astype(np.uint64)
     return hashes, found
 
 

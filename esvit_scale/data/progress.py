@@ -18,6 +18,7 @@ class Progress:
     """`with Progress(total, "images") as progress: progress.to(done)`."""
 
     def __init__(self, total: int, unit: str) -> None:
+        tqdm.monitor_interval = 0  # no thread: processes are forked while the bar is there
         self._total, self._unit = total, unit
         self._start = self._last = time.monotonic()
         self._bar = tqdm(total=total, unit=f" {unit}", smoothing=0.05, file=sys.stderr) if sys.stderr.isatty() else None

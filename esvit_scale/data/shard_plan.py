@@ -71,9 +71,11 @@ class Plan:
         return len(self._order)
 
     def members(self, shard: int) -> list[int]:
-        """Numbers of the samples of a shard, in its order."""
-        numbers: list[int] = self._order[self._starts[shard] : self._starts[shard + 1]].tolist()
-        return numbers
+        """Numbers of the samples of a shard, in its order: of a source with blocks the source's, so that each block is
+        read once a shard."""
+        numbers = self._order[self._starts[shard] : self._starts[shard + 1]]
+        found: list[int] = (numbers if self.source.blocks is None else np.sort(numbers)).tolist()
+        return found
 
     def count(self, shards: range) -> int:
         return int(self._starts[shards.stop] - self._starts[shards.start]) if len(shards) else 0

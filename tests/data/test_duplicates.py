@@ -8,7 +8,7 @@ import skimage.data
 from conftest import encoded, picture
 from PIL import Image, ImageEnhance
 
-from esvit_scale.data.duplicates import find, near_duplicates, near_pairs, perceptual_hash, write_lists
+from esvit_scale.data.duplicates import _similar, find, near_pairs, perceptual_hash, write_lists
 from esvit_scale.data.shard_plan import Recipe
 from esvit_scale.data.shard_writer import write_source
 from esvit_scale.data.sources import SourceOptions, open_source
@@ -51,11 +51,10 @@ def test_every_near_pair_is_found(distance: int) -> None:
 
 
 @pytest.mark.parametrize("distance", [0, 2, 3])
-def test_an_image_goes_when_a_kept_one_before_it_is_near(distance: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_goes_when_a_kept_one_before_it_is_near(distance: int) -> None:
     rng = np.random.default_rng()
     hashes = random_hashes(rng, 400)
-    monkeypatch.setattr("esvit_scale.data.duplicates._hashes", lambda *_: (hashes[:, None], np.ones(len(hashes), bool)))
-    found = near_duplicates(None, np.arange(len(hashes)), distance, 1)  # type: ignore[arg-type]
+    found = _similar(hashes, distance)
     assert set(found[:, 0].tolist()) == slow_dropped([int(h) for h in hashes], distance)
     assert not set(found[:, 1].tolist()) & set(found[:, 0].tolist())
 
@@ -74,8 +73,7 @@ def photographs() -> list[Image.Image]:
 
 def test_the_hash_survives_what_does_not_change_the_picture() -> None:
     def bits(image: Image.Image, kind: str = "PNG", **options: int) -> int:
-        [value] = perceptual_hash(encoded(image, kind, **options)) or [0]
-        return value
+        return perceptual_hash(encoded(image, kind, **options)) or 0
 
     near, far = [], []
     patches = photographs()

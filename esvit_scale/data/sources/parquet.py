@@ -17,7 +17,7 @@ from esvit_scale.data.sources.listing import PathSource
 from esvit_scale.data.sources.table import Columns
 from esvit_scale.errors import UserError
 
-CACHED_GROUPS = 8  # row groups in memory per process
+CACHED_BYTES = 512_000_000  # of row groups in memory per process, and one at least
 BATCH = 4096  # rows of small columns read at a time
 
 
@@ -128,7 +128,7 @@ class BytesSource(Source):
         """Arrow columns of images and captions (None without)."""
         found = self._cache.get(block)
         if found is None:
-            while len(self._cache) >= CACHED_GROUPS:
+            while self._cache and sum(images.nbytes for images, _ in self._cache.values()) > CACHED_BYTES:
                 self._cache.popitem(last=False)
             file, group = self._groups[block]
             found = self._cache[block] = self._read_group(self._paths[file], group)

@@ -141,10 +141,14 @@ def tar_source(where: Path, label: str | None, classes: Sequence[str] | None) ->
 
 
 def _entries(tar: Path) -> tuple[Sequence[Entry], str]:
+    """By the index beside the tar, where there is one that can be true, else by the tar's headers."""
     try:
-        return list(manifests.read_side_car(tar)), ""
-    except (OSError, ValueError, TypeError):
-        return manifests.scan_and_judge(tar)
+        entries, end = list(manifests.read_side_car(tar)), tar.stat().st_size
+        if all(offset + size <= end for entry in entries for offset, size in entry.members.values()):
+            return entries, ""
+    except (OSError, ValueError, TypeError, AttributeError):
+        pass
+    return manifests.scan_and_judge(tar)
 
 
 def _pread(handle: int, offset: int, size: int) -> bytes:

@@ -128,6 +128,8 @@ def _member(path: Path, offset: int, packed: int, size: int, crc: int, method: i
     if size > MAX_INFLATED or packed > MAX_INFLATED:
         raise BadImage(f"{size} bytes: over the limit of {MAX_INFLATED} (zip bomb?)")
     with path.open("rb") as file:
+        if offset + LOCAL_HEADER + packed > os.fstat(file.fileno()).st_size:
+            raise BadImage("lies beyond the end of the zip (cut short?)")
         header = os.pread(file.fileno(), LOCAL_HEADER, offset)
         if header[:4] != b"PK\3\4" or len(header) != LOCAL_HEADER:
             raise BadImage("its header in the zip is damaged")
