@@ -43,7 +43,7 @@ class Reencode:
         if not self.short_side or short <= self.short_side:
             return image
         width, height = (max(round(side * self.short_side / short), self.short_side) for side in image.size)
-        return image.resize((width, height), Image.Resampling.LANCZOS)
+        return image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
 
 
 KEEP_BYTES = Reencode()

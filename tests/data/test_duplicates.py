@@ -21,7 +21,7 @@ def random_hashes(rng: np.random.Generator, n: int) -> np.ndarray:
     for _ in range(5):
         flip = rng.random(n) < 0.6
         hashes = np.where(flip, hashes ^ (np.uint64(1) << rng.integers(0, 64, n, dtype=np.uint64)), hashes)
-    return hashes
+    return hashes[rng.integers(n, size=n)]  # some of them repeated
 
 
 def slow_dropped(hashes: list[int], distance: int) -> set[int]:

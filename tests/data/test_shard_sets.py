@@ -329,6 +329,21 @@ def test_repair_from_another_source_changes_nothing(image_folder: Path, tmp_path
         repair(tmp_path / "made", str(image_folder))
 
 
+def test_repair_does_not_put_other_pixels_in(tmp_path: Path) -> None:
+    """The same names and sizes, so that only the bytes themselves can tell."""
+    (tmp_path / "images").mkdir()
+    for i in range(6):
+        (tmp_path / "images" / f"{i}.bmp").write_bytes(encoded(picture(i), "BMP"))
+    write(tmp_path / "images", tmp_path / "set")
+    os.truncate(tmp_path / "set" / "shard-000001.tar", 700)
+    for i in range(6):
+        (tmp_path / "images" / f"{i}.bmp").write_bytes(encoded(picture(100 + i), "BMP"))
+    before = files_of(tmp_path / "set")
+    with pytest.raises(UserError, match=r"shard-000001\.tar: comes out with another sha256"):
+        repair(tmp_path / "set", str(tmp_path / "images"))
+    assert files_of(tmp_path / "set") == before
+
+
 def test_parallel_verification_finds_the_same(image_folder: Path, tmp_path: Path) -> None:
     write(image_folder, tmp_path / "set")
     os.truncate(tmp_path / "set" / "shard-000001.tar", 700)

@@ -341,6 +341,14 @@ def test_a_cut_tar_gives_what_is_whole_and_says_so(images: dict[str, bytes], tmp
     assert "cut" in row["reason"]
 
 
+@pytest.mark.parametrize("place", [[512, 1 << 60], [1 << 62, 10], [-1, 5]])
+def test_an_index_beside_a_tar_that_cannot_be_true(place: list[int], images: dict[str, bytes], tmp_path: Path) -> None:
+    tar = tar_of(tmp_path / "x.tar", images)
+    lines = [{"format_version": 1, "shard": "x.tar"}, *([name, {"png": place}] for name in ("p", "q"))]
+    manifests.index_path(tar).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert set(contents(write(tar, tmp_path / "set"))) == set(images.values())
+
+
 def test_hostile_zips(images: dict[str, bytes], tmp_path: Path) -> None:
     path = tmp_path / "x.zip"
     good = images["a/p0.png"]
