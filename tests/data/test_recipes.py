@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -125,6 +126,9 @@ def test_every_recipe_is_tried_and_described() -> None:
     assert recipes == set(CASES)
     described = (RECIPES / "README.md").read_text()
     assert [name for name in recipes if f"`{name} " not in described] == []
+    links = re.findall(r"\]\(([^)#:]+)\)", described)
+    assert links
+    assert [link for link in links if not (RECIPES / link).exists()] == []
 
 
 @pytest.mark.parametrize("recipe", CASES)

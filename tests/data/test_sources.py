@@ -231,6 +231,22 @@ def test_imagenets_layout_becomes_two_sets_with_the_same_classes(kaggle: bool, t
     assert list(contents(sets["val"]).values()) == [("n02", None)]
 
 
+def test_sets_become_one_set(images: dict[str, bytes], tmp_path: Path) -> None:
+    for name, kept in (("one", ["a/p0.png", "b/p1.png"]), ("two", ["b/p3.png"])):
+        (tmp_path / "names").write_text("b\na\n")
+        (tmp_path / "list.txt").write_text("".join(f"images/{path}\n" for path in kept))
+        options = {"label": "parent", "classes": tmp_path / "names"}
+        write(tmp_path / "list.txt", tmp_path / "sets" / name, **options)
+    (tmp_path / "sets" / "one" / ".partial").mkdir()
+    tar_of(tmp_path / "sets" / "one" / ".partial" / "hidden.tar", {"x.png": images["a/p2.png"]})
+    manifest = write(tmp_path / "sets", tmp_path / "set", kind="tars")
+    assert manifest.classes == ("b", "a")
+    assert contents(manifest) == expected({n: images[n] for n in ("a/p0.png", "b/p1.png", "b/p3.png")}, True, False)
+    write(tmp_path / "images" / "a", tmp_path / "sets" / "three")
+    with pytest.raises(UserError, match="the sets one and three in it have different classes"):
+        write(tmp_path / "sets", tmp_path / "set2", kind="tars")
+
+
 def test_numbers_as_labels_keep_their_meaning(images: dict[str, bytes], tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text("path,y\n" + "".join(f"images/{n},{7 if n[0] == 'a' else 2}\n" for n in images))
     manifest = write(tmp_path / "x.csv", tmp_path / "set", label="y")

@@ -13,9 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from esvit_scale.data.decode import EXTENSIONS, BadImage
+from esvit_scale.data.progress import say
 from esvit_scale.errors import UserError
 
 EXTRAS = ("json", "txt")  # members beside the image that are carried over: metadata and caption
+SAY_AFTER = 2_000_000  # samples: listing more takes a while
 MAX_EXTRA = 1 << 20  # bytes; a larger one is no caption
 
 
@@ -77,6 +79,8 @@ class Rows:
         self._ends = array("q", [0])
 
     def append(self, value: Any) -> None:
+        if len(self._ends) % SAY_AFTER == 0:
+            say(f"{len(self._ends):,} samples listed, going on")
         self._ends.append(self._ends[-1] + self._file.write(_encode(value).encode()))
 
     def finish(self) -> "Rows":
@@ -158,6 +162,12 @@ def is_image(name: str) -> bool:
 def parent_label(path: str) -> str | None:
     """The name of the folder that holds the file."""
     return path.rpartition("/")[0].rpartition("/")[2] or None
+
+
+def visible_files(root: Path, suffix: str) -> list[Path]:
+    """Files below `root` that end so, by name; not what is hidden or in a hidden folder."""
+    found = (path for path in root.rglob(f"*{suffix}") if path.is_file())
+    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(root).parts))
 
 
 def read_classes(path: Path | None) -> tuple[str, ...] | None:

@@ -11,7 +11,17 @@ from esvit_scale.data import manifest as manifests
 from esvit_scale.data.decode import EXTENSIONS, BadImage
 from esvit_scale.data.image_folder import printable
 from esvit_scale.data.manifest import Entry
-from esvit_scale.data.sources.base import EXTRAS, MAX_EXTRA, Item, Labels, Rows, Source, labelled, parent_label
+from esvit_scale.data.sources.base import (
+    EXTRAS,
+    MAX_EXTRA,
+    Item,
+    Labels,
+    Rows,
+    Source,
+    labelled,
+    parent_label,
+    visible_files,
+)
 from esvit_scale.errors import UserError
 
 HOW_LABELS = (None, "none", "parent", "archive")
@@ -119,7 +129,8 @@ class TarSource(Source):
 
 
 def tar_source(where: Path, label: str | None, classes: Sequence[str] | None) -> TarSource:
-    """A tar, or the tars of a folder in the order of their names; of a shard set, the manifest's shards and classes.
+    """A tar, or the tars of a folder in the order of their names; of a shard set, the manifest's shards and classes; of
+    a folder of shard sets, all of theirs.
 
     Raises:
         UserError: no tar there, a compressed one, and as TarSource.
@@ -134,10 +145,26 @@ def tar_source(where: Path, label: str | None, classes: Sequence[str] | None) ->
         manifests.check_sizes(manifest)
         named = classes or manifest.classes or None
         return TarSource([where / shard.name for shard in manifest.shards], where, label, named)
-    tars = sorted(p for p in where.rglob("*.tar") if p.is_file() and not p.name.startswith("."))
+    tars = visible_files(where, ".tar")
     if not tars:
         raise UserError(f"{where}: no .tar files in it")
+    if label is None and classes is None:
+        classes = _classes_of_sets(where, {tar.parent for tar in tars})
     return TarSource(tars, where, label, classes)
+
+
+def _classes_of_sets(where: Path, folders: set[Path]) -> Sequence[str] | None:
+    """The class names of a folder of shard sets; None when the tars are not all from sets."""
+    if not all(manifests.is_shard_set(folder) for folder in folders):
+        return None
+    found = {manifests.load(folder).classes: folder for folder in sorted(folders)}
+    if len(found) > 1:
+        one, other = list(found.values())[:2]
+        raise UserError(
+            f"{where}: the sets {one.name} and {other.name} in it have different classes, whose numbers would be mixed up; "
+            "give --label none, or make both with the same --classes FILE"
+        )
+    return next(iter(found)) or None
 
 
 def _entries(tar: Path) -> tuple[Sequence[Entry], str]:

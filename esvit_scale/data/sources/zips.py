@@ -24,6 +24,7 @@ from esvit_scale.data.sources.base import (
     is_image,
     labelled,
     parent_label,
+    visible_files,
 )
 from esvit_scale.errors import UserError
 
@@ -104,7 +105,7 @@ def zip_source(where: Path, label: str | None, classes: Sequence[str] | None) ->
     """
     if where.is_file():
         return ZipSource([where], where, label, classes)
-    zips = sorted(p for p in where.rglob("*.zip") if p.is_file() and not p.name.startswith("."))
+    zips = visible_files(where, ".zip")
     if not zips:
         raise UserError(f"{where}: no .zip files in it")
     return ZipSource(zips, where, label, classes)
