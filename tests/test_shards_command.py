@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from esvit_scale import cli
-from esvit_scale.commands import shards as shards_command
+from esvit_scale.commands import option_types
 from esvit_scale.data import manifest as manifests
 
 ROOT = Path(__file__).parents[1]
@@ -92,7 +92,7 @@ def test_a_mistake_is_one_line(arguments: str, tmp_path: Path, monkeypatch, caps
 
 
 def test_sizes_are_read() -> None:
-    assert [shards_command._bytes(t) for t in ("7", "500M", "2g", "1.5GB", "3kB")] == [
+    assert [option_types.size(t) for t in ("7", "500M", "2g", "1.5GB", "3kB")] == [
         7,
         500_000_000,
         2 * 10**9,

@@ -1,11 +1,11 @@
 """Shards of images: write, check, describe and show them."""
 
 import argparse
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from esvit_scale.commands import option_types
 from esvit_scale.commands.parser import command, group, positive
 from esvit_scale.errors import UserError
 
@@ -37,7 +37,10 @@ def _add_create(shards: Any) -> None:
         "--samples-per-shard", type=positive, default=1000, metavar="N", help="images in a tar (default: 1000)"
     )
     size.add_argument(
-        "--bytes-per-shard", type=_bytes, metavar="SIZE", help="of image files in a tar, e.g. 500M, instead of a number"
+        "--bytes-per-shard",
+        type=option_types.size,
+        metavar="SIZE",
+        help="of image files in a tar, e.g. 500M, instead of a number",
     )
     create.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of the order in which images are put into shards (default: 0)"
@@ -49,14 +52,23 @@ def _add_create(shards: Any) -> None:
     create.add_argument(
         "--short-side", type=positive, metavar="PX", help="shrink larger images; default: keep the bytes"
     )
-    create.add_argument("--quality", type=_quality, metavar="Q", help="encode again, 1..100 (default then: 90)")
+    create.add_argument(
+        "--quality", type=option_types.quality, metavar="Q", help="encode again, 1..100 (default then: 90)"
+    )
     create.add_argument("--format", choices=("jpeg", "webp"), help="encode again")
     create.add_argument(
-        "--val-fraction", type=_fraction, default=0.0, metavar="F", help="write DST/train and DST/val, by seed and key"
+        "--val-fraction",
+        type=option_types.fraction,
+        default=0.0,
+        metavar="F",
+        help="write DST/train and DST/val, by seed and key",
     )
     _add_workers(create)
     create.add_argument(
-        "--shard-range", type=_part, metavar="I/N", help="write the I-th of N parts (from 1); `shards merge` finishes"
+        "--shard-range",
+        type=option_types.part,
+        metavar="I/N",
+        help="write the I-th of N parts (from 1); `shards merge` finishes",
     )
 
 
@@ -71,7 +83,9 @@ def _add_split(shards: Any) -> None:
     )
     split.add_argument("source", metavar="SET", help="folder of shards")
     split.add_argument("destination", type=Path, metavar="DST", help="folder to make")
-    split.add_argument("--val-fraction", type=_fraction, required=True, metavar="F", help="of the samples, 0 < F < 1")
+    split.add_argument(
+        "--val-fraction", type=option_types.fraction, required=True, metavar="F", help="of the samples, 0 < F < 1"
+    )
     split.add_argument("--samples-per-shard", type=positive, default=1000, metavar="N", help="(default: 1000)")
     split.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
     _add_workers(split)
@@ -85,7 +99,7 @@ def _add_duplicates(shards: Any) -> None:
     duplicates.add_argument("--out", type=Path, required=True, metavar="LIST", help="keep-list to write")
     duplicates.add_argument(
         "--near",
-        type=_distance,
+        type=option_types.distance,
         nargs="?",
         const=3,
         metavar="BITS",
@@ -288,43 +302,3 @@ def _workers(options: argparse.Namespace) -> int:
     from esvit_scale.data import pool
 
     return int(options.workers or pool.cores())
-
-
-# --- option types ----------------------------------------------------------------------------------------------------
-
-
-def _bytes(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B?", text.upper())
-    size = int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " ")) if match else 0
-    if size < 1:
-        raise argparse.ArgumentTypeError(f"expected a size such as 500M or 2G, got {text!r}")
-    return size
-
-
-def _part(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise argparse.ArgumentTypeError(f"expected I/N with 1 ≤ I ≤ N (the first of four parts is 1/4), got {text!r}")
-    return int(match[1]), int(match[2])
-
-
-def _fraction(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"expected a fraction between 0 and 1, such as 0.01, got {text!r}")
-    return value
-
-
-def _quality(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 100:
-        raise argparse.ArgumentTypeError(f"expected a quality of 1..100, got {text!r}")
-    return int(text)
-
-
-def _distance(text: str) -> int:
-    if not text.isdecimal() or int(text) > 7:
-        raise argparse.ArgumentTypeError(f"expected 0..7 bits, got {text!r}")
-    return int(text)

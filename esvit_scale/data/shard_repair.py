@@ -8,11 +8,11 @@ from esvit_scale import files
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data import pool, set_folder
 from esvit_scale.data.manifest import Manifest
+from esvit_scale.data.planned_sets import plan_of, planned_sets
 from esvit_scale.data.planned_shard import write_planned
 from esvit_scale.data.reencode import Reencode
 from esvit_scale.data.shard_plan import Plan, Recipe, fingerprint
 from esvit_scale.data.shard_verify import check_shards
-from esvit_scale.data.shard_writer import plan_of, planned_sets
 from esvit_scale.data.sources import SourceOptions
 from esvit_scale.errors import UserError
 

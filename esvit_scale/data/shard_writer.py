@@ -6,34 +6,29 @@ and options give the same bytes.
 """
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial as bind
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
-from esvit_scale import files
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data import pool, set_folder
-from esvit_scale.data.duplicates import duplicates
 from esvit_scale.data.image_folder import printable
-from esvit_scale.data.keys import Keys, keys_of
+from esvit_scale.data.keys import keys_of
 from esvit_scale.data.manifest import MANIFEST, Manifest, Shard
-from esvit_scale.data.planned_shard import Bad, shard_name, write_planned
+from esvit_scale.data.planned_sets import PlannedSet, plan_of, planned_sets
+from esvit_scale.data.planned_shard import shard_name, write_planned
 from esvit_scale.data.progress import say
 from esvit_scale.data.set_folder import PARTIAL, Intent, NoSamples
 from esvit_scale.data.shard_file import Sample, write_shard
-from esvit_scale.data.shard_plan import SAMPLES_PER_SHARD, Plan, Recipe, fingerprint, keep_listed, split
+from esvit_scale.data.shard_plan import SAMPLES_PER_SHARD, Plan, Recipe, fingerprint
 from esvit_scale.data.shard_verify import verify
-from esvit_scale.data.sources import SourceOptions, open_source, source_record
-from esvit_scale.data.sources.base import Source
+from esvit_scale.data.sources import SourceOptions, source_record
 from esvit_scale.errors import UserError
 
-__all__ = ["Sample", "create", "keys_of", "merge", "planned_sets", "verify", "write_samples", "write_source"]
+__all__ = ["Sample", "create", "keys_of", "merge", "verify", "write_samples", "write_source"]
 
 SAID = 20  # bad images that are named on stderr; all are in the quarantine
 
@@ -46,14 +41,6 @@ class Part(NamedTuple):
 
     def of(self, shards: int) -> range:
         return range((self.i - 1) * shards // self.n, self.i * shards // self.n)
-
-
-class PlannedSet(NamedTuple):
-    """One of the sets that a source becomes: alone, or `train` and `val`."""
-
-    source: Source
-    keys: Keys
-    chosen: NDArray[np.int64]  # its samples, ascending
 
 
 def create(source: Path, destination: Path, samples_per_shard: int = SAMPLES_PER_SHARD, seed: int = 0) -> Manifest:
@@ -100,26 +87,6 @@ def write_source(
         if manifest is not None:
             finished[name] = manifest
     return finished
-
-
-def planned_sets(where: str, options: SourceOptions, recipe: Recipe) -> dict[str, PlannedSet]:
-    """The sets that a source becomes, by name; reads no image.
-
-    Raises:
-        UserError: as the source says; an empty split, a keep-list of something else.
-    """
-    sources = open_source(where, options)
-    for line in chain.from_iterable(source.notes for source in sources.values()):
-        say(printable(line))
-    if recipe.val_fraction and len(sources) > 1:
-        raise UserError(f"--val-fraction: {where} comes as {' and '.join(sources)} already")
-    sets: dict[str, PlannedSet] = {}
-    for name, source in sources.items():
-        keys = Keys(len(source), source.path, source.name)
-        chosen = keep_listed(source, recipe.keep, where) if recipe.keep else np.arange(len(source))
-        parts = split(keys, chosen, recipe) if recipe.val_fraction else {name: chosen}
-        sets |= {part: PlannedSet(source, keys, numbers) for part, numbers in parts.items()}
-    return sets
 
 
 def merge(destination: Path) -> dict[str, Manifest]:
@@ -216,32 +183,6 @@ def _write_set(
                 return _finished(destination, intent, where)
     except OSError as error:
         raise UserError(f"{error.filename or destination}: {error.strerror or error}") from error
-
-
-def plan_of(planned: PlannedSet, recipe: Recipe, workers: int, cache: Path | None = None) -> tuple[Plan, list[Bad]]:
-    """The plan, and rows for the quarantine of the duplicates that are not in it.
-
-    Args:
-        cache: file that keeps which samples are duplicates; finding out reads all of them.
-    """
-    source, chosen = planned.source, planned.chosen
-    rows: list[Bad] = []
-    if recipe.drop_duplicates:
-        pairs = _kept_in(cache, lambda: duplicates(source, chosen, workers))
-        names = [[printable(source.name(i)) for i in pair] for pair in pairs.tolist()]
-        rows = [{"file": dropped, "reason": f"the same bytes as {first}"} for dropped, first in names]
-        chosen = np.setdiff1d(chosen, pairs[:, 0], assume_unique=True)
-    return Plan(source, planned.keys, recipe, chosen), rows
-
-
-def _kept_in(cache: Path | None, find: Callable[[], NDArray[np.int64]]) -> NDArray[np.int64]:
-    if cache is None or not cache.exists():
-        found = find()
-        if cache is None:
-            return found
-        with files.replacing(cache) as aside, aside.open("wb") as file:
-            np.save(file, found)
-    return np.asarray(np.load(cache))
 
 
 def _write_shards(plan: Plan, partial: Path, part: Part | None, workers: int) -> None:

@@ -157,7 +157,9 @@ def _classes_of_sets(where: Path, folders: set[Path]) -> Sequence[str] | None:
     """The class names of a folder of shard sets; None when the tars are not all from sets."""
     if not all(manifests.is_shard_set(folder) for folder in folders):
         return None
-    found = {manifests.load(folder).classes: folder for folder in sorted(folders)}
+    found: dict[tuple[str, ...], Path] = {}
+    for folder in sorted(folders):
+        found.setdefault(manifests.load(folder).classes, folder)
     if len(found) > 1:
         one, other = list(found.values())[:2]
         raise UserError(
