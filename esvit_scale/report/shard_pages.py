@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image, ImageDraw
 
 from esvit_scale.data.decode import BadImage, decode
@@ -112,12 +113,14 @@ def _histogram(axes: Axes, values: np.ndarray, title: str) -> None:
     _style(axes, title)
     if len(values):
         axes.hist(values, bins=40, color=BLUE)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
 
 
 def _sorted(axes: Axes, counts: np.ndarray, title: str) -> None:
     _style(axes, title)
     axes.fill_between(np.arange(len(counts)), np.sort(counts)[::-1], color=BLUE, step="mid")
     axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
 
 
 def _style(axes: Axes, title: str) -> None:
