@@ -61,7 +61,7 @@ def test_an_image_goes_when_a_kept_one_before_it_is_near(distance: int) -> None:
 
 def photographs() -> list[Image.Image]:
     """Quarters of real photographs."""
-    names = ("astronaut", "chelsea", "coffee", "rocket")
+    names = ("astronaut", "chelsea", "coffee")
     images = [Image.fromarray(getattr(skimage.data, name)()) for name in names]
     return [
         image.crop((x, y, x + image.width // 2, y + image.height // 2))
@@ -75,7 +75,7 @@ def test_the_hash_survives_what_does_not_change_the_picture() -> None:
     def bits(image: Image.Image, kind: str = "PNG", **options: int) -> int:
         return perceptual_hash(encoded(image, kind, **options)) or 0
 
-    near, far = [], []
+    near, far, seen = [], [], []
     patches = photographs()
     for at, image in enumerate(patches):
         for other in (
@@ -84,7 +84,8 @@ def test_the_hash_survives_what_does_not_change_the_picture() -> None:
             bits(ImageEnhance.Brightness(image).enhance(0.9)),
         ):
             near.append((bits(image) ^ other).bit_count())
-        far += [(bits(image) ^ bits(other)).bit_count() for other in patches[:at]]
+        far += [(bits(image) ^ other).bit_count() for other in seen]
+        seen.append(bits(image))
     assert np.mean(np.array(near) <= 3) > 0.9
     assert min(far) > 8
     assert perceptual_hash(encoded(Image.new("RGB", (50, 50), "red"))) is None

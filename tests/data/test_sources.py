@@ -5,7 +5,6 @@ import io
 import json
 import os
 import struct
-import subprocess
 import sys
 import tarfile
 import zipfile
@@ -196,17 +195,11 @@ def test_every_source_gives_the_same_images(name: str, images: dict[str, bytes],
     assert [s.sha256 for s in again.shards] == [s.sha256 for s in manifest.shards]
 
 
-def test_a_list_may_come_on_stdin(images: dict[str, bytes], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "esvit_scale", "shards", "create", "-", tmp_path / "set", "--workers", "1"]
+def test_a_list_may_come_on_stdin(images: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "".join(f"images/{name}\n" for name in images)
-    subprocess.run(
-        command,
-        input=text.encode(),
-        cwd=tmp_path,
-        check=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
-    )
-    assert set(contents(manifests.load(tmp_path / "set"))) == set(images.values())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    assert set(contents(write("-", tmp_path / "set"))) == set(images.values())
 
 
 @pytest.mark.parametrize("kaggle", [False, True])
