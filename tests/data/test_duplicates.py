@@ -76,8 +76,7 @@ def test_the_hash_survives_what_does_not_change_the_picture() -> None:
         return perceptual_hash(encoded(image, kind, **options)) or 0
 
     near, far, seen = [], [], []
-    patches = photographs()
-    for at, image in enumerate(patches):
+    for image in photographs():
         for other in (
             bits(image, "JPEG", quality=60),
             bits(image.resize((150, 120))),
