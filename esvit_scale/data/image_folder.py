@@ -40,7 +40,7 @@ def list_images(root: Path) -> ImageFolder:
     there are no classes.
 
     Raises:
-        UserError: the folder is missing or holds no image file.
+        UserError: the folder is missing or holds no image file; a subfolder cannot be listed.
     """
     root = Path(root)
     if not root.is_dir():
@@ -48,7 +48,7 @@ def list_images(root: Path) -> ImageFolder:
         raise UserError(f"{root}: {what}{_nearest(root)}")
     paths: list[str] = []
     ignored: Counter[str] = Counter()
-    for folder, subfolders, names in os.walk(root):
+    for folder, subfolders, names in os.walk(root, onerror=_refuse):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for name in names:
             ext = name.rpartition(".")[2].lower() if "." in name else ""
@@ -75,6 +75,11 @@ def read_file(path: Path) -> bytes:
     if status.st_size > MAX_MEMBER:
         raise BadImage(f"{status.st_size} bytes: over the limit of {MAX_MEMBER}")
     return path.read_bytes()
+
+
+def _refuse(error: OSError) -> None:
+    """A subfolder that cannot be listed is not the same as an empty one."""
+    raise UserError(f"{printable(str(error.filename))}: {error.strerror}")
 
 
 def _nearest(path: Path) -> str:

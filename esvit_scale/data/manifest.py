@@ -108,7 +108,13 @@ def size_problems(manifest: Manifest) -> Iterator[str]:
             yield f"{path}: {kind}: {size} bytes, the manifest says {shard.bytes}"
 
 
-def dump(shards: Sequence[Shard], classes: Sequence[str], source: str, tool: str) -> bytes:
+def dump(
+    shards: Sequence[Shard],
+    classes: Sequence[str],
+    source: str,
+    tool: str,
+    options: dict[str, Any] | None = None,
+) -> bytes:
     """The bytes of a manifest.json, the same for the same set."""
     content = {
         "format_version": FORMAT_VERSION,
@@ -116,10 +122,17 @@ def dump(shards: Sequence[Shard], classes: Sequence[str], source: str, tool: str
         "samples": sum(s.samples for s in shards),
         "bytes": sum(s.bytes for s in shards),
         "source": source,
+        "options": options or {},
         "classes": list(classes),
         "shards": [s._asdict() for s in shards],
     }
     return (json.dumps(content, indent=1) + "\n").encode()
+
+
+def options(root: Path) -> dict[str, Any]:
+    """The options that a set was written with, as its manifest records them; empty when it does not."""
+    recorded = json.loads((root / MANIFEST).read_bytes()).get("options")
+    return recorded if isinstance(recorded, dict) else {}
 
 
 def _parse(root: Path, raw: dict[str, Any]) -> Manifest:
@@ -219,7 +232,13 @@ def scan(shard: Path) -> list[Entry]:
     Raises:
         OSError: the file cannot be read.
     """
+    return scan_and_judge(shard)[0]
+
+
+def scan_and_judge(shard: Path) -> tuple[list[Entry], str]:
+    """`scan`, and in a few words what is wrong with the tar itself; empty when it is whole to its end marker."""
     entries: list[Entry] = []
+    damage = ""
     size = shard.stat().st_size
     with shard.open("rb") as file:
         try:
@@ -227,10 +246,13 @@ def scan(shard: Path) -> list[Entry]:
                 end = 0
                 for member in tar:
                     if member.size < 0 or member.offset_data < end:
-                        break  # a forged header that would lead back into the file
+                        damage = "a forged header leads back into the file"
+                        break
                     end = member.offset_data
-                    whole = end + member.size <= size and member.size <= MAX_MEMBER
-                    if not member.isreg() or member.issparse() or not whole:
+                    if not member.isreg() or member.issparse():
+                        continue
+                    if end + member.size > size or member.size > MAX_MEMBER:
+                        damage = "a member is cut off, or over the size limit"
                         continue
                     key, ext = split_name(member.name)
                     if not key or not ext:
@@ -238,9 +260,13 @@ def scan(shard: Path) -> list[Entry]:
                     if not entries or entries[-1].key != key or ext in entries[-1].members:
                         entries.append(Entry(key, {}))
                     entries[-1].members[ext] = (member.offset_data, member.size)
+                else:  # tarfile ends without a word at a header that it cannot read
+                    file.seek(tar.offset)
+                    if file.read(512) != bytes(512):
+                        damage = damage or "cut short, or a header in it is damaged"
         except (tarfile.TarError, EOFError, ValueError, RecursionError):
-            pass  # what was read before the damage stands; counts show the rest
-    return entries
+            damage = "cut short, or a header in it is damaged"  # what was read before stands
+    return entries, damage
 
 
 def split_name(name: str) -> tuple[str, str]:

@@ -1,83 +1,123 @@
-"""Image folder → WebDataset tars with a manifest; and the check that a set is what its manifest says.
+"""Images → WebDataset tars with a manifest, by any number of processes and jobs.
 
-A set is written aside, in `.partial` inside its folder, flushed to disk, and moved into place file by file, the
-manifest last: whatever interrupts the writing, no file that looks whole is left that is not. The same source gives the
-same bytes.
+What goes where is planned before anything is read (shard_plan.py), so every shard is written on its own
+(planned_shard.py) and an interrupted run goes on with the shards it has not written (set_folder.py). The same source
+and options give the same bytes.
 """
 
-import fcntl
-import hashlib
-import json
-import os
-import re
 import shutil
-import sys
-import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from importlib import metadata
+from contextlib import contextmanager
+from functools import partial as bind
 from itertools import chain, count, islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-import webdataset as wds
-from tqdm import tqdm
-
-from esvit_scale import files
 from esvit_scale.data import manifest as manifests
-from esvit_scale.data.decode import EXTENSIONS, BadImage, decode
-from esvit_scale.data.image_folder import ImageFolder, list_images, printable, read_file
+from esvit_scale.data import pool, set_folder
+from esvit_scale.data.image_folder import printable
+from esvit_scale.data.keys import keys_of
 from esvit_scale.data.manifest import MANIFEST, Manifest, Shard
-from esvit_scale.data.order import permutation
+from esvit_scale.data.planned_sets import PlannedSet, plan_of, planned_sets
+from esvit_scale.data.planned_shard import shard_name, write_planned
+from esvit_scale.data.progress import say
+from esvit_scale.data.set_folder import PARTIAL, Intent, NoSamples
+from esvit_scale.data.shard_file import Sample, write_shard
+from esvit_scale.data.shard_plan import SAMPLES_PER_SHARD, Plan, Recipe, fingerprint
+from esvit_scale.data.shard_verify import verify
+from esvit_scale.data.sources import SourceOptions, source_record
 from esvit_scale.errors import UserError
 
-SAMPLES_PER_SHARD = 1000
-PARTIAL = ".partial"
-QUARANTINE = "quarantine.jsonl"
+__all__ = ["Sample", "create", "keys_of", "merge", "verify", "write_samples", "write_source"]
 
-T = TypeVar("T")
+SAID = 20  # bad images that are named on stderr; all are in the quarantine
 
 
-class Sample(NamedTuple):
-    key: str  # unique in the set; letters, digits, `_`, `-`, and `/` between parts
-    label: int | None  # index of its class
-    ext: str  # jpg, png, …
-    data: bytes
+class Part(NamedTuple):
+    """The i-th of n parts of a set's shards, 1 ≤ i ≤ n."""
+
+    i: int
+    n: int
+
+    def of(self, shards: int) -> range:
+        return range((self.i - 1) * shards // self.n, self.i * shards // self.n)
 
 
 def create(source: Path, destination: Path, samples_per_shard: int = SAMPLES_PER_SHARD, seed: int = 0) -> Manifest:
-    """Write the images of a folder (class subfolders, or flat; nested folders are fine) as a shard set.
+    """A folder of images as one shard set, with everything else as `esvit-scale shards create` has it by default."""
+    if samples_per_shard < 1:
+        raise UserError(f"samples per shard: {samples_per_shard} is not a count; nearest: 1")
+    recipe = Recipe(samples_per_shard=samples_per_shard, seed=seed)
+    return write_source(str(source), Path(destination), SourceOptions(kind="folder"), recipe)[""]
 
-    Files keep their bytes; they are put into shards in an order shuffled by `seed`, so that a shard mixes the classes.
-    Each file that does not decode is named in one line on stderr and a row of DST/quarantine.jsonl, and left out. A
-    destination that already holds the set of the same files (by name and size) is left as it is.
+
+def write_source(
+    where: str,
+    destination: Path,
+    options: SourceOptions,
+    recipe: Recipe,
+    workers: int = 1,
+    part: Part | None = None,
+) -> dict[str, Manifest]:
+    """Write a source as a shard set, or as the sets `train` and `val` in folders of these names.
+
+    A file that cannot be used is left out and is a row of quarantine.jsonl. A destination that already holds the set of
+    the same source and options is left as it is; one that holds part of it is completed.
+
+    Args:
+        part: write only this part of every set's shards, and leave the manifest to `merge`.
+
+    Returns:
+        Manifests by split, the empty name for a single set; empty after a part.
 
     Raises:
         UserError: source missing or without usable images, destination in use or holding something else.
+        RestartCanHelp: the source's file system is gone, or a worker was killed.
     """
-    source, destination = Path(source), Path(destination)
-    folder = list_images(source)
-    if samples_per_shard < 1:
-        raise UserError(f"samples per shard: {samples_per_shard} is not a count; nearest: 1")
-    if folder.ignored:
-        held = ", ".join(f"{n} {ext}" for ext, n in sorted(folder.ignored.items()))
-        _say(f"{source}: left out {sum(folder.ignored.values())} files that do not end like images: {held}")
-    quarantined: list[dict[str, str]] = []
-    samples = _read_images(folder, seed, quarantined)
-    try:
-        return _write_set(
-            samples,
-            destination,
-            folder.classes,
-            samples_per_shard,
-            _fingerprint(folder, samples_per_shard, seed),
-            quarantined,
-        )
-    except _NoSamples:
-        first = quarantined[0]
+    sets = planned_sets(where, options, recipe)
+    if part and recipe.drop_duplicates:
         raise UserError(
-            f"{source}: none of its {len(folder.files)} image files can be used (first: {first['file']}: {first['reason']})"
-        ) from None
+            "--drop-duplicates with --shard-range would read everything once per part; run "
+            f"`esvit-scale shards duplicates {where} --out keep.txt` first and give every part --keep keep.txt"
+        )
+    finished = {}
+    for name, planned in sets.items():
+        record = {"source": source_record(options), "recipe": recipe.record(), "split": name}
+        manifest = _write_set(planned, destination / name, where, recipe, record, workers, part)
+        if manifest is not None:
+            finished[name] = manifest
+    return finished
+
+
+def merge(destination: Path) -> dict[str, Manifest]:
+    """The manifest of a set (or of `train` and `val`) whose parts have all been written, and everything into place.
+
+    Raises:
+        UserError: parts are missing, or there is nothing to finish.
+    """
+    folders = [f for f in (destination, destination / "train", destination / "val") if f.is_dir()]
+    unfinished = [f for f in folders if (f / PARTIAL).is_dir()]
+    if not unfinished:
+        done = [f for f in folders if manifests.is_shard_set(f)]
+        if not done:
+            raise UserError(
+                f"{destination}: no parts of a shard set in it; write them with `shards create --shard-range i/n`"
+            )
+        for folder in done:
+            say(f"{folder}: is finished; nothing to do")
+        return {_split_name(f, destination): manifests.load(f) for f in done}
+    finished = {}
+    for folder in unfinished:
+        with set_folder.held(folder):
+            intent = set_folder.read_intent(folder)
+            set_folder.settle(folder, intent.fingerprint if intent else None)
+            if manifests.is_shard_set(folder):
+                finished[_split_name(folder, destination)] = manifests.load(folder)
+            elif intent is None:
+                raise UserError(f"{folder}: no plan of a shard set in it; run its parts again")
+            else:
+                finished[_split_name(folder, destination)] = _finished(folder, intent, str(folder))
+    return finished
 
 
 def write_samples(
@@ -95,134 +135,100 @@ def write_samples(
     Raises:
         UserError: no samples, or a destination in use or holding something else.
     """
+    destination = Path(destination)
+    partial = destination / PARTIAL
     try:
-        return _write_set(samples, Path(destination), classes, samples_per_shard, source, [])
-    except _NoSamples:
-        raise UserError(f"{destination}: no samples to write") from None
-
-
-def verify(root: Path) -> list[str]:
-    """Everything wrong with a shard set, one line a problem; empty when all of it is as its manifest says: sizes,
-    sha256, index against tar, counts, keys, classes, and every image decodes.
-
-    Raises:
-        UserError: there is no readable manifest.
-    """
-    manifest = manifests.load(root)
-    problems: list[str] = []
-    listed = {shard.name for shard in manifest.shards}
-    for tar in sorted(manifest.root.glob("*.tar")):
-        if tar.name not in listed:
-            problems.append(f"{tar}: not in the manifest")
-    keys: set[str] = set()
-    for shard in _progress(manifest.shards, "shards"):
-        problems.extend(_shard_problems(manifest, shard, keys))
-    return problems
-
-
-# --- writing ---------------------------------------------------------------------------------------------------------
-
-
-class _NoSamples(Exception):
-    pass
-
-
-def _write_set(
-    samples: Iterable[Sample],
-    destination: Path,
-    classes: Sequence[str],
-    samples_per_shard: int,
-    source: str,
-    quarantined: list[dict[str, str]],
-) -> Manifest:
-    try:
-        with _held(destination):
-            _settle(destination)
+        with set_folder.held(destination):
+            set_folder.settle(destination, None)
             if manifests.is_shard_set(destination):
-                return _existing(destination, source)
-            with _partial(destination) as partial:
-                shards = _write_shards(samples, partial, samples_per_shard)
-                if quarantined:
-                    rows = "".join(json.dumps(row) + "\n" for row in quarantined)
-                    files.write_bytes(partial / QUARANTINE, rows.encode())
-                files.write_bytes(partial / MANIFEST, manifests.dump(shards, classes, source, _tool()))
-                _commit(partial)
+                return set_folder.existing(destination, source)
+            partial.mkdir()
+            with _removed_on_failure(partial):
+                shards = _stream(samples, partial, samples_per_shard)
+                if not shards:
+                    raise UserError(f"{destination}: no samples to write")
+                set_folder.publish(partial, shards, classes, source, {})
     except OSError as error:
         raise UserError(f"{error.filename or destination}: {error.strerror or error}") from error
     return manifests.load(destination)
 
 
-@contextmanager
-def _held(destination: Path) -> Iterator[None]:
-    """The destination folder, made if need be, locked against a second writer, and removed again if nothing came."""
-    made = not destination.exists()
-    destination.mkdir(parents=True, exist_ok=True)
-    handle = os.open(destination, os.O_RDONLY | os.O_DIRECTORY)
+def _write_set(
+    planned: PlannedSet,
+    destination: Path,
+    where: str,
+    recipe: Recipe,
+    options: dict[str, Any],
+    workers: int,
+    part: Part | None,
+) -> Manifest | None:
+    source = planned.source
+    identity = fingerprint(source, recipe, planned.chosen)
+    partial = destination / PARTIAL
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{destination}: another process is writing this shard set; wait for it to end") from None
-        except OSError:
-            pass  # a file system without locks
-        yield
+        with set_folder.held(destination, f"part-{part.i}-of-{part.n}" if part else ""):
+            set_folder.settle(destination, identity, shared=part is not None)
+            if manifests.is_shard_set(destination):
+                return set_folder.existing(destination, identity)
+            with _removed_on_failure(partial, keep_records=True, shared=part is not None):
+                partial.mkdir(exist_ok=True)
+                plan, known = plan_of(planned, recipe, workers, partial / "duplicates.npy")
+                known += [{"file": printable(file), "reason": reason} for file, reason in source.damaged]
+                intent = Intent(identity, plan.shards, plan.samples, source.classes, options, known)
+                if set_folder.read_intent(destination) is None:
+                    set_folder.write_intent(destination, intent)
+                _write_shards(plan, partial, part, workers)
+                if part:
+                    return None
+                return _finished(destination, intent, where)
+    except OSError as error:
+        raise UserError(f"{error.filename or destination}: {error.strerror or error}") from error
+
+
+def _write_shards(plan: Plan, partial: Path, part: Part | None, workers: int) -> None:
+    ours = part.of(plan.shards) if part else range(plan.shards)
+    done = set(set_folder.records(partial))
+    left = [number for number in ours if number not in done]
+    if len(left) < len(ours):
+        say(f"{partial.parent}: {len(ours) - len(left)} of {len(ours)} shards are there; going on with the rest")
+    set_folder.clear_asides(partial, left)
+    samples = sum(plan.count(range(number, number + 1)) for number in left)
+    said = 0
+    try:
+        for number, written in pool.each(bind(write_planned, plan, partial), left, workers, samples, "images"):
+            set_folder.write_record(partial, number, written)
+            for row in written.bad:
+                said += 1
+                if said <= SAID:
+                    say(f"{row['file']}: left out: {row['reason']}")
     finally:
-        if made:
-            with suppress(OSError):  # not empty: the set is there
-                destination.rmdir()
-        os.close(handle)
+        if said > SAID:
+            say(f"and {said - SAID} more left out; {set_folder.QUARANTINE} names all of them")
 
 
-def _settle(destination: Path) -> None:
-    """Finish or clear away what an interrupted run left, and refuse a folder that holds something else."""
-    partial = destination / PARTIAL
-    if (partial / MANIFEST).is_file():  # it was interrupted while moving a finished set into place
-        _commit(partial)
-    elif partial.exists():
-        shutil.rmtree(partial)
-    if not manifests.is_shard_set(destination):
-        held = sorted(p.name for p in destination.iterdir() if not p.name.startswith("."))
-        if held:
-            raise UserError(
-                f"{destination}: holds other files ({', '.join(held[:3])}, …); choose an empty or new folder"
-            )
-
-
-def _existing(destination: Path, source: str) -> Manifest:
-    manifest = manifests.load(destination)
-    if not source or manifest.source != source:
-        raise UserError(
-            f"{destination}: already holds another shard set ({manifest.samples} samples); "
-            "choose a new folder, or delete this one first"
-        )
-    manifests.check_sizes(manifest)
-    _say(f"{destination}: already holds this set ({manifest.samples} samples); nothing to do")
-    return manifest
+def _finished(destination: Path, intent: Intent, where: str) -> Manifest:
+    try:
+        return set_folder.finish(destination, intent)
+    except NoSamples as error:
+        shutil.rmtree(destination / PARTIAL)
+        raise UserError(f"{where}: none of its {intent.samples} image files can be used (first: {error})") from None
 
 
 @contextmanager
-def _partial(destination: Path) -> Iterator[Path]:
-    partial = destination / PARTIAL
-    partial.mkdir()
+def _removed_on_failure(partial: Path, keep_records: bool = False, shared: bool = False) -> Iterator[None]:
+    """`.partial` is worth keeping when a shard in it is whole, or when all is done but moving it into place."""
     try:
-        yield partial
+        yield
     except BaseException:
-        if not (partial / MANIFEST).exists():  # else finished: the next run moves the rest into place
+        done = set_folder.records(partial) if keep_records else []
+        if done:
+            say(f"{partial.parent}: stopped with {len(done)} shards written; the same command goes on from here")
+        elif partial.exists() and not shared and not (partial / MANIFEST).exists():
             shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def _commit(partial: Path) -> None:
-    """Move a finished set out of `.partial`, the manifest last."""
-    for path in sorted(partial.iterdir(), key=lambda p: (p.name == MANIFEST, p.name)):
-        if path.name == MANIFEST:
-            files.sync_folder(partial.parent)
-        path.rename(partial.parent / path.name)
-    partial.rmdir()
-    files.sync_folder(partial.parent)
-
-
-def _write_shards(samples: Iterable[Sample], folder: Path, samples_per_shard: int) -> list[Shard]:
+def _stream(samples: Iterable[Sample], folder: Path, samples_per_shard: int) -> list[Shard]:
     shards: list[Shard] = []
     keys: set[str] = set()
     stream = iter(samples)
@@ -230,191 +236,10 @@ def _write_shards(samples: Iterable[Sample], folder: Path, samples_per_shard: in
         first = next(stream, None)
         if first is None:
             break
-        path = folder / f"shard-{number:06d}.tar"
-        shards.append(_write_shard(path, chain([first], islice(stream, samples_per_shard - 1)), keys))
-    if not shards:
-        raise _NoSamples
+        some = chain([first], islice(stream, samples_per_shard - 1))
+        shards.append(write_shard(folder / shard_name(number), some, keys))
     return shards
 
 
-def _write_shard(path: Path, samples: Iterable[Sample], keys: set[str]) -> Shard:
-    written = 0
-    with path.open("wb") as file:
-        hashed = _Hashed(file)
-        with wds.TarWriter(hashed, encoder=False, mtime=0, user="", group="") as tar:
-            for sample in samples:
-                tar.write(_members(sample, keys))
-                written += 1
-        file.flush()
-        os.fsync(file.fileno())
-    entries = manifests.scan(path)
-    if len(entries) != written:
-        raise RuntimeError(f"{path}: {written} samples written, {len(entries)} found")
-    files.write_bytes(manifests.index_path(path), manifests.dump_index(path.name, entries))
-    return Shard(path.name, written, hashed.bytes, hashed.sha256.hexdigest())
-
-
-def _members(sample: Sample, keys: set[str]) -> dict[str, Any]:
-    if sample.key in keys or not _SAFE_KEY.fullmatch(sample.key) or sample.ext not in EXTENSIONS:
-        raise ValueError(f"sample {sample.key!r}.{sample.ext}: the key is repeated or not safe, or no image's ending")
-    keys.add(sample.key)
-    members: dict[str, Any] = {"__key__": sample.key, sample.ext: sample.data}
-    if sample.label is not None:
-        members["cls"] = b"%d" % sample.label
-    return members
-
-
-class _Hashed:
-    """A file that knows the sha256 and length of what went through it."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.sha256 = hashlib.sha256()
-        self.bytes = 0
-
-    def write(self, data: bytes) -> int:
-        self.sha256.update(data)
-        self.bytes += len(data)
-        return self._file.write(data)
-
-
-def _tool() -> str:
-    try:
-        return f"esvit-scale {metadata.version('esvit-scale')}"
-    except metadata.PackageNotFoundError:
-        return "esvit-scale"
-
-
-# --- reading a folder ------------------------------------------------------------------------------------------------
-
-
-def _read_images(folder: ImageFolder, seed: int, quarantined: list[dict[str, str]]) -> Iterator[Sample]:
-    keys = keys_of([file.path for file in folder.files])
-    for i in _progress(permutation(len(keys), seed, "files").tolist(), "images"):
-        file = folder.files[i]
-        try:
-            data = read_file(folder.root / file.path)
-            decode(data)
-        except (BadImage, OSError) as error:
-            reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-            _say(f"{printable(str(folder.root / file.path))}: left out: {reason}")
-            quarantined.append({"file": printable(file.path), "reason": reason})
-            continue
-        ext = file.path.rpartition(".")[2].lower()
-        yield Sample(keys[i], file.label if folder.classes else None, ext, data)
-
-
-_SAFE_KEY = re.compile(r"[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*")
-_KEY_LENGTH = 90  # tar's plain header holds names of 100 bytes, with the extension
-
-
-def keys_of(paths: Sequence[str]) -> list[str]:
-    """A unique, safe key for every path: the path without its extension; where that needs other characters than
-    `A-Za-z0-9_-/`, is too long or taken, those are replaced and a hash of the path is added."""
-    keys: list[str] = []
-    taken: set[str] = set()
-    for path in paths:
-        stem = path.rpartition(".")[0]
-        key = "/".join(re.sub(r"[^A-Za-z0-9_-]", "_", part) for part in stem.split("/"))
-        if key != stem or not _SAFE_KEY.fullmatch(key) or len(key) > _KEY_LENGTH or key in taken:
-            digest = hashlib.blake2b(os.fsencode(path), digest_size=8).hexdigest()
-            key = f"{key[: _KEY_LENGTH - 17].rstrip('/')}-{digest}"
-        if key in taken or not _SAFE_KEY.fullmatch(key):
-            raise ValueError(f"no safe key for {printable(path)}")
-        taken.add(key)
-        keys.append(key)
-    return keys
-
-
-def _fingerprint(folder: ImageFolder, samples_per_shard: int, seed: int) -> str:
-    """Identifies what is to be written: names and sizes of the files, not their times, which copying changes."""
-    digest = hashlib.sha256(f"{samples_per_shard}/{seed}".encode())
-    for file in folder.files:
-        try:
-            size = (folder.root / file.path).stat().st_size
-        except OSError:
-            size = -1
-        digest.update(b"\0%s\0%d" % (os.fsencode(file.path), size))
-    return f"sha256:{digest.hexdigest()}"
-
-
-# --- checking --------------------------------------------------------------------------------------------------------
-
-
-def _shard_problems(manifest: Manifest, shard: Shard, keys: set[str]) -> Iterator[str]:
-    path = manifest.root / shard.name
-    size_problem = next(manifests.size_problems(Manifest(manifest.root, (shard,))), None)
-    if size_problem:
-        yield size_problem
-    if not path.is_file():
-        return
-    try:
-        if not size_problem and _sha256(path) != shard.sha256:
-            yield f"{path}: its sha256 is not the manifest's"
-        entries = manifests.scan(path)
-    except OSError as error:
-        yield f"{path}: {error.strerror}"
-        return
-    if len(entries) != shard.samples:
-        yield f"{path}: holds {len(entries)} samples, the manifest says {shard.samples}"
-    try:
-        if list(manifests.read_side_car(path)) != entries:
-            yield f"{manifests.index_path(path)}: does not agree with the tar"
-    except FileNotFoundError:
-        yield f"{manifests.index_path(path)}: missing"
-    except (OSError, ValueError) as error:
-        yield f"{manifests.index_path(path)}: cannot be used: {error}"
-    with path.open("rb") as file:
-        for entry in entries:
-            yield from (f"{path}: {entry.key}: {p}" for p in _sample_problems(file, entry, len(manifest.classes)))
-            if entry.key in keys:
-                yield f"{path}: {entry.key}: this key is in the set twice"
-            keys.add(entry.key)
-
-
-def _sample_problems(file: BinaryIO, entry: manifests.Entry, classes: int) -> Iterator[str]:
-    image = manifests.image_member(entry)
-    if image is None:
-        yield "no image"
-    else:
-        try:
-            decode(_pread(file, *image))
-        except BadImage as error:
-            yield str(error)
-    label = manifests.parse_label(_pread(file, *entry.members["cls"])) if "cls" in entry.members else -1
-    if classes and not 0 <= label < classes:
-        yield f"label {label} is not one of {classes} classes"
-
-
-def _pread(file: BinaryIO, offset: int, size: int) -> bytes:
-    return os.pread(file.fileno(), size, offset)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-# --- telling the user ------------------------------------------------------------------------------------------------
-
-
-def _say(line: str) -> None:
-    tqdm.write(line, file=sys.stderr)
-
-
-def _progress(items: Sequence[T], unit: str, every: float = 10.0) -> Iterator[T]:
-    """The items, with a progress bar on a terminal and a plain line every `every` seconds elsewhere."""
-    if sys.stderr.isatty():
-        yield from tqdm(items, unit=f" {unit}", smoothing=0.05, file=sys.stderr)
-        return
-    start = last = time.monotonic()
-    for done, item in enumerate(items):
-        now = time.monotonic()
-        if now - last >= every:
-            last, rate = now, done / (now - start)
-            left = (len(items) - done) / rate if rate else float("inf")
-            _say(f"{done}/{len(items)} {unit}, {rate:.0f}/s, {left:.0f} s left")
-        yield item
+def _split_name(folder: Path, destination: Path) -> str:
+    return "" if folder == destination else folder.name

@@ -16,6 +16,7 @@ from conftest import encoded, picture
 from PIL import Image
 
 from esvit_scale.data import manifest as manifests
+from esvit_scale.data import set_folder
 from esvit_scale.data.shard_writer import Sample, create, keys_of, verify, write_samples
 from esvit_scale.errors import UserError
 
@@ -157,37 +158,55 @@ def test_a_finished_set_is_left_alone(tmp_path: Path, image_folder: Path, capsys
 SLOW = """
 import sys, time
 from pathlib import Path
-from esvit_scale.data import shard_writer
-decode = shard_writer.decode
+from esvit_scale.data import planned_shard, shard_writer
+from esvit_scale.data.shard_plan import Recipe
+from esvit_scale.data.sources import SourceOptions
+decode = planned_shard.decode
 def slow(data):
-    time.sleep(0.05)
+    time.sleep(0.1)
     return decode(data)
-shard_writer.decode = slow
-shard_writer.create(Path(sys.argv[1]), Path(sys.argv[2]), 2)
+planned_shard.decode = slow
+workers = int(sys.argv[3])
+shard_writer.write_source(sys.argv[1], Path(sys.argv[2]), SourceOptions(), Recipe(samples_per_shard=2), workers)
 """
 
 
+@pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
-def test_interrupted_writing_leaves_nothing_whole_and_completes_later(
-    sign: signal.Signals, image_folder: Path, tmp_path: Path
+def test_interrupted_writing_leaves_nothing_whole_and_goes_on_later(
+    sign: signal.Signals,
+    workers: int,
+    image_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     target = tmp_path / "set"
-    child = subprocess.Popen([sys.executable, "-c", SLOW, image_folder, target], stderr=subprocess.DEVNULL)
+    command = [sys.executable, "-c", SLOW, image_folder, target, str(workers)]
+    child = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
-    while not (target / ".partial" / "shard-000001.tar").exists():
+    while not (target / ".partial" / "shard-000001.json").exists():
         assert child.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    with pytest.raises(UserError, match="another process is writing"):
-        create(image_folder, target, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(set_folder, "LOCK_ATTEMPTS", 1)
+        with pytest.raises(UserError, match="another process is writing"):
+            create(image_folder, target, 2)
     child.send_signal(sign)
     assert child.wait(30) != 0
     assert [name for name in listing(target) if not name.startswith(".")] == []
     with pytest.raises(UserError):
         manifests.load(target)
-    if sign == signal.SIGINT:
-        assert not target.exists()
+    whole = [p.with_suffix(".tar") for p in (target / ".partial").glob("shard-*.json")]
+    done = {path.name: path.stat().st_mtime_ns for path in whole}
+    assert 1 <= len(done) < 6
+    with pytest.raises(UserError, match="holds an unfinished set of other images or options"):
+        create(image_folder, target, 3)
     create(image_folder, target, 2)
+    assert "shards are there; going on with the rest" in capsys.readouterr().err
+    kept = {p.name: p.stat().st_mtime_ns for p in target.glob("*.tar")}
+    assert kept.items() >= done.items()  # not written again
     create(image_folder, tmp_path / "undisturbed", 2)
     assert listing(target) == listing(tmp_path / "undisturbed")
     for name in listing(target):
@@ -243,6 +262,30 @@ def test_names_that_are_no_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert json.loads((tmp_path / "set" / "quarantine.jsonl").read_text())["file"] == "caf\\xe9/bad\\n\\xe9.png"
     assert "bad\\n\\xe9.png: left out" in capsys.readouterr().err
     assert verify(tmp_path / "set") == []
+
+
+def test_a_folder_that_cannot_be_listed_is_not_taken_for_empty(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scandir = os.scandir
+
+    def denied(path: str) -> object:
+        if str(path).endswith("/b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(UserError, match="images/b: Permission denied"):
+        create(image_folder, tmp_path / "set")
+
+
+def test_what_killed_processes_left_is_cleared(image_folder: Path, tmp_path: Path) -> None:
+    partial = tmp_path / "set" / ".partial"
+    partial.mkdir(parents=True)
+    for number in (1, 7):
+        (partial / f".shard-{number:06d}.tar.123.partial").write_bytes(b"half")
+    set_folder.clear_asides(partial, range(3))
+    assert [p.name for p in partial.iterdir()] == [".shard-000007.tar.123.partial"]
 
 
 def test_keys_are_unique_and_safe() -> None:

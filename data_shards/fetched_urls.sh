@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# CSV or TSV of images that were fetched before → shard set with captions.
+# TABLE has the columns file (path below IMAGES) and caption; other names: add --image-column NAME --caption NAME.
+# Rows whose file is missing or broken go to quarantine.jsonl. With classes in a column: add --label COLUMN.
+set -euo pipefail
+
+if [ $# -lt 3 ]; then
+  echo "usage: $0 TABLE IMAGES DST [OPTION …]" >&2
+  exit 2
+fi
+table=$1 images=$2 dst=$3
+shift 3
+esvit-scale shards create "$table" "$dst" --root "$images" --image-column file --caption caption --min-side 32 "$@"

@@ -1,0 +1,178 @@
+"""Samples that are the same file, or look the same: for leaving them out.
+
+Exact: a 128-bit hash of the bytes. Near: a 64-bit perceptual hash (the signs of an image's 64 lowest frequencies
+around their median; Zauner 2010, "pHash"), two images being near when at most a few of its bits differ. Pairs are found
+by splitting the bits into one band more than may differ: near hashes agree in at least one whole band (Norouzi et al.
+2012, multi-index hashing). Memory: 24 bytes a sample.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from esvit_scale import files
+from esvit_scale.data import pool
+from esvit_scale.data.decode import BadImage, decode
+from esvit_scale.data.image_folder import printable
+from esvit_scale.data.planned_shard import load
+from esvit_scale.data.sources.base import Source
+
+CHUNK = 256  # samples a job reads
+ROWS = 512  # of a block of comparisons
+
+Hash = NDArray[np.uint64]
+
+
+def find(source: Source, near: int | None, workers: int) -> NDArray[np.int64]:
+    """[M, 3]: samples to leave out, the one that stays for each, and how many bits of their perceptual hashes differ
+    (0 where only the bytes were compared). Reads every sample once, and decodes it when `near` is given."""
+    everything = np.arange(len(source))
+    if near is None:
+        exact = duplicates(source, everything, workers)
+        return np.column_stack([exact, np.zeros(len(exact), np.int64)])
+    hashes, found = _hashes(source, everything, _digest_and_perceptual, 4, workers)
+    exact = _same(hashes[:, :2], found)
+    rest = np.setdiff1d(np.flatnonzero(found & (hashes[:, 3] > 0)), exact[:, 0], assume_unique=True)
+    similar = _similar(hashes[rest, 2], near)
+    similar[:, :2] = rest[similar[:, :2]]
+    both = np.concatenate([np.column_stack([exact, np.zeros(len(exact), np.int64)]), similar])
+    return both[np.argsort(both[:, 0])]
+
+
+def duplicates(source: Source, chosen: NDArray[np.int64], workers: int) -> NDArray[np.int64]:
+    """[M, 2]: samples whose bytes an earlier one of `chosen` has, and that earlier one. Reads all of them."""
+    hashes, found = _hashes(source, chosen, _digest, 2, workers)
+    return chosen[_same(hashes, found)]
+
+
+def _same(hashes: Hash, found: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """[M, 2]: rows that stood before, and where they stood first."""
+    rows = np.flatnonzero(found)
+    _, first, inverse = np.unique(hashes[rows], axis=0, return_index=True, return_inverse=True)
+    earlier = first[inverse.reshape(-1)]
+    again = np.flatnonzero(earlier != np.arange(len(rows)))
+    return np.stack([rows[again], rows[earlier[again]]], 1)
+
+
+def _similar(hashes: Hash, distance: int) -> NDArray[np.int64]:
+    """[M, 3]: hashes that are near an earlier one that stays, that one, and how many bits differ."""
+    dropped: dict[int, tuple[int, int]] = {}
+    for later, earlier, bits in near_pairs(hashes, distance).tolist():
+        if earlier in dropped and bits == 0:  # the same hash as one that goes
+            dropped[later] = dropped[earlier]
+        elif earlier not in dropped and later not in dropped:
+            dropped[later] = (earlier, bits)
+    return np.array([(i, *of) for i, of in sorted(dropped.items())], np.int64).reshape(-1, 3)
+
+
+def write_lists(source: Source, dropped: NDArray[np.int64], out: Path) -> None:
+    """The keep-list OUT: names of the samples that stay; beside it OUT.dropped.tsv: name, kept name, differing bits."""
+    gone = set(dropped[:, 0].tolist())
+    with files.replacing(out) as aside, aside.open("w", encoding="utf-8") as file:
+        file.writelines(f"{printable(source.name(i))}\n" for i in range(len(source)) if i not in gone)
+    beside = out.with_name(f"{out.name}.dropped.tsv")
+    with files.replacing(beside) as aside, aside.open("w", encoding="utf-8") as file:
+        for i, j, bits in dropped.tolist():
+            file.write(f"{printable(source.name(i))}\t{printable(source.name(j))}\t{bits}\n")
+
+
+def perceptual_hash(data: bytes) -> int | None:
+    """None of an image that cannot be read, or has no structure: a plain colour looks like nothing else."""
+    try:
+        image = decode(data)
+    except BadImage:
+        return None
+    grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.LANCZOS), np.float64)
+    low = _DCT @ grey @ _DCT.T  # [8, 8]
+    rest = low.reshape(-1)[1:]
+    if np.abs(rest).max() < 8:  # of about 32·255 for full contrast
+        return None
+    bits = low.reshape(-1) > np.median(rest)
+    return int(np.packbits(bits).view(">u8")[0])
+
+
+_DCT = np.cos(np.pi / 32 * np.outer(np.arange(8), np.arange(32) + 0.5)) * 0.25
+
+
+def near_pairs(hashes: Hash, distance: int) -> NDArray[np.int64]:
+    """[M, 3]: (later, earlier, differing bits) of every near pair of distinct hashes, and of every repeated hash with
+    its first; sorted."""
+    values, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+    again = np.flatnonzero(first[inverse] != np.arange(len(hashes)))
+    pairs = [np.stack([again, first[inverse[again]], np.zeros_like(again)], 1)]
+    edges = np.linspace(0, 64, distance + 2).astype(int)
+    for low, high in pairwise(edges.tolist()):
+        band = (values >> np.uint64(low)) & np.uint64(2 ** (high - low) - 1)
+        order = np.argsort(band, kind="stable")
+        cuts = np.flatnonzero(np.diff(band[order])) + 1
+        for group in np.split(order, cuts):
+            if len(group) > 1 and distance:
+                pairs += list(_near_in(group, values, first, distance))
+    return np.unique(np.concatenate(pairs), axis=0)
+
+
+def _near_in(
+    group: NDArray[np.int64], values: Hash, first: NDArray[np.int64], distance: int
+) -> Iterator[NDArray[np.int64]]:
+    for at in range(0, len(group), ROWS):
+        rows, columns = group[at : at + ROWS], group[at:]
+        bits = _bit_count(values[rows][:, None] ^ values[columns][None])
+        r, c = np.nonzero((bits <= distance) & (bits > 0))
+        one, other = first[rows[r]], first[columns[c]]
+        yield np.stack([np.maximum(one, other), np.minimum(one, other), bits[r, c].astype(np.int64)], 1)
+
+
+_BITS16 = np.array([i.bit_count() for i in range(1 << 16)], np.uint8)
+
+
+def _bit_count(values: Hash) -> NDArray[np.uint8]:
+    return _BITS16[np.ascontiguousarray(values).view(np.uint16)].reshape(*values.shape, 4).sum(-1, dtype=np.uint8)
+
+
+def _digest(data: bytes) -> list[int]:
+    digest = hashlib.blake2b(data, digest_size=16).digest()
+    return [int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")]
+
+
+def _digest_and_perceptual(data: bytes) -> list[int]:
+    """The digest, the perceptual hash, and whether there is one."""
+    perceptual = perceptual_hash(data)
+    return [*_digest(data), perceptual or 0, perceptual is not None]
+
+
+def _hashes(
+    source: Source, chosen: NDArray[np.int64], hash_of: Callable[[bytes], list[int] | None], width: int, workers: int
+) -> tuple[Hash, NDArray[np.bool_]]:
+    """[N, width] hashes, and which samples have one."""
+    hashes, found = np.zeros((len(chosen), width), np.uint64), np.zeros(len(chosen), bool)
+    starts = range(0, len(chosen), CHUNK)
+    for start, rows in pool.each(
+        partial(_chunk, source, chosen, hash_of), starts, workers, len(chosen), "images hashed"
+    ):
+        for at, row in enumerate(rows, start):
+            if row is not None:
+                hashes[at], found[at] = row, True
+    return hashes, found
+
+
+def _chunk(
+    source: Source,
+    chosen: NDArray[np.int64],
+    hash_of: Callable[[bytes], list[int] | None],
+    start: int,
+    tick: Callable[[], None],
+) -> list[list[int] | None]:
+    rows: list[list[int] | None] = []
+    for i in chosen[start : start + CHUNK].tolist():
+        tick()
+        try:
+            rows.append(hash_of(load(source, i).data))
+        except (BadImage, OSError):
+            rows.append(None)
+    return rows

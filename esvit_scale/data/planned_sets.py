@@ -1,0 +1,74 @@
+"""From a source and a recipe to the sets that will be written: one, or `train` and `val`."""
+
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from esvit_scale import files
+from esvit_scale.data.duplicates import duplicates
+from esvit_scale.data.image_folder import printable
+from esvit_scale.data.keys import Keys
+from esvit_scale.data.planned_shard import Bad
+from esvit_scale.data.progress import say
+from esvit_scale.data.shard_plan import Plan, Recipe, keep_listed, split
+from esvit_scale.data.sources import SourceOptions, open_source
+from esvit_scale.data.sources.base import Source
+from esvit_scale.errors import UserError
+
+
+class PlannedSet(NamedTuple):
+    """One of the sets that a source becomes: alone, or `train` and `val`."""
+
+    source: Source
+    keys: Keys
+    chosen: NDArray[np.int64]  # its samples, ascending
+
+
+def planned_sets(where: str, options: SourceOptions, recipe: Recipe) -> dict[str, PlannedSet]:
+    """The sets that a source becomes, by name; reads no image.
+
+    Raises:
+        UserError: as the source says; an empty split, a keep-list of something else.
+    """
+    sources = open_source(where, options)
+    for line in chain.from_iterable(source.notes for source in sources.values()):
+        say(printable(line))
+    if recipe.val_fraction and len(sources) > 1:
+        raise UserError(f"--val-fraction: {where} comes as {' and '.join(sources)} already")
+    sets: dict[str, PlannedSet] = {}
+    for name, source in sources.items():
+        keys = Keys(len(source), source.path, source.name)
+        chosen = keep_listed(source, recipe.keep, where) if recipe.keep else np.arange(len(source))
+        parts = split(keys, chosen, recipe) if recipe.val_fraction else {name: chosen}
+        sets |= {part: PlannedSet(source, keys, numbers) for part, numbers in parts.items()}
+    return sets
+
+
+def plan_of(planned: PlannedSet, recipe: Recipe, workers: int, cache: Path | None = None) -> tuple[Plan, list[Bad]]:
+    """The plan, and rows for the quarantine of the duplicates that are not in it.
+
+    Args:
+        cache: file that keeps which samples are duplicates; finding out reads all of them.
+    """
+    source, chosen = planned.source, planned.chosen
+    rows: list[Bad] = []
+    if recipe.drop_duplicates:
+        pairs = _kept_in(cache, lambda: duplicates(source, chosen, workers))
+        names = [[printable(source.name(i)) for i in pair] for pair in pairs.tolist()]
+        rows = [{"file": dropped, "reason": f"the same bytes as {first}"} for dropped, first in names]
+        chosen = np.setdiff1d(chosen, pairs[:, 0], assume_unique=True)
+    return Plan(source, planned.keys, recipe, chosen), rows
+
+
+def _kept_in(cache: Path | None, find: Callable[[], NDArray[np.int64]]) -> NDArray[np.int64]:
+    if cache is None or not cache.exists():
+        found = find()
+        if cache is None:
+            return found
+        with files.replacing(cache) as aside, aside.open("wb") as file:
+            np.save(file, found)
+    return np.asarray(np.load(cache))

@@ -1,0 +1,124 @@
+"""One shard of a plan: read, check, re-encode where asked, write. What worker processes do."""
+
+import errno
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from esvit_scale.data.decode import EXTENSIONS, BadImage, decode
+from esvit_scale.data.image_folder import printable
+from esvit_scale.data.manifest import Shard
+from esvit_scale.data.shard_file import Sample, write_shard
+from esvit_scale.data.shard_plan import Plan
+from esvit_scale.data.sources.base import Item, Source, extension
+from esvit_scale.errors import RestartCanHelp, UserError
+
+# Errors of a file system rather than of a file
+TROUBLE = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ENOTCONN,
+    errno.ETIMEDOUT,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.ENFILE,
+    errno.EMFILE,
+}
+WAITS = (0.5, 2.0, 8.0)  # seconds before another try
+MISSING_IN_A_ROW = 100  # files that cannot be opened, one after the other: then it is not the files
+
+Bad = dict[str, str]  # a row of the quarantine: file, reason
+
+
+class Written(NamedTuple):
+    shard: Shard | None  # None: all of its samples were bad
+    bad: list[Bad]
+
+
+def write_planned(plan: Plan, folder: Path, number: int, tick: Callable[[], None]) -> Written:
+    """Write shard `number` into a folder; `tick` is called once a sample.
+
+    Raises:
+        UserError: many files in a row cannot be opened.
+        RestartCanHelp: the source's file system is gone.
+        OSError: the shard cannot be written.
+    """
+    bad: list[Bad] = []
+    samples = _samples(plan, number, bad, tick)
+    first = next(samples, None)
+    if first is None:
+        return Written(None, bad)
+
+    def chained() -> Iterator[Sample]:
+        yield first
+        yield from samples
+
+    return Written(write_shard(folder / shard_name(number), chained(), set()), bad)
+
+
+def shard_name(number: int) -> str:
+    return f"shard-{number:06d}.tar"
+
+
+def _samples(plan: Plan, number: int, bad: list[Bad], tick: Callable[[], None]) -> Iterator[Sample]:
+    missing = 0
+    for i in plan.members(number):
+        tick()
+        try:
+            item = load(plan.source, i)
+            missing = 0
+            data, ext = _checked(plan, i, item.data)
+        except (BadImage, OSError) as error:
+            missing = missing + 1 if isinstance(error, OSError) else 0
+            reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+            if missing >= MISSING_IN_A_ROW:
+                raise UserError(
+                    f"{printable(plan.source.name(i))}: {reason}, like the {missing - 1} files before it; "
+                    f"is {plan.source.root} the folder that the paths start at, and is its file system mounted?"
+                ) from None
+            bad.append({"file": printable(plan.source.name(i)), "reason": reason})
+            continue
+        yield Sample(plan.keys[i], item.label, ext, data, item.extras)
+
+
+def _checked(plan: Plan, i: int, data: bytes) -> tuple[bytes, str]:
+    image = decode(data)
+    if min(image.size) < plan.recipe.min_side:
+        width, height = image.size
+        raise BadImage(f"{width}x{height} pixels: the shorter side is under --min-side {plan.recipe.min_side}")
+    ext = extension(plan.source.path(i))
+    return plan.recipe.reencode.apply(image, data, ext if ext in EXTENSIONS else _sniffed(data))
+
+
+def _sniffed(data: bytes) -> str:
+    """An extension for bytes that came without a name."""
+    kinds = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"BM": "bmp", b"II": "tif", b"MM": "tif"}
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    return next((ext for magic, ext in kinds.items() if data.startswith(magic)), "jpg")
+
+
+def load(source: Source, i: int) -> Item:
+    """Sample i of a source; a file system that does not answer is asked again, with growing pauses.
+
+    Raises:
+        BadImage, OSError: this sample cannot be read.
+        RestartCanHelp: the whole source cannot.
+    """
+    for wait in (*WAITS, None):
+        try:
+            return source.read(i)
+        except OSError as error:
+            gone = not os.path.exists(source.root)  # noqa: PTH110 (False for every error, where Path.exists raises)
+            if not gone and error.errno not in TROUBLE:
+                raise
+            if wait is None:
+                if gone:
+                    raise RestartCanHelp(
+                        f"{source.root}: cannot be read any more ({error.strerror}); the same command goes on from here"
+                    ) from None
+                raise
+            time.sleep(wait)
+    raise AssertionError

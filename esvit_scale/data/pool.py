@@ -1,0 +1,115 @@
+"""One function over many jobs in forked processes, with progress counted below the level of a job.
+
+Forked, so that what the jobs share (a list of ten million names) is there without being copied or sent.
+"""
+
+import ctypes
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from typing import Any, TypeVar
+
+from esvit_scale.data.progress import Progress
+from esvit_scale.errors import RestartCanHelp
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+WATCH = 0.5  # seconds between looks at what the processes have done
+
+_work: Callable[..., Any] | None = None  # of this worker process
+_done: Any = None  # shared counter
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def each(
+    work: Callable[[T, Callable[[], None]], R], jobs: Sequence[T], workers: int, total: int, unit: str
+) -> Iterator[tuple[T, R]]:
+    """(job, work(job, tick)) as jobs finish; in their order with one worker. `work` calls tick() once per `unit`, of
+    which all jobs together have `total`.
+
+    An error in a job ends the others and is raised here; jobs that had finished were handed out before.
+
+    Raises:
+        RestartCanHelp: a worker process was killed.
+    """
+    with Progress(total, unit) as progress:
+        if workers <= 1 or len(jobs) <= 1:
+            yield from _here(work, jobs, progress)
+        else:
+            yield from _forked(work, jobs, min(workers, len(jobs)), progress)
+
+
+def _here(work: Callable[[T, Callable[[], None]], R], jobs: Sequence[T], progress: Progress) -> Iterator[tuple[T, R]]:
+    done = 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        progress.to(done)
+
+    for job in jobs:
+        yield job, work(job, tick)
+
+
+def _forked(
+    work: Callable[[T, Callable[[], None]], R], jobs: Sequence[T], workers: int, progress: Progress
+) -> Iterator[tuple[T, R]]:
+    fork = multiprocessing.get_context("fork")
+    counter = fork.Value("q", 0)
+    pool = ProcessPoolExecutor(workers, fork, _start, (work, counter, os.getpid()))
+    waiting = iter(jobs)
+    running: dict[Future[R], T] = {}
+    processes: list[Any] = []
+    try:
+        while True:
+            for job in waiting:  # a few jobs ahead: a million shards are not a million futures
+                running[pool.submit(_run, job)] = job
+                if len(running) >= 2 * workers:
+                    break
+            if not running:
+                return
+            processes = list((pool._processes or {}).values())
+            finished, _ = wait(running, WATCH, FIRST_COMPLETED)
+            progress.to(counter.value)
+            for future in finished:
+                yield running.pop(future), future.result()
+    except BrokenProcessPool:
+        raise RestartCanHelp(
+            "a worker process was killed (out of memory?); the same command goes on from here, --workers 1 needs the least"
+        ) from None
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        if running:  # interrupted: what the workers are at is thrown away
+            for process in processes:
+                with suppress(OSError, ValueError):
+                    process.kill()
+
+
+def _start(work: Callable[..., Any], counter: Any, parent: int) -> None:
+    """In a new worker: ctrl-C is the parent's business, and without the parent there is nothing to do."""
+    global _work, _done
+    _work, _done = work, counter
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _run(job: Any) -> Any:
+    assert _work is not None
+    return _work(job, _tick)
+
+
+def _tick() -> None:
+    with _done.get_lock():
+        _done.value += 1

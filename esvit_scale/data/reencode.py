@@ -1,0 +1,49 @@
+"""Writing an image file anew: smaller, or in one format. The default everywhere is to keep a file's bytes."""
+
+import io
+from dataclasses import dataclass
+from typing import Literal
+
+from PIL import Image
+
+QUALITY = 90  # where --quality does not say otherwise
+PILLOW = {"jpeg": "JPEG", "webp": "WEBP"}
+ENDINGS = {"jpeg": "jpg", "webp": "webp"}
+
+
+@dataclass(frozen=True)
+class Reencode:
+    """Args:
+    short_side: pixels; an image whose shorter side is longer is resized to it (Lanczos), none is enlarged.
+    quality: 1..100.
+    format: `jpeg` or `webp`.
+
+    With only `short_side`, images that are small enough keep their bytes.
+    """
+
+    short_side: int | None = None
+    quality: int | None = None
+    format: Literal["jpeg", "webp"] | None = None
+
+    def __bool__(self) -> bool:
+        return any((self.short_side, self.quality, self.format))
+
+    def apply(self, image: Image.Image, data: bytes, ext: str) -> tuple[bytes, str]:
+        """The bytes to store for an RGB picture decoded from `data`, and their extension."""
+        resized = self._resized(image)
+        if resized is image and not (self.quality or self.format):
+            return data, ext
+        kind = self.format or ("webp" if ext == "webp" else "jpeg")
+        out = io.BytesIO()
+        resized.save(out, PILLOW[kind], quality=self.quality or QUALITY)
+        return out.getvalue(), ENDINGS[kind]
+
+    def _resized(self, image: Image.Image) -> Image.Image:
+        short = min(image.size)
+        if not self.short_side or short <= self.short_side:
+            return image
+        width, height = (max(round(side * self.short_side / short), self.short_side) for side in image.size)
+        return image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
+
+
+KEEP_BYTES = Reencode()

@@ -1,0 +1,229 @@
+"""A shard set's folder while it is being written: locks, what an interrupted run left, and the move into place.
+
+Everything is written into `.partial` inside the folder. A plan (`plan.json`) says what is being written; a record
+(`shard-000000.json`) stands for each shard that is whole. When all records are there, the files move out, the manifest
+last.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from esvit_scale import files
+from esvit_scale.data import manifest as manifests
+from esvit_scale.data.manifest import MANIFEST, Manifest, Shard
+from esvit_scale.data.planned_shard import Bad, Written, shard_name
+from esvit_scale.data.progress import say
+from esvit_scale.errors import UserError
+
+PARTIAL = ".partial"
+PLAN = "plan.json"
+QUARANTINE = "quarantine.jsonl"
+LOCK_ATTEMPTS = 10
+
+
+class Intent(NamedTuple):
+    """plan.json: what an unfinished set is going to be."""
+
+    fingerprint: str
+    shards: int
+    samples: int  # before any turns out bad
+    classes: tuple[str, ...]
+    options: dict[str, Any]
+    bad: list[Bad]  # known before a shard is written
+
+
+class NoSamples(Exception):
+    """Every sample was bad; the message is the first one's name and reason."""
+
+
+@contextmanager
+def held(destination: Path, part: str = "") -> Iterator[None]:
+    """The folder, made if need be, locked against a second writer, and removed again if nothing came.
+
+    A named part shares the folder with other parts, but with no other run of the same one.
+
+    Raises:
+        UserError: locked.
+    """
+    made = not destination.exists()
+    destination.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        if made:
+            stack.callback(_remove_if_empty, destination)
+        _lock(stack, destination, os.O_RDONLY | os.O_DIRECTORY, fcntl.LOCK_SH if part else fcntl.LOCK_EX, destination)
+        if part:
+            (destination / PARTIAL).mkdir(exist_ok=True)
+            lock = destination / PARTIAL / f"{part}.lock"
+            _lock(stack, lock, os.O_RDWR | os.O_CREAT, fcntl.LOCK_EX, destination)
+        yield
+
+
+def _lock(stack: ExitStack, path: Path, flags: int, kind: int, destination: Path) -> None:
+    handle = os.open(path, flags)
+    stack.callback(os.close, handle)
+    for attempt in range(LOCK_ATTEMPTS):
+        try:
+            fcntl.flock(handle, kind | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:  # perhaps workers of a run that was killed this moment
+            time.sleep(0.1 if attempt + 1 < LOCK_ATTEMPTS else 0)
+        except OSError:
+            return  # a file system without locks
+    raise UserError(f"{destination}: another process is writing this shard set; wait for it to end")
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def settle(destination: Path, fingerprint: str | None, shared: bool = False) -> None:
+    """Finish or clear away what an interrupted run left, and refuse a folder that holds something else.
+
+    Args:
+        fingerprint: of what is to be written; None for a stream of samples, which cannot go on where it stopped.
+        shared: other parts may be at work in the folder.
+
+    Raises:
+        UserError: the folder holds other files, or an unfinished set of something else.
+    """
+    partial = destination / PARTIAL
+    if (partial / MANIFEST).is_file():  # it was interrupted while moving a finished set into place
+        commit(partial)
+    elif manifests.is_shard_set(destination) and partial.exists() and not shared:
+        shutil.rmtree(partial)  # the move was done but for this
+    elif partial.exists():
+        intent = read_intent(destination)
+        if intent is not None and intent.fingerprint != fingerprint:
+            raise UserError(
+                f"{destination}: holds an unfinished set of other images or options ({len(records(partial))} of "
+                f"{intent.shards} shards); its own command finishes it; delete {partial} to give it up"
+            )
+        if intent is None and not shared:
+            shutil.rmtree(partial)
+    if not manifests.is_shard_set(destination):
+        others = sorted(p.name for p in destination.iterdir() if not p.name.startswith("."))
+        if others:
+            raise UserError(
+                f"{destination}: holds other files ({', '.join(others[:3])}, …); choose an empty or new folder"
+            )
+
+
+def existing(destination: Path, source: str) -> Manifest:
+    """The finished set in the folder, if it is the one of `source`.
+
+    Raises:
+        UserError: it is another.
+    """
+    manifest = manifests.load(destination)
+    if not source or manifest.source != source:
+        raise UserError(
+            f"{destination}: already holds another shard set ({manifest.samples} samples); "
+            "choose a new folder, or delete this one first"
+        )
+    manifests.check_sizes(manifest)
+    say(f"{destination}: already holds this set ({manifest.samples} samples); nothing to do")
+    return manifest
+
+
+def write_intent(destination: Path, intent: Intent) -> None:
+    (destination / PARTIAL).mkdir(exist_ok=True)
+    files.write_json(destination / PARTIAL / PLAN, intent._asdict())
+
+
+def read_intent(destination: Path) -> Intent | None:
+    """The plan of an unfinished set; None when there is none that can be read."""
+    try:
+        raw = json.loads((destination / PARTIAL / PLAN).read_bytes())
+        return Intent(**raw | {"classes": tuple(raw["classes"])})
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def write_record(partial: Path, number: int, written: Written) -> None:
+    shard = written.shard._asdict() if written.shard else None
+    files.write_json(partial / f"shard-{number:06d}.json", {"shard": shard, "bad": written.bad})
+
+
+def records(partial: Path) -> list[int]:
+    """Numbers of the shards that are whole, ascending."""
+    return sorted(int(p.stem[6:]) for p in partial.glob("shard-*.json") if p.stem[6:].isdecimal())
+
+
+def clear_asides(partial: Path, numbers: Iterable[int]) -> None:
+    """Remove what killed processes were writing of these shards."""
+    names = {shard_name(number) for number in numbers}
+    for path in partial.glob(".shard-*.partial"):
+        if path.name[1:17] in names:
+            path.unlink()
+
+
+def read_record(partial: Path, number: int) -> Written:
+    """Raises OSError or ValueError."""
+    raw = json.loads((partial / f"shard-{number:06d}.json").read_bytes())
+    return Written(Shard(**raw["shard"]) if raw["shard"] else None, raw["bad"])
+
+
+def finish(destination: Path, intent: Intent) -> Manifest:
+    """Manifest and quarantine from the records, then everything into place.
+
+    Raises:
+        UserError: shards are missing.
+        NoSamples: all samples were bad.
+    """
+    partial = destination / PARTIAL
+    done = records(partial)
+    missing = sorted(set(range(intent.shards)) - set(done))
+    if missing:
+        raise UserError(
+            f"{destination}: {len(missing)} of {intent.shards} shards are not written yet (first: "
+            f"{shard_name(missing[0])}); run the parts that have not ended with exit code 0 again"
+        )
+    written = [read_record(partial, number) for number in range(intent.shards)]
+    shards = [w.shard for w in written if w.shard]
+    bad = intent.bad + [row for w in written for row in w.bad]
+    if not shards:
+        raise NoSamples(f"{bad[0]['file']}: {bad[0]['reason']}" if bad else "there are none")
+    publish(partial, shards, intent.classes, intent.fingerprint, intent.options, bad)
+    return manifests.load(destination)
+
+
+def publish(
+    partial: Path,
+    shards: Sequence[Shard],
+    classes: Sequence[str],
+    source: str,
+    options: dict[str, Any],
+    bad: Sequence[Bad] = (),
+) -> None:
+    if bad:
+        rows = "".join(json.dumps(row) + "\n" for row in bad)
+        files.write_bytes(partial / QUARANTINE, rows.encode())
+    files.write_bytes(partial / MANIFEST, manifests.dump(shards, classes, source, tool(), options))
+    commit(partial)
+
+
+def commit(partial: Path) -> None:
+    """Move a finished set out of `.partial`, the manifest last, and remove the rest."""
+    moved = [*partial.glob("shard-*.tar"), *partial.glob("shard-*.index.jsonl"), *partial.glob(QUARANTINE)]
+    for path in sorted(moved):
+        path.rename(partial.parent / path.name)
+    files.sync_folder(partial.parent)
+    (partial / MANIFEST).rename(partial.parent / MANIFEST)
+    files.sync_folder(partial.parent)
+    shutil.rmtree(partial)
+
+
+def tool() -> str:
+    try:
+        return f"esvit-scale {metadata.version('esvit-scale')}"
+    except metadata.PackageNotFoundError:
+        return "esvit-scale"

@@ -1,0 +1,80 @@
+"""One tar of a shard set, with its index: exact bytes from samples."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import webdataset as wds
+
+from esvit_scale import files
+from esvit_scale.data import manifest as manifests
+from esvit_scale.data.decode import EXTENSIONS
+from esvit_scale.data.keys import SAFE_KEY
+from esvit_scale.data.manifest import Shard
+from esvit_scale.data.sources.base import EXTRAS
+
+
+class Sample(NamedTuple):
+    key: str  # unique in the set; letters, digits, `_`, `-`, and `/` between parts
+    label: int | None  # index of its class
+    ext: str  # jpg, png, …
+    data: bytes
+    extras: Mapping[str, bytes] = {}
+
+
+def write_shard(path: Path, samples: Iterable[Sample], keys: set[str]) -> Shard:
+    """Write samples as the tar `path`, which appears when it is whole, after its index.
+
+    Args:
+        keys: those already in the set, to which this shard's are added.
+
+    Raises:
+        ValueError: a key that is repeated or not safe.
+        OSError: the disk is full, …
+    """
+    written = 0
+    with files.replacing(path) as aside:
+        with aside.open("wb") as file:
+            hashed = _Hashed(file)
+            with wds.TarWriter(hashed, encoder=False, mtime=0, user="", group="") as tar:
+                for sample in samples:
+                    tar.write(_members(sample, keys))
+                    written += 1
+        entries = manifests.scan(aside)
+        if len(entries) != written:
+            raise RuntimeError(f"{path}: {written} samples written, {len(entries)} found")
+        files.write_bytes(manifests.index_path(path), manifests.dump_index(path.name, entries))
+    return Shard(path.name, written, hashed.bytes, hashed.sha256.hexdigest())
+
+
+def _members(sample: Sample, keys: set[str]) -> dict[str, Any]:
+    if sample.key in keys or not SAFE_KEY.fullmatch(sample.key) or sample.ext not in EXTENSIONS:
+        raise ValueError(f"sample {sample.key!r}.{sample.ext}: the key is repeated or not safe, or no image's ending")
+    keys.add(sample.key)
+    members: dict[str, Any] = {"__key__": sample.key, sample.ext: sample.data}
+    if sample.label is not None:
+        members["cls"] = b"%d" % sample.label
+    return members | {ext: data for ext, data in sample.extras.items() if ext in EXTRAS}
+
+
+class _Hashed:
+    """A file that knows the sha256 and length of what went through it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.sha256 = hashlib.sha256()
+        self.bytes = 0
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        self.bytes += len(data)
+        return self._file.write(data)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

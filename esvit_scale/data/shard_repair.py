@@ -1,0 +1,99 @@
+"""Writing again what is damaged in a shard set, and nothing else."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from esvit_scale import files
+from esvit_scale.data import manifest as manifests
+from esvit_scale.data import pool, set_folder
+from esvit_scale.data.manifest import Manifest
+from esvit_scale.data.planned_sets import plan_of, planned_sets
+from esvit_scale.data.planned_shard import write_planned
+from esvit_scale.data.reencode import Reencode
+from esvit_scale.data.shard_plan import Plan, Recipe, fingerprint
+from esvit_scale.data.shard_verify import check_shards
+from esvit_scale.data.sources import SourceOptions
+from esvit_scale.errors import UserError
+
+PATHS = ("root", "classes", "keep")  # options that are paths
+
+
+def repair(root: Path, where: str, workers: int = 1) -> list[str]:
+    """Indexes that do not agree with a good tar are made anew; tars that are not as the manifest says are written again
+    from the source, with the options that the manifest records, and replaced when they come out with its sha256.
+
+    Args:
+        where: the source; may be empty when only indexes are damaged.
+
+    Returns:
+        What was done, one line a file.
+
+    Raises:
+        UserError: the source is needed and not given, or is not what the set was written from.
+    """
+    manifest = manifests.load(root)
+    with set_folder.held(root):
+        checked = check_shards(manifest, workers)
+        done = []
+        for shard, state in zip(manifest.shards, checked, strict=True):
+            if state.side_car and not state.tar:
+                done.append(_index_again(root / shard.name))
+        bad = [number for number, state in enumerate(checked) if state.tar]
+        if bad and not where:
+            raise UserError(f"{checked[bad[0]].tar[0]}: to write it again, give the source: --repair SRC")
+        if bad:
+            done += _tars_again(manifest, bad, where, workers)
+    return done
+
+
+def _index_again(tar: Path) -> str:
+    index = manifests.index_path(tar)
+    files.write_bytes(index, manifests.dump_index(tar.name, manifests.scan(tar)))
+    return f"{index}: made from its tar"
+
+
+def _tars_again(manifest: Manifest, bad: list[int], where: str, workers: int) -> list[str]:
+    plan = _plan(manifest, where, workers)
+    aside = manifest.root / set_folder.PARTIAL
+    aside.mkdir(exist_ok=True)
+    try:
+        numbers = [int(manifest.shards[number].name[6:12]) for number in bad]
+        by_number = dict(zip(numbers, bad, strict=True))
+        samples = sum(plan.count(range(number, number + 1)) for number in numbers)
+        done = []
+        for number, written in pool.each(partial(write_planned, plan, aside), numbers, workers, samples, "images"):
+            shard = manifest.shards[by_number[number]]
+            if written.shard is None or written.shard.sha256 != shard.sha256:
+                raise UserError(
+                    f"{manifest.root / shard.name}: comes out with another sha256: the images of {where} are not those "
+                    "that the set was written from, or another version of Pillow re-encoded them; write the set again"
+                )
+            for path in (aside / shard.name, manifests.index_path(aside / shard.name)):
+                path.replace(manifest.root / path.name)
+            done.append(f"{manifest.root / shard.name}: written again")
+        files.sync_folder(manifest.root)
+        return done
+    finally:
+        for path in aside.iterdir():
+            path.unlink()
+        aside.rmdir()
+
+
+def _plan(manifest: Manifest, where: str, workers: int) -> Plan:
+    recorded = manifests.options(manifest.root)
+    try:
+        options = SourceOptions(**_with_paths(recorded["source"]))
+        values = _with_paths(recorded["recipe"])
+        recipe = Recipe(**values | {"reencode": Reencode(**values["reencode"])})
+        split = str(recorded["split"])
+    except (KeyError, TypeError):
+        raise UserError(f"{manifest.root}: its manifest does not say how it was written; write the set again") from None
+    planned = planned_sets(where, options, recipe).get(split)
+    if planned is None or fingerprint(planned.source, recipe, planned.chosen) != manifest.source:
+        raise UserError(f"{where}: not what {manifest.root} was written from (other files, sizes or lists)")
+    return plan_of(planned, recipe, workers)[0]
+
+
+def _with_paths(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: Path(value) if name in PATHS and value else value for name, value in values.items()}

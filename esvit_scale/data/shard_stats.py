@@ -1,0 +1,164 @@
+"""What is in a shard set: images a shard, bytes, sizes, formats and classes, without decoding a picture."""
+
+import io
+import json
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from esvit_scale.data import manifest as manifests
+from esvit_scale.data import pool
+from esvit_scale.data.decode import BadImage
+from esvit_scale.data.manifest import Manifest, image_member
+from esvit_scale.data.reader import ShardReader
+from esvit_scale.data.set_folder import QUARANTINE
+
+MEASURED = 20_000  # images whose headers are read, evenly over the set
+
+
+@dataclass
+class Stats:
+    root: Path
+    classes: tuple[str, ...]
+    shard_samples: NDArray[np.int64]
+    shard_bytes: NDArray[np.int64]
+    image_bytes: NDArray[np.int64]  # of every image
+    sides: NDArray[np.int64]  # [M, 2] width and height of the images that were measured
+    class_counts: NDArray[np.int64]  # per class; empty without classes
+    members: dict[str, int] = field(default_factory=dict)  # extension → how many
+    quarantined: int = 0
+
+    def summary(self) -> dict[str, Any]:
+        short = self.sides.min(1) if len(self.sides) else self.sides.reshape(-1)
+        return {
+            "samples": int(self.shard_samples.sum()),
+            "shards": len(self.shard_samples),
+            "bytes": int(self.shard_bytes.sum()),
+            "samples_per_shard": _range(self.shard_samples),
+            "bytes_per_shard": _range(self.shard_bytes),
+            "bytes_per_image": _range(self.image_bytes),
+            "short_side": _range(short),
+            "images_measured": len(self.sides),
+            "members": dict(sorted(self.members.items(), key=lambda item: -item[1])),
+            "classes": len(self.classes),
+            "samples_per_class": _range(self.class_counts),
+            "empty_classes": int((self.class_counts == 0).sum()),
+            "quarantined": self.quarantined,
+        }
+
+
+def gather(root: Path, workers: int = 1) -> Stats:
+    """Read every index, the labels, and the headers of at most MEASURED images.
+
+    Raises:
+        UserError: no readable manifest, a shard is missing or truncated.
+    """
+    manifest = manifests.load(root)
+    manifests.check_sizes(manifest)
+    every = max(-(-manifest.samples // MEASURED), 1)
+    numbers = range(len(manifest.shards))
+    work = partial(_read, manifest, every)
+    parts = dict(pool.each(work, numbers, workers, manifest.samples, "images"))
+    members: Counter[str] = Counter()
+    for part in parts.values():
+        members.update(part[3])
+    labels = _joined(parts[number][2] for number in numbers)
+    rows = 0
+    with suppress(OSError):
+        rows = len((root / QUARANTINE).read_bytes().splitlines())
+    return Stats(
+        root,
+        manifest.classes,
+        np.array([shard.samples for shard in manifest.shards], np.int64),
+        np.array([shard.bytes for shard in manifest.shards], np.int64),
+        _joined(parts[number][0] for number in numbers),
+        _joined(parts[number][1] for number in numbers).reshape(-1, 2),
+        np.bincount(labels[labels >= 0], minlength=len(manifest.classes))[: len(manifest.classes)],
+        dict(members),
+        rows,
+    )
+
+
+def table(stats: Stats) -> str:
+    """For a person; quantiles are smallest, median, largest."""
+    s = stats.summary()
+    rows = [
+        ("samples", f"{s['samples']:,} in {s['shards']:,} shards, {_bytes(s['bytes'])}"),
+        ("per shard", f"{_three(s['samples_per_shard'])} samples, {_three(s['bytes_per_shard'], _bytes)}"),
+        ("per image", _three(s["bytes_per_image"], _bytes)),
+        ("short side", f"{_three(s['short_side'])} pixels (of {s['images_measured']:,} images)"),
+        ("members", ", ".join(f"{n:,} .{ext}" for ext, n in s["members"].items())),
+    ]
+    if stats.classes:
+        empty = f"; {s['empty_classes']} have none" if s["empty_classes"] else ""
+        rows.append(("classes", f"{s['classes']:,}, {_three(s['samples_per_class'])} samples each{empty}"))
+    if stats.quarantined:
+        rows.append(("left out", f"{stats.quarantined:,} files, see {QUARANTINE}"))
+    return "\n".join(f"{name:<12}{text}" for name, text in rows)
+
+
+_Part = tuple[list[int], list[int], list[int], Counter[str]]
+
+
+def _read(manifest: Manifest, every: int, number: int, tick: Callable[[], None]) -> _Part:
+    """(bytes, sides, labels, members) of a shard's samples; sides of every `every`-th, flattened."""
+    reader = ShardReader(manifest)
+    sizes: list[int] = []
+    sides: list[int] = []
+    labels: list[int] = []
+    members: Counter[str] = Counter()
+    try:
+        for i in range(manifest.shards[number].samples):
+            tick()
+            with suppress(BadImage):
+                entry = reader.entry(number, i)
+                place = image_member(entry)
+                members.update(entry.members.keys())
+                sizes.append(place[1] if place else 0)
+                if manifest.classes:
+                    labels.append(reader.label(number, entry))
+                if i % every == 0:
+                    sides += _sides(reader.image(number, entry))
+    finally:
+        reader.close()
+    return sizes, sides, labels, members
+
+
+def _sides(data: bytes) -> list[int]:
+    try:
+        return list(Image.open(io.BytesIO(data)).size)
+    except Exception:  # a header that Pillow cannot read: `verify` says so
+        return []
+
+
+def _joined(parts: Any) -> NDArray[np.int64]:
+    return np.concatenate([np.empty(0, np.int64), *(np.asarray(part, np.int64) for part in parts)])
+
+
+def _range(values: NDArray[np.int64]) -> list[int]:
+    return [int(values.min()), int(np.median(values)), int(values.max())] if len(values) else []
+
+
+def _three(values: list[int], show: Callable[[int], str] = "{:,}".format) -> str:
+    return " / ".join(dict.fromkeys(map(show, values))) or "unknown"
+
+
+def _bytes(n: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if n < 1000:
+            return f"{n:.4g} {unit}"
+        n /= 1000
+    return f"{n:,.4g} TB"
+
+
+def as_json(stats: Stats) -> str:
+    counts = dict(zip(stats.classes, stats.class_counts.tolist(), strict=True))
+    return json.dumps({**stats.summary(), "class_counts": counts}, indent=2)

@@ -1,0 +1,119 @@
+"""The check that a set is what its manifest says, and the repair of what is not."""
+
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from esvit_scale.data import manifest as manifests
+from esvit_scale.data import pool
+from esvit_scale.data.decode import BadImage, decode
+from esvit_scale.data.image_folder import printable
+from esvit_scale.data.keys import hashes, repeated
+from esvit_scale.data.manifest import Manifest
+from esvit_scale.data.shard_file import sha256
+
+
+class Checked(NamedTuple):
+    """One shard's state."""
+
+    tar: list[str]  # problems of the tar: it has to be written again
+    side_car: list[str]  # problems of the index: it can be made anew from a good tar
+    keys: NDArray[np.uint64]  # hashes of its keys
+
+
+def verify(root: Path, workers: int = 1) -> list[str]:
+    """Everything wrong with a shard set, one line a problem; empty when all of it is as its manifest says: sizes,
+    sha256, index against tar, counts, keys, classes, and every image decodes.
+
+    Raises:
+        UserError: there is no readable manifest.
+    """
+    manifest = manifests.load(root)
+    checked = check_shards(manifest, workers)
+    return [
+        *_strangers(manifest),
+        *(p for c in checked for p in c.tar + c.side_car),
+        *_repeated_keys(manifest, checked),
+    ]
+
+
+def check_shards(manifest: Manifest, workers: int) -> list[Checked]:
+    """Of every shard, in the manifest's order."""
+    found: dict[int, Checked] = {}
+    jobs = range(len(manifest.shards))
+    for number, checked in pool.each(partial(_check, manifest), jobs, workers, manifest.samples, "images"):
+        found[number] = checked
+    return [found[number] for number in jobs]
+
+
+def _strangers(manifest: Manifest) -> Iterator[str]:
+    listed = {shard.name for shard in manifest.shards}
+    for tar in sorted(manifest.root.glob("*.tar")):
+        if tar.name not in listed:
+            yield f"{tar}: not in the manifest"
+
+
+def _repeated_keys(manifest: Manifest, checked: list[Checked]) -> Iterator[str]:
+    starts = np.cumsum([0, *(len(c.keys) for c in checked)])
+    for at in repeated(np.concatenate([c.keys for c in checked])).tolist() if checked else []:
+        number = int(np.searchsorted(starts, at, side="right")) - 1
+        path = manifest.root / manifest.shards[number].name
+        entry = manifests.scan(path)[at - int(starts[number])]
+        yield f"{path}: {printable(entry.key)}: this key is in the set twice"
+
+
+def _check(manifest: Manifest, number: int, tick: Callable[[], None]) -> Checked:
+    shard = manifest.shards[number]
+    path = manifest.root / shard.name
+    none = np.empty(0, np.uint64)
+    problems = list(manifests.size_problems(Manifest(manifest.root, (shard,))))
+    if not path.is_file():
+        return Checked(problems, [], none)
+    try:
+        if not problems and sha256(path) != shard.sha256:
+            problems.append(f"{path}: its sha256 is not the manifest's")
+        entries = manifests.scan(path)
+        if len(entries) != shard.samples:
+            problems.append(f"{path}: holds {len(entries)} samples, the manifest says {shard.samples}")
+        with path.open("rb") as file:
+            for entry in entries:
+                tick()
+                found = _sample_problems(file, entry, len(manifest.classes))
+                problems += [f"{path}: {printable(entry.key)}: {problem}" for problem in found]
+    except OSError as error:
+        return Checked([*problems, f"{path}: {error.strerror or error}"], [], none)
+    return Checked(problems, list(_index_problems(path, entries)), hashes((e.key for e in entries), len(entries)))
+
+
+def _index_problems(path: Path, entries: list[manifests.Entry]) -> Iterator[str]:
+    index = manifests.index_path(path)
+    try:
+        if list(manifests.read_side_car(path)) != entries:
+            yield f"{index}: does not agree with the tar"
+    except FileNotFoundError:
+        yield f"{index}: missing"
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        yield f"{index}: cannot be used: {error}"
+
+
+def _sample_problems(file: BinaryIO, entry: manifests.Entry, classes: int) -> Iterator[str]:
+    image = manifests.image_member(entry)
+    if image is None:
+        yield "no image"
+    else:
+        try:
+            decode(_pread(file, *image))
+        except BadImage as error:
+            yield str(error)
+    label = manifests.parse_label(_pread(file, *entry.members["cls"])) if "cls" in entry.members else -1
+    if classes and not 0 <= label < classes:
+        yield f"label {label} is not one of {classes} classes"
+
+
+def _pread(file: BinaryIO, offset: int, size: int) -> bytes:
+    return os.pread(file.fileno(), size, offset)

@@ -1,0 +1,115 @@
+"""Where images come from: one module a kind of source, all of them giving numbered, lazily read samples (base.py)."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from esvit_scale.data.image_folder import list_images
+from esvit_scale.data.sources.base import Source, read_classes
+from esvit_scale.data.sources.folder import FolderSource
+from esvit_scale.data.sources.imagenet import imagenet_sources
+from esvit_scale.data.sources.img2dataset import img2dataset_source, is_img2dataset
+from esvit_scale.data.sources.listing import list_source
+from esvit_scale.data.sources.parquet import parquet_source
+from esvit_scale.data.sources.table import table_source
+from esvit_scale.data.sources.tars import tar_source
+from esvit_scale.data.sources.zips import zip_source
+from esvit_scale.errors import UserError, nearest
+
+BY_SUFFIX = {
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".tar": "tars",
+    ".zip": "zips",
+    ".txt": "list",
+    ".lst": "list",
+    ".list": "list",
+}
+KINDS = ("folder", "imagenet", "img2dataset", *dict.fromkeys(BY_SUFFIX.values()))
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    kind: str | None = None  # one of KINDS; None: seen from what the source is
+    root: Path | None = None  # where relative paths of lists and tables start
+    image_column: str | None = None
+    label: str | None = None  # a column of a table; `parent`, `archive`, `last` or `none` of other sources
+    caption: str | None = None  # a column of a table
+    classes: Path | None = None  # names, one a line
+
+
+def source_record(options: SourceOptions) -> dict[str, Any]:
+    """For the manifest: what a repair needs to know."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
+
+
+def open_source(where: str, options: SourceOptions) -> dict[str, Source]:
+    """The source's splits by name; one that has none is under the empty name.
+
+    Raises:
+        UserError: nothing there, of an unknown kind, or as the source's own module says.
+    """
+    try:
+        return _open(where, options)
+    except OSError as error:  # a folder that cannot be listed, no space for temporary files, …
+        raise UserError(f"{error.filename or where}: {error.strerror or error}") from None
+
+
+def _open(where: str, options: SourceOptions) -> dict[str, Source]:
+    path = Path(where)
+    kind = options.kind or _kind(where)
+    if kind not in KINDS:
+        raise UserError(f"--from {kind}: unknown kind of source{nearest(kind, KINDS)}")
+    classes = read_classes(options.classes)
+    if kind in ("folder", "imagenet", "img2dataset") and not path.is_dir():
+        list_images(path)  # says what is there instead, and what is near
+        raise UserError(f"{path}: not a folder")
+    if kind not in ("list", "folder", "imagenet", "img2dataset") and not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+    if kind == "imagenet":
+        return dict(imagenet_sources(path, classes))
+    return {"": _single(kind, where, path, options, classes)}
+
+
+def _single(kind: str, where: str, path: Path, options: SourceOptions, classes: tuple[str, ...] | None) -> Source:
+    if kind == "folder":
+        if options.label not in (None, "none", "parent"):
+            raise UserError(f"--label {options.label}: of a folder the class is the subfolder; or 'none'")
+        return FolderSource(path, options.label != "none", classes)
+    if kind == "img2dataset":
+        return img2dataset_source(path, options.label, classes)
+    if kind == "list":
+        return list_source(where, options.root, options.label, classes)
+    if kind in ("csv", "tsv"):
+        columns = (options.image_column, options.label, options.caption)
+        return table_source(path, "\t" if kind == "tsv" else ",", options.root, *columns, classes)
+    if kind == "parquet":
+        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (".parquet", ".pq"))
+        if not files:
+            raise UserError(f"{path}: no .parquet files in it")
+        return parquet_source(files, options.root, options.image_column, options.label, options.caption, classes)
+    if kind == "tars":
+        return tar_source(path, options.label, classes)
+    return zip_source(path, options.label, classes)
+
+
+def _kind(where: str) -> str:
+    path = Path(where)
+    if where == "-":
+        return "list"
+    if path.is_file():
+        if ".tar." in path.name or path.suffix == ".tgz":
+            raise UserError(f"{path}: a compressed tar cannot be read at random; decompress it first")
+        if path.suffix.lower() not in BY_SUFFIX:
+            list_images(path)  # a file, not a folder
+        return BY_SUFFIX[path.suffix.lower()]
+    if not path.is_dir():
+        return "folder"
+    if (path / "Data" / "CLS-LOC").is_dir() or ((path / "train").is_dir() and (path / "val").is_dir()):
+        return "imagenet"
+    if is_img2dataset(path):
+        return "img2dataset"
+    names = [p.suffix.lower() for p in path.iterdir() if not p.name.startswith(".")]
+    return next((BY_SUFFIX[s] for s in (".tar", ".zip", ".parquet") if s in names), "folder")

@@ -1,0 +1,194 @@
+"""What every source of images looks like to the writer: numbered samples that are read one at a time."""
+
+import json
+import os
+import tempfile
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from esvit_scale.data.decode import EXTENSIONS, BadImage
+from esvit_scale.data.progress import say
+from esvit_scale.errors import UserError
+
+EXTRAS = ("json", "txt")  # members beside the image that are carried over: metadata and caption
+SAY_AFTER = 2_000_000  # samples: listing more takes a while
+MAX_EXTRA = 1 << 20  # bytes; a larger one is no caption
+
+
+class Item(NamedTuple):
+    data: bytes  # the image file
+    label: int | None = None
+    extras: Mapping[str, bytes] = {}
+
+
+class Source(ABC):
+    """Samples 0..N-1 in an order that depends on the source's content alone.
+
+    A source holds about 8 bytes a sample in memory and its rows in an unlinked temporary file; it may be read from
+    forked processes.
+    """
+
+    classes: tuple[str, ...] = ()  # empty: no labels
+    blocks: NDArray[np.int64] | None = None  # starts of runs that are read as a whole; None: any sample costs the same
+    root: Path  # what has to be there for any sample to be read
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []  # lines for the user: what was left out before anything was read
+        self.damaged: list[tuple[str, str]] = []  # (name, reason) of whole archives that can be read in part only
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def name(self, i: int) -> str:
+        """What a person calls the sample: in messages, the quarantine and keep-lists. May hold undecodable bytes as
+        surrogates."""
+
+    def path(self, i: int) -> str:
+        """What its key is made from, a relative path with `/`."""
+        return self.name(i)
+
+    @abstractmethod
+    def read(self, i: int) -> Item:
+        """Raises BadImage or OSError."""
+
+    @abstractmethod
+    def size(self, i: int) -> int:
+        """Bytes of the image file as the source says; 0 where it does not know."""
+
+    @abstractmethod
+    def fingerprint(self) -> bytes:
+        """Changes when other samples, or samples of other sizes where they are known, would be written."""
+
+
+_encode = json.JSONEncoder(separators=(",", ":")).encode  # made once: a third of what a long list costs
+_decode = json.JSONDecoder().decode
+
+
+class Rows:
+    """Any number of JSON values in an unlinked temporary file, 8 bytes each in memory. Reading is safe after a fork."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile(prefix="esvit-scale-")  # noqa: SIM115 (lives as long as the rows)
+        self._ends = array("q", [0])
+
+    def append(self, value: Any) -> None:
+        if len(self._ends) % SAY_AFTER == 0:
+            say(f"{len(self._ends):,} samples listed, going on")
+        self._ends.append(self._ends[-1] + self._file.write(_encode(value).encode()))
+
+    def finish(self) -> "Rows":
+        self._file.flush()
+        return self
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, i: int) -> Any:
+        start, end = self._ends[i], self._ends[i + 1]
+        return _decode(os.pread(self._file.fileno(), end - start, start).decode())
+
+
+class Labels:
+    """The label column of a source: text in, class numbers out, 4 bytes a sample."""
+
+    NONE, UNKNOWN = -1, -2
+
+    def __init__(self) -> None:
+        self._ids = array("i")
+        self._known: dict[str, int] = {}
+
+    def append(self, text: str | None) -> None:
+        text = text.strip() if text is not None else ""
+        self._ids.append(self._known.setdefault(text, len(self._known)) if text else -1)
+
+    def extend_without(self, n: int) -> None:
+        """n samples without a label."""
+        self._ids.extend(array("i", [-1]) * n)
+
+    def finish(self, classes: Iterable[str] | None = None) -> tuple[tuple[str, ...], NDArray[np.int32]]:
+        """Classes, and each sample's class number (NONE without a label, UNKNOWN for one not in `classes`).
+
+        Given classes are found by name, or by number where no class is named so. Otherwise labels that are all numbers
+        stay as they are (`0`…`max`), and others are numbered in alphabetical order.
+        """
+        ids = np.frombuffer(self._ids, np.int32) if self._ids else np.empty(0, np.int32)
+        if not self._known:
+            return (), np.full(len(ids), self.NONE, np.int32)
+        if classes is not None:
+            names = tuple(classes)
+            number = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
+            find = {text: number.get(text, self.UNKNOWN) for text in self._known}
+        elif all(_is_number(text) for text in self._known):
+            names = tuple(str(i) for i in range(max(map(int, self._known)) + 1))
+            find = {text: int(text) for text in self._known}
+        else:
+            names = tuple(sorted(self._known))
+            find = {text: i for i, text in enumerate(names)}
+        table = np.array([*(find[text] for text in self._known), self.NONE], np.int32)
+        return names, table[ids]
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) <= 6
+
+
+def labelled(source: Source, labels: NDArray[np.int32], i: int) -> int | None:
+    """The class of sample i, None in a source without classes. Raises BadImage."""
+    if not source.classes:
+        return None
+    label = int(labels[i])
+    if label < 0:
+        raise BadImage("has no label" if label == Labels.NONE else "its label is not one of the classes given")
+    return label
+
+
+def extension(name: str) -> str:
+    """`a/b.JPG` → `jpg`; empty when there is none."""
+    base = name.rpartition("/")[2]
+    return base.rpartition(".")[2].lower() if "." in base else ""
+
+
+def is_image(name: str) -> bool:
+    return extension(name) in EXTENSIONS and not name.rpartition("/")[2].startswith(".")
+
+
+def parent_label(path: str) -> str | None:
+    """The name of the folder that holds the file."""
+    return path.rpartition("/")[0].rpartition("/")[2] or None
+
+
+def visible_files(root: Path, suffix: str) -> list[Path]:
+    """Files below `root` that end so, by name; not what is hidden or in a hidden folder."""
+    found = (path for path in root.rglob(f"*{suffix}") if path.is_file())
+    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(root).parts))
+
+
+def read_classes(path: Path | None) -> tuple[str, ...] | None:
+    """Class names, one a line in the order of their numbers; None for no file.
+
+    Raises:
+        UserError: cannot be read, empty, or a name twice.
+    """
+    if path is None:
+        return None
+    try:
+        names = tuple(line.strip() for line in path.read_text("utf-8").splitlines() if line.strip())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text file in UTF-8") from None
+    if not names or len(set(names)) != len(names):
+        raise UserError(f"{path}: {'names a class twice' if names else 'names no class'}; one class name a line")
+    return names
+
+
+def count_left_out(ignored: dict[str, int]) -> str:
+    held = ", ".join(f"{n} {ext}" for ext, n in sorted(ignored.items()))
+    return f"left out {sum(ignored.values())} files that do not end like images: {held}"

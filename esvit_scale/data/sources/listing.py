@@ -1,0 +1,111 @@
+"""A list file: one image path a line, from a file or stdin."""
+
+import hashlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import BinaryIO
+
+from esvit_scale.data.image_folder import read_file
+from esvit_scale.data.sources.base import Item, Labels, Rows, Source, labelled, parent_label
+from esvit_scale.errors import UserError
+
+MAX_LINE = 1 << 16  # bytes; a longer line is no path
+
+
+class PathSource(Source):
+    """Files somewhere, named by rows of [path, label, caption]: what lists and tables have in common.
+
+    Args:
+        rows: [path, label text or None, caption or None]; relative paths start at `root`.
+    """
+
+    def __init__(self, rows: Iterator[list[str | None]], root: Path, classes: Sequence[str] | None) -> None:
+        super().__init__()
+        self.root = root
+        self._rows, labels = Rows(), Labels()
+        digest = hashlib.sha256(repr((str(root), classes)).encode())
+        for path, label, caption in rows:
+            digest.update(repr((path, label, caption)).encode())
+            self._rows.append([path, caption] if caption else [path])
+            labels.append(label)
+        self._rows.finish()
+        self._digest = digest.digest()
+        self.classes, self._labels = labels.finish(classes)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def name(self, i: int) -> str:
+        path: str = self._rows[i][0]
+        return path
+
+    def path(self, i: int) -> str:
+        parts = [part for part in self.name(i).split("/") if part not in ("", ".", "..")]
+        return "/".join(parts)
+
+    def read(self, i: int) -> Item:
+        path, *caption = self._rows[i]
+        data = read_file(self.root / path)
+        extras = {"txt": caption[0].encode("utf-8", "backslashreplace")} if caption else {}
+        return Item(data, labelled(self, self._labels, i), extras)
+
+    def size(self, i: int) -> int:
+        try:
+            return (self.root / self.name(i)).stat().st_size
+        except OSError:
+            return 0
+
+    def fingerprint(self) -> bytes:
+        return self._digest
+
+
+def list_source(where: str, root: Path | None, label: str | None, classes: Sequence[str] | None) -> PathSource:
+    """Args:
+        where: a file, or `-` for stdin.
+        root: where relative paths start; by default the list's folder, or the current one for stdin.
+        label: None; `parent`: the class is the folder that holds the image; `last`: it is the line's last word.
+
+    Raises:
+        UserError: cannot be read, or holds no path.
+    """
+    if label not in (None, "none", "parent", "last"):
+        raise UserError(
+            f"--label {label}: of a list the class can be 'parent' (folder) or 'last' (the line's last word)"
+        )
+    start = root if root is not None else Path() if where == "-" else Path(where).parent
+    try:
+        if where == "-":
+            source = PathSource(_lines(sys.stdin.buffer, label, "stdin"), start, classes)
+        else:
+            with closing(Path(where).open("rb")) as file:
+                source = PathSource(_lines(file, label, where), start, classes)
+    except OSError as error:
+        raise UserError(f"{where}: {error.strerror}") from None
+    if not len(source):
+        raise UserError(f"{'stdin' if where == '-' else where}: no path in it; one image path a line")
+    return source
+
+
+def _lines(file: BinaryIO, label: str | None, name: str) -> Iterator[list[str | None]]:
+    number = 0
+    while raw := file.readline(MAX_LINE):
+        number += 1
+        if len(raw) == MAX_LINE or b"\0" in raw:
+            raise UserError(
+                f"{name}: line {number} is no path (longer than {MAX_LINE} bytes, or binary); is it a list?"
+            )
+        line = os.fsdecode(raw).strip("\r\n")
+        if not line.strip() or line.startswith("#"):
+            continue
+        path, text = line, None
+        if label == "parent":
+            text = parent_label(line)
+        elif label == "last":
+            path, _, text = line.rstrip().replace("\t", " ").rpartition(" ")
+            if not path.strip():
+                raise UserError(f"{name}: line {number} has one word; --label last needs a path and a class")
+            path = line[: len(path)].rstrip()
+        yield [path, text, None]

@@ -1,0 +1,148 @@
+"""Zip files of images: one, or a folder of them. Members are read where they lie; nothing is extracted.
+
+Python's zipfile reads the table of contents once; members are then read by their offsets, so that worker processes
+share nothing and a member inflates to its limit and no further.
+"""
+
+import hashlib
+import os
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from esvit_scale.data.decode import BadImage
+from esvit_scale.data.image_folder import printable
+from esvit_scale.data.sources.base import (
+    Item,
+    Labels,
+    Rows,
+    Source,
+    count_left_out,
+    extension,
+    is_image,
+    labelled,
+    parent_label,
+    visible_files,
+)
+from esvit_scale.errors import UserError
+
+HOW_LABELS = (None, "none", "parent", "archive")
+MAX_INFLATED = 1 << 28  # bytes; a larger member is a bomb, or no image to train on
+LOCAL_HEADER = 30  # bytes before the member's name
+
+
+class ZipSource(Source):
+    """Args:
+    root: names of zips in messages start here.
+    label: `parent`: the folder in the zip; `archive`: the zip's name; None or `none`: no classes.
+
+    Raises:
+        UserError: a zip cannot be read, or no zip holds an image.
+    """
+
+    def __init__(
+        self, zips: Sequence[Path], root: Path, label: str | None = None, classes: Sequence[str] | None = None
+    ) -> None:
+        super().__init__()
+        if label not in HOW_LABELS:
+            raise UserError(
+                f"--label {label}: of zips the class can be 'parent' (folder) or 'archive' (the zip's name)"
+            )
+        self.root, self._zips = root, list(zips)
+        self._rows, digest = Rows(), hashlib.sha256(repr((label, classes)).encode())
+        labels, ignored = Labels(), Counter[str]()
+        for number, path in enumerate(self._zips):
+            for info in _contents(path):
+                if not is_image(info.filename):
+                    ignored["." + printable(extension(info.filename)) or "no extension"] += 1
+                    continue
+                row = [number, info.filename, info.header_offset, info.compress_size, info.file_size, info.CRC]
+                self._rows.append([*row, info.compress_type, info.flag_bits])
+                digest.update(repr((path.name, *row[1:])).encode("utf-8", "backslashreplace"))
+                by = {"parent": parent_label(info.filename), "archive": path.stem}
+                text = by.get(label or "")
+                labels.append(printable(text) if text else None)
+        if ignored:
+            self.notes.append(f"{root}: {count_left_out(dict(ignored))}")
+        self._rows.finish()
+        if not len(self._rows):
+            raise UserError(f"{root}: no image in its {len(self._zips)} zips")
+        self._digest = digest.digest()
+        self.classes, self._labels = labels.finish(classes)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def name(self, i: int) -> str:
+        number, member, *_ = self._rows[i]
+        path = self._zips[number]
+        return f"{path.relative_to(self.root).as_posix() if path != self.root else path.name}/{member}"
+
+    def path(self, i: int) -> str:
+        member: str = self._rows[i][1]
+        return member
+
+    def read(self, i: int) -> Item:
+        number, _, offset, packed, size, crc, method, flags = self._rows[i]
+        return Item(
+            _member(self._zips[number], offset, packed, size, crc, method, flags), labelled(self, self._labels, i)
+        )
+
+    def size(self, i: int) -> int:
+        return int(self._rows[i][4])
+
+    def fingerprint(self) -> bytes:
+        return self._digest
+
+
+def zip_source(where: Path, label: str | None, classes: Sequence[str] | None) -> ZipSource:
+    """A zip, or the zips of a folder in the order of their names.
+
+    Raises:
+        UserError: no zip there, and as ZipSource.
+    """
+    if where.is_file():
+        return ZipSource([where], where, label, classes)
+    zips = visible_files(where, ".zip")
+    if not zips:
+        raise UserError(f"{where}: no .zip files in it")
+    return ZipSource(zips, where, label, classes)
+
+
+def _contents(path: Path) -> list[zipfile.ZipInfo]:
+    try:
+        with zipfile.ZipFile(path) as file:
+            return [info for info in file.infolist() if not info.is_dir()]
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    except Exception as error:  # zipfile raises almost anything on a damaged table of contents
+        raise UserError(f"{path}: not a readable zip file: {printable(str(error))[:200]}") from None
+
+
+def _member(path: Path, offset: int, packed: int, size: int, crc: int, method: int, flags: int) -> bytes:
+    if flags & 0x1:
+        raise BadImage("encrypted")
+    if method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise BadImage(f"packed with method {method}; stored and deflate can be read")
+    if size > MAX_INFLATED or packed > MAX_INFLATED:
+        raise BadImage(f"{size} bytes: over the limit of {MAX_INFLATED} (zip bomb?)")
+    with path.open("rb") as file:
+        if offset + LOCAL_HEADER + packed > os.fstat(file.fileno()).st_size:
+            raise BadImage("lies beyond the end of the zip (cut short?)")
+        header = os.pread(file.fileno(), LOCAL_HEADER, offset)
+        if header[:4] != b"PK\3\4" or len(header) != LOCAL_HEADER:
+            raise BadImage("its header in the zip is damaged")
+        start = (
+            offset + LOCAL_HEADER + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+        )
+        data = os.pread(file.fileno(), packed, start)
+    if method == zipfile.ZIP_DEFLATED:
+        try:
+            data = zlib.decompressobj(-15).decompress(data, size + 1)
+        except zlib.error as error:
+            raise BadImage(f"cannot be inflated: {error}") from None
+    if len(data) != size or zlib.crc32(data) != crc:
+        raise BadImage("its length or checksum is not the zip's")
+    return data

@@ -1,0 +1,133 @@
+"""Pictures of a shard set: an overview figure of its numbers, and contact sheets of its images (PNG or HTML)."""
+
+import html
+import io
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image, ImageDraw
+
+from esvit_scale.data.decode import BadImage, decode
+from esvit_scale.data.manifest import Manifest
+from esvit_scale.data.order import permutation
+from esvit_scale.data.reader import ShardReader
+from esvit_scale.data.shard_stats import Stats
+from esvit_scale.report.pictures import thumbnail
+
+SIDE, MARGIN, CAPTION = 160, 8, 26  # pixels of a contact sheet's cell
+BLUE, GREY = "#3b82f6", "#80868f"
+
+
+class Shown(NamedTuple):
+    key: str
+    label: str  # class name, empty without classes
+    image: Image.Image | None  # None: it does not decode
+
+
+def overview(stats: Stats) -> bytes:
+    """PNG: bytes an image, short sides, samples a class (or a shard, without classes)."""
+    figure = Figure(figsize=(10.4, 2.8), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    left, middle, right = figure.subplots(1, 3)
+    _histogram(left, stats.image_bytes / 1000, "kB per image")
+    _histogram(middle, stats.sides.min(1) if len(stats.sides) else np.empty(0), "short side, pixels")
+    if len(stats.class_counts):
+        _sorted(right, stats.class_counts, f"samples per class, {len(stats.classes):,} classes")
+    else:
+        _sorted(right, stats.shard_samples, f"samples per shard, {len(stats.shard_samples):,} shards")
+    out = io.BytesIO()
+    figure.savefig(out, format="png")
+    return out.getvalue()
+
+
+def chosen_samples(manifest: Manifest, count: int, seed: int) -> list[Shown]:
+    """`count` samples drawn from the whole set, or all of a smaller one."""
+    starts = np.cumsum([0, *(shard.samples for shard in manifest.shards)])
+    reader, shown = ShardReader(manifest), []
+    try:
+        for number in permutation(manifest.samples, seed, "show")[:count].tolist():
+            shard = int(np.searchsorted(starts, number, side="right")) - 1
+            shown.append(_shown(manifest, reader, shard, number - int(starts[shard])))
+    finally:
+        reader.close()
+    return shown
+
+
+def contact_sheet(shown: Sequence[Shown], columns: int = 8) -> bytes:
+    """PNG: thumbnails in rows, with key and class under each."""
+    columns = min(columns, len(shown))
+    rows = -(-len(shown) // columns)
+    step_x, step_y = SIDE + MARGIN, SIDE + CAPTION + MARGIN
+    sheet = Image.new("RGB", (columns * step_x + MARGIN, rows * step_y + MARGIN), "white")
+    draw = ImageDraw.Draw(sheet)
+    for at, sample in enumerate(shown):
+        x, y = MARGIN + at % columns * step_x, MARGIN + at // columns * step_y
+        if sample.image is None:
+            draw.rectangle((x, y, x + SIDE, y + SIDE), outline="red")
+        else:
+            small = sample.image.copy()
+            small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+            sheet.paste(small, (x + (SIDE - small.width) // 2, y + (SIDE - small.height) // 2))
+        for line, text in enumerate((sample.key[-26:], sample.label)):
+            draw.text((x, y + SIDE + 1 + 12 * line), _plain(text)[:26], fill="black")
+    out = io.BytesIO()
+    sheet.save(out, "PNG")
+    return out.getvalue()
+
+
+def contact_page(shown: Sequence[Shown], title: str) -> str:
+    """One self-contained HTML page of the same."""
+    cells = "\n".join(
+        f"<figure>{_img(sample)}<figcaption>{html.escape(sample.key)}<br><b>{html.escape(sample.label)}</b></figcaption></figure>"
+        for sample in shown
+    )
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        "<style>body{font:13px system-ui;margin:1.5em}main{display:flex;flex-wrap:wrap;gap:.7em}"
+        "figure{margin:0;width:208px;overflow-wrap:anywhere}img{max-width:100%}</style>"
+        f"<h1>{html.escape(title)}</h1><main>\n{cells}\n</main></html>\n"
+    )
+
+
+def _img(sample: Shown) -> str:
+    return f'<img src="{thumbnail(sample.image)}" alt="">' if sample.image else "<p>does not decode</p>"
+
+
+def _shown(manifest: Manifest, reader: ShardReader, shard: int, i: int) -> Shown:
+    key, label = f"{manifest.shards[shard].name}: sample {i}", ""
+    try:
+        entry = reader.entry(shard, i)
+        key, number = entry.key, reader.label(shard, entry)
+        label = manifest.classes[number] if 0 <= number < len(manifest.classes) else ""
+        return Shown(key, label, decode(reader.image(shard, entry)))
+    except (BadImage, OSError):
+        return Shown(key, label, None)
+
+
+def _histogram(axes: Axes, values: np.ndarray, title: str) -> None:
+    _style(axes, title)
+    if len(values):
+        axes.hist(values, bins=40, color=BLUE)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+
+def _sorted(axes: Axes, counts: np.ndarray, title: str) -> None:
+    _style(axes, title)
+    axes.fill_between(np.arange(len(counts)), np.sort(counts)[::-1], color=BLUE, step="mid")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+
+def _style(axes: Axes, title: str) -> None:
+    axes.set_title(title, fontsize=10, loc="left", color=GREY)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=GREY, labelsize=8)
+
+
+def _plain(text: str) -> str:
+    return text.encode("latin-1", "replace").decode("latin-1")  # the built-in font's letters
