@@ -93,3 +93,9 @@ def _patches(
 
 def _take_turns(by_class: list[list[Sample]]) -> list[Sample]:
     return [sample for turn in zip(*by_class, strict=True) for sample in turn]
+
+
+def stereo_pair() -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.float32]]:
+    """Two photographs of a motorcycle from side by side, [500, 741, 3] each, and the true disparity [500, 741] (Middlebury
+    2014): the left picture's pixel (y, x) is at (y, x − disparity) in the right one; infinite where it is not known."""
+    return skimage.data.stereo_motorcycle()

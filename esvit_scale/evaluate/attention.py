@@ -165,7 +165,7 @@ def read_picture(path: Path, size: int) -> np.ndarray:
 
 def to_trunk(picture: np.ndarray) -> Tensor:
     """uint8 [H, W, 3] → [3, H, W], ImageNet-normalised."""
-    x = torch.from_numpy(picture).permute(2, 0, 1)[None].float() / 255
+    x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255
     return photometric.normalize_(x)[0]
 
 
