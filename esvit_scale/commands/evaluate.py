@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from esvit_scale.commands import look
 from esvit_scale.commands.parser import add_checkpoint, add_loading, command, group, on_all_ranks
 
 
@@ -17,6 +18,8 @@ def add(commands: Any) -> None:
     )
     knn.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for knn.json")
     add_loading(knn)
+
+    look.add_to(evaluate)
 
     embed = command(commands, "embed", _embed, "features of images, as arrays")
     add_checkpoint(embed)

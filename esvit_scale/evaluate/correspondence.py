@@ -207,11 +207,10 @@ def run_correspondence(
     cases: list[tuple[float, Case]] = []
     for key, pixels in _pictures(data, teacher.size, images, workers):
         case, crop = mirrored(teacher.trunk, pixels, key, seed), cropped(teacher.trunk, pixels, key, seed)
-        rows.append(
-            {"mirrored": measure(case.pairs), "cropped": measure(crop.pairs) if len(crop.pairs.right) else None}
-        )
-        cases.append((rows[-1]["mirrored"]["accuracy"], case))  # type: ignore[index]
-        cases = _extremes(cases)
+        rows.append({"mirrored": measure(case.pairs)})
+        if len(crop.pairs.right):  # in a small crop of a coarse grid no token's place may be left
+            rows[-1]["cropped"] = measure(crop.pairs)
+        cases = _extremes([*cases, (rows[-1]["mirrored"]["accuracy"], case)])
     if not rows:
         raise UserError(f"{data}: holds no readable image")
     pair = stereo(teacher.trunk)

@@ -98,7 +98,7 @@ def _lines(
     if len(present) > 1:
         axes.legend(frameon=False, labelcolor="linecolor", fontsize=10, ncols=len(present), loc="best")
     axes.set_xlabel("step", color=GREY)
-    return _png(figure)
+    return png(figure)
 
 
 def _panels(metrics: Metrics, titles: Mapping[str, str], colour: str, width: float, measured: bool) -> bytes | None:
@@ -113,17 +113,23 @@ def _panels(metrics: Metrics, titles: Mapping[str, str], colour: str, width: flo
         if measured:
             axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(FuncFormatter(_short))
-    return _png(figure)
+    return png(figure)
 
 
 def _figure(panels: int, width: float) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(width, HEIGHT), dpi=DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.patch.set_alpha(0)
+    figure = blank_figure(width, HEIGHT)
     all_axes = list(figure.subplots(1, panels, squeeze=False).flat)
     for axes in all_axes:
         _style(axes)
     return figure, all_axes
+
+
+def blank_figure(width: float, height: float) -> Figure:
+    """A transparent figure of that many inches."""
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.patch.set_alpha(0)
+    return figure
 
 
 def _style(axes: Axes) -> None:
@@ -174,7 +180,7 @@ def _rgb(colour: str) -> tuple[float, float, float]:
     return tuple(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))  # type: ignore[return-value]
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
