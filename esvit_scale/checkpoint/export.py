@@ -79,7 +79,7 @@ def _write_onnx(folder: Path, weights: Weights, network: str) -> None:
             (torch.zeros(2, 3, size, size),),
             str(folder / "model.onnx"),
             input_names=["images"],
-            output_names=["view", "regions"],
+            output_names=["features", "regions"],
             dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
             dynamo=True,
             external_data=sum(p.numel() * 4 for p in trunk.parameters()) > ONNX_INLINE,

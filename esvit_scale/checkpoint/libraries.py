@@ -20,11 +20,11 @@ from torch import Tensor
 
 from esvit_scale.config import Config
 from esvit_scale.data.photometric import MEAN, STD
+from esvit_scale.data.stream import evaluation_side
 from esvit_scale.errors import UserError
 from esvit_scale.models.registry import Shape, trunk_shape
 from esvit_scale.models.swin import PATCH, stage_window
 
-CROP_SHARE = 224 / 256  # of the resized short side that evaluation crops
 TIMM_NAMES: dict[
     tuple[int, int, tuple[int, ...]], str
 ] = {  # (version, embed_dim, depths) → the registered name; others are spelled out by arguments
@@ -103,7 +103,7 @@ def timm_config(config: Config) -> dict[str, Any]:
             "input_size": [3, size, size],
             "fixed_input_size": True,
             "interpolation": "bicubic",
-            "crop_pct": CROP_SHARE,
+            "crop_pct": crop_share(config),
             "crop_mode": "center",
             "mean": list(MEAN),
             "std": list(STD),
@@ -148,7 +148,7 @@ def huggingface_processor(config: Config) -> dict[str, Any]:
         "image_processor_type": "ConvNextImageProcessor",
         "do_resize": True,
         "size": {"shortest_edge": config.data.global_crops.size},
-        "crop_pct": CROP_SHARE,
+        "crop_pct": crop_share(config),
         "resample": 3,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
@@ -180,6 +180,12 @@ def _split(name: str, tensor: Tensor) -> Tensors:
             f"{before.removesuffix('.q').removesuffix('.v')}.{'query' if before[-1] == 'q' else 'value'}.bias": tensor
         }
     return {name: tensor}
+
+
+def crop_share(config: Config) -> float:
+    """What evaluation crops of the resized short side; a hair less, since both libraries cut size / share to an integer."""
+    size = config.data.global_crops.size
+    return size / evaluation_side(size) * (1 - 1e-9)
 
 
 def width(shape: Shape) -> int:

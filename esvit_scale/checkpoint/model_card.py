@@ -68,7 +68,7 @@ def _use(config: Config, form: str, name: str) -> str:
         f'processor, model = AutoImageProcessor.from_pretrained("{name}"), AutoModel.from_pretrained("{name}")\n'
         'features = model(**processor(image, return_tensors="pt")).pooler_output  # [B, C]',
         "onnx": f'import onnxruntime\n\nsession = onnxruntime.InferenceSession("{name}/model.onnx")\n'
-        'view, regions = session.run(None, {"images": images})  # float32 [B, 3, S, S] → [B, C], [B, T, C]',
+        'features, regions = session.run(None, {"images": images})  # float32 [B, 3, S, S] → [B, C], [B, T, C]',
     }[form]
     notes = {
         "timm": "EsViT's norms have eps 1e-6, timm's default is 1e-5. " if eps else "",

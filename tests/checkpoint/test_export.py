@@ -95,7 +95,7 @@ def test_timm_loads_it_and_has_the_same_features(tmp_path: Path, model: dict, si
     torch.testing.assert_close(other(x), view, rtol=0, atol=1e-5)
     torch.testing.assert_close(other.forward_features(x).flatten(0, 2), regions, rtol=0, atol=2e-5)
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(other))
-    assert str(stream.evaluation_side(size)) in str(transform)
+    assert f"size={stream.evaluation_side(size)}," in str(transform)
 
 
 # --- transformers ----------------------------------------------------------------------------------------------------
@@ -231,7 +231,6 @@ def test_preprocess_is_the_evaluations_transform(step: Path) -> None:
 @torch.no_grad()
 def test_torch_hub(step: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     repository = str(tiny.REPOSITORY)
-    assert {"backbone", "trunk"} <= set(torch.hub.list(repository, source="local"))
     model = torch.hub.load(repository, "backbone", str(step), source="local")
     x = images(1)
     torch.testing.assert_close(model(x), features(step, x)[0])
@@ -253,8 +252,8 @@ def test_the_model_card_is_filled_from_the_run(tmp_path: Path) -> None:
     for form in ("timm", "huggingface", "safetensors"):
         convert(run, tmp_path / form, "esvit-scale", form)
         card = (tmp_path / form / "README.md").read_text()
-        for words in ("# swans", "swin_t", "123,456", "my-shards", "61.2 %", "tr → va", "224 pixels", form[:5]):
-            assert words in card or words == form[:5], words
+        for words in ("# swans", "swin_t", "123,456", "my-shards", "61.2 %", "tr → va", "centre crop of 224"):
+            assert words in card, words
         assert "{" not in card.replace('{"images"', "")
         code = card.split("```python\n")[1].split("```")[0]
         compile(code, "card", "exec")
