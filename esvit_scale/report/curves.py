@@ -50,7 +50,7 @@ GROUPS = (
             "images_per_s": ("images per second", GREEN),
             "data_wait_s": ("wait for data, s a step", ORANGE),
             "mfu": ("MFU", BLUE),
-            "step_s": ("seconds a step", GREY),
+            "step_s": ("seconds a step", VIOLET),
         },
     ),
     Group(
@@ -83,13 +83,14 @@ def groups(runs: Sequence[Run], names: Sequence[str], missing: list[str]) -> lis
     ]
     shown = []
     for group in all_groups:
+        there = {column: title for column, title in group.columns.items() if column in logged}
+        in_a_row = 4 if len(there) == 4 else 3
         figures = [
-            {"title": title, "column": column, "image": _figure(runs, names, column, colour)}
-            for column, (title, colour) in group.columns.items()
-            if column in logged
+            {"title": title, "column": column, "image": _figure(runs, names, column, colour, in_a_row)}
+            for column, (title, colour) in there.items()
         ]
         if figures:
-            shown.append({"title": group.title, "caption": group.caption, "figures": figures})
+            shown.append({"title": group.title, "caption": group.caption, "figures": figures, "in_a_row": in_a_row})
         absent = [title for column, (title, _) in group.columns.items() if column not in logged]
         if absent and logged:
             missing.append(f"{group.title}: not logged in metrics.jsonl: {', '.join(absent)}")
@@ -100,7 +101,7 @@ def colours(runs: Sequence[Run]) -> list[str]:
     return [RUN_COLOURS[i % len(RUN_COLOURS)] for i in range(len(runs))]
 
 
-def _figure(runs: Sequence[Run], names: Sequence[str], column: str, colour: str) -> str:
+def _figure(runs: Sequence[Run], names: Sequence[str], column: str, colour: str, in_a_row: int) -> str:
     by_images = len({run.config.train.global_batch for run in runs if run.config}) > 1
     x = "images_seen" if by_images and all("images_seen" in run.columns for run in runs) else "step"
     run_colours = colours(runs) if len(runs) > 1 else [colour]
@@ -111,7 +112,13 @@ def _figure(runs: Sequence[Run], names: Sequence[str], column: str, colour: str)
     ]
     limits = {run.config.objective.prototypes for run in runs if run.config} if "entropy" in column else set()
     panel = Panel(
-        column, x, column in FROM_ZERO, column not in PLANNED, _range(runs, column), min(limits, default=None)
+        column,
+        x,
+        from_zero=column in FROM_ZERO,
+        noisy=column not in PLANNED,
+        limits=_range(runs, column),
+        prototypes=min(limits, default=None),
+        in_a_row=in_a_row,
     )
     return pictures.data_uri(plots.panel(curves, panel), "image/png")
 

@@ -18,6 +18,7 @@ from esvit_scale.report.plots import GREY, blank_figure, png
 
 GOOD, BAD = "#34d399", "#fb7185"
 GAP = 0.06  # between two views, of their height
+BULGE = 0.05  # of a line, of its length
 HEADS_SHOWN = 8
 WIDTH = 10.4  # inches
 
@@ -53,7 +54,7 @@ def attention(seen: Seen) -> bytes:
         for axes, received in zip(row[1:], maps, strict=False):
             axes.imshow(grey, cmap="gray", vmin=0, vmax=255)
             top = max(float(np.quantile(received, 0.99)), float(received.mean()))
-            axes.imshow(_stretched(received, height, width), cmap="magma", vmin=0, vmax=top, alpha=0.72)
+            axes.imshow(_stretched(received, height, width), cmap="magma", vmin=0, vmax=top, alpha=0.66)
     return png(figure)
 
 
@@ -117,13 +118,23 @@ def _pair(axes: Axes, case: Case, shown: int) -> None:
         pairs.right.numpy()[chosen],
     )
     colours = [GOOD if ok else BAD for ok in right]
-    axes.add_collection(LineCollection(list(np.stack([start, end], 1)), colors=colours, linewidths=1.1, alpha=0.9))
+    axes.add_collection(LineCollection(_arcs(start, end), colors=colours, linewidths=1.1, alpha=0.9), autolim=False)
     for places in (start, end):
         axes.scatter(places[:, 0], places[:, 1], s=13, c=colours, edgecolors="black", linewidths=0.5, zorder=3)
     share = 100 * float(pairs.right.float().mean())
     axes.set_title(
         f"{_short(case.key)} · {share:.0f} % of {len(pairs.right)} tokens", color=GREY, fontsize=8.5, loc="left"
     )
+
+
+def _arcs(start: NDArray, end: NDArray) -> list[NDArray]:
+    """[N, 2] and [N, 2] → N arcs of points, bulging upwards with their length: mirrored pairs, which lie in one row, nest
+    instead of covering each other."""
+    t = np.linspace(0, 1, 25)[None, :, None]
+    length = np.linalg.norm(end - start, axis=1)[:, None]
+    line = start[:, None] * (1 - t) + end[:, None] * t  # [N, 25, 2]
+    line[..., 1] -= BULGE * length * (4 * t * (1 - t))[..., 0]
+    return list(line)
 
 
 def _spread(n: int, shown: int) -> NDArray[np.int64]:

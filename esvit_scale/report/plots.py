@@ -17,7 +17,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 Metrics = Mapping[str, np.ndarray]  # column → float64 [rows], NaN where a row lacks it
 
 BLUE, ORANGE, GREEN, VIOLET, GREY = "#3b82f6", "#f0883e", "#2ea36f", "#a371f7", "#80868f"
-WIDTH, HEIGHT, DPI = 3.7, 2.2, 200  # inches of one panel; twice the screen's resolution
+WIDTHS = {3: 3.5, 4: 2.6}  # inches of a panel, by how many stand in a row
+HEIGHT, DPI = 2.1, 200  # inches; twice the screen's resolution
+ROUND = [1, 2, 2.5, 5, 10]  # ticks are multiples of these
 POINTS = 2000  # of a curve that are drawn: more are not seen
 SMOOTH_FROM = 200  # points, from which a noisy curve gets a running mean
 LOG_FROM = 20.0  # largest over smallest gradient norm
@@ -38,6 +40,7 @@ class Panel(NamedTuple):
     noisy: bool = True
     limits: tuple[float, float] | None = None  # of the axis; None: what the values need
     prototypes: int | None = None  # K, of an entropy: marks ln K
+    in_a_row: int = 3
 
 
 def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
@@ -48,7 +51,7 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
 
 def panel(curves: Sequence[Curve], panel: Panel) -> bytes:
     """One column of every run, in one small figure."""
-    figure = blank_figure(WIDTH, HEIGHT)
+    figure = blank_figure(WIDTHS[panel.in_a_row], HEIGHT)
     axes = figure.subplots()
     _style(axes)
     for curve in curves:
@@ -58,13 +61,13 @@ def panel(curves: Sequence[Curve], panel: Panel) -> bytes:
     if panel.prototypes:
         _mark_uniform(axes, panel.prototypes)
     if panel.from_zero:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.08 * max(_finite(curves, panel.column).max(), 0) or 1)
     if panel.column == "grad_norm" and _is_wide(curves, panel.column):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(_short))
-    axes.set_xlabel(panel.x.replace("_", " "), color=GREY, fontsize=8)
+    axes.set_xlabel(panel.x.replace("_", " "), color=GREY, fontsize=8.5)
     return png(figure)
 
 
@@ -82,14 +85,19 @@ def _mark_uniform(axes: Axes, prototypes: int) -> None:
         ha="right",
         va="bottom",
         color=GREY,
-        fontsize=7.5,
+        fontsize=8,
     )
 
 
 def _is_wide(curves: Sequence[Curve], column: str) -> bool:
-    values = np.concatenate([curve.metrics[column] for curve in curves])
-    values = values[np.isfinite(values) & (values > 0)]
+    values = _finite(curves, column)
+    values = values[values > 0]
     return len(values) > 0 and bool(values.max() > LOG_FROM * values.min())
+
+
+def _finite(curves: Sequence[Curve], column: str) -> np.ndarray:
+    values = np.concatenate([curve.metrics[column] for curve in curves])
+    return values[np.isfinite(values)]
 
 
 def blank_figure(width: float, height: float) -> Figure:
@@ -104,11 +112,11 @@ def _style(axes: Axes) -> None:
     axes.patch.set_alpha(0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color((*_rgb(GREY), 0.5))
-    axes.tick_params(colors=GREY, labelsize=7.5, length=2.5)
+    axes.tick_params(colors=GREY, labelsize=8.5, length=2.5)
     axes.grid(color=GREY, alpha=0.18, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, steps=ROUND))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=ROUND))
     axes.xaxis.set_major_formatter(FuncFormatter(_count))
 
 
@@ -119,12 +127,12 @@ def _draw(axes: Axes, curve: Curve, panel: Panel) -> None:
     x, values = x[finite], values[finite]
     if len(values) <= SMOOTH_FROM or not panel.noisy:
         marker = "o" if len(values) == 1 else None
-        axes.plot(*_thinned(x, values), color=curve.colour, linewidth=1.6, marker=marker, markersize=4)
+        axes.plot(*_thinned(x, values), color=curve.colour, linewidth=1.7, alpha=0.9, marker=marker, markersize=4)
         return
     axes.plot(*_thinned(x, values), color=curve.colour, linewidth=0.6, alpha=0.3)
     window = len(values) // 50
     mean = np.convolve(values, np.ones(window) / window, mode="valid")
-    axes.plot(*_thinned(x[window - 1 :], mean), color=curve.colour, linewidth=1.6)
+    axes.plot(*_thinned(x[window - 1 :], mean), color=curve.colour, linewidth=1.7, alpha=0.9)
 
 
 def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -109,12 +109,12 @@ def transfer(runs: Sequence[Named]) -> Table | None:
     rows.append(_ranked(f"mean of {len(metric)}", means))
     failed = sorted({data for _, r in found for data in r.get("failed", {})})
     wins = [
-        f"{name}: {r['baseline']['wins']} wins and {r['baseline']['losses']} losses"
+        f"{name}: better on {r['baseline']['wins']}, worse on {r['baseline']['losses']} of {r['baseline']['common']}"
         for name, r in found
         if "baseline" in r
     ]
     notes = ["Each data set's own metric, in percent."]
-    notes += [f"Against the baseline: {'; '.join(wins).removeprefix('score: ')}."] if wins else []
+    notes += [f"Against the baseline: {'; '.join(wins)}."] if wins else []
     notes += [f"Failed: {', '.join(failed)}."] if failed else []
     return Table("transfer", "Transfer", " ".join(notes), ["data set", *(name for name, _ in columns)], rows)
 
