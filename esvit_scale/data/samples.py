@@ -54,13 +54,13 @@ def demo_samples(size: int = 64, train: int = 100, test: int = 30, seed: int = 0
     """
     parts: tuple[list[list[Sample]], list[list[Sample]]] = ([], [])
     for label, name in enumerate(CLASSES):
-        for half, (pixels, count) in enumerate(zip(_halves(_photograph(name)), (train, test), strict=True)):
+        for half, (pixels, count) in enumerate(zip(_halves(photograph(name)), (train, test), strict=True)):
             parts[half].append(_patches(pixels, name, label, ("train", "test")[half], size, count, seed))
     return _take_turns(parts[0]), _take_turns(parts[1])
 
 
-def _photograph(name: str) -> NDArray[np.uint8]:
-    """[H, W, 3]"""
+def photograph(name: str) -> NDArray[np.uint8]:
+    """One of CLASSES, [H, W, 3]."""
     loaded = load_sample_image(f"{name}.jpg") if name in SKLEARN_PHOTOGRAPHS else getattr(skimage.data, name)()
     pixels = loaded[0] if isinstance(loaded, tuple) else loaded  # a stereo pair: the left picture
     return pixels if pixels.ndim == 3 else np.repeat(pixels[:, :, None], 3, axis=2)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from esvit_scale import files
@@ -129,14 +130,19 @@ def run_attention(checkpoint: Path, image: Path, out: Path, size: int | None = N
     """
     teacher = load_teacher(checkpoint)
     require_swin(teacher.trunk)
-    picture = read_picture(image, size or teacher.size)
-    pixels = to_trunk(picture)
-    seen = Seen(teacher, picture, attention(teacher.trunk, pixels), components(teacher.trunk, pixels))
+    return look(teacher, decoded(image), out, size, str(image))
+
+
+def look(teacher: Teacher, picture: np.ndarray, out: Path, size: int | None = None, name: str = "picture") -> Seen:
+    """`run_attention` of a picture uint8 [H, W, 3]."""
+    shown = resized(picture, size or teacher.size, name)
+    pixels = to_trunk(shown)
+    seen = Seen(teacher, shown, attention(teacher.trunk, pixels), components(teacher.trunk, pixels))
     arrays = {f"stage{b.stage + 1}_block{b.block + 1}": b.received().float().numpy() for b in seen.blocks}
     arrays |= {f"components_stage{s + 1}": c.numpy() for s, c in enumerate(seen.components)}
     out.mkdir(parents=True, exist_ok=True)
     with files.replacing(out / "attention.npz") as aside, aside.open("wb") as file:
-        np.savez_compressed(file, image=picture, **arrays)  # type: ignore[arg-type]
+        np.savez_compressed(file, image=shown, **arrays)  # type: ignore[arg-type]
     return seen
 
 
@@ -146,21 +152,37 @@ def read_picture(path: Path, size: int) -> np.ndarray:
     Raises:
         UserError: no such file, not an image, or more than MAX_PIXELS at this size.
     """
+    return resized(decoded(path), size, str(path))
+
+
+def decoded(path: Path) -> np.ndarray:
+    """
+    Raises:
+        UserError: no such file, or not an image.
+    """
     if path.is_dir() or not path.exists():
         raise UserError(f"{path}: {'is a folder; name one image' if path.is_dir() else 'no such image'}")
     try:
-        picture = decode(image_folder.read_file(path))
+        return np.array(decode(image_folder.read_file(path)))
     except (BadImage, OSError) as error:
         raise UserError(f"{path}: {error}") from None
-    scale = size / min(picture.size)
-    width, height = (max(1, round(side * scale)) for side in picture.size)
+
+
+def resized(picture: np.ndarray, size: int, name: str) -> np.ndarray:
+    """The short side to `size` pixels, bicubic as evaluation resizes.
+
+    Raises:
+        UserError: more than MAX_PIXELS at this size.
+    """
+    scale = size / min(picture.shape[:2])
+    height, width = (max(1, round(side * scale)) for side in picture.shape[:2])
     if width * height > MAX_PIXELS:
         fits = int(size * (MAX_PIXELS / (width * height)) ** 0.5)
         raise UserError(
-            f"{path}: {width}×{height} pixels with the short side at {size}, over the limit of {MAX_PIXELS:,}; "
+            f"{name}: {width}×{height} pixels with the short side at {size}, over the limit of {MAX_PIXELS:,}; "
             f"nearest: --size {fits}"
         )
-    return np.array(picture.resize((width, height), resample=3))  # bicubic, as evaluation resizes
+    return np.array(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def to_trunk(picture: np.ndarray) -> Tensor:
