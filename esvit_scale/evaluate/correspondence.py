@@ -22,12 +22,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from esvit_scale import files
 from esvit_scale.data import crops, manifest, photometric, samples, stream
 from esvit_scale.errors import UserError
 from esvit_scale.evaluate.attention import read_picture, to_trunk
-from esvit_scale.evaluate.features import load_teacher
+from esvit_scale.evaluate.features import contents, default_device, load_teacher
 
 TOP = 10  # pairs of the official measure
 CROP_SCALE = (0.4, 1.0)
@@ -125,27 +126,28 @@ def see(trunk: nn.Module, pixels: np.ndarray) -> View:
     return View(pixels, F.normalize(features.regions.float().cpu(), dim=1), grids[0][1:])
 
 
-def mirrored(trunk: nn.Module, pixels: np.ndarray, key: str, seed: int = 0) -> Case:
-    """The official pair of views of a picture uint8 [H, W, 3]."""
-    first, second = see(trunk, pixels), see(trunk, recoloured(pixels[:, ::-1], key, seed))
-    true = centres(first.grid, pixels.shape[:2]) * torch.tensor([-1, 1]) + torch.tensor([pixels.shape[1], 0])
-    return Case(key, pixels, second.pixels, pairs(first, second, true))
+def mirrored(trunk: nn.Module, first: View, key: str, seed: int = 0) -> Case:
+    """The official pair of views."""
+    height, width = first.pixels.shape[:2]
+    second = see(trunk, recoloured(first.pixels[:, ::-1], key, seed))
+    true = centres(first.grid, (height, width)) * torch.tensor([-1, 1]) + torch.tensor([width, 0])
+    return Case(key, first.pixels, second.pixels, pairs(first, second, true))
 
 
-def cropped(trunk: nn.Module, pixels: np.ndarray, key: str, seed: int = 0) -> Case:
+def cropped(trunk: nn.Module, first: View, key: str, seed: int = 0) -> Case:
     """View 2 is a crop of view 1, at view 1's size."""
-    height, width = pixels.shape[:2]
+    height, width = first.pixels.shape[:2]
     rng = crops.keyed_generator(seed, 0, key, 1)
     left, top, right, bottom = crops.crop_box(rng, width, height, CROP_SCALE)
-    box = Image.fromarray(pixels).crop((left, top, right, bottom)).resize((width, height), Image.Resampling.BICUBIC)
+    part = Image.fromarray(first.pixels).crop((left, top, right, bottom))
+    patch = np.asarray(part.resize((width, height), Image.Resampling.BICUBIC))
     flipped = rng.random() < 0.5
-    patch = np.asarray(box)[:, :: -1 if flipped else 1]
-    first, second = see(trunk, pixels), see(trunk, recoloured(patch, key, seed))
+    second = see(trunk, recoloured(patch[:, ::-1] if flipped else patch, key, seed))
     scale = torch.tensor([width / (right - left), height / (bottom - top)])
     true = (centres(first.grid, (height, width)) - torch.tensor([left, top])) * scale
     if flipped:
         true = true * torch.tensor([-1, 1]) + torch.tensor([width, 0])
-    return Case(key, pixels, second.pixels, pairs(first, second, true))
+    return Case(key, first.pixels, second.pixels, pairs(first, second, true))
 
 
 def stereo(trunk: nn.Module) -> Case:
@@ -205,15 +207,19 @@ def run_correspondence(
     teacher = load_teacher(checkpoint)
     rows: list[dict[str, dict[str, float]]] = []
     cases: list[tuple[float, Case]] = []
-    for key, pixels in _pictures(data, teacher.size, images, workers):
-        case, crop = mirrored(teacher.trunk, pixels, key, seed), cropped(teacher.trunk, pixels, key, seed)
+    trunk = teacher.trunk.to(default_device()).eval()
+    total = 1 if data.is_file() else min(images, contents(data).images)
+    pictures = _pictures(data, teacher.size, images, workers)
+    for key, pixels in tqdm(pictures, "correspondence", total, unit=" images", disable=None, leave=False):
+        first = see(trunk, pixels)
+        case, crop = mirrored(trunk, first, key, seed), cropped(trunk, first, key, seed)
         rows.append({"mirrored": measure(case.pairs)})
         if len(crop.pairs.right):  # in a small crop of a coarse grid no token's place may be left
             rows[-1]["cropped"] = measure(crop.pairs)
         cases = _extremes([*cases, (rows[-1]["mirrored"]["accuracy"], case)])
     if not rows:
         raise UserError(f"{data}: holds no readable image")
-    pair = stereo(teacher.trunk)
+    pair = stereo(trunk)
     means = {name: _mean([row[name] for row in rows if name in row]) for name in ("mirrored", "cropped")}
     summary = {
         "checkpoint": str(checkpoint),

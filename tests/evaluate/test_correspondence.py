@@ -110,7 +110,7 @@ def test_the_official_measure() -> None:
 def test_view_two_is_the_flipped_picture_without_colour() -> None:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 255, (32, 48, 3), dtype=np.uint8)
-    views = [c.mirrored(Place(8), pixels, key).second for key in ("a", "b", "c")]
+    views = [c.mirrored(Place(8), c.see(Place(8), pixels), key).second for key in ("a", "b", "c")]
     for second in views:
         assert (second == second[:, :, :1]).all()
         grey = pixels[:, ::-1] @ np.array([0.299, 0.587, 0.114])
@@ -118,7 +118,7 @@ def test_view_two_is_the_flipped_picture_without_colour() -> None:
         assert alike > 0.8  # the hue has moved
         assert abs(unflipped) < 0.2
     assert not np.array_equal(views[0], views[1])
-    assert np.array_equal(views[0], c.mirrored(Place(8), pixels, "a").second)
+    assert np.array_equal(views[0], c.mirrored(Place(8), c.see(Place(8), pixels), "a").second)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
@@ -128,7 +128,7 @@ def test_the_crop_is_where_it_is_said_to_be(places: np.ndarray, monkeypatch: pyt
     monkeypatch.setattr(c, "CROP_SCALE", (scale, scale))
     flips = set()
     for key in "abcdefgh":
-        found = c.cropped(Place(16), places, key).pairs
+        found = c.cropped(Place(16), c.see(Place(16), places), key).pairs
         assert (len(found.right) == 64) == (scale == 1)
         assert (found.found - found.true).abs().max() <= 8 + 1
         x = torch.stack([found.start[:, 0], found.found[:, 0]])

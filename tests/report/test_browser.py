@@ -58,7 +58,7 @@ def full(run: Path) -> Path:
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     trunk = Swin(8, (1, 1, 2), (1, 2, 4), window=4, size=64)
     picture = rng.integers(0, 255, (64, 96, 3), dtype=np.uint8)
-    case = evaluation.mirrored(trunk, picture, "a/rather/long/name/of/a/picture.jpeg")
+    case = evaluation.mirrored(trunk, evaluation.see(trunk, picture), "a/rather/long/name/of/a/picture.jpeg")
     drawings.write_correspondences(Result({}, [case] * 3, [case] * 3, evaluation.stereo(trunk)), run)
     pixels = to_trunk(picture)
     seen = Seen(Teacher(trunk, 64, 1), picture, attention(trunk, pixels), components(trunk, pixels))
