@@ -61,7 +61,7 @@ def _write_timm(folder: Path, weights: Weights, network: str) -> None:
 
 
 def _write_huggingface(folder: Path, weights: Weights, network: str) -> None:
-    _save(folder, libraries.huggingface_tensors(_trunk(weights, network)))
+    _save(folder, libraries.huggingface_tensors(_trunk(weights, network), weights.config))
     files.write_json(folder / "config.json", libraries.huggingface_config(weights.config))
     files.write_json(folder / "preprocessor_config.json", libraries.huggingface_processor(weights.config))
 

@@ -52,6 +52,9 @@ _HUGGING_FACE = [
     (r"\.attn\.", ".attention.self."),
 ]
 
+# Of Swin V1: the patch embedding, which its norm reads, and what writes into the stream that all other norms read.
+_INTO_NORMS = ("patch_embed.", ".attn.proj.", ".mlp.fc2.", ".downsample.reduction.")
+
 Tensors = dict[str, Tensor]
 
 
@@ -137,7 +140,7 @@ def huggingface_config(config: Config) -> dict[str, Any]:
         "qkv_bias": True,
         "hidden_act": "gelu",
         "drop_path_rate": 0.0,
-        "layer_norm_eps": 1e-6 if shape.version == 1 else 1e-5,
+        "layer_norm_eps": 1e-5,  # see huggingface_tensors
         "torch_dtype": "float32",
     }
 
@@ -158,10 +161,17 @@ def huggingface_processor(config: Config) -> dict[str, Any]:
     }
 
 
-def huggingface_tensors(trunk: Tensors) -> Tensors:
-    """The names of the published checkpoints, which every version of transformers reads."""
+def huggingface_tensors(trunk: Tensors, config: Config) -> Tensors:
+    """The names of the published checkpoints, which every version of transformers reads.
+
+    transformers' Swin has a fixed eps of 1e-5 in some norms where EsViT has 1e-6. A norm of √10·x with eps 1e-5 is that of
+    x with 1e-6: so its config says 1e-5 for all, and whatever writes what they read (`_INTO_NORMS`) is scaled by √10.
+    """
     theirs: Tensors = {}
+    scaled = _INTO_NORMS if trunk_shape(config).version == 1 else ()
     for name, tensor in trunk.items():
+        if any(part in name for part in scaled):
+            tensor = (tensor.double() * 10**0.5).to(tensor.dtype)
         for pattern, replacement in _HUGGING_FACE:
             name = re.sub(pattern, replacement, name)
         theirs |= _split(name, tensor)

@@ -72,8 +72,8 @@ def _use(config: Config, form: str, name: str) -> str:
     }[form]
     notes = {
         "timm": "EsViT's norms have eps 1e-6, timm's default is 1e-5. " if eps else "",
-        "huggingface": "Two of transformers' norms have a fixed eps of 1e-5 where EsViT has 1e-6: features differ by about "
-        "that much. "
+        "huggingface": "EsViT's norms have eps 1e-6 where some of transformers' have a fixed 1e-5. So that features are the "
+        "same, whatever a norm reads is stored √10 times as large: `hidden_states` are √10 times EsViT's, features are not."
         if eps
         else "",
     }.get(form, "")
