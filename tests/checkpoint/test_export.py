@@ -151,7 +151,7 @@ def test_the_plain_trunk_is_the_packed_one(version: type[Swin], size: int) -> No
     torch.testing.assert_close(regions.flatten(0, 1), expected.regions, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("trunk", ["swin_t", "swinv2_t"])
+@pytest.mark.parametrize("trunk", ["swin_t", pytest.param("swinv2_t", marks=pytest.mark.slow)])
 def test_onnxruntime_computes_the_same_for_any_batch(tmp_path: Path, trunk: str) -> None:
     pytest.importorskip("onnxscript", reason="onnx and onnxscript are not installed (the extra `export`)")
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (the extra `export`)")
