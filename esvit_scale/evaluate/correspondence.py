@@ -251,8 +251,8 @@ def _pictures(data: Path, size: int, images: int, workers: int) -> Iterator[tupl
         yield data.name, stream.centre_crop(pixels, size).transpose(1, 2, 0)
         return
     seen = 0
-    for batch, keys, _ in stream.evaluation_batches(data, size, min(images, 16), workers):
-        for x, key in zip(batch, keys, strict=True):
+    for batch in stream.evaluation_batches(data, size, min(images, 16), workers):
+        for x, key in zip(batch.images, batch.keys, strict=True):
             if seen == images:
                 return
             yield key, _picture(x)
