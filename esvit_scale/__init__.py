@@ -18,4 +18,14 @@ The journey, one line a station. B images, V crops, T tokens, C width, K prototy
 Beside it: config.py (every number of a run), models/complexity.py (what it costs), cli.py and commands/ (the command line), doctor.py (what works on this machine).
 """
 
+from importlib import import_module
+from typing import Any
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """`load_backbone` (checkpoint/backbone.py) on first use: importing the package must not wait for torch."""
+    if name == "load_backbone":
+        return import_module("esvit_scale.checkpoint.backbone").load_backbone
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,14 +15,16 @@ import torch
 from esvit_scale import config as configs
 from esvit_scale.config import Config
 from esvit_scale.data import samples, shard_writer, stream
-from esvit_scale.evaluate import knn
+from esvit_scale.evaluate import attention, correspondence, knn
 from esvit_scale.evaluate.features import extract, load_teacher, raw_pixels
 from esvit_scale.models.initialize import initialize
 from esvit_scale.objective.network import build_network
+from esvit_scale.report import drawings
 from esvit_scale.report.html import write_report
 from esvit_scale.train import loop
 from esvit_scale.train.run_dir import open_run, read_summary
 
+LOOKED_AT = 100  # test patches whose tokens look for each other
 K = 10  # the k whose accuracy is quoted: the protocol's first, whichever k does best
 SAMPLES_PER_SHARD = 250
 NAMES = ("raw pixels", "untrained teacher", "trained teacher")
@@ -41,6 +43,8 @@ def run(out: Path) -> int:
     code, results = pretrain_and_compare(out, seed=0)
     if code:
         return code
+    if not (out / "attention" / "components.png").is_file():
+        look(out, demo_config(out, seed=0))
     report = write_report(out)
     print(f"\n{comparison(results, read_summary(out))}\n")
     print(f"all of it took {time.monotonic() - began:.0f} s\nrun dir  {out}\nreport   {report}")
@@ -65,6 +69,17 @@ def pretrain_and_compare(out: Path, seed: int) -> tuple[int, list[Json]]:
     for path, result in zip(paths, results, strict=True):  # not before training: a run dir is the training's to create
         knn.write_result(result, path)
     return 0, results
+
+
+def look(out: Path, config: Config) -> None:
+    """Correspondences between views and attention maps of the trained teacher, in `out`, for the report."""
+    test, workers = out / "shards" / "test", config.data.workers
+    found = correspondence.run_correspondence(out, test, out / "correspondence", LOOKED_AT, workers)
+    drawings.write_correspondences(found, out / "correspondence")
+    seen = attention.look(
+        load_teacher(out), samples.photograph("astronaut"), out / "attention", 2 * config.data.global_crops.size
+    )
+    drawings.write_attention(seen, out / "attention")
 
 
 def demo_config(out: Path, seed: int) -> Config:

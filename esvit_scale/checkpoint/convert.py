@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
-from esvit_scale.checkpoint import official, single_file, state
+from esvit_scale.checkpoint import export, official, single_file, state
 from esvit_scale.checkpoint.weights import HEADS, TRUNK, Weights, heads_in
 from esvit_scale.errors import UserError
+
+ONE_NETWORK = ("safetensors", *export.FOLDER_FORMS)
 
 
 def convert(
@@ -14,9 +16,10 @@ def convert(
 
     Args:
         source_form: "esvit" (a .pth of the official trainer) or "esvit-scale" (run dir, step folder, .safetensors).
-        form: "esvit-scale" (a step folder with both networks and the centres), "esvit" (an official .pth), or
-            "safetensors" (one network's trunk in one file).
-        network: for "safetensors": "teacher" (the default) or "student".
+        form: "esvit-scale" (a step folder with both networks and the centres), "esvit" (an official .pth); of one
+            network's trunk: "safetensors" (one file, or a folder with a model card when the name has no suffix),
+            "timm", "huggingface" or "onnx" (folders, see export.py).
+        network: for the forms of one network: "teacher" (the default) or "student".
         heads: for "safetensors": also the heads and centres, to continue pretraining from.
 
     Raises:
@@ -24,9 +27,13 @@ def convert(
     """
     _check_request(destination, source_form, form, network, heads)
     weights = official.read(source) if source_form == "esvit" else read_own(source)
-    if form == "safetensors":
+    if form in ONE_NETWORK:
         weights = _one_network(source, weights, network, heads)
-        single_file.write(destination, weights, next(iter(weights.networks)))
+        name = next(iter(weights.networks))
+        if destination.suffix == single_file.SUFFIX:
+            single_file.write(destination, weights, name)
+        else:
+            export.write(destination, weights, name, form, source)
     else:
         _check_complete(source, weights)
         write = official.write if form == "esvit" else state.write_weights
@@ -51,10 +58,16 @@ def read_own(path: Path) -> Weights:
 def _check_request(destination: Path, source_form: str, form: str, network: str | None, heads: bool) -> None:
     if source_form == form:
         raise UserError(f"--from {source_form} --to {form}: nothing to convert")
-    if form != "safetensors" and (network or heads):
+    if form not in ONE_NETWORK and (network or heads):
         raise UserError(f"--network and --heads choose for --to safetensors; --to {form} holds everything")
-    if form == "safetensors" and destination.suffix != single_file.SUFFIX:
-        raise UserError(f"{destination}: the name must end in {single_file.SUFFIX}, by which it is known for one")
+    if heads and form != "safetensors":
+        raise UserError(f"--heads: --to {form} holds a trunk alone; --to safetensors can keep the heads")
+    if form == "safetensors" and destination.suffix not in (single_file.SUFFIX, ""):
+        raise UserError(
+            f"{destination}: the name must end in {single_file.SUFFIX} for a file, or have no suffix for a folder"
+        )
+    if form in export.FOLDER_FORMS and destination.suffix in (single_file.SUFFIX, ".onnx", ".pth", ".bin"):
+        raise UserError(f"{destination}: --to {form} makes a folder; nearest: {destination.with_suffix('')}")
     if destination.exists():
         raise UserError(f"{destination}: exists already; name a new one or remove it")
 

@@ -20,6 +20,7 @@ from esvit_scale.config import Config
 from esvit_scale.errors import UserError
 
 SUFFIX = ".safetensors"
+IN_FOLDER = "model.safetensors"  # of an exported folder
 FORMAT_VERSION = 1
 CENTER = "center."
 

@@ -23,15 +23,16 @@ def add(commands: Any) -> None:
         "--to",
         dest="form",
         required=True,
-        choices=["esvit-scale", "safetensors", "esvit"],
+        choices=["esvit-scale", "safetensors", "esvit", "timm", "huggingface", "onnx"],
         metavar="FORM",
-        help="esvit-scale: a step dir; safetensors: one network in one file; esvit: for the official code",
+        help="esvit-scale: a step dir; esvit: for the official code; of one network: safetensors (a file, or a folder "
+        "with a model card), timm, huggingface, onnx (folders with one)",
     )
     convert.add_argument(
         "--network",
         choices=["teacher", "student"],
         metavar="NETWORK",
-        help="for safetensors: teacher (default) or student",
+        help="for the forms of one network: teacher (default) or student",
     )
     convert.add_argument("--heads", action="store_true", help="for safetensors: keep the heads and centres too")
 

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from esvit_scale.commands import look
 from esvit_scale.commands.parser import add_checkpoint, add_loading, command, count, group, on_all_ranks, positive
 
 
@@ -45,6 +46,8 @@ def add(commands: Any) -> None:
         "--baseline", type=Path, metavar="F.json", help="transfer.json of another checkpoint, to compare with"
     )
     _add_features(transfer)
+
+    look.add_to(evaluate)
 
     embed = command(commands, "embed", _embed, "features of images, as arrays")
     add_checkpoint(embed)

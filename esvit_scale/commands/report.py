@@ -8,13 +8,20 @@ from esvit_scale.commands.parser import command
 
 
 def add(commands: Any) -> None:
-    report = command(commands, "report", _report, "one self-contained HTML file a run")
+    report = command(
+        commands, "report", _report, "one self-contained HTML file about a run, or about several side by side"
+    )
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run dir")
+    report.add_argument(
+        "--out",
+        type=Path,
+        metavar="F.html",
+        help="file to write (default: report.html in RUN; of several, beside the first)",
+    )
 
 
 def _report(options: argparse.Namespace) -> int:
     from esvit_scale.report import html
 
-    for run in options.runs:
-        print(html.write_report(run))
+    print(html.write_report(options.runs, options.out))
     return 0

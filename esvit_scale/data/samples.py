@@ -54,13 +54,13 @@ def demo_samples(size: int = 64, train: int = 100, test: int = 30, seed: int = 0
     """
     parts: tuple[list[list[Sample]], list[list[Sample]]] = ([], [])
     for label, name in enumerate(CLASSES):
-        for half, (pixels, count) in enumerate(zip(_halves(_photograph(name)), (train, test), strict=True)):
+        for half, (pixels, count) in enumerate(zip(_halves(photograph(name)), (train, test), strict=True)):
             parts[half].append(_patches(pixels, name, label, ("train", "test")[half], size, count, seed))
     return _take_turns(parts[0]), _take_turns(parts[1])
 
 
-def _photograph(name: str) -> NDArray[np.uint8]:
-    """[H, W, 3]"""
+def photograph(name: str) -> NDArray[np.uint8]:
+    """One of CLASSES, [H, W, 3]."""
     loaded = load_sample_image(f"{name}.jpg") if name in SKLEARN_PHOTOGRAPHS else getattr(skimage.data, name)()
     pixels = loaded[0] if isinstance(loaded, tuple) else loaded  # a stereo pair: the left picture
     return pixels if pixels.ndim == 3 else np.repeat(pixels[:, :, None], 3, axis=2)
@@ -93,3 +93,9 @@ def _patches(
 
 def _take_turns(by_class: list[list[Sample]]) -> list[Sample]:
     return [sample for turn in zip(*by_class, strict=True) for sample in turn]
+
+
+def stereo_pair() -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.float32]]:
+    """Two photographs of a motorcycle from side by side, [500, 741, 3] each, and the true disparity [500, 741] (Middlebury
+    2014): the left picture's pixel (y, x) is at (y, x − disparity) in the right one; infinite where it is not known."""
+    return skimage.data.stereo_motorcycle()

@@ -126,6 +126,14 @@ class Swin(nn.Module):
             maps.append(TokenMap(from_slots(tokens, storage_plan(grids, window, tokens.device)), list(grids)))
         return maps
 
+    def stage_maps(self, crops: list[Tensor]) -> list[TokenMap]:
+        """The token map of every stage's last block, before the final norm: what a feature pyramid is made of."""
+        maps, ends = [], {sum(self.depths[: s + 1]) - 1 for s in range(len(self.depths))}
+        for i, (tokens, grids, window) in enumerate(self._block_outputs(crops, None)):
+            if i in ends:
+                maps.append(TokenMap(from_slots(tokens, storage_plan(grids, window, tokens.device)), list(grids)))
+        return maps
+
     def _block_outputs(self, crops: list[Tensor], drop_keys: Tensor | None) -> Any:
         """After each block: (tokens [N, C] in the stage's order, grids, window)."""
         grids: Grids = tuple((len(x), -(-x.shape[-2] // PATCH), -(-x.shape[-1] // PATCH)) for x in crops)
@@ -217,11 +225,17 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, tokens: Tensor, plan: WindowPlan) -> Tensor:  # [N, C] → [N, C]
-        length = self.window**2
-        index = relative_position_index(self.window, tokens.device)
-        bias = self.relative_position_bias_table.index_select(0, index).view(length, length, -1).permute(2, 0, 1)
-        mixed = Attention.apply(self.qkv(tokens, plan.slots), bias, plan.masks)  # [slots, C]
+        mixed = Attention.apply(*self.operands(tokens, plan), plan.masks)  # [slots, C]
         return self.proj(from_slots(mixed, plan.slots))
+
+    def operands(self, tokens: Tensor, plan: WindowPlan) -> tuple[Tensor, Tensor]:
+        """What `Attention` takes: qkv [slots, 3C] and the position bias [heads, L, L]."""
+        return self.qkv(tokens, plan.slots), self.position_bias(tokens.device)
+
+    def position_bias(self, device: torch.device) -> Tensor:
+        """[heads, L, L]"""
+        length, index = self.window**2, relative_position_index(self.window, device)
+        return self.relative_position_bias_table.index_select(0, index).view(length, length, -1).permute(2, 0, 1)
 
 
 class SlotLinear(nn.Linear):
@@ -243,15 +257,10 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, bias: Tensor, masks: tuple[tuple[int, int, Tensor], ...]) -> Tensor:
-        heads, length, _ = bias.shape
         ctx.bias_dtype = bias.dtype
-        packed = qkv.view(-1, length, 3, heads, qkv.shape[1] // (3 * heads)).permute(2, 0, 3, 1, 4).contiguous()
-        q, k, v = packed  # each [windows, heads, L, d]
-        wide = torch.promote_types(qkv.dtype, torch.float32)
-        scores = torch.add(bias.to(wide), q @ k.transpose(-2, -1), alpha=q.shape[-1] ** -0.5)
-        for first, end, mask in masks:
-            scores[first:end].add_(mask)
-        attention = scores.softmax(-1).to(qkv.dtype)
+        packed, probabilities = attend(qkv, bias, masks)
+        attention = probabilities.to(qkv.dtype)
+        _, _, v = packed
         mixed = (attention @ v).transpose(1, 2).reshape(len(qkv), -1)  # [slots, C]
         ctx.save_for_backward(packed, attention, mixed)
         return mixed
@@ -274,6 +283,19 @@ class Attention(torch.autograd.Function):
         torch.matmul(grad_scores, k, out=grad_packed[0])
         torch.matmul(grad_scores.transpose(-2, -1), q, out=grad_packed[1])
         return grad_packed.permute(1, 3, 0, 2, 4).reshape(windows * length, -1), grad_bias, None
+
+
+def attend(qkv: Tensor, bias: Tensor, masks: tuple[tuple[int, int, Tensor], ...]) -> tuple[Tensor, Tensor]:
+    """qkv [slots, 3C], bias [heads, L, L] → packed q, k, v [3, windows, heads, L, d] and the attention
+    probabilities [windows, heads, L, L], each row a query's over its window's slots, in fp32 or wider."""
+    heads, length, _ = bias.shape
+    packed = qkv.view(-1, length, 3, heads, qkv.shape[1] // (3 * heads)).permute(2, 0, 3, 1, 4).contiguous()
+    q, k, _ = packed  # each [windows, heads, L, d]
+    wide = torch.promote_types(qkv.dtype, torch.float32)
+    scores = torch.add(bias.to(wide), q @ k.transpose(-2, -1), alpha=q.shape[-1] ** -0.5)
+    for first, end, mask in masks:
+        scores[first:end].add_(mask)
+    return packed, scores.softmax(-1)
 
 
 class Mlp(nn.Module):

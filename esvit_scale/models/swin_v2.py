@@ -101,17 +101,24 @@ class WindowAttentionV2(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, tokens: Tensor, plan: WindowPlan) -> Tensor:  # [N, C] → [N, C]
-        qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = UnitQueriesKeys.apply(self.qkv(tokens, plan.slots, qkv_bias), self._scale())
-        mixed = Attention.apply(qkv, self._position_bias(tokens.device), plan.masks)  # [slots, C]
+        mixed = Attention.apply(*self.operands(tokens, plan), plan.masks)  # [slots, C]
         return self.proj(from_slots(mixed, plan.slots))
 
-    def _scale(self) -> Tensor:
+    def operands(self, tokens: Tensor, plan: WindowPlan) -> tuple[Tensor, Tensor]:
+        """What `Attention` takes: qkv [slots, 3C], queries and keys scaled, and the position bias [heads, L, L]."""
+        qkv = self.qkv(tokens, plan.slots, self.qkv_bias())
+        return UnitQueriesKeys.apply(qkv, self.scale()), self.position_bias(tokens.device)
+
+    def qkv_bias(self) -> Tensor:
+        """[3C]"""
+        return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+
+    def scale(self) -> Tensor:
         """[heads] 1/τ, in fp32 or wider."""
         wide = torch.promote_types(self.logit_scale.dtype, torch.float32)
         return self.logit_scale.to(wide).clamp(max=LOGIT_SCALE_MAX).exp().flatten()
 
-    def _position_bias(self, device: torch.device) -> Tensor:
+    def position_bias(self, device: torch.device) -> Tensor:
         """[heads, L, L] in fp32 or wider."""
         length = self.window**2
         table = BIAS_MAX * torch.sigmoid(self.cpb_mlp(relative_distances(self.window, device)))  # [(2w−1)², heads]

@@ -160,6 +160,13 @@ def relative_position_index(window: int, device: torch.device) -> Tensor:
         return torch.from_numpy(index.reshape(-1)).to(device)
 
 
+def window_cells(h: int, w: int, window: int, shift: int) -> tuple[np.ndarray, np.ndarray]:
+    """One map's windows, row by row: int64 [windows, window²], the row-major token of each slot (−1: a pad), and bool
+    [windows, window², window²], which pairs of slots the shift brought together."""
+    cells, kinds = _windows(h, w, window, shift)
+    return cells, np.stack([_mask(window, shift, kind) < 0 for kind in kinds])
+
+
 # --- one map, on the host --------------------------------------------------------------------------------------------
 
 

@@ -243,7 +243,7 @@ def test_requests_that_make_no_sense(pth: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing to convert"):
         convert(pth, tmp_path / "x", "esvit", "esvit")
     with pytest.raises(UserError, match=r"must end in \.safetensors"):
-        convert(pth, tmp_path / "x", "esvit", "safetensors")
+        convert(pth, tmp_path / "x.bin", "esvit", "safetensors")
     with pytest.raises(UserError, match="choose for --to safetensors"):
         convert(pth, tmp_path / "x", "esvit", "esvit-scale", "student")
     with pytest.raises(UserError, match="no such file"):

@@ -31,11 +31,11 @@ def test_the_same_arguments_give_the_same_bytes(cut: tuple[list[samples.Sample],
 @pytest.mark.parametrize("name", samples.CLASSES)
 def test_train_and_test_share_no_pixel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Photographs replaced by pictures of their own coordinates."""
-    height, width, channels = samples._photograph(name).shape
+    height, width, channels = samples.photograph(name).shape
     assert channels == 3
     numbers = np.arange(height * width).reshape(height, width)
     coordinates = np.stack([numbers >> 16, numbers >> 8 & 255, numbers & 255], 2).astype(np.uint8)
-    monkeypatch.setattr(samples, "_photograph", lambda _: coordinates)
+    monkeypatch.setattr(samples, "photograph", lambda _: coordinates)
     monkeypatch.setattr(samples, "CLASSES", (name,))
 
     def pixels(part: list[samples.Sample]) -> set[int]:

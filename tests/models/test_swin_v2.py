@@ -221,7 +221,7 @@ def test_bf16_follows_fp32_and_computes_scores_in_fp32():
     half.view.float().square().sum().backward()
     assert all(p.grad.isfinite().all() for p in trunk.parameters())
     attention = trunk.blocks[0].attn
-    assert attention._scale().dtype == attention._position_bias(torch.device("cpu")).dtype == torch.float32
+    assert attention.scale().dtype == attention.position_bias(torch.device("cpu")).dtype == torch.float32
 
 
 def test_a_block_starts_as_the_identity_and_trains():

@@ -5,16 +5,14 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
+from runs import EVIL
 
 from esvit_scale import config as configs
-from esvit_scale.data import shard_writer
 from esvit_scale.errors import UserError
 from esvit_scale.report.html import write_report
 
-EVIL = 'cat <script>alert("x")</script> & co'
 VOID = {"meta", "link", "img", "br"}
 
 
@@ -27,11 +25,13 @@ class Page(HTMLParser):
         self.loads: list[str] = []
         self.text = ""
         self.tags: set[str] = set()
+        self.ids: set[str] = set()
         self.feed(text)
         self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
+        self.ids |= {v for k, v in attrs if k == "id" and v}
         self.loads += [v or "" for k, v in attrs if k in ("src", "href", "srcset", "data", "action", "poster")]
         if tag not in VOID:
             self.open.append(tag)
@@ -48,47 +48,12 @@ def parse(path: Path) -> Page:
     text = path.read_text()
     page = Page(text)
     assert not page.open
-    assert all(load.startswith("data:") for load in page.loads)
+    assert all(load.startswith(("data:", "#")) for load in page.loads)
+    assert {load[1:] for load in page.loads if load.startswith("#")} <= page.ids
+    assert len(page.ids) == text.count(" id=")
     assert "url(" not in text
     assert "@import" not in text
     return page
-
-
-@pytest.fixture
-def photographs(tmp_path: Path) -> Path:
-    root = tmp_path / "photographs"
-    rng = np.random.default_rng(0)
-    for c, name in enumerate((EVIL.replace("/", "-"), "dog")):
-        (root / name).mkdir(parents=True)
-        for i in range(8):
-            pixels = rng.integers(0, 80, (40, 40, 3)) + 150 * c
-            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{i}.png")
-    return root
-
-
-@pytest.fixture
-def run(tmp_path: Path, photographs: Path) -> Path:
-    """A run dir with everything in it."""
-    run = tmp_path / "run"
-    run.mkdir()
-    shard_writer.create(photographs, run / "shards")
-    crops = "data.global_crops.size=32"
-    overrides = [crops, f"data.train={run / 'shards'}", "data.local_crops.0.count=3", "name=named-run"]
-    (run / "config.yaml").write_text(configs.dump(configs.resolve("swin_t", overrides)))
-    rows = [{"step": i, "images_seen": 64 * i, "loss": 6.5, "loss_view": 6.4, "lr": 1e-3} for i in range(1, 9)]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"step": 9, "lo')
-    (run / "summary.json").write_text(json.dumps({"finished": True, "nested": {"key": EVIL}}))
-    (run / "environment.json").write_text(json.dumps({"host": EVIL}))
-    (run / "knn.json").write_text(json.dumps(knn_result(run / "shards", photographs)))
-    return run
-
-
-def knn_result(train: Path, test: Path) -> dict:
-    from esvit_scale.evaluate.features import raw_pixels
-    from esvit_scale.evaluate.knn import evaluate, labelled
-
-    sets = [labelled(raw_pixels(source, 16, workers=0), source) for source in (train, test)]
-    return {"checkpoint": "x", "step": 8, "train": str(train), "test": str(test)} | evaluate(*sets)
 
 
 def test_full_report(run: Path) -> None:
@@ -107,9 +72,11 @@ def test_full_report(run: Path) -> None:
         "Loss",
     ):
         assert words in page.text
-    crops, neighbours, curves = 5 * 5, 10 * 6, 2  # loss and learning rate are what was logged
+    crops, neighbours, curves = 5 * 5, 10 * 6, 4  # loss, its view part, learning rate, and one that no group knows
     assert sum(load.startswith("data:image") for load in page.loads) == crops + neighbours + curves
-    assert "Gradient norm: not logged" in page.text
+    assert "Loss: not logged in metrics.jsonl: region (R)" in page.text
+    assert "Other" in page.text
+    assert "drift" in page.text
 
 
 def test_neighbours_are_marked_right_or_wrong(run: Path) -> None:
@@ -149,12 +116,122 @@ def test_results_of_several_checkpoints_stand_in_order(run: Path) -> None:
     assert text.index("raw pixels") < text.index("teacher at step 8") < text.index("teacher at step 16")
 
 
-def test_damaged_json_is_said(run: Path) -> None:
-    (run / "summary.json").write_text("{")
-    assert "summary.json: not valid JSON" in parse(write_report(run)).text
-    (run / "knn.json").write_text("{")
-    with pytest.raises(UserError, match=r"knn\.json: not valid JSON"):
-        write_report(run)
+def test_damaged_json_is_said_and_costs_only_itself(run: Path) -> None:
+    for name in ("summary.json", "knn.json", "linear.json"):
+        (run / name).write_text("{")
+    (run / "transfer.json").write_text('{"step": 8, "other": 1}')
+    (run / "correspondence.json").write_text("[1]")
+    text = parse(write_report(run)).text
+    for name in ("summary.json", "knn.json", "linear.json", "correspondence.json"):
+        assert f"{name}: not valid JSON" in text
+    assert "transfer table: not in the form expected (KeyError('datasets'))" in text
+    assert "One batch of crops" in text
+
+
+def test_a_run_that_has_just_started(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(configs.dump(configs.resolve("demo")))
+    (tmp_path / "metrics.jsonl").write_text("")
+    text = parse(write_report(tmp_path)).text
+    assert "curves: no step is logged" in text
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": NaN}\n5\n{"step": 2, "loss": 3.5, "note": "x"}\n{"st')
+    assert "3.500" in parse(write_report(tmp_path)).text
+    (tmp_path / "config.yaml").write_text("objective: [")
+    assert "config.yaml: " in parse(write_report(tmp_path)).text
+
+
+LINEAR = {
+    "step": 8,
+    "n_train": 1000,
+    "results": {
+        "official": {"top1": 61.25, "interval": [57.1, 65.0], "top5": 90.0},
+        "grid": {"top1": 63.5, "interval": [59.0, 67.0], "top5": None},
+    },
+}
+TRANSFER = {
+    "step": 8,
+    "datasets": {"food": {"metric": "accuracy", "score": 71.5}, "voc": {"metric": "11-point mAP", "score": 60.0}},
+    "failed": {"cars": "no such folder"},
+    "baseline": {"scores": {"food": 70.0, "voc": 62.5}, "wins": 1, "losses": 1, "common": 2},
+}
+MEASURE = {"top_accuracy": 91.5, "top_distance_px": 3.5, "accuracy": 80.25, "distance_px": 9.0, "chance": 2.04}
+CORRESPONDENCE = {"step": 8, "measures": {"mirrored": MEASURE, "stereo": MEASURE}}
+
+
+def test_every_evaluation_has_its_table(run: Path) -> None:
+    knn = json.loads((run / "knn.json").read_text())
+    few = {"tries": 5, "results": {"1": {"5": {"top1": 33.25, "interval": [31.0, 35.5]}, "10": {"top1": 34.0}}}}
+    (run / "knn.json").write_text(json.dumps(knn | {"few_shot": few}))
+    (run / "probe").mkdir()
+    for name, content in {"linear": LINEAR, "transfer": TRANSFER, "correspondence": CORRESPONDENCE}.items():
+        (run / "probe" / f"{name}.json").write_text(json.dumps(content))
+    Image.new("RGB", (4, 4)).save(run / "probe" / "correspondence-best.png")
+    page = parse(write_report(run))
+    for words in (
+        "1 of each class",
+        "33.2 ± 2.2",
+        "step 8 · official",
+        "57.1 – 65.0",
+        "voc (11-point mAP)",
+        "62.5",
+        "65.8",
+    ):
+        assert words in page.text, words
+    for words in (
+        "mean of 2",
+        "66.2",
+        "Failed: cars.",
+        "better on 1, worse on 1 of 2",
+        "flipped, grey",
+        "91.5",
+        "Correspondences",
+    ):
+        assert words in page.text, words
+
+
+def second(run: Path, **overrides: str) -> Path:
+    """Another run beside `run`."""
+    other = run.parent / "other"
+    other.mkdir()
+    config = configs.load(run / "config.yaml")
+    values = config.model_dump(mode="json") | overrides
+    values["optim"]["lr"] = 0.0123
+    (other / "config.yaml").write_text(configs.dump(configs.validate(values, "test")))
+    (other / "metrics.jsonl").write_text('{"step": 1, "images_seen": 64, "loss": 7.25, "images_per_s": 55.0}\n')
+    return other
+
+
+def test_several_runs_stand_in_one_file(run: Path) -> None:
+    other = second(run, name="second-run")
+    (run / "linear.json").write_text(json.dumps(LINEAR))
+    path = write_report([run, other])
+    assert path == run.parent / "report.html"
+    page = parse(path)
+    assert "2 runs side by side" in page.text
+    for words in (
+        "named-run",
+        "second-run",
+        "Config differences",
+        "optim.lr",
+        "0.0123",
+        "0.0005",
+        "not finished",
+        "7.250",
+    ):
+        assert words in page.text, words
+    assert "named-run · teacher at step 8" in page.text
+    assert "named-run · step 8 · grid" in page.text
+    assert "second-run: k-NN: no knn*.json" in page.text
+    assert "data.train" not in re.sub(r"<pre>.*?</pre>", "", path.read_text(), flags=re.S)  # the same in both
+    assert not (run / "report.html").exists()
+    assert write_report([run, other], run.parent / "new" / "both.html").is_file()
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(run: Path) -> None:
+    other = second(run)
+    text = parse(write_report([run, other])).text
+    assert "other" in text
+    assert "named-run" not in text.split("Config differences")[0]
+    assert "run: " in text
 
 
 def test_not_a_run_dir(tmp_path: Path) -> None:
@@ -163,3 +240,10 @@ def test_not_a_run_dir(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a run dir"):
         write_report(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_requests_that_make_no_sense(run: Path) -> None:
+    with pytest.raises(UserError, match="named twice"):
+        write_report([run, run.parent / "run"])
+    with pytest.raises(UserError, match="is a folder; --out names the file"):
+        write_report(run, run.parent)

@@ -1,4 +1,4 @@
-"""Curves: drawn from what was logged, absent when it was not."""
+"""Curves: drawn from what was logged, one panel a column, every run in it."""
 
 import io
 import json
@@ -8,77 +8,78 @@ import pytest
 from PIL import Image
 
 from esvit_scale.report import plots
+from esvit_scale.report.plots import BLUE, GREEN, ORANGE, Curve, Panel
 
 ROWS = [
-    {
-        "step": 10 * i,
-        "loss": 7 - i / 20,
-        "loss_view": 7.1 - i / 20,
-        "loss_region": 6.9 - i / 20,
-        "teacher_entropy_view": 5.0,
-        "teacher_entropy_region": 5.5,
-        "grad_norm": 0.5 + i,
-        "lr": 1e-3,
-        "wd": 0.04,
-        "momentum": 0.99,
-        "teacher_temp": 0.04,
-        "images_per_s": 200.0,
-        "data_wait_s": 0.01,
-    }
+    {"step": 10 * i, "images_seen": 640 * i, "loss": 7 - i / 20, "grad_norm": 0.5 + i, "images_per_s": 200.0 + i}
     for i in range(1, 40)
 ]
-DRAW = {
-    "losses": plots.losses,
-    "entropies": lambda m: plots.entropies(m, 1024),
-    "grad_norm": plots.grad_norm,
-    "schedules": plots.schedules,
-    "throughput": plots.throughput,
-}
 
 
 def pixels(png: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGBA")).astype(int)
 
 
-def shows(png: bytes, colour: str) -> bool:
-    """Whether a good number of opaque pixels have the colour."""
+def shows(png: bytes, colour: str) -> int:
+    """How many nearly opaque pixels have the colour."""
     target = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
     image = pixels(png)
-    return int(((np.abs(image[..., :3] - target).max(-1) < 8) & (image[..., 3] > 200)).sum()) > 200
+    return int(((np.abs(image[..., :3] - target).max(-1) < 8) & (image[..., 3] > 200)).sum())
 
 
-@pytest.mark.parametrize("name", DRAW)
-def test_draws_a_picture_or_nothing(name: str) -> None:
-    png = DRAW[name](plots.columns(ROWS))
-    assert png is not None
-    assert pixels(png)[0, 0, 3] == 0  # transparent: it lies on a light or a dark page
-    assert DRAW[name](plots.columns([{"step": 1, "other": 2.0}])) is None
+def drawn(rows: list[dict], panel: Panel, colour: str = BLUE) -> bytes:
+    return plots.panel([Curve("a", plots.columns(rows), colour)], panel)
 
 
-def test_every_loss_part_is_drawn() -> None:
-    png = plots.losses(plots.columns(ROWS))
-    assert all(shows(png, colour) for colour in (plots.BLUE, plots.ORANGE, plots.GREEN))
-    view_only = [{k: v for k, v in row.items() if k != "loss_region"} for row in ROWS]
-    assert not shows(plots.losses(plots.columns(view_only)), plots.GREEN)
+@pytest.mark.parametrize("column", ["loss", "grad_norm", "images_per_s"])
+def test_a_curve_on_a_transparent_page(column: str) -> None:
+    png = drawn(ROWS, Panel(column))
+    assert pixels(png)[0, 0, 3] == 0  # it lies on a light or a dark page
+    assert shows(png, BLUE) > 200
+
+
+def test_every_run_is_drawn_in_its_colour() -> None:
+    other = [row | {"loss": row["loss"] - 1} for row in ROWS]
+    both = [Curve("a", plots.columns(ROWS), ORANGE), Curve("b", plots.columns(other), GREEN)]
+    png = plots.panel(both, Panel("loss"))
+    assert shows(png, ORANGE) > 200
+    assert shows(png, GREEN) > 200
+    assert shows(plots.panel(both[:1], Panel("loss")), GREEN) == 0
 
 
 def test_uniform_entropy_is_marked() -> None:
-    metrics = plots.columns(ROWS)
-    drawn = [pixels(plots.entropies(metrics, k)) for k in (None, 1024, 4096)]
-    assert (drawn[0] != drawn[1]).any()
-    assert (drawn[1] != drawn[2]).any()
+    images = [pixels(drawn(ROWS, Panel("loss", prototypes=k))) for k in (None, 1024, 4096)]
+    assert (images[0] != images[1]).any()
+    assert (images[1] != images[2]).any()
 
 
 def test_long_runs_are_smoothed_and_single_rows_visible() -> None:
     rng = np.random.default_rng(0)
     long = [{"step": i, "loss": float(rng.random())} for i in range(1000)]
-    assert shows(plots.losses(plots.columns(long)), plots.BLUE)
-    assert shows(plots.losses(plots.columns(ROWS[:1])), plots.BLUE)
+    assert shows(drawn(long, Panel("loss")), BLUE) > 200
+    assert shows(drawn(ROWS[:1], Panel("loss")), BLUE) > 20
+
+
+def test_a_spike_in_a_very_long_run_is_not_lost() -> None:
+    x, y = np.arange(1_000_000.0), np.zeros(1_000_000)
+    y[314_159], y[271_828] = 5, -3
+    thin_x, thin_y = plots._thinned(x, y)
+    assert len(thin_x) <= 2 * plots.POINTS
+    assert (np.diff(thin_x) > 0).all()
+    assert thin_y[thin_x == 314_159].tolist() == [5]
+    assert thin_y[thin_x == 271_828].tolist() == [-3]
+    assert (thin_x[0], thin_x[-1]) == (0, 999_999)
 
 
 def test_values_that_are_not_numbers_leave_gaps() -> None:
     rows = [*ROWS, json.loads('{"step": 400, "loss": NaN, "grad_norm": Infinity}'), {"step": 410, "loss": "oops"}]
     metrics = plots.columns(rows)
     assert np.isnan(metrics["loss"][-2:]).all()
-    for draw in DRAW.values():
-        assert draw(metrics) is not None
+    for column in ("loss", "grad_norm"):
+        assert drawn(rows, Panel(column))
+        assert drawn(rows, Panel(column, from_zero=True))
+
+
+def test_other_axes() -> None:
+    assert (pixels(drawn(ROWS, Panel("loss", x="images_seen"))) != pixels(drawn(ROWS, Panel("loss")))).any()
+    assert pixels(drawn(ROWS, Panel("loss", in_a_row=4))).shape[1] < pixels(drawn(ROWS, Panel("loss"))).shape[1]

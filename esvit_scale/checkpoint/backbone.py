@@ -1,0 +1,78 @@
+"""Pretrained weights as one ordinary torch module: `esvit_scale.load_backbone`."""
+
+from pathlib import Path
+from typing import cast
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from esvit_scale.checkpoint import convert, single_file, state
+from esvit_scale.checkpoint.weights import TRUNK
+from esvit_scale.config import Config
+from esvit_scale.data import photometric, stream
+from esvit_scale.models.pyramid import Pyramid
+from esvit_scale.models.registry import build_trunk
+
+
+class Backbone(nn.Module):
+    """A pretrained trunk that takes a batch of images of one size, any size.
+
+    Attributes:
+        trunk: the trunk itself, which takes several sizes at once (`trunk(crops) -> Features`).
+        config: the run config that it was trained with.
+        dim: C, the width of its features.
+        size: pixels of the images that evaluation shows it.
+        channels, reductions: of the maps of `pyramid`, one number a stage.
+    """
+
+    def __init__(self, trunk: nn.Module, config: Config) -> None:
+        super().__init__()
+        self.trunk, self.config = trunk, config
+        self.dim, self.size = cast(int, trunk.dim), config.data.global_crops.size
+        self._pyramid = [Pyramid(trunk)]  # in a list: its parameters are the trunk's
+        self.channels, self.reductions = self._pyramid[0].channels, self._pyramid[0].reductions
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [B, 3, H, W], normalised → features [B, C]: the mean of the last stage's tokens."""
+        return self.trunk([images]).view
+
+    def regions(self, images: Tensor) -> Tensor:
+        """images [B, 3, H, W] → the tokens of the last stage as a map [B, C, H', W']."""
+        features = self.trunk([images])
+        [(n, h, w)] = features.grids
+        return features.regions.view(n, h, w, -1).permute(0, 3, 1, 2)
+
+    def pyramid(self, images: Tensor) -> list[Tensor]:
+        """images [B, 3, H, W] → a map [B, C_s, H_s, W_s] for every stage s, finest first (models/pyramid.py)."""
+        return self._pyramid[0](images)
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """A picture → [3, S, S] as evaluation shows it: short side to S·256/224, centre crop, normalised."""
+        pixels = torch.from_numpy(stream.centre_crop(image.convert("RGB"), self.size).copy())
+        return photometric.normalize_(pixels[None].float() / 255)[0]
+
+
+def load_backbone(weights: str | Path) -> Backbone:
+    """The backbone of a run dir, a step folder, an exported folder, a .safetensors file or an official EsViT .pth.
+
+    Of a run it is the EMA teacher's, in fp32 on the CPU and in eval mode; `.to("cuda")` and `.train()` as any module.
+
+    Raises:
+        UserError: no such weights, damaged, or of another architecture.
+    """
+    path = Path(weights).expanduser()
+    if (path / single_file.IN_FOLDER).is_file():
+        path = path / single_file.IN_FOLDER
+    if path.is_file() and path.suffix != single_file.SUFFIX:
+        return _official(path)
+    trunk, config = state.load_teacher(path)
+    return Backbone(trunk, config).eval()
+
+
+def _official(path: Path) -> Backbone:
+    found = convert.read(path)
+    tensors = found.networks.get("teacher") or next(iter(found.networks.values()))
+    trunk = build_trunk(found.config)
+    trunk.load_state_dict({n.removeprefix(TRUNK): t for n, t in tensors.items() if n.startswith(TRUNK)})
+    return Backbone(trunk, found.config).eval()

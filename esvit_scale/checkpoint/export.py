@@ -1,0 +1,113 @@
+"""One network's trunk as a folder that others can use: weights, config.json and a model card.
+
+| form | files beside README.md | read by |
+|---|---|---|
+| safetensors | model.safetensors, config.json | `esvit_scale.load_backbone` |
+| timm | model.safetensors, config.json | `timm.create_model("local-dir:…")` |
+| huggingface | model.safetensors, config.json, preprocessor_config.json | `transformers.AutoModel.from_pretrained` |
+| onnx | model.onnx, config.json | onnxruntime and its kin, any batch size |
+"""
+
+import contextlib
+import io
+import logging
+import shutil
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from esvit_scale import files
+from esvit_scale.checkpoint import libraries, model_card, single_file
+from esvit_scale.checkpoint.weights import TRUNK, Weights
+from esvit_scale.errors import UserError
+from esvit_scale.models.plain import PlainSwin
+from esvit_scale.models.registry import build_trunk
+
+FOLDER_FORMS = ("timm", "huggingface", "onnx")
+ONNX_INLINE = 2**31 - 2**27  # bytes of weights that fit into one protobuf file
+
+
+def write(folder: Path, weights: Weights, network: str, form: str, source: Path) -> None:
+    """Writes `folder` whole or not at all.
+
+    Args:
+        weights: whose `networks[network]` is written, its trunk alone unless `form` is safetensors.
+        source: where they came from; a run dir gives the model card its figures.
+
+    Raises:
+        UserError: the form cannot hold this trunk, or needs a package that is not installed.
+    """
+    if form in ("timm", "huggingface"):
+        libraries.check(weights.config, form)
+    if form == "onnx":
+        _require_onnx()
+    with files.new_folder(folder) as aside:
+        _WRITE[form](aside, weights, network)
+        files.write_text(aside / "README.md", model_card.text(weights, network, form, source, folder.name))
+        for path in aside.iterdir():  # safetensors makes its files readable by their owner alone
+            shutil.copymode(aside / "README.md", path)
+
+
+def _write_safetensors(folder: Path, weights: Weights, network: str) -> None:
+    single_file.write(folder / single_file.IN_FOLDER, weights, network)
+    files.write_json(folder / "config.json", weights.config.model_dump(mode="json"))
+
+
+def _write_timm(folder: Path, weights: Weights, network: str) -> None:
+    _save(folder, libraries.timm_tensors(_trunk(weights, network)))
+    files.write_json(folder / "config.json", libraries.timm_config(weights.config))
+
+
+def _write_huggingface(folder: Path, weights: Weights, network: str) -> None:
+    _save(folder, libraries.huggingface_tensors(_trunk(weights, network), weights.config))
+    files.write_json(folder / "config.json", libraries.huggingface_config(weights.config))
+    files.write_json(folder / "preprocessor_config.json", libraries.huggingface_processor(weights.config))
+
+
+def _write_onnx(folder: Path, weights: Weights, network: str) -> None:
+    size = weights.config.data.global_crops.size
+    trunk = build_trunk(weights.config)
+    trunk.load_state_dict(_trunk(weights, network))
+    plain = PlainSwin(trunk.eval(), size).eval()
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # the exporter tells of its progress
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            plain,
+            (torch.zeros(2, 3, size, size),),
+            str(folder / "model.onnx"),
+            input_names=["images"],
+            output_names=["features", "regions"],
+            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+            dynamo=True,
+            external_data=sum(p.numel() * 4 for p in trunk.parameters()) > ONNX_INLINE,
+            verbose=False,
+        )
+    files.write_json(folder / "config.json", weights.config.model_dump(mode="json"))
+
+
+_WRITE = {
+    "safetensors": _write_safetensors,
+    "timm": _write_timm,
+    "huggingface": _write_huggingface,
+    "onnx": _write_onnx,
+}
+
+
+def _trunk(weights: Weights, network: str) -> dict[str, torch.Tensor]:
+    return {n.removeprefix(TRUNK): t for n, t in weights.networks[network].items() if n.startswith(TRUNK)}
+
+
+def _save(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, folder / single_file.IN_FOLDER, {"format": "pt"})
+
+
+def _require_onnx() -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"--to onnx: {error.name} is not installed; pip install 'esvit-scale[export]'") from None

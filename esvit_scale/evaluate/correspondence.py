@@ -1,0 +1,271 @@
+"""Do region tokens of two views of one image find each other? Without training: cosine, and the best match.
+
+Three measures, each between tokens of view 1 and all tokens of view 2, whose true places are known:
+
+- *mirrored*, the official one (EsViT's `analyze_models.py`): view 2 is view 1 flipped, with colour jitter (p .8) and
+  without colour. Of the 10 pairs of the highest similarity, the share at exactly the mirrored cell, and the mean
+  distance in pixels from the matched cell to the true place; the same over all tokens beside it.
+- *cropped*: view 2 is a crop of .4 to 1 of the area, resized and flipped by chance, with the same colours; tokens whose
+  place was cut away do not count.
+- *stereo*: two photographs with true disparity. Nothing in it was made by the augmentations of training.
+
+The chance level is what random features reach: one over the tokens of view 2.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from esvit_scale import files
+from esvit_scale.data import crops, manifest, photometric, samples, stream
+from esvit_scale.errors import UserError
+from esvit_scale.evaluate.attention import read_picture, to_trunk
+from esvit_scale.evaluate.features import contents, default_device, load_teacher
+
+TOP = 10  # pairs of the official measure
+CROP_SCALE = (0.4, 1.0)
+SHOWN = 3  # best and worst images that are kept for pictures
+
+
+class Matches(NamedTuple):
+    """For every token of view 1, its most similar token of view 2."""
+
+    token: Tensor  # int64 [T1]
+    similarity: Tensor  # float [T1], cosine
+
+
+class Pairs(NamedTuple):
+    """Matches as places, in pixels of the views; most similar first."""
+
+    start: Tensor  # [N, 2] x, y of the cell in view 1
+    found: Tensor  # [N, 2] of the matched cell in view 2
+    true: Tensor  # [N, 2] where it belongs
+    right: Tensor  # bool [N]: the matched cell holds the true place
+    similarity: Tensor  # [N]
+    cells: int  # tokens of view 2
+
+
+class View(NamedTuple):
+    pixels: np.ndarray  # uint8 [H, W, 3]
+    tokens: Tensor  # [T, C]
+    grid: tuple[int, int]  # H, W
+
+
+class Case(NamedTuple):
+    """Two views and their pairs: what a picture is drawn from."""
+
+    key: str
+    first: np.ndarray  # uint8 [H, W, 3]
+    second: np.ndarray
+    pairs: Pairs
+
+
+def match(first: Tensor, second: Tensor) -> Matches:
+    """Tokens [T1, C] and [T2, C]."""
+    similarity, token = (F.normalize(first, dim=1) @ F.normalize(second, dim=1).T).max(1)
+    return Matches(token, similarity)
+
+
+def centres(grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """[H·W, 2]: x, y in pixels of the cells of a map [H, W] over a picture of `size` (height, width), row-major."""
+    cell_y, cell_x = size[0] / grid[0], size[1] / grid[1]
+    y, x = torch.meshgrid(torch.arange(grid[0]) + 0.5, torch.arange(grid[1]) + 0.5, indexing="ij")
+    return torch.stack([x * cell_x, y * cell_y], -1).flatten(0, 1)
+
+
+def pairs(first: View, second: View, true: Tensor) -> Pairs:
+    """The matches of the tokens whose `true` place [T1, 2] (pixels of view 2) lies in it; others are left out."""
+    height, width = second.pixels.shape[:2]
+    inside = ((true >= 0) & (true < torch.tensor([width, height]))).all(1)  # False for NaN
+    found = match(first.tokens[inside], second.tokens)
+    order = found.similarity.argsort(descending=True, stable=True)
+    cell = torch.tensor([width / second.grid[1], height / second.grid[0]])
+    true_cell = (true[inside][order] / cell).floor().long()
+    token = found.token[order]
+    right = token == true_cell[:, 1] * second.grid[1] + true_cell[:, 0]
+    starts = centres(first.grid, first.pixels.shape[:2])[inside][order]
+    ends = centres(second.grid, (height, width))[token]
+    return Pairs(starts, ends, true[inside][order], right, found.similarity[order], len(second.tokens))
+
+
+def measure(found: Pairs, top: int = TOP) -> dict[str, float]:
+    """Accuracy in percent and mean distance in pixels, of the `top` most similar pairs and of all."""
+    distance = (found.found - found.true).norm(dim=1)
+    best = slice(0, top)
+    return {
+        "top_accuracy": 100 * float(found.right[best].float().mean()),
+        "top_distance_px": float(distance[best].mean()),
+        "top_similarity": float(found.similarity[best].mean()),
+        "accuracy": 100 * float(found.right.float().mean()),
+        "distance_px": float(distance.mean()),
+        "chance": 100 / found.cells,
+    }
+
+
+# --- the views -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def see(trunk: nn.Module, pixels: np.ndarray) -> View:
+    """
+    Raises:
+        UserError: a trunk whose region tokens form no grid.
+    """
+    features = trunk([to_trunk(pixels)[None].to(next(trunk.parameters()).device)])
+    grids = list(getattr(features, "grids", ()))
+    if len(grids) != 1 or math.prod(grids[0]) != len(features.regions):
+        raise UserError(f"correspondence needs region tokens on a grid; {type(trunk).__name__} gives none")
+    return View(pixels, F.normalize(features.regions.float().cpu(), dim=1), grids[0][1:])
+
+
+def mirrored(trunk: nn.Module, first: View, key: str, seed: int = 0) -> Case:
+    """The official pair of views."""
+    height, width = first.pixels.shape[:2]
+    second = see(trunk, recoloured(first.pixels[:, ::-1], key, seed))
+    true = centres(first.grid, (height, width)) * torch.tensor([-1, 1]) + torch.tensor([width, 0])
+    return Case(key, first.pixels, second.pixels, pairs(first, second, true))
+
+
+def cropped(trunk: nn.Module, first: View, key: str, seed: int = 0) -> Case:
+    """View 2 is a crop of view 1, at view 1's size."""
+    height, width = first.pixels.shape[:2]
+    rng = crops.keyed_generator(seed, 0, key, 1)
+    left, top, right, bottom = crops.crop_box(rng, width, height, CROP_SCALE)
+    part = Image.fromarray(first.pixels).crop((left, top, right, bottom))
+    patch = np.asarray(part.resize((width, height), Image.Resampling.BICUBIC))
+    flipped = rng.random() < 0.5
+    second = see(trunk, recoloured(patch[:, ::-1] if flipped else patch, key, seed))
+    scale = torch.tensor([width / (right - left), height / (bottom - top)])
+    true = (centres(first.grid, (height, width)) - torch.tensor([left, top])) * scale
+    if flipped:
+        true = true * torch.tensor([-1, 1]) + torch.tensor([width, 0])
+    return Case(key, first.pixels, second.pixels, pairs(first, second, true))
+
+
+def stereo(trunk: nn.Module) -> Case:
+    """The bundled pair at its own size. A token's disparity is the median of the known ones in its cell."""
+    left, right, disparity = samples.stereo_pair()
+    first, second = see(trunk, left), see(trunk, right)
+    shift = torch.tensor(
+        [
+            [_median(cell) for cell in np.array_split(rows, first.grid[1], axis=1)]
+            for rows in np.array_split(disparity, first.grid[0], axis=0)
+        ]
+    ).flatten()
+    true = centres(first.grid, left.shape[:2]) - torch.stack([shift, torch.zeros_like(shift)], 1)
+    return Case("stereo_motorcycle", left, right, pairs(first, second, true))
+
+
+def recoloured(pixels: np.ndarray, key: str, seed: int = 0) -> np.ndarray:
+    """Colour jitter with probability .8, then grey: the official view 2's colours, drawn from (seed, key)."""
+    draw = photometric.draw(crops.keyed_generator(seed, 0, key, 0), 0)._replace(grayscale=True, radius=0.0)
+    image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))[None]
+    x = photometric.apply(image, photometric.stack([[draw]]).crops(0, 1))[0]
+    return _picture(x)
+
+
+def _median(disparity: np.ndarray) -> float:
+    known = disparity[np.isfinite(disparity)]
+    return float(np.median(known)) if 2 * len(known) >= disparity.size else math.nan
+
+
+def _picture(x: Tensor) -> np.ndarray:
+    """[3, H, W], ImageNet-normalised → uint8 [H, W, 3]."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (photometric.MEAN, photometric.STD))
+    return (x * std + mean).clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).numpy()
+
+
+# --- over a set ------------------------------------------------------------------------------------------------------
+
+
+class Result(NamedTuple):
+    summary: dict[str, Any]  # correspondence.json
+    best: list[Case]  # of the mirrored measure, over all tokens
+    worst: list[Case]
+    stereo: Case
+
+
+def run_correspondence(
+    checkpoint: Path, data: Path, out: Path, images: int = 500, workers: int = 4, seed: int = 0
+) -> Result:
+    """`esvit-scale evaluate correspondence`: writes `out`/correspondence.json; the pictures are the report's to draw.
+
+    Args:
+        data: one image, a folder of images or shards. Of a set, the first `images` are taken.
+
+    Raises:
+        UserError: `data` cannot be read, or the trunk has no grid of region tokens.
+    """
+    teacher = load_teacher(checkpoint)
+    rows: list[dict[str, dict[str, float]]] = []
+    cases: list[tuple[float, Case]] = []
+    trunk = teacher.trunk.to(default_device()).eval()
+    total = 1 if data.is_file() else min(images, contents(data).images)
+    pictures = _pictures(data, teacher.size, images, workers)
+    for key, pixels in tqdm(pictures, "correspondence", total, unit=" images", disable=None, leave=False):
+        first = see(trunk, pixels)
+        case, crop = mirrored(trunk, first, key, seed), cropped(trunk, first, key, seed)
+        rows.append({"mirrored": measure(case.pairs)})
+        if len(crop.pairs.right):  # in a small crop of a coarse grid no token's place may be left
+            rows[-1]["cropped"] = measure(crop.pairs)
+        cases = _extremes([*cases, (rows[-1]["mirrored"]["accuracy"], case)])
+    if not rows:
+        raise UserError(f"{data}: holds no readable image")
+    pair = stereo(trunk)
+    means = {name: _mean([row[name] for row in rows if name in row]) for name in ("mirrored", "cropped")}
+    summary = {
+        "checkpoint": str(checkpoint),
+        "step": teacher.step,
+        "data": str(data),
+        "images": len(rows),
+        "size": teacher.size,
+        "measures": {**means, "stereo": measure(pair.pairs)},
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    files.write_json(out / "correspondence.json", summary)
+    ranked = [case for _, case in sorted(cases, key=lambda c: -c[0])]
+    return Result(summary, ranked[:SHOWN], ranked[SHOWN:][::-1][:SHOWN], pair)
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The measures as text, one line each."""
+    lines = [f"{'correspondence':<16}{'top-10, %':>12}{'distance, px':>14}{'all, %':>10}{'px':>8}{'chance, %':>11}"]
+    for name, m in summary["measures"].items():
+        cells = f"{m['top_accuracy']:12.1f}{m['top_distance_px']:14.1f}{m['accuracy']:10.1f}{m['distance_px']:8.1f}"
+        lines.append(f"{name:<16}{cells}{m['chance']:11.1f}")
+    return "\n".join([*lines, f"{summary['images']} images at {summary['size']} pixels, and one stereo pair"])
+
+
+def _pictures(data: Path, size: int, images: int, workers: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Keys and centre crops uint8 [S, S, 3]."""
+    if data.is_file() and not manifest.is_shard_set(data):
+        pixels = Image.fromarray(read_picture(data, size))
+        yield data.name, stream.centre_crop(pixels, size).transpose(1, 2, 0)
+        return
+    seen = 0
+    for batch in stream.evaluation_batches(data, size, min(images, 16), workers):
+        for x, key in zip(batch.images, batch.keys, strict=True):
+            if seen == images:
+                return
+            yield key, _picture(x)
+            seen += 1
+
+
+def _extremes(cases: list[tuple[float, Case]]) -> list[tuple[float, Case]]:
+    """At most SHOWN of the best and as many of the worst: pictures of a large set are not all kept."""
+    if len(cases) <= 2 * SHOWN:
+        return cases
+    ranked = sorted(cases, key=lambda c: -c[0])
+    return ranked[:SHOWN] + ranked[-SHOWN:]
+
+
+def _mean(rows: list[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]} if rows else {}

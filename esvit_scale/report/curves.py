@@ -1,0 +1,134 @@
+"""What a run logged, as groups of small curves: one a column, all runs in each."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from esvit_scale.report import pictures, plots
+from esvit_scale.report.plots import BLUE, GREEN, GREY, ORANGE, VIOLET, Curve, Panel
+from esvit_scale.report.run import Run
+
+RUN_COLOURS = (BLUE, ORANGE, GREEN, VIOLET, "#ec4899", "#14b8a6", "#ca8a04", "#ef4444")
+NOT_DRAWN = ("step", "images_seen", "time")
+
+
+class Group(NamedTuple):
+    title: str
+    caption: str
+    columns: Mapping[str, tuple[str, str]]  # column → its title, its colour when there is one run
+
+
+GROUPS = (
+    Group(
+        "Loss",
+        "Cross-entropy of the student's predictions against the teacher's targets: the total, and its view and region "
+        "parts apart. It need not fall all the way: the targets sharpen and move as the teacher learns.",
+        {
+            "loss": ("total", BLUE),
+            "loss_view": ("view (V)", ORANGE),
+            "loss_region": ("region (R)", GREEN),
+        },
+    ),
+    Group(
+        "Stability",
+        "Entropy in nats: at ln K (dashed) the targets are uniform, at 0 every image has the same one; both are "
+        "collapse. The gradient norm is before clipping; a feature spread of 1 is isotropic, 0 collapsed.",
+        {
+            "teacher_entropy_view": ("teacher's entropy, view", ORANGE),
+            "teacher_entropy_region": ("teacher's entropy, region", GREEN),
+            "grad_norm": ("gradient norm", VIOLET),
+            "feature_std": ("spread of the features", BLUE),
+            "skipped_steps": ("skipped steps", GREY),
+        },
+    ),
+    Group(
+        "Speed",
+        "MFU: the share of the device's matrix-product rate that became training. The wait is the part of a step that "
+        "was spent without data to work on.",
+        {
+            "images_per_s": ("images per second", GREEN),
+            "data_wait_s": ("wait for data, s a step", ORANGE),
+            "mfu": ("MFU", BLUE),
+            "step_s": ("seconds a step", VIOLET),
+        },
+    ),
+    Group(
+        "Schedules",
+        "What moves during the run by plan.",
+        {
+            "lr": ("learning rate", BLUE),
+            "wd": ("weight decay", BLUE),
+            "momentum": ("teacher momentum", BLUE),
+            "teacher_temp": ("teacher temperature", BLUE),
+        },
+    ),
+)
+FROM_ZERO = {"images_per_s", "data_wait_s", "mfu", "step_s", "skipped_steps", "feature_std"}
+PLANNED = {"lr", "wd", "momentum", "teacher_temp", "skipped_steps"}  # not noisy
+SAME_SCALE = ({"loss", "loss_view", "loss_region"}, {"teacher_entropy_view", "teacher_entropy_region"})
+
+
+def groups(runs: Sequence[Run], names: Sequence[str], missing: list[str]) -> list[dict[str, Any]]:
+    """For the template: title, caption and figures (title, image) of every group that any run logged something of.
+
+    What no group knows is drawn under "Other"; a known column that nobody logged is noted in `missing`.
+    """
+    logged = {name for run in runs for name, values in run.columns.items() if np.isfinite(values).any()}
+    known = {column for group in GROUPS for column in group.columns}
+    others = sorted(logged - known - set(NOT_DRAWN))
+    all_groups = [
+        *GROUPS,
+        Group("Other", "Logged by this run; no group here knows them.", {o: (o, GREY) for o in others}),
+    ]
+    shown = []
+    for group in all_groups:
+        there = {column: title for column, title in group.columns.items() if column in logged}
+        in_a_row = 4 if len(there) == 4 else 3
+        figures = [
+            {"title": title, "column": column, "image": _figure(runs, names, column, colour, in_a_row)}
+            for column, (title, colour) in there.items()
+        ]
+        if figures:
+            shown.append({"title": group.title, "caption": group.caption, "figures": figures, "in_a_row": in_a_row})
+        absent = [title for column, (title, _) in group.columns.items() if column not in logged]
+        if absent and logged:
+            missing.append(f"{group.title}: not logged in metrics.jsonl: {', '.join(absent)}")
+    return shown
+
+
+def colours(runs: Sequence[Run]) -> list[str]:
+    return [RUN_COLOURS[i % len(RUN_COLOURS)] for i in range(len(runs))]
+
+
+def _figure(runs: Sequence[Run], names: Sequence[str], column: str, colour: str, in_a_row: int) -> str:
+    by_images = len({run.config.train.global_batch for run in runs if run.config}) > 1
+    x = "images_seen" if by_images and all("images_seen" in run.columns for run in runs) else "step"
+    run_colours = colours(runs) if len(runs) > 1 else [colour]
+    curves = [
+        Curve(name, run.columns, run_colour)
+        for run, name, run_colour in zip(runs, names, run_colours, strict=True)
+        if column in run.columns
+    ]
+    limits = {run.config.objective.prototypes for run in runs if run.config} if "entropy" in column else set()
+    panel = Panel(
+        column,
+        x,
+        from_zero=column in FROM_ZERO,
+        noisy=column not in PLANNED,
+        limits=_range(runs, column),
+        prototypes=min(limits, default=None),
+        in_a_row=in_a_row,
+    )
+    return pictures.data_uri(plots.panel(curves, panel), "image/png")
+
+
+def _range(runs: Sequence[Run], column: str) -> tuple[float, float] | None:
+    """Columns that are compared by eye share their axis."""
+    family = next((f for f in SAME_SCALE if column in f), None)
+    if family is None:
+        return None
+    values = [v[np.isfinite(v)] for run in runs for name, v in run.columns.items() if name in family]
+    low, high = min(v.min() for v in values if len(v)), max(v.max() for v in values if len(v))
+    reach = 0.04 * (high - low)
+    return float(low - reach), float(high + reach)

@@ -1,0 +1,231 @@
+"""Evaluation results and configs as tables, all runs in each. A table is title, note, head and rows of text."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from esvit_scale.report.run import Json, Run, attempt
+
+NOTHING = "–"
+MEASURES = {"mirrored": "flipped, grey", "cropped": "cropped", "stereo": "stereo pair"}
+Named = tuple[str, Run]  # a run's name on the page; empty when there is one run
+
+
+class Cell(NamedTuple):
+    text: str
+    best: bool = False
+
+
+class Row(NamedTuple):
+    name: str
+    cells: list[Cell]
+    bar: float | None = None  # 0 … 100
+
+
+class Table(NamedTuple):
+    id: str
+    title: str
+    note: str
+    head: list[str]
+    rows: list[Row]
+
+
+def evaluations(runs: Sequence[Named], missing: list[str]) -> list[Table]:
+    """Of the evaluations that any run has; a file in an unexpected form costs only its own table."""
+    makers = (knn, few_shot, linear, transfer, correspondence)
+    made = (attempt(f"{make.__name__.replace('_', '-')} table", missing, lambda m=make: m(runs)) for make in makers)  # type: ignore[misc]
+    return [table for table in made if table is not None and table.rows]
+
+
+def knn(runs: Sequence[Named]) -> Table | None:
+    found = [(_join(name, result_name(r)), r) for name, run in runs for r in run.results["knn"] if "results" in r]
+    if not found:
+        return None
+    ks = sorted({int(k) for _, r in found for k in r["results"]})
+    rows = [
+        Row(
+            name,
+            [_score(r["results"].get(str(k)), "top1", k == r["best"]["k"]) for k in ks] + [Cell(str(r["feature_dim"]))],
+            r["best"]["top1"],
+        )
+        for name, r in found
+    ]
+    sizes = {(r["n_test"], r["n_train"]) for _, r in found}
+    over = " or ".join(f"{test:,} test images, by a vote of the k most similar of {train:,}" for test, train in sizes)
+    note = (
+        f"Top-1 in percent on {over} training images (cosine, weight exp(s / 0.07)). No label is used in training; the "
+        "vote is the first to see one. In bold: each row's best k."
+    )
+    return Table("knn", "k-NN accuracy", note, ["features", *(f"k = {k}" for k in ks), "dimensions"], rows)
+
+
+def few_shot(runs: Sequence[Named]) -> Table | None:
+    found = [
+        (n, r["few_shot"], r) for n, run in runs for r in run.results["knn"] if isinstance(r.get("few_shot"), dict)
+    ]
+    if not found:
+        return None
+    ks = sorted({int(k) for _, few, _ in found for row in few["results"].values() for k in row})
+    rows = [
+        Row(_join(name, result_name(r), f"{shots} of each class"), [_with_reach(row.get(str(k))) for k in ks])
+        for name, few, r in found
+        for shots, row in few["results"].items()
+    ]
+    note = f"Mean top-1 in percent over {found[0][1]['tries']} draws of the training images, ± half the 95 % interval."
+    return Table("few-shot", "Few-shot k-NN", note, ["training images", *(f"k = {k}" for k in ks)], rows)
+
+
+def linear(runs: Sequence[Named]) -> Table | None:
+    found = [(_join(name, _step(r)), r) for name, run in runs for r in run.results["linear"]]
+    rows = [
+        Row(
+            _join(name, protocol),
+            [Cell(f"{row['top1']:.1f}"), Cell(_interval(row)), _score(row, "top5"), Cell(f"{r['n_train']:,}")],
+            row["top1"],
+        )
+        for name, r in found
+        for protocol, row in r["results"].items()
+    ]
+    note = (
+        "Top-1 and top-5 in percent with the 95 % interval of top-1: official is EsViT's protocol, grid many heads "
+        "at once and logistic a logistic regression, both selected on a held-out part of the training set."
+    )
+    return Table("linear", "Linear probe", note, ["probe", "top-1", "95 %", "top-5", "training images"], rows)
+
+
+def transfer(runs: Sequence[Named]) -> Table | None:
+    found = [(_join(name, _step(r)) or "score", r) for name, run in runs for r in run.results["transfer"]]
+    if not found:
+        return None
+    metric = {data: row["metric"] for _, r in found for data, row in r["datasets"].items()}
+    columns = [(name, {data: row["score"] for data, row in r["datasets"].items()}) for name, r in found]
+    columns += [
+        (_join(name if len(found) > 1 else "", "baseline"), r["baseline"]["scores"])
+        for name, r in found
+        if "baseline" in r
+    ]
+    rows = [_ranked(f"{data} ({metric[data]})", [scores.get(data) for _, scores in columns]) for data in metric]
+    means = [sum(scores.values()) / len(scores) if scores else None for _, scores in columns]
+    rows.append(_ranked(f"mean of {len(metric)}", means))
+    failed = sorted({data for _, r in found for data in r.get("failed", {})})
+    wins = [
+        f"{name}: better on {r['baseline']['wins']}, worse on {r['baseline']['losses']} of {r['baseline']['common']}"
+        for name, r in found
+        if "baseline" in r
+    ]
+    notes = ["Each data set's own metric, in percent."]
+    notes += [f"Against the baseline: {'; '.join(wins)}."] if wins else []
+    notes += [f"Failed: {', '.join(failed)}."] if failed else []
+    return Table("transfer", "Transfer", " ".join(notes), ["data set", *(name for name, _ in columns)], rows)
+
+
+def correspondence(runs: Sequence[Named]) -> Table | None:
+    found = [(_join(name, _step(r)), r) for name, run in runs for r in run.results["correspondence"]]
+    rows = [
+        Row(
+            _join(name, MEASURES.get(measure, measure)),
+            [Cell(f"{m[key]:.1f}") for key in ("top_accuracy", "top_distance_px", "accuracy", "distance_px", "chance")],
+            m["top_accuracy"],
+        )
+        for name, r in found
+        for measure, m in r["measures"].items()
+    ]
+    note = (
+        "Each region token of one view looks for its most similar in another view of the same image: the share that "
+        "finds the true cell, and the mean distance to it in pixels; of the 10 most similar pairs (EsViT's measure) and of "
+        "all. Nothing is trained."
+    )
+    head = ["second view", "10 best, %", "px", "all, %", "px", "chance, %"]
+    return Table("correspondence", "Correspondence", note, head, rows)
+
+
+def overview(runs: Sequence[Named]) -> Table:
+    """A line a run: how far it is and what it reached."""
+    rows = []
+    for name, run in runs:
+        last = run.rows[-1] if run.rows else {}
+        best = [r["best"]["top1"] for r in run.results["knn"] if r.get("step") and isinstance(r.get("best"), Mapping)]
+        state = "finished" if (run.summary or {}).get("finished") else "not finished"
+        cells = [state, _whole(last.get("step")), _whole(last.get("images_seen")), rate(run), _short(last.get("loss"))]
+        rows.append(Row(name, [Cell(c) for c in [*cells, f"{best[-1]:.1f} %" if best else NOTHING]]))
+    head = ["run", "state", "step", "images seen", "images/s (median)", "last loss", "k-NN, best k"]
+    return Table("runs", "Runs", "", head, rows)
+
+
+def config_differences(runs: Sequence[Named], missing: list[str]) -> Table | None:
+    """The config keys in which runs differ."""
+    known = [(name, dict(facts(run.config.model_dump(mode="json")))) for name, run in runs if run.config]
+    if len(known) < 2:
+        missing.append("config differences: fewer than two runs have a config")
+        return None
+    keys = dict.fromkeys(key for _, values in known for key in values)
+    differ = [key for key in keys if key != "run_dir" and len({values.get(key) for _, values in known}) > 1]
+    rows = [Row(key, [Cell(values.get(key, NOTHING)) for _, values in known]) for key in differ]
+    note = "Every key in which the runs differ." if rows else "The runs have the same config."
+    return Table("differences", "Config differences", note, ["key", *(name for name, _ in known)], rows)
+
+
+def facts(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Dotted key and value as text, nested mappings and lists of mappings opened."""
+    found = []
+    for key, value in values.items():
+        if isinstance(value, list) and value and isinstance(value[0], Mapping):
+            value = {str(i): item for i, item in enumerate(value)}
+        if isinstance(value, Mapping):
+            found += facts(value, f"{prefix}{key}.")
+        elif isinstance(value, float):
+            found.append((prefix + key, f"{value:.6g}"))
+        else:
+            found.append((prefix + key, ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
+    return found
+
+
+def result_name(result: Json) -> str:
+    if result.get("name"):
+        return str(result["name"])
+    return f"teacher at {_step(result)}" if result.get("step") is not None else "teacher"
+
+
+def _step(result: Json) -> str:
+    return f"step {result['step']}" if result.get("step") is not None else Path(str(result.get("checkpoint", ""))).name
+
+
+def _join(*parts: str) -> str:
+    return " · ".join(part for part in parts if part)
+
+
+def _score(row: Mapping[str, Any] | None, key: str, best: bool = False) -> Cell:
+    return Cell(f"{row[key]:.1f}", best) if row and row.get(key) is not None else Cell(NOTHING)
+
+
+def _with_reach(row: Mapping[str, Any] | None) -> Cell:
+    if not row:
+        return Cell(NOTHING)
+    interval = row.get("interval")
+    return Cell(f"{row['top1']:.1f}" + (f" ± {interval[1] - row['top1']:.1f}" if interval else ""))
+
+
+def _interval(row: Mapping[str, Any]) -> str:
+    return f"{row['interval'][0]:.1f} – {row['interval'][1]:.1f}" if row.get("interval") else NOTHING
+
+
+def _ranked(name: str, scores: Iterable[float | None]) -> Row:
+    scores = list(scores)
+    there = [s for s in scores if s is not None]
+    best: Callable[[float], bool] = lambda s: len(there) > 1 and s == max(there)  # noqa: E731
+    return Row(name, [Cell(NOTHING) if s is None else Cell(f"{s:.1f}", best(s)) for s in scores])
+
+
+def rate(run: Run) -> str:
+    """Median images per second."""
+    found = run.columns.get("images_per_s")
+    values = sorted(found[found == found].tolist()) if found is not None else []
+    return f"{values[len(values) // 2]:,.0f}" if values else NOTHING
+
+
+def _whole(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else NOTHING
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else NOTHING

@@ -1,0 +1,302 @@
+"""Exported weights in the hands of those they are for: timm, transformers, onnxruntime, torch.hub, `load_backbone`."""
+
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import esvit_scale
+from esvit_scale import cli
+from esvit_scale import config as configs
+from esvit_scale.checkpoint import export, state
+from esvit_scale.checkpoint.convert import convert
+from esvit_scale.checkpoint.weights import Weights
+from esvit_scale.data import stream
+from esvit_scale.errors import UserError
+from esvit_scale.models.initialize import initialize
+from esvit_scale.models.plain import PlainSwin
+from esvit_scale.models.swin import Swin
+from esvit_scale.models.swin_v2 import SwinV2
+from esvit_scale.objective.network import build_network
+from tests import tiny
+from tests.checkpoint import official as theirs
+
+AT_224 = {"trunk": "swin_t", "window": 7, "embed_dim": 16, "depths": [1, 1, 2, 1], "heads": [1, 2, 2, 4]}
+
+
+def weights_of(folder: Path, model: dict, size: int = 224) -> Weights:
+    """A network with every parameter moved from where initialisation puts it: an eps, a bias or a norm that goes
+    astray shows."""
+    values = {"name": "swans", "data": {"train": str(folder), "global_crops": {"size": size}}, "model": model}
+    config = configs.validate(values | {"objective": tiny.VALUES["objective"]}, where="test")
+    network = build_network(config)
+    initialize(network, 0)
+    torch.manual_seed(0)
+    for p in network.parameters():
+        p.data += 0.1 * torch.randn_like(p) if p.ndim < 2 else 0.02 * torch.randn_like(p)
+    tensors = {name: p.detach() for name, p in network.named_parameters()}
+    return Weights(config, {"student": tensors, "teacher": tensors}, {})
+
+
+@pytest.fixture
+def step(tmp_path: Path) -> Path:
+    """A step folder of a trunk for 224 pixels."""
+    state.write_weights(tmp_path / "step", weights_of(tmp_path, AT_224))
+    return tmp_path / "step"
+
+
+def step_of(folder: Path, model: dict, size: int = 224) -> Path:
+    state.write_weights(folder / "step", weights_of(folder, model, size))
+    return folder / "step"
+
+
+def images(n: int = 2, size: int = 224) -> torch.Tensor:
+    """Normalised, with flat patches too, where a norm's eps is largest against the variance."""
+    x = torch.randn(n, 3, size, size)
+    x[:, :, : size // 2] *= 0.05
+    return x
+
+
+@torch.no_grad()
+def features(folder: Path, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    trunk, _ = state.load_teacher(folder)
+    found = trunk([x])
+    return found.view, found.regions
+
+
+# --- timm ------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("model", "size"),
+    [
+        (AT_224, 224),
+        (AT_224 | {"window": 14}, 224),  # the last stage has one window of its map
+        ({"trunk": "swinv2_t", "window": 8, "embed_dim": 16, "depths": [1, 1, 2, 1], "heads": [1, 2, 2, 4]}, 256),
+    ],
+)
+def test_timm_loads_it_and_has_the_same_features(tmp_path: Path, model: dict, size: int) -> None:
+    timm = pytest.importorskip("timm")
+    source = step_of(tmp_path, model, size)
+    convert(source, tmp_path / "timm", "esvit-scale", "timm")
+    norm = {} if "v2" in model["trunk"] else {"norm_layer": partial(nn.LayerNorm, eps=1e-6)}
+    other = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True, **norm).eval()
+    x = images(2, size)
+    view, regions = features(source, x)
+    assert view.abs().max() > 0.5
+    torch.testing.assert_close(other(x), view, rtol=0, atol=1e-5)
+    torch.testing.assert_close(other.forward_features(x).flatten(0, 2), regions, rtol=0, atol=2e-5)
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(other))
+    assert f"size={stream.evaluation_side(size)}," in str(transform)
+
+
+# --- transformers ----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model", [AT_224, {**AT_224, "trunk": "swinv2_t"}], ids=["v1", "v2"])
+def test_transformers_load_it_and_have_the_same_features(tmp_path: Path, model: dict) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (the extra `export`)")
+    source = step_of(tmp_path, model)
+    convert(source, tmp_path / "hf", "esvit-scale", "huggingface")
+    other, info = transformers.AutoModel.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    x = images()
+    view, regions = features(source, x)
+    found = other.eval()(x)
+    torch.testing.assert_close(found.pooler_output, view, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.last_hidden_state.flatten(0, 1), regions, rtol=0, atol=2e-5)
+
+
+def test_the_processor_shows_what_evaluation_shows(step: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed (the extra `export`)")
+    convert(step, tmp_path / "hf", "esvit-scale", "huggingface")
+    smooth = Image.fromarray(np.random.default_rng(0).integers(0, 255, (9, 12, 3), dtype=np.uint8))
+    picture = smooth.resize((400, 300), Image.Resampling.BICUBIC)
+    try:
+        processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf", backend="pil")
+    except (TypeError, ValueError):
+        processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf", use_fast=False)
+    theirs_ = torch.as_tensor(np.asarray(processor(picture, return_tensors="np")["pixel_values"]))[0]
+    ours = esvit_scale.load_backbone(step).preprocess(picture)
+    assert theirs_.shape == ours.shape
+    assert (theirs_ - ours).abs().mean() < 0.02  # a level of 255 is 0.017
+
+
+# --- ONNX ------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("version", [Swin, SwinV2])
+@pytest.mark.parametrize("size", [32, 20, 17, 64])
+def test_the_plain_trunk_is_the_packed_one(version: type[Swin], size: int) -> None:
+    """Padding, shifts, odd maps and zero-length queries, whatever the batch."""
+    extra = {"extra_norm_every": 1} if version is SwinV2 else {}
+    trunk = version(8, (2, 2, 2), (2, 4, 4), window=3, size=32, **extra).double()
+    for p in trunk.parameters():
+        nn.init.normal_(p, std=0.4)
+    x = torch.randn(3, 3, size, size, dtype=torch.float64)
+    view, regions = PlainSwin(trunk, size)(x)
+    expected = trunk([x])
+    torch.testing.assert_close(view, expected.view, rtol=0, atol=1e-12)
+    torch.testing.assert_close(regions.flatten(0, 1), expected.regions, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("trunk", ["swin_t", pytest.param("swinv2_t", marks=pytest.mark.slow)])
+def test_onnxruntime_computes_the_same_for_any_batch(tmp_path: Path, trunk: str) -> None:
+    pytest.importorskip("onnxscript", reason="onnx and onnxscript are not installed (the extra `export`)")
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (the extra `export`)")
+    model = {"trunk": trunk, "window": 3, "embed_dim": 8, "depths": [1, 2], "heads": [1, 2]}  # pads and shifts
+    source = step_of(tmp_path, model, 32)
+    convert(source, tmp_path / "onnx", "esvit-scale", "onnx")
+    session = runtime.InferenceSession(str(tmp_path / "onnx" / "model.onnx"))
+    for n in (1, 2, 5):
+        x = images(n, 32)
+        view, regions = session.run(None, {"images": x.numpy()})
+        expected = features(source, x)
+        torch.testing.assert_close(torch.from_numpy(view), expected[0], rtol=0, atol=1e-4)
+        torch.testing.assert_close(torch.from_numpy(regions).flatten(0, 1), expected[1], rtol=0, atol=1e-4)
+
+
+def test_without_onnx_one_line_says_what_to_install(
+    step: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    out = tmp_path / "onnx"
+    assert cli.main(["convert", str(step), str(out), "--from", "esvit-scale", "--to", "onnx"]) == 2
+    assert "onnxscript is not installed; pip install 'esvit-scale[export]'" in capsys.readouterr().err
+    assert not out.exists()
+
+
+# --- folders, load_backbone, torch.hub -------------------------------------------------------------------------------
+
+
+def test_importing_the_package_does_not_import_torch() -> None:
+    code = "import esvit_scale, sys; assert 'torch' not in sys.modules; esvit_scale.load_backbone; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, env=tiny.environment(), timeout=120)
+    with pytest.raises(AttributeError, match="no attribute 'load_backbones'"):
+        _ = esvit_scale.load_backbones
+
+
+@torch.no_grad()
+def test_load_backbone_takes_every_form(step: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    state.write_weights(tmp_path / "run" / "checkpoints" / "step-00000000", weights_of(tmp_path, AT_224))
+    (tmp_path / "run" / "checkpoints" / "latest").write_text("step-00000000\n")
+    convert(step, tmp_path / "file.safetensors", "esvit-scale", "safetensors")
+    convert(step, tmp_path / "folder", "esvit-scale", "safetensors")
+    convert(step, tmp_path / "theirs.pth", "esvit-scale", "esvit")
+    x = images(1)
+    expected, regions = features(step, x)
+    for form in ("step", "run", "file.safetensors", "folder", "theirs.pth"):
+        model = esvit_scale.load_backbone(str(tmp_path / form))
+        assert not model.training
+        torch.testing.assert_close(model(x), expected)
+        assert (model.dim, model.size) == (128, 224)
+        torch.testing.assert_close(model.regions(x).permute(0, 2, 3, 1).flatten(0, 2), regions)
+        assert [m.shape[1] for m in model.pyramid(x)] == model.channels == [16, 32, 64, 128]
+        assert len(list(model.parameters())) == len(list(model.trunk.parameters()))
+    assert json.loads((tmp_path / "folder" / "config.json").read_text())["name"] == "swans"
+    assert (tmp_path / "folder" / "model.safetensors").stat().st_mode & 0o777 == (
+        tmp_path / "folder" / "README.md"
+    ).stat().st_mode & 0o777
+
+
+def test_preprocess_is_the_evaluations_transform(step: Path) -> None:
+    pixels = np.random.default_rng(1).integers(0, 255, (250, 300, 3), dtype=np.uint8)
+    model = esvit_scale.load_backbone(step)
+    found = model.preprocess(Image.fromarray(pixels))
+    cropped = torch.from_numpy(stream.centre_crop(Image.fromarray(pixels), 224).copy()).double() / 255
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    torch.testing.assert_close(found.double(), (cropped - mean) / std, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_torch_hub(step: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = str(tiny.REPOSITORY)
+    model = torch.hub.load(repository, "backbone", str(step), source="local")
+    x = images(1)
+    torch.testing.assert_close(model(x), features(step, x)[0])
+    untrained = torch.hub.load(repository, "trunk", "demo", source="local")
+    assert untrained(images(1, 64)).shape == (1, untrained.dim)
+
+
+def test_the_model_card_is_filled_from_the_run(tmp_path: Path) -> None:
+    weights = weights_of(tmp_path / "my-shards", AT_224)
+    run = tmp_path / "run"
+    state.write_weights(run / "checkpoints" / "step-00000000", weights)
+    (run / "checkpoints" / "latest").write_text("step-00000000\n")
+    (run / "config.yaml").write_text(configs.dump(weights.config))
+    (run / "summary.json").write_text(json.dumps({"images_seen": 123456}))
+    (run / "knn").mkdir()
+    best = {"k": 20, "top1": 61.25}
+    (run / "knn" / "knn.json").write_text(json.dumps({"best": best, "step": 9, "train": "/x/tr", "test": "/x/va"}))
+    (run / "broken.json").write_text("{")
+    for form in ("timm", "huggingface", "safetensors"):
+        convert(run, tmp_path / form, "esvit-scale", form)
+        card = (tmp_path / form / "README.md").read_text()
+        for words in ("# swans", "swin_t", "123,456", "my-shards", "61.2 %", "tr → va", "centre crop of 224"):
+            assert words in card, words
+        assert "{" not in card.replace('{"images"', "")
+        code = card.split("```python\n")[1].split("```")[0]
+        compile(code, "card", "exec")
+    converted = theirs.save(tmp_path / "official.pth")
+    convert(converted, tmp_path / "folder", "esvit", "safetensors")
+    assert "does not say how it was trained" in (tmp_path / "folder" / "README.md").read_text()
+
+
+# --- what cannot be exported -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "form", "match"),
+    [
+        (
+            {**AT_224, "trunk": "swinv2_h"},
+            224,
+            "timm",
+            "timm has no swinv2_h .its extra norms.; --to safetensors or onnx",
+        ),
+        (AT_224, 96, "timm", r"at 96 pixels, stage 1 pads its windows of 7, which timm does otherwise"),
+        (AT_224 | {"window": 14}, 224, "huggingface", r"stage 4 \(7×7\) is smaller than the window 14.*--to timm"),
+        ({**AT_224, "trunk": "swinv2_t"}, 224, "esvit", "official code has no swinv2_t"),
+    ],
+)
+def test_a_trunk_that_the_form_cannot_hold(tmp_path: Path, model: dict, size: int, form: str, match: str) -> None:
+    source = step_of(tmp_path, model, size)
+    with pytest.raises(UserError, match=match) as error:
+        convert(source, tmp_path / "out", "esvit-scale", form)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob(".*partial"))
+
+
+def test_requests_that_make_no_sense(step: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--to onnx makes a folder; nearest: .*swan$"):
+        convert(step, tmp_path / "swan.onnx", "esvit-scale", "onnx")
+    with pytest.raises(UserError, match="--heads: --to timm holds a trunk alone"):
+        convert(step, tmp_path / "x", "esvit-scale", "timm", heads=True)
+    (tmp_path / "there").mkdir()
+    with pytest.raises(UserError, match="exists already"):
+        convert(step, tmp_path / "there", "esvit-scale", "timm")
+    with pytest.raises(UserError, match="no such checkpoint"):
+        esvit_scale.load_backbone(tmp_path / "nothing")
+    convert(step, tmp_path / "timm", "esvit-scale", "timm")
+    with pytest.raises(UserError, match="no esvit-scale file"):
+        esvit_scale.load_backbone(tmp_path / "timm")
+
+
+def test_a_failed_export_leaves_nothing(step: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export.model_card, "text", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        convert(step, tmp_path / "out", "esvit-scale", "timm")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step"]
