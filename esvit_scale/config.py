@@ -117,6 +117,10 @@ class Train(Section):
     checkpoint_minutes: Annotated[float, Field(gt=0)] | None = None  # also save when this much time has passed
     keep_checkpoints: Positive = 3
     keep_every: Positive | None = None  # steps whose checkpoints are kept for good: every so many
+    skips_before_rollback: Positive = (
+        10  # steps without finite gradients, in a row, before the run goes back to its last checkpoint
+    )
+    rollbacks: Count = 2  # how often it may go back, each time with other data ahead; then it stops (exit 3)
     hang_minutes: Annotated[float, Field(gt=0)] = 30.0  # a rank without progress for so long ends the job (exit 75)
 
 

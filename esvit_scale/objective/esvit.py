@@ -17,7 +17,7 @@ from esvit_scale.config import Objective
 from esvit_scale.models.heads import Head
 from esvit_scale.models.swin import Features
 from esvit_scale.objective.center import Center
-from esvit_scale.objective.prototypes import prototype_cross_entropy
+from esvit_scale.objective.prototypes import Entropies, prototype_cross_entropy
 
 TEACHER_VIEWS = 2  # the globals
 
@@ -66,22 +66,23 @@ class EsViT(nn.Module):
         The micro-batch is observed by the centres; `commit` or `discard` them after the optimizer step.
 
         Returns:
-            The loss (scalar) and detached scalars: loss_view, loss_region (each a mean cross-entropy without its ½)
-            and the teacher's mean entropies (nats), and feature_std, the spread of the student's features.
+            The loss (scalar) and detached scalars: loss_view, loss_region (each a mean cross-entropy without its ½),
+            for either head teacher_entropy and student_entropy (nats) and prototypes_used, the effective number of
+            prototypes among this micro-batch's targets, and feature_std, the spread of the student's features.
         """
         views = len(student.view) // targets.images
         match, weight = view_pairs(views, targets.images, targets.view.rows)
-        loss, entropy = self._term(
+        loss, entropies = self._term(
             self.view_head, self.view_center, student.view, targets.view, match, weight, teacher_temp
         )
-        logs = {"loss_view": loss.detach(), "teacher_entropy_view": entropy, "feature_std": spread(student.view)}
+        logs = {"loss_view": loss.detach(), **_logged(entropies, "view"), "feature_std": spread(student.view)}
         if self.region_head is None or targets.region is None or targets.features is None:
             return loss, logs
         match, weight = region_pairs(student, targets.features, targets.images)
-        region_loss, entropy = self._term(
+        region_loss, entropies = self._term(
             self.region_head, self.region_center, student.regions, targets.region, match, weight, teacher_temp
         )
-        logs |= {"loss_region": region_loss.detach(), "teacher_entropy_region": entropy}
+        logs |= {"loss_region": region_loss.detach(), **_logged(entropies, "region")}
         return 0.5 * loss + 0.5 * region_loss, logs
 
     def commit_centers(self) -> None:
@@ -113,7 +114,7 @@ class EsViT(nn.Module):
         match: Tensor,
         weight: Tensor,
         teacher_temp: float,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Entropies]:
         center_values = center.values(targets.rows)
         center.observe(targets.z.mean(0, dtype=torch.promote_types(targets.z.dtype, torch.float32)), targets.rows)
         return head.last_layer(
@@ -122,6 +123,14 @@ class EsViT(nn.Module):
                 z, rows, targets.z, targets.rows, center_values, match, weight, self.student_temp, teacher_temp
             ),
         )
+
+
+def _logged(entropies: Entropies, part: str) -> dict[str, Tensor]:
+    return {
+        f"teacher_entropy_{part}": entropies.teacher,
+        f"student_entropy_{part}": entropies.student,
+        f"prototypes_used_{part}": entropies.usage.exp(),
+    }
 
 
 @torch.no_grad()

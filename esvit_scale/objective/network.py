@@ -22,15 +22,15 @@ class Network(nn.Module):
         targets: Targets | None = None,
         drop_keys: Tensor | None = None,
         teacher_temp: float | None = None,
-    ) -> Targets | tuple[Tensor, dict[str, Tensor]]:
+    ) -> Targets | tuple[Tensor, dict[str, Tensor], Tensor]:
         """Without `targets` the teacher's role: crops of the two globals → targets (call without gradient).
-        With them the student's: all crops → (loss, logs)."""
+        With them the student's: all crops → (loss, logs, detached view features [ΣB, C])."""
         features = self.trunk(crops, drop_keys)
         if targets is None:
             return self.objective.targets(features)
         if teacher_temp is None:
             raise TypeError("the student's forward needs teacher_temp")
-        return self.objective(features, targets, teacher_temp)
+        return *self.objective(features, targets, teacher_temp), features.view.detach()
 
 
 def build_network(config: Config) -> Network:

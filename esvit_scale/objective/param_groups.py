@@ -17,6 +17,24 @@ def parameter_groups(module: nn.Module) -> dict[str, Group]:
     return {name: _group(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
+def part_of(name: str) -> str:
+    """The part of the network that a parameter belongs to, as monitors name it: "patch_embed", "stage3", "view_head"."""
+    owner, part, *rest = name.split(".")
+    if part == "layers":
+        return f"stage{int(rest[0]) + 1}"
+    return part if owner in ("trunk", "objective") else owner
+
+
+def largest_of_each_part(module: nn.Module) -> dict[str, str]:
+    """Part → name of its largest trainable parameter, the one whose updates stand for the part."""
+    sizes = {
+        name: getattr(p, "ds_numel", p.numel())
+        for name, p in module.named_parameters()
+        if p.requires_grad and not name.endswith(".weight_v")
+    }
+    return {part_of(name): name for name in sorted(sizes, key=sizes.__getitem__)}
+
+
 def _group(name: str, parameter: nn.Parameter) -> Group:
     if ".last_layer." in f".{name}":
         return "last_layer"

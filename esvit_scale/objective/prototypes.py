@@ -33,6 +33,14 @@ GPU_TILE_SHARE = 128  # of the device's memory. Not of what is free: the tile de
 NARROWEST_TILE = 128  # prototypes; below it matrix products starve
 
 
+class Entropies(NamedTuple):
+    """What the probabilities look like, in nats; scalars without gradient."""
+
+    teacher: Tensor  # mean over tokens of H(p_t): 0 single prototypes, ln K uniform
+    student: Tensor  # mean over tokens of H(softmax(z_s))
+    usage: Tensor  # H(mean over tokens of p_t): its exponential is the number of prototypes in use
+
+
 def prototype_cross_entropy(
     z_s: Tensor,
     rows_s: Tensor,
@@ -44,7 +52,7 @@ def prototype_cross_entropy(
     student_temp: float,
     teacher_temp: float,
     tile: int | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Entropies]:
     """Σ over student tokens s and their teacher tokens t = match[s, m] of weight[s, m] · cross-entropy(p_t, q_s).
 
     Matrix products run in z_s's dtype (bf16 for fp16); log-sum-exp, probabilities, centre and accumulations in fp32 (fp64 for fp64).
@@ -61,15 +69,16 @@ def prototype_cross_entropy(
         tile: prototypes handled at once; None: as many as the device's caches (CPU) or memory (GPU) suggest.
 
     Returns:
-        The loss (scalar) and the mean entropy of the teacher's probabilities in nats (scalar, without gradient).
+        The loss (scalar) and the entropies of teacher and student.
     """
     if z_s.dtype == torch.float16:  # P ~ 1/K and its products are below what fp16 resolves
         z_s = z_s.bfloat16()
     tile = tile or tile_size(len(z_s) + len(z_t), z_s.device)
     with torch.autocast(z_s.device.type, enabled=False):  # precisions are chosen here
-        return _PrototypeCrossEntropy.apply(
+        loss, *entropies = _PrototypeCrossEntropy.apply(
             z_s, rows_s, z_t, rows_t, center, match, weight, student_temp, teacher_temp, tile
         )
+    return loss, Entropies(*entropies)
 
 
 def tile_size(tokens: int, device: torch.device) -> int:
@@ -103,7 +112,7 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         student_temp: float,
         teacher_temp: float,
         tile: int,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         dtype = z_s.dtype
         wide = torch.promote_types(dtype, torch.float32)
         weight = weight.to(wide)
@@ -115,7 +124,7 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
 
         towards = torch.cat([z_s * mass[:, None], -pull]).div_(student_temp).to(dtype)  # [N_s + N_t, D]
         grad_rows = torch.empty_like(student.rows) if ctx.needs_input_grad[1] else None
-        mixed, entropy = _expectations(student, teacher, log_sums, towards, grad_rows, tile)
+        mixed, entropies = _expectations(student, teacher, log_sums, towards, grad_rows, tile)
         expected = mixed[len(z_s) :]  # e [N_t, D]
         loss = torch.dot(mass, log_sums[: len(z_s)]) - (expected * pull).sum() / student_temp
 
@@ -127,12 +136,12 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
             grad_z = grad_z.div_(student_temp).to(dtype)
         # Kept as they are, not by save_for_backward: the backward scales them in place and gives them away.
         ctx.gradients = grad_z, grad_rows.to(rows_s.dtype) if grad_rows is not None else None
-        ctx.mark_non_differentiable(entropy)
-        return loss, entropy
+        ctx.mark_non_differentiable(*entropies)
+        return loss, *entropies
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("prototype_cross_entropy: its backward can run once; compute the loss again")
         gradients, ctx.gradients = ctx.gradients, None
@@ -153,29 +162,33 @@ def _log_sum_exp(side: _Side, tile: int) -> Tensor:
 
 def _expectations(
     student: _Side, teacher: _Side, log_sums: Tensor, towards: Tensor, grad_rows: Tensor | None, tile: int
-) -> tuple[Tensor, Tensor]:
-    """P W [N_s + N_t, D], the student's prototypes as each token expects them, and the teacher's mean entropy.
+) -> tuple[Tensor, Entropies]:
+    """P W [N_s + N_t, D], the student's prototypes as each token expects them, and the entropies.
 
     Writes Pᵀ towards into grad_rows [K, D].
     """
     n_s, n_t = len(student.z), len(teacher.z)
     mixed = torch.zeros_like(towards, dtype=log_sums.dtype)
-    negative_entropy = log_sums.new_zeros(())  # Σ p log p
+    negative_t, negative_s, negative_mean = log_sums.new_zeros(3)  # Σ p log p
     p = student.z.new_empty((n_s + n_t) * tile)
-    spare = log_sums.new_empty(n_t * tile)
+    spare = log_sums.new_empty(max(n_s, n_t) * tile)
     for (part, s), (_, t) in zip(_tiles(student, tile), _tiles(teacher, tile), strict=True):
         both = p[: (n_s + n_t) * s.shape[1]].view(n_s + n_t, -1)
-        both[:n_s].copy_(s.sub_(log_sums[:n_s, None]).exp_())
+        probabilities = torch.exp(s.sub_(log_sums[:n_s, None]), out=spare[: s.numel()].view_as(s))
+        both[:n_s].copy_(probabilities)
+        negative_s += torch.dot(probabilities.view(-1), s.view(-1))
         probabilities = torch.exp(t.sub_(log_sums[n_s:, None]), out=spare[: t.numel()].view_as(t))
         both[n_s:].copy_(probabilities)
-        negative_entropy += torch.dot(probabilities.view(-1), t.view(-1))
+        negative_t += torch.dot(probabilities.view(-1), t.view(-1))
+        mean = probabilities.mean(0)
+        negative_mean += torch.special.xlogy(mean, mean).sum()
         if mixed.dtype == both.dtype:
             mixed.addmm_(both, student.rows[part])
         else:
             mixed.add_(both @ student.rows[part])
         if grad_rows is not None:
             torch.mm(both.t(), towards, out=grad_rows[part])
-    return mixed, -negative_entropy / n_t
+    return mixed, Entropies(-negative_t / n_t, -negative_s / n_s, -negative_mean)
 
 
 def _tiles(side: _Side, tile: int) -> Iterator[tuple[slice, Tensor]]:

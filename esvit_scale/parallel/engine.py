@@ -29,6 +29,7 @@ class Recipe(NamedTuple):
     build: Callable[[], nn.Module]
     initial_value: Callable[[str, torch.Size], Tensor]  # parameter's name and shape → fp32 value
     groups: Callable[[nn.Module], dict[str, list[str]]]  # parameter group ("decay", "no_decay", "last_layer") → names
+    watched: Callable[[nn.Module], list[str]]  # parameters whose updates the gate measures when asked
 
 
 class Engines(NamedTuple):
@@ -63,7 +64,8 @@ def build(config: Config, recipe: Recipe, world: World) -> Engines:
     names = [name for name, p in module.named_parameters() if p.requires_grad]
     if isinstance(optimizer, optimizers.LayerWise):
         optimizer.own(owned, names)
-    gate = GradientGate(optimizer, owned, names, stage, config.optim.clip, config.optim.clip_by, world.device)
+    watched = recipe.watched(module)
+    gate = GradientGate(optimizer, owned, names, watched, stage, config.optim.clip, config.optim.clip_by, world.device)
     teacher = Teacher(student, owned, recipe.build, _teacher_config(ds))
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision, torch.float32)
     group_of = {name: group for group, members in groups.items() for name in members}

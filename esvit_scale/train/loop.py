@@ -48,8 +48,8 @@ def _open_and_train(config: Config, world: World) -> int:
         fresh = collectives.on_rank_0(lambda: state.latest(path) is None)
         session = open_session(config, world, schedules, fresh)
         with Run(path, session, lock) as run:
-            for batch in run.waiting_for(stream.batches(config, data, world.rank, world.size, run.step, run.last_step)):
-                result = train_step(session, batch, run.step)
+            for batch in run.batches(data):
+                result = train_step(session, batch, run.step, watch=run.row_is_due())
                 run.record(batch, result)
                 run.save_if_due()
                 if run.asked():

@@ -35,9 +35,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def cut(path: Path, last_step: int) -> None:
-    """Drops the rows after `last_step`: a resumed run writes them again."""
+    """Drops the rows after `last_step`: a resumed run writes them again (but not what a roll-back left behind)."""
     if path.exists():
-        rows = [row for row in read_rows(path) if row["step"] <= last_step]
+        rows = [row for row in read_rows(path) if row["step"] <= last_step or row.get("rolled_back")]
         files.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -46,14 +46,38 @@ class Journal:
 
     def __init__(self, run: Path, total_steps: int, step: int, active: bool) -> None:
         self._active = active
-        if not active:
+        if active:
+            self._run, self._total = run, total_steps
+            self._open(step)
+
+    def _open(self, step: int) -> None:
+        cut(self._run / "metrics.jsonl", step)
+        cut(self._run / "quarantine.jsonl", step)
+        self._metrics = (self._run / "metrics.jsonl").open("a")
+        self._quarantine = (self._run / "quarantine.jsonl").open("a")
+        self._board = _tensorboard(self._run / "tensorboard", step)
+        self._console = _Console(self._total, step)
+
+    def rewind(self, step: int) -> None:
+        """The run went back to `step`: its curves go on from there; what was quarantined since then stays."""
+        if not self._active:
             return
-        cut(run / "metrics.jsonl", step)
-        cut(run / "quarantine.jsonl", step)
-        self._metrics = (run / "metrics.jsonl").open("a")
-        self._quarantine = (run / "quarantine.jsonl").open("a")
-        self._board = _tensorboard(run / "tensorboard", step)
-        self._console = _Console(total_steps, step)
+        self.close()
+        path = self._run / "quarantine.jsonl"
+        rows = [row | {"rolled_back": True} if row["step"] > step else row for row in read_rows(path)]
+        files.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        self._open(step)
+
+    def not_finite(self, step: int, keys: list[str]) -> None:
+        """A skipped step names its samples; they are not excluded."""
+        if not self._active:
+            return
+        for key in keys:
+            _append(self._quarantine, {"step": step, "key": key, "reason": "gradients were not finite at this step"})
+        log.warning(
+            "step %d: gradients were not finite; the step was skipped, nothing moved (its %d samples: quarantine.jsonl)",
+            *(step, len(keys)),
+        )
 
     def row(self, row: dict[str, Any]) -> None:
         """One logged step: numbers only."""

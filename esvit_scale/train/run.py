@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import torch
 
 from esvit_scale import files
 from esvit_scale.checkpoint import state
+from esvit_scale.data import stream
+from esvit_scale.data.manifest import Manifest
 from esvit_scale.data.stream import Batch
 from esvit_scale.errors import Diverged, UserError
 from esvit_scale.parallel import collectives
-from esvit_scale.train import metrics, mfu, run_dir, signals
+from esvit_scale.train import gauges, metrics, mfu, run_dir, signals
 from esvit_scale.train.monitors import Monitors
 from esvit_scale.train.step import Session, StepResult
 from esvit_scale.train.watchdog import Watchdog
@@ -21,16 +24,16 @@ from esvit_scale.train.watchdog import Watchdog
 log = logging.getLogger("esvit_scale")
 
 INTERRUPTED = 130
-SKIPS_IN_A_ROW = 20  # then the run has diverged: a NaN that comes and goes is one skipped step
 REQUESTS: tuple[signals.Request, ...] = ("none", "requeue", "interrupt")  # what weighs more comes later
 ASKED = 3  # the bits of a request
-BAD_SAMPLES, SAVE_NOW = 4, 8
+BAD_SAMPLES, SAVE_NOW, NOT_FINITE = 4, 8, 16
 
 
 class Run:
     """Opens on the run's last checkpoint; all ranks make the same calls, rank 0 writes.
 
-    `step` counts batches consumed (the clock of schedules and data), `optimizer_step` the updates that were applied.
+    `step` counts batches consumed (the clock of the schedules), `optimizer_step` the updates that were applied. The
+    batch of a step is number `step + data_offset` of the data order: a roll-back goes back in steps, not in data.
     """
 
     def __init__(self, path: Path, session: Session, lock: run_dir.Lock) -> None:
@@ -38,9 +41,9 @@ class Run:
         self._rank = session.world.rank
         self._batch = session.config.train.global_batch
         self.last_step = session.schedules.total_steps
-        self.step = self.optimizer_step = 0
+        self.step = self.optimizer_step = self.data_offset = 0
         self._saved = -1
-        self._skips = 0
+        self._skips = self._rollbacks = 0
         self._flags = 0
         self._row: dict[str, Any] = {}
         self._monitors = Monitors(session.config.objective.prototypes)
@@ -63,30 +66,44 @@ class Run:
         self._watchdog.__exit__(*error)
         self._journal.close()
 
-    def waiting_for(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches, with the time that the step waited for each added up."""
-        iterator = iter(batches)
-        while True:
-            asked = time.monotonic()
-            batch = next(iterator, None)
-            if batch is None:
-                return
-            self._wait_s += time.monotonic() - asked
-            yield batch
+    def batches(self, data: Manifest) -> Iterator[Batch]:
+        """This rank's part of every batch from the cursor on, with the time that the step waited for each added up;
+        after a roll-back, from the cursor's new place."""
+        while self.step < self.last_step:
+            rollbacks, world = self._rollbacks, self._session.world
+            first, end = self.step + self.data_offset, self.last_step + self.data_offset
+            ahead = stream.batches(self._session.config, data, world.rank, world.size, first, end)
+            with closing(ahead):  # type: ignore[type-var]
+                while rollbacks == self._rollbacks:
+                    asked = time.monotonic()
+                    batch = next(ahead, None)
+                    if batch is None:
+                        return
+                    self._wait_s += time.monotonic() - asked
+                    yield batch
 
     def record(self, batch: Batch, result: StepResult) -> None:
         """The step is done: move the cursor, hear the ranks, and write a row where one is due."""
         self.step += 1
         self._watchdog.beat(self.step)
         self.optimizer_step += result.applied
-        self._flags = collectives.bits_of_ranks(self._my_flags(batch))
+        mine = self._my_flags(batch, result)
+        self._flags = collectives.bits_of_ranks(mine)
         if self._flags & BAD_SAMPLES:
             bad = [sample for samples in collectives.gather_objects(batch.bad) for sample in samples]
             self._journal.bad_samples(self.step, bad)
-        self._count_skips(result)
         self._journal.advance(self.step)
-        if self.step % self._session.config.train.log_every == 0 or self.step == self.last_step:
+        if self.row_is_due(self.step):
             self._write_row(result)
+        if result.applied:
+            self._skips = 0
+        else:
+            self._skipped(batch, named=mine & NOT_FINITE or not self._flags & NOT_FINITE)
+
+    def row_is_due(self, step: int | None = None) -> bool:
+        """Whether the step under way (or `step`) gets a row in metrics.jsonl."""
+        step = self.step + 1 if step is None else step
+        return step % self._session.config.train.log_every == 0 or step == self.last_step
 
     def asked(self) -> bool:
         """A signal reached some rank; known to all ranks at the same step."""
@@ -114,40 +131,70 @@ class Run:
 
     def _resume(self) -> None:
         folder = state.newest_good(self._path)
-        if folder is None:
-            if self._session.origin and self._rank == 0:
-                log.info("starts from the %s", self._session.origin)
-            return
-        objective, engines = self._session.objective, self._session.engines
+        if folder is not None:
+            self._restore(folder)
+            if self._rank == 0:
+                log.info("resumed from %s at step %d", folder, self.step)
+        elif self._session.origin and self._rank == 0:
+            log.info("starts from the %s", self._session.origin)
+
+    def _restore(self, folder: Path) -> None:
         centers = self._empty_centers()
-        cursor = state.restore(folder, engines, centers)
-        objective.load_centers_state(centers)
+        cursor = state.restore(folder, self._session.engines, centers)
+        self._session.objective.load_centers_state(centers)
         self.step, self.optimizer_step, self._saved = cursor["step"], cursor["optimizer_step"], cursor["step"]
-        if self._rank == 0:
-            log.info("resumed from %s at step %d", folder, self.step)
+        self.data_offset = cursor["data_offset"]
 
     def _empty_centers(self) -> dict[str, torch.Tensor]:
         names = ["view.values", "region.values"] if self._session.config.objective.regions else ["view.values"]
         size, device = self._session.config.objective.prototypes, self._session.world.device
         return {name: torch.zeros(size, device=device) for name in names}
 
-    def _my_flags(self, batch: Batch) -> int:
+    def _my_flags(self, batch: Batch, result: StepResult) -> int:
         minutes = self._session.config.train.checkpoint_minutes
         # One clock decides for all ranks.
         save_now = self._rank == 0 and minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
-        return REQUESTS.index(signals.request()) | (BAD_SAMPLES if batch.bad else 0) | (SAVE_NOW if save_now else 0)
+        not_finite = not result.applied and not bool(torch.isfinite(result.logs["loss"]))
+        flags = {BAD_SAMPLES: bool(batch.bad), SAVE_NOW: save_now, NOT_FINITE: not_finite}
+        return REQUESTS.index(signals.request()) | sum(bit for bit, is_set in flags.items() if is_set)
 
-    def _count_skips(self, result: StepResult) -> None:
-        if result.applied:
-            self._skips = 0
-            return
+    def _skipped(self, batch: Batch, named: int | bool) -> None:
+        """A step in which nothing moved. `named`: this rank's samples may be the reason (its loss was not finite, or no
+        rank's was: then a gradient overflowed)."""
+        if self._session.config.train.precision == "fp16" and not self._flags & NOT_FINITE:
+            return  # the loss scaler at work: it halves the scale and goes on
         self._skips += 1
-        if self._rank == 0:
-            log.warning("step %d: gradients were not finite; the step was skipped, nothing moved", self.step)
-        if self._skips == SKIPS_IN_A_ROW:
+        keys = [key for keys in collectives.gather_objects(batch.keys if named else []) for key in keys]
+        self._journal.not_finite(self.step, keys)
+        if self._skips == self._session.config.train.skips_before_rollback:
+            self._roll_back()
+
+    def _roll_back(self) -> None:
+        """To the last good checkpoint, with the data of the steps since then left behind.
+
+        Raises:
+            Diverged: there is none, or this was done often enough.
+        """
+        folder = state.newest_good(self._path)
+        if folder is None or self._rollbacks == self._session.config.train.rollbacks:
+            self._write_summary(finished=False)
             raise Diverged(
-                f"{self._path}: gradients were not finite for {SKIPS_IN_A_ROW} steps in a row, up to step {self.step}; the last "
-                f"good checkpoint is in checkpoints/latest. Try a lower optim.lr or a longer optim.warmup_epochs"
+                f"{self._path}: gradients were not finite for {self._skips} steps in a row, up to step {self.step}, "
+                f"{'before the first checkpoint' if folder is None else f'after going back {self._rollbacks} times'}; "
+                "their samples are in quarantine.jsonl, the norms before them in metrics.jsonl. Try a lower optim.lr, a "
+                "longer optim.warmup_epochs, model.freeze_patch_embed=true, or train.precision=fp32"
+            )
+        failed, consumed = self.step, self.step + self.data_offset
+        self._restore(folder)
+        self.data_offset = consumed - self.step
+        self._rollbacks, self._skips = self._rollbacks + 1, 0
+        self._journal.rewind(self.step)
+        self._window_began, self._window_step, self._wait_s = time.monotonic(), self.step, 0.0
+        if self._rank == 0:
+            log.warning(
+                "%d steps in a row were skipped: back from step %d to %s, with other data (offset %d); %d of %d times",
+                *(self._session.config.train.skips_before_rollback, failed, folder.name, self.data_offset),
+                *(self._rollbacks, self._session.config.train.rollbacks),
             )
 
     def _write_row(self, result: StepResult) -> None:
@@ -159,7 +206,7 @@ class Run:
             "step": self.step,
             "images_seen": self.step * self._batch,
             **dict(zip(names, means, strict=True)),
-            "grad_norm": result.grad_norm.item(),
+            **self._gauges(result),
             "lr": schedules.lr(done),
             "wd": schedules.weight_decay(done),
             "momentum": schedules.ema_momentum(done),
@@ -177,6 +224,16 @@ class Run:
             if self._rank == 0:
                 log.warning("%s", sentence)
 
+    def _gauges(self, result: StepResult) -> dict[str, float]:
+        gate = self._session.engines.gate
+        (rank_me,) = collectives.all_reduce_mean_(torch.tensor([gauges.rank_me(result.features)], device=gate.device))
+        return {
+            **gauges.gradient_norms(result.grad_squares, gate.names),
+            **gauges.update_ratios(gate.take_changes(), gate.watched),
+            **gauges.center_norms(self._session.objective.centers_state()),
+            "rank_me": rank_me.item(),
+        }
+
     def _save(self) -> None:
         if self._saved == self.step:
             return
@@ -184,8 +241,8 @@ class Run:
         cursor = {
             "step": self.step,
             "optimizer_step": self.optimizer_step,
-            "batch_index": self.step,
-            "data_offset": 0,
+            "batch_index": self.step + self.data_offset,
+            "data_offset": self.data_offset,
             "images_seen": self.step * self._batch,
         }
         engines, centers = self._session.engines, self._session.objective.centers_state()
@@ -206,6 +263,8 @@ class Run:
             "step": self.step,
             "optimizer_step": self.optimizer_step,
             "images_seen": self.step * self._batch,
+            "data_offset": self.data_offset,
+            "rollbacks": self._rollbacks,
             "world_size": self._session.world.size,
             "seconds_since_start": seconds,
             "images_per_s": (self.step - self._began_step) * self._batch / seconds,

@@ -13,7 +13,7 @@ from esvit_scale.data.stream import Batch
 from esvit_scale.models.drop_path import drop_keys
 from esvit_scale.models.initialize import initial_value, initial_values
 from esvit_scale.objective.network import build_network
-from esvit_scale.objective.param_groups import parameter_groups
+from esvit_scale.objective.param_groups import largest_of_each_part, parameter_groups
 from esvit_scale.objective.schedules import Schedules
 from esvit_scale.parallel import engine as engine_module
 from esvit_scale.parallel.engine import Engines, Recipe
@@ -40,7 +40,8 @@ class Session:
 class StepResult:
     applied: bool  # False: gradients were not finite, nothing moved
     logs: dict[str, Tensor]  # scalars on the device, means over this rank's micro-batches; not yet over ranks
-    grad_norm: Tensor
+    grad_squares: Tensor  # [trainable parameters] squared norms, before the clip
+    features: Tensor  # [n, C] the student's view features of the last micro-batch
 
 
 def open_session(config: Config, world: World, schedules: Schedules, fresh: bool = True) -> Session:
@@ -56,19 +57,20 @@ def open_session(config: Config, world: World, schedules: Schedules, fresh: bool
     return session
 
 
-def train_step(session: Session, batch: Batch, step: int) -> StepResult:
-    """Consumes this rank's part of the global batch of `step` (0 is the first)."""
-    return optimizer_step(session, _micro_batches(session, batch), step)
+def train_step(session: Session, batch: Batch, step: int, watch: bool = False) -> StepResult:
+    """Consumes this rank's part of the global batch of `step` (0 is the first); `watch`: also measure the updates."""
+    return optimizer_step(session, _micro_batches(session, batch), step, watch)
 
 
-def optimizer_step(session: Session, micro_batches: "list[MicroBatch]", step: int) -> StepResult:
+def optimizer_step(session: Session, micro_batches: "list[MicroBatch]", step: int, watch: bool = False) -> StepResult:
     """One update from augmented crops: what `train_step` does once the pixels are ready."""
     engines, schedules = session.engines, session.schedules
     engine_module.set_rates(engines, schedules.lr(step), schedules.weight_decay(step))
-    engines.gate.freeze = schedules.last_layer_frozen(step)
+    engines.gate.freeze, engines.gate.watch = schedules.last_layer_frozen(step), watch
     sums: dict[str, Tensor] = {}
     for micro in micro_batches:
-        for name, value in _forward_backward(session, micro, step).items():
+        logs, features = _forward_backward(session, micro, step)
+        for name, value in logs.items():
             sums[name] = sums[name] + value if name in sums else value
         applied = engine_module.take_step(engines)
     if applied:
@@ -77,17 +79,17 @@ def optimizer_step(session: Session, micro_batches: "list[MicroBatch]", step: in
     else:
         session.objective.discard_centers()
     logs = {name: value / session.config.train.grad_accum for name, value in sums.items()}
-    return StepResult(applied, logs, engines.gate.take_norm())
+    return StepResult(applied, logs, engines.gate.take_squares(), features)
 
 
-def _forward_backward(session: Session, micro: "MicroBatch", step: int) -> dict[str, Tensor]:
+def _forward_backward(session: Session, micro: "MicroBatch", step: int) -> tuple[dict[str, Tensor], Tensor]:
     engines = session.engines
     with torch.no_grad(), engine_module.autocast(session.config, session.world.device):
         targets = engines.teacher.network(micro.crops[:1])
     keys = drop_keys(session.config.seed, step, micro.positions, len(session.config.crop_sizes))
-    loss, logs = engines.student(micro.crops, targets, keys, session.schedules.teacher_temp(step))
+    loss, logs, features = engines.student(micro.crops, targets, keys, session.schedules.teacher_temp(step))
     engines.student.backward(loss)
-    return {"loss": loss.detach(), **logs}
+    return {"loss": loss.detach(), **logs}, features
 
 
 @dataclass(frozen=True)
@@ -126,4 +128,6 @@ def _recipe(config: Config, origin: Start) -> Recipe:
         group_of = parameter_groups(module)
         return {group: [n for n, g in group_of.items() if g == group] for group in ("decay", "no_decay", "last_layer")}
 
-    return Recipe(lambda: build_network(config), value, groups)
+    return Recipe(
+        lambda: build_network(config), value, groups, lambda module: list(largest_of_each_part(module).values())
+    )

@@ -101,7 +101,9 @@ def train_on(ranks: int, runs: dict[str, dict[str, Any]], folder: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command = [*torchrun, str(Path(__file__).with_name("scenarios.py")), *paths]
     done = subprocess.run(command, capture_output=True, text=True, env=tiny.environment(), timeout=290, cwd=folder)
-    assert done.returncode == 0, "\n".join(line for line in done.stderr.splitlines() if "rank" in line or "Error" in line)[-6000:]
+    assert done.returncode == 0, "\n".join(
+        line for line in done.stderr.splitlines() if "rank" in line or "Error" in line
+    )[-6000:]
 
 
 def back_to_step_10(source: Path, run: Path) -> None:

@@ -72,10 +72,10 @@ def test_through_the_head_to_features_directions_and_gains():
 
 def test_nothing_flows_to_the_teacher():
     given = [x.clone().requires_grad_() if x.is_floating_point() else x for x in problem()]
-    loss, entropy = fused(*given)
+    loss, entropies = fused(*given)
     loss.backward()
     assert [x.grad is not None for x in given if x.is_floating_point()] == [True, True, False, False, False, False]
-    assert not entropy.requires_grad
+    assert not any(entropy.requires_grad for entropy in entropies)
 
 
 def test_gradients_accumulate_and_scale():
@@ -100,18 +100,36 @@ def test_only_the_gradients_that_are_needed(frozen):
         torch.testing.assert_close(fused(*full)[0], fused(*given)[0].detach())
 
 
-def test_entropy_is_the_teachers_mean():
-    _, _, z_t, rows_t, center, _, _ = given = problem()
+def test_entropies_of_teacher_student_and_of_the_mean_target():
+    z_s, rows_s, z_t, rows_t, center, _, _ = given = problem()
     p = F.softmax((z_t @ rows_t.T - center) / TEACHER_TEMP, dim=1)
-    torch.testing.assert_close(fused(*given, tile=2)[1], -(p * p.log()).sum(1).mean())
+    q = F.softmax(z_s @ rows_s.T / STUDENT_TEMP, dim=1)
+    entropies = fused(*given, tile=2)[1]
+    torch.testing.assert_close(entropies.teacher, -(p * p.log()).sum(1).mean())
+    torch.testing.assert_close(entropies.student, -(q * q.log()).sum(1).mean())
+    torch.testing.assert_close(entropies.usage, -(p.mean(0) * p.mean(0).log()).sum())
+
+
+@pytest.mark.parametrize("position", [0, 2])
+def test_fp16_is_multiplied_in_bf16(position):
+    """1/K and smaller numbers are nothing in fp16."""
+    given = problem(k=200, d=32, dtype=torch.float32)
+    half = [x.half() if i in (0, 2) else x.bfloat16() if i in (1, 3) else x for i, x in enumerate(given)]
+    half[0].requires_grad_()
+    loss, _ = fused(*half)
+    (65536 * loss).backward()  # fp16's loss scale
+    wide = with_gradient(given)
+    fused(*wide)[0].backward()
+    assert half[0].grad.dtype == torch.float16
+    assert F.cosine_similarity(half[0].grad.float().flatten(), wide[0].grad.flatten(), dim=0) > 0.995
 
 
 def test_a_sharp_teacher_and_large_gains_stay_finite():
     z_s, rows_s, z_t, rows_t, center, match, weight = problem(dtype=torch.float32)
     given = with_gradient([z_s, 300 * rows_s, z_t, 300 * rows_t, center, match, weight])
-    loss, entropy = prototype_cross_entropy(*given, STUDENT_TEMP, 1e-3)
+    loss, entropies = prototype_cross_entropy(*given, STUDENT_TEMP, 1e-3)
     loss.backward()
-    assert all(x.isfinite().all() for x in (loss, entropy, given[0].grad, given[1].grad))
+    assert all(x.isfinite().all() for x in (loss, *entropies, given[0].grad, given[1].grad))
 
 
 def test_bf16_multiplies_in_bf16_and_sums_in_fp32():
