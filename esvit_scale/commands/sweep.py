@@ -19,10 +19,13 @@ def add(commands: Any) -> None:
     fit.add_argument("--loss", metavar="COL", help="what falls with both")
     fit.add_argument("--compute", metavar="COL", help="FLOPs of a row (default: x; else the column flops, or 6·N·D)")
     fit.add_argument("--group", metavar="COL", help="rows of one run, which are resampled together (default: cell)")
+    fit.add_argument("--best", action="store_true", help="fit only the best row of each budget: the frontier")
     fit.add_argument("--form", default="auto", metavar="FORM", help="power, power_constant, two_power or chinchilla")
     fit.add_argument("--resamples", type=positive, default=1000, metavar="R", help="of the bootstrap (default: 1000)")
     fit.add_argument("--seed", type=count, default=0, metavar="N", help="of the bootstrap (default: 0)")
-    fit.add_argument("--predict", type=_above_zero, nargs="+", default=[], metavar="FLOPS", help="budgets to predict at")
+    fit.add_argument(
+        "--predict", type=_above_zero, nargs="+", default=[], metavar="FLOPS", help="budgets to predict at"
+    )
     fit.add_argument("--force", action="store_true", help="predict beyond 10 times the largest compute measured")
     fit.add_argument("--out", type=Path, metavar="DIR", help="folder for fit.json (default: the table's)")
 
@@ -37,7 +40,7 @@ def _fit(options: argparse.Namespace) -> int:
         columns = table.Columns((o.n, o.d), o.loss, o.compute, o.group)
     else:
         raise UserError("sweep fit: give --x COL --y COL, or --n COL --d COL --loss COL")
-    how = fit.Options(o.form, o.resamples, o.seed, tuple(o.predict), o.force)
+    how = fit.Options(o.form, o.resamples, o.seed, tuple(o.predict), o.force, o.best)
     out = o.out or o.table.parent
     print("\n".join(fit.summary(fit.run(o.table, columns, out, how))))
     print(out / "fit.json")

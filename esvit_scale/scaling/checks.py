@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from esvit_scale.scaling import solver
 from esvit_scale.scaling.forms import FORMS, Array, Form, Points, evaluate, points, predict, to_parameters
@@ -23,7 +24,7 @@ class Score(NamedTuple):
     held_out: int
 
 
-def bootstrap(form: Form, data: Points, groups: Array, theta: Array, resamples: int, seed: int) -> Array:
+def bootstrap(form: Form, data: Points, groups: NDArray[np.int64], theta: Array, resamples: int, seed: int) -> Array:
     """Parameters [resamples, p] of refits to runs drawn with replacement.
 
     Whole groups (runs) are drawn, because several checkpoints of one run are not several measurements. Every resample

@@ -11,7 +11,7 @@ from esvit_scale import files
 from esvit_scale.errors import UserError, nearest
 from esvit_scale.scaling import checks, optimum, solver, varpro
 from esvit_scale.scaling.forms import FORMS, Array, Form, points, predict, to_parameters
-from esvit_scale.scaling.table import Columns, Data, read
+from esvit_scale.scaling.table import Columns, Data, best_of_each_budget, read
 
 FORMAT_VERSION = 1
 FARTHEST = 10.0  # × the largest compute that was measured
@@ -26,6 +26,7 @@ class Options:
     seed: int = 0
     predict: tuple[float, ...] = ()  # budgets in FLOPs (with one input: values of x)
     force: bool = False
+    best: bool = False  # fit the best point of each budget alone: the frontier
 
 
 def run(path: Path, columns: Columns, out: Path, options: Options) -> dict[str, Any]:
@@ -36,6 +37,8 @@ def run(path: Path, columns: Columns, out: Path, options: Options) -> dict[str, 
     """
     data, columns = read(path, columns)
     _check_reach(data, options)
+    if options.best:
+        data = best_of_each_budget(data)
     try:
         result, samples = fit(data, options)
     except UserError as error:

@@ -13,9 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from esvit_scale.scaling.forms import Array, Form, predict
-from esvit_scale.scaling.table import Data
-
-SAME_BUDGET = 1.25  # costs within this factor of the next are one budget
+from esvit_scale.scaling.table import SAME_BUDGET, Data
 
 
 class Cost(NamedTuple):

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from esvit_scale.errors import UserError, nearest
 from esvit_scale.scaling.forms import Array
 
+SAME_BUDGET = 1.25  # costs within this factor of the next are one budget
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -19,7 +21,9 @@ class Columns:
     inputs: tuple[str, ...]  # (x,) or (N, D)
     y: str
     compute: str | None = None  # FLOPs; None: x itself with one input; with two the column flops, or 6·N·D
-    group: str | None = None  # rows with one value here are measurements of one run; None: the column cell, or every row
+    group: str | None = (
+        None  # rows with one value here are measurements of one run; None: the column cell, or every row
+    )
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,15 @@ def read(path: Path, columns: Columns) -> tuple[Data, Columns]:
     return Data(x, y, compute, groups), columns
 
 
+def best_of_each_budget(data: Data) -> Data:
+    """Of points whose computes lie within a factor 1.25 of the next, the one with the smallest y."""
+    order = np.argsort(data.compute, kind="stable")
+    edges = np.flatnonzero(np.diff(np.log(data.compute[order])) > np.log(SAME_BUDGET)) + 1
+    best = np.array([rows[np.argmin(data.y[rows])] for rows in np.split(order, edges)])
+    chosen = Data(data.x[best], data.y[best], data.compute[best], data.groups[best])
+    return replace(chosen, groups=np.unique(chosen.groups, return_inverse=True)[1])
+
+
 def _rows(path: Path) -> tuple[list[str], list[list[str]]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -92,7 +105,9 @@ def _numbers(path: Path, names: list[str], rows: list[list[str]], name: str) -> 
             value = float(row[at])
         except ValueError:
             what = f"{row[at]!r} is not a number" if row[at] else "empty"
-            raise UserError(f"{path}, row {number}, column {name}: {what}; leave out rows that were not measured") from None
+            raise UserError(
+                f"{path}, row {number}, column {name}: {what}; leave out rows that were not measured"
+            ) from None
         if not math.isfinite(value):
             raise UserError(f"{path}, row {number}, column {name}: {row[at]}; leave out rows that were not measured")
         if value <= 0:
