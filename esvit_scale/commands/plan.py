@@ -37,7 +37,7 @@ def _plan(options: argparse.Namespace) -> int:
     config = configs.resolve(o.config, o.overrides)
     if (o.tflops is not None and not 0 < o.tflops < 1e6) or not 0 < o.mfu <= 1:
         raise UserError("plan: --tflops needs a number above 0, --mfu one in (0, 1]")
-    found = plan.plan(config, o.gpus, o.gpu_memory, o.images or _images(config), _speed(config, o.tflops, o.mfu))
+    found = plan.plan(config, o.gpus, o.gpu_memory, o.images or _images(config), speed_of(config, o.tflops, o.mfu))
     print(json.dumps(plan.as_json(found, o.gpus), indent=2) if o.json else plan.table(found, config, o.gpus))
     if problem := plan.refusal(found, config, o.gpus):
         raise UserError(problem)
@@ -52,7 +52,8 @@ def _images(config: Any) -> int | None:
     return manifest.load(Path(config.data.train)).samples if config.data.train else None
 
 
-def _speed(config: Any, tflops: float | None, mfu: float) -> Any:
+def speed_of(config: Any, tflops: float | None, mfu: float) -> Any:
+    """A scaling.plan.Speed; without `tflops` this machine's device is measured."""
     from esvit_scale.scaling.plan import Speed
 
     if tflops is not None:

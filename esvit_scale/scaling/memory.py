@@ -136,7 +136,8 @@ def memory(
     return Memory(
         *(e * part, masters, moments, ema, e * part, gradients, reserved + scattered, gathered, activations, loss),
         forward_phase=lasting + gathered + activations + loss,
-        backward_phase=lasting + gathered + max(early, scattered + (activations if full_bucket else pixels)),
+        # Parameters that the backward is done with are let go, so that none is left for the last reduction.
+        backward_phase=lasting + max(early + gathered, scattered + (activations + gathered if full_bucket else pixels)),
         step_phase=lasting + flattened,
     )
 
