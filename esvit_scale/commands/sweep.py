@@ -30,6 +30,12 @@ def add(commands: Any) -> None:
     fit.add_argument("--force", action="store_true", help="predict beyond 10 times the largest compute measured")
     fit.add_argument("--out", type=Path, metavar="DIR", help="folder for fit.json (default: the table's)")
 
+    report = command(sweep, "report", _report, "a fit as pictures (PNG, SVG) and one HTML page")
+    report.add_argument("fit", type=Path, metavar="FIT", help="fit.json, or the folder that holds it")
+    report.add_argument("--out", type=Path, metavar="DIR", help="(default: beside fit.json)")
+    report.add_argument("--tflops", type=_above_zero, metavar="T", help="of one GPU, for the cost of the next size")
+    report.add_argument("--mfu", type=_above_zero, default=0.35, metavar="F", help="share of it (default: 0.35)")
+
 
 def _add_running(sweep: Any) -> None:
     def one(name: str, run: Any, summary: str) -> argparse.ArgumentParser:
@@ -131,6 +137,13 @@ def _fit(options: argparse.Namespace) -> int:
     out = o.out or o.table.parent
     print("\n".join(fit.summary(fit.run(o.table, columns, out, how))))
     print(out / "fit.json")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from esvit_scale.scaling import page
+
+    print(page.write(options.fit, options.out, options.tflops, options.mfu))
     return 0
 
 
