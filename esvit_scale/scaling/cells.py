@@ -60,6 +60,9 @@ def cells(sweep: Sweep, where: str, speed: Speed) -> list[Cell]:
     base = configs.resolve(sweep.base, list(sweep.overrides))
     configs.require_training_data(base)
     data = manifests.load(Path(base.data.train))
+    for source in (sweep.evaluate.train, sweep.evaluate.test) if sweep.evaluate else ():
+        if not Path(source).is_dir():
+            raise UserError(f"{where}: evaluate: {source}: no such folder")
     sizes = [shapes.shape_of(size, base) for size in sweep.sizes]
     grid = product(sizes, sweep.budgets, sweep.unique_images, sweep.seeds)
     found = [_cell(i, sweep, where, base, data, speed, *point) for i, point in enumerate(grid)]

@@ -2,9 +2,9 @@
 
 The named sizes first grow in stage 3 (Swin-T → S: 6 → 18 blocks at width 96), then in width at 2-2-18-2 (B, L, H, 1B),
 then in stage 3 again (G: 42 at 512). The ladder fills in the steps: widths are multiples of 32, and where depth grows it
-grows by 2, the length of a plain and a shifted block.
+grows by 2 (by 4 at 512): blocks come in pairs, a plain and a shifted one.
 
-    width      32       64         96          128 … 448    480, 512
+    width      32       64         96          128 … 480    512
     stage 3    2, 4     2, 4, 6    6, 8 … 18   18           18, 22 … 42
 """
 
@@ -20,7 +20,7 @@ from esvit_scale.scaling.sweep_file import Size
 
 HEAD_DIM = 32
 OFF = 1.25  # a target may be this factor from the nearest step of the ladder
-STAGE_3 = {32: (2, 4), 64: (2, 4, 6), 96: (6, 8, 10, 12, 14, 16, 18), 480: range(18, 43, 4), 512: range(18, 43, 4)}
+STAGE_3 = {32: (2, 4), 64: (2, 4, 6), 96: (6, 8, 10, 12, 14, 16, 18), 512: range(18, 43, 4)}
 WIDEST = 512
 
 
