@@ -97,6 +97,10 @@ class Optim(Section):
     lr: Rate = 5e-4  # per 256 images: the peak is lr · global_batch / 256
     lr_end: Rate = 1e-6
     warmup_epochs: Rate = 10
+    # cosine: over the whole run. constant: lr, weight decay and EMA momentum stay at their first values and go to their
+    # ends, on a straight line, in the last `cooldown` of the run: a longer run begins as a shorter one does
+    schedule: Literal["cosine", "constant"] = "cosine"
+    cooldown: Fraction = 0.2
     weight_decay: Rate = 0.04
     weight_decay_end: Rate = 0.4
     clip: AboveZero | None = 3.0  # gradient norm; null: no clipping

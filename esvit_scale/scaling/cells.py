@@ -1,6 +1,6 @@
 """The cells of a sweep: each one run, with its complete config, what it costs, and why it would be refused."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,14 @@ from esvit_scale.data import manifest as manifests
 from esvit_scale.data.manifest import Manifest
 from esvit_scale.errors import UserError
 from esvit_scale.models import complexity
+from esvit_scale.objective.schedules import cooldown_start
 from esvit_scale.scaling import plan as planning
 from esvit_scale.scaling import shapes
 from esvit_scale.scaling.plan import GIB, Plan, Speed
 from esvit_scale.scaling.shapes import Shape
 from esvit_scale.scaling.sweep_file import Sweep
 
+SAVE_MINUTES = 30.0  # of runs that save at a branch point and at their end
 WARM_UP_SHARE = 0.5  # a run that warms up for longer never trains at its rate
 
 
@@ -31,7 +33,8 @@ class Cell:
     flops: float  # FLOPs of the whole number of steps
     unique_images: int
     plan: Plan
-    problems: list[str]  # not empty: refused
+    parent: "Cell | None" = None  # the run whose constant part this one continues
+    problems: list[str] = field(default_factory=list)  # not empty: refused
 
     @property
     def path(self) -> Path:
@@ -41,6 +44,17 @@ class Cell:
     def steps(self) -> int:
         assert self.config.train.steps is not None
         return self.config.train.steps
+
+    @property
+    def branch_step(self) -> int:
+        """Where longer runs may go on from."""
+        return cooldown_start(self.steps, self.config.optim.cooldown)
+
+    @property
+    def gpu_hours(self) -> float:
+        """Of the steps that are its own."""
+        own = self.steps - (self.parent.branch_step if self.parent else 0)
+        return float(self.plan.numbers["gpu_hours"]) * own / self.steps
 
     @property
     def images_seen(self) -> int:
@@ -69,7 +83,22 @@ def cells(sweep: Sweep, where: str, speed: Speed) -> list[Cell]:
     names = [cell.name for cell in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"{where}: the same cell twice: {', '.join(twice[:3])}")
-    return found
+    return _with_parents(found) if sweep.horizon == "branches" else found
+
+
+def _with_parents(found: list[Cell]) -> list[Cell]:
+    """Each cell with the next shorter one of its size, data and seed; in the same order."""
+    made: dict[int, Cell] = {}
+    for cell in sorted(found, key=lambda c: c.budget):
+        same = [
+            c for c in made.values() if _line(c) == _line(cell) and not c.problems and c.branch_step < cell.branch_step
+        ]
+        made[cell.index] = replace(cell, parent=max(same, key=lambda c: c.branch_step, default=None))
+    return [made[cell.index] for cell in found]
+
+
+def _line(cell: Cell) -> tuple[object, ...]:
+    return cell.shape, cell.unique_images, cell.config.seed
 
 
 def _cell(
@@ -101,9 +130,16 @@ def _cell(
         values["data"]["train"] = str(subset_path(sweep, unique))
     if sweep.horizon == "scale":
         _scale_horizon(values, base, data, images, steps)
+    elif sweep.horizon == "branches":
+        # Warm-ups as the shortest run would have them: the same for all, or they would not be one run.
+        _scale_horizon(values, base, data, images, max(1, round(min(sweep.budgets) / per_step)))
+        branch = max(1, cooldown_start(steps, base.optim.cooldown))
+        values["optim"]["schedule"] = "constant"
+        values["train"] |= {"checkpoint_every": branch, "keep_every": branch}
+        values["train"]["checkpoint_minutes"] = base.train.checkpoint_minutes or SAVE_MINUTES
     config = configs.validate(values, where)
     costs = planning.plan(config, sweep.machine.gpus, int(sweep.machine.gpu_memory * GIB), images, speed)
-    cell = Cell(index, name, config, shape, budget, float(steps * per_step), images, costs, [])
+    cell = Cell(index, name, config, shape, budget, float(steps * per_step), images, costs)
     cell.problems.extend(_problems(cell, sweep, data, unique))
     return cell
 
@@ -198,11 +234,11 @@ def table(found: list[Cell], sweep: Sweep) -> str:
         lines.append(
             f"{cell.index:4d} {cell.name:28s} {_short(n['trunk_params']):>8s} {cell.shape.embed_dim:5d} {depths:>10s} "
             f"{cell.steps:8,d} {_short(cell.images_seen):>8s} {cell.epochs:7.1f} {_short(cell.flops):>8s} "
-            f"{cell.config.optim.lr:8.2g} {_cost(n['gpu_hours']):>8s}  {fits}"
+            f"{cell.config.optim.lr:8.2g} {_cost(cell.gpu_hours):>8s}  {fits}"
         )
         lines += [f"       {problem}" for problem in cell.problems]
     good = [cell for cell in found if not cell.problems]
-    hours = sum(cell.plan.numbers["gpu_hours"] for cell in good)
+    hours = sum(cell.gpu_hours for cell in good)
     rule = f"lr = {sweep.lr.value or 'the base config’s'}"
     if sweep.lr.exponent:
         rule += f" · (trunk parameters / {sweep.lr.at_params:g})^{sweep.lr.exponent:g}"
@@ -245,7 +281,8 @@ def as_json(found: list[Cell]) -> list[dict[str, Any]]:
             "unique_images": cell.unique_images,
             "lr": cell.config.optim.lr,
             "seed": cell.config.seed,
-            "gpu_hours": cell.plan.numbers["gpu_hours"],
+            "gpu_hours": cell.gpu_hours,
+            "continues": cell.parent.name if cell.parent else None,
             "problems": cell.problems,
         }
         for cell in found

@@ -8,12 +8,14 @@ in <out>/failed, and the sweep goes on with the next.
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from esvit_scale import config as configs
 from esvit_scale import files
 from esvit_scale.data import manifest as manifests
 from esvit_scale.errors import UserError
@@ -56,6 +58,27 @@ def prepare(cell: Cell, sweep: Sweep, source: Path) -> None:
         make_subset(sweep, cell.unique_images, source)
 
 
+def branch(cell: Cell) -> None:
+    """A run dir that goes on from the parent's branch point; nothing when it has begun already.
+
+    Raises:
+        UserError: the parent has not come so far.
+    """
+    checkpoints = cell.path / "checkpoints"
+    if cell.parent is None or (checkpoints / "latest").exists():
+        return
+    step = f"step-{cell.parent.branch_step:08d}"
+    origin = cell.parent.path / "checkpoints" / step
+    if not origin.is_dir():
+        raise UserError(f"{cell.name} continues {cell.parent.name}, which has no {step} yet: run that first")
+    aside = checkpoints / f".{step}.partial"
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    shutil.copytree(origin, aside)
+    aside.rename(checkpoints / step)
+    files.write_text(cell.path / "config.yaml", configs.dump(cell.config))
+    files.write_text(checkpoints / "latest", f"{step}\n")
+
+
 def submit_local(sweep_file: Path, sweep: Sweep, found: list[Cell]) -> int:
     """Runs what is not finished, in order of cost, each in a process of its own; returns the exit code.
 
@@ -79,11 +102,14 @@ def _run_apart(sweep_file: Path, sweep: Sweep, cell: Cell) -> int:
     _failure_path(cell, sweep).unlink(missing_ok=True)
     command = [sys.executable, "-m", "esvit_scale", "sweep", "run-cell", str(sweep_file), str(cell.index)]
     with log.open("ab") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as process:
+        before = signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number))
         try:
             code = process.wait()
         except KeyboardInterrupt:  # the terminal sent it to the cell as well: it saves and ends by itself
             process.wait()
             return INTERRUPTED
+        finally:
+            signal.signal(signal.SIGTERM, before)
     if code not in (0, INTERRUPTED):
         note_failure(cell, sweep, _reason(log, code))
         print(f"    failed: {_reason(log, code)}", flush=True)
@@ -115,6 +141,10 @@ def submit_slurm(sweep_file: Path, sweep: Sweep, found: list[Cell]) -> str:
     Raises:
         UserError: no script, no sbatch, or sbatch's refusal.
     """
+    if sweep.horizon == "branches":
+        raise UserError(
+            "horizon: branches: runs wait for each other, which an array job cannot; use --local, or horizon: scale"
+        )
     script = shipped_folder("slurm") / "sweep.sbatch"
     if not script.is_file():
         raise UserError(f"{script}: not there; `sweep submit --local` runs the cells on this machine")
@@ -150,6 +180,7 @@ def run_cell(cell: Cell, sweep: Sweep, source: Path) -> int:
         raise UserError(f"{cell.name}: refused: {cell.problems[0]}")
     if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0:
         prepare(cell, sweep, source)
+        branch(cell)
         forget_failure(cell, sweep)
     code = loop.pretrain(cell.config)
     if code or (cell.path / "requeue").exists() or not read_summary(cell.path).get("finished"):
@@ -190,8 +221,6 @@ def status_table(found: list[Cell], sweep: Sweep) -> str:
 
 def source_of(sweep: Sweep) -> Path:
     """The whole shard set that the base config trains on."""
-    from esvit_scale import config as configs
-
     return manifests.load(Path(configs.resolve(sweep.base, list(sweep.overrides)).data.train)).root
 
 

@@ -77,7 +77,9 @@ class Sweep(Section):
     unique_images: list[Positive | None] = Field(default=[None], min_length=1)  # null: the whole set
     lr: LearningRate = LearningRate()
     # scale: warm-ups and the last layer's freeze keep their share of the run; keep: their number of epochs
-    horizon: Literal["scale", "keep"] = "scale"
+    # branches: constant schedules with a cooldown (optim.cooldown of the run); a longer run starts from the checkpoint at
+    # which the next shorter one began to cool down
+    horizon: Literal["scale", "keep", "branches"] = "scale"
     evaluate: Evaluate | None = None
     machine: Machine = Machine()
     limits: Limits = Limits()

@@ -17,6 +17,7 @@ from esvit_scale.data import manifest
 from esvit_scale.errors import UserError
 from esvit_scale.models import complexity
 from esvit_scale.models.registry import SHAPES
+from esvit_scale.objective.schedules import Schedules
 from esvit_scale.scaling import cells, runner, shapes, sweep_file
 from esvit_scale.scaling.plan import Speed
 from esvit_scale.scaling.sweep_file import Size
@@ -131,6 +132,34 @@ def test_schedules_keep_their_share_of_the_run(tmp_path):
     assert shares == pytest.approx([2 * 4 / 20] * 4)
     _, kept = cells_of(write(tmp_path, horizon="keep"))
     assert {cell.config.optim.warmup_epochs for cell in kept} == {2.0}
+
+
+def test_branches_are_one_run_until_they_cool_down(tmp_path):
+    """The longer run's schedules equal the shorter's until its branch point, and it pays for its own steps only."""
+    _, found = cells_of(write(tmp_path, horizon="branches", sizes=SMALL[:1]))
+    short, long = found
+    assert (short.parent, long.parent.name) == (None, short.name)
+    a, b = Schedules(short.config, 4), Schedules(long.config, 4)
+    moving = ("lr", "weight_decay", "ema_momentum", "teacher_temp", "last_layer_frozen")
+    for step in range(short.branch_step + 1):
+        assert all(getattr(a, name)(step) == getattr(b, name)(step) for name in moving)
+    assert a.lr(short.branch_step + 1) < b.lr(short.branch_step + 1)
+    share = (long.steps - short.branch_step) / long.steps
+    assert long.gpu_hours == pytest.approx(share * long.plan.numbers["gpu_hours"])
+
+
+@pytest.mark.slow
+def test_a_branch_is_the_long_run(tmp_path):
+    """Continued from the shorter run's branch point, a run logs what it would have logged by itself."""
+    path = write(tmp_path, horizon="branches", sizes=SMALL[:1])
+    _, (_, long) = cells_of(path)
+    assert start("submit", "--local", str(path)).wait(timeout=200) == 0
+    alone = tmp_path / "alone.yaml"
+    alone.write_text(configs.dump(long.config).replace(str(long.path), str(tmp_path / "alone")))
+    assert tiny.start_cli("pretrain", str(alone)).wait(timeout=120) == 0
+    branched, whole = tiny.rows(long.path), tiny.rows(tmp_path / "alone")
+    assert len(branched) == long.steps - long.parent.branch_step
+    assert branched == whole[-len(branched) :]
 
 
 def test_the_learning_rate_rule(tmp_path):
