@@ -22,6 +22,7 @@ DELTA = 1e-3
 CONSTANT_SHARES = (1e-3, 0.3, 0.7, 0.95)  # starts: E as a share of the smallest y
 TERM_SHARES = (0.2, 0.5, 0.8)  # how the first term shares the rest with the second
 START_EXPONENTS = (0.05, 0.2, 0.5, 1.0, 2.0)
+AT_ONCE = 1_000_000  # rows × points, so that memory does not grow with the table
 WIDE_DELTA, KEPT_STARTS = 0.1, 12  # all starts are judged with a Huber loss that is nearly quadratic
 
 
@@ -68,10 +69,20 @@ def descend(
     Returns:
         theta [R, p], and the loss Σ counts·huber_δ / δ² of each row [R].
     """
+    counts = np.ones((len(theta), len(data.log_y))) if counts is None else counts
+    at_once = max(1, AT_ONCE // len(data.log_y))
+    parts = [
+        _descend(form, data, theta[i : i + at_once], counts[i : i + at_once], delta, iterations, tolerance)
+        for i in range(0, len(theta), at_once)
+    ]
+    return np.concatenate([part for part, _ in parts]), np.concatenate([loss for _, loss in parts])
+
+
+def _descend(
+    form: Form, data: Points, theta: Array, counts: Array, delta: float, iterations: int, tolerance: float
+) -> tuple[Array, Array]:
     low, high = bounds(form, data)
     theta = np.clip(theta, low, high)
-    counts = np.ones((len(theta), len(data.log_y))) if counts is None else counts
-    loss = np.empty(len(theta))
     live, damping, stalled = np.arange(len(theta)), np.full(len(theta), 1e-3), np.zeros(len(theta), int)
     fitted, slopes = evaluate(form, theta, data.logs)
     residual = fitted - data.log_y

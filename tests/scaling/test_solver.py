@@ -74,6 +74,16 @@ def test_the_answer_does_not_depend_on_the_start():
     assert loss.min() * solver.DELTA**2 > ours.loss * (1 - 1e-3)
 
 
+def test_rows_in_parts_are_the_rows_together(monkeypatch):
+    x = laws.grid(4, 4)
+    data = points(x, laws.measure(x, noise=0.01))
+    start = solver.starts(laws.CHINCHILLA, data)[:30]
+    together = solver.descend(laws.CHINCHILLA, data, start, iterations=30)
+    monkeypatch.setattr(solver, "AT_ONCE", 7 * 16)
+    for whole, part in zip(together, solver.descend(laws.CHINCHILLA, data, start, iterations=30), strict=True):
+        np.testing.assert_allclose(part, whole, rtol=1e-6)
+
+
 def test_counts_weigh_points_as_copies_would():
     x = laws.grid(4, 4)
     data = points(x, laws.measure(x, noise=0.01))
