@@ -18,7 +18,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-SHAPES = {  # 305 and 347 million parameters: between Swin-L and SwinV2-H
+SHAPES = {  # trunk and heads together 309 and 310 million parameters: between Swin-L and SwinV2-H; and a smaller one
+    "swin_138m": {"trunk": "swin_l", "embed_dim": 160, "heads": [5, 10, 20, 40]},
     "swin_305m": {"trunk": "swin_l", "embed_dim": 240, "heads": [5, 10, 20, 40]},
     "swinv2_310m": {"trunk": "swinv2_l", "embed_dim": 240, "heads": [5, 10, 20, 40]},
 }

@@ -62,7 +62,7 @@ def curve(
         axes, band, BLUE, compute.max(), "compute-optimal, 95 % interval" if sizes is not None else "fit, 95 % interval"
     )
     _dots(figure, axes, compute, y, sizes)
-    if len(predicted.x):
+    if np.isfinite(predicted.y).any():
         below_above = np.abs(np.stack([predicted.y - predicted.low, predicted.high - predicted.y]))
         axes.errorbar(
             predicted.x, predicted.y, below_above, fmt="D", color=ORANGE, markersize=6, capsize=4, label="predicted"
@@ -171,6 +171,14 @@ def _style(axes: Axes, x_label: str, y_label: str) -> None:
     axes.set_ylabel(y_label, color=GREY)
 
 
+def _ticks_in_a_decade(axes: Axes) -> None:
+    """Where the axis spans little more than a power of ten, its ticks at 1, 2 and 5 are written out."""
+    low, high = axes.get_xlim()
+    if high / low < 30:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low > 4 else (1, 1.5, 2, 3, 4, 5, 6, 8)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.3g}"))
+
+
 def _log_y(axes: Axes, y: Array) -> None:
     """A logarithmic axis whose ticks are read as numbers, also over less than a power of ten."""
     axes.set_yscale("log")
@@ -206,6 +214,9 @@ def _dots(figure: Figure, axes: Axes, x: Array, y: Array, sizes: Array | None) -
 
 def _save(figure: Figure) -> Picture:
     made = []
+    for axes in figure.axes:
+        if axes.get_xscale() == "log":
+            _ticks_in_a_decade(axes)
     for kind in ("png", "svg"):
         buffer = io.BytesIO()
         figure.savefig(buffer, format=kind, metadata={"Date": None} if kind == "svg" else None)

@@ -39,9 +39,9 @@ def bootstrap(form: Form, data: Points, groups: NDArray[np.int64], theta: Array,
 
 
 def interval(samples: Array) -> list[float]:
-    """The middle 95 % of the finite values."""
+    """The middle 95 % of the values; NaN when more than 5 % of them do not exist."""
     finite = samples[np.isfinite(samples)]
-    if not len(finite):
+    if len(finite) < 0.95 * len(samples) or not len(finite):
         return [float("nan")] * 2
     return [float(q) for q in np.quantile(finite, [0.025, 0.975])]
 

@@ -198,10 +198,15 @@ def summary(result: dict[str, Any]) -> list[str]:
         held = f"the {score['held_out']} largest runs from the {score['fitted']} smaller"
         lines.append(f"  hold-out, {score['form']}: {100 * score['error']:.2g} % mean error on {held}")
     if "size_exponent" in result:
-        low, high = result["size_exponent"]["ci95"]
-        lines.append(f"  N* grows as C^{result['size_exponent']['value']:.3g} (95 % {low:.3g} to {high:.3g})")
+        lines.append(f"  N* grows as C^{_estimate(result['size_exponent']['value'], result['size_exponent']['ci95'])}")
     for row in result["predictions"]:
-        split = f" with N* {row['N']:.3g}, D* {row['D']:.3g}" if "N" in row else ""
-        low, high = row["y_ci95"]
-        lines.append(f"  at {row['compute']:.3g}: y {row['y']:.4g} (95 % {low:.4g} to {high:.4g}){split}")
+        split = f" with N* {row['N']:.3g}, D* {row['D']:.3g}" if math.isfinite(row.get("N", math.nan)) else ""
+        lines.append(f"  at {row['compute']:.3g}: y {_estimate(row['y'], row['y_ci95'])}{split}")
     return lines + [f"  warning: {warning}" for warning in result["warnings"]]
+
+
+def _estimate(value: float, ci95: list[float]) -> str:
+    if not math.isfinite(value):
+        return "not determined"
+    known = math.isfinite(ci95[0])
+    return f"{value:.4g} (95 % {ci95[0]:.4g} to {ci95[1]:.4g})" if known else f"{value:.4g} (interval not determined)"

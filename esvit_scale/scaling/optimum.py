@@ -15,6 +15,8 @@ import numpy as np
 from esvit_scale.scaling.forms import Array, Form, predict
 from esvit_scale.scaling.table import SAME_BUDGET, Data
 
+FLAT = 1e-3  # an exponent below it is none: 1,000 times the compute would gain less than a percent
+
 
 class Cost(NamedTuple):
     """C ≈ k·N^kappa·D."""
@@ -46,10 +48,13 @@ def cost_rule(data: Data) -> Cost:
 
 
 def optimal_split(form: Form, parameters: Array, cost: Cost, compute: Array) -> tuple[Array, Array, Array]:
-    """N* [R, m], D* [R, m] and y* [R, m] of parameter rows [R, p] at budgets [m]; inf or 0 where a row has no optimum."""
+    """N* [R, m], D* [R, m] and y* [R, m] of parameter rows [R, p] at budgets [m]; NaN where a row has no optimum, because
+    size or data do not help."""
     columns = dict(zip(form.names, parameters.T[:, :, None], strict=True))
     a, b, alpha, beta = (columns[name] for name in ("A", "B", "alpha", "beta"))
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        helps = (alpha > FLAT) & (beta > FLAT) & (a > 0) & (b > 0)
+        alpha = np.where(helps, alpha, np.nan)
         log_n = (np.log(alpha * a / (cost.kappa * beta * b)) + beta * np.log(compute / cost.k)) / (
             alpha + cost.kappa * beta
         )
@@ -60,10 +65,10 @@ def optimal_split(form: Form, parameters: Array, cost: Cost, compute: Array) -> 
 
 
 def size_exponent(form: Form, parameters: Array, cost: Cost) -> Array:
-    """[R]: N* ∝ C^this."""
+    """[R]: N* ∝ C^this; NaN where there is no optimum."""
     alpha, beta = parameters[:, form.names.index("alpha")], parameters[:, form.names.index("beta")]
     with np.errstate(divide="ignore", invalid="ignore"):
-        result: Array = beta / (alpha + cost.kappa * beta)
+        result: Array = np.where((alpha > FLAT) & (beta > FLAT), beta / (alpha + cost.kappa * beta), np.nan)
     return result
 
 

@@ -95,6 +95,8 @@ def _two_input_sections(fit: Json, compute: Array, x: Array, y: Array) -> list[S
     inside = [p for p in fit["isoflop"] if p["inside"]]
     minima = np.array([p["compute"] for p in inside]), np.array([p["n_opt"] for p in inside])
     bands = _band(fit["frontier"], "N"), _band(fit["frontier"], "D")
+    if not np.isfinite(bands[0].y).any():  # the law has no optimum
+        return found
     picture = draw.frontier(*bands, float(compute.max()), minima, n_name, d_name, "FLOPs")
     caption = "The size and the amount of data that the law prefers for a budget."
     return [*found, Section("frontier", "Compute-optimal split", caption, picture)]
@@ -164,8 +166,10 @@ def _prediction(row: Json, columns: Json, largest: float, tflops: float | None, 
 
 def _with_interval(row: Json, name: str) -> str:
     low, high = row[f"{name}_ci95"]
-    if row[name] is None or low is None:
+    if row[name] is None:
         return "not determined"
+    if low is None:
+        return f"{row[name]:.3g} (interval not determined)"
     return f"{row[name]:.3g} ({low:.3g} to {high:.3g})"
 
 

@@ -100,6 +100,17 @@ def test_the_optimal_split_is_the_minimum_on_the_budget():
         assert d[0, i] == pytest.approx(x[values.argmin(), 1], rel=1e-3)
 
 
+def test_a_law_without_an_optimum_says_so(tmp_path, capsys):
+    """Noise alone: neither size nor data helps, and no best split is invented."""
+    x = laws.grid(3, 3)
+    table = laws.write(tmp_path / "f.csv", x, np.exp(0.01 * np.random.default_rng(0).standard_normal(9)))
+    result = fit.run(table, ND, tmp_path, fit.Options(resamples=60, predict=(1e20,)))
+    assert "not determined" in "\n".join(fit.summary(result))
+    assert len(result["warnings"]) >= 2
+    saved = json.loads((tmp_path / "fit.json").read_text())
+    assert saved["predictions"][0]["N_ci95"] == [None, None]
+
+
 def test_costs_of_another_rule_are_recognised():
     x = laws.grid()
     data = Data(x, laws.measure(x), 2.5 * x[:, 0] ** 0.9 * x[:, 1], np.arange(64))
