@@ -123,13 +123,11 @@ def memory(
     if stage < 3:
         growing = max(early, late) if on_cpu else early + reserved
         reduction = reserved + gradients + (activations if full_bucket else pixels)
-        # At stage 1 with several ranks the gradients of other ranks' parameters stay in the bucket into the step.
-        stay = reserved if stage == 1 and ranks > 1 else 0
         return Memory(
             *(e * whole, masters, moments, ema, e * whole, gradients, reserved, 0, activations, loss),
             forward_phase=activations + loss,
             backward_phase=max(growing, reduction),
-            step_phase=gradients + flattened + stay,
+            step_phase=gradients + flattened,
         )
     scattered = e * filled * (2 if on_cpu else 1)  # the bucket once more, in the order of its owners
     lasting = gradients + reserved  # both are kept from step to step
