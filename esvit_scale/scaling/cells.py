@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from esvit_scale import config as configs
-from esvit_scale import files
 from esvit_scale.config import Config
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data.manifest import Manifest
@@ -14,7 +13,7 @@ from esvit_scale.errors import UserError
 from esvit_scale.models import complexity
 from esvit_scale.objective.schedules import cooldown_start
 from esvit_scale.scaling import plan as planning
-from esvit_scale.scaling import shapes
+from esvit_scale.scaling import shapes, subset
 from esvit_scale.scaling.plan import GIB, Plan, Speed
 from esvit_scale.scaling.shapes import Shape
 from esvit_scale.scaling.sweep_file import Sweep
@@ -127,7 +126,7 @@ def _cell(
     values["optim"]["lr"] = _rate(sweep, base, params)
     values["train"]["steps"] = steps
     if unique is not None:
-        values["data"]["train"] = str(subset_path(sweep, unique))
+        values["data"]["train"] = str(subset.path_of(sweep, unique))
     if sweep.horizon == "scale":
         _scale_horizon(values, base, data, images, steps)
     elif sweep.horizon == "branches":
@@ -181,41 +180,10 @@ def _problems(cell: Cell, sweep: Sweep, data: Manifest, unique: int | None) -> l
             found.append(f"warms up for {warm_up:.0%} of its steps: a longer run, or a shorter optim.warmup_epochs")
     if cell.plan.fits is None:
         found.append(str(planning.refusal(cell.plan, cell.config, sweep.machine.gpus)))
-    if unique is not None and unique not in (sums := _sums(data)):
+    if unique is not None and unique not in (sums := subset.sums(data)):
         near = min(sums, key=lambda s: abs(s - unique))
         found.append(f"unique_images {unique} is no whole number of the set's first shards; nearest: {near}")
     return found
-
-
-# --- the first images of a set ---------------------------------------------------------------------------------------
-
-
-def subset_path(sweep: Sweep, unique: int) -> Path:
-    return sweep.folder / "data" / f"first-{unique}"
-
-
-def make_subset(sweep: Sweep, unique: int, source: Path) -> None:
-    """A shard set of the first `unique` images: links to the first shards, and a manifest of their own."""
-    data, folder = manifests.load(source), subset_path(sweep, unique)
-    if manifests.is_shard_set(folder):
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    shards = data.shards[: _sums(data).index(unique) + 1]
-    for shard in shards:
-        path = (data.root / shard.name).resolve()
-        for link in (path, manifests.index_path(path)):
-            if link.exists() and not (folder / link.name).is_symlink():
-                (folder / link.name).symlink_to(link)
-    content = manifests.dump(shards, data.classes, f"{data.source}, first {unique}", "sweep")
-    files.write_bytes(folder / manifests.MANIFEST, content)
-
-
-def _sums(data: Manifest) -> list[int]:
-    totals, total = [], 0
-    for shard in data.shards:
-        total += shard.samples
-        totals.append(total)
-    return totals
 
 
 # --- the table -------------------------------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ from esvit_scale import files
 from esvit_scale.data import manifest as manifests
 from esvit_scale.errors import UserError
 from esvit_scale.resources import shipped_folder
-from esvit_scale.scaling.cells import Cell, make_subset, subset_path
+from esvit_scale.scaling import subset
+from esvit_scale.scaling.cells import Cell
 from esvit_scale.scaling.sweep_file import Sweep
 from esvit_scale.train.metrics import read_rows
 from esvit_scale.train.run_dir import read_summary
@@ -54,8 +55,8 @@ def state(cell: Cell, sweep: Sweep) -> State:
 
 def prepare(cell: Cell, sweep: Sweep, source: Path) -> None:
     """The cell's shards, when it sees only some of the set's."""
-    if Path(cell.config.data.train) == subset_path(sweep, cell.unique_images):
-        make_subset(sweep, cell.unique_images, source)
+    if Path(cell.config.data.train) == subset.path_of(sweep, cell.unique_images):
+        subset.make(sweep, cell.unique_images, source)
 
 
 def branch(cell: Cell) -> None:
