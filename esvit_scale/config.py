@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -35,6 +35,9 @@ PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 class GlobalCrops(Section):
@@ -96,6 +99,10 @@ class Optim(Section):
     lr: Rate = 5e-4  # per 256 images: the peak is lr · global_batch / 256
     lr_end: Rate = 1e-6
     warmup_epochs: Rate = 10
+    # cosine: over the whole run. constant: lr, weight decay and EMA momentum stay at their first values and go to their
+    # ends, on a straight line, in the last `cooldown` of the run: a longer run begins as a shorter one does
+    schedule: Literal["cosine", "constant"] = "cosine"
+    cooldown: Fraction = 0.2
     weight_decay: Rate = 0.04
     weight_decay_end: Rate = 0.4
     clip: AboveZero | None = 3.0  # gradient norm; null: no clipping
@@ -233,9 +240,10 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _decimal)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what either YAML would not read back as text (a run named 12e4)."""
+    """Quotes what either YAML would not read back as text (runs named 12e4 and 08)."""
 
 
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?\d+$"), list("-+0123456789"))
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
@@ -259,7 +267,7 @@ def resolve(config: str, overrides: list[str] | None = None) -> Config:
 
 def load(path: Path) -> Config:
     """A config file written by `dump`."""
-    return validate(_parse(_text(path), str(path)), where=str(path))
+    return validate(read_yaml(path), where=str(path))
 
 
 def dump(config: Config) -> str:
@@ -268,11 +276,23 @@ def dump(config: Config) -> str:
 
 
 def validate(values: dict[str, Any], where: str, overrides: list[str] | None = None) -> Config:
+    return check(Config, values, where, overrides)
+
+
+def check(
+    schema: type[AnySection], values: dict[str, Any], where: str, overrides: list[str] | None = None
+) -> AnySection:
+    """`values` as a Config, or as another file's schema made of Sections; raises UserError as `resolve` does."""
     try:
-        return Config.model_validate(values)
+        return schema.model_validate(values)
     except ValidationError as error:
-        lines = [_explain(e, _origin(e["loc"], where, overrides or [])) for e in error.errors()]
+        lines = [_explain(e, _origin(e["loc"], where, overrides or []), schema) for e in error.errors()]
         raise UserError("\n".join(lines)) from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Raises UserError: cannot be read, not YAML, not `key: value` lines."""
+    return _parse(_text(path), str(path))
 
 
 def require_training_data(config: Config) -> None:
@@ -379,9 +399,9 @@ def _default_at(path: list[str]) -> Any:
 # --- the schema, asked ---------------------------------------------------------------------------------------------
 
 
-def _annotation(path: list[str]) -> Any:
+def _annotation(path: list[str], schema: Any = None) -> Any:
     """The type as declared at a dotted path (list items by their number); None where the schema has no such key."""
-    node: Any = Config
+    node: Any = schema or Config
     for part in path:
         node = _bare(node)
         if isinstance(node, type) and issubclass(node, Section):
@@ -398,8 +418,8 @@ def _bare(annotation: Any) -> Any:
     return annotation
 
 
-def _declared(path: list[str]) -> Any:
-    return _bare(_annotation(path))
+def _declared(path: list[str], schema: Any = None) -> Any:
+    return _bare(_annotation(path, schema))
 
 
 def _optional(path: list[str]) -> bool:
@@ -444,12 +464,12 @@ def _origin(loc: tuple[int | str, ...], where: str, overrides: list[str]) -> str
     return where
 
 
-def _explain(error: Any, where: str) -> str:
+def _explain(error: Any, where: str, schema: Any) -> str:
     kind, loc, value = error["type"], _dotted(error["loc"]), error["input"]
     if kind == "value_error":
         return "\n".join(f"{where}: {line}" for line in str(error["ctx"]["error"]).splitlines())
     if kind == "extra_forbidden":
-        return f"{where}: unknown key {loc}{_nearest_key(loc)}"
+        return f"{where}: unknown key {loc}{_nearest_key(loc, schema)}"
     if kind == "string_pattern_mismatch":
         return (
             f"{where}: {loc}: letters, digits, '.', '_' and '-', beginning with a letter or digit; got {_show(value)}"
@@ -490,13 +510,13 @@ def _dotted(loc: tuple[int | str, ...]) -> str:
     return ".".join(str(part) for part in loc)
 
 
-def _nearest_key(loc: str) -> str:
+def _nearest_key(loc: str, schema: Any) -> str:
     """The sibling that was meant, else the key of that name in another section, else what is known here."""
     parent, _, leaf = loc.rpartition(".")
-    section = _declared(parent.split(".")) if parent else Config
+    section = _declared(parent.split("."), schema) if parent else schema
     siblings = list(section.model_fields)
     elsewhere: dict[str, str] = {}
-    for key in _keys():
+    for key in _keys(schema):
         elsewhere.setdefault(key.rpartition(".")[2], key)
     if close := get_close_matches(leaf, siblings, n=1):
         return f"; did you mean {f'{parent}.{close[0]}'.lstrip('.')!r}?"

@@ -134,12 +134,21 @@ def activation_bytes(config: Config, checkpointing: bool | None = None) -> Activ
         checkpointing = config.train.activation_checkpointing != "none"
     sizes = config.crop_sizes
     kept = sum(_kept_outside_blocks(config, size) for size in sizes)
-    blocks = [sum(column) for column in zip(*(list(_kept_by_blocks(config, size)) for size in sizes), strict=True)]
-    inputs = [sum(column) for column in zip(*(list(_block_inputs(config, size)) for size in sizes), strict=True)]
+    blocks, inputs = block_activation_bytes(config), block_input_bytes(config)
     bias = _kept_by_position_bias(config)
     if checkpointing:
         return Activations(kept + sum(inputs) + max(blocks), max(bias) + _kept_by_loss(config))
     return Activations(kept + sum(blocks), sum(bias) + _kept_by_loss(config))
+
+
+def block_activation_bytes(config: Config) -> list[int]:
+    """What each block of the trunk keeps for one image, in order, without activation checkpointing."""
+    return [sum(column) for column in zip(*(list(_kept_by_blocks(config, s)) for s in config.crop_sizes), strict=True)]
+
+
+def block_input_bytes(config: Config) -> list[int]:
+    """The same with activation checkpointing."""
+    return [sum(column) for column in zip(*(list(_block_inputs(config, s)) for s in config.crop_sizes), strict=True)]
 
 
 def _kept_by_blocks(config: Config, size: int) -> Iterator[int]:

@@ -1,7 +1,7 @@
 """What moves during a run, each a pure function of the optimizer step (0 is the first).
 
 lr, weight decay and EMA momentum move per step; the teacher's temperature and the last layer's freeze per epoch. The
-values are those of the official code's tables. A run shorter than its warm-up stays in it: it is the beginning of the
+values of `optim.schedule: cosine` are those of the official code's tables. A run shorter than its warm-up stays in it: it is the beginning of the
 longer run.
 """
 
@@ -24,15 +24,15 @@ class Schedules:
     def lr(self, step: int) -> float:
         optim = self.config.optim
         warmup = int(optim.warmup_epochs * self.steps_per_epoch)
-        return warmup_cosine(step, self.total_steps, self.config.peak_lr, optim.lr_end, warmup)
+        return self._move(step, self.config.peak_lr, optim.lr_end, warmup)
 
     def weight_decay(self, step: int) -> float:
         optim = self.config.optim
-        return warmup_cosine(step, self.total_steps, optim.weight_decay, optim.weight_decay_end)
+        return self._move(step, optim.weight_decay, optim.weight_decay_end)
 
     def ema_momentum(self, step: int) -> float:
         objective = self.config.objective
-        return warmup_cosine(step, self.total_steps, objective.ema_momentum, objective.ema_momentum_end)
+        return self._move(step, objective.ema_momentum, objective.ema_momentum_end)
 
     def teacher_temp(self, step: int) -> float:
         objective = self.config.objective
@@ -40,6 +40,12 @@ class Schedules:
         if epoch >= objective.teacher_temp_warmup_epochs:
             return objective.teacher_temp_end
         return linspace(objective.teacher_temp, objective.teacher_temp_end, objective.teacher_temp_warmup_epochs, epoch)
+
+    def _move(self, step: int, base: float, end: float, warmup: int = 0) -> float:
+        if self.config.optim.schedule == "cosine":
+            return warmup_cosine(step, self.total_steps, base, end, warmup)
+        start = cooldown_start(self.total_steps, self.config.optim.cooldown)
+        return warmup_constant(step, self.total_steps, base, end, start, warmup)
 
     def last_layer_frozen(self, step: int) -> bool:
         return step // self.steps_per_epoch < self.config.optim.freeze_last_layer_epochs
@@ -52,6 +58,19 @@ def warmup_cosine(step: int, total: int, base: float, end: float, warmup: int = 
         return linspace(0.0, base, warmup, step)
     progress = min(step - warmup, total - warmup) / max(total - warmup, 1)
     return end + 0.5 * (base - end) * (1 + math.cos(math.pi * progress))
+
+
+def warmup_constant(step: int, total: int, base: float, end: float, start: int, warmup: int = 0) -> float:
+    """Linear from 0 to `base` in `warmup` steps, `base`, and from step `start` straight to `end`, which would be reached
+    at step `total`."""
+    if step < warmup:
+        return linspace(0.0, base, warmup, step)
+    return base + (end - base) * max(0, min(step, total) - start) / max(total - start, 1)
+
+
+def cooldown_start(total: int, cooldown: float) -> int:
+    """The first step of the cooldown: until there, runs of any length are the same run."""
+    return total - round(cooldown * total)
 
 
 def linspace(start: float, stop: float, count: int, i: int) -> float:

@@ -69,3 +69,15 @@ def test_one_step():
     s = schedules(per_epoch=1, train={"steps": 1}, optim={"warmup_epochs": 0})
     assert (s.lr(0), s.weight_decay(0), s.ema_momentum(0)) == pytest.approx((s.config.peak_lr, 0.04, 0.996))
     assert schedules(per_epoch=1, train={"steps": 1}, optim={"warmup_epochs": 1}).lr(0) == 0
+
+
+def test_a_constant_schedule_is_the_same_run_until_it_cools_down():
+    values = {"optim": {"schedule": "constant", "cooldown": 0.25, "warmup_epochs": 1, "weight_decay_end": 0.1}}
+    short, long = (Schedules(validate(values | {"train": {"steps": steps}}, where="test"), 5) for steps in (40, 80))
+    for name, end in (("lr", 1e-6), ("weight_decay", 0.1), ("ema_momentum", 1.0)):
+        a, b = ([getattr(s, name)(step) for step in range(s.total_steps + 1)] for s in (short, long))
+        assert a[:31] == b[:31]
+        assert a[5:31] == [a[5]] * 26
+        assert a[40] == pytest.approx(end)
+        assert a[35] == pytest.approx((a[5] + end) / 2)
+        assert b[31:60] == [a[5]] * 29

@@ -1,0 +1,76 @@
+"""What a config needs: memory for each ZeRO stage, FLOPs, time, disk."""
+
+import argparse
+import re
+from typing import Any
+
+from esvit_scale.commands.parser import command, positive
+from esvit_scale.errors import UserError
+
+UNITS = {"": 2**30, "G": 2**30, "GB": 2**30, "GIB": 2**30, "M": 2**20, "MB": 2**20, "MIB": 2**20}
+TRAINING_MFU = 0.35  # what is assumed unless --mfu says otherwise
+
+
+def add(commands: Any) -> None:
+    plan = command(commands, "plan", _plan, "memory for each ZeRO stage, FLOPs, time and disk of a config")
+    plan.add_argument("config", metavar="CONFIG", help="a preset's name or a YAML file")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.global_batch=1024")
+    plan.add_argument("--gpus", type=positive, required=True, metavar="N")
+    plan.add_argument("--gpu-memory", type=memory_bytes, required=True, metavar="80G", help="of one GPU")
+    plan.add_argument(
+        "--images", type=positive, metavar="N", help="of the training set (default: data.train's, or ImageNet-1K's)"
+    )
+    plan.add_argument("--tflops", type=float, metavar="T", help="of one GPU on large products (default: measured here)")
+    plan.add_argument(
+        "--mfu", type=float, default=TRAINING_MFU, metavar="F", help=f"share of it (default: {TRAINING_MFU})"
+    )
+    plan.add_argument("--json", action="store_true", help="numbers for programs")
+
+
+def _plan(options: argparse.Namespace) -> int:
+    import json
+
+    from esvit_scale import config as configs
+    from esvit_scale.scaling import plan
+
+    o = options
+    config = configs.resolve(o.config, o.overrides)
+    if (o.tflops is not None and not 0 < o.tflops < 1e6) or not 0 < o.mfu <= 1:
+        raise UserError("plan: --tflops needs a number above 0, --mfu one in (0, 1]")
+    found = plan.plan(config, o.gpus, o.gpu_memory, o.images or _images(config), speed_of(config, o.tflops, o.mfu))
+    print(json.dumps(plan.as_json(found, o.gpus), indent=2) if o.json else plan.table(found, config, o.gpus))
+    if problem := plan.refusal(found, config, o.gpus):
+        raise UserError(problem)
+    return 0
+
+
+def _images(config: Any) -> int | None:
+    from pathlib import Path
+
+    from esvit_scale.data import manifest
+
+    return manifest.load(Path(config.data.train)).samples if config.data.train else None
+
+
+def speed_of(config: Any, tflops: float | None, mfu: float) -> Any:
+    """A scaling.plan.Speed; without `tflops` this machine's device is measured."""
+    from esvit_scale.scaling.plan import Speed
+
+    if tflops is not None:
+        return Speed(tflops, mfu, f"{tflops:g} TFLOP/s each as given, MFU {mfu:g} assumed")
+    import torch
+
+    from esvit_scale.train.mfu import matmul_rate
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    rate = matmul_rate(device, dtype) / 1e12
+    what = torch.cuda.get_device_name() if device.type == "cuda" else "this CPU: give --tflops for your GPU"
+    return Speed(rate, mfu, f"{rate:.3g} TFLOP/s each as measured on {what}, MFU {mfu:g} assumed")
+
+
+def memory_bytes(text: str) -> int:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([A-Za-z]*)", text)
+    if not found or found[2].upper() not in UNITS or float(found[1]) == 0:
+        raise argparse.ArgumentTypeError(f"expected a size like 80G, got {text!r}")
+    return int(float(found[1]) * UNITS[found[2].upper()])

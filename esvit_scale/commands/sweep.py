@@ -1,0 +1,157 @@
+"""Scaling laws: plan a sweep, run it, fit, predict."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from esvit_scale.commands.parser import command, count, group, positive
+from esvit_scale.errors import UserError
+
+
+def add(commands: Any) -> None:
+    sweep = group(commands, "sweep", "scaling laws: plan a sweep, run it, fit, predict the next size")
+    _add_running(sweep)
+    fit = command(sweep, "fit", _fit, "a CSV of measurements → fit.json: a law with its intervals")
+    fit.add_argument("table", type=Path, metavar="CSV", help="measurements: runs.csv of `sweep collect`, or any other")
+    fit.add_argument("--x", metavar="COL", help="the one input, for example flops; goes with --y")
+    fit.add_argument("--y", metavar="COL", help="what falls with it, for example knn_error")
+    fit.add_argument("--n", metavar="COL", help="parameters; goes with --d and --loss")
+    fit.add_argument("--d", metavar="COL", help="data, for example images_seen")
+    fit.add_argument("--loss", metavar="COL", help="what falls with both")
+    fit.add_argument("--compute", metavar="COL", help="FLOPs of a row (default: x; else the column flops, or 6·N·D)")
+    fit.add_argument("--group", metavar="COL", help="rows of one run, which are resampled together (default: cell)")
+    fit.add_argument("--best", action="store_true", help="fit only the best row of each budget: the frontier")
+    fit.add_argument("--form", default="auto", metavar="FORM", help="power, power_constant, two_power or chinchilla")
+    fit.add_argument("--resamples", type=positive, default=1000, metavar="R", help="of the bootstrap (default: 1000)")
+    fit.add_argument("--seed", type=count, default=0, metavar="N", help="of the bootstrap (default: 0)")
+    fit.add_argument(
+        "--predict", type=_above_zero, nargs="+", default=[], metavar="FLOPS", help="budgets to predict at"
+    )
+    fit.add_argument("--force", action="store_true", help="predict beyond 10 times the largest compute measured")
+    fit.add_argument("--out", type=Path, metavar="DIR", help="folder for fit.json (default: the table's)")
+
+    report = command(sweep, "report", _report, "a fit as pictures (PNG, SVG) and one HTML page")
+    report.add_argument("fit", type=Path, metavar="FIT", help="fit.json, or the folder that holds it")
+    report.add_argument("--out", type=Path, metavar="DIR", help="(default: beside fit.json)")
+    report.add_argument("--tflops", type=_above_zero, metavar="T", help="of one GPU, for the cost of the next size")
+    report.add_argument("--mfu", type=_above_zero, default=0.35, metavar="F", help="share of it (default: 0.35)")
+
+
+def _add_running(sweep: Any) -> None:
+    def one(name: str, run: Any, summary: str) -> argparse.ArgumentParser:
+        parser = command(sweep, name, run, summary)
+        parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml")
+        return parser
+
+    plan = one("plan", _plan, "the cells: sizes × budgets × seeds, their cost and what fits; refuses silly ones")
+    plan.add_argument("--json", action="store_true", help="the cells for programs")
+    submit = one("submit", _submit, "run what is not finished: a Slurm array, or here")
+    submit.add_argument("--local", action="store_true", help="on this machine, one cell after the other")
+    status = one("status", _status, "how far each cell is, and why one failed")
+    status.add_argument("--json", action="store_true", help="for programs")
+    collect = one("collect", _collect, "finished cells → runs.csv")
+    collect.add_argument("--out", type=Path, metavar="CSV", help="(default: runs.csv in the sweep's folder)")
+    cell = one("run-cell", _run_cell, "train and evaluate one cell: what an array task runs")
+    cell.add_argument("index", type=count, metavar="INDEX", help="of `sweep plan`")
+
+
+def _cells(path: Path, measure: bool = False) -> Any:
+    """The sweep and its cells; without `measure` the machine's rate does not matter, and is not measured."""
+    from esvit_scale import config as configs
+    from esvit_scale.commands.plan import speed_of
+    from esvit_scale.scaling import cells, sweep_file
+
+    sweep = sweep_file.read(path)
+    base = configs.resolve(sweep.base, list(sweep.overrides))
+    tflops = sweep.machine.tflops or (None if measure else 1.0)
+    return sweep, cells.cells(sweep, str(path), speed_of(base, tflops, sweep.machine.mfu))
+
+
+def _plan(options: argparse.Namespace) -> int:
+    import json
+
+    from esvit_scale.scaling import cells
+
+    sweep, found = _cells(options.sweep, measure=True)
+    print(json.dumps(cells.as_json(found), indent=2) if options.json else cells.table(found, sweep))
+    if all(cell.problems for cell in found):
+        raise UserError(f"{options.sweep}: every cell is refused")
+    return 0
+
+
+def _submit(options: argparse.Namespace) -> int:
+    from esvit_scale.scaling import runner
+
+    sweep, found = _cells(options.sweep)
+    if all(cell.problems for cell in found):
+        raise UserError(f"{options.sweep}: every cell is refused; `sweep plan` says why")
+    if options.local:
+        return runner.submit_local(options.sweep, sweep, found)
+    print(runner.submit_slurm(options.sweep, sweep, found))
+    return 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    import json
+
+    from esvit_scale.scaling import runner
+
+    sweep, found = _cells(options.sweep)
+    print(json.dumps(runner.as_json(found, sweep), indent=2) if options.json else runner.status_table(found, sweep))
+    return 0
+
+
+def _collect(options: argparse.Namespace) -> int:
+    from esvit_scale.scaling import collect
+
+    sweep, found = _cells(options.sweep)
+    out = options.out or sweep.folder / "runs.csv"
+    rows = collect.collect(found, sweep, out)
+    print(f"{out}: {len(rows)} of {len(found)} cells")
+    return 0
+
+
+def _run_cell(options: argparse.Namespace) -> int:
+    from esvit_scale.train import signals
+
+    signals.install()  # first: importing the rest takes seconds
+    from esvit_scale.scaling import runner
+
+    sweep, found = _cells(options.sweep)
+    if options.index >= len(found):
+        raise UserError(f"{options.sweep}: there is no cell {options.index}; the last is {len(found) - 1}")
+    return runner.run_cell(found[options.index], sweep, runner.source_of(sweep))
+
+
+def _fit(options: argparse.Namespace) -> int:
+    from esvit_scale.scaling import fit, table
+
+    o = options
+    if (o.x and o.y) and not (o.n or o.d or o.loss):
+        columns = table.Columns((o.x,), o.y, o.compute, o.group)
+    elif (o.n and o.d and o.loss) and not (o.x or o.y):
+        columns = table.Columns((o.n, o.d), o.loss, o.compute, o.group)
+    else:
+        raise UserError("sweep fit: give --x COL --y COL, or --n COL --d COL --loss COL")
+    how = fit.Options(o.form, o.resamples, o.seed, tuple(o.predict), o.force, o.best)
+    out = o.out or o.table.parent
+    print("\n".join(fit.summary(fit.run(o.table, columns, out, how))))
+    print(out / "fit.json")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from esvit_scale.scaling import page
+
+    print(page.write(options.fit, options.out, options.tflops, options.mfu))
+    return 0
+
+
+def _above_zero(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value

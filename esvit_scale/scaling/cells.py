@@ -1,0 +1,257 @@
+"""The cells of a sweep: each one run, with its complete config, what it costs, and why it would be refused."""
+
+from dataclasses import dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from esvit_scale import config as configs
+from esvit_scale.config import Config
+from esvit_scale.data import manifest as manifests
+from esvit_scale.data.manifest import Manifest
+from esvit_scale.errors import UserError
+from esvit_scale.models import complexity
+from esvit_scale.objective.schedules import cooldown_start
+from esvit_scale.scaling import plan as planning
+from esvit_scale.scaling import shapes, subset
+from esvit_scale.scaling.plan import GIB, Plan, Speed
+from esvit_scale.scaling.shapes import Shape
+from esvit_scale.scaling.sweep_file import Sweep
+
+SAVE_MINUTES = 30.0  # of runs that save at a branch point and at their end
+WARM_UP_SHARE = 0.5  # a run that warms up for longer never trains at its rate
+
+
+@dataclass(frozen=True)
+class Cell:
+    index: int
+    name: str
+    config: Config
+    shape: Shape
+    budget: float  # FLOPs asked for
+    flops: float  # FLOPs of the whole number of steps
+    unique_images: int
+    plan: Plan
+    parent: "Cell | None" = None  # the run whose constant part this one continues
+    problems: list[str] = field(default_factory=list)  # not empty: refused
+
+    @property
+    def path(self) -> Path:
+        return self.config.run_path
+
+    @property
+    def steps(self) -> int:
+        assert self.config.train.steps is not None
+        return self.config.train.steps
+
+    @property
+    def branch_step(self) -> int:
+        """Where longer runs may go on from."""
+        return cooldown_start(self.steps, self.config.optim.cooldown)
+
+    @property
+    def gpu_hours(self) -> float:
+        """Of the steps that are its own."""
+        own = self.steps - (self.parent.branch_step if self.parent else 0)
+        return float(self.plan.numbers["gpu_hours"]) * own / self.steps
+
+    @property
+    def images_seen(self) -> int:
+        return self.steps * self.config.train.global_batch
+
+    @property
+    def epochs(self) -> float:
+        return self.images_seen / self.unique_images
+
+
+def cells(sweep: Sweep, where: str, speed: Speed) -> list[Cell]:
+    """In the order size, budget, unique images, seed: an index means the same cell as long as the file is the same.
+
+    Raises:
+        UserError: a size, the base config or its data do not fit; two cells that are the same run.
+    """
+    base = configs.resolve(sweep.base, list(sweep.overrides))
+    configs.require_training_data(base)
+    data = manifests.load(Path(base.data.train))
+    for source in (sweep.evaluate.train, sweep.evaluate.test) if sweep.evaluate else ():
+        if not Path(source).is_dir():
+            raise UserError(f"{where}: evaluate: {source}: no such folder")
+    sizes = [shapes.shape_of(size, base) for size in sweep.sizes]
+    grid = product(sizes, sweep.budgets, sweep.unique_images, sweep.seeds)
+    found = [_cell(i, sweep, where, base, data, speed, *point) for i, point in enumerate(grid)]
+    names = [cell.name for cell in found]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"{where}: the same cell twice: {', '.join(twice[:3])}")
+    return _with_parents(found) if sweep.horizon == "branches" else found
+
+
+def _with_parents(found: list[Cell]) -> list[Cell]:
+    """Each cell with the next shorter one of its size, data and seed; in the same order."""
+    made: dict[int, Cell] = {}
+    for cell in sorted(found, key=lambda c: c.budget):
+        same = [
+            c for c in made.values() if _line(c) == _line(cell) and not c.problems and c.branch_step < cell.branch_step
+        ]
+        made[cell.index] = replace(cell, parent=max(same, key=lambda c: c.branch_step, default=None))
+    return [made[cell.index] for cell in found]
+
+
+def _line(cell: Cell) -> tuple[object, ...]:
+    return cell.shape, cell.unique_images, cell.config.seed
+
+
+def _cell(
+    index: int,
+    sweep: Sweep,
+    where: str,
+    base: Config,
+    data: Manifest,
+    speed: Speed,
+    shape: Shape,
+    budget: float,
+    unique: int | None,
+    seed: int,
+) -> Cell:
+    values = base.model_dump(mode="json")
+    values["model"] |= shape.overrides
+    values["seed"] = seed
+    sized = configs.validate(values, where)
+    params = complexity.parameters(sized).trunk
+    per_step = complexity.image_flops(sized) * base.train.global_batch
+    steps = max(1, round(budget / per_step))
+    images = data.samples if unique is None else unique
+    some = f"-u{images}" if len(sweep.unique_images) > 1 else ""
+    name = f"n{_short(params)}-c{_short(budget)}{some}-s{seed}"
+    values |= {"name": name, "run_dir": str(sweep.folder / "cells" / name)}
+    values["optim"]["lr"] = _rate(sweep, base, params)
+    values["train"]["steps"] = steps
+    if unique is not None:
+        values["data"]["train"] = str(subset.path_of(sweep, unique))
+    if sweep.horizon == "scale":
+        _scale_horizon(values, base, data, images, steps)
+    elif sweep.horizon == "branches":
+        # Warm-ups as the shortest run would have them: the same for all, or they would not be one run.
+        _scale_horizon(values, base, data, images, max(1, round(min(sweep.budgets) / per_step)))
+        branch = max(1, cooldown_start(steps, base.optim.cooldown))
+        values["optim"]["schedule"] = "constant"
+        values["train"] |= {"checkpoint_every": branch, "keep_every": branch}
+        values["train"]["checkpoint_minutes"] = base.train.checkpoint_minutes or SAVE_MINUTES
+    config = configs.validate(values, where)
+    costs = planning.plan(config, sweep.machine.gpus, int(sweep.machine.gpu_memory * GIB), images, speed)
+    cell = Cell(index, name, config, shape, budget, float(steps * per_step), images, costs)
+    cell.problems.extend(_problems(cell, sweep, data, unique))
+    return cell
+
+
+def _rate(sweep: Sweep, base: Config, params: int) -> float:
+    rule = sweep.lr
+    value = base.optim.lr if rule.value is None else rule.value
+    return value * (params / rule.at_params) ** rule.exponent if rule.at_params else value
+
+
+def _scale_horizon(values: dict[str, Any], base: Config, data: Manifest, images: int, steps: int) -> None:
+    """What the base counts in epochs keeps its share of the run; what moves with the whole run does so by itself."""
+    base_epochs = (
+        base.train.epochs if base.train.steps is None else base.train.steps / _steps_an_epoch(base, data.samples)
+    )
+    ratio = steps / _steps_an_epoch(base, images) / base_epochs
+    values["optim"]["warmup_epochs"] = base.optim.warmup_epochs * ratio
+    values["optim"]["freeze_last_layer_epochs"] = round(base.optim.freeze_last_layer_epochs * ratio)
+    values["objective"]["teacher_temp_warmup_epochs"] = round(base.objective.teacher_temp_warmup_epochs * ratio)
+
+
+def _steps_an_epoch(base: Config, images: int) -> int:
+    return max(1, images // base.train.global_batch)
+
+
+def _problems(cell: Cell, sweep: Sweep, data: Manifest, unique: int | None) -> list[str]:
+    found, limits = [], sweep.limits
+    if cell.steps < limits.min_steps:
+        found.append(f"{cell.steps} steps are fewer than limits.min_steps={limits.min_steps}: raise the budget")
+    if cell.epochs > limits.max_epochs:
+        found.append(
+            f"sees each image {cell.epochs:.0f} times, more than limits.max_epochs={limits.max_epochs:g}: lower the budget"
+        )
+    if cell.unique_images < cell.config.train.global_batch:
+        found.append(f"{cell.unique_images} unique images are fewer than a batch of {cell.config.train.global_batch}")
+    else:
+        warm_up = cell.config.optim.warmup_epochs * _steps_an_epoch(cell.config, cell.unique_images) / cell.steps
+        if warm_up > WARM_UP_SHARE:
+            found.append(f"warms up for {warm_up:.0%} of its steps: a longer run, or a shorter optim.warmup_epochs")
+    if cell.plan.fits is None:
+        found.append(str(planning.refusal(cell.plan, cell.config, sweep.machine.gpus)))
+    if unique is not None and unique not in (sums := subset.sums(data)):
+        near = min(sums, key=lambda s: abs(s - unique))
+        found.append(f"unique_images {unique} is no whole number of the set's first shards; nearest: {near}")
+    return found
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def table(found: list[Cell], sweep: Sweep) -> str:
+    header = (
+        f"{'':>4s} {'cell':28s} {'trunk':>8s} {'width':>5s} {'depths':>10s} {'steps':>8s} {'images':>8s} {'epochs':>7s} "
+        f"{'FLOPs':>8s} {'lr':>8s} {'GPU h':>8s}  setting"
+    )
+    lines = [header]
+    for cell in found:
+        n = cell.plan.numbers
+        depths = "-".join(map(str, cell.shape.depths))
+        fits = "refused" if cell.problems else (cell.plan.fits.name if cell.plan.fits else "")
+        lines.append(
+            f"{cell.index:4d} {cell.name:28s} {_short(n['trunk_params']):>8s} {cell.shape.embed_dim:5d} {depths:>10s} "
+            f"{cell.steps:8,d} {_short(cell.images_seen):>8s} {cell.epochs:7.1f} {_short(cell.flops):>8s} "
+            f"{cell.config.optim.lr:8.2g} {_cost(cell.gpu_hours):>8s}  {fits}"
+        )
+        lines += [f"       {problem}" for problem in cell.problems]
+    good = [cell for cell in found if not cell.problems]
+    hours = sum(cell.gpu_hours for cell in good)
+    rule = f"lr = {sweep.lr.value or 'the base config’s'}"
+    if sweep.lr.exponent:
+        rule += f" · (trunk parameters / {sweep.lr.at_params:g})^{sweep.lr.exponent:g}"
+    source = f", at {good[0].plan.numbers['speed']['source']}" if good else ""
+    refused = f", {len(found) - len(good)} refused" if len(good) < len(found) else ""
+    lines += [
+        "",
+        f"{len(good)} cells{refused}; {_cost(hours)} GPU hours on {sweep.machine.gpus} GPU(s) a cell (estimate{source})",
+        f"learning rate: {rule}, per 256 images; horizon: {sweep.horizon}",
+    ]
+    return "\n".join(lines)
+
+
+def _cost(hours: float) -> str:
+    return f"{hours:.2g}" if hours < 10 else f"{hours:,.0f}"
+
+
+def _short(number: float) -> str:
+    """27.5M, 1.2e15: three digits at most, and good in a file name."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if size <= number < 1000 * size and number < 1e11:
+            return f"{number / size:.3g}{letter}"
+    if number < 1000:
+        return f"{number:.3g}"
+    mantissa, _, exponent = f"{number:.2e}".partition("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def as_json(found: list[Cell]) -> list[dict[str, Any]]:
+    return [
+        {
+            "index": cell.index,
+            "name": cell.name,
+            "run_dir": str(cell.path),
+            "trunk_params": cell.plan.numbers["trunk_params"],
+            "head_params": cell.plan.numbers["head_params"],
+            "flops": cell.flops,
+            "steps": cell.steps,
+            "images_seen": cell.images_seen,
+            "unique_images": cell.unique_images,
+            "lr": cell.config.optim.lr,
+            "seed": cell.config.seed,
+            "gpu_hours": cell.gpu_hours,
+            "continues": cell.parent.name if cell.parent else None,
+            "problems": cell.problems,
+        }
+        for cell in found
+    ]

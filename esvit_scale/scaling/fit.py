@@ -1,0 +1,212 @@
+"""`sweep fit`: a CSV of measurements → fit.json, with what it predicts and how far that may be trusted."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from esvit_scale import files
+from esvit_scale.errors import UserError, nearest
+from esvit_scale.scaling import checks, optimum, solver, varpro
+from esvit_scale.scaling.forms import FORMS, Array, Form, points, predict, to_parameters
+from esvit_scale.scaling.table import Columns, Data, best_of_each_budget, read
+
+FORMAT_VERSION = 1
+FARTHEST = 10.0  # × the largest compute that was measured
+DROPPED = 3
+FRONTIER_POINTS = 25
+
+
+@dataclass(frozen=True)
+class Options:
+    form: str = "auto"  # power, power_constant, two_power, chinchilla; auto: see `_choose_form`
+    resamples: int = 1000
+    seed: int = 0
+    predict: tuple[float, ...] = ()  # budgets in FLOPs (with one input: values of x)
+    force: bool = False
+    best: bool = False  # fit the best point of each budget alone: the frontier
+
+
+def run(path: Path, columns: Columns, out: Path, options: Options) -> dict[str, Any]:
+    """Fits and leaves `out`/fit.json and `out`/resamples.csv (the bootstrap's parameters); returns fit.json's content.
+
+    Raises:
+        UserError: the table or the form does not fit, or a prediction lies more than 10 × beyond the data.
+    """
+    data, columns = read(path, columns)
+    _check_reach(data, options)
+    if options.best:
+        data = best_of_each_budget(data)
+    try:
+        result, samples = fit(data, options)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    result["columns"] = {
+        "inputs": list(columns.inputs),
+        "y": columns.y,
+        "group": columns.group,
+        "compute": columns.compute or (columns.inputs[0] if len(columns.inputs) == 1 else "6*N*D"),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    lines = [",".join(result["params"])] + [",".join(repr(float(v)) for v in row) for row in samples]
+    files.write_text(out / "resamples.csv", "\n".join(lines) + "\n")
+    files.write_json(out / "fit.json", _without_nan(result))
+    return result
+
+
+def fit(data: Data, options: Options) -> tuple[dict[str, Any], Array]:
+    """fit.json's content (without the columns' names) and the resampled parameters [R, p]."""
+    scores = checks.hold_out(data)
+    form, why = _choose_form(data, options.form, scores)
+    if problem := checks.can_fit(form, data):
+        raise UserError(f"too few points: {problem}")
+    prepared = points(data.x, data.y)
+    best = solver.solve(form, prepared)
+    parameters = to_parameters(form, best.theta[None], prepared.means)[0]
+    samples = checks.bootstrap(form, prepared, data.groups, best.theta, options.resamples, options.seed)
+    ci95 = {name: checks.interval(column) for name, column in zip(form.names, samples.T, strict=True)}
+    second = _named(form, varpro.solve(form, data.x, data.y))
+    result: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "form": form.name,
+        "params": _named(form, parameters),
+        "ci95": ci95,
+        "loss": best.loss,
+        "n": len(data.y),
+        "runs": int(data.groups.max()) + 1,
+        "form_because": why,
+        "hold_out": [score._asdict() for score in scores],
+        "second_method": {"method": "variable projection, least squares", "params": second},
+        "drop_worst": checks.drop_worst(form, prepared, best.theta, DROPPED),
+        "warnings": checks.warnings(form, data, parameters, ci95, second),
+        "bootstrap": {"resamples": options.resamples, "seed": options.seed, "unit": "run"},
+        "compute_range": [float(data.compute.min()), float(data.compute.max())],
+        "points": _points(form, parameters, data),
+    }
+    result |= _beyond(form, parameters, samples, data, options)
+    return result, samples
+
+
+def _choose_form(data: Data, name: str, scores: list[checks.Score]) -> tuple[Form, str]:
+    """With N and D the law E + A/N^α + B/D^β unless another is asked for; with one input by hold-out."""
+    inputs = data.x.shape[1]
+    allowed = [form.name for form in FORMS.values() if form.inputs == inputs]
+    if name == "auto":
+        if inputs == 2:
+            note = f"; by hold-out: {checks.choose(scores)}" if scores else ""
+            return FORMS["chinchilla"], f"the default for N and D{note}"
+        if scores:
+            return FORMS[checks.choose(scores)], "the simplest within one standard error of the best on hold-out"
+        return FORMS["power"], "too few points to hold any out"
+    if name not in allowed:
+        raise UserError(f"--form {name}: not a form of {inputs} input(s){nearest(name, allowed)}; {', '.join(allowed)}")
+    return FORMS[name], "asked for"
+
+
+def _check_reach(data: Data, options: Options) -> None:
+    limit = FARTHEST * float(data.compute.max())
+    for target in options.predict:
+        if target > limit and not options.force:
+            raise UserError(
+                f"--predict {target:.3g}: {target / data.compute.max():.3g} times the largest measured compute "
+                f"({data.compute.max():.3g}); beyond {FARTHEST:.0f} times a fit says little (at most {limit:.3g}, or --force)"
+            )
+
+
+def _points(form: Form, parameters: Array, data: Data) -> list[dict[str, Any]]:
+    fitted = predict(form, parameters[None], data.x)[0]
+    rows = zip(data.x.tolist(), data.compute.tolist(), data.y.tolist(), fitted.tolist(), strict=True)
+    return [{"x": x, "compute": c, "y": y, "fitted": f} for x, c, y, f in rows]
+
+
+def _beyond(form: Form, parameters: Array, samples: Array, data: Data, options: Options) -> dict[str, Any]:
+    """Predictions, and with N and D the frontier, its exponent and the isoFLOP parabolas."""
+    low, high = float(data.compute.min()), float(data.compute.max())
+    grid = np.geomspace(low, FARTHEST * high, FRONTIER_POINTS)
+    asked = np.array(options.predict, dtype=np.float64)
+    if form.inputs == 1:
+        rows = lambda at: _curve(form, parameters, samples, at)  # noqa: E731
+        return {"curve": rows(grid), "predictions": rows(asked)}
+    cost = optimum.cost_rule(data)
+    exponent = optimum.size_exponent(form, np.vstack([parameters, samples]), cost)
+    found = optimum.parabolas(data, form, parameters, cost)
+    return {
+        "cost_rule": cost._asdict(),
+        "frontier": _frontier(form, parameters, samples, cost, grid),
+        "size_exponent": {"value": float(exponent[0]), "ci95": checks.interval(exponent[1:])},
+        "isoflop": [parabola._asdict() for parabola in found],
+        "isoflop_size_exponent": _isoflop_exponent(found),
+        "predictions": _frontier(form, parameters, samples, cost, asked),
+    }
+
+
+def _curve(form: Form, parameters: Array, samples: Array, at: Array) -> list[dict[str, Any]]:
+    if not len(at):
+        return []
+    every = predict(form, np.vstack([parameters, samples]), at[:, None])
+    return [
+        {"compute": float(c), "y": float(v[0]), "y_ci95": checks.interval(v[1:])}
+        for c, v in zip(at, every.T, strict=True)
+    ]
+
+
+def _frontier(form: Form, parameters: Array, samples: Array, cost: optimum.Cost, at: Array) -> list[dict[str, Any]]:
+    if not len(at):
+        return []
+    every = optimum.optimal_split(form, np.vstack([parameters, samples]), cost, at)
+    rows = []
+    for i, budget in enumerate(at):
+        row: dict[str, Any] = {"compute": float(budget)}
+        for name, values in zip(("N", "D", "y"), every, strict=True):
+            row |= {name: float(values[0, i]), f"{name}_ci95": checks.interval(values[1:, i])}
+        rows.append(row)
+    return rows
+
+
+def _isoflop_exponent(found: list[optimum.Parabola]) -> float | None:
+    """Of N* over the parabolas whose minimum lies inside what was measured."""
+    inside = [p for p in found if p.inside]
+    if len(inside) < 2:
+        return None
+    slope = np.polyfit(np.log([p.compute for p in inside]), np.log([p.n_opt for p in inside]), 1)[0]
+    return float(slope)
+
+
+def _named(form: Form, parameters: Array) -> dict[str, float]:
+    return {name: float(value) for name, value in zip(form.names, parameters, strict=True)}
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has neither NaN nor infinity; null says that there is no such number."""
+    if isinstance(value, dict):
+        return {k: _without_nan(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def summary(result: dict[str, Any]) -> list[str]:
+    """What a person wants to read after a fit, line by line."""
+    lines = [f"{result['form']} ({result['form_because']}), {result['n']} points of {result['runs']} runs"]
+    for name, value in result["params"].items():
+        low, high = result["ci95"][name]
+        second = result["second_method"]["params"][name]
+        lines.append(f"  {name:6s} {value:11.5g}   95 % {low:.4g} to {high:.4g}   second method {second:.5g}")
+    for score in result["hold_out"]:
+        held = f"the {score['held_out']} largest runs from the {score['fitted']} smaller"
+        lines.append(f"  hold-out, {score['form']}: {100 * score['error']:.2g} % mean error on {held}")
+    if "size_exponent" in result:
+        lines.append(f"  N* grows as C^{_estimate(result['size_exponent']['value'], result['size_exponent']['ci95'])}")
+    for row in result["predictions"]:
+        split = f" with N* {row['N']:.3g}, D* {row['D']:.3g}" if math.isfinite(row.get("N", math.nan)) else ""
+        lines.append(f"  at {row['compute']:.3g}: y {_estimate(row['y'], row['y_ci95'])}{split}")
+    return lines + [f"  warning: {warning}" for warning in result["warnings"]]
+
+
+def _estimate(value: float, ci95: list[float]) -> str:
+    if not math.isfinite(value):
+        return "not determined"
+    known = math.isfinite(ci95[0])
+    return f"{value:.4g} (95 % {ci95[0]:.4g} to {ci95[1]:.4g})" if known else f"{value:.4g} (interval not determined)"

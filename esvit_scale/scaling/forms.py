@@ -1,0 +1,108 @@
+"""The laws that may be fitted, all of one kind: a sum of power terms, some with a constant below.
+
+    power            y = A/x^α
+    power_constant   y = E + A/x^α
+    two_power        y = A/N^α + B/D^β
+    chinchilla       y = E + A/N^α + B/D^β      (Hoffmann et al. 2022, approach 3)
+
+They are fitted as log y = logsumexp(e, a − α·u, b − β·v) with u, v the logs of the inputs about their means: every
+coefficient is positive by construction, and a, b say how large a term is in the middle of the data rather than at
+x = 1, where nothing was measured, so that the unknowns hardly depend on each other.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+COEFFICIENTS, EXPONENTS = ("A", "B"), ("alpha", "beta")
+LEAST_TERM = 1e-12  # of the smallest y: a term below it is nothing
+STEEPEST = 10.0  # exponents lie in [0, 10]
+
+
+@dataclass(frozen=True)
+class Form:
+    name: str
+    inputs: int  # 1: x; 2: N and D
+    constant: bool  # E
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """E A B alpha beta, as far as the form has them."""
+        return (("E",) if self.constant else ()) + COEFFICIENTS[: self.inputs] + EXPONENTS[: self.inputs]
+
+    @property
+    def size(self) -> int:
+        return self.constant + 2 * self.inputs
+
+
+FORMS = {
+    form.name: form
+    for form in (
+        Form("power", 1, False),
+        Form("power_constant", 1, True),
+        Form("two_power", 2, False),
+        Form("chinchilla", 2, True),
+    )
+}
+
+
+class Points(NamedTuple):
+    """Data as the solver sees it."""
+
+    logs: Array  # [n, inputs] log inputs about their means
+    means: Array  # [inputs]
+    log_y: Array  # [n]
+
+    def take(self, rows: NDArray[np.integer] | NDArray[np.bool_]) -> "Points":
+        """Some of the points, about the same means, so that parameters mean the same."""
+        return Points(self.logs[rows], self.means, self.log_y[rows])
+
+
+def points(x: Array, y: Array) -> Points:
+    """x [n, inputs] and y [n], all above 0."""
+    logs = np.log(x)
+    return Points(logs - logs.mean(0), logs.mean(0), np.log(y))
+
+
+def evaluate(form: Form, theta: Array, logs: Array) -> tuple[Array, Array]:
+    """log ŷ [R, n] of parameter rows theta [R, p], and its derivatives [R, n, p]; p: (e), a, b, α, β."""
+    first = int(form.constant)
+    a, exponents = theta[:, first : first + form.inputs], theta[:, first + form.inputs :]
+    terms = a[:, None, :] - exponents[:, None, :] * logs  # [R, n, inputs]
+    if form.constant:
+        terms = np.concatenate([np.broadcast_to(theta[:, None, :1], (*terms.shape[:2], 1)), terms], axis=2)
+    largest = terms.max(2, keepdims=True)
+    shares = np.exp(terms - largest)
+    total = shares.sum(2, keepdims=True)
+    shares /= total
+    slopes = -shares[:, :, first:] * logs
+    return (largest + np.log(total))[:, :, 0], np.concatenate([shares, slopes], axis=2)
+
+
+def bounds(form: Form, data: Points) -> tuple[Array, Array]:
+    """Lowest and highest parameters, [p] each."""
+    low, high = data.log_y.min() + np.log(LEAST_TERM), data.log_y.max() + 30
+    terms = form.constant + form.inputs
+    return np.array([low] * terms + [0.0] * form.inputs), np.array([high] * terms + [STEEPEST] * form.inputs)
+
+
+def to_parameters(form: Form, theta: Array, means: Array) -> Array:
+    """Rows [R, p] in the order of `form.names`: E and A, B at x = 1."""
+    first = int(form.constant)
+    exponents = theta[:, first + form.inputs :]
+    coefficients = np.exp(theta[:, first : first + form.inputs] + exponents * means)
+    return np.concatenate([np.exp(theta[:, :first]), coefficients, exponents], axis=1)
+
+
+def predict(form: Form, parameters: Array, x: Array) -> Array:
+    """y [R, n] of parameters [R, p] (order of `form.names`) at x [n, inputs]."""
+    first = int(form.constant)
+    coefficients = parameters[:, first : first + form.inputs]
+    exponents = parameters[:, first + form.inputs :]
+    terms = coefficients[:, None, :] * np.exp(-exponents[:, None, :] * np.log(x))
+    total: Array = terms.sum(2) + (parameters[:, :1] if form.constant else 0.0)
+    return total

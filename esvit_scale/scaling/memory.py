@@ -1,0 +1,191 @@
+"""What a rank keeps in memory, part by part, at each ZeRO stage: arithmetic on the config, checked against real steps.
+
+State (parallel/engine.py, ema.py, partitions.py say how it is stored; P parameters of trunk and heads, padded as ZeRO
+pads them, e = 2 bytes in bf16 and 4 in fp32, W ranks; bytes):
+
+    stage      parameters   masters    moments    EMA       teacher    gradients
+    0 (fp32)   4P           –          8P         4P        the EMA    4P
+    1, 2       eP           4P/W       8P/W       4P/W      eP         eP/W
+    3          eP/W         4P/W       8P/W       4P/W      eP/W       eP/W
+
+The moments come with the first step. On top of the state comes the larger of two phases: the backward (gradients,
+activations, loss workspace, the reduction bucket, gathered parameters) and the optimizer's step (the gradient of one
+parameter group flattened, and once more in fp32). benchmarks/plan.py measures the sum.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from esvit_scale.config import Config
+from esvit_scale.models import complexity
+from esvit_scale.objective.network import build_network
+from esvit_scale.objective.param_groups import parameter_groups
+from esvit_scale.objective.prototypes import CHUNK_BYTES
+
+STAGES = (0, 1, 2, 3)
+BUCKET = 500_000_000  # elements that DeepSpeed reduces at a time (its default), reserved whole at stages 1–3
+LIVE = 1_000_000_000  # parameters that stage 3 keeps gathered (its default)
+START_ALIGNMENT = 2  # stages 1 and 2 pad a group to this many elements a rank
+
+
+class Network(NamedTuple):
+    """Trainable elements, counted in several ways."""
+
+    groups: dict[str, list[int]]  # of every parameter, by parameter group
+    blocks: list[int]  # of every block of the trunk
+    heads: int
+
+    @property
+    def total(self) -> int:
+        return sum(sum(sizes) for sizes in self.groups.values())
+
+
+class Memory(NamedTuple):
+    """Bytes on one rank. First what lasts, then what comes and goes, then the phases of a step."""
+
+    parameters: int
+    masters: int
+    moments: int
+    ema: int
+    teacher: int  # its working copy
+    gradients: int  # this rank's, from the backward to the step
+    buckets: int  # in which gradients are reduced
+    gathered: int  # parameters that are whole for a while (stage 3)
+    activations: int  # kept for the backward, with the crops themselves
+    loss: int  # workspace of the fused cross-entropy
+    forward_phase: int
+    backward_phase: int
+    step_phase: int
+
+    @property
+    def state(self) -> int:
+        """What stays between two steps, but for stage 3's reduction bucket and gradients."""
+        return self.parameters + self.masters + self.moments + self.ema + self.teacher
+
+    @property
+    def at_start(self) -> int:
+        """The state once everything is built, before the first step."""
+        return self.state - self.moments
+
+    @property
+    def peak(self) -> int:
+        return self.state + max(self.forward_phase, self.backward_phase, self.step_phase)
+
+
+def network_of(config: Config) -> Network:
+    """On the meta device: no memory, whatever the size.
+
+    Raises:
+        UserError: a trunk that cannot be built.
+    """
+    with torch.device("meta"):
+        network = build_network(config)
+    group_of = parameter_groups(network)
+    sizes: dict[str, list[int]] = {}
+    for name, parameter in network.named_parameters():
+        if name in group_of:
+            sizes.setdefault(group_of[name], []).append(parameter.numel())
+    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+    return Network(sizes, [count(block) for block in network.trunk.blocks], count(network.objective))
+
+
+def memory(
+    config: Config, network: Network, stage: int, ranks: int, checkpointing: bool, on_cpu: bool = False
+) -> Memory:
+    """
+    Args:
+        on_cpu: resident memory with gloo: of a reserved bucket only what is written counts, and gloo copies what it
+            scatters.
+    """
+    e = 2 if config.train.precision == "bf16" else 4
+    whole, part, largest = _padded(network, stage, ranks)
+    images = config.train.global_batch // ranks // config.train.grad_accum
+    pixels = _pixel_bytes(config, images, e)
+    activations = complexity.activation_bytes(config, checkpointing).total(images) + pixels
+    loss = _loss_workspace(config, e)
+    filled = min(network.total, BUCKET)
+    reserved = e * (filled if on_cpu else BUCKET) if stage else 0
+    gathered = e * min(network.total, LIVE) if stage == 3 and ranks > 1 else 0
+    early, late = _backward(config, network, images, checkpointing, pixels, e)
+    full_bucket = network.total > BUCKET  # then reductions happen while activations are still there
+    if stage == 0:
+        # The teacher works on the EMA itself; gradients are reduced in flat copies after the backward.
+        step = 4 * whole + 4 * filled
+        return Memory(
+            *(4 * whole, 0, 8 * whole, 4 * whole, 0, 4 * whole, 4 * filled, 0, activations, loss),
+            forward_phase=activations + loss,
+            backward_phase=max(early, late),
+            step_phase=step,
+        )
+    flattened = (e if e < 4 else 0) * largest + 4 * largest
+    masters, moments, ema, gradients = 4 * part, 8 * part, 4 * part, e * part
+    if stage < 3:
+        growing = max(early, late) if on_cpu else early + reserved
+        reduction = reserved + gradients + (activations if full_bucket else pixels)
+        return Memory(
+            *(e * whole, masters, moments, ema, e * whole, gradients, reserved, 0, activations, loss),
+            forward_phase=activations + loss,
+            backward_phase=max(growing, reduction),
+            step_phase=gradients + flattened,
+        )
+    scattered = e * filled * (2 if on_cpu else 1)  # the bucket once more, in the order of its owners
+    lasting = gradients + reserved  # both are kept from step to step
+    return Memory(
+        *(e * part, masters, moments, ema, e * part, gradients, reserved + scattered, gathered, activations, loss),
+        forward_phase=lasting + gathered + activations + loss,
+        # Parameters that the backward is done with are let go, so that none is left for the last reduction.
+        backward_phase=lasting + max(early + gathered, scattered + (activations + gathered if full_bucket else pixels)),
+        step_phase=lasting + flattened,
+    )
+
+
+def _backward(
+    config: Config, network: Network, images: int, checkpointing: bool, pixels: int, e: int
+) -> tuple[int, int]:
+    """Largest sum over the backward, from the last block to the first, of activations that are left: alone, and with
+    the gradients (e bytes an element) that are already there."""
+    blocks = [images * b for b in complexity.block_activation_bytes(config)]
+    kept = [images * b for b in complexity.block_input_bytes(config)] if checkpointing else blocks
+    outside = complexity.activation_bytes(config, checkpointing).total(images) + pixels - sum(kept)
+    outside -= max(blocks) if checkpointing else 0
+    left, done = outside + sum(kept), e * network.heads
+    early = late = left
+    for i in reversed(range(len(kept))):
+        now = left + (blocks[i] if checkpointing else 0)
+        done += e * network.blocks[i]
+        early, late = max(early, now), max(late, now + done)
+        left -= kept[i]
+    return early, max(late, e * network.total + pixels)
+
+
+def _padded(network: Network, stage: int, ranks: int) -> tuple[int, int, int]:
+    """Elements of all parameters, of this rank's partitions, and of its largest group's partition, with padding."""
+    if stage == 3:
+        parts = [sum(-(-size // ranks) for size in sizes) for sizes in network.groups.values()]
+        return network.total, sum(parts), max(parts)
+    multiple = START_ALIGNMENT * ranks if stage else 1
+    wholes = [-(-sum(sizes) // multiple) * multiple for sizes in network.groups.values()]
+    owners = ranks if stage else 1
+    return sum(wholes), sum(wholes) // owners, max(wholes) // owners
+
+
+def _pixel_bytes(config: Config, images: int, e: int) -> int:
+    """Crops as they arrive (uint8), while they are augmented (fp32), and as the trunk reads them."""
+    return images * sum(3 * size**2 for size in config.crop_sizes) * (1 + 4 + e)
+
+
+def _loss_workspace(config: Config, e: int) -> int:
+    """One chunk's logits and probabilities, in fp32 and once more in bf16, and the heads' normalised prototypes."""
+    o = config.objective
+    chunk = max(1, CHUNK_BYTES // (4 * o.prototypes)) * o.prototypes
+    prototypes = o.prototypes * o.bottleneck
+    heads = 2 if o.regions else 1
+    # Rows of teacher (both heads') and student in fp32, the product that is added to the gradient, bf16 copies.
+    rows = (heads + 2) * 4 * prototypes + (2 * e * prototypes if e < 4 else 0)
+    return chunk * (8 + (2 * e if e < 4 else 0)) + rows
+
+
+def checkpoint_bytes(network: Network) -> int:
+    """On disk: student, EMA and both moments of every trainable parameter in fp32; centres and JSON are nothing beside it."""
+    return 16 * network.total

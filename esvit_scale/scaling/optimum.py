@@ -1,0 +1,110 @@
+"""The best split of a budget between size and data: from a fitted law, and from isoFLOP parabolas.
+
+With a budget C = k·N^κ·D the law E + A/N^α + B/D^β has its minimum at
+
+    N*(C) = (αA / κβB · (C/k)^β)^(1/(α + κβ)),      D*(C) = C / (k·N*^κ)
+
+k and κ are fitted to the data's own costs: for C = 6ND they are 6 and 1; a vision trunk with its heads, teacher and
+padding has another k and a κ that is not quite 1.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from esvit_scale.scaling.forms import Array, Form, predict
+from esvit_scale.scaling.table import SAME_BUDGET, Data
+
+FLAT = 1e-3  # an exponent below it is none: 1,000 times the compute would gain less than a percent
+
+
+class Cost(NamedTuple):
+    """C ≈ k·N^kappa·D."""
+
+    k: float
+    kappa: float
+    worst: float  # largest |log| disagreement with the data's costs
+
+
+class Parabola(NamedTuple):
+    """log y = a parabola of log N through the points of one budget."""
+
+    compute: float  # geometric mean
+    n_opt: float
+    y_opt: float
+    curve: tuple[float, float, float]  # highest power first
+    points: int
+    inside: bool  # the minimum lies between the sizes that were measured
+    law_bias: float | None  # N* of the same parabola through the law's own values, over the law's N*
+
+
+def cost_rule(data: Data) -> Cost:
+    size, per_item = np.log(data.x[:, 0]), np.log(data.compute / data.x[:, 1])
+    if np.ptp(size) < 1e-9:
+        return Cost(float(np.exp((per_item - size).mean())), 1.0, float(np.ptp(per_item)))
+    kappa, log_k = np.polyfit(size, per_item, 1)
+    worst = np.abs(per_item - log_k - kappa * size).max()
+    return Cost(float(np.exp(log_k)), float(kappa), float(worst))
+
+
+def optimal_split(form: Form, parameters: Array, cost: Cost, compute: Array) -> tuple[Array, Array, Array]:
+    """N* [R, m], D* [R, m] and y* [R, m] of parameter rows [R, p] at budgets [m]; NaN where a row has no optimum, because
+    size or data do not help."""
+    columns = dict(zip(form.names, parameters.T[:, :, None], strict=True))
+    a, b, alpha, beta = (columns[name] for name in ("A", "B", "alpha", "beta"))
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        helps = (alpha > FLAT) & (beta > FLAT) & (a > 0) & (b > 0)
+        alpha = np.where(helps, alpha, np.nan)
+        log_n = (np.log(alpha * a / (cost.kappa * beta * b)) + beta * np.log(compute / cost.k)) / (
+            alpha + cost.kappa * beta
+        )
+        n = np.exp(log_n)
+        d = compute / (cost.k * n**cost.kappa)
+        y = a * n**-alpha + b * d**-beta + (columns["E"] if form.constant else 0.0)
+    return n, d, y
+
+
+def size_exponent(form: Form, parameters: Array, cost: Cost) -> Array:
+    """[R]: N* ∝ C^this; NaN where there is no optimum."""
+    alpha, beta = parameters[:, form.names.index("alpha")], parameters[:, form.names.index("beta")]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        result: Array = np.where((alpha > FLAT) & (beta > FLAT), beta / (alpha + cost.kappa * beta), np.nan)
+    return result
+
+
+def parabolas(data: Data, form: Form, parameters: Array, cost: Cost) -> list[Parabola]:
+    """One for every budget with at least 3 sizes and a minimum.
+
+    A parabola is symmetric and the valley is not, so its minimum is off unless the sizes straddle the optimum narrowly
+    and evenly; `law_bias` says by how much on these very sizes, were the law (parameters [p]) exact.
+    """
+    found = []
+    order = np.argsort(data.compute, kind="stable")
+    edges = np.flatnonzero(np.diff(np.log(data.compute[order])) > np.log(SAME_BUDGET)) + 1
+    for rows in np.split(order, edges):
+        sizes, budget = data.x[rows, 0], float(np.exp(np.log(data.compute[rows]).mean()))
+        if len(np.unique(sizes)) < 3:
+            continue
+        curve = _parabola(sizes, data.y[rows])
+        if curve[0] <= 0:
+            continue
+        n_opt = _minimum(curve)
+        law = _parabola(sizes, predict(form, parameters[None], data.x[rows])[0])
+        exact = float(optimal_split(form, parameters[None], cost, np.array([budget]))[0][0, 0])
+        bias = _minimum(law) / exact if law[0] > 0 and np.isfinite(exact) and exact > 0 else None
+        inside = bool(sizes.min() < n_opt < sizes.max())
+        y_opt = float(np.exp(np.polyval(curve, np.log(n_opt))))
+        found.append(Parabola(budget, n_opt, y_opt, tuple(curve), len(rows), inside, bias))
+    return found
+
+
+def _parabola(sizes: Array, y: Array) -> Array:
+    """Coefficients of log y over log N, about the middle for the arithmetic's sake."""
+    middle = np.log(sizes).mean()
+    a, b, c = np.polyfit(np.log(sizes) - middle, np.log(y), 2)
+    return np.array([a, b - 2 * a * middle, c - b * middle + a * middle**2])
+
+
+def _minimum(curve: Array) -> float:
+    with np.errstate(over="ignore"):
+        return float(np.exp(-curve[1] / (2 * curve[0])))

@@ -1,0 +1,216 @@
+"""`esvit-scale plan`: what a config needs on a number of GPUs, and the smallest setting that fits. Nothing is built.
+
+State is exact, the peak is its sum with the larger phase of a step (memory.py); time is an estimate from a rate that is
+stated beside it.
+"""
+
+from typing import Any, NamedTuple
+
+from esvit_scale.config import Config, nearest_multiple
+from esvit_scale.errors import UserError
+from esvit_scale.models import complexity
+from esvit_scale.scaling import memory
+from esvit_scale.scaling.memory import Memory, Network
+
+HEADROOM = 0.92  # of the GPU's memory; the rest is the driver's context, the allocator's gaps and kernels' scratch
+IMAGENET = 1_281_167
+PARTS = (
+    "parameters",
+    "masters",
+    "moments",
+    "ema",
+    "teacher",
+    "gradients",
+    "buckets",
+    "gathered",
+    "activations",
+    "loss",
+)
+GIB, TERA = 2**30, 1e12
+
+
+class Setting(NamedTuple):
+    """One column of the table."""
+
+    stage: int
+    checkpointing: bool
+    memory: Memory
+
+    @property
+    def name(self) -> str:
+        return f"zero{self.stage}" + (" + activation checkpointing" if self.checkpointing else "")
+
+
+class Speed(NamedTuple):
+    tflops: float  # of one GPU on large products
+    mfu: float  # the share of it that training is taken to reach
+    source: str  # where the two come from, in words
+
+
+class Plan(NamedTuple):
+    settings: list[Setting]  # cheapest first: least recomputation, least communication
+    fits: Setting | None
+    capacity: int  # bytes
+    numbers: dict[str, Any]
+
+
+def plan(config: Config, gpus: int, capacity: int, images: int | None, speed: Speed) -> Plan:
+    """
+    Args:
+        capacity: bytes of one GPU.
+        images: of the training set, for the length of an epoch.
+
+    Raises:
+        UserError: the batch does not divide over the GPUs, or the trunk cannot be built.
+    """
+    batch, accum = config.train.global_batch, config.train.grad_accum
+    if batch % (gpus * accum):
+        raise UserError(
+            f"train.global_batch: {batch} does not divide over {gpus} GPUs × train.grad_accum={accum}; "
+            f"nearest: {nearest_multiple(batch, gpus * accum)}"
+        )
+    network = memory.network_of(config)
+    stages = [s for s in memory.STAGES if not (s == 0 and config.train.precision == "bf16")]  # ds_config.py says why
+    settings = [
+        Setting(stage, recompute, memory.memory(config, network, stage, gpus, recompute))
+        for recompute in (False, True)
+        for stage in stages
+    ]
+    fits = next((s for s in settings if s.memory.peak <= HEADROOM * capacity), None)
+    return Plan(
+        settings, fits, capacity, _numbers(config, network, gpus, images, speed, bool(fits and fits.checkpointing))
+    )
+
+
+def refusal(found: Plan, config: Config, gpus: int, limit: int = 4096) -> str | None:
+    """Why nothing fits and what would; None when something fits."""
+    if found.fits:
+        return None
+    least = min(found.settings, key=lambda s: s.memory.peak)
+    more = _enough_gpus(config, gpus, found.capacity, limit)
+    accum = _enough_accumulation(config, gpus, found.capacity)
+    ways = [f"{more} GPUs"] if more else []
+    ways += [f"train.grad_accum={accum}"] if accum else []
+    need = f"--gpu-memory {-(-least.memory.peak // int(HEADROOM * GIB))}G"
+    return (
+        f"does not fit: {least.name} needs {gib(least.memory.peak)} of {gib(HEADROOM * found.capacity)} usable on each of "
+        f"{gpus} GPUs; would fit: {', '.join([*ways, need])}"
+    )
+
+
+def _enough_gpus(config: Config, gpus: int, capacity: int, limit: int) -> int | None:
+    """The next doubling of the GPUs that fits with the batch as it is."""
+    network, more = memory.network_of(config), 2 * gpus
+    while more <= limit and config.train.global_batch % (more * config.train.grad_accum) == 0:
+        if memory.memory(config, network, 3, more, True).peak <= HEADROOM * capacity:
+            return more
+        more *= 2
+    return None
+
+
+def _enough_accumulation(config: Config, gpus: int, capacity: int) -> int | None:
+    network, per_gpu = memory.network_of(config), config.train.global_batch // gpus
+    for accum in (a for a in range(config.train.grad_accum + 1, per_gpu + 1) if per_gpu % a == 0):
+        smaller = config.model_copy(update={"train": config.train.model_copy(update={"grad_accum": accum})})
+        if memory.memory(smaller, network, 3, gpus, True).peak <= HEADROOM * capacity:
+            return accum
+    return None
+
+
+def _numbers(
+    config: Config, network: Network, gpus: int, images: int | None, speed: Speed, recompute: bool
+) -> dict[str, Any]:
+    """Costs that do not depend on the ZeRO stage. Time counts useful FLOPs, as MFU does, and no recomputation."""
+    per_image = complexity.image_flops(config, "useful")
+    trunk, heads = complexity.parameters(config)
+    rate = gpus * speed.tflops * TERA * speed.mfu / per_image
+    if recompute:
+        rate *= 3 / 4  # a student's forward more, of about four passes
+    count = images or IMAGENET
+    steps_per_epoch = max(1, count // config.train.global_batch)
+    steps = config.train.steps or config.train.epochs * steps_per_epoch
+    seen = steps * config.train.global_batch
+    checkpoint = memory.checkpoint_bytes(network)
+    return {
+        "trunk_params": trunk,
+        "head_params": heads,
+        "gflops_per_image": complexity.image_flops(config) / 1e9,
+        "useful_gflops_per_image": per_image / 1e9,
+        "images_per_epoch": count,
+        "images_assumed": images is None,
+        "steps": steps,
+        "images_seen": seen,
+        "total_flops": complexity.image_flops(config) * seen,
+        "speed": speed._asdict(),
+        "recomputes": recompute,
+        "images_per_s": rate,
+        "hours_per_epoch": count / rate / 3600,
+        "hours": seen / rate / 3600,
+        "gpu_hours": gpus * seen / rate / 3600,
+        "checkpoint_bytes": checkpoint,
+        "checkpoints_disk_bytes": checkpoint * (config.train.keep_checkpoints + 1),  # one more while it is written
+    }
+
+
+def as_json(found: Plan, gpus: int) -> dict[str, Any]:
+    rows = [
+        {
+            "zero_stage": s.stage,
+            "activation_checkpointing": s.checkpointing,
+            "fits": s.memory.peak <= HEADROOM * found.capacity,
+            "bytes": {part: getattr(s.memory, part) for part in PARTS}
+            | {"state": s.memory.state, "peak": s.memory.peak},
+        }
+        for s in found.settings
+    ]
+    smallest = found.fits and {
+        "zero_stage": found.fits.stage,
+        "activation_checkpointing": found.fits.checkpointing,
+    }
+    return {"gpus": gpus, "gpu_memory_bytes": found.capacity, "settings": rows, "smallest": smallest} | found.numbers
+
+
+def table(found: Plan, config: Config, gpus: int) -> str:
+    """What a person reads: GiB per GPU, part by part, and the costs below."""
+    names = [f"zero{s.stage}" + ("+ckpt" if s.checkpointing else "") for s in found.settings]
+    lines = [f"GiB on each of {gpus} GPUs" + "".join(f"{name:>12s}" for name in names)]
+    width = len(lines[0]) - 12 * len(names)
+    for part in PARTS:
+        values = [getattr(s.memory, part) for s in found.settings]
+        lines.append(f"{part:{width}s}" + "".join(f"{v / GIB:12.2f}" for v in values))
+    lines.append(f"{'peak':{width}s}" + "".join(f"{s.memory.peak / GIB:12.2f}" for s in found.settings))
+    usable = HEADROOM * found.capacity
+    lines.append(
+        f"{f'fits in {usable / GIB:.1f}':{width}s}"
+        + "".join(f"{'yes' if s.memory.peak <= usable else 'no':>12s}" for s in found.settings)
+    )
+    n = found.numbers
+    assumed = " (ImageNet-1K's; the shards are not given)" if n["images_assumed"] else ""
+    lines += [
+        "",
+        *([f"smallest that fits  {found.fits.name}: {_setting_keys(found.fits)}"] if found.fits else []),
+        f"parameters          {n['trunk_params']:,} trunk + {n['head_params']:,} heads",
+        f"FLOPs               {n['gflops_per_image']:,.1f} G an image, {n['total_flops']:.3g} in all, {n['steps']:,} steps",
+        f"time (estimate)     {_hours(n['hours_per_epoch'])} an epoch of {n['images_per_epoch']:,} images{assumed}, "
+        f"{_hours(n['hours'])} in all, {n['gpu_hours']:,.1f} GPU hours",
+        f"                    at {n['images_per_s']:,.0f} images/s: {n['speed']['source']}"
+        + ("; a quarter of it recomputes" if n["recomputes"] else ""),
+        f"checkpoint          {gib(n['checkpoint_bytes'])} each, {gib(n['checkpoints_disk_bytes'])} on disk at "
+        f"train.keep_checkpoints={config.train.keep_checkpoints}",
+    ]
+    return "\n".join(lines)
+
+
+def _setting_keys(setting: Setting) -> str:
+    door = "torch" if setting.checkpointing else "none"
+    return f"train.ds_config=zero{setting.stage} train.activation_checkpointing={door}"
+
+
+def gib(count: float) -> str:
+    return f"{count / GIB:.2f} GiB"
+
+
+def _hours(hours: float) -> str:
+    if hours < 1:
+        return f"{60 * hours:.1f} min"
+    return f"{hours:.1f} h" if hours < 72 else f"{hours / 24:.1f} days"

@@ -1,0 +1,230 @@
+"""Running a sweep: one cell, all of them here one after the other, or as a Slurm array; and how far each is.
+
+A cell is a run like any other, with its run dir under <out>/cells. It is finished when its training is and, where the
+sweep evaluates, its last checkpoint has a knn.json; what is finished is never run again. A cell that fails leaves a line
+in <out>/failed, and the sweep goes on with the next.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from esvit_scale import config as configs
+from esvit_scale import files
+from esvit_scale.data import manifest as manifests
+from esvit_scale.errors import UserError
+from esvit_scale.resources import shipped_folder
+from esvit_scale.scaling import subset
+from esvit_scale.scaling.cells import Cell
+from esvit_scale.scaling.sweep_file import Sweep
+from esvit_scale.train.metrics import read_rows
+from esvit_scale.train.run_dir import read_summary
+
+INTERRUPTED = 130
+LAST_LINES = 20  # of a failed cell's log, where its reason is looked for
+
+
+class State(NamedTuple):
+    word: str  # refused, waiting, started, trained, finished, failed
+    step: int
+    reason: str = ""
+
+
+def state(cell: Cell, sweep: Sweep) -> State:
+    if cell.problems:
+        return State("refused", 0, cell.problems[0])
+    rows, summary = read_rows(cell.path / "metrics.jsonl"), read_summary(cell.path)
+    step = rows[-1]["step"] if rows else 0
+    if summary.get("finished"):
+        if sweep.evaluate is None or _evaluated(cell):
+            return State("finished", cell.steps)
+        word = "trained"
+    else:
+        word = "started" if rows else "waiting"
+    failure = _failure_path(cell, sweep)
+    if failure.exists():
+        return State("failed", step, failure.read_text().strip())
+    return State(word, step)
+
+
+def prepare(cell: Cell, sweep: Sweep, source: Path) -> None:
+    """The cell's shards, when it sees only some of the set's."""
+    if Path(cell.config.data.train) == subset.path_of(sweep, cell.unique_images):
+        subset.make(sweep, cell.unique_images, source)
+
+
+def branch(cell: Cell) -> None:
+    """A run dir that goes on from the parent's branch point; nothing when it has begun already.
+
+    Raises:
+        UserError: the parent has not come so far.
+    """
+    checkpoints = cell.path / "checkpoints"
+    if cell.parent is None or (checkpoints / "latest").exists():
+        return
+    step = f"step-{cell.parent.branch_step:08d}"
+    origin = cell.parent.path / "checkpoints" / step
+    if not origin.is_dir():
+        raise UserError(f"{cell.name} continues {cell.parent.name}, which has no {step} yet: run that first")
+    aside = checkpoints / f".{step}.partial"
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    shutil.copytree(origin, aside)
+    aside.rename(checkpoints / step)
+    files.write_text(cell.path / "config.yaml", configs.dump(cell.config))
+    files.write_text(checkpoints / "latest", f"{step}\n")
+
+
+def submit_local(sweep_file: Path, sweep: Sweep, found: list[Cell]) -> int:
+    """Runs what is not finished, in order of cost, each in a process of its own; returns the exit code.
+
+    Ctrl-C and termination stop the sweep after the cell has saved; the same command goes on.
+    """
+    todo = [c for c in found if state(c, sweep).word not in ("finished", "refused")]
+    for number, cell in enumerate(sorted(todo, key=lambda c: c.flops), 1):
+        print(f"[{number}/{len(todo)}] {cell.name}: {cell.steps} steps, {cell.path}", flush=True)
+        code = _run_apart(sweep_file, sweep, cell)
+        if code == INTERRUPTED or (cell.path / "requeue").exists():
+            print("stopped, saved; the same command goes on", flush=True)
+            return code
+    print(status_table(found, sweep))
+    return 1 if any(state(c, sweep).word == "failed" for c in found) else 0
+
+
+def _run_apart(sweep_file: Path, sweep: Sweep, cell: Cell) -> int:
+    log = sweep.folder / "logs" / f"{cell.name}.log"
+    for folder in (log.parent, _failure_path(cell, sweep).parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    _failure_path(cell, sweep).unlink(missing_ok=True)
+    command = [sys.executable, "-m", "esvit_scale", "sweep", "run-cell", str(sweep_file), str(cell.index)]
+    with log.open("ab") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as process:
+        before = signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number))
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:  # the terminal sent it to the cell as well: it saves and ends by itself
+            process.wait()
+            return INTERRUPTED
+        finally:
+            signal.signal(signal.SIGTERM, before)
+    if code not in (0, INTERRUPTED):
+        note_failure(cell, sweep, _reason(log, code))
+        print(f"    failed: {_reason(log, code)}", flush=True)
+    return code
+
+
+def note_failure(cell: Cell, sweep: Sweep, reason: str) -> None:
+    path = _failure_path(cell, sweep)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_text(path, reason + "\n")
+
+
+def forget_failure(cell: Cell, sweep: Sweep) -> None:
+    _failure_path(cell, sweep).unlink(missing_ok=True)
+
+
+def _reason(log: Path, code: int) -> str:
+    """The error line of a log, else its last line."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()][-LAST_LINES:]
+    errors = [line for line in lines if line.startswith("esvit-scale: error: ")]
+    said = errors[-1].removeprefix("esvit-scale: error: ") if errors else (lines[-1] if lines else "it said nothing")
+    how = f"signal {-code}" if code < 0 else f"exit code {code}"
+    return f"{said} ({how}; {log})"
+
+
+def submit_slurm(sweep_file: Path, sweep: Sweep, found: list[Cell]) -> str:
+    """One array job over the cells that are not finished; returns what sbatch says.
+
+    Raises:
+        UserError: no script, no sbatch, or sbatch's refusal.
+    """
+    if sweep.horizon == "branches":
+        raise UserError(
+            "horizon: branches: runs wait for each other, which an array job cannot; use --local, or horizon: scale"
+        )
+    script = shipped_folder("slurm") / "sweep.sbatch"
+    if not script.is_file():
+        raise UserError(f"{script}: not there; `sweep submit --local` runs the cells on this machine")
+    if not shutil.which("sbatch"):
+        raise UserError("sbatch: not found; submit on a login node of the cluster, or use --local")
+    todo = [c.index for c in found if state(c, sweep).word not in ("finished", "refused")]
+    if not todo:
+        return "every cell is finished"
+    command = ["sbatch", f"--array={ranges(todo)}", str(script), str(sweep_file)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"sbatch: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout.strip()
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """0-3,7 as sbatch's --array wants it."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def run_cell(cell: Cell, sweep: Sweep, source: Path) -> int:
+    """Trains a cell, or goes on with it, and evaluates it; on every rank. Returns the exit code of the training."""
+    from esvit_scale.parallel import collectives
+    from esvit_scale.train import loop
+
+    if cell.problems:
+        raise UserError(f"{cell.name}: refused: {cell.problems[0]}")
+    if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0:
+        prepare(cell, sweep, source)
+        branch(cell)
+        forget_failure(cell, sweep)
+    code = loop.pretrain(cell.config)
+    if code or (cell.path / "requeue").exists() or not read_summary(cell.path).get("finished"):
+        return code
+    if sweep.evaluate is not None and not collectives.on_rank_0(lambda: _evaluated(cell)):
+        _evaluate(cell, sweep)
+    return 0
+
+
+def _evaluate(cell: Cell, sweep: Sweep) -> None:
+    from esvit_scale.evaluate import knn
+
+    assert sweep.evaluate is not None
+    train, test = Path(sweep.evaluate.train), Path(sweep.evaluate.test)
+    ks = (sweep.evaluate.k, *knn.KS)
+    knn.run_knn(cell.path, train, test, cell.path, ks=ks, workers=cell.config.data.workers)
+
+
+def _evaluated(cell: Cell) -> bool:
+    path = cell.path / "knn.json"
+    return path.is_file() and json.loads(path.read_text()).get("step") == cell.steps
+
+
+def _failure_path(cell: Cell, sweep: Sweep) -> Path:
+    return sweep.folder / "failed" / f"{cell.name}.txt"
+
+
+def status_table(found: list[Cell], sweep: Sweep) -> str:
+    states = [state(cell, sweep) for cell in found]
+    lines = [
+        f"{cell.index:4d} {cell.name:28s} {s.word:9s} {s.step:>7,d}/{cell.steps:,d}"
+        + (f"  {s.reason}" if s.reason else "")
+        for cell, s in zip(found, states, strict=True)
+    ]
+    counts = {word: sum(s.word == word for s in states) for word in dict.fromkeys(s.word for s in states)}
+    return "\n".join([*lines, ", ".join(f"{count} {word}" for word, count in counts.items())])
+
+
+def source_of(sweep: Sweep) -> Path:
+    """The whole shard set that the base config trains on."""
+    return manifests.load(Path(configs.resolve(sweep.base, list(sweep.overrides)).data.train)).root
+
+
+def as_json(found: list[Cell], sweep: Sweep) -> list[dict[str, Any]]:
+    states = ((cell, state(cell, sweep)) for cell in found)
+    return [{"index": c.index, "name": c.name, "steps": c.steps, **s._asdict()} for c, s in states]

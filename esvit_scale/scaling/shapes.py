@@ -1,0 +1,87 @@
+"""Trunks between the named ones: head dim 32 everywhere, depth mostly in stage 3.
+
+The named sizes first grow in stage 3 (Swin-T → S: 6 → 18 blocks at width 96), then in width at 2-2-18-2 (B, L, H, 1B),
+then in stage 3 again (G: 42 at 512). The ladder fills in the steps: widths are multiples of 32, and where depth grows it
+grows by 2 (by 4 at 512): blocks come in pairs, a plain and a shifted one.
+
+    width      32       64         96          128 … 480    512
+    stage 3    2, 4     2, 4, 6    6, 8 … 18   18           18, 22 … 42
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import NamedTuple
+
+from esvit_scale.config import Config
+from esvit_scale.errors import UserError, nearest
+from esvit_scale.models import complexity
+from esvit_scale.models.registry import SHAPES, trunk_shape
+from esvit_scale.scaling.sweep_file import Size
+
+HEAD_DIM = 32
+OFF = 1.25  # a target may be this factor from the nearest step of the ladder
+STAGE_3 = {32: (2, 4), 64: (2, 4, 6), 96: (6, 8, 10, 12, 14, 16, 18), 512: range(18, 43, 4)}
+WIDEST = 512
+
+
+class Shape(NamedTuple):
+    embed_dim: int
+    depths: tuple[int, ...]
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        return tuple(self.embed_dim // HEAD_DIM * 2**stage for stage in range(len(self.depths)))
+
+    @property
+    def overrides(self) -> dict[str, object]:
+        """Of the run config's model section."""
+        return {"embed_dim": self.embed_dim, "depths": list(self.depths), "heads": list(self.heads)}
+
+
+def ladder() -> Iterator[Shape]:
+    for width in range(HEAD_DIM, WIDEST + 1, HEAD_DIM):
+        for depth in STAGE_3.get(width, (18,)):
+            yield Shape(width, (2, 2, depth, 2))
+
+
+def shape_of(size: Size, base: Config) -> Shape:
+    """
+    Raises:
+        UserError: an unknown trunk, a width that heads of 32 do not divide, a target far from the ladder.
+    """
+    if size.trunk is not None:
+        if size.trunk not in SHAPES:
+            raise UserError(f"sizes: unknown trunk {size.trunk!r}{nearest(size.trunk, SHAPES)}")
+        if SHAPES[size.trunk].version != trunk_shape(base).version:
+            raise UserError(f"sizes: {size.trunk} is another trunk family than the base's {base.model.trunk}")
+        return Shape(SHAPES[size.trunk].embed_dim, SHAPES[size.trunk].depths)
+    if size.embed_dim is not None:
+        if size.embed_dim % HEAD_DIM:
+            near = max(HEAD_DIM, round(size.embed_dim / HEAD_DIM) * HEAD_DIM)
+            raise UserError(f"sizes: embed_dim {size.embed_dim} is not a multiple of {HEAD_DIM}; nearest: {near}")
+        depth = STAGE_3.get(size.embed_dim, (18,))[-1]
+        return Shape(size.embed_dim, tuple(size.depths or (2, 2, depth, 2)))
+    assert size.params is not None
+    return _nearest(size.params, base)
+
+
+def _nearest(target: float, base: Config) -> Shape:
+    steps = _counted(base.model.trunk, base.model.window, base.data.global_crops.size)
+    shape, count = min(steps, key=lambda step: max(step[1] / target, target / step[1]))
+    if not 1 / OFF <= count / target <= OFF:
+        raise UserError(
+            f"sizes: no shape of the ladder has about {target:.3g} parameters; the nearest has {count:.3g} "
+            f"(embed_dim {shape.embed_dim}, depths {list(shape.depths)}); give embed_dim and depths for another"
+        )
+    return shape
+
+
+@lru_cache
+def _counted(trunk: str, window: int, side: int) -> list[tuple[Shape, int]]:
+    """The ladder with its trunk parameters."""
+    found = []
+    for shape in ladder():
+        model = {"trunk": trunk, "window": window} | shape.overrides
+        config = Config.model_validate({"model": model, "data": {"global_crops": {"size": side}}})
+        found.append((shape, complexity.parameters(config).trunk))
+    return found

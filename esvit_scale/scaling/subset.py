@@ -1,0 +1,36 @@
+"""The first images of a shard set as a set of its own: how many images there are, apart from how many are seen."""
+
+from pathlib import Path
+
+from esvit_scale import files
+from esvit_scale.data import manifest as manifests
+from esvit_scale.data.manifest import Manifest
+from esvit_scale.scaling.sweep_file import Sweep
+
+
+def path_of(sweep: Sweep, unique: int) -> Path:
+    return sweep.folder / "data" / f"first-{unique}"
+
+
+def make(sweep: Sweep, unique: int, source: Path) -> None:
+    """A shard set of the first `unique` images: links to the first shards, and a manifest of their own."""
+    data, folder = manifests.load(source), path_of(sweep, unique)
+    if manifests.is_shard_set(folder):
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = data.shards[: sums(data).index(unique) + 1]
+    for shard in shards:
+        path = data.root.resolve() / shard.name
+        for link in (path, manifests.index_path(path)):
+            if link.exists() and not (folder / link.name).is_symlink():
+                (folder / link.name).symlink_to(link)
+    content = manifests.dump(shards, data.classes, f"{data.source}, first {unique}", "sweep")
+    files.write_bytes(folder / manifests.MANIFEST, content)
+
+
+def sums(data: Manifest) -> list[int]:
+    totals, total = [], 0
+    for shard in data.shards:
+        total += shard.samples
+        totals.append(total)
+    return totals

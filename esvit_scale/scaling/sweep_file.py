@@ -1,0 +1,97 @@
+"""SWEEP.yaml: sizes × budgets × unique images × seeds on top of a run config, as strictly read as a run config."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from esvit_scale import config as configs
+from esvit_scale.config import AboveZero, Fraction, PathText, Positive, Section, Seed
+
+
+class Size(Section):
+    """One trunk: exactly one of trunk, params and embed_dim says which."""
+
+    trunk: str | None = None  # a name of models/registry.py
+    params: AboveZero | None = None  # the nearest shape of the rule in scaling/shapes.py
+    embed_dim: Positive | None = None  # a multiple of 32; depths by the same rule unless they are given
+    depths: Annotated[list[Positive], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "Size":
+        given = [name for name in ("trunk", "params", "embed_dim") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"sizes: give one of trunk, params and embed_dim, got {' and '.join(given) or 'none'}")
+        if self.depths and self.embed_dim is None:
+            raise ValueError("sizes: depths go with embed_dim")
+        return self
+
+
+class LearningRate(Section):
+    """optim.lr of a cell = value · (trunk parameters / at_params)^exponent."""
+
+    value: AboveZero | None = None  # null: the base config's
+    exponent: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] = 0.0  # 0: one rate for all sizes, as EsViT
+    at_params: AboveZero | None = None
+
+    @model_validator(mode="after")
+    def _reference(self) -> "LearningRate":
+        if self.exponent and self.at_params is None:
+            raise ValueError("lr: an exponent needs at_params, the size at which the rate is `value`")
+        return self
+
+
+class Evaluate(Section):
+    """k-NN of every finished cell."""
+
+    train: PathText  # labelled shards or class folders that vote
+    test: PathText
+    k: Positive = 20  # whose error is collected: one k for all cells, not the best of each
+
+
+class Machine(Section):
+    """What a cell runs on: for the cost column and for what fits."""
+
+    gpus: Positive = 1
+    gpu_memory: AboveZero = 80.0  # GiB of one
+    tflops: AboveZero | None = None  # of one on large products; null: measured here
+    mfu: Annotated[Fraction, Field(gt=0)] = 0.35
+
+
+class Limits(Section):
+    """A cell outside these is refused."""
+
+    min_steps: Positive = 100
+    max_epochs: AboveZero = 800.0
+
+
+class Sweep(Section):
+    format_version: Literal[1] = 1
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "sweep"
+    out: PathText | None = None  # null: runs/sweeps/<name>
+    base: str  # a preset's name or a YAML file: everything that a cell does not say
+    overrides: list[str] = Field(default=[])  # key=value on top of the base
+    sizes: Annotated[list[Size], Field(min_length=1)]
+    budgets: Annotated[list[AboveZero], Field(min_length=1)]  # FLOPs of a run, heads, teacher and padding included
+    seeds: list[Seed] = Field(default=[0], min_length=1)
+    unique_images: list[Positive | None] = Field(default=[None], min_length=1)  # null: the whole set
+    lr: LearningRate = LearningRate()
+    # scale: warm-ups and the last layer's freeze keep their share of the run; keep: their number of epochs
+    # branches: constant schedules with a cooldown (optim.cooldown of the run); a longer run starts from the checkpoint at
+    # which the next shorter one began to cool down
+    horizon: Literal["scale", "keep", "branches"] = "scale"
+    evaluate: Evaluate | None = None
+    machine: Machine = Machine()
+    limits: Limits = Limits()
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.out) if self.out else Path("runs") / "sweeps" / self.name
+
+
+def read(path: Path) -> Sweep:
+    """
+    Raises:
+        UserError: one line per problem, with the key and the nearest right value.
+    """
+    return configs.check(Sweep, configs.read_yaml(path), str(path))
