@@ -114,10 +114,10 @@ def image_flops(config: Config, count: Count = "published") -> int:
     match = 2 * GLOBALS * regions[0] * dim * compared if regions else 0
     if count != "executed":
         return student + teacher + teacher_tokens * logits + match
-    # Pixels need no gradient. The fused loss takes three products for a teacher's token (logits, expected prototype,
-    # the prototypes' gradient), and the entropy a dot product of K.
+    # Pixels need no gradient. The fused loss takes four products for a token of either network: the logits twice, the
+    # expected prototype, and the prototypes' gradient.
     student -= sum(2 * _embedding_macs(config, size) for size in sizes)
-    return student + teacher + teacher_tokens * (3 * logits + 2 * o.prototypes) + match
+    return student + teacher + (4 * teacher_tokens + student_tokens) * logits + match
 
 
 # --- activations -----------------------------------------------------------------------------------------------------
@@ -211,10 +211,9 @@ def _kept_by_position_bias(config: Config) -> list[int]:
 
 
 def _kept_by_loss(config: Config) -> int:
-    """The prototypes' gradient, known in the forward, and what their weight normalisation keeps."""
-    o, wide = config.objective, 4
-    copies = 1 if _element(config) == wide else 2
-    return (2 if o.regions else 1) * (copies * o.prototypes * o.bottleneck + 3 * o.prototypes) * wide
+    """The gradient of each head's prototypes, known in the forward."""
+    o = config.objective
+    return (2 if o.regions else 1) * o.prototypes * o.bottleneck * _element(config)
 
 
 # --- shapes ----------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from esvit_scale.config import Config
 from esvit_scale.models import complexity
 from esvit_scale.objective.network import build_network
 from esvit_scale.objective.param_groups import parameter_groups
-from esvit_scale.objective.prototypes import CHUNK_BYTES
+from esvit_scale.objective.prototypes import CPU_TILE_BYTES, GPU_TILE_SHARE
 
 STAGES = (0, 1, 2, 3)
 BUCKET = 500_000_000  # elements that DeepSpeed reduces at a time (its default), reserved whole at stages 1–3
@@ -91,19 +91,26 @@ def network_of(config: Config) -> Network:
 
 
 def memory(
-    config: Config, network: Network, stage: int, ranks: int, checkpointing: bool, on_cpu: bool = False
+    config: Config,
+    network: Network,
+    stage: int,
+    ranks: int,
+    checkpointing: bool,
+    on_cpu: bool = False,
+    capacity: int = 80 * 10**9,
 ) -> Memory:
     """
     Args:
         on_cpu: resident memory with gloo: of a reserved bucket only what is written counts, and gloo copies what it
             scatters.
+        capacity: bytes of one GPU; the loss works in a share of them.
     """
-    e = 2 if config.train.precision == "bf16" else 4
+    e = 2 if config.train.precision in ("bf16", "fp16") else 4
     whole, part, largest = _padded(network, stage, ranks)
     images = config.train.global_batch // ranks // config.train.grad_accum
     pixels = _pixel_bytes(config, images, e)
     activations = complexity.activation_bytes(config, checkpointing).total(images) + pixels
-    loss = _loss_workspace(config, e)
+    loss = _loss_workspace(config, e, CPU_TILE_BYTES if on_cpu else capacity // GPU_TILE_SHARE)
     filled = min(network.total, BUCKET)
     reserved = e * (filled if on_cpu else BUCKET) if stage else 0
     gathered = e * min(network.total, LIVE) if stage == 3 and ranks > 1 else 0
@@ -175,15 +182,12 @@ def _pixel_bytes(config: Config, images: int, e: int) -> int:
     return images * sum(3 * size**2 for size in config.crop_sizes) * (1 + 4 + e)
 
 
-def _loss_workspace(config: Config, e: int) -> int:
-    """One chunk's logits and probabilities, in fp32 and once more in bf16, and the heads' normalised prototypes."""
+def _loss_workspace(config: Config, e: int, tile: int) -> int:
+    """Normalised prototypes of the teacher's heads and of one of the student's, and what a tile (bytes of all tokens'
+    fp32 logits) needs: logits, probabilities of the student's half or more, and both narrower where products are."""
     o = config.objective
-    chunk = max(1, CHUNK_BYTES // (4 * o.prototypes)) * o.prototypes
-    prototypes = o.prototypes * o.bottleneck
-    heads = 2 if o.regions else 1
-    # Rows of teacher (both heads') and student in fp32, the product that is added to the gradient, bf16 copies.
-    rows = (heads + 2) * 4 * prototypes + (2 * e * prototypes if e < 4 else 0)
-    return chunk * (8 + (2 * e if e < 4 else 0)) + rows
+    rows = ((2 if o.regions else 1) + 1) * e * o.prototypes * o.bottleneck
+    return rows + tile * (2 if e == 4 else 3)
 
 
 def checkpoint_bytes(network: Network) -> int:

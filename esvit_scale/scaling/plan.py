@@ -70,9 +70,11 @@ def plan(config: Config, gpus: int, capacity: int, images: int | None, speed: Sp
             f"nearest: {nearest_multiple(batch, gpus * accum)}"
         )
     network = memory.network_of(config)
-    stages = [s for s in memory.STAGES if not (s == 0 and config.train.precision == "bf16")]  # ds_config.py says why
+    stages = [
+        s for s in memory.STAGES if not (s == 0 and config.train.precision in ("bf16", "fp16"))
+    ]  # ds_config.py says why
     settings = [
-        Setting(stage, recompute, memory.memory(config, network, stage, gpus, recompute))
+        Setting(stage, recompute, memory.memory(config, network, stage, gpus, recompute, capacity=capacity))
         for recompute in (False, True)
         for stage in stages
     ]

@@ -192,12 +192,13 @@ def run_cell(cell: Cell, sweep: Sweep, source: Path) -> int:
 
 
 def _evaluate(cell: Cell, sweep: Sweep) -> None:
-    from esvit_scale.evaluate import knn
+    from esvit_scale.evaluate import features, knn
 
     assert sweep.evaluate is not None
     train, test = Path(sweep.evaluate.train), Path(sweep.evaluate.test)
     ks = (sweep.evaluate.k, *knn.KS)
-    knn.run_knn(cell.path, train, test, cell.path, ks=ks, workers=cell.config.data.workers)
+    loading = features.Loading(workers=cell.config.data.workers, cache=cell.path / "features")
+    knn.run_knn(cell.path, train, test, cell.path, loading, ks=ks)
 
 
 def _evaluated(cell: Cell) -> bool:

@@ -110,7 +110,8 @@ class Run:
         return bool(self._flags & ASKED)
 
     def save_if_due(self) -> None:
-        if self.step % self._session.config.train.checkpoint_every == 0 or self._flags & (ASKED | SAVE_NOW):
+        due = self.step % self._session.config.train.checkpoint_every == 0 or self._flags & SAVE_NOW
+        if self._flags & ASKED or (due and not self._skips):  # a roll-back must lead out of a bad stretch
             self._save()
 
     def leave(self) -> int:

@@ -110,14 +110,13 @@ def test_entropies_of_teacher_student_and_of_the_mean_target():
     torch.testing.assert_close(entropies.usage, -(p.mean(0) * p.mean(0).log()).sum())
 
 
-@pytest.mark.parametrize("position", [0, 2])
-def test_fp16_is_multiplied_in_bf16(position):
+def test_fp16_is_multiplied_in_bf16():
     """1/K and smaller numbers are nothing in fp16."""
     given = problem(k=200, d=32, dtype=torch.float32)
     half = [x.half() if i in (0, 2) else x.bfloat16() if i in (1, 3) else x for i, x in enumerate(given)]
     half[0].requires_grad_()
     loss, _ = fused(*half)
-    (65536 * loss).backward()  # fp16's loss scale
+    (256 * loss).backward()  # fp16's loss scale
     wide = with_gradient(given)
     fused(*wide)[0].backward()
     assert half[0].grad.dtype == torch.float16

@@ -40,7 +40,7 @@ def plain_losses(config: Config) -> list[float]:
         with torch.no_grad():
             targets = teacher(crops[:1])
         keys = drop_keys(config.seed, step, batch.positions, sum(views))
-        loss, _ = student(crops, targets, keys, schedules.teacher_temp(step))
+        loss, *_ = student(crops, targets, keys, schedules.teacher_temp(step))
         optimizer.zero_grad()
         loss.backward()
         for name, p in student.named_parameters():

@@ -45,7 +45,7 @@ def test_a_start_that_fails_leaves_nothing(tmp_path: Path) -> None:
     config = tiny.config(
         tmp_path / "runs" / "x", tmp_path / "shards", train__ds_config="zero0", train__precision="bf16"
     )
-    with pytest.raises(UserError, match="fp32 only"):
+    with pytest.raises(UserError, match="fp32 and autocast only"):
         loop.pretrain(config)
     assert not (tmp_path / "runs" / "x").exists()
 

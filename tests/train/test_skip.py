@@ -1,16 +1,23 @@
 """A NaN costs one step and nothing else: weights, moments, teacher and centres stay as they were."""
 
+import itertools
+import json
+import math
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from esvit_scale.checkpoint import state
 from esvit_scale.data import manifest, stream
 from esvit_scale.errors import Diverged
 from esvit_scale.objective.schedules import Schedules
 from esvit_scale.parallel import world as world_module
 from esvit_scale.train import loop
+from esvit_scale.train.metrics import read_rows
+from esvit_scale.train.run import Run
 from esvit_scale.train.step import open_session, train_step
 from tests import tiny
 
@@ -44,11 +51,74 @@ def test_a_step_with_nan_moves_nothing(tmp_path: Path, ds_config: str, monkeypat
         world_module.stop()
 
 
-def test_nan_at_every_step_ends_the_run_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def poison(monkeypatch: pytest.MonkeyPatch, calls: Container[int]) -> list[int]:
+    """Makes the loss NaN in these calls of the objective (1 is the first); returns the batches that were trained on."""
     from esvit_scale.objective.esvit import EsViT
 
-    real = EsViT.forward
-    monkeypatch.setattr(EsViT, "forward", lambda self, *a: (real(self, *a)[0] * float("nan"), real(self, *a)[1]))
-    config = tiny.config(tmp_path / "run", tiny.shards(tmp_path / "shards"), train__steps=40)
-    with pytest.raises(Diverged, match=r"20 steps in a row, up to step 20.*lower optim\.lr"):
+    real_forward, real_step, count, batches = EsViT.forward, loop.train_step, itertools.count(1), []
+
+    def forward(self: Any, *arguments: Any) -> Any:
+        loss, logs = real_forward(self, *arguments)
+        return (loss * float("nan") if next(count) in calls else loss), logs
+
+    def step(session: Any, batch: Any, *arguments: Any, **options: Any) -> Any:
+        batches.append(batch.batch_index)
+        return real_step(session, batch, *arguments, **options)
+
+    monkeypatch.setattr(EsViT, "forward", forward)
+    monkeypatch.setattr(loop, "train_step", step)
+    return batches
+
+
+def test_a_run_goes_back_to_its_checkpoint_and_on_with_other_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps 13 to 17 fail: back to step 10, and on with batch 17."""
+    batches = poison(monkeypatch, range(13, 18))
+    config = tiny.config(tmp_path / "run", tiny.shards(tmp_path / "shards"), train__skips_before_rollback=5)
+    assert loop.pretrain(config) == 0
+    assert batches == list(range(27))
+    rows = tiny.rows(config.run_path)
+    assert [row["step"] for row in rows] == list(range(1, 21))
+    assert all(row["skipped_steps"] == 0 and math.isfinite(row["loss"]) for row in rows)
+    summary = json.loads((config.run_path / "summary.json").read_text())
+    assert (summary["data_offset"], summary["rollbacks"], summary["optimizer_step"]) == (7, 1, 20)
+    cursor = state.read_state(state.resolve(config.run_path))["cursor"]
+    assert (cursor["step"], cursor["batch_index"], cursor["data_offset"]) == (20, 27, 7)
+    named = read_rows(config.run_path / "quarantine.jsonl")
+    assert [row["step"] for row in named] == [step for step in range(13, 18) for _ in range(8)]
+    assert all(row["rolled_back"] and row["key"].startswith("image") for row in named)
+
+
+def test_the_data_offset_outlives_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = poison(monkeypatch, range(13, 18))
+    shards = tiny.shards(tmp_path / "shards")
+    config = tiny.config(tmp_path / "run", shards, train__skips_before_rollback=5, train__checkpoint_every=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "asked", lambda self: self.step == 16 and self.data_offset > 0)  # as a signal would
+        assert loop.pretrain(config) == 0
+    assert batches == list(range(21))  # back from step 17 to 12, and stopped at 16
+    assert loop.pretrain(config) == 0
+    assert batches[21:] == list(range(21, 25))
+
+
+def test_one_nan_costs_one_step_and_names_its_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = poison(monkeypatch, [7])
+    config = tiny.config(tmp_path / "run", tiny.shards(tmp_path / "shards"))
+    assert loop.pretrain(config) == 0
+    assert batches == list(range(20))
+    assert tiny.rows(config.run_path)[-1]["skipped_steps"] == 1
+    named = read_rows(config.run_path / "quarantine.jsonl")
+    assert [row["step"] for row in named] == [7] * 8
+    assert {row["reason"] for row in named} == {"gradients were not finite at this step"}
+
+
+@pytest.mark.parametrize(("start", "words"), [(1, "before the first checkpoint"), (13, "after going back 2 times")])
+def test_nan_without_end_stops_the_run_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: int, words: str
+) -> None:
+    poison(monkeypatch, range(start, 1000))
+    config = tiny.config(tmp_path / "run", tiny.shards(tmp_path / "shards"), train__skips_before_rollback=4)
+    with pytest.raises(Diverged, match=rf"4 steps in a row, up to step .*{words}.*lower optim\.lr"):
         loop.pretrain(config)
+    assert json.loads((config.run_path / "summary.json").read_text())["finished"] is False

@@ -14,10 +14,10 @@ from esvit_scale.parallel import collectives
 from esvit_scale.train import loop
 
 real = loop.train_step
-def stuck_in_step_4(session, batch, step):
+def stuck_in_step_4(session, batch, step, **options):
     if step == 4 and collectives.rank() == 1:
         time.sleep(1000)
-    return real(session, batch, step)
+    return real(session, batch, step, **options)
 loop.train_step = stuck_in_step_4
 sys.exit(cli.main(["pretrain", *sys.argv[1:]]))
 """
