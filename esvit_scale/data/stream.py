@@ -19,7 +19,7 @@ from torch import Tensor
 from esvit_scale.config import Config
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data import order as orders
-from esvit_scale.data import photometric
+from esvit_scale.data import photometric, photometric_8bit
 from esvit_scale.data.evaluation import EvaluationBatch, centre_crop, evaluation_batches, evaluation_side
 from esvit_scale.data.job import Job, check_division
 from esvit_scale.data.loader import loader
@@ -91,6 +91,8 @@ def batches(config: Config, data: Source, rank: int, world_size: int, start: int
         RestartCanHelp: while iterating, when a loader process dies or the storage is gone.
     """
     check_division(config, world_size)
+    if config.data.photometric == "workers":
+        photometric_8bit.require()
     job = Job(config, rank, world_size, start, stop, steps_per_epoch(config, data))
     workers = min(config.data.workers, len(job.slots))
     if workers < config.data.workers:

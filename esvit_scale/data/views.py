@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from esvit_scale.config import Config
-from esvit_scale.data import photometric
+from esvit_scale.data import photometric, photometric_8bit
 from esvit_scale.data.crops import Box, Levels, crop_box, crop_groups, keyed_generator, reductions
 from esvit_scale.data.photometric import Draw
 from esvit_scale.data.picture import open_picture
@@ -79,7 +79,7 @@ class Part(NamedTuple):
 def make_part(config: Config, batch_index: int, samples: Iterable[Sample], size: int) -> Part:
     """Crops written straight into the part's arrays, one decoded image in memory at a time."""
     began = time.monotonic()
-    groups = crop_groups(config.data)
+    groups, in_worker = crop_groups(config.data), config.data.photometric == "workers"
     crops = [np.empty((g.views, size, g.size, g.size, 3), np.uint8) for g in groups]
     draws: list[list[Draw]] = [[] for _ in config.crop_sizes]
     positions, labels = np.empty(size, np.int64), np.empty(size, np.int64)
@@ -89,7 +89,9 @@ def make_part(config: Config, batch_index: int, samples: Iterable[Sample], size:
         places = (out[v, b] for out in crops for v in range(len(out)))
         for number, (view, reduction, out) in enumerate(zip(sample.views, sample.reductions, places, strict=True)):
             sample.levels.cut(view.box, reduction, view.flip, out)
-            draws[number].append(view.draw)
+            if in_worker:
+                photometric_8bit.apply(out, view.draw)
+            draws[number].append(photometric_8bit.NOTHING if in_worker else view.draw)
         positions[b], labels[b] = sample.batch_position, sample.label
         keys.append(sample.key)
         bad.extend(sample.bad)
