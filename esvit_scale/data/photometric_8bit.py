@@ -13,7 +13,7 @@ from esvit_scale.errors import UserError
 try:
     import cv2
 except ImportError:
-    cv2 = None
+    cv2 = None  # type: ignore[assignment]
 
 NOTHING = Draw(-1, (1.0, 1.0, 1.0, 0.0), False, 0.0, False)  # parameters that leave a crop to be normalised only
 
