@@ -19,8 +19,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-
 import numpy as np
 import skimage.data
 import torch
@@ -28,14 +26,16 @@ from PIL import Image, ImageFilter, ImageOps
 from sklearn.datasets import load_sample_image
 from torchvision import transforms as T
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from esvit_scale.config import Config
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data import photometric, stream
 from esvit_scale.data.picture import open_picture
 from esvit_scale.data.reader import ShardReader
 from esvit_scale.data.shard_writer import Sample, write_samples
-from esvit_scale.data.views import decode_for_views, make_part
 from esvit_scale.data.views import Sample as Placed
+from esvit_scale.data.views import decode_for_views, make_part
 
 SIZES = {"0.19 MP (ImageNet's typical)": 433, "1.9 MP": 1386}  # square root of the pixels
 

@@ -1,7 +1,7 @@
 """An image file whose size is known before its pixels are: so that crops can be placed first, and a JPEG decoded no
 larger than they need (libjpeg scales by ½, ¼ or ⅛ inside the inverse DCT)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -16,6 +16,7 @@ except ImportError:  # no wheel for this platform: Pillow gives the same pixels,
 
 Pixels = NDArray[np.uint8]  # [H, W, 3]
 
+SCAN, EXIF, PROGRESSIVE = 0xDA, 0xE1, {0xC2, 0xC6, 0xCA, 0xCE}  # JPEG markers; Exif data is in an APP1 segment
 MAX_SCANS = 200  # of a progressive JPEG; each costs a pass over all pixels, so that small files could take hours
 _UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {  # EXIF orientation → what undoes it
     1: lambda x: x,
@@ -56,14 +57,26 @@ def open_picture(data: bytes) -> Picture:
     if data[:2] == b"\xff\xd8" and (header := _jpeg_header(data)) is not None:
         width, height = header
         check_size(width, height)
-        if data.count(b"\xff\xda") > MAX_SCANS:
+        segments = dict(_segments(data))
+        if segments.keys() & PROGRESSIVE and data.count(b"\xff\xda") > MAX_SCANS:
             raise BadImage(f"a JPEG of more than {MAX_SCANS} scans (decompression bomb?)")
-        orientation = exif_orientation(open_header(data)) if b"Exif\0" in data[: 1 << 16] else 1
+        orientation = exif_orientation(open_header(data)) if EXIF in segments else 1
         if orientation > 4:
             width, height = height, width
         return Picture(width, height, partial(_jpeg_pixels, data, orientation))
     pixels = np.array(decode(data))
     return Picture(pixels.shape[1], pixels.shape[0], lambda reduction: (pixels, 1))
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, int]]:
+    """(marker, place of its content) of a JPEG's segments before the first scan."""
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != SCAN:
+        if data[at + 1] == 0xFF:  # padding
+            at += 1
+            continue
+        yield data[at + 1], at + 4
+        at += 2 + max(int.from_bytes(data[at + 2 : at + 4], "big"), 2)
 
 
 def _jpeg_header(data: bytes) -> tuple[int, int] | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import webdataset as wds
-from webdataset import filters, gopen, shardlists
+from webdataset import filters, shardlists
 
 from esvit_scale.config import Data
 from esvit_scale.data.decode import EXTENSIONS, BadImage
@@ -116,15 +116,17 @@ class UrlSamples:
                 job.world_size,
                 job.worker()[1],
             )
+        bad: list[dict[str, Any]] = []
         for epoch in range(job.start // job.steps, -(-job.stop // job.steps)):
             first, last = epoch * job.steps, (epoch + 1) * job.steps
-            yield from self._epoch(epoch, max(job.start - first, 0), min(job.stop, last) - first)
+            yield from self._epoch(epoch, max(job.start - first, 0), min(job.stop, last) - first, bad)
 
-    def _epoch(self, epoch: int, start: int, stop: int) -> Iterator[Sample]:
-        """The parts of steps start..stop-1 of an epoch; what comes before them is read, not decoded."""
+    def _epoch(self, epoch: int, start: int, stop: int, bad: list[dict[str, Any]]) -> Iterator[Sample]:
+        """The parts of steps start..stop-1 of an epoch; what comes before them is read, not decoded. `bad` holds what
+        could not be read and no sample has told of yet."""
         job = self.job
         positions = [slot * job.per_slot + i for slot in job.slots_of_worker() for i in range(job.per_slot)]
-        stream = self._raw(epoch)
+        stream = self._raw(epoch, bad)
         reserves = list(itertools.islice(stream, RESERVES))
         stream = itertools.chain(reserves, stream)
         numbered = enumerate(itertools.islice(stream, stop * len(positions)))
@@ -152,33 +154,55 @@ class UrlSamples:
             f"{raw.url}: {raw.key} and all {len(reserves)} samples that could stand in for it are bad (last: {bad[-1]['reason']})"
         )
 
-    def _raw(self, epoch: int) -> Iterator[_Raw]:
+    def _raw(self, epoch: int, bad: list[dict[str, Any]]) -> Iterator[_Raw]:
         """An endless stream of this worker's share of all sets, mixed by weight and shuffled: a pure function of
         (seed, epoch, worker) as long as every tar can be read."""
         worker, workers = self.job.worker()
         consumer, consumers = self.job.rank * workers + worker, self.job.world_size * workers
         key = (self.job.config.seed, epoch, consumer, consumers)
-        sets = [self._set(n, epoch, consumer, consumers) for n in range(len(self.source.sets))]
+        sets = [self._set(n, epoch, consumer, consumers, bad) for n in range(len(self.source.sets))]
         chooser = random.Random(hash64(*key, "mix"))
         weights = [s.weight for s in self.source.sets]
-        mixed = (next(sets[chooser.choices(range(len(sets)), weights)[0]]) for _ in itertools.count())
-        yield from filters._shuffle(mixed, SHUFFLE, SHUFFLE // 10, random.Random(hash64(*key, "shuffle")))
+        while True:
+            yield next(sets[chooser.choices(range(len(sets)), weights)[0]])
 
-    def _set(self, number: int, epoch: int, consumer: int, consumers: int) -> Iterator[_Raw]:
-        """One set again and again; its tars are dealt out anew every time."""
-        urls = self.source.sets[number].urls
-        for time_by in itertools.count():
-            order = permutation(len(urls), self.job.config.seed, epoch, "tars", number, time_by)[consumer::consumers]
-            bad: list[dict[str, Any]] = []
+    def _set(self, number: int, epoch: int, consumer: int, consumers: int, bad: list[dict[str, Any]]) -> Iterator[_Raw]:
+        """One set again and again; every time its tars are dealt out anew, and their samples shuffled."""
+        seed, urls = self.job.config.seed, self.source.sets[number].urls
+        buffer = max(SHUFFLE // len(self.source.sets), 2)
+        for turn in itertools.count():
+            order = permutation(len(urls), seed, epoch, "tars", number, turn)[consumer::consumers]
+            samples = _tar_samples([urls[i] for i in order], epoch, bad)
+            chooser = random.Random(hash64(seed, epoch, "shuffle", number, turn, consumer, consumers))
             came = False
-            for raw in _tar_samples([urls[i] for i in order], epoch, bad):
+            for raw in filters._shuffle(samples, buffer, buffer // 2, chooser):
                 came = True
-                again = f"#{time_by}" if time_by else ""
+                again = f"#{turn}" if turn else ""
                 yield raw._replace(crop_key=raw.key + again, bad=[bad.pop(0) for _ in range(len(bad))])
             if not came:
                 last = bad[-1] if bad else {"shard": urls[0], "reason": "no samples in it"}
                 message = f"{last['shard']}: {last['reason']}; nothing could be read from any of this worker's {len(order)} tars"
                 raise StorageGone(message) if last.get("io") else OnlyBad(message)
+
+
+class _Tail:
+    """A stream that knows how it ended: tarfile passes over a tar that was cut between two members."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._tail, self._head = stream, b"", b""
+
+    def read(self, size: int = -1) -> bytes:
+        data: bytes = self._stream.read(size)
+        self._head = self._head or data[:2]
+        self._tail = (self._tail + data[-1024:])[-1024:]
+        return data
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def ended_well(self) -> bool:
+        """A tar ends with two blocks of zeros; of a compressed one the decompressor checks the end."""
+        return self._tail == bytes(1024) or self._head in (b"\x1f\x8b", b"BZ", b"\xfd7")
 
 
 def _tar_samples(urls: Iterable[str], epoch: int, bad: list[dict[str, Any]]) -> Iterator[_Raw]:
@@ -197,13 +221,22 @@ def _tar_samples(urls: Iterable[str], epoch: int, bad: list[dict[str, Any]]) -> 
         for url in urls:
             for wait in (*WAITS, None):
                 try:
-                    yield {"url": url, "stream": gopen.gopen(url)}
-                    break
+                    stream = _Tail(wds.gopen(url))
                 except OSError as error:
                     if wait is None:
                         note(error, url)
                     else:
                         time.sleep(wait)
+                else:
+                    known = len(bad)
+                    yield {"url": url, "stream": stream}
+                    try:
+                        stream.close()
+                    except OSError as error:  # a command's exit status
+                        note(error, url)
+                    if len(bad) == known and not stream.ended_well():
+                        note(OSError("ends too early, or has a broken header: its last samples were not read"), url)
+                    break
 
     def is_wanted(name: str) -> bool:
         return name.rpartition(".")[2].lower() in EXTENSIONS or name.endswith(".cls")
