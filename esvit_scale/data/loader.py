@@ -7,7 +7,7 @@ import re
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -55,6 +55,20 @@ def loader(stages: list[Callable[..., Any]], workers: int) -> Iterator[Any]:
     )
 
 
+@contextmanager
+def explained_deaths() -> Iterator[None]:
+    """Around whatever the main thread does while there are loader processes: torch raises in it, wherever it is, when
+    one dies. Raises RestartCanHelp instead."""
+    try:
+        yield
+    except RuntimeError as error:
+        if (died := re.search(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\)", str(error))) is None:
+            raise
+        raise RestartCanHelp(
+            f"a loader process died (pid {died[1]}): killed, or out of memory (fewer data.workers need less of it)"
+        ) from None
+
+
 def reason(error: Exception) -> str:
     """One line."""
     return (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())[:200]
@@ -75,14 +89,8 @@ def _as_it_is(part: T) -> T:
 def _parts(parts: Iterable[Any]) -> Iterator[Any]:
     iterator = iter(parts)
     while True:
-        try:
+        with explained_deaths():
             part = next(iterator, None)
-        except RuntimeError as error:
-            if (died := re.search(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\)", str(error))) is None:
-                raise
-            raise RestartCanHelp(
-                f"a loader process died (pid {died[1]}): killed, or out of memory; fewer data.workers need less of it"
-            ) from None
         if part is None:
             return
         if isinstance(part, _Failure):

@@ -9,8 +9,9 @@ batches are then the same bit for bit.
 import itertools
 import logging
 import random
+import tarfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from esvit_scale.config import Data
 from esvit_scale.data.decode import EXTENSIONS, BadImage
 from esvit_scale.data.job import Job
 from esvit_scale.data.loader import OnlyBad, reason
-from esvit_scale.data.manifest import parse_label
+from esvit_scale.data.manifest import MAX_MEMBER, parse_label
 from esvit_scale.data.order import hash64, permutation
 from esvit_scale.data.reader import StorageGone
 from esvit_scale.data.views import SLOW_S, Sample, decode_for_views
@@ -185,64 +186,73 @@ class UrlSamples:
                 raise StorageGone(message) if last.get("io") else OnlyBad(message)
 
 
-class _Tail:
-    """A stream that knows how it ended: tarfile passes over a tar that was cut between two members."""
-
-    def __init__(self, stream: Any) -> None:
-        self._stream, self._tail, self._head = stream, b"", b""
-
-    def read(self, size: int = -1) -> bytes:
-        data: bytes = self._stream.read(size)
-        self._head = self._head or data[:2]
-        self._tail = (self._tail + data[-1024:])[-1024:]
-        return data
-
-    def close(self) -> None:
-        self._stream.close()
-
-    def ended_well(self) -> bool:
-        """A tar ends with two blocks of zeros; of a compressed one the decompressor checks the end."""
-        return self._tail == bytes(1024) or self._head in (b"\x1f\x8b", b"BZ", b"\xfd7")
-
-
-def _tar_samples(urls: Iterable[str], epoch: int, bad: list[dict[str, Any]]) -> Iterator[_Raw]:
+def _tar_samples(urls: Sequence[str], epoch: int, bad: list[dict[str, Any]]) -> Iterator[_Raw]:
     """The samples of tars one after the other. What cannot be read is added to `bad` and passed over."""
 
-    def note(error: Exception, url: str = "") -> bool:
-        url = url or next((a for a in reversed(error.args) if isinstance(a, str) and a in urls), "")
-        first = str(error.args[0]) if error.args else type(error).__name__
-        text = reason(error) if isinstance(error, OSError) and error.strerror else first
-        bad.append(
-            {"shard": url, "key": "", "reason": text, "epoch": epoch, "position": -1, "io": isinstance(error, OSError)}
-        )
+    def note(error: Exception, url: str) -> None:
+        row = {"shard": url, "key": "", "reason": reason(error) or type(error).__name__, "epoch": epoch, "position": -1}
+        bad.append({**row, "io": isinstance(error, OSError)})
+
+    def files() -> Iterator[dict[str, Any]]:
+        for url in urls:
+            try:
+                with _opened(url) as stream:
+                    yield from _tar_files(url, stream)
+            except Exception as error:  # decompressors and tar headers raise almost anything
+                note(error, url)
+            yield {}  # samples of two tars never mix
+
+    def of_another(error: Exception) -> bool:
+        note(error, next((a for a in error.args if a in urls), ""))
         return True
 
-    def opened() -> Iterator[dict[str, Any]]:
-        for url in urls:
-            for wait in (*WAITS, None):
-                try:
-                    stream = _Tail(wds.gopen(url))
-                except OSError as error:
-                    if wait is None:
-                        note(error, url)
-                    else:
-                        time.sleep(wait)
-                else:
-                    known = len(bad)
-                    yield {"url": url, "stream": stream}
-                    try:
-                        stream.close()
-                    except OSError as error:  # a command's exit status
-                        note(error, url)
-                    if len(bad) == known and not stream.ended_well():
-                        note(OSError("ends too early, or has a broken header: its last samples were not read"), url)
-                    break
-
-    def is_wanted(name: str) -> bool:
-        return name.rpartition(".")[2].lower() in EXTENSIONS or name.endswith(".cls")
-
-    files = wds.tariterators.tar_file_expander(opened(), handler=note, select_files=is_wanted)
-    for sample in wds.tariterators.group_by_keys(files, handler=note):
+    for sample in wds.tariterators.group_by_keys(files(), handler=of_another):
         image = next((v for k, v in sample.items() if k in EXTENSIONS), b"")
         key = sample["__key__"]
         yield _Raw(sample["__url__"], key, key, image, sample.get("cls", b""), [])
+
+
+def _opened(url: str) -> Any:
+    for wait in (*WAITS, None):
+        try:
+            return wds.gopen(url)
+        except OSError:
+            if wait is None:
+                raise
+        time.sleep(wait)
+    raise AssertionError
+
+
+def _tar_files(url: str, stream: Any) -> Iterator[dict[str, Any]]:
+    """The regular image and class files of a tar, each in memory as a whole. Links, folders and devices are ignored,
+    names are only names, and nothing is decoded here.
+
+    Raises:
+        BadImage: the tar was cut, or has a header that cannot be read; tarfile itself would end in silence.
+    """
+    endings: list[str] = []
+
+    class Header(tarfile.TarInfo):
+        @classmethod
+        def frombuf(cls, *arguments: Any) -> "Header":
+            try:
+                return super().frombuf(*arguments)
+            except tarfile.HeaderError as error:
+                endings.append(type(error).__name__)
+                raise
+
+    with tarfile.open(fileobj=stream, mode="r|*", tarinfo=Header) as tar:
+        for member in tar:
+            wanted = member.name.rpartition(".")[2].lower() in EXTENSIONS or member.name.endswith(".cls")
+            if member.isreg() and not member.issparse() and wanted:
+                if member.size > MAX_MEMBER:
+                    raise BadImage(f"{member.name}: {member.size} bytes")
+                content = tar.extractfile(member)
+                yield {"fname": member.name, "data": content.read() if content else b"", "__url__": url}
+            tar.members = []  # type: ignore[attr-defined]  # tarfile keeps them all
+        rest: Any = tar.fileobj
+        while endings[-1:] == ["EOFHeaderError"] and (chunk := rest.read(1 << 16)):
+            if chunk.strip(b"\0"):
+                endings.append("")
+    if endings[-1:] != ["EOFHeaderError"]:
+        raise BadImage("cut, or with a header that cannot be read: what stands behind it was not read")

@@ -5,6 +5,7 @@ import logging
 from esvit_scale.checkpoint import state
 from esvit_scale.config import Config, require_training_data
 from esvit_scale.data import stream
+from esvit_scale.data.loader import explained_deaths
 from esvit_scale.objective.schedules import Schedules
 from esvit_scale.parallel import collectives
 from esvit_scale.parallel import world as world_module
@@ -26,7 +27,8 @@ def pretrain(config: Config) -> int:
     require_training_data(config)
     world = world_module.start()
     try:
-        code = _open_and_train(config, world)
+        with explained_deaths():
+            code = _open_and_train(config, world)
     except BaseException:
         world_module.abandon()
         raise
