@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from esvit_scale.config import Config
 from esvit_scale.data import photometric, photometric_8bit
@@ -80,7 +81,8 @@ def make_part(config: Config, batch_index: int, samples: Iterable[Sample], size:
     """Crops written straight into the part's arrays, one decoded image in memory at a time."""
     began = time.monotonic()
     groups, in_worker = crop_groups(config.data), config.data.photometric == "workers"
-    crops = [np.empty((g.views, size, g.size, g.size, 3), np.uint8) for g in groups]
+    pixels = [_empty(g.views, size, g.size, g.size, 3) for g in groups]
+    crops = [p.numpy() for p in pixels]
     draws: list[list[Draw]] = [[] for _ in config.crop_sizes]
     positions, labels = np.empty(size, np.int64), np.empty(size, np.int64)
     keys: list[str] = []
@@ -96,5 +98,10 @@ def make_part(config: Config, batch_index: int, samples: Iterable[Sample], size:
         keys.append(sample.key)
         bad.extend(sample.bad)
     fields = tuple(field.numpy() for field in photometric.stack(draws))
-    pixels = [torch.from_numpy(c) for c in crops]
     return Part(pixels, fields, positions, keys, labels, bad, batch_index, time.monotonic() - began)
+
+
+def _empty(*shape: int) -> Tensor:
+    """uint8; in a loader process in the memory that it shares with its parent, so that sending it copies nothing."""
+    empty = torch.empty(shape, dtype=torch.uint8)
+    return empty.share_memory_() if get_worker_info() else empty
