@@ -7,7 +7,7 @@ import re
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -86,16 +86,16 @@ def _as_it_is(part: T) -> T:
     return part
 
 
-def _parts(parts: Iterable[Any]) -> Iterator[Any]:
-    iterator = iter(parts)
-    while True:
-        with explained_deaths():
-            part = next(iterator, None)
-        if part is None:
-            return
-        if isinstance(part, _Failure):
-            raise RestartCanHelp(part.message) if part.restart else UserError(part.message)
-        yield part
+def _parts(parts: Any) -> Iterator[Any]:
+    with closing(iter(parts)) as iterator:  # or its processes end when, and in what order, the collector likes
+        while True:
+            with explained_deaths():
+                part = next(iterator, None)
+            if part is None:
+                return
+            if isinstance(part, _Failure):
+                raise RestartCanHelp(part.message) if part.restart else UserError(part.message)
+            yield part
 
 
 def _start_worker(parent: int, worker: int) -> None:
