@@ -61,11 +61,13 @@ def explained_deaths() -> Iterator[None]:
     one dies. Raises RestartCanHelp instead."""
     try:
         yield
-    except RuntimeError as error:
-        if (died := re.search(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\)", str(error))) is None:
+    except (RuntimeError, ConnectionError, EOFError) as error:  # the latter while a part of the dead one is fetched
+        died = re.search(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\)", str(error))
+        if died is None and isinstance(error, RuntimeError):
             raise
+        which = f" (pid {died[1]})" if died else ""
         raise RestartCanHelp(
-            f"a loader process died (pid {died[1]}): killed, or out of memory (fewer data.workers need less of it)"
+            f"a loader process died{which}: killed, or out of memory (fewer data.workers need less of it)"
         ) from None
 
 

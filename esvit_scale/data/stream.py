@@ -22,7 +22,7 @@ from esvit_scale.data import order as orders
 from esvit_scale.data import photometric, photometric_8bit
 from esvit_scale.data.evaluation import EvaluationBatch, centre_crop, evaluation_batches, evaluation_side
 from esvit_scale.data.job import Job, check_division
-from esvit_scale.data.loader import loader
+from esvit_scale.data.loader import explained_deaths, loader
 from esvit_scale.data.manifest import Manifest
 from esvit_scale.data.photometric import Photometric
 from esvit_scale.data.shard_stream import ShardSamples
@@ -120,19 +120,28 @@ def _make_parts(job: Job, samples: Iterable[Sample]) -> Iterator[Part]:
 def _joined(parts: Iterator[Part], workers: int) -> Iterator[Batch]:
     """The loader hands out the workers' parts in turn; `workers` of them make a batch."""
     pin = torch.cuda.is_available()  # page-locked: copied to the device while it computes
-    while group := list(islice(parts, workers)):
-        params = [Photometric(*map(torch.from_numpy, part.photometric)) for part in group]
-        crops = zip(*(part.crops for part in group), strict=True)
-        yield Batch(
-            crops=[_concatenated(c, pin).permute(0, 1, 4, 2, 3) for c in crops],
-            photometric=photometric.concatenate(params, 1),
-            positions=torch.from_numpy(np.concatenate([part.positions for part in group])),
-            keys=[key for part in group for key in part.keys],
-            labels=torch.from_numpy(np.concatenate([part.labels for part in group])),
-            bad=[row for part in group for row in part.bad],
-            batch_index=group[0].batch_index,
-            worker_rates=tuple(len(part.keys) / max(part.seconds, 1e-9) for part in group),
-        )
+    while True:
+        with explained_deaths():
+            group = list(islice(parts, workers))
+            if not group:
+                return
+            batch = _batch(group, pin)
+        yield batch
+
+
+def _batch(group: list[Part], pin: bool) -> Batch:
+    params = [Photometric(*map(torch.from_numpy, part.photometric)) for part in group]
+    crops = zip(*(part.crops for part in group), strict=True)
+    return Batch(
+        crops=[_concatenated(c, pin).permute(0, 1, 4, 2, 3) for c in crops],
+        photometric=photometric.concatenate(params, 1),
+        positions=torch.from_numpy(np.concatenate([part.positions for part in group])),
+        keys=[key for part in group for key in part.keys],
+        labels=torch.from_numpy(np.concatenate([part.labels for part in group])),
+        bad=[row for part in group for row in part.bad],
+        batch_index=group[0].batch_index,
+        worker_rates=tuple(len(part.keys) / max(part.seconds, 1e-9) for part in group),
+    )
 
 
 def _concatenated(parts: tuple[Tensor, ...], pin: bool) -> Tensor:

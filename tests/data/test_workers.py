@@ -33,7 +33,7 @@ def test_a_killed_worker_is_one_line_and_exit_75(shard_set: Manifest, sign: sign
     worker = next(pid for pid in children() if pid not in before)
     began = time.monotonic()
     os.kill(worker, sign)
-    with pytest.raises(RestartCanHelp, match=rf"a loader process died \(pid {worker}\)") as error:
+    with pytest.raises(RestartCanHelp, match="a loader process died") as error:
         list(stream)
     assert time.monotonic() - began < 20
     assert error.value.exit_code == 75
