@@ -20,6 +20,7 @@ from esvit_scale.errors import RestartCanHelp, UserError
 T = TypeVar("T")
 
 PREFETCH = 2  # parts that every worker prepares ahead
+_DIED = "a loader process died{}: killed, or out of memory (fewer data.workers need less of it)"
 
 
 class OnlyBad(Exception):
@@ -61,14 +62,11 @@ def explained_deaths() -> Iterator[None]:
     one dies. Raises RestartCanHelp instead."""
     try:
         yield
-    except (RuntimeError, ConnectionError, EOFError) as error:  # the latter while a part of the dead one is fetched
+    except RuntimeError as error:
         died = re.search(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\)", str(error))
-        if died is None and isinstance(error, RuntimeError):
+        if died is None:
             raise
-        which = f" (pid {died[1]})" if died else ""
-        raise RestartCanHelp(
-            f"a loader process died{which}: killed, or out of memory (fewer data.workers need less of it)"
-        ) from None
+        raise RestartCanHelp(_DIED.format(f" (pid {died[1]})")) from None
 
 
 def reason(error: Exception) -> str:
@@ -92,7 +90,10 @@ def _parts(parts: Any) -> Iterator[Any]:
     with closing(iter(parts)) as iterator:  # or its processes end when, and in what order, the collector likes
         while True:
             with explained_deaths():
-                part = next(iterator, None)
+                try:
+                    part = next(iterator, None)
+                except (ConnectionError, EOFError):  # a part of the dead process was being fetched
+                    raise RestartCanHelp(_DIED.format("")) from None
             if part is None:
                 return
             if isinstance(part, _Failure):
