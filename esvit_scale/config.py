@@ -55,13 +55,24 @@ class LocalCrops(Section):
     scale: Scale = (0.05, 0.4)
 
 
+class Mixed(Section):
+    """One of several sets of plain tars that are streamed together."""
+
+    urls: PathText  # as data.train
+    weight: AboveZero = 1.0  # its share of the samples, relative to the other sets'
+
+
 class Data(Section):
-    train: PathText = ""  # folder of a shard set (with manifest.json); pretraining needs it
+    # Folder of a shard set (with manifest.json), or plain WebDataset tars: a path or URL, {000..123} and pipe: allowed
+    train: PathText = ""
+    mix: list[Mixed] = []  # several sets of plain tars, instead of train
+    epoch_samples: Positive | None = None  # of plain tars, which do not say how many samples they hold
     workers: Count = 4  # loader processes per rank; 0 decodes in the training process
     slots: Positive | None = None  # canonical slots of the data order; null: largest divisor of global_batch ≤ 512
     shuffle_window: Positive = 8  # shards whose samples are shuffled together
     global_crops: GlobalCrops = GlobalCrops()
     local_crops: list[LocalCrops] = [LocalCrops()]
+    photometric: Literal["device", "workers"] = "device"  # where colour, blur and solarisation are computed
 
 
 class Model(Section):
@@ -297,7 +308,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def require_training_data(config: Config) -> None:
     """Pretraining reads shards; the presets cannot know where yours are."""
-    if not config.data.train:
+    if not (config.data.train or config.data.mix):
         raise UserError(
             "data.train: not set; give a folder of shards, for example data.train=/data/my-shards"
             " (`esvit-scale shards create IMAGES /data/my-shards` makes one)"

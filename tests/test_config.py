@@ -220,7 +220,7 @@ IN_A_FILE = {
     "model: {depths: []}": "model.depths: expected at least one number, got []",
     "model: {depths: [1, 1], heads: [1]}": "model.heads: 1 stages, but model.depths has 2",
     "train: {global_batch: 10, grad_accum: 3}": "train.global_batch: 10 does not divide into train.grad_accum=3 micro-batches; nearest: 9",
-    "train: {precision: fp23}": "train.precision: expected 'fp32' or 'bf16', got 'fp23'; did you mean 'fp32'?",
+    "train: {precision: fp23}": "train.precision: expected 'fp32', 'bf16', 'fp16' or 'autocast', got 'fp23'; did you mean 'fp32'?",
     "train: 5": "train: expected a section (`key: value` lines), got 5",
     "name: 12": "name: expected text, got 12; put it in quotes",
     "name: a b": "name: letters, digits, '.', '_' and '-', beginning with a letter or digit; got 'a b'",

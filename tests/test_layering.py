@@ -27,7 +27,7 @@ ORDER = [
     {"train"},
     {"report"},
     {"scaling"},
-    {"demo", "doctor", "launch"},
+    {"demo", "doctor", "feed", "launch"},
     {"commands"},
     {"cli"},
     {"__main__"},

@@ -1,16 +1,29 @@
-"""What works on this machine."""
+"""What works on this machine, and whether it feeds its GPUs."""
 
 import argparse
 from typing import Any
 
 from esvit_scale.commands.parser import command
+from esvit_scale.errors import UserError
 
 
 def add(commands: Any) -> None:
-    command(commands, "doctor", _doctor, "what works on this machine")
+    doctor = command(commands, "doctor", _doctor, "what works on this machine; with --data, whether it feeds its GPUs")
+    doctor.add_argument("--data", metavar="SHARDS", help="measure the input pipeline on this set, about 15 s")
+    doctor.add_argument("config", nargs="?", metavar="CONFIG", help="with --data: the run's config (default: swin_t)")
+    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="with --data: of the config")
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from esvit_scale import doctor
+    if options.data is None:
+        if options.config:
+            raise UserError(f"doctor {options.config}: a config is for measuring with it: add --data SHARDS")
+        from esvit_scale import doctor
 
-    return doctor.run()
+        return doctor.run()
+    from esvit_scale import config as configs
+
+    config = configs.resolve(options.config or "swin_t", [*options.overrides, f"data.train={options.data}"])
+    from esvit_scale import feed
+
+    return feed.run(config)

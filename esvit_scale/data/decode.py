@@ -58,10 +58,19 @@ def decode(data: bytes) -> Image.Image:
     Raises:
         BadImage: empty, not an image, truncated or corrupt, shorter side < 4 px, or more than MAX_PIXELS pixels.
     """
+    image = open_header(data)
+    check_size(*image.size)
+    pixels = load(image)
+    orientation = exif_orientation(image)  # after the pixels: a PNG's may stand behind them
+    return pixels if orientation == 1 else pixels.transpose(_UPRIGHT[orientation])
+
+
+def open_header(data: bytes) -> Image.Image:
+    """The file opened, no pixel decoded. Raises BadImage."""
     if not data:
         raise BadImage("empty file")
     try:
-        image: Image.Image = Image.open(io.BytesIO(data))
+        return Image.open(io.BytesIO(data))
     except MemoryError:
         raise
     except Image.UnidentifiedImageError:
@@ -70,27 +79,34 @@ def decode(data: bytes) -> Image.Image:
         raise BadImage(f"more than {MAX_PIXELS} pixels (decompression bomb?)") from None
     except Exception as error:  # decoders raise almost anything on corrupt input
         raise BadImage(_reason(error)) from None
-    width, height = image.size
+
+
+def check_size(width: int, height: int) -> None:
+    """Raises BadImage for pictures too small to crop or too large to decode."""
     if min(width, height) < MIN_SIDE:
         raise BadImage(f"{width}x{height} pixels: the shorter side is under {MIN_SIDE}")
     if width * height > MAX_PIXELS:
         raise BadImage(f"{width}x{height} pixels: over the limit of {MAX_PIXELS} (decompression bomb?)")
+
+
+def load(image: Image.Image) -> Image.Image:
+    """The pixels of an opened file as RGB, as stored (not turned upright). Raises BadImage."""
     try:
         image.load()
-        return _rgb(_upright(image))
+        return _rgb(image)
     except (MemoryError, BadImage):
         raise
     except Exception as error:
         raise BadImage(_reason(error)) from None
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def exif_orientation(image: Image.Image) -> int:
+    """1 (upright) to 8."""
     try:
         orientation = image.getexif().get(0x0112)
     except Exception:  # a broken EXIF block says nothing about the pixels
-        return image
-    transposition = _UPRIGHT.get(orientation) if isinstance(orientation, int) else None
-    return image if transposition is None else image.transpose(transposition)
+        return 1
+    return orientation if isinstance(orientation, int) and orientation in _UPRIGHT else 1
 
 
 def _rgb(image: Image.Image) -> Image.Image:

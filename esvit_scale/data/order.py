@@ -6,7 +6,7 @@ images); the last N mod B are dropped. Slot s of S reads the contiguous position
 global batch of step t holds positions s·L + t·(B/S) + i of every slot s. Ranks and loader workers each own whole
 slots: how many of them there are decides who reads a sample, never which samples a batch holds.
 
-Only numpy. The state is O(shards), plus a bounded cache of window permutations. Random numbers are raw bits of a numpy
+Only numpy. The state is O(shards), plus a bounded cache of stretches of window permutations. Random numbers are raw bits of a numpy
 bit generator, whose streams numpy guarantees; its `Generator` methods may change between releases.
 """
 
@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from esvit_scale.errors import UserError
 
-CACHED_POSITIONS = 4_000_000  # of window permutations: 32 MB at most
+STRETCH = 1024  # consecutive places of a shuffled window that are kept
+STRETCHES = 1024  # of them at most: two for each of 512 slots, 8 MB
 
 
 class Order:
@@ -56,8 +57,7 @@ class Order:
         self._shards = permutation(len(counts), seed, epoch, "shards")
         self._starts = np.concatenate([[0], np.cumsum(counts[self._shards])])  # of each shard, in the epoch's order
         self._window_starts = np.append(self._starts[:-1:shuffle_window], self.samples)
-        self._permutations: OrderedDict[int, NDArray[np.int64]] = OrderedDict()
-        self._cached = 0
+        self._stretches: OrderedDict[tuple[int, int], NDArray[np.int64]] = OrderedDict()
 
     def position(self, step: int, slot: int, i: int) -> int:
         """The order position of image `i` (0..B/S-1) of `slot` in the global batch of `step`."""
@@ -69,7 +69,7 @@ class Order:
             raise IndexError(f"position {position} is not in 0..{self.samples - 1}")
         window = int(np.searchsorted(self._window_starts, position, side="right")) - 1
         start = int(self._window_starts[window])
-        shuffled = start + int(self._window_permutation(window)[position - start])
+        shuffled = start + self._shuffled(window, position - start)
         shard = int(np.searchsorted(self._starts, shuffled, side="right")) - 1
         return int(self._shards[shard]), shuffled - int(self._starts[shard])
 
@@ -77,20 +77,23 @@ class Order:
         """The position whose sample stands in for the bad one at `position`; a pure function of both."""
         if self.samples == 1:
             return position
-        other = _hash(self._seed, self._epoch, "substitute", position, attempt) % (self.samples - 1)
+        other = hash64(self._seed, self._epoch, "substitute", position, attempt) % (self.samples - 1)
         return other + (other >= position)
 
-    def _window_permutation(self, window: int) -> NDArray[np.int64]:
-        found = self._permutations.get(window)
+    def _shuffled(self, window: int, offset: int) -> int:
+        """Where the shuffled window has the sample of its place `offset`. A stretch of places is kept, since a slot
+        reads them one after the other; the permutation itself is made again for every stretch."""
+        stretch = offset // STRETCH
+        found = self._stretches.get((window, stretch))
         if found is None:
             size = int(self._window_starts[window + 1] - self._window_starts[window])
-            found = self._permutations[window] = permutation(size, self._seed, self._epoch, "window", window)
-            self._cached += size
-            while self._cached > CACHED_POSITIONS and len(self._permutations) > 1:
-                self._cached -= len(self._permutations.popitem(last=False)[1])
+            whole = permutation(size, self._seed, self._epoch, "window", window)
+            found = self._stretches[window, stretch] = whole[stretch * STRETCH : (stretch + 1) * STRETCH].copy()
+            if len(self._stretches) > STRETCHES:
+                self._stretches.popitem(last=False)
         else:
-            self._permutations.move_to_end(window)
-        return found
+            self._stretches.move_to_end((window, stretch))
+        return int(found[offset - stretch * STRETCH])
 
 
 def steps_per_epoch(samples: int, global_batch: int) -> int:
@@ -107,7 +110,7 @@ def steps_per_epoch(samples: int, global_batch: int) -> int:
     return samples // global_batch
 
 
-def _hash(*parts: int | str) -> int:
+def hash64(*parts: int | str) -> int:
     """A 64-bit hash of small plain values, the same on every machine."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
 
@@ -115,6 +118,6 @@ def _hash(*parts: int | str) -> int:
 def permutation(n: int, *key: int | str) -> NDArray[np.int64]:
     """A permutation of 0..n-1 drawn from `key`: indices sorted by random high bits, ties broken by the index."""
     low = np.uint64(max(n - 1, 1).bit_length())
-    bits = np.asarray(np.random.PCG64(_hash(*key)).random_raw(n), dtype=np.uint64)
+    bits = np.asarray(np.random.PCG64(hash64(*key)).random_raw(n), dtype=np.uint64)
     tagged = np.sort((bits >> low << low) | np.arange(n, dtype=np.uint64))
     return (tagged & ((np.uint64(1) << low) - np.uint64(1))).astype(np.int64)

@@ -91,7 +91,7 @@ def apply(crops: Tensor, params: Photometric) -> Tensor:
     Returns:
         float32 [N, 3, S, S], normalised with ImageNet's mean and standard deviation, on the crops' device.
     """
-    x = crops.to(torch.float32).mul_(1 / 255)
+    x = crops.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
     orders = torch.tensor([*ORDERS, (-1,) * 4], device=params.order.device)[params.order]  # [N, 4]
     for place in range(4):
         for operation, function in enumerate((_brightness, _contrast, _saturation, _hue)):

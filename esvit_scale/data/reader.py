@@ -1,48 +1,100 @@
 """Samples of shards by number: `pread` through the index, so that any sample costs one small read and no scan."""
 
+import errno
 import os
+import resource
+import time
 from collections import OrderedDict
+from collections.abc import Callable
+from typing import TypeVar
 
 from esvit_scale.data.decode import BadImage
-from esvit_scale.data.manifest import MAX_MEMBER, Entry, Index, Manifest, image_member, parse_label, read_index
+from esvit_scale.data.manifest import (
+    MANIFEST,
+    MAX_MEMBER,
+    Entry,
+    Index,
+    Manifest,
+    image_member,
+    parse_label,
+    read_index,
+)
 
-OPEN_FILES = 32
-INDEX_BYTES = 64 << 20
+T = TypeVar("T")
+
+OPEN_FILES = 1024  # and at most half of what the process may open
+INDEX_BYTES = 128 << 20
+WAITS = (0.5, 1, 2, 4, 8, 16, 30)  # seconds between attempts while storage does not answer
+PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EAGAIN, errno.EREMOTEIO, errno.ENETDOWN}
+
+
+class StorageGone(Exception):
+    """Nothing of a set can be read: the machine is to blame, and a restart can help."""
 
 
 class ShardReader:
-    """Reads a set's samples with at most OPEN_FILES files open and about INDEX_BYTES of indexes in memory. Make one
-    per process: its files are opened on first use."""
+    """Reads a set's samples with a bounded number of open files and of index bytes in memory. Make one per process: its
+    files are opened on first use.
+
+    An error that storage may recover from is waited for with growing pauses, a minute in all. Every method raises
+    BadImage (the sample is damaged or not there), OSError (its shard is) or StorageGone (the whole set is).
+    """
 
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
         self._files: OrderedDict[int, tuple[int, int]] = OrderedDict()  # shard → (file descriptor, size)
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._most_files = OPEN_FILES if limit == resource.RLIM_INFINITY else max(min(OPEN_FILES, limit // 2), 1)
         self._indexes: OrderedDict[int, Index] = OrderedDict()
         self._index_bytes = 0
 
     def entry(self, shard: int, i: int) -> Entry:
-        """Raises BadImage (no such sample, index line corrupt) or OSError (missing file, mount gone)."""
         try:
-            return self._index(shard)[i]
+            return self._patiently(shard, lambda: self._index(shard))[i]
         except IndexError:
             raise BadImage(f"sample {i} is not in the shard (truncated?)") from None
         except (ValueError, TypeError):
             raise BadImage(f"the index line of sample {i} is corrupt") from None
 
     def image(self, shard: int, entry: Entry) -> bytes:
-        """The bytes of the sample's image file. Raises BadImage or OSError."""
+        """The bytes of the sample's image file."""
         place = image_member(entry)
         if place is None:
             raise BadImage(f"no image among its members ({', '.join(entry.members) or 'none'})")
-        return self._pread(shard, *place)
+        return self._patiently(shard, lambda: self._pread(shard, *place))
 
     def label(self, shard: int, entry: Entry) -> int:
-        """The sample's class, -1 without one. Raises BadImage or OSError."""
-        return parse_label(self._pread(shard, *entry.members["cls"])) if "cls" in entry.members else -1
+        """The sample's class, -1 without one."""
+        if "cls" not in entry.members:
+            return -1
+        return parse_label(self._patiently(shard, lambda: self._pread(shard, *entry.members["cls"])))
 
     def close(self) -> None:
         while self._files:
             os.close(self._files.popitem()[1][0])
+
+    def _patiently(self, shard: int, read: Callable[[], T]) -> T:
+        for wait in (*WAITS, None):
+            try:
+                return read()
+            except OSError as error:
+                self._forget(shard)  # the descriptor of a lost mount stays bad
+                gone = not (self._manifest.root / MANIFEST).is_file()
+                if not gone and error.errno not in PASSING:
+                    raise
+                if wait is None and gone:
+                    raise StorageGone(
+                        f"{self._manifest.root}: no longer there ({error.strerror}), after waiting {sum(WAITS):.0f} s; "
+                        "is its mount gone? The same command continues when it is back"
+                    ) from None
+                if wait is None:
+                    raise
+            time.sleep(wait)
+        raise AssertionError
+
+    def _forget(self, shard: int) -> None:
+        if shard in self._files:
+            os.close(self._files.pop(shard)[0])
 
     def _pread(self, shard: int, offset: int, size: int) -> bytes:
         handle, length = self._file(shard)
@@ -56,7 +108,7 @@ class ShardReader:
     def _file(self, shard: int) -> tuple[int, int]:
         found = self._files.get(shard)
         if found is None:
-            while len(self._files) >= OPEN_FILES:
+            while len(self._files) >= self._most_files:
                 os.close(self._files.popitem(last=False)[1][0])
             handle = os.open(self._manifest.root / self._manifest.shards[shard].name, os.O_RDONLY | os.O_CLOEXEC)
             found = self._files[shard] = (handle, os.fstat(handle).st_size)

@@ -46,7 +46,7 @@ def crop_grid(config: Config) -> CropGrid:
     train = config.train.model_copy(update={"global_batch": SHOWN, "grad_accum": 1})
     data = config.data.model_copy(update={"workers": 0, "slots": None})
     small = config.model_copy(update={"train": train, "data": data})
-    batch = next(iter(stream.batches(small, manifest.load(Path(config.data.train)), 0, 1, 0, 1)))
+    batch = next(iter(stream.batches(small, stream.open_data(config), 0, 1, 0, 1)))
     columns, first = [], 0
     for group in batch.crops:  # uint8 [V_g, B, 3, S, S]
         views = len(group)

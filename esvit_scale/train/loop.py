@@ -1,12 +1,11 @@
 """The training loop: for every batch a step, a record, a save when due, and a way out when asked."""
 
 import logging
-from pathlib import Path
 
 from esvit_scale.checkpoint import state
 from esvit_scale.config import Config, require_training_data
-from esvit_scale.data import manifest, stream
-from esvit_scale.data.manifest import Manifest
+from esvit_scale.data import stream
+from esvit_scale.data.loader import explained_deaths
 from esvit_scale.objective.schedules import Schedules
 from esvit_scale.parallel import collectives
 from esvit_scale.parallel import world as world_module
@@ -28,7 +27,8 @@ def pretrain(config: Config) -> int:
     require_training_data(config)
     world = world_module.start()
     try:
-        code = _open_and_train(config, world)
+        with explained_deaths():
+            code = _open_and_train(config, world)
     except BaseException:
         world_module.abandon()
         raise
@@ -42,7 +42,7 @@ def _open_and_train(config: Config, world: World) -> int:
         if world.rank == 0:
             log.warning("%s: this run is finished; nothing to do", path)
         return 0
-    data = collectives.on_rank_0(lambda: _open_data(config))
+    data = collectives.on_rank_0(lambda: stream.open_data(config))
     with run_dir.Lock(path) as lock:
         schedules = Schedules(config, stream.steps_per_epoch(config, data))
         fresh = collectives.on_rank_0(lambda: state.latest(path) is None)
@@ -56,9 +56,3 @@ def _open_and_train(config: Config, world: World) -> int:
                     return run.leave()
             run.finish()
     return 0
-
-
-def _open_data(config: Config) -> Manifest:
-    data = manifest.load(Path(config.data.train))
-    manifest.check_sizes(data)
-    return data

@@ -18,7 +18,9 @@ from esvit_scale import files
 log = logging.getLogger("esvit_scale")
 
 # Fields that differ between two runs of the same config: everything measured by a clock.
-TIME_FIELDS = frozenset({"images_per_s", "mfu", "data_wait_s", "step_s", "time"})
+TIME_FIELDS = frozenset(
+    {"images_per_s", "mfu", "data_wait_s", "worker_images_per_s", "worker_images_per_s_min", "step_s", "time"}
+)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -46,6 +48,7 @@ class Journal:
 
     def __init__(self, run: Path, total_steps: int, step: int, active: bool) -> None:
         self._active = active
+        self.bad = 0  # samples replaced since the run began
         if active:
             self._run, self._total = run, total_steps
             self._open(step)
@@ -53,6 +56,7 @@ class Journal:
     def _open(self, step: int) -> None:
         cut(self._run / "metrics.jsonl", step)
         cut(self._run / "quarantine.jsonl", step)
+        self.bad = sum(not row.get("used") for row in read_rows(self._run / "quarantine.jsonl"))
         self._metrics = (self._run / "metrics.jsonl").open("a")
         self._quarantine = (self._run / "quarantine.jsonl").open("a")
         self._board = _tensorboard(self._run / "tensorboard", step)
@@ -94,9 +98,9 @@ class Journal:
             return
         for sample in samples:
             _append(self._quarantine, {"step": step, **sample})
-            log.warning(
-                "step %d: replaced a bad sample: %s in %s: %s", step, sample["key"], sample["shard"], sample["reason"]
-            )
+            self.bad += not sample.get("used")
+            what = "a slow sample" if sample.get("used") else "replaced a bad sample"
+            log.warning("step %d: %s: %s in %s: %s", step, what, sample["key"], sample["shard"], sample["reason"])
 
     def advance(self, step: int) -> None:
         if self._active:

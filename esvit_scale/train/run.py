@@ -12,8 +12,8 @@ import torch
 from esvit_scale import files
 from esvit_scale.checkpoint import state
 from esvit_scale.data import stream
-from esvit_scale.data.manifest import Manifest
-from esvit_scale.data.stream import Batch
+from esvit_scale.data.stream import Batch, Source
+from esvit_scale.data.worker_rates import WorkerRates
 from esvit_scale.errors import Diverged, UserError
 from esvit_scale.parallel import collectives
 from esvit_scale.train import gauges, metrics, mfu, run_dir, signals
@@ -48,6 +48,7 @@ class Run:
         self._row: dict[str, Any] = {}
         self._monitors = Monitors(session.config.objective.prototypes)
         self._wait_s = 0.0
+        self._workers = WorkerRates()
 
     def __enter__(self) -> "Run":
         metrics.start_logging(self._path, active=self._rank == 0)
@@ -66,7 +67,7 @@ class Run:
         self._watchdog.__exit__(*error)
         self._journal.close()
 
-    def batches(self, data: Manifest) -> Iterator[Batch]:
+    def batches(self, data: Source) -> Iterator[Batch]:
         """This rank's part of every batch from the cursor on, with the time that the step waited for each added up;
         after a roll-back, from the cursor's new place."""
         while self.step < self.last_step:
@@ -87,6 +88,7 @@ class Run:
         self.step += 1
         self._watchdog.beat(self.step)
         self.optimizer_step += result.applied
+        self._workers.add(batch.worker_rates)
         mine = self._my_flags(batch, result)
         self._flags = collectives.bits_of_ranks(mine)
         if self._flags & BAD_SAMPLES:
@@ -203,6 +205,7 @@ class Run:
         means = collectives.all_reduce_mean_(torch.stack([result.logs[name].float() for name in names])).tolist()
         now, schedules, done = time.monotonic(), self._session.schedules, self.step - 1
         elapsed, steps = now - self._window_began, self.step - self._window_step
+        worker_fields, slow_worker = self._workers.take()
         self._row = {
             "step": self.step,
             "images_seen": self.step * self._batch,
@@ -217,11 +220,13 @@ class Run:
             "mfu": steps * self._batch / elapsed / self._ideal_rate,
             "step_s": elapsed / steps,
             "data_wait_s": self._wait_s / steps,
+            **worker_fields,
+            "bad_samples": self._journal.bad,
             "time": time.time(),
         }
         self._window_began, self._window_step, self._wait_s = now, self.step, 0.0
         self._journal.row(self._row)
-        for sentence in self._monitors.observe(self._row):
+        for sentence in filter(None, [*self._monitors.observe(self._row), slow_worker]):
             if self._rank == 0:
                 log.warning("%s", sentence)
 

@@ -50,6 +50,7 @@ def config_with(**overrides: Any) -> Config:
         {
             "seed": overrides.get("seed", 0),
             "data": {
+                "train": overrides.get("train", ""),
                 "workers": overrides.get("workers", 0),
                 "slots": overrides.get("slots"),
                 "shuffle_window": 2,

@@ -4,10 +4,10 @@ import zlib
 
 import numpy as np
 import pytest
-from conftest import encoded, picture
 from PIL import Image, ImageOps
 
 from esvit_scale.data.decode import BadImage, decode
+from tests.data.conftest import encoded, picture
 
 
 def pixels(image: Image.Image) -> np.ndarray:

@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import skimage.data
-from conftest import encoded, picture
 from PIL import Image, ImageEnhance
 
 from esvit_scale.data.duplicates import _similar, find, near_pairs, perceptual_hash, write_lists
 from esvit_scale.data.shard_plan import Recipe
 from esvit_scale.data.shard_writer import write_source
 from esvit_scale.data.sources import SourceOptions, open_source
+from tests.data.conftest import encoded, picture
 
 
 def random_hashes(rng: np.random.Generator, n: int) -> np.ndarray:

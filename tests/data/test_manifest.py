@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import encoded, picture
 
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data.decode import BadImage
 from esvit_scale.data.manifest import Manifest, Shard
 from esvit_scale.data.reader import OPEN_FILES, ShardReader
 from esvit_scale.errors import UserError
+from tests.data.conftest import encoded, picture
 
 GOLDEN = """{
  "format_version": 1,

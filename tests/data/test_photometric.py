@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as F
-from conftest import picture
 from PIL import Image, ImageFilter, ImageOps
 
 from esvit_scale.data import photometric as P
 from esvit_scale.data.crops import keyed_generator
+from tests.data.conftest import picture
 
 
 def images(n: int = 6, size: int = 24) -> torch.Tensor:

@@ -13,10 +13,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import encoded, picture
 
 from esvit_scale import cli
 from esvit_scale.data import manifest as manifests
+from tests.data.conftest import encoded, picture
 
 RECIPES = Path(__file__).parents[2] / "data_shards"
 SHIM = """#!{python}

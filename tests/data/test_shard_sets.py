@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import encoded, picture
 from PIL import Image
 
 from esvit_scale.data import manifest as manifests
@@ -28,6 +27,7 @@ from esvit_scale.data.shard_verify import verify
 from esvit_scale.data.shard_writer import Part, Sample, merge, write_samples, write_source
 from esvit_scale.data.sources import SourceOptions, open_source
 from esvit_scale.errors import RestartCanHelp, UserError
+from tests.data.conftest import encoded, picture
 
 FEW = Recipe(samples_per_shard=3)
 

@@ -2,11 +2,11 @@ import json
 from pathlib import Path
 
 import numpy as np
-from conftest import encoded, picture
 
 from esvit_scale.data.manifest import Manifest
 from esvit_scale.data.shard_stats import as_json, gather, table
 from esvit_scale.data.shard_writer import create
+from tests.data.conftest import encoded, picture
 
 
 def test_the_numbers_are_those_of_the_files(tmp_path: Path) -> None:

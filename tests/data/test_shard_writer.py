@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset as wds
-from conftest import encoded, picture
 from PIL import Image
 
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data import set_folder
 from esvit_scale.data.shard_writer import Sample, create, keys_of, verify, write_samples
 from esvit_scale.errors import UserError
+from tests.data.conftest import encoded, picture
 
 
 def listing(folder: Path) -> list[str]:

@@ -17,7 +17,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import encoded, picture
 
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data.decode import BadImage
@@ -29,6 +28,7 @@ from esvit_scale.data.shard_writer import create, write_source
 from esvit_scale.data.sources import SourceOptions, open_source
 from esvit_scale.data.sources.zips import MAX_INFLATED
 from esvit_scale.errors import UserError
+from tests.data.conftest import encoded, picture
 
 Contents = dict[bytes, tuple[str | None, str | None]]  # image bytes → class name, caption
 

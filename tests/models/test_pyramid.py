@@ -4,13 +4,13 @@ from functools import partial
 
 import pytest
 import torch
-from rule import fill
 from torch import nn
 
 from esvit_scale.errors import UserError
 from esvit_scale.models.pyramid import Pyramid
 from esvit_scale.models.swin import Swin
 from esvit_scale.models.swin_v2 import SwinV2
+from tests.models.rule import fill
 
 SHAPE = (8, (1, 2, 2), (1, 2, 4))
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from rule import by_hash, by_rule, fill
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from esvit_scale.models.drop_path import drop_keys
 from esvit_scale.models.initialize import initialize
 from esvit_scale.models.swin import Attention, Block, Swin
+from tests.models.rule import by_hash, by_rule, fill
 
 SHAPES = {  # window 3 pads and shifts everywhere; window 14 is clipped in stage 2
     "w3": ({"embed_dim": 8, "depths": (2, 2), "heads": (2, 4), "window": 3, "size": 32}, [(2, 32), (3, 20), (1, 17)]),

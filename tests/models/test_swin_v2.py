@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from rule import by_rule, fill
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -12,6 +11,7 @@ from esvit_scale.config import validate
 from esvit_scale.models.initialize import initialize
 from esvit_scale.models.registry import build_trunk
 from esvit_scale.models.swin_v2 import LOGIT_SCALE_MAX, SwinV2, UnitQueriesKeys, relative_distances
+from tests.models.rule import by_rule, fill
 
 SHAPES = {  # window 3 pads and shifts everywhere; the windows of the others are clipped in the last stage
     "w3": ({"embed_dim": 8, "depths": (2, 2), "heads": (2, 4), "window": 3, "size": 32}, [(2, 32), (3, 20), (1, 17)]),

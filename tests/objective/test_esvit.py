@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from rule import by_rule, fill
 from torch.nn import functional as F
 
 from esvit_scale.config import Objective
 from esvit_scale.models.swin import Features
 from esvit_scale.objective.esvit import EsViT, region_pairs, spread, view_pairs
+from tests.models.rule import by_rule, fill
 
 B, C, K = 2, 12, 50
 LAYOUTS = {

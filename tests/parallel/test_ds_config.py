@@ -49,7 +49,9 @@ def test_sections_with_another_owner_are_refused(tmp_path: Path, section: str, w
 
 
 def test_zero_0_in_bf16_is_refused_with_the_reason(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"ZeRO stage 0 is offered in fp32 and autocast only.*one step at start-up.*zero1"):
+    with pytest.raises(
+        UserError, match=r"ZeRO stage 0 is offered in fp32 and autocast only.*one step at start-up.*zero1"
+    ):
         filled(tmp_path, train__ds_config="zero0", train__precision="bf16")
 
 

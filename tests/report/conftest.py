@@ -1,7 +1,8 @@
 from pathlib import Path
 
 import pytest
-import runs
+
+from tests.report import runs
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from runs import EVIL
 
 from esvit_scale import config as configs
 from esvit_scale.errors import UserError
 from esvit_scale.report.html import write_report
+from tests.report.runs import EVIL
 
 VOID = {"meta", "link", "img", "br"}
 

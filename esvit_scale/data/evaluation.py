@@ -1,0 +1,144 @@
+"""Every image of a set once, for frozen-feature evaluation: resized, cropped at the centre, normalised."""
+
+import logging
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from esvit_scale.data import manifest as manifests
+from esvit_scale.data import photometric
+from esvit_scale.data.decode import BadImage, decode
+from esvit_scale.data.image_folder import ImageFolder, list_images, printable, read_file
+from esvit_scale.data.loader import loader, reason
+from esvit_scale.data.manifest import Manifest
+from esvit_scale.data.reader import ShardReader
+
+log = logging.getLogger(__name__)
+
+
+class EvaluationBatch(NamedTuple):
+    images: Tensor  # float32 [B, 3, S, S], ImageNet-normalised
+    keys: list[str]
+    labels: Tensor  # int64 [B], -1 without classes
+    numbers: Tensor  # int64 [B]: place in the source, which images left out keep
+
+
+def evaluation_batches(
+    source: Path, size: int, batch: int, workers: int = 0, rank: int = 0, world_size: int = 1
+) -> Iterator[EvaluationBatch]:
+    """Every image of a shard set (manifest order) or image folder (path order) once, for frozen-feature evaluation.
+
+    Resize of the short side to size·256/224 (bicubic), centre crop, ImageNet normalisation. Rank r takes the r-th of
+    `world_size` contiguous parts, so the ranks' outputs in rank order are the source's order. Labels are the classes'
+    indices (subfolders by name), -1 without classes. Bad images are left out and counted in a warning.
+
+    Raises:
+        UserError: the source is neither a shard set nor a folder with images, or a shard is missing or truncated.
+    """
+    items = items_of(Path(source))
+    numbers = range(rank * len(items) // world_size, (rank + 1) * len(items) // world_size)
+    parts = loader([partial(_evaluation_parts, items, numbers, size, batch)], min(workers, -(-len(numbers) // batch)))
+    return _evaluation_joined(parts, str(source), len(numbers))
+
+
+class Items:
+    """The images of a source by number: reads (key, label, bytes)."""
+
+    def __init__(self, source: Manifest | ImageFolder) -> None:
+        self._source = source
+        self._reader = ShardReader(source) if isinstance(source, Manifest) else None
+        counts = [s.samples for s in source.shards] if isinstance(source, Manifest) else [len(source.files)]
+        self._starts = np.concatenate([[0], np.cumsum(counts)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def read(self, number: int) -> tuple[str, int, bytes]:
+        if isinstance(self._source, ImageFolder):
+            file = self._source.files[number]
+            return printable(file.path), file.label, read_file(self._source.root / file.path)
+        assert self._reader is not None
+        shard = int(np.searchsorted(self._starts, number, side="right")) - 1
+        entry = self._reader.entry(shard, number - int(self._starts[shard]))
+        return entry.key, self._reader.label(shard, entry), self._reader.image(shard, entry)
+
+    def name(self, number: int) -> str:
+        if isinstance(self._source, ImageFolder):
+            return printable(self._source.files[number].path)
+        shard = int(np.searchsorted(self._starts, number, side="right")) - 1
+        return f"{self._source.shards[shard].name}: sample {number - int(self._starts[shard])}"
+
+
+def items_of(source: Path) -> Items:
+    if not manifests.is_shard_set(source):
+        if any(source.glob("*.tar")):
+            manifests.load(source)  # tars without a manifest: says what is wrong
+        return Items(list_images(source))
+    manifest = manifests.load(source)
+    manifests.check_sizes(manifest)
+    return Items(manifest)
+
+
+class _EvaluationPart(NamedTuple):
+    images: Tensor  # uint8 [B, 3, S, S]
+    keys: list[str]
+    labels: list[int]
+    numbers: list[int]
+    bad: list[str]
+
+
+def _evaluation_parts(items: Items, numbers: range, size: int, batch: int) -> Iterator[_EvaluationPart]:
+    info = get_worker_info()
+    worker, workers = (info.id, info.num_workers) if info else (0, 1)
+    for start in range(worker * batch, len(numbers), workers * batch):
+        images, keys, labels, good, bad = [], [], [], [], []
+        for number in numbers[start : start + batch]:
+            try:
+                key, label, data = items.read(number)
+                images.append(centre_crop(decode(data), size))
+            except (BadImage, OSError) as error:
+                bad.append(f"{items.name(number)}: {reason(error)}")
+            else:
+                keys.append(key)
+                labels.append(label)
+                good.append(number)
+        pixels = np.stack(images) if images else np.empty((0, 3, size, size), np.uint8)
+        yield _EvaluationPart(torch.from_numpy(pixels), keys, labels, good, bad)
+
+
+def _evaluation_joined(parts: Iterator[Any], source: str, total: int) -> Iterator[EvaluationBatch]:
+    bad: list[str] = []
+    for part in parts:
+        bad.extend(part.bad)
+        if part.keys:
+            images = photometric.normalize_(part.images.to(torch.float32).mul_(1 / 255))
+            yield EvaluationBatch(images, part.keys, torch.tensor(part.labels), torch.tensor(part.numbers))
+    if bad:
+        log.warning("%s: left out %d bad images of %d (first: %s)", source, len(bad), total, bad[0])
+
+
+def evaluation_side(size: int) -> int:
+    """Pixels that evaluation resizes the short side to before it crops the centre: images of this size stay as they
+    are."""
+    return round(size * 256 / 224)
+
+
+def centre_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
+    """[3, S, S]: the short side resized to size·256/224 (bicubic), then the central square; torchvision's
+    `Resize` and `CenterCrop`."""
+    short = evaluation_side(size)
+    width, height = image.size
+    if width <= height:
+        image = image.resize((short, int(short * height / width)), Image.Resampling.BICUBIC)
+    else:
+        image = image.resize((int(short * width / height), short), Image.Resampling.BICUBIC)
+    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+    return np.asarray(image.crop((left, top, left + size, top + size))).transpose(2, 0, 1)

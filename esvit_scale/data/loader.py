@@ -1,0 +1,120 @@
+"""Pipelines in loader processes: webdataset stages behind a loader whose workers leave signals to their parent, and
+failures that arrive as one line."""
+
+import ctypes
+import os
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import webdataset as wds
+
+from esvit_scale.data.reader import StorageGone
+from esvit_scale.errors import RestartCanHelp, UserError
+
+T = TypeVar("T")
+
+PREFETCH = 2  # parts that every worker prepares ahead
+_DIED = "a loader process died{}: killed, or out of memory (fewer data.workers need less of it)"
+
+
+class OnlyBad(Exception):
+    """Nothing good can be read: the data is to blame."""
+
+
+class _Failure(NamedTuple):
+    """Travels instead of a part: an exception would arrive wrapped in the worker's traceback."""
+
+    message: str
+    restart: bool
+
+
+def loader(stages: list[Callable[..., Any]], workers: int) -> Iterator[Any]:
+    """What the last stage yields, from `workers` processes in turn (0: in this one). The first stage takes nothing,
+    the others the iterable before them.
+
+    Raises:
+        UserError: a stage raised OnlyBad.
+        RestartCanHelp: a stage raised StorageGone, or a process died.
+    """
+    pipeline = wds.DataPipeline(*stages, _tell_failure)
+    return _parts(
+        wds.WebLoader(
+            pipeline,
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            prefetch_factor=PREFETCH if workers else None,
+            worker_init_fn=partial(_start_worker, os.getpid()),
+            generator=torch.Generator(),  # the loader draws a seed nobody uses; not from the process's generator
+        )
+    )
+
+
+@contextmanager
+def explained_deaths() -> Iterator[None]:
+    """Around whatever the main thread does while there are loader processes: torch raises in it, wherever it is, when
+    one dies. Raises RestartCanHelp instead."""
+    try:
+        yield
+    except RuntimeError as error:
+        died = re.search(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\)", str(error))
+        if died is None:
+            raise
+        raise RestartCanHelp(_DIED.format(f" (pid {died[1]})")) from None
+
+
+def reason(error: Exception) -> str:
+    """One line."""
+    return (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())[:200]
+
+
+def _tell_failure(parts: Iterable[Any]) -> Iterator[Any]:
+    try:
+        yield from parts
+    except (OnlyBad, StorageGone) as error:
+        yield _Failure(str(error), isinstance(error, StorageGone))
+
+
+def _as_it_is(part: T) -> T:
+    """Instead of the loader's default, which turns arrays into tensors."""
+    return part
+
+
+def _parts(parts: Any) -> Iterator[Any]:
+    with closing(iter(parts)) as iterator:  # or its processes end when, and in what order, the collector likes
+        while True:
+            with explained_deaths():
+                try:
+                    part = next(iterator, None)
+                except (ConnectionError, EOFError):  # a part of the dead process was being fetched
+                    raise RestartCanHelp(_DIED.format("")) from None
+            if part is None:
+                return
+            if isinstance(part, _Failure):
+                raise RestartCanHelp(part.message) if part.restart else UserError(part.message)
+            yield part
+
+
+def _start_worker(parent: int, worker: int) -> None:
+    """Signals are the training process's business, though ctrl-C and the scheduler send them to the whole process
+    group: a worker ends when its parent says so, or is killed with it."""
+    for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_at_sigterm_of, args=(parent,), daemon=True).start()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    torch.set_num_threads(1)
+
+
+def _end_at_sigterm_of(parent: int) -> None:
+    """The loader ends with SIGTERM what does not end by itself; anybody else's is ignored."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

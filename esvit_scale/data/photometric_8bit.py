@@ -1,0 +1,64 @@
+"""photometric.py's operations on one 8-bit crop, with OpenCV: for loader processes, where the training process has no
+device that would do them faster (`data.photometric: workers`).
+
+Rounds to 8 bits after every operation, as the official Pillow pipeline does.
+"""
+
+import numpy as np
+
+from esvit_scale.data.photometric import LUMA, ORDERS, Draw
+from esvit_scale.data.picture import Pixels
+from esvit_scale.errors import UserError
+
+try:
+    import cv2
+except ImportError:
+    cv2 = None  # type: ignore[assignment]
+
+NOTHING = Draw(-1, (1.0, 1.0, 1.0, 0.0), False, 0.0, False)  # parameters that leave a crop to be normalised only
+
+
+def require() -> None:
+    """Raises UserError without OpenCV."""
+    if cv2 is None:
+        raise UserError("data.photometric: workers needs OpenCV: pip install 'esvit-scale[opencv]', or use device")
+    cv2.setNumThreads(0)  # a loader process is one of many
+
+
+def apply(pixels: Pixels, draw: Draw) -> None:
+    """Colour jitter, grayscale, blur and solarisation of [S, S, 3], in place."""
+    if draw.order >= 0:
+        for operation in ORDERS[draw.order]:
+            (_brightness, _contrast, _saturation, _hue)[operation](pixels, draw.factors[operation])
+    if draw.grayscale:
+        _saturation(pixels, 0.0)
+    if draw.radius > 0:
+        _blur(pixels, draw.radius)
+    if draw.solarize:
+        cv2.min(pixels, cv2.bitwise_not(pixels), dst=pixels)  # of 128 and more, 255 − x is the smaller
+
+
+def _brightness(pixels: Pixels, factor: float) -> None:
+    cv2.addWeighted(pixels, factor, pixels, 0, 0, dst=pixels)
+
+
+def _contrast(pixels: Pixels, factor: float) -> None:
+    mean = float(np.dot(cv2.mean(pixels)[:3], LUMA))
+    cv2.addWeighted(pixels, factor, pixels, 0, round(mean) * (1 - factor), dst=pixels)
+
+
+def _saturation(pixels: Pixels, factor: float) -> None:
+    grey = cv2.cvtColor(cv2.cvtColor(pixels, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
+    cv2.addWeighted(pixels, factor, grey, 1 - factor, 0, dst=pixels)
+
+
+def _hue(pixels: Pixels, shift: float) -> None:
+    hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV_FULL)
+    hsv[:, :, 0] += np.uint8(round(shift * 256) % 256)  # 256 steps a turn, and uint8 wraps as hues do
+    cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL, dst=pixels)
+
+
+def _blur(pixels: Pixels, radius: float) -> None:
+    """Pillow approximates this Gaussian by three box blurs."""
+    side = 2 * int(np.ceil(3 * radius)) + 1
+    cv2.GaussianBlur(pixels, (side, side), radius, dst=pixels, borderType=cv2.BORDER_REPLICATE)

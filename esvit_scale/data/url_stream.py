@@ -1,0 +1,258 @@
+"""Samples of plain WebDataset tars, without our manifest and index: local files, `pipe:` commands, URLs, braces, mixes.
+
+Such tars can only be read from the front, and do not say how many samples they hold. So `data.epoch_samples` gives the
+length of an epoch, and ranks × workers share the tars out: the order depends on how many they are. An epoch begins
+afresh, so a resume reads again, without decoding, what its epoch had read; at the same number of ranks and workers the
+batches are then the same bit for bit.
+"""
+
+import itertools
+import logging
+import random
+import tarfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import webdataset as wds
+from webdataset import filters, shardlists
+
+from esvit_scale.config import Data
+from esvit_scale.data.decode import EXTENSIONS, BadImage
+from esvit_scale.data.job import Job
+from esvit_scale.data.loader import OnlyBad, reason
+from esvit_scale.data.manifest import MAX_MEMBER, parse_label
+from esvit_scale.data.order import hash64, permutation
+from esvit_scale.data.reader import StorageGone
+from esvit_scale.data.views import SLOW_S, Sample, decode_for_views
+from esvit_scale.errors import UserError
+
+log = logging.getLogger(__name__)
+
+SHUFFLE = 1000  # samples, still encoded, that a worker draws the next one from
+RESERVES = 8  # of an epoch's first samples a worker keeps to put in the place of bad ones
+WAITS = (1, 4, 15)  # seconds between attempts to open a tar
+
+
+class UrlSet(NamedTuple):
+    urls: tuple[str, ...]
+    weight: float  # share of the samples, relative to the other sets'
+
+
+@dataclass(frozen=True)
+class UrlSets:
+    sets: tuple[UrlSet, ...]
+    samples: int  # of an epoch, as the config says
+
+    @staticmethod
+    def wanted(data: Data) -> bool:
+        """Whether `data` names tars rather than the folder of an indexed set."""
+        url = data.train.startswith("pipe:") or "://" in data.train or data.train.endswith(".tar")
+        return bool(data.mix) or ((url or "{" in data.train) and not Path(data.train).is_dir())
+
+    @staticmethod
+    def open(data: Data) -> "UrlSets":
+        """Expands braces and looks for local files; opens nothing.
+
+        Raises:
+            UserError: epoch_samples is not set, both `train` and `mix` are, or a local tar is missing.
+        """
+        if data.mix and data.train:
+            raise UserError("data.mix: data.train is set too; list every set in data.mix, or give data.train alone")
+        if data.epoch_samples is None:
+            raise UserError(
+                "data.epoch_samples: not set; plain tars do not say how many samples they hold: give the number that "
+                "makes an epoch, or write an indexed set with `esvit-scale shards create`"
+            )
+        mix = [(m.urls, m.weight) for m in data.mix] or [(data.train, 1.0)]
+        return UrlSets(tuple(UrlSet(tuple(_expanded(urls)), weight) for urls, weight in mix), data.epoch_samples)
+
+    def check_consumers(self, consumers: int) -> None:
+        """Raises UserError when a set has fewer tars than processes that read."""
+        for s in self.sets:
+            if len(s.urls) < consumers:
+                raise UserError(
+                    f"data.workers: {consumers} loader processes over all ranks, but {s.urls[0]} and its like are "
+                    f"{len(s.urls)} tars; without an index a tar has one reader: use fewer workers, or more and smaller tars"
+                )
+
+
+def _expanded(spec: str) -> list[str]:
+    folder = Path(spec)
+    urls = sorted(map(str, folder.glob("*.tar"))) if folder.is_dir() else list(shardlists.expand_urls(spec))
+    local = [Path(url) for url in urls if not url.startswith("pipe:") and "://" not in url]
+    missing = [path for path in local if not path.is_file()]
+    if missing or not urls:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise UserError(f"data: {missing[0] if missing else spec}: no such tar{more}")
+    return urls
+
+
+class _Raw(NamedTuple):
+    """A sample as it lies in its tar."""
+
+    url: str
+    key: str
+    crop_key: str  # its crops differ when an epoch comes by again
+    image: bytes
+    label: bytes
+    bad: list[dict[str, Any]]  # what could not be read before it
+
+
+@dataclass(frozen=True)
+class UrlSamples:
+    """This worker's samples of the batches of a job, in order."""
+
+    job: Job
+    source: UrlSets
+
+    def __call__(self) -> Iterator[Sample]:
+        job = self.job
+        if job.start and job.rank == 0 and job.worker()[0] == 0:
+            log.warning(
+                "streamed data: the run goes on exactly if it had %d ranks × %d workers before; with another number, this "
+                "epoch repeats some samples and leaves others out",
+                job.world_size,
+                job.worker()[1],
+            )
+        bad: list[dict[str, Any]] = []
+        for epoch in range(job.start // job.steps, -(-job.stop // job.steps)):
+            first, last = epoch * job.steps, (epoch + 1) * job.steps
+            yield from self._epoch(epoch, max(job.start - first, 0), min(job.stop, last) - first, bad)
+
+    def _epoch(self, epoch: int, start: int, stop: int, bad: list[dict[str, Any]]) -> Iterator[Sample]:
+        """The parts of steps start..stop-1 of an epoch; what comes before them is read, not decoded. `bad` holds what
+        could not be read and no sample has told of yet."""
+        job = self.job
+        positions = [slot * job.per_slot + i for slot in job.slots_of_worker() for i in range(job.per_slot)]
+        stream = self._raw(epoch, bad)
+        reserves = list(itertools.islice(stream, RESERVES))
+        stream = itertools.chain(reserves, stream)
+        numbered = enumerate(itertools.islice(stream, stop * len(positions)))
+        for number, raw in itertools.islice(numbered, start * len(positions), None):
+            yield self._decoded(epoch, number, raw, reserves, positions[number % len(positions)])
+
+    def _decoded(self, epoch: int, number: int, raw: _Raw, reserves: list[_Raw], position: int) -> Sample:
+        """A sample, or a reserve in its place: which raw samples are consumed never depends on what decodes."""
+        bad = list(raw.bad)
+        stand_ins = [reserves[(number + i) % len(reserves)] for i in range(len(reserves))]
+        for attempt, candidate in enumerate([raw, *stand_ins]):
+            key, began = f"{candidate.crop_key}#{number}" if attempt else candidate.crop_key, time.monotonic()
+            where = {"shard": candidate.url, "key": candidate.key, "epoch": epoch, "position": number}
+            try:
+                if not candidate.image:
+                    raise BadImage("no image among its members, or an empty one")
+                views, scales, levels = decode_for_views(self.job.config, epoch, key, candidate.image)
+            except BadImage as error:
+                bad.append({**where, "reason": reason(error)})
+                continue
+            if (took := time.monotonic() - began) > SLOW_S:
+                bad.append({**where, "reason": f"slow: {took:.0f} s to decode", "used": True})
+            return Sample(position, candidate.key, parse_label(candidate.label), views, scales, levels, bad)
+        raise OnlyBad(
+            f"{raw.url}: {raw.key} and all {len(reserves)} samples that could stand in for it are bad (last: {bad[-1]['reason']})"
+        )
+
+    def _raw(self, epoch: int, bad: list[dict[str, Any]]) -> Iterator[_Raw]:
+        """An endless stream of this worker's share of all sets, mixed by weight and shuffled: a pure function of
+        (seed, epoch, worker) as long as every tar can be read."""
+        worker, workers = self.job.worker()
+        consumer, consumers = self.job.rank * workers + worker, self.job.world_size * workers
+        key = (self.job.config.seed, epoch, consumer, consumers)
+        sets = [self._set(n, epoch, consumer, consumers, bad) for n in range(len(self.source.sets))]
+        chooser = random.Random(hash64(*key, "mix"))
+        weights = [s.weight for s in self.source.sets]
+        while True:
+            yield next(sets[chooser.choices(range(len(sets)), weights)[0]])
+
+    def _set(self, number: int, epoch: int, consumer: int, consumers: int, bad: list[dict[str, Any]]) -> Iterator[_Raw]:
+        """One set again and again; every time its tars are dealt out anew, and their samples shuffled."""
+        seed, urls = self.job.config.seed, self.source.sets[number].urls
+        buffer = max(SHUFFLE // len(self.source.sets), 2)
+        for turn in itertools.count():
+            order = permutation(len(urls), seed, epoch, "tars", number, turn)[consumer::consumers]
+            samples = _tar_samples([urls[i] for i in order], epoch, bad)
+            chooser = random.Random(hash64(seed, epoch, "shuffle", number, turn, consumer, consumers))
+            came = False
+            for raw in filters._shuffle(samples, buffer, buffer // 2, chooser):
+                came = True
+                again = f"#{turn}" if turn else ""
+                yield raw._replace(crop_key=raw.key + again, bad=[bad.pop(0) for _ in range(len(bad))])
+            if not came:
+                last = bad[-1] if bad else {"shard": urls[0], "reason": "no samples in it"}
+                message = f"{last['shard']}: {last['reason']}; nothing could be read from any of this worker's {len(order)} tars"
+                raise StorageGone(message) if last.get("io") else OnlyBad(message)
+
+
+def _tar_samples(urls: Sequence[str], epoch: int, bad: list[dict[str, Any]]) -> Iterator[_Raw]:
+    """The samples of tars one after the other. What cannot be read is added to `bad` and passed over."""
+
+    def note(error: Exception, url: str) -> None:
+        row = {"shard": url, "key": "", "reason": reason(error) or type(error).__name__, "epoch": epoch, "position": -1}
+        bad.append({**row, "io": isinstance(error, OSError)})
+
+    def files() -> Iterator[dict[str, Any]]:
+        for url in urls:
+            try:
+                with _opened(url) as stream:
+                    yield from _tar_files(url, stream)
+            except Exception as error:  # decompressors and tar headers raise almost anything
+                note(error, url)
+            yield {}  # samples of two tars never mix
+
+    def of_another(error: Exception) -> bool:
+        note(error, next((a for a in error.args if a in urls), ""))
+        return True
+
+    for sample in wds.tariterators.group_by_keys(files(), handler=of_another):
+        image = next((v for k, v in sample.items() if k in EXTENSIONS), b"")
+        key = sample["__key__"]
+        yield _Raw(sample["__url__"], key, key, image, sample.get("cls", b""), [])
+
+
+def _opened(url: str) -> Any:
+    for wait in (*WAITS, None):
+        try:
+            return wds.gopen(url)
+        except OSError:
+            if wait is None:
+                raise
+        time.sleep(wait)
+    raise AssertionError
+
+
+def _tar_files(url: str, stream: Any) -> Iterator[dict[str, Any]]:
+    """The regular image and class files of a tar, each in memory as a whole. Links, folders and devices are ignored,
+    names are only names, and nothing is decoded here.
+
+    Raises:
+        BadImage: the tar was cut, or has a header that cannot be read; tarfile itself would end in silence.
+    """
+    endings: list[str] = []
+
+    class Header(tarfile.TarInfo):
+        @classmethod
+        def frombuf(cls, *arguments: Any) -> "Header":
+            try:
+                return super().frombuf(*arguments)
+            except tarfile.HeaderError as error:
+                endings.append(type(error).__name__)
+                raise
+
+    with tarfile.open(fileobj=stream, mode="r|*", tarinfo=Header) as tar:
+        for member in tar:
+            wanted = member.name.rpartition(".")[2].lower() in EXTENSIONS or member.name.endswith(".cls")
+            if member.isreg() and not member.issparse() and wanted:
+                if member.size > MAX_MEMBER:
+                    raise BadImage(f"{member.name}: {member.size} bytes")
+                content = tar.extractfile(member)
+                yield {"fname": member.name, "data": content.read() if content else b"", "__url__": url}
+            tar.members = []  # type: ignore[attr-defined]  # tarfile keeps them all
+        rest: Any = tar.fileobj
+        while endings[-1:] == ["EOFHeaderError"] and (chunk := rest.read(1 << 16)):
+            if chunk.strip(b"\0"):
+                endings.append("")
+    if endings[-1:] != ["EOFHeaderError"]:
+        raise BadImage("cut, or with a header that cannot be read: what stands behind it was not read")

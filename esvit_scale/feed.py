@@ -1,0 +1,138 @@
+"""`esvit-scale doctor --data`: whether this machine's cores can feed its GPUs, measured on the set itself."""
+
+import os
+import statistics
+import time
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from esvit_scale.config import Config, largest_divisor
+from esvit_scale.data import stream
+from esvit_scale.data.decode import BadImage
+from esvit_scale.data.manifest import Manifest
+from esvit_scale.data.picture import open_picture
+from esvit_scale.data.reader import ShardReader
+from esvit_scale.errors import UserError
+from esvit_scale.train.mfu import ideal_images_per_s
+
+SECONDS = 6.0  # of measuring each rate
+USUAL_MFU = 0.4  # of the rate that large matrix products reach, what a well-fed training step makes of a GPU
+LARGE = 1_000_000  # pixels of a picture, from which on its decoding is what costs
+
+
+class Supply(NamedTuple):
+    """What the loader processes of this machine make, in images/s."""
+
+    one: float  # process
+    all: float
+    processes: int
+
+
+def run(config: Config) -> int:
+    """Prints what storage, one loader process and all cores make, what the GPUs take, and what to change; 0."""
+    data = stream.open_data(config)
+    cores = usable_cores()
+    if isinstance(data, Manifest):
+        print(_row("storage", _storage(data)))
+    supply = Supply(_rate(config, data, 1), _rate(config, data, cores), cores)
+    print(_row("one process", f"{supply.one:.0f} images/s"))
+    share = supply.all / (cores * supply.one)
+    print(_row(f"{cores} processes", f"{supply.all:.0f} images/s, {share:.0%} of {cores} times one"))
+    gpus = torch.cuda.device_count()
+    if not gpus:
+        print(_row("GPUs", "none here to compare with; every GPU needs its share of these images/s"))
+        print(f"\nSet data.workers={cores} for one rank.")
+        return 0
+    demand = USUAL_MFU * ideal_images_per_s(config, torch.device("cuda"), gpus)
+    print(_row("GPUs", f"{gpus}, about {demand:.0f} images/s with {config.model.trunk} at an MFU of {USUAL_MFU:.0%}"))
+    print("\n" + "\n".join(advice(config, supply, demand, gpus, _pixels(data) if isinstance(data, Manifest) else 0)))
+    return 0
+
+
+def advice(config: Config, supply: Supply, demand: float, gpus: int, pixels: float) -> list[str]:
+    """Sentences: whether it suffices, and what to change.
+
+    Args:
+        demand: images/s that the GPUs take together.
+        pixels: median of a picture; 0: not known.
+    """
+    each = max(supply.processes // gpus, 1)
+    if supply.all >= demand:
+        enough = min(max(-(-round(1.2 * demand / gpus) // max(round(supply.all / supply.processes), 1)), 1), each)
+        return [f"The cores feed the GPUs {supply.all / demand:.1f} times over: data.workers={enough} is enough."]
+    lines = [f"The cores make {supply.all / demand:.0%} of what the GPUs take:"]
+    if config.data.workers != each:
+        lines.append(f"- set data.workers={each}: {supply.processes} cores over {gpus} ranks")
+    if config.data.photometric == "workers":
+        lines.append("- set data.photometric=device: the GPUs do it in passing")
+    if pixels > LARGE:
+        lines.append(
+            f"- pictures hold {pixels / 1e6:.1f} megapixels: a set written anew with shorter sides decodes faster"
+        )
+    if supply.all < 0.7 * supply.processes * supply.one:
+        lines.append("- processes slow each other down: hyper-threads, other jobs, or storage (see its row)")
+    lines.append(f"- ask for {demand / supply.all:.1f} times as many cores a GPU")
+    return lines
+
+
+def usable_cores() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limit = Path("/sys/fs/cgroup/cpu.max")
+    quota, _, period = (limit.read_text() if limit.is_file() else "max").partition(" ")
+    return cores if quota.strip() == "max" else max(min(cores, int(quota) // int(period)), 1)
+
+
+def _rate(config: Config, data: stream.Source, workers: int) -> float:
+    """Images/s of so many loader processes, once they run."""
+    batch = min(16 * workers, data.samples)
+    if batch < workers:
+        raise UserError(f"{config.data.train}: {data.samples} samples are too few to measure {workers} processes")
+    batch = batch // workers * workers
+    smaller = config.model_copy(
+        update={
+            "train": config.train.model_copy(update={"global_batch": batch, "grad_accum": 1}),
+            "data": config.data.model_copy(update={"workers": workers, "slots": largest_divisor(batch, 512)}),
+        }
+    )
+    batches = stream.batches(smaller, data, 0, 1, 0, 10**6)
+    for _ in islice(batches, 4):  # start-up, and what was made ahead
+        pass
+    began, images = time.monotonic(), 0
+    while time.monotonic() - began < SECONDS:
+        images += len(next(batches).keys)
+    return images / (time.monotonic() - began)
+
+
+def _storage(data: Manifest) -> str:
+    """Reads for a while, each sample of the set once at most, one shard after the other."""
+    reader, read, count, began = ShardReader(data), 0, 0, time.monotonic()
+    for shard, i in ((s, i) for s, shape in enumerate(data.shards) for i in range(shape.samples)):
+        with suppress(BadImage, OSError):
+            read += len(reader.image(shard, reader.entry(shard, i)))
+        count += 1
+        if time.monotonic() - began > SECONDS / 3:
+            break
+    seconds = time.monotonic() - began
+    reader.close()
+    return f"{count / seconds:.0f} images/s read, {read / seconds / 1e6:.0f} MB/s (what is cached counts too)"
+
+
+def _pixels(data: Manifest) -> float:
+    """Median of some pictures."""
+    reader = ShardReader(data)
+    shard = max(range(len(data.shards)), key=lambda s: data.shards[s].samples)
+    found = []
+    for i in range(min(20, data.shards[shard].samples)):
+        with suppress(BadImage, OSError):
+            picture = open_picture(reader.image(shard, reader.entry(shard, i)))
+            found.append(picture.width * picture.height)
+    reader.close()
+    return statistics.median(found) if found else 0
+
+
+def _row(name: str, text: str) -> str:
+    return f"{name:<16}{text}"

@@ -1,0 +1,64 @@
+"""The workers' 8-bit operations against the batched float ones, and through the stream."""
+
+import numpy as np
+import pytest
+import torch
+from test_photometric import drawn, unit
+
+from esvit_scale.data import photometric as P
+from esvit_scale.data import photometric_8bit as P8
+from esvit_scale.data.crops import keyed_generator
+from esvit_scale.data.manifest import Manifest
+from esvit_scale.data.stream import batches
+from esvit_scale.errors import UserError
+from tests.data.conftest import config_with, picture
+
+pytest.importorskip("cv2")
+
+
+@pytest.mark.parametrize("crop", [0, 1, 2])
+def test_values_are_those_of_the_device_to_rounding(crop: int) -> None:
+    x = torch.from_numpy(np.stack([np.asarray(picture(i, 32, 32)) for i in range(60)])).permute(0, 3, 1, 2)
+    expected = unit(P.apply(x, drawn(60, crop))).permute(0, 2, 3, 1).numpy() * 255
+    errors = []
+    for i in range(60):
+        draw = P.draw(keyed_generator(0, 0, str(i), crop), crop)
+        pixels = x[i].permute(1, 2, 0).numpy().copy()
+        P8.apply(pixels, draw)
+        if not draw.solarize:  # a rounding at the threshold inverts a pixel
+            errors.append(np.abs(pixels - expected[i]).mean())
+    assert max(errors) < 3
+    assert np.mean(errors) < 1
+
+
+def test_solarisation_is_exact() -> None:
+    ramp = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
+    out = ramp.copy()
+    P8.apply(out, P8.NOTHING._replace(solarize=True))
+    np.testing.assert_array_equal(out, np.where(ramp >= 128, 255 - ramp, ramp))
+    P8.apply(ramp, P8.NOTHING)
+    assert ramp[0, 1, 0] == 1
+
+
+def test_workers_leave_the_device_nothing_but_to_normalise(shard_set: Manifest) -> None:
+    config = config_with()
+    there = config.model_copy(update={"data": config.data.model_copy(update={"photometric": "workers"})})
+    (a,), (b,) = (list(batches(c, shard_set, 0, 1, 2, 3)) for c in (config, there))
+    assert a.keys == b.keys
+    assert (b.photometric.order == -1).all()
+    assert not b.photometric.radius.any()
+    for n, (before, after) in enumerate(zip(a.crops, b.crops, strict=True)):
+        first = sum(len(c) for c in a.crops[:n])
+        fields = a.photometric.crops(first, first + len(before))
+        expected = unit(P.apply(before.flatten(0, 1), fields)) * 255
+        error = (after.flatten(0, 1) - expected).abs().mean((1, 2, 3))[~fields.solarize]
+        assert error.mean() < 1.5
+        assert not torch.equal(before, after)
+
+
+def test_without_opencv_it_says_what_to_install(shard_set: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(P8, "cv2", None)
+    config = config_with()
+    there = config.model_copy(update={"data": config.data.model_copy(update={"photometric": "workers"})})
+    with pytest.raises(UserError, match=r"pip install 'esvit-scale\[opencv\]'"):
+        batches(there, shard_set, 0, 1, 0, 1)

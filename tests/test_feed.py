@@ -1,0 +1,53 @@
+"""doctor --data: what it measures is there, and its advice follows from the figures."""
+
+from pathlib import Path
+
+import pytest
+
+from esvit_scale import cli, feed
+from esvit_scale.config import Config, validate
+from esvit_scale.feed import Supply, advice
+from tests import tiny
+
+
+def config(**data: object) -> Config:
+    return validate({"data": data}, "test")
+
+
+def test_it_measures_the_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed, "SECONDS", 0.2)
+    shards = tiny.shards(tmp_path / "set")
+    assert cli.main(["doctor", "--data", str(shards), "swin_t", "data.global_crops.size=32"]) == 0
+    text = capsys.readouterr().out
+    assert "MB/s" in text
+    assert "one process" in text
+    assert f"data.workers={feed.usable_cores()}" in text
+
+
+def test_a_config_alone_is_told_about_data(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "swin_t"]) == 2
+    assert "add --data SHARDS" in capsys.readouterr().err
+
+
+def test_enough() -> None:
+    (line,) = advice(config(), Supply(500, 16 * 500, 16), demand=2000, gpus=2, pixels=2e5)
+    assert "4.0 times over" in line
+    assert "data.workers=3 " in line  # 1.2 · 1000 images/s a rank, 500 a process
+
+
+def test_too_little_says_everything_that_would_help() -> None:
+    text = "\n".join(advice(config(workers=4, photometric="workers"), Supply(300, 2000, 16), 8000, 2, 4e6))
+    for says in (
+        "25%",
+        "data.workers=8",
+        "photometric=device",
+        "4.0 megapixels",
+        "slow each other",
+        "4.0 times as many",
+    ):
+        assert says in text
+    text = "\n".join(advice(config(workers=8), Supply(130, 2000, 16), 8000, 2, 2e5))
+    for says in ("data.workers", "photometric", "megapixels", "slow each other"):
+        assert says not in text
