@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from test_photometric import drawn, unit
 
 from esvit_scale.data import photometric as P
 from esvit_scale.data import photometric_8bit as P8
@@ -12,6 +11,7 @@ from esvit_scale.data.manifest import Manifest
 from esvit_scale.data.stream import batches
 from esvit_scale.errors import UserError
 from tests.data.conftest import config_with, picture
+from tests.data.test_photometric import drawn, unit
 
 pytest.importorskip("cv2")
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_stream import damaged_copy
 
 from esvit_scale.data import reader as readers
 from esvit_scale.data.manifest import Manifest
 from esvit_scale.data.reader import ShardReader, StorageGone
+from tests.data.test_stream import damaged_copy
 
 
 @pytest.fixture(autouse=True)

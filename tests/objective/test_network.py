@@ -1,11 +1,11 @@
 import pytest
 import torch
-from test_param_groups import SMALL
 
 from esvit_scale.config import validate
 from esvit_scale.models.drop_path import drop_keys
 from esvit_scale.models.initialize import initialize
 from esvit_scale.objective.network import build_network
+from tests.objective.test_param_groups import SMALL
 
 B = 2
 
