@@ -9,11 +9,13 @@ random draw of a run is a function of (seed, epoch, sample key, crop) or of (see
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from esvit_scale import config as config_module
 from esvit_scale import files
@@ -21,37 +23,85 @@ from esvit_scale.checkpoint import single_file, storage
 from esvit_scale.checkpoint.storage import Interval, whole
 from esvit_scale.checkpoint.weights import TRUNK, Weights, check_shapes, network_shapes, shapes_of
 from esvit_scale.config import Config
-from esvit_scale.errors import UserError
+from esvit_scale.errors import RestartCanHelp, UserError
 from esvit_scale.models.registry import build_trunk
 from esvit_scale.parallel import collectives, partitions
 from esvit_scale.parallel.engine import Engines
 
 log = logging.getLogger("esvit_scale")
 
+T = TypeVar("T")
+
 FORMAT_VERSION = 1
 ROLES = {"student": "student/", "teacher": "ema/"}  # with the prefix of its tensors in storage
 CENTER = "center/"
 
 
-def save(run: Path, config: Config, engines: Engines, centers: dict[str, Tensor], cursor: dict[str, int]) -> Path:
-    """Writes the state at `cursor["step"]`, then retires old ones as `train` says. All ranks call it."""
-    folder = run / "checkpoints" / f"step-{cursor['step']:08d}"
-    aside = folder.with_name(f".{folder.name}.partial")
-    collectives.on_rank_0(lambda: _make_empty(aside))
+class NotSaved(RestartCanHelp):
+    """The disk did not take a checkpoint; those before it are untouched."""
+
+
+class Snapshot(NamedTuple):
+    """This rank's part of a state, ready to be written."""
+
+    intervals: dict[str, Interval]
+    state: dict[str, Any]  # state.json, but for the files' checksums
+
+
+def snapshot(config: Config, engines: Engines, centers: dict[str, Tensor], cursor: dict[str, int]) -> Snapshot:
+    """The state at `cursor["step"]` as it is in memory now (views, not copies). All ranks call it."""
     optimizer_steps = _optimizer_steps(engines)
-    storage.save(aside, _intervals(engines, optimizer_steps, centers))
-    written = collectives.gather_objects(storage.checksums(aside, collectives.rank()))
     state = {
         "format_version": FORMAT_VERSION,
         "cursor": cursor,
-        "files": {name: checksum for files_of_rank in written for name, checksum in files_of_rank.items()},
         "optimizer_steps": optimizer_steps,
         "shapes": shapes_of(engines.student.module),
         "config": config.model_dump(mode="json"),
     }
-    collectives.on_rank_0(lambda: _publish(aside, folder, state))
+    return Snapshot(_intervals(engines, optimizer_steps, centers), state)
+
+
+def save(run: Path, config: Config, engines: Engines, centers: dict[str, Tensor], cursor: dict[str, int]) -> Path:
+    """Writes the state at `cursor["step"]`, then retires old ones as `train` says. All ranks call it.
+
+    Raises:
+        NotSaved: a rank could not write (a full disk, say); what was there before is untouched.
+    """
+    return write(run, config, snapshot(config, engines, centers, cursor))
+
+
+def write(run: Path, config: Config, taken: Snapshot) -> Path:
+    """What `save` does once the state is taken; for any thread, as long as all ranks do the same."""
+    folder = run / "checkpoints" / f"step-{taken.state['cursor']['step']:08d}"
+    aside = folder.with_name(f".{folder.name}.partial")
+    _on_rank_0(folder, lambda: _make_empty(aside))
+    _together(folder, lambda: storage.save(aside, taken.intervals))
+    written = _together(folder, lambda: storage.checksums(aside, collectives.rank()))
+    recorded = {name: checksum for files_of_rank in written for name, checksum in files_of_rank.items()}
+    _on_rank_0(folder, lambda: _publish(aside, folder, taken.state | {"files": recorded}))
     collectives.on_rank_0(lambda: _retire(folder, config))
     return folder
+
+
+def _on_rank_0(folder: Path, work: Callable[[], None]) -> None:
+    _together(folder, work if collectives.rank() == 0 else lambda: None)
+
+
+def _together(folder: Path, work: Callable[[], T]) -> list[T]:
+    """Every rank's result; when the disk fails one of them, an error on all."""
+    try:
+        result, problem = work(), None
+    except (OSError, CheckpointException) as error:
+        result, problem = None, storage.reason(error)
+    answers = collectives.gather_objects((result, problem))
+    problems = [f"rank {rank}: {problem}" for rank, (_, problem) in enumerate(answers) if problem]
+    if problems:
+        if collectives.rank() == 0:
+            shutil.rmtree(folder.with_name(f".{folder.name}.partial"), ignore_errors=True)
+        raise NotSaved(
+            f"{folder}: could not be saved: {'; '.join(problems[:3])}; the checkpoints before it are untouched"
+        )
+    return [result for result, _ in answers]
 
 
 def restore(folder: Path, engines: Engines, centers: dict[str, Tensor]) -> dict[str, int]:

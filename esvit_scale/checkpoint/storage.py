@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -55,6 +56,11 @@ class Interval:
         return ChunkStorageMetadata(torch.Size([self.start]), torch.Size([self.values.numel()]))
 
 
+def copied(intervals: dict[str, Interval]) -> dict[str, Interval]:
+    """The same on the host, in memory of their own: what is written while training goes on."""
+    return {name: Interval(i.values.detach().to("cpu", copy=True), i.start, i.total) for name, i in intervals.items()}
+
+
 def whole(tensor: Tensor) -> Interval:
     flat = tensor.view(-1)
     return Interval(flat, 0, flat.numel())
@@ -83,6 +89,15 @@ def load(folder: Path, intervals: dict[str, Interval], alone: bool = False) -> N
             process_group=group,
             no_dist=no_dist,
         )
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong on the disk, in one line; several ranks' errors arrive in one exception."""
+    if isinstance(error, CheckpointException):
+        return "; ".join(sorted({reason(failure[0]) for failure in error.failures.values()}))
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def checksums(folder: Path, rank: int) -> dict[str, dict[str, Any]]:

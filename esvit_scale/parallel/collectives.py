@@ -1,7 +1,9 @@
 """The few things that ranks say to each other. A leaf: any module may import it, and without a process group
 every function is the single process's answer."""
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -13,6 +15,7 @@ from esvit_scale.errors import RestartCanHelp, UserError
 T = TypeVar("T")
 
 _control_group: Any = None  # gloo: flags and small objects must not make the host wait for the GPU's queue
+_of_thread = threading.local()  # a thread that talks beside the main one needs a group of its own
 
 
 def initialized() -> bool:
@@ -68,9 +71,26 @@ def barrier() -> None:
 def control_group() -> Any:
     """The gloo group; made on first use, which must happen on all ranks together."""
     global _control_group
+    if (own := getattr(_of_thread, "group", None)) is not None:
+        return own
     if _control_group is None:
         _control_group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
     return _control_group
+
+
+def second_group() -> Any:
+    """Another gloo group, for a thread beside the main one; made on all ranks together. None for a single process."""
+    return dist.new_group(backend="gloo") if world_size() > 1 else None
+
+
+@contextmanager
+def through(group: Any) -> Iterator[None]:
+    """In this thread, what would go through the control group goes through `group`."""
+    _of_thread.group = group
+    try:
+        yield
+    finally:
+        _of_thread.group = None
 
 
 def on_rank_0(function: Callable[[], T]) -> T:

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 
 from esvit_scale import files
 from esvit_scale.checkpoint import state
+from esvit_scale.checkpoint.saver import Saver
 from esvit_scale.data import stream
 from esvit_scale.data.stream import Batch, Source
 from esvit_scale.data.worker_rates import WorkerRates
@@ -52,6 +53,7 @@ class Run:
 
     def __enter__(self) -> "Run":
         metrics.start_logging(self._path, active=self._rank == 0)
+        self._saver = Saver(self._path, self._session.config)
         config, world = self._session.config, self._session.world
         self._ideal_rate = collectives.on_rank_0(lambda: mfu.ideal_images_per_s(config, world.device, world.size))
         self._resume()
@@ -118,6 +120,7 @@ class Run:
 
     def leave(self) -> int:
         """Saved because of a signal: say how to continue; the exit code."""
+        self._saver.wait()
         self._write_summary(finished=self.step == self.last_step)
         interrupt = self._flags & REQUESTS.index("interrupt")
         if self._rank == 0:
@@ -128,6 +131,7 @@ class Run:
 
     def finish(self) -> None:
         self._save()
+        self._saver.wait()
         self._write_summary(finished=True)
         if self._rank == 0:
             log.info("finished: %d steps, %s", self.step, self._path)
@@ -178,6 +182,8 @@ class Run:
         Raises:
             Diverged: there is none, or this was done often enough.
         """
+        with suppress(state.NotSaved):  # logged; the one before it serves as well
+            self._saver.wait()
         folder = state.newest_good(self._path)
         if folder is None or self._rollbacks == self._session.config.train.rollbacks:
             self._write_summary(finished=False)
@@ -251,8 +257,7 @@ class Run:
             "data_offset": self.data_offset,
             "images_seen": self.step * self._batch,
         }
-        engines, centers = self._session.engines, self._session.objective.centers_state()
-        state.save(self._path, self._session.config, engines, centers, cursor)
+        self._saver.start(self._session.engines, self._session.objective.centers_state(), cursor)
         self._saved, self._saved_at = self.step, time.monotonic()
         self._watchdog.beat(self.step)
 

@@ -36,7 +36,10 @@ def start_and_wait_for_step(config_path: Path, run: Path, step: int) -> "subproc
 def test_killed_and_resumed_equals_straight(data: Path, straight: list[dict[str, object]], tmp_path: Path) -> None:
     run = tmp_path / "run"
     path = tiny.write_config(tmp_path / "c.yaml", tiny.config(run, data, train__steps=20))
-    process = start_and_wait_for_step(path, run, 12)
+    process = start_and_wait_for_step(path, run, 10)
+    while not (run / "checkpoints" / "latest").exists():  # written beside training
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.002)
     process.kill()
     process.communicate()
     assert (run / "checkpoints" / "latest").read_text().strip() == "step-00000010"

@@ -1,0 +1,66 @@
+"""Saving beside training: the step waits for the copy to the host, not for the disk."""
+
+import logging
+import threading
+from pathlib import Path
+
+from torch import Tensor
+
+from esvit_scale.checkpoint import state, storage
+from esvit_scale.checkpoint.state import NotSaved, Snapshot
+from esvit_scale.config import Config
+from esvit_scale.parallel import collectives
+from esvit_scale.parallel.engine import Engines
+
+log = logging.getLogger("esvit_scale")
+
+
+class Saver:
+    """Writes one checkpoint at a time on a thread of its own. All ranks make the same calls.
+
+    A save that fails is logged at once and costs nothing but itself: training goes on and the next one tries again.
+    Only `wait` raises it.
+    """
+
+    def __init__(self, run: Path, config: Config) -> None:
+        self._run, self._config = run, config
+        self._group = collectives.second_group()
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    def start(self, engines: Engines, centers: dict[str, Tensor], cursor: dict[str, int]) -> None:
+        """Copies the state at `cursor["step"]` to the host, and begins to write it once the last one is done."""
+        self._join()
+        if self._failure is not None and not isinstance(self._failure, NotSaved):
+            raise self._failure
+        taken = state.snapshot(self._config, engines, centers, cursor)
+        taken = Snapshot(storage.copied(taken.intervals), taken.state)
+        self._failure = None
+        self._thread = threading.Thread(target=self._write, args=(taken,), name="saver")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until what was begun is on the disk.
+
+        Raises:
+            NotSaved: it is not.
+        """
+        self._join()
+        if self._failure is not None:
+            raise self._failure
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write(self, taken: Snapshot) -> None:
+        try:
+            with collectives.through(self._group):
+                state.write(self._run, self._config, taken)
+        except NotSaved as error:
+            self._failure = error
+            if collectives.rank() == 0:
+                log.error("%s; training goes on, and the next save tries again", error)
+        except BaseException as error:
+            self._failure = error
