@@ -67,6 +67,7 @@ class Data(Section):
     train: PathText = ""
     mix: list[Mixed] = []  # several sets of plain tars, instead of train
     epoch_samples: Positive | None = None  # of plain tars, which do not say how many samples they hold
+    held_out: PathText = ""  # labelled shards or class folders that train.knn_every measures; never trained on
     workers: Count = 4  # loader processes per rank; 0 decodes in the training process
     slots: Positive | None = None  # canonical slots of the data order; null: largest divisor of global_batch ≤ 512
     shuffle_window: Positive = 8  # shards whose samples are shuffled together
@@ -135,6 +136,7 @@ class Train(Section):
     checkpoint_minutes: Annotated[float, Field(gt=0)] | None = None  # also save when this much time has passed
     keep_checkpoints: Positive = 3
     keep_every: Positive | None = None  # steps whose checkpoints are kept for good: every so many
+    knn_every: Positive | None = None  # steps between k-NN accuracies of the teacher on data.held_out; null: none
     skips_before_rollback: Positive = (
         10  # steps without finite gradients, in a row, before the run goes back to its last checkpoint
     )
@@ -197,6 +199,13 @@ def _cross_field_problems(c: Config) -> list[str]:
     ]:
         if not 0 < low <= high:
             problems.append(f"{where}: needs 0 < low <= high, got [{low}, {high}]")
+    if c.train.knn_every and not c.data.held_out:
+        problems.append("train.knn_every: needs data.held_out, labelled shards or class folders to measure on")
+    if c.train.knn_every and c.train.knn_every % c.train.log_every:
+        problems.append(
+            f"train.knn_every: {c.train.knn_every} is no multiple of train.log_every={c.train.log_every}; "
+            f"nearest: {nearest_multiple(c.train.knn_every, c.train.log_every)}"
+        )
     if c.model.depths and c.model.heads and len(c.model.depths) != len(c.model.heads):
         problems.append(
             f"model.heads: {len(c.model.heads)} stages, but model.depths has {len(c.model.depths)}; give one number a stage in both"

@@ -8,7 +8,6 @@
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -86,7 +85,7 @@ def take_step(engines: Engines) -> bool:
     return bool(engines.student.was_step_applied()) and engines.gate.take_finite()
 
 
-def autocast(config: Config, device: torch.device) -> AbstractContextManager[Any]:
+def autocast(config: Config, device: torch.device) -> torch.autocast:
     """What the teacher's forward runs in; the student's engine does it by itself."""
     return torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "autocast")
 

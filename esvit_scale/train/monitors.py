@@ -16,24 +16,31 @@ ROWS_TO_SPEAK = 5  # a state must last: one batch is no collapse
 UNIFORM, PEAKED = 0.98, 0.02  # of ln K, the teacher's entropy
 COLLAPSED_STD = 0.05  # of the unit features, where 1 is isotropic
 SPIKE = 10.0  # times the median gradient norm
+FEW_PROTOTYPES = 2.0  # effective number among a batch's targets
+MANY_IMAGES = 8  # with fewer a batch may well share its targets
+LOW_RANK = 2.0  # effective dimensions of the features
+DIP = 0.1  # of k-NN accuracy, below the best so far
 
 
 class Monitors:
     """Feed it every logged row; it answers with sentences when something begins or ends."""
 
-    def __init__(self, prototypes: int) -> None:
+    def __init__(self, prototypes: int, images: int) -> None:
+        """`images`: of a micro-batch on one rank, what prototype usage is measured over."""
+        self._images = images
         self._ln_k = math.log(prototypes)
         self._norms: deque[float] = deque(maxlen=WINDOW)
         self._since: dict[str, int] = {}  # state → the step at which it began
         self._rows: dict[str, int] = {}  # state → rows that it has lasted
         self._said: set[str] = set()
+        self._best_knn = 0.0
 
     def observe(self, row: Row) -> list[str]:
         """What is to be said after this row, most often nothing."""
         states = dict(self._states(row))
         said = [self._begun(name, text, row["step"]) for name, text in states.items()]
         said += [self._ended(name, row["step"]) for name in list(self._since) if name not in states]
-        said.append(self._spike(row))
+        said += [self._spike(row), self._dip(row)]
         return [sentence for sentence in said if sentence]
 
     def _states(self, row: Row) -> Iterator[tuple[str, str]]:
@@ -53,6 +60,18 @@ class Monitors:
                     f"entropy {entropy:.3f}: images may share one; try a higher objective.teacher_temp or a lower "
                     "objective.center_momentum",
                 )
+            used = row.get(f"prototypes_used_{part}", math.inf)
+            if self._images >= MANY_IMAGES and used < FEW_PROTOTYPES:
+                yield (
+                    f"the teacher's {part} targets share a few prototypes",
+                    f"{used:.1f} in effect, so all images get nearly the same target; try a higher "
+                    "objective.teacher_temp or a lower objective.center_momentum",
+                )
+        if row.get("rank_me", math.inf) < LOW_RANK:
+            yield (
+                "the student's features lie on a line",
+                f"their effective rank is {row['rank_me']:.1f}; try a lower optim.lr or a longer optim.warmup_epochs",
+            )
         if row.get("feature_std", 1.0) < COLLAPSED_STD:
             yield (
                 "the student's features have collapsed",
@@ -79,8 +98,23 @@ class Monitors:
         norm, before = row["grad_norm"], median(self._norms) if len(self._norms) >= ROWS_TO_SPEAK else math.inf
         self._norms.append(norm)
         if math.isfinite(norm) and norm > SPIKE * before:
+            parts = {k.removeprefix("grad_norm_"): v for k, v in row.items() if k.startswith("grad_norm_")}
+            where = f", most of it in {max(parts, key=parts.__getitem__)}" if parts else ""
             return (
                 f"gradient spike at step {row['step']}: norm {norm:.3g}, {norm / before:.0f} times the median of the last "
-                f"{len(self._norms) - 1} rows; if they recur, lower optim.lr"
+                f"{len(self._norms) - 1} rows{where}; if they recur, lower optim.lr, or model.freeze_patch_embed=true"
             )
         return None
+
+    def _dip(self, row: Row) -> str | None:
+        """MoCo v3's sign of hidden instability: the accuracy falls although the loss looks fine."""
+        accuracy = row.get("knn_top1")
+        if accuracy is None:
+            return None
+        best, self._best_knn = self._best_knn, max(self._best_knn, accuracy)
+        if accuracy >= best - DIP:
+            return None
+        return (
+            f"k-NN accuracy fell to {100 * accuracy:.1f} % at step {row['step']}, from {100 * best:.1f} %: training is "
+            "unstable; lower optim.lr, lengthen optim.warmup_epochs, or model.freeze_patch_embed=true"
+        )

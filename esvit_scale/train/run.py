@@ -17,8 +17,10 @@ from esvit_scale.data.stream import Batch, Source
 from esvit_scale.data.worker_rates import WorkerRates
 from esvit_scale.errors import Diverged, UserError
 from esvit_scale.parallel import collectives
+from esvit_scale.parallel import engine as engine_module
 from esvit_scale.train import gauges, metrics, mfu, run_dir, signals
 from esvit_scale.train.monitors import Monitors
+from esvit_scale.train.online_knn import OnlineKnn
 from esvit_scale.train.step import Session, StepResult
 from esvit_scale.train.watchdog import Watchdog
 
@@ -47,7 +49,10 @@ class Run:
         self._skips = self._rollbacks = 0
         self._flags = 0
         self._row: dict[str, Any] = {}
-        self._monitors = Monitors(session.config.objective.prototypes)
+        self._knn = OnlineKnn(session.config, session.world) if session.config.train.knn_every else None
+        train = session.config.train
+        images = train.global_batch // session.world.size // train.grad_accum
+        self._monitors = Monitors(session.config.objective.prototypes, images)
         self._wait_s = 0.0
         self._workers = WorkerRates()
 
@@ -244,7 +249,15 @@ class Run:
             **gauges.update_ratios(gate.take_changes(), gate.watched),
             **gauges.center_norms(self._session.objective.centers_state()),
             "rank_me": rank_me.item(),
+            **self._knn_due(),
         }
+
+    def _knn_due(self) -> dict[str, float]:
+        every = self._session.config.train.knn_every
+        if self._knn is None or not every or self.step % every:
+            return {}
+        autocast = engine_module.autocast(self._session.config, self._session.world.device)
+        return {"knn_top1": self._knn.accuracy(self._session.engines, autocast)}
 
     def _save(self) -> None:
         if self._saved == self.step:

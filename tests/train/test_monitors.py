@@ -22,7 +22,7 @@ def said(monitors: Monitors, steps: range, **values: float) -> list[str]:
 
 
 def test_a_healthy_run_is_silent() -> None:
-    assert said(Monitors(K), range(100)) == []
+    assert said(Monitors(K, 8), range(100)) == []
 
 
 @pytest.mark.parametrize(
@@ -31,10 +31,12 @@ def test_a_healthy_run_is_silent() -> None:
         ({"teacher_entropy_region": math.log(K)}, "the teacher's region targets are uniform since step 10"),
         ({"teacher_entropy_view": 0.01}, "the teacher's view targets are single prototypes since step 10"),
         ({"feature_std": 0.01}, "the student's features have collapsed since step 10"),
+        ({"prototypes_used_view": 1.2}, "the teacher's view targets share a few prototypes since step 10"),
+        ({"rank_me": 1.1}, "the student's features lie on a line since step 10"),
     ],
 )
 def test_a_collapse_is_named_once_with_its_beginning_and_its_end(values: dict[str, float], words: str) -> None:
-    monitors = Monitors(K)
+    monitors = Monitors(K, 8)
     assert said(monitors, range(10)) == []
     (sentence,) = said(monitors, range(10, 60), **values)
     assert sentence.startswith(words)
@@ -45,14 +47,14 @@ def test_a_collapse_is_named_once_with_its_beginning_and_its_end(values: dict[st
 
 
 def test_one_bad_row_is_no_collapse() -> None:
-    monitors = Monitors(K)
+    monitors = Monitors(K, 8)
     said(monitors, range(10))
     assert said(monitors, range(10, 13), feature_std=0.0) == []
     assert said(monitors, range(13, 30)) == []
 
 
 def test_a_gradient_spike_is_named_at_once() -> None:
-    monitors = Monitors(K)
+    monitors = Monitors(K, 8)
     said(monitors, range(20))
     (sentence,) = said(monitors, range(20, 21), grad_norm=50.0)
     assert "gradient spike at step 20: norm 50, 50 times the median" in sentence
@@ -60,6 +62,24 @@ def test_a_gradient_spike_is_named_at_once() -> None:
 
 
 def test_the_view_loss_alone_has_no_region_state() -> None:
-    monitors = Monitors(K)
+    monitors = Monitors(K, 8)
     for step in range(20):
         assert monitors.observe({"step": step, "grad_norm": 1.0, "teacher_entropy_view": 3.0}) == []
+
+
+def test_few_images_may_share_their_targets() -> None:
+    assert said(Monitors(K, 2), range(60), prototypes_used_view=1.2) == []
+
+
+def test_a_spike_names_the_part_that_it_came_from() -> None:
+    monitors = Monitors(K, 8)
+    said(monitors, range(20))
+    (sentence,) = said(monitors, range(20, 21), grad_norm=50.0, grad_norm_patch_embed=49.0, grad_norm_stage1=3.0)
+    assert "most of it in patch_embed" in sentence
+
+
+def test_a_dip_of_the_accuracy_is_named() -> None:
+    monitors = Monitors(K, 8)
+    assert [said(monitors, range(i, i + 1), knn_top1=top1) for i, top1 in enumerate([0.2, 0.4, 0.35])] == [[], [], []]
+    (sentence,) = said(monitors, range(3, 4), knn_top1=0.25)
+    assert "fell to 25.0 % at step 3, from 40.0 %" in sentence
