@@ -2,20 +2,25 @@
 
 The journey, one line a station. B images, V crops, T tokens, C width, K prototypes:
 
-    tar shard            data/shard_writer.py, data/manifest.py     images → name.tar + manifest.json
+    images               data/sources/, data/shard_plan.py           folders, lists, tables, archives, in a stable order
+    → tar shard          data/shard_writer.py, data/manifest.py     name.tar + manifest.json
     → order              data/order.py                              (seed, epoch, step) → which samples, at any world size
-    → decoded image      data/decode.py, data/stream.py             bytes → uint8 [H, W, 3]
-    → crops              data/crops.py, data/photometric.py         one tensor a resolution: [V_g, B, 3, S_g, S_g]
+    → decoded image      data/picture.py, data/decode.py            bytes → uint8 [H, W, 3], no larger than the crops need
+    → crops              data/crops.py, data/views.py, data/photometric.py  one tensor a resolution: [V_g, B, 3, S_g, S_g]
+    → batches            data/stream.py, data/shard_stream.py, data/url_stream.py  this rank's part of a global batch
     → tokens             models/swin.py, models/swin_v2.py          view [V·B, C], regions [V·B·T, C], all crops in one pass
     → student/teacher    parallel/engine.py, parallel/ema.py        one forward of each; the teacher sees the 2 globals
     → loss               objective/esvit.py, objective/prototypes.py  view and region cross-entropies; no [T, K] is ever stored
-    → sharded step       parallel/engine.py, train/loop.py          one optimizer update of the partitions, then EMA, then centre
-    → checkpoint         checkpoint/state.py                        student, teacher, optimizer, centres, cursor: step-00000100/
-                         checkpoint/convert.py                      official EsViT checkpoints and safetensors files, in and out
-    → evaluation         evaluate/features.py, evaluate/knn.py      features [N, C] → k-NN accuracy
-    → report             report/html.py                             one self-contained report.html
+    → sharded step       train/loop.py, parallel/engine.py          one optimizer update of the partitions, then EMA, then centre
+    → checkpoint         checkpoint/saver.py, checkpoint/state.py   student, teacher, optimizer, centres, cursor: step-00000100/
+                         checkpoint/convert.py, checkpoint/export.py  official EsViT, safetensors, timm, Hugging Face, ONNX
+    → evaluation         evaluate/features.py, evaluate/cache.py    images → features [N, C], once
+                         evaluate/knn.py, evaluate/linear.py, evaluate/transfer.py  accuracy with intervals
+                         evaluate/correspondence.py, evaluate/attention.py  what the tokens see
+    → report             report/html.py, report/drawings.py         one self-contained report.html
+    → scaling            scaling/plan.py, scaling/cells.py, scaling/fit.py  what a run needs; sizes × budgets → a law with intervals
 
-Beside it: config.py (every number of a run), models/complexity.py (what it costs), cli.py and commands/ (the command line), doctor.py (what works on this machine).
+Beside it: config.py (every number of a run), models/complexity.py (what it costs), cli.py and commands/ (the command line), doctor.py (what works on this machine), feed.py (whether its cores feed its GPUs).
 """
 
 from importlib import import_module

@@ -13,7 +13,14 @@ from esvit_scale.parallel import world as world_module
 from esvit_scale.train.step import open_session, train_step
 from tests import tiny
 
-CASES = [("zero0", "fp32"), ("zero1", "fp32"), ("zero1", "bf16"), ("zero2", "bf16"), ("zero3", "fp32"), ("zero3", "bf16")]
+CASES = [
+    ("zero0", "fp32"),
+    ("zero1", "fp32"),
+    ("zero1", "bf16"),
+    ("zero2", "bf16"),
+    ("zero3", "fp32"),
+    ("zero3", "bf16"),
+]
 
 
 @pytest.fixture(params=CASES, ids="-".join)
