@@ -66,7 +66,7 @@ $(STAMP): pyproject.toml $(if $(strip $(STALE)),FORCE)
 	  $(PIP) --index-url "$(INDEX)" 'torch>=2.6' 'torchvision>=0.21' \
 	    || { echo "torch could not be installed from TORCH_INDEX=$(INDEX); give another, or 'make clean' forgets it" >&2; exit 1; }; \
 	fi
-	@$(PIP) --editable '.[dev,tracking]' \
+	@$(PIP) --editable '.[dev,tracking,export,opencv,browser]' \
 	  || { echo "The installation failed; the lines above say why. 'make venv' starts it again." >&2; exit 1; }
 	@rm $(VENV)/.installing; touch $(STAMP)
 

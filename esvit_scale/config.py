@@ -131,6 +131,7 @@ class Train(Section):
     precision: Literal["fp32", "bf16", "fp16", "autocast"] = "bf16"
     ds_config: str = "zero1"  # a name in ds_configs/ or a path
     activation_checkpointing: Literal["none", "torch", "deepspeed", "fairscale"] = "none"
+    compile: bool = False  # torch.compile of the blocks; ZeRO 0–2; the first step then takes minutes
     log_every: Positive = 10  # steps
     checkpoint_every: Positive = 500  # steps
     checkpoint_minutes: Annotated[float, Field(gt=0)] | None = None  # also save when this much time has passed

@@ -36,6 +36,10 @@ def fill(config: Config, world_size: int) -> dict[str, Any]:
             "train.precision: ZeRO stage 0 is offered in fp32 and autocast only (in bf16 its optimizer takes one step at "
             "start-up); use train.ds_config=zero1, also on one process, or train.precision=fp32"
         )
+    if stage == 3 and config.train.compile:
+        problems.append(
+            "train.compile: not at ZeRO 3, whose gathers run inside the blocks; use ZeRO 0–2, or set it to false"
+        )
     if not problems:
         problems = _fill_holes(values, _owned_numbers(config, world_size, stage))
     if problems:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
-from esvit_scale.parallel import activation_checkpointing, ds_config, optimizers, partitions
+from esvit_scale.parallel import activation_checkpointing, compilation, ds_config, optimizers, partitions
 from esvit_scale.parallel.ema import Teacher
 from esvit_scale.parallel.gradients import GradientGate
 from esvit_scale.parallel.partitions import Partition
@@ -66,6 +66,9 @@ def build(config: Config, recipe: Recipe, world: World) -> Engines:
     watched = recipe.watched(module)
     gate = GradientGate(optimizer, owned, names, watched, stage, config.optim.clip, config.optim.clip_by, world.device)
     teacher = Teacher(student, owned, recipe.build, _teacher_config(ds))
+    if config.train.compile:
+        for network in (student.module, teacher.network):
+            compilation.apply(network.trunk, world.device)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision, torch.float32)
     group_of = {name: group for group, members in groups.items() for name in members}
     moments = optimizers.MOMENTS[config.optim.name]

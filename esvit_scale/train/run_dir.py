@@ -27,14 +27,19 @@ STALE_S = 60
 MAY_DIFFER = (
     "run_dir",
     "data.workers",
+    "data.held_out",
     "train.ds_config",
     "train.activation_checkpointing",
+    "train.compile",
     "train.log_every",
     "train.checkpoint_every",
     "train.checkpoint_minutes",
     "train.keep_checkpoints",
     "train.keep_every",
     "train.hang_minutes",
+    "train.knn_every",
+    "train.skips_before_rollback",
+    "train.rollbacks",
 )
 
 
