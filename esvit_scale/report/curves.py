@@ -19,6 +19,22 @@ class Group(NamedTuple):
     columns: Mapping[str, tuple[str, str]]  # column → its title, its colour when there is one run
 
 
+PARTS = {
+    "patch_embed": "patch embedding",
+    "stage1": "stage 1",
+    "stage2": "stage 2",
+    "stage3": "stage 3",
+    "stage4": "stage 4",
+    "norm": "final norm",
+    "view_head": "view head",
+    "region_head": "region head",
+}
+OPTIONAL = (
+    "knn_top1",
+    "bad_samples",
+    *(f"grad_norm_{part}" for part in PARTS),
+    *(f"update_ratio_{part}" for part in PARTS),
+)
 GROUPS = (
     Group(
         "Loss",
@@ -37,10 +53,31 @@ GROUPS = (
         {
             "teacher_entropy_view": ("teacher's entropy, view", ORANGE),
             "teacher_entropy_region": ("teacher's entropy, region", GREEN),
+            "student_entropy_view": ("student's entropy, view", ORANGE),
+            "student_entropy_region": ("student's entropy, region", GREEN),
+            "prototypes_used_view": ("prototypes in use, view", ORANGE),
+            "prototypes_used_region": ("prototypes in use, region", GREEN),
+            "center_norm_view": ("norm of the centre, view", ORANGE),
+            "center_norm_region": ("norm of the centre, region", GREEN),
             "grad_norm": ("gradient norm", VIOLET),
             "feature_std": ("spread of the features", BLUE),
+            "rank_me": ("effective rank of the features", BLUE),
+            "knn_top1": ("k-NN on held-out images", GREEN),
             "skipped_steps": ("skipped steps", GREY),
+            "bad_samples": ("bad samples", GREY),
         },
+    ),
+    Group(
+        "Gradients by part",
+        "Norm before clipping. A spike that begins in the patch embedding and reaches the last stage some steps later is "
+        "the instability that MoCo v3 describes.",
+        {f"grad_norm_{part}": (title, VIOLET) for part, title in PARTS.items()},
+    ),
+    Group(
+        "Updates by part",
+        "How far a step moves the largest matrix of each part, relative to its size: about 1e-3 is usual; a part far from "
+        "the others learns too fast or not at all.",
+        {f"update_ratio_{part}": (title, BLUE) for part, title in PARTS.items()},
     ),
     Group(
         "Speed",
@@ -64,8 +101,8 @@ GROUPS = (
         },
     ),
 )
-FROM_ZERO = {"images_per_s", "data_wait_s", "mfu", "step_s", "skipped_steps", "feature_std"}
-PLANNED = {"lr", "wd", "momentum", "teacher_temp", "skipped_steps"}  # not noisy
+FROM_ZERO = {"images_per_s", "data_wait_s", "mfu", "step_s", "skipped_steps", "feature_std", "rank_me", "knn_top1"}
+PLANNED = {"lr", "wd", "momentum", "teacher_temp", "skipped_steps", "bad_samples"}  # not noisy
 SAME_SCALE = ({"loss", "loss_view", "loss_region"}, {"teacher_entropy_view", "teacher_entropy_region"})
 
 
@@ -91,7 +128,7 @@ def groups(runs: Sequence[Run], names: Sequence[str], missing: list[str]) -> lis
         ]
         if figures:
             shown.append({"title": group.title, "caption": group.caption, "figures": figures, "in_a_row": in_a_row})
-        absent = [title for column, (title, _) in group.columns.items() if column not in logged]
+        absent = [t for column, (t, _) in group.columns.items() if column not in logged and column not in OPTIONAL]
         if absent and logged:
             missing.append(f"{group.title}: not logged in metrics.jsonl: {', '.join(absent)}")
     return shown

@@ -16,7 +16,7 @@ from esvit_scale.train.run_dir import read_summary
 
 COLUMNS = (
     *("cell", "params", "head_params", "budget", "flops", "useful_flops", "images_seen", "unique_images", "epochs"),
-    *("batch", "steps", "seed", "lr", "knn_error", "linear_error", "loss", "loss_view", "loss_region", "rankme"),
+    *("batch", "steps", "seed", "lr", "knn_error", "linear_error", "loss", "loss_view", "loss_region", "rank_me"),
     *("feature_std", "images_per_s", "run_dir"),
 )
 
@@ -36,7 +36,7 @@ def collect(found: list[Cell], sweep: Sweep, out: Path) -> list[dict[str, Any]]:
 def _row(cell: Cell, sweep: Sweep) -> dict[str, Any]:
     last = (read_rows(cell.path / "metrics.jsonl") or [{}])[-1]
     numbers = cell.plan.numbers
-    measured = ("loss", "loss_view", "loss_region", "rankme", "feature_std")
+    measured = ("loss", "loss_view", "loss_region", "rank_me", "feature_std")
     return {
         "cell": cell.name,
         "params": numbers["trunk_params"],
@@ -69,7 +69,7 @@ def _knn_error(cell: Cell, sweep: Sweep) -> float | str:
 
 
 def _linear_error(cell: Cell) -> float | str:
-    """Of a linear.json that an evaluation left in the run dir, with its top1 in percent."""
+    """Percent wrong of the logistic regression on the last checkpoint's features."""
     path = cell.path / "linear.json"
-    top1 = json.loads(path.read_text()).get("top1") if path.is_file() else None
-    return "" if top1 is None else 100 - float(top1)
+    found = json.loads(path.read_text())["results"].get("logistic") if path.is_file() else None
+    return "" if found is None else 100 - float(found["top1"])

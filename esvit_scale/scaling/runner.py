@@ -192,13 +192,15 @@ def run_cell(cell: Cell, sweep: Sweep, source: Path) -> int:
 
 
 def _evaluate(cell: Cell, sweep: Sweep) -> None:
-    from esvit_scale.evaluate import features, knn
+    from esvit_scale.evaluate import features, knn, linear
 
     assert sweep.evaluate is not None
     train, test = Path(sweep.evaluate.train), Path(sweep.evaluate.test)
     ks = (sweep.evaluate.k, *knn.KS)
     loading = features.Loading(workers=cell.config.data.workers, cache=cell.path / "features")
-    knn.run_knn(cell.path, train, test, cell.path, loading, ks=ks)
+    if sweep.evaluate.linear:
+        linear.run_linear(cell.path, train, test, cell.path, linear.Recipe(protocols=("logistic",)), loading)
+    knn.run_knn(cell.path, train, test, cell.path, loading, ks=ks)  # last: its file says that a cell is evaluated
 
 
 def _evaluated(cell: Cell) -> bool:

@@ -42,10 +42,11 @@ class LearningRate(Section):
 
 
 class Evaluate(Section):
-    """k-NN of every finished cell."""
+    """k-NN, and a linear probe, of every finished cell."""
 
     train: PathText  # labelled shards or class folders that vote
     test: PathText
+    linear: bool = True  # also a logistic regression on kept features, for linear_error
     k: Positive = 20  # whose error is collected: one k for all cells, not the best of each
 
 
