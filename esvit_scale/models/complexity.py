@@ -162,10 +162,10 @@ def _kept_by_blocks(config: Config, size: int) -> Iterator[int]:
                 attention += n * c * e  # what proj reads is a copy
             stats = 2 * 2 * n * wide  # mean and 1/σ of two norms
             if shape.version == 1:
-                own = attention + 12 * n * c * e + stats  # inputs of norm1, qkv, norm2, fc1 (C each), GELU and fc2 (4C)
+                own = attention + 8 * n * c * e + stats  # inputs of norm1, qkv, norm2, fc1 (C each) and GELU (4C)
             else:
-                # inputs of qkv, norm1, fc1, norm2 (C each), GELU and fc2 (4C); unit queries and keys with v; lengths
-                own = attention + 12 * n * c * e + stats + s * (3 * c * e + 2 * m.heads * wide)
+                # inputs of qkv, norm1, fc1, norm2 (C each) and GELU (4C); unit queries and keys with v; lengths
+                own = attention + 8 * n * c * e + stats + s * (3 * c * e + 2 * m.heads * wide)
                 if _has_extra_norm(config, m.stage, i):
                     own += n * c * e + 2 * n * wide
             yield own + _keep_factors(config, m, i)
