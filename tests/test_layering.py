@@ -27,7 +27,7 @@ ORDER = [
     {"train"},
     {"report"},
     {"scaling"},
-    {"demo", "doctor", "launch"},
+    {"demo", "doctor", "launch", "preflight"},
     {"commands"},
     {"cli"},
     {"__main__"},

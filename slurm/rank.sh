@@ -1,0 +1,17 @@
+#!/bin/bash
+# One rank of a job: its limits, caches and log; then it becomes the command, so that signals reach it and no shell.
+ulimit -Sn "$(ulimit -Hn)" 2>/dev/null
+
+# Compiled kernels stay on the node's own disk: on a shared one, ranks wait for each other's locks.
+cache=${ESVIT_LOCAL:-${TMPDIR:-/tmp}}/esvit-cache-$(id -u)
+if mkdir -p "$cache" 2>/dev/null && [ -O "$cache" ]; then
+  export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$cache/triton}"
+  export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$cache/extensions}"
+  export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$cache/inductor}"
+fi
+
+if [ "${SLURM_PROCID:-0}" != 0 ] && [ -n "${ESVIT_RANK_LOGS:-}" ]; then
+  exec >>"$ESVIT_RANK_LOGS/rank-$SLURM_PROCID.log" 2>&1
+  echo "--- $(date -u +%FT%TZ) rank $SLURM_PROCID on $(hostname)"
+fi
+exec "$@"
