@@ -55,11 +55,16 @@ step() {
 # Several nodes are looked at before they work together: one bad node slows or hangs all of them.
 preflight() {
   [ "${SLURM_JOB_NUM_NODES:-1}" -gt 1 ] && [ "$ESVIT_PREFLIGHT" = 1 ] || return 0
+  local node
   on_usr1() { :; }
+  rm -rf "$records/preflight"
   step --time=10 -- slurm preflight --shared "$records"
   on_usr1() { kill -USR1 "$pid"; }
   [ "$rc" != 0 ] || return 0
-  say "preflight failed (exit code $rc): the lines above name the node; a node without a line did not answer"
+  for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+    [ -e "$records/preflight/$node.txt" ] || say "preflight $node: it did not answer; without it: sbatch --exclude=$node …"
+  done
+  say "preflight failed (exit code $rc)"
   exit "$rc"
 }
 

@@ -17,7 +17,9 @@ def add(commands: Any) -> None:
     status = command(slurm, "status", _status, "state, step, images/s, ETA and restarts of a run")
     status.add_argument("run", type=Path, metavar="RUN", help="run dir")
     status.add_argument("--json", action="store_true", help="for programs")
-    preflight = command(slurm, "preflight", _preflight, "check every node of a job; the batch scripts run it under srun")
+    preflight = command(
+        slurm, "preflight", _preflight, "check every node of a job; the batch scripts run it under srun"
+    )
     preflight.add_argument("--shared", type=Path, required=True, metavar="DIR", help="folder that all nodes see")
     run_dir = command(slurm, "run-dir", _run_dir, "where a config's run lives (the batch scripts ask)")
     run_dir.add_argument("--cell", type=count, metavar="INDEX", help="CONFIG is a sweep's file, and this its cell")
@@ -42,7 +44,9 @@ def _add_submit(slurm: Any) -> None:
         evaluate.add_argument(name, required=True, metavar=metavar)
     evaluate.add_argument("options", nargs="*", metavar="-- OPTION", help="after --: options of both evaluations")
 
-    sweep = command(submit, "sweep", _submit_sweep, "the cells of a sweep that are not finished, one array element each")
+    sweep = command(
+        submit, "sweep", _submit_sweep, "the cells of a sweep that are not finished, one array element each"
+    )
     sweep.add_argument("sweep", type=Path, metavar="SWEEP.yaml")
     for parser in (pretrain, shards, evaluate, sweep):
         _add_resources(parser, gpus=parser is not shards)

@@ -27,6 +27,7 @@ STALE_S = 60
 MAY_DIFFER = (
     "run_dir",
     "data.workers",
+    "data.stage",
     "train.ds_config",
     "train.activation_checkpointing",
     "train.log_every",

@@ -13,7 +13,17 @@ from pathlib import Path
 
 NETWORK = "10.78.0"
 DAEMONS = ("slurmctld", "slurmd", "munged", "sbatch", "unshare", "nsenter", "ip")
-NEW_NAMESPACES = ["unshare", "--keep-caps", "--net", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
+NEW_NAMESPACES = [
+    "unshare",
+    "--keep-caps",
+    "--net",
+    "--mount",
+    "--uts",
+    "--pid",
+    "--fork",
+    "--kill-child",
+    "--mount-proc",
+]
 PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 
 
@@ -22,7 +32,9 @@ def why_not() -> str | None:
     missing = [name for name in DAEMONS if not shutil.which(name, path=PATH)]
     if missing:
         return f"Slurm's tests need {', '.join(missing)} (make slurm-tools)"
-    tried = subprocess.run([*_unshare(), "ip", "link", "add", "probe", "type", "bridge"], capture_output=True, text=True)
+    tried = subprocess.run(
+        [*_unshare(), "ip", "link", "add", "probe", "type", "bridge"], capture_output=True, text=True
+    )
     return f"no namespaces here: {tried.stderr.strip()}" if tried.returncode else None
 
 
@@ -88,6 +100,11 @@ class Cluster:
         """A power failure: everything on the node is gone at once, and nobody tells Slurm."""
         self.run("kill", "-9", (self._folder / f"node{number}.pid").read_text().strip())
 
+    def on_node(self, number: int, *command: str) -> str:
+        """A command on a node, as its administrator."""
+        pid = (self._folder / f"node{number}.pid").read_text().strip()
+        return self.run("nsenter", "--target", pid, "--mount", "--net", "--uts", "--pid", *command)
+
     def wait_idle(self) -> None:
         idle = ["sinfo", "--noheader", "--Node", "--partition=main", "--states=idle", "--format=%N"]
         self._wait_for(lambda: len(self.run(*idle, check=False).split()) == self._nodes, f"{self._nodes} idle nodes")
@@ -97,7 +114,11 @@ class Cluster:
         enter = ["nsenter", "--target", str(self._inside), "--mount", "--net", "--uts", "--pid"]
         try:
             done = subprocess.run(
-                [*enter, f"--wd={Path.cwd()}", *command], capture_output=True, text=True, timeout=timeout, env=self._environment()
+                [*enter, f"--wd={Path.cwd()}", *command],
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+                env=self._environment(),
             )
         except subprocess.TimeoutExpired:
             if check:
