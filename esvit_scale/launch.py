@@ -44,7 +44,7 @@ class Resources:
     def header(self) -> dict[str, str | None]:
         """Option → value of the #SBATCH lines to write; None takes a line away."""
         tasks = self.tasks_per_node or (self.gpus_per_node or None)
-        lines: dict[str, str | None] = {
+        lines = {
             "nodes": _text(self.nodes),
             "ntasks-per-node": _text(tasks if tasks is not None else (1 if self.gpus_per_node == 0 else None)),
             "gpus-per-node": _text(self.gpus_per_node),
@@ -56,8 +56,10 @@ class Resources:
             "dependency": f"afterok:{self.after}" if self.after else None,
             "kill-on-invalid-dep": "yes" if self.after else None,  # else it would wait for ever on a failed job
         }
-        given = {name: value for name, value in lines.items() if value is not None}
-        return {**given, "gpus-per-node": None} if self.gpus_per_node == 0 else given
+        header: dict[str, str | None] = {name: value for name, value in lines.items() if value is not None}
+        if self.gpus_per_node == 0:
+            header["gpus-per-node"] = None
+        return header
 
 
 @dataclass(frozen=True)

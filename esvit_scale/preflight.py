@@ -41,6 +41,7 @@ def run(shared: Path) -> int:
     folder = shared / "preflight"
     token = f"{os.environ.get('SLURM_JOB_ID', '')} {os.environ.get('SLURM_RESTART_COUNT', '0')}\n"
     problems = [*_gpu_problems(), *(f"{row.name}: {row.detail}: {row.advice}" for row in _bad_limits())]
+    folder.mkdir(parents=True, exist_ok=True)
     files.write_text(_answer(folder, node), token)  # by a rename over the last start's file
     world = worlds.start()
     try:

@@ -1,5 +1,5 @@
 # What the .sbatch scripts share. They set `scripts`, the folder of this file, and source it; env.sh is the file to edit.
-# shellcheck shell=bash disable=SC2317
+# shellcheck shell=bash disable=SC2317,SC2034
 
 ESVIT_CONTAINER=()
 # shellcheck source=env.sh
@@ -26,6 +26,7 @@ keep_records() {
   records=$1
   export ESVIT_RANK_LOGS=$records/$job
   mkdir -p "$ESVIT_RANK_LOGS"
+  rm -f "$ESVIT_RANK_LOGS/first-failure"
   printf '%s\t%s\t%s\t%s\n' "$(date -u +%FT%TZ)" "$job" "${SLURM_RESTART_COUNT:-0}" "$SLURM_JOB_NODELIST" \
     >>"$records/starts.tsv"
   say "start $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST; rank 0 writes here, the others to $ESVIT_RANK_LOGS"
@@ -35,7 +36,7 @@ keep_records() {
 # srun runs beside this shell, because a shell that waits in the foreground hears no signal. USR1 (the time limit is
 # near) is handed to the ranks by on_usr1. TERM here is scancel, or preemption without grace: Slurm itself ends the
 # ranks then. (Never send TERM to srun: it kills the ranks at once.)
-usr1=0 term=0 pid=
+usr1=0 term=0 rc=0 pid=
 on_usr1() { kill -USR1 "$pid"; }
 trap 'usr1=1; [ -z "$pid" ] || on_usr1' USR1
 trap 'term=1' TERM
@@ -50,6 +51,11 @@ step() {
   while kill -0 "$pid" 2>/dev/null; do wait "$pid" || true; done  # a signal interrupts wait
   rc=0; wait "$pid" || rc=$?
   pid=
+  # srun gives the largest of the ranks' codes, often that of a rank ended because another failed.
+  if [ "$rc" != 0 ] && [ -s "$ESVIT_RANK_LOGS/first-failure" ]; then
+    read -r rc who <"$ESVIT_RANK_LOGS/first-failure"
+    say "$who failed first (exit code $rc)"
+  fi
 }
 
 # Several nodes are looked at before they work together: one bad node slows or hangs all of them.
@@ -85,7 +91,6 @@ finish() {
   [ "$rc" != 0 ] || exit 0
   # One task alone gets TERM only from outside: preemption with grace, which leaves the requeue to us.
   [ "$rc" != 143 ] || [ "${SLURM_NTASKS:-1}" != 1 ] || requeue "preempted"
-  say "failed (exit code $rc)"
   local log shown=0
   for log in "$ESVIT_RANK_LOGS"/rank-*.log; do
     if [ -s "$log" ] && [ $((shown += 1)) -le 4 ]; then say "$log ends: $(tail -n 1 "$log")"; fi

@@ -1,5 +1,5 @@
 #!/bin/bash
-# One rank of a job: its limits, caches and log; then it becomes the command, so that signals reach it and no shell.
+# One rank of a job: its limits, caches, log and, when it fails, its name.
 ulimit -Sn "$(ulimit -Hn)" 2>/dev/null
 
 # Compiled kernels stay on the node's own disk: on a shared one, ranks wait for each other's locks.
@@ -14,4 +14,15 @@ if [ "${SLURM_PROCID:-0}" != 0 ] && [ -n "${ESVIT_RANK_LOGS:-}" ]; then
   exec >>"$ESVIT_RANK_LOGS/rank-$SLURM_PROCID.log" 2>&1
   echo "--- $(date -u +%FT%TZ) rank $SLURM_PROCID on $(hostname)"
 fi
-exec "$@"
+
+# The first rank that fails is the one to look at: the others then fail too, or are ended, with codes of their own.
+"$@" & rank=$!
+trap 'kill -USR1 "$rank" 2>/dev/null' USR1
+trap 'kill -TERM "$rank" 2>/dev/null' TERM
+while kill -0 "$rank" 2>/dev/null; do wait "$rank"; done
+wait "$rank"; code=$?
+if [ "$code" != 0 ] && [ -n "${ESVIT_RANK_LOGS:-}" ]; then
+  set -o noclobber
+  echo "$code rank ${SLURM_PROCID:-0} on $(hostname)" 2>/dev/null >"$ESVIT_RANK_LOGS/first-failure"
+fi
+exit "$code"

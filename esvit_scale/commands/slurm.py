@@ -15,7 +15,7 @@ def add(commands: Any) -> None:
     slurm = group(commands, "slurm", "submit the shipped batch scripts; how far a job's run is")
     _add_submit(slurm)
     status = command(slurm, "status", _status, "state, step, images/s, ETA and restarts of a run")
-    status.add_argument("run", type=Path, metavar="RUN", help="run dir")
+    status.add_argument("path", type=Path, metavar="RUN", help="run dir")
     status.add_argument("--json", action="store_true", help="for programs")
     preflight = command(
         slurm, "preflight", _preflight, "check every node of a job; the batch scripts run it under srun"
@@ -37,12 +37,12 @@ def _add_submit(slurm: Any) -> None:
     shards.add_argument("source", metavar="SRC")
     shards.add_argument("destination", type=Path, metavar="DST")
     shards.add_argument("--parts", type=positive, default=16, metavar="N", help="jobs that write (default: 16)")
-    shards.add_argument("options", nargs="*", metavar="-- OPTION", help="after --: options of `shards create`")
+    _add_option(shards, "`shards create`: --option=--short-side=512")
 
     evaluate = command(submit, "evaluate", _submit_evaluate, "k-NN, then linear probes")
     for name, metavar in (("--checkpoint", "C"), ("--train", "T"), ("--test", "V"), ("--out", "DIR")):
         evaluate.add_argument(name, required=True, metavar=metavar)
-    evaluate.add_argument("options", nargs="*", metavar="-- OPTION", help="after --: options of both evaluations")
+    _add_option(evaluate, "both evaluations: --option=--batch=256")
 
     sweep = command(
         submit, "sweep", _submit_sweep, "the cells of a sweep that are not finished, one array element each"
@@ -50,6 +50,10 @@ def _add_submit(slurm: Any) -> None:
     sweep.add_argument("sweep", type=Path, metavar="SWEEP.yaml")
     for parser in (pretrain, shards, evaluate, sweep):
         _add_resources(parser, gpus=parser is not shards)
+
+
+def _add_option(parser: argparse.ArgumentParser, of: str) -> None:
+    parser.add_argument("--option", action="append", default=[], metavar="OPTION", help=f"of {of}")
 
 
 def _add_resources(parser: argparse.ArgumentParser, gpus: bool) -> None:
@@ -78,7 +82,7 @@ def _submit_pretrain(o: argparse.Namespace) -> int:
 
 def _submit_shards(o: argparse.Namespace) -> int:
     records = o.destination.with_name(o.destination.name + "-slurm")
-    arguments = [str(o.parts), o.source, str(o.destination), *o.options]
+    arguments = [str(o.parts), o.source, str(o.destination), *o.option]
     writing = _job_id(o, "shards", arguments, records, array=f"1-{o.parts}")
     _job_id(o, "shards", ["merge", str(o.destination)], records, after=writing, saved_as="merge")
     return 0
@@ -86,7 +90,7 @@ def _submit_shards(o: argparse.Namespace) -> int:
 
 def _submit_evaluate(o: argparse.Namespace) -> int:
     arguments = [part for name in ("checkpoint", "train", "test", "out") for part in (f"--{name}", getattr(o, name))]
-    return _submit(o, "evaluate", [*arguments, *o.options], Path(o.out) / "slurm")
+    return _submit(o, "evaluate", [*arguments, *o.option], Path(o.out) / "slurm")
 
 
 def _submit_sweep(o: argparse.Namespace) -> int:
@@ -150,7 +154,7 @@ def _status(o: argparse.Namespace) -> int:
 
     from esvit_scale import launch
 
-    found = launch.status(o.run)
+    found = launch.status(o.path)
     print(json.dumps(found._asdict(), indent=2) if o.json else "\n".join(launch.status_lines(found)))
     return 0
 
