@@ -57,9 +57,9 @@ class LocalCrops(Section):
 
 class Data(Section):
     train: PathText = ""  # folder of a shard set (with manifest.json); pretraining needs it
+    workers: Count = 4  # loader processes per rank; 0 decodes in the training process
     # Folder on each node's own disk that shards are copied to before training; may hold its $VARIABLES; null: no copy
     stage: PathText | None = None
-    workers: Count = 4  # loader processes per rank; 0 decodes in the training process
     slots: Positive | None = None  # canonical slots of the data order; null: largest divisor of global_batch ≤ 512
     shuffle_window: Positive = 8  # shards whose samples are shuffled together
     global_crops: GlobalCrops = GlobalCrops()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from esvit_scale import config as config_module
 from esvit_scale import files
-from esvit_scale.checkpoint import single_file, storage
+from esvit_scale.checkpoint import lead, single_file, storage
 from esvit_scale.checkpoint.storage import Interval, whole
 from esvit_scale.checkpoint.weights import TRUNK, Weights, check_shapes, network_shapes, shapes_of
 from esvit_scale.config import Config
@@ -33,6 +33,7 @@ ROLES = {"student": "student/", "teacher": "ema/"}  # with the prefix of its ten
 CENTER = "center/"
 
 
+@lead.compared()
 def save(run: Path, config: Config, engines: Engines, centers: dict[str, Tensor], cursor: dict[str, int]) -> Path:
     """Writes the state at `cursor["step"]`, then retires old ones as `train` says. All ranks call it."""
     folder = run / "checkpoints" / f"step-{cursor['step']:08d}"

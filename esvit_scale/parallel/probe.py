@@ -4,6 +4,7 @@ import contextlib
 import io
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,7 +34,7 @@ def all_reduce_rate(groups: Sequence[Sequence[int]], device: torch.device, nbyte
         groups: disjoint lists of ranks; one rank alone, or none, gives None.
         nbytes: of the tensor, fp32.
     """
-    mine = None
+    mine: Any = None
     for ranks in groups:
         group = dist.new_group(list(ranks))  # by all ranks, members or not
         if dist.get_rank() in ranks and len(ranks) > 1:
@@ -45,7 +46,7 @@ def all_reduce_rate(groups: Sequence[Sequence[int]], device: torch.device, nbyte
     return 2 * (size - 1) / size * nbytes / min(seconds) / 1e9
 
 
-def _all_reduce_seconds(value: torch.Tensor, group: dist.ProcessGroup) -> float:
+def _all_reduce_seconds(value: torch.Tensor, group: Any) -> float:
     wait = torch.cuda.synchronize if value.is_cuda else lambda: None
     wait()
     began = time.perf_counter()

@@ -1,19 +1,17 @@
 """The training loop: for every batch a step, a record, a save when due, and a way out when asked."""
 
 import logging
-import socket
 from pathlib import Path
 
 from esvit_scale.checkpoint import state
 from esvit_scale.config import Config, require_training_data
-from esvit_scale.data import manifest, staging, stream
+from esvit_scale.data import manifest, stream
 from esvit_scale.data.manifest import Manifest
-from esvit_scale.errors import UserError
 from esvit_scale.objective.schedules import Schedules
 from esvit_scale.parallel import collectives
 from esvit_scale.parallel import world as world_module
 from esvit_scale.parallel.world import World
-from esvit_scale.train import run_dir
+from esvit_scale.train import run_dir, stage
 from esvit_scale.train.run import Run
 from esvit_scale.train.step import open_session, train_step
 
@@ -46,7 +44,7 @@ def _open_and_train(config: Config, world: World) -> int:
         return 0
     data = collectives.on_rank_0(lambda: _open_data(config))
     if config.data.stage:
-        data = _stage(data, config.data.stage)
+        data = stage.on_every_node(data, config.data.stage)
     with run_dir.Lock(path) as lock:
         schedules = Schedules(config, stream.steps_per_epoch(config, data))
         fresh = collectives.on_rank_0(lambda: state.latest(path) is None)
@@ -65,16 +63,4 @@ def _open_and_train(config: Config, world: World) -> int:
 def _open_data(config: Config) -> Manifest:
     data = manifest.load(Path(config.data.train))
     manifest.check_sizes(data)
-    return data
-
-
-def _stage(data: Manifest, folder: str) -> Manifest:
-    """The set on this node's own disk; what goes wrong on one node is every rank's error."""
-    problem = None
-    try:
-        data = staging.staged(data, folder)
-    except UserError as error:
-        problem = f"{socket.gethostname()}: {error}"
-    if problems := sorted({text for text in collectives.gather_objects(problem) if text}):
-        raise UserError("\n".join(problems))
     return data

@@ -1,7 +1,6 @@
 """A run while it lives: its cursor, its records, its saves and its way out."""
 
 import logging
-import os
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -247,21 +246,9 @@ class Run:
             "images_seen": self.step * self._batch,
         }
         engines, centers = self._session.engines, self._session.objective.centers_state()
-        began = time.monotonic()
         state.save(self._path, self._session.config, engines, centers, cursor)
         self._saved, self._saved_at = self.step, time.monotonic()
-        self._compare_with_lead(self._saved_at - began)
         self._watchdog.beat(self.step)
-
-    def _compare_with_lead(self, seconds: float) -> None:
-        """A batch job hears of its end `lead` seconds before: a save must fit in them."""
-        lead = os.environ.get("ESVIT_SIGNAL_LEAD", "")
-        if self._rank == 0 and lead.isdecimal() and seconds > int(lead):
-            log.warning(
-                "saving took %.0f s, but the job's signal comes %s s before its end: the last steps before a time limit "
-                "would be lost; give --signal-lead %d or more (#SBATCH --signal=B:USR1@%d)",
-                *(seconds, lead, 2 * seconds + 60, 2 * seconds + 60),
-            )
 
     def _check_lock(self) -> None:
         if not self._lock.held():

@@ -255,7 +255,7 @@ def test_shards_by_an_array_are_the_shards_of_one_process(site: Site) -> None:
     create = [sys.executable, "-m", "esvit_scale", "shards", "create", str(images)]
     site.cluster.run(*create, str(whole), "--samples-per-shard=4", "--workers=1")
     submit = [sys.executable, "-m", "esvit_scale", "slurm", "submit", "shards", str(images), str(parts), "--parts=3"]
-    array, merge = site.cluster.run(*submit, "--cpus-per-task=1", "--option=--samples-per-shard=4").split()
+    _, merge = site.cluster.run(*submit, "--cpus-per-task=1", "--option=--samples-per-shard=4").split()
     site.until_ended(merge)
     assert sums(parts) == sums(whole)
     # A part that fails: the merge is taken away and does not wait for ever.
