@@ -8,12 +8,14 @@ from esvit_scale.errors import UserError
 from esvit_scale.parallel import collectives
 
 
-def on_every_node(data: Manifest, folder: str) -> Manifest:
+def on_every_node(data: object, folder: str) -> Manifest:
     """The set on this node's own disk; all ranks call it, and what goes wrong on one node is every rank's error.
 
     Raises:
-        UserError: one line a node that could not copy, which it names.
+        UserError: the data is not a shard set; one line for each node that could not copy.
     """
+    if not isinstance(data, Manifest):
+        raise UserError("data.stage: copies shard sets (with manifest.json); leave it out for other data")
     problem = None
     try:
         data = staging.staged(data, folder)
