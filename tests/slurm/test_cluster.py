@@ -183,11 +183,11 @@ def test_four_ranks_by_the_command_line_train_as_two(site: Site, undisturbed: li
 
 def test_a_time_limit_requeues_until_the_run_is_done(site: Site) -> None:
     """The limit is a minute, its signal comes within 30 s; meanwhile the other core does the undisturbed run."""
-    config = site.config("limited", LONG)
+    config = site.config("limited", LONG, train__log_every=20)
     layout = ("--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1", "--time=1", "--signal=B:USR1@60")
     job = site.submit("pretrain.sbatch", str(config), options=layout)
     after = site.evaluate("limited", options=(f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes"))
-    alone = tiny.start_cli("pretrain", str(site.config("alone", LONG)))
+    alone = tiny.start_cli("pretrain", str(site.config("alone", LONG, train__log_every=20)))
     site.until(lambda: starts(site, "limited") == 2, "the requeue", job)
     assert site.cluster.state(after) == "PENDING"
     site.until_ended(job)
