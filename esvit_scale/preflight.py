@@ -22,6 +22,7 @@ from esvit_scale.parallel.world import World
 
 CLOCK_S = 5.0  # apart: the run dir's lock lives by heartbeats, and logs of nodes are read side by side
 SLOW = 0.5  # of the median rate
+WHERE = {"inside": "inside the node", "between": "between nodes"}
 NBYTES = {"cuda": 256 << 20, "cpu": 4 << 20}
 
 
@@ -88,7 +89,7 @@ def bad(reports: list[Report]) -> dict[str, list[str]]:
             rate = getattr(report, kind)
             if rate is not None and rate < SLOW * median(rates):
                 found[report.node].append(
-                    f"all-reduce {kind} nodes: {rate:.2f} GB/s, where {median(rates):.2f} is usual"
+                    f"all-reduce {WHERE[kind]}: {rate:.2f} GB/s, where {median(rates):.2f} is usual"
                 )
     for report in reports:
         found[report.node] += report.problems
