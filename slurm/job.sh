@@ -38,11 +38,11 @@ keep_records() {
 # ranks then. (Never send TERM to srun: it kills the ranks at once.)
 usr1=0 term=0 rc=0 pid=
 on_usr1() { kill -USR1 "$pid"; }
-trap 'usr1=1; [ -z "$pid" ] || on_usr1' USR1
+trap 'usr1=1; say "the time limit is near"; [ -z "$pid" ] || on_usr1' USR1
 trap 'term=1' TERM
 step() {
   local options=()
-  [ "$usr1" = 0 ] || requeue "the time limit is near"
+  [ "$usr1" = 0 ] || requeue "no time is left"
   while [ "$1" != -- ]; do options+=("$1"); shift; done
   shift
   srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" ${options[@]+"${options[@]}"} \

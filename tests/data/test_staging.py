@@ -69,7 +69,7 @@ def test_what_cannot_be_staged_is_said(
     ):
         staging.staged(shards, "$NO_SUCH_DISK/x")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="data.stage: .*file/set-.*: Not a directory"):
+    with pytest.raises(UserError, match=r"data.stage: .*file/set-.*: Not a directory"):
         staging.staged(shards, str(tmp_path / "file"))
     monkeypatch.setattr(staging, "SPARE", 1 << 62)
     with pytest.raises(UserError, match=r"the set needs 0.0 GiB more and .* GiB are free"):

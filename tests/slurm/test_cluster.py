@@ -181,36 +181,37 @@ def test_four_ranks_by_the_command_line_train_as_two(site: Site, undisturbed: li
     assert "restarts  0" in shown
 
 
-def test_a_time_limit_requeues_until_the_run_is_done(site: Site) -> None:
-    """The limit is a minute, its signal comes within 30 s; meanwhile the other core does the undisturbed run."""
-    config = site.config("limited", LONG, train__log_every=20)
-    layout = ("--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1", "--time=1", "--signal=B:USR1@60")
-    job = site.submit("pretrain.sbatch", str(config), options=layout)
+def test_a_time_limit_requeues_until_the_run_is_done(site: Site, undisturbed: list[dict]) -> None:
+    """The limit is a minute, and Slurm looks at limits every 30 s; until then the ranks stand still."""
+    job = site.pretrain("limited", options=("--time=1", "--signal=B:USR1@60"))
     after = site.evaluate("limited", options=(f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes"))
-    alone = tiny.start_cli("pretrain", str(site.config("alone", LONG, train__log_every=20)))
+    site.until_training("limited", job)
+    ranks = [str(pid) for pid in site.rank_pids("limited")]
+    site.cluster.run("kill", "-STOP", *ranks)
+    site.until(lambda: "the time limit is near" in site.console(job), "the signal", job)
+    site.cluster.run("kill", "-CONT", *ranks)
     site.until(lambda: starts(site, "limited") == 2, "the requeue", job)
     assert site.cluster.state(after) == "PENDING"
     site.until_ended(job)
-    assert alone.wait(timeout=120) == 0
     assert "saved at step" in site.console(job)
-    assert tiny.rows(site.folder / "limited") == tiny.rows(site.folder / "alone")
+    assert tiny.rows(site.folder / "limited") == undisturbed
     site.until_ended(after)
     results = [json.loads((site.folder / f"evaluation/{name}.json").read_text()) for name in ("knn", "linear")]
-    assert [result["step"] for result in results] == [LONG, LONG]
+    assert [result["step"] for result in results] == [STEPS, STEPS]
 
 
-@pytest.mark.parametrize("partition", ["main", "strict"])
-def test_a_preempted_job_goes_on(site: Site, undisturbed: list[dict], partition: str) -> None:
-    """With grace it saves and requeues itself; without, Slurm requeues it and it goes back to its last checkpoint."""
-    name = f"preempted-{partition}"
-    job = site.pretrain(name, options=(f"--partition={partition}",))
-    site.until_training(name, job)
+def test_preempted_jobs_go_on(site: Site, undisturbed: list[dict]) -> None:
+    """With grace a job saves and requeues itself; without, Slurm requeues it and it goes back to its last checkpoint."""
+    jobs = {name: site.pretrain(name, options=(f"--partition={name}",)) for name in ("main", "strict")}
+    for name, job in jobs.items():
+        site.until_training(name, job)
     urgent = site.cluster.submit("--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
     site.until_ended(urgent)
-    site.until_ended(job)
-    assert starts(site, name) == 2
-    assert ("saved at step" in site.console(job)) is (partition == "main")
-    assert tiny.rows(site.folder / name) == undisturbed
+    for name, job in jobs.items():
+        site.until_ended(job)
+        assert starts(site, name) == 2
+        assert ("saved at step" in site.console(job)) is (name == "main")
+        assert tiny.rows(site.folder / name) == undisturbed
 
 
 def test_a_cancelled_job_stays_cancelled(site: Site) -> None:
