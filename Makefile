@@ -47,7 +47,8 @@ lint: venv
 
 # What tests/slurm needs (Debian, Ubuntu; as root). Without it these tests are skipped.
 slurm-tools:
-	@command -v slurmctld slurmd munged shellcheck ip >/dev/null || { apt-get -qq update \
+	@for tool in slurmctld slurmd sbatch munged shellcheck ip; do command -v $$tool >/dev/null || missing=1; done; \
+	[ -z "$${missing:-}" ] || { apt-get -qq update \
 	  && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends \
 	    slurmctld slurmd slurm-client munge shellcheck iproute2 >/dev/null; }
 

@@ -26,7 +26,7 @@ keep_records() {
   records=$1
   export ESVIT_RANK_LOGS=$records/$job
   mkdir -p "$ESVIT_RANK_LOGS"
-  rm -f "$ESVIT_RANK_LOGS/first-failure"
+  rm -f "$ESVIT_RANK_LOGS"/exit-*
   printf '%s\t%s\t%s\t%s\n' "$(date -u +%FT%TZ)" "$job" "${SLURM_RESTART_COUNT:-0}" "$SLURM_JOB_NODELIST" \
     >>"$records/starts.tsv"
   say "start $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST; rank 0 writes here, the others to $ESVIT_RANK_LOGS"
@@ -51,11 +51,22 @@ step() {
   while kill -0 "$pid" 2>/dev/null; do wait "$pid" || true; done  # a signal interrupts wait
   rc=0; wait "$pid" || rc=$?
   pid=
-  # srun gives the largest of the ranks' codes, often that of a rank ended because another failed.
-  if [ "$rc" != 0 ] && [ -s "$ESVIT_RANK_LOGS/first-failure" ]; then
-    read -r rc who <"$ESVIT_RANK_LOGS/first-failure"
-    say "$who failed first (exit code $rc)"
-  fi
+  [ "$rc" = 0 ] || blame
+}
+
+# Which rank's failure was it? srun gives the largest exit code, often that of a rank which was ended because another
+# had failed. The program's own verdicts (2, 3) weigh most, then what calls for a restart, then what came first.
+blame() {
+  local line
+  line=$(cat "$ESVIT_RANK_LOGS"/exit-* 2>/dev/null | sort -n | awk '
+    { if (!first) first = $0 }
+    $2 == 2 || $2 == 3 { if (!verdict) verdict = $0 }
+    $2 == 75 || ($2 > 128 && $2 != 130 && $2 != 143) { if (!lost) lost = $0 }
+    END { print verdict ? verdict : (lost ? lost : first) }') || true  # no file: the ranks did not get that far
+  rm -f "$ESVIT_RANK_LOGS"/exit-*
+  [ -n "$line" ] || return 0
+  read -r _ rc line <<<"$line"
+  say "$line failed (exit code $rc)"
 }
 
 # Several nodes are looked at before they work together: one bad node slows or hangs all of them.

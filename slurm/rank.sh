@@ -15,14 +15,13 @@ if [ "${SLURM_PROCID:-0}" != 0 ] && [ -n "${ESVIT_RANK_LOGS:-}" ]; then
   echo "--- $(date -u +%FT%TZ) rank $SLURM_PROCID on $(hostname)"
 fi
 
-# The first rank that fails is the one to look at: the others then fail too, or are ended, with codes of their own.
+# How this rank failed stays, because srun gives one exit code for all: see `blame` in job.sh.
 "$@" & rank=$!
 trap 'kill -USR1 "$rank" 2>/dev/null' USR1
 trap 'kill -TERM "$rank" 2>/dev/null' TERM
 while kill -0 "$rank" 2>/dev/null; do wait "$rank"; done
 wait "$rank"; code=$?
 if [ "$code" != 0 ] && [ -n "${ESVIT_RANK_LOGS:-}" ]; then
-  set -o noclobber
-  echo "$code rank ${SLURM_PROCID:-0} on $(hostname)" 2>/dev/null >"$ESVIT_RANK_LOGS/first-failure"
+  echo "$(date +%s%N) $code rank ${SLURM_PROCID:-0} on $(hostname)" >"$ESVIT_RANK_LOGS/exit-${SLURM_PROCID:-0}"
 fi
 exit "$code"

@@ -191,3 +191,28 @@ def _commands(folder: Path, scripts: dict[str, str]) -> Path:
         (bin_folder / name).write_text(f"#!/bin/bash\n{script}\n")
         (bin_folder / name).chmod(0o755)
     return bin_folder
+
+
+@pytest.mark.parametrize(
+    ("codes", "blamed"),
+    [
+        ([(1, 1), (2, 137)], "137 rank 1"),  # a peer's broken connection came before the killed rank's own record
+        ([(1, 137), (2, 1), (3, 143)], "137 rank 0"),
+        ([(2, 3), (1, 143), (3, 137)], "3 rank 0"),  # it diverged; the others were ended
+        ([(2, 1), (1, 1)], "1 rank 1"),
+        ([(1, 143), (2, 143)], "143 rank 0"),
+        ([(2, 75), (1, 1)], "75 rank 0"),
+        ([], "143\n"),  # no rank got as far as that: srun's own code stays
+    ],
+)
+def test_the_rank_to_look_at_is_found(tmp_path: Path, codes: list[tuple[int, int]], blamed: str) -> None:
+    """`codes`: (when, exit code) of each rank."""
+    for rank, (when, code) in enumerate(codes):
+        (tmp_path / f"exit-{rank}").write_text(f"{when}000 {code} rank {rank} on node{rank}\n")
+    function = re.search(r"^blame\(\) \{.*?^\}", (SLURM / "job.sh").read_text(), re.MULTILINE | re.DOTALL)
+    assert function is not None
+    script = f'say() {{ echo "$*"; }}\nESVIT_RANK_LOGS={tmp_path}\n{function[0]}\nrc=143\nblame\necho "$rc"'
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], capture_output=True, text=True, check=True)
+    said = re.sub(r"(rank \d+) on node\d+ failed \(exit code (\d+)\)\n\2\n", r"\2 \1", done.stdout)
+    assert said == blamed
+    assert list(tmp_path.glob("exit-*")) == []
