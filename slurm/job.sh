@@ -82,7 +82,8 @@ preflight() {
     [ -e "$records/preflight/$node.txt" ] || say "preflight $node: it did not answer; without it: sbatch --exclude=$node …"
   done
   say "preflight failed (exit code $rc)"
-  exit "$rc"
+  [ "$rc" != 1 ] || exit 1  # a bad node was named; anything else may be gone at the next start
+  finish preflight
 }
 
 requeue() {
