@@ -26,8 +26,8 @@ STALE_S = 60
 # What may change between two starts of one run without changing its results.
 MAY_DIFFER = (
     "run_dir",
-    "data.workers",
     "data.stage",
+    "data.workers",
     "train.ds_config",
     "train.activation_checkpointing",
     "train.log_every",
