@@ -37,7 +37,8 @@ keep_records() {
 # near) is handed to the ranks by on_usr1. TERM here is scancel, or preemption without grace: Slurm itself ends the
 # ranks then. (Never send TERM to srun: it kills the ranks at once.)
 usr1=0 term=0 rc=0 pid=
-on_usr1() { kill -USR1 "$pid"; }
+hand_on() { kill -USR1 "$pid" 2>/dev/null || true; }  # the step may just have ended
+on_usr1() { hand_on; }
 trap 'usr1=1; say "the time limit is near"; [ -z "$pid" ] || on_usr1' USR1
 trap 'term=1' TERM
 step() {
@@ -76,7 +77,7 @@ preflight() {
   on_usr1() { :; }
   rm -rf "$records/preflight"
   step --time=10 -- slurm preflight --shared "$records"
-  on_usr1() { kill -USR1 "$pid"; }
+  on_usr1() { hand_on; }
   [ "$rc" != 0 ] || return 0
   for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
     [ -e "$records/preflight/$node.txt" ] || say "preflight $node: it did not answer; without it: sbatch --exclude=$node …"

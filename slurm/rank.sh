@@ -16,9 +16,10 @@ if [ "${SLURM_PROCID:-0}" != 0 ] && [ -n "${ESVIT_RANK_LOGS:-}" ]; then
 fi
 
 # How this rank failed stays, because srun gives one exit code for all: see `blame` in job.sh.
-"$@" & rank=$!
+rank=
 trap 'kill -USR1 "$rank" 2>/dev/null' USR1
 trap 'kill -TERM "$rank" 2>/dev/null' TERM
+"$@" & rank=$!
 while kill -0 "$rank" 2>/dev/null; do wait "$rank"; done
 wait "$rank"; code=$?
 if [ "$code" != 0 ] && [ -n "${ESVIT_RANK_LOGS:-}" ]; then
