@@ -112,7 +112,8 @@ class Cluster:
 
     def run(self, *command: str, check: bool = True, timeout: float = 60) -> str:
         """A command on the login node; its output."""
-        enter = ["nsenter", "--target", str(self._inside), "--mount", "--net", "--uts", "--pid"]
+        own = [] if os.getuid() == 0 else ["--user", "--preserve-credentials"]
+        enter = ["nsenter", "--target", str(self._inside), *own, "--mount", "--net", "--uts", "--pid"]
         try:
             done = subprocess.run(
                 [*enter, f"--wd={Path.cwd()}", *command],
