@@ -35,7 +35,7 @@ def why_not() -> str | None:
     if missing:
         return f"Slurm's tests need {', '.join(missing)} (make slurm-tools)"
     tried = subprocess.run(
-        [*_unshare(), "ip", "link", "add", "probe", "type", "bridge"], capture_output=True, text=True
+        [*NEW_NAMESPACES, "ip", "link", "add", "probe", "type", "bridge"], capture_output=True, text=True
     )
     return f"no namespaces here: {tried.stderr.strip()}" if tried.returncode else None
 
