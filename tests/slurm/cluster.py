@@ -91,6 +91,7 @@ class Cluster:
         find = f"cat /proc/{launcher}/task/{launcher}/children"
         child = self._wait_for(lambda: self.run("bash", "-c", find, check=False).split(), f"node{number}")[0]
         pid_file.write_text(child)
+        self.run("ip", "link", "delete", f"to{number}", check=False)  # of a dead node, when it is still there
         mac = f"02:00:00:00:00:{number:02x}"  # the same after a restart: its neighbours remember it
         self.run("ip", "link", "add", f"to{number}", "master", "bridge", "type", "veth", "peer", "name", "eth0", "address", mac, "netns", child)  # fmt: skip
         self.run("ip", "link", "set", f"to{number}", "up")
