@@ -1,4 +1,4 @@
-# make demo | test | test-slow | lint | venv | clean
+# make demo | test | test-slow | lint | venv | slurm-tools | clean
 #
 # PYTHON=python3.12    the interpreter that .venv is made with (3.10 or newer)
 # TORCH_INDEX=URL      a package index with another build of torch and torchvision (an older CUDA, or CPU only);
@@ -24,7 +24,7 @@ HAVE_INDEX := $(shell cat $(VENV)/.torch-index 2>/dev/null)
 INDEX := $(or $(TORCH_INDEX),$(HAVE_INDEX))
 STALE := $(if $(filter-out $(HAVE_INDEX),$(INDEX)),yes) $(shell $(RUN) -c '' 2>/dev/null || echo yes)
 
-.PHONY: help demo test test-slow lint venv clean FORCE
+.PHONY: help demo test test-slow lint venv slurm-tools clean FORCE
 
 help:
 	@sed -n '1,7s/^# \{0,1\}//p' Makefile
@@ -44,6 +44,13 @@ lint: venv
 	@$(RUN) -m ruff check
 	@$(RUN) -m ruff format --check
 	@$(RUN) -m mypy
+
+# What tests/slurm needs (Debian, Ubuntu; as root). Without it these tests are skipped.
+slurm-tools:
+	@for tool in slurmctld slurmd sbatch munged shellcheck ip; do command -v $$tool >/dev/null || missing=1; done; \
+	[ -z "$${missing:-}" ] || { apt-get -qq update \
+	  && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends \
+	    slurmctld slurmd slurm-client munge shellcheck iproute2 >/dev/null; }
 
 venv: $(STAMP)
 

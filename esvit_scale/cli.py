@@ -4,7 +4,7 @@ import argparse
 import os
 
 import esvit_scale
-from esvit_scale.commands import convert, doctor, evaluate, plan, pretrain, report, shards, sweep
+from esvit_scale.commands import convert, doctor, evaluate, plan, pretrain, report, shards, slurm, sweep
 from esvit_scale.commands.parser import Parser, rank, say
 from esvit_scale.errors import Diverged, RestartCanHelp, UserError
 
@@ -43,6 +43,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     root.add_argument("--version", action="version", version=f"esvit-scale {esvit_scale.__version__}")
     commands = root.add_subparsers(metavar="COMMAND", required=True)
-    for station in (pretrain, shards, evaluate, convert, plan, sweep, report, doctor):
+    for station in (pretrain, shards, evaluate, convert, plan, sweep, slurm, report, doctor):
         station.add(commands)
     return root

@@ -69,6 +69,8 @@ class Data(Section):
     epoch_samples: Positive | None = None  # of plain tars, which do not say how many samples they hold
     held_out: PathText = ""  # labelled shards or class folders that train.knn_every measures; never trained on
     workers: Count = 4  # loader processes per rank; 0 decodes in the training process
+    # Folder on each node's own disk that shards are copied to before training; may hold its $VARIABLES; null: no copy
+    stage: PathText | None = None
     slots: Positive | None = None  # canonical slots of the data order; null: largest divisor of global_batch ≤ 512
     shuffle_window: Positive = 8  # shards whose samples are shuffled together
     global_crops: GlobalCrops = GlobalCrops()

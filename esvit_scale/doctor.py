@@ -83,8 +83,7 @@ def _rows() -> Iterator[Row]:
     yield _compilers()
     yield _cores()
     yield _memory()
-    yield from _shared_memory()
-    yield _open_files()
+    yield from limits()
     yield _disk()
 
 
@@ -326,6 +325,13 @@ def _memory() -> Row:
     )
 
 
+def limits() -> Iterator[Row]:
+    """What a node may refuse a job: checked on every node before it starts (preflight.py)."""
+    yield from _shared_memory()
+    yield _open_files()
+    yield _locked_memory()
+
+
 def _shared_memory() -> Iterator[Row]:
     if not Path("/dev/shm").is_dir():
         return
@@ -342,6 +348,15 @@ def _open_files() -> Row:
     return Row(
         "open files", "problem" if low else "ok", f"{shown[0]} (at most {shown[1]})", "ulimit -n 4096" if low else ""
     )
+
+
+def _locked_memory() -> Row:
+    """InfiniBand adapters read and write memory that must not be swapped out."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    shown = "unlimited" if limit == resource.RLIM_INFINITY else f"{limit / GIB:.2f} GiB"
+    if limit != resource.RLIM_INFINITY and Path("/sys/class/infiniband").is_dir():
+        return Row("locked memory", "problem", shown, "InfiniBand needs it unlimited: ulimit -l unlimited")
+    return Row("locked memory", "ok", shown)
 
 
 def _disk() -> Row:

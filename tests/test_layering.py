@@ -28,6 +28,7 @@ ORDER = [
     {"report"},
     {"scaling"},
     {"demo", "doctor", "feed", "launch"},
+    {"preflight"},
     {"commands"},
     {"cli"},
     {"__main__"},

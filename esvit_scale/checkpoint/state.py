@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from esvit_scale import config as config_module
 from esvit_scale import files
-from esvit_scale.checkpoint import single_file, storage
+from esvit_scale.checkpoint import lead, single_file, storage
 from esvit_scale.checkpoint.storage import Interval, whole
 from esvit_scale.checkpoint.weights import TRUNK, Weights, check_shapes, network_shapes, shapes_of
 from esvit_scale.config import Config
@@ -70,6 +70,7 @@ def save(run: Path, config: Config, engines: Engines, centers: dict[str, Tensor]
     return write(run, config, snapshot(config, engines, centers, cursor))
 
 
+@lead.compared()
 def write(run: Path, config: Config, taken: Snapshot) -> Path:
     """What `save` does once the state is taken; for any thread, as long as all ranks do the same."""
     folder = run / "checkpoints" / f"step-{taken.state['cursor']['step']:08d}"

@@ -10,7 +10,7 @@ from esvit_scale.objective.schedules import Schedules
 from esvit_scale.parallel import collectives
 from esvit_scale.parallel import world as world_module
 from esvit_scale.parallel.world import World
-from esvit_scale.train import run_dir
+from esvit_scale.train import run_dir, stage
 from esvit_scale.train.run import Run
 from esvit_scale.train.step import open_session, train_step
 
@@ -43,6 +43,8 @@ def _open_and_train(config: Config, world: World) -> int:
             log.warning("%s: this run is finished; nothing to do", path)
         return 0
     data = collectives.on_rank_0(lambda: stream.open_data(config))
+    if config.data.stage:
+        data = stage.on_every_node(data, config.data.stage)
     with run_dir.Lock(path) as lock:
         schedules = Schedules(config, stream.steps_per_epoch(config, data))
         fresh = collectives.on_rank_0(lambda: state.latest(path) is None)

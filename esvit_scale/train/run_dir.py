@@ -26,6 +26,7 @@ STALE_S = 60
 # What may change between two starts of one run without changing its results.
 MAY_DIFFER = (
     "run_dir",
+    "data.stage",
     "data.workers",
     "data.held_out",
     "train.ds_config",

@@ -1,0 +1,199 @@
+"""Slurm: submit the shipped batch scripts, and look at what they do."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from esvit_scale.commands.parser import Parser, command, count, group, positive
+from esvit_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from esvit_scale.launch import Resources
+
+
+def add(commands: Any) -> None:
+    slurm = group(commands, "slurm", "submit the shipped batch scripts; how far a job's run is")
+    _add_submit(slurm)
+    status = command(slurm, "status", _status, "state, step, images/s, ETA and restarts of a run")
+    status.add_argument("path", type=Path, metavar="RUN", help="run dir")
+    status.add_argument("--json", action="store_true", help="for programs")
+    preflight = command(
+        slurm, "preflight", _preflight, "check every node of a job; the batch scripts run it under srun"
+    )
+    preflight.add_argument("--shared", type=Path, required=True, metavar="DIR", help="folder that all nodes see")
+    run_dir = command(slurm, "run-dir", _run_dir, "where a config's run lives (the batch scripts ask)")
+    run_dir.add_argument("--cell", type=count, metavar="INDEX", help="CONFIG is a sweep's file, and this its cell")
+    run_dir.add_argument("config", metavar="CONFIG")
+    run_dir.add_argument("overrides", nargs="*", metavar="key=value")
+
+
+def _add_submit(slurm: Any) -> None:
+    summary = "fill a shipped batch script, submit it and print the job id"
+    parser = slurm.add_parser("submit", help=summary, description=summary, allow_abbrev=False)
+    submit = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_AnyOrder)
+    pretrain = command(submit, "pretrain", _submit_pretrain, "a run that requeues itself until it is finished")
+    pretrain.add_argument("config", metavar="CONFIG", help="a preset's name or a YAML file")
+    pretrain.add_argument("overrides", nargs="*", metavar="key=value")
+
+    shards = command(submit, "shards", _submit_shards, "write one shard set by many jobs, then merge")
+    shards.add_argument("source", metavar="SRC")
+    shards.add_argument("destination", type=Path, metavar="DST")
+    shards.add_argument("--parts", type=positive, default=16, metavar="N", help="jobs that write (default: 16)")
+    _add_option(shards, "`shards create`: --option=--short-side=512")
+
+    evaluate = command(submit, "evaluate", _submit_evaluate, "k-NN, then linear probes")
+    for name, metavar in (("--checkpoint", "C"), ("--train", "T"), ("--test", "V"), ("--out", "DIR")):
+        evaluate.add_argument(name, required=True, metavar=metavar)
+    _add_option(evaluate, "both evaluations: --option=--batch=256")
+
+    sweep = command(
+        submit, "sweep", _submit_sweep, "the cells of a sweep that are not finished, one array element each"
+    )
+    sweep.add_argument("sweep", type=Path, metavar="SWEEP.yaml")
+    for parser in (pretrain, shards, evaluate, sweep):
+        _add_resources(parser, gpus=parser is not shards)
+
+
+class _AnyOrder(Parser):
+    """Lets options stand between CONFIG and its key=value overrides, where argparse alone gives up."""
+
+    _inside = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._inside:  # it is called back
+            return super().parse_known_args(args, namespace)
+        self._inside = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._inside = False
+
+
+def _add_option(parser: argparse.ArgumentParser, of: str) -> None:
+    parser.add_argument("--option", action="append", default=[], metavar="OPTION", help=f"of {of}")
+
+
+def _add_resources(parser: argparse.ArgumentParser, gpus: bool) -> None:
+    asked = parser.add_argument_group("resources (what is left out is as in the script)")
+    if gpus:
+        asked.add_argument("--nodes", type=positive, metavar="N")
+        asked.add_argument("--gpus-per-node", type=count, metavar="G", help="0: run on the CPU")
+        asked.add_argument("--tasks-per-node", type=positive, metavar="N", help="ranks on a node (default: one a GPU)")
+    asked.add_argument("--cpus-per-task", type=positive, metavar="N")
+    asked.add_argument("--time", metavar="TIME", help="limit, as in sbatch: 30, 12:00:00, 2-00:00:00")
+    asked.add_argument("--partition", metavar="NAME")
+    asked.add_argument("--signal-lead", type=positive, metavar="S", help="seconds before the limit to save at")
+    asked.add_argument("--after", metavar="JOB", help="start when this job has ended well; never, if it fails")
+    asked.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="more: --sbatch=--account=NAME")
+    asked.add_argument("--env", type=Path, metavar="FILE", help="your copy of slurm/env.sh")
+    asked.add_argument("--dry-run", action="store_true", help="print the script and the command, submit nothing")
+
+
+def _submit_pretrain(o: argparse.Namespace) -> int:
+    from esvit_scale import config as configs
+
+    config = configs.resolve(o.config, o.overrides)
+    configs.require_training_data(config)
+    return _submit(o, "pretrain", [o.config, *o.overrides], config.run_path / "slurm")
+
+
+def _submit_shards(o: argparse.Namespace) -> int:
+    records = o.destination.with_name(o.destination.name + "-slurm")
+    arguments = [str(o.parts), o.source, str(o.destination), *o.option]
+    writing = _job_id(o, "shards", arguments, records, array=f"1-{o.parts}")
+    _job_id(o, "shards", ["merge", str(o.destination)], records, after=writing, saved_as="merge")
+    return 0
+
+
+def _submit_evaluate(o: argparse.Namespace) -> int:
+    arguments = [part for name in ("checkpoint", "train", "test", "out") for part in (f"--{name}", getattr(o, name))]
+    return _submit(o, "evaluate", [*arguments, *o.option], Path(o.out) / "slurm")
+
+
+def _submit_sweep(o: argparse.Namespace) -> int:
+    from esvit_scale.commands.sweep import _cells
+    from esvit_scale.scaling import runner
+
+    sweep, found = _cells(o.sweep)
+    if sweep.horizon == "branches":
+        raise UserError("horizon: branches: runs wait for each other, which an array cannot; `sweep submit --local`")
+    todo = [cell.index for cell in found if runner.state(cell, sweep).word not in ("finished", "refused")]
+    if not todo:
+        raise UserError(f"{o.sweep}: no cell is left to run; `sweep status` says why")
+    return _submit(o, "sweep", [str(o.sweep)], sweep.folder / "slurm", array=runner.ranges(todo))
+
+
+def _submit(o: argparse.Namespace, name: str, arguments: list[str], records: Path, array: str | None = None) -> int:
+    _job_id(o, name, arguments, records, array)
+    return 0
+
+
+def _job_id(
+    o: argparse.Namespace,
+    name: str,
+    arguments: list[str],
+    records: Path,
+    array: str | None = None,
+    after: str | None = None,
+    saved_as: str | None = None,
+) -> str:
+    """Submits one job, or shows it; prints and returns its id."""
+    from esvit_scale import launch
+
+    job = launch.prepare(name, arguments, records, _resources(o, array, after), o.env, saved_as or name)
+    if o.dry_run:
+        print(launch.show(job))
+        return "JOB"
+    number = launch.submit(job)
+    print(number)
+    return number
+
+
+def _resources(o: argparse.Namespace, array: str | None, after: str | None) -> "Resources":
+    from esvit_scale.launch import Resources
+
+    return Resources(
+        nodes=getattr(o, "nodes", None),
+        gpus_per_node=getattr(o, "gpus_per_node", None),
+        tasks_per_node=getattr(o, "tasks_per_node", None),
+        cpus_per_task=o.cpus_per_task,
+        time=o.time,
+        partition=o.partition,
+        signal_lead=o.signal_lead,
+        array=array,
+        after=after or o.after,
+        more=tuple(o.sbatch),
+    )
+
+
+def _status(o: argparse.Namespace) -> int:
+    import json
+
+    from esvit_scale import launch
+
+    found = launch.status(o.path)
+    print(json.dumps(found._asdict(), indent=2) if o.json else "\n".join(launch.status_lines(found)))
+    return 0
+
+
+def _preflight(o: argparse.Namespace) -> int:
+    from esvit_scale import preflight
+
+    return preflight.run(o.shared)
+
+
+def _run_dir(o: argparse.Namespace) -> int:
+    if o.cell is not None:
+        from esvit_scale.commands.sweep import _cells
+
+        _, found = _cells(Path(o.config))
+        if o.cell >= len(found):
+            raise UserError(f"{o.config}: there is no cell {o.cell}; the last is {len(found) - 1}")
+        print(found[o.cell].path)
+        return 0
+    from esvit_scale import config as configs
+
+    config = configs.resolve(o.config, o.overrides)
+    configs.require_training_data(config)
+    print(config.run_path)
+    return 0

@@ -1,0 +1,85 @@
+"""Shards copied to a node's own disk before training, where the shared file system is slow or far.
+
+One process of a node copies, the others wait; the copy is complete or not used, and is kept for the next start there.
+"""
+
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import replace
+from pathlib import Path
+
+from esvit_scale.data.manifest import MANIFEST, Manifest, Shard, index_path
+from esvit_scale.data.progress import Progress
+from esvit_scale.errors import UserError
+
+THREADS = 8
+SPARE = 1 << 30  # bytes that stay free on the node's disk
+
+
+def staged(manifest: Manifest, folder: str) -> Manifest:
+    """The same set, read from a copy under `folder` on this node; every process of the node calls it.
+
+    Args:
+        folder: may hold $VARIABLES of the node's environment, such as $SLURM_TMPDIR.
+
+    Raises:
+        UserError: a variable that is not set here, a folder that cannot be written, too little room.
+    """
+    root = _expanded(folder) / f"{manifest.root.resolve().name}-{_fingerprint(manifest)}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with (root / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            _copy_missing(manifest, root)
+    except OSError as error:
+        raise UserError(f"data.stage: {root}: {error.strerror or error}") from None
+    return replace(manifest, root=root)
+
+
+def _expanded(folder: str) -> Path:
+    path = os.path.expandvars(folder)
+    if unset := re.search(r"\$\w+|\$\{\w+\}", path):
+        raise UserError(f"data.stage: {folder}: {unset[0]} is not set on this node")
+    return Path(path)
+
+
+def _fingerprint(manifest: Manifest) -> str:
+    """Another set of the same name must not be taken for this one."""
+    names = "".join(f"{shard.name} {shard.sha256}\n" for shard in manifest.shards)
+    return hashlib.sha256(names.encode()).hexdigest()[:16]
+
+
+def _copy_missing(manifest: Manifest, root: Path) -> None:
+    missing = [shard for shard in manifest.shards if not _is_there(shard, root)]
+    need, free = sum(shard.bytes for shard in missing), shutil.disk_usage(root).free
+    if missing and need > free - SPARE:
+        raise UserError(
+            f"data.stage: {root}: the set needs {need / 2**30:.1f} GiB more and {free / 2**30:.1f} GiB are free;"
+            " name a larger disk, or leave data.stage out"
+        )
+    with ThreadPoolExecutor(THREADS) as pool, Progress(len(missing), "shards staged") as progress:
+        copies = [pool.submit(_copy, shard, manifest.root, root) for shard in missing]
+        for number, copy in enumerate(as_completed(copies), 1):
+            copy.result()
+            progress.to(number)
+    _copy_file(manifest.root / MANIFEST, root)
+
+
+def _is_there(shard: Shard, root: Path) -> bool:
+    tar = root / shard.name
+    return tar.is_file() and tar.stat().st_size == shard.bytes and index_path(tar).is_file()
+
+
+def _copy(shard: Shard, source: Path, root: Path) -> None:
+    _copy_file(index_path(source / shard.name), root)
+    _copy_file(source / shard.name, root)  # last: its presence says that both are there
+
+
+def _copy_file(path: Path, root: Path) -> None:
+    aside = root / f".{path.name}.partial"  # a whole file or none; the lock keeps other processes away
+    shutil.copyfile(path, aside)
+    aside.replace(root / path.name)

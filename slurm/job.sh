@@ -1,0 +1,121 @@
+# What the .sbatch scripts share. They set `scripts`, the folder of this file, and source it; env.sh is the file to edit.
+# shellcheck shell=bash disable=SC2317,SC2034
+
+ESVIT_CONTAINER=()
+# shellcheck source=env.sh
+source "${ESVIT_ENV:-$scripts/env.sh}"
+if [ -z "${ESVIT_PYTHON:-}" ]; then
+  ESVIT_PYTHON=$scripts/../.venv/bin/python
+  [ -x "$ESVIT_PYTHON" ] || ESVIT_PYTHON=python3
+fi
+
+job=$SLURM_JOB_ID  # of an array, the element: the bare id of its last element would mean the whole array
+[ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+# How many seconds before the time limit the signal comes; a save that takes longer is warned of.
+ESVIT_SIGNAL_LEAD=$(sed -n 's/^#SBATCH --signal=B:USR1@\([0-9]*\).*/\1/p' "$0")
+export MASTER_ADDR MASTER_PORT ESVIT_SIGNAL_LEAD
+
+say() { echo "$(date +%T) job $job: $*"; }
+
+esvit() { ${ESVIT_CONTAINER[@]+"${ESVIT_CONTAINER[@]}"} "$ESVIT_PYTHON" -u -m esvit_scale "$@"; }
+
+# keep_records DIR: where this job writes its starts, failures and the ranks' logs. The folder need not exist.
+keep_records() {
+  records=$1
+  export ESVIT_RANK_LOGS=$records/$job
+  mkdir -p "$ESVIT_RANK_LOGS"
+  rm -f "$ESVIT_RANK_LOGS"/exit-*
+  printf '%s\t%s\t%s\t%s\n' "$(date -u +%FT%TZ)" "$job" "${SLURM_RESTART_COUNT:-0}" "$SLURM_JOB_NODELIST" \
+    >>"$records/starts.tsv"
+  say "start $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST; rank 0 writes here, the others to $ESVIT_RANK_LOGS"
+}
+
+# step [SRUN OPTIONS] -- COMMAND: runs `esvit-scale COMMAND` on every rank; leaves the exit code in rc.
+# srun runs beside this shell, because a shell that waits in the foreground hears no signal. USR1 (the time limit is
+# near) is handed to the ranks by on_usr1. TERM here is scancel, or preemption without grace: Slurm itself ends the
+# ranks then. (Never send TERM to srun: it kills the ranks at once.)
+usr1=0 term=0 rc=0 pid=
+hand_on() { kill -USR1 "$pid" 2>/dev/null || true; }  # the step may just have ended
+on_usr1() { hand_on; }
+trap 'usr1=1; say "the time limit is near"; [ -z "$pid" ] || on_usr1' USR1
+trap 'term=1' TERM
+step() {
+  local options=()
+  [ "$usr1" = 0 ] || requeue "no time is left"
+  while [ "$1" != -- ]; do options+=("$1"); shift; done
+  shift
+  srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" ${options[@]+"${options[@]}"} \
+    bash "$scripts/rank.sh" ${ESVIT_CONTAINER[@]+"${ESVIT_CONTAINER[@]}"} "$ESVIT_PYTHON" -u -m esvit_scale "$@" &
+  pid=$!
+  while kill -0 "$pid" 2>/dev/null; do wait "$pid" || true; done  # a signal interrupts wait
+  rc=0; wait "$pid" || rc=$?
+  pid=
+  [ "$rc" = 0 ] || blame
+}
+
+# Which rank's failure was it? srun gives the largest exit code, often that of a rank which was ended because another
+# had failed. The program's own verdicts (2, 3) weigh most, then what calls for a restart, then what came first.
+blame() {
+  local line
+  line=$(cat "$ESVIT_RANK_LOGS"/exit-* 2>/dev/null | sort -n | awk '
+    { if (!first) first = $0 }
+    $2 == 2 || $2 == 3 { if (!verdict) verdict = $0 }
+    $2 == 75 || ($2 > 128 && $2 != 130 && $2 != 143) { if (!lost) lost = $0 }
+    END { print verdict ? verdict : (lost ? lost : first) }') || true  # no file: the ranks did not get that far
+  rm -f "$ESVIT_RANK_LOGS"/exit-*
+  [ -n "$line" ] || return 0
+  read -r _ rc line <<<"$line"
+  say "$line failed (exit code $rc)"
+}
+
+# Several nodes are looked at before they work together: one bad node slows or hangs all of them.
+preflight() {
+  [ "${SLURM_JOB_NUM_NODES:-1}" -gt 1 ] && [ "$ESVIT_PREFLIGHT" = 1 ] || return 0
+  local node
+  on_usr1() { :; }
+  rm -rf "$records/preflight"
+  step --time=10 -- slurm preflight --shared "$records"
+  on_usr1() { hand_on; }
+  [ "$rc" != 0 ] || return 0
+  for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+    [ -e "$records/preflight/$node.txt" ] || say "preflight $node: it did not answer; without it: sbatch --exclude=$node …"
+  done
+  say "preflight failed (exit code $rc)"
+  [ "$rc" != 1 ] || exit 1  # a bad node was named; anything else may be gone at the next start
+  finish preflight
+}
+
+requeue() {
+  [ "$term" = 0 ] || exit 143
+  say "$1: requeued"
+  scontrol requeue "$job" && exit 0
+  say "this site refused the requeue; submit the same command again, it goes on from here"
+  exit 75
+}
+
+# finish PROGRESS: the end of a job whose work came back with rc. PROGRESS is a text that changes as the work goes on.
+finish() {
+  if [ "$term" = 1 ]; then
+    say "cancelled or preempted (exit code $rc)"
+    exit "$rc"
+  fi
+  [ "$rc" != 0 ] || exit 0
+  # One task alone gets TERM only from outside: preemption with grace, which leaves the requeue to us.
+  [ "$rc" != 143 ] || [ "${SLURM_NTASKS:-1}" != 1 ] || requeue "preempted"
+  local log shown=0
+  for log in "$ESVIT_RANK_LOGS"/rank-*.log; do
+    if [ -s "$log" ] && [ $((shown += 1)) -le 4 ]; then say "$log ends: $(tail -n 1 "$log")"; fi
+  done
+  # 75: the program says that a restart can help. Above 128: a rank was killed (lost node, memory, driver).
+  if [ "$rc" != 75 ] && { [ "$rc" -le 128 ] || [ "$rc" = 130 ]; }; then exit "$rc"; fi
+  local progress=$1 failures
+  printf '%s\t%s\t%s\t%s\n' "$(date -u +%FT%TZ)" "$job" "$rc" "$progress" >>"$records/failures.tsv"
+  failures=$(awk -F '\t' -v job="$job" -v progress="$progress" '$2 == job && $4 == progress' "$records/failures.tsv" | wc -l)
+  if [ "$failures" -ge "$ESVIT_MAX_FAILURES" ]; then
+    say "failed $failures times in a row at the same place ($progress): giving up; submitting again tries again"
+    exit "$rc"
+  fi
+  requeue "a restart can help ($failures of $ESVIT_MAX_FAILURES failures at this place)"
+}

@@ -1,0 +1,91 @@
+"""Staged shards: the same bytes under another root, complete or not used, copied once."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from esvit_scale.data import manifest, staging
+from esvit_scale.errors import UserError
+from tests import tiny
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> manifest.Manifest:
+    return manifest.load(tiny.shards(tmp_path / "set"))
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in root.iterdir() if not path.name.startswith((".", "quarantine"))}
+
+
+def test_a_staged_set_is_the_set(tmp_path: Path, shards: manifest.Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NODE_DISK", str(tmp_path / "disk"))
+    staged = staging.staged(shards, "$NODE_DISK/deep/er")
+    assert staged.root.is_relative_to(tmp_path / "disk/deep/er")
+    assert contents(staged.root) == contents(shards.root)
+    assert (staged.shards, staged.classes) == (shards.shards, shards.classes)
+    assert manifest.load(staged.root).shards == shards.shards
+
+
+def test_what_is_there_is_not_copied_again_and_what_was_cut_off_is(tmp_path: Path, shards: manifest.Manifest) -> None:
+    first = staging.staged(shards, str(tmp_path / "disk"))
+    whole, cut, gone = (first.root / shard.name for shard in shards.shards[:3])
+    before = whole.stat().st_ino
+    cut.write_bytes(cut.read_bytes()[:100])
+    gone.unlink()
+    again = staging.staged(shards, str(tmp_path / "disk"))
+    assert contents(again.root) == contents(shards.root)
+    assert whole.stat().st_ino == before
+
+
+def test_another_set_of_the_same_name_is_not_taken_for_it(tmp_path: Path, shards: manifest.Manifest) -> None:
+    other = manifest.load(tiny.shards(tmp_path / "elsewhere/set", samples=20))
+    roots = [staging.staged(data, str(tmp_path / "disk")).root for data in (shards, other)]
+    assert roots[0] != roots[1]
+    assert contents(roots[1]) == contents(other.root)
+
+
+def test_processes_of_a_node_share_one_copy(tmp_path: Path, shards: manifest.Manifest) -> None:
+    code = (
+        "import sys; from pathlib import Path; from esvit_scale.data import manifest, staging\n"
+        "print(staging.staged(manifest.load(Path(sys.argv[1])), sys.argv[2]).root)"
+    )
+    command = [sys.executable, "-c", code, str(shards.root), str(tmp_path / "disk")]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=tiny.environment()) for _ in range(2)]
+    roots = {process.communicate(timeout=60)[0].strip() for process in both}
+    assert len(roots) == 1
+    assert contents(Path(roots.pop())) == contents(shards.root)
+
+
+def test_what_cannot_be_staged_is_said(
+    tmp_path: Path, shards: manifest.Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_SUCH_DISK", raising=False)
+    with pytest.raises(
+        UserError, match=re.escape("data.stage: $NO_SUCH_DISK/x: $NO_SUCH_DISK is not set on this node")
+    ):
+        staging.staged(shards, "$NO_SUCH_DISK/x")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"data.stage: .*file/set-.*: Not a directory"):
+        staging.staged(shards, str(tmp_path / "file"))
+    monkeypatch.setattr(staging, "SPARE", 1 << 62)
+    with pytest.raises(UserError, match=r"the set needs 0.0 GiB more and .* GiB are free"):
+        staging.staged(shards, str(tmp_path / "disk"))
+
+
+@pytest.mark.slow
+def test_a_run_reads_the_copy_and_goes_on_without_it(tmp_path: Path, shards: manifest.Manifest) -> None:
+    """The same numbers from the copy; a resume may read the shared set again."""
+    disk = tmp_path / "disk"
+    for name, steps, stage in (("plain", 4, None), ("staged", 4, str(disk))):
+        config = tiny.config(tmp_path / name, shards.root, data__stage=stage, train__steps=steps)
+        path = tiny.write_config(tmp_path / f"{name}.yaml", config)
+        process = tiny.start_cli("pretrain", str(path))
+        assert process.wait(timeout=120) == 0, process.stderr.read() if process.stderr else ""
+    assert tiny.rows(tmp_path / "staged") == tiny.rows(tmp_path / "plain")
+    assert len(list(disk.iterdir())) == 1
+    plain = tiny.write_config(tmp_path / "again.yaml", tiny.config(tmp_path / "staged", shards.root, train__steps=4))
+    assert tiny.start_cli("pretrain", str(plain)).wait(timeout=120) == 0

@@ -1,0 +1,218 @@
+"""The batch scripts without a Slurm: their headers, what `submit` makes of them, and what `status` reads."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from esvit_scale import cli, launch
+from tests import tiny
+
+SLURM = tiny.REPOSITORY / "slurm"
+BATCH = sorted(SLURM.glob("*.sbatch"))
+SHELL = [*BATCH, *sorted(SLURM.glob("*.sh"))]
+
+
+def late_directives(text: str) -> list[str]:
+    """#SBATCH lines after the first command, which Slurm leaves out without a word."""
+    lines = text.splitlines()
+    first = next((i for i, line in enumerate(lines) if line.strip() and not line.startswith("#")), len(lines))
+    return [line for line in lines[first:] if re.match(r"\s*#\s*SBATCH", line)]
+
+
+def directives(text: str) -> dict[str, str]:
+    return dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", text, re.MULTILINE))
+
+
+def dry_run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[str, list[str]]:
+    """The script and the command that `slurm submit … --dry-run` prints."""
+    assert cli.main(["slurm", "submit", *arguments, "--dry-run"]) == 0
+    script, _, command = capsys.readouterr().out.rstrip().rpartition("\n# ")
+    return script.rstrip(), shlex.split(command)
+
+
+@pytest.mark.parametrize("path", SHELL, ids=lambda path: path.name)
+def test_shellcheck_finds_nothing(path: Path) -> None:
+    if not shutil.which("shellcheck"):
+        pytest.skip("shellcheck is not installed (make slurm-tools)")
+    done = subprocess.run(["shellcheck", "-x", str(path)], capture_output=True, text=True, cwd=SLURM)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("path", BATCH, ids=lambda path: path.name)
+def test_headers_stand_before_the_first_command(path: Path) -> None:
+    text = path.read_text()
+    assert late_directives(text) == []
+    given = directives(text)
+    assert given["signal"].startswith("B:USR1@")
+    assert {"requeue", "time", "open-mode", "output"} <= given.keys()
+    assert late_directives("#!/bin/bash\nset -e\n#SBATCH --time=1\n") == ["#SBATCH --time=1"]
+
+
+@pytest.mark.parametrize("name", ["pretrain", "evaluate", "sweep"])
+def test_a_shipped_header_asks_for_one_task_a_gpu(name: str) -> None:
+    given = directives((SLURM / f"{name}.sbatch").read_text())
+    assert given["ntasks-per-node"] == given["gpus-per-node"]
+
+
+def test_submit_fills_the_shipped_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    arguments = ["swin_t", "data.train=/data/shards", f"run_dir={run}"]
+    asked = ["--nodes", "4", "--gpus-per-node", "6", "--time", "2-00:00:00", "--partition", "big"]
+    script, command = dry_run(  # options may stand between CONFIG and its overrides
+        capsys,
+        "pretrain",
+        arguments[0],
+        *asked,
+        *arguments[1:],
+        "--signal-lead=600",
+        "--sbatch=--account=lab",
+        "--after=17",
+    )
+    given, shipped = directives(script), directives((SLURM / "pretrain.sbatch").read_text())
+    changed = {"nodes": "4", "gpus-per-node": "6", "ntasks-per-node": "6", "time": "2-00:00:00", "partition": "big"}
+    changed |= {"signal": "B:USR1@600", "dependency": "afterok:17", "kill-on-invalid-dep": "yes"}
+    changed |= {"output": f"{run}/slurm/pretrain-%j.out"}
+    assert given == shipped | changed
+    assert late_directives(script) == []
+    assert command == ["sbatch", "--parsable", "--account=lab", f"{run}/slurm/pretrain.sbatch", *arguments]
+    body = (SLURM / "pretrain.sbatch").read_text().partition("set -euo")[2]
+    assert script.endswith(body.rstrip())
+    assert f"export ESVIT_PYTHON=${{ESVIT_PYTHON:-{sys.executable}}}" in script
+    assert not run.exists()  # nothing was written
+
+
+def test_submit_on_cpus_and_with_a_sites_own_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    site = tmp_path / "my site.sh"
+    site.write_text("")
+    common = ["swin_t", "data.train=x", f"run_dir={tmp_path / 'run'}", "--gpus-per-node=0"]
+    script, _ = dry_run(capsys, "pretrain", *common, "--tasks-per-node=3", f"--env={site}")
+    assert directives(script)["ntasks-per-node"] == "3"
+    assert "gpus-per-node" not in directives(script)
+    assert f"export ESVIT_ENV='{site}'" in script
+    assert cli.main(["slurm", "submit", "pretrain", *common, "--env=nowhere.sh", "--dry-run"]) == 2
+    assert "nowhere.sh: no such file; the one to copy is" in capsys.readouterr().err
+
+
+def test_shards_are_an_array_and_a_merge_after_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "set"
+    assert (
+        cli.main(["slurm", "submit", "shards", "SRC", str(out), "--parts=5", "--option=--quality=90", "--dry-run"]) == 0
+    )
+    shown = capsys.readouterr().out
+    array, merge = shown.split(f"# {tmp_path}/set-slurm/merge.sbatch\n")
+    assert (directives(array)["array"], directives(merge).get("array")) == ("1-5", None)
+    assert directives(merge)["dependency"] == "afterok:JOB"
+    assert array.rstrip().endswith(f"shards.sbatch 5 SRC {out} --quality=90")
+    assert merge.rstrip().endswith(f"merge.sbatch merge {out}")
+
+
+def test_a_mistake_is_found_before_anything_is_submitted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli.main(["slurm", "submit", "pretrain", "swin_tt", "data.train=x"]) == 2
+    assert "did you mean 'swin_t'" in capsys.readouterr().err
+    assert cli.main(["slurm", "submit", "pretrain", "swin_t"]) == 2
+    assert "data.train: not set" in capsys.readouterr().err
+
+
+def test_sbatchs_refusal_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for sbatch: this is about what is made of its answers."""
+    answers = {"sbatch": "echo '17;cluster'"}
+    monkeypatch.setenv("PATH", f"{_commands(tmp_path, answers)}:{os.environ['PATH']}")
+    job = launch.prepare("pretrain", ["swin_t"], tmp_path / "run/slurm", launch.Resources())
+    assert launch.submit(job) == "17"
+    assert job.script.read_text() == job.text
+    _commands(tmp_path, {"sbatch": "echo 'sbatch: error: invalid partition specified: x' >&2; exit 1"})
+    with pytest.raises(launch.UserError, match="sbatch: error: invalid partition specified: x"):
+        launch.submit(job)
+
+
+def test_status_reads_the_run_dir_and_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    run = tmp_path / "run"
+    (run / "slurm").mkdir(parents=True)
+    tiny.write_config(run / "config.yaml", tiny.config(run, tmp_path / "shards", train__steps=50))
+    (run / "slurm/starts.tsv").write_text("t\t7\t0\tnode1\nt\t7\t1\tnode2\nt\t8\t0\tnode3\n")
+    (run / "slurm/failures.tsv").write_text("t\t7\t75\tstep-00000010\n")
+    rows = [{"step": step, "images_per_s": 40.0 * step, "step_s": 3.0} for step in (1, 2)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run / "lock.json").write_text(json.dumps({"heartbeat": time.time()}))
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert cli.main(["slurm", "status", str(run)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(maxsplit=1) for line in lines] == [
+        ["state", "RUNNING"], ["job", "8"], ["step", "2 of 50"], ["images/s", "80.0"],
+        ["ETA", "0:02:24 of training"], ["restarts", "2, 1 after a failure"],
+    ]  # fmt: skip
+    shown = "JobId=8 JobName=x JobState=PENDING Reason=BeginTime Dependency=(null) StdOut=/logs/8.out"
+    monkeypatch.setenv("PATH", f"{_commands(tmp_path, {'scontrol': f'echo {shlex.quote(shown)}'})}:/bin")
+    assert cli.main(["slurm", "status", str(run), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["state"], said["reason"], said["console"]) == ("PENDING", "BeginTime", "/logs/8.out")
+
+
+@pytest.mark.parametrize(
+    ("files", "state"),
+    [
+        ({"summary.json": '{"finished": true}'}, "FINISHED"),
+        ({"summary.json": '{"finished": false}', "requeue": "5\n"}, "SAVED, WAITING TO GO ON"),
+        ({"lock.json": '{"heartbeat": 1.0}'}, "STOPPED"),
+        ({}, "STOPPED"),
+    ],
+)
+def test_state_where_slurm_has_forgotten_the_job(tmp_path: Path, monkeypatch, files, state) -> None:
+    run = tmp_path / "run"
+    (run / "slurm").mkdir(parents=True)
+    (run / "slurm/starts.tsv").write_text("t\t7\t0\tnode1\n")
+    for name, text in files.items():
+        (run / name).write_text(text)
+    monkeypatch.setenv(
+        "PATH", str(_commands(tmp_path, {"scontrol": "echo 'Invalid job id specified' >&2; exit 1"})) + ":/bin"
+    )
+    assert launch.status(run).state == state
+
+
+def test_status_of_a_run_without_jobs_names_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "photos/slurm").mkdir(parents=True)
+    (tmp_path / "photos/slurm/starts.tsv").write_text("t\t7\t0\tnode1\n")
+    with pytest.raises(launch.UserError, match="no job has started here; did you mean 'photos'"):
+        launch.status(tmp_path / "photo")
+
+
+def _commands(folder: Path, scripts: dict[str, str]) -> Path:
+    bin_folder = folder / "bin"
+    bin_folder.mkdir(exist_ok=True)
+    for name, script in scripts.items():
+        (bin_folder / name).write_text(f"#!/bin/bash\n{script}\n")
+        (bin_folder / name).chmod(0o755)
+    return bin_folder
+
+
+@pytest.mark.parametrize(
+    ("codes", "blamed"),
+    [
+        ([(1, 1), (2, 137)], "137 rank 1"),  # a peer's broken connection came before the killed rank's own record
+        ([(1, 137), (2, 1), (3, 143)], "137 rank 0"),
+        ([(2, 3), (1, 143), (3, 137)], "3 rank 0"),  # it diverged; the others were ended
+        ([(2, 1), (1, 1)], "1 rank 1"),
+        ([(1, 143), (2, 143)], "143 rank 0"),
+        ([(2, 75), (1, 1)], "75 rank 0"),
+        ([], "143\n"),  # no rank got as far as that: srun's own code stays
+    ],
+)
+def test_the_rank_to_look_at_is_found(tmp_path: Path, codes: list[tuple[int, int]], blamed: str) -> None:
+    """`codes`: (when, exit code) of each rank."""
+    for rank, (when, code) in enumerate(codes):
+        (tmp_path / f"exit-{rank}").write_text(f"{when}000 {code} rank {rank} on node{rank}\n")
+    function = re.search(r"^blame\(\) \{.*?^\}", (SLURM / "job.sh").read_text(), re.MULTILINE | re.DOTALL)
+    assert function is not None
+    script = f'say() {{ echo "$*"; }}\nESVIT_RANK_LOGS={tmp_path}\n{function[0]}\nrc=143\nblame\necho "$rc"'
+    done = subprocess.run(["bash", "-euo", "pipefail", "-c", script], capture_output=True, text=True, check=True)
+    said = re.sub(r"(rank \d+) on node\d+ failed \(exit code (\d+)\)\n\2\n", r"\2 \1", done.stdout)
+    assert said == blamed
+    assert list(tmp_path.glob("exit-*")) == []
