@@ -7,13 +7,18 @@ import atexit
 import logging
 import os
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from esvit_scale.errors import UserError
+from esvit_scale.errors import RestartCanHelp, UserError
 from esvit_scale.parallel import collectives
+
+# How gloo and TCP say it; NCCL raises an error class of its own.
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused", "[c10d]")
 
 
 class World(NamedTuple):
@@ -67,6 +72,24 @@ def abandon() -> None:
     """The end of a job that failed here: the others may never come, so do not wait for them, now or at exit."""
     if collectives.world_size() > 1:
         atexit.unregister(dist.destroy_process_group)
+
+
+@contextmanager
+def explained_losses() -> Iterator[None]:
+    """A rank that is gone reaches the others as an error of the transport: the machine's fault, not the run's.
+
+    Raises:
+        RestartCanHelp: in its place.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, dist.DistBackendError) or any(words in first for words in LOST_PEER):
+            raise RestartCanHelp(
+                f"another rank is gone, or cannot be reached ({first[:200]}); see that rank's log"
+            ) from error
+        raise
 
 
 def _adopt_slurm_variables() -> None:

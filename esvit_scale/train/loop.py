@@ -27,7 +27,7 @@ def pretrain(config: Config) -> int:
     require_training_data(config)
     world = world_module.start()
     try:
-        with explained_deaths():
+        with explained_deaths(), world_module.explained_losses():
             code = _open_and_train(config, world)
     except BaseException:
         world_module.abandon()

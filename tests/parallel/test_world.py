@@ -1,7 +1,17 @@
-import pytest
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
 
-from esvit_scale.errors import UserError
+import pytest
+import torch.distributed as dist
+
+from esvit_scale.errors import RestartCanHelp, UserError
 from esvit_scale.parallel import collectives, world
+from tests import tiny
+
+GLOO = "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:41234\n more"
 
 
 @pytest.fixture
@@ -54,3 +64,41 @@ def test_one_process_needs_no_launcher(clean: pytest.MonkeyPatch) -> None:
     finally:
         world.stop()
     assert world.start().size == 1  # again, in the same process
+
+
+@pytest.mark.parametrize("error", [dist.DistBackendError("NCCL error: unhandled system error"), RuntimeError(GLOO)])
+def test_a_lost_peer_is_a_reason_to_start_again(error: RuntimeError) -> None:
+    with pytest.raises(RestartCanHelp, match="another rank is gone") as caught, world.explained_losses():
+        raise error
+    assert caught.value.exit_code == 75
+    assert "\n" not in str(caught.value)
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    with pytest.raises(RuntimeError, match="shape"), world.explained_losses():
+        raise RuntimeError("shape mismatch")
+
+
+def test_the_survivor_of_a_killed_rank_exits_with_75(tmp_path: Path) -> None:
+    """Two processes without torchrun, which would end the survivor itself."""
+    config = tiny.config(tmp_path / "run", tiny.shards(tmp_path / "shards"), train__steps=5000, train__log_every=1)
+    path = tiny.write_config(tmp_path / "c.yaml", config)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    ranks = []
+    for rank in range(2):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        environment = {**tiny.environment(), **place, "MASTER_PORT": port}
+        command = [sys.executable, "-m", "esvit_scale", "pretrain", str(path)]
+        ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    deadline = time.monotonic() + 120
+    while len(tiny.rows(config.run_path)) < 3:
+        assert time.monotonic() < deadline
+        assert all(process.poll() is None for process in ranks)
+        time.sleep(0.05)
+    ranks[1].kill()
+    _, said = ranks[0].communicate(timeout=60)
+    ranks[1].communicate()
+    assert ranks[0].returncode == 75, said[-2000:]
+    assert "rank 0: another rank is gone" in said
