@@ -157,7 +157,8 @@ def submit_slurm(sweep_file: Path, sweep: Sweep, found: list[Cell]) -> str:
     command = ["sbatch", f"--array={ranges(todo)}", str(script), str(sweep_file)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"sbatch: {done.stderr.strip() or done.stdout.strip()}")
+        said = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()
+        raise UserError(f"sbatch refused ({said[-1]}); --local runs the cells on this machine")
     return done.stdout.strip()
 
 

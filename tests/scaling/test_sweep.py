@@ -206,9 +206,17 @@ def test_the_plan_prints_costs(tmp_path, capsys):
     assert "GPU hours" in text
 
 
-def test_slurm_without_slurm_is_one_line(tmp_path, capsys):
+@pytest.mark.parametrize("sbatch", [None, "#!/bin/sh\necho noise >&2; echo 'sbatch: fatal: no cluster' >&2; exit 1\n"])
+def test_slurm_without_slurm_is_one_line(tmp_path, capsys, monkeypatch, sbatch):
+    (tmp_path / "bin").mkdir()
+    if sbatch:
+        (tmp_path / "bin" / "sbatch").write_text(sbatch)
+        (tmp_path / "bin" / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     assert cli.main(["sweep", "submit", str(write(tmp_path))]) == 2
-    assert "--local" in capsys.readouterr().err
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--local" in line
+    assert not sbatch or "no cluster" in line
 
 
 def test_array_ranges():
