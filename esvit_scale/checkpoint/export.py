@@ -22,7 +22,7 @@ from esvit_scale import files
 from esvit_scale.checkpoint import libraries, model_card, single_file
 from esvit_scale.checkpoint.weights import TRUNK, Weights
 from esvit_scale.errors import UserError
-from esvit_scale.models.plain import PlainSwin
+from esvit_scale.models import plain
 from esvit_scale.models.registry import build_trunk
 
 FOLDER_FORMS = ("timm", "huggingface", "onnx")
@@ -70,16 +70,16 @@ def _write_onnx(folder: Path, weights: Weights, network: str) -> None:
     size = weights.config.data.global_crops.size
     trunk = build_trunk(weights.config)
     trunk.load_state_dict(_trunk(weights, network))
-    plain = PlainSwin(trunk.eval(), size).eval()
+    module = plain.plain(trunk.eval(), size).eval()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # the exporter tells of its progress
         warnings.simplefilter("ignore")
         torch.onnx.export(
-            plain,
+            module,
             (torch.zeros(2, 3, size, size),),
             str(folder / "model.onnx"),
             input_names=["images"],
-            output_names=["features", "regions"],
+            output_names=["features", "regions"][: 1 + trunk.has_regions],
             dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
             dynamo=True,
             external_data=sum(p.numel() * 4 for p in trunk.parameters()) > ONNX_INLINE,

@@ -22,7 +22,8 @@ from esvit_scale.config import Config
 from esvit_scale.data.photometric import MEAN, STD
 from esvit_scale.data.stream import evaluation_side
 from esvit_scale.errors import UserError
-from esvit_scale.models.registry import Shape, trunk_shape
+from esvit_scale.models.registry import trunk_shape
+from esvit_scale.models.shape import Shape
 from esvit_scale.models.swin import PATCH, stage_window
 
 TIMM_NAMES: dict[

@@ -94,7 +94,7 @@ def components(trunk: nn.Module, image: Tensor, n: int = 3) -> list[Tensor]:
         UserError: a trunk without stages.
     """
     maps = []
-    for tokens, [(_, h, w)] in require_swin(trunk).stage_maps([image[None]]):
+    for tokens, [(_, h, w)], _ in require_swin(trunk).stage_maps([image[None]]):
         x = (tokens - tokens.mean(0)).double()  # [T, C]
         _, _, basis = torch.linalg.svd(x, full_matrices=False)
         kept = basis[:n]

@@ -39,6 +39,7 @@ class Prototypes(nn.Module):
 
     def __init__(self, bottleneck: int, prototypes: int, norm_last_layer: bool) -> None:
         super().__init__()
+        self.bottleneck = bottleneck
         bound = bottleneck**-0.5
         self.weight_g = nn.Parameter(torch.ones(prototypes, 1), requires_grad=not norm_last_layer)
         self.weight_v = nn.Parameter(torch.empty(prototypes, bottleneck).uniform_(-bound, bound))

@@ -6,20 +6,22 @@ partitioned construction). Distributions are those of the official code: linear 
 normal 0.02 with zero biases, norms 1 and 0, torch's defaults for the patch convolution and the prototypes' directions
 (the official last layer is made after the truncated-normal initialisation), gains 1. Swin V2 as its published code:
 the norms that end a branch 0 and 0 (a block starts as the identity), temperatures 1/10.
+
+A module with values of its own kind has a method `initial_values() -> {parameter's name within it: Initializer}`.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from zlib import crc32
 
 import torch
 from torch import Generator, Tensor, nn
 
+from esvit_scale.models.batch_norm import BatchNorm
+from esvit_scale.models.distributions import Initializer, constant, normal, uniform
 from esvit_scale.models.heads import Prototypes
 from esvit_scale.models.swin import WindowAttention
 from esvit_scale.models.swin_v2 import BranchNorm, WindowAttentionV2
-
-Initializer = Callable[[Sequence[int], Generator], Tensor]  # (shape, generator) → float32 on the CPU
 
 
 def initial_values(module: nn.Module) -> dict[str, Initializer]:
@@ -28,11 +30,10 @@ def initial_values(module: nn.Module) -> dict[str, Initializer]:
     Raises:
         LookupError: a parameter that no rule covers; names it.
     """
-    found = {
-        f"{prefix}.{name}" if prefix else name: init
-        for prefix, child in module.named_modules()
-        for name, init in _of(child).items()
-    }
+    found: dict[str, Initializer] = {}
+    for prefix, child in module.named_modules():  # parents first: what they say of their children counts
+        for name, init in _of(child).items():
+            found.setdefault(f"{prefix}.{name}" if prefix else name, init)
     names = [name for name, _ in module.named_parameters()]
     missing = [name for name in names if name not in found]
     if missing:
@@ -54,38 +55,21 @@ def initialize(module: nn.Module, seed: int) -> None:
 
 
 def _of(module: nn.Module) -> dict[str, Initializer]:
+    if (own := getattr(module, "initial_values", None)) is not None:  # of its own parameters, not its children's
+        return own()
     if isinstance(module, nn.Linear):
-        return {"weight": _normal, "bias": _constant(0.0)}
+        return {"weight": normal(0.02), "bias": constant(0.0)}
     if isinstance(module, BranchNorm):
-        return {"weight": _constant(0.0), "bias": _constant(0.0)}
-    if isinstance(module, nn.LayerNorm):
-        return {"weight": _constant(1.0), "bias": _constant(0.0)}
+        return {"weight": constant(0.0), "bias": constant(0.0)}
+    if isinstance(module, (nn.LayerNorm, BatchNorm)):
+        return {"weight": constant(1.0), "bias": constant(0.0)}
     if isinstance(module, nn.Conv2d):
         fan_in = module.in_channels // module.groups * module.kernel_size[0] * module.kernel_size[1]
-        return {"weight": _uniform(fan_in**-0.5), "bias": _uniform(fan_in**-0.5)}
+        return {"weight": uniform(fan_in**-0.5), "bias": uniform(fan_in**-0.5)}
     if isinstance(module, WindowAttention):
-        return {"relative_position_bias_table": _normal}
+        return {"relative_position_bias_table": normal(0.02)}
     if isinstance(module, WindowAttentionV2):
-        return {"logit_scale": _constant(math.log(10.0)), "q_bias": _constant(0.0), "v_bias": _constant(0.0)}
+        return {"logit_scale": constant(math.log(10.0)), "q_bias": constant(0.0), "v_bias": constant(0.0)}
     if isinstance(module, Prototypes):
-        return {"weight_v": _uniform_rows, "weight_g": _constant(1.0)}
+        return {"weight_v": uniform(module.bottleneck**-0.5), "weight_g": constant(1.0)}
     return {}
-
-
-def _normal(shape: Sequence[int], generator: Generator) -> Tensor:
-    empty = torch.empty(*shape, dtype=torch.float32, device="cpu")
-    return nn.init.trunc_normal_(empty, std=0.02, generator=generator)
-
-
-def _uniform_rows(shape: Sequence[int], generator: Generator) -> Tensor:
-    return _uniform(shape[-1] ** -0.5)(shape, generator)
-
-
-def _uniform(bound: float) -> Initializer:
-    return lambda shape, generator: torch.empty(*shape, dtype=torch.float32, device="cpu").uniform_(
-        -bound, bound, generator=generator
-    )
-
-
-def _constant(value: float) -> Initializer:
-    return lambda shape, generator: torch.full(tuple(shape), value, dtype=torch.float32, device="cpu")

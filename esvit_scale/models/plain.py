@@ -1,6 +1,6 @@
-"""A Swin trunk for exporters: images of one size, the batch a dimension of its own, every index a constant.
+"""A trunk for exporters: images of one size, the batch a dimension of its own, every index a constant.
 
-The packed trunk's index plans depend on the batch, so its graph would hold for one batch size alone. These are the same
+The packed Swin's index plans depend on the batch, so its graph would hold for one batch size alone. These are the same
 modules with the same weights, and the same numbers; only where a token lies is written per image. It trains nothing.
 """
 
@@ -11,7 +11,25 @@ from torch.nn import functional as F
 
 from esvit_scale.models.swin import PATCH, Block, PatchMerging, Stage, Swin
 from esvit_scale.models.swin_v2 import BlockV2, PatchMergingV2, WindowAttentionV2
+from esvit_scale.models.trunk import Trunk
 from esvit_scale.models.windows import MASKED, window_cells
+
+
+def plain(trunk: Trunk, size: int) -> nn.Module:
+    """images [B, 3, S, S] → view [B, C] and regions [B, T, C] (or the view alone, from a trunk without regions)."""
+    return PlainSwin(trunk, size) if isinstance(trunk, Swin) else PlainTrunk(trunk)
+
+
+class PlainTrunk(nn.Module):
+    """A trunk whose forward treats the images of one size as a batch dimension anyway."""
+
+    def __init__(self, trunk: Trunk) -> None:
+        super().__init__()
+        self.trunk = trunk
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        view, regions, _ = self.trunk([images])
+        return (view, regions.view(len(images), -1, regions.shape[1])) if self.trunk.has_regions else (view,)
 
 
 class PlainSwin(nn.Module):

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from esvit_scale.errors import UserError
-from esvit_scale.models.swin import PATCH, Swin
+from esvit_scale.models.trunk import Trunk
 
 
 class Pyramid(nn.Module):
@@ -19,16 +19,14 @@ class Pyramid(nn.Module):
 
     def __init__(self, trunk: nn.Module) -> None:
         super().__init__()
-        if not isinstance(trunk, Swin):
+        if not isinstance(trunk, Trunk) or not trunk.reductions:
             raise UserError(f"a feature pyramid needs a trunk with stages; {type(trunk).__name__} has none")
         self.trunk = trunk
-        stages = len(trunk.depths)
-        self.channels = [trunk.dim // 2 ** (stages - 1 - s) for s in range(stages)]
-        self.reductions = [PATCH * 2**s for s in range(stages)]  # pixels of the input a cell
+        self.channels, self.reductions = list(trunk.channels), list(trunk.reductions)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """images [B, 3, H, W], normalised → [B, C_s, H_s, W_s] for every stage s."""
         maps = []
-        for tokens, [(n, h, w)] in self.trunk.stage_maps([images]):
+        for tokens, [(n, h, w)], _ in self.trunk.stage_maps([images]):
             maps.append(tokens.view(n, h, w, -1).permute(0, 3, 1, 2).contiguous())
         return maps

@@ -1,20 +1,16 @@
-"""Trunks by name. The run config gives the window and may override widths, depths and heads."""
+"""Trunks by name: one line each. The run config gives the window and may override widths, depths and heads.
 
-from typing import Literal, NamedTuple
+A builder takes the whole config, checks that the trunk fits it (crop sizes, overrides) and returns a `Trunk`.
+"""
+
+from collections.abc import Callable
 
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError, nearest
+from esvit_scale.models.shape import Shape, overridden
 from esvit_scale.models.swin import PATCH, Swin
 from esvit_scale.models.swin_v2 import SwinV2
-
-
-class Shape(NamedTuple):
-    embed_dim: int
-    depths: tuple[int, ...]
-    heads: tuple[int, ...]
-    version: Literal[1, 2] = 1  # of Swin
-    extra_norm_every: int | None = None  # see models/swin_v2.py
-
+from esvit_scale.models.trunk import Trunk
 
 SHAPES = {
     "swin_t": Shape(96, (2, 2, 6, 2), (3, 6, 12, 24)),
@@ -32,33 +28,15 @@ SHAPES = {
 
 
 def trunk_shape(config: Config) -> Shape:
-    """The shape of the config's trunk.
+    """The shape of the config's Swin.
 
     Raises:
-        UserError: unknown name, or overrides that do not fit together.
+        UserError: another trunk, or overrides that do not fit together.
     """
-    model = config.model
-    if model.trunk not in SHAPES:
-        raise UserError(f"model.trunk: unknown trunk {model.trunk!r}{nearest(model.trunk, SHAPES)}")
-    named = SHAPES[model.trunk]
-    shape = named._replace(
-        embed_dim=model.embed_dim or named.embed_dim,
-        depths=tuple(model.depths or named.depths),
-        heads=tuple(model.heads or named.heads),
-    )
-    if len(shape.depths) != len(shape.heads):
-        raise UserError(
-            f"model.depths has {len(shape.depths)} stages and model.heads {len(shape.heads)} (of {model.trunk}); "
-            "give both with one number a stage"
-        )
-    for i, heads in enumerate(shape.heads):
-        width = shape.embed_dim * 2**i
-        if width % heads:
-            divisors = [d for d in range(1, width + 1) if width % d == 0]
-            near = min(divisors, key=lambda d: abs(d - heads))
-            raise UserError(
-                f"model.heads.{i}: {heads} heads do not divide the stage's {width} channels; nearest: {near}"
-            )
+    name = config.model.trunk
+    if name not in SHAPES:
+        raise UserError(f"model.trunk: {name!r} is no Swin{nearest(name, SHAPES)}")
+    shape = overridden(config, SHAPES[name])
     smallest = PATCH * 2 ** (len(shape.depths) - 1)
     if config.data.global_crops.size < smallest:
         raise UserError(
@@ -68,13 +46,25 @@ def trunk_shape(config: Config) -> Shape:
     return shape
 
 
-def build_trunk(config: Config) -> Swin:
-    """The trunk that `config.model` names, with `dim` and `forward(crops, drop_keys) -> Features`.
-
-    Raises:
-        UserError: as `trunk_shape`.
-    """
+def _swin(config: Config) -> Trunk:
     shape = trunk_shape(config)
     size, window, drop_path = config.data.global_crops.size, config.model.window, config.model.drop_path
     common = (shape.embed_dim, shape.depths, shape.heads, window, size, drop_path)
     return SwinV2(*common, extra_norm_every=shape.extra_norm_every) if shape.version == 2 else Swin(*common)
+
+
+TRUNKS: dict[str, Callable[[Config], Trunk]] = {
+    **dict.fromkeys(SHAPES, _swin),
+}
+
+
+def build_trunk(config: Config) -> Trunk:
+    """The trunk that `config.model` names.
+
+    Raises:
+        UserError: unknown name, or a trunk that does not fit the config; one line.
+    """
+    name = config.model.trunk
+    if name not in TRUNKS:
+        raise UserError(f"model.trunk: unknown trunk {name!r}{nearest(name, TRUNKS)}")
+    return TRUNKS[name](config)

@@ -7,8 +7,7 @@ attention call. The numbers are those of one pass per resolution; a ZeRO-3 engin
 Parameter names are the official ones, so checkpoints map by name.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from esvit_scale.models.drop_path import keep_scales
+from esvit_scale.models.trunk import Features, TokenMap, Trunk
 from esvit_scale.models.windows import (
     Grids,
     Permutation,
@@ -35,22 +35,7 @@ PATCH = 4  # pixels
 NORM_EPS = 1e-6
 
 
-class Features(NamedTuple):
-    """What a trunk returns for a multi-crop batch."""
-
-    view: Tensor  # [ΣB, C] mean of each crop's tokens, crops in order
-    regions: Tensor  # [ΣB·T, C] tokens after the final norm, crops in order, each row-major
-    grids: list[tuple[int, int, int]]  # (crops, H, W) per resolution group
-
-
-class TokenMap(NamedTuple):
-    """The output of one block."""
-
-    tokens: Tensor  # [ΣB·T, C], crops in order, each row-major
-    grids: list[tuple[int, int, int]]
-
-
-class Swin(nn.Module):
+class Swin(Trunk):
     """A Swin V1 trunk; V2 (models/swin_v2.py) replaces the blocks and the merging.
 
     Args:
@@ -86,8 +71,8 @@ class Swin(nn.Module):
             stages.append(Stage(blocks, side, shift, self.make_merging(width) if s < len(depths) - 1 else None))
         self.layers = nn.ModuleList(stages)
         self.norm = nn.LayerNorm(self.dim, eps=self.norm_eps)
-        # How a block is called: parallel.activation_checkpointing puts a checkpointing call here.
-        self.run_block: Callable[..., Tensor] = call
+        self.channels = tuple(embed_dim * 2**s for s in range(len(depths)))
+        self.reductions = tuple(PATCH * 2**s for s in range(len(depths)))
 
     def make_block(self, stage: int, index: int, dim: int, heads: int, window: int) -> nn.Module:
         return Block(dim, heads, window)
@@ -103,20 +88,18 @@ class Swin(nn.Module):
     def blocks(self) -> list[nn.Module]:
         return [block for stage in self.stages for block in stage.blocks]
 
+    @property
+    def patch_projection(self) -> nn.Module:
+        return self.patch_embed.proj
+
     def forward(self, crops: list[Tensor], drop_keys: Tensor | None = None) -> Features:
-        """
-        Args:
-            crops: one tensor per resolution group, [N_g, 3, S_g, S_g], normalised pixels. Sizes that are not a
-                multiple of 4 are padded right and bottom with zeros.
-            drop_keys: int64 [ΣN_g], one key per crop image (`models.drop_path.drop_keys`); None: every branch is kept.
-        """
+        """As `Trunk.forward`; crop sizes that are not a multiple of 4 are padded right and bottom with zeros."""
         *_, (tokens, grids, window) = self._block_outputs(crops, drop_keys)
         regions = from_slots(self.norm(tokens), storage_plan(grids, window, tokens.device))  # [ΣB·T, C]
         views = [maps.view(n, h * w, -1).mean(1) for maps, (n, h, w) in _per_group(regions, grids)]
         return Features(torch.cat(views), regions, list(grids))
 
     def last_blocks(self, crops: list[Tensor], n: int) -> list[TokenMap]:
-        """Token maps of the last n blocks, in order; those of the last stage after the final norm."""
         maps = []
         for i, (tokens, grids, window) in enumerate(self._block_outputs(crops, None)):
             if i < sum(self.depths) - n:
@@ -127,7 +110,6 @@ class Swin(nn.Module):
         return maps
 
     def stage_maps(self, crops: list[Tensor]) -> list[TokenMap]:
-        """The token map of every stage's last block, before the final norm: what a feature pyramid is made of."""
         maps, ends = [], {sum(self.depths[: s + 1]) - 1 for s in range(len(self.depths))}
         for i, (tokens, grids, window) in enumerate(self._block_outputs(crops, None)):
             if i in ends:
@@ -350,10 +332,6 @@ def stage_window(size: int, window: int, stage: int) -> tuple[int, int]:
     """Side and shift of a stage's windows in a trunk that is built for crops of `size` pixels."""
     resolution = size // PATCH // 2**stage
     return (resolution, 0) if resolution <= window else (window, window // 2)
-
-
-def call(block: nn.Module, *args: Any) -> Tensor:
-    return block(*args)
 
 
 def add_branch(tokens: Tensor, branch: Tensor, keep: Tensor | None) -> Tensor:

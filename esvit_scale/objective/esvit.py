@@ -10,13 +10,13 @@ Without regions it is the first term alone, without its ½ (DINO's objective).
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from esvit_scale.config import Objective
+from esvit_scale import config as config_module
 from esvit_scale.models.heads import Head
-from esvit_scale.models.swin import Features
+from esvit_scale.models.trunk import Features
 from esvit_scale.objective.center import Center
+from esvit_scale.objective.objective import Logs, Objective, unit
 from esvit_scale.objective.prototypes import Entropies, prototype_cross_entropy
 
 TEACHER_VIEWS = 2  # the globals
@@ -38,13 +38,15 @@ class Targets(NamedTuple):
     images: int  # B
 
 
-class EsViT(nn.Module):
+class EsViT(Objective):
     """Heads and centres of the objective; teacher and student are two instances of it."""
 
-    def __init__(self, dim: int, config: Objective) -> None:
+    def __init__(self, dim: int, config: config_module.Objective) -> None:
         """Args: dim: C of the trunk."""
         super().__init__()
+        self.needs_regions = config.regions
         self.student_temp = config.student_temp
+        self.prototypes = config.prototypes
         self.view_head = _head(dim, config)
         self.region_head = _head(dim, config) if config.regions else None
         self.view_center = Center(config.center_momentum)
@@ -57,25 +59,25 @@ class EsViT(nn.Module):
         if self.region_head is None:
             return Targets(view, None, None, crops // TEACHER_VIEWS)
         region = HeadTargets(*_bottleneck_and_rows(self.region_head, teacher.regions))
-        features = _unit(teacher.regions).view(crops, -1, teacher.regions.shape[1])
+        features = unit(teacher.regions.detach()).view(crops, -1, teacher.regions.shape[1])
         return Targets(view, region, features, crops // TEACHER_VIEWS)
 
-    def forward(self, student: Features, targets: Targets, teacher_temp: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, student: Features, targets: Targets, teacher_temp: float) -> tuple[Tensor, Logs]:
         """The student's role.
 
         The micro-batch is observed by the centres; `commit` or `discard` them after the optimizer step.
 
         Returns:
             The loss (scalar) and detached scalars: loss_view, loss_region (each a mean cross-entropy without its ½),
-            for either head teacher_entropy and student_entropy (nats) and prototypes_used, the effective number of
-            prototypes among this micro-batch's targets, and feature_std, the spread of the student's features.
+            and for either head teacher_entropy and student_entropy (nats) and prototypes_used, the effective number of
+            prototypes among this micro-batch's targets.
         """
         views = len(student.view) // targets.images
         match, weight = view_pairs(views, targets.images, targets.view.rows)
         loss, entropies = self._term(
             self.view_head, self.view_center, student.view, targets.view, match, weight, teacher_temp
         )
-        logs = {"loss_view": loss.detach(), **_logged(entropies, "view"), "feature_std": spread(student.view)}
+        logs = {"loss_view": loss.detach(), **_logged(entropies, "view")}
         if self.region_head is None or targets.region is None or targets.features is None:
             return loss, logs
         match, weight = region_pairs(student, targets.features, targets.images)
@@ -85,25 +87,31 @@ class EsViT(nn.Module):
         logs |= {"loss_region": region_loss.detach(), **_logged(entropies, "region")}
         return 0.5 * loss + 0.5 * region_loss, logs
 
-    def commit_centers(self) -> None:
-        """After an applied optimizer step, on all ranks."""
-        self.view_center.commit()
-        if self.region_head is not None:
-            self.region_center.commit()
+    def commit(self) -> None:
+        for center in self._centers.values():
+            center.commit()
 
-    def discard_centers(self) -> None:
-        """After a skipped optimizer step."""
-        self.view_center.discard()
-        self.region_center.discard()
+    def discard(self) -> None:
+        for center in self._centers.values():
+            center.discard()
 
-    def centers_state(self) -> dict[str, Tensor]:
-        """fp32 tensors by name, for checkpoints; the same on all ranks."""
-        state = {f"view.{k}": v for k, v in self.view_center.state_dict().items()}
-        return state | {f"region.{k}": v for k, v in self.region_center.state_dict().items()}
+    def memory(self) -> dict[str, Tensor]:
+        """The centres: "view.values" and "region.values", fp32 [K]; empty before the first forward."""
+        states = {head: center.state_dict() for head, center in self._centers.items()}
+        return {f"{head}.{name}": value for head, state in states.items() for name, value in state.items()}
 
-    def load_centers_state(self, state: dict[str, Tensor]) -> None:
-        for name, center in (("view.", self.view_center), ("region.", self.region_center)):
-            center.load_state_dict({k.removeprefix(name): v for k, v in state.items() if k.startswith(name)})
+    def empty_memory(self, device: torch.device) -> dict[str, Tensor]:
+        return {f"{head}.values": torch.zeros(self.prototypes, device=device) for head in self._centers}
+
+    def load_memory(self, memory: dict[str, Tensor]) -> None:
+        for head, center in self._centers.items():
+            prefix = f"{head}."
+            center.load_state_dict({n.removeprefix(prefix): v for n, v in memory.items() if n.startswith(prefix)})
+
+    @property
+    def _centers(self) -> dict[str, Center]:
+        both = {"view": self.view_center, "region": self.region_center}
+        return both if self.region_head is not None else {"view": self.view_center}
 
     def _term(
         self,
@@ -131,15 +139,6 @@ def _logged(entropies: Entropies, part: str) -> dict[str, Tensor]:
         f"student_entropy_{part}": entropies.student,
         f"prototypes_used_{part}": entropies.usage.exp(),
     }
-
-
-@torch.no_grad()
-def spread(features: Tensor) -> Tensor:
-    """How different the rows of features [n, C] are: 1 for unit vectors in all directions, 0 when all are equal.
-
-    √C times the mean over channels of the unit rows' standard deviation.
-    """
-    return _unit(features).std(0, correction=0).mean() * features.shape[1] ** 0.5
 
 
 def view_pairs(views: int, images: int, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -171,7 +170,7 @@ def region_pairs(student: Features, teacher: Tensor, images: int) -> tuple[Tenso
     tokens = student.regions.detach().split([n * h * w for n, h, w in student.grids])
     matches, weights, first = [], [], 0
     for group, (n, h, w) in zip(tokens, student.grids, strict=True):
-        features = _unit(group).view(n // images, images, h * w, -1)  # [V_g, B, T_g, C]
+        features = unit(group).view(n // images, images, h * w, -1)  # [V_g, B, T_g, C]
         maps = teacher.to(features.dtype).view(TEACHER_VIEWS, 1, images, regions, -1).transpose(-2, -1)
         nearest = torch.stack([(features @ view).argmax(-1) for view in maps])  # [2, V_g, B, T_g]
         crop = torch.arange(first, first + n // images, device=teacher.device)[:, None, None, None]
@@ -186,14 +185,9 @@ def _pairs(views: int) -> int:
     return TEACHER_VIEWS * (views - 1)
 
 
-def _head(dim: int, config: Objective) -> Head:
+def _head(dim: int, config: config_module.Objective) -> Head:
     return Head(dim, config.head_hidden, config.bottleneck, config.prototypes, config.norm_last_layer)
 
 
 def _bottleneck_and_rows(head: Head, features: Tensor) -> tuple[Tensor, Tensor]:
     return head.last_layer(head(features), lambda z, rows: (z.detach(), rows.detach()))
-
-
-def _unit(features: Tensor) -> Tensor:
-    """Rows of unit norm in fp32 or wider: an argmax must not depend on bf16 rounding."""
-    return F.normalize(features.detach().to(torch.promote_types(features.dtype, torch.float32)), dim=-1)

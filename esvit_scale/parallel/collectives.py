@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from esvit_scale.errors import RestartCanHelp, UserError
 
@@ -43,6 +44,41 @@ def all_reduce_mean_(tensor: Tensor) -> Tensor:
         dist.all_reduce(tensor)
         tensor.div_(world_size())
     return tensor
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """Sum over ranks, with gradient: every rank's loss reaches every rank's input."""
+    return _Sum.apply(tensor) if world_size() > 1 else tensor
+
+
+def gather_rows(tensor: Tensor) -> Tensor:
+    """[n, …] of every rank → [world · n, …] in rank order, with gradient; n is the same on all ranks."""
+    return _Gather.apply(tensor) if world_size() > 1 else tensor
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return all_reduce_sum_(tensor.clone())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return all_reduce_sum_(grad.contiguous().clone())
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        tensor = tensor.contiguous()
+        gathered = tensor.new_empty(world_size() * len(tensor), *tensor.shape[1:])
+        dist.all_gather_into_tensor(gathered, tensor)
+        return gathered
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return all_reduce_sum_(grad.contiguous().clone()).chunk(world_size())[rank()]
 
 
 def bits_of_ranks(bits: int) -> int:

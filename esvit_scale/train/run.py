@@ -151,16 +151,11 @@ class Run:
             log.info("starts from the %s", self._session.origin)
 
     def _restore(self, folder: Path) -> None:
-        centers = self._empty_centers()
+        centers = self._session.objective.empty_memory(self._session.world.device)
         cursor = state.restore(folder, self._session.engines, centers)
-        self._session.objective.load_centers_state(centers)
+        self._session.objective.load_memory(centers)
         self.step, self.optimizer_step, self._saved = cursor["step"], cursor["optimizer_step"], cursor["step"]
         self.data_offset = cursor["data_offset"]
-
-    def _empty_centers(self) -> dict[str, torch.Tensor]:
-        names = ["view.values", "region.values"] if self._session.config.objective.regions else ["view.values"]
-        size, device = self._session.config.objective.prototypes, self._session.world.device
-        return {name: torch.zeros(size, device=device) for name in names}
 
     def _my_flags(self, batch: Batch, result: StepResult) -> int:
         minutes = self._session.config.train.checkpoint_minutes
@@ -247,7 +242,7 @@ class Run:
         return {
             **gauges.gradient_norms(result.grad_squares, gate.names),
             **gauges.update_ratios(gate.take_changes(), gate.watched),
-            **gauges.center_norms(self._session.objective.centers_state()),
+            **gauges.center_norms(self._session.objective.memory()),
             "rank_me": rank_me.item(),
             **self._knn_due(),
         }
@@ -270,7 +265,7 @@ class Run:
             "data_offset": self.data_offset,
             "images_seen": self.step * self._batch,
         }
-        self._saver.start(self._session.engines, self._session.objective.centers_state(), cursor)
+        self._saver.start(self._session.engines, self._session.objective.memory(), cursor)
         self._saved, self._saved_at = self.step, time.monotonic()
         self._watchdog.beat(self.step)
 

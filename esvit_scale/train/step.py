@@ -14,6 +14,7 @@ from esvit_scale.models.drop_path import drop_keys
 from esvit_scale.models.initialize import initial_value, initial_values
 from esvit_scale.objective.network import build_network
 from esvit_scale.objective.param_groups import largest_of_each_part, parameter_groups
+from esvit_scale.objective.registry import check_local_batch
 from esvit_scale.objective.schedules import Schedules
 from esvit_scale.parallel import engine as engine_module
 from esvit_scale.parallel.engine import Engines, Recipe
@@ -52,8 +53,9 @@ def open_session(config: Config, world: World, schedules: Schedules, fresh: bool
     """
     origin = start(config) if fresh else NOTHING
     engines = engine_module.build(config, _recipe(config, origin), world)
+    check_local_batch(engines.student.module.objective, config, world.size)
     session = Session(config, world, engines, schedules, origin.note)
-    session.objective.load_centers_state(origin.centers)
+    session.objective.load_memory(origin.centers)
     return session
 
 
@@ -75,17 +77,19 @@ def optimizer_step(session: Session, micro_batches: "list[MicroBatch]", step: in
         applied = engine_module.take_step(engines)
     if applied:
         engines.teacher.update(schedules.ema_momentum(step))
-        session.objective.commit_centers()
+        session.objective.commit()
     else:
-        session.objective.discard_centers()
+        session.objective.discard()
     logs = {name: value / session.config.train.grad_accum for name, value in sums.items()}
     return StepResult(applied, logs, engines.gate.take_squares(), features)
 
 
 def _forward_backward(session: Session, micro: "MicroBatch", step: int) -> tuple[dict[str, Tensor], Tensor]:
     engines = session.engines
-    with torch.no_grad(), engine_module.autocast(session.config, session.world.device):
-        targets = engines.teacher.network(micro.crops[:1])
+    targets = None
+    if session.objective.has_teacher:
+        with torch.no_grad(), engine_module.autocast(session.config, session.world.device):
+            targets = engines.teacher.network(micro.crops[:1])
     keys = drop_keys(session.config.seed, step, micro.positions, len(session.config.crop_sizes))
     loss, logs, features = engines.student(micro.crops, targets, keys, session.schedules.teacher_temp(step))
     engines.student.backward(loss)

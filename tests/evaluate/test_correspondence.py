@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from esvit_scale.data import samples
 from esvit_scale.errors import UserError
 from esvit_scale.evaluate import correspondence as c
-from esvit_scale.models.swin import Features
+from esvit_scale.models.trunk import Features
 
 
 class Place(nn.Module):

@@ -8,8 +8,9 @@ import torch
 from torch.nn import functional as F
 
 from esvit_scale.config import Objective
-from esvit_scale.models.swin import Features
-from esvit_scale.objective.esvit import EsViT, region_pairs, spread, view_pairs
+from esvit_scale.models.trunk import Features
+from esvit_scale.objective.esvit import EsViT, region_pairs, view_pairs
+from esvit_scale.objective.objective import spread
 from tests.models.rule import by_rule, fill
 
 B, C, K = 2, 12, 50
@@ -112,7 +113,7 @@ def test_loss_and_every_gradient_are_the_triple_loops(layout, regions):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
     of_a_head = ("loss", "teacher_entropy", "student_entropy", "prototypes_used")
     parts = ("view", "region") if regions else ("view",)
-    assert set(logs) == {"feature_std", *(f"{name}_{part}" for name in of_a_head for part in parts)}
+    assert set(logs) == {f"{name}_{part}" for name in of_a_head for part in parts}
     assert not any(value.requires_grad for value in logs.values())
 
 
@@ -132,7 +133,7 @@ def test_the_official_losss_numbers_over_three_steps(case):
         temp = 0.04 + step["epoch"] * (0.03 / 29)
         loss, _ = student_module(student, targets, temp)
         loss.backward()
-        student_module.commit_centers()
+        student_module.commit()
         assert loss.item() == pytest.approx(step["loss"], abs=1e-9)
         assert summary(student.regions.grad, "g") == pytest.approx(step["features_grad"], abs=1e-9)
         gradients = {n: summary(p.grad, n + "g") for n, p in student_module.named_parameters()}
@@ -196,7 +197,7 @@ def test_without_regions_there_is_no_region_head():
     module = objective(regions=False)
     assert module.region_head is None
     assert {name.split(".")[0] for name, _ in module.named_parameters()} == {"view_head"}
-    module.discard_centers()
+    module.discard()
 
 
 def test_accumulated_micro_batches_equal_the_whole_batch():
@@ -220,20 +221,20 @@ def test_accumulated_micro_batches_equal_the_whole_batch():
         assert split.view_center.values(targets.view.rows).abs().max() == 0
     for a, b in zip(whole.parameters(), split.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-10)
-    whole.commit_centers()
-    split.commit_centers()
-    assert whole.centers_state().keys() == {"view.values", "region.values"}
-    for key, value in whole.centers_state().items():
-        torch.testing.assert_close(split.centers_state()[key], value, rtol=0, atol=1e-12)
+    whole.commit()
+    split.commit()
+    assert whole.memory().keys() == {"view.values", "region.values"}
+    for key, value in whole.memory().items():
+        torch.testing.assert_close(split.memory()[key], value, rtol=0, atol=1e-12)
 
 
 def test_centres_survive_a_checkpoint():
     module, grids = objective(), LAYOUTS["two globals"]
     targets = objective(seed="t").targets(features("b", grids))
     module(features("a", grids), targets, 0.05)
-    module.commit_centers()
+    module.commit()
     other = objective()
-    other.load_centers_state(module.centers_state())
+    other.load_memory(module.memory())
     first, second = (m(features("a", grids), targets, 0.05)[0] for m in (module, other))
     assert torch.equal(first, second)
     assert first != objective()(features("a", grids), targets, 0.05)[0]

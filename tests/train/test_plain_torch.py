@@ -52,7 +52,7 @@ def plain_losses(config: Config) -> list[float]:
         with torch.no_grad():
             for e, s in zip(teacher.parameters(), student.parameters(), strict=True):
                 e.mul_(m).add_((1 - m) * s)
-        student.objective.commit_centers()
+        student.objective.commit()
         losses.append(loss.item())
     return losses
 

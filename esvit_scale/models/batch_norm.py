@@ -1,0 +1,91 @@
+"""Batch normalisation as self-distillation needs it: over all ranks, per resolution, in fp32, and once per forward.
+
+A batch of one resolution is normalised by its own mean and variance over all ranks' images (torch's SyncBatchNorm runs
+on GPUs only). The running statistics, which evaluation uses, move once a call in training mode, not again when
+activation checkpointing recomputes it, and not by a batch that was not finite. They stay fp32 whatever the engine casts.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from esvit_scale.parallel import collectives
+
+_state = threading.local()
+
+
+@contextmanager
+def recomputing() -> Iterator[None]:
+    """Within it, running statistics stay where the first pass left them."""
+    before = getattr(_state, "recomputing", False)
+    _state.recomputing = True
+    try:
+        yield
+    finally:
+        _state.recomputing = before
+
+
+class BatchNorm(nn.Module):
+    """y = (x − mean)/√(var + eps) · weight + bias over all dimensions but the channels.
+
+    Parameters and buffers have the names and shapes of torch's (but `num_batches_tracked`), so weights map by name.
+
+    Args:
+        channels: C; dimension 1 of the input, [n, C] or [B, C, H, W].
+        momentum: the running statistics' step towards a batch's.
+        affine: False: no weight and bias.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1, affine: bool = True) -> None:
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+        self.weight = nn.Parameter(torch.ones(channels)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(channels)) if affine else None
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean, var = self._batch_statistics(wide) if self.training else (self.running_mean, self.running_var)
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        scale = torch.rsqrt(var + self.eps)
+        if self.weight is not None and self.bias is not None:
+            scale = scale * self.weight
+            return torch.addcmul((self.bias - mean * scale).view(shape), wide, scale.view(shape)).to(x.dtype)
+        return ((wide - mean.view(shape)) * scale.view(shape)).to(x.dtype)
+
+    def _batch_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance [C] over all ranks. Two passes: E[x²] − E[x]² cancels in fp32."""
+        dims = [0, *range(2, x.dim())]
+        count = x.numel() // x.shape[1] * collectives.world_size()
+        mean = collectives.all_reduce_sum(x.sum(dims)) / count
+        centred = x - mean.view(1, -1, *[1] * (x.dim() - 2))
+        var = collectives.all_reduce_sum(centred.square().sum(dims)) / count
+        if not getattr(_state, "recomputing", False):
+            self._move(mean.detach(), var.detach() * (count / max(count - 1, 1)))
+        return mean, var
+
+    @torch.no_grad()
+    def _move(self, mean: Tensor, var: Tensor) -> None:
+        finite = torch.isfinite(mean).all() & torch.isfinite(var).all()
+        for running, batch in ((self.running_mean, mean), (self.running_var, var)):
+            moved = torch.lerp(running, batch.to(running.dtype), self.momentum)
+            running.copy_(torch.where(finite, moved, running))
+
+
+def convert(module: nn.Module) -> None:
+    """Replaces every batch norm of a library's network, in place, by ours with the same values."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            own = BatchNorm(child.num_features, child.eps, child.momentum or 0.1, child.affine)
+            own.load_state_dict({k: v for k, v in child.state_dict().items() if k != "num_batches_tracked"})
+            own.train(child.training)
+            setattr(module, name, own)
+        else:
+            convert(child)

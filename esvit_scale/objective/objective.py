@@ -1,0 +1,80 @@
+"""What every objective is: the contract between objective/ and the training step, which never asks which one it is.
+
+Teacher and student each hold an instance with the same parameters; the teacher's are the student's moving average.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from esvit_scale.models.trunk import Features
+
+Logs = dict[str, Tensor]  # detached scalars; `feature_std`, `loss_…` and whatever the objective finds worth watching
+
+
+class Objective(nn.Module):
+    """A loss with its heads.
+
+    Attributes:
+        needs_regions: reads `Features.regions`.
+        multi_crop: takes local crops beside the two global ones.
+        has_teacher: False: targets come from the student's own features, and the teacher is not run. A recipe of such
+            an objective sets `ema_momentum` to 0, so that the teacher, which is what evaluation reads, is the student.
+        images_at_least: images of a micro-batch on one rank, below which the loss is not defined.
+    """
+
+    needs_regions = False
+    multi_crop = True
+    has_teacher = True
+    images_at_least = 1
+
+    def targets(self, teacher: Features) -> Any:
+        """The teacher's role: features of the two global views, crop 0 of all images then crop 1 → what the student's
+        loss needs, tensors only. Called without gradient."""
+        raise NotImplementedError
+
+    def forward(self, student: Features, targets: Any, teacher_temp: float) -> tuple[Tensor, Logs]:
+        """The student's role: features of all crops, crop 0 of all images, crop 1 of all images, …
+
+        Args:
+            targets: what the teacher's `targets` gave; None without a teacher.
+            teacher_temp: τ_t at this step, for objectives that have one.
+
+        Returns:
+            The loss (scalar; the mean over this rank's images), and scalars to log. Every trainable parameter takes
+            part at every call: ZeRO-3 would step a parameter that is not used by an old gradient.
+        """
+        raise NotImplementedError
+
+    def commit(self) -> None:
+        """After an applied optimizer step, on all ranks: what was observed since the last one counts."""
+
+    def discard(self) -> None:
+        """After a skipped optimizer step."""
+
+    def memory(self) -> dict[str, Tensor]:
+        """What the student's objective remembers from step to step beside parameters and buffers; the same on all
+        ranks, fp32, for checkpoints. A name begins with the head that it belongs to: "view.values" to `view_head`."""
+        return {}
+
+    def empty_memory(self, device: torch.device) -> dict[str, Tensor]:
+        """Tensors of the names and shapes that `memory` has after a step, to be filled from a checkpoint."""
+        return {}
+
+    def load_memory(self, memory: dict[str, Tensor]) -> None:
+        """Takes over what `memory` gave, all or a part of it."""
+
+
+@torch.no_grad()
+def spread(features: Tensor) -> Tensor:
+    """How different the rows of features [n, C] are: 1 for unit vectors in all directions, 0 when all are equal.
+
+    √C times the mean over channels of the unit rows' standard deviation.
+    """
+    return unit(features.detach()).std(0, correction=0).mean() * features.shape[1] ** 0.5
+
+
+def unit(features: Tensor) -> Tensor:
+    """Rows of unit norm in fp32 or wider: an argmax must not depend on bf16 rounding."""
+    return nn.functional.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)

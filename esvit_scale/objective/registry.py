@@ -1,0 +1,48 @@
+"""Objectives by name: one line each, and what each asks of the run's crops and trunk."""
+
+from collections.abc import Callable
+
+from esvit_scale import config as config_module
+from esvit_scale.config import Config
+from esvit_scale.errors import UserError, nearest
+from esvit_scale.models.trunk import Trunk
+from esvit_scale.objective.esvit import EsViT
+from esvit_scale.objective.objective import Objective
+
+OBJECTIVES: dict[str, Callable[[int, config_module.Objective], Objective]] = {  # (C of the trunk, config.objective)
+    "esvit": EsViT,
+}
+
+
+def build_objective(trunk: Trunk, config: Config) -> Objective:
+    """The objective that `config.objective` names, for a trunk's features.
+
+    Raises:
+        UserError: unknown name, or one that the trunk or the crops do not suit; one line.
+    """
+    name = config.objective.name
+    if name not in OBJECTIVES:
+        raise UserError(f"objective.name: unknown objective {name!r}{nearest(name, OBJECTIVES)}")
+    objective = OBJECTIVES[name](trunk.dim, config.objective)
+    if objective.needs_regions and not trunk.has_regions:
+        raise UserError(
+            f"model.trunk: {config.model.trunk} gives no region tokens, which {name} with objective.regions=true needs; "
+            "set objective.regions=false, or take a trunk with a grid of tokens"
+        )
+    if config.data.local_crops and not objective.multi_crop:
+        raise UserError(f"data.local_crops: {name} compares the two global crops alone; set data.local_crops=[]")
+    return objective
+
+
+def check_local_batch(objective: Objective, config: Config, world_size: int) -> None:
+    """
+    Raises:
+        UserError: fewer images on a rank than the objective's loss is defined for.
+    """
+    images = config.train.global_batch // config.train.grad_accum // world_size
+    if images < objective.images_at_least:
+        whole = objective.images_at_least * config.train.grad_accum * world_size
+        raise UserError(
+            f"train.global_batch: {config.train.global_batch} gives {images} images to a rank at a time, and "
+            f"{config.objective.name} needs {objective.images_at_least}; at least train.global_batch={whole}"
+        )
