@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from esvit_scale.checkpoint import export, official, single_file, state
-from esvit_scale.checkpoint.weights import HEADS, TRUNK, Weights, heads_in
+from esvit_scale.checkpoint.weights import OBJECTIVE, TRUNK, Weights, heads_in, in_words, network_shapes
 from esvit_scale.errors import UserError
 
 ONE_NETWORK = ("safetensors", *export.FOLDER_FORMS)
@@ -79,7 +79,7 @@ def _one_network(source: Path, weights: Weights, network: str | None, heads: boo
     tensors = weights.networks[name]
     if heads and not heads_in(tensors):
         raise UserError(f"{source}: holds no heads; leave out --heads")
-    prefixes = (TRUNK, *HEADS.values()) if heads else (TRUNK,)
+    prefixes = (TRUNK, OBJECTIVE) if heads else (TRUNK,)
     kept = {n: t for n, t in tensors.items() if n.startswith(prefixes)}
     return Weights(weights.config, {name: kept}, weights.centers if heads else {})
 
@@ -88,16 +88,18 @@ def _check_complete(source: Path, weights: Weights) -> None:
     for name in official.NETWORKS:
         if name not in weights.networks:
             raise UserError(f"{source}: holds no {name}; only --to safetensors can do without")
-    for head in ["view", "region"] if weights.config.objective.regions else ["view"]:
+    for head in heads_in(network_shapes(weights.config)):
         if any(head not in heads_in(tensors) for tensors in weights.networks.values()):
-            raise UserError(f"{source}: holds no {head} head; only --to safetensors can do without")
+            raise UserError(f"{source}: holds no {in_words([head])}; only --to safetensors can do without")
 
 
 def _summary(destination: Path, weights: Weights) -> str:
     tensors = next(iter(weights.networks.values()))
     count = sum(tensor.numel() for name, tensor in tensors.items() if name.startswith(TRUNK))
-    heads = " and ".join(heads_in(tensors))
+    heads = heads_in(tensors)
     parts = [f"{' and '.join(weights.networks)} of {weights.config.model.trunk} ({count:,} parameters in the trunk)"]
-    parts += [f"{heads} head{'s' if ' ' in heads else ''}, K = {weights.config.objective.prototypes}"] if heads else []
+    prototypes = any(name.endswith(".weight_v") for name in tensors)
+    parts += [in_words(heads)] if heads else []
+    parts += [f"K = {weights.config.objective.prototypes}"] if prototypes else []
     parts += ["centres"] if weights.centers else []
     return f"{destination}: {', '.join(parts)}"

@@ -27,7 +27,15 @@ from torch import Tensor
 
 from esvit_scale import config as config_module
 from esvit_scale import files
-from esvit_scale.checkpoint.weights import HEADS, TRUNK, Weights, check_network, check_shapes, heads_in
+from esvit_scale.checkpoint.weights import (
+    TRUNK,
+    Weights,
+    check_network,
+    check_shapes,
+    head_of_center,
+    head_prefix,
+    heads_in,
+)
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
 from esvit_scale.models.registry import SHAPES
@@ -36,7 +44,7 @@ from esvit_scale.models.windows import relative_position_index
 
 NETWORKS = {"student": "module.", "teacher": ""}  # with the prefix that the official trainer saves it under
 CENTERS = {"center": "view.values", "center_grid": "region.values"}
-_THEIR_HEADS = {"head.": HEADS["view"], "head_dense.": HEADS["region"]}
+_THEIR_HEADS = {"head.": head_prefix("view_head"), "head_dense.": head_prefix("region_head")}
 _WRAPPERS = ("module.", "backbone.")
 _COMPUTED = ("relative_position_index", "attn_mask")
 _TABLE = re.compile(r"trunk\.layers\.(\d+)\.blocks\.\d+\.attn\.relative_position_bias_table")
@@ -200,9 +208,9 @@ def _model(embed_dim: int, depths: list[int], heads: list[int], window: int) -> 
 
 
 def _objective(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    values: dict[str, Any] = {"regions": "region" in heads_in(tensors)}
-    directions = tensors.get(HEADS["view"] + "last_layer.weight_v")
-    first = tensors.get(HEADS["view"] + "mlp.0.weight")
+    values: dict[str, Any] = {"regions": "region_head" in heads_in(tensors)}
+    directions = tensors.get(head_prefix("view_head") + "last_layer.weight_v")
+    first = tensors.get(head_prefix("view_head") + "mlp.0.weight")
     if directions is not None and directions.ndim == 2 and first is not None:
         values |= {"prototypes": len(directions), "bottleneck": directions.shape[1], "head_hidden": len(first)}
     return values
@@ -226,7 +234,7 @@ def _centers(path: Path, loss: Any, config: Config, heads: list[str]) -> dict[st
     found = {
         ours: there[theirs].detach().float().view(-1)
         for theirs, ours in CENTERS.items()
-        if isinstance(there.get(theirs), Tensor) and ours.partition(".")[0] in heads
+        if isinstance(there.get(theirs), Tensor) and head_of_center(ours) in heads
     }
     wanted = {name: [config.objective.prototypes] for name in found}
     check_shapes(f"{path}: dino_loss", {name: list(center.shape) for name, center in found.items()}, wanted)

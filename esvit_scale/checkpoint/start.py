@@ -6,7 +6,17 @@ from typing import NamedTuple
 from torch import Tensor
 
 from esvit_scale.checkpoint import convert, single_file, state
-from esvit_scale.checkpoint.weights import HEADS, TRUNK, Shapes, Weights, check_shapes, heads_in, network_shapes
+from esvit_scale.checkpoint.weights import (
+    TRUNK,
+    Shapes,
+    Weights,
+    check_shapes,
+    head_of_center,
+    head_prefix,
+    heads_in,
+    in_words,
+    network_shapes,
+)
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
 from esvit_scale.parallel import collectives
@@ -15,7 +25,7 @@ from esvit_scale.parallel import collectives
 class Start(NamedTuple):
     """Values for some of a network's parameters; the others are initialised as in any run."""
 
-    values: dict[str, Tensor]  # parameter's name → fp32
+    values: dict[str, Tensor]  # name of a parameter or running statistic → fp32
     centers: dict[str, Tensor]  # of the heads among the values
     note: str  # what was taken and what not, for the log
 
@@ -59,19 +69,20 @@ def _fit(source: Path, weights: Weights, config: Config) -> Start:
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     check_shapes(f"model.init_from: {source}", _part(shapes, TRUNK), _part(wanted, TRUNK))
     taken, notes = [TRUNK], ["trunk"]
-    for head, prefix in HEADS.items():
-        there, needed = head in heads_in(tensors), bool(_part(wanted, prefix))
-        if there and needed:
-            _check_head(source, head, _part(shapes, prefix), _part(wanted, prefix))
+    theirs, ours = heads_in(tensors), heads_in(wanted)
+    for head in dict.fromkeys([*ours, *theirs]):
+        prefix, words = head_prefix(head), in_words([head])
+        if head in theirs and head in ours:
+            _check_head(source, words, _part(shapes, prefix), _part(wanted, prefix))
             taken.append(prefix)
-            notes.append(f"{head} head")
-        elif needed:
-            notes.append(f"no {head} head there, it is initialised freshly")
-        elif there:
-            notes.append(f"{head} head left behind, the run has none")
+            notes.append(words)
+        elif head in ours:
+            notes.append(f"no {words} there, it is initialised freshly")
+        else:
+            notes.append(f"{words} left behind, the run has none")
     left = ".weight_g" if config.objective.norm_last_layer else ()
     values = {n: t for n, t in tensors.items() if n.startswith(tuple(taken)) and not n.endswith(left)}
-    centers = {n: c for n, c in weights.centers.items() if HEADS[n.partition(".")[0]] in taken}
+    centers = {n: c for n, c in weights.centers.items() if head_prefix(head_of_center(n)) in taken}
     return Start(values, centers, f"{network} of {source}: {', '.join(notes)}")
 
 
@@ -81,7 +92,7 @@ def _check_head(source: Path, head: str, stored: Shapes, wanted: Shapes) -> None
     except UserError as error:
         raise UserError(
             f"{error}; set objective.prototypes, head_hidden and bottleneck to the source's, or start from its trunk alone "
-            f"with a new {head} head: `esvit-scale convert … --to safetensors` makes a {single_file.SUFFIX} of it"
+            f"with a new {head}: `esvit-scale convert … --to safetensors` makes a {single_file.SUFFIX} of it"
         ) from None
 
 

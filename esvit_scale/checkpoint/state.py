@@ -201,7 +201,8 @@ def load_teacher(checkpoint: Path) -> tuple[nn.Module, Config]:
     trunk = build_trunk(config)
     stored = {n.removeprefix(TRUNK): s for n, s in state["shapes"].items() if n.startswith(TRUNK)}
     check_shapes(folder, stored, shapes_of(trunk))
-    values = {f"ema/trunk.{name}": whole(p.data) for name, p in trunk.named_parameters()}
+    tensors = {**dict(trunk.named_parameters()), **partitions.buffers_of_module(trunk)}
+    values = {f"ema/trunk.{name}": whole(tensor.data) for name, tensor in tensors.items()}
     storage.load(folder, values, alone=True)
     return trunk.eval(), config
 
@@ -279,6 +280,9 @@ def _intervals(engines: Engines, optimizer_steps: dict[str, int], centers: dict[
             moments = engines.optimizer.state[p.flat]
             for key in engines.moments:
                 intervals[f"{key}/{p.name}"] = Interval(p.within(moments[key]), p.start, total)
+    for prefix, network in zip(ROLES.values(), (engines.student.module, engines.teacher.module), strict=True):
+        for name, buffer in partitions.buffers_of_module(network).items():
+            intervals[f"{prefix}{name}"] = whole(buffer)
     for f in _frozen(engines):
         for prefix in ROLES.values():
             intervals[f"{prefix}{f.name}"] = Interval(f.values, f.start, f.shape.numel())

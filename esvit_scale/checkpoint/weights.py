@@ -1,5 +1,6 @@
 """Weights by the names of `objective.network.Network`, wherever they came from."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -8,32 +9,48 @@ from torch import Tensor, nn
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
 from esvit_scale.objective.network import build_network
+from esvit_scale.parallel.partitions import buffers_of_module
 
 TRUNK = "trunk."
-HEADS = {"view": "objective.view_head.", "region": "objective.region_head."}
+OBJECTIVE = "objective."
 Shapes = dict[str, list[int]]
 
 
 class Weights(NamedTuple):
     config: Config  # whose model and objective fit the tensors
-    networks: dict[str, dict[str, Tensor]]  # "student", "teacher" → parameter's name → fp32
+    networks: dict[str, dict[str, Tensor]]  # "student", "teacher" → name of a parameter or running statistic → fp32
     centers: dict[str, Tensor]  # "view.values", "region.values" → fp32 [K]
 
 
 def shapes_of(module: nn.Module) -> Shapes:
-    """Of every parameter, also one that ZeRO-3 partitions."""
-    return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in module.named_parameters()}
+    """Of every parameter, also one that ZeRO-3 partitions, and of every running statistic."""
+    shapes = {name: list(getattr(p, "ds_shape", p.shape)) for name, p in module.named_parameters()}
+    return shapes | {name: list(buffer.shape) for name, buffer in buffers_of_module(module).items()}
 
 
 def network_shapes(config: Config) -> Shapes:
-    """Of every parameter of the config's network, without memory for it."""
+    """Of everything that the config's network saves, without memory for it."""
     with torch.device("meta"):
         return shapes_of(build_network(config))
 
 
-def heads_in(names: dict[str, Tensor]) -> list[str]:
-    """The heads ("view", "region") of which there is any tensor."""
-    return [head for head, prefix in HEADS.items() if any(name.startswith(prefix) for name in names)]
+def heads_in(names: Iterable[str]) -> list[str]:
+    """The objective's parts ("view_head", "region_head", "projector", …) of which there is any tensor, in order."""
+    return list(dict.fromkeys(name.split(".")[1] for name in names if name.startswith(OBJECTIVE)))
+
+
+def head_prefix(head: str) -> str:
+    """What the names of a head's tensors begin with."""
+    return f"{OBJECTIVE}{head}."
+
+
+def head_of_center(name: str) -> str:
+    """ "view.values" → "view_head" """
+    return f"{name.partition('.')[0]}_head"
+
+
+def in_words(heads: list[str]) -> str:
+    return ", ".join(head.replace("_", " ") for head in heads)
 
 
 def check_shapes(where: object, stored: Shapes, wanted: Shapes) -> None:
@@ -54,6 +71,6 @@ def check_shapes(where: object, stored: Shapes, wanted: Shapes) -> None:
 
 def check_network(where: object, tensors: dict[str, Tensor], config: Config) -> None:
     """That the tensors are the config's trunk and whole heads of it, no more and no less; `check_shapes` else."""
-    there = (TRUNK, *(HEADS[head] for head in heads_in(tensors)))
+    there = (TRUNK, *(head_prefix(head) for head in heads_in(tensors)))
     wanted = {name: shape for name, shape in network_shapes(config).items() if name.startswith(there)}
     check_shapes(where, {name: list(tensor.shape) for name, tensor in tensors.items()}, wanted)

@@ -28,6 +28,13 @@ def recomputing() -> Iterator[None]:
         _state.recomputing = before
 
 
+def moves_without_gradient(module: nn.Module) -> None:
+    """For reentrant checkpointing, whose first pass runs without gradient and whose recomputation runs with it."""
+    for child in module.modules():
+        if isinstance(child, BatchNorm):
+            child.first_pass_has_gradient = False
+
+
 class BatchNorm(nn.Module):
     """y = (x − mean)/√(var + eps) · weight + bias over all dimensions but the channels.
 
@@ -45,6 +52,7 @@ class BatchNorm(nn.Module):
     def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1, affine: bool = True) -> None:
         super().__init__()
         self.eps, self.momentum = eps, momentum
+        self.first_pass_has_gradient = True
         self.weight = nn.Parameter(torch.ones(channels)) if affine else None
         self.bias = nn.Parameter(torch.zeros(channels)) if affine else None
         self.register_buffer("running_mean", torch.zeros(channels))
@@ -67,7 +75,8 @@ class BatchNorm(nn.Module):
         mean = collectives.all_reduce_sum(x.sum(dims)) / count
         centred = x - mean.view(1, -1, *[1] * (x.dim() - 2))
         var = collectives.all_reduce_sum(centred.square().sum(dims)) / count
-        if not getattr(_state, "recomputing", False):
+        again = getattr(_state, "recomputing", False) or (torch.is_grad_enabled() and not self.first_pass_has_gradient)
+        if not again:
             self._move(mean.detach(), var.detach() * (count / max(count - 1, 1)))
         return mean, var
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from esvit_scale.parallel.partitions import Partition, frozen_of_module
+from esvit_scale.parallel.partitions import Partition, buffers_of_module, frozen_of_module, widen_buffers
 
 
 class Teacher:
@@ -41,7 +41,14 @@ class Teacher:
         else:
             self.values = [p.master.clone() for p in partitions]
         self.follow_frozen()
+        widen_buffers(self.module)
+        self.follow_buffers()
         self.publish()
+
+    @property
+    def module(self) -> nn.Module:
+        """The network without an engine around it."""
+        return self.network.module if self._stage == 3 else self.network
 
     @torch.no_grad()
     def update(self, momentum: float) -> None:
@@ -53,10 +60,16 @@ class Teacher:
     @torch.no_grad()
     def follow_frozen(self) -> None:
         """What is not trained is the student's; needed again after the student's was written from outside."""
-        network = self.network.module if self._stage == 3 else self.network
-        own = {p.name: p for p in frozen_of_module(network)}
+        own = {p.name: p for p in frozen_of_module(self.module)}
         for p in frozen_of_module(self._student.module):
             own[p.name].values.copy_(p.values)
+
+    @torch.no_grad()
+    def follow_buffers(self) -> None:
+        """Running statistics are the student's: at the start, and for good where the teacher sees no images itself."""
+        own = buffers_of_module(self.module)
+        for name, buffer in buffers_of_module(self._student.module).items():
+            own[name].copy_(buffer)
 
     @torch.no_grad()
     def publish(self) -> None:
@@ -64,9 +77,9 @@ class Teacher:
         if self._stage in (1, 2):
             self._publish_flat()
         elif self._stage == 3:
-            own = dict(self.network.module.named_parameters())
+            own = dict(self.module.named_parameters())
             for value, partition in zip(self.values, self._partitions, strict=True):
-                own[partition.name].ds_tensor.data[: partition.length].copy_(value)
+                own[partition.name].ds_tensor.data[: partition.length].copy_(value)  # type: ignore[attr-defined]
 
     def _publish_flat(self) -> None:
         optimizer = self._student.optimizer

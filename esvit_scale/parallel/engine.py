@@ -29,6 +29,7 @@ class Recipe(NamedTuple):
     initial_value: Callable[[str, torch.Size], Tensor]  # parameter's name and shape → fp32 value
     groups: Callable[[nn.Module], dict[str, list[str]]]  # parameter group ("decay", "no_decay", "last_layer") → names
     watched: Callable[[nn.Module], list[str]]  # parameters whose updates the gate measures when asked
+    buffers: dict[str, Tensor]  # running statistics to start from; those that are not named start as they are built
 
 
 class Engines(NamedTuple):
@@ -106,6 +107,9 @@ def _initialise(student: Any, owned: list[Partition], recipe: Recipe) -> None:
     for f in partitions.frozen_of_module(student.module):
         f.values.copy_(recipe.initial_value(f.name, f.shape).view(-1)[f.start : f.start + len(f.values)])
     partitions.publish(student)
+    partitions.widen_buffers(student.module)
+    for name, buffer in partitions.buffers_of_module(student.module).items():
+        buffer.copy_(recipe.buffers.get(name, buffer))
 
 
 def _teacher_config(ds: dict[str, Any]) -> dict[str, Any]:

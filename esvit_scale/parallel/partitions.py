@@ -74,6 +74,24 @@ def frozen_of_module(module: nn.Module) -> list[Frozen]:
     return frozen
 
 
+def buffers_of_module(module: nn.Module) -> dict[str, Tensor]:
+    """What a module keeps beside its parameters and would save: running statistics, whole on every rank, by full name."""
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer
+        for prefix, child in module.named_modules()
+        for name, buffer in child._buffers.items()
+        if buffer is not None and buffer.is_floating_point() and name not in child._non_persistent_buffers_set
+    }
+
+
+def widen_buffers(module: nn.Module) -> None:
+    """fp32 whatever an engine cast them to: a running mean in bf16 stops moving."""
+    for child in module.modules():
+        for name, buffer in child._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                child._buffers[name] = buffer.float()
+
+
 def _stage_1_or_2(optimizer: Any, named: list[tuple[str, Tensor]]) -> list[Partition]:
     names = {id(p): name for name, p in named}
     order = {name: i for i, (name, _) in enumerate(named)}

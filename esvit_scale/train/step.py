@@ -77,6 +77,8 @@ def optimizer_step(session: Session, micro_batches: "list[MicroBatch]", step: in
         applied = engine_module.take_step(engines)
     if applied:
         engines.teacher.update(schedules.ema_momentum(step))
+        if not session.objective.has_teacher:
+            engines.teacher.follow_buffers()
         session.objective.commit()
     else:
         session.objective.discard()
@@ -133,5 +135,9 @@ def _recipe(config: Config, origin: Start) -> Recipe:
         return {group: [n for n, g in group_of.items() if g == group] for group in ("decay", "no_decay", "last_layer")}
 
     return Recipe(
-        lambda: build_network(config), value, groups, lambda module: list(largest_of_each_part(module).values())
+        lambda: build_network(config),
+        value,
+        groups,
+        lambda module: list(largest_of_each_part(module).values()),
+        {name: value for name, value in origin.values.items() if name not in inits},
     )

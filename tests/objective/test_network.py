@@ -41,7 +41,7 @@ def test_every_parameter_gets_a_gradient_whatever_the_crops(groups, dtype):
 
 
 def test_teacher_and_student_roles():
-    student, teacher = pair()
+    _, teacher = pair()
     crops = crops_of((2, 32), (2, 16))
     targets = teacher(crops[:1])
     assert not any(t.requires_grad for t in (*targets.view, *targets.region, targets.features))
