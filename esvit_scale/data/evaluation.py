@@ -1,7 +1,7 @@
 """Every image of a set once, for frozen-feature evaluation: resized, cropped at the centre, normalised."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,19 +32,23 @@ class EvaluationBatch(NamedTuple):
 
 
 def evaluation_batches(
-    source: Path, size: int, batch: int, workers: int = 0, rank: int = 0, world_size: int = 1
+    source: Path, size: int, batch: int, workers: int = 0, rank: int = 0, world_size: int = 1, most: int | None = None
 ) -> Iterator[EvaluationBatch]:
     """Every image of a shard set (manifest order) or image folder (path order) once, for frozen-feature evaluation.
 
     Resize of the short side to size·256/224 (bicubic), centre crop, ImageNet normalisation. Rank r takes the r-th of
     `world_size` contiguous parts, so the ranks' outputs in rank order are the source's order. Labels are the classes'
-    indices (subfolders by name), -1 without classes. Bad images are left out and counted in a warning.
+    indices (subfolders by name), -1 without classes. Bad images are left out and counted in a warning. `most`: no more
+    than so many images, spread evenly over the source; the others are not read.
 
     Raises:
         UserError: the source is neither a shard set nor a folder with images, or a shard is missing or truncated.
     """
     items = items_of(Path(source))
-    numbers = range(rank * len(items) // world_size, (rank + 1) * len(items) // world_size)
+    everything: Sequence[int] = range(len(items))
+    if most is not None and most < len(items):
+        everything = np.linspace(0, len(items) - 1, most).round().astype(int).tolist()
+    numbers = everything[rank * len(everything) // world_size : (rank + 1) * len(everything) // world_size]
     parts = loader([partial(_evaluation_parts, items, numbers, size, batch)], min(workers, -(-len(numbers) // batch)))
     return _evaluation_joined(parts, str(source), len(numbers))
 
@@ -95,7 +99,7 @@ class _EvaluationPart(NamedTuple):
     bad: list[str]
 
 
-def _evaluation_parts(items: Items, numbers: range, size: int, batch: int) -> Iterator[_EvaluationPart]:
+def _evaluation_parts(items: Items, numbers: Sequence[int], size: int, batch: int) -> Iterator[_EvaluationPart]:
     info = get_worker_info()
     worker, workers = (info.id, info.num_workers) if info else (0, 1)
     for start in range(worker * batch, len(numbers), workers * batch):

@@ -56,7 +56,7 @@ def knn(
     rank, world, n = collectives.rank(), collectives.world_size(), len(test_labels)
     mine = slice(rank * n // world, (rank + 1) * n // world)
     similarity, index = nearest_neighbours(train_features, test_features[mine], max(ks), device)
-    right = _right(train_labels[index], (similarity / temperature).exp(), test_labels[mine], ks, classes, top)
+    right = places(train_labels[index], (similarity / temperature).exp(), test_labels[mine], ks, classes, top)
     hits = collectives.all_reduce_sum_(right.to(device)).cpu()  # [ks, top]
     return {
         k: Accuracy(100 * int(row[0]) / n, 100 * int(row.sum()) / n if top == 5 else None)
@@ -64,7 +64,7 @@ def knn(
     }
 
 
-def _right(voters: Tensor, weights: Tensor, truth: Tensor, ks: Sequence[int], classes: int, top: int) -> Tensor:
+def places(voters: Tensor, weights: Tensor, truth: Tensor, ks: Sequence[int], classes: int, top: int) -> Tensor:
     """How often the true class came first, second, …: int64 [ks, top]. voters and weights [Q, k], truth [Q]."""
     right = torch.zeros(len(ks), top, dtype=torch.int64)
     step = max(1, VOTES_AT_ONCE // classes)

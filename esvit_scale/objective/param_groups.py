@@ -1,5 +1,6 @@
 """Which parameters decay, and which are frozen with the last layer."""
 
+import re
 from typing import Literal
 
 from torch import nn
@@ -17,12 +18,21 @@ def parameter_groups(module: nn.Module) -> dict[str, Group]:
     return {name: _group(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
+_LAYER = re.compile(r"(?:model\.)?(?:(layers|stages|stage|blocks)[._]?(\d+)|layer(\d))")
+
+
 def part_of(name: str) -> str:
-    """The part of the network that a parameter belongs to, as monitors name it: "patch_embed", "stage3", "view_head"."""
-    owner, part, *rest = name.split(".")
-    if part == "layers":
-        return f"stage{int(rest[0]) + 1}"
-    return part if owner in ("trunk", "objective") else owner
+    """The part of the network that a parameter belongs to, as monitors name it: "patch_embed", "stage3", "view_head".
+
+    A trunk with stages has one part a stage, one without (a plain ViT) one part a block.
+    """
+    owner, _, rest = name.partition(".")
+    if owner not in ("trunk", "objective"):
+        return owner
+    if owner == "trunk" and (match := _LAYER.match(rest)):
+        kind, from_zero, from_one = match.groups()
+        return f"{'block' if kind == 'blocks' else 'stage'}{from_one or int(from_zero) + 1}"
+    return rest.removeprefix("model.").partition(".")[0]
 
 
 def largest_of_each_part(module: nn.Module) -> dict[str, str]:

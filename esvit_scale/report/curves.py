@@ -1,11 +1,12 @@
 """What a run logged, as groups of small curves: one a column, all runs in each."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from esvit_scale.report import pictures, plots
+from esvit_scale.report import instability, pictures, plots
 from esvit_scale.report.plots import BLUE, GREEN, GREY, ORANGE, VIOLET, Curve, Panel
 from esvit_scale.report.run import Run
 
@@ -19,22 +20,9 @@ class Group(NamedTuple):
     columns: Mapping[str, tuple[str, str]]  # column → its title, its colour when there is one run
 
 
-PARTS = {
-    "patch_embed": "patch embedding",
-    "stage1": "stage 1",
-    "stage2": "stage 2",
-    "stage3": "stage 3",
-    "stage4": "stage 4",
-    "norm": "final norm",
-    "view_head": "view head",
-    "region_head": "region head",
-}
-OPTIONAL = (
-    "knn_top1",
-    "bad_samples",
-    *(f"grad_norm_{part}" for part in PARTS),
-    *(f"update_ratio_{part}" for part in PARTS),
-)
+PARTS = {"patch_embed": "patch embedding", "norm": "final norm"}  # whose names are no words
+# What every run logs; the rest depends on the objective and on what was asked for.
+EXPECTED = {"loss", "grad_norm", "feature_std", "rank_me", "images_per_s", "data_wait_s", "lr", "wd", "momentum"}
 GROUPS = (
     Group(
         "Loss",
@@ -68,18 +56,6 @@ GROUPS = (
         },
     ),
     Group(
-        "Gradients by part",
-        "Norm before clipping. A spike that begins in the patch embedding and reaches the last stage some steps later is "
-        "the instability that MoCo v3 describes.",
-        {f"grad_norm_{part}": (title, VIOLET) for part, title in PARTS.items()},
-    ),
-    Group(
-        "Updates by part",
-        "How far a step moves the largest matrix of each part, relative to its size: about 1e-3 is usual; a part far from "
-        "the others learns too fast or not at all.",
-        {f"update_ratio_{part}": (title, BLUE) for part, title in PARTS.items()},
-    ),
-    Group(
         "Speed",
         "MFU: the share of the device's matrix-product rate that became training. The wait is the part of a step that "
         "was spent without data to work on.",
@@ -101,6 +77,20 @@ GROUPS = (
         },
     ),
 )
+BY_PART = {  # what a column's name begins with → the group of all such columns
+    "grad_norm_": (
+        "Gradients by part",
+        "Norm before clipping. A spike that begins in the patch embedding and reaches the last layer some steps later is "
+        "the instability that MoCo v3 describes.",
+        VIOLET,
+    ),
+    "update_ratio_": (
+        "Updates by part",
+        "How far a step moves the largest matrix of each part, relative to its size: about 1e-3 is usual; a part far from "
+        "the others learns too fast or not at all.",
+        BLUE,
+    ),
+}
 FROM_ZERO = {"images_per_s", "data_wait_s", "mfu", "step_s", "skipped_steps", "feature_std", "rank_me", "knn_top1"}
 PLANNED = {"lr", "wd", "momentum", "teacher_temp", "skipped_steps", "bad_samples"}  # not noisy
 SAME_SCALE = ({"loss", "loss_view", "loss_region"}, {"teacher_entropy_view", "teacher_entropy_region"})
@@ -111,11 +101,14 @@ def groups(runs: Sequence[Run], names: Sequence[str], missing: list[str]) -> lis
 
     What no group knows is drawn under "Other"; a known column that nobody logged is noted in `missing`.
     """
-    logged = {name for run in runs for name, values in run.columns.items() if np.isfinite(values).any()}
-    known = {column for group in GROUPS for column in group.columns}
-    others = sorted(logged - known - set(NOT_DRAWN))
+    logged = {name: None for run in runs for name, values in run.columns.items() if np.isfinite(values).any()}
+    by_part = [_group_of_parts(prefix, *words, logged) for prefix, words in BY_PART.items()]
+    known = {column for group in (*GROUPS, *by_part) for column in group.columns}
+    others = sorted(logged.keys() - known - set(NOT_DRAWN))
     all_groups = [
-        *GROUPS,
+        *GROUPS[:2],
+        *by_part,
+        *GROUPS[2:],
         Group("Other", "Logged by this run; no group here knows them.", {o: (o, GREY) for o in others}),
     ]
     shown = []
@@ -128,10 +121,30 @@ def groups(runs: Sequence[Run], names: Sequence[str], missing: list[str]) -> lis
         ]
         if figures:
             shown.append({"title": group.title, "caption": group.caption, "figures": figures, "in_a_row": in_a_row})
-        absent = [t for column, (t, _) in group.columns.items() if column not in logged and column not in OPTIONAL]
+        absent = [t for column, (t, _) in group.columns.items() if column in EXPECTED - logged.keys()]
         if absent and logged:
             missing.append(f"{group.title}: not logged in metrics.jsonl: {', '.join(absent)}")
     return shown
+
+
+def by_layer(runs: Sequence[Run], names: Sequence[str]) -> list[tuple[str, str]]:
+    """Of every run that logged gradients by layer: its name and the picture of report/instability.py."""
+    found = []
+    for run, name in zip(runs, names, strict=True):
+        titles = {part: part_in_words(part) for part in instability.layers(run.columns)}
+        if (png := instability.picture(run.columns, titles)) is not None:
+            found.append((name, pictures.data_uri(png, "image/png")))
+    return found
+
+
+def part_in_words(part: str) -> str:
+    """ "stage3" → "stage 3", "view_head" → "view head" """
+    return PARTS.get(part, re.sub(r"(\d+)", r" \1", part.replace("_", " ")))
+
+
+def _group_of_parts(prefix: str, title: str, caption: str, colour: str, logged: Iterable[str]) -> Group:
+    parts = {name: part_in_words(name.removeprefix(prefix)) for name in logged if name.startswith(prefix)}
+    return Group(title, caption, {name: (words, colour) for name, words in parts.items()})
 
 
 def colours(runs: Sequence[Run]) -> list[str]:

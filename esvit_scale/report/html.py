@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from esvit_scale import __version__, files
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
 from esvit_scale.report import curves, pictures, run, tables
+from esvit_scale.report.page import render
 from esvit_scale.report.run import Json, Run, attempt
 
 NAME = "report.html"
@@ -37,7 +36,7 @@ def write_report(run_dirs: Path | Sequence[Path], out: Path | None = None) -> Pa
     if target.is_dir():
         raise UserError(f"{target}: is a folder; --out names the file to write, for example {target / NAME}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    files.write_text(target, _render(_contents(runs)))
+    files.write_text(target, render("template.html.j2", **_contents(runs)))
     return target
 
 
@@ -62,6 +61,7 @@ def _contents(runs: list[Run]) -> Json:
         "differences": differences,
         "evaluations": evaluations,
         "groups": groups,
+        "by_layer": curves.by_layer(runs, labels),
         "pictures": parts,
         "missing": [m if not label else f"{label}: {m}" for label, r in named for m in r.missing] + missing,
         "details": [
@@ -75,17 +75,6 @@ def _contents(runs: list[Run]) -> Json:
         "version": __version__,
         "paths": ", ".join(str(r.path) for r in runs),
     }
-
-
-def _render(contents: Json) -> str:
-    environment = Environment(
-        loader=PackageLoader("esvit_scale.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("template.html.j2").render(contents)
 
 
 def _pictures(of: Run, label: str) -> Json:

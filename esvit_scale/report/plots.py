@@ -53,7 +53,7 @@ def panel(curves: Sequence[Curve], panel: Panel) -> bytes:
     """One column of every run, in one small figure."""
     figure = blank_figure(WIDTHS[panel.in_a_row], HEIGHT)
     axes = figure.subplots()
-    _style(axes)
+    style(axes)
     for curve in curves:
         _draw(axes, curve, panel)
     if panel.limits and panel.limits[0] < panel.limits[1]:
@@ -108,7 +108,7 @@ def blank_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _style(axes: Axes) -> None:
+def style(axes: Axes) -> None:
     axes.patch.set_alpha(0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color((*_rgb(GREY), 0.5))

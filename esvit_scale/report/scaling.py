@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -21,6 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, LogLocator
 from numpy.typing import NDArray
 
 from esvit_scale import __version__, files
+from esvit_scale.report.page import render
 from esvit_scale.report.pictures import data_uri
 from esvit_scale.report.plots import BLUE, DPI, GREEN, GREY, ORANGE
 
@@ -130,17 +130,8 @@ def write(folder: Path, name: str, title: str, facts: dict[str, Any], sections: 
     for section in sections:
         for kind, content in section.picture._asdict().items():
             files.write_bytes(folder / f"{name}-{section.name}.{kind}", content)
-    environment = Environment(
-        loader=PackageLoader("esvit_scale.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     shown = [s._asdict() | {"image": data_uri(s.picture.png, "image/png")} for s in sections]
-    page = environment.get_template("scaling.html.j2").render(
-        title=title, facts=facts, sections=shown, version=__version__
-    )
+    page = render("scaling.html.j2", title=title, facts=facts, sections=shown, version=__version__)
     path = folder / f"{name}.html"
     files.write_text(path, page)
     return path

@@ -11,6 +11,7 @@ from esvit_scale.parallel import collectives
 from esvit_scale.parallel import world as world_module
 from esvit_scale.parallel.world import World
 from esvit_scale.train import run_dir, stage
+from esvit_scale.train.online_knn import OnlineKnn
 from esvit_scale.train.run import Run
 from esvit_scale.train.step import open_session, train_step
 
@@ -48,8 +49,9 @@ def _open_and_train(config: Config, world: World) -> int:
     with run_dir.Lock(path) as lock:
         schedules = Schedules(config, stream.steps_per_epoch(config, data))
         fresh = collectives.on_rank_0(lambda: state.latest(path) is None)
+        knn = OnlineKnn(config, world) if config.train.knn_every else None
         session = open_session(config, world, schedules, fresh)
-        with Run(path, session, lock) as run:
+        with Run(path, session, lock, knn) as run:
             for batch in run.batches(data):
                 result = train_step(session, batch, run.step, watch=run.row_is_due())
                 run.record(batch, result)

@@ -2,13 +2,15 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from esvit_scale.config import Config
 from esvit_scale.data.evaluation import evaluation_batches
 from esvit_scale.errors import UserError
+from esvit_scale.evaluate.knn import TEMPERATURE, places
 from esvit_scale.evaluate.neighbours import nearest_neighbours
 from esvit_scale.parallel import collectives
 from esvit_scale.parallel.engine import Engines
@@ -16,7 +18,6 @@ from esvit_scale.parallel.world import World
 
 IMAGES = 1024  # of the held-out set, spread over it evenly
 NEIGHBOURS = 10
-TEMPERATURE = 0.07  # of the votes, as in the k-NN evaluation
 AT_ONCE = 32
 
 
@@ -33,23 +34,20 @@ class OnlineKnn:
             UserError: the held-out set cannot be read, has no labels, or too few images.
         """
         self._world = world
-        images, labels = [], []
-        size = config.data.global_crops.size
-        for batch in evaluation_batches(
-            Path(config.data.held_out), size, AT_ONCE, rank=world.rank, world_size=world.size
-        ):
+        size, source = config.data.global_crops.size, Path(config.data.held_out)
+        images, labels = [torch.empty(0, 3, size, size, dtype=torch.bfloat16)], [torch.empty(0, dtype=torch.int64)]
+        for batch in evaluation_batches(source, size, AT_ONCE, rank=world.rank, world_size=world.size, most=IMAGES):
             images.append(batch.images.to(torch.bfloat16))
             labels.append(batch.labels)
-        mine = torch.cat(images) if images else torch.empty(0, 3, size, size)
-        own = torch.cat(labels) if labels else torch.empty(0, dtype=torch.int64)
-        count = min(min(collectives.gather_objects(len(mine))), IMAGES // world.size)
-        if count * world.size < 2 * NEIGHBOURS or collectives.gather_objects(int(own.min()))[0] < 0:
+        own = torch.cat(labels)
+        count = min(collectives.gather_objects(len(own)))
+        unlabelled = any(collectives.gather_objects(bool((own < 0).any())))
+        if count * world.size < 2 * NEIGHBOURS or unlabelled:
             raise UserError(
-                f"data.held_out: {config.data.held_out}: needs at least {2 * NEIGHBOURS} readable images with labels "
+                f"data.held_out: {source}: needs at least {2 * NEIGHBOURS} readable images with labels "
                 "(class subfolders, or shards made from them)"
             )
-        chosen = torch.linspace(0, len(mine) - 1, count).round().long()
-        self._images, self._labels = mine[chosen], own[chosen]
+        self._images, self._labels = torch.cat(images)[:count], own[:count]
 
     @torch.no_grad()
     def accuracy(self, engines: Engines, autocast: torch.autocast) -> float:
@@ -60,12 +58,13 @@ class OnlineKnn:
         features, labels = (torch.cat(part) for part in zip(*parts, strict=True))
         similarity, rows = nearest_neighbours(features, features, NEIGHBOURS + 1, self._world.device)
         similarity[rows == torch.arange(len(rows))[:, None]] = -torch.inf  # itself
-        votes = torch.zeros(len(rows), int(labels.max()) + 1)
-        votes.scatter_add_(1, labels[rows], (similarity / TEMPERATURE).exp())
-        return (votes.argmax(1) == labels).float().mean().item()
+        votes = (similarity / TEMPERATURE).exp()
+        right = places(labels[rows], votes, labels, [NEIGHBOURS + 1], int(labels.max()) + 1, 1)
+        return right.item() / len(labels)
 
     def _features(self, engines: Engines) -> Iterator[Tensor]:
-        network = engines.teacher.network
-        trunk = getattr(network, "module", network).trunk
+        trunk = cast(nn.Module, engines.teacher.module.trunk)
+        trunk.eval()  # batch norm: running statistics, and these images do not move them
         for images in self._images.split(AT_ONCE):
             yield trunk([images.to(self._world.device, engines.dtype)]).view
+        trunk.train()

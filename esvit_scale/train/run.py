@@ -39,7 +39,7 @@ class Run:
     batch of a step is number `step + data_offset` of the data order: a roll-back goes back in steps, not in data.
     """
 
-    def __init__(self, path: Path, session: Session, lock: run_dir.Lock) -> None:
+    def __init__(self, path: Path, session: Session, lock: run_dir.Lock, knn: OnlineKnn | None = None) -> None:
         self._path, self._session, self._lock = path, session, lock
         self._rank = session.world.rank
         self._batch = session.config.train.global_batch
@@ -49,7 +49,7 @@ class Run:
         self._skips = self._rollbacks = 0
         self._flags = 0
         self._row: dict[str, Any] = {}
-        self._knn = OnlineKnn(session.config, session.world) if session.config.train.knn_every else None
+        self._knn = knn
         train = session.config.train
         images = train.global_batch // session.world.size // train.grad_accum
         self._monitors = Monitors(session.config.objective.prototypes, images)

@@ -74,7 +74,7 @@ def test_full_report(run: Path) -> None:
         assert words in page.text
     crops, neighbours, curves = 5 * 5, 10 * 6, 4  # loss, its view part, learning rate, and one that no group knows
     assert sum(load.startswith("data:image") for load in page.loads) == crops + neighbours + curves
-    assert "Loss: not logged in metrics.jsonl: region (R)" in page.text
+    assert "Stability: not logged in metrics.jsonl: gradient norm" in page.text
     assert "Other" in page.text
     assert "drift" in page.text
 
