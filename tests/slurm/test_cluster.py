@@ -218,6 +218,31 @@ def test_preempted_jobs_go_on(site: Site, undisturbed: list[dict]) -> None:
         assert tiny.rows(site.folder / name) == undisturbed
 
 
+def test_a_run_goes_on_with_fewer_nodes(site: Site, undisturbed: list[dict]) -> None:
+    """Saved and requeued on two nodes, taken off the queue, and submitted again for one: the losses go on."""
+    job = site.pretrain("fewer", options=("--time=10",))
+    site.until_training("fewer", job)
+    site.cluster.run("scancel", "--batch", "--signal=USR1", job)
+    site.until(lambda: starts(site, "fewer") == 1 and "saved at step" in site.console(job), "the save", job)
+    site.cluster.run("scancel", job)
+    site.until(lambda: site.rank_pids("fewer") == [], "no rank is left", job, timeout=20)
+    saved = tiny.rows(site.folder / "fewer")[-1]["step"]
+    assert 0 < saved < STEPS
+    alone = site.pretrain("fewer", nodes=1)
+    site.until_ended(alone)
+    assert json.loads((site.folder / "fewer/environment.json").read_text())["world_size"] == 1
+    losses = [row["loss"] for row in tiny.rows(site.folder / "fewer")]
+    assert losses == pytest.approx([row["loss"] for row in undisturbed], rel=1e-3)
+
+
+def test_sbatch_would_start_every_shipped_script(site: Site) -> None:
+    """Its header is read by the scheduler, with the sizes of this small cluster; nothing runs."""
+    small = "--ntasks-per-node=1 --gpus-per-node=1 --cpus-per-task=1 --time=10"
+    for script in sorted(SCRIPTS.glob("*.sbatch")):
+        said = site.cluster.run("bash", "-c", f"sbatch --test-only {small} {script} 2>&1", check=False)
+        assert re.search(r"Job \d+ to start at", said), f"{script.name}: {said}"
+
+
 def test_a_cancelled_job_stays_cancelled(site: Site) -> None:
     job = site.pretrain("cancelled", steps=LONG)
     site.until_training("cancelled", job)
