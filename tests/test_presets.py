@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from esvit_scale import config as configs
-from esvit_scale.models import complexity
 from esvit_scale.models.initialize import initial_values
+from esvit_scale.objective import costs
 from esvit_scale.objective.network import build_network
 from esvit_scale.objective.param_groups import parameter_groups
 from esvit_scale.parallel import ds_config
@@ -38,11 +38,11 @@ def test_a_preset_fits_every_deepspeed_config(preset: str, name: str) -> None:
 def test_a_presets_header_says_what_it_costs(preset: str) -> None:
     config = configs.resolve(preset)
     header = (resources.files("esvit_scale") / "configs" / f"{preset}.yaml").read_text().split("\n\n")[0]
-    assert f"({complexity.parameters(config).trunk:,} parameters without" in header
+    assert f"({costs.parameters(config).trunk:,} parameters without" in header
     stated = re.search(r"Cost: ([\d,.]+) GFLOPs per image", header)
     assert stated
     stated_flops = stated[1].replace(",", "")
     digits = len(stated_flops.partition(".")[2])
-    assert f"{complexity.image_flops(config) / 1e9:.{digits}f}" == stated_flops
+    assert f"{costs.image_flops(config) / 1e9:.{digits}f}" == stated_flops
     assert re.search(r"Expected[,:]", header)
     assert "Source:" in header

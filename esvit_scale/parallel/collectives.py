@@ -20,7 +20,7 @@ _of_thread = threading.local()  # a thread that talks beside the main one needs 
 
 
 def initialized() -> bool:
-    return dist.is_available() and dist.is_initialized()
+    return dist.is_available() and dist.is_initialized() and not getattr(_of_thread, "alone", False)
 
 
 def rank() -> int:
@@ -29,6 +29,16 @@ def rank() -> int:
 
 def world_size() -> int:
     return dist.get_world_size() if initialized() else 1
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """In this thread, as if there were no other ranks: for what one rank works out by itself."""
+    _of_thread.alone = True
+    try:
+        yield
+    finally:
+        _of_thread.alone = False
 
 
 def all_reduce_sum_(tensor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from esvit_scale.config import Config
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data.manifest import Manifest
 from esvit_scale.errors import UserError
-from esvit_scale.models import complexity
+from esvit_scale.objective import costs
 from esvit_scale.objective.schedules import cooldown_start
 from esvit_scale.scaling import plan as planning
 from esvit_scale.scaling import shapes, subset
@@ -116,8 +116,8 @@ def _cell(
     values["model"] |= shape.overrides
     values["seed"] = seed
     sized = configs.validate(values, where)
-    params = complexity.parameters(sized).trunk
-    per_step = complexity.image_flops(sized) * base.train.global_batch
+    params = costs.parameters(sized).trunk
+    per_step = costs.image_flops(sized) * base.train.global_batch
     steps = max(1, round(budget / per_step))
     images = data.samples if unique is None else unique
     some = f"-u{images}" if len(sweep.unique_images) > 1 else ""
@@ -137,8 +137,8 @@ def _cell(
         values["train"] |= {"checkpoint_every": branch, "keep_every": branch}
         values["train"]["checkpoint_minutes"] = base.train.checkpoint_minutes or SAVE_MINUTES
     config = configs.validate(values, where)
-    costs = planning.plan(config, sweep.machine.gpus, int(sweep.machine.gpu_memory * GIB), images, speed)
-    cell = Cell(index, name, config, shape, budget, float(steps * per_step), images, costs)
+    planned = planning.plan(config, sweep.machine.gpus, int(sweep.machine.gpu_memory * GIB), images, speed)
+    cell = Cell(index, name, config, shape, budget, float(steps * per_step), images, planned)
     cell.problems.extend(_problems(cell, sweep, data, unique))
     return cell
 

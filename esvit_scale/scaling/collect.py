@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from esvit_scale import files
-from esvit_scale.models import complexity
+from esvit_scale.objective import costs
 from esvit_scale.scaling import runner
 from esvit_scale.scaling.cells import Cell
 from esvit_scale.scaling.sweep_file import Sweep
@@ -43,7 +43,7 @@ def _row(cell: Cell, sweep: Sweep) -> dict[str, Any]:
         "head_params": numbers["head_params"],
         "budget": cell.budget,
         "flops": cell.flops,
-        "useful_flops": complexity.image_flops(cell.config, "useful") * cell.images_seen,
+        "useful_flops": costs.image_flops(cell.config, "useful") * cell.images_seen,
         "images_seen": cell.images_seen,
         "unique_images": cell.unique_images,
         "epochs": round(cell.epochs, 3),

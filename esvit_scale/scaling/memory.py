@@ -18,7 +18,8 @@ from typing import NamedTuple
 import torch
 
 from esvit_scale.config import Config
-from esvit_scale.models import complexity
+from esvit_scale.models.heads import Prototypes
+from esvit_scale.objective import costs
 from esvit_scale.objective.network import build_network
 from esvit_scale.objective.param_groups import parameter_groups
 from esvit_scale.objective.prototypes import CPU_TILE_BYTES, GPU_TILE_SHARE
@@ -35,6 +36,7 @@ class Network(NamedTuple):
     groups: dict[str, list[int]]  # of every parameter, by parameter group
     blocks: list[int]  # of every block of the trunk
     heads: int
+    prototypes: list[int]  # of every head that has some
 
     @property
     def total(self) -> int:
@@ -87,7 +89,8 @@ def network_of(config: Config) -> Network:
         if name in group_of:
             sizes.setdefault(group_of[name], []).append(parameter.numel())
     count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
-    return Network(sizes, [count(block) for block in network.trunk.blocks], count(network.objective))
+    prototypes = [m.weight_v.numel() for m in network.objective.modules() if isinstance(m, Prototypes)]
+    return Network(sizes, [count(block) for block in network.trunk.blocks], count(network.objective), prototypes)
 
 
 def memory(
@@ -109,8 +112,8 @@ def memory(
     whole, part, largest = _padded(network, stage, ranks)
     images = config.train.global_batch // ranks // config.train.grad_accum
     pixels = _pixel_bytes(config, images, e)
-    activations = complexity.activation_bytes(config, checkpointing).total(images) + pixels
-    loss = _loss_workspace(config, e, CPU_TILE_BYTES if on_cpu else capacity // GPU_TILE_SHARE)
+    activations = costs.activation_bytes(config, checkpointing).total(images) + pixels
+    loss = _loss_workspace(network, e, CPU_TILE_BYTES if on_cpu else capacity // GPU_TILE_SHARE)
     filled = min(network.total, BUCKET)
     reserved = e * (filled if on_cpu else BUCKET) if stage else 0
     gathered = e * min(network.total, LIVE) if stage == 3 and ranks > 1 else 0
@@ -152,9 +155,9 @@ def _backward(
 ) -> tuple[int, int]:
     """Largest sum over the backward, from the last block to the first, of activations that are left: alone, and with
     the gradients (e bytes an element) that are already there."""
-    blocks = [images * b for b in complexity.block_activation_bytes(config)]
-    kept = [images * b for b in complexity.block_input_bytes(config)] if checkpointing else blocks
-    outside = complexity.activation_bytes(config, checkpointing).total(images) + pixels - sum(kept)
+    blocks = [images * b for b in costs.block_activation_bytes(config)]
+    kept = [images * b for b in costs.block_input_bytes(config)] if checkpointing else blocks
+    outside = costs.activation_bytes(config, checkpointing).total(images) + pixels - sum(kept)
     outside -= max(blocks) if checkpointing else 0
     left, done = outside + sum(kept), e * network.heads
     early = late = left
@@ -182,12 +185,12 @@ def _pixel_bytes(config: Config, images: int, e: int) -> int:
     return images * sum(3 * size**2 for size in config.crop_sizes) * (1 + 4 + e)
 
 
-def _loss_workspace(config: Config, e: int, tile: int) -> int:
+def _loss_workspace(network: Network, e: int, tile: int) -> int:
     """Normalised prototypes of the teacher's heads and of one of the student's, and what a tile (bytes of all tokens'
     fp32 logits) needs: logits, probabilities of the student's half or more, and both narrower where products are."""
-    o = config.objective
-    rows = ((2 if o.regions else 1) + 1) * e * o.prototypes * o.bottleneck
-    return rows + tile * (2 if e == 4 else 3)
+    if not network.prototypes:
+        return 0
+    return e * (sum(network.prototypes) + max(network.prototypes)) + tile * (2 if e == 4 else 3)
 
 
 def checkpoint_bytes(network: Network) -> int:

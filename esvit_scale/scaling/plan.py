@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from esvit_scale.config import Config, nearest_multiple
 from esvit_scale.errors import UserError
-from esvit_scale.models import complexity
+from esvit_scale.objective import costs
 from esvit_scale.scaling import memory
 from esvit_scale.scaling.memory import Memory, Network
 
@@ -27,6 +27,7 @@ PARTS = (
     "loss",
 )
 GIB, TERA = 2**30, 1e12
+CLOSED_FORM, TRACED = "in closed form", "traced on the meta device"
 
 
 class Setting(NamedTuple):
@@ -123,8 +124,8 @@ def _numbers(
     config: Config, network: Network, gpus: int, images: int | None, speed: Speed, recompute: bool
 ) -> dict[str, Any]:
     """Costs that do not depend on the ZeRO stage. Time counts useful FLOPs, as MFU does, and no recomputation."""
-    per_image = complexity.image_flops(config, "useful")
-    trunk, heads = complexity.parameters(config)
+    per_image = costs.image_flops(config, "useful")
+    trunk, heads = costs.parameters(config)
     rate = gpus * speed.tflops * TERA * speed.mfu / per_image
     if recompute:
         rate *= 3 / 4  # a student's forward more, of about four passes
@@ -136,13 +137,14 @@ def _numbers(
     return {
         "trunk_params": trunk,
         "head_params": heads,
-        "gflops_per_image": complexity.image_flops(config) / 1e9,
+        "counted": TRACED if costs.traced(config) else CLOSED_FORM,
+        "gflops_per_image": costs.image_flops(config) / 1e9,
         "useful_gflops_per_image": per_image / 1e9,
         "images_per_epoch": count,
         "images_assumed": images is None,
         "steps": steps,
         "images_seen": seen,
-        "total_flops": complexity.image_flops(config) * seen,
+        "total_flops": costs.image_flops(config) * seen,
         "speed": speed._asdict(),
         "recomputes": recompute,
         "images_per_s": rate,
@@ -193,6 +195,7 @@ def table(found: Plan, config: Config, gpus: int) -> str:
         *([f"smallest that fits  {found.fits.name}: {_setting_keys(found.fits)}"] if found.fits else []),
         f"parameters          {n['trunk_params']:,} trunk + {n['head_params']:,} heads",
         f"FLOPs               {n['gflops_per_image']:,.1f} G an image, {n['total_flops']:.3g} in all, {n['steps']:,} steps",
+        f"                    FLOPs and activations {n['counted']}",
         f"time (estimate)     {_hours(n['hours_per_epoch'])} an epoch of {n['images_per_epoch']:,} images{assumed}, "
         f"{_hours(n['hours'])} in all, {n['gpu_hours']:,.1f} GPU hours",
         f"                    at {n['images_per_s']:,.0f} images/s: {n['speed']['source']}"

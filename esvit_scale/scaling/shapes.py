@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError, nearest
-from esvit_scale.models import complexity
 from esvit_scale.models.registry import SHAPES, trunk_shape
+from esvit_scale.objective import costs
 from esvit_scale.scaling.sweep_file import Size
 
 HEAD_DIM = 32
@@ -83,5 +83,5 @@ def _counted(trunk: str, window: int, side: int) -> list[tuple[Shape, int]]:
     for shape in ladder():
         model = {"trunk": trunk, "window": window} | shape.overrides
         config = Config.model_validate({"model": model, "data": {"global_crops": {"size": side}}})
-        found.append((shape, complexity.parameters(config).trunk))
+        found.append((shape, costs.parameters(config).trunk))
     return found

@@ -1,6 +1,6 @@
 """Model FLOPs utilisation (MFU): what share of the devices' matrix-product rate becomes training.
 
-Useful FLOPs a second (models/complexity.py: real tokens only, no recomputation) over the rate that a large product
+Useful FLOPs a second (objective/costs.py: no recomputation; of Swin, real tokens only) over the rate that a large product
 reaches on the same device, in the same process and precision: a data sheet's peak would compare machines, not code.
 """
 
@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 
 from esvit_scale.config import Config
-from esvit_scale.models.complexity import image_flops
+from esvit_scale.objective.costs import image_flops
 
 SECONDS = 0.3  # of measuring
 SIDE = {"cuda": 8192, "cpu": 1024}  # of the square matrices

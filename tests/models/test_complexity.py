@@ -11,6 +11,7 @@ from esvit_scale.models import complexity
 from esvit_scale.models.drop_path import drop_keys
 from esvit_scale.models.initialize import initialize
 from esvit_scale.models.registry import build_trunk
+from esvit_scale.objective import costs
 from esvit_scale.objective.network import build_network
 
 IMAGES = 3
@@ -44,13 +45,13 @@ def network_of(config):
 @pytest.mark.parametrize("preset", PUBLISHED)
 def test_published_flops(preset):
     config = configs.resolve(preset)
-    assert round(complexity.image_flops(config) / 1e9, 1) == PUBLISHED[preset]
-    assert complexity.image_flops(config, "useful") < complexity.image_flops(config, "executed")
+    assert round(costs.image_flops(config) / 1e9, 1) == PUBLISHED[preset]
+    assert costs.image_flops(config, "useful") < costs.image_flops(config, "executed")
 
 
 def test_parameters():
-    assert complexity.parameters(configs.resolve("swin_t")) == (27_519_354, 2 * (23_073_024 + 65_536))
-    assert complexity.parameters(configs.resolve("swin_t_view")).heads == 23_073_024 + 65_536
+    assert costs.parameters(configs.resolve("swin_t")) == (27_519_354, 2 * (23_073_024 + 65_536))
+    assert costs.parameters(configs.resolve("swin_t_view")).heads == 23_073_024 + 65_536
 
 
 @pytest.mark.parametrize("trunk", ["swin_t", "swinv2_t"])
@@ -91,7 +92,7 @@ def test_a_training_steps_flops_are_torchs(trunk, regions):
     first_layer = sum(2 * (2 * stage.window - 1) ** 2 * 2 * 512 * len(stage.blocks) for stage in student.trunk.stages)
     bias = complexity.position_bias_flops(config)
     bias = bias and 4 * bias - first_layer
-    assert counter.get_total_flops() == IMAGES * complexity.image_flops(config, "executed") + bias
+    assert counter.get_total_flops() == IMAGES * costs.image_flops(config, "executed") + bias
 
 
 def inplace_addmm_flop(total, a, b, **_):
@@ -114,7 +115,7 @@ def test_activation_bytes_are_autograds(trunk, checkpointing, precision):
     with saved_tensors_hooks(kept.note, lambda x: x):
         loss, *_ = student(crops, targets, keys, 0.04)
     kept.note_gradients(loss)
-    expected = complexity.activation_bytes(config, checkpointing).total(IMAGES)
+    expected = costs.activation_bytes(config, checkpointing).total(IMAGES)
 
     assert kept.bytes + kept.largest_block == pytest.approx(expected, rel=0.01)
     del loss

@@ -15,8 +15,8 @@ from esvit_scale import cli
 from esvit_scale import config as configs
 from esvit_scale.data import manifest
 from esvit_scale.errors import UserError
-from esvit_scale.models import complexity
 from esvit_scale.models.registry import SHAPES
+from esvit_scale.objective import costs
 from esvit_scale.objective.schedules import Schedules
 from esvit_scale.scaling import cells, runner, shapes, sweep_file
 from esvit_scale.scaling.plan import Speed
@@ -77,7 +77,7 @@ def test_a_target_is_met(target):
     base = configs.resolve("swin_t")
     shape = shapes.shape_of(Size(params=target), base)
     sized = configs.resolve("swin_t", [f"model.{k}={v}" for k, v in shape.overrides.items()])
-    assert complexity.parameters(sized).trunk == pytest.approx(target, rel=0.2)
+    assert costs.parameters(sized).trunk == pytest.approx(target, rel=0.2)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_cells_spend_their_budgets(tmp_path):
     _, found = cells_of(write(tmp_path, seeds=[0, 1]))
     assert len(found) == 2 * 2 * 2
     for cell in found:
-        per_step = complexity.image_flops(cell.config) * cell.config.train.global_batch
+        per_step = costs.image_flops(cell.config) * cell.config.train.global_batch
         assert cell.flops == cell.config.train.steps * per_step
         assert abs(cell.flops - cell.budget) <= per_step / 2
         assert cell.problems == []
@@ -286,7 +286,7 @@ def test_a_killed_sweep_resumes_and_is_fitted(tmp_path):
         rows = list(csv.DictReader(file))
     assert len(rows) == 4
     for row, cell in zip(rows, found, strict=True):
-        assert int(row["params"]) == complexity.parameters(cell.config).trunk
+        assert int(row["params"]) == costs.parameters(cell.config).trunk
         assert float(row["flops"]) == cell.flops
         assert int(row["images_seen"]) == cell.images_seen
         assert 0 <= float(row["knn_error"]) <= 100

@@ -1,6 +1,6 @@
 import torch
 
-from esvit_scale.models import complexity
+from esvit_scale.objective import costs
 from esvit_scale.train import loop, metrics, mfu
 from tests import tiny
 
@@ -10,7 +10,7 @@ CPU = torch.device("cpu")
 def test_mfu_is_useful_flops_over_what_large_products_reach(tmp_path, monkeypatch):
     monkeypatch.setattr(mfu, "matmul_rate", lambda device, dtype: {torch.float32: 5e9, torch.bfloat16: 9e9}[dtype])
     config = tiny.config(tmp_path / "run", tmp_path)
-    flops = complexity.image_flops(config, "useful")
+    flops = costs.image_flops(config, "useful")
     assert mfu.ideal_images_per_s(config, CPU, 3) == 3 * 5e9 / flops
     half = tiny.config(tmp_path / "run", tmp_path, train__precision="bf16")
     assert mfu.ideal_images_per_s(half, CPU, 1) == 9e9 / flops

@@ -1,0 +1,146 @@
+"""What a trunk costs, found by running it: for every trunk; Swin's costs are also known in closed form (complexity.py).
+
+It runs on the meta device, where tensors have shapes and no numbers: a second for the largest, and no memory. FLOPs are
+those of torch's FlopCounterMode (matrix products and convolutions; custom autograd functions count what runs inside),
+so work on a map's padding is counted where a trunk does it. Activations are the storages that autograd saves, each once.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from esvit_scale.config import Config
+from esvit_scale.models.registry import build_trunk
+from esvit_scale.parallel import collectives
+
+
+class CropCost(NamedTuple):
+    flops: int  # of the forward, for each crop
+    flops_per_forward: int  # whatever the number of crops
+    grid: tuple[int, int]  # H, W of the region tokens; 0, 0 from a trunk without
+    dim: int  # C
+
+
+def crop_cost(config: Config, size: int) -> CropCost:
+    """One crop of `size` pixels through the config's trunk.
+
+    Raises:
+        UserError: a trunk that cannot be built.
+    """
+    built_from = config.model_dump_json(include={"model": True, "data": {"global_crops", "local_crops"}})
+    return _crop_cost(built_from, size)
+
+
+@lru_cache(maxsize=256)
+def _crop_cost(values: str, size: int) -> CropCost:
+    with on_meta():
+        trunk = build_trunk(Config.model_validate_json(values)).eval()
+        counts = []
+        for crops in (2, 3):
+            with torch.no_grad(), flop_counter() as counter:
+                features = trunk([torch.empty(crops, 3, size, size)])
+            counts.append(counter.get_total_flops())
+    each = counts[1] - counts[0]
+    return CropCost(each, counts[0] - 2 * each, features.grids[0][1:], trunk.dim)
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Everything made here is on the meta device, and this rank is by itself: the others do not count along."""
+    with torch.device("meta"), collectives.alone():
+        yield
+
+
+def flop_counter() -> FlopCounterMode:
+    """The counter has no formula for the in-place product, with which the prototype loss adds up."""
+    product = lambda total, a, b, **_: 2 * a[0] * a[1] * b[1]  # noqa: E731
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: product})
+
+
+class FusedAttention(TorchFunctionMode):
+    """torch's attention keeps what its fused kernels keep, queries, keys, values and output, as on a GPU or a CPU. On
+    the meta device it would take the slow way, which keeps all probabilities."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is not F.scaled_dot_product_attention:
+            return function(*args, **(kwargs or {}))
+        return _fused(function, *args, **(kwargs or {}))
+
+
+def _fused(
+    function: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if enable_gqa or (attn_mask is not None and attn_mask.requires_grad):  # no fused kernel on every device
+        return function(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return kernel(q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+
+
+class Kept:
+    """Floating-point storages that autograd saves, each once; those of `module` and cached index tables do not count."""
+
+    def __init__(self, module: nn.Module) -> None:
+        own = [*module.parameters(), *module.buffers()]
+        # On the meta device every storage has the address 0; its own identity holds as long as it is referred to.
+        self._seen = {_identity(x): x.untyped_storage() for x in own}
+        self.bytes = 0
+
+    def note(self, x: Tensor) -> Tensor:
+        if x.is_floating_point() and _identity(x) not in self._seen:
+            self._seen[_identity(x)] = x.untyped_storage()
+            self.bytes += x.untyped_storage().nbytes()
+        return x
+
+    def hooks(self) -> saved_tensors_hooks:
+        return saved_tensors_hooks(self.note, lambda x: x)
+
+    def note_attributes(self, root: Any) -> None:
+        """What custom autograd functions keep on their own nodes, as the prototype loss does its gradients."""
+        waiting, visited = [root], set()
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in visited:
+                continue
+            visited.add(node)
+            for x in tree_leaves(list(getattr(node, "__dict__", {}).values())):
+                if isinstance(x, Tensor):
+                    self.note(x)
+            waiting += [following for following, _ in node.next_functions]
+
+
+class KeptByBlocks:
+    """A `Trunk.run_block` that notes what each block saves and what it is given."""
+
+    def __init__(self, kept: Kept) -> None:
+        self.kept = kept
+        self.saved: list[int] = []  # bytes of every block, in order
+        self.inputs: list[int] = []  # what activation checkpointing keeps of it
+
+    def __call__(self, block: Callable[..., Any], tokens: Any, *others: Any) -> Any:
+        before = self.kept.bytes
+        result = block(tokens, *others)
+        self.saved.append(self.kept.bytes - before)
+        given = [x for x in tree_leaves((tokens, others[1:])) if isinstance(x, Tensor) and x.is_floating_point()]
+        self.inputs.append(sum({_identity(x): x.untyped_storage().nbytes() for x in given}.values()))
+        return result
+
+
+def _identity(x: Tensor) -> int:
+    return x.untyped_storage()._cdata

@@ -1,0 +1,80 @@
+"""Costs by running a trunk without numbers: against Swin's closed form, and against what a CPU does and keeps."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from esvit_scale import config as configs
+from esvit_scale.models import complexity, registry, traced
+from esvit_scale.parallel import collectives
+from tests.models import toy_trunk
+
+
+def config_of(trunk, **model):
+    values = {
+        "data": {"global_crops": {"size": 64}, "local_crops": [{"size": 40, "count": 2}]},
+        "model": {"trunk": trunk, "embed_dim": 16} | model,
+    }
+    return configs.validate(values, where="test")
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    monkeypatch.setitem(registry.TRUNKS, "toy", toy_trunk.build)
+    return config_of("toy")
+
+
+@pytest.mark.parametrize("trunk", ["swin_t", "swinv2_t"])
+@pytest.mark.parametrize("size", [64, 40, 30])
+def test_a_crop_costs_what_the_closed_form_says(trunk, size):
+    config = config_of(trunk, depths=[2, 1, 2], heads=[1, 2, 4], window=5)
+    cost = traced.crop_cost(config, size)
+    assert cost.flops == complexity.crop_flops(config, size, "executed")
+    assert cost.flops_per_forward == complexity.position_bias_flops(config)
+    assert cost.grid == (complexity.region_side(config, size),) * 2
+    assert cost.dim == 64
+
+
+@pytest.mark.parametrize("size", [64, 40])
+def test_another_trunk_costs_what_a_cpu_counts(toy, size):
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        features = registry.build_trunk(toy)([torch.randn(1, 3, size, size)])
+    cost = traced.crop_cost(toy, size)
+    assert cost == (counter.get_total_flops(), 0, features.grids[0][1:], 16)
+    tokens = (size // 8) ** 2  # 12 C² a token and block, and the scores twice
+    by_hand = 2 * tokens * (3 * 64 * 16 + toy_trunk.DEPTH * (12 * 16**2 + 2 * tokens * 16))
+    assert cost.flops == by_hand
+
+
+def test_a_size_is_counted_once(toy, monkeypatch):
+    traced.crop_cost(toy, 48)
+    monkeypatch.setattr(traced, "build_trunk", None)
+    assert traced.crop_cost(toy.model_copy(update={"seed": 5}), 48).grid == (6, 6)
+
+
+def test_storages_count_once_and_parameters_never():
+    with torch.device("meta"):
+        layer, x = torch.nn.Linear(3, 5), torch.empty(7, 3)
+        kept = traced.Kept(layer)
+        with kept.hooks():
+            y = layer(x)
+            (y * y[:2].sum()).sum().exp()
+    assert kept.bytes == 4 * (7 * 3 + 7 * 5 + 1 + 1)  # x; y, of which a view is kept, too; its sum; the exponential
+
+
+def test_other_ranks_do_not_take_part(toy):
+    """Rank 0 alone counts (train/run.py), while a process group exists: a collective would wait for ever."""
+    from torch.distributed import destroy_process_group, init_process_group
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    init_process_group("fake", rank=1, world_size=4, store=FakeStore())
+    try:
+        with traced.on_meta():
+            assert (collectives.rank(), collectives.world_size()) == (0, 1)
+        assert (collectives.rank(), collectives.world_size()) == (1, 4)
+        with pytest.raises(ZeroDivisionError), collectives.alone():
+            1 / 0  # noqa: B018
+        assert collectives.world_size() == 4
+    finally:
+        destroy_process_group()
