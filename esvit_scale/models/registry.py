@@ -4,13 +4,16 @@ A builder takes the whole config, checks that the trunk fits it (crop sizes, ove
 """
 
 from collections.abc import Callable
+from functools import partial
 
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError, nearest
+from esvit_scale.models import resnet, vit
 from esvit_scale.models.shape import Shape, overridden
 from esvit_scale.models.swin import PATCH, Swin
 from esvit_scale.models.swin_v2 import SwinV2
 from esvit_scale.models.trunk import Trunk
+from esvit_scale.models.vit import MoCoViT, ViT
 
 SHAPES = {
     "swin_t": Shape(96, (2, 2, 6, 2), (3, 6, 12, 24)),
@@ -55,6 +58,11 @@ def _swin(config: Config) -> Trunk:
 
 TRUNKS: dict[str, Callable[[Config], Trunk]] = {
     **dict.fromkeys(SHAPES, _swin),
+    "deit_s": partial(vit.build, ViT, Shape(384, (12,), (6,), (1,))),
+    "deit_b": partial(vit.build, ViT, Shape(768, (12,), (12,), (1,))),
+    "vit_s_moco": partial(vit.build, MoCoViT, Shape(384, (12,), (12,), (1,))),
+    "vit_b_moco": partial(vit.build, MoCoViT, Shape(768, (12,), (12,), (1,))),
+    "resnet50": partial(resnet.build, Shape(64, (3, 4, 6, 3), ())),
 }
 
 

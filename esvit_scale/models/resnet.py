@@ -1,0 +1,174 @@
+"""ResNet-50, packed (He et al. 2016; strides in the 3×3 convolutions, as torchvision's, which the EsViT paper trained).
+
+The maps of all crops lie in one list of pixels [N, C], crop after crop, each row-major, which is torch's channels_last
+without a copy: 1×1 convolutions are one product over all crops, larger ones run once per resolution on views of the
+list, and batch norms take each resolution's own statistics (models/batch_norm.py). A block is one call for all crops.
+
+Parameter names are torchvision's. The region tokens are the cells of stage 4, the view feature their mean.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from esvit_scale.config import Config
+from esvit_scale.models.batch_norm import BatchNorm
+from esvit_scale.models.distributions import Initializer, normal
+from esvit_scale.models.drop_path import keep_scales
+from esvit_scale.models.shape import Shape, overridden
+from esvit_scale.models.swin import add_branch
+from esvit_scale.models.trunk import Features, Grid, TokenMap, Trunk
+from esvit_scale.models.windows import crop_of_token
+
+EXPANSION = 4  # a block's output is so many times its inner width
+
+
+class ResNet(Trunk):
+    """
+    Args:
+        embed_dim: channels of the stem; stage s has 2ˢ·embed_dim within its blocks, four times as many between them.
+        depths: blocks per stage.
+        drop_path: stochastic-depth rate of the last block (published ResNets have none); rates grow linearly from 0.
+    """
+
+    def __init__(self, embed_dim: int, depths: tuple[int, ...], drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.depths = tuple(depths)
+        self.channels = tuple(EXPANSION * embed_dim * 2**s for s in range(len(depths)))
+        self.reductions = tuple(4 * 2**s for s in range(len(depths)))
+        self.dim = self.channels[-1]
+        self.drop_rates = [drop_path * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]
+        self.conv1 = Conv(3, embed_dim, 7, 2)
+        self.bn1 = Norm(embed_dim)
+        self.stages, before = [], embed_dim
+        for s, depth in enumerate(depths):
+            blocks = [Bottleneck(before if i == 0 else self.channels[s], embed_dim * 2**s, s, i) for i in range(depth)]
+            self.add_module(f"layer{s + 1}", nn.ModuleList(blocks))
+            self.stages.append(blocks)
+            before = self.channels[s]
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return [block for stage in self.stages for block in stage]
+
+    @property
+    def patch_projection(self) -> nn.Module:
+        return self.conv1
+
+    def forward(self, crops: list[Tensor], drop_keys: Tensor | None = None) -> Features:
+        """As `Trunk.forward`; any crop size."""
+        *_, (_, tokens, grids) = self._block_outputs(crops, drop_keys)
+        views = [group.view(n, h * w, -1).mean(1) for group, (n, h, w) in _groups(tokens, grids)]
+        return Features(torch.cat(views), tokens, grids)
+
+    def last_blocks(self, crops: list[Tensor], n: int) -> list[TokenMap]:
+        """As they are: a ResNet has no final norm."""
+        return [TokenMap(tokens, grids) for _, tokens, grids in list(self._block_outputs(crops, None))[-n:]]
+
+    def stage_maps(self, crops: list[Tensor]) -> list[TokenMap]:
+        last = {stage[-1] for stage in self.stages}
+        return [TokenMap(tokens, grids) for block, tokens, grids in self._block_outputs(crops, None) if block in last]
+
+    def _block_outputs(
+        self, crops: list[Tensor], drop_keys: Tensor | None
+    ) -> Iterator[tuple[nn.Module, Tensor, list[Grid]]]:
+        """Each block with what it gives: pixels [N, C], grids."""
+        grids = [(x.shape[0], x.shape[-2], x.shape[-1]) for x in crops]
+        pixels = torch.cat([x.to(self.conv1.weight.dtype).permute(0, 2, 3, 1).flatten(0, 2) for x in crops])
+        tokens = self.bn1(self.conv1(pixels, grids), grids := strided(grids, 2)).relu_()
+        tokens, grids = _max_pool(tokens, grids), strided(grids, 2)
+        scales = None
+        if drop_keys is not None:
+            scales = keep_scales(drop_keys, torch.tensor(self.drop_rates)).to(tokens.dtype)
+        for i, block in enumerate(block for stage in self.stages for block in stage):
+            keep, after = None, strided(grids, block.stride)
+            if scales is not None and self.drop_rates[i] > 0:
+                keep = scales[i, 0].index_select(0, crop_of_token(tuple(after), tokens.device)).unsqueeze(-1)  # [N, 1]
+            tokens, grids = self.run_block(block, tokens, grids, keep), after
+            yield block, tokens, grids
+
+
+class Bottleneck(nn.Module):
+    """1×1, 3×3 and 1×1 convolution beside the identity. One call a block: the unit of ZeRO-3 and of activation
+    checkpointing."""
+
+    def __init__(self, channels: int, inner: int, stage: int, index: int) -> None:
+        super().__init__()
+        self.stride = 2 if stage and not index else 1
+        self.conv1, self.bn1 = Conv(channels, inner), Norm(inner)
+        self.conv2, self.bn2 = Conv(inner, inner, 3, self.stride), Norm(inner)
+        self.conv3, self.bn3 = Conv(inner, EXPANSION * inner), Norm(EXPANSION * inner)
+        shortcut = [Conv(channels, EXPANSION * inner, 1, self.stride), Norm(EXPANSION * inner)]
+        self.downsample = nn.ModuleList([] if index else shortcut)
+
+    def forward(self, tokens: Tensor, grids: list[Grid], keep: Tensor | None) -> Tensor:
+        """Pixels [N, C] → [N', 4·inner]; keep [N', 1] scales the branch (0: dropped), None keeps it."""
+        after = strided(grids, self.stride)
+        branch = self.bn1(self.conv1(tokens, grids), grids).relu_()
+        branch = self.bn2(self.conv2(branch, grids), after).relu_()
+        branch = self.bn3(self.conv3(branch, after), after)
+        if self.downsample:
+            convolution, norm = self.downsample
+            tokens = norm(convolution(tokens, grids), after)
+        return add_branch(tokens, branch, keep).relu_()
+
+
+class Conv(nn.Conv2d):
+    """A convolution without bias that keeps the map's size but for the stride, on pixels [N, C] of all crops."""
+
+    def __init__(self, channels: int, out: int, kernel: int = 1, stride: int = 1) -> None:
+        super().__init__(channels, out, kernel, stride, kernel // 2, bias=False)
+
+    def initial_values(self) -> dict[str, Initializer]:
+        """He et al. 2015, by the outputs, as torchvision."""
+        return {"weight": normal(math.sqrt(2 / (self.out_channels * self.kernel_size[0] ** 2)))}
+
+    def forward(self, tokens: Tensor, grids: list[Grid]) -> Tensor:  # type: ignore[override]
+        stride = self.stride[0]
+        if self.kernel_size[0] > 1:
+            maps = [super(Conv, self).forward(x) for x in _maps(tokens, grids)]
+            return _pixels(maps)
+        if stride > 1:
+            tokens = _pixels([x[..., ::stride, ::stride] for x in _maps(tokens, grids)])
+        return F.linear(tokens, self.weight.flatten(1))
+
+
+class Norm(BatchNorm):
+    """Batch norm of pixels [N, C], each resolution by its own statistics."""
+
+    def forward(self, tokens: Tensor, grids: list[Grid]) -> Tensor:  # type: ignore[override]
+        return torch.cat([super(Norm, self).forward(group) for group, _ in _groups(tokens, grids)])
+
+
+def strided(grids: list[Grid], stride: int) -> list[Grid]:
+    return [(n, -(-h // stride), -(-w // stride)) for n, h, w in grids]
+
+
+def _groups(tokens: Tensor, grids: list[Grid]) -> Iterator[tuple[Tensor, Grid]]:
+    return zip(tokens.split([n * h * w for n, h, w in grids]), grids, strict=True)
+
+
+def _maps(tokens: Tensor, grids: list[Grid]) -> list[Tensor]:
+    """[N, C] → [n, C, h, w] of every resolution, views."""
+    return [group.view(n, h, w, -1).permute(0, 3, 1, 2) for group, (n, h, w) in _groups(tokens, grids)]
+
+
+def _pixels(maps: list[Tensor]) -> Tensor:
+    """The reverse."""
+    return torch.cat([x.permute(0, 2, 3, 1).flatten(0, 2) for x in maps])
+
+
+def _max_pool(tokens: Tensor, grids: list[Grid]) -> Tensor:
+    return _pixels([F.max_pool2d(x, 3, 2, 1) for x in _maps(tokens, grids)])
+
+
+def build(named: Shape, config: Config) -> Trunk:
+    """
+    Raises:
+        UserError: overrides that do not fit.
+    """
+    shape = overridden(config, named)
+    return ResNet(shape.embed_dim, shape.depths, config.model.drop_path)

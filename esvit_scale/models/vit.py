@@ -1,0 +1,253 @@
+"""Plain vision transformers, packed: DeiT as EsViT runs it, and MoCo v3's with fixed positions.
+
+DeiT (Touvron et al. 2021): the class token stands for the crop, and the learned positions of a 14×14 map are resized
+bicubically to a crop's own. MoCo v3 (Chen, Xie and He 2021): sine-cosine positions, another initialisation, and a patch
+projection that the run freezes (`model.freeze_patch_embed`).
+
+The tokens of all crops form one list [N, C], each crop's class token before its patches, row-major: norms, projections
+and MLPs run once over it, attention once per resolution. Crops whose sides are no multiple of 16 are padded right and
+bottom with zeros, as Swin pads them here (the official code leaves the rest out). Parameter names are the official
+ones, which are timm's too.
+"""
+
+import math
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from esvit_scale.config import Config
+from esvit_scale.errors import UserError
+from esvit_scale.models.distributions import Initializer, constant, normal, uniform
+from esvit_scale.models.drop_path import keep_scales
+from esvit_scale.models.shape import Shape, overridden
+from esvit_scale.models.swin import Mlp, add_branch
+from esvit_scale.models.trunk import Features, Grid, TokenMap, Trunk
+from esvit_scale.models.windows import Grids, crop_of_token
+
+PATCH = 16  # pixels
+SIDE = 14  # of the map that the learned positions are for: 224 pixels
+NORM_EPS = 1e-6
+
+
+class ViT(Trunk):
+    """DeiT; the region tokens are the patch tokens after the final norm, the view feature the class token's.
+
+    Args:
+        embed_dim: C.
+        depth, heads: blocks, and heads of each.
+        drop_path: stochastic-depth rate of the last block; rates grow linearly from 0.
+    """
+
+    def __init__(self, embed_dim: int, depth: int, heads: int, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.dim, self.depths = embed_dim, (depth,)
+        self.drop_rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
+        self.patch_embed = PatchEmbed(embed_dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + SIDE**2, embed_dim)) if self.learns_positions else None
+        self._modules["blocks"] = nn.ModuleList(Block(embed_dim, heads) for _ in range(depth))  # `blocks` is a property
+        self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
+
+    learns_positions = True
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return list(cast(nn.ModuleList, self._modules["blocks"]))
+
+    @property
+    def patch_projection(self) -> nn.Module:
+        return self.patch_embed.proj
+
+    def initial_values(self) -> dict[str, Initializer]:
+        return {"cls_token": normal(0.02), "pos_embed": normal(0.02)}
+
+    def forward(self, crops: list[Tensor], drop_keys: Tensor | None = None) -> Features:
+        """As `Trunk.forward`; any crop size."""
+        *_, (tokens, grids) = self._block_outputs(crops, drop_keys)
+        regions, _, view = self._token_map(self.norm(tokens), grids)
+        return Features(cast(Tensor, view), regions, grids)
+
+    def last_blocks(self, crops: list[Tensor], n: int) -> list[TokenMap]:
+        """All after the final norm: there is one stage."""
+        outputs = list(self._block_outputs(crops, None))[-n:]
+        return [self._token_map(self.norm(tokens), grids) for tokens, grids in outputs]
+
+    def stage_maps(self, crops: list[Tensor]) -> list[TokenMap]:
+        *_, (tokens, grids) = self._block_outputs(crops, None)
+        return [self._token_map(tokens, grids)]
+
+    def position(self, h: int, w: int, device: torch.device) -> Tensor:
+        """[1 + h·w, C] of the class token and of a map's patches, fp32 or wider."""
+        learned = cast(Tensor, self.pos_embed)[0]
+        learned = learned.to(torch.promote_types(learned.dtype, torch.float32))
+        if (h, w) == (SIDE, SIDE):
+            return learned
+        rows, columns = (resize_matrix(SIDE, n, device).to(learned.dtype) for n in (h, w))
+        patches = torch.einsum("yi,ijc->yjc", rows, learned[1:].view(SIDE, SIDE, -1))
+        patches = torch.einsum("xj,yjc->yxc", columns, patches)
+        return torch.cat([learned[:1], patches.flatten(0, 1)])
+
+    def _block_outputs(self, crops: list[Tensor], drop_keys: Tensor | None) -> Iterator[tuple[Tensor, list[Grid]]]:
+        """After each block: (tokens [N, C], class tokens among them; grids)."""
+        grids = [(len(x), -(-x.shape[-2] // PATCH), -(-x.shape[-1] // PATCH)) for x in crops]
+        sequences: Grids = tuple((n, 1, 1 + h * w) for n, h, w in grids)
+        tokens = self._embed(crops, grids)
+        scales = of_crop = None
+        if drop_keys is not None:
+            scales = keep_scales(drop_keys, torch.tensor(self.drop_rates)).to(tokens.dtype)
+            of_crop = crop_of_token(sequences, tokens.device)
+        for i, block in enumerate(self.blocks):
+            keep_attn = keep_mlp = None
+            if scales is not None and of_crop is not None and self.drop_rates[i] > 0:
+                keep_attn, keep_mlp = scales[i].index_select(1, of_crop).unsqueeze(-1)  # [N, 1]
+            tokens = self.run_block(block, tokens, sequences, keep_attn, keep_mlp)
+            yield tokens, grids
+
+    def _embed(self, crops: list[Tensor], grids: list[Grid]) -> Tensor:
+        """Crops [N_g, 3, S_g, S_g] → [N, C] with class tokens and positions."""
+        patches = self.patch_embed(crops, grids)
+        groups = []
+        for group, (n, h, w) in zip(patches.split([n * h * w for n, h, w in grids]), grids, strict=True):
+            tokens = torch.cat([self.cls_token.expand(n, 1, -1), group.view(n, h * w, -1)], 1)
+            tokens = tokens + self.position(h, w, tokens.device).to(tokens.dtype)
+            groups.append(tokens.flatten(0, 1))
+        return torch.cat(groups)
+
+    def _token_map(self, tokens: Tensor, grids: list[Grid]) -> TokenMap:
+        regions, views = [], []
+        for group, (n, h, w) in zip(tokens.split([n * (1 + h * w) for n, h, w in grids]), grids, strict=True):
+            sequence = group.view(n, 1 + h * w, -1)
+            views.append(sequence[:, 0])
+            regions.append(sequence[:, 1:].flatten(0, 1))
+        return TokenMap(torch.cat(regions), grids, torch.cat(views))
+
+
+class MoCoViT(ViT):
+    """MoCo v3's: fixed sine-cosine positions (the class token's are 0), computed for any map; Xavier's initial values,
+    with query, key and value as matrices of their own."""
+
+    learns_positions = False
+
+    def position(self, h: int, w: int, device: torch.device) -> Tensor:
+        return sine_cosine(h, w, self.dim, device)
+
+    def initial_values(self) -> dict[str, Initializer]:
+        found = {"cls_token": normal(1e-6)}
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                fan_out = module.out_features // (3 if name.endswith(".qkv") else 1)
+                found[f"{name}.weight"] = uniform(math.sqrt(6 / (module.in_features + fan_out)))
+        found["patch_embed.proj.weight"] = uniform(math.sqrt(6 / (3 * PATCH**2 + self.dim)))
+        return found | {"patch_embed.proj.bias": constant(0.0)}
+
+
+class PatchEmbed(nn.Module):
+    """16×16 patches → tokens."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.proj = PatchProjection(dim)
+
+    def forward(self, crops: list[Tensor], grids: list[Grid]) -> Tensor:
+        """Crops [N_g, 3, S_g, S_g] → [ΣN_g·T, C]."""
+        rows = []
+        for crop, (n, h, w) in zip(crops, grids, strict=True):
+            crop = crop.to(self.proj.weight.dtype)
+            if crop.shape[-2:] != (h * PATCH, w * PATCH):
+                crop = F.pad(crop, (0, w * PATCH - crop.shape[-1], 0, h * PATCH - crop.shape[-2]))
+            patches = crop.reshape(n, 3, h, PATCH, w, PATCH).permute(0, 2, 4, 1, 3, 5)
+            rows.append(patches.reshape(n * h * w, 3 * PATCH**2))
+        return self.proj(torch.cat(rows))
+
+
+class PatchProjection(nn.Conv2d):
+    """The official patch convolution (its parameters and shapes), applied to patches that are rows already."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(3, dim, PATCH, stride=PATCH)
+
+    def forward(self, patches: Tensor) -> Tensor:  # [N, 768] → [N, C]
+        return F.linear(patches, self.weight.flatten(1), self.bias)
+
+
+class Block(nn.Module):
+    """Attention and MLP, pre-norm. One call a block: the unit of ZeRO-3 and of activation checkpointing."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.mlp = Mlp(dim)
+
+    def forward(self, tokens: Tensor, sequences: Grids, keep_attn: Tensor | None, keep_mlp: Tensor | None) -> Tensor:
+        """tokens [N, C] → [N, C]; keep_* [N, 1] scales a branch (0: dropped), None keeps it."""
+        tokens = add_branch(tokens, self.attn(self.norm1(tokens), sequences), keep_attn)
+        return add_branch(tokens, self.mlp(self.norm2(tokens)), keep_mlp)
+
+
+class Attention(nn.Module):
+    """softmax(QKᵀ/√d) V within every crop."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, tokens: Tensor, sequences: Grids) -> Tensor:
+        """tokens [N, C], sequences (crops, 1, tokens of each) per resolution → [N, C]"""
+        dim, mixed = tokens.shape[1], []
+        groups = self.qkv(tokens).split([n * length for n, _, length in sequences])
+        for qkv, (n, _, length) in zip(groups, sequences, strict=True):
+            q, k, v = qkv.view(n, length, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
+            mixed.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n * length, dim))
+        return self.proj(torch.cat(mixed))
+
+
+@lru_cache(maxsize=64)
+def resize_matrix(source: int, target: int, device: torch.device) -> Tensor:
+    """float64 [target, source]: bicubic interpolation along one side, at the scale target/source, as torch's
+    `interpolate(mode="bicubic")` (Keys 1981 with a = −0.75, no antialiasing). A product with it has a deterministic
+    backward on GPUs, which torch's own has not."""
+    a = -0.75
+    at = (np.arange(target) + 0.5) * source / target - 0.5
+    first = np.floor(at).astype(np.int64)
+    matrix = np.zeros((target, source))
+    for offset in (-1, 0, 1, 2):
+        d = np.abs(at - first - offset)
+        near, far = ((a + 2) * d - (a + 3)) * d * d + 1, ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
+        np.add.at(matrix, (np.arange(target), np.clip(first + offset, 0, source - 1)), np.where(d <= 1, near, far))
+    with torch.inference_mode(False):
+        return torch.from_numpy(matrix).to(device)
+
+
+@lru_cache(maxsize=64)
+def sine_cosine(h: int, w: int, dim: int, device: torch.device) -> Tensor:
+    """float32 [1 + h·w, C]: zeros for the class token, then (sin y, cos y, sin x, cos x), a quarter of C each, at the
+    frequencies 10000^(−i/(C/4))."""
+    frequencies = 10000.0 ** -(np.arange(dim // 4) / (dim // 4))
+    y, x = np.divmod(np.arange(h * w), w)
+    y, x = np.outer(y, frequencies), np.outer(x, frequencies)
+    patches = np.concatenate([np.sin(y), np.cos(y), np.sin(x), np.cos(x)], 1)
+    with torch.inference_mode(False):
+        return torch.from_numpy(np.concatenate([np.zeros((1, dim)), patches])).float().to(device)
+
+
+def build(kind: type[ViT], named: Shape, config: Config) -> Trunk:
+    """
+    Raises:
+        UserError: overrides that do not fit.
+    """
+    shape = overridden(config, named)
+    if not kind.learns_positions and shape.embed_dim % 4:
+        near = max(4, round(shape.embed_dim / 4) * 4)
+        raise UserError(
+            f"model.embed_dim: sine-cosine positions need a multiple of 4, got {shape.embed_dim}; nearest: {near}"
+        )
+    return kind(shape.embed_dim, shape.depths[0], shape.heads[0], config.model.drop_path)
