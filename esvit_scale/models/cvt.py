@@ -104,7 +104,7 @@ class CvT(Trunk):
         for stage in self.stages:
             tokens, grids = stage.embed(maps)
             for block in stage.blocks:
-                keep = (None, None)
+                keep: tuple[Tensor | None, ...] = (None, None)
                 if scales is not None and self.drop_rates[i] > 0:
                     of_crop = crop_of_token(tuple(grids), tokens.device)
                     keep = scales[i].to(tokens.dtype).index_select(1, of_crop).unsqueeze(-1).unbind(0)  # each [N, 1]

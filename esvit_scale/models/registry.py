@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError, nearest
-from esvit_scale.models import cvt
+from esvit_scale.models import cvt, vil
 from esvit_scale.models.shape import Shape, overridden
 from esvit_scale.models.swin import PATCH, Swin
 from esvit_scale.models.swin_v2 import SwinV2
@@ -57,6 +57,7 @@ def _swin(config: Config) -> Trunk:
 TRUNKS: dict[str, Callable[[Config], Trunk]] = {
     **dict.fromkeys(SHAPES, _swin),
     "cvt_s1": cvt.build,
+    "vil_2262": vil.build,
 }
 
 
