@@ -10,6 +10,7 @@ from torch import Tensor
 _GOLDEN = 0x9E3779B97F4A7C15  # splitmix64 (Steele, Lea and Flood 2014): increment and finaliser
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
+_OTHER_DRAWS = 1 << 20  # beyond every (block, branch) that is kept or dropped
 
 
 def _signed(value: int) -> int:
@@ -64,3 +65,9 @@ def keep_scales(keys: Tensor, rates: Tensor) -> Tensor:
     rate = rates.to(keys.device).repeat_interleave(2)[:, None]
     scale = torch.where(uniform >= rate, 1 / (1 - rate).clamp_min(1e-6), torch.zeros_like(rate))
     return scale.view(len(rates), 2, -1)
+
+
+def draw_of(keys: Tensor, block: int, choices: int) -> Tensor:
+    """Whatever else a block draws at random: int64 [n] in 0 … choices − 1, each as likely (exactly so for a power of
+    two), one for each of the keys."""
+    return _shift_right(_hash(keys, _OTHER_DRAWS + block), 40) % choices  # of 24 bits

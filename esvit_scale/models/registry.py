@@ -8,7 +8,7 @@ from functools import partial
 
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError, nearest
-from esvit_scale.models import resnet, vit
+from esvit_scale.models import cvt, resnet, vil, vit
 from esvit_scale.models.shape import Shape, overridden
 from esvit_scale.models.swin import PATCH, Swin
 from esvit_scale.models.swin_v2 import SwinV2
@@ -63,6 +63,8 @@ TRUNKS: dict[str, Callable[[Config], Trunk]] = {
     "vit_s_moco": partial(vit.build, MoCoViT, Shape(384, (12,), (12,), (1,))),
     "vit_b_moco": partial(vit.build, MoCoViT, Shape(768, (12,), (12,), (1,))),
     "resnet50": partial(resnet.build, Shape(64, (3, 4, 6, 3), ())),
+    "cvt_s1": cvt.build,
+    "vil_2262": vil.build,
 }
 
 

@@ -1,0 +1,258 @@
+"""CvT as EsViT runs it ("v4 s1" of its code), packed: every crop of every size in one pass.
+
+Convolutional vision Transformer (Wu et al. 2021, https://arxiv.org/abs/2103.15808) with four stages and window
+attention. Overlapping convolutions make the tokens of a stage; a block's queries, keys and values come from a depthwise
+convolution, batch norm and a 1×1 convolution. There are no position embeddings, no shifted windows and no class token.
+
+Tokens of all crops form one list [N, C], each crop row-major: norms and 1×1 convolutions run once over it. What needs a
+map (k×k convolutions, batch norm, windows) runs per resolution group. As in the official code a map is padded with
+zeros, right and bottom, to whole windows *before* the depthwise convolution, so that pads are convolved, counted in the
+batch's statistics, projected and attended to like any token.
+
+Parameter names and shapes are the official ones, so checkpoints map by name.
+"""
+
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from esvit_scale.config import Config
+from esvit_scale.models.batch_norm import BatchNorm
+from esvit_scale.models.distributions import Initializer, constant, normal
+from esvit_scale.models.drop_path import keep_scales
+from esvit_scale.models.shape import Shape, overridden
+from esvit_scale.models.swin import add_branch
+from esvit_scale.models.trunk import Features, Grid, TokenMap, Trunk
+from esvit_scale.models.windows import crop_of_token
+
+S1 = Shape(64, (2, 2, 6, 2), (1, 3, 6, 12), growth=(1, 3, 6, 12))
+NORM_EPS = 1e-5
+MLP_RATIO = 4
+QUICK = 1.702  # x·σ(1.702 x) is close to GELU
+
+
+def build(config: Config) -> "CvT":
+    """Raises UserError: overrides that do not fit together."""
+    shape = overridden(config, S1)
+    return CvT(shape.widths, shape.depths, shape.heads, config.model.window, config.model.drop_path)
+
+
+class CvT(Trunk):
+    """
+    Args:
+        widths, depths, heads: per stage.
+        window: tokens along a window's side; a map that is smaller has windows of its own shorter side.
+        drop_path: stochastic-depth rate of the last block; rates grow linearly from 0.
+    """
+
+    def __init__(
+        self,
+        widths: tuple[int, ...],
+        depths: tuple[int, ...],
+        heads: tuple[int, ...],
+        window: int = 7,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.dim, self.depths, self.channels = widths[-1], tuple(depths), tuple(widths)
+        self.reductions = tuple(4 * 2**s for s in range(len(depths)))
+        self.drop_rates = [drop_path * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]
+        for s, (before, width) in enumerate(zip((3, *widths), widths, strict=False)):
+            embed = Embedding(before, width, kernel=3 if s else 7, stride=2 if s else 4, padding=1 if s else 2)
+            blocks = [Block(width, heads[s], window) for _ in range(depths[s])]
+            setattr(self, f"stage{s}", Stage(embed, blocks))
+        self.norm = nn.LayerNorm(self.dim, eps=NORM_EPS)
+
+    @property
+    def stages(self) -> list["Stage"]:
+        return [cast(Stage, getattr(self, f"stage{s}")) for s in range(len(self.depths))]
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return [block for stage in self.stages for block in stage.blocks]
+
+    @property
+    def patch_projection(self) -> nn.Module:
+        return self.stages[0].embed.proj
+
+    def forward(self, crops: list[Tensor], drop_keys: Tensor | None = None) -> Features:
+        """As `Trunk.forward`; the view is the mean of the crop's regions."""
+        *_, (tokens, grids) = self._block_outputs(crops, drop_keys)
+        regions = self.norm(tokens)
+        views = [
+            rows.view(n, h * w, self.dim).mean(1) for rows, (n, h, w) in zip(_split(regions, grids), grids, strict=True)
+        ]
+        return Features(torch.cat(views), regions, grids)
+
+    def last_blocks(self, crops: list[Tensor], n: int) -> list[TokenMap]:
+        outputs = list(self._block_outputs(crops, None))
+        maps = [TokenMap(tokens, grids) for tokens, grids in outputs]
+        last = len(maps) - self.depths[-1]
+        return [m._replace(tokens=self.norm(m.tokens)) if i >= last else m for i, m in enumerate(maps)][-n:]
+
+    def stage_maps(self, crops: list[Tensor]) -> list[TokenMap]:
+        ends = {sum(self.depths[: s + 1]) - 1 for s in range(len(self.depths))}
+        return [TokenMap(*output) for i, output in enumerate(self._block_outputs(crops, None)) if i in ends]
+
+    def _block_outputs(self, crops: list[Tensor], drop_keys: Tensor | None) -> Iterator[tuple[Tensor, list[Grid]]]:
+        """After each block: tokens [N, C] and grids."""
+        scales = keep_scales(drop_keys, torch.tensor(self.drop_rates)) if drop_keys is not None else None
+        maps, i = crops, 0
+        for stage in self.stages:
+            tokens, grids = stage.embed(maps)
+            for block in stage.blocks:
+                keep: tuple[Tensor | None, ...] = (None, None)
+                if scales is not None and self.drop_rates[i] > 0:
+                    of_crop = crop_of_token(tuple(grids), tokens.device)
+                    keep = scales[i].to(tokens.dtype).index_select(1, of_crop).unsqueeze(-1).unbind(0)  # each [N, 1]
+                tokens = self.run_block(block, tokens, grids, *keep)
+                i += 1
+                yield tokens, grids
+            maps = [_as_map(rows, grid) for rows, grid in zip(_split(tokens, grids), grids, strict=True)]
+
+
+class Stage(nn.ModuleList):
+    """A convolution that makes tokens, and blocks. CvT drives them; this only owns them."""
+
+    def __init__(self, embed: "Embedding", blocks: list["Block"]) -> None:
+        super().__init__([embed, nn.ModuleDict({"layers": nn.ModuleList(blocks)})])
+
+    @property
+    def embed(self) -> "Embedding":
+        return cast(Embedding, self[0])
+
+    @property
+    def blocks(self) -> list["Block"]:
+        return list(self[1]["layers"])  # type: ignore[index]
+
+
+class Embedding(nn.Module):
+    """Overlapping patches → tokens."""
+
+    def __init__(self, channels: int, dim: int, kernel: int, stride: int, padding: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, dim, kernel, stride, padding)
+        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+
+    def initial_values(self) -> dict[str, Initializer]:
+        return {"proj.weight": normal(0.02), "proj.bias": constant(0.0)}
+
+    def forward(self, maps: list[Tensor]) -> tuple[Tensor, list[Grid]]:
+        """Maps [N_g, channels, H, W] → tokens [N, C] and their grids."""
+        out = [self.proj(x.to(self.proj.weight.dtype)) for x in maps]
+        return self.norm(torch.cat([_as_rows(x) for x in out])), [(x.shape[0], x.shape[2], x.shape[3]) for x in out]
+
+
+class Block(nn.ModuleList):
+    """Window attention and MLP, pre-norm. One call a block: the unit of ZeRO-3 and of activation checkpointing."""
+
+    def __init__(self, dim: int, heads: int, window: int) -> None:
+        super().__init__([PreNorm(dim, Attention(dim, heads, window)), PreNorm(dim, Mlp(dim))])
+
+    def forward(self, tokens: Tensor, grids: list[Grid], keep_attn: Tensor | None, keep_mlp: Tensor | None) -> Tensor:
+        """tokens [N, C] → [N, C]; keep_* [N, 1] scales a branch (0: dropped), None keeps it."""
+        attention, mlp = self
+        tokens = add_branch(tokens, attention(tokens, grids), keep_attn)
+        return add_branch(tokens, mlp(tokens), keep_mlp)
+
+
+class PreNorm(nn.Module):
+    def __init__(self, dim: int, fn: nn.Module) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.fn = fn
+
+    def forward(self, tokens: Tensor, *plan: list[Grid]) -> Tensor:
+        return self.fn(self.norm(tokens), *plan)
+
+
+class Attention(nn.Module):
+    """softmax(QKᵀ/√C) V within windows. The scale is of the whole width, not of a head's: so is the official code."""
+
+    def __init__(self, dim: int, heads: int, window: int) -> None:
+        super().__init__()
+        self.heads, self.window, self.scale = heads, window, dim**-0.5
+        self.qkv = ConvProjection(dim)
+        self.proj_out = PointConv(dim, dim)
+
+    def forward(self, tokens: Tensor, grids: list[Grid]) -> Tensor:  # [N, C] → [N, C]
+        sides = [min(self.window, h, w) for _, h, w in grids]
+        padded = [(n, h + -h % side, w + -w % side) for (n, h, w), side in zip(grids, sides, strict=True)]
+        qkv = self.qkv(tokens, list(zip(grids, padded, strict=True)))  # [slots, 3C]
+        mixed = []
+        for rows, side, (n, high, wide), (_, h, w) in zip(_split(qkv, padded), sides, padded, grids, strict=True):
+            slots = self._attend(rows.view(n, high // side, side, wide // side, side, 3, self.heads, -1))
+            mixed.append(slots.view(n, high, wide, -1)[:, :h, :w].reshape(n * h * w, -1))
+        return self.proj_out(torch.cat(mixed))
+
+    def _attend(self, qkv: Tensor) -> Tensor:
+        """[n, rows of windows, side, columns, side, 3, heads, d] → [n, rows, side, columns, side, heads, d]"""
+        n, rows, side, columns, _, _, heads, depth = qkv.shape
+        windows = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, n * rows * columns, heads, side * side, depth)
+        q, k, v = windows.unbind(0)
+        mixed = F.scaled_dot_product_attention(q, k, v, scale=self.scale)  # [windows, heads, L, d]
+        return mixed.view(n, rows, columns, heads, side, side, depth).permute(0, 1, 4, 2, 5, 3, 6).contiguous()
+
+
+class ConvProjection(nn.Module):
+    """Depthwise 3×3 convolution and batch norm, per resolution; then a 1×1 convolution to queries, keys and values."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dw = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
+        self.bn = BatchNorm(dim)
+        self.pw = PointConv(dim, 3 * dim)
+
+    def initial_values(self) -> dict[str, Initializer]:
+        return {"dw.weight": normal(0.02)}
+
+    def forward(self, tokens: Tensor, grids: list[tuple[Grid, Grid]]) -> Tensor:
+        """tokens [N, C] → [slots, 3C], the rows of the padded maps; each of `grids` is (map, padded map)."""
+        rows = []
+        for group, (grid, (_, high, wide)) in zip(_split(tokens, [g for g, _ in grids]), grids, strict=True):
+            padded = F.pad(_as_map(group, grid), (0, wide - grid[2], 0, high - grid[1]))
+            rows.append(_as_rows(self.bn(self.dw(padded))))
+        return self.pw(torch.cat(rows))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.net = nn.Sequential(PointConv(dim, MLP_RATIO * dim), QuickGelu(), PointConv(MLP_RATIO * dim, dim))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.net(tokens)
+
+
+class QuickGelu(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(QUICK * x)
+
+
+class PointConv(nn.Conv2d):
+    """The official 1×1 convolution (its parameters and shapes), applied to rows."""
+
+    def __init__(self, channels: int, dim: int) -> None:
+        super().__init__(channels, dim, 1)
+
+    def initial_values(self) -> dict[str, Initializer]:
+        return {"weight": normal(0.02), "bias": constant(0.0)}
+
+    def forward(self, rows: Tensor) -> Tensor:  # [N, C] → [N, C']
+        return F.linear(rows, self.weight.flatten(1), self.bias)
+
+
+def _split(tokens: Tensor, grids: list[Grid]) -> tuple[Tensor, ...]:
+    return tokens.split([n * h * w for n, h, w in grids])
+
+
+def _as_map(rows: Tensor, grid: Grid) -> Tensor:
+    """[n·h·w, C] → [n, C, h, w], without a copy (channels last)."""
+    return rows.view(*grid, -1).permute(0, 3, 1, 2)
+
+
+def _as_rows(maps: Tensor) -> Tensor:  # [n, C, h, w] → [n·h·w, C]
+    return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])

@@ -1,0 +1,226 @@
+"""ViL, a Vision Longformer of four stages as EsViT runs it ("2262"), packed: every crop of every size in one pass.
+
+Multi-Scale Vision Longformer (Zhang et al. 2021, https://arxiv.org/abs/2103.15358). Each stage makes patches of the one
+before, adds global tokens of its own (1, 1, 1 and 0) and runs its blocks: in stages 1 and 2 a token attends to the
+windows around it, in stages 3 and 4 to the whole map (models/vil_attention.py).
+
+While training, the official code lets queries see their own window and one of the eight around it, drawn at random at
+every call of a block; at evaluation they see all nine. Here every crop has its own draw for every block, a hash of its
+drop key, so that it depends neither on the batch nor on the rank: for a crop the distribution is the official one. The
+teacher has no drop keys and sees all nine windows, which is also what is evaluated. (The official teacher is never put
+into evaluation mode and draws as well; the draws are noise in its targets.)
+
+Sides that are no multiple of a patch lose what is left over, as in the official code, at each of the four stages.
+"""
+
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from esvit_scale.config import Config
+from esvit_scale.errors import UserError
+from esvit_scale.models.distributions import Initializer, normal
+from esvit_scale.models.drop_path import draw_of, keep_scales
+from esvit_scale.models.shape import Shape, overridden
+from esvit_scale.models.swin import Mlp, add_branch
+from esvit_scale.models.trunk import Features, Grid, TokenMap, Trunk
+from esvit_scale.models.vil_attention import AROUND, OWN, FullAttention, LongAttention
+from esvit_scale.models.windows import crop_of_token
+
+VIL_2262 = Shape(96, (2, 2, 6, 2), (3, 6, 12, 24), growth=(1, 2, 4, 8))
+PATCHES = (4, 2, 2, 2)  # cells of the stage before that become one token
+GLOBALS = (1, 1, 1, 0)  # global tokens
+LONG = (True, True, False, False)  # attention to the windows around, not to the whole map
+SMALLEST = 32  # pixels that leave stage 4 a token
+NORM_EPS = 1e-6
+
+
+def build(config: Config) -> "ViL":
+    """
+    Raises:
+        UserError: overrides that do not fit together, or a crop size that leaves nothing for stage 4.
+    """
+    shape = overridden(config, VIL_2262)
+    where = ["data.global_crops.size", *(f"data.local_crops.{i}.size" for i in range(len(config.data.local_crops)))]
+    sizes = [config.data.global_crops.size, *(crops.size for crops in config.data.local_crops)]
+    for name, size in zip(where, sizes, strict=True):
+        if size < SMALLEST:
+            raise UserError(
+                f"{name}: {size} pixels leave {config.model.trunk} no token in stage 4; nearest: {SMALLEST}"
+            )
+    size, window = config.data.global_crops.size, config.model.window
+    return ViL(shape.widths, shape.depths, shape.heads, window, size, config.model.drop_path)
+
+
+class ViL(Trunk):
+    """
+    Args:
+        widths, depths, heads: per stage, of which there are four.
+        window: tokens along a window's side (stages 1 and 2).
+        size: pixels of the global crops, whose maps the bias tables of stages 3 and 4 are made for.
+        drop_path: stochastic-depth rate of the last block; rates grow linearly from 0.
+    """
+
+    def __init__(
+        self,
+        widths: tuple[int, ...],
+        depths: tuple[int, ...],
+        heads: tuple[int, ...],
+        window: int = 7,
+        size: int = 224,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.dim, self.depths, self.channels = widths[-1], tuple(depths), tuple(widths)
+        self.reductions = tuple(4 * 2**s for s in range(len(PATCHES)))
+        self.drop_rates = [drop_path * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]
+        stages = []
+        for s, (before, width) in enumerate(zip((3, *widths), widths, strict=False)):
+            size //= PATCHES[s]
+            reach = window if LONG[s] else size
+            blocks = [Block(width, heads[s], GLOBALS[s], LONG[s], reach) for _ in range(depths[s])]
+            stages.append(Stage(PatchEmbed(before, width, PATCHES[s], GLOBALS[s]), blocks))
+        self.layers = nn.ModuleList(stages)
+        self.norm = nn.LayerNorm(self.dim, eps=NORM_EPS)
+
+    @property
+    def stages(self) -> list["Stage"]:
+        return cast(list[Stage], list(self.layers))
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return [block for stage in self.stages for block in stage.blocks]
+
+    @property
+    def patch_projection(self) -> nn.Module:
+        return self.stages[0].patch_embed.proj
+
+    def forward(self, crops: list[Tensor], drop_keys: Tensor | None = None) -> Features:
+        """As `Trunk.forward`; the view is the mean of the crop's regions."""
+        *_, (tokens, grids, _) = self._block_outputs(crops, drop_keys)
+        regions = self.norm(tokens)
+        views = [x.mean(1) for x in _per_crop(regions, grids, 0)]
+        return Features(torch.cat(views), regions, grids)
+
+    def last_blocks(self, crops: list[Tensor], n: int) -> list[TokenMap]:
+        """What stands for a crop in stages 1 to 3 is its global token."""
+        maps = [_token_map(*output) for output in self._block_outputs(crops, None)]
+        last = len(maps) - self.depths[-1]
+        return [m._replace(tokens=self.norm(m.tokens)) if i >= last else m for i, m in enumerate(maps)][-n:]
+
+    def stage_maps(self, crops: list[Tensor]) -> list[TokenMap]:
+        ends = {sum(self.depths[: s + 1]) - 1 for s in range(len(self.depths))}
+        return [_token_map(*output) for i, output in enumerate(self._block_outputs(crops, None)) if i in ends]
+
+    def _block_outputs(self, crops: list[Tensor], drop_keys: Tensor | None) -> Iterator[tuple[Tensor, list[Grid], int]]:
+        """After each block: tokens [N, C], of each crop the g global ones first; grids; g."""
+        scales = keep_scales(drop_keys, torch.tensor(self.drop_rates)) if drop_keys is not None else None
+        maps, i = crops, 0
+        for s, (stage, g) in enumerate(zip(self.stages, GLOBALS, strict=True)):
+            tokens, grids = stage.patch_embed(maps)
+            for block in stage.blocks:
+                keep: tuple[Tensor | None, ...] = (None, None)
+                if scales is not None and self.drop_rates[i] > 0:
+                    of_crop = crop_of_token(tuple((n, 1, g + h * w) for n, h, w in grids), tokens.device)
+                    keep = scales[i].to(tokens.dtype).index_select(1, of_crop).unsqueeze(-1).unbind(0)  # each [N, 1]
+                neighbours = _neighbours(drop_keys, i) if drop_keys is not None and LONG[s] else None
+                tokens = self.run_block(block, tokens, grids, *keep, neighbours)
+                i += 1
+                yield tokens, grids, g
+            per_crop = zip(_per_crop(tokens, grids, g), grids, strict=True)
+            maps = [rows[:, g:].unflatten(1, (h, w)).permute(0, 3, 1, 2) for rows, (_, h, w) in per_crop]
+
+
+class Stage(nn.Module):
+    """A patch embedding and blocks. ViL drives them; this only owns them."""
+
+    def __init__(self, patch_embed: "PatchEmbed", blocks: list["Block"]) -> None:
+        super().__init__()
+        self.patch_embed = patch_embed
+        self.blocks = nn.ModuleList(blocks)
+
+
+class PatchEmbed(nn.Module):
+    """p×p cells → a token; global tokens first."""
+
+    def __init__(self, channels: int, dim: int, patch: int, globals_: int) -> None:
+        super().__init__()
+        self.proj = PatchProjection(channels, dim, patch, stride=patch)
+        self.norm_embed = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.cls_token = nn.Parameter(torch.zeros(1, globals_, dim)) if globals_ else None
+
+    def initial_values(self) -> dict[str, Initializer]:
+        return {"cls_token": normal(0.02)} if self.cls_token is not None else {}
+
+    def forward(self, maps: list[Tensor]) -> tuple[Tensor, list[Grid]]:
+        """Maps [N_g, channels, H, W] → tokens [N, C] and grids."""
+        patch = self.proj.stride[0]
+        grids = [(x.shape[0], x.shape[2] // patch, x.shape[3] // patch) for x in maps]
+        cells = [_patches(x.to(self.proj.weight.dtype), patch) for x in maps]
+        tokens = self.norm_embed(self.proj(torch.cat(cells)))
+        if self.cls_token is None:
+            return tokens, grids
+        crops = [
+            torch.cat((self.cls_token.expand(len(x), -1, -1), x), 1).flatten(0, 1) for x in _per_crop(tokens, grids, 0)
+        ]
+        return torch.cat(crops), grids
+
+
+class PatchProjection(nn.Conv2d):
+    """The official patch convolution (its parameters and shapes), applied to patches that are rows already."""
+
+    def forward(self, patches: Tensor) -> Tensor:  # [N, channels · p²] → [N, C]
+        return F.linear(patches, self.weight.flatten(1), self.bias)
+
+
+class Block(nn.Module):
+    """Attention and MLP, pre-norm. One call a block: the unit of ZeRO-3 and of activation checkpointing."""
+
+    def __init__(self, dim: int, heads: int, globals_: int, long: bool, reach: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.attn = LongAttention(dim, heads, globals_, reach) if long else FullAttention(dim, heads, globals_, reach)
+        self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.mlp = Mlp(dim)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        grids: list[Grid],
+        keep_attn: Tensor | None,
+        keep_mlp: Tensor | None,
+        neighbours: Tensor | None,
+    ) -> Tensor:
+        """tokens [N, C] → [N, C]; keep_* [N, 1] scales a branch (0: dropped), None keeps it; neighbours [ΣB] as
+        `LongAttention`."""
+        tokens = add_branch(tokens, self.attn(self.norm1(tokens), grids, neighbours), keep_attn)
+        return add_branch(tokens, self.mlp(self.norm2(tokens)), keep_mlp)
+
+
+def _neighbours(drop_keys: Tensor, block: int) -> Tensor:
+    """int64 [ΣB]: one of the eight windows around, each as likely."""
+    drawn = draw_of(drop_keys, block, AROUND - 1)
+    return drawn + (drawn >= OWN)
+
+
+def _patches(x: Tensor, patch: int) -> Tensor:
+    """[n, channels, H, W] → [n·h·w, channels · p²]; what is left over at the right and at the bottom is not used."""
+    h, w = x.shape[2] // patch, x.shape[3] // patch
+    cells = x[:, :, : h * patch, : w * patch].unflatten(3, (w, patch)).unflatten(2, (h, patch))
+    return cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(0, 2)
+
+
+def _per_crop(tokens: Tensor, grids: list[Grid], g: int) -> list[Tensor]:
+    """[N, C] → of each group [n, g + h·w, C]"""
+    groups = tokens.split([n * (g + h * w) for n, h, w in grids])
+    return [rows.view(n, g + h * w, -1) for rows, (n, h, w) in zip(groups, grids, strict=True)]
+
+
+def _token_map(tokens: Tensor, grids: list[Grid], g: int) -> TokenMap:
+    if not g:
+        return TokenMap(tokens, grids)
+    crops = _per_crop(tokens, grids, g)
+    return TokenMap(torch.cat([x[:, g:].flatten(0, 1) for x in crops]), grids, torch.cat([x[:, 0] for x in crops]))
