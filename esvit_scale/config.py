@@ -92,18 +92,30 @@ class Model(Section):
 
 class Objective(Section):
     name: str = "esvit"
-    regions: bool = True  # false: the view loss alone (DINO's objective)
+    regions: bool = True  # of esvit, false: the view loss alone (DINO's objective); all others: false
     prototypes: Positive = 65536
     head_hidden: Positive = 2048
-    bottleneck: Positive = 256
+    bottleneck: Positive = 256  # width of the head's output
+    predictor_hidden: Positive | None = (
+        None  # width inside the predictor, of objectives that have one; null: head_hidden
+    )
     norm_last_layer: bool = False  # true: the prototypes' gains stay at 1
     student_temp: AboveZero = 0.1
     teacher_temp: AboveZero = 0.04  # at the start; moves once an epoch
     teacher_temp_end: AboveZero = 0.07
     teacher_temp_warmup_epochs: Count = 30
+    centering: Literal["center", "sinkhorn"] = "center"  # of esvit and dino; sinkhorn: over each batch, without memory
     center_momentum: Fraction = 0.9
     ema_momentum: Fraction = 0.996  # of the teacher; cosine to ema_momentum_end, per step
     ema_momentum_end: Fraction = 1.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _regions_are_esvits(cls, values: Any) -> Any:
+        """The default of `regions` is that of the objective named; whether `true` fits it, its registry says."""
+        if isinstance(values, dict) and values.get("name", "esvit") != "esvit":
+            return {"regions": False, **values}
+        return values
 
 
 class Optim(Section):
@@ -119,6 +131,7 @@ class Optim(Section):
     cooldown: Fraction = 0.2
     weight_decay: Rate = 0.04
     weight_decay_end: Rate = 0.4
+    decay: Literal["weights", "all"] = "weights"  # all: biases and norms decay too (MoCo v3, SimSiam)
     clip: AboveZero | None = 3.0  # gradient norm; null: no clipping
     clip_by: Literal["tensor", "global"] = "tensor"  # tensor: as the official code, each parameter's own norm
     freeze_last_layer_epochs: Count = 1

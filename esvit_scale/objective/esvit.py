@@ -4,7 +4,8 @@
         ½ · mean over images of CE(p_t, q_v)  +  ½ · mean over images and regions i of CE(p_t^{j*(i)}, q_v^i)
     j*(i) = argmax_j cos(f_v^i, f_t^j),   f the trunk's tokens after its final norm
 
-Without regions it is the first term alone, without its ½ (DINO's objective).
+Without regions it is the first term alone, without its ½ (DINO's objective). The teacher's targets are centred by a moving
+mean of its logits, or by Sinkhorn-Knopp over the batch (`objective.centering`).
 """
 
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from esvit_scale.models.trunk import Features
 from esvit_scale.objective.center import Center
 from esvit_scale.objective.objective import Logs, Objective, unit
 from esvit_scale.objective.prototypes import Entropies, prototype_cross_entropy
+from esvit_scale.objective.sinkhorn import sinkhorn_center
 
 TEACHER_VIEWS = 2  # the globals
 
@@ -49,6 +51,7 @@ class EsViT(Objective):
         self.prototypes = config.prototypes
         self.view_head = _head(dim, config)
         self.region_head = _head(dim, config) if config.regions else None
+        self.sinkhorn = config.centering == "sinkhorn"
         self.view_center = Center(config.center_momentum)
         self.region_center = Center(config.center_momentum)
 
@@ -96,7 +99,7 @@ class EsViT(Objective):
             center.discard()
 
     def memory(self) -> dict[str, Tensor]:
-        """The centres: "view.values" and "region.values", fp32 [K]; empty before the first forward."""
+        """The centres: "view.values" and "region.values", fp32 [K]; empty before the first forward, and with Sinkhorn."""
         states = {head: center.state_dict() for head, center in self._centers.items()}
         return {f"{head}.{name}": value for head, state in states.items() for name, value in state.items()}
 
@@ -110,6 +113,8 @@ class EsViT(Objective):
 
     @property
     def _centers(self) -> dict[str, Center]:
+        if self.sinkhorn:
+            return {}
         both = {"view": self.view_center, "region": self.region_center}
         return both if self.region_head is not None else {"view": self.view_center}
 
@@ -123,8 +128,11 @@ class EsViT(Objective):
         weight: Tensor,
         teacher_temp: float,
     ) -> tuple[Tensor, Entropies]:
-        center_values = center.values(targets.rows)
-        center.observe(targets.z.mean(0, dtype=torch.promote_types(targets.z.dtype, torch.float32)), targets.rows)
+        if self.sinkhorn:
+            center_values = sinkhorn_center(targets.z, targets.rows, teacher_temp)
+        else:
+            center_values = center.values(targets.rows)
+            center.observe(targets.z.mean(0, dtype=torch.promote_types(targets.z.dtype, torch.float32)), targets.rows)
         return head.last_layer(
             head(features),
             lambda z, rows: prototype_cross_entropy(

@@ -8,14 +8,18 @@ from torch import nn
 Group = Literal["decay", "no_decay", "last_layer"]
 
 
-def parameter_groups(module: nn.Module) -> dict[str, Group]:
+def parameter_groups(module: nn.Module, decay: Literal["weights", "all"] = "weights") -> dict[str, Group]:
     """The optimizer group of every trainable parameter, by name.
 
     "no_decay": biases, 1-D tensors, and Swin V2's temperatures and position-bias network. "last_layer": the heads'
     prototypes with their gains, which decay (the gains are 2-D) but are left alone during the first epochs. Bias
     tables are 2-D and decay. Shapes are read through ZeRO-3's partitioning.
+
+    Args:
+        decay: "all": nothing is exempt (`optim.decay`).
     """
-    return {name: _group(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad}
+    groups = {name: _group(name, p) for name, p in module.named_parameters() if p.requires_grad}
+    return {name: "decay" if decay == "all" and group == "no_decay" else group for name, group in groups.items()}
 
 
 _LAYER = re.compile(r"(?:model\.)?(?:(layers|stages|stage|blocks)[._]?(\d+)|layer(\d))")

@@ -95,7 +95,7 @@ def tile_size(tokens: int, device: torch.device) -> int:
     return max(budget // (4 * tokens) // NARROWEST_TILE, 1) * NARROWEST_TILE
 
 
-class _Side(NamedTuple):
+class Side(NamedTuple):
     """Tokens of one network and what turns them into logits (z Wᵀ − c)/τ."""
 
     z: Tensor  # [n, D]
@@ -124,9 +124,9 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         weight = weight.to(wide)
         mass = weight.sum(1)  # [N_s]
         pull = _matched_sum(z_s.to(wide), match, weight, len(z_t))  # G [N_t, D]
-        student = _Side(z_s, rows_s.to(dtype), student_temp, None)
-        teacher = _Side(z_t.to(dtype), rows_t.to(dtype), teacher_temp, center.to(wide))
-        log_sums = torch.cat([_log_sum_exp(student, tile), _log_sum_exp(teacher, tile)])
+        student = Side(z_s, rows_s.to(dtype), student_temp, None)
+        teacher = Side(z_t.to(dtype), rows_t.to(dtype), teacher_temp, center.to(wide))
+        log_sums = torch.cat([log_sum_exp(student, tile), log_sum_exp(teacher, tile)])
 
         towards = torch.cat([z_s * mass[:, None], -pull]).div_(student_temp).to(dtype)  # [N_s + N_t, D]
         grad_rows = torch.empty_like(student.rows) if ctx.needs_input_grad[1] else None
@@ -154,12 +154,12 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         return *(g.mul_(grad_loss) if g is not None else None for g in gradients), *[None] * 8
 
 
-def _log_sum_exp(side: _Side, tile: int) -> Tensor:
+def log_sum_exp(side: Side, tile: int) -> Tensor:
     """[n] log Σ_k exp(logit_k), tile by tile with a running maximum."""
     wide = torch.promote_types(side.z.dtype, torch.float32)
     top = side.z.new_full((len(side.z),), -torch.inf, dtype=wide)
     total = torch.zeros_like(top)
-    for _, logits in _tiles(side, tile):
+    for _, logits in tiles(side, tile):
         new = torch.maximum(top, logits.amax(1))
         total = total * (top - new).exp_() + logits.sub_(new[:, None]).exp_().sum(1)
         top = new
@@ -167,7 +167,7 @@ def _log_sum_exp(side: _Side, tile: int) -> Tensor:
 
 
 def _expectations(
-    student: _Side, teacher: _Side, log_sums: Tensor, towards: Tensor, grad_rows: Tensor | None, tile: int
+    student: Side, teacher: Side, log_sums: Tensor, towards: Tensor, grad_rows: Tensor | None, tile: int
 ) -> tuple[Tensor, Entropies]:
     """P W [N_s + N_t, D], the student's prototypes as each token expects them, and the entropies.
 
@@ -178,7 +178,7 @@ def _expectations(
     negative_t, negative_s, negative_mean = log_sums.new_zeros(3)  # Σ p log p
     p = student.z.new_empty((n_s + n_t) * tile)
     spare = log_sums.new_empty(max(n_s, n_t) * tile)
-    for (part, s), (_, t) in zip(_tiles(student, tile), _tiles(teacher, tile), strict=True):
+    for (part, s), (_, t) in zip(tiles(student, tile), tiles(teacher, tile), strict=True):
         both = p[: (n_s + n_t) * s.shape[1]].view(n_s + n_t, -1)
         probabilities = torch.exp(s.sub_(log_sums[:n_s, None]), out=spare[: s.numel()].view_as(s))
         both[:n_s].copy_(probabilities)
@@ -197,7 +197,7 @@ def _expectations(
     return mixed, Entropies(-negative_t / n_t, -negative_s / n_s, -negative_mean)
 
 
-def _tiles(side: _Side, tile: int) -> Iterator[tuple[slice, Tensor]]:
+def tiles(side: Side, tile: int) -> Iterator[tuple[slice, Tensor]]:
     """Prototypes of a tile and all tokens' logits for them [n, tile], in fp32 or wider, to be used up before the next:
     the memory is the same for every tile."""
     n, k = len(side.z), len(side.rows)

@@ -6,11 +6,25 @@ from esvit_scale import config as config_module
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError, nearest
 from esvit_scale.models.trunk import Trunk
+from esvit_scale.objective.byol import BYOL
+from esvit_scale.objective.dino import DINO
 from esvit_scale.objective.esvit import EsViT
+from esvit_scale.objective.moco_v3 import MoCoV3
 from esvit_scale.objective.objective import Objective
+from esvit_scale.objective.simclr import SimCLR
+from esvit_scale.objective.simsiam import SimSiam
+from esvit_scale.objective.swav import SwAV
+from esvit_scale.objective.triplet import Triplet
 
 OBJECTIVES: dict[str, Callable[[int, config_module.Objective], Objective]] = {  # (C of the trunk, config.objective)
+    "byol": BYOL,
+    "dino": DINO,
     "esvit": EsViT,
+    "moco_v3": MoCoV3,
+    "simclr": SimCLR,
+    "simsiam": SimSiam,
+    "swav": SwAV,
+    "triplet": Triplet,
 }
 
 
@@ -28,6 +42,13 @@ def build_objective(trunk: Trunk, config: Config) -> Objective:
         raise UserError(
             f"model.trunk: {config.model.trunk} gives no region tokens, which {name} with objective.regions=true needs; "
             "set objective.regions=false, or take a trunk with a grid of tokens"
+        )
+    if config.objective.regions and not objective.needs_regions:
+        raise UserError(f"objective.regions: {name} has no region loss; leave it out, or take objective.name=esvit")
+    if not objective.has_teacher and (config.objective.ema_momentum or config.objective.ema_momentum_end):
+        raise UserError(
+            f"objective.ema_momentum: {name} has no teacher, whose weights are what evaluation reads; set "
+            "objective.ema_momentum=0 and objective.ema_momentum_end=0, and they are the student's"
         )
     if config.data.local_crops and not objective.multi_crop:
         raise UserError(f"data.local_crops: {name} compares the two global crops alone; set data.local_crops=[]")

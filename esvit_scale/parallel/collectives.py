@@ -56,6 +56,15 @@ def all_reduce_mean_(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def log_add_exp_(tensor: Tensor) -> Tensor:
+    """log of the sum over ranks of exp(tensor), in place."""
+    if world_size() > 1:
+        top = tensor.clone()
+        dist.all_reduce(top, dist.ReduceOp.MAX)
+        tensor.copy_(all_reduce_sum_((tensor - top).exp_()).log_().add_(top))
+    return tensor
+
+
 def all_reduce_sum(tensor: Tensor) -> Tensor:
     """Sum over ranks, with gradient: every rank's loss reaches every rank's input."""
     return _Sum.apply(tensor) if world_size() > 1 else tensor

@@ -131,7 +131,7 @@ def _recipe(config: Config, origin: Start) -> Recipe:
         return initial_value(name, inits[name], shape, config.seed) if given is None else given
 
     def groups(module: nn.Module) -> dict[str, list[str]]:
-        group_of = parameter_groups(module)
+        group_of = parameter_groups(module, config.optim.decay)
         return {group: [n for n, g in group_of.items() if g == group] for group in ("decay", "no_decay", "last_layer")}
 
     return Recipe(

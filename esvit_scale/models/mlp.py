@@ -1,0 +1,45 @@
+"""MLPs with batch normalisation between their layers: the projectors and predictors of most objectives."""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from esvit_scale.models.batch_norm import BatchNorm
+from esvit_scale.models.distributions import Initializer, uniform
+
+
+class Mlp(nn.Module):
+    """Linear BN ReLU Linear BN ReLU … Linear. A layer that batch norm follows has no bias, which would be without effect.
+
+    Args:
+        widths: C, the hidden layers', D.
+        last_norm: batch norm, without weight and bias, after the last layer too.
+    """
+
+    def __init__(self, *widths: int, last_norm: bool = False) -> None:
+        super().__init__()
+        self.widths = widths
+        sizes = list(pairwise(widths))
+        last = len(sizes) - 1
+        self.layers = nn.ModuleList(nn.Linear(a, b, bias=i == last and not last_norm) for i, (a, b) in enumerate(sizes))
+        self.norms = nn.ModuleList(BatchNorm(b) for _, b in sizes[:-1])
+        if last_norm:
+            self.norms.append(BatchNorm(widths[-1], affine=False))
+
+    def forward(self, x: Tensor, parts: int = 1) -> Tensor:  # [n, C] → [n, D]
+        """`parts`: of the rows, equal ones; each is normalised by its own statistics (a view's, over all ranks)."""
+        x = x.to(next(self.parameters()).dtype)
+        for i, layer in enumerate(self.layers):
+            x = layer(x)
+            if i < len(self.norms):
+                x = torch.cat([self.norms[i](part) for part in x.chunk(parts)])
+            if i < len(self.layers) - 1:
+                x = F.relu(x)
+        return x
+
+    def initial_values(self) -> dict[str, Initializer]:
+        """Torch's defaults for linear layers, which the published codes leave in place."""
+        inits = [(f"layers.{i}", uniform(width**-0.5)) for i, width in enumerate(self.widths[:-1])]
+        return {f"{layer}.{kind}": init for layer, init in inits for kind in ("weight", "bias")}

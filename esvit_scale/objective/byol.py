@@ -1,0 +1,21 @@
+"""BYOL (Grill et al. 2020): predict the teacher's projection of the other view; no negatives.
+
+L = Σ over both orders of mean_i (2 − 2·cos(q_i, k_i))
+"""
+
+from torch import Tensor
+
+from esvit_scale import config as config_module
+from esvit_scale.models.mlp import Mlp
+from esvit_scale.objective.objective import Logs
+from esvit_scale.objective.two_views import TwoViews
+
+
+class BYOL(TwoViews):
+    def __init__(self, dim: int, config: config_module.Objective) -> None:
+        """Args: dim: C of the trunk."""
+        hidden, width = config.head_hidden, config.bottleneck
+        super().__init__(Mlp(dim, hidden, width), Mlp(width, config.predictor_hidden or hidden, width))
+
+    def compare(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Logs]:
+        return (2 - 2 * (queries * keys).sum(1)).mean(), {}

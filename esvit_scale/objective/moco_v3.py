@@ -1,0 +1,32 @@
+"""MoCo v3 (Chen, Xie and He 2021): tell the other view of an image from the views of all others.
+
+L = Σ over both orders of 2τ · mean_i CE(q_i · K/τ, i),   K the teacher's keys of all ranks, without a queue
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from esvit_scale import config as config_module
+from esvit_scale.models.mlp import Mlp
+from esvit_scale.objective.objective import Logs
+from esvit_scale.objective.two_views import TwoViews
+from esvit_scale.parallel import collectives
+
+
+class MoCoV3(TwoViews):
+    def __init__(self, dim: int, config: config_module.Objective) -> None:
+        """Args: dim: C of the trunk."""
+        hidden, width = config.head_hidden, config.bottleneck
+        super().__init__(
+            Mlp(dim, hidden, hidden, width, last_norm=True),
+            Mlp(width, config.predictor_hidden or hidden, width, last_norm=True),
+        )
+        self.temp = config.student_temp
+
+    def compare(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Logs]:
+        """Logs: contrastive_accuracy, how often an image's own key is the nearest of the global batch."""
+        logits = queries @ collectives.gather_rows(keys).t() / self.temp  # [B, world · B]
+        own = torch.arange(len(queries), device=queries.device) + len(queries) * collectives.rank()
+        accuracy = (logits.argmax(1) == own).to(logits.dtype).mean()
+        return 2 * self.temp * F.cross_entropy(logits, own), {"contrastive_accuracy": accuracy}

@@ -1,0 +1,25 @@
+"""SimSiam (Chen and He 2021): predict the network's own projection of the other view, which gets no gradient.
+
+L = Σ over both orders of ½ · mean_i (−cos(q_i, k_i))
+"""
+
+from torch import Tensor
+
+from esvit_scale import config as config_module
+from esvit_scale.models.mlp import Mlp
+from esvit_scale.objective.objective import Logs
+from esvit_scale.objective.two_views import TwoViews
+
+
+class SimSiam(TwoViews):
+    has_teacher = False
+
+    def __init__(self, dim: int, config: config_module.Objective) -> None:
+        """Args: dim: C of the trunk."""
+        hidden, width = config.head_hidden, config.bottleneck
+        super().__init__(
+            Mlp(dim, hidden, hidden, width, last_norm=True), Mlp(width, config.predictor_hidden or hidden, width)
+        )
+
+    def compare(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Logs]:
+        return -(queries * keys).sum(1).mean() / 2, {}

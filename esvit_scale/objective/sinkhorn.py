@@ -1,0 +1,56 @@
+"""Sinkhorn-Knopp centring (SwAV, Caron et al. 2020; as a teacher's centring in iBOT's and DINO's successors).
+
+Targets are made so that over the batch of all ranks every prototype gets the same share. The slow algorithm, which the
+tests use as their oracle (z of all ranks):
+
+    p = exp(z Wᵀ / temp)                      # [n, K]
+    for _ in range(iterations):
+        p = p / p.sum(0)                      # every prototype: the same share
+        p = p / p.sum(1)                      # every token: a distribution
+
+It only ever scales rows and columns: p_ik = u_i · exp(z_i·w_k/τ) · v_k. The last line is a softmax over k, so the
+columns' scales are all there is to know, and they are a centre: p = softmax((z Wᵀ − c)/τ) with c_k = −τ·log v_k. So
+the loss is the one of objective/prototypes.py, and here too no tokens × K matrix is stored: each half of an iteration
+is a pass of log-sum-exps over tiles of prototypes. Ranks exchange K numbers an iteration.
+"""
+
+import torch
+from torch import Tensor
+
+from esvit_scale.objective.prototypes import Side, log_sum_exp, tile_size, tiles
+from esvit_scale.parallel import collectives
+
+ITERATIONS = 3  # of all published recipes
+
+
+@torch.no_grad()
+def sinkhorn_center(z: Tensor, rows: Tensor, temp: float, tile: int | None = None) -> Tensor:
+    """The centre that makes softmax((z Wᵀ − c)/temp) the Sinkhorn-Knopp targets. All ranks together.
+
+    Args:
+        z: [n, D] unit rows of this rank; n is the same on all.
+        rows: [K, D] prototypes.
+        temp: τ.
+        tile: prototypes handled at once; None: as many as suit the device.
+
+    Returns:
+        fp32 (fp64 for fp64) [K].
+    """
+    z = z.to(rows.dtype)
+    tile = tile or tile_size(len(z), z.device)
+    with torch.autocast(z.device.type, enabled=False):
+        side = Side(z, rows, temp, None)
+        log_u = z.new_zeros(len(z), dtype=torch.promote_types(z.dtype, torch.float32))
+        center = temp * _column_log_sums(side, log_u, tile)
+        for _ in range(ITERATIONS - 1):
+            log_u = -log_sum_exp(side._replace(center=center), tile)
+            center = temp * _column_log_sums(side, log_u, tile)
+    return center
+
+
+def _column_log_sums(side: Side, log_u: Tensor, tile: int) -> Tensor:
+    """[K] log Σ_i u_i exp(logit_ik) over all ranks' tokens."""
+    sums = log_u.new_empty(len(side.rows))
+    for part, logits in tiles(side, tile):
+        torch.logsumexp(logits.add_(log_u[:, None]), 0, out=sums[part])
+    return collectives.log_add_exp_(sums)

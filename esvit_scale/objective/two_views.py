@@ -1,0 +1,48 @@
+"""What MoCo v3, BYOL, SimSiam and the truncated triplet share: from each of two views, predict the other's projection.
+
+    q = predictor(projector(f))     of the student, for both views
+    k = projector(f)                of the teacher; without one, the student's own without gradient
+    L = compare(q₁, k₂) + compare(q₂, k₁)
+
+Batch norm in projector and predictor sees one view of the images of all ranks at a time, as if each had its own forward.
+"""
+
+import torch
+from torch import Tensor
+
+from esvit_scale.models.mlp import Mlp
+from esvit_scale.models.trunk import Features
+from esvit_scale.objective.objective import Logs, Objective, spread, unit
+
+VIEWS = 2
+
+
+class TwoViews(Objective):
+    multi_crop = False
+
+    def __init__(self, projector: Mlp, predictor: Mlp) -> None:
+        super().__init__()
+        self.projector = projector
+        self.predictor = predictor
+
+    def compare(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Logs]:
+        """The loss of one order and what to log of it. [B, D] unit rows in fp32 or wider, of one view and the other."""
+        raise NotImplementedError
+
+    def targets(self, teacher: Features) -> Tensor:
+        """[2B, D] unit rows."""
+        return unit(self.projector(teacher.view, VIEWS))
+
+    def forward(self, student: Features, targets: Tensor | None, teacher_temp: float) -> tuple[Tensor, Logs]:
+        """Logs: what `compare` gives, means over the two orders; positive_similarity, the mean cosine of prediction and
+        target; projection_std, the projections' spread (see `spread`)."""
+        projections = self.projector(student.view, VIEWS)
+        queries = unit(self.predictor(projections, VIEWS))
+        keys = unit(projections.detach()) if targets is None else targets.to(queries.dtype)
+        keys = keys.roll(len(keys) // VIEWS, 0)  # of the other view
+        with torch.autocast(queries.device.type, enabled=False):
+            orders = [self.compare(q, k) for q, k in zip(queries.chunk(VIEWS), keys.chunk(VIEWS), strict=True)]
+        (first, logs), (second, others) = orders
+        means = {name: (value + others[name]).detach() / VIEWS for name, value in logs.items()}
+        similarity = (queries.detach() * keys).sum(1).mean()
+        return first + second, {"positive_similarity": similarity, "projection_std": spread(projections), **means}
