@@ -26,7 +26,14 @@ from tests import tiny
 IMAGES = 12  # the truncated triplet loss needs 11
 # How to make a trunk small; one that is not named here is built as it is.
 SMALL: dict[str, dict[str, Any]] = {
-    name: {"embed_dim": 8, "depths": [1, 1, 2], "heads": [1, 2, 4], "window": 4} for name in SHAPES
+    **{name: {"embed_dim": 8, "depths": [1, 1, 2], "heads": [1, 2, 4], "window": 4} for name in SHAPES},
+    **{
+        name: {"embed_dim": 32, "depths": [2], "heads": [4]}
+        for name in ("deit_s", "deit_b", "vit_s_moco", "vit_b_moco")
+    },
+    "resnet50": {"embed_dim": 8, "depths": [1, 1, 2, 1]},
+    "cvt_s1": {"embed_dim": 8, "depths": [1, 1, 2, 1], "heads": [1, 1, 2, 4]},
+    "vil_2262": {"embed_dim": 8, "depths": [1, 1, 2, 1], "heads": [1, 2, 4, 8]},
 }
 FAMILIES = [name for name in TRUNKS if name not in SHAPES or name in ("swin_t", "swinv2_t")]
 

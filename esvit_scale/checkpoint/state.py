@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from esvit_scale import config as config_module
@@ -25,6 +25,7 @@ from esvit_scale.checkpoint.weights import TRUNK, Weights, check_shapes, network
 from esvit_scale.config import Config
 from esvit_scale.errors import RestartCanHelp, UserError
 from esvit_scale.models.registry import build_trunk
+from esvit_scale.models.trunk import Trunk
 from esvit_scale.parallel import collectives, partitions
 from esvit_scale.parallel.engine import Engines
 
@@ -188,7 +189,7 @@ def resolve(checkpoint: Path) -> Path:
     return checkpoint
 
 
-def load_teacher(checkpoint: Path) -> tuple[nn.Module, Config]:
+def load_teacher(checkpoint: Path) -> tuple[Trunk, Config]:
     """The trunk of a run dir, a step folder or a safetensors file, in fp32 on the CPU, and its config.
 
     Of a run it is the EMA teacher's, of a file the one that was written. Needs neither DeepSpeed nor a process group.
@@ -253,7 +254,7 @@ def check_files(folder: Path) -> None:
         raise UserError(f"{folder}: damaged: {'; '.join(problems)}")
 
 
-def _trunk_of_file(path: Path) -> tuple[nn.Module, Config]:
+def _trunk_of_file(path: Path) -> tuple[Trunk, Config]:
     config, networks, _ = single_file.read(path)
     trunk = build_trunk(config)
     tensors = {n.removeprefix(TRUNK): t for of in networks.values() for n, t in of.items() if n.startswith(TRUNK)}
