@@ -50,7 +50,8 @@ class SwAV(Objective):
         """The views' codes are made each from its own batch, so each has a loss of its own."""
         others = len(z) // images - 1
         match = torch.arange(images, device=z.device).repeat(others)[:, None]
-        weight = torch.full(match.shape, 1 / (VIEWS * len(match)), device=z.device)
+        wide = torch.promote_types(z.dtype, torch.float32)
+        weight = torch.full(match.shape, 1 / (VIEWS * len(match)), dtype=wide, device=z.device)
         terms = []
         for view in range(VIEWS):
             own = slice(view * images, (view + 1) * images)

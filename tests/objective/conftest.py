@@ -1,0 +1,34 @@
+"""One start of two ranks for the tests of all objectives: importing torch and starting a group costs seconds."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.objective import cases
+
+Ranks = Callable[[str], tuple[cases.Inputs, tuple[Any, ...]]]
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
+    """Case → its inputs, and what two ranks found with half of the images each."""
+    folder = tmp_path_factory.mktemp("ranks")
+    inputs = {case: cases.inputs(case, images=24) for case in cases.CASES}
+    plain = {case: tuple(tuple(x) if isinstance(x, tuple) else x for x in given) for case, given in inputs.items()}
+    torch.save(plain, folder / "inputs.pt")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [sys.executable, *torchrun, "-m", "tests.objective.ranks", str(folder)]
+    subprocess.run(command, check=True, cwd=tiny.REPOSITORY, env=tiny.environment(), timeout=200)
+    found = torch.load(folder / "results.pt", weights_only=True)
+    return lambda case: (inputs[case], found[case])
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.shards(tmp_path_factory.mktemp("shards"))

@@ -1,0 +1,28 @@
+"""NT-Xent against a double loop in float64."""
+
+import torch
+from torch.nn import functional as F
+
+from tests.objective import cases
+from tests.objective.conftest import Ranks
+
+
+def test_value_and_every_gradient() -> None:
+    given = cases.inputs("simclr")
+    found = cases.step("simclr", given, given.features, given.teacher_features)
+    student = cases.module("simclr", given.student)
+    leaf = given.features._replace(view=given.features.view.clone().requires_grad_())
+    z = cases.mlp(student.projector, leaf.view)
+    loss, right = torch.zeros((), dtype=torch.float64), 0
+    for i in range(2 * cases.B):
+        positive = (i + cases.B) % (2 * cases.B)
+        scores = {j: F.cosine_similarity(z[i], z[j], dim=0) / 0.2 for j in range(2 * cases.B) if j != i}
+        loss = loss - torch.log(scores[positive].exp() / sum(s.exp() for s in scores.values())) / (2 * cases.B)
+        right += max(scores, key=lambda j: scores[j].item()) == positive
+    cases.assert_same(found, loss, cases.gradients(loss, student, leaf))
+    assert found.logs["contrastive_accuracy"].item() == right / (2 * cases.B)
+
+
+def test_two_ranks_are_one(ranks: Ranks) -> None:
+    """Negatives of all ranks, and the gradient of every rank's loss to an image."""
+    cases.assert_ranks_agree("simclr", *ranks("simclr"))
