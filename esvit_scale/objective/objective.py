@@ -3,6 +3,7 @@
 Teacher and student each hold an instance with the same parameters; the teacher's are the student's moving average.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -78,3 +79,8 @@ def spread(features: Tensor) -> Tensor:
 def unit(features: Tensor) -> Tensor:
     """Rows of unit norm in fp32 or wider: an argmax must not depend on bf16 rounding."""
     return nn.functional.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
+
+
+def fixed_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Within it autocast changes nothing: precisions are chosen by hand. The meta device has no autocast to switch."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

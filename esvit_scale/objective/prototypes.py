@@ -22,12 +22,13 @@ nothing larger than a tile passes through memory.
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from esvit_scale.objective.objective import fixed_precision
 
 CPU_TILE_BYTES = 16 * 2**20  # of one tokens × tile matrix in fp32: what caches hold, by measurement
 GPU_TILE_SHARE = 128  # of the device's memory. Not of what is free: the tile decides the order of sums
@@ -80,11 +81,6 @@ def prototype_cross_entropy(
             z_s, rows_s, z_t, rows_t, center, match, weight, student_temp, teacher_temp, tile
         )
     return loss, Entropies(*entropies)
-
-
-def fixed_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Within it autocast changes nothing: precisions are chosen by hand. The meta device has no autocast to switch."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def tile_size(tokens: int, device: torch.device) -> int:

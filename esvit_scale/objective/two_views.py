@@ -7,12 +7,11 @@
 Batch norm in projector and predictor sees one view of the images of all ranks at a time, as if each had its own forward.
 """
 
-import torch
 from torch import Tensor
 
 from esvit_scale.models.mlp import Mlp
 from esvit_scale.models.trunk import Features
-from esvit_scale.objective.objective import Logs, Objective, spread, unit
+from esvit_scale.objective.objective import Logs, Objective, fixed_precision, spread, unit
 
 VIEWS = 2
 
@@ -40,7 +39,7 @@ class TwoViews(Objective):
         queries = unit(self.predictor(projections, VIEWS))
         keys = unit(projections.detach()) if targets is None else targets.to(queries.dtype)
         keys = keys.roll(len(keys) // VIEWS, 0)  # of the other view
-        with torch.autocast(queries.device.type, enabled=False):
+        with fixed_precision(queries.device):
             orders = [self.compare(q, k) for q, k in zip(queries.chunk(VIEWS), keys.chunk(VIEWS), strict=True)]
         (first, logs), (second, others) = orders
         means = {name: (value + others[name]).detach() / VIEWS for name, value in logs.items()}
