@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError, nearest
+from esvit_scale.models import focal
 from esvit_scale.models.shape import Shape, overridden
 from esvit_scale.models.swin import PATCH, Swin
 from esvit_scale.models.swin_v2 import SwinV2
@@ -55,6 +56,7 @@ def _swin(config: Config) -> Trunk:
 
 TRUNKS: dict[str, Callable[[Config], Trunk]] = {
     **dict.fromkeys(SHAPES, _swin),
+    **dict.fromkeys(focal.SHAPES, focal.build),
 }
 
 
