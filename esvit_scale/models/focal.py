@@ -122,7 +122,7 @@ class Focal(Trunk):
     def _block_outputs(self, crops: list[Tensor], drop_keys: Tensor | None) -> Any:
         """After each block: (tokens [N, C], crop after crop, each row-major; grids)."""
         scales = keep_scales(drop_keys, torch.tensor(self.drop_rates)) if drop_keys is not None else None
-        grids: Grids = tuple((len(x), -(-x.shape[-2] // PATCH), -(-x.shape[-1] // PATCH)) for x in crops)
+        grids: Grids = tuple((x.shape[0], -(-x.shape[-2] // PATCH), -(-x.shape[-1] // PATCH)) for x in crops)
         dtype = self.patch_embed.proj.weight.dtype
         tokens = self.patch_embed(torch.cat([pixel_patches(x.to(dtype)) for x in crops]))  # [N, C]
         i = 0
