@@ -17,19 +17,22 @@ from esvit_scale.models.windows import MASKED, window_cells
 
 def plain(trunk: Trunk, size: int) -> nn.Module:
     """images [B, 3, S, S] → view [B, C] and regions [B, T, C] (or the view alone, from a trunk without regions)."""
-    return PlainSwin(trunk, size) if isinstance(trunk, Swin) else PlainTrunk(trunk)
+    return PlainSwin(trunk, size) if isinstance(trunk, Swin) else PlainTrunk(trunk, size)
 
 
 class PlainTrunk(nn.Module):
     """A trunk whose forward treats the images of one size as a batch dimension anyway."""
 
-    def __init__(self, trunk: Trunk) -> None:
+    @torch.no_grad()
+    def __init__(self, trunk: Trunk, size: int) -> None:
         super().__init__()
         self.trunk = trunk
+        # Index tables are made at first use and cached: while an exporter traces, they would be its placeholders.
+        trunk([next(trunk.parameters()).new_zeros(2, 3, size, size)])
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         view, regions, _ = self.trunk([images])
-        return (view, regions.view(len(images), -1, regions.shape[1])) if self.trunk.has_regions else (view,)
+        return (view, regions.view(images.shape[0], -1, regions.shape[1])) if self.trunk.has_regions else (view,)
 
 
 class PlainSwin(nn.Module):

@@ -8,7 +8,7 @@ from functools import partial
 
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError, nearest
-from esvit_scale.models import cvt, resnet, vil, vit
+from esvit_scale.models import cvt, focal, resnet, vil, vit
 from esvit_scale.models.shape import Shape, overridden
 from esvit_scale.models.swin import PATCH, Swin
 from esvit_scale.models.swin_v2 import SwinV2
@@ -65,6 +65,7 @@ TRUNKS: dict[str, Callable[[Config], Trunk]] = {
     "resnet50": partial(resnet.build, Shape(64, (3, 4, 6, 3), ())),
     "cvt_s1": cvt.build,
     "vil_2262": vil.build,
+    **dict.fromkeys(focal.SHAPES, focal.build),
 }
 
 

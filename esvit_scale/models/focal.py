@@ -1,0 +1,204 @@
+"""Focal Transformer (Yang et al. 2021, https://arxiv.org/abs/2107.00641), as its published code builds it.
+
+A window of 7×7 queries sees three kinds of keys: its own 49 tokens; the ring of 132 tokens up to 3 away, which goes on
+cyclically at the map's border; and pooled windows, each a learned sum of 49 tokens, in a square of 7, 5, 3 and 1 windows
+a side in stages 1 to 4. Each kind has position biases of its own. Patches are 4×4 and merging is a 2×2 convolution: the
+models without overlapping convolutions, and without shifted windows.
+
+The published code is built for one image size, whose windows and rings this trunk takes from the global crops, as
+EsViT's Swin does; a stage whose map is not larger than the window is one window without a ring. Its blocks run on maps
+of any size, and this is what they compute: zeros pad a map right and bottom to whole windows after the norm, they are
+not masked, rings and pooled windows are those of the padded map, pooled windows beyond it are masked. Its patch
+embedding asks for sides that are multiples of 32 in effect; others are padded with zeros (as `Swin` does).
+
+Parameter names are the published ones.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from esvit_scale.config import Config
+from esvit_scale.errors import UserError
+from esvit_scale.models.drop_path import keep_scales
+from esvit_scale.models.focal_attention import FocalAttention, WindowPool, as_maps, as_windows
+from esvit_scale.models.shape import Shape, overridden
+from esvit_scale.models.swin import PATCH, Mlp, PatchProjection, add_branch, stage_window
+from esvit_scale.models.trunk import Features, TokenMap, Trunk
+from esvit_scale.models.windows import Grids, crop_of_token, merged
+
+EXPAND = 3  # tokens: width of the ring
+FOCAL_WINDOWS = (7, 5, 3, 1)  # pooled windows a side, per stage; further stages have the last
+
+SHAPES = {
+    "focal_t": Shape(96, (2, 2, 6, 2), (3, 6, 12, 24)),
+    "focal_s": Shape(96, (2, 2, 18, 2), (3, 6, 12, 24)),
+    "focal_b": Shape(128, (2, 2, 18, 2), (4, 8, 16, 32)),
+}
+
+
+def build(config: Config) -> Trunk:
+    """
+    Raises:
+        UserError: overrides that do not fit together, crops or windows that are too small.
+    """
+    shape = overridden(config, SHAPES[config.model.trunk])
+    size, window = config.data.global_crops.size, config.model.window
+    smallest = PATCH * 2 ** (len(shape.depths) - 1)
+    if size < smallest:
+        raise UserError(
+            f"data.global_crops.size: {size} pixels leave nothing for stage {len(shape.depths)}; at least {smallest}"
+        )
+    if window < EXPAND and size // PATCH > window:
+        raise UserError(
+            f"model.window: {window} is less than the ring of {EXPAND} tokens around a window of {config.model.trunk}; "
+            f"at least {EXPAND}"
+        )
+    return Focal(shape.embed_dim, shape.depths, shape.heads, window, size, config.model.drop_path)
+
+
+class Focal(Trunk):
+    """Arguments as `Swin`."""
+
+    def __init__(
+        self,
+        embed_dim: int,
+        depths: tuple[int, ...],
+        heads: tuple[int, ...],
+        window: int = 7,
+        size: int = 224,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.depths = tuple(depths)
+        self.channels = tuple(embed_dim * 2**s for s in range(len(depths)))
+        self.reductions = tuple(PATCH * 2**s for s in range(len(depths)))
+        self.dim = self.channels[-1]
+        self.drop_rates = [drop_path * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]
+        self.patch_embed = PatchEmbed(PatchProjection(embed_dim), embed_dim)
+        stages = []
+        for s, (depth, n_heads, width) in enumerate(zip(depths, heads, self.channels, strict=True)):
+            side, _ = stage_window(size, window, s)
+            expand = EXPAND if size // PATCH // 2**s > window else 0
+            focal = FOCAL_WINDOWS[min(s, len(FOCAL_WINDOWS) - 1)]
+            blocks = [Block(width, n_heads, side, expand, focal) for _ in range(depth)]
+            stages.append(Stage(blocks, width if s < len(depths) - 1 else None))
+        self.layers = nn.ModuleList(stages)
+        self.norm = nn.LayerNorm(self.dim)
+
+    @property
+    def stages(self) -> list["Stage"]:
+        return cast(list[Stage], list(self.layers))
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return [block for stage in self.stages for block in stage.blocks]
+
+    @property
+    def patch_projection(self) -> nn.Module:
+        return self.patch_embed.proj
+
+    def forward(self, crops: list[Tensor], drop_keys: Tensor | None = None) -> Features:
+        *_, (tokens, grids) = self._block_outputs(crops, drop_keys)
+        regions = self.norm(tokens)
+        views = [maps.flatten(1, 2).mean(1) for maps in as_maps(regions, grids)]
+        return Features(torch.cat(views), regions, list(grids))
+
+    def last_blocks(self, crops: list[Tensor], n: int) -> list[TokenMap]:
+        outputs = list(self._block_outputs(crops, None))[-n:]
+        unnormed = max(n - self.depths[-1], 0)
+        return [
+            TokenMap(tokens if i < unnormed else self.norm(tokens), list(grids))
+            for i, (tokens, grids) in enumerate(outputs)
+        ]
+
+    def stage_maps(self, crops: list[Tensor]) -> list[TokenMap]:
+        ends = {sum(self.depths[: s + 1]) - 1 for s in range(len(self.depths))}
+        outputs = enumerate(self._block_outputs(crops, None))
+        return [TokenMap(tokens, list(grids)) for i, (tokens, grids) in outputs if i in ends]
+
+    def _block_outputs(self, crops: list[Tensor], drop_keys: Tensor | None) -> Any:
+        """After each block: (tokens [N, C], crop after crop, each row-major; grids)."""
+        scales = keep_scales(drop_keys, torch.tensor(self.drop_rates)) if drop_keys is not None else None
+        grids: Grids = tuple((x.shape[0], -(-x.shape[-2] // PATCH), -(-x.shape[-1] // PATCH)) for x in crops)
+        dtype = self.patch_embed.proj.weight.dtype
+        tokens = self.patch_embed(torch.cat([pixel_patches(x.to(dtype)) for x in crops]))  # [N, C]
+        i = 0
+        for stage in self.stages:
+            for block in stage.blocks:
+                keep_attn = keep_mlp = None
+                if scales is not None and self.drop_rates[i] > 0:
+                    of_crop = crop_of_token(grids, tokens.device)
+                    keep_attn, keep_mlp = scales[i].to(tokens.dtype).index_select(1, of_crop).unsqueeze(-1)  # [N, 1]
+                tokens = self.run_block(block, tokens, grids, keep_attn, keep_mlp)
+                i += 1
+                yield tokens, grids
+            if stage.downsample is not None:
+                tokens = stage.downsample(torch.cat([quads(maps) for maps in as_maps(tokens, grids)]))
+                grids = merged(grids)
+
+
+class PatchEmbed(nn.Module):
+    """Patches, rows already → tokens of another width; the stem and the layers between stages."""
+
+    def __init__(self, proj: nn.Conv2d, dim: int) -> None:
+        super().__init__()
+        self.proj = proj
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, patches: Tensor) -> Tensor:  # [N, values of a patch] → [N, C]
+        return self.norm(self.proj(patches))
+
+
+class QuadProjection(nn.Conv2d):
+    """The published 2×2 convolution (its parameters and shapes), applied to rows of four neighbouring tokens."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, 2 * dim, 2, stride=2)
+
+    def forward(self, quads: Tensor) -> Tensor:  # [N, 4C] (y, x, C) → [N, 2C]
+        return F.linear(quads, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
+
+
+class Stage(nn.Module):
+    """Blocks of one resolution, then the layer to the next. `Focal` drives them; this only owns them."""
+
+    def __init__(self, blocks: list["Block"], width: int | None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = None if width is None else PatchEmbed(QuadProjection(width), 2 * width)
+
+
+class Block(nn.Module):
+    """Focal attention and MLP, pre-norm. One call a block: the unit of ZeRO-3 and of activation checkpointing."""
+
+    def __init__(self, dim: int, heads: int, window: int, expand: int, focal: int) -> None:
+        super().__init__()
+        self.pool_layers = nn.ModuleList([WindowPool(window)])
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = FocalAttention(dim, heads, window, expand, focal)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim)
+
+    def forward(self, tokens: Tensor, grids: Grids, keep_attn: Tensor | None, keep_mlp: Tensor | None) -> Tensor:
+        """tokens [N, C] → [N, C]; keep_* [N, 1] scales a branch (0: dropped), None keeps it."""
+        normed = self.norm1(tokens)
+        tokens = add_branch(tokens, self.attn(normed, self.pool_layers[0](normed, grids), grids), keep_attn)
+        return add_branch(tokens, self.mlp(self.norm2(tokens)), keep_mlp)
+
+
+def pixel_patches(crop: Tensor) -> Tensor:
+    """[n, 3, S, S] → [n·⌈S/4⌉², 48], a last patch that is not full with zeros."""
+    n, _, height, width = crop.shape
+    h, w = -(-height // PATCH), -(-width // PATCH)
+    if (height, width) != (h * PATCH, w * PATCH):
+        crop = F.pad(crop, (0, w * PATCH - width, 0, h * PATCH - height))
+    return crop.view(n, 3, h, PATCH, w, PATCH).permute(0, 2, 4, 1, 3, 5).reshape(n * h * w, 3 * PATCH**2)
+
+
+def quads(maps: Tensor) -> Tensor:
+    """[n, H, W, C] → [n·⌈H/2⌉·⌈W/2⌉, 4C]"""
+    windows = as_windows(maps, 2)  # [n, ⌈H/2⌉, 2, ⌈W/2⌉, 2, C]
+    return windows.transpose(2, 3).reshape(-1, 4 * maps.shape[-1])

@@ -1,0 +1,110 @@
+"""What each query window of a Focal Transformer looks at on one map: tables of indices, made once per map size.
+
+The rows that they point into are a crop's: its tokens row-major, then one pad, then its pooled windows row-major.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from esvit_scale.models.windows import window_cells
+
+
+class FocalTables(NamedTuple):
+    """For an h × w map, T = h·w tokens in W windows of L = window² slots, each with K keys."""
+
+    cells: Tensor  # int64 [W·L]: the row of each slot (T for a pad)
+    place: Tensor  # int64 [T]: the slot of each token
+    keys: Tensor  # int64 [W·K]: the rows of each window's keys: its own slots, the ring around it, pooled windows
+    hidden: Tensor  # bool [W, 1, 1, K]: keys outside the map's windows; their rows are any
+
+
+@lru_cache(maxsize=256)
+def focal_tables(h: int, w: int, window: int, expand: int, focal: int, device: torch.device) -> FocalTables:
+    """
+    Args:
+        window: tokens along a window's side; the map is padded right and bottom to a multiple of it.
+        expand: width of the ring in tokens; it goes on cyclically at the padded map's border. 0: no ring.
+        focal: pooled windows along the side of the square that a window sees, itself in the middle (odd).
+    """
+    cells, _ = window_cells(h, w, window, 0)  # [W, L], −1: pad
+    cells = np.where(cells < 0, h * w, cells)
+    place = np.empty(h * w, dtype=np.int64)
+    place[cells[cells < h * w]] = np.flatnonzero(cells.reshape(-1) < h * w)
+    pooled, outside = _pooled(-(-h // window), -(-w // window), focal)
+    keys = [cells, _ring(h, w, window, expand), h * w + 1 + pooled]
+    hidden = np.concatenate([np.zeros((len(cells), keys[0].shape[1] + keys[1].shape[1]), dtype=bool), outside], axis=1)
+    with torch.inference_mode(False):  # a cached inference tensor could not be saved for a later backward
+        put = lambda a: torch.from_numpy(np.ascontiguousarray(a)).to(device)  # noqa: E731
+        return FocalTables(
+            put(cells.reshape(-1)),
+            put(place),
+            put(np.concatenate(keys, axis=1).reshape(-1)),
+            put(hidden[:, None, None, :]),
+        )
+
+
+@lru_cache(maxsize=256)
+def slots_of_rows(h: int, w: int, window: int, expand: int, focal: int, crops: int, device: torch.device) -> "Bags":
+    """The inverse of `keys` for a number of crops: where each row of them is a key."""
+    keys = focal_tables(h, w, window, expand, focal, torch.device("cpu")).keys
+    rows = h * w + 1 + -(-h // window) * -(-w // window)
+    order, counts = keys.argsort(stable=True), keys.bincount(minlength=rows)
+    first = torch.arange(crops)[:, None] * len(keys)
+    with torch.inference_mode(False):
+        return Bags((order + first).reshape(-1).to(device), (counts.cumsum(0) - counts + first).reshape(-1).to(device))
+
+
+class Bags(NamedTuple):
+    slots: Tensor  # int64 [crops·W·K]: row after row
+    starts: Tensor  # int64 [crops·rows]: where a row's begin
+
+
+def ring_positions(window: int, expand: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column, counted from the window's first token, of the ring's tokens in the order of their position bias:
+    the window rolled up-left, up-right, down-left and down-right, each without what is still inside."""
+    y, x = (i.reshape(-1) for i in np.indices((window, window)))
+    found = []
+    for dy, dx in ((expand, expand), (expand, -expand), (-expand, expand), (-expand, -expand)):
+        inside = (y + dy >= 0) & (y + dy < window) & (x + dx >= 0) & (x + dx < window)
+        found.append(np.stack([y + dy, x + dx])[:, ~inside])
+    ys, xs = np.concatenate(found, axis=1)
+    return ys, xs
+
+
+@lru_cache(maxsize=64)
+def pooled_position_index(window: int, focal: int, device: torch.device) -> Tensor:
+    """int64 [window²·focal²]: for each (query, pooled window) the column of its bias table."""
+    y, x = np.divmod(np.arange(window**2), window)
+    j, i = np.divmod(np.arange(focal**2), focal)
+    dy, dx = y[:, None] - j[None, :] + focal - 1, x[:, None] - i[None, :] + focal - 1
+    with torch.inference_mode(False):
+        return torch.from_numpy((dy * (window + focal - 1) + dx).reshape(-1)).to(device)
+
+
+def _ring(h: int, w: int, window: int, expand: int) -> np.ndarray:
+    """[W, ring]: the rows of each window's ring."""
+    rows, cols = -(-h // window), -(-w // window)
+    if not expand:
+        return np.empty((rows * cols, 0), dtype=np.int64)
+    padded = np.full((rows * window, cols * window), h * w)
+    padded[:h, :w] = np.arange(h * w).reshape(h, w)
+    dy, dx = ring_positions(window, expand)
+    y = np.repeat(np.arange(rows) * window, cols)[:, None] + dy
+    x = np.tile(np.arange(cols) * window, rows)[:, None] + dx
+    return padded[y % len(padded), x % padded.shape[1]]
+
+
+def _pooled(rows: int, cols: int, focal: int) -> tuple[np.ndarray, np.ndarray]:
+    """[W, focal²]: the number of each pooled window that a window sees (0 outside the map), and whether it is outside."""
+    reach = np.arange(focal) - focal // 2
+    y = np.arange(rows)[:, None] + reach  # [rows, focal]
+    x = np.arange(cols)[:, None] + reach
+    outside_y, outside_x = (y < 0) | (y >= rows), (x < 0) | (x >= cols)
+    outside = outside_y[:, None, :, None] | outside_x[None, :, None, :]
+    number = y[:, None, :, None] * cols + x[None, :, None, :]
+    shape = (rows * cols, focal**2)
+    return np.where(outside, 0, number).reshape(shape), outside.reshape(shape)
