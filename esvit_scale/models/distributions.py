@@ -1,11 +1,19 @@
 """Distributions of initial values, each a function of a shape and a generator."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
 
-Initializer = Callable[[Sequence[int], Generator], Tensor]  # (shape, generator) → float32 on the CPU
+
+class OfSeed(NamedTuple):
+    """A value that a library draws together with others: a function of the run's seed, not of a generator of its own."""
+
+    draw: Callable[[int], Tensor]
+
+
+Initializer = Callable[[Sequence[int], Generator], Tensor] | OfSeed  # (shape, generator) → float32 on the CPU
 
 
 def normal(std: float) -> Initializer:

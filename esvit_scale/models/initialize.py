@@ -18,7 +18,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from esvit_scale.models.batch_norm import BatchNorm
-from esvit_scale.models.distributions import Initializer, constant, normal, uniform
+from esvit_scale.models.distributions import Initializer, OfSeed, constant, normal, uniform
 from esvit_scale.models.heads import Prototypes
 from esvit_scale.models.swin import WindowAttention
 from esvit_scale.models.swin_v2 import BranchNorm, WindowAttentionV2
@@ -43,6 +43,8 @@ def initial_values(module: nn.Module) -> dict[str, Initializer]:
 
 def initial_value(name: str, init: Initializer, shape: Sequence[int], seed: int) -> Tensor:
     """float32 on the CPU; a function of the name, the shape and the seed alone."""
+    if isinstance(init, OfSeed):
+        return init.draw(seed)
     return init(shape, Generator(device="cpu").manual_seed(crc32(name.encode()) ^ seed))
 
 

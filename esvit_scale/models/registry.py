@@ -76,6 +76,10 @@ def build_trunk(config: Config) -> Trunk:
         UserError: unknown name, or a trunk that does not fit the config; one line.
     """
     name = config.model.trunk
+    if name.startswith("timm:"):
+        from esvit_scale.models import timm_trunk  # the library takes a second to import
+
+        return timm_trunk.build(config)
     if name not in TRUNKS:
         raise UserError(f"model.trunk: unknown trunk {name!r}{nearest(name, TRUNKS)}")
     return TRUNKS[name](config)

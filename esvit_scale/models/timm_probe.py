@@ -1,0 +1,182 @@
+"""What a network of the timm library is: which arguments it takes, what it gives for crops, where its blocks are.
+
+timm's metadata says most of it; that it holds is tried on the meta device (on the CPU, where a network cannot run
+there), at every crop size.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from esvit_scale.errors import UserError, nearest
+
+PREFIX = "timm:"
+Given = TypeVar("Given")
+
+
+class Probe(NamedTuple):
+    name: str  # timm's
+    arguments: tuple[tuple[str, Any], ...]  # of its constructor
+    dim: int = 0  # C of the view feature
+    has_regions: bool = False  # forward_features gives a grid of cells of that width
+    channels_last: bool = False  # of forward_features
+    channels: tuple[int, ...] = ()  # of the maps that forward_intermediates gives; empty: no pyramid
+    reductions: tuple[int, ...] = ()
+
+    def create(self) -> nn.Module:
+        """On the default device, without pretrained weights.
+
+        Raises:
+            TypeError: an argument that the network does not take.
+        """
+        import timm
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return timm.create_model(self.name, pretrained=False, num_classes=0, **dict(self.arguments))
+
+
+def candidates(name: str, size: int, drop_path: float) -> Iterator[Probe]:
+    """The networks to try, the one with the most liberty in crop sizes first.
+
+    Raises:
+        UserError: a name that timm does not have.
+    """
+    import timm
+
+    if not timm.is_model(name):
+        close = nearest(name, timm.list_models())
+        raise UserError(f"model.trunk: timm has no network {name!r}{close if 'did you mean' in close else ''}")
+    liberties: list[dict[str, Any]] = [
+        {"dynamic_img_size": True, "img_size": size},
+        {"dynamic_img_size": True},
+        {"strict_img_size": False, "img_size": size},
+        {"img_size": size},
+        {},
+    ]
+    rate = {"drop_path_rate": drop_path} if drop_path else {}
+    for liberty in liberties:
+        yield Probe(name, tuple({**liberty, **rate}.items()))
+
+
+def looked_at(candidate: Probe, sizes: tuple[int, ...]) -> Probe:
+    """The candidate with what it gives.
+
+    Raises:
+        Exception: whatever the network raises where it does not take the arguments or the sizes.
+    """
+    network = candidate.create()
+    found = [outputs(network, images(network, 2, size)) for size in sizes]
+    dim, last = found[0][0].shape[1], getattr(network, "output_fmt", "NCHW") == "NHWC"
+    grids = []
+    for size, (view, cells) in zip(sizes, found, strict=True):
+        if view.dim() != 2:
+            raise ValueError(f"its pooled features have {view.dim()} dimensions")
+        grids.append(_has_grid(network, cells, size, dim, last))
+    channels, reductions = _pyramid(network, sizes[0])
+    return candidate._replace(
+        dim=dim, has_regions=all(grids), channels_last=last, channels=channels, reductions=reductions
+    )
+
+
+def outputs(network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """View features [B, C], and the cells as `forward_features` gives them, through the head's norm where the head
+    norms what it has pooled (ConvNeXt, DaViT)."""
+    cells = network.forward_features(x)  # type: ignore[operator]
+    view = network.forward_head(cells, pre_logits=True)  # type: ignore[operator]
+    norm = getattr(getattr(network, "head", None), "norm", None)
+    if isinstance(norm, nn.LayerNorm) and cells.dim() == 4:
+        cells = norm(cells)
+    return view, cells
+
+
+def intermediates(network: nn.Module, x: Tensor) -> list[Tensor]:
+    """[B, C_s, H_s, W_s] of every stage from a reduction of 4 on, before the final norm."""
+    indices = [i for i, info in enumerate(_feature_info(network)) if info["reduction"] >= 4]
+    return network.forward_intermediates(  # type: ignore[operator]
+        x, indices=indices, norm=False, output_fmt="NCHW", intermediates_only=True
+    )
+
+
+def units(network: nn.Module) -> list[list[nn.Module]]:
+    """The blocks, stage by stage: what lies in lists named `blocks`, else in the stages that timm names, else the
+    stages themselves."""
+    found: list[list[nn.Module]] = []
+    inside: list[str] = []
+    for name, module in network.named_modules():
+        if any(name.startswith(prefix) for prefix in inside):
+            continue
+        if name.rpartition(".")[2] == "blocks" and isinstance(module, (nn.Sequential, nn.ModuleList)) and len(module):
+            found.append([child for child in module if _trains(child)])
+            inside.append(f"{name}.")
+    if found:
+        return found
+    stages = []
+    for info in _feature_info(network):
+        try:
+            stages.append(network.get_submodule(info["module"]))
+        except AttributeError:
+            continue
+    for stage in stages:
+        if isinstance(stage, nn.Sequential) and len(stage) > 1:
+            found.append([child for child in stage if _trains(child)])
+        elif _trains(stage):
+            found.append([stage])
+    return found
+
+
+def images(network: nn.Module, n: int, size: int) -> Tensor:
+    return torch.zeros(n, 3, size, size, device=next(network.parameters()).device)
+
+
+def on_meta(attempt: Callable[[], Given]) -> Given:
+    """On the meta device, or on the CPU where something in it needs values."""
+    try:
+        with torch.device("meta"):
+            return attempt()
+    except (NotImplementedError, RuntimeError) as error:
+        if "meta" not in str(error):
+            raise
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        return attempt()
+
+
+def grid_of(cells: int, height: int, width: int) -> tuple[int, int] | None:
+    """Rows and columns of so many cells over an image of these sides; None: they make no such grid."""
+    rows = max(1, round(math.sqrt(cells * height / width)))
+    return (rows, cells // rows) if cells and cells % rows == 0 and (height != width or rows * rows == cells) else None
+
+
+def _has_grid(network: nn.Module, cells: Tensor, size: int, dim: int, last: bool) -> bool:
+    if cells.dim() == 4:
+        return cells.shape[-1 if last else 1] == dim
+    prefix = getattr(network, "num_prefix_tokens", 0)
+    return cells.dim() == 3 and cells.shape[2] == dim and grid_of(cells.shape[1] - prefix, size, size) is not None
+
+
+def _pyramid(network: nn.Module, size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Widths and reductions of the stages' maps; empty when there are none, or all have one size."""
+    infos = [info for info in _feature_info(network) if info["reduction"] >= 4]
+    channels = tuple(int(info["num_chs"]) for info in infos)
+    reductions = tuple(int(info["reduction"]) for info in infos)
+    if len(set(reductions)) < 2 or sorted(set(reductions)) != list(reductions):
+        return (), ()
+    try:
+        maps = intermediates(network, images(network, 1, size))
+    except Exception:  # a trunk without a pyramid is a trunk
+        return (), ()
+    shapes = [(m.shape[1], -(-size // m.shape[2])) for m in maps]
+    return (channels, reductions) if shapes == list(zip(channels, reductions, strict=True)) else ((), ())
+
+
+def _feature_info(network: nn.Module) -> list[dict[str, Any]]:
+    info = getattr(network, "feature_info", [])
+    return list(getattr(info, "info", info))
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())

@@ -1,0 +1,323 @@
+"""`timm:<name>`: a network of the timm library as a trunk, one call per resolution.
+
+What stands for a crop is what timm's own classifier would read (`forward_head(…, pre_logits=True)`), its region tokens
+are the cells of `forward_features`. Parameters are named `network.…`, with timm's names behind. What timm leaves to
+chance or to one GPU is replaced, everything else runs as timm has it:
+
+- stochastic depth draws from the crops' keys (models/drop_path.py); dropout is left out;
+- batch norms are synchronised, their statistics in fp32, moved once a batch (models/batch_norm.py);
+- blocks are called through `run_block`, with the drop factors of their forward bound to them, so that a recomputation
+  drops what the forward dropped;
+- initial values are what timm draws on a CPU in fp32 from the run's seed, whatever the engine.
+
+Which arguments a network takes, and whether it takes the crops' sizes, is tried when a run begins (models/timm_probe.py).
+"""
+
+from collections.abc import Iterable
+from functools import cache, lru_cache, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from esvit_scale.config import Config
+from esvit_scale.errors import UserError
+from esvit_scale.models import timm_probe
+from esvit_scale.models.batch_norm import BatchNorm
+from esvit_scale.models.distributions import Initializer, OfSeed
+from esvit_scale.models.drop_path import drop_keys as keys_of
+from esvit_scale.models.drop_path import keep_scales
+from esvit_scale.models.timm_probe import PREFIX, Probe, grid_of
+from esvit_scale.models.trunk import Features, Grid, TokenMap, Trunk
+
+
+class State:
+    """What the parts of one network share in a forward."""
+
+    def __init__(self, trunk: "TimmTrunk") -> None:
+        self.trunk = trunk
+        self.scales: Tensor | None = None  # [paths, crops of the resolution that runs]: stochastic depth
+        self.outputs: list[Any] | None = None  # of the blocks, in order, where they are wanted
+
+
+class Plan(NamedTuple):
+    """What a block is called with beside its tensor."""
+
+    scales: Tensor | None
+    arguments: tuple[Any, ...]
+    named: dict[str, Any]
+
+
+class TimmTrunk(Trunk):
+    """
+    Args:
+        probe: the network, its arguments, and what it was found to give.
+    """
+
+    def __init__(self, probe: Probe) -> None:
+        super().__init__()
+        self.probe, self.state = probe, State(self)
+        self.dim, self.has_regions = probe.dim, probe.has_regions
+        self.channels, self.reductions = probe.channels, probe.reductions
+        self.network = probe.create()
+        self.network.forward = partial(timm_probe.outputs, self.network)  # a call, so that an engine's hooks see it
+        self.drop_rates: list[float] = []
+        _replace(self.network, self.state, self.drop_rates)
+        self._units = timm_probe.units(self.network)
+        self.depths = tuple(len(stage) for stage in self._units)
+        for block in self.blocks:
+            block.__dict__["_state"] = self.state
+            block.__class__ = _unit(type(block))  # type: ignore[arg-type]
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return [block for stage in self._units for block in stage]
+
+    @property
+    def patch_projection(self) -> nn.Module:
+        return next(m for m in self.network.modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
+
+    def initial_values(self) -> dict[str, Initializer]:
+        drawn = _Drawn(self.probe)
+        return {f"network.{name}": OfSeed(partial(drawn, name)) for name, _ in self.network.named_parameters()}
+
+    def forward(self, crops: list[Tensor], drop_keys: Tensor | None = None) -> Features:
+        """As `Trunk.forward`; crop sizes that the network takes."""
+        scales, first, features = None, 0, []
+        if drop_keys is not None and self.drop_rates:
+            scales = keep_scales(drop_keys, torch.tensor(self.drop_rates, device="cpu"))[:, 0]  # [paths, ΣB]
+        self._cast_constants()
+        for x in crops:
+            self.state.scales = None if scales is None else scales[:, first : first + len(x)]
+            first += len(x)
+            view, cells = self.network(x.to(self._dtype))
+            tokens, grid = self._tokens(cells, x) if self.has_regions else (view[:0], (len(x), 0, 0))
+            features.append(TokenMap(tokens, [grid], view))
+        view, tokens, grids = _joined(features)
+        return Features(view, tokens, grids)
+
+    def last_blocks(self, crops: list[Tensor], n: int) -> list[TokenMap]:
+        """The last as `forward` gives it; others of its stage through the network's final norm, where that is a layer
+        norm."""
+        groups = []
+        for x in crops:
+            self.state.outputs = []
+            features = self([x])
+            before = self.state.outputs[-n:-1]
+            last_stage = len(before) + 1 - self.depths[-1]
+            maps = [self._block_map(out, x, i >= last_stage) for i, out in enumerate(before)]
+            groups.append([*maps, TokenMap(features.regions, features.grids, features.view)])
+            self.state.outputs = None
+        return [TokenMap(tokens, grids, view) for view, tokens, grids in map(_joined, zip(*groups, strict=True))]
+
+    def stage_maps(self, crops: list[Tensor]) -> list[TokenMap]:
+        self._cast_constants()
+        groups = []
+        for x in crops:
+            maps = timm_probe.intermediates(self.network, x.to(self._dtype))
+            groups.append([TokenMap(_pixels(m), [(len(m), m.shape[2], m.shape[3])]) for m in maps])
+        return [TokenMap(tokens, grids) for _, tokens, grids in map(_joined, zip(*groups, strict=True))]
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.network.parameters()).dtype
+
+    def _cast_constants(self) -> None:
+        """Tables that timm keeps beside its parameters take the parameters' precision."""
+        for module in self.network.modules():
+            if not isinstance(module, BatchNorm):
+                for name, buffer in module._buffers.items():
+                    if buffer is not None and buffer.is_floating_point() and buffer.dtype != self._dtype:
+                        module._buffers[name] = buffer.to(self._dtype)
+
+    def _tokens(self, cells: Tensor, x: Tensor) -> tuple[Tensor, Grid]:
+        """Cells of images x, however they lie → [B·T, C] and their grid."""
+        height, width = x.shape[-2:]
+        if cells.dim() == 3:
+            for prefix in (self._prefix, 0):  # XCiT's blocks come before its class token
+                if (grid := grid_of(cells.shape[1] - prefix, height, width)) is not None:
+                    return cells[:, prefix:].flatten(0, 1), (len(cells), *grid)
+            raise UserError(f"model.trunk: {PREFIX}{self.probe.name} gives no grid of cells at {height}×{width}")
+        _, a, b, c = cells.shape
+        last, first = a * width == b * height, b * width == c * height
+        if self.probe.channels_last if last == first else last:
+            return cells.flatten(0, 2), (len(cells), a, b)
+        return _pixels(cells), (len(cells), b, c)
+
+    @property
+    def _prefix(self) -> int:
+        """Tokens before the cells: class token, registers."""
+        return int(getattr(self.network, "num_prefix_tokens", 0))
+
+    def _block_map(self, out: Any, x: Tensor, normed: bool) -> TokenMap:
+        out = out[0] if isinstance(out, (tuple, list)) else out
+        norm = next((m for m in _norms(self.network) if m.normalized_shape == (self.dim,)), None)
+        if normed and norm is not None and out.dim() == 3:
+            out = F.layer_norm(out, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        tokens, grid = self._tokens(out, x)
+        if normed and norm is not None and out.dim() == 4:
+            tokens = F.layer_norm(tokens, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+        has_token = out.dim() == 3 and out.shape[1] * len(out) > len(tokens)
+        if has_token and getattr(self.network, "global_pool", "") == "token":
+            return TokenMap(tokens, [grid], out[:, 0])
+        return TokenMap(tokens, [grid], tokens.view(len(out), -1, tokens.shape[1]).mean(1))
+
+
+class _Unit(nn.Module):
+    """What a block of timm becomes: the same, but called through `run_block`, its first argument the tensor to keep."""
+
+    _state: State
+
+    def __call__(self, x: Tensor, *arguments: Any, **named: Any) -> Any:
+        state = self._state
+        out = state.trunk.run_block(super().__call__, x, Plan(state.scales, arguments, named))
+        if state.outputs is not None:
+            state.outputs.append(out)
+        return out
+
+    def forward(self, x: Tensor, plan: Plan) -> Any:
+        self._state.scales = plan.scales  # at a recomputation, another resolution was the last to run
+        return super().forward(x, *plan.arguments, **plan.named)  # type: ignore[misc]
+
+
+@cache
+def _unit(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(kind.__name__, (_Unit, kind), {})
+
+
+class _KeyedDropPath(nn.Module):
+    _state: State
+
+    def __init__(self, index: int, state: State) -> None:
+        super().__init__()
+        self.index = index
+        self.__dict__["_state"] = state
+
+    def forward(self, x: Tensor) -> Tensor:
+        scales = self._state.scales
+        if scales is None:
+            return x
+        if len(x) != scales.shape[1]:
+            raise ValueError("its stochastic depth does not drop whole crops")
+        return x * scales[self.index].to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+
+
+class _ActivatedBatchNorm(BatchNorm):
+    """timm's batch norm with the activation in it."""
+
+    def __init__(self, theirs: nn.Module) -> None:
+        super().__init__(theirs.num_features, theirs.eps, theirs.momentum or 0.1, theirs.affine)  # type: ignore[arg-type]
+        self.act = getattr(theirs, "act", None) or nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(super().forward(x))
+
+
+def _replace(module: nn.Module, state: State, rates: list[float]) -> None:
+    """In place, before any value is set; `rates` is given the rate of every stochastic depth."""
+    for name, child in module.named_children():
+        if type(child).__name__ == "DropPath":
+            setattr(module, name, _KeyedDropPath(len(rates), state))
+            rates.append(float(child.drop_prob))  # type: ignore[arg-type]
+        elif isinstance(child, nn.modules.dropout._DropoutNd):
+            child.p = 0.0
+        elif isinstance(child, nn.modules.batchnorm._BatchNorm):
+            setattr(module, name, _ActivatedBatchNorm(child))
+        else:
+            _replace(child, state, rates)
+
+
+class _Drawn:
+    """What timm draws for a whole network, kept until all of it has been asked for."""
+
+    def __init__(self, probe: Probe) -> None:
+        self.probe, self.seed = probe, -1
+        self.values: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, seed: int) -> Tensor:
+        if seed != self.seed or name not in self.values:
+            with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                network = self.probe.create()
+            self.values, self.seed = {n: p.detach().float() for n, p in network.named_parameters()}, seed
+        return self.values.pop(name)
+
+
+def build(config: Config) -> Trunk:
+    """
+    Raises:
+        UserError: a name that timm does not have, crop sizes that the network does not take, or what such a trunk has
+            not; one line.
+    """
+    model, name = config.model, config.model.trunk.removeprefix(PREFIX)
+    given = [key for key in ("embed_dim", "depths", "heads") if getattr(model, key)]
+    if given:
+        raise UserError(f"model.{given[0]}: {model.trunk} has widths of its own; leave it out, or take another network")
+    door, sizes = config.train.activation_checkpointing, tuple(dict.fromkeys(config.crop_sizes))
+    if door in ("deepspeed", "fairscale") and len(sizes) > 1:
+        raise UserError(
+            f"train.activation_checkpointing: {door}'s takes one call of a block a step, and {model.trunk} runs once a "
+            f"crop size ({len(sizes)}); nearest: torch"
+        )
+    return TimmTrunk(_probed(name, model.drop_path, sizes))
+
+
+@lru_cache(maxsize=16)
+def _probed(name: str, drop_path: float, sizes: tuple[int, ...]) -> Probe:
+    refused = ""
+    for candidate in timm_probe.candidates(name, sizes[0], drop_path):
+        try:
+            return timm_probe.on_meta(partial(_tried, candidate, drop_path, sizes))
+        except TypeError as error:
+            if "unexpected keyword" not in str(error):
+                refused = refused or _in_a_line(error)
+        except UserError:
+            raise
+        except Exception as error:  # whatever the network says of the sizes
+            refused = refused or _in_a_line(error)
+    if not refused:
+        raise UserError(f"model.drop_path: {PREFIX}{name} has no stochastic depth; set model.drop_path=0")
+    shown = ", ".join(map(str, sizes))
+    raise UserError(f"model.trunk: {PREFIX}{name} does not take crops of {shown} pixels: {refused}")
+
+
+def _tried(candidate: Probe, drop_path: float, sizes: tuple[int, ...]) -> Probe:
+    """A forward and a backward as in training."""
+    probe = timm_probe.looked_at(candidate, sizes)
+    trunk = TimmTrunk(probe)
+    if drop_path and not trunk.drop_rates:
+        raise UserError(f"model.drop_path: {PREFIX}{probe.name} has no stochastic depth; set model.drop_path=0")
+    crops = [timm_probe.images(trunk.network, 2, size) for size in sizes]
+    keys = keys_of(0, 0, torch.arange(2, device=crops[0].device), len(sizes))
+    trunk(crops, keys).view.sum().backward()
+    unused = [name for name, p in trunk.network.named_parameters() if p.requires_grad and p.grad is None]
+    if unused:
+        raise UserError(
+            f"model.trunk: {PREFIX}{probe.name} does not use {unused[0]} (of {len(unused)} parameters) in a forward, and "
+            "ZeRO-3 cannot train what is not used; take another network"
+        )
+    return probe
+
+
+def _in_a_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _norms(network: nn.Module) -> Iterable[nn.LayerNorm]:
+    owners = (network, getattr(network, "head", None))
+    found = [getattr(owner, name, None) for owner in owners for name in ("norm", "fc_norm")]
+    return (norm for norm in found if isinstance(norm, nn.LayerNorm))
+
+
+def _joined(groups: Iterable[TokenMap]) -> tuple[Tensor, Tensor, list[Grid]]:
+    """View features (an empty tensor where there are none), tokens and grids of all resolutions."""
+    groups = list(groups)
+    views = [group.view for group in groups if group.view is not None]
+    tokens = torch.cat([group.tokens for group in groups])
+    return torch.cat(views) if views else tokens[:0], tokens, [grid for group in groups for grid in group.grids]
+
+
+def _pixels(maps: Tensor) -> Tensor:
+    """[B, C, H, W] → [B·H·W, C]"""
+    return maps.permute(0, 2, 3, 1).flatten(0, 2)
