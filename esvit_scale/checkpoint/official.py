@@ -7,17 +7,15 @@ is refused.
 | official | here |
 |---|---|
 | `module.` (DDP), `backbone.` (multi-crop wrapper) | left out |
-| `patch_embed.…`, `layers.…`, `norm.…` | `trunk.…` |
+| `patch_embed.…`, `layers.…`, `norm.…` | `trunk.…`; other trunks than Swin: official_trunks.py |
 | `head.…`, `head_dense.…` | `objective.view_head.…`, `objective.region_head.…` |
-| `….relative_position_index`, `….attn_mask` | computed |
+| `….relative_position_index`, `….attn_mask`, `….num_batches_tracked` | computed |
 | `dino_loss`: `center`, `center_grid` [1, K] | centres `view.values`, `region.values` [K] |
 """
 
-import math
 import re
 import warnings
 import zipfile
-from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,8 @@ from torch import Tensor
 
 from esvit_scale import config as config_module
 from esvit_scale import files
+from esvit_scale.checkpoint import official_trunks
+from esvit_scale.checkpoint.official_trunks import Family
 from esvit_scale.checkpoint.weights import (
     TRUNK,
     Weights,
@@ -38,17 +38,11 @@ from esvit_scale.checkpoint.weights import (
 )
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
-from esvit_scale.models.registry import SHAPES
-from esvit_scale.models.swin import PATCH
-from esvit_scale.models.windows import relative_position_index
 
 NETWORKS = {"student": "module.", "teacher": ""}  # with the prefix that the official trainer saves it under
 CENTERS = {"center": "view.values", "center_grid": "region.values"}
 _THEIR_HEADS = {"head.": head_prefix("view_head"), "head_dense.": head_prefix("region_head")}
 _WRAPPERS = ("module.", "backbone.")
-_COMPUTED = ("relative_position_index", "attn_mask")
-_TABLE = re.compile(r"trunk\.layers\.(\d+)\.blocks\.\d+\.attn\.relative_position_bias_table")
-_SIZES = (224, *range(PATCH, 1025, PATCH))  # of global crops, the likely one first
 
 
 def read(path: Path) -> Weights:
@@ -62,12 +56,16 @@ def read(path: Path) -> Weights:
     if not found:
         held = ", ".join(sorted(map(str, content))[:5]) or "nothing"
         raise UserError(f"{path}: no official EsViT checkpoint: no student or teacher in it; it holds {held}")
-    networks = {name: _our_names(found[name]) for name in found}
-    some = networks.get("teacher") or networks["student"]
-    config = _config(path, some)
+    networks, parts = {}, {}
+    for name, tensors in found.items():
+        trunk, heads = _our_names(tensors)
+        parts[name] = official_trunks.our_names(path, trunk)
+        networks[name] = {TRUNK + key: tensor for key, tensor in parts[name][1].items()} | heads
+    some = "teacher" if "teacher" in networks else "student"
+    config = _config(path, *parts[some], networks[some])
     for name, tensors in networks.items():
         check_network(f"{path}: {name}", tensors, config)
-    return Weights(config, networks, _centers(path, content.get("dino_loss"), config, heads_in(some)))
+    return Weights(config, networks, _centers(path, content.get("dino_loss"), config, heads_in(networks[some])))
 
 
 def write(path: Path, weights: Weights) -> None:
@@ -79,9 +77,15 @@ def write(path: Path, weights: Weights) -> None:
     absent = [name for name in NETWORKS if name not in weights.networks]
     if absent:
         raise UserError(f"{path}: an official checkpoint holds both networks, here is no {absent[0]}; give a run dir")
-    if not any(_TABLE.fullmatch(name) for name in weights.networks["teacher"]):
+    family = official_trunks.family_of(weights.config.model.trunk)
+    if family is None:
         raise UserError(f"{path}: the official code has no {weights.config.model.trunk}; --to safetensors takes it")
-    content: dict[str, Any] = {n: _their_names(weights.networks[n], prefix) for n, prefix in NETWORKS.items()}
+    content: dict[str, Any] = {}
+    for name, prefix in NETWORKS.items():
+        tensors = _their_names(family, weights.networks[name])
+        if any(key.endswith("running_var") for key in tensors):
+            prefix = "module."  # with batch norms the official teacher is wrapped as well
+        content[name] = {prefix + key: tensor for key, tensor in tensors.items()}
     centers = {theirs: weights.centers[ours][None] for theirs, ours in CENTERS.items() if ours in weights.centers}
     with files.replacing(path) as aside:
         torch.save(content | {"dino_loss": centers}, aside)
@@ -148,63 +152,37 @@ def _why(error: Exception) -> str:
 # --- names -----------------------------------------------------------------------------------------------------------
 
 
-def _our_names(tensors: Mapping[str, Any]) -> dict[str, Tensor]:
-    ours = {}
+def _our_names(tensors: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The trunk's tensors, by official names without wrappers, and the heads' by ours."""
+    trunk, heads = {}, {}
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) or name.endswith(_COMPUTED):
+        if not isinstance(tensor, Tensor) or name.endswith(official_trunks.COMPUTED):
             continue
         while name.startswith(_WRAPPERS):
             name = name.partition(".")[2]
-        prefix = next((prefix for prefix in _THEIR_HEADS if name.startswith(prefix)), "")
-        ours[_THEIR_HEADS.get(prefix, TRUNK) + name.removeprefix(prefix)] = tensor.detach().float().contiguous()
-    return ours
+        tensor = tensor.detach().float().contiguous()
+        prefix = next((prefix for prefix in _THEIR_HEADS if name.startswith(prefix)), None)
+        if prefix is None:
+            trunk[name] = tensor
+        else:
+            heads[_THEIR_HEADS[prefix] + name.removeprefix(prefix)] = tensor
+    return trunk, heads
 
 
-def _their_names(tensors: dict[str, Tensor], wrapper: str) -> dict[str, Tensor]:
-    to_theirs = {ours: theirs for theirs, ours in _THEIR_HEADS.items()} | {TRUNK: ""}
-    theirs = {}
-    for name, tensor in tensors.items():
-        prefix = next(prefix for prefix in to_theirs if name.startswith(prefix))
-        short = wrapper + to_theirs[prefix] + name.removeprefix(prefix)
-        theirs[short] = tensor
-        if _TABLE.fullmatch(name):
-            window = _window(tensor)
-            index = relative_position_index(window, torch.device("cpu")).view(window**2, window**2)
-            theirs[short.replace("relative_position_bias_table", "relative_position_index")] = index.clone()
+def _their_names(family: Family, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    trunk = {name.removeprefix(TRUNK): tensor for name, tensor in tensors.items() if name.startswith(TRUNK)}
+    theirs = official_trunks.official_tensors(family, trunk)
+    for official, ours in _THEIR_HEADS.items():
+        theirs |= {official + n.removeprefix(ours): t for n, t in tensors.items() if n.startswith(ours)}
     return theirs
 
 
 # --- what the tensors say --------------------------------------------------------------------------------------------
 
 
-def _config(path: Path, tensors: dict[str, Tensor]) -> Config:
-    stages: dict[int, list[Tensor]] = defaultdict(list)
-    for name, tensor in tensors.items():
-        if (match := _TABLE.fullmatch(name)) and tensor.ndim == 2:
-            stages[int(match[1])].append(tensor)
-    patches = tensors.get("trunk.patch_embed.proj.weight")
-    if patches is None or not stages:
-        names = [name.removeprefix(TRUNK) for name in tensors]
-        raise UserError(
-            f"{path}: not a Swin of the official code (no patch_embed.proj.weight or no relative position tables); "
-            f"it has {', '.join(names[:3])} and {max(len(names) - 3, 0)} more tensors"
-        )
-    tables = [of_stage for _, of_stage in sorted(stages.items())]
-    values = {
-        "name": "converted",
-        "data": {"global_crops": {"size": _global_size([_window(t[0]) for t in tables])}},
-        "model": _model(len(patches), [len(t) for t in tables], [t[0].shape[1] for t in tables], _window(tables[0][0])),
-        "objective": _objective(tensors),
-    }
+def _config(path: Path, family: Family, trunk: dict[str, Tensor], network: dict[str, Tensor]) -> Config:
+    values = {"name": "converted", **official_trunks.values(path, family, trunk), "objective": _objective(network)}
     return config_module.validate(values, where=str(path))
-
-
-def _model(embed_dim: int, depths: list[int], heads: list[int], window: int) -> dict[str, Any]:
-    shape = (embed_dim, tuple(depths), tuple(heads))
-    for name, known in SHAPES.items():  # V1 stands before V2 of the same shape
-        if known[:3] == shape:
-            return {"trunk": name, "window": window}
-    return {"trunk": "swin_t", "window": window, "embed_dim": embed_dim, "depths": depths, "heads": heads}
 
 
 def _objective(tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -214,18 +192,6 @@ def _objective(tensors: dict[str, Tensor]) -> dict[str, Any]:
     if directions is not None and directions.ndim == 2 and first is not None:
         values |= {"prototypes": len(directions), "bottleneck": directions.shape[1], "head_hidden": len(first)}
     return values
-
-
-def _window(table: Tensor) -> int:
-    """From a table of (2w − 1)² rows."""
-    return (math.isqrt(len(table)) + 1) // 2
-
-
-def _global_size(windows: list[int]) -> int:
-    """Pixels of global crops for which stages have these windows: 224 if it fits, because sizes above it that give
-    the same windows cannot be told from the tensors."""
-    fits = (s for s in _SIZES if [min(s // PATCH // 2**i, windows[0]) for i in range(len(windows))] == windows)
-    return next(fits, _SIZES[0])
 
 
 def _centers(path: Path, loss: Any, config: Config, heads: list[str]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from esvit_scale import cli
 from esvit_scale.checkpoint import convert as convert_module
-from esvit_scale.checkpoint import official, single_file, state
+from esvit_scale.checkpoint import official, official_trunks, single_file, state
 from esvit_scale.checkpoint.convert import convert
 from esvit_scale.checkpoint.weights import Weights
 from esvit_scale.errors import UserError
@@ -44,11 +44,11 @@ def test_the_architecture_is_read_off_the_tensors(pth: Path) -> None:
     ("windows", "size"), [([7, 7, 7, 7], 224), ([14, 14, 14, 7], 224), ([7, 7, 3, 1], 56), ([4, 4, 2], 32)]
 )
 def test_the_size_of_global_crops_is_one_that_gives_the_windows(windows: list[int], size: int) -> None:
-    assert official._global_size(windows) == size
+    assert official_trunks.swin_size(windows) == size
 
 
 def test_a_published_shape_gets_its_name() -> None:
-    assert official._model(128, [2, 2, 18, 2], [4, 8, 16, 32], 14) == {"trunk": "swin_b", "window": 14}
+    assert official_trunks.swin_model(128, [2, 2, 18, 2], [4, 8, 16, 32], 14) == {"trunk": "swin_b", "window": 14}
 
 
 def test_every_tensor_arrives_under_its_name(pth: Path) -> None:
@@ -165,12 +165,14 @@ def refused(path: Path, tmp_path: Path, match: str, form: str = "esvit-scale") -
 def test_another_architecture(tmp_path: Path) -> None:
     vit = {
         "cls_token": torch.zeros(1, 1, 8),
-        "pos_embed": torch.zeros(1, 5, 8),
+        "absolute_pos_embed": torch.zeros(1, 5, 8),
         "blocks.0.attn.qkv.weight": torch.ones(3),
     }
     path = theirs.save(tmp_path / "vit.pth", student=vit, teacher=vit)
     refused(
-        path, tmp_path, r"not a Swin of the official code .* cls_token, pos_embed, blocks.0.attn.qkv.weight and 0 more"
+        path,
+        tmp_path,
+        r"no trunk of the official code .* nearest: Swin, but there is no .*; it has cls_token, absolute_pos_embed, blocks.0.attn.qkv.weight and 0 more",
     )
 
 
