@@ -22,6 +22,7 @@ nothing larger than a tile passes through memory.
 """
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -74,11 +75,16 @@ def prototype_cross_entropy(
     if z_s.dtype == torch.float16:  # P ~ 1/K and its products are below what fp16 resolves
         z_s = z_s.bfloat16()
     tile = tile or tile_size(len(z_s) + len(z_t), z_s.device)
-    with torch.autocast(z_s.device.type, enabled=False):  # precisions are chosen here
+    with fixed_precision(z_s.device):
         loss, *entropies = _PrototypeCrossEntropy.apply(
             z_s, rows_s, z_t, rows_t, center, match, weight, student_temp, teacher_temp, tile
         )
     return loss, Entropies(*entropies)
+
+
+def fixed_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """Within it autocast changes nothing: precisions are chosen by hand. The meta device has no autocast to switch."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def tile_size(tokens: int, device: torch.device) -> int:

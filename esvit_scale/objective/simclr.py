@@ -13,6 +13,7 @@ from esvit_scale import config as config_module
 from esvit_scale.models.mlp import Mlp
 from esvit_scale.models.trunk import Features
 from esvit_scale.objective.objective import Logs, Objective, spread, unit
+from esvit_scale.objective.prototypes import fixed_precision
 from esvit_scale.parallel import collectives
 
 
@@ -30,7 +31,7 @@ class SimCLR(Objective):
         """Logs: positive_similarity, the mean cosine of an image's two views; contrastive_accuracy, how often the other
         view is the nearest of all; projection_std, the projections' spread (see `spread`)."""
         z = unit(self.projector(student.view))  # [2B, D]; both views are normalised together
-        with torch.autocast(z.device.type, enabled=False):
+        with fixed_precision(z.device):
             similarities = z @ collectives.gather_rows(z).t()  # [2B, world · 2B]
             row = torch.arange(len(z), device=z.device)
             first = len(z) * collectives.rank()

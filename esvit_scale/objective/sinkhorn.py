@@ -17,7 +17,7 @@ is a pass of log-sum-exps over tiles of prototypes. Ranks exchange K numbers an 
 import torch
 from torch import Tensor
 
-from esvit_scale.objective.prototypes import Side, log_sum_exp, tile_size, tiles
+from esvit_scale.objective.prototypes import Side, fixed_precision, log_sum_exp, tile_size, tiles
 from esvit_scale.parallel import collectives
 
 ITERATIONS = 3  # of all published recipes
@@ -38,7 +38,7 @@ def sinkhorn_center(z: Tensor, rows: Tensor, temp: float, tile: int | None = Non
     """
     z = z.to(rows.dtype)
     tile = tile or tile_size(len(z), z.device)
-    with torch.autocast(z.device.type, enabled=False):
+    with fixed_precision(z.device):
         side = Side(z, rows, temp, None)
         log_u = z.new_zeros(len(z), dtype=torch.promote_types(z.dtype, torch.float32))
         center = temp * _column_log_sums(side, log_u, tile)

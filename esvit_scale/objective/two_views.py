@@ -13,6 +13,7 @@ from torch import Tensor
 from esvit_scale.models.mlp import Mlp
 from esvit_scale.models.trunk import Features
 from esvit_scale.objective.objective import Logs, Objective, spread, unit
+from esvit_scale.objective.prototypes import fixed_precision
 
 VIEWS = 2
 
@@ -40,7 +41,7 @@ class TwoViews(Objective):
         queries = unit(self.predictor(projections, VIEWS))
         keys = unit(projections.detach()) if targets is None else targets.to(queries.dtype)
         keys = keys.roll(len(keys) // VIEWS, 0)  # of the other view
-        with torch.autocast(queries.device.type, enabled=False):
+        with fixed_precision(queries.device):
             orders = [self.compare(q, k) for q, k in zip(queries.chunk(VIEWS), keys.chunk(VIEWS), strict=True)]
         (first, logs), (second, others) = orders
         means = {name: (value + others[name]).detach() / VIEWS for name, value in logs.items()}
