@@ -7,7 +7,6 @@
 Batch norm in projector and predictor sees one view of the images of all ranks at a time, as if each had its own forward.
 """
 
-import torch
 from torch import Tensor
 
 from esvit_scale.models.mlp import Mlp
