@@ -20,9 +20,13 @@ def test_a_preset_builds_on_the_meta_device_with_a_value_and_a_group_for_all(pre
     with torch.device("meta"):
         network = build_network(configs.resolve(preset))
     names = {name for name, _ in network.named_parameters()}
+    trainable = {name for name, p in network.named_parameters() if p.requires_grad}
     assert set(initial_values(network)) == names
-    assert set(parameter_groups(network)) == names
-    assert network.trunk.dim == network.objective.view_head.mlp[0].in_features
+    assert set(parameter_groups(network)) == trainable
+    assert names - trainable <= {  # gains kept at 1, a frozen patch projection
+        name for name in names if name.endswith(".weight_g") or ".patch_embed." in name
+    }
+    assert next(p for p in network.objective.parameters() if p.ndim == 2).shape[1] == network.trunk.dim
 
 
 @pytest.mark.parametrize("preset", configs.preset_names())

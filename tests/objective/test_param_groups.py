@@ -55,3 +55,10 @@ def test_shapes_are_read_through_partitioning():
         parameter.ds_shape = parameter.shape
         parameter.data = torch.empty(0)
     assert parameter_groups(module) == expected
+
+
+def test_all_may_decay():
+    module = network()
+    some, all_of_them = parameter_groups(module), parameter_groups(module, "all")
+    assert all_of_them == {name: "decay" if group == "no_decay" else group for name, group in some.items()}
+    assert "no_decay" in some.values()

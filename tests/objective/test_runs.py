@@ -1,11 +1,14 @@
 """Every objective through the whole training loop: DeepSpeed, data, metrics, checkpoint."""
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from esvit_scale.checkpoint import state
 from esvit_scale.train import loop
 from tests import tiny
 from tests.objective import cases
@@ -37,3 +40,26 @@ def test_in_bf16_too(tmp_path: Path, shards: Path) -> None:
         rough = run(tmp_path / f"{case}-bf16", shards, case, "zero1", train__precision="bf16")
         assert rough[0]["loss"] == pytest.approx(exact[0]["loss"], rel=0.1)
         assert all(math.isfinite(row["grad_norm"]) for row in rough)
+
+
+@pytest.mark.parametrize("case", ["esvit-sinkhorn", "moco_v3", "swav"])
+def test_resumed_is_straight(tmp_path: Path, shards: Path, case: str) -> None:
+    """Without centres, without a group of its own for the last layer, and without a teacher."""
+    straight = run(tmp_path / "straight", shards, case, "zero1", train__steps=6, train__checkpoint_every=4)
+    shutil.copytree(tmp_path / "straight", tmp_path / "stopped")
+    shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "step-00000006")
+    (tmp_path / "stopped" / "checkpoints" / "latest").write_text("step-00000004\n")
+    (tmp_path / "stopped" / "summary.json").unlink()
+    written = tmp_path / "stopped" / "config.yaml"
+    written.write_text(written.read_text().replace(str(tmp_path / "straight"), str(tmp_path / "stopped")))
+    again = run(tmp_path / "stopped", shards, case, "zero1", train__steps=6, train__checkpoint_every=4)
+    assert again == straight
+    assert "at step 4" in (tmp_path / "stopped" / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("case", ["simclr", "swav"])
+def test_without_a_teacher_evaluation_reads_the_student(tmp_path: Path, shards: Path, case: str) -> None:
+    run(tmp_path / "run", shards, case, "zero1", train__precision="bf16")
+    networks = state.read_weights(tmp_path / "run" / "checkpoints" / "step-00000003").networks
+    assert networks["teacher"].keys() == networks["student"].keys()
+    assert all(torch.equal(value, networks["student"][name]) for name, value in networks["teacher"].items())
