@@ -10,13 +10,13 @@ stands beside the times.
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from step import seconds
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -81,20 +81,11 @@ def row(
     difference = (ours() - sdpa()).abs().max().item()
     times: dict[Callable[[], Tensor], list[float]] = {ours: [], sdpa: []}
     for _ in range(rounds + 1):
-        for function, seconds in times.items():
-            seconds.append(timed(function, grad, device))
-    mine, torchs = (1e3 * statistics.median(seconds[1:]) for seconds in times.values())
+        for function, found in times.items():
+            found.append(seconds(lambda f=function: f().backward(grad), device))
+    mine, torchs = (1e3 * statistics.median(found[1:]) for found in times.values())
     shape = f"| {stage} | {shift} | {slots // length} | {attention.heads} | {precision} "
     print(f"{shape}| {mine:.1f} | {torchs:.1f} | {torchs / mine:.2f} | {difference:.1e} |", flush=True)
-
-
-def timed(function: Callable[[], Tensor], grad: Tensor, device: torch.device) -> float:
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
-    began = time.perf_counter()
-    function().backward(grad)
-    wait()
-    return time.perf_counter() - began
 
 
 if __name__ == "__main__":

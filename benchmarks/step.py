@@ -71,15 +71,14 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def child(cell: dict[str, Any]) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--cell", json.dumps(cell)]
+def child(cell: dict[str, Any], script: str = __file__) -> dict[str, Any]:
+    """What `script --cell …` prints, from a process of its own."""
+    command = [sys.executable, script, "--cell", json.dumps(cell)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def run_cell(cell: dict[str, Any]) -> dict[str, Any]:
-    import torch
-
     from esvit_scale import config as configs
     from esvit_scale.parallel import world as world_module
     from esvit_scale.train import mfu
@@ -93,10 +92,7 @@ def run_cell(cell: dict[str, Any]) -> dict[str, Any]:
     config = configs.resolve(cell["preset"], overrides)
     world = world_module.start()
     device = world.device
-    crops = [
-        torch.randn(views * cell["batch"], 3, size, size, device=device)
-        for size, views in dict.fromkeys((s, config.crop_sizes.count(s)) for s in config.crop_sizes)
-    ]
+    crops = random_crops(config, cell["batch"], device)
     sides: dict[str, Callable[[], object]] = {}
     if "ours" in cell["sides"]:
         sides["ours"] = our_step(config, world, crops)
@@ -118,6 +114,14 @@ def run_cell(cell: dict[str, Any]) -> dict[str, Any]:
         row["mfu"] = row["ours_images_per_s"] / mfu.ideal_images_per_s(config, device, 1)
     world_module.stop()
     return row
+
+
+def random_crops(config: Any, images: int, device: Any) -> list[Any]:
+    """One tensor a resolution, as augmentation would leave them."""
+    import torch
+
+    sizes = config.crop_sizes
+    return [torch.randn(sizes.count(s) * images, 3, s, s, device=device) for s in dict.fromkeys(sizes)]
 
 
 def our_step(config: Any, world: Any, crops: list[Any]) -> Callable[[], object]:
