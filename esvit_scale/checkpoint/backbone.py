@@ -13,6 +13,7 @@ from esvit_scale.config import Config
 from esvit_scale.data import photometric, stream
 from esvit_scale.models.pyramid import Pyramid
 from esvit_scale.models.registry import build_trunk
+from esvit_scale.models.trunk import Trunk
 
 
 class Backbone(nn.Module):
@@ -23,18 +24,17 @@ class Backbone(nn.Module):
         config: the run config that it was trained with.
         dim: C, the width of its features.
         size: pixels of the images that evaluation shows it.
-        channels, reductions: of the maps of `pyramid`, one number a stage.
+        channels, reductions: of the maps of `pyramid`, one number a stage; empty: the trunk has no stages.
     """
 
     def __init__(self, trunk: nn.Module, config: Config) -> None:
         super().__init__()
-        self.trunk, self.config = trunk, config
-        self.dim, self.size = cast(int, trunk.dim), config.data.global_crops.size
-        self._pyramid = [Pyramid(trunk)]  # in a list: its parameters are the trunk's
-        self.channels, self.reductions = self._pyramid[0].channels, self._pyramid[0].reductions
+        self.trunk, self.config = cast(Trunk, trunk), config
+        self.dim, self.size = self.trunk.dim, config.data.global_crops.size
+        self.channels, self.reductions = list(self.trunk.channels), list(self.trunk.reductions)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images [B, 3, H, W], normalised → features [B, C]: the mean of the last stage's tokens."""
+        """images [B, 3, H, W], normalised → features [B, C]: the mean of the last stage's tokens, or a class token."""
         return self.trunk([images]).view
 
     def regions(self, images: Tensor) -> Tensor:
@@ -44,8 +44,12 @@ class Backbone(nn.Module):
         return features.regions.view(n, h, w, -1).permute(0, 3, 1, 2)
 
     def pyramid(self, images: Tensor) -> list[Tensor]:
-        """images [B, 3, H, W] → a map [B, C_s, H_s, W_s] for every stage s, finest first (models/pyramid.py)."""
-        return self._pyramid[0](images)
+        """images [B, 3, H, W] → a map [B, C_s, H_s, W_s] for every stage s, finest first (models/pyramid.py).
+
+        Raises:
+            UserError: the trunk has no stages.
+        """
+        return Pyramid(self.trunk)(images)
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """A picture → [3, S, S] as evaluation shows it: short side to S·256/224, centre crop, normalised."""
