@@ -8,9 +8,10 @@ The journey, one line a station. B images, V crops, T tokens, C width, K prototy
     → decoded image      data/picture.py, data/decode.py            bytes → uint8 [H, W, 3], no larger than the crops need
     → crops              data/crops.py, data/views.py, data/photometric.py  one tensor a resolution: [V_g, B, 3, S_g, S_g]
     → batches            data/stream.py, data/shard_stream.py, data/url_stream.py  this rank's part of a global batch
-    → tokens             models/swin.py, models/swin_v2.py          view [V·B, C], regions [V·B·T, C], all crops in one pass
+    → tokens             models/registry.py, models/swin.py, …      view [V·B, C], regions [V·B·T, C], all crops in one pass
     → student/teacher    parallel/engine.py, parallel/ema.py        one forward of each; the teacher sees the 2 globals
-    → loss               objective/esvit.py, objective/prototypes.py  view and region cross-entropies; no [T, K] is ever stored
+    → loss               objective/registry.py, objective/esvit.py, …  view and region cross-entropies, or another objective's
+                         objective/prototypes.py                    no [T, K] is ever stored
     → sharded step       train/loop.py, parallel/engine.py          one optimizer update of the partitions, then EMA, then centre
     → checkpoint         checkpoint/saver.py, checkpoint/state.py   student, teacher, optimizer, centres, cursor: step-00000100/
                          checkpoint/convert.py, checkpoint/export.py  official EsViT, safetensors, timm, Hugging Face, ONNX
@@ -20,7 +21,7 @@ The journey, one line a station. B images, V crops, T tokens, C width, K prototy
     → report             report/html.py, report/drawings.py         one self-contained report.html
     → scaling            scaling/plan.py, scaling/cells.py, scaling/fit.py  what a run needs; sizes × budgets → a law with intervals
 
-Beside it: config.py (every number of a run), models/complexity.py (what it costs), cli.py and commands/ (the command line), doctor.py (what works on this machine), feed.py (whether its cores feed its GPUs).
+Beside it: config.py (every number of a run), models/complexity.py, objective/costs.py (what it costs), cli.py and commands/ (the command line), doctor.py (what works on this machine), feed.py (whether its cores feed its GPUs).
 """
 
 from importlib import import_module

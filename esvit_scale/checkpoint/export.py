@@ -56,7 +56,7 @@ def _write_safetensors(folder: Path, weights: Weights, network: str) -> None:
 
 
 def _write_timm(folder: Path, weights: Weights, network: str) -> None:
-    _save(folder, libraries.timm_tensors(_trunk(weights, network)))
+    _save(folder, libraries.timm_tensors(_trunk(weights, network), weights.config))
     files.write_json(folder / "config.json", libraries.timm_config(weights.config))
 
 
@@ -71,6 +71,8 @@ def _write_onnx(folder: Path, weights: Weights, network: str) -> None:
     trunk = build_trunk(weights.config)
     trunk.load_state_dict(_trunk(weights, network))
     module = plain.plain(trunk.eval(), size).eval()
+    with torch.no_grad():
+        module(torch.zeros(1, 3, size, size))  # tables that a forward keeps are values before a graph is drawn
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # the exporter tells of its progress
         warnings.simplefilter("ignore")

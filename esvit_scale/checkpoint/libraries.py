@@ -1,7 +1,7 @@
-"""A trunk's weights for other libraries: timm and Hugging Face transformers. Names and configs only; neither is needed
-to write them.
+"""A trunk's weights for other libraries: timm (what of it each trunk is: timm_form.py) and, for Swin, Hugging Face
+transformers. Names and configs only; neither is needed to write them.
 
-Both shift windows before they pad where EsViT pads before it shifts, so features are the same at the size of the global
+For Swin, both shift windows before they pad where EsViT pads before it shifts, so features are the same at the size of the global
 crops, where no window is padded, and not elsewhere.
 
 | ours | timm | transformers |
@@ -18,27 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esvit_scale.checkpoint import timm_form
+from esvit_scale.checkpoint.timm_form import check_windows
 from esvit_scale.config import Config
 from esvit_scale.data.photometric import MEAN, STD
 from esvit_scale.data.stream import evaluation_side
 from esvit_scale.errors import UserError
-from esvit_scale.models.registry import trunk_shape
-from esvit_scale.models.shape import Shape
-from esvit_scale.models.swin import PATCH, stage_window
+from esvit_scale.models.registry import SHAPES, trunk_shape
+from esvit_scale.models.swin import PATCH
 
-TIMM_NAMES: dict[
-    tuple[int, int, tuple[int, ...]], str
-] = {  # (version, embed_dim, depths) → the registered name; others are spelled out by arguments
-    (1, 96, (2, 2, 6, 2)): "swin_tiny_patch4_window7_224",
-    (1, 96, (2, 2, 18, 2)): "swin_small_patch4_window7_224",
-    (1, 128, (2, 2, 18, 2)): "swin_base_patch4_window7_224",
-    (1, 192, (2, 2, 18, 2)): "swin_large_patch4_window7_224",
-    (2, 96, (2, 2, 6, 2)): "swinv2_tiny_window8_256",
-    (2, 96, (2, 2, 18, 2)): "swinv2_small_window8_256",
-    (2, 128, (2, 2, 18, 2)): "swinv2_base_window8_256",
-    (2, 192, (2, 2, 18, 2)): "swinv2_large_window12_192",
-}
-TIMM_ANY = {1: "swin_tiny_patch4_window7_224", 2: "swinv2_tiny_window8_256"}
 _HUGGING_FACE = [
     (r"^layers\.", "encoder.layers."),
     (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
@@ -64,65 +52,46 @@ def check(config: Config, form: str) -> None:
     Raises:
         UserError: a trunk that the library does not have, or would compute otherwise.
     """
-    shape = trunk_shape(config)
-    if shape.extra_norm_every:
+    if form == "timm":
+        timm_form.of(config)
+    elif config.model.trunk not in SHAPES:
         raise UserError(
-            f"--to {form}: {form} has no {config.model.trunk} (its extra norms); --to safetensors or onnx takes it"
+            f"--to huggingface: Swin alone is written for transformers, not {config.model.trunk}; "
+            f"{timm_form.taken(config)} takes it"
         )
-    size, window = config.data.global_crops.size, config.model.window
-    for s in range(len(shape.depths)):
-        side, _ = stage_window(size, window, s)
-        if size % (PATCH * 2 ** (len(shape.depths) - 1)) or (size // PATCH // 2**s) % side:
-            raise UserError(
-                f"--to {form}: at {size} pixels, stage {s + 1} pads its windows of {side}, which {form} does otherwise; "
-                "--to safetensors or onnx takes it"
-            )
-        if form == "huggingface" and shape.version == 1 and side < window:
-            raise UserError(
-                f"--to huggingface: the map of stage {s + 1} ({side}×{side}) is smaller than the window {window}, which "
-                "transformers' Swin cannot do; --to timm or onnx takes it"
-            )
+    else:
+        check_windows(config, form)
 
 
 def timm_config(config: Config) -> dict[str, Any]:
     """config.json, as `timm.create_model("local-dir:…")` and the Hugging Face hub read it."""
-    shape, size = trunk_shape(config), config.data.global_crops.size
-    name = TIMM_NAMES.get((shape.version, shape.embed_dim, shape.depths), TIMM_ANY[shape.version])
-    arguments = {
-        "img_size": size,
-        "window_size": config.model.window,
-        "embed_dim": shape.embed_dim,
-        "depths": list(shape.depths),
-        "num_heads": list(shape.heads),
-    }
+    form, size = timm_form.of(config), config.data.global_crops.size
     return {
-        "architecture": name,
+        "architecture": form.architecture,
         "num_classes": 0,
-        "num_features": width(shape),
-        "global_pool": "avg",
-        "model_args": arguments,
+        "num_features": form.width,
+        "global_pool": form.pool,
+        "model_args": form.arguments,
         "pretrained_cfg": {
             "tag": "esvit",
             "custom_load": False,
             "input_size": [3, size, size],
-            "fixed_input_size": True,
+            "fixed_input_size": form.fixed_size,
             "interpolation": "bicubic",
             "crop_pct": crop_share(config),
             "crop_mode": "center",
             "mean": list(MEAN),
             "std": list(STD),
             "num_classes": 0,
-            "pool_size": [side_of_map(config)] * 2,
-            "first_conv": "patch_embed.proj",
-            "classifier": "head.fc",
+            "pool_size": [-(-size // form.reduction)] * 2,
+            "first_conv": form.first_conv,
+            "classifier": form.classifier,
         },
     }
 
 
-def timm_tensors(trunk: Tensors) -> Tensors:
-    """timm has the merging at the beginning of the next stage."""
-    move = lambda match: f"layers.{int(match[1]) + 1}.downsample."  # noqa: E731
-    return {re.sub(r"^layers\.(\d+)\.downsample\.", move, name): tensor for name, tensor in trunk.items()}
+def timm_tensors(trunk: Tensors, config: Config) -> Tensors:
+    return timm_form.of(config).tensors(trunk)
 
 
 def huggingface_config(config: Config) -> dict[str, Any]:
@@ -197,13 +166,3 @@ def crop_share(config: Config) -> float:
     """What evaluation crops of the resized short side; a hair less, since both libraries cut size / share to an integer."""
     size = config.data.global_crops.size
     return size / evaluation_side(size) * (1 - 1e-9)
-
-
-def width(shape: Shape) -> int:
-    """C of the last stage."""
-    return shape.embed_dim * 2 ** (len(shape.depths) - 1)
-
-
-def side_of_map(config: Config) -> int:
-    """Tokens along a side of the last stage's map of a global crop."""
-    return config.data.global_crops.size // (PATCH * 2 ** (len(trunk_shape(config).depths) - 1))

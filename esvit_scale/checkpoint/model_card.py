@@ -4,29 +4,34 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from esvit_scale import __version__
-from esvit_scale.checkpoint.weights import TRUNK, Weights
+from esvit_scale.checkpoint.weights import Weights
 from esvit_scale.config import Config
-from esvit_scale.models.registry import trunk_shape
+from esvit_scale.models.registry import SHAPES, build_trunk, trunk_shape
+from esvit_scale.models.trunk import Trunk
 
 PAPER = "https://arxiv.org/abs/2106.09785"
+_OPTIMIZER = {"adamw": "AdamW", "sgd": "SGD", "lamb": "LAMB", "lars": "LARS"}
 _LIBRARY = {"timm": "timm", "huggingface": "transformers", "onnx": "onnx", "safetensors": "esvit-scale"}
 
 
 def text(weights: Weights, network: str, form: str, source: Path, name: str) -> str:
     """The card, in Markdown with the header that model hubs read. What the source does not tell is left out."""
     config = weights.config
-    parameters = sum(t.numel() for n, t in weights.networks[network].items() if n.startswith(TRUNK))
+    with torch.device("meta"):
+        trunk = build_trunk(config)
+    parameters = sum(p.numel() for p in trunk.parameters())
     run = source if (source / "config.yaml").is_file() else None
     summary = _json(run / "summary.json") if run else {}
     parts = [
-        _header(form),
+        _header(config, form),
         f"# {name if config.name in ('run', 'converted') else config.name}",
-        f"A {_trunk_name(config)} backbone ({parameters:,} parameters), pretrained without labels by "
-        f"[EsViT]({PAPER})'s {'view and region losses' if config.objective.regions else 'view loss'} with "
-        f"esvit-scale {__version__}. These are the {network}'s weights"
+        f"A {_trunk_name(config, trunk)} backbone ({parameters:,} parameters), pretrained without labels by "
+        f"{_objective(config)} with esvit-scale {__version__}. These are the {network}'s weights"
         f"{' (an exponential moving average of the student)' if network == 'teacher' else ''}; there is no classifier.",
-        "## Use\n\n" + _use(config, form, name),
+        "## Use\n\n" + _use(config, trunk, form, name),
         "## Input\n\n" + _input(config, form),
         "## Training\n\n" + _training(config, summary, source),
     ]
@@ -35,29 +40,44 @@ def text(weights: Weights, network: str, form: str, source: Path, name: str) -> 
         parts.append("## Evaluation\n\n" + results)
     parts.append(
         "## Limits\n\nThe weights know what their training images showed; nothing was done against biases in them. "
-        "Figures hold for the data named above, measured as this card says. The licence of the weights is their author's to state.\n\n"
-        "Method: Li et al., *Efficient Self-supervised Vision Transformers for Representation Learning*, ICLR 2022."
+        "Figures hold for the data named above, measured as this card says. The licence of the weights is their author's to state."
     )
+    if config.objective.name == "esvit":
+        parts.append(
+            "Method: Li et al., *Efficient Self-supervised Vision Transformers for Representation Learning*, ICLR 2022."
+        )
     return "\n\n".join(parts) + "\n"
 
 
-def _header(form: str) -> str:
-    tags = "\n".join(f"- {tag}" for tag in ("image-feature-extraction", "self-supervised", "esvit", "swin"))
+def _header(config: Config, form: str) -> str:
+    kind = "swin" if config.model.trunk in SHAPES else config.model.trunk.removeprefix("timm:")
+    tags = "\n".join(f"- {tag}" for tag in ("image-feature-extraction", "self-supervised", config.objective.name, kind))
     return f"---\nlibrary_name: {_LIBRARY[form]}\npipeline_tag: image-feature-extraction\ntags:\n{tags}\n---"
 
 
-def _trunk_name(config: Config) -> str:
+def _objective(config: Config) -> str:
+    if config.objective.name != "esvit":
+        return f"the objective {config.objective.name}"
+    return f"[EsViT]({PAPER})'s {'view and region losses' if config.objective.regions else 'view loss'}"
+
+
+def _trunk_name(config: Config, trunk: Trunk) -> str:
+    if config.model.trunk not in SHAPES:
+        depths = "-".join(map(str, trunk.depths))
+        return f"{config.model.trunk} (features of width {trunk.dim}, {depths} blocks)"
     shape = trunk_shape(config)
     widths = f"width {shape.embed_dim}, depths {'-'.join(map(str, shape.depths))}"
     return f"Swin{' V2' if shape.version == 2 else ''} ({config.model.trunk}: {widths}, window {config.model.window})"
 
 
-def _use(config: Config, form: str, name: str) -> str:
+def _use(config: Config, trunk: Trunk, form: str, name: str) -> str:
     size = config.data.global_crops.size
-    eps = trunk_shape(config).version == 1
+    eps = config.model.trunk in SHAPES and trunk_shape(config).version == 1
+    pyramid = "; model.pyramid(images) gives a map a stage" if trunk.reductions else ""
+    graph = ("features, regions", "[B, C], [B, T, C]") if trunk.has_regions else ("[features]", "[B, C]")
     code = {
         "safetensors": f'from esvit_scale import load_backbone\n\nmodel = load_backbone("{name}")\n'
-        "features = model(images)  # [B, 3, H, W] → [B, C]; model.pyramid(images) gives a map a stage",
+        f"features = model(images)  # [B, 3, H, W] → [B, C]{pyramid}",
         "timm": ("from functools import partial\n\n" if eps else "")
         + "import timm\n"
         + ("from torch import nn\n" if eps else "")
@@ -68,7 +88,7 @@ def _use(config: Config, form: str, name: str) -> str:
         f'processor, model = AutoImageProcessor.from_pretrained("{name}"), AutoModel.from_pretrained("{name}")\n'
         'features = model(**processor(image, return_tensors="pt")).pooler_output  # [B, C]',
         "onnx": f'import onnxruntime\n\nsession = onnxruntime.InferenceSession("{name}/model.onnx")\n'
-        'features, regions = session.run(None, {"images": images})  # float32 [B, 3, S, S] → [B, C], [B, T, C]',
+        f'{graph[0]} = session.run(None, {{"images": images}})  # float32 [B, 3, S, S] → {graph[1]}',
     }[form]
     notes = {
         "timm": "EsViT's norms have eps 1e-6, timm's default is 1e-5. " if eps else "",
@@ -81,10 +101,15 @@ def _use(config: Config, form: str, name: str) -> str:
 
 
 def _input(config: Config, form: str) -> str:
-    size = config.data.global_crops.size
+    size, swin = config.data.global_crops.size, config.model.trunk in SHAPES
+    theirs = config.model.trunk.startswith("timm:")
     only = {
-        "safetensors": "Any other size works too; windows are padded as in training.",
-        "timm": f"Use {size} pixels: elsewhere timm shifts windows before it pads them, EsViT after, and features differ.",
+        "safetensors": "Any other size that timm's network takes works too."
+        if theirs
+        else f"Any other size works too{'; windows are padded as in training' if swin else ''}.",
+        "timm": f"Use {size} pixels: elsewhere timm shifts windows before it pads them, EsViT after, and features differ."
+        if swin
+        else "",
         "huggingface": f"Use {size} pixels: elsewhere transformers shifts windows before it pads them, EsViT after, and "
         "features differ.",
         "onnx": f"The graph is for {size} pixels, at any batch size.",
@@ -92,7 +117,7 @@ def _input(config: Config, form: str) -> str:
     return (
         f"RGB, short side resized to {round(size * 256 / 224)} pixels (bicubic), centre crop of {size}, divided by 255, "
         f"then mean (0.485, 0.456, 0.406) and standard deviation (0.229, 0.224, 0.225). {only}"
-    )
+    ).rstrip()
 
 
 def _training(config: Config, summary: dict[str, Any], source: Path) -> str:
@@ -108,10 +133,10 @@ def _training(config: Config, summary: dict[str, Any], source: Path) -> str:
         ("images seen", f"{summary['images_seen']:,}" if "images_seen" in summary else None),
         ("global batch", str(train.global_batch)),
         ("crops", crops),
-        ("prototypes", f"{objective.prototypes:,}"),
+        ("prototypes", f"{objective.prototypes:,}" if objective.name in ("esvit", "swav") else None),
         (
             "peak learning rate",
-            f"{config.peak_lr:.3g} (AdamW, {config.optim.warmup_epochs:g} epochs of warm-up, cosine)",
+            f"{config.peak_lr:.3g} ({_OPTIMIZER.get(config.optim.name, config.optim.name)}, {config.optim.warmup_epochs:g} epochs of warm-up, cosine)",
         ),
         ("weight decay", f"{config.optim.weight_decay:g} → {config.optim.weight_decay_end:g}"),
         ("precision, seed", f"{train.precision}, {config.seed}"),

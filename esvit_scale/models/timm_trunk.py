@@ -89,10 +89,10 @@ class TimmTrunk(Trunk):
             scales = keep_scales(drop_keys, torch.tensor(self.drop_rates, device="cpu"))[:, 0]  # [paths, ΣB]
         self._cast_constants()
         for x in crops:
-            self.state.scales = None if scales is None else scales[:, first : first + len(x)]
-            first += len(x)
+            self.state.scales = None if scales is None else scales[:, first : first + x.shape[0]]
+            first += x.shape[0]
             view, cells = self.network(x.to(self._dtype))
-            tokens, grid = self._tokens(cells, x) if self.has_regions else (view[:0], (len(x), 0, 0))
+            tokens, grid = self._tokens(cells, x) if self.has_regions else (view[:0], (x.shape[0], 0, 0))
             features.append(TokenMap(tokens, [grid], view))
         view, tokens, grids = _joined(features)
         return Features(view, tokens, grids)
@@ -116,7 +116,7 @@ class TimmTrunk(Trunk):
         groups = []
         for x in crops:
             maps = timm_probe.intermediates(self.network, x.to(self._dtype))
-            groups.append([TokenMap(_pixels(m), [(len(m), m.shape[2], m.shape[3])]) for m in maps])
+            groups.append([TokenMap(_pixels(m), [(m.shape[0], m.shape[2], m.shape[3])]) for m in maps])
         return [TokenMap(tokens, grids) for _, tokens, grids in map(_joined, zip(*groups, strict=True))]
 
     @property
@@ -137,13 +137,13 @@ class TimmTrunk(Trunk):
         if cells.dim() == 3:
             for prefix in (self._prefix, 0):  # XCiT's blocks come before its class token
                 if (grid := grid_of(cells.shape[1] - prefix, height, width)) is not None:
-                    return cells[:, prefix:].flatten(0, 1), (len(cells), *grid)
+                    return cells[:, prefix:].flatten(0, 1), (cells.shape[0], *grid)
             raise UserError(f"model.trunk: {PREFIX}{self.probe.name} gives no grid of cells at {height}×{width}")
         _, a, b, c = cells.shape
         last, first = a * width == b * height, b * width == c * height
         if self.probe.channels_last if last == first else last:
-            return cells.flatten(0, 2), (len(cells), a, b)
-        return _pixels(cells), (len(cells), b, c)
+            return cells.flatten(0, 2), (cells.shape[0], a, b)
+        return _pixels(cells), (cells.shape[0], b, c)
 
     @property
     def _prefix(self) -> int:
@@ -158,10 +158,10 @@ class TimmTrunk(Trunk):
         tokens, grid = self._tokens(out, x)
         if normed and norm is not None and out.dim() == 4:
             tokens = F.layer_norm(tokens, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-        has_token = out.dim() == 3 and out.shape[1] * len(out) > len(tokens)
+        has_token = out.dim() == 3 and out.shape[1] * out.shape[0] > len(tokens)
         if has_token and getattr(self.network, "global_pool", "") == "token":
             return TokenMap(tokens, [grid], out[:, 0])
-        return TokenMap(tokens, [grid], tokens.view(len(out), -1, tokens.shape[1]).mean(1))
+        return TokenMap(tokens, [grid], tokens.view(out.shape[0], -1, tokens.shape[1]).mean(1))
 
 
 class _Unit(nn.Module):
@@ -198,7 +198,7 @@ class _KeyedDropPath(nn.Module):
         scales = self._state.scales
         if scales is None:
             return x
-        if len(x) != scales.shape[1]:
+        if x.shape[0] != scales.shape[1]:
             raise ValueError("its stochastic depth does not drop whole crops")
         return x * scales[self.index].to(x.dtype).view(-1, *[1] * (x.dim() - 1))
 
@@ -268,7 +268,8 @@ def _probed(name: str, drop_path: float, sizes: tuple[int, ...]) -> Probe:
     refused = ""
     for candidate in timm_probe.candidates(name, sizes[0], drop_path):
         try:
-            return timm_probe.on_meta(partial(_tried, candidate, drop_path, sizes))
+            with torch.inference_mode(False), torch.enable_grad():
+                return timm_probe.on_meta(partial(_tried, candidate, drop_path, sizes))
         except TypeError as error:
             if "unexpected keyword" not in str(error):
                 refused = refused or _in_a_line(error)

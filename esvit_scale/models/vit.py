@@ -57,7 +57,9 @@ class ViT(Trunk):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        return list(cast(nn.ModuleList, self._modules["blocks"]))
+        return cast(
+            list[nn.Module], self._modules["blocks"]
+        )  # itself: torch.export asks for the submodule of this name
 
     @property
     def patch_projection(self) -> nn.Module:
@@ -83,18 +85,11 @@ class ViT(Trunk):
 
     def position(self, h: int, w: int, device: torch.device) -> Tensor:
         """[1 + h·w, C] of the class token and of a map's patches, fp32 or wider."""
-        learned = cast(Tensor, self.pos_embed)[0]
-        learned = learned.to(torch.promote_types(learned.dtype, torch.float32))
-        if (h, w) == (SIDE, SIDE):
-            return learned
-        rows, columns = (resize_matrix(SIDE, n, device).to(learned.dtype) for n in (h, w))
-        patches = torch.einsum("yi,ijc->yjc", rows, learned[1:].view(SIDE, SIDE, -1))
-        patches = torch.einsum("xj,yjc->yxc", columns, patches)
-        return torch.cat([learned[:1], patches.flatten(0, 1)])
+        return resized(cast(Tensor, self.pos_embed)[0], h, w)
 
     def _block_outputs(self, crops: list[Tensor], drop_keys: Tensor | None) -> Iterator[tuple[Tensor, list[Grid]]]:
         """After each block: (tokens [N, C], class tokens among them; grids)."""
-        grids = [(len(x), -(-x.shape[-2] // PATCH), -(-x.shape[-1] // PATCH)) for x in crops]
+        grids = [(x.shape[0], -(-x.shape[-2] // PATCH), -(-x.shape[-1] // PATCH)) for x in crops]
         sequences: Grids = tuple((n, 1, 1 + h * w) for n, h, w in grids)
         tokens = self._embed(crops, grids)
         scales = of_crop = None
@@ -208,6 +203,17 @@ class Attention(nn.Module):
             q, k, v = qkv.view(n, length, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
             mixed.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n * length, dim))
         return self.proj(torch.cat(mixed))
+
+
+def resized(learned: Tensor, h: int, w: int) -> Tensor:
+    """Positions [1 + 14², C] of a class token and a 14×14 map → [1 + h·w, C], fp32 or wider."""
+    learned = learned.to(torch.promote_types(learned.dtype, torch.float32))
+    if (h, w) == (SIDE, SIDE):
+        return learned
+    rows, columns = (resize_matrix(SIDE, n, learned.device).to(learned.dtype) for n in (h, w))
+    patches = torch.einsum("yi,ijc->yjc", rows, learned[1:].view(SIDE, SIDE, -1))
+    patches = torch.einsum("xj,yjc->yxc", columns, patches)
+    return torch.cat([learned[:1], patches.flatten(0, 1)])
 
 
 @lru_cache(maxsize=64)

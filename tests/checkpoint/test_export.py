@@ -41,7 +41,7 @@ def weights_of(folder: Path, model: dict, size: int = 224) -> Weights:
     torch.manual_seed(0)
     for p in network.parameters():
         p.data += 0.1 * torch.randn_like(p) if p.ndim < 2 else 0.02 * torch.randn_like(p)
-    tensors = {name: p.detach() for name, p in network.named_parameters()}
+    tensors = {name: p.detach() for name, p in network.state_dict().items()}  # with running statistics
     return Weights(config, {"student": tensors, "teacher": tensors}, {})
 
 
