@@ -29,7 +29,7 @@ class PlainTrunk(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         view, regions, _ = self.trunk([images])
-        return (view, regions.view(len(images), -1, regions.shape[1])) if self.trunk.has_regions else (view,)
+        return (view, regions.view(images.shape[0], -1, regions.shape[1])) if self.trunk.has_regions else (view,)
 
 
 class PlainSwin(nn.Module):
