@@ -164,7 +164,8 @@ class PatchEmbed(nn.Module):
         if self.cls_token is None:
             return tokens, grids
         crops = [
-            torch.cat((self.cls_token.expand(len(x), -1, -1), x), 1).flatten(0, 1) for x in _per_crop(tokens, grids, 0)
+            torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), 1).flatten(0, 1)
+            for x in _per_crop(tokens, grids, 0)
         ]
         return torch.cat(crops), grids
 

@@ -5,7 +5,6 @@ runs. A crop is its global tokens, then its map row by row: T = g + H·W tokens.
 run once over the packed tokens [N, C] of all crops, and score per resolution group.
 """
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from esvit_scale.models.distributions import Initializer, normal
+from esvit_scale.models.tables import kept
 from esvit_scale.models.trunk import Grid
 from esvit_scale.models.windows import relative_position_index
 
@@ -77,7 +77,7 @@ class LongAttention(nn.Module):
         around = neighbourhood(h, w, self.window, q.device)
         seen, bias, hidden = _all(windows, bias, around) if draw is None else _drawn(windows, bias, around, draw)
         # The global keys stand first.
-        to_globals = self.g2l_relative_position_bias[1][:, None].expand(len(bias), -1, bias.shape[2], -1)
+        to_globals = self.g2l_relative_position_bias[1][:, None].expand(bias.shape[0], -1, bias.shape[2], -1)
         bias = torch.cat((to_globals, bias), -1).unsqueeze(1)  # [1 or n, 1, heads, L, g + keys]
         hidden = F.pad(hidden, (self.globals, 0))[:, :, None, None]  # [1 or n, windows, 1, 1, g + keys]
         global_keys = kv[:, None, : self.globals].expand(-1, windows.shape[1], -1, -1)
@@ -121,7 +121,7 @@ class FullAttention(nn.Module):
         for rows, (n, h, w) in zip(qkv.split([n * (self.globals + h * w) for n, h, w in grids]), grids, strict=True):
             q, k, v = rows.view(n, -1, 3, self.heads, tokens.shape[1] // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
             out = attend(q * self.scale, k, v, self._bias(built, h * w))  # [n, heads, T, d]
-            mixed.append(out.transpose(1, 2).reshape(len(rows), -1))
+            mixed.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
         return self.proj(torch.cat(mixed))
 
     def map_bias(self) -> Tensor:
@@ -165,7 +165,7 @@ class Neighbourhood(NamedTuple):
     hidden: Tensor  # bool [windows, 9, L]: slots outside the map
 
 
-@lru_cache(maxsize=256)
+@kept
 def neighbourhood(h: int, w: int, window: int, device: torch.device) -> Neighbourhood:
     rows, columns = -(-h // window), -(-w // window)
     y, x = np.divmod(np.arange(rows * columns), columns)
@@ -175,11 +175,10 @@ def neighbourhood(h: int, w: int, window: int, device: torch.device) -> Neighbou
     slot_y, slot_x = np.divmod(np.arange(window * window), window)
     hidden = ~inside[..., None] | (y[..., None] * window + slot_y >= h) | (x[..., None] * window + slot_x >= w)
     put = lambda a: torch.from_numpy(np.ascontiguousarray(a)).to(device)  # noqa: E731
-    with torch.inference_mode(False):  # a cached inference tensor could not be saved for a later backward
-        return Neighbourhood(put(np.where(inside, y * columns + x, 0)), put(hidden))
+    return Neighbourhood(put(np.where(inside, y * columns + x, 0)), put(hidden))
 
 
-@lru_cache(maxsize=64)
+@kept
 def around_index(window: int, device: torch.device) -> Tensor:
     """int64 [L·9·L]: for each (query, one of nine windows, key) the row of the bias table,
     (Δy + 2w−1)·(4w−1) + Δx + 2w−1."""
@@ -187,8 +186,7 @@ def around_index(window: int, device: torch.device) -> Tensor:
     dy, dx = np.divmod(np.arange(AROUND), 3)
     key_y, key_x = (dy[:, None] - 1) * window + y, (dx[:, None] - 1) * window + x  # [9, L]
     rows, columns = y[:, None, None] - key_y + 2 * window - 1, x[:, None, None] - key_x + 2 * window - 1
-    with torch.inference_mode(False):
-        return torch.from_numpy((rows * (4 * window - 1) + columns).reshape(-1)).to(device)
+    return torch.from_numpy((rows * (4 * window - 1) + columns).reshape(-1)).to(device)
 
 
 def to_windows(x: Tensor, h: int, w: int, side: int) -> Tensor:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from esvit_scale.models.tables import kept
+
 Grids = tuple[tuple[int, int, int], ...]  # (crops, H, W) of each resolution group
 
 MASKED = -100.0  # what Swin adds to the score of two tokens that the shift brought together
@@ -150,14 +152,13 @@ def crop_of_token(grids: Grids, device: torch.device) -> Tensor:
         return torch.from_numpy(np.repeat(np.arange(len(tokens)), tokens)).to(device)
 
 
-@lru_cache(maxsize=64)
+@kept
 def relative_position_index(window: int, device: torch.device) -> Tensor:
     """int64 [window⁴]: for each (query, key) of a window the row of its bias table, (dy + w−1)·(2w−1) + dx + w−1."""
     y, x = np.divmod(np.arange(window * window), window)
     dy, dx = y[:, None] - y[None, :], x[:, None] - x[None, :]
     index = (dy + window - 1) * (2 * window - 1) + dx + window - 1
-    with torch.inference_mode(False):
-        return torch.from_numpy(index.reshape(-1)).to(device)
+    return torch.from_numpy(index.reshape(-1)).to(device)
 
 
 def window_cells(h: int, w: int, window: int, shift: int) -> tuple[np.ndarray, np.ndarray]:

@@ -14,6 +14,7 @@ from esvit_scale.errors import UserError
 from esvit_scale.models import vil
 from esvit_scale.models.drop_path import draw_of, drop_keys
 from esvit_scale.models.initialize import initial_values, initialize
+from esvit_scale.models.plain import plain
 from esvit_scale.models.pyramid import Pyramid
 from esvit_scale.models.registry import build_trunk
 from esvit_scale.models.vil import ViL
@@ -210,3 +211,13 @@ def test_initial_values_are_the_official_distributions() -> None:
         elif p.numel() > 200:
             assert p.std().item() == pytest.approx(0.02, rel=0.2), name
     assert trunk([torch.randn(2, 3, 32, 32)]).view.isfinite().all()
+
+
+def test_an_exported_graph_takes_any_batch_and_leaves_no_empty_tables() -> None:
+    module = plain(make(size=64).eval().float(), 52)  # maps that no other test has
+    batch = {"images": {0: torch.export.Dim("batch")}}
+    graph = torch.export.export(module, (torch.randn(2, 3, 52, 52),), dynamic_shapes=batch).module()
+    images = torch.randn(5, 3, 52, 52)
+    for a, b in zip(graph(images), module(images), strict=True):
+        torch.testing.assert_close(a, b)
+        assert type(b.detach()) is torch.Tensor
