@@ -33,8 +33,8 @@ RECIPES: dict[str, list[str]] = {
     "dino": ["objective.name=dino"],
     "dino sinkhorn": ["objective.name=dino", "objective.centering=sinkhorn"],
     "moco_v3": ["objective.name=moco_v3", *TWO_VIEWS, "objective.student_temp=0.2"],
-    "byol": ["objective.name=byol", *TWO_VIEWS],
-    "simsiam": ["objective.name=simsiam", *TWO_VIEWS, *NO_TEACHER, "objective.predictor_hidden=64"],
+    "byol": ["objective.name=byol", *TWO_VIEWS, "optim.lr=8e-3", "objective.ema_momentum=0.9"],
+    "simsiam": ["objective.name=simsiam", *TWO_VIEWS, *NO_TEACHER, "objective.predictor_hidden=64", "optim.lr=8e-3"],
     "simclr": ["objective.name=simclr", *TWO_VIEWS, *NO_TEACHER, "objective.student_temp=0.2"],
     "swav": [
         "objective.name=swav",
