@@ -9,7 +9,6 @@ chosen by hand with this k-NN in view. So the table says that each objective lea
 import argparse
 import json
 import math
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -17,7 +16,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
-os.environ.setdefault("DS_ACCELERATOR", "cpu" if not Path("/proc/driver/nvidia").exists() else "cuda")
 
 from esvit_scale import config as configs  # noqa: E402
 from esvit_scale import demo  # noqa: E402
