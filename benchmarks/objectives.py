@@ -32,7 +32,13 @@ RECIPES: dict[str, list[str]] = {
     "dino sinkhorn": ["objective.name=dino", "objective.centering=sinkhorn"],
     "moco_v3": ["objective.name=moco_v3", *TWO_VIEWS, "objective.student_temp=0.2"],
     "byol": ["objective.name=byol", *TWO_VIEWS, "optim.lr=8e-3", "objective.ema_momentum=0.9"],
-    "simsiam": ["objective.name=simsiam", *TWO_VIEWS, *NO_TEACHER, "objective.predictor_hidden=64", "optim.lr=8e-3"],
+    "simsiam": [
+        "objective.name=simsiam",
+        *TWO_VIEWS,
+        *NO_TEACHER,
+        "objective.bottleneck=512",
+        "objective.predictor_hidden=128",
+    ],
     "simclr": ["objective.name=simclr", *TWO_VIEWS, *NO_TEACHER, "objective.student_temp=0.2"],
     "swav": [
         "objective.name=swav",
