@@ -9,7 +9,6 @@ chosen by hand with this k-NN in view. So the table says that each objective lea
 import argparse
 import json
 import math
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -17,7 +16,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
-os.environ.setdefault("DS_ACCELERATOR", "cpu" if not Path("/proc/driver/nvidia").exists() else "cuda")
 
 from esvit_scale import config as configs  # noqa: E402
 from esvit_scale import demo  # noqa: E402
@@ -33,8 +31,14 @@ RECIPES: dict[str, list[str]] = {
     "dino": ["objective.name=dino"],
     "dino sinkhorn": ["objective.name=dino", "objective.centering=sinkhorn"],
     "moco_v3": ["objective.name=moco_v3", *TWO_VIEWS, "objective.student_temp=0.2"],
-    "byol": ["objective.name=byol", *TWO_VIEWS],
-    "simsiam": ["objective.name=simsiam", *TWO_VIEWS, *NO_TEACHER, "objective.predictor_hidden=64"],
+    "byol": ["objective.name=byol", *TWO_VIEWS, "optim.lr=8e-3", "objective.ema_momentum=0.9"],
+    "simsiam": [
+        "objective.name=simsiam",
+        *TWO_VIEWS,
+        *NO_TEACHER,
+        "objective.bottleneck=512",
+        "objective.predictor_hidden=128",
+    ],
     "simclr": ["objective.name=simclr", *TWO_VIEWS, *NO_TEACHER, "objective.student_temp=0.2"],
     "swav": [
         "objective.name=swav",

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from esvit_scale.checkpoint import state
+from esvit_scale.checkpoint.start import NOTHING
 from esvit_scale.train import loop
+from esvit_scale.train.step import _recipe
 from tests import tiny
 from tests.objective import cases
 
@@ -34,12 +36,20 @@ def test_three_steps_are_the_same_partitioned(tmp_path: Path, shards: Path, case
         assert b["loss"] == pytest.approx(a["loss"], abs=1e-5)
 
 
-def test_in_bf16_too(tmp_path: Path, shards: Path) -> None:
-    for case in ("moco_v3", "swav"):
-        exact = run(tmp_path / f"{case}-fp32", shards, case, "zero1")
-        rough = run(tmp_path / f"{case}-bf16", shards, case, "zero1", train__precision="bf16")
-        assert rough[0]["loss"] == pytest.approx(exact[0]["loss"], rel=0.1)
-        assert all(math.isfinite(row["grad_norm"]) for row in rough)
+@pytest.mark.parametrize("precision", ["bf16", "autocast"])
+@pytest.mark.parametrize("case", ["dino-sinkhorn", "moco_v3", "simclr", "swav"])
+def test_in_half_precision_too(tmp_path: Path, shards: Path, case: str, precision: str) -> None:
+    exact = run(tmp_path / "fp32", shards, case, "zero1")
+    rough = run(tmp_path / precision, shards, case, "zero1", train__precision=precision)
+    assert rough[0]["loss"] == pytest.approx(exact[0]["loss"], rel=0.1)
+    assert all(math.isfinite(row["grad_norm"]) for row in rough)
+
+
+def test_decay_of_all_reaches_the_optimizer(tmp_path: Path, shards: Path) -> None:
+    for decay, groups in (("weights", {"decay", "no_decay", "last_layer"}), ("all", {"decay", "last_layer"})):
+        config = tiny.config(tmp_path, shards, optim__decay=decay)
+        recipe = _recipe(config, NOTHING)
+        assert {name for name, members in recipe.groups(recipe.build()).items() if members} == groups
 
 
 @pytest.mark.parametrize("case", ["esvit-sinkhorn", "moco_v3", "swav"])
