@@ -16,6 +16,7 @@ from esvit_scale.models.complexity import Count
 from esvit_scale.models.drop_path import drop_keys
 from esvit_scale.models.registry import SHAPES, build_trunk, trunk_shape
 from esvit_scale.models.trunk import Features, call
+from esvit_scale.objective.dino import DINO
 from esvit_scale.objective.esvit import TEACHER_VIEWS, EsViT
 from esvit_scale.objective.network import Network, build_network
 from esvit_scale.objective.registry import OBJECTIVES, build_objective
@@ -57,7 +58,7 @@ def _is_swin(config: Config) -> bool:
 
 
 def _is_esvit(config: Config) -> bool:
-    return OBJECTIVES.get(config.objective.name) is EsViT
+    return OBJECTIVES.get(config.objective.name) in (DINO, EsViT)
 
 
 # --- FLOPs -----------------------------------------------------------------------------------------------------------
