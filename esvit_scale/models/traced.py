@@ -19,12 +19,15 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from esvit_scale.config import Config
+from esvit_scale.models.drop_path import drop_keys
 from esvit_scale.models.registry import build_trunk
+from esvit_scale.models.trunk import Features, Trunk
 from esvit_scale.parallel import collectives
 
 
 class CropCost(NamedTuple):
     flops: int  # of the forward, for each crop
+    flops_with_keys: int  # the same with drop keys, as a student runs it: ViL then looks at fewer windows
     flops_per_forward: int  # whatever the number of crops
     grid: tuple[int, int]  # H, W of the region tokens; 0, 0 from a trunk without
     dim: int  # C
@@ -44,13 +47,21 @@ def crop_cost(config: Config, size: int) -> CropCost:
 def _crop_cost(values: str, size: int) -> CropCost:
     with on_meta():
         trunk = build_trunk(Config.model_validate_json(values)).eval()
-        counts = []
-        for crops in (2, 3):
-            with torch.no_grad(), flop_counter() as counter:
-                features = trunk([torch.empty(crops, 3, size, size)])
-            counts.append(counter.get_total_flops())
-    each = counts[1] - counts[0]
-    return CropCost(each, counts[0] - 2 * each, features.grids[0][1:], trunk.dim)
+        without, keyed = ([_forward_flops(trunk, size, n, keys) for n in (2, 3)] for keys in (False, True))
+        grid = _features(trunk, size, 1, False).grids[0][1:]
+    each = without[1] - without[0]
+    return CropCost(each, keyed[1] - keyed[0], without[0] - 2 * each, grid, trunk.dim)
+
+
+def _forward_flops(trunk: Trunk, size: int, crops: int, keys: bool) -> int:
+    with flop_counter() as counter:
+        _features(trunk, size, crops, keys)
+    return counter.get_total_flops()
+
+
+@torch.no_grad()
+def _features(trunk: Trunk, size: int, crops: int, keys: bool) -> Features:
+    return trunk([torch.empty(crops, 3, size, size)], drop_keys(0, 0, torch.arange(crops), 1) if keys else None)
 
 
 @contextmanager

@@ -78,8 +78,9 @@ def image_flops(config: Config, count: Count = "published") -> int:
         has_teacher, of_objective = _objective_flops(_key(config))
     else:
         has_teacher, of_objective = True, _esvit_flops(config, count)
-    views = [crop_flops(config, size, count) for size in config.crop_sizes]
-    flops = 3 * sum(views) + (sum(views[:TEACHER_VIEWS]) if has_teacher else 0) + of_objective
+    student = sum(_student_flops(config, size, count) for size in config.crop_sizes)
+    teacher = sum(crop_flops(config, size, count) for size in config.crop_sizes[:TEACHER_VIEWS]) if has_teacher else 0
+    flops = 3 * student + teacher + of_objective
     if count == "executed" and _is_swin(config):  # pixels need no gradient
         flops -= sum(complexity.embedding_flops(config, size) for size in config.crop_sizes)
     return flops
@@ -90,6 +91,13 @@ def crop_flops(config: Config, size: int, count: Count = "published") -> int:
     return (
         complexity.crop_flops(config, size, count) if _is_swin(config) else models_traced.crop_cost(config, size).flops
     )
+
+
+def _student_flops(config: Config, size: int, count: Count) -> int:
+    """Of its forward."""
+    if _is_swin(config):
+        return complexity.crop_flops(config, size, count)
+    return models_traced.crop_cost(config, size).flops_with_keys
 
 
 def _region_grid(config: Config, size: int) -> tuple[int, int]:

@@ -41,7 +41,7 @@ def test_another_trunk_costs_what_a_cpu_counts(toy, size):
     with counter, torch.no_grad():
         features = registry.build_trunk(toy)([torch.randn(1, 3, size, size)])
     cost = traced.crop_cost(toy, size)
-    assert cost == (counter.get_total_flops(), 0, features.grids[0][1:], 16)
+    assert cost == (counter.get_total_flops(), counter.get_total_flops(), 0, features.grids[0][1:], 16)
     tokens = (size // 8) ** 2  # 12 C² a token and block, and the scores twice
     by_hand = 2 * tokens * (3 * 64 * 16 + toy_trunk.DEPTH * (12 * 16**2 + 2 * tokens * 16))
     assert cost.flops == by_hand
@@ -78,3 +78,19 @@ def test_other_ranks_do_not_take_part(toy):
         assert collectives.world_size() == 4
     finally:
         destroy_process_group()
+
+
+class Eager(toy_trunk.ToyTrunk):
+    """Looks at its pixels once more when it is given drop keys."""
+
+    def forward(self, crops, drop_keys=None):
+        if drop_keys is not None:
+            self.stem(crops[0])
+        return super().forward(crops, drop_keys)
+
+
+def test_a_student_is_counted_as_it_runs(monkeypatch):
+    """With drop keys ViL looks at two of nine windows."""
+    monkeypatch.setitem(registry.TRUNKS, "eager", lambda config: Eager(16))
+    cost = traced.crop_cost(config_of("eager"), 64)
+    assert cost.flops_with_keys - cost.flops == 2 * 64 * (3 * 64) * 16
