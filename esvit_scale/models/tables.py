@@ -23,6 +23,6 @@ def kept(function: Callable[P, T]) -> Callable[P, T]:
         if torch.compiler.is_compiling():
             return function(*args, **kwargs)
         with torch.inference_mode(False):
-            return stored(*args, **kwargs)
+            return stored(*args, **kwargs)  # type: ignore[arg-type]
 
     return call
