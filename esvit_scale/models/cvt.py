@@ -23,6 +23,7 @@ from esvit_scale.config import Config
 from esvit_scale.models.batch_norm import BatchNorm
 from esvit_scale.models.distributions import Initializer, constant, normal
 from esvit_scale.models.drop_path import keep_scales
+from esvit_scale.models.point_conv import PointConv, QuickGeluConv
 from esvit_scale.models.shape import Shape, overridden
 from esvit_scale.models.swin import add_branch
 from esvit_scale.models.trunk import Features, Grid, TokenMap, Trunk
@@ -31,7 +32,6 @@ from esvit_scale.models.windows import crop_of_token
 S1 = Shape(64, (2, 2, 6, 2), (1, 3, 6, 12), growth=(1, 3, 6, 12))
 NORM_EPS = 1e-5
 MLP_RATIO = 4
-QUICK = 1.702  # x·σ(1.702 x) is close to GELU
 
 
 def build(config: Config) -> "CvT":
@@ -221,28 +221,10 @@ class ConvProjection(nn.Module):
 class Mlp(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.net = nn.Sequential(PointConv(dim, MLP_RATIO * dim), QuickGelu(), PointConv(MLP_RATIO * dim, dim))
+        self.net = nn.Sequential(PointConv(dim, MLP_RATIO * dim), nn.Identity(), QuickGeluConv(MLP_RATIO * dim, dim))
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.net(tokens)
-
-
-class QuickGelu(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(QUICK * x)
-
-
-class PointConv(nn.Conv2d):
-    """The official 1×1 convolution (its parameters and shapes), applied to rows."""
-
-    def __init__(self, channels: int, dim: int) -> None:
-        super().__init__(channels, dim, 1)
-
-    def initial_values(self) -> dict[str, Initializer]:
-        return {"weight": normal(0.02), "bias": constant(0.0)}
-
-    def forward(self, rows: Tensor) -> Tensor:  # [N, C] → [N, C']
-        return F.linear(rows, self.weight.flatten(1), self.bias)
 
 
 def _split(tokens: Tensor, grids: list[Grid]) -> tuple[Tensor, ...]:

@@ -3,6 +3,7 @@ against one pass per image."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -132,6 +133,19 @@ def test_a_crop_draws_each_neighbour_as_often_and_each_block_anew() -> None:
         assert (share[[i for i in range(9) if i != vil.OWN]] - 1 / 8).abs().max() < 0.02  # 5.4 σ
     assert all((a == b).float().mean() < 0.15 for i, a in enumerate(draws) for b in draws[:i])
     assert torch.equal(draw_of(keys, 2, 8)[5:6], draw_of(keys[5:6], 2, 8))
+
+
+def test_blocks_of_the_first_two_stages_draw_and_the_others_do_not() -> None:
+    trunk, given = make(), []
+
+    def run(block: torch.nn.Module, *args: Any) -> Tensor:
+        given.append(args[-1])
+        return block(*args)
+
+    trunk.run_block = run
+    trunk(crops_of([(64, 32)]), drop_keys(0, 3, torch.arange(64), 1))
+    assert [x is None for x in given] == [False, False, False, True, True]
+    assert all((a == b).float().mean() < 0.4 for i, a in enumerate(given[:3]) for b in given[:i])
 
 
 def test_without_drop_keys_all_windows_are_seen_even_while_training() -> None:

@@ -1,0 +1,47 @@
+"""1×1 convolutions with the parameters of torch's, applied to rows [N, C] instead of maps."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from esvit_scale.models.distributions import Initializer, constant, normal
+
+QUICK = 1.702  # x·σ(1.702 x) is close to GELU
+
+
+class PointConv(nn.Conv2d):
+    """Initial values are those of CvT."""
+
+    def __init__(self, channels: int, dim: int) -> None:
+        super().__init__(channels, dim, 1)
+
+    def initial_values(self) -> dict[str, Initializer]:
+        return {"weight": normal(0.02), "bias": constant(0.0)}
+
+    def forward(self, rows: Tensor) -> Tensor:  # [N, C] → [N, C']
+        return F.linear(rows, self.weight.flatten(1), self.bias)
+
+
+class QuickGeluConv(PointConv):
+    """Of x·σ(1.702 x), keeping x alone: what the convolution reads is computed again in the backward."""
+
+    def forward(self, rows: Tensor) -> Tensor:  # [N, C] → [N, C']
+        return _QuickGeluLinear.apply(rows, self.weight.flatten(1), self.bias)
+
+
+class _QuickGeluLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x * torch.sigmoid(QUICK * x), weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        gate = torch.sigmoid(QUICK * x)
+        grad_x = (grad @ weight) * (gate + QUICK * x * gate * (1 - gate))
+        return grad_x, grad.t() @ (x * gate), grad.sum(0)
