@@ -4,18 +4,15 @@ What stands for a crop is what timm's own classifier would read (`forward_head(â
 are the cells of `forward_features`. Parameters are named `network.â€¦`, with timm's names behind. What timm leaves to
 chance or to one GPU is replaced, everything else runs as timm has it:
 
-- stochastic depth draws from the crops' keys (models/drop_path.py); dropout is left out;
-- batch norms are synchronised, their statistics in fp32, moved once a batch (models/batch_norm.py);
-- blocks are called through `run_block`, with the drop factors of their forward bound to them, so that a recomputation
-  drops what the forward dropped;
+- stochastic depth, dropout, batch norms and the calls of blocks (models/timm_parts.py);
 - initial values are what timm draws on a CPU in fp32 from the run's seed, whatever the engine.
 
 Which arguments a network takes, and whether it takes the crops' sizes, is tried when a run begins (models/timm_probe.py).
 """
 
 from collections.abc import Iterable
-from functools import cache, lru_cache, partial
-from typing import Any, NamedTuple
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,25 +25,9 @@ from esvit_scale.models.batch_norm import BatchNorm
 from esvit_scale.models.distributions import Initializer, OfSeed
 from esvit_scale.models.drop_path import drop_keys as keys_of
 from esvit_scale.models.drop_path import keep_scales
+from esvit_scale.models.timm_parts import State, make_unit, replace
 from esvit_scale.models.timm_probe import PREFIX, Probe, grid_of
 from esvit_scale.models.trunk import Features, Grid, TokenMap, Trunk
-
-
-class State:
-    """What the parts of one network share in a forward."""
-
-    def __init__(self, trunk: "TimmTrunk") -> None:
-        self.trunk = trunk
-        self.scales: Tensor | None = None  # [paths, crops of the resolution that runs]: stochastic depth
-        self.outputs: list[Any] | None = None  # of the blocks, in order, where they are wanted
-
-
-class Plan(NamedTuple):
-    """What a block is called with beside its tensor."""
-
-    scales: Tensor | None
-    arguments: tuple[Any, ...]
-    named: dict[str, Any]
 
 
 class TimmTrunk(Trunk):
@@ -63,12 +44,11 @@ class TimmTrunk(Trunk):
         self.network = probe.create()
         self.network.forward = partial(timm_probe.outputs, self.network)  # a call, so that an engine's hooks see it
         self.drop_rates: list[float] = []
-        _replace(self.network, self.state, self.drop_rates)
+        replace(self.network, self.state, self.drop_rates)
         self._units = timm_probe.units(self.network)
         self.depths = tuple(len(stage) for stage in self._units)
         for block in self.blocks:
-            block.__dict__["_state"] = self.state
-            block.__class__ = _unit(type(block))  # type: ignore[arg-type]
+            make_unit(block, self.state)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -162,70 +142,6 @@ class TimmTrunk(Trunk):
         if has_token and getattr(self.network, "global_pool", "") == "token":
             return TokenMap(tokens, [grid], out[:, 0])
         return TokenMap(tokens, [grid], tokens.view(out.shape[0], -1, tokens.shape[1]).mean(1))
-
-
-class _Unit(nn.Module):
-    """What a block of timm becomes: the same, but called through `run_block`, its first argument the tensor to keep."""
-
-    _state: State
-
-    def __call__(self, x: Tensor, *arguments: Any, **named: Any) -> Any:
-        state = self._state
-        out = state.trunk.run_block(super().__call__, x, Plan(state.scales, arguments, named))
-        if state.outputs is not None:
-            state.outputs.append(out)
-        return out
-
-    def forward(self, x: Tensor, plan: Plan) -> Any:
-        self._state.scales = plan.scales  # at a recomputation, another resolution was the last to run
-        return super().forward(x, *plan.arguments, **plan.named)  # type: ignore[misc]
-
-
-@cache
-def _unit(kind: type[nn.Module]) -> type[nn.Module]:
-    return type(kind.__name__, (_Unit, kind), {})
-
-
-class _KeyedDropPath(nn.Module):
-    _state: State
-
-    def __init__(self, index: int, state: State) -> None:
-        super().__init__()
-        self.index = index
-        self.__dict__["_state"] = state
-
-    def forward(self, x: Tensor) -> Tensor:
-        scales = self._state.scales
-        if scales is None:
-            return x
-        if x.shape[0] != scales.shape[1]:
-            raise ValueError("its stochastic depth does not drop whole crops")
-        return x * scales[self.index].to(x.dtype).view(-1, *[1] * (x.dim() - 1))
-
-
-class _ActivatedBatchNorm(BatchNorm):
-    """timm's batch norm with the activation in it."""
-
-    def __init__(self, theirs: nn.Module) -> None:
-        super().__init__(theirs.num_features, theirs.eps, theirs.momentum or 0.1, theirs.affine)  # type: ignore[arg-type]
-        self.act = getattr(theirs, "act", None) or nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.act(super().forward(x))
-
-
-def _replace(module: nn.Module, state: State, rates: list[float]) -> None:
-    """In place, before any value is set; `rates` is given the rate of every stochastic depth."""
-    for name, child in module.named_children():
-        if type(child).__name__ == "DropPath":
-            setattr(module, name, _KeyedDropPath(len(rates), state))
-            rates.append(float(child.drop_prob))  # type: ignore[arg-type]
-        elif isinstance(child, nn.modules.dropout._DropoutNd):
-            child.p = 0.0
-        elif isinstance(child, nn.modules.batchnorm._BatchNorm):
-            setattr(module, name, _ActivatedBatchNorm(child))
-        else:
-            _replace(child, state, rates)
 
 
 class _Drawn:

@@ -66,14 +66,14 @@ def test_timms_own_values_and_numbers(name):
         stages = trunk.stage_maps(crops) if trunk.channels else []
         pyramid = theirs.forward_intermediates(crops[1], norm=False, intermediates_only=True) if stages else []
     assert (trunk.dim, trunk.has_regions) == (views.shape[1], True)
-    assert ours.grids == ([(2, 4, 4), (3, 2, 2)] if "vit_tiny" in name else [(2, 2, 2), (3, 1, 1)])
-    if "vit_tiny" in name:
+    assert ours.grids == ([(2, 4, 4), (3, 2, 2)] if name.startswith("vit_") else [(2, 2, 2), (3, 1, 1)])
+    if name.startswith("vit_"):
         torch.testing.assert_close(ours.regions, torch.cat([y[:, 1:].flatten(0, 1) for y in cells]))
         before = theirs.norm(
             theirs.forward_intermediates(crops[0], norm=False, intermediates_only=True)[-2].flatten(2).mT
         )
         torch.testing.assert_close(maps[0].tokens[: 2 * 16], before.flatten(0, 1))
-    elif trunk.depths[-1] > 1 or "davit" in name:  # the view is what its pooling makes of the cells
+    else:  # the view is what its pooling makes of the cells
         pooled = torch.stack([ours.regions[:4].mean(0), ours.regions[4:8].mean(0)])
         norms_what_it_pooled = isinstance(getattr(getattr(theirs, "head", None), "norm", None), nn.LayerNorm)
         assert torch.allclose(pooled, views[:2], atol=1e-4) != norms_what_it_pooled
@@ -83,7 +83,7 @@ def test_timms_own_values_and_numbers(name):
         torch.testing.assert_close(found.tokens[-theirs_[:, 0].numel() :], theirs_.permute(0, 2, 3, 1).flatten(0, 2))
 
 
-@pytest.mark.parametrize("name", slow(LISTED))
+@pytest.mark.parametrize("name", slow(["convnext_atto", "resnet18", "swin_tiny_patch4_window7_224", "mvitv2_tiny"]))
 def test_a_recomputation_drops_what_the_forward_dropped(name):
     """Two resolutions, and the backward comes after both: a block must know whose drop factors are its own."""
 

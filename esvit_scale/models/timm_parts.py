@@ -1,0 +1,102 @@
+"""What replaces parts of timm's networks, in place.
+
+- Stochastic depth draws from the crops' keys (models/drop_path.py); dropout is left out.
+- Batch norms are synchronised, their statistics in fp32, moved once a batch (models/batch_norm.py).
+- Blocks are called through `run_block`, with the drop factors of their forward bound to them, so that a recomputation
+  drops what the forward dropped.
+"""
+
+from functools import cache
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from esvit_scale.models.batch_norm import BatchNorm
+from esvit_scale.models.trunk import Trunk
+
+
+class State:
+    """What the parts of one network share in a forward."""
+
+    def __init__(self, trunk: Trunk) -> None:
+        self.trunk = trunk
+        self.scales: Tensor | None = None  # [paths, crops of the resolution that runs]: stochastic depth
+        self.outputs: list[Any] | None = None  # of the blocks, in order, where they are wanted
+
+
+class Plan(NamedTuple):
+    """What a block is called with beside its tensor."""
+
+    scales: Tensor | None
+    arguments: tuple[Any, ...]
+    named: dict[str, Any]
+
+
+class Unit(nn.Module):
+    """What a block of timm becomes: the same, but called through `run_block`, its first argument the tensor to keep."""
+
+    _state: State
+
+    def __call__(self, x: Tensor, *arguments: Any, **named: Any) -> Any:
+        state = self._state
+        out = state.trunk.run_block(super().__call__, x, Plan(state.scales, arguments, named))
+        if state.outputs is not None:
+            state.outputs.append(out)
+        return out
+
+    def forward(self, x: Tensor, plan: Plan) -> Any:
+        self._state.scales = plan.scales  # at a recomputation, another resolution was the last to run
+        return super().forward(x, *plan.arguments, **plan.named)  # type: ignore[misc]
+
+
+def make_unit(block: nn.Module, state: State) -> None:
+    """In place: its class becomes a Unit of its class."""
+    block.__dict__["_state"] = state
+    block.__class__ = _kind(type(block))  # type: ignore[arg-type]
+
+
+@cache
+def _kind(kind: type[nn.Module]) -> type[nn.Module]:
+    return type(kind.__name__, (Unit, kind), {})
+
+
+class KeyedDropPath(nn.Module):
+    _state: State
+
+    def __init__(self, index: int, state: State) -> None:
+        super().__init__()
+        self.index = index
+        self.__dict__["_state"] = state
+
+    def forward(self, x: Tensor) -> Tensor:
+        scales = self._state.scales
+        if scales is None:
+            return x
+        if x.shape[0] != scales.shape[1]:
+            raise ValueError("its stochastic depth does not drop whole crops")
+        return x * scales[self.index].to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+
+
+class ActivatedBatchNorm(BatchNorm):
+    """timm's batch norm with the activation in it."""
+
+    def __init__(self, theirs: nn.Module) -> None:
+        super().__init__(theirs.num_features, theirs.eps, theirs.momentum or 0.1, theirs.affine)  # type: ignore[arg-type]
+        self.act = getattr(theirs, "act", None) or nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(super().forward(x))
+
+
+def replace(module: nn.Module, state: State, rates: list[float]) -> None:
+    """In place, before any value is set; `rates` is given the rate of every stochastic depth."""
+    for name, child in module.named_children():
+        if type(child).__name__ == "DropPath":
+            setattr(module, name, KeyedDropPath(len(rates), state))
+            rates.append(float(child.drop_prob))  # type: ignore[arg-type]
+        elif isinstance(child, nn.modules.dropout._DropoutNd):
+            child.p = 0.0
+        elif isinstance(child, nn.modules.batchnorm._BatchNorm):
+            setattr(module, name, ActivatedBatchNorm(child))
+        else:
+            replace(child, state, rates)
