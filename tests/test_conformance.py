@@ -33,9 +33,17 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     "resnet50": {"embed_dim": 8, "depths": [1, 1, 2, 1]},
     "cvt_s1": {"embed_dim": 8, "depths": [1, 1, 2, 1], "heads": [1, 1, 2, 4]},
-    "vil_2262": {"embed_dim": 8, "depths": [1, 1, 2, 1], "heads": [1, 2, 4, 8]},
+    **{
+        name: {"embed_dim": 8, "depths": [1, 1, 2, 1], "heads": [1, 2, 4, 8]}
+        for name in ("vil_2262", "focal_t", "focal_s", "focal_b")
+    },
 }
-FAMILIES = [name for name in TRUNKS if name not in SHAPES or name in ("swin_t", "swinv2_t")]
+LIBRARY = ["timm:test_convnext", "timm:test_resnet", "timm:test_vit"]  # the smallest of timm's
+VARIANTS = {*SHAPES, "deit_b", "vit_b_moco", "focal_s", "focal_b"} - {
+    "swin_t",
+    "swinv2_t",
+}  # another's class, other numbers
+FAMILIES = [*(name for name in TRUNKS if name not in VARIANTS), *LIBRARY]
 
 
 def config_of(trunk: str, objective: str, **changes: Any) -> Config:
@@ -106,7 +114,7 @@ def test_one_step(trunk: str, objective: str) -> None:
         assert p.grad is None or torch.equal(p.grad, q.grad), name
 
 
-@pytest.mark.parametrize("trunk", TRUNKS)
+@pytest.mark.parametrize("trunk", [*TRUNKS, *LIBRARY])
 def test_features(trunk: str) -> None:
     """The contract of `Features`, `last_blocks` and `stage_maps`, and crops that do not see each other."""
     config = config_of(trunk, "esvit", model__drop_path=0.0, objective__regions=False)
