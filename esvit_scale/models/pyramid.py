@@ -11,7 +11,7 @@ class Pyramid(nn.Module):
 
     The maps are those after each stage's last block, without the trunk's final norm (as timm's `features_only`): a
     detector has norms of its own. Any input size works; a side that is not a multiple of the reduction is padded, so a
-    map has ⌈side / reduction⌉ cells along it.
+    map has ⌈side / reduction⌉ cells along it (CvT and ViL leave the remaining pixels out, as published).
 
     Raises:
         UserError: a trunk without stages.

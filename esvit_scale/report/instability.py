@@ -59,7 +59,7 @@ def over_median(norms: np.ndarray) -> np.ndarray:
 
 
 def dips(knn: np.ndarray) -> np.ndarray:
-    """Where an accuracy [0, 1] lies a tenth and more below the best before it; bool, False where none was measured."""
+    """Where an accuracy [0, 1] lies five points and more below the best before it; bool, False where none was measured."""
     best = np.fmax.accumulate(np.where(np.isfinite(knn), knn, -np.inf))
     with np.errstate(invalid="ignore"):
         return np.isfinite(knn) & (knn < best - DIP)

@@ -80,6 +80,9 @@ def test_a_spike_names_the_part_that_it_came_from() -> None:
 
 def test_a_dip_of_the_accuracy_is_named() -> None:
     monitors = Monitors(K, 8)
-    assert [said(monitors, range(i, i + 1), knn_top1=top1) for i, top1 in enumerate([0.2, 0.4, 0.35])] == [[], [], []]
+    assert [said(monitors, range(i, i + 1), knn_top1=top1) for i, top1 in enumerate([0.2, 0.4, 0.36])] == [[], [], []]
     (sentence,) = said(monitors, range(3, 4), knn_top1=0.25)
     assert "fell to 25.0 % at step 3, from 40.0 %" in sentence
+    assert said(monitors, range(4, 5), knn_top1=0.2) == []  # said already
+    assert said(monitors, range(5, 6), knn_top1=0.38) == []  # over
+    assert len(said(monitors, range(6, 7), knn_top1=0.3)) == 1
