@@ -133,7 +133,7 @@ def _training(config: Config, summary: dict[str, Any], source: Path) -> str:
         ("images seen", f"{summary['images_seen']:,}" if "images_seen" in summary else None),
         ("global batch", str(train.global_batch)),
         ("crops", crops),
-        ("prototypes", f"{objective.prototypes:,}" if objective.name in ("esvit", "swav") else None),
+        ("prototypes", f"{objective.prototypes:,}" if objective.name in ("esvit", "dino", "swav") else None),
         (
             "peak learning rate",
             f"{config.peak_lr:.3g} ({_OPTIMIZER.get(config.optim.name, config.optim.name)}, {config.optim.warmup_epochs:g} epochs of warm-up, cosine)",

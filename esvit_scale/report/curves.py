@@ -35,6 +35,17 @@ GROUPS = (
         },
     ),
     Group(
+        "Similarities",
+        "Cosines of predictions and targets: of two views of an image, and of other images; how often an image's other view "
+        "is the nearest of the batch. A projection spread of 1 is isotropic, 0 collapsed.",
+        {
+            "positive_similarity": ("of an image's views", GREEN),
+            "negative_similarity": ("of near other images", ORANGE),
+            "contrastive_accuracy": ("nearest is the other view", BLUE),
+            "projection_std": ("spread of the projections", BLUE),
+        },
+    ),
+    Group(
         "Stability",
         "Entropy in nats: at ln K (dashed) the targets are uniform, at 0 every image has the same one; both are "
         "collapse. The gradient norm is before clipping; a feature spread of 1 is isotropic, 0 collapsed.",
@@ -106,9 +117,9 @@ def groups(runs: Sequence[Run], names: Sequence[str], missing: list[str]) -> lis
     known = {column for group in (*GROUPS, *by_part) for column in group.columns}
     others = sorted(logged.keys() - known - set(NOT_DRAWN))
     all_groups = [
-        *GROUPS[:2],
+        *GROUPS[:3],
         *by_part,
-        *GROUPS[2:],
+        *GROUPS[3:],
         Group("Other", "Logged by this run; no group here knows them.", {o: (o, GREY) for o in others}),
     ]
     shown = []

@@ -65,7 +65,7 @@ CASES = {
     "focal, esvit": (FOCAL, {}),
     "toy, contrast": (TOY, {"name": "contrast"}),
     "swin, contrast": (SWIN, {"name": "contrast"}),
-    "swin, without a teacher": (SWIN, {"name": "without_teacher"}),
+    "swin, without a teacher": (SWIN, {"name": "without_teacher", "ema_momentum": 0.0, "ema_momentum_end": 0.0}),
 }
 
 

@@ -1,0 +1,43 @@
+"""A run at too high a learning rate, from the preset that studies it: the accuracy dips, and the run says so."""
+
+from pathlib import Path
+
+import pytest
+
+from esvit_scale import config as configs
+from esvit_scale import demo
+from esvit_scale.report.html import write_report
+from esvit_scale.report.instability import dips
+from esvit_scale.report.plots import columns
+from esvit_scale.train import loop
+from esvit_scale.train.metrics import read_rows
+
+SMALL = [
+    "data.workers=0",
+    "data.global_crops={size: 64, scale: [0.2, 1.0]}",
+    "model.embed_dim=64",
+    "model.depths=[6]",
+    "model.heads=[4]",
+    "objective.head_hidden=256",
+    "objective.bottleneck=64",
+    "objective.ema_momentum=0.9",
+    "objective.ema_momentum_end=0.9",
+    "train.global_batch=64",
+    "train.log_every=2",
+    "train.knn_every=10",
+]
+# A warm-up to a rate that is far too high: through good ones first, where accuracy rises, and then out of them.
+TOO_HIGH = ["optim.lr=0.15", "optim.warmup_epochs=7", "train.steps=260"]
+
+
+@pytest.mark.slow
+def test_a_rate_that_is_too_high_shows_as_a_dip_and_is_named(tmp_path: Path) -> None:
+    train, test = demo.write_shards(tmp_path / "shards", configs.resolve("demo"))
+    data = [f"data.train={train}", f"data.held_out={test}", f"run_dir={tmp_path / 'run'}"]
+    assert loop.pretrain(configs.resolve("stability_trained", [*SMALL, *TOO_HIGH, *data])) == 0
+    rows = columns(read_rows(tmp_path / "run" / "metrics.jsonl"))
+    assert dips(rows["knn_top1"]).any()
+    assert {f"grad_norm_block{i}" for i in range(1, 7)} <= rows.keys()
+    assert "k-NN accuracy fell to" in (tmp_path / "run" / "log.txt").read_text()
+    page = write_report(tmp_path / "run").read_text()
+    assert "Stability by layer" in page
