@@ -95,7 +95,9 @@ def _check_complete(source: Path, weights: Weights) -> None:
 
 def _summary(destination: Path, weights: Weights) -> str:
     tensors = next(iter(weights.networks.values()))
-    count = sum(tensor.numel() for name, tensor in tensors.items() if name.startswith(TRUNK))
+    statistics = (".running_mean", ".running_var")
+    counted = [t for name, t in tensors.items() if name.startswith(TRUNK) and not name.endswith(statistics)]
+    count = sum(tensor.numel() for tensor in counted)
     heads = heads_in(tensors)
     parts = [f"{' and '.join(weights.networks)} of {weights.config.model.trunk} ({count:,} parameters in the trunk)"]
     prototypes = any(name.endswith(".weight_v") for name in tensors)

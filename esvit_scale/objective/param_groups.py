@@ -22,7 +22,7 @@ def parameter_groups(module: nn.Module, decay: Literal["weights", "all"] = "weig
     return {name: "decay" if decay == "all" and group == "no_decay" else group for name, group in groups.items()}
 
 
-_LAYER = re.compile(r"(?:model\.)?(?:(layers|stages|stage|blocks)[._]?(\d+)|layer(\d))")
+_LAYER = re.compile(r"(?:network\.)?(?:(layers|stages|stage|blocks)[._]?(\d+)|layer(\d))")
 
 
 def part_of(name: str) -> str:
@@ -36,7 +36,7 @@ def part_of(name: str) -> str:
     if owner == "trunk" and (match := _LAYER.match(rest)):
         kind, from_zero, from_one = match.groups()
         return f"{'block' if kind == 'blocks' else 'stage'}{from_one or int(from_zero) + 1}"
-    return rest.removeprefix("model.").partition(".")[0]
+    return rest.removeprefix("network.").partition(".")[0]
 
 
 def largest_of_each_part(module: nn.Module) -> dict[str, str]:

@@ -2,7 +2,7 @@ import torch
 
 from esvit_scale.config import validate
 from esvit_scale.objective.network import build_network
-from esvit_scale.objective.param_groups import parameter_groups
+from esvit_scale.objective.param_groups import parameter_groups, part_of
 
 SMALL = {
     "model": {"embed_dim": 8, "depths": [1, 1], "heads": [1, 2], "window": 4},
@@ -62,3 +62,20 @@ def test_all_may_decay():
     some, all_of_them = parameter_groups(module), parameter_groups(module, "all")
     assert all_of_them == {name: "decay" if group == "no_decay" else group for name, group in some.items()}
     assert "no_decay" in some.values()
+
+
+def test_a_part_is_a_stage_or_a_block() -> None:
+    parts = {
+        "trunk.patch_embed.proj.weight": "patch_embed",
+        "trunk.layers.2.blocks.3.attn.qkv.weight": "stage3",
+        "trunk.layer4.0.conv1.weight": "stage4",
+        "trunk.stage0.0.proj.weight": "stage1",
+        "trunk.blocks.11.norm1.weight": "block12",
+        "trunk.network.stages.1.blocks.0.conv_dw.weight": "stage2",
+        "trunk.network.blocks.0.attn.qkv.weight": "block1",
+        "trunk.network.stem.0.weight": "stem",
+        "trunk.cls_token": "cls_token",
+        "objective.projector.layers.0.weight": "projector",
+        "objective.view_head.mlp.0.weight": "view_head",
+    }
+    assert {name: part_of(name) for name in parts} == parts
