@@ -26,8 +26,8 @@ EXPECTED = {"loss", "grad_norm", "feature_std", "rank_me", "images_per_s", "data
 GROUPS = (
     Group(
         "Loss",
-        "Cross-entropy of the student's predictions against the teacher's targets: the total, and its view and region "
-        "parts apart. It need not fall all the way: the targets sharpen and move as the teacher learns.",
+        "What the objective minimises; EsViT's is the cross-entropy of the student's predictions against the teacher's "
+        "targets, with its view and region parts apart. It need not fall all the way: targets move as the teacher learns.",
         {
             "loss": ("total", BLUE),
             "loss_view": ("view (V)", ORANGE),

@@ -25,8 +25,13 @@ DIP = 0.05  # of k-NN accuracy, below the best so far: over three standard error
 class Monitors:
     """Feed it every logged row; it answers with sentences when something begins or ends."""
 
-    def __init__(self, prototypes: int, images: int) -> None:
-        """`images`: of a micro-batch on one rank, what prototype usage is measured over."""
+    def __init__(self, prototypes: int, images: int, frozen: bool = False) -> None:
+        """
+        Args:
+            images: of a micro-batch on one rank, what prototype usage is measured over.
+            frozen: the patch projection is not trained, so that to freeze it is no advice.
+        """
+        self._or_freeze = "" if frozen else ", or model.freeze_patch_embed=true"
         self._images = images
         self._ln_k = math.log(prototypes)
         self._norms: deque[float] = deque(maxlen=WINDOW)
@@ -102,7 +107,7 @@ class Monitors:
             where = f", most of it in {max(parts, key=parts.__getitem__)}" if parts else ""
             return (
                 f"gradient spike at step {row['step']}: norm {norm:.3g}, {norm / before:.0f} times the median of the last "
-                f"{len(self._norms) - 1} rows{where}; if they recur, lower optim.lr, or model.freeze_patch_embed=true"
+                f"{len(self._norms) - 1} rows{where}; if they recur, lower optim.lr{self._or_freeze}"
             )
         return None
 
@@ -117,5 +122,5 @@ class Monitors:
             return None
         return (
             f"k-NN accuracy fell to {100 * accuracy:.1f} % at step {row['step']}, from {100 * best:.1f} %: training is "
-            "unstable; lower optim.lr, lengthen optim.warmup_epochs, or model.freeze_patch_embed=true"
+            f"unstable; lower optim.lr, lengthen optim.warmup_epochs{self._or_freeze}"
         )

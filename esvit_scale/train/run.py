@@ -52,7 +52,8 @@ class Run:
         self._knn = knn
         train = session.config.train
         images = train.global_batch // session.world.size // train.grad_accum
-        self._monitors = Monitors(session.config.objective.prototypes, images)
+        frozen = session.config.model.freeze_patch_embed
+        self._monitors = Monitors(session.config.objective.prototypes, images, frozen)
         self._wait_s = 0.0
         self._workers = WorkerRates()
 

@@ -76,6 +76,11 @@ def test_a_spike_names_the_part_that_it_came_from() -> None:
     said(monitors, range(20))
     (sentence,) = said(monitors, range(20, 21), grad_norm=50.0, grad_norm_patch_embed=49.0, grad_norm_stage1=3.0)
     assert "most of it in patch_embed" in sentence
+    assert "model.freeze_patch_embed=true" in sentence
+    frozen = Monitors(K, 8, frozen=True)
+    said(frozen, range(20))
+    (sentence,) = said(frozen, range(20, 21), grad_norm=50.0)
+    assert "freeze" not in sentence  # it is
 
 
 def test_a_dip_of_the_accuracy_is_named() -> None:
