@@ -19,6 +19,7 @@ from esvit_scale.errors import UserError
 from esvit_scale.evaluate import cache as caches
 from esvit_scale.evaluate.cache import FeatureSet, Rows
 from esvit_scale.evaluate.progress import progress
+from esvit_scale.models.trunk import Trunk
 from esvit_scale.parallel import collectives
 
 Kind = Literal["view", "blocks"]
@@ -65,8 +66,8 @@ def extract(
     The transform is the published k-NN protocol's (short side to size·256/224, centre crop). On several ranks each
     extracts its part; every rank returns the whole set. Arguments from `batch` to `cache`: see `Loading`.
 
-    kind "view": view features [N, C]. kind "blocks": [N, 2, D], the mean and the maximum over the tokens of each of the
-    last four blocks, concatenated in order (D = 2304 for Swin-T; the last C columns are the last block's); what linear
+    kind "view": view features [N, C]. kind "blocks": [N, 2, D], the mean (or the class token) and the maximum over the
+    tokens of each of the last four blocks, concatenated in order (D = 2304 for Swin-T; the last C columns are the last block's); what linear
     probes read.
 
     Raises:
@@ -148,12 +149,16 @@ def default_device() -> torch.device:
 
 
 def last_blocks(trunk: nn.Module, images: Tensor) -> Tensor:
-    """[B, 2, D]: mean and maximum over the tokens of each of the last four blocks, side by side."""
-    maps: Any = getattr(trunk, "last_blocks", None)
-    if maps is None:
+    """[B, 2, D]: of each of the last four blocks, side by side, what stands for the image (the mean of its tokens, or its
+    class token) and the maximum over its tokens (the former again where there are none)."""
+    if not isinstance(trunk, Trunk):
         raise UserError(f"the trunk {type(trunk).__name__} does not give its blocks' tokens; a probe needs them")
-    tokens = [m.tokens.view(len(images), -1, m.tokens.shape[-1]) for m in maps([images], LAST_BLOCKS)]  # [B, T, C]
-    return torch.stack([torch.cat([t.mean(1) for t in tokens], 1), torch.cat([t.amax(1) for t in tokens], 1)], 1)
+    means, tops = [], []
+    for tokens, _, view in trunk.last_blocks([images], LAST_BLOCKS):
+        of_image = tokens.view(len(images), -1, tokens.shape[-1])  # [B, T, C]
+        means.append(of_image.mean(1) if view is None else view)
+        tops.append(of_image.amax(1) if of_image.shape[1] else means[-1])
+    return torch.stack([torch.cat(means, 1), torch.cat(tops, 1)], 1)
 
 
 def _view(trunk: nn.Module, images: Tensor) -> Tensor:

@@ -18,7 +18,10 @@ from esvit_scale.errors import UserError
 from esvit_scale.evaluate import cache as module
 from esvit_scale.evaluate.cache import FeatureSet, Rows, obtain, source_digest, trunk_digest
 from esvit_scale.evaluate.features import extract, last_blocks
+from esvit_scale.models.initialize import initialize
+from esvit_scale.models.resnet import ResNet
 from esvit_scale.models.swin import Swin
+from esvit_scale.models.vit import ViT
 from tests import tiny
 
 SOURCE = Path("photos")
@@ -181,3 +184,21 @@ def tiny_png(i: int) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (40, 36), (20 * i, 50, 90)).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def test_a_class_token_stands_for_the_image() -> None:
+    torch.manual_seed(0)
+    trunk = ViT(16, 5, 2)
+    initialize(trunk, 0)
+    images = torch.randn(3, 3, 32, 32)
+    found, maps = last_blocks(trunk, images), trunk.last_blocks([images], 4)
+    assert torch.equal(found[:, 0], torch.cat([m.view for m in maps], 1))
+    assert torch.allclose(found[:, 0, -16:], trunk([images]).view, atol=1e-6)
+    assert torch.equal(found[:, 1, -16:], maps[-1].tokens.view(3, 4, 16).amax(1))
+
+
+def test_running_statistics_are_part_of_a_trunks_digest() -> None:
+    trunk = ResNet(4, (1, 1))
+    before = trunk_digest(trunk)
+    trunk.train()([torch.randn(4, 3, 32, 32)])
+    assert trunk_digest(trunk) != before
