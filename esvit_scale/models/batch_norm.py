@@ -86,15 +86,3 @@ class BatchNorm(nn.Module):
         for running, batch in ((self.running_mean, mean), (self.running_var, var)):
             moved = torch.lerp(running, batch.to(running.dtype), self.momentum)
             running.copy_(torch.where(finite, moved, running))
-
-
-def convert(module: nn.Module) -> None:
-    """Replaces every batch norm of a library's network, in place, by ours with the same values."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.modules.batchnorm._BatchNorm):
-            own = BatchNorm(child.num_features, child.eps, child.momentum or 0.1, child.affine)
-            own.load_state_dict({k: v for k, v in child.state_dict().items() if k != "num_batches_tracked"})
-            own.train(child.training)
-            setattr(module, name, own)
-        else:
-            convert(child)

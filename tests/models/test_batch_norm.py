@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from esvit_scale.models.batch_norm import BatchNorm, convert
+from esvit_scale.models.batch_norm import BatchNorm
 from esvit_scale.parallel import activation_checkpointing, collectives
 
 SHAPES = [(6, 5), (4, 5, 3, 2)]
@@ -107,16 +107,6 @@ def test_recomputation_counts_a_batch_once(door: activation_checkpointing.Door) 
         assert not torch.equal(a, start[name])
     for p, q in zip(trunk.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
-
-
-def test_convert_replaces_them_all_with_their_values() -> None:
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Sequential(nn.BatchNorm2d(4, affine=False)))
-    x = torch.randn(2, 3, 8, 8)
-    net(x)
-    expected = net.eval()(x)
-    convert(net)
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in net.modules())
-    torch.testing.assert_close(net.eval()(x), expected)
 
 
 def _of_rank(rank: int, world: int, x: Tensor, folder: str) -> None:
