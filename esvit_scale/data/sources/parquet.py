@@ -89,6 +89,11 @@ class BytesSource(Source):
                 for row in _rows(path, [label]):
                     labels.append(None if row[label] is None else str(row[label]))
         self.classes, self._labels = labels.finish(classes)
+        if len(self._labels) != len(self):
+            raise UserError(
+                f"{paths[0] if len(paths) == 1 else self.root}: damaged: {len(self)} rows by its index, "
+                f"{len(self._labels)} labels in it"
+            )
         stats = [(str(p.name), p.stat().st_size) for p in paths]
         self._digest = repr((stats, field, label, caption, self.classes)).encode()
         self._cache: OrderedDict[int, tuple[Any, Any]] = OrderedDict()
