@@ -186,8 +186,10 @@ def _pyarrow() -> Any:
 def _open(path: Path) -> Any:
     arrow = _pyarrow()
     try:
-        return arrow.parquet.ParquetFile(os.fspath(path))
-    except (OSError, arrow.ArrowException) as error:
+        file = arrow.parquet.ParquetFile(os.fspath(path))
+        _ = file.schema_arrow.names  # names that are no text are found here
+        return file
+    except (OSError, ValueError, arrow.ArrowException) as error:
         raise UserError(f"{path}: not a readable parquet file: {_line(error)}") from None
 
 
