@@ -50,10 +50,15 @@ def open_session(config: Config, world: World, schedules: Schedules, fresh: bool
 
     Args:
         fresh: the values count; False: a checkpoint will replace them, so `model.init_from` is not read.
+
+    Raises:
+        UserError: trunk, objective, crops and batch do not fit each other, or `model.init_from` does not fit them.
     """
+    with torch.device("meta"):
+        empty = build_network(config)
+    check_local_batch(empty.objective, config, world.size)
     origin = start(config) if fresh else NOTHING
-    engines = engine_module.build(config, _recipe(config, origin), world)
-    check_local_batch(engines.student.module.objective, config, world.size)
+    engines = engine_module.build(config, _recipe(config, empty, origin), world)
     session = Session(config, world, engines, schedules, origin.note)
     session.objective.load_memory(origin.centers)
     return session
@@ -122,9 +127,9 @@ def _micro_batches(session: Session, batch: Batch) -> list[MicroBatch]:
     ]
 
 
-def _recipe(config: Config, origin: Start) -> Recipe:
-    with torch.device("meta"):
-        inits = initial_values(build_network(config))
+def _recipe(config: Config, empty: nn.Module, origin: Start) -> Recipe:
+    """`empty`: the network without memory for it."""
+    inits = initial_values(empty)
 
     def value(name: str, shape: torch.Size) -> Tensor:
         given = origin.values.get(name)
