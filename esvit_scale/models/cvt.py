@@ -22,10 +22,11 @@ from torch.nn import functional as F
 from esvit_scale.config import Config
 from esvit_scale.models.batch_norm import BatchNorm
 from esvit_scale.models.distributions import Initializer, constant, normal
-from esvit_scale.models.drop_path import keep_scales
+from esvit_scale.models.drop_path import keep_scales, linear_rates
 from esvit_scale.models.point_conv import PointConv, QuickGeluConv
 from esvit_scale.models.shape import Shape, overridden
 from esvit_scale.models.swin import add_branch
+from esvit_scale.models.tokens import crop_means, groups, split
 from esvit_scale.models.trunk import Features, Grid, TokenMap, Trunk
 from esvit_scale.models.windows import crop_of_token
 
@@ -59,7 +60,7 @@ class CvT(Trunk):
         super().__init__()
         self.dim, self.depths, self.channels = widths[-1], tuple(depths), tuple(widths)
         self.reductions = tuple(4 * 2**s for s in range(len(depths)))
-        self.drop_rates = [drop_path * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]
+        self.drop_rates = linear_rates(drop_path, sum(depths))
         for s, (before, width) in enumerate(zip((3, *widths), widths, strict=False)):
             embed = Embedding(before, width, kernel=3 if s else 7, stride=2 if s else 4, padding=1 if s else 2)
             blocks = [Block(width, heads[s], window) for _ in range(depths[s])]
@@ -82,10 +83,7 @@ class CvT(Trunk):
         """As `Trunk.forward`; the view is the mean of the crop's regions."""
         *_, (tokens, grids) = self._block_outputs(crops, drop_keys)
         regions = self.norm(tokens)
-        views = [
-            rows.view(n, h * w, self.dim).mean(1) for rows, (n, h, w) in zip(_split(regions, grids), grids, strict=True)
-        ]
-        return Features(torch.cat(views), regions, grids)
+        return Features(crop_means(regions, grids), regions, grids)
 
     def last_blocks(self, crops: list[Tensor], n: int) -> list[TokenMap]:
         outputs = list(self._block_outputs(crops, None))
@@ -111,7 +109,7 @@ class CvT(Trunk):
                 tokens = self.run_block(block, tokens, grids, *keep)
                 i += 1
                 yield tokens, grids
-            maps = [_as_map(rows, grid) for rows, grid in zip(_split(tokens, grids), grids, strict=True)]
+            maps = [_as_map(rows, grid) for rows, grid in groups(tokens, grids)]
 
 
 class Stage(nn.ModuleList):
@@ -183,7 +181,7 @@ class Attention(nn.Module):
         padded = [(n, h + -h % side, w + -w % side) for (n, h, w), side in zip(grids, sides, strict=True)]
         qkv = self.qkv(tokens, list(zip(grids, padded, strict=True)))  # [slots, 3C]
         mixed = []
-        for rows, side, (n, high, wide), (_, h, w) in zip(_split(qkv, padded), sides, padded, grids, strict=True):
+        for rows, side, (n, high, wide), (_, h, w) in zip(split(qkv, padded), sides, padded, grids, strict=True):
             slots = self._attend(rows.view(n, high // side, side, wide // side, side, 3, self.heads, -1))
             mixed.append(slots.view(n, high, wide, -1)[:, :h, :w].reshape(n * h * w, -1))
         return self.proj_out(torch.cat(mixed))
@@ -212,7 +210,7 @@ class ConvProjection(nn.Module):
     def forward(self, tokens: Tensor, grids: list[tuple[Grid, Grid]]) -> Tensor:
         """tokens [N, C] → [slots, 3C], the rows of the padded maps; each of `grids` is (map, padded map)."""
         rows = []
-        for group, (grid, (_, high, wide)) in zip(_split(tokens, [g for g, _ in grids]), grids, strict=True):
+        for group, (grid, (_, high, wide)) in zip(split(tokens, [g for g, _ in grids]), grids, strict=True):
             padded = F.pad(_as_map(group, grid), (0, wide - grid[2], 0, high - grid[1]))
             rows.append(_as_rows(self.bn(self.dw(padded))))
         return self.pw(torch.cat(rows))
@@ -225,10 +223,6 @@ class Mlp(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.net(tokens)
-
-
-def _split(tokens: Tensor, grids: list[Grid]) -> tuple[Tensor, ...]:
-    return tokens.split([n * h * w for n, h, w in grids])
 
 
 def _as_map(rows: Tensor, grid: Grid) -> Tensor:

@@ -50,6 +50,11 @@ def drop_keys(seed: int, step: int, positions: Tensor, crops: int) -> Tensor:
     return _hash(images[None, :], torch.arange(crops, device=positions.device)[:, None]).reshape(-1)
 
 
+def linear_rates(last: float, blocks: int) -> list[float]:
+    """Drop rates of so many blocks, from 0 for the first to `last`."""
+    return [last * i / max(blocks - 1, 1) for i in range(blocks)]
+
+
 def keep_scales(keys: Tensor, rates: Tensor) -> Tensor:
     """The factor of every residual branch: 0 where it is dropped, else 1/(1 − rate).
 

@@ -22,10 +22,12 @@ from torch.nn import functional as F
 
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
-from esvit_scale.models.drop_path import keep_scales
-from esvit_scale.models.focal_attention import FocalAttention, WindowPool, as_maps, as_windows
+from esvit_scale.models.drop_path import keep_scales, linear_rates
+from esvit_scale.models.focal_attention import FocalAttention, WindowPool, as_windows
+from esvit_scale.models.patches import PatchProjection, pixel_rows
 from esvit_scale.models.shape import Shape, overridden
-from esvit_scale.models.swin import PATCH, Mlp, PatchProjection, add_branch, stage_window
+from esvit_scale.models.swin import PATCH, Mlp, add_branch, stage_window
+from esvit_scale.models.tokens import as_maps, crop_means
 from esvit_scale.models.trunk import Features, TokenMap, Trunk
 from esvit_scale.models.windows import Grids, crop_of_token, merged
 
@@ -76,8 +78,8 @@ class Focal(Trunk):
         self.channels = tuple(embed_dim * 2**s for s in range(len(depths)))
         self.reductions = tuple(PATCH * 2**s for s in range(len(depths)))
         self.dim = self.channels[-1]
-        self.drop_rates = [drop_path * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]
-        self.patch_embed = PatchEmbed(PatchProjection(embed_dim), embed_dim)
+        self.drop_rates = linear_rates(drop_path, sum(depths))
+        self.patch_embed = PatchEmbed(PatchProjection(3, embed_dim, PATCH), embed_dim)
         stages = []
         for s, (depth, n_heads, width) in enumerate(zip(depths, heads, self.channels, strict=True)):
             side, _ = stage_window(size, window, s)
@@ -103,8 +105,7 @@ class Focal(Trunk):
     def forward(self, crops: list[Tensor], drop_keys: Tensor | None = None) -> Features:
         *_, (tokens, grids) = self._block_outputs(crops, drop_keys)
         regions = self.norm(tokens)
-        views = [maps.flatten(1, 2).mean(1) for maps in as_maps(regions, grids)]
-        return Features(torch.cat(views), regions, list(grids))
+        return Features(crop_means(regions, grids), regions, list(grids))
 
     def last_blocks(self, crops: list[Tensor], n: int) -> list[TokenMap]:
         outputs = list(self._block_outputs(crops, None))[-n:]
@@ -124,7 +125,7 @@ class Focal(Trunk):
         scales = keep_scales(drop_keys, torch.tensor(self.drop_rates)) if drop_keys is not None else None
         grids: Grids = tuple((x.shape[0], -(-x.shape[-2] // PATCH), -(-x.shape[-1] // PATCH)) for x in crops)
         dtype = self.patch_embed.proj.weight.dtype
-        tokens = self.patch_embed(torch.cat([pixel_patches(x.to(dtype)) for x in crops]))  # [N, C]
+        tokens = self.patch_embed(torch.cat([pixel_rows(x.to(dtype), PATCH) for x in crops]))  # [N, C]
         i = 0
         for stage in self.stages:
             for block in stage.blocks:
@@ -187,15 +188,6 @@ class Block(nn.Module):
         normed = self.norm1(tokens)
         tokens = add_branch(tokens, self.attn(normed, self.pool_layers[0](normed, grids), grids), keep_attn)
         return add_branch(tokens, self.mlp(self.norm2(tokens)), keep_mlp)
-
-
-def pixel_patches(crop: Tensor) -> Tensor:
-    """[n, 3, S, S] → [n·⌈S/4⌉², 48], a last patch that is not full with zeros."""
-    n, _, height, width = crop.shape
-    h, w = -(-height // PATCH), -(-width // PATCH)
-    if (height, width) != (h * PATCH, w * PATCH):
-        crop = F.pad(crop, (0, w * PATCH - width, 0, h * PATCH - height))
-    return crop.view(n, 3, h, PATCH, w, PATCH).permute(0, 2, 4, 1, 3, 5).reshape(n * h * w, 3 * PATCH**2)
 
 
 def quads(maps: Tensor) -> Tensor:

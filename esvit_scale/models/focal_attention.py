@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from esvit_scale.models.distributions import Initializer, constant, normal
 from esvit_scale.models.focal_windows import FocalTables, focal_tables, pooled_position_index, slots_of_rows
+from esvit_scale.models.tokens import as_maps
 from esvit_scale.models.windows import Grids, relative_position_index
 
 
@@ -135,12 +136,6 @@ def lay_out(rows: Tensor, tables: FocalTables, heads: int) -> tuple[Tensor, Tens
     kv = rows[..., width:].index_select(1, tables.keys).unflatten(1, (windows, -1)).unflatten(3, (2, heads, -1))
     k, v = kv.permute(3, 0, 1, 4, 2, 5)
     return q.transpose(2, 3), k, v
-
-
-def as_maps(tokens: Tensor, grids: Grids) -> list[Tensor]:
-    """[N, C] → [n, H, W, C] per resolution group."""
-    parts = zip(tokens.split([n * h * w for n, h, w in grids]), grids, strict=True)
-    return [part.view(n, h, w, -1) for part, (n, h, w) in parts]
 
 
 def as_windows(maps: Tensor, side: int) -> Tensor:

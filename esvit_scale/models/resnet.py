@@ -17,9 +17,10 @@ from torch.nn import functional as F
 from esvit_scale.config import Config
 from esvit_scale.models.batch_norm import BatchNorm
 from esvit_scale.models.distributions import Initializer, normal
-from esvit_scale.models.drop_path import keep_scales
+from esvit_scale.models.drop_path import keep_scales, linear_rates
 from esvit_scale.models.shape import Shape, overridden
 from esvit_scale.models.swin import add_branch
+from esvit_scale.models.tokens import as_maps, crop_means, split
 from esvit_scale.models.trunk import Features, Grid, TokenMap, Trunk
 from esvit_scale.models.windows import crop_of_token
 
@@ -40,7 +41,7 @@ class ResNet(Trunk):
         self.channels = tuple(EXPANSION * embed_dim * 2**s for s in range(len(depths)))
         self.reductions = tuple(4 * 2**s for s in range(len(depths)))
         self.dim = self.channels[-1]
-        self.drop_rates = [drop_path * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]
+        self.drop_rates = linear_rates(drop_path, sum(depths))
         self.conv1 = Conv(3, embed_dim, 7, 2)
         self.bn1 = Norm(embed_dim)
         self.stages, before = [], embed_dim
@@ -61,8 +62,7 @@ class ResNet(Trunk):
     def forward(self, crops: list[Tensor], drop_keys: Tensor | None = None) -> Features:
         """As `Trunk.forward`; any crop size."""
         *_, (_, tokens, grids) = self._block_outputs(crops, drop_keys)
-        views = [group.view(n, h * w, -1).mean(1) for group, (n, h, w) in _groups(tokens, grids)]
-        return Features(torch.cat(views), tokens, grids)
+        return Features(crop_means(tokens, grids), tokens, grids)
 
     def last_blocks(self, crops: list[Tensor], n: int) -> list[TokenMap]:
         """As they are: a ResNet has no final norm."""
@@ -140,20 +140,16 @@ class Norm(BatchNorm):
     """Batch norm of pixels [N, C], each resolution by its own statistics."""
 
     def forward(self, tokens: Tensor, grids: list[Grid]) -> Tensor:  # type: ignore[override]
-        return torch.cat([super(Norm, self).forward(group) for group, _ in _groups(tokens, grids)])
+        return torch.cat([super(Norm, self).forward(group) for group in split(tokens, grids)])
 
 
 def strided(grids: list[Grid], stride: int) -> list[Grid]:
     return [(n, -(-h // stride), -(-w // stride)) for n, h, w in grids]
 
 
-def _groups(tokens: Tensor, grids: list[Grid]) -> Iterator[tuple[Tensor, Grid]]:
-    return zip(tokens.split([n * h * w for n, h, w in grids]), grids, strict=True)
-
-
 def _maps(tokens: Tensor, grids: list[Grid]) -> list[Tensor]:
     """[N, C] → [n, C, h, w] of every resolution, views."""
-    return [group.view(n, h, w, -1).permute(0, 3, 1, 2) for group, (n, h, w) in _groups(tokens, grids)]
+    return [maps.permute(0, 3, 1, 2) for maps in as_maps(tokens, grids)]
 
 
 def _pixels(maps: list[Tensor]) -> Tensor:

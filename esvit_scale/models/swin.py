@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from esvit_scale.models.drop_path import keep_scales
+from esvit_scale.models.drop_path import keep_scales, linear_rates
+from esvit_scale.models.patches import PatchProjection
+from esvit_scale.models.tokens import crop_means, split
 from esvit_scale.models.trunk import Features, TokenMap, Trunk
 from esvit_scale.models.windows import (
     Grids,
@@ -61,7 +63,7 @@ class Swin(Trunk):
         super().__init__()
         self.depths = tuple(depths)
         self.dim = embed_dim * 2 ** (len(depths) - 1)
-        self.drop_rates = [drop_path * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]
+        self.drop_rates = linear_rates(drop_path, sum(depths))
         self.patch_embed = PatchEmbed(embed_dim, self.norm_eps)
         stages = []
         for s, (depth, n_heads) in enumerate(zip(depths, heads, strict=True)):
@@ -96,8 +98,7 @@ class Swin(Trunk):
         """As `Trunk.forward`; crop sizes that are not a multiple of 4 are padded right and bottom with zeros."""
         *_, (tokens, grids, window) = self._block_outputs(crops, drop_keys)
         regions = from_slots(self.norm(tokens), storage_plan(grids, window, tokens.device))  # [ΣB·T, C]
-        views = [maps.view(n, h * w, -1).mean(1) for maps, (n, h, w) in _per_group(regions, grids)]
-        return Features(torch.cat(views), regions, list(grids))
+        return Features(crop_means(regions, grids), regions, list(grids))
 
     def last_blocks(self, crops: list[Tensor], n: int) -> list[TokenMap]:
         maps = []
@@ -144,28 +145,18 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
-        self.proj = PatchProjection(dim)
+        self.proj = PatchProjection(3, dim, PATCH)
         self.norm = nn.LayerNorm(dim, eps=eps)
 
     def forward(self, crops: list[Tensor], grids: Grids, order: Permutation) -> Tensor:
         """Crops [N_g, 3, S_g, S_g] → [N, C] in the first stage's order."""
         patches = crops[0].new_empty(total_tokens(grids), 3 * PATCH * PATCH, dtype=self.proj.weight.dtype)
-        for rows, crop, (n, h, w) in zip(_split(patches, grids), crops, grids, strict=True):
+        for rows, crop, (n, h, w) in zip(split(patches, grids), crops, grids, strict=True):
             crop = crop.to(patches.dtype)
             if crop.shape[-2:] != (h * PATCH, w * PATCH):
                 crop = F.pad(crop, (0, w * PATCH - crop.shape[-1], 0, h * PATCH - crop.shape[-2]))
             rows.view(n, h, w, 3, PATCH, PATCH).copy_(crop.view(n, 3, h, PATCH, w, PATCH).permute(0, 2, 4, 1, 3, 5))
         return self.norm(self.proj(to_slots(patches, order)))
-
-
-class PatchProjection(nn.Conv2d):
-    """The official patch convolution (its parameters and shapes), applied to patches that are rows already."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__(3, dim, PATCH, stride=PATCH)
-
-    def forward(self, patches: Tensor) -> Tensor:  # [N, 48] → [N, C]
-        return F.linear(patches, self.weight.flatten(1), self.bias)
 
 
 class Stage(nn.Module):
@@ -336,11 +327,3 @@ def stage_window(size: int, window: int, stage: int) -> tuple[int, int]:
 
 def add_branch(tokens: Tensor, branch: Tensor, keep: Tensor | None) -> Tensor:
     return tokens + branch if keep is None else torch.addcmul(tokens, branch, keep)
-
-
-def _split(tokens: Tensor, grids: Grids) -> tuple[Tensor, ...]:
-    return tokens.split([n * h * w for n, h, w in grids])
-
-
-def _per_group(tokens: Tensor, grids: Grids) -> Any:
-    return zip(_split(tokens, grids), grids, strict=True)

@@ -18,14 +18,15 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
 from esvit_scale.models.distributions import Initializer, normal
-from esvit_scale.models.drop_path import draw_of, keep_scales
+from esvit_scale.models.drop_path import draw_of, keep_scales, linear_rates
+from esvit_scale.models.patches import PatchProjection
 from esvit_scale.models.shape import Shape, overridden
 from esvit_scale.models.swin import Mlp, add_branch
+from esvit_scale.models.tokens import crop_means
 from esvit_scale.models.trunk import Features, Grid, TokenMap, Trunk
 from esvit_scale.models.vil_attention import AROUND, OWN, FullAttention, LongAttention
 from esvit_scale.models.windows import crop_of_token
@@ -76,7 +77,7 @@ class ViL(Trunk):
         super().__init__()
         self.dim, self.depths, self.channels = widths[-1], tuple(depths), tuple(widths)
         self.reductions = tuple(4 * 2**s for s in range(len(PATCHES)))
-        self.drop_rates = [drop_path * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]
+        self.drop_rates = linear_rates(drop_path, sum(depths))
         stages = []
         for s, (before, width) in enumerate(zip((3, *widths), widths, strict=False)):
             size //= PATCHES[s]
@@ -102,8 +103,7 @@ class ViL(Trunk):
         """As `Trunk.forward`; the view is the mean of the crop's regions."""
         *_, (tokens, grids, _) = self._block_outputs(crops, drop_keys)
         regions = self.norm(tokens)
-        views = [x.mean(1) for x in _per_crop(regions, grids, 0)]
-        return Features(torch.cat(views), regions, grids)
+        return Features(crop_means(regions, grids), regions, grids)
 
     def last_blocks(self, crops: list[Tensor], n: int) -> list[TokenMap]:
         """What stands for a crop in stages 1 to 3 is its global token."""
@@ -148,7 +148,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, channels: int, dim: int, patch: int, globals_: int) -> None:
         super().__init__()
-        self.proj = PatchProjection(channels, dim, patch, stride=patch)
+        self.proj = PatchProjection(channels, dim, patch)
         self.norm_embed = nn.LayerNorm(dim, eps=NORM_EPS)
         self.cls_token = nn.Parameter(torch.zeros(1, globals_, dim)) if globals_ else None
 
@@ -168,13 +168,6 @@ class PatchEmbed(nn.Module):
             for x in _per_crop(tokens, grids, 0)
         ]
         return torch.cat(crops), grids
-
-
-class PatchProjection(nn.Conv2d):
-    """The official patch convolution (its parameters and shapes), applied to patches that are rows already."""
-
-    def forward(self, patches: Tensor) -> Tensor:  # [N, channels · p²] → [N, C]
-        return F.linear(patches, self.weight.flatten(1), self.bias)
 
 
 class Block(nn.Module):

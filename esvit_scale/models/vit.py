@@ -23,9 +23,11 @@ from torch.nn import functional as F
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
 from esvit_scale.models.distributions import Initializer, constant, normal, uniform
-from esvit_scale.models.drop_path import keep_scales
+from esvit_scale.models.drop_path import keep_scales, linear_rates
+from esvit_scale.models.patches import PatchProjection, pixel_rows
 from esvit_scale.models.shape import Shape, overridden
 from esvit_scale.models.swin import Mlp, add_branch
+from esvit_scale.models.tokens import groups
 from esvit_scale.models.trunk import Features, Grid, TokenMap, Trunk
 from esvit_scale.models.windows import Grids, crop_of_token
 
@@ -46,7 +48,7 @@ class ViT(Trunk):
     def __init__(self, embed_dim: int, depth: int, heads: int, drop_path: float = 0.0) -> None:
         super().__init__()
         self.dim, self.depths = embed_dim, (depth,)
-        self.drop_rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
+        self.drop_rates = linear_rates(drop_path, depth)
         self.patch_embed = PatchEmbed(embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + SIDE**2, embed_dim)) if self.learns_positions else None
@@ -105,13 +107,13 @@ class ViT(Trunk):
 
     def _embed(self, crops: list[Tensor], grids: list[Grid]) -> Tensor:
         """Crops [N_g, 3, S_g, S_g] → [N, C] with class tokens and positions."""
-        patches = self.patch_embed(crops, grids)
-        groups = []
-        for group, (n, h, w) in zip(patches.split([n * h * w for n, h, w in grids]), grids, strict=True):
+        patches = self.patch_embed(crops)
+        sequences = []
+        for group, (n, h, w) in groups(patches, grids):
             tokens = torch.cat([self.cls_token.expand(n, 1, -1), group.view(n, h * w, -1)], 1)
             tokens = tokens + self.position(h, w, tokens.device).to(tokens.dtype)
-            groups.append(tokens.flatten(0, 1))
-        return torch.cat(groups)
+            sequences.append(tokens.flatten(0, 1))
+        return torch.cat(sequences)
 
     def _token_map(self, tokens: Tensor, grids: list[Grid]) -> TokenMap:
         regions, views = [], []
@@ -146,28 +148,12 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.proj = PatchProjection(dim)
+        self.proj = PatchProjection(3, dim, PATCH)
 
-    def forward(self, crops: list[Tensor], grids: list[Grid]) -> Tensor:
+    def forward(self, crops: list[Tensor]) -> Tensor:
         """Crops [N_g, 3, S_g, S_g] → [ΣN_g·T, C]."""
-        rows = []
-        for crop, (n, h, w) in zip(crops, grids, strict=True):
-            crop = crop.to(self.proj.weight.dtype)
-            if crop.shape[-2:] != (h * PATCH, w * PATCH):
-                crop = F.pad(crop, (0, w * PATCH - crop.shape[-1], 0, h * PATCH - crop.shape[-2]))
-            patches = crop.reshape(n, 3, h, PATCH, w, PATCH).permute(0, 2, 4, 1, 3, 5)
-            rows.append(patches.reshape(n * h * w, 3 * PATCH**2))
-        return self.proj(torch.cat(rows))
-
-
-class PatchProjection(nn.Conv2d):
-    """The official patch convolution (its parameters and shapes), applied to patches that are rows already."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__(3, dim, PATCH, stride=PATCH)
-
-    def forward(self, patches: Tensor) -> Tensor:  # [N, 768] → [N, C]
-        return F.linear(patches, self.weight.flatten(1), self.bias)
+        dtype = self.proj.weight.dtype
+        return self.proj(torch.cat([pixel_rows(crop.to(dtype), PATCH) for crop in crops]))
 
 
 class Block(nn.Module):

@@ -1,0 +1,24 @@
+"""Pixels → patches as rows, and the convolution that such rows need."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class PatchProjection(nn.Conv2d):
+    """The published convolution over patches that do not overlap (its parameters and shapes), on patches that are rows
+    already."""
+
+    def __init__(self, channels: int, dim: int, patch: int) -> None:
+        super().__init__(channels, dim, patch, stride=patch)
+
+    def forward(self, patches: Tensor) -> Tensor:  # [N, channels · patch²] → [N, C]
+        return F.linear(patches, self.weight.flatten(1), self.bias)
+
+
+def pixel_rows(crop: Tensor, patch: int) -> Tensor:
+    """[n, 3, H, W] → [n · ⌈H/patch⌉ · ⌈W/patch⌉, 3 · patch²]; what a last patch lacks, right and bottom, is zero."""
+    n, _, height, width = crop.shape
+    h, w = -(-height // patch), -(-width // patch)
+    if (height, width) != (h * patch, w * patch):
+        crop = F.pad(crop, (0, w * patch - width, 0, h * patch - height))
+    return crop.reshape(n, 3, h, patch, w, patch).permute(0, 2, 4, 1, 3, 5).reshape(n * h * w, 3 * patch**2)
