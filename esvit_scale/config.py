@@ -79,7 +79,7 @@ class Data(Section):
 
 
 class Model(Section):
-    trunk: str = "swin_t"  # a name of models/registry.py; the keys left null below are the trunk's own
+    trunk: str = "swin_t"  # a name of models/registry.py, or timm:NAME; the keys left null below are the trunk's own
     window: Positive = 7
     drop_path: Fraction = 0.1
     embed_dim: Positive | None = None
