@@ -91,7 +91,7 @@ class Model(Section):
 
 
 class Objective(Section):
-    name: str = "esvit"
+    name: str = "esvit"  # a name of objective/registry.py
     regions: bool = True  # of esvit, false: the view loss alone (DINO's objective); all others: false
     prototypes: Positive = 65536
     head_hidden: Positive = 2048
