@@ -2,23 +2,22 @@
 
 A config is YAML: the defaults below (EsViT's Swin-T recipe), a preset or file on top, then dotted `key=value`
 overrides. `resolve` gives the complete config or one clear error; `dump` writes the copy that reproduces the run.
-No torch in this module: it must be cheap to import on a login node.
+Beside it: yaml_text.py (the dialect), schema.py (what a mistake is answered). No torch in them: they must be cheap to
+import on a login node.
 """
 
 import math
 import os
-import re
-import types
-from collections.abc import Iterator
-from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from esvit_scale import yaml_text
 from esvit_scale.errors import UserError, nearest
+from esvit_scale.schema import Section, check, declared, optional
+from esvit_scale.yaml_text import show
 
 FORMAT_VERSION = 1
 
@@ -31,13 +30,6 @@ Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Scale = Annotated[tuple[Fraction, Fraction], Field(strict=False)]
 PathText = Annotated[str, AfterValidator(os.path.expanduser)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-AnySection = TypeVar("AnySection", bound=Section)
 
 
 class GlobalCrops(Section):
@@ -65,7 +57,7 @@ class Mixed(Section):
 class Data(Section):
     # Folder of a shard set (with manifest.json), or plain WebDataset tars: a path or URL, {000..123} and pipe: allowed
     train: PathText = ""
-    mix: list[Mixed] = []  # several sets of plain tars, instead of train
+    mix: list[Mixed] = Field(default_factory=list)  # several sets of plain tars, instead of train
     epoch_samples: Positive | None = None  # of plain tars, which do not say how many samples they hold
     held_out: PathText = ""  # labelled shards or class folders that train.knn_every measures; never trained on
     workers: Count = 4  # loader processes per rank; 0 decodes in the training process
@@ -74,7 +66,7 @@ class Data(Section):
     slots: Positive | None = None  # canonical slots of the data order; null: largest divisor of global_batch ≤ 512
     shuffle_window: Positive = 8  # shards whose samples are shuffled together
     global_crops: GlobalCrops = GlobalCrops()
-    local_crops: list[LocalCrops] = [LocalCrops()]
+    local_crops: list[LocalCrops] = Field(default_factory=lambda: [LocalCrops()])
     photometric: Literal["device", "workers"] = "device"  # where colour, blur and solarisation are computed
 
 
@@ -240,48 +232,6 @@ def nearest_multiple(n: int, of: int) -> int:
 
 # --- reading -------------------------------------------------------------------------------------------------------
 
-_FLOAT = re.compile(r"^[-+]?(\d+\.\d*|\.\d+)([eE][-+]?\d+)?$|^[-+]?\d+[eE][-+]?\d+$")
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML with the scalars of YAML 1.2, and a repeated key is an error.
-
-    YAML 1.1, PyYAML's own, reads 1e-3 as text, 010 as 8, 1:30 as 90, `no` as false and 2024-01-01 as a date.
-    """
-
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (the base class's attribute, emptied)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be one word", key_node.start_mark)
-            if key_node.value in seen:
-                problem = f"key {key_node.value!r} is given twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep)
-
-
-def _decimal(loader: _Loader, node: yaml.ScalarNode) -> int:
-    return int(loader.construct_scalar(node))
-
-
-_Loader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"^<<$"), ["<"])
-_Loader.add_implicit_resolver("tag:yaml.org,2002:null", re.compile(r"^(~|null|Null|NULL|)$"), ["~", "n", "N", ""])
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|false|False)$"), list("tTfF"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?\d+$"), list("-+0123456789"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
-_Loader.add_constructor("tag:yaml.org,2002:int", _decimal)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes what either YAML would not read back as text (runs named 12e4 and 08)."""
-
-
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?\d+$"), list("-+0123456789"))
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
-
 
 def preset_names() -> list[str]:
     folder = resources.files("esvit_scale") / "configs"
@@ -303,32 +253,16 @@ def resolve(config: str, overrides: list[str] | None = None) -> Config:
 
 def load(path: Path) -> Config:
     """A config file written by `dump`."""
-    return validate(read_yaml(path), where=str(path))
+    return validate(yaml_text.read(path), where=str(path))
 
 
 def dump(config: Config) -> str:
     """YAML that `resolve` reads back to the same config."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, width=120)
+    return yaml_text.dump(config.model_dump(mode="json"))
 
 
 def validate(values: dict[str, Any], where: str, overrides: list[str] | None = None) -> Config:
     return check(Config, values, where, overrides)
-
-
-def check(
-    schema: type[AnySection], values: dict[str, Any], where: str, overrides: list[str] | None = None
-) -> AnySection:
-    """`values` as a Config, or as another file's schema made of Sections; raises UserError as `resolve` does."""
-    try:
-        return schema.model_validate(values)
-    except ValidationError as error:
-        lines = [_explain(e, _origin(e["loc"], where, overrides or []), schema) for e in error.errors()]
-        raise UserError("\n".join(lines)) from None
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Raises UserError: cannot be read, not YAML, not `key: value` lines."""
-    return _parse(_text(path), str(path))
 
 
 def require_training_data(config: Config) -> None:
@@ -350,42 +284,14 @@ def differences(a: Config, b: Config) -> list[str]:
 def _read(config: str) -> dict[str, Any]:
     path = Path(config).expanduser()
     if path.is_file():
-        return _parse(_text(path), config)
+        return yaml_text.parse(yaml_text.text_of(path), config)
     if (path / "config.yaml").is_file():
         raise UserError(f"{config}: is a run dir; its config is {path / 'config.yaml'}")
     if path.suffix in (".yaml", ".yml"):
         raise UserError(f"{config}: no such config file{nearest(path.stem, preset_names())}")
     if config not in preset_names():
         raise UserError(f"{config}: neither a file nor a preset{nearest(config, preset_names())}")
-    return _parse((resources.files("esvit_scale") / "configs" / f"{config}.yaml").read_text("utf-8"), config)
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not a text file (UTF-8)") from None
-
-
-def _parse(text: str, where: str) -> dict[str, Any]:
-    values = _yaml(text, where)
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise UserError(f"{where}: must hold `key: value` lines, got {_show(values)}")
-    return values
-
-
-def _yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark and "\n" in text else ""
-        raise UserError(f"{where}{line}: not valid YAML: {error.problem}") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise UserError(f"{where}: not valid YAML: {str(error).splitlines()[0]}") from None
+    return yaml_text.parse((resources.files("esvit_scale") / "configs" / f"{config}.yaml").read_text("utf-8"), config)
 
 
 # --- overrides -----------------------------------------------------------------------------------------------------
@@ -394,7 +300,7 @@ def _yaml(text: str, where: str) -> Any:
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        raise UserError(f"{_show(override)}: overrides are written key=value, for example train.global_batch=64")
+        raise UserError(f"{show(override)}: overrides are written key=value, for example train.global_batch=64")
     *parents, leaf = path = key.strip().split(".")
     node: Any = values
     for i, part in enumerate(parents):
@@ -405,22 +311,22 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
                 node[part] = _default_at(parents[: i + 1])
             node = node[part]
         if not isinstance(node, dict | list):
-            raise UserError(f"{_show(override)}: {'.'.join(parents[: i + 1])} is a value, not a section")
+            raise UserError(f"{show(override)}: {'.'.join(parents[: i + 1])} is a value, not a section")
     node[_index(node, leaf, override) if isinstance(node, list) else leaf] = _override_value(path, text, override)
 
 
 def _override_value(path: list[str], text: str, override: str) -> Any:
     """Where the schema has text, the text as it stands (a path may hold any character, a name may look like a number),
     unless it is in quotes; elsewhere YAML."""
-    if _declared(path) is not str or (text[:1] in ("'", '"') and text[-1:] == text[:1]):
-        return _yaml(text, _show(override))
-    return None if _optional(path) and text in ("", "null", "~") else text
+    if declared(path, Config) is not str or (text[:1] in ("'", '"') and text[-1:] == text[:1]):
+        return yaml_text.value_of(text, show(override))
+    return None if optional(path, Config) and text in ("", "null", "~") else text
 
 
 def _index(node: list[Any], index: str, override: str) -> int:
     if not index.isdecimal() or int(index) >= len(node):
         known = f"use 0 to {len(node) - 1}" if node else "give the whole list"
-        raise UserError(f"{_show(override)}: {index!r} is not an item of a list of {len(node)}; {known}")
+        raise UserError(f"{show(override)}: {index!r} is not an item of a list of {len(node)}; {known}")
     return int(index)
 
 
@@ -430,135 +336,6 @@ def _default_at(path: list[str]) -> Any:
     for part in path:
         node = node.get(part) if isinstance(node, dict) else None
     return node if isinstance(node, list) else {}
-
-
-# --- the schema, asked ---------------------------------------------------------------------------------------------
-
-
-def _annotation(path: list[str], schema: Any = None) -> Any:
-    """The type as declared at a dotted path (list items by their number); None where the schema has no such key."""
-    node: Any = schema or Config
-    for part in path:
-        node = _bare(node)
-        if isinstance(node, type) and issubclass(node, Section):
-            node = node.model_fields[part].annotation if part in node.model_fields else None
-        else:
-            node = get_args(node)[0] if get_origin(node) in (list, tuple) and part.isdecimal() else None
-    return node
-
-
-def _bare(annotation: Any) -> Any:
-    """The type without Annotated and without `| None`."""
-    while get_origin(annotation) in (Annotated, Union, types.UnionType):
-        annotation = next(arg for arg in get_args(annotation) if arg is not type(None))
-    return annotation
-
-
-def _declared(path: list[str], schema: Any = None) -> Any:
-    return _bare(_annotation(path, schema))
-
-
-def _optional(path: list[str]) -> bool:
-    return type(None) in get_args(_annotation(path))
-
-
-def _keys(section: Any = Config, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of the schema, sections and leaves; a list of sections shows its item 0."""
-    for name in section.model_fields:
-        yield prefix + name
-        kind = _bare(section.model_fields[name].annotation)
-        item = get_args(kind)[0] if get_origin(kind) is list else kind
-        if isinstance(item, type) and issubclass(item, Section):
-            yield from _keys(item, f"{prefix}{name}." if item is kind else f"{prefix}{name}.0.")
-
-
-# --- errors --------------------------------------------------------------------------------------------------------
-
-_EXPECTED = {
-    "int_type": "a whole number",
-    "int_parsing_size": "a whole number",
-    "float_type": "a number",
-    "finite_number": "a finite number",
-    "bool_type": "true or false",
-    "string_type": "text",
-    "list_type": "a list, written [1, 2]",
-    "tuple_type": "a list of two numbers",
-    "missing": "a list of two numbers",
-    "too_long": "a list of two numbers",
-    "too_short": "at least one number",
-    "model_type": "a section (`key: value` lines)",
-}
-
-
-def _origin(loc: tuple[int | str, ...], where: str, overrides: list[str]) -> str:
-    """What to put right: the last override that set this key, else the file."""
-    key = _dotted(loc) + "."
-    for override in reversed(overrides):
-        overridden = override.partition("=")[0].strip() + "."
-        if key.startswith(overridden) or overridden.startswith(key):
-            return _show(override)
-    return where
-
-
-def _explain(error: Any, where: str, schema: Any) -> str:
-    kind, loc, value = error["type"], _dotted(error["loc"]), error["input"]
-    if kind == "value_error":
-        return "\n".join(f"{where}: {line}" for line in str(error["ctx"]["error"]).splitlines())
-    if kind == "extra_forbidden":
-        return f"{where}: unknown key {loc}{_nearest_key(loc, schema)}"
-    if kind == "string_pattern_mismatch":
-        return (
-            f"{where}: {loc}: letters, digits, '.', '_' and '-', beginning with a letter or digit; got {_show(value)}"
-        )
-    if kind == "literal_error":
-        known = re.findall(r"'(.*?)'", error["ctx"]["expected"])
-        close = get_close_matches(str(value), known, n=1)
-        near = f"; did you mean {close[0]!r}?" if close else ""
-        return f"{where}: {loc}: expected {error['ctx']['expected']}, got {_show(value)}{near}"
-    for bound, sign in [("ge", "≥"), ("le", "≤"), ("gt", ">"), ("lt", "<")]:
-        if bound in error.get("ctx", {}):
-            near = f"; nearest: {error['ctx'][bound]}" if bound in ("ge", "le") else ""
-            return f"{where}: {loc}: must be {sign} {error['ctx'][bound]}, got {_show(value)}{near}"
-    if kind == "missing":
-        loc = loc.rpartition(".")[0]
-    if kind in _EXPECTED:
-        return f"{where}: {loc}: expected {_EXPECTED[kind]}, got {_show(value)}{_as_written(kind, value)}"
-    return f"{where}: {loc}: {error['msg'][0].lower()}{error['msg'][1:]}, got {_show(value)}"
-
-
-def _as_written(kind: str, value: Any) -> str:
-    if kind == "int_type" and isinstance(value, float) and value.is_integer():
-        return f"; write {int(value)}"
-    if kind == "string_type" and not isinstance(value, list | dict):
-        return "; put it in quotes"
-    if kind == "float_type" and str(value).lower().lstrip("+-.") in ("inf", "nan"):
-        return "; it must be finite"
-    return ""
-
-
-def _show(value: Any) -> str:
-    """A value as the user wrote it, short."""
-    text = {"None": "nothing", "True": "true", "False": "false"}.get(repr(value), repr(value))
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _dotted(loc: tuple[int | str, ...]) -> str:
-    return ".".join(str(part) for part in loc)
-
-
-def _nearest_key(loc: str, schema: Any) -> str:
-    """The sibling that was meant, else the key of that name in another section, else what is known here."""
-    parent, _, leaf = loc.rpartition(".")
-    section = _declared(parent.split("."), schema) if parent else schema
-    siblings = list(section.model_fields)
-    elsewhere: dict[str, str] = {}
-    for key in _keys(schema):
-        elsewhere.setdefault(key.rpartition(".")[2], key)
-    if close := get_close_matches(leaf, siblings, n=1):
-        return f"; did you mean {f'{parent}.{close[0]}'.lstrip('.')!r}?"
-    if close := get_close_matches(leaf, elsewhere, n=1, cutoff=0.8):
-        return f"; did you mean {elsewhere[close[0]]!r}?"
-    return f"; known: {', '.join(siblings)}"
 
 
 def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:

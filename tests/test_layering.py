@@ -18,6 +18,8 @@ PACKAGE = ROOT / "esvit_scale"
 ORDER = [
     {"errors", "__init__"},
     {"files", "resources"},
+    {"yaml_text"},
+    {"schema"},
     {"config"},
     {"data", "models"},
     {"objective"},

@@ -5,8 +5,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from esvit_scale import config as configs
-from esvit_scale.config import AboveZero, Fraction, PathText, Positive, Section, Seed
+from esvit_scale import yaml_text
+from esvit_scale.config import AboveZero, Fraction, PathText, Positive, Seed
+from esvit_scale.schema import Section, check
 
 
 class Size(Section):
@@ -95,4 +96,4 @@ def read(path: Path) -> Sweep:
     Raises:
         UserError: one line per problem, with the key and the nearest right value.
     """
-    return configs.check(Sweep, configs.read_yaml(path), str(path))
+    return check(Sweep, yaml_text.read(path), str(path))

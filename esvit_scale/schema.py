@@ -1,0 +1,151 @@
+"""Schemas made of sections: checked, with errors written for the person who made the mistake."""
+
+import re
+import types
+from collections.abc import Iterator
+from difflib import get_close_matches
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from esvit_scale.errors import UserError
+from esvit_scale.yaml_text import show
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+AnySection = TypeVar("AnySection", bound=Section)
+
+
+def check(
+    schema: type[AnySection], values: dict[str, Any], where: str, overrides: list[str] | None = None
+) -> AnySection:
+    """`values` as a Config, or as another file's schema made of Sections; raises UserError as `resolve` does."""
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(e, _origin(e["loc"], where, overrides or []), schema) for e in error.errors()]
+        raise UserError("\n".join(lines)) from None
+
+
+# --- the schema, asked ---------------------------------------------------------------------------------------------
+
+
+def annotation(path: list[str], schema: Any) -> Any:
+    """The type as declared at a dotted path (list items by their number); None where the schema has no such key."""
+    node: Any = schema
+    for part in path:
+        node = _bare(node)
+        if isinstance(node, type) and issubclass(node, Section):
+            node = node.model_fields[part].annotation if part in node.model_fields else None
+        else:
+            node = get_args(node)[0] if get_origin(node) in (list, tuple) and part.isdecimal() else None
+    return node
+
+
+def _bare(annotation: Any) -> Any:
+    """The type without Annotated and without `| None`."""
+    while get_origin(annotation) in (Annotated, Union, types.UnionType):
+        annotation = next(arg for arg in get_args(annotation) if arg is not type(None))
+    return annotation
+
+
+def declared(path: list[str], schema: Any) -> Any:
+    return _bare(annotation(path, schema))
+
+
+def optional(path: list[str], schema: Any) -> bool:
+    return type(None) in get_args(annotation(path, schema))
+
+
+def _keys(section: Any, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of the schema, sections and leaves; a list of sections shows its item 0."""
+    for name in section.model_fields:
+        yield prefix + name
+        kind = _bare(section.model_fields[name].annotation)
+        item = get_args(kind)[0] if get_origin(kind) is list else kind
+        if isinstance(item, type) and issubclass(item, Section):
+            yield from _keys(item, f"{prefix}{name}." if item is kind else f"{prefix}{name}.0.")
+
+
+# --- errors --------------------------------------------------------------------------------------------------------
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_parsing_size": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "list_type": "a list, written [1, 2]",
+    "tuple_type": "a list of two numbers",
+    "missing": "a list of two numbers",
+    "too_long": "a list of two numbers",
+    "too_short": "at least one number",
+    "model_type": "a section (`key: value` lines)",
+}
+
+
+def _origin(loc: tuple[int | str, ...], where: str, overrides: list[str]) -> str:
+    """What to put right: the last override that set this key, else the file."""
+    key = _dotted(loc) + "."
+    for override in reversed(overrides):
+        overridden = override.partition("=")[0].strip() + "."
+        if key.startswith(overridden) or overridden.startswith(key):
+            return show(override)
+    return where
+
+
+def _explain(error: Any, where: str, schema: Any) -> str:
+    kind, loc, value = error["type"], _dotted(error["loc"]), error["input"]
+    if kind == "value_error":
+        return "\n".join(f"{where}: {line}" for line in str(error["ctx"]["error"]).splitlines())
+    if kind == "extra_forbidden":
+        return f"{where}: unknown key {loc}{_nearest_key(loc, schema)}"
+    if kind == "string_pattern_mismatch":
+        return f"{where}: {loc}: letters, digits, '.', '_' and '-', beginning with a letter or digit; got {show(value)}"
+    if kind == "literal_error":
+        known = re.findall(r"'(.*?)'", error["ctx"]["expected"])
+        close = get_close_matches(str(value), known, n=1)
+        near = f"; did you mean {close[0]!r}?" if close else ""
+        return f"{where}: {loc}: expected {error['ctx']['expected']}, got {show(value)}{near}"
+    for bound, sign in [("ge", "≥"), ("le", "≤"), ("gt", ">"), ("lt", "<")]:
+        if bound in error.get("ctx", {}):
+            near = f"; nearest: {error['ctx'][bound]}" if bound in ("ge", "le") else ""
+            return f"{where}: {loc}: must be {sign} {error['ctx'][bound]}, got {show(value)}{near}"
+    if kind == "missing":
+        loc = loc.rpartition(".")[0]
+    if kind in _EXPECTED:
+        return f"{where}: {loc}: expected {_EXPECTED[kind]}, got {show(value)}{_as_written(kind, value)}"
+    return f"{where}: {loc}: {error['msg'][0].lower()}{error['msg'][1:]}, got {show(value)}"
+
+
+def _as_written(kind: str, value: Any) -> str:
+    if kind == "int_type" and isinstance(value, float) and value.is_integer():
+        return f"; write {int(value)}"
+    if kind == "string_type" and not isinstance(value, list | dict):
+        return "; put it in quotes"
+    if kind == "float_type" and str(value).lower().lstrip("+-.") in ("inf", "nan"):
+        return "; it must be finite"
+    return ""
+
+
+def _dotted(loc: tuple[int | str, ...]) -> str:
+    return ".".join(str(part) for part in loc)
+
+
+def _nearest_key(loc: str, schema: Any) -> str:
+    """The sibling that was meant, else the key of that name in another section, else what is known here."""
+    parent, _, leaf = loc.rpartition(".")
+    section = declared(parent.split("."), schema) if parent else schema
+    siblings = list(section.model_fields)
+    elsewhere: dict[str, str] = {}
+    for key in _keys(schema):
+        elsewhere.setdefault(key.rpartition(".")[2], key)
+    if close := get_close_matches(leaf, siblings, n=1):
+        return f"; did you mean {f'{parent}.{close[0]}'.lstrip('.')!r}?"
+    if close := get_close_matches(leaf, elsewhere, n=1, cutoff=0.8):
+        return f"; did you mean {elsewhere[close[0]]!r}?"
+    return f"; known: {', '.join(siblings)}"
