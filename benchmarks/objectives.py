@@ -38,6 +38,7 @@ RECIPES: dict[str, list[str]] = {
         *NO_TEACHER,
         "objective.bottleneck=512",
         "objective.predictor_hidden=128",
+        "optim.lr=1e-3",
     ],
     "simclr": ["objective.name=simclr", *TWO_VIEWS, *NO_TEACHER, "objective.student_temp=0.2"],
     "swav": [
