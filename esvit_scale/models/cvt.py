@@ -85,15 +85,8 @@ class CvT(Trunk):
         regions = self.norm(tokens)
         return Features(crop_means(regions, grids), regions, grids)
 
-    def last_blocks(self, crops: list[Tensor], n: int) -> list[TokenMap]:
-        outputs = list(self._block_outputs(crops, None))
-        maps = [TokenMap(tokens, grids) for tokens, grids in outputs]
-        last = len(maps) - self.depths[-1]
-        return [m._replace(tokens=self.norm(m.tokens)) if i >= last else m for i, m in enumerate(maps)][-n:]
-
-    def stage_maps(self, crops: list[Tensor]) -> list[TokenMap]:
-        ends = {sum(self.depths[: s + 1]) - 1 for s in range(len(self.depths))}
-        return [TokenMap(*output) for i, output in enumerate(self._block_outputs(crops, None)) if i in ends]
+    def block_maps(self, crops: list[Tensor]) -> Iterator[TokenMap]:
+        return (TokenMap(*output) for output in self._block_outputs(crops, None))
 
     def _block_outputs(self, crops: list[Tensor], drop_keys: Tensor | None) -> Iterator[tuple[Tensor, list[Grid]]]:
         """After each block: tokens [N, C] and grids."""

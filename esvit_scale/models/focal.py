@@ -14,6 +14,7 @@ embedding asks for sides that are multiples of 32 in effect; others are padded w
 Parameter names are the published ones.
 """
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -107,18 +108,8 @@ class Focal(Trunk):
         regions = self.norm(tokens)
         return Features(crop_means(regions, grids), regions, list(grids))
 
-    def last_blocks(self, crops: list[Tensor], n: int) -> list[TokenMap]:
-        outputs = list(self._block_outputs(crops, None))[-n:]
-        unnormed = max(n - self.depths[-1], 0)
-        return [
-            TokenMap(tokens if i < unnormed else self.norm(tokens), list(grids))
-            for i, (tokens, grids) in enumerate(outputs)
-        ]
-
-    def stage_maps(self, crops: list[Tensor]) -> list[TokenMap]:
-        ends = {sum(self.depths[: s + 1]) - 1 for s in range(len(self.depths))}
-        outputs = enumerate(self._block_outputs(crops, None))
-        return [TokenMap(tokens, list(grids)) for i, (tokens, grids) in outputs if i in ends]
+    def block_maps(self, crops: list[Tensor]) -> Iterator[TokenMap]:
+        return (TokenMap(tokens, list(grids)) for tokens, grids in self._block_outputs(crops, None))
 
     def _block_outputs(self, crops: list[Tensor], drop_keys: Tensor | None) -> Any:
         """After each block: (tokens [N, C], crop after crop, each row-major; grids)."""

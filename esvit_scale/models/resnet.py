@@ -50,6 +50,7 @@ class ResNet(Trunk):
             self.add_module(f"layer{s + 1}", nn.ModuleList(blocks))
             self.stages.append(blocks)
             before = self.channels[s]
+        self.norm = nn.Identity()
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -61,21 +62,14 @@ class ResNet(Trunk):
 
     def forward(self, crops: list[Tensor], drop_keys: Tensor | None = None) -> Features:
         """As `Trunk.forward`; any crop size."""
-        *_, (_, tokens, grids) = self._block_outputs(crops, drop_keys)
+        *_, (tokens, grids) = self._block_outputs(crops, drop_keys)
         return Features(crop_means(tokens, grids), tokens, grids)
 
-    def last_blocks(self, crops: list[Tensor], n: int) -> list[TokenMap]:
-        """As they are: a ResNet has no final norm."""
-        return [TokenMap(tokens, grids) for _, tokens, grids in list(self._block_outputs(crops, None))[-n:]]
+    def block_maps(self, crops: list[Tensor]) -> Iterator[TokenMap]:
+        return (TokenMap(tokens, grids) for tokens, grids in self._block_outputs(crops, None))
 
-    def stage_maps(self, crops: list[Tensor]) -> list[TokenMap]:
-        last = {stage[-1] for stage in self.stages}
-        return [TokenMap(tokens, grids) for block, tokens, grids in self._block_outputs(crops, None) if block in last]
-
-    def _block_outputs(
-        self, crops: list[Tensor], drop_keys: Tensor | None
-    ) -> Iterator[tuple[nn.Module, Tensor, list[Grid]]]:
-        """Each block with what it gives: pixels [N, C], grids."""
+    def _block_outputs(self, crops: list[Tensor], drop_keys: Tensor | None) -> Iterator[tuple[Tensor, list[Grid]]]:
+        """After each block: pixels [N, C], grids."""
         grids = [(x.shape[0], x.shape[-2], x.shape[-1]) for x in crops]
         pixels = torch.cat([x.to(self.conv1.weight.dtype).permute(0, 2, 3, 1).flatten(0, 2) for x in crops])
         tokens = self.bn1(self.conv1(pixels, grids), grids := strided(grids, 2)).relu_()
@@ -88,7 +82,7 @@ class ResNet(Trunk):
             if scales is not None and self.drop_rates[i] > 0:
                 keep = scales[i, 0].index_select(0, crop_of_token(tuple(after), tokens.device)).unsqueeze(-1)  # [N, 1]
             tokens, grids = self.run_block(block, tokens, grids, keep), after
-            yield block, tokens, grids
+            yield tokens, grids
 
 
 class Bottleneck(nn.Module):

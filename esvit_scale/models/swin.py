@@ -7,6 +7,7 @@ attention call. The numbers are those of one pass per resolution; a ZeRO-3 engin
 Parameter names are the official ones, so checkpoints map by name.
 """
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -100,22 +101,9 @@ class Swin(Trunk):
         regions = from_slots(self.norm(tokens), storage_plan(grids, window, tokens.device))  # [ΣB·T, C]
         return Features(crop_means(regions, grids), regions, list(grids))
 
-    def last_blocks(self, crops: list[Tensor], n: int) -> list[TokenMap]:
-        maps = []
-        for i, (tokens, grids, window) in enumerate(self._block_outputs(crops, None)):
-            if i < sum(self.depths) - n:
-                continue
-            if i >= sum(self.depths[:-1]):
-                tokens = self.norm(tokens)
-            maps.append(TokenMap(from_slots(tokens, storage_plan(grids, window, tokens.device)), list(grids)))
-        return maps
-
-    def stage_maps(self, crops: list[Tensor]) -> list[TokenMap]:
-        maps, ends = [], {sum(self.depths[: s + 1]) - 1 for s in range(len(self.depths))}
-        for i, (tokens, grids, window) in enumerate(self._block_outputs(crops, None)):
-            if i in ends:
-                maps.append(TokenMap(from_slots(tokens, storage_plan(grids, window, tokens.device)), list(grids)))
-        return maps
+    def block_maps(self, crops: list[Tensor]) -> Iterator[TokenMap]:
+        for tokens, grids, window in self._block_outputs(crops, None):
+            yield TokenMap(from_slots(tokens, storage_plan(grids, window, tokens.device)), list(grids))
 
     def _block_outputs(self, crops: list[Tensor], drop_keys: Tensor | None) -> Any:
         """After each block: (tokens [N, C] in the stage's order, grids, window)."""

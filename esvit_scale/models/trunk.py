@@ -1,6 +1,7 @@
 """What every trunk is: crops of any sizes in, one list of features out. The objective never asks which trunk it is."""
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -34,11 +35,13 @@ class Trunk(nn.Module):
         depths: blocks per stage.
         channels, reductions: of every stage's map, its width and the pixels a cell covers; empty: no pyramid.
         has_regions: whether `Features.regions` has any rows.
+        norm: the final norm, of tokens [n, C]; an identity where there is none.
         run_block: how a block is called: parallel.activation_checkpointing puts a checkpointing call here. The first
             argument after the block is the tensor (or the tuple of tensors) to keep.
     """
 
     dim: int
+    norm: nn.Module
     depths: tuple[int, ...]
     channels: tuple[int, ...] = ()
     reductions: tuple[int, ...] = ()
@@ -66,13 +69,24 @@ class Trunk(nn.Module):
         """
         raise NotImplementedError
 
+    def block_maps(self, crops: list[Tensor]) -> Iterator[TokenMap]:
+        """The token map of every block, in order, before the final norm."""
+        raise NotImplementedError
+
     def last_blocks(self, crops: list[Tensor], n: int) -> list[TokenMap]:
         """Token maps of the last n blocks, in order; those of the last stage after the final norm."""
-        raise NotImplementedError
+        last_stage = sum(self.depths[:-1])
+        maps = deque(enumerate(self.block_maps(crops)), maxlen=n)
+        return [self._normed(found) if i >= last_stage else found for i, found in maps]
 
     def stage_maps(self, crops: list[Tensor]) -> list[TokenMap]:
         """The token map of every stage's last block, before the final norm: what a feature pyramid is made of."""
-        raise NotImplementedError
+        ends = {sum(self.depths[: s + 1]) - 1 for s in range(len(self.depths))}
+        return [found for i, found in enumerate(self.block_maps(crops)) if i in ends]
+
+    def _normed(self, found: TokenMap) -> TokenMap:
+        view = None if found.view is None else self.norm(found.view)
+        return TokenMap(self.norm(found.tokens), found.grids, view)
 
 
 def call(block: nn.Module, *args: Any) -> Any:

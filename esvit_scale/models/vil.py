@@ -105,15 +105,9 @@ class ViL(Trunk):
         regions = self.norm(tokens)
         return Features(crop_means(regions, grids), regions, grids)
 
-    def last_blocks(self, crops: list[Tensor], n: int) -> list[TokenMap]:
+    def block_maps(self, crops: list[Tensor]) -> Iterator[TokenMap]:
         """What stands for a crop in stages 1 to 3 is its global token."""
-        maps = [_token_map(*output) for output in self._block_outputs(crops, None)]
-        last = len(maps) - self.depths[-1]
-        return [m._replace(tokens=self.norm(m.tokens)) if i >= last else m for i, m in enumerate(maps)][-n:]
-
-    def stage_maps(self, crops: list[Tensor]) -> list[TokenMap]:
-        ends = {sum(self.depths[: s + 1]) - 1 for s in range(len(self.depths))}
-        return [_token_map(*output) for i, output in enumerate(self._block_outputs(crops, None)) if i in ends]
+        return (_token_map(*output) for output in self._block_outputs(crops, None))
 
     def _block_outputs(self, crops: list[Tensor], drop_keys: Tensor | None) -> Iterator[tuple[Tensor, list[Grid], int]]:
         """After each block: tokens [N, C], of each crop the g global ones first; grids; g."""

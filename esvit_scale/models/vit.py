@@ -76,14 +76,9 @@ class ViT(Trunk):
         regions, _, view = self._token_map(self.norm(tokens), grids)
         return Features(cast(Tensor, view), regions, grids)
 
-    def last_blocks(self, crops: list[Tensor], n: int) -> list[TokenMap]:
-        """All after the final norm: there is one stage."""
-        outputs = list(self._block_outputs(crops, None))[-n:]
-        return [self._token_map(self.norm(tokens), grids) for tokens, grids in outputs]
-
-    def stage_maps(self, crops: list[Tensor]) -> list[TokenMap]:
-        *_, (tokens, grids) = self._block_outputs(crops, None)
-        return [self._token_map(tokens, grids)]
+    def block_maps(self, crops: list[Tensor]) -> Iterator[TokenMap]:
+        """The class token stands for the crop."""
+        return (self._token_map(*output) for output in self._block_outputs(crops, None))
 
     def position(self, h: int, w: int, device: torch.device) -> Tensor:
         """[1 + h·w, C] of the class token and of a map's patches, fp32 or wider."""
