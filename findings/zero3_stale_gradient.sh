@@ -61,5 +61,5 @@ for stage in 1 2 3; do
   echo "ZeRO $stage: the unused layer moves by ${moved[stage]}"
 done
 still="0.000000 0.000000 0.000000"
-[ "${moved[1]}" = "$still" ] && [ "${moved[2]}" = "$still" ] || { echo "ZeRO 1 or 2 has changed"; exit 1; }
+if [ "${moved[1]}" != "$still" ] || [ "${moved[2]}" != "$still" ]; then echo "ZeRO 1 or 2 has changed"; exit 1; fi
 [ "${moved[3]}" != "$still" ] || { echo "ZeRO 3 leaves the layer alone now: the behaviour has changed"; exit 1; }
