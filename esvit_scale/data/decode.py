@@ -2,12 +2,16 @@
 
 import io
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image, ImageFile
 
-MIN_SIDE = 4  # pixels; a smaller picture holds nothing to crop
-MAX_PIXELS = 178_956_970  # a larger picture is taken for a decompression bomb (Pillow's own hard limit)
+from esvit_scale.data import raster
+from esvit_scale.data.bad_image import MAX_PIXELS, MIN_SIDE, BadImage, check_size, one_line
+
+__all__ = ["EXTENSIONS", "MAX_PIXELS", "MIN_SIDE", "BadImage", "check_size", "decode"]
+
 EXTENSIONS = frozenset(
     [
         "jpg",
@@ -31,6 +35,12 @@ EXTENSIONS = frozenset(
     ]
 )
 
+SCAN = 0xDA  # the JPEG marker that begins a scan
+PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}  # JPEG frame markers
+MAX_SCANS = 200  # of a progressive JPEG; each costs a pass over all pixels, so that small files could take hours
+TIFF_BITS, TIFF_COMPRESSION, TIFF_PHOTOMETRIC, TIFF_PLANAR = 258, 259, 262, 284  # tags
+WHITE_IS_ZERO, NO_COMPRESSION, PLANES = 0, 1, 2  # values of the last three: a negative; none; bands one after the other
+
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of files: `decode` raises what matters, sizes included
 
@@ -45,19 +55,21 @@ _UPRIGHT = {  # EXIF orientation → the transposition that undoes it
 }
 
 
-class BadImage(Exception):
-    """The bytes are no usable picture; the message is a short reason on one line."""
-
-
 def decode(data: bytes) -> Image.Image:
-    """The picture in `data` as an RGB image, EXIF orientation undone, first frame.
+    """Return the picture in `data` as an upright RGB image: EXIF orientation undone, first frame.
 
-    Palette, CMYK and other colour modes are converted, 16-bit grey is scaled (not clipped) to 8 bits, and transparent
-    pixels are laid over white, since the colour stored under transparency is often arbitrary.
+    Palette, CMYK and other colour modes are converted, 12- and 16-bit grey is scaled (not clipped) to 8 bits, and
+    transparent pixels are laid over white, since the colour stored under transparency is often arbitrary.
+
+    What this function accepts is what training can use: `picture.open_picture` decodes the same files to the same
+    pixels, so `shards create` and `shards verify` need no other check.
 
     Raises:
-        BadImage: empty, not an image, truncated or corrupt, shorter side < 4 px, or more than MAX_PIXELS pixels.
+        BadImage: empty, not an image, truncated or corrupt, shorter side < 4 px, more than MAX_PIXELS pixels, or a JPEG
+            of more than MAX_SCANS scans.
     """
+    if data.startswith(raster.TIFF) and (pixels := _tiff_beyond_pillow(data)) is not None:
+        return pixels
     image = open_header(data)
     check_size(*image.size)
     pixels = load(image)
@@ -65,10 +77,36 @@ def decode(data: bytes) -> Image.Image:
     return pixels if orientation == 1 else pixels.transpose(_UPRIGHT[orientation])
 
 
+def _tiff_beyond_pillow(data: bytes) -> Image.Image | None:
+    """Return the RGB picture of a TIFF that Pillow does not know (two bands or more than four, big-endian 16-bit
+    negatives) or decodes wrongly: of uncompressed planes of 16 bits it reads half of each. None: it is Pillow's.
+
+    Raises:
+        BadImage: of another number of channels than 1 or 3, or as `raster.read`.
+    """
+    try:
+        image = Image.open(io.BytesIO(data))
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        planes = tags.get(TIFF_PLANAR) == PLANES and tags.get(TIFF_COMPRESSION, NO_COMPRESSION) == NO_COMPRESSION
+        if not planes or max(tags.get(TIFF_BITS, (1,))) <= 8:
+            return None
+    except Image.UnidentifiedImageError:
+        pass
+    except Exception:
+        return None
+    pixels = raster.read(data, 3)
+    if pixels.shape[2] not in (1, 3):
+        bits = 8 * pixels.itemsize
+        raise BadImage(f"{pixels.shape[2]} channels of {bits} bits, where 3 of 8 are expected")
+    eight = pixels if pixels.dtype == np.uint8 else ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    return Image.fromarray(np.broadcast_to(eight, (*eight.shape[:2], 3)).copy())
+
+
 def open_header(data: bytes) -> Image.Image:
-    """The file opened, no pixel decoded. Raises BadImage."""
+    """Open an image file without decoding a pixel. Raises BadImage."""
     if not data:
         raise BadImage("empty file")
+    check_scans(data)
     try:
         return Image.open(io.BytesIO(data))
     except MemoryError:
@@ -78,15 +116,26 @@ def open_header(data: bytes) -> Image.Image:
     except Image.DecompressionBombError:
         raise BadImage(f"more than {MAX_PIXELS} pixels (decompression bomb?)") from None
     except Exception as error:  # decoders raise almost anything on corrupt input
-        raise BadImage(_reason(error)) from None
+        raise BadImage(one_line(error)) from None
 
 
-def check_size(width: int, height: int) -> None:
-    """Raises BadImage for pictures too small to crop or too large to decode."""
-    if min(width, height) < MIN_SIDE:
-        raise BadImage(f"{width}x{height} pixels: the shorter side is under {MIN_SIDE}")
-    if width * height > MAX_PIXELS:
-        raise BadImage(f"{width}x{height} pixels: over the limit of {MAX_PIXELS} (decompression bomb?)")
+def check_scans(data: bytes) -> None:
+    """Raise BadImage for a progressive JPEG of more than MAX_SCANS scans; other files pass."""
+    if data[:2] != b"\xff\xd8" or data.count(b"\xff\xda") <= MAX_SCANS:
+        return
+    if PROGRESSIVE & {marker for marker, _ in jpeg_segments(data)}:
+        raise BadImage(f"a JPEG of more than {MAX_SCANS} scans (decompression bomb?)")
+
+
+def jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
+    """Yield (marker, offset of its content) for each segment of a JPEG before its first scan."""
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != SCAN:
+        if data[at + 1] == 0xFF:  # padding
+            at += 1
+            continue
+        yield data[at + 1], at + 4
+        at += 2 + max(int.from_bytes(data[at + 2 : at + 4], "big"), 2)
 
 
 def load(image: Image.Image) -> Image.Image:
@@ -97,7 +146,7 @@ def load(image: Image.Image) -> Image.Image:
     except (MemoryError, BadImage):
         raise
     except Exception as error:
-        raise BadImage(_reason(error)) from None
+        raise BadImage(one_line(error)) from None
 
 
 def exif_orientation(image: Image.Image) -> int:
@@ -115,7 +164,7 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise BadImage("32-bit float pixels have no agreed range")
     if image.mode == "I" or image.mode.startswith("I;16"):
-        return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
+        return Image.fromarray(_eight_bits(image)).convert("RGB")
     if image.has_transparency_data:
         if image.mode == "La":
             image = image.convert("LA")
@@ -124,13 +173,19 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _eight_bits(grey: "np.ndarray") -> "np.ndarray":
-    """16-bit grey [H, W] → uint8. Pillow holds it as 16- or 32-bit integers, by format."""
-    grey = grey.astype(np.int64)
+def _eight_bits(image: Image.Image) -> "np.ndarray":
+    """Scale 16-bit grey to uint8 [H, W], black as 0.
+
+    Pillow holds such pixels as 16- or 32-bit integers, depending on the format. Of TIFF it hands out what is stored:
+    12-bit values unscaled, and photometric WhiteIsZero not inverted (of fewer bits it inverts them).
+    """
+    grey = np.asarray(image).astype(np.int64)
     if grey.min() < 0 or grey.max() > 0xFFFF:
         raise BadImage("32-bit integer pixels have no agreed range")
-    return ((grey + 128) // 257).astype(np.uint8)
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    largest = 0xFFFF
+    if image.format == "TIFF" and image.mode.startswith("I;16"):
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        largest = (1 << max(int(tags.get(TIFF_BITS, (16,))[0]), 8)) - 1
+        if tags.get(TIFF_PHOTOMETRIC) == WHITE_IS_ZERO:
+            grey = largest - grey
+    return ((grey * 255 + largest // 2) // largest).clip(0, 255).astype(np.uint8)

@@ -1,13 +1,22 @@
 """An image file whose size is known before its pixels are: so that crops can be placed first, and a JPEG decoded no
 larger than they need (libjpeg scales by ½, ¼ or ⅛ inside the inverse DCT)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from esvit_scale.data.decode import BadImage, check_size, decode, exif_orientation, load, open_header
+from esvit_scale.data.decode import (
+    BadImage,
+    check_scans,
+    check_size,
+    decode,
+    exif_orientation,
+    jpeg_segments,
+    load,
+    open_header,
+)
 
 try:
     import simplejpeg
@@ -16,8 +25,7 @@ except ImportError:  # no wheel for this platform: Pillow gives the same pixels,
 
 Pixels = NDArray[np.uint8]  # [H, W, 3]
 
-SCAN, EXIF, PROGRESSIVE = 0xDA, 0xE1, {0xC2, 0xC6, 0xCA, 0xCE}  # JPEG markers; Exif data is in an APP1 segment
-MAX_SCANS = 200  # of a progressive JPEG; each costs a pass over all pixels, so that small files could take hours
+EXIF = 0xE1  # the JPEG marker APP1, whose segment holds Exif data
 _UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {  # EXIF orientation → what undoes it
     1: lambda x: x,
     2: lambda x: x[:, ::-1],
@@ -57,26 +65,14 @@ def open_picture(data: bytes) -> Picture:
     if data[:2] == b"\xff\xd8" and (header := _jpeg_header(data)) is not None:
         width, height = header
         check_size(width, height)
-        segments = dict(_segments(data))
-        if segments.keys() & PROGRESSIVE and data.count(b"\xff\xda") > MAX_SCANS:
-            raise BadImage(f"a JPEG of more than {MAX_SCANS} scans (decompression bomb?)")
+        check_scans(data)
+        segments = {marker for marker, _ in jpeg_segments(data)}
         orientation = exif_orientation(open_header(data)) if EXIF in segments else 1
         if orientation > 4:
             width, height = height, width
         return Picture(width, height, partial(_jpeg_pixels, data, orientation))
     pixels = np.array(decode(data))
     return Picture(pixels.shape[1], pixels.shape[0], lambda reduction: (pixels, 1))
-
-
-def _segments(data: bytes) -> Iterator[tuple[int, int]]:
-    """(marker, place of its content) of a JPEG's segments before the first scan."""
-    at = 2
-    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != SCAN:
-        if data[at + 1] == 0xFF:  # padding
-            at += 1
-            continue
-        yield data[at + 1], at + 4
-        at += 2 + max(int.from_bytes(data[at + 2 : at + 4], "big"), 2)
 
 
 def _jpeg_header(data: bytes) -> tuple[int, int] | None:
@@ -92,13 +88,23 @@ def _jpeg_header(data: bytes) -> tuple[int, int] | None:
 
 
 def _jpeg_pixels(data: bytes, orientation: int, reduction: int) -> tuple[Pixels, int]:
-    upright = _UPRIGHT[orientation](_turbo(data, reduction))
-    return np.ascontiguousarray(upright), reduction
+    """Return the upright pixels and their reduction: 1 where the file decodes at its full size only, as lossless JPEGs
+    (ITU-T T.81 process 14) do, which have no DCT that could be scaled."""
+    try:
+        pixels = _turbo(data, reduction)
+    except BadImage:
+        if reduction == 1:
+            raise
+        pixels, reduction = _turbo(data, 1), 1
+    return np.ascontiguousarray(_UPRIGHT[orientation](pixels)), reduction
 
 
 def _turbo(data: bytes, reduction: int) -> Pixels:
-    """What libjpeg-turbo only warns of (junk before a marker) is Pillow's to judge: it tells truncated files from
-    harmless ones."""
+    """Decode a JPEG at 1/`reduction` of its size, as stored [H, W, 3].
+
+    What libjpeg-turbo only warns of (junk before a marker) is Pillow's to judge: it tells truncated files from harmless
+    ones. Raises BadImage.
+    """
     if simplejpeg is not None:
         height, width, _, _ = simplejpeg.decode_jpeg_header(data)
         try:

@@ -47,6 +47,55 @@ def test_16_bit_grey_is_scaled_not_clipped(kind: str) -> None:
     assert (decoded[..., 0] == decoded[..., 2]).all()
 
 
+@pytest.mark.parametrize(("bits", "photometric"), [(8, 0), (8, 1), (12, 1), (16, 0), (16, 1)])
+def test_tiff_grey_is_black_where_its_photometric_says_black(bits: int, photometric: int) -> None:
+    """Photometric 0 is WhiteIsZero: the stored 0 is white."""
+    values = np.linspace(0, 2**bits - 1, 64 * 8).round().astype(int).reshape(8, 64)
+    if bits == 12:
+        stored = b"".join(bytes([a >> 4, (a & 15) << 4 | b >> 8, b & 255]) for a, b in values.reshape(-1, 2).tolist())
+    else:
+        stored = b"".join(v.to_bytes(bits // 8, "little") for v in values.ravel().tolist())
+    entries = [
+        (256, 64),
+        (257, 8),
+        (258, bits),
+        (259, 1),
+        (262, photometric),
+        (273, 8),
+        (277, 1),
+        (278, 8),
+        (279, len(stored)),
+    ]
+    ifd = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
+    data = struct.pack("<2sHI", b"II", 42, 8 + len(stored)) + stored + ifd + bytes(4)
+    grey = np.linspace(0, 255, 64 * 8).reshape(8, 64)
+    expected = 255 - grey if photometric == 0 else grey
+    assert np.abs(pixels(decode(data))[..., 0] - expected).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["planar 16-bit RGB", "big-endian negative"])
+def test_tiff_that_pillow_cannot_read_or_reads_wrongly(kind: str) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    values = np.random.default_rng(0).integers(0, 65536, (3, 16, 20), np.uint16)
+    out = io.BytesIO()
+    if kind == "planar 16-bit RGB":
+        tifffile.imwrite(out, values, photometric="rgb", planarconfig="separate")
+        expected = values.transpose(1, 2, 0)
+    else:
+        tifffile.imwrite(out, values[0].astype(">u2"), photometric="miniswhite", byteorder=">")
+        expected = 65535 - values[0][:, :, None]
+    assert np.abs(pixels(decode(out.getvalue())) - expected / 257).max() <= 0.5
+
+
+@pytest.mark.parametrize("bands", [2, 5, 13])
+def test_bands_are_not_taken_for_a_colour_picture(bands: int) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    out = io.BytesIO()
+    tifffile.imwrite(out, np.zeros((16, 20, bands), np.uint16), photometric="minisblack", planarconfig="contig")
+    with pytest.raises(BadImage, match=f"{bands} channels of 16 bits"):
+        decode(out.getvalue())
+
+
 def png_of(header: bytes, rows: bytes) -> bytes:
     chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
     body = (struct.pack(">I", len(c)) + name + c + struct.pack(">I", zlib.crc32(name + c)) for name, c in chunks)

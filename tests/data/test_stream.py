@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.transforms import v2
 
 from esvit_scale.data import manifest as manifests
@@ -20,7 +21,7 @@ from esvit_scale.data import photometric, reader
 from esvit_scale.data.manifest import Manifest
 from esvit_scale.data.order import Order
 from esvit_scale.data.shard_writer import Sample, create, write_samples
-from esvit_scale.data.stream import Batch, batches, evaluation_batches, steps_per_epoch
+from esvit_scale.data.stream import Batch, batches, centre_crop, evaluation_batches, steps_per_epoch
 from esvit_scale.errors import RestartCanHelp, UserError
 from tests.data.conftest import config_with, encoded, picture
 
@@ -331,6 +332,32 @@ def test_evaluation_is_torchvisions_resize_and_centre_crop(tmp_path: Path, width
         ]
     )
     torch.testing.assert_close(collect(tmp_path)[0][0], torch.Tensor(transform(image)), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("width", "height"), [(65000, 8), (8, 65000), (4, 30000), (20000, 20), (1200, 30)])
+def test_a_long_picture_costs_its_output(monkeypatch: pytest.MonkeyPatch, width: int, height: int) -> None:
+    """Resized as a whole it would take up to 2.1 million x 256 pixels."""
+    made: list[int] = []
+    resize = Image.Image.resize
+
+    def counted(self: Image.Image, size: tuple[int, int], *args: Any, **options: Any) -> Image.Image:
+        made.append(size[0] * size[1])
+        return resize(self, size, *args, **options)
+
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    monkeypatch.setattr(Image.Image, "resize", counted)
+    found = centre_crop(Image.fromarray(noise), 224).transpose(1, 2, 0)
+    assert max(made) == 224 * 224
+    # the same from the middle of it alone, which is small enough to be resized as a whole
+    short, middle = min(width, height), max(width, height) // 2
+    part = (
+        noise[:, middle - 4 * short : middle + 4 * short]
+        if width > height
+        else noise[middle - 4 * short :][: 8 * short]
+    )
+    long = Image.fromarray(part).resize((2048, 256) if width > height else (256, 2048), Image.Resampling.BICUBIC)
+    expected = np.asarray(long)[16:240, 912:1136] if width > height else np.asarray(long)[912:1136, 16:240]
+    assert np.abs(found.astype(int) - expected).mean() < 0.5
 
 
 def test_evaluation_leaves_bad_images_out_and_counts_them(image_folder: Path, caplog: pytest.LogCaptureFixture) -> None:

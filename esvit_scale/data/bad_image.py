@@ -1,0 +1,21 @@
+"""What makes an image file unusable, whichever library decodes it."""
+
+MIN_SIDE = 4  # pixels; a smaller picture holds nothing to crop
+MAX_PIXELS = 178_956_970  # a larger picture is taken for a decompression bomb (Pillow's own hard limit)
+
+
+class BadImage(Exception):
+    """The bytes are no usable picture; the message is a short reason on one line."""
+
+
+def check_size(width: int, height: int) -> None:
+    """Raise BadImage for a picture too small to crop or too large to decode."""
+    if min(width, height) < MIN_SIDE:
+        raise BadImage(f"{width}x{height} pixels: the shorter side is under {MIN_SIDE}")
+    if width * height > MAX_PIXELS:
+        raise BadImage(f"{width}x{height} pixels: over the limit of {MAX_PIXELS} (decompression bomb?)")
+
+
+def one_line(error: Exception) -> str:
+    """Return a decoder's message as a reason: one line of at most 200 characters."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
