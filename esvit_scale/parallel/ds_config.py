@@ -1,47 +1,63 @@
 """The DeepSpeed JSON with its "auto" holes filled from the run config, or one error that lists every disagreement."""
 
 import json
-from pathlib import Path
+import logging
 from typing import Any
 
 from esvit_scale.config import Config, nearest_multiple
 from esvit_scale.errors import UserError
+from esvit_scale.parallel import collectives, ds_keys
 from esvit_scale.resources import ds_config_path
 
-# Sections of a DeepSpeed config that something else in this project owns, and who.
+log = logging.getLogger("esvit_scale")
+
+# Keys of a DeepSpeed config that something else in this project owns, and who.
 _OWNED_ELSEWHERE = {
     "optimizer": "the run config's optim section",
     "scheduler": "the run config's optim section",
     "amp": "train.precision (this DeepSpeed has no apex amp any more: use bf16)",
+    "bfloat16": 'train.precision; the section is named "bf16"',
+    "data_types.param_dtype": "train.precision",
     "activation_checkpointing": "train.activation_checkpointing",
 }
+# What DeepSpeed must do whatever the run config says: look for NaN itself (the second look after parallel/gradients.py),
+# average gradients over ranks and micro-batches, and keep masters and moments in fp32.
+_FIXED = {
+    "bf16.check_grad_overflow": True,
+    "bf16.bf16_master_weights_and_grads": False,
+    "bf16.bf16_optimizer_states": False,
+    "fp16.fp16_master_weights_and_grads": False,
+    "zero_optimization.compute_grad_norm": True,
+    "gradient_allreduce_op": "mean",
+    "managed_gradient_accumulation": True,
+}
+_DTYPES = {"bfloat16": "bf16", "torch.bfloat16": "bf16", "float16": "fp16", "torch.float16": "fp16", "half": "fp16"}
+_DTYPES |= {"float32": "fp32", "torch.float32": "fp32", "float": "fp32"}
 
 
 def fill(config: Config, world_size: int) -> dict[str, Any]:
-    """The DeepSpeed config of a run.
+    """Return the DeepSpeed config of a run: its file with the numbers that the run config owns.
 
     Raises:
-        UserError: the file is missing or not JSON, a batch that does not divide over the ranks, or numbers that
-            contradict the run config: every mismatch in one message.
+        UserError: the file is missing, not JSON, or has keys or types that DeepSpeed does not know; a batch that does
+            not divide over the ranks; values that contradict the run config. Every mismatch is in one message.
     """
     path = ds_config_path(config.train.ds_config)
-    values = _read(path)
-    problems = [
-        f"{key}: owned by {owner}; remove it from this file" for key, owner in _OWNED_ELSEWHERE.items() if key in values
+    values = ds_keys.read(path)
+    problems = ds_keys.problems(values)
+    problems += [
+        f"{key}: owned by {owner}; remove it from this file"
+        for key, owner in _OWNED_ELSEWHERE.items()
+        if _given(values, key) is not None
     ]
     problems += _batch_problems(config, world_size)
-    stage = values.setdefault("zero_optimization", {}).setdefault("stage", 0)
-    if stage == 0 and config.train.precision in ("bf16", "fp16"):
-        problems.append(
-            "train.precision: ZeRO stage 0 is offered in fp32 and autocast only (in bf16 its optimizer takes one step at "
-            "start-up); use train.ds_config=zero1, also on one process, or train.precision=fp32"
-        )
-    if stage == 3 and config.train.compile:
-        problems.append(
-            "train.compile: not at ZeRO 3, whose gathers run inside the blocks; use ZeRO 0–2, or set it to false"
-        )
     if not problems:
-        problems = _fill_holes(values, _owned_numbers(config, world_size, stage))
+        stage = int(values.setdefault("zero_optimization", {}).setdefault("stage", 0))
+        problems = _stage_problems(config, stage)
+        accumulation, stage = _accumulation(config, stage, values)
+        values["zero_optimization"]["stage"] = stage
+        owned = {**_owned_numbers(config, world_size, stage), "data_types.grad_accum_dtype": accumulation, **_FIXED}
+        problems += _fill_holes(values, owned)
     if problems:
         raise UserError("\n".join(f"{path.name}: {problem}" for problem in problems))
     # Verified to be needed for equal numbers: the memory-efficient linear replaces F.linear process-wide, and
@@ -59,14 +75,31 @@ def zero_stage(values: dict[str, Any]) -> int:
     return int(values["zero_optimization"]["stage"])
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: must hold a JSON object")
-    return values
+def _dtype(value: Any) -> Any:
+    """Return the short name of a dtype in any spelling that DeepSpeed takes, anything else as it is."""
+    return _DTYPES.get(value.lower(), value.lower()) if isinstance(value, str) else value
+
+
+def _given(values: dict[str, Any], key: str) -> Any:
+    """Return the value of a dotted key, None where there is none."""
+    node: Any = values
+    for name in key.split("."):
+        node = node.get(name) if isinstance(node, dict) else None
+    return node
+
+
+def _stage_problems(config: Config, stage: int) -> list[str]:
+    problems = []
+    if stage == 0 and config.train.precision in ("bf16", "fp16"):
+        problems.append(
+            "train.precision: ZeRO stage 0 is offered in fp32 and autocast only (in bf16 its optimizer takes one step at "
+            "start-up); use train.ds_config=zero1, also on one process, or train.precision=fp32"
+        )
+    if stage == 3 and config.train.compile:
+        problems.append(
+            "train.compile: not at ZeRO 3, whose gathers run inside the blocks; use ZeRO 0–2, or set it to false"
+        )
+    return problems
 
 
 def _batch_problems(config: Config, world_size: int) -> list[str]:
@@ -79,10 +112,39 @@ def _batch_problems(config: Config, world_size: int) -> list[str]:
     return []
 
 
+def accumulates_in_fp32(config: Config) -> bool:
+    """Return whether gradients of bf16 or fp16 are added up in fp32: where there are several micro-batches to add."""
+    return config.train.precision in ("bf16", "fp16") and config.train.grad_accum > 1
+
+
+def _accumulation(config: Config, stage: int, values: dict[str, Any]) -> tuple[str, int]:
+    """Return the dtype in which gradients are added up and the ZeRO stage to run.
+
+    With bf16 gradients that are added up in fp32, DeepSpeed's stage 1 is another optimizer (BF16_Optimizer, whose parts
+    have other names); its stage 2 does the same arithmetic in what is tested here.
+    """
+    precision = config.train.precision
+    if precision in ("fp32", "autocast"):
+        return "fp32", stage
+    if not accumulates_in_fp32(config) and _dtype(_given(values, "data_types.grad_accum_dtype")) != "fp32":
+        return precision, stage
+    if precision == "fp16" or stage != 1:
+        return "fp32", stage
+    if collectives.rank() == 0:
+        log.warning("ZeRO 1 runs as ZeRO 2, where DeepSpeed adds up bf16 gradients in fp32")
+    return "fp32", 2
+
+
 def _owned_numbers(config: Config, world_size: int, stage: int) -> dict[str, Any]:
     batch, accum = config.train.global_batch, config.train.grad_accum
     # The per-tensor clip, and stage 0's, are done by parallel/gradients.py; DeepSpeed's own is the global norm.
     by_deepspeed = config.optim.clip is not None and config.optim.clip_by == "global" and stage > 0
+    autocast = {
+        # Left out, DeepSpeed enters torch.autocast with no dtype, which is fp16 on a GPU, without loss scaling.
+        "torch_autocast.dtype": "bf16",
+        # Left out, the gradients of linear layers and convolutions are averaged over ranks in bf16.
+        "torch_autocast.lower_precision_safe_modules": [],
+    }
     return {
         "train_batch_size": batch,
         "train_micro_batch_size_per_gpu": batch // world_size // accum,
@@ -91,17 +153,20 @@ def _owned_numbers(config: Config, world_size: int, stage: int) -> dict[str, Any
         "bf16.enabled": config.train.precision == "bf16",
         "fp16.enabled": config.train.precision == "fp16",
         "torch_autocast.enabled": config.train.precision == "autocast",
+        **(autocast if config.train.precision == "autocast" else {}),
     }
 
 
 def _fill_holes(values: dict[str, Any], owned: dict[str, Any]) -> list[str]:
+    """Write the owned values in place; return a line for every key that the file gives another value."""
     problems = []
     for key, number in owned.items():
         *sections, leaf = key.split(".")
         node = values
         for section in sections:
             node = node.setdefault(section, {})
-        if node.get(leaf, "auto") not in ("auto", number):
-            problems.append(f'{key}: {node[leaf]}, but the run config says {number}; write "auto"')
+        if _dtype(node.get(leaf, "auto")) not in ("auto", number):
+            says = "must be" if key in _FIXED else "but the run config says"
+            problems.append(f'{key}: {json.dumps(node[leaf])}, {says} {json.dumps(number)}; write "auto"')
         node[leaf] = number
     return problems

@@ -65,7 +65,17 @@ def build(config: Config, recipe: Recipe, world: World) -> Engines:
     if isinstance(optimizer, optimizers.LayerWise):
         optimizer.own(owned, names)
     watched = recipe.watched(module)
-    gate = GradientGate(optimizer, owned, names, watched, stage, config.optim.clip, config.optim.clip_by, world.device)
+    gate = GradientGate(
+        optimizer,
+        owned,
+        names,
+        watched,
+        stage,
+        config.optim.clip,
+        config.optim.clip_by,
+        world.device,
+        lambda: partitions.waiting_gradients(student),
+    )
     teacher = Teacher(student, owned, recipe.build, _teacher_config(ds))
     if config.train.compile:
         for network in (student.module, teacher.network):
@@ -84,7 +94,8 @@ def set_rates(engines: Engines, lr: float, weight_decay: float) -> None:
 
 
 def take_step(engines: Engines) -> bool:
-    """`engine.step()`; True when the optimizer really moved (at an accumulation boundary, all gradients finite)."""
+    """Call `engine.step()`; return True when the optimizer moved: at an accumulation boundary, with the loss and all
+    gradients finite on every rank."""
     engines.student.step()
     return bool(engines.student.was_step_applied()) and engines.gate.take_finite()
 

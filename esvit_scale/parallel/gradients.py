@@ -2,9 +2,15 @@
 
 A public hook on the base optimizer (`register_step_pre_hook`) is the one place where this is exact at every ZeRO stage:
 lr = 0 would still move the moments and decay, and `requires_grad` toggles confuse ZeRO's buckets.
+
+Whether a step happens is decided here, in the hook's first call of a step, from the loss and the gradients of *all*
+parameter groups: ZeRO 1–3 step one group after the other, and a later group's NaN must not find the first one moved.
+DeepSpeed's own checks, which depend on its version, the stage, the precision and switches, come before and may refuse a
+step too (with fp16 they drive the loss scale); nothing here relies on them.
 """
 
 from collections import defaultdict
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
@@ -33,13 +39,16 @@ class GradientGate:
         clip: float | None,
         clip_by: Literal["tensor", "global"],
         device: torch.device,
+        waiting: Callable[[], Iterable[Tensor]],
     ) -> None:
         """
         Args:
             names: of all trainable parameters.
             watched: those of them whose updates `watch` measures.
             device: where ranks exchange numbers (with offloading, gradients may lie elsewhere).
+            waiting: this rank's reduced gradients that ZeRO has not handed to the optimizer yet.
         """
+        self.loss: Tensor | None = None  # this rank's, of the step under way; a step with a loss of NaN is refused too
         self.watch = False
         self.watched = watched
         self._watched = {name: i for i, name in enumerate(watched)}
@@ -53,6 +62,7 @@ class GradientGate:
             self._by_flat[id(partition.flat)].append(partition)
         self.device = device
         self._zero_stage, self._clip, self._clip_by = zero_stage, clip, clip_by
+        self._waiting = waiting
         self._squares: list[Tensor] = []
         self._finite = True
         self._aside: list[tuple[Tensor, Tensor | None]] = []
@@ -72,20 +82,22 @@ class GradientGate:
         return collectives.all_reduce_sum_(changes) if self._zero_stage > 0 else changes
 
     def take_finite(self) -> bool:
-        """False when stage 0's step was emptied because of a NaN or an infinity (ZeRO 1–3 find it themselves)."""
+        """Return False when a NaN or an infinity, on any rank, emptied the last step; the next one starts anew."""
         finite, self._finite = self._finite, True
         return finite
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         flats = [flat for group in optimizer.param_groups for flat in group["params"]]
         owned = [p for flat in flats if flat.grad is not None for p in self._by_flat[id(flat)]]
-        norms = self._tensor_norms(owned)  # [number of parameters]
-        self._squares.append(norms.square())
-        if self._zero_stage == 0 and not torch.isfinite(self._squares[-1].sum()):
-            self._finite = False
+        first = not self._squares
+        squares, others = self._tensor_squares(owned, first)  # [number of parameters], scalar
+        self._squares.append(squares)
+        if first:
+            self._finite = bool(torch.isfinite(squares.sum() + others))
+        if not self._finite:
             self._set_aside(flats)
             return
-        self._scale(owned, norms)
+        self._scale(owned, squares.sqrt())
         for group in optimizer.param_groups:
             if self.freeze and group["name"] == FREEZABLE:
                 self._set_aside(group["params"])
@@ -108,16 +120,34 @@ class GradientGate:
             self._changes[self._watched[p.name]] += pair.to(self.device)
         self._before = []
 
-    def _tensor_norms(self, owned: list[Partition]) -> Tensor:
-        """Norm of every parameter's gradient [number of parameters]; zero for those not in this call."""
-        squares = torch.zeros(len(self._index), device=self.device)
+    def _tensor_squares(self, owned: list[Partition], first: bool) -> tuple[Tensor, Tensor]:
+        """Return the squared norm of every parameter's gradient [number of parameters], zero for those not in this
+        call, and, in the first call of a step, one number that is not finite when anything else of the step is not:
+        a gradient that waits for a later call, or a rank's loss."""
+        squares = torch.zeros(len(self._index) + 1, device=self.device)
         if owned:
             mine = torch.stack([p.grad.norm() for p in owned if p.grad is not None]).square()
             at = torch.tensor([self._index[p.name] for p in owned], device=self.device)
             squares[at] = mine.float().to(self.device)
+        if first:
+            squares[-1] = self._others()
         if self._zero_stage > 0:
             collectives.all_reduce_sum_(squares)
-        return squares.sqrt()
+        elif first:
+            collectives.all_reduce_sum_(squares[-1:])  # gradients are the same on all ranks, losses are not
+        return squares[:-1], squares[-1]
+
+    def _others(self) -> Tensor:
+        """Return the sum of squared norms of all this rank's gradients, NaN when its loss is not finite."""
+        in_place = (p.grad for partitions in self._by_flat.values() for p in partitions if p.grad is not None)
+        gradients = [*self._waiting(), *in_place]
+        total = torch.zeros((), device=self.device)
+        if gradients:
+            norms = torch._foreach_norm(gradients, 2, torch.float32)  # fp16 norms would overflow
+            total += torch.stack(norms).square().sum().to(self.device)
+        if self.loss is not None:
+            total += torch.where(torch.isfinite(self.loss), 0.0, torch.nan).to(self.device)
+        return total
 
     def _scale(self, owned: list[Partition], norms: Tensor) -> None:
         if self._clip is None or not owned:

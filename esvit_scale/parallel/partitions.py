@@ -6,6 +6,7 @@ group, stage 3 an equal part of each parameter. In all of them a rank's share of
 flattened parameter, and its fp32 values are an interval of a tensor that the base optimizer steps.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -48,6 +49,14 @@ def of_engine(engine: Any) -> list[Partition]:
     if stage == 3:
         return _stage_3(engine.optimizer, named)
     return _stage_1_or_2(engine.optimizer, named)
+
+
+def waiting_gradients(engine: Any) -> Iterator[Tensor]:
+    """Yield this rank's reduced gradients of the parameter groups that ZeRO 1–3 have still to hand to the base
+    optimizer, one group at a time. With an offloaded optimizer, and at stage 0, none wait: they are in place."""
+    if engine.zero_optimization_stage() > 0:
+        for group in engine.optimizer.averaged_gradients.values():
+            yield from () if group is None else group
 
 
 class Frozen(NamedTuple):

@@ -8,6 +8,9 @@ pads them, e = 2 bytes in bf16 and 4 in fp32, W ranks; bytes):
     1, 2       eP           4P/W       8P/W       4P/W      eP         eP/W
     3          eP/W         4P/W       8P/W       4P/W      eP/W       eP/W
 
+Gradients of bf16 and fp16 that several micro-batches add up are kept in fp32, 4P/W at stages 1 to 3 (where stage 1 runs
+as stage 2; parallel/ds_config.py says why).
+
 The moments come with the first step. On top of the state comes the larger of two phases: the backward (gradients,
 activations, loss workspace, the reduction bucket, gathered parameters) and the optimizer's step (the gradient of one
 parameter group flattened, and once more in fp32). benchmarks/plan.py measures the sum.
@@ -23,6 +26,7 @@ from esvit_scale.objective import costs
 from esvit_scale.objective.network import build_network
 from esvit_scale.objective.param_groups import parameter_groups
 from esvit_scale.objective.prototypes import CPU_TILE_BYTES, GPU_TILE_SHARE
+from esvit_scale.parallel.ds_config import accumulates_in_fp32
 
 STAGES = (0, 1, 2, 3)
 BUCKET = 500_000_000  # elements that DeepSpeed reduces at a time (its default), reserved whole at stages 1–3
@@ -128,8 +132,9 @@ def memory(
             backward_phase=max(early, late),
             step_phase=step,
         )
-    flattened = (e if e < 4 else 0) * largest + 4 * largest
-    masters, moments, ema, gradients = 4 * part, 8 * part, 4 * part, e * part
+    added_up = 4 if accumulates_in_fp32(config) else e  # bytes of a gradient until the step
+    flattened = (added_up if added_up < 4 else 0) * largest + 4 * largest
+    masters, moments, ema, gradients = 4 * part, 8 * part, 4 * part, added_up * part
     if stage < 3:
         growing = max(early, late) if on_cpu else early + reserved
         reduction = reserved + gradients + (activations if full_bucket else pixels)

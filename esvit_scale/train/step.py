@@ -39,7 +39,7 @@ class Session:
 
 @dataclass(frozen=True)
 class StepResult:
-    applied: bool  # False: gradients were not finite, nothing moved
+    applied: bool  # False: the loss or a gradient was not finite on some rank, and nothing moved
     logs: dict[str, Tensor]  # scalars on the device, means over this rank's micro-batches; not yet over ranks
     grad_squares: Tensor  # [trainable parameters] squared norms, before the clip
     features: Tensor  # [n, C] the student's view features of the last micro-batch
@@ -79,6 +79,7 @@ def optimizer_step(session: Session, micro_batches: "list[MicroBatch]", step: in
         logs, features = _forward_backward(session, micro, step)
         for name, value in logs.items():
             sums[name] = sums[name] + value if name in sums else value
+        engines.gate.loss = sums["loss"]
         applied = engine_module.take_step(engines)
     if applied:
         engines.teacher.update(schedules.ema_momentum(step))

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from esvit_scale.errors import UserError
-from esvit_scale.parallel import ds_config
+from esvit_scale.parallel import ds_config, ds_keys
 from tests import tiny
 
 
@@ -58,6 +58,123 @@ def test_zero_0_in_bf16_is_refused_with_the_reason(tmp_path: Path) -> None:
 def test_a_batch_that_does_not_divide_over_the_ranks(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"8 does not divide over 3 ranks × train.grad_accum=1; nearest: 9"):
         filled(tmp_path, world_size=3)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (
+            {"zero_optimisation": {"stage": 3}},
+            r"zero_optimisation: DeepSpeed has no such key; did you mean 'zero_optim",
+        ),
+        ({"zero_optimization": {"stage": 3, "ofload_param": {}}}, r"ofload_param: .*; did you mean 'offload_param'"),
+        ({"zero_optimization": {"offload_param": {"devise": "cpu"}}}, r"offload_param\.devise: .* mean 'device'"),
+        ({"torch_autocast": {"dtyp": "bf16"}}, r"torch_autocast\.dtyp: .* mean 'dtype'"),
+        ({"zero_optimization": {"stage": 4}}, r"zero_optimization\.stage: Input should be 0, 1, 2.*got 4"),
+        ({"zero_optimization": 3}, r"zero_optimization: must be an object, got 3"),
+        ({"bf16": True}, r"bf16: must be an object, got true"),
+        ({"bfloat16": {"enabled": True}}, r'bfloat16: owned by train\.precision; the section is named "bf16"'),
+        ({"sparse_gradients": True}, r"sparse_gradients: DeepSpeed has removed it"),
+    ],
+)
+def test_keys_that_deepspeed_does_not_know(tmp_path: Path, content: dict[str, object], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        filled(tmp_path, content)
+
+
+def test_a_key_that_stands_twice(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text('{"zero_optimization": {"stage": 1, "stage": 3}}')
+    with pytest.raises(UserError, match=r"ds\.json: 'stage' stands twice in one object"):
+        filled(tmp_path, train__ds_config=str(path))
+
+
+def test_every_key_that_deepspeed_asks_for_is_known() -> None:
+    asked: set[str] = set()
+
+    class Asked(dict):  # type: ignore[type-arg]
+        def get(self, key: str, default: object = None) -> object:
+            asked.add(key)
+            return super().get(key, default)
+
+        def __contains__(self, key: object) -> bool:
+            asked.add(str(key))
+            return super().__contains__(key)
+
+        def __copy__(self) -> "Asked":
+            return self
+
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    DeepSpeedConfig(Asked(train_batch_size=1))
+    assert len(asked) > 40
+    assert asked - ds_keys.TOP_LEVEL - ds_keys.REMOVED == set()
+
+
+def test_a_documented_config_is_accepted(tmp_path: Path) -> None:
+    """Buckets as the Hugging Face examples have them, DeepSpeed's own older names, monitors."""
+    zero = {"stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": 5e7, "overlap_comm": True}
+    offload = {"device": "cpu", "pin_memory": True, "buffer_count": 4}
+    content = {
+        "zero_optimization": {**zero, "offload_optimizer": offload, "leaf_module": {"classes": ["a.B"]}},
+        "fp16": {"enabled": "auto", "loss_scale": 0, "initial_scale_power": 12, "hysteresis": 2, "min_loss_scale": 1},
+        "comms_logger": {"enabled": True, "prof_ops": []},
+        "tensorboard": {"enabled": False, "output_path": "x"},
+        "flops_profiler": {"enabled": False, "profile_step": 1},
+        "communication_data_type": "fp32",
+        "steps_per_print": 100,
+        "wall_clock_breakdown": False,
+    }
+    values = filled(tmp_path, content)
+    assert values["zero_optimization"]["offload_optimizer"] == offload
+    assert filled(tmp_path, {"zero_optimization": {"stage": 2, "cpu_offload": True}})
+
+
+def test_switches_of_deepspeeds_checks_are_not_the_files(tmp_path: Path) -> None:
+    zero = {"stage": 1, "compute_grad_norm": False}
+    content = {"bf16": {"check_grad_overflow": False}, "zero_optimization": zero, "gradient_allreduce_op": "sum"}
+    with pytest.raises(UserError) as error:
+        filled(tmp_path, content, train__precision="bf16")
+    keys = ("bf16.check_grad_overflow: false", "zero_optimization.compute_grad_norm: false", "gradient_allreduce_op")
+    assert all(key in line for key, line in zip(keys, str(error.value).splitlines(), strict=True))
+    assert "must be true" in str(error.value)
+    values = filled(tmp_path, train__precision="bf16")
+    assert (values["bf16"]["check_grad_overflow"], values["zero_optimization"]["compute_grad_norm"]) == (True, True)
+
+
+def test_autocast_is_bf16_and_averages_in_fp32(tmp_path: Path) -> None:
+    values = filled(tmp_path, train__precision="autocast")
+    assert values["torch_autocast"] == {"enabled": True, "dtype": "bf16", "lower_precision_safe_modules": []}
+    section = {"dtype": "torch.float16", "lower_precision_safe_modules": ["torch.nn.Linear"]}
+    with pytest.raises(UserError, match=r'dtype: "torch.float16", but the run config says "bf16"'):
+        filled(tmp_path, {"torch_autocast": section}, train__precision="autocast")
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "accum", "runs", "dtype"),
+    [
+        (1, "bf16", 1, 1, "bf16"),
+        (1, "bf16", 2, 2, "fp32"),
+        (2, "bf16", 2, 2, "fp32"),
+        (3, "bf16", 2, 3, "fp32"),
+        (1, "fp16", 2, 1, "fp32"),
+        (1, "fp32", 2, 1, "fp32"),
+        (0, "autocast", 2, 0, "fp32"),
+    ],
+)
+def test_gradients_are_added_up_in_fp32(
+    tmp_path: Path, stage: int, precision: str, accum: int, runs: int, dtype: str
+) -> None:
+    values = filled(tmp_path, train__ds_config=f"zero{stage}", train__precision=precision, train__grad_accum=accum)
+    assert (ds_config.zero_stage(values), values["data_types"]["grad_accum_dtype"]) == (runs, dtype)
+
+
+def test_a_file_may_ask_for_fp32_gradients(tmp_path: Path) -> None:
+    content = {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "float32"}}
+    assert ds_config.zero_stage(filled(tmp_path, content, train__precision="bf16")) == 2
+    content["data_types"] = {"grad_accum_dtype": "bf16"}
+    with pytest.raises(UserError, match='grad_accum_dtype: "bf16", but the run config says "fp32"'):
+        filled(tmp_path, content, train__precision="bf16", train__grad_accum=2)
 
 
 def test_json_that_is_none(tmp_path: Path) -> None:

@@ -44,6 +44,20 @@ def test_state_bytes_are_the_engines(tmp_path):
             assert found[name] == expected, (name, rank)
 
 
+def test_gradients_that_are_added_up_are_fp32(tmp_path):
+    """tests/parallel/test_accumulation.py looks at the engine's."""
+    of = lambda precision, accum: (
+        memory.memory(  # noqa: E731
+            config := tiny_config(tmp_path, train__precision=precision, train__grad_accum=accum),
+            memory.network_of(config),
+            1,
+            2,
+            False,
+        ).gradients
+    )
+    assert of("bf16", 2) == of("fp32", 1) == of("fp32", 2) == 2 * of("bf16", 1)
+
+
 def test_stages_cost_less_and_less():
     config = configs.resolve("swinv2_1b")
     found = plan.plan(config, 64, G80, None, SPEED)

@@ -1,0 +1,43 @@
+"""Micro-batches add up in fp32, whatever the precision of a gradient: the optimizer sees the sum and nothing is lost."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from esvit_scale.parallel import partitions
+from esvit_scale.parallel import world as world_module
+from tests.train.test_not_finite import one_step, session_of
+
+MICRO_BATCHES = 8
+
+
+@pytest.mark.parametrize("ds_config", ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"])
+def test_micro_batches_add_up_in_fp32(tmp_path: Path, ds_config: str) -> None:
+    """The bf16 gradients of eight micro-batches, made to be 256 once and then 1 seven times: added in bf16 they stay at
+    256. (DeepSpeed divides by the number of micro-batches in the loss, before the gradients that are replaced here.)"""
+    session = session_of(
+        tmp_path, train__ds_config=ds_config, train__precision="bf16", train__grad_accum=MICRO_BATCHES, optim__clip=None
+    )
+    seen: dict[str, Tensor] = {}
+
+    def made_up() -> Callable[[Tensor], Tensor]:
+        values = iter([256.0] + [1.0] * (MICRO_BATCHES - 1))
+        return lambda grad: torch.full_like(grad, next(values))
+
+    def observe(*_: object) -> None:
+        assert all(grad.dtype == torch.float32 for grad in partitions.waiting_gradients(session.engines.student))
+        seen.update({p.name: p.grad.clone() for p in session.engines.partitions if p.grad is not None})
+
+    try:
+        for p in session.engines.student.module.parameters():
+            p.register_hook(made_up())
+        session.engines.optimizer.register_step_pre_hook(observe)
+        assert one_step(session, 4).applied
+        assert seen.keys() == {p.name for p in session.engines.partitions}
+        expected = 256.0 + MICRO_BATCHES - 1
+        assert [name for name, grad in seen.items() if not torch.all(grad == expected)] == []
+    finally:
+        world_module.stop()

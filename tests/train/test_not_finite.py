@@ -1,0 +1,118 @@
+"""A NaN or an infinity anywhere costs the step and nothing else, at every ZeRO stage and precision, whether or not
+DeepSpeed looks for it."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from esvit_scale.objective.schedules import Schedules
+from esvit_scale.parallel import world as world_module
+from esvit_scale.train.step import MicroBatch, Session, StepResult, open_session, optimizer_step
+from tests import tiny
+
+FAULTS: dict[str, tuple[str, float]] = {
+    # The name of the parameter whose gradient is hit, or "loss", and the value.
+    "NaN in the first group": ("trunk.patch_embed.proj.weight", float("nan")),
+    "infinity in one bias, in another group": ("trunk.norm.bias", float("inf")),
+    "NaN in the last group": ("objective.region_head.last_layer.weight_v", float("nan")),
+    "loss NaN, gradients finite": ("loss", float("nan")),
+    "loss infinite, gradients finite": ("loss", float("-inf")),
+}
+
+
+def session_of(tmp_path: Path, **overrides: Any) -> Session:
+    config = tiny.config(tmp_path / "run", tmp_path, **overrides)
+    return open_session(config, world_module.start(), Schedules(config, steps_per_epoch=4))
+
+
+def one_step(session: Session, step: int) -> StepResult:
+    """A step on noise, the same for the same step number."""
+    generator, accum = torch.Generator().manual_seed(step), session.config.train.grad_accum
+    images = session.config.train.global_batch // accum
+    micro = [
+        MicroBatch(
+            [
+                torch.randn(n * images, 3, size, size, generator=generator).to(session.engines.dtype)
+                for n, size in ((2, 32), (4, 16))
+            ],
+            torch.arange(images) + images * i,
+        )
+        for i in range(accum)
+    ]
+    return optimizer_step(session, micro, step)
+
+
+def everything(session: Session) -> list[Tensor]:
+    e = session.engines
+    moments = [v for p in e.partitions for _, v in sorted(e.optimizer.state[p.flat].items())]
+    working = [p.ds_tensor if hasattr(p, "ds_tensor") else p for p in e.student.module.parameters()]
+    kept = [*(p.master for p in e.partitions), *e.teacher.values, *moments, *session.objective.memory().values()]
+    return [t.detach().clone() for t in [*kept, *working]]
+
+
+def blind_deepspeed(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As older versions were, and as a file can make it: it steps whatever the gradients are."""
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
+
+    for module in (stage3, stage_1_and_2):
+        monkeypatch.setattr(module, "is_invalid_grad_norm", lambda norm: False)
+    with suppress(AttributeError):
+        monkeypatch.setattr(session.engines.student.optimizer, "check_grad_overflow", False)
+
+
+def inject(session: Session, where: str, value: float) -> Callable[[], None]:
+    """From now on; returns what takes it away again."""
+    network = session.engines.student.module
+    if where == "loss":
+        real = network.objective.forward
+
+        def forward(*arguments: Any) -> Any:
+            loss, logs = real(*arguments)
+            return loss + torch.full_like(loss, value), logs  # its gradient is the loss's
+
+        network.objective.forward = forward
+        return lambda: network.objective.__dict__.pop("forward")
+    parameter = dict(network.named_parameters())[where]
+
+    def spoil(grad: Tensor) -> Tensor:
+        spoiled = grad.clone()
+        spoiled.view(-1)[-1] = value
+        return spoiled
+
+    return parameter.register_hook(spoil).remove
+
+
+ALL = [(s, p, a) for s in range(4) for p, a in (("fp32", 1), ("autocast", 2), ("bf16", 1), ("bf16", 2))]
+QUICK = [(0, "autocast", 2), (1, "bf16", 1), (2, "fp32", 1), (3, "bf16", 2)]
+CASES = [
+    pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow)
+    for case in ALL
+    if case[:2] != (0, "bf16")  # which is refused
+]
+
+
+@pytest.mark.parametrize(("stage", "precision", "accum"), CASES)
+def test_whatever_is_not_finite_moves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int, precision: str, accum: int
+) -> None:
+    session = session_of(tmp_path, train__ds_config=f"zero{stage}", train__precision=precision, train__grad_accum=accum)
+    try:
+        blind_deepspeed(session, monkeypatch)
+        step = 4  # after the epoch in which the last layer is frozen
+        for fault, (where, value) in FAULTS.items():
+            assert one_step(session, step).applied
+            before = everything(session)
+            remove = inject(session, where, value)
+            assert not one_step(session, step + 1).applied, fault
+            remove()
+            assert all(torch.equal(a, b) for a, b in zip(before, everything(session), strict=True)), fault
+            step += 2
+        assert one_step(session, step).applied
+        assert all(torch.isfinite(t).all() for t in everything(session))
+    finally:
+        world_module.stop()
