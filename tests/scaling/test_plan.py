@@ -46,15 +46,11 @@ def test_state_bytes_are_the_engines(tmp_path):
 
 def test_gradients_that_are_added_up_are_fp32(tmp_path):
     """tests/parallel/test_accumulation.py looks at the engine's."""
-    of = lambda precision, accum: (
-        memory.memory(  # noqa: E731
-            config := tiny_config(tmp_path, train__precision=precision, train__grad_accum=accum),
-            memory.network_of(config),
-            1,
-            2,
-            False,
-        ).gradients
-    )
+
+    def of(precision, accum):
+        config = tiny_config(tmp_path, train__precision=precision, train__grad_accum=accum)
+        return memory.memory(config, memory.network_of(config), 1, 2, False).gradients
+
     assert of("bf16", 2) == of("fp32", 1) == of("fp32", 2) == 2 * of("bf16", 1)
 
 
