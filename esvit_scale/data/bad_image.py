@@ -1,19 +1,29 @@
 """What makes an image file unusable, whichever library decodes it."""
 
+from esvit_scale.data.left_out import DAMAGED, TOO_LARGE, TOO_SMALL
+
 MIN_SIDE = 4  # pixels; a smaller picture holds nothing to crop
 MAX_PIXELS = 178_956_970  # a larger picture is taken for a decompression bomb (Pillow's own hard limit)
 
 
 class BadImage(Exception):
-    """The bytes are no usable picture; the message is a short reason on one line."""
+    """The bytes are no usable picture; the message is a short reason on one line.
+
+    Args:
+        kind: why, as one of left_out's kinds, by which such images are counted.
+    """
+
+    def __init__(self, reason: str, kind: str = DAMAGED) -> None:
+        super().__init__(reason)
+        self.kind = kind
 
 
 def check_size(width: int, height: int) -> None:
     """Raise BadImage for a picture too small to crop or too large to decode."""
     if min(width, height) < MIN_SIDE:
-        raise BadImage(f"{width}x{height} pixels: the shorter side is under {MIN_SIDE}")
+        raise BadImage(f"{width}x{height} pixels: the shorter side is under {MIN_SIDE}", TOO_SMALL)
     if width * height > MAX_PIXELS:
-        raise BadImage(f"{width}x{height} pixels: over the limit of {MAX_PIXELS} (decompression bomb?)")
+        raise BadImage(f"{width}x{height} pixels: over the limit of {MAX_PIXELS} (decompression bomb?)", TOO_LARGE)
 
 
 def one_line(error: Exception) -> str:

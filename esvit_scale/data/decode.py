@@ -9,6 +9,7 @@ from PIL import Image, ImageFile
 
 from esvit_scale.data import raster
 from esvit_scale.data.bad_image import MAX_PIXELS, MIN_SIDE, BadImage, check_size, one_line
+from esvit_scale.data.left_out import EMPTY, TOO_LARGE
 
 __all__ = ["EXTENSIONS", "MAX_PIXELS", "MIN_SIDE", "BadImage", "check_size", "decode"]
 
@@ -105,7 +106,7 @@ def _tiff_beyond_pillow(data: bytes) -> Image.Image | None:
 def open_header(data: bytes) -> Image.Image:
     """Open an image file without decoding a pixel. Raises BadImage."""
     if not data:
-        raise BadImage("empty file")
+        raise BadImage("empty file", EMPTY)
     check_scans(data)
     try:
         return Image.open(io.BytesIO(data))
@@ -114,7 +115,7 @@ def open_header(data: bytes) -> Image.Image:
     except Image.UnidentifiedImageError:
         raise BadImage("not an image, or its header is corrupt") from None
     except Image.DecompressionBombError:
-        raise BadImage(f"more than {MAX_PIXELS} pixels (decompression bomb?)") from None
+        raise BadImage(f"more than {MAX_PIXELS} pixels (decompression bomb?)", TOO_LARGE) from None
     except Exception as error:  # decoders raise almost anything on corrupt input
         raise BadImage(one_line(error)) from None
 

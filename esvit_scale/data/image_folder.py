@@ -1,21 +1,25 @@
-"""A folder of images as a list of files with labels."""
+"""A folder of images as a list of files with labels; links are followed, whatever is left out is counted."""
 
+import errno
 import os
 import stat
-from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
+from esvit_scale.data import left_out
+from esvit_scale.data.class_names import numbered
 from esvit_scale.data.decode import EXTENSIONS, BadImage
+from esvit_scale.data.left_out import FILES, FOLDERS, IMAGES, LeftOut
 from esvit_scale.data.manifest import MAX_MEMBER
 from esvit_scale.errors import UserError
 
 
 class ImageFile(NamedTuple):
     path: str  # relative to the folder, may hold undecodable bytes as surrogates (os.fsencode)
-    label: int  # index of its class; -1 when the folder is flat
+    label: int  # number of its class; -1 without one
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,9 @@ class ImageFolder:
     root: Path
     files: list[ImageFile]  # sorted by path
     classes: tuple[str, ...]
-    ignored: dict[str, int]  # files left out: extension → how many
+    left_out: LeftOut  # everything else in the folder
+    beside: list[str]  # files with the endings asked for, which are neither images nor left out
+    notes: list[str] = field(default_factory=list)  # lines for the user
 
 
 def printable(path: str) -> str:
@@ -32,54 +38,165 @@ def printable(path: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def list_images(root: Path) -> ImageFolder:
-    """Every image file under `root`, by its extension; hidden files and folders are left out, links are followed for
-    files only.
+def list_images(root: Path, label: str | None = None, beside: Sequence[str] = ()) -> ImageFolder:
+    """List every image file under `root`, by its extension, following links to files and folders.
 
-    The class of an image is its first-level subfolder. When any image lies directly in `root`, the folder is flat:
-    there are no classes.
+    Hidden files, everything in hidden folders and links that lead back to a folder above them are left out and counted,
+    as is what does not end like an image.
+
+    Args:
+        label: None: the class of an image is its first-level subfolder; an image directly in `root` is left out and
+            counted, unless most images lie there: then there are no classes. `parent`: the class is the folder that
+            holds the image. `none`: no classes.
+        beside: further endings (`txt`); files that have one are listed apart and not counted as left out.
 
     Raises:
-        UserError: the folder is missing or holds no image file; a subfolder cannot be listed.
+        UserError: the folder is missing or holds no image file; a subfolder cannot be listed; `parent` with an image
+            that lies in no subfolder.
     """
     root = Path(root)
     if not root.is_dir():
         what = "is a file, not a folder" if root.exists() else "no such folder"
         raise UserError(f"{root}: {what}{_nearest(root)}")
-    paths: list[str] = []
-    ignored: Counter[str] = Counter()
-    for folder, subfolders, names in os.walk(root, onerror=_refuse):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for name in names:
-            ext = name.rpartition(".")[2].lower() if "." in name else ""
-            if ext in EXTENSIONS and not name.startswith("."):
-                paths.append(os.path.relpath(os.path.join(folder, name), root))  # noqa: PTH118
-            else:
-                ignored[printable("." + ext) if ext else "no extension"] += 1
+    left, paths, others = LeftOut(), [], []
+    for path in _walk(os.fspath(root), left):
+        if (ending := _ending(path)) in EXTENSIONS:
+            paths.append(path)
+        elif ending and ending in beside:
+            others.append(path)
+        else:
+            left.add(FILES, left_out.not_an_image(printable(ending)), printable(path))
     if not paths:
-        held = ", ".join(f"{n} {ext}" for ext, n in ignored.most_common(5)) or "nothing"
-        raise UserError(f"{root}: no image files; it holds {held}, and images end in {', '.join(sorted(EXTENSIONS))}")
+        held = left.short() or "nothing"
+        raise UserError(f"{root}: no image files; it holds {held}; images end in {', '.join(sorted(EXTENSIONS))}")
     paths.sort(key=os.fsencode)
-    flat = any("/" not in path for path in paths)
-    names = [] if flat else sorted({path.split("/", 1)[0] for path in paths}, key=os.fsencode)
-    labels = {name: i for i, name in enumerate(names)}
-    files = [ImageFile(path, -1 if flat else labels[path.split("/", 1)[0]]) for path in paths]
-    return ImageFolder(root, files, tuple(printable(name) for name in names), dict(ignored))
+    return _labelled(root, paths, label, left, others)
+
+
+def _labelled(root: Path, paths: list[str], label: str | None, left: LeftOut, others: list[str]) -> ImageFolder:
+    """The listing with classes as `list_images` describes them."""
+    notes: list[str] = []
+    loose = [path for path in paths if "/" not in path]
+    if label == "none" or (label is None and 2 * len(loose) >= len(paths)):
+        if label is None and len(loose) < len(paths):
+            notes.append(
+                f"{root}: {len(loose)} of {len(paths)} images lie directly in it (first: {printable(loose[0])}): no classes"
+            )
+        return ImageFolder(root, [ImageFile(path, -1) for path in paths], (), left, others, notes)
+    if loose and label == "parent":
+        more = f" (and {len(loose) - 1} more)" if len(loose) > 1 else ""
+        raise UserError(
+            f"{root}: {printable(loose[0])} lies in no subfolder that could be its class{more}; move it, or leave out "
+            "--label parent"
+        )
+    if loose:
+        left.add(IMAGES, left_out.BESIDE_CLASSES, printable(loose[0]), len(loose))
+        notes.append(
+            f"{root}: {len(loose)} of {len(paths)} images beside the class folders are left out (first: "
+            f"{printable(loose[0])}); --label none uses all images, without classes"
+        )
+        paths = [path for path in paths if "/" in path]
+    of = (lambda path: path.split("/")[-2]) if label == "parent" else (lambda path: path.split("/", 1)[0])
+    names, number = numbered({of(path) for path in paths}, folders=True)
+    if len(names) == 1 and label is None and any(path.count("/") > 1 for path in paths):
+        notes.append(
+            f"{root}: one class, {printable(names[0])}; --label parent makes the innermost folders the classes"
+        )
+    if label is None:
+        _count_empty_classes(root, list(number), left)
+    files = [ImageFile(path, number[of(path)]) for path in paths]
+    return ImageFolder(root, files, tuple(printable(name) for name in names), left, others, notes)
+
+
+def _count_empty_classes(root: Path, classes: Sequence[str], left: LeftOut) -> None:
+    for entry in _entries(os.fspath(root)):
+        if entry.is_dir() and not entry.name.startswith(".") and entry.name not in classes:
+            left.add(FOLDERS, left_out.EMPTY_CLASS, printable(entry.name))
+
+
+def _walk(root: str, left: LeftOut) -> Iterator[str]:
+    """Paths of the files below a folder, relative to it; what is hidden, dangling, circular or special is counted.
+
+    Raises:
+        UserError: a folder cannot be listed.
+    """
+    top = _place(os.stat(root))  # noqa: PTH116 (paths may be undecodable)
+    waiting: list[tuple[str, tuple[tuple[int, int], ...], bool]] = [("", (top,), False)]
+    while waiting:
+        folder, above, hidden = waiting.pop()
+        for entry in _entries(os.path.join(root, folder)):  # noqa: PTH118
+            path = f"{folder}/{entry.name}" if folder else entry.name
+            concealed = hidden or entry.name.startswith(".")
+            inner = _folder_place(entry)
+            if inner is not None and inner not in above:
+                waiting.append((path, (*above, inner), concealed))
+            elif inner is not None:
+                left.add(FOLDERS, left_out.LINK_LOOP, printable(path))
+            elif _usable(entry, path, concealed, left):
+                yield path
+
+
+def _entries(path: str) -> list["os.DirEntry[str]"]:
+    try:
+        with os.scandir(path) as entries:
+            return list(entries)
+    except OSError as error:  # a subfolder that cannot be listed is not the same as an empty one
+        raise UserError(f"{printable(str(error.filename))}: {error.strerror}") from None
+
+
+def _place(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _folder_place(entry: "os.DirEntry[str]") -> tuple[int, int] | None:
+    """What identifies a folder, or the folder that a link leads to; None for anything else."""
+    try:
+        return _place(entry.stat()) if entry.is_dir() else None
+    except OSError:  # a link that leads nowhere
+        return None
+
+
+def _usable(entry: "os.DirEntry[str]", path: str, concealed: bool, left: LeftOut) -> bool:
+    """Whether an entry that is no folder is listed; counted where it is not. A dangling link or a pipe that is named like
+    an image is listed, so that whoever reads it says which one it is."""
+    if concealed:
+        left.add(FILES, left_out.HIDDEN, printable(path))
+        return False
+    if _ending(path) in EXTENSIONS:
+        return True
+    try:
+        if entry.is_file():
+            return True
+        exists = Path(entry.path).exists()
+    except OSError:  # a link to itself
+        exists = False
+    left.add(FILES, left_out.SPECIAL if exists else left_out.DANGLING, printable(path))
+    return False
+
+
+def _ending(path: str) -> str:
+    """`a/b.JPG` → `jpg`; empty when there is none."""
+    base = path.rpartition("/")[2]
+    return base.rpartition(".")[2].lower() if "." in base else ""
 
 
 def read_file(path: Path) -> bytes:
-    """The bytes of an image file. Raises BadImage (a pipe, a device, too large) or OSError."""
+    """Return the bytes of an image file. Raises BadImage (a pipe, a device, too large) or OSError."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
-        raise BadImage("not a regular file")
+        raise BadImage("not a regular file", left_out.SPECIAL)
     if status.st_size > MAX_MEMBER:
-        raise BadImage(f"{status.st_size} bytes: over the limit of {MAX_MEMBER}")
+        raise BadImage(f"{status.st_size} bytes: over the limit of {MAX_MEMBER}", left_out.TOO_LARGE)
     return path.read_bytes()
 
 
-def _refuse(error: OSError) -> None:
-    """A subfolder that cannot be listed is not the same as an empty one."""
-    raise UserError(f"{printable(str(error.filename))}: {error.strerror}")
+def os_reason(error: OSError) -> tuple[str, str]:
+    """Why a file could not be read, as (words for a person, kind to count it by)."""
+    words = error.strerror or str(error)
+    if error.errno in (errno.ENOENT, errno.ELOOP):
+        linked = error.filename is not None and os.path.islink(error.filename)  # noqa: PTH114 (may be bytes)
+        return (f"dangling link: {words}", left_out.DANGLING) if linked else (words, left_out.MISSING)
+    return words, left_out.UNREADABLE
 
 
 def _nearest(path: Path) -> str:

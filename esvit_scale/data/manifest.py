@@ -7,13 +7,14 @@ offsets are checked against the tar when it is read.
 import json
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from esvit_scale.data.decode import EXTENSIONS
+from esvit_scale.data.left_out import LeftOut
 from esvit_scale.errors import UserError
 
 FORMAT_VERSION = 1
@@ -34,6 +35,7 @@ class Manifest:
     shards: tuple[Shard, ...]
     classes: tuple[str, ...] = ()  # empty when the source was flat
     source: str = ""  # fingerprint of what was written, see shard_writer
+    left_out: Sequence[dict[str, Any]] = field(default=(), compare=False)  # rows of left_out.LeftOut
 
     @property
     def samples(self) -> int:
@@ -114,6 +116,7 @@ def dump(
     source: str,
     tool: str,
     options: dict[str, Any] | None = None,
+    left_out: Sequence[dict[str, Any]] = (),
 ) -> bytes:
     """The bytes of a manifest.json, the same for the same set."""
     content = {
@@ -123,6 +126,7 @@ def dump(
         "bytes": sum(s.bytes for s in shards),
         "source": source,
         "options": options or {},
+        "left_out": list(left_out),
         "classes": list(classes),
         "shards": [s._asdict() for s in shards],
     }
@@ -141,7 +145,8 @@ def _parse(root: Path, raw: dict[str, Any]) -> Manifest:
     )
     if len({s.name for s in shards}) != len(shards):
         raise ValueError("a shard is listed twice")
-    return Manifest(root, shards, tuple(str(c) for c in raw["classes"]), str(raw.get("source", "")))
+    left_out = LeftOut(raw.get("left_out", ())).rows()
+    return Manifest(root, shards, tuple(str(c) for c in raw["classes"]), str(raw.get("source", "")), left_out)
 
 
 def _file_name(name: Any) -> str:

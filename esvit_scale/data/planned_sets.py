@@ -12,6 +12,7 @@ from esvit_scale import files
 from esvit_scale.data.duplicates import duplicates
 from esvit_scale.data.image_folder import printable
 from esvit_scale.data.keys import Keys
+from esvit_scale.data.left_out import DUPLICATE, IMAGES, NOT_KEPT, LeftOut
 from esvit_scale.data.planned_shard import Bad
 from esvit_scale.data.progress import say
 from esvit_scale.data.shard_plan import Plan, Recipe, keep_listed, split
@@ -26,6 +27,7 @@ class PlannedSet(NamedTuple):
     source: Source
     keys: Keys
     chosen: NDArray[np.int64]  # its samples, ascending
+    left_out: LeftOut  # before anything is read
 
 
 def planned_sets(where: str, options: SourceOptions, recipe: Recipe) -> dict[str, PlannedSet]:
@@ -44,7 +46,13 @@ def planned_sets(where: str, options: SourceOptions, recipe: Recipe) -> dict[str
         keys = Keys(len(source), source.path, source.name)
         chosen = keep_listed(source, recipe.keep, where) if recipe.keep else np.arange(len(source))
         parts = split(keys, chosen, recipe) if recipe.val_fraction else {name: chosen}
-        sets |= {part: PlannedSet(source, keys, numbers) for part, numbers in parts.items()}
+        left = LeftOut(source.left_out.rows())
+        if len(chosen) < len(source):
+            first = int(np.setdiff1d(np.arange(len(source)), chosen, assume_unique=True)[0])
+            left.add(IMAGES, NOT_KEPT, printable(source.name(first)), len(source) - len(chosen), asked=True)
+        for part, numbers in parts.items():
+            sets[part] = PlannedSet(source, keys, numbers, left)
+            left = LeftOut()  # what the source leaves out is told once, by the first of its sets
     return sets
 
 
@@ -59,7 +67,9 @@ def plan_of(planned: PlannedSet, recipe: Recipe, workers: int, cache: Path | Non
     if recipe.drop_duplicates:
         pairs = _kept_in(cache, lambda: duplicates(source, chosen, workers))
         names = [[printable(source.name(i)) for i in pair] for pair in pairs.tolist()]
-        rows = [{"file": dropped, "reason": f"the same bytes as {first}"} for dropped, first in names]
+        rows = [
+            {"file": dropped, "reason": f"the same bytes as {first}", "kind": DUPLICATE} for dropped, first in names
+        ]
         chosen = np.setdiff1d(chosen, pairs[:, 0], assume_unique=True)
     return Plan(source, planned.keys, recipe, chosen), rows
 

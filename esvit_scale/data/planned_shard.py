@@ -5,10 +5,11 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from esvit_scale.data.decode import EXTENSIONS, BadImage, decode
-from esvit_scale.data.image_folder import printable
+from esvit_scale.data.image_folder import os_reason, printable
+from esvit_scale.data.left_out import UNDER_MIN_SIDE
 from esvit_scale.data.manifest import Shard
 from esvit_scale.data.shard_file import Sample, write_shard
 from esvit_scale.data.shard_plan import Plan
@@ -29,7 +30,7 @@ TROUBLE = {
 WAITS = (0.5, 2.0, 8.0)  # seconds before another try
 MISSING_IN_A_ROW = 100  # files that cannot be opened, one after the other: then it is not the files
 
-Bad = dict[str, str]  # a row of the quarantine: file, reason
+Bad = dict[str, Any]  # a row of the quarantine: file, reason, kind; `beside`: members that went with it
 
 
 class Written(NamedTuple):
@@ -72,13 +73,14 @@ def _samples(plan: Plan, number: int, bad: list[Bad], tick: Callable[[], None]) 
             data, ext = _checked(plan, i, item.data)
         except (BadImage, OSError) as error:
             missing = missing + 1 if isinstance(error, OSError) else 0
-            reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+            reason, kind = os_reason(error) if isinstance(error, OSError) else (str(error), error.kind)
             if missing >= MISSING_IN_A_ROW:
                 raise UserError(
                     f"{printable(plan.source.name(i))}: {reason}, like the {missing - 1} files before it; "
                     f"is {plan.source.root} the folder that the paths start at, and is its file system mounted?"
                 ) from None
-            bad.append({"file": printable(plan.source.name(i)), "reason": reason})
+            row: Bad = {"file": printable(plan.source.name(i)), "reason": reason, "kind": kind}
+            bad.append(row | {"beside": count} if (count := plan.source.beside(i)) else row)
             continue
         yield Sample(plan.keys[i], item.label, ext, data, item.extras)
 
@@ -87,7 +89,9 @@ def _checked(plan: Plan, i: int, data: bytes) -> tuple[bytes, str]:
     image = decode(data)
     if min(image.size) < plan.recipe.min_side:
         width, height = image.size
-        raise BadImage(f"{width}x{height} pixels: the shorter side is under --min-side {plan.recipe.min_side}")
+        raise BadImage(
+            f"{width}x{height} pixels: the shorter side is under --min-side {plan.recipe.min_side}", UNDER_MIN_SIDE
+        )
     ext = extension(plan.source.path(i))
     return plan.recipe.reencode.apply(image, data, ext if ext in EXTENSIONS else _sniffed(data))
 

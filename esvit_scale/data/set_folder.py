@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from esvit_scale import files
 from esvit_scale.data import manifest as manifests
+from esvit_scale.data.left_out import LeftOut, of_bad, refuse
 from esvit_scale.data.manifest import MANIFEST, Manifest, Shard
 from esvit_scale.data.planned_shard import Bad, Written, shard_name
 from esvit_scale.data.progress import say
@@ -38,6 +39,7 @@ class Intent(NamedTuple):
     classes: tuple[str, ...]
     options: dict[str, Any]
     bad: list[Bad]  # known before a shard is written
+    left_out: Sequence[dict[str, Any]] = ()  # rows of left_out.LeftOut: what the source held that was not even planned
 
 
 class NoSamples(Exception):
@@ -172,11 +174,11 @@ def read_record(partial: Path, number: int) -> Written:
     return Written(Shard(**raw["shard"]) if raw["shard"] else None, raw["bad"])
 
 
-def finish(destination: Path, intent: Intent) -> Manifest:
+def finish(destination: Path, intent: Intent, strict: bool = False) -> Manifest:
     """Manifest and quarantine from the records, then everything into place.
 
     Raises:
-        UserError: shards are missing.
+        UserError: shards are missing; with `strict`, something of the source is not used.
         NoSamples: all samples were bad.
     """
     partial = destination / PARTIAL
@@ -192,7 +194,11 @@ def finish(destination: Path, intent: Intent) -> Manifest:
     bad = intent.bad + [row for w in written for row in w.bad]
     if not shards:
         raise NoSamples(f"{bad[0]['file']}: {bad[0]['reason']}" if bad else "there are none")
-    publish(partial, shards, intent.classes, intent.fingerprint, intent.options, bad)
+    left = LeftOut(intent.left_out)
+    left.update(of_bad(bad))
+    if strict:
+        refuse([left], str(destination))
+    publish(partial, shards, intent.classes, intent.fingerprint, intent.options, bad, left)
     return manifests.load(destination)
 
 
@@ -203,11 +209,12 @@ def publish(
     source: str,
     options: dict[str, Any],
     bad: Sequence[Bad] = (),
+    left_out: LeftOut | None = None,
 ) -> None:
     if bad:
-        rows = "".join(json.dumps(row) + "\n" for row in bad)
-        files.write_bytes(partial / QUARANTINE, rows.encode())
-    files.write_bytes(partial / MANIFEST, manifests.dump(shards, classes, source, tool(), options))
+        files.write_bytes(partial / QUARANTINE, "".join(json.dumps(row) + "\n" for row in bad).encode())
+    rows = left_out.rows() if left_out else []
+    files.write_bytes(partial / MANIFEST, manifests.dump(shards, classes, source, tool(), options, rows))
     commit(partial)
 
 

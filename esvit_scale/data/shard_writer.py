@@ -17,6 +17,7 @@ from esvit_scale.data import manifest as manifests
 from esvit_scale.data import pool, set_folder
 from esvit_scale.data.image_folder import printable
 from esvit_scale.data.keys import keys_of
+from esvit_scale.data.left_out import ARCHIVES, CUT, LeftOut, of_bad, refuse
 from esvit_scale.data.manifest import MANIFEST, Manifest, Shard
 from esvit_scale.data.planned_sets import PlannedSet, plan_of, planned_sets
 from esvit_scale.data.planned_shard import shard_name, write_planned
@@ -58,6 +59,7 @@ def write_source(
     recipe: Recipe,
     workers: int = 1,
     part: Part | None = None,
+    strict: bool = False,
 ) -> dict[str, Manifest]:
     """Write a source as a shard set, or as the sets `train` and `val` in folders of these names.
 
@@ -66,15 +68,19 @@ def write_source(
 
     Args:
         part: write only this part of every set's shards, and leave the manifest to `merge`.
+        strict: everything in the source must be used, but for what the recipe leaves out by itself.
 
     Returns:
         Manifests by split, the empty name for a single set; empty after a part.
 
     Raises:
-        UserError: source missing or without usable images, destination in use or holding something else.
+        UserError: source missing or without usable images, destination in use or holding something else; with
+            `strict`, something is left out: of the listing before anything is written, of the images at the end.
         RestartCanHelp: the source's file system is gone, or a worker was killed.
     """
     sets = planned_sets(where, options, recipe)
+    if strict:
+        refuse([planned.left_out for planned in sets.values()], where)
     if part and recipe.drop_duplicates:
         raise UserError(
             "--drop-duplicates with --shard-range would read everything once per part; run "
@@ -83,13 +89,13 @@ def write_source(
     finished = {}
     for name, planned in sets.items():
         record = {"source": source_record(options), "recipe": recipe.record(), "split": name}
-        manifest = _write_set(planned, destination / name, where, recipe, record, workers, part)
+        manifest = _write_set(planned, destination / name, where, recipe, record, workers, part, strict)
         if manifest is not None:
             finished[name] = manifest
     return finished
 
 
-def merge(destination: Path) -> dict[str, Manifest]:
+def merge(destination: Path, strict: bool = False) -> dict[str, Manifest]:
     """The manifest of a set (or of `train` and `val`) whose parts have all been written, and everything into place.
 
     Raises:
@@ -116,7 +122,7 @@ def merge(destination: Path) -> dict[str, Manifest]:
             elif intent is None:
                 raise UserError(f"{folder}: no plan of a shard set in it; run its parts again")
             else:
-                finished[_split_name(folder, destination)] = _finished(folder, intent, str(folder))
+                finished[_split_name(folder, destination)] = _finished(folder, intent, str(folder), strict)
     return finished
 
 
@@ -161,6 +167,7 @@ def _write_set(
     options: dict[str, Any],
     workers: int,
     part: Part | None,
+    strict: bool,
 ) -> Manifest | None:
     source = planned.source
     identity = fingerprint(source, recipe, planned.chosen)
@@ -169,18 +176,28 @@ def _write_set(
         with set_folder.held(destination, f"part-{part.i}-of-{part.n}" if part else ""):
             set_folder.settle(destination, identity, shared=part is not None)
             if manifests.is_shard_set(destination):
-                return set_folder.existing(destination, identity)
+                found = set_folder.existing(destination, identity)
+                if strict:
+                    refuse([LeftOut(found.left_out)], str(destination))
+                return found
             with _removed_on_failure(partial, keep_records=True, shared=part is not None):
                 partial.mkdir(exist_ok=True)
                 plan, known = plan_of(planned, recipe, workers, partial / "duplicates.npy")
-                known += [{"file": printable(file), "reason": reason} for file, reason in source.damaged]
-                intent = Intent(identity, plan.shards, plan.samples, source.classes, options, known)
+                known += [_archive_row(file, reason) for file, reason in source.damaged]
+                listed = planned.left_out.rows()
+                intent = Intent(identity, plan.shards, plan.samples, source.classes, options, known, listed)
                 if set_folder.read_intent(destination) is None:
                     set_folder.write_intent(destination, intent)
                 _write_shards(plan, partial, part, workers)
                 if part:
+                    if strict:
+                        written = part.of(plan.shards)
+                        refuse(
+                            [of_bad(chain.from_iterable(set_folder.read_record(partial, n).bad for n in written))],
+                            where,
+                        )
                     return None
-                return _finished(destination, intent, where)
+                return _finished(destination, intent, where, strict)
     except OSError as error:
         raise UserError(f"{error.filename or destination}: {error.strerror or error}") from error
 
@@ -206,9 +223,14 @@ def _write_shards(plan: Plan, partial: Path, part: Part | None, workers: int) ->
             say(f"and {said - SAID} more left out; {set_folder.QUARANTINE} names all of them")
 
 
-def _finished(destination: Path, intent: Intent, where: str) -> Manifest:
+def _archive_row(file: str, reason: str) -> dict[str, Any]:
+    """A row of the quarantine for an archive of which only a part can be read."""
+    return {"file": printable(file), "reason": reason, "what": ARCHIVES, "kind": CUT}
+
+
+def _finished(destination: Path, intent: Intent, where: str, strict: bool) -> Manifest:
     try:
-        return set_folder.finish(destination, intent)
+        return set_folder.finish(destination, intent, strict)
     except NoSamples as error:
         shutil.rmtree(destination / PARTIAL)
         raise UserError(f"{where}: none of its {intent.samples} image files can be used (first: {error})") from None

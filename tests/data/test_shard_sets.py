@@ -230,7 +230,9 @@ def test_exact_duplicates_are_dropped_and_named(image_folder: Path, tmp_path: Pa
         [manifest] = write(image_folder, out, Recipe(5, drop_duplicates=True), workers).values()
         assert manifest.samples == 12
         rows = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
-        assert rows == [{"file": f"b/{n}.png", "reason": "the same bytes as a/p0.png"} for n in ("copy", "z")]
+        assert rows == [
+            {"file": f"b/{n}.png", "reason": "the same bytes as a/p0.png", "kind": "duplicate"} for n in ("copy", "z")
+        ]
     assert files_of(tmp_path / "set1") == files_of(tmp_path / "set2")
     with pytest.raises(UserError, match=r"shards duplicates .* --out keep\.txt"):
         write(image_folder, tmp_path / "part", Recipe(drop_duplicates=True), part=Part(1, 2))

@@ -14,8 +14,8 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
+from esvit_scale.data import left_out, set_folder
 from esvit_scale.data import manifest as manifests
-from esvit_scale.data import set_folder
 from esvit_scale.data.shard_writer import Sample, create, keys_of, verify, write_samples
 from esvit_scale.errors import UserError
 from tests.data.conftest import encoded, picture
@@ -99,7 +99,15 @@ def test_bad_images_are_left_out_and_named(
     errors = capsys.readouterr().err.splitlines()
     for name in bad:
         assert sum(name in line for line in errors) == 1
-    assert any("left out 2 files" in line and "1 .txt" in line for line in errors)
+    assert {(row["what"], row["why"]): (row["count"], row["first"]) for row in manifest.left_out} == {
+        ("images", left_out.DAMAGED): (2, manifest.left_out[0]["first"]),
+        ("images", left_out.EMPTY): (1, "a/zero.png"),
+        ("images", left_out.TOO_SMALL): (1, "b/tiny.png"),
+        ("images", left_out.DANGLING): (1, "a/gone.png"),
+        ("images", left_out.SPECIAL): (1, "a/pipe.png"),
+        ("files", left_out.HIDDEN): (1, "b/.hidden.png"),
+        ("files", left_out.not_an_image("txt")): (1, "a/notes.txt"),
+    }
     assert verify(tmp_path / "set") == []
 
 
@@ -124,7 +132,7 @@ def test_sources_that_do_not_fit(tmp_path: Path, image_folder: Path) -> None:
     with pytest.raises(UserError, match="no image files; it holds nothing"):
         create(tmp_path / "empty", tmp_path / "set")
     (tmp_path / "empty" / "x.tar").write_bytes(b"")
-    with pytest.raises(UserError, match=r"it holds 1 \.tar"):
+    with pytest.raises(UserError, match=r"it holds 1 files: no image by its name \(\.tar\)"):
         create(tmp_path / "empty", tmp_path / "set")
     with pytest.raises(UserError, match="samples per shard: 0"):
         create(image_folder, tmp_path / "set", 0)

@@ -69,15 +69,13 @@ def _open(where: str, options: SourceOptions) -> dict[str, Source]:
     if kind not in ("list", "folder", "imagenet", "img2dataset") and not path.exists():
         raise UserError(f"{path}: no such file or folder")
     if kind == "imagenet":
-        return dict(imagenet_sources(path, classes))
+        return dict(imagenet_sources(path, _folder_label(options.label), classes))
     return {"": _single(kind, where, path, options, classes)}
 
 
 def _single(kind: str, where: str, path: Path, options: SourceOptions, classes: tuple[str, ...] | None) -> Source:
     if kind == "folder":
-        if options.label not in (None, "none", "parent"):
-            raise UserError(f"--label {options.label}: of a folder the class is the subfolder; or 'none'")
-        return FolderSource(path, options.label != "none", classes)
+        return FolderSource(path, _folder_label(options.label), classes)
     if kind == "img2dataset":
         return img2dataset_source(path, options.label, classes)
     if kind == "list":
@@ -93,6 +91,15 @@ def _single(kind: str, where: str, path: Path, options: SourceOptions, classes: 
     if kind == "tars":
         return tar_source(path, options.label, classes)
     return zip_source(path, options.label, classes)
+
+
+def _folder_label(label: str | None) -> str | None:
+    if label not in (None, "none", "parent"):
+        raise UserError(
+            f"--label {label}: of a folder the class is the first-level subfolder (without --label), 'parent' (the folder "
+            "that holds the image) or 'none'"
+        )
+    return label
 
 
 def _kind(where: str) -> str:

@@ -12,7 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from esvit_scale.data import left_out
+from esvit_scale.data.class_names import NO_LABEL, UNKNOWN, numbered, numbered_as
 from esvit_scale.data.decode import EXTENSIONS, BadImage
+from esvit_scale.data.left_out import LeftOut
 from esvit_scale.data.progress import say
 from esvit_scale.errors import UserError
 
@@ -39,7 +42,8 @@ class Source(ABC):
     root: Path  # what has to be there for any sample to be read
 
     def __init__(self) -> None:
-        self.notes: list[str] = []  # lines for the user: what was left out before anything was read
+        self.notes: list[str] = []  # lines for the user about the whole source
+        self.left_out = LeftOut()  # what was left out before anything was read
         self.damaged: list[tuple[str, str]] = []  # (name, reason) of whole archives that can be read in part only
 
     @abstractmethod
@@ -61,6 +65,10 @@ class Source(ABC):
     @abstractmethod
     def size(self, i: int) -> int:
         """Bytes of the image file as the source says; 0 where it does not know."""
+
+    def beside(self, i: int) -> int:
+        """How many members or files go with the image of sample i: its label, caption, metadata."""
+        return 0
 
     @abstractmethod
     def fingerprint(self) -> bytes:
@@ -98,7 +106,7 @@ class Rows:
 class Labels:
     """The label column of a source: text in, class numbers out, 4 bytes a sample."""
 
-    NONE, UNKNOWN = -1, -2
+    NONE, UNKNOWN = NO_LABEL, UNKNOWN
 
     def __init__(self) -> None:
         self._ids = array("i")
@@ -115,28 +123,18 @@ class Labels:
     def finish(self, classes: Iterable[str] | None = None) -> tuple[tuple[str, ...], NDArray[np.int32]]:
         """Classes, and each sample's class number (NONE without a label, UNKNOWN for one not in `classes`).
 
-        Given classes are found by name, or by number where no class is named so. Otherwise labels that are all numbers
-        stay as they are (`0`…`max`), and others are numbered in alphabetical order.
+        Given classes are found by name, or by number where no class is named so; otherwise as `class_names.numbered`.
+
+        Raises:
+            UserError: a negative number among whole numbers.
         """
         ids = np.frombuffer(self._ids, np.int32) if self._ids else np.empty(0, np.int32)
-        if not self._known:
-            return (), np.full(len(ids), self.NONE, np.int32)
-        if classes is not None:
+        names, find = numbered(self._known)
+        if classes is not None and self._known:
             names = tuple(classes)
-            number = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
-            find = {text: number.get(text, self.UNKNOWN) for text in self._known}
-        elif all(_is_number(text) for text in self._known):
-            names = tuple(str(i) for i in range(max(map(int, self._known)) + 1))
-            find = {text: int(text) for text in self._known}
-        else:
-            names = tuple(sorted(self._known))
-            find = {text: i for i, text in enumerate(names)}
-        table = np.array([*(find[text] for text in self._known), self.NONE], np.int32)
+            find = numbered_as(names, self._known)
+        table = np.array([*(find.get(text, self.NONE) for text in self._known), self.NONE], np.int32)
         return names, table[ids]
-
-
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdecimal() and len(text) <= 6
 
 
 def labelled(source: Source, labels: NDArray[np.int32], i: int) -> int | None:
@@ -145,7 +143,9 @@ def labelled(source: Source, labels: NDArray[np.int32], i: int) -> int | None:
         return None
     label = int(labels[i])
     if label < 0:
-        raise BadImage("has no label" if label == Labels.NONE else "its label is not one of the classes given")
+        if label == Labels.NONE:
+            raise BadImage("has no label", left_out.UNLABELLED)
+        raise BadImage("its label is not one of the classes given", left_out.UNKNOWN_LABEL)
     return label
 
 
@@ -187,8 +187,3 @@ def read_classes(path: Path | None) -> tuple[str, ...] | None:
     if not names or len(set(names)) != len(names):
         raise UserError(f"{path}: {'names a class twice' if names else 'names no class'}; one class name a line")
     return names
-
-
-def count_left_out(ignored: dict[str, int]) -> str:
-    held = ", ".join(f"{n} {ext}" for ext, n in sorted(ignored.items()))
-    return f"left out {sum(ignored.values())} files that do not end like images: {held}"

@@ -1,4 +1,4 @@
-"""A folder of image files; the first-level subfolder is the class."""
+"""A folder of image files; the class is the first-level subfolder, or the one that holds the image."""
 
 import hashlib
 import os
@@ -7,15 +7,17 @@ from pathlib import Path
 
 import numpy as np
 
-from esvit_scale.data.image_folder import ImageFolder, list_images, read_file
-from esvit_scale.data.sources.base import EXTRAS, MAX_EXTRA, Item, Rows, Source, count_left_out, labelled
+from esvit_scale.data import left_out
+from esvit_scale.data.image_folder import ImageFolder, list_images, printable, read_file
+from esvit_scale.data.left_out import FILES
+from esvit_scale.data.sources.base import EXTRAS, MAX_EXTRA, Item, Rows, Source, labelled
 from esvit_scale.errors import UserError
 
 
 class FolderSource(Source):
     """Args:
-    labels: classes by first-level subfolder where there are such.
-    classes: names in the order of their numbers, instead of the subfolders' alphabetical order.
+    label: as `list_images`.
+    classes: names in the order of their numbers, instead of the subfolders' own order.
     captions: `x.txt` and `x.json` beside `x.jpg` belong to it.
 
     Raises:
@@ -23,16 +25,14 @@ class FolderSource(Source):
     """
 
     def __init__(
-        self, root: Path, labels: bool = True, classes: Sequence[str] | None = None, captions: bool = False
+        self, root: Path, label: str | None = None, classes: Sequence[str] | None = None, captions: bool = False
     ) -> None:
         super().__init__()
         self.root = root
-        self._captions = captions
-        folder = list_images(root)
-        ignored = {ext: n for ext, n in folder.ignored.items() if not (captions and ext.lstrip(".") in EXTRAS)}
-        if ignored:
-            self.notes.append(f"{root}: {count_left_out(ignored)}")
-        numbers = _numbers(folder, classes) if labels else {}
+        folder = list_images(root, label, EXTRAS if captions else ())
+        self.left_out, self.notes = folder.left_out, folder.notes
+        self._extra_files = self._sort_out(folder) if captions else {}
+        numbers = _numbers(folder, classes)
         if numbers:
             self.classes = tuple(classes or folder.classes)
         self._labels = np.fromiter((numbers.get(file.label, -1) for file in folder.files), np.int32, len(folder.files))
@@ -54,11 +54,30 @@ class FolderSource(Source):
     def read(self, i: int) -> Item:
         path = self.name(i)
         data = read_file(self.root / path)
-        return Item(data, labelled(self, self._labels, i), self._extras(path) if self._captions else {})
+        extras = {ext: (self.root / extra).read_bytes() for ext, extra in self._extras(path).items()}
+        return Item(data, labelled(self, self._labels, i), extras)
 
-    def _extras(self, path: str) -> dict[str, bytes]:
-        beside = {ext: (self.root / path).with_suffix(f".{ext}") for ext in EXTRAS}
-        return {ext: p.read_bytes() for ext, p in beside.items() if p.is_file() and p.stat().st_size <= MAX_EXTRA}
+    def beside(self, i: int) -> int:
+        return len(self._extras(self.name(i)))
+
+    def _extras(self, path: str) -> dict[str, str]:
+        """Files that go with an image, by their endings."""
+        stem = path.rpartition(".")[0]
+        return {ext: self._extra_files[f"{stem}.{ext}"] for ext in EXTRAS if f"{stem}.{ext}" in self._extra_files}
+
+    def _sort_out(self, folder: ImageFolder) -> dict[str, str]:
+        """The captions and metadata that belong to an image (name with a lower-case ending → path); others are counted."""
+        stems, found = {file.path.rpartition(".")[0] for file in folder.files}, {}
+        for path in folder.beside:
+            stem, _, ending = path.rpartition(".")
+            name = f"{stem}.{ending.lower()}"
+            if stem not in stems or name in found:
+                self.left_out.add(FILES, left_out.NO_IMAGE, printable(path))
+            elif _size(self.root / path) > MAX_EXTRA:
+                self.left_out.add(FILES, left_out.EXTRA_TOO_LARGE, printable(path))
+            else:
+                found[name] = path
+        return found
 
     def size(self, i: int) -> int:
         return max(int(self._paths[i][1]), 0)

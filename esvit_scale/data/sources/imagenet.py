@@ -12,8 +12,8 @@ from esvit_scale.errors import UserError
 KAGGLE_ANSWERS = "LOC_val_solution.csv"  # ImageId, "wnid x y x y …"
 
 
-def imagenet_sources(root: Path, classes: Sequence[str] | None) -> dict[str, Source]:
-    """`train` and `val`, with train's classes in both.
+def imagenet_sources(root: Path, label: str | None, classes: Sequence[str] | None) -> dict[str, Source]:
+    """`train` and `val`, with train's classes in both; without classes with label `none`.
 
     Raises:
         UserError: train/ or val/ is missing, or val/ is flat and nothing says its classes.
@@ -21,11 +21,13 @@ def imagenet_sources(root: Path, classes: Sequence[str] | None) -> dict[str, Sou
     base = next((root / part for part in ("Data/CLS-LOC", "") if (root / part / "train").is_dir()), None)
     if base is None or not (base / "val").is_dir():
         raise UserError(f"{root}: not ImageNet's layout: train/ and val/ (or Data/CLS-LOC/ with both) are needed")
-    train = FolderSource(base / "train", classes=classes)
+    if label == "none":
+        return {part: FolderSource(base / part, "none") for part in ("train", "val")}
+    train = FolderSource(base / "train", label, classes)
     if not train.classes:
         raise UserError(f"{base / 'train'}: images lie directly in it; ImageNet has a folder per class there")
     if any(p.is_dir() and not p.name.startswith(".") for p in (base / "val").iterdir()):
-        return {"train": train, "val": FolderSource(base / "val", classes=train.classes)}
+        return {"train": train, "val": FolderSource(base / "val", label, train.classes)}
     answers = next((p for p in (root / KAGGLE_ANSWERS, base / KAGGLE_ANSWERS) if p.is_file()), None)
     if answers is None:
         raise UserError(

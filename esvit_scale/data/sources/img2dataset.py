@@ -31,7 +31,7 @@ def img2dataset_source(root: Path, label: str | None, classes: Sequence[str] | N
         source.notes += [f"{p}: left out: img2dataset has not finished it" for p in tars if p.stem not in complete]
         return source
     if any(p.is_dir() and p.name in complete for p in root.iterdir()):
-        return FolderSource(root, labels=False, captions=True)
+        return FolderSource(root, "none", captions=True)
     raise UserError(
         f"{root}: neither tars nor folders beside *_stats.json; of output_format=parquet give the image files' column: "
         "--from parquet --image-column jpg --caption caption"

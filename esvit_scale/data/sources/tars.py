@@ -3,13 +3,14 @@
 import hashlib
 import json
 import os
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from esvit_scale.data import left_out
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data.decode import EXTENSIONS, BadImage
 from esvit_scale.data.image_folder import printable
+from esvit_scale.data.left_out import MEMBERS
 from esvit_scale.data.manifest import Entry
 from esvit_scale.data.sources.base import (
     EXTRAS,
@@ -50,21 +51,20 @@ class TarSource(Source):
             )
         self.root, self._tars, self._how = root, list(tars), label
         self._rows, self._digest = Rows(), hashlib.sha256(repr((label, classes)).encode())
-        labels, left_out = Labels(), Counter[str]()
+        labels = Labels()
         for number, tar in enumerate(self._tars):
             try:
-                self._add(number, tar, labels, left_out)
+                self._add(number, tar, labels)
             except OSError as error:
                 raise UserError(f"{tar}: {error.strerror or error}") from None
         self._rows.finish()
-        if left_out:
-            self.notes.append(f"{root}: left out members: {', '.join(f'{n} .{e}' for e, n in left_out.most_common(8))}")
         if not len(self._rows):
             first = f" (first: {self.notes[0]})" if self.notes else ""
+            first = f"{first}; they hold {self.left_out.short()}" if self.left_out else first
             raise UserError(f"{root}: no image in its {len(self._tars)} tars{first}")
         self.classes, self._labels = labels.finish(classes)
 
-    def _add(self, number: int, tar: Path, labels: Labels, left_out: Counter[str]) -> None:
+    def _add(self, number: int, tar: Path, labels: Labels) -> None:
         entries, damage = _entries(tar)
         if damage:
             self.notes.append(f"{tar}: {damage}: only what stands before can be used")
@@ -73,11 +73,8 @@ class TarSource(Source):
         with tar.open("rb") as file:
             for entry in entries:
                 place = manifests.image_member(entry)
-                left_out.update(ext for ext in entry.members if ext not in EXTENSIONS and ext not in (*EXTRAS, "cls"))
+                self._count_others(number, entry)
                 if place is None:
-                    if not entry.members.keys() <= {*EXTRAS, "cls"}:
-                        continue  # counted above
-                    left_out["txt, .json or .cls without an image"] += 1
                     continue
                 ext = next(ext for ext in entry.members if ext in EXTENSIONS)
                 extras = {e: at for e, at in entry.members.items() if e in EXTRAS and at[1] <= MAX_EXTRA}
@@ -85,6 +82,16 @@ class TarSource(Source):
                 self._rows.append(row)
                 self._digest.update(json.dumps(row).encode())
                 labels.append(self._label(file.fileno(), tar, entry))
+
+    def _count_others(self, number: int, entry: Entry) -> None:
+        """Count the members of a group that are not used."""
+        has_image = manifests.image_member(entry) is not None
+        for ext in entry.members:
+            name = printable(f"{self._tar_name(number)}/{entry.key}.{ext}")
+            if ext not in EXTENSIONS and ext not in (*EXTRAS, "cls"):
+                self.left_out.add(MEMBERS, left_out.not_an_image(printable(ext)), name)
+            elif not has_image:
+                self.left_out.add(MEMBERS, left_out.NO_IMAGE, name)
 
     def _label(self, handle: int, tar: Path, entry: Entry) -> str | None:
         if self._how == "archive":

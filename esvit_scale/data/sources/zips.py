@@ -8,18 +8,18 @@ import hashlib
 import os
 import zipfile
 import zlib
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from esvit_scale.data import left_out
 from esvit_scale.data.decode import BadImage
 from esvit_scale.data.image_folder import printable
+from esvit_scale.data.left_out import MEMBERS
 from esvit_scale.data.sources.base import (
     Item,
     Labels,
     Rows,
     Source,
-    count_left_out,
     extension,
     is_image,
     labelled,
@@ -52,11 +52,10 @@ class ZipSource(Source):
             )
         self.root, self._zips = root, list(zips)
         self._rows, digest = Rows(), hashlib.sha256(repr((label, classes)).encode())
-        labels, ignored = Labels(), Counter[str]()
+        labels = Labels()
         for number, path in enumerate(self._zips):
             for info in _contents(path):
-                if not is_image(info.filename):
-                    ignored["." + printable(extension(info.filename)) or "no extension"] += 1
+                if not self._usable(path, info.filename):
                     continue
                 row = [number, info.filename, info.header_offset, info.compress_size, info.file_size, info.CRC]
                 self._rows.append([*row, info.compress_type, info.flag_bits])
@@ -64,16 +63,27 @@ class ZipSource(Source):
                 by = {"parent": parent_label(info.filename), "archive": path.stem}
                 text = by.get(label or "")
                 labels.append(printable(text) if text else None)
-        if ignored:
-            self.notes.append(f"{root}: {count_left_out(dict(ignored))}")
         self._rows.finish()
         if not len(self._rows):
-            raise UserError(f"{root}: no image in its {len(self._zips)} zips")
+            raise UserError(
+                f"{root}: no image in its {len(self._zips)} zips; they hold {self.left_out.short() or 'nothing'}"
+            )
         self._digest = digest.digest()
         self.classes, self._labels = labels.finish(classes)
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def _usable(self, zip_file: Path, member: str) -> bool:
+        """Whether a member is a picture to use; counted where it is not."""
+        hidden = any(part.strip(".") != "" and part.startswith(".") for part in member.split("/"))
+        if is_image(member) and not hidden and not member.startswith("__MACOSX/"):
+            return True
+        why = left_out.not_an_image(printable(extension(member)))
+        if hidden or member.startswith("__MACOSX/"):
+            why = left_out.HIDDEN
+        self.left_out.add(MEMBERS, why, printable(f"{zip_file.name}/{member}"))
+        return False
 
     def name(self, i: int) -> str:
         number, member, *_ = self._rows[i]
@@ -82,7 +92,7 @@ class ZipSource(Source):
 
     def path(self, i: int) -> str:
         member: str = self._rows[i][1]
-        return member
+        return "/".join(part for part in member.split("/") if part != ".")
 
     def read(self, i: int) -> Item:
         number, _, offset, packed, size, crc, method, flags = self._rows[i]
@@ -123,11 +133,11 @@ def _contents(path: Path) -> list[zipfile.ZipInfo]:
 
 def _member(path: Path, offset: int, packed: int, size: int, crc: int, method: int, flags: int) -> bytes:
     if flags & 0x1:
-        raise BadImage("encrypted")
+        raise BadImage("encrypted", left_out.UNREADABLE)
     if method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise BadImage(f"packed with method {method}; stored and deflate can be read")
+        raise BadImage(f"packed with method {method}; stored and deflate can be read", left_out.UNREADABLE)
     if size > MAX_INFLATED or packed > MAX_INFLATED:
-        raise BadImage(f"{size} bytes: over the limit of {MAX_INFLATED} (zip bomb?)")
+        raise BadImage(f"{size} bytes: over the limit of {MAX_INFLATED} (zip bomb?)", left_out.TOO_LARGE)
     with path.open("rb") as file:
         if offset + LOCAL_HEADER + packed > os.fstat(file.fileno()).st_size:
             raise BadImage("lies beyond the end of the zip (cut short?)")

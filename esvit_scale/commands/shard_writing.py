@@ -1,0 +1,157 @@
+"""The `shards` commands that write a set: create, merge, split."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from esvit_scale.commands import option_types, shard_options
+from esvit_scale.commands.parser import command, positive
+
+if TYPE_CHECKING:
+    from esvit_scale.data.manifest import Manifest
+    from esvit_scale.data.shard_plan import Recipe
+    from esvit_scale.data.sources import SourceOptions
+
+
+STRICT = "exit 2 when anything in the source is left out, unless an option asks for it"
+
+
+def add_create(shards: Any) -> None:
+    create = command(
+        shards, "create", _create, "images from anywhere → tar shards and a manifest; goes on where it was"
+    )
+    shard_options.add_source(create)
+    create.add_argument("destination", type=Path, metavar="DST", help="folder to make")
+    size = create.add_mutually_exclusive_group()
+    size.add_argument(
+        "--samples-per-shard", type=positive, default=1000, metavar="N", help="images in a tar (default: 1000)"
+    )
+    size.add_argument(
+        "--bytes-per-shard",
+        type=option_types.size,
+        metavar="SIZE",
+        help="of image files in a tar, e.g. 500M, instead of a number",
+    )
+    create.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the order in which images are put into shards (default: 0)"
+    )
+    create.add_argument("--no-shuffle", action="store_true", help="keep the source's order")
+    create.add_argument("--min-side", type=positive, default=0, metavar="PX", help="leave out smaller images")
+    create.add_argument("--drop-duplicates", action="store_true", help="leave out files whose bytes came before")
+    create.add_argument("--keep", type=Path, metavar="LIST", help="write only what `shards duplicates` listed")
+    create.add_argument(
+        "--short-side", type=positive, metavar="PX", help="shrink larger images; default: keep the bytes"
+    )
+    create.add_argument(
+        "--quality", type=option_types.quality, metavar="Q", help="encode again, 1..100 (default then: 90)"
+    )
+    create.add_argument("--format", choices=("jpeg", "webp"), help="encode again")
+    create.add_argument(
+        "--val-fraction",
+        type=option_types.fraction,
+        default=0.0,
+        metavar="F",
+        help="write DST/train and DST/val, by seed and key",
+    )
+    create.add_argument("--strict", action="store_true", help=STRICT)
+    shard_options.add_workers(create)
+    create.add_argument(
+        "--shard-range",
+        type=option_types.part,
+        metavar="I/N",
+        help="write the I-th of N parts (from 1); `shards merge` finishes",
+    )
+
+
+def add_merge(shards: Any) -> None:
+    merge = command(shards, "merge", _merge, "finish a set whose parts were written with --shard-range")
+    merge.add_argument("destination", type=Path, metavar="DST", help="folder of the parts")
+    merge.add_argument("--strict", action="store_true", help=STRICT)
+
+
+def add_split(shards: Any) -> None:
+    split = command(
+        shards, "split", _split, "a shard set → DST/train and DST/val, by seed and key; files keep their bytes"
+    )
+    split.add_argument("source", metavar="SET", help="folder of shards")
+    split.add_argument("destination", type=Path, metavar="DST", help="folder to make")
+    split.add_argument(
+        "--val-fraction", type=option_types.fraction, required=True, metavar="F", help="of the samples, 0 < F < 1"
+    )
+    split.add_argument("--samples-per-shard", type=positive, default=1000, metavar="N", help="(default: 1000)")
+    split.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
+    shard_options.add_workers(split)
+
+
+def _create(options: argparse.Namespace) -> int:
+    from esvit_scale.data.reencode import Reencode
+    from esvit_scale.data.shard_plan import Recipe
+
+    recipe = Recipe(
+        samples_per_shard=options.samples_per_shard,
+        bytes_per_shard=options.bytes_per_shard,
+        seed=options.seed,
+        shuffle=not options.no_shuffle,
+        min_side=options.min_side,
+        reencode=Reencode(options.short_side, options.quality, options.format),
+        keep=options.keep,
+        drop_duplicates=options.drop_duplicates,
+        val_fraction=options.val_fraction,
+    )
+    source = shard_options.source_options(options)
+    return _write(options.source, options, source, recipe, options.shard_range, options.strict)
+
+
+def _split(options: argparse.Namespace) -> int:
+    from esvit_scale.data import manifest
+    from esvit_scale.data.shard_plan import Recipe
+    from esvit_scale.data.sources import SourceOptions
+
+    manifest.load(Path(options.source))  # says what is wrong with it
+    recipe = Recipe(samples_per_shard=options.samples_per_shard, seed=options.seed, val_fraction=options.val_fraction)
+    return _write(options.source, options, SourceOptions(kind="tars"), recipe, None)
+
+
+def _write(
+    source: str,
+    options: argparse.Namespace,
+    source_options: "SourceOptions",
+    recipe: "Recipe",
+    part: tuple[int, int] | None,
+    strict: bool = False,
+) -> int:
+    from esvit_scale.data import shard_writer
+
+    chosen = shard_writer.Part(*part) if part else None
+    workers = shard_options.workers(options)
+    sets = shard_writer.write_source(source, options.destination, source_options, recipe, workers, chosen, strict)
+    if part:
+        print(
+            f"{options.destination}: part {part[0]} of {part[1]} is written; after all of them: esvit-scale shards merge"
+        )
+    _say_sets(options.destination, sets)
+    return 0
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from esvit_scale.data import shard_writer
+
+    _say_sets(options.destination, shard_writer.merge(options.destination, options.strict))
+    return 0
+
+
+def _say_sets(destination: Path, sets: "Mapping[str, Manifest]") -> None:
+    """Print what each set holds, and one table of what was left out of all of them; warn of lost images."""
+    from esvit_scale.data.left_out import LeftOut
+    from esvit_scale.data.progress import say
+
+    left = LeftOut()
+    for name, manifest in sets.items():
+        classes = f", {len(manifest.classes)} classes" if manifest.classes else ""
+        print(f"{destination / name}: {manifest.samples} samples in {len(manifest.shards)} shards{classes}")
+        left.update(LeftOut(manifest.left_out))
+    if left:
+        print(left.table())
+    if warning := left.warning(sum(manifest.samples for manifest in sets.values())):
+        say(warning)
