@@ -166,19 +166,26 @@ def _blur(x: Tensor, radius: Tensor) -> Tensor:
 
 
 def blur_matrices(radius: Tensor, size: int) -> Tensor:
-    """[n, S, S]: blur along one axis, row i holding the weights of output pixel i. As Pillow's `GaussianBlur(radius)`:
-    three passes of a box of fractional width whose variances add up to radius² (Gwosdek et al., extended box filters),
-    each with edge replication."""
+    """Return [n, S, S]: the blur along one axis, row i holding the weights of output pixel i: three passes of
+    `box_taps`, each with edge replication."""
+    taps = box_taps(radius)
+    offsets = torch.arange(-BOX_REACH, BOX_REACH + 1, device=radius.device)
+    source = (torch.arange(size, device=radius.device).unsqueeze(1) + offsets).clamp_(0, size - 1)  # [S, 5]
+    box = torch.zeros(len(radius), size, size, device=radius.device)
+    box.scatter_add_(2, source.expand(len(radius), -1, -1), taps.unsqueeze(1).expand(-1, size, -1))
+    return box @ box @ box
+
+
+def box_taps(radius: Tensor) -> Tensor:
+    """Return float32 [n, 5]: the weights of one of the three box blurs that make Pillow's `GaussianBlur(radius)`, for
+    radii [n] of up to BLUR_RADIUS[1]. The box has a fractional width, so that the three variances add up to radius²
+    (Gwosdek et al., extended box filters)."""
     variance = radius.double().unsqueeze(1) ** 2 / 3  # of one pass
     whole = ((12 * variance + 1).sqrt().sub(1) / 2).floor()
     fraction = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
     offsets = torch.arange(-BOX_REACH, BOX_REACH + 1, device=radius.device)
     taps = torch.where(offsets.abs() <= whole, 1.0, torch.where(offsets.abs() == whole + 1, fraction, 0.0))
-    taps = (taps / (2 * (whole + fraction) + 1)).float()  # [n, 5]
-    source = (torch.arange(size, device=radius.device).unsqueeze(1) + offsets).clamp_(0, size - 1)  # [S, 5]
-    box = torch.zeros(len(radius), size, size, device=radius.device)
-    box.scatter_add_(2, source.expand(len(radius), -1, -1), taps.unsqueeze(1).expand(-1, size, -1))
-    return box @ box @ box
+    return (taps / (2 * (whole + fraction) + 1)).float()
 
 
 def _solarize(x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageFilter
 
 from esvit_scale.data import photometric as P
 from esvit_scale.data import photometric_8bit as P8
@@ -29,6 +30,23 @@ def test_values_are_those_of_the_device_to_rounding(crop: int) -> None:
             errors.append(np.abs(pixels - expected[i]).mean())
     assert max(errors) < 3
     assert np.mean(errors) < 1
+
+
+@pytest.mark.parametrize("radius", [0.1, 0.5, 0.99, 1.0, 1.4, 2.0])
+def test_the_blur_is_pillows_three_boxes(radius: float) -> None:
+    """A Gaussian of the same radius is up to 34 levels away from them."""
+    taps = P8.box_taps(radius)
+    np.testing.assert_allclose(
+        taps, [w for w in P.box_taps(torch.tensor([radius]))[0].tolist() if w][-len(taps) :], atol=1e-6
+    )
+    checkers = np.repeat((np.indices((48, 40)).sum(0) % 2 * 255)[:, :, None], 3, 2)
+    for pixels in (np.asarray(picture(0, 40, 48)), np.random.default_rng(0).integers(0, 256, (48, 40, 3)), checkers):
+        image = Image.fromarray(pixels.astype(np.uint8))
+        out = np.array(image)
+        P8.apply(out, P8.NOTHING._replace(radius=radius))
+        error = np.abs(out.astype(int) - np.asarray(image.filter(ImageFilter.GaussianBlur(radius))))
+        assert error.max() <= 3
+        assert error.mean() < 1.1
 
 
 def test_solarisation_is_exact() -> None:
