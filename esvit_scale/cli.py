@@ -6,7 +6,7 @@ import os
 import esvit_scale
 from esvit_scale.commands import convert, doctor, evaluate, plan, pretrain, report, shards, slurm, sweep
 from esvit_scale.commands.parser import Parser, rank, say
-from esvit_scale.errors import Diverged, RestartCanHelp, UserError
+from esvit_scale.errors import Diverged, RestartCanHelp, UserError, translate_file_errors
 
 EXIT_CODES = """\
 exit codes: 0 finished, or saved and asking for a requeue; 130 ctrl-C (pretrain saves first); 2 a mistake in the input;
@@ -20,7 +20,8 @@ def main(arguments: list[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     parsed = _parser().parse_args(arguments)
     try:
-        code: int = parsed.run(parsed)
+        with translate_file_errors():
+            code: int = parsed.run(parsed)
     except (UserError, Diverged) as error:
         if rank() == "0":  # every rank comes to the same verdict
             say(str(error))

@@ -3,7 +3,10 @@
 0 finished, or saved and asking for a requeue; 130 ctrl-C (saved); 2 the user's error; 3 diverged; 75 a restart can help.
 """
 
-from collections.abc import Iterable
+import errno
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 
@@ -23,6 +26,44 @@ class RestartCanHelp(Exception):
     """The machine failed, not the run: the same command again continues from the last checkpoint."""
 
     exit_code = 75
+
+
+# What storage answers when it is full, gone or broken, rather than asked for the wrong thing. A restart can help.
+MACHINE_ERRNOS = frozenset(
+    {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EAGAIN, errno.EREMOTEIO, errno.ENETDOWN}
+    | {errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+)
+
+
+def is_machine_fault(error: BaseException) -> bool:
+    """Whether an error is one of storage that is full, gone or broken."""
+    return isinstance(error, OSError) and error.errno in MACHINE_ERRNOS
+
+
+def in_words(error: OSError) -> str:
+    """Return an error of the file system in one line: which file, and what the system says."""
+    what = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    return f"{os.fsdecode(error.filename)}: {what}" if isinstance(error.filename, str | bytes | os.PathLike) else what
+
+
+@contextmanager
+def translate_file_errors() -> Iterator[None]:
+    """Turn an error of the file system that reaches the top into one line with the exit code that fits it.
+
+    Raises:
+        RestartCanHelp: storage that is full, gone or broken.
+        UserError: a file that may not be read or written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if is_machine_fault(error):
+            raise RestartCanHelp(
+                f"{in_words(error)}; nothing that was saved is lost: the same command goes on once the storage is well"
+            ) from error
+        if isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError):
+            raise UserError(f"{in_words(error)}; set it right, and the same command goes on") from error
+        raise
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

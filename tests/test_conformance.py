@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from esvit_scale import config as configs
-from esvit_scale.checkpoint import convert, state
+from esvit_scale.checkpoint import convert, state, step_folders
 from esvit_scale.checkpoint.backbone import load_backbone
 from esvit_scale.config import Config
 from esvit_scale.models.drop_path import drop_keys
@@ -197,7 +197,10 @@ def test_runs_resumes_and_exports(trunk: str, data: Path, tmp_path: Path) -> Non
     (resumed / "checkpoints" / "latest").write_text("step-00000002\n")
     (resumed / "summary.json").unlink()
     assert pretrain(config, data, resumed) == straight
-    ours, theirs = state.read_weights(state.resolve(resumed)), state.read_weights(state.resolve(tmp_path / "straight"))
+    ours, theirs = (
+        state.read_weights(step_folders.resolve(resumed)),
+        state.read_weights(step_folders.resolve(tmp_path / "straight")),
+    )
     for role, tensors in theirs.networks.items():
         for name, tensor in tensors.items():
             assert torch.equal(ours.networks[role][name], tensor), (role, name)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from esvit_scale.checkpoint import export, official, single_file, state
+from esvit_scale.checkpoint import export, official, single_file, state, step_folders
 from esvit_scale.checkpoint.weights import OBJECTIVE, TRUNK, Weights, heads_in, in_words, network_shapes
 from esvit_scale.errors import UserError
 
@@ -50,8 +50,8 @@ def read_own(path: Path) -> Weights:
     """A run dir, a step folder or a .safetensors file."""
     if path.suffix == single_file.SUFFIX:
         return single_file.read(path)
-    folder = state.resolve(path)
-    state.check_files(folder)
+    folder = step_folders.resolve(path)
+    step_folders.check_files(folder)
     return state.read_weights(folder)
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
@@ -22,8 +23,21 @@ class Saver:
     Only `wait` raises it.
     """
 
-    def __init__(self, run: Path, config: Config) -> None:
+    def __init__(
+        self,
+        run: Path,
+        config: Config,
+        data: dict[str, str] | None = None,
+        check_ownership: Callable[[], None] = lambda: None,
+    ) -> None:
+        """
+        Args:
+            data: the identity of the run's data, for state.json.
+            check_ownership: raises RestartCanHelp when another process took the run over; called on rank 0 before a
+                checkpoint gets its name.
+        """
         self._run, self._config = run, config
+        self._data, self._check_ownership = data, check_ownership
         self._group = collectives.second_group()
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -34,7 +48,8 @@ class Saver:
         if self._failure is not None and not isinstance(self._failure, NotSaved):
             raise self._failure
         taken = state.snapshot(self._config, engines, centers, cursor)
-        taken = Snapshot(storage.copied(taken.intervals), taken.state)
+        extra = {} if self._data is None else {"data": self._data}
+        taken = Snapshot(storage.copied(taken.intervals), taken.state | extra)
         self._failure = None
         self._thread = threading.Thread(target=self._write, args=(taken,), name="saver")
         self._thread.start()
@@ -57,7 +72,7 @@ class Saver:
     def _write(self, taken: Snapshot) -> None:
         try:
             with collectives.through(self._group):
-                state.write(self._run, self._config, taken)
+                state.write(self._run, self._config, taken, self._check_ownership)
         except NotSaved as error:
             self._failure = error
             if collectives.rank() == 0:

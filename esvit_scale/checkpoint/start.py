@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from esvit_scale.checkpoint import convert, single_file, state
+from esvit_scale.checkpoint import convert, single_file, state, step_folders
 from esvit_scale.checkpoint.weights import (
     TRUNK,
     Shapes,
@@ -57,8 +57,8 @@ def _settle(path: Path) -> Path:
         raise UserError(f"model.init_from: {path}: no such file or folder")
     if not path.is_dir():
         return path
-    folder = state.resolve(path)
-    state.check_files(folder)
+    folder = step_folders.resolve(path)
+    step_folders.check_files(folder)
     return folder
 
 

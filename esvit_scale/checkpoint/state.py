@@ -1,12 +1,11 @@
 """A run's state on disk: student, teacher, optimizer, centres and the cursor; saved whole or not at all.
 
 checkpoints/step-00000100/ holds the tensors (storage.py) and state.json (cursor, shapes, config, checksums). It is
-written aside, renamed when every rank is done, and only then does checkpoints/latest name it; a resume reads the newest
-one whose checksums hold. There is no RNG state to save: every
-random draw of a run is a function of (seed, epoch, sample key, crop) or of (seed, step, position, crop, block).
+written to a temporary folder, renamed when every rank is done, and only then does checkpoints/latest name it; a resume
+reads the newest one whose checksums hold (step_folders.py). There is no RNG state to save: every random draw of a run
+is a function of (seed, epoch, sample key, crop) or of (seed, step, position, crop, block).
 """
 
-import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -18,8 +17,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from esvit_scale import config as config_module
-from esvit_scale import files
-from esvit_scale.checkpoint import lead, single_file, storage
+from esvit_scale.checkpoint import lead, single_file, step_folders, storage
 from esvit_scale.checkpoint.storage import Interval, whole
 from esvit_scale.checkpoint.weights import TRUNK, Weights, check_shapes, network_shapes, shapes_of
 from esvit_scale.config import Config
@@ -33,7 +31,6 @@ log = logging.getLogger("esvit_scale")
 
 T = TypeVar("T")
 
-FORMAT_VERSION = 1
 ROLES = {"student": "student/", "teacher": "ema/"}  # with the prefix of its tensors in storage
 CENTER = "center/"
 
@@ -53,7 +50,6 @@ def snapshot(config: Config, engines: Engines, centers: dict[str, Tensor], curso
     """The state at `cursor["step"]` as it is in memory now (views, not copies). All ranks call it."""
     optimizer_steps = _optimizer_steps(engines)
     state = {
-        "format_version": FORMAT_VERSION,
         "cursor": cursor,
         "optimizer_steps": optimizer_steps,
         "shapes": shapes_of(engines.student.module),
@@ -72,16 +68,21 @@ def save(run: Path, config: Config, engines: Engines, centers: dict[str, Tensor]
 
 
 @lead.compared()
-def write(run: Path, config: Config, taken: Snapshot) -> Path:
-    """What `save` does once the state is taken; for any thread, as long as all ranks do the same."""
+def write(run: Path, config: Config, taken: Snapshot, check_ownership: Callable[[], None] = lambda: None) -> Path:
+    """What `save` does once the state is taken; for any thread, as long as all ranks do the same.
+
+    `check_ownership` is called on rank 0 when everything is written and not yet named; it raises RestartCanHelp when the
+    run is no longer this process's.
+    """
     folder = run / "checkpoints" / f"step-{taken.state['cursor']['step']:08d}"
     aside = folder.with_name(f".{folder.name}.partial")
     _on_rank_0(folder, lambda: _make_empty(aside))
     _together(folder, lambda: storage.save(aside, taken.intervals))
     written = _together(folder, lambda: storage.checksums(aside, collectives.rank()))
     recorded = {name: checksum for files_of_rank in written for name, checksum in files_of_rank.items()}
+    _on_rank_0(folder, check_ownership)
     _on_rank_0(folder, lambda: _publish(aside, folder, taken.state | {"files": recorded}))
-    collectives.on_rank_0(lambda: _retire(folder, config))
+    collectives.on_rank_0(lambda: step_folders.prune(folder, config))
     return folder
 
 
@@ -93,7 +94,7 @@ def _together(folder: Path, work: Callable[[], T]) -> list[T]:
     """Every rank's result; when the disk fails one of them, an error on all."""
     try:
         result, problem = work(), None
-    except (OSError, CheckpointException) as error:
+    except (OSError, RestartCanHelp, CheckpointException) as error:
         result, problem = None, storage.reason(error)
     answers = collectives.gather_objects((result, problem))
     problems = [f"rank {rank}: {problem}" for rank, (_, problem) in enumerate(answers) if problem]
@@ -113,10 +114,12 @@ def restore(folder: Path, engines: Engines, centers: dict[str, Tensor]) -> dict[
         UserError: another architecture (the first differing tensors are named), another kind of optimizer, or a damaged
             checkpoint.
     """
-    state = read_state(folder)
+    state = step_folders.read_state(folder)
     shapes = shapes_of(engines.student.module)
     old = set() if state["shapes"].keys() >= shapes.keys() else {f.name for f in _frozen(engines)}
     check_shapes(folder, state["shapes"], {name: shape for name, shape in shapes.items() if name not in old})
+    if missing := set(engines.group_of.values()) - state["optimizer_steps"].keys():
+        raise UserError(f"{folder}: does not record the optimizer's steps of {', '.join(sorted(missing))}")
     _check_moments(folder, engines, state["optimizer_steps"])
     _make_moments(engines, state["optimizer_steps"])
     intervals = _intervals(engines, state["optimizer_steps"], centers)
@@ -127,68 +130,6 @@ def restore(folder: Path, engines: Engines, centers: dict[str, Tensor]) -> dict[
     return state["cursor"]
 
 
-def newest_good(run: Path) -> Path | None:
-    """The newest checkpoint whose files are what was written, or None before the first save. All ranks call it.
-
-    The one that checkpoints/latest names comes first; a damaged one is logged and the one before it is tried.
-
-    Raises:
-        UserError: there are checkpoints, and every one is damaged.
-    """
-    candidates = collectives.on_rank_0(lambda: _candidates(run))
-    for folder in candidates:
-        problems = [p for of_rank in collectives.gather_objects(_problems(folder)) for p in of_rank]
-        if not problems:
-            return folder
-        if collectives.rank() == 0:
-            log.warning("%s is damaged (%s); trying the checkpoint before it", folder, "; ".join(problems))
-    if candidates:
-        raise UserError(f"{run / 'checkpoints'}: every checkpoint is damaged; move the folder away to start anew")
-    return None
-
-
-def latest(run: Path) -> Path | None:
-    """The step folder that checkpoints/latest names, or None before the first save."""
-    return next(iter(_candidates(run)), None)
-
-
-def read_state(folder: Path) -> dict[str, Any]:
-    """state.json of a step folder.
-
-    Raises:
-        UserError: not a checkpoint, damaged, or written by a newer version.
-    """
-    path = folder / "state.json"
-    try:
-        state = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(
-            f"{folder}: not a checkpoint (no state.json); give a run dir or one of its step folders"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: damaged: {error}") from None
-    if state.get("format_version") != FORMAT_VERSION:
-        raise UserError(f"{path}: format version {state.get('format_version')}, this program reads {FORMAT_VERSION}")
-    return state
-
-
-def resolve(checkpoint: Path) -> Path:
-    """The step folder meant by a run dir or a step folder."""
-    if not checkpoint.exists():
-        raise UserError(f"{checkpoint}: no such checkpoint; give a run dir or one of its step folders")
-    if checkpoint.is_file():
-        raise UserError(
-            f"{checkpoint}: neither a run dir, a step folder nor a {single_file.SUFFIX} file; for an official checkpoint: "
-            f"esvit-scale convert {checkpoint} {checkpoint.stem}{single_file.SUFFIX} --from esvit --to safetensors"
-        )
-    if (checkpoint / "checkpoints").is_dir():
-        folder = latest(checkpoint)
-        if folder is None:
-            raise UserError(f"{checkpoint}: has no checkpoint yet")
-        return folder
-    return checkpoint
-
-
 def load_teacher(checkpoint: Path) -> tuple[Trunk, Config]:
     """The trunk of a run dir, a step folder or a safetensors file, in fp32 on the CPU, and its config.
 
@@ -196,12 +137,13 @@ def load_teacher(checkpoint: Path) -> tuple[Trunk, Config]:
     """
     if checkpoint.suffix == single_file.SUFFIX:
         return _trunk_of_file(checkpoint)
-    folder = resolve(checkpoint)
-    state = read_state(folder)
+    folder = step_folders.resolve(checkpoint)
+    state = step_folders.read_state(folder)
     config = config_module.validate(state["config"], where=str(folder / "state.json"))
     trunk = build_trunk(config)
     stored = {n.removeprefix(TRUNK): s for n, s in state["shapes"].items() if n.startswith(TRUNK)}
     check_shapes(folder, stored, shapes_of(trunk))
+    step_folders.check_index(folder, state)
     tensors = {**dict(trunk.named_parameters()), **partitions.buffers_of_module(trunk)}
     values = {f"ema/trunk.{name}": whole(tensor.data) for name, tensor in tensors.items()}
     storage.load(folder, values, alone=True)
@@ -214,8 +156,9 @@ def read_weights(folder: Path) -> Weights:
     Raises:
         UserError: not a checkpoint, or its files are not what was written.
     """
-    state = read_state(folder)
+    state = step_folders.read_state(folder)
     config = config_module.validate(state["config"], where=str(folder / "state.json"))
+    step_folders.check_index(folder, state)
     networks = {role: {n: torch.empty(s) for n, s in state["shapes"].items()} for role in ROLES}
     stored = storage.sizes(folder)
     centers = {n.removeprefix(CENTER): torch.empty(size) for n, size in stored.items() if n.startswith(CENTER)}
@@ -233,25 +176,13 @@ def write_weights(folder: Path, weights: Weights) -> None:
     _make_empty(aside)
     storage.save(aside, _whole_intervals(weights.networks, weights.centers))
     state = {
-        "format_version": FORMAT_VERSION,
         "cursor": {"step": 0, "optimizer_step": 0, "batch_index": 0, "data_offset": 0, "images_seen": 0},
         "files": storage.checksums(aside, 0),
         "optimizer_steps": {"decay": 0, "no_decay": 0, "last_layer": 0},
         "shapes": {name: list(tensor.shape) for name, tensor in weights.networks["student"].items()},
         "config": weights.config.model_dump(mode="json"),
     }
-    _complete(aside, folder, state)
-
-
-def check_files(folder: Path) -> None:
-    """
-    Raises:
-        UserError: a file of the step folder is missing or not what was written.
-    """
-    recorded = read_state(folder).get("files", {})
-    problems = [problem for name, entry in recorded.items() for problem in storage.problems(folder / name, entry)]
-    if problems:
-        raise UserError(f"{folder}: damaged: {'; '.join(problems)}")
+    step_folders.complete(aside, folder, state)
 
 
 def _trunk_of_file(path: Path) -> tuple[Trunk, Config]:
@@ -341,53 +272,5 @@ def _make_empty(folder: Path) -> None:
 
 
 def _publish(aside: Path, folder: Path, state: dict[str, Any]) -> None:
-    _complete(aside, folder, state)
-    files.write_text(folder.parent / "latest", folder.name + "\n")
-
-
-def _complete(aside: Path, folder: Path, state: dict[str, Any]) -> None:
-    files.write_json(aside / "state.json", state)
-    files.sync_folder(aside)
-    if folder.exists():
-        shutil.rmtree(folder)
-    aside.rename(folder)
-    files.sync_folder(folder.parent)
-
-
-def _retire(newest: Path, config: Config) -> None:
-    """Keeps the last `keep_checkpoints` and every `keep_every`-th step's."""
-    keep_every = config.train.keep_every
-    for old in sorted(newest.parent.glob("step-*"))[: -config.train.keep_checkpoints]:
-        if old != newest and not (keep_every and _step(old) % keep_every == 0):
-            shutil.rmtree(old)
-
-
-def _candidates(run: Path) -> list[Path]:
-    """Step folders, the one that `latest` names first and then those before it, newest first."""
-    pointer = run / "checkpoints" / "latest"
-    if not pointer.exists():
-        return []
-    named = pointer.parent / Path(pointer.read_text().strip()).name
-    if not named.is_dir():
-        raise UserError(f"{pointer}: names {named.name}, which is not there{_others(pointer.parent)}")
-    older = [folder for folder in pointer.parent.glob("step-*") if folder.name < named.name]
-    return [named, *sorted(older, reverse=True)]
-
-
-def _problems(folder: Path) -> list[str]:
-    """What is wrong with this rank's share of a checkpoint's files, one line each."""
-    try:
-        recorded = read_state(folder)["files"]
-    except UserError as error:
-        return [str(error)] if collectives.rank() == 0 else []
-    mine = sorted(recorded)[collectives.rank() :: collectives.world_size()]
-    return [problem for name in mine for problem in storage.problems(folder / Path(name).name, recorded[name])]
-
-
-def _step(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
-
-
-def _others(checkpoints: Path) -> str:
-    steps = sorted(folder.name for folder in checkpoints.glob("step-*"))
-    return f"; there are {', '.join(steps[-3:])}: write one of these names into latest" if steps else ""
+    step_folders.complete(aside, folder, state)
+    step_folders.point_to(folder)

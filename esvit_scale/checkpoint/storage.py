@@ -37,7 +37,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from esvit_scale.errors import UserError
+from esvit_scale.errors import RestartCanHelp, UserError, is_machine_fault
 from esvit_scale.parallel import collectives
 
 INDEX_FILE = ".metadata"
@@ -74,21 +74,31 @@ def save(folder: Path, intervals: dict[str, Interval]) -> None:
 
 
 def load(folder: Path, intervals: dict[str, Interval], alone: bool = False) -> None:
-    """Fills the intervals in place, whatever intervals the checkpoint was written in.
+    """Fill the intervals in place, whatever intervals the checkpoint was written in.
 
     Args:
         alone: this process reads by itself, also when it is one of many.
+
+    Raises:
+        UserError: damaged, or a tensor is not in it.
+        RestartCanHelp: the storage does not answer.
     """
     no_dist = alone or collectives.world_size() == 1
     group = None if no_dist else collectives.control_group()
-    with _without_single_process_warning():
-        dcp.load(
-            intervals,
-            storage_reader=_SafeReader(folder),
-            planner=_LoadPlanner(),
-            process_group=group,
-            no_dist=no_dist,
-        )
+    try:
+        with _without_single_process_warning():
+            dcp.load(
+                intervals,
+                storage_reader=_SafeReader(folder),
+                planner=_LoadPlanner(),
+                process_group=group,
+                no_dist=no_dist,
+            )
+    except CheckpointException as error:  # no Exception: it would pass every handler above as a traceback
+        failures = [failure[0] for failure in error.failures.values()]
+        if any(is_machine_fault(failure) for failure in failures):
+            raise RestartCanHelp(f"{folder}: could not be read: {reason(error)}") from error
+        raise UserError(f"{folder}: could not be read: {reason(error)}") from error
 
 
 def reason(error: BaseException) -> str:
@@ -107,12 +117,22 @@ def checksums(folder: Path, rank: int) -> dict[str, dict[str, Any]]:
 
 
 def problems(path: Path, recorded: dict[str, Any]) -> list[str]:
-    """Why a file is not the one that `checksums` recorded; empty when it is."""
-    if not path.is_file():
-        return [f"{path.name} is missing"]
-    if path.stat().st_size != recorded["bytes"]:
-        return [f"{path.name} has {path.stat().st_size} bytes of {recorded['bytes']}"]
+    """Return why a file is not the one that `checksums` recorded; empty when it is.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    if found := size_problems(path, recorded):
+        return found
     return [] if _sha256(path) == recorded["sha256"] else [f"{path.name} has changed since it was written"]
+
+
+def size_problems(path: Path, recorded: dict[str, Any]) -> list[str]:
+    """Return why a file is missing or has another size than `checksums` recorded; reads nothing."""
+    if not path.is_file():
+        return [f"{path.name} is missing" if not path.exists() else f"{path.name} is not a file"]
+    size = path.stat().st_size
+    return [] if size == recorded["bytes"] else [f"{path.name} has {size} bytes of {recorded['bytes']}"]
 
 
 def _sha256(path: Path) -> str:
@@ -189,15 +209,11 @@ class _SafeReader(dcp.FileSystemReader):
             metadata = _IndexUnpickler(io.BytesIO(path.read_bytes())).load()
         except FileNotFoundError:
             raise UserError(f"{path.parent}: not a complete checkpoint: {INDEX_FILE} is missing") from None
-        except (
-            pickle.UnpicklingError,
-            EOFError,
-            AttributeError,
-            IndexError,
-            ImportError,
-            TypeError,
-            ValueError,
-        ) as error:
+        except OSError as error:
+            if is_machine_fault(error):
+                raise
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        except Exception as error:  # damaged pickles raise almost anything
             raise UserError(f"{path}: damaged or not a checkpoint index: {error}") from None
         if not isinstance(metadata, Metadata):
             raise UserError(f"{path}: not a checkpoint index")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from esvit_scale import files
-from esvit_scale.checkpoint import single_file, state
+from esvit_scale.checkpoint import single_file, state, step_folders
 from esvit_scale.data import image_folder, manifest, stream
 from esvit_scale.data.stream import EvaluationBatch
 from esvit_scale.errors import UserError
@@ -125,9 +125,9 @@ def save(found: FeatureSet, path: Path) -> None:
 def load_teacher(checkpoint: Path) -> Teacher:
     """The teacher's trunk of a run dir or step dir, or that of a safetensors file, on the CPU."""
     single = checkpoint.suffix == single_file.SUFFIX
-    source = checkpoint if single else state.resolve(checkpoint)
+    source = checkpoint if single else step_folders.resolve(checkpoint)
     trunk, config = state.load_teacher(source)
-    step = None if single else int(state.read_state(source)["cursor"]["step"])
+    step = None if single else int(step_folders.read_state(source)["cursor"]["step"])
     return Teacher(trunk, config.data.global_crops.size, step)
 
 

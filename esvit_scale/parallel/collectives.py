@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from esvit_scale.errors import RestartCanHelp, UserError
+from esvit_scale.errors import RestartCanHelp, UserError, translate_file_errors
 
 T = TypeVar("T")
 
@@ -156,7 +156,8 @@ def on_rank_0(function: Callable[[], T]) -> T:
     answer: list[Any] = [None, None]
     if rank() == 0:
         try:
-            answer[0] = function()
+            with translate_file_errors():
+                answer[0] = function()
         except (UserError, RestartCanHelp) as error:
             answer[1] = error
     if world_size() > 1:

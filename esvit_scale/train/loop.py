@@ -1,16 +1,21 @@
 """The training loop: for every batch a step, a record, a save when due, and a way out when asked."""
 
 import logging
+from pathlib import Path
 
-from esvit_scale.checkpoint import state
+from esvit_scale.checkpoint import step_folders
 from esvit_scale.config import Config, require_training_data
+from esvit_scale.data import identity as identities
 from esvit_scale.data import stream
+from esvit_scale.data.identity import Identity
 from esvit_scale.data.loader import explained_deaths
+from esvit_scale.errors import translate_file_errors
 from esvit_scale.objective.schedules import Schedules
 from esvit_scale.parallel import collectives
 from esvit_scale.parallel import world as world_module
 from esvit_scale.parallel.world import World
-from esvit_scale.train import run_dir, stage
+from esvit_scale.train import metrics, run_dir, stage
+from esvit_scale.train.lock import Lock
 from esvit_scale.train.online_knn import OnlineKnn
 from esvit_scale.train.run import Run
 from esvit_scale.train.step import open_session, train_step
@@ -23,12 +28,13 @@ def pretrain(config: Config) -> int:
 
     Raises:
         UserError: data, batch, run dir or checkpoint do not fit; before any training.
+        RestartCanHelp: a disk is full or does not answer, a rank is lost, or another process took the run over.
         Diverged: gradients were not finite for many steps in a row.
     """
     require_training_data(config)
     world = world_module.start()
     try:
-        with explained_deaths(), world_module.explained_losses():
+        with explained_deaths(), world_module.explained_losses(), translate_file_errors():
             code = _open_and_train(config, world)
     except BaseException:
         world_module.abandon()
@@ -46,12 +52,15 @@ def _open_and_train(config: Config, world: World) -> int:
     data = collectives.on_rank_0(lambda: stream.open_data(config))
     if config.data.stage:
         data = stage.on_every_node(data, config.data.stage)
-    with run_dir.Lock(path) as lock:
+    with Lock(path) as lock:
+        metrics.start_logging(path, active=world.rank == 0)
         schedules = Schedules(config, stream.steps_per_epoch(config, data))
-        fresh = collectives.on_rank_0(lambda: state.latest(path) is None)
+        collectives.on_rank_0(lambda: step_folders.sweep(path))
+        checkpoint = step_folders.newest_good(path)
+        identity = collectives.on_rank_0(lambda: _checked_identity(config, data, checkpoint))
         knn = OnlineKnn(config, world) if config.train.knn_every else None
-        session = open_session(config, world, schedules, fresh)
-        with Run(path, session, lock, knn) as run:
+        session = open_session(config, world, schedules, fresh=checkpoint is None)
+        with Run(path, session, lock, checkpoint, identity, knn) as run:
             for batch in run.batches(data):
                 result = train_step(session, batch, run.step, watch=run.row_is_due())
                 run.record(batch, result)
@@ -60,3 +69,17 @@ def _open_and_train(config: Config, world: World) -> int:
                     return run.leave()
             run.finish()
     return 0
+
+
+def _checked_identity(config: Config, data: stream.Source, checkpoint: Path | None) -> Identity:
+    """Return the identity of the run's data, after comparing it with what the checkpoint was trained on."""
+    now = identities.identity(data)
+    if checkpoint is None:
+        return now
+    recorded = step_folders.read_state(checkpoint).get("data")
+    if recorded is None:
+        log.info(
+            "%s does not record which data it was trained on (an older version wrote it); later ones do", checkpoint
+        )
+    identities.check_same(checkpoint, recorded, now, config.data.train or "data.mix")
+    return now

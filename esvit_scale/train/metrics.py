@@ -171,7 +171,7 @@ def start_logging(run: Path, active: bool) -> None:
     log.setLevel(logging.INFO if active else logging.WARNING)
     handlers: list[logging.Handler] = [logging.StreamHandler()]
     if active:
-        handlers.append(logging.FileHandler(run / "log.txt"))
+        handlers.append(logging.FileHandler(run / "log.txt", delay=True))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         log.addHandler(handler)

@@ -3,22 +3,24 @@
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from esvit_scale import files
-from esvit_scale.checkpoint import state
+from esvit_scale.checkpoint import state, step_folders
 from esvit_scale.checkpoint.saver import Saver
 from esvit_scale.data import stream
+from esvit_scale.data.identity import Identity
 from esvit_scale.data.stream import Batch, Source
 from esvit_scale.data.worker_rates import WorkerRates
-from esvit_scale.errors import Diverged, UserError
+from esvit_scale.errors import Diverged, RestartCanHelp, in_words
 from esvit_scale.parallel import collectives
 from esvit_scale.parallel import engine as engine_module
 from esvit_scale.train import gauges, metrics, mfu, run_dir, signals
+from esvit_scale.train.lock import Lock
 from esvit_scale.train.monitors import Monitors
 from esvit_scale.train.online_knn import OnlineKnn
 from esvit_scale.train.step import Session, StepResult
@@ -29,7 +31,7 @@ log = logging.getLogger("esvit_scale")
 INTERRUPTED = 130
 REQUESTS: tuple[signals.Request, ...] = ("none", "requeue", "interrupt")  # what weighs more comes later
 ASKED = 3  # the bits of a request
-BAD_SAMPLES, SAVE_NOW, NOT_FINITE = 4, 8, 16
+BAD_SAMPLES, SAVE_NOW, NOT_FINITE, TAKEN_OVER = 4, 8, 16, 32
 
 
 class Run:
@@ -39,8 +41,17 @@ class Run:
     batch of a step is number `step + data_offset` of the data order: a roll-back goes back in steps, not in data.
     """
 
-    def __init__(self, path: Path, session: Session, lock: run_dir.Lock, knn: OnlineKnn | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        session: Session,
+        lock: Lock,
+        checkpoint: Path | None,
+        data: Identity,
+        knn: OnlineKnn | None = None,
+    ) -> None:
         self._path, self._session, self._lock = path, session, lock
+        self._checkpoint, self._data = checkpoint, data
         self._rank = session.world.rank
         self._batch = session.config.train.global_batch
         self.last_step = session.schedules.total_steps
@@ -58,8 +69,7 @@ class Run:
         self._workers = WorkerRates()
 
     def __enter__(self) -> "Run":
-        metrics.start_logging(self._path, active=self._rank == 0)
-        self._saver = Saver(self._path, self._session.config)
+        self._saver = Saver(self._path, self._session.config, self._data, self._check_lock)
         config, world = self._session.config, self._session.world
         self._ideal_rate = collectives.on_rank_0(lambda: mfu.ideal_images_per_s(config, world.device, world.size))
         self._resume()
@@ -99,6 +109,8 @@ class Run:
         self._workers.add(batch.worker_rates)
         mine = self._my_flags(batch, result)
         self._flags = collectives.bits_of_ranks(mine)
+        if self._flags & TAKEN_OVER:
+            raise self._taken_over()
         if self._flags & BAD_SAMPLES:
             bad = [sample for samples in collectives.gather_objects(batch.bad) for sample in samples]
             self._journal.bad_samples(self.step, bad)
@@ -127,12 +139,15 @@ class Run:
     def leave(self) -> int:
         """Saved because of a signal: say how to continue; the exit code."""
         self._saver.wait()
-        self._write_summary(finished=self.step == self.last_step)
+        with self._logged_only():
+            self._write_summary(finished=self.step == self.last_step)
         interrupt = self._flags & REQUESTS.index("interrupt")
         if self._rank == 0:
             log.warning("stopped at step %d/%d, saved; the same command continues", self.step, self.last_step)
             if not interrupt and self.step < self.last_step:
-                files.write_text(self._path / "requeue", f"{self.step}\n")
+                files.write_text(
+                    self._path / "requeue", f"{self.step}\n"
+                )  # a full disk: exit 75, which requeues as well
         return INTERRUPTED if interrupt else 0
 
     def finish(self) -> None:
@@ -143,7 +158,7 @@ class Run:
             log.info("finished: %d steps, %s", self.step, self._path)
 
     def _resume(self) -> None:
-        folder = state.newest_good(self._path)
+        folder = self._checkpoint
         if folder is not None:
             self._restore(folder)
             if self._rank == 0:
@@ -163,7 +178,12 @@ class Run:
         # One clock decides for all ranks.
         save_now = self._rank == 0 and minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
         not_finite = not result.applied and not bool(torch.isfinite(result.logs["loss"]))
-        flags = {BAD_SAMPLES: bool(batch.bad), SAVE_NOW: save_now, NOT_FINITE: not_finite}
+        flags = {
+            BAD_SAMPLES: bool(batch.bad),
+            SAVE_NOW: save_now,
+            NOT_FINITE: not_finite,
+            TAKEN_OVER: self._lock.lost(),
+        }
         return REQUESTS.index(signals.request()) | sum(bit for bit, is_set in flags.items() if is_set)
 
     def _skipped(self, batch: Batch, named: int | bool) -> None:
@@ -185,9 +205,10 @@ class Run:
         """
         with suppress(state.NotSaved):  # logged; the one before it serves as well
             self._saver.wait()
-        folder = state.newest_good(self._path)
+        folder = step_folders.newest_good(self._path)
         if folder is None or self._rollbacks == self._session.config.train.rollbacks:
-            self._write_summary(finished=False)
+            with self._logged_only():
+                self._write_summary(finished=False)
             raise Diverged(
                 f"{self._path}: gradients were not finite for {self._skips} steps in a row, up to step {self.step}, "
                 f"{'before the first checkpoint' if folder is None else f'after going back {self._rollbacks} times'}; "
@@ -272,7 +293,18 @@ class Run:
 
     def _check_lock(self) -> None:
         if not self._lock.held():
-            raise UserError(f"{self._path}: another process took this run over; this one stops without writing")
+            raise self._taken_over()
+
+    def _taken_over(self) -> RestartCanHelp:
+        return RestartCanHelp(f"{self._path}: another process took this run over; this one stops without writing")
+
+    @contextmanager
+    def _logged_only(self) -> Iterator[None]:
+        """Around what the run can do without: a disk that does not take it is logged."""
+        try:
+            yield
+        except OSError as error:
+            log.warning("%s", in_words(error))
 
     def _write_summary(self, finished: bool) -> None:
         if self._rank != 0:

@@ -5,24 +5,22 @@ The same config resumes, another config is an error with the differences, a fini
 """
 
 import json
+import logging
 import os
 import platform
 import socket
-import threading
-import time
-from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from esvit_scale import config as config_module
-from esvit_scale import files
+from esvit_scale import files, yaml_text
+from esvit_scale.checkpoint import step_folders
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
-from esvit_scale.parallel import collectives
 
-HEARTBEAT_S = 10
-STALE_S = 60
+log = logging.getLogger("esvit_scale")
+
 # What may change between two starts of one run without changing its results.
 MAY_DIFFER = (
     "run_dir",
@@ -44,6 +42,10 @@ MAY_DIFFER = (
 )
 
 
+# Where the data lies may change as well when a checkpoint records what the data is.
+DATA_KEYS = ("data.train", "data.mix")
+
+
 def open_run(config: Config) -> "tuple[Path, bool]":
     """The run dir of a config, checked but not yet created; and whether its run is finished already.
 
@@ -55,13 +57,18 @@ def open_run(config: Config) -> "tuple[Path, bool]":
         raise UserError(f"{path}: is a file; set run_dir or name to a folder that may be created")
     if (path / "config.yaml").exists():
         _check_same(path, config)
-    elif path.is_dir() and any(entry.name not in _OURS_BEFORE_CONFIG for entry in path.iterdir()):
+    elif path.is_dir() and any(not _is_ours_before_config(entry.name) for entry in path.iterdir()):
+        if _matches_checkpoint(path, config, "is missing"):
+            return path, False
         raise UserError(f"{path}: exists but is no run dir (no config.yaml); set name or run_dir to a new one")
     (path / "requeue").unlink(missing_ok=True)
     return path, bool(read_summary(path).get("finished"))
 
 
-_OURS_BEFORE_CONFIG = ("lock.json", "log.txt", "shards", "slurm")
+def _is_ours_before_config(name: str) -> bool:
+    """Whether a start that has not yet written config.yaml may have left this."""
+    made = ("lock.json", "log.txt", "shards", "slurm", "requeue")
+    return name in made or name.startswith((".lock.json.", ".config.yaml.", ".environment.json."))
 
 
 def record_start(path: Path, config: Config) -> None:
@@ -71,17 +78,77 @@ def record_start(path: Path, config: Config) -> None:
 
 
 def read_summary(path: Path) -> dict[str, Any]:
-    summary = path / "summary.json"
-    return json.loads(summary.read_text()) if summary.exists() else {}
+    """Return the run's summary.json; empty when there is none, or a damaged one (the next end writes it again)."""
+    try:
+        summary = json.loads((path / "summary.json").read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        log.warning("%s: cannot be read: %s; going on without it", path / "summary.json", " ".join(str(error).split()))
+        return {}
+    return summary if isinstance(summary, dict) else {}
 
 
 def _check_same(path: Path, config: Config) -> None:
-    differences = config_module.differences(config_module.load(path / "config.yaml"), config)
-    matter = [d for d in differences if d.split(":")[0] not in MAY_DIFFER]
+    try:
+        matter = _differences(_load_whole(path / "config.yaml"), config)
+    except UserError as error:
+        if _matches_checkpoint(path, config, "is damaged"):
+            return
+        raise UserError(
+            f"{error}; this is the run's record of its config: copy a good one back, or give this run another name= or run_dir="
+        ) from None
+    if matter and all(difference.split(":")[0] in DATA_KEYS for difference in matter):
+        saved = _saved_state(path)
+        if saved is not None and "data" in saved:
+            return  # the same data may lie elsewhere: its identity is compared when it is open
     if matter:
         raise UserError(
             f"{path}: holds a run of another config ({'; '.join(matter)}); give this one another name= or run_dir="
         )
+
+
+def _load_whole(path: Path) -> Config:
+    """Load the config.yaml of a run dir.
+
+    Raises:
+        UserError: not a config, or cut short: every section is always written.
+    """
+    missing = {"data", "model", "objective", "optim", "train"} - yaml_text.read(path).keys()
+    if missing:
+        raise UserError(f"{path}: cut short, it lacks {', '.join(sorted(missing))}")
+    return config_module.load(path)
+
+
+def _differences(saved: Config, config: Config) -> list[str]:
+    """Return what differs and changes results, `key: saved → given` each."""
+    return [d for d in config_module.differences(saved, config) if d.split(":")[0] not in MAY_DIFFER]
+
+
+def _matches_checkpoint(path: Path, config: Config, problem: str) -> bool:
+    """Whether the run's checkpoint was made with this config, where config.yaml cannot say so."""
+    saved = _saved_state(path)
+    if saved is None:
+        return False
+    try:
+        if _differences(config_module.validate(saved["config"], where=str(path)), config):
+            return False
+    except UserError:
+        return False
+    log.warning(
+        "%s: %s; the checkpoint was made with this config, so it is written again", path / "config.yaml", problem
+    )
+    return True
+
+
+def _saved_state(path: Path) -> dict[str, Any] | None:
+    """Return the state.json of the checkpoint that a resume would try first among those with a sound one."""
+    for folder in step_folders.candidates(path):
+        try:
+            return step_folders.read_state(folder)
+        except UserError:
+            continue
+    return None
 
 
 def _environment() -> dict[str, Any]:
@@ -101,83 +168,3 @@ def _environment() -> dict[str, Any]:
         "packages": packages,
         "slurm": slurm,
     }
-
-
-class Lock:
-    """One writer per run dir: a file with host, pid, Slurm job and a heartbeat.
-
-    Taken over from the same Slurm job (a requeue), from a dead process of this host, and when the heartbeat is older
-    than 60 s.
-
-    All ranks enter and leave it together; rank 0 holds it. A run dir that nothing was written to is gone afterwards.
-
-    Raises:
-        UserError: somebody else is writing (on entering).
-    """
-
-    def __init__(self, run: Path) -> None:
-        self._path = run / "lock.json"
-        self._stop = threading.Event()
-        self._me = {"host": socket.gethostname(), "pid": os.getpid(), "slurm_job": os.environ.get("SLURM_JOB_ID", "")}
-        self._thread = threading.Thread(target=self._beat, daemon=True)
-
-    def __enter__(self) -> "Lock":
-        collectives.on_rank_0(self._acquire)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._thread.is_alive():
-            self._stop.set()
-            self._thread.join()
-            if self.held():
-                self._path.unlink(missing_ok=True)
-            with suppress(OSError):  # not empty: the run began
-                self._path.parent.rmdir()
-
-    def _acquire(self) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        holder = self._read()
-        if holder and not self._may_take_over(holder):
-            age = time.time() - holder["heartbeat"]
-            job = f", Slurm job {holder['slurm_job']}" if holder["slurm_job"] else ""
-            raise UserError(
-                f"{self._path.parent}: in use by process {holder['pid']} on {holder['host']}{job} (heartbeat {age:.0f} s ago); "
-                f"stop that run, or wait until its heartbeat is {STALE_S} s old"
-            )
-        self._write()
-        self._thread.start()
-
-    def held(self) -> bool:
-        """False when another process took the run over: this one must not write any more."""
-        holder = self._read()
-        return holder is not None and all(holder[k] == v for k, v in self._me.items())
-
-    def _beat(self) -> None:
-        while not self._stop.wait(HEARTBEAT_S):
-            if self.held():
-                self._write()
-
-    def _write(self) -> None:
-        files.write_json(self._path, {**self._me, "heartbeat": time.time()})
-
-    def _read(self) -> dict[str, Any] | None:
-        try:
-            return json.loads(self._path.read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            return None
-
-    def _may_take_over(self, holder: dict[str, Any]) -> bool:
-        if self._me["slurm_job"] and holder["slurm_job"] == self._me["slurm_job"]:
-            return True
-        if holder["host"] == self._me["host"] and not _alive(holder["pid"]):
-            return True
-        return time.time() - holder["heartbeat"] > STALE_S
-
-
-def _alive(pid: int) -> bool:
-    """A zombie answers signal 0 as well, but writes no more."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        return state != "Z"
-    except FileNotFoundError:
-        return False

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from esvit_scale.checkpoint import state, storage
+from esvit_scale.checkpoint import state, step_folders, storage
 from esvit_scale.checkpoint.saver import Saver
 from esvit_scale.errors import RestartCanHelp
 from esvit_scale.train import loop
@@ -50,7 +50,7 @@ def test_a_disk_that_stays_full_ends_the_run_at_its_end(tmp_path: Path, monkeypa
         patch.setattr(storage, "save", lambda folder, i: real(folder, i) if "10" in folder.name else full())
         with pytest.raises(RestartCanHelp, match="No space left on device; the checkpoints before it are untouched"):
             loop.pretrain(config)
-    assert state.newest_good(config.run_path) == config.run_path / "checkpoints" / "step-00000010"
+    assert step_folders.newest_good(config.run_path) == config.run_path / "checkpoints" / "step-00000010"
     assert loop.pretrain(config) == 0
     assert tiny.rows(config.run_path) == tiny.rows(tmp_path / "reference")
 
@@ -75,7 +75,7 @@ def test_what_is_written_is_the_moment_of_the_copy(tmp_path: Path, monkeypatch: 
     folder = tmp_path / "run" / "checkpoints" / "step-00000007"
     storage.load(folder, {"student/x": storage.whole(read)})
     assert torch.equal(read, torch.arange(5.0))
-    assert set(json.loads((folder / "state.json").read_text())) == {"cursor", "files"}
+    assert set(json.loads((folder / "state.json").read_text())) == {"cursor", "files", "format_version", "sha256"}
 
 
 def test_a_defect_in_the_thread_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from esvit_scale.errors import UserError
 from esvit_scale.train import loop, metrics, run_dir
+from esvit_scale.train.lock import Lock
 from tests import tiny
 
 
@@ -67,12 +68,12 @@ def test_a_second_writer_is_refused(tmp_path: Path) -> None:
     other = subprocess.Popen(["sleep", "60"])
     try:
         holder(path, other.pid, time.time())
-        with pytest.raises(UserError, match=rf"in use by process {other.pid}"), run_dir.Lock(path):
+        with pytest.raises(UserError, match=rf"in use by process {other.pid}"), Lock(path):
             pass
     finally:
         other.kill()
         other.wait()
-    with run_dir.Lock(path) as lock:  # the process is gone: no need to wait for its heartbeat to grow old
+    with Lock(path) as lock:  # the process is gone: no need to wait for its heartbeat to grow old
         assert lock.held()
     assert not (path / "lock.json").exists()
 
@@ -80,10 +81,10 @@ def test_a_second_writer_is_refused(tmp_path: Path) -> None:
 def test_a_fresh_heartbeat_of_another_host_is_respected_and_a_stale_one_is_not(tmp_path: Path) -> None:
     path = opened(tmp_path)
     holder(path, 1, time.time() - 50, host="elsewhere")
-    with pytest.raises(UserError, match="on elsewhere"), run_dir.Lock(path):
+    with pytest.raises(UserError, match="on elsewhere"), Lock(path):
         pass
     holder(path, 1, time.time() - 61, host="elsewhere")
-    with run_dir.Lock(path) as lock:
+    with Lock(path) as lock:
         assert lock.held()
 
 
@@ -91,13 +92,13 @@ def test_the_same_slurm_job_takes_over(tmp_path: Path, monkeypatch: pytest.Monke
     path = opened(tmp_path)
     holder(path, 1, time.time(), host="elsewhere", job="77")
     monkeypatch.setenv("SLURM_JOB_ID", "77")
-    with run_dir.Lock(path) as lock:
+    with Lock(path) as lock:
         assert lock.held()
 
 
 def test_a_run_taken_over_is_noticed(tmp_path: Path) -> None:
     path = opened(tmp_path)
-    with run_dir.Lock(path) as lock:
+    with Lock(path) as lock:
         holder(path, 1, time.time(), host="elsewhere")
         assert not lock.held()
     assert (path / "lock.json").exists()  # it is the other one's

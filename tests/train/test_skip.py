@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from esvit_scale.checkpoint import state
+from esvit_scale.checkpoint import step_folders
 from esvit_scale.data import manifest, stream
 from esvit_scale.errors import Diverged
 from esvit_scale.objective.schedules import Schedules
@@ -83,7 +83,7 @@ def test_a_run_goes_back_to_its_checkpoint_and_on_with_other_data(
     assert all(row["skipped_steps"] == 0 and math.isfinite(row["loss"]) for row in rows)
     summary = json.loads((config.run_path / "summary.json").read_text())
     assert (summary["data_offset"], summary["rollbacks"], summary["optimizer_step"]) == (7, 1, 20)
-    cursor = state.read_state(state.resolve(config.run_path))["cursor"]
+    cursor = step_folders.read_state(step_folders.resolve(config.run_path))["cursor"]
     assert (cursor["step"], cursor["batch_index"], cursor["data_offset"]) == (20, 27, 7)
     named = read_rows(config.run_path / "quarantine.jsonl")
     assert [row["step"] for row in named] == [step for step in range(13, 18) for _ in range(8)]

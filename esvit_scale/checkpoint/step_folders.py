@@ -1,0 +1,355 @@
+"""The step folders of a run: which exist, which one a resume reads, and what proves that its files are what was written.
+
+checkpoints/step-00000100/ holds tensors (storage.py) and state.json. state.json records the size and SHA-256 of every
+other file of the folder, and the SHA-256 of itself without that field; so a resume trusts nothing that was not checked.
+checkpoints/latest is a convenience for people: without it, or when it is damaged, the newest whole folder is found.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from esvit_scale import files
+from esvit_scale.checkpoint import single_file, storage
+from esvit_scale.config import Config
+from esvit_scale.errors import RestartCanHelp, UserError, is_machine_fault
+from esvit_scale.parallel import collectives
+
+log = logging.getLogger("esvit_scale")
+
+FORMAT_VERSION = 2  # 1 had no checksum of state.json itself
+READABLE_VERSIONS = (1, 2)
+STATE = "state.json"
+OWN_CHECKSUM = "sha256"
+RETRY_DELAYS = (1, 3, 6)  # seconds, when a file cannot be read: network storage often recovers
+_STEP = re.compile(r"step-(\d{8,})")
+
+
+# --- one folder ------------------------------------------------------------------------------------------------------
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Return the content of a step folder's state.json, after checking it against its own checksum.
+
+    Raises:
+        UserError: not a checkpoint, damaged, or written by a newer version.
+        OSError: the file exists and cannot be read.
+    """
+    path = folder / STATE
+    try:
+        state = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{folder}: not a checkpoint (no {STATE}); give a run dir or one of its step folders") from None
+    except (IsADirectoryError, NotADirectoryError):
+        raise UserError(f"{path}: damaged: it is not a file") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged: {' '.join(str(error).split())[:200]}") from None
+    version = state.get("format_version") if isinstance(state, dict) else None
+    if not isinstance(state, dict) or (version in READABLE_VERSIONS and not _is_well_formed(state)):
+        raise UserError(f"{path}: damaged: it lacks what every checkpoint records")
+    if version not in READABLE_VERSIONS:
+        readable = " and ".join(map(str, READABLE_VERSIONS))
+        raise UserError(f"{path}: format version {version}, this program reads {readable}")
+    if (version > 1 or OWN_CHECKSUM in state) and state.get(OWN_CHECKSUM) != _checksum(state):
+        raise UserError(f"{path}: damaged: its content has changed since it was written")
+    return state
+
+
+def write_state(folder: Path, state: dict[str, Any]) -> None:
+    """Write state.json with the format version and its own checksum."""
+    state = {"format_version": FORMAT_VERSION, **state}
+    files.write_json(folder / STATE, state | {OWN_CHECKSUM: _checksum(state)})
+
+
+def complete(tmp: Path, folder: Path, state: dict[str, Any]) -> None:
+    """Turn a filled temporary folder into the step folder `folder`; one of that name is replaced as a whole."""
+    write_state(tmp, state)
+    files.sync_folder(tmp)
+    replaced = folder.with_name(f".{folder.name}.replaced.partial")
+    if folder.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        folder.rename(replaced)
+    tmp.rename(folder)
+    files.sync_folder(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)  # what cannot be removed is swept at the next start
+
+
+def check_files(folder: Path) -> None:
+    """Check every file of a step folder against its recorded size and SHA-256.
+
+    Raises:
+        UserError: a file is missing or not what was written.
+    """
+    recorded = read_state(folder)["files"]
+    found = [problem for name, entry in recorded.items() for problem in storage.problems(folder / name, entry)]
+    if found:
+        raise UserError(f"{folder}: damaged: {'; '.join(found)}")
+
+
+def check_index(folder: Path, state: dict[str, Any]) -> None:
+    """Check the index of the tensors, and that every file has its size; cheap, for readers of a few tensors.
+
+    Raises:
+        UserError: a file is missing, of another size, or the index is not what was written.
+    """
+    found = []
+    for name, entry in state["files"].items():
+        check = storage.problems if name == storage.INDEX_FILE else storage.size_problems
+        found += check(folder / Path(name).name, entry)
+    if found:
+        raise UserError(f"{folder}: damaged: {'; '.join(found[:3])}")
+
+
+def _checksum(state: dict[str, Any]) -> str:
+    content = {key: value for key, value in state.items() if key != OWN_CHECKSUM}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _is_well_formed(state: dict[str, Any]) -> bool:
+    """Whether the fields that every version has are there, with the types and relations that they always have."""
+    cursor, recorded, steps = state.get("cursor"), state.get("files"), state.get("optimizer_steps")
+    if not (isinstance(cursor, dict) and isinstance(recorded, dict) and isinstance(steps, dict)):
+        return False
+    if not (isinstance(state.get("shapes"), dict) and isinstance(state.get("config"), dict)):
+        return False
+    numbers = [*cursor.values(), *steps.values(), *(e.get("bytes") for e in recorded.values() if isinstance(e, dict))]
+    if not all(type(number) is int and number >= 0 for number in numbers):
+        return False
+    if not all(isinstance(entry, dict) and isinstance(entry.get("sha256"), str) for entry in recorded.values()):
+        return False
+    if {"step", "data_offset", "batch_index"} <= cursor.keys():
+        return bool(cursor["step"] + cursor["data_offset"] == cursor["batch_index"])
+    return "step" in cursor
+
+
+# --- the folders of a run --------------------------------------------------------------------------------------------
+
+
+def step_of(folder: Path) -> int | None:
+    """Return the step in a folder's name, None when it is not named like a step folder."""
+    found = _STEP.fullmatch(folder.name)
+    return int(found[1]) if found else None
+
+
+def step_folders(run: Path) -> list[Path]:
+    """Return the step folders of a run in the order of their steps; anything else in checkpoints/ is passed over.
+
+    Raises:
+        UserError: checkpoints/ is something else than a folder, or a link that leads nowhere.
+    """
+    checkpoints = run / "checkpoints"
+    if not os.path.lexists(checkpoints):
+        return []
+    if not checkpoints.is_dir():
+        what = "a link that leads nowhere" if checkpoints.is_symlink() else "not a folder"
+        raise UserError(f"{checkpoints}: is {what}; put it right, or move it away to start anew")
+    found = {step: path for path in checkpoints.iterdir() if (step := step_of(path)) is not None and path.is_dir()}
+    return [found[step] for step in sorted(found)]
+
+
+def has_checkpoints(run: Path) -> bool:
+    """Whether a run has step folders, good or damaged."""
+    return bool(step_folders(run))
+
+
+def latest(run: Path) -> Path | None:
+    """Return the step folder that a resume tries first, or None when there is none."""
+    return next(iter(candidates(run)), None)
+
+
+def candidates(run: Path) -> list[Path]:
+    """Return a run's step folders in the order in which a resume tries them.
+
+    First the one that checkpoints/latest names, then those before it, newest first, then those after it: whoever turns
+    `latest` back means it. A folder that was finished after `latest` was written comes before it: the process died, or
+    the disk was full, between the two. Without a usable `latest` all folders, newest first, with a warning.
+    """
+    found = step_folders(run)
+    if not found:
+        return []
+    pointer = run / "checkpoints" / "latest"
+    named, problem = _read_pointer(pointer, found)
+    if named is None:
+        log.warning("%s: %s; it is not needed: trying the newest of %d checkpoints", pointer, problem, len(found))
+        return found[::-1]
+    at = found.index(named)
+    newer = found[at + 1 :]
+    unnamed = [folder for folder in newer if _finished_at(folder) > pointer.stat().st_mtime_ns]
+    return [*unnamed[::-1], *found[at::-1], *(folder for folder in newer[::-1] if folder not in unnamed)]
+
+
+def newest_good(run: Path) -> Path | None:
+    """Return the first of a run's `candidates` whose files are what was written; None before the first save.
+
+    A damaged folder is logged, and the next one is tried. All ranks call it and get the same answer.
+
+    Raises:
+        UserError: there are checkpoints, and none is good.
+        RestartCanHelp: there are checkpoints, and none could be read, by the fault of the storage.
+    """
+    tried = collectives.on_rank_0(lambda: candidates(run))
+    first, machine = "", False
+    for folder in tried:
+        found, unreadable = _problems_on_all_ranks(folder)
+        if not found:
+            return folder
+        first, machine = first or f"{folder.name}: {found[0]}", machine or unreadable
+        if collectives.rank() == 0:
+            log.warning("%s is damaged (%s); trying another checkpoint", folder, "; ".join(found[:3]))
+    if machine:
+        raise RestartCanHelp(f"{run / 'checkpoints'}: no checkpoint could be read ({first}); is the storage well?")
+    if tried:
+        raise UserError(
+            f"{run / 'checkpoints'}: every checkpoint is damaged ({len(tried)} tried; {first}); "
+            "copy a good one back, or move the folder away to start anew"
+        )
+    return None
+
+
+def resolve(checkpoint: Path) -> Path:
+    """Return the step folder that a run dir or a step folder stands for; of a run dir the newest with a sound state.json.
+
+    Raises:
+        UserError: neither a run dir nor a step folder, or no checkpoint in it yet.
+    """
+    if not checkpoint.exists():
+        raise UserError(f"{checkpoint}: no such checkpoint; give a run dir or one of its step folders")
+    if checkpoint.is_file():
+        raise UserError(
+            f"{checkpoint}: neither a run dir, a step folder nor a {single_file.SUFFIX} file; for an official checkpoint: "
+            f"esvit-scale convert {checkpoint} {checkpoint.stem}{single_file.SUFFIX} --from esvit --to safetensors"
+        )
+    if not (checkpoint / "checkpoints").is_dir():
+        return checkpoint
+    found = candidates(checkpoint)
+    if not found:
+        raise UserError(f"{checkpoint}: has no checkpoint yet")
+    for folder in found:
+        try:
+            read_state(folder)
+        except UserError as error:
+            log.warning("%s; trying another checkpoint", error)
+        else:
+            return folder
+    raise UserError(f"{checkpoint}: every checkpoint is damaged ({len(found)} tried)")
+
+
+def point_to(folder: Path) -> None:
+    """Make checkpoints/latest name `folder`. Where that cannot be written, `latest` is removed rather than left wrong."""
+    pointer = folder.parent / "latest"
+    try:
+        files.write_text(pointer, folder.name + "\n")
+    except OSError as error:
+        log.warning("%s: could not be written: %s; a resume finds the newest checkpoint", pointer, error.strerror)
+        try:
+            pointer.unlink()
+        except OSError:
+            log.warning("%s: could not be removed either", pointer)
+
+
+def prune(newest: Path, config: Config) -> None:
+    """Remove old checkpoints, but for the last `train.keep_checkpoints` and every `train.keep_every`-th step's.
+
+    One that cannot be removed is logged: it costs room, not the run. What comes after `newest` is left alone: a resume
+    from an older checkpoint writes those steps again.
+    """
+    keep_every, last = config.train.keep_every, step_of(newest) or 0
+    folders = [(step_of(folder) or 0, folder) for folder in step_folders(newest.parent.parent)]
+    for step, old in [(step, folder) for step, folder in folders if step <= last][: -config.train.keep_checkpoints]:
+        if old == newest or (keep_every and step % keep_every == 0):
+            continue
+        try:
+            shutil.rmtree(old)
+        except OSError as error:
+            log.warning("%s: could not be removed: %s; it stays", error.filename or old, error.strerror or error)
+
+
+def sweep(run: Path) -> None:
+    """Remove what killed saves left behind: unfinished folders in checkpoints/ and temporary files of the run dir.
+
+    Call it on rank 0, holding the run's lock: then no save of this run is alive.
+    """
+    checkpoints = run / "checkpoints"
+    saves = sorted(checkpoints.glob(".*.partial")) if checkpoints.is_dir() else []
+    ours = ("config.yaml", "environment.json", "summary.json", "metrics.jsonl", "quarantine.jsonl", "requeue")
+    left = [*saves, *(path for name in ours for path in run.glob(f".{name}.*.partial"))]
+    for path in left:
+        try:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        except OSError as error:
+            log.warning("%s: left by a killed save, could not be removed: %s", path, error.strerror or error)
+    if saves:
+        log.info("%s: removed %d unfinished saves of starts that were killed", checkpoints, len(saves))
+
+
+def _read_pointer(pointer: Path, found: list[Path]) -> tuple[Path | None, str]:
+    """Return the folder that `latest` names, or None and what is wrong with it."""
+    try:
+        text = pointer.read_bytes()[:200].decode("ascii", "replace").strip()
+    except FileNotFoundError:
+        return None, "is missing"
+    except OSError as error:
+        return None, f"cannot be read ({error.strerror})"
+    named = next((folder for folder in found if folder.name == text), None)
+    if named is not None:
+        return named, ""
+    is_name = _STEP.fullmatch(text) is not None
+    return None, f"names {text}, which is not there" if is_name else "does not name a checkpoint"
+
+
+def _finished_at(folder: Path) -> int:
+    """Return when a step folder's state.json was written, in ns; 0 when it has none."""
+    try:
+        return (folder / STATE).stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _problems_on_all_ranks(folder: Path) -> tuple[list[str], bool]:
+    """Return what is wrong with a folder, one line each, and whether storage that did not answer is among it.
+
+    Every rank checks its share of the files.
+    """
+    recorded, found, machine = collectives.on_rank_0(lambda: _recorded(folder))
+    for name in sorted(recorded)[collectives.rank() :: collectives.world_size()]:
+        lines, fault = _patiently(lambda name=name: storage.problems(folder / Path(name).name, recorded[name]))  # type: ignore[misc]
+        found, machine = found + lines, machine or fault
+    answers = collectives.gather_objects((found, machine))
+    return list(dict.fromkeys(line for lines, _ in answers for line in lines)), any(fault for _, fault in answers)
+
+
+def _recorded(folder: Path) -> tuple[dict[str, Any], list[str], bool]:
+    """Return the files that state.json records, or what is wrong with it."""
+    recorded: dict[str, Any] = {}
+
+    def look() -> list[str]:
+        try:
+            state = read_state(folder)
+        except UserError as error:
+            return [str(error).removeprefix(f"{folder}{os.sep}")]
+        if state["cursor"]["step"] != step_of(folder):
+            return [f"{STATE} is of step {state['cursor']['step']}"]
+        recorded.update(state["files"])
+        return [] if recorded else [f"{STATE} records no files"]
+
+    lines, fault = _patiently(look)
+    return recorded, lines, fault
+
+
+def _patiently(look: Callable[[], list[str]]) -> tuple[list[str], bool]:
+    """Return what `look` finds, and whether the storage failed to answer although it was asked again for some seconds."""
+    for delay in (*RETRY_DELAYS, None):
+        try:
+            return look(), False
+        except OSError as error:
+            if delay is None or not is_machine_fault(error):
+                return [f"{Path(error.filename or '').name}: {error.strerror or error}"], is_machine_fault(error)
+            time.sleep(delay)
+    raise AssertionError

@@ -1,0 +1,67 @@
+"""What data a run is trained on, as far as it can be known without reading it: kept in checkpoints, compared on resume.
+
+The same content in another place has the same identity; other content, or the same in another order, has another.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from esvit_scale.data.manifest import Manifest
+from esvit_scale.data.stream import Source
+from esvit_scale.data.url_stream import UrlSets
+from esvit_scale.errors import UserError
+
+Identity = dict[str, str]  # "what": in words; "sha256": equal for the same data
+
+
+def identity(data: Source) -> Identity:
+    """Return the identity of a run's data.
+
+    Of a shard set it covers the contents and the order of the shards, as its manifest records them, and neither their
+    names nor their place. Of plain tars, which record nothing, it covers names and sizes where they are local files,
+    URLs otherwise, with the weights of a mix and the length of an epoch.
+    """
+    if isinstance(data, Manifest):
+        return _shard_set(data)
+    assert isinstance(data, UrlSets)
+    tars = sum(len(s.urls) for s in data.sets)
+    content = [data.samples, [[s.weight, [_tar(url) for url in s.urls]] for s in data.sets]]
+    return {"what": f"{tars} plain tars, {data.samples} samples an epoch", "sha256": _digest(content)}
+
+
+def check_same(checkpoint: Path, recorded: Any, now: Identity, place: str) -> None:
+    """Compare the identity that a checkpoint records with that of the data at `place` (what the config names).
+
+    Raises:
+        UserError: the checkpoint was trained on other data; both are named.
+    """
+    if not isinstance(recorded, dict) or recorded.get("sha256") == now["sha256"]:
+        return
+    raise UserError(
+        f"{checkpoint}: was trained on {_in_words(recorded)}, but {place} holds {_in_words(now)}; give the run its "
+        f"data back, or start another (name=…, with model.init_from={checkpoint} for its weights)"
+    )
+
+
+def _shard_set(manifest: Manifest) -> Identity:
+    content: Iterable[Any] = [[shard.samples, shard.bytes, shard.sha256] for shard in manifest.shards]
+    what = f"{len(manifest.shards)} shards, {manifest.samples} samples"
+    return {"what": what, "sha256": _digest(list(content))}
+
+
+def _tar(url: str) -> list[Any]:
+    """Return a local file's name and size, or a URL or command as it is written."""
+    if url.startswith("pipe:") or "://" in url:
+        return [url]
+    return [Path(url).name, Path(url).stat().st_size]
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _in_words(identity: Identity) -> str:
+    return f"{identity.get('what')} (sha256 {str(identity.get('sha256'))[:12]}…)"

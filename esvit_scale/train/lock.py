@@ -1,0 +1,285 @@
+"""One writer per run dir: lock.json, which holds host, pid, Slurm job and a heartbeat.
+
+It is made with `link`, which is atomic on NFS too, so of several starts one gets it. It is taken over from the same Slurm
+job (a requeue), from a dead process of this host, and when the heartbeat is older than 60 s. Who takes it over claims the
+record that it found by an exclusive file named after that record's hash; so of several takers one goes on, and only
+while the lock still holds that record. The holder writes its heartbeat into the file it made, never into one that took
+its place: a process that was suspended for an hour cannot take the run back.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import socket
+import threading
+import time
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from esvit_scale import files
+from esvit_scale.errors import RestartCanHelp, UserError
+from esvit_scale.parallel import collectives
+
+log = logging.getLogger("esvit_scale")
+
+HEARTBEAT_S = 10
+STALE_S = 60
+WATCH_S = 25  # how long a record is watched whose age cannot be told: a living holder writes within this time
+RECORD_BYTES = 512  # every record is padded to this length, so that a heartbeat needs no new room on a full disk
+
+
+class Record(NamedTuple):
+    """What lock.json holds. `age_s` is None when it does not say, or says that it was written in the future."""
+
+    host: str
+    pid: int
+    slurm_job: str
+    pid_namespace: str
+    token: str
+    age_s: float | None
+
+    def in_words(self) -> str:
+        job = f", Slurm job {self.slurm_job}" if self.slurm_job else ""
+        age = "a heartbeat in the future" if self.age_s is None else f"heartbeat {self.age_s:.0f} s ago"
+        return f"process {self.pid} on {self.host}{job} ({age})"
+
+
+class Lock:
+    """The lock of a run dir. All ranks enter and leave it together; rank 0 holds it.
+
+    A run dir that nothing was written to is gone afterwards.
+
+    Raises:
+        UserError: somebody else is writing (on entering).
+    """
+
+    def __init__(self, run: Path) -> None:
+        self._path = run / "lock.json"
+        self._stop = threading.Event()
+        self._me = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "slurm_job": os.environ.get("SLURM_JOB_ID", ""),
+            "pid_namespace": _pid_namespace(),
+            "token": uuid.uuid4().hex,
+        }
+        self._file: int | None = None  # the lock's file as this process made it
+        self._beaten = time.monotonic()
+        self._lost = False
+        self._thread = threading.Thread(target=self._keep_beating, daemon=True, name="heartbeat")
+
+    def __enter__(self) -> "Lock":
+        collectives.on_rank_0(self._acquire)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is None:
+            return
+        self._stop.set()
+        self._thread.join()
+        with suppress(OSError):
+            if self.held():
+                self._path.unlink(missing_ok=True)
+        with suppress(OSError):
+            os.close(self._file)
+        self._file = None
+        with suppress(OSError):  # not empty: the run began
+            self._path.parent.rmdir()
+
+    def held(self) -> bool:
+        """Whether the run is still this process's; once it is not, it must not write any more."""
+        if self._lost:
+            return False
+        try:
+            record = _parse(self._path.read_bytes())
+        except FileNotFoundError:
+            record = None
+        except OSError:
+            return True  # the storage does not answer, which says nothing about the lock
+        self._lost = record is None or record.token != self._me["token"]
+        return not self._lost
+
+    def lost(self) -> bool:
+        """Whether another process took the run over, as rank 0 knows it; looks again when no heartbeat was written lately,
+        as after a suspension. Costs nothing otherwise; False on the other ranks."""
+        if self._file is None:
+            return False
+        return self._lost or (time.monotonic() - self._beaten > 2 * HEARTBEAT_S and not self.held())
+
+    def _acquire(self) -> None:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        deadline = time.monotonic() + STALE_S
+        while not self._create():
+            if self._path.is_dir():
+                raise UserError(f"{self._path}: is a folder; move it away")
+            with suppress(FileNotFoundError):
+                found = self._path.read_bytes()
+                if self._may_take_over(found):
+                    self._replace(found)
+                    if self._file is not None:
+                        break
+            if time.monotonic() > deadline:
+                raise RestartCanHelp(f"{self._path}: could not be taken within {STALE_S} s; several starts at once?")
+            time.sleep(0.05)
+        self._thread.start()
+
+    def _create(self) -> bool:
+        """Make the lock when there is none; False when there is one."""
+        tmp, handle = self._temporary()
+        try:
+            os.link(tmp, self._path)
+        except FileExistsError:
+            os.close(handle)
+            return False
+        except OSError as error:
+            os.close(handle)
+            if error.errno not in files.NO_LINKS_ERRNOS:
+                raise
+            return self._create_exclusively()
+        finally:
+            tmp.unlink(missing_ok=True)
+        self._file = handle
+        return True
+
+    def _create_exclusively(self) -> bool:
+        """`_create` where there are no hard links: others may see the file empty for a moment, and then watch it."""
+        try:
+            handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        except FileExistsError:
+            return False
+        os.pwrite(handle, self._record(), 0)
+        os.fsync(handle)
+        self._file = handle
+        return True
+
+    def _replace(self, found: bytes) -> None:
+        """Put this process's record in the place of `found`, unless somebody else does, or did."""
+        digest = hashlib.sha256(found).hexdigest()[:16]
+        number = 0
+        while True:
+            claim = self._path.with_name(f".lock.json.{digest}-{number}.claim")
+            try:
+                os.close(os.open(claim, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644))
+                break
+            except FileExistsError:
+                with suppress(FileNotFoundError):
+                    if abs(time.time() - claim.stat().st_mtime) < STALE_S:
+                        return  # its maker is at work; the next look finds another record
+                number += 1  # its maker died between claiming and taking
+        try:
+            if self._path.read_bytes() != found:
+                return
+            tmp, handle = self._temporary()
+            tmp.replace(self._path)
+            self._file = handle
+            log.warning("%s: taken over; its record was %s", self._path, _in_words(found))
+        except FileNotFoundError:
+            return  # its holder left: the next look makes a new one
+        finally:
+            for old in range(number + 1):
+                self._path.with_name(f".lock.json.{digest}-{old}.claim").unlink(missing_ok=True)
+
+    def _may_take_over(self, found: bytes) -> bool:
+        """
+        Raises:
+            UserError: its holder lives.
+        """
+        holder = _parse(found)
+        if holder is not None:
+            if self._me["slurm_job"] and holder.slurm_job == self._me["slurm_job"]:
+                return True
+            if _is_dead(holder, self._me):
+                return True
+        if holder is not None and holder.age_s is not None:
+            if holder.age_s > STALE_S:
+                return True
+        elif _is_unchanged(self._path, found):
+            return True
+        raise UserError(
+            f"{self._path.parent}: in use by {holder.in_words() if holder else 'another process'}; "
+            f"stop that run, or wait until its heartbeat is {STALE_S} s old"
+        )
+
+    def _keep_beating(self) -> None:
+        while not self._stop.wait(HEARTBEAT_S):
+            if not self.held():
+                return
+            with suppress(OSError):  # a full disk or a storage that is away: tried again
+                self._beat()
+
+    def _beat(self) -> None:
+        assert self._file is not None
+        os.pwrite(self._file, self._record(), 0)
+        os.fsync(self._file)
+        self._beaten = time.monotonic()
+
+    def _temporary(self) -> tuple[Path, int]:
+        """Make a file beside the lock that holds this process's record; return it, opened for heartbeats."""
+        tmp = self._path.with_name(f".lock.json.{self._me['token']}.partial")
+        handle = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        os.pwrite(handle, self._record(), 0)
+        os.fsync(handle)
+        return tmp, handle
+
+    def _record(self) -> bytes:
+        text = json.dumps({**self._me, "heartbeat": time.time()})
+        return text.ljust(RECORD_BYTES - 1).encode() + b"\n"
+
+
+def _parse(content: bytes) -> Record | None:
+    """Return what lock.json says; None when it is damaged."""
+    try:
+        found = json.loads(content)
+        pid, beat = int(found["pid"]), float(found["heartbeat"])
+        words = [str(found.get(key, "")) for key in ("host", "slurm_job", "pid_namespace", "token")]
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+        return None
+    age = time.time() - beat
+    known = math.isfinite(age) and age >= -STALE_S
+    return Record(words[0], pid, words[1], words[2], words[3], max(age, 0.0) if known else None)
+
+
+def _in_words(content: bytes) -> str:
+    record = _parse(content)
+    return record.in_words() if record else "damaged"
+
+
+def _is_unchanged(path: Path, content: bytes) -> bool:
+    """Whether nobody writes to a lock whose age cannot be told; waits until one of its heartbeats would have come."""
+    log.warning("%s: %s; watching it for %d s", path, _in_words(content), WATCH_S)
+    deadline = time.monotonic() + WATCH_S
+    while time.monotonic() < deadline:
+        time.sleep(0.25)
+        try:
+            if path.read_bytes() != content:
+                return False
+        except FileNotFoundError:
+            return True
+    return True
+
+
+def _is_dead(holder: Record, me: dict[str, Any]) -> bool:
+    """Whether a holder of this host, in the same pid namespace (two containers may share a host's name), has ended."""
+    if holder.host != me["host"] or holder.pid_namespace not in ("", me["pid_namespace"]):
+        return False
+    return not _is_alive(holder.pid)
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether a process runs; a zombie answers signal 0 as well, but writes no more."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state not in "ZX"
+    except OSError:
+        return False
+
+
+def _pid_namespace() -> str:
+    try:
+        return str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return ""
