@@ -13,7 +13,7 @@ from esvit_scale.data import left_out
 from esvit_scale.data.class_names import numbered
 from esvit_scale.data.decode import EXTENSIONS, BadImage
 from esvit_scale.data.left_out import FILES, FOLDERS, IMAGES, LeftOut
-from esvit_scale.data.manifest import MAX_MEMBER
+from esvit_scale.data.tar_names import MAX_MEMBER
 from esvit_scale.errors import UserError
 
 

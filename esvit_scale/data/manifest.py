@@ -5,7 +5,6 @@ offsets are checked against the tar when it is read.
 """
 
 import json
-import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from esvit_scale.data.decode import EXTENSIONS
 from esvit_scale.data.left_out import LeftOut
+from esvit_scale.data.tar_names import chosen_images, split_name
+from esvit_scale.data.tar_reader import Member, TarReader
 from esvit_scale.errors import UserError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-MAX_MEMBER = 1 << 30  # bytes; a larger member is no image
 
 
 class Shard(NamedTuple):
@@ -231,8 +230,8 @@ def dump_index(name: str, entries: Iterable[Entry]) -> bytes:
 
 
 def scan(shard: Path) -> list[Entry]:
-    """The samples of any WebDataset tar, by its headers: consecutive regular files with the same name up to the first
-    dot of its last part. Links, devices and folders are ignored, and a truncated tar ends at its last whole member.
+    """The samples of any WebDataset tar, by its headers: consecutive regular files of one key (tar_names.py). Links,
+    devices, folders and hidden files are ignored, and a truncated tar ends at its last whole member.
 
     Raises:
         OSError: the file cannot be read.
@@ -242,48 +241,28 @@ def scan(shard: Path) -> list[Entry]:
 
 def scan_and_judge(shard: Path) -> tuple[list[Entry], str]:
     """`scan`, and in a few words what is wrong with the tar itself; empty when it is whole to its end marker."""
-    entries: list[Entry] = []
-    damage = ""
-    size = shard.stat().st_size
     with shard.open("rb") as file:
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                end = 0
-                for member in tar:
-                    if member.size < 0 or member.offset_data < end:
-                        damage = "a forged header leads back into the file"
-                        break
-                    end = member.offset_data
-                    if not member.isreg() or member.issparse():
-                        continue
-                    if end + member.size > size or member.size > MAX_MEMBER:
-                        damage = "a member is cut off, or over the size limit"
-                        continue
-                    key, ext = split_name(member.name)
-                    if not key or not ext:
-                        continue
-                    if not entries or entries[-1].key != key or ext in entries[-1].members:
-                        entries.append(Entry(key, {}))
-                    entries[-1].members[ext] = (member.offset_data, member.size)
-                else:  # tarfile ends without a word at a header that it cannot read
-                    file.seek(tar.offset)
-                    if file.read(512) != bytes(512):
-                        damage = damage or "cut short, or a header in it is damaged"
-        except (tarfile.TarError, EOFError, ValueError, RecursionError):
-            damage = "cut short, or a header in it is damaged"  # what was read before stands
-    return entries, damage
+        reader = TarReader(file, shard.stat().st_size)
+        return list(runs(reader)), reader.damage
 
 
-def split_name(name: str) -> tuple[str, str]:
-    """`a/b.seg.png` → (`a/b`, `seg.png`)."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, ext = base.partition(".")
-    return (folder + slash + stem if stem else ""), ext.lower()
+def runs(members: Iterable[Member]) -> Iterator[Entry]:
+    """Members grouped to samples: those of one key that lie side by side. An extension that comes again begins anew."""
+    entry: Entry | None = None
+    for name, offset, size in members:
+        key, ext = split_name(name)
+        if entry is None or entry.key != key or ext in entry.members:
+            if entry is not None:
+                yield entry
+            entry = Entry(key, {})
+        entry.members[ext] = (offset, size)
+    if entry is not None:
+        yield entry
 
 
 def image_member(entry: Entry) -> tuple[int, int] | None:
-    """(offset, size) of a sample's image, its first member with an image's extension."""
-    return next((place for ext, place in entry.members.items() if ext in EXTENSIONS), None)
+    """(offset, size) of a sample's image, the first of `chosen_images`."""
+    return next((entry.members[extension] for extension in chosen_images(entry.members)), None)
 
 
 def parse_label(text: bytes) -> int:

@@ -11,7 +11,6 @@ from typing import TypeVar
 from esvit_scale.data.decode import BadImage
 from esvit_scale.data.manifest import (
     MANIFEST,
-    MAX_MEMBER,
     Entry,
     Index,
     Manifest,
@@ -19,6 +18,7 @@ from esvit_scale.data.manifest import (
     parse_label,
     read_index,
 )
+from esvit_scale.data.tar_names import MAX_MEMBER
 
 T = TypeVar("T")
 

@@ -6,26 +6,28 @@ afresh, so a resume reads again, without decoding, what its epoch had read; at t
 batches are then the same bit for bit.
 """
 
+import io
 import itertools
 import logging
 import random
-import tarfile
+import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import webdataset as wds
 from webdataset import filters, shardlists
 
 from esvit_scale.config import Data
-from esvit_scale.data.decode import EXTENSIONS, BadImage
+from esvit_scale.data.decode import BadImage
 from esvit_scale.data.job import Job
 from esvit_scale.data.loader import OnlyBad, reason
-from esvit_scale.data.manifest import MAX_MEMBER, parse_label
+from esvit_scale.data.manifest import parse_label
 from esvit_scale.data.order import hash64, permutation
 from esvit_scale.data.reader import StorageGone
+from esvit_scale.data.tar_reader import NO_ZSTD, open_zstd
+from esvit_scale.data.tar_stream import Raw, TarSamples
 from esvit_scale.data.views import SLOW_S, Sample, decode_for_views
 from esvit_scale.errors import UserError
 
@@ -33,7 +35,7 @@ log = logging.getLogger(__name__)
 
 SHUFFLE = 1000  # samples, still encoded, that a worker draws the next one from
 RESERVES = 8  # of an epoch's first samples a worker keeps to put in the place of bad ones
-WAITS = (1, 4, 15)  # seconds between attempts to open a tar
+TAR = re.compile(r"\.tar(\.(gz|bz2|xz|zst))?$|\.tgz$", re.IGNORECASE)
 
 
 class UrlSet(NamedTuple):
@@ -49,8 +51,8 @@ class UrlSets:
     @staticmethod
     def wanted(data: Data) -> bool:
         """Whether `data` names tars rather than the folder of an indexed set."""
-        url = data.train.startswith("pipe:") or "://" in data.train or data.train.endswith(".tar")
-        return bool(data.mix) or ((url or "{" in data.train) and not Path(data.train).is_dir())
+        url = data.train.startswith("pipe:") or "://" in data.train or TAR.search(data.train)
+        return bool(data.mix) or (bool(url or "{" in data.train) and not Path(data.train).is_dir())
 
     @staticmethod
     def open(data: Data) -> "UrlSets":
@@ -87,18 +89,9 @@ def _expanded(spec: str) -> list[str]:
     if missing or not urls:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise UserError(f"data: {missing[0] if missing else spec}: no such tar{more}")
+    if any(url.lower().endswith(".zst") for url in urls) and open_zstd(io.BytesIO()) is None:
+        raise UserError(f"data: {urls[0]}: is compressed with zstd; {NO_ZSTD}")
     return urls
-
-
-class _Raw(NamedTuple):
-    """A sample as it lies in its tar."""
-
-    url: str
-    key: str
-    crop_key: str  # its crops differ when an epoch comes by again
-    image: bytes
-    label: bytes
-    bad: list[dict[str, Any]]  # what could not be read before it
 
 
 @dataclass(frozen=True)
@@ -118,23 +111,26 @@ class UrlSamples:
                 job.worker()[1],
             )
         bad: list[dict[str, Any]] = []
+        tars = TarSamples()
         for epoch in range(job.start // job.steps, -(-job.stop // job.steps)):
             first, last = epoch * job.steps, (epoch + 1) * job.steps
-            yield from self._epoch(epoch, max(job.start - first, 0), min(job.stop, last) - first, bad)
+            yield from self._epoch(tars, epoch, max(job.start - first, 0), min(job.stop, last) - first, bad)
 
-    def _epoch(self, epoch: int, start: int, stop: int, bad: list[dict[str, Any]]) -> Iterator[Sample]:
+    def _epoch(
+        self, tars: TarSamples, epoch: int, start: int, stop: int, bad: list[dict[str, Any]]
+    ) -> Iterator[Sample]:
         """The parts of steps start..stop-1 of an epoch; what comes before them is read, not decoded. `bad` holds what
         could not be read and no sample has told of yet."""
         job = self.job
         positions = [slot * job.per_slot + i for slot in job.slots_of_worker() for i in range(job.per_slot)]
-        stream = self._raw(epoch, bad)
+        stream = self._raw(tars, epoch, bad)
         reserves = list(itertools.islice(stream, RESERVES))
         stream = itertools.chain(reserves, stream)
         numbered = enumerate(itertools.islice(stream, stop * len(positions)))
         for number, raw in itertools.islice(numbered, start * len(positions), None):
             yield self._decoded(epoch, number, raw, reserves, positions[number % len(positions)])
 
-    def _decoded(self, epoch: int, number: int, raw: _Raw, reserves: list[_Raw], position: int) -> Sample:
+    def _decoded(self, epoch: int, number: int, raw: Raw, reserves: list[Raw], position: int) -> Sample:
         """A sample, or a reserve in its place: which raw samples are consumed never depends on what decodes."""
         bad = list(raw.bad)
         stand_ins = [reserves[(number + i) % len(reserves)] for i in range(len(reserves))]
@@ -143,7 +139,7 @@ class UrlSamples:
             where = {"shard": candidate.url, "key": candidate.key, "epoch": epoch, "position": number}
             try:
                 if not candidate.image:
-                    raise BadImage("no image among its members, or an empty one")
+                    raise BadImage("empty file")
                 views, scales, levels = decode_for_views(self.job.config, epoch, key, candidate.image)
             except BadImage as error:
                 bad.append({**where, "reason": reason(error)})
@@ -155,25 +151,27 @@ class UrlSamples:
             f"{raw.url}: {raw.key} and all {len(reserves)} samples that could stand in for it are bad (last: {bad[-1]['reason']})"
         )
 
-    def _raw(self, epoch: int, bad: list[dict[str, Any]]) -> Iterator[_Raw]:
+    def _raw(self, tars: TarSamples, epoch: int, bad: list[dict[str, Any]]) -> Iterator[Raw]:
         """An endless stream of this worker's share of all sets, mixed by weight and shuffled: a pure function of
         (seed, epoch, worker) as long as every tar can be read."""
         worker, workers = self.job.worker()
         consumer, consumers = self.job.rank * workers + worker, self.job.world_size * workers
         key = (self.job.config.seed, epoch, consumer, consumers)
-        sets = [self._set(n, epoch, consumer, consumers, bad) for n in range(len(self.source.sets))]
+        sets = [self._set(tars, n, epoch, consumer, consumers, bad) for n in range(len(self.source.sets))]
         chooser = random.Random(hash64(*key, "mix"))
         weights = [s.weight for s in self.source.sets]
         while True:
             yield next(sets[chooser.choices(range(len(sets)), weights)[0]])
 
-    def _set(self, number: int, epoch: int, consumer: int, consumers: int, bad: list[dict[str, Any]]) -> Iterator[_Raw]:
+    def _set(
+        self, tars: TarSamples, number: int, epoch: int, consumer: int, consumers: int, bad: list[dict[str, Any]]
+    ) -> Iterator[Raw]:
         """One set again and again; every time its tars are dealt out anew, and their samples shuffled."""
         seed, urls = self.job.config.seed, self.source.sets[number].urls
         buffer = max(SHUFFLE // len(self.source.sets), 2)
         for turn in itertools.count():
             order = permutation(len(urls), seed, epoch, "tars", number, turn)[consumer::consumers]
-            samples = _tar_samples([urls[i] for i in order], epoch, bad)
+            samples = tars.of([urls[i] for i in order], epoch, bad)
             chooser = random.Random(hash64(seed, epoch, "shuffle", number, turn, consumer, consumers))
             came = False
             for raw in filters._shuffle(samples, buffer, buffer // 2, chooser):
@@ -184,75 +182,3 @@ class UrlSamples:
                 last = bad[-1] if bad else {"shard": urls[0], "reason": "no samples in it"}
                 message = f"{last['shard']}: {last['reason']}; nothing could be read from any of this worker's {len(order)} tars"
                 raise StorageGone(message) if last.get("io") else OnlyBad(message)
-
-
-def _tar_samples(urls: Sequence[str], epoch: int, bad: list[dict[str, Any]]) -> Iterator[_Raw]:
-    """The samples of tars one after the other. What cannot be read is added to `bad` and passed over."""
-
-    def note(error: Exception, url: str) -> None:
-        row = {"shard": url, "key": "", "reason": reason(error) or type(error).__name__, "epoch": epoch, "position": -1}
-        bad.append({**row, "io": isinstance(error, OSError)})
-
-    def files() -> Iterator[dict[str, Any]]:
-        for url in urls:
-            try:
-                with _opened(url) as stream:
-                    yield from _tar_files(url, stream)
-            except Exception as error:  # decompressors and tar headers raise almost anything
-                note(error, url)
-            yield {}  # samples of two tars never mix
-
-    def of_another(error: Exception) -> bool:
-        note(error, next((a for a in error.args if a in urls), ""))
-        return True
-
-    for sample in wds.tariterators.group_by_keys(files(), handler=of_another):
-        image = next((v for k, v in sample.items() if k in EXTENSIONS), b"")
-        key = sample["__key__"]
-        yield _Raw(sample["__url__"], key, key, image, sample.get("cls", b""), [])
-
-
-def _opened(url: str) -> Any:
-    for wait in (*WAITS, None):
-        try:
-            return wds.gopen(url)
-        except OSError:
-            if wait is None:
-                raise
-        time.sleep(wait)
-    raise AssertionError
-
-
-def _tar_files(url: str, stream: Any) -> Iterator[dict[str, Any]]:
-    """The regular image and class files of a tar, each in memory as a whole. Links, folders and devices are ignored,
-    names are only names, and nothing is decoded here.
-
-    Raises:
-        BadImage: the tar was cut, or has a header that cannot be read; tarfile itself would end in silence.
-    """
-    endings: list[str] = []
-
-    class Header(tarfile.TarInfo):
-        @classmethod
-        def frombuf(cls, *arguments: Any) -> "Header":
-            try:
-                return super().frombuf(*arguments)
-            except tarfile.HeaderError as error:
-                endings.append(type(error).__name__)
-                raise
-
-    with tarfile.open(fileobj=stream, mode="r|*", tarinfo=Header) as tar:
-        for member in tar:
-            wanted = member.name.rpartition(".")[2].lower() in EXTENSIONS or member.name.endswith(".cls")
-            if member.isreg() and not member.issparse() and wanted:
-                if member.size > MAX_MEMBER:
-                    raise BadImage(f"{member.name}: {member.size} bytes")
-                content = tar.extractfile(member)
-                yield {"fname": member.name, "data": content.read() if content else b"", "__url__": url}
-            tar.members = []  # type: ignore[attr-defined]  # tarfile keeps them all
-        rest: Any = tar.fileobj
-        while endings[-1:] == ["EOFHeaderError"] and (chunk := rest.read(1 << 16)):
-            if chunk.strip(b"\0"):
-                endings.append("")
-    if endings[-1:] != ["EOFHeaderError"]:
-        raise BadImage("cut, or with a header that cannot be read: what stands behind it was not read")

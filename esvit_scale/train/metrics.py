@@ -99,6 +99,9 @@ class Journal:
         for sample in samples:
             _append(self._quarantine, {"step": step, **sample})
             self.bad += not sample.get("used")
+            if "left_out" in sample:
+                log.warning("step %d: %s: %s", step, sample["shard"], sample["reason"])
+                continue
             what = "a slow sample" if sample.get("used") else "replaced a bad sample"
             log.warning("step %d: %s: %s in %s: %s", step, what, sample["key"], sample["shard"], sample["reason"])
 

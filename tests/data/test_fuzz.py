@@ -8,11 +8,11 @@ import pytest
 from PIL import Image
 
 from esvit_scale.data import manifest as manifests
-from esvit_scale.data import url_stream
 from esvit_scale.data.decode import BadImage
 from esvit_scale.data.manifest import Manifest, Shard
 from esvit_scale.data.reader import ShardReader
 from esvit_scale.data.shard_writer import Sample, write_samples
+from esvit_scale.data.tar_stream import TarSamples
 from esvit_scale.data.views import decode_for_views
 from tests.data.conftest import config_with, encoded, picture
 
@@ -110,7 +110,7 @@ def test_tars(tmp_path: Path, tar: tuple[bytes, bytes]) -> None:
             side_car.write_bytes(mutated(rng, index) if i % 3 == 1 else index)
         assert sum(read_all(tmp_path, name)) == SAMPLES
         told: list[dict[str, object]] = []
-        came = [raw for raw in url_stream._tar_samples([str(tmp_path / name)], 0, told) if raw.image]
+        came = [raw for raw in TarSamples().of([str(tmp_path / name)], 0, told) if raw.image]
         assert len(came) >= SAMPLES or told, i
         lost += len(came) < SAMPLES
     assert lost > TARS / 10

@@ -1,3 +1,4 @@
+import gc
 import io
 import json
 import tarfile
@@ -103,13 +104,13 @@ def hostile_tar(path: Path) -> None:
         add("folder.png", kind=tarfile.DIRTYPE)
         add("noextension", b"x")
         add("../../climbs.png", encoded(picture(1)))
-        add("climbs.pickle", b"cos\nsystem\n(S'touch /tmp/pwned'\ntR.")
+        add("pickled.pickle", b"cos\nsystem\n(S'touch /tmp/pwned'\ntR.")
 
 
 def test_a_hostile_tar_is_only_bytes_at_offsets(tmp_path: Path) -> None:
     hostile_tar(tmp_path / "x.tar")
     entries = list(manifests.read_index(tmp_path / "x.tar"))
-    assert [e.key for e in entries] == ["good", "../../climbs", "climbs"]
+    assert [e.key for e in entries] == ["good", "climbs", "pickled"]
     size = (tmp_path / "x.tar").stat().st_size
     reader = ShardReader(Manifest(tmp_path, (Shard("x.tar", 3, size, ""),)))
     assert reader.image(0, entries[0]) == encoded(picture(0))
@@ -180,6 +181,7 @@ def test_open_files_are_bounded(tmp_path: Path, shard_set: Manifest) -> None:
     for name in names:
         (tmp_path / name).symlink_to(shard_set.root / first.name)
     reader = ShardReader(Manifest(tmp_path, tuple(first._replace(name=name) for name in names)))
+    gc.collect()  # files of earlier tests
     before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(2):
         for shard_number in range(len(names)):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from esvit_scale.config import Config, validate
-from esvit_scale.data import url_stream
+from esvit_scale.data import left_out, tar_stream, url_stream
 from esvit_scale.data.stream import Batch, batches, open_data, steps_per_epoch
 from esvit_scale.errors import RestartCanHelp, UserError
 from tests.data.conftest import encoded, picture
@@ -116,14 +116,16 @@ def test_bad_samples_and_tars_are_replaced_and_named(tars: Path, tmp_path: Path)
     assert all(len(batch.keys) == 8 for batch in run)
     assert keys <= {f"x{i}" for i in range(12)} | {f"a0_{i}" for i in range(PER_TAR)}
     assert {row["key"] for row in bad} == {"broken", "empty", ""}
-    reasons = {Path(row["shard"]).name: row["reason"] for row in bad if not row["key"]}
+    reasons = {Path(row["shard"]).name: row["reason"] for row in bad if not row["key"] and "left_out" not in row}
     assert set(reasons) == {"1.tar", "2.tar"}
+    (others,) = (row["left_out"] for row in bad if "left_out" in row)
+    assert {row["why"]: row["count"] for row in others} == {left_out.LINK: 2, left_out.SPECIAL: 1}
     for start in range(1, 8):  # which samples come depends on nothing that was decoded before
         assert all(map(same, stream(config, start, 8), run[start:]))
 
 
 def test_tars_that_are_gone_stop_with_one_line(tars: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(url_stream, "WAITS", (0.01,))
+    monkeypatch.setattr(tar_stream, "WAITS", (0.01,))
     config = config_of(train="pipe:cat /no/such/{0..3}.tar 2>&-")
     with pytest.raises((RestartCanHelp, UserError), match="nothing could be read from any of this worker's 4 tars"):
         stream(config, 0, 1)

@@ -3,12 +3,15 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from esvit_scale.data import left_out
 from esvit_scale.data import manifest as manifests
-from esvit_scale.data.decode import EXTENSIONS, BadImage
+from esvit_scale.data.decode import BadImage
 from esvit_scale.data.image_folder import printable
 from esvit_scale.data.left_out import MEMBERS
 from esvit_scale.data.manifest import Entry
@@ -23,6 +26,9 @@ from esvit_scale.data.sources.base import (
     parent_label,
     visible_files,
 )
+from esvit_scale.data.sources.joined import joined
+from esvit_scale.data.tar_names import chosen_images, companion, is_image, sample_key
+from esvit_scale.data.tar_reader import TarReader, compression
 from esvit_scale.errors import UserError
 
 HOW_LABELS = (None, "none", "parent", "archive")
@@ -30,7 +36,8 @@ MAX_LABEL = 256  # bytes of a `.cls` member
 
 
 class TarSource(Source):
-    """Every sample that has an image; `.txt` and `.json` members go with it, others are left out and counted.
+    """Every image of the tars, by the rules of tar_names.py, wherever in its tar the other members of its key lie;
+    `.txt` and `.json` members go with it. What is no part of a sample is left out and counted by kind.
 
     Args:
         root: names of tars in messages start here.
@@ -52,12 +59,15 @@ class TarSource(Source):
         self.root, self._tars, self._how = root, list(tars), label
         self._rows, self._digest = Rows(), hashlib.sha256(repr((label, classes)).encode())
         labels = Labels()
+        self._several = Counter[str]()  # keys with several samples, by the extensions
         for number, tar in enumerate(self._tars):
             try:
                 self._add(number, tar, labels)
             except OSError as error:
                 raise UserError(f"{tar}: {error.strerror or error}") from None
         self._rows.finish()
+        for extensions, n in self._several.most_common(3):
+            self.notes.append(f"{root}: {n} keys hold several images ({extensions}): each is a sample")
         if not len(self._rows):
             first = f" (first: {self.notes[0]})" if self.notes else ""
             first = f"{first}; they hold {self.left_out.short()}" if self.left_out else first
@@ -65,41 +75,44 @@ class TarSource(Source):
         self.classes, self._labels = labels.finish(classes)
 
     def _add(self, number: int, tar: Path, labels: Labels) -> None:
-        entries, damage = _entries(tar)
-        if damage:
-            self.notes.append(f"{tar}: {damage}: only what stands before can be used")
-            self.damaged.append((self._tar_name(number), damage))
         self._digest.update(b"\0%s\0%d" % (os.fsencode(self._tar_name(number)), tar.stat().st_size))
         with tar.open("rb") as file:
-            for entry in entries:
-                place = manifests.image_member(entry)
-                self._count_others(number, entry)
-                if place is None:
-                    continue
-                ext = next(ext for ext in entry.members if ext in EXTENSIONS)
-                extras = {e: at for e, at in entry.members.items() if e in EXTRAS and at[1] <= MAX_EXTRA}
-                row = [number, entry.key, ext, *place, extras]
-                self._rows.append(row)
-                self._digest.update(json.dumps(row).encode())
-                labels.append(self._label(file.fileno(), tar, entry))
+            for entry in self._entries(number, tar, file):
+                used, samples = set(), list(_samples(number, entry))
+                if len(samples) > 1:
+                    self._several[", ".join(sorted(f".{row[2]}" for row, _ in samples)[:4])] += 1
+                for row, members in samples:
+                    self._rows.append(row)
+                    self._digest.update(json.dumps(row).encode())
+                    labels.append(self._label(file.fileno(), tar, entry, members.get("cls")))
+                    used |= {row[2], *members.values()}
+                for ext in (ext for ext in entry.members if ext not in used):
+                    name = printable(f"{self._tar_name(number)}/{entry.key}.{ext}")
+                    self.left_out.add(MEMBERS, printable(_why(ext, entry, bool(used))), name)
 
-    def _count_others(self, number: int, entry: Entry) -> None:
-        """Count the members of a group that are not used."""
-        has_image = manifests.image_member(entry) is not None
-        for ext in entry.members:
-            name = printable(f"{self._tar_name(number)}/{entry.key}.{ext}")
-            if ext not in EXTENSIONS and ext not in (*EXTRAS, "cls"):
-                self.left_out.add(MEMBERS, left_out.not_an_image(printable(ext)), name)
-            elif not has_image:
-                self.left_out.add(MEMBERS, left_out.NO_IMAGE, name)
+    def _entries(self, number: int, tar: Path, file: BinaryIO) -> Iterator[Entry]:
+        """By the index beside the tar, where there is one that can be true, else by the tar's headers."""
+        with suppress(OSError, ValueError, TypeError, AttributeError):
+            entries, end = list(manifests.read_side_car(tar)), tar.stat().st_size
+            if all(offset + size <= end for entry in entries for offset, size in entry.members.values()):
+                yield from entries
+                return
+        if kind := compression(os.pread(file.fileno(), 8, 0)):
+            raise UserError(f"{tar}: is compressed with {kind} and cannot be read at random; decompress it first")
+        reader = TarReader(file, tar.stat().st_size, printable(self._tar_name(number)) + "/")
+        yield from joined(manifests.runs(reader))
+        self.left_out.update(reader.left_out)
+        if reader.damage:
+            self.notes.append(f"{tar}: {reader.damage}: only what stands before can be used")
+            self.damaged.append((self._tar_name(number), reader.damage))
 
-    def _label(self, handle: int, tar: Path, entry: Entry) -> str | None:
+    def _label(self, handle: int, tar: Path, entry: Entry, cls: str | None) -> str | None:
         if self._how == "archive":
             return printable(tar.stem)
         if self._how == "parent":
             return printable(parent_label(entry.key) or "") or None
-        if self._how is None and "cls" in entry.members:
-            offset, size = entry.members["cls"]
+        if self._how is None and cls is not None:
+            offset, size = entry.members[cls]
             return os.pread(handle, min(size, MAX_LABEL), offset).decode("utf-8", "backslashreplace")
         return None
 
@@ -115,11 +128,11 @@ class TarSource(Source):
         return f"{self._tar_name(number)}/{key}.{ext}"
 
     def path(self, i: int) -> str:
-        _, key, ext, *_ = self._rows[i]
-        return f"{key}.{ext}"
+        _, key, ext, _, _, _, *sample = self._rows[i]
+        return f"{sample[0] if sample else key}.{ext.rpartition('.')[2]}"
 
     def read(self, i: int) -> Item:
-        number, _, _, offset, size, extras = self._rows[i]
+        number, _, _, offset, size, extras, *_ = self._rows[i]
         with self._tars[number].open("rb") as file:
             data = _pread(file.fileno(), offset, size)
             return Item(
@@ -176,15 +189,31 @@ def _classes_of_sets(where: Path, folders: set[Path]) -> Sequence[str] | None:
     return next(iter(found)) or None
 
 
-def _entries(tar: Path) -> tuple[Sequence[Entry], str]:
-    """By the index beside the tar, where there is one that can be true, else by the tar's headers."""
-    try:
-        entries, end = list(manifests.read_side_car(tar)), tar.stat().st_size
-        if all(offset + size <= end for entry in entries for offset, size in entry.members.values()):
-            return entries, ""
-    except (OSError, ValueError, TypeError, AttributeError):
-        pass
-    return manifests.scan_and_judge(tar)
+def _samples(number: int, entry: Entry) -> Iterator[tuple[list[Any], dict[str, str]]]:
+    """The samples that the members of one key make: a row, and which extensions go with the image by what they are.
+    The row ends with the sample's key where that is not the members'."""
+    chosen = chosen_images(entry.members)
+    for image in chosen:
+        found = {kind: companion(entry.members, image, kind) for kind in ("cls", *EXTRAS)}
+        members = {kind: ext for kind, ext in found.items() if ext is not None and not _too_large(ext, entry)}
+        extras = {kind: entry.members[ext] for kind, ext in members.items() if kind in EXTRAS}
+        key = sample_key(entry.key, image, chosen)
+        yield [number, entry.key, image, *entry.members[image], extras, *([key] if key != entry.key else [])], members
+
+
+def _too_large(extension: str, entry: Entry) -> bool:
+    return extension.rpartition(".")[2] in EXTRAS and entry.members[extension][1] > MAX_EXTRA
+
+
+def _why(extension: str, entry: Entry, has_sample: bool) -> str:
+    """Why a member is part of no sample."""
+    if is_image(extension):
+        return f"image beside the one of its key (.{extension[:24]})"
+    if extension.rpartition(".")[2] not in (*EXTRAS, "cls"):
+        return left_out.not_an_image(extension)
+    if not has_sample:
+        return left_out.NO_IMAGE
+    return left_out.EXTRA_TOO_LARGE if _too_large(extension, entry) else f"beside another .{extension[-4:]} of its key"
 
 
 def _pread(handle: int, offset: int, size: int) -> bytes:

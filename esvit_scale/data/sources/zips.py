@@ -26,6 +26,7 @@ from esvit_scale.data.sources.base import (
     parent_label,
     visible_files,
 )
+from esvit_scale.data.tar_names import no_sample, parts_of
 from esvit_scale.errors import UserError
 
 HOW_LABELS = (None, "none", "parent", "archive")
@@ -60,7 +61,7 @@ class ZipSource(Source):
                 row = [number, info.filename, info.header_offset, info.compress_size, info.file_size, info.CRC]
                 self._rows.append([*row, info.compress_type, info.flag_bits])
                 digest.update(repr((path.name, *row[1:])).encode("utf-8", "backslashreplace"))
-                by = {"parent": parent_label(info.filename), "archive": path.stem}
+                by = {"parent": parent_label("/".join(parts_of(info.filename))), "archive": path.stem}
                 text = by.get(label or "")
                 labels.append(printable(text) if text else None)
         self._rows.finish()
@@ -76,12 +77,10 @@ class ZipSource(Source):
 
     def _usable(self, zip_file: Path, member: str) -> bool:
         """Whether a member is a picture to use; counted where it is not."""
-        hidden = any(part.strip(".") != "" and part.startswith(".") for part in member.split("/"))
-        if is_image(member) and not hidden and not member.startswith("__MACOSX/"):
+        why = no_sample(member)
+        if is_image(member) and not why:
             return True
-        why = left_out.not_an_image(printable(extension(member)))
-        if hidden or member.startswith("__MACOSX/"):
-            why = left_out.HIDDEN
+        why = why or left_out.not_an_image(printable(extension(member)))
         self.left_out.add(MEMBERS, why, printable(f"{zip_file.name}/{member}"))
         return False
 
@@ -91,8 +90,7 @@ class ZipSource(Source):
         return f"{path.relative_to(self.root).as_posix() if path != self.root else path.name}/{member}"
 
     def path(self, i: int) -> str:
-        member: str = self._rows[i][1]
-        return "/".join(part for part in member.split("/") if part != ".")
+        return "/".join(parts_of(self._rows[i][1]))
 
     def read(self, i: int) -> Item:
         number, _, offset, packed, size, crc, method, flags = self._rows[i]

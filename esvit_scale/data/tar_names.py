@@ -1,0 +1,102 @@
+"""What the name of a tar member says: the key of its sample, its extension, or why it is no member of any sample.
+
+A name is only text: it is never used as a path. The rule extends WebDataset's so that dots inside file names do no
+harm:
+
+    photo.jpg, photo.cls              key photo       extensions jpg, cls
+    pair.left.jpg, pair.right.jpg     key pair        extensions left.jpg, right.jpg
+    22.07.png, 22.07.cls              key 22.07       extensions png, cls: a part that begins with a digit or holds a
+                                                      space belongs to the name
+    ./a/../b/x.jpg, /b/x.jpg          keys a/b/x, b/x
+
+The last part of an extension decides whether a member is an image.
+"""
+
+import re
+from collections.abc import Iterable
+
+from esvit_scale.data import left_out
+from esvit_scale.data.decode import EXTENSIONS
+
+MAX_MEMBER = 1 << 30  # bytes; a larger member is no image
+MACOS = "twin made by macOS (._*, __MACOSX)"
+SYSTEM = "system file (.DS_Store, Thumbs.db)"
+PAX = "pax header stored as a file"
+_EXTENSION_PART = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
+_SYSTEM_FILES = {"thumbs.db", "desktop.ini", "ehthumbs.db"}
+
+
+def parts_of(name: str) -> list[str]:
+    """The folders and the file name of a member, without `.`, `..` and empty parts."""
+    return [part for part in name.split("/") if part not in ("", ".", "..")]
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """The key of a member's sample, and its extension in lower case; `a/b.seg.png` → (`a/b`, `seg.png`).
+
+    The key is empty for a hidden file, the extension for a name without a dot.
+    """
+    *folders, base = parts_of(name) or [""]
+    parts = base.split(".")
+    if not parts[0] or len(parts) == 1:
+        return ("/".join([*folders, base]) if parts[0] else ""), ".".join(parts[1:]).lower()
+    split = len(parts) - 1  # the parts from here on are the extension
+    while split > 1 and _EXTENSION_PART.fullmatch(parts[split - 1]):
+        split -= 1
+    return "/".join([*folders, ".".join(parts[:split])]), ".".join(parts[split:]).lower()
+
+
+def base_key(key: str) -> str:
+    """The key up to the first dot of its last part, as WebDataset has it: what `x.0` and `x.1` share with `x.json`."""
+    folder, slash, base = key.rpartition("/")
+    return folder + slash + base.partition(".")[0]
+
+
+def no_sample(name: str) -> str:
+    """Why a regular file belongs to no sample, in the words of left_out.py; empty when it may belong to one."""
+    parts = parts_of(name)
+    if not parts:
+        return left_out.not_an_image("")
+    if "__MACOSX" in parts or parts[-1].startswith("._"):
+        return MACOS
+    if parts[-1] == ".DS_Store" or parts[-1].lower() in _SYSTEM_FILES:
+        return SYSTEM
+    if any(re.fullmatch(r"PaxHeaders?(\.\d+)?", part) for part in parts):
+        return PAX
+    if any(part.startswith(".") for part in parts):
+        return left_out.HIDDEN
+    return "" if parts[-1].rpartition(".")[0] and not parts[-1].endswith(".") else left_out.not_an_image("")
+
+
+def is_image(extension: str) -> bool:
+    """Whether the last part of an extension is an image's: of `jpg` and `seg.png`, not of `png.txt`."""
+    return extension.rpartition(".")[2] in EXTENSIONS
+
+
+def chosen_images(extensions: Iterable[str]) -> list[str]:
+    """Which members of one key are samples, by their extensions.
+
+    One with a plain extension (`jpg`) is the picture, and those with longer ones beside it (`seg.png`) are left out:
+    they are masks, depth maps, thumbnails. Without a plain one each image is a sample (`left.jpg`, `right.jpg`).
+    """
+    images = [extension for extension in extensions if is_image(extension)]
+    return [extension for extension in images if "." not in extension] or images
+
+
+def companion(extensions: Iterable[str], image: str, kind: str) -> str | None:
+    """Which member of a key goes with its image `image` as its `kind` (`cls`, `json`, `txt`).
+
+    The one of the same longer extension (`left.cls` for `left.jpg`), else the plain one, else the only one; None when
+    there is none, or when several could be meant.
+    """
+    found = [extension for extension in extensions if extension.rpartition(".")[2] == kind]
+    own = f"{image.rpartition('.')[0]}.{kind}".lstrip(".")
+    return next((e for e in (own, kind) if e in found), found[0] if len(found) == 1 else None)
+
+
+def sample_key(key: str, image: str, chosen: Iterable[str]) -> str:
+    """The key of the sample that an image of a key becomes: the key itself, unless others of the key become samples."""
+    middle, others = image.rpartition(".")[0], list(chosen)
+    if len(others) == 1 or (not middle and image == others[0]):
+        return key
+    return f"{key}.{middle or image}"

@@ -1,0 +1,207 @@
+"""The members of a tar one after the other: of several tars in one file too, and to where a tar is damaged.
+
+Tars joined with `cat` have an end marker (blocks of zeros) in the middle; Python's tarfile stops there, and with its
+`ignore_zeros` it would also go on behind damage, at whatever looks like a header. Here reading goes on behind an end
+marker only where the next block that is not zeros is a valid header.
+"""
+
+import bz2
+import gzip
+import io
+import lzma
+import tarfile
+from collections.abc import Generator, Iterator
+from importlib import import_module
+from typing import IO, Any, NamedTuple, cast
+
+from esvit_scale.data import left_out, tar_names
+from esvit_scale.data.decode import BadImage
+from esvit_scale.data.image_folder import printable
+from esvit_scale.data.left_out import MEMBERS, LeftOut
+from esvit_scale.data.tar_names import MAX_MEMBER
+
+BLOCK = tarfile.BLOCKSIZE
+MAGICS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+DAMAGED = "cut short, or a header in it is damaged"
+
+
+class Member(NamedTuple):
+    name: str
+    offset: int  # of its bytes in the (decompressed) tar
+    size: int
+
+
+class TarReader:
+    """Regular files of a tar that may belong to a sample, in their order.
+
+    Attributes:
+        damage: what is wrong with the tar itself, in a few words; empty when it is whole to its end. Set while iterating.
+        left_out: the other members, by kind; folders are not counted.
+
+    Args:
+        file: may be read forward only, but for a step of one block back (`Forward`).
+        size: bytes of the file, where known: no member may reach beyond.
+        prefix: what names of members begin with in `left_out`.
+    """
+
+    def __init__(self, file: IO[bytes], size: int | None = None, prefix: str = "") -> None:
+        self._file, self._size, self._prefix = file, size, prefix
+        self.damage = ""
+        self.left_out = LeftOut()
+
+    def __iter__(self) -> Iterator[Member]:
+        while True:
+            end = yield from self._archive()
+            if end is None or not self._find_next(end):
+                return
+
+    def _archive(self) -> Generator[Member, None, int | None]:
+        """The members of one tar; returns where its end marker should begin, None behind damage."""
+        end = self._file.tell()
+        try:
+            with tarfile.open(fileobj=self._file, mode="r:") as tar:
+                while (info := tar.next()) is not None:
+                    if info.size < 0 or info.offset_data < end:
+                        self.damage = "a forged header leads back into the file"
+                        return None
+                    end = info.offset_data
+                    if self._is_usable(info):
+                        yield Member(info.name, info.offset_data, info.size)
+                    tar.members = []  # type: ignore[attr-defined]  # tarfile keeps them all
+                return tar.offset  # tarfile ends without a word at a header that it cannot read
+        except (tarfile.TarError, EOFError, ValueError, RecursionError, OverflowError):
+            self.damage = DAMAGED  # what was read before stands
+            return None
+
+    def _is_usable(self, info: tarfile.TarInfo) -> bool:
+        if info.isdir():
+            return False
+        kind = left_out.LINK if info.issym() or info.islnk() else left_out.SPECIAL
+        if info.isreg() and not info.issparse():
+            kind = tar_names.no_sample(info.name)
+            beyond = self._size is not None and info.offset_data + info.size > self._size
+            if not kind and (beyond or info.size > MAX_MEMBER):
+                self.damage = "a member is cut off, or over the size limit"
+                return False
+        if kind:
+            self.left_out.add(MEMBERS, kind, self._prefix + printable(info.name))
+        return not kind
+
+    def _find_next(self, end: int) -> bool:
+        """Stands at the next tar in the file; False when there is none."""
+        self._file.seek(end)
+        if (block := self._file.read(BLOCK)) != bytes(BLOCK):
+            self.damage = self.damage or DAMAGED
+            return False
+        while block.count(0) == len(block) == BLOCK:
+            block = self._file.read(BLOCK)
+        if not block.strip(b"\0"):
+            return False
+        try:
+            tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except tarfile.HeaderError:
+            self.damage = self.damage or "behind its end marker stand bytes that are no tar"
+            return False
+        self._file.seek(self._file.tell() - BLOCK)
+        return True
+
+
+class Forward(io.RawIOBase):
+    """A stream that can only be read forward, with `tell`, `seek` forward, and `seek` back within what the last
+    reads of up to a block gave."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._at = stream, 0  # `_at`: of the caller
+        self._kept = b""  # the bytes of the stream that end where it stands
+        self._ahead = 0  # of `_kept`, not read by the caller since it stepped back
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        """Exactly `size` bytes, fewer only at the end of the stream."""
+        again = self._kept[len(self._kept) - self._ahead :][: None if size < 0 else size]
+        self._ahead -= len(again)
+        pieces, missing = [again], size - len(again) if size >= 0 else -1
+        while missing and (piece := self._stream.read(missing if missing > 0 else 1 << 20)):
+            pieces.append(piece)
+            missing -= len(piece) if missing > 0 else 0
+            self._kept = (self._kept + piece)[-2 * BLOCK :]
+        data = b"".join(pieces)
+        self._at += len(data)
+        return data
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence != io.SEEK_SET:
+            raise io.UnsupportedOperation("seek")
+        back = self._at - offset
+        if back > 0:
+            if back + self._ahead > len(self._kept):
+                raise io.UnsupportedOperation("seek back in a stream")
+            self._ahead, self._at = self._ahead + back, offset
+        while self._at < offset and self.read(min(offset - self._at, 1 << 20)):
+            pass
+        return self._at
+
+
+def compression(head: bytes) -> str:
+    """The name of the format that a file beginning with `head` is compressed in; empty for none of those known."""
+    return next((name for magic, name in MAGICS.items() if head.startswith(magic)), "")
+
+
+def decompressed(stream: Any) -> Any:
+    """The stream, decompressed where its first bytes say that it is compressed; all members of a file that several
+    compressed files were joined in.
+
+    Raises:
+        BadImage: the format cannot be decompressed here.
+    """
+    head = stream.read(6)
+    whole = cast("IO[bytes]", _Joined(head, stream))
+    kind = compression(head)
+    if kind == "gzip":
+        return gzip.GzipFile(fileobj=whole)
+    if kind == "bzip2":
+        return bz2.BZ2File(whole)
+    if kind == "xz":
+        return lzma.LZMAFile(whole)
+    if kind == "zstd":
+        opened = open_zstd(whole)
+        if opened is None:
+            raise BadImage(f"is compressed with zstd; {NO_ZSTD}")
+        return opened
+    return whole
+
+
+NO_ZSTD = "reading that takes Python 3.14 or `pip install zstandard`; or decompress it first (`unzstd FILE`)"
+
+
+def open_zstd(stream: Any) -> Any:
+    """A zstd stream decompressed; None where neither Python nor an installed package can."""
+    try:
+        return import_module("compression.zstd").ZstdFile(stream)
+    except ImportError:
+        pass
+    try:
+        return import_module("zstandard").ZstdDecompressor().stream_reader(stream, read_across_frames=True)
+    except ImportError:
+        return None
+
+
+class _Joined:
+    """Bytes that were read already, then the rest of their stream."""
+
+    def __init__(self, head: bytes, rest: Any) -> None:
+        self._head, self._rest = head, rest
+
+    def read(self, size: int = -1) -> bytes:
+        if not self._head:
+            return bytes(self._rest.read(size))
+        head, self._head = (self._head, b"") if size < 0 else (self._head[:size], self._head[size:])
+        return head + bytes(self._rest.read()) if size < 0 else head

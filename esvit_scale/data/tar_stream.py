@@ -1,0 +1,146 @@
+"""Samples of tars that are read from the front, one tar after the other: files, `pipe:` commands and URLs."""
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import webdataset as wds
+
+from esvit_scale.data import left_out as reasons
+from esvit_scale.data.decode import BadImage
+from esvit_scale.data.image_folder import printable
+from esvit_scale.data.keys import hash64
+from esvit_scale.data.left_out import MEMBERS, LeftOut
+from esvit_scale.data.loader import reason
+from esvit_scale.data.tar_names import chosen_images, companion, is_image, sample_key, split_name
+from esvit_scale.data.tar_reader import Forward, TarReader, decompressed
+
+WAITS = (1, 4, 15)  # seconds between attempts to open a tar
+MOST_IMAGES = 64  # of one key that are held in memory together
+MOST_KEYS = 1 << 17  # of a tar that are remembered, to see members that lie apart
+APART = (
+    "apart from the image of their key, so that labels are lost: sort the tar (unpack it, `tar --sort=name -cf SORTED.tar "
+    "-C FOLDER .`), or write a set with `esvit-scale shards create`, which joins members by key"
+)
+
+
+class Raw(NamedTuple):
+    """A sample as it lies in its tar."""
+
+    url: str
+    key: str
+    crop_key: str  # its crops differ when an epoch comes by again
+    image: bytes
+    label: bytes
+    bad: list[dict[str, Any]]  # what could not be read before it
+
+
+class TarSamples:
+    """The samples of tars in the order in which their images lie there.
+
+    What holds no image is passed over and counted; a tar is told of once in the life of this object. An image is not
+    looked at: one that cannot be decoded is a sample.
+    """
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def of(self, urls: Sequence[str], epoch: int, bad: list[dict[str, Any]]) -> Iterator[Raw]:
+        """The samples of `urls`. A row is added to `bad` for each tar that cannot be read, or holds something else."""
+        for url in urls:
+            row = {"shard": url, "key": "", "epoch": epoch, "position": -1}
+            left_out = LeftOut()
+            try:
+                with _opened(url) as stream:
+                    yield from _samples(url, stream, left_out)
+            except Exception as error:  # decompressors and tar headers raise almost anything
+                what = reason(error) or type(error).__name__
+                bad.append({**row, "reason": what, "io": isinstance(error, OSError)})
+            if left_out and url not in self._told:
+                self._told.add(url)
+                bad.append({**row, "reason": f"left out {left_out.short()}", "used": True, "left_out": left_out.rows()})
+
+
+def _opened(url: str) -> Any:
+    for wait in (*WAITS, None):
+        try:
+            return wds.gopen(url)
+        except OSError:
+            if wait is None:
+                raise
+        time.sleep(wait)
+    raise AssertionError
+
+
+def _samples(url: str, stream: Any, left_out: LeftOut) -> Iterator[Raw]:
+    """The samples of one tar, each image in memory as a whole.
+
+    Raises:
+        BadImage: the tar is cut, or damaged; what stands before was given.
+    """
+    reader = TarReader(tape := Forward(decompressed(stream)))  # type: ignore[arg-type]
+    apart = _Apart()
+    key, members = "", dict[str, bytes]()
+    error: Exception | None = None
+    try:
+        for name, offset, size in reader:
+            another, ext = split_name(name)
+            full = sum(map(is_image, members)) >= MOST_IMAGES
+            if members and (another != key or ext in members or full):
+                yield from _of_key(url, key, members, apart, left_out)
+                members = {}
+            key = another
+            members[ext] = _content(tape, offset, size) if is_image(ext) or ext.rpartition(".")[2] == "cls" else b""
+    except Exception as raised:  # decompressors raise almost anything; what was read before stands
+        error = raised
+    if members:
+        yield from _of_key(url, key, members, apart, left_out)
+    left_out.update(reader.left_out)
+    left_out.add(MEMBERS, APART, printable(apart.first), apart.count)
+    if error is not None:
+        raise error
+    if reader.damage:
+        raise BadImage(f"{reader.damage}: what stands behind was not read")
+
+
+def _content(tape: Forward, offset: int, size: int) -> bytes:
+    tape.seek(offset)
+    content = tape.read(size)
+    if len(content) != size:
+        raise BadImage("cut short in the middle of a member")
+    return content
+
+
+def _of_key(url: str, key: str, members: dict[str, bytes], apart: "_Apart", left_out: LeftOut) -> Iterator[Raw]:
+    chosen = chosen_images(members)
+    for image in chosen:
+        label = companion(members, image, "cls")
+        name = sample_key(key, image, chosen)
+        yield Raw(url, name, name, members[image], members[label] if label else b"", [])
+    if apart.add(key, bool(chosen)):
+        return
+    for ext in members:
+        why = reasons.NO_IMAGE if not chosen else f"image beside the one of its key (.{ext[:24]})"
+        if not chosen or (is_image(ext) and ext not in chosen):
+            left_out.add(MEMBERS, printable(why), printable(f"{key}.{ext}"))
+
+
+class _Apart:
+    """Finds keys whose members do not lie side by side: an image here, the rest of its sample there."""
+
+    def __init__(self) -> None:
+        self._keys: dict[int, bool] = {}  # hash of a key → whether it came with an image
+        self.first = ""
+        self.count = 0
+
+    def add(self, key: str, image: bool) -> bool:
+        """Notes members of `key` that lay side by side; True when they stand apart from others of the key."""
+        hashed = hash64(key)
+        before = self._keys.get(hashed)
+        if len(self._keys) < MOST_KEYS:
+            self._keys[hashed] = image or bool(before)
+        if before is None or before == image:
+            return False
+        self.first = self.first or key
+        self.count += 1
+        return True

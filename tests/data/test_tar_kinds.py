@@ -1,0 +1,309 @@
+"""Tars as people really have them, in `shards create` and in streams: every member is used, or counted by kind."""
+
+import bz2
+import gzip
+import io
+import lzma
+import random
+import tarfile
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from esvit_scale.config import validate
+from esvit_scale.data import left_out
+from esvit_scale.data import manifest as manifests
+from esvit_scale.data.manifest import Entry
+from esvit_scale.data.shard_plan import Recipe
+from esvit_scale.data.shard_writer import write_source
+from esvit_scale.data.sources import SourceOptions
+from esvit_scale.data.sources.joined import joined
+from esvit_scale.data.stream import batches, open_data
+from esvit_scale.data.tar_names import MACOS, PAX, SYSTEM, no_sample, split_name
+from esvit_scale.data.tar_reader import Forward, TarReader
+from esvit_scale.data.tar_stream import Raw, TarSamples
+from esvit_scale.errors import UserError
+from tests.data.conftest import encoded, picture
+
+IMAGES = [encoded(picture(i, 12, 9)) for i in range(16)]
+TWIN = b"\0\5\x16\7" + bytes(100)
+
+Members = list[tuple[str, bytes]]
+Wanted = dict[int, int | None]  # number of an image → its label
+
+STRANGERS: Members = [
+    *((name, IMAGES[5]) for name in (".x.png", ".git/y.png")),
+    *((name, b"30 mtime=1") for name in ("README", "dot.", "a/Thumbs.db", "PaxHeaders.77/0.png")),
+]
+
+
+def tar_of(members: Members, form: int = tarfile.PAX_FORMAT) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=form) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return out.getvalue()
+
+
+def label(i: int) -> bytes:
+    return b"%d" % (i % 3)
+
+
+def simple(prefix: str, numbers: range) -> Members:
+    return [m for i in numbers for m in ((f"{prefix}{i}.png", IMAGES[i]), (f"{prefix}{i}.cls", label(i)))]
+
+
+def joined_tars(padding: int = 0) -> bytes:
+    parts = [tar_of(simple("", range(4 * k, 4 * k + 4)), form) for k, form in enumerate((0, 1, 2))]
+    return (b"\0" * 512 * padding).join(parts)
+
+
+def macos() -> Members:
+    twins: Members = [("./._.DS_Store", TWIN), ("./.DS_Store", b"x"), ("__MACOSX/p/._0.png", TWIN)]
+    pairs = [[(f"./p/._{name}", TWIN), (f"./p/{name}", data)] for name, data in simple("", range(6))]
+    return twins + [member for pair in pairs for member in pair]
+
+
+def two_parts() -> Members:
+    return [m for i in range(5) for m in ((f"s{i}.input.png", IMAGES[i]), (f"s{i}.output.cls", label(i)))]
+
+
+def stereo() -> Members:
+    sides = [((f"p/{i}.left.png", IMAGES[2 * i]), (f"p/{i}.right.png", IMAGES[2 * i + 1])) for i in range(4)]
+    return [m for i, (a, b) in enumerate(sides) for m in (a, b, (f"p/{i}.json", b"{}"), (f"p/{i}.cls", label(i)))]
+
+
+def masks() -> Members:
+    """The mask stands before its photo, as in a tar sorted by name it may."""
+    of = [
+        ((f"m{i}.depth.map.png", IMAGES[15]), (f"m{i}.mask.png", IMAGES[14]), (f"m{i}.png", IMAGES[i]))
+        for i in range(4)
+    ]
+    return [m for i, three in enumerate(of) for m in (*three, (f"m{i}.cls", label(i)))]
+
+
+def frames() -> Members:
+    """Several frames with one label for all."""
+    numbered = [[(f"v{v}.{f}.png", IMAGES[4 * v + f]) for f in range(4)] for v in range(3)]
+    return [m for v, frames in enumerate(numbered) for m in (*frames, (f"v{v}.cls", label(v)))]
+
+
+def dots() -> Members:
+    numbered = [m for i in range(6) for m in ((f"22.{i:02d}.png", IMAGES[i]), (f"22.{i:02d}.cls", label(i)))]
+    titled = [(f"b/track 2.{i} (clean version).png", i) for i in range(6, 9)]
+    return numbered + [m for name, i in titled for m in ((name, IMAGES[i]), (name[:-3] + "cls", label(i)))]
+
+
+def all_of(numbers: range) -> Wanted:
+    return {i: i % 3 for i in numbers}
+
+
+# name → bytes of the tar, the images and labels that are samples, what is left out by kind in `create` and in streams
+KINDS: dict[str, tuple[Callable[[], bytes], Wanted, dict[str, int]]] = {
+    "joined": (joined_tars, all_of(range(12)), {}),
+    "joined with padding": (lambda: joined_tars(37), all_of(range(12)), {}),
+    "one zero block in between": (
+        lambda: tar_of(simple("", range(3)))[: 2 * 3 * 1024].ljust(6656, b"\0") + tar_of(simple("x", range(3, 6))),
+        all_of(range(6)),
+        {},
+    ),
+    "macos": (
+        lambda: tar_of(macos()),
+        all_of(range(6)),
+        {MACOS: 14, SYSTEM: 1},
+    ),
+    "two-part extensions": (lambda: tar_of(two_parts()), all_of(range(5)), {}),
+    "stereo": (lambda: tar_of(stereo()), {i: i // 2 % 3 for i in range(8)}, {}),
+    "masks": (
+        lambda: tar_of(masks()),
+        all_of(range(4)),
+        {"image beside the one of its key (.mask.png)": 4, "image beside the one of its key (.depth.map.png)": 4},
+    ),
+    "dots": (lambda: tar_of(dots()), all_of(range(9)), {}),
+    "absolute and climbing": (
+        lambda: tar_of(simple("/a/", range(3)) + simple("../../a/../b/", range(3, 6)) + simple(".//c/./", range(6, 8))),
+        all_of(range(8)),
+        {},
+    ),
+    "upper case": (
+        lambda: tar_of([(name.upper(), data) for name, data in simple("img_", range(4))]),
+        all_of(range(4)),
+        {},
+    ),
+    "hidden, system and nameless": (
+        lambda: tar_of(simple("", range(4)) + STRANGERS),
+        all_of(range(4)),
+        {left_out.HIDDEN: 2, left_out.not_an_image(""): 2, SYSTEM: 1, PAX: 1},
+    ),
+    "members without an image": (
+        lambda: tar_of([*simple("", range(4)), ("z0.cls", b"1"), ("z1.json", b"{}"), ("z1.cls", b"2")]),
+        all_of(range(4)),
+        {left_out.NO_IMAGE: 3},
+    ),
+}
+ONLY_CREATED = {  # what only a second look at the tar can put together
+    "labels behind all images": (
+        lambda: tar_of([m for k in (0, 1) for m in simple("s", range(8))[k::2]]),
+        all_of(range(8)),
+        {},
+    ),
+    "labels before all images": (
+        lambda: tar_of([m for k in (1, 0) for m in simple("s", range(8))[k::2]]),
+        all_of(range(8)),
+        {},
+    ),
+    "in any order": (lambda: tar_of(random.Random(1).sample(stereo(), 16)), {i: i // 2 % 3 for i in range(8)}, {}),
+    "joined tars of unsorted ones": (
+        lambda: (
+            tar_of([m for k in (0, 1) for m in simple("s", range(4))[k::2]])
+            + tar_of([m for k in (0, 1) for m in simple("t", range(4, 8))[k::2]])
+        ),
+        all_of(range(8)),
+        {},
+    ),
+    "frames of one label": (lambda: tar_of(frames()), {i: i // 4 for i in range(12)}, {}),
+}
+
+
+@pytest.mark.parametrize("name", [*KINDS, *ONLY_CREATED])
+def test_create_uses_or_counts_every_member(name: str, tmp_path: Path) -> None:
+    make, wanted, others = (KINDS | ONLY_CREATED)[name]
+    (tmp_path / "x.tar").write_bytes(make())
+    (manifest,) = write_source(str(tmp_path / "x.tar"), tmp_path / "set", SourceOptions(), Recipe()).values()
+    assert images_of(manifest) == wanted
+    assert {row["why"]: row["count"] for row in manifest.left_out} == others
+    keys = [e.key for shard in manifest.shards for e in manifests.read_index(manifest.root / shard.name)]
+    assert len(set(keys)) == len(keys) == len(wanted)
+    assert not any(key.startswith("_/") or ".." in key for key in keys)
+
+
+def images_of(manifest: manifests.Manifest) -> Wanted:
+    found: Wanted = {}
+    for shard in manifest.shards:
+        data = (manifest.root / shard.name).read_bytes()
+        for _, members in manifests.read_index(manifest.root / shard.name):
+            read = {ext: data[at : at + size] for ext, (at, size) in members.items()}
+            found[IMAGES.index(read["png"])] = int(read["cls"]) if "cls" in read else None
+    return found
+
+
+def counts(row: dict[str, Any]) -> dict[str, int]:
+    return {kind["why"]: kind["count"] for kind in row["left_out"]}
+
+
+def streamed(path: Path) -> tuple[list[Raw], list[dict[str, Any]]]:
+    told: list[dict[str, Any]] = []
+    return list(TarSamples().of([str(path)], 0, told)), told
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("squeeze", [bytes, gzip.compress, bz2.compress, lzma.compress], ids=["tar", "gz", "bz2", "xz"])
+def test_streams_use_or_count_every_member(name: str, squeeze: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    make, wanted, others = KINDS[name]
+    (tmp_path / "x.tar").write_bytes(squeeze(make()))
+    came, told = streamed(tmp_path / "x.tar")
+    assert {IMAGES.index(raw.image): int(raw.label) for raw in came} == wanted
+    assert [counts(row) for row in told] == ([others] if others else [])
+    assert len({raw.key for raw in came}) == len(came)
+
+
+@pytest.mark.parametrize("squeeze", [gzip.compress, bz2.compress, lzma.compress])
+def test_compressed_tars_joined_with_cat(squeeze: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    """Several compressed streams in one file, each a whole tar: tarfile's own reader ends behind the first."""
+    (tmp_path / "x.tar").write_bytes(b"".join(squeeze(tar_of(simple("", range(k, k + 4)))) for k in (0, 4, 8)))
+    came, told = streamed(tmp_path / "x.tar")
+    assert ([IMAGES.index(raw.image) for raw in came], told) == (list(range(12)), [])
+
+
+@pytest.mark.parametrize(
+    ("tail", "says"),
+    [(b"not a tar" * 100, "behind its end marker stand bytes that are no tar"), (b"\1" * 700, "no tar"), (b"", "")],
+)
+def test_bytes_behind_the_end_are_told(tail: bytes, says: str, tmp_path: Path) -> None:
+    (tmp_path / "x.tar").write_bytes(joined_tars() + tail)
+    entries, damage = manifests.scan_and_judge(tmp_path / "x.tar")
+    came, told = streamed(tmp_path / "x.tar")
+    assert len(entries) == len(came) == 12
+    assert says in damage
+    assert [says in str(row["reason"]) for row in told] == ([True] if says else [])
+
+
+def test_streams_say_how_to_sort_a_tar(tmp_path: Path) -> None:
+    (tmp_path / "x.tar").write_bytes(ONLY_CREATED["labels behind all images"][0]())
+    came, (row,) = streamed(tmp_path / "x.tar")
+    assert [IMAGES.index(raw.image) for raw in came] == list(range(8))
+    assert "8 members: apart from the image of their key" in row["reason"]
+    assert "tar --sort=name" in str(row["reason"])
+
+
+def test_compressed_tars_say_what_they_are(tmp_path: Path) -> None:
+    for name in ("x.tar", "y.tar.gz"):
+        (tmp_path / name).write_bytes(gzip.compress(tar_of(simple("", range(8)))))
+    with pytest.raises(UserError, match=r"x\.tar: is compressed with gzip .*decompress it"):
+        write_source(str(tmp_path / "x.tar"), tmp_path / "set", SourceOptions(), Recipe())
+    crops = {"global_crops": {"size": 8}, "local_crops": [{"size": 6, "count": 1}], "workers": 0}
+    values = {"data": {"train": f"{tmp_path}/y.tar.gz", **crops}, "train": {"global_batch": 4}}
+    with pytest.raises(UserError, match=r"data\.epoch_samples: not set"):
+        open_data(validate(values, "test"))
+    values["data"]["epoch_samples"] = 8  # type: ignore[index]
+    config = validate(values, "test")
+    run = list(batches(config, open_data(config), 0, 1, 0, 4))
+    for epoch in (run[:2], run[2:]):
+        assert sorted(key for batch in epoch for key in batch.keys) == [str(i) for i in range(8)]
+    assert next(batches(config, open_data(config), 0, 1, 3, 4)).keys == run[3].keys
+
+
+def test_places_are_filled_by_what_decodes(tmp_path: Path) -> None:
+    """Groups without an image take no place; a picture that cannot be decoded does, and is replaced."""
+    (tmp_path / "x.tar").write_bytes(tar_of([*macos(), ("broken.png", b"\x89PNG"), ("empty.png", b"")]))
+    crops = {"global_crops": {"size": 8}, "local_crops": [{"size": 6, "count": 1}], "workers": 0}
+    data = {"train": f"{tmp_path}/x.tar", "epoch_samples": 8, **crops}
+    config = validate({"data": data, "train": {"global_batch": 8}}, "test")
+    (batch,) = batches(config, open_data(config), 0, 1, 0, 1)
+    assert {f"p/{i}" for i in range(6)} <= set(batch.keys)
+    assert {row["key"] for row in batch.bad if not row.get("used")} == {"broken", "empty"}
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "ext"),
+    [
+        ("a/b.seg.png", "a/b", "seg.png"),
+        ("./a/x.JPG", "a/x", "jpg"),
+        ("22.07.png", "22.07", "png"),
+        ("v1.2.left.jpg", "v1.2", "left.jpg"),
+        ("a.b/c", "a.b/c", ""),
+        ("x.tar.gz", "x", "tar.gz"),
+        ("/../x.0.png", "x.0", "png"),
+    ],
+)
+def test_names(name: str, key: str, ext: str) -> None:
+    assert split_name(name) == (key, ext)
+    assert bool(no_sample(name)) == (not ext)
+
+
+def test_joining_needs_little_memory() -> None:
+    """Images first, labels afterwards: the members' places are kept in a file, not in memory."""
+    n = 5_000
+    tracemalloc.start()
+    runs = (Entry(f"folder/s{i % n:07d}", {("png", "cls")[i // n]: (1024 * i, 100)}) for i in range(2 * n))
+    count = sum(len(entry.members) == 2 for entry in joined(runs))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == n
+    assert peak < 120 * 2 * n + 200_000
+
+
+def test_a_stream_reads_what_a_file_reads() -> None:
+    """`Forward` over a stream that gives few bytes at a time, with steps back of up to a block."""
+
+    class Slow(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            return super().read(min(size or 0, 100) if size and size > 0 else 100)
+
+    data = joined_tars(3)
+    assert list(TarReader(Forward(Slow(data)))) == list(TarReader(io.BytesIO(data), len(data)))  # type: ignore[arg-type]
