@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -49,11 +50,19 @@ def sync_folder(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file aside to write to; it becomes `path` when the block ends well, and is gone otherwise."""
+    """Yield a file aside to write to; it becomes `path` when the block ends well, and is gone otherwise.
+
+    It has the permissions of any new file (0666 less the umask), also when a library puts a temporary file of its own,
+    which its owner alone may read, in its place.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        aside.unlink(missing_ok=True)
+        aside.touch()
+        usual = stat.S_IMODE(aside.stat().st_mode)
         yield aside
+        aside.chmod(usual)
         with aside.open("rb") as file:
             os.fsync(file.fileno())
         aside.replace(path)

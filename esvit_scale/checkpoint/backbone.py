@@ -6,12 +6,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from esvit_scale.checkpoint import convert, single_file, state
-from esvit_scale.checkpoint.weights import TRUNK
+from esvit_scale.checkpoint import convert
 from esvit_scale.config import Config
 from esvit_scale.data import photometric, stream
 from esvit_scale.models.pyramid import Pyramid
-from esvit_scale.models.registry import build_trunk
 from esvit_scale.models.trunk import Trunk
 
 
@@ -58,25 +56,13 @@ class Backbone(nn.Module):
 
 
 def load_backbone(weights: str | Path) -> Backbone:
-    """The backbone of a run dir, a step folder, an exported folder, a .safetensors file or an official EsViT .pth.
+    """Return the backbone of a run dir, a step folder, an exported folder (safetensors, timm, huggingface), a .safetensors
+    file or an official EsViT .pth; also of a trunk alone that Swin, DeiT, DINO or timm published.
 
     Of a run it is the EMA teacher's, in fp32 on the CPU and in eval mode; `.to("cuda")` and `.train()` as any module.
 
     Raises:
         UserError: no such weights, damaged, or of another architecture.
     """
-    path = Path(weights).expanduser()
-    if (path / single_file.IN_FOLDER).is_file():
-        path = path / single_file.IN_FOLDER
-    if path.is_file() and path.suffix != single_file.SUFFIX:
-        return _official(path)
-    trunk, config = state.load_teacher(path)
+    trunk, config = convert.load_trunk(Path(weights).expanduser())
     return Backbone(trunk, config).eval()
-
-
-def _official(path: Path) -> Backbone:
-    found = convert.read(path)
-    tensors = found.networks.get("teacher") or next(iter(found.networks.values()))
-    trunk = build_trunk(found.config)
-    trunk.load_state_dict({n.removeprefix(TRUNK): t for n, t in tensors.items() if n.startswith(TRUNK)})
-    return Backbone(trunk, found.config).eval()

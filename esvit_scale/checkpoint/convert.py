@@ -2,9 +2,21 @@
 
 from pathlib import Path
 
-from esvit_scale.checkpoint import export, official, single_file, state, step_folders
-from esvit_scale.checkpoint.weights import OBJECTIVE, TRUNK, Weights, heads_in, in_words, network_shapes
+from esvit_scale.checkpoint import export, exported, official, single_file, state, step_folders, weight_file
+from esvit_scale.checkpoint.weights import (
+    OBJECTIVE,
+    TRUNK,
+    Weights,
+    check_shapes,
+    heads_in,
+    in_words,
+    network_shapes,
+    shapes_of,
+)
+from esvit_scale.config import Config
 from esvit_scale.errors import UserError
+from esvit_scale.models.registry import build_trunk
+from esvit_scale.models.trunk import Trunk
 
 ONE_NETWORK = ("safetensors", *export.FOLDER_FORMS)
 
@@ -12,10 +24,11 @@ ONE_NETWORK = ("safetensors", *export.FOLDER_FORMS)
 def convert(
     source: Path, destination: Path, source_form: str, form: str, network: str | None = None, heads: bool = False
 ) -> str:
-    """Writes `destination` whole or not at all; returns what it holds in one line.
+    """Write `destination` whole or not at all; return what it holds in one line.
 
     Args:
-        source_form: "esvit" (a .pth of the official trainer) or "esvit-scale" (run dir, step folder, .safetensors).
+        source_form: "esvit" (a .pth of the official trainer, or a trunk alone) or "esvit-scale" (run dir, step folder,
+            exported folder, .safetensors).
         form: "esvit-scale" (a step folder with both networks and the centres), "esvit" (an official .pth); of one
             network's trunk: "safetensors" (one file, or a folder with a model card when the name has no suffix),
             "timm", "huggingface" or "onnx" (folders, see export.py).
@@ -42,17 +55,48 @@ def convert(
 
 
 def read(path: Path) -> Weights:
-    """Weights in any of the forms, told apart by the path: a folder, a .safetensors file, else an official file."""
-    return read_own(path) if path.is_dir() or path.suffix == single_file.SUFFIX else official.read(path)
+    """Read weights in any of the forms, told apart by what the path holds and not by its name.
+
+    Raises:
+        UserError: no such weights, damaged, of another program, or not weights at all: says what it is.
+    """
+    if path.exists() and not path.is_dir() and not _is_own_file(path):
+        return official.read(path)
+    return read_own(path)
 
 
 def read_own(path: Path) -> Weights:
-    """A run dir, a step folder or a .safetensors file."""
-    if path.suffix == single_file.SUFFIX:
+    """Read a run dir, a step folder, an exported folder or a safetensors file that this program wrote."""
+    if path.is_dir() and exported.is_exported(path):
+        return exported.read(path)
+    if path.is_file() and weight_file.form_of(path) == "safetensors":
         return single_file.read(path)
     folder = step_folders.resolve(path)
     step_folders.check_files(folder)
     return state.read_weights(folder)
+
+
+def load_trunk(path: Path) -> tuple[Trunk, Config]:
+    """Return the trunk of weights in any of the forms, in fp32 on the CPU and in eval mode, and its config.
+
+    Of a run it is the EMA teacher's; so it is of an official checkpoint that has one.
+
+    Raises:
+        UserError: as `read`.
+    """
+    if not path.exists() or (path.is_dir() and not exported.is_exported(path)):
+        return state.load_teacher(step_folders.resolve(path))
+    found = read(path)
+    tensors = found.networks.get("teacher") or next(iter(found.networks.values()))
+    trunk = build_trunk(found.config)
+    of_trunk = {n.removeprefix(TRUNK): t for n, t in tensors.items() if n.startswith(TRUNK)}
+    check_shapes(path, {name: list(tensor.shape) for name, tensor in of_trunk.items()}, shapes_of(trunk))
+    trunk.load_state_dict(of_trunk)
+    return trunk.eval(), found.config
+
+
+def _is_own_file(path: Path) -> bool:
+    return weight_file.form_of(path) == "safetensors" and single_file.is_own(path)
 
 
 def _check_request(destination: Path, source_form: str, form: str, network: str | None, heads: bool) -> None:

@@ -16,10 +16,9 @@ import warnings
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from esvit_scale import files
-from esvit_scale.checkpoint import libraries, model_card, single_file
+from esvit_scale.checkpoint import exported, libraries, model_card, single_file
 from esvit_scale.checkpoint.weights import TRUNK, Weights
 from esvit_scale.errors import UserError
 from esvit_scale.models import plain
@@ -58,12 +57,14 @@ def _write_safetensors(folder: Path, weights: Weights, network: str) -> None:
 def _write_timm(folder: Path, weights: Weights, network: str) -> None:
     _save(folder, libraries.timm_tensors(_trunk(weights, network), weights.config))
     files.write_json(folder / "config.json", libraries.timm_config(weights.config))
+    exported.write_origin(folder, weights, network, "timm")
 
 
 def _write_huggingface(folder: Path, weights: Weights, network: str) -> None:
     _save(folder, libraries.huggingface_tensors(_trunk(weights, network), weights.config))
     files.write_json(folder / "config.json", libraries.huggingface_config(weights.config))
     files.write_json(folder / "preprocessor_config.json", libraries.huggingface_processor(weights.config))
+    exported.write_origin(folder, weights, network, "huggingface")
 
 
 def _write_onnx(folder: Path, weights: Weights, network: str) -> None:
@@ -103,8 +104,7 @@ def _trunk(weights: Weights, network: str) -> dict[str, torch.Tensor]:
 
 
 def _save(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, folder / single_file.IN_FOLDER, {"format": "pt"})
+    single_file.save(folder / single_file.IN_FOLDER, tensors, {"format": "pt"})
 
 
 def _require_onnx() -> None:

@@ -13,6 +13,7 @@ crops, where no window is padded, and not elsewhere.
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -94,6 +95,27 @@ def timm_tensors(trunk: Tensors, config: Config) -> Tensors:
     return timm_form.of(config).tensors(trunk)
 
 
+def from_timm(theirs: Tensors, trunk: Mapping[str, list[int]], config: Config) -> Tensors:
+    """Undo `timm_tensors`, exactly.
+
+    Args:
+        trunk: names and shapes of the trunk's tensors.
+
+    Raises:
+        KeyError: a tensor is missing.
+        UserError: positions were resized for timm, so that the trunk's own are not in the folder.
+    """
+    blank = {name: torch.empty(shape, device="meta") for name, shape in trunk.items()}
+    their_name = {id(tensor): name for name, tensor in timm_tensors(blank, config).items()}
+    ours = {}
+    for name, tensor in blank.items():
+        found = theirs[their_name.get(id(tensor), name)]
+        if found.shape != tensor.shape:
+            raise UserError(f"the folder holds {name} resized for timm; give the run, or --to safetensors of it")
+        ours[name] = found
+    return ours
+
+
 def huggingface_config(config: Config) -> dict[str, Any]:
     shape = trunk_shape(config)
     return {
@@ -132,34 +154,51 @@ def huggingface_processor(config: Config) -> dict[str, Any]:
 
 
 def huggingface_tensors(trunk: Tensors, config: Config) -> Tensors:
-    """The names of the published checkpoints, which every version of transformers reads.
+    """Return the trunk's tensors under the names of the published checkpoints, which every version of transformers reads.
 
     transformers' Swin has a fixed eps of 1e-5 in some norms where EsViT has 1e-6. A norm of √10·x with eps 1e-5 is that of
     x with 1e-6: so its config says 1e-5 for all, and whatever writes what they read (`_INTO_NORMS`) is scaled by √10.
     """
     theirs: Tensors = {}
-    scaled = _INTO_NORMS if trunk_shape(config).version == 1 else ()
     for name, tensor in trunk.items():
-        if any(part in name for part in scaled):
-            tensor = (tensor.double() * 10**0.5).to(tensor.dtype)
-        for pattern, replacement in _HUGGING_FACE:
-            name = re.sub(pattern, replacement, name)
-        theirs |= _split(name, tensor)
+        names = _huggingface_names(name)
+        scaled = (tensor.double() * _huggingface_scale(name, config)).to(tensor.dtype)
+        theirs |= dict(zip(names, (part.contiguous() for part in scaled.chunk(len(names))), strict=True))
     return theirs
 
 
-def _split(name: str, tensor: Tensor) -> Tensors:
-    """qkv into three; Swin V2's query and value biases to their layers."""
+def from_huggingface(theirs: Tensors, trunk: Mapping[str, list[int]], config: Config) -> Tensors:
+    """Undo `huggingface_tensors`, to a rounding of fp32 where it scaled.
+
+    Args:
+        trunk: names and shapes of the trunk's tensors.
+
+    Raises:
+        KeyError: a tensor is missing.
+    """
+    ours: Tensors = {}
+    for name in trunk:
+        whole = torch.cat([theirs[part] for part in _huggingface_names(name)])
+        ours[name] = (whole.double() / _huggingface_scale(name, config)).to(whole.dtype)
+    return ours
+
+
+def _huggingface_scale(name: str, config: Config) -> float:
+    scaled = trunk_shape(config).version == 1 and any(part in name for part in _INTO_NORMS)
+    return float(10**0.5) if scaled else 1.0
+
+
+def _huggingface_names(name: str) -> list[str]:
+    """transformers' name of a tensor; three for qkv, which it keeps apart. Swin V2's query and value biases are its
+    layers' own."""
+    for pattern, replacement in _HUGGING_FACE:
+        name = re.sub(pattern, replacement, name)
     before, qkv, kind = name.partition(".self.qkv.")
     if qkv:
-        parts = zip(("query", "key", "value"), torch.chunk(tensor, 3), strict=True)
-        return {f"{before}.self.{part}.{kind}": piece.contiguous() for part, piece in parts}
-    before, bias, _ = name.partition("_bias")
-    if bias and before.endswith((".self.q", ".self.v")):
-        return {
-            f"{before.removesuffix('.q').removesuffix('.v')}.{'query' if before[-1] == 'q' else 'value'}.bias": tensor
-        }
-    return {name: tensor}
+        return [f"{before}.self.{part}.{kind}" for part in ("query", "key", "value")]
+    for ours, theirs in ((".self.q_bias", ".self.query.bias"), (".self.v_bias", ".self.value.bias")):
+        name = name.replace(ours, theirs)
+    return [name]
 
 
 def crop_share(config: Config) -> float:

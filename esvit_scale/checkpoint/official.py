@@ -2,7 +2,8 @@
 
 The file is a pickle. It is read with `weights_only`, and the few things beside tensors that the official trainer
 saves (its arguments; numpy numbers in the optimizer's state) are read as nothing at all; whatever else asks for code
-is refused.
+is refused. A trunk alone is read too, with or without a classifier, which is left out: what Swin, DeiT, DINO and timm
+publish, as torch's file or as safetensors.
 
 | official | here |
 |---|---|
@@ -13,6 +14,7 @@ is refused.
 | `dino_loss`: `center`, `center_grid` [1, K] | centres `view.values`, `region.values` [K] |
 """
 
+import logging
 import re
 import warnings
 import zipfile
@@ -21,11 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from esvit_scale import config as config_module
 from esvit_scale import files
-from esvit_scale.checkpoint import official_trunks
+from esvit_scale.checkpoint import official_trunks, single_file, weight_file
 from esvit_scale.checkpoint.official_trunks import Family
 from esvit_scale.checkpoint.weights import (
     TRUNK,
@@ -39,29 +43,35 @@ from esvit_scale.checkpoint.weights import (
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
 
+log = logging.getLogger(__name__)
+
 NETWORKS = {"student": "module.", "teacher": ""}  # with the prefix that the official trainer saves it under
 CENTERS = {"center": "view.values", "center_grid": "region.values"}
 _THEIR_HEADS = {"head.": head_prefix("view_head"), "head_dense.": head_prefix("region_head")}
 _WRAPPERS = ("module.", "backbone.")
+_TRUNK_ALONE = ("model", "state_dict")  # where others keep one network; else it is the file's whole content
+_CLASSIFIER = re.compile(r"(head|head\.fc|head_dist|fc|classifier)\.(weight|bias)")
 
 
 def read(path: Path) -> Weights:
-    """Student, teacher (what there is of them) and centres; the config is read off the tensors' shapes.
+    """Read student, teacher (what there is of them) and centres; the config is read off the tensors' shapes.
+
+    A trunk alone is read as a teacher without heads.
 
     Raises:
         UserError: no such file, damaged, asking for code, another architecture, or tensors missing or unknown.
     """
     content = _load(path)
-    found = {name: content[name] for name in NETWORKS if isinstance(content.get(name), Mapping)}
-    if not found:
-        held = ", ".join(sorted(map(str, content))[:5]) or "nothing"
-        raise UserError(f"{path}: no official EsViT checkpoint: no student or teacher in it; it holds {held}")
+    found = _networks(path, content)
     networks, parts = {}, {}
     for name, tensors in found.items():
         trunk, heads = _our_names(tensors)
         parts[name] = official_trunks.our_names(path, trunk)
         networks[name] = {TRUNK + key: tensor for key, tensor in parts[name][1].items()} | heads
     some = "teacher" if "teacher" in networks else "student"
+    classifier = [name for name in found[some] if _CLASSIFIER.fullmatch(_unwrapped(name))]
+    if classifier:
+        log.warning("%s: its classifier (%s) is left out", path, ", ".join(classifier))
     config = _config(path, *parts[some], networks[some])
     for name, tensors in networks.items():
         check_network(f"{path}: {name}", tensors, config)
@@ -87,8 +97,11 @@ def write(path: Path, weights: Weights) -> None:
             prefix = "module."  # with batch norms the official teacher is wrapped as well
         content[name] = {prefix + key: tensor for key, tensor in tensors.items()}
     centers = {theirs: weights.centers[ours][None] for theirs, ours in CENTERS.items() if ours in weights.centers}
-    with files.replacing(path) as aside:
-        torch.save(content | {"dino_loss": centers}, aside)
+    with (
+        files.replacing(path) as aside,
+        aside.open("wb") as file,
+    ):  # by a path, torch would write its name into the file
+        torch.save(content | {"dino_loss": centers}, file)
 
 
 # --- the file --------------------------------------------------------------------------------------------------------
@@ -113,19 +126,31 @@ _READ_AS_NOTHING = (
 
 
 def _load(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"{path}: no such file; give the .pth of the official trainer")
+    if weight_file.form_of(path) == "safetensors":
+        try:
+            return dict(load_file(path))
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: damaged: {error}") from None
     _check_archive(path)
     try:
         with torch.serialization.safe_globals([(_Nothing, n) for n in _READ_AS_NOTHING]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, about pickles of others
-            # Legacy files (torch < 1.6) cannot be mapped.
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            content = _torch_load(path)
     except Exception as error:  # a damaged pickle can fail in any way; it runs no code
         raise UserError(f"{path}: {_why(error)}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: no official EsViT checkpoint: holds a {type(content).__name__}")
+        raise UserError(f"{path}: no checkpoint of networks: it holds a {type(content).__name__}")
     return content
+
+
+def _torch_load(path: Path) -> Any:
+    if path.suffix == single_file.SUFFIX:  # by this name torch would take it for what it is not
+        with path.open("rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
+    # Mapped, what is not used is not read. Legacy files (torch < 1.6) cannot be.
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
 
 def _check_archive(path: Path) -> None:
@@ -142,24 +167,44 @@ def _check_archive(path: Path) -> None:
 
 
 def _why(error: Exception) -> str:
+    """What is wrong with a pickle, without torch's advice to read it unsafely."""
     asked = re.search(r"GLOBAL (\S+)", str(error))
     if asked:
-        return f"asks for {asked[1]}, which weights have no need of; refused, nothing of it was run"
-    first = next(iter(str(error).splitlines()), "")
-    return f"damaged, or not a checkpoint: {type(error).__name__}: {first[:160]}"
+        return (
+            f"asks for {asked[1]}, which weights have no need of (a whole pickled module? save its state_dict()); "
+            "refused, nothing of it was run"
+        )
+    return f"damaged, or not a checkpoint ({type(error).__name__} while reading it); {weight_file.AGAIN}"
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
 
 
+def _networks(path: Path, content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The networks of a file by their roles; a single one counts as the teacher.
+
+    Raises:
+        UserError: there is none; says what there is.
+    """
+    found = {name: content[name] for name in NETWORKS if isinstance(content.get(name), Mapping)}
+    if found:
+        return found
+    for alone in (*(content.get(key) for key in _TRUNK_ALONE), content):
+        if isinstance(alone, Mapping) and any(isinstance(value, Tensor) for value in alone.values()):
+            return {"teacher": alone}
+    held = ", ".join(sorted(map(str, content))[:5]) or "nothing"
+    raise UserError(f"{path}: no network in it (student, teacher, {', '.join(_TRUNK_ALONE)}); it holds {held}")
+
+
 def _our_names(tensors: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The trunk's tensors, by official names without wrappers, and the heads' by ours."""
+    """Return the trunk's tensors, by official names without wrappers, and the heads' by ours; a classifier is left out."""
     trunk, heads = {}, {}
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or name.endswith(official_trunks.COMPUTED):
             continue
-        while name.startswith(_WRAPPERS):
-            name = name.partition(".")[2]
+        name = _unwrapped(name)
+        if _CLASSIFIER.fullmatch(name):
+            continue
         tensor = tensor.detach().float().contiguous()
         prefix = next((prefix for prefix in _THEIR_HEADS if name.startswith(prefix)), None)
         if prefix is None:
@@ -167,6 +212,12 @@ def _our_names(tensors: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str,
         else:
             heads[_THEIR_HEADS[prefix] + name.removeprefix(prefix)] = tensor
     return trunk, heads
+
+
+def _unwrapped(name: str) -> str:
+    while name.startswith(_WRAPPERS):
+        name = name.partition(".")[2]
+    return name
 
 
 def _their_names(family: Family, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

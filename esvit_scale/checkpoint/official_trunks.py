@@ -2,7 +2,7 @@
 
 | family | names here | not in the shapes, so assumed |
 |---|---|---|
-| Swin | the official ones | among crop sizes that give the same windows: 224 |
+| Swin | the official ones (timm's are read too) | among crop sizes that give the same windows: 224 |
 | CvT | the official ones | heads 1, 3, 6, 12; window 7; 224 pixels |
 | ViL | see official_vil.py | among crop sizes that give the same maps: 224 |
 | DeiT | the official ones | heads of 64 channels |
@@ -12,6 +12,9 @@ What can be computed is left out here and written there: index tables, attention
 """
 
 import difflib
+import logging
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -21,10 +24,14 @@ from torch import Tensor
 
 from esvit_scale.checkpoint import official_vil
 from esvit_scale.checkpoint.official_shapes import SIZES, Tensors, Values, by_stage, model, position_index, side_of
+from esvit_scale.checkpoint.positions import bicubic
 from esvit_scale.errors import UserError
 from esvit_scale.models.cvt import S1
 from esvit_scale.models.registry import SHAPES
 from esvit_scale.models.swin import PATCH
+from esvit_scale.models.vit import SIDE
+
+log = logging.getLogger(__name__)
 
 COMPUTED = ("relative_position_index", "attn_mask", "num_batches_tracked")
 
@@ -107,6 +114,14 @@ def swin_size(windows: list[int]) -> int:
     return next(fits, SIZES[0])
 
 
+def _swin_ours(official: Tensors) -> Tensors:
+    """timm keeps the merging that ends a stage at the beginning of the next."""
+    if any(name.startswith("layers.0.downsample.") for name in official):
+        return official
+    move = lambda match: f"layers.{int(match[1]) - 1}.downsample."  # noqa: E731
+    return {re.sub(r"^layers\.(\d+)\.downsample\.", move, name): tensor for name, tensor in official.items()}
+
+
 def _index_of_table(name: str, tensor: Tensor) -> Tensors:
     if not name.endswith("relative_position_bias_table"):
         return {}
@@ -127,6 +142,17 @@ def _deit(tensors: Tensors) -> Values:
     return {"model": model(trunk, (width, (len(blocks),), (max(width // 64, 1),)), (heads * 64, (12,), (heads,)))}
 
 
+def _deit_ours(official: Tensors) -> Tensors:
+    """Positions of another map than 14×14 (DeiT at 384 pixels) are resized to it, as DeiT and DINO do it."""
+    positions = official["pos_embed"]  # [1, 1 + side², C]
+    side = math.isqrt(max(positions.shape[1] - 1, 0))
+    if side in (0, SIDE) or side**2 + 1 != positions.shape[1]:
+        return official
+    resized = bicubic(positions[0, 1:].T.unflatten(1, (side, side)), SIDE).flatten(1).T
+    log.warning("positions of a %d×%d map are resized to %d×%d", side, side, SIDE, SIDE)
+    return official | {"pos_embed": torch.cat([positions[0, :1], resized])[None]}
+
+
 def _resnet(tensors: Tensors) -> Values:
     depths = tuple(map(len, by_stage(tensors, r"layer(\d+)\.\d+\.conv1\.weight")))
     return {"model": model("resnet50", (len(tensors["conv1.weight"]), depths), (64, (3, 4, 6, 3)))}
@@ -142,6 +168,7 @@ FAMILIES = (
         "layers.0.blocks.0.attn.relative_position_bias_table",
         tuple(name for name, shape in SHAPES.items() if shape.version == 1),
         _swin,
+        _swin_ours,
         computed=_index_of_table,
     ),
     Family("CvT", "stage0.1.layers.0.0.fn.qkv.dw.weight", ("cvt_s1",), _cvt, computed=_count_of_batches),
@@ -154,7 +181,7 @@ FAMILIES = (
         official_vil.theirs,
         official_vil.computed,
     ),
-    Family("DeiT", "pos_embed", ("deit_s", "deit_b"), _deit),
+    Family("DeiT", "pos_embed", ("deit_s", "deit_b"), _deit, _deit_ours),
     Family(
         "ResNet",
         "layer1.0.conv1.weight",

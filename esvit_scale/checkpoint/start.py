@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from esvit_scale.checkpoint import convert, single_file, state, step_folders
+from esvit_scale.checkpoint import convert, exported, positions, single_file, state, step_folders
 from esvit_scale.checkpoint.weights import (
     TRUNK,
     Shapes,
@@ -34,10 +34,10 @@ NOTHING = Start({}, {}, "")
 
 
 def start(config: Config) -> Start:
-    """The values that `model.init_from` gives, or NOTHING when it is null. All ranks call it.
+    """Return the values that `model.init_from` gives, or NOTHING when it is null. All ranks call it.
 
     Student and teacher both start from the source's teacher (from its student where there is no teacher). The trunk
-    must fit as a whole. A head is taken when the source has it, and must fit then; one that the source lacks is
+    must fit as a whole; position tables of another window or resolution are resized (positions.py). A head is taken when the source has it, and must fit then; one that the source lacks is
     initialised freshly, one that the run lacks is left behind. Centres come with their heads, gains unless
     `norm_last_layer` keeps them at 1.
 
@@ -48,27 +48,37 @@ def start(config: Config) -> Start:
         return NOTHING
     path = Path(config.model.init_from)
     source = collectives.on_rank_0(lambda: _settle(path))  # a living run may move `latest` between two ranks
-    weights = state.read_weights(source) if source.is_dir() else convert.read(source)
+    own = source.is_dir() and not exported.is_exported(source)
+    weights = state.read_weights(source) if own else _read(source)
     return _fit(source, weights, config)
 
 
 def _settle(path: Path) -> Path:
     if not path.exists():
         raise UserError(f"model.init_from: {path}: no such file or folder")
-    if not path.is_dir():
+    if not path.is_dir() or exported.is_exported(path):
         return path
     folder = step_folders.resolve(path)
     step_folders.check_files(folder)
     return folder
 
 
+def _read(source: Path) -> Weights:
+    try:
+        return convert.read(source)
+    except UserError as error:
+        raise UserError(f"model.init_from: {error}") from None
+
+
 def _fit(source: Path, weights: Weights, config: Config) -> Start:
     wanted = network_shapes(config)
     network = "teacher" if "teacher" in weights.networks else next(iter(weights.networks))
     tensors = weights.networks[network]
+    trunk = {name: tensor for name, tensor in tensors.items() if name.startswith(TRUNK)}
+    trunk, resized = positions.fit(f"model.init_from: {source}", trunk, _part(wanted, TRUNK))
+    tensors = tensors | trunk
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    check_shapes(f"model.init_from: {source}", _part(shapes, TRUNK), _part(wanted, TRUNK))
-    taken, notes = [TRUNK], ["trunk"]
+    taken, notes = [TRUNK], ["trunk" + (f" ({resized})" if resized else "")]
     theirs, ours = heads_in(tensors), heads_in(wanted)
     for head in dict.fromkeys([*ours, *theirs]):
         prefix, words = head_prefix(head), in_words([head])

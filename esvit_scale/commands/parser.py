@@ -45,7 +45,7 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="C",
-        help="run dir or step dir, whose teacher is used, or .safetensors",
+        help="run dir or step dir, whose teacher is used; exported folder, .safetensors or official .pth",
     )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from esvit_scale import files
-from esvit_scale.checkpoint import single_file, state, step_folders
+from esvit_scale.checkpoint import convert, exported, state, step_folders
 from esvit_scale.data import image_folder, manifest, stream
 from esvit_scale.data.stream import EvaluationBatch
 from esvit_scale.errors import UserError
@@ -123,12 +123,17 @@ def save(found: FeatureSet, path: Path) -> None:
 
 
 def load_teacher(checkpoint: Path) -> Teacher:
-    """The teacher's trunk of a run dir or step dir, or that of a safetensors file, on the CPU."""
-    single = checkpoint.suffix == single_file.SUFFIX
-    source = checkpoint if single else step_folders.resolve(checkpoint)
-    trunk, config = state.load_teacher(source)
-    step = None if single else int(step_folders.read_state(source)["cursor"]["step"])
-    return Teacher(trunk, config.data.global_crops.size, step)
+    """Return the trunk that any weights hold which `load_backbone` takes, on the CPU: of a run dir or step dir its teacher's.
+
+    Raises:
+        UserError: no such weights, damaged, or not weights at all.
+    """
+    if checkpoint.is_file() or exported.is_exported(checkpoint):
+        trunk, config = convert.load_trunk(checkpoint)
+        return Teacher(trunk, config.data.global_crops.size, None)
+    folder = step_folders.resolve(checkpoint)  # once: `latest` of a living run moves
+    trunk, config = state.load_teacher(folder)
+    return Teacher(trunk, config.data.global_crops.size, int(step_folders.read_state(folder)["cursor"]["step"]))
 
 
 def contents(source: Path) -> Contents:

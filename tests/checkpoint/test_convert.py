@@ -208,7 +208,7 @@ def test_a_missing_network(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no student, only the teacher"):
         convert(tmp_path / "t.pth", tmp_path / "s.safetensors", "esvit", "safetensors", "student")
     torch.save({"model": {}, "epoch": 3}, tmp_path / "m.pth")
-    refused(tmp_path / "m.pth", tmp_path, "no student or teacher in it; it holds epoch, model")
+    refused(tmp_path / "m.pth", tmp_path, "no network in it .*; it holds epoch, model")
     torch.save([1, 2], tmp_path / "l.pth")
     refused(tmp_path / "l.pth", tmp_path, "holds a list")
 
@@ -224,19 +224,16 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
         theirs.save(tmp_path / "evil.pth", args=Evil()), tmp_path, r"asks for \w+.mkdir, which weights have no need of"
     )
     (tmp_path / "raw.pth").write_bytes(pickle.dumps(Evil()))
-    refused(tmp_path / "raw.pth", tmp_path, "asks for|damaged")
+    refused(tmp_path / "raw.pth", tmp_path, "a Python pickle but no checkpoint of torch.save; it was not opened")
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("damage", ["empty", "text", "cut short", "flipped bit"])
-def test_a_damaged_file(pth: Path, tmp_path: Path, damage: str) -> None:
+def test_a_flipped_bit(pth: Path, tmp_path: Path) -> None:
     data = bytearray(pth.read_bytes())
-    if damage == "flipped bit":
-        with zipfile.ZipFile(pth) as archive:
-            largest = max(archive.infolist(), key=lambda entry: entry.file_size)
-        data[largest.header_offset + largest.file_size // 2] ^= 1
-    bad = {"empty": b"", "text": b"<!DOCTYPE html>\n", "cut short": data[: len(data) // 2], "flipped bit": data}[damage]
-    (tmp_path / "bad.pth").write_bytes(bad)
+    with zipfile.ZipFile(pth) as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+    data[largest.header_offset + largest.file_size // 2] ^= 1
+    (tmp_path / "bad.pth").write_bytes(data)
     refused(tmp_path / "bad.pth", tmp_path, "bad.pth: damaged")
     refused(tmp_path / "bad.pth", tmp_path, "bad.pth: damaged", "safetensors")
 
@@ -263,7 +260,7 @@ def test_single_files_of_others_and_damaged_ones(pth: Path, tmp_path: Path) -> N
     save_file(tensors, tmp_path / "hole.safetensors", metadata | {"format_version": "1"})
     for name, match in {
         "foreign": "no esvit-scale file",
-        "cut": "damaged, or not a safetensors file",
+        "cut": r"a safetensors file cut short: \d+ of \d+ bytes",
         "newer": "format version 99, this program reads 1",
         "hole": r"norm.weight: absent in the checkpoint",
         "nowhere": "no such",

@@ -15,11 +15,12 @@ from torch import nn
 import esvit_scale
 from esvit_scale import cli
 from esvit_scale import config as configs
-from esvit_scale.checkpoint import export, state
+from esvit_scale.checkpoint import export, official, single_file, state
 from esvit_scale.checkpoint.convert import convert
 from esvit_scale.checkpoint.weights import Weights
 from esvit_scale.data import stream
 from esvit_scale.errors import UserError
+from esvit_scale.evaluate.features import load_teacher
 from esvit_scale.models.initialize import initialize
 from esvit_scale.models.plain import PlainSwin
 from esvit_scale.models.swin import Swin
@@ -195,12 +196,15 @@ def test_load_backbone_takes_every_form(step: Path, tmp_path: Path) -> None:
     convert(step, tmp_path / "file.safetensors", "esvit-scale", "safetensors")
     convert(step, tmp_path / "folder", "esvit-scale", "safetensors")
     convert(step, tmp_path / "theirs.pth", "esvit-scale", "esvit")
+    convert(step, tmp_path / "timm", "esvit-scale", "timm")
+    convert(step, tmp_path / "hf", "esvit-scale", "huggingface")
     x = images(1)
     expected, regions = features(step, x)
-    for form in ("step", "run", "file.safetensors", "folder", "theirs.pth"):
+    for form in ("step", "run", "file.safetensors", "folder", "theirs.pth", "timm", "hf"):
         model = esvit_scale.load_backbone(str(tmp_path / form))
         assert not model.training
         torch.testing.assert_close(model(x), expected)
+        assert load_teacher(tmp_path / form).size == 224
         assert (model.dim, model.size) == (128, 224)
         torch.testing.assert_close(model.regions(x).permute(0, 2, 3, 1).flatten(0, 2), regions)
         assert [m.shape[1] for m in model.pyramid(x)] == model.channels == [16, 32, 64, 128]
@@ -290,9 +294,49 @@ def test_requests_that_make_no_sense(step: Path, tmp_path: Path) -> None:
         convert(step, tmp_path / "there", "esvit-scale", "timm")
     with pytest.raises(UserError, match="no such checkpoint"):
         esvit_scale.load_backbone(tmp_path / "nothing")
+
+
+def test_folders_that_are_not_read_back_are_said(step: Path, tmp_path: Path) -> None:
     convert(step, tmp_path / "timm", "esvit-scale", "timm")
-    with pytest.raises(UserError, match="no esvit-scale file"):
+    (tmp_path / "graph").mkdir()
+    (tmp_path / "graph" / "model.onnx").write_bytes(b"")
+    with pytest.raises(UserError, match="graph: an ONNX graph, for runtimes alone; give the run"):
+        esvit_scale.load_backbone(tmp_path / "graph")
+    with pytest.raises(UserError, match="there: not a checkpoint"):
+        esvit_scale.load_backbone(Path(tmp_path / "there").mkdir() or tmp_path / "there")
+    origin = tmp_path / "timm" / "esvit_scale.json"
+    for text, match in (
+        ("{", "damaged"),
+        ("[]", "damaged: no config"),
+        (None, r"no esvit_scale.json in it\); a trunk of"),
+    ):
+        origin.write_text(text) if text else origin.unlink()
+        with pytest.raises(UserError, match=match) as error:
+            esvit_scale.load_backbone(tmp_path / "timm")
+        assert "\n" not in str(error.value)
+    (tmp_path / "timm" / "model.safetensors").write_text("<html>")
+    with pytest.raises(UserError, match="not weights but an HTML page"):
         esvit_scale.load_backbone(tmp_path / "timm")
+
+
+def test_exports_have_the_same_bytes_and_the_permissions_of_any_file(tmp_path: Path) -> None:
+    """safetensors writes metadata in an order of chance, and files that their owner alone may read; torch writes the
+    name of the file into it."""
+    weights = weights_of(tmp_path, AT_224)
+    (tmp_path / "usual").touch()
+    seen: dict[str, set[bytes]] = {}
+    for i in range(4):  # four entries in one order four times by chance: 1 in 13,824
+        folder = tmp_path / str(i)
+        single_file.write(folder / "x.safetensors", weights, "teacher")
+        official.write(folder / f"official{i}.pth", weights)
+        for form in ("safetensors", "timm", "huggingface"):
+            export.write(folder / form, weights, "teacher", form, tmp_path)
+        for path in (p for p in folder.rglob("*") if p.is_file()):
+            name = str(path.relative_to(folder)).replace(f"official{i}", "official")
+            seen.setdefault(name, set()).add(path.read_bytes())
+            assert path.stat().st_mode == (tmp_path / "usual").stat().st_mode, path
+    assert len(seen) == 14
+    assert all(len(contents) == 1 for contents in seen.values()), {n for n, found in seen.items() if len(found) > 1}
 
 
 def test_a_failed_export_leaves_nothing(step: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

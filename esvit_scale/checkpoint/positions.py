@@ -1,0 +1,81 @@
+"""Position tables of one window or resolution, resized to another: what continued pretraining at another size needs.
+
+Swin's own code does this to weights that it fine-tunes (microsoft/Swin-Transformer, `load_pretrained`): a table is a
+picture of (2w − 1) × (2w − 1) offsets with one channel a head, and is interpolated bicubically to the new side.
+
+| table | shape | of |
+|---|---|---|
+| `…relative_position_bias_table` | [side², heads] | Swin, ViL, the own window of Focal |
+| `…pos_embed` | [1, prefix + side², C] | timm's networks; the prefix (class token, registers) stays as it is |
+
+Swin V2 computes its bias from coordinates, DeiT here resizes its 14×14 positions in every forward: neither has a table
+that depends on the resolution.
+"""
+
+import math
+from collections import Counter
+
+from torch import Tensor, cat
+from torch.nn import functional as F
+
+from esvit_scale.checkpoint.weights import Shapes, check_shapes
+from esvit_scale.errors import UserError
+
+_RELATIVE, _ABSOLUTE = "relative_position_bias_table", "pos_embed"
+_OF_POSITIONS = ("relative_position", "pos_embed", "rel_pos")  # parts of the names of all kinds of position tables
+_MOST_PREFIX = 16  # tokens before a map's
+
+
+def fit(where: object, tensors: dict[str, Tensor], wanted: Shapes) -> tuple[dict[str, Tensor], str]:
+    """Return `tensors` with every position table as large as in `wanted`, and what was resized in words ("": nothing).
+
+    Raises:
+        UserError: what else differs is another architecture; or a table that cannot be resized, of another window or
+            resolution.
+    """
+    fitted, sides = dict(tensors), Counter[tuple[int, int]]()
+    for name, shape in wanted.items():
+        if name not in tensors or list(tensors[name].shape) == shape:
+            continue
+        if (resized := _resized(name, tensors[name], shape)) is not None:
+            fitted[name], old, new = resized
+            sides[old, new] += 1
+    shapes = {name: list(tensor.shape) for name, tensor in fitted.items()}
+    different = [n for n in {*shapes, *wanted} if shapes.get(n) != wanted.get(n)]
+    if different and all(any(part in name for part in _OF_POSITIONS) for name in different):
+        first = min(different)
+        raise UserError(
+            f"{where}: weights of another resolution or window, and {len(different)} position tables that cannot be "
+            f"resized, {first}: {shapes.get(first, 'absent')} there, {wanted.get(first, 'absent')} in the model; set "
+            "data.global_crops.size and model.window to the source's"
+        )
+    check_shapes(where, shapes, wanted)
+    words = [f"{n} of {old}×{old} to {new}×{new}" for (old, new), n in sorted(sides.items())]
+    return fitted, f"position tables resized: {', '.join(words)}" if words else ""
+
+
+def bicubic(maps: Tensor, side: int) -> Tensor:
+    """[C, s, s] → [C, side, side], as `interpolate(mode="bicubic")` with neither aligned corners nor antialiasing."""
+    resized: Tensor = F.interpolate(maps[None].float(), (side, side), mode="bicubic", align_corners=False)[0]
+    return resized
+
+
+def _resized(name: str, table: Tensor, shape: list[int]) -> tuple[Tensor, int, int] | None:
+    """(the table in `shape`, its side before and after); None: no table, or not one of square maps."""
+    if name.endswith(_RELATIVE) and table.ndim == len(shape) == 2 and table.shape[1] == shape[1]:
+        old, new = _side(len(table)), _side(shape[0])
+        if old and new:
+            return bicubic(table.T.unflatten(1, (old, old)), new).flatten(1).T.contiguous(), old, new
+    if name.endswith(_ABSOLUTE) and table.ndim == len(shape) == 3 and table.shape[2] == shape[2]:
+        for prefix in range(_MOST_PREFIX + 1):
+            old, new = _side(table.shape[1] - prefix), _side(shape[1] - prefix)
+            if old and new:
+                cells = bicubic(table[0, prefix:].T.unflatten(1, (old, old)), new).flatten(1).T
+                return cat([table[0, :prefix], cells])[None], old, new
+    return None
+
+
+def _side(cells: int) -> int:
+    """s of s² cells; 0 where there is none."""
+    side = math.isqrt(max(cells, 0))
+    return side if side**2 == cells else 0

@@ -1,0 +1,142 @@
+"""What a file of weights is, told by its first bytes: people have web pages, pointers and half downloads by such names.
+
+A file is read as what it holds, whatever its name ends in. One that holds no weights is called what it is, in one line.
+"""
+
+import json
+import re
+import zipfile
+from pathlib import Path
+from typing import Literal
+
+from esvit_scale.errors import UserError
+
+Form = Literal["safetensors", "torch"]
+
+LOOKED_AT = 4096  # bytes
+LARGEST_HEADER = 100_000_000  # bytes, as the safetensors library limits it
+AGAIN = "download or copy it again"
+_LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # what torch wrote first before 1.6 (and without its zip form)
+_KNOWN = (
+    (b"\x1f\x8b", "a gzip archive; unpack it first"),
+    (b"BZh", "a bzip2 archive; unpack it first"),
+    (b"\xfd7zXZ\x00", "an xz archive; unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "a zstd archive; unpack it first"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it first"),
+    (b"Rar!", "a rar archive; unpack it first"),
+    (b"\x89HDF\r\n\x1a\n", "an HDF5 file (Keras, MATLAB)"),
+    (b"\x93NUMPY", "a NumPy array (.npy)"),
+    (b"GGUF", "a GGUF file (llama.cpp)"),
+    (b"PAR1", "a Parquet table"),
+    (b"\x89PNG", "a PNG picture"),
+    (b"\xff\xd8\xff", "a JPEG picture"),
+    (b"%PDF", "a PDF document"),
+    (b"\x7fELF", "a program or library (ELF)"),
+)
+_MARKUP = (
+    (re.compile(rb"<html|<!doctype html|<head[\s>]|<body[\s>]", re.IGNORECASE), "an HTML page"),
+    (re.compile(rb"^<\?xml|^<error", re.IGNORECASE), "an XML document"),
+)
+
+
+def form_of(path: Path) -> Form:
+    """Return whether `path` is a safetensors file or a checkpoint of torch.save; reads its first bytes, and runs nothing.
+
+    Raises:
+        UserError: no such file, or one that holds no weights or is cut short; says what it is.
+    """
+    if path.is_dir():
+        raise UserError(f"{path}: a folder, not a file of weights")
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(LOOKED_AT)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    header = int.from_bytes(head[:8], "little")
+    if head[8:9] == b"{" and header <= LARGEST_HEADER:
+        _check_safetensors(path, header, size)
+        return "safetensors"
+    if head.startswith(b"PK"):
+        _check_zip(path, head, size)
+        return "torch"
+    if head[:1] == b"\x80" and _LEGACY_MAGIC[1:] in head[:64]:
+        return "torch"
+    raise UserError(f"{path}: not weights but {_what(head, size)}")
+
+
+def _check_safetensors(path: Path, header: int, size: int) -> None:
+    """That the file is as long as its header says, which the library's own message does not make plain."""
+    if 8 + header > size:
+        raise UserError(f"{path}: a safetensors file cut short: {size} bytes are there; {AGAIN}")
+    with path.open("rb") as file:
+        file.seek(8)
+        try:
+            tensors = json.loads(file.read(header))
+            end = max((t["data_offsets"][1] for n, t in tensors.items() if n != "__metadata__"), default=0)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+            raise UserError(f"{path}: a damaged safetensors file (its header is no list of tensors); {AGAIN}") from None
+    if 8 + header + end > size:
+        raise UserError(f"{path}: a safetensors file cut short: {size} of {8 + header + end} bytes are there; {AGAIN}")
+
+
+def _check_zip(path: Path, head: bytes, size: int) -> None:
+    """That the archive is one of torch.save and whole."""
+    of_torch = b"/data.pkl" in head[:256]
+    if not zipfile.is_zipfile(path):
+        what = "a torch checkpoint" if of_torch else "a zip archive"
+        raise UserError(f"{path}: {what} cut short: {size} bytes are there, its end is missing; {AGAIN}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise UserError(f"{path}: a damaged zip archive: {error}; {AGAIN}") from None
+    folders = {name.rpartition("/")[0] for name in names if name.endswith("/data.pkl")}
+    if any(f"{folder}/constants.pkl" in names for folder in folders):
+        raise UserError(f"{path}: not weights but a TorchScript program; save the module's state_dict() from it")
+    if not folders:
+        of_numpy = bool(names) and all(name.endswith(".npy") for name in names)
+        held = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+        what = "NumPy arrays (.npz)" if of_numpy else f"a zip archive of {held or 'nothing'}; unpack it first"
+        raise UserError(f"{path}: not weights but {what}")
+
+
+def _what(head: bytes, size: int) -> str:
+    """What a file without weights is, in words."""
+    if not head:
+        return "an empty file"
+    if not head.strip(b"\0"):
+        return f"zeros{' at its beginning' if size > LOOKED_AT else ''} (a download that did not finish?)"
+    if head[257:262] == b"ustar":
+        return "a tar archive; unpack it first"
+    if head[:1] == b"\x80" and head[1:2] in b"\2\3\4\5":
+        return "a Python pickle but no checkpoint of torch.save; it was not opened"
+    found = next((what for magic, what in _KNOWN if head.startswith(magic)), None)
+    return found or _text(head) or f"an unknown file (it begins with {head[:8]!r})"
+
+
+def _text(head: bytes) -> str | None:
+    """What a file of text is; None for bytes that are no text."""
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff"):  # UTF-16
+        head = head.decode("utf-16", "ignore").encode()
+    head = head.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        stands_for = re.search(rb"\nsize (\d+)", head)
+        of = f" for {int(stands_for[1])} bytes" if stands_for else ""
+        return f"a Git LFS pointer{of} (`git lfs pull` fetches the file itself)"
+    if head.startswith(b"/annex/objects/"):
+        return "a git-annex pointer (`git annex get` fetches the file itself)"
+    if markup := next((what for pattern, what in _MARKUP if head[:1] == b"<" and pattern.search(head)), None):
+        title = re.search(rb"<(title|code)>\s*([^<]{1,80})", head, re.IGNORECASE)
+        said = f" ({' '.join(title[2].decode('utf-8', 'replace').split())!r})" if title else ""
+        return f"{markup}{said}, what a server answered in the file's place"
+    if any(byte < 32 and byte not in b"\t\n\r\f" for byte in head) or not head:
+        return None
+    try:
+        text = head.decode("utf-8", "ignore" if len(head) > LOOKED_AT - 16 else "strict")
+    except UnicodeDecodeError:
+        return None
+    line = " ".join(text[:200].split())[:60]
+    return f"{'JSON' if text[:1] in '{[' else 'a text file'} ({line!r})"
