@@ -1,6 +1,8 @@
 """What every test process needs set before torch is imported."""
 
+import logging
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -24,3 +26,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in needs_gpu:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    """A run sets the project's logger up for its process, with a file in its run dir: not for the tests after it."""
+    log = logging.getLogger("esvit_scale")
+    handlers, propagate, level = list(log.handlers), log.propagate, log.level
+    yield
+    log.handlers, log.propagate = handlers, propagate
+    log.setLevel(level)
