@@ -46,7 +46,8 @@ def run(shared: Path) -> int:
     files.write_text(_answer(folder, node), token)  # by a rename over the last start's file
     world = worlds.start()
     try:
-        reports = collectives.gather_objects(_report(world, node, folder, token, problems))
+        with worlds.explained_losses():
+            reports = collectives.gather_objects(_report(world, node, folder, token, problems))
     except BaseException:
         worlds.abandon()
         raise

@@ -77,7 +77,8 @@ def on_all_ranks(evaluate: Callable[[], object]) -> None:
 
     world.start()
     try:
-        evaluate()
+        with world.explained_losses():
+            evaluate()
     except BaseException:
         world.abandon()
         raise

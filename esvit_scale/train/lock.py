@@ -230,6 +230,15 @@ class Lock:
         return text.ljust(RECORD_BYTES - 1).encode() + b"\n"
 
 
+def is_running(run: Path) -> bool:
+    """Whether a process holds the lock of a run dir and has shown in the last minute that it lives."""
+    try:
+        record = _parse((run / "lock.json").read_bytes())
+    except OSError:
+        return False
+    return record is not None and record.age_s is not None and record.age_s < STALE_S
+
+
 def _parse(content: bytes) -> Record | None:
     """Return what lock.json says; None when it is damaged."""
     try:

@@ -19,6 +19,7 @@ from esvit_scale.train.lock import Lock
 from esvit_scale.train.online_knn import OnlineKnn
 from esvit_scale.train.run import Run
 from esvit_scale.train.step import open_session, train_step
+from esvit_scale.train.watchdog import Watchdog
 
 log = logging.getLogger("esvit_scale")
 
@@ -32,7 +33,7 @@ def pretrain(config: Config) -> int:
         Diverged: gradients were not finite for many steps in a row.
     """
     require_training_data(config)
-    world = world_module.start()
+    world = world_module.start(config.train.hang_minutes)
     try:
         with explained_deaths(), world_module.explained_losses(), translate_file_errors():
             code = _open_and_train(config, world)
@@ -52,7 +53,8 @@ def _open_and_train(config: Config, world: World) -> int:
     data = collectives.on_rank_0(lambda: stream.open_data(config))
     if config.data.stage:
         data = stage.on_every_node(data, config.data.stage)
-    with Lock(path) as lock:
+    hang_s = 60 * config.train.hang_minutes
+    with Lock(path) as lock, Watchdog(world, hang_s, path) as watchdog:
         metrics.start_logging(path, active=world.rank == 0)
         schedules = Schedules(config, stream.steps_per_epoch(config, data))
         collectives.on_rank_0(lambda: step_folders.sweep(path))
@@ -60,7 +62,7 @@ def _open_and_train(config: Config, world: World) -> int:
         identity = collectives.on_rank_0(lambda: _checked_identity(config, data, checkpoint))
         knn = OnlineKnn(config, world) if config.train.knn_every else None
         session = open_session(config, world, schedules, fresh=checkpoint is None)
-        with Run(path, session, lock, checkpoint, identity, knn) as run:
+        with Run(path, session, lock, watchdog, checkpoint, identity, knn) as run:
             for batch in run.batches(data):
                 result = train_step(session, batch, run.step, watch=run.row_is_due())
                 run.record(batch, result)

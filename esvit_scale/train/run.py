@@ -46,11 +46,12 @@ class Run:
         path: Path,
         session: Session,
         lock: Lock,
+        watchdog: Watchdog,
         checkpoint: Path | None,
         data: Identity,
         knn: OnlineKnn | None = None,
     ) -> None:
-        self._path, self._session, self._lock = path, session, lock
+        self._path, self._session, self._lock, self._watchdog = path, session, lock, watchdog
         self._checkpoint, self._data = checkpoint, data
         self._rank = session.world.rank
         self._batch = session.config.train.global_batch
@@ -74,7 +75,7 @@ class Run:
         self._ideal_rate = collectives.on_rank_0(lambda: mfu.ideal_images_per_s(config, world.device, world.size))
         self._resume()
         collectives.on_rank_0(lambda: run_dir.record_start(self._path, self._session.config))
-        self._watchdog = Watchdog(self._rank, 60 * self._session.config.train.hang_minutes).__enter__()
+        self._watchdog.beat(self.step)
         self._journal = metrics.Journal(self._path, self.last_step, self.step, active=self._rank == 0)
         self._window_began, self._window_step = time.monotonic(), self.step
         self._began, self._began_step = time.monotonic(), self.step
@@ -82,7 +83,6 @@ class Run:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._watchdog.__exit__(*error)
         self._journal.close()
 
     def batches(self, data: Source) -> Iterator[Batch]:

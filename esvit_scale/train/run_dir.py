@@ -67,7 +67,7 @@ def open_run(config: Config) -> "tuple[Path, bool]":
 
 def _is_ours_before_config(name: str) -> bool:
     """Whether a start that has not yet written config.yaml may have left this."""
-    made = ("lock.json", "log.txt", "shards", "slurm", "requeue")
+    made = ("lock.json", "log.txt", "ranks", "shards", "slurm", "requeue")
     return name in made or name.startswith((".lock.json.", ".config.yaml.", ".environment.json."))
 
 

@@ -1,35 +1,57 @@
 """Finds a rank that hangs: nothing else does, because collectives wait for ever and a waiting job looks alive.
 
-Every rank watches its own progress. When a deadline passes, each says where it stands, so that the log tells the rank
-that hangs (in a read, say) from those that wait for it (in a collective); then it ends its process, and the launcher
-the job.
+Every rank watches its own progress. When a deadline passes, the first rank that notices asks all others where they
+stand. A rank whose Python hangs (in a read, say) still answers, from the watchdog's thread. A rank that was stopped, or
+whose node is gone, does not, and so it is known too. The lowest rank that answered writes one line about all of them;
+each rank leaves the stacks of all its threads beside its log and ends its process with 75, and the launcher the job.
 """
 
+import faulthandler
 import os
+import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import Any
 
 from esvit_scale.errors import RestartCanHelp
+from esvit_scale.parallel import hang_reports
+from esvit_scale.parallel.world import World
 
+START_S = 600.0  # the least that is granted before the first step: compiling, reading a checkpoint
+TELL_S = 10.0  # at the end, for what may block itself: a dead file system, a store whose host is stopped
 _PACKAGE = str(Path(__file__).resolve().parents[1])
+_COMMUNICATION = ("/torch/distributed/", "/deepspeed/")
 
 
 class Watchdog:
-    """Ends the process with exit code 75 when `beat` was not called for `seconds`. Made on the main thread."""
+    """Ends the process with exit code 75 when `beat` was not called for `seconds`. Made on the main thread.
 
-    def __init__(self, rank: int, seconds: float) -> None:
-        self._rank, self._seconds = rank, seconds
+    Only time in which the watchdog itself ran counts: a job that was suspended (`scontrol suspend`, SIGSTOP) for hours
+    goes on where it stood.
+    """
+
+    def __init__(self, world: World, seconds: float, run: Path) -> None:
+        """`run`: the run dir; what is left of a hang goes to its folder ranks/, under Slurm to the ranks' logs."""
+        self._rank, self._seconds = world.rank, seconds
+        self._logs = Path(os.environ.get("ESVIT_RANK_LOGS") or run / "ranks")
         self._main = threading.main_thread().ident
-        self._step, self._beaten = 0, time.monotonic()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._step: int | None = None
+        self._period = min(1.0, seconds / 4)
+        self._still_s = 0.0  # how long this process has run without progress
+        self._stop, self._alarm = threading.Event(), threading.Event()
+        self._exchanged = False
+        self._reports = hang_reports.HangReports(world.rank, world.size) if world.size > 1 else None
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
-        self._beaten = time.monotonic()
+        self._still_s = 0.0
         self._thread.start()
+        if self._reports is not None:
+            _start(self._listen, "watchdog-listener")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -37,20 +59,164 @@ class Watchdog:
         self._thread.join()
 
     def beat(self, step: int) -> None:
-        """Progress was made."""
-        self._step, self._beaten = step, time.monotonic()
+        """Progress was made: `step` steps are done."""
+        self._step, self._still_s = step, 0.0
 
     def _watch(self) -> None:
-        while not self._stop.wait(min(1.0, self._seconds / 4)):
-            if time.monotonic() - self._beaten > self._seconds:
-                where = _innermost_of_ours(sys._current_frames().get(self._main or 0))
-                print(
-                    f"rank {self._rank}: no progress for {self._seconds:.0f} s after step {self._step}; it stands at {where}; "
-                    "ending the job, the same command goes on from the last checkpoint",
-                    file=sys.stderr,
-                    flush=True,
-                )
+        seen = time.monotonic()
+        while not self._stop.wait(self._period):
+            now = time.monotonic()
+            self._still_s += min(now - seen, 2 * self._period)  # the rest of a longer pause: the process was stopped
+            seen = now
+            if self._still_s > self._deadline() or self._alarm.is_set():
+                traces = _start(lambda: _leave_traces(self._logs, self._rank), "watchdog-traces")
+                _start(self._tell, "watchdog-report").join(self._grace() + TELL_S)
+                traces.join(TELL_S / 5)
                 os._exit(RestartCanHelp.exit_code)
+
+    def _listen(self) -> None:
+        """Notice another rank's alarm. A store that cannot be reached ends only this thread."""
+        assert self._reports is not None
+        try:
+            self._reports.join()
+            while not self._stop.wait(self._grace() / 4):
+                if self._reports.alarm_is_raised():
+                    self._alarm.set()
+                    return
+        except RuntimeError:
+            return
+
+    def _deadline(self) -> float:
+        return self._seconds if self._step is not None else max(self._seconds, START_S)
+
+    def _grace(self) -> float:
+        """Seconds within which a rank that is alive answers an alarm."""
+        return min(20.0, max(3.0, self._seconds / 10))
+
+    def _tell(self) -> None:
+        report = self._report()
+        after = "since the start" if self._step is None else f"after step {self._step}"
+        say(f"rank {self._rank}: no progress for {self._still_s:.0f} s {after}; it stands at {report['place']}")
+        if self._reports is None:
+            say(f"ending the job, the same command goes on from the last checkpoint; stacks: {self._logs}")
+            return
+        _start(lambda: self._exchange(report), "watchdog-exchange").join(self._grace() + TELL_S / 2)
+        if not self._exchanged:  # the store does not answer: this rank says what it knows itself
+            self._say_summary({self._rank: report}, {0: os.environ.get("MASTER_ADDR", "an unknown node")})
+
+    def _exchange(self, report: dict[str, Any]) -> None:
+        """Tell the other ranks where this one stands, hear them, and say it on the lowest that answered."""
+        assert self._reports is not None
+        try:
+            self._reports.give(report)
+            self._reports.raise_alarm()
+            found, silent = self._reports.collect(self._grace())
+            self._exchanged = True
+            if self._rank == min(found):
+                self._say_summary(found, silent)
+            self._reports.close(min(found), set(found), TELL_S / 4)
+        except RuntimeError:
+            return
+
+    def _say_summary(self, found: dict[int, dict[str, Any]], silent: dict[int, str]) -> None:
+        advice = "ending the job, the same command goes on from the last checkpoint"
+        say(f"{summary(found, silent)}; {advice}; stacks: {self._logs}")
+
+    def _report(self) -> dict[str, Any]:
+        waits, place = _where(self._main)
+        return {"node": socket.gethostname(), "step": self._step, "waits": waits, "place": place}
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def summary(found: dict[int, dict[str, Any]], silent: dict[int, str]) -> str:
+    """One line: which ranks wait in which collective, which stand elsewhere, and which do not answer.
+
+    Args:
+        found: rank → its report.
+        silent: rank → node of those that did not report.
+    """
+    waiting: dict[str, list[int]] = {}
+    parts = []
+    for rank, report in sorted(found.items()):
+        if report["waits"]:
+            waiting.setdefault(f"{report['waits']} ({report['place']})", []).append(rank)
+        else:
+            parts.append(f"rank {rank} on {report['node']} is in no collective but at {report['place']}")
+    lost: dict[str, list[int]] = {}
+    for rank, node in sorted(silent.items()):
+        lost.setdefault(node, []).append(rank)
+    parts += [
+        f"{_ranks(ranks)} on {node} {'do' if len(ranks) > 1 else 'does'} not answer: stopped, or the node is gone"
+        for node, ranks in lost.items()
+    ]
+    parts += [f"{_ranks(ranks)} wait{'' if len(ranks) > 1 else 's'} in {what}" for what, ranks in waiting.items()]
+    return "hang: " + "; ".join(parts)
+
+
+def _ranks(ranks: list[int]) -> str:
+    """`rank 3`, or `ranks 0-2,5`."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][1] + 1:
+            runs[-1][1] = rank
+        else:
+            runs.append([rank, rank])
+    shown = ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    return f"rank{'s' if len(ranks) > 1 else ''} {shown}"
+
+
+def _start(work: Callable[[], object], name: str) -> threading.Thread:
+    """Run what may block for ever on a thread of its own, for the caller to `join` with a limit."""
+    thread = threading.Thread(target=work, name=name, daemon=True)
+    thread.start()
+    return thread
+
+
+def _leave_traces(folder: Path, rank: int) -> None:
+    """Write the Python stacks of all threads, and the last collectives, to `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"rank-{rank}.stacks.txt").open("w") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+    hang_reports.dump_collectives(folder / f"collectives-rank-{rank}")
+
+
+def _where(thread: int | None) -> tuple[str | None, str]:
+    """The collective that the main thread waits in, if it does, and the place in our code that led there."""
+    frames = sys._current_frames()
+    frame = frames.get(thread or 0)
+    if frame is not None and "/torch/autograd/" in frame.f_code.co_filename:
+        # On a GPU the hooks of a backward run on autograd's own threads.
+        frame = next((f for f in frames.values() if _communicates(f)), frame)
+    pending = hang_reports.pending_collective()
+    waits = None
+    if frame is not None and _communicates(frame):
+        waits = pending or _function_of_torch(frame) or frame.f_code.co_name
+    elif pending and _on_gpu():
+        waits = pending  # the host waits for the device, and the device for the collective
+    return waits, _innermost_of_ours(frame)
+
+
+def _communicates(frame: FrameType) -> bool:
+    return any(folder in frame.f_code.co_filename for folder in _COMMUNICATION)
+
+
+def _function_of_torch(frame: FrameType | None) -> str | None:
+    """The outermost function of torch.distributed on a stack: what was called, not what it calls inside."""
+    name = None
+    while frame is not None:
+        if frame.f_code.co_filename.endswith("/torch/distributed/distributed_c10d.py"):
+            name = frame.f_code.co_name
+        frame = frame.f_back
+    return name
+
+
+def _on_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_initialized()
 
 
 def _innermost_of_ours(frame: FrameType | None) -> str:

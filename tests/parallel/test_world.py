@@ -31,9 +31,43 @@ def test_srun_is_recognised(clean: pytest.MonkeyPatch) -> None:
 
     assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"]) == ("5", "8", "1")
     assert os.environ["MASTER_ADDR"] == "first of node[1-2]"
-    assert os.environ["MASTER_PORT"] == str(20000 + 123456 % 20000)
+    assert os.environ["MASTER_PORT"] == str(20000 + 123456 % 12000)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name)
+
+
+def test_ports_of_jobs_stay_below_those_of_outgoing_connections(clean: pytest.MonkeyPatch) -> None:
+    """Linux' own ports begin at 32768. A requeued job takes another port: the first may still be in use."""
+    for variable in ("SLURM_STEP_ID", "SLURM_RESTART_COUNT"):
+        clean.delenv(variable, raising=False)
+    ports = set()
+    for job in range(0, 40_000, 37):
+        clean.setenv("SLURM_JOB_ID", str(job))
+        ports.add(world._port_of_job())
+    assert (min(ports) >= 20000, max(ports) < 32768, len(ports) > 1000) == (True, True, True)
+    first = world._port_of_job()
+    clean.setenv("SLURM_RESTART_COUNT", "1")
+    assert world._port_of_job() != first
+
+
+def test_a_port_in_use_is_one_line_and_75(tmp_path: Path) -> None:
+    path = tiny.write_config(tmp_path / "c.yaml", tiny.config(tmp_path / "run", tiny.shards(tmp_path / "shards")))
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        place = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        command = [sys.executable, "-m", "esvit_scale", "pretrain", str(path)]
+        done = subprocess.run(command, env={**tiny.environment(), **place}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 75
+    (line,) = [line for line in done.stderr.splitlines() if not line.startswith("[W")]  # torch's own warnings
+    assert f"MASTER_PORT={port} on 127.0.0.1 is in use by another program" in line
 
 
 def test_a_batch_shell_is_one_process(clean: pytest.MonkeyPatch) -> None:
@@ -66,12 +100,40 @@ def test_one_process_needs_no_launcher(clean: pytest.MonkeyPatch) -> None:
     assert world.start().size == 1  # again, in the same process
 
 
-@pytest.mark.parametrize("error", [dist.DistBackendError("NCCL error: unhandled system error"), RuntimeError(GLOO)])
+@pytest.mark.parametrize(
+    "error",
+    [
+        dist.DistBackendError("NCCL error: unhandled system error"),
+        dist.DistNetworkError(
+            "The client socket has timed out after 1800000ms while trying to connect to (node1, 20017)."
+        ),
+        dist.DistStoreError("wait timeout after 1800000ms, keys: /default_pg/0//cpu//0/0"),
+        RuntimeError(GLOO),
+        RuntimeError(
+            "[../gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation to complete"
+        ),
+        RuntimeError("[../gloo/transport/tcp/pair.cc:534] Read error [10.0.0.2]:5123: Connection reset by peer"),
+    ],
+)
 def test_a_lost_peer_is_a_reason_to_start_again(error: RuntimeError) -> None:
     with pytest.raises(RestartCanHelp, match="another rank is gone") as caught, world.explained_losses():
         raise error
     assert caught.value.exit_code == 75
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The server socket has failed to listen on any local network address. port: 29500, useIpv6: false, code: -98, name: "
+        "EADDRINUSE, message: address already in use",
+        "The server socket has failed to listen on any local network address. The server socket has failed to bind to "
+        "[::]:29500 (errno: 98 - Address already in use).",
+    ],
+)
+def test_a_port_in_use_is_a_reason_to_start_again(text: str) -> None:
+    with pytest.raises(RestartCanHelp, match="is in use by another program; start again"), world.explained_losses():
+        raise dist.DistNetworkError(text)
 
 
 def test_other_errors_stay_what_they_are() -> None:

@@ -1,20 +1,30 @@
-"""A rank that hangs ends the job, and the log says which rank stands where."""
+"""A rank that hangs or is stopped ends the job, and the log says which rank stands where."""
 
+import re
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import pytest
+
+from esvit_scale.train import watchdog
 from tests import tiny
 
-SCRIPT = """
+HUNG_RUN = """
 import sys, time
-from pathlib import Path
+import torch, torch.distributed as dist
 from esvit_scale import cli
 from esvit_scale.parallel import collectives
 from esvit_scale.train import loop
 
 real = loop.train_step
 def stuck_in_step_4(session, batch, step, **options):
+    if step == 3:
+        for group in dist.distributed_c10d._world.pg_map:
+            print("timeout", group._get_backend(torch.device("cpu")).options._timeout.total_seconds(), flush=True)
     if step == 4 and collectives.rank() == 1:
         time.sleep(1000)
     return real(session, batch, step, **options)
@@ -24,28 +34,103 @@ sys.exit(cli.main(["pretrain", *sys.argv[1:]]))
 
 
 def test_a_hung_rank_ends_the_job_and_is_named(tmp_path: Path) -> None:
-    (tmp_path / "stuck.py").write_text(SCRIPT)
+    (tmp_path / "stuck.py").write_text(HUNG_RUN)
+    shards = tiny.shards(tmp_path / "shards")
     config = tiny.config(
-        tmp_path / "run", tiny.shards(tmp_path / "shards"), train__hang_minutes=0.1, train__checkpoint_every=2
+        tmp_path / "run", shards, train__hang_minutes=0.1, train__checkpoint_every=2, train__ds_config="zero3"
     )
     path = tiny.write_config(tmp_path / "c.yaml", config)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*torchrun, str(tmp_path / "stuck.py"), str(path)]
     done = subprocess.run(command, capture_output=True, text=True, env=tiny.environment(), timeout=120)
     assert done.returncode != 0
-    said = {
-        line[:6]: line
-        for line in done.stderr.splitlines()
-        if ": no progress for 6 s after step 4; it stands at" in line
-    }
-    assert "rank 0" in said or "rank 1" in said, done.stderr[-3000:]
-    if "rank 1" in said:
-        assert "in stuck_in_step_4" in said["rank 1"]
-    if "rank 0" in said:
-        assert "train/step.py" in said["rank 0"] or "parallel/" in said["rank 0"]
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("hang: ")]
+    assert re.search(
+        r"rank 1 on \S+ is in no collective but at .* < stuck.py:\d+ in stuck_in_step_4; rank 0 waits in \w+", line
+    )
+    for rank, place in enumerate(("in optimizer_step", "in stuck_in_step_4")):
+        assert place in (tmp_path / f"run/ranks/rank-{rank}.stacks.txt").read_text()
+    # The default group, DeepSpeed's and the saver's, on both ranks: no collective gives up before the watchdog speaks.
+    timeouts = [float(row.split()[1]) for row in done.stdout.splitlines() if row.startswith("timeout ")]
+    assert len(timeouts) >= 6
+    assert min(timeouts) > 86400 + 60 * config.train.hang_minutes
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == "step-00000004"
     # From outside, the same command goes on.
     again = tiny.start_cli("pretrain", str(path))
     _, errors = again.communicate(timeout=60)
     assert again.returncode == 0, errors
     assert len(tiny.rows(tmp_path / "run")) == 20
+
+
+# Ranks that only exchange a number at every step: which rank stops, and how, are the arguments.
+RANKS = """
+import os, signal, sys, time
+from pathlib import Path
+import torch, torch.distributed as dist
+from esvit_scale.parallel.world import World
+from esvit_scale.train.watchdog import Watchdog
+
+folder, stopped, asleep = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+dist.init_process_group("gloo")
+with Watchdog(World(rank, size, rank, torch.device("cpu")), 3.0, folder) as watchdog:
+    for step in range(1000):
+        watchdog.beat(step)
+        if step == 3 and rank == stopped:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if step == 3 and rank == asleep:
+            (folder / "asleep").touch()
+            time.sleep(1000)
+        dist.all_reduce(torch.ones(1))
+"""
+
+
+def start_ranks(folder: Path, size: int, *arguments: object) -> "list[subprocess.Popen[str]]":
+    """Without torchrun, as under srun: rank 0's own process keeps the store."""
+    (folder / "ranks.py").write_text(RANKS)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(size)}
+    command = [sys.executable, str(folder / "ranks.py"), str(folder), *map(str, arguments)]
+    return [
+        subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**tiny.environment(), **meeting, "RANK": str(rank)})
+        for rank in range(size)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("size", "stopped", "asleep"), [(2, 0, -1), (4, 2, 3)])
+def test_a_stopped_rank_is_the_one_that_is_named(tmp_path: Path, size: int, stopped: int, asleep: int) -> None:
+    """The stopped rank may be the one that keeps the store; the others must not be the only ones in the log."""
+    ranks = start_ranks(tmp_path, size, stopped, asleep)
+    said = {rank: process.communicate(timeout=60)[1] for rank, process in enumerate(ranks) if rank != stopped}
+    ranks[stopped].kill()
+    ranks[stopped].communicate()
+    assert {process.returncode for rank, process in enumerate(ranks) if rank != stopped} == {75}
+    (line,) = [line for text in said.values() for line in text.splitlines() if line.startswith("hang: ")]
+    assert f"rank {stopped} on {'127.0.0.1' if stopped == 0 else socket.gethostname()} does not answer" in line
+    assert ("ranks 0-1 wait in " if size == 4 else "rank 1 waits in ") in line
+    assert ("rank 3 on" in line and "is in no collective but at ranks.py:18" in line) is (asleep == 3)
+
+
+def test_time_in_which_the_job_was_suspended_does_not_count(tmp_path: Path) -> None:
+    (process,) = start_ranks(tmp_path, 1, -1, 0)
+    end = time.monotonic() + 60
+    while not (tmp_path / "asleep").exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(5)
+    process.send_signal(signal.SIGCONT)
+    time.sleep(1)
+    assert process.poll() is None  # 5 s stopped, of 3 s that it may stand still
+    assert "no progress for 3 s after step 3; it stands at ranks.py:18" in process.communicate(timeout=30)[1]
+    assert process.returncode == 75
+
+
+def test_the_summary_names_every_rank_once() -> None:
+    waiting = {"node": "n", "step": 7, "waits": "all_gather no. 3", "place": "train/step.py:9 in f"}
+    found = dict.fromkeys((0, 1, 2, 5), waiting) | {3: {**waiting, "waits": None, "place": "data/x.py:1 in read"}}
+    assert watchdog.summary(found, {4: "node2", 6: "node2"}) == (
+        "hang: rank 3 on n is in no collective but at data/x.py:1 in read; ranks 4,6 on node2 do not answer: stopped, or the "
+        "node is gone; ranks 0-2,5 wait in all_gather no. 3 (train/step.py:9 in f)"
+    )
