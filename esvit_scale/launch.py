@@ -4,13 +4,12 @@ The scripts in slurm/ are the launchers; nothing here starts a rank. `submit` wr
 the job keeps its records in, with the #SBATCH lines that were asked for, so that what ran can be read later.
 """
 
-import json
 import re
 import shlex
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +20,9 @@ from esvit_scale import files
 from esvit_scale.data import manifest
 from esvit_scale.errors import UserError, nearest
 from esvit_scale.resources import shipped_folder
+from esvit_scale.train.lock import is_running
 from esvit_scale.train.metrics import read_rows
+from esvit_scale.train.run_dir import read_summary
 
 ANSWER_S = 30  # Slurm's commands hang when its controller is away
 
@@ -60,6 +61,27 @@ class Resources:
         if self.gpus_per_node == 0:
             header["gpus-per-node"] = None
         return header
+
+
+def seconds_of_time(text: str) -> int | None:
+    """A time limit as sbatch reads it (`30`, `30:00`, `12:00:00`, `2-00`, `2-00:00:00`), in seconds; None without limit.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    if text.upper() in ("UNLIMITED", "INFINITE", "0"):
+        return None
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if found is None:
+        raise UserError(f"--time {text}: not a time limit; write minutes, 12:00:00 or 2-00:00:00")
+    days, *numbers = (int(part) if part is not None else None for part in found.groups())
+    first, second, third = numbers
+    assert first is not None
+    if days is not None:
+        return 86400 * days + 3600 * first + 60 * (second or 0) + (third or 0)
+    if third is not None:
+        return 3600 * first + 60 * (second or 0) + third
+    return 60 * first + (second or 0)
 
 
 @dataclass(frozen=True)
@@ -103,15 +125,60 @@ def prepare(
     records = records.absolute()
     saved_as = saved_as or name
     console = "%A_%a.out" if resources.array else "%j.out"
-    header = {**resources.header(), "output": str(records / f"{saved_as}-{console}")}
+    header = {**resources.header(), "output": _output(records / saved_as, console)}
     exports = {"ESVIT_SLURM": str(folder)}
     if site is not None:
         exports["ESVIT_ENV"] = str(site.absolute())
     lines = [f"export {key}={shlex.quote(value)}" for key, value in exports.items()]
     # The Python that submits has everything the job needs, unless the site's file names another.
     lines.append(f"export ESVIT_PYTHON=${{ESVIT_PYTHON:-{shlex.quote(sys.executable)}}}")
-    text = fill((folder / f"{name}.sbatch").read_text(), header, lines)
+    shipped = (folder / f"{name}.sbatch").read_text()
+    if (lead := _lead_that_fits(shipped, resources)) is not None:
+        header["signal"] = f"B:USR1@{lead}"
+    text = fill(shipped, header, lines)
     return Job(records / f"{saved_as}.sbatch", text, tuple(arguments), resources.more)
+
+
+def ranks(name: str, resources: Resources) -> int:
+    """How many ranks the job of a shipped script will have."""
+    given = directives((shipped_folder("slurm") / f"{name}.sbatch").read_text())
+    given |= {option: value for option, value in resources.header().items() if value is not None}
+    return int(given["nodes"]) * int(given["ntasks-per-node"])
+
+
+def _lead_that_fits(shipped: str, resources: Resources) -> int | None:
+    """Seconds before the time limit to save at when the script's own lead is too long for the limit; None: it fits.
+
+    Raises:
+        UserError: the lead that was asked for is as long as the limit: the job would requeue itself at once, for ever.
+    """
+    given = directives(shipped)
+    limit = seconds_of_time(resources.time or given["time"])
+    lead = resources.signal_lead or int(given["signal"].partition("@")[2])
+    if limit is None or 2 * lead <= limit:
+        return None
+    if resources.signal_lead is None:
+        return max(1, limit // 2)
+    if lead < limit:
+        return None
+    raise UserError(
+        f"--signal-lead {lead}: as long as the time limit ({limit} s), so the job would save and requeue itself at once, for "
+        f"ever; at most half of it: {limit // 2}"
+    )
+
+
+def directives(script: str) -> dict[str, str]:
+    """Option → value of a batch script's #SBATCH lines."""
+    return dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", script, re.MULTILINE))
+
+
+def _output(stem: Path, console: str) -> str:
+    """The value of #SBATCH --output, whose path may hold spaces, quotes, # or %."""
+    text = str(stem).replace("%", "%%") + f"-{console}"
+    if text == shlex.quote(text):
+        return text
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
 
 
 def fill(script: str, header: Mapping[str, str | None], lines: list[str]) -> str:
@@ -140,13 +207,29 @@ def _split(script: str) -> tuple[list[str], list[str], list[str]]:
 
 
 def submit(job: Job) -> str:
-    """Writes the filled script and gives it to sbatch; returns the job id.
+    """Write the filled script and give it to sbatch; return the job id. A refusal leaves the disk as it was.
 
     Raises:
         UserError: no sbatch here, or what it says against the job.
     """
+    before = job.script.read_text() if job.script.is_file() else None
+    made = [folder for folder in (job.script.parent, *job.script.parent.parents) if not folder.exists()]
     job.script.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(job.script, job.text)
+    try:
+        return _sbatch(job)
+    except UserError:
+        if before is None:
+            job.script.unlink()
+        else:
+            files.write_text(job.script, before)
+        for folder in made:
+            with suppress(OSError):  # somebody else's file is in it by now
+                folder.rmdir()
+        raise
+
+
+def _sbatch(job: Job) -> str:
     try:
         done = subprocess.run(job.command, capture_output=True, text=True, timeout=ANSWER_S)
     except FileNotFoundError:
@@ -156,6 +239,12 @@ def submit(job: Job) -> str:
     if done.returncode:
         raise UserError(f"sbatch: {' '.join((done.stderr or done.stdout).split())}")
     return done.stdout.strip().partition(";")[0]
+
+
+def cancel(job: str) -> None:
+    """Take a job out of the queue again; nothing when that fails."""
+    with suppress(OSError, subprocess.TimeoutExpired):
+        subprocess.run(["scancel", job], capture_output=True, timeout=ANSWER_S)
 
 
 def show(job: Job) -> str:
@@ -188,17 +277,16 @@ def status(run: Path) -> Status:
     if not starts:
         known = [path.parent.parent.name for path in run.parent.glob("*/slurm/starts.tsv")]
         raise UserError(f"{run}: no job has started here{nearest(run.name, known)}")
-    job = starts[-1][1]
-    fields = job_fields(job)
+    job, fields, state = _job_that_matters(run, [start[1] for start in starts])
     rows = read_rows(run / "metrics.jsonl")
     row = rows[-1] if rows else {}
     total, step = _total_steps(run), row.get("step", 0)
     left = None if total is None or "step_s" not in row else (total - step) * row["step_s"]
     return Status(
-        state=fields.get("JobState") or _state_by_files(run),
+        state=state,
         reason="" if fields.get("Reason") in (None, "None") else fields["Reason"],
         job=job,
-        starts=len(starts),
+        starts=max(1, sum(start[1] not in _refused(run) for start in starts)),
         failures=len(_records(run, "failures.tsv")),
         step=step,
         total_steps=total,
@@ -230,21 +318,48 @@ def job_fields(job: str) -> dict[str, str]:
     except (OSError, subprocess.TimeoutExpired):
         return {}
     lines = done.stdout.splitlines()
-    return dict(re.findall(r"(\w+)=(\S*)", lines[0])) if lines and not done.returncode else {}
+    if not lines or done.returncode:
+        return {}
+    return dict(re.findall(r"(?:^| )([\w/:]+)=(.*?)(?= [\w/:]+=|$)", lines[0]))  # paths may hold spaces
+
+
+GOING_ON = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "CONFIGURING", "PENDING", "REQUEUED", "REQUEUE_HOLD")
+LAST_JOBS = 5  # of a run, that Slurm is asked about
+
+
+def _job_that_matters(run: Path, started: list[str]) -> tuple[str, dict[str, str], str]:
+    """The job that works on a run, or did: not one that was refused because the run was in use, or finished.
+
+    Returns:
+        its id, what Slurm says of it, and the state to show.
+    """
+    jobs = list(dict.fromkeys(reversed(started)))[:LAST_JOBS]
+    said = {job: job_fields(job) for job in jobs}
+    refused = _refused(run)
+    for job in jobs:
+        if (state := said[job].get("JobState", "")) in GOING_ON:
+            return job, said[job], state
+    by_files = _state_by_files(run)
+    worked = [job for job in jobs if job not in refused] or jobs
+    if by_files == "FINISHED":
+        done = [job for job in jobs if said[job].get("JobState") == "COMPLETED"]
+        job = (done or worked)[0]
+        return job, said[job] if done else {}, "COMPLETED" if done else by_files
+    job = worked[0]
+    return job, said[job], said[job].get("JobState") or by_files
+
+
+def _refused(run: Path) -> set[str]:
+    """Jobs that ended with the user's mistake: they did not work on the run."""
+    return {job for _, job, code in _records(run, "ended.tsv") if code == "2"}
 
 
 def _state_by_files(run: Path) -> str:
-    summary = run / "summary.json"
-    if summary.exists() and json.loads(summary.read_text()).get("finished"):
+    if read_summary(run).get("finished"):
         return "FINISHED"
     if (run / "requeue").exists():
         return "SAVED, WAITING TO GO ON"
-    lock = run / "lock.json"
-    try:
-        beat = json.loads(lock.read_text())["heartbeat"]
-    except (OSError, ValueError, KeyError):
-        return "STOPPED"
-    return "RUNNING" if time.time() - beat < 60 else "STOPPED"
+    return "RUNNING" if is_running(run) else "STOPPED"
 
 
 def _total_steps(run: Path) -> int | None:

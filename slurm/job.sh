@@ -1,6 +1,7 @@
 # What the .sbatch scripts share. They set `scripts`, the folder of this file, and source it; env.sh is the file to edit.
 # shellcheck shell=bash disable=SC2317,SC2034
 
+unset SLURM_EXPORT_ENV  # of `sbatch --export=NONE`: the ranks would start without PATH and what env.sh exports
 ESVIT_CONTAINER=()
 # shellcheck source=env.sh
 source "${ESVIT_ENV:-$scripts/env.sh}"
@@ -12,10 +13,13 @@ fi
 job=$SLURM_JOB_ID  # of an array, the element: the bare id of its last element would mean the whole array
 [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
-MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+# Below the ports that Linux gives to outgoing connections, and another one after a requeue.
+MASTER_PORT=$((20000 + (SLURM_JOB_ID + 1009 * ${SLURM_RESTART_COUNT:-0}) % 12000))
 # How many seconds before the time limit the signal comes; a save that takes longer is warned of.
 ESVIT_SIGNAL_LEAD=$(sed -n 's/^#SBATCH --signal=B:USR1@\([0-9]*\).*/\1/p' "$0")
 export MASTER_ADDR MASTER_PORT ESVIT_SIGNAL_LEAD
+
+requeued=  # by us, or by Slurm itself
 
 say() { echo "$(date +%T) job $job: $*"; }
 
@@ -29,7 +33,14 @@ keep_records() {
   rm -f "$ESVIT_RANK_LOGS"/exit-*
   printf '%s\t%s\t%s\t%s\n' "$(date -u +%FT%TZ)" "$job" "${SLURM_RESTART_COUNT:-0}" "$SLURM_JOB_NODELIST" \
     >>"$records/starts.tsv"
+  trap 'note_end $?' EXIT
   say "start $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NODELIST; rank 0 writes here, the others to $ESVIT_RANK_LOGS"
+}
+
+# How a job ended by itself and for good, for `slurm status` and `sweep status`: Slurm may have forgotten it by then.
+note_end() {
+  [ -z "$requeued" ] && [ "$term" = 0 ] || return 0
+  printf '%s\t%s\t%s\n' "$(date -u +%FT%TZ)" "$job" "$1" >>"$records/ended.tsv"
 }
 
 # step [SRUN OPTIONS] -- COMMAND: runs `esvit-scale COMMAND` on every rank; leaves the exit code in rc.
@@ -39,7 +50,34 @@ keep_records() {
 usr1=0 term=0 rc=0 pid=
 hand_on() { kill -USR1 "$pid" 2>/dev/null || true; }  # the step may just have ended
 on_usr1() { hand_on; }
-trap 'usr1=1; say "the time limit is near"; [ -z "$pid" ] || on_usr1' USR1
+trap 'near_the_limit' USR1
+near_the_limit() {
+  if [ -z "$shortened" ] && shortened=$(too_early) && [ "$shortened" != 0 ]; then
+    say "the signal came ${ESVIT_SIGNAL_LEAD:-?} s before the limit, which is the whole time of this job: saving only in $shortened s"
+    { sleep "$shortened"; kill -USR1 $$; } >/dev/null 2>&1 &
+    return
+  fi
+  usr1=1
+  say "the time limit is near"
+  [ -z "$pid" ] || on_usr1
+}
+
+# Prints after how many seconds to save when Slurm's signal came at the start of the job, because its lead is about as
+# long as the time limit; else 0. Such a job would save and requeue itself at once, for ever.
+shortened=
+too_early() {
+  local fields begin end now
+  fields=$(scontrol show job -o "$job" | sed -n 1p)
+  begin=$(date -d "$(sed -n 's/.* StartTime=\([^ ]*\).*/\1/p' <<<"$fields")" +%s 2>/dev/null) || { echo 0; return; }
+  end=$(date -d "$(sed -n 's/.* EndTime=\([^ ]*\).*/\1/p' <<<"$fields")" +%s 2>/dev/null) || { echo 0; return; }
+  now=$(date +%s)
+  # Slurm sends the signal up to a minute before its time; one that somebody sends by hand comes with more time left.
+  if [ $((end - now)) -le $((${ESVIT_SIGNAL_LEAD:-0} + 90)) ] && [ $((4 * (now - begin))) -lt $((end - begin)) ]; then
+    echo $(((begin + end) / 2 - now))
+  else
+    echo 0
+  fi
+}
 trap 'term=1' TERM
 step() {
   local options=()
@@ -90,7 +128,15 @@ preflight() {
 requeue() {
   [ "$term" = 0 ] || exit 143
   say "$1: requeued"
+  requeued=1
   scontrol requeue "$job" && exit 0
+  case $(scontrol show job -o "$job" 2>/dev/null | sed -n '1s/.* JobState=\([A-Z_]*\).*/\1/p') in
+    PENDING | REQUEUED | REQUEUE_HOLD | COMPLETING | NODE_FAIL | PREEMPTED)
+      say "Slurm has taken this job back by itself and starts it again"
+      exit 0
+      ;;
+  esac
+  requeued=
   say "this site refused the requeue; submit the same command again, it goes on from here"
   exit 75
 }

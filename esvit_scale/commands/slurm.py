@@ -8,6 +8,7 @@ from esvit_scale.commands.parser import Parser, command, count, group, positive
 from esvit_scale.errors import UserError
 
 if TYPE_CHECKING:
+    from esvit_scale.config import Config
     from esvit_scale.launch import Resources
 
 
@@ -94,18 +95,54 @@ def _submit_pretrain(o: argparse.Namespace) -> int:
 
     config = configs.resolve(o.config, o.overrides)
     configs.require_training_data(config)
+    from esvit_scale import launch
+
+    _check_pretrain(config, launch.ranks("pretrain", _resources(o, None, None)), data=not o.dry_run)
     return _submit(o, "pretrain", [o.config, *o.overrides], config.run_path / "slurm")
+
+
+def _check_pretrain(config: "Config", ranks: int, data: bool) -> None:
+    """What can be known before a job waits in the queue for hours.
+
+    Args:
+        data: also look at the shards (a dry run does not need them).
+
+    Raises:
+        UserError: the batch does not divide over the ranks, the DeepSpeed file does not fit, or the data is not there.
+    """
+    from esvit_scale.data import job, stream
+    from esvit_scale.parallel import ds_config
+
+    job.check_division(config, ranks)
+    ds_config.fill(config, ranks)
+    if data:
+        stream.steps_per_epoch(config, stream.open_data(config))
+
+
+def _check_there(o: argparse.Namespace, *paths: str) -> None:
+    """Raises UserError when a path is not there; a dry run does not need it."""
+    for path in paths:
+        if not o.dry_run and "://" not in path and not Path(path).expanduser().exists():
+            raise UserError(f"{path}: no such file or folder")
 
 
 def _submit_shards(o: argparse.Namespace) -> int:
     records = o.destination.with_name(o.destination.name + "-slurm")
+    from esvit_scale import launch
+
+    _check_there(o, o.source)
     arguments = [str(o.parts), o.source, str(o.destination), *o.option]
     writing = _job_id(o, "shards", arguments, records, array=f"1-{o.parts}")
-    _job_id(o, "shards", ["merge", str(o.destination)], records, after=writing, saved_as="merge")
+    try:
+        _job_id(o, "shards", ["merge", str(o.destination)], records, after=writing, saved_as="merge")
+    except UserError:
+        launch.cancel(writing)
+        raise
     return 0
 
 
 def _submit_evaluate(o: argparse.Namespace) -> int:
+    _check_there(o, o.checkpoint, o.train, o.test)
     arguments = [part for name in ("checkpoint", "train", "test", "out") for part in (f"--{name}", getattr(o, name))]
     return _submit(o, "evaluate", [*arguments, *o.option], Path(o.out) / "slurm")
 
@@ -120,6 +157,8 @@ def _submit_sweep(o: argparse.Namespace) -> int:
     todo = [cell.index for cell in found if runner.state(cell, sweep).word not in ("finished", "refused")]
     if not todo:
         raise UserError(f"{o.sweep}: no cell is left to run; `sweep status` says why")
+    if not o.dry_run:
+        runner.source_of(sweep)
     return _submit(o, "sweep", [str(o.sweep)], sweep.folder / "slurm", array=runner.ranges(todo))
 
 

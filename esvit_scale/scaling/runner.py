@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 from esvit_scale import config as configs
 from esvit_scale import files
 from esvit_scale.data import manifest as manifests
-from esvit_scale.errors import UserError
+from esvit_scale.errors import Diverged, UserError
 from esvit_scale.resources import shipped_folder
 from esvit_scale.scaling import subset
 from esvit_scale.scaling.cells import Cell
 from esvit_scale.scaling.sweep_file import Sweep
+from esvit_scale.train.lock import is_running
 from esvit_scale.train.metrics import read_rows
 from esvit_scale.train.run_dir import read_summary
 
@@ -47,10 +48,27 @@ def state(cell: Cell, sweep: Sweep) -> State:
         word = "trained"
     else:
         word = "started" if rows else "waiting"
+    if is_running(cell.path):  # a job that was refused because of that is no failure of the cell
+        return State(word if rows else "started", step)
     failure = _failure_path(cell, sweep)
     if failure.exists():
         return State("failed", step, failure.read_text().strip())
+    if reason := _failed_job(cell):
+        return State("failed", step, reason)
     return State(word, step)
+
+
+def _failed_job(cell: Cell) -> str:
+    """How the cell's last Slurm job failed, as its script noted it (slurm/job.sh); empty when it did not, or when a
+    later one has started."""
+    records = cell.path / "slurm"
+    ended, started = (
+        [line.split("\t") for line in path.read_text().splitlines()] if (path := records / name).is_file() else []
+        for name in ("ended.tsv", "starts.tsv")
+    )
+    if not ended or ended[-1][2] == "0" or (started and started[-1][0] > ended[-1][0]):
+        return ""
+    return f"exit code {ended[-1][2]} (job {ended[-1][1]}; {records / ended[-1][1]})"
 
 
 def prepare(cell: Cell, sweep: Sweep, source: Path) -> None:
@@ -184,7 +202,12 @@ def run_cell(cell: Cell, sweep: Sweep, source: Path) -> int:
         prepare(cell, sweep, source)
         branch(cell)
         forget_failure(cell, sweep)
-    code = loop.pretrain(cell.config)
+    try:
+        code = loop.pretrain(cell.config)
+    except (UserError, Diverged) as error:  # the same on every rank
+        if collectives.rank() == 0 and not is_running(cell.path):
+            note_failure(cell, sweep, str(error))
+        raise
     if code or (cell.path / "requeue").exists() or not read_summary(cell.path).get("finished"):
         return code
     if sweep.evaluate is not None and not collectives.on_rank_0(lambda: _evaluated(cell)):

@@ -56,6 +56,64 @@ def test_headers_stand_before_the_first_command(path: Path) -> None:
     assert late_directives("#!/bin/bash\nset -e\n#SBATCH --time=1\n") == ["#SBATCH --time=1"]
 
 
+@pytest.mark.parametrize("path", BATCH, ids=lambda path: path.name)
+@pytest.mark.parametrize("folder", ["plain", "with spaces  in it"])
+def test_a_script_finds_its_folder(tmp_path: Path, path: Path, folder: str) -> None:
+    """As Slurm 22.05 shows a job: the path and the arguments in one field, without quotes."""
+    (tmp_path / folder).mkdir()
+    script = shutil.copy(path, tmp_path / folder)
+    (tmp_path / folder / "job.sh").write_text('echo "found $scripts"; exit 0\n')
+    shown = f"JobId=77 JobName=x Command={script} demo {tmp_path} WorkDir=/tmp StdErr=/tmp/o"
+    commands = _commands(tmp_path, {"scontrol": f"echo {shlex.quote(shown)}"})
+    environment = {"PATH": f"{commands}:{os.environ['PATH']}", "SLURM_JOB_ID": "77"}
+    done = subprocess.run(["bash", str(script), "demo"], capture_output=True, text=True, env=environment)
+    assert done.stdout == f"found {tmp_path / folder}\n", done.stderr
+
+
+def test_paths_that_sbatch_would_split_are_quoted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / 'a "run" 100%'
+    common = ["swin_t", "data.train=x", "train.global_batch=384", f"run_dir={run}", "--gpus-per-node=1"]
+    script, _ = dry_run(capsys, "pretrain", *common)
+    assert directives(script)["output"] == f'"{tmp_path}/a \\"run\\" 100%%/slurm/pretrain-%j.out"'
+
+
+@pytest.mark.parametrize(
+    ("asked", "lead"),
+    [
+        ((), "300"),
+        (("--time=2-00:00:00",), "300"),
+        (("--time=4",), "120"),  # the script's own lead would be longer than the limit: half of that
+        (("--time=10:00", "--signal-lead=500"), "500"),
+        (("--time=UNLIMITED", "--signal-lead=5000"), "5000"),
+    ],
+)
+def test_the_signals_lead_fits_the_time_limit(capsys: pytest.CaptureFixture[str], asked: tuple, lead: str) -> None:
+    common = ["swin_t", "data.train=x", "--gpus-per-node=1"]
+    assert directives(dry_run(capsys, "pretrain", *common, *asked)[0])["signal"] == f"B:USR1@{lead}"
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (["--time=10", "--signal-lead=600"], "--signal-lead 600: as long as the time limit (600 s)"),
+        (["--time=soon"], "--time soon: not a time limit"),
+        (["--nodes=5"], "train.global_batch: 12 does not divide into 5 ranks"),
+        (["data.train=/nowhere/shards"], "/nowhere/shards"),
+    ],
+)
+def test_submit_checks_before_the_queue(tmp_path: Path, monkeypatch, capsys, asked: list[str], said: str) -> None:
+    monkeypatch.setenv("PATH", f"{_commands(tmp_path, {'sbatch': f'touch {tmp_path}/called; echo 1'})}:/bin")
+    values = (
+        f"data.train={tiny.shards(tmp_path / 'shards', 12)}",
+        "train.global_batch=12",
+        f"run_dir={tmp_path}/new/run",
+    )
+    assert cli.main(["slurm", "submit", "pretrain", "swin_t", *values, "--gpus-per-node=1", *asked]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "called").exists()
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("name", ["pretrain", "evaluate", "sweep"])
 def test_a_shipped_header_asks_for_one_task_a_gpu(name: str) -> None:
     given = directives((SLURM / f"{name}.sbatch").read_text())
@@ -64,7 +122,7 @@ def test_a_shipped_header_asks_for_one_task_a_gpu(name: str) -> None:
 
 def test_submit_fills_the_shipped_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
-    arguments = ["swin_t", "data.train=/data/shards", f"run_dir={run}"]
+    arguments = ["swin_t", "data.train=/data/shards", "train.global_batch=480", f"run_dir={run}"]
     asked = ["--nodes", "4", "--gpus-per-node", "6", "--time", "2-00:00:00", "--partition", "big"]
     script, command = dry_run(  # options may stand between CONFIG and its overrides
         capsys,
@@ -92,7 +150,7 @@ def test_submit_fills_the_shipped_script(tmp_path: Path, capsys: pytest.CaptureF
 def test_submit_on_cpus_and_with_a_sites_own_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     site = tmp_path / "my site.sh"
     site.write_text("")
-    common = ["swin_t", "data.train=x", f"run_dir={tmp_path / 'run'}", "--gpus-per-node=0"]
+    common = ["swin_t", "data.train=x", "train.global_batch=384", f"run_dir={tmp_path / 'run'}", "--gpus-per-node=0"]
     script, _ = dry_run(capsys, "pretrain", *common, "--tasks-per-node=3", f"--env={site}")
     assert directives(script)["ntasks-per-node"] == "3"
     assert "gpus-per-node" not in directives(script)
@@ -131,6 +189,11 @@ def test_sbatchs_refusal_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
     _commands(tmp_path, {"sbatch": "echo 'sbatch: error: invalid partition specified: x' >&2; exit 1"})
     with pytest.raises(launch.UserError, match="sbatch: error: invalid partition specified: x"):
         launch.submit(job)
+    assert job.script.read_text() == job.text  # of the job before
+    job = launch.prepare("pretrain", ["swin_t"], tmp_path / "other/run/slurm", launch.Resources())
+    with pytest.raises(launch.UserError):
+        launch.submit(job)
+    assert not (tmp_path / "other").exists()
 
 
 def test_status_reads_the_run_dir_and_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -141,7 +204,7 @@ def test_status_reads_the_run_dir_and_slurm(tmp_path: Path, monkeypatch: pytest.
     (run / "slurm/failures.tsv").write_text("t\t7\t75\tstep-00000010\n")
     rows = [{"step": step, "images_per_s": 40.0 * step, "step_s": 3.0} for step in (1, 2)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (run / "lock.json").write_text(json.dumps({"heartbeat": time.time()}))
+    (run / "lock.json").write_text(json.dumps({"pid": 1, "heartbeat": time.time()}))
     monkeypatch.setenv("PATH", "/nonexistent")
     assert cli.main(["slurm", "status", str(run)]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -175,6 +238,23 @@ def test_state_where_slurm_has_forgotten_the_job(tmp_path: Path, monkeypatch, fi
         "PATH", str(_commands(tmp_path, {"scontrol": "echo 'Invalid job id specified' >&2; exit 1"})) + ":/bin"
     )
     assert launch.status(run).state == state
+
+
+def test_a_refused_second_job_is_not_the_runs_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    (run / "slurm").mkdir(parents=True)
+    (run / "slurm/starts.tsv").write_text("t\t7\t0\tnode1\nt\t8\t0\tnode1\n")
+    (run / "slurm/ended.tsv").write_text("t\t8\t2\nt\t7\t0\n")
+    script = 'case $4 in 7) echo "JobId=7 JobState=$(cat {0}) StdOut=/a b/7.out Power=";; *) echo "JobId=8 JobState=FAILED";; esac'
+    commands = _commands(tmp_path, {"scontrol": script.format(tmp_path / "state")})
+    monkeypatch.setenv("PATH", f"{commands}:/bin")
+    for state, summary in (("RUNNING", False), ("COMPLETED", True)):
+        (tmp_path / "state").write_text(state)
+        (run / "summary.json").write_text(json.dumps({"finished": summary}))
+        found = launch.status(run)
+        assert (found.state, found.job, found.starts, found.console) == (state, "7", 1, "/a b/7.out")
+    (tmp_path / "state").write_text("FAILED")  # of what followed the training
+    assert launch.status(run).state == "FINISHED"
 
 
 def test_status_of_a_run_without_jobs_names_the_nearest(tmp_path: Path) -> None:
