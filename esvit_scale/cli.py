@@ -2,6 +2,8 @@
 
 import argparse
 import os
+import sys
+from contextlib import suppress
 
 import esvit_scale
 from esvit_scale.commands import convert, doctor, evaluate, plan, pretrain, report, shards, slurm, sweep
@@ -14,7 +16,24 @@ exit codes: 0 finished, or saved and asking for a requeue; 130 ctrl-C (pretrain 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; returns its exit code (argparse itself exits with 0 after --help and 2 after a mistake)."""
+    """Run one command; return its exit code (argparse itself exits with 0 after --help and 2 after a mistake)."""
+    try:
+        return _run(arguments)
+    finally:
+        _let_go_of_full_consoles()
+
+
+def _let_go_of_full_consoles() -> None:
+    """Keep the exit code where the console is a file on a full disk: Python would end with 120 instead."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            with suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _run(arguments: list[str] | None) -> int:
     # Before torch is imported: threads that spin while they wait make a CPU shared with loader processes or other jobs
     # up to 16 times slower (measured on 2 cores with one of them busy).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -5,6 +5,7 @@
 
 import errno
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -46,6 +47,15 @@ def in_words(error: OSError) -> str:
     return f"{os.fsdecode(error.filename)}: {what}" if isinstance(error.filename, str | bytes | os.PathLike) else what
 
 
+def _as_os_error(error: Exception) -> OSError | None:
+    """Return an error of the file system as Python's; libraries in Rust (safetensors) have errors of their own, which end
+    in `(os error 28)`."""
+    if isinstance(error, OSError):
+        return error
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else None
+
+
 @contextmanager
 def translate_file_errors() -> Iterator[None]:
     """Turn an error of the file system that reaches the top into one line with the exit code that fits it.
@@ -56,7 +66,12 @@ def translate_file_errors() -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
+    except (UserError, Diverged, RestartCanHelp):
+        raise
+    except Exception as raised:
+        error = _as_os_error(raised)
+        if error is None:
+            raise
         if is_machine_fault(error):
             raise RestartCanHelp(
                 f"{in_words(error)}; nothing that was saved is lost: the same command goes on once the storage is well"

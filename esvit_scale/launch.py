@@ -21,7 +21,7 @@ from esvit_scale.data import manifest
 from esvit_scale.errors import UserError, nearest
 from esvit_scale.resources import shipped_folder
 from esvit_scale.train.lock import is_running
-from esvit_scale.train.metrics import read_rows
+from esvit_scale.train.row_file import read_rows
 from esvit_scale.train.run_dir import read_summary
 
 ANSWER_S = 30  # Slurm's commands hang when its controller is away

@@ -62,7 +62,8 @@ def config(run_dir: Path, data: Path, **overrides: Any) -> Config:
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what a clock measured."""
-    from esvit_scale.train.metrics import TIME_FIELDS, read_rows
+    from esvit_scale.train.metrics import TIME_FIELDS
+    from esvit_scale.train.row_file import read_rows
 
     return [{k: v for k, v in row.items() if k not in TIME_FIELDS} for row in read_rows(run_dir / "metrics.jsonl")]
 

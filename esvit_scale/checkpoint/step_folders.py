@@ -265,10 +265,14 @@ def prune(newest: Path, config: Config) -> None:
     for step, old in [(step, folder) for step, folder in folders if step <= last][: -config.train.keep_checkpoints]:
         if old == newest or (keep_every and step % keep_every == 0):
             continue
+        removed = old.with_name(f".{old.name}.removed.partial")  # never seen half there
         try:
-            shutil.rmtree(old)
+            shutil.rmtree(removed, ignore_errors=True)
+            old.rename(removed)
+            shutil.rmtree(removed)
         except OSError as error:
-            log.warning("%s: could not be removed: %s; it stays", error.filename or old, error.strerror or error)
+            left = old if old.exists() else removed
+            log.warning("%s: could not be removed: %s; training goes on", left, error.strerror or error)
 
 
 def sweep(run: Path) -> None:

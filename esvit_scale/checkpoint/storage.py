@@ -107,6 +107,8 @@ def reason(error: BaseException) -> str:
         return "; ".join(sorted({reason(failure[0]) for failure in error.failures.values()}))
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if "inline_container.cc" in str(error) and "unexpected pos" in str(error):
+        return "No space left on device (torch: unexpected pos)"  # how torch's archive writer says it
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -91,4 +92,5 @@ def rank() -> str:
 
 def say(text: str) -> None:
     for line in text.splitlines():
-        print(f"esvit-scale: error: {line}", file=sys.stderr)
+        with suppress(OSError):  # the console may be a file on a full disk
+            print(f"esvit-scale: error: {line}", file=sys.stderr)

@@ -11,7 +11,7 @@ from esvit_scale import config as configs
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
 from esvit_scale.report import pictures, plots
-from esvit_scale.train import metrics
+from esvit_scale.train import row_file
 
 Json = dict[str, Any]
 T = TypeVar("T")
@@ -45,7 +45,7 @@ def read(path: Path) -> Run:
     missing: list[str] = []
     text = _text(path / "config.yaml", missing)
     config = attempt("config.yaml", missing, lambda: configs.load(path / "config.yaml")) if text else None
-    rows = [row for row in metrics.read_rows(path / "metrics.jsonl") if isinstance(row, dict)]
+    rows = [row for row in row_file.read_rows(path / "metrics.jsonl") if isinstance(row, dict)]
     if not rows:
         missing.append("curves: no step is logged in metrics.jsonl")
     summary, environment = (_json(path / name, missing) for name in ("summary.json", "environment.json"))

@@ -11,7 +11,7 @@ from esvit_scale.objective import costs
 from esvit_scale.scaling import runner
 from esvit_scale.scaling.cells import Cell
 from esvit_scale.scaling.sweep_file import Sweep
-from esvit_scale.train.metrics import read_rows
+from esvit_scale.train.row_file import read_rows
 from esvit_scale.train.run_dir import read_summary
 
 COLUMNS = (

@@ -24,7 +24,7 @@ from esvit_scale.scaling import subset
 from esvit_scale.scaling.cells import Cell
 from esvit_scale.scaling.sweep_file import Sweep
 from esvit_scale.train.lock import is_running
-from esvit_scale.train.metrics import read_rows
+from esvit_scale.train.row_file import read_rows
 from esvit_scale.train.run_dir import read_summary
 
 INTERRUPTED = 130

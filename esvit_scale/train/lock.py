@@ -94,13 +94,18 @@ class Lock:
         """Whether the run is still this process's; once it is not, it must not write any more."""
         if self._lost:
             return False
+        if self._file is None:
+            return False
         try:
-            record = _parse(self._path.read_bytes())
+            record, mine = _parse(self._path.read_bytes()), os.fstat(self._file)
+            if record is None:  # damaged, or read while it was written: still the file that this process made?
+                self._lost = not os.path.samestat(self._path.stat(), mine)
+            else:
+                self._lost = record.token != self._me["token"]
         except FileNotFoundError:
-            record = None
+            self._lost = True
         except OSError:
             return True  # the storage does not answer, which says nothing about the lock
-        self._lost = record is None or record.token != self._me["token"]
         return not self._lost
 
     def lost(self) -> bool:
@@ -226,7 +231,7 @@ class Lock:
         return tmp, handle
 
     def _record(self) -> bytes:
-        text = json.dumps({**self._me, "heartbeat": time.time()})
+        text = json.dumps(self._me)[:-1] + f', "heartbeat": {time.time():.3f}}}'  # always of the same length
         return text.ljust(RECORD_BYTES - 1).encode() + b"\n"
 
 

@@ -7,15 +7,23 @@ run's file equals an undisturbed one's (time and rate fields apart).
 import json
 import logging
 import sys
+import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from tqdm import tqdm
 
 from esvit_scale import files
+from esvit_scale.errors import in_words
+from esvit_scale.train import row_file
+from esvit_scale.train.row_file import RowFile, read_rows
 
 log = logging.getLogger("esvit_scale")
+
+RETRY_S = 60  # before TensorBoard's files are tried again
 
 # Fields that differ between two runs of the same config: everything measured by a clock.
 TIME_FIELDS = frozenset(
@@ -23,24 +31,9 @@ TIME_FIELDS = frozenset(
 )
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The complete rows of a .jsonl file; a last line cut off by a crash is left out."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-
 def cut(path: Path, last_step: int) -> None:
-    """Drops the rows after `last_step`: a resumed run writes them again (but not what a roll-back left behind)."""
-    if path.exists():
-        rows = [row for row in read_rows(path) if row["step"] <= last_step or row.get("rolled_back")]
-        files.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    """Drop the rows after `last_step`: a resumed run writes them again (but not what a roll-back left behind)."""
+    row_file.cut(path, lambda row: row["step"] <= last_step or bool(row.get("rolled_back")))
 
 
 class Journal:
@@ -57,9 +50,9 @@ class Journal:
         cut(self._run / "metrics.jsonl", step)
         cut(self._run / "quarantine.jsonl", step)
         self.bad = sum(not row.get("used") for row in read_rows(self._run / "quarantine.jsonl"))
-        self._metrics = (self._run / "metrics.jsonl").open("a")
-        self._quarantine = (self._run / "quarantine.jsonl").open("a")
-        self._board = _tensorboard(self._run / "tensorboard", step)
+        self._metrics = RowFile(self._run / "metrics.jsonl")
+        self._quarantine = RowFile(self._run / "quarantine.jsonl")
+        self._board = _Board(self._run / "tensorboard", step)
         self._console = _Console(self._total, step)
 
     def rewind(self, step: int) -> None:
@@ -69,7 +62,10 @@ class Journal:
         self.close()
         path = self._run / "quarantine.jsonl"
         rows = [row | {"rolled_back": True} if row["step"] > step else row for row in read_rows(path)]
-        files.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        try:
+            files.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        except OSError as error:
+            log.warning("%s; it loses the samples of the steps gone back", in_words(error))
         self._open(step)
 
     def not_finite(self, step: int, keys: list[str]) -> None:
@@ -77,7 +73,7 @@ class Journal:
         if not self._active:
             return
         for key in keys:
-            _append(self._quarantine, {"step": step, "key": key, "reason": "gradients were not finite at this step"})
+            self._quarantine.append({"step": step, "key": key, "reason": "gradients were not finite at this step"})
         log.warning(
             "step %d: gradients were not finite; the step was skipped, nothing moved (its %d samples: quarantine.jsonl)",
             *(step, len(keys)),
@@ -87,17 +83,15 @@ class Journal:
         """One logged step: numbers only."""
         if not self._active:
             return
-        _append(self._metrics, row)
-        for key, value in row.items():
-            if self._board is not None and key not in ("step", "time"):
-                self._board.add_scalar(key, value, row["step"])
+        self._metrics.append(row)
+        self._board.add(row)
         self._console.row(row)
 
     def bad_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         if not self._active:
             return
         for sample in samples:
-            _append(self._quarantine, {"step": step, **sample})
+            self._quarantine.append({"step": step, **sample})
             self.bad += not sample.get("used")
             if "left_out" in sample:
                 log.warning("step %d: %s: %s", step, sample["shard"], sample["reason"])
@@ -114,8 +108,7 @@ class Journal:
             return
         self._metrics.close()
         self._quarantine.close()
-        if self._board is not None:
-            self._board.close()
+        self._board.close()
         self._console.close()
 
 
@@ -153,18 +146,84 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{m:02d}:{s:02d}"
 
 
-def _append(file: TextIO, row: dict[str, Any]) -> None:
-    file.write(json.dumps(row) + "\n")
-    file.flush()
+class _Board:
+    """The rows as TensorBoard's scalars. A disk that does not take them costs TensorBoard these rows, not the run."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self._folder = folder
+        self._writer: Any = None
+        self._retry_at = 0.0
+        self._is_failing = False
+        try:
+            from torch.utils import tensorboard
+        except ImportError:
+            log.info("TensorBoard is not installed: no tensorboard/ (pip install 'esvit-scale[tracking]')")
+            return
+        self._make: Callable[[int], Any] = lambda step: tensorboard.SummaryWriter(str(folder), purge_step=step)
+        self._open(step + 1)
+
+    def add(self, row: dict[str, Any]) -> None:
+        if self._writer is None and self._is_failing and time.monotonic() > self._retry_at:
+            self._open(row["step"])
+        if self._writer is None:
+            return
+        try:
+            for key, value in row.items():
+                if key not in ("step", "time"):
+                    self._writer.add_scalar(key, value, row["step"])
+        except OSError as error:  # its thread could not write; it never recovers, so another one is made later
+            self._fail(error)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            with suppress(OSError):
+                self._writer.close()
+            self._writer = None
+
+    def _open(self, step: int) -> None:
+        _silence_tensorboard_threads()
+        try:
+            self._writer = self._make(step)
+        except OSError as error:
+            self._fail(error)
+        else:
+            self._is_failing = False
+
+    def _fail(self, error: OSError) -> None:
+        if not self._is_failing:
+            log.warning(
+                "%s: cannot be written: %s; metrics.jsonl holds every row", self._folder, error.strerror or error
+            )
+        self._is_failing, self._retry_at = True, time.monotonic() + RETRY_S
+        self.close()
 
 
-def _tensorboard(folder: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        log.info("TensorBoard is not installed: no tensorboard/ (pip install 'esvit-scale[tracking]')")
-        return None
-    return SummaryWriter(str(folder), purge_step=step + 1)
+def _silence_tensorboard_threads() -> None:
+    """Keep the traceback of TensorBoard's writing thread off the console: the same error reaches `_Board.add`."""
+    default = threading.excepthook
+    if getattr(default, "__name__", "") == "_without_tensorboard":
+        return
+
+    def _without_tensorboard(told: Any) -> None:
+        if not (isinstance(told.exc_value, OSError) and type(told.thread).__module__.startswith("tensorboard")):
+            default(told)
+
+    threading.excepthook = _without_tensorboard
+
+
+class _LogFile(logging.FileHandler):
+    """log.txt. What a full disk does not take is on the console; it is said once."""
+
+    _has_said = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._has_said:
+            self._has_said = True
+            with suppress(OSError):
+                print(f"{self.baseFilename}: cannot be written: {error.strerror}", file=sys.stderr)
 
 
 def start_logging(run: Path, active: bool) -> None:
@@ -174,7 +233,7 @@ def start_logging(run: Path, active: bool) -> None:
     log.setLevel(logging.INFO if active else logging.WARNING)
     handlers: list[logging.Handler] = [logging.StreamHandler()]
     if active:
-        handlers.append(logging.FileHandler(run / "log.txt", delay=True))
+        handlers.append(_LogFile(run / "log.txt", delay=True))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         log.addHandler(handler)

@@ -21,7 +21,7 @@ from esvit_scale.objective.schedules import Schedules
 from esvit_scale.scaling import cells, runner, shapes, sweep_file
 from esvit_scale.scaling.plan import Speed
 from esvit_scale.scaling.sweep_file import Size
-from esvit_scale.train.metrics import read_rows
+from esvit_scale.train.row_file import read_rows
 from tests import tiny
 
 SPEED = Speed(1.0, 0.5, "given")

@@ -4,7 +4,8 @@ from pathlib import Path
 
 from esvit_scale.data import manifest as manifests
 from esvit_scale.train import loop
-from esvit_scale.train.metrics import Journal, read_rows
+from esvit_scale.train.metrics import Journal
+from esvit_scale.train.row_file import read_rows
 from tests import tiny
 
 

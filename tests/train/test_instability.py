@@ -10,7 +10,7 @@ from esvit_scale.report.html import write_report
 from esvit_scale.report.instability import dips
 from esvit_scale.report.plots import columns
 from esvit_scale.train import loop
-from esvit_scale.train.metrics import read_rows
+from esvit_scale.train.row_file import read_rows
 
 SMALL = [
     "data.workers=0",

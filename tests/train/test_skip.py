@@ -16,7 +16,7 @@ from esvit_scale.errors import Diverged
 from esvit_scale.objective.schedules import Schedules
 from esvit_scale.parallel import world as world_module
 from esvit_scale.train import loop
-from esvit_scale.train.metrics import read_rows
+from esvit_scale.train.row_file import read_rows
 from esvit_scale.train.run import Run
 from esvit_scale.train.step import open_session, train_step
 from tests import tiny

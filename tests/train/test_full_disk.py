@@ -1,0 +1,165 @@
+"""A real disk, full to its last byte: a small tmpfs in a mount namespace of its own."""
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from esvit_scale import cli
+from esvit_scale.config import Config
+from esvit_scale.errors import RestartCanHelp
+from esvit_scale.train import loop
+from tests import tiny
+
+
+class Disk:
+    """A tmpfs of 16 MB, seen from outside its namespace through /proc."""
+
+    def __init__(self, point: Path) -> None:
+        point.mkdir()
+        script = 'mount -t tmpfs -o size=16m none "$1" && echo ready && exec sleep 600'
+        command = ["unshare", "-m", "sh", "-c", script, "sh", str(point)]
+        self._holder = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        assert self._holder.stdout is not None
+        if self._holder.stdout.readline() != "ready\n":
+            pytest.skip("no mount namespaces here (needs root)")
+        self.root = Path(f"/proc/{self._holder.pid}/root{point}")
+        self._inside = point
+
+    def fill(self) -> None:
+        with (self.root / "filler").open("wb", buffering=0) as file:
+            for size in (1 << 20, 1 << 12):
+                try:
+                    while True:
+                        file.write(bytes(size))
+                except OSError:
+                    pass
+
+    def free(self) -> None:
+        (self.root / "filler").unlink()
+
+    def mount_read_only(self, path: Path) -> None:
+        inside = str(self._inside / path.relative_to(self.root))
+        enter = ["nsenter", "-t", str(self._holder.pid), "-m", "mount"]
+        subprocess.run([*enter, "--bind", inside, inside], check=True)
+        subprocess.run([*enter, "-o", "remount,ro,bind", inside], check=True)
+
+    def close(self) -> None:
+        self._holder.kill()
+        self._holder.communicate()
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    if shutil.which("unshare") is None or shutil.which("nsenter") is None:
+        pytest.skip("no unshare here")
+    made = Disk(tmp_path / "disk")
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.shards(tmp_path_factory.mktemp("full") / "shards")
+
+
+@pytest.fixture(scope="module")
+def straight(shards: Path) -> list[dict[str, Any]]:
+    assert loop.pretrain(config(shards.parent / "run", shards)) == 0
+    return tiny.rows(shards.parent / "run")
+
+
+def config(run: Path, shards: Path) -> Config:
+    return tiny.config(run, shards, train__checkpoint_every=4, train__keep_checkpoints=1)
+
+
+@contextmanager
+def at_steps(run: Path, actions: dict[int, Callable[[], None]], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """While a run trains: what to do when it reaches a step."""
+    real = loop.train_step
+
+    def step(session: Any, batch: Any, number: int, **options: Any) -> Any:
+        actions.get(number, lambda: None)()
+        return real(session, batch, number, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", step)
+        yield
+
+
+def test_a_disk_that_is_full_for_a_while_costs_saves_and_nothing_else(
+    disk: Disk, shards: Path, straight: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = disk.root / "run"
+    with at_steps(run, {6: disk.fill, 14: disk.free}, monkeypatch):
+        assert loop.pretrain(config(run, shards)) == 0
+    assert tiny.rows(run) == straight
+    said = (run / "log.txt").read_text()
+    assert "metrics.jsonl: cannot be written: No space left on device" in said
+    assert "metrics.jsonl: written again" in said
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", "step-00000020"]
+    assert not (run / "lock.json").exists()
+
+
+def test_a_disk_that_stays_full_ends_with_75_and_the_same_command_goes_on(
+    disk: Disk, shards: Path, straight: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = disk.root / "run"
+    with at_steps(run, {6: disk.fill}, monkeypatch), pytest.raises(RestartCanHelp, match="No space left on device"):
+        loop.pretrain(config(run, shards))
+    with pytest.raises(RestartCanHelp, match="No space left on device; nothing that was saved is lost"):
+        loop.pretrain(config(run, shards))  # a start on the full disk
+    assert not [path for path in (run / "checkpoints").iterdir() if path.name.endswith(".partial")]
+    disk.free()
+    assert loop.pretrain(config(run, shards)) == 0
+    assert tiny.rows(run) == straight
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run(
+    disk: Disk, shards: Path, straight: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = disk.root / "run"
+    old = run / "checkpoints" / "step-00000004"
+
+    def hold() -> None:
+        while not (run / "checkpoints" / "latest").exists():  # written beside training
+            time.sleep(0.002)
+        disk.mount_read_only(old)
+
+    with at_steps(run, {5: hold}, monkeypatch):
+        assert loop.pretrain(config(run, shards)) == 0
+    assert tiny.rows(run) == straight
+    assert ".step-00000004.removed.partial: could not be removed: Read-only" in (run / "log.txt").read_text()
+    kept = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert kept == [".step-00000004.removed.partial", "latest", "step-00000020"]
+
+
+def test_a_console_on_a_full_disk_does_not_change_the_exit_code(tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "esvit_scale", "pretrain", str(tmp_path / "none.yaml")],
+            stdout=full,
+            stderr=full,
+            env=tiny.environment(),
+            cwd=tiny.REPOSITORY,
+        )
+    assert done.returncode == 2
+
+
+def test_other_commands_say_it_in_one_line(
+    disk: Disk, straight: list[dict[str, Any]], shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever writes: here an export of the straight run."""
+    disk.fill()
+    out = disk.root / "trunk.safetensors"
+    code = cli.main(["convert", str(shards.parent / "run"), str(out), "--from", "esvit-scale", "--to", "safetensors"])
+    error = capsys.readouterr().err
+    assert (code, error.count("\n")) == (75, 1), error
+    assert "No space left on device" in error
+    assert [path.name for path in disk.root.iterdir()] == ["filler"]

@@ -1,0 +1,198 @@
+"""The lock of a run dir between real processes."""
+
+import json
+import multiprocessing
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from esvit_scale import files
+from esvit_scale.errors import RestartCanHelp, UserError
+from esvit_scale.train import lock as locks
+from esvit_scale.train.lock import Lock
+
+ROUNDS = 200
+STALE = {"host": "elsewhere", "pid": 1, "slurm_job": "", "heartbeat": 1000.0}
+FORK = multiprocessing.get_context("fork")
+
+
+def contend(root: Path, kind: str, barrier: Any, got: Any, number: int) -> None:
+    if kind == "no links":
+        os.link = no_link  # type: ignore[assignment]
+    for round_ in range(ROUNDS):
+        run = root / str(round_)
+        if number == 0:
+            run.mkdir()
+            if kind == "stale":
+                files.write_json(run / "lock.json", STALE)
+        lock = Lock(run)
+        barrier.wait(60)
+        try:
+            lock.__enter__()
+        except UserError:
+            pass
+        else:
+            got[round_ * 3 + number] = 1 if lock.held() else 2
+        barrier.wait(60)
+        lock.__exit__()
+        barrier.wait(60)
+
+
+def no_link(*_: Any) -> None:
+    raise OSError(95, "Operation not supported")
+
+
+@pytest.mark.parametrize("kind", ["free", "stale", "no links"])
+def test_of_synchronised_starts_exactly_one_gets_the_run(tmp_path: Path, kind: str) -> None:
+    barrier, got = FORK.Barrier(3), FORK.Array("b", 3 * ROUNDS)
+    processes = [FORK.Process(target=contend, args=(tmp_path, kind, barrier, got, i)) for i in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    winners = [sorted(got[3 * i : 3 * i + 3]) for i in range(ROUNDS)]
+    assert winners == [[0, 0, 1]] * ROUNDS
+    left = [path.name for path in tmp_path.rglob(".lock.json*")]
+    assert not left
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "WATCH_S", 0.5)
+    monkeypatch.setattr(locks, "HEARTBEAT_S", 0.05)
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    "content",
+    [
+        json.dumps(STALE | {"heartbeat": time.time() + 1e6}).encode(),
+        json.dumps(STALE | {"heartbeat": float("inf")}).encode(),
+        b"",
+        b"{",
+        b"\xff\x00" * 100,
+        bytes(300),
+        b"[]",
+        b'{"host": "elsewhere"}',
+        b'{"host": "elsewhere", "pid": "x", "heartbeat": null}',
+    ],
+)
+def test_a_record_of_unknown_age_is_watched_and_then_taken(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "run" / "lock.json"
+    path.parent.mkdir()
+    path.write_bytes(content)
+    began = time.monotonic()
+    with Lock(tmp_path / "run") as lock:
+        assert lock.held()
+        assert time.monotonic() - began > 0.4
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_living_holder_with_a_wrong_clock_keeps_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time
+    holder = Lock(tmp_path / "run")
+    monkeypatch.setattr(holder, "_record", lambda: record(holder, now() + 5000))
+    with holder:
+        other = Lock(tmp_path / "run")
+        with pytest.raises(UserError, match="heartbeat in the future"):
+            other.__enter__()
+        assert holder.held()
+
+
+def record(lock: Lock, heartbeat: float) -> bytes:
+    return json.dumps({**lock._me, "host": "elsewhere", "heartbeat": heartbeat}).ljust(400).encode()
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_holder_that_was_suspended_cannot_take_its_run_back(tmp_path: Path) -> None:
+    """Its heartbeats go to the file that it made, which is no longer the lock."""
+    old = Lock(tmp_path / "run")
+    old.__enter__()
+    old._stop.set()  # suspended
+    old._thread.join()
+    files.write_json(tmp_path / "run" / "lock.json", json.loads((tmp_path / "run/lock.json").read_text()) | STALE)
+    with Lock(tmp_path / "run") as new:
+        old._beat()
+        assert new.held()
+        assert not old.held()
+        assert old.lost()
+        old.__exit__()
+        assert new.held()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_full_disk_does_not_stop_the_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failures = [3]
+
+    def fsync(handle: int) -> None:
+        if failures[0]:
+            failures[0] -= 1
+            raise OSError(28, "No space left on device")
+
+    with Lock(tmp_path / "run") as lock:
+        before = json.loads((tmp_path / "run/lock.json").read_text())["heartbeat"]
+        monkeypatch.setattr(os, "fsync", fsync)
+        deadline = time.monotonic() + 5
+        while failures[0]:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(0.1)
+        assert lock.held()
+        assert json.loads((tmp_path / "run/lock.json").read_text())["heartbeat"] > before
+
+
+def test_a_container_of_the_same_name_does_not_count_as_dead(tmp_path: Path) -> None:
+    """Its process ids mean nothing here."""
+    (tmp_path / "run").mkdir()
+    holder = {"host": os.uname().nodename, "pid": 4_000_000, "slurm_job": "", "heartbeat": time.time()}
+    files.write_json(tmp_path / "run/lock.json", holder | {"pid_namespace": "pid:[1]", "token": "x"})
+    with pytest.raises(UserError, match="in use by process 4000000"):
+        Lock(tmp_path / "run").__enter__()
+    files.write_json(tmp_path / "run/lock.json", holder | {"pid_namespace": locks._pid_namespace(), "token": "x"})
+    with Lock(tmp_path / "run") as lock:
+        assert lock.held()
+
+
+def test_a_lock_that_is_a_folder_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "run" / "lock.json").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"lock.json: is a folder; move it away"):
+        Lock(tmp_path / "run").__enter__()
+
+
+def test_a_claim_of_a_dead_taker_does_not_block(tmp_path: Path) -> None:
+    import hashlib
+
+    (tmp_path / "run").mkdir()
+    files.write_json(tmp_path / "run/lock.json", STALE)
+    digest = hashlib.sha256((tmp_path / "run/lock.json").read_bytes()).hexdigest()[:16]
+    claim = tmp_path / "run" / f".lock.json.{digest}-0.claim"
+    claim.touch()
+    os.utime(claim, (1000, 1000))
+    with Lock(tmp_path / "run") as lock:
+        assert lock.held()
+    assert not claim.exists()
+
+
+def test_a_run_that_was_taken_over_stops_with_75(tmp_path: Path) -> None:
+    from esvit_scale.train import loop
+    from tests import tiny
+
+    config = tiny.config(tmp_path / "run", tiny.shards(tmp_path / "shards"))
+    real = loop.train_step
+
+    def step(session: Any, batch: Any, number: int, **options: Any) -> Any:
+        if number == 5:
+            files.write_json(tmp_path / "run/lock.json", STALE | {"heartbeat": time.time(), "token": "other"})
+        return real(session, batch, number, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "train_step", step)
+        with pytest.raises(RestartCanHelp, match="another process took this run over"):
+            loop.pretrain(config)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert json.loads((tmp_path / "run/lock.json").read_text())["token"] == "other"
