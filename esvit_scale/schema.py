@@ -38,11 +38,16 @@ def annotation(path: list[str], schema: Any) -> Any:
     node: Any = schema
     for part in path:
         node = _bare(node)
-        if isinstance(node, type) and issubclass(node, Section):
+        if _is_section(node):
             node = node.model_fields[part].annotation if part in node.model_fields else None
         else:
             node = get_args(node)[0] if get_origin(node) in (list, tuple) and part.isdecimal() else None
     return node
+
+
+def _is_section(node: Any) -> bool:
+    """Tell a Section class from everything else; Python 3.10 calls `list[int]` an instance of type too."""
+    return get_origin(node) is None and isinstance(node, type) and issubclass(node, Section)
 
 
 def _bare(annotation: Any) -> Any:
@@ -66,7 +71,7 @@ def _keys(section: Any, prefix: str = "") -> Iterator[str]:
         yield prefix + name
         kind = _bare(section.model_fields[name].annotation)
         item = get_args(kind)[0] if get_origin(kind) is list else kind
-        if isinstance(item, type) and issubclass(item, Section):
+        if _is_section(item):
             yield from _keys(item, f"{prefix}{name}." if item is kind else f"{prefix}{name}.0.")
 
 

@@ -1,5 +1,6 @@
 """The command line from outside: exit codes, one-line errors, and that nothing heavy is imported to say them."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -43,7 +44,35 @@ def test_nothing_heavy_is_imported_for_help_and_mistakes(arguments):
     subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, timeout=60)
 
 
+# Positional arguments and options of one line, in every order.
+ORDERS = {
+    "plan": (["swin_t", "a=1", "b=2"], ["--gpus 8", "--gpu-memory=80G", "--json"]),
+    "doctor": (["swin_t", "a=1", "b=2"], ["--data D"]),
+    "slurm run-dir": (["swin_t", "a=1", "b=2"], ["--cell=3"]),
+    "slurm submit pretrain": (["swin_t", "a=1", "b=2"], ["--nodes 3", "--sbatch=--account=x", "--dry-run"]),
+    "shards create": (["source", "destination"], ["--seed 3", "--no-shuffle"]),
+    "report": (["run", "other"], ["--out x"]),
+}
+
+
+@pytest.mark.parametrize("command", ORDERS)
+def test_options_stand_before_between_and_after_positional_arguments(command):
+    positional, options = ORDERS[command]
+    read = lambda words: vars(cli._parser().parse_args(" ".join([command, *words]).split()))  # noqa: E731
+    expected = read([*options, *positional])
+    for places in itertools.product(range(len(positional) + 1), repeat=len(options)):
+        words = list(positional)
+        for place, option in sorted(zip(places, options, strict=True), reverse=True):
+            words.insert(place, option)
+        assert read(words) == expected, words
+    if "overrides" in expected:
+        assert (expected["config"], expected["overrides"]) == ("swin_t", ["a=1", "b=2"])
+
+
 MISTAKES = {
+    "plan swin_t --gpus 8": "the following arguments are required: --gpu-memory (see esvit-scale plan --help)",
+    "plan --gpus 8 --gpu-memory 80G": "the following arguments are required: CONFIG (see esvit-scale plan --help)",
+    "plan swin_t --gpus 8 a.b=1 --gpu-memory 80G": "unknown key a",
     "pretran x": "unknown command 'pretran'; did you mean 'pretrain'? (see esvit-scale --help)",
     "evaluate kn": "unknown command 'kn'; did you mean 'knn'? (see esvit-scale evaluate --help)",
     "shards creat a b": "unknown command 'creat'; did you mean 'create'?",

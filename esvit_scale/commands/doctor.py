@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from esvit_scale.commands.parser import command
+from esvit_scale.commands.parser import add_overrides, command
 from esvit_scale.errors import UserError
 
 
@@ -11,7 +11,7 @@ def add(commands: Any) -> None:
     doctor = command(commands, "doctor", _doctor, "what works on this machine; with --data, whether it feeds its GPUs")
     doctor.add_argument("--data", metavar="SHARDS", help="measure the input pipeline on this set, about 15 s")
     doctor.add_argument("config", nargs="?", metavar="CONFIG", help="with --data: the run's config (default: swin_t)")
-    doctor.add_argument("overrides", nargs="*", metavar="key=value", help="with --data: of the config")
+    add_overrides(doctor, "with --data: of the config")
 
 
 def _doctor(options: argparse.Namespace) -> int:

@@ -12,7 +12,23 @@ from esvit_scale.errors import UserError, nearest
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line and name the nearest command."""
+    """argparse whose errors are one line that names the nearest command, and whose options stand anywhere.
+
+    argparse alone refuses `plan CONFIG --gpus 8 key=value`: it reads positional arguments in one piece.
+    """
+
+    _intermixing = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse options first and then all positional arguments, as `parse_known_intermixed_args` does, which calls
+        this method back in Python 3.11 and older; a parser of subcommands cannot, and leaves it to theirs."""
+        if self._intermixing or self._subparsers is not None:
+            return super().parse_known_args(args, namespace)
+        self._intermixing = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._intermixing = False
 
     def error(self, message: str) -> NoReturn:
         if rank() == "0":
@@ -38,6 +54,11 @@ def command(
 def group(commands: Any, name: str, summary: str) -> Any:
     parser = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
     return parser.add_subparsers(metavar="COMMAND", required=True)
+
+
+def add_overrides(parser: argparse.ArgumentParser, summary: str) -> None:
+    """Add the positional `key=value …` of a command that reads a config."""
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=summary)
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,7 @@ import argparse
 import re
 from typing import Any
 
-from esvit_scale.commands.parser import command, positive
+from esvit_scale.commands.parser import add_overrides, command, positive
 from esvit_scale.errors import UserError
 
 UNITS = {"": 2**30, "G": 2**30, "GB": 2**30, "GIB": 2**30, "M": 2**20, "MB": 2**20, "MIB": 2**20}
@@ -14,7 +14,7 @@ TRAINING_MFU = 0.35  # what is assumed unless --mfu says otherwise
 def add(commands: Any) -> None:
     plan = command(commands, "plan", _plan, "memory for each ZeRO stage, FLOPs, time and disk of a config")
     plan.add_argument("config", metavar="CONFIG", help="a preset's name or a YAML file")
-    plan.add_argument("overrides", nargs="*", metavar="key=value", help="for example train.global_batch=1024")
+    add_overrides(plan, "for example train.global_batch=1024")
     plan.add_argument("--gpus", type=positive, required=True, metavar="N")
     plan.add_argument("--gpu-memory", type=memory_bytes, required=True, metavar="80G", help="of one GPU")
     plan.add_argument(

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from esvit_scale.commands.parser import command
+from esvit_scale.commands.parser import add_overrides, command
 
 
 def add(commands: Any) -> None:
@@ -13,9 +13,7 @@ def add(commands: Any) -> None:
 
     pretrain = command(commands, "pretrain", _pretrain, "pretrain, or go on with, a run: one process, torchrun or srun")
     pretrain.add_argument("config", metavar="CONFIG", help="a preset's name or a YAML file")
-    pretrain.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="for example train.global_batch=64 data.train=/data/shards"
-    )
+    add_overrides(pretrain, "for example train.global_batch=64 data.train=/data/shards")
 
 
 def _demo(options: argparse.Namespace) -> int:

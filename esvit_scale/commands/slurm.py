@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from esvit_scale.commands.parser import Parser, command, count, group, positive
+from esvit_scale.commands.parser import add_overrides, command, count, group, positive
 from esvit_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,16 +25,15 @@ def add(commands: Any) -> None:
     run_dir = command(slurm, "run-dir", _run_dir, "where a config's run lives (the batch scripts ask)")
     run_dir.add_argument("--cell", type=count, metavar="INDEX", help="CONFIG is a sweep's file, and this its cell")
     run_dir.add_argument("config", metavar="CONFIG")
-    run_dir.add_argument("overrides", nargs="*", metavar="key=value")
+    add_overrides(run_dir, "of the config")
 
 
 def _add_submit(slurm: Any) -> None:
     summary = "fill a shipped batch script, submit it and print the job id"
-    parser = slurm.add_parser("submit", help=summary, description=summary, allow_abbrev=False)
-    submit = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_AnyOrder)
+    submit = group(slurm, "submit", summary)
     pretrain = command(submit, "pretrain", _submit_pretrain, "a run that requeues itself until it is finished")
     pretrain.add_argument("config", metavar="CONFIG", help="a preset's name or a YAML file")
-    pretrain.add_argument("overrides", nargs="*", metavar="key=value")
+    add_overrides(pretrain, "of the config")
 
     shards = command(submit, "shards", _submit_shards, "write one shard set by many jobs, then merge")
     shards.add_argument("source", metavar="SRC")
@@ -53,21 +52,6 @@ def _add_submit(slurm: Any) -> None:
     sweep.add_argument("sweep", type=Path, metavar="SWEEP.yaml")
     for parser in (pretrain, shards, evaluate, sweep):
         _add_resources(parser, gpus=parser is not shards)
-
-
-class _AnyOrder(Parser):
-    """Lets options stand between CONFIG and its key=value overrides, where argparse alone gives up."""
-
-    _inside = False
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        if self._inside:  # it is called back
-            return super().parse_known_args(args, namespace)
-        self._inside = True
-        try:
-            return self.parse_known_intermixed_args(args, namespace)
-        finally:
-            self._inside = False
 
 
 def _add_option(parser: argparse.ArgumentParser, of: str) -> None:

@@ -137,16 +137,19 @@ class Kept:
 
 
 class KeptByBlocks:
-    """A `Trunk.run_block` that notes what each block saves and what it is given."""
+    """A `Trunk.run_block` that notes, call by call, which block ran, what it saved, and what it was given."""
 
-    def __init__(self, kept: Kept) -> None:
+    def __init__(self, kept: Kept, blocks: list[nn.Module]) -> None:
         self.kept = kept
-        self.saved: list[int] = []  # bytes of every block, in order
-        self.inputs: list[int] = []  # what activation checkpointing keeps of it
+        self.index = {id(block): i for i, block in enumerate(blocks)}
+        self.called: list[int] = []  # the block's place in the trunk
+        self.saved: list[int] = []  # bytes
+        self.inputs: list[int] = []  # bytes that activation checkpointing keeps
 
     def __call__(self, block: Callable[..., Any], tokens: Any, *others: Any) -> Any:
         before = self.kept.bytes
         result = block(tokens, *others)
+        self.called.append(self.index[id(getattr(block, "__self__", block))])  # a block itself, or its bound method
         self.saved.append(self.kept.bytes - before)
         given = [x for x in tree_leaves((tokens, others[1:])) if isinstance(x, Tensor) and x.is_floating_point()]
         self.inputs.append(sum({_identity(x): x.untyped_storage().nbytes() for x in given}.values()))

@@ -169,9 +169,13 @@ def _features(grids: list[tuple[int, int]], images: int, dim: int) -> Features:
 
 
 class Kept(NamedTuple):
-    """Bytes, each for an image more and by the step."""
+    """What a forward keeps for its backward, call by call of the trunk's blocks, and outside them.
 
-    blocks: list[Activations]  # what every block of the trunk keeps
+    A packed trunk calls each block once; timm's networks call each once for every crop size.
+    """
+
+    called: list[int]  # which block of the trunk each call runs
+    blocks: list[Activations]  # what each call keeps
     inputs: list[Activations]  # what is kept of it under activation checkpointing
     outside: Activations  # all else: patch embedding, merging, norms, heads, loss
 
@@ -185,7 +189,7 @@ def activation_bytes(config: Config, checkpointing: bool | None = None) -> Activ
     """
     if checkpointing is None:
         checkpointing = config.train.activation_checkpointing != "none"
-    blocks, inputs, outside = kept(config)
+    _, blocks, inputs, outside = kept(config)
     parts = [outside, *inputs] if checkpointing else [outside, *blocks]
     per_image, per_step = (sum(column) for column in zip(*parts, strict=True))
     if checkpointing:
@@ -194,12 +198,12 @@ def activation_bytes(config: Config, checkpointing: bool | None = None) -> Activ
 
 
 def block_activation_bytes(config: Config) -> list[int]:
-    """What each block of the trunk keeps for one image, in order, without activation checkpointing."""
+    """Return what each call of a block keeps for one image, in the forward's order, without activation checkpointing."""
     return [block.per_image for block in kept(config).blocks]
 
 
 def block_input_bytes(config: Config) -> list[int]:
-    """The same with activation checkpointing."""
+    """Return what activation checkpointing keeps of each call for one image, in the forward's order."""
     return [given.per_image for given in kept(config).inputs]
 
 
@@ -219,6 +223,7 @@ def _closed_form_kept(config: Config) -> Kept:
     gradients = (2 if o.regions else 1) * o.prototypes * o.bottleneck * e  # of the prototypes, known in the forward
     blocks, bias = complexity.block_activation_bytes(config), complexity.kept_by_position_bias(config)
     return Kept(
+        list(range(len(blocks))),
         [Activations(*both) for both in zip(blocks, bias, strict=True)],
         [Activations(given, 0) for given in complexity.block_input_bytes(config)],
         Activations(outside, gradients),
@@ -236,16 +241,18 @@ def _traced_kept(key: str) -> Kept:
     with models_traced.on_meta():
         network = build_network(config).to(DTYPES.get(config.train.precision, torch.float32))
         least = max(2, network.objective.images_at_least)
-        fewer, more = (_traced_step(network, config, images) for images in (least, least + 1))
+        (called, *fewer), (_, *more) = (_traced_step(network, config, images) for images in (least, least + 1))
 
     def each(a: int, b: int) -> Activations:
         return Activations(b - a, max(0, a - least * (b - a)))
 
     columns = [[each(*pair) for pair in zip(*pairs, strict=True)] for pairs in zip(fewer, more, strict=True)]
-    return Kept(columns[0], columns[1], columns[2][0])
+    return Kept(called, columns[0], columns[1], columns[2][0])
 
 
-def _traced_step(network: Network, config: Config, images: int) -> tuple[list[int], list[int], list[int]]:
+def _traced_step(network: Network, config: Config, images: int) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Run the student's forward on `images` images: the blocks called, bytes saved and given call by call, and [bytes
+    saved outside]."""
     sizes, dtype = config.crop_sizes, next(network.parameters()).dtype
     crops = [torch.empty(images * sizes.count(s), 3, s, s, dtype=dtype) for s in dict.fromkeys(sizes)]
     targets = None
@@ -253,14 +260,14 @@ def _traced_step(network: Network, config: Config, images: int) -> tuple[list[in
         with torch.no_grad():
             targets = network(crops[:1])
     noted = models_traced.Kept(network)
-    blocks = models_traced.KeptByBlocks(noted)
+    blocks = models_traced.KeptByBlocks(noted, network.trunk.blocks)
     network.trunk.run_block = blocks
     keys = drop_keys(0, 0, torch.arange(images), len(sizes))
     with noted.hooks(), models_traced.FusedAttention():
         loss, *_ = network(crops, targets, keys, TEACHER_TEMP)
     network.trunk.run_block = call
     noted.note_attributes(loss.grad_fn)
-    return blocks.saved, blocks.inputs, [noted.bytes - sum(blocks.saved)]
+    return blocks.called, blocks.saved, blocks.inputs, [noted.bytes - sum(blocks.saved)]
 
 
 def _key(config: Config) -> str:

@@ -158,17 +158,19 @@ def memory(
 def _backward(
     config: Config, network: Network, images: int, checkpointing: bool, pixels: int, e: int
 ) -> tuple[int, int]:
-    """Largest sum over the backward, from the last block to the first, of activations that are left: alone, and with
-    the gradients (e bytes an element) that are already there."""
+    """Return the largest sum over the backward, from the last call of a block to the first, of activations that are
+    left: alone, and with the gradients (e bytes an element) that are already there. A block that is called for several
+    crop sizes has a gradient from its last call on."""
     blocks = [images * b for b in costs.block_activation_bytes(config)]
     kept = [images * b for b in costs.block_input_bytes(config)] if checkpointing else blocks
     outside = costs.activation_bytes(config, checkpointing).total(images) + pixels - sum(kept)
     outside -= max(blocks) if checkpointing else 0
     left, done = outside + sum(kept), e * network.heads
     early = late = left
-    for i in reversed(range(len(kept))):
+    waiting = dict(enumerate(network.blocks))
+    for i, block in reversed(list(enumerate(costs.kept(config).called))):
         now = left + (blocks[i] if checkpointing else 0)
-        done += e * network.blocks[i]
+        done += e * waiting.pop(block, 0)
         early, late = max(early, now), max(late, now + done)
         left -= kept[i]
     return early, max(late, e * network.total + pixels)

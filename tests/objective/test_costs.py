@@ -1,6 +1,7 @@
 """What a run costs when trunk or objective have no closed form, against training steps that are really done on a CPU."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -116,9 +117,13 @@ def test_without_a_teacher_its_forward_is_not_counted():
     assert less > 2 * costs.crop_flops(config, 64)
 
 
+TIMM = {"timm, one call a crop size": ({"trunk": "timm:vit_tiny_patch16_224", "drop_path": 0.1}, {})}
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("case", CASES)
-def test_activations_are_autograds(case, precision):
+@pytest.mark.parametrize("case", [*CASES, *TIMM])
+def test_activations_are_autograds(case, precision, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "CASES", CASES | TIMM)
     config = config_of(case, precision)
     network = build_network(config).to(torch.bfloat16 if precision == "bf16" else torch.float32)
     kept = Kept(network)
@@ -128,8 +133,8 @@ def test_activations_are_autograds(case, precision):
         loss = step(network, config, IMAGES)
     kept.note_gradients(loss)
     assert costs.activation_bytes(config, False).total(IMAGES) == pytest.approx(kept.bytes, rel=0.01)
-    blocks = costs.block_activation_bytes(config)
-    assert len(blocks) == len(network.trunk.blocks)
+    blocks, each_block = costs.block_activation_bytes(config), list(range(len(network.trunk.blocks)))
+    assert costs.kept(config).called == each_block * (2 if case in TIMM else 1)
     assert 0 < sum(blocks) < kept.bytes / IMAGES
     recomputing = costs.activation_bytes(config, True).per_image
     outside = costs.activation_bytes(config, False).per_image - sum(blocks)

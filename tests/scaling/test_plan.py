@@ -9,6 +9,7 @@ import pytest
 from esvit_scale import cli
 from esvit_scale import config as configs
 from esvit_scale.errors import UserError
+from esvit_scale.objective import costs
 from esvit_scale.scaling import memory, plan
 from tests import tiny
 
@@ -112,6 +113,31 @@ def test_the_checkpoint_on_disk_is_as_large_as_planned(tmp_path):
 def test_a_batch_that_does_not_divide():
     with pytest.raises(UserError, match=r"512 does not divide over 7 GPUs .* nearest: 511"):
         plan.plan(configs.resolve("swin_t"), 7, G80, None, SPEED)
+
+
+@pytest.mark.parametrize("trunk", ["timm:resnet18", "timm:xcit_nano_12_p16_224"])
+def test_a_trunk_that_runs_once_a_crop_size_can_be_planned(trunk, capsys):
+    line = ["plan", "swin_t", "--gpus", "8", "--gpu-memory", "80G", f"model.trunk={trunk}", "--tflops", "400", "--json"]
+    assert cli.main(line) == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert planned["smallest"] == {"zero_stage": 1, "activation_checkpointing": False}
+
+
+def test_a_gradient_is_there_from_the_last_call_of_its_block():
+    """Two crop sizes: after the second half of the calls every block has its gradient, the first half adds none."""
+    config = configs.resolve("swin_t", ["model.trunk=timm:resnet18"])
+    network = memory.network_of(config)
+    blocks = costs.block_activation_bytes(config)
+    half, outside = len(blocks) // 2, 7
+    assert half == len(network.blocks)
+    early, late = memory._backward(config, network, 1, False, outside, 4)
+    total = costs.activation_bytes(config, False).total(1) + outside
+    assert early == total
+    done, left, largest = 4 * network.heads, total, total
+    for i in reversed(range(2 * half)):
+        done += 4 * network.blocks[i - half] if i >= half else 0
+        largest, left = max(largest, left + done), left - blocks[i]
+    assert late == max(largest, 4 * network.total + outside)
 
 
 def test_the_command(capsys):
