@@ -48,7 +48,7 @@ class LocalCrops(Section):
 
 
 class Mixed(Section):
-    """One of several sets of plain tars that are streamed together."""
+    """One of several sets that are mixed: all shard sets, or all plain tars."""
 
     urls: PathText  # as data.train
     weight: AboveZero = 1.0  # its share of the samples, relative to the other sets'
@@ -57,8 +57,9 @@ class Mixed(Section):
 class Data(Section):
     # Folder of a shard set (with manifest.json), or plain WebDataset tars: a path or URL, {000..123} and pipe: allowed
     train: PathText = ""
-    mix: list[Mixed] = Field(default_factory=list)  # several sets of plain tars, instead of train
-    epoch_samples: Positive | None = None  # of plain tars, which do not say how many samples they hold
+    mix: list[Mixed] = Field(default_factory=list)  # several sets, instead of train
+    # Of plain tars, which do not say how many samples they hold, and of a mix; null: a mix's sets together
+    epoch_samples: Positive | None = None
     held_out: PathText = ""  # labelled shards or class folders that train.knn_every measures; never trained on
     workers: Count = 4  # loader processes per rank; 0 decodes in the training process
     # Folder on each node's own disk that shards are copied to before training; may hold its $VARIABLES; null: no copy

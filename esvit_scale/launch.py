@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from esvit_scale import config as configs
 from esvit_scale import files
-from esvit_scale.data import manifest
+from esvit_scale.data import mix
 from esvit_scale.errors import UserError, nearest
 from esvit_scale.resources import shipped_folder
 from esvit_scale.train.lock import is_running
@@ -371,7 +371,7 @@ def _total_steps(run: Path) -> int | None:
     if config.train.steps:
         return config.train.steps
     try:
-        return config.train.epochs * (manifest.load(Path(config.data.train)).samples // config.train.global_batch)
+        return config.train.epochs * (mix.epoch_samples(config.data) // config.train.global_batch)
     except UserError:
         return None
 

@@ -120,6 +120,11 @@ def _input(config: Config, form: str) -> str:
     ).rstrip()
 
 
+def _data(config: Config) -> str:
+    sets = [f"`{Path(mixed.urls).name}` (weight {mixed.weight:g})" for mixed in config.data.mix]
+    return " and ".join(sets) or (f"`{Path(config.data.train).name}`" if config.data.train else "not recorded")
+
+
 def _training(config: Config, summary: dict[str, Any], source: Path) -> str:
     if config.name == "converted":
         return f"Converted from `{source.name}`; the file does not say how it was trained."
@@ -128,7 +133,7 @@ def _training(config: Config, summary: dict[str, Any], source: Path) -> str:
         [f"2×{config.data.global_crops.size}", *(f"{g.count}×{g.size}" for g in config.data.local_crops)]
     )
     rows = [
-        ("data", f"`{Path(config.data.train).name}`" if config.data.train else "not recorded"),
+        ("data", _data(config)),
         ("length", f"{train.steps:,} steps" if train.steps else f"{train.epochs} epochs"),
         ("images seen", f"{summary['images_seen']:,}" if "images_seen" in summary else None),
         ("global batch", str(train.global_batch)),

@@ -23,7 +23,9 @@ def _doctor(options: argparse.Namespace) -> int:
         return doctor.run()
     from esvit_scale import config as configs
 
-    config = configs.resolve(options.config or "swin_t", [*options.overrides, f"data.train={options.data}"])
+    config = configs.resolve(
+        options.config or "swin_t", [*options.overrides, f"data.train={options.data}", "data.mix=[]"]
+    )
     from esvit_scale import feed
 
     return feed.run(config)

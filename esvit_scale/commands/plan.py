@@ -45,11 +45,9 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _images(config: Any) -> int | None:
-    from pathlib import Path
+    from esvit_scale.data import mix
 
-    from esvit_scale.data import manifest
-
-    return manifest.load(Path(config.data.train)).samples if config.data.train else None
+    return mix.epoch_samples(config.data) if config.data.train or config.data.mix else None
 
 
 def speed_of(config: Any, tflops: float | None, mfu: float) -> Any:

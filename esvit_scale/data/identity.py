@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from esvit_scale.data.manifest import Manifest
+from esvit_scale.data.mix import MixedSets
 from esvit_scale.data.stream import Source
 from esvit_scale.data.url_stream import UrlSets
 from esvit_scale.errors import UserError
@@ -21,11 +22,15 @@ def identity(data: Source) -> Identity:
     """Return the identity of a run's data.
 
     Of a shard set it covers the contents and the order of the shards, as its manifest records them, and neither their
-    names nor their place. Of plain tars, which record nothing, it covers names and sizes where they are local files,
+    names nor their place; of a mix of such sets also their weights and the length of an epoch. Of plain tars, which record nothing, it covers names and sizes where they are local files,
     URLs otherwise, with the weights of a mix and the length of an epoch.
     """
     if isinstance(data, Manifest):
         return _shard_set(data)
+    if isinstance(data, MixedSets):
+        sets = [[str(one.weight), _shard_set(one.manifest)["sha256"]] for one in data.sets]
+        what = " and ".join(_shard_set(one.manifest)["what"] for one in data.sets)
+        return {"what": f"{what}, mixed, {data.samples} an epoch", "sha256": _digest([data.samples, sets])}
     assert isinstance(data, UrlSets)
     tars = sum(len(s.urls) for s in data.sets)
     content = [data.samples, [[s.weight, [_tar(url) for url in s.urls]] for s in data.sets]]

@@ -32,6 +32,7 @@ class Order:
         global_batch: B, images per step over all ranks.
         slots: S, canonical slots; divides B.
         shuffle_window: shards whose samples are shuffled together.
+        stretches: a cache that several orders of other seeds or epochs share; None: one of its own.
 
     Raises:
         UserError: fewer samples than one batch, or slots that do not divide the batch.
@@ -45,6 +46,7 @@ class Order:
         global_batch: int,
         slots: int,
         shuffle_window: int,
+        stretches: "OrderedDict[tuple[int, ...], NDArray[np.int64]] | None" = None,
     ) -> None:
         counts = np.asarray(counts, dtype=np.int64)
         if global_batch % slots:
@@ -57,7 +59,7 @@ class Order:
         self._shards = permutation(len(counts), seed, epoch, "shards")
         self._starts = np.concatenate([[0], np.cumsum(counts[self._shards])])  # of each shard, in the epoch's order
         self._window_starts = np.append(self._starts[:-1:shuffle_window], self.samples)
-        self._stretches: OrderedDict[tuple[int, int], NDArray[np.int64]] = OrderedDict()
+        self._stretches = OrderedDict() if stretches is None else stretches
 
     def position(self, step: int, slot: int, i: int) -> int:
         """The order position of image `i` (0..B/S-1) of `slot` in the global batch of `step`."""
@@ -84,15 +86,16 @@ class Order:
         """Where the shuffled window has the sample of its place `offset`. A stretch of places is kept, since a slot
         reads them one after the other; the permutation itself is made again for every stretch."""
         stretch = offset // STRETCH
-        found = self._stretches.get((window, stretch))
+        key = (self._seed, self._epoch, window, stretch)
+        found = self._stretches.get(key)
         if found is None:
             size = int(self._window_starts[window + 1] - self._window_starts[window])
             whole = permutation(size, self._seed, self._epoch, "window", window)
-            found = self._stretches[window, stretch] = whole[stretch * STRETCH : (stretch + 1) * STRETCH].copy()
+            found = self._stretches[key] = whole[stretch * STRETCH : (stretch + 1) * STRETCH].copy()
             if len(self._stretches) > STRETCHES:
                 self._stretches.popitem(last=False)
         else:
-            self._stretches.move_to_end((window, stretch))
+            self._stretches.move_to_end(key)
         return int(found[offset - stretch * STRETCH])
 
 

@@ -36,15 +36,19 @@ class ShardReader:
     """Reads a set's samples with a bounded number of open files and of index bytes in memory. Make one per process: its
     files are opened on first use.
 
+    Args:
+        readers: how many there are in this process; they share what it may hold.
+
     An error that storage may recover from is waited for with growing pauses, a minute in all. Every method raises
     BadImage (the sample is damaged or not there), OSError (its shard is) or StorageGone (the whole set is).
     """
 
-    def __init__(self, manifest: Manifest) -> None:
-        self._manifest = manifest
+    def __init__(self, manifest: Manifest, readers: int = 1) -> None:
+        self._manifest, self._readers = manifest, readers
         self._files: OrderedDict[int, tuple[int, int]] = OrderedDict()  # shard → (file descriptor, size)
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self._most_files = OPEN_FILES if limit == resource.RLIM_INFINITY else max(min(OPEN_FILES, limit // 2), 1)
+        most = OPEN_FILES if limit == resource.RLIM_INFINITY else min(OPEN_FILES, limit // 2)
+        self._most_files = max(most // readers, 1)
         self._indexes: OrderedDict[int, Index] = OrderedDict()
         self._index_bytes = 0
 
@@ -121,7 +125,7 @@ class ShardReader:
         if found is None:
             found = self._indexes[shard] = read_index(self._manifest.root / self._manifest.shards[shard].name)
             self._index_bytes += found.nbytes
-            while self._index_bytes > INDEX_BYTES and len(self._indexes) > 1:
+            while self._index_bytes > INDEX_BYTES // self._readers and len(self._indexes) > 1:
                 self._index_bytes -= self._indexes.popitem(last=False)[1].nbytes
         else:
             self._indexes.move_to_end(shard)

@@ -1,12 +1,12 @@
 """Shards → batches of crops, made in loader processes: `batches`.
 
 The order of samples is order.py's: slot s of S belongs to rank ⌊s / (S/world)⌋ and, within the rank, to one worker, so
-a global batch of an indexed set is bit for bit the same at any world size and worker count. Sets of plain tars without
-our index are streamed (url_stream.py): exact at the same world size only.
+a global batch of an indexed set, or of several that are mixed (mix.py), is bit for bit the same at any world size and
+worker count. Sets of plain tars without our index are streamed (url_stream.py): exact at the same world size only.
 """
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -18,12 +18,13 @@ from torch import Tensor
 
 from esvit_scale.config import Config
 from esvit_scale.data import manifest as manifests
+from esvit_scale.data import mix, photometric, photometric_8bit
 from esvit_scale.data import order as orders
-from esvit_scale.data import photometric, photometric_8bit
 from esvit_scale.data.evaluation import EvaluationBatch, centre_crop, evaluation_batches, evaluation_side
 from esvit_scale.data.job import Job, check_division
 from esvit_scale.data.loader import explained_deaths, loader
 from esvit_scale.data.manifest import Manifest
+from esvit_scale.data.mix import MixedSets
 from esvit_scale.data.photometric import Photometric
 from esvit_scale.data.shard_stream import ShardSamples
 from esvit_scale.data.url_stream import UrlSamples, UrlSets
@@ -36,13 +37,14 @@ __all__ = [
     "centre_crop",
     "evaluation_batches",
     "evaluation_side",
+    "images_of_sets",
     "open_data",
     "steps_per_epoch",
 ]
 
 log = logging.getLogger(__name__)
 
-Source = Manifest | UrlSets
+Source = Manifest | MixedSets | UrlSets
 
 
 class Batch(NamedTuple):
@@ -64,7 +66,15 @@ def open_data(config: Config) -> Source:
     Raises:
         UserError: not there, not whole, or not described completely.
     """
+    if MixedSets.wanted(config.data):
+        return MixedSets.open(config.data)
     if UrlSets.wanted(config.data):
+        for urls in (mixed.urls for mixed in config.data.mix if manifests.is_shard_set(Path(mixed.urls))):
+            log.warning(
+                "data.mix: %s is a shard set, but beside plain tars it is read as they are: a resume is exact at the same "
+                "number of ranks and workers only; write the others with `esvit-scale shards create` to mix shard sets",
+                urls,
+            )
         return UrlSets.open(config.data)
     manifest = manifests.load(Path(config.data.train))
     manifests.check_sizes(manifest)
@@ -78,6 +88,15 @@ def steps_per_epoch(config: Config, data: Source) -> int:
         UserError: the set is smaller than one batch.
     """
     return orders.steps_per_epoch(data.samples, config.train.global_batch)
+
+
+def images_of_sets(config: Config, data: Source) -> Callable[[int], dict[str, int]]:
+    """How many images of each set of a mix of shard sets a number of global batches hold, by the sets' names; nothing
+    of other data."""
+    if not isinstance(data, MixedSets):
+        return lambda batches: {}
+    names, order = [one.name for one in data.sets], mix.order_of(config, data)
+    return lambda batches: dict(zip(names, order.images(batches), strict=True))
 
 
 def batches(config: Config, data: Source, rank: int, world_size: int, start: int, stop: int) -> Iterator[Batch]:
@@ -107,6 +126,8 @@ def batches(config: Config, data: Source, rank: int, world_size: int, start: int
         data.check_consumers(world_size * max(workers, 1))
         samples = UrlSamples(job, data)
     else:
+        if isinstance(data, MixedSets):
+            mix.order_of(config, data)  # says at once what does not fit
         samples = ShardSamples(job, data)
     return _joined(loader([samples, partial(_make_parts, job)], workers), max(workers, 1))
 

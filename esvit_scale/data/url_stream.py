@@ -142,7 +142,7 @@ class UrlSamples:
                     raise BadImage("empty file")
                 views, scales, levels = decode_for_views(self.job.config, epoch, key, candidate.image)
             except BadImage as error:
-                bad.append({**where, "reason": reason(error)})
+                bad.append({**where, "reason": reason(error), **({"stand_in": True} if attempt else {})})
                 continue
             if (took := time.monotonic() - began) > SLOW_S:
                 bad.append({**where, "reason": f"slow: {took:.0f} s to decode", "used": True})

@@ -81,7 +81,11 @@ def _pictures(of: Run, label: str) -> Json:
     """Crops, neighbours, and what `evaluate correspondence` and `evaluate attention` drew."""
     latest = next((r for r in reversed(of.results["knn"]) if r.get("examples")), None)
     config = of.config
-    crops = attempt("crops", of.missing, lambda: pictures.crop_grid(config)) if config and config.data.train else None
+    crops = (
+        attempt("crops", of.missing, lambda: pictures.crop_grid(config))
+        if config and (config.data.train or config.data.mix)
+        else None
+    )
     neighbours = attempt("neighbours", of.missing, lambda: _neighbours(latest)) if latest else None
     for kind, command in (("correspondence", "correspondence"), ("attention", "attention")):
         if not of.pictures[kind]:

@@ -72,6 +72,10 @@ def cells(sweep: Sweep, where: str, speed: Speed) -> list[Cell]:
     """
     base = configs.resolve(sweep.base, list(sweep.overrides))
     configs.require_training_data(base)
+    if base.data.mix:
+        raise UserError(
+            f"{where}: {sweep.base}: data.mix: a sweep cuts subsets out of one shard set; give it data.train"
+        )
     data = manifests.load(Path(base.data.train))
     for source in (sweep.evaluate.train, sweep.evaluate.test) if sweep.evaluate else ():
         if not Path(source).is_dir():

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -16,13 +16,14 @@ from esvit_scale.data import stream
 from esvit_scale.data.identity import Identity
 from esvit_scale.data.stream import Batch, Source
 from esvit_scale.data.worker_rates import WorkerRates
-from esvit_scale.errors import Diverged, RestartCanHelp, in_words
+from esvit_scale.errors import Diverged, RestartCanHelp, UserError, in_words
 from esvit_scale.parallel import collectives
 from esvit_scale.parallel import engine as engine_module
 from esvit_scale.train import gauges, metrics, mfu, run_dir, signals
 from esvit_scale.train.lock import Lock
 from esvit_scale.train.monitors import Monitors
 from esvit_scale.train.online_knn import OnlineKnn
+from esvit_scale.train.replaced import ReplacedShare
 from esvit_scale.train.step import Session, StepResult
 from esvit_scale.train.watchdog import Watchdog
 
@@ -68,6 +69,7 @@ class Run:
         self._monitors = Monitors(session.config.objective.prototypes, images, frozen)
         self._wait_s = 0.0
         self._workers = WorkerRates()
+        self._replaced = ReplacedShare(self._batch, session.schedules.steps_per_epoch)
 
     def __enter__(self) -> "Run":
         self._saver = Saver(self._path, self._session.config, self._data, self._check_lock)
@@ -88,6 +90,7 @@ class Run:
     def batches(self, data: Source) -> Iterator[Batch]:
         """This rank's part of every batch from the cursor on, with the time that the step waited for each added up;
         after a roll-back, from the cursor's new place."""
+        self._images_of_sets = stream.images_of_sets(self._session.config, data)
         while self.step < self.last_step:
             rollbacks, world = self._rollbacks, self._session.world
             first, end = self.step + self.data_offset, self.last_step + self.data_offset
@@ -114,6 +117,9 @@ class Run:
         if self._flags & BAD_SAMPLES:
             bad = [sample for samples in collectives.gather_objects(batch.bad) for sample in samples]
             self._journal.bad_samples(self.step, bad)
+            self._replaced.add(bad)
+        else:
+            self._replaced.add(())
         self._journal.advance(self.step)
         if self.row_is_due(self.step):
             self._write_row(result)
@@ -121,6 +127,8 @@ class Run:
             self._skips = 0
         else:
             self._skipped(batch, named=mine & NOT_FINITE or not self._flags & NOT_FINITE)
+        if problem := self._replaced.problem():
+            self._stop(problem)
 
     def row_is_due(self, step: int | None = None) -> bool:
         """Whether the step under way (or `step`) gets a row in metrics.jsonl."""
@@ -156,6 +164,15 @@ class Run:
         self._write_summary(finished=True)
         if self._rank == 0:
             log.info("finished: %d steps, %s", self.step, self._path)
+
+    def _stop(self, problem: str) -> NoReturn:
+        """Save the run and end it because of its data. Raises UserError on all ranks, at the same step."""
+        if not self._skips:
+            self._save()
+        self._saver.wait()
+        with self._logged_only():
+            self._write_summary(finished=False)
+        raise UserError(f"stopped at step {self.step}: {problem}")
 
     def _resume(self) -> None:
         folder = self._checkpoint
@@ -237,6 +254,7 @@ class Run:
         self._row = {
             "step": self.step,
             "images_seen": self.step * self._batch,
+            **{f"images_seen_{k}": n for k, n in self._images_of_sets(self.step + self.data_offset).items()},
             **dict(zip(names, means, strict=True)),
             **self._gauges(result),
             "lr": schedules.lr(done),

@@ -1,0 +1,211 @@
+"""Several shard sets, mixed by weight: which sample of which set comes when, as a pure function of (seed, epoch, manifests).
+
+An epoch of a mix is T = ⌊M/B⌋ steps of B images, M being data.epoch_samples, or the samples of all sets together. As in
+order.py, slot s of S gives B/S images of every step: its images u = t·B/S + i. Which set a slot draws image u from is a
+fixed pattern that follows the weights' shares at every step and in every slot: of two sets it takes the first where
+⌊u·w + φ⌋ moves from u to u + 1, w being the first's share and φ a phase of the slot's own. Of more sets, what is not the
+last set's is divided among the others in the same way.
+
+So the number of samples that a slot has drawn from a set before any position is a formula, and the slots' stretches
+can be laid one behind the other: every draw from a set has a number g = 0, 1, 2, … over the whole run, whoever reads
+it. Draw g is sample g mod N of the set's own epoch ⌊g/N⌋, in the order of order.py, where N are the set's samples. A set
+that is used up begins its next epoch, with other crops, whatever the others do; between two epochs of a set no sample
+is left out and none comes twice.
+
+    photos  N = 6: 0 5 3 1 4 2 | 2 4 0 …     draws 0-5 are its epoch 0, draws 6-11 its epoch 1
+    sketches N = 2: 1 0 | 0 1 | 1 0 | …
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import cached_property
+from itertools import chain, count
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from esvit_scale.config import Config, Data
+from esvit_scale.data import manifest as manifests
+from esvit_scale.data.manifest import Manifest
+from esvit_scale.data.order import Order, hash64, permutation, steps_per_epoch
+from esvit_scale.errors import UserError
+
+CACHED_SHARDS = 1 << 20  # shards whose permutations are kept, over all epochs of all sets
+
+
+class MixedSet(NamedTuple):
+    name: str  # of its folder, made unique
+    manifest: Manifest
+    weight: Fraction
+
+
+@dataclass(frozen=True)
+class MixedSets:
+    """The shard sets of data.mix."""
+
+    sets: tuple[MixedSet, ...]
+    samples: int  # of an epoch
+
+    @staticmethod
+    def wanted(data: Data) -> bool:
+        """Whether data.mix names shard sets only; any other mix is streamed."""
+        return bool(data.mix) and all(manifests.is_shard_set(Path(m.urls)) for m in data.mix)
+
+    @staticmethod
+    def open(data: Data) -> "MixedSets":
+        """Read the manifests and compare the shards' sizes with them.
+
+        Raises:
+            UserError: data.train is set too, or a set is not whole or empty.
+        """
+        if data.train:
+            raise UserError("data.mix: data.train is set too; list every set in data.mix, or give data.train alone")
+        found: list[MixedSet] = []
+        for mixed in data.mix:
+            manifest = manifests.load(Path(mixed.urls))
+            manifests.check_sizes(manifest)
+            if not manifest.samples:
+                raise UserError(f"data.mix: {manifest.root} holds no samples; leave it out")
+            name, taken = manifest.root.resolve().name or "set", {one.name for one in found}
+            unique = next(n for n in chain([name], (f"{name}-{i}" for i in count(2))) if n not in taken)
+            found.append(MixedSet(unique, manifest, Fraction(repr(mixed.weight))))
+        return MixedSets(tuple(found), data.epoch_samples or sum(one.manifest.samples for one in found))
+
+    def moved(self, move: Callable[[Manifest], Manifest]) -> "MixedSets":
+        """The same sets, each as `move` gives it."""
+        return replace(self, sets=tuple(one._replace(manifest=move(one.manifest)) for one in self.sets))
+
+
+def epoch_samples(data: Data) -> int:
+    """Samples of an epoch of whatever `data` names, from manifests and the config alone.
+
+    Raises:
+        UserError: a manifest cannot be read, or plain tars are named without data.epoch_samples.
+    """
+    if MixedSets.wanted(data):
+        return MixedSets.open(data).samples
+    if manifests.is_shard_set(Path(data.train)) or data.epoch_samples is None:
+        return manifests.load(Path(data.train)).samples
+    return data.epoch_samples
+
+
+def order_of(config: Config, data: MixedSets) -> "MixedOrder":
+    """The order of a run's mix.
+
+    Raises:
+        UserError: of a set no image would ever be drawn, or the mix is smaller than a batch.
+    """
+    sets = [(one.weight, [shard.samples for shard in one.manifest.shards]) for one in data.sets]
+    batch = config.train.global_batch
+    steps = steps_per_epoch(data.samples, batch)
+    order = MixedOrder(config.seed, sets, steps, batch, config.slots, config.data.shuffle_window)
+    for one, images in zip(data.sets, order.an_epoch, strict=True):
+        if not images:
+            share = one.weight / sum(other.weight for other in data.sets)
+            raise UserError(
+                f"data.mix: {one.name} has {float(share):.2g} of the weight, which is none of an epoch's {steps * batch} "
+                f"images; give it more weight, or set data.epoch_samples={math.ceil(4 / share)} or more"
+            )
+    return order
+
+
+class Draw(NamedTuple):
+    """One image of a batch."""
+
+    set: int
+    epoch: int  # of the set
+    position: int  # in the order of that epoch
+    order: Order
+
+
+class MixedOrder:
+    """The order of a mix, over all epochs.
+
+    Args:
+        seed: a whole number ≥ 0.
+        sets: of every set, its weight and the samples of its shards.
+        steps, global_batch, slots: T, B and S; S divides B.
+        shuffle_window: shards whose samples are shuffled together.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        sets: Sequence[tuple[Fraction, Sequence[int]]],
+        steps: int,
+        global_batch: int,
+        slots: int,
+        shuffle_window: int,
+    ) -> None:
+        self._seed, self._steps, self._slots, self._window = seed, steps, slots, shuffle_window
+        self._per_slot = global_batch // slots
+        self._counts = [np.asarray(counts, np.int64) for _, counts in sets]
+        self._samples = [int(counts.sum()) for counts in self._counts]
+        weights = [weight for weight, _ in sets]
+        sums = [sum(weights[: k + 1], Fraction()) for k in range(len(weights))]
+        # Of what sets 0..k draw, the share of sets 0..k-1, as numerator and denominator
+        self._shares = [(sums[k - 1] / sums[k]).as_integer_ratio() if k else (0, 1) for k in range(len(sets))]
+        self._phases = [(2 * permutation(slots, seed, "phases", k) + 1).tolist() for k in range(len(sets))]
+        self._orders: OrderedDict[tuple[int, int], Order] = OrderedDict()
+        self._stretches: OrderedDict[tuple[int, ...], NDArray[np.int64]] = OrderedDict()
+
+    def draw(self, batch_index: int, slot: int, i: int) -> Draw:
+        """Image `i` (0..B/S-1) of a slot in global batch `batch_index`."""
+        epoch, step = divmod(batch_index, self._steps)
+        u = step * self._per_slot + i
+        before, after = self._drawn(slot, u), self._drawn(slot, u + 1)
+        number = next(k for k in range(len(before)) if after[k] > before[k])
+        g = epoch * self.an_epoch[number] + self._starts[slot][number] + before[number]
+        set_epoch, position = divmod(g, self._samples[number])
+        return Draw(number, set_epoch, position, self._order(number, set_epoch))
+
+    def images(self, batches: int) -> list[int]:
+        """How many images of each set the first `batches` global batches hold."""
+        epochs, steps = divmod(batches, self._steps)
+        of_slots = [self._drawn(slot, steps * self._per_slot) for slot in range(self._slots)]
+        return [
+            epochs * whole + sum(part) for whole, part in zip(self.an_epoch, zip(*of_slots, strict=True), strict=True)
+        ]
+
+    def _drawn(self, slot: int, u: int) -> list[int]:
+        """How many of the first `u` images of a slot in an epoch come from each set."""
+        drawn = []
+        for k in reversed(range(len(self._shares))):
+            numerator, denominator = self._shares[k]
+            # ⌊u · share + φ⌋ with φ = phase / 2S, in whole numbers
+            whole = 2 * self._slots * denominator
+            others = (2 * self._slots * u * numerator + self._phases[k][slot] * denominator) // whole
+            drawn.append(u - others)
+            u = others
+        return drawn[::-1]
+
+    @cached_property
+    def _starts(self) -> list[list[int]]:
+        """[slots + 1][sets]: draws of an epoch from a set by the slots before; last, by all slots."""
+        starts = [[0] * len(self._shares)]
+        for slot in range(self._slots):
+            drawn = self._drawn(slot, self._steps * self._per_slot)
+            starts.append([a + b for a, b in zip(starts[-1], drawn, strict=True)])
+        return starts
+
+    @cached_property
+    def an_epoch(self) -> list[int]:
+        """Images of an epoch from each set."""
+        return self._starts[-1]
+
+    def _order(self, number: int, epoch: int) -> Order:
+        found = self._orders.get((number, epoch))
+        if found is None:
+            seed = hash64(self._seed, "mix", number)
+            found = Order(seed, epoch, self._counts[number], 1, 1, self._window, self._stretches)
+            self._orders[number, epoch] = found
+            while sum(len(self._counts[k]) for k, _ in self._orders) > CACHED_SHARDS and len(self._orders) > 1:
+                self._orders.popitem(last=False)
+        else:
+            self._orders.move_to_end((number, epoch))
+        return found
