@@ -7,10 +7,11 @@ blocks are told which of the two passes moves their running statistics.
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cache
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from esvit_scale.models import batch_norm
@@ -18,17 +19,35 @@ from esvit_scale.models import batch_norm
 Door = Literal["none", "torch", "deepspeed", "fairscale"]
 
 
-def apply(trunk: Any, door: Door) -> None:
-    """Makes every block of the trunk run through the chosen door (`trunk.run_block`)."""
+def apply(trunk: Any, door: Door, autocast: str | None = None) -> None:
+    """Make every block of the trunk run through the chosen implementation (`trunk.run_block`).
+
+    Args:
+        autocast: the device type when the run trains in bf16 autocast: DeepSpeed's and fairscale's recomputation runs
+            outside the autocast that the forward ran in (torch's enters it again), so that blocks enter it themselves.
+    """
     if door in ("deepspeed", "fairscale"):
         for block in trunk.blocks:
             batch_norm.moves_without_gradient(block)
+            if autocast:
+                block.__class__ = _in_autocast(type(block), autocast)
     if door == "torch":
         trunk.run_block = _through_torch
     elif door == "deepspeed":
         trunk.run_block = _through_deepspeed
     elif door == "fairscale":
         _wrap_with_fairscale(trunk)
+
+
+@cache
+def _in_autocast(kind: type[nn.Module], device_type: str) -> type[nn.Module]:
+    """Return a subclass whose forward runs in bf16 autocast."""
+
+    def forward(self: Any, *inputs: Any, **named: Any) -> Any:
+        with torch.autocast(device_type, torch.bfloat16):
+            return kind.forward(self, *inputs, **named)
+
+    return type(kind.__name__, (kind,), {"forward": forward})
 
 
 def _through_torch(block: Callable[..., Any], *inputs: Any) -> Any:

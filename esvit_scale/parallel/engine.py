@@ -55,7 +55,8 @@ def build(config: Config, recipe: Recipe, world: World) -> Engines:
         raise UserError("train.precision=fp16: needs a GPU; on a CPU use bf16 or fp32")
     with deepspeed.zero.Init(config_dict_or_path=ds, enabled=stage == 3):
         module = recipe.build()
-    activation_checkpointing.apply(module.trunk, config.train.activation_checkpointing)  # type: ignore[arg-type]
+    in_autocast = world.device.type if config.train.precision == "autocast" else None
+    activation_checkpointing.apply(module.trunk, config.train.activation_checkpointing, in_autocast)  # type: ignore[arg-type]
     groups = recipe.groups(module)
     optimizer = optimizers.build(config.optim, _param_groups(module, groups), stage)
     student, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds, dist_init_required=False)
