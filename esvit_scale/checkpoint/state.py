@@ -107,12 +107,22 @@ def _together(folder: Path, work: Callable[[], T]) -> list[T]:
     return [result for result, _ in answers]
 
 
+def not_finite(engines: Engines, centers: dict[str, Tensor]) -> list[str]:
+    """Return the names of the state's tensors that hold a NaN or an infinity on any rank. All ranks call it."""
+    intervals = _intervals(engines, _optimizer_steps(engines), centers)
+    owned = {name: interval.values for name, interval in intervals.items() if interval.values.numel()}
+    largest = [torch.linalg.vector_norm(values, torch.inf).to(engines.gate.device) for values in owned.values()]
+    finite = torch.isfinite(torch.stack(largest)).tolist() if largest else []
+    mine = [name for name, is_finite in zip(owned, finite, strict=True) if not is_finite]
+    return sorted({name for of_rank in collectives.gather_objects(mine) for name in of_rank})
+
+
 def restore(folder: Path, engines: Engines, centers: dict[str, Tensor]) -> dict[str, int]:
     """Reads a checkpoint of any world size and ZeRO stage into engines and `centers`; returns its cursor.
 
     Raises:
-        UserError: another architecture (the first differing tensors are named), another kind of optimizer, or a damaged
-            checkpoint.
+        UserError: another architecture (the first differing tensors are named), another kind of optimizer, a damaged
+            checkpoint, or one with a NaN or an infinity, as runs of before this was checked at a save could leave.
     """
     state = step_folders.read_state(folder)
     shapes = shapes_of(engines.student.module)
@@ -127,6 +137,11 @@ def restore(folder: Path, engines: Engines, centers: dict[str, Tensor]) -> dict[
     partitions.publish(engines.student)
     engines.teacher.follow_frozen()
     engines.teacher.publish()
+    if bad := not_finite(engines, centers):
+        raise UserError(
+            f"{folder}: has values that are not finite ({', '.join(bad[:3])}); remove this folder, and the run goes on "
+            "from the checkpoint before it"
+        )
     return state["cursor"]
 
 

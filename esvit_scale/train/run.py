@@ -141,7 +141,8 @@ class Run:
 
     def save_if_due(self) -> None:
         due = self.step % self._session.config.train.checkpoint_every == 0 or self._flags & SAVE_NOW
-        if self._flags & ASKED or (due and not self._skips):  # a roll-back must lead out of a bad stretch
+        must = self._flags & ASKED or self.step == self.last_step
+        if must or (due and not self._skips):  # a roll-back must lead out of a bad stretch
             self._save()
 
     def leave(self) -> int:
@@ -212,10 +213,10 @@ class Run:
         keys = [key for keys in collectives.gather_objects(batch.keys if named else []) for key in keys]
         self._journal.not_finite(self.step, keys)
         if self._skips == self._session.config.train.skips_before_rollback:
-            self._roll_back()
+            self._roll_back(f"loss or gradients were not finite for {self._skips} steps in a row")
 
-    def _roll_back(self) -> None:
-        """To the last good checkpoint, with the data of the steps since then left behind.
+    def _roll_back(self, reason: str) -> None:
+        """Go back to the last good checkpoint, and leave the data of the steps since then behind.
 
         Raises:
             Diverged: there is none, or this was done often enough.
@@ -227,7 +228,7 @@ class Run:
             with self._logged_only():
                 self._write_summary(finished=False)
             raise Diverged(
-                f"{self._path}: gradients were not finite for {self._skips} steps in a row, up to step {self.step}, "
+                f"{self._path}: {reason}, up to step {self.step}, "
                 f"{'before the first checkpoint' if folder is None else f'after going back {self._rollbacks} times'}; "
                 "their samples are in quarantine.jsonl, the norms before them in metrics.jsonl. Try a lower optim.lr, a "
                 "longer optim.warmup_epochs, model.freeze_patch_embed=true, or train.precision=fp32"
@@ -240,8 +241,8 @@ class Run:
         self._window_began, self._window_step, self._wait_s = time.monotonic(), self.step, 0.0
         if self._rank == 0:
             log.warning(
-                "%d steps in a row were skipped: back from step %d to %s, with other data (offset %d); %d of %d times",
-                *(self._session.config.train.skips_before_rollback, failed, folder.name, self.data_offset),
+                "%s: back from step %d to %s, with other data (offset %d); %d of %d times",
+                *(reason, failed, folder.name, self.data_offset),
                 *(self._rollbacks, self._session.config.train.rollbacks),
             )
 
@@ -298,6 +299,9 @@ class Run:
         if self._saved == self.step:
             return
         collectives.on_rank_0(self._check_lock)
+        if bad := state.not_finite(self._session.engines, self._session.objective.memory()):
+            self._roll_back(f"the state is not finite ({', '.join(bad[:3])}) and was not saved")
+            return
         cursor = {
             "step": self.step,
             "optimizer_step": self.optimizer_step,

@@ -31,16 +31,16 @@ def session_of(tmp_path: Path, **overrides: Any) -> Session:
 
 
 def one_step(session: Session, step: int) -> StepResult:
-    """A step on noise, the same for the same step number."""
-    generator, accum = torch.Generator().manual_seed(step), session.config.train.grad_accum
-    images = session.config.train.global_batch // accum
+    """A step on noise, the same for the same step number and rank."""
+    generator, accum = torch.Generator().manual_seed(step + 1000 * session.world.rank), session.config.train.grad_accum
+    images = session.config.train.global_batch // accum // session.world.size
     micro = [
         MicroBatch(
             [
                 torch.randn(n * images, 3, size, size, generator=generator).to(session.engines.dtype)
                 for n, size in ((2, 32), (4, 16))
             ],
-            torch.arange(images) + images * i,
+            torch.arange(images) + images * (accum * session.world.rank + i),
         )
         for i in range(accum)
     ]

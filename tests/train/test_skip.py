@@ -102,6 +102,27 @@ def test_the_data_offset_outlives_a_resume(tmp_path: Path, monkeypatch: pytest.M
     assert batches[21:] == list(range(21, 25))
 
 
+def test_a_state_that_is_not_finite_is_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A moment of the optimizer turns infinite at the end (a flipped bit, say): the run goes back, and on to its end."""
+    config = tiny.config(tmp_path / "run", tiny.shards(tmp_path / "shards"))
+    real_step, spoiled = loop.train_step, []
+
+    def step(session: Any, batch: Any, at: int, **options: Any) -> Any:
+        result = real_step(session, batch, at, **options)
+        if at == config.train.steps - 1 and not spoiled:
+            spoiled.append(session.engines.partitions[3].name)
+            moments = session.engines.optimizer.state[session.engines.partitions[3].flat]
+            session.engines.partitions[3].within(moments["exp_avg_sq"])[0] = math.inf
+        return result
+
+    monkeypatch.setattr(loop, "train_step", step)
+    assert loop.pretrain(config) == 0
+    said = f"the state is not finite (exp_avg_sq/{spoiled[0]}) and was not saved: back from step 20 to step-00000010"
+    assert said in (config.run_path / "log.txt").read_text()
+    summary = json.loads((config.run_path / "summary.json").read_text())
+    assert (summary["finished"], summary["step"], summary["rollbacks"]) == (True, 20, 1)
+
+
 def test_one_nan_costs_one_step_and_names_its_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = poison(monkeypatch, [7])
     config = tiny.config(tmp_path / "run", tiny.shards(tmp_path / "shards"))

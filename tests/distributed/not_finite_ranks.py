@@ -1,0 +1,30 @@
+"""Run under torchrun by test_not_finite.py: a NaN on the last rank alone refuses the step on every rank."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from esvit_scale.parallel import world as world_module
+from tests.train.test_not_finite import FAULTS, blind_deepspeed, everything, inject, one_step, session_of
+
+
+def main(folder: str) -> None:
+    world = world_module.start()
+    for ds_config, precision in (("zero0", "fp32"), ("zero1", "bf16"), ("zero2", "autocast"), ("zero3", "bf16")):
+        session = session_of(Path(folder), train__ds_config=ds_config, train__precision=precision)
+        blind_deepspeed(session, pytest.MonkeyPatch())
+        for step, (fault, (where, value)) in enumerate(FAULTS.items()):
+            assert one_step(session, 4 + 2 * step).applied
+            before = everything(session)
+            remove = inject(session, where, value) if world.rank == world.size - 1 else lambda: None
+            assert not one_step(session, 5 + 2 * step).applied, (ds_config, fault)
+            remove()
+            same = (torch.equal(a, b) for a, b in zip(before, everything(session), strict=True))
+            assert all(same), (ds_config, fault)
+    world_module.stop()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
