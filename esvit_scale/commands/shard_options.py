@@ -27,6 +27,7 @@ def add_source(parser: argparse.ArgumentParser) -> None:
         help="a table's column; of other sources parent (folder), archive (its name), last (a line's last word) or none",
     )
     source.add_argument("--caption", metavar="COLUMN", help="of a table")
+    source.add_argument("--quoted", action="store_true", help="fields of a TSV may be quoted, as those of a CSV are")
     source.add_argument("--classes", type=Path, metavar="FILE", help="class names in the order of their numbers")
 
 
@@ -38,7 +39,13 @@ def source_options(options: argparse.Namespace) -> "SourceOptions":
     from esvit_scale.data.sources import SourceOptions
 
     return SourceOptions(
-        options.kind, options.root, options.image_column, options.label, options.caption, options.classes
+        options.kind,
+        options.root,
+        options.image_column,
+        options.label,
+        options.caption,
+        options.classes,
+        options.quoted,
     )
 
 

@@ -59,7 +59,7 @@ def list_images(root: Path, label: str | None = None, beside: Sequence[str] = ()
         what = "is a file, not a folder" if root.exists() else "no such folder"
         raise UserError(f"{root}: {what}{_nearest(root)}")
     left, paths, others = LeftOut(), [], []
-    for path in _walk(os.fspath(root), left):
+    for path in walk(root, left):
         if (ending := _ending(path)) in EXTENSIONS:
             paths.append(path)
         elif ending and ending in beside:
@@ -114,8 +114,9 @@ def _count_empty_classes(root: Path, classes: Sequence[str], left: LeftOut) -> N
             left.add(FOLDERS, left_out.EMPTY_CLASS, printable(entry.name))
 
 
-def _walk(root: str, left: LeftOut) -> Iterator[str]:
-    """Paths of the files below a folder, relative to it; what is hidden, dangling, circular or special is counted.
+def walk(root: Path, left: LeftOut) -> Iterator[str]:
+    """Yield the paths of the files below a folder, relative to it, through links to folders; what is hidden, circular,
+    dangling or special is counted (not the latter two where the name is an image's).
 
     Raises:
         UserError: a folder cannot be listed.

@@ -186,8 +186,14 @@ def _write_set(
                 known += [_archive_row(file, reason) for file, reason in source.damaged]
                 listed = planned.left_out.rows()
                 intent = Intent(identity, plan.shards, plan.samples, source.classes, options, known, listed)
-                if set_folder.read_intent(destination) is None:
+                begun = set_folder.read_intent(destination)
+                if begun is None:
                     set_folder.write_intent(destination, intent)
+                elif begun.classes != source.classes:
+                    raise UserError(
+                        f"{destination}: was begun by a version that numbered the classes otherwise; delete {partial} to "
+                        "begin again"
+                    )
                 _write_shards(plan, partial, part, workers)
                 if part:
                     if strict:

@@ -275,7 +275,7 @@ BAD = {
     "y.csv": ("path,b\n1,2\n", {"label": "bb"}, r"--label bb: no such column; did you mean 'b'"),
     "z.csv": ("path,b\n", {}, "no rows below its header"),
     "v.csv": ("", {}, "its first row names the columns"),
-    "w.csv": ("path,b\nx.png\n", {"label": "b"}, "row 2 has 1 columns, too few"),
+    "w.csv": ("path,b\nx.png\n", {"label": "b"}, "line 2 has 1 columns, too few"),
     "x.txt": ("\n# only\n", {}, "no path in it"),
     "y.txt": ("\0\1\2" * 10, {}, "line 1 is no path"),
     "z.txt": ("word\n", {"label": "last"}, "line 1 has one word"),
@@ -437,8 +437,11 @@ def test_names_that_are_no_utf8_in_lists(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_bytes(name + b"\n" + b"gone\xe9.png\n")
     assert write(tmp_path / "x.txt", tmp_path / "set").samples == 1
     assert json.loads((tmp_path / "set" / "quarantine.jsonl").read_text())["file"] == "gone\\xe9.png"
-    (tmp_path / "x.csv").write_bytes(b"path,c\n" + name + b",na\xefve\n")
+    (tmp_path / "x.csv").write_bytes(b"path,c\n" + name + b",plain\n")
     assert write(tmp_path / "x.csv", tmp_path / "set2", caption="c").samples == 1
+    (tmp_path / "x.csv").write_bytes(b"path,c\n" + name + b",plain\n" + name + b",na\xefve\n")
+    with pytest.raises(UserError, match=r"line 3: na\\xefve is not UTF-8"):
+        write(tmp_path / "x.csv", tmp_path / "set3", caption="c")
 
 
 def test_create_is_the_folder_with_the_defaults(image_folder: Path, tmp_path: Path) -> None:

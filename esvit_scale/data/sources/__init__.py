@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from esvit_scale.data.image_folder import list_images
-from esvit_scale.data.sources.base import Source, read_classes
+from esvit_scale.data.left_out import LeftOut
+from esvit_scale.data.sources.base import Source, read_classes, visible_files
 from esvit_scale.data.sources.folder import FolderSource
 from esvit_scale.data.sources.imagenet import imagenet_sources
 from esvit_scale.data.sources.img2dataset import img2dataset_source, is_img2dataset
@@ -38,6 +39,7 @@ class SourceOptions:
     label: str | None = None  # a column of a table; `parent`, `archive`, `last` or `none` of other sources
     caption: str | None = None  # a column of a table
     classes: Path | None = None  # names, one a line
+    quoted: bool = False  # whether fields of a TSV may be quoted, as those of a CSV are
 
 
 def source_record(options: SourceOptions) -> dict[str, Any]:
@@ -70,7 +72,10 @@ def _open(where: str, options: SourceOptions) -> dict[str, Source]:
         raise UserError(f"{path}: no such file or folder")
     if kind == "imagenet":
         return dict(imagenet_sources(path, _folder_label(options.label), classes))
-    return {"": _single(kind, where, path, options, classes)}
+    source = _single(kind, where, path, options, classes)
+    if options.label not in (None, "none") and not source.classes:
+        raise UserError(f"{where}: --label {options.label}: none of its {len(source)} images has one")
+    return {"": source}
 
 
 def _single(kind: str, where: str, path: Path, options: SourceOptions, classes: tuple[str, ...] | None) -> Source:
@@ -82,12 +87,17 @@ def _single(kind: str, where: str, path: Path, options: SourceOptions, classes: 
         return list_source(where, options.root, options.label, classes)
     if kind in ("csv", "tsv"):
         columns = (options.image_column, options.label, options.caption)
-        return table_source(path, "\t" if kind == "tsv" else ",", options.root, *columns, classes)
+        separator, quoted = ("\t", options.quoted) if kind == "tsv" else (",", True)
+        return table_source(path, separator, quoted, options.root, *columns, classes)
     if kind == "parquet":
-        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in (".parquet", ".pq"))
+        left = LeftOut()
+        files = [path] if path.is_file() else visible_files(path, (".parquet", ".pq"), left)
         if not files:
-            raise UserError(f"{path}: no .parquet files in it")
-        return parquet_source(files, options.root, options.image_column, options.label, options.caption, classes)
+            raise UserError(f"{path}: no .parquet files in it{': ' + left.short() if left else ''}")
+        columns = (options.image_column, options.label, options.caption)
+        source = parquet_source(files, options.root, *columns, classes)
+        source.left_out.update(left)
+        return source
     if kind == "tars":
         return tar_source(path, options.label, classes)
     return zip_source(path, options.label, classes)

@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 from esvit_scale.data import left_out
 from esvit_scale.data.class_names import NO_LABEL, UNKNOWN, numbered, numbered_as
 from esvit_scale.data.decode import EXTENSIONS, BadImage
-from esvit_scale.data.left_out import LeftOut
+from esvit_scale.data.image_folder import printable, walk
+from esvit_scale.data.left_out import FILES, IMAGES, LeftOut
 from esvit_scale.data.progress import say
 from esvit_scale.errors import UserError
 
 EXTRAS = ("json", "txt")  # members beside the image that are carried over: metadata and caption
 SAY_AFTER = 2_000_000  # samples: listing more takes a while
+SET_FILES = ("manifest.json", "quarantine.jsonl")  # beside the tars of a shard set
 MAX_EXTRA = 1 << 20  # bytes; a larger one is no caption
 
 
@@ -120,19 +122,23 @@ class Labels:
         """n samples without a label."""
         self._ids.extend(array("i", [-1]) * n)
 
-    def finish(self, classes: Iterable[str] | None = None) -> tuple[tuple[str, ...], NDArray[np.int32]]:
+    def finish(
+        self, classes: Iterable[str] | None = None, by_number: bool = False
+    ) -> tuple[tuple[str, ...], NDArray[np.int32]]:
         """Classes, and each sample's class number (NONE without a label, UNKNOWN for one not in `classes`).
 
-        Given classes are found by name, or by number where no class is named so; otherwise as `class_names.numbered`.
+        Given classes are found by name, or by number where no class is named so, or with `by_number` by number alone;
+        otherwise as `class_names.numbered`.
 
         Raises:
             UserError: a negative number among whole numbers.
         """
         ids = np.frombuffer(self._ids, np.int32) if self._ids else np.empty(0, np.int32)
-        names, find = numbered(self._known)
-        if classes is not None and self._known:
+        if classes is None or not self._known:
+            names, find = numbered(self._known)
+        else:
             names = tuple(classes)
-            find = numbered_as(names, self._known)
+            find = numbered_as(names if not by_number else list(map(str, range(len(names)))), self._known)
         table = np.array([*(find.get(text, self.NONE) for text in self._known), self.NONE], np.int32)
         return names, table[ids]
 
@@ -164,10 +170,19 @@ def parent_label(path: str) -> str | None:
     return path.rpartition("/")[0].rpartition("/")[2] or None
 
 
-def visible_files(root: Path, suffix: str) -> list[Path]:
-    """Files below `root` that end so, by name; not what is hidden or in a hidden folder."""
-    found = (path for path in root.rglob(f"*{suffix}") if path.is_file())
-    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(root).parts))
+def visible_files(root: Path, suffixes: tuple[str, ...], left: LeftOut) -> list[Path]:
+    """Files below `root` that end so, by name, through links to folders; all others are counted, but for a shard set's
+    own manifest, indexes and quarantine."""
+    found = []
+    for path in walk(root, left):
+        base = path.rpartition("/")[2]
+        if base.lower().endswith(suffixes):
+            found.append(root / path)
+        elif is_image(base):
+            left.add(IMAGES, left_out.BESIDE_ARCHIVES, printable(path))
+        elif base not in SET_FILES and not base.endswith(".index.jsonl"):
+            left.add(FILES, left_out.BESIDE_ARCHIVES, printable(path))
+    return sorted(found)
 
 
 def read_classes(path: Path | None) -> tuple[str, ...] | None:

@@ -20,9 +20,12 @@ class PathSource(Source):
 
     Args:
         rows: [path, label text or None, caption or None]; relative paths start at `root`.
+        by_number: labels are numbers of `classes`, whatever these are called.
     """
 
-    def __init__(self, rows: Iterator[list[str | None]], root: Path, classes: Sequence[str] | None) -> None:
+    def __init__(
+        self, rows: Iterator[list[str | None]], root: Path, classes: Sequence[str] | None, by_number: bool = False
+    ) -> None:
         super().__init__()
         self.root = root
         self._rows, labels = Rows(), Labels()
@@ -33,7 +36,7 @@ class PathSource(Source):
             labels.append(label)
         self._rows.finish()
         self._digest = digest.digest()
-        self.classes, self._labels = labels.finish(classes)
+        self.classes, self._labels = labels.finish(classes, by_number)
 
     def __len__(self) -> int:
         return len(self._rows)

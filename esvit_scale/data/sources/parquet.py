@@ -1,24 +1,33 @@
-"""Parquet files with a column of image paths or of image bytes (plain, or Hugging Face's {bytes, path}).
-
-pyarrow reads them; it comes with the extra `parquet`.
-"""
+"""Parquet files with a column of image paths or of image files (plain, or Hugging Face's {bytes, path})."""
 
 import os
-from collections import OrderedDict
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from esvit_scale.data.decode import BadImage
+from esvit_scale.data.image_folder import read_file
+from esvit_scale.data.left_out import EMPTY, NO_PATH, ROWS, UNREADABLE, LeftOut
+from esvit_scale.data.sources import arrow
 from esvit_scale.data.sources.base import Item, Labels, Source, labelled
 from esvit_scale.data.sources.listing import PathSource
 from esvit_scale.data.sources.table import Columns
 from esvit_scale.errors import UserError
 
-CACHED_BYTES = 512_000_000  # of row groups in memory per process, and one at least
-BATCH = 4096  # rows of small columns read at a time
+BATCH_BYTES = 16_000_000  # of images in memory at a time, about
+MOST_ROWS = 1024  # in a batch
+SPLIT = re.compile(r"(train|test|val|valid|validation|dev)(?![a-z])", re.IGNORECASE)
+
+
+class Chosen(NamedTuple):
+    """The columns that are read."""
+
+    image: str
+    label: str | None
+    caption: str | None
 
 
 def parquet_source(
@@ -31,72 +40,122 @@ def parquet_source(
 ) -> Source:
     """Rows of one or more files, in the order given.
 
+    Args:
+        root: where relative paths start; by default the file's folder.
+
     Raises:
         UserError: pyarrow is missing, a file cannot be read, no such column or one of another type, no rows.
     """
-    _pyarrow()
-    first = _open(paths[0])
+    first = arrow.open_file(paths[0])
     names = first.schema_arrow.names
     columns = Columns(str(paths[0]), names, image, label, caption)
-    chosen = [names[i] if i is not None else None for i in (columns.image, columns.label, columns.caption)]
-    for path in paths:
-        missing = [name for name in chosen if name and name not in _open(path).schema_arrow.names]
-        if missing:
-            raise UserError(f"{path}: no column {missing[0]}, which {paths[0].name} has")
-    if not sum(_open(path).metadata.num_rows for path in paths):
-        raise UserError(f"{paths[0]}: no rows")
-    kind = first.schema_arrow.field(columns.image).type
-    name = str(chosen[0])
-    if _is_bytes(kind):
-        return BytesSource(paths, name, name, chosen[1], chosen[2], classes)
-    if _is_struct_of_bytes(kind):
-        return BytesSource(paths, name, f"{name}.bytes", chosen[1], chosen[2], classes)
-    if not _is_text(kind):
-        raise UserError(f"{paths[0]}: column {name} holds {kind}; paths (text) or image files (binary) are needed")
+    others = (names[i] if i is not None else None for i in (columns.label, columns.caption))
+    chosen = Chosen(names[columns.image], *others)
+    _check_files(paths, chosen)
     start = root if root is not None else paths[0].parent
-    return PathSource(_path_rows(paths, name, chosen[1], chosen[2]), start, classes)
+    kind = first.schema_arrow.field(columns.image).type
+    if _holds_images(kind):
+        source: Source = BytesSource(paths, start, chosen, classes)
+    elif arrow.kind_of(kind) == arrow.TEXT or (
+        arrow.kind_of(kind) == arrow.STRUCT and arrow.fields(kind).get("path") == arrow.TEXT
+    ):
+        left = LeftOut()
+        named = _given(paths, chosen, classes)
+        source = PathSource(_path_rows(paths, chosen, left), start, named, by_number=named is not classes)
+        source.left_out = left
+        if not len(source):
+            raise UserError(f"{paths[0]}: {left.short()}")
+    else:
+        several = "; several images a row: write a row for each" if "list<" in str(kind) else ""
+        raise UserError(
+            f"{paths[0]}: column {chosen.image} holds {kind}; paths (text) or image files (binary) are needed{several}"
+        )
+    splits = sorted({found[1].lower() for path in paths if (found := SPLIT.match(path.name))})
+    if len(splits) > 1:
+        source.notes.append(
+            f"{paths[0].parent}: its files are of {' and '.join(splits)}, which all come into one set; give one split's files"
+        )
+    return source
+
+
+def _check_files(paths: Sequence[Path], chosen: Chosen) -> None:
+    """Raises UserError for a file without the columns, a column of labels that is no label, and no rows at all."""
+    total = 0
+    for path in paths:
+        file = arrow.open_file(path)
+        schema = file.schema_arrow
+        total += file.metadata.num_rows
+        if missing := [name for name in chosen if name and name not in schema.names]:
+            raise UserError(f"{path}: no column {missing[0]}, which {paths[0].name} has")
+        if chosen.label and not arrow.is_label(kind := schema.field(chosen.label).type):
+            raise UserError(f"{path}: column {chosen.label} holds {kind}; one label (a number or text) a row is needed")
+    if not total:
+        raise UserError(f"{paths[0]}: no rows")
+
+
+def _holds_images(kind: Any) -> bool:
+    if arrow.kind_of(kind) == arrow.STRUCT:
+        return arrow.fields(kind).get("bytes") in (arrow.BYTES, arrow.NUMBERS)
+    return arrow.kind_of(kind) in (arrow.BYTES, arrow.NUMBERS)
+
+
+def _given(paths: Sequence[Path], chosen: Chosen, classes: Sequence[str] | None) -> Sequence[str] | None:
+    """The class names that were given, or those that the files hold. Raises UserError when these differ."""
+    if classes is not None or chosen.label is None:
+        return classes
+    found = {arrow.class_names(path, chosen.label): path for path in paths}
+    if len(found) > 1:
+        one, other = list(found.values())[:2]
+        raise UserError(
+            f"{one.name} and {other.name} name the classes of {chosen.label} differently; give --classes FILE"
+        )
+    return next(iter(found))
 
 
 class BytesSource(Source):
-    """Image files inside a column. Its blocks are row groups, which can only be read as a whole."""
+    """Image files inside a column. Its blocks are row groups, which are read from their front, a batch at a time.
 
-    def __init__(
-        self,
-        paths: Sequence[Path],
-        image: str,
-        field: str,
-        label: str | None,
-        caption: str | None,
-        classes: Sequence[str] | None,
-    ) -> None:
+    A row whose bytes are null is read from its path.
+    """
+
+    def __init__(self, paths: Sequence[Path], start: Path, chosen: Chosen, classes: Sequence[str] | None) -> None:
         super().__init__()
         self.root = paths[0].parent
-        self._paths, self._image, self._field, self._caption = list(paths), image, field, caption
+        self._paths, self._start, self._chosen = list(paths), start, chosen
         self._groups: list[tuple[int, int]] = []  # (file, row group) of every block
         sizes: list[int] = []
         for number, path in enumerate(paths):
-            meta = _open(path).metadata
+            meta = arrow.open_file(path).metadata
             rows = [meta.row_group(g).num_rows for g in range(meta.num_row_groups)]
             self._groups += [(number, g) for g, n in enumerate(rows) if n]
             sizes += [n for n in rows if n]
         self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         self.blocks = self._starts[:-1]
-        labels = Labels()
-        if label is None:
+        self._read_labels(classes)
+        stats = [(str(p.name), p.stat().st_size) for p in paths]
+        kind = arrow.open_file(paths[0]).schema_arrow.field(chosen.image).type
+        field = f"{chosen.image}.bytes" if arrow.kind_of(kind) == arrow.STRUCT else chosen.image
+        self._digest = repr((stats, field, chosen.label, chosen.caption, self.classes)).encode()
+        self._stream: _Stream | None = None
+
+    def _read_labels(self, classes: Sequence[str] | None) -> None:
+        labels, column = Labels(), self._chosen.label
+        named = _given(self._paths, self._chosen, classes)
+        if column is None:
             labels.extend_without(len(self))
         else:
-            for path in paths:
-                for row in _rows(path, [label]):
-                    labels.append(None if row[label] is None else str(row[label]))
-        self.classes, self._labels = labels.finish(classes)
+            for path in self._paths:
+                for row in arrow.rows(path, [column]):
+                    labels.append(arrow.label_text(row[column]))
+        by_number = (
+            named is not classes
+        )  # names of the file's own: a label is a number, whatever the classes are called
+        self.classes, self._labels = labels.finish(named, by_number)
         if len(self._labels) != len(self):
             raise UserError(
-                f"{paths[0] if len(paths) == 1 else self.root}: damaged: {len(self)} rows by its index, "
+                f"{self._paths[0] if len(self._paths) == 1 else self.root}: damaged: {len(self)} rows by its index, "
                 f"{len(self._labels)} labels in it"
             )
-        stats = [(str(p.name), p.stat().st_size) for p in paths]
-        self._digest = repr((stats, field, label, caption, self.classes)).encode()
-        self._cache: OrderedDict[int, tuple[Any, Any]] = OrderedDict()
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -109,16 +168,13 @@ class BytesSource(Source):
 
     def read(self, i: int) -> Item:
         block = self._block(i)
-        images, captions = self._group(block)
         row = i - int(self._starts[block])
-        try:
-            data = images[row].as_py()
-            text = captions[row].as_py() if captions is not None else None
-        except (ValueError, IndexError, _pyarrow().ArrowException) as error:
-            raise BadImage(f"its row cannot be read: {_line(error)}") from None
+        image, caption = self._row(block, row)
+        data, path = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
         if data is None:
-            raise BadImage("no bytes in this row")
-        return Item(data, labelled(self, self._labels, i), {"txt": str(text).encode()} if text else {})
+            data = self._file(path)
+        extras = {} if caption is None else {"txt": str(caption).encode("utf-8", "backslashreplace")}
+        return Item(bytes(data), labelled(self, self._labels, i), extras)
 
     def size(self, i: int) -> int:
         return 0  # known only by reading the column
@@ -129,86 +185,78 @@ class BytesSource(Source):
     def _block(self, i: int) -> int:
         return int(np.searchsorted(self._starts, i, side="right")) - 1
 
-    def _group(self, block: int) -> tuple[Any, Any]:
-        """Arrow columns of images and captions (None without)."""
-        found = self._cache.get(block)
-        if found is None:
-            while self._cache and sum(images.nbytes for images, _ in self._cache.values()) > CACHED_BYTES:
-                self._cache.popitem(last=False)
-            file, group = self._groups[block]
-            found = self._cache[block] = self._read_group(self._paths[file], group)
-        else:
-            self._cache.move_to_end(block)
-        return found
-
-    def _read_group(self, path: Path, group: int) -> tuple[Any, Any]:
-        wanted = [self._field] + ([self._caption] if self._caption else [])
+    def _row(self, block: int, row: int) -> tuple[Any, Any]:
+        """(image, caption) of a row: from the batches that are being read when it lies ahead, else from the front."""
+        file, group = self._groups[block]
         try:
-            table = _open(path).read_row_group(group, columns=wanted, use_threads=False)
-        except (OSError, ValueError, _pyarrow().ArrowException) as error:
-            raise BadImage(f"its row group cannot be read: {_line(error)}") from None
-        column = table.column(self._image)
-        if self._field != self._image:
-            column = _pyarrow().compute.struct_field(column, "bytes")
-        return column, table.column(self._caption) if self._caption else None
+            if self._stream is None or not self._stream.reaches(block, row):
+                self._stream = _Stream(self._paths[file], block, group, self._chosen)
+            return self._stream.row(row)
+        except (OSError, ValueError, IndexError, StopIteration, arrow.pyarrow().ArrowException) as error:
+            self._stream = None
+            raise BadImage(f"its row cannot be read: {arrow.one_line(error) or 'the row group is cut'}") from None
+
+    def _file(self, path: str | None) -> bytes:
+        """The image that a row names instead of holding it. Raises BadImage or OSError."""
+        if not path:
+            raise BadImage("neither bytes nor a path in this row", EMPTY)
+        if "://" in path or "\0" in path:
+            raise BadImage(f"no bytes in this row, and its path is no file's: {path[:100]!r}", UNREADABLE)
+        inside = os.path.normpath(path)
+        if inside == ".." or inside.startswith("../"):
+            raise BadImage(f"no bytes in this row, and its path leads out of {self._start}: {path[:100]}", UNREADABLE)
+        return read_file(self._start / inside)
 
 
-def _path_rows(paths: Sequence[Path], image: str, label: str | None, caption: str | None) -> Iterator[list[str | None]]:
-    for path in paths:
-        rows = _rows(path, [c for c in (image, label, caption) if c])
-        for number, row in enumerate(rows, 1):
-            name, text, words = (row[c] if c else None for c in (image, label, caption))
-            if not name:
-                raise UserError(f"{path}: row {number} names no image file")
-            yield [name, None if text is None else str(text), None if words is None else str(words)]
+class _Stream:
+    """The rows of one row group from the front, a batch in memory at a time, in the process that made it."""
+
+    def __init__(self, path: Path, block: int, group: int, chosen: Chosen) -> None:
+        self._chosen, self._at = chosen, (os.getpid(), block)
+        file = arrow.open_file(path)
+        self._batches = file.iter_batches(
+            _batch_rows(file.metadata.row_group(group), chosen.image),
+            row_groups=[group],
+            columns=[*_leaves(file, chosen.image), *([chosen.caption] if chosen.caption else [])],
+            use_threads=False,
+        )
+        self._first, self._batch = 0, next(self._batches)
+
+    def reaches(self, block: int, row: int) -> bool:
+        return self._at == (os.getpid(), block) and row >= self._first
+
+    def row(self, row: int) -> tuple[Any, Any]:
+        """Raises StopIteration behind the last row, and what pyarrow raises."""
+        while row >= self._first + len(self._batch):
+            self._first += len(self._batch)
+            self._batch = next(self._batches)
+        at, caption = row - self._first, self._chosen.caption
+        text = self._batch.column(caption)[at].as_py() if caption else None
+        return self._batch.column(self._chosen.image)[at].as_py(), text
 
 
-def _rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    try:
-        for batch in _open(path).iter_batches(BATCH, columns=list(columns), use_threads=False):
-            yield from batch.to_pylist()
-    except (OSError, ValueError, _pyarrow().ArrowException) as error:
-        raise UserError(f"{path}: not a readable parquet file: {_line(error)}") from None
+def _leaves(file: Any, image: str) -> list[str]:
+    kind = file.schema_arrow.field(image).type
+    if arrow.kind_of(kind) != arrow.STRUCT:
+        return [image]
+    return [f"{image}.bytes", *([f"{image}.path"] if arrow.fields(kind).get("path") == arrow.TEXT else [])]
 
 
-def _pyarrow() -> Any:
-    try:
-        import pyarrow
-        import pyarrow.compute
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(
-            "parquet files need pyarrow: pip install 'esvit-scale[parquet]', or pip install pyarrow"
-        ) from None
-    return pyarrow
+def _batch_rows(group: Any, image: str) -> int:
+    """How many rows hold BATCH_BYTES of images, on average."""
+    columns = [group.column(at) for at in range(group.num_columns)]
+    own = [c.total_uncompressed_size for c in columns if (c.path_in_schema + ".").startswith(f"{image}.")]
+    mean = max(sum(own) // max(group.num_rows, 1), 1)
+    return int(min(max(BATCH_BYTES // mean, 1), MOST_ROWS))
 
 
-def _open(path: Path) -> Any:
-    arrow = _pyarrow()
-    try:
-        file = arrow.parquet.ParquetFile(os.fspath(path))
-        _ = file.schema_arrow.names  # names that are no text are found here
-        return file
-    except (OSError, ValueError, arrow.ArrowException) as error:
-        raise UserError(f"{path}: not a readable parquet file: {_line(error)}") from None
-
-
-def _is_bytes(kind: Any) -> bool:
-    types = _pyarrow().types
-    return bool(types.is_binary(kind) or types.is_large_binary(kind))
-
-
-def _is_text(kind: Any) -> bool:
-    types = _pyarrow().types
-    return bool(types.is_string(kind) or types.is_large_string(kind))
-
-
-def _is_struct_of_bytes(kind: Any) -> bool:
-    if not _pyarrow().types.is_struct(kind):
-        return False
-    at = kind.get_field_index("bytes")
-    return at >= 0 and _is_bytes(kind.field(at).type)
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+def _path_rows(paths: Sequence[Path], chosen: Chosen, left: LeftOut) -> Iterator[list[str | None]]:
+    """[path, label, caption] of every row that names an image; the others are counted."""
+    for file in paths:
+        for number, row in enumerate(arrow.rows(file, [c for c in chosen if c]), 1):
+            path, label, words = (row[c] if c else None for c in chosen)
+            path = path.get("path") if isinstance(path, dict) else path
+            if path:
+                yield [path, arrow.label_text(label), None if words is None else str(words)]
+            else:
+                left.add(ROWS, NO_PATH, f"{file.name}: row {number}")

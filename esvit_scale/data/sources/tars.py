@@ -13,7 +13,7 @@ from esvit_scale.data import left_out
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data.decode import BadImage
 from esvit_scale.data.image_folder import printable
-from esvit_scale.data.left_out import MEMBERS
+from esvit_scale.data.left_out import MEMBERS, LeftOut
 from esvit_scale.data.manifest import Entry
 from esvit_scale.data.sources.base import (
     EXTRAS,
@@ -165,12 +165,15 @@ def tar_source(where: Path, label: str | None, classes: Sequence[str] | None) ->
         manifests.check_sizes(manifest)
         named = classes or manifest.classes or None
         return TarSource([where / shard.name for shard in manifest.shards], where, label, named)
-    tars = visible_files(where, ".tar")
+    left = LeftOut()
+    tars = visible_files(where, (".tar",), left)
     if not tars:
         raise UserError(f"{where}: no .tar files in it")
     if label is None and classes is None:
         classes = _classes_of_sets(where, {tar.parent for tar in tars})
-    return TarSource(tars, where, label, classes)
+    source = TarSource(tars, where, label, classes)
+    source.left_out.update(left)
+    return source
 
 
 def _classes_of_sets(where: Path, folders: set[Path]) -> Sequence[str] | None:

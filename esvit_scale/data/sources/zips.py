@@ -14,7 +14,7 @@ from pathlib import Path
 from esvit_scale.data import left_out
 from esvit_scale.data.decode import BadImage
 from esvit_scale.data.image_folder import printable
-from esvit_scale.data.left_out import MEMBERS
+from esvit_scale.data.left_out import MEMBERS, LeftOut
 from esvit_scale.data.sources.base import (
     Item,
     Labels,
@@ -113,10 +113,13 @@ def zip_source(where: Path, label: str | None, classes: Sequence[str] | None) ->
     """
     if where.is_file():
         return ZipSource([where], where, label, classes)
-    zips = visible_files(where, ".zip")
+    left = LeftOut()
+    zips = visible_files(where, (".zip",), left)
     if not zips:
         raise UserError(f"{where}: no .zip files in it")
-    return ZipSource(zips, where, label, classes)
+    source = ZipSource(zips, where, label, classes)
+    source.left_out.update(left)
+    return source
 
 
 def _contents(path: Path) -> list[zipfile.ZipInfo]:
