@@ -65,7 +65,7 @@ MISTAKES = {
     "create a b --bytes-per-shard 5M --samples-per-shard 3": "not allowed with",
     "create a b --val-fraction 1": "expected a fraction between 0 and 1",
     "create a b --quality 101": "expected a quality of 1..100",
-    "create a b --format png": "unknown format 'png'; known: jpeg, webp",
+    "create a b --format tiff": "unknown format 'tiff'; known: jpeg, jpg, keep, png, webp",
     "create a b --from foldr": "--from foldr: unknown kind of source; did you mean 'folder'?",
     "create a.csv b": "a.csv: no such folder",
     "duplicates a --out k --near 8": "expected 0..7 bits, got '8'",

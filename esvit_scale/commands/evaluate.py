@@ -53,7 +53,7 @@ def add(commands: Any) -> None:
     add_checkpoint(embed)
     embed.add_argument("--data", type=Path, required=True, metavar="D", help="shards, or a folder of images")
     embed.add_argument(
-        "--out", type=Path, required=True, metavar="F.npz", help="file of arrays: features, keys, labels"
+        "--out", type=Path, required=True, metavar="F.npz", help="file of arrays: features, keys, labels, classes"
     )
     _add_features(embed)
 

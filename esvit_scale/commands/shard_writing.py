@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from esvit_scale.commands import option_types, shard_options
 from esvit_scale.commands.parser import command, positive
+from esvit_scale.errors import UserError
 
 if TYPE_CHECKING:
     from esvit_scale.data.manifest import Manifest
@@ -46,7 +47,12 @@ def add_create(shards: Any) -> None:
     create.add_argument(
         "--quality", type=option_types.quality, metavar="Q", help="encode again, 1..100 (default then: 90)"
     )
-    create.add_argument("--format", choices=("jpeg", "webp"), help="encode again")
+    create.add_argument(
+        "--format",
+        choices=("jpg", "jpeg", "png", "webp", "keep"),
+        default="keep",
+        help="encode every image as this, so that the set is of one type (default: keep the bytes)",
+    )
     create.add_argument(
         "--val-fraction",
         type=option_types.fraction,
@@ -85,16 +91,18 @@ def add_split(shards: Any) -> None:
 
 
 def _create(options: argparse.Namespace) -> int:
-    from esvit_scale.data.reencode import Reencode
+    from esvit_scale.data.reencode import CHOICES, Reencode
     from esvit_scale.data.shard_plan import Recipe
 
+    if options.format == "png" and options.quality:
+        raise UserError("--quality: PNG is lossless and has none; leave it out, or choose --format jpg or webp")
     recipe = Recipe(
         samples_per_shard=options.samples_per_shard,
         bytes_per_shard=options.bytes_per_shard,
         seed=options.seed,
         shuffle=not options.no_shuffle,
         min_side=options.min_side,
-        reencode=Reencode(options.short_side, options.quality, options.format),
+        reencode=Reencode(options.short_side, options.quality, CHOICES[options.format]),
         keep=options.keep,
         drop_duplicates=options.drop_duplicates,
         val_fraction=options.val_fraction,
@@ -141,6 +149,16 @@ def _merge(options: argparse.Namespace) -> int:
     return 0
 
 
+_MIXED = (
+    "images of several types ({}): pretraining and webdataset read them, Hugging Face datasets may refuse or lose some; "
+    "--format jpg (png, webp) makes them one"
+)
+
+
+def _types(formats: "Mapping[str, int]") -> str:
+    return ", ".join(f"{number:,} .{ext}" for ext, number in sorted(formats.items(), key=lambda item: -item[1]))
+
+
 def _say_sets(destination: Path, sets: "Mapping[str, Manifest]") -> None:
     """Print what each set holds, and one table of what was left out of all of them; warn of lost images."""
     from esvit_scale.data.left_out import LeftOut
@@ -151,6 +169,8 @@ def _say_sets(destination: Path, sets: "Mapping[str, Manifest]") -> None:
         classes = f", {len(manifest.classes)} classes" if manifest.classes else ""
         print(f"{destination / name}: {manifest.samples} samples in {len(manifest.shards)} shards{classes}")
         left.update(LeftOut(manifest.left_out))
+        if len(manifest.formats) > 1:
+            say(f"{destination / name}: {_MIXED.format(_types(manifest.formats))}")
     if left:
         print(left.table())
     if warning := left.warning(sum(manifest.samples for manifest in sets.values())):

@@ -87,7 +87,10 @@ def items_of(source: Path) -> Items:
     if not manifests.is_shard_set(source):
         if any(source.glob("*.tar")):
             manifests.load(source)  # tars without a manifest: says what is wrong
-        return Items(list_images(source))
+        folder = list_images(source, keep_loose=True)
+        for note in folder.notes:
+            log.warning(note)
+        return Items(folder)
     manifest = manifests.load(source)
     manifests.check_sizes(manifest)
     return Items(manifest)

@@ -38,7 +38,9 @@ def printable(path: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def list_images(root: Path, label: str | None = None, beside: Sequence[str] = ()) -> ImageFolder:
+def list_images(
+    root: Path, label: str | None = None, beside: Sequence[str] = (), keep_loose: bool = False
+) -> ImageFolder:
     """List every image file under `root`, by its extension, following links to files and folders.
 
     Hidden files, everything in hidden folders and links that lead back to a folder above them are left out and counted,
@@ -48,6 +50,7 @@ def list_images(root: Path, label: str | None = None, beside: Sequence[str] = ()
         label: None: the class of an image is its first-level subfolder; an image directly in `root` is left out and
             counted, unless most images lie there: then there are no classes. `parent`: the class is the folder that
             holds the image. `none`: no classes.
+        keep_loose: keep images directly in `root` beside class folders, without a label.
         beside: further endings (`txt`); files that have one are listed apart and not counted as left out.
 
     Raises:
@@ -70,10 +73,12 @@ def list_images(root: Path, label: str | None = None, beside: Sequence[str] = ()
         held = left.short() or "nothing"
         raise UserError(f"{root}: no image files; it holds {held}; images end in {', '.join(sorted(EXTENSIONS))}")
     paths.sort(key=os.fsencode)
-    return _labelled(root, paths, label, left, others)
+    return _labelled(root, paths, label, left, others, keep_loose)
 
 
-def _labelled(root: Path, paths: list[str], label: str | None, left: LeftOut, others: list[str]) -> ImageFolder:
+def _labelled(
+    root: Path, paths: list[str], label: str | None, left: LeftOut, others: list[str], keep_loose: bool
+) -> ImageFolder:
     """The listing with classes as `list_images` describes them."""
     notes: list[str] = []
     loose = [path for path in paths if "/" not in path]
@@ -89,7 +94,12 @@ def _labelled(root: Path, paths: list[str], label: str | None, left: LeftOut, ot
             f"{root}: {printable(loose[0])} lies in no subfolder that could be its class{more}; move it, or leave out "
             "--label parent"
         )
-    if loose:
+    if loose and keep_loose:
+        notes.append(
+            f"{root}: {len(loose)} of {len(paths)} images lie beside the class folders and have no label (first: "
+            f"{printable(loose[0])})"
+        )
+    elif loose:
         left.add(IMAGES, left_out.BESIDE_CLASSES, printable(loose[0]), len(loose))
         notes.append(
             f"{root}: {len(loose)} of {len(paths)} images beside the class folders are left out (first: "
@@ -97,14 +107,14 @@ def _labelled(root: Path, paths: list[str], label: str | None, left: LeftOut, ot
         )
         paths = [path for path in paths if "/" in path]
     of = (lambda path: path.split("/")[-2]) if label == "parent" else (lambda path: path.split("/", 1)[0])
-    names, number = numbered({of(path) for path in paths}, folders=True)
+    names, number = numbered({of(path) for path in paths if "/" in path}, folders=True)
     if len(names) == 1 and label is None and any(path.count("/") > 1 for path in paths):
         notes.append(
             f"{root}: one class, {printable(names[0])}; --label parent makes the innermost folders the classes"
         )
     if label is None:
         _count_empty_classes(root, list(number), left)
-    files = [ImageFile(path, number[of(path)]) for path in paths]
+    files = [ImageFile(path, number[of(path)] if "/" in path else -1) for path in paths]
     return ImageFolder(root, files, tuple(printable(name) for name in names), left, others, notes)
 
 

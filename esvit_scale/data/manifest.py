@@ -5,7 +5,7 @@ offsets are checked against the tar when it is read.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +35,7 @@ class Manifest:
     classes: tuple[str, ...] = ()  # empty when the source was flat
     source: str = ""  # fingerprint of what was written, see shard_writer
     left_out: Sequence[dict[str, Any]] = field(default=(), compare=False)  # rows of left_out.LeftOut
+    formats: Mapping[str, int] = field(default_factory=dict, compare=False)  # images by extension; empty: not known
 
     @property
     def samples(self) -> int:
@@ -80,7 +81,7 @@ def load(root: Path) -> Manifest:
         raise UserError(f"{path}: format_version {version!r} is not one this version reads; known: {FORMAT_VERSION}")
     try:
         return _parse(root, raw)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: not a well-formed manifest ({error})") from None
 
 
@@ -116,6 +117,7 @@ def dump(
     tool: str,
     options: dict[str, Any] | None = None,
     left_out: Sequence[dict[str, Any]] = (),
+    formats: Mapping[str, int] | None = None,
 ) -> bytes:
     """The bytes of a manifest.json, the same for the same set."""
     content = {
@@ -125,6 +127,7 @@ def dump(
         "bytes": sum(s.bytes for s in shards),
         "source": source,
         "options": options or {},
+        "formats": dict(sorted((formats or {}).items())),
         "left_out": list(left_out),
         "classes": list(classes),
         "shards": [s._asdict() for s in shards],
@@ -145,7 +148,9 @@ def _parse(root: Path, raw: dict[str, Any]) -> Manifest:
     if len({s.name for s in shards}) != len(shards):
         raise ValueError("a shard is listed twice")
     left_out = LeftOut(raw.get("left_out", ())).rows()
-    return Manifest(root, shards, tuple(str(c) for c in raw["classes"]), str(raw.get("source", "")), left_out)
+    formats = {str(ext): _count(number) for ext, number in raw.get("formats", {}).items()}
+    classes = tuple(str(c) for c in raw["classes"])
+    return Manifest(root, shards, classes, str(raw.get("source", "")), left_out, formats)
 
 
 def _file_name(name: Any) -> str:

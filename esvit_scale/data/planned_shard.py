@@ -3,8 +3,11 @@
 import errno
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from esvit_scale.data.decode import EXTENSIONS, BadImage, decode
@@ -36,6 +39,7 @@ Bad = dict[str, Any]  # a row of the quarantine: file, reason, kind; `beside`: m
 class Written(NamedTuple):
     shard: Shard | None  # None: all of its samples were bad
     bad: list[Bad]
+    formats: Mapping[str, int] = MappingProxyType({})  # images by extension
 
 
 def write_planned(plan: Plan, folder: Path, number: int, tick: Callable[[], None]) -> Written:
@@ -52,11 +56,15 @@ def write_planned(plan: Plan, folder: Path, number: int, tick: Callable[[], None
     if first is None:
         return Written(None, bad)
 
-    def chained() -> Iterator[Sample]:
-        yield first
-        yield from samples
+    formats = Counter[str]()
 
-    return Written(write_shard(folder / shard_name(number), chained(), set()), bad)
+    def counted() -> Iterator[Sample]:
+        for sample in chain([first], samples):
+            formats[sample.ext] += 1
+            yield sample
+
+    shard = write_shard(folder / shard_name(number), counted(), set())
+    return Written(shard, bad, dict(formats))
 
 
 def shard_name(number: int) -> str:

@@ -7,23 +7,30 @@ from typing import Literal
 from PIL import Image
 
 QUALITY = 90  # where --quality does not say otherwise
-PILLOW = {"jpeg": "JPEG", "webp": "WEBP"}
-ENDINGS = {"jpeg": "jpg", "webp": "webp"}
+PILLOW = {"jpeg": "JPEG", "webp": "WEBP", "png": "PNG"}
+ENDINGS = {"jpeg": "jpg", "webp": "webp", "png": "png"}
+CHOICES: dict[str, Literal["jpeg", "png", "webp"] | None] = {
+    "jpg": "jpeg",
+    "jpeg": "jpeg",
+    "png": "png",
+    "webp": "webp",
+    "keep": None,
+}  # of --format
 
 
 @dataclass(frozen=True)
 class Reencode:
     """Args:
     short_side: pixels; an image whose shorter side is longer is resized to it (Lanczos), none is enlarged.
-    quality: 1..100.
-    format: `jpeg` or `webp`.
+    quality: 1..100; not of PNG, which is lossless.
+    format: `jpeg`, `png` or `webp`: every image is encoded anew, those that are of it already too.
 
     With only `short_side`, images that are small enough keep their bytes.
     """
 
     short_side: int | None = None
     quality: int | None = None
-    format: Literal["jpeg", "webp"] | None = None
+    format: Literal["jpeg", "png", "webp"] | None = None
 
     def __bool__(self) -> bool:
         return any((self.short_side, self.quality, self.format))
@@ -35,7 +42,7 @@ class Reencode:
             return data, ext
         kind = self.format or ("webp" if ext == "webp" else "jpeg")
         out = io.BytesIO()
-        resized.save(out, PILLOW[kind], quality=self.quality or QUALITY)
+        resized.save(out, PILLOW[kind], **({} if kind == "png" else {"quality": self.quality or QUALITY}))
         return out.getvalue(), ENDINGS[kind]
 
     def _resized(self, image: Image.Image) -> Image.Image:

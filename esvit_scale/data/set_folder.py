@@ -10,7 +10,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
@@ -152,7 +153,9 @@ def read_intent(destination: Path) -> Intent | None:
 
 def write_record(partial: Path, number: int, written: Written) -> None:
     shard = written.shard._asdict() if written.shard else None
-    files.write_json(partial / f"shard-{number:06d}.json", {"shard": shard, "bad": written.bad})
+    files.write_json(
+        partial / f"shard-{number:06d}.json", {"shard": shard, "bad": written.bad, "formats": dict(written.formats)}
+    )
 
 
 def records(partial: Path) -> list[int]:
@@ -171,7 +174,7 @@ def clear_asides(partial: Path, numbers: Iterable[int]) -> None:
 def read_record(partial: Path, number: int) -> Written:
     """Raises OSError or ValueError."""
     raw = json.loads((partial / f"shard-{number:06d}.json").read_bytes())
-    return Written(Shard(**raw["shard"]) if raw["shard"] else None, raw["bad"])
+    return Written(Shard(**raw["shard"]) if raw["shard"] else None, raw["bad"], raw.get("formats", {}))
 
 
 def finish(destination: Path, intent: Intent, strict: bool = False) -> Manifest:
@@ -198,7 +201,10 @@ def finish(destination: Path, intent: Intent, strict: bool = False) -> Manifest:
     left.update(of_bad(bad))
     if strict:
         refuse([left], str(destination))
-    publish(partial, shards, intent.classes, intent.fingerprint, intent.options, bad, left)
+    formats = Counter[str]()
+    for w in written:
+        formats.update(w.formats)
+    publish(partial, shards, intent.classes, intent.fingerprint, intent.options, bad, left, formats)
     return manifests.load(destination)
 
 
@@ -210,11 +216,12 @@ def publish(
     options: dict[str, Any],
     bad: Sequence[Bad] = (),
     left_out: LeftOut | None = None,
+    formats: Mapping[str, int] | None = None,
 ) -> None:
     if bad:
         files.write_bytes(partial / QUARANTINE, "".join(json.dumps(row) + "\n" for row in bad).encode())
     rows = left_out.rows() if left_out else []
-    files.write_bytes(partial / MANIFEST, manifests.dump(shards, classes, source, tool(), options, rows))
+    files.write_bytes(partial / MANIFEST, manifests.dump(shards, classes, source, tool(), options, rows, formats))
     commit(partial)
 
 

@@ -86,6 +86,7 @@ def write_source(
             "--drop-duplicates with --shard-range would read everything once per part; run "
             f"`esvit-scale shards duplicates {where} --out keep.txt` first and give every part --keep keep.txt"
         )
+    _refuse_nested(destination, list(sets))
     finished = {}
     for name, planned in sets.items():
         record = {"source": source_record(options), "recipe": recipe.record(), "split": name}
@@ -93,6 +94,21 @@ def write_source(
         if manifest is not None:
             finished[name] = manifest
     return finished
+
+
+def _refuse_nested(destination: Path, names: list[str]) -> None:
+    """Raises UserError where a set would be written inside another, or one of another number of parts stands."""
+    for folder in (destination.parent, *([destination] if names != [""] else [])):
+        if manifests.is_shard_set(folder) or (folder / PARTIAL / set_folder.PLAN).is_file():
+            raise UserError(
+                f"{folder}: already holds another shard set, written with other options; choose a new folder, or delete "
+                "this one first"
+            )
+    if names == [""] and any(manifests.is_shard_set(destination / part) for part in ("train", "val")):
+        raise UserError(
+            f"{destination}: already holds the sets of a split (train, val), written with other options; choose a new "
+            "folder, or delete this one first"
+        )
 
 
 def merge(destination: Path, strict: bool = False) -> dict[str, Manifest]:

@@ -3,19 +3,26 @@
 One process of a node copies, the others wait; the copy is complete or not used, and is kept for the next start there.
 """
 
+import errno
 import fcntl
 import hashlib
+import logging
 import os
 import re
 import shutil
+import socket
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
+from typing import TextIO
 
 from esvit_scale.data.manifest import MANIFEST, Manifest, Shard, index_path
 from esvit_scale.data.progress import Progress
 from esvit_scale.errors import UserError
 
+log = logging.getLogger(__name__)
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 THREADS = 8
 SPARE = 1 << 30  # bytes that stay free on the node's disk
 
@@ -33,11 +40,26 @@ def staged(manifest: Manifest, folder: str) -> Manifest:
     try:
         root.mkdir(parents=True, exist_ok=True)
         with (root / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            if _locked(lock, root):
+                for leftover in root.glob(".*.partial"):  # of processes that were killed
+                    leftover.unlink()
             _copy_missing(manifest, root)
     except OSError as error:
         raise UserError(f"data.stage: {root}: {error.strerror or error}") from None
     return replace(manifest, root=root)
+
+
+def _locked(lock: TextIO, root: Path) -> bool:
+    """Wait for the lock. False on a file system without locks (Lustre without -o flock, NFS without lockd): the processes
+    of a node then copy side by side, each into files of its own that replace each other whole."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return True
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        log.warning("data.stage: %s: no locks on this file system; every process of the node copies the set", root)
+        return False
 
 
 def _expanded(folder: str) -> Path:
@@ -80,6 +102,9 @@ def _copy(shard: Shard, source: Path, root: Path) -> None:
 
 
 def _copy_file(path: Path, root: Path) -> None:
-    aside = root / f".{path.name}.partial"  # a whole file or none; the lock keeps other processes away
-    shutil.copyfile(path, aside)
-    aside.replace(root / path.name)
+    aside = root / f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial"  # a whole file or none
+    try:
+        shutil.copyfile(path, aside)
+        aside.replace(root / path.name)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ a global batch of an indexed set, or of several that are mixed (mix.py), is bit 
 worker count. Sets of plain tars without our index are streamed (url_stream.py): exact at the same world size only.
 """
 
+import glob
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -29,6 +30,7 @@ from esvit_scale.data.photometric import Photometric
 from esvit_scale.data.shard_stream import ShardSamples
 from esvit_scale.data.url_stream import UrlSamples, UrlSets
 from esvit_scale.data.views import Part, Sample, make_part
+from esvit_scale.errors import UserError
 
 __all__ = [
     "Batch",
@@ -76,6 +78,11 @@ def open_data(config: Config) -> Source:
                 urls,
             )
         return UrlSets.open(config.data)
+    if glob.has_magic(config.data.train) and not Path(config.data.train).exists():
+        raise UserError(
+            f"data.train: {config.data.train}: a pattern can name tars (…/*.tar) but not sets; give one set's folder, or "
+            "make one set of several: `esvit-scale shards create --from tars FOLDER_OF_SETS DST`"
+        )
     manifest = manifests.load(Path(config.data.train))
     manifests.check_sizes(manifest)
     return manifest

@@ -6,6 +6,7 @@ afresh, so a resume reads again, without decoding, what its epoch had read; at t
 batches are then the same bit for bit.
 """
 
+import glob
 import io
 import itertools
 import logging
@@ -83,7 +84,10 @@ class UrlSets:
 
 def _expanded(spec: str) -> list[str]:
     folder = Path(spec)
-    urls = sorted(map(str, folder.glob("*.tar"))) if folder.is_dir() else list(shardlists.expand_urls(spec))
+    if folder.is_dir():
+        urls = sorted(map(str, folder.glob("*.tar")))
+    else:
+        urls = [match for url in shardlists.expand_urls(spec) for match in _matches(url)]
     local = [Path(url) for url in urls if not url.startswith("pipe:") and "://" not in url]
     missing = [path for path in local if not path.is_file()]
     if missing or not urls:
@@ -92,6 +96,20 @@ def _expanded(spec: str) -> list[str]:
     if any(url.lower().endswith(".zst") for url in urls) and open_zstd(io.BytesIO()) is None:
         raise UserError(f"data: {urls[0]}: is compressed with zstd; {NO_ZSTD}")
     return urls
+
+
+def _matches(url: str) -> list[str]:
+    """The local files that a pattern of `*`, `?` and `[…]` matches, by name; anything else as it is.
+
+    Raises:
+        UserError: none matches.
+    """
+    if url.startswith("pipe:") or "://" in url or not glob.has_magic(url) or Path(url).exists():
+        return [url]
+    found = sorted(path for path in glob.glob(url, recursive=True) if Path(path).is_file())  # noqa: PTH207 (may be absolute)
+    if not found:
+        raise UserError(f"data: {url}: no file matches this pattern")
+    return found
 
 
 @dataclass(frozen=True)

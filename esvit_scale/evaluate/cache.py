@@ -97,10 +97,13 @@ def source_digest(source: Path) -> str:
     if manifest.is_shard_set(source):
         return _digest((source / manifest.MANIFEST).read_bytes())
     found = hashlib.sha256()
-    for file in image_folder.list_images(source).files:
+    for file in image_folder.list_images(source, keep_loose=True).files:
         path = os.fsencode(file.path)
-        status = os.stat(os.path.join(os.fsencode(source), path))  # noqa: PTH116, PTH118 (paths may be undecodable)
-        found.update(path + f"\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        try:
+            status = os.stat(os.path.join(os.fsencode(source), path))  # noqa: PTH116, PTH118 (paths may be undecodable)
+            found.update(path + f"\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+        except OSError:  # a dangling link: whoever reads it says so
+            found.update(path + b"\0missing\n")
     return found.hexdigest()
 
 

@@ -3,7 +3,7 @@
 import io
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -108,16 +108,18 @@ def run_embed(checkpoint: Path, data: Path, out: Path, loading: Loading) -> Feat
     teacher = load_teacher(checkpoint)
     found = extract(teacher.trunk, data, teacher.size, **loading._asdict())
     if collectives.rank() == 0:
-        save(found, out)
+        save(found, out, contents(data).classes)
         print(f"{out}: {len(found.keys)} features of width {found.features.shape[1]} from {data}")
     return found
 
 
-def save(found: FeatureSet, path: Path) -> None:
-    """`path`.npz with arrays features float32 [N, C], keys str [N], labels int64 [N]; no pickles; whole or not at all."""
+def save(found: FeatureSet, path: Path, classes: Sequence[str] = ()) -> None:
+    """Write `path`.npz with arrays features float32 [N, C], keys str [N], labels int64 [N] (-1 without one) and classes
+    str [K], the names that the labels count; no pickles; whole or not at all."""
     buffer = io.BytesIO()
     keys = np.asarray(found.keys, dtype=np.str_)
-    np.savez(buffer, features=found.features.float().numpy(), keys=keys, labels=found.labels.numpy())
+    names = np.asarray(classes, dtype=np.str_)
+    np.savez(buffer, features=found.features.float().numpy(), keys=keys, labels=found.labels.numpy(), classes=names)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_bytes(path, buffer.getvalue())
 
@@ -145,7 +147,7 @@ def contents(source: Path) -> Contents:
     if manifest.is_shard_set(source):
         held = manifest.load(source)
         return Contents(held.samples, held.classes)
-    folder = image_folder.list_images(source)
+    folder = image_folder.list_images(source, keep_loose=True)
     return Contents(len(folder.files), folder.classes)
 
 

@@ -190,6 +190,7 @@ class BytesSource(Source):
         file, group = self._groups[block]
         try:
             if self._stream is None or not self._stream.reaches(block, row):
+                self._stream = None  # its buffers go before the next one's come
                 self._stream = _Stream(self._paths[file], block, group, self._chosen)
             return self._stream.row(row)
         except (OSError, ValueError, IndexError, StopIteration, arrow.pyarrow().ArrowException) as error:
