@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import webdataset as wds
 
+from esvit_scale.data.limits import check_node, translate_limits
 from esvit_scale.data.reader import StorageGone
 from esvit_scale.errors import RestartCanHelp, UserError
 
@@ -40,8 +41,10 @@ def loader(stages: list[Callable[..., Any]], workers: int) -> Iterator[Any]:
 
     Raises:
         UserError: a stage raised OnlyBad.
-        RestartCanHelp: a stage raised StorageGone, or a process died.
+        RestartCanHelp: a stage raised StorageGone, a process died, or the node has too few open files or too little shared
+            memory for so many processes.
     """
+    check_node(workers)
     pipeline = wds.DataPipeline(*stages, _tell_failure)
     return _parts(
         wds.WebLoader(
@@ -64,7 +67,7 @@ def explained_deaths() -> Iterator[None]:
         yield
     except RuntimeError as error:
         died = re.search(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\)", str(error))
-        if died is None:
+        if died is None or "Bus error" in str(error):  # that one is about /dev/shm, see limits.py
             raise
         raise RestartCanHelp(_DIED.format(f" (pid {died[1]})")) from None
 
@@ -87,7 +90,10 @@ def _as_it_is(part: T) -> T:
 
 
 def _parts(parts: Any) -> Iterator[Any]:
-    with closing(iter(parts)) as iterator:  # or its processes end when, and in what order, the collector likes
+    with (
+        translate_limits(),
+        closing(iter(parts)) as iterator,
+    ):  # or its processes end when, and in what order, the collector likes
         while True:
             with explained_deaths():
                 try:

@@ -8,6 +8,7 @@ from esvit_scale.config import Config, require_training_data
 from esvit_scale.data import identity as identities
 from esvit_scale.data import stream
 from esvit_scale.data.identity import Identity
+from esvit_scale.data.limits import translate_limits
 from esvit_scale.data.loader import explained_deaths
 from esvit_scale.errors import translate_file_errors
 from esvit_scale.objective.schedules import Schedules
@@ -35,7 +36,7 @@ def pretrain(config: Config) -> int:
     require_training_data(config)
     world = world_module.start(config.train.hang_minutes)
     try:
-        with explained_deaths(), world_module.explained_losses(), translate_file_errors():
+        with translate_limits(), explained_deaths(), world_module.explained_losses(), translate_file_errors():
             code = _open_and_train(config, world)
     except BaseException:
         world_module.abandon()

@@ -1,0 +1,76 @@
+"""What a node may refuse the loader processes: room in /dev/shm, and open files. Each refusal is one line with its remedy.
+
+Loader processes put their crops into /dev/shm, and every tensor that is on its way holds a file open in both processes.
+"""
+
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from esvit_scale.errors import RestartCanHelp
+
+OWN_FILES, FILES_OF_WORKER = 32, 12  # measured: 2 workers run with 40 open files, fail with 28 and hang with 33
+LEAST_SHARED_MEMORY = 1 << 20
+MOST_FILES = 1 << 20
+SHARED_MEMORY = ("unable to allocate shared memory", "unable to mmap", "out of shared memory", "Bus error")
+OPEN_FILES = ("Too many open files", "received 0 items of ancdata", "Errno 24]", "Errno 23]")
+
+
+def check_node(workers: int) -> None:
+    """Raise the soft limit of open files to the hard one; check that it, and /dev/shm, can serve any loader processes.
+
+    Raises:
+        RestartCanHelp: they cannot, perhaps on this node only. With too few files, a loader process may hang instead of failing.
+    """
+    if not workers:
+        return
+    with suppress(FileNotFoundError):
+        if shutil.disk_usage("/dev/shm").free < LEAST_SHARED_MEMORY:  # not even room for the queues between processes
+            raise RestartCanHelp(_remedy(SHARED_MEMORY[0]))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            soft = most
+    needed = OWN_FILES + FILES_OF_WORKER * workers
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        raise RestartCanHelp(
+            f"open files: this process may hold {soft}, and data.workers={workers} need about {needed}; allow more "
+            f"(ulimit -n 65536), or set data.workers={max(0, (soft - OWN_FILES) // FILES_OF_WORKER)}"
+        )
+
+
+@contextmanager
+def translate_limits() -> Iterator[None]:
+    """Name a node's limit, and what to do, where torch or Python fail because of it.
+
+    Raises:
+        RestartCanHelp: /dev/shm is full, or too many files are open: another program may hold them.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if remedy := _remedy(str(error)):
+            raise RestartCanHelp(remedy) from error
+        raise
+
+
+def _remedy(text: str) -> str | None:
+    if any(words in text for words in OPEN_FILES):
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return f"open files: the limit of {soft} is reached; allow more (ulimit -n 65536), or set fewer data.workers"
+    if any(words in text for words in SHARED_MEMORY):
+        return (
+            f"/dev/shm is full{_size_of_shared_memory()}: loader processes hand batches over in it; enlarge it (docker run "
+            "--shm-size=8g, mount -o remount,size=8g /dev/shm), or set fewer data.workers, or data.workers=0"
+        )
+    return None
+
+
+def _size_of_shared_memory() -> str:
+    with suppress(OSError):
+        usage = shutil.disk_usage("/dev/shm")
+        return f" ({usage.free / 2**20:.0f} of {usage.total / 2**20:.0f} MiB are free)"
+    return ""
