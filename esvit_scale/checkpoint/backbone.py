@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from esvit_scale.checkpoint import convert
 from esvit_scale.config import Config
-from esvit_scale.data import photometric, stream
+from esvit_scale.data import decode, photometric, stream
 from esvit_scale.models.pyramid import Pyramid
 from esvit_scale.models.trunk import Trunk
 
@@ -50,8 +50,14 @@ class Backbone(nn.Module):
         return Pyramid(self.trunk)(images)
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """A picture → [3, S, S] as evaluation shows it: short side to S·256/224, centre crop, normalised."""
-        pixels = torch.from_numpy(stream.centre_crop(image.convert("RGB"), self.size).copy())
+        """Return a picture of any mode as [3, S, S], as evaluation shows it: upright, transparency on white, short side to
+        S·256/224, centre crop, normalised.
+
+        Raises:
+            BadImage: pixels without an agreed range (32-bit), or a file that cannot be decoded.
+        """
+        upright = decode.load(ImageOps.exif_transpose(image))
+        pixels = torch.from_numpy(stream.centre_crop(upright, self.size).copy())
         return photometric.normalize_(pixels[None].float() / 255)[0]
 
 

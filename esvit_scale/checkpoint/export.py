@@ -88,7 +88,28 @@ def _write_onnx(folder: Path, weights: Weights, network: str) -> None:
             external_data=sum(p.numel() * 4 for p in trunk.parameters()) > ONNX_INLINE,
             verbose=False,
         )
+    _anonymize(folder / "model.onnx")
     files.write_json(folder / "config.json", weights.config.model_dump(mode="json"))
+
+
+def _anonymize(path: Path) -> None:
+    """Remove what torch's exporter notes beside the graph: for every node the source lines, with the paths of this
+    machine, that it came from. The external file of large weights is left as it is."""
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    graphs = [model.graph, *model.functions]
+    for graph in graphs:  # grows: nodes such as If hold graphs of their own
+        values = [*getattr(graph, "initializer", []), *graph.value_info]
+        values += [] if isinstance(graph, onnx.FunctionProto) else [*graph.input, *graph.output]
+        for part in (graph, *graph.node, *values):
+            for field in {"metadata_props", "doc_string"} & set(part.DESCRIPTOR.fields_by_name):
+                part.ClearField(field)
+        for attribute in (a for node in graph.node for a in node.attribute):
+            graphs += [attribute.g, *attribute.graphs] if attribute.HasField("g") else attribute.graphs
+    model.ClearField("metadata_props")
+    model.ClearField("doc_string")
+    onnx.save(model, path)
 
 
 _WRITE = {

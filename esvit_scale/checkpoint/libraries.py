@@ -138,13 +138,21 @@ def huggingface_config(config: Config) -> dict[str, Any]:
 
 
 def huggingface_processor(config: Config) -> dict[str, Any]:
-    """preprocessor_config.json: the transform of evaluation, as `AutoImageProcessor` reads it."""
+    """Return preprocessor_config.json: the transform of evaluation, as `AutoImageProcessor` reads it.
+
+    Pixels are equal but for the crop's place: where the resized side less the crop is odd, the middle is half a pixel off
+    the grid; transformers always rounds it down, torchvision and evaluation to the even number, so that their crops can
+    be one pixel apart. 16-bit pictures transformers clips; it does not turn pictures upright either.
+    """
+    size = config.data.global_crops.size
     return {
-        "image_processor_type": "ConvNextImageProcessor",
+        "image_processor_type": "BitImageProcessor",  # not ConvNext's, which squashes pictures at 384 pixels and above
+        "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"shortest_edge": config.data.global_crops.size},
-        "crop_pct": crop_share(config),
+        "size": {"shortest_edge": evaluation_side(size)},
         "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
@@ -202,6 +210,7 @@ def _huggingface_names(name: str) -> list[str]:
 
 
 def crop_share(config: Config) -> float:
-    """What evaluation crops of the resized short side; a hair less, since both libraries cut size / share to an integer."""
+    """Return the share of the resized short side that evaluation crops; a hair less, since timm cuts size / share to an
+    integer."""
     size = config.data.global_crops.size
     return size / evaluation_side(size) * (1 - 1e-9)

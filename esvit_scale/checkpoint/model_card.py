@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from esvit_scale import __version__
+from esvit_scale.checkpoint import card_results
 from esvit_scale.checkpoint.weights import Weights
 from esvit_scale.config import Config
 from esvit_scale.models.registry import SHAPES, build_trunk, trunk_shape
@@ -23,7 +24,7 @@ def text(weights: Weights, network: str, form: str, source: Path, name: str) -> 
     with torch.device("meta"):
         trunk = build_trunk(config)
     parameters = sum(p.numel() for p in trunk.parameters())
-    run = source if (source / "config.yaml").is_file() else None
+    run = _run_of(source.resolve())
     summary = _json(run / "summary.json") if run else {}
     parts = [
         _header(config, form),
@@ -35,7 +36,7 @@ def text(weights: Weights, network: str, form: str, source: Path, name: str) -> 
         "## Input\n\n" + _input(config, form),
         "## Training\n\n" + _training(config, summary, source),
     ]
-    results = _results(run) if run else ""
+    results = card_results.table(run) if run else ""
     if results:
         parts.append("## Evaluation\n\n" + results)
     parts.append(
@@ -114,6 +115,11 @@ def _input(config: Config, form: str) -> str:
         "features differ.",
         "onnx": f"The graph is for {size} pixels, at any batch size.",
     }[form]
+    if form == "huggingface":
+        only += (
+            " Where the resized side less the crop is odd, transformers may crop one pixel beside; it neither turns pictures "
+            "by their EXIF orientation nor takes 16-bit ones (it clips them): hand it 8-bit, upright pictures."
+        )
     return (
         f"RGB, short side resized to {round(size * 256 / 224)} pixels (bicubic), centre crop of {size}, divided by 255, "
         f"then mean (0.485, 0.456, 0.406) and standard deviation (0.229, 0.224, 0.225). {only}"
@@ -150,23 +156,10 @@ def _training(config: Config, summary: dict[str, Any], source: Path) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows if value)])
 
 
-def _results(run: Path) -> str:
-    """Top-1 figures of the evaluations that lie in the run dir or one folder below."""
-    rows = []
-    for path in sorted([*run.glob("*.json"), *run.glob("*/*.json")]):
-        result = _json(path)
-        best = result.get("best")
-        if path.name.startswith("knn") and isinstance(best, dict) and result.get("step"):
-            train, test = (Path(str(result.get(split, "?"))).name for split in ("train", "test"))
-            rows.append((f"k-NN, k = {best['k']}, step {result['step']}", f"{best['top1']:.1f} %", f"{train} → {test}"))
-        measures = result.get("measures")
-        if path.name == "correspondence.json" and isinstance(measures, dict):
-            for name, found in measures.items():
-                data = Path(str(result.get("data", "?"))).name if name != "stereo" else "stereo_motorcycle"
-                rows.append((f"correspondence, {name}, 10 most similar", f"{found['top_accuracy']:.1f} %", data))
-    if not rows:
-        return ""
-    return "\n".join(["| measure | | data |", "|---|---|---|", *(f"| {a} | {b} | {c} |" for a, b, c in rows)])
+def _run_of(source: Path) -> Path | None:
+    """The run dir that weights came from: itself, or the one of a step folder; None for files and single folders."""
+    candidates = (source, source.parent.parent) if source.parent.name == "checkpoints" else (source,)
+    return next((folder for folder in candidates if (folder / "config.yaml").is_file()), None)
 
 
 def _json(path: Path) -> dict[str, Any]:

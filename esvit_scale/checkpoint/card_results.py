@@ -1,0 +1,84 @@
+"""The evaluations that lie in a run dir, as rows of its model card."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+Row = tuple[str, str, str]  # measure, figure, data
+Json = dict[str, Any]
+
+DEPTH = 2  # folders below the run dir that are looked through
+
+
+def table(run: Path) -> str:
+    """Return every figure of the run's knn.json, linear.json, transfer.json and correspondence.json files, as a table in
+    Markdown; empty where there is none. A file that is damaged, or of another program, is left out."""
+    rows: list[Row] = []
+    for name, read in _READ.items():
+        for depth in range(DEPTH + 1):
+            for path in sorted(run.glob("*/" * depth + name)):
+                rows += _rows(path, read)
+    if not rows:
+        return ""
+    return "\n".join(["| measure | | data |", "|---|---|---|", *(f"| {a} | {b} | {c} |" for a, b, c in rows)])
+
+
+def _rows(path: Path, read: Callable[[Json], Iterator[Row]]) -> list[Row]:
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        at = f", step {result['step']}" if result["step"] is not None else ""
+        return [(measure + at, figure, data) for measure, figure, data in read(result)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+
+
+def _knn(result: Json) -> Iterator[Row]:
+    best = result["best"]
+    yield f"k-NN, k = {best['k']}", _percent(best["top1"]), _sets(result)
+    for shots, of_k in result.get("few_shot", {}).get("results", {}).items():
+        k, row = max(of_k.items(), key=lambda item: item[1]["top1"])
+        yield f"k-NN, {shots} of each class, k = {k}", _percent(row["top1"]), _sets(result)
+
+
+def _linear(result: Json) -> Iterator[Row]:
+    share = "" if result["fraction"] == 1 else f", {100 * result['fraction']:g} % of the labels"
+    for protocol, row in result["results"].items():
+        yield f"linear probe, {protocol}{share}", _percent(row["top1"], row.get("interval")), _sets(result)
+
+
+def _transfer(result: Json) -> Iterator[Row]:
+    done = result["datasets"]
+    if done:
+        yield "transfer, mean", _percent(result["mean"]), f"{len(done)} data sets"
+    for name, row in done.items():
+        yield f"transfer, {row['metric']}", _percent(row["score"], row.get("interval")), name
+
+
+def _correspondence(result: Json) -> Iterator[Row]:
+    for name, found in result["measures"].items():
+        if found:  # nothing where no token's place was left in any crop
+            data = _name(result["data"]) if name != "stereo" else "stereo_motorcycle"
+            figure = f"{found['top_accuracy']:.1f} % (chance {found['chance']:.1f} %)"
+            yield f"correspondence, {name}, 10 most similar", figure, data
+            yield f"correspondence, {name}, all", f"{found['accuracy']:.1f} % (chance {found['chance']:.1f} %)", data
+
+
+_READ: dict[str, Callable[[Json], Iterator[Row]]] = {
+    "knn*.json": _knn,
+    "linear*.json": _linear,
+    "transfer*.json": _transfer,
+    "correspondence*.json": _correspondence,
+}
+
+
+def _percent(value: float, interval: list[float] | None = None) -> str:
+    return f"{value:.1f} %" + (f" ({interval[0]:.1f} – {interval[1]:.1f})" if interval else "")
+
+
+def _sets(result: Json) -> str:
+    return " → ".join(_name(result.get(split, "?")) for split in ("train", "test"))
+
+
+def _name(path: str) -> str:
+    return Path(path).name.replace("|", "\\|")
