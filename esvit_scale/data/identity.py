@@ -5,16 +5,23 @@ The same content in another place has the same identity; other content, or the s
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from esvit_scale.data.manifest import Manifest
+from esvit_scale.data.manifest import MANIFEST, Manifest
 from esvit_scale.data.mix import MixedSets
+from esvit_scale.data.shard_file import sha256
 from esvit_scale.data.stream import Source
 from esvit_scale.data.url_stream import UrlSets
 from esvit_scale.errors import UserError
 
+log = logging.getLogger("esvit_scale")
+
+MOST_BYTES = 4 << 30  # of changed shards that are read at a resume: some seconds
+STAT_THREADS = 16
 Identity = dict[str, str]  # "what": in words; "sha256": equal for the same data
 
 
@@ -22,8 +29,9 @@ def identity(data: Source) -> Identity:
     """Return the identity of a run's data.
 
     Of a shard set it covers the contents and the order of the shards, as its manifest records them, and neither their
-    names nor their place; of a mix of such sets also their weights and the length of an epoch. Of plain tars, which record nothing, it covers names and sizes where they are local files,
-    URLs otherwise, with the weights of a mix and the length of an epoch.
+    names nor their place; of a mix of such sets also their weights and the length of an epoch. Of plain tars, which
+    record nothing, it covers names and sizes where they are local files, URLs otherwise, with the weights of a mix and
+    the length of an epoch.
     """
     if isinstance(data, Manifest):
         return _shard_set(data)
@@ -48,6 +56,40 @@ def check_same(checkpoint: Path, recorded: Any, now: Identity, place: str) -> No
     raise UserError(
         f"{checkpoint}: was trained on {_in_words(recorded)}, but {place} holds {_in_words(now)}; give the run its "
         f"data back, or start another (name=…, with model.init_from={checkpoint} for its weights)"
+    )
+
+
+def check_unchanged(data: Source, checkpoint: Path, written_ns: int) -> None:
+    """Compare shards whose files changed after the checkpoint was written with the manifest, which records their contents.
+
+    Up to MOST_BYTES of them are read, spread over the set: a set that was copied elsewhere is all new.
+
+    Args:
+        written_ns: when the checkpoint was written, in ns since the epoch.
+
+    Raises:
+        UserError: a shard is not the one that the manifest describes.
+    """
+    manifests = [data] if isinstance(data, Manifest) else []
+    if isinstance(data, MixedSets):
+        manifests = [one.manifest for one in data.sets]
+    shards = [(manifest.root / shard.name, shard) for manifest in manifests for shard in manifest.shards]
+    with ThreadPoolExecutor(STAT_THREADS) as pool:  # a stat costs a round trip on network storage
+        stats = list(pool.map(lambda place: place[0].stat(), shards))
+    changed = [place for place, stat in zip(shards, stats, strict=True) if stat.st_ctime_ns > written_ns]
+    if not changed:
+        return
+    every = max(1, -(-sum(shard.bytes for _, shard in changed) // MOST_BYTES))
+    for path, shard in changed[::every]:
+        if (found := sha256(path)) != shard.sha256:
+            raise UserError(
+                f"{path}: changed after {checkpoint} was written, and is not what {MANIFEST} says (sha256 {found[:12]}…, "
+                f"recorded {shard.sha256[:12]}…); copy the shard again, or start another run (name=…)"
+            )
+    log.info(
+        "%d shards changed on the disk since %s; %d of them compared: the same",
+        len(changed),
+        *(checkpoint, len(changed[::every])),
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from esvit_scale.data.left_out import LeftOut
 from esvit_scale.data.tar_names import chosen_images, split_name
 from esvit_scale.data.tar_reader import Member, TarReader
-from esvit_scale.errors import UserError
+from esvit_scale.errors import UserError, is_machine_fault
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -90,11 +90,23 @@ def check_sizes(manifest: Manifest) -> None:
 
     Raises:
         UserError: naming the first shard that is missing or of another size than the manifest's, and how many more.
+        OSError: the storage does not answer.
     """
     problems = list(size_problems(manifest))
     if problems:
+        _look_for_storage_that_does_not_answer(manifest)
         more = f" (and {len(problems) - 1} more shards)" if len(problems) > 1 else ""
         raise UserError(f"{problems[0]}{more}; copy it again, or write the set again")
+
+
+def _look_for_storage_that_does_not_answer(manifest: Manifest) -> None:
+    """Raise the first OSError that is the machine's fault and not the set's."""
+    for shard in manifest.shards:
+        try:
+            (manifest.root / shard.name).stat()
+        except OSError as error:
+            if is_machine_fault(error):
+                raise
 
 
 def size_problems(manifest: Manifest) -> Iterator[str]:

@@ -1,9 +1,7 @@
 """Samples of shards by number: `pread` through the index, so that any sample costs one small read and no scan."""
 
-import errno
 import os
 import resource
-import time
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import TypeVar
@@ -18,17 +16,20 @@ from esvit_scale.data.manifest import (
     parse_label,
     read_index,
 )
+from esvit_scale.data.patience import Patience
 from esvit_scale.data.tar_names import MAX_MEMBER
+from esvit_scale.errors import RestartCanHelp, is_machine_fault
 
 T = TypeVar("T")
 
 OPEN_FILES = 1024  # and at most half of what the process may open
 INDEX_BYTES = 128 << 20
+BLOCK = 4096
 WAITS = (0.5, 1, 2, 4, 8, 16, 30)  # seconds between attempts while storage does not answer
-PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EAGAIN, errno.EREMOTEIO, errno.ENETDOWN}
+PROBES = 4  # other shards that are looked at before one shard, rather than the storage, is blamed
 
 
-class StorageGone(Exception):
+class StorageGone(RestartCanHelp):
     """Nothing of a set can be read: the machine is to blame, and a restart can help."""
 
 
@@ -39,8 +40,9 @@ class ShardReader:
     Args:
         readers: how many there are in this process; they share what it may hold.
 
-    An error that storage may recover from is waited for with growing pauses, a minute in all. Every method raises
-    BadImage (the sample is damaged or not there), OSError (its shard is) or StorageGone (the whole set is).
+    An error that storage may recover from is waited for with growing delays, a minute in all. What then still cannot be
+    read is blamed on its shard when others can be read, and on the storage otherwise. Every method raises BadImage (the
+    sample is damaged or not there), OSError (its shard is) or StorageGone (nothing can be read).
     """
 
     def __init__(self, manifest: Manifest, readers: int = 1) -> None:
@@ -50,6 +52,8 @@ class ShardReader:
         most = OPEN_FILES if limit == resource.RLIM_INFINITY else min(OPEN_FILES, limit // 2)
         self._most_files = max(most // readers, 1)
         self._indexes: OrderedDict[int, Index] = OrderedDict()
+        self._patience = Patience(WAITS)
+        self._damaged: set[int] = set()  # shards that could not be read while others could: not waited for again
         self._index_bytes = 0
 
     def entry(self, shard: int, i: int) -> Entry:
@@ -78,23 +82,52 @@ class ShardReader:
             os.close(self._files.popitem()[1][0])
 
     def _patiently(self, shard: int, read: Callable[[], T]) -> T:
-        for wait in (*WAITS, None):
+        path = self._manifest.root / self._manifest.shards[shard].name
+        while True:
             try:
                 return read()
             except OSError as error:
                 self._forget(shard)  # the descriptor of a lost mount stays bad
-                gone = not (self._manifest.root / MANIFEST).is_file()
-                if not gone and error.errno not in PASSING:
+                gone = self._is_gone()
+                if not gone and (not is_machine_fault(error) or shard in self._damaged):
                     raise
-                if wait is None and gone:
-                    raise StorageGone(
-                        f"{self._manifest.root}: no longer there ({error.strerror}), after waiting {sum(WAITS):.0f} s; "
-                        "is its mount gone? The same command continues when it is back"
-                    ) from None
-                if wait is None:
+                if self._patience.wait(str(path), error):
+                    continue
+                if not gone and self._storage_answers(shard):
+                    self._damaged.add(shard)
                     raise
-            time.sleep(wait)
-        raise AssertionError
+                what = "no longer there" if gone else "nothing in it can be read"
+                raise StorageGone(
+                    f"{self._manifest.root}: {what} ({path.name}: {error.strerror}), after waiting "
+                    f"{self._patience.seconds:.0f} s; is its mount gone? The same command continues when it is back"
+                ) from None
+
+    def _is_gone(self) -> bool:
+        try:
+            return not (self._manifest.root / MANIFEST).is_file()
+        except OSError:
+            return True
+
+    def _storage_answers(self, failed: int) -> bool:
+        """Whether something of the set can be read from the disk: a block of another shard, or, where there is one shard
+        alone, another block of it."""
+        count = len(self._manifest.shards)
+        others = {(failed + 1 + i * count // PROBES) % count for i in range(PROBES)} - {failed}
+        return any(self._reads_a_block(shard, place) for shard in others or {failed} for place in (0.0, 0.5, 1.0))
+
+    def _reads_a_block(self, shard: int, place: float) -> bool:
+        """Whether a block at a place in [0, 1] of a shard can be read; not from the page cache, which outlives a disk."""
+        handle = None
+        try:
+            handle = os.open(self._manifest.root / self._manifest.shards[shard].name, os.O_RDONLY | os.O_CLOEXEC)
+            at = int(place * max(os.fstat(handle).st_size - BLOCK, 0))
+            os.posix_fadvise(handle, at, BLOCK, os.POSIX_FADV_DONTNEED)
+            return bool(os.pread(handle, BLOCK, at))
+        except OSError:
+            return False
+        finally:
+            if handle is not None:
+                os.close(handle)
 
     def _forget(self, shard: int) -> None:
         if shard in self._files:
@@ -107,6 +140,8 @@ class ShardReader:
         data = os.pread(handle, size, offset)
         if len(data) != size:
             raise BadImage(f"{len(data)} of {size} bytes could be read")
+        self._patience.reset()
+        self._damaged.discard(shard)
         return data
 
     def _file(self, shard: int) -> tuple[int, int]:

@@ -12,8 +12,9 @@ from esvit_scale.data.loader import OnlyBad, reason
 from esvit_scale.data.manifest import Manifest
 from esvit_scale.data.mix import Draw, MixedSets, order_of
 from esvit_scale.data.order import Order
-from esvit_scale.data.reader import ShardReader
+from esvit_scale.data.reader import ShardReader, StorageGone
 from esvit_scale.data.views import SLOW_S, Sample, decode_for_views
+from esvit_scale.errors import is_machine_fault
 
 SUBSTITUTES = 16  # tried in turn for one bad sample before the run stops
 
@@ -72,7 +73,7 @@ class ShardSamples:
     def _read_good(self, reader: ShardReader, manifest: Manifest, prefix: str, place: _Place) -> Sample:
         """The sample of a place, or the first good one among its substitutes, which are of the same set."""
         bad: list[dict[str, Any]] = []
-        position = place.position
+        position, faults = place.position, 0
         for attempt in range(SUBSTITUTES + 1):
             shard, i = place.order.locate(position)
             key, began = f"#{i}", time.monotonic()
@@ -85,11 +86,14 @@ class ShardSamples:
             except (BadImage, OSError) as error:
                 stand_in = {"stand_in": True} if attempt else {}  # tried in the place of one that was bad itself
                 bad.append({**where, "key": key, "reason": reason(error), **stand_in})
+                faults += is_machine_fault(error)
             else:
                 if (took := time.monotonic() - began) > SLOW_S:
                     bad.append({**where, "key": key, "reason": f"slow: {took:.0f} s to read and decode", "used": True})
                 return sample
             position = place.order.substitute(place.position, attempt)
+        if faults == len(bad):
+            raise StorageGone(f"{manifest.root}: {faults} reads in a row failed ({bad[-1]['reason']})")
         raise OnlyBad(
             f"{manifest.root}: {len(bad)} of {len(bad)} samples tried for one place of batch {place.batch_index} "
             f"failed (last: {bad[-1]['shard']}: {bad[-1]['key']}: {bad[-1]['reason']}); check the set with "

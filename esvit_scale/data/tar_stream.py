@@ -1,6 +1,5 @@
 """Samples of tars that are read from the front, one tar after the other: files, `pipe:` commands and URLs."""
 
-import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -12,10 +11,11 @@ from esvit_scale.data.image_folder import printable
 from esvit_scale.data.keys import hash64
 from esvit_scale.data.left_out import MEMBERS, LeftOut
 from esvit_scale.data.loader import reason
+from esvit_scale.data.patience import Patience
 from esvit_scale.data.tar_names import chosen_images, companion, is_image, sample_key, split_name
 from esvit_scale.data.tar_reader import Forward, TarReader, decompressed
 
-WAITS = (1, 4, 15)  # seconds between attempts to open a tar
+WAITS = (0.5, 1, 2, 4, 8, 16, 30)  # seconds between attempts to open a tar
 MOST_IMAGES = 64  # of one key that are held in memory together
 MOST_KEYS = 1 << 17  # of a tar that are remembered, to see members that lie apart
 APART = (
@@ -44,6 +44,7 @@ class TarSamples:
 
     def __init__(self) -> None:
         self._told: set[str] = set()
+        self._patience = Patience(WAITS)
 
     def of(self, urls: Sequence[str], epoch: int, bad: list[dict[str, Any]]) -> Iterator[Raw]:
         """The samples of `urls`. A row is added to `bad` for each tar that cannot be read, or holds something else."""
@@ -51,8 +52,7 @@ class TarSamples:
             row = {"shard": url, "key": "", "epoch": epoch, "position": -1}
             left_out = LeftOut()
             try:
-                with _opened(url) as stream:
-                    yield from _samples(url, stream, left_out)
+                yield from self._patiently(url, left_out)
             except Exception as error:  # decompressors and tar headers raise almost anything
                 what = reason(error) or type(error).__name__
                 bad.append({**row, "reason": what, "io": isinstance(error, OSError)})
@@ -60,16 +60,20 @@ class TarSamples:
                 self._told.add(url)
                 bad.append({**row, "reason": f"left out {left_out.short()}", "used": True, "left_out": left_out.rows()})
 
-
-def _opened(url: str) -> Any:
-    for wait in (*WAITS, None):
-        try:
-            return wds.gopen(url)
-        except OSError:
-            if wait is None:
-                raise
-        time.sleep(wait)
-    raise AssertionError
+    def _patiently(self, url: str, left_out: LeftOut) -> Iterator[Raw]:
+        """The samples of one tar, which is opened again while the storage does not answer and nothing of it was read."""
+        while True:
+            came = False
+            try:
+                with wds.gopen(url) as stream:
+                    for raw in _samples(url, stream, left_out):
+                        came = True
+                        self._patience.reset()
+                        yield raw
+                return
+            except OSError as error:
+                if came or not self._patience.wait(url, error):
+                    raise
 
 
 def _samples(url: str, stream: Any, left_out: LeftOut) -> Iterator[Raw]:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from esvit_scale import config as configs
 from esvit_scale import files
+from esvit_scale.checkpoint import step_folders
 from esvit_scale.data import manifest as manifests
 from esvit_scale.errors import Diverged, UserError
 from esvit_scale.resources import shipped_folder
@@ -84,7 +85,7 @@ def branch(cell: Cell) -> None:
         UserError: the parent has not come so far.
     """
     checkpoints = cell.path / "checkpoints"
-    if cell.parent is None or (checkpoints / "latest").exists():
+    if cell.parent is None or step_folders.has_checkpoints(cell.path):
         return
     step = f"step-{cell.parent.branch_step:08d}"
     origin = cell.parent.path / "checkpoints" / step
@@ -93,8 +94,8 @@ def branch(cell: Cell) -> None:
     aside = checkpoints / f".{step}.partial"
     shutil.rmtree(checkpoints, ignore_errors=True)
     shutil.copytree(origin, aside)
-    aside.rename(checkpoints / step)
     files.write_text(cell.path / "config.yaml", configs.dump(cell.config))
+    aside.rename(checkpoints / step)  # from here on it has begun
     files.write_text(checkpoints / "latest", f"{step}\n")
 
 

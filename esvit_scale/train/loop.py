@@ -85,4 +85,5 @@ def _checked_identity(config: Config, data: stream.Source, checkpoint: Path | No
             "%s does not record which data it was trained on (an older version wrote it); later ones do", checkpoint
         )
     identities.check_same(checkpoint, recorded, now, config.data.train or "data.mix")
+    identities.check_unchanged(data, checkpoint, (checkpoint / step_folders.STATE).stat().st_mtime_ns)
     return now

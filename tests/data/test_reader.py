@@ -43,13 +43,25 @@ def test_errors_that_pass_are_waited_for(shard_set: Manifest, monkeypatch: pytes
 
 
 def test_errors_that_stay_are_the_shards(shard_set: Manifest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def fail(*_: Any) -> bytes:
-        raise OSError(errno.EIO, "Input/output error")
+    pread, name = os.pread, shard_set.shards[0].name
+
+    def fail(handle: int, *rest: Any) -> bytes:
+        if name is None or Path(f"/proc/self/fd/{handle}").readlink().name == name:
+            raise OSError(errno.EIO, "Input/output error")
+        return pread(handle, *rest)
 
     monkeypatch.setattr(os, "pread", fail)
     reader = ShardReader(shard_set)
-    with pytest.raises(OSError, match="Input/output"):
-        reader.image(0, reader.entry(0, 0))
+    for waited in (True, False):  # once for the shard, not for each of its samples
+        began = time.monotonic()
+        with pytest.raises(OSError, match="Input/output"):
+            reader.image(0, reader.entry(0, 0))
+        assert (time.monotonic() - began > 0.7) == waited
+        assert reader.image(1, reader.entry(1, 0))
+    name = None  # the whole disk
+    with pytest.raises(StorageGone, match=r"nothing in it can be read \(.*Input/output error\), after waiting 1 s"):
+        reader.image(1, reader.entry(1, 1))
+    monkeypatch.setattr(os, "pread", pread)
     broken = damaged_copy(shard_set, tmp_path / "set")
     (broken.root / broken.shards[0].name).unlink()
     began = time.monotonic()

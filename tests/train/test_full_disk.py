@@ -107,6 +107,7 @@ def test_a_disk_that_is_full_for_a_while_costs_saves_and_nothing_else(
     assert not (run / "lock.json").exists()
 
 
+@pytest.mark.slow
 def test_a_disk_that_stays_full_ends_with_75_and_the_same_command_goes_on(
     disk: Disk, shards: Path, straight: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,6 +122,7 @@ def test_a_disk_that_stays_full_ends_with_75_and_the_same_command_goes_on(
     assert tiny.rows(run) == straight
 
 
+@pytest.mark.slow
 def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run(
     disk: Disk, shards: Path, straight: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
