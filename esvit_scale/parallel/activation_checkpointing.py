@@ -30,7 +30,7 @@ def apply(trunk: Any, door: Door, autocast: str | None = None) -> None:
         for block in trunk.blocks:
             batch_norm.moves_without_gradient(block)
             if autocast:
-                block.__class__ = _in_autocast(type(block), autocast)
+                block.__class__ = _in_autocast(type(block), autocast)  # type: ignore[arg-type]
     if door == "torch":
         trunk.run_block = _through_torch
     elif door == "deepspeed":
