@@ -60,6 +60,8 @@ def build(config: Config, recipe: Recipe, world: World) -> Engines:
     groups = recipe.groups(module)
     optimizer = optimizers.build(config.optim, _param_groups(module, groups), stage)
     student, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds, dist_init_required=False)
+    if config.train.precision == "fp16":
+        student.optimizer.loss_scaler.raise_error_at_min_scale = False  # see loss_scale_can_fall
     owned = partitions.of_engine(student)
     _initialise(student, owned, recipe)
     names = [name for name, p in module.named_parameters() if p.requires_grad]
@@ -99,6 +101,16 @@ def take_step(engines: Engines) -> bool:
     gradients finite on every rank."""
     engines.student.step()
     return bool(engines.student.was_step_applied()) and engines.gate.take_finite()
+
+
+def loss_scale_can_fall(engines: Engines) -> bool:
+    """Return whether a skipped step is the fp16 loss scaler's business: its scale is dynamic and above its minimum.
+
+    Below that nothing would change any more, and DeepSpeed's scaler would end the run with an exception; with a static
+    scale it would skip steps for ever.
+    """
+    scaler = getattr(engines.student.optimizer, "loss_scaler", None)
+    return bool(getattr(scaler, "dynamic", False)) and scaler.cur_scale > scaler.min_scale  # type: ignore[union-attr]
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:

@@ -207,8 +207,8 @@ class Run:
     def _skipped(self, batch: Batch, named: int | bool) -> None:
         """A step in which nothing moved. `named`: this rank's samples may be the reason (its loss was not finite, or no
         rank's was: then a gradient overflowed)."""
-        if self._session.config.train.precision == "fp16" and not self._flags & NOT_FINITE:
-            return  # the loss scaler at work: it halves the scale and goes on
+        if engine_module.loss_scale_can_fall(self._session.engines) and not self._flags & NOT_FINITE:
+            return  # it halves the scale and goes on
         self._skips += 1
         keys = [key for keys in collectives.gather_objects(batch.keys if named else []) for key in keys]
         self._journal.not_finite(self.step, keys)

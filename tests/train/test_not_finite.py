@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from esvit_scale.objective.schedules import Schedules
+from esvit_scale.parallel import engine as engine_module
 from esvit_scale.parallel import world as world_module
 from esvit_scale.train.step import MicroBatch, Session, StepResult, open_session, optimizer_step
 from tests import tiny
@@ -114,5 +115,32 @@ def test_whatever_is_not_finite_moves_nothing(
             step += 2
         assert one_step(session, step).applied
         assert all(torch.isfinite(t).all() for t in everything(session))
+    finally:
+        world_module.stop()
+
+
+def test_when_an_overflow_is_the_loss_scalers(tmp_path: Path) -> None:
+    """fp16's scalers themselves (fp16 does not run on a CPU): dynamic, at its minimum, static; and that of bf16."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+
+    session = session_of(tmp_path, train__precision="bf16")
+    try:
+        assert not engine_module.loss_scale_can_fall(session.engines)
+        optimizer = session.engines.student.optimizer
+        optimizer.loss_scaler = DynamicLossScaler(
+            init_scale=4.0,
+            scale_window=1000,
+            min_scale=1.0,
+            delayed_shift=1,
+            consecutive_hysteresis=False,
+            raise_error_at_min_scale=False,
+        )
+        seen = []
+        for _ in range(4):
+            seen.append(engine_module.loss_scale_can_fall(session.engines))
+            optimizer.loss_scaler.update_scale(True)
+        assert seen == [True, True, False, False]
+        optimizer.loss_scaler = LossScaler(128.0)
+        assert not engine_module.loss_scale_can_fall(session.engines)
     finally:
         world_module.stop()
