@@ -33,6 +33,7 @@ from esvit_scale.config import Config, Data
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data.manifest import Manifest
 from esvit_scale.data.order import Order, hash64, permutation, steps_per_epoch
+from esvit_scale.data.tar_names import TAR
 from esvit_scale.errors import UserError
 
 CACHED_SHARDS = 1 << 20  # shards whose permutations are kept, over all epochs of all sets
@@ -53,8 +54,8 @@ class MixedSets:
 
     @staticmethod
     def wanted(data: Data) -> bool:
-        """Whether data.mix names shard sets only; any other mix is streamed."""
-        return bool(data.mix) and all(manifests.is_shard_set(Path(m.urls)) for m in data.mix)
+        """Whether data.mix names folders of shard sets only; one with tars among them is streamed."""
+        return bool(data.mix) and not any(_names_tars(mixed.urls) for mixed in data.mix)
 
     @staticmethod
     def open(data: Data) -> "MixedSets":
@@ -79,6 +80,13 @@ class MixedSets:
     def moved(self, move: Callable[[Manifest], Manifest]) -> "MixedSets":
         """The same sets, each as `move` gives it."""
         return replace(self, sets=tuple(one._replace(manifest=move(one.manifest)) for one in self.sets))
+
+
+def _names_tars(urls: str) -> bool:
+    folder = Path(urls)
+    if folder.is_dir():
+        return not manifests.is_shard_set(folder) and any(folder.glob("*.tar"))
+    return urls.startswith("pipe:") or "://" in urls or "{" in urls or TAR.search(urls) is not None
 
 
 def epoch_samples(data: Data) -> int:

@@ -19,6 +19,7 @@ from esvit_scale.data import left_out
 from esvit_scale.data.decode import EXTENSIONS
 
 MAX_MEMBER = 1 << 30  # bytes; a larger member is no image
+TAR = re.compile(r"\.tar(\.(gz|bz2|xz|zst))?$|\.tgz$", re.IGNORECASE)  # file names that streams read
 MACOS = "twin made by macOS (._*, __MACOSX)"
 SYSTEM = "system file (.DS_Store, Thumbs.db)"
 PAX = "pax header stored as a file"

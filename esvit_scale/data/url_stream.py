@@ -11,7 +11,6 @@ import io
 import itertools
 import logging
 import random
-import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from esvit_scale.data.loader import OnlyBad, reason
 from esvit_scale.data.manifest import parse_label
 from esvit_scale.data.order import hash64, permutation
 from esvit_scale.data.reader import StorageGone
+from esvit_scale.data.tar_names import TAR
 from esvit_scale.data.tar_reader import NO_ZSTD, open_zstd
 from esvit_scale.data.tar_stream import Raw, TarSamples
 from esvit_scale.data.views import SLOW_S, Sample, decode_for_views
@@ -36,7 +36,6 @@ log = logging.getLogger(__name__)
 
 SHUFFLE = 1000  # samples, still encoded, that a worker draws the next one from
 RESERVES = 8  # of an epoch's first samples a worker keeps to put in the place of bad ones
-TAR = re.compile(r"\.tar(\.(gz|bz2|xz|zst))?$|\.tgz$", re.IGNORECASE)
 
 
 class UrlSet(NamedTuple):
@@ -65,9 +64,12 @@ class UrlSets:
         if data.mix and data.train:
             raise UserError("data.mix: data.train is set too; list every set in data.mix, or give data.train alone")
         if data.epoch_samples is None:
+            named = [mixed.urls for mixed in data.mix] or [data.train]
+            squeezed = next((urls for urls in named if TAR.search(urls) and not urls.lower().endswith(".tar")), None)
             raise UserError(
-                "data.epoch_samples: not set; plain tars do not say how many samples they hold: give the number that "
-                "makes an epoch, or write an indexed set with `esvit-scale shards create`"
+                f"data.epoch_samples: not set; {f'{squeezed} is a compressed tar, and' if squeezed else 'plain'} tars do not "
+                "say how many samples they hold: give the number that makes an epoch, or write an indexed set with "
+                f"`esvit-scale shards create`{' from the decompressed tar' if squeezed else ''}"
             )
         mix = [(m.urls, m.weight) for m in data.mix] or [(data.train, 1.0)]
         return UrlSets(tuple(UrlSet(tuple(_expanded(urls)), weight) for urls, weight in mix), data.epoch_samples)

@@ -247,6 +247,8 @@ def test_a_set_that_is_not_whole_is_named(sets: Path, tmp_path: Path) -> None:
     config = config_of(sets, small=str(tmp_path / "small"))
     with pytest.raises(UserError, match=r"small/shard-000000\.tar: No such file"):
         open_data(config)
+    with pytest.raises(UserError, match=r"smal: no such shard folder; shard sets in .*: large, small"):
+        open_data(config_of(sets, small=str(sets / "smal")))
     raw = json.loads((sets / "small" / "manifest.json").read_text()) | {"shards": [], "samples": 0}
     (tmp_path / "small" / "manifest.json").write_text(json.dumps(raw))
     with pytest.raises(UserError, match="small holds no samples; leave it out"):

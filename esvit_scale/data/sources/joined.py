@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from esvit_scale.data.keys import hash64
 from esvit_scale.data.manifest import Entry
-from esvit_scale.data.sources.base import Rows
-from esvit_scale.data.tar_names import base_key, is_image
+from esvit_scale.data.sources.base import EXTRAS, Rows
+from esvit_scale.data.tar_names import base_key, chosen_images, companion, is_image
 
 
 def joined(runs: Iterable[Entry]) -> Iterator[Entry]:
@@ -50,12 +50,24 @@ def _of_one_base(rows: Rows, numbers: NDArray[np.int64], by_key: NDArray[np.uint
     """The entries among rows whose keys agree up to their first dot."""
     groups = _groups(numbers, by_key[numbers])
     shared = _shared(rows, groups) if len(groups) > 1 else None
+    used: set[str] = set()
     for group in groups:
         for entry in _merged([_entry(rows, i) for i in group]):
             if shared is None:
                 yield entry
             elif entry.key != shared.key:
-                yield Entry(entry.key, shared.members | entry.members)
+                more = {ext: place for ext, place in shared.members.items() if _takes(entry, ext)}
+                used |= more.keys()
+                yield Entry(entry.key, entry.members | more)
+    if shared is not None and (rest := {ext: place for ext, place in shared.members.items() if ext not in used}):
+        yield Entry(shared.key, rest)
+
+
+def _takes(entry: Entry, ext: str) -> bool:
+    """Whether an image of the entry has no label, caption or metadata of its own in place of this one."""
+    if ext in entry.members or ext not in (*EXTRAS, "cls"):
+        return False
+    return any(companion([*entry.members, ext], image, ext) == ext for image in chosen_images(entry.members))
 
 
 def _groups(numbers: NDArray[np.int64], keys: NDArray[np.uint64]) -> list[list[int]]:
