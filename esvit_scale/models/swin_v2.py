@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from esvit_scale.models.layer_norm import LayerNorm
 from esvit_scale.models.swin import Attention, Mlp, Swin, add_branch
 from esvit_scale.models.windows import Permutation, WindowPlan, from_slots, relative_position_index, to_slots
 
@@ -80,7 +81,7 @@ class BlockV2(nn.Module):
         return tokens if self.extra_norm is None else self.extra_norm(tokens)
 
 
-class BranchNorm(nn.LayerNorm):
+class BranchNorm(LayerNorm):
     """The norm at the end of a branch; its gain starts at 0, so that a block starts as the identity."""
 
 

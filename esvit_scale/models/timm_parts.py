@@ -2,6 +2,7 @@
 
 - Stochastic depth draws from the crops' keys (models/drop_path.py); dropout is left out.
 - Batch norms are synchronised, their statistics in fp32, moved once a batch (models/batch_norm.py).
+- Layer norms sum their parameters' gradients in fp32 (models/layer_norm.py).
 - Blocks are called through `run_block`, with the drop factors of their forward bound to them, so that a recomputation
   drops what the forward dropped.
 """
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from esvit_scale.models.batch_norm import BatchNorm
+from esvit_scale.models.layer_norm import LayerNorm, layer_norm
 from esvit_scale.models.trunk import Trunk
 
 
@@ -88,6 +90,16 @@ class ActivatedBatchNorm(BatchNorm):
         return self.act(super().forward(x))
 
 
+class LayerNorm2d(LayerNorm):
+    """timm's layer norm over the channels of a map [B, C, H, W]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x.permute(0, 2, 3, 1), self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
+
+
+LAYER_NORMS = {"LayerNorm": LayerNorm, "LayerNorm2d": LayerNorm2d}  # torch's and timm's, by their class names
+
+
 def replace(module: nn.Module, state: State, rates: list[float]) -> None:
     """In place, before any value is set; `rates` is given the rate of every stochastic depth."""
     for name, child in module.named_children():
@@ -98,5 +110,7 @@ def replace(module: nn.Module, state: State, rates: list[float]) -> None:
             child.p = 0.0
         elif isinstance(child, nn.modules.batchnorm._BatchNorm):
             setattr(module, name, ActivatedBatchNorm(child))
+        elif isinstance(child, nn.LayerNorm) and type(child).__name__ in LAYER_NORMS and child.elementwise_affine:
+            child.__class__ = LAYER_NORMS[type(child).__name__]
         else:
             replace(child, state, rates)

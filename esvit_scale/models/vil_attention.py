@@ -60,13 +60,13 @@ class LongAttention(nn.Module):
     def window_bias(self) -> Tensor:
         """[heads, L, 9, L]: of every query of a window and every key of the nine windows."""
         length, index = self.window**2, around_index(self.window, self.query.weight.device)
-        rows = self.local_relative_position_bias_table.index_select(0, index)
+        rows = _wide(self.local_relative_position_bias_table).index_select(0, index)
         return rows.view(length, AROUND, length, self.heads).permute(3, 0, 1, 2)
 
     def _global(self, q: Tensor, kv: Tensor) -> Tensor:
         """q [n, T, C], kv [n, T, 2C] → what the global tokens become, [n, g, C]"""
-        to_map = self.g2l_relative_position_bias[0].unsqueeze(-1).expand(-1, -1, q.shape[1] - self.globals)
-        bias = torch.cat((self.g2g_relative_position_bias, to_map), -1)  # [heads, g, T]
+        to_map = _wide(self.g2l_relative_position_bias)[0].unsqueeze(-1).expand(-1, -1, q.shape[1] - self.globals)
+        bias = torch.cat((_wide(self.g2g_relative_position_bias), to_map), -1)  # [heads, g, T]
         return self._attend(q[:, : self.globals], kv, bias)
 
     def _local(self, q: Tensor, kv: Tensor, grid: Grid, bias: Tensor, draw: Tensor | None) -> Tensor:
@@ -77,7 +77,7 @@ class LongAttention(nn.Module):
         around = neighbourhood(h, w, self.window, q.device)
         seen, bias, hidden = _all(windows, bias, around) if draw is None else _drawn(windows, bias, around, draw)
         # The global keys stand first.
-        to_globals = self.g2l_relative_position_bias[1][:, None].expand(bias.shape[0], -1, bias.shape[2], -1)
+        to_globals = _wide(self.g2l_relative_position_bias)[1][:, None].expand(bias.shape[0], -1, bias.shape[2], -1)
         bias = torch.cat((to_globals, bias), -1).unsqueeze(1)  # [1 or n, 1, heads, L, g + keys]
         hidden = F.pad(hidden, (self.globals, 0))[:, :, None, None]  # [1 or n, windows, 1, 1, g + keys]
         global_keys = kv[:, None, : self.globals].expand(-1, windows.shape[1], -1, -1)
@@ -127,13 +127,13 @@ class FullAttention(nn.Module):
     def map_bias(self) -> Tensor:
         """[heads, side², side²]"""
         length, index = self.side**2, relative_position_index(self.side, self.qkv.weight.device)
-        return self.local_relative_position_bias_table.index_select(0, index).view(length, length, -1).permute(2, 0, 1)
+        rows = _wide(self.local_relative_position_bias_table).index_select(0, index)
+        return rows.view(length, length, -1).permute(2, 0, 1)
 
     def _bias(self, local: Tensor, tokens: int) -> Tensor:
         """[heads, T, T] of a map of that many tokens"""
         if tokens != self.side**2:
-            wide = local.to(torch.promote_types(local.dtype, torch.float32))
-            local = F.interpolate(wide[None], size=(tokens, tokens), mode="bicubic")[0]
+            local = F.interpolate(local[None], size=(tokens, tokens), mode="bicubic")[0]
         if not self.globals:
             return local
         g2l = self.g2l_relative_position_bias.to(local.dtype)
@@ -142,6 +142,11 @@ class FullAttention(nn.Module):
         )
         of_map = torch.cat((g2l[1, :, None].expand(-1, tokens, -1), local), -1)
         return torch.cat((of_globals, of_map), 1)
+
+
+def _wide(bias: Tensor) -> Tensor:
+    """Return a table of biases in fp32 or wider: a bias stands in thousands of scores, and its gradient is their sum."""
+    return bias.to(torch.promote_types(bias.dtype, torch.float32))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, hidden: Tensor | None = None) -> Tensor:
@@ -217,6 +222,6 @@ def _drawn(windows: Tensor, bias: Tensor, around: Neighbourhood, draw: Tensor) -
     bias = bias.permute(2, 0, 1, 3)  # [9, heads, L, L]
     return (
         torch.cat((windows, neighbours), 2),
-        torch.cat((bias[OWN].expand(n, -1, -1, -1), bias[draw]), -1),
+        torch.cat((bias[OWN].expand(n, -1, -1, -1), bias.index_select(0, draw)), -1),
         torch.cat((hidden[OWN].expand(n, -1, -1), hidden[draw]), -1),
     )
