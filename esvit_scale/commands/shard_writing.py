@@ -171,7 +171,24 @@ def _say_sets(destination: Path, sets: "Mapping[str, Manifest]") -> None:
         left.update(LeftOut(manifest.left_out))
         if len(manifest.formats) > 1:
             say(f"{destination / name}: {_MIXED.format(_types(manifest.formats))}")
+    if len(sets) > 1:
+        _say_classes_of_one_part(destination, sets)
     if left:
         print(left.table())
     if warning := left.warning(sum(manifest.samples for manifest in sets.values())):
         say(warning)
+
+
+def _say_classes_of_one_part(destination: Path, sets: "Mapping[str, Manifest]") -> None:
+    """Say how many classes have samples in one part of a split only: there nothing can be learnt, or nothing measured."""
+    from esvit_scale.data.evaluation import Items
+    from esvit_scale.data.progress import say
+
+    there: dict[str, set[str]] = {}
+    for name, manifest in sets.items():
+        labels = Items(manifest).labels()
+        there[name] = {manifest.classes[i] for i in labels if 0 <= i < len(manifest.classes)}
+    counts = {name: len(own.difference(*(o for n, o in there.items() if n != name))) for name, own in there.items()}
+    if any(counts.values()):
+        words = ", ".join(f"{count} in {name} only" for name, count in counts.items())
+        say(f"{destination}: of {len(set().union(*there.values()))} classes {words}")

@@ -18,7 +18,7 @@ from esvit_scale.data import photometric
 from esvit_scale.data.decode import BadImage, decode
 from esvit_scale.data.image_folder import ImageFolder, list_images, printable, read_file
 from esvit_scale.data.loader import loader, reason
-from esvit_scale.data.manifest import Manifest
+from esvit_scale.data.manifest import Entry, Manifest, image_member
 from esvit_scale.data.reader import ShardReader
 
 log = logging.getLogger(__name__)
@@ -68,27 +68,70 @@ class Items:
         return int(self._starts[-1])
 
     def read(self, number: int) -> tuple[str, int, bytes]:
+        """Return an image's key, label (-1 without one) and bytes. Raises BadImage or OSError."""
         if isinstance(self._source, ImageFolder):
             file = self._source.files[number]
             return printable(file.path), file.label, read_file(self._source.root / file.path)
         assert self._reader is not None
-        shard = int(np.searchsorted(self._starts, number, side="right")) - 1
-        entry = self._reader.entry(shard, number - int(self._starts[shard]))
+        shard, entry = self._entry(number)
         return entry.key, self._reader.label(shard, entry), self._reader.image(shard, entry)
 
-    def name(self, number: int) -> str:
+    def key(self, number: int) -> str:
+        """Return an image's key without reading it. Raises BadImage or OSError."""
         if isinstance(self._source, ImageFolder):
             return printable(self._source.files[number].path)
-        shard = int(np.searchsorted(self._starts, number, side="right")) - 1
+        return self._entry(number)[1].key
+
+    def labels(self) -> set[int]:
+        """Return the labels that samples have, without reading images; damaged samples are passed over."""
+        if isinstance(self._source, ImageFolder):
+            return {file.label for file in self._source.files}
+        assert self._reader is not None
+        found = set()
+        for number in range(len(self)):
+            try:
+                found.add(self._reader.label(*self._entry(number)))
+            except (BadImage, OSError):
+                continue
+        return found
+
+    def size(self, number: int) -> int | None:
+        """Return the bytes of an image file without reading it; None where it is not there."""
+        try:
+            if isinstance(self._source, ImageFolder):
+                return (self._source.root / self._source.files[number].path).stat().st_size
+            place = image_member(self._entry(number)[1])
+        except (BadImage, OSError):
+            return None
+        return place[1] if place else None
+
+    def name(self, number: int) -> str:
+        """Return where an image lies, for messages."""
+        if isinstance(self._source, ImageFolder):
+            return printable(self._source.files[number].path)
+        shard = self._shard(number)
         return f"{self._source.shards[shard].name}: sample {number - int(self._starts[shard])}"
 
+    def _shard(self, number: int) -> int:
+        return int(np.searchsorted(self._starts, number, side="right")) - 1
 
-def items_of(source: Path) -> Items:
+    def _entry(self, number: int) -> tuple[int, Entry]:
+        assert self._reader is not None
+        shard = self._shard(number)
+        return shard, self._reader.entry(shard, number - int(self._starts[shard]))
+
+
+def items_of(source: Path, notes: bool = True) -> Items:
+    """Return the images of a shard set or folder. notes: log what is worth to be known of a folder.
+
+    Raises:
+        UserError: neither, or a shard is missing or truncated.
+    """
     if not manifests.is_shard_set(source):
         if any(source.glob("*.tar")):
             manifests.load(source)  # tars without a manifest: says what is wrong
         folder = list_images(source, keep_loose=True)
-        for note in folder.notes:
+        for note in folder.notes if notes else ():
             log.warning(note)
         return Items(folder)
     manifest = manifests.load(source)

@@ -14,9 +14,10 @@ from torch import Tensor
 from esvit_scale import files
 from esvit_scale.errors import UserError
 from esvit_scale.evaluate.features import Loading, default_device, extract, load_teacher
-from esvit_scale.evaluate.labels import Labelled, check, labelled, per_class, require_classes, same_classes
+from esvit_scale.evaluate.labels import Labelled, check, labelled, per_class, same_classes
 from esvit_scale.evaluate.metrics import mean_interval, wilson
 from esvit_scale.evaluate.neighbours import nearest_neighbours
+from esvit_scale.evaluate.overlap import check_sets
 from esvit_scale.parallel import collectives
 
 KS = (10, 20, 100, 200)
@@ -119,7 +120,7 @@ def run_knn(
     tries: int = 5,
 ) -> dict[str, Any]:
     """`esvit-scale evaluate knn`: the teacher of `checkpoint` on two labelled sets; writes `out`/knn.json."""
-    require_classes((train, test), "k-NN")
+    check_sets([train], test, "k-NN")
     teacher = load_teacher(checkpoint)
     sets = [labelled(extract(teacher.trunk, s, teacher.size, **loading._asdict()), s) for s in (train, test)]
     row = {"checkpoint": str(checkpoint), "step": teacher.step, "train": str(train), "test": str(test)}

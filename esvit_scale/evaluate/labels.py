@@ -1,6 +1,6 @@
 """Labelled feature sets: classes matched by name, checked before any work, and parts of them that keep the classes."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,21 +28,29 @@ def labelled(found: FeatureSet, source: Path) -> Labelled:
 
 
 def same_classes(train: Labelled, test: Labelled) -> Tensor:
-    """The test labels in the training set's numbering, classes matched by name; int64 [N].
+    """Return the test labels in the training set's numbering, classes matched by name; int64 [N].
 
     Raises:
-        UserError: the test set has classes that no training sample has.
+        UserError: the test set has classes that no training sample has, though both sets may name them.
     """
-    if train.classes == test.classes or not (train.classes and test.classes):
+    if not (train.classes and test.classes):
         return test.found.labels
     number = {train.classes[i]: i for i in train.found.labels.unique().tolist() if i >= 0}
-    needed = [test.classes[i] for i in test.found.labels.unique().tolist() if i >= 0]
-    missing = [name for name in needed if name not in number]
+    require_trained(number, [test.classes[i] for i in test.found.labels.unique().tolist() if i >= 0])
+    table = torch.tensor([number.get(name, -1) for name in test.classes] + [-1])  # the last: unlabelled (-1)
+    return table[test.found.labels]
+
+
+def require_trained(trained: Iterable[str], needed: Sequence[str]) -> None:
+    """
+    Raises:
+        UserError: a class that test samples have and no training sample.
+    """
+    there = set(trained)
+    missing = [name for name in needed if name not in there]
     if missing:
         shown = ", ".join(repr(name) for name in missing[:10]) + (", …" if len(missing) > 10 else "")
         raise UserError(f"test set: {len(missing)} of its {len(needed)} classes have no training sample: {shown}")
-    table = torch.tensor([number.get(name, -1) for name in test.classes] + [-1])  # the last: unlabelled (-1)
-    return table[test.found.labels]
 
 
 def require_classes(sources: Sequence[Path], what: str) -> None:

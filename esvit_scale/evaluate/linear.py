@@ -22,8 +22,9 @@ from esvit_scale.evaluate import logistic
 from esvit_scale.evaluate.features import Loading, Teacher, default_device, extract, last_blocks, load_teacher
 from esvit_scale.evaluate.heads import Batch, Head, Heads
 from esvit_scale.evaluate.knn import write_result
-from esvit_scale.evaluate.labels import Labelled, labelled, require_classes, same_classes
+from esvit_scale.evaluate.labels import Labelled, labelled, same_classes
 from esvit_scale.evaluate.metrics import accuracy, top5, wilson
+from esvit_scale.evaluate.overlap import check_sets
 from esvit_scale.parallel import collectives
 
 PROTOCOLS = ("official", "grid", "logistic")
@@ -79,7 +80,7 @@ def run_linear(
     """
     if not 0 < recipe.fraction <= 1:
         raise UserError(f"--fraction: expected more than 0 and at most 1 (0.01 is 1 %), got {recipe.fraction:g}")
-    require_classes((train, test), "a linear probe")
+    check_sets([train], test, "a linear probe")
     teacher = load_teacher(checkpoint)
     sets = [
         labelled(extract(teacher.trunk, s, teacher.size, **loading._asdict(), kind="blocks"), s) for s in (train, test)

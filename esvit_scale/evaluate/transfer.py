@@ -13,14 +13,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from esvit_scale.data.evaluation import items_of
 from esvit_scale.errors import RestartCanHelp, UserError
 from esvit_scale.evaluate import labels as parts
 from esvit_scale.evaluate import logistic
 from esvit_scale.evaluate.cache import FeatureSet, source_digest, trunk_digest
 from esvit_scale.evaluate.features import Loading, Teacher, extract, load_teacher
 from esvit_scale.evaluate.knn import write_result
-from esvit_scale.evaluate.labels import Labelled, labelled, require_classes, same_classes
+from esvit_scale.evaluate.labels import Labelled, labelled, same_classes
 from esvit_scale.evaluate.metrics import METRICS, accuracy, bootstrap, wilson
+from esvit_scale.evaluate.overlap import check_sets
 from esvit_scale.evaluate.transfer_list import Dataset, read_labels, read_list, targets_of
 from esvit_scale.parallel import collectives
 
@@ -94,8 +96,9 @@ def run_transfer(
 def evaluate(dataset: Dataset, teacher: Teacher, loading: Loading) -> Json:
     """One data set's row."""
     sources = [s for s in (dataset.train, dataset.val, dataset.test) if s is not None]
-    if not dataset.labels:
-        require_classes(sources, f"the metric {dataset.metric}")
+    check_sets(sources[:-1], dataset.test, f"the metric {dataset.metric}", classes=not dataset.labels)
+    if dataset.labels:
+        _check_labels(dataset.labels, sources)
     found = [extract(teacher.trunk, s, teacher.size, **loading._asdict()) for s in sources]
     sets = _several_labels(dataset, found) if dataset.labels else _classes(sources, found)
     metric = METRICS[dataset.metric].score
@@ -221,6 +224,18 @@ def _several_labels(dataset: Dataset, found: list[FeatureSet]) -> Sets:
     fit, held_out = _split(torch.zeros(len(targets[0]), dtype=torch.int64), [len(t) for t in targets[:-1]])
     features = _joined([Labelled(f, classes) for f in found[:-1]])
     return Sets(features, torch.cat(targets[:-1]), fit, held_out, found[-1].features, targets[-1], len(classes))
+
+
+def _check_labels(labels: Path, sources: list[Path]) -> None:
+    """That every image has its line, before the features of all are computed. All ranks call it."""
+
+    def check() -> None:
+        _, rows = read_labels(labels)
+        for source in sources:
+            items = items_of(source, notes=False)
+            targets_of([items.key(number) for number in range(len(items))], rows, labels, source)
+
+    collectives.on_rank_0(check)
 
 
 def _split(labels: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:

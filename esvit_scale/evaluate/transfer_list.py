@@ -1,6 +1,7 @@
 """The list of data sets for `evaluate transfer`, and the label files of images with several labels."""
 
 import csv
+import math
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from esvit_scale.evaluate.metrics import METRICS
 
 SHIPPED = ("elevater",)
 PATHS = ("train", "test", "val", "labels")
-CELLS = {"1": 1.0, "0": 0.0, "": float("nan")}
+CELLS = {"true": 1.0, "yes": 1.0, "false": 0.0, "no": 0.0} | dict.fromkeys(("", "nan", "na", "n/a", "null"), math.nan)
 
 
 class Dataset(NamedTuple):
@@ -72,14 +73,29 @@ def read_labels(path: Path) -> tuple[tuple[str, ...], dict[str, list[float]]]:
             continue
         if len(line) != len(header):
             raise UserError(f"{path}: line {number}: {len(line)} cells, the header has {len(header)}")
-        wrong = next((cell for cell in line[1:] if cell.strip() not in CELLS), None)
+        values = [_judgement(cell) for cell in line[1:]]
+        wrong = next((cell for cell, value in zip(line[1:], values, strict=True) if value is None), None)
         if wrong is not None:
-            raise UserError(f"{path}: line {number}: {wrong!r} is none of 1, 0 and nothing")
+            hint = " (absent: 0; not judged: leave it empty)" if wrong.strip() in ("-1", "-1.0") else ""
+            raise UserError(f"{path}: line {number}: {wrong!r} is none of 1, 0 and nothing{hint}")
         key = without_extension(line[0].strip())
         if key in rows:
             raise UserError(f"{path}: line {number}: {line[0]} was named before")
-        rows[key] = [CELLS[cell.strip()] for cell in line[1:]]
+        rows[key] = [value for value in values if value is not None]
     return tuple(name.strip() for name in header[1:]), rows
+
+
+def _judgement(cell: str) -> float | None:
+    """1, 0 or NaN (not judged), as whole numbers, as the floats and booleans that pandas makes of them, or as yes and no;
+    None for anything else."""
+    text = cell.strip().lower()
+    if text in CELLS:
+        return CELLS[text]
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if value in (0.0, 1.0) else None
 
 
 def targets_of(keys: list[str], rows: dict[str, list[float]], labels: Path, source: Path) -> Tensor:

@@ -145,6 +145,7 @@ def test_command_writes_stable_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     sets = {"train": feature_set(60, 6, seed=0), "test": feature_set(18, 6, seed=1)}
     names = tuple(f"class{c}" for c in range(6))
     monkeypatch.setattr(labels_module, "contents", lambda source: Contents(0, names))
+    monkeypatch.setattr(module, "check_sets", lambda *_: None)
     monkeypatch.setattr(module, "load_teacher", lambda path: Teacher(nn.Identity(), 64, 400))
     monkeypatch.setattr(module, "extract", lambda trunk, source, *_, **__: sets[source.name])
     result = run_knn(tmp_path / "run", tmp_path / "train", tmp_path / "test", tmp_path / "out", Loading(), ks=(10, 20))

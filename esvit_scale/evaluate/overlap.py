@@ -1,0 +1,80 @@
+"""What is wrong with a training and a test set, said before the hours that their features may take."""
+
+import hashlib
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from esvit_scale.data.bad_image import BadImage
+from esvit_scale.data.evaluation import Items, items_of
+from esvit_scale.evaluate.features import contents
+from esvit_scale.evaluate.labels import require_classes, require_trained
+from esvit_scale.parallel import collectives
+
+log = logging.getLogger(__name__)
+
+COMPARED = 500  # test images whose bytes are looked for in the training set, spread evenly over the test set
+
+
+def check_sets(train: Sequence[Path], test: Path, what: str, classes: bool = True) -> None:
+    """Check two labelled sets by their labels, names and sizes; reads no images but those that may be in both.
+
+    All ranks call it. Images that are in both sets are a warning with their number.
+
+    Args:
+        train: the set, or sets, that are learnt from.
+        what: the evaluation, for messages.
+        classes: whether the sets' own classes are their labels; False: labels come from elsewhere.
+
+    Raises:
+        UserError: a set without classes, or a class of the test set that has no training sample.
+    """
+    collectives.on_rank_0(lambda: _check(train, test, what, classes))
+
+
+def _check(train: Sequence[Path], test: Path, what: str, classes: bool) -> None:
+    if classes:
+        require_classes([*train, test], what)
+        there = {name for source in train for name in _classes_of(source)}
+        require_trained(there, _classes_of(test))
+    for source in train:
+        if source.resolve() == test.resolve():
+            log.warning("%s: train and test are the same set: what is measured is memory, not recognition", test)
+        else:
+            _warn_of_shared(source, test)
+
+
+def _classes_of(source: Path) -> list[str]:
+    """The classes of a set that samples have, in order; not those that it only names."""
+    names, items = contents(source).classes, items_of(source, notes=False)
+    return [names[i] for i in sorted(items.labels()) if 0 <= i < len(names)]
+
+
+def _warn_of_shared(train: Path, test: Path) -> None:
+    """Compare the bytes of COMPARED test images with those of every training image of the same size."""
+    theirs, ours = items_of(test, notes=False), items_of(train, notes=False)
+    step = max(1, len(theirs) // COMPARED)
+    looked_at = range(0, len(theirs), step)[:COMPARED]
+    by_size = defaultdict(list)
+    wanted = {size: number for number in looked_at if (size := theirs.size(number)) is not None}
+    for number in range(len(ours)):
+        if (size := ours.size(number)) in wanted:
+            by_size[size].append(number)
+    digests = {_digest(ours, number) for numbers in by_size.values() for number in numbers} - {None}
+    shared = [n for n in looked_at if theirs.size(n) in by_size and _digest(theirs, n) in digests]
+    if shared:
+        of = f"all {len(theirs)}" if step == 1 else f"{len(looked_at)} compared of {len(theirs)}"
+        log.warning(
+            "%s: %d images (%s test images) have the same bytes as one of %s, for example %s: what is measured is partly "
+            "memory",
+            *(test, len(shared), of, train, theirs.name(shared[0])),
+        )
+
+
+def _digest(items: Items, number: int) -> bytes | None:
+    """Of an image's bytes; None for one that cannot be read."""
+    try:
+        return hashlib.sha256(items.read(number)[2]).digest()
+    except (BadImage, OSError):
+        return None
