@@ -28,6 +28,7 @@ RETRY_S = 60  # before TensorBoard's files are tried again
 # Fields that differ between two runs of the same config: everything measured by a clock.
 TIME_FIELDS = frozenset(
     {"images_per_s", "mfu", "data_wait_s", "worker_images_per_s", "worker_images_per_s_min", "step_s", "time"}
+    | {"compute_s_max", "compute_s_median", "slowest_node"}
 )
 
 
@@ -169,7 +170,7 @@ class _Board:
             return
         try:
             for key, value in row.items():
-                if key not in ("step", "time"):
+                if key not in ("step", "time") and not isinstance(value, str):
                     self._writer.add_scalar(key, value, row["step"])
         except OSError as error:  # its thread could not write; it never recovers, so another one is made later
             self._fail(error)

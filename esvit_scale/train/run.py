@@ -24,6 +24,7 @@ from esvit_scale.train.lock import Lock
 from esvit_scale.train.monitors import Monitors
 from esvit_scale.train.online_knn import OnlineKnn
 from esvit_scale.train.replaced import ReplacedShare
+from esvit_scale.train.slow_nodes import SlowNodes
 from esvit_scale.train.step import Session, StepResult
 from esvit_scale.train.watchdog import Watchdog
 
@@ -69,6 +70,7 @@ class Run:
         self._monitors = Monitors(session.config.objective.prototypes, images, frozen)
         self._wait_s = 0.0
         self._workers = WorkerRates()
+        self._slow_nodes = SlowNodes()
         self._replaced = ReplacedShare(self._batch, session.schedules.steps_per_epoch)
 
     def __enter__(self) -> "Run":
@@ -252,6 +254,8 @@ class Run:
         now, schedules, done = time.monotonic(), self._session.schedules, self.step - 1
         elapsed, steps = now - self._window_began, self.step - self._window_step
         worker_fields, slow_worker = self._workers.take()
+        own_s = self._session.clock.take() + self._wait_s / steps
+        node_fields, slow_node = self._slow_nodes.observe(self.step, own_s)
         self._row = {
             "step": self.step,
             "images_seen": self.step * self._batch,
@@ -268,12 +272,13 @@ class Run:
             "step_s": elapsed / steps,
             "data_wait_s": self._wait_s / steps,
             **worker_fields,
+            **node_fields,
             "bad_samples": self._journal.bad,
             "time": time.time(),
         }
         self._window_began, self._window_step, self._wait_s = now, self.step, 0.0
         self._journal.row(self._row)
-        for sentence in filter(None, [*self._monitors.observe(self._row), slow_worker]):
+        for sentence in filter(None, [*self._monitors.observe(self._row), slow_worker, slow_node]):
             if self._rank == 0:
                 log.warning("%s", sentence)
 

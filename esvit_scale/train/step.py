@@ -1,6 +1,6 @@
 """One optimizer step: micro-batches through teacher and student, then the updates that belong to an applied step."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from esvit_scale.objective.registry import check_local_batch
 from esvit_scale.objective.schedules import Schedules
 from esvit_scale.parallel import engine as engine_module
 from esvit_scale.parallel.engine import Engines, Recipe
+from esvit_scale.parallel.step_clock import StepClock
 from esvit_scale.parallel.world import World
 
 
@@ -29,6 +30,7 @@ class Session:
     world: World
     engines: Engines
     schedules: Schedules
+    clock: StepClock = field(default_factory=StepClock)
     origin: str = ""  # where the initial values came from, in words; empty for random ones
 
     @property
@@ -59,13 +61,20 @@ def open_session(config: Config, world: World, schedules: Schedules, fresh: bool
     check_local_batch(empty.objective, config, world.size)
     origin = start(config) if fresh else NOTHING
     engines = engine_module.build(config, _recipe(config, empty, origin), world)
-    session = Session(config, world, engines, schedules, origin.note)
+    clock = StepClock(world.device, (engines.student.module, engines.teacher.network), engines.zero_stage)
+    session = Session(config, world, engines, schedules, clock, origin.note)
     session.objective.load_memory(origin.centers)
     return session
 
 
 def train_step(session: Session, batch: Batch, step: int, watch: bool = False) -> StepResult:
-    """Consumes this rank's part of the global batch of `step` (0 is the first); `watch`: also measure the updates."""
+    """Train on this rank's part of the global batch of `step` (0 is the first).
+
+    Args:
+        watch: also measure the updates, and how long this rank computes before it meets the others.
+    """
+    if watch:
+        session.clock.begin()
     return optimizer_step(session, _micro_batches(session, batch), step, watch)
 
 
@@ -100,6 +109,7 @@ def _forward_backward(session: Session, micro: "MicroBatch", step: int) -> tuple
             targets = engines.teacher.network(micro.crops[:1])
     keys = drop_keys(session.config.seed, step, micro.positions, len(session.config.crop_sizes))
     loss, logs, features = engines.student(micro.crops, targets, keys, session.schedules.teacher_temp(step))
+    session.clock.end()
     engines.student.backward(loss)
     return {"loss": loss.detach(), **logs}, features
 
