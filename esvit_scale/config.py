@@ -27,6 +27,7 @@ Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Scale = Annotated[tuple[Fraction, Fraction], Field(strict=False)]
 PathText = Annotated[str, AfterValidator(os.path.expanduser)]
@@ -69,6 +70,14 @@ class Data(Section):
     global_crops: GlobalCrops = GlobalCrops()
     local_crops: list[LocalCrops] = Field(default_factory=lambda: [LocalCrops()])
     photometric: Literal["device", "workers"] = "device"  # where colour, blur and solarisation are computed
+    channels: Annotated[int, Field(ge=1, le=16)] = (
+        3  # of an image; 3 of 8 bits: RGB, to which photographs are converted
+    )
+    bits: Literal[8, 16] = 8  # of a channel; 16 are kept until the crop
+    mean: Annotated[list[Finite], Field(min_length=1)] | None = (
+        None  # per channel, 1 = the largest value; null: ImageNet's
+    )
+    std: Annotated[list[AboveZero], Field(min_length=1)] | None = None
 
 
 class Model(Section):
@@ -208,6 +217,7 @@ def _cross_field_problems(c: Config) -> list[str]:
     ]:
         if not 0 < low <= high:
             problems.append(f"{where}: needs 0 < low <= high, got [{low}, {high}]")
+    problems += _pixel_problems(c.data)
     if c.train.knn_every and not c.data.held_out:
         problems.append("train.knn_every: needs data.held_out, labelled shards or class folders to measure on")
     if c.train.knn_every and c.train.knn_every % c.train.log_every:
@@ -218,6 +228,21 @@ def _cross_field_problems(c: Config) -> list[str]:
     if c.model.depths and c.model.heads and len(c.model.depths) != len(c.model.heads):
         problems.append(
             f"model.heads: {len(c.model.heads)} stages, but model.depths has {len(c.model.depths)}; give one number a stage in both"
+        )
+    return problems
+
+
+def _pixel_problems(data: Data) -> list[str]:
+    problems = []
+    for key, values, other in (("mean", data.mean, data.std), ("std", data.std, data.mean)):
+        if values and len(values) != data.channels:
+            problems.append(f"data.{key}: {len(values)} numbers for data.channels={data.channels}; give one a channel")
+        if not values and other:
+            problems.append(f"data.{key}: not set, but its pair is; set data.mean and data.std, or neither")
+    if data.photometric == "workers" and (data.channels, data.bits) != (3, 8):
+        problems.append(
+            f"data.photometric: workers computes 8-bit RGB, not {data.channels} channels of {data.bits} bits; "
+            "nearest: device"
         )
     return problems
 

@@ -1,14 +1,19 @@
 """Pretrained weights as one ordinary torch module: `esvit_scale.load_backbone`."""
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from esvit_scale.checkpoint import convert
 from esvit_scale.config import Config
 from esvit_scale.data import decode, photometric, stream
+from esvit_scale.data.pixel_format import PixelFormat, pixel_format
+from esvit_scale.errors import UserError
 from esvit_scale.models.pyramid import Pyramid
 from esvit_scale.models.trunk import Trunk
 
@@ -31,7 +36,7 @@ class Backbone(nn.Module):
         self.channels, self.reductions = list(trunk.channels), list(trunk.reductions)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images [B, 3, H, W], normalised → features [B, C]: what the trunk pools its tokens to (the mean, or a
+        """images [B, channels, H, W], normalised → features [B, C]: what the trunk pools its tokens to (the mean, or a
         class token's)."""
         return self.trunk([images]).view
 
@@ -49,16 +54,33 @@ class Backbone(nn.Module):
         """
         return Pyramid(self.trunk)(images)
 
-    def preprocess(self, image: Image.Image) -> Tensor:
-        """Return a picture of any mode as [3, S, S], as evaluation shows it: upright, transparency on white, short side to
-        S·256/224, centre crop, normalised.
+    def preprocess(self, image: Image.Image | NDArray[Any]) -> Tensor:
+        """Return an image as [channels, S, S], as evaluation shows it: short side to S·256/224, centre crop, normalised;
+        a picture upright and with transparency on white.
+
+        Args:
+            image: a picture of any mode, for a backbone of 8-bit RGB; else an array [H, W, channels] of uint8 or uint16.
 
         Raises:
             BadImage: pixels without an agreed range (32-bit), or a file that cannot be decoded.
+            UserError: an array of other channels or bits than the backbone was trained on.
         """
-        upright = decode.load(ImageOps.exif_transpose(image))
-        pixels = torch.from_numpy(stream.centre_crop(upright, self.size).copy())
-        return photometric.normalize_(pixels[None].float() / 255)[0]
+        wanted = pixel_format(self.config.data)
+        if isinstance(image, Image.Image) and wanted.is_rgb8:
+            shown: Image.Image | NDArray[Any] = decode.load(ImageOps.exif_transpose(image))
+        else:
+            shown = _array_of(np.asarray(image), wanted)
+        pixels = torch.from_numpy(stream.centre_crop(shown, self.size).copy())
+        return photometric.normalize_(photometric.unit(pixels[None], wanted), wanted)[0]
+
+
+def _array_of(image: NDArray[Any], wanted: PixelFormat) -> Image.Image | NDArray[Any]:
+    """Return an array [H, W, C] as evaluation takes it. Raises UserError where it is of another format."""
+    image = image[:, :, None] if image.ndim == 2 else image
+    if image.ndim != 3 or image.shape[2] != wanted.channels or image.dtype != wanted.dtype:
+        shape = " x ".join(map(str, image.shape))
+        raise UserError(f"preprocess: an array [H, W, C] of {wanted} is wanted; got {shape} of {image.dtype}")
+    return Image.fromarray(image) if wanted.is_rgb8 else image
 
 
 def load_backbone(weights: str | Path) -> Backbone:

@@ -73,13 +73,15 @@ def _write_onnx(folder: Path, weights: Weights, network: str) -> None:
     trunk.load_state_dict(_trunk(weights, network))
     module = plain.plain(trunk.eval(), size).eval()
     with torch.no_grad():
-        module(torch.zeros(1, 3, size, size))  # tables that a forward keeps are values before a graph is drawn
+        module(
+            torch.zeros(1, trunk.in_chans, size, size)
+        )  # tables that a forward keeps are values before a graph is drawn
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # the exporter tells of its progress
         warnings.simplefilter("ignore")
         torch.onnx.export(
             module,
-            (torch.zeros(2, 3, size, size),),
+            (torch.zeros(2, trunk.in_chans, size, size),),
             str(folder / "model.onnx"),
             input_names=["images"],
             output_names=["features", "regions"][: 1 + trunk.has_regions],

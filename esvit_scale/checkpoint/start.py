@@ -71,6 +71,12 @@ def _read(source: Path) -> Weights:
 
 
 def _fit(source: Path, weights: Weights, config: Config) -> Start:
+    theirs_channels, channels = weights.config.data.channels, config.data.channels
+    if theirs_channels != channels:
+        raise UserError(
+            f"model.init_from: {source}: trained on images of {theirs_channels} channels, and data.channels={channels}; "
+            f"start from weights of {channels} channels, or from random values (model.init_from=null)"
+        )
     wanted = network_shapes(config)
     network = "teacher" if "teacher" in weights.networks else next(iter(weights.networks))
     tensors = weights.networks[network]

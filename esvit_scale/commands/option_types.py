@@ -39,3 +39,15 @@ def distance(text: str) -> int:
     if not text.isdecimal() or int(text) > 7:
         raise argparse.ArgumentTypeError(f"expected 0..7 bits, got {text!r}")
     return int(text)
+
+
+def channels(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 16:
+        raise argparse.ArgumentTypeError(f"expected 1..16 channels, got {text!r}")
+    return int(text)
+
+
+def bands(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"[1-9]\d?(,[1-9]\d?,[1-9]\d?)?", text):
+        raise argparse.ArgumentTypeError(f"expected one or three channel numbers from 1, such as 4,3,2, got {text!r}")
+    return tuple(map(int, text.split(",")))

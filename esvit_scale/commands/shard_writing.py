@@ -53,6 +53,7 @@ def add_create(shards: Any) -> None:
         default="keep",
         help="encode every image as this, so that the set is of one type (default: keep the bytes)",
     )
+    _add_pixels(create)
     create.add_argument(
         "--val-fraction",
         type=option_types.fraction,
@@ -67,6 +68,16 @@ def add_create(shards: Any) -> None:
         type=option_types.part,
         metavar="I/N",
         help="write the I-th of N parts (from 1); `shards merge` finishes",
+    )
+
+
+def _add_pixels(create: argparse.ArgumentParser) -> None:
+    pixels = create.add_argument_group("pixels (default: pictures of any kind, used as 8-bit RGB)")
+    pixels.add_argument(
+        "--channels", type=option_types.channels, default=3, metavar="C", help="of every image, 1..16 (default: 3)"
+    )
+    pixels.add_argument(
+        "--bits", type=int, choices=(8, 16), default=8, help="of a channel; 16: TIFF, .npy, 16-bit grey (default: 8)"
     )
 
 
@@ -106,7 +117,13 @@ def _create(options: argparse.Namespace) -> int:
         keep=options.keep,
         drop_duplicates=options.drop_duplicates,
         val_fraction=options.val_fraction,
+        channels=options.channels,
+        bits=options.bits,
     )
+    if recipe.reencode and not recipe.pixels.is_rgb8:
+        raise UserError(
+            f"--short-side, --quality and --format write 8-bit RGB, not {recipe.pixels}; without them files keep their bytes"
+        )
     source = shard_options.source_options(options)
     return _write(options.source, options, source, recipe, options.shard_range, options.strict)
 
@@ -116,8 +133,14 @@ def _split(options: argparse.Namespace) -> int:
     from esvit_scale.data.shard_plan import Recipe
     from esvit_scale.data.sources import SourceOptions
 
-    manifest.load(Path(options.source))  # says what is wrong with it
-    recipe = Recipe(samples_per_shard=options.samples_per_shard, seed=options.seed, val_fraction=options.val_fraction)
+    found = manifest.load(Path(options.source))  # says what is wrong with it
+    recipe = Recipe(
+        samples_per_shard=options.samples_per_shard,
+        seed=options.seed,
+        val_fraction=options.val_fraction,
+        channels=found.channels,
+        bits=found.bits,
+    )
     return _write(options.source, options, SourceOptions(kind="tars"), recipe, None)
 
 

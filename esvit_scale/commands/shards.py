@@ -63,6 +63,9 @@ def _add_show(shards: Any) -> None:
     show.add_argument("root", type=Path, metavar="DST", help="folder of shards")
     show.add_argument("--out", type=Path, required=True, metavar="FILE", help=".png or .html")
     show.add_argument("--count", type=positive, default=64, metavar="N", help="images (default: 64)")
+    show.add_argument(
+        "--bands", type=option_types.bands, metavar="R,G,B", help="channels to show, from 1: three, or one as grey"
+    )
     show.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
 
 
@@ -115,7 +118,7 @@ def _show(options: argparse.Namespace) -> int:
 
     found = manifest.load(options.root)
     manifest.check_sizes(found)
-    shown = shard_pages.chosen_samples(found, options.count, options.seed)
+    shown = shard_pages.chosen_samples(found, options.count, options.seed, options.bands)
     if options.out.suffix == ".png":
         _write_file(options.out, shard_pages.contact_sheet(shown))
     else:

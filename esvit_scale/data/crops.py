@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
 from esvit_scale.config import Data
 from esvit_scale.data.picture import Pixels
@@ -83,7 +84,7 @@ class Levels:
         self._levels = {(reduction, False): pixels}
 
     def cut(self, box: Box, reduction: int, flip: bool, out: Pixels) -> None:
-        """Crop, resize (antialiased bicubic) and mirror into `out` [S, S, 3].
+        """Crop, resize (antialiased bicubic) and mirror into `out` [S, S, C].
 
         Cropped before it is resized, as torchvision does: the resize's filter must not see beyond the crop. The box is
         in pixels of the whole picture.
@@ -118,22 +119,32 @@ def _area(box: Box) -> int:
 
 
 def mirrored(pixels: Pixels) -> Pixels:
-    """[H, W, 3], left and right exchanged. NumPy copies three bytes at a time; torch does it twenty times faster."""
+    """[H, W, C], left and right exchanged. NumPy copies three bytes at a time; torch does it twenty times faster."""
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].flip(3)[0].permute(1, 2, 0).numpy()
 
 
 def _halved(pixels: Pixels) -> Pixels:
     height, width = pixels.shape[0] // 2, pixels.shape[1] // 2
-    half = np.empty((height, width, 3), np.uint8)
+    half = np.empty((height, width, pixels.shape[2]), pixels.dtype)
     _resize(pixels[: 2 * height, : 2 * width], half)
     return half
 
 
 def _resize(source: Pixels, out: Pixels) -> None:
-    """Pillow's antialiased bicubic on 8-bit pixels, as torch's AVX2 kernel for channels-last images does it: straight
-    into `out`."""
+    """Pillow's antialiased bicubic. On 8-bit pixels torch's AVX2 kernel for channels-last images does it, straight into
+    `out`; 16-bit pixels are resized in float32 and rounded once."""
     if source.shape == out.shape:
         np.copyto(out, source)
         return
+    if source.dtype != np.uint8:
+        np.copyto(out, resized(source, out.shape[0], out.shape[1]))
+        return
     x, y = (torch.from_numpy(a).permute(2, 0, 1)[None] for a in (np.ascontiguousarray(source), out))
     torch.ops.aten._upsample_bicubic2d_aa.out(x, out.shape[:2], False, None, None, out=y)
+
+
+def resized(source: Pixels, height: int, width: int, mode: str = "bicubic") -> Pixels:
+    """Return [H, W, C] of the same type, resized in float32 (`bicubic` or `bilinear`, antialiased) and rounded once."""
+    x = torch.from_numpy(source.astype(np.float32)).permute(2, 0, 1)[None]
+    y = F.interpolate(x, (height, width), mode=mode, antialias=True).round_().clamp_(0, int(np.iinfo(source.dtype).max))
+    return y[0].permute(1, 2, 0).numpy().astype(source.dtype)

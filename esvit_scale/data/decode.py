@@ -9,7 +9,7 @@ from PIL import Image, ImageFile
 
 from esvit_scale.data import raster
 from esvit_scale.data.bad_image import MAX_PIXELS, MIN_SIDE, BadImage, check_size, one_line
-from esvit_scale.data.left_out import EMPTY, TOO_LARGE
+from esvit_scale.data.left_out import EMPTY, OTHER_PIXELS, TOO_LARGE
 
 __all__ = ["EXTENSIONS", "MAX_PIXELS", "MIN_SIDE", "BadImage", "check_size", "decode"]
 
@@ -39,8 +39,9 @@ EXTENSIONS = frozenset(
 SCAN = 0xDA  # the JPEG marker that begins a scan
 PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}  # JPEG frame markers
 MAX_SCANS = 200  # of a progressive JPEG; each costs a pass over all pixels, so that small files could take hours
-TIFF_BITS, TIFF_COMPRESSION, TIFF_PHOTOMETRIC, TIFF_PLANAR = 258, 259, 262, 284  # tags
-WHITE_IS_ZERO, NO_COMPRESSION, PLANES = 0, 1, 2  # values of the last three: a negative; none; bands one after the other
+TIFF_BITS, TIFF_COMPRESSION, TIFF_PHOTOMETRIC, TIFF_SAMPLES, TIFF_PLANAR = 258, 259, 262, 277, 284  # tags
+WHITE_IS_ZERO, RGB_PHOTOMETRIC = 0, 2  # values of TIFF_PHOTOMETRIC: a negative; red, green and blue
+NO_COMPRESSION, PLANES = 1, 2  # values of TIFF_COMPRESSION, and of TIFF_PLANAR: bands one after the other
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False
 warnings.filterwarnings("ignore", module=r"PIL\.")  # of files: `decode` raises what matters, sizes included
@@ -69,6 +70,8 @@ def decode(data: bytes) -> Image.Image:
         BadImage: empty, not an image, truncated or corrupt, shorter side < 4 px, more than MAX_PIXELS pixels, or a JPEG
             of more than MAX_SCANS scans.
     """
+    if data.startswith(raster.NPY):
+        return _rgb_of_raster(raster.read(data, 3))
     if data.startswith(raster.TIFF) and (pixels := _tiff_beyond_pillow(data)) is not None:
         return pixels
     image = open_header(data)
@@ -78,9 +81,52 @@ def decode(data: bytes) -> Image.Image:
     return pixels if orientation == 1 else pixels.transpose(_UPRIGHT[orientation])
 
 
+def decode_as_stored(data: bytes, channels: int, bits: int) -> raster.Array:
+    """Return the pixels of `data` upright [H, W, C], the channels and values as the file stores them.
+
+    TIFF and `.npy` are raster.py's. Of what Pillow reads, grey has one channel, RGB three, and an alpha channel counts
+    as one more; colours by number are RGB.
+
+    Raises:
+        BadImage: as `decode`, or other channels or bits than asked for.
+    """
+    if raster.is_raster(data):
+        pixels = raster.read(data, channels)
+    else:
+        image = open_header(data)
+        check_size(*image.size)
+        pixels = raster.upright(_stored(image, data), exif_orientation(image))
+    if (pixels.shape[2], 8 * pixels.itemsize) != (channels, bits):
+        raise BadImage(raster.mismatch(pixels, channels, bits), OTHER_PIXELS)
+    return np.ascontiguousarray(pixels)
+
+
+def _stored(image: Image.Image, data: bytes) -> raster.Array:
+    """Return what Pillow decodes, not turned upright."""
+    if image.format == "PNG" and data[24] == 16 and image.mode in ("RGB", "RGBA", "LA"):
+        raise BadImage("a PNG of 16 bits and several channels, which is read with 8; store it as TIFF or .npy")
+    try:
+        image.load()
+        if image.mode in ("1", "P"):
+            image = image.convert("L" if image.mode == "1" else "RGB")
+    except (MemoryError, BadImage):
+        raise
+    except Exception as error:
+        raise BadImage(one_line(error)) from None
+    pixels = np.asarray(image)
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        if pixels.min() < 0 or pixels.max() > 0xFFFF:
+            raise BadImage("32-bit integer pixels: unsigned 8 or 16 bits are read")
+        return pixels.astype(np.uint16)[:, :, None]
+    if image.mode not in ("L", "LA", "RGB", "RGBA"):
+        raise BadImage(f"{image.mode} pixels, which are no measured channels")
+    return pixels if pixels.ndim == 3 else pixels[:, :, None]
+
+
 def _tiff_beyond_pillow(data: bytes) -> Image.Image | None:
     """Return the RGB picture of a TIFF that Pillow does not know (two bands or more than four, big-endian 16-bit
-    negatives) or decodes wrongly: of uncompressed planes of 16 bits it reads half of each. None: it is Pillow's.
+    negatives) or decodes wrongly: of uncompressed planes of 16 bits it reads half of each, and of bands that lie in
+    planes the first one, as grey. None: it is Pillow's.
 
     Raises:
         BadImage: of another number of channels than 1 or 3, or as `raster.read`.
@@ -88,17 +134,21 @@ def _tiff_beyond_pillow(data: bytes) -> Image.Image | None:
     try:
         image = Image.open(io.BytesIO(data))
         tags = image.tag_v2  # type: ignore[attr-defined]
+        bands, samples = len(image.getbands()), tags.get(TIFF_SAMPLES, 1)
+        more = samples > bands and (tags.get(TIFF_PHOTOMETRIC), samples) != (RGB_PHOTOMETRIC, 4)
         planes = tags.get(TIFF_PLANAR) == PLANES and tags.get(TIFF_COMPRESSION, NO_COMPRESSION) == NO_COMPRESSION
-        if not planes or max(tags.get(TIFF_BITS, (1,))) <= 8:
+        if not more and (not planes or max(tags.get(TIFF_BITS, (1,))) <= 8):
             return None
     except Image.UnidentifiedImageError:
         pass
     except Exception:
         return None
-    pixels = raster.read(data, 3)
+    return _rgb_of_raster(raster.read(data, 3))
+
+
+def _rgb_of_raster(pixels: raster.Array) -> Image.Image:
     if pixels.shape[2] not in (1, 3):
-        bits = 8 * pixels.itemsize
-        raise BadImage(f"{pixels.shape[2]} channels of {bits} bits, where 3 of 8 are expected")
+        raise BadImage(raster.mismatch(pixels, 3, 8), OTHER_PIXELS)
     eight = pixels if pixels.dtype == np.uint8 else ((pixels.astype(np.uint32) + 128) // 257).astype(np.uint8)
     return Image.fromarray(np.broadcast_to(eight, (*eight.shape[:2], 3)).copy())
 

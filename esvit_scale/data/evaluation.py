@@ -15,10 +15,12 @@ from torch.utils.data import get_worker_info
 
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data import photometric
-from esvit_scale.data.decode import BadImage, decode
+from esvit_scale.data.crops import resized
+from esvit_scale.data.decode import BadImage, decode, decode_as_stored
 from esvit_scale.data.image_folder import ImageFolder, list_images, printable, read_file
 from esvit_scale.data.loader import loader, reason
 from esvit_scale.data.manifest import Entry, Manifest, image_member
+from esvit_scale.data.pixel_format import RGB8, PixelFormat
 from esvit_scale.data.reader import ShardReader
 
 log = logging.getLogger(__name__)
@@ -27,18 +29,25 @@ LONG_SIDE = 8192  # pixels; a picture that resizing would make longer is cropped
 
 
 class EvaluationBatch(NamedTuple):
-    images: Tensor  # float32 [B, 3, S, S], ImageNet-normalised
+    images: Tensor  # float32 [B, C, S, S], normalised
     keys: list[str]
     labels: Tensor  # int64 [B], -1 without classes
     numbers: Tensor  # int64 [B]: place in the source, which images left out keep
 
 
 def evaluation_batches(
-    source: Path, size: int, batch: int, workers: int = 0, rank: int = 0, world_size: int = 1, most: int | None = None
+    source: Path,
+    size: int,
+    batch: int,
+    workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    most: int | None = None,
+    pixels: PixelFormat = RGB8,
 ) -> Iterator[EvaluationBatch]:
     """Every image of a shard set (manifest order) or image folder (path order) once, for frozen-feature evaluation.
 
-    Resize of the short side to size·256/224 (bicubic), centre crop, ImageNet normalisation. Rank r takes the r-th of
+    Resize of the short side to size·256/224 (bicubic), centre crop, normalisation. Rank r takes the r-th of
     `world_size` contiguous parts, so the ranks' outputs in rank order are the source's order. Labels are the classes'
     indices (subfolders by name), -1 without classes. Bad images are left out and counted in a warning. `most`: no more
     than so many images, spread evenly over the source; the others are not read.
@@ -46,13 +55,15 @@ def evaluation_batches(
     Raises:
         UserError: the source is neither a shard set nor a folder with images, or a shard is missing or truncated.
     """
-    items = items_of(Path(source))
+    items = items_of(Path(source), pixels=pixels)
     everything: Sequence[int] = range(len(items))
     if most is not None and most < len(items):
         everything = np.linspace(0, len(items) - 1, most).round().astype(int).tolist()
     numbers = everything[rank * len(everything) // world_size : (rank + 1) * len(everything) // world_size]
-    parts = loader([partial(_evaluation_parts, items, numbers, size, batch)], min(workers, -(-len(numbers) // batch)))
-    return _evaluation_joined(parts, str(source), len(numbers))
+    parts = loader(
+        [partial(_evaluation_parts, items, numbers, size, batch, pixels)], min(workers, -(-len(numbers) // batch))
+    )
+    return _evaluation_joined(parts, str(source), len(numbers), pixels)
 
 
 class Items:
@@ -121,11 +132,11 @@ class Items:
         return shard, self._reader.entry(shard, number - int(self._starts[shard]))
 
 
-def items_of(source: Path, notes: bool = True) -> Items:
+def items_of(source: Path, notes: bool = True, pixels: PixelFormat | None = None) -> Items:
     """Return the images of a shard set or folder. notes: log what is worth to be known of a folder.
 
     Raises:
-        UserError: neither, or a shard is missing or truncated.
+        UserError: neither, a shard is missing or truncated, or a set of other channels or bits than `pixels`.
     """
     if not manifests.is_shard_set(source):
         if any(source.glob("*.tar")):
@@ -136,18 +147,22 @@ def items_of(source: Path, notes: bool = True) -> Items:
         return Items(folder)
     manifest = manifests.load(source)
     manifests.check_sizes(manifest)
+    if pixels is not None:
+        manifests.check_pixels(manifest, pixels)
     return Items(manifest)
 
 
 class _EvaluationPart(NamedTuple):
-    images: Tensor  # uint8 [B, 3, S, S]
+    images: Tensor  # uint8 or uint16 [B, C, S, S]
     keys: list[str]
     labels: list[int]
     numbers: list[int]
     bad: list[str]
 
 
-def _evaluation_parts(items: Items, numbers: Sequence[int], size: int, batch: int) -> Iterator[_EvaluationPart]:
+def _evaluation_parts(
+    items: Items, numbers: Sequence[int], size: int, batch: int, pixels: PixelFormat
+) -> Iterator[_EvaluationPart]:
     info = get_worker_info()
     worker, workers = (info.id, info.num_workers) if info else (0, 1)
     for start in range(worker * batch, len(numbers), workers * batch):
@@ -155,23 +170,23 @@ def _evaluation_parts(items: Items, numbers: Sequence[int], size: int, batch: in
         for number in numbers[start : start + batch]:
             try:
                 key, label, data = items.read(number)
-                images.append(centre_crop(decode(data), size))
+                images.append(centre_crop(opened(data, pixels), size))
             except (BadImage, OSError) as error:
                 bad.append(f"{items.name(number)}: {reason(error)}")
             else:
                 keys.append(key)
                 labels.append(label)
                 good.append(number)
-        pixels = np.stack(images) if images else np.empty((0, 3, size, size), np.uint8)
-        yield _EvaluationPart(torch.from_numpy(pixels), keys, labels, good, bad)
+        crops = np.stack(images) if images else np.empty((0, pixels.channels, size, size), pixels.dtype)
+        yield _EvaluationPart(torch.from_numpy(crops), keys, labels, good, bad)
 
 
-def _evaluation_joined(parts: Iterator[Any], source: str, total: int) -> Iterator[EvaluationBatch]:
+def _evaluation_joined(parts: Iterator[Any], source: str, total: int, pixels: PixelFormat) -> Iterator[EvaluationBatch]:
     bad: list[str] = []
     for part in parts:
         bad.extend(part.bad)
         if part.keys:
-            images = photometric.normalize_(part.images.to(torch.float32).mul_(1 / 255))
+            images = photometric.normalize_(photometric.unit(part.images, pixels), pixels)
             yield EvaluationBatch(images, part.keys, torch.tensor(part.labels), torch.tensor(part.numbers))
     if bad:
         log.warning("%s: left out %d bad images of %d (first: %s)", source, len(bad), total, bad[0])
@@ -183,8 +198,13 @@ def evaluation_side(size: int) -> int:
     return round(size * 256 / 224)
 
 
-def centre_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
-    """Return [3, S, S]: the short side resized to size·256/224 (bicubic), then the central square; torchvision's
+def opened(data: bytes, pixels: PixelFormat) -> Image.Image | NDArray[Any]:
+    """Return the upright image in `data`: an RGB picture, or an array [H, W, C] of any other format. Raises BadImage."""
+    return decode(data) if pixels.is_rgb8 else decode_as_stored(data, pixels.channels, pixels.bits)
+
+
+def centre_crop(image: Image.Image | NDArray[Any], size: int) -> NDArray[Any]:
+    """Return [C, S, S]: the short side resized to size·256/224 (bicubic), then the central square; torchvision's
     `Resize` and `CenterCrop`.
 
     Of a picture that would be more than LONG_SIDE pixels long only the central square is computed, so that memory
@@ -193,6 +213,8 @@ def centre_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
     average, and up to 25/255 in single pixels of pure noise.
     """
     short = evaluation_side(size)
+    if not isinstance(image, Image.Image):
+        return _centre_crop_of_array(image, size, short)
     width, height = image.size
     if width <= height:
         whole = (short, int(short * height / width))
@@ -206,3 +228,16 @@ def centre_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
     else:
         square = image.resize(whole, Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
     return np.asarray(square).transpose(2, 0, 1)
+
+
+def _centre_crop_of_array(pixels: NDArray[Any], size: int, short: int) -> NDArray[Any]:
+    """`centre_crop` of [H, W, C]; of a very long one only the middle is resized, to the nearest pixel."""
+    most = max(LONG_SIDE // short, 2) * min(pixels.shape[:2])
+    for axis in (0, 1):
+        if (over := pixels.shape[axis] - most) > 0:
+            pixels = pixels.take(range(over // 2, over // 2 + most), axis)
+    height, width = pixels.shape[:2]
+    whole = (int(short * height / width), short) if width <= height else (short, int(short * width / height))
+    pixels = pixels if whole == (height, width) else resized(pixels, *whole)
+    top, left = round((whole[0] - size) / 2), round((whole[1] - size) / 2)
+    return pixels[top : top + size, left : left + size].transpose(2, 0, 1)

@@ -13,6 +13,7 @@ from esvit_scale.data import left_out
 from esvit_scale.data.class_names import numbered
 from esvit_scale.data.decode import EXTENSIONS, BadImage
 from esvit_scale.data.left_out import FILES, FOLDERS, IMAGES, LeftOut
+from esvit_scale.data.raster import ARRAY
 from esvit_scale.data.tar_names import MAX_MEMBER
 from esvit_scale.errors import UserError
 
@@ -41,7 +42,8 @@ def printable(path: str) -> str:
 def list_images(
     root: Path, label: str | None = None, beside: Sequence[str] = (), keep_loose: bool = False
 ) -> ImageFolder:
-    """List every image file under `root`, by its extension, following links to files and folders.
+    """List every image file under `root`, by its extension, following links to files and folders. Where there is none,
+    `.npy` arrays are the images.
 
     Hidden files, everything in hidden folders and links that lead back to a folder above them are left out and counted,
     as is what does not end like an image.
@@ -62,13 +64,20 @@ def list_images(
         what = "is a file, not a folder" if root.exists() else "no such folder"
         raise UserError(f"{root}: {what}{_nearest(root)}")
     left, paths, others = LeftOut(), [], []
+    arrays: list[str] = []
     for path in walk(root, left):
         if (ending := _ending(path)) in EXTENSIONS:
             paths.append(path)
         elif ending and ending in beside:
             others.append(path)
+        elif ending == ARRAY:
+            arrays.append(path)
         else:
             left.add(FILES, left_out.not_an_image(printable(ending)), printable(path))
+    if not paths:
+        paths, arrays = arrays, []
+    for path in arrays:
+        left.add(FILES, left_out.not_an_image(ARRAY), printable(path))
     if not paths:
         held = left.short() or "nothing"
         raise UserError(f"{root}: no image files; it holds {held}; images end in {', '.join(sorted(EXTENSIONS))}")

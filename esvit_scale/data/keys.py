@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from esvit_scale.data.decode import EXTENSIONS
+from esvit_scale.data.raster import ARRAY
 
 SAFE_KEY = re.compile(r"[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*")
 MAX_KEY = 90  # tar's plain header holds names of 100 bytes, with the extension
@@ -77,4 +78,4 @@ def _shared(values: NDArray[np.uint64]) -> NDArray[np.bool_]:
 def _stem(path: str) -> str:
     folder, slash, base = path.rpartition("/")
     stem, dot, ext = base.rpartition(".")
-    return folder + slash + (stem if dot and ext.lower() in EXTENSIONS else base)
+    return folder + slash + (stem if dot and ext.lower() in (*EXTENSIONS, ARRAY) else base)

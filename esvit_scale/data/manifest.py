@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from esvit_scale.data.left_out import LeftOut
+from esvit_scale.data.pixel_format import RGB8, PixelFormat
+from esvit_scale.data.raster import MAX_CHANNELS
 from esvit_scale.data.tar_names import chosen_images, split_name
 from esvit_scale.data.tar_reader import Member, TarReader
 from esvit_scale.errors import UserError, is_machine_fault
@@ -35,6 +37,8 @@ class Manifest:
     classes: tuple[str, ...] = ()  # empty when the source was flat
     source: str = ""  # fingerprint of what was written, see shard_writer
     left_out: Sequence[dict[str, Any]] = field(default=(), compare=False)  # rows of left_out.LeftOut
+    channels: int = 3  # of every image; 3 of 8 bits: pictures of any kind, which are used as RGB
+    bits: int = 8  # of a channel
     formats: Mapping[str, int] = field(default_factory=dict, compare=False)  # images by extension; empty: not known
 
     @property
@@ -122,6 +126,16 @@ def size_problems(manifest: Manifest) -> Iterator[str]:
             yield f"{path}: {kind}: {size} bytes, the manifest says {shard.bytes}"
 
 
+def check_pixels(manifest: Manifest, pixels: PixelFormat) -> None:
+    """Raise UserError where a set was written for other channels or bits than a config asks for."""
+    held = PixelFormat(manifest.channels, manifest.bits)
+    if (held.channels, held.bits) != (pixels.channels, pixels.bits):
+        raise UserError(
+            f"{manifest.root}: its images have {held}, and data.channels={pixels.channels} data.bits={pixels.bits}; set "
+            f"data.channels={held.channels} data.bits={held.bits}, or name another set"
+        )
+
+
 def dump(
     shards: Sequence[Shard],
     classes: Sequence[str],
@@ -132,6 +146,7 @@ def dump(
     formats: Mapping[str, int] | None = None,
 ) -> bytes:
     """The bytes of a manifest.json, the same for the same set."""
+    recipe = (options or {}).get("recipe", {})  # names its channels and bits where they are not 8-bit RGB's
     content = {
         "format_version": FORMAT_VERSION,
         "tool": tool,
@@ -139,6 +154,7 @@ def dump(
         "bytes": sum(s.bytes for s in shards),
         "source": source,
         "options": options or {},
+        **{key: recipe[key] for key in ("channels", "bits") if key in recipe},
         "formats": dict(sorted((formats or {}).items())),
         "left_out": list(left_out),
         "classes": list(classes),
@@ -161,8 +177,11 @@ def _parse(root: Path, raw: dict[str, Any]) -> Manifest:
         raise ValueError("a shard is listed twice")
     left_out = LeftOut(raw.get("left_out", ())).rows()
     formats = {str(ext): _count(number) for ext, number in raw.get("formats", {}).items()}
-    classes = tuple(str(c) for c in raw["classes"])
-    return Manifest(root, shards, classes, str(raw.get("source", "")), left_out, formats)
+    channels, bits = raw.get("channels", RGB8.channels), raw.get("bits", RGB8.bits)
+    if channels not in range(1, MAX_CHANNELS + 1) or bits not in (8, 16):
+        raise ValueError(f"channels {channels!r} of {bits!r} bits")
+    classes, source = tuple(str(c) for c in raw["classes"]), str(raw.get("source", ""))
+    return Manifest(root, shards, classes, source, left_out, int(channels), int(bits), formats)
 
 
 def _file_name(name: Any) -> str:

@@ -2,7 +2,7 @@
 
 The recipe is DINO's, which EsViT uses (its `DataAugmentationDINO`): colour jitter (.4, .4, .2, .1) with p .8 in a random
 order of its four operations, grayscale p .2, Gaussian blur of radius U(.1, 2) (p 1 for the first global crop, .1 for
-the second, .5 for local crops), solarisation p .2 (second global only), then ImageNet mean and standard deviation.
+the second, .5 for local crops), solarisation p .2 (second global only), then mean and standard deviation.
 Parameters are drawn per crop of each sample from its key, so a batch's composition changes nobody's pixels.
 
 Against the official Pillow pipeline, which rounds to 8 bits after every operation, values differ by that rounding only.
@@ -16,8 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
+from esvit_scale.data.pixel_format import MEAN as MEAN
+from esvit_scale.data.pixel_format import RGB8, PixelFormat
+from esvit_scale.data.pixel_format import STD as STD
+
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, Pillow's grey
 BLUR_RATE = (1.0, 0.1, 0.5)  # first global, second global, local
 BLUR_RADIUS = (0.1, 2.0)
@@ -80,31 +82,41 @@ def concatenate(parts: list[Photometric], dim: int) -> Photometric:
     return Photometric(*(torch.cat(fields, dim) for fields in zip(*parts, strict=True)))
 
 
-def apply(crops: Tensor, params: Photometric) -> Tensor:
-    """Augment and normalise. Keep `params` on the host: which rows an operation touches is decided there, so that the
+def apply(crops: Tensor, params: Photometric, pixels: PixelFormat = RGB8) -> Tensor:
+    """Augment and normalise. Images of other than three channels get the part of the recipe that is defined for them:
+    brightness, contrast (about each channel's own mean) and blur. Keep `params` on the host: which rows an operation touches is decided there, so that the
     host never waits for the device.
 
     Args:
-        crops: uint8 [N, 3, S, S].
+        crops: uint8 or uint16 [N, C, S, S].
         params: of those N crops (flattened).
 
     Returns:
-        float32 [N, 3, S, S], normalised with ImageNet's mean and standard deviation, on the crops' device.
+        float32 [N, C, S, S], normalised with the format's mean and standard deviation, on the crops' device.
     """
-    x = crops.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
+    x = unit(crops, pixels)
+    colour = pixels.channels == 3
+    jitter = (_brightness, _contrast, _saturation, _hue) if colour else (_brightness, _contrast_of_channels)
     orders = torch.tensor([*ORDERS, (-1,) * 4], device=params.order.device)[params.order]  # [N, 4]
     for place in range(4):
-        for operation, function in enumerate((_brightness, _contrast, _saturation, _hue)):
+        for operation, function in enumerate(jitter):
             _on_rows(x, orders[:, place] == operation, function, params.factors[:, operation])
-    _on_rows(x, params.grayscale, _grayscale)
+    if colour:
+        _on_rows(x, params.grayscale, _grayscale)
     _on_rows(x, params.radius > 0, _blur, params.radius)
-    _on_rows(x, params.solarize, _solarize)
-    return normalize_(x)
+    if colour:
+        _on_rows(x, params.solarize, _solarize)
+    return normalize_(x, pixels)
 
 
-def normalize_(x: Tensor) -> Tensor:
-    """[N, 3, S, S] in 0..1 → ImageNet-normalised, in place."""
-    mean, std = (torch.tensor(v, device=x.device).view(3, 1, 1) for v in (MEAN, STD))
+def unit(crops: Tensor, pixels: PixelFormat = RGB8) -> Tensor:
+    """Return pixels [N, C, S, S] as float32 in 0..1, contiguous."""
+    return crops.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / pixels.largest)
+
+
+def normalize_(x: Tensor, pixels: PixelFormat = RGB8) -> Tensor:
+    """Subtract the format's mean from [N, C, S, S] in 0..1 and divide by its standard deviation, in place."""
+    mean, std = (torch.tensor(v, device=x.device).view(-1, 1, 1) for v in (pixels.mean, pixels.std))
     return x.sub_(mean).div_(std)
 
 
@@ -128,6 +140,11 @@ def _brightness(x: Tensor, factor: Tensor) -> Tensor:
 
 def _contrast(x: Tensor, factor: Tensor) -> Tensor:
     mean = _grey(x).mean((2, 3), keepdim=True)
+    return x.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
+
+
+def _contrast_of_channels(x: Tensor, factor: Tensor) -> Tensor:
+    mean = x.mean((2, 3), keepdim=True)
     return x.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
 
 

@@ -3,6 +3,7 @@ larger than they need (libjpeg scales by ½, ¼ or ⅛ inside the inverse DCT)."
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,18 +13,20 @@ from esvit_scale.data.decode import (
     check_scans,
     check_size,
     decode,
+    decode_as_stored,
     exif_orientation,
     jpeg_segments,
     load,
     open_header,
 )
+from esvit_scale.data.pixel_format import RGB8, PixelFormat
 
 try:
     import simplejpeg
 except ImportError:  # no wheel for this platform: Pillow gives the same pixels, more slowly
     simplejpeg = None
 
-Pixels = NDArray[np.uint8]  # [H, W, 3]
+Pixels = NDArray[Any]  # [H, W, C], uint8 or uint16
 
 EXIF = 0xE1  # the JPEG marker APP1, whose segment holds Exif data
 _UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {  # EXIF orientation → what undoes it
@@ -39,7 +42,7 @@ _UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {  # EXIF orientation → what
 
 
 class Picture:
-    """An upright RGB picture of `width` × `height` pixels, decoded by `pixels`."""
+    """An upright picture of `width` × `height` pixels, decoded by `pixels`."""
 
     def __init__(self, width: int, height: int, decoded: Callable[[int], tuple[Pixels, int]]) -> None:
         self.width, self.height = width, height
@@ -55,13 +58,16 @@ class Picture:
         return self._decoded(reduction)
 
 
-def open_picture(data: bytes) -> Picture:
-    """Reads the header of a JPEG; other formats, and JPEGs that libjpeg-turbo's RGB conversion does not cover (CMYK),
+def open_picture(data: bytes, pixel_format: PixelFormat = RGB8) -> Picture:
+    """Read the header of a JPEG; other formats, and JPEGs that libjpeg-turbo's RGB conversion does not cover (CMYK),
     are decoded at once.
 
     Raises:
-        BadImage: as `decode`.
+        BadImage: as `decode`, or for a format other than 8-bit RGB as `decode_as_stored`.
     """
+    if not pixel_format.is_rgb8:
+        stored = decode_as_stored(data, pixel_format.channels, pixel_format.bits)
+        return Picture(stored.shape[1], stored.shape[0], lambda reduction: (stored, 1))
     if data[:2] == b"\xff\xd8" and (header := _jpeg_header(data)) is not None:
         width, height = header
         check_size(width, height)
@@ -73,6 +79,11 @@ def open_picture(data: bytes) -> Picture:
         return Picture(width, height, partial(_jpeg_pixels, data, orientation))
     pixels = np.array(decode(data))
     return Picture(pixels.shape[1], pixels.shape[0], lambda reduction: (pixels, 1))
+
+
+def check_decodes(data: bytes, pixel_format: PixelFormat = RGB8) -> None:
+    """Decode a file at its full size, as training does where it needs all of it. Raises BadImage."""
+    open_picture(data, pixel_format).pixels(1)
 
 
 def _jpeg_header(data: bytes) -> tuple[int, int] | None:

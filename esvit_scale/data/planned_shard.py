@@ -10,7 +10,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from esvit_scale.data.decode import EXTENSIONS, BadImage, decode
+from esvit_scale.data import raster
+from esvit_scale.data.decode import EXTENSIONS, BadImage, decode, decode_as_stored
 from esvit_scale.data.image_folder import os_reason, printable
 from esvit_scale.data.left_out import UNDER_MIN_SIDE
 from esvit_scale.data.manifest import Shard
@@ -94,19 +95,29 @@ def _samples(plan: Plan, number: int, bad: list[Bad], tick: Callable[[], None]) 
 
 
 def _checked(plan: Plan, i: int, data: bytes) -> tuple[bytes, str]:
-    image = decode(data)
-    if min(image.size) < plan.recipe.min_side:
-        width, height = image.size
+    recipe = plan.recipe
+    image = decode(data) if recipe.pixels.is_rgb8 else None
+    height, width = decode_as_stored(data, *recipe.pixels[:2]).shape[:2] if image is None else image.size[::-1]
+    if min(width, height) < recipe.min_side:
         raise BadImage(
-            f"{width}x{height} pixels: the shorter side is under --min-side {plan.recipe.min_side}", UNDER_MIN_SIDE
+            f"{width}x{height} pixels: the shorter side is under --min-side {recipe.min_side}", UNDER_MIN_SIDE
         )
     ext = extension(plan.source.path(i))
-    return plan.recipe.reencode.apply(image, data, ext if ext in EXTENSIONS else _sniffed(data))
+    ext = ext if ext in EXTENSIONS else _sniffed(data)
+    return (data, ext) if image is None else recipe.reencode.apply(image, data, ext)
 
 
 def _sniffed(data: bytes) -> str:
     """An extension for bytes that came without a name."""
-    kinds = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"BM": "bmp", b"II": "tif", b"MM": "tif"}
+    kinds = {
+        b"\xff\xd8": "jpg",
+        b"\x89PNG": "png",
+        b"GIF8": "gif",
+        b"BM": "bmp",
+        b"II": "tif",
+        b"MM": "tif",
+        raster.NPY: raster.ARRAY,
+    }
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "webp"
     return next((ext for magic, ext in kinds.items() if data.startswith(magic)), "jpg")

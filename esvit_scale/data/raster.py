@@ -24,6 +24,7 @@ else:
 
 Array = NDArray[Any]  # [H, W, C] of uint8 or uint16
 
+ARRAY = "npy"  # extension; such a file is an image where nothing beside it ends like one
 MAX_CHANNELS = 16
 MAX_BYTES = 3 * MAX_PIXELS  # of decoded pixels: what the largest picture of 8-bit RGB takes
 NPY = b"\x93NUMPY"
@@ -68,6 +69,12 @@ def read(data: bytes, channels: int | None = None) -> Array:
         reason = one_line(error)
         hint = "; pip install 'esvit-scale[tiff]'" if "imagecodecs" in reason else ""
         raise BadImage(reason + hint) from None
+
+
+def mismatch(pixels: Array, channels: int, bits: int) -> str:
+    """Return why pixels of other channels or bits than asked for are not used, with what would fit."""
+    found, depth = pixels.shape[2], 8 * pixels.itemsize
+    return f"{found} channels of {depth} bits, not {channels} of {bits} (channels {found} and bits {depth} would fit)"
 
 
 def upright(pixels: Array, orientation: int) -> Array:

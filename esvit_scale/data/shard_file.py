@@ -12,6 +12,7 @@ from esvit_scale.data import manifest as manifests
 from esvit_scale.data.decode import EXTENSIONS
 from esvit_scale.data.keys import SAFE_KEY
 from esvit_scale.data.manifest import Shard
+from esvit_scale.data.raster import ARRAY
 from esvit_scale.data.sources.base import EXTRAS
 
 
@@ -49,7 +50,7 @@ def write_shard(path: Path, samples: Iterable[Sample], keys: set[str]) -> Shard:
 
 
 def _members(sample: Sample, keys: set[str]) -> dict[str, Any]:
-    if sample.key in keys or not SAFE_KEY.fullmatch(sample.key) or sample.ext not in EXTENSIONS:
+    if sample.key in keys or not SAFE_KEY.fullmatch(sample.key) or sample.ext not in (*EXTENSIONS, ARRAY):
         raise ValueError(f"sample {sample.key!r}.{sample.ext}: the key is repeated or not safe, or no image's ending")
     keys.add(sample.key)
     members: dict[str, Any] = {"__key__": sample.key, sample.ext: sample.data}

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from esvit_scale.data.image_folder import printable
 from esvit_scale.data.keys import Keys, hash64, hashes
 from esvit_scale.data.order import permutation
+from esvit_scale.data.pixel_format import RGB8, PixelFormat
 from esvit_scale.data.progress import say
 from esvit_scale.data.reencode import KEEP_BYTES, Reencode
 from esvit_scale.data.sources.base import Source
@@ -38,10 +39,20 @@ class Recipe:
     keep: Path | None = None  # a keep-list: the names of the samples to write
     drop_duplicates: bool = False
     val_fraction: float = 0.0
+    channels: int = RGB8.channels  # of every image; an image of others is left out
+    bits: int = RGB8.bits
+
+    @property
+    def pixels(self) -> PixelFormat:
+        return PixelFormat(self.channels, self.bits)
 
     def record(self) -> dict[str, Any]:
-        """For the manifest: what a repair needs to know."""
-        return asdict(self) | {"keep": str(self.keep) if self.keep else None}
+        """For the manifest: what a repair needs to know. Channels and bits only where they are not 8-bit RGB's, so that
+        sets of pictures keep the fingerprints that they had before there were others."""
+        values = asdict(self) | {"keep": str(self.keep) if self.keep else None}
+        if self.pixels.is_rgb8:
+            del values["channels"], values["bits"]
+        return values
 
 
 class Plan:

@@ -18,10 +18,13 @@ from esvit_scale.data import manifest as manifests
 from esvit_scale.data import pool
 from esvit_scale.data.decode import BadImage
 from esvit_scale.data.manifest import Manifest, image_member
+from esvit_scale.data.picture import open_picture
+from esvit_scale.data.pixel_format import PixelFormat
 from esvit_scale.data.reader import ShardReader
 from esvit_scale.data.set_folder import QUARANTINE
 
 MEASURED = 20_000  # images whose headers are read, evenly over the set
+DECODED = 256  # images whose pixels are read, evenly over the set
 
 
 @dataclass
@@ -35,6 +38,19 @@ class Stats:
     class_counts: NDArray[np.int64]  # per class; empty without classes
     members: dict[str, int] = field(default_factory=dict)  # extension → how many
     quarantined: int = 0
+    channels: tuple[int, int] = (3, 8)  # of every image: how many, of how many bits
+    moments: NDArray[np.float64] = field(default_factory=lambda: np.zeros((3, 3)))  # [3, C]: pixels, Σx, Σx²; x in 0..1
+
+    @property
+    def mean(self) -> list[float]:
+        """Of every channel over the images that were decoded, where 1 is the largest value."""
+        return [round(float(v), 6) for v in self.moments[1] / np.maximum(self.moments[0], 1)]
+
+    @property
+    def std(self) -> list[float]:
+        n, total, squares = self.moments
+        variance = squares / np.maximum(n, 1) - (total / np.maximum(n, 1)) ** 2
+        return [round(float(v), 6) for v in np.sqrt(np.maximum(variance, 0))]
 
     def summary(self) -> dict[str, Any]:
         short = self.sides.min(1) if len(self.sides) else self.sides.reshape(-1)
@@ -52,11 +68,15 @@ class Stats:
             "samples_per_class": _range(self.class_counts),
             "empty_classes": int((self.class_counts == 0).sum()),
             "quarantined": self.quarantined,
+            "channels": self.channels[0],
+            "bits": self.channels[1],
+            "mean": self.mean,
+            "std": self.std,
         }
 
 
 def gather(root: Path, workers: int = 1) -> Stats:
-    """Read every index, the labels, and the headers of at most MEASURED images.
+    """Read every index, the labels, the headers of at most MEASURED images, and the pixels of about DECODED.
 
     Raises:
         UserError: no readable manifest, a shard is missing or truncated.
@@ -65,7 +85,7 @@ def gather(root: Path, workers: int = 1) -> Stats:
     manifests.check_sizes(manifest)
     every = max(-(-manifest.samples // MEASURED), 1)
     numbers = range(len(manifest.shards))
-    work = partial(_read, manifest, every)
+    work = partial(_read, manifest, every, max(manifest.samples // DECODED, 1))
     parts = dict(pool.each(work, numbers, workers, manifest.samples, "images"))
     members: Counter[str] = Counter()
     for part in parts.values():
@@ -84,6 +104,8 @@ def gather(root: Path, workers: int = 1) -> Stats:
         np.bincount(labels[labels >= 0], minlength=len(manifest.classes))[: len(manifest.classes)],
         dict(members),
         rows,
+        (manifest.channels, manifest.bits),
+        sum((part[4] for part in parts.values()), np.zeros((3, manifest.channels))),
     )
 
 
@@ -100,16 +122,23 @@ def table(stats: Stats) -> str:
     if stats.classes:
         empty = f"; {s['empty_classes']} have none" if s["empty_classes"] else ""
         rows.append(("classes", f"{s['classes']:,}, {_three(s['samples_per_class'])} samples each{empty}"))
+    rows += [
+        ("pixels", f"{PixelFormat(*stats.channels)}; of some images, where 1 is the largest value:"),
+        ("", "data.mean=" + json.dumps(stats.mean)),
+        ("", "data.std=" + json.dumps(stats.std)),
+    ]
     if stats.quarantined:
         rows.append(("left out", f"{stats.quarantined:,} files, see {QUARANTINE}"))
     return "\n".join(f"{name:<12}{text}" for name, text in rows)
 
 
-_Part = tuple[list[int], list[int], list[int], Counter[str]]
+_Part = tuple[list[int], list[int], list[int], Counter[str], NDArray[np.float64]]
 
 
-def _read(manifest: Manifest, every: int, number: int, tick: Callable[[], None]) -> _Part:
-    """(bytes, sides, labels, members) of a shard's samples; sides of every `every`-th, flattened."""
+def _read(manifest: Manifest, every: int, decode_every: int, number: int, tick: Callable[[], None]) -> _Part:
+    """Return (bytes, sides, labels, members, moments) of a shard's samples; sides of every `every`-th, flattened, and
+    pixels of every `decode_every`-th."""
+    pixels, moments = PixelFormat(manifest.channels, manifest.bits), np.zeros((3, manifest.channels))
     reader = ShardReader(manifest)
     sizes: list[int] = []
     sides: list[int] = []
@@ -126,13 +155,27 @@ def _read(manifest: Manifest, every: int, number: int, tick: Callable[[], None])
                 if manifest.classes:
                     labels.append(reader.label(number, entry))
                 if i % every == 0:
-                    sides += _sides(reader.image(number, entry))
+                    sides += _sides(reader.image(number, entry), pixels)
+                if i % decode_every == 0:
+                    moments += _moments(reader.image(number, entry), pixels)
     finally:
         reader.close()
-    return sizes, sides, labels, members
+    return sizes, sides, labels, members, moments
 
 
-def _sides(data: bytes) -> list[int]:
+def _moments(data: bytes, pixels: PixelFormat) -> NDArray[np.float64]:
+    """Return [3, C]: the number of pixels, their sum and the sum of their squares. Raises BadImage."""
+    decoded, _ = open_picture(data, pixels).pixels()
+    x = decoded.reshape(-1, decoded.shape[2]).astype(np.float64) / pixels.largest
+    return np.stack([np.full(x.shape[1], float(len(x))), x.sum(0), (x * x).sum(0)])
+
+
+def _sides(data: bytes, pixels: PixelFormat) -> list[int]:
+    if not pixels.is_rgb8:
+        with suppress(BadImage):
+            picture = open_picture(data, pixels)
+            return [picture.width, picture.height]
+        return []
     try:
         return list(Image.open(io.BytesIO(data)).size)
     except Exception:  # a header that Pillow cannot read: `verify` says so

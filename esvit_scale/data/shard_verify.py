@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data import pool
-from esvit_scale.data.decode import BadImage, decode
+from esvit_scale.data.decode import BadImage
 from esvit_scale.data.image_folder import printable
 from esvit_scale.data.keys import hashes, repeated
 from esvit_scale.data.manifest import Manifest
+from esvit_scale.data.picture import check_decodes
+from esvit_scale.data.pixel_format import PixelFormat
 from esvit_scale.data.shard_file import sha256
 
 
@@ -83,7 +85,7 @@ def _check(manifest: Manifest, number: int, tick: Callable[[], None]) -> Checked
         with path.open("rb") as file:
             for entry in entries:
                 tick()
-                found = _sample_problems(file, entry, len(manifest.classes))
+                found = _sample_problems(file, entry, manifest)
                 problems += [f"{path}: {printable(entry.key)}: {problem}" for problem in found]
     except OSError as error:
         return Checked([*problems, f"{path}: {error.strerror or error}"], [], none)
@@ -101,13 +103,14 @@ def _index_problems(path: Path, entries: list[manifests.Entry]) -> Iterator[str]
         yield f"{index}: cannot be used: {error}"
 
 
-def _sample_problems(file: BinaryIO, entry: manifests.Entry, classes: int) -> Iterator[str]:
+def _sample_problems(file: BinaryIO, entry: manifests.Entry, manifest: Manifest) -> Iterator[str]:
+    classes = len(manifest.classes)
     image = manifests.image_member(entry)
     if image is None:
         yield "no image"
     else:
         try:
-            decode(_pread(file, *image))
+            check_decodes(_pread(file, *image), PixelFormat(manifest.channels, manifest.bits))
         except BadImage as error:
             yield str(error)
     label = manifests.parse_label(_pread(file, *entry.members["cls"])) if "cls" in entry.members else -1

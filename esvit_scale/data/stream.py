@@ -27,6 +27,7 @@ from esvit_scale.data.loader import explained_deaths, loader
 from esvit_scale.data.manifest import Manifest
 from esvit_scale.data.mix import MixedSets
 from esvit_scale.data.photometric import Photometric
+from esvit_scale.data.pixel_format import pixel_format
 from esvit_scale.data.shard_stream import ShardSamples
 from esvit_scale.data.url_stream import UrlSamples, UrlSets
 from esvit_scale.data.views import Part, Sample, make_part
@@ -52,7 +53,9 @@ Source = Manifest | MixedSets | UrlSets
 class Batch(NamedTuple):
     """One rank's part of a global batch; its B images are in the order of their positions."""
 
-    crops: list[Tensor]  # uint8 [V_g, B, 3, S_g, S_g] (channels last in memory), a resolution group each, globals first
+    crops: list[
+        Tensor
+    ]  # uint8 or uint16 [V_g, B, channels, S_g, S_g] (channels last in memory), a resolution group each, globals first
     photometric: Photometric  # of every crop, leading shape [V, B], on the host
     positions: Tensor  # int64 [B]: place in the global batch, 0..global_batch-1, the same at any world size
     keys: list[str]
@@ -83,9 +86,18 @@ def open_data(config: Config) -> Source:
             f"data.train: {config.data.train}: a pattern can name tars (…/*.tar) but not sets; give one set's folder, or "
             "make one set of several: `esvit-scale shards create --from tars FOLDER_OF_SETS DST`"
         )
+    check_pixels(config)
     manifest = manifests.load(Path(config.data.train))
     manifests.check_sizes(manifest)
     return manifest
+
+
+def check_pixels(config: Config) -> None:
+    """Raise UserError where the manifest of the config's set names other channels or bits, or statistics are missing."""
+    pixels = pixel_format(config.data)
+    train = Path(config.data.train)
+    if config.data.train and manifests.is_shard_set(train):
+        manifests.check_pixels(manifests.load(train), pixels)
 
 
 def steps_per_epoch(config: Config, data: Source) -> int:
@@ -117,6 +129,12 @@ def batches(config: Config, data: Source, rank: int, world_size: int, start: int
         RestartCanHelp: while iterating, when a loader process dies or the storage is gone.
     """
     check_division(config, world_size)
+    if config.data.channels != 3 and rank == 0:
+        log.info(
+            "data.channels=%d: crops, flips, blur, and brightness and contrast of each channel; no saturation, hue, "
+            "grayscale and solarisation, which are defined for RGB",
+            config.data.channels,
+        )
     if config.data.photometric == "workers":
         photometric_8bit.require()
     job = Job(config, rank, world_size, start, stop, steps_per_epoch(config, data))
@@ -173,9 +191,9 @@ def _batch(group: list[Part], pin: bool) -> Batch:
 
 
 def _concatenated(parts: tuple[Tensor, ...], pin: bool) -> Tensor:
-    """[V, B, S, S, 3] of parts of B."""
+    """[V, B, S, S, C] of parts of B."""
     if len(parts) == 1 and not pin:
         return parts[0]
     views, _, *rest = parts[0].shape
-    whole = torch.empty((views, sum(p.shape[1] for p in parts), *rest), dtype=torch.uint8, pin_memory=pin)
+    whole = torch.empty((views, sum(p.shape[1] for p in parts), *rest), dtype=parts[0].dtype, pin_memory=pin)
     return torch.cat(parts, 1, out=whole)

@@ -17,6 +17,7 @@ from collections.abc import Iterable
 
 from esvit_scale.data import left_out
 from esvit_scale.data.decode import EXTENSIONS
+from esvit_scale.data.raster import ARRAY
 
 MAX_MEMBER = 1 << 30  # bytes; a larger member is no image
 TAR = re.compile(r"\.tar(\.(gz|bz2|xz|zst))?$|\.tgz$", re.IGNORECASE)  # file names that streams read
@@ -78,9 +79,13 @@ def chosen_images(extensions: Iterable[str]) -> list[str]:
     """Which members of one key are samples, by their extensions.
 
     One with a plain extension (`jpg`) is the picture, and those with longer ones beside it (`seg.png`) are left out:
-    they are masks, depth maps, thumbnails. Without a plain one each image is a sample (`left.jpg`, `right.jpg`).
+    they are masks, depth maps, thumbnails. Without a plain one each image is a sample (`left.jpg`, `right.jpg`). A key
+    without an image has its `npy` array as one.
     """
+    extensions = list(extensions)
     images = [extension for extension in extensions if is_image(extension)]
+    if not images and ARRAY in extensions:
+        return [ARRAY]
     return [extension for extension in images if "." not in extension] or images
 
 

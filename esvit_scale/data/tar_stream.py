@@ -12,6 +12,7 @@ from esvit_scale.data.keys import hash64
 from esvit_scale.data.left_out import MEMBERS, LeftOut
 from esvit_scale.data.loader import reason
 from esvit_scale.data.patience import Patience
+from esvit_scale.data.raster import ARRAY
 from esvit_scale.data.tar_names import chosen_images, companion, is_image, sample_key, split_name
 from esvit_scale.data.tar_reader import Forward, TarReader, decompressed
 
@@ -94,7 +95,8 @@ def _samples(url: str, stream: Any, left_out: LeftOut) -> Iterator[Raw]:
                 yield from _of_key(url, key, members, apart, left_out)
                 members = {}
             key = another
-            members[ext] = _content(tape, offset, size) if is_image(ext) or ext.rpartition(".")[2] == "cls" else b""
+            wanted = is_image(ext) or ext.rpartition(".")[2] in ("cls", ARRAY)
+            members[ext] = _content(tape, offset, size) if wanted else b""
     except Exception as raised:  # decompressors raise almost anything; what was read before stands
         error = raised
     if members:

@@ -15,6 +15,7 @@ from esvit_scale.data import photometric, photometric_8bit
 from esvit_scale.data.crops import Box, Levels, crop_box, crop_groups, keyed_generator, reductions
 from esvit_scale.data.photometric import Draw
 from esvit_scale.data.picture import open_picture
+from esvit_scale.data.pixel_format import pixel_format
 
 SLOW_S = 20.0  # seconds to read and decode one sample, from which on it is reported
 
@@ -58,7 +59,7 @@ def decode_for_views(config: Config, epoch: int, key: str, data: bytes) -> tuple
     Raises:
         BadImage: the file is no usable picture.
     """
-    picture = open_picture(data)
+    picture = open_picture(data, pixel_format(config.data))
     views = place_views(config, epoch, key, picture.width, picture.height)
     scales = reductions([v.box for v in views], config.crop_sizes, picture.width, picture.height)
     return views, scales, Levels(*picture.pixels(min(scales)))
@@ -67,7 +68,7 @@ def decode_for_views(config: Config, epoch: int, key: str, data: bytes) -> tuple
 class Part(NamedTuple):
     """A worker's part of a batch. Small arrays travel as NumPy: a tensor would cost a shared-memory file each."""
 
-    crops: list[Tensor]  # uint8 [V_g, B, S_g, S_g, 3] a resolution group
+    crops: list[Tensor]  # uint8 or uint16 [V_g, B, S_g, S_g, channels] a resolution group
     photometric: tuple[NDArray[Any], ...]
     positions: NDArray[np.int64]
     keys: list[str]
@@ -81,7 +82,8 @@ def make_part(config: Config, batch_index: int, samples: Iterable[Sample], size:
     """Crops written straight into the part's arrays, one decoded image in memory at a time."""
     began = time.monotonic()
     groups, in_worker = crop_groups(config.data), config.data.photometric == "workers"
-    pixels = [_empty(g.views, size, g.size, g.size, 3) for g in groups]
+    dtype = torch.uint8 if config.data.bits == 8 else torch.uint16
+    pixels = [_empty(dtype, g.views, size, g.size, g.size, config.data.channels) for g in groups]
     crops = [p.numpy() for p in pixels]
     draws: list[list[Draw]] = [[] for _ in config.crop_sizes]
     positions, labels = np.empty(size, np.int64), np.empty(size, np.int64)
@@ -101,7 +103,7 @@ def make_part(config: Config, batch_index: int, samples: Iterable[Sample], size:
     return Part(pixels, fields, positions, keys, labels, bad, batch_index, time.monotonic() - began)
 
 
-def _empty(*shape: int) -> Tensor:
-    """uint8; in a loader process in the memory that it shares with its parent, so that sending it copies nothing."""
-    empty = torch.empty(shape, dtype=torch.uint8)
+def _empty(dtype: torch.dtype, *shape: int) -> Tensor:
+    """Return memory for pixels; in a loader process what it shares with its parent, so that sending it copies nothing."""
+    empty = torch.empty(shape, dtype=dtype)
     return empty.share_memory_() if get_worker_info() else empty

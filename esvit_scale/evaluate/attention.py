@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from esvit_scale import files
 from esvit_scale.data import image_folder, photometric
 from esvit_scale.data.decode import BadImage, decode
+from esvit_scale.data.pixel_format import RGB8, PixelFormat
 from esvit_scale.errors import UserError
 from esvit_scale.evaluate.features import Teacher, load_teacher
 from esvit_scale.models.swin import PATCH, Swin, WindowAttention, attend
@@ -130,13 +131,14 @@ def run_attention(checkpoint: Path, image: Path, out: Path, size: int | None = N
     """
     teacher = load_teacher(checkpoint)
     require_swin(teacher.trunk)
+    require_pictures(teacher)
     return look(teacher, decoded(image), out, size, str(image))
 
 
 def look(teacher: Teacher, picture: np.ndarray, out: Path, size: int | None = None, name: str = "picture") -> Seen:
     """`run_attention` of a picture uint8 [H, W, 3]."""
     shown = resized(picture, size or teacher.size, name)
-    pixels = to_trunk(shown)
+    pixels = to_trunk(shown, teacher.pixels)
     seen = Seen(teacher, shown, attention(teacher.trunk, pixels), components(teacher.trunk, pixels))
     arrays = {f"stage{b.stage + 1}_block{b.block + 1}": b.received().float().numpy() for b in seen.blocks}
     arrays |= {f"components_stage{s + 1}": c.numpy() for s, c in enumerate(seen.components)}
@@ -185,10 +187,16 @@ def resized(picture: np.ndarray, size: int, name: str) -> np.ndarray:
     return np.array(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))
 
 
-def to_trunk(picture: np.ndarray) -> Tensor:
-    """uint8 [H, W, 3] → [3, H, W], ImageNet-normalised."""
+def to_trunk(picture: np.ndarray, pixels: PixelFormat = RGB8) -> Tensor:
+    """uint8 [H, W, 3] → [3, H, W], normalised."""
     x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255
-    return photometric.normalize_(x)[0]
+    return photometric.normalize_(x, pixels)[0]
+
+
+def require_pictures(teacher: Teacher) -> None:
+    """Raise UserError for a checkpoint that was trained on anything but 8-bit RGB."""
+    if not teacher.pixels.is_rgb8:
+        raise UserError(f"this evaluation shows pictures in 8-bit RGB; the checkpoint was trained on {teacher.pixels}")
 
 
 def require_swin(trunk: nn.Module) -> Swin:

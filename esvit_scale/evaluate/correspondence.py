@@ -27,7 +27,7 @@ from tqdm import tqdm
 from esvit_scale import files
 from esvit_scale.data import crops, manifest, photometric, samples, stream
 from esvit_scale.errors import UserError
-from esvit_scale.evaluate.attention import read_picture, to_trunk
+from esvit_scale.evaluate.attention import read_picture, require_pictures, to_trunk
 from esvit_scale.evaluate.features import contents, default_device, load_teacher
 
 TOP = 10  # pairs of the official measure
@@ -205,6 +205,7 @@ def run_correspondence(
         UserError: `data` cannot be read, or the trunk has no grid of region tokens.
     """
     teacher = load_teacher(checkpoint)
+    require_pictures(teacher)
     rows: list[dict[str, dict[str, float]]] = []
     cases: list[tuple[float, Case]] = []
     trunk = teacher.trunk.to(default_device()).eval()

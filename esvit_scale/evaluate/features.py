@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from esvit_scale import files
 from esvit_scale.checkpoint import convert, exported, state, step_folders
 from esvit_scale.data import image_folder, manifest, stream
+from esvit_scale.data.pixel_format import RGB8, PixelFormat, pixel_format
 from esvit_scale.data.stream import EvaluationBatch
 from esvit_scale.errors import UserError
 from esvit_scale.evaluate import cache as caches
@@ -36,6 +37,7 @@ class Teacher(NamedTuple):
     trunk: nn.Module
     size: int  # pixels of the crop it is evaluated at: the size of its global crops
     step: int | None  # None: a single file does not say
+    pixels: PixelFormat = RGB8  # of the images that it was trained on
 
 
 class Loading(NamedTuple):
@@ -60,11 +62,13 @@ def extract(
     stored: str = "fp32",
     cache: Path | None = None,
     kind: Kind = "view",
+    pixels: PixelFormat = RGB8,
 ) -> FeatureSet:
     """Features of every image in `source` (shards or an image folder), in the source's order.
 
     The transform is the published k-NN protocol's (short side to size·256/224, centre crop). On several ranks each
-    extracts its part; every rank returns the whole set. Arguments from `batch` to `cache`: see `Loading`.
+    extracts its part; every rank returns the whole set. Arguments from `batch` to `cache`: see `Loading`; `pixels`: the
+    format of the images that the trunk was trained on.
 
     kind "view": view features [N, C]. kind "blocks": [N, 2, D], the mean (or the class token) and the maximum over the
     tokens of each of the last four blocks, concatenated in order (D = 2304 for Swin-T; the last C columns are the last block's); what linear
@@ -84,13 +88,15 @@ def extract(
         was_training = trunk.training
         trunk.to(place).eval()  # batch norm trunks: running statistics, whatever the batch
         try:
-            yield from _rows(encode, source, size, batch, workers, stored)
+            yield from _rows(encode, source, size, batch, workers, stored, pixels)
         finally:
             trunk.train(was_training)
 
     images = contents(source).images  # first of all: it says what is wrong with the source
     key = {"trunk": caches.trunk_digest(trunk), "data": caches.source_digest(source), "size": size}
     key |= {"transform": TRANSFORM, "kind": kind, "precision": precision, "stored": stored}
+    if pixels != RGB8:
+        key["pixels"] = list(pixels)
     return _obtain(cache, key, source, images, compute)
 
 
@@ -106,7 +112,7 @@ def run_embed(checkpoint: Path, data: Path, out: Path, loading: Loading) -> Feat
     if out.is_dir():
         raise UserError(f"{out}: is a folder; --out names the file to write, for example {out / 'features.npz'}")
     teacher = load_teacher(checkpoint)
-    found = extract(teacher.trunk, data, teacher.size, **loading._asdict())
+    found = extract(teacher.trunk, data, teacher.size, **loading._asdict(), pixels=teacher.pixels)
     if collectives.rank() == 0:
         save(found, out, contents(data).classes)
         print(f"{out}: {len(found.keys)} features of width {found.features.shape[1]} from {data}")
@@ -132,10 +138,11 @@ def load_teacher(checkpoint: Path) -> Teacher:
     """
     if checkpoint.is_file() or exported.is_exported(checkpoint):
         trunk, config = convert.load_trunk(checkpoint)
-        return Teacher(trunk, config.data.global_crops.size, None)
+        return Teacher(trunk, config.data.global_crops.size, None, pixel_format(config.data))
     folder = step_folders.resolve(checkpoint)  # once: `latest` of a living run moves
     trunk, config = state.load_teacher(folder)
-    return Teacher(trunk, config.data.global_crops.size, int(step_folders.read_state(folder)["cursor"]["step"]))
+    step = int(step_folders.read_state(folder)["cursor"]["step"])
+    return Teacher(trunk, config.data.global_crops.size, step, pixel_format(config.data))
 
 
 def contents(source: Path) -> Contents:
@@ -190,11 +197,19 @@ def _obtain(
 
 
 def _rows(
-    encode: Callable[[Tensor], Tensor], source: Path, size: int, batch: int, workers: int, stored: str = "fp32"
+    encode: Callable[[Tensor], Tensor],
+    source: Path,
+    size: int,
+    batch: int,
+    workers: int,
+    stored: str = "fp32",
+    pixels: PixelFormat = RGB8,
 ) -> Iterator[Rows]:
     """This rank's part of the source's features, batch by batch."""
     rank, world = collectives.rank(), collectives.world_size()
-    batches: Iterable[EvaluationBatch] = stream.evaluation_batches(source, size, batch, workers, rank, world)
+    batches: Iterable[EvaluationBatch] = stream.evaluation_batches(
+        source, size, batch, workers, rank, world, pixels=pixels
+    )
     total = contents(source).images // world
     for some in progress(batches, f"features of {source.name}", total, "images", lambda b: len(b.keys)):
         with torch.no_grad():

@@ -122,7 +122,10 @@ def run_knn(
     """`esvit-scale evaluate knn`: the teacher of `checkpoint` on two labelled sets; writes `out`/knn.json."""
     check_sets([train], test, "k-NN")
     teacher = load_teacher(checkpoint)
-    sets = [labelled(extract(teacher.trunk, s, teacher.size, **loading._asdict()), s) for s in (train, test)]
+    sets = [
+        labelled(extract(teacher.trunk, s, teacher.size, **loading._asdict(), pixels=teacher.pixels), s)
+        for s in (train, test)
+    ]
     row = {"checkpoint": str(checkpoint), "step": teacher.step, "train": str(train), "test": str(test)}
     result = row | evaluate(sets[0], sets[1], ks)  # on every rank: an error ends them all, nobody is left waiting
     if shots:

@@ -83,7 +83,8 @@ def run_linear(
     check_sets([train], test, "a linear probe")
     teacher = load_teacher(checkpoint)
     sets = [
-        labelled(extract(teacher.trunk, s, teacher.size, **loading._asdict(), kind="blocks"), s) for s in (train, test)
+        labelled(extract(teacher.trunk, s, teacher.size, **loading._asdict(), kind="blocks", pixels=teacher.pixels), s)
+        for s in (train, test)
     ]
     task = make_task(sets[0], sets[1], recipe, Images(teacher, train, loading))
     row: Json = {"checkpoint": str(checkpoint), "step": teacher.step, "train": str(train), "test": str(test)}
@@ -194,7 +195,9 @@ def _over_images(task: Task, rows: Tensor, recipe: Recipe, epoch: int) -> Iterat
     label_of[numbers] = task.labels
     order = list(_order(rows, recipe, epoch))
     wanted = [numbers[mine] for mine, _ in order]
-    crops = augmented.augmented_batches(source, wanted, teacher.size, recipe.seed, epoch, loading.workers)
+    crops = augmented.augmented_batches(
+        source, wanted, teacher.size, recipe.seed, epoch, loading.workers, teacher.pixels
+    )
     for (images, good), (_, size) in zip(crops, order, strict=True):
         with torch.no_grad(), torch.autocast(place.type, torch.bfloat16, enabled=loading.precision == "bf16"):
             features = torch.cat([last_blocks(trunk, x) for x in images.to(place).split(loading.batch)])

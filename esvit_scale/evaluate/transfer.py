@@ -99,7 +99,7 @@ def evaluate(dataset: Dataset, teacher: Teacher, loading: Loading) -> Json:
     check_sets(sources[:-1], dataset.test, f"the metric {dataset.metric}", classes=not dataset.labels)
     if dataset.labels:
         _check_labels(dataset.labels, sources)
-    found = [extract(teacher.trunk, s, teacher.size, **loading._asdict()) for s in sources]
+    found = [extract(teacher.trunk, s, teacher.size, **loading._asdict(), pixels=teacher.pixels) for s in sources]
     sets = _several_labels(dataset, found) if dataset.labels else _classes(sources, found)
     metric = METRICS[dataset.metric].score
 

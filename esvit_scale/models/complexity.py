@@ -122,7 +122,7 @@ def kept_outside_blocks(config: Config, size: int) -> int:
     shape, e, wide = trunk_shape(config), element(config), 4
     maps = list(_maps(config, size))
     first, last = maps[0], maps[-1]
-    kept = first.side**2 * ((3 * PATCH**2 + first.width) * e + 2 * wide)
+    kept = first.side**2 * ((config.data.channels * PATCH**2 + first.width) * e + 2 * wide)
     for m in maps[:-1]:
         widths = 8 * m.width if shape.version == 1 else 6 * m.width  # inputs of the norm and of the reduction
         kept += _half(m.side) ** 2 * (widths * e + 2 * wide)
@@ -167,7 +167,7 @@ def _has_extra_norm(config: Config, stage: int, index: int) -> bool:
 
 
 def _embedding_macs(config: Config, size: int) -> int:
-    return (-(-size // PATCH)) ** 2 * 3 * PATCH**2 * trunk_shape(config).embed_dim
+    return (-(-size // PATCH)) ** 2 * config.data.channels * PATCH**2 * trunk_shape(config).embed_dim
 
 
 def element(config: Config) -> int:

@@ -16,9 +16,10 @@ class PatchProjection(nn.Conv2d):
 
 
 def pixel_rows(crop: Tensor, patch: int) -> Tensor:
-    """[n, 3, H, W] → [n · ⌈H/patch⌉ · ⌈W/patch⌉, 3 · patch²]; what a last patch lacks, right and bottom, is zero."""
-    n, _, height, width = crop.shape
+    """[n, C, H, W] → [n · ⌈H/patch⌉ · ⌈W/patch⌉, C · patch²]; what a last patch lacks, right and bottom, is zero."""
+    n, channels, height, width = crop.shape
     h, w = -(-height // patch), -(-width // patch)
     if (height, width) != (h * patch, w * patch):
         crop = F.pad(crop, (0, w * patch - width, 0, h * patch - height))
-    return crop.reshape(n, 3, h, patch, w, patch).permute(0, 2, 4, 1, 3, 5).reshape(n * h * w, 3 * patch**2)
+    rows = crop.reshape(n, channels, h, patch, w, patch).permute(0, 2, 4, 1, 3, 5)
+    return rows.reshape(n * h * w, channels * patch**2)

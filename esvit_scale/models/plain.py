@@ -28,7 +28,7 @@ class PlainTrunk(nn.Module):
         super().__init__()
         self.trunk = trunk
         # Index tables are made at first use and cached: while an exporter traces, they would be its placeholders.
-        trunk([next(trunk.parameters()).new_zeros(2, 3, size, size)])
+        trunk([next(trunk.parameters()).new_zeros(2, trunk.in_chans, size, size)])
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         view, regions, _ = self.trunk([images])

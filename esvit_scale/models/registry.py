@@ -9,6 +9,7 @@ from functools import partial
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError, nearest
 from esvit_scale.models import cvt, focal, layer_norm, resnet, vil, vit
+from esvit_scale.models.channels import take_channels
 from esvit_scale.models.shape import Shape, overridden
 from esvit_scale.models.swin import PATCH, Swin
 from esvit_scale.models.swin_v2 import SwinV2
@@ -82,6 +83,6 @@ def build_trunk(config: Config) -> Trunk:
         return timm_trunk.build(config)
     if name not in TRUNKS:
         raise UserError(f"model.trunk: unknown trunk {name!r}{nearest(name, TRUNKS)}")
-    trunk = TRUNKS[name](config)
+    trunk = take_channels(TRUNKS[name](config), config.data.channels)
     layer_norm.replace(trunk)
     return trunk

@@ -26,6 +26,7 @@ class Probe(NamedTuple):
     channels_last: bool = False  # of forward_features
     channels: tuple[int, ...] = ()  # of the maps that forward_intermediates gives; empty: no pyramid
     reductions: tuple[int, ...] = ()
+    in_chans: int = 3
 
     def create(self) -> nn.Module:
         """On the default device, without pretrained weights.
@@ -37,10 +38,15 @@ class Probe(NamedTuple):
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return timm.create_model(self.name, pretrained=False, num_classes=0, **dict(self.arguments))
+            channels = {} if self.in_chans == 3 else {"in_chans": self.in_chans}
+            return timm.create_model(self.name, pretrained=False, num_classes=0, **channels, **dict(self.arguments))
+
+    def images(self, network: nn.Module, n: int, size: int) -> Tensor:
+        """Return n empty images, on the network's device."""
+        return torch.zeros(n, self.in_chans, size, size, device=next(network.parameters()).device)
 
 
-def candidates(name: str, size: int, drop_path: float) -> Iterator[Probe]:
+def candidates(name: str, size: int, drop_path: float, in_chans: int = 3) -> Iterator[Probe]:
     """The networks to try, the one with the most liberty in crop sizes first.
 
     Raises:
@@ -60,7 +66,7 @@ def candidates(name: str, size: int, drop_path: float) -> Iterator[Probe]:
     ]
     rate = {"drop_path_rate": drop_path} if drop_path else {}
     for liberty in liberties:
-        yield Probe(name, tuple({**liberty, **rate}.items()))
+        yield Probe(name, tuple({**liberty, **rate}.items()), in_chans=in_chans)
 
 
 def looked_at(candidate: Probe, sizes: tuple[int, ...]) -> Probe:
@@ -70,14 +76,14 @@ def looked_at(candidate: Probe, sizes: tuple[int, ...]) -> Probe:
         Exception: whatever the network raises where it does not take the arguments or the sizes.
     """
     network = candidate.create()
-    found = [outputs(network, images(network, 2, size)) for size in sizes]
+    found = [outputs(network, candidate.images(network, 2, size)) for size in sizes]
     dim, last = found[0][0].shape[1], getattr(network, "output_fmt", "NCHW") == "NHWC"
     grids = []
     for size, (view, cells) in zip(sizes, found, strict=True):
         if view.dim() != 2:
             raise ValueError(f"its pooled features have {view.dim()} dimensions")
         grids.append(_has_grid(network, cells, size, dim, last))
-    channels, reductions = _pyramid(network, sizes[0])
+    channels, reductions = _pyramid(network, candidate.images(network, 1, sizes[0]))
     return candidate._replace(
         dim=dim, has_regions=all(grids), channels_last=last, channels=channels, reductions=reductions
     )
@@ -129,10 +135,6 @@ def units(network: nn.Module) -> list[list[nn.Module]]:
     return found
 
 
-def images(network: nn.Module, n: int, size: int) -> Tensor:
-    return torch.zeros(n, 3, size, size, device=next(network.parameters()).device)
-
-
 def on_meta(attempt: Callable[[], Given]) -> Given:
     """On the meta device, or on the CPU where something in it needs values."""
     try:
@@ -158,7 +160,7 @@ def _has_grid(network: nn.Module, cells: Tensor, size: int, dim: int, last: bool
     return cells.dim() == 3 and cells.shape[2] == dim and grid_of(cells.shape[1] - prefix, size, size) is not None
 
 
-def _pyramid(network: nn.Module, size: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _pyramid(network: nn.Module, image: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Widths and reductions of the stages' maps; empty when there are none, or all have one size."""
     infos = [info for info in _feature_info(network) if info["reduction"] >= 4]
     channels = tuple(int(info["num_chs"]) for info in infos)
@@ -166,10 +168,10 @@ def _pyramid(network: nn.Module, size: int) -> tuple[tuple[int, ...], tuple[int,
     if len(set(reductions)) < 2 or sorted(set(reductions)) != list(reductions):
         return (), ()
     try:
-        maps = intermediates(network, images(network, 1, size))
+        maps = intermediates(network, image)
     except Exception:  # a trunk without a pyramid is a trunk
         return (), ()
-    shapes = [(m.shape[1], -(-size // m.shape[2])) for m in maps]
+    shapes = [(m.shape[1], -(-image.shape[-1] // m.shape[2])) for m in maps]
     return (channels, reductions) if shapes == list(zip(channels, reductions, strict=True)) else ((), ())
 
 

@@ -39,7 +39,7 @@ class TimmTrunk(Trunk):
     def __init__(self, probe: Probe) -> None:
         super().__init__()
         self.probe, self.state = probe, State(self)
-        self.dim, self.has_regions = probe.dim, probe.has_regions
+        self.dim, self.has_regions, self.in_chans = probe.dim, probe.has_regions, probe.in_chans
         self.channels, self.reductions = probe.channels, probe.reductions
         self.network = probe.create()
         self.network.forward = partial(timm_probe.outputs, self.network)  # a call, so that an engine's hooks see it
@@ -176,13 +176,13 @@ def build(config: Config) -> Trunk:
             f"train.activation_checkpointing: {door}'s takes one call of a block a step, and {model.trunk} runs once a "
             f"crop size ({len(sizes)}); nearest: torch"
         )
-    return TimmTrunk(_probed(name, model.drop_path, sizes))
+    return TimmTrunk(_probed(name, model.drop_path, sizes, config.data.channels))
 
 
 @lru_cache(maxsize=16)
-def _probed(name: str, drop_path: float, sizes: tuple[int, ...]) -> Probe:
+def _probed(name: str, drop_path: float, sizes: tuple[int, ...], in_chans: int) -> Probe:
     refused = ""
-    for candidate in timm_probe.candidates(name, sizes[0], drop_path):
+    for candidate in timm_probe.candidates(name, sizes[0], drop_path, in_chans):
         try:
             with torch.inference_mode(False), torch.enable_grad():
                 return timm_probe.on_meta(partial(_tried, candidate, drop_path, sizes))
@@ -205,7 +205,7 @@ def _tried(candidate: Probe, drop_path: float, sizes: tuple[int, ...]) -> Probe:
     trunk = TimmTrunk(probe)
     if drop_path and not trunk.drop_rates:
         raise UserError(f"model.drop_path: {PREFIX}{probe.name} has no stochastic depth; set model.drop_path=0")
-    crops = [timm_probe.images(trunk.network, 2, size) for size in sizes]
+    crops = [probe.images(trunk.network, 2, size) for size in sizes]
     keys = keys_of(0, 0, torch.arange(2, device=crops[0].device), len(sizes))
     trunk(crops, keys).view.sum().backward()
     unused = [name for name, p in trunk.network.named_parameters() if p.requires_grad and p.grad is None]

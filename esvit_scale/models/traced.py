@@ -39,7 +39,7 @@ def crop_cost(config: Config, size: int) -> CropCost:
     Raises:
         UserError: a trunk that cannot be built.
     """
-    built_from = config.model_dump_json(include={"model": True, "data": {"global_crops", "local_crops"}})
+    built_from = config.model_dump_json(include={"model": True, "data": {"global_crops", "local_crops", "channels"}})
     return _crop_cost(built_from, size)
 
 
@@ -61,7 +61,9 @@ def _forward_flops(trunk: Trunk, size: int, crops: int, keys: bool) -> int:
 
 @torch.no_grad()
 def _features(trunk: Trunk, size: int, crops: int, keys: bool) -> Features:
-    return trunk([torch.empty(crops, 3, size, size)], drop_keys(0, 0, torch.arange(crops), 1) if keys else None)
+    return trunk(
+        [torch.empty(crops, trunk.in_chans, size, size)], drop_keys(0, 0, torch.arange(crops), 1) if keys else None
+    )
 
 
 @contextmanager

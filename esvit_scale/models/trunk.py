@@ -32,6 +32,7 @@ class Trunk(nn.Module):
 
     Attributes:
         dim: C of the features.
+        in_chans: channels of the images, `data.channels`.
         depths: blocks per stage.
         channels, reductions: of every stage's map, its width and the pixels a cell covers; empty: no pyramid.
         has_regions: whether `Features.regions` has any rows.
@@ -41,6 +42,7 @@ class Trunk(nn.Module):
     """
 
     dim: int
+    in_chans: int = 3
     norm: nn.Module
     depths: tuple[int, ...]
     channels: tuple[int, ...] = ()
@@ -64,7 +66,7 @@ class Trunk(nn.Module):
     def forward(self, crops: list[Tensor], drop_keys: Tensor | None = None) -> Features:
         """
         Args:
-            crops: one tensor per resolution group, [N_g, 3, S_g, S_g], normalised pixels.
+            crops: one tensor per resolution group, [N_g, in_chans, S_g, S_g], normalised pixels.
             drop_keys: int64 [ΣN_g], one key per crop image (`models.drop_path.drop_keys`); None: every branch is kept.
         """
         raise NotImplementedError

@@ -254,7 +254,9 @@ def _traced_step(network: Network, config: Config, images: int) -> tuple[list[in
     """Run the student's forward on `images` images: the blocks called, bytes saved and given call by call, and [bytes
     saved outside]."""
     sizes, dtype = config.crop_sizes, next(network.parameters()).dtype
-    crops = [torch.empty(images * sizes.count(s), 3, s, s, dtype=dtype) for s in dict.fromkeys(sizes)]
+    crops = [
+        torch.empty(images * sizes.count(s), network.trunk.in_chans, s, s, dtype=dtype) for s in dict.fromkeys(sizes)
+    ]
     targets = None
     if network.objective.has_teacher:
         with torch.no_grad():
@@ -276,7 +278,7 @@ def _key(config: Config) -> str:
         include={
             "model": True,
             "objective": True,
-            "data": {"global_crops", "local_crops"},
+            "data": {"global_crops", "local_crops", "channels"},
             "train": {"precision"},
         }
     )

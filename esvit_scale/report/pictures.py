@@ -12,8 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from esvit_scale.config import Config
-from esvit_scale.data import decode, image_folder, manifest, photometric, stream
+from esvit_scale.data import decode, image_folder, manifest, photometric, raster, stream
+from esvit_scale.data.pixel_format import PixelFormat, pixel_format
 from esvit_scale.errors import UserError
+from esvit_scale.report.composite import composite
 
 SHOWN = 5  # images whose crops are shown
 SIDE = 208  # pixels of a thumbnail's longer side: twice its size on the page
@@ -47,12 +49,14 @@ def crop_grid(config: Config) -> CropGrid:
     data = config.data.model_copy(update={"workers": 0, "slots": None})
     small = config.model_copy(update={"train": train, "data": data})
     batch = next(iter(stream.batches(small, stream.open_data(config), 0, 1, 0, 1)))
+    pixels = pixel_format(config.data)
     columns, first = [], 0
-    for group in batch.crops:  # uint8 [V_g, B, 3, S, S]
+    for group in batch.crops:  # uint8 or uint16 [V_g, B, C, S, S]
         views = len(group)
-        augmented = photometric.apply(group.flatten(0, 1), batch.photometric.crops(first, first + views))
+        augmented = photometric.apply(group.flatten(0, 1), batch.photometric.crops(first, first + views), pixels)
         columns += [
-            [thumbnail(_unnormalized(image)) for image in view] for view in augmented.unflatten(0, group.shape[:2])
+            [thumbnail(_unnormalized(image, pixels)) for image in view]
+            for view in augmented.unflatten(0, group.shape[:2])
         ]
         first += views
     names = ["global 1", "global 2", *(f"local {i + 1}" for i in range(len(columns) - 2))]
@@ -87,7 +91,7 @@ def images_by_key(source: Path, keys: set[str]) -> dict[str, Image.Image]:
     Raises:
         UserError: the set is not there, or does not hold one of them.
     """
-    found = {key: decode.decode(data) for key, data in _encoded(source, keys)}
+    found = {key: _picture(data) for key, data in _encoded(source, keys)}
     missing = sorted(keys - found.keys())
     if missing:
         raise UserError(f"{source}: holds no sample {missing[0]!r}")
@@ -124,8 +128,20 @@ def data_uri(content: bytes, mime: str) -> str:
     return f"data:{mime};base64,{base64.b64encode(content).decode('ascii')}"
 
 
-def _unnormalized(image: Tensor) -> Image.Image:
-    """[3, S, S], ImageNet-normalised → a picture."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (photometric.MEAN, photometric.STD))
-    pixels = (image.cpu() * std + mean).clamp(0, 1).mul(255).round().byte()
-    return Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
+def _picture(data: bytes) -> Image.Image:
+    """Return an RGB picture of any image file; of one that is no picture its first bands."""
+    try:
+        return decode.decode(data)
+    except decode.BadImage:
+        if not raster.is_raster(data):
+            raise
+    return composite(raster.read(data))
+
+
+def _unnormalized(image: Tensor, pixels: PixelFormat) -> Image.Image:
+    """[C, S, S], normalised → a picture."""
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (pixels.mean, pixels.std))
+    values = (image.cpu() * std + mean).clamp(0, 1).permute(1, 2, 0)  # [S, S, C]
+    if not pixels.is_rgb8:
+        return composite(values.numpy(), stretch=pixels.bits == 16)
+    return Image.fromarray(np.ascontiguousarray(values.mul(255).round().byte().numpy()))

@@ -15,8 +15,11 @@ from PIL import Image, ImageDraw
 from esvit_scale.data.decode import BadImage, decode
 from esvit_scale.data.manifest import Manifest
 from esvit_scale.data.order import permutation
+from esvit_scale.data.picture import open_picture
+from esvit_scale.data.pixel_format import PixelFormat
 from esvit_scale.data.reader import ShardReader
 from esvit_scale.data.shard_stats import Stats
+from esvit_scale.report.composite import composite
 from esvit_scale.report.pictures import thumbnail
 
 SIDE, MARGIN, CAPTION = 160, 8, 26  # pixels of a contact sheet's cell
@@ -45,14 +48,14 @@ def overview(stats: Stats) -> bytes:
     return out.getvalue()
 
 
-def chosen_samples(manifest: Manifest, count: int, seed: int) -> list[Shown]:
-    """`count` samples drawn from the whole set, or all of a smaller one."""
+def chosen_samples(manifest: Manifest, count: int, seed: int, bands: Sequence[int] | None = None) -> list[Shown]:
+    """Return `count` samples drawn from the whole set, or all of a smaller one; `bands`: see `composite`."""
     starts = np.cumsum([0, *(shard.samples for shard in manifest.shards)])
     reader, shown = ShardReader(manifest), []
     try:
         for number in permutation(manifest.samples, seed, "show")[:count].tolist():
             shard = int(np.searchsorted(starts, number, side="right")) - 1
-            shown.append(_shown(manifest, reader, shard, number - int(starts[shard])))
+            shown.append(_shown(manifest, reader, shard, number - int(starts[shard]), bands))
     finally:
         reader.close()
     return shown
@@ -98,13 +101,17 @@ def _img(sample: Shown) -> str:
     return f'<img src="{thumbnail(sample.image)}" alt="">' if sample.image else "<p>does not decode</p>"
 
 
-def _shown(manifest: Manifest, reader: ShardReader, shard: int, i: int) -> Shown:
+def _shown(manifest: Manifest, reader: ShardReader, shard: int, i: int, bands: Sequence[int] | None) -> Shown:
     key, label = f"{manifest.shards[shard].name}: sample {i}", ""
     try:
         entry = reader.entry(shard, i)
         key, number = entry.key, reader.label(shard, entry)
         label = manifest.classes[number] if 0 <= number < len(manifest.classes) else ""
-        return Shown(key, label, decode(reader.image(shard, entry)))
+        data = reader.image(shard, entry)
+        if (manifest.channels, manifest.bits) == (3, 8) and bands is None:
+            return Shown(key, label, decode(data))
+        pixels, _ = open_picture(data, PixelFormat(manifest.channels, manifest.bits)).pixels()
+        return Shown(key, label, composite(pixels, bands, stretch=manifest.bits == 16))
     except (BadImage, OSError):
         return Shown(key, label, None)
 

@@ -46,6 +46,7 @@ def pretrain(config: Config) -> int:
 
 
 def _open_and_train(config: Config, world: World) -> int:
+    collectives.on_rank_0(lambda: stream.check_pixels(config))  # before a run dir records a config that cannot be run
     path, finished = collectives.on_rank_0(lambda: run_dir.open_run(config))
     if finished:
         if world.rank == 0:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from esvit_scale.config import Config
 from esvit_scale.data.evaluation import evaluation_batches
+from esvit_scale.data.pixel_format import pixel_format
 from esvit_scale.errors import UserError
 from esvit_scale.evaluate.knn import TEMPERATURE, places
 from esvit_scale.evaluate.neighbours import nearest_neighbours
@@ -35,8 +36,10 @@ class OnlineKnn:
         """
         self._world = world
         size, source = config.data.global_crops.size, Path(config.data.held_out)
-        images, labels = [torch.empty(0, 3, size, size, dtype=torch.bfloat16)], [torch.empty(0, dtype=torch.int64)]
-        for batch in evaluation_batches(source, size, AT_ONCE, rank=world.rank, world_size=world.size, most=IMAGES):
+        pixels, share = pixel_format(config.data), {"rank": world.rank, "world_size": world.size}
+        images = [torch.empty(0, pixels.channels, size, size, dtype=torch.bfloat16)]
+        labels = [torch.empty(0, dtype=torch.int64)]
+        for batch in evaluation_batches(source, size, AT_ONCE, most=IMAGES, pixels=pixels, **share):
             images.append(batch.images.to(torch.bfloat16))
             labels.append(batch.labels)
         own = torch.cat(labels)

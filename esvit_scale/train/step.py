@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from esvit_scale.checkpoint.start import NOTHING, Start, start
 from esvit_scale.config import Config
 from esvit_scale.data import photometric
+from esvit_scale.data.pixel_format import pixel_format
 from esvit_scale.data.stream import Batch
 from esvit_scale.models.drop_path import drop_keys
 from esvit_scale.models.initialize import initial_value, initial_values
@@ -116,7 +117,7 @@ def _forward_backward(session: Session, micro: "MicroBatch", step: int) -> tuple
 
 @dataclass(frozen=True)
 class MicroBatch:
-    crops: list[Tensor]  # one [V_g·B, 3, S_g, S_g] per resolution group, augmented and normalised
+    crops: list[Tensor]  # one [V_g·B, channels, S_g, S_g] per resolution group, augmented and normalised
     positions: Tensor  # int64 [B] in the global batch
 
 
@@ -124,11 +125,15 @@ def _micro_batches(session: Session, batch: Batch) -> list[MicroBatch]:
     """The rank's images in canonical order, cut into grad_accum equal parts."""
     device, dtype = session.world.device, session.engines.dtype
     crops, first = [], 0
-    for group in batch.crops:  # uint8 [V_g, B, 3, S, S]
+    for group in batch.crops:  # uint8 or uint16 [V_g, B, C, S, S]
         views, images = group.shape[:2]
         parameters = batch.photometric.crops(first, first + views)
         pixels = group.to(device, non_blocking=True).flatten(0, 1)
-        crops.append(photometric.apply(pixels, parameters).to(dtype).unflatten(0, (views, images)))
+        crops.append(
+            photometric.apply(pixels, parameters, pixel_format(session.config.data))
+            .to(dtype)
+            .unflatten(0, (views, images))
+        )
         first += views
     parts = [group.chunk(session.config.train.grad_accum, dim=1) for group in crops]
     positions = batch.positions.to(device).chunk(session.config.train.grad_accum)
