@@ -59,6 +59,7 @@ class TarSource(Source):
         self.root, self._tars, self._how = root, list(tars), label
         self._rows, self._digest = Rows(), hashlib.sha256(repr((label, classes)).encode())
         labels = Labels()
+        self._has_cls = bytearray()  # of every sample, whether a `.cls` member goes with it
         self._several = Counter[str]()  # keys with several samples, by the extensions
         for number, tar in enumerate(self._tars):
             try:
@@ -85,6 +86,7 @@ class TarSource(Source):
                     self._rows.append(row)
                     self._digest.update(json.dumps(row).encode())
                     labels.append(self._label(file.fileno(), tar, entry, members.get("cls")))
+                    self._has_cls.append("cls" in members)
                     used |= {row[2], *members.values()}
                 for ext in (ext for ext in entry.members if ext not in used):
                     name = printable(f"{self._tar_name(number)}/{entry.key}.{ext}")
@@ -140,6 +142,9 @@ class TarSource(Source):
                 labelled(self, self._labels, i),
                 {ext: _pread(file.fileno(), *at) for ext, at in extras.items()},
             )
+
+    def beside(self, i: int) -> int:
+        return len(self._rows[i][5]) + self._has_cls[i]
 
     def size(self, i: int) -> int:
         return int(self._rows[i][4])
