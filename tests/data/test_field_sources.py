@@ -346,7 +346,7 @@ def test_one_type_of_images_by_option(form: str, mixed: Path, tmp_path: Path, ca
 
 def test_the_real_readers(mixed: Path, tmp_path: Path) -> None:
     """What docs/your_data.md says of Hugging Face datasets, webdataset and torch's DataLoader."""
-    datasets = pytest.importorskip("datasets", reason="pip install datasets (extra dev)")
+    datasets = pytest.importorskip("datasets", reason="pip install datasets")
     import webdataset
     from torch.utils.data import DataLoader
 
