@@ -54,6 +54,7 @@ def add_create(shards: Any) -> None:
         help="encode every image as this, so that the set is of one type (default: keep the bytes)",
     )
     _add_pixels(create)
+    _add_rotation(create)
     create.add_argument(
         "--val-fraction",
         type=option_types.fraction,
@@ -78,6 +79,14 @@ def _add_pixels(create: argparse.ArgumentParser) -> None:
     )
     pixels.add_argument(
         "--bits", type=int, choices=(8, 16), default=8, help="of a channel; 16: TIFF, .npy, 16-bit grey (default: 8)"
+    )
+
+
+def _add_rotation(create: argparse.ArgumentParser) -> None:
+    create.add_argument(
+        "--rotate-as-noted",
+        action="store_true",
+        help="with --from img2dataset: turn images by the EXIF orientation that their json notes and their file lost",
     )
 
 
@@ -107,6 +116,10 @@ def _create(options: argparse.Namespace) -> int:
 
     if options.format == "png" and options.quality:
         raise UserError("--quality: PNG is lossless and has none; leave it out, or choose --format jpg or webp")
+    if options.rotate_as_noted and options.kind != "img2dataset":
+        raise UserError(
+            "--rotate-as-noted: reads the json that img2dataset writes; name the source: --from img2dataset"
+        )
     recipe = Recipe(
         samples_per_shard=options.samples_per_shard,
         bytes_per_shard=options.bytes_per_shard,
@@ -119,6 +132,7 @@ def _create(options: argparse.Namespace) -> int:
         val_fraction=options.val_fraction,
         channels=options.channels,
         bits=options.bits,
+        rotate_as_noted=options.rotate_as_noted,
     )
     if recipe.reencode and not recipe.pixels.is_rgb8:
         raise UserError(

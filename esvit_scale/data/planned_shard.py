@@ -15,6 +15,7 @@ from esvit_scale.data.decode import EXTENSIONS, BadImage, decode, decode_as_stor
 from esvit_scale.data.image_folder import os_reason, printable
 from esvit_scale.data.left_out import UNDER_MIN_SIDE
 from esvit_scale.data.manifest import Shard
+from esvit_scale.data.noted_orientation import noted, oriented
 from esvit_scale.data.shard_file import Sample, write_shard
 from esvit_scale.data.shard_plan import Plan
 from esvit_scale.data.sources.base import Item, Source, extension
@@ -41,6 +42,7 @@ class Written(NamedTuple):
     shard: Shard | None  # None: all of its samples were bad
     bad: list[Bad]
     formats: Mapping[str, int] = MappingProxyType({})  # images by extension
+    turned: int = 0  # images that got the orientation which their json notes
 
 
 def write_planned(plan: Plan, folder: Path, number: int, tick: Callable[[], None]) -> Written:
@@ -52,7 +54,8 @@ def write_planned(plan: Plan, folder: Path, number: int, tick: Callable[[], None
         OSError: the shard cannot be written.
     """
     bad: list[Bad] = []
-    samples = _samples(plan, number, bad, tick)
+    turned: list[int] = []
+    samples = _samples(plan, number, bad, turned, tick)
     first = next(samples, None)
     if first is None:
         return Written(None, bad)
@@ -65,21 +68,25 @@ def write_planned(plan: Plan, folder: Path, number: int, tick: Callable[[], None
             yield sample
 
     shard = write_shard(folder / shard_name(number), counted(), set())
-    return Written(shard, bad, dict(formats))
+    return Written(shard, bad, dict(formats), len(turned))
 
 
 def shard_name(number: int) -> str:
     return f"shard-{number:06d}.tar"
 
 
-def _samples(plan: Plan, number: int, bad: list[Bad], tick: Callable[[], None]) -> Iterator[Sample]:
+def _samples(plan: Plan, number: int, bad: list[Bad], turned: list[int], tick: Callable[[], None]) -> Iterator[Sample]:
+    """Yield the good samples of a shard; the others are added to `bad`, those turned as their json notes to `turned`."""
     missing = 0
     for i in plan.members(number):
         tick()
         try:
             item = load(plan.source, i)
             missing = 0
-            data, ext = _checked(plan, i, item.data)
+            upright = item.data
+            if plan.recipe.rotate_as_noted and (orientation := noted(item.extras.get("json"))) != 1:
+                upright = oriented(item.data, orientation)
+            data, ext = _checked(plan, i, upright)
         except (BadImage, OSError) as error:
             missing = missing + 1 if isinstance(error, OSError) else 0
             reason, kind = os_reason(error) if isinstance(error, OSError) else (str(error), error.kind)
@@ -91,6 +98,8 @@ def _samples(plan: Plan, number: int, bad: list[Bad], tick: Callable[[], None]) 
             row: Bad = {"file": printable(plan.source.name(i)), "reason": reason, "kind": kind}
             bad.append(row | {"beside": count} if (count := plan.source.beside(i)) else row)
             continue
+        if upright is not item.data:
+            turned.append(i)
         yield Sample(plan.keys[i], item.label, ext, data, item.extras)
 
 

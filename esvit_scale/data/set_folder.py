@@ -154,7 +154,8 @@ def read_intent(destination: Path) -> Intent | None:
 def write_record(partial: Path, number: int, written: Written) -> None:
     shard = written.shard._asdict() if written.shard else None
     files.write_json(
-        partial / f"shard-{number:06d}.json", {"shard": shard, "bad": written.bad, "formats": dict(written.formats)}
+        partial / f"shard-{number:06d}.json",
+        {"shard": shard, "bad": written.bad, "formats": dict(written.formats), "turned": written.turned},
     )
 
 
@@ -174,7 +175,9 @@ def clear_asides(partial: Path, numbers: Iterable[int]) -> None:
 def read_record(partial: Path, number: int) -> Written:
     """Raises OSError or ValueError."""
     raw = json.loads((partial / f"shard-{number:06d}.json").read_bytes())
-    return Written(Shard(**raw["shard"]) if raw["shard"] else None, raw["bad"], raw.get("formats", {}))
+    return Written(
+        Shard(**raw["shard"]) if raw["shard"] else None, raw["bad"], raw.get("formats", {}), raw.get("turned", 0)
+    )
 
 
 def finish(destination: Path, intent: Intent, strict: bool = False) -> Manifest:
@@ -204,6 +207,8 @@ def finish(destination: Path, intent: Intent, strict: bool = False) -> Manifest:
     formats = Counter[str]()
     for w in written:
         formats.update(w.formats)
+    if turned := sum(w.turned for w in written):
+        say(f"{destination}: turned {turned} images by the orientation that their json notes")
     publish(partial, shards, intent.classes, intent.fingerprint, intent.options, bad, left, formats)
     return manifests.load(destination)
 

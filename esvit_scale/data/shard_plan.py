@@ -41,17 +41,20 @@ class Recipe:
     val_fraction: float = 0.0
     channels: int = RGB8.channels  # of every image; an image of others is left out
     bits: int = RGB8.bits
+    rotate_as_noted: bool = False  # img2dataset: turn images by the orientation that their json notes
 
     @property
     def pixels(self) -> PixelFormat:
         return PixelFormat(self.channels, self.bits)
 
     def record(self) -> dict[str, Any]:
-        """For the manifest: what a repair needs to know. Channels and bits only where they are not 8-bit RGB's, so that
-        sets of pictures keep the fingerprints that they had before there were others."""
+        """For the manifest: what a repair needs to know. Options that came later stand in it only where they are not at
+        their defaults, so that other sets keep the fingerprints that they had."""
         values = asdict(self) | {"keep": str(self.keep) if self.keep else None}
         if self.pixels.is_rgb8:
             del values["channels"], values["bits"]
+        if not self.rotate_as_noted:
+            del values["rotate_as_noted"]
         return values
 
 

@@ -1,0 +1,68 @@
+"""Orientations that stand beside a picture instead of in it.
+
+img2dataset encodes pictures anew without their EXIF data and writes what exifread said of it into the sample's json:
+`"exif": "{\\"Image Orientation\\": \\"Rotated 90 CW\\", …}"`. Its pixels lie as the camera stored them. The orientation is
+put back into the file as a tag, which every reader here undoes; no pixel is encoded again.
+"""
+
+import json
+import struct
+import zlib
+
+from PIL import Image
+
+from esvit_scale.data.decode import exif_orientation, open_header
+
+_AS_TEXT = {  # exifread's words → EXIF orientation
+    "Horizontal (normal)": 1,
+    "Mirrored horizontal": 2,
+    "Rotated 180": 3,
+    "Mirrored vertical": 4,
+    "Mirrored horizontal then rotated 90 CCW": 5,
+    "Rotated 90 CW": 6,
+    "Mirrored horizontal then rotated 90 CW": 7,
+    "Rotated 90 CCW": 8,
+}
+_WEBP_EXIF, _WEBP_ALPHA = 0x08, 0x10  # bits of VP8X's flags
+
+
+def noted(metadata: bytes | None) -> int:
+    """Return the EXIF orientation, 1 to 8, that a sample's json notes; 1 where it notes none."""
+    try:
+        exif = json.loads(metadata or b"{}").get("exif") or {}
+        exif = json.loads(exif) if isinstance(exif, str) else exif
+        return _AS_TEXT.get(str(exif.get("Image Orientation", "")).strip(), 1)
+    except (ValueError, AttributeError, RecursionError):
+        return 1
+
+
+def oriented(data: bytes, orientation: int) -> bytes:
+    """Return a JPEG, PNG or WebP file with an orientation tag; others, and one that has its own, as they are.
+
+    Raises:
+        BadImage: the header cannot be read.
+    """
+    image = open_header(data)
+    if orientation == 1 or exif_orientation(image) != 1:
+        return data
+    tiff = b"II*\0\x08\0\0\0" + struct.pack("<HHHII", 1, 0x0112, 3, 1, orientation) + bytes(4)
+    if image.format == "JPEG":
+        block = b"Exif\0\0" + tiff
+        return data[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block + data[2:]
+    if image.format == "PNG":  # behind the header chunk
+        chunk = b"eXIf" + tiff
+        return data[:33] + struct.pack(">I", len(tiff)) + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[33:]
+    return _webp(data, image, tiff) if image.format == "WEBP" else data
+
+
+def _webp(data: bytes, image: Image.Image, tiff: bytes) -> bytes:
+    """Append an EXIF chunk; a simple file gets the extended header that announces it."""
+    chunks = data[12 : 8 + int.from_bytes(data[4:8], "little")]
+    if chunks[:4] == b"VP8X":
+        chunks = chunks[:8] + bytes([chunks[8] | _WEBP_EXIF]) + chunks[9:]
+    else:
+        flags = _WEBP_EXIF | (_WEBP_ALPHA if image.mode == "RGBA" else 0)
+        sides = b"".join((side - 1).to_bytes(3, "little") for side in image.size)
+        chunks = b"VP8X" + struct.pack("<IB3x", 10, flags) + sides + chunks
+    chunks += b"EXIF" + struct.pack("<I", len(tiff)) + tiff + bytes(len(tiff) % 2)
+    return b"RIFF" + struct.pack("<I", len(chunks) + 4) + b"WEBP" + chunks
