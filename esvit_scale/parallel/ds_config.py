@@ -51,9 +51,9 @@ def fill(config: Config, world_size: int) -> dict[str, Any]:
         if _given(values, key) is not None
     ]
     problems += _batch_problems(config, world_size)
-    if not problems:
+    if _is_sound(values):
         stage = int(values.setdefault("zero_optimization", {}).setdefault("stage", 0))
-        problems = _stage_problems(config, stage)
+        problems += _stage_problems(config, stage)
         accumulation, stage = _accumulation(config, stage, values)
         values["zero_optimization"]["stage"] = stage
         owned = {**_owned_numbers(config, world_size, stage), "data_types.grad_accum_dtype": accumulation, **_FIXED}
@@ -73,6 +73,13 @@ def fill(config: Config, world_size: int) -> dict[str, Any]:
 
 def zero_stage(values: dict[str, Any]) -> int:
     return int(values["zero_optimization"]["stage"])
+
+
+def _is_sound(values: dict[str, Any]) -> bool:
+    """Return whether what is read and written here has the right types, whatever else is wrong with the file."""
+    sections = ("zero_optimization", "bf16", "fp16", "torch_autocast", "data_types")
+    stage = _given(values, "zero_optimization.stage")
+    return all(isinstance(values.get(s, {}), dict) for s in sections) and stage in (None, 0, 1, 2, 3)
 
 
 def _dtype(value: Any) -> Any:

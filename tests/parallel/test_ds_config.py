@@ -31,10 +31,11 @@ def test_the_global_clip_is_deepspeeds(tmp_path: Path) -> None:
 
 
 def test_every_mismatch_is_in_one_error(tmp_path: Path) -> None:
-    content = {"train_batch_size": 16, "gradient_accumulation_steps": 4, "zero_optimization": {"stage": 1}}
+    content = {"train_batch_size": 16, "gradient_accumulation_steps": 4, "zero_optimization": {"stag": 1}}
     with pytest.raises(UserError) as error:
         filled(tmp_path, content)
-    lines = str(error.value).splitlines()
+    unknown, *lines = str(error.value).splitlines()
+    assert "did you mean 'stage'" in unknown
     assert len(lines) == 2
     assert 'ds.json: train_batch_size: 16, but the run config says 8; write "auto"' in lines[0]
     assert "gradient_accumulation_steps: 4" in lines[1]
