@@ -245,6 +245,8 @@ def point_to(folder: Path) -> None:
     """Make checkpoints/latest name `folder`. Where that cannot be written, `latest` is removed rather than left wrong."""
     pointer = folder.parent / "latest"
     try:
+        if pointer.is_dir() and not pointer.is_symlink():
+            pointer.rename(pointer.with_name("latest.was-a-folder"))
         files.write_text(pointer, folder.name + "\n")
     except OSError as error:
         log.warning("%s: could not be written: %s; a resume finds the newest checkpoint", pointer, error.strerror)

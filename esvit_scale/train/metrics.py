@@ -217,6 +217,12 @@ class _LogFile(logging.FileHandler):
 
     _has_said = False
 
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError:  # the file could not be made
+            self.handleError(record)
+
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):

@@ -73,7 +73,8 @@ def cut(path: Path, is_kept: Callable[[Row], bool]) -> None:
         is_prefix = is_prefix and line.is_intact and line.end == end + len(line.text)
         kept, end = kept + 1, line.end
     if damaged:
-        log.warning("%s: %d damaged lines were left out, %d rows kept", path, damaged, kept)
+        lines = "1 damaged line was" if damaged == 1 else f"{damaged} damaged lines were"
+        log.warning("%s: %s left out, %d rows kept", path, lines, kept)
     if not path.exists():
         return
     if is_prefix:

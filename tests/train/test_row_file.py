@@ -45,7 +45,8 @@ def test_damaged_lines_cost_themselves_alone(
     assert [row["step"] for row in read_rows(path)] == [1, 2, 3, 4]
     metrics.cut(path, 3)
     assert path.read_bytes() == b"".join(ROWS[:3])
-    assert (f"{lines} damaged lines were left out, 3 rows kept" in said.text) == (lines > 0)
+    words = "1 damaged line was" if lines == 1 else f"{lines} damaged lines were"
+    assert (f"{words} left out, 3 rows kept" in said.text) == (lines > 0)
 
 
 def test_rows_behind_nuls_or_a_torn_row_are_kept(tmp_path: Path) -> None:
