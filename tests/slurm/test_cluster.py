@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -164,6 +165,24 @@ def test_a_killed_rank_ends_the_job_at_once_and_a_restart_goes_on(site: Site, un
     site.until_ended(job)
     assert starts(site, "killed") == 2
     assert tiny.rows(site.folder / "killed") == undisturbed
+
+
+def test_a_suspended_job_from_a_folder_with_spaces_goes_on(site: Site, undisturbed: list[dict]) -> None:
+    """By hand, with --export=NONE, from a copy of the scripts; suspended for longer than train.hang_minutes."""
+    scripts = site.folder / "my own scripts"
+    shutil.copytree(SCRIPTS, scripts)
+    shutil.copy(os.environ["ESVIT_ENV"], scripts / "env.sh")
+    config = site.config("sus pended", train__hang_minutes=0.1)
+    layout = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", "--export=NONE")
+    output = f"--output={site.folder}/console-%j.out"
+    job = site.cluster.submit(output, *layout, str(scripts / "pretrain.sbatch"), str(config))
+    site.until_training("sus pended", job)
+    site.cluster.run("scontrol", "suspend", job)
+    time.sleep(9)
+    site.cluster.run("scontrol", "resume", job)
+    site.until_ended(job)
+    assert starts(site, "sus pended") == 1
+    assert tiny.rows(site.folder / "sus pended") == undisturbed
 
 
 def test_four_ranks_by_the_command_line_train_as_two(site: Site, undisturbed: list[dict]) -> None:
