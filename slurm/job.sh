@@ -55,11 +55,11 @@ near_the_limit() {
   if [ -z "$shortened" ] && shortened=$(too_early) && [ "$shortened" != 0 ]; then
     say "the signal came ${ESVIT_SIGNAL_LEAD:-?} s before the limit, which is the whole time of this job: saving only in $shortened s"
     { sleep "$shortened"; kill -USR1 $$; } >/dev/null 2>&1 &
-    return
+  else  # no `return` above: in a trap it would hand on the status of what was interrupted, and set -e would end the job
+    usr1=1
+    say "the time limit is near"
+    [ -z "$pid" ] || on_usr1
   fi
-  usr1=1
-  say "the time limit is near"
-  [ -z "$pid" ] || on_usr1
 }
 
 # Prints after how many seconds to save when Slurm's signal came at the start of the job, because its lead is about as
@@ -68,8 +68,8 @@ shortened=
 too_early() {
   local fields begin end now
   fields=$(scontrol show job -o "$job" | sed -n 1p)
-  begin=$(date -d "$(sed -n 's/.* StartTime=\([^ ]*\).*/\1/p' <<<"$fields")" +%s 2>/dev/null) || { echo 0; return; }
-  end=$(date -d "$(sed -n 's/.* EndTime=\([^ ]*\).*/\1/p' <<<"$fields")" +%s 2>/dev/null) || { echo 0; return; }
+  begin=$(date -d "$(sed -n 's/.* StartTime=\([^ ]*\).*/\1/p' <<<"$fields")" +%s 2>/dev/null) || { echo 0; return 0; }
+  end=$(date -d "$(sed -n 's/.* EndTime=\([^ ]*\).*/\1/p' <<<"$fields")" +%s 2>/dev/null) || { echo 0; return 0; }
   now=$(date +%s)
   # Slurm sends the signal up to a minute before its time; one that somebody sends by hand comes with more time left.
   if [ $((end - now)) -le $((${ESVIT_SIGNAL_LEAD:-0} + 90)) ] && [ $((4 * (now - begin))) -lt $((end - begin)) ]; then

@@ -296,3 +296,34 @@ def test_the_rank_to_look_at_is_found(tmp_path: Path, codes: list[tuple[int, int
     said = re.sub(r"(rank \d+) on node\d+ failed \(exit code (\d+)\)\n\2\n", r"\2 \1", done.stdout)
     assert said == blamed
     assert list(tmp_path.glob("exit-*")) == []
+
+
+@pytest.mark.parametrize(("began", "ends", "shortened"), [(-1, 5, True), (-1, 9000, False), (-600, 250, False)])
+def test_a_signal_at_the_start_of_a_short_job_is_held_back(
+    tmp_path: Path, began: int, ends: int, shortened: bool
+) -> None:
+    """Seconds from now at which the job began and ends; the lead is 300 s. What is far from the limit was sent by hand."""
+    now = int(time.time())
+    times = {"StartTime": now + began, "EndTime": now + ends}
+    shown = " ".join(f"{name}={time.strftime('%FT%T', time.localtime(at))}" for name, at in times.items())
+    commands = _commands(tmp_path, {"scontrol": f"echo 'JobId=1 {shown} Deadline=N/A'"})
+    functions = re.search(
+        r"^near_the_limit\(\) \{.*?(?=^step\(\))", (SLURM / "job.sh").read_text(), re.MULTILINE | re.DOTALL
+    )
+    assert functions is not None
+    script = f"""
+        say() {{ echo "$*"; }}; job=1 ESVIT_SIGNAL_LEAD=300 pid= usr1=0 term=0
+        trap near_the_limit USR1
+        {functions[0]}
+        on_usr1() {{ kill "$pid"; }}
+        sleep 20 & pid=$!
+        {{ sleep 0.3; kill -USR1 $$; }} &
+        while kill -0 "$pid" 2>/dev/null; do wait "$pid" || true; done
+        echo "usr1=$usr1"
+    """
+    environment = {"PATH": f"{commands}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script], capture_output=True, text=True, timeout=30, env=environment
+    )
+    assert ("saving only in " in done.stdout) is shortened, done.stderr
+    assert done.stdout.endswith("the time limit is near\nusr1=1\n")
