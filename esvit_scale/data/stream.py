@@ -72,6 +72,7 @@ def open_data(config: Config) -> Source:
         UserError: not there, not whole, or not described completely.
     """
     if MixedSets.wanted(config.data):
+        check_pixels(config)
         return MixedSets.open(config.data)
     if UrlSets.wanted(config.data):
         for urls in (mixed.urls for mixed in config.data.mix if manifests.is_shard_set(Path(mixed.urls))):
@@ -93,11 +94,11 @@ def open_data(config: Config) -> Source:
 
 
 def check_pixels(config: Config) -> None:
-    """Raise UserError where the manifest of the config's set names other channels or bits, or statistics are missing."""
+    """Raise UserError where a manifest of the config's sets names other channels or bits, or statistics are missing."""
     pixels = pixel_format(config.data)
-    train = Path(config.data.train)
-    if config.data.train and manifests.is_shard_set(train):
-        manifests.check_pixels(manifests.load(train), pixels)
+    for train in (config.data.train, *(mixed.urls for mixed in config.data.mix)):
+        if train and manifests.is_shard_set(Path(train)):
+            manifests.check_pixels(manifests.load(Path(train)), pixels)
 
 
 def steps_per_epoch(config: Config, data: Source) -> int:

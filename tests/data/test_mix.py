@@ -255,6 +255,16 @@ def test_a_set_that_is_not_whole_is_named(sets: Path, tmp_path: Path) -> None:
         open_data(config)
 
 
+def test_a_set_of_other_channels_is_named(sets: Path, tmp_path: Path) -> None:
+    (tmp_path / "four").mkdir()
+    raw = json.loads((sets / "small" / "manifest.json").read_text())
+    raw["options"] = {"recipe": {"channels": 4, "bits": 8}}
+    raw["channels"] = 4
+    (tmp_path / "four" / "manifest.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError, match=r"four: its images have 4 channels"):
+        open_data(config_of(sets, small=str(tmp_path / "four")))
+
+
 def test_a_set_beside_plain_tars_is_read_as_tars(sets: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = config_of(sets, epoch_samples=16, small=str(sets / "small" / "shard-00000{0..2}.tar"))
     assert not MixedSets.wanted(config.data)

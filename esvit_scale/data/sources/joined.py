@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from esvit_scale.data.keys import hash64
 from esvit_scale.data.manifest import Entry
 from esvit_scale.data.sources.base import EXTRAS, Rows
-from esvit_scale.data.tar_names import base_key, chosen_images, companion, is_image
+from esvit_scale.data.tar_names import base_key, chosen_images, companion
 
 
 def joined(runs: Iterable[Entry]) -> Iterator[Entry]:
@@ -84,7 +84,7 @@ def _shared(rows: Rows, groups: list[list[int]]) -> Entry | None:
         first = _entry(rows, group[0])
         if first.key == base_key(first.key):
             found = _merged([_entry(rows, i) for i in group])
-            return found[0] if len(found) == 1 and not any(map(is_image, found[0].members)) else None
+            return found[0] if len(found) == 1 and not chosen_images(found[0].members) else None
     return None
 
 
