@@ -1,6 +1,7 @@
 """A sweep from its file to runs.csv: which cells it has, which it refuses, and that it survives being killed."""
 
 import csv
+import json
 import os
 import shutil
 import signal
@@ -21,6 +22,7 @@ from esvit_scale.objective.schedules import Schedules
 from esvit_scale.scaling import cells, runner, shapes, sweep_file
 from esvit_scale.scaling.plan import Speed
 from esvit_scale.scaling.sweep_file import Size
+from esvit_scale.train import loop
 from esvit_scale.train.row_file import read_rows
 from tests import tiny
 
@@ -217,6 +219,33 @@ def test_slurm_without_slurm_is_one_line(tmp_path, capsys, monkeypatch, sbatch):
     (line,) = capsys.readouterr().err.splitlines()
     assert "--local" in line
     assert not sbatch or "no cluster" in line
+
+
+def test_a_cell_that_failed_under_slurm_is_failed(tmp_path, monkeypatch):
+    """By what its script noted at the end, until a later job starts; by what the training said, where it could."""
+    sweep, found = cells_of(write(tmp_path))
+    cell = found[0]
+    records = cell.path / "slurm"
+    records.mkdir(parents=True)
+    (records / "starts.tsv").write_text("2026-01-01T10:00:00Z\t7_0\t0\tnode1\n")
+    assert runner.state(cell, sweep).word == "waiting"
+    (records / "ended.tsv").write_text("2026-01-01T10:05:00Z\t7_0\t137\n")
+    assert runner.state(cell, sweep) == ("failed", 0, f"exit code 137 (job 7_0; {records / '7_0'})")
+    (cell.path / "lock.json").write_text(json.dumps({"pid": 1, "heartbeat": time.time()}))  # another job works on it
+    assert runner.state(cell, sweep).word == "started"
+    (cell.path / "lock.json").unlink()
+    with (records / "starts.tsv").open("a") as file:
+        file.write("2026-01-01T11:00:00Z\t8_0\t0\tnode1\n")
+    assert runner.state(cell, sweep).word == "waiting"
+
+    def refuse(config):
+        raise UserError("data.train: not there")
+
+    monkeypatch.setattr(loop, "pretrain", refuse)
+    monkeypatch.setattr(runner, "prepare", lambda *_: None)
+    with pytest.raises(UserError):
+        runner.run_cell(cell, sweep, tmp_path)
+    assert runner.state(cell, sweep) == ("failed", 0, "data.train: not there")
 
 
 def test_array_ranges():
