@@ -92,7 +92,7 @@ def test_file_loads_without_pickle(tmp_path: Path) -> None:
     found = FeatureSet(torch.randn(3, 4), ["a/1", "ü", "c"], torch.tensor([0, -1, 2]))
     save(found, tmp_path / "deep" / "f.npz")
     with np.load(tmp_path / "deep" / "f.npz", allow_pickle=False) as data:
-        assert sorted(data) == ["features", "keys", "labels"]
+        assert sorted(data) == ["classes", "features", "keys", "labels"]
         assert data["keys"].tolist() == found.keys
         assert data["labels"].dtype == np.int64
         assert data["features"].dtype == np.float32
