@@ -1,5 +1,7 @@
 # make demo | test | test-slow | lint | venv | slurm-tools | clean
 #
+# STACK=oldest         the versions of constraints/oldest.txt, in a folder of their own, .venv-oldest; without it the
+#                      newest tested versions that pip can install, in .venv
 # PYTHON=python3.12    the interpreter that .venv is made with (3.10 or newer)
 # TORCH_INDEX=URL      a package index with another build of torch and torchvision (an older CUDA, or CPU only);
 #                      it is remembered in .venv, and giving another one rebuilds .venv
@@ -9,12 +11,12 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-PYTHON ?= python3
 JOBS ?= 2
-VENV := .venv
+STACK ?= newest
+PYTHON ?= $(if $(filter oldest,$(STACK)),$(shell python3.10 -c 'print("python3.10")' 2>/dev/null || echo python3),python3)
+VENV := .venv$(if $(filter-out newest,$(STACK)),-$(STACK))
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-PIP := $(RUN) -m pip --quiet --disable-pip-version-check --no-input install --progress-bar off
 
 # Nothing is compiled, at installation or later.
 export DS_BUILD_OPS := 0
@@ -27,18 +29,21 @@ STALE := $(if $(filter-out $(HAVE_INDEX),$(INDEX)),yes) $(shell $(RUN) -c '' 2>/
 .PHONY: help demo test test-slow lint venv slurm-tools clean FORCE
 
 help:
-	@sed -n '1,7s/^# \{0,1\}//p' Makefile
+	@sed -n '1,9s/^# \{0,1\}//p' Makefile
 
 demo: venv
+	@cat $(VENV)/.stack
 	@$(RUN) -m esvit_scale demo --out runs/demo
 	@echo "The report: $(CURDIR)/runs/demo/report.html"
 
 # One thread a process: two test processes with torch's own threads on top only wait for each other.
+# TESTS chooses some of them: make test STACK=oldest TESTS="tests/models tests/objective".
 test: venv
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" -n $(JOBS) --dist loadfile
+	@cat $(VENV)/.stack
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -m "not slow" -n $(JOBS) --dist loadfile $(TESTS)
 
 test-slow: venv
-	@$(RUN) -m pytest -m slow
+	@$(RUN) -m pytest -m slow $(TESTS)
 
 lint: venv
 	@$(RUN) -m ruff check
@@ -55,7 +60,7 @@ slurm-tools:
 venv: $(STAMP)
 
 # .venv/.installing lives as long as an installation does: after an interrupted one the next starts from an empty .venv.
-$(STAMP): pyproject.toml $(if $(strip $(STALE)),FORCE)
+$(STAMP): pyproject.toml $(wildcard constraints/*) $(if $(strip $(STALE)),FORCE)
 	@command -v $(PYTHON) >/dev/null \
 	  || { echo "$(PYTHON): not found. Install Python 3.10 or newer, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
@@ -68,14 +73,11 @@ $(STAMP): pyproject.toml $(if $(strip $(STALE)),FORCE)
 	  rm -rf $(VENV); mkdir $(VENV); touch $(VENV)/.installing; $(PYTHON) -m venv $(VENV); \
 	fi; \
 	touch $(VENV)/.installing
-	@if [ -n "$(INDEX)" ]; then \
-	  echo "$(INDEX)" > $(VENV)/.torch-index; \
-	  $(PIP) --index-url "$(INDEX)" 'torch>=2.6' 'torchvision>=0.21' \
-	    || { echo "torch could not be installed from TORCH_INDEX=$(INDEX); give another, or 'make clean' forgets it" >&2; exit 1; }; \
-	fi
-	@$(PIP) --editable '.[dev,tracking,export,opencv,browser]' \
-	  || { echo "The installation failed; the lines above say why. 'make venv' starts it again." >&2; exit 1; }
+	@[ -z "$(INDEX)" ] || echo "$(INDEX)" > $(VENV)/.torch-index
+	@$(RUN) constraints/install.py $(STACK) dev,tracking,export,opencv,browser $(INDEX) || { \
+	  [ -z "$(INDEX)" ] || echo "torch was asked from TORCH_INDEX=$(INDEX); give another, or 'make clean' forgets it" >&2; \
+	  echo "The installation failed; the lines above say why. 'make venv' starts it again." >&2; exit 1; }
 	@rm $(VENV)/.installing; touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build dist *.egg-info
+	rm -rf .venv .venv-* .mypy_cache .ruff_cache .pytest_cache build dist *.egg-info

@@ -1,0 +1,101 @@
+"""The tested stacks: every direct dependency is pinned in each, and pyproject.toml promises no more than they hold."""
+
+import importlib.util
+import re
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[1]
+STACKS = sorted(path.stem for path in (ROOT / "constraints").glob("*.txt"))
+spec = importlib.util.spec_from_file_location("install", ROOT / "constraints" / "install.py")
+install = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(install)
+
+
+def requirements():
+    """Name → versions allowed, of every dependency in pyproject.toml, the extras' too (without a TOML reader: 3.10)."""
+    text = (ROOT / "pyproject.toml").read_text()
+    found = re.findall(r'"([A-Za-z][\w-]*)((?:[<>=!]=?[\d.]+,?)+)"', text.split("[project.scripts]")[0])
+    return {name: SpecifierSet(versions) for name, versions in found if name != "setuptools"}
+
+
+def test_all_dependencies_are_seen():
+    assert {"torch", "deepspeed", "pyarrow", "onnxscript", "playwright", "types-PyYAML"} <= set(requirements())
+    assert len(requirements()) == 34
+
+
+@pytest.mark.parametrize("stack", STACKS)
+def test_a_stack_pins_every_direct_dependency_within_its_range(stack):
+    pins = install.pins(stack)
+    assert set(pins) == set(requirements())
+    assert [f"{name} {pins[name]}" for name, allowed in requirements().items() if pins[name] not in allowed] == []
+
+
+def test_the_lower_bounds_are_the_oldest_stack():
+    lowest = {name: next(s.version for s in allowed if s.operator == ">=") for name, allowed in requirements().items()
+              if any(s.operator == ">=" for s in allowed)}  # fmt: skip
+    assert lowest == {name: version for name, version in install.pins("oldest").items() if name in lowest}
+    assert set(requirements()) == set(lowest)
+
+
+def test_the_stack_for_bounded_pips_differs_in_torch_alone():
+    newest, bounded = install.pins("newest"), install.pins("torch-2.14")
+    assert {name for name in newest if newest[name] != bounded[name]} == {"torch", "torchvision"}
+    assert Version(bounded["torch"]) < Version(newest["torch"])
+    assert sorted(install.NEWEST_FIRST) == STACKS
+
+
+@pytest.mark.parametrize(
+    ("python", "fitting"),
+    [
+        ((3, 9), []),
+        ((3, 10), ["oldest"]),
+        ((3, 11), ["newest", "oldest", "torch-2.14"]),
+        ((3, 13), ["newest", "torch-2.14"]),
+        ((3, 14), []),
+    ],
+)
+def test_stacks_by_python(python, fitting):
+    assert [stack for stack in STACKS if install.fits_python(stack, python)] == fitting
+
+
+SAID = {
+    "a site's bound": (
+        "ERROR: Cannot install torch==2.15.0 because these package versions have conflicting dependencies.\n"
+        "The conflict is caused by:\n    The user requested torch==2.15.0\n"
+        "    The user requested (constraint) torch<=2.14.1\nERROR: ResolutionImpossible: for help visit …",
+        True,
+    ),
+    "a mirror that is behind": (
+        "ERROR: Could not find a version that satisfies the requirement torch==2.15.0 (from versions: 2.13.0, 2.14.1)\n"
+        "ERROR: No matching distribution found for torch==2.15.0",
+        True,
+    ),
+    "no network": (
+        "WARNING: Retrying (Retry(total=0, …)) after connection broken by 'NewConnectionError'\n"
+        "ERROR: Could not find a version that satisfies the requirement torch==2.15.0 (from versions: none)\n"
+        "ERROR: No matching distribution found for torch==2.15.0",
+        False,
+    ),
+    "a full disk": ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", False),
+}
+
+
+@pytest.mark.parametrize("case", SAID)
+def test_only_versions_that_cannot_be_had_lead_to_another_stack(case):
+    said, other = SAID[case]
+    assert install.unavailable(said) is other
+
+
+def test_this_environment_is_a_stack_when_make_made_it():
+    """`make test` says which stack it runs; the versions are then really those."""
+    note = Path(sys.prefix, ".stack")
+    if not note.is_file() or (named := re.search(r"constraints/([\w.-]+)\.txt$", note.read_text().strip())) is None:
+        pytest.skip("not installed by constraints/install.py as a whole stack")
+    have = {name: metadata.version(name).split("+")[0] for name in install.pins(named[1])}
+    assert have == install.pins(named[1])
