@@ -2,6 +2,8 @@
 
 import io
 import json
+import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +237,31 @@ def test_when_no_image_fits_it_says_what_would(
     assert cli.main(["shards", "create", str(folder / "b"), str(tmp_path / "set"), *options, "--workers", "1"]) == 2
     assert "channels 13 and bits 16 would fit" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "set").exists()
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "zip"])
+def test_arrays_come_from_folders_and_archives(tmp_path: Path, kind: str) -> None:
+    files = {f"{'ab'[i % 2]}/t{i}.npy": npy(bands(i, 4, 8)) for i in range(4)}
+    source = tmp_path / "source"
+    source.mkdir()
+    if kind == "tar":
+        with tarfile.open(source / "x.tar", "w") as tar:
+            for name, data in files.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    elif kind == "zip":
+        with zipfile.ZipFile(source / "x.zip", "w") as archive:
+            for name, data in files.items():
+                archive.writestr(name, data)
+    else:
+        for name, data in files.items():
+            (source / name).parent.mkdir(exist_ok=True)
+            (source / name).write_bytes(data)
+    create = ["shards", "create", str(source), str(tmp_path / "set"), "--workers", "1", "--channels", "4"]
+    assert cli.main(create) == 0
+    assert manifests.load(tmp_path / "set").samples == 4
+    assert cli.main(["shards", "verify", str(tmp_path / "set"), "--workers", "1"]) == 0
 
 
 def test_statistics_are_those_of_all_pixels(tile_set: manifests.Manifest, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from esvit_scale.data import left_out
 from esvit_scale.data.decode import BadImage
 from esvit_scale.data.image_folder import printable
 from esvit_scale.data.left_out import MEMBERS, LeftOut
+from esvit_scale.data.raster import ARRAY
 from esvit_scale.data.sources.base import (
     Item,
     Labels,
@@ -55,8 +56,10 @@ class ZipSource(Source):
         self._rows, digest = Rows(), hashlib.sha256(repr((label, classes)).encode())
         labels = Labels()
         for number, path in enumerate(self._zips):
-            for info in _contents(path):
-                if not self._usable(path, info.filename):
+            infos = list(_contents(path))
+            arrays = not any(is_image(info.filename) for info in infos)
+            for info in infos:
+                if not self._usable(path, info.filename, arrays):
                     continue
                 row = [number, info.filename, info.header_offset, info.compress_size, info.file_size, info.CRC]
                 self._rows.append([*row, info.compress_type, info.flag_bits])
@@ -75,10 +78,10 @@ class ZipSource(Source):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def _usable(self, zip_file: Path, member: str) -> bool:
-        """Whether a member is a picture to use; counted where it is not."""
+    def _usable(self, zip_file: Path, member: str, arrays: bool) -> bool:
+        """Whether a member is an image to use, a `.npy` file being one where `arrays` says so; counted where it is not."""
         why = no_sample(member)
-        if is_image(member) and not why:
+        if (is_image(member) or (arrays and extension(member) == ARRAY)) and not why:
             return True
         why = why or left_out.not_an_image(printable(extension(member)))
         self.left_out.add(MEMBERS, why, printable(f"{zip_file.name}/{member}"))
