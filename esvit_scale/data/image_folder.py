@@ -128,8 +128,10 @@ def _labelled(
 
 
 def _count_empty_classes(root: Path, classes: Sequence[str], left: LeftOut) -> None:
+    top = _place(root.stat())
     for entry in _entries(os.fspath(root)):
-        if entry.is_dir() and not entry.name.startswith(".") and entry.name not in classes:
+        place = _folder_place(entry)  # a link to the root itself is counted as such
+        if place not in (None, top) and not entry.name.startswith(".") and entry.name not in classes:
             left.add(FOLDERS, left_out.EMPTY_CLASS, printable(entry.name))
 
 

@@ -404,6 +404,17 @@ def test_patterns_in_data_train(tmp_path: Path) -> None:
         stream.open_data(validate({"data": {"train": f"{tmp_path}/*"}}, "test"))
 
 
+def test_an_unfinished_tar_of_img2dataset_is_counted(image_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "laion"
+    out.mkdir()
+    for name in ("00000", "00001"):
+        tar_of(out / f"{name}.tar", {"0.jpg": encoded(picture(0), "JPEG")})
+    (out / "00000_stats.json").write_text("{}")
+    assert counts(write(out, tmp_path / "set")) == {("archives", left_out.UNFINISHED): 1}
+    (image_folder / "c").symlink_to(".")
+    assert counts(write(image_folder, tmp_path / "loop")) == {("folders", left_out.LINK_LOOP): 1}
+
+
 def test_files_beside_archives_are_counted(image_folder: Path, tmp_path: Path) -> None:
     tar_of(image_folder / "x.tar", {"a/p.png": encoded(picture(50))})
     (image_folder / "README.md").write_text("x")

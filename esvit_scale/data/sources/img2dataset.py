@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from esvit_scale.data.image_folder import printable
+from esvit_scale.data.left_out import ARCHIVES, UNFINISHED
 from esvit_scale.data.sources.base import Source
 from esvit_scale.data.sources.folder import FolderSource
 from esvit_scale.data.sources.tars import TarSource
@@ -28,7 +30,10 @@ def img2dataset_source(root: Path, label: str | None, classes: Sequence[str] | N
     tars = sorted(p for p in root.glob("*.tar") if not p.name.startswith("."))
     if tars:
         source: Source = TarSource([p for p in tars if p.stem in complete], root, label, classes)
-        source.notes += [f"{p}: left out: img2dataset has not finished it" for p in tars if p.stem not in complete]
+        unfinished = [p for p in tars if p.stem not in complete]
+        source.notes += [f"{p}: left out: img2dataset has not finished it" for p in unfinished]
+        for path in unfinished:
+            source.left_out.add(ARCHIVES, UNFINISHED, printable(path.name))
         return source
     if any(p.is_dir() and p.name in complete for p in root.iterdir()):
         return FolderSource(root, "none", captions=True)
