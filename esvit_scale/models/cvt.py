@@ -22,13 +22,12 @@ from torch.nn import functional as F
 from esvit_scale.config import Config
 from esvit_scale.models.batch_norm import BatchNorm
 from esvit_scale.models.distributions import Initializer, constant, normal
-from esvit_scale.models.drop_path import keep_scales, linear_rates
+from esvit_scale.models.drop_path import keep_scales, linear_rates, token_factors
 from esvit_scale.models.point_conv import PointConv, QuickGeluConv
 from esvit_scale.models.shape import Shape, overridden
 from esvit_scale.models.swin import add_branch
 from esvit_scale.models.tokens import crop_means, groups, split
 from esvit_scale.models.trunk import Features, Grid, TokenMap, Trunk
-from esvit_scale.models.windows import crop_of_token
 
 S1 = Shape(64, (2, 2, 6, 2), (1, 3, 6, 12), growth=(1, 3, 6, 12))
 NORM_EPS = 1e-5
@@ -95,10 +94,7 @@ class CvT(Trunk):
         for stage in self.stages:
             tokens, grids = stage.embed(maps)
             for block in stage.blocks:
-                keep: tuple[Tensor | None, ...] = (None, None)
-                if scales is not None and self.drop_rates[i] > 0:
-                    of_crop = crop_of_token(tuple(grids), tokens.device)
-                    keep = scales[i].to(tokens.dtype).index_select(1, of_crop).unsqueeze(-1).unbind(0)  # each [N, 1]
+                keep = token_factors(scales, self.drop_rates, i, grids, tokens.dtype)
                 tokens = self.run_block(block, tokens, grids, *keep)
                 i += 1
                 yield tokens, grids

@@ -4,8 +4,13 @@ A crop of an image at a step has a key; a residual branch of a block is kept for
 (key, block, branch). So the draws do not depend on rank, world size, micro-batches or recomputation.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from esvit_scale.models.trunk import Grid
+from esvit_scale.models.windows import crop_of_token
 
 _GOLDEN = 0x9E3779B97F4A7C15  # splitmix64 (Steele, Lea and Flood 2014): increment and finaliser
 _MIX_1 = 0xBF58476D1CE4E5B9
@@ -70,6 +75,23 @@ def keep_scales(keys: Tensor, rates: Tensor) -> Tensor:
     rate = rates.to(keys.device).repeat_interleave(2)[:, None]
     scale = torch.where(uniform >= rate, 1 / (1 - rate).clamp_min(1e-6), torch.zeros_like(rate))
     return scale.view(len(rates), 2, -1)
+
+
+def token_factors(
+    scales: Tensor | None, rates: Sequence[float], block: int, grids: Sequence[Grid], dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the factors of a block's two branches, each [N, 1] over the tokens of all crops; None keeps a branch whole.
+
+    Args:
+        scales: what `keep_scales` gave, or None: everything is kept.
+        rates: the blocks' drop rates; with 0 everything is kept.
+        grids: (crops, H, W) of every resolution in this block; (crops, 1, tokens) where they are no map.
+    """
+    if scales is None or not rates[block]:
+        return None, None
+    of_crop = crop_of_token(tuple(grids), scales.device)
+    attention, mlp = scales[block].to(dtype).index_select(1, of_crop).unsqueeze(-1)
+    return attention, mlp
 
 
 def draw_of(keys: Tensor, block: int, choices: int) -> Tensor:

@@ -23,14 +23,14 @@ from torch.nn import functional as F
 
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
-from esvit_scale.models.drop_path import keep_scales, linear_rates
+from esvit_scale.models.drop_path import keep_scales, linear_rates, token_factors
 from esvit_scale.models.focal_attention import FocalAttention, WindowPool, as_windows
 from esvit_scale.models.patches import PatchProjection, pixel_rows
 from esvit_scale.models.shape import Shape, overridden
 from esvit_scale.models.swin import PATCH, Mlp, add_branch, stage_window
 from esvit_scale.models.tokens import as_maps, crop_means
 from esvit_scale.models.trunk import Features, TokenMap, Trunk
-from esvit_scale.models.windows import Grids, crop_of_token, merged
+from esvit_scale.models.windows import Grids, merged
 
 EXPAND = 3  # tokens: width of the ring
 FOCAL_WINDOWS = (7, 5, 3, 1)  # pooled windows a side, per stage; further stages have the last
@@ -120,11 +120,8 @@ class Focal(Trunk):
         i = 0
         for stage in self.stages:
             for block in stage.blocks:
-                keep_attn = keep_mlp = None
-                if scales is not None and self.drop_rates[i] > 0:
-                    of_crop = crop_of_token(grids, tokens.device)
-                    keep_attn, keep_mlp = scales[i].to(tokens.dtype).index_select(1, of_crop).unsqueeze(-1)  # [N, 1]
-                tokens = self.run_block(block, tokens, grids, keep_attn, keep_mlp)
+                keep = token_factors(scales, self.drop_rates, i, grids, tokens.dtype)
+                tokens = self.run_block(block, tokens, grids, *keep)
                 i += 1
                 yield tokens, grids
             if stage.downsample is not None:

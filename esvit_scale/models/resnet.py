@@ -17,12 +17,11 @@ from torch.nn import functional as F
 from esvit_scale.config import Config
 from esvit_scale.models.batch_norm import BatchNorm
 from esvit_scale.models.distributions import Initializer, normal
-from esvit_scale.models.drop_path import keep_scales, linear_rates
+from esvit_scale.models.drop_path import keep_scales, linear_rates, token_factors
 from esvit_scale.models.shape import Shape, overridden
 from esvit_scale.models.swin import add_branch
 from esvit_scale.models.tokens import as_maps, crop_means, split
 from esvit_scale.models.trunk import Features, Grid, TokenMap, Trunk
-from esvit_scale.models.windows import crop_of_token
 
 EXPANSION = 4  # a block's output is so many times its inner width
 
@@ -74,13 +73,10 @@ class ResNet(Trunk):
         pixels = torch.cat([x.to(self.conv1.weight.dtype).permute(0, 2, 3, 1).flatten(0, 2) for x in crops])
         tokens = self.bn1(self.conv1(pixels, grids), grids := strided(grids, 2)).relu_()
         tokens, grids = _max_pool(tokens, grids), strided(grids, 2)
-        scales = None
-        if drop_keys is not None:
-            scales = keep_scales(drop_keys, torch.tensor(self.drop_rates)).to(tokens.dtype)
+        scales = keep_scales(drop_keys, torch.tensor(self.drop_rates)) if drop_keys is not None else None
         for i, block in enumerate(block for stage in self.stages for block in stage):
-            keep, after = None, strided(grids, block.stride)
-            if scales is not None and self.drop_rates[i] > 0:
-                keep = scales[i, 0].index_select(0, crop_of_token(tuple(after), tokens.device)).unsqueeze(-1)  # [N, 1]
+            after = strided(grids, block.stride)
+            keep, _ = token_factors(scales, self.drop_rates, i, after, tokens.dtype)
             tokens, grids = self.run_block(block, tokens, grids, keep), after
             yield tokens, grids
 

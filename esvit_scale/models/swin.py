@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from esvit_scale.models.drop_path import keep_scales, linear_rates
+from esvit_scale.models.drop_path import keep_scales, linear_rates, token_factors
 from esvit_scale.models.patches import PatchProjection
 from esvit_scale.models.tokens import crop_means, split
 from esvit_scale.models.trunk import Features, TokenMap, Trunk
@@ -23,7 +23,6 @@ from esvit_scale.models.windows import (
     Grids,
     Permutation,
     WindowPlan,
-    crop_of_token,
     from_slots,
     merge_plan,
     merged,
@@ -115,12 +114,9 @@ class Swin(Trunk):
         i = 0
         for s, stage in enumerate(self.stages):
             plans = [window_plan(grids, stage.window, shift, device) for shift in stage.shifts]
-            of_crop = crop_of_token(grids, device)
             for block, plan in zip(stage.blocks, plans, strict=True):
-                keep_attn = keep_mlp = None
-                if scales is not None and self.drop_rates[i] > 0:
-                    keep_attn, keep_mlp = scales[i].to(tokens.dtype).index_select(1, of_crop).unsqueeze(-1)  # [N, 1]
-                tokens = self.run_block(block, tokens, plan, keep_attn, keep_mlp)
+                keep = token_factors(scales, self.drop_rates, i, grids, tokens.dtype)
+                tokens = self.run_block(block, tokens, plan, *keep)
                 i += 1
                 yield tokens, grids, stage.window
             if stage.downsample is not None:

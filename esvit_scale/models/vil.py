@@ -22,14 +22,13 @@ from torch import Tensor, nn
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
 from esvit_scale.models.distributions import Initializer, normal
-from esvit_scale.models.drop_path import draw_of, keep_scales, linear_rates
+from esvit_scale.models.drop_path import draw_of, keep_scales, linear_rates, token_factors
 from esvit_scale.models.patches import PatchProjection
 from esvit_scale.models.shape import Shape, overridden
 from esvit_scale.models.swin import Mlp, add_branch
 from esvit_scale.models.tokens import crop_means
 from esvit_scale.models.trunk import Features, Grid, TokenMap, Trunk
 from esvit_scale.models.vil_attention import AROUND, OWN, FullAttention, LongAttention
-from esvit_scale.models.windows import crop_of_token
 
 VIL_2262 = Shape(96, (2, 2, 6, 2), (3, 6, 12, 24), growth=(1, 2, 4, 8))
 PATCHES = (4, 2, 2, 2)  # cells of the stage before that become one token
@@ -116,10 +115,8 @@ class ViL(Trunk):
         for s, (stage, g) in enumerate(zip(self.stages, GLOBALS, strict=True)):
             tokens, grids = stage.patch_embed(maps)
             for block in stage.blocks:
-                keep: tuple[Tensor | None, ...] = (None, None)
-                if scales is not None and self.drop_rates[i] > 0:
-                    of_crop = crop_of_token(tuple((n, 1, g + h * w) for n, h, w in grids), tokens.device)
-                    keep = scales[i].to(tokens.dtype).index_select(1, of_crop).unsqueeze(-1).unbind(0)  # each [N, 1]
+                sequences = [(n, 1, g + h * w) for n, h, w in grids]
+                keep = token_factors(scales, self.drop_rates, i, sequences, tokens.dtype)
                 neighbours = _neighbours(drop_keys, i) if drop_keys is not None and LONG[s] else None
                 tokens = self.run_block(block, tokens, grids, *keep, neighbours)
                 i += 1

@@ -12,7 +12,6 @@ ones, which are timm's too.
 
 import math
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import cast
 
 import numpy as np
@@ -23,13 +22,14 @@ from torch.nn import functional as F
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
 from esvit_scale.models.distributions import Initializer, constant, normal, uniform
-from esvit_scale.models.drop_path import keep_scales, linear_rates
+from esvit_scale.models.drop_path import keep_scales, linear_rates, token_factors
 from esvit_scale.models.patches import PatchProjection, pixel_rows
 from esvit_scale.models.shape import Shape, overridden
 from esvit_scale.models.swin import Mlp, add_branch
+from esvit_scale.models.tables import kept
 from esvit_scale.models.tokens import groups
 from esvit_scale.models.trunk import Features, Grid, TokenMap, Trunk
-from esvit_scale.models.windows import Grids, crop_of_token
+from esvit_scale.models.windows import Grids
 
 PATCH = 16  # pixels
 SIDE = 14  # of the map that the learned positions are for: 224 pixels
@@ -89,15 +89,10 @@ class ViT(Trunk):
         grids = [(x.shape[0], -(-x.shape[-2] // PATCH), -(-x.shape[-1] // PATCH)) for x in crops]
         sequences: Grids = tuple((n, 1, 1 + h * w) for n, h, w in grids)
         tokens = self._embed(crops, grids)
-        scales = of_crop = None
-        if drop_keys is not None:
-            scales = keep_scales(drop_keys, torch.tensor(self.drop_rates)).to(tokens.dtype)
-            of_crop = crop_of_token(sequences, tokens.device)
+        scales = keep_scales(drop_keys, torch.tensor(self.drop_rates)) if drop_keys is not None else None
         for i, block in enumerate(self.blocks):
-            keep_attn = keep_mlp = None
-            if scales is not None and of_crop is not None and self.drop_rates[i] > 0:
-                keep_attn, keep_mlp = scales[i].index_select(1, of_crop).unsqueeze(-1)  # [N, 1]
-            tokens = self.run_block(block, tokens, sequences, keep_attn, keep_mlp)
+            keep = token_factors(scales, self.drop_rates, i, sequences, tokens.dtype)
+            tokens = self.run_block(block, tokens, sequences, *keep)
             yield tokens, grids
 
     def _embed(self, crops: list[Tensor], grids: list[Grid]) -> Tensor:
@@ -197,7 +192,7 @@ def resized(learned: Tensor, h: int, w: int) -> Tensor:
     return torch.cat([learned[:1], patches.flatten(0, 1)])
 
 
-@lru_cache(maxsize=64)
+@kept
 def resize_matrix(source: int, target: int, device: torch.device) -> Tensor:
     """float64 [target, source]: bicubic interpolation along one side, at the scale target/source, as torch's
     `interpolate(mode="bicubic")` (Keys 1981 with a = −0.75, no antialiasing). A product with it has a deterministic
@@ -210,11 +205,10 @@ def resize_matrix(source: int, target: int, device: torch.device) -> Tensor:
         d = np.abs(at - first - offset)
         near, far = ((a + 2) * d - (a + 3)) * d * d + 1, ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
         np.add.at(matrix, (np.arange(target), np.clip(first + offset, 0, source - 1)), np.where(d <= 1, near, far))
-    with torch.inference_mode(False):
-        return torch.from_numpy(matrix).to(device)
+    return torch.from_numpy(matrix).to(device)
 
 
-@lru_cache(maxsize=64)
+@kept
 def sine_cosine(h: int, w: int, dim: int, device: torch.device) -> Tensor:
     """float32 [1 + h·w, C]: zeros for the class token, then (sin y, cos y, sin x, cos x), a quarter of C each, at the
     frequencies 10000^(−i/(C/4))."""
@@ -222,8 +216,7 @@ def sine_cosine(h: int, w: int, dim: int, device: torch.device) -> Tensor:
     y, x = np.divmod(np.arange(h * w), w)
     y, x = np.outer(y, frequencies), np.outer(x, frequencies)
     patches = np.concatenate([np.sin(y), np.cos(y), np.sin(x), np.cos(x)], 1)
-    with torch.inference_mode(False):
-        return torch.from_numpy(np.concatenate([np.zeros((1, dim)), patches])).float().to(device)
+    return torch.from_numpy(np.concatenate([np.zeros((1, dim)), patches])).float().to(device)
 
 
 def build(kind: type[ViT], named: Shape, config: Config) -> Trunk:
