@@ -133,13 +133,15 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=eps)
 
     def forward(self, crops: list[Tensor], grids: Grids, order: Permutation) -> Tensor:
-        """Crops [N_g, 3, S_g, S_g] → [N, C] in the first stage's order."""
-        patches = crops[0].new_empty(total_tokens(grids), 3 * PATCH * PATCH, dtype=self.proj.weight.dtype)
+        """Map crops [N_g, channels, S_g, S_g] to tokens [N, C] in the first stage's order."""
+        channels = self.proj.in_channels
+        patches = crops[0].new_empty(total_tokens(grids), channels * PATCH * PATCH, dtype=self.proj.weight.dtype)
         for rows, crop, (n, h, w) in zip(split(patches, grids), crops, grids, strict=True):
             crop = crop.to(patches.dtype)
             if crop.shape[-2:] != (h * PATCH, w * PATCH):
                 crop = F.pad(crop, (0, w * PATCH - crop.shape[-1], 0, h * PATCH - crop.shape[-2]))
-            rows.view(n, h, w, 3, PATCH, PATCH).copy_(crop.view(n, 3, h, PATCH, w, PATCH).permute(0, 2, 4, 1, 3, 5))
+            cells = crop.view(n, channels, h, PATCH, w, PATCH).permute(0, 2, 4, 1, 3, 5)
+            rows.view(n, h, w, channels, PATCH, PATCH).copy_(cells)
         return self.norm(self.proj(to_slots(patches, order)))
 
 

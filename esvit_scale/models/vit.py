@@ -129,7 +129,7 @@ class MoCoViT(ViT):
             if isinstance(module, nn.Linear):
                 fan_out = module.out_features // (3 if name.endswith(".qkv") else 1)
                 found[f"{name}.weight"] = uniform(math.sqrt(6 / (module.in_features + fan_out)))
-        found["patch_embed.proj.weight"] = uniform(math.sqrt(6 / (3 * PATCH**2 + self.dim)))
+        found["patch_embed.proj.weight"] = uniform(math.sqrt(6 / (self.in_chans * PATCH**2 + self.dim)))
         return found | {"patch_embed.proj.bias": constant(0.0)}
 
 
