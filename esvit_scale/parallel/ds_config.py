@@ -51,8 +51,13 @@ def fill(config: Config, world_size: int) -> dict[str, Any]:
         if _given(values, key) is not None
     ]
     problems += _batch_problems(config, world_size)
-    if _is_sound(values):
-        stage = int(values.setdefault("zero_optimization", {}).setdefault("stage", 0))
+    stage = _stage(values)
+    if stage is None and not problems:
+        problems.append(
+            f"zero_optimization.stage: must be 0, 1, 2 or 3, got {json.dumps(_given(values, 'zero_optimization.stage'))}"
+        )
+    if stage is not None and _is_sound(values):
+        values.setdefault("zero_optimization", {})
         problems += _stage_problems(config, stage)
         accumulation, stage = _accumulation(config, stage, values)
         values["zero_optimization"]["stage"] = stage
@@ -78,8 +83,14 @@ def zero_stage(values: dict[str, Any]) -> int:
 def _is_sound(values: dict[str, Any]) -> bool:
     """Return whether what is read and written here has the right types, whatever else is wrong with the file."""
     sections = ("zero_optimization", "bf16", "fp16", "torch_autocast", "data_types")
-    stage = _given(values, "zero_optimization.stage")
-    return all(isinstance(values.get(s, {}), dict) for s in sections) and stage in (None, 0, 1, 2, 3)
+    return all(isinstance(values.get(s, {}), dict) for s in sections)
+
+
+def _stage(values: dict[str, Any]) -> int | None:
+    """Return the ZeRO stage that a file asks for, 0 where it says nothing, None for what is no stage."""
+    section = values.get("zero_optimization", {})
+    stage = section.get("stage", 0) if isinstance(section, dict) else 0
+    return stage if type(stage) is int and 0 <= stage <= 3 else None
 
 
 def _dtype(value: Any) -> Any:

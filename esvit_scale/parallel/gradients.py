@@ -144,7 +144,7 @@ class GradientGate:
         total = torch.zeros((), device=self.device)
         if gradients:
             norms = torch._foreach_norm(gradients, 2, torch.float32)  # fp16 norms would overflow
-            total += torch.stack(norms).square().sum().to(self.device)
+            total += torch.stack([norm.to(self.device) for norm in norms]).square().sum()
         if self.loss is not None:
             total += torch.where(torch.isfinite(self.loss), 0.0, torch.nan).to(self.device)
         return total

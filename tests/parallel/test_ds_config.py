@@ -83,6 +83,12 @@ def test_keys_that_deepspeed_does_not_know(tmp_path: Path, content: dict[str, ob
         filled(tmp_path, content)
 
 
+@pytest.mark.parametrize("stage", [None, "auto", "2", True, 2.0, -1])
+def test_only_a_whole_number_is_a_stage(tmp_path: Path, stage: object):
+    with pytest.raises(UserError, match=r"zero_optimization\.stage: "):
+        filled(tmp_path, {"zero_optimization": {"stage": stage}})
+
+
 def test_a_key_that_stands_twice(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text('{"zero_optimization": {"stage": 1, "stage": 3}}')
