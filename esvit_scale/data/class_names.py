@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from esvit_scale.errors import UserError
@@ -16,7 +17,8 @@ def numbered(texts: Iterable[str], folders: bool = False) -> tuple[tuple[str, ..
 
     Texts that are all whole numbers are class numbers themselves, also as other programs write them (`3.0`): the names
     are then `0` … the largest, -1 means no label, and so does an empty cell (`nan`, `NA`, …). Other texts are numbered in
-    the order of their UTF-8 bytes, or of their values where all are numbers of another kind.
+    the order of their UTF-8 bytes, or of their values where all are numbers of another kind. Among them a whole number
+    written in two ways (`0`, `0.0`) is one class, and -1 and, where most texts are numbers, empty cells mean no label.
 
     Args:
         folders: the texts are names of folders: all of them are classes, and two never mean the same one.
@@ -26,25 +28,55 @@ def numbered(texts: Iterable[str], folders: bool = False) -> tuple[tuple[str, ..
     """
     known = list(dict.fromkeys(texts))
     empty = set() if folders else {text for text in known if text.strip().lower() in MISSING}
-    values = {text: _number(text, plain=folders) for text in known if text not in empty}
-    if values and all(value is not None for value in values.values()):
-        return _of_numbers({text: value for text, value in values.items() if value is not None}, empty, folders)
-    named = [text for text in known if text.strip()] if not folders else known
-    return _of_names(sorted(named, key=os.fsencode))
+    values = _values(known, folders, empty)
+    if values and len(values) + len(empty) == len(known):
+        return _of_numbers(values, empty, folders)
+    if folders:
+        return _of_names(sorted(known, key=os.fsencode))
+    return _of_mixed(known, values, empty)
+
+
+def remark(texts: Iterable[str], names: Sequence[str], folders: bool = False) -> str:
+    """Return a line about a numbering by `numbered` that the user may not expect, empty where there is none: a text that
+    is no number among numbers, or numbers that leave most of the classes empty.
+    """
+    known = list(dict.fromkeys(texts))
+    empty = set() if folders else {text for text in known if text.strip().lower() in MISSING}
+    values = {text: value for text, value in _values(known, folders, empty).items() if value != NO_LABEL}
+    classes = set(names)
+    others = [text for text in known if text in classes and text not in values and text not in empty]
+    if others and len(values) >= len(others):
+        return (
+            f"label {min(others)!r} is no number: all labels are names, numbered in the order of their bytes (0 is "
+            f"{names[0]!r}); --classes FILE says the classes and their numbers"
+        )
+    used = len(set(values.values()))
+    if not others and len(names) > 2 * used + 10:
+        return (
+            f"{used} class numbers up to {len(names) - 1} make {len(names)} classes, most of them empty; --classes FILE "
+            "(one name a line) numbers them from 0"
+        )
+    return ""
 
 
 def numbered_as(classes: Sequence[str], texts: Iterable[str]) -> dict[str, int]:
-    """Return the class number of every text among given classes: by name, or by number where no class is named so.
+    """Return the class number of every text among given classes: by name, by the number that a name is (`1.0` is the
+    class `1`), or, where not all names are numbers, by the class's number.
 
     NO_LABEL stands for a text that means "no label", UNKNOWN for one that is no class.
     """
     by_name = {name: number for number, name in enumerate(classes)}
+    values = _values(classes, False, set())
+    by_value = {value: by_name[name] for name, value in values.items()}
+    twice = {value for value, times in Counter(values.values()).items() if times > 1}  # `1` and `01`
     found = {}
     for text in texts:
         value = _number(text, plain=False)
         if text in by_name:
             found[text] = by_name[text]
-        elif value is not None and value == int(value) and 0 <= value < len(classes):
+        elif value in by_value:
+            found[text] = UNKNOWN if value in twice else by_value[value]
+        elif len(values) < len(classes) and value is not None and value == int(value) and 0 <= value < len(classes):
             found[text] = int(value)
         else:
             found[text] = NO_LABEL if value == NO_LABEL or text.strip().lower() in MISSING else UNKNOWN
@@ -58,9 +90,14 @@ def _of_numbers(values: dict[str, float], empty: set[str], folders: bool) -> tup
     whole = {text: int(value) for text, value in values.items() if value == int(value)}
     classes = {text: value for text, value in whole.items() if value != NO_LABEL}
     missing = dict.fromkeys([*empty, *(whole.keys() - classes.keys())], NO_LABEL)
-    if len(whole) < len(values) or any(len(str(abs(value))) > MAX_DIGITS for value in whole.values()):
+    if len(whole) < len(values):
         names, find = _of_names(sorted(values, key=by_value))
         return names, find | dict.fromkeys(empty, NO_LABEL)
+    if any(len(str(abs(value))) > MAX_DIGITS for value in whole.values()):
+        if folders:
+            return _of_names(sorted(values, key=by_value))
+        names, find = _of_groups(sorted(classes, key=by_value), values)
+        return names, find | missing
     if classes and min(classes.values()) < 0:
         text = min(classes, key=classes.__getitem__)
         raise UserError(
@@ -79,6 +116,33 @@ def _of_numbers(values: dict[str, float], empty: set[str], folders: bool) -> tup
 
 def _of_names(ordered: list[str]) -> tuple[tuple[str, ...], dict[str, int]]:
     return tuple(ordered), {text: number for number, text in enumerate(ordered)}
+
+
+def _of_mixed(known: list[str], values: dict[str, float], empty: set[str]) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Classes of texts of which not all are numbers."""
+    missing = {text for text, value in values.items() if value == NO_LABEL}
+    missing |= {text for text in known if not text.strip()}
+    numbers = len(values.keys() - missing)
+    if numbers and 2 * numbers >= len(known) - len(empty | missing):
+        missing |= empty
+    names, find = _of_groups(sorted((text for text in known if text not in missing), key=os.fsencode), values)
+    return names, find | dict.fromkeys(missing, NO_LABEL)
+
+
+def _of_groups(ordered: list[str], values: dict[str, float]) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Names in the order given, where texts of the same value are one class, named by the first and shortest of them."""
+    name: dict[float, str] = {}
+    for text in sorted(ordered, key=len):
+        if text in values:
+            name.setdefault(values[text], text)
+    names, number = _of_names([text for text in ordered if text not in values or name[values[text]] == text])
+    return names, {text: number[name[values[text]] if text in values else text] for text in ordered}
+
+
+def _values(texts: Iterable[str], folders: bool, empty: set[str]) -> dict[str, float]:
+    """The texts that are numbers, and which."""
+    found = ((text, _number(text, plain=folders)) for text in texts if text not in empty)
+    return {text: value for text, value in found if value is not None}
 
 
 def _number(text: str, plain: bool) -> float | None:

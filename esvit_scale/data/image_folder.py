@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from esvit_scale.data import left_out
-from esvit_scale.data.class_names import numbered
+from esvit_scale.data.class_names import numbered, remark
 from esvit_scale.data.decode import EXTENSIONS, BadImage
 from esvit_scale.data.left_out import FILES, FOLDERS, IMAGES, LeftOut
 from esvit_scale.data.raster import ARRAY
@@ -117,6 +117,8 @@ def _labelled(
         paths = [path for path in paths if "/" in path]
     of = (lambda path: path.split("/")[-2]) if label == "parent" else (lambda path: path.split("/", 1)[0])
     names, number = numbered({of(path) for path in paths if "/" in path}, folders=True)
+    if said := remark(number, names, folders=True):
+        notes.append(f"{root}: {said}")
     if len(names) == 1 and label is None and any(path.count("/") > 1 for path in paths):
         notes.append(
             f"{root}: one class, {printable(names[0])}; --label parent makes the innermost folders the classes"

@@ -142,6 +142,9 @@ NUMBERED = [
     (["10", "9", "1.5"], ("1.5", "9", "10"), [2, 1, 0]),
     (["20260101", "7"], ("7", "20260101"), [1, 0]),
     (["-1", ""], (), [-1, -1]),
+    (["10", "2.0", "unknown", "2", "-1", "nan"], ("10", "2", "unknown"), [0, 1, 2, 1, -1, -1]),
+    (["cat", "-1", "NA", "dog"], ("NA", "cat", "dog"), [1, -1, 0, 2]),
+    (["20260101", "20260101.0", "7", "-1"], ("7", "20260101"), [1, 1, 0, -1]),
 ]
 
 
@@ -156,6 +159,30 @@ def test_numbers_among_given_classes() -> None:
     assert numbered(["1", "01", "2"], folders=True) == (("01", "1", "2"), {"01": 0, "1": 1, "2": 2})
     with pytest.raises(UserError, match="label -3: class numbers begin at 0"):
         numbered(["-3", "4"])
+    floats = ["0.0", "2", "1.0", "", "3.0", "-1.0"]
+    assert list(numbered_as(["2", "1", "0"], floats).values()) == [2, 0, 1, -1, -2, -1]
+    assert list(numbered_as(["5", "7", "07"], ["5.0", "7", "7.0", "0"]).values()) == [0, 1, -2, -2]
+
+
+def test_a_numbering_that_nobody_expects_is_said(pictures: Path, tmp_path: Path) -> None:
+    def notes(where: Path, **options: str) -> list[str]:
+        return open_source(str(where), SourceOptions(**options))[""].notes  # type: ignore[arg-type]
+
+    table = pictures / "x.csv"
+    table.write_text("path,y\n0.png,10\n1.png,2\n2.png,unknown\n")
+    assert "label 'unknown' is no number: all labels are names" in notes(table, label="y")[0]
+    table.write_text("path,y\n0.png,2019\n1.png,2020\n2.png,\n")
+    assert "2 class numbers up to 2020 make 2021 classes" in notes(table, label="y")[0]
+    table.write_text("path,y\n0.png,2\n1.png,10\n2.png,-1\n3.png,nan\n")
+    assert notes(table, label="y") == []
+    root = classes(tmp_path / "years", ["2019", "2020"], 1)
+    assert "make 2021 classes" in notes(root)[0]
+    (tmp_path / "names").write_text("\ufeff2019\n2020\n")
+    manifest = write(root, tmp_path / "set", classes=tmp_path / "names")
+    assert {label for label, _ in contents(manifest).values()} == {"2019", "2020"}
+
+    (tmp_path / "list.txt").write_text("\ufeff0.png\n")
+    assert [s.name(0) for s in open_source(str(tmp_path / "list.txt"), SourceOptions()).values()] == ["0.png"]
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -237,7 +264,8 @@ def parquet(path: Path, columns: dict[str, object], names: list[str] | None = No
     return path
 
 
-def test_class_names_of_the_schema_and_paths_instead_of_bytes(pictures: Path) -> None:
+@pytest.mark.parametrize("numbers", [[1, 0, 2, 0, -1], [1.0, 0.0, 2.0, 0.0, None]])
+def test_class_names_of_the_schema_and_paths_instead_of_bytes(numbers: list[float], pictures: Path) -> None:
     files = [(pictures / f"{i}.png").read_bytes() for i in range(4)]
     rows = [
         {"bytes": files[0], "path": "elsewhere.png"},
@@ -246,7 +274,7 @@ def test_class_names_of_the_schema_and_paths_instead_of_bytes(pictures: Path) ->
         {"bytes": None, "path": "../3.png"},
         {"bytes": None, "path": None},
     ]
-    where = parquet(pictures / "x.parquet", {"image": rows, "y": pa.array([1, 0, 2, 0, -1])}, ["9", "cat", "0"])
+    where = parquet(pictures / "x.parquet", {"image": rows, "y": pa.array(numbers)}, ["9", "cat", "0"])
     manifest = write(where, pictures / "set", label="y")
     assert contents(manifest) == {files[0]: ("cat", None), files[1]: ("9", None), files[2]: ("0", None)}
     assert counts(manifest) == {("images", left_out.UNREADABLE): 1, ("images", left_out.EMPTY): 1}

@@ -85,9 +85,11 @@ def is_label(kind: Any) -> bool:
 
 
 def class_names(path: Path, column: str) -> tuple[str, ...] | None:
-    """The names of a Hugging Face ClassLabel column of whole numbers, which the schema's metadata hold; None without."""
+    """The names of a Hugging Face ClassLabel column of numbers (floats where it went through pandas), which the schema's
+    metadata hold; None without."""
     schema = open_file(path).schema_arrow
-    if not pyarrow().types.is_integer(plain(schema.field(column).type)):
+    types, kind = pyarrow().types, plain(schema.field(column).type)
+    if not (types.is_integer(kind) or types.is_floating(kind)):
         return None
     try:
         about = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]

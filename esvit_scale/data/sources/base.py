@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from esvit_scale.data import left_out
-from esvit_scale.data.class_names import NO_LABEL, UNKNOWN, numbered, numbered_as
+from esvit_scale.data.class_names import NO_LABEL, UNKNOWN, numbered, numbered_as, remark
 from esvit_scale.data.decode import EXTENSIONS, BadImage
 from esvit_scale.data.image_folder import printable, walk
 from esvit_scale.data.left_out import FILES, IMAGES, LeftOut
@@ -113,6 +113,7 @@ class Labels:
     def __init__(self) -> None:
         self._ids = array("i")
         self._known: dict[str, int] = {}
+        self.notes: list[str] = []  # lines for the user about how the labels were numbered
 
     def append(self, text: str | None) -> None:
         text = text.strip() if text is not None else ""
@@ -127,7 +128,7 @@ class Labels:
     ) -> tuple[tuple[str, ...], NDArray[np.int32]]:
         """Classes, and each sample's class number (NONE without a label, UNKNOWN for one not in `classes`).
 
-        Given classes are found by name, or by number where no class is named so, or with `by_number` by number alone;
+        Given classes are found as by `class_names.numbered_as`, or with `by_number` by their numbers alone;
         otherwise as `class_names.numbered`.
 
         Raises:
@@ -136,6 +137,7 @@ class Labels:
         ids = np.frombuffer(self._ids, np.int32) if self._ids else np.empty(0, np.int32)
         if classes is None or not self._known:
             names, find = numbered(self._known)
+            self.notes += filter(None, [remark(self._known, names)])
         else:
             names = tuple(classes)
             find = numbered_as(names if not by_number else list(map(str, range(len(names)))), self._known)
@@ -194,7 +196,7 @@ def read_classes(path: Path | None) -> tuple[str, ...] | None:
     if path is None:
         return None
     try:
-        names = tuple(line.strip() for line in path.read_text("utf-8").splitlines() if line.strip())
+        names = tuple(line.strip() for line in path.read_text("utf-8-sig").splitlines() if line.strip())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError:

@@ -90,10 +90,11 @@ def _numbers(folder: ImageFolder, classes: Sequence[str] | None) -> dict[int, in
     """The folder's own class numbers → those asked for."""
     if classes is None:
         return {i: i for i in range(len(folder.classes))}
-    unknown = [name for name in folder.classes if name not in classes]
+    used = sorted({file.label for file in folder.files if file.label >= 0})  # folders 2 and 5 make classes 0 … 5
+    unknown = [folder.classes[number] for number in used if folder.classes[number] not in classes]
     if unknown:
         raise UserError(f"{folder.root}: its subfolder {unknown[0]} is not among the {len(classes)} classes given")
-    return {i: classes.index(name) for i, name in enumerate(folder.classes)}
+    return {number: classes.index(folder.classes[number]) for number in used}
 
 
 def _size(path: Path) -> int:

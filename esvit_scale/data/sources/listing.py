@@ -1,5 +1,6 @@
 """A list file: one image path a line, from a file or stdin."""
 
+import codecs
 import hashlib
 import os
 import sys
@@ -37,6 +38,7 @@ class PathSource(Source):
         self._rows.finish()
         self._digest = digest.digest()
         self.classes, self._labels = labels.finish(classes, by_number)
+        self.notes += labels.notes
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -100,7 +102,7 @@ def _lines(file: BinaryIO, label: str | None, name: str) -> Iterator[list[str | 
             raise UserError(
                 f"{name}: line {number} is no path (longer than {MAX_LINE} bytes, or binary); is it a list?"
             )
-        line = os.fsdecode(raw).strip("\r\n")
+        line = os.fsdecode(raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw).strip("\r\n")
         if not line.strip() or line.startswith("#"):
             continue
         path, text = line, None

@@ -151,6 +151,7 @@ class BytesSource(Source):
             named is not classes
         )  # names of the file's own: a label is a number, whatever the classes are called
         self.classes, self._labels = labels.finish(named, by_number)
+        self.notes += labels.notes
         if len(self._labels) != len(self):
             raise UserError(
                 f"{self._paths[0] if len(self._paths) == 1 else self.root}: damaged: {len(self)} rows by its index, "

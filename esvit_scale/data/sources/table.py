@@ -112,7 +112,7 @@ def table_source(
         raise UserError(f"{path}: not text in {encoding}: {error}") from None
     if not len(source):
         raise UserError(f"{path}: no rows below its header{': ' + left.short() if left else ''}")
-    source.notes, source.left_out = notes, left
+    source.notes, source.left_out = [*notes, *source.notes], left
     return source
 
 

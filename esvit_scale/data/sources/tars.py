@@ -74,6 +74,7 @@ class TarSource(Source):
             first = f"{first}; they hold {self.left_out.short()}" if self.left_out else first
             raise UserError(f"{root}: no image in its {len(self._tars)} tars{first}")
         self.classes, self._labels = labels.finish(classes)
+        self.notes += labels.notes
 
     def _add(self, number: int, tar: Path, labels: Labels) -> None:
         self._digest.update(b"\0%s\0%d" % (os.fsencode(self._tar_name(number)), tar.stat().st_size))

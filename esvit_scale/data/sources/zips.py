@@ -74,6 +74,7 @@ class ZipSource(Source):
             )
         self._digest = digest.digest()
         self.classes, self._labels = labels.finish(classes)
+        self.notes += labels.notes
 
     def __len__(self) -> int:
         return len(self._rows)
