@@ -79,6 +79,10 @@ class LeftOut:
         for (what, why), found in other._counts.items():
             self.add(what, why, found.first, found.number, found.asked)
 
+    def __contains__(self, kind: tuple[str, str]) -> bool:
+        """Whether some of this (what, why) were counted."""
+        return kind in self._counts
+
     def __bool__(self) -> bool:
         return bool(self._counts)
 

@@ -266,8 +266,8 @@ def dump_index(name: str, entries: Iterable[Entry]) -> bytes:
 
 
 def scan(shard: Path) -> list[Entry]:
-    """The samples of any WebDataset tar, by its headers: consecutive regular files of one key (tar_names.py). Links,
-    devices, folders and hidden files are ignored, and a truncated tar ends at its last whole member.
+    """The samples of any WebDataset tar, by its headers: consecutive regular files of one key (tar_names.py), and
+    hard links to them. Other links, devices, folders and hidden files are ignored, and a truncated tar ends at its last whole member.
 
     Raises:
         OSError: the file cannot be read.
@@ -283,17 +283,23 @@ def scan_and_judge(shard: Path) -> tuple[list[Entry], str]:
 
 
 def runs(members: Iterable[Member]) -> Iterator[Entry]:
-    """Members grouped to samples: those of one key that lie side by side. An extension that comes again begins anew."""
-    entry: Entry | None = None
-    for name, offset, size in members:
+    """Members grouped to samples: those of one key that lie side by side in one archive. An extension that comes again
+    begins anew."""
+    return (entry for _, entry in numbered_runs(members))
+
+
+def numbered_runs(members: Iterable[Member]) -> Iterator[tuple[int, Entry]]:
+    """`runs`, each with the number of its archive (`Member.archive`)."""
+    entry, of = None, 0
+    for name, offset, size, archive in members:
         key, ext = split_name(name)
-        if entry is None or entry.key != key or ext in entry.members:
+        if entry is None or of != archive or entry.key != key or ext in entry.members:
             if entry is not None:
-                yield entry
-            entry = Entry(key, {})
+                yield of, entry
+            entry, of = Entry(key, {}), archive
         entry.members[ext] = (offset, size)
     if entry is not None:
-        yield entry
+        yield of, entry
 
 
 def image_member(entry: Entry) -> tuple[int, int] | None:

@@ -21,6 +21,10 @@ from esvit_scale.data.raster import ARRAY
 
 MAX_MEMBER = 1 << 30  # bytes; a larger member is no image
 TAR = re.compile(r"\.tar(\.(gz|bz2|xz|zst))?$|\.tgz$", re.IGNORECASE)  # file names that streams read
+COMPRESSED_TARS = (  # endings, in lower case; `x.tar.md5` and `x.tar.json` are none
+    *(f".tar.{ending}" for ending in ("gz", "bz2", "xz", "zst", "zstd", "lz4", "lz", "lzma", "lzo", "z", "br")),
+    *(".tgz", ".taz", ".tbz", ".tbz2", ".tz2", ".txz", ".tlz", ".tzst"),
+)
 MACOS = "twin made by macOS (._*, __MACOSX)"
 SYSTEM = "system file (.DS_Store, Thumbs.db)"
 PAX = "pax header stored as a file"
@@ -92,12 +96,19 @@ def chosen_images(extensions: Iterable[str]) -> list[str]:
 def companion(extensions: Iterable[str], image: str, kind: str) -> str | None:
     """Which member of a key goes with its image `image` as its `kind` (`cls`, `json`, `txt`).
 
-    The one of the same longer extension (`left.cls` for `left.jpg`), else the plain one, else the only one; None when
+    The one named after the whole image (`jpg.cls` for `jpg`), else the one of the same longer extension (`left.cls`
+    for `left.jpg`), else the plain one, else the only one if it is not named after another image of the key; None when
     there is none, or when several could be meant.
     """
+    extensions = list(extensions)
     found = [extension for extension in extensions if extension.rpartition(".")[2] == kind]
-    own = f"{image.rpartition('.')[0]}.{kind}".lstrip(".")
-    return next((e for e in (own, kind) if e in found), found[0] if len(found) == 1 else None)
+    middle = image.rpartition(".")[0]
+    named = next((e for e in (f"{image}.{kind}", f"{middle}.{kind}", kind) if e in found), None)
+    if named or len(found) != 1:
+        return named
+    stem = found[0].rpartition(".")[0]
+    of_another = any(stem in (e, e.rpartition(".")[0]) for e in extensions if is_image(e))
+    return None if of_another else found[0]
 
 
 def sample_key(key: str, image: str, chosen: Iterable[str]) -> str:

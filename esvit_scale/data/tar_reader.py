@@ -10,6 +10,7 @@ import gzip
 import io
 import lzma
 import tarfile
+from array import array
 from collections.abc import Generator, Iterator
 from importlib import import_module
 from typing import IO, Any, NamedTuple, cast
@@ -17,22 +18,26 @@ from typing import IO, Any, NamedTuple, cast
 from esvit_scale.data import left_out, tar_names
 from esvit_scale.data.decode import BadImage
 from esvit_scale.data.image_folder import printable
-from esvit_scale.data.left_out import MEMBERS, LeftOut
+from esvit_scale.data.keys import hash64
+from esvit_scale.data.left_out import IMAGES, MEMBERS, LeftOut
 from esvit_scale.data.tar_names import MAX_MEMBER
 
 BLOCK = tarfile.BLOCKSIZE
 MAGICS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 DAMAGED = "cut short, or a header in it is damaged"
+EMPTY = "empty file"
 
 
 class Member(NamedTuple):
     name: str
     offset: int  # of its bytes in the (decompressed) tar
     size: int
+    archive: int = 0  # which of the tars that were joined in one file
 
 
 class TarReader:
-    """Regular files of a tar that may belong to a sample, in their order.
+    """Regular files of a tar that may belong to a sample, in their order. Where the size of the file is known, so that
+    it can be read at random, a hard link to an earlier member is a member with the same bytes.
 
     Attributes:
         damage: what is wrong with the tar itself, in a few words; empty when it is whole to its end. Set while iterating.
@@ -48,16 +53,20 @@ class TarReader:
         self._file, self._size, self._prefix = file, size, prefix
         self.damage = ""
         self.left_out = LeftOut()
+        self._number = 0  # of the archive
+        self._places = _Places()  # in this archive
 
     def __iter__(self) -> Iterator[Member]:
         while True:
             end = yield from self._archive()
             if end is None or not self._find_next(end):
                 return
+            self._number += 1
 
     def _archive(self) -> Generator[Member, None, int | None]:
         """The members of one tar; returns where its end marker should begin, None behind damage."""
         end = self._file.tell()
+        self._places = _Places()
         try:
             with tarfile.open(fileobj=self._file, mode="r:") as tar:
                 while (info := tar.next()) is not None:
@@ -65,27 +74,39 @@ class TarReader:
                         self.damage = "a forged header leads back into the file"
                         return None
                     end = info.offset_data
-                    if self._is_usable(info):
-                        yield Member(info.name, info.offset_data, info.size)
+                    if (place := self._usable(info)) is not None:
+                        yield Member(info.name, *place, self._number)
                     tar.members = []  # type: ignore[attr-defined]  # tarfile keeps them all
                 return tar.offset  # tarfile ends without a word at a header that it cannot read
         except (tarfile.TarError, EOFError, ValueError, RecursionError, OverflowError):
-            self.damage = DAMAGED  # what was read before stands
+            self.damage = DAMAGED if self._file.tell() else EMPTY  # what was read before stands
             return None
 
-    def _is_usable(self, info: tarfile.TarInfo) -> bool:
+    def _usable(self, info: tarfile.TarInfo) -> tuple[int, int] | None:
+        """(offset, size) of the bytes of a member that may belong to a sample; None for others, which are counted."""
         if info.isdir():
-            return False
-        kind = left_out.LINK if info.issym() or info.islnk() else left_out.SPECIAL
+            return None
+        kind, place = tar_names.no_sample(info.name), (info.offset_data, info.size)
         if info.isreg() and not info.issparse():
-            kind = tar_names.no_sample(info.name)
-            beyond = self._size is not None and info.offset_data + info.size > self._size
+            beyond = self._size is not None and sum(place) > self._size
             if not kind and (beyond or info.size > MAX_MEMBER):
                 self.damage = "a member is cut off, or over the size limit"
-                return False
+                return None
+            if self._size is not None and not beyond and info.size <= MAX_MEMBER:
+                self._places.add(info.name, place)
+        elif info.islnk() and (target := self._places.of(info.linkname)):
+            place = target
+            self._places.add(info.name, place)
+        else:
+            link = info.issym() or info.islnk()
+            lost = link and not kind and tar_names.is_image(tar_names.split_name(info.name)[1])
+            why = left_out.LINK if link else left_out.SPECIAL
+            self.left_out.add(IMAGES if lost else MEMBERS, why, self._prefix + printable(info.name))
+            return None
         if kind:
             self.left_out.add(MEMBERS, kind, self._prefix + printable(info.name))
-        return not kind
+            return None
+        return place
 
     def _find_next(self, end: int) -> bool:
         """Stands at the next tar in the file; False when there is none."""
@@ -104,6 +125,28 @@ class TarReader:
             return False
         self._file.seek(self._file.tell() - BLOCK)
         return True
+
+
+class _Places:
+    """Where the members of one tar lie, for hard links to them: 24 bytes each, about 200 once a link was met."""
+
+    def __init__(self) -> None:
+        self._new = array("Q")  # hash of the name, offset, size
+        self._found: dict[int, tuple[int, int]] = {}
+
+    def add(self, name: str, place: tuple[int, int]) -> None:
+        self._new.extend((self._hash(name), *place))
+
+    def of(self, name: str) -> tuple[int, int] | None:
+        """(offset, size) of the last member of this name; None where there is none."""
+        new, self._new = self._new, array("Q")
+        for i in range(0, len(new), 3):
+            self._found[new[i]] = (new[i + 1], new[i + 2])
+        return self._found.get(self._hash(name))
+
+    @staticmethod
+    def _hash(name: str) -> int:
+        return hash64("/".join(tar_names.parts_of(name)))
 
 
 class Forward(io.RawIOBase):

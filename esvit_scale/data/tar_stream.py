@@ -9,12 +9,12 @@ from esvit_scale.data import left_out as reasons
 from esvit_scale.data.decode import BadImage
 from esvit_scale.data.image_folder import printable
 from esvit_scale.data.keys import hash64
-from esvit_scale.data.left_out import MEMBERS, LeftOut
+from esvit_scale.data.left_out import IMAGES, MEMBERS, LeftOut
 from esvit_scale.data.loader import reason
 from esvit_scale.data.patience import Patience
 from esvit_scale.data.raster import ARRAY
 from esvit_scale.data.tar_names import chosen_images, companion, is_image, sample_key, split_name
-from esvit_scale.data.tar_reader import Forward, TarReader, decompressed
+from esvit_scale.data.tar_reader import EMPTY, Forward, TarReader, decompressed
 
 WAITS = (0.5, 1, 2, 4, 8, 16, 30)  # seconds between attempts to open a tar
 MOST_IMAGES = 64  # of one key that are held in memory together
@@ -85,16 +85,16 @@ def _samples(url: str, stream: Any, left_out: LeftOut) -> Iterator[Raw]:
     """
     reader = TarReader(tape := Forward(decompressed(stream)))  # type: ignore[arg-type]
     apart = _Apart()
-    key, members = "", dict[str, bytes]()
+    key, of, members = "", 0, dict[str, bytes]()
     error: Exception | None = None
     try:
-        for name, offset, size in reader:
+        for name, offset, size, archive in reader:
             another, ext = split_name(name)
             full = sum(map(is_image, members)) >= MOST_IMAGES
-            if members and (another != key or ext in members or full):
+            if members and ((another, archive) != (key, of) or ext in members or full):
                 yield from _of_key(url, key, members, apart, left_out)
                 members = {}
-            key = another
+            key, of = another, archive
             wanted = is_image(ext) or ext.rpartition(".")[2] in ("cls", ARRAY)
             members[ext] = _content(tape, offset, size) if wanted else b""
     except Exception as raised:  # decompressors raise almost anything; what was read before stands
@@ -106,7 +106,7 @@ def _samples(url: str, stream: Any, left_out: LeftOut) -> Iterator[Raw]:
     if error is not None:
         raise error
     if reader.damage:
-        raise BadImage(f"{reader.damage}: what stands behind was not read")
+        raise BadImage(EMPTY if reader.damage == EMPTY else f"{reader.damage}: what stands behind was not read")
 
 
 def _content(tape: Forward, offset: int, size: int) -> bytes:
@@ -128,7 +128,8 @@ def _of_key(url: str, key: str, members: dict[str, bytes], apart: "_Apart", left
     for ext in members:
         why = reasons.NO_IMAGE if not chosen else f"image beside the one of its key (.{ext[:24]})"
         if not chosen or (is_image(ext) and ext not in chosen):
-            left_out.add(MEMBERS, printable(why), printable(f"{key}.{ext}"))
+            what = IMAGES if chosen else MEMBERS
+            left_out.add(what, printable(why), printable(f"{key}.{ext}"))
 
 
 class _Apart:

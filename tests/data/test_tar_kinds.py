@@ -16,10 +16,11 @@ import pytest
 from esvit_scale.config import validate
 from esvit_scale.data import left_out
 from esvit_scale.data import manifest as manifests
+from esvit_scale.data.bad_image import BadImage
 from esvit_scale.data.manifest import Entry
 from esvit_scale.data.shard_plan import Recipe
 from esvit_scale.data.shard_writer import write_source
-from esvit_scale.data.sources import SourceOptions
+from esvit_scale.data.sources import SourceOptions, open_source
 from esvit_scale.data.sources.joined import joined
 from esvit_scale.data.sources.tars import TarSource
 from esvit_scale.data.stream import batches, open_data
@@ -100,6 +101,12 @@ def dots() -> Members:
     return numbered + [m for name, i in titled for m in ((name, IMAGES[i]), (name[:-3] + "cls", label(i)))]
 
 
+def equal_names(numbers: range, missing: int | None) -> Members:
+    """Images first, then their labels, but that of the image `missing`; named 0, 1, 2 whatever the numbers."""
+    images: Members = [(f"{k}.png", IMAGES[i]) for k, i in enumerate(numbers)]
+    return images + [(f"{k}.cls", label(i)) for k, i in enumerate(numbers) if k != missing]
+
+
 def all_of(numbers: range) -> Wanted:
     return {i: i % 3 for i in numbers}
 
@@ -147,6 +154,16 @@ KINDS: dict[str, tuple[Callable[[], bytes], Wanted, dict[str, int]]] = {
         {left_out.NO_IMAGE: 3},
     ),
 }
+KINDS |= {
+    "labels named after the whole image": (
+        lambda: tar_of(
+            [("a.png", IMAGES[0]), ("a.left.png", IMAGES[9]), ("a.png.cls", b"0")]
+            + [m for k, i in (("l", 1), ("r", 2)) for m in ((f"b.{k}.png", IMAGES[i]), (f"b.{k}.png.cls", label(i)))]
+        ),
+        all_of(range(3)),
+        {"image beside the one of its key (.left.png)": 1},
+    ),
+}
 ONLY_CREATED = {  # what only a second look at the tar can put together
     "labels behind all images": (
         lambda: tar_of([m for k in (0, 1) for m in simple("s", range(8))[k::2]]),
@@ -166,6 +183,26 @@ ONLY_CREATED = {  # what only a second look at the tar can put together
         ),
         all_of(range(8)),
         {},
+    ),
+    "joined tars of equal names": (
+        lambda: tar_of(equal_names(range(3), 1)) + tar_of(equal_names(range(3, 6), None)),
+        {0: 0, 2: 2, 3: 0, 4: 1, 5: 2},
+        {left_out.UNLABELLED: 1},
+    ),
+    "a label behind its image in the next tar": (
+        lambda: tar_of([("a.png", IMAGES[0]), ("0.png", IMAGES[6])]) + tar_of(simple("", range(1))[::-1]),
+        {0: 0},
+        {left_out.UNLABELLED: 2},
+    ),
+    "labels in a tar of their own": (
+        lambda: tar_of(simple("", range(4))[::2]) + tar_of(simple("", range(4))[1::2]),
+        all_of(range(4)),
+        {},
+    ),
+    "a member twice": (
+        lambda: tar_of([("b.png", IMAGES[1]), ("b.txt", b"x"), ("b.txt", b"y"), ("b.cls", b"1")]),
+        {1: 1},
+        {left_out.NO_IMAGE: 1},
     ),
     "frames of one label": (lambda: tar_of(frames()), {i: i // 4 for i in range(12)}, {}),
 }
@@ -211,6 +248,72 @@ def test_streams_use_or_count_every_member(name: str, squeeze: Callable[[bytes],
     assert {IMAGES.index(raw.image): int(raw.label) for raw in came} == wanted
     assert [counts(row) for row in told] == ([others] if others else [])
     assert len({raw.key for raw in came}) == len(came)
+
+
+def test_a_label_named_after_another_image_stays_with_it(tmp_path: Path) -> None:
+    members = [("s.left.png", IMAGES[1]), ("s.right.png", IMAGES[2]), ("s.left.cls", b"1"), ("t.png", IMAGES[3])]
+    (tmp_path / "x.tar").write_bytes(tar_of([*members, ("t.mask.png", IMAGES[4]), ("t.mask.cls", b"2")]))
+    source = TarSource([tmp_path / "x.tar"], tmp_path)
+    assert source.read(0).label == 1
+    for i in (1, 2):
+        with pytest.raises(BadImage, match="has no label"):
+            source.read(i)
+    assert (left_out.MEMBERS, left_out.WENT_WITH) in source.left_out
+    labels = {IMAGES.index(raw.image): raw.label for raw in streamed(tmp_path / "x.tar")[0]}
+    assert labels == {1: b"1", 2: b"", 3: b""}
+
+
+def test_hard_links_are_read_and_other_links_are_lost_images(tmp_path: Path) -> None:
+    out = io.BytesIO(tar_of([("./p/0.png", IMAGES[0]), (".store", b"1")]))
+    with tarfile.open(fileobj=out, mode="a") as tar:
+        links = [("1.png", "p/0.png", tarfile.LNKTYPE), ("1.cls", ".store", tarfile.LNKTYPE)]
+        links += [("2.png", "1.png", tarfile.LNKTYPE), ("3.png", "gone.png", tarfile.LNKTYPE)]
+        for name, target, kind in [*links, ("4.PNG", "p/0.png", tarfile.SYMTYPE), ("5", "p", tarfile.SYMTYPE)]:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, target
+            tar.addfile(info)
+    (tmp_path / "x.tar").write_bytes(out.getvalue())
+    source = TarSource([tmp_path / "x.tar"], tmp_path)
+    assert [source.name(i) for i in range(len(source))] == ["x.tar/p/0.png", "x.tar/1.png", "x.tar/2.png"]
+    assert source.read(1).data == IMAGES[0]
+    assert source.read(1).label == 1
+    lost = {(row["what"], row["why"], row["first"]): row["count"] for row in source.left_out.rows()}
+    assert lost[left_out.IMAGES, left_out.LINK, "x.tar/3.png"] == 2
+    assert lost[left_out.MEMBERS, left_out.LINK, "x.tar/5"] == 1
+    assert "2 of 5 images" in source.left_out.warning(3)
+    (row,) = streamed(tmp_path / "x.tar")[1]
+    assert {kind["what"]: kind["count"] for kind in row["left_out"] if kind["why"] == left_out.LINK} == {
+        left_out.IMAGES: 4,
+        left_out.MEMBERS: 2,
+    }
+
+
+def test_photos_that_a_dot_puts_beside_another_are_lost_images(tmp_path: Path) -> None:
+    names = ["Smith.jpg", "Smith.John.jpg", "Lee.jpg"]
+    (tmp_path / "x.tar").write_bytes(tar_of([(name, IMAGES[i]) for i, name in enumerate(names)]))
+    left = TarSource([tmp_path / "x.tar"], tmp_path).left_out
+    assert "1 of 3 images (33.3 %) are not in the set" in left.warning(2)
+    assert "(x.tar/Smith.John.jpg)" in left.warning(2)
+    assert streamed(tmp_path / "x.tar")[1][0]["left_out"][0]["what"] == left_out.IMAGES
+
+
+def test_what_is_called_compressed(tmp_path: Path) -> None:
+    for name in ("x.tar", "x.tar.md5", "x.tar.json"):
+        (tmp_path / name).write_bytes(tar_of(simple("", range(2))))
+    assert len(open_source(str(tmp_path), SourceOptions())[""]) == 2
+    for name in ("only/x.TGZ", "below/y.tar", "below/a/x.tar.zst"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    for name in ("only", "below"):
+        with pytest.raises(UserError, match=r"x\.(TGZ|tar\.zst): compressed tars cannot be read at random"):
+            open_source(str(tmp_path / name), SourceOptions())
+
+
+def test_an_empty_file_is_called_so(tmp_path: Path) -> None:
+    (tmp_path / "x.tar").write_bytes(b"")
+    with pytest.raises(UserError, match=r"x\.tar: empty file\)"):
+        TarSource([tmp_path / "x.tar"], tmp_path)
+    assert [row["reason"] for row in streamed(tmp_path / "x.tar")[1]] == ["empty file"]
 
 
 @pytest.mark.parametrize("squeeze", [gzip.compress, bz2.compress, lzma.compress])
@@ -291,7 +394,7 @@ def test_joining_needs_little_memory() -> None:
     """Images first, labels afterwards: the members' places are kept in a file, not in memory."""
     n = 2_000
     tracemalloc.start()
-    runs = (Entry(f"folder/s{i % n:07d}", {("png", "cls")[i // n]: (1024 * i, 100)}) for i in range(2 * n))
+    runs = ((0, Entry(f"folder/s{i % n:07d}", {("png", "cls")[i // n]: (1024 * i, 100)})) for i in range(2 * n))
     count = sum(len(entry.members) == 2 for entry in joined(runs))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

@@ -6,7 +6,7 @@ from typing import Any
 
 from esvit_scale.data.image_folder import list_images
 from esvit_scale.data.left_out import LeftOut
-from esvit_scale.data.sources.base import Source, read_classes, visible_files
+from esvit_scale.data.sources.base import Source, is_image, read_classes, visible_files
 from esvit_scale.data.sources.folder import FolderSource
 from esvit_scale.data.sources.imagenet import imagenet_sources
 from esvit_scale.data.sources.img2dataset import img2dataset_source, is_img2dataset
@@ -15,6 +15,7 @@ from esvit_scale.data.sources.parquet import parquet_source
 from esvit_scale.data.sources.table import table_source
 from esvit_scale.data.sources.tars import tar_source
 from esvit_scale.data.sources.zips import zip_source
+from esvit_scale.data.tar_names import COMPRESSED_TARS
 from esvit_scale.errors import UserError, nearest
 
 BY_SUFFIX = {
@@ -117,7 +118,7 @@ def _kind(where: str) -> str:
     if where == "-":
         return "list"
     if path.is_file():
-        if ".tar." in path.name or path.suffix == ".tgz":
+        if path.name.lower().endswith(COMPRESSED_TARS):
             raise UserError(f"{path}: a compressed tar cannot be read at random; decompress it first")
         if path.suffix.lower() not in BY_SUFFIX:
             list_images(path)  # a file, not a folder
@@ -128,5 +129,9 @@ def _kind(where: str) -> str:
         return "imagenet"
     if is_img2dataset(path):
         return "img2dataset"
-    names = [p.suffix.lower() for p in path.iterdir() if not p.name.startswith(".")]
+    entries = [p for p in path.iterdir() if not p.name.startswith(".")]
+    names = {p.suffix.lower() for p in entries}
+    squeezed = any(p.name.lower().endswith(COMPRESSED_TARS) for p in entries)
+    if squeezed and not any(p.is_dir() or is_image(p.name) for p in entries):
+        return "tars"  # which says that they are compressed
     return next((BY_SUFFIX[s] for s in (".tar", ".zip", ".parquet") if s in names), "folder")

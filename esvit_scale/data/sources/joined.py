@@ -6,7 +6,8 @@ all keys are the same up to their first dot), and a tar in order passes through 
 """
 
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,15 +18,21 @@ from esvit_scale.data.sources.base import EXTRAS, Rows
 from esvit_scale.data.tar_names import base_key, chosen_images, companion
 
 
-def joined(runs: Iterable[Entry]) -> Iterator[Entry]:
+def joined(runs: Iterable[tuple[int, Entry]]) -> Iterator[Entry]:
     """Entries of a tar with all members of their key, in the order in which the keys begin.
 
     A key that comes again with a member of the same extension (`tar --append`) is another sample; members that stand
     apart then go to the first sample of the key that lacks them. Members without an image of their own, such as
-    `x.json`, belong to every image whose name continues their key: `x.0.jpg`, `x.1.jpg`.
+    `x.json`, belong to every image whose name continues their key: `x.0.jpg`, `x.1.jpg`. Of archives joined in one file
+    each is put together by itself first, so that no label goes to an image of the same key in another archive while its
+    own image is there.
+
+    Args:
+        runs: each with the number of its archive, ascending.
     """
-    rows, keys, bases = Rows(), array("Q"), array("Q")
-    for entry in runs:
+    rows, keys, bases, archives = Rows(), array("Q"), array("Q"), array("I")
+    for archive, entry in runs:
+        archives.append(archive)
         rows.append(entry)
         keys.append(hash64(entry.key))
         bases.append(hash64(base_key(entry.key)))
@@ -33,20 +40,29 @@ def joined(runs: Iterable[Entry]) -> Iterator[Entry]:
     if not rows:
         return
     by_key, by_base = np.frombuffer(keys, np.uint64), np.frombuffer(bases, np.uint64)
+    by_archive = np.frombuffer(archives, np.uintc)
     order = np.lexsort((np.arange(len(rows)), by_base))
     starts = np.flatnonzero(np.append(True, by_base[order[1:]] != by_base[order[:-1]]))
     ends = np.append(starts[1:], len(order))
     for group in np.argsort(order[starts], kind="stable").tolist():
         together = order[starts[group] : ends[group]]
-        yield from _of_one_base(rows, together, by_key) if len(together) > 1 else [_entry(rows, int(together[0]))]
+        if len(together) == 1:
+            yield _entry(rows, int(together[0]))
+        elif by_archive[together[0]] == by_archive[together[-1]]:
+            yield from _of_one_base(rows, together, by_key)
+        else:
+            parts = np.split(together, np.flatnonzero(np.diff(by_archive[together])) + 1)
+            found = [entry for part in parts for entry in _of_one_base(rows, part, by_key)]
+            found_keys = np.array([hash64(entry.key) for entry in found], np.uint64)
+            yield from _of_one_base(found, np.arange(len(found)), found_keys)
 
 
-def _entry(rows: Rows, i: int) -> Entry:
+def _entry(rows: Rows | Sequence[Any], i: int) -> Entry:
     key, members = rows[i]
     return Entry(key, {ext: (place[0], place[1]) for ext, place in members.items()})
 
 
-def _of_one_base(rows: Rows, numbers: NDArray[np.int64], by_key: NDArray[np.uint64]) -> Iterator[Entry]:
+def _of_one_base(rows: Rows | Sequence[Any], numbers: NDArray[np.int64], by_key: NDArray[np.uint64]) -> Iterator[Entry]:
     """The entries among rows whose keys agree up to their first dot."""
     groups = _groups(numbers, by_key[numbers])
     shared = _shared(rows, groups) if len(groups) > 1 else None
@@ -78,7 +94,7 @@ def _groups(numbers: NDArray[np.int64], keys: NDArray[np.uint64]) -> list[list[i
     return list(of_key.values())
 
 
-def _shared(rows: Rows, groups: list[list[int]]) -> Entry | None:
+def _shared(rows: Rows | Sequence[Any], groups: list[list[int]]) -> Entry | None:
     """The members of the key that the others of its base continue, where it has no image of its own."""
     for group in groups:
         first = _entry(rows, group[0])
@@ -89,12 +105,21 @@ def _shared(rows: Rows, groups: list[list[int]]) -> Entry | None:
 
 
 def _merged(runs: list[Entry]) -> list[Entry]:
-    """Runs of one key put together."""
+    """Runs of one key put together. A run that fits into no entry as a whole begins another one if it holds an image;
+    else each of its members goes where it is lacking."""
     found: list[Entry] = []
     for key, members in runs:
-        into = next((e for e in found if e.key == key and e.members.keys().isdisjoint(members)), None)
-        if into is None:
-            found.append(Entry(key, dict(members)))
-        else:
-            into.members.update(members)
+        same = [entry for entry in found if entry.key == key]
+        whole = bool(chosen_images(members)) or _lacking(same, members) is not None
+        for part in [members] if whole else [{ext: place} for ext, place in members.items()]:
+            into = _lacking(same, part)
+            if into is None:
+                same.append(Entry(key, {}))
+                found.append(into := same[-1])
+            into.members.update(part)
     return found
+
+
+def _lacking(entries: list[Entry], members: Iterable[str]) -> Entry | None:
+    """The first of the entries that has none of these members."""
+    return next((entry for entry in entries if entry.members.keys().isdisjoint(members)), None)

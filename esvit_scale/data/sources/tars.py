@@ -13,7 +13,7 @@ from esvit_scale.data import left_out
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data.decode import BadImage
 from esvit_scale.data.image_folder import printable
-from esvit_scale.data.left_out import MEMBERS, LeftOut
+from esvit_scale.data.left_out import IMAGES, MEMBERS, LeftOut
 from esvit_scale.data.manifest import Entry
 from esvit_scale.data.sources.base import (
     EXTRAS,
@@ -27,8 +27,16 @@ from esvit_scale.data.sources.base import (
     visible_files,
 )
 from esvit_scale.data.sources.joined import joined
-from esvit_scale.data.tar_names import chosen_images, companion, is_image, sample_key
-from esvit_scale.data.tar_reader import TarReader, compression
+from esvit_scale.data.tar_names import (
+    COMPRESSED_TARS,
+    chosen_images,
+    companion,
+    is_image,
+    parts_of,
+    sample_key,
+    split_name,
+)
+from esvit_scale.data.tar_reader import BLOCK, EMPTY, TarReader, compression
 from esvit_scale.errors import UserError
 
 HOW_LABELS = (None, "none", "parent", "archive")
@@ -90,8 +98,9 @@ class TarSource(Source):
                     self._has_cls.append("cls" in members)
                     used |= {row[2], *members.values()}
                 for ext in (ext for ext in entry.members if ext not in used):
-                    name = printable(f"{self._tar_name(number)}/{entry.key}.{ext}")
-                    self.left_out.add(MEMBERS, printable(_why(ext, entry, bool(used))), name)
+                    what, why = IMAGES if is_image(ext) else MEMBERS, printable(_why(ext, entry, bool(used)))
+                    name = "" if (what, why) in self.left_out else _spelled(file.fileno(), entry, ext)
+                    self.left_out.add(what, why, printable(f"{self._tar_name(number)}/{name}"))
 
     def _entries(self, number: int, tar: Path, file: BinaryIO) -> Iterator[Entry]:
         """By the index beside the tar, where there is one that can be true, else by the tar's headers."""
@@ -103,10 +112,11 @@ class TarSource(Source):
         if kind := compression(os.pread(file.fileno(), 8, 0)):
             raise UserError(f"{tar}: is compressed with {kind} and cannot be read at random; decompress it first")
         reader = TarReader(file, tar.stat().st_size, printable(self._tar_name(number)) + "/")
-        yield from joined(manifests.runs(reader))
+        yield from joined(manifests.numbered_runs(reader))
         self.left_out.update(reader.left_out)
         if reader.damage:
-            self.notes.append(f"{tar}: {reader.damage}: only what stands before can be used")
+            before = "" if reader.damage == EMPTY else ": only what stands before can be used"
+            self.notes.append(f"{tar}: {reader.damage}{before}")
             self.damaged.append((self._tar_name(number), reader.damage))
 
     def _label(self, handle: int, tar: Path, entry: Entry, cls: str | None) -> str | None:
@@ -163,16 +173,15 @@ def tar_source(where: Path, label: str | None, classes: Sequence[str] | None) ->
     """
     if where.is_file():
         return TarSource([where], where, label, classes)
-    compressed = sorted(p.name for p in where.glob("*.tar.*")) + sorted(p.name for p in where.glob("*.tgz"))
-    if compressed:
-        raise UserError(f"{where / compressed[0]}: compressed tars cannot be read at random; decompress them first")
     if manifests.is_shard_set(where):
         manifest = manifests.load(where)
         manifests.check_sizes(manifest)
         named = classes or manifest.classes or None
         return TarSource([where / shard.name for shard in manifest.shards], where, label, named)
     left = LeftOut()
-    tars = visible_files(where, (".tar",), left)
+    tars = visible_files(where, (".tar", *COMPRESSED_TARS), left)
+    if compressed := [tar for tar in tars if tar.name.lower().endswith(COMPRESSED_TARS)]:
+        raise UserError(f"{compressed[0]}: compressed tars cannot be read at random; decompress them first")
     if not tars:
         raise UserError(f"{where}: no .tar files in it")
     if label is None and classes is None:
@@ -222,7 +231,21 @@ def _why(extension: str, entry: Entry, has_sample: bool) -> str:
         return left_out.not_an_image(extension)
     if not has_sample:
         return left_out.NO_IMAGE
-    return left_out.EXTRA_TOO_LARGE if _too_large(extension, entry) else f"beside another .{extension[-4:]} of its key"
+    if _too_large(extension, entry):
+        return left_out.EXTRA_TOO_LARGE
+    kind = extension.rpartition(".")[2]
+    others = set(filter(is_image, entry.members)).difference(chosen_images(entry.members))
+    if any(companion(entry.members, image, kind) == extension for image in others):
+        return left_out.WENT_WITH
+    return f"beside another .{kind} of its key"
+
+
+def _spelled(handle: int, entry: Entry, extension: str) -> str:
+    """The name of a member as its header spells it, where the block before its bytes holds it as a whole."""
+    start = entry.members[extension][0] - BLOCK
+    written = os.pread(handle, 100, start) if start >= 0 else b""
+    name = written.partition(b"\0")[0].decode("utf-8", "surrogateescape")
+    return "/".join(parts_of(name)) if split_name(name) == (entry.key, extension) else f"{entry.key}.{extension}"
 
 
 def _pread(handle: int, offset: int, size: int) -> bytes:
