@@ -2,8 +2,9 @@
 
 import errno
 import os
+import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,6 +17,9 @@ from esvit_scale.data.left_out import FILES, FOLDERS, IMAGES, LeftOut
 from esvit_scale.data.raster import ARRAY
 from esvit_scale.data.tar_names import MAX_MEMBER
 from esvit_scale.errors import UserError
+
+# Names of the parts that data sets are divided into: train, test_images, val-00, seg_train
+SPLIT = re.compile(r"(?:seg_)?(train(?:ing)?|test(?:ing)?|val(?:id|idation)?|dev|eval|holdout)(?![a-z])", re.IGNORECASE)
 
 
 class ImageFile(NamedTuple):
@@ -40,7 +44,11 @@ def printable(path: str) -> str:
 
 
 def list_images(
-    root: Path, label: str | None = None, beside: Sequence[str] = (), keep_loose: bool = False
+    root: Path,
+    label: str | None = None,
+    beside: Sequence[str] = (),
+    keep_loose: bool = False,
+    skip: Collection[str] = (),
 ) -> ImageFolder:
     """List every image file under `root`, by its extension, following links to files and folders. Where there is none,
     `.npy` arrays are the images.
@@ -54,10 +62,11 @@ def list_images(
             holds the image. `none`: no classes.
         keep_loose: keep images directly in `root` beside class folders, without a label.
         beside: further endings (`txt`); files that have one are listed apart and not counted as left out.
+        skip: as `walk`.
 
     Raises:
-        UserError: the folder is missing or holds no image file; a subfolder cannot be listed; `parent` with an image
-            that lies in no subfolder.
+        UserError: the folder is missing or holds no image file, or more arrays than image files; a subfolder cannot be
+            listed; `parent` with an image that lies in no subfolder.
     """
     root = Path(root)
     if not root.is_dir():
@@ -65,7 +74,7 @@ def list_images(
         raise UserError(f"{root}: {what}{_nearest(root)}")
     left, paths, others = LeftOut(), [], []
     arrays: list[str] = []
-    for path in walk(root, left):
+    for path in walk(root, left, skip):
         if (ending := _ending(path)) in EXTENSIONS:
             paths.append(path)
         elif ending and ending in beside:
@@ -74,15 +83,29 @@ def list_images(
             arrays.append(path)
         else:
             left.add(FILES, left_out.not_an_image(printable(ending)), printable(path))
+    check_arrays(root, paths, arrays)
     if not paths:
         paths, arrays = arrays, []
     for path in arrays:
-        left.add(FILES, left_out.not_an_image(ARRAY), printable(path))
+        left.add(IMAGES, left_out.BESIDE_IMAGES, printable(path))
     if not paths:
         held = left.short() or "nothing"
         raise UserError(f"{root}: no image files; it holds {held}; images end in {', '.join(sorted(EXTENSIONS))}")
     paths.sort(key=os.fsencode)
     return _labelled(root, paths, label, left, others, keep_loose)
+
+
+def check_arrays(where: Path, images: Sequence[str], arrays: Sequence[str]) -> None:
+    """Refuse `.npy` arrays beside fewer image files, which would take the place of the arrays: a preview, a plot.
+
+    Raises:
+        UserError: as said.
+    """
+    if images and len(arrays) > len(images):
+        raise UserError(
+            f"{where}: {len(arrays):,} .npy arrays (first: {printable(min(arrays))}) beside {len(images):,} image files "
+            f"(first: {printable(min(images))}); only one of the two kinds can be the images: move the other away"
+        )
 
 
 def _labelled(
@@ -116,6 +139,8 @@ def _labelled(
         )
         paths = [path for path in paths if "/" in path]
     of = (lambda path: path.split("/")[-2]) if label == "parent" else (lambda path: path.split("/", 1)[0])
+    if label is None:
+        notes += filter(None, [_splits_as_classes(root, paths)])
     names, number = numbered({of(path) for path in paths if "/" in path}, folders=True)
     if said := remark(number, names, folders=True):
         notes.append(f"{root}: {said}")
@@ -129,6 +154,19 @@ def _labelled(
     return ImageFolder(root, files, tuple(printable(name) for name in names), left, others, notes)
 
 
+def _splits_as_classes(root: Path, paths: Sequence[str]) -> str:
+    """A line for the user where the class folders are named like splits of a data set (`train`, `test`)."""
+    tops = {path.split("/", 1)[0] for path in paths if "/" in path}
+    if len(tops) < 2 or not all(SPLIT.match(top) for top in tops):
+        return ""
+    deeper = any(path.count("/") > 1 for path in paths)
+    other = "--label parent" if deeper else "--label none"
+    return (
+        f"{root}: its folders ({', '.join(sorted(map(printable, tops))[:4])}) are named like splits and became the classes; "
+        f"give one split's folder, or {other}"
+    )
+
+
 def _count_empty_classes(root: Path, classes: Sequence[str], left: LeftOut) -> None:
     top = _place(root.stat())
     for entry in _entries(os.fspath(root)):
@@ -137,9 +175,12 @@ def _count_empty_classes(root: Path, classes: Sequence[str], left: LeftOut) -> N
             left.add(FOLDERS, left_out.EMPTY_CLASS, printable(entry.name))
 
 
-def walk(root: Path, left: LeftOut) -> Iterator[str]:
+def walk(root: Path, left: LeftOut, skip: Collection[str] = ()) -> Iterator[str]:
     """Yield the paths of the files below a folder, relative to it, through links to folders; what is hidden, circular,
     dangling or special is counted (not the latter two where the name is an image's).
+
+    Args:
+        skip: paths of files and folders that are passed over and not counted; relative to `root`, in a set.
 
     Raises:
         UserError: a folder cannot be listed.
@@ -150,6 +191,8 @@ def walk(root: Path, left: LeftOut) -> Iterator[str]:
         folder, above, hidden = waiting.pop()
         for entry in _entries(os.path.join(root, folder)):  # noqa: PTH118
             path = f"{folder}/{entry.name}" if folder else entry.name
+            if path in skip:
+                continue
             concealed = hidden or entry.name.startswith(".")
             inner = _folder_place(entry)
             if inner is not None and inner not in above:

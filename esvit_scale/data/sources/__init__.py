@@ -4,12 +4,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from esvit_scale.data import manifest as manifests
 from esvit_scale.data.image_folder import list_images
-from esvit_scale.data.left_out import LeftOut
-from esvit_scale.data.sources.base import Source, is_image, read_classes, visible_files
+from esvit_scale.data.left_out import BESIDE_ARCHIVES, LeftOut
+from esvit_scale.data.sources.base import SET_FILES, Source, count_beside, is_image, read_classes, visible_files
 from esvit_scale.data.sources.folder import FolderSource
 from esvit_scale.data.sources.imagenet import imagenet_sources
-from esvit_scale.data.sources.img2dataset import img2dataset_source, is_img2dataset
+from esvit_scale.data.sources.img2dataset import img2dataset_source
+from esvit_scale.data.sources.layout import folder_kind
 from esvit_scale.data.sources.listing import list_source
 from esvit_scale.data.sources.parquet import parquet_source
 from esvit_scale.data.sources.table import table_source
@@ -62,7 +64,7 @@ def open_source(where: str, options: SourceOptions) -> dict[str, Source]:
 
 def _open(where: str, options: SourceOptions) -> dict[str, Source]:
     path = Path(where)
-    kind = options.kind or _kind(where)
+    kind, note = (options.kind, "") if options.kind else _kind(where, options)
     if kind not in KINDS:
         raise UserError(f"--from {kind}: unknown kind of source{nearest(kind, KINDS)}")
     classes = read_classes(options.classes)
@@ -73,7 +75,13 @@ def _open(where: str, options: SourceOptions) -> dict[str, Source]:
         raise UserError(f"{path}: no such file or folder")
     if kind == "imagenet":
         return dict(imagenet_sources(path, _folder_label(options.label), classes))
-    source = _single(kind, where, path, options, classes)
+    try:
+        source = _single(kind, where, path, options, classes)
+    except UserError as error:
+        if note:
+            raise UserError(f"{error} ({note})") from None
+        raise
+    source.notes += filter(None, [note])
     if options.label not in (None, "none") and not source.classes:
         raise UserError(f"{where}: --label {options.label}: none of its {len(source)} images has one")
     return {"": source}
@@ -100,8 +108,18 @@ def _single(kind: str, where: str, path: Path, options: SourceOptions, classes: 
         source.left_out.update(left)
         return source
     if kind == "tars":
-        return tar_source(path, options.label, classes)
+        source = tar_source(path, options.label, classes)
+        if path.is_dir() and manifests.is_shard_set(path):
+            _count_beside_set(path, source.left_out)
+        return source
     return zip_source(path, options.label, classes)
+
+
+def _count_beside_set(folder: Path, left: LeftOut) -> None:
+    """Count what a shard set's folder holds besides the set."""
+    shards = [shard.name for shard in manifests.load(folder).shards]
+    own = {*SET_FILES, *shards, *(Path(name).with_suffix(".index.jsonl").name for name in shards)}
+    count_beside(folder, left, BESIDE_ARCHIVES, own)
 
 
 def _folder_label(label: str | None) -> str | None:
@@ -113,25 +131,22 @@ def _folder_label(label: str | None) -> str | None:
     return label
 
 
-def _kind(where: str) -> str:
+def _kind(where: str, options: SourceOptions) -> tuple[str, str]:
+    """The kind of source that is there, and a line for the user about what else it could have been."""
     path = Path(where)
     if where == "-":
-        return "list"
+        return "list", ""
     if path.is_file():
         if path.name.lower().endswith(COMPRESSED_TARS):
             raise UserError(f"{path}: a compressed tar cannot be read at random; decompress it first")
         if path.suffix.lower() not in BY_SUFFIX:
             list_images(path)  # a file, not a folder
-        return BY_SUFFIX[path.suffix.lower()]
+        return BY_SUFFIX[path.suffix.lower()], ""
     if not path.is_dir():
-        return "folder"
-    if (path / "Data" / "CLS-LOC").is_dir() or ((path / "train").is_dir() and (path / "val").is_dir()):
-        return "imagenet"
-    if is_img2dataset(path):
-        return "img2dataset"
+        return "folder", ""
     entries = [p for p in path.iterdir() if not p.name.startswith(".")]
-    names = {p.suffix.lower() for p in entries}
     squeezed = any(p.name.lower().endswith(COMPRESSED_TARS) for p in entries)
     if squeezed and not any(p.is_dir() or is_image(p.name) for p in entries):
-        return "tars"  # which says that they are compressed
-    return next((BY_SUFFIX[s] for s in (".tar", ".zip", ".parquet") if s in names), "folder")
+        return "tars", ""  # which says that they are compressed
+    meant = options.image_column or options.caption or options.label not in (None, "none", "parent")
+    return folder_kind(path, bool(meant))

@@ -5,7 +5,7 @@ import os
 import tempfile
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from esvit_scale.data import left_out
 from esvit_scale.data.class_names import NO_LABEL, UNKNOWN, numbered, numbered_as, remark
 from esvit_scale.data.decode import EXTENSIONS, BadImage
 from esvit_scale.data.image_folder import printable, walk
-from esvit_scale.data.left_out import FILES, IMAGES, LeftOut
+from esvit_scale.data.left_out import ARCHIVES, FILES, IMAGES, LeftOut
 from esvit_scale.data.progress import say
 from esvit_scale.errors import UserError
 
@@ -180,11 +180,22 @@ def visible_files(root: Path, suffixes: tuple[str, ...], left: LeftOut) -> list[
         base = path.rpartition("/")[2]
         if base.lower().endswith(suffixes):
             found.append(root / path)
-        elif is_image(base):
-            left.add(IMAGES, left_out.BESIDE_ARCHIVES, printable(path))
         elif base not in SET_FILES and not base.endswith(".index.jsonl"):
-            left.add(FILES, left_out.BESIDE_ARCHIVES, printable(path))
+            left.add(what_file(path), left_out.BESIDE_ARCHIVES, printable(path))
     return sorted(found)
+
+
+def what_file(path: str) -> str:
+    """What a file that is left out is counted as: IMAGES, ARCHIVES or FILES."""
+    if is_image(path):
+        return IMAGES
+    return ARCHIVES if extension(path) in ("tar", "zip", "parquet", "pq") else FILES
+
+
+def count_beside(root: Path, left: LeftOut, why: str, skip: Collection[str]) -> None:
+    """Count the files below `root` that are not used, but for the paths in `skip`, as `image_folder.walk`."""
+    for path in walk(root, left, skip):
+        left.add(what_file(path), why, printable(path))
 
 
 def read_classes(path: Path | None) -> tuple[str, ...] | None:

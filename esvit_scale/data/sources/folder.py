@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +19,23 @@ class FolderSource(Source):
     label: as `list_images`.
     classes: names in the order of their numbers, instead of the subfolders' own order.
     captions: `x.txt` and `x.json` beside `x.jpg` belong to it.
+    skip: as `image_folder.walk`.
 
     Raises:
         UserError: as `list_images`; a subfolder that is not one of `classes`.
     """
 
     def __init__(
-        self, root: Path, label: str | None = None, classes: Sequence[str] | None = None, captions: bool = False
+        self,
+        root: Path,
+        label: str | None = None,
+        classes: Sequence[str] | None = None,
+        captions: bool = False,
+        skip: Collection[str] = (),
     ) -> None:
         super().__init__()
         self.root = root
-        folder = list_images(root, label, EXTRAS if captions else ())
+        folder = list_images(root, label, EXTRAS if captions else (), skip=skip)
         self.left_out, self.notes = folder.left_out, folder.notes
         self._extra_files = self._sort_out(folder) if captions else {}
         numbers = _numbers(folder, classes)

@@ -1,10 +1,13 @@
 """ImageNet's train/ and val/ as they come: class folders in both, or Kaggle's layout, where val/ is flat."""
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from esvit_scale.data.sources.base import Source
+from esvit_scale.data import left_out
+from esvit_scale.data.image_folder import walk
+from esvit_scale.data.left_out import NO_PATH, ROWS, LeftOut
+from esvit_scale.data.sources.base import Source, count_beside, is_image
 from esvit_scale.data.sources.folder import FolderSource
 from esvit_scale.data.sources.listing import PathSource
 from esvit_scale.errors import UserError
@@ -13,7 +16,7 @@ KAGGLE_ANSWERS = "LOC_val_solution.csv"  # ImageId, "wnid x y x y …"
 
 
 def imagenet_sources(root: Path, label: str | None, classes: Sequence[str] | None) -> dict[str, Source]:
-    """`train` and `val`, with train's classes in both; without classes with label `none`.
+    """`train` and `val`, with train's classes in both; without classes with label `none`. Files elsewhere are counted.
 
     Raises:
         UserError: train/ or val/ is missing, or val/ is flat and nothing says its classes.
@@ -21,24 +24,50 @@ def imagenet_sources(root: Path, label: str | None, classes: Sequence[str] | Non
     base = next((root / part for part in ("Data/CLS-LOC", "") if (root / part / "train").is_dir()), None)
     if base is None or not (base / "val").is_dir():
         raise UserError(f"{root}: not ImageNet's layout: train/ and val/ (or Data/CLS-LOC/ with both) are needed")
+    sources, answers = _splits(root, base, label, classes)
+    used = [base / "train", base / "val", *([answers] if answers else [])]
+    skip = {path.relative_to(root).as_posix() for path in used}
+    count_beside(root, sources["train"].left_out, left_out.BESIDE_SPLITS, skip)
+    return sources
+
+
+def _splits(
+    root: Path, base: Path, label: str | None, classes: Sequence[str] | None
+) -> tuple[dict[str, Source], Path | None]:
+    """The sources below `base`, and the file that says the classes of a flat val/."""
     if label == "none":
-        return {part: FolderSource(base / part, "none") for part in ("train", "val")}
+        return {part: FolderSource(base / part, "none") for part in ("train", "val")}, None
     train = FolderSource(base / "train", label, classes)
     if not train.classes:
         raise UserError(f"{base / 'train'}: images lie directly in it; ImageNet has a folder per class there")
     if any(p.is_dir() and not p.name.startswith(".") for p in (base / "val").iterdir()):
-        return {"train": train, "val": FolderSource(base / "val", label, train.classes)}
+        return {"train": train, "val": FolderSource(base / "val", label, train.classes)}, None
     answers = next((p for p in (root / KAGGLE_ANSWERS, base / KAGGLE_ANSWERS) if p.is_file()), None)
     if answers is None:
         raise UserError(
             f"{base / 'val'}: flat, and no {KAGGLE_ANSWERS} in {root} says its classes; put that file there, or sort the "
             "images into class folders"
         )
-    return {"train": train, "val": PathSource(_answers(answers), base / "val", train.classes)}
+    return {"train": train, "val": _flat(base / "val", answers, train.classes)}, answers
 
 
-def _answers(path: Path) -> Iterator[list[str | None]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.reader(file) if len(row) >= 2 and row[0] != "ImageId"]
-    for image, answer, *_ in sorted(rows):
-        yield [f"{image}.JPEG", answer.split(" ", 1)[0], None]
+def _flat(val: Path, answers: Path, classes: Sequence[str]) -> PathSource:
+    """The images of a flat val/ that the answers name; the others are counted."""
+    rows_left = LeftOut()
+    files = {path.rpartition(".")[0]: path for path in sorted(walk(val, LeftOut())) if is_image(path)}
+    source = PathSource(_answers(answers, files, rows_left), val, classes)
+    named = {source.name(i) for i in range(len(source))}
+    count_beside(val, source.left_out, f"not named in {KAGGLE_ANSWERS}", named)
+    source.left_out.update(rows_left)
+    return source
+
+
+def _answers(path: Path, files: Mapping[str, str], left: LeftOut) -> Iterator[list[str | None]]:
+    """[path, label, caption] of each row; `files` are those of val/ by their names without ending."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        numbered = [(row, number) for number, row in enumerate(csv.reader(file), 1) if row and row[0] != "ImageId"]
+    for row, number in sorted(numbered):
+        if len(row) < 2 or not row[0]:
+            left.add(ROWS, NO_PATH, f"{path.name}: line {number}")
+            continue
+        yield [files.get(row[0], f"{row[0]}.JPEG"), row[1].split(" ", 1)[0], None]

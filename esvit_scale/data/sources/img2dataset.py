@@ -1,18 +1,28 @@
 """What img2dataset leaves: numbered tars, parquet files or folders, each with NAME_stats.json when it is complete."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
-from esvit_scale.data.image_folder import printable
-from esvit_scale.data.left_out import ARCHIVES, UNFINISHED
-from esvit_scale.data.sources.base import Source
+from esvit_scale.data.image_folder import printable, walk
+from esvit_scale.data.left_out import ARCHIVES, BESIDE_ARCHIVES, UNFINISHED, LeftOut
+from esvit_scale.data.sources.base import Source, what_file
 from esvit_scale.data.sources.folder import FolderSource
 from esvit_scale.data.sources.tars import TarSource
 from esvit_scale.errors import UserError
 
 
 def is_img2dataset(root: Path) -> bool:
-    return next(root.glob("*_stats.json"), None) is not None
+    """Whether a NAME_stats.json stands beside its NAME.tar, NAME.parquet or folder NAME."""
+    return any(
+        (root / name).is_dir() or (root / f"{name}.tar").is_file() or (root / f"{name}.parquet").is_file()
+        for name in _complete(root)
+    )
+
+
+def _complete(root: Path) -> set[str]:
+    """Names of the parts that img2dataset says it has finished."""
+    found = {p.name.removesuffix("_stats.json") for p in root.glob("*_stats.json") if not p.name.startswith(".")}
+    return found - {""}
 
 
 def img2dataset_source(root: Path, label: str | None, classes: Sequence[str] | None) -> Source:
@@ -22,7 +32,7 @@ def img2dataset_source(root: Path, label: str | None, classes: Sequence[str] | N
     Raises:
         UserError: nothing complete there, or another output format.
     """
-    complete = {p.name.removesuffix("_stats.json") for p in root.glob("*_stats.json")}
+    complete = _complete(root)
     if not complete:
         raise UserError(
             f"{root}: no *_stats.json in it: img2dataset has finished nothing there, or this is not its folder"
@@ -34,10 +44,23 @@ def img2dataset_source(root: Path, label: str | None, classes: Sequence[str] | N
         source.notes += [f"{p}: left out: img2dataset has not finished it" for p in unfinished]
         for path in unfinished:
             source.left_out.add(ARCHIVES, UNFINISHED, printable(path.name))
+        _count_others(root, source.left_out, {p.name for p in tars}, [p.stem for p in tars])
         return source
-    if any(p.is_dir() and p.name in complete for p in root.iterdir()):
-        return FolderSource(root, "none", captions=True)
+    entries = {p.name: p.is_dir() for p in root.iterdir()}
+    folders = {name for name, is_folder in entries.items() if is_folder and name in complete}
+    if folders:
+        source = FolderSource(root, "none", captions=True, skip=entries.keys() - folders)
+        _count_others(root, source.left_out, folders, folders)
+        return source
     raise UserError(
         f"{root}: neither tars nor folders beside *_stats.json; of output_format=parquet give the image files' column: "
         "--from parquet --image-column jpg --caption caption"
     )
+
+
+def _count_others(root: Path, left: LeftOut, used: Collection[str], parts: Iterable[str]) -> None:
+    """Count what is neither used nor the statistics and tables that belong to the tars or folders `parts`."""
+    skip = {*used, *(f"{part}{ending}" for part in parts for ending in ("_stats.json", ".parquet"))}
+    for path in walk(root, left, skip):
+        unfinished = path.partition("/")[0].isdecimal() and "/" in path
+        left.add(what_file(path), UNFINISHED if unfinished else BESIDE_ARCHIVES, printable(path))

@@ -1,7 +1,6 @@
 """Parquet files with a column of image paths or of image files (plain, or Hugging Face's {bytes, path})."""
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from esvit_scale.data.decode import BadImage
-from esvit_scale.data.image_folder import read_file
+from esvit_scale.data.image_folder import SPLIT, read_file
 from esvit_scale.data.left_out import EMPTY, NO_PATH, ROWS, UNREADABLE, LeftOut
 from esvit_scale.data.sources import arrow
 from esvit_scale.data.sources.base import Item, Labels, Source, labelled
@@ -19,7 +18,6 @@ from esvit_scale.errors import UserError
 
 BATCH_BYTES = 16_000_000  # of images in memory at a time, about
 MOST_ROWS = 1024  # in a batch
-SPLIT = re.compile(r"(train|test|val|valid|validation|dev)(?![a-z])", re.IGNORECASE)
 
 
 class Chosen(NamedTuple):

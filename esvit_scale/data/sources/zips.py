@@ -13,8 +13,8 @@ from pathlib import Path
 
 from esvit_scale.data import left_out
 from esvit_scale.data.decode import BadImage
-from esvit_scale.data.image_folder import printable
-from esvit_scale.data.left_out import MEMBERS, LeftOut
+from esvit_scale.data.image_folder import check_arrays, printable
+from esvit_scale.data.left_out import IMAGES, MEMBERS, LeftOut
 from esvit_scale.data.raster import ARRAY
 from esvit_scale.data.sources.base import (
     Item,
@@ -57,7 +57,10 @@ class ZipSource(Source):
         labels = Labels()
         for number, path in enumerate(self._zips):
             infos = list(_contents(path))
-            arrays = not any(is_image(info.filename) for info in infos)
+            pictures = [info.filename for info in infos if is_image(info.filename) and not no_sample(info.filename)]
+            numeric = [info.filename for info in infos if extension(info.filename) == ARRAY]
+            check_arrays(path, pictures, numeric)
+            arrays = not pictures
             for info in infos:
                 if not self._usable(path, info.filename, arrays):
                     continue
@@ -84,8 +87,9 @@ class ZipSource(Source):
         why = no_sample(member)
         if (is_image(member) or (arrays and extension(member) == ARRAY)) and not why:
             return True
-        why = why or left_out.not_an_image(printable(extension(member)))
-        self.left_out.add(MEMBERS, why, printable(f"{zip_file.name}/{member}"))
+        array = not why and extension(member) == ARRAY
+        why = why or (left_out.BESIDE_IMAGES if array else left_out.not_an_image(printable(extension(member))))
+        self.left_out.add(IMAGES if array else MEMBERS, why, printable(f"{zip_file.name}/{member}"))
         return False
 
     def name(self, i: int) -> str:
