@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from esvit_scale import config as configs
@@ -84,6 +84,7 @@ def test_swin_presets_are_esvits_recipe(name):
 # --- reading and writing -------------------------------------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(
     st.fixed_dictionaries(
         {
@@ -344,6 +345,7 @@ def test_differences_name_every_leaf():
     assert differences(a, resolve("swin_t", ["data.local_crops=[]"]))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 5000), st.integers(1, 600))
 def test_largest_divisor(n, at_most):
     assert configs.largest_divisor(n, at_most) == max(d for d in range(1, at_most + 1) if n % d == 0)
