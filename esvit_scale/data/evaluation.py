@@ -93,15 +93,18 @@ class Items:
             return printable(self._source.files[number].path)
         return self._entry(number)[1].key
 
-    def labels(self) -> set[int]:
-        """Return the labels that samples have, without reading images; damaged samples are passed over."""
+    def labels(self) -> dict[int, int]:
+        """Return the labels that samples have (-1: none), each with the number of the first such sample, without reading
+        images; damaged samples are passed over."""
+        found: dict[int, int] = {}
         if isinstance(self._source, ImageFolder):
-            return {file.label for file in self._source.files}
+            for number, file in enumerate(self._source.files):
+                found.setdefault(file.label, number)
+            return found
         assert self._reader is not None
-        found = set()
         for number in range(len(self)):
             try:
-                found.add(self._reader.label(*self._entry(number)))
+                found.setdefault(self._reader.label(*self._entry(number)), number)
             except (BadImage, OSError):
                 continue
         return found

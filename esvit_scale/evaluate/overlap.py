@@ -8,6 +8,8 @@ from pathlib import Path
 
 from esvit_scale.data.bad_image import BadImage
 from esvit_scale.data.evaluation import Items, items_of
+from esvit_scale.data.manifest import is_shard_set
+from esvit_scale.errors import UserError
 from esvit_scale.evaluate.features import contents
 from esvit_scale.evaluate.labels import require_classes, require_trained
 from esvit_scale.parallel import collectives
@@ -28,7 +30,8 @@ def check_sets(train: Sequence[Path], test: Path, what: str, classes: bool = Tru
         classes: whether the sets' own classes are their labels; False: labels come from elsewhere.
 
     Raises:
-        UserError: a set without classes, or a class of the test set that has no training sample.
+        UserError: a set without classes, an image without a label, or a class of the test set that has no training
+            sample.
     """
     collectives.on_rank_0(lambda: _check(train, test, what, classes))
 
@@ -36,8 +39,8 @@ def check_sets(train: Sequence[Path], test: Path, what: str, classes: bool = Tru
 def _check(train: Sequence[Path], test: Path, what: str, classes: bool) -> None:
     if classes:
         require_classes([*train, test], what)
-        there = {name for source in train for name in _classes_of(source)}
-        require_trained(there, _classes_of(test))
+        there = {name for source in train for name in _classes_of(source, what)}
+        require_trained(there, _classes_of(test, what))
     for source in train:
         if source.resolve() == test.resolve():
             log.warning("%s: train and test are the same set: what is measured is memory, not recognition", test)
@@ -45,10 +48,22 @@ def _check(train: Sequence[Path], test: Path, what: str, classes: bool) -> None:
             _warn_of_shared(source, test)
 
 
-def _classes_of(source: Path) -> list[str]:
-    """The classes of a set that samples have, in order; not those that it only names."""
+def _classes_of(source: Path, what: str) -> list[str]:
+    """The classes of a set that samples have, in order; not those that it only names.
+
+    Raises:
+        UserError: an image has no label.
+    """
     names, items = contents(source).classes, items_of(source, notes=False)
-    return [names[i] for i in sorted(items.labels()) if 0 <= i < len(names)]
+    labels = items.labels()
+    if (first := labels.get(-1)) is not None:
+        remedy = (
+            "write the set again, which leaves such images out"
+            if is_shard_set(source)
+            else "move it to the folder of its class, or out of the set"
+        )
+        raise UserError(f"{source}/{items.name(first)}: has no label, and {what} needs one of every image; {remedy}")
+    return [names[i] for i in sorted(labels) if 0 <= i < len(names)]
 
 
 def _warn_of_shared(train: Path, test: Path) -> None:

@@ -1,5 +1,6 @@
 """What is wrong with two sets, said before features are computed; and how many classes a split leaves in one part."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -60,7 +61,7 @@ def test_a_class_that_is_only_named_in_the_training_set_is_missing(
         check_sets([one_each / "sets" / "train"], one_each / "sets" / "val", "k-NN")
 
 
-def list_labels(shards: Path) -> set[int]:
+def list_labels(shards: Path) -> dict[int, int]:
     from esvit_scale.data.evaluation import items_of
 
     return items_of(shards).labels()
@@ -91,6 +92,29 @@ def test_the_commands_stop_before_the_weights_are_read(one_each: Path, capsys: p
         assert cli.main(["evaluate", command, "--checkpoint", str(one_each / "no such weights"), *sets]) == 2
         assert "1 of its 12 classes have no training sample: 'c03'" in capsys.readouterr().err
     assert not (one_each / "out").exists()
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_an_image_beside_the_classes_is_named_before_the_features(
+    one_each: Path, part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stray = photo(one_each / part / "cover.png", 5)
+    sets = ["--train", str(one_each / "train"), "--test", str(one_each / "test"), "--out", str(one_each / "out")]
+    assert cli.main(["evaluate", "knn", "--checkpoint", str(one_each / "no such weights"), *sets]) == 2
+    assert f"{stray}: has no label, and k-NN needs one of every image; move it" in capsys.readouterr().err
+
+
+def test_a_sample_without_a_label_is_named_before_the_features(one_each: Path) -> None:
+    """The manifest has classes, and by its index the second sample has no `.cls`."""
+    created(one_each / "train", one_each / "set")
+    (tar,) = (one_each / "set").glob("*.tar")
+    index = tar.with_suffix(".index.jsonl")
+    lines = index.read_text().splitlines()
+    key, members = json.loads(lines[2])
+    lines[2] = json.dumps([key, {"png": members["png"]}])
+    index.write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError, match=rf"set/{tar.name}: sample 1: has no label, .*; write the set again"):
+        check_sets([one_each / "train"], one_each / "set", "k-NN")
 
 
 def test_tables_of_several_labels_as_pandas_writes_them(tmp_path: Path) -> None:
