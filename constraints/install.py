@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 HERE = Path(__file__).parent
-NEWEST_FIRST = ("newest", "torch-2.14", "oldest")
+NEWEST_FIRST = ("newest", "oldest")
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "install", "--quiet"]
 
 
