@@ -246,6 +246,44 @@ def test_odd_tables_are_named_with_their_line(name: str, pictures: Path) -> None
     assert "\n" not in str(caught.value)
 
 
+QUOTED = {
+    "header": '"path"\t"w"\n"0.png"\t"1"\n',
+    "paths": 'path\tw\n0.png\t1\n"1.png"\t1\n',
+    "labels": 'path\tw\n0.png\t"1"\n',
+    "a tab in quotes": 'path\tw\tc\n0.png\t1\t"a\tb"\n',
+}
+
+
+@pytest.mark.parametrize("name", QUOTED)
+def test_a_quoted_tsv_asks_for_the_option(name: str, pictures: Path) -> None:
+    (pictures / "x.tsv").write_text(QUOTED[name])
+    with pytest.raises(UserError, match=r"line \d.* are its fields quoted\? Then add --quoted"):
+        open_source(str(pictures / "x.tsv"), SourceOptions(label="w"))
+    [source] = open_source(str(pictures / "x.tsv"), SourceOptions(label="w", quoted=True)).values()
+    assert (source.name(0), source.classes) == ("0.png", ("0", "1"))
+
+
+def test_tables_as_excel_writes_them(pictures: Path) -> None:
+    def opened(text: bytes, label: str | None = "y") -> tuple[tuple[str, ...], list[str]]:
+        (pictures / "x.csv").write_bytes(text)
+        [source] = open_source(str(pictures / "x.csv"), SourceOptions(label=label)).values()
+        return source.classes, source.notes
+
+    assert opened(b"sep=;\r\npath;y\r\n0.png;1\r\n   \r\n1.png;0\r\n") == (("0", "1"), [])
+    found, notes = opened(b"path;y\n0.png;1,0\n1.png;0,0\n2.png;2\n")
+    assert found == ("0", "1", "2")
+    assert notes[1].endswith("line 2: 1,0 has a decimal comma; read as 1.0")
+    assert len(notes) == 2
+    assert opened(b"path,a b,Label\n0.png,x,y\n", "none") == ((), [])
+    assert "its column Label is not used; --label Label" in opened(b"path,a b,Label\n0.png,x,y\n", None)[1][0]
+    with pytest.raises(UserError, match="line 4 has 1 columns"):
+        opened(b"sep=;\npath;y\n0.png;1\n1.png\n")
+    with pytest.raises(UserError, match=r"line 1: the header is not UTF-8 \(Latin-1\?\); save the table as UTF-8"):
+        opened(b"path,S\xe3o\n0.png,1\n", "S\xe3o")
+    with pytest.raises(UserError, match=r"this is an Excel workbook \(zip\): export it as CSV"):
+        opened(b"PK\x03\x04" + bytes(100))
+
+
 def test_captions_may_have_several_lines(pictures: Path) -> None:
     (pictures / "x.csv").write_text('path,w\n0.png,"one, two\nthree, four"\n1.png,\n,x\n')
     manifest = write(pictures / "x.csv", pictures / "set", caption="w")
@@ -276,6 +314,8 @@ def test_class_names_of_the_schema_and_paths_instead_of_bytes(numbers: list[floa
         {"bytes": None, "path": None},
     ]
     where = parquet(pictures / "x.parquet", {"image": rows, "y": pa.array(numbers)}, ["9", "cat", "0"])
+    [unlabelled] = open_source(str(where), SourceOptions()).values()
+    assert "its column y is not used; --label y makes it the classes" in unlabelled.notes[0]
     manifest = write(where, pictures / "set", label="y")
     assert contents(manifest) == {files[0]: ("cat", None), files[1]: ("9", None), files[2]: ("0", None)}
     assert counts(manifest) == {("images", left_out.UNREADABLE): 1, ("images", left_out.EMPTY): 1}

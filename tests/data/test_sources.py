@@ -283,7 +283,8 @@ BAD = {
     "x.tar.gz": ("x", {}, "compressed tar"),
     "x.zip": ("no zip", {}, "not a readable zip file"),
     "x.parquet": ("no parquet", {}, "not a readable parquet file"),
-    "x.doc": ("x", {}, "is a file, not a folder"),
+    "x.doc": ("x", {}, r"not a source that can be read; save it as CSV \(UTF-8\)"),
+    "x.jpg": ("x", {}, "is a file, not a folder"),
     "q.txt": ("x", {"kind": "lists"}, "--from lists: unknown kind of source; did you mean 'list'"),
     "r.txt": ("x", {"label": "first"}, "--label first"),
 }

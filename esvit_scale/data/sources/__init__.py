@@ -140,7 +140,12 @@ def _kind(where: str, options: SourceOptions) -> tuple[str, str]:
         if path.name.lower().endswith(COMPRESSED_TARS):
             raise UserError(f"{path}: a compressed tar cannot be read at random; decompress it first")
         if path.suffix.lower() not in BY_SUFFIX:
-            list_images(path)  # a file, not a folder
+            if is_image(path.name):
+                list_images(path)  # a file, not a folder
+            raise UserError(
+                f"{path}: not a source that can be read; save it as CSV (UTF-8), or give a folder, list, .tsv, .parquet, "
+                ".tar or .zip"
+            )
         return BY_SUFFIX[path.suffix.lower()], ""
     if not path.is_dir():
         return "folder", ""

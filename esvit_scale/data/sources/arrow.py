@@ -91,14 +91,28 @@ def class_names(path: Path, column: str) -> tuple[str, ...] | None:
     types, kind = pyarrow().types, plain(schema.field(column).type)
     if not (types.is_integer(kind) or types.is_floating(kind)):
         return None
-    try:
-        about = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]
-        names = about["names"] if about["_type"] == "ClassLabel" else None
-    except (KeyError, TypeError, ValueError, RecursionError):
-        return None
+    names = _class_labels(schema).get(column)
     if not isinstance(names, list) or not names or len(set(map(str, names))) < len(names):
         return None
     return tuple(map(str, names))
+
+
+def class_label_columns(path: Path) -> list[str]:
+    """The columns that Hugging Face's metadata in the schema call ClassLabel."""
+    return list(_class_labels(open_file(path).schema_arrow))
+
+
+def _class_labels(schema: Any) -> dict[str, Any]:
+    """What should be the names of each ClassLabel column, unchecked."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"].items()
+    except (KeyError, TypeError, ValueError, RecursionError, AttributeError):
+        return {}
+    return {
+        name: about.get("names")
+        for name, about in features
+        if isinstance(about, dict) and about.get("_type") == "ClassLabel"
+    }
 
 
 def label_text(value: Any) -> str | None:

@@ -47,8 +47,8 @@ def parquet_source(
     first = arrow.open_file(paths[0])
     names = first.schema_arrow.names
     columns = Columns(str(paths[0]), names, image, label, caption)
-    others = (names[i] if i is not None else None for i in (columns.label, columns.caption))
-    chosen = Chosen(names[columns.image], *others)
+    more = (names[i] if i is not None else None for i in (columns.label, columns.caption))
+    chosen = Chosen(names[columns.image], *more)
     _check_files(paths, chosen)
     start = root if root is not None else paths[0].parent
     kind = first.schema_arrow.field(columns.image).type
@@ -68,6 +68,8 @@ def parquet_source(
         raise UserError(
             f"{paths[0]}: column {chosen.image} holds {kind}; paths (text) or image files (binary) are needed{several}"
         )
+    others = [name for name in arrow.class_label_columns(paths[0]) if name in names]
+    source.notes += filter(None, [columns.label_unused(label, others)])
     splits = sorted({found[1].lower() for path in paths if (found := SPLIT.match(path.name))})
     if len(splits) > 1:
         source.notes.append(

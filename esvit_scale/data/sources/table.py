@@ -1,7 +1,9 @@
 """CSV and TSV files with a column of image paths, and columns of labels and captions by option."""
 
 import csv
+import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,8 +14,26 @@ from esvit_scale.data.sources.listing import PathSource
 from esvit_scale.errors import UserError, nearest
 
 IMAGE_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "image", "image_path", "img")
+LABEL_COLUMNS = frozenset(
+    [
+        "label",
+        "labels",
+        "target",
+        "targets",
+        "class",
+        "class_id",
+        "class_name",
+        "category",
+        "fine_label",
+        "coarse_label",
+        "y",
+    ]
+)
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
+WORKBOOKS = {b"PK\x03\x04": "this is an Excel workbook (zip)", b"\xd0\xcf\x11\xe0": "this is an Excel workbook"}
+SEPARATOR_LINE = re.compile(r'"?sep=([^"\w])"?', re.IGNORECASE)  # Excel's own first line
+DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
 UTF8_ADVICE = "save the table as UTF-8 (Excel: 'CSV UTF-8'; iconv -f latin1 -t utf-8)"
 
 
@@ -38,6 +58,20 @@ class Columns:
         self.label = self._at(label, "--label") if label and label != "none" else None
         self.caption = self._at(caption, "--caption") if caption else None
 
+    def label_unused(self, label: str | None, others: Iterable[str] = ()) -> str:
+        """A line for the user where `label`, the option, is not given and a column is named like one; else empty.
+
+        Args:
+            others: columns that hold labels whatever their names.
+        """
+        found = [name for name in self._names if name.strip().lower() in LABEL_COLUMNS or name in others]
+        if label is not None or not found:
+            return ""
+        return (
+            f"{self._where}: no classes: its column {printable(found[0])} is not used; --label {printable(found[0])} makes "
+            "it the classes, --label none says that none are wanted"
+        )
+
     def _at(self, name: str, option: str) -> int:
         if name not in self._names:
             raise UserError(f"{self._where}: {option} {name}: no such column{nearest(name, self._names)}")
@@ -55,15 +89,17 @@ class Dialect(NamedTuple):
     encoding: str
     separator: str
     quoted: bool  # whether a field that begins with a quote ends with one
+    above: int = 0  # lines above the header
 
     def rows(self, path: Path, lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
         """Each row's first line, counted from 1, and its fields. Raises UserError for a quote that is not closed."""
+        lines = islice(lines, self.above, None)
         if self.quoted:
             reader = csv.reader(lines, delimiter=self.separator, strict=True)
         else:
             reader = csv.reader(lines, delimiter=self.separator, quoting=csv.QUOTE_NONE)
         while True:
-            line = reader.line_num + 1
+            line = self.above + reader.line_num + 1
             try:
                 row = next(reader, None)
             except csv.Error as error:
@@ -103,9 +139,10 @@ def table_source(
             header = [name.strip() for name in next(rows, (1, []))[1]]
             if not header:
                 raise UserError(f"{path}: empty; its first row names the columns")
-            columns = Columns(str(path), header, image, label, caption)
+            columns = _columns(path, header, dialect, image, label, caption)
+            notes += filter(None, [columns.label_unused(label)])
             start = root if root is not None else path.parent
-            source = PathSource(_rows(path, rows, dialect, columns, len(header), left), start, classes)
+            source = PathSource(_rows(path, rows, dialect, columns, len(header), left, notes), start, classes)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except UnicodeError as error:
@@ -116,14 +153,44 @@ def table_source(
     return source
 
 
+def _columns(
+    path: Path, header: Sequence[str], dialect: Dialect, image: str | None, label: str | None, caption: str | None
+) -> Columns:
+    """The columns of a header. Raises UserError as Columns, and where the header is quoted or not UTF-8."""
+    if not dialect.quoted:
+        for name in header:
+            _check_unquoted(path, dialect.above + 1, name)
+    try:
+        return Columns(str(path), header, image, label, caption)
+    except UserError:
+        if any("\udc80" <= letter <= "\udcff" for name in header for letter in name):
+            raise UserError(f"{path}: line 1: the header is not UTF-8 (Latin-1?); {UTF8_ADVICE}") from None
+        raise
+
+
+def _check_unquoted(path: Path, line: int, field: str) -> None:
+    """Raises UserError for a field in quotes, where quotes are characters like others."""
+    field = field.strip()
+    if len(field) > 1 and field[0] == field[-1] == '"':
+        raise UserError(
+            f"{path}: line {line}: {printable(field[:80])} begins and ends with a quote; are its fields quoted? Then add "
+            "--quoted"
+        )
+
+
 def _dialect(path: Path, separator: str, quoted: bool, notes: list[str]) -> Dialect:
-    """How the table is written, from its first bytes: UTF-16 by its byte-order mark, another separator by the header."""
+    """How the table is written, from its first bytes: UTF-16 by its byte-order mark, another separator by the header, or by
+    a line `sep=;` above it. Raises UserError for what is no text."""
     with path.open("rb") as file:
         start = file.read(1 << 16)
+    if start[:4] in WORKBOOKS:
+        raise UserError(f"{path}: {WORKBOOKS[start[:4]]}: export it as CSV (UTF-8)")
     encoding = "utf-16" if start[:2] in UTF16 else "utf-8-sig"
     if encoding == "utf-8-sig" and b"\0" in start:
         raise UserError(f"{path}: not text in UTF-8 (UTF-16 without its mark, or binary); {UTF8_ADVICE}")
     header = start.decode(encoding, "replace").splitlines()[:1]
+    if header and (said := SEPARATOR_LINE.fullmatch(header[0].strip(" "))):
+        return Dialect(encoding, said[1], quoted, above=1)
     if header and separator not in header[0]:
         others = [other for other in SEPARATORS if other in header[0]]
         if len(others) == 1:
@@ -139,15 +206,23 @@ def _rows(
     columns: Columns,
     width: int,
     left: LeftOut,
+    notes: list[str],
 ) -> Iterator[list[str | None]]:
     """[path, label, caption] of every row that names an image; the others are counted."""
+    commas = False
     for line, row in rows:
-        if not row:  # an empty line
+        if not row or (len(row) == 1 and not row[0].strip()):  # an empty line
             continue
         _check_row(path, line, row, columns, width, dialect)
         image = row[columns.image]
         if image.strip():
             label = None if columns.label is None else row[columns.label]
+            if label and dialect.separator == ";" and DECIMAL_COMMA.fullmatch(label.strip()):
+                if not commas:
+                    notes.append(
+                        f"{path}: line {line}: {label.strip()} has a decimal comma; read as {label.replace(',', '.')}"
+                    )
+                label, commas = label.replace(",", "."), True
             yield [image, label, None if columns.caption is None else row[columns.caption]]
         else:
             left.add(ROWS, NO_PATH, f"line {line}")
@@ -155,10 +230,15 @@ def _rows(
 
 def _check_row(path: Path, line: int, row: list[str], columns: Columns, width: int, dialect: Dialect) -> None:
     needed = [at for at in (columns.image, columns.label, columns.caption) if at is not None]
-    hint = "is it cut off, or quoted wrongly?" if dialect.quoted else "or are its fields quoted? Then add --quoted"
+    hint = "is it cut off, or quoted wrongly?" if dialect.quoted else "are its fields quoted? Then add --quoted"
     if max(needed) >= len(row):
         raise UserError(f"{path}: line {line} has {len(row)} columns, too few (the header has {width}); {hint}")
+    if not dialect.quoted:
+        for at in (columns.image, columns.label):
+            _check_unquoted(path, line, "" if at is None else row[at])
     if any(row[width:]):
+        if not dialect.quoted and any(field.startswith('"') for field in row):
+            raise UserError(f"{path}: line {line} has {len(row)} columns, too many (the header has {width}); {hint}")
         raise UserError(
             f"{path}: line {line} has {len(row)} columns, too many (the header has {width}); does a field that is not "
             f"quoted hold {SEPARATORS.get(dialect.separator, 'separators')}?"
