@@ -4,11 +4,12 @@ The scripts in slurm/ are the launchers; nothing here starts a rank. `submit` wr
 the job keeps its records in, with the #SBATCH lines that were asked for, so that what ran can be read later.
 """
 
+import math
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,6 +25,7 @@ from esvit_scale.train.lock import is_running
 from esvit_scale.train.row_file import read_rows
 from esvit_scale.train.run_dir import read_summary
 
+SHORT_OPTIONS = {"N": "nodes", "n": "ntasks", "t": "time"}  # of sbatch
 ANSWER_S = 30  # Slurm's commands hang when its controller is away
 
 
@@ -46,10 +48,10 @@ class Resources:
         """Option → value of the #SBATCH lines to write; None takes a line away."""
         tasks = self.tasks_per_node or (self.gpus_per_node or None)
         lines = {
-            "nodes": _text(self.nodes),
-            "ntasks-per-node": _text(tasks if tasks is not None else (1 if self.gpus_per_node == 0 else None)),
-            "gpus-per-node": _text(self.gpus_per_node),
-            "cpus-per-task": _text(self.cpus_per_task),
+            "nodes": self.nodes,
+            "ntasks-per-node": tasks if tasks is not None else (1 if self.gpus_per_node == 0 else None),
+            "gpus-per-node": self.gpus_per_node,
+            "cpus-per-task": self.cpus_per_task,
             "time": self.time,
             "partition": self.partition,
             "signal": f"B:USR1@{self.signal_lead}" if self.signal_lead else None,
@@ -57,7 +59,7 @@ class Resources:
             "dependency": f"afterok:{self.after}" if self.after else None,
             "kill-on-invalid-dep": "yes" if self.after else None,  # else it would wait for ever on a failed job
         }
-        header: dict[str, str | None] = {name: value for name, value in lines.items() if value is not None}
+        header: dict[str, str | None] = {name: str(value) for name, value in lines.items() if value is not None}
         if self.gpus_per_node == 0:
             header["gpus-per-node"] = None
         return header
@@ -74,14 +76,11 @@ def seconds_of_time(text: str) -> int | None:
     found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
     if found is None:
         raise UserError(f"--time {text}: not a time limit; write minutes, 12:00:00 or 2-00:00:00")
-    days, *numbers = (int(part) if part is not None else None for part in found.groups())
-    first, second, third = numbers
+    days, first, second, third = (int(part) if part is not None else None for part in found.groups())
     assert first is not None
-    if days is not None:
-        return 86400 * days + 3600 * first + 60 * (second or 0) + (third or 0)
-    if third is not None:
-        return 3600 * first + 60 * (second or 0) + third
-    return 60 * first + (second or 0)
+    if days is None and third is None:
+        return 60 * first + (second or 0)
+    return 86400 * (days or 0) + 3600 * first + 60 * (second or 0) + (third or 0)
 
 
 @dataclass(frozen=True)
@@ -140,10 +139,28 @@ def prepare(
 
 
 def ranks(name: str, resources: Resources) -> int:
-    """How many ranks the job of a shipped script will have."""
-    given = directives((shipped_folder("slurm") / f"{name}.sbatch").read_text())
-    given |= {option: value for option, value in resources.header().items() if value is not None}
-    return int(given["nodes"]) * int(given["ntasks-per-node"])
+    """Return how many ranks the job of a shipped script will have.
+
+    Raises:
+        UserError: an option in `resources.more` that decides it is not one number (`--nodes=2-4`).
+    """
+    shipped = directives((shipped_folder("slurm") / f"{name}.sbatch").read_text())
+    asked = {option: value for option, value in resources.header().items() if value is not None}
+    given = shipped | asked | options_of(resources.more)
+    counts = ("ntasks",) if "ntasks" in given else ("nodes", "ntasks-per-node")
+    for option in counts:
+        if not (given[option].isdecimal() and int(given[option])):
+            raise UserError(f"--sbatch=--{option}={given[option]}: give one number, which the batch must divide over")
+    return math.prod(int(given[option]) for option in counts)
+
+
+def options_of(more: Sequence[str]) -> dict[str, str]:
+    """Return option → value of sbatch's own arguments (`--nodes=4`, `-N4`), which outweigh the script's #SBATCH lines."""
+    found = {}
+    for option in more:
+        name, _, value = option[2:].partition("=") if option.startswith("--") else (option[1:2], "", option[2:])
+        found[SHORT_OPTIONS.get(name, name)] = value.strip()
+    return found
 
 
 def _lead_that_fits(shipped: str, resources: Resources) -> int | None:
@@ -152,12 +169,13 @@ def _lead_that_fits(shipped: str, resources: Resources) -> int | None:
     Raises:
         UserError: the lead that was asked for is as long as the limit: the job would requeue itself at once, for ever.
     """
-    given = directives(shipped)
-    limit = seconds_of_time(resources.time or given["time"])
-    lead = resources.signal_lead or int(given["signal"].partition("@")[2])
+    given, more = directives(shipped), options_of(resources.more)
+    limit = seconds_of_time(more.get("time") or resources.time or given["time"])
+    asked = int(found[1]) if (found := re.search(r"@(\d+)", more.get("signal", ""))) else resources.signal_lead
+    lead = asked or int(given["signal"].partition("@")[2])
     if limit is None or 2 * lead <= limit:
         return None
-    if resources.signal_lead is None:
+    if asked is None:
         return max(1, limit // 2)
     if lead < limit:
         return None
@@ -379,7 +397,3 @@ def _total_steps(run: Path) -> int | None:
 def _records(run: Path, name: str) -> list[list[str]]:
     path = run / "slurm" / name
     return [line.split("\t") for line in path.read_text().splitlines()] if path.exists() else []
-
-
-def _text(number: int | None) -> str | None:
-    return None if number is None else str(number)

@@ -1,6 +1,8 @@
 """Slurm: submit the shipped batch scripts, and look at what they do."""
 
 import argparse
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +83,8 @@ def _submit_pretrain(o: argparse.Namespace) -> int:
     configs.require_training_data(config)
     from esvit_scale import launch
 
-    _check_pretrain(config, launch.ranks("pretrain", _resources(o, None, None)), data=not o.dry_run)
+    with redirect_stdout(sys.stderr):  # DeepSpeed binds its log to stdout when the check imports it
+        _check_pretrain(config, launch.ranks("pretrain", _resources(o, None, None)), data=not o.dry_run)
     return _submit(o, "pretrain", [o.config, *o.overrides], config.run_path / "slurm")
 
 

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch._C import _distributed_c10d
 
 ANSWER = timedelta(seconds=10)
+COLLECTORS = 4  # the lowest ranks read all reports, and the first that report: rank 0 may be the one that is gone
 _meetings = (
     itertools.count()
 )  # a process may train several times; keys of the last training must not answer for this one
@@ -31,6 +32,10 @@ class HangReports:
         self._rank, self._size = rank, size
         self._prefix = f"esvit-hang-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{next(_meetings)}"
         self._board: Any = None
+
+    @property
+    def is_joined(self) -> bool:
+        return self._board is not None
 
     def join(self) -> None:
         """Connect, and say on which node this rank is."""
@@ -51,41 +56,52 @@ class HangReports:
     def alarm_is_raised(self) -> bool:
         return bool(self._connected().check(["alarm"]))
 
-    def give(self, report: dict[str, Any]) -> None:
-        """Publish this rank's report: plain data, small."""
-        self._connected().set(f"report/{self._rank}", json.dumps(report))
+    def give(self, report: dict[str, Any]) -> bool:
+        """Publish this rank's report: plain data, small. Return whether this rank is one of the few that `collect`: if all
+        did, the one thread that answers them would be asked a million times by a thousand ranks."""
+        number = self._connected().add("reports", 1)
+        self._connected().set(f"report/{number}", json.dumps([self._rank, report]))
+        return self._collects(self._rank, number)
 
-    def collect(self, seconds: float) -> tuple[dict[int, dict[str, Any]], dict[int, str]]:
+    def _collects(self, rank: int, number: int) -> bool:
+        return rank < COLLECTORS or number <= COLLECTORS
+
+    def collect(self, seconds: float) -> tuple[dict[int, dict[str, Any]], dict[int, str], int]:
         """Wait until all ranks have reported, but at most `seconds`.
 
         Returns:
-            rank → report, and rank → node of those that did not report (`an unknown node` for a rank that was not
-            there at the start).
+            rank → report; rank → node of those that did not report (`an unknown node` for a rank that was not there at
+            the start); and the lowest rank that collects, which is to write.
         """
         found: dict[int, dict[str, Any]] = {}
+        writer, read, store = self._size, 0, self._connected()
         end = time.monotonic() + seconds
-        while True:
-            for rank in set(range(self._size)) - found.keys():
-                if self._connected().check([f"report/{rank}"]):
-                    found[rank] = json.loads(self._connected().get(f"report/{rank}"))
-            if len(found) == self._size or time.monotonic() > end:
-                break
-            time.sleep(0.1)
-        return found, {rank: self._node(rank) for rank in range(self._size) if rank not in found}
+        while len(found) < self._size and time.monotonic() < end:
+            given = store.add("reports", 0)
+            while read < given and store.check([f"report/{read + 1}"]):
+                read += 1
+                rank, found_report = json.loads(store.get(f"report/{read}"))
+                found[rank] = found_report
+                if self._collects(rank, read):
+                    writer = min(writer, rank)
+            if len(found) < self._size:
+                time.sleep(0.1)
+        return found, {rank: self._node(rank) for rank in range(self._size) if rank not in found}, writer
 
-    def close(self, writer: int, readers: set[int], seconds: float) -> None:
-        """Hold the ranks together until `writer` has written its line and the others have seen that, at most `seconds`.
-
-        The first process that ends makes the launcher end all others, and with rank 0 its store is gone.
-        """
+    def close_after_writing(self, others: int, seconds: float) -> None:
+        """Say that the summary is printed, and wait until `others` ranks know it, at most `seconds`. The first process to
+        exit makes the launcher kill the rest, and with rank 0 its store is gone."""
         store, end = self._connected(), time.monotonic() + seconds
-        if self._rank == writer:
-            store.set("written", "1")
-        awaited = [f"seen/{rank}" for rank in readers - {writer}] if self._rank == writer else ["written"]
-        while awaited and not store.check(awaited) and time.monotonic() < end:
+        store.set("written", "1")
+        while store.add("seen", 0) < others and time.monotonic() < end:
             time.sleep(0.1)
-        if self._rank != writer:
-            store.set(f"seen/{self._rank}", "1")
+
+    def close(self, seconds: float) -> None:
+        """Wait until the writer has printed the summary, at most `seconds`, and tell it that this rank knows."""
+        store, end = self._connected(), time.monotonic() + seconds
+        while not store.check(["written"]) and time.monotonic() < end:
+            time.sleep(0.5)  # a thousand ranks ask
+        store.add("seen", 1)
 
     def _node(self, rank: int) -> str:
         key = f"node/{rank}"

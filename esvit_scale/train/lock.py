@@ -1,9 +1,9 @@
 """One writer per run dir: lock.json, which holds host, pid, Slurm job and a heartbeat.
 
-It is made with `link`, which is atomic on NFS too, so of several starts one gets it. It is taken over from the same Slurm
-job (a requeue), from a dead process of this host, and when the heartbeat is older than 60 s. Who takes it over claims the
-record that it found by an exclusive file named after that record's hash; so of several takers one goes on, and only
-while the lock still holds that record. The holder writes its heartbeat into the file it made, never into one that took
+It is made with `link`, which is atomic on NFS too, so of several starts one gets it. It is taken over from a process of
+this host that has ended, from another host or container of the same Slurm job (a requeue), and when the heartbeat is
+older than 60 s. A process that takes the lock over first creates a claim file named after the hash of the old record.
+Only one process can create it, and it goes on only if the lock still holds that record. The holder writes its heartbeat into the file it made, never into one that took
 its place: a process that was suspended for an hour cannot take the run back.
 """
 
@@ -28,6 +28,7 @@ log = logging.getLogger("esvit_scale")
 
 HEARTBEAT_S = 10
 STALE_S = 60
+LEAVE_S = 5  # at the end, for a heartbeat that storage which does not answer may hold up for ever
 WATCH_S = 25  # how long a record is watched whose age cannot be told: a living holder writes within this time
 RECORD_BYTES = 512  # every record is padded to this length, so that a heartbeat needs no new room on a full disk
 
@@ -40,6 +41,7 @@ class Record(NamedTuple):
     slurm_job: str
     pid_namespace: str
     token: str
+    started: str
     age_s: float | None
 
     def in_words(self) -> str:
@@ -65,6 +67,7 @@ class Lock:
             "pid": os.getpid(),
             "slurm_job": os.environ.get("SLURM_JOB_ID", ""),
             "pid_namespace": _pid_namespace(),
+            "started": _start_of(os.getpid()) or "",
             "token": uuid.uuid4().hex,
         }
         self._file: int | None = None  # the lock's file as this process made it
@@ -80,12 +83,15 @@ class Lock:
         if self._file is None:
             return
         self._stop.set()
-        self._thread.join()
+        self._thread.join(timeout=LEAVE_S)
         with suppress(OSError):
             if self.held():
                 self._path.unlink(missing_ok=True)
-        with suppress(OSError):
-            os.close(self._file)
+        if (
+            not self._thread.is_alive()
+        ):  # else it may still write to the file, whose number must not get another meaning
+            with suppress(OSError):
+                os.close(self._file)
         self._file = None
         with suppress(OSError):  # not empty: the run began
             self._path.parent.rmdir()
@@ -138,8 +144,10 @@ class Lock:
         try:
             os.link(tmp, self._path)
         except FileExistsError:
-            os.close(handle)
-            return False
+            if os.fstat(handle).st_nlink != 2:
+                os.close(handle)
+                return False
+            # NFS made the link, lost the answer and asked again.
         except OSError as error:
             os.close(handle)
             if error.errno not in files.NO_LINKS_ERRNOS:
@@ -179,7 +187,12 @@ class Lock:
             if self._path.read_bytes() != found:
                 return
             tmp, handle = self._temporary()
-            tmp.replace(self._path)
+            try:
+                tmp.replace(self._path)
+            except FileNotFoundError:  # of NFS, which may have renamed it, lost the answer and asked again
+                if not os.path.samestat(self._path.stat(), os.fstat(handle)):
+                    os.close(handle)
+                    return
             self._file = handle
             log.warning("%s: taken over; its record was %s", self._path, _in_words(found))
         except FileNotFoundError:
@@ -195,10 +208,11 @@ class Lock:
         """
         holder = _parse(found)
         if holder is not None:
-            if self._me["slurm_job"] and holder.slurm_job == self._me["slurm_job"]:
-                return True
-            if _is_dead(holder, self._me):
-                return True
+            if _is_local(holder, self._me):
+                if not _is_alive(holder):
+                    return True
+            elif self._me["slurm_job"] and holder.slurm_job == self._me["slurm_job"]:
+                return True  # a requeue: what the job ran on another host has ended
         if holder is not None and holder.age_s is not None:
             if holder.age_s > STALE_S:
                 return True
@@ -219,7 +233,7 @@ class Lock:
     def _beat(self) -> None:
         assert self._file is not None
         os.pwrite(self._file, self._record(), 0)
-        os.fsync(self._file)
+        os.fsync(self._file)  # an NFS client may keep it for 35 s, which is longer than WATCH_S
         self._beaten = time.monotonic()
 
     def _temporary(self) -> tuple[Path, int]:
@@ -249,12 +263,12 @@ def _parse(content: bytes) -> Record | None:
     try:
         found = json.loads(content)
         pid, beat = int(found["pid"]), float(found["heartbeat"])
-        words = [str(found.get(key, "")) for key in ("host", "slurm_job", "pid_namespace", "token")]
+        words = [str(found.get(key, "")) for key in ("host", "slurm_job", "pid_namespace", "token", "started")]
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
         return None
     age = time.time() - beat
     known = math.isfinite(age) and age >= -STALE_S
-    return Record(words[0], pid, words[1], words[2], words[3], max(age, 0.0) if known else None)
+    return Record(words[0], pid, *words[1:], age_s=max(age, 0.0) if known else None)
 
 
 def _in_words(content: bytes) -> str:
@@ -276,20 +290,25 @@ def _is_unchanged(path: Path, content: bytes) -> bool:
     return True
 
 
-def _is_dead(holder: Record, me: dict[str, Any]) -> bool:
-    """Whether a holder of this host, in the same pid namespace (two containers may share a host's name), has ended."""
-    if holder.host != me["host"] or holder.pid_namespace not in ("", me["pid_namespace"]):
-        return False
-    return not _is_alive(holder.pid)
+def _is_local(holder: Record, me: dict[str, Any]) -> bool:
+    """Tell whether a holder's process id means the same here: two containers of one pid namespace each may share a host's
+    name. Old records do not name the namespace."""
+    return holder.host == me["host"] and holder.pid_namespace in ("", me["pid_namespace"])
 
 
-def _is_alive(pid: int) -> bool:
-    """Whether a process runs; a zombie answers signal 0 as well, but writes no more."""
+def _is_alive(holder: Record) -> bool:
+    """Tell whether a process of this host runs. Another process that has got its number since does not count."""
+    began = _start_of(holder.pid)
+    return began is not None and holder.started in ("", began)
+
+
+def _start_of(pid: int) -> str | None:
+    """Return when a process began, in clock ticks since boot; None when it has ended, or is a zombie, which writes no more."""
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        return state not in "ZX"
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return False
+        return None
+    return None if fields[0] in "ZX" else fields[19]
 
 
 def _pid_namespace() -> str:

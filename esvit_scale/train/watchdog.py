@@ -2,7 +2,7 @@
 
 Every rank watches its own progress. When a deadline passes, the first rank that notices asks all others where they
 stand. A rank whose Python hangs (in a read, say) still answers, from the watchdog's thread. A rank that was stopped, or
-whose node is gone, does not, and so it is known too. The lowest rank that answered writes one line about all of them;
+whose node is gone, does not, and so it is known too. The lowest of a few ranks that answered writes one line about all;
 each rank leaves the stacks of all its threads beside its log and ends its process with 75, and the launcher the job.
 """
 
@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -21,7 +22,7 @@ from esvit_scale.errors import RestartCanHelp
 from esvit_scale.parallel import hang_reports
 from esvit_scale.parallel.world import World
 
-START_S = 600.0  # the least that is granted before the first step: compiling, reading a checkpoint
+START_S = 600.0  # the least that is granted until the first step is done: compiling, reading a checkpoint
 TELL_S = 10.0  # at the end, for what may block itself: a dead file system, a store whose host is stopped
 _PACKAGE = str(Path(__file__).resolve().parents[1])
 _COMMUNICATION = ("/torch/distributed/", "/deepspeed/")
@@ -40,6 +41,8 @@ class Watchdog:
         self._logs = Path(os.environ.get("ESVIT_RANK_LOGS") or run / "ranks")
         self._main = threading.main_thread().ident
         self._step: int | None = None
+        self._has_trained = False  # a step was done since the first `beat`, which tells where the run begins
+        self._granted_s = 0.0  # until the next sign of progress
         self._period = min(1.0, seconds / 4)
         self._still_s = 0.0  # how long this process has run without progress
         self._stop, self._alarm = threading.Event(), threading.Event()
@@ -60,7 +63,18 @@ class Watchdog:
 
     def beat(self, step: int) -> None:
         """Progress was made: `step` steps are done."""
-        self._step, self._still_s = step, 0.0
+        self._has_trained = self._has_trained or (self._step is not None and step > self._step)
+        self._step = step
+        self.progress()
+
+    def progress(self) -> None:
+        """Progress was made, and no step: a part of the start is done, or a piece of a long copy."""
+        self._still_s, self._granted_s = 0.0, 0.0
+
+    def grant(self, seconds: float) -> None:
+        """Allow at least `seconds` until the next sign of progress: for waiting while another process works."""
+        self.progress()
+        self._granted_s = seconds
 
     def _watch(self) -> None:
         seen = time.monotonic()
@@ -75,19 +89,28 @@ class Watchdog:
                 os._exit(RestartCanHelp.exit_code)
 
     def _listen(self) -> None:
-        """Notice another rank's alarm. A store that cannot be reached ends only this thread."""
+        """Notice another rank's alarm. A store that is lost ends only this thread."""
         assert self._reports is not None
-        try:
-            self._reports.join()
+        while not self._has_joined():
+            if self._stop.wait(self._grace() / 4):
+                return
+        with suppress(RuntimeError):
             while not self._stop.wait(self._grace() / 4):
                 if self._reports.alarm_is_raised():
                     self._alarm.set()
                     return
-        except RuntimeError:
-            return
+
+    def _has_joined(self) -> bool:
+        """Connect to the other ranks when that was not done yet, or failed."""
+        assert self._reports is not None
+        with suppress(RuntimeError):  # a store that is busy with a thousand ranks
+            if not self._reports.is_joined:
+                self._reports.join()
+        return self._reports.is_joined
 
     def _deadline(self) -> float:
-        return self._seconds if self._step is not None else max(self._seconds, START_S)
+        least = 0.0 if self._has_trained else START_S
+        return max(self._seconds, least, self._granted_s)
 
     def _grace(self) -> float:
         """Seconds within which a rank that is alive answers an alarm."""
@@ -102,25 +125,34 @@ class Watchdog:
             return
         _start(lambda: self._exchange(report), "watchdog-exchange").join(self._grace() + TELL_S / 2)
         if not self._exchanged:  # the store does not answer: this rank says what it knows itself
-            self._say_summary({self._rank: report}, {0: os.environ.get("MASTER_ADDR", "an unknown node")})
+            store = f"the store on {os.environ.get('MASTER_ADDR', 'an unknown node')} could not be asked"
+            self._say_summary(f"{summary({self._rank: report}, {})}; {store} where the other ranks stand")
 
     def _exchange(self, report: dict[str, Any]) -> None:
         """Tell the other ranks where this one stands, hear them, and say it on the lowest that answered."""
         assert self._reports is not None
         try:
-            self._reports.give(report)
+            if not self._has_joined():
+                return
+            collects = self._reports.give(report)
             self._reports.raise_alarm()
-            found, silent = self._reports.collect(self._grace())
+            if not collects:
+                self._exchanged = True
+                self._reports.close(self._grace() + TELL_S / 4)
+                return
+            found, silent, writer = self._reports.collect(self._grace())
             self._exchanged = True
-            if self._rank == min(found):
-                self._say_summary(found, silent)
-            self._reports.close(min(found), set(found), TELL_S / 4)
+            if self._rank == writer:
+                self._say_summary(summary(found, silent))
+                self._reports.close_after_writing(len(found) - 1, TELL_S / 4)
+            else:
+                self._reports.close(TELL_S / 4)
         except RuntimeError:
             return
 
-    def _say_summary(self, found: dict[int, dict[str, Any]], silent: dict[int, str]) -> None:
+    def _say_summary(self, text: str) -> None:
         advice = "ending the job, the same command goes on from the last checkpoint"
-        say(f"{summary(found, silent)}; {advice}; stacks: {self._logs}")
+        say(f"{text}; {advice}; stacks: {self._logs}")
 
     def _report(self) -> dict[str, Any]:
         waits, place = _where(self._main)

@@ -85,6 +85,8 @@ def test_paths_that_sbatch_would_split_are_quoted(tmp_path: Path, capsys: pytest
         (("--time=4",), "120"),  # the script's own lead would be longer than the limit: half of that
         (("--time=10:00", "--signal-lead=500"), "500"),
         (("--time=UNLIMITED", "--signal-lead=5000"), "5000"),
+        (("--sbatch=--time=4",), "120"),
+        (("--time=4", "--sbatch=-t 1-0"), "300"),
     ],
 )
 def test_the_signals_lead_fits_the_time_limit(capsys: pytest.CaptureFixture[str], asked: tuple, lead: str) -> None:
@@ -98,6 +100,12 @@ def test_the_signals_lead_fits_the_time_limit(capsys: pytest.CaptureFixture[str]
         (["--time=10", "--signal-lead=600"], "--signal-lead 600: as long as the time limit (600 s)"),
         (["--time=soon"], "--time soon: not a time limit"),
         (["--nodes=5"], "train.global_batch: 12 does not divide into 5 ranks"),
+        (["--nodes=2", "--sbatch=--nodes=5"], "train.global_batch: 12 does not divide into 5 ranks"),
+        (["--sbatch=-N5"], "train.global_batch: 12 does not divide into 5 ranks"),
+        (["--sbatch=--ntasks-per-node=7"], "train.global_batch: 12 does not divide into 7 ranks"),
+        (["--sbatch=-n5"], "train.global_batch: 12 does not divide into 5 ranks"),
+        (["--sbatch=--nodes=2-4"], "--sbatch=--nodes=2-4: give one number"),
+        (["--sbatch=--time=5", "--sbatch=--signal=B:USR1@300"], "as long as the time limit (300 s)"),
         (["data.train=/nowhere/shards"], "/nowhere/shards"),
     ],
 )
@@ -112,6 +120,19 @@ def test_submit_checks_before_the_queue(tmp_path: Path, monkeypatch, capsys, ask
     assert said in capsys.readouterr().err
     assert not (tmp_path / "called").exists()
     assert not (tmp_path / "new").exists()
+
+
+def test_the_job_id_is_all_that_submit_prints_on_stdout(tmp_path: Path) -> None:
+    """In a process of its own: DeepSpeed binds its log to whatever stdout is when it is first imported."""
+    commands = _commands(tmp_path, {"sbatch": "echo 4711"})
+    values = (f"data.train={tiny.shards(tmp_path / 'shards', 12)}", "train.global_batch=12", f"run_dir={tmp_path}/run")
+    command = ["slurm", "submit", "pretrain", "swin_t", *values, "--gpus-per-node=1", "--nodes=1"]
+    environment = {**tiny.environment(), "PATH": f"{commands}:{os.environ['PATH']}"}
+    environment.pop("DS_ACCELERATOR", None)  # which makes DeepSpeed choose, and warn
+    done = subprocess.run(
+        [sys.executable, "-m", "esvit_scale", *command], capture_output=True, text=True, env=environment
+    )
+    assert (done.returncode, done.stdout) == (0, "4711\n"), done.stderr
 
 
 @pytest.mark.parametrize("name", ["pretrain", "evaluate", "sweep"])

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,75 @@ def test_a_full_disk_does_not_stop_the_heartbeat(tmp_path: Path, monkeypatch: py
         time.sleep(0.1)
         assert lock.held()
         assert json.loads((tmp_path / "run/lock.json").read_text())["heartbeat"] > before
+
+
+@pytest.mark.parametrize("same", ["host", "job only"])
+def test_a_live_run_of_the_same_slurm_job_is_not_stolen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same: str
+) -> None:
+    """Two starts in one `salloc`. A record of another host is what the job left there before it was requeued."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with Lock(tmp_path / "run") as first:
+        if same == "host":
+            with pytest.raises(UserError, match=f"in use by process {os.getpid()} on .*, Slurm job 7"):
+                Lock(tmp_path / "run").__enter__()
+            assert first.held()
+        else:
+            first._me["host"] = "elsewhere"
+            first._beat()
+            with Lock(tmp_path / "run") as second:
+                assert second.held()
+                assert not first.held()
+
+
+def test_a_process_that_got_the_holders_number_does_not_count(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    holder = {"host": os.uname().nodename, "pid": os.getpid(), "slurm_job": "", "heartbeat": time.time()}
+    files.write_json(tmp_path / "run/lock.json", holder | {"pid_namespace": locks._pid_namespace(), "started": "1"})
+    with Lock(tmp_path / "run") as lock:
+        assert lock.held()
+
+
+@pytest.mark.parametrize("call", ["link", "replace"])
+def test_an_answer_that_nfs_lost_is_not_another_holder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """The server did it; the client's second request finds the file that the first one made, or moved."""
+    (tmp_path / "run").mkdir()
+    if call == "replace":
+        files.write_json(tmp_path / "run/lock.json", STALE)
+    real = getattr(os, call)
+
+    def lost(source: Any, target: Any, **options: Any) -> None:
+        real(source, target, **options)
+        raise FileExistsError(17, "File exists") if call == "link" else FileNotFoundError(2, "No such file")
+
+    with monkeypatch.context() as patch:
+        if call == "replace":
+            patch.setattr(Path, "replace", lost)
+        else:
+            patch.setattr(os, "link", lambda *of: lost(*of) if not Path(of[1]).exists() else real(*of))
+        lock = Lock(tmp_path / "run").__enter__()
+    assert lock.held()
+    lock.__exit__()
+
+
+@pytest.mark.usefixtures("quick")
+def test_storage_that_holds_a_heartbeat_up_does_not_hold_the_end_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hangs, answers = threading.Event(), threading.Event()
+    monkeypatch.setattr(locks, "LEAVE_S", 0.1)
+    lock = Lock(tmp_path / "run").__enter__()
+    monkeypatch.setattr(os, "fsync", lambda _: (hangs.set(), answers.wait(20)))
+    assert hangs.wait(10)
+    began = time.monotonic()
+    lock.__exit__()
+    assert time.monotonic() - began < 5
+    assert lock._thread.is_alive()
+    assert not (tmp_path / "run").exists()
+    answers.set()
+    lock._thread.join(10)
 
 
 def test_a_container_of_the_same_name_does_not_count_as_dead(tmp_path: Path) -> None:

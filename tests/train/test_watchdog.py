@@ -7,9 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from esvit_scale.parallel import hang_reports
+from esvit_scale.parallel.world import World
 from esvit_scale.train import watchdog
 from tests import tiny
 
@@ -107,7 +112,10 @@ def test_a_stopped_rank_is_the_one_that_is_named(tmp_path: Path, size: int, stop
     ranks[stopped].communicate()
     assert {process.returncode for rank, process in enumerate(ranks) if rank != stopped} == {75}
     (line,) = [line for text in said.values() for line in text.splitlines() if line.startswith("hang: ")]
-    assert f"rank {stopped} on {'127.0.0.1' if stopped == 0 else socket.gethostname()} does not answer" in line
+    if stopped == 0:  # its process keeps the store; under torchrun another does, so nobody is accused
+        assert "; the store on 127.0.0.1 could not be asked where the other ranks stand; " in line
+    else:
+        assert f"rank {stopped} on {socket.gethostname()} does not answer" in line
     assert ("ranks 0-1 wait in " if size == 4 else "rank 1 waits in ") in line
     assert ("rank 3 on" in line and "is in no collective but at ranks.py:18" in line) is (asleep == 3)
 
@@ -134,3 +142,45 @@ def test_the_summary_names_every_rank_once() -> None:
         "hang: rank 3 on n is in no collective but at data/x.py:1 in read; ranks 4,6 on node2 do not answer: stopped, or the "
         "node is gone; ranks 0-2,5 wait in all_gather no. 3 (train/step.py:9 in f)"
     )
+
+
+def test_a_thousand_ranks_ask_the_store_for_little() -> None:
+    """One thread of one process answers them all, so only a few ranks may read what all have written."""
+    size, store, calls = 1000, dist.HashStore(), [0]
+
+    class Counted:
+        def __getattr__(self, name: str) -> Any:
+            calls[0] += 1
+            return getattr(store, name)
+
+    boards = [hang_reports.HangReports(rank, size) for rank in range(size)]
+    for board in boards:
+        board._board = Counted()
+    order = [rank for rank in range(size - 1, -1, -1) if rank not in (0, 1, 700)]  # these three are stopped
+    collectors = [rank for rank in order if boards[rank].give({"step": rank})]
+    assert collectors == [999, 998, 997, 996, 3, 2]
+    assert calls[0] == 2 * 997
+    found, silent, writer = boards[998].collect(0.2)
+    assert (sorted(found), writer) == (sorted(order), 2)
+    assert found[5] == {"step": 5}
+    assert silent == dict.fromkeys((0, 1, 700), "an unknown node")
+    before = calls[0]
+    store.set("written", "1")
+    boards[500].close(1.0)
+    assert calls[0] - before == 2
+    assert before < 10_000
+
+
+def test_the_start_has_its_own_limit_and_a_grant_ends_with_the_next_progress(tmp_path: Path) -> None:
+    dog = watchdog.Watchdog(World(0, 1, 0, torch.device("cpu")), 3.0, tmp_path)
+    assert dog._deadline() == watchdog.START_S
+    dog.beat(40)  # the run resumes here; its first step compiles
+    assert dog._deadline() == watchdog.START_S
+    dog.grant(5000)
+    assert dog._deadline() == 5000
+    dog.progress()
+    assert dog._deadline() == watchdog.START_S
+    dog.beat(41)
+    assert dog._deadline() == 3.0
+    dog.beat(40)  # after a roll-back
+    assert dog._deadline() == 3.0
