@@ -28,8 +28,10 @@ def main(stack: str, extras: str, index: str = "") -> None:
         constraints, said = HERE / f"{chosen}.txt", f"the tested stack constraints/{chosen}.txt"
     elif index:
         constraints, said = other_torch(index, stack), f"constraints/{stack}.txt but for torch, which is TORCH_INDEX's"
+    elif any(map(fits_python, tested)):
+        sys.exit(f"The pip of this Python can install none of the tested stacks asked for ({', '.join(tested)}).")
     else:
-        sys.exit(f"This Python and its pip can install none of the tested stacks asked for ({', '.join(tested)}).")
+        sys.exit(no_stack(tested))
     pip("--constraint", str(constraints), "--editable", f"{HERE.parent}[{extras}]")
     installed = f"Python {platform.python_version()}, torch {version('torch')}, DeepSpeed {version('deepspeed')}"
     Path(sys.prefix, ".stack").write_text(f"{installed}: {said}\n")
@@ -50,6 +52,17 @@ def fits_python(stack: str, python: tuple[int, ...] = sys.version_info[:2]) -> b
     wanted = first[first.index(">") :]
     print(f"constraints/{stack}.txt is for Python {wanted}: make PYTHON=… chooses another.", file=sys.stderr)
     return False
+
+
+def for_this_python() -> str:
+    """Return the newest stack that is for this Python, or end the process with a line that says what to do."""
+    return next((name for name in NEWEST_FIRST if fits_python(name)), "") or sys.exit(no_stack(NEWEST_FIRST))
+
+
+def no_stack(asked: tuple[str, ...]) -> str:
+    """Return what to do when this Python is outside what the stacks are for."""
+    version_of = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    return f"No tested stack ({', '.join(asked)}) is for Python {version_of}: install another, make PYTHON=python3.13"
 
 
 def torch_installs(stack: str, index: str) -> bool:

@@ -55,7 +55,8 @@ near_the_limit() {
   if [ -z "$shortened" ] && shortened=$(too_early) && [ "$shortened" != 0 ]; then
     say "the signal came ${ESVIT_SIGNAL_LEAD:-?} s before the limit, which is the whole time of this job: saving only in $shortened s"
     { sleep "$shortened"; kill -USR1 $$; } >/dev/null 2>&1 &
-  else  # no `return` above: in a trap it would hand on the status of what was interrupted, and set -e would end the job
+  else
+    # Do not use `return` here: in a trap it returns the status of the interrupted command, and `set -e` would end the job.
     usr1=1
     say "the time limit is near"
     [ -z "$pid" ] || on_usr1

@@ -1,7 +1,9 @@
 """The tested stacks: every direct dependency is pinned in each, and pyproject.toml promises no more than they hold."""
 
 import importlib.util
+import os
 import re
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -98,3 +100,27 @@ def test_this_environment_is_a_stack_when_make_made_it():
         pytest.skip("not installed by constraints/install.py as a whole stack")
     have = {name: metadata.version(name).split("+")[0] for name in install.pins(named[1])}
     assert have == install.pins(named[1])
+
+
+def test_a_python_without_a_stack_is_told_the_way_out(monkeypatch):
+    monkeypatch.setattr(install, "fits_python", lambda stack: False)
+    with pytest.raises(SystemExit, match=r"No tested stack .* is for Python 3\.\d+: .*make PYTHON=python3\.13"):
+        install.main("newest", "dev")
+
+
+def test_an_offline_installation_has_the_versions_of_a_tested_stack(tmp_path):
+    """pip itself is a stand-in: this is about what it is asked for."""
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/bash\n[ "$2" = pip ] && {{ echo "$@" >{tmp_path}/asked; exit; }}\nexec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    for stack in ("", "oldest"):
+        environment = {"PATH": os.environ["PATH"], "PYTHON": str(python)} | ({"STACK": stack} if stack else {})
+        command = ["bash", str(ROOT / "slurm/offline.sh"), "collect", str(tmp_path), "--extra-index-url=U"]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        asked = (tmp_path / "asked").read_text().split()
+        constraint = Path(asked[asked.index("--constraint") + 1])
+        assert (constraint.is_file(), constraint.stem) == (True, stack or install.for_this_python())
+        assert "--extra-index-url=U" in asked

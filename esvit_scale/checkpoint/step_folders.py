@@ -167,8 +167,8 @@ def latest(run: Path) -> Path | None:
 def candidates(run: Path) -> list[Path]:
     """Return a run's step folders in the order in which a resume tries them.
 
-    First the one that checkpoints/latest names, then those before it, newest first, then those after it: whoever turns
-    `latest` back means it. A folder that was finished after `latest` was written comes before it: the process died, or
+    First the one that checkpoints/latest names, then those before it, newest first, then those after it: a user who points
+    `latest` at an older checkpoint wants to resume from it. A folder that was finished after `latest` was written comes before it: the process died, or
     the disk was full, between the two. Without a usable `latest` all folders, newest first, with a warning.
     """
     found = step_folders(run)

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import socket
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
@@ -24,14 +25,16 @@ log = logging.getLogger(__name__)
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 THREADS = 8
+PIECE = 16 << 20  # bytes
 SPARE = 1 << 30  # bytes that stay free on the node's disk
 
 
-def staged(manifest: Manifest, folder: str) -> Manifest:
-    """The same set, read from a copy under `folder` on this node; every process of the node calls it.
+def staged(manifest: Manifest, folder: str, progress: Callable[[], None] = lambda: None) -> Manifest:
+    """Return the same set, read from a copy under `folder` on this node; every process of the node calls it.
 
     Args:
         folder: may hold $VARIABLES of the node's environment, such as $SLURM_TMPDIR.
+        progress: called, on several threads, for every piece that this process has copied.
 
     Raises:
         UserError: a variable that is not set here, a folder that cannot be written, too little room.
@@ -43,7 +46,7 @@ def staged(manifest: Manifest, folder: str) -> Manifest:
             if _locked(lock, root):
                 for leftover in root.glob(".*.partial"):  # of processes that were killed
                     leftover.unlink()
-            _copy_missing(manifest, root)
+            _copy_missing(manifest, root, progress)
     except OSError as error:
         raise UserError(f"data.stage: {root}: {error.strerror or error}") from None
     return replace(manifest, root=root)
@@ -75,7 +78,7 @@ def _fingerprint(manifest: Manifest) -> str:
     return hashlib.sha256(names.encode()).hexdigest()[:16]
 
 
-def _copy_missing(manifest: Manifest, root: Path) -> None:
+def _copy_missing(manifest: Manifest, root: Path, progress: Callable[[], None]) -> None:
     missing = [shard for shard in manifest.shards if not _is_there(shard, root)]
     need, free = sum(shard.bytes for shard in missing), shutil.disk_usage(root).free
     if missing and need > free - SPARE:
@@ -83,12 +86,12 @@ def _copy_missing(manifest: Manifest, root: Path) -> None:
             f"data.stage: {root}: the set needs {need / 2**30:.1f} GiB more and {free / 2**30:.1f} GiB are free;"
             " name a larger disk, or leave data.stage out"
         )
-    with ThreadPoolExecutor(THREADS) as pool, Progress(len(missing), "shards staged") as progress:
-        copies = [pool.submit(_copy, shard, manifest.root, root) for shard in missing]
+    with ThreadPoolExecutor(THREADS) as pool, Progress(len(missing), "shards staged") as shown:
+        copies = [pool.submit(_copy, shard, manifest.root, root, progress) for shard in missing]
         for number, copy in enumerate(as_completed(copies), 1):
             copy.result()
-            progress.to(number)
-    _copy_file(manifest.root / MANIFEST, root)
+            shown.to(number)
+    _copy_file(manifest.root / MANIFEST, root, progress)
 
 
 def _is_there(shard: Shard, root: Path) -> bool:
@@ -96,15 +99,18 @@ def _is_there(shard: Shard, root: Path) -> bool:
     return tar.is_file() and tar.stat().st_size == shard.bytes and index_path(tar).is_file()
 
 
-def _copy(shard: Shard, source: Path, root: Path) -> None:
-    _copy_file(index_path(source / shard.name), root)
-    _copy_file(source / shard.name, root)  # last: its presence says that both are there
+def _copy(shard: Shard, source: Path, root: Path, progress: Callable[[], None]) -> None:
+    _copy_file(index_path(source / shard.name), root, progress)
+    _copy_file(source / shard.name, root, progress)  # last: its presence says that both are there
 
 
-def _copy_file(path: Path, root: Path) -> None:
+def _copy_file(path: Path, root: Path, progress: Callable[[], None]) -> None:
     aside = root / f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial"  # a whole file or none
     try:
-        shutil.copyfile(path, aside)
+        with path.open("rb") as source, aside.open("wb") as target:
+            while piece := source.read(PIECE):
+                target.write(piece)
+                progress()
         aside.replace(root / path.name)
     finally:
         aside.unlink(missing_ok=True)

@@ -5,8 +5,8 @@ teacher's forward, the student's forward. Up to there ZeRO 0 to 2 exchange nothi
 layer, and a fast rank waits for a slow one there, so the time inside these gathers is taken off: they happen between a
 layer's first and last forward hook. The backward is left out, because the reductions of gradients run beside it.
 
-Objectives and trunks that talk over ranks inside the forward (SimCLR, SwAV, Sinkhorn centring, batch norm) level the
-ranks out; a slow one shows less there. On a GPU the times are those of its queue, by events (not measured: no machine
+Objectives and trunks that talk over ranks inside the forward (SimCLR, SwAV, Sinkhorn centring, batch norm) make all ranks
+wait for each other inside the forward, so a slow rank stands out less. On a GPU the times are those of its queue, by events (not measured: no machine
 with several GPUs was at hand).
 """
 

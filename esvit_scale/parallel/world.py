@@ -123,12 +123,16 @@ def _join(backend: str, rank: int, size: int) -> None:
 
 
 def stop() -> None:
-    """The end of a job that went well: nobody leaves while another still talks to it.
+    """Wait at the end of a job that went well: nobody leaves while another still talks to it.
 
     The group itself lives until the process ends (DeepSpeed keeps it in its own tables), so that a process can train
     and evaluate several times.
+
+    Raises:
+        RestartCanHelp: another rank failed after its last collective, and does not come.
     """
-    collectives.barrier()
+    with explained_losses():
+        collectives.barrier()
 
 
 def abandon() -> None:

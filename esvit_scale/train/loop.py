@@ -35,17 +35,20 @@ def pretrain(config: Config) -> int:
     """
     require_training_data(config)
     world = world_module.start(config.train.hang_minutes)
-    try:
-        with translate_limits(), explained_deaths(), world_module.explained_losses(), translate_file_errors():
-            code = _open_and_train(config, world)
-    except BaseException:
-        world_module.abandon()
-        raise
-    world_module.stop()
+    with Watchdog(
+        world, 60 * config.train.hang_minutes, config.run_path
+    ) as watchdog:  # from the first file to the last
+        try:
+            with translate_limits(), explained_deaths(), world_module.explained_losses(), translate_file_errors():
+                code = _open_and_train(config, world, watchdog)
+            world_module.stop()
+        except BaseException:
+            world_module.abandon()
+            raise
     return code
 
 
-def _open_and_train(config: Config, world: World) -> int:
+def _open_and_train(config: Config, world: World, watchdog: Watchdog) -> int:
     collectives.on_rank_0(lambda: stream.check_pixels(config))  # before a run dir records a config that cannot be run
     path, finished = collectives.on_rank_0(lambda: run_dir.open_run(config))
     if finished:
@@ -53,17 +56,19 @@ def _open_and_train(config: Config, world: World) -> int:
             log.warning("%s: this run is finished; nothing to do", path)
         return 0
     data = collectives.on_rank_0(lambda: stream.open_data(config))
+    watchdog.progress()
     if config.data.stage:
-        data = stage.on_every_node(data, config.data.stage)
-    hang_s = 60 * config.train.hang_minutes
-    with Lock(path) as lock, Watchdog(world, hang_s, path) as watchdog:
+        data = stage.on_every_node(data, config.data.stage, watchdog)
+    with Lock(path) as lock:
         metrics.start_logging(path, active=world.rank == 0)
         schedules = Schedules(config, stream.steps_per_epoch(config, data))
         collectives.on_rank_0(lambda: step_folders.sweep(path))
         checkpoint = step_folders.newest_good(path)
         identity = collectives.on_rank_0(lambda: _checked_identity(config, data, checkpoint))
         knn = OnlineKnn(config, world) if config.train.knn_every else None
+        watchdog.progress()
         session = open_session(config, world, schedules, fresh=checkpoint is None)
+        watchdog.progress()
         with Run(path, session, lock, watchdog, checkpoint, identity, knn) as run:
             for batch in run.batches(data):
                 result = train_step(session, batch, run.step, watch=run.row_is_due())

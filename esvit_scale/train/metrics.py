@@ -38,16 +38,23 @@ def cut(path: Path, last_step: int) -> None:
 
 
 class Journal:
-    """The open files of rank 0; every other rank has none and its calls do nothing."""
+    """The open files of rank 0; every other rank has none and its calls do nothing. `open` and `rewind` change files that
+    are there, and what fails then is to be every rank's error: `collectives.on_rank_0`."""
 
-    def __init__(self, run: Path, total_steps: int, step: int, active: bool) -> None:
+    def __init__(self, run: Path, total_steps: int, active: bool) -> None:
         self._active = active
         self.bad = 0  # samples replaced since the run began
-        if active:
-            self._run, self._total = run, total_steps
-            self._open(step)
+        self._run, self._total = run, total_steps
 
-    def _open(self, step: int) -> None:
+    def open(self, step: int) -> None:
+        """Drop what the files hold after `step`, and open them.
+
+        Raises:
+            UserError: a path is no file, or may not be read.
+            OSError: the disk does not take the rest.
+        """
+        if not self._active:
+            return
         cut(self._run / "metrics.jsonl", step)
         cut(self._run / "quarantine.jsonl", step)
         self.bad = sum(not row.get("used") for row in read_rows(self._run / "quarantine.jsonl"))
@@ -57,7 +64,7 @@ class Journal:
         self._console = _Console(self._total, step)
 
     def rewind(self, step: int) -> None:
-        """The run went back to `step`: its curves go on from there; what was quarantined since then stays."""
+        """Go back to `step`: the curves go on from there, and what was quarantined since then stays. Raises as `open`."""
         if not self._active:
             return
         self.close()
@@ -67,17 +74,18 @@ class Journal:
             files.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         except OSError as error:
             log.warning("%s; it loses the samples of the steps gone back", in_words(error))
-        self._open(step)
+        self.open(step)
 
-    def not_finite(self, step: int, keys: list[str]) -> None:
-        """A skipped step names its samples; they are not excluded."""
+    def not_finite(self, step: int, keys: list[str], what: str) -> None:
+        """Name the samples of a skipped step; they are not excluded. `what`: was not finite, "the loss was" or "gradients
+        were"."""
         if not self._active:
             return
         for key in keys:
-            self._quarantine.append({"step": step, "key": key, "reason": "gradients were not finite at this step"})
+            self._quarantine.append({"step": step, "key": key, "reason": f"{what} not finite at this step"})
         log.warning(
-            "step %d: gradients were not finite; the step was skipped, nothing moved (its %d samples: quarantine.jsonl)",
-            *(step, len(keys)),
+            "step %d: %s not finite; the step was skipped, nothing moved (its %d samples: quarantine.jsonl)",
+            *(step, what, len(keys)),
         )
 
     def row(self, row: dict[str, Any]) -> None:

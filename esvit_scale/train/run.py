@@ -80,7 +80,8 @@ class Run:
         self._resume()
         collectives.on_rank_0(lambda: run_dir.record_start(self._path, self._session.config))
         self._watchdog.beat(self.step)
-        self._journal = metrics.Journal(self._path, self.last_step, self.step, active=self._rank == 0)
+        self._journal = metrics.Journal(self._path, self.last_step, active=self._rank == 0)
+        collectives.on_rank_0(lambda: self._journal.open(self.step))
         self._window_began, self._window_step = time.monotonic(), self.step
         self._began, self._began_step = time.monotonic(), self.step
         self._saved_at = time.monotonic()
@@ -164,7 +165,7 @@ class Run:
     def finish(self) -> None:
         self._save()
         self._saver.wait()
-        self._write_summary(finished=True)
+        collectives.on_rank_0(lambda: self._write_summary(finished=True))
         if self._rank == 0:
             log.info("finished: %d steps, %s", self.step, self._path)
 
@@ -207,13 +208,13 @@ class Run:
         return REQUESTS.index(signals.request()) | sum(bit for bit, is_set in flags.items() if is_set)
 
     def _skipped(self, batch: Batch, named: int | bool) -> None:
-        """A step in which nothing moved. `named`: this rank's samples may be the reason (its loss was not finite, or no
-        rank's was: then a gradient overflowed)."""
+        """Record a step in which nothing moved. `named`: quarantine this rank's samples: its own loss was not finite, or
+        every loss was finite and a gradient overflowed."""
         if engine_module.loss_scale_can_fall(self._session.engines) and not self._flags & NOT_FINITE:
             return  # it halves the scale and goes on
         self._skips += 1
         keys = [key for keys in collectives.gather_objects(batch.keys if named else []) for key in keys]
-        self._journal.not_finite(self.step, keys)
+        self._journal.not_finite(self.step, keys, "the loss was" if self._flags & NOT_FINITE else "gradients were")
         if self._skips == self._session.config.train.skips_before_rollback:
             self._roll_back(f"loss or gradients were not finite for {self._skips} steps in a row")
 
@@ -239,7 +240,7 @@ class Run:
         self._restore(folder)
         self.data_offset = consumed - self.step
         self._rollbacks, self._skips = self._rollbacks + 1, 0
-        self._journal.rewind(self.step)
+        collectives.on_rank_0(lambda: self._journal.rewind(self.step))
         self._window_began, self._window_step, self._wait_s = time.monotonic(), self.step, 0.0
         if self._rank == 0:
             log.warning(

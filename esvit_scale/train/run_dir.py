@@ -42,7 +42,7 @@ MAY_DIFFER = (
 )
 
 
-# Where the data lies may change as well when a checkpoint records what the data is.
+# The data's path may also change if the checkpoint records the data's identity, which is then compared instead.
 DATA_KEYS = ("data.train", "data.mix")
 
 

@@ -89,3 +89,14 @@ def test_a_run_reads_the_copy_and_goes_on_without_it(tmp_path: Path, shards: man
     assert len(list(disk.iterdir())) == 1
     plain = tiny.write_config(tmp_path / "again.yaml", tiny.config(tmp_path / "staged", shards.root, train__steps=4))
     assert tiny.start_cli("pretrain", str(plain)).wait(timeout=120) == 0
+
+
+def test_every_piece_of_a_copy_is_progress(tmp_path: Path, shards: manifest.Manifest, monkeypatch) -> None:
+    """An hour of honest copying is no hang, however large the shards are; a copy that stands still is one."""
+    monkeypatch.setattr(staging, "PIECE", 1000)
+    pieces: list[None] = []
+    staging.staged(shards, str(tmp_path / "disk"), lambda: pieces.append(None))
+    assert len(pieces) >= sum(shard.bytes for shard in shards.shards) // 1000
+    before = len(pieces)
+    staging.staged(shards, str(tmp_path / "disk"), lambda: pieces.append(None))
+    assert len(pieces) - before < 20  # the manifest alone

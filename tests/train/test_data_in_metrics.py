@@ -33,7 +33,8 @@ def test_bad_samples_are_counted_named_and_survive_a_resume(tmp_path: Path) -> N
         assert 0 < row["worker_images_per_s_min"] <= row["worker_images_per_s"]
     assert {bad["shard"] for bad in quarantine} == {tar.name}
     cut = quarantine[0]["step"]
-    journal = Journal(config.run_path, 12, cut, active=True)
+    journal = Journal(config.run_path, 12, active=True)
+    journal.open(cut)
     journal.close()
     assert journal.bad == 1
 

@@ -131,7 +131,7 @@ def test_one_nan_costs_one_step_and_names_its_samples(tmp_path: Path, monkeypatc
     assert tiny.rows(config.run_path)[-1]["skipped_steps"] == 1
     named = read_rows(config.run_path / "quarantine.jsonl")
     assert [row["step"] for row in named] == [7] * 8
-    assert {row["reason"] for row in named} == {"gradients were not finite at this step"}
+    assert {row["reason"] for row in named} == {"the loss was not finite at this step"}
 
 
 @pytest.mark.parametrize(("start", "words"), [(1, "before the first checkpoint"), (13, "after going back 2 times")])
