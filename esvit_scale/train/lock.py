@@ -268,7 +268,8 @@ def _parse(content: bytes) -> Record | None:
         return None
     age = time.time() - beat
     known = math.isfinite(age) and age >= -STALE_S
-    return Record(words[0], pid, *words[1:], age_s=max(age, 0.0) if known else None)
+    host, job, namespace, token, started = words
+    return Record(host, pid, job, namespace, token, started, max(age, 0.0) if known else None)
 
 
 def _in_words(content: bytes) -> str:

@@ -1,7 +1,9 @@
 """A run that is stopped goes on as if nothing had happened: bit for bit on a CPU."""
 
 import signal
+import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -73,3 +75,27 @@ def test_a_finished_run_is_left_alone(data: Path, tmp_path: Path) -> None:
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     assert loop.pretrain(config) == 0
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_record_that_cannot_be_opened_is_every_ranks_error(data: Path, tmp_path: Path) -> None:
+    """Rank 0 alone opens the records; the other must not go on to a collective that rank 0 never reaches."""
+    run = tmp_path / "run"
+    (run / "metrics.jsonl").mkdir(parents=True)
+    config = tiny.config(run, data)
+    run_dir.record_start(run, config)
+    path = tiny.write_config(tmp_path / "c.yaml", config)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    command = [sys.executable, "-m", "esvit_scale", "pretrain", str(path)]
+    ranks = [
+        subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, env={**tiny.environment(), **meeting, "RANK": rank}
+        )
+        for rank in "01"
+    ]
+    for process in ranks:
+        _, errors = process.communicate(timeout=100)
+        assert process.returncode == 2, errors
+        assert "Traceback" not in errors
+    assert "metrics.jsonl: cannot be read: Is a directory" in errors
