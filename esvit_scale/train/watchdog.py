@@ -48,18 +48,23 @@ class Watchdog:
         self._stop, self._alarm = threading.Event(), threading.Event()
         self._exchanged = False
         self._reports = hang_reports.HangReports(world.rank, world.size) if world.size > 1 else None
+        self._listener: threading.Thread | None = None
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> "Watchdog":
         self._still_s = 0.0
         self._thread.start()
         if self._reports is not None:
-            _start(self._listen, "watchdog-listener")
+            self._listener = _start(self._listen, "watchdog-listener")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._stop.set()
         self._thread.join()
+        if (
+            self._listener is not None
+        ):  # a thread that is inside the store when the interpreter ends can abort the process
+            self._listener.join(TELL_S)
 
     def beat(self, step: int) -> None:
         """Progress was made: `step` steps are done."""
