@@ -13,7 +13,7 @@ from esvit_scale.data.left_out import IMAGES, MEMBERS, LeftOut
 from esvit_scale.data.loader import reason
 from esvit_scale.data.patience import Patience
 from esvit_scale.data.raster import ARRAY
-from esvit_scale.data.tar_names import chosen_images, companion, is_image, sample_key, split_name
+from esvit_scale.data.tar_names import chosen_images, companion, is_image, parts_of, sample_key, split_name
 from esvit_scale.data.tar_reader import EMPTY, Forward, TarReader, decompressed
 
 WAITS = (0.5, 1, 2, 4, 8, 16, 30)  # seconds between attempts to open a tar
@@ -34,6 +34,11 @@ class Raw(NamedTuple):
     image: bytes
     label: bytes
     bad: list[dict[str, Any]]  # what could not be read before it
+
+
+class _Member(NamedTuple):
+    name: str  # as the tar spells it
+    content: bytes  # empty for one that no sample needs
 
 
 class TarSamples:
@@ -85,7 +90,7 @@ def _samples(url: str, stream: Any, left_out: LeftOut) -> Iterator[Raw]:
     """
     reader = TarReader(tape := Forward(decompressed(stream)))  # type: ignore[arg-type]
     apart = _Apart()
-    key, of, members = "", 0, dict[str, bytes]()
+    key, of, members = "", 0, dict[str, _Member]()
     error: Exception | None = None
     try:
         for name, offset, size, archive in reader:
@@ -96,7 +101,7 @@ def _samples(url: str, stream: Any, left_out: LeftOut) -> Iterator[Raw]:
                 members = {}
             key, of = another, archive
             wanted = is_image(ext) or ext.rpartition(".")[2] in ("cls", ARRAY)
-            members[ext] = _content(tape, offset, size) if wanted else b""
+            members[ext] = _Member(name, _content(tape, offset, size) if wanted else b"")
     except Exception as raised:  # decompressors raise almost anything; what was read before stands
         error = raised
     if members:
@@ -117,19 +122,19 @@ def _content(tape: Forward, offset: int, size: int) -> bytes:
     return content
 
 
-def _of_key(url: str, key: str, members: dict[str, bytes], apart: "_Apart", left_out: LeftOut) -> Iterator[Raw]:
+def _of_key(url: str, key: str, members: dict[str, _Member], apart: "_Apart", left_out: LeftOut) -> Iterator[Raw]:
     chosen = chosen_images(members)
     for image in chosen:
         label = companion(members, image, "cls")
         name = sample_key(key, image, chosen)
-        yield Raw(url, name, name, members[image], members[label] if label else b"", [])
+        yield Raw(url, name, name, members[image].content, members[label].content if label else b"", [])
     if apart.add(key, bool(chosen)):
         return
-    for ext in members:
+    for ext, member in members.items():
         why = reasons.NO_IMAGE if not chosen else f"image beside the one of its key (.{ext[:24]})"
         if not chosen or (is_image(ext) and ext not in chosen):
             what = IMAGES if chosen else MEMBERS
-            left_out.add(what, printable(why), printable(f"{key}.{ext}"))
+            left_out.add(what, printable(why), printable("/".join(parts_of(member.name))))
 
 
 class _Apart:

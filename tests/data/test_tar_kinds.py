@@ -294,7 +294,8 @@ def test_photos_that_a_dot_puts_beside_another_are_lost_images(tmp_path: Path) -
     left = TarSource([tmp_path / "x.tar"], tmp_path).left_out
     assert "1 of 3 images (33.3 %) are not in the set" in left.warning(2)
     assert "(x.tar/Smith.John.jpg)" in left.warning(2)
-    assert streamed(tmp_path / "x.tar")[1][0]["left_out"][0]["what"] == left_out.IMAGES
+    (row,) = streamed(tmp_path / "x.tar")[1][0]["left_out"]
+    assert (row["what"], row["first"]) == (left_out.IMAGES, "Smith.John.jpg")
 
 
 def test_what_is_called_compressed(tmp_path: Path) -> None:
