@@ -47,8 +47,8 @@ def remark(texts: Iterable[str], names: Sequence[str], folders: bool = False) ->
     others = [text for text in known if text in classes and text not in values and text not in empty]
     if others and len(values) >= len(others):
         return (
-            f"label {min(others)!r} is no number: all labels are names, numbered in the order of their bytes (0 is "
-            f"{names[0]!r}); --classes FILE says the classes and their numbers"
+            f"label {min(others)!r} is no class number: all labels are names, numbered in the order of their bytes (class 0 "
+            f"is {names[0]!r}); --classes FILE says the classes and their numbers"
         )
     used = len(set(values.values()))
     if not others and len(names) > 2 * used + 10:

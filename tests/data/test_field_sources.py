@@ -165,13 +165,28 @@ def test_numbers_among_given_classes() -> None:
     assert list(numbered_as(["5", "7", "07"], ["5.0", "7", "7.0", "0"]).values()) == [0, 1, -2, -2]
 
 
+@pytest.mark.parametrize("names", ["2\n1\n0\n", "5\n7\n9\n"])
+def test_a_set_whose_classes_are_named_by_numbers_keeps_them(names: str, pictures: Path, tmp_path: Path) -> None:
+    listed = names.split()
+    (pictures / "x.csv").write_text(
+        "path,y\n" + "".join(f"{i}.png,{name}.0\n" for i, name in enumerate(sorted(listed)))
+    )
+    (pictures / "names").write_text(names)
+    first = contents(write(pictures / "x.csv", tmp_path / "sets" / "a", label="y", classes=pictures / "names"))
+    assert sorted(label or "" for label, _ in first.values()) == sorted(listed)
+    (pictures / "other").write_text("\n".join(sorted(listed)) + "\nmore\n")
+    for number, options in enumerate(({}, {"classes": pictures / "names"}, {"classes": pictures / "other"})):
+        assert contents(write(tmp_path / "sets" / "a", tmp_path / f"one{number}", **options)) == first
+        assert contents(write(tmp_path / "sets", tmp_path / f"all{number}", kind="tars", **options)) == first
+
+
 def test_a_numbering_that_nobody_expects_is_said(pictures: Path, tmp_path: Path) -> None:
     def notes(where: Path, **options: str) -> list[str]:
         return open_source(str(where), SourceOptions(**options))[""].notes  # type: ignore[arg-type]
 
     table = pictures / "x.csv"
     table.write_text("path,y\n0.png,10\n1.png,2\n2.png,unknown\n")
-    assert "label 'unknown' is no number: all labels are names" in notes(table, label="y")[0]
+    assert "label 'unknown' is no class number: all labels are names" in notes(table, label="y")[0]
     table.write_text("path,y\n0.png,2019\n1.png,2020\n2.png,\n")
     assert "2 class numbers up to 2020 make 2021 classes" in notes(table, label="y")[0]
     table.write_text("path,y\n0.png,2\n1.png,10\n2.png,-1\n3.png,nan\n")

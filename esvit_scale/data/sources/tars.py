@@ -50,13 +50,19 @@ class TarSource(Source):
     Args:
         root: names of tars in messages start here.
         label: None: the `.cls` member; `parent`: the folder in the tar; `archive`: the tar's name; `none`.
+    names: of a shard set, the classes of the numbers in its `.cls` members, whatever these are called.
 
     Raises:
         UserError: a tar cannot be read, or no tar holds an image.
     """
 
     def __init__(
-        self, tars: Sequence[Path], root: Path, label: str | None = None, classes: Sequence[str] | None = None
+        self,
+        tars: Sequence[Path],
+        root: Path,
+        label: str | None = None,
+        classes: Sequence[str] | None = None,
+        names: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         if label not in HOW_LABELS:
@@ -65,7 +71,8 @@ class TarSource(Source):
                 "by default it is the .cls member"
             )
         self.root, self._tars, self._how = root, list(tars), label
-        self._rows, self._digest = Rows(), hashlib.sha256(repr((label, classes)).encode())
+        self._names = names if classes is not None and list(names or ()) != list(classes) else None
+        self._rows, self._digest = Rows(), hashlib.sha256(repr((label, classes or names)).encode())
         labels = Labels()
         self._has_cls = bytearray()  # of every sample, whether a `.cls` member goes with it
         self._several = Counter[str]()  # keys with several samples, by the extensions
@@ -81,7 +88,7 @@ class TarSource(Source):
             first = f" (first: {self.notes[0]})" if self.notes else ""
             first = f"{first}; they hold {self.left_out.short()}" if self.left_out else first
             raise UserError(f"{root}: no image in its {len(self._tars)} tars{first}")
-        self.classes, self._labels = labels.finish(classes)
+        self.classes, self._labels = labels.finish(classes or names, by_number=bool(names) and self._names is None)
         self.notes += labels.notes
 
     def _add(self, number: int, tar: Path, labels: Labels) -> None:
@@ -126,7 +133,10 @@ class TarSource(Source):
             return printable(parent_label(entry.key) or "") or None
         if self._how is None and cls is not None:
             offset, size = entry.members[cls]
-            return os.pread(handle, min(size, MAX_LABEL), offset).decode("utf-8", "backslashreplace")
+            text = os.pread(handle, min(size, MAX_LABEL), offset).decode("utf-8", "backslashreplace").strip()
+            if self._names and text.isdecimal() and int(text) < len(self._names):
+                return self._names[int(text)]  # to be found among other classes by name
+            return text
         return None
 
     def __len__(self) -> int:
@@ -176,17 +186,18 @@ def tar_source(where: Path, label: str | None, classes: Sequence[str] | None) ->
     if manifests.is_shard_set(where):
         manifest = manifests.load(where)
         manifests.check_sizes(manifest)
-        named = classes or manifest.classes or None
-        return TarSource([where / shard.name for shard in manifest.shards], where, label, named)
+        shards = [where / shard.name for shard in manifest.shards]
+        if label is None:
+            return TarSource(shards, where, label, classes, manifest.classes or None)
+        return TarSource(shards, where, label, classes or manifest.classes or None)
     left = LeftOut()
     tars = visible_files(where, (".tar", *COMPRESSED_TARS), left)
     if compressed := [tar for tar in tars if tar.name.lower().endswith(COMPRESSED_TARS)]:
         raise UserError(f"{compressed[0]}: compressed tars cannot be read at random; decompress them first")
     if not tars:
         raise UserError(f"{where}: no .tar files in it")
-    if label is None and classes is None:
-        classes = _classes_of_sets(where, {tar.parent for tar in tars})
-    source = TarSource(tars, where, label, classes)
+    names = _classes_of_sets(where, {tar.parent for tar in tars}) if label is None else None
+    source = TarSource(tars, where, label, classes, names)
     source.left_out.update(left)
     return source
 
