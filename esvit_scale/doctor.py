@@ -1,11 +1,10 @@
 """`esvit-scale doctor`: what works on this machine, found by trying it.
 
-One row a thing: ok, absent (optional, not there) or problem, with what to do. Exit code 0, or 1 when something that
-every command needs does not work; a GPU is not among these.
+One row per check: ok, warning (a version that no test ran on), absent (optional, not there) or problem, with what to do.
+Exit code 0, or 1 when something that every command needs does not work; a GPU is not among these. The rows about Python
+packages are in doctor_packages.py.
 """
 
-import importlib
-import importlib.machinery
 import importlib.util
 import os
 import platform
@@ -16,25 +15,18 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import esvit_scale
+from esvit_scale import doctor_packages as packages
+from esvit_scale.data import limits as loader_limits
+from esvit_scale.doctor_packages import Row
 
-State = Literal["ok", "absent", "problem"]
 GIB = 2**30
 
 # The oldest Linux driver that runs any build of a CUDA major version (NVIDIA's minor-version compatibility).
 OLDEST_DRIVER = {11: (450, 80, 2), 12: (525, 60, 13), 13: (580, 65, 6)}
-
-
-class Row(NamedTuple):
-    name: str
-    state: State
-    detail: str
-    advice: str = ""
-    required: bool = False
 
 
 class NvidiaMachine(NamedTuple):
@@ -45,40 +37,43 @@ class NvidiaMachine(NamedTuple):
 
 
 def run() -> int:
-    """Prints the table; 1 when a required row is a problem, else 0."""
+    """Print the table; return 1 when a required row is a problem, else 0."""
     warnings.simplefilter("ignore")
     os.environ.setdefault("DS_LOG_LEVEL", "error")
     print(f"esvit-scale {esvit_scale.__version__} on {platform.platform()}\n")
-    broken = False
+    broken, untested = False, []
     for row in _rows():
         print(f"{row.name:<16}{row.state:<9}{row.detail}")
         if row.advice:
             print(f"{'':<25}→ {row.advice}")
         broken |= row.required and row.state == "problem"
+        untested += [row.name] if row.state == "warning" else []
     print("\nSomething that every command needs does not work." if broken else "\nEverything required works.")
+    if untested:
+        print(f"Outside the tested versions: {', '.join(untested)}.")
     return int(broken)
 
 
 def _rows() -> Iterator[Row]:
     yield _python()
-    torch_row = _imported("torch", f"CUDA build {cuda}" if (cuda := _cuda_build()) else "CPU build")
+    torch_row = packages.required("torch", f"CUDA build {cuda}" if (cuda := _cuda_build()) else "CPU build")
     yield torch_row
-    if torch_row.state == "ok":
+    if torch_row.state != "problem":
         yield from _gpu()
         yield _bf16()
         yield _collective("gloo", required=True)
         if _torch_sees_gpu():
             yield _collective("nccl", required=False)
-    yield _imported(
-        "timm", f"torchvision {_version('torchvision')}", "pip install torch and torchvision from one index"
-    )
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch_row.state == "ok" and _torch_sees_gpu() else "cpu")
-    yield _imported("deepspeed")
+    for name in ("torchvision", "timm"):
+        yield packages.required(name, advice="pip install torch and torchvision from one index")
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch_row.state != "problem" and _torch_sees_gpu() else "cpu")
+    yield packages.required("deepspeed")
     yield _deepspeed_ops()
-    yield _imported("fairscale")
-    yield _imported("webdataset")
-    yield _tensorboard()
-    yield apex(importlib.util.find_spec("apex"))
+    yield packages.required("fairscale")
+    yield packages.required("webdataset")
+    yield from packages.others()
+    yield from packages.extras()
+    yield packages.apex(importlib.util.find_spec("apex"))
     yield _slurm()
     yield _compilers()
     yield _cores()
@@ -87,7 +82,7 @@ def _rows() -> Iterator[Row]:
     yield _disk()
 
 
-# --- Python and packages -------------------------------------------------------------------------------------------
+# --- Python and DeepSpeed -------------------------------------------------------------------------------------------
 
 
 def _python() -> Row:
@@ -102,54 +97,16 @@ def _python() -> Row:
     )
 
 
-def _imported(
-    name: str, also: str = "", advice: str = "make venv installs it; pip install -e . in your own environment"
-) -> Row:
-    """A required package, really imported: an installed one may still not load."""
-    try:
-        importlib.import_module(name)
-    except Exception as error:
-        return Row(name, "problem", _one_line(error), advice, True)
-    return Row(name, "ok", ", ".join(filter(None, [_version(name), also])), required=True)
-
-
-def _version(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return "(not installed)"
-
-
 def _deepspeed_ops() -> Row:
     from esvit_scale.parallel.probe import deepspeed_ops
 
     try:
         ops = deepspeed_ops()
     except Exception as error:
-        return Row("DeepSpeed ops", "problem", _one_line(error))
+        return Row("DeepSpeed ops", "problem", packages.one_line(error))
     can, cannot = ([name for name, works in sorted(ops.items()) if works is wanted] for wanted in (True, False))
     detail = f"could be built: {', '.join(can) or 'none'}" + (f"; not: {', '.join(cannot)}" if cannot else "")
     return Row("DeepSpeed ops", "ok", detail + " (none is needed)")
-
-
-def _tensorboard() -> Row:
-    if importlib.util.find_spec("tensorboard"):
-        return Row("tensorboard", "ok", _version("tensorboard"))
-    return Row("tensorboard", "absent", "metrics go to metrics.jsonl alone", "pip install tensorboard")
-
-
-def apex(spec: "importlib.machinery.ModuleSpec | None") -> Row:
-    """NVIDIA's apex has apex.optimizers; the package of that name on the public index is something else."""
-    if spec is None:
-        return Row("apex", "absent", "optional: fused optimizers")
-    if any((Path(folder) / "optimizers").is_dir() for folder in spec.submodule_search_locations or []):
-        return Row("apex", "ok", f"NVIDIA's, {_version('apex')}: fused optimizers")
-    return Row(
-        "apex",
-        "absent",
-        f"an unrelated package of that name is installed ({_version('apex')})",
-        "pip uninstall apex; NVIDIA's is built from its repository",
-    )
 
 
 # --- GPU -----------------------------------------------------------------------------------------------------------
@@ -285,7 +242,7 @@ def _collective(backend: Literal["gloo", "nccl"], required: bool) -> Row:
             if backend == "gloo"
             else "NCCL_DEBUG=INFO says more"
         )
-        return Row(backend, "problem", _one_line(error), advice, required)
+        return Row(backend, "problem", packages.one_line(error), advice, required)
     return Row(backend, "ok", "an all-reduce came back", required=required)
 
 
@@ -335,18 +292,26 @@ def limits() -> Iterator[Row]:
 def _shared_memory() -> Iterator[Row]:
     if not Path("/dev/shm").is_dir():
         return
-    size = shutil.disk_usage("/dev/shm").total
-    low = size < GIB
+    usage = shutil.disk_usage("/dev/shm")
+    low = usage.free < loader_limits.LEAST_SHARED_MEMORY or usage.total < loader_limits.SHARED_MEMORY_OF_BATCHES
     advice = "loader processes hand batches over in it: docker run --shm-size=8g, or data.workers=0" if low else ""
-    yield Row("/dev/shm", "problem" if low else "ok", f"{size / GIB:.1f} GiB", advice)
+    yield Row(
+        "/dev/shm", "problem" if low else "ok", f"{usage.total / GIB:.1f} GiB, {usage.free / GIB:.1f} free", advice
+    )
 
 
 def _open_files() -> Row:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    low = 0 <= soft < 1024
-    shown = ["unlimited" if limit == resource.RLIM_INFINITY else str(limit) for limit in (soft, hard)]
+    """Return the row of the limit that a run gets, which raises its own soft limit to the hard one."""
+    files = loader_limits.reachable_files()
+    workers = loader_limits.workers_served(files)
+    detail = f"{files} for each process of a run: enough for data.workers up to {workers}"
+    if workers >= loader_limits.COMMON_WORKERS:
+        return Row("open files", "ok", detail)
     return Row(
-        "open files", "problem" if low else "ok", f"{shown[0]} (at most {shown[1]})", "ulimit -n 4096" if low else ""
+        "open files",
+        "problem",
+        detail,
+        "raise the hard limit (limits.conf, LimitNOFILE, docker run --ulimit nofile=65536)",
     )
 
 
@@ -390,7 +355,3 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def _dotted(version: tuple[int, ...]) -> str:
     return ".".join(f"{part:02d}" if i else str(part) for i, part in enumerate(version))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -1,11 +1,19 @@
-"""doctor: the decision about drivers over many pairs, apex told apart, and a real run."""
+"""doctor: the decision about drivers over many pairs, tested versions, optional extras, limits, and a real run."""
 
 import importlib.machinery
+import re
+import resource
+import shutil
+import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+from packaging.version import Version
 
 from esvit_scale import doctor
+from esvit_scale import doctor_packages as packages
+from esvit_scale.data import limits
 
 FIT = [
     ("580.65.06", "13.0"), ("580.65.06", "13.2"), ("580.95.05", "13.2"), ("595.12", "13.2"), ("575.57.08", "12.9"),
@@ -99,13 +107,138 @@ def test_a_hidden_gpu_is_not_a_problem(monkeypatch):
 
 
 def test_apex_is_nvidias_only_with_its_optimizers(tmp_path):
-    assert doctor.apex(None).state == "absent"
+    assert "optim.name=apex_adam" in packages.apex(None).detail
+    assert packages.apex(None).state == "absent"
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("raise RuntimeError('never imported')")
     spec = importlib.machinery.PathFinder.find_spec("apex", [str(tmp_path)])
-    assert "unrelated package" in doctor.apex(spec).detail
+    assert "unrelated package" in packages.apex(spec).detail
     (tmp_path / "apex" / "optimizers").mkdir()
-    assert doctor.apex(spec).state == "ok"
+    assert packages.apex(spec).state == "ok"
+
+
+# --- versions and extras -------------------------------------------------------------------------------------------
+
+VERSIONS = [
+    "2.6.0", "2.7.0a0+7c8ec84dab.nv25.03", "2.7.0rc1", "2.7", "2.7.0", "2.7.0+cpu", "2.9", "2.10.0", "2.14.1",
+    "2.14.1+cu130", "2.14.1rc2", "2.14.1.post1", "2.14.1.post1.dev3", "2.14.1.dev20261101+cu130", "2.14.2.dev1",
+    "2.14.1.0", "2.14.1a1.dev2", "2.15.0", "2.15.0.dev20261120+cu132", "3", "10.0",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_versions_are_compared_as_pip_does(version, monkeypatch):
+    monkeypatch.setitem(packages.TESTED, "torch", packages.Range("2.7.0", "2.14.1"))
+    public = Version(Version(version).public)
+    if public < Version("2.7.0"):
+        expected = ("warning", f"{version} is older than the oldest tested 2.7.0", "tested: 2.7.0 to 2.14.1")
+    elif public > Version("2.14.1"):
+        expected = ("warning", f"{version} is newer than the newest tested 2.14.1", "tested: 2.7.0 to 2.14.1")
+    else:
+        expected = ("ok", version, "")
+    assert packages.compared("torch", version) == expected
+
+
+@pytest.mark.parametrize("version", ["of unknown version", "", "git-7c8ec84", "1.0.0-custom"])
+def test_a_version_that_is_none_is_said(version):
+    state, detail, _ = packages.compared("timm", version)
+    assert (state, "cannot be compared" in detail) == ("warning", True)
+
+
+def install(folder, name, version):
+    """Make what pip leaves of a package: its metadata."""
+    info = folder / f"{name.replace('-', '_')}-{version or 0}.dist-info"
+    info.mkdir()
+    info.joinpath("METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {name}\n" + f"Version: {version}\n" * bool(version)
+    )
+
+
+@pytest.fixture
+def only(monkeypatch, tmp_path):
+    """Function that makes these packages, by their metadata, all that is installed."""
+
+    def install_only(**versions):
+        for name, version in versions.items():
+            install(tmp_path, name.replace("_", "-"), version)
+        monkeypatch.setattr(sys, "path", [str(tmp_path)])
+        return {row.name: row for row in packages.extras()}
+
+    return install_only
+
+
+def test_every_missing_extra_says_what_needs_it(only):
+    rows = only()
+    assert list(rows) == list(packages.EXTRAS)
+    for name, row in rows.items():
+        assert (row.state, row.required) == ("absent", False)
+        assert row.detail.endswith(f"not installed: needed for {packages.EXTRAS[name].purpose}")
+        assert row.advice == f"pip install 'esvit-scale[{name}]'"
+
+
+def test_extras_that_are_there_in_part(only):
+    tested = {name: newest for name, (_, newest) in packages.TESTED.items()}
+    rows = only(onnx=tested["onnx"], onnxscript=tested["onnxscript"], tifffile=tested["tifffile"], opencv_python="4.10.0.84",
+                tensorboard="99.1", pyarrow=None)  # fmt: skip
+    assert rows["export"].state == "ok", "the rest of this extra is for tests"
+    assert rows["export"].detail.endswith("; onnxruntime, transformers not installed, which only tests need")
+    assert rows["tiff"].state == "absent"
+    assert rows["tiff"].detail.startswith(f"imagecodecs not installed (installed: tifffile {tested['tifffile']}): ")
+    assert rows["opencv"].state == "ok", "any of the distributions that bring cv2 serves"
+    assert (rows["tracking"].state, rows["tracking"].required) == ("warning", False)
+    assert f"99.1 is newer than the newest tested {tested['tensorboard']}" in rows["tracking"].detail
+    assert (
+        rows["tracking"].advice
+        == f"tensorboard: tested: {packages.TESTED['tensorboard'].oldest} to {tested['tensorboard']}"
+    )
+    assert rows["parquet"].state == "warning", "metadata without a version"
+
+
+def test_other_required_packages(only):
+    only(numpy="1.20", scipy=packages.TESTED["scipy"].oldest)
+    rows = {row.name: row for row in packages.others()}
+    assert (rows["numpy"].state, rows["numpy"].detail[:17]) == ("warning", "1.20 is older tha")
+    assert rows["other packages"].detail == f"scipy {packages.TESTED['scipy'].oldest}"
+    assert (rows["pillow"].state, rows["pillow"].required) == ("problem", True)
+    assert not {"pyarrow", "torch", "onnx"} & set(rows)
+
+
+# --- limits: what doctor calls a problem is what a run is refused ----------------------------------------------------
+
+
+@pytest.mark.parametrize("files", [40, 56, 150, 223, 224, 1000])
+def test_open_files_are_judged_as_a_run_judges_them(files):
+    code = (
+        "import resource; from esvit_scale import doctor; from esvit_scale.data import limits; from esvit_scale.errors import RestartCanHelp\n"
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, ({files} - 5, {files}))\n"
+        "row = doctor._open_files()\n"
+        "assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == FILES - 5, 'doctor changes nothing'\n"
+        "try: limits.check_node(limits.COMMON_WORKERS)\n"
+        "except RestartCanHelp: print('refused', row.state, row.detail)\n"
+        "else: print('runs', row.state, row.detail)"
+    ).replace("FILES", str(files))  # fmt: skip
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True).stdout
+    verdict, state, *_ = said.split()
+    assert (verdict, state) == (("refused", "problem") if files < 224 else ("runs", "ok"))
+    assert f"up to {max(0, (files - 32) // 12)}" in said
+
+
+def test_a_low_soft_limit_alone_is_no_problem(monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (256, resource.RLIM_INFINITY))
+    assert doctor._open_files().state == "ok"
+    assert limits.reachable_files() == limits.MOST_FILES
+
+
+@pytest.mark.parametrize(
+    ("total", "free", "state"),
+    [(64 << 20, 64 << 20, "problem"), (1 << 30, 1 << 30, "ok"), (8 << 30, 4 << 30, "ok"), (8 << 30, 4096, "problem")],
+)
+def test_shared_memory(total, free, state, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=total, free=free))
+    assert [row.state for row in doctor._shared_memory()] == [state]
+
+
+# --- real runs -----------------------------------------------------------------------------------------------------
 
 
 def test_a_broken_required_package_is_a_row_and_exit_code_1(monkeypatch, capsys):
@@ -116,9 +249,16 @@ def test_a_broken_required_package_is_a_row_and_exit_code_1(monkeypatch, capsys)
     assert "does not work" in shown
 
 
-def test_doctor_passes_here_and_names_every_part(capsys):
-    assert doctor.run() == 0
-    rows = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line]
-    for name in ("Python", "torch", "bf16", "gloo", "deepspeed", "DeepSpeed", "fairscale", "timm", "webdataset",
-                 "apex", "Slurm", "compiler", "cores", "memory", "open", "disk"):  # fmt: skip
+def test_doctor_passes_here_and_names_every_part(capsys, monkeypatch):
+    monkeypatch.setitem(packages.TESTED, "torch", packages.Range("1.0", "1.13.1"))
+    assert doctor.run() == 0, "a version that is not tested is a warning"
+    shown = capsys.readouterr().out
+    rows = [line.split()[0] for line in shown.splitlines() if line]
+    for name in ("Python", "torch", "bf16", "gloo", "torchvision", "deepspeed", "DeepSpeed", "fairscale", "timm",
+                 "webdataset", "apex", "Slurm", "compiler", "cores", "memory", "open", "disk", *packages.EXTRAS):  # fmt: skip
         assert name in rows
+    assert all(re.search(rf"\b{name}\b", shown) for name in packages.TESTED)
+    assert re.search(
+        r"^torch +warning +\S+ is newer than the newest tested 1\.13\.1, (CUDA|CPU) build", shown, re.M
+    )
+    assert re.search(r"^Outside the tested versions: .*\btorch\b", shown, re.M)

@@ -29,6 +29,7 @@ ORDER = [
     {"train"},
     {"report"},
     {"scaling"},
+    {"doctor_packages"},
     {"demo", "doctor", "feed", "launch"},
     {"preflight"},
     {"commands"},

@@ -12,6 +12,8 @@ import pytest
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from esvit_scale import doctor_packages
+
 ROOT = Path(__file__).parents[1]
 STACKS = sorted(path.stem for path in (ROOT / "constraints").glob("*.txt"))
 spec = importlib.util.spec_from_file_location("install", ROOT / "constraints" / "install.py")
@@ -43,6 +45,35 @@ def test_the_lower_bounds_are_the_oldest_stack():
               if any(s.operator == ">=" for s in allowed)}  # fmt: skip
     assert lowest == {name: version for name, version in install.pins("oldest").items() if name in lowest}
     assert set(requirements()) == set(lowest)
+
+
+def test_doctor_knows_the_tested_versions():
+    """The wheel has no constraints/, so doctor carries the range of every dependency that users install."""
+    oldest, newest = install.pins("oldest"), install.pins("newest")
+    assert {name: (oldest[name], newest[name]) for name in users_packages()} == doctor_packages.TESTED
+
+
+def test_doctor_knows_the_optional_extras():
+    packages = {name: set(extra.packages) for name, extra in doctor_packages.EXTRAS.items()}
+    assert packages == {name: found for name, found in extras().items() if name != "dev"}
+    assert all(
+        set(extra.only_tests) < set(extra.packages) for extra in doctor_packages.EXTRAS.values() if extra.only_tests
+    )
+
+
+def extras():
+    """Extra → the packages it lists, from pyproject.toml."""
+    section = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]\n")[1].split("\n[")[0]
+    rows = re.findall(r"^(\w+) = \[(.*?)\]", section, re.M)
+    return {name: set(re.findall(r'"([A-Za-z][\w-]*)', listed)) for name, listed in rows}
+
+
+def users_packages():
+    """Every direct dependency but the tools of developers."""
+    optional = extras()
+    return set(requirements()) - (
+        optional["dev"] - set().union(*(optional[name] for name in optional if name != "dev"))
+    )
 
 
 def test_the_newest_stack_is_asked_for_first():

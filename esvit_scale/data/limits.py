@@ -1,6 +1,7 @@
 """What a node may refuse the loader processes: room in /dev/shm, and open files. Each refusal is one line with its remedy.
 
 Loader processes put their crops into /dev/shm, and every tensor that is on its way holds a file open in both processes.
+`doctor` and the preflight, which know no config, judge a node by the same figures.
 """
 
 import resource
@@ -11,7 +12,9 @@ from contextlib import contextmanager, suppress
 from esvit_scale.errors import RestartCanHelp
 
 OWN_FILES, FILES_OF_WORKER = 32, 12  # measured: 2 workers run with 40 open files, fail with 28 and hang with 33
-LEAST_SHARED_MEMORY = 1 << 20
+COMMON_WORKERS = 16  # loader processes per rank that a node should have open files for, whatever the config says
+LEAST_SHARED_MEMORY = 1 << 20  # bytes free, without which no loader process starts
+SHARED_MEMORY_OF_BATCHES = 1 << 30  # bytes in all, for the batches on their way; Docker's default is 64 MiB
 MOST_FILES = 1 << 20
 SHARED_MEMORY = ("unable to allocate shared memory", "unable to mmap", "out of shared memory", "Bus error")
 OPEN_FILES = ("Too many open files", "received 0 items of ancdata", "Errno 24]", "Errno 23]")
@@ -29,7 +32,7 @@ def check_node(workers: int) -> None:
         if shutil.disk_usage("/dev/shm").free < LEAST_SHARED_MEMORY:  # not even room for the queues between processes
             raise RestartCanHelp(_remedy(SHARED_MEMORY[0]))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    most = reachable_files()
     if soft != resource.RLIM_INFINITY and soft < most:
         with suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
@@ -38,8 +41,20 @@ def check_node(workers: int) -> None:
     if soft != resource.RLIM_INFINITY and soft < needed:
         raise RestartCanHelp(
             f"open files: this process may hold {soft}, and data.workers={workers} need about {needed}; allow more "
-            f"(ulimit -n 65536), or set data.workers={max(0, (soft - OWN_FILES) // FILES_OF_WORKER)}"
+            f"(ulimit -n 65536), or set data.workers={workers_served(soft)}"
         )
+
+
+def reachable_files() -> int:
+    """Return how many files this process can hold open once it has raised its soft limit; MOST_FILES if unlimited."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    return max(soft, most)
+
+
+def workers_served(files: int) -> int:
+    """Return the largest data.workers for which a process that may hold this many files open has enough of them."""
+    return max(0, (files - OWN_FILES) // FILES_OF_WORKER)
 
 
 @contextmanager
