@@ -307,12 +307,10 @@ def _open_files() -> Row:
     detail = f"{files} for each process of a run: enough for data.workers up to {workers}"
     if workers >= loader_limits.COMMON_WORKERS:
         return Row("open files", "ok", detail)
-    return Row(
-        "open files",
-        "problem",
-        detail,
-        "raise the hard limit (limits.conf, LimitNOFILE, docker run --ulimit nofile=65536)",
+    advice = (
+        "raise the hard limit (limits.conf, LimitNOFILE, docker run --ulimit nofile=65536), or set fewer data.workers"
     )
+    return Row("open files", "problem", detail, advice)
 
 
 def _locked_memory() -> Row:

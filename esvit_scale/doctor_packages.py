@@ -154,7 +154,7 @@ def apex(spec: "importlib.machinery.ModuleSpec | None") -> Row:
 def compared(package: str, version: str) -> tuple[State, str, str]:
     """Return the state, text and advice for a version of a package, by the range in TESTED."""
     oldest, newest = TESTED[package]
-    advice = f"tested: {oldest}" + (f" to {newest}" if newest != oldest else "")
+    advice = f"tested with {oldest}" + (f" to {newest}" if newest != oldest else "")
     try:
         key = sort_key(version)
     except ValueError:

@@ -131,9 +131,9 @@ def test_versions_are_compared_as_pip_does(version, monkeypatch):
     monkeypatch.setitem(packages.TESTED, "torch", packages.Range("2.7.0", "2.14.1"))
     public = Version(Version(version).public)
     if public < Version("2.7.0"):
-        expected = ("warning", f"{version} is older than the oldest tested 2.7.0", "tested: 2.7.0 to 2.14.1")
+        expected = ("warning", f"{version} is older than the oldest tested 2.7.0", "tested with 2.7.0 to 2.14.1")
     elif public > Version("2.14.1"):
-        expected = ("warning", f"{version} is newer than the newest tested 2.14.1", "tested: 2.7.0 to 2.14.1")
+        expected = ("warning", f"{version} is newer than the newest tested 2.14.1", "tested with 2.7.0 to 2.14.1")
     else:
         expected = ("ok", version, "")
     assert packages.compared("torch", version) == expected
@@ -189,7 +189,7 @@ def test_extras_that_are_there_in_part(only):
     assert f"99.1 is newer than the newest tested {tested['tensorboard']}" in rows["tracking"].detail
     assert (
         rows["tracking"].advice
-        == f"tensorboard: tested: {packages.TESTED['tensorboard'].oldest} to {tested['tensorboard']}"
+        == f"tensorboard: tested with {packages.TESTED['tensorboard'].oldest} to {tested['tensorboard']}"
     )
     assert rows["parquet"].state == "warning", "metadata without a version"
 
@@ -258,7 +258,5 @@ def test_doctor_passes_here_and_names_every_part(capsys, monkeypatch):
                  "webdataset", "apex", "Slurm", "compiler", "cores", "memory", "open", "disk", *packages.EXTRAS):  # fmt: skip
         assert name in rows
     assert all(re.search(rf"\b{name}\b", shown) for name in packages.TESTED)
-    assert re.search(
-        r"^torch +warning +\S+ is newer than the newest tested 1\.13\.1, (CUDA|CPU) build", shown, re.M
-    )
+    assert re.search(r"^torch +warning +\S+ is newer than the newest tested 1\.13\.1, (CUDA|CPU) build", shown, re.M)
     assert re.search(r"^Outside the tested versions: .*\btorch\b", shown, re.M)
