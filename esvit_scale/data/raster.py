@@ -135,7 +135,7 @@ def _read_tiff(data: bytes) -> Array:
         _check_kind(page.dtype, f"{page.bitspersample}-bit {page.dtype}")
         channels = page.samplesperpixel if len(pages) == 1 else len(pages)
         _check(page.imagewidth, page.imagelength, channels, page.dtype.itemsize)
-        bands = [p.asarray() for p in pages]
+        bands = [_pixels(p) for p in pages]
         pixels = bands[0] if len(pages) == 1 else np.stack(bands, 2)
         if page.axes == "SYX":
             pixels = np.moveaxis(pixels, 0, 2)
@@ -145,6 +145,18 @@ def _read_tiff(data: bytes) -> Array:
         orientation = tag.value if tag is not None and tag.value in UPRIGHT else 1
     pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
     return np.ascontiguousarray(upright(pixels, int(orientation)))
+
+
+def _pixels(page: Any) -> Array:
+    """Return a page's pixels, whose size is checked before.
+
+    Raises:
+        BadImage: the compressed data is damaged so that its decoder asks for more memory than there is.
+    """
+    try:
+        return page.asarray()  # type: ignore[no-any-return]
+    except MemoryError:
+        raise BadImage("damaged: its compressed data does not fit its size") from None
 
 
 def _bands(file: Any) -> list[Any]:

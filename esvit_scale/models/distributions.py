@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 
 class OfSeed(NamedTuple):
@@ -16,11 +16,24 @@ class OfSeed(NamedTuple):
 Initializer = Callable[[Sequence[int], Generator], Tensor] | OfSeed  # (shape, generator) → float32 on the CPU
 
 
+CUT = 2.0  # where `normal` is truncated: at ±2, not at 2σ, as timm and the official code have it
+
+
 def normal(std: float) -> Initializer:
-    """Truncated at 2 (not at 2σ), as timm and the official code have it."""
-    return lambda shape, generator: nn.init.trunc_normal_(
-        torch.empty(*shape, dtype=torch.float32, device="cpu"), std=std, generator=generator
-    )
+    """Return a normal distribution around 0 that is truncated at ±CUT, by drawing again what lies outside.
+
+    torch's `trunc_normal_` draws other numbers from the same generator in 2.7 than in 2.13 and 2.14; this gives the latter's
+    in all of them, so that a seed means the same weights.
+    """
+
+    def draw(shape: Sequence[int], generator: Generator) -> Tensor:
+        values = torch.empty(*shape, dtype=torch.float32, device="cpu").normal_(0, std, generator=generator)
+        while (outside := values.abs() > CUT).any():
+            again = torch.empty_like(values).normal_(0, std, generator=generator)
+            values = torch.where(outside, again, values)
+        return values
+
+    return draw
 
 
 def uniform(bound: float) -> Initializer:

@@ -95,7 +95,8 @@ def test_blocks_and_precision_of_the_features_do_not_matter(
     monkeypatch.setattr(module, "ROWS_AT_ONCE", 77)
     monkeypatch.setattr(module._Blocks, "KEPT", 0)
     parts = fit(Rows(features.half(), rows, labels[rows], 10), 1e-2)  # digits are whole numbers: exact in fp16
-    assert torch.allclose(parts.scores(features), whole.scores(features), atol=2e-3)
+    # Sums in another order end the optimizer at another point within its tolerance, of scores that reach ±10.
+    assert torch.allclose(parts.scores(features), whole.scores(features), atol=2e-2)
 
 
 def test_a_constant_feature_is_harmless(digits: tuple[torch.Tensor, torch.Tensor]) -> None:

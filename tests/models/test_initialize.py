@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from esvit_scale.config import validate
+from esvit_scale.models.distributions import normal
 from esvit_scale.models.heads import Head
 from esvit_scale.models.initialize import initial_value, initial_values, initialize
 from esvit_scale.models.registry import SHAPES, build_trunk
@@ -28,6 +29,15 @@ def test_poisoned_then_initialised_every_parameter_is_finite(name):
     with torch.device("meta"):
         whole = build_trunk(validate({"model": {"trunk": name}}, where="test"))
     assert set(initial_values(whole)) == {n for n, _ in whole.named_parameters()}
+
+
+def test_a_seed_draws_the_same_numbers_with_every_torch():
+    values = normal(1.0)([64], torch.Generator().manual_seed(3))
+    assert values.abs().max() <= 2
+    assert values[:3].tolist() == pytest.approx([-0.07664429, 0.35988152, -0.78201681], rel=1e-5)
+    assert values[[25, 30, 49, 53]].tolist() == pytest.approx(
+        [0.3323023, -0.6851149, 0.5052344, -0.3071051], rel=1e-5
+    )  # again
 
 
 def test_distributions():
