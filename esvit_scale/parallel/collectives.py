@@ -86,12 +86,18 @@ class _Sum(torch.autograd.Function):
         return all_reduce_sum_(grad.contiguous().clone())
 
 
+def all_gather_flat(gathered: Tensor, part: Tensor) -> None:
+    """Gather every rank's part [n, …], one after the other, into `gathered` [world · n, …]."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.14
+    gather(gathered, part)
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
         tensor = tensor.contiguous()
         gathered = tensor.new_empty(world_size() * len(tensor), *tensor.shape[1:])
-        dist.all_gather_into_tensor(gathered, tensor)
+        all_gather_flat(gathered, tensor)
         return gathered
 
     @staticmethod

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from esvit_scale.parallel import collectives
 from esvit_scale.parallel.partitions import Partition, buffers_of_module, frozen_of_module, widen_buffers
 
 
@@ -90,7 +91,7 @@ class Teacher:
             parts[by_flat[id(partition.flat)]].narrow(0, partition.offset, partition.length).copy_(value)
         if dist.get_world_size() > 1:
             for working, part in zip(self._working, parts, strict=True):
-                dist.all_gather_into_tensor(working, part.clone())
+                collectives.all_gather_flat(working, part.clone())
 
 
 def _partitioned_copy(build: Callable[[], nn.Module], ds: dict[str, Any]) -> Any:
