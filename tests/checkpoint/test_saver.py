@@ -41,6 +41,7 @@ def test_a_full_disk_costs_one_save(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert kept == ["latest", "step-00000010", "step-00000015", "step-00000020"]
 
 
+@pytest.mark.slow
 def test_a_disk_that_stays_full_ends_the_run_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exit code 75: nothing that was saved is lost, and the same command goes on from there."""
     config = tiny.config(tmp_path / "run", tiny.shards(tmp_path / "shards"))

@@ -34,7 +34,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.shards(tmp_path_factory.mktemp("data") / "shards")
 
 
-@pytest.mark.parametrize("kind", ["shard set", pytest.param("plain tars", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["shard set", "plain tars"])
 def test_eio_on_every_read_is_75_after_one_round_of_delays(
     library: Path, shards: Path, tmp_path: Path, kind: str
 ) -> None:

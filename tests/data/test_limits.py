@@ -61,6 +61,7 @@ def test_a_node_is_looked_at_before_processes_start(limit: str, said: str) -> No
     assert f"RestartCanHelp: {said}" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_whose_shared_memory_is_full_ends_with_one_line(tmp_path: Path) -> None:
     shards = tiny.shards(tmp_path / "shards")
     config = tiny.config(tmp_path / "run", shards, data__workers=2, data__global_crops__size=128)

@@ -115,7 +115,7 @@ def test_a_batch_that_does_not_divide():
         plan.plan(configs.resolve("swin_t"), 7, G80, None, SPEED)
 
 
-@pytest.mark.parametrize("trunk", ["timm:resnet18", "timm:xcit_nano_12_p16_224"])
+@pytest.mark.parametrize("trunk", ["timm:resnet18", pytest.param("timm:xcit_nano_12_p16_224", marks=pytest.mark.slow)])
 def test_a_trunk_that_runs_once_a_crop_size_can_be_planned(trunk, capsys):
     line = ["plan", "swin_t", "--gpus", "8", "--gpu-memory", "80G", f"model.trunk={trunk}", "--tflops", "400", "--json"]
     assert cli.main(line) == 0

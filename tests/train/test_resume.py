@@ -77,6 +77,7 @@ def test_a_finished_run_is_left_alone(data: Path, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_record_that_cannot_be_opened_is_every_ranks_error(data: Path, tmp_path: Path) -> None:
     """Rank 0 alone opens the records; the other must not go on to a collective that rank 0 never reaches."""
     run = tmp_path / "run"

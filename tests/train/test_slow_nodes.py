@@ -27,7 +27,7 @@ sys.exit(cli.main(["pretrain", *sys.argv[1:]]))
 """
 
 
-@pytest.mark.parametrize("stage", ["zero1", "zero3"])
+@pytest.mark.parametrize("stage", [pytest.param("zero1", marks=pytest.mark.slow), "zero3"])
 def test_rows_name_the_rank_that_the_others_wait_for(tmp_path: Path, stage: str) -> None:
     (tmp_path / "slow.py").write_text(SLOW_RUN)
     shards = tiny.shards(tmp_path / "shards")

@@ -103,7 +103,7 @@ def start_ranks(folder: Path, size: int, *arguments: object) -> "list[subprocess
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("size", "stopped", "asleep"), [(2, 0, -1), (4, 2, 3)])
+@pytest.mark.parametrize(("size", "stopped", "asleep"), [(2, 0, -1), pytest.param(4, 2, 3, marks=pytest.mark.slow)])
 def test_a_stopped_rank_is_the_one_that_is_named(tmp_path: Path, size: int, stopped: int, asleep: int) -> None:
     """The stopped rank may be the one that keeps the store; the others must not be the only ones in the log."""
     ranks = start_ranks(tmp_path, size, stopped, asleep)
@@ -120,6 +120,7 @@ def test_a_stopped_rank_is_the_one_that_is_named(tmp_path: Path, size: int, stop
     assert ("rank 3 on" in line and "is in no collective but at ranks.py:18" in line) is (asleep == 3)
 
 
+@pytest.mark.slow
 def test_time_in_which_the_job_was_suspended_does_not_count(tmp_path: Path) -> None:
     (process,) = start_ranks(tmp_path, 1, -1, 0)
     end = time.monotonic() + 60
