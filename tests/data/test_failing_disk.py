@@ -89,7 +89,8 @@ def test_a_start_on_a_failing_disk_is_one_line(library: Path, shards: Path, tmp_
 
 @pytest.mark.slow
 def test_one_damaged_shard_among_good_ones_is_replaced(library: Path, shards: Path, tmp_path: Path) -> None:
-    """A disk's bad sector stays; the run goes on with other samples, and waits for it once."""
+    """A disk's bad sector stays; the run waits for it once and goes on with other samples, until an epoch shows that
+    it is half of the images: such a run is stopped with the reason."""
     bad = sorted(shards.glob("*.tar"))[1]
     (tmp_path / "now").touch()
     config = tiny.config(tmp_path / "run", shards, train__steps=8, data__workers=1)
@@ -101,7 +102,7 @@ def test_one_damaged_shard_among_good_ones_is_replaced(library: Path, shards: Pa
         env=tiny.environment() | fail,
         cwd=tiny.REPOSITORY,
     )
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, "over 5 %" in done.stderr) == (2, True), done.stderr
     assert done.stderr.count("of 3)") == 3, done.stderr
     rows = read_rows(tmp_path / "run" / "quarantine.jsonl")
     assert {row["shard"] for row in rows} == {bad.name}

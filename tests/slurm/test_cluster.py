@@ -308,7 +308,8 @@ def test_shards_by_an_array_are_the_shards_of_one_process(site: Site) -> None:
     site.until_ended(merge)
     assert sums(parts) == sums(whole)
     # A part that fails: the merge is taken away and does not wait for ever.
-    submit[6:8] = [str(site.folder / "nowhere"), str(site.folder / "nothing")]
+    (site.folder / "empty").mkdir()
+    submit[6:8] = [str(site.folder / "empty"), str(site.folder / "nothing")]
     _, merge = site.cluster.run(*submit, "--cpus-per-task=1").split()
     site.until_ended(merge, "CANCELLED")
 
