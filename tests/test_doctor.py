@@ -260,3 +260,17 @@ def test_doctor_passes_here_and_names_every_part(capsys, monkeypatch):
     assert all(re.search(rf"\b{name}\b", shown) for name in packages.TESTED)
     assert re.search(r"^torch +warning +\S+ is newer than the newest tested 1\.13\.1, (CUDA|CPU) build", shown, re.M)
     assert re.search(r"^Outside the tested versions: .*\btorch\b", shown, re.M)
+
+
+def test_the_gloo_row_leaves_a_process_group_that_is_there():
+    import torch.distributed as dist
+
+    ours = not dist.is_initialized()
+    if ours:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert doctor._collective("gloo", required=True).state == "ok"
+        assert dist.is_initialized()
+    finally:
+        if ours:
+            dist.destroy_process_group()

@@ -11,18 +11,23 @@ import torch.distributed as dist
 
 
 def all_reduce_works(backend: str) -> None:
-    """One all-reduce of one number in a group of one process; raises what the backend raises.
+    """Run an all-reduce of one number in a group of this process alone; raises what the backend raises.
 
-    Even alone, gloo resolves the host's name and opens a socket, and NCCL loads its library and talks to the GPU.
+    Even alone, gloo resolves the host's name and opens a socket, and NCCL loads its library and talks to the GPU. A
+    process that has a default group keeps it: only the group made here is taken down.
     """
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    group = None
+    if dist.is_initialized():
+        group = dist.new_group([dist.get_rank()], backend=backend, use_local_synchronization=True)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         value = torch.ones(1, device="cuda" if backend == "nccl" else "cpu")
-        dist.all_reduce(value)
+        dist.all_reduce(value, group=group)
         if value.item() != 1:
             raise RuntimeError(f"the sum of one 1 came back as {value.item()}")
     finally:
-        dist.destroy_process_group()
+        dist.destroy_process_group(group)
 
 
 def all_reduce_rate(groups: Sequence[Sequence[int]], device: torch.device, nbytes: int) -> float | None:
