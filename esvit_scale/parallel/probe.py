@@ -16,7 +16,7 @@ def all_reduce_works(backend: str) -> None:
     Even alone, gloo resolves the host's name and opens a socket, and NCCL loads its library and talks to the GPU. A
     process that has a default group keeps it: only the group made here is taken down.
     """
-    group = None
+    group: Any = None
     if dist.is_initialized():
         group = dist.new_group([dist.get_rank()], backend=backend, use_local_synchronization=True)
     else:
