@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written aside, synced, renamed."""
+"""Files that are whole or not there: written under a temporary name, synced, renamed."""
 
 import errno
 import json
@@ -50,36 +50,36 @@ def sync_folder(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a file aside to write to; it becomes `path` when the block ends well, and is gone otherwise.
+    """Yield a temporary file to write to; it becomes `path` when the block ends well, and is gone otherwise.
 
     It has the permissions of any new file (0666 less the umask), also when a library puts a temporary file of its own,
     which its owner alone may read, in its place.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        aside.unlink(missing_ok=True)
-        aside.touch()
-        usual = stat.S_IMODE(aside.stat().st_mode)
-        yield aside
-        aside.chmod(usual)
-        with aside.open("rb") as file:
+        tmp.unlink(missing_ok=True)
+        tmp.touch()
+        usual = stat.S_IMODE(tmp.stat().st_mode)
+        yield tmp
+        tmp.chmod(usual)
+        with tmp.open("rb") as file:
             os.fsync(file.fileno())
-        aside.replace(path)
+        tmp.replace(path)
     finally:
-        aside.unlink(missing_ok=True)
+        tmp.unlink(missing_ok=True)
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder aside to fill; it becomes `path`, which must not exist, when the block ends well, and is gone otherwise."""
+    """Yield a temporary folder to fill; it becomes `path`, which must not exist, when the block ends well, and is gone otherwise."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir()
     try:
-        yield aside
-        aside.rename(path)
+        yield tmp
+        tmp.rename(path)
         sync_folder(path.parent)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(tmp, ignore_errors=True)

@@ -42,11 +42,11 @@ def write(folder: Path, weights: Weights, network: str, form: str, source: Path)
         libraries.check(weights.config, form)
     if form == "onnx":
         _require_onnx()
-    with files.new_folder(folder) as aside:
-        _WRITE[form](aside, weights, network)
-        files.write_text(aside / "README.md", model_card.text(weights, network, form, source, folder.name))
-        for path in aside.iterdir():  # safetensors makes its files readable by their owner alone
-            shutil.copymode(aside / "README.md", path)
+    with files.new_folder(folder) as tmp:
+        _WRITE[form](tmp, weights, network)
+        files.write_text(tmp / "README.md", model_card.text(weights, network, form, source, folder.name))
+        for path in tmp.iterdir():  # safetensors makes its files readable by their owner alone
+            shutil.copymode(tmp / "README.md", path)
 
 
 def _write_safetensors(folder: Path, weights: Weights, network: str) -> None:

@@ -98,8 +98,8 @@ def write(path: Path, weights: Weights) -> None:
         content[name] = {prefix + key: tensor for key, tensor in tensors.items()}
     centers = {theirs: weights.centers[ours][None] for theirs, ours in CENTERS.items() if ours in weights.centers}
     with (
-        files.replacing(path) as aside,
-        aside.open("wb") as file,
+        files.replacing(path) as tmp,
+        tmp.open("wb") as file,
     ):  # by a path, torch would write its name into the file
         torch.save(content | {"dino_loss": centers}, file)
 

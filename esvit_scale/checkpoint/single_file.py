@@ -35,8 +35,8 @@ def write(path: Path, weights: Weights, network: str) -> None:
         "network": network,
         "config": json.dumps(weights.config.model_dump(mode="json")),
     }
-    with files.replacing(path) as aside:
-        save(aside, tensors, metadata)
+    with files.replacing(path) as tmp:
+        save(tmp, tensors, metadata)
 
 
 def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -59,7 +59,7 @@ def snapshot(config: Config, engines: Engines, centers: dict[str, Tensor], curso
 
 
 def save(run: Path, config: Config, engines: Engines, centers: dict[str, Tensor], cursor: dict[str, int]) -> Path:
-    """Writes the state at `cursor["step"]`, then retires old ones as `train` says. All ranks call it.
+    """Writes the state at `cursor["step"]`, then prunes old ones as `train` says. All ranks call it.
 
     Raises:
         NotSaved: a rank could not write (a full disk, say); what was there before is untouched.
@@ -75,13 +75,13 @@ def write(run: Path, config: Config, taken: Snapshot, check_ownership: Callable[
     run is no longer this process's.
     """
     folder = run / "checkpoints" / f"step-{taken.state['cursor']['step']:08d}"
-    aside = folder.with_name(f".{folder.name}.partial")
-    _on_rank_0(folder, lambda: _make_empty(aside))
-    _together(folder, lambda: storage.save(aside, taken.intervals))
-    written = _together(folder, lambda: storage.checksums(aside, collectives.rank()))
+    tmp = folder.with_name(f".{folder.name}.partial")
+    _on_rank_0(folder, lambda: _make_empty(tmp))
+    _together(folder, lambda: storage.save(tmp, taken.intervals))
+    written = _together(folder, lambda: storage.checksums(tmp, collectives.rank()))
     recorded = {name: checksum for files_of_rank in written for name, checksum in files_of_rank.items()}
     _on_rank_0(folder, check_ownership)
-    _on_rank_0(folder, lambda: _publish(aside, folder, taken.state | {"files": recorded}))
+    _on_rank_0(folder, lambda: _publish(tmp, folder, taken.state | {"files": recorded}))
     collectives.on_rank_0(lambda: step_folders.prune(folder, config))
     return folder
 
@@ -187,17 +187,17 @@ def read_weights(folder: Path) -> Weights:
 
 def write_weights(folder: Path, weights: Weights) -> None:
     """A step folder at step 0, without optimizer state, that `load_teacher` and `read_weights` read. One process."""
-    aside = folder.with_name(f".{folder.name}.partial")
-    _make_empty(aside)
-    storage.save(aside, _whole_intervals(weights.networks, weights.centers))
+    tmp = folder.with_name(f".{folder.name}.partial")
+    _make_empty(tmp)
+    storage.save(tmp, _whole_intervals(weights.networks, weights.centers))
     state = {
         "cursor": {"step": 0, "optimizer_step": 0, "batch_index": 0, "data_offset": 0, "images_seen": 0},
-        "files": storage.checksums(aside, 0),
+        "files": storage.checksums(tmp, 0),
         "optimizer_steps": {"decay": 0, "no_decay": 0, "last_layer": 0},
         "shapes": {name: list(tensor.shape) for name, tensor in weights.networks["student"].items()},
         "config": weights.config.model_dump(mode="json"),
     }
-    step_folders.complete(aside, folder, state)
+    step_folders.complete(tmp, folder, state)
 
 
 def _trunk_of_file(path: Path) -> tuple[Trunk, Config]:
@@ -286,6 +286,6 @@ def _make_empty(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _publish(aside: Path, folder: Path, state: dict[str, Any]) -> None:
-    step_folders.complete(aside, folder, state)
+def _publish(tmp: Path, folder: Path, state: dict[str, Any]) -> None:
+    step_folders.complete(tmp, folder, state)
     step_folders.point_to(folder)

@@ -74,10 +74,10 @@ def _similar(hashes: Hash, distance: int) -> NDArray[np.int64]:
 def write_lists(source: Source, dropped: NDArray[np.int64], out: Path) -> None:
     """The keep-list OUT: names of the samples that stay; beside it OUT.dropped.tsv: name, kept name, differing bits."""
     gone = set(dropped[:, 0].tolist())
-    with files.replacing(out) as aside, aside.open("w", encoding="utf-8") as file:
+    with files.replacing(out) as tmp, tmp.open("w", encoding="utf-8") as file:
         file.writelines(f"{printable(source.name(i))}\n" for i in range(len(source)) if i not in gone)
     beside = out.with_name(f"{out.name}.dropped.tsv")
-    with files.replacing(beside) as aside, aside.open("w", encoding="utf-8") as file:
+    with files.replacing(beside) as tmp, tmp.open("w", encoding="utf-8") as file:
         for i, j, bits in dropped.tolist():
             file.write(f"{printable(source.name(i))}\t{printable(source.name(j))}\t{bits}\n")
 

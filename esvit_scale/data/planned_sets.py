@@ -79,6 +79,6 @@ def _kept_in(cache: Path | None, find: Callable[[], NDArray[np.int64]]) -> NDArr
         found = find()
         if cache is None:
             return found
-        with files.replacing(cache) as aside, aside.open("wb") as file:
+        with files.replacing(cache) as tmp, tmp.open("wb") as file:
             np.save(file, found)
     return np.asarray(np.load(cache))

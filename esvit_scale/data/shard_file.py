@@ -35,14 +35,14 @@ def write_shard(path: Path, samples: Iterable[Sample], keys: set[str]) -> Shard:
         OSError: the disk is full, …
     """
     written = 0
-    with files.replacing(path) as aside:
-        with aside.open("wb") as file:
+    with files.replacing(path) as tmp:
+        with tmp.open("wb") as file:
             hashed = _Hashed(file)
             with wds.TarWriter(hashed, encoder=False, mtime=0, user="", group="") as tar:
                 for sample in samples:
                     tar.write(_members(sample, keys))
                     written += 1
-        entries = manifests.scan(aside)
+        entries = manifests.scan(tmp)
         if len(entries) != written:
             raise RuntimeError(f"{path}: {written} samples written, {len(entries)} found")
         files.write_bytes(manifests.index_path(path), manifests.dump_index(path.name, entries))

@@ -55,29 +55,29 @@ def _index_again(tar: Path) -> str:
 
 def _tars_again(manifest: Manifest, bad: list[int], where: str, workers: int) -> list[str]:
     plan = _plan(manifest, where, workers)
-    aside = manifest.root / set_folder.PARTIAL
-    aside.mkdir(exist_ok=True)
+    tmp = manifest.root / set_folder.PARTIAL
+    tmp.mkdir(exist_ok=True)
     try:
         numbers = [int(manifest.shards[number].name[6:12]) for number in bad]
         by_number = dict(zip(numbers, bad, strict=True))
         samples = sum(plan.count(range(number, number + 1)) for number in numbers)
         done = []
-        for number, written in pool.each(partial(write_planned, plan, aside), numbers, workers, samples, "images"):
+        for number, written in pool.each(partial(write_planned, plan, tmp), numbers, workers, samples, "images"):
             shard = manifest.shards[by_number[number]]
             if written.shard is None or written.shard.sha256 != shard.sha256:
                 raise UserError(
                     f"{manifest.root / shard.name}: comes out with another sha256: the images of {where} are not those "
                     "that the set was written from, or another version of Pillow re-encoded them; write the set again"
                 )
-            for path in (aside / shard.name, manifests.index_path(aside / shard.name)):
+            for path in (tmp / shard.name, manifests.index_path(tmp / shard.name)):
                 path.replace(manifest.root / path.name)
             done.append(f"{manifest.root / shard.name}: written again")
         files.sync_folder(manifest.root)
         return done
     finally:
-        for path in aside.iterdir():
+        for path in tmp.iterdir():
             path.unlink()
-        aside.rmdir()
+        tmp.rmdir()
 
 
 def _plan(manifest: Manifest, where: str, workers: int) -> Plan:

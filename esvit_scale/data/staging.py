@@ -105,12 +105,12 @@ def _copy(shard: Shard, source: Path, root: Path, progress: Callable[[], None]) 
 
 
 def _copy_file(path: Path, root: Path, progress: Callable[[], None]) -> None:
-    aside = root / f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial"  # a whole file or none
+    tmp = root / f".{path.name}.{socket.gethostname()}-{os.getpid()}.partial"  # a whole file or none
     try:
-        with path.open("rb") as source, aside.open("wb") as target:
+        with path.open("rb") as source, tmp.open("wb") as target:
             while piece := source.read(PIECE):
                 target.write(piece)
                 progress()
-        aside.replace(root / path.name)
+        tmp.replace(root / path.name)
     finally:
-        aside.unlink(missing_ok=True)
+        tmp.unlink(missing_ok=True)

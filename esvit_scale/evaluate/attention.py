@@ -143,7 +143,7 @@ def look(teacher: Teacher, picture: np.ndarray, out: Path, size: int | None = No
     arrays = {f"stage{b.stage + 1}_block{b.block + 1}": b.received().float().numpy() for b in seen.blocks}
     arrays |= {f"components_stage{s + 1}": c.numpy() for s, c in enumerate(seen.components)}
     out.mkdir(parents=True, exist_ok=True)
-    with files.replacing(out / "attention.npz") as aside, aside.open("wb") as file:
+    with files.replacing(out / "attention.npz") as tmp, tmp.open("wb") as file:
         np.savez_compressed(file, image=shown, **arrays)  # type: ignore[arg-type]
     return seen
 

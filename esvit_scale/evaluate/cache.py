@@ -111,17 +111,17 @@ def source_digest(source: Path) -> str:
 
 
 def _fill(folder: Path, about: dict[str, Any], images: int, rows: Iterable[Rows]) -> None:
-    aside = collectives.on_rank_0(lambda: _fresh(folder))
+    tmp = collectives.on_rank_0(lambda: _fresh(folder))
     try:
-        if collectives.bits_of_ranks(int(not aside.is_dir())):
+        if collectives.bits_of_ranks(int(not tmp.is_dir())):
             raise UserError(
                 f"{folder.parent}: not seen by every rank; --cache must be on a file system that they share"
             )
-        _together(lambda: _write_part(aside / f"part-{collectives.rank():05d}", rows), about["source"])
-        collectives.on_rank_0(lambda: _publish(aside, folder, about, images))
+        _together(lambda: _write_part(tmp / f"part-{collectives.rank():05d}", rows), about["source"])
+        collectives.on_rank_0(lambda: _publish(tmp, folder, about, images))
     finally:
         if collectives.rank() == 0:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(tmp, ignore_errors=True)
 
 
 def _together(work: Callable[[], None], source: str) -> None:
@@ -143,9 +143,9 @@ def _fresh(folder: Path) -> Path:
         pid = int(old.name.split(".")[-2])
         if pid == os.getpid() or not _is_alive(pid):
             shutil.rmtree(old, ignore_errors=True)
-    aside = folder.with_name(f".{folder.name}.{host}.{os.getpid()}.partial")
-    aside.mkdir()
-    return aside
+    tmp = folder.with_name(f".{folder.name}.{host}.{os.getpid()}.partial")
+    tmp.mkdir()
+    return tmp
 
 
 def _write_part(part: Path, rows: Iterable[Rows]) -> None:
@@ -164,8 +164,8 @@ def _write_part(part: Path, rows: Iterable[Rows]) -> None:
     files.write_json(part.with_suffix(".json"), {"rows": count, "shape": shape, "dtype": dtype})
 
 
-def _publish(aside: Path, folder: Path, about: dict[str, Any], images: int) -> None:
-    parts = [(path.with_suffix(""), json.loads(path.read_text())) for path in sorted(aside.glob("part-*.json"))]
+def _publish(tmp: Path, folder: Path, about: dict[str, Any], images: int) -> None:
+    parts = [(path.with_suffix(""), json.loads(path.read_text())) for path in sorted(tmp.glob("part-*.json"))]
     parts = [(path, held) for path, held in parts if held["rows"]]
     n = sum(held["rows"] for _, held in parts)
     if not n:
@@ -176,18 +176,18 @@ def _publish(aside: Path, folder: Path, about: dict[str, Any], images: int) -> N
         ("labels", (), np.dtype("int64")),
         ("numbers", (), np.dtype("int64")),
     ):
-        _join(aside / f"{name}.npy", [path.with_suffix(f".{name}") for path, _ in parts], (n, *row), kind)
-    with (aside / "keys.jsonl").open("wb") as out:
+        _join(tmp / f"{name}.npy", [path.with_suffix(f".{name}") for path, _ in parts], (n, *row), kind)
+    with (tmp / "keys.jsonl").open("wb") as out:
         for path, _ in parts:
             out.write(path.with_suffix(".keys").read_bytes())
         out.flush()
         os.fsync(out.fileno())
-    for path in aside.glob("part-*"):
+    for path in tmp.glob("part-*"):
         path.unlink()
-    files.write_json(aside / "about.json", about | {"images": n, "left_out": images - n})
-    files.sync_folder(aside)
+    files.write_json(tmp / "about.json", about | {"images": n, "left_out": images - n})
+    files.sync_folder(tmp)
     try:
-        aside.rename(folder)
+        tmp.rename(folder)
     except OSError:
         if not (folder / "about.json").is_file():
             raise  # not another process that was faster

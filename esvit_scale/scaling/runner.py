@@ -91,11 +91,11 @@ def branch(cell: Cell) -> None:
     origin = cell.parent.path / "checkpoints" / step
     if not origin.is_dir():
         raise UserError(f"{cell.name} continues {cell.parent.name}, which has no {step} yet: run that first")
-    aside = checkpoints / f".{step}.partial"
+    tmp = checkpoints / f".{step}.partial"
     shutil.rmtree(checkpoints, ignore_errors=True)
-    shutil.copytree(origin, aside)
+    shutil.copytree(origin, tmp)
     files.write_text(cell.path / "config.yaml", configs.dump(cell.config))
-    aside.rename(checkpoints / step)  # from here on it has begun
+    tmp.rename(checkpoints / step)  # from here on it has begun
     files.write_text(checkpoints / "latest", f"{step}\n")
 
 
