@@ -23,14 +23,14 @@ from esvit_scale.models.windows import (
     Grids,
     Permutation,
     WindowPlan,
-    from_slots,
     merge_plan,
     merged,
     relative_position_index,
     storage_plan,
-    to_slots,
     total_tokens,
+    window_partition,
     window_plan,
+    window_reverse,
 )
 
 PATCH = 4  # pixels
@@ -97,12 +97,12 @@ class Swin(Trunk):
     def forward(self, crops: list[Tensor], drop_keys: Tensor | None = None) -> Features:
         """As `Trunk.forward`; crop sizes that are not a multiple of 4 are padded right and bottom with zeros."""
         *_, (tokens, grids, window) = self._block_outputs(crops, drop_keys)
-        regions = from_slots(self.norm(tokens), storage_plan(grids, window, tokens.device))  # [ΣB·T, C]
+        regions = window_reverse(self.norm(tokens), storage_plan(grids, window, tokens.device))  # [ΣB·T, C]
         return Features(crop_means(regions, grids), regions, list(grids))
 
     def block_maps(self, crops: list[Tensor]) -> Iterator[TokenMap]:
         for tokens, grids, window in self._block_outputs(crops, None):
-            yield TokenMap(from_slots(tokens, storage_plan(grids, window, tokens.device)), list(grids))
+            yield TokenMap(window_reverse(tokens, storage_plan(grids, window, tokens.device)), list(grids))
 
     def _block_outputs(self, crops: list[Tensor], drop_keys: Tensor | None) -> Any:
         """After each block: (tokens [N, C] in the stage's order, grids, window)."""
@@ -142,7 +142,7 @@ class PatchEmbed(nn.Module):
                 crop = F.pad(crop, (0, w * PATCH - crop.shape[-1], 0, h * PATCH - crop.shape[-2]))
             cells = crop.view(n, channels, h, PATCH, w, PATCH).permute(0, 2, 4, 1, 3, 5)
             rows.view(n, h, w, channels, PATCH, PATCH).copy_(cells)
-        return self.norm(self.proj(to_slots(patches, order)))
+        return self.norm(self.proj(window_partition(patches, order)))
 
 
 class Stage(nn.Module):
@@ -185,7 +185,7 @@ class WindowAttention(nn.Module):
 
     def forward(self, tokens: Tensor, plan: WindowPlan) -> Tensor:  # [N, C] → [N, C]
         mixed = Attention.apply(*self.operands(tokens, plan), plan.masks)  # [slots, C]
-        return self.proj(from_slots(mixed, plan.slots))
+        return self.proj(window_reverse(mixed, plan.slots))
 
     def operands(self, tokens: Tensor, plan: WindowPlan) -> tuple[Tensor, Tensor]:
         """What `Attention` takes: qkv [slots, 3C] and the position bias [heads, L, L]."""
@@ -204,7 +204,7 @@ class SlotLinear(nn.Linear):
     """
 
     def forward(self, tokens: Tensor, plan: Permutation) -> Tensor:  # type: ignore[override]  # [N, C] → [slots, 3C]
-        return to_slots(super().forward(tokens), plan, fill=self.bias)
+        return window_partition(super().forward(tokens), plan, fill=self.bias)
 
 
 class Attention(torch.autograd.Function):
@@ -301,7 +301,7 @@ class PatchMerging(nn.Module):
         self.norm = nn.LayerNorm(4 * dim, eps=NORM_EPS)
 
     def forward(self, tokens: Tensor, plan: Permutation) -> Tensor:  # [N, C] → [N', 2C]
-        quads = to_slots(tokens, plan).view(-1, 4 * tokens.shape[1])
+        quads = window_partition(tokens, plan).view(-1, 4 * tokens.shape[1])
         return self.reduction(self.norm(quads))
 
 

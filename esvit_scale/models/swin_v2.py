@@ -19,7 +19,13 @@ from torch.nn import functional as F
 
 from esvit_scale.models.layer_norm import LayerNorm
 from esvit_scale.models.swin import Attention, Mlp, Swin, add_branch
-from esvit_scale.models.windows import Permutation, WindowPlan, from_slots, relative_position_index, to_slots
+from esvit_scale.models.windows import (
+    Permutation,
+    WindowPlan,
+    relative_position_index,
+    window_partition,
+    window_reverse,
+)
 
 NORM_EPS = 1e-5
 BIAS_HIDDEN = 512  # width of the position bias's network
@@ -103,7 +109,7 @@ class WindowAttentionV2(nn.Module):
 
     def forward(self, tokens: Tensor, plan: WindowPlan) -> Tensor:  # [N, C] → [N, C]
         mixed = Attention.apply(*self.operands(tokens, plan), plan.masks)  # [slots, C]
-        return self.proj(from_slots(mixed, plan.slots))
+        return self.proj(window_reverse(mixed, plan.slots))
 
     def operands(self, tokens: Tensor, plan: WindowPlan) -> tuple[Tensor, Tensor]:
         """What `Attention` takes: qkv [slots, 3C], queries and keys scaled, and the position bias [heads, L, L]."""
@@ -139,7 +145,7 @@ class SlotProjection(nn.Linear):
     """qkv of real tokens, laid into window slots; a pad is a zero token, so its qkv is the bias."""
 
     def forward(self, tokens: Tensor, plan: Permutation, bias: Tensor) -> Tensor:  # type: ignore[override]
-        return to_slots(F.linear(tokens, self.weight, bias), plan, fill=bias)  # [N, C] → [slots, 3C]
+        return window_partition(F.linear(tokens, self.weight, bias), plan, fill=bias)  # [N, C] → [slots, 3C]
 
 
 class UnitQueriesKeys(torch.autograd.Function):
@@ -206,4 +212,4 @@ class PatchMergingV2(nn.Module):
         self.norm = nn.LayerNorm(2 * dim, eps=NORM_EPS)
 
     def forward(self, tokens: Tensor, plan: Permutation) -> Tensor:  # [N, C] → [N', 2C]
-        return self.norm(self.reduction(to_slots(tokens, plan).view(-1, 4 * tokens.shape[1])))
+        return self.norm(self.reduction(window_partition(tokens, plan).view(-1, 4 * tokens.shape[1])))

@@ -67,7 +67,7 @@ def _take(rows: Tensor, index: Tensor, pads: Tensor, fill: Tensor | None) -> Ten
     return out
 
 
-def to_slots(tokens: Tensor, plan: Permutation, fill: Tensor | None = None) -> Tensor:
+def window_partition(tokens: Tensor, plan: Permutation, fill: Tensor | None = None) -> Tensor:
     """[N, C] → [slots, C]; pads hold `fill` [C] (whose gradient is the sum over pads) or zero."""
     if plan.identity:
         return tokens
@@ -75,7 +75,7 @@ def to_slots(tokens: Tensor, plan: Permutation, fill: Tensor | None = None) -> T
     return _Permute.apply(tokens, fill, plan.tokens, plan.inverse, plan.pads, no_pads)
 
 
-def from_slots(slots: Tensor, plan: Permutation) -> Tensor:
+def window_reverse(slots: Tensor, plan: Permutation) -> Tensor:
     """[slots, C] → [N, C]; what pads hold is dropped."""
     if plan.identity:
         return slots
@@ -135,7 +135,7 @@ def merge_plan(grids: Grids, window: int, next_window: int, device: torch.device
 
 @lru_cache(maxsize=256)
 def storage_plan(grids: Grids, window: int, device: torch.device) -> Permutation:
-    """Row-major tokens → the order in which a stage with this window keeps them (`from_slots` goes back)."""
+    """Row-major tokens → the order in which a stage with this window keeps them (`window_reverse` goes back)."""
     slots, first = [], 0
     for n, h, w in grids:
         slots.append(_repeat(_order(h, w, window), n, h * w, first))

@@ -98,18 +98,18 @@ class EsViT(Objective):
         for center in self._centers.values():
             center.discard()
 
-    def memory(self) -> dict[str, Tensor]:
+    def extra_state(self) -> dict[str, Tensor]:
         """The centres: "view.values" and "region.values", fp32 [K]; empty before the first forward, and with Sinkhorn."""
         states = {head: center.state_dict() for head, center in self._centers.items()}
         return {f"{head}.{name}": value for head, state in states.items() for name, value in state.items()}
 
-    def empty_memory(self, device: torch.device) -> dict[str, Tensor]:
+    def empty_extra_state(self, device: torch.device) -> dict[str, Tensor]:
         return {f"{head}.values": torch.zeros(self.prototypes, device=device) for head in self._centers}
 
-    def load_memory(self, memory: dict[str, Tensor]) -> None:
+    def load_extra_state(self, extra_state: dict[str, Tensor]) -> None:
         for head, center in self._centers.items():
             prefix = f"{head}."
-            center.load_state_dict({n.removeprefix(prefix): v for n, v in memory.items() if n.startswith(prefix)})
+            center.load_state_dict({n.removeprefix(prefix): v for n, v in extra_state.items() if n.startswith(prefix)})
 
     @property
     def _centers(self) -> dict[str, Center]:

@@ -54,17 +54,17 @@ class Objective(nn.Module):
     def discard(self) -> None:
         """After a skipped optimizer step."""
 
-    def memory(self) -> dict[str, Tensor]:
+    def extra_state(self) -> dict[str, Tensor]:
         """What the student's objective remembers from step to step beside parameters and buffers; the same on all
         ranks, fp32, for checkpoints. A name begins with the head that it belongs to: "view.values" to `view_head`."""
         return {}
 
-    def empty_memory(self, device: torch.device) -> dict[str, Tensor]:
-        """Tensors of the names and shapes that `memory` has after a step, to be filled from a checkpoint."""
+    def empty_extra_state(self, device: torch.device) -> dict[str, Tensor]:
+        """Tensors of the names and shapes that `extra_state` has after a step, to be filled from a checkpoint."""
         return {}
 
-    def load_memory(self, memory: dict[str, Tensor]) -> None:
-        """Takes over what `memory` gave, all or a part of it."""
+    def load_extra_state(self, extra_state: dict[str, Tensor]) -> None:
+        """Takes over what `extra_state` gave, all or a part of it."""
 
 
 @torch.no_grad()

@@ -188,9 +188,9 @@ class Run:
             log.info("starts from the %s", self._session.origin)
 
     def _restore(self, folder: Path) -> None:
-        centers = self._session.objective.empty_memory(self._session.world.device)
+        centers = self._session.objective.empty_extra_state(self._session.world.device)
         cursor = state.restore(folder, self._session.engines, centers)
-        self._session.objective.load_memory(centers)
+        self._session.objective.load_extra_state(centers)
         self.step, self.optimizer_step, self._saved = cursor["step"], cursor["optimizer_step"], cursor["step"]
         self.data_offset = cursor["data_offset"]
 
@@ -289,7 +289,7 @@ class Run:
         return {
             **gauges.gradient_norms(result.grad_squares, gate.names),
             **gauges.update_ratios(gate.take_changes(), gate.watched),
-            **gauges.center_norms(self._session.objective.memory()),
+            **gauges.center_norms(self._session.objective.extra_state()),
             "rank_me": rank_me.item(),
             **self._knn_due(),
         }
@@ -305,7 +305,7 @@ class Run:
         if self._saved == self.step:
             return
         collectives.on_rank_0(self._check_lock)
-        if bad := state.not_finite(self._session.engines, self._session.objective.memory()):
+        if bad := state.not_finite(self._session.engines, self._session.objective.extra_state()):
             self._roll_back(f"the state is not finite ({', '.join(bad[:3])}) and was not saved")
             return
         cursor = {
@@ -315,7 +315,7 @@ class Run:
             "data_offset": self.data_offset,
             "images_seen": self.step * self._batch,
         }
-        self._saver.start(self._session.engines, self._session.objective.memory(), cursor)
+        self._saver.start(self._session.engines, self._session.objective.extra_state(), cursor)
         self._saved, self._saved_at = self.step, time.monotonic()
         self._watchdog.beat(self.step)
 

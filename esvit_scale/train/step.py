@@ -64,7 +64,7 @@ def open_session(config: Config, world: World, schedules: Schedules, fresh: bool
     engines = engine_module.build(config, _recipe(config, empty, origin), world)
     clock = StepClock(world.device, (engines.student.module, engines.teacher.network), engines.zero_stage)
     session = Session(config, world, engines, schedules, clock, origin.note)
-    session.objective.load_memory(origin.centers)
+    session.objective.load_extra_state(origin.centers)
     return session
 
 

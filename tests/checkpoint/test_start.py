@@ -47,7 +47,7 @@ def _begin(config: Config, folder: Path) -> Weights:
     world = world_module.start()
     try:
         session = open_session(config, world, Schedules(config, 4))
-        saved = state.save(folder, config, session.engines, session.objective.memory(), {"step": 0})
+        saved = state.save(folder, config, session.engines, session.objective.extra_state(), {"step": 0})
         return state.read_weights(saved)
     finally:
         world_module.stop()

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from esvit_scale.models.windows import MASKED, from_slots, merge_plan, storage_plan, to_slots, window_plan
+from esvit_scale.models.windows import MASKED, merge_plan, storage_plan, window_partition, window_plan, window_reverse
 
 CPU = torch.device("cpu")
 LAYOUTS = [((2, 8, 8),), ((1, 7, 7), (2, 5, 6)), ((2, 8, 8), (3, 4, 4), (1, 3, 9)), ((2, 1, 1), (1, 2, 2))]
@@ -15,7 +15,7 @@ LAYOUTS = [((2, 8, 8),), ((1, 7, 7), (2, 5, 6)), ((2, 8, 8), (3, 4, 4), (1, 3, 9
 @pytest.mark.parametrize(("window", "shift"), [(4, 0), (4, 2), (7, 3), (3, 1), (1, 0)])
 def test_every_token_has_one_slot_and_its_window_mates_and_mask_are_swins(grids, window, shift):
     plan = window_plan(grids, window, shift, CPU)
-    ids = from_slots(torch.arange(sum(n * h * w for n, h, w in grids))[:, None], storage_plan(grids, window, CPU))
+    ids = window_reverse(torch.arange(sum(n * h * w for n, h, w in grids))[:, None], storage_plan(grids, window, CPU))
     # ids[row-major] = place in the stage's order; invert to describe slots by row-major token
     row_major = torch.empty_like(ids[:, 0])
     row_major[ids[:, 0]] = torch.arange(len(ids))
@@ -58,8 +58,8 @@ def test_a_layout_that_the_window_divides_is_a_view():
 
 def test_merging_takes_quads_in_swins_order_and_pads_odd_maps_with_zeros():
     grids = ((1, 3, 3),)
-    tokens = to_slots(torch.arange(1.0, 10).view(9, 1), storage_plan(grids, 2, CPU))
-    quads = to_slots(tokens, merge_plan(grids, 2, 2, CPU)).view(-1, 4)
+    tokens = window_partition(torch.arange(1.0, 10).view(9, 1), storage_plan(grids, 2, CPU))
+    quads = window_partition(tokens, merge_plan(grids, 2, 2, CPU)).view(-1, 4)
     assert quads.tolist() == [[1, 4, 2, 5], [3, 6, 0, 0], [7, 0, 8, 0], [9, 0, 0, 0]]
 
 
@@ -68,7 +68,7 @@ def test_gradients_of_both_directions(fill):
     plan = window_plan(((2, 3, 5), (1, 2, 2)), 4, 2, CPU).slots
     tokens = torch.randn(len(plan.inverse), 3, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda t, b: to_slots(t, plan, b if fill else None), (tokens, bias))
+    assert torch.autograd.gradcheck(lambda t, b: window_partition(t, plan, b if fill else None), (tokens, bias))
     slots = torch.randn(len(plan.tokens), 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda s: from_slots(s, plan), (slots,))
-    assert torch.equal(from_slots(to_slots(tokens, plan), plan), tokens)
+    assert torch.autograd.gradcheck(lambda s: window_reverse(s, plan), (slots,))
+    assert torch.equal(window_reverse(window_partition(tokens, plan), plan), tokens)

@@ -19,7 +19,7 @@ def test_it_is_esvit_without_regions() -> None:
         module.commit()
         losses.append(module(given.features, targets, cases.TEMP)[0])  # with the centre
     assert losses[:2] == losses[2:]
-    assert esvit.memory().keys() == dino.memory().keys() == {"view.values"}
+    assert esvit.extra_state().keys() == dino.extra_state().keys() == {"view.values"}
 
 
 def test_two_ranks_are_one(ranks: Ranks) -> None:

@@ -223,9 +223,9 @@ def test_accumulated_micro_batches_equal_the_whole_batch():
         torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-10)
     whole.commit()
     split.commit()
-    assert whole.memory().keys() == {"view.values", "region.values"}
-    for key, value in whole.memory().items():
-        torch.testing.assert_close(split.memory()[key], value, rtol=0, atol=1e-12)
+    assert whole.extra_state().keys() == {"view.values", "region.values"}
+    for key, value in whole.extra_state().items():
+        torch.testing.assert_close(split.extra_state()[key], value, rtol=0, atol=1e-12)
 
 
 def test_centres_survive_a_checkpoint():
@@ -234,7 +234,7 @@ def test_centres_survive_a_checkpoint():
     module(features("a", grids), targets, 0.05)
     module.commit()
     other = objective()
-    other.load_memory(module.memory())
+    other.load_extra_state(module.extra_state())
     first, second = (m(features("a", grids), targets, 0.05)[0] for m in (module, other))
     assert torch.equal(first, second)
     assert first != objective()(features("a", grids), targets, 0.05)[0]

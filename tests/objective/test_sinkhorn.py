@@ -82,7 +82,7 @@ def test_two_ranks_are_one(ranks: Ranks, case: str) -> None:
 
 def test_nothing_is_remembered() -> None:
     module = cases.module("esvit-sinkhorn")
-    module.load_memory({"view.values": torch.ones(20)})  # of a run that had centres
+    module.load_extra_state({"view.values": torch.ones(20)})  # of a run that had centres
     module.commit()
-    assert module.memory() == {}
-    assert module.empty_memory(torch.device("cpu")) == {}
+    assert module.extra_state() == {}
+    assert module.empty_extra_state(torch.device("cpu")) == {}

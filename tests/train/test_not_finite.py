@@ -52,7 +52,7 @@ def everything(session: Session) -> list[Tensor]:
     e = session.engines
     moments = [v for p in e.partitions for _, v in sorted(e.optimizer.state[p.flat].items())]
     working = [p.ds_tensor if hasattr(p, "ds_tensor") else p for p in e.student.module.parameters()]
-    kept = [*(p.master for p in e.partitions), *e.teacher.values, *moments, *session.objective.memory().values()]
+    kept = [*(p.master for p in e.partitions), *e.teacher.values, *moments, *session.objective.extra_state().values()]
     return [t.detach().clone() for t in [*kept, *working]]
 
 

@@ -129,7 +129,7 @@ def _train(
         session = open_session(config, world, Schedules(config, STEPS_PER_EPOCH))
         batches: list[Any] = list(range(5))
         losses = [train_step(session, batch, step).logs["loss"].item() for step, batch in enumerate(batches)]
-        saved = state.save(folder, config, session.engines, session.objective.memory(), {"step": 5})
+        saved = state.save(folder, config, session.engines, session.objective.extra_state(), {"step": 5})
     finally:
         world_module.stop()
     return losses, saved

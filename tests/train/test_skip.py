@@ -25,7 +25,7 @@ from tests import tiny
 def snapshot(session: Any) -> list[torch.Tensor]:
     e = session.engines
     moments = [v for p in e.partitions for k, v in sorted(e.optimizer.state[p.flat].items())]
-    centers = list(session.objective.memory().values())
+    centers = list(session.objective.extra_state().values())
     return [t.clone() for t in [*(p.master for p in e.partitions), *e.teacher.values, *moments, *centers]]
 
 
