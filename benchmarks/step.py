@@ -32,8 +32,8 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, nargs="+", default=[4], help="images a step on this device")
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
-    doors = ("none", "torch", "deepspeed", "fairscale")
-    parser.add_argument("--activation-checkpointing", nargs="+", choices=doors, default=["none"])
+    implementations = ("none", "torch", "deepspeed", "fairscale")
+    parser.add_argument("--activation-checkpointing", nargs="+", choices=implementations, default=["none"])
     parser.add_argument("--official", type=Path, help="a clone of the official EsViT repository")
     parser.add_argument("--official-precision", choices=("fp32", "bf16", "fp16"), help="default: the row's")
     parser.add_argument("--steps", type=int, default=3, help="timed, after one that is not")
@@ -49,14 +49,14 @@ def main() -> None:
             "overrides": options.override,
             "batch": batch,
             "precision": precision,
-            "checkpointing": door,
+            "checkpointing": implementation,
             "official": str(options.official) if options.official else None,
             "official_precision": options.official_precision or precision,
             "steps": options.steps,
         }
         for batch in options.batch
         for precision in options.precision
-        for door in options.activation_checkpointing
+        for implementation in options.activation_checkpointing
     ]
     rows = [measure(cell) for cell in cells]
     print(json.dumps({"machine": machine(), "rows": rows}, indent=2) if options.json else table(rows))

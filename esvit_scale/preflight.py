@@ -46,7 +46,7 @@ def run(shared: Path) -> int:
     files.write_text(_answer(folder, node), token)  # by a rename over the last start's file
     world = worlds.start()
     try:
-        with worlds.explained_losses():
+        with worlds.translate_comm_errors():
             reports = collectives.gather_objects(_report(world, node, folder, token, problems))
     except BaseException:
         worlds.abandon()

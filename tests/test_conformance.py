@@ -23,7 +23,7 @@ from esvit_scale.parallel import partitions
 from esvit_scale.train import loop
 from tests import tiny
 
-# ZeRO stage and door of activation checkpointing, for trunks that are called once a forward, and once a crop size.
+# ZeRO stage and implementation of activation checkpointing, for trunks that are called once a forward, and once a crop size.
 ONCE = [("zero3", "torch"), ("zero1", "deepspeed"), ("zero3", "deepspeed"), ("zero1", "fairscale")]
 ONCE_A_SIZE = [("zero3", "torch"), ("zero3", "none"), ("zero1", "torch")]
 IMAGES = 12  # the truncated triplet loss needs 11
@@ -181,16 +181,20 @@ def pretrain(config: Config, data: Path, run: Path, **train: Any) -> list[dict[s
 @pytest.mark.slow
 @pytest.mark.parametrize("trunk", FAMILIES)
 def test_runs_resumes_and_exports(trunk: str, data: Path, tmp_path: Path) -> None:
-    """ZeRO 1 and 3, with activation checkpointing by every door that is open: the same four steps. Resumed: the same bit for bit.
+    """ZeRO 1 and 3, with activation checkpointing by every implementation that the trunk supports: the same four steps. Resumed: the same bit for bit.
     Exported and loaded again: the same features."""
     config = config_of(trunk, "esvit", objective__regions=build_trunk(config_of(trunk, "esvit")).has_regions)
     straight = pretrain(config, data, tmp_path / "straight")
-    for ds_config, door in ONCE_A_SIZE if trunk in LIBRARY else ONCE:
+    for ds_config, implementation in ONCE_A_SIZE if trunk in LIBRARY else ONCE:
         rows = pretrain(
-            config, data, tmp_path / f"{ds_config}-{door}", ds_config=ds_config, activation_checkpointing=door
+            config,
+            data,
+            tmp_path / f"{ds_config}-{implementation}",
+            ds_config=ds_config,
+            activation_checkpointing=implementation,
         )
         for row, expected in zip(rows, straight, strict=True):
-            assert row["loss"] == pytest.approx(expected["loss"], abs=2e-5), (ds_config, door, row["step"])
+            assert row["loss"] == pytest.approx(expected["loss"], abs=2e-5), (ds_config, implementation, row["step"])
     resumed = tmp_path / "resumed"
     shutil.copytree(tmp_path / "straight", resumed)
     shutil.rmtree(resumed / "checkpoints" / "step-00000004")

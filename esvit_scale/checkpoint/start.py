@@ -47,7 +47,9 @@ def start(config: Config) -> Start:
     if config.model.init_from is None:
         return NOTHING
     path = Path(config.model.init_from)
-    source = collectives.on_rank_0(lambda: _settle(path))  # a living run may move `latest` between two ranks
+    source = collectives.run_on_rank0_and_broadcast(
+        lambda: _settle(path)
+    )  # a living run may move `latest` between two ranks
     own = source.is_dir() and not exported.is_exported(source)
     weights = state.read_weights(source) if own else _read(source)
     return _fit(source, weights, config)

@@ -82,7 +82,7 @@ def write(run: Path, config: Config, taken: Snapshot, check_ownership: Callable[
     recorded = {name: checksum for files_of_rank in written for name, checksum in files_of_rank.items()}
     _on_rank_0(folder, check_ownership)
     _on_rank_0(folder, lambda: _publish(tmp, folder, taken.state | {"files": recorded}))
-    collectives.on_rank_0(lambda: step_folders.prune(folder, config))
+    collectives.run_on_rank0_and_broadcast(lambda: step_folders.prune(folder, config))
     return folder
 
 
@@ -111,7 +111,7 @@ def not_finite(engines: Engines, centers: dict[str, Tensor]) -> list[str]:
     """Return the names of the state's tensors that hold a NaN or an infinity on any rank. All ranks call it."""
     intervals = _intervals(engines, _optimizer_steps(engines), centers)
     owned = {name: interval.values for name, interval in intervals.items() if interval.values.numel()}
-    largest = [torch.linalg.vector_norm(values, torch.inf).to(engines.gate.device) for values in owned.values()]
+    largest = [torch.linalg.vector_norm(values, torch.inf).to(engines.clipper.device) for values in owned.values()]
     finite = torch.isfinite(torch.stack(largest)).tolist() if largest else []
     mine = [name for name, is_finite in zip(owned, finite, strict=True) if not is_finite]
     return sorted({name for of_rank in collectives.gather_objects(mine) for name in of_rank})
@@ -134,9 +134,9 @@ def restore(folder: Path, engines: Engines, centers: dict[str, Tensor]) -> dict[
     _make_moments(engines, state["optimizer_steps"])
     intervals = _intervals(engines, state["optimizer_steps"], centers)
     storage.load(folder, {key: i for key, i in intervals.items() if key.partition("/")[2] not in old})
-    partitions.publish(engines.student)
-    engines.teacher.follow_frozen()
-    engines.teacher.publish()
+    partitions.sync_working_weights(engines.student)
+    engines.teacher.sync_frozen()
+    engines.teacher.sync_working_weights()
     if bad := not_finite(engines, centers):
         raise UserError(
             f"{folder}: has values that are not finite ({', '.join(bad[:3])}); remove this folder, and the run goes on "

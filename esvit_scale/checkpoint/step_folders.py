@@ -194,7 +194,7 @@ def newest_good(run: Path) -> Path | None:
         UserError: there are checkpoints, and none is good.
         RestartCanHelp: there are checkpoints, and none could be read, by the fault of the storage.
     """
-    tried = collectives.on_rank_0(lambda: candidates(run))
+    tried = collectives.run_on_rank0_and_broadcast(lambda: candidates(run))
     first, machine = "", False
     for folder in tried:
         found, unreadable = _problems_on_all_ranks(folder)
@@ -323,7 +323,7 @@ def _problems_on_all_ranks(folder: Path) -> tuple[list[str], bool]:
 
     Every rank checks its share of the files.
     """
-    recorded, found, machine = collectives.on_rank_0(lambda: _recorded(folder))
+    recorded, found, machine = collectives.run_on_rank0_and_broadcast(lambda: _recorded(folder))
     for name in sorted(recorded)[collectives.rank() :: collectives.world_size()]:
         lines, fault = _patiently(lambda name=name: storage.problems(folder / Path(name).name, recorded[name]))  # type: ignore[misc]
         found, machine = found + lines, machine or fault

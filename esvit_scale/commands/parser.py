@@ -99,7 +99,7 @@ def on_all_ranks(evaluate: Callable[[], object]) -> None:
 
     world.start()
     try:
-        with world.explained_losses():
+        with world.translate_comm_errors():
             evaluate()
     except BaseException:
         world.abandon()

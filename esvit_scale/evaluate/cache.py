@@ -62,7 +62,7 @@ def obtain(
     """
     key = {"format_version": FORMAT_VERSION, **key}
     folder = cache / _digest(json.dumps(key, sort_keys=True).encode())[:20]
-    kept = collectives.on_rank_0(lambda: (folder / "about.json").is_file())
+    kept = collectives.run_on_rank0_and_broadcast(lambda: (folder / "about.json").is_file())
     if not kept:
         _fill(folder, {**key, "source": str(source)}, images, compute())
     found = load(folder)
@@ -111,14 +111,14 @@ def source_digest(source: Path) -> str:
 
 
 def _fill(folder: Path, about: dict[str, Any], images: int, rows: Iterable[Rows]) -> None:
-    tmp = collectives.on_rank_0(lambda: _fresh(folder))
+    tmp = collectives.run_on_rank0_and_broadcast(lambda: _fresh(folder))
     try:
-        if collectives.bits_of_ranks(int(not tmp.is_dir())):
+        if collectives.all_reduce_flags(int(not tmp.is_dir())):
             raise UserError(
                 f"{folder.parent}: not seen by every rank; --cache must be on a file system that they share"
             )
         _together(lambda: _write_part(tmp / f"part-{collectives.rank():05d}", rows), about["source"])
-        collectives.on_rank_0(lambda: _publish(tmp, folder, about, images))
+        collectives.run_on_rank0_and_broadcast(lambda: _publish(tmp, folder, about, images))
     finally:
         if collectives.rank() == 0:
             shutil.rmtree(tmp, ignore_errors=True)
@@ -131,7 +131,7 @@ def _together(work: Callable[[], None], source: str) -> None:
         work()
     except Exception as error:
         problem = error
-    if collectives.bits_of_ranks(int(problem is not None)):
+    if collectives.all_reduce_flags(int(problem is not None)):
         raise problem or UserError(f"{source}: reading it failed on another rank, which says why")
 
 

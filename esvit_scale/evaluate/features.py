@@ -185,7 +185,7 @@ def _obtain(
 ) -> FeatureSet:
     if cache is not None:
         return caches.obtain(cache, key, source, images, compute)
-    folder = collectives.on_rank_0(lambda: Path(tempfile.mkdtemp(prefix="esvit-scale-features-")))
+    folder = collectives.run_on_rank0_and_broadcast(lambda: Path(tempfile.mkdtemp(prefix="esvit-scale-features-")))
     try:
         found = caches.obtain(folder, key, source, images, compute)
         in_memory = {name: getattr(found, name).clone() for name in ("features", "labels", "numbers")}

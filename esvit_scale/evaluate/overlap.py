@@ -33,7 +33,7 @@ def check_sets(train: Sequence[Path], test: Path, what: str, classes: bool = Tru
         UserError: a set without classes, an image without a label, or a class of the test set that has no training
             sample.
     """
-    collectives.on_rank_0(lambda: _check(train, test, what, classes))
+    collectives.run_on_rank0_and_broadcast(lambda: _check(train, test, what, classes))
 
 
 def _check(train: Sequence[Path], test: Path, what: str, classes: bool) -> None:

@@ -193,7 +193,7 @@ def _kept_or_evaluated(dataset: Dataset, teacher: Teacher, digest: str, out: Pat
             return of, None
         return of, kept["result"] if kept.get("of") == of else None
 
-    of, kept = collectives.on_rank_0(ask)
+    of, kept = collectives.run_on_rank0_and_broadcast(ask)
     if kept is not None:
         return kept
     result = evaluate(dataset, teacher, loading)
@@ -235,7 +235,7 @@ def _check_labels(labels: Path, sources: list[Path]) -> None:
             items = items_of(source, notes=False)
             targets_of([items.key(number) for number in range(len(items))], rows, labels, source)
 
-    collectives.on_rank_0(check)
+    collectives.run_on_rank0_and_broadcast(check)
 
 
 def _split(labels: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:

@@ -170,10 +170,10 @@ def build(config: Config) -> Trunk:
     given = [key for key in ("embed_dim", "depths", "heads") if getattr(model, key)]
     if given:
         raise UserError(f"model.{given[0]}: {model.trunk} has widths of its own; leave it out, or take another network")
-    door, sizes = config.train.activation_checkpointing, tuple(dict.fromkeys(config.crop_sizes))
-    if door in ("deepspeed", "fairscale") and len(sizes) > 1:
+    implementation, sizes = config.train.activation_checkpointing, tuple(dict.fromkeys(config.crop_sizes))
+    if implementation in ("deepspeed", "fairscale") and len(sizes) > 1:
         raise UserError(
-            f"train.activation_checkpointing: {door}'s takes one call of a block a step, and {model.trunk} runs once a "
+            f"train.activation_checkpointing: {implementation}'s takes one call of a block a step, and {model.trunk} runs once a "
             f"crop size ({len(sizes)}); nearest: torch"
         )
     return TimmTrunk(_probed(name, model.drop_path, sizes, config.data.channels))

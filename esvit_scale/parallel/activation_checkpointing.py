@@ -1,4 +1,4 @@
-"""Recompute a block's activations in the backward instead of keeping them: three doors, one key.
+"""Recompute a block's activations in the backward instead of keeping them: three implementations, one setting.
 
 torch's non-reentrant checkpoint is the default choice: verified exact at ZeRO 1–3. DeepSpeed's and fairscale's are
 reentrant in spirit and correct because the trunk is called once per step (all crops packed). Batch norms inside the
@@ -16,26 +16,26 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from esvit_scale.models import batch_norm
 
-Door = Literal["none", "torch", "deepspeed", "fairscale"]
+Implementation = Literal["none", "torch", "deepspeed", "fairscale"]
 
 
-def apply(trunk: Any, door: Door, autocast: str | None = None) -> None:
+def apply(trunk: Any, implementation: Implementation, autocast: str | None = None) -> None:
     """Make every block of the trunk run through the chosen implementation (`trunk.run_block`).
 
     Args:
         autocast: the device type when the run trains in bf16 autocast: DeepSpeed's and fairscale's recomputation runs
             outside the autocast that the forward ran in (torch's enters it again), so that blocks enter it themselves.
     """
-    if door in ("deepspeed", "fairscale"):
+    if implementation in ("deepspeed", "fairscale"):
         for block in trunk.blocks:
             batch_norm.moves_without_gradient(block)
             if autocast:
                 block.__class__ = _in_autocast(type(block), autocast)  # type: ignore[arg-type]
-    if door == "torch":
+    if implementation == "torch":
         trunk.run_block = _through_torch
-    elif door == "deepspeed":
+    elif implementation == "deepspeed":
         trunk.run_block = _through_deepspeed
-    elif door == "fairscale":
+    elif implementation == "fairscale":
         _wrap_with_fairscale(trunk)
 
 

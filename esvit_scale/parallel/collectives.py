@@ -106,7 +106,7 @@ class _Gather(torch.autograd.Function):
         return all_reduce_sum_(grad.contiguous().clone()).chunk(world_size())[rank()]
 
 
-def bits_of_ranks(bits: int) -> int:
+def all_reduce_flags(bits: int) -> int:
     """The union of the ranks' flags, known to all: a bit is set when any rank set it. For up to 8 bits."""
     if world_size() == 1:
         return bits
@@ -154,7 +154,7 @@ def through(group: Any) -> Iterator[None]:
         _of_thread.group = None
 
 
-def on_rank_0(function: Callable[[], T]) -> T:
+def run_on_rank0_and_broadcast(function: Callable[[], T]) -> T:
     """Runs on rank 0 only; its answer, or its error that concerns the user, is every rank's.
 
     A decision about files must be taken once: ranks that look for themselves may see different answers.

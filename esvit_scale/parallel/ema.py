@@ -41,10 +41,10 @@ class Teacher:
             self.values = [own[p.name].data.view(-1) for p in partitions]
         else:
             self.values = [p.master.clone() for p in partitions]
-        self.follow_frozen()
+        self.sync_frozen()
         widen_buffers(self.module)
-        self.follow_buffers()
-        self.publish()
+        self.sync_buffers()
+        self.sync_working_weights()
 
     @property
     def module(self) -> nn.Module:
@@ -56,33 +56,33 @@ class Teacher:
         """One EMA step; call it once per applied optimizer step."""
         for value, partition in zip(self.values, self._partitions, strict=True):
             value.mul_(momentum).add_(partition.master, alpha=1 - momentum)
-        self.publish()
+        self.sync_working_weights()
 
     @torch.no_grad()
-    def follow_frozen(self) -> None:
+    def sync_frozen(self) -> None:
         """What is not trained is the student's; needed again after the student's was written from outside."""
         own = {p.name: p for p in frozen_of_module(self.module)}
         for p in frozen_of_module(self._student.module):
             own[p.name].values.copy_(p.values)
 
     @torch.no_grad()
-    def follow_buffers(self) -> None:
+    def sync_buffers(self) -> None:
         """Running statistics are the student's: at the start, and for good where the teacher sees no images itself."""
         own = buffers_of_module(self.module)
         for name, buffer in buffers_of_module(self._student.module).items():
             own[name].copy_(buffer)
 
     @torch.no_grad()
-    def publish(self) -> None:
+    def sync_working_weights(self) -> None:
         """The working copy follows `values`; needed after `values` were written from outside."""
         if self._stage in (1, 2):
-            self._publish_flat()
+            self._sync_flat()
         elif self._stage == 3:
             own = dict(self.module.named_parameters())
             for value, partition in zip(self.values, self._partitions, strict=True):
                 own[partition.name].ds_tensor.data[: partition.length].copy_(value)  # type: ignore[attr-defined]
 
-    def _publish_flat(self) -> None:
+    def _sync_flat(self) -> None:
         optimizer = self._student.optimizer
         assert self._working is not None
         by_flat = {id(flat): group for group, flat in enumerate(optimizer.single_partition_of_fp32_groups)}

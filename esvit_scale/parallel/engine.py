@@ -17,7 +17,7 @@ from esvit_scale.config import Config
 from esvit_scale.errors import UserError
 from esvit_scale.parallel import activation_checkpointing, compilation, ds_config, optimizers, partitions
 from esvit_scale.parallel.ema import Teacher
-from esvit_scale.parallel.gradients import GradientGate
+from esvit_scale.parallel.gradients import GradientClipper
 from esvit_scale.parallel.partitions import Partition
 from esvit_scale.parallel.world import World
 
@@ -28,7 +28,7 @@ class Recipe(NamedTuple):
     build: Callable[[], nn.Module]
     initial_value: Callable[[str, torch.Size], Tensor]  # parameter's name and shape → fp32 value
     groups: Callable[[nn.Module], dict[str, list[str]]]  # parameter group ("decay", "no_decay", "last_layer") → names
-    watched: Callable[[nn.Module], list[str]]  # parameters whose updates the gate measures when asked
+    watched: Callable[[nn.Module], list[str]]  # parameters whose updates the clipper measures when asked
     buffers: dict[str, Tensor]  # running statistics to start from; those that are not named start as they are built
 
 
@@ -37,7 +37,7 @@ class Engines(NamedTuple):
     optimizer: torch.optim.Optimizer  # the one that ZeRO steps
     group_of: dict[str, str]  # trainable parameter → its group's name
     teacher: Teacher
-    gate: GradientGate
+    clipper: GradientClipper
     partitions: list[Partition]
     dtype: torch.dtype  # of the working copies
     zero_stage: int
@@ -68,7 +68,7 @@ def build(config: Config, recipe: Recipe, world: World) -> Engines:
     if isinstance(optimizer, optimizers.LayerWise):
         optimizer.own(owned, names)
     watched = recipe.watched(module)
-    gate = GradientGate(
+    clipper = GradientClipper(
         optimizer,
         owned,
         names,
@@ -86,10 +86,10 @@ def build(config: Config, recipe: Recipe, world: World) -> Engines:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision, torch.float32)
     group_of = {name: group for group, members in groups.items() for name in members}
     moments = optimizers.MOMENTS[config.optim.name]
-    return Engines(student, optimizer, group_of, teacher, gate, owned, dtype, stage, moments)
+    return Engines(student, optimizer, group_of, teacher, clipper, owned, dtype, stage, moments)
 
 
-def set_rates(engines: Engines, lr: float, weight_decay: float) -> None:
+def set_lr_and_weight_decay(engines: Engines, lr: float, weight_decay: float) -> None:
     """Learning rate of all groups, weight decay of those that decay, for the next step."""
     for group in engines.student.optimizer.param_groups:
         group["lr"] = lr
@@ -100,7 +100,7 @@ def take_step(engines: Engines) -> bool:
     """Call `engine.step()`; return True when the optimizer moved: at an accumulation boundary, with the loss and all
     gradients finite on every rank."""
     engines.student.step()
-    return bool(engines.student.was_step_applied()) and engines.gate.take_finite()
+    return bool(engines.student.was_step_applied()) and engines.clipper.take_finite()
 
 
 def loss_scale_can_fall(engines: Engines) -> bool:
@@ -130,7 +130,7 @@ def _initialise(student: Any, owned: list[Partition], recipe: Recipe) -> None:
         p.master.copy_(value[p.start : p.start + p.length])
     for f in partitions.frozen_of_module(student.module):
         f.values.copy_(recipe.initial_value(f.name, f.shape).view(-1)[f.start : f.start + len(f.values)])
-    partitions.publish(student)
+    partitions.sync_working_weights(student)
     partitions.widen_buffers(student.module)
     for name, buffer in partitions.buffers_of_module(student.module).items():
         buffer.copy_(recipe.buffers.get(name, buffer))

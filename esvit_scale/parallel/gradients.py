@@ -22,7 +22,7 @@ from esvit_scale.parallel.partitions import Partition
 FREEZABLE = "last_layer"  # the `name` of the parameter group that `freeze` acts on
 
 
-class GradientGate:
+class GradientClipper:
     """The hooks around a step and what they leave behind: gradient norms, sizes of updates, and whether all was finite.
 
     ZeRO 1–3 step one flat group at a time, so the hook runs several times a step; each run looks only at the groups

@@ -130,7 +130,7 @@ def _stage_3(optimizer: Any, named: list[tuple[str, Tensor]]) -> list[Partition]
     return owned
 
 
-def publish(engine: Any) -> None:
+def sync_working_weights(engine: Any) -> None:
     """After masters were written from outside: the working copies that the forward uses follow them."""
     stage = engine.zero_optimization_stage()
     if stage in (1, 2):

@@ -82,7 +82,7 @@ def start(hang_minutes: float | None = None) -> World:
         _wait_longer_than(hang_minutes)
     if not dist.is_initialized():
         _record_collectives()
-        with explained_losses():
+        with translate_comm_errors():
             _join("nccl" if cuda else "gloo", rank, size)
         atexit.register(dist.destroy_process_group)  # without it a rank aborts now and then
     _prepare_deepspeed(dist.get_backend())
@@ -131,7 +131,7 @@ def stop() -> None:
     Raises:
         RestartCanHelp: another rank failed after its last collective, and does not come.
     """
-    with explained_losses():
+    with translate_comm_errors():
         collectives.barrier()
 
 
@@ -142,7 +142,7 @@ def abandon() -> None:
 
 
 @contextmanager
-def explained_losses() -> Iterator[None]:
+def translate_comm_errors() -> Iterator[None]:
     """Translate errors of the transport, which are the machine's fault and not the run's, into one line.
 
     A rank that is gone or stopped, a lost network, or a port that another program holds reach the ranks as errors of

@@ -207,8 +207,8 @@ def table(found: Plan, config: Config, gpus: int) -> str:
 
 
 def _setting_keys(setting: Setting) -> str:
-    door = "torch" if setting.checkpointing else "none"
-    return f"train.ds_config=zero{setting.stage} train.activation_checkpointing={door}"
+    implementation = "torch" if setting.checkpointing else "none"
+    return f"train.ds_config=zero{setting.stage} train.activation_checkpointing={implementation}"
 
 
 def gib(count: float) -> str:

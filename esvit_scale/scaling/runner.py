@@ -211,7 +211,7 @@ def run_cell(cell: Cell, sweep: Sweep, source: Path) -> int:
         raise
     if code or (cell.path / "requeue").exists() or not read_summary(cell.path).get("finished"):
         return code
-    if sweep.evaluate is not None and not collectives.on_rank_0(lambda: _evaluated(cell)):
+    if sweep.evaluate is not None and not collectives.run_on_rank0_and_broadcast(lambda: _evaluated(cell)):
         _evaluate(cell, sweep)
     return 0
 

@@ -76,7 +76,7 @@ class Lock:
         self._thread = threading.Thread(target=self._keep_beating, daemon=True, name="heartbeat")
 
     def __enter__(self) -> "Lock":
-        collectives.on_rank_0(self._acquire)
+        collectives.run_on_rank0_and_broadcast(self._acquire)
         return self
 
     def __exit__(self, *_: object) -> None:

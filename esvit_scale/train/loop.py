@@ -38,7 +38,7 @@ def pretrain(config: Config) -> int:
     # The watchdog covers everything from the first file that is opened to the ranks' last meeting.
     with Watchdog(world, 60 * config.train.hang_minutes, config.run_path) as watchdog:
         try:
-            with translate_limits(), explained_deaths(), world_module.explained_losses(), translate_file_errors():
+            with translate_limits(), explained_deaths(), world_module.translate_comm_errors(), translate_file_errors():
                 code = open_and_train(config, world, watchdog)
             world_module.stop()
         except BaseException:
@@ -49,22 +49,24 @@ def pretrain(config: Config) -> int:
 
 def open_and_train(config: Config, world: World, watchdog: Watchdog) -> int:
     """Run or resume the run of a config in a process group that is there; return 0, or 130 after ctrl-C."""
-    collectives.on_rank_0(lambda: stream.check_pixels(config))  # before a run dir records a config that cannot be run
-    path, finished = collectives.on_rank_0(lambda: run_dir.open_run(config))
+    collectives.run_on_rank0_and_broadcast(
+        lambda: stream.check_pixels(config)
+    )  # before a run dir records a config that cannot be run
+    path, finished = collectives.run_on_rank0_and_broadcast(lambda: run_dir.open_run(config))
     if finished:
         if world.rank == 0:
             log.warning("%s: this run is finished; nothing to do", path)
         return 0
-    data = collectives.on_rank_0(lambda: stream.open_data(config))
+    data = collectives.run_on_rank0_and_broadcast(lambda: stream.open_data(config))
     watchdog.progress()
     if config.data.stage:
         data = stage.on_every_node(data, config.data.stage, watchdog)
     with Lock(path) as lock:
         metrics.start_logging(path, active=world.rank == 0)
         schedules = Schedules(config, stream.steps_per_epoch(config, data))
-        collectives.on_rank_0(lambda: step_folders.sweep(path))
+        collectives.run_on_rank0_and_broadcast(lambda: step_folders.sweep(path))
         checkpoint = step_folders.newest_good(path)
-        identity = collectives.on_rank_0(lambda: _checked_identity(config, data, checkpoint))
+        identity = collectives.run_on_rank0_and_broadcast(lambda: _checked_identity(config, data, checkpoint))
         knn = OnlineKnn(config, world) if config.train.knn_every else None
         watchdog.progress()
         session = open_session(config, world, schedules, fresh=checkpoint is None)

@@ -39,7 +39,7 @@ def cut(path: Path, last_step: int) -> None:
 
 class Journal:
     """The open files of rank 0; every other rank has none and its calls do nothing. `open` and `rewind` change files that
-    are there, and what fails then is to be every rank's error: `collectives.on_rank_0`."""
+    are there, and what fails then is to be every rank's error: `collectives.run_on_rank0_and_broadcast`."""
 
     def __init__(self, run: Path, total_steps: int, active: bool) -> None:
         self._active = active

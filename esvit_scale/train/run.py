@@ -76,12 +76,14 @@ class Run:
     def __enter__(self) -> "Run":
         self._saver = Saver(self._path, self._session.config, self._data, self._check_lock)
         config, world = self._session.config, self._session.world
-        self._ideal_rate = collectives.on_rank_0(lambda: mfu.ideal_images_per_s(config, world.device, world.size))
+        self._ideal_rate = collectives.run_on_rank0_and_broadcast(
+            lambda: mfu.ideal_images_per_s(config, world.device, world.size)
+        )
         self._resume()
-        collectives.on_rank_0(lambda: run_dir.record_start(self._path, self._session.config))
+        collectives.run_on_rank0_and_broadcast(lambda: run_dir.record_start(self._path, self._session.config))
         self._watchdog.beat(self.step)
         self._journal = metrics.Journal(self._path, self.last_step, active=self._rank == 0)
-        collectives.on_rank_0(lambda: self._journal.open(self.step))
+        collectives.run_on_rank0_and_broadcast(lambda: self._journal.open(self.step))
         self._window_began, self._window_step = time.monotonic(), self.step
         self._began, self._began_step = time.monotonic(), self.step
         self._saved_at = time.monotonic()
@@ -114,7 +116,7 @@ class Run:
         self.optimizer_step += result.applied
         self._workers.add(batch.worker_rates)
         mine = self._my_flags(batch, result)
-        self._flags = collectives.bits_of_ranks(mine)
+        self._flags = collectives.all_reduce_flags(mine)
         if self._flags & TAKEN_OVER:
             raise self._taken_over()
         if self._flags & BAD_SAMPLES:
@@ -165,7 +167,7 @@ class Run:
     def finish(self) -> None:
         self._save()
         self._saver.wait()
-        collectives.on_rank_0(lambda: self._write_summary(finished=True))
+        collectives.run_on_rank0_and_broadcast(lambda: self._write_summary(finished=True))
         if self._rank == 0:
             log.info("finished: %d steps, %s", self.step, self._path)
 
@@ -240,7 +242,7 @@ class Run:
         self._restore(folder)
         self.data_offset = consumed - self.step
         self._rollbacks, self._skips = self._rollbacks + 1, 0
-        collectives.on_rank_0(lambda: self._journal.rewind(self.step))
+        collectives.run_on_rank0_and_broadcast(lambda: self._journal.rewind(self.step))
         self._window_began, self._window_step, self._wait_s = time.monotonic(), self.step, 0.0
         if self._rank == 0:
             log.warning(
@@ -284,11 +286,13 @@ class Run:
                 log.warning("%s", sentence)
 
     def _gauges(self, result: StepResult) -> dict[str, float]:
-        gate = self._session.engines.gate
-        (rank_me,) = collectives.all_reduce_mean_(torch.tensor([gauges.rank_me(result.features)], device=gate.device))
+        clipper = self._session.engines.clipper
+        (rank_me,) = collectives.all_reduce_mean_(
+            torch.tensor([gauges.rank_me(result.features)], device=clipper.device)
+        )
         return {
-            **gauges.gradient_norms(result.grad_squares, gate.names),
-            **gauges.update_ratios(gate.take_changes(), gate.watched),
+            **gauges.gradient_norms(result.grad_squares, clipper.names),
+            **gauges.update_ratios(clipper.take_changes(), clipper.watched),
             **gauges.center_norms(self._session.objective.extra_state()),
             "rank_me": rank_me.item(),
             **self._knn_due(),
@@ -304,7 +308,7 @@ class Run:
     def _save(self) -> None:
         if self._saved == self.step:
             return
-        collectives.on_rank_0(self._check_lock)
+        collectives.run_on_rank0_and_broadcast(self._check_lock)
         if bad := state.not_finite(self._session.engines, self._session.objective.extra_state()):
             self._roll_back(f"the state is not finite ({', '.join(bad[:3])}) and was not saved")
             return

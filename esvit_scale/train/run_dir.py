@@ -1,7 +1,7 @@
 """The run directory: one writer, one config, and everything a run leaves.
 
 The same config resumes, another config is an error with the differences, a finished run is left alone. One process
-(rank 0) calls this module; the others are told the outcome (`collectives.on_rank_0`).
+(rank 0) calls this module; the others are told the outcome (`collectives.run_on_rank0_and_broadcast`).
 """
 
 import json

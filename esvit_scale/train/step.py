@@ -82,24 +82,24 @@ def train_step(session: Session, batch: Batch, step: int, watch: bool = False) -
 def optimizer_step(session: Session, micro_batches: "list[MicroBatch]", step: int, watch: bool = False) -> StepResult:
     """One update from augmented crops: what `train_step` does once the pixels are ready."""
     engines, schedules = session.engines, session.schedules
-    engine_module.set_rates(engines, schedules.lr(step), schedules.weight_decay(step))
-    engines.gate.freeze, engines.gate.watch = schedules.last_layer_frozen(step), watch
+    engine_module.set_lr_and_weight_decay(engines, schedules.lr(step), schedules.weight_decay(step))
+    engines.clipper.freeze, engines.clipper.watch = schedules.last_layer_frozen(step), watch
     sums: dict[str, Tensor] = {}
     for micro in micro_batches:
         logs, features = _forward_backward(session, micro, step)
         for name, value in logs.items():
             sums[name] = sums[name] + value if name in sums else value
-        engines.gate.loss = sums["loss"]
+        engines.clipper.loss = sums["loss"]
         applied = engine_module.take_step(engines)
     if applied:
         engines.teacher.update(schedules.ema_momentum(step))
         if not session.objective.has_teacher:
-            engines.teacher.follow_buffers()
+            engines.teacher.sync_buffers()
         session.objective.commit()
     else:
         session.objective.discard()
     logs = {name: value / session.config.train.grad_accum for name, value in sums.items()}
-    return StepResult(applied, logs, engines.gate.take_squares(), features)
+    return StepResult(applied, logs, engines.clipper.take_squares(), features)
 
 
 def _forward_backward(session: Session, micro: "MicroBatch", step: int) -> tuple[dict[str, Tensor], Tensor]:

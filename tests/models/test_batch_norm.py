@@ -92,14 +92,14 @@ def _without_plan(block: nn.Module) -> Any:
     return lambda x, plan: block(x)
 
 
-@pytest.mark.parametrize("door", ["none", "torch", "deepspeed", "fairscale"])
-def test_recomputation_counts_a_batch_once(door: activation_checkpointing.Door) -> None:
+@pytest.mark.parametrize("implementation", ["none", "torch", "deepspeed", "fairscale"])
+def test_recomputation_counts_a_batch_once(implementation: activation_checkpointing.Implementation) -> None:
     torch.manual_seed(0)
     trunk, x = OneBlock(), torch.randn(8, 3)
     start = {k: v.clone() for k, v in trunk.state_dict().items()}
     plain = OneBlock()
     plain.load_state_dict(start)
-    activation_checkpointing.apply(trunk, door)
+    activation_checkpointing.apply(trunk, implementation)
     for module in (trunk, plain):
         module(x.clone().requires_grad_()).square().sum().backward()
     for (name, a), b in zip(trunk.named_buffers(), plain.buffers(), strict=True):

@@ -21,12 +21,15 @@ def losses(tmp_path: Path, steps: int = 3, **overrides: Any) -> list[float]:
 @pytest.mark.parametrize("ds_config", ["zero1", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_autocast_is_entered_again(tmp_path: Path, ds_config: str) -> None:
     """Every implementation recomputes what the forward computed: the same losses as without, to the bit."""
-    of = lambda door: losses(  # noqa: E731
-        tmp_path, train__ds_config=ds_config, train__precision="autocast", train__activation_checkpointing=door
+    of = lambda implementation: losses(  # noqa: E731
+        tmp_path,
+        train__ds_config=ds_config,
+        train__precision="autocast",
+        train__activation_checkpointing=implementation,
     )
     plain = of("none")
-    for door in ("torch", "deepspeed", "fairscale"):
-        assert of(door) == plain, door
+    for implementation in ("torch", "deepspeed", "fairscale"):
+        assert of(implementation) == plain, implementation
 
 
 def test_the_students_autocast_is_bf16(tmp_path: Path) -> None:
@@ -44,16 +47,21 @@ def test_the_students_autocast_is_bf16(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "door", ["torch", "deepspeed", *(pytest.param(door, marks=pytest.mark.slow) for door in ("none", "fairscale"))]
+    "implementation",
+    [
+        "torch",
+        "deepspeed",
+        *(pytest.param(implementation, marks=pytest.mark.slow) for implementation in ("none", "fairscale")),
+    ],
 )
-def test_nothing_stays_gathered_of_a_frozen_patch_embedding(tmp_path: Path, door: str) -> None:
+def test_nothing_stays_gathered_of_a_frozen_patch_embedding(tmp_path: Path, implementation: str) -> None:
     """After a step every parameter of student and teacher is its partition again, frozen ones too."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     session = session_of(
         tmp_path,
         train__ds_config="zero3",
-        train__activation_checkpointing=door,
+        train__activation_checkpointing=implementation,
         model__freeze_patch_embed=True,
     )
     try:

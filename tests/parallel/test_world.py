@@ -92,9 +92,9 @@ def test_one_process_needs_no_launcher(clean: pytest.MonkeyPatch) -> None:
     try:
         assert (me.rank, me.size) == (0, 1)
         assert collectives.gather_objects("x") == ["x"]
-        assert collectives.bits_of_ranks(5) == 5
+        assert collectives.all_reduce_flags(5) == 5
         with pytest.raises(UserError, match="told to all"):
-            collectives.on_rank_0(lambda: (_ for _ in ()).throw(UserError("told to all")))
+            collectives.run_on_rank0_and_broadcast(lambda: (_ for _ in ()).throw(UserError("told to all")))
     finally:
         world.stop()
     assert world.start().size == 1  # again, in the same process
@@ -116,7 +116,7 @@ def test_one_process_needs_no_launcher(clean: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_lost_peer_is_a_reason_to_start_again(error: RuntimeError) -> None:
-    with pytest.raises(RestartCanHelp, match="another rank is gone") as caught, world.explained_losses():
+    with pytest.raises(RestartCanHelp, match="another rank is gone") as caught, world.translate_comm_errors():
         raise error
     assert caught.value.exit_code == 75
     assert "\n" not in str(caught.value)
@@ -132,12 +132,15 @@ def test_a_lost_peer_is_a_reason_to_start_again(error: RuntimeError) -> None:
     ],
 )
 def test_a_port_in_use_is_a_reason_to_start_again(text: str) -> None:
-    with pytest.raises(RestartCanHelp, match="is in use by another program; start again"), world.explained_losses():
+    with (
+        pytest.raises(RestartCanHelp, match="is in use by another program; start again"),
+        world.translate_comm_errors(),
+    ):
         raise dist.DistNetworkError(text)
 
 
 def test_other_errors_stay_what_they_are() -> None:
-    with pytest.raises(RuntimeError, match="shape"), world.explained_losses():
+    with pytest.raises(RuntimeError, match="shape"), world.translate_comm_errors():
         raise RuntimeError("shape mismatch")
 
 

@@ -10,8 +10,12 @@ MODEL: dict[str, Any] = {"model__trunk": "swinv2_h", "model__depths": [1, 1, 6],
 def test_swin_v2_trains_the_same_partitioned_and_recomputed(tmp_path: Path) -> None:
     """Under ZeRO-3 every parameter that a forward uses must be gathered by the module that owns it."""
     data, rows = tiny.shards(tmp_path / "shards"), {}
-    for stage, door in (("zero1", "none"), ("zero3", "torch")):
-        overrides = MODEL | {"train__ds_config": stage, "train__activation_checkpointing": door, "train__steps": 3}
+    for stage, implementation in (("zero1", "none"), ("zero3", "torch")):
+        overrides = MODEL | {
+            "train__ds_config": stage,
+            "train__activation_checkpointing": implementation,
+            "train__steps": 3,
+        }
         config = tiny.config(tmp_path / stage, data, **overrides)
         assert loop.pretrain(config) == 0
         rows[stage] = tiny.rows(tmp_path / stage)
