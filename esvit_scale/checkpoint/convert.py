@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from esvit_scale.checkpoint import export, exported, official, single_file, state, step_folders, weight_file
+from esvit_scale.checkpoint import export, exported_folder, official, safetensors_file, state, step_folders, weight_file
 from esvit_scale.checkpoint.weights import (
     OBJECTIVE,
     TRUNK,
@@ -43,8 +43,8 @@ def convert(
     if form in ONE_NETWORK:
         weights = _one_network(source, weights, network, heads)
         name = next(iter(weights.networks))
-        if destination.suffix == single_file.SUFFIX:
-            single_file.write(destination, weights, name)
+        if destination.suffix == safetensors_file.SUFFIX:
+            safetensors_file.write(destination, weights, name)
         else:
             export.write(destination, weights, name, form, source)
     else:
@@ -67,10 +67,10 @@ def read(path: Path) -> Weights:
 
 def read_own(path: Path) -> Weights:
     """Read a run dir, a step folder, an exported folder or a safetensors file that this program wrote."""
-    if path.is_dir() and exported.is_exported(path):
-        return exported.read(path)
+    if path.is_dir() and exported_folder.is_exported(path):
+        return exported_folder.read(path)
     if path.is_file() and weight_file.form_of(path) == "safetensors":
-        return single_file.read(path)
+        return safetensors_file.read(path)
     folder = step_folders.resolve(path)
     step_folders.check_files(folder)
     return state.read_weights(folder)
@@ -84,7 +84,7 @@ def load_trunk(path: Path) -> tuple[Trunk, Config]:
     Raises:
         UserError: as `read`.
     """
-    if not path.exists() or (path.is_dir() and not exported.is_exported(path)):
+    if not path.exists() or (path.is_dir() and not exported_folder.is_exported(path)):
         return state.load_teacher(step_folders.resolve(path))
     found = read(path)
     tensors = found.networks.get("teacher") or next(iter(found.networks.values()))
@@ -96,7 +96,7 @@ def load_trunk(path: Path) -> tuple[Trunk, Config]:
 
 
 def _is_own_file(path: Path) -> bool:
-    return weight_file.form_of(path) == "safetensors" and single_file.is_own(path)
+    return weight_file.form_of(path) == "safetensors" and safetensors_file.is_own(path)
 
 
 def _check_request(destination: Path, source_form: str, form: str, network: str | None, heads: bool) -> None:
@@ -106,11 +106,11 @@ def _check_request(destination: Path, source_form: str, form: str, network: str 
         raise UserError(f"--network and --heads choose for --to safetensors; --to {form} holds everything")
     if heads and form != "safetensors":
         raise UserError(f"--heads: --to {form} holds a trunk alone; --to safetensors can keep the heads")
-    if form == "safetensors" and destination.suffix not in (single_file.SUFFIX, ""):
+    if form == "safetensors" and destination.suffix not in (safetensors_file.SUFFIX, ""):
         raise UserError(
-            f"{destination}: the name must end in {single_file.SUFFIX} for a file, or have no suffix for a folder"
+            f"{destination}: the name must end in {safetensors_file.SUFFIX} for a file, or have no suffix for a folder"
         )
-    if form in export.FOLDER_FORMS and destination.suffix in (single_file.SUFFIX, ".onnx", ".pth", ".bin"):
+    if form in export.FOLDER_FORMS and destination.suffix in (safetensors_file.SUFFIX, ".onnx", ".pth", ".bin"):
         raise UserError(f"{destination}: --to {form} makes a folder; nearest: {destination.with_suffix('')}")
     if destination.exists():
         raise UserError(f"{destination}: exists already; name a new one or remove it")

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from esvit_scale import files
-from esvit_scale.checkpoint import exported, libraries, model_card, single_file
+from esvit_scale.checkpoint import exported_folder, libraries, model_card, safetensors_file
 from esvit_scale.checkpoint.weights import TRUNK, Weights
 from esvit_scale.errors import UserError
 from esvit_scale.models import plain
@@ -50,21 +50,21 @@ def write(folder: Path, weights: Weights, network: str, form: str, source: Path)
 
 
 def _write_safetensors(folder: Path, weights: Weights, network: str) -> None:
-    single_file.write(folder / single_file.IN_FOLDER, weights, network)
+    safetensors_file.write(folder / safetensors_file.IN_FOLDER, weights, network)
     files.write_json(folder / "config.json", weights.config.model_dump(mode="json"))
 
 
 def _write_timm(folder: Path, weights: Weights, network: str) -> None:
     _save(folder, libraries.timm_tensors(_trunk(weights, network), weights.config))
     files.write_json(folder / "config.json", libraries.timm_config(weights.config))
-    exported.write_origin(folder, weights, network, "timm")
+    exported_folder.write_origin(folder, weights, network, "timm")
 
 
 def _write_huggingface(folder: Path, weights: Weights, network: str) -> None:
     _save(folder, libraries.huggingface_tensors(_trunk(weights, network), weights.config))
     files.write_json(folder / "config.json", libraries.huggingface_config(weights.config))
     files.write_json(folder / "preprocessor_config.json", libraries.huggingface_processor(weights.config))
-    exported.write_origin(folder, weights, network, "huggingface")
+    exported_folder.write_origin(folder, weights, network, "huggingface")
 
 
 def _write_onnx(folder: Path, weights: Weights, network: str) -> None:
@@ -127,7 +127,7 @@ def _trunk(weights: Weights, network: str) -> dict[str, torch.Tensor]:
 
 
 def _save(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    single_file.save(folder / single_file.IN_FOLDER, tensors, {"format": "pt"})
+    safetensors_file.save(folder / safetensors_file.IN_FOLDER, tensors, {"format": "pt"})
 
 
 def _require_onnx() -> None:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from esvit_scale import config as config_module
 from esvit_scale import files
-from esvit_scale.checkpoint import official_trunks, single_file, weight_file
+from esvit_scale.checkpoint import official_trunks, safetensors_file, weight_file
 from esvit_scale.checkpoint.official_trunks import Family
 from esvit_scale.checkpoint.weights import (
     TRUNK,
@@ -146,7 +146,7 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _torch_load(path: Path) -> Any:
-    if path.suffix == single_file.SUFFIX:  # by this name torch would take it for what it is not
+    if path.suffix == safetensors_file.SUFFIX:  # by this name torch would take it for what it is not
         with path.open("rb") as file:
             return torch.load(file, map_location="cpu", weights_only=True)
     # Mapped, what is not used is not read. Legacy files (torch < 1.6) cannot be.

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from esvit_scale import config as config_module
-from esvit_scale.checkpoint import lead, single_file, step_folders, storage
+from esvit_scale.checkpoint import safetensors_file, signal_lead, step_folders, storage
 from esvit_scale.checkpoint.storage import Interval, whole
 from esvit_scale.checkpoint.weights import TRUNK, Weights, check_shapes, network_shapes, shapes_of
 from esvit_scale.config import Config
@@ -67,7 +67,7 @@ def save(run: Path, config: Config, engines: Engines, centers: dict[str, Tensor]
     return write(run, config, snapshot(config, engines, centers, cursor))
 
 
-@lead.compared()
+@signal_lead.warn_if_longer()
 def write(run: Path, config: Config, taken: Snapshot, check_ownership: Callable[[], None] = lambda: None) -> Path:
     """What `save` does once the state is taken; for any thread, as long as all ranks do the same.
 
@@ -150,7 +150,7 @@ def load_teacher(checkpoint: Path) -> tuple[Trunk, Config]:
 
     Of a run it is the EMA teacher's, of a file the one that was written. Needs neither DeepSpeed nor a process group.
     """
-    if checkpoint.suffix == single_file.SUFFIX:
+    if checkpoint.suffix == safetensors_file.SUFFIX:
         return _trunk_of_file(checkpoint)
     folder = step_folders.resolve(checkpoint)
     state = step_folders.read_state(folder)
@@ -201,7 +201,7 @@ def write_weights(folder: Path, weights: Weights) -> None:
 
 
 def _trunk_of_file(path: Path) -> tuple[Trunk, Config]:
-    config, networks, _ = single_file.read(path)
+    config, networks, _ = safetensors_file.read(path)
     trunk = build_trunk(config)
     tensors = {n.removeprefix(TRUNK): t for of in networks.values() for n, t in of.items() if n.startswith(TRUNK)}
     check_shapes(path, {name: list(tensor.shape) for name, tensor in tensors.items()}, shapes_of(trunk))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from esvit_scale import files
-from esvit_scale.checkpoint import single_file, storage
+from esvit_scale.checkpoint import safetensors_file, storage
 from esvit_scale.config import Config
 from esvit_scale.errors import RestartCanHelp, UserError, is_machine_fault
 from esvit_scale.parallel import collectives
@@ -223,8 +223,8 @@ def resolve(checkpoint: Path) -> Path:
         raise UserError(f"{checkpoint}: no such checkpoint; give a run dir or one of its step folders")
     if checkpoint.is_file():
         raise UserError(
-            f"{checkpoint}: neither a run dir, a step folder nor a {single_file.SUFFIX} file; for an official checkpoint: "
-            f"esvit-scale convert {checkpoint} {checkpoint.stem}{single_file.SUFFIX} --from esvit --to safetensors"
+            f"{checkpoint}: neither a run dir, a step folder nor a {safetensors_file.SUFFIX} file; for an official checkpoint: "
+            f"esvit-scale convert {checkpoint} {checkpoint.stem}{safetensors_file.SUFFIX} --from esvit --to safetensors"
         )
     if not (checkpoint / "checkpoints").is_dir():
         return checkpoint

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from esvit_scale import files
-from esvit_scale.checkpoint import convert, exported, state, step_folders
+from esvit_scale.checkpoint import convert, exported_folder, state, step_folders
 from esvit_scale.data import image_folder, manifest, stream
 from esvit_scale.data.pixel_format import RGB8, PixelFormat, pixel_format
 from esvit_scale.data.stream import EvaluationBatch
@@ -136,7 +136,7 @@ def load_teacher(checkpoint: Path) -> Teacher:
     Raises:
         UserError: no such weights, damaged, or not weights at all.
     """
-    if checkpoint.is_file() or exported.is_exported(checkpoint):
+    if checkpoint.is_file() or exported_folder.is_exported(checkpoint):
         trunk, config = convert.load_trunk(checkpoint)
         return Teacher(trunk, config.data.global_crops.size, None, pixel_format(config.data))
     folder = step_folders.resolve(checkpoint)  # once: `latest` of a living run moves

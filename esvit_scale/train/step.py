@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from esvit_scale.checkpoint.start import NOTHING, Start, start
+from esvit_scale.checkpoint.initial_weights import NO_INITIAL_WEIGHTS, InitialWeights, load_initial_weights
 from esvit_scale.config import Config
 from esvit_scale.data import photometric
 from esvit_scale.data.pixel_format import pixel_format
@@ -60,7 +60,7 @@ def open_session(config: Config, world: World, schedules: Schedules, fresh: bool
     with torch.device("meta"):
         empty = build_network(config)
     check_local_batch(empty.objective, config, world.size)
-    origin = start(config) if fresh else NOTHING
+    origin = load_initial_weights(config) if fresh else NO_INITIAL_WEIGHTS
     engines = engine_module.build(config, _recipe(config, empty, origin), world)
     clock = StepClock(world.device, (engines.student.module, engines.teacher.network), engines.zero_stage)
     session = Session(config, world, engines, schedules, clock, origin.note)
@@ -143,7 +143,7 @@ def _micro_batches(session: Session, batch: Batch) -> list[MicroBatch]:
     ]
 
 
-def _recipe(config: Config, empty: nn.Module, origin: Start) -> Recipe:
+def _recipe(config: Config, empty: nn.Module, origin: InitialWeights) -> Recipe:
     """`empty`: the network without memory for it."""
     inits = initial_values(empty)
 

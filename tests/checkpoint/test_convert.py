@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from esvit_scale import cli
 from esvit_scale.checkpoint import convert as convert_module
-from esvit_scale.checkpoint import official, official_trunks, single_file, state
+from esvit_scale.checkpoint import official, official_trunks, safetensors_file, state
 from esvit_scale.checkpoint.convert import convert
 from esvit_scale.checkpoint.weights import Weights
 from esvit_scale.errors import UserError
@@ -132,7 +132,7 @@ def test_a_single_file_is_the_networks_trunk_without_deepspeed(pth: Path, tmp_pa
 
 def test_heads_and_centres_on_request(pth: Path, tmp_path: Path) -> None:
     convert(pth, tmp_path / "all.safetensors", "esvit", "safetensors", heads=True)
-    weights = single_file.read(tmp_path / "all.safetensors")
+    weights = safetensors_file.read(tmp_path / "all.safetensors")
     full = official.read(pth)
     assert list(weights.networks) == ["teacher"]
     for name, tensor in full.networks["teacher"].items():

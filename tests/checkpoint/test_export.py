@@ -17,7 +17,7 @@ from torch import nn
 import esvit_scale
 from esvit_scale import cli
 from esvit_scale import config as configs
-from esvit_scale.checkpoint import export, libraries, official, single_file, state
+from esvit_scale.checkpoint import export, libraries, official, safetensors_file, state
 from esvit_scale.checkpoint.convert import convert
 from esvit_scale.checkpoint.weights import Weights
 from esvit_scale.data import stream
@@ -424,7 +424,7 @@ def test_exports_have_the_same_bytes_and_the_permissions_of_any_file(tmp_path: P
     seen: dict[str, set[bytes]] = {}
     for i in range(4):  # four entries in one order four times by chance: 1 in 13,824
         folder = tmp_path / str(i)
-        single_file.write(folder / "x.safetensors", weights, "teacher")
+        safetensors_file.write(folder / "x.safetensors", weights, "teacher")
         official.write(folder / f"official{i}.pth", weights)
         for form in ("safetensors", "timm", "huggingface"):
             export.write(folder / form, weights, "teacher", form, tmp_path)

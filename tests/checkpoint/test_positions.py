@@ -8,9 +8,9 @@ import timm
 import torch
 from torch import Tensor
 
-from esvit_scale.checkpoint import single_file, state
+from esvit_scale.checkpoint import safetensors_file, state
+from esvit_scale.checkpoint.initial_weights import load_initial_weights
 from esvit_scale.checkpoint.positions import fit
-from esvit_scale.checkpoint.start import start
 from esvit_scale.checkpoint.weights import Weights, network_shapes
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
@@ -75,9 +75,9 @@ def weights_of(folder: Path, **changes: object) -> Weights:
 def begun(source: Weights, folder: Path, **changes: object) -> tuple[Config, dict[str, Tensor], str]:
     """What a run with `changes` starts from when it names `source` as a file, which is the trunk alone."""
     trunk = {n: t for n, t in source.networks["teacher"].items() if n.startswith("trunk.")}
-    single_file.write(folder / "w.safetensors", Weights(source.config, {"teacher": trunk}, {}), "teacher")
+    safetensors_file.write(folder / "w.safetensors", Weights(source.config, {"teacher": trunk}, {}), "teacher")
     config = tiny.config(folder / "run", folder, model__init_from=str(folder / "w.safetensors"), **changes)
-    found = start(config)
+    found = load_initial_weights(config)
     return config, found.values, found.note
 
 
@@ -126,7 +126,9 @@ def test_a_run_at_another_window_or_resolution_starts_from_resized_tables(
 def test_a_step_folder_is_resized_too(tmp_path: Path) -> None:
     source = weights_of(tmp_path)
     state.write_weights(tmp_path / "step", source)
-    found = start(tiny.config(tmp_path / "run", tmp_path, model__init_from=str(tmp_path / "step"), model__window=8))
+    found = load_initial_weights(
+        tiny.config(tmp_path / "run", tmp_path, model__init_from=str(tmp_path / "step"), model__window=8)
+    )
     assert "trunk (position tables resized: 1 of 7×7 to 15×15), view head, region head" in found.note
 
 

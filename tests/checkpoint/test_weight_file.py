@@ -20,7 +20,7 @@ import esvit_scale
 from esvit_scale import cli
 from esvit_scale.checkpoint import official
 from esvit_scale.checkpoint.convert import convert
-from esvit_scale.checkpoint.start import start
+from esvit_scale.checkpoint.initial_weights import load_initial_weights
 from esvit_scale.errors import UserError
 from tests import tiny
 
@@ -100,7 +100,7 @@ def test_what_is_no_weights_is_called_what_it_is(case: str, suffix: str, tmp_pat
     ways = {
         "load_backbone": lambda: esvit_scale.load_backbone(path),
         "convert": lambda: convert(path, tmp_path / "x", "esvit", "safetensors"),
-        "init_from": lambda: start(config),
+        "init_from": lambda: load_initial_weights(config),
     }
     for way, read in ways.items():
         with pytest.raises(UserError, match=match) as error:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from esvit_scale.checkpoint import single_file
+from esvit_scale.checkpoint import safetensors_file
 from esvit_scale.checkpoint.weights import Weights
 from esvit_scale.models.initialize import initialize
 from esvit_scale.objective.network import build_network
@@ -22,7 +22,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     network = build_network(config)
     initialize(network, 0)
     tensors = {name: p.detach() for name, p in network.named_parameters() if name.startswith("trunk.")}
-    single_file.write(folder / "t.safetensors", Weights(config, {"teacher": tensors}, {}), "teacher")
+    safetensors_file.write(folder / "t.safetensors", Weights(config, {"teacher": tensors}, {}), "teacher")
     return folder / "t.safetensors"
 
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from esvit_scale.checkpoint import single_file
+from esvit_scale.checkpoint import safetensors_file
 from esvit_scale.checkpoint.weights import Weights
 from esvit_scale.errors import UserError
 from esvit_scale.evaluate import features as module
@@ -113,7 +113,7 @@ def test_embed_with_a_single_file(folder: Path, tmp_path: Path) -> None:
     network = build_network(config)
     initialize(network, 0)
     tensors = {name: p.detach() for name, p in network.named_parameters() if name.startswith("trunk.")}
-    single_file.write(tmp_path / "t.safetensors", Weights(config, {"teacher": tensors}, {}), "teacher")
+    safetensors_file.write(tmp_path / "t.safetensors", Weights(config, {"teacher": tensors}, {}), "teacher")
     run_embed(tmp_path / "t.safetensors", folder, tmp_path / "f.npz", Loading(workers=0, device="cpu"))
     with np.load(tmp_path / "f.npz", allow_pickle=False) as data:
         assert data["features"].shape == (10, network.trunk.dim)

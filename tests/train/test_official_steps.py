@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from esvit_scale import config as configs
-from esvit_scale.checkpoint import single_file, state
+from esvit_scale.checkpoint import safetensors_file, state
 from esvit_scale.checkpoint.weights import Weights
 from esvit_scale.config import Config
 from esvit_scale.objective.network import build_network
@@ -104,7 +104,7 @@ def test_five_steps_of_the_engine(name: str, ds_config: str, tmp_path: Path, mon
     network = build_network(config_of(case))
     fill(network, by_hash)
     tensors = {parameter: p.detach() for parameter, p in network.named_parameters()}
-    single_file.write(weights, Weights(config_of(case), {"teacher": tensors}, {}), "teacher")
+    safetensors_file.write(weights, Weights(config_of(case), {"teacher": tensors}, {}), "teacher")
     config = config_of(case, init_from=str(weights))
     config = config.model_copy(update={"train": config.train.model_copy(update={"ds_config": ds_config})})
     losses, folder = _train(config, lambda step: crops(case, step), monkeypatch, tmp_path)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from esvit_scale.checkpoint import convert, exported, positions, single_file, state, step_folders
+from esvit_scale.checkpoint import convert, exported_folder, positions, safetensors_file, state, step_folders
 from esvit_scale.checkpoint.weights import (
     TRUNK,
     Shapes,
@@ -22,7 +22,7 @@ from esvit_scale.errors import UserError
 from esvit_scale.parallel import collectives
 
 
-class Start(NamedTuple):
+class InitialWeights(NamedTuple):
     """Values for some of a network's parameters; the others are initialised as in any run."""
 
     values: dict[str, Tensor]  # name of a parameter or running statistic → fp32
@@ -30,11 +30,11 @@ class Start(NamedTuple):
     note: str  # what was taken and what not, for the log
 
 
-NOTHING = Start({}, {}, "")
+NO_INITIAL_WEIGHTS = InitialWeights({}, {}, "")
 
 
-def start(config: Config) -> Start:
-    """Return the values that `model.init_from` gives, or NOTHING when it is null. All ranks call it.
+def load_initial_weights(config: Config) -> InitialWeights:
+    """Return the values that `model.init_from` gives, or NO_INITIAL_WEIGHTS when it is null. All ranks call it.
 
     Student and teacher both start from the source's teacher (from its student where there is no teacher). The trunk
     must fit as a whole; position tables of another window or resolution are resized (positions.py). A head is taken when the source has it, and must fit then; one that the source lacks is
@@ -45,34 +45,33 @@ def start(config: Config) -> Start:
         UserError: the source cannot be read, or its trunk or a head is of another shape.
     """
     if config.model.init_from is None:
-        return NOTHING
+        return NO_INITIAL_WEIGHTS
     path = Path(config.model.init_from)
-    source = collectives.run_on_rank0_and_broadcast(
-        lambda: _settle(path)
-    )  # a living run may move `latest` between two ranks
-    own = source.is_dir() and not exported.is_exported(source)
-    weights = state.read_weights(source) if own else _read(source)
-    return _fit(source, weights, config)
+    # Resolved on one rank: a living run may move `latest` between two ranks.
+    source = collectives.run_on_rank0_and_broadcast(lambda: _resolve_source(path))
+    own = source.is_dir() and not exported_folder.is_exported(source)
+    weights = state.read_weights(source) if own else _read_foreign(source)
+    return _select(source, weights, config)
 
 
-def _settle(path: Path) -> Path:
+def _resolve_source(path: Path) -> Path:
     if not path.exists():
         raise UserError(f"model.init_from: {path}: no such file or folder")
-    if not path.is_dir() or exported.is_exported(path):
+    if not path.is_dir() or exported_folder.is_exported(path):
         return path
     folder = step_folders.resolve(path)
     step_folders.check_files(folder)
     return folder
 
 
-def _read(source: Path) -> Weights:
+def _read_foreign(source: Path) -> Weights:
     try:
         return convert.read(source)
     except UserError as error:
         raise UserError(f"model.init_from: {error}") from None
 
 
-def _fit(source: Path, weights: Weights, config: Config) -> Start:
+def _select(source: Path, weights: Weights, config: Config) -> InitialWeights:
     theirs_channels, channels = weights.config.data.channels, config.data.channels
     if theirs_channels != channels:
         raise UserError(
@@ -101,7 +100,7 @@ def _fit(source: Path, weights: Weights, config: Config) -> Start:
     left = ".weight_g" if config.objective.norm_last_layer else ()
     values = {n: t for n, t in tensors.items() if n.startswith(tuple(taken)) and not n.endswith(left)}
     centers = {n: c for n, c in weights.centers.items() if head_prefix(head_of_center(n)) in taken}
-    return Start(values, centers, f"{network} of {source}: {', '.join(notes)}")
+    return InitialWeights(values, centers, f"{network} of {source}: {', '.join(notes)}")
 
 
 def _check_head(source: Path, head: str, stored: Shapes, wanted: Shapes) -> None:
@@ -110,7 +109,7 @@ def _check_head(source: Path, head: str, stored: Shapes, wanted: Shapes) -> None
     except UserError as error:
         raise UserError(
             f"{error}; set objective.prototypes, head_hidden and bottleneck to the source's, or start from its trunk alone "
-            f"with a new {head}: `esvit-scale convert … --to safetensors` makes a {single_file.SUFFIX} of it"
+            f"with a new {head}: `esvit-scale convert … --to safetensors` makes a {safetensors_file.SUFFIX} of it"
         ) from None
 
 

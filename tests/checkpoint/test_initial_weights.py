@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from esvit_scale.checkpoint import official, single_file, state
+from esvit_scale.checkpoint import official, safetensors_file, state
 from esvit_scale.checkpoint.convert import convert
-from esvit_scale.checkpoint.start import start
+from esvit_scale.checkpoint.initial_weights import load_initial_weights
 from esvit_scale.checkpoint.weights import Weights
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
@@ -56,7 +56,7 @@ def _begin(config: Config, folder: Path) -> Weights:
 def _sources(weights: Weights, folder: Path) -> dict[str, Path]:
     state.write_weights(folder / "step", weights)
     official.write(folder / "official.pth", weights)
-    single_file.write(
+    safetensors_file.write(
         folder / "all.safetensors", weights._replace(networks={"teacher": weights.networks["teacher"]}), "teacher"
     )
     return {"step": folder / "step", "official": folder / "official.pth", "safetensors": folder / "all.safetensors"}
@@ -97,7 +97,7 @@ def test_gains_that_are_kept_at_1_are_not_taken(weights: Weights, shards: Path, 
     config = tiny.config(
         tmp_path / "run", shards, model__init_from=source, objective__norm_last_layer=True, train__ds_config="zero3"
     )
-    left = weights.networks["teacher"].keys() - start(config).values.keys()
+    left = weights.networks["teacher"].keys() - load_initial_weights(config).values.keys()
     assert left == {f"objective.{head}_head.last_layer.weight_g" for head in ("view", "region")}
     begun = _begin(config, tmp_path / "run")
     name = "objective.view_head.last_layer.weight_v"

@@ -12,7 +12,7 @@ log = logging.getLogger("esvit_scale")
 
 
 @contextmanager
-def compared() -> Iterator[None]:
+def warn_if_longer() -> Iterator[None]:
     """Around a save, or as its decorator: warns once it took longer than the signal's lead."""
     began = time.monotonic()
     yield

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from esvit_scale import config as config_module
 from esvit_scale import files
-from esvit_scale.checkpoint import libraries, single_file, weight_file
+from esvit_scale.checkpoint import libraries, safetensors_file, weight_file
 from esvit_scale.checkpoint.weights import TRUNK, Weights, check_network, network_shapes
 from esvit_scale.errors import UserError
 
@@ -31,7 +31,7 @@ def write_origin(folder: Path, weights: Weights, network: str, form: str) -> Non
 
 def is_exported(folder: Path) -> bool:
     """Whether a folder looks like one of `convert`, or of another library: not a run dir, and no step folder."""
-    return any((folder / name).is_file() for name in (single_file.IN_FOLDER, "model.onnx", ORIGIN))
+    return any((folder / name).is_file() for name in (safetensors_file.IN_FOLDER, "model.onnx", ORIGIN))
 
 
 def read(folder: Path) -> Weights:
@@ -40,13 +40,13 @@ def read(folder: Path) -> Weights:
     Raises:
         UserError: a folder of another program, of a newer version, incomplete or damaged, or one of ONNX.
     """
-    path = folder / single_file.IN_FOLDER
+    path = folder / safetensors_file.IN_FOLDER
     if not path.is_file():
         if (folder / "model.onnx").is_file():
             raise UserError(f"{folder}: an ONNX graph, for runtimes alone; give the run or another form of its weights")
-        raise UserError(f"{folder}: incomplete: no {single_file.IN_FOLDER} in it")
-    if weight_file.form_of(path) == "safetensors" and single_file.is_own(path):
-        return single_file.read(path)
+        raise UserError(f"{folder}: incomplete: no {safetensors_file.IN_FOLDER} in it")
+    if weight_file.form_of(path) == "safetensors" and safetensors_file.is_own(path):
+        return safetensors_file.read(path)
     origin = _origin(folder)
     config = config_module.validate(origin["config"], where=str(folder / ORIGIN))
     shapes = {n.removeprefix(TRUNK): s for n, s in network_shapes(config).items() if n.startswith(TRUNK)}
@@ -70,7 +70,7 @@ def _origin(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(
             f"{folder}: not written by this version of esvit-scale (no {ORIGIN} in it); a trunk of timm or of the official "
-            f"codes may be read from its file, {folder / single_file.IN_FOLDER}"
+            f"codes may be read from its file, {folder / safetensors_file.IN_FOLDER}"
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: damaged: {error}") from None
