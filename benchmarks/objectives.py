@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT)]
 from esvit_scale import config as configs  # noqa: E402
 from esvit_scale import demo  # noqa: E402
 from esvit_scale.config import Config  # noqa: E402
-from esvit_scale.train import loop  # noqa: E402
+from esvit_scale.train import pretraining  # noqa: E402
 from esvit_scale.train.run_dir import read_summary  # noqa: E402
 
 TWO_VIEWS = ["data.local_crops=[]", "data.global_crops.scale=[0.2, 1.0]", "objective.bottleneck=128"]
@@ -76,7 +76,7 @@ def measure(out: Path, names: list[str], seed: int, steps: int, overrides: list[
         train, test = demo.write_shards(out / "shards", config)
         if before is None:
             before = top1(demo.untrained_result(config, train, test))
-        loop.pretrain(config)
+        pretraining.pretrain(config)
         after = top1(demo.trained_result(config.run_path, config, train, test))
         logged = [json.loads(row) for row in (config.run_path / "metrics.jsonl").read_text().splitlines()]
         rate = read_summary(config.run_path)["images_per_s"]

@@ -21,7 +21,7 @@ from esvit_scale.models.initialize import initialize
 from esvit_scale.objective.network import build_network
 from esvit_scale.report import drawings
 from esvit_scale.report.html import write_report
-from esvit_scale.train import loop
+from esvit_scale.train import pretraining
 from esvit_scale.train.run_dir import open_run, read_summary
 
 LOOKED_AT = 100  # test patches whose tokens look for each other
@@ -62,7 +62,7 @@ def pretrain_and_compare(out: Path, seed: int) -> tuple[int, list[Json]]:
     train, test = write_shards(out / "shards", config)
     baselines = [pixels_result(config, train, test), untrained_result(config, train, test)]
     print(knn.table(baselines, NAMES[:2]))
-    code = loop.pretrain(config)
+    code = pretraining.pretrain(config)
     if code:
         return code, []
     results = [*baselines, trained_result(out, config, train, test)]

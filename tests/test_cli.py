@@ -148,11 +148,11 @@ def test_the_exit_code_of_a_command_is_passed_on(monkeypatch):
 
 
 def test_overrides_reach_the_config(monkeypatch):
-    from esvit_scale.train import loop, signals
+    from esvit_scale.train import pretraining, signals
 
     seen = []
     monkeypatch.setattr(signals, "install", lambda: seen.append("signals"))
-    monkeypatch.setattr(loop, "pretrain", lambda config: seen.append(config) or 0)
+    monkeypatch.setattr(pretraining, "pretrain", lambda config: seen.append(config) or 0)
     assert cli.main(["pretrain", "swin_s", "data.train=x", "seed=-0", "optim.lr=1e-3"]) == 0
     assert seen[0] == "signals"
     assert (seen[1].name, seen[1].data.train, seen[1].optim.lr) == ("swin_s", "x", 1e-3)

@@ -20,7 +20,7 @@ from esvit_scale.objective.network import Network, build_network
 from esvit_scale.objective.param_groups import parameter_groups
 from esvit_scale.objective.registry import OBJECTIVES
 from esvit_scale.parallel import partitions
-from esvit_scale.train import loop
+from esvit_scale.train import pretraining
 from tests import tiny
 
 # ZeRO stage and implementation of activation checkpointing, for trunks that are called once a forward, and once a crop size.
@@ -174,7 +174,7 @@ def pretrain(config: Config, data: Path, run: Path, **train: Any) -> list[dict[s
     values = config.model_dump(mode="json")
     values["run_dir"], values["data"]["train"] = str(run), str(data)
     values["train"] |= {"steps": 4, "checkpoint_every": 2, "keep_checkpoints": 4, "global_batch": IMAGES, **train}
-    assert loop.pretrain(configs.validate(values, where="conformance")) == 0
+    assert pretraining.pretrain(configs.validate(values, where="conformance")) == 0
     return tiny.rows(run)
 
 

@@ -12,7 +12,7 @@ import torch
 from esvit_scale.checkpoint.backbone import load_backbone
 from esvit_scale.models.registry import TRUNKS
 from esvit_scale.objective.registry import OBJECTIVES
-from esvit_scale.train import loop
+from esvit_scale.train import pretraining
 from tests import tiny
 
 PAGE = Path(__file__).parent.parent / "docs" / "extending.md"
@@ -31,7 +31,7 @@ def loaded(file: str, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 def trained(tmp_path: Path, run: str, **changes: Any) -> list[dict[str, Any]]:
     data = tmp_path / "shards"
     config = tiny.config(tmp_path / run, data if data.exists() else tiny.shards(data), train__steps=4, **changes)
-    assert loop.pretrain(config) == 0
+    assert pretraining.pretrain(config) == 0
     return tiny.rows(tmp_path / run)
 
 

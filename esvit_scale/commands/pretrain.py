@@ -33,6 +33,6 @@ def _pretrain(options: argparse.Namespace) -> int:
 
     config = configs.resolve(options.config, options.overrides)
     configs.require_training_data(config)
-    from esvit_scale.train import loop
+    from esvit_scale.train import pretraining
 
-    return loop.pretrain(config)
+    return pretraining.pretrain(config)

@@ -195,7 +195,7 @@ def ranges(numbers: Iterable[int]) -> str:
 def run_cell(cell: Cell, sweep: Sweep, source: Path) -> int:
     """Trains a cell, or goes on with it, and evaluates it; on every rank. Returns the exit code of the training."""
     from esvit_scale.parallel import collectives
-    from esvit_scale.train import loop
+    from esvit_scale.train import pretraining
 
     if cell.problems:
         raise UserError(f"{cell.name}: refused: {cell.problems[0]}")
@@ -204,7 +204,7 @@ def run_cell(cell: Cell, sweep: Sweep, source: Path) -> int:
         branch(cell)
         forget_failure(cell, sweep)
     try:
-        code = loop.pretrain(cell.config)
+        code = pretraining.pretrain(cell.config)
     except (UserError, Diverged) as error:  # the same on every rank
         if collectives.rank() == 0 and not is_running(cell.path):
             note_failure(cell, sweep, str(error))

@@ -37,7 +37,7 @@ def cut(path: Path, last_step: int) -> None:
     row_file.cut(path, lambda row: row["step"] <= last_step or bool(row.get("rolled_back")))
 
 
-class Journal:
+class MetricLogger:
     """The open files of rank 0; every other rank has none and its calls do nothing. `open` and `rewind` change files that
     are there, and what fails then is to be every rank's error: `collectives.run_on_rank0_and_broadcast`."""
 

@@ -82,15 +82,15 @@ class Run:
         self._resume()
         collectives.run_on_rank0_and_broadcast(lambda: run_dir.record_start(self._path, self._session.config))
         self._watchdog.beat(self.step)
-        self._journal = metrics.Journal(self._path, self.last_step, active=self._rank == 0)
-        collectives.run_on_rank0_and_broadcast(lambda: self._journal.open(self.step))
+        self._logger = metrics.MetricLogger(self._path, self.last_step, active=self._rank == 0)
+        collectives.run_on_rank0_and_broadcast(lambda: self._logger.open(self.step))
         self._window_began, self._window_step = time.monotonic(), self.step
         self._began, self._began_step = time.monotonic(), self.step
         self._saved_at = time.monotonic()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._journal.close()
+        self._logger.close()
 
     def batches(self, data: Source) -> Iterator[Batch]:
         """This rank's part of every batch from the cursor on, with the time that the step waited for each added up;
@@ -121,11 +121,11 @@ class Run:
             raise self._taken_over()
         if self._flags & BAD_SAMPLES:
             bad = [sample for samples in collectives.gather_objects(batch.bad) for sample in samples]
-            self._journal.bad_samples(self.step, bad)
+            self._logger.bad_samples(self.step, bad)
             self._replaced.add(bad)
         else:
             self._replaced.add(())
-        self._journal.advance(self.step)
+        self._logger.advance(self.step)
         if self.row_is_due(self.step):
             self._write_row(result)
         if result.applied:
@@ -216,7 +216,7 @@ class Run:
             return  # it halves the scale and goes on
         self._skips += 1
         keys = [key for keys in collectives.gather_objects(batch.keys if named else []) for key in keys]
-        self._journal.not_finite(self.step, keys, "the loss was" if self._flags & NOT_FINITE else "gradients were")
+        self._logger.not_finite(self.step, keys, "the loss was" if self._flags & NOT_FINITE else "gradients were")
         if self._skips == self._session.config.train.skips_before_rollback:
             self._roll_back(f"loss or gradients were not finite for {self._skips} steps in a row")
 
@@ -242,7 +242,7 @@ class Run:
         self._restore(folder)
         self.data_offset = consumed - self.step
         self._rollbacks, self._skips = self._rollbacks + 1, 0
-        collectives.run_on_rank0_and_broadcast(lambda: self._journal.rewind(self.step))
+        collectives.run_on_rank0_and_broadcast(lambda: self._logger.rewind(self.step))
         self._window_began, self._window_step, self._wait_s = time.monotonic(), self.step, 0.0
         if self._rank == 0:
             log.warning(
@@ -276,11 +276,11 @@ class Run:
             "data_wait_s": self._wait_s / steps,
             **worker_fields,
             **node_fields,
-            "bad_samples": self._journal.bad,
+            "bad_samples": self._logger.bad,
             "time": time.time(),
         }
         self._window_began, self._window_step, self._wait_s = now, self.step, 0.0
-        self._journal.row(self._row)
+        self._logger.row(self._row)
         for sentence in filter(None, [*self._monitors.observe(self._row), slow_worker, slow_node]):
             if self._rank == 0:
                 log.warning("%s", sentence)

@@ -16,7 +16,7 @@ from esvit_scale.errors import UserError
 from esvit_scale.models.initialize import initialize
 from esvit_scale.objective.network import build_network
 from esvit_scale.parallel import world as world_module
-from esvit_scale.train import loop
+from esvit_scale.train import pretraining
 from esvit_scale.train.step import Schedules, open_session
 from tests import tiny
 from tests.models.rule import by_hash, fill
@@ -111,19 +111,19 @@ def test_a_run_learns_on_says_so_and_its_resume_does_not_need_the_source(
     source = _sources(weights, tmp_path)["official"]
     options: dict[str, Any] = {"train__steps": 4, "train__checkpoint_every": 2, "model__init_from": str(source)}
     config = tiny.config(tmp_path / "run", shards, **options)
-    assert loop.pretrain(config) == 0
+    assert pretraining.pretrain(config) == 0
     assert (
         f"starts from the teacher of {source}: trunk, view head, region head" in (tmp_path / "run/log.txt").read_text()
     )
     losses = [row["loss"] for row in tiny.rows(tmp_path / "run")]
     random = tiny.config(tmp_path / "random", shards, train__steps=4)
-    assert loop.pretrain(random) == 0
+    assert pretraining.pretrain(random) == 0
     assert losses[0] != pytest.approx(tiny.rows(tmp_path / "random")[0]["loss"], rel=1e-2)
 
     source.unlink()
     (tmp_path / "run/checkpoints/latest").write_text("step-00000002\n")
     (tmp_path / "run/summary.json").unlink()
-    assert loop.pretrain(config) == 0
+    assert pretraining.pretrain(config) == 0
     assert [row["loss"] for row in tiny.rows(tmp_path / "run")] == losses
 
 
@@ -140,7 +140,7 @@ def test_a_source_that_does_not_fit_is_said_before_anything_is_made(
     }.items():
         config = tiny.config(tmp_path / "run", shards, **({"model__init_from": str(source)} | dict(options)))
         with pytest.raises(UserError, match=match):
-            loop.pretrain(config)
+            pretraining.pretrain(config)
         assert not (tmp_path / "run").exists()
 
 

@@ -12,7 +12,7 @@ import torch
 from esvit_scale.checkpoint import state, step_folders, storage
 from esvit_scale.checkpoint.saver import Saver
 from esvit_scale.errors import RestartCanHelp
-from esvit_scale.train import loop
+from esvit_scale.train import pretraining
 from tests import tiny
 
 
@@ -33,7 +33,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, where: str, times: int) -> None:
 def test_a_full_disk_costs_one_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     config = tiny.config(tmp_path / "run", tiny.shards(tmp_path / "shards"), train__checkpoint_every=5)
     full_disk(monkeypatch, where, 1)
-    assert loop.pretrain(config) == 0
+    assert pretraining.pretrain(config) == 0
     said = (config.run_path / "log.txt").read_text()
     assert "step-00000005: could not be saved: rank 0: No space left on device" in said
     assert "training goes on, and the next save tries again" in said
@@ -45,14 +45,14 @@ def test_a_full_disk_costs_one_save(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_disk_that_stays_full_ends_the_run_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exit code 75: nothing that was saved is lost, and the same command goes on from there."""
     config = tiny.config(tmp_path / "run", tiny.shards(tmp_path / "shards"))
-    assert loop.pretrain(tiny.config(tmp_path / "reference", tmp_path / "shards")) == 0
+    assert pretraining.pretrain(tiny.config(tmp_path / "reference", tmp_path / "shards")) == 0
     with monkeypatch.context() as patch:
         real = storage.save
         patch.setattr(storage, "save", lambda folder, i: real(folder, i) if "10" in folder.name else full())
         with pytest.raises(RestartCanHelp, match="No space left on device; the checkpoints before it are untouched"):
-            loop.pretrain(config)
+            pretraining.pretrain(config)
     assert step_folders.newest_good(config.run_path) == config.run_path / "checkpoints" / "step-00000010"
-    assert loop.pretrain(config) == 0
+    assert pretraining.pretrain(config) == 0
     assert tiny.rows(config.run_path) == tiny.rows(tmp_path / "reference")
 
 

@@ -10,7 +10,7 @@ import torch
 from esvit_scale.checkpoint import state, step_folders, storage
 from esvit_scale.errors import UserError
 from esvit_scale.parallel import world as world_module
-from esvit_scale.train import loop
+from esvit_scale.train import pretraining
 from esvit_scale.train.step import Schedules, open_session
 from tests import tiny
 
@@ -19,7 +19,7 @@ from tests import tiny
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint")
     config = tiny.config(folder / "run", tiny.shards(folder / "shards"), train__steps=6, train__checkpoint_every=2)
-    assert loop.pretrain(config) == 0
+    assert pretraining.pretrain(config) == 0
     return folder / "run"
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from esvit_scale import config as configs
 from esvit_scale.parallel import world as world_module
-from esvit_scale.train import loop
+from esvit_scale.train import pretraining
 from esvit_scale.train.watchdog import Watchdog
 
 HANG_S = 1800.0
@@ -16,7 +16,7 @@ def main(paths: list[str]) -> None:
     world = world_module.start()
     with Watchdog(world, HANG_S, Path(paths[0]).parent) as watchdog:
         for path in paths:
-            code = loop.open_and_train(configs.load(Path(path)), world, watchdog)
+            code = pretraining.open_and_train(configs.load(Path(path)), world, watchdog)
             assert code == 0, f"{path}: exit code {code}"
         world_module.stop()
 

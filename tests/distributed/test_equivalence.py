@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from esvit_scale.train import loop
+from esvit_scale.train import pretraining
 from tests import tiny
 
 # fp32 sums of a few hundred terms in another order: 1e-7 each, grown by 20 steps of training at a high rate.
@@ -66,7 +66,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reference(folder: Path) -> list[dict[str, Any]]:
     """One process, ZeRO 0, no accumulation."""
-    assert loop.pretrain(tiny.config(folder / "reference", folder / "shards", train__ds_config="zero0")) == 0
+    assert pretraining.pretrain(tiny.config(folder / "reference", folder / "shards", train__ds_config="zero0")) == 0
     return tiny.rows(folder / "reference")
 
 
@@ -137,7 +137,7 @@ def test_four_ranks_equal_one_process(four_ranks: Path, reference: list[dict[str
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_optimizers_and_frozen_parameters_at_every_stage(four_ranks: Path, folder: Path, name: str) -> None:
     config = tiny.config(folder / f"one-{name}", folder / "shards", **OTHERS[name], train__ds_config="zero0")
-    assert loop.pretrain(config) == 0
+    assert pretraining.pretrain(config) == 0
     own = tiny.rows(folder / f"one-{name}")
     assert own[-1]["loss"] < own[0]["loss"] - 0.3
     for stage in ("zero2", "zero3"):
@@ -146,7 +146,7 @@ def test_other_optimizers_and_frozen_parameters_at_every_stage(four_ranks: Path,
 
 @pytest.mark.parametrize("name", ONE_RANK)
 def test_one_rank_equals_zero_0(folder: Path, reference: list[dict[str, Any]], name: str) -> None:
-    assert loop.pretrain(tiny.config(folder / f"one-{name}", folder / "shards", **ONE_RANK[name])) == 0
+    assert pretraining.pretrain(tiny.config(folder / f"one-{name}", folder / "shards", **ONE_RANK[name])) == 0
     assert_same(tiny.rows(folder / f"one-{name}"), reference)
 
 
@@ -164,5 +164,5 @@ def test_resume_at_another_world_size_and_stage(
     run = tmp_path / "run"
     back_to_step_10(two_ranks / f"two-{saved_by}", run)
     config = tiny.config(run, folder / "shards", train__ds_config=resumed_with, train__checkpoint_every=10)
-    assert loop.pretrain(config) == 0
+    assert pretraining.pretrain(config) == 0
     assert_same(tiny.rows(run), reference)

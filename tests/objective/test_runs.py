@@ -11,7 +11,7 @@ import torch
 from esvit_scale.checkpoint import state
 from esvit_scale.checkpoint.initial_weights import NO_INITIAL_WEIGHTS
 from esvit_scale.objective.network import build_network
-from esvit_scale.train import loop
+from esvit_scale.train import pretraining
 from esvit_scale.train.step import _recipe
 from tests import tiny
 from tests.objective import cases
@@ -22,7 +22,7 @@ def run(folder: Path, shards: Path, case: str, ds_config: str, **overrides: Any)
     own |= {} if case in cases.MULTI_CROP else {"data__local_crops": []}
     own |= {"train__global_batch": 12} if case == "triplet" else {}
     config = tiny.config(folder, shards, **{**own, "train__steps": 3, "train__ds_config": ds_config, **overrides})
-    assert loop.pretrain(config) == 0
+    assert pretraining.pretrain(config) == 0
     return tiny.rows(folder)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from esvit_scale.errors import UserError
 from esvit_scale.parallel import ds_config
-from esvit_scale.train import loop
+from esvit_scale.train import pretraining
 from tests import tiny
 
 
@@ -17,7 +17,7 @@ from tests import tiny
 def test_compiled_blocks_train_as_eager_ones(tmp_path: Path) -> None:
     shards, few = tiny.shards(tmp_path / "shards"), {"train__steps": 5, "model__depths": [1, 2], "model__heads": [1, 2]}
     for name, compiled in (("eager", False), ("compiled", True)):
-        assert loop.pretrain(tiny.config(tmp_path / name, shards, train__compile=compiled, **few)) == 0
+        assert pretraining.pretrain(tiny.config(tmp_path / name, shards, train__compile=compiled, **few)) == 0
     frames = torch._dynamo.utils.counters["frames"]
     assert frames["ok"] > 0
     assert not torch._dynamo.utils.counters["graph_break"]

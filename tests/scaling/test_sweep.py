@@ -22,7 +22,7 @@ from esvit_scale.objective.schedules import Schedules
 from esvit_scale.scaling import cells, runner, shapes, sweep_file
 from esvit_scale.scaling.plan import Speed
 from esvit_scale.scaling.sweep_file import Size
-from esvit_scale.train import loop
+from esvit_scale.train import pretraining
 from esvit_scale.train.row_file import read_rows
 from tests import tiny
 
@@ -241,7 +241,7 @@ def test_a_cell_that_failed_under_slurm_is_failed(tmp_path, monkeypatch):
     def refuse(config):
         raise UserError("data.train: not there")
 
-    monkeypatch.setattr(loop, "pretrain", refuse)
+    monkeypatch.setattr(pretraining, "pretrain", refuse)
     monkeypatch.setattr(runner, "prepare", lambda *_: None)
     with pytest.raises(UserError):
         runner.run_cell(cell, sweep, tmp_path)

@@ -8,8 +8,8 @@ import pytest
 
 from esvit_scale.data import manifest as manifests
 from esvit_scale.errors import UserError
-from esvit_scale.train import loop
-from esvit_scale.train.metrics import Journal
+from esvit_scale.train import pretraining
+from esvit_scale.train.metrics import MetricLogger
 from esvit_scale.train.replaced import ReplacedShare
 from esvit_scale.train.row_file import read_rows
 from tests import tiny
@@ -23,7 +23,7 @@ def test_bad_samples_are_counted_named_and_survive_a_resume(tmp_path: Path) -> N
     content[offset : offset + size] = bytes(size)
     tar.write_bytes(content)
     config = tiny.config(tmp_path / "run", shards, train__steps=12, data__workers=1)
-    assert loop.pretrain(config) == 0
+    assert pretraining.pretrain(config) == 0
     rows = read_rows(config.run_path / "metrics.jsonl")
     quarantine = read_rows(config.run_path / "quarantine.jsonl")
     assert 2 <= len(quarantine) <= 3  # once an epoch of 4 steps, unless it is among the dropped
@@ -33,10 +33,10 @@ def test_bad_samples_are_counted_named_and_survive_a_resume(tmp_path: Path) -> N
         assert 0 < row["worker_images_per_s_min"] <= row["worker_images_per_s"]
     assert {bad["shard"] for bad in quarantine} == {tar.name}
     cut = quarantine[0]["step"]
-    journal = Journal(config.run_path, 12, active=True)
-    journal.open(cut)
-    journal.close()
-    assert journal.bad == 1
+    logger = MetricLogger(config.run_path, 12, active=True)
+    logger.open(cut)
+    logger.close()
+    assert logger.bad == 1
 
 
 def test_many_replaced_images_stop_the_run_with_the_reason(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_many_replaced_images_stop_the_run_with_the_reason(tmp_path: Path) -> No
         (shards / shard.name).write_bytes(content)
     config = tiny.config(tmp_path / "run", shards, train__steps=12)
     with pytest.raises(UserError, match=r"stopped at step 4: .* of the last 32 images .* over 5 %.*not an image"):
-        loop.pretrain(config)
+        pretraining.pretrain(config)
     summary = json.loads((config.run_path / "summary.json").read_text())
     assert (summary["finished"], summary["step"]) == (False, 4)
     assert (config.run_path / "checkpoints" / "step-00000004").is_dir()

@@ -14,7 +14,7 @@ import pytest
 from esvit_scale import cli
 from esvit_scale.config import Config
 from esvit_scale.errors import RestartCanHelp
-from esvit_scale.train import loop
+from esvit_scale.train import pretraining
 from tests import tiny
 
 
@@ -71,7 +71,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def straight(shards: Path) -> list[dict[str, Any]]:
-    assert loop.pretrain(config(shards.parent / "run", shards)) == 0
+    assert pretraining.pretrain(config(shards.parent / "run", shards)) == 0
     return tiny.rows(shards.parent / "run")
 
 
@@ -82,14 +82,14 @@ def config(run: Path, shards: Path) -> Config:
 @contextmanager
 def at_steps(run: Path, actions: dict[int, Callable[[], None]], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """While a run trains: what to do when it reaches a step."""
-    real = loop.train_step
+    real = pretraining.train_step
 
     def step(session: Any, batch: Any, number: int, **options: Any) -> Any:
         actions.get(number, lambda: None)()
         return real(session, batch, number, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "train_step", step)
+        patch.setattr(pretraining, "train_step", step)
         yield
 
 
@@ -98,7 +98,7 @@ def test_a_disk_that_is_full_for_a_while_costs_saves_and_nothing_else(
 ) -> None:
     run = disk.root / "run"
     with at_steps(run, {6: disk.fill, 14: disk.free}, monkeypatch):
-        assert loop.pretrain(config(run, shards)) == 0
+        assert pretraining.pretrain(config(run, shards)) == 0
     assert tiny.rows(run) == straight
     said = (run / "log.txt").read_text()
     assert "metrics.jsonl: cannot be written: No space left on device" in said
@@ -113,12 +113,12 @@ def test_a_disk_that_stays_full_ends_with_75_and_the_same_command_goes_on(
 ) -> None:
     run = disk.root / "run"
     with at_steps(run, {6: disk.fill}, monkeypatch), pytest.raises(RestartCanHelp, match="No space left on device"):
-        loop.pretrain(config(run, shards))
+        pretraining.pretrain(config(run, shards))
     with pytest.raises(RestartCanHelp, match="No space left on device; nothing that was saved is lost"):
-        loop.pretrain(config(run, shards))  # a start on the full disk
+        pretraining.pretrain(config(run, shards))  # a start on the full disk
     assert not [path for path in (run / "checkpoints").iterdir() if path.name.endswith(".partial")]
     disk.free()
-    assert loop.pretrain(config(run, shards)) == 0
+    assert pretraining.pretrain(config(run, shards)) == 0
     assert tiny.rows(run) == straight
 
 
@@ -135,7 +135,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run(
         disk.mount_read_only(old)
 
     with at_steps(run, {5: hold}, monkeypatch):
-        assert loop.pretrain(config(run, shards)) == 0
+        assert pretraining.pretrain(config(run, shards)) == 0
     assert tiny.rows(run) == straight
     assert ".step-00000004.removed.partial: could not be removed: Read-only" in (run / "log.txt").read_text()
     kept = sorted(path.name for path in (run / "checkpoints").iterdir())

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from esvit_scale.errors import UserError
-from esvit_scale.train import gauges, loop
+from esvit_scale.train import gauges, pretraining
 from tests import tiny
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
@@ -55,7 +55,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, A
             data__held_out=str(shards),
             train__knn_every=3,
         )
-        assert loop.pretrain(config) == 0
+        assert pretraining.pretrain(config) == 0
         found[stage] = tiny.rows(folder / stage)
     return found
 
@@ -90,7 +90,7 @@ def test_a_held_out_set_without_labels_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     config = tiny.config(tmp_path / "run", shards, data__held_out=str(tmp_path / "empty"), train__knn_every=2)
     with pytest.raises(UserError, match="empty"):
-        loop.pretrain(config)
+        pretraining.pretrain(config)
     few = tiny.shards(tmp_path / "few", samples=9)
     with pytest.raises(UserError, match="at least 20 readable images with labels"):
-        loop.pretrain(tiny.config(tmp_path / "run", shards, data__held_out=str(few), train__knn_every=2))
+        pretraining.pretrain(tiny.config(tmp_path / "run", shards, data__held_out=str(few), train__knn_every=2))

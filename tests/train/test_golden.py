@@ -12,7 +12,7 @@ import pytest
 
 from esvit_scale import config as configs
 from esvit_scale import demo
-from esvit_scale.train import loop
+from esvit_scale.train import pretraining
 from tests import tiny
 
 GOLDEN = Path(__file__).with_name("golden_demo.json")
@@ -25,7 +25,7 @@ def curve(folder: Path) -> list[dict[str, Any]]:
     train, _ = demo.write_shards(folder / "shards", configs.resolve("demo"))
     overrides = [f"run_dir={folder / 'run'}", f"data.train={train}", "data.workers=0", "train.precision=fp32"]
     config = configs.resolve("demo", [*overrides, f"train.steps={STEPS}", "train.log_every=1"])
-    assert loop.pretrain(config) == 0
+    assert pretraining.pretrain(config) == 0
     return [{key: row[key] for key in KEYS} for row in tiny.rows(folder / "run")]
 
 

@@ -9,7 +9,7 @@ from esvit_scale import demo
 from esvit_scale.report.html import write_report
 from esvit_scale.report.instability import dips
 from esvit_scale.report.plots import columns
-from esvit_scale.train import loop
+from esvit_scale.train import pretraining
 from esvit_scale.train.row_file import read_rows
 
 SMALL = [
@@ -34,7 +34,7 @@ TOO_HIGH = ["optim.lr=0.15", "optim.warmup_epochs=7", "train.steps=260"]
 def test_a_rate_that_is_too_high_shows_as_a_dip_and_is_named(tmp_path: Path) -> None:
     train, test = demo.write_shards(tmp_path / "shards", configs.resolve("demo"))
     data = [f"data.train={train}", f"data.held_out={test}", f"run_dir={tmp_path / 'run'}"]
-    assert loop.pretrain(configs.resolve("stability_trained", [*SMALL, *TOO_HIGH, *data])) == 0
+    assert pretraining.pretrain(configs.resolve("stability_trained", [*SMALL, *TOO_HIGH, *data])) == 0
     rows = columns(read_rows(tmp_path / "run" / "metrics.jsonl"))
     assert dips(rows["knn_top1"]).any()
     assert {f"grad_norm_block{i}" for i in range(1, 7)} <= rows.keys()

@@ -249,11 +249,11 @@ def test_a_claim_of_a_dead_taker_does_not_block(tmp_path: Path) -> None:
 
 
 def test_a_run_that_was_taken_over_stops_with_75(tmp_path: Path) -> None:
-    from esvit_scale.train import loop
+    from esvit_scale.train import pretraining
     from tests import tiny
 
     config = tiny.config(tmp_path / "run", tiny.shards(tmp_path / "shards"))
-    real = loop.train_step
+    real = pretraining.train_step
 
     def step(session: Any, batch: Any, number: int, **options: Any) -> Any:
         if number == 5:
@@ -261,8 +261,8 @@ def test_a_run_that_was_taken_over_stops_with_75(tmp_path: Path) -> None:
         return real(session, batch, number, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "train_step", step)
+        patch.setattr(pretraining, "train_step", step)
         with pytest.raises(RestartCanHelp, match="another process took this run over"):
-            loop.pretrain(config)
+            pretraining.pretrain(config)
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert json.loads((tmp_path / "run/lock.json").read_text())["token"] == "other"

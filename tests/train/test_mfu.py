@@ -1,7 +1,7 @@
 import torch
 
 from esvit_scale.objective import costs
-from esvit_scale.train import loop, metrics, mfu
+from esvit_scale.train import metrics, mfu, pretraining
 from esvit_scale.train.row_file import read_rows
 from tests import tiny
 
@@ -38,7 +38,7 @@ def test_measuring_leaves_the_random_generator_alone():
 
 def test_a_row_has_it_and_it_is_a_clocks_field(tmp_path):
     config = tiny.config(tmp_path / "run", tiny.shards(tmp_path / "shards"), train__steps=2)
-    assert loop.pretrain(config) == 0
+    assert pretraining.pretrain(config) == 0
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")
     ideal = mfu.ideal_images_per_s(config, CPU, 1)
     for row in rows:

@@ -11,7 +11,7 @@ from esvit_scale.models.drop_path import drop_keys
 from esvit_scale.models.initialize import initialize
 from esvit_scale.objective.network import build_network
 from esvit_scale.objective.schedules import Schedules
-from esvit_scale.train import loop
+from esvit_scale.train import pretraining
 from tests import tiny
 
 
@@ -59,7 +59,7 @@ def plain_losses(config: Config) -> list[float]:
 
 def test_the_run_is_the_plain_loop(tmp_path: Path) -> None:
     config = tiny.config(tmp_path / "run", tiny.shards(tmp_path / "shards"))
-    assert loop.pretrain(config) == 0
+    assert pretraining.pretrain(config) == 0
     losses = [row["loss"] for row in tiny.rows(tmp_path / "run")]
     # The same fp32 operations, in flat buffers there and per tensor here.
     assert losses == pytest.approx(plain_losses(config), abs=1e-5)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from esvit_scale.train import loop, run_dir
+from esvit_scale.train import pretraining, run_dir
 from tests import tiny
 
 
@@ -21,7 +21,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
     run = tmp_path_factory.mktemp("straight") / "run"
-    assert loop.pretrain(tiny.config(run, data)) == 0
+    assert pretraining.pretrain(tiny.config(run, data)) == 0
     return tiny.rows(run)
 
 
@@ -45,7 +45,7 @@ def test_killed_and_resumed_equals_straight(data: Path, straight: list[dict[str,
     process.kill()
     process.communicate()
     assert (run / "checkpoints" / "latest").read_text().strip() == "step-00000010"
-    assert loop.pretrain(tiny.config(run, data)) == 0
+    assert pretraining.pretrain(tiny.config(run, data)) == 0
     assert tiny.rows(run) == straight
 
 
@@ -71,9 +71,9 @@ def test_a_signal_saves_and_the_same_command_goes_on(
 
 def test_a_finished_run_is_left_alone(data: Path, tmp_path: Path) -> None:
     config = tiny.config(tmp_path / "run", data, train__steps=2)
-    assert loop.pretrain(config) == 0
+    assert pretraining.pretrain(config) == 0
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    assert loop.pretrain(config) == 0
+    assert pretraining.pretrain(config) == 0
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from esvit_scale.errors import UserError
-from esvit_scale.train import loop, metrics, run_dir
+from esvit_scale.train import metrics, pretraining, run_dir
 from esvit_scale.train.lock import Lock
 from tests import tiny
 
@@ -42,12 +42,12 @@ def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
 def test_a_start_that_fails_leaves_nothing(tmp_path: Path) -> None:
     config = tiny.config(tmp_path / "runs" / "x", tiny.shards(tmp_path / "shards"), train__global_batch=48)
     with pytest.raises(UserError, match="36 samples"):
-        loop.pretrain(config)
+        pretraining.pretrain(config)
     config = tiny.config(
         tmp_path / "runs" / "x", tmp_path / "shards", train__ds_config="zero0", train__precision="bf16"
     )
     with pytest.raises(UserError, match="fp32 and autocast only"):
-        loop.pretrain(config)
+        pretraining.pretrain(config)
     assert not (tmp_path / "runs" / "x").exists()
 
 

@@ -15,7 +15,7 @@ from esvit_scale.data import manifest, stream
 from esvit_scale.errors import Diverged
 from esvit_scale.objective.schedules import Schedules
 from esvit_scale.parallel import world as world_module
-from esvit_scale.train import loop
+from esvit_scale.train import pretraining
 from esvit_scale.train.row_file import read_rows
 from esvit_scale.train.run import Run
 from esvit_scale.train.step import open_session, train_step
@@ -55,7 +55,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, calls: Container[int]) -> list[int]:
     """Makes the loss NaN in these calls of the objective (1 is the first); returns the batches that were trained on."""
     from esvit_scale.objective.esvit import EsViT
 
-    real_forward, real_step, count, batches = EsViT.forward, loop.train_step, itertools.count(1), []
+    real_forward, real_step, count, batches = EsViT.forward, pretraining.train_step, itertools.count(1), []
 
     def forward(self: Any, *arguments: Any) -> Any:
         loss, logs = real_forward(self, *arguments)
@@ -66,7 +66,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, calls: Container[int]) -> list[int]:
         return real_step(session, batch, *arguments, **options)
 
     monkeypatch.setattr(EsViT, "forward", forward)
-    monkeypatch.setattr(loop, "train_step", step)
+    monkeypatch.setattr(pretraining, "train_step", step)
     return batches
 
 
@@ -76,7 +76,7 @@ def test_a_run_goes_back_to_its_checkpoint_and_on_with_other_data(
     """Steps 13 to 17 fail: back to step 10, and on with batch 17."""
     batches = poison(monkeypatch, range(13, 18))
     config = tiny.config(tmp_path / "run", tiny.shards(tmp_path / "shards"), train__skips_before_rollback=5)
-    assert loop.pretrain(config) == 0
+    assert pretraining.pretrain(config) == 0
     assert batches == list(range(27))
     rows = tiny.rows(config.run_path)
     assert [row["step"] for row in rows] == list(range(1, 21))
@@ -96,16 +96,16 @@ def test_the_data_offset_outlives_a_resume(tmp_path: Path, monkeypatch: pytest.M
     config = tiny.config(tmp_path / "run", shards, train__skips_before_rollback=5, train__checkpoint_every=4)
     with monkeypatch.context() as patch:
         patch.setattr(Run, "asked", lambda self: self.step == 16 and self.data_offset > 0)  # as a signal would
-        assert loop.pretrain(config) == 0
+        assert pretraining.pretrain(config) == 0
     assert batches == list(range(21))  # back from step 17 to 12, and stopped at 16
-    assert loop.pretrain(config) == 0
+    assert pretraining.pretrain(config) == 0
     assert batches[21:] == list(range(21, 25))
 
 
 def test_a_state_that_is_not_finite_is_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A moment of the optimizer turns infinite at the end (a flipped bit, say): the run goes back, and on to its end."""
     config = tiny.config(tmp_path / "run", tiny.shards(tmp_path / "shards"))
-    real_step, spoiled = loop.train_step, []
+    real_step, spoiled = pretraining.train_step, []
 
     def step(session: Any, batch: Any, at: int, **options: Any) -> Any:
         result = real_step(session, batch, at, **options)
@@ -115,8 +115,8 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path: Path, monkeypatch: 
             session.engines.partitions[3].within(moments["exp_avg_sq"])[0] = math.inf
         return result
 
-    monkeypatch.setattr(loop, "train_step", step)
-    assert loop.pretrain(config) == 0
+    monkeypatch.setattr(pretraining, "train_step", step)
+    assert pretraining.pretrain(config) == 0
     said = f"the state is not finite (exp_avg_sq/{spoiled[0]}) and was not saved: back from step 20 to step-00000010"
     assert said in (config.run_path / "log.txt").read_text()
     summary = json.loads((config.run_path / "summary.json").read_text())
@@ -126,7 +126,7 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path: Path, monkeypatch: 
 def test_one_nan_costs_one_step_and_names_its_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = poison(monkeypatch, [7])
     config = tiny.config(tmp_path / "run", tiny.shards(tmp_path / "shards"))
-    assert loop.pretrain(config) == 0
+    assert pretraining.pretrain(config) == 0
     assert batches == list(range(20))
     assert tiny.rows(config.run_path)[-1]["skipped_steps"] == 1
     named = read_rows(config.run_path / "quarantine.jsonl")
@@ -141,5 +141,5 @@ def test_nan_without_end_stops_the_run_with_the_reason(
     poison(monkeypatch, range(start, 1000))
     config = tiny.config(tmp_path / "run", tiny.shards(tmp_path / "shards"), train__skips_before_rollback=4)
     with pytest.raises(Diverged, match=rf"4 steps in a row, up to step .*{words}.*lower optim\.lr"):
-        loop.pretrain(config)
+        pretraining.pretrain(config)
     assert json.loads((config.run_path / "summary.json").read_text())["finished"] is False

@@ -1,7 +1,7 @@
 from pathlib import Path
 from typing import Any
 
-from esvit_scale.train import loop
+from esvit_scale.train import pretraining
 from tests import tiny
 
 MODEL: dict[str, Any] = {"model__trunk": "swinv2_h", "model__depths": [1, 1, 6], "model__drop_path": 0.2}
@@ -17,7 +17,7 @@ def test_swin_v2_trains_the_same_partitioned_and_recomputed(tmp_path: Path) -> N
             "train__steps": 3,
         }
         config = tiny.config(tmp_path / stage, data, **overrides)
-        assert loop.pretrain(config) == 0
+        assert pretraining.pretrain(config) == 0
         rows[stage] = tiny.rows(tmp_path / stage)
     assert rows["zero1"] == rows["zero3"]
     assert all(row["skipped_steps"] == 0 for row in rows["zero1"])

@@ -23,9 +23,9 @@ import sys, time
 import torch, torch.distributed as dist
 from esvit_scale import cli
 from esvit_scale.parallel import collectives
-from esvit_scale.train import loop
+from esvit_scale.train import pretraining
 
-real = loop.train_step
+real = pretraining.train_step
 def stuck_in_step_4(session, batch, step, **options):
     if step == 3:
         for group in dist.distributed_c10d._world.pg_map:
@@ -33,7 +33,7 @@ def stuck_in_step_4(session, batch, step, **options):
     if step == 4 and collectives.rank() == 1:
         time.sleep(1000)
     return real(session, batch, step, **options)
-loop.train_step = stuck_in_step_4
+pretraining.train_step = stuck_in_step_4
 sys.exit(cli.main(["pretrain", *sys.argv[1:]]))
 """
 
