@@ -16,12 +16,12 @@ def backbone(weights: str | Path) -> nn.Module:
 
 def trunk(preset: str = "swin_t") -> nn.Module:
     """The untrained trunk of a preset, initialised as a run with seed 0 is."""
-    from esvit_scale import config
+    from esvit_scale import config as configs
     from esvit_scale.checkpoint.backbone import Backbone
     from esvit_scale.models.initialize import initialize
     from esvit_scale.objective.network import build_network
 
-    resolved = config.resolve(preset)
+    resolved = configs.resolve(preset)
     network = build_network(resolved)
     initialize(network, resolved.seed)
     return Backbone(network.trunk, resolved).eval()

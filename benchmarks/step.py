@@ -80,7 +80,7 @@ def child(cell: dict[str, Any], script: str = __file__) -> dict[str, Any]:
 
 def run_cell(cell: dict[str, Any]) -> dict[str, Any]:
     from esvit_scale import config as configs
-    from esvit_scale.parallel import world as world_module
+    from esvit_scale.parallel import world as worlds
     from esvit_scale.train import mfu
 
     overrides = [
@@ -90,7 +90,7 @@ def run_cell(cell: dict[str, Any]) -> dict[str, Any]:
         f"train.activation_checkpointing={cell['checkpointing']}",
     ]
     config = configs.resolve(cell["preset"], overrides)
-    world = world_module.start()
+    world = worlds.start()
     device = world.device
     crops = random_crops(config, cell["batch"], device)
     sides: dict[str, Callable[[], object]] = {}
@@ -112,7 +112,7 @@ def run_cell(cell: dict[str, Any]) -> dict[str, Any]:
         row[f"{side}_peak_mb"] = peak_mb(device)
     if "ours" in sides:
         row["mfu"] = row["ours_images_per_s"] / mfu.ideal_images_per_s(config, device, 1)
-    world_module.stop()
+    worlds.stop()
     return row
 
 

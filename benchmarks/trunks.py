@@ -107,9 +107,9 @@ def config_of(trunk: str, cell: dict[str, Any]) -> Any:
 
 def run_cell(cell: dict[str, Any]) -> dict[str, Any]:
     """Rates of the last of `cell["trunks"]`, the others taking turns with it."""
-    from esvit_scale.parallel import world as world_module
+    from esvit_scale.parallel import world as worlds
 
-    world = world_module.start()
+    world = worlds.start()
     part, device = cell["part"], world.device
     found = [config_of(trunk, cell) for trunk in cell["trunks"]]
     if part == "inference":
@@ -118,7 +118,7 @@ def run_cell(cell: dict[str, Any]) -> dict[str, Any]:
         crops = random_crops(found[-1], cell["batch"], device)
         images, sides = cell["batch"], [our_step(config, world, crops) for config in found]
     row = rates(part, sides, images, cell["steps"], device) | {"peak_mb": peak_mb(device)}
-    world_module.stop()
+    worlds.stop()
     return row
 
 

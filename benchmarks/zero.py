@@ -65,12 +65,12 @@ def run_cell(cell: dict[str, Any]) -> None:
     from esvit_scale import config as configs
     from esvit_scale.objective.schedules import Schedules
     from esvit_scale.parallel import collectives
-    from esvit_scale.parallel import world as world_module
+    from esvit_scale.parallel import world as worlds
     from esvit_scale.train.step import MicroBatch, open_session, optimizer_step
 
     precision = [] if any(o.startswith("train.precision") for o in cell["overrides"]) else ["train.precision=fp32"]
     config = configs.resolve(cell["preset"], [*precision, f"train.ds_config={cell['stage']}", *cell["overrides"]])
-    world = world_module.start()
+    world = worlds.start()
     session = open_session(config, world, Schedules(config, steps_per_epoch=1))
     batch = config.train.global_batch
     share = batch // world.size
@@ -98,7 +98,7 @@ def run_cell(cell: dict[str, Any]) -> None:
     ranks = collectives.gather_objects(answer)
     if world.rank == 0:
         print(json.dumps({key: max(rank[key] for rank in ranks) for key in answer}), flush=True)
-    world_module.stop()
+    worlds.stop()
 
 
 def state_bytes(engines: Any) -> int:

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import esvit_scale
-from esvit_scale import doctor_packages as packages
-from esvit_scale.data import limits as loader_limits
+from esvit_scale import doctor_packages
+from esvit_scale.data import limits
 from esvit_scale.doctor_packages import Row
 
 GIB = 2**30
@@ -56,7 +56,7 @@ def run() -> int:
 
 def _rows() -> Iterator[Row]:
     yield _python()
-    torch_row = packages.required("torch", f"CUDA build {cuda}" if (cuda := _cuda_build()) else "CPU build")
+    torch_row = doctor_packages.required("torch", f"CUDA build {cuda}" if (cuda := _cuda_build()) else "CPU build")
     yield torch_row
     if torch_row.state != "problem":
         yield from _gpu()
@@ -65,20 +65,20 @@ def _rows() -> Iterator[Row]:
         if _torch_sees_gpu():
             yield _collective("nccl", required=False)
     for name in ("torchvision", "timm"):
-        yield packages.required(name, advice="pip install torch and torchvision from one index")
+        yield doctor_packages.required(name, advice="pip install torch and torchvision from one index")
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch_row.state != "problem" and _torch_sees_gpu() else "cpu")
-    yield packages.required("deepspeed")
+    yield doctor_packages.required("deepspeed")
     yield _deepspeed_ops()
-    yield packages.required("fairscale")
-    yield packages.required("webdataset")
-    yield from packages.others()
-    yield from packages.extras()
-    yield packages.apex(importlib.util.find_spec("apex"))
+    yield doctor_packages.required("fairscale")
+    yield doctor_packages.required("webdataset")
+    yield from doctor_packages.others()
+    yield from doctor_packages.extras()
+    yield doctor_packages.apex(importlib.util.find_spec("apex"))
     yield _slurm()
     yield _compilers()
     yield _cores()
     yield _memory()
-    yield from limits()
+    yield from _loader()
     yield _disk()
 
 
@@ -103,7 +103,7 @@ def _deepspeed_ops() -> Row:
     try:
         ops = deepspeed_ops()
     except Exception as error:
-        return Row("DeepSpeed ops", "problem", packages.one_line(error))
+        return Row("DeepSpeed ops", "problem", doctor_packages.one_line(error))
     can, cannot = ([name for name, works in sorted(ops.items()) if works is wanted] for wanted in (True, False))
     detail = f"could be built: {', '.join(can) or 'none'}" + (f"; not: {', '.join(cannot)}" if cannot else "")
     return Row("DeepSpeed ops", "ok", detail + " (none is needed)")
@@ -242,7 +242,7 @@ def _collective(backend: Literal["gloo", "nccl"], required: bool) -> Row:
             if backend == "gloo"
             else "NCCL_DEBUG=INFO says more"
         )
-        return Row(backend, "problem", packages.one_line(error), advice, required)
+        return Row(backend, "problem", doctor_packages.one_line(error), advice, required)
     return Row(backend, "ok", "an all-reduce came back", required=required)
 
 
@@ -282,7 +282,7 @@ def _memory() -> Row:
     )
 
 
-def limits() -> Iterator[Row]:
+def _loader() -> Iterator[Row]:
     """What a node may refuse a job: checked on every node before it starts (preflight.py)."""
     yield from _shared_memory()
     yield _open_files()
@@ -293,7 +293,7 @@ def _shared_memory() -> Iterator[Row]:
     if not Path("/dev/shm").is_dir():
         return
     usage = shutil.disk_usage("/dev/shm")
-    low = usage.free < loader_limits.LEAST_SHARED_MEMORY or usage.total < loader_limits.SHARED_MEMORY_OF_BATCHES
+    low = usage.free < limits.LEAST_SHARED_MEMORY or usage.total < limits.SHARED_MEMORY_OF_BATCHES
     advice = "loader processes hand batches over in it: docker run --shm-size=8g, or data.workers=0" if low else ""
     yield Row(
         "/dev/shm", "problem" if low else "ok", f"{usage.total / GIB:.1f} GiB, {usage.free / GIB:.1f} free", advice
@@ -302,10 +302,10 @@ def _shared_memory() -> Iterator[Row]:
 
 def _open_files() -> Row:
     """Return the row of the limit that a run gets, which raises its own soft limit to the hard one."""
-    files = loader_limits.reachable_files()
-    workers = loader_limits.workers_served(files)
+    files = limits.reachable_files()
+    workers = limits.workers_served(files)
     detail = f"{files} for each process of a run: enough for data.workers up to {workers}"
-    if workers >= loader_limits.COMMON_WORKERS:
+    if workers >= limits.COMMON_WORKERS:
         return Row("open files", "ok", detail)
     advice = (
         "raise the hard limit (limits.conf, LimitNOFILE, docker run --ulimit nofile=65536), or set fewer data.workers"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from esvit_scale import __version__, cli
-from esvit_scale.commands import doctor as doctor_command
+from esvit_scale.commands import doctor
 from esvit_scale.errors import Diverged, RestartCanHelp, UserError
 
 
@@ -126,7 +126,7 @@ def test_errors_become_exit_codes(error, code, monkeypatch, capsys):
     def fail(options):
         raise error
 
-    monkeypatch.setattr(doctor_command, "_doctor", fail)
+    monkeypatch.setattr(doctor, "_doctor", fail)
     assert cli.main(["doctor"]) == code
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == (0 if code == 130 else 2)
@@ -137,13 +137,13 @@ def test_an_unexpected_error_keeps_its_traceback(monkeypatch):
     def fail(options):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(doctor_command, "_doctor", fail)
+    monkeypatch.setattr(doctor, "_doctor", fail)
     with pytest.raises(ZeroDivisionError):
         cli.main(["doctor"])
 
 
 def test_the_exit_code_of_a_command_is_passed_on(monkeypatch):
-    monkeypatch.setattr(doctor_command, "_doctor", lambda options: 7)
+    monkeypatch.setattr(doctor, "_doctor", lambda options: 7)
     assert cli.main(["doctor"]) == 7
 
 

@@ -11,8 +11,7 @@ from types import SimpleNamespace
 import pytest
 from packaging.version import Version
 
-from esvit_scale import doctor
-from esvit_scale import doctor_packages as packages
+from esvit_scale import doctor, doctor_packages
 from esvit_scale.data import limits
 
 FIT = [
@@ -107,14 +106,14 @@ def test_a_hidden_gpu_is_not_a_problem(monkeypatch):
 
 
 def test_apex_is_nvidias_only_with_its_optimizers(tmp_path):
-    assert "optim.name=apex_adam" in packages.apex(None).detail
-    assert packages.apex(None).state == "absent"
+    assert "optim.name=apex_adam" in doctor_packages.apex(None).detail
+    assert doctor_packages.apex(None).state == "absent"
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("raise RuntimeError('never imported')")
     spec = importlib.machinery.PathFinder.find_spec("apex", [str(tmp_path)])
-    assert "unrelated package" in packages.apex(spec).detail
+    assert "unrelated package" in doctor_packages.apex(spec).detail
     (tmp_path / "apex" / "optimizers").mkdir()
-    assert packages.apex(spec).state == "ok"
+    assert doctor_packages.apex(spec).state == "ok"
 
 
 # --- versions and extras -------------------------------------------------------------------------------------------
@@ -128,7 +127,7 @@ VERSIONS = [
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_versions_are_compared_as_pip_does(version, monkeypatch):
-    monkeypatch.setitem(packages.TESTED, "torch", packages.Range("2.7.0", "2.14.1"))
+    monkeypatch.setitem(doctor_packages.TESTED, "torch", doctor_packages.Range("2.7.0", "2.14.1"))
     public = Version(Version(version).public)
     if public < Version("2.7.0"):
         expected = ("warning", f"{version} is older than the oldest tested 2.7.0", "tested with 2.7.0 to 2.14.1")
@@ -136,12 +135,12 @@ def test_versions_are_compared_as_pip_does(version, monkeypatch):
         expected = ("warning", f"{version} is newer than the newest tested 2.14.1", "tested with 2.7.0 to 2.14.1")
     else:
         expected = ("ok", version, "")
-    assert packages.compared("torch", version) == expected
+    assert doctor_packages.compared("torch", version) == expected
 
 
 @pytest.mark.parametrize("version", ["of unknown version", "", "git-7c8ec84", "1.0.0-custom"])
 def test_a_version_that_is_none_is_said(version):
-    state, detail, _ = packages.compared("timm", version)
+    state, detail, _ = doctor_packages.compared("timm", version)
     assert (state, "cannot be compared" in detail) == ("warning", True)
 
 
@@ -162,22 +161,22 @@ def only(monkeypatch, tmp_path):
         for name, version in versions.items():
             install(tmp_path, name.replace("_", "-"), version)
         monkeypatch.setattr(sys, "path", [str(tmp_path)])
-        return {row.name: row for row in packages.extras()}
+        return {row.name: row for row in doctor_packages.extras()}
 
     return install_only
 
 
 def test_every_missing_extra_says_what_needs_it(only):
     rows = only()
-    assert list(rows) == list(packages.EXTRAS)
+    assert list(rows) == list(doctor_packages.EXTRAS)
     for name, row in rows.items():
         assert (row.state, row.required) == ("absent", False)
-        assert row.detail.endswith(f"not installed: needed for {packages.EXTRAS[name].purpose}")
+        assert row.detail.endswith(f"not installed: needed for {doctor_packages.EXTRAS[name].purpose}")
         assert row.advice == f"pip install 'esvit-scale[{name}]'"
 
 
 def test_extras_that_are_there_in_part(only):
-    tested = {name: newest for name, (_, newest) in packages.TESTED.items()}
+    tested = {name: newest for name, (_, newest) in doctor_packages.TESTED.items()}
     rows = only(onnx=tested["onnx"], onnxscript=tested["onnxscript"], tifffile=tested["tifffile"], opencv_python="4.10.0.84",
                 tensorboard="99.1", pyarrow=None)  # fmt: skip
     assert rows["export"].state == "ok", "the rest of this extra is for tests"
@@ -189,16 +188,16 @@ def test_extras_that_are_there_in_part(only):
     assert f"99.1 is newer than the newest tested {tested['tensorboard']}" in rows["tracking"].detail
     assert (
         rows["tracking"].advice
-        == f"tensorboard: tested with {packages.TESTED['tensorboard'].oldest} to {tested['tensorboard']}"
+        == f"tensorboard: tested with {doctor_packages.TESTED['tensorboard'].oldest} to {tested['tensorboard']}"
     )
     assert rows["parquet"].state == "warning", "metadata without a version"
 
 
 def test_other_required_packages(only):
-    only(numpy="1.20", scipy=packages.TESTED["scipy"].oldest)
-    rows = {row.name: row for row in packages.others()}
+    only(numpy="1.20", scipy=doctor_packages.TESTED["scipy"].oldest)
+    rows = {row.name: row for row in doctor_packages.others()}
     assert (rows["numpy"].state, rows["numpy"].detail[:17]) == ("warning", "1.20 is older tha")
-    assert rows["other packages"].detail == f"scipy {packages.TESTED['scipy'].oldest}"
+    assert rows["other packages"].detail == f"scipy {doctor_packages.TESTED['scipy'].oldest}"
     assert (rows["pillow"].state, rows["pillow"].required) == ("problem", True)
     assert not {"pyarrow", "torch", "onnx"} & set(rows)
 
@@ -250,14 +249,14 @@ def test_a_broken_required_package_is_a_row_and_exit_code_1(monkeypatch, capsys)
 
 
 def test_doctor_passes_here_and_names_every_part(capsys, monkeypatch):
-    monkeypatch.setitem(packages.TESTED, "torch", packages.Range("1.0", "1.13.1"))
+    monkeypatch.setitem(doctor_packages.TESTED, "torch", doctor_packages.Range("1.0", "1.13.1"))
     assert doctor.run() == 0, "a version that is not tested is a warning"
     shown = capsys.readouterr().out
     rows = [line.split()[0] for line in shown.splitlines() if line]
     for name in ("Python", "torch", "bf16", "gloo", "torchvision", "deepspeed", "DeepSpeed", "fairscale", "timm",
-                 "webdataset", "apex", "Slurm", "compiler", "cores", "memory", "open", "disk", *packages.EXTRAS):  # fmt: skip
+                 "webdataset", "apex", "Slurm", "compiler", "cores", "memory", "open", "disk", *doctor_packages.EXTRAS):  # fmt: skip
         assert name in rows
-    assert all(re.search(rf"\b{name}\b", shown) for name in packages.TESTED)
+    assert all(re.search(rf"\b{name}\b", shown) for name in doctor_packages.TESTED)
     assert re.search(r"^torch +warning +\S+ is newer than the newest tested 1\.13\.1, (CUDA|CPU) build", shown, re.M)
     assert re.search(r"^Outside the tested versions: .*\btorch\b", shown, re.M)
 

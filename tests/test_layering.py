@@ -4,7 +4,8 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -160,6 +161,25 @@ def _unsafe(call: ast.Call, safe_loaders: set[str]) -> str | None:
     if keywords.get("shell") == "True":
         return "a command through the shell"
     return None
+
+
+def module_spellings(files: Iterable[Path], modules: set[str]) -> dict[str, set[str]]:
+    """Return the names under which the files import each of `modules`: its own name or an alias."""
+    found = defaultdict(set)
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    if f"{node.module}.{alias.name}" in modules:
+                        found[f"{node.module}.{alias.name}"].add(alias.asname or alias.name)
+    return dict(found)
+
+
+def test_a_module_has_one_spelling():
+    files = [file for folder in ("esvit_scale", "tests", "benchmarks") for file in (ROOT / folder).rglob("*.py")]
+    spellings = module_spellings(files, {source.module for source in sources()})
+    assert spellings["esvit_scale.config"] == {"configs"}
+    assert {module: names for module, names in spellings.items() if len(names) > 1} == {}
 
 
 def test_imports_point_down():

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from esvit_scale import config as config_module
+from esvit_scale import config as configs
 from esvit_scale import files
 from esvit_scale.checkpoint import libraries, safetensors_file, weight_file
 from esvit_scale.checkpoint.weights import TRUNK, Weights, check_network, network_shapes
@@ -48,7 +48,7 @@ def read(folder: Path) -> Weights:
     if weight_file.form_of(path) == "safetensors" and safetensors_file.is_own(path):
         return safetensors_file.read(path)
     origin = _origin(folder)
-    config = config_module.validate(origin["config"], where=str(folder / ORIGIN))
+    config = configs.validate(origin["config"], where=str(folder / ORIGIN))
     shapes = {n.removeprefix(TRUNK): s for n, s in network_shapes(config).items() if n.startswith(TRUNK)}
     try:
         trunk = _NAMES[origin["form"]](load_file(path), shapes, config)

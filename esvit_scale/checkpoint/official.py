@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from esvit_scale import config as config_module
+from esvit_scale import config as configs
 from esvit_scale import files
 from esvit_scale.checkpoint import official_trunks, safetensors_file, weight_file
 from esvit_scale.checkpoint.official_trunks import Family
@@ -233,7 +233,7 @@ def _their_names(family: Family, tensors: dict[str, Tensor]) -> dict[str, Tensor
 
 def _config(path: Path, family: Family, trunk: dict[str, Tensor], network: dict[str, Tensor]) -> Config:
     values = {"name": "converted", **official_trunks.values(path, family, trunk), "objective": _objective(network)}
-    return config_module.validate(values, where=str(path))
+    return configs.validate(values, where=str(path))
 
 
 def _objective(tensors: dict[str, Tensor]) -> dict[str, Any]:

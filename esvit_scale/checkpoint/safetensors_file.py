@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from esvit_scale import config as config_module
+from esvit_scale import config as configs
 from esvit_scale import files
 from esvit_scale.checkpoint import weight_file
 from esvit_scale.checkpoint.weights import Weights
@@ -90,7 +90,7 @@ def _described(path: Path, metadata: dict[str, str]) -> tuple[Config, str]:
     if metadata["format_version"] != str(FORMAT_VERSION):
         raise UserError(f"{path}: format version {metadata['format_version']}, this program reads {FORMAT_VERSION}")
     values: dict[str, Any] = json.loads(metadata["config"])
-    return config_module.validate(values, where=str(path)), metadata["network"]
+    return configs.validate(values, where=str(path)), metadata["network"]
 
 
 def _pop(tensors: dict[str, Tensor], name: str) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from esvit_scale import config as config_module
+from esvit_scale import config as configs
 from esvit_scale.checkpoint import safetensors_file, signal_lead, step_folders, storage
 from esvit_scale.checkpoint.storage import Interval, whole
 from esvit_scale.checkpoint.weights import TRUNK, Weights, check_shapes, network_shapes, shapes_of
@@ -154,7 +154,7 @@ def load_teacher(checkpoint: Path) -> tuple[Trunk, Config]:
         return _trunk_of_file(checkpoint)
     folder = step_folders.resolve(checkpoint)
     state = step_folders.read_state(folder)
-    config = config_module.validate(state["config"], where=str(folder / "state.json"))
+    config = configs.validate(state["config"], where=str(folder / "state.json"))
     trunk = build_trunk(config)
     stored = {n.removeprefix(TRUNK): s for n, s in state["shapes"].items() if n.startswith(TRUNK)}
     check_shapes(folder, stored, shapes_of(trunk))
@@ -172,7 +172,7 @@ def read_weights(folder: Path) -> Weights:
         UserError: not a checkpoint, or its files are not what was written.
     """
     state = step_folders.read_state(folder)
-    config = config_module.validate(state["config"], where=str(folder / "state.json"))
+    config = configs.validate(state["config"], where=str(folder / "state.json"))
     step_folders.check_index(folder, state)
     networks = {role: {n: torch.empty(s) for n, s in state["shapes"].items()} for role in ROLES}
     stored = storage.sizes(folder)

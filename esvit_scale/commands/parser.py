@@ -95,16 +95,16 @@ def on_all_ranks(evaluate: Callable[[], object]) -> None:
     if max(int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")) == 1:
         evaluate()
         return
-    from esvit_scale.parallel import world
+    from esvit_scale.parallel import world as worlds
 
-    world.start()
+    worlds.start()
     try:
-        with world.translate_comm_errors():
+        with worlds.translate_comm_errors():
             evaluate()
     except BaseException:
-        world.abandon()
+        worlds.abandon()
         raise
-    world.stop()
+    worlds.stop()
 
 
 def rank() -> str:

@@ -31,15 +31,15 @@ def _plan(options: argparse.Namespace) -> int:
     import json
 
     from esvit_scale import config as configs
-    from esvit_scale.scaling import plan
+    from esvit_scale.scaling import plan as plans
 
     o = options
     config = configs.resolve(o.config, o.overrides)
     if (o.tflops is not None and not 0 < o.tflops < 1e6) or not 0 < o.mfu <= 1:
         raise UserError("plan: --tflops needs a number above 0, --mfu one in (0, 1]")
-    found = plan.plan(config, o.gpus, o.gpu_memory, o.images or _images(config), speed_of(config, o.tflops, o.mfu))
-    print(json.dumps(plan.as_json(found, o.gpus), indent=2) if o.json else plan.table(found, config, o.gpus))
-    if problem := plan.refusal(found, config, o.gpus):
+    found = plans.plan(config, o.gpus, o.gpu_memory, o.images or _images(config), speed_of(config, o.tflops, o.mfu))
+    print(json.dumps(plans.as_json(found, o.gpus), indent=2) if o.json else plans.table(found, config, o.gpus))
+    if problem := plans.refusal(found, config, o.gpus):
         raise UserError(problem)
     return 0
 

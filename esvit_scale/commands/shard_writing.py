@@ -143,11 +143,11 @@ def _create(options: argparse.Namespace) -> int:
 
 
 def _split(options: argparse.Namespace) -> int:
-    from esvit_scale.data import manifest
+    from esvit_scale.data import manifest as manifests
     from esvit_scale.data.shard_plan import Recipe
     from esvit_scale.data.sources import SourceOptions
 
-    found = manifest.load(Path(options.source))  # says what is wrong with it
+    found = manifests.load(Path(options.source))  # says what is wrong with it
     recipe = Recipe(
         samples_per_shard=options.samples_per_shard,
         seed=options.seed,

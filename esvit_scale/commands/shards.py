@@ -113,11 +113,11 @@ def _stats(options: argparse.Namespace) -> int:
 def _show(options: argparse.Namespace) -> int:
     if options.out.suffix not in (".png", ".html"):
         raise UserError(f"--out {options.out}: ends in neither .png nor .html")
-    from esvit_scale.data import manifest
+    from esvit_scale.data import manifest as manifests
     from esvit_scale.report import shard_pages
 
-    found = manifest.load(options.root)
-    manifest.check_sizes(found)
+    found = manifests.load(options.root)
+    manifests.check_sizes(found)
     shown = shard_pages.chosen_samples(found, options.count, options.seed, options.bands)
     if options.out.suffix == ".png":
         _write_file(options.out, shard_pages.contact_sheet(shown))

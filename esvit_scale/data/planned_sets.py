@@ -15,7 +15,7 @@ from esvit_scale.data.keys import Keys
 from esvit_scale.data.left_out import DUPLICATE, IMAGES, NOT_KEPT, LeftOut
 from esvit_scale.data.planned_shard import Bad
 from esvit_scale.data.progress import say
-from esvit_scale.data.shard_plan import Plan, Recipe, keep_listed, split
+from esvit_scale.data.shard_plan import Recipe, ShardPlan, keep_listed, split
 from esvit_scale.data.sources import SourceOptions, open_source
 from esvit_scale.data.sources.base import Source
 from esvit_scale.errors import UserError
@@ -56,7 +56,9 @@ def planned_sets(where: str, options: SourceOptions, recipe: Recipe) -> dict[str
     return sets
 
 
-def plan_of(planned: PlannedSet, recipe: Recipe, workers: int, cache: Path | None = None) -> tuple[Plan, list[Bad]]:
+def plan_of(
+    planned: PlannedSet, recipe: Recipe, workers: int, cache: Path | None = None
+) -> tuple[ShardPlan, list[Bad]]:
     """The plan, and rows for the quarantine of the duplicates that are not in it.
 
     Args:
@@ -71,7 +73,7 @@ def plan_of(planned: PlannedSet, recipe: Recipe, workers: int, cache: Path | Non
             {"file": dropped, "reason": f"the same bytes as {first}", "kind": DUPLICATE} for dropped, first in names
         ]
         chosen = np.setdiff1d(chosen, pairs[:, 0], assume_unique=True)
-    return Plan(source, planned.keys, recipe, chosen), rows
+    return ShardPlan(source, planned.keys, recipe, chosen), rows
 
 
 def _kept_in(cache: Path | None, find: Callable[[], NDArray[np.int64]]) -> NDArray[np.int64]:

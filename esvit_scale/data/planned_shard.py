@@ -17,7 +17,7 @@ from esvit_scale.data.left_out import UNDER_MIN_SIDE
 from esvit_scale.data.manifest import Shard
 from esvit_scale.data.noted_orientation import noted, oriented
 from esvit_scale.data.shard_file import Sample, write_shard
-from esvit_scale.data.shard_plan import Plan
+from esvit_scale.data.shard_plan import ShardPlan
 from esvit_scale.data.sources.base import Item, Source, extension
 from esvit_scale.errors import RestartCanHelp, UserError
 
@@ -45,7 +45,7 @@ class Written(NamedTuple):
     turned: int = 0  # images that got the orientation which their json notes
 
 
-def write_planned(plan: Plan, folder: Path, number: int, tick: Callable[[], None]) -> Written:
+def write_planned(plan: ShardPlan, folder: Path, number: int, tick: Callable[[], None]) -> Written:
     """Write shard `number` into a folder; `tick` is called once a sample.
 
     Raises:
@@ -75,7 +75,9 @@ def shard_name(number: int) -> str:
     return f"shard-{number:06d}.tar"
 
 
-def _samples(plan: Plan, number: int, bad: list[Bad], turned: list[int], tick: Callable[[], None]) -> Iterator[Sample]:
+def _samples(
+    plan: ShardPlan, number: int, bad: list[Bad], turned: list[int], tick: Callable[[], None]
+) -> Iterator[Sample]:
     """Yield the good samples of a shard; the others are added to `bad`, those turned as their json notes to `turned`."""
     missing = 0
     for i in plan.members(number):
@@ -103,7 +105,7 @@ def _samples(plan: Plan, number: int, bad: list[Bad], turned: list[int], tick: C
         yield Sample(plan.keys[i], item.label, ext, data, item.extras)
 
 
-def _checked(plan: Plan, i: int, data: bytes) -> tuple[bytes, str]:
+def _checked(plan: ShardPlan, i: int, data: bytes) -> tuple[bytes, str]:
     recipe = plan.recipe
     image = decode(data) if recipe.pixels.is_rgb8 else None
     height, width = decode_as_stored(data, *recipe.pixels[:2]).shape[:2] if image is None else image.size[::-1]

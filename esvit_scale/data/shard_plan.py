@@ -58,7 +58,7 @@ class Recipe:
         return values
 
 
-class Plan:
+class ShardPlan:
     """The shards of one set.
 
     Args:

@@ -11,7 +11,7 @@ from esvit_scale.data.manifest import Manifest
 from esvit_scale.data.planned_sets import plan_of, planned_sets
 from esvit_scale.data.planned_shard import write_planned
 from esvit_scale.data.reencode import Reencode
-from esvit_scale.data.shard_plan import Plan, Recipe, fingerprint
+from esvit_scale.data.shard_plan import Recipe, ShardPlan, fingerprint
 from esvit_scale.data.shard_verify import check_shards
 from esvit_scale.data.sources import SourceOptions
 from esvit_scale.errors import UserError
@@ -80,7 +80,7 @@ def _tars_again(manifest: Manifest, bad: list[int], where: str, workers: int) ->
         tmp.rmdir()
 
 
-def _plan(manifest: Manifest, where: str, workers: int) -> Plan:
+def _plan(manifest: Manifest, where: str, workers: int) -> ShardPlan:
     recorded = manifests.options(manifest.root)
     try:
         options = SourceOptions(**_with_paths(recorded["source"]))

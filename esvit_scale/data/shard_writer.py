@@ -24,7 +24,7 @@ from esvit_scale.data.planned_shard import shard_name, write_planned
 from esvit_scale.data.progress import say
 from esvit_scale.data.set_folder import PARTIAL, Intent, NoSamples
 from esvit_scale.data.shard_file import Sample, write_shard
-from esvit_scale.data.shard_plan import SAMPLES_PER_SHARD, Plan, Recipe, fingerprint
+from esvit_scale.data.shard_plan import SAMPLES_PER_SHARD, Recipe, ShardPlan, fingerprint
 from esvit_scale.data.shard_verify import verify
 from esvit_scale.data.sources import SourceOptions, source_record
 from esvit_scale.errors import UserError
@@ -224,7 +224,7 @@ def _write_set(
         raise UserError(f"{error.filename or destination}: {error.strerror or error}") from error
 
 
-def _write_shards(plan: Plan, partial: Path, part: Part | None, workers: int) -> None:
+def _write_shards(plan: ShardPlan, partial: Path, part: Part | None, workers: int) -> None:
     ours = part.of(plan.shards) if part else range(plan.shards)
     done = set(set_folder.records(partial))
     left = [number for number in ours if number not in done]

@@ -5,11 +5,10 @@ from typing import Any, NamedTuple
 
 import webdataset as wds
 
-from esvit_scale.data import left_out as reasons
 from esvit_scale.data.decode import BadImage
 from esvit_scale.data.image_folder import printable
 from esvit_scale.data.keys import hash64
-from esvit_scale.data.left_out import IMAGES, MEMBERS, LeftOut
+from esvit_scale.data.left_out import IMAGES, MEMBERS, NO_IMAGE, LeftOut
 from esvit_scale.data.loader import reason
 from esvit_scale.data.patience import Patience
 from esvit_scale.data.raster import ARRAY
@@ -131,7 +130,7 @@ def _of_key(url: str, key: str, members: dict[str, _Member], apart: "_Apart", le
     if apart.add(key, bool(chosen)):
         return
     for ext, member in members.items():
-        why = reasons.NO_IMAGE if not chosen else f"image beside the one of its key (.{ext[:24]})"
+        why = NO_IMAGE if not chosen else f"image beside the one of its key (.{ext[:24]})"
         if not chosen or (is_image(ext) and ext not in chosen):
             what = IMAGES if chosen else MEMBERS
             left_out.add(what, printable(why), printable("/".join(parts_of(member.name))))

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from esvit_scale import files
-from esvit_scale.data import image_folder, manifest
+from esvit_scale.data import image_folder
+from esvit_scale.data import manifest as manifests
 from esvit_scale.errors import UserError
 from esvit_scale.parallel import collectives
 
@@ -41,7 +42,7 @@ class FeatureSet(NamedTuple):
     left_out: int = 0  # images of the source that could not be read
 
 
-class Rows(NamedTuple):
+class FeatureBatch(NamedTuple):
     """Some images' part of a FeatureSet."""
 
     features: Tensor
@@ -51,7 +52,7 @@ class Rows(NamedTuple):
 
 
 def obtain(
-    cache: Path, key: dict[str, Any], source: Path, images: int, compute: Callable[[], Iterable[Rows]]
+    cache: Path, key: dict[str, Any], source: Path, images: int, compute: Callable[[], Iterable[FeatureBatch]]
 ) -> FeatureSet:
     """The features that `key` describes: from `cache`, or computed (this rank's part of them) and kept there.
 
@@ -94,8 +95,8 @@ def trunk_digest(trunk: nn.Module) -> str:
 
 def source_digest(source: Path) -> str:
     """Of a shard set its manifest, which holds every shard's checksum; of a folder its files' names, sizes and dates."""
-    if manifest.is_shard_set(source):
-        return _digest((source / manifest.MANIFEST).read_bytes())
+    if manifests.is_shard_set(source):
+        return _digest((source / manifests.MANIFEST).read_bytes())
     found = hashlib.sha256()
     for file in image_folder.list_images(source, keep_loose=True).files:
         path = os.fsencode(file.path)
@@ -110,7 +111,7 @@ def source_digest(source: Path) -> str:
 # --- filling ---------------------------------------------------------------------------------------------------------
 
 
-def _fill(folder: Path, about: dict[str, Any], images: int, rows: Iterable[Rows]) -> None:
+def _fill(folder: Path, about: dict[str, Any], images: int, rows: Iterable[FeatureBatch]) -> None:
     tmp = collectives.run_on_rank0_and_broadcast(lambda: _fresh(folder))
     try:
         if collectives.all_reduce_flags(int(not tmp.is_dir())):
@@ -148,7 +149,7 @@ def _fresh(folder: Path) -> Path:
     return tmp
 
 
-def _write_part(part: Path, rows: Iterable[Rows]) -> None:
+def _write_part(part: Path, rows: Iterable[FeatureBatch]) -> None:
     """This rank's rows as raw files, in their order, and what is needed to read them again."""
     count, shape, dtype = 0, [0], "float32"
     names = ("features", "labels", "numbers", "keys")

@@ -25,7 +25,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from esvit_scale import files
-from esvit_scale.data import crops, manifest, photometric, samples, stream
+from esvit_scale.data import crops, photometric, samples, stream
+from esvit_scale.data import manifest as manifests
 from esvit_scale.errors import UserError
 from esvit_scale.evaluate.attention import read_picture, require_pictures, to_trunk
 from esvit_scale.evaluate.features import contents, default_device, load_teacher
@@ -247,7 +248,7 @@ def table(summary: dict[str, Any]) -> str:
 
 def _pictures(data: Path, size: int, images: int, workers: int) -> Iterator[tuple[str, np.ndarray]]:
     """Keys and centre crops uint8 [S, S, 3]."""
-    if data.is_file() and not manifest.is_shard_set(data):
+    if data.is_file() and not manifests.is_shard_set(data):
         pixels = Image.fromarray(read_picture(data, size))
         yield data.name, stream.centre_crop(pixels, size).transpose(1, 2, 0)
         return

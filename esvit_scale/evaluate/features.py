@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from esvit_scale import files
 from esvit_scale.checkpoint import convert, exported_folder, state, step_folders
-from esvit_scale.data import image_folder, manifest, stream
+from esvit_scale.data import image_folder, stream
+from esvit_scale.data import manifest as manifests
 from esvit_scale.data.pixel_format import RGB8, PixelFormat, pixel_format
 from esvit_scale.data.stream import EvaluationBatch
 from esvit_scale.errors import UserError
 from esvit_scale.evaluate import cache as caches
-from esvit_scale.evaluate.cache import FeatureSet, Rows
+from esvit_scale.evaluate.cache import FeatureBatch, FeatureSet
 from esvit_scale.evaluate.progress import progress
 from esvit_scale.models.trunk import Trunk
 from esvit_scale.parallel import collectives
@@ -84,7 +85,7 @@ def extract(
         with torch.autocast(place.type, torch.bfloat16, enabled=precision == "bf16"):
             return encoder(trunk, images.to(place, non_blocking=True)).float()
 
-    def compute() -> Iterator[Rows]:
+    def compute() -> Iterator[FeatureBatch]:
         was_training = trunk.training
         trunk.to(place).eval()  # batch norm trunks: running statistics, whatever the batch
         try:
@@ -151,8 +152,8 @@ def contents(source: Path) -> Contents:
     Raises:
         UserError: there is neither.
     """
-    if manifest.is_shard_set(source):
-        held = manifest.load(source)
+    if manifests.is_shard_set(source):
+        held = manifests.load(source)
         return Contents(held.samples, held.classes)
     folder = image_folder.list_images(source, keep_loose=True)
     return Contents(len(folder.files), folder.classes)
@@ -181,7 +182,7 @@ def _view(trunk: nn.Module, images: Tensor) -> Tensor:
 
 
 def _obtain(
-    cache: Path | None, key: dict[str, Any], source: Path, images: int, compute: Callable[[], Iterable[Rows]]
+    cache: Path | None, key: dict[str, Any], source: Path, images: int, compute: Callable[[], Iterable[FeatureBatch]]
 ) -> FeatureSet:
     if cache is not None:
         return caches.obtain(cache, key, source, images, compute)
@@ -204,7 +205,7 @@ def _rows(
     workers: int,
     stored: str = "fp32",
     pixels: PixelFormat = RGB8,
-) -> Iterator[Rows]:
+) -> Iterator[FeatureBatch]:
     """This rank's part of the source's features, batch by batch."""
     rank, world = collectives.rank(), collectives.world_size()
     batches: Iterable[EvaluationBatch] = stream.evaluation_batches(
@@ -213,7 +214,7 @@ def _rows(
     total = contents(source).images // world
     for some in progress(batches, f"features of {source.name}", total, "images", lambda b: len(b.keys)):
         with torch.no_grad():
-            yield Rows(_in(stored, encode(some.images).cpu(), source), some.keys, some.labels, some.numbers)
+            yield FeatureBatch(_in(stored, encode(some.images).cpu(), source), some.keys, some.labels, some.numbers)
 
 
 def _in(stored: str, features: Tensor, source: Path) -> Tensor:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from esvit_scale.data import augmented
 from esvit_scale.errors import UserError
-from esvit_scale.evaluate import heads as sgd
-from esvit_scale.evaluate import labels as parts
+from esvit_scale.evaluate import heads as heads_module
+from esvit_scale.evaluate import labels as labels_module
 from esvit_scale.evaluate import logistic
 from esvit_scale.evaluate.features import Loading, Teacher, default_device, extract, last_blocks, load_teacher
 from esvit_scale.evaluate.heads import Batch, Head, Heads
@@ -98,10 +98,10 @@ def run_linear(
 
 def make_task(train: Labelled, test: Labelled, recipe: Recipe, images: Images) -> Task:
     truth = same_classes(train, test)
-    parts.check(train.found.features, train.found.labels, test.found.features, truth, "a linear probe")
+    labels_module.check(train.found.features, train.found.labels, test.found.features, truth, "a linear probe")
     rows = torch.arange(len(train.found.labels))
     if recipe.fraction < 1:
-        rows = parts.fraction(train.found.labels, recipe.fraction, recipe.seed)
+        rows = labels_module.fraction(train.found.labels, recipe.fraction, recipe.seed)
     classes = max(len(train.classes), int(train.found.labels.max()) + 1)
     dim = int(getattr(images.teacher.trunk, "dim", train.found.features.shape[-1]))
     found = (train.found.features, train.found.labels, train.found.numbers, rows, test.found.features, truth)
@@ -109,19 +109,19 @@ def make_task(train: Labelled, test: Labelled, recipe: Recipe, images: Images) -
 
 
 def official(task: Task, recipe: Recipe) -> Json:
-    trained = _trained((sgd.OFFICIAL,), task, task.rows, recipe)
-    found = _judged(sgd.scores_of(trained, 0, task.test), task.truth)
-    rate = sgd.OFFICIAL.lr
+    trained = _trained((heads_module.OFFICIAL,), task, task.rows, recipe)
+    found = _judged(heads_module.scores_of(trained, 0, task.test), task.truth)
+    rate = heads_module.OFFICIAL.lr
     return found | {"lr": rate, "batch": recipe.batch, "epochs": recipe.epochs, "augmented": recipe.augment}
 
 
 def grid(task: Task, recipe: Recipe) -> Json:
     fit, held_out = _split(task, recipe)
-    trained = _trained(sgd.GRID, task, fit, recipe)
-    scores = sgd.accuracies(trained, task.train[held_out], task.labels[held_out])
+    trained = _trained(heads_module.GRID, task, fit, recipe)
+    scores = heads_module.accuracies(trained, task.train[held_out], task.labels[held_out])
     best = int(scores.argmax())
-    found = _judged(sgd.scores_of(trained, best, task.test), task.truth)
-    heads = [h._asdict() | {"held_out": float(s)} for h, s in zip(sgd.GRID, scores, strict=True)]
+    found = _judged(heads_module.scores_of(trained, best, task.test), task.truth)
+    heads = [h._asdict() | {"held_out": float(s)} for h, s in zip(heads_module.GRID, scores, strict=True)]
     found |= {"selected": heads[best], "n_fit": len(fit), "n_held_out": len(held_out), "heads": heads}
     return found | {"batch": recipe.batch, "epochs": recipe.epochs, "augmented": recipe.augment}
 
@@ -130,8 +130,8 @@ def logistic_regression(task: Task, recipe: Recipe) -> Json:
     fit, held_out = _split(task, recipe)
     features, labels = task.train[:, 0], task.labels  # mean over tokens
 
-    def of(rows: Tensor) -> logistic.Rows:
-        return logistic.Rows(features, rows, labels[rows], task.classes)
+    def of(rows: Tensor) -> logistic.LabelledFeatures:
+        return logistic.LabelledFeatures(features, rows, labels[rows], task.classes)
 
     best, tried = logistic.search(of(fit), of(held_out))
     final = logistic.fit(of(task.rows), best.l2)
@@ -160,7 +160,7 @@ def table(result: Json) -> str:
 
 def _split(task: Task, recipe: Recipe) -> tuple[Tensor, Tensor]:
     """Rows to fit on and rows to select on."""
-    fit, held_out = parts.split(task.labels[task.rows], recipe.seed)
+    fit, held_out = labels_module.split(task.labels[task.rows], recipe.seed)
     return task.rows[fit], task.rows[held_out]
 
 
@@ -175,7 +175,7 @@ def _judged(scores: Tensor, truth: Tensor) -> Json:
 def _trained(heads: tuple[Head, ...], task: Task, rows: Tensor, recipe: Recipe) -> Heads:
     trained = Heads(heads, task.dim, task.train.shape[-1], task.classes, recipe.seed).to(default_device())
     batches = _over_images if recipe.augment else _over_features
-    sgd.train(trained, recipe.epochs, recipe.batch, lambda epoch: batches(task, rows, recipe, epoch))
+    heads_module.train(trained, recipe.epochs, recipe.batch, lambda epoch: batches(task, rows, recipe, epoch))
     return trained
 
 

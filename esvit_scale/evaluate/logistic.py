@@ -42,7 +42,7 @@ class Fitted(NamedTuple):
         return torch.cat([F.linear((x.float() - self.mean) / self.scale, self.weight, self.bias) for x in parts])
 
 
-class Rows(NamedTuple):
+class LabelledFeatures(NamedTuple):
     """The training rows: features [N, D] (mapped or not), which of its rows, and their targets: int64 [n] classes, or
     float32 [n, K] with NaN where a label was not judged."""
 
@@ -52,7 +52,9 @@ class Rows(NamedTuple):
     classes: int
 
 
-def fit(data: Rows, penalty: float, start: Fitted | None = None, device: torch.device | None = None) -> Fitted:
+def fit(
+    data: LabelledFeatures, penalty: float, start: Fitted | None = None, device: torch.device | None = None
+) -> Fitted:
     """The optimum for one λ, from `start` (another λ's, of the same rows) or from zero. Every rank sums over its part
     of the rows, and all get the result."""
     blocks = _Blocks(data, start, device or default_device())
@@ -86,7 +88,9 @@ class Candidate(NamedTuple):
     held_out: float  # mean loss on the held-out rows
 
 
-def search(data: Rows, held_out: Rows, device: torch.device | None = None) -> tuple[Candidate, list[Candidate]]:
+def search(
+    data: LabelledFeatures, held_out: LabelledFeatures, device: torch.device | None = None
+) -> tuple[Candidate, list[Candidate]]:
     """The λ whose fit on `data` has the least loss on `held_out`, and every one tried, ascending.
 
     Coarse to fine, as ELEVATER's search: a grid over decades, then twice as fine around its best, and again. The loss,
@@ -114,7 +118,7 @@ def search(data: Rows, held_out: Rows, device: torch.device | None = None) -> tu
     return Candidate(best(), found[best()]), [Candidate(l2, found[l2]) for l2 in sorted(found)]
 
 
-def mean_loss(fitted: Fitted, data: Rows) -> float:
+def mean_loss(fitted: Fitted, data: LabelledFeatures) -> float:
     """Without the penalty."""
     parts = zip(data.rows.split(ROWS_AT_ONCE), data.targets.split(ROWS_AT_ONCE), strict=True)
     losses = [_loss_and_gradient(fitted.scores(data.features[rows]), targets)[0] for rows, targets in parts]
@@ -127,7 +131,7 @@ class _Blocks:
 
     KEPT = 2 << 30  # bytes
 
-    def __init__(self, data: Rows, start: Fitted | None, place: torch.device) -> None:
+    def __init__(self, data: LabelledFeatures, start: Fitted | None, place: torch.device) -> None:
         rank, world, n = collectives.rank(), collectives.world_size(), len(data.rows)
         mine = slice(rank * n // world, (rank + 1) * n // world)
         self.place = place

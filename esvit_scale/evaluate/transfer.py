@@ -15,7 +15,7 @@ from torch import Tensor
 
 from esvit_scale.data.evaluation import items_of
 from esvit_scale.errors import RestartCanHelp, UserError
-from esvit_scale.evaluate import labels as parts
+from esvit_scale.evaluate import labels as labels_module
 from esvit_scale.evaluate import logistic
 from esvit_scale.evaluate.cache import FeatureSet, source_digest, trunk_digest
 from esvit_scale.evaluate.features import Loading, Teacher, extract, load_teacher
@@ -103,8 +103,8 @@ def evaluate(dataset: Dataset, teacher: Teacher, loading: Loading) -> Json:
     sets = _several_labels(dataset, found) if dataset.labels else _classes(sources, found)
     metric = METRICS[dataset.metric].score
 
-    def rows(some: Tensor) -> logistic.Rows:
-        return logistic.Rows(sets.features, some, sets.targets[some], sets.classes)
+    def rows(some: Tensor) -> logistic.LabelledFeatures:
+        return logistic.LabelledFeatures(sets.features, some, sets.targets[some], sets.classes)
 
     best, tried = logistic.search(rows(sets.fit), rows(sets.held_out))
     final = logistic.fit(rows(torch.arange(len(sets.features))), best.l2)
@@ -207,7 +207,9 @@ def _classes(sources: list[Path], found: list[FeatureSet]) -> Sets:
     train, *others = (labelled(f, s) for f, s in zip(found, sources, strict=True))
     targets = [train.found.labels, *(same_classes(train, other) for other in others)]
     for name, other, labels in zip(("val", "test")[-len(others) :], others, targets[1:], strict=True):
-        parts.check(train.found.features, train.found.labels, other.found.features, labels, f"transfer ({name} set)")
+        labels_module.check(
+            train.found.features, train.found.labels, other.found.features, labels, f"transfer ({name} set)"
+        )
     fit, held_out = _split(train.found.labels, [len(t) for t in targets[:-1]])
     classes = max(len(train.classes), int(train.found.labels.max()) + 1)
     features, labels = _joined([train, *others[:-1]]), torch.cat(targets[:-1])
@@ -220,7 +222,7 @@ def _several_labels(dataset: Dataset, found: list[FeatureSet]) -> Sets:
     sources = [s for s in (dataset.train, dataset.val, dataset.test) if s is not None]
     targets = [targets_of(f.keys, rows, dataset.labels, s) for f, s in zip(found, sources, strict=True)]
     for source, f in zip(sources, found, strict=True):
-        parts.check_finite(str(source), f.features)
+        labels_module.check_finite(str(source), f.features)
     fit, held_out = _split(torch.zeros(len(targets[0]), dtype=torch.int64), [len(t) for t in targets[:-1]])
     features = _joined([Labelled(f, classes) for f in found[:-1]])
     return Sets(features, torch.cat(targets[:-1]), fit, held_out, found[-1].features, targets[-1], len(classes))
@@ -242,7 +244,7 @@ def _split(labels: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
     """Train's rows, and val's which follow them; or parts of train where there is no val."""
     if len(sizes) == 2:
         return torch.arange(sizes[0]), torch.arange(sizes[0], sum(sizes))
-    return parts.split(labels, SEED, HELD_OUT)
+    return labels_module.split(labels, SEED, HELD_OUT)
 
 
 def _joined(sets: list[Labelled]) -> Tensor:

@@ -26,7 +26,7 @@ class State:
         self.outputs: list[Any] | None = None  # of the blocks, in order, where they are wanted
 
 
-class Plan(NamedTuple):
+class BlockCall(NamedTuple):
     """What a block is called with beside its tensor."""
 
     scales: Tensor | None
@@ -41,12 +41,12 @@ class Unit(nn.Module):
 
     def __call__(self, x: Tensor, *arguments: Any, **named: Any) -> Any:
         state = self._state
-        out = state.trunk.run_block(super().__call__, x, Plan(state.scales, arguments, named))
+        out = state.trunk.run_block(super().__call__, x, BlockCall(state.scales, arguments, named))
         if state.outputs is not None:
             state.outputs.append(out)
         return out
 
-    def forward(self, x: Tensor, plan: Plan) -> Any:
+    def forward(self, x: Tensor, plan: BlockCall) -> Any:
         self._state.scales = plan.scales  # at a recomputation, another resolution was the last to run
         return super().forward(x, *plan.arguments, **plan.named)  # type: ignore[misc]
 

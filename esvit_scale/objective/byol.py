@@ -5,14 +5,14 @@ L = Σ over both orders of mean_i (2 − 2·cos(q_i, k_i))
 
 from torch import Tensor
 
-from esvit_scale import config as config_module
+from esvit_scale import config as configs
 from esvit_scale.models.mlp import Mlp
 from esvit_scale.objective.objective import Logs
 from esvit_scale.objective.two_views import TwoViews
 
 
 class BYOL(TwoViews):
-    def __init__(self, dim: int, config: config_module.Objective) -> None:
+    def __init__(self, dim: int, config: configs.Objective) -> None:
         """Args: dim: C of the trunk."""
         hidden, width = config.head_hidden, config.bottleneck
         super().__init__(Mlp(dim, hidden, width), Mlp(width, config.predictor_hidden or hidden, width))

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from esvit_scale import config as config_module
+from esvit_scale import config as configs
 from esvit_scale.models.heads import Head
 from esvit_scale.models.trunk import Features
 from esvit_scale.objective.center import Center
@@ -43,7 +43,7 @@ class Targets(NamedTuple):
 class EsViT(Objective):
     """Heads and centres of the objective; teacher and student are two instances of it."""
 
-    def __init__(self, dim: int, config: config_module.Objective) -> None:
+    def __init__(self, dim: int, config: configs.Objective) -> None:
         """Args: dim: C of the trunk."""
         super().__init__()
         self.needs_regions = config.regions
@@ -193,7 +193,7 @@ def _pairs(views: int) -> int:
     return TEACHER_VIEWS * (views - 1)
 
 
-def _head(dim: int, config: config_module.Objective) -> Head:
+def _head(dim: int, config: configs.Objective) -> Head:
     return Head(dim, config.head_hidden, config.bottleneck, config.prototypes, config.norm_last_layer)
 
 

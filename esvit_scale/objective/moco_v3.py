@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from esvit_scale import config as config_module
+from esvit_scale import config as configs
 from esvit_scale.models.mlp import Mlp
 from esvit_scale.objective.objective import Logs
 from esvit_scale.objective.two_views import TwoViews
@@ -15,7 +15,7 @@ from esvit_scale.parallel import collectives
 
 
 class MoCoV3(TwoViews):
-    def __init__(self, dim: int, config: config_module.Objective) -> None:
+    def __init__(self, dim: int, config: configs.Objective) -> None:
         """Args: dim: C of the trunk."""
         hidden, width = config.head_hidden, config.bottleneck
         super().__init__(

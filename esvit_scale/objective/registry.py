@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from esvit_scale import config as config_module
+from esvit_scale import config as configs
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError, nearest
 from esvit_scale.models.trunk import Trunk
@@ -16,7 +16,7 @@ from esvit_scale.objective.simsiam import SimSiam
 from esvit_scale.objective.swav import SwAV
 from esvit_scale.objective.triplet import Triplet
 
-OBJECTIVES: dict[str, Callable[[int, config_module.Objective], Objective]] = {  # (C of the trunk, config.objective)
+OBJECTIVES: dict[str, Callable[[int, configs.Objective], Objective]] = {  # (C of the trunk, config.objective)
     "byol": BYOL,
     "dino": DINO,
     "esvit": EsViT,

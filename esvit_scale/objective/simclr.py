@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from esvit_scale import config as config_module
+from esvit_scale import config as configs
 from esvit_scale.models.mlp import Mlp
 from esvit_scale.models.trunk import Features
 from esvit_scale.objective.objective import Logs, Objective, fixed_precision, spread, unit
@@ -20,7 +20,7 @@ class SimCLR(Objective):
     multi_crop = False
     has_teacher = False
 
-    def __init__(self, dim: int, config: config_module.Objective) -> None:
+    def __init__(self, dim: int, config: configs.Objective) -> None:
         """Args: dim: C of the trunk."""
         super().__init__()
         self.projector = Mlp(dim, config.head_hidden, config.bottleneck, last_norm=True)

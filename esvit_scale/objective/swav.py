@@ -9,7 +9,7 @@ images of all ranks, without gradient. ε is `objective.teacher_temp`.
 import torch
 from torch import Tensor
 
-from esvit_scale import config as config_module
+from esvit_scale import config as configs
 from esvit_scale.models.heads import Prototypes
 from esvit_scale.models.mlp import Mlp
 from esvit_scale.models.trunk import Features
@@ -23,7 +23,7 @@ VIEWS = 2  # the globals, which have codes
 class SwAV(Objective):
     has_teacher = False
 
-    def __init__(self, dim: int, config: config_module.Objective) -> None:
+    def __init__(self, dim: int, config: configs.Objective) -> None:
         """Args: dim: C of the trunk."""
         super().__init__()
         self.projector = Mlp(dim, config.head_hidden, config.bottleneck)

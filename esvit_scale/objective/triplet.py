@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from esvit_scale import config as config_module
+from esvit_scale import config as configs
 from esvit_scale.objective.byol import BYOL
 from esvit_scale.objective.objective import Logs
 
@@ -25,7 +25,7 @@ class Triplet(BYOL):
 
     images_at_least = RANKS.stop + 1
 
-    def __init__(self, dim: int, config: config_module.Objective) -> None:
+    def __init__(self, dim: int, config: configs.Objective) -> None:
         """Args: dim: C of the trunk."""
         super().__init__(dim, config)
 

@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from esvit_scale.config import Config
-from esvit_scale.data import decode, image_folder, manifest, photometric, raster, stream
+from esvit_scale.data import decode, image_folder, photometric, raster, stream
+from esvit_scale.data import manifest as manifests
 from esvit_scale.data.pixel_format import PixelFormat, pixel_format
 from esvit_scale.errors import UserError
 from esvit_scale.report.composite import composite
@@ -99,17 +100,17 @@ def images_by_key(source: Path, keys: set[str]) -> dict[str, Image.Image]:
 
 
 def _encoded(source: Path, keys: set[str]) -> Iterable[tuple[str, bytes]]:
-    if not manifest.is_shard_set(source):
+    if not manifests.is_shard_set(source):
         for file in image_folder.list_images(source).files:
             if image_folder.printable(file.path) in keys:
                 yield image_folder.printable(file.path), (source / file.path).read_bytes()
         return
-    for shard in manifest.load(source).shards:
+    for shard in manifests.load(source).shards:
         path = source / shard.name
-        wanted = [entry for entry in manifest.read_index(path) if entry.key in keys]
+        wanted = [entry for entry in manifests.read_index(path) if entry.key in keys]
         with path.open("rb") as tar:
             for entry in wanted:
-                place = manifest.image_member(entry)
+                place = manifests.image_member(entry)
                 if place:
                     tar.seek(place[0])
                     yield entry.key, tar.read(place[1])

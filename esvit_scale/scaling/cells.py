@@ -12,7 +12,7 @@ from esvit_scale.data.manifest import Manifest
 from esvit_scale.errors import UserError
 from esvit_scale.objective import costs
 from esvit_scale.objective.schedules import cooldown_start
-from esvit_scale.scaling import plan as planning
+from esvit_scale.scaling import plan as plans
 from esvit_scale.scaling import shapes, subset
 from esvit_scale.scaling.plan import GIB, Plan, Speed
 from esvit_scale.scaling.shapes import Shape
@@ -141,7 +141,7 @@ def _cell(
         values["train"] |= {"checkpoint_every": branch, "keep_every": branch}
         values["train"]["checkpoint_minutes"] = base.train.checkpoint_minutes or SAVE_MINUTES
     config = configs.validate(values, where)
-    planned = planning.plan(config, sweep.machine.gpus, int(sweep.machine.gpu_memory * GIB), images, speed)
+    planned = plans.plan(config, sweep.machine.gpus, int(sweep.machine.gpu_memory * GIB), images, speed)
     cell = Cell(index, name, config, shape, budget, float(steps * per_step), images, planned)
     cell.problems.extend(_problems(cell, sweep, data, unique))
     return cell
@@ -183,7 +183,7 @@ def _problems(cell: Cell, sweep: Sweep, data: Manifest, unique: int | None) -> l
         if warm_up > WARM_UP_SHARE:
             found.append(f"warms up for {warm_up:.0%} of its steps: a longer run, or a shorter optim.warmup_epochs")
     if cell.plan.fits is None:
-        found.append(str(planning.refusal(cell.plan, cell.config, sweep.machine.gpus)))
+        found.append(str(plans.refusal(cell.plan, cell.config, sweep.machine.gpus)))
     if unique is not None and unique not in (sums := subset.sums(data)):
         near = min(sums, key=lambda s: abs(s - unique))
         found.append(f"unique_images {unique} is no whole number of the set's first shards; nearest: {near}")

@@ -13,7 +13,7 @@ from esvit_scale.data.loader import explained_deaths
 from esvit_scale.errors import translate_file_errors
 from esvit_scale.objective.schedules import Schedules
 from esvit_scale.parallel import collectives
-from esvit_scale.parallel import world as world_module
+from esvit_scale.parallel import world as worlds
 from esvit_scale.parallel.world import World
 from esvit_scale.train import metrics, run_dir, stage
 from esvit_scale.train.lock import Lock
@@ -34,15 +34,15 @@ def pretrain(config: Config) -> int:
         Diverged: gradients were not finite for many steps in a row.
     """
     require_training_data(config)
-    world = world_module.start(config.train.hang_minutes)
+    world = worlds.start(config.train.hang_minutes)
     # The watchdog covers everything from the first file that is opened to the ranks' last meeting.
     with Watchdog(world, 60 * config.train.hang_minutes, config.run_path) as watchdog:
         try:
-            with translate_limits(), explained_deaths(), world_module.translate_comm_errors(), translate_file_errors():
+            with translate_limits(), explained_deaths(), worlds.translate_comm_errors(), translate_file_errors():
                 code = open_and_train(config, world, watchdog)
-            world_module.stop()
+            worlds.stop()
         except BaseException:
-            world_module.abandon()
+            worlds.abandon()
             raise
     return code
 

@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from esvit_scale import config as config_module
+from esvit_scale import config as configs
 from esvit_scale import files, yaml_text
 from esvit_scale.checkpoint import step_folders
 from esvit_scale.config import Config
@@ -73,7 +73,7 @@ def _is_ours_before_config(name: str) -> bool:
 
 def record_start(path: Path, config: Config) -> None:
     """The resolved config and the environment of this start. Call it while holding the lock."""
-    files.write_text(path / "config.yaml", config_module.dump(config))
+    files.write_text(path / "config.yaml", configs.dump(config))
     files.write_json(path / "environment.json", _environment())
 
 
@@ -117,12 +117,12 @@ def _load_whole(path: Path) -> Config:
     missing = {"data", "model", "objective", "optim", "train"} - yaml_text.read(path).keys()
     if missing:
         raise UserError(f"{path}: cut short, it lacks {', '.join(sorted(missing))}")
-    return config_module.load(path)
+    return configs.load(path)
 
 
 def _differences(saved: Config, config: Config) -> list[str]:
     """Return what differs and changes results, `key: saved → given` each."""
-    return [d for d in config_module.differences(saved, config) if d.split(":")[0] not in MAY_DIFFER]
+    return [d for d in configs.differences(saved, config) if d.split(":")[0] not in MAY_DIFFER]
 
 
 def _matches_checkpoint(path: Path, config: Config, problem: str) -> bool:
@@ -131,7 +131,7 @@ def _matches_checkpoint(path: Path, config: Config, problem: str) -> bool:
     if saved is None:
         return False
     try:
-        if _differences(config_module.validate(saved["config"], where=str(path)), config):
+        if _differences(configs.validate(saved["config"], where=str(path)), config):
             return False
     except UserError:
         return False

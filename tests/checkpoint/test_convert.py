@@ -14,9 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from esvit_scale import cli
-from esvit_scale.checkpoint import convert as convert_module
 from esvit_scale.checkpoint import official, official_trunks, safetensors_file, state
-from esvit_scale.checkpoint.convert import convert
+from esvit_scale.checkpoint.convert import convert, read
 from esvit_scale.checkpoint.weights import Weights
 from esvit_scale.errors import UserError
 from esvit_scale.models.initialize import initialize
@@ -278,7 +277,7 @@ def test_a_damaged_step_folder_is_not_converted(pth: Path, tmp_path: Path) -> No
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
     with pytest.raises(UserError, match=r"damaged: .* has changed since it was written"):
-        convert_module.read(tmp_path / "ours")
+        read(tmp_path / "ours")
 
 
 def test_a_trunk_that_the_official_code_does_not_have(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from esvit_scale.config import Config
 from esvit_scale.errors import UserError
 from esvit_scale.models.initialize import initialize
 from esvit_scale.objective.network import build_network
-from esvit_scale.parallel import world as world_module
+from esvit_scale.parallel import world as worlds
 from esvit_scale.train import pretraining
 from esvit_scale.train.step import Schedules, open_session
 from tests import tiny
@@ -44,13 +44,13 @@ def _tensors(module: torch.nn.Module) -> dict[str, Tensor]:
 
 def _begin(config: Config, folder: Path) -> Weights:
     """A session as a fresh run opens it, read back from its checkpoint at step 0."""
-    world = world_module.start()
+    world = worlds.start()
     try:
         session = open_session(config, world, Schedules(config, 4))
         saved = state.save(folder, config, session.engines, session.objective.extra_state(), {"step": 0})
         return state.read_weights(saved)
     finally:
-        world_module.stop()
+        worlds.stop()
 
 
 def _sources(weights: Weights, folder: Path) -> dict[str, Path]:

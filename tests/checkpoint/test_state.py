@@ -9,7 +9,7 @@ import torch
 
 from esvit_scale.checkpoint import state, step_folders, storage
 from esvit_scale.errors import UserError
-from esvit_scale.parallel import world as world_module
+from esvit_scale.parallel import world as worlds
 from esvit_scale.train import pretraining
 from esvit_scale.train.step import Schedules, open_session
 from tests import tiny
@@ -44,7 +44,7 @@ def test_load_teacher_gives_the_ema_and_needs_no_process_group(run: Path) -> Non
 
 def test_another_architecture_is_named_and_nothing_is_loaded(run: Path, tmp_path: Path) -> None:
     config = tiny.config(tmp_path / "run", tmp_path / "shards", model__embed_dim=32)
-    world = world_module.start()
+    world = worlds.start()
     try:
         session = open_session(config, world, Schedules(config, 4))
         before = [p.master.clone() for p in session.engines.partitions]
@@ -55,7 +55,7 @@ def test_another_architecture_is_named_and_nothing_is_loaded(run: Path, tmp_path
             state.restore(step_folders.resolve(run), session.engines, {})
         assert all(torch.equal(a, p.master) for a, p in zip(before, session.engines.partitions, strict=True))
     finally:
-        world_module.stop()
+        worlds.stop()
 
 
 def test_an_index_with_code_is_refused_and_not_run(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 import torchvision.transforms.functional as F
 from PIL import Image, ImageFilter, ImageOps
 
-from esvit_scale.data import photometric as P
+from esvit_scale.data import photometric
 from esvit_scale.data.crops import keyed_generator
 from tests.data.conftest import picture
 
@@ -23,8 +23,8 @@ def images(n: int = 6, size: int = 24) -> torch.Tensor:
     return torch.from_numpy(stack).permute(0, 3, 1, 2).contiguous()
 
 
-def params(n: int, **fields: torch.Tensor) -> P.Photometric:
-    none = P.Photometric(
+def params(n: int, **fields: torch.Tensor) -> photometric.Photometric:
+    none = photometric.Photometric(
         order=torch.full((n,), -1),
         factors=torch.tensor([1.0, 1.0, 1.0, 0.0]).repeat(n, 1),
         grayscale=torch.zeros(n, dtype=torch.bool),
@@ -36,13 +36,13 @@ def params(n: int, **fields: torch.Tensor) -> P.Photometric:
 
 def unit(x: torch.Tensor) -> torch.Tensor:
     """Undo the normalisation."""
-    return x * torch.tensor(P.STD).view(3, 1, 1) + torch.tensor(P.MEAN).view(3, 1, 1)
+    return x * torch.tensor(photometric.STD).view(3, 1, 1) + torch.tensor(photometric.MEAN).view(3, 1, 1)
 
 
 def test_without_operations_it_is_torchvisions_normalisation() -> None:
     x = images()
-    expected = F.normalize(x.float() / 255, P.MEAN, P.STD)
-    torch.testing.assert_close(P.apply(x, params(6)), expected, atol=1e-6, rtol=1e-6)
+    expected = F.normalize(x.float() / 255, photometric.MEAN, photometric.STD)
+    torch.testing.assert_close(photometric.apply(x, params(6)), expected, atol=1e-6, rtol=1e-6)
 
 
 OPERATIONS = [F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue]
@@ -53,23 +53,23 @@ def test_jitter_in_every_order_is_torchvisions(order: int) -> None:
     """To 2e-3: torchvision's grey weighs red by .2989, Pillow's and ours by .299. Rows have their own factors."""
     x = images()
     factors = torch.tensor([[0.6, 0.7, 0.8, -0.1], [1.4, 1.3, 1.2, 0.1], [1.1, 0.6, 1.2, 0.05]]).repeat(2, 1)
-    ours = unit(P.apply(x, params(6, order=torch.full((6,), order), factors=factors)))
+    ours = unit(photometric.apply(x, params(6, order=torch.full((6,), order), factors=factors)))
     for i in range(6):
         expected = x[i].float() / 255
-        for operation in P.ORDERS[order]:
+        for operation in photometric.ORDERS[order]:
             expected = OPERATIONS[operation](expected, float(factors[i, operation]))
         torch.testing.assert_close(ours[i], expected, atol=2e-3, rtol=0)
 
 
 def test_the_orders_are_all_orders() -> None:
-    assert set(P.ORDERS) == set(itertools.permutations(range(4)))
+    assert set(photometric.ORDERS) == set(itertools.permutations(range(4)))
 
 
 def test_grayscale_and_solarize_are_pillows() -> None:
     x = images()
     every = torch.ones(6, dtype=torch.bool)
-    grey = unit(P.apply(x, params(6, grayscale=every))) * 255
-    inverted = unit(P.apply(x, params(6, solarize=every))) * 255
+    grey = unit(photometric.apply(x, params(6, grayscale=every))) * 255
+    inverted = unit(photometric.apply(x, params(6, solarize=every))) * 255
     for i in range(6):
         image = Image.fromarray(x[i].permute(1, 2, 0).numpy())
         np.testing.assert_allclose(grey[i, 0], np.asarray(image.convert("L")), atol=0.6)
@@ -82,10 +82,10 @@ def test_blur_is_pillows(size: int) -> None:
     """To 3/255 at worst on noise (Pillow rounds after each of six passes) and .7/255 on average; borders too."""
     radii = torch.tensor([0.1, 0.3, 0.8, 1.2, 1.6, 2.0])
     x = images(6, size)
-    ours = unit(P.apply(x, params(6, radius=radii))) * 255
+    ours = unit(photometric.apply(x, params(6, radius=radii))) * 255
     for shift in range(6):  # every picture with every radius
         rolled = x.roll(shift, 0)
-        ours = unit(P.apply(rolled, params(6, radius=radii))) * 255
+        ours = unit(photometric.apply(rolled, params(6, radius=radii))) * 255
         for i in range(6):
             image = Image.fromarray(rolled[i].permute(1, 2, 0).numpy())
             expected = np.asarray(image.filter(ImageFilter.GaussianBlur(float(radii[i])))).astype(float)
@@ -95,17 +95,17 @@ def test_blur_is_pillows(size: int) -> None:
 
 
 def test_blur_keeps_the_mean_level_and_spreads_by_the_radius() -> None:
-    matrix = P.blur_matrices(torch.tensor([0.5, 1.0, 2.0]), 31).double()
+    matrix = photometric.blur_matrices(torch.tensor([0.5, 1.0, 2.0]), 31).double()
     torch.testing.assert_close(matrix.sum(2), torch.ones(3, 31, dtype=torch.double), atol=1e-5, rtol=0)
     offsets = torch.arange(31).double() - 15
     variance = (matrix[:, 15] * offsets**2).sum(1)
     torch.testing.assert_close(variance.sqrt(), torch.tensor([0.5, 1.0, 2.0]).double(), atol=1e-4, rtol=0)
 
 
-def official(image: Image.Image, p: P.Photometric, i: int) -> np.ndarray:
+def official(image: Image.Image, p: photometric.Photometric, i: int) -> np.ndarray:
     """The official pipeline in Pillow with given parameters: [S, S, 3], 0..255."""
     if p.order[i] >= 0:
-        for operation in P.ORDERS[p.order[i]]:
+        for operation in photometric.ORDERS[p.order[i]]:
             image = OPERATIONS[operation](image, float(p.factors[i, operation]))
     if p.grayscale[i]:
         image = F.to_grayscale(image, 3)
@@ -116,8 +116,10 @@ def official(image: Image.Image, p: P.Photometric, i: int) -> np.ndarray:
     return np.asarray(image).astype(float)
 
 
-def drawn(n: int, crop: int, seed: int = 0) -> P.Photometric:
-    return P.stack([[P.draw(keyed_generator(seed, 0, str(i), crop), crop) for i in range(n)]]).crops(0, 1)
+def drawn(n: int, crop: int, seed: int = 0) -> photometric.Photometric:
+    return photometric.stack(
+        [[photometric.draw(keyed_generator(seed, 0, str(i), crop), crop) for i in range(n)]]
+    ).crops(0, 1)
 
 
 @pytest.mark.parametrize("crop", [0, 1, 2])
@@ -125,7 +127,7 @@ def test_the_whole_is_the_official_pillow_pipeline(crop: int) -> None:
     """Within Pillow's rounding: 1.5/255 on average over an image."""
     x = torch.from_numpy(np.stack([np.asarray(picture(i, 32, 32)) for i in range(48)])).permute(0, 3, 1, 2).contiguous()
     p = drawn(48, crop)
-    ours = unit(P.apply(x, p)).permute(0, 2, 3, 1).numpy() * 255
+    ours = unit(photometric.apply(x, p)).permute(0, 2, 3, 1).numpy() * 255
     errors = []
     for i in range(48):
         if p.solarize[i]:
@@ -137,11 +139,11 @@ def test_the_whole_is_the_official_pillow_pipeline(crop: int) -> None:
 
 def test_rows_do_not_touch_each_other() -> None:
     x, p = images(), drawn(6, 1)
-    together = P.apply(x, p)
+    together = photometric.apply(x, p)
     for i in range(6):
-        alone = P.apply(x[i : i + 1], P.Photometric(*(field[i : i + 1] for field in p)))
+        alone = photometric.apply(x[i : i + 1], photometric.Photometric(*(field[i : i + 1] for field in p)))
         torch.testing.assert_close(alone[0], together[i], atol=1e-5, rtol=1e-5)
-    assert torch.equal(P.apply(x, p), together)
+    assert torch.equal(photometric.apply(x, p), together)
 
 
 def within(share: float, rate: float, n: int) -> bool:
@@ -179,7 +181,9 @@ def test_draws_of_fields_are_independent() -> None:
 
 
 def test_flattened_parameters_are_those_of_flattened_crops() -> None:
-    p = P.stack([[P.draw(keyed_generator(0, 0, f"{v}/{b}", v), v) for b in range(3)] for v in range(4)])
+    p = photometric.stack(
+        [[photometric.draw(keyed_generator(0, 0, f"{v}/{b}", v), v) for b in range(3)] for v in range(4)]
+    )
     assert p.order.shape == (4, 3)
     assert p.factors.shape == (4, 3, 4)
     flat = p.crops(1, 3)
@@ -191,12 +195,15 @@ def test_a_demo_batch_takes_well_under_100_ms() -> None:
     """64 images of 2 × 64² + 4 × 32²: 20-30 ms on one idle core; the limit allows for a busy machine."""
     sizes = [(64, 2), (32, 4)]
     crops = [torch.randint(0, 256, (n * 64, 3, s, s), dtype=torch.uint8) for s, n in sizes]
-    p = [P.concatenate([drawn(64, v) for v in range(2)], 0), P.concatenate([drawn(64, v) for v in range(2, 6)], 0)]
+    p = [
+        photometric.concatenate([drawn(64, v) for v in range(2)], 0),
+        photometric.concatenate([drawn(64, v) for v in range(2, 6)], 0),
+    ]
 
     def seconds() -> float:
         start = time.process_time()
         for c, q in zip(crops, p, strict=True):
-            P.apply(c, q)
+            photometric.apply(c, q)
         return time.process_time() - start
 
     assert min(seconds() for _ in range(8)) < 0.2
@@ -206,4 +213,4 @@ def test_a_demo_batch_takes_well_under_100_ms() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_gpu_gives_the_same_values() -> None:
     x, p = images(), drawn(6, 1)
-    torch.testing.assert_close(P.apply(x.cuda(), p).cpu(), P.apply(x, p), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(photometric.apply(x.cuda(), p).cpu(), photometric.apply(x, p), atol=1e-4, rtol=1e-4)

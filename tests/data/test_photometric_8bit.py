@@ -5,8 +5,7 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from esvit_scale.data import photometric as P
-from esvit_scale.data import photometric_8bit as P8
+from esvit_scale.data import photometric, photometric_8bit
 from esvit_scale.data.crops import keyed_generator
 from esvit_scale.data.manifest import Manifest
 from esvit_scale.data.stream import batches
@@ -20,12 +19,12 @@ pytest.importorskip("cv2")
 @pytest.mark.parametrize("crop", [0, 1, 2])
 def test_values_are_those_of_the_device_to_rounding(crop: int) -> None:
     x = torch.from_numpy(np.stack([np.asarray(picture(i, 32, 32)) for i in range(60)])).permute(0, 3, 1, 2)
-    expected = unit(P.apply(x, drawn(60, crop))).permute(0, 2, 3, 1).numpy() * 255
+    expected = unit(photometric.apply(x, drawn(60, crop))).permute(0, 2, 3, 1).numpy() * 255
     errors = []
     for i in range(60):
-        draw = P.draw(keyed_generator(0, 0, str(i), crop), crop)
+        draw = photometric.draw(keyed_generator(0, 0, str(i), crop), crop)
         pixels = x[i].permute(1, 2, 0).numpy().copy()
-        P8.apply(pixels, draw)
+        photometric_8bit.apply(pixels, draw)
         if not draw.solarize:  # a rounding at the threshold inverts a pixel
             errors.append(np.abs(pixels - expected[i]).mean())
     assert max(errors) < 3
@@ -35,15 +34,15 @@ def test_values_are_those_of_the_device_to_rounding(crop: int) -> None:
 @pytest.mark.parametrize("radius", [0.1, 0.5, 0.99, 1.0, 1.4, 2.0])
 def test_the_blur_is_pillows_three_boxes(radius: float) -> None:
     """A Gaussian of the same radius is up to 34 levels away from them."""
-    taps = P8.box_taps(radius)
+    taps = photometric_8bit.box_taps(radius)
     np.testing.assert_allclose(
-        taps, [w for w in P.box_taps(torch.tensor([radius]))[0].tolist() if w][-len(taps) :], atol=1e-6
+        taps, [w for w in photometric.box_taps(torch.tensor([radius]))[0].tolist() if w][-len(taps) :], atol=1e-6
     )
     checkers = np.repeat((np.indices((48, 40)).sum(0) % 2 * 255)[:, :, None], 3, 2)
     for pixels in (np.asarray(picture(0, 40, 48)), np.random.default_rng(0).integers(0, 256, (48, 40, 3)), checkers):
         image = Image.fromarray(pixels.astype(np.uint8))
         out = np.array(image)
-        P8.apply(out, P8.NOTHING._replace(radius=radius))
+        photometric_8bit.apply(out, photometric_8bit.NOTHING._replace(radius=radius))
         error = np.abs(out.astype(int) - np.asarray(image.filter(ImageFilter.GaussianBlur(radius))))
         assert error.max() <= 3
         assert error.mean() < 1.1
@@ -52,9 +51,9 @@ def test_the_blur_is_pillows_three_boxes(radius: float) -> None:
 def test_solarisation_is_exact() -> None:
     ramp = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
     out = ramp.copy()
-    P8.apply(out, P8.NOTHING._replace(solarize=True))
+    photometric_8bit.apply(out, photometric_8bit.NOTHING._replace(solarize=True))
     np.testing.assert_array_equal(out, np.where(ramp >= 128, 255 - ramp, ramp))
-    P8.apply(ramp, P8.NOTHING)
+    photometric_8bit.apply(ramp, photometric_8bit.NOTHING)
     assert ramp[0, 1, 0] == 1
 
 
@@ -68,14 +67,14 @@ def test_workers_leave_the_device_nothing_but_to_normalise(shard_set: Manifest) 
     for n, (before, after) in enumerate(zip(a.crops, b.crops, strict=True)):
         first = sum(len(c) for c in a.crops[:n])
         fields = a.photometric.crops(first, first + len(before))
-        expected = unit(P.apply(before.flatten(0, 1), fields)) * 255
+        expected = unit(photometric.apply(before.flatten(0, 1), fields)) * 255
         error = (after.flatten(0, 1) - expected).abs().mean((1, 2, 3))[~fields.solarize]
         assert error.mean() < 1.5
         assert not torch.equal(before, after)
 
 
 def test_without_opencv_it_says_what_to_install(shard_set: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(P8, "cv2", None)
+    monkeypatch.setattr(photometric_8bit, "cv2", None)
     config = config_with()
     there = config.model_copy(update={"data": config.data.model_copy(update={"photometric": "workers"})})
     with pytest.raises(UserError, match=r"pip install 'esvit-scale\[opencv\]'"):

@@ -7,30 +7,31 @@ from pathlib import Path
 
 import pytest
 
-from esvit_scale.data import manifest, staging
+from esvit_scale.data import manifest as manifests
+from esvit_scale.data import staging
 from esvit_scale.errors import UserError
 from tests import tiny
 
 
 @pytest.fixture
-def shards(tmp_path: Path) -> manifest.Manifest:
-    return manifest.load(tiny.shards(tmp_path / "set"))
+def shards(tmp_path: Path) -> manifests.Manifest:
+    return manifests.load(tiny.shards(tmp_path / "set"))
 
 
 def contents(root: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in root.iterdir() if not path.name.startswith((".", "quarantine"))}
 
 
-def test_a_staged_set_is_the_set(tmp_path: Path, shards: manifest.Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_staged_set_is_the_set(tmp_path: Path, shards: manifests.Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NODE_DISK", str(tmp_path / "disk"))
     staged = staging.staged(shards, "$NODE_DISK/deep/er")
     assert staged.root.is_relative_to(tmp_path / "disk/deep/er")
     assert contents(staged.root) == contents(shards.root)
     assert (staged.shards, staged.classes) == (shards.shards, shards.classes)
-    assert manifest.load(staged.root).shards == shards.shards
+    assert manifests.load(staged.root).shards == shards.shards
 
 
-def test_what_is_there_is_not_copied_again_and_what_was_cut_off_is(tmp_path: Path, shards: manifest.Manifest) -> None:
+def test_what_is_there_is_not_copied_again_and_what_was_cut_off_is(tmp_path: Path, shards: manifests.Manifest) -> None:
     first = staging.staged(shards, str(tmp_path / "disk"))
     whole, cut, gone = (first.root / shard.name for shard in shards.shards[:3])
     before = whole.stat().st_ino
@@ -41,14 +42,14 @@ def test_what_is_there_is_not_copied_again_and_what_was_cut_off_is(tmp_path: Pat
     assert whole.stat().st_ino == before
 
 
-def test_another_set_of_the_same_name_is_not_taken_for_it(tmp_path: Path, shards: manifest.Manifest) -> None:
-    other = manifest.load(tiny.shards(tmp_path / "elsewhere/set", samples=20))
+def test_another_set_of_the_same_name_is_not_taken_for_it(tmp_path: Path, shards: manifests.Manifest) -> None:
+    other = manifests.load(tiny.shards(tmp_path / "elsewhere/set", samples=20))
     roots = [staging.staged(data, str(tmp_path / "disk")).root for data in (shards, other)]
     assert roots[0] != roots[1]
     assert contents(roots[1]) == contents(other.root)
 
 
-def test_processes_of_a_node_share_one_copy(tmp_path: Path, shards: manifest.Manifest) -> None:
+def test_processes_of_a_node_share_one_copy(tmp_path: Path, shards: manifests.Manifest) -> None:
     code = (
         "import sys; from pathlib import Path; from esvit_scale.data import manifest, staging\n"
         "print(staging.staged(manifest.load(Path(sys.argv[1])), sys.argv[2]).root)"
@@ -61,7 +62,7 @@ def test_processes_of_a_node_share_one_copy(tmp_path: Path, shards: manifest.Man
 
 
 def test_what_cannot_be_staged_is_said(
-    tmp_path: Path, shards: manifest.Manifest, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, shards: manifests.Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("NO_SUCH_DISK", raising=False)
     with pytest.raises(
@@ -77,7 +78,7 @@ def test_what_cannot_be_staged_is_said(
 
 
 @pytest.mark.slow
-def test_a_run_reads_the_copy_and_goes_on_without_it(tmp_path: Path, shards: manifest.Manifest) -> None:
+def test_a_run_reads_the_copy_and_goes_on_without_it(tmp_path: Path, shards: manifests.Manifest) -> None:
     """The same numbers from the copy; a resume may read the shared set again."""
     disk = tmp_path / "disk"
     for name, steps, stage in (("plain", 4, None), ("staged", 4, str(disk))):
@@ -91,7 +92,7 @@ def test_a_run_reads_the_copy_and_goes_on_without_it(tmp_path: Path, shards: man
     assert tiny.start_cli("pretrain", str(plain)).wait(timeout=120) == 0
 
 
-def test_every_piece_of_a_copy_is_progress(tmp_path: Path, shards: manifest.Manifest, monkeypatch) -> None:
+def test_every_piece_of_a_copy_is_progress(tmp_path: Path, shards: manifests.Manifest, monkeypatch) -> None:
     """An hour of honest copying is no hang, however large the shards are; a copy that stands still is one."""
     monkeypatch.setattr(staging, "PIECE", 1000)
     pieces: list[None] = []

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from esvit_scale.parallel import world as world_module
+from esvit_scale.parallel import world as worlds
 from tests.train.test_not_finite import FAULTS, blind_deepspeed, everything, inject, one_step, session_of
 
 
 def main(folder: str) -> None:
-    world = world_module.start()
+    world = worlds.start()
     for ds_config, precision in (("zero0", "fp32"), ("zero1", "bf16"), ("zero2", "autocast"), ("zero3", "bf16")):
         session = session_of(Path(folder), train__ds_config=ds_config, train__precision=precision)
         blind_deepspeed(session, pytest.MonkeyPatch())
@@ -23,7 +23,7 @@ def main(folder: str) -> None:
             remove()
             same = (torch.equal(a, b) for a, b in zip(before, everything(session), strict=True))
             assert all(same), (ds_config, fault)
-    world_module.stop()
+    worlds.stop()
 
 
 if __name__ == "__main__":

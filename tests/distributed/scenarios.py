@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from esvit_scale import config as configs
-from esvit_scale.parallel import world as world_module
+from esvit_scale.parallel import world as worlds
 from esvit_scale.train import pretraining
 from esvit_scale.train.watchdog import Watchdog
 
@@ -13,12 +13,12 @@ HANG_S = 1800.0
 
 
 def main(paths: list[str]) -> None:
-    world = world_module.start()
+    world = worlds.start()
     with Watchdog(world, HANG_S, Path(paths[0]).parent) as watchdog:
         for path in paths:
             code = pretraining.open_and_train(configs.load(Path(path)), world, watchdog)
             assert code == 0, f"{path}: exit code {code}"
-        world_module.stop()
+        worlds.stop()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from esvit_scale.errors import UserError
-from esvit_scale.evaluate import attention as module
 from esvit_scale.evaluate.attention import attention, components, read_picture
 from esvit_scale.models.pyramid import Pyramid
 from esvit_scale.models.swin import Swin
@@ -165,7 +164,7 @@ def test_pictures_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.Monkey
     Image.new("RGB", (60, 20), "red").save(tmp_path / "wide.png")
     assert read_picture(tmp_path / "wide.png", 40).shape == (40, 120, 3)
     (tmp_path / "text.png").write_text("no image")
-    monkeypatch.setattr(module, "MAX_PIXELS", 1000)
+    monkeypatch.setattr("esvit_scale.evaluate.attention.MAX_PIXELS", 1000)
     for name, size, match in [
         ("wide.png", 40, r"120×40 pixels with the short side at 40.*nearest: --size 18$"),
         ("text.png", 40, "not an image"),

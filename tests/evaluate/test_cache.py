@@ -15,8 +15,8 @@ from torch import nn
 
 from esvit_scale.data import shard_writer
 from esvit_scale.errors import UserError
-from esvit_scale.evaluate import cache as module
-from esvit_scale.evaluate.cache import FeatureSet, Rows, obtain, source_digest, trunk_digest
+from esvit_scale.evaluate import cache as caches
+from esvit_scale.evaluate.cache import FeatureBatch, FeatureSet, obtain, source_digest, trunk_digest
 from esvit_scale.evaluate.features import extract, last_blocks
 from esvit_scale.models.initialize import initialize
 from esvit_scale.models.resnet import ResNet
@@ -27,10 +27,10 @@ from tests import tiny
 SOURCE = Path("photos")
 
 
-def rows(n: int = 7, width: int = 3) -> Iterator[Rows]:
+def rows(n: int = 7, width: int = 3) -> Iterator[FeatureBatch]:
     for start in range(0, n, 3):
         at = torch.arange(start, min(start + 3, n))
-        yield Rows(at[:, None] + torch.zeros(width), [f"é{i}" for i in at.tolist()], at % 2, at + 1)
+        yield FeatureBatch(at[:, None] + torch.zeros(width), [f"é{i}" for i in at.tolist()], at % 2, at + 1)
 
 
 def stored(cache: Path, **key: object) -> FeatureSet:
@@ -38,7 +38,7 @@ def stored(cache: Path, **key: object) -> FeatureSet:
 
 
 def test_what_was_kept_is_not_computed_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    def never() -> Iterator[Rows]:
+    def never() -> Iterator[FeatureBatch]:
         raise AssertionError("computed again")
 
     first = stored(tmp_path, size=1)
@@ -74,10 +74,10 @@ def test_writing_to_the_features_does_not_change_the_file(tmp_path: Path) -> Non
 
 
 def test_of_two_writers_the_first_ones_are_kept(tmp_path: Path) -> None:
-    def slower() -> Iterator[Rows]:
+    def slower() -> Iterator[FeatureBatch]:
         program = "from tests.evaluate.test_cache import *; stored(Path(sys.argv[1]))"
         subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, cwd=tiny.REPOSITORY)
-        yield Rows(torch.full((1, 3), 99.0), ["late"], torch.zeros(1), torch.zeros(1))
+        yield FeatureBatch(torch.full((1, 3), 99.0), ["late"], torch.zeros(1), torch.zeros(1))
 
     found = obtain(tmp_path, {}, SOURCE, 9, slower)
     assert found.keys[0] == "é0"
@@ -87,7 +87,7 @@ def test_of_two_writers_the_first_ones_are_kept(tmp_path: Path) -> None:
 def test_what_killed_writers_left_is_removed_and_others_are_let_be(tmp_path: Path) -> None:
     stored(tmp_path)
     (folder,) = tmp_path.iterdir()
-    module.shutil.rmtree(folder)
+    caches.shutil.rmtree(folder)
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     alive = os.getppid()

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from esvit_scale.data import samples
 from esvit_scale.errors import UserError
-from esvit_scale.evaluate import correspondence as c
+from esvit_scale.evaluate import correspondence
 from esvit_scale.models.trunk import Features
 
 
@@ -32,8 +32,10 @@ class Place(nn.Module):
         return Features(tokens.view(n, -1, 4).mean(1), tokens, [(n, h, w)])
 
 
-def view(tokens: torch.Tensor, grid: tuple[int, int], cell: int = 10) -> c.View:
-    return c.View(np.zeros((grid[0] * cell, grid[1] * cell, 3), np.uint8), F.normalize(tokens, dim=1), grid)
+def view(tokens: torch.Tensor, grid: tuple[int, int], cell: int = 10) -> correspondence.View:
+    return correspondence.View(
+        np.zeros((grid[0] * cell, grid[1] * cell, 3), np.uint8), F.normalize(tokens, dim=1), grid
+    )
 
 
 @pytest.fixture
@@ -46,7 +48,9 @@ def places() -> np.ndarray:
 def test_identical_grids_give_one() -> None:
     grid = (5, 7)
     tokens = torch.randn(35, 16)
-    found = c.measure(c.pairs(view(tokens, grid), view(tokens, grid), c.centres(grid, (50, 70))))
+    found = correspondence.measure(
+        correspondence.pairs(view(tokens, grid), view(tokens, grid), correspondence.centres(grid, (50, 70)))
+    )
     assert found["top_accuracy"] == found["accuracy"] == 100
     assert found["top_distance_px"] == found["distance_px"] == 0
     assert found["top_similarity"] == pytest.approx(1)
@@ -57,11 +61,11 @@ def test_a_flipped_grid_gives_the_mirror() -> None:
     grid, tokens = (5, 7), torch.randn(35, 16)
     flipped = tokens.view(5, 7, 16).flip(1).reshape(35, 16)
     here, there = view(tokens, grid), view(flipped, grid)
-    mirror = c.centres(grid, (50, 70)) * torch.tensor([-1, 1]) + torch.tensor([70, 0])
-    right = c.pairs(here, there, mirror)
-    assert c.measure(right)["accuracy"] == 100
+    mirror = correspondence.centres(grid, (50, 70)) * torch.tensor([-1, 1]) + torch.tensor([70, 0])
+    right = correspondence.pairs(here, there, mirror)
+    assert correspondence.measure(right)["accuracy"] == 100
     assert torch.equal(right.found[:, 0], 70 - right.start[:, 0])
-    unmirrored = c.measure(c.pairs(here, there, c.centres(grid, (50, 70))))
+    unmirrored = correspondence.measure(correspondence.pairs(here, there, correspondence.centres(grid, (50, 70))))
     assert unmirrored["accuracy"] == pytest.approx(100 / 7)  # the middle column is its own mirror
     assert unmirrored["distance_px"] == pytest.approx(10 * (6 + 4 + 2 + 0 + 2 + 4 + 6) / 7)
 
@@ -71,7 +75,7 @@ def test_random_features_are_at_chance() -> None:
     for seed in range(200):
         torch.manual_seed(seed)
         here, there = (view(torch.randn(49, 8), grid) for _ in range(2))
-        rates.append(c.measure(c.pairs(here, there, c.centres(grid, (70, 70)))))
+        rates.append(correspondence.measure(correspondence.pairs(here, there, correspondence.centres(grid, (70, 70)))))
     chance = rates[0]["chance"]
     assert chance == pytest.approx(2.04, abs=0.01)
     for name, n in (("accuracy", 200 * 49), ("top_accuracy", 200 * 10)):
@@ -99,8 +103,12 @@ def test_the_official_measure() -> None:
     first = torch.randn(49, 8)
     second = first.view(7, 7, 8).flip(1).reshape(49, 8) + 1.5 * torch.randn(49, 8)
     pixels = np.zeros((224, 224, 3), np.uint8)
-    mirror = c.centres((7, 7), (224, 224)) * torch.tensor([-1, 1]) + torch.tensor([224, 0])
-    found = c.measure(c.pairs(c.View(pixels, first, (7, 7)), c.View(pixels, second, (7, 7)), mirror))
+    mirror = correspondence.centres((7, 7), (224, 224)) * torch.tensor([-1, 1]) + torch.tensor([224, 0])
+    found = correspondence.measure(
+        correspondence.pairs(
+            correspondence.View(pixels, first, (7, 7)), correspondence.View(pixels, second, (7, 7)), mirror
+        )
+    )
     accuracy, distance = official(first, second, 224)
     assert 0 < accuracy < 1
     assert found["top_accuracy"] == pytest.approx(100 * accuracy)
@@ -110,7 +118,9 @@ def test_the_official_measure() -> None:
 def test_view_two_is_the_flipped_picture_without_colour() -> None:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 255, (32, 48, 3), dtype=np.uint8)
-    views = [c.mirrored(Place(8), c.see(Place(8), pixels), key).second for key in ("a", "b", "c")]
+    views = [
+        correspondence.mirrored(Place(8), correspondence.see(Place(8), pixels), key).second for key in ("a", "b", "c")
+    ]
     for second in views:
         assert (second == second[:, :, :1]).all()
         grey = pixels[:, ::-1] @ np.array([0.299, 0.587, 0.114])
@@ -118,17 +128,17 @@ def test_view_two_is_the_flipped_picture_without_colour() -> None:
         assert alike > 0.8  # the hue has moved
         assert abs(unflipped) < 0.2
     assert not np.array_equal(views[0], views[1])
-    assert np.array_equal(views[0], c.mirrored(Place(8), c.see(Place(8), pixels), "a").second)
+    assert np.array_equal(views[0], correspondence.mirrored(Place(8), correspondence.see(Place(8), pixels), "a").second)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_the_crop_is_where_it_is_said_to_be(places: np.ndarray, monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
     """Whatever is cropped and flipped, a trunk that knows places finds each token's cell, or the one beside it."""
-    monkeypatch.setattr(c, "recoloured", lambda pixels, key, seed: pixels)
-    monkeypatch.setattr(c, "CROP_SCALE", (scale, scale))
+    monkeypatch.setattr(correspondence, "recoloured", lambda pixels, key, seed: pixels)
+    monkeypatch.setattr(correspondence, "CROP_SCALE", (scale, scale))
     flips = set()
     for key in "abcdefgh":
-        found = c.cropped(Place(16), c.see(Place(16), places), key).pairs
+        found = correspondence.cropped(Place(16), correspondence.see(Place(16), places), key).pairs
         assert (len(found.right) == 64) == (scale == 1)
         assert (found.found - found.true).abs().max() <= 8 + 1
         x = torch.stack([found.start[:, 0], found.found[:, 0]])
@@ -143,12 +153,12 @@ def test_stereo_takes_the_true_disparity() -> None:
     inside = there >= 0
     same = np.abs(left[y, x].astype(int) - right[y, there].astype(int))[inside].mean()
     assert same < 10  # of 255; to the other side it is 45
-    case = c.stereo(Place(20))
+    case = correspondence.stereo(Place(20))
     shift = case.pairs.start - case.pairs.true
     assert (shift[:, 1] == 0).all()
     assert 7 < shift[:, 0].min() < shift[:, 0].max() < 60
     assert len(case.pairs.right) > 700
-    assert c.measure(case.pairs)["chance"] == pytest.approx(100 / (25 * 37))
+    assert correspondence.measure(case.pairs)["chance"] == pytest.approx(100 / (25 * 37))
 
 
 def test_over_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,16 +166,18 @@ def test_over_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "images").mkdir()
     for i in range(9):
         Image.fromarray(rng.integers(0, 255, (40, 60, 3), dtype=np.uint8)).save(tmp_path / "images" / f"{i}.png")
-    monkeypatch.setattr(c, "load_teacher", lambda _: c_teacher())
-    result = c.run_correspondence(tmp_path / "x", tmp_path / "images", tmp_path / "out", images=8, workers=0)
+    monkeypatch.setattr(correspondence, "load_teacher", lambda _: c_teacher())
+    result = correspondence.run_correspondence(
+        tmp_path / "x", tmp_path / "images", tmp_path / "out", images=8, workers=0
+    )
     assert json.loads((tmp_path / "out" / "correspondence.json").read_text()) == result.summary
     assert result.summary["images"] == 8
     assert set(result.summary["measures"]) == {"mirrored", "cropped", "stereo"}
     assert (len(result.best), len(result.worst)) == (3, 3)
     rates = [float(case.pairs.right.float().mean()) for case in (*result.best, *result.worst[::-1])]
     assert rates == sorted(rates, reverse=True)
-    assert "mirrored" in c.table(result.summary)
-    one = c.run_correspondence(tmp_path / "x", tmp_path / "images" / "0.png", tmp_path / "one")
+    assert "mirrored" in correspondence.table(result.summary)
+    one = correspondence.run_correspondence(tmp_path / "x", tmp_path / "images" / "0.png", tmp_path / "one")
     assert one.summary["images"] == 1
 
 
@@ -181,4 +193,4 @@ def test_a_trunk_without_a_grid() -> None:
             return super().forward(crops)._replace(grids=[])
 
     with pytest.raises(UserError, match="needs region tokens on a grid; Flat gives none"):
-        c.see(Flat(8), np.zeros((32, 32, 3), np.uint8))
+        correspondence.see(Flat(8), np.zeros((32, 32, 3), np.uint8))

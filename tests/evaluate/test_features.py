@@ -12,7 +12,7 @@ from torch import nn
 from esvit_scale.checkpoint import safetensors_file
 from esvit_scale.checkpoint.weights import Weights
 from esvit_scale.errors import UserError
-from esvit_scale.evaluate import features as module
+from esvit_scale.evaluate import features
 from esvit_scale.evaluate.features import (
     FeatureSet,
     Loading,
@@ -100,7 +100,7 @@ def test_file_loads_without_pickle(tmp_path: Path) -> None:
 
 
 def test_embed_writes_the_named_file(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "load_teacher", lambda path: Teacher(Mean(), SIZE, 400))
+    monkeypatch.setattr(features, "load_teacher", lambda path: Teacher(Mean(), SIZE, 400))
     run_embed(tmp_path / "run", folder, tmp_path / "f.npz", Loading(workers=0, device="cpu"))
     with np.load(tmp_path / "f.npz", allow_pickle=False) as data:
         assert data["features"].shape == (10, 3)
@@ -117,4 +117,4 @@ def test_embed_with_a_single_file(folder: Path, tmp_path: Path) -> None:
     run_embed(tmp_path / "t.safetensors", folder, tmp_path / "f.npz", Loading(workers=0, device="cpu"))
     with np.load(tmp_path / "f.npz", allow_pickle=False) as data:
         assert data["features"].shape == (10, network.trunk.dim)
-    assert module.load_teacher(tmp_path / "t.safetensors").step is None
+    assert features.load_teacher(tmp_path / "t.safetensors").step is None

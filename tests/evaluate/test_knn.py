@@ -10,7 +10,6 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
 from esvit_scale.errors import UserError
-from esvit_scale.evaluate import knn as module
 from esvit_scale.evaluate import labels as labels_module
 from esvit_scale.evaluate import neighbours
 from esvit_scale.evaluate.features import Contents, FeatureSet, Loading, Teacher
@@ -145,9 +144,9 @@ def test_command_writes_stable_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     sets = {"train": feature_set(60, 6, seed=0), "test": feature_set(18, 6, seed=1)}
     names = tuple(f"class{c}" for c in range(6))
     monkeypatch.setattr(labels_module, "contents", lambda source: Contents(0, names))
-    monkeypatch.setattr(module, "check_sets", lambda *_: None)
-    monkeypatch.setattr(module, "load_teacher", lambda path: Teacher(nn.Identity(), 64, 400))
-    monkeypatch.setattr(module, "extract", lambda trunk, source, *_, **__: sets[source.name])
+    monkeypatch.setattr("esvit_scale.evaluate.knn.check_sets", lambda *_: None)
+    monkeypatch.setattr("esvit_scale.evaluate.knn.load_teacher", lambda path: Teacher(nn.Identity(), 64, 400))
+    monkeypatch.setattr("esvit_scale.evaluate.knn.extract", lambda trunk, source, *_, **__: sets[source.name])
     result = run_knn(tmp_path / "run", tmp_path / "train", tmp_path / "test", tmp_path / "out", Loading(), ks=(10, 20))
     written = json.loads((tmp_path / "out" / "knn.json").read_text())
     assert written == result
@@ -183,7 +182,7 @@ def test_unlabelled_or_missing_sets_are_refused_before_any_work(
     for path in ("good/a/0.png", "good/b/0.png", "flat/0.png"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).touch()
-    monkeypatch.setattr(module, "load_teacher", None)
+    monkeypatch.setattr("esvit_scale.evaluate.knn.load_teacher", None)
     for test, message in (("flat", "flat: its images have no labels"), ("goo", "did you mean")):
         with pytest.raises(UserError, match=message):
             run_knn(tmp_path / "run", tmp_path / "good", tmp_path / test, tmp_path / "out", Loading())

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from esvit_scale.errors import UserError
-from esvit_scale.evaluate import labels as module
+from esvit_scale.evaluate import labels as labels_module
 from esvit_scale.evaluate.labels import fraction, per_class, split
 
 LABELS = torch.tensor([2] * 40 + [0] * 10 + [5] * 3)[torch.randperm(53, generator=torch.Generator().manual_seed(0))]
@@ -45,5 +45,5 @@ def test_a_class_of_one_is_fitted() -> None:
 
 
 def test_no_more_is_held_out_than_selecting_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "HELD_OUT_AT_MOST", 4)
+    monkeypatch.setattr(labels_module, "HELD_OUT_AT_MOST", 4)
     assert counts(split(LABELS.repeat(10), seed=0)[1], LABELS.repeat(10)) == [1, 3, 1]

@@ -17,7 +17,7 @@ from torch import nn
 
 from esvit_scale.data.augmented import augmented_batches
 from esvit_scale.errors import UserError
-from esvit_scale.evaluate import linear as module
+from esvit_scale.evaluate import linear
 from esvit_scale.evaluate.cache import FeatureSet
 from esvit_scale.evaluate.features import Loading, Teacher
 from esvit_scale.evaluate.labels import Labelled
@@ -34,7 +34,7 @@ def run(checkpoint: Path, photos: Path, out: Path, recipe: Recipe = FAST, **chan
     return run_linear(checkpoint, sets["train"], sets["test"], out, recipe, LOADING._replace(cache=out / "features"))
 
 
-def digits_task(recipe: Recipe, train: int = 1200) -> module.Task:
+def digits_task(recipe: Recipe, train: int = 1200) -> linear.Task:
     features, labels = load_digits(return_X_y=True)
     x = torch.tensor(features, dtype=torch.float32)[:, None].expand(-1, 2, -1) / 16
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
@@ -65,10 +65,10 @@ def test_all_three_protocols_on_colours(checkpoint: Path, photos: Path, tmp_path
 def test_half_a_point_from_the_optimum_on_digits() -> None:
     """The optimum: the best of the whole path, chosen on the test set (scikit-learn's at each: test_logistic.py)."""
     task = digits_task(Recipe())
-    found = module.logistic_regression(task, Recipe())
-    everything = module.logistic.Rows(task.train[:, 0], task.rows, task.labels, 10)
-    scores = [module.logistic.fit(everything, row["l2"]).scores(task.test[:, 0]) for row in found["path"]]
-    assert found["top1"] >= max(module.accuracy(s, task.truth) for s in scores) - 0.5
+    found = linear.logistic_regression(task, Recipe())
+    everything = linear.logistic.LabelledFeatures(task.train[:, 0], task.rows, task.labels, 10)
+    scores = [linear.logistic.fit(everything, row["l2"]).scores(task.test[:, 0]) for row in found["path"]]
+    assert found["top1"] >= max(linear.accuracy(s, task.truth) for s in scores) - 0.5
     assert found["top5"] > 99
 
 
@@ -76,7 +76,7 @@ def test_the_test_set_does_not_influence_what_is_selected() -> None:
     recipe = Recipe(epochs=3)
     task = digits_task(recipe)
     other = task._replace(truth=task.truth.flip(0))
-    for protocol in (module.grid, module.logistic_regression):
+    for protocol in (linear.grid, linear.logistic_regression):
         once, again = protocol(task, recipe), protocol(other, recipe)
         assert once["selected"] == again["selected"]
         assert once["top1"] > again["top1"] + 30

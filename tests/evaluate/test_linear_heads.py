@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from esvit_scale.evaluate import heads as module
+from esvit_scale.evaluate import heads as heads_module
 from esvit_scale.evaluate.heads import GRID, OFFICIAL, Batch, Head, Heads, accuracies, scores_of, train
 
 DIM, WIDTH, CLASSES, BATCH = 3, 8, 4, 10
@@ -70,7 +70,7 @@ def test_heads_start_as_the_protocol_says() -> None:
     assert not linear.bias.any()
     assert Head(1e-3, 4, "mean") == OFFICIAL
     assert len(GRID) == 52
-    assert {h.lr for h in GRID} == set(module.RATES)
+    assert {h.lr for h in GRID} == set(heads_module.RATES)
 
 
 def test_a_head_that_diverges_spoils_no_other_and_is_wrong() -> None:
@@ -93,12 +93,12 @@ def test_unequal_and_empty_parts_count_by_the_global_batch() -> None:
 
     once, twice = (Heads((Head(0.5, 4, "mean"),), DIM, WIDTH, CLASSES, seed=0) for _ in range(2))
     train(once, 1, BATCH, batches)
-    module.MOMENTUM, momentum = 0.0, module.MOMENTUM
+    heads_module.MOMENTUM, momentum = 0.0, heads_module.MOMENTUM
     try:
         once, twice = (Heads((Head(0.5, 4, "mean"),), DIM, WIDTH, CLASSES, seed=0) for _ in range(2))
         train(once, 1, BATCH, batches)
         train(twice, 1, BATCH, parts)
     finally:
-        module.MOMENTUM = momentum
+        heads_module.MOMENTUM = momentum
     x, _ = data()
     assert torch.allclose(scores_of(once, 0, x), scores_of(twice, 0, x), atol=1e-6)

@@ -8,9 +8,9 @@ from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
 from sklearn.metrics import log_loss
 from sklearn.preprocessing import StandardScaler
 
-from esvit_scale.evaluate import logistic as module
+from esvit_scale.evaluate import logistic
 from esvit_scale.evaluate.labels import split
-from esvit_scale.evaluate.logistic import Rows, fit, search
+from esvit_scale.evaluate.logistic import LabelledFeatures, fit, search
 from esvit_scale.evaluate.metrics import accuracy
 
 TRAIN = 1200
@@ -31,7 +31,7 @@ def standardised(features: torch.Tensor) -> np.ndarray:
 def test_equals_scikit_learn(digits: tuple[torch.Tensor, torch.Tensor], penalty: float) -> None:
     features, labels = digits
     rows = torch.arange(TRAIN)
-    found = fit(Rows(features, rows, labels[rows], 10), penalty)
+    found = fit(LabelledFeatures(features, rows, labels[rows], 10), penalty)
     x = standardised(features)
     oracle = LogisticRegression(C=1 / (TRAIN * penalty), max_iter=5000, tol=1e-8).fit(x[:TRAIN], labels[:TRAIN])
     assert found.converged
@@ -49,14 +49,16 @@ def test_searched_is_within_half_a_point_of_scikit_learns_optimum(
     order = torch.randperm(len(digits[1]), generator=torch.Generator().manual_seed(seed))
     features, labels = (x[order] for x in digits)
     fitted, held_out = split(labels[:TRAIN], seed)
-    best, tried = search(*(Rows(features, rows, labels[rows], 10) for rows in (fitted, held_out)))
+    best, tried = search(*(LabelledFeatures(features, rows, labels[rows], 10) for rows in (fitted, held_out)))
     rows = torch.arange(TRAIN)
-    ours = accuracy(fit(Rows(features, rows, labels[rows], 10), best.l2).scores(features[TRAIN:]), labels[TRAIN:])
+    ours = accuracy(
+        fit(LabelledFeatures(features, rows, labels[rows], 10), best.l2).scores(features[TRAIN:]), labels[TRAIN:]
+    )
     x, y = standardised(features), labels.numpy()
     oracle = LogisticRegressionCV(Cs=1 / (TRAIN * 10.0 ** np.arange(-6, 1)), cv=5, max_iter=3000, scoring="accuracy")
     theirs = 100 * oracle.fit(x[:TRAIN], y[:TRAIN]).score(x[TRAIN:], y[TRAIN:])
     assert ours >= theirs - 0.5
-    assert len(tried) == 4 + 2 * module.REFINEMENTS
+    assert len(tried) == 4 + 2 * logistic.REFINEMENTS
     assert best.held_out == min(c.held_out for c in tried)
     assert np.diff(np.log10([c.l2 for c in tried])).min() == pytest.approx(0.25)
 
@@ -64,9 +66,11 @@ def test_searched_is_within_half_a_point_of_scikit_learns_optimum(
 def test_the_held_out_loss_is_scikit_learns(digits: tuple[torch.Tensor, torch.Tensor]) -> None:
     features, labels = digits
     rows, rest = torch.arange(TRAIN), torch.arange(TRAIN, len(labels))
-    found = fit(Rows(features, rows, labels[rows], 10), 1e-2)
+    found = fit(LabelledFeatures(features, rows, labels[rows], 10), 1e-2)
     expected = log_loss(labels[TRAIN:], found.scores(features[TRAIN:]).double().softmax(1))
-    assert module.mean_loss(found, Rows(features, rest, labels[rest], 10)) == pytest.approx(expected, rel=1e-5)
+    assert logistic.mean_loss(found, LabelledFeatures(features, rest, labels[rest], 10)) == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 def test_several_labels_an_image_are_separate_problems_and_unjudged_ones_do_not_count(
@@ -75,7 +79,7 @@ def test_several_labels_an_image_are_separate_problems_and_unjudged_ones_do_not_
     features, labels = digits
     targets = torch.stack([(labels % 2 == 0), labels > 4, labels == 3], 1).float()[:TRAIN]
     targets[100:200, 1] = float("nan")
-    found = fit(Rows(features, torch.arange(TRAIN), targets, 3), 1e-2)
+    found = fit(LabelledFeatures(features, torch.arange(TRAIN), targets, 3), 1e-2)
     x = standardised(features)
     for column in range(3):
         judged = ~targets[:, column].isnan().numpy()
@@ -91,10 +95,12 @@ def test_blocks_and_precision_of_the_features_do_not_matter(
 ) -> None:
     features, labels = digits
     rows = torch.arange(0, TRAIN, 2)
-    whole = fit(Rows(features, rows, labels[rows], 10), 1e-2)
-    monkeypatch.setattr(module, "ROWS_AT_ONCE", 77)
-    monkeypatch.setattr(module._Blocks, "KEPT", 0)
-    parts = fit(Rows(features.half(), rows, labels[rows], 10), 1e-2)  # digits are whole numbers: exact in fp16
+    whole = fit(LabelledFeatures(features, rows, labels[rows], 10), 1e-2)
+    monkeypatch.setattr(logistic, "ROWS_AT_ONCE", 77)
+    monkeypatch.setattr(logistic._Blocks, "KEPT", 0)
+    parts = fit(
+        LabelledFeatures(features.half(), rows, labels[rows], 10), 1e-2
+    )  # digits are whole numbers: exact in fp16
     # Sums in another order end the optimizer at another point within its tolerance, of scores that reach ±10.
     assert torch.allclose(parts.scores(features), whole.scores(features), atol=2e-2)
 
@@ -103,5 +109,5 @@ def test_a_constant_feature_is_harmless(digits: tuple[torch.Tensor, torch.Tensor
     features, labels = digits
     rows = torch.arange(TRAIN)
     assert (features[rows].std(0) == 0).any()
-    found = fit(Rows(features, rows, labels[rows], 10), 1e-2)
+    found = fit(LabelledFeatures(features, rows, labels[rows], 10), 1e-2)
     assert all(x.isfinite().all() for x in found[:4])

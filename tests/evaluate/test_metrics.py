@@ -7,7 +7,7 @@ from scipy.stats import binom
 from sklearn import metrics as sk
 
 from esvit_scale.errors import UserError
-from esvit_scale.evaluate import metrics as module
+from esvit_scale.evaluate import metrics
 from esvit_scale.evaluate.metrics import (
     accuracy,
     bootstrap,
@@ -100,4 +100,4 @@ def test_a_mean_of_draws_has_students_interval() -> None:
     assert mean == 2.5
     assert interval == pytest.approx([2.5 - 2.0542, 2.5 + 2.0542], abs=1e-3)  # t(3) = 3.1824, s = 1.2910
     assert mean_interval([7.0]) == (7.0, None)
-    assert set(module.METRICS) == {"accuracy", "mean_per_class", "map11", "roc_auc"}
+    assert set(metrics.METRICS) == {"accuracy", "mean_per_class", "map11", "roc_auc"}

@@ -9,8 +9,7 @@ import torch
 import yaml
 
 from esvit_scale.errors import UserError
-from esvit_scale.evaluate import transfer as module
-from esvit_scale.evaluate import transfer_list
+from esvit_scale.evaluate import transfer, transfer_list
 from esvit_scale.evaluate.features import Loading
 from esvit_scale.evaluate.transfer import run_transfer
 from esvit_scale.evaluate.transfer_list import read_labels, read_list, targets_of
@@ -47,8 +46,10 @@ def run(world: Path, checkpoint: Path, out: str = "out", **options: Any) -> dict
 
 
 def test_every_metric_and_the_mean(world: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    real, fitted = module.logistic.fit, list[int]()
-    monkeypatch.setattr(module.logistic, "fit", lambda data, *rest: fitted.append(len(data.rows)) or real(data, *rest))
+    real, fitted = transfer.logistic.fit, list[int]()
+    monkeypatch.setattr(
+        transfer.logistic, "fit", lambda data, *rest: fitted.append(len(data.rows)) or real(data, *rest)
+    )
     result = run(world, checkpoint)
     assert fitted[10::11] == [60, 40, 60, 36]  # after ten of the search, one on all rows
     assert fitted[:10] == [48] * 10
@@ -71,7 +72,7 @@ def test_one_failure_does_not_lose_the_others_and_only_it_is_tried_again(
     world: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     (world / "memes" / "test").rename(world / "elsewhere")
-    real, evaluated, broken = module.evaluate, list[str](), {"tags"}
+    real, evaluated, broken = transfer.evaluate, list[str](), {"tags"}
 
     def recorded(dataset: Any, *rest: Any) -> Any:
         evaluated.append(dataset.name)
@@ -79,7 +80,7 @@ def test_one_failure_does_not_lose_the_others_and_only_it_is_tried_again(
             raise RuntimeError("out of memory\nhere")
         return real(dataset, *rest)
 
-    monkeypatch.setattr(module, "evaluate", recorded)
+    monkeypatch.setattr(transfer, "evaluate", recorded)
     with pytest.raises(UserError, match=r"2 of 4 data sets failed.*memes/test: no such folder.*RuntimeError: out of"):
         run(world, checkpoint)
     result = json.loads((world / "out" / "transfer.json").read_text())

@@ -6,7 +6,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from esvit_scale import config as configs
-from esvit_scale.models import complexity, registry, traced
+from esvit_scale.models import complexity
+from esvit_scale.models import registry as trunks
+from esvit_scale.models import traced as models_traced
 from esvit_scale.parallel import collectives
 from tests.models import toy_trunk
 
@@ -21,7 +23,7 @@ def config_of(trunk, **model):
 
 @pytest.fixture
 def toy(monkeypatch):
-    monkeypatch.setitem(registry.TRUNKS, "toy", toy_trunk.build)
+    monkeypatch.setitem(trunks.TRUNKS, "toy", toy_trunk.build)
     return config_of("toy")
 
 
@@ -29,7 +31,7 @@ def toy(monkeypatch):
 @pytest.mark.parametrize("size", [64, 40, 30])
 def test_a_crop_costs_what_the_closed_form_says(trunk, size):
     config = config_of(trunk, depths=[2, 1, 2], heads=[1, 2, 4], window=5)
-    cost = traced.crop_cost(config, size)
+    cost = models_traced.crop_cost(config, size)
     assert cost.flops == complexity.crop_flops(config, size, "executed")
     assert cost.flops_per_forward == complexity.position_bias_flops(config)
     assert cost.grid == (complexity.region_side(config, size),) * 2
@@ -41,8 +43,8 @@ def test_another_trunk_costs_what_a_cpu_counts(toy, size):
     counter = FlopCounterMode(display=False)
     # Before torch 2.15 the counter has no formula for the CPU's flash attention, and counts it as nothing.
     with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        features = registry.build_trunk(toy)([torch.randn(1, 3, size, size)])
-    cost = traced.crop_cost(toy, size)
+        features = trunks.build_trunk(toy)([torch.randn(1, 3, size, size)])
+    cost = models_traced.crop_cost(toy, size)
     assert cost == (counter.get_total_flops(), counter.get_total_flops(), 0, features.grids[0][1:], 16)
     tokens = (size // 8) ** 2  # 12 C² a token and block, and the scores twice
     by_hand = 2 * tokens * (3 * 64 * 16 + toy_trunk.DEPTH * (12 * 16**2 + 2 * tokens * 16))
@@ -50,15 +52,15 @@ def test_another_trunk_costs_what_a_cpu_counts(toy, size):
 
 
 def test_a_size_is_counted_once(toy, monkeypatch):
-    traced.crop_cost(toy, 48)
-    monkeypatch.setattr(traced, "build_trunk", None)
-    assert traced.crop_cost(toy.model_copy(update={"seed": 5}), 48).grid == (6, 6)
+    models_traced.crop_cost(toy, 48)
+    monkeypatch.setattr(models_traced, "build_trunk", None)
+    assert models_traced.crop_cost(toy.model_copy(update={"seed": 5}), 48).grid == (6, 6)
 
 
 def test_storages_count_once_and_parameters_never():
     with torch.device("meta"):
         layer, x = torch.nn.Linear(3, 5), torch.empty(7, 3)
-        kept = traced.Kept(layer)
+        kept = models_traced.Kept(layer)
         with kept.hooks():
             y = layer(x)
             (y * y[:2].sum()).sum().exp()
@@ -69,7 +71,7 @@ def test_other_ranks_do_not_take_part(monkeypatch):
     """Rank 0 alone counts (train/run.py), while a process group exists: a collective would wait for ever."""
     for name, answer in (("is_initialized", True), ("get_rank", 1), ("get_world_size", 4)):
         monkeypatch.setattr(torch.distributed, name, lambda answer=answer: answer)
-    with traced.on_meta():
+    with models_traced.on_meta():
         assert (collectives.rank(), collectives.world_size()) == (0, 1)
     assert (collectives.rank(), collectives.world_size()) == (1, 4)
     with pytest.raises(ZeroDivisionError), collectives.alone():
@@ -88,6 +90,6 @@ class Eager(toy_trunk.ToyTrunk):
 
 def test_a_student_is_counted_as_it_runs(monkeypatch):
     """With drop keys ViL looks at two of nine windows."""
-    monkeypatch.setitem(registry.TRUNKS, "eager", lambda config: Eager(16))
-    cost = traced.crop_cost(config_of("eager"), 64)
+    monkeypatch.setitem(trunks.TRUNKS, "eager", lambda config: Eager(16))
+    cost = models_traced.crop_cost(config_of("eager"), 64)
     assert cost.flops_with_keys - cost.flops == 2 * 64 * (3 * 64) * 16

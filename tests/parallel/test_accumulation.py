@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from esvit_scale.parallel import partitions
-from esvit_scale.parallel import world as world_module
+from esvit_scale.parallel import world as worlds
 from tests.train.test_not_finite import one_step, session_of
 
 MICRO_BATCHES = 8
@@ -40,4 +40,4 @@ def test_micro_batches_add_up_in_fp32(tmp_path: Path, ds_config: str) -> None:
         expected = 256.0 + MICRO_BATCHES - 1
         assert [name for name, grad in seen.items() if not torch.all(grad == expected)] == []
     finally:
-        world_module.stop()
+        worlds.stop()

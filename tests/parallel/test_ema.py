@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from esvit_scale.data import manifest, stream
+from esvit_scale.data import manifest as manifests
+from esvit_scale.data import stream
 from esvit_scale.objective.schedules import Schedules
-from esvit_scale.parallel import world as world_module
+from esvit_scale.parallel import world as worlds
 from esvit_scale.train.step import open_session, train_step
 from tests import tiny
 
@@ -28,13 +29,13 @@ def session(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
     stage, precision = request.param
     shards = tiny.shards(tmp_path / "shards")
     config = tiny.config(tmp_path / "run", shards, train__ds_config=stage, train__precision=precision)
-    world = world_module.start()
+    world = worlds.start()
     yield open_session(config, world, Schedules(config, 4))
-    world_module.stop()
+    worlds.stop()
 
 
 def test_the_teacher_is_the_five_line_average(session: Any) -> None:
-    data = manifest.load(Path(session.config.data.train))
+    data = manifests.load(Path(session.config.data.train))
     masters = [p.master for p in session.engines.partitions]
     average = [w.double() for w in masters]
     for step, batch in enumerate(stream.batches(session.config, data, 0, 1, 0, 8)):

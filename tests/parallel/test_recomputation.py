@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from esvit_scale.parallel import world as world_module
+from esvit_scale.parallel import world as worlds
 from tests.train.test_not_finite import one_step, session_of
 
 
@@ -15,7 +15,7 @@ def losses(tmp_path: Path, steps: int = 3, **overrides: Any) -> list[float]:
     try:
         return [one_step(session, step).logs["loss"].item() for step in range(4, 4 + steps)]
     finally:
-        world_module.stop()
+        worlds.stop()
 
 
 @pytest.mark.parametrize("ds_config", ["zero1", pytest.param("zero3", marks=pytest.mark.slow)])
@@ -43,7 +43,7 @@ def test_the_students_autocast_is_bf16(tmp_path: Path) -> None:
         assert session.engines.student.torch_autocast_dtype() == torch.bfloat16  # None is fp16 on a GPU
         assert not any(hasattr(p, "comm_dtype") for p in session.engines.student.module.parameters())
     finally:
-        world_module.stop()
+        worlds.stop()
 
 
 @pytest.mark.parametrize(
@@ -76,4 +76,4 @@ def test_nothing_stays_gathered_of_a_frozen_patch_embedding(tmp_path: Path, impl
                 assert whole == []
                 assert held <= len(list(network.parameters()))  # a partitioned parameter's data is a placeholder
     finally:
-        world_module.stop()
+        worlds.stop()

@@ -8,7 +8,8 @@ import pytest
 import torch.distributed as dist
 
 from esvit_scale.errors import RestartCanHelp, UserError
-from esvit_scale.parallel import collectives, world
+from esvit_scale.parallel import collectives
+from esvit_scale.parallel import world as worlds
 from tests import tiny
 
 GLOO = "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:41234\n more"
@@ -25,8 +26,8 @@ def test_srun_is_recognised(clean: pytest.MonkeyPatch) -> None:
     slurm = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8", "SLURM_JOB_ID": "123456"}
     for name, value in {**slurm, "SLURM_STEP_NODELIST": "node[1-2]"}.items():
         clean.setenv(name, value)
-    clean.setattr(world, "_first_host", lambda nodes: f"first of {nodes}")
-    world._adopt_slurm_variables()
+    clean.setattr(worlds, "_first_host", lambda nodes: f"first of {nodes}")
+    worlds._adopt_slurm_variables()
     import os
 
     assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"]) == ("5", "8", "1")
@@ -43,11 +44,11 @@ def test_ports_of_jobs_stay_below_those_of_outgoing_connections(clean: pytest.Mo
     ports = set()
     for job in range(0, 40_000, 37):
         clean.setenv("SLURM_JOB_ID", str(job))
-        ports.add(world._port_of_job())
+        ports.add(worlds._port_of_job())
     assert (min(ports) >= 20000, max(ports) < 32768, len(ports) > 1000) == (True, True, True)
-    first = world._port_of_job()
+    first = worlds._port_of_job()
     clean.setenv("SLURM_RESTART_COUNT", "1")
-    assert world._port_of_job() != first
+    assert worlds._port_of_job() != first
 
 
 def test_a_port_in_use_is_one_line_and_75(tmp_path: Path) -> None:
@@ -76,19 +77,19 @@ def test_a_batch_shell_is_one_process(clean: pytest.MonkeyPatch) -> None:
 
     clean.setenv("SLURM_PROCID", "0")
     clean.setenv("SLURM_NTASKS", "4")
-    world._adopt_slurm_variables()
+    worlds._adopt_slurm_variables()
     assert "RANK" not in os.environ
 
 
 def test_half_a_launcher_is_an_error(clean: pytest.MonkeyPatch) -> None:
     clean.setenv("WORLD_SIZE", "2")
-    clean.setattr(world.dist, "is_initialized", lambda: False)
+    clean.setattr(worlds.dist, "is_initialized", lambda: False)
     with pytest.raises(UserError, match="without MASTER_ADDR and MASTER_PORT"):
-        world.start()
+        worlds.start()
 
 
 def test_one_process_needs_no_launcher(clean: pytest.MonkeyPatch) -> None:
-    me = world.start()
+    me = worlds.start()
     try:
         assert (me.rank, me.size) == (0, 1)
         assert collectives.gather_objects("x") == ["x"]
@@ -96,8 +97,8 @@ def test_one_process_needs_no_launcher(clean: pytest.MonkeyPatch) -> None:
         with pytest.raises(UserError, match="told to all"):
             collectives.run_on_rank0_and_broadcast(lambda: (_ for _ in ()).throw(UserError("told to all")))
     finally:
-        world.stop()
-    assert world.start().size == 1  # again, in the same process
+        worlds.stop()
+    assert worlds.start().size == 1  # again, in the same process
 
 
 @pytest.mark.parametrize(
@@ -116,7 +117,7 @@ def test_one_process_needs_no_launcher(clean: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_lost_peer_is_a_reason_to_start_again(error: RuntimeError) -> None:
-    with pytest.raises(RestartCanHelp, match="another rank is gone") as caught, world.translate_comm_errors():
+    with pytest.raises(RestartCanHelp, match="another rank is gone") as caught, worlds.translate_comm_errors():
         raise error
     assert caught.value.exit_code == 75
     assert "\n" not in str(caught.value)
@@ -134,13 +135,13 @@ def test_a_lost_peer_is_a_reason_to_start_again(error: RuntimeError) -> None:
 def test_a_port_in_use_is_a_reason_to_start_again(text: str) -> None:
     with (
         pytest.raises(RestartCanHelp, match="is in use by another program; start again"),
-        world.translate_comm_errors(),
+        worlds.translate_comm_errors(),
     ):
         raise dist.DistNetworkError(text)
 
 
 def test_other_errors_stay_what_they_are() -> None:
-    with pytest.raises(RuntimeError, match="shape"), world.translate_comm_errors():
+    with pytest.raises(RuntimeError, match="shape"), worlds.translate_comm_errors():
         raise RuntimeError("shape mismatch")
 
 

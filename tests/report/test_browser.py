@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from esvit_scale import config as configs
-from esvit_scale.evaluate import correspondence as evaluation
+from esvit_scale.evaluate import correspondence
 from esvit_scale.evaluate.attention import Seen, attention, components, to_trunk
 from esvit_scale.evaluate.correspondence import Result
 from esvit_scale.evaluate.features import Teacher
@@ -58,8 +58,8 @@ def full(run: Path) -> Path:
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     trunk = Swin(8, (1, 1, 2), (1, 2, 4), window=4, size=64)
     picture = rng.integers(0, 255, (64, 96, 3), dtype=np.uint8)
-    case = evaluation.mirrored(trunk, evaluation.see(trunk, picture), "a/rather/long/name/of/a/picture.jpeg")
-    drawings.write_correspondences(Result({}, [case] * 3, [case] * 3, evaluation.stereo(trunk)), run)
+    case = correspondence.mirrored(trunk, correspondence.see(trunk, picture), "a/rather/long/name/of/a/picture.jpeg")
+    drawings.write_correspondences(Result({}, [case] * 3, [case] * 3, correspondence.stereo(trunk)), run)
     pixels = to_trunk(picture)
     seen = Seen(Teacher(trunk, 64, 1), picture, attention(trunk, pixels), components(trunk, pixels))
     drawings.write_attention(seen, run)

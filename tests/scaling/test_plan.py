@@ -10,10 +10,11 @@ from esvit_scale import cli
 from esvit_scale import config as configs
 from esvit_scale.errors import UserError
 from esvit_scale.objective import costs
-from esvit_scale.scaling import memory, plan
+from esvit_scale.scaling import memory
+from esvit_scale.scaling import plan as plans
 from tests import tiny
 
-SPEED = plan.Speed(100, 0.4, "given")
+SPEED = plans.Speed(100, 0.4, "given")
 G80 = 80 * 2**30
 
 
@@ -57,7 +58,7 @@ def test_gradients_that_are_added_up_are_fp32(tmp_path):
 
 def test_stages_cost_less_and_less():
     config = configs.resolve("swinv2_1b")
-    found = plan.plan(config, 64, G80, None, SPEED)
+    found = plans.plan(config, 64, G80, None, SPEED)
     states = [s.memory.state for s in found.settings if not s.checkpointing]
     assert states == sorted(states, reverse=True)
     assert all(a.memory.peak > b.memory.peak for a, b in zip(found.settings[:3], found.settings[3:], strict=True))
@@ -65,15 +66,15 @@ def test_stages_cost_less_and_less():
 
 def test_the_smallest_that_fits_is_named_and_less_is_refused():
     config = configs.resolve("swinv2_g", ["train.global_batch=64"])
-    roomy = plan.plan(config, 8, G80, None, SPEED)
+    roomy = plans.plan(config, 8, G80, None, SPEED)
     assert roomy.fits is roomy.settings[0]
-    assert plan.refusal(roomy, config, 8) is None
-    tight = plan.plan(config, 8, 20 * 2**30, None, SPEED)
+    assert plans.refusal(roomy, config, 8) is None
+    tight = plans.plan(config, 8, 20 * 2**30, None, SPEED)
     assert tight.fits
     assert (tight.fits.stage, tight.fits.checkpointing) == (3, True)
-    none = plan.plan(config, 8, 12 * 2**30, None, SPEED)
+    none = plans.plan(config, 8, 12 * 2**30, None, SPEED)
     assert none.fits is None
-    advice = plan.refusal(none, config, 8)
+    advice = plans.refusal(none, config, 8)
     assert advice.startswith("does not fit: zero3 + activation checkpointing needs")
     assert "16 GPUs" in advice or "32 GPUs" in advice
 
@@ -82,17 +83,17 @@ def test_advice_is_true():
     """What the refusal names does fit."""
     config = configs.resolve("swinv2_h", ["train.global_batch=512"])
     capacity = 24 * 2**30
-    found = plan.plan(config, 1, capacity, None, SPEED)
+    found = plans.plan(config, 1, capacity, None, SPEED)
     assert found.fits is None
-    advice = plan.refusal(found, config, 1)
+    advice = plans.refusal(found, config, 1)
     more = int(advice.split(" GPUs, ")[0].split()[-1])
-    assert plan.plan(config, more, capacity, None, SPEED).fits
+    assert plans.plan(config, more, capacity, None, SPEED).fits
     accum = advice.split("train.grad_accum=")[1].split(",")[0]
-    assert plan.plan(configs.resolve("swinv2_h", [f"train.grad_accum={accum}"]), 1, capacity, None, SPEED).fits
+    assert plans.plan(configs.resolve("swinv2_h", [f"train.grad_accum={accum}"]), 1, capacity, None, SPEED).fits
 
 
 def test_costs():
-    found = plan.plan(configs.resolve("swin_t"), 8, G80, 1_281_167, SPEED).numbers
+    found = plans.plan(configs.resolve("swin_t"), 8, G80, 1_281_167, SPEED).numbers
     assert found["gflops_per_image"] == pytest.approx(154.4, abs=0.05)
     assert found["images_seen"] == 300 * (1_281_167 // 512) * 512
     assert found["gpu_hours"] == pytest.approx(found["useful_gflops_per_image"] * found["images_seen"] / 40e3 / 3600)
@@ -112,7 +113,7 @@ def test_the_checkpoint_on_disk_is_as_large_as_planned(tmp_path):
 
 def test_a_batch_that_does_not_divide():
     with pytest.raises(UserError, match=r"512 does not divide over 7 GPUs .* nearest: 511"):
-        plan.plan(configs.resolve("swin_t"), 7, G80, None, SPEED)
+        plans.plan(configs.resolve("swin_t"), 7, G80, None, SPEED)
 
 
 @pytest.mark.parametrize("trunk", ["timm:resnet18", pytest.param("timm:xcit_nano_12_p16_224", marks=pytest.mark.slow)])

@@ -14,7 +14,7 @@ import yaml
 
 from esvit_scale import cli
 from esvit_scale import config as configs
-from esvit_scale.data import manifest
+from esvit_scale.data import manifest as manifests
 from esvit_scale.errors import UserError
 from esvit_scale.models.registry import SHAPES
 from esvit_scale.objective import costs
@@ -195,10 +195,10 @@ def test_unique_images_are_apart_from_images_seen(tmp_path):
     assert [cell.unique_images for cell in found] == [36, 20] * 4
     assert found[0].images_seen == found[1].images_seen
     runner.prepare(found[1], sweep, tmp_path / "shards")
-    part = manifest.load(tmp_path / "out" / "data" / "first-20")
-    manifest.check_sizes(part)
+    part = manifests.load(tmp_path / "out" / "data" / "first-20")
+    manifests.check_sizes(part)
     assert part.samples == 20
-    assert part.shards == manifest.load(tmp_path / "shards").shards[:2]
+    assert part.shards == manifests.load(tmp_path / "shards").shards[:2]
 
 
 def test_the_plan_prints_costs(tmp_path, capsys):

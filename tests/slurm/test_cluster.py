@@ -14,7 +14,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from esvit_scale.data import manifest
+from esvit_scale.data import manifest as manifests
 from esvit_scale.train.run_dir import read_summary
 from tests import tiny
 from tests.slurm.cluster import Cluster, why_not
@@ -143,7 +143,7 @@ def undisturbed(site: Site) -> list[dict]:
 
 
 def sums(shards: Path) -> list[tuple[str, str]]:
-    return [(shard.name, shard.sha256) for shard in manifest.load(shards).shards]
+    return [(shard.name, shard.sha256) for shard in manifests.load(shards).shards]
 
 
 def starts(site: Site, name: str) -> int:

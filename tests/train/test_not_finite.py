@@ -12,7 +12,7 @@ from torch import Tensor
 
 from esvit_scale.objective.schedules import Schedules
 from esvit_scale.parallel import engine as engine_module
-from esvit_scale.parallel import world as world_module
+from esvit_scale.parallel import world as worlds
 from esvit_scale.train.step import MicroBatch, Session, StepResult, open_session, optimizer_step
 from tests import tiny
 
@@ -28,7 +28,7 @@ FAULTS: dict[str, tuple[str, float]] = {
 
 def session_of(tmp_path: Path, **overrides: Any) -> Session:
     config = tiny.config(tmp_path / "run", tmp_path, **overrides)
-    return open_session(config, world_module.start(), Schedules(config, steps_per_epoch=4))
+    return open_session(config, worlds.start(), Schedules(config, steps_per_epoch=4))
 
 
 def one_step(session: Session, step: int) -> StepResult:
@@ -116,7 +116,7 @@ def test_whatever_is_not_finite_moves_nothing(
         assert one_step(session, step).applied
         assert all(torch.isfinite(t).all() for t in everything(session))
     finally:
-        world_module.stop()
+        worlds.stop()
 
 
 def test_when_an_overflow_is_the_loss_scalers(tmp_path: Path) -> None:
@@ -143,4 +143,4 @@ def test_when_an_overflow_is_the_loss_scalers(tmp_path: Path) -> None:
         optimizer.loss_scaler = LossScaler(128.0)
         assert not engine_module.loss_scale_can_fall(session.engines)
     finally:
-        world_module.stop()
+        worlds.stop()

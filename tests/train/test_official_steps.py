@@ -20,7 +20,7 @@ from esvit_scale.checkpoint.weights import Weights
 from esvit_scale.config import Config
 from esvit_scale.objective.network import build_network
 from esvit_scale.objective.schedules import Schedules
-from esvit_scale.parallel import world as world_module
+from esvit_scale.parallel import world as worlds
 from esvit_scale.train import step as step_module
 from esvit_scale.train.step import MicroBatch, open_session, train_step
 from tests.models.rule import by_hash, fill
@@ -124,12 +124,12 @@ def _train(
     """The real train_step; only its augmentation is replaced by crops at hand."""
     positions = torch.arange(FIXTURE["images"])
     monkeypatch.setattr(step_module, "_micro_batches", lambda _, step: [MicroBatch(crops_of(step), positions)])
-    world = world_module.start()
+    world = worlds.start()
     try:
         session = open_session(config, world, Schedules(config, STEPS_PER_EPOCH))
         batches: list[Any] = list(range(5))
         losses = [train_step(session, batch, step).logs["loss"].item() for step, batch in enumerate(batches)]
         saved = state.save(folder, config, session.engines, session.objective.extra_state(), {"step": 5})
     finally:
-        world_module.stop()
+        worlds.stop()
     return losses, saved

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from esvit_scale.config import Config
-from esvit_scale.data import manifest, photometric, stream
+from esvit_scale.data import manifest as manifests
+from esvit_scale.data import photometric, stream
 from esvit_scale.models.drop_path import drop_keys
 from esvit_scale.models.initialize import initialize
 from esvit_scale.objective.network import build_network
@@ -17,7 +18,7 @@ from tests import tiny
 
 def plain_losses(config: Config) -> list[float]:
     """Two modules, torch.optim.AdamW, a clip per parameter, gradients of the last layer dropped in epoch 0, EMA."""
-    data = manifest.load(Path(config.data.train))
+    data = manifests.load(Path(config.data.train))
     schedules = Schedules(config, stream.steps_per_epoch(config, data))
     student, teacher = build_network(config), build_network(config)
     initialize(student, config.seed)

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from esvit_scale.checkpoint import step_folders
-from esvit_scale.data import manifest, stream
+from esvit_scale.data import manifest as manifests
+from esvit_scale.data import stream
 from esvit_scale.errors import Diverged
 from esvit_scale.objective.schedules import Schedules
-from esvit_scale.parallel import world as world_module
+from esvit_scale.parallel import world as worlds
 from esvit_scale.train import pretraining
 from esvit_scale.train.row_file import read_rows
 from esvit_scale.train.run import Run
@@ -32,9 +33,9 @@ def snapshot(session: Any) -> list[torch.Tensor]:
 @pytest.mark.parametrize("ds_config", ["zero0", "zero1", "zero2", "zero3"])
 def test_a_step_with_nan_moves_nothing(tmp_path: Path, ds_config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny.config(tmp_path / "run", tiny.shards(tmp_path / "shards"), train__ds_config=ds_config)
-    world = world_module.start()
+    world = worlds.start()
     try:
-        data = manifest.load(Path(config.data.train))
+        data = manifests.load(Path(config.data.train))
         session = open_session(config, world, Schedules(config, stream.steps_per_epoch(config, data)))
         batches = list(stream.batches(config, data, 0, 1, 0, 8))
         for step in range(6):
@@ -48,7 +49,7 @@ def test_a_step_with_nan_moves_nothing(tmp_path: Path, ds_config: str, monkeypat
         assert train_step(session, batches[7], 7).applied
         assert not all(torch.equal(a, b) for a, b in zip(before, snapshot(session), strict=True))
     finally:
-        world_module.stop()
+        worlds.stop()
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, calls: Container[int]) -> list[int]:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from esvit_scale.data import manifest
+from esvit_scale.data import manifest as manifests
 from esvit_scale.data.image_folder import printable, walk
 from esvit_scale.data.left_out import LeftOut
 from esvit_scale.data.sources.base import is_image
@@ -22,7 +22,7 @@ def folder_kind(root: Path, archives_meant: bool) -> tuple[str, str]:
     """
     if (root / "Data" / "CLS-LOC").is_dir() or ((root / "train").is_dir() and (root / "val").is_dir()):
         return "imagenet", ""
-    if manifest.is_shard_set(root):
+    if manifests.is_shard_set(root):
         return "tars", ""
     if is_img2dataset(root):
         return "img2dataset", ""
