@@ -280,17 +280,3 @@ def test_the_wheel_lists_every_package():
 def test_the_designs_top_level_is_there():
     for name in ("esvit_scale", "ds_configs", "data_shards", "slurm", "tests", "pyproject.toml"):
         assert (ROOT / name).exists(), name
-
-
-@pytest.mark.parametrize(
-    "page",
-    sorted(
-        str(p.relative_to(ROOT))
-        for folder in (".", "docs", "*_*", "slurm", "benchmarks")
-        for p in ROOT.glob(f"{folder}/*.md")
-    ),
-)
-def test_links_lead_somewhere(page):
-    text = (ROOT / page).read_text()
-    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
-    assert [link for link in links if not ((ROOT / page).parent / link).exists()] == []

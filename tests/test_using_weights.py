@@ -46,15 +46,3 @@ def test_the_example_runs(
     monkeypatch.chdir(folder)
     exec(compile(EXAMPLES[number], str(PAGE), "exec"), {})
     assert re.fullmatch(PRINTS[number], capsys.readouterr().out.strip())
-
-
-def test_the_commands_name_what_there_is() -> None:
-    """Every `esvit-scale …` line of the page is one that the parser takes."""
-    from esvit_scale.cli import _parser
-
-    lines = [
-        line.partition("#")[0].split() for line in PAGE.read_text().splitlines() if line.startswith("esvit-scale ")
-    ]
-    assert len(lines) == 10
-    for words in lines:
-        _parser().parse_args(words[1:])
