@@ -16,7 +16,7 @@ from esvit_scale import config as configs
 from esvit_scale.config import Config
 from esvit_scale.data import samples, shard_writer, stream
 from esvit_scale.evaluate import attention, correspondence, knn
-from esvit_scale.evaluate.features import extract, load_teacher, raw_pixels
+from esvit_scale.evaluate.features import extract, load_frozen_trunk, raw_pixels
 from esvit_scale.models.initialize import initialize
 from esvit_scale.objective.network import build_network
 from esvit_scale.report import drawings
@@ -77,7 +77,7 @@ def look(out: Path, config: Config) -> None:
     found = correspondence.run_correspondence(out, test, out / "correspondence", LOOKED_AT, workers)
     drawings.write_correspondences(found, out / "correspondence")
     seen = attention.look(
-        load_teacher(out), samples.photograph("astronaut"), out / "attention", 2 * config.data.global_crops.size
+        load_frozen_trunk(out), samples.photograph("astronaut"), out / "attention", 2 * config.data.global_crops.size
     )
     drawings.write_attention(seen, out / "attention")
 
@@ -129,7 +129,7 @@ def untrained_result(config: Config, train: Path, test: Path) -> Json:
 
 
 def trained_result(out: Path, config: Config, train: Path, test: Path) -> Json:
-    teacher = load_teacher(out)
+    teacher = load_frozen_trunk(out)
     return _row(2, teacher.step, train, test) | _evaluate(teacher.trunk, config, train, test)
 
 

@@ -15,7 +15,7 @@ from esvit_scale.data import image_folder, photometric
 from esvit_scale.data.decode import BadImage, decode
 from esvit_scale.data.pixel_format import RGB8, PixelFormat
 from esvit_scale.errors import UserError
-from esvit_scale.evaluate.features import Teacher, load_teacher
+from esvit_scale.evaluate.features import FrozenTrunk, load_frozen_trunk
 from esvit_scale.models.swin import PATCH, Swin, WindowAttention, attend
 from esvit_scale.models.swin_v2 import WindowAttentionV2
 from esvit_scale.models.windows import WindowPlan, merged, storage_plan
@@ -111,7 +111,7 @@ def components(trunk: nn.Module, image: Tensor, n: int = 3) -> list[Tensor]:
 class Seen(NamedTuple):
     """One picture and what the teacher makes of it."""
 
-    teacher: Teacher
+    teacher: FrozenTrunk
     picture: np.ndarray  # uint8 [H, W, 3], as the trunk sees it
     blocks: list[BlockAttention]
     components: list[Tensor]
@@ -129,13 +129,13 @@ def run_attention(checkpoint: Path, image: Path, out: Path, size: int | None = N
     Raises:
         UserError: not an image, too large at this size, or a trunk without window attention.
     """
-    teacher = load_teacher(checkpoint)
+    teacher = load_frozen_trunk(checkpoint)
     require_swin(teacher.trunk)
     require_pictures(teacher)
     return look(teacher, decoded(image), out, size, str(image))
 
 
-def look(teacher: Teacher, picture: np.ndarray, out: Path, size: int | None = None, name: str = "picture") -> Seen:
+def look(teacher: FrozenTrunk, picture: np.ndarray, out: Path, size: int | None = None, name: str = "picture") -> Seen:
     """`run_attention` of a picture uint8 [H, W, 3]."""
     shown = resized(picture, size or teacher.size, name)
     pixels = to_trunk(shown, teacher.pixels)
@@ -193,7 +193,7 @@ def to_trunk(picture: np.ndarray, pixels: PixelFormat = RGB8) -> Tensor:
     return photometric.normalize_(x, pixels)[0]
 
 
-def require_pictures(teacher: Teacher) -> None:
+def require_pictures(teacher: FrozenTrunk) -> None:
     """Raise UserError for a checkpoint that was trained on anything but 8-bit RGB."""
     if not teacher.pixels.is_rgb8:
         raise UserError(f"this evaluation shows pictures in 8-bit RGB; the checkpoint was trained on {teacher.pixels}")

@@ -29,7 +29,7 @@ from esvit_scale.data import crops, photometric, samples, stream
 from esvit_scale.data import manifest as manifests
 from esvit_scale.errors import UserError
 from esvit_scale.evaluate.attention import read_picture, require_pictures, to_trunk
-from esvit_scale.evaluate.features import contents, default_device, load_teacher
+from esvit_scale.evaluate.features import contents, default_device, load_frozen_trunk
 
 TOP = 10  # pairs of the official measure
 CROP_SCALE = (0.4, 1.0)
@@ -205,7 +205,7 @@ def run_correspondence(
     Raises:
         UserError: `data` cannot be read, or the trunk has no grid of region tokens.
     """
-    teacher = load_teacher(checkpoint)
+    teacher = load_frozen_trunk(checkpoint)
     require_pictures(teacher)
     rows: list[dict[str, dict[str, float]]] = []
     cases: list[tuple[float, Case]] = []

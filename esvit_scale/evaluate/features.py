@@ -34,7 +34,7 @@ class Contents(NamedTuple):
     classes: tuple[str, ...]  # empty: no labels
 
 
-class Teacher(NamedTuple):
+class FrozenTrunk(NamedTuple):
     trunk: nn.Module
     size: int  # pixels of the crop it is evaluated at: the size of its global crops
     step: int | None  # None: a single file does not say
@@ -112,7 +112,7 @@ def run_embed(checkpoint: Path, data: Path, out: Path, loading: Loading) -> Feat
     """`esvit-scale embed`: features of `data` under `checkpoint`'s teacher, written to the file `out`."""
     if out.is_dir():
         raise UserError(f"{out}: is a folder; --out names the file to write, for example {out / 'features.npz'}")
-    teacher = load_teacher(checkpoint)
+    teacher = load_frozen_trunk(checkpoint)
     found = extract(teacher.trunk, data, teacher.size, **loading._asdict(), pixels=teacher.pixels)
     if collectives.rank() == 0:
         save(found, out, contents(data).classes)
@@ -131,7 +131,7 @@ def save(found: FeatureSet, path: Path, classes: Sequence[str] = ()) -> None:
     files.write_bytes(path, buffer.getvalue())
 
 
-def load_teacher(checkpoint: Path) -> Teacher:
+def load_frozen_trunk(checkpoint: Path) -> FrozenTrunk:
     """Return the trunk that any weights hold which `load_backbone` takes, on the CPU: of a run dir or step dir its teacher's.
 
     Raises:
@@ -139,11 +139,11 @@ def load_teacher(checkpoint: Path) -> Teacher:
     """
     if checkpoint.is_file() or exported_folder.is_exported(checkpoint):
         trunk, config = convert.load_trunk(checkpoint)
-        return Teacher(trunk, config.data.global_crops.size, None, pixel_format(config.data))
+        return FrozenTrunk(trunk, config.data.global_crops.size, None, pixel_format(config.data))
     folder = step_folders.resolve(checkpoint)  # once: `latest` of a living run moves
     trunk, config = state.load_teacher(folder)
     step = int(step_folders.read_state(folder)["cursor"]["step"])
-    return Teacher(trunk, config.data.global_crops.size, step, pixel_format(config.data))
+    return FrozenTrunk(trunk, config.data.global_crops.size, step, pixel_format(config.data))
 
 
 def contents(source: Path) -> Contents:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from esvit_scale import files
 from esvit_scale.errors import UserError
-from esvit_scale.evaluate.features import Loading, default_device, extract, load_teacher
+from esvit_scale.evaluate.features import Loading, default_device, extract, load_frozen_trunk
 from esvit_scale.evaluate.labels import Labelled, check, labelled, per_class, same_classes
 from esvit_scale.evaluate.metrics import mean_interval, wilson
 from esvit_scale.evaluate.neighbours import nearest_neighbours
@@ -121,7 +121,7 @@ def run_knn(
 ) -> dict[str, Any]:
     """`esvit-scale evaluate knn`: the teacher of `checkpoint` on two labelled sets; writes `out`/knn.json."""
     check_sets([train], test, "k-NN")
-    teacher = load_teacher(checkpoint)
+    teacher = load_frozen_trunk(checkpoint)
     sets = [
         labelled(extract(teacher.trunk, s, teacher.size, **loading._asdict(), pixels=teacher.pixels), s)
         for s in (train, test)

@@ -19,7 +19,7 @@ from esvit_scale.errors import UserError
 from esvit_scale.evaluate import heads as heads_module
 from esvit_scale.evaluate import labels as labels_module
 from esvit_scale.evaluate import logistic
-from esvit_scale.evaluate.features import Loading, Teacher, default_device, extract, last_blocks, load_teacher
+from esvit_scale.evaluate.features import FrozenTrunk, Loading, default_device, extract, last_blocks, load_frozen_trunk
 from esvit_scale.evaluate.heads import Batch, Head, Heads
 from esvit_scale.evaluate.knn import write_result
 from esvit_scale.evaluate.labels import Labelled, labelled, same_classes
@@ -60,7 +60,7 @@ class Task(NamedTuple):
 class Images(NamedTuple):
     """For training over images."""
 
-    teacher: Teacher
+    teacher: FrozenTrunk
     source: Path
     loading: Loading
 
@@ -81,7 +81,7 @@ def run_linear(
     if not 0 < recipe.fraction <= 1:
         raise UserError(f"--fraction: expected more than 0 and at most 1 (0.01 is 1 %), got {recipe.fraction:g}")
     check_sets([train], test, "a linear probe")
-    teacher = load_teacher(checkpoint)
+    teacher = load_frozen_trunk(checkpoint)
     sets = [
         labelled(extract(teacher.trunk, s, teacher.size, **loading._asdict(), kind="blocks", pixels=teacher.pixels), s)
         for s in (train, test)

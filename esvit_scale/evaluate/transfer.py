@@ -18,7 +18,7 @@ from esvit_scale.errors import RestartCanHelp, UserError
 from esvit_scale.evaluate import labels as labels_module
 from esvit_scale.evaluate import logistic
 from esvit_scale.evaluate.cache import FeatureSet, source_digest, trunk_digest
-from esvit_scale.evaluate.features import Loading, Teacher, extract, load_teacher
+from esvit_scale.evaluate.features import FrozenTrunk, Loading, extract, load_frozen_trunk
 from esvit_scale.evaluate.knn import write_result
 from esvit_scale.evaluate.labels import Labelled, labelled, same_classes
 from esvit_scale.evaluate.metrics import METRICS, accuracy, bootstrap, wilson
@@ -60,7 +60,7 @@ def run_transfer(
     """
     datasets = read_list(source, root)
     other = read_baseline(baseline) if baseline else None
-    teacher = load_teacher(checkpoint)
+    teacher = load_frozen_trunk(checkpoint)
     digest = trunk_digest(teacher.trunk)
     done: dict[str, Json] = {}
     failed: dict[str, str] = {}
@@ -93,7 +93,7 @@ def run_transfer(
     return result
 
 
-def evaluate(dataset: Dataset, teacher: Teacher, loading: Loading) -> Json:
+def evaluate(dataset: Dataset, teacher: FrozenTrunk, loading: Loading) -> Json:
     """One data set's row."""
     sources = [s for s in (dataset.train, dataset.val, dataset.test) if s is not None]
     check_sets(sources[:-1], dataset.test, f"the metric {dataset.metric}", classes=not dataset.labels)
@@ -178,7 +178,7 @@ def table(result: Json) -> str:
     return "\n".join(lines)
 
 
-def _kept_or_evaluated(dataset: Dataset, teacher: Teacher, digest: str, out: Path, loading: Loading) -> Json:
+def _kept_or_evaluated(dataset: Dataset, teacher: FrozenTrunk, digest: str, out: Path, loading: Loading) -> Json:
     """The row from `out`/datasets when it is of the same trunk, data and settings."""
     path = out / "datasets" / f"{dataset.name}.json"
 

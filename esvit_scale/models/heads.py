@@ -13,7 +13,7 @@ Result = TypeVar("Result")
 ROWS_AT_ONCE = 4096  # prototypes; in fp32 at D = 256 4 MB
 
 
-class Head(nn.Module):
+class ProjectionHead(nn.Module):
     """Linear GELU Linear GELU Linear → unit vector, and the prototypes.
 
     Args:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from esvit_scale import config as configs
-from esvit_scale.models.heads import Head
+from esvit_scale.models.heads import ProjectionHead
 from esvit_scale.models.trunk import Features
 from esvit_scale.objective.center import Center
 from esvit_scale.objective.objective import Logs, Objective, unit
@@ -120,7 +120,7 @@ class EsViT(Objective):
 
     def _term(
         self,
-        head: Head,
+        head: ProjectionHead,
         center: Center,
         features: Tensor,
         targets: HeadTargets,
@@ -193,9 +193,9 @@ def _pairs(views: int) -> int:
     return TEACHER_VIEWS * (views - 1)
 
 
-def _head(dim: int, config: configs.Objective) -> Head:
-    return Head(dim, config.head_hidden, config.bottleneck, config.prototypes, config.norm_last_layer)
+def _head(dim: int, config: configs.Objective) -> ProjectionHead:
+    return ProjectionHead(dim, config.head_hidden, config.bottleneck, config.prototypes, config.norm_last_layer)
 
 
-def _bottleneck_and_rows(head: Head, features: Tensor) -> tuple[Tensor, Tensor]:
+def _bottleneck_and_rows(head: ProjectionHead, features: Tensor) -> tuple[Tensor, Tensor]:
     return head.last_layer(head(features), lambda z, rows: (z.detach(), rows.detach()))

@@ -34,7 +34,7 @@ LIVE = 1_000_000_000  # parameters that stage 3 keeps gathered (its default)
 START_ALIGNMENT = 2  # stages 1 and 2 pad a group to this many elements a rank
 
 
-class Network(NamedTuple):
+class ElementCounts(NamedTuple):
     """Trainable elements, counted in several ways."""
 
     groups: dict[str, list[int]]  # of every parameter, by parameter group
@@ -79,7 +79,7 @@ class Memory(NamedTuple):
         return self.state + max(self.forward_phase, self.backward_phase, self.step_phase)
 
 
-def network_of(config: Config) -> Network:
+def network_of(config: Config) -> ElementCounts:
     """On the meta device: no memory, whatever the size.
 
     Raises:
@@ -94,12 +94,12 @@ def network_of(config: Config) -> Network:
             sizes.setdefault(group_of[name], []).append(parameter.numel())
     count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
     prototypes = [m.weight_v.numel() for m in network.objective.modules() if isinstance(m, Prototypes)]
-    return Network(sizes, [count(block) for block in network.trunk.blocks], count(network.objective), prototypes)
+    return ElementCounts(sizes, [count(block) for block in network.trunk.blocks], count(network.objective), prototypes)
 
 
 def memory(
     config: Config,
-    network: Network,
+    network: ElementCounts,
     stage: int,
     ranks: int,
     checkpointing: bool,
@@ -156,7 +156,7 @@ def memory(
 
 
 def _backward(
-    config: Config, network: Network, images: int, checkpointing: bool, pixels: int, e: int
+    config: Config, network: ElementCounts, images: int, checkpointing: bool, pixels: int, e: int
 ) -> tuple[int, int]:
     """Return the largest sum over the backward, from the last call of a block to the first, of activations that are
     left: alone, and with the gradients (e bytes an element) that are already there. A block that is called for several
@@ -176,7 +176,7 @@ def _backward(
     return early, max(late, e * network.total + pixels)
 
 
-def _padded(network: Network, stage: int, ranks: int) -> tuple[int, int, int]:
+def _padded(network: ElementCounts, stage: int, ranks: int) -> tuple[int, int, int]:
     """Elements of all parameters, of this rank's partitions, and of its largest group's partition, with padding."""
     if stage == 3:
         parts = [sum(-(-size // ranks) for size in sizes) for sizes in network.groups.values()]
@@ -192,7 +192,7 @@ def _pixel_bytes(config: Config, images: int, e: int) -> int:
     return images * sum(3 * size**2 for size in config.crop_sizes) * (1 + 4 + e)
 
 
-def _loss_workspace(network: Network, e: int, tile: int) -> int:
+def _loss_workspace(network: ElementCounts, e: int, tile: int) -> int:
     """Normalised prototypes of the teacher's heads and of one of the student's, and what a tile (bytes of all tokens'
     fp32 logits) needs: logits, probabilities of the student's half or more, and both narrower where products are."""
     if not network.prototypes:
@@ -200,6 +200,6 @@ def _loss_workspace(network: Network, e: int, tile: int) -> int:
     return e * (sum(network.prototypes) + max(network.prototypes)) + tile * (2 if e == 4 else 3)
 
 
-def checkpoint_bytes(network: Network) -> int:
+def checkpoint_bytes(network: ElementCounts) -> int:
     """On disk: student, EMA and both moments of every trainable parameter in fp32; centres and JSON are nothing beside it."""
     return 16 * network.total

@@ -10,7 +10,7 @@ from esvit_scale.config import Config, nearest_multiple
 from esvit_scale.errors import UserError
 from esvit_scale.objective import costs
 from esvit_scale.scaling import memory
-from esvit_scale.scaling.memory import Memory, Network
+from esvit_scale.scaling.memory import ElementCounts, Memory
 
 HEADROOM = 0.92  # of the GPU's memory; the rest is the driver's context, the allocator's gaps and kernels' scratch
 IMAGENET = 1_281_167
@@ -121,7 +121,7 @@ def _enough_accumulation(config: Config, gpus: int, capacity: int) -> int | None
 
 
 def _numbers(
-    config: Config, network: Network, gpus: int, images: int | None, speed: Speed, recompute: bool
+    config: Config, network: ElementCounts, gpus: int, images: int | None, speed: Speed, recompute: bool
 ) -> dict[str, Any]:
     """Costs that do not depend on the ZeRO stage. Time counts useful FLOPs, as MFU does, and no recomputation."""
     per_image = costs.image_flops(config, "useful")

@@ -22,7 +22,7 @@ from esvit_scale.checkpoint.convert import convert
 from esvit_scale.checkpoint.weights import Weights
 from esvit_scale.data import stream
 from esvit_scale.errors import UserError
-from esvit_scale.evaluate.features import load_teacher
+from esvit_scale.evaluate.features import load_frozen_trunk
 from esvit_scale.models.initialize import initialize
 from esvit_scale.models.plain import PlainSwin
 from esvit_scale.models.swin import Swin
@@ -272,7 +272,7 @@ def test_load_backbone_takes_every_form(step: Path, tmp_path: Path) -> None:
         model = esvit_scale.load_backbone(str(tmp_path / form))
         assert not model.training
         torch.testing.assert_close(model(x), expected)
-        assert load_teacher(tmp_path / form).size == 224
+        assert load_frozen_trunk(tmp_path / form).size == 224
         assert (model.dim, model.size) == (128, 224)
         torch.testing.assert_close(model.regions(x).permute(0, 2, 3, 1).flatten(0, 2), regions)
         assert [m.shape[1] for m in model.pyramid(x)] == model.channels == [16, 32, 64, 128]

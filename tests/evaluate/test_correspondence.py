@@ -166,7 +166,7 @@ def test_over_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "images").mkdir()
     for i in range(9):
         Image.fromarray(rng.integers(0, 255, (40, 60, 3), dtype=np.uint8)).save(tmp_path / "images" / f"{i}.png")
-    monkeypatch.setattr(correspondence, "load_teacher", lambda _: c_teacher())
+    monkeypatch.setattr(correspondence, "load_frozen_trunk", lambda _: c_teacher())
     result = correspondence.run_correspondence(
         tmp_path / "x", tmp_path / "images", tmp_path / "out", images=8, workers=0
     )
@@ -182,9 +182,9 @@ def test_over_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def c_teacher() -> object:
-    from esvit_scale.evaluate.features import Teacher
+    from esvit_scale.evaluate.features import FrozenTrunk
 
-    return Teacher(Place(8), 32, 5)
+    return FrozenTrunk(Place(8), 32, 5)
 
 
 def test_a_trunk_without_a_grid() -> None:

@@ -15,8 +15,8 @@ from esvit_scale.errors import UserError
 from esvit_scale.evaluate import features
 from esvit_scale.evaluate.features import (
     FeatureSet,
+    FrozenTrunk,
     Loading,
-    Teacher,
     contents,
     extract,
     raw_pixels,
@@ -100,7 +100,7 @@ def test_file_loads_without_pickle(tmp_path: Path) -> None:
 
 
 def test_embed_writes_the_named_file(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features, "load_teacher", lambda path: Teacher(Mean(), SIZE, 400))
+    monkeypatch.setattr(features, "load_frozen_trunk", lambda path: FrozenTrunk(Mean(), SIZE, 400))
     run_embed(tmp_path / "run", folder, tmp_path / "f.npz", Loading(workers=0, device="cpu"))
     with np.load(tmp_path / "f.npz", allow_pickle=False) as data:
         assert data["features"].shape == (10, 3)
@@ -117,4 +117,4 @@ def test_embed_with_a_single_file(folder: Path, tmp_path: Path) -> None:
     run_embed(tmp_path / "t.safetensors", folder, tmp_path / "f.npz", Loading(workers=0, device="cpu"))
     with np.load(tmp_path / "f.npz", allow_pickle=False) as data:
         assert data["features"].shape == (10, network.trunk.dim)
-    assert features.load_teacher(tmp_path / "t.safetensors").step is None
+    assert features.load_frozen_trunk(tmp_path / "t.safetensors").step is None

@@ -12,7 +12,7 @@ from torch import nn
 from esvit_scale.errors import UserError
 from esvit_scale.evaluate import labels as labels_module
 from esvit_scale.evaluate import neighbours
-from esvit_scale.evaluate.features import Contents, FeatureSet, Loading, Teacher
+from esvit_scale.evaluate.features import Contents, FeatureSet, FrozenTrunk, Loading
 from esvit_scale.evaluate.knn import Labelled, evaluate, few_shot, knn, run_knn, same_classes, table
 from esvit_scale.evaluate.neighbours import nearest_neighbours
 
@@ -145,7 +145,7 @@ def test_command_writes_stable_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     names = tuple(f"class{c}" for c in range(6))
     monkeypatch.setattr(labels_module, "contents", lambda source: Contents(0, names))
     monkeypatch.setattr("esvit_scale.evaluate.knn.check_sets", lambda *_: None)
-    monkeypatch.setattr("esvit_scale.evaluate.knn.load_teacher", lambda path: Teacher(nn.Identity(), 64, 400))
+    monkeypatch.setattr("esvit_scale.evaluate.knn.load_teacher", lambda path: FrozenTrunk(nn.Identity(), 64, 400))
     monkeypatch.setattr("esvit_scale.evaluate.knn.extract", lambda trunk, source, *_, **__: sets[source.name])
     result = run_knn(tmp_path / "run", tmp_path / "train", tmp_path / "test", tmp_path / "out", Loading(), ks=(10, 20))
     written = json.loads((tmp_path / "out" / "knn.json").read_text())

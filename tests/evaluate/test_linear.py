@@ -19,7 +19,7 @@ from esvit_scale.data.augmented import augmented_batches
 from esvit_scale.errors import UserError
 from esvit_scale.evaluate import linear
 from esvit_scale.evaluate.cache import FeatureSet
-from esvit_scale.evaluate.features import Loading, Teacher
+from esvit_scale.evaluate.features import FrozenTrunk, Loading
 from esvit_scale.evaluate.labels import Labelled
 from esvit_scale.evaluate.linear import Images, Recipe, make_task, run_linear
 from tests import tiny
@@ -42,7 +42,7 @@ def digits_task(recipe: Recipe, train: int = 1200) -> linear.Task:
     sets = [
         Labelled(FeatureSet(f, [""] * len(f), t), names) for f, t in ((x[:train], y[:train]), (x[train:], y[train:]))
     ]
-    return make_task(*sets, recipe, Images(Teacher(nn.Identity(), 8, None), Path(), LOADING))
+    return make_task(*sets, recipe, Images(FrozenTrunk(nn.Identity(), 8, None), Path(), LOADING))
 
 
 def test_all_three_protocols_on_colours(checkpoint: Path, photos: Path, tmp_path: Path, capsys: Any) -> None:

@@ -4,7 +4,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
-from esvit_scale.models.heads import Head, Prototypes
+from esvit_scale.models.heads import ProjectionHead, Prototypes
 
 
 def test_rows_are_torchs_weight_normalisation():
@@ -26,7 +26,7 @@ def test_rows_are_normalised_in_fp32_from_bf16_parameters():
 
 
 def test_the_head_is_the_official_one_by_name_and_shape():
-    head = Head(768, 2048, 256, 65536 // 64)
+    head = ProjectionHead(768, 2048, 256, 65536 // 64)
     assert {n: tuple(p.shape) for n, p in head.named_parameters()} == {
         "mlp.0.weight": (2048, 768),
         "mlp.0.bias": (2048,),
@@ -43,7 +43,7 @@ def test_the_head_is_the_official_one_by_name_and_shape():
 
 @pytest.mark.parametrize("normed", [True, False])
 def test_norm_last_layer_freezes_the_gains(normed):
-    head = Head(8, 8, 8, 8, norm_last_layer=normed)
+    head = ProjectionHead(8, 8, 8, 8, norm_last_layer=normed)
     assert head.last_layer.weight_g.requires_grad is not normed
     assert (head.last_layer.weight_g == 1).all()
     assert head.last_layer.weight_v.requires_grad
@@ -51,5 +51,5 @@ def test_norm_last_layer_freezes_the_gains(normed):
 
 def test_published_head_size():
     with torch.device("meta"):
-        head = Head(768, 2048, 256, 65536)
+        head = ProjectionHead(768, 2048, 256, 65536)
     assert sum(p.numel() for p in head.parameters()) == 23_073_024 + 65_536

@@ -6,7 +6,7 @@ from torch import nn
 
 from esvit_scale.config import validate
 from esvit_scale.models.distributions import normal
-from esvit_scale.models.heads import Head
+from esvit_scale.models.heads import ProjectionHead
 from esvit_scale.models.initialize import initial_value, initial_values, initialize
 from esvit_scale.models.registry import SHAPES, build_trunk
 from esvit_scale.models.swin import Swin
@@ -21,7 +21,7 @@ def test_poisoned_then_initialised_every_parameter_is_finite(name):
     """Every preset's parameters by name; heads included. Widths are cut so that the large ones fit a small machine."""
     shape = SHAPES[name]
     config = validate({"model": {"trunk": name, "embed_dim": shape.heads[0] * 4}}, where="test")
-    network = nn.ModuleDict({"trunk": build_trunk(config), "head": Head(64, 32, 16, 48)})
+    network = nn.ModuleDict({"trunk": build_trunk(config), "head": ProjectionHead(64, 32, 16, 48)})
     for p in network.parameters():
         p.data.fill_(math.nan)
     initialize(network, seed=1)
@@ -41,7 +41,7 @@ def test_a_seed_draws_the_same_numbers_with_every_torch():
 
 
 def test_distributions():
-    module = nn.ModuleDict({"trunk": Swin(96, (2,), (3,)), "head": Head(96, 512, 256, 2048)})
+    module = nn.ModuleDict({"trunk": Swin(96, (2,), (3,)), "head": ProjectionHead(96, 512, 256, 2048)})
     initialize(module, seed=0)
     p = dict(module.named_parameters())
     for name, std in (("trunk.layers.0.blocks.0.mlp.fc1.weight", 0.02), ("head.mlp.2.weight", 0.02)):

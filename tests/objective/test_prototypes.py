@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from esvit_scale.models.heads import Head
+from esvit_scale.models.heads import ProjectionHead
 from esvit_scale.objective import prototypes
 from esvit_scale.objective.prototypes import prototype_cross_entropy
 
@@ -55,7 +55,7 @@ def test_loss_and_gradients_are_the_slow_ones(tile, matches):
 
 
 def test_through_the_head_to_features_directions_and_gains():
-    head = Head(7, 9, 6, 23).double()
+    head = ProjectionHead(7, 9, 6, 23).double()
     with torch.no_grad():
         head.last_layer.weight_g.uniform_(0.5, 1.5)
     _, _, z_t, rows_t, center, match, weight = problem()

@@ -15,7 +15,7 @@ from esvit_scale import config as configs
 from esvit_scale.evaluate import correspondence
 from esvit_scale.evaluate.attention import Seen, attention, components, to_trunk
 from esvit_scale.evaluate.correspondence import Result
-from esvit_scale.evaluate.features import Teacher
+from esvit_scale.evaluate.features import FrozenTrunk
 from esvit_scale.models.swin import Swin
 from esvit_scale.report import drawings
 from esvit_scale.report.html import write_report
@@ -61,7 +61,7 @@ def full(run: Path) -> Path:
     case = correspondence.mirrored(trunk, correspondence.see(trunk, picture), "a/rather/long/name/of/a/picture.jpeg")
     drawings.write_correspondences(Result({}, [case] * 3, [case] * 3, correspondence.stereo(trunk)), run)
     pixels = to_trunk(picture)
-    seen = Seen(Teacher(trunk, 64, 1), picture, attention(trunk, pixels), components(trunk, pixels))
+    seen = Seen(FrozenTrunk(trunk, 64, 1), picture, attention(trunk, pixels), components(trunk, pixels))
     drawings.write_attention(seen, run)
     return run
 
