@@ -78,7 +78,7 @@ def _rows() -> Iterator[Row]:
     yield _compilers()
     yield _cores()
     yield _memory()
-    yield from _loader()
+    yield from limit_rows()
     yield _disk()
 
 
@@ -282,7 +282,7 @@ def _memory() -> Row:
     )
 
 
-def _loader() -> Iterator[Row]:
+def limit_rows() -> Iterator[Row]:
     """What a node may refuse a job: checked on every node before it starts (preflight.py)."""
     yield from _shared_memory()
     yield _open_files()

@@ -130,7 +130,7 @@ def _gpu_problems() -> Iterator[str]:
 
 
 def _bad_limits() -> list[doctor.Row]:
-    return [row for row in doctor.limits() if row.state == "problem"]
+    return [row for row in doctor.limit_rows() if row.state == "problem"]
 
 
 def _answer(folder: Path, node: str) -> Path:
