@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pytest
 import yaml
 
-from esvit_scale import config
+from esvit_scale import config as configs
 from esvit_scale.cli import _parser, main
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = (".", "docs", "data_shards", "ds_configs", "slurm", "benchmarks")
 PAGES = sorted(str(page.relative_to(ROOT)) for folder in FOLDERS for page in ROOT.glob(f"{folder}/*.md"))
 CODE = ("esvit_scale", "tests", "benchmarks", "ds_configs", "data_shards", "slurm", "findings", "constraints", ".ci")
-SECTIONS = tuple(name for name in Config.model_fields if isinstance(Config.model_fields[name].default, config.Section))
+SECTIONS = tuple(name for name in Config.model_fields if isinstance(Config.model_fields[name].default, configs.Section))
 
 # What the pages show of programs that are not ours.
 FOREIGN_OPTIONS = {  # of sbatch, docker, tar, pip and pytest
@@ -122,7 +122,7 @@ def problem_of(command: Command) -> str | None:
             try:
                 arguments = _parser().parse_args(list(command.words))
                 if path == ("pretrain",):
-                    config.resolve(arguments.config, arguments.overrides)
+                    configs.resolve(arguments.config, arguments.overrides)
             except (SystemExit, UserError) as error:
                 return said.getvalue() or str(error)
     return None
@@ -195,7 +195,7 @@ def test_yaml_examples_are_valid(page: str, tmp_path: Path) -> None:
             (tmp_path / "sweep.yaml").write_text(block)
             sweep_file.read(tmp_path / "sweep.yaml")
         elif values.keys() <= Config.model_fields.keys():
-            config.validate(values, where=page)
+            configs.validate(values, where=page)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page != "CHANGELOG.md"])
