@@ -15,7 +15,7 @@ The journey, one line a station. B images, V crops, T tokens, C width, K prototy
     → sharded step       train/pretraining.py, parallel/engine.py   one optimizer update of the partitions, then EMA, then centre
     → checkpoint         checkpoint/saver.py, checkpoint/state.py   student, teacher, optimizer, centres, cursor: step-00000100/
                          checkpoint/convert.py, checkpoint/export.py  official EsViT, safetensors, timm, Hugging Face, ONNX
-    → evaluation         evaluate/features.py, evaluate/cache.py    images → features [N, C], once
+    → evaluation         evaluate/features.py, evaluate/feature_cache.py    images → features [N, C], once
                          evaluate/knn.py, evaluate/linear.py, evaluate/transfer.py  accuracy with intervals
                          evaluate/correspondence.py, evaluate/attention.py  what the tokens see
     → report             report/html.py, report/drawings.py         one self-contained report.html

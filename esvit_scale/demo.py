@@ -76,7 +76,7 @@ def look(out: Path, config: Config) -> None:
     test, workers = out / "shards" / "test", config.data.workers
     found = correspondence.run_correspondence(out, test, out / "correspondence", LOOKED_AT, workers)
     drawings.write_correspondences(found, out / "correspondence")
-    seen = attention.look(
+    seen = attention.save_attention(
         load_frozen_trunk(out), samples.photograph("astronaut"), out / "attention", 2 * config.data.global_crops.size
     )
     drawings.write_attention(seen, out / "attention")
@@ -115,8 +115,10 @@ def write_shards(folder: Path, config: Config) -> tuple[Path, Path]:
 
 
 def pixels_result(config: Config, train: Path, test: Path) -> Json:
-    def pixels(source: Path) -> knn.Labelled:
-        return knn.labelled(raw_pixels(source, config.data.global_crops.size, workers=config.data.workers), source)
+    def pixels(source: Path) -> knn.LabelledSet:
+        return knn.with_class_names(
+            raw_pixels(source, config.data.global_crops.size, workers=config.data.workers), source
+        )
 
     return _row(0, None, train, test) | knn.evaluate(pixels(train), pixels(test))
 
@@ -150,9 +152,9 @@ def comparison(results: list[Json], summary: Json) -> str:
 
 
 def _evaluate(trunk: torch.nn.Module, config: Config, train: Path, test: Path) -> Json:
-    def features(source: Path) -> knn.Labelled:
+    def features(source: Path) -> knn.LabelledSet:
         size = config.data.global_crops.size
-        return knn.labelled(extract(trunk, source, size, workers=config.data.workers), source)
+        return knn.with_class_names(extract(trunk, source, size, workers=config.data.workers), source)
 
     return knn.evaluate(features(train), features(test))
 

@@ -81,9 +81,9 @@ def _add_features(parser: argparse.ArgumentParser) -> None:
 
 def _loading(o: argparse.Namespace, folder: Path) -> Any:
     """The options of `_add_features`; features are kept in `folder`/features unless the user says where."""
-    from esvit_scale.evaluate.features import Loading
+    from esvit_scale.evaluate.features import ExtractionOptions
 
-    return Loading(o.batch, o.workers, None, o.precision, o.stored, o.cache or folder / "features")
+    return ExtractionOptions(o.batch, o.workers, None, o.precision, o.stored, o.cache or folder / "features")
 
 
 def _knn(o: argparse.Namespace) -> int:
@@ -97,7 +97,7 @@ def _knn(o: argparse.Namespace) -> int:
 def _linear(o: argparse.Namespace) -> int:
     from esvit_scale.evaluate import linear
 
-    recipe = linear.Recipe(o.protocol, o.epochs, o.sgd_batch, o.augment, o.fraction, o.seed)
+    recipe = linear.ProbeSettings(o.protocol, o.epochs, o.sgd_batch, o.augment, o.fraction, o.seed)
     on_all_ranks(lambda: linear.run_linear(o.checkpoint, o.train, o.test, o.out, recipe, _loading(o, o.out)))
     return 0
 

@@ -108,7 +108,7 @@ def components(trunk: nn.Module, image: Tensor, n: int = 3) -> list[Tensor]:
     return maps
 
 
-class Seen(NamedTuple):
+class AttentionResult(NamedTuple):
     """One picture and what the teacher makes of it."""
 
     teacher: FrozenTrunk
@@ -117,7 +117,7 @@ class Seen(NamedTuple):
     components: list[Tensor]
 
 
-def run_attention(checkpoint: Path, image: Path, out: Path, size: int | None = None) -> Seen:
+def run_attention(checkpoint: Path, image: Path, out: Path, size: int | None = None) -> AttentionResult:
     """`esvit-scale evaluate attention`: writes `out`/attention.npz; the pictures are the report's to draw.
 
     Its arrays: `image` uint8 [H, W, 3]; for stage s and its block i `stage{s}_block{i}` float32 [heads, H_s, W_s], the
@@ -132,14 +132,16 @@ def run_attention(checkpoint: Path, image: Path, out: Path, size: int | None = N
     teacher = load_frozen_trunk(checkpoint)
     require_swin(teacher.trunk)
     require_pictures(teacher)
-    return look(teacher, decoded(image), out, size, str(image))
+    return save_attention(teacher, decoded(image), out, size, str(image))
 
 
-def look(teacher: FrozenTrunk, picture: np.ndarray, out: Path, size: int | None = None, name: str = "picture") -> Seen:
+def save_attention(
+    teacher: FrozenTrunk, picture: np.ndarray, out: Path, size: int | None = None, name: str = "picture"
+) -> AttentionResult:
     """`run_attention` of a picture uint8 [H, W, 3]."""
     shown = resized(picture, size or teacher.size, name)
     pixels = to_trunk(shown, teacher.pixels)
-    seen = Seen(teacher, shown, attention(teacher.trunk, pixels), components(teacher.trunk, pixels))
+    seen = AttentionResult(teacher, shown, attention(teacher.trunk, pixels), components(teacher.trunk, pixels))
     arrays = {f"stage{b.stage + 1}_block{b.block + 1}": b.received().float().numpy() for b in seen.blocks}
     arrays |= {f"components_stage{s + 1}": c.numpy() for s, c in enumerate(seen.components)}
     out.mkdir(parents=True, exist_ok=True)

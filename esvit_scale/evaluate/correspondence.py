@@ -29,11 +29,11 @@ from esvit_scale.data import crops, photometric, samples, stream
 from esvit_scale.data import manifest as manifests
 from esvit_scale.errors import UserError
 from esvit_scale.evaluate.attention import read_picture, require_pictures, to_trunk
-from esvit_scale.evaluate.features import contents, default_device, load_frozen_trunk
+from esvit_scale.evaluate.features import default_device, load_frozen_trunk, source_info
 
 TOP = 10  # pairs of the official measure
 CROP_SCALE = (0.4, 1.0)
-SHOWN = 3  # best and worst images that are kept for pictures
+KEPT_PAIRS = 3  # best and worst images that are kept for pictures
 
 
 class Matches(NamedTuple):
@@ -43,7 +43,7 @@ class Matches(NamedTuple):
     similarity: Tensor  # float [T1], cosine
 
 
-class Pairs(NamedTuple):
+class MatchedPairs(NamedTuple):
     """Matches as places, in pixels of the views; most similar first."""
 
     start: Tensor  # [N, 2] x, y of the cell in view 1
@@ -60,13 +60,13 @@ class View(NamedTuple):
     grid: tuple[int, int]  # H, W
 
 
-class Case(NamedTuple):
+class ViewPair(NamedTuple):
     """Two views and their pairs: what a picture is drawn from."""
 
     key: str
     first: np.ndarray  # uint8 [H, W, 3]
     second: np.ndarray
-    pairs: Pairs
+    pairs: MatchedPairs
 
 
 def match(first: Tensor, second: Tensor) -> Matches:
@@ -75,14 +75,14 @@ def match(first: Tensor, second: Tensor) -> Matches:
     return Matches(token, similarity)
 
 
-def centres(grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+def cell_centres(grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """[H·W, 2]: x, y in pixels of the cells of a map [H, W] over a picture of `size` (height, width), row-major."""
     cell_y, cell_x = size[0] / grid[0], size[1] / grid[1]
     y, x = torch.meshgrid(torch.arange(grid[0]) + 0.5, torch.arange(grid[1]) + 0.5, indexing="ij")
     return torch.stack([x * cell_x, y * cell_y], -1).flatten(0, 1)
 
 
-def pairs(first: View, second: View, true: Tensor) -> Pairs:
+def match_pairs(first: View, second: View, true: Tensor) -> MatchedPairs:
     """The matches of the tokens whose `true` place [T1, 2] (pixels of view 2) lies in it; others are left out."""
     height, width = second.pixels.shape[:2]
     inside = ((true >= 0) & (true < torch.tensor([width, height]))).all(1)  # False for NaN
@@ -92,12 +92,12 @@ def pairs(first: View, second: View, true: Tensor) -> Pairs:
     true_cell = (true[inside][order] / cell).floor().long()
     token = found.token[order]
     right = token == true_cell[:, 1] * second.grid[1] + true_cell[:, 0]
-    starts = centres(first.grid, first.pixels.shape[:2])[inside][order]
-    ends = centres(second.grid, (height, width))[token]
-    return Pairs(starts, ends, true[inside][order], right, found.similarity[order], len(second.tokens))
+    starts = cell_centres(first.grid, first.pixels.shape[:2])[inside][order]
+    ends = cell_centres(second.grid, (height, width))[token]
+    return MatchedPairs(starts, ends, true[inside][order], right, found.similarity[order], len(second.tokens))
 
 
-def measure(found: Pairs, top: int = TOP) -> dict[str, float]:
+def measure(found: MatchedPairs, top: int = TOP) -> dict[str, float]:
     """Accuracy in percent and mean distance in pixels, of the `top` most similar pairs and of all."""
     distance = (found.found - found.true).norm(dim=1)
     best = slice(0, top)
@@ -115,7 +115,7 @@ def measure(found: Pairs, top: int = TOP) -> dict[str, float]:
 
 
 @torch.no_grad()
-def see(trunk: nn.Module, pixels: np.ndarray) -> View:
+def extract_view(trunk: nn.Module, pixels: np.ndarray) -> View:
     """
     Raises:
         UserError: a trunk whose region tokens form no grid.
@@ -127,15 +127,15 @@ def see(trunk: nn.Module, pixels: np.ndarray) -> View:
     return View(pixels, F.normalize(features.regions.float().cpu(), dim=1), grids[0][1:])
 
 
-def mirrored(trunk: nn.Module, first: View, key: str, seed: int = 0) -> Case:
+def mirrored(trunk: nn.Module, first: View, key: str, seed: int = 0) -> ViewPair:
     """The official pair of views."""
     height, width = first.pixels.shape[:2]
-    second = see(trunk, recoloured(first.pixels[:, ::-1], key, seed))
-    true = centres(first.grid, (height, width)) * torch.tensor([-1, 1]) + torch.tensor([width, 0])
-    return Case(key, first.pixels, second.pixels, pairs(first, second, true))
+    second = extract_view(trunk, jitter_and_grey(first.pixels[:, ::-1], key, seed))
+    true = cell_centres(first.grid, (height, width)) * torch.tensor([-1, 1]) + torch.tensor([width, 0])
+    return ViewPair(key, first.pixels, second.pixels, match_pairs(first, second, true))
 
 
-def cropped(trunk: nn.Module, first: View, key: str, seed: int = 0) -> Case:
+def cropped(trunk: nn.Module, first: View, key: str, seed: int = 0) -> ViewPair:
     """View 2 is a crop of view 1, at view 1's size."""
     height, width = first.pixels.shape[:2]
     rng = crops.keyed_generator(seed, 0, key, 1)
@@ -143,34 +143,34 @@ def cropped(trunk: nn.Module, first: View, key: str, seed: int = 0) -> Case:
     part = Image.fromarray(first.pixels).crop((left, top, right, bottom))
     patch = np.asarray(part.resize((width, height), Image.Resampling.BICUBIC))
     flipped = rng.random() < 0.5
-    second = see(trunk, recoloured(patch[:, ::-1] if flipped else patch, key, seed))
+    second = extract_view(trunk, jitter_and_grey(patch[:, ::-1] if flipped else patch, key, seed))
     scale = torch.tensor([width / (right - left), height / (bottom - top)])
-    true = (centres(first.grid, (height, width)) - torch.tensor([left, top])) * scale
+    true = (cell_centres(first.grid, (height, width)) - torch.tensor([left, top])) * scale
     if flipped:
         true = true * torch.tensor([-1, 1]) + torch.tensor([width, 0])
-    return Case(key, first.pixels, second.pixels, pairs(first, second, true))
+    return ViewPair(key, first.pixels, second.pixels, match_pairs(first, second, true))
 
 
-def stereo(trunk: nn.Module) -> Case:
+def stereo(trunk: nn.Module) -> ViewPair:
     """The bundled pair at its own size. A token's disparity is the median of the known ones in its cell."""
     left, right, disparity = samples.stereo_pair()
-    first, second = see(trunk, left), see(trunk, right)
+    first, second = extract_view(trunk, left), extract_view(trunk, right)
     shift = torch.tensor(
         [
             [_median(cell) for cell in np.array_split(rows, first.grid[1], axis=1)]
             for rows in np.array_split(disparity, first.grid[0], axis=0)
         ]
     ).flatten()
-    true = centres(first.grid, left.shape[:2]) - torch.stack([shift, torch.zeros_like(shift)], 1)
-    return Case("stereo_motorcycle", left, right, pairs(first, second, true))
+    true = cell_centres(first.grid, left.shape[:2]) - torch.stack([shift, torch.zeros_like(shift)], 1)
+    return ViewPair("stereo_motorcycle", left, right, match_pairs(first, second, true))
 
 
-def recoloured(pixels: np.ndarray, key: str, seed: int = 0) -> np.ndarray:
+def jitter_and_grey(pixels: np.ndarray, key: str, seed: int = 0) -> np.ndarray:
     """Colour jitter with probability .8, then grey: the official view 2's colours, drawn from (seed, key)."""
     draw = photometric.draw(crops.keyed_generator(seed, 0, key, 0), 0)._replace(grayscale=True, radius=0.0)
     image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))[None]
     x = photometric.apply(image, photometric.stack([[draw]]).crops(0, 1))[0]
-    return _picture(x)
+    return _to_uint8(x)
 
 
 def _median(disparity: np.ndarray) -> float:
@@ -178,7 +178,7 @@ def _median(disparity: np.ndarray) -> float:
     return float(np.median(known)) if 2 * len(known) >= disparity.size else math.nan
 
 
-def _picture(x: Tensor) -> np.ndarray:
+def _to_uint8(x: Tensor) -> np.ndarray:
     """[3, H, W], ImageNet-normalised → uint8 [H, W, 3]."""
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (photometric.MEAN, photometric.STD))
     return (x * std + mean).clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).numpy()
@@ -187,16 +187,16 @@ def _picture(x: Tensor) -> np.ndarray:
 # --- over a set ------------------------------------------------------------------------------------------------------
 
 
-class Result(NamedTuple):
+class CorrespondenceResult(NamedTuple):
     summary: dict[str, Any]  # correspondence.json
-    best: list[Case]  # of the mirrored measure, over all tokens
-    worst: list[Case]
-    stereo: Case
+    best: list[ViewPair]  # of the mirrored measure, over all tokens
+    worst: list[ViewPair]
+    stereo: ViewPair
 
 
 def run_correspondence(
     checkpoint: Path, data: Path, out: Path, images: int = 500, workers: int = 4, seed: int = 0
-) -> Result:
+) -> CorrespondenceResult:
     """`esvit-scale evaluate correspondence`: writes `out`/correspondence.json; the pictures are the report's to draw.
 
     Args:
@@ -208,17 +208,17 @@ def run_correspondence(
     teacher = load_frozen_trunk(checkpoint)
     require_pictures(teacher)
     rows: list[dict[str, dict[str, float]]] = []
-    cases: list[tuple[float, Case]] = []
+    cases: list[tuple[float, ViewPair]] = []
     trunk = teacher.trunk.to(default_device()).eval()
-    total = 1 if data.is_file() else min(images, contents(data).images)
+    total = 1 if data.is_file() else min(images, source_info(data).images)
     pictures = _pictures(data, teacher.size, images, workers)
     for key, pixels in tqdm(pictures, "correspondence", total, unit=" images", disable=None, leave=False):
-        first = see(trunk, pixels)
+        first = extract_view(trunk, pixels)
         case, crop = mirrored(trunk, first, key, seed), cropped(trunk, first, key, seed)
         rows.append({"mirrored": measure(case.pairs)})
         if len(crop.pairs.right):  # in a small crop of a coarse grid no token's place may be left
             rows[-1]["cropped"] = measure(crop.pairs)
-        cases = _extremes([*cases, (rows[-1]["mirrored"]["accuracy"], case)])
+        cases = _keep_best_and_worst([*cases, (rows[-1]["mirrored"]["accuracy"], case)])
     if not rows:
         raise UserError(f"{data}: holds no readable image")
     pair = stereo(trunk)
@@ -234,7 +234,7 @@ def run_correspondence(
     out.mkdir(parents=True, exist_ok=True)
     files.write_json(out / "correspondence.json", summary)
     ranked = [case for _, case in sorted(cases, key=lambda c: -c[0])]
-    return Result(summary, ranked[:SHOWN], ranked[SHOWN:][::-1][:SHOWN], pair)
+    return CorrespondenceResult(summary, ranked[:KEPT_PAIRS], ranked[KEPT_PAIRS:][::-1][:KEPT_PAIRS], pair)
 
 
 def table(summary: dict[str, Any]) -> str:
@@ -257,16 +257,16 @@ def _pictures(data: Path, size: int, images: int, workers: int) -> Iterator[tupl
         for x, key in zip(batch.images, batch.keys, strict=True):
             if seen == images:
                 return
-            yield key, _picture(x)
+            yield key, _to_uint8(x)
             seen += 1
 
 
-def _extremes(cases: list[tuple[float, Case]]) -> list[tuple[float, Case]]:
-    """At most SHOWN of the best and as many of the worst: pictures of a large set are not all kept."""
-    if len(cases) <= 2 * SHOWN:
+def _keep_best_and_worst(cases: list[tuple[float, ViewPair]]) -> list[tuple[float, ViewPair]]:
+    """At most KEPT_PAIRS of the best and as many of the worst: pictures of a large set are not all kept."""
+    if len(cases) <= 2 * KEPT_PAIRS:
         return cases
     ranked = sorted(cases, key=lambda c: -c[0])
-    return ranked[:SHOWN] + ranked[-SHOWN:]
+    return ranked[:KEPT_PAIRS] + ranked[-KEPT_PAIRS:]
 
 
 def _mean(rows: list[dict[str, float]]) -> dict[str, float]:

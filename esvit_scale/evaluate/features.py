@@ -1,4 +1,4 @@
-"""Features of a frozen trunk: images → [N, C], once, for every evaluation that follows (evaluate/cache.py keeps them)."""
+"""Features of a frozen trunk: images → [N, C], once, for every evaluation that follows (evaluate/feature_cache.py keeps them)."""
 
 import io
 import shutil
@@ -18,8 +18,8 @@ from esvit_scale.data import manifest as manifests
 from esvit_scale.data.pixel_format import RGB8, PixelFormat, pixel_format
 from esvit_scale.data.stream import EvaluationBatch
 from esvit_scale.errors import UserError
-from esvit_scale.evaluate import cache as caches
-from esvit_scale.evaluate.cache import FeatureBatch, FeatureSet
+from esvit_scale.evaluate import feature_cache
+from esvit_scale.evaluate.feature_cache import FeatureBatch, FeatureSet
 from esvit_scale.evaluate.progress import progress
 from esvit_scale.models.trunk import Trunk
 from esvit_scale.parallel import collectives
@@ -29,7 +29,7 @@ LAST_BLOCKS = 4
 TRANSFORM = "short side to size*256/224 (bicubic), centre crop"
 
 
-class Contents(NamedTuple):
+class SourceInfo(NamedTuple):
     images: int
     classes: tuple[str, ...]  # empty: no labels
 
@@ -41,7 +41,7 @@ class FrozenTrunk(NamedTuple):
     pixels: PixelFormat = RGB8  # of the images that it was trained on
 
 
-class Loading(NamedTuple):
+class ExtractionOptions(NamedTuple):
     """How features are computed and kept; what the evaluations pass on from the command line."""
 
     batch: int = 64
@@ -68,7 +68,7 @@ def extract(
     """Features of every image in `source` (shards or an image folder), in the source's order.
 
     The transform is the published k-NN protocol's (short side to size·256/224, centre crop). On several ranks each
-    extracts its part; every rank returns the whole set. Arguments from `batch` to `cache`: see `Loading`; `pixels`: the
+    extracts its part; every rank returns the whole set. Arguments from `batch` to `cache`: see `ExtractionOptions`; `pixels`: the
     format of the images that the trunk was trained on.
 
     kind "view": view features [N, C]. kind "blocks": [N, 2, D], the mean (or the class token) and the maximum over the
@@ -89,33 +89,35 @@ def extract(
         was_training = trunk.training
         trunk.to(place).eval()  # batch norm trunks: running statistics, whatever the batch
         try:
-            yield from _rows(encode, source, size, batch, workers, stored, pixels)
+            yield from _feature_batches(encode, source, size, batch, workers, stored, pixels)
         finally:
             trunk.train(was_training)
 
-    images = contents(source).images  # first of all: it says what is wrong with the source
-    key = {"trunk": caches.trunk_digest(trunk), "data": caches.source_digest(source), "size": size}
+    images = source_info(source).images  # first of all: it says what is wrong with the source
+    key = {"trunk": feature_cache.trunk_digest(trunk), "data": feature_cache.source_digest(source), "size": size}
     key |= {"transform": TRANSFORM, "kind": kind, "precision": precision, "stored": stored}
     if pixels != RGB8:
         key["pixels"] = list(pixels)
-    return _obtain(cache, key, source, images, compute)
+    return _cached_or_temporary(cache, key, source, images, compute)
 
 
 def raw_pixels(source: Path, size: int, batch: int = 64, workers: int = 4) -> FeatureSet:
     """The baseline that has learnt nothing: the normalised pixels themselves, C = 3·size². For small sets only."""
-    images = contents(source).images
+    images = source_info(source).images
     key = {"kind": "pixels"}
-    return _obtain(None, key, source, images, lambda: _rows(lambda x: x.flatten(1), source, size, batch, workers))
+    return _cached_or_temporary(
+        None, key, source, images, lambda: _feature_batches(lambda x: x.flatten(1), source, size, batch, workers)
+    )
 
 
-def run_embed(checkpoint: Path, data: Path, out: Path, loading: Loading) -> FeatureSet:
+def run_embed(checkpoint: Path, data: Path, out: Path, loading: ExtractionOptions) -> FeatureSet:
     """`esvit-scale embed`: features of `data` under `checkpoint`'s teacher, written to the file `out`."""
     if out.is_dir():
         raise UserError(f"{out}: is a folder; --out names the file to write, for example {out / 'features.npz'}")
     teacher = load_frozen_trunk(checkpoint)
     found = extract(teacher.trunk, data, teacher.size, **loading._asdict(), pixels=teacher.pixels)
     if collectives.rank() == 0:
-        save(found, out, contents(data).classes)
+        save(found, out, source_info(data).classes)
         print(f"{out}: {len(found.keys)} features of width {found.features.shape[1]} from {data}")
     return found
 
@@ -146,7 +148,7 @@ def load_frozen_trunk(checkpoint: Path) -> FrozenTrunk:
     return FrozenTrunk(trunk, config.data.global_crops.size, step, pixel_format(config.data))
 
 
-def contents(source: Path) -> Contents:
+def source_info(source: Path) -> SourceInfo:
     """What a shard set's manifest, or an image folder, says it holds.
 
     Raises:
@@ -154,9 +156,9 @@ def contents(source: Path) -> Contents:
     """
     if manifests.is_shard_set(source):
         held = manifests.load(source)
-        return Contents(held.samples, held.classes)
+        return SourceInfo(held.samples, held.classes)
     folder = image_folder.list_images(source, keep_loose=True)
-    return Contents(len(folder.files), folder.classes)
+    return SourceInfo(len(folder.files), folder.classes)
 
 
 def default_device() -> torch.device:
@@ -181,14 +183,14 @@ def _view(trunk: nn.Module, images: Tensor) -> Tensor:
     return view
 
 
-def _obtain(
+def _cached_or_temporary(
     cache: Path | None, key: dict[str, Any], source: Path, images: int, compute: Callable[[], Iterable[FeatureBatch]]
 ) -> FeatureSet:
     if cache is not None:
-        return caches.obtain(cache, key, source, images, compute)
+        return feature_cache.load_or_compute(cache, key, source, images, compute)
     folder = collectives.run_on_rank0_and_broadcast(lambda: Path(tempfile.mkdtemp(prefix="esvit-scale-features-")))
     try:
-        found = caches.obtain(folder, key, source, images, compute)
+        found = feature_cache.load_or_compute(folder, key, source, images, compute)
         in_memory = {name: getattr(found, name).clone() for name in ("features", "labels", "numbers")}
         collectives.barrier()  # every rank has its copy
         return found._replace(**in_memory)
@@ -197,7 +199,7 @@ def _obtain(
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _rows(
+def _feature_batches(
     encode: Callable[[Tensor], Tensor],
     source: Path,
     size: int,
@@ -211,13 +213,15 @@ def _rows(
     batches: Iterable[EvaluationBatch] = stream.evaluation_batches(
         source, size, batch, workers, rank, world, pixels=pixels
     )
-    total = contents(source).images // world
+    total = source_info(source).images // world
     for some in progress(batches, f"features of {source.name}", total, "images", lambda b: len(b.keys)):
         with torch.no_grad():
-            yield FeatureBatch(_in(stored, encode(some.images).cpu(), source), some.keys, some.labels, some.numbers)
+            yield FeatureBatch(
+                _to_stored_dtype(stored, encode(some.images).cpu(), source), some.keys, some.labels, some.numbers
+            )
 
 
-def _in(stored: str, features: Tensor, source: Path) -> Tensor:
+def _to_stored_dtype(stored: str, features: Tensor, source: Path) -> Tensor:
     if stored == "fp32":
         return features
     half = features.half()

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from esvit_scale import files
 from esvit_scale.errors import UserError
-from esvit_scale.evaluate.features import Loading, default_device, extract, load_frozen_trunk
-from esvit_scale.evaluate.labels import Labelled, check, labelled, per_class, same_classes
-from esvit_scale.evaluate.metrics import mean_interval, wilson
+from esvit_scale.evaluate.features import ExtractionOptions, default_device, extract, load_frozen_trunk
+from esvit_scale.evaluate.labels import LabelledSet, check_sets, match_classes, sample_per_class, with_class_names
+from esvit_scale.evaluate.metrics import mean_interval, wilson_interval
 from esvit_scale.evaluate.neighbours import nearest_neighbours
-from esvit_scale.evaluate.overlap import check_sets
+from esvit_scale.evaluate.overlap import check_train_and_test
 from esvit_scale.parallel import collectives
 
 KS = (10, 20, 100, 200)
@@ -49,7 +49,7 @@ def knn(
     Raises:
         UserError: features that are not finite or of different width, no samples, no labels, or a single class.
     """
-    check(train_features, train_labels, test_features, test_labels, "k-NN")
+    check_sets(train_features, train_labels, test_features, test_labels, "k-NN")
     ks = clip_ks(ks, len(train_labels))
     device = device or default_device()
     classes = int(torch.cat([train_labels, test_labels]).max()) + 1
@@ -57,7 +57,9 @@ def knn(
     rank, world, n = collectives.rank(), collectives.world_size(), len(test_labels)
     mine = slice(rank * n // world, (rank + 1) * n // world)
     similarity, index = nearest_neighbours(train_features, test_features[mine], max(ks), device)
-    right = places(train_labels[index], (similarity / temperature).exp(), test_labels[mine], ks, classes, top)
+    right = count_true_class_ranks(
+        train_labels[index], (similarity / temperature).exp(), test_labels[mine], ks, classes, top
+    )
     hits = collectives.all_reduce_sum_(right.to(device)).cpu()  # [ks, top]
     return {
         k: Accuracy(100 * int(row[0]) / n, 100 * int(row.sum()) / n if top == 5 else None)
@@ -65,7 +67,9 @@ def knn(
     }
 
 
-def places(voters: Tensor, weights: Tensor, truth: Tensor, ks: Sequence[int], classes: int, top: int) -> Tensor:
+def count_true_class_ranks(
+    voters: Tensor, weights: Tensor, truth: Tensor, ks: Sequence[int], classes: int, top: int
+) -> Tensor:
     """How often the true class came first, second, …: int64 [ks, top]. voters and weights [Q, k], truth [Q]."""
     right = torch.zeros(len(ks), top, dtype=torch.int64)
     step = max(1, VOTES_AT_ONCE // classes)
@@ -80,23 +84,23 @@ def places(voters: Tensor, weights: Tensor, truth: Tensor, ks: Sequence[int], cl
 
 
 def few_shot(
-    train: Labelled, test: Labelled, shots: Sequence[int], tries: int, ks: Sequence[int] = KS, seed: int = 0
+    train: LabelledSet, test: LabelledSet, shots: Sequence[int], tries: int, ks: Sequence[int] = KS, seed: int = 0
 ) -> dict[str, Any]:
     """k-NN with n training samples of each class, for n in `shots`: mean top-1 over `tries` draws, and its interval.
 
     Raises:
         UserError: a class has fewer than n samples.
     """
-    names, labels = train.classes, train.found.labels
-    truth = same_classes(train, test)
+    names, labels = train.classes, train.samples.labels
+    truth = match_classes(train, test)
     for n in shots:
-        per_class(labels, n, seed, names)  # says at once what is not there
+        sample_per_class(labels, n, seed, names)  # says at once what is not there
     found: dict[str, Any] = {}
     for n in shots:
         runs = []
         for attempt in range(tries):
-            rows = per_class(labels, n, seed + attempt, names)
-            runs.append(knn(train.found.features[rows], labels[rows], test.found.features, truth, ks))
+            rows = sample_per_class(labels, n, seed + attempt, names)
+            runs.append(knn(train.samples.features[rows], labels[rows], test.samples.features, truth, ks))
         means = {k: mean_interval([run[k].top1 for run in runs]) for k in runs[0]}
         found[str(n)] = {str(k): {"top1": mean, "interval": interval} for k, (mean, interval) in means.items()}
     return {"tries": tries, "seed": seed, "results": found}
@@ -114,16 +118,16 @@ def run_knn(
     train: Path,
     test: Path,
     out: Path,
-    loading: Loading,
+    loading: ExtractionOptions,
     ks: Sequence[int] = KS,
     shots: Sequence[int] = (),
     tries: int = 5,
 ) -> dict[str, Any]:
     """`esvit-scale evaluate knn`: the teacher of `checkpoint` on two labelled sets; writes `out`/knn.json."""
-    check_sets([train], test, "k-NN")
+    check_train_and_test([train], test, "k-NN")
     teacher = load_frozen_trunk(checkpoint)
     sets = [
-        labelled(extract(teacher.trunk, s, teacher.size, **loading._asdict(), pixels=teacher.pixels), s)
+        with_class_names(extract(teacher.trunk, s, teacher.size, **loading._asdict(), pixels=teacher.pixels), s)
         for s in (train, test)
     ]
     row = {"checkpoint": str(checkpoint), "step": teacher.step, "train": str(train), "test": str(test)}
@@ -138,19 +142,19 @@ def run_knn(
     return result
 
 
-def evaluate(train: Labelled, test: Labelled, ks: Sequence[int] = KS) -> dict[str, Any]:
+def evaluate(train: LabelledSet, test: LabelledSet, ks: Sequence[int] = KS) -> dict[str, Any]:
     """The part of knn.json that two feature sets determine: sizes, results for each k, best, and examples."""
-    labels = same_classes(train, test)
-    found = knn(train.found.features, train.found.labels, test.found.features, labels, ks)
-    n = len(train.found.keys)
+    labels = match_classes(train, test)
+    found = knn(train.samples.features, train.samples.labels, test.samples.features, labels, ks)
+    n = len(train.samples.keys)
     if max(ks) > n and collectives.rank() == 0:
         print(f"k-NN: k is clipped to {n}, the number of training samples")
     best = max(found, key=lambda k: found[k].top1)
     return {
         "n_train": n,
-        "n_test": len(test.found.keys),
-        "feature_dim": train.found.features.shape[1],
-        "results": {str(k): a._asdict() | {"interval": wilson(a.top1, len(labels))} for k, a in found.items()},
+        "n_test": len(test.samples.keys),
+        "feature_dim": train.samples.features.shape[1],
+        "results": {str(k): a._asdict() | {"interval": wilson_interval(a.top1, len(labels))} for k, a in found.items()},
         "best": {"k": best, **found[best]._asdict()},
         "examples": _examples(train, test),
     }
@@ -183,29 +187,29 @@ def few_shot_table(result: dict[str, Any]) -> str:
     ks = sorted({int(k) for row in result["results"].values() for k in row})
     lines = [f"{'k-NN top-1, % (mean ± 95 %)':<28}" + "".join(f"{f'k={k}':>14}" for k in ks)]
     for n, row in result["results"].items():
-        cells = [_with_reach(row[str(k)]) if str(k) in row else "–" for k in ks]
+        cells = [_with_margin(row[str(k)]) if str(k) in row else "–" for k in ks]
         lines.append(f"{n + ' of each class':<28}" + "".join(f"{cell:>14}" for cell in cells))
     return "\n".join([*lines, f"over {result['tries']} draws of the training samples"])
 
 
-def _with_reach(cell: dict[str, Any]) -> str:
+def _with_margin(cell: dict[str, Any]) -> str:
     interval = cell["interval"]
     return f"{cell['top1']:.1f}" + (f" ± {interval[1] - cell['top1']:.1f}" if interval else "")
 
 
-def _examples(train: Labelled, test: Labelled) -> list[dict[str, Any]]:
+def _examples(train: LabelledSet, test: LabelledSet) -> list[dict[str, Any]]:
     """Ten test samples, evenly spaced over the set, with their nearest training samples: for pictures."""
-    n = len(test.found.keys)
+    n = len(test.samples.keys)
     picked = torch.linspace(0, n - 1, min(EXAMPLES, n)).round().long()
-    k = min(EXAMPLE_NEIGHBOURS, len(train.found.keys))
+    k = min(EXAMPLE_NEIGHBOURS, len(train.samples.keys))
     rows = []
-    similarity, index = nearest_neighbours(train.found.features, test.found.features[picked], k)
+    similarity, index = nearest_neighbours(train.samples.features, test.samples.features[picked], k)
     for i, s, j in zip(picked.tolist(), similarity.tolist(), index.tolist(), strict=True):
-        neighbours = [_named(train, at) | {"similarity": value} for at, value in zip(j, s, strict=True)]
-        rows.append(_named(test, i) | {"neighbours": neighbours})
+        neighbours = [_sample_row(train, at) | {"similarity": value} for at, value in zip(j, s, strict=True)]
+        rows.append(_sample_row(test, i) | {"neighbours": neighbours})
     return rows
 
 
-def _named(of: Labelled, i: int) -> dict[str, Any]:
-    label = int(of.found.labels[i])
-    return {"key": of.found.keys[i], "class": of.classes[label] if of.classes else str(label)}
+def _sample_row(of: LabelledSet, i: int) -> dict[str, Any]:
+    label = int(of.samples.labels[i])
+    return {"key": of.samples.keys[i], "class": of.classes[label] if of.classes else str(label)}

@@ -1,4 +1,4 @@
-"""Labelled feature sets: classes matched by name, checked before any work, and parts of them that keep the classes."""
+"""LabelledSet feature sets: classes matched by name, checked before any work, and parts of them that keep the classes."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -8,40 +8,40 @@ import torch
 from torch import Tensor
 
 from esvit_scale.errors import UserError
-from esvit_scale.evaluate.cache import FeatureSet, chunks
-from esvit_scale.evaluate.features import contents
+from esvit_scale.evaluate.feature_cache import FeatureSet, chunks
+from esvit_scale.evaluate.features import source_info
 
 HELD_OUT = 0.1
 HELD_OUT_AT_MOST = 50_000
 
 
-class Labelled(NamedTuple):
+class LabelledSet(NamedTuple):
     """A feature set whose labels index `classes`."""
 
-    found: FeatureSet
+    samples: FeatureSet
     classes: tuple[str, ...]
 
 
-def labelled(found: FeatureSet, source: Path) -> Labelled:
+def with_class_names(found: FeatureSet, source: Path) -> LabelledSet:
     """`found` with the class names of the set it came from."""
-    return Labelled(found, contents(source).classes)
+    return LabelledSet(found, source_info(source).classes)
 
 
-def same_classes(train: Labelled, test: Labelled) -> Tensor:
+def match_classes(train: LabelledSet, test: LabelledSet) -> Tensor:
     """Return the test labels in the training set's numbering, classes matched by name; int64 [N].
 
     Raises:
         UserError: the test set has classes that no training sample has, though both sets may name them.
     """
     if not (train.classes and test.classes):
-        return test.found.labels
-    number = {train.classes[i]: i for i in train.found.labels.unique().tolist() if i >= 0}
-    require_trained(number, [test.classes[i] for i in test.found.labels.unique().tolist() if i >= 0])
+        return test.samples.labels
+    number = {train.classes[i]: i for i in train.samples.labels.unique().tolist() if i >= 0}
+    require_training_samples(number, [test.classes[i] for i in test.samples.labels.unique().tolist() if i >= 0])
     table = torch.tensor([number.get(name, -1) for name in test.classes] + [-1])  # the last: unlabelled (-1)
-    return table[test.found.labels]
+    return table[test.samples.labels]
 
 
-def require_trained(trained: Iterable[str], needed: Sequence[str]) -> None:
+def require_training_samples(trained: Iterable[str], needed: Sequence[str]) -> None:
     """
     Raises:
         UserError: a class that test samples have and no training sample.
@@ -60,11 +60,13 @@ def require_classes(sources: Sequence[Path], what: str) -> None:
         UserError: a source has no classes.
     """
     for source in sources:
-        if not contents(source).classes:
+        if not source_info(source).classes:
             raise UserError(f"{source}: its images have no labels; {what} needs one subfolder for each class")
 
 
-def check(train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor, what: str) -> None:
+def check_sets(
+    train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor, what: str
+) -> None:
     """
     Raises:
         UserError: features that are not finite or of different width, no samples, no labels, or a single class.
@@ -93,7 +95,7 @@ def check_finite(name: str, features: Tensor) -> None:
         )
 
 
-def per_class(labels: Tensor, count: int, seed: int, classes: Sequence[str] = ()) -> Tensor:
+def sample_per_class(labels: Tensor, count: int, seed: int, classes: Sequence[str] = ()) -> Tensor:
     """Rows of `count` samples of each class, drawn with `seed`; int64, ascending.
 
     Raises:
@@ -108,13 +110,13 @@ def per_class(labels: Tensor, count: int, seed: int, classes: Sequence[str] = ()
     return torch.cat(rows).sort().values
 
 
-def fraction(labels: Tensor, share: float, seed: int) -> Tensor:
+def sample_fraction(labels: Tensor, share: float, seed: int) -> Tensor:
     """Rows of `share` of every class's samples (rounded, at least one of each), drawn with `seed`; ascending."""
     rows = [own[: max(1, round(share * len(own)))] for _, own in _rows_by_class(labels, seed)]
     return torch.cat(rows).sort().values
 
 
-def split(labels: Tensor, seed: int, share: float = HELD_OUT) -> tuple[Tensor, Tensor]:
+def split_held_out(labels: Tensor, seed: int, share: float = HELD_OUT) -> tuple[Tensor, Tensor]:
     """Rows to fit on, and rows held out to select on: `share` of every class (at most HELD_OUT_AT_MOST in all), at
     least one of a class with two samples or more, none of a class with one.
 

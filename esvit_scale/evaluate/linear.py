@@ -16,15 +16,27 @@ from torch import Tensor
 
 from esvit_scale.data import augmented
 from esvit_scale.errors import UserError
-from esvit_scale.evaluate import heads as heads_module
-from esvit_scale.evaluate import labels as labels_module
-from esvit_scale.evaluate import logistic
-from esvit_scale.evaluate.features import FrozenTrunk, Loading, default_device, extract, last_blocks, load_frozen_trunk
-from esvit_scale.evaluate.heads import Batch, Head, Heads
+from esvit_scale.evaluate import linear_heads, logistic
+from esvit_scale.evaluate.features import (
+    ExtractionOptions,
+    FrozenTrunk,
+    default_device,
+    extract,
+    last_blocks,
+    load_frozen_trunk,
+)
 from esvit_scale.evaluate.knn import write_result
-from esvit_scale.evaluate.labels import Labelled, labelled, same_classes
-from esvit_scale.evaluate.metrics import accuracy, top5, wilson
-from esvit_scale.evaluate.overlap import check_sets
+from esvit_scale.evaluate.labels import (
+    LabelledSet,
+    check_sets,
+    match_classes,
+    sample_fraction,
+    split_held_out,
+    with_class_names,
+)
+from esvit_scale.evaluate.linear_heads import HeadConfig, LabelledBatch, LinearHeads
+from esvit_scale.evaluate.metrics import accuracy, top5_accuracy, wilson_interval
+from esvit_scale.evaluate.overlap import check_train_and_test
 from esvit_scale.parallel import collectives
 
 PROTOCOLS = ("official", "grid", "logistic")
@@ -32,7 +44,7 @@ PROTOCOLS = ("official", "grid", "logistic")
 Json = dict[str, Any]
 
 
-class Recipe(NamedTuple):
+class ProbeSettings(NamedTuple):
     """What the command line decides of a probe."""
 
     protocols: Sequence[str] = PROTOCOLS
@@ -43,7 +55,7 @@ class Recipe(NamedTuple):
     seed: int = 0
 
 
-class Task(NamedTuple):
+class ProbeData(NamedTuple):
     """Features [N, 2, D] (features.last_blocks), which training rows count, and where they come from."""
 
     train: Tensor
@@ -54,15 +66,15 @@ class Task(NamedTuple):
     truth: Tensor  # int64, in the training set's numbering
     classes: int
     dim: int  # C of the last block
-    images: "Images"
+    images: "ImageSource"
 
 
-class Images(NamedTuple):
+class ImageSource(NamedTuple):
     """For training over images."""
 
     teacher: FrozenTrunk
     source: Path
-    loading: Loading
+    loading: ExtractionOptions
 
 
 def run_linear(
@@ -70,8 +82,8 @@ def run_linear(
     train: Path,
     test: Path,
     out: Path,
-    recipe: Recipe,
-    loading: Loading,
+    recipe: ProbeSettings,
+    loading: ExtractionOptions,
 ) -> Json:
     """Writes `out`/linear.json: sizes, and for each protocol top-1, top-5, their interval, and what was selected.
 
@@ -80,68 +92,70 @@ def run_linear(
     """
     if not 0 < recipe.fraction <= 1:
         raise UserError(f"--fraction: expected more than 0 and at most 1 (0.01 is 1 %), got {recipe.fraction:g}")
-    check_sets([train], test, "a linear probe")
+    check_train_and_test([train], test, "a linear probe")
     teacher = load_frozen_trunk(checkpoint)
     sets = [
-        labelled(extract(teacher.trunk, s, teacher.size, **loading._asdict(), kind="blocks", pixels=teacher.pixels), s)
+        with_class_names(
+            extract(teacher.trunk, s, teacher.size, **loading._asdict(), kind="blocks", pixels=teacher.pixels), s
+        )
         for s in (train, test)
     ]
-    task = make_task(sets[0], sets[1], recipe, Images(teacher, train, loading))
+    task = make_probe_data(sets[0], sets[1], recipe, ImageSource(teacher, train, loading))
     row: Json = {"checkpoint": str(checkpoint), "step": teacher.step, "train": str(train), "test": str(test)}
     row |= {"n_train": len(task.rows), "n_test": len(task.truth), "classes": task.classes, "fraction": recipe.fraction}
-    result = row | {"seed": recipe.seed, "results": {name: _RUN[name](task, recipe) for name in recipe.protocols}}
+    result = row | {"seed": recipe.seed, "results": {name: _PROTOCOLS[name](task, recipe) for name in recipe.protocols}}
     if collectives.rank() == 0:
         write_result(result, out / "linear.json")
         print(table(result))
     return result
 
 
-def make_task(train: Labelled, test: Labelled, recipe: Recipe, images: Images) -> Task:
-    truth = same_classes(train, test)
-    labels_module.check(train.found.features, train.found.labels, test.found.features, truth, "a linear probe")
-    rows = torch.arange(len(train.found.labels))
+def make_probe_data(train: LabelledSet, test: LabelledSet, recipe: ProbeSettings, images: ImageSource) -> ProbeData:
+    truth = match_classes(train, test)
+    check_sets(train.samples.features, train.samples.labels, test.samples.features, truth, "a linear probe")
+    rows = torch.arange(len(train.samples.labels))
     if recipe.fraction < 1:
-        rows = labels_module.fraction(train.found.labels, recipe.fraction, recipe.seed)
-    classes = max(len(train.classes), int(train.found.labels.max()) + 1)
-    dim = int(getattr(images.teacher.trunk, "dim", train.found.features.shape[-1]))
-    found = (train.found.features, train.found.labels, train.found.numbers, rows, test.found.features, truth)
-    return Task(*found, classes, dim, images)
+        rows = sample_fraction(train.samples.labels, recipe.fraction, recipe.seed)
+    classes = max(len(train.classes), int(train.samples.labels.max()) + 1)
+    dim = int(getattr(images.teacher.trunk, "dim", train.samples.features.shape[-1]))
+    found = (train.samples.features, train.samples.labels, train.samples.numbers, rows, test.samples.features, truth)
+    return ProbeData(*found, classes, dim, images)
 
 
-def official(task: Task, recipe: Recipe) -> Json:
-    trained = _trained((heads_module.OFFICIAL,), task, task.rows, recipe)
-    found = _judged(heads_module.scores_of(trained, 0, task.test), task.truth)
-    rate = heads_module.OFFICIAL.lr
+def official(task: ProbeData, recipe: ProbeSettings) -> Json:
+    trained = _train_heads((linear_heads.OFFICIAL,), task, task.rows, recipe)
+    found = _score(linear_heads.head_scores(trained, 0, task.test), task.truth)
+    rate = linear_heads.OFFICIAL.lr
     return found | {"lr": rate, "batch": recipe.batch, "epochs": recipe.epochs, "augmented": recipe.augment}
 
 
-def grid(task: Task, recipe: Recipe) -> Json:
+def grid(task: ProbeData, recipe: ProbeSettings) -> Json:
     fit, held_out = _split(task, recipe)
-    trained = _trained(heads_module.GRID, task, fit, recipe)
-    scores = heads_module.accuracies(trained, task.train[held_out], task.labels[held_out])
+    trained = _train_heads(linear_heads.GRID, task, fit, recipe)
+    scores = linear_heads.accuracies(trained, task.train[held_out], task.labels[held_out])
     best = int(scores.argmax())
-    found = _judged(heads_module.scores_of(trained, best, task.test), task.truth)
-    heads = [h._asdict() | {"held_out": float(s)} for h, s in zip(heads_module.GRID, scores, strict=True)]
+    found = _score(linear_heads.head_scores(trained, best, task.test), task.truth)
+    heads = [h._asdict() | {"held_out": float(s)} for h, s in zip(linear_heads.GRID, scores, strict=True)]
     found |= {"selected": heads[best], "n_fit": len(fit), "n_held_out": len(held_out), "heads": heads}
     return found | {"batch": recipe.batch, "epochs": recipe.epochs, "augmented": recipe.augment}
 
 
-def logistic_regression(task: Task, recipe: Recipe) -> Json:
+def logistic_regression(task: ProbeData, recipe: ProbeSettings) -> Json:
     fit, held_out = _split(task, recipe)
     features, labels = task.train[:, 0], task.labels  # mean over tokens
 
     def of(rows: Tensor) -> logistic.LabelledFeatures:
         return logistic.LabelledFeatures(features, rows, labels[rows], task.classes)
 
-    best, tried = logistic.search(of(fit), of(held_out))
+    best, tried = logistic.search_penalty(of(fit), of(held_out))
     final = logistic.fit(of(task.rows), best.l2)
-    found = _judged(final.scores(task.test[:, 0]), task.truth)
+    found = _score(final.scores(task.test[:, 0]), task.truth)
     path = [candidate._asdict() for candidate in tried]
     found |= {"selected": best._asdict(), "n_fit": len(fit), "n_held_out": len(held_out)}
     return found | {"path": path, "converged": final.converged}
 
 
-_RUN = {"official": official, "grid": grid, "logistic": logistic_regression}
+_PROTOCOLS = {"official": official, "grid": grid, "logistic": logistic_regression}
 
 
 def table(result: Json) -> str:
@@ -158,33 +172,33 @@ def table(result: Json) -> str:
     return "\n".join([*lines, f"{result['n_test']} test samples, {result['n_train']} training samples{share}"])
 
 
-def _split(task: Task, recipe: Recipe) -> tuple[Tensor, Tensor]:
+def _split(task: ProbeData, recipe: ProbeSettings) -> tuple[Tensor, Tensor]:
     """Rows to fit on and rows to select on."""
-    fit, held_out = labels_module.split(task.labels[task.rows], recipe.seed)
+    fit, held_out = split_held_out(task.labels[task.rows], recipe.seed)
     return task.rows[fit], task.rows[held_out]
 
 
-def _judged(scores: Tensor, truth: Tensor) -> Json:
+def _score(scores: Tensor, truth: Tensor) -> Json:
     top1 = accuracy(scores, truth)
-    return {"top1": top1, "interval": wilson(top1, len(truth)), "top5": top5(scores, truth)}
+    return {"top1": top1, "interval": wilson_interval(top1, len(truth)), "top5": top5_accuracy(scores, truth)}
 
 
 # --- SGD over kept features, or over images --------------------------------------------------------------------------
 
 
-def _trained(heads: tuple[Head, ...], task: Task, rows: Tensor, recipe: Recipe) -> Heads:
-    trained = Heads(heads, task.dim, task.train.shape[-1], task.classes, recipe.seed).to(default_device())
-    batches = _over_images if recipe.augment else _over_features
-    heads_module.train(trained, recipe.epochs, recipe.batch, lambda epoch: batches(task, rows, recipe, epoch))
+def _train_heads(heads: tuple[HeadConfig, ...], task: ProbeData, rows: Tensor, recipe: ProbeSettings) -> LinearHeads:
+    trained = LinearHeads(heads, task.dim, task.train.shape[-1], task.classes, recipe.seed).to(default_device())
+    batches = _augmented_batches if recipe.augment else _feature_batches
+    linear_heads.train(trained, recipe.epochs, recipe.batch, lambda epoch: batches(task, rows, recipe, epoch))
     return trained
 
 
-def _over_features(task: Task, rows: Tensor, recipe: Recipe, epoch: int) -> Iterator[Batch]:
-    for mine, size in _order(rows, recipe, epoch):
-        yield Batch(task.train[mine], task.labels[mine], size)
+def _feature_batches(task: ProbeData, rows: Tensor, recipe: ProbeSettings, epoch: int) -> Iterator[LabelledBatch]:
+    for mine, size in _shuffled_batches(rows, recipe, epoch):
+        yield LabelledBatch(task.train[mine], task.labels[mine], size)
 
 
-def _over_images(task: Task, rows: Tensor, recipe: Recipe, epoch: int) -> Iterator[Batch]:
+def _augmented_batches(task: ProbeData, rows: Tensor, recipe: ProbeSettings, epoch: int) -> Iterator[LabelledBatch]:
     """The official training transform: every epoch sees other crops."""
     teacher, source, loading = task.images
     numbers = task.numbers
@@ -193,7 +207,7 @@ def _over_images(task: Task, rows: Tensor, recipe: Recipe, epoch: int) -> Iterat
     trunk = teacher.trunk.to(place).eval()
     label_of = torch.full((int(numbers.max()) + 1,), -1)
     label_of[numbers] = task.labels
-    order = list(_order(rows, recipe, epoch))
+    order = list(_shuffled_batches(rows, recipe, epoch))
     wanted = [numbers[mine] for mine, _ in order]
     crops = augmented.augmented_batches(
         source, wanted, teacher.size, recipe.seed, epoch, loading.workers, teacher.pixels
@@ -201,10 +215,10 @@ def _over_images(task: Task, rows: Tensor, recipe: Recipe, epoch: int) -> Iterat
     for (images, good), (_, size) in zip(crops, order, strict=True):
         with torch.no_grad(), torch.autocast(place.type, torch.bfloat16, enabled=loading.precision == "bf16"):
             features = torch.cat([last_blocks(trunk, x) for x in images.to(place).split(loading.batch)])
-        yield Batch(features.float(), label_of[good], size)
+        yield LabelledBatch(features.float(), label_of[good], size)
 
 
-def _order(rows: Tensor, recipe: Recipe, epoch: int) -> Iterator[tuple[Tensor, int]]:
+def _shuffled_batches(rows: Tensor, recipe: ProbeSettings, epoch: int) -> Iterator[tuple[Tensor, int]]:
     """(this rank's rows of a global batch, the batch's size), shuffled by (seed, epoch) alike on every rank."""
     generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + epoch)
     rank, world = collectives.rank(), collectives.world_size()

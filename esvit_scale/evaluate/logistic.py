@@ -27,7 +27,7 @@ ITERATIONS = 500
 ROWS_AT_ONCE = 2**14
 
 
-class Fitted(NamedTuple):
+class LogisticModel(NamedTuple):
     """A classifier; scores of features [N, D] by `scores`."""
 
     weight: Tensor  # float32 [K, D], of standardised features
@@ -53,11 +53,11 @@ class LabelledFeatures(NamedTuple):
 
 
 def fit(
-    data: LabelledFeatures, penalty: float, start: Fitted | None = None, device: torch.device | None = None
-) -> Fitted:
+    data: LabelledFeatures, penalty: float, start: LogisticModel | None = None, device: torch.device | None = None
+) -> LogisticModel:
     """The optimum for one λ, from `start` (another λ's, of the same rows) or from zero. Every rank sums over its part
     of the rows, and all get the result."""
-    blocks = _Blocks(data, start, device or default_device())
+    blocks = _StandardizedBlocks(data, start, device or default_device())
     k, d = data.classes, len(blocks.mean)
 
     def objective(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
@@ -80,7 +80,7 @@ def fit(
     best = minimize(objective, first, jac=True, method="L-BFGS-B", options=options)
     theta = torch.from_numpy(best.x).float()
     converged = best.nit < ITERATIONS
-    return Fitted(theta[: k * d].view(k, d), theta[k * d :], blocks.mean.cpu(), blocks.scale.cpu(), converged)
+    return LogisticModel(theta[: k * d].view(k, d), theta[k * d :], blocks.mean.cpu(), blocks.scale.cpu(), converged)
 
 
 class Candidate(NamedTuple):
@@ -88,7 +88,7 @@ class Candidate(NamedTuple):
     held_out: float  # mean loss on the held-out rows
 
 
-def search(
+def search_penalty(
     data: LabelledFeatures, held_out: LabelledFeatures, device: torch.device | None = None
 ) -> tuple[Candidate, list[Candidate]]:
     """The λ whose fit on `data` has the least loss on `held_out`, and every one tried, ascending.
@@ -97,7 +97,7 @@ def search(
     not the metric, is compared: it has one minimum in λ, where a metric on some hundred samples has many by chance (on
     digits the best accuracy chose up to 1.5 points worse, the least loss 0.2 at most).
     """
-    fits: dict[float, Fitted] = {}
+    fits: dict[float, LogisticModel] = {}
     found: dict[float, float] = {}
 
     def best() -> float:
@@ -118,20 +118,20 @@ def search(
     return Candidate(best(), found[best()]), [Candidate(l2, found[l2]) for l2 in sorted(found)]
 
 
-def mean_loss(fitted: Fitted, data: LabelledFeatures) -> float:
+def mean_loss(fitted: LogisticModel, data: LabelledFeatures) -> float:
     """Without the penalty."""
     parts = zip(data.rows.split(ROWS_AT_ONCE), data.targets.split(ROWS_AT_ONCE), strict=True)
     losses = [_loss_and_gradient(fitted.scores(data.features[rows]), targets)[0] for rows, targets in parts]
     return float(torch.stack(losses).sum()) / len(data.rows)
 
 
-class _Blocks:
+class _StandardizedBlocks:
     """Standardised float32 blocks of this rank's rows, with their targets, on the device: kept there when they are few,
     else made again in every pass, so that memory stays bounded."""
 
-    KEPT = 2 << 30  # bytes
+    CACHED_BYTES = 2 << 30  # bytes
 
-    def __init__(self, data: LabelledFeatures, start: Fitted | None, place: torch.device) -> None:
+    def __init__(self, data: LabelledFeatures, start: LogisticModel | None, place: torch.device) -> None:
         rank, world, n = collectives.rank(), collectives.world_size(), len(data.rows)
         mine = slice(rank * n // world, (rank + 1) * n // world)
         self.place = place
@@ -143,13 +143,13 @@ class _Blocks:
             self.mean, self.scale = self._moments(data.features.shape[1], n)
         else:
             self.mean, self.scale = start.mean.to(place), start.scale.to(place)
-        few = 4 * (mine.stop - mine.start) * len(self.mean) <= self.KEPT
-        self._kept = list(self._made()) if few else None
+        few = 4 * (mine.stop - mine.start) * len(self.mean) <= self.CACHED_BYTES
+        self._cached = list(self._make_blocks()) if few else None
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(self._kept) if self._kept is not None else self._made()
+        return iter(self._cached) if self._cached is not None else self._make_blocks()
 
-    def _made(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _make_blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         for rows, targets in self._parts:
             yield (self._raw(rows) - self.mean) / self.scale, targets.to(self.place)
 

@@ -27,10 +27,10 @@ class Metric(NamedTuple):
 
 
 def accuracy(scores: Tensor, targets: Tensor) -> float:
-    return 100 * float((predicted(scores) == targets).double().mean())
+    return 100 * float((predicted_class(scores) == targets).double().mean())
 
 
-def top5(scores: Tensor, targets: Tensor) -> float | None:
+def top5_accuracy(scores: Tensor, targets: Tensor) -> float | None:
     """None: fewer than five classes."""
     if scores.shape[1] < 5:
         return None
@@ -39,13 +39,13 @@ def top5(scores: Tensor, targets: Tensor) -> float | None:
 
 def mean_per_class(scores: Tensor, targets: Tensor) -> float:
     """The mean over the classes that are there of the share of a class's samples that are recognised."""
-    right = (predicted(scores) == targets).double()
+    right = (predicted_class(scores) == targets).double()
     counts = torch.bincount(targets, minlength=scores.shape[1])
     hits = torch.bincount(targets, right, minlength=scores.shape[1])
     return 100 * float((hits / counts)[counts > 0].mean())
 
 
-def map11(scores: Tensor, targets: Tensor) -> float:
+def mean_ap_11_point(scores: Tensor, targets: Tensor) -> float:
     """Mean over classes of PASCAL VOC 2007's average precision: the best precision at recall ≥ 0, .1, …, 1, averaged.
     Classes without a positive are left out."""
     found = []
@@ -75,17 +75,17 @@ def roc_auc(scores: Tensor, targets: Tensor) -> float:
 METRICS = {
     "accuracy": Metric(accuracy),
     "mean_per_class": Metric(mean_per_class),
-    "map11": Metric(map11, multi_label=True),
+    "map11": Metric(mean_ap_11_point, multi_label=True),
     "roc_auc": Metric(roc_auc),
 }
 
 
-def predicted(scores: Tensor) -> Tensor:
+def predicted_class(scores: Tensor) -> Tensor:
     """The best class [N]; -1 where a score is not finite (a probe that diverged is wrong, not class 0)."""
     return scores.argmax(1).masked_fill(~scores.isfinite().all(1), -1)
 
 
-def wilson(share: float, n: int) -> Interval:
+def wilson_interval(share: float, n: int) -> Interval:
     """95 % interval of a share of n independent samples (Wilson 1927); percentages in and out."""
     p, z2 = share / 100, Z95**2
     middle = (p + z2 / (2 * n)) / (1 + z2 / n)
@@ -93,7 +93,9 @@ def wilson(share: float, n: int) -> Interval:
     return [100 * max(0.0, middle - reach), 100 * min(1.0, middle + reach)]
 
 
-def bootstrap(metric: Callable[[Tensor, Tensor], float], scores: Tensor, targets: Tensor, seed: int = 0) -> Interval:
+def bootstrap_interval(
+    metric: Callable[[Tensor, Tensor], float], scores: Tensor, targets: Tensor, seed: int = 0
+) -> Interval:
     """95 % percentile interval over resamples of the test set; for metrics that are no share of samples."""
     generator = torch.Generator().manual_seed(seed)
     found = []

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-BANK_ROWS, QUERIES = 2**15, 2**8  # compared at once: 32 MB of similarities
+BANK_ROWS_PER_BLOCK, QUERIES_PER_BLOCK = 2**15, 2**8  # compared at once: 32 MB of similarities
 
 
 def nearest_neighbours(
@@ -18,11 +18,13 @@ def nearest_neighbours(
     queries = F.normalize(queries.float(), dim=1).to(device)  # [Q, C]
     best = queries.new_full((len(queries), k), -torch.inf)
     rows = torch.zeros(len(queries), k, dtype=torch.int64, device=device)
-    room = queries.new_empty(QUERIES * BANK_ROWS)  # one for all blocks: fresh memory each time costs a third more
-    for first in range(0, len(bank), BANK_ROWS):
-        some = F.normalize(bank[first : first + BANK_ROWS].to(device).float(), dim=1)  # [n, C]
-        for start in range(0, len(queries), QUERIES):
-            block = slice(start, start + QUERIES)
+    room = queries.new_empty(
+        QUERIES_PER_BLOCK * BANK_ROWS_PER_BLOCK
+    )  # one for all blocks: fresh memory each time costs a third more
+    for first in range(0, len(bank), BANK_ROWS_PER_BLOCK):
+        some = F.normalize(bank[first : first + BANK_ROWS_PER_BLOCK].to(device).float(), dim=1)  # [n, C]
+        for start in range(0, len(queries), QUERIES_PER_BLOCK):
+            block = slice(start, start + QUERIES_PER_BLOCK)
             q = queries[block]
             similarity = torch.mm(q, some.T, out=room[: len(q) * len(some)].view(len(q), len(some)))
             values, index = similarity.topk(min(k, len(some)))

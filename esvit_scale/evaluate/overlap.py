@@ -10,8 +10,8 @@ from esvit_scale.data.bad_image import BadImage
 from esvit_scale.data.evaluation import Items, items_of
 from esvit_scale.data.manifest import is_shard_set
 from esvit_scale.errors import UserError
-from esvit_scale.evaluate.features import contents
-from esvit_scale.evaluate.labels import require_classes, require_trained
+from esvit_scale.evaluate.features import source_info
+from esvit_scale.evaluate.labels import require_classes, require_training_samples
 from esvit_scale.parallel import collectives
 
 log = logging.getLogger(__name__)
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 COMPARED = 500  # test images whose bytes are looked for in the training set, spread evenly over the test set
 
 
-def check_sets(train: Sequence[Path], test: Path, what: str, classes: bool = True) -> None:
+def check_train_and_test(train: Sequence[Path], test: Path, what: str, classes: bool = True) -> None:
     """Check two labelled sets by their labels, names and sizes; reads no images but those that may be in both.
 
     All ranks call it. Images that are in both sets are a warning with their number.
@@ -40,7 +40,7 @@ def _check(train: Sequence[Path], test: Path, what: str, classes: bool) -> None:
     if classes:
         require_classes([*train, test], what)
         there = {name for source in train for name in _classes_of(source, what)}
-        require_trained(there, _classes_of(test, what))
+        require_training_samples(there, _classes_of(test, what))
     for source in train:
         if source.resolve() == test.resolve():
             log.warning("%s: train and test are the same set: what is measured is memory, not recognition", test)
@@ -54,7 +54,7 @@ def _classes_of(source: Path, what: str) -> list[str]:
     Raises:
         UserError: an image has no label.
     """
-    names, items = contents(source).classes, items_of(source, notes=False)
+    names, items = source_info(source).classes, items_of(source, notes=False)
     labels = items.labels()
     if (first := labels.get(-1)) is not None:
         remedy = (

@@ -15,14 +15,20 @@ from torch import Tensor
 
 from esvit_scale.data.evaluation import items_of
 from esvit_scale.errors import RestartCanHelp, UserError
-from esvit_scale.evaluate import labels as labels_module
 from esvit_scale.evaluate import logistic
-from esvit_scale.evaluate.cache import FeatureSet, source_digest, trunk_digest
-from esvit_scale.evaluate.features import FrozenTrunk, Loading, extract, load_frozen_trunk
+from esvit_scale.evaluate.feature_cache import FeatureSet, source_digest, trunk_digest
+from esvit_scale.evaluate.features import ExtractionOptions, FrozenTrunk, extract, load_frozen_trunk
 from esvit_scale.evaluate.knn import write_result
-from esvit_scale.evaluate.labels import Labelled, labelled, same_classes
-from esvit_scale.evaluate.metrics import METRICS, accuracy, bootstrap, wilson
-from esvit_scale.evaluate.overlap import check_sets
+from esvit_scale.evaluate.labels import (
+    LabelledSet,
+    check_finite,
+    check_sets,
+    match_classes,
+    split_held_out,
+    with_class_names,
+)
+from esvit_scale.evaluate.metrics import METRICS, accuracy, bootstrap_interval, wilson_interval
+from esvit_scale.evaluate.overlap import check_train_and_test
 from esvit_scale.evaluate.transfer_list import Dataset, read_labels, read_list, targets_of
 from esvit_scale.parallel import collectives
 
@@ -32,7 +38,7 @@ SEED = 0
 Json = dict[str, Any]
 
 
-class Sets(NamedTuple):
+class TransferData(NamedTuple):
     """Features and targets of train (followed by val) and test."""
 
     features: Tensor  # [N, C]
@@ -48,7 +54,7 @@ def run_transfer(
     source: Path,
     checkpoint: Path,
     out: Path,
-    loading: Loading,
+    loading: ExtractionOptions,
     root: Path | None = None,
     baseline: Path | None = None,
 ) -> Json:
@@ -66,7 +72,7 @@ def run_transfer(
     failed: dict[str, str] = {}
     for number, dataset in enumerate(datasets, 1):
         try:
-            done[dataset.name] = _kept_or_evaluated(dataset, teacher, digest, out, loading)
+            done[dataset.name] = _cached_or_evaluated(dataset, teacher, digest, out, loading)
         except RestartCanHelp:
             raise
         except UserError as error:
@@ -93,27 +99,27 @@ def run_transfer(
     return result
 
 
-def evaluate(dataset: Dataset, teacher: FrozenTrunk, loading: Loading) -> Json:
+def evaluate(dataset: Dataset, teacher: FrozenTrunk, loading: ExtractionOptions) -> Json:
     """One data set's row."""
     sources = [s for s in (dataset.train, dataset.val, dataset.test) if s is not None]
-    check_sets(sources[:-1], dataset.test, f"the metric {dataset.metric}", classes=not dataset.labels)
+    check_train_and_test(sources[:-1], dataset.test, f"the metric {dataset.metric}", classes=not dataset.labels)
     if dataset.labels:
         _check_labels(dataset.labels, sources)
     found = [extract(teacher.trunk, s, teacher.size, **loading._asdict(), pixels=teacher.pixels) for s in sources]
-    sets = _several_labels(dataset, found) if dataset.labels else _classes(sources, found)
+    sets = _multi_label_data(dataset, found) if dataset.labels else _single_label_data(sources, found)
     metric = METRICS[dataset.metric].score
 
     def rows(some: Tensor) -> logistic.LabelledFeatures:
         return logistic.LabelledFeatures(sets.features, some, sets.targets[some], sets.classes)
 
-    best, tried = logistic.search(rows(sets.fit), rows(sets.held_out))
+    best, tried = logistic.search_penalty(rows(sets.fit), rows(sets.held_out))
     final = logistic.fit(rows(torch.arange(len(sets.features))), best.l2)
     scores = final.scores(sets.test)
     found_score = metric(scores, sets.truth)
     if metric is accuracy:
-        interval = wilson(found_score, len(scores))
+        interval = wilson_interval(found_score, len(scores))
     else:
-        interval = bootstrap(metric, scores, sets.truth)
+        interval = bootstrap_interval(metric, scores, sets.truth)
     return {
         "metric": dataset.metric,
         "score": found_score,
@@ -178,7 +184,9 @@ def table(result: Json) -> str:
     return "\n".join(lines)
 
 
-def _kept_or_evaluated(dataset: Dataset, teacher: FrozenTrunk, digest: str, out: Path, loading: Loading) -> Json:
+def _cached_or_evaluated(
+    dataset: Dataset, teacher: FrozenTrunk, digest: str, out: Path, loading: ExtractionOptions
+) -> Json:
     """The row from `out`/datasets when it is of the same trunk, data and settings."""
     path = out / "datasets" / f"{dataset.name}.json"
 
@@ -202,30 +210,30 @@ def _kept_or_evaluated(dataset: Dataset, teacher: FrozenTrunk, digest: str, out:
     return result
 
 
-def _classes(sources: list[Path], found: list[FeatureSet]) -> Sets:
+def _single_label_data(sources: list[Path], found: list[FeatureSet]) -> TransferData:
     """Class folders; the classes of val and test are matched to train's by name."""
-    train, *others = (labelled(f, s) for f, s in zip(found, sources, strict=True))
-    targets = [train.found.labels, *(same_classes(train, other) for other in others)]
+    train, *others = (with_class_names(f, s) for f, s in zip(found, sources, strict=True))
+    targets = [train.samples.labels, *(match_classes(train, other) for other in others)]
     for name, other, labels in zip(("val", "test")[-len(others) :], others, targets[1:], strict=True):
-        labels_module.check(
-            train.found.features, train.found.labels, other.found.features, labels, f"transfer ({name} set)"
+        check_sets(
+            train.samples.features, train.samples.labels, other.samples.features, labels, f"transfer ({name} set)"
         )
-    fit, held_out = _split(train.found.labels, [len(t) for t in targets[:-1]])
-    classes = max(len(train.classes), int(train.found.labels.max()) + 1)
-    features, labels = _joined([train, *others[:-1]]), torch.cat(targets[:-1])
-    return Sets(features, labels, fit, held_out, others[-1].found.features, targets[-1], classes)
+    fit, held_out = _split(train.samples.labels, [len(t) for t in targets[:-1]])
+    classes = max(len(train.classes), int(train.samples.labels.max()) + 1)
+    features, labels = _concatenated([train, *others[:-1]]), torch.cat(targets[:-1])
+    return TransferData(features, labels, fit, held_out, others[-1].samples.features, targets[-1], classes)
 
 
-def _several_labels(dataset: Dataset, found: list[FeatureSet]) -> Sets:
+def _multi_label_data(dataset: Dataset, found: list[FeatureSet]) -> TransferData:
     assert dataset.labels is not None
     classes, rows = read_labels(dataset.labels)
     sources = [s for s in (dataset.train, dataset.val, dataset.test) if s is not None]
     targets = [targets_of(f.keys, rows, dataset.labels, s) for f, s in zip(found, sources, strict=True)]
     for source, f in zip(sources, found, strict=True):
-        labels_module.check_finite(str(source), f.features)
+        check_finite(str(source), f.features)
     fit, held_out = _split(torch.zeros(len(targets[0]), dtype=torch.int64), [len(t) for t in targets[:-1]])
-    features = _joined([Labelled(f, classes) for f in found[:-1]])
-    return Sets(features, torch.cat(targets[:-1]), fit, held_out, found[-1].features, targets[-1], len(classes))
+    features = _concatenated([LabelledSet(f, classes) for f in found[:-1]])
+    return TransferData(features, torch.cat(targets[:-1]), fit, held_out, found[-1].features, targets[-1], len(classes))
 
 
 def _check_labels(labels: Path, sources: list[Path]) -> None:
@@ -244,11 +252,11 @@ def _split(labels: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
     """Train's rows, and val's which follow them; or parts of train where there is no val."""
     if len(sizes) == 2:
         return torch.arange(sizes[0]), torch.arange(sizes[0], sum(sizes))
-    return labels_module.split(labels, SEED, HELD_OUT)
+    return split_held_out(labels, SEED, HELD_OUT)
 
 
-def _joined(sets: list[Labelled]) -> Tensor:
-    return sets[0].found.features if len(sets) == 1 else torch.cat([s.found.features for s in sets])
+def _concatenated(sets: list[LabelledSet]) -> Tensor:
+    return sets[0].samples.features if len(sets) == 1 else torch.cat([s.samples.features for s in sets])
 
 
 def _mean(done: dict[str, Json]) -> float | None:

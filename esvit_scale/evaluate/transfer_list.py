@@ -16,7 +16,9 @@ from esvit_scale.evaluate.metrics import METRICS
 
 SHIPPED = ("elevater",)
 PATHS = ("train", "test", "val", "labels")
-CELLS = {"true": 1.0, "yes": 1.0, "false": 0.0, "no": 0.0} | dict.fromkeys(("", "nan", "na", "n/a", "null"), math.nan)
+NAMED_VALUES = {"true": 1.0, "yes": 1.0, "false": 0.0, "no": 0.0} | dict.fromkeys(
+    ("", "nan", "na", "n/a", "null"), math.nan
+)
 
 
 class Dataset(NamedTuple):
@@ -37,7 +39,7 @@ def read_list(source: Path, root: Path | None = None) -> list[Dataset]:
     """
     content = _load(source)
     where = str(source)
-    _only_known(where, content, ("root", "datasets"))
+    _reject_unknown_keys(where, content, ("root", "datasets"))
     own = content.get("root")
     base = Path(root or own or source.parent)
     if root is None and own and not base.is_absolute():
@@ -73,7 +75,7 @@ def read_labels(path: Path) -> tuple[tuple[str, ...], dict[str, list[float]]]:
             continue
         if len(line) != len(header):
             raise UserError(f"{path}: line {number}: {len(line)} cells, the header has {len(header)}")
-        values = [_judgement(cell) for cell in line[1:]]
+        values = [_parse_cell(cell) for cell in line[1:]]
         wrong = next((cell for cell, value in zip(line[1:], values, strict=True) if value is None), None)
         if wrong is not None:
             hint = " (absent: 0; not judged: leave it empty)" if wrong.strip() in ("-1", "-1.0") else ""
@@ -85,12 +87,12 @@ def read_labels(path: Path) -> tuple[tuple[str, ...], dict[str, list[float]]]:
     return tuple(name.strip() for name in header[1:]), rows
 
 
-def _judgement(cell: str) -> float | None:
+def _parse_cell(cell: str) -> float | None:
     """1, 0 or NaN (not judged), as whole numbers, as the floats and booleans that pandas makes of them, or as yes and no;
     None for anything else."""
     text = cell.strip().lower()
-    if text in CELLS:
-        return CELLS[text]
+    if text in NAMED_VALUES:
+        return NAMED_VALUES[text]
     try:
         value = float(text)
     except ValueError:
@@ -139,7 +141,7 @@ def _dataset(where: str, name: str, entry: Any, base: Path) -> Dataset:
         raise UserError(f"{where}: expected {{train: …, test: …, metric: …}}, got {entry!r}")
     if "/" in name or name.startswith("."):
         raise UserError(f"{where}: the name becomes a file's name; use letters, digits, - and _")
-    _only_known(where, entry, (*PATHS, "metric"))
+    _reject_unknown_keys(where, entry, (*PATHS, "metric"))
     missing = [key for key in ("train", "test", "metric") if not entry.get(key)]
     if missing:
         raise UserError(f"{where}: without {' and '.join(missing)}")
@@ -153,7 +155,7 @@ def _dataset(where: str, name: str, entry: Any, base: Path) -> Dataset:
     return Dataset(name, metric=metric, **paths)
 
 
-def _only_known(where: str, entry: dict[str, Any], known: tuple[str, ...]) -> None:
+def _reject_unknown_keys(where: str, entry: dict[str, Any], known: tuple[str, ...]) -> None:
     for key in entry:
         if key not in known:
             raise UserError(f"{where}: unknown key {key!r}{nearest(str(key), known)}")

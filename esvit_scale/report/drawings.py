@@ -12,8 +12,8 @@ from matplotlib.collections import LineCollection
 from numpy.typing import NDArray
 
 from esvit_scale import files
-from esvit_scale.evaluate.attention import Seen
-from esvit_scale.evaluate.correspondence import TOP, Case, Result
+from esvit_scale.evaluate.attention import AttentionResult
+from esvit_scale.evaluate.correspondence import TOP, CorrespondenceResult, ViewPair
 from esvit_scale.report.plots import GREY, blank_figure, png
 
 GOOD, BAD = "#34d399", "#fb7185"
@@ -23,7 +23,7 @@ HEADS_SHOWN = 8
 WIDTH = 10.4  # inches
 
 
-def correspondences(cases: Sequence[Case], shown: int = TOP) -> bytes:
+def correspondences(cases: Sequence[ViewPair], shown: int = TOP) -> bytes:
     """The views of each case side by side and lines between its most similar pairs: green where they are right."""
     shapes = [_pair_shape(case) for case in cases]
     width = sum(w / h for h, w in shapes)
@@ -35,7 +35,7 @@ def correspondences(cases: Sequence[Case], shown: int = TOP) -> bytes:
     return png(figure)
 
 
-def attention(seen: Seen) -> bytes:
+def attention(seen: AttentionResult) -> bytes:
     """A row a stage (its last block), a column a head: what each token receives from the queries of its window."""
     last = {block.stage: block for block in seen.blocks}
     columns = 1 + min(HEADS_SHOWN, max(block.probabilities.shape[1] for block in last.values()))
@@ -58,7 +58,7 @@ def attention(seen: Seen) -> bytes:
     return png(figure)
 
 
-def components(seen: Seen) -> bytes:
+def components(seen: AttentionResult) -> bytes:
     """The picture, and each stage's first three components as red, green and blue."""
     height, width = seen.picture.shape[:2]
     columns = 1 + len(seen.components)
@@ -74,7 +74,7 @@ def components(seen: Seen) -> bytes:
     return png(figure)
 
 
-def write_correspondences(result: Result, out: Path) -> list[Path]:
+def write_correspondences(result: CorrespondenceResult, out: Path) -> list[Path]:
     """correspondence-best.png, -worst.png and -stereo.png in `out`."""
     pictures = {"best": result.best, "worst": result.worst, "stereo": [result.stereo]}
     shown = {"stereo": 40}
@@ -85,7 +85,7 @@ def write_correspondences(result: Result, out: Path) -> list[Path]:
     ]
 
 
-def write_attention(seen: Seen, out: Path) -> list[Path]:
+def write_attention(seen: AttentionResult, out: Path) -> list[Path]:
     """attention.png and components.png in `out`."""
     drawn = {"attention": attention(seen), "components": components(seen)}
     return [_write(out / f"{name}.png", content) for name, content in drawn.items()]
@@ -96,13 +96,13 @@ def _write(path: Path, content: bytes) -> Path:
     return path
 
 
-def _pair_shape(case: Case) -> tuple[int, int]:
+def _pair_shape(case: ViewPair) -> tuple[int, int]:
     """Height and width of two views beside each other."""
     height = max(case.first.shape[0], case.second.shape[0])
     return height, case.first.shape[1] + case.second.shape[1] + round(GAP * height)
 
 
-def _pair(axes: Axes, case: Case, shown: int) -> None:
+def _pair(axes: Axes, case: ViewPair, shown: int) -> None:
     height, width = _pair_shape(case)
     canvas = np.zeros((height, width, 4), np.uint8)
     offset = width - case.second.shape[1]

@@ -222,9 +222,9 @@ def _evaluate(cell: Cell, sweep: Sweep) -> None:
     assert sweep.evaluate is not None
     train, test = Path(sweep.evaluate.train), Path(sweep.evaluate.test)
     ks = (sweep.evaluate.k, *knn.KS)
-    loading = features.Loading(workers=cell.config.data.workers, cache=cell.path / "features")
+    loading = features.ExtractionOptions(workers=cell.config.data.workers, cache=cell.path / "features")
     if sweep.evaluate.linear:
-        linear.run_linear(cell.path, train, test, cell.path, linear.Recipe(protocols=("logistic",)), loading)
+        linear.run_linear(cell.path, train, test, cell.path, linear.ProbeSettings(protocols=("logistic",)), loading)
     knn.run_knn(cell.path, train, test, cell.path, loading, ks=ks)  # last: its file says that a cell is evaluated
 
 

@@ -11,7 +11,7 @@ from esvit_scale.config import Config
 from esvit_scale.data.evaluation import evaluation_batches
 from esvit_scale.data.pixel_format import pixel_format
 from esvit_scale.errors import UserError
-from esvit_scale.evaluate.knn import TEMPERATURE, places
+from esvit_scale.evaluate.knn import TEMPERATURE, count_true_class_ranks
 from esvit_scale.evaluate.neighbours import nearest_neighbours
 from esvit_scale.parallel import collectives
 from esvit_scale.parallel.engine import Engines
@@ -62,7 +62,7 @@ class OnlineKnn:
         similarity, rows = nearest_neighbours(features, features, NEIGHBOURS + 1, self._world.device)
         similarity[rows == torch.arange(len(rows))[:, None]] = -torch.inf  # itself
         votes = (similarity / TEMPERATURE).exp()
-        right = places(labels[rows], votes, labels, [NEIGHBOURS + 1], int(labels.max()) + 1, 1)
+        right = count_true_class_ranks(labels[rows], votes, labels, [NEIGHBOURS + 1], int(labels.max()) + 1, 1)
         return right.item() / len(labels)
 
     def _features(self, engines: Engines) -> Iterator[Tensor]:

@@ -5,14 +5,18 @@ from pathlib import Path
 
 from esvit_scale.commands.parser import on_all_ranks
 from esvit_scale.evaluate import knn, linear
-from esvit_scale.evaluate.features import Loading
-from esvit_scale.evaluate.linear import Recipe
+from esvit_scale.evaluate.features import ExtractionOptions
+from esvit_scale.evaluate.linear import ProbeSettings
 
 
 def main(checkpoint: Path, photos: Path, out: Path) -> None:
-    train, test, loading = photos / "train", photos / "test", Loading(batch=7, workers=0, cache=out / "features")
-    recipe = Recipe(epochs=3, batch=15)
-    over_images = Recipe(("official",), epochs=2, batch=15, augment=True)
+    train, test, loading = (
+        photos / "train",
+        photos / "test",
+        ExtractionOptions(batch=7, workers=0, cache=out / "features"),
+    )
+    recipe = ProbeSettings(epochs=3, batch=15)
+    over_images = ProbeSettings(("official",), epochs=2, batch=15, augment=True)
     knn.run_knn(checkpoint, train, test, out, loading, ks=(5,), shots=(3,))
     linear.run_linear(checkpoint, train, test, out, recipe, loading)
     linear.run_linear(checkpoint, train, test, out / "images", over_images, loading)

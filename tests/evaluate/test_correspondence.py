@@ -134,7 +134,7 @@ def test_view_two_is_the_flipped_picture_without_colour() -> None:
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_the_crop_is_where_it_is_said_to_be(places: np.ndarray, monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
     """Whatever is cropped and flipped, a trunk that knows places finds each token's cell, or the one beside it."""
-    monkeypatch.setattr(correspondence, "recoloured", lambda pixels, key, seed: pixels)
+    monkeypatch.setattr(correspondence, "jitter_and_grey", lambda pixels, key, seed: pixels)
     monkeypatch.setattr(correspondence, "CROP_SCALE", (scale, scale))
     flips = set()
     for key in "abcdefgh":

@@ -14,14 +14,14 @@ from esvit_scale.checkpoint.weights import Weights
 from esvit_scale.errors import UserError
 from esvit_scale.evaluate import features
 from esvit_scale.evaluate.features import (
+    ExtractionOptions,
     FeatureSet,
     FrozenTrunk,
-    Loading,
-    contents,
     extract,
     raw_pixels,
     run_embed,
     save,
+    source_info,
 )
 from esvit_scale.models.initialize import initialize
 from esvit_scale.objective.network import build_network
@@ -54,7 +54,7 @@ def test_every_image_once_in_order(folder: Path) -> None:
     found = extract(trunk, folder, SIZE, batch=4, workers=0, device="cpu")
     assert [Path(key).stem for key in found.keys] == [str(i) for i in range(10)]
     assert found.labels.tolist() == [0] * 6 + [1] * 4
-    assert contents(folder) == (10, ("adark", "bright"))
+    assert source_info(folder) == (10, ("adark", "bright"))
     expected = (torch.arange(10) * 20 / 255 - 0.485) / 0.229
     assert torch.allclose(found.features[:, 0], expected, atol=1e-5)
     assert not trunk.saw_training
@@ -101,11 +101,11 @@ def test_file_loads_without_pickle(tmp_path: Path) -> None:
 
 def test_embed_writes_the_named_file(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(features, "load_frozen_trunk", lambda path: FrozenTrunk(Mean(), SIZE, 400))
-    run_embed(tmp_path / "run", folder, tmp_path / "f.npz", Loading(workers=0, device="cpu"))
+    run_embed(tmp_path / "run", folder, tmp_path / "f.npz", ExtractionOptions(workers=0, device="cpu"))
     with np.load(tmp_path / "f.npz", allow_pickle=False) as data:
         assert data["features"].shape == (10, 3)
     with pytest.raises(UserError, match="is a folder"):
-        run_embed(tmp_path / "run", folder, tmp_path, Loading())
+        run_embed(tmp_path / "run", folder, tmp_path, ExtractionOptions())
 
 
 def test_embed_with_a_single_file(folder: Path, tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_embed_with_a_single_file(folder: Path, tmp_path: Path) -> None:
     initialize(network, 0)
     tensors = {name: p.detach() for name, p in network.named_parameters() if name.startswith("trunk.")}
     safetensors_file.write(tmp_path / "t.safetensors", Weights(config, {"teacher": tensors}, {}), "teacher")
-    run_embed(tmp_path / "t.safetensors", folder, tmp_path / "f.npz", Loading(workers=0, device="cpu"))
+    run_embed(tmp_path / "t.safetensors", folder, tmp_path / "f.npz", ExtractionOptions(workers=0, device="cpu"))
     with np.load(tmp_path / "f.npz", allow_pickle=False) as data:
         assert data["features"].shape == (10, network.trunk.dim)
     assert features.load_frozen_trunk(tmp_path / "t.safetensors").step is None

@@ -12,8 +12,8 @@ from torch import nn
 from esvit_scale.errors import UserError
 from esvit_scale.evaluate import labels as labels_module
 from esvit_scale.evaluate import neighbours
-from esvit_scale.evaluate.features import Contents, FeatureSet, FrozenTrunk, Loading
-from esvit_scale.evaluate.knn import Labelled, evaluate, few_shot, knn, run_knn, same_classes, table
+from esvit_scale.evaluate.features import ExtractionOptions, FeatureSet, FrozenTrunk, SourceInfo
+from esvit_scale.evaluate.knn import LabelledSet, evaluate, few_shot, knn, match_classes, run_knn, table
 from esvit_scale.evaluate.neighbours import nearest_neighbours
 
 
@@ -61,8 +61,8 @@ def test_the_length_of_features_does_not_matter() -> None:
 
 @pytest.mark.parametrize(("rows", "queries"), [(1000, 1000), (7, 3), (90, 1), (89, 31)])
 def test_blocks_do_not_matter(rows: int, queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neighbours, "BANK_ROWS", rows)
-    monkeypatch.setattr(neighbours, "QUERIES", queries)
+    monkeypatch.setattr(neighbours, "BANK_ROWS_PER_BLOCK", rows)
+    monkeypatch.setattr(neighbours, "QUERIES_PER_BLOCK", queries)
     train, test = clusters(90, 3, seed=0)[0], clusters(31, 3, seed=1)[0]
     similarity, index = nearest_neighbours(train, test, k=12)
     oracle = torch.cosine_similarity(test.double()[:, None], train.double()[None], dim=2).topk(12)
@@ -71,10 +71,10 @@ def test_blocks_do_not_matter(rows: int, queries: int, monkeypatch: pytest.Monke
 
 
 def test_few_shots_are_means_over_draws() -> None:
-    train, test = Labelled(feature_set(60, 3), ("a", "b", "c")), Labelled(feature_set(30, 3, 1), ("a", "b", "c"))
+    train, test = LabelledSet(feature_set(60, 3), ("a", "b", "c")), LabelledSet(feature_set(30, 3, 1), ("a", "b", "c"))
     result = few_shot(train, test, [1, 20], tries=3)
     assert list(result["results"]["1"]) == ["3"]  # k is clipped to the three samples there are
-    whole = knn(train.found.features, train.found.labels, test.found.features, test.found.labels)
+    whole = knn(train.samples.features, train.samples.labels, test.samples.features, test.samples.labels)
     every = result["results"]["20"]["10"]  # 20 of each class are all there are: every draw gives the same
     assert every["top1"] == pytest.approx(whole[10].top1)
     assert every["interval"] == pytest.approx([whole[10].top1] * 2)
@@ -86,7 +86,7 @@ def test_few_shots_are_means_over_draws() -> None:
 
 def test_k_beyond_the_training_set_is_clipped_and_said_once(capsys: pytest.CaptureFixture[str]) -> None:
     train, test = feature_set(30), feature_set(12, seed=1)
-    result = evaluate(Labelled(train, ("a", "b", "c")), Labelled(test, ("a", "b", "c")))
+    result = evaluate(LabelledSet(train, ("a", "b", "c")), LabelledSet(test, ("a", "b", "c")))
     assert list(result["results"]) == ["10", "20", "30"]
     assert capsys.readouterr().out.count("clipped to 30") == 1
     votes = oracle(train.features, train.labels, test.features, 30)
@@ -94,23 +94,23 @@ def test_k_beyond_the_training_set_is_clipped_and_said_once(capsys: pytest.Captu
 
 
 def test_classes_are_compared_by_name() -> None:
-    train = Labelled(feature_set(), ("ant", "bee", "cat"))
+    train = LabelledSet(feature_set(), ("ant", "bee", "cat"))
     found = feature_set(6, seed=1)
-    renumbered = Labelled(found._replace(labels=found.labels.clamp(max=1)), ("bee", "cat"))
-    assert same_classes(train, renumbered).tolist() == [1, 2, 2, 1, 2, 2]
+    renumbered = LabelledSet(found._replace(labels=found.labels.clamp(max=1)), ("bee", "cat"))
+    assert match_classes(train, renumbered).tolist() == [1, 2, 2, 1, 2, 2]
 
 
 def test_a_test_class_without_training_samples_is_named() -> None:
-    train = Labelled(feature_set(), ("ant", "bee", "cat"))
-    test = Labelled(feature_set(6, seed=1), ("ant", "dog", "emu"))
+    train = LabelledSet(feature_set(), ("ant", "bee", "cat"))
+    test = LabelledSet(feature_set(6, seed=1), ("ant", "dog", "emu"))
     with pytest.raises(UserError, match=r"2 of its 3 classes have no training sample: 'dog', 'emu'"):
         evaluate(train, test)
 
 
 def test_labels_stay_when_neither_set_has_class_names() -> None:
     labels = torch.tensor([2, 0])
-    bare = Labelled(FeatureSet(torch.zeros(2, 2), ["a", "b"], labels), ())
-    assert same_classes(bare, bare) is labels
+    bare = LabelledSet(FeatureSet(torch.zeros(2, 2), ["a", "b"], labels), ())
+    assert match_classes(bare, bare) is labels
 
 
 @pytest.mark.parametrize(
@@ -143,11 +143,13 @@ def test_k_below_one_is_refused() -> None:
 def test_command_writes_stable_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     sets = {"train": feature_set(60, 6, seed=0), "test": feature_set(18, 6, seed=1)}
     names = tuple(f"class{c}" for c in range(6))
-    monkeypatch.setattr(labels_module, "contents", lambda source: Contents(0, names))
-    monkeypatch.setattr("esvit_scale.evaluate.knn.check_sets", lambda *_: None)
+    monkeypatch.setattr(labels_module, "source_info", lambda source: SourceInfo(0, names))
+    monkeypatch.setattr("esvit_scale.evaluate.knn.check_train_and_test", lambda *_: None)
     monkeypatch.setattr("esvit_scale.evaluate.knn.load_teacher", lambda path: FrozenTrunk(nn.Identity(), 64, 400))
     monkeypatch.setattr("esvit_scale.evaluate.knn.extract", lambda trunk, source, *_, **__: sets[source.name])
-    result = run_knn(tmp_path / "run", tmp_path / "train", tmp_path / "test", tmp_path / "out", Loading(), ks=(10, 20))
+    result = run_knn(
+        tmp_path / "run", tmp_path / "train", tmp_path / "test", tmp_path / "out", ExtractionOptions(), ks=(10, 20)
+    )
     written = json.loads((tmp_path / "out" / "knn.json").read_text())
     assert written == result
     assert list(written) == [
@@ -185,5 +187,5 @@ def test_unlabelled_or_missing_sets_are_refused_before_any_work(
     monkeypatch.setattr("esvit_scale.evaluate.knn.load_teacher", None)
     for test, message in (("flat", "flat: its images have no labels"), ("goo", "did you mean")):
         with pytest.raises(UserError, match=message):
-            run_knn(tmp_path / "run", tmp_path / "good", tmp_path / test, tmp_path / "out", Loading())
+            run_knn(tmp_path / "run", tmp_path / "good", tmp_path / test, tmp_path / "out", ExtractionOptions())
     assert not (tmp_path / "out").exists()

@@ -18,31 +18,31 @@ from torch import nn
 from esvit_scale.data.augmented import augmented_batches
 from esvit_scale.errors import UserError
 from esvit_scale.evaluate import linear
-from esvit_scale.evaluate.cache import FeatureSet
-from esvit_scale.evaluate.features import FrozenTrunk, Loading
-from esvit_scale.evaluate.labels import Labelled
-from esvit_scale.evaluate.linear import Images, Recipe, make_task, run_linear
+from esvit_scale.evaluate.feature_cache import FeatureSet
+from esvit_scale.evaluate.features import ExtractionOptions, FrozenTrunk
+from esvit_scale.evaluate.labels import LabelledSet
+from esvit_scale.evaluate.linear import ImageSource, ProbeSettings, make_probe_data, run_linear
 from tests import tiny
 from tests.evaluate.conftest import paint
 
-LOADING = Loading(batch=16, workers=0, device="cpu")
-FAST = Recipe(epochs=10, batch=16)
+LOADING = ExtractionOptions(batch=16, workers=0, device="cpu")
+FAST = ProbeSettings(epochs=10, batch=16)
 
 
-def run(checkpoint: Path, photos: Path, out: Path, recipe: Recipe = FAST, **changes: Any) -> dict[str, Any]:
+def run(checkpoint: Path, photos: Path, out: Path, recipe: ProbeSettings = FAST, **changes: Any) -> dict[str, Any]:
     sets = {"train": photos / "train", "test": photos / "test"} | changes
     return run_linear(checkpoint, sets["train"], sets["test"], out, recipe, LOADING._replace(cache=out / "features"))
 
 
-def digits_task(recipe: Recipe, train: int = 1200) -> linear.Task:
+def digits_task(recipe: ProbeSettings, train: int = 1200) -> linear.ProbeData:
     features, labels = load_digits(return_X_y=True)
     x = torch.tensor(features, dtype=torch.float32)[:, None].expand(-1, 2, -1) / 16
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     x, y, names = x[order], torch.tensor(labels)[order], tuple(map(str, range(10)))
     sets = [
-        Labelled(FeatureSet(f, [""] * len(f), t), names) for f, t in ((x[:train], y[:train]), (x[train:], y[train:]))
+        LabelledSet(FeatureSet(f, [""] * len(f), t), names) for f, t in ((x[:train], y[:train]), (x[train:], y[train:]))
     ]
-    return make_task(*sets, recipe, Images(FrozenTrunk(nn.Identity(), 8, None), Path(), LOADING))
+    return make_probe_data(*sets, recipe, ImageSource(FrozenTrunk(nn.Identity(), 8, None), Path(), LOADING))
 
 
 def test_all_three_protocols_on_colours(checkpoint: Path, photos: Path, tmp_path: Path, capsys: Any) -> None:
@@ -64,8 +64,8 @@ def test_all_three_protocols_on_colours(checkpoint: Path, photos: Path, tmp_path
 
 def test_half_a_point_from_the_optimum_on_digits() -> None:
     """The optimum: the best of the whole path, chosen on the test set (scikit-learn's at each: test_logistic.py)."""
-    task = digits_task(Recipe())
-    found = linear.logistic_regression(task, Recipe())
+    task = digits_task(ProbeSettings())
+    found = linear.logistic_regression(task, ProbeSettings())
     everything = linear.logistic.LabelledFeatures(task.train[:, 0], task.rows, task.labels, 10)
     scores = [linear.logistic.fit(everything, row["l2"]).scores(task.test[:, 0]) for row in found["path"]]
     assert found["top1"] >= max(linear.accuracy(s, task.truth) for s in scores) - 0.5
@@ -73,7 +73,7 @@ def test_half_a_point_from_the_optimum_on_digits() -> None:
 
 
 def test_the_test_set_does_not_influence_what_is_selected() -> None:
-    recipe = Recipe(epochs=3)
+    recipe = ProbeSettings(epochs=3)
     task = digits_task(recipe)
     other = task._replace(truth=task.truth.flip(0))
     for protocol in (linear.grid, linear.logistic_regression):
@@ -136,11 +136,11 @@ def test_bad_input_is_one_clear_line(checkpoint: Path, photos: Path, tmp_path: P
 
 
 def test_a_broken_trunk_is_named() -> None:
-    task = digits_task(Recipe())
+    task = digits_task(ProbeSettings())
     task.train[3] = math.nan
-    sets = [Labelled(FeatureSet(x, [], y), ()) for x, y in ((task.train, task.labels), (task.test, task.truth))]
+    sets = [LabelledSet(FeatureSet(x, [], y), ()) for x, y in ((task.train, task.labels), (task.test, task.truth))]
     with pytest.raises(UserError, match="train set: 1 of 1200 feature vectors hold NaN"):
-        make_task(*sets, Recipe(), task.images)
+        make_probe_data(*sets, ProbeSettings(), task.images)
 
 
 def test_two_ranks_equal_one(checkpoint: Path, photos: Path, tmp_path: Path) -> None:

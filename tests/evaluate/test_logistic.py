@@ -9,8 +9,8 @@ from sklearn.metrics import log_loss
 from sklearn.preprocessing import StandardScaler
 
 from esvit_scale.evaluate import logistic
-from esvit_scale.evaluate.labels import split
-from esvit_scale.evaluate.logistic import LabelledFeatures, fit, search
+from esvit_scale.evaluate.labels import split_held_out
+from esvit_scale.evaluate.logistic import LabelledFeatures, fit, search_penalty
 from esvit_scale.evaluate.metrics import accuracy
 
 TRAIN = 1200
@@ -48,8 +48,8 @@ def test_searched_is_within_half_a_point_of_scikit_learns_optimum(
 ) -> None:
     order = torch.randperm(len(digits[1]), generator=torch.Generator().manual_seed(seed))
     features, labels = (x[order] for x in digits)
-    fitted, held_out = split(labels[:TRAIN], seed)
-    best, tried = search(*(LabelledFeatures(features, rows, labels[rows], 10) for rows in (fitted, held_out)))
+    fitted, held_out = split_held_out(labels[:TRAIN], seed)
+    best, tried = search_penalty(*(LabelledFeatures(features, rows, labels[rows], 10) for rows in (fitted, held_out)))
     rows = torch.arange(TRAIN)
     ours = accuracy(
         fit(LabelledFeatures(features, rows, labels[rows], 10), best.l2).scores(features[TRAIN:]), labels[TRAIN:]
@@ -97,7 +97,7 @@ def test_blocks_and_precision_of_the_features_do_not_matter(
     rows = torch.arange(0, TRAIN, 2)
     whole = fit(LabelledFeatures(features, rows, labels[rows], 10), 1e-2)
     monkeypatch.setattr(logistic, "ROWS_AT_ONCE", 77)
-    monkeypatch.setattr(logistic._Blocks, "KEPT", 0)
+    monkeypatch.setattr(logistic._StandardizedBlocks, "CACHED_BYTES", 0)
     parts = fit(
         LabelledFeatures(features.half(), rows, labels[rows], 10), 1e-2
     )  # digits are whole numbers: exact in fp16

@@ -10,13 +10,13 @@ from esvit_scale.errors import UserError
 from esvit_scale.evaluate import metrics
 from esvit_scale.evaluate.metrics import (
     accuracy,
-    bootstrap,
-    map11,
+    bootstrap_interval,
+    mean_ap_11_point,
     mean_interval,
     mean_per_class,
     roc_auc,
-    top5,
-    wilson,
+    top5_accuracy,
+    wilson_interval,
 )
 
 
@@ -29,10 +29,10 @@ def scores(n: int = 200, classes: int = 7, seed: int = 0) -> tuple[torch.Tensor,
 def test_accuracies_equal_scikit_learns() -> None:
     x, y = scores()
     assert accuracy(x, y) == pytest.approx(100 * sk.accuracy_score(y, x.argmax(1)))
-    assert top5(x, y) == pytest.approx(100 * sk.top_k_accuracy_score(y, x.numpy(), k=5, labels=range(7)))
+    assert top5_accuracy(x, y) == pytest.approx(100 * sk.top_k_accuracy_score(y, x.numpy(), k=5, labels=range(7)))
     assert mean_per_class(x, y) == pytest.approx(100 * sk.balanced_accuracy_score(y, x.argmax(1)))
     assert accuracy(x, y) != pytest.approx(mean_per_class(x, y))
-    assert top5(x[:, :4], y) is None
+    assert top5_accuracy(x[:, :4], y) is None
 
 
 def test_a_class_without_a_test_sample_does_not_count() -> None:
@@ -66,11 +66,11 @@ def test_map11_equals_one_from_scikit_learns_curve(decimals: int) -> None:
         precision, recall, _ = sk.precision_recall_curve(y[judged, column], x[judged, column])
         precision, recall = precision[:-1], recall[:-1]  # the point (1, 0) is scikit-learn's addition
         expected.append(np.mean([precision[recall >= t - 1e-9].max(initial=0) for t in np.linspace(0, 1, 11)]))
-    assert map11(x, y) == pytest.approx(100 * np.mean(expected))
+    assert mean_ap_11_point(x, y) == pytest.approx(100 * np.mean(expected))
     y[:, 0] = 0  # a class without a positive is left out
-    assert map11(x, y) == pytest.approx(100 * np.mean(expected[1:]))
+    assert mean_ap_11_point(x, y) == pytest.approx(100 * np.mean(expected[1:]))
     with pytest.raises(UserError, match="no image has any label"):
-        map11(x, torch.zeros_like(y))
+        mean_ap_11_point(x, torch.zeros_like(y))
 
 
 def test_a_probe_that_diverged_is_wrong() -> None:
@@ -82,17 +82,17 @@ def test_a_probe_that_diverged_is_wrong() -> None:
 @pytest.mark.parametrize(("n", "share"), [(30, 0.5), (200, 0.9), (50, 0.98)])
 def test_wilsons_interval_covers_the_truth(n: int, share: float) -> None:
     hits = np.arange(n + 1)
-    inside = [low <= 100 * share <= high for low, high in (wilson(100 * k / n, n) for k in hits)]
+    inside = [low <= 100 * share <= high for low, high in (wilson_interval(100 * k / n, n) for k in hits)]
     assert 0.92 < binom.pmf(hits, n, share)[inside].sum() < 0.995
-    low, high = wilson(100, n)
+    low, high = wilson_interval(100, n)
     assert low < high == pytest.approx(100)
 
 
 def test_the_bootstrap_agrees_with_wilson_on_a_share(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = scores(n=400)
-    low, high = bootstrap(accuracy, x, y)
-    assert [low, high] == pytest.approx(wilson(accuracy(x, y), 400), abs=1.0)
-    assert bootstrap(accuracy, x, y) == [low, high]  # the same every time
+    low, high = bootstrap_interval(accuracy, x, y)
+    assert [low, high] == pytest.approx(wilson_interval(accuracy(x, y), 400), abs=1.0)
+    assert bootstrap_interval(accuracy, x, y) == [low, high]  # the same every time
 
 
 def test_a_mean_of_draws_has_students_interval() -> None:

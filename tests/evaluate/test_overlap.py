@@ -10,7 +10,7 @@ from PIL import Image
 
 from esvit_scale import cli
 from esvit_scale.errors import UserError
-from esvit_scale.evaluate.overlap import check_sets
+from esvit_scale.evaluate.overlap import check_train_and_test
 from esvit_scale.evaluate.transfer_list import read_labels
 
 
@@ -41,7 +41,7 @@ def test_classes_of_one_image_are_fine(one_each: Path, caplog: pytest.LogCapture
         for path in sets:
             created(path, one_each / f"{path.name}-shards")
         sets = [one_each / f"{path.name}-shards" for path in sets]
-    check_sets(sets[:1], sets[1], "k-NN")
+    check_train_and_test(sets[:1], sets[1], "k-NN")
     assert not caplog.records
 
 
@@ -58,7 +58,7 @@ def test_a_class_that_is_only_named_in_the_training_set_is_missing(
     with pytest.raises(
         UserError, match=rf"test set: {numbers['val']} of its {numbers['val']} classes have no training"
     ):
-        check_sets([one_each / "sets" / "train"], one_each / "sets" / "val", "k-NN")
+        check_train_and_test([one_each / "sets" / "train"], one_each / "sets" / "val", "k-NN")
 
 
 def list_labels(shards: Path) -> dict[int, int]:
@@ -69,19 +69,19 @@ def list_labels(shards: Path) -> dict[int, int]:
 
 def test_the_same_set_and_shared_images_are_said(one_each: Path, caplog: pytest.LogCaptureFixture) -> None:
     train, test = one_each / "train", one_each / "test"
-    check_sets([train], one_each / "." / "train", "k-NN")
+    check_train_and_test([train], one_each / "." / "train", "k-NN")
     assert "train and test are the same set" in caplog.text
     caplog.clear()
     for c in (3, 7):
         shutil.copy(train / f"c{c:02d}" / "0.png", test / f"c{c:02d}" / "other name.png")
-    check_sets([train], test, "k-NN")
+    check_train_and_test([train], test, "k-NN")
     assert (
         f"{test}: 2 images (all 14 test images) have the same bytes as one of {train}, for example c03/other"
         in caplog.text
     )
     caplog.clear()
     created(train, one_each / "shards")
-    check_sets([one_each / "shards"], train, "k-NN")
+    check_train_and_test([one_each / "shards"], train, "k-NN")
     assert "12 images (all 12 test images) have the same bytes" in caplog.text
 
 
@@ -114,7 +114,7 @@ def test_a_sample_without_a_label_is_named_before_the_features(one_each: Path) -
     lines[2] = json.dumps([key, {"png": members["png"]}])
     index.write_text("\n".join(lines) + "\n")
     with pytest.raises(UserError, match=rf"set/{tar.name}: sample 1: has no label, .*; write the set again"):
-        check_sets([one_each / "train"], one_each / "set", "k-NN")
+        check_train_and_test([one_each / "train"], one_each / "set", "k-NN")
 
 
 def test_tables_of_several_labels_as_pandas_writes_them(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import yaml
 
 from esvit_scale.errors import UserError
 from esvit_scale.evaluate import transfer, transfer_list
-from esvit_scale.evaluate.features import Loading
+from esvit_scale.evaluate.features import ExtractionOptions
 from esvit_scale.evaluate.transfer import run_transfer
 from esvit_scale.evaluate.transfer_list import read_labels, read_list, targets_of
 from tests import tiny
@@ -41,7 +41,7 @@ def world(photos: Path, tmp_path: Path) -> Path:
 
 
 def run(world: Path, checkpoint: Path, out: str = "out", **options: Any) -> dict[str, Any]:
-    loading = Loading(batch=16, workers=0, device="cpu", cache=world / "features")
+    loading = ExtractionOptions(batch=16, workers=0, device="cpu", cache=world / "features")
     return run_transfer(world / "list.yaml", checkpoint, world / out, loading, **options)
 
 
@@ -181,4 +181,4 @@ def test_label_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No such file"):
         read_labels(tmp_path / "none.csv")
     assert transfer_list.without_extension("a.b/c.JPG") == "a.b/c"
-    assert torch.isnan(torch.tensor(transfer_list.CELLS[""]))
+    assert torch.isnan(torch.tensor(transfer_list.NAMED_VALUES[""]))

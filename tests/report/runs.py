@@ -43,7 +43,7 @@ def whole_run(run: Path, photographs: Path) -> Path:
 
 def knn_result(train: Path, test: Path) -> dict:
     from esvit_scale.evaluate.features import raw_pixels
-    from esvit_scale.evaluate.knn import evaluate, labelled
+    from esvit_scale.evaluate.knn import evaluate, with_class_names
 
-    sets = [labelled(raw_pixels(source, 16, workers=0), source) for source in (train, test)]
+    sets = [with_class_names(raw_pixels(source, 16, workers=0), source) for source in (train, test)]
     return {"checkpoint": "x", "step": 8, "train": str(train), "test": str(test)} | evaluate(*sets)

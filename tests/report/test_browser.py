@@ -13,8 +13,8 @@ from PIL import Image
 
 from esvit_scale import config as configs
 from esvit_scale.evaluate import correspondence
-from esvit_scale.evaluate.attention import Seen, attention, components, to_trunk
-from esvit_scale.evaluate.correspondence import Result
+from esvit_scale.evaluate.attention import AttentionResult, attention, components, to_trunk
+from esvit_scale.evaluate.correspondence import CorrespondenceResult
 from esvit_scale.evaluate.features import FrozenTrunk
 from esvit_scale.models.swin import Swin
 from esvit_scale.report import drawings
@@ -59,9 +59,9 @@ def full(run: Path) -> Path:
     trunk = Swin(8, (1, 1, 2), (1, 2, 4), window=4, size=64)
     picture = rng.integers(0, 255, (64, 96, 3), dtype=np.uint8)
     case = correspondence.mirrored(trunk, correspondence.see(trunk, picture), "a/rather/long/name/of/a/picture.jpeg")
-    drawings.write_correspondences(Result({}, [case] * 3, [case] * 3, correspondence.stereo(trunk)), run)
+    drawings.write_correspondences(CorrespondenceResult({}, [case] * 3, [case] * 3, correspondence.stereo(trunk)), run)
     pixels = to_trunk(picture)
-    seen = Seen(FrozenTrunk(trunk, 64, 1), picture, attention(trunk, pixels), components(trunk, pixels))
+    seen = AttentionResult(FrozenTrunk(trunk, 64, 1), picture, attention(trunk, pixels), components(trunk, pixels))
     drawings.write_attention(seen, run)
     return run
 

@@ -15,8 +15,8 @@ from torch import nn
 
 from esvit_scale.data import shard_writer
 from esvit_scale.errors import UserError
-from esvit_scale.evaluate import cache as caches
-from esvit_scale.evaluate.cache import FeatureBatch, FeatureSet, obtain, source_digest, trunk_digest
+from esvit_scale.evaluate import feature_cache
+from esvit_scale.evaluate.feature_cache import FeatureBatch, FeatureSet, load_or_compute, source_digest, trunk_digest
 from esvit_scale.evaluate.features import extract, last_blocks
 from esvit_scale.models.initialize import initialize
 from esvit_scale.models.resnet import ResNet
@@ -34,7 +34,7 @@ def rows(n: int = 7, width: int = 3) -> Iterator[FeatureBatch]:
 
 
 def stored(cache: Path, **key: object) -> FeatureSet:
-    return obtain(cache, key, SOURCE, 9, rows)
+    return load_or_compute(cache, key, SOURCE, 9, rows)
 
 
 def test_what_was_kept_is_not_computed_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -42,7 +42,7 @@ def test_what_was_kept_is_not_computed_again(tmp_path: Path, caplog: pytest.LogC
         raise AssertionError("computed again")
 
     first = stored(tmp_path, size=1)
-    again = obtain(tmp_path, {"size": 1}, SOURCE, 9, never)
+    again = load_or_compute(tmp_path, {"size": 1}, SOURCE, 9, never)
     for found in (first, again):
         assert torch.equal(found.features, torch.arange(7.0)[:, None].expand(-1, 3))
         assert found.keys == [f"é{i}" for i in range(7)]
@@ -54,7 +54,7 @@ def test_what_was_kept_is_not_computed_again(tmp_path: Path, caplog: pytest.LogC
         "photos: 2 of 9 images were left out when its features were made"
     ]
     with pytest.raises(AssertionError):
-        obtain(tmp_path, {"size": 2}, SOURCE, 9, never)
+        load_or_compute(tmp_path, {"size": 2}, SOURCE, 9, never)
     assert len(list(tmp_path.iterdir())) == 1  # nothing is left of what failed
 
 
@@ -75,11 +75,11 @@ def test_writing_to_the_features_does_not_change_the_file(tmp_path: Path) -> Non
 
 def test_of_two_writers_the_first_ones_are_kept(tmp_path: Path) -> None:
     def slower() -> Iterator[FeatureBatch]:
-        program = "from tests.evaluate.test_cache import *; stored(Path(sys.argv[1]))"
+        program = "from tests.evaluate.test_feature_cache import *; stored(Path(sys.argv[1]))"
         subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, cwd=tiny.REPOSITORY)
         yield FeatureBatch(torch.full((1, 3), 99.0), ["late"], torch.zeros(1), torch.zeros(1))
 
-    found = obtain(tmp_path, {}, SOURCE, 9, slower)
+    found = load_or_compute(tmp_path, {}, SOURCE, 9, slower)
     assert found.keys[0] == "é0"
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -87,7 +87,7 @@ def test_of_two_writers_the_first_ones_are_kept(tmp_path: Path) -> None:
 def test_what_killed_writers_left_is_removed_and_others_are_let_be(tmp_path: Path) -> None:
     stored(tmp_path)
     (folder,) = tmp_path.iterdir()
-    caches.shutil.rmtree(folder)
+    feature_cache.shutil.rmtree(folder)
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     alive = os.getppid()
@@ -101,7 +101,7 @@ def test_what_killed_writers_left_is_removed_and_others_are_let_be(tmp_path: Pat
 
 def test_a_source_without_a_readable_image_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="photos: holds no readable image"):
-        obtain(tmp_path, {}, SOURCE, 9, lambda: iter(()))
+        load_or_compute(tmp_path, {}, SOURCE, 9, lambda: iter(()))
     assert list(tmp_path.iterdir()) == []
 
 

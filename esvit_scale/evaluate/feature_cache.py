@@ -51,7 +51,7 @@ class FeatureBatch(NamedTuple):
     numbers: Tensor
 
 
-def obtain(
+def load_or_compute(
     cache: Path, key: dict[str, Any], source: Path, images: int, compute: Callable[[], Iterable[FeatureBatch]]
 ) -> FeatureSet:
     """The features that `key` describes: from `cache`, or computed (this rank's part of them) and kept there.
@@ -63,11 +63,11 @@ def obtain(
     """
     key = {"format_version": FORMAT_VERSION, **key}
     folder = cache / _digest(json.dumps(key, sort_keys=True).encode())[:20]
-    kept = collectives.run_on_rank0_and_broadcast(lambda: (folder / "about.json").is_file())
-    if not kept:
+    cached = collectives.run_on_rank0_and_broadcast(lambda: (folder / "about.json").is_file())
+    if not cached:
         _fill(folder, {**key, "source": str(source)}, images, compute())
     found = load(folder)
-    if kept and found.left_out and collectives.rank() == 0:  # the reader says so only when it reads
+    if cached and found.left_out and collectives.rank() == 0:  # the reader says so only when it reads
         log.warning("%s: %d of %d images were left out when its features were made", source, found.left_out, images)
     return found
 
@@ -112,20 +112,20 @@ def source_digest(source: Path) -> str:
 
 
 def _fill(folder: Path, about: dict[str, Any], images: int, rows: Iterable[FeatureBatch]) -> None:
-    tmp = collectives.run_on_rank0_and_broadcast(lambda: _fresh(folder))
+    tmp = collectives.run_on_rank0_and_broadcast(lambda: _make_tmp_folder(folder))
     try:
         if collectives.all_reduce_flags(int(not tmp.is_dir())):
             raise UserError(
                 f"{folder.parent}: not seen by every rank; --cache must be on a file system that they share"
             )
-        _together(lambda: _write_part(tmp / f"part-{collectives.rank():05d}", rows), about["source"])
-        collectives.run_on_rank0_and_broadcast(lambda: _publish(tmp, folder, about, images))
+        _run_on_all_ranks(lambda: _write_part(tmp / f"part-{collectives.rank():05d}", rows), about["source"])
+        collectives.run_on_rank0_and_broadcast(lambda: _commit(tmp, folder, about, images))
     finally:
         if collectives.rank() == 0:
             shutil.rmtree(tmp, ignore_errors=True)
 
 
-def _together(work: Callable[[], None], source: str) -> None:
+def _run_on_all_ranks(work: Callable[[], None], source: str) -> None:
     """What fails on one rank fails on all, so that they stay in step whatever the caller does about it."""
     problem: Exception | None = None
     try:
@@ -136,7 +136,7 @@ def _together(work: Callable[[], None], source: str) -> None:
         raise problem or UserError(f"{source}: reading it failed on another rank, which says why")
 
 
-def _fresh(folder: Path) -> Path:
+def _make_tmp_folder(folder: Path) -> Path:
     """An empty folder beside `folder` to write in; what killed processes of this machine left there is removed."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     host = socket.gethostname()
@@ -165,7 +165,7 @@ def _write_part(part: Path, rows: Iterable[FeatureBatch]) -> None:
     files.write_json(part.with_suffix(".json"), {"rows": count, "shape": shape, "dtype": dtype})
 
 
-def _publish(tmp: Path, folder: Path, about: dict[str, Any], images: int) -> None:
+def _commit(tmp: Path, folder: Path, about: dict[str, Any], images: int) -> None:
     parts = [(path.with_suffix(""), json.loads(path.read_text())) for path in sorted(tmp.glob("part-*.json"))]
     parts = [(path, held) for path, held in parts if held["rows"]]
     n = sum(held["rows"] for _, held in parts)

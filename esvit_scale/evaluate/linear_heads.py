@@ -13,24 +13,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from esvit_scale.evaluate.metrics import predicted
+from esvit_scale.evaluate.metrics import predicted_class
 from esvit_scale.evaluate.progress import progress
 from esvit_scale.parallel import collectives
 
-RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
+LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
 BLOCKS = (1, 4)
 POOLINGS = ("mean", "mean+max")  # over a block's tokens
 MOMENTUM = 0.9
 ROWS_AT_ONCE = 4096
 
 
-class Head(NamedTuple):
+class HeadConfig(NamedTuple):
     lr: float  # at a batch of 256
     blocks: int  # the last 1 or 4
     pooling: str
 
 
-class Batch(NamedTuple):
+class LabelledBatch(NamedTuple):
     """This rank's part of a global batch."""
 
     features: Tensor  # [b, 2, D], see features.last_blocks
@@ -38,20 +38,20 @@ class Batch(NamedTuple):
     size: int  # of the global batch
 
 
-Epoch = Callable[[int], Iterator[Batch]]  # the batches of an epoch, equally many on every rank
+EpochBatches = Callable[[int], Iterator[LabelledBatch]]  # the batches of an epoch, equally many on every rank
 
-OFFICIAL = Head(1e-3, 4, "mean")
-GRID = tuple(Head(lr, blocks, pooling) for blocks in BLOCKS for pooling in POOLINGS for lr in RATES)
+OFFICIAL = HeadConfig(1e-3, 4, "mean")
+GRID = tuple(HeadConfig(lr, blocks, pooling) for blocks in BLOCKS for pooling in POOLINGS for lr in LEARNING_RATES)
 
 
-class Heads(nn.Module):
+class LinearHeads(nn.Module):
     """Linear classifiers of K classes; those that read the same features share one matrix product.
 
     Args:
         dim: C, the width of the last block; `width`: D, that of the last four together.
     """
 
-    def __init__(self, heads: tuple[Head, ...], dim: int, width: int, classes: int, seed: int) -> None:
+    def __init__(self, heads: tuple[HeadConfig, ...], dim: int, width: int, classes: int, seed: int) -> None:
         super().__init__()
         self.heads, self.dim, self.classes = heads, dim, classes
         self.members: dict[str, list[int]] = {}
@@ -77,7 +77,7 @@ class Heads(nn.Module):
             yield members, self.linear[name](x).unflatten(1, (len(members), self.classes))
 
 
-def train(heads: Heads, epochs: int, batch: int, batches_of: Epoch) -> None:
+def train(heads: LinearHeads, epochs: int, batch: int, batches_of: EpochBatches) -> None:
     """Trains in place. Gradients are summed over the ranks, so that any number of them trains the same heads."""
     device = next(heads.parameters()).device
     rates = torch.tensor([head.lr for head in heads.heads], device=device) * batch / 256
@@ -99,7 +99,7 @@ def train(heads: Heads, epochs: int, batch: int, batches_of: Epoch) -> None:
 
 
 @torch.no_grad()
-def accuracies(heads: Heads, features: Tensor, targets: Tensor) -> Tensor:
+def accuracies(heads: LinearHeads, features: Tensor, targets: Tensor) -> Tensor:
     """Percent right of every head: float64 [heads]. features [N, 2, D], mapped or not."""
     device = next(heads.parameters()).device
     right = torch.zeros(len(heads.heads), dtype=torch.float64)
@@ -107,12 +107,12 @@ def accuracies(heads: Heads, features: Tensor, targets: Tensor) -> Tensor:
         truth = targets[rows].to(device)
         for members, scores in heads(features[rows].to(device).float()):
             for i, own in zip(members, scores.unbind(1), strict=True):
-                right[i] += int((predicted(own) == truth).sum())
+                right[i] += int((predicted_class(own) == truth).sum())
     return 100 * right / len(targets)
 
 
 @torch.no_grad()
-def scores_of(heads: Heads, head: int, features: Tensor) -> Tensor:
+def head_scores(heads: LinearHeads, head: int, features: Tensor) -> Tensor:
     """One head's scores of features [N, 2, D]: float32 [N, K], on the CPU."""
     device = next(heads.parameters()).device
     found = []
