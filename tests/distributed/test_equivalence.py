@@ -89,18 +89,18 @@ def four_ranks(folder: Path, reference: list[dict[str, Any]]) -> Path:
     runs = {f"four-{name}": overrides for name, overrides in FOUR_RANKS.items()}
     runs |= {f"four-{name}-zero2": o | {"train__ds_config": "zero2"} for name, o in OTHERS.items()}
     runs |= {f"four-{name}-zero3": o | {"train__ds_config": "zero3"} for name, o in OTHERS.items()}
-    train_on(4, runs, folder)
+    train_on(4, runs, folder, timeout=1100)
     return folder
 
 
-def train_on(ranks: int, runs: dict[str, dict[str, Any]], folder: Path) -> None:
+def train_on(ranks: int, runs: dict[str, dict[str, Any]], folder: Path, timeout: float = 290) -> None:
     paths = []
     for name, overrides in runs.items():
         config = tiny.config(folder / name, folder / "shards", **overrides)
         paths.append(str(tiny.write_config(folder / f"{name}.yaml", config)))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command = [*torchrun, str(Path(__file__).with_name("scenarios.py")), *paths]
-    done = subprocess.run(command, capture_output=True, text=True, env=tiny.environment(), timeout=290, cwd=folder)
+    done = subprocess.run(command, capture_output=True, text=True, env=tiny.environment(), timeout=timeout, cwd=folder)
     assert done.returncode == 0, "\n".join(
         line for line in done.stderr.splitlines() if "rank" in line or "Error" in line
     )[-6000:]
@@ -129,11 +129,15 @@ def test_two_ranks_equal_one_process(two_ranks: Path, reference: list[dict[str, 
     assert_same(tiny.rows(two_ranks / f"two-{name}"), reference)
 
 
+@pytest.mark.slow  # two cores take minutes for four ranks; the two-rank runs are in the fast tests
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", FOUR_RANKS)
 def test_four_ranks_equal_one_process(four_ranks: Path, reference: list[dict[str, Any]], name: str) -> None:
     assert_same(tiny.rows(four_ranks / f"four-{name}"), reference)
 
 
+@pytest.mark.slow  # two cores take minutes for four ranks; the two-rank runs are in the fast tests
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_optimizers_and_frozen_parameters_at_every_stage(four_ranks: Path, folder: Path, name: str) -> None:
     config = tiny.config(folder / f"one-{name}", folder / "shards", **OTHERS[name], train__ds_config="zero0")
