@@ -49,7 +49,7 @@ def test_identical_grids_give_one() -> None:
     grid = (5, 7)
     tokens = torch.randn(35, 16)
     found = correspondence.measure(
-        correspondence.pairs(view(tokens, grid), view(tokens, grid), correspondence.centres(grid, (50, 70)))
+        correspondence.match_pairs(view(tokens, grid), view(tokens, grid), correspondence.cell_centres(grid, (50, 70)))
     )
     assert found["top_accuracy"] == found["accuracy"] == 100
     assert found["top_distance_px"] == found["distance_px"] == 0
@@ -61,11 +61,13 @@ def test_a_flipped_grid_gives_the_mirror() -> None:
     grid, tokens = (5, 7), torch.randn(35, 16)
     flipped = tokens.view(5, 7, 16).flip(1).reshape(35, 16)
     here, there = view(tokens, grid), view(flipped, grid)
-    mirror = correspondence.centres(grid, (50, 70)) * torch.tensor([-1, 1]) + torch.tensor([70, 0])
-    right = correspondence.pairs(here, there, mirror)
+    mirror = correspondence.cell_centres(grid, (50, 70)) * torch.tensor([-1, 1]) + torch.tensor([70, 0])
+    right = correspondence.match_pairs(here, there, mirror)
     assert correspondence.measure(right)["accuracy"] == 100
     assert torch.equal(right.found[:, 0], 70 - right.start[:, 0])
-    unmirrored = correspondence.measure(correspondence.pairs(here, there, correspondence.centres(grid, (50, 70))))
+    unmirrored = correspondence.measure(
+        correspondence.match_pairs(here, there, correspondence.cell_centres(grid, (50, 70)))
+    )
     assert unmirrored["accuracy"] == pytest.approx(100 / 7)  # the middle column is its own mirror
     assert unmirrored["distance_px"] == pytest.approx(10 * (6 + 4 + 2 + 0 + 2 + 4 + 6) / 7)
 
@@ -75,7 +77,9 @@ def test_random_features_are_at_chance() -> None:
     for seed in range(200):
         torch.manual_seed(seed)
         here, there = (view(torch.randn(49, 8), grid) for _ in range(2))
-        rates.append(correspondence.measure(correspondence.pairs(here, there, correspondence.centres(grid, (70, 70)))))
+        rates.append(
+            correspondence.measure(correspondence.match_pairs(here, there, correspondence.cell_centres(grid, (70, 70))))
+        )
     chance = rates[0]["chance"]
     assert chance == pytest.approx(2.04, abs=0.01)
     for name, n in (("accuracy", 200 * 49), ("top_accuracy", 200 * 10)):
@@ -103,9 +107,9 @@ def test_the_official_measure() -> None:
     first = torch.randn(49, 8)
     second = first.view(7, 7, 8).flip(1).reshape(49, 8) + 1.5 * torch.randn(49, 8)
     pixels = np.zeros((224, 224, 3), np.uint8)
-    mirror = correspondence.centres((7, 7), (224, 224)) * torch.tensor([-1, 1]) + torch.tensor([224, 0])
+    mirror = correspondence.cell_centres((7, 7), (224, 224)) * torch.tensor([-1, 1]) + torch.tensor([224, 0])
     found = correspondence.measure(
-        correspondence.pairs(
+        correspondence.match_pairs(
             correspondence.View(pixels, first, (7, 7)), correspondence.View(pixels, second, (7, 7)), mirror
         )
     )
@@ -119,7 +123,8 @@ def test_view_two_is_the_flipped_picture_without_colour() -> None:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 255, (32, 48, 3), dtype=np.uint8)
     views = [
-        correspondence.mirrored(Place(8), correspondence.see(Place(8), pixels), key).second for key in ("a", "b", "c")
+        correspondence.mirrored(Place(8), correspondence.extract_view(Place(8), pixels), key).second
+        for key in ("a", "b", "c")
     ]
     for second in views:
         assert (second == second[:, :, :1]).all()
@@ -128,7 +133,9 @@ def test_view_two_is_the_flipped_picture_without_colour() -> None:
         assert alike > 0.8  # the hue has moved
         assert abs(unflipped) < 0.2
     assert not np.array_equal(views[0], views[1])
-    assert np.array_equal(views[0], correspondence.mirrored(Place(8), correspondence.see(Place(8), pixels), "a").second)
+    assert np.array_equal(
+        views[0], correspondence.mirrored(Place(8), correspondence.extract_view(Place(8), pixels), "a").second
+    )
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
@@ -138,7 +145,7 @@ def test_the_crop_is_where_it_is_said_to_be(places: np.ndarray, monkeypatch: pyt
     monkeypatch.setattr(correspondence, "CROP_SCALE", (scale, scale))
     flips = set()
     for key in "abcdefgh":
-        found = correspondence.cropped(Place(16), correspondence.see(Place(16), places), key).pairs
+        found = correspondence.cropped(Place(16), correspondence.extract_view(Place(16), places), key).pairs
         assert (len(found.right) == 64) == (scale == 1)
         assert (found.found - found.true).abs().max() <= 8 + 1
         x = torch.stack([found.start[:, 0], found.found[:, 0]])
@@ -193,4 +200,4 @@ def test_a_trunk_without_a_grid() -> None:
             return super().forward(crops)._replace(grids=[])
 
     with pytest.raises(UserError, match="needs region tokens on a grid; Flat gives none"):
-        correspondence.see(Flat(8), np.zeros((32, 32, 3), np.uint8))
+        correspondence.extract_view(Flat(8), np.zeros((32, 32, 3), np.uint8))

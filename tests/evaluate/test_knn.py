@@ -145,7 +145,7 @@ def test_command_writes_stable_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     names = tuple(f"class{c}" for c in range(6))
     monkeypatch.setattr(labels_module, "source_info", lambda source: SourceInfo(0, names))
     monkeypatch.setattr("esvit_scale.evaluate.knn.check_train_and_test", lambda *_: None)
-    monkeypatch.setattr("esvit_scale.evaluate.knn.load_teacher", lambda path: FrozenTrunk(nn.Identity(), 64, 400))
+    monkeypatch.setattr("esvit_scale.evaluate.knn.load_frozen_trunk", lambda path: FrozenTrunk(nn.Identity(), 64, 400))
     monkeypatch.setattr("esvit_scale.evaluate.knn.extract", lambda trunk, source, *_, **__: sets[source.name])
     result = run_knn(
         tmp_path / "run", tmp_path / "train", tmp_path / "test", tmp_path / "out", ExtractionOptions(), ks=(10, 20)
@@ -184,7 +184,7 @@ def test_unlabelled_or_missing_sets_are_refused_before_any_work(
     for path in ("good/a/0.png", "good/b/0.png", "flat/0.png"):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).touch()
-    monkeypatch.setattr("esvit_scale.evaluate.knn.load_teacher", None)
+    monkeypatch.setattr("esvit_scale.evaluate.knn.load_frozen_trunk", None)
     for test, message in (("flat", "flat: its images have no labels"), ("goo", "did you mean")):
         with pytest.raises(UserError, match=message):
             run_knn(tmp_path / "run", tmp_path / "good", tmp_path / test, tmp_path / "out", ExtractionOptions())
