@@ -8,7 +8,7 @@ from typing import Any
 Row = tuple[str, str, str]  # measure, figure, data
 Json = dict[str, Any]
 
-DEPTH = 2  # folders below the run dir that are looked through
+SEARCH_DEPTH = 2  # folders below the run dir that are looked through
 
 
 def table(run: Path) -> str:
@@ -16,7 +16,7 @@ def table(run: Path) -> str:
     Markdown; empty where there is none. A file that is damaged, or of another program, is left out."""
     rows: list[Row] = []
     for name, read in _READ.items():
-        for depth in range(DEPTH + 1):
+        for depth in range(SEARCH_DEPTH + 1):
             for path in sorted(run.glob("*/" * depth + name)):
                 rows += _rows(path, read)
     if not rows:

@@ -8,8 +8,8 @@ from esvit_scale.checkpoint.weights import (
     TRUNK,
     Weights,
     check_shapes,
+    head_titles,
     heads_in,
-    in_words,
     network_shapes,
     shapes_of,
 )
@@ -18,7 +18,7 @@ from esvit_scale.errors import UserError
 from esvit_scale.models.registry import build_trunk
 from esvit_scale.models.trunk import Trunk
 
-ONE_NETWORK = ("safetensors", *export.FOLDER_FORMS)
+SINGLE_NETWORK_FORMATS = ("safetensors", *export.FOLDER_FORMATS)
 
 
 def convert(
@@ -39,9 +39,9 @@ def convert(
         UserError: the source cannot be read, does not hold what the destination needs, or the destination exists.
     """
     _check_request(destination, source_form, form, network, heads)
-    weights = official.read(source) if source_form == "esvit" else read_own(source)
-    if form in ONE_NETWORK:
-        weights = _one_network(source, weights, network, heads)
+    weights = official.read(source) if source_form == "esvit" else read_ours(source)
+    if form in SINGLE_NETWORK_FORMATS:
+        weights = _select_network(source, weights, network, heads)
         name = next(iter(weights.networks))
         if destination.suffix == safetensors_file.SUFFIX:
             safetensors_file.write(destination, weights, name)
@@ -60,16 +60,16 @@ def read(path: Path) -> Weights:
     Raises:
         UserError: no such weights, damaged, of another program, or not weights at all: says what it is.
     """
-    if path.exists() and not path.is_dir() and not _is_own_file(path):
+    if path.exists() and not path.is_dir() and not _is_our_file(path):
         return official.read(path)
-    return read_own(path)
+    return read_ours(path)
 
 
-def read_own(path: Path) -> Weights:
+def read_ours(path: Path) -> Weights:
     """Read a run dir, a step folder, an exported folder or a safetensors file that this program wrote."""
     if path.is_dir() and exported_folder.is_exported(path):
         return exported_folder.read(path)
-    if path.is_file() and weight_file.form_of(path) == "safetensors":
+    if path.is_file() and weight_file.detect_format(path) == "safetensors":
         return safetensors_file.read(path)
     folder = step_folders.resolve(path)
     step_folders.check_files(folder)
@@ -95,14 +95,14 @@ def load_trunk(path: Path) -> tuple[Trunk, Config]:
     return trunk.eval(), found.config
 
 
-def _is_own_file(path: Path) -> bool:
-    return weight_file.form_of(path) == "safetensors" and safetensors_file.is_own(path)
+def _is_our_file(path: Path) -> bool:
+    return weight_file.detect_format(path) == "safetensors" and safetensors_file.is_ours(path)
 
 
 def _check_request(destination: Path, source_form: str, form: str, network: str | None, heads: bool) -> None:
     if source_form == form:
         raise UserError(f"--from {source_form} --to {form}: nothing to convert")
-    if form not in ONE_NETWORK and (network or heads):
+    if form not in SINGLE_NETWORK_FORMATS and (network or heads):
         raise UserError(f"--network and --heads choose for --to safetensors; --to {form} holds everything")
     if heads and form != "safetensors":
         raise UserError(f"--heads: --to {form} holds a trunk alone; --to safetensors can keep the heads")
@@ -110,13 +110,13 @@ def _check_request(destination: Path, source_form: str, form: str, network: str 
         raise UserError(
             f"{destination}: the name must end in {safetensors_file.SUFFIX} for a file, or have no suffix for a folder"
         )
-    if form in export.FOLDER_FORMS and destination.suffix in (safetensors_file.SUFFIX, ".onnx", ".pth", ".bin"):
+    if form in export.FOLDER_FORMATS and destination.suffix in (safetensors_file.SUFFIX, ".onnx", ".pth", ".bin"):
         raise UserError(f"{destination}: --to {form} makes a folder; nearest: {destination.with_suffix('')}")
     if destination.exists():
         raise UserError(f"{destination}: exists already; name a new one or remove it")
 
 
-def _one_network(source: Path, weights: Weights, network: str | None, heads: bool) -> Weights:
+def _select_network(source: Path, weights: Weights, network: str | None, heads: bool) -> Weights:
     name = network or ("teacher" if "teacher" in weights.networks else next(iter(weights.networks)))
     if name not in weights.networks:
         raise UserError(f"{source}: holds no {name}, only the {', '.join(weights.networks)}")
@@ -134,7 +134,7 @@ def _check_complete(source: Path, weights: Weights) -> None:
             raise UserError(f"{source}: holds no {name}; only --to safetensors can do without")
     for head in heads_in(network_shapes(weights.config)):
         if any(head not in heads_in(tensors) for tensors in weights.networks.values()):
-            raise UserError(f"{source}: holds no {in_words([head])}; only --to safetensors can do without")
+            raise UserError(f"{source}: holds no {head_titles([head])}; only --to safetensors can do without")
 
 
 def _summary(destination: Path, weights: Weights) -> str:
@@ -145,7 +145,7 @@ def _summary(destination: Path, weights: Weights) -> str:
     heads = heads_in(tensors)
     parts = [f"{' and '.join(weights.networks)} of {weights.config.model.trunk} ({count:,} parameters in the trunk)"]
     prototypes = any(name.endswith(".weight_v") for name in tensors)
-    parts += [in_words(heads)] if heads else []
+    parts += [head_titles(heads)] if heads else []
     parts += [f"K = {weights.config.objective.prototypes}"] if prototypes else []
     parts += ["centres"] if weights.centers else []
     return f"{destination}: {', '.join(parts)}"

@@ -24,7 +24,7 @@ from esvit_scale.errors import UserError
 from esvit_scale.models import plain
 from esvit_scale.models.registry import build_trunk
 
-FOLDER_FORMS = ("timm", "huggingface", "onnx")
+FOLDER_FORMATS = ("timm", "huggingface", "onnx")
 ONNX_INLINE = 2**31 - 2**27  # bytes of weights that fit into one protobuf file
 
 
@@ -50,7 +50,7 @@ def write(folder: Path, weights: Weights, network: str, form: str, source: Path)
 
 
 def _write_safetensors(folder: Path, weights: Weights, network: str) -> None:
-    safetensors_file.write(folder / safetensors_file.IN_FOLDER, weights, network)
+    safetensors_file.write(folder / safetensors_file.FOLDER_WEIGHTS, weights, network)
     files.write_json(folder / "config.json", weights.config.model_dump(mode="json"))
 
 
@@ -127,7 +127,7 @@ def _trunk(weights: Weights, network: str) -> dict[str, torch.Tensor]:
 
 
 def _save(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    safetensors_file.save(folder / safetensors_file.IN_FOLDER, tensors, {"format": "pt"})
+    safetensors_file.save(folder / safetensors_file.FOLDER_WEIGHTS, tensors, {"format": "pt"})
 
 
 def _require_onnx() -> None:

@@ -13,8 +13,8 @@ from esvit_scale.checkpoint.weights import (
     check_shapes,
     head_of_center,
     head_prefix,
+    head_titles,
     heads_in,
-    in_words,
     network_shapes,
 )
 from esvit_scale.config import Config
@@ -82,13 +82,13 @@ def _select(source: Path, weights: Weights, config: Config) -> InitialWeights:
     network = "teacher" if "teacher" in weights.networks else next(iter(weights.networks))
     tensors = weights.networks[network]
     trunk = {name: tensor for name, tensor in tensors.items() if name.startswith(TRUNK)}
-    trunk, resized = positions.fit(f"model.init_from: {source}", trunk, _part(wanted, TRUNK))
+    trunk, resized = positions.resize_to_fit(f"model.init_from: {source}", trunk, _part(wanted, TRUNK))
     tensors = tensors | trunk
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     taken, notes = [TRUNK], ["trunk" + (f" ({resized})" if resized else "")]
     theirs, ours = heads_in(tensors), heads_in(wanted)
     for head in dict.fromkeys([*ours, *theirs]):
-        prefix, words = head_prefix(head), in_words([head])
+        prefix, words = head_prefix(head), head_titles([head])
         if head in theirs and head in ours:
             _check_head(source, words, _part(shapes, prefix), _part(wanted, prefix))
             taken.append(prefix)

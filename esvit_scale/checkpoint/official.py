@@ -47,9 +47,9 @@ log = logging.getLogger(__name__)
 
 NETWORKS = {"student": "module.", "teacher": ""}  # with the prefix that the official trainer saves it under
 CENTERS = {"center": "view.values", "center_grid": "region.values"}
-_THEIR_HEADS = {"head.": head_prefix("view_head"), "head_dense.": head_prefix("region_head")}
+_OFFICIAL_HEADS = {"head.": head_prefix("view_head"), "head_dense.": head_prefix("region_head")}
 _WRAPPERS = ("module.", "backbone.")
-_TRUNK_ALONE = ("model", "state_dict")  # where others keep one network; else it is the file's whole content
+_SINGLE_NETWORK_KEYS = ("model", "state_dict")  # where others keep one network; else it is the file's whole content
 _CLASSIFIER = re.compile(r"(head|head\.fc|head_dist|fc|classifier)\.(weight|bias)")
 
 
@@ -61,15 +61,15 @@ def read(path: Path) -> Weights:
     Raises:
         UserError: no such file, damaged, asking for code, another architecture, or tensors missing or unknown.
     """
-    content = _load(path)
+    content = _load_file(path)
     found = _networks(path, content)
     networks, parts = {}, {}
     for name, tensors in found.items():
-        trunk, heads = _our_names(tensors)
-        parts[name] = official_trunks.our_names(path, trunk)
+        trunk, heads = _to_our_names(tensors)
+        parts[name] = official_trunks.identify(path, trunk)
         networks[name] = {TRUNK + key: tensor for key, tensor in parts[name][1].items()} | heads
     some = "teacher" if "teacher" in networks else "student"
-    classifier = [name for name in found[some] if _CLASSIFIER.fullmatch(_unwrapped(name))]
+    classifier = [name for name in found[some] if _CLASSIFIER.fullmatch(_strip_wrappers(name))]
     if classifier:
         log.warning("%s: its classifier (%s) is left out", path, ", ".join(classifier))
     config = _config(path, *parts[some], networks[some])
@@ -92,7 +92,7 @@ def write(path: Path, weights: Weights) -> None:
         raise UserError(f"{path}: the official code has no {weights.config.model.trunk}; --to safetensors takes it")
     content: dict[str, Any] = {}
     for name, prefix in NETWORKS.items():
-        tensors = _their_names(family, weights.networks[name])
+        tensors = _to_official_names(family, weights.networks[name])
         if any(key.endswith("running_var") for key in tensors):
             prefix = "module."  # with batch norms the official teacher is wrapped as well
         content[name] = {prefix + key: tensor for key, tensor in tensors.items()}
@@ -107,7 +107,7 @@ def write(path: Path, weights: Weights) -> None:
 # --- the file --------------------------------------------------------------------------------------------------------
 
 
-class _Nothing:
+class _Ignored:
     """Stands for what a checkpoint holds beside weights: takes any arguments and state, keeps and does nothing."""
 
     def __init__(self, *_: Any) -> None: ...
@@ -115,7 +115,7 @@ class _Nothing:
     def __setstate__(self, _: Any) -> None: ...
 
 
-_READ_AS_NOTHING = (
+_IGNORED_GLOBALS = (
     "argparse.Namespace",
     "numpy.core.multiarray.scalar",
     "numpy._core.multiarray.scalar",
@@ -125,21 +125,21 @@ _READ_AS_NOTHING = (
 )
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _load_file(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"{path}: no such file; give the .pth of the official trainer")
-    if weight_file.form_of(path) == "safetensors":
+    if weight_file.detect_format(path) == "safetensors":
         try:
             return dict(load_file(path))
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: damaged: {error}") from None
     _check_archive(path)
     try:
-        with torch.serialization.safe_globals([(_Nothing, n) for n in _READ_AS_NOTHING]), warnings.catch_warnings():
+        with torch.serialization.safe_globals([(_Ignored, n) for n in _IGNORED_GLOBALS]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's, about pickles of others
             content = _torch_load(path)
     except Exception as error:  # a damaged pickle can fail in any way; it runs no code
-        raise UserError(f"{path}: {_why(error)}") from None
+        raise UserError(f"{path}: {_explain_load_error(error)}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: no checkpoint of networks: it holds a {type(content).__name__}")
     return content
@@ -166,7 +166,7 @@ def _check_archive(path: Path) -> None:
         raise UserError(f"{path}: damaged: {bad} is not what was written")
 
 
-def _why(error: Exception) -> str:
+def _explain_load_error(error: Exception) -> str:
     """What is wrong with a pickle, without torch's advice to read it unsafely."""
     asked = re.search(r"GLOBAL (\S+)", str(error))
     if asked:
@@ -174,7 +174,7 @@ def _why(error: Exception) -> str:
             f"asks for {asked[1]}, which weights have no need of (a whole pickled module? save its state_dict()); "
             "refused, nothing of it was run"
         )
-    return f"damaged, or not a checkpoint ({type(error).__name__} while reading it); {weight_file.AGAIN}"
+    return f"damaged, or not a checkpoint ({type(error).__name__} while reading it); {weight_file.DOWNLOAD_AGAIN}"
 
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -189,41 +189,41 @@ def _networks(path: Path, content: Mapping[str, Any]) -> dict[str, Mapping[str, 
     found = {name: content[name] for name in NETWORKS if isinstance(content.get(name), Mapping)}
     if found:
         return found
-    for alone in (*(content.get(key) for key in _TRUNK_ALONE), content):
+    for alone in (*(content.get(key) for key in _SINGLE_NETWORK_KEYS), content):
         if isinstance(alone, Mapping) and any(isinstance(value, Tensor) for value in alone.values()):
             return {"teacher": alone}
     held = ", ".join(sorted(map(str, content))[:5]) or "nothing"
-    raise UserError(f"{path}: no network in it (student, teacher, {', '.join(_TRUNK_ALONE)}); it holds {held}")
+    raise UserError(f"{path}: no network in it (student, teacher, {', '.join(_SINGLE_NETWORK_KEYS)}); it holds {held}")
 
 
-def _our_names(tensors: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _to_our_names(tensors: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the trunk's tensors, by official names without wrappers, and the heads' by ours; a classifier is left out."""
     trunk, heads = {}, {}
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) or name.endswith(official_trunks.COMPUTED):
+        if not isinstance(tensor, Tensor) or name.endswith(official_trunks.DERIVED):
             continue
-        name = _unwrapped(name)
+        name = _strip_wrappers(name)
         if _CLASSIFIER.fullmatch(name):
             continue
         tensor = tensor.detach().float().contiguous()
-        prefix = next((prefix for prefix in _THEIR_HEADS if name.startswith(prefix)), None)
+        prefix = next((prefix for prefix in _OFFICIAL_HEADS if name.startswith(prefix)), None)
         if prefix is None:
             trunk[name] = tensor
         else:
-            heads[_THEIR_HEADS[prefix] + name.removeprefix(prefix)] = tensor
+            heads[_OFFICIAL_HEADS[prefix] + name.removeprefix(prefix)] = tensor
     return trunk, heads
 
 
-def _unwrapped(name: str) -> str:
+def _strip_wrappers(name: str) -> str:
     while name.startswith(_WRAPPERS):
         name = name.partition(".")[2]
     return name
 
 
-def _their_names(family: Family, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _to_official_names(family: Family, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     trunk = {name.removeprefix(TRUNK): tensor for name, tensor in tensors.items() if name.startswith(TRUNK)}
-    theirs = official_trunks.official_tensors(family, trunk)
-    for official, ours in _THEIR_HEADS.items():
+    theirs = official_trunks.to_official(family, trunk)
+    for official, ours in _OFFICIAL_HEADS.items():
         theirs |= {official + n.removeprefix(ours): t for n, t in tensors.items() if n.startswith(ours)}
     return theirs
 
@@ -232,7 +232,11 @@ def _their_names(family: Family, tensors: dict[str, Tensor]) -> dict[str, Tensor
 
 
 def _config(path: Path, family: Family, trunk: dict[str, Tensor], network: dict[str, Tensor]) -> Config:
-    values = {"name": "converted", **official_trunks.values(path, family, trunk), "objective": _objective(network)}
+    values = {
+        "name": "converted",
+        **official_trunks.config_values(path, family, trunk),
+        "objective": _objective(network),
+    }
     return configs.validate(values, where=str(path))
 
 

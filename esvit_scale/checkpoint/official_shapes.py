@@ -11,13 +11,13 @@ from esvit_scale.models.swin import PATCH
 from esvit_scale.models.windows import relative_position_index
 
 Tensors = dict[str, Tensor]  # of a trunk, by names without a prefix
-Values = dict[str, Any]  # a part of the config
+ConfigValues = dict[str, Any]  # a part of the config
 
 CPU = torch.device("cpu")
 SIZES = (224, *range(PATCH, 1025, PATCH))  # of global crops, the likely one first
 
 
-def by_stage(tensors: Tensors, pattern: str) -> list[list[Tensor]]:
+def group_by_stage(tensors: Tensors, pattern: str) -> list[list[Tensor]]:
     """The tensors whose names fit, grouped by the number in them, in order."""
     found: dict[int, list[Tensor]] = {}
     for name, tensor in tensors.items():
@@ -26,7 +26,7 @@ def by_stage(tensors: Tensors, pattern: str) -> list[list[Tensor]]:
     return [found[stage] for stage in sorted(found)]
 
 
-def model(trunk: str, shape: tuple[Any, ...], known: tuple[Any, ...]) -> Values:
+def model_values(trunk: str, shape: tuple[Any, ...], known: tuple[Any, ...]) -> ConfigValues:
     """The trunk by its name alone, or with its own width, depths and (if they are told) heads."""
     if shape == known:
         return {"trunk": trunk}
@@ -34,7 +34,7 @@ def model(trunk: str, shape: tuple[Any, ...], known: tuple[Any, ...]) -> Values:
     return {"trunk": trunk} | dict(zip(("embed_dim", "depths", "heads"), values, strict=False))
 
 
-def side_of(table: Tensor) -> int:
+def table_side(table: Tensor) -> int:
     """w, from a table of (2w − 1)² rows"""
     return (math.isqrt(len(table)) + 1) // 2
 

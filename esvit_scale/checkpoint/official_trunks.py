@@ -23,7 +23,15 @@ import torch
 from torch import Tensor
 
 from esvit_scale.checkpoint import official_vil
-from esvit_scale.checkpoint.official_shapes import SIZES, Tensors, Values, by_stage, model, position_index, side_of
+from esvit_scale.checkpoint.official_shapes import (
+    SIZES,
+    ConfigValues,
+    Tensors,
+    group_by_stage,
+    model_values,
+    position_index,
+    table_side,
+)
 from esvit_scale.checkpoint.positions import bicubic
 from esvit_scale.errors import UserError
 from esvit_scale.models.cvt import S1
@@ -33,45 +41,47 @@ from esvit_scale.models.vit import SIDE
 
 log = logging.getLogger(__name__)
 
-COMPUTED = ("relative_position_index", "attn_mask", "num_batches_tracked")
+DERIVED = ("relative_position_index", "attn_mask", "num_batches_tracked")
 
 
 class Family(NamedTuple):
     name: str
-    mark: str  # an official tensor that no other family has
+    signature: str  # an official tensor that no other family has
     trunks: tuple[str, ...]  # names of models/registry.py
-    values: Callable[[Tensors], Values]  # our tensors → the config's `model`, and `data` where crops have a part in it
-    ours: Callable[[Tensors], Tensors] = lambda official: (
+    to_config: Callable[
+        [Tensors], ConfigValues
+    ]  # our tensors → the config's `model`, and `data` where crops have a part in it
+    from_official: Callable[[Tensors], Tensors] = lambda official: (
         official
     )  # by official names (the computed left out) → by ours
-    theirs: Callable[[str], str] = lambda name: name  # our name → the official one
-    computed: Callable[[str, Tensor], Tensors] = lambda name, tensor: {}  # what the official code saves beside a tensor
+    to_official_name: Callable[[str], str] = lambda name: name  # our name → the official one
+    derived: Callable[[str, Tensor], Tensors] = lambda name, tensor: {}  # what the official code saves beside a tensor
     wrapper: str = ""  # stands before all names of the trunk in a file
 
 
-def our_names(path: Path, official: Tensors) -> tuple[Family, Tensors]:
+def identify(path: Path, official: Tensors) -> tuple[Family, Tensors]:
     """
     Raises:
         UserError: none of the families; names the nearest.
     """
-    found = next((family for family in FAMILIES if family.mark in official), None)
+    found = next((family for family in FAMILIES if family.signature in official), None)
     if found is not None:
-        return found, found.ours(official)
-    likeness = lambda f: max((difflib.SequenceMatcher(None, f.mark, n).ratio() for n in official), default=0.0)  # noqa: E731
+        return found, found.from_official(official)
+    likeness = lambda f: max((difflib.SequenceMatcher(None, f.signature, n).ratio() for n in official), default=0.0)  # noqa: E731
     near = max(FAMILIES, key=likeness)
     raise UserError(
         f"{path}: no trunk of the official code (Swin, CvT, ViL, DeiT, ResNet); nearest: {near.name}, but there is no "
-        f"{near.mark}; it has {', '.join(list(official)[:3]) or 'none'} and {max(len(official) - 3, 0)} more tensors"
+        f"{near.signature}; it has {', '.join(list(official)[:3]) or 'none'} and {max(len(official) - 3, 0)} more tensors"
     )
 
 
-def values(path: Path, family: Family, ours: Tensors) -> Values:
+def config_values(path: Path, family: Family, ours: Tensors) -> ConfigValues:
     """
     Raises:
         UserError: a tensor is missing that the config is read off.
     """
     try:
-        return family.values(ours)
+        return family.to_config(ours)
     except (KeyError, IndexError, TypeError) as error:
         missing = error.args[0] if isinstance(error, KeyError) else "whole stages"
         raise UserError(f"{path}: a {family.name} of the official code without {missing}") from None
@@ -81,30 +91,30 @@ def family_of(trunk: str) -> Family | None:
     return next((family for family in FAMILIES if trunk in family.trunks), None)
 
 
-def official_tensors(family: Family, ours: Tensors) -> Tensors:
+def to_official(family: Family, ours: Tensors) -> Tensors:
     """What the official code saves of a trunk."""
     saved: Tensors = {}
     for our_name, tensor in ours.items():
-        name = family.theirs(our_name)
-        saved |= {family.wrapper + key: t for key, t in ({name: tensor} | family.computed(name, tensor)).items()}
+        name = family.to_official_name(our_name)
+        saved |= {family.wrapper + key: t for key, t in ({name: tensor} | family.derived(name, tensor)).items()}
     return saved
 
 
 # --- Swin ------------------------------------------------------------------------------------------------------------
 
 
-def _swin(tensors: Tensors) -> Values:
-    tables = by_stage(tensors, r"layers\.(\d+)\.blocks\.\d+\.attn\.relative_position_bias_table")
-    windows = [side_of(of_stage[0]) for of_stage in tables]
+def _swin_config(tensors: Tensors) -> ConfigValues:
+    tables = group_by_stage(tensors, r"layers\.(\d+)\.blocks\.\d+\.attn\.relative_position_bias_table")
+    windows = [table_side(of_stage[0]) for of_stage in tables]
     heads = [of_stage[0].shape[-1] for of_stage in tables]
     found = swin_model(len(tensors["patch_embed.proj.weight"]), [len(x) for x in tables], heads, windows[0])
     return {"model": found, "data": {"global_crops": {"size": swin_size(windows)}}}
 
 
-def swin_model(embed_dim: int, depths: list[int], heads: list[int], window: int) -> Values:
+def swin_model(embed_dim: int, depths: list[int], heads: list[int], window: int) -> ConfigValues:
     shape = (embed_dim, tuple(depths), tuple(heads))
     names = [name for name, known in SHAPES.items() if known[:3] == shape]  # V1 stands before V2 of the same shape
-    return model(names[0] if names else "swin_t", shape, shape if names else ()) | {"window": window}
+    return model_values(names[0] if names else "swin_t", shape, shape if names else ()) | {"window": window}
 
 
 def swin_size(windows: list[int]) -> int:
@@ -114,7 +124,7 @@ def swin_size(windows: list[int]) -> int:
     return next(fits, SIZES[0])
 
 
-def _swin_ours(official: Tensors) -> Tensors:
+def _swin_from_official(official: Tensors) -> Tensors:
     """timm keeps the merging that ends a stage at the beginning of the next."""
     if any(name.startswith("layers.0.downsample.") for name in official):
         return official
@@ -125,24 +135,26 @@ def _swin_ours(official: Tensors) -> Tensors:
 def _index_of_table(name: str, tensor: Tensor) -> Tensors:
     if not name.endswith("relative_position_bias_table"):
         return {}
-    return {name.replace("bias_table", "index"): position_index(side_of(tensor))}
+    return {name.replace("bias_table", "index"): position_index(table_side(tensor))}
 
 
 # --- the others ------------------------------------------------------------------------------------------------------
 
 
-def _cvt(tensors: Tensors) -> Values:
-    depths = tuple(map(len, by_stage(tensors, r"stage(\d+)\.1\.layers\.\d+\.0\.fn\.qkv\.dw\.weight")))
-    return {"model": model("cvt_s1", (len(tensors["stage0.0.proj.weight"]), depths), S1[:2])}
+def _cvt_config(tensors: Tensors) -> ConfigValues:
+    depths = tuple(map(len, group_by_stage(tensors, r"stage(\d+)\.1\.layers\.\d+\.0\.fn\.qkv\.dw\.weight")))
+    return {"model": model_values("cvt_s1", (len(tensors["stage0.0.proj.weight"]), depths), S1[:2])}
 
 
-def _deit(tensors: Tensors) -> Values:
-    width, blocks = tensors["pos_embed"].shape[-1], by_stage(tensors, r"blocks\.(\d+)\.attn\.qkv\.weight")
+def _deit_config(tensors: Tensors) -> ConfigValues:
+    width, blocks = tensors["pos_embed"].shape[-1], group_by_stage(tensors, r"blocks\.(\d+)\.attn\.qkv\.weight")
     trunk, heads = ("deit_b", 12) if width == 768 else ("deit_s", 6)
-    return {"model": model(trunk, (width, (len(blocks),), (max(width // 64, 1),)), (heads * 64, (12,), (heads,)))}
+    return {
+        "model": model_values(trunk, (width, (len(blocks),), (max(width // 64, 1),)), (heads * 64, (12,), (heads,)))
+    }
 
 
-def _deit_ours(official: Tensors) -> Tensors:
+def _deit_from_official(official: Tensors) -> Tensors:
     """Positions of another map than 14×14 (DeiT at 384 pixels) are resized to it, as DeiT and DINO do it."""
     positions = official["pos_embed"]  # [1, 1 + side², C]
     side = math.isqrt(max(positions.shape[1] - 1, 0))
@@ -153,9 +165,9 @@ def _deit_ours(official: Tensors) -> Tensors:
     return official | {"pos_embed": torch.cat([positions[0, :1], resized])[None]}
 
 
-def _resnet(tensors: Tensors) -> Values:
-    depths = tuple(map(len, by_stage(tensors, r"layer(\d+)\.\d+\.conv1\.weight")))
-    return {"model": model("resnet50", (len(tensors["conv1.weight"]), depths), (64, (3, 4, 6, 3)))}
+def _resnet_config(tensors: Tensors) -> ConfigValues:
+    depths = tuple(map(len, group_by_stage(tensors, r"layer(\d+)\.\d+\.conv1\.weight")))
+    return {"model": model_values("resnet50", (len(tensors["conv1.weight"]), depths), (64, (3, 4, 6, 3)))}
 
 
 def _count_of_batches(name: str, tensor: Tensor) -> Tensors:
@@ -167,27 +179,27 @@ FAMILIES = (
         "Swin",
         "layers.0.blocks.0.attn.relative_position_bias_table",
         tuple(name for name, shape in SHAPES.items() if shape.version == 1),
-        _swin,
-        _swin_ours,
-        computed=_index_of_table,
+        _swin_config,
+        _swin_from_official,
+        derived=_index_of_table,
     ),
-    Family("CvT", "stage0.1.layers.0.0.fn.qkv.dw.weight", ("cvt_s1",), _cvt, computed=_count_of_batches),
+    Family("CvT", "stage0.1.layers.0.0.fn.qkv.dw.weight", ("cvt_s1",), _cvt_config, derived=_count_of_batches),
     Family(
         "ViL",
-        official_vil.MARK,
+        official_vil.SIGNATURE,
         ("vil_2262",),
-        official_vil.values,
-        official_vil.ours,
-        official_vil.theirs,
-        official_vil.computed,
+        official_vil.to_config,
+        official_vil.from_official,
+        official_vil.to_official_name,
+        official_vil.derived,
     ),
-    Family("DeiT", "pos_embed", ("deit_s", "deit_b"), _deit, _deit_ours),
+    Family("DeiT", "pos_embed", ("deit_s", "deit_b"), _deit_config, _deit_from_official),
     Family(
         "ResNet",
         "layer1.0.conv1.weight",
         ("resnet50",),
-        _resnet,
-        computed=_count_of_batches,
+        _resnet_config,
+        derived=_count_of_batches,
         wrapper="backbone.backbone.",
     ),
 )

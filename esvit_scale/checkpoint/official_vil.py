@@ -10,11 +10,20 @@ import re
 import torch
 from torch import Tensor
 
-from esvit_scale.checkpoint.official_shapes import CPU, SIZES, Tensors, Values, by_stage, model, position_index, side_of
+from esvit_scale.checkpoint.official_shapes import (
+    CPU,
+    SIZES,
+    ConfigValues,
+    Tensors,
+    group_by_stage,
+    model_values,
+    position_index,
+    table_side,
+)
 from esvit_scale.models.vil import PATCHES, VIL_2262
 from esvit_scale.models.vil_attention import AROUND, around_index
 
-MARK = "layer1.1.attn.local_relative_position_bias_table"
+SIGNATURE = "layer1.1.attn.local_relative_position_bias_table"
 _TABLE = "attn.local_relative_position_bias_table"
 _THEIRS = re.compile(r"layer(\d+)\.(\d+)\.(norm\.)?")
 _OURS = re.compile(r"layers\.(\d+)\.(?:patch_embed\.|blocks\.(\d+)\.(?:norm(\d)\.|(?=(attn|mlp)\.)))")
@@ -22,19 +31,19 @@ _LONG = r"^layer[12]\."  # stages 1 and 2: windows and their neighbours
 _SHARED = re.compile(_LONG + r"\d+\.attn\.(query|kv|proj)(?=\.)")
 
 
-def values(tensors: Tensors) -> Values:
-    tables = by_stage(tensors, rf"layers\.(\d+)\.blocks\.\d+\.{re.escape(_TABLE)}")
+def to_config(tensors: Tensors) -> ConfigValues:
+    tables = group_by_stage(tensors, rf"layers\.(\d+)\.blocks\.\d+\.{re.escape(_TABLE)}")
     heads = tuple(of_stage[0].shape[-1] for of_stage in tables)
     shape = (len(tensors["layers.0.patch_embed.proj.weight"]), tuple(map(len, tables)), heads)
-    sides = [side_of(of_stage[0]) for of_stage in tables[2:]]
+    sides = [table_side(of_stage[0]) for of_stage in tables[2:]]
     fits = (size for size in SIZES if [size // math.prod(PATCHES[:s]) for s in (3, 4)] == sides)
     return {
-        "model": model("vil_2262", shape, VIL_2262[:3]) | {"window": _window(tables[0][0])},
+        "model": model_values("vil_2262", shape, VIL_2262[:3]) | {"window": _window(tables[0][0])},
         "data": {"global_crops": {"size": next(fits, SIZES[0])}},
     }
 
 
-def ours(official: Tensors) -> Tensors:
+def from_official(official: Tensors) -> Tensors:
     found = {}
     for name, tensor in official.items():
         shared = official.get(name.replace("_global.", "."))
@@ -44,18 +53,18 @@ def ours(official: Tensors) -> Tensors:
     return found
 
 
-def theirs(name: str) -> str:
+def to_official_name(name: str) -> str:
     return _OURS.sub(_their_name, name)
 
 
-def computed(name: str, tensor: Tensor) -> Tensors:
+def derived(name: str, tensor: Tensor) -> Tensors:
     if shared := _SHARED.match(name):
         return {f"{shared[0]}_global{name[shared.end() :]}": tensor}
     if not name.endswith(_TABLE):
         return {}
     key = name.replace("local_relative_position_bias_table", "relative_position_index")
     if not re.match(_LONG, name):
-        return {key: position_index(side_of(tensor))}
+        return {key: position_index(table_side(tensor))}
     window = _window(tensor)
     return {key: around_index(window, CPU).view(window**2, AROUND * window**2).clone()}
 

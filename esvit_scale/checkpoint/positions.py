@@ -26,7 +26,7 @@ _OF_POSITIONS = ("relative_position", "pos_embed", "rel_pos")  # parts of the na
 _MOST_PREFIX = 16  # tokens before a map's
 
 
-def fit(where: object, tensors: dict[str, Tensor], wanted: Shapes) -> tuple[dict[str, Tensor], str]:
+def resize_to_fit(where: object, tensors: dict[str, Tensor], wanted: Shapes) -> tuple[dict[str, Tensor], str]:
     """Return `tensors` with every position table as large as in `wanted`, and what was resized in words ("": nothing).
 
     Raises:
@@ -37,7 +37,7 @@ def fit(where: object, tensors: dict[str, Tensor], wanted: Shapes) -> tuple[dict
     for name, shape in wanted.items():
         if name not in tensors or list(tensors[name].shape) == shape:
             continue
-        if (resized := _resized(name, tensors[name], shape)) is not None:
+        if (resized := _resize_table(name, tensors[name], shape)) is not None:
             fitted[name], old, new = resized
             sides[old, new] += 1
     shapes = {name: list(tensor.shape) for name, tensor in fitted.items()}
@@ -60,7 +60,7 @@ def bicubic(maps: Tensor, side: int) -> Tensor:
     return resized
 
 
-def _resized(name: str, table: Tensor, shape: list[int]) -> tuple[Tensor, int, int] | None:
+def _resize_table(name: str, table: Tensor, shape: list[int]) -> tuple[Tensor, int, int] | None:
     """(the table in `shape`, its side before and after); None: no table, or not one of square maps."""
     if name.endswith(_RELATIVE) and table.ndim == len(shape) == 2 and table.shape[1] == shape[1]:
         old, new = _side(len(table)), _side(shape[0])

@@ -21,7 +21,7 @@ from esvit_scale.config import Config
 from esvit_scale.errors import UserError
 
 SUFFIX = ".safetensors"
-IN_FOLDER = "model.safetensors"  # of an exported folder
+FOLDER_WEIGHTS = "model.safetensors"  # of an exported folder
 FORMAT_VERSION = 1
 CENTER = "center."
 
@@ -55,7 +55,7 @@ def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> No
             file.write(in_order.ljust(length))
 
 
-def is_own(path: Path) -> bool:
+def is_ours(path: Path) -> bool:
     """Whether a safetensors file has a config in its metadata, which this program puts there."""
     try:
         with safe_open(path, "pt") as file:
@@ -70,13 +70,13 @@ def read(path: Path) -> Weights:
     Raises:
         UserError: no such file, damaged, not written by this program, or by a newer one.
     """
-    if weight_file.form_of(path) != "safetensors":
+    if weight_file.detect_format(path) != "safetensors":
         raise UserError(
             f"{path}: a checkpoint of torch.save in spite of its name; `esvit-scale convert --from esvit` reads it"
         )
     try:
         with safe_open(path, "pt") as file:
-            config, network = _described(path, file.metadata() or {})
+            config, network = _read_metadata(path, file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: damaged, or not a safetensors file: {error}") from None
@@ -84,7 +84,7 @@ def read(path: Path) -> Weights:
     return Weights(config, {network: tensors}, centers)
 
 
-def _described(path: Path, metadata: dict[str, str]) -> tuple[Config, str]:
+def _read_metadata(path: Path, metadata: dict[str, str]) -> tuple[Config, str]:
     if metadata.get("format") != "esvit-scale":
         raise UserError(f"{path}: no esvit-scale file (its metadata has no config); `esvit-scale convert` writes one")
     if metadata["format_version"] != str(FORMAT_VERSION):

@@ -47,11 +47,11 @@ class Saver:
         self._join()
         if self._failure is not None and not isinstance(self._failure, NotSaved):
             raise self._failure
-        taken = state.snapshot(self._config, engines, centers, cursor)
+        snapshot = state.take_snapshot(self._config, engines, centers, cursor)
         extra = {} if self._data is None else {"data": self._data}
-        taken = Snapshot(storage.copied(taken.intervals), taken.state | extra)
+        snapshot = Snapshot(storage.copy_to_cpu(snapshot.intervals), snapshot.state | extra)
         self._failure = None
-        self._thread = threading.Thread(target=self._write, args=(taken,), name="saver")
+        self._thread = threading.Thread(target=self._write, args=(snapshot,), name="saver")
         self._thread.start()
 
     def wait(self) -> None:
@@ -69,10 +69,10 @@ class Saver:
             self._thread.join()
             self._thread = None
 
-    def _write(self, taken: Snapshot) -> None:
+    def _write(self, snapshot: Snapshot) -> None:
         try:
             with collectives.through(self._group):
-                state.write(self._run, self._config, taken, self._check_ownership)
+                state.write(self._run, self._config, snapshot, self._check_ownership)
         except NotSaved as error:
             self._failure = error
             if collectives.rank() == 0:

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from esvit_scale import config as configs
 from esvit_scale.checkpoint import safetensors_file, signal_lead, step_folders, storage
-from esvit_scale.checkpoint.storage import Interval, whole
+from esvit_scale.checkpoint.storage import Interval, whole_interval
 from esvit_scale.checkpoint.weights import TRUNK, Weights, check_shapes, network_shapes, shapes_of
 from esvit_scale.config import Config
 from esvit_scale.errors import RestartCanHelp, UserError
@@ -31,7 +31,7 @@ log = logging.getLogger("esvit_scale")
 
 T = TypeVar("T")
 
-ROLES = {"student": "student/", "teacher": "ema/"}  # with the prefix of its tensors in storage
+NETWORK_PREFIXES = {"student": "student/", "teacher": "ema/"}  # with the prefix of its tensors in storage
 CENTER = "center/"
 
 
@@ -46,7 +46,7 @@ class Snapshot(NamedTuple):
     state: dict[str, Any]  # state.json, but for the files' checksums
 
 
-def snapshot(config: Config, engines: Engines, centers: dict[str, Tensor], cursor: dict[str, int]) -> Snapshot:
+def take_snapshot(config: Config, engines: Engines, centers: dict[str, Tensor], cursor: dict[str, int]) -> Snapshot:
     """The state at `cursor["step"]` as it is in memory now (views, not copies). All ranks call it."""
     optimizer_steps = _optimizer_steps(engines)
     state = {
@@ -64,38 +64,38 @@ def save(run: Path, config: Config, engines: Engines, centers: dict[str, Tensor]
     Raises:
         NotSaved: a rank could not write (a full disk, say); what was there before is untouched.
     """
-    return write(run, config, snapshot(config, engines, centers, cursor))
+    return write(run, config, take_snapshot(config, engines, centers, cursor))
 
 
 @signal_lead.warn_if_longer()
-def write(run: Path, config: Config, taken: Snapshot, check_ownership: Callable[[], None] = lambda: None) -> Path:
+def write(run: Path, config: Config, snapshot: Snapshot, check_ownership: Callable[[], None] = lambda: None) -> Path:
     """What `save` does once the state is taken; for any thread, as long as all ranks do the same.
 
     `check_ownership` is called on rank 0 when everything is written and not yet named; it raises RestartCanHelp when the
     run is no longer this process's.
     """
-    folder = run / "checkpoints" / f"step-{taken.state['cursor']['step']:08d}"
+    folder = run / "checkpoints" / f"step-{snapshot.state['cursor']['step']:08d}"
     tmp = folder.with_name(f".{folder.name}.partial")
     _on_rank_0(folder, lambda: _make_empty(tmp))
-    _together(folder, lambda: storage.save(tmp, taken.intervals))
-    written = _together(folder, lambda: storage.checksums(tmp, collectives.rank()))
+    _run_on_all_ranks(folder, lambda: storage.save(tmp, snapshot.intervals))
+    written = _run_on_all_ranks(folder, lambda: storage.checksums(tmp, collectives.rank()))
     recorded = {name: checksum for files_of_rank in written for name, checksum in files_of_rank.items()}
     _on_rank_0(folder, check_ownership)
-    _on_rank_0(folder, lambda: _publish(tmp, folder, taken.state | {"files": recorded}))
+    _on_rank_0(folder, lambda: _commit(tmp, folder, snapshot.state | {"files": recorded}))
     collectives.run_on_rank0_and_broadcast(lambda: step_folders.prune(folder, config))
     return folder
 
 
 def _on_rank_0(folder: Path, work: Callable[[], None]) -> None:
-    _together(folder, work if collectives.rank() == 0 else lambda: None)
+    _run_on_all_ranks(folder, work if collectives.rank() == 0 else lambda: None)
 
 
-def _together(folder: Path, work: Callable[[], T]) -> list[T]:
+def _run_on_all_ranks(folder: Path, work: Callable[[], T]) -> list[T]:
     """Every rank's result; when the disk fails one of them, an error on all."""
     try:
         result, problem = work(), None
     except (OSError, RestartCanHelp, CheckpointException) as error:
-        result, problem = None, storage.reason(error)
+        result, problem = None, storage.error_text(error)
     answers = collectives.gather_objects((result, problem))
     problems = [f"rank {rank}: {problem}" for rank, (_, problem) in enumerate(answers) if problem]
     if problems:
@@ -107,7 +107,7 @@ def _together(folder: Path, work: Callable[[], T]) -> list[T]:
     return [result for result, _ in answers]
 
 
-def not_finite(engines: Engines, centers: dict[str, Tensor]) -> list[str]:
+def find_nonfinite(engines: Engines, centers: dict[str, Tensor]) -> list[str]:
     """Return the names of the state's tensors that hold a NaN or an infinity on any rank. All ranks call it."""
     intervals = _intervals(engines, _optimizer_steps(engines), centers)
     owned = {name: interval.values for name, interval in intervals.items() if interval.values.numel()}
@@ -126,18 +126,18 @@ def restore(folder: Path, engines: Engines, centers: dict[str, Tensor]) -> dict[
     """
     state = step_folders.read_state(folder)
     shapes = shapes_of(engines.student.module)
-    old = set() if state["shapes"].keys() >= shapes.keys() else {f.name for f in _frozen(engines)}
+    old = set() if state["shapes"].keys() >= shapes.keys() else {f.name for f in _frozen_parameters(engines)}
     check_shapes(folder, state["shapes"], {name: shape for name, shape in shapes.items() if name not in old})
     if missing := set(engines.group_of.values()) - state["optimizer_steps"].keys():
         raise UserError(f"{folder}: does not record the optimizer's steps of {', '.join(sorted(missing))}")
-    _check_moments(folder, engines, state["optimizer_steps"])
-    _make_moments(engines, state["optimizer_steps"])
+    _check_optimizer_kind(folder, engines, state["optimizer_steps"])
+    _prepare_optimizer_state(engines, state["optimizer_steps"])
     intervals = _intervals(engines, state["optimizer_steps"], centers)
     storage.load(folder, {key: i for key, i in intervals.items() if key.partition("/")[2] not in old})
     partitions.sync_working_weights(engines.student)
     engines.teacher.sync_frozen()
     engines.teacher.sync_working_weights()
-    if bad := not_finite(engines, centers):
+    if bad := find_nonfinite(engines, centers):
         raise UserError(
             f"{folder}: has values that are not finite ({', '.join(bad[:3])}); remove this folder, and the run goes on "
             "from the checkpoint before it"
@@ -151,7 +151,7 @@ def load_teacher(checkpoint: Path) -> tuple[Trunk, Config]:
     Of a run it is the EMA teacher's, of a file the one that was written. Needs neither DeepSpeed nor a process group.
     """
     if checkpoint.suffix == safetensors_file.SUFFIX:
-        return _trunk_of_file(checkpoint)
+        return _load_trunk_from_file(checkpoint)
     folder = step_folders.resolve(checkpoint)
     state = step_folders.read_state(folder)
     config = configs.validate(state["config"], where=str(folder / "state.json"))
@@ -160,8 +160,8 @@ def load_teacher(checkpoint: Path) -> tuple[Trunk, Config]:
     check_shapes(folder, stored, shapes_of(trunk))
     step_folders.check_index(folder, state)
     tensors = {**dict(trunk.named_parameters()), **partitions.buffers_of_module(trunk)}
-    values = {f"ema/trunk.{name}": whole(tensor.data) for name, tensor in tensors.items()}
-    storage.load(folder, values, alone=True)
+    values = {f"ema/trunk.{name}": whole_interval(tensor.data) for name, tensor in tensors.items()}
+    storage.load(folder, values, single_process=True)
     return trunk.eval(), config
 
 
@@ -174,10 +174,10 @@ def read_weights(folder: Path) -> Weights:
     state = step_folders.read_state(folder)
     config = configs.validate(state["config"], where=str(folder / "state.json"))
     step_folders.check_index(folder, state)
-    networks = {role: {n: torch.empty(s) for n, s in state["shapes"].items()} for role in ROLES}
-    stored = storage.sizes(folder)
+    networks = {role: {n: torch.empty(s) for n, s in state["shapes"].items()} for role in NETWORK_PREFIXES}
+    stored = storage.tensor_sizes(folder)
     centers = {n.removeprefix(CENTER): torch.empty(size) for n, size in stored.items() if n.startswith(CENTER)}
-    storage.load(folder, _whole_intervals(networks, centers), alone=True)
+    storage.load(folder, _whole_intervals(networks, centers), single_process=True)
     for name, shape in network_shapes(config).items():
         if name.endswith(".weight_g") and name not in state["shapes"]:  # kept at 1 by norm_last_layer
             for tensors in networks.values():
@@ -197,10 +197,10 @@ def write_weights(folder: Path, weights: Weights) -> None:
         "shapes": {name: list(tensor.shape) for name, tensor in weights.networks["student"].items()},
         "config": weights.config.model_dump(mode="json"),
     }
-    step_folders.complete(tmp, folder, state)
+    step_folders.commit(tmp, folder, state)
 
 
-def _trunk_of_file(path: Path) -> tuple[Trunk, Config]:
+def _load_trunk_from_file(path: Path) -> tuple[Trunk, Config]:
     config, networks, _ = safetensors_file.read(path)
     trunk = build_trunk(config)
     tensors = {n.removeprefix(TRUNK): t for of in networks.values() for n, t in of.items() if n.startswith(TRUNK)}
@@ -210,15 +210,15 @@ def _trunk_of_file(path: Path) -> tuple[Trunk, Config]:
 
 
 def _whole_intervals(networks: dict[str, dict[str, Tensor]], centers: dict[str, Tensor]) -> dict[str, Interval]:
-    intervals = {f"{CENTER}{name}": whole(center) for name, center in centers.items()}
+    intervals = {f"{CENTER}{name}": whole_interval(center) for name, center in centers.items()}
     for role, tensors in networks.items():
-        intervals |= {f"{ROLES[role]}{name}": whole(tensor) for name, tensor in tensors.items()}
+        intervals |= {f"{NETWORK_PREFIXES[role]}{name}": whole_interval(tensor) for name, tensor in tensors.items()}
     return intervals
 
 
 def _intervals(engines: Engines, optimizer_steps: dict[str, int], centers: dict[str, Tensor]) -> dict[str, Interval]:
     """Every tensor of the state as this rank holds it; views, so that loading writes into place."""
-    intervals = {f"{CENTER}{name}": whole(center) for name, center in centers.items()}
+    intervals = {f"{CENTER}{name}": whole_interval(center) for name, center in centers.items()}
     for p, ema in zip(engines.partitions, engines.teacher.values, strict=True):
         total = p.shape.numel()
         intervals[f"student/{p.name}"] = Interval(p.master, p.start, total)
@@ -227,11 +227,13 @@ def _intervals(engines: Engines, optimizer_steps: dict[str, int], centers: dict[
             moments = engines.optimizer.state[p.flat]
             for key in engines.moments:
                 intervals[f"{key}/{p.name}"] = Interval(p.within(moments[key]), p.start, total)
-    for prefix, network in zip(ROLES.values(), (engines.student.module, engines.teacher.module), strict=True):
+    for prefix, network in zip(
+        NETWORK_PREFIXES.values(), (engines.student.module, engines.teacher.module), strict=True
+    ):
         for name, buffer in partitions.buffers_of_module(network).items():
-            intervals[f"{prefix}{name}"] = whole(buffer)
-    for f in _frozen(engines):
-        for prefix in ROLES.values():
+            intervals[f"{prefix}{name}"] = whole_interval(buffer)
+    for f in _frozen_parameters(engines):
+        for prefix in NETWORK_PREFIXES.values():
             intervals[f"{prefix}{f.name}"] = Interval(f.values, f.start, f.shape.numel())
     return intervals
 
@@ -251,7 +253,7 @@ def _optimizer_steps(engines: Engines) -> dict[str, int]:
     return {group: max(steps[group] for steps in everyone) for group in mine}
 
 
-def _make_moments(engines: Engines, optimizer_steps: dict[str, int]) -> None:
+def _prepare_optimizer_state(engines: Engines, optimizer_steps: dict[str, int]) -> None:
     for p in engines.partitions:
         step = optimizer_steps[engines.group_of[p.name]]
         if step == 0:
@@ -266,9 +268,9 @@ def _make_moments(engines: Engines, optimizer_steps: dict[str, int]) -> None:
             group["step"] = optimizer_steps[group["name"]]
 
 
-def _check_moments(folder: Path, engines: Engines, optimizer_steps: dict[str, int]) -> None:
+def _check_optimizer_kind(folder: Path, engines: Engines, optimizer_steps: dict[str, int]) -> None:
     """An optimizer that keeps other things than the one that saved cannot go on from them."""
-    stored = {name.partition("/")[0] for name in storage.sizes(folder)}
+    stored = {name.partition("/")[0] for name in storage.tensor_sizes(folder)}
     missing = set(engines.moments) - stored
     if missing and any(optimizer_steps.values()):
         raise UserError(
@@ -277,7 +279,7 @@ def _check_moments(folder: Path, engines: Engines, optimizer_steps: dict[str, in
         )
 
 
-def _frozen(engines: Engines) -> list[partitions.Frozen]:
+def _frozen_parameters(engines: Engines) -> list[partitions.Frozen]:
     return partitions.frozen_of_module(engines.student.module)
 
 
@@ -286,6 +288,6 @@ def _make_empty(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _publish(tmp: Path, folder: Path, state: dict[str, Any]) -> None:
-    step_folders.complete(tmp, folder, state)
-    step_folders.point_to(folder)
+def _commit(tmp: Path, folder: Path, state: dict[str, Any]) -> None:
+    step_folders.commit(tmp, folder, state)
+    step_folders.write_latest(folder)

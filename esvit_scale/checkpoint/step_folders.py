@@ -68,7 +68,7 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
     files.write_json(folder / STATE, state | {OWN_CHECKSUM: _checksum(state)})
 
 
-def complete(tmp: Path, folder: Path, state: dict[str, Any]) -> None:
+def commit(tmp: Path, folder: Path, state: dict[str, Any]) -> None:
     """Turn a filled temporary folder into the step folder `folder`; one of that name is replaced as a whole."""
     write_state(tmp, state)
     files.sync_folder(tmp)
@@ -88,7 +88,7 @@ def check_files(folder: Path) -> None:
         UserError: a file is missing or not what was written.
     """
     recorded = read_state(folder)["files"]
-    found = [problem for name, entry in recorded.items() for problem in storage.problems(folder / name, entry)]
+    found = [problem for name, entry in recorded.items() for problem in storage.file_problems(folder / name, entry)]
     if found:
         raise UserError(f"{folder}: damaged: {'; '.join(found)}")
 
@@ -101,7 +101,7 @@ def check_index(folder: Path, state: dict[str, Any]) -> None:
     """
     found = []
     for name, entry in state["files"].items():
-        check = storage.problems if name == storage.INDEX_FILE else storage.size_problems
+        check = storage.file_problems if name == storage.INDEX_FILE else storage.size_problems
         found += check(folder / Path(name).name, entry)
     if found:
         raise UserError(f"{folder}: damaged: {'; '.join(found[:3])}")
@@ -138,7 +138,7 @@ def step_of(folder: Path) -> int | None:
     return int(found[1]) if found else None
 
 
-def step_folders(run: Path) -> list[Path]:
+def list_step_folders(run: Path) -> list[Path]:
     """Return the step folders of a run in the order of their steps; anything else in checkpoints/ is passed over.
 
     Raises:
@@ -156,7 +156,7 @@ def step_folders(run: Path) -> list[Path]:
 
 def has_checkpoints(run: Path) -> bool:
     """Whether a run has step folders, good or damaged."""
-    return bool(step_folders(run))
+    return bool(list_step_folders(run))
 
 
 def latest(run: Path) -> Path | None:
@@ -171,7 +171,7 @@ def candidates(run: Path) -> list[Path]:
     `latest` at an older checkpoint wants to resume from it. A folder that was finished after `latest` was written comes before it: the process died, or
     the disk was full, between the two. Without a usable `latest` all folders, newest first, with a warning.
     """
-    found = step_folders(run)
+    found = list_step_folders(run)
     if not found:
         return []
     pointer = run / "checkpoints" / "latest"
@@ -185,7 +185,7 @@ def candidates(run: Path) -> list[Path]:
     return [*unnamed[::-1], *found[at::-1], *(folder for folder in newer[::-1] if folder not in unnamed)]
 
 
-def newest_good(run: Path) -> Path | None:
+def newest_valid(run: Path) -> Path | None:
     """Return the first of a run's `candidates` whose files are what was written; None before the first save.
 
     A damaged folder is logged, and the next one is tried. All ranks call it and get the same answer.
@@ -241,7 +241,7 @@ def resolve(checkpoint: Path) -> Path:
     raise UserError(f"{checkpoint}: every checkpoint is damaged ({len(found)} tried)")
 
 
-def point_to(folder: Path) -> None:
+def write_latest(folder: Path) -> None:
     """Make checkpoints/latest name `folder`. Where that cannot be written, `latest` is removed rather than left wrong."""
     pointer = folder.parent / "latest"
     try:
@@ -263,7 +263,7 @@ def prune(newest: Path, config: Config) -> None:
     from an older checkpoint writes those steps again.
     """
     keep_every, last = config.train.keep_every, step_of(newest) or 0
-    folders = [(step_of(folder) or 0, folder) for folder in step_folders(newest.parent.parent)]
+    folders = [(step_of(folder) or 0, folder) for folder in list_step_folders(newest.parent.parent)]
     for step, old in [(step, folder) for step, folder in folders if step <= last][: -config.train.keep_checkpoints]:
         if old == newest or (keep_every and step % keep_every == 0):
             continue
@@ -277,7 +277,7 @@ def prune(newest: Path, config: Config) -> None:
             log.warning("%s: could not be removed: %s; training goes on", left, error.strerror or error)
 
 
-def sweep(run: Path) -> None:
+def remove_unfinished(run: Path) -> None:
     """Remove what killed saves left behind: unfinished folders in checkpoints/ and temporary files of the run dir.
 
     Call it on rank 0, holding the run's lock: then no save of this run is alive.
@@ -323,15 +323,15 @@ def _problems_on_all_ranks(folder: Path) -> tuple[list[str], bool]:
 
     Every rank checks its share of the files.
     """
-    recorded, found, machine = collectives.run_on_rank0_and_broadcast(lambda: _recorded(folder))
+    recorded, found, machine = collectives.run_on_rank0_and_broadcast(lambda: _recorded_files(folder))
     for name in sorted(recorded)[collectives.rank() :: collectives.world_size()]:
-        lines, fault = _patiently(lambda name=name: storage.problems(folder / Path(name).name, recorded[name]))  # type: ignore[misc]
+        lines, fault = _with_retries(lambda name=name: storage.file_problems(folder / Path(name).name, recorded[name]))  # type: ignore[misc]
         found, machine = found + lines, machine or fault
     answers = collectives.gather_objects((found, machine))
     return list(dict.fromkeys(line for lines, _ in answers for line in lines)), any(fault for _, fault in answers)
 
 
-def _recorded(folder: Path) -> tuple[dict[str, Any], list[str], bool]:
+def _recorded_files(folder: Path) -> tuple[dict[str, Any], list[str], bool]:
     """Return the files that state.json records, or what is wrong with it."""
     recorded: dict[str, Any] = {}
 
@@ -345,11 +345,11 @@ def _recorded(folder: Path) -> tuple[dict[str, Any], list[str], bool]:
         recorded.update(state["files"])
         return [] if recorded else [f"{STATE} records no files"]
 
-    lines, fault = _patiently(look)
+    lines, fault = _with_retries(look)
     return recorded, lines, fault
 
 
-def _patiently(look: Callable[[], list[str]]) -> tuple[list[str], bool]:
+def _with_retries(look: Callable[[], list[str]]) -> tuple[list[str], bool]:
     """Return what `look` finds, and whether the storage failed to answer although it was asked again for some seconds."""
     for delay in (*RETRY_DELAYS, None):
         try:

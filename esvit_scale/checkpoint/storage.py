@@ -56,12 +56,12 @@ class Interval:
         return ChunkStorageMetadata(torch.Size([self.start]), torch.Size([self.values.numel()]))
 
 
-def copied(intervals: dict[str, Interval]) -> dict[str, Interval]:
+def copy_to_cpu(intervals: dict[str, Interval]) -> dict[str, Interval]:
     """The same on the host, in memory of their own: what is written while training goes on."""
     return {name: Interval(i.values.detach().to("cpu", copy=True), i.start, i.total) for name, i in intervals.items()}
 
 
-def whole(tensor: Tensor) -> Interval:
+def whole_interval(tensor: Tensor) -> Interval:
     flat = tensor.view(-1)
     return Interval(flat, 0, flat.numel())
 
@@ -73,17 +73,17 @@ def save(folder: Path, intervals: dict[str, Interval]) -> None:
         dcp.save(intervals, checkpoint_id=folder, planner=_SavePlanner(), process_group=group, no_dist=group is None)
 
 
-def load(folder: Path, intervals: dict[str, Interval], alone: bool = False) -> None:
+def load(folder: Path, intervals: dict[str, Interval], single_process: bool = False) -> None:
     """Fill the intervals in place, whatever intervals the checkpoint was written in.
 
     Args:
-        alone: this process reads by itself, also when it is one of many.
+        single_process: this process reads by itself, also when it is one of many.
 
     Raises:
         UserError: damaged, or a tensor is not in it.
         RestartCanHelp: the storage does not answer.
     """
-    no_dist = alone or collectives.world_size() == 1
+    no_dist = single_process or collectives.world_size() == 1
     group = None if no_dist else collectives.control_group()
     try:
         with _without_single_process_warning():
@@ -97,14 +97,14 @@ def load(folder: Path, intervals: dict[str, Interval], alone: bool = False) -> N
     except CheckpointException as error:  # no Exception: it would pass every handler above as a traceback
         failures = [failure[0] for failure in error.failures.values()]
         if any(is_machine_fault(failure) for failure in failures):
-            raise RestartCanHelp(f"{folder}: could not be read: {reason(error)}") from error
-        raise UserError(f"{folder}: could not be read: {reason(error)}") from error
+            raise RestartCanHelp(f"{folder}: could not be read: {error_text(error)}") from error
+        raise UserError(f"{folder}: could not be read: {error_text(error)}") from error
 
 
-def reason(error: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     """What went wrong on the disk, in one line; several ranks' errors arrive in one exception."""
     if isinstance(error, CheckpointException):
-        return "; ".join(sorted({reason(failure[0]) for failure in error.failures.values()}))
+        return "; ".join(sorted({error_text(failure[0]) for failure in error.failures.values()}))
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if "inline_container.cc" in str(error) and "unexpected pos" in str(error):
@@ -118,7 +118,7 @@ def checksums(folder: Path, rank: int) -> dict[str, dict[str, Any]]:
     return {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in mine}
 
 
-def problems(path: Path, recorded: dict[str, Any]) -> list[str]:
+def file_problems(path: Path, recorded: dict[str, Any]) -> list[str]:
     """Return why a file is not the one that `checksums` recorded; empty when it is.
 
     Raises:
@@ -145,7 +145,7 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def sizes(folder: Path) -> dict[str, int]:
+def tensor_sizes(folder: Path) -> dict[str, int]:
     """Elements of every tensor in a checkpoint.
 
     Raises:

@@ -11,13 +11,13 @@ from typing import Literal
 
 from esvit_scale.errors import UserError
 
-Form = Literal["safetensors", "torch"]
+FileFormat = Literal["safetensors", "torch"]
 
-LOOKED_AT = 4096  # bytes
+HEAD_BYTES = 4096  # bytes
 LARGEST_HEADER = 100_000_000  # bytes, as the safetensors library limits it
-AGAIN = "download or copy it again"
+DOWNLOAD_AGAIN = "download or copy it again"
 _LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # what torch wrote first before 1.6 (and without its zip form)
-_KNOWN = (
+_MAGIC_NUMBERS = (
     (b"\x1f\x8b", "a gzip archive; unpack it first"),
     (b"BZh", "a bzip2 archive; unpack it first"),
     (b"\xfd7zXZ\x00", "an xz archive; unpack it first"),
@@ -39,7 +39,7 @@ _MARKUP = (
 )
 
 
-def form_of(path: Path) -> Form:
+def detect_format(path: Path) -> FileFormat:
     """Return whether `path` is a safetensors file or a checkpoint of torch.save; reads its first bytes, and runs nothing.
 
     Raises:
@@ -50,7 +50,7 @@ def form_of(path: Path) -> Form:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            head = file.read(LOOKED_AT)
+            head = file.read(HEAD_BYTES)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
@@ -64,22 +64,26 @@ def form_of(path: Path) -> Form:
         return "torch"
     if head[:1] == b"\x80" and _LEGACY_MAGIC[1:] in head[:64]:
         return "torch"
-    raise UserError(f"{path}: not weights but {_what(head, size)}")
+    raise UserError(f"{path}: not weights but {_describe_content(head, size)}")
 
 
 def _check_safetensors(path: Path, header: int, size: int) -> None:
     """That the file is as long as its header says, which the library's own message does not make plain."""
     if 8 + header > size:
-        raise UserError(f"{path}: a safetensors file cut short: {size} bytes are there; {AGAIN}")
+        raise UserError(f"{path}: a safetensors file cut short: {size} bytes are there; {DOWNLOAD_AGAIN}")
     with path.open("rb") as file:
         file.seek(8)
         try:
             tensors = json.loads(file.read(header))
             end = max((t["data_offsets"][1] for n, t in tensors.items() if n != "__metadata__"), default=0)
         except (ValueError, TypeError, KeyError, IndexError, AttributeError):
-            raise UserError(f"{path}: a damaged safetensors file (its header is no list of tensors); {AGAIN}") from None
+            raise UserError(
+                f"{path}: a damaged safetensors file (its header is no list of tensors); {DOWNLOAD_AGAIN}"
+            ) from None
     if 8 + header + end > size:
-        raise UserError(f"{path}: a safetensors file cut short: {size} of {8 + header + end} bytes are there; {AGAIN}")
+        raise UserError(
+            f"{path}: a safetensors file cut short: {size} of {8 + header + end} bytes are there; {DOWNLOAD_AGAIN}"
+        )
 
 
 def _check_zip(path: Path, head: bytes, size: int) -> None:
@@ -87,12 +91,12 @@ def _check_zip(path: Path, head: bytes, size: int) -> None:
     of_torch = b"/data.pkl" in head[:256]
     if not zipfile.is_zipfile(path):
         what = "a torch checkpoint" if of_torch else "a zip archive"
-        raise UserError(f"{path}: {what} cut short: {size} bytes are there, its end is missing; {AGAIN}")
+        raise UserError(f"{path}: {what} cut short: {size} bytes are there, its end is missing; {DOWNLOAD_AGAIN}")
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
     except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise UserError(f"{path}: a damaged zip archive: {error}; {AGAIN}") from None
+        raise UserError(f"{path}: a damaged zip archive: {error}; {DOWNLOAD_AGAIN}") from None
     folders = {name.rpartition("/")[0] for name in names if name.endswith("/data.pkl")}
     if any(f"{folder}/constants.pkl" in names for folder in folders):
         raise UserError(f"{path}: not weights but a TorchScript program; save the module's state_dict() from it")
@@ -103,21 +107,21 @@ def _check_zip(path: Path, head: bytes, size: int) -> None:
         raise UserError(f"{path}: not weights but {what}")
 
 
-def _what(head: bytes, size: int) -> str:
+def _describe_content(head: bytes, size: int) -> str:
     """What a file without weights is, in words."""
     if not head:
         return "an empty file"
     if not head.strip(b"\0"):
-        return f"zeros{' at its beginning' if size > LOOKED_AT else ''} (a download that did not finish?)"
+        return f"zeros{' at its beginning' if size > HEAD_BYTES else ''} (a download that did not finish?)"
     if head[257:262] == b"ustar":
         return "a tar archive; unpack it first"
     if head[:1] == b"\x80" and head[1:2] in b"\2\3\4\5":
         return "a Python pickle but no checkpoint of torch.save; it was not opened"
-    found = next((what for magic, what in _KNOWN if head.startswith(magic)), None)
-    return found or _text(head) or f"an unknown file (it begins with {head[:8]!r})"
+    found = next((what for magic, what in _MAGIC_NUMBERS if head.startswith(magic)), None)
+    return found or _describe_text(head) or f"an unknown file (it begins with {head[:8]!r})"
 
 
-def _text(head: bytes) -> str | None:
+def _describe_text(head: bytes) -> str | None:
     """What a file of text is; None for bytes that are no text."""
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"):  # UTF-16
         head = head.decode("utf-16", "ignore").encode()
@@ -135,7 +139,7 @@ def _text(head: bytes) -> str | None:
     if any(byte < 32 and byte not in b"\t\n\r\f" for byte in head) or not head:
         return None
     try:
-        text = head.decode("utf-8", "ignore" if len(head) > LOOKED_AT - 16 else "strict")
+        text = head.decode("utf-8", "ignore" if len(head) > HEAD_BYTES - 16 else "strict")
     except UnicodeDecodeError:
         return None
     line = " ".join(text[:200].split())[:60]

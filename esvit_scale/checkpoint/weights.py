@@ -49,7 +49,7 @@ def head_of_center(name: str) -> str:
     return f"{name.partition('.')[0]}_head"
 
 
-def in_words(heads: list[str]) -> str:
+def head_titles(heads: list[str]) -> str:
     return ", ".join(head.replace("_", " ") for head in heads)
 
 

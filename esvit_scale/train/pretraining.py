@@ -64,8 +64,8 @@ def open_and_train(config: Config, world: World, watchdog: Watchdog) -> int:
     with Lock(path) as lock:
         metrics.start_logging(path, active=world.rank == 0)
         schedules = Schedules(config, stream.steps_per_epoch(config, data))
-        collectives.run_on_rank0_and_broadcast(lambda: step_folders.sweep(path))
-        checkpoint = step_folders.newest_good(path)
+        collectives.run_on_rank0_and_broadcast(lambda: step_folders.remove_unfinished(path))
+        checkpoint = step_folders.newest_valid(path)
         identity = collectives.run_on_rank0_and_broadcast(lambda: _checked_identity(config, data, checkpoint))
         knn = OnlineKnn(config, world) if config.train.knn_every else None
         watchdog.progress()

@@ -228,7 +228,7 @@ class Run:
         """
         with suppress(state.NotSaved):  # logged; the one before it serves as well
             self._saver.wait()
-        folder = step_folders.newest_good(self._path)
+        folder = step_folders.newest_valid(self._path)
         if folder is None or self._rollbacks == self._session.config.train.rollbacks:
             with self._logged_only():
                 self._write_summary(finished=False)
@@ -309,7 +309,7 @@ class Run:
         if self._saved == self.step:
             return
         collectives.run_on_rank0_and_broadcast(self._check_lock)
-        if bad := state.not_finite(self._session.engines, self._session.objective.extra_state()):
+        if bad := state.find_nonfinite(self._session.engines, self._session.objective.extra_state()):
             self._roll_back(f"the state is not finite ({', '.join(bad[:3])}) and was not saved")
             return
         cursor = {

@@ -97,12 +97,12 @@ def test_damage_to_any_file_leads_to_the_checkpoint_before(
     if (file, damage) == (".metadata", "another step's"):
         pytest.skip("the index is the same at every step")
     DAMAGES[damage](step(run, 6) / file)
-    assert step_folders.newest_good(run) == step(run, 4)
+    assert step_folders.newest_valid(run) == step(run, 4)
     assert "step-00000006 is damaged" in said.text
     for number in (2, 4):
         (step(run, number) / file).unlink()
     with pytest.raises(UserError, match=r"every checkpoint is damaged \(3 tried; step-00000006: .*; copy a good one"):
-        step_folders.newest_good(run)
+        step_folders.newest_valid(run)
 
 
 def test_no_flipped_bit_of_state_json_is_believed(straight: Path, tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_the_real_command_resumes_bit_for_bit(straight: Path, run: Path, file: s
     assert resume(with_config(straight, run)) == 0
     assert tiny.rows(run) == tiny.rows(straight)
     assert "resumed from" in (run / "log.txt").read_text().split("is damaged")[-1]
-    assert step_folders.newest_good(run) == step(run, 6)  # written again
+    assert step_folders.newest_valid(run) == step(run, 6)  # written again
 
 
 POINTERS: dict[str, Callable[[Path], Any]] = {
@@ -147,11 +147,11 @@ POINTERS: dict[str, Callable[[Path], Any]] = {
 @pytest.mark.parametrize("damage", POINTERS)
 def test_the_newest_is_found_without_latest(run: Path, damage: str, said: pytest.LogCaptureFixture) -> None:
     POINTERS[damage](run / "checkpoints" / "latest")
-    assert step_folders.newest_good(run) == step(run, 6)
+    assert step_folders.newest_valid(run) == step(run, 6)
     assert "latest: " in said.text
     assert "trying the newest of 3 checkpoints" in said.text
     flip(step(run, 6) / "state.json")
-    assert step_folders.newest_good(run) == step(run, 4)
+    assert step_folders.newest_valid(run) == step(run, 4)
 
 
 def test_a_resume_without_latest_goes_on_and_writes_it_again(straight: Path, run: Path) -> None:
@@ -181,21 +181,21 @@ def test_checkpoints_of_format_1_load_and_nonsense_in_them_is_damage(run: Path) 
     old = json.loads(path.read_text()) | {"format_version": 1}
     del old["sha256"], old["data"]
     path.write_text(json.dumps(old, indent=2) + "\n")
-    assert step_folders.newest_good(run) == step(run, 6)
+    assert step_folders.newest_valid(run) == step(run, 6)
     for field, value in [("data_offset", 8), ("step", 7), ("step", "6"), ("batch_index", -1)]:
         path.write_text(json.dumps(old | {"cursor": old["cursor"] | {field: value}}))
-        assert step_folders.newest_good(run) == step(run, 4), field
+        assert step_folders.newest_valid(run) == step(run, 4), field
 
 
 def test_checkpoints_that_lead_nowhere_are_no_fresh_start(run: Path) -> None:
     (run / "checkpoints").rename(run / "moved")
     (run / "checkpoints").symlink_to("/nowhere/at/all")
     with pytest.raises(UserError, match="checkpoints: is a link that leads nowhere"):
-        step_folders.newest_good(run)
+        step_folders.newest_valid(run)
     (run / "checkpoints").unlink()
     (run / "checkpoints").write_text("")
     with pytest.raises(UserError, match="checkpoints: is not a folder"):
-        step_folders.newest_good(run)
+        step_folders.newest_valid(run)
 
 
 def test_storage_that_does_not_answer_is_not_damage(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,9 +203,9 @@ def test_storage_that_does_not_answer_is_not_damage(run: Path, monkeypatch: pyte
         raise OSError(5, "Input/output error", "__0_0.distcp")
 
     monkeypatch.setattr(step_folders, "RETRY_DELAYS", (0.01,))
-    monkeypatch.setattr(storage, "problems", fail)
+    monkeypatch.setattr(storage, "file_problems", fail)
     with pytest.raises(RestartCanHelp, match=r"no checkpoint could be read \(step-00000006: .*Input/output error"):
-        step_folders.newest_good(run)
+        step_folders.newest_valid(run)
 
 
 @pytest.mark.parametrize("damage", ["gone", "empty", "NULs", "bytes"])

@@ -97,7 +97,7 @@ def test_what_the_shapes_say() -> None:
     }
     for trunk, wanted in shapes.items():
         named, _ = official._our_names(content(trunk)["student"])
-        values = official_trunks.values(Path("c.pth"), *official_trunks.our_names(Path("c.pth"), named))
+        values = official_trunks.config_values(Path("c.pth"), *official_trunks.identify(Path("c.pth"), named))
         assert values["model"] == {"trunk": trunk, **wanted}
         if trunk == "vil_2262":
             assert values["data"] == {"global_crops": {"size": 64}}
@@ -113,7 +113,7 @@ def test_what_the_shapes_say() -> None:
 )
 def test_a_published_deit_gets_its_name(width: int, depth: int, model: dict[str, Any]) -> None:
     tensors = {f"blocks.{i}.attn.qkv.weight": torch.empty(1) for i in range(depth)}
-    assert official_trunks._deit({"pos_embed": torch.empty(1, 197, width), **tensors})["model"] == model
+    assert official_trunks._deit_config({"pos_embed": torch.empty(1, 197, width), **tensors})["model"] == model
 
 
 def refused(values: dict[str, Any], tmp_path: Path, match: str) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from esvit_scale.checkpoint import safetensors_file, state
 from esvit_scale.checkpoint.initial_weights import load_initial_weights
-from esvit_scale.checkpoint.positions import fit
+from esvit_scale.checkpoint.positions import resize_to_fit
 from esvit_scale.checkpoint.weights import Weights, network_shapes
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
@@ -46,7 +46,7 @@ def slowly(table: Tensor, old: int, new: int) -> Tensor:
 def test_a_table_is_resized_as_by_the_formula_and_by_timm(old: int, new: int) -> None:
     before, after = 2 * old - 1, 2 * new - 1
     table = torch.randn(before**2, 3, generator=torch.Generator().manual_seed(0))
-    fitted, said = fit("here", {TABLE: table}, {TABLE: [after**2, 3]})
+    fitted, said = resize_to_fit("here", {TABLE: table}, {TABLE: [after**2, 3]})
     assert said == f"position tables resized: 1 of {before}×{before} to {after}×{after}"
     torch.testing.assert_close(fitted[TABLE].double(), slowly(table, before, after), rtol=0, atol=1e-5)
     theirs = timm.layers.resize_rel_pos_bias_table_simple(table, (new, new), (after**2, 3))
@@ -56,7 +56,7 @@ def test_a_table_is_resized_as_by_the_formula_and_by_timm(old: int, new: int) ->
 @pytest.mark.parametrize("prefix", [0, 1, 5])
 def test_absolute_positions_keep_their_prefix(prefix: int) -> None:
     positions = torch.randn(1, prefix + 14**2, 8, generator=torch.Generator().manual_seed(0))
-    fitted, said = fit("here", {"pos_embed": positions}, {"pos_embed": [1, prefix + 24**2, 8]})
+    fitted, said = resize_to_fit("here", {"pos_embed": positions}, {"pos_embed": [1, prefix + 24**2, 8]})
     arguments = {"num_prefix_tokens": prefix, "antialias": False}
     theirs = timm.layers.resample_abs_pos_embed(positions, [24, 24], **arguments)
     torch.testing.assert_close(fitted["pos_embed"], theirs, rtol=0, atol=1e-6)
@@ -137,9 +137,13 @@ def test_what_cannot_be_resized_is_said_to_be_of_another_resolution() -> None:
     with pytest.raises(
         UserError, match=r"another resolution or window, and 1 position tables.*\[1, 2, 4, 12\] there"
     ) as error:
-        fit("here", {n: torch.zeros(1, 2, 4, 12) for n in names}, names)
+        resize_to_fit("here", {n: torch.zeros(1, 2, 4, 12) for n in names}, names)
     assert "another architecture" not in str(error.value)
     with pytest.raises(UserError, match=r"another architecture: norm\.weight"):
-        fit("here", {TABLE: torch.zeros(49, 2), "norm.weight": torch.ones(3)}, {TABLE: [9, 2], "norm.weight": [4]})
+        resize_to_fit(
+            "here", {TABLE: torch.zeros(49, 2), "norm.weight": torch.ones(3)}, {TABLE: [9, 2], "norm.weight": [4]}
+        )
     with pytest.raises(UserError, match="another architecture"):
-        fit("here", {"pos_embed": torch.zeros(1, 197, 8), "w": torch.zeros(1)}, {"pos_embed": [1, 197, 16], "w": [2]})
+        resize_to_fit(
+            "here", {"pos_embed": torch.zeros(1, 197, 8), "w": torch.zeros(1)}, {"pos_embed": [1, 197, 16], "w": [2]}
+        )

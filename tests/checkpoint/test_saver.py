@@ -51,7 +51,7 @@ def test_a_disk_that_stays_full_ends_the_run_at_its_end(tmp_path: Path, monkeypa
         patch.setattr(storage, "save", lambda folder, i: real(folder, i) if "10" in folder.name else full())
         with pytest.raises(RestartCanHelp, match="No space left on device; the checkpoints before it are untouched"):
             pretraining.pretrain(config)
-    assert step_folders.newest_good(config.run_path) == config.run_path / "checkpoints" / "step-00000010"
+    assert step_folders.newest_valid(config.run_path) == config.run_path / "checkpoints" / "step-00000010"
     assert pretraining.pretrain(config) == 0
     assert tiny.rows(config.run_path) == tiny.rows(tmp_path / "reference")
 
@@ -62,8 +62,8 @@ def full() -> None:
 
 def test_what_is_written_is_the_moment_of_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values, go_on = torch.arange(5.0), threading.Event()
-    taken = state.Snapshot({"student/x": storage.whole(values)}, {"cursor": {"step": 7}})
-    monkeypatch.setattr(state, "snapshot", lambda *a: taken)
+    taken = state.Snapshot({"student/x": storage.whole_interval(values)}, {"cursor": {"step": 7}})
+    monkeypatch.setattr(state, "take_snapshot", lambda *a: taken)
     real = storage.save
     monkeypatch.setattr(storage, "save", lambda *a: (go_on.wait(20), real(*a)))
     config = tiny.config(tmp_path / "run", tmp_path)
@@ -74,13 +74,13 @@ def test_what_is_written_is_the_moment_of_the_copy(tmp_path: Path, monkeypatch: 
     saver.wait()
     read = torch.empty(5)
     folder = tmp_path / "run" / "checkpoints" / "step-00000007"
-    storage.load(folder, {"student/x": storage.whole(read)})
+    storage.load(folder, {"student/x": storage.whole_interval(read)})
     assert torch.equal(read, torch.arange(5.0))
     assert set(json.loads((folder / "state.json").read_text())) == {"cursor", "files", "format_version", "sha256"}
 
 
 def test_a_defect_in_the_thread_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state, "snapshot", lambda *a: state.Snapshot({}, {"cursor": {"step": 1}}))
+    monkeypatch.setattr(state, "take_snapshot", lambda *a: state.Snapshot({}, {"cursor": {"step": 1}}))
     monkeypatch.setattr(state, "write", lambda *a: 1 / 0)
     saver = Saver(tmp_path, tiny.config(tmp_path / "run", tmp_path))
     saver.start(None, {}, {"step": 1})  # type: ignore[arg-type]

@@ -34,7 +34,7 @@ def test_load_teacher_gives_the_ema_and_needs_no_process_group(run: Path) -> Non
     folder = step_folders.resolve(run)
     for name, p in trunk.named_parameters():
         stored = torch.zeros(p.numel())
-        storage.load(folder, {f"ema/trunk.{name}": storage.whole(stored)}, alone=True)
+        storage.load(folder, {f"ema/trunk.{name}": storage.whole_interval(stored)}, single_process=True)
         assert torch.equal(p.detach().flatten(), stored), name
     assert config.name == "tiny"
     features = trunk([torch.randn(2, 3, 32, 32)])
@@ -67,7 +67,7 @@ def test_an_index_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
 
     (tmp_path / storage.INDEX_FILE).write_bytes(pickle.dumps(Evil()))
     with pytest.raises(UserError, match="no checkpoint of ours contains"):
-        storage.sizes(tmp_path)
+        storage.tensor_sizes(tmp_path)
     assert not marker.exists()
 
 
@@ -76,7 +76,7 @@ def test_a_damaged_index_is_one_line(tmp_path: Path, damage: str) -> None:
     if damage != "missing":
         (tmp_path / storage.INDEX_FILE).write_bytes(b"" if damage == "empty" else b"\x80\x04garbage")
     with pytest.raises(UserError, match=r"missing|damaged"):
-        storage.sizes(tmp_path)
+        storage.tensor_sizes(tmp_path)
 
 
 def test_what_is_not_a_checkpoint_is_said(tmp_path: Path) -> None:
@@ -102,8 +102,8 @@ def test_a_newer_format_is_refused(run: Path, tmp_path: Path) -> None:
 def test_intervals_reshard(tmp_path: Path) -> None:
     """What was written whole is read in any pieces."""
     tensor = torch.randn(13)
-    storage.save(tmp_path / "c", {"x": storage.whole(tensor)})
-    assert storage.sizes(tmp_path / "c") == {"x": 13}
+    storage.save(tmp_path / "c", {"x": storage.whole_interval(tensor)})
+    assert storage.tensor_sizes(tmp_path / "c") == {"x": 13}
     for start, stop in [(0, 13), (0, 5), (5, 13), (12, 13)]:
         part = torch.zeros(stop - start)
         storage.load(tmp_path / "c", {"x": storage.Interval(part, start, 13)})
@@ -130,16 +130,16 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_is_used(
         (newest / "state.json").unlink()
     logging.getLogger("esvit_scale").propagate = True
     with caplog.at_level(logging.WARNING):
-        assert step_folders.newest_good(copy) == copy / "checkpoints" / "step-00000004"
+        assert step_folders.newest_valid(copy) == copy / "checkpoints" / "step-00000004"
     assert "step-00000006 is damaged" in caplog.text
     for folder in (copy / "checkpoints").glob("step-*"):
         (folder / "state.json").unlink(missing_ok=True)
     with pytest.raises(UserError, match="every checkpoint is damaged"):
-        step_folders.newest_good(copy)
+        step_folders.newest_valid(copy)
 
 
 def test_an_undamaged_checkpoint_is_the_newest(run: Path) -> None:
-    assert step_folders.newest_good(run) == run / "checkpoints" / "step-00000006"
+    assert step_folders.newest_valid(run) == run / "checkpoints" / "step-00000006"
 
 
 def test_every_so_many_steps_are_kept_for_good(tmp_path: Path) -> None:
