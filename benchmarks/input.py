@@ -36,8 +36,7 @@ from esvit_scale.data import photometric, stream
 from esvit_scale.data.picture import open_picture
 from esvit_scale.data.reader import ShardReader
 from esvit_scale.data.shard_writer import Sample, write_samples
-from esvit_scale.data.views import Sample as Placed
-from esvit_scale.data.views import decode_for_views, make_part
+from esvit_scale.data.worker_batch import DecodedSample, decode_for_crops, make_worker_batch
 
 SIZES = {"0.19 MP (ImageNet's typical)": 433, "1.9 MP": 1386}  # square root of the pixels
 
@@ -157,8 +156,8 @@ def official() -> tuple[list[Any], list[Any]]:
 
 def part(config: Config, data: bytes) -> list[torch.Tensor]:
     key = str(random.random())
-    sample = Placed(0, key, -1, *decode_for_views(config, 0, key, data), [])
-    return make_part(config, 0, [sample], 1).crops
+    sample = DecodedSample(0, key, -1, *decode_for_crops(config, 0, key, data), [])
+    return make_worker_batch(config, 0, [sample], 1).crops
 
 
 def normalised(crops: list[torch.Tensor]) -> list[torch.Tensor]:

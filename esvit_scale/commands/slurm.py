@@ -97,10 +97,10 @@ def _check_pretrain(config: "Config", ranks: int, data: bool) -> None:
     Raises:
         UserError: the batch does not divide over the ranks, the DeepSpeed file does not fit, or the data is not there.
     """
-    from esvit_scale.data import job, stream
+    from esvit_scale.data import loader, stream
     from esvit_scale.parallel import ds_config
 
-    job.check_division(config, ranks)
+    loader.check_division(config, ranks)
     ds_config.fill(config, ranks)
     if data:
         stream.steps_per_epoch(config, stream.open_data(config))

@@ -16,7 +16,7 @@ from esvit_scale.data import photometric
 from esvit_scale.data.crops import crop_box, keyed_generator, resized
 from esvit_scale.data.decode import BadImage
 from esvit_scale.data.evaluation import Items, items_of, opened
-from esvit_scale.data.loader import loader
+from esvit_scale.data.loader import run_stages
 from esvit_scale.data.pixel_format import RGB8, PixelFormat
 
 SCALE = (0.08, 1.0)  # torchvision's RandomResizedCrop, as the official probe uses it: bilinear
@@ -41,7 +41,7 @@ def augmented_batches(
     a batch may be short, or empty."""
     items = items_of(Path(source), pixels=pixels)
     part = partial(_augmented_parts, items, list(numbers), size, seed, epoch, pixels)
-    for crops, good in loader([part], min(workers, len(numbers))):
+    for crops, good in run_stages([part], min(workers, len(numbers))):
         images = photometric.normalize_(photometric.unit(torch.from_numpy(crops), pixels), pixels)
         yield AugmentedBatch(images, torch.from_numpy(good))
 

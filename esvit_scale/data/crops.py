@@ -67,7 +67,7 @@ def crop_groups(data: Data) -> list[CropGroup]:
 # --- pixels ----------------------------------------------------------------------------------------------------------
 
 
-def reductions(boxes: Sequence[Box], sizes: Sequence[int], width: int, height: int) -> list[int]:
+def choose_reductions(boxes: Sequence[Box], sizes: Sequence[int], width: int, height: int) -> list[int]:
     """From the picture at 1/1, 1/2, 1/4 or 1/8 of its size: where each crop may be cut. A crop keeps at least SPARE
     pixels a side for each one of its output, and smaller copies are made only where enough pixels are cut from them."""
     largest = [
@@ -78,7 +78,7 @@ def reductions(boxes: Sequence[Box], sizes: Sequence[int], width: int, height: i
     return largest if gain > width * height else [least] * len(boxes)
 
 
-class Levels:
+class ImagePyramid:
     """A picture at several sizes, and mirrored; what is missing is made when it is first asked for."""
 
     def __init__(self, pixels: Pixels, reduction: int) -> None:

@@ -18,7 +18,7 @@ from esvit_scale.data import photometric
 from esvit_scale.data.crops import resized
 from esvit_scale.data.decode import BadImage, decode, decode_as_stored
 from esvit_scale.data.image_folder import ImageFolder, list_images, printable, read_file
-from esvit_scale.data.loader import loader, reason
+from esvit_scale.data.loader import reason, run_stages
 from esvit_scale.data.manifest import Entry, Manifest, image_member
 from esvit_scale.data.pixel_format import RGB8, PixelFormat
 from esvit_scale.data.reader import ShardReader
@@ -60,7 +60,7 @@ def evaluation_batches(
     if most is not None and most < len(items):
         everything = np.linspace(0, len(items) - 1, most).round().astype(int).tolist()
     numbers = everything[rank * len(everything) // world_size : (rank + 1) * len(everything) // world_size]
-    parts = loader(
+    parts = run_stages(
         [partial(_evaluation_parts, items, numbers, size, batch, pixels)], min(workers, -(-len(numbers) // batch))
     )
     return _evaluation_joined(parts, str(source), len(numbers), pixels)

@@ -1,5 +1,8 @@
-"""Pipelines in loader processes: webdataset stages behind a loader whose workers leave signals to their parent, and
-failures that arrive as one line."""
+"""Loader processes: which part of every batch each of them makes, and how its results and failures reach training.
+
+Slots of the global batch are dealt out to ranks, and a rank's slots to its loader processes, in whole contiguous runs.
+So the parts that the workers make, in worker order, are the rank's batch in the order of positions.
+"""
 
 import ctypes
 import os
@@ -8,12 +11,15 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import webdataset as wds
+from torch.utils.data import get_worker_info
 
+from esvit_scale.config import Config, nearest_multiple
 from esvit_scale.data.limits import check_node, translate_limits
 from esvit_scale.data.reader import StorageGone
 from esvit_scale.errors import RestartCanHelp, UserError
@@ -24,7 +30,59 @@ PREFETCH = 2  # parts that every worker prepares ahead
 _DIED = "a loader process died{}: killed, or out of memory (fewer data.workers need less of it)"
 
 
-class OnlyBad(Exception):
+@dataclass(frozen=True)
+class LoaderAssignment:
+    """The batches that the loader processes of one rank make, and the slots of them that belong to each process."""
+
+    config: Config
+    rank: int
+    world_size: int
+    start: int  # index of the first batch
+    stop: int  # index after the last batch
+    steps_per_epoch: int
+
+    @property
+    def slots_of_rank(self) -> range:
+        """Return the data slots of this rank."""
+        share = self.config.slots // self.world_size
+        return range(self.rank * share, (self.rank + 1) * share)
+
+    @property
+    def images_per_slot(self) -> int:
+        """Return how many images of every batch one slot holds."""
+        return self.config.train.global_batch // self.config.slots
+
+    def worker(self) -> tuple[int, int]:
+        """Return the number of the calling process among its rank's workers, and how many workers there are."""
+        info = get_worker_info()
+        return (info.id, info.num_workers) if info else (0, 1)
+
+    def slots_of_worker(self) -> range:
+        """Return the data slots of the calling process."""
+        n, (worker, workers) = len(self.slots_of_rank), self.worker()
+        return self.slots_of_rank[worker * n // workers : (worker + 1) * n // workers]
+
+    @property
+    def images_per_batch(self) -> int:
+        """Return how many images of every batch the calling process makes."""
+        return len(self.slots_of_worker()) * self.images_per_slot
+
+
+def check_division(config: Config, world_size: int) -> None:
+    """Raise UserError when the global batch or its slots do not divide over the ranks."""
+    batch, slots, ranks = config.train.global_batch, config.slots, world_size * config.train.grad_accum
+    if batch % ranks:
+        raise UserError(
+            f"train.global_batch: {batch} does not divide into {world_size} ranks × {config.train.grad_accum} micro-batches; "
+            f"nearest: {nearest_multiple(batch, ranks)}"
+        )
+    if slots % world_size:
+        valid = [s for s in range(world_size, batch + 1, world_size) if batch % s == 0]
+        best = min(valid, key=lambda s: abs(s - slots))
+        raise UserError(f"data.slots: {slots} slots do not divide over {world_size} ranks; nearest: {best}")
+
+
+class NoValidSamples(Exception):
     """Nothing good can be read: the data is to blame."""
 
 
@@ -35,12 +93,12 @@ class _Failure(NamedTuple):
     restart: bool
 
 
-def loader(stages: list[Callable[..., Any]], workers: int) -> Iterator[Any]:
+def run_stages(stages: list[Callable[..., Any]], workers: int) -> Iterator[Any]:
     """What the last stage yields, from `workers` processes in turn (0: in this one). The first stage takes nothing,
     the others the iterable before them.
 
     Raises:
-        UserError: a stage raised OnlyBad.
+        UserError: a stage raised NoValidSamples.
         RestartCanHelp: a stage raised StorageGone, a process died, or the node has too few open files or too little shared
             memory for so many processes.
     """
@@ -60,7 +118,7 @@ def loader(stages: list[Callable[..., Any]], workers: int) -> Iterator[Any]:
 
 
 @contextmanager
-def explained_deaths() -> Iterator[None]:
+def translate_worker_errors() -> Iterator[None]:
     """Around whatever the main thread does while there are loader processes: torch raises in it, wherever it is, when
     one dies. Raises RestartCanHelp instead."""
     try:
@@ -80,7 +138,7 @@ def reason(error: Exception) -> str:
 def _tell_failure(parts: Iterable[Any]) -> Iterator[Any]:
     try:
         yield from parts
-    except (OnlyBad, StorageGone) as error:
+    except (NoValidSamples, StorageGone) as error:
         yield _Failure(str(error), isinstance(error, StorageGone))
 
 
@@ -95,7 +153,7 @@ def _parts(parts: Any) -> Iterator[Any]:
         closing(iter(parts)) as iterator,
     ):  # or its processes end when, and in what order, the collector likes
         while True:
-            with explained_deaths():
+            with translate_worker_errors():
                 try:
                     part = next(iterator, None)
                 except (ConnectionError, EOFError):  # a part of the dead process was being fetched

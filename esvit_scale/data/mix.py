@@ -122,7 +122,7 @@ def order_of(config: Config, data: MixedSets) -> "MixedOrder":
     return order
 
 
-class Draw(NamedTuple):
+class SampleAddress(NamedTuple):
     """One image of a batch."""
 
     set: int
@@ -162,7 +162,7 @@ class MixedOrder:
         self._orders: OrderedDict[tuple[int, int], Order] = OrderedDict()
         self._stretches: OrderedDict[tuple[int, ...], NDArray[np.int64]] = OrderedDict()
 
-    def draw(self, batch_index: int, slot: int, i: int) -> Draw:
+    def address(self, batch_index: int, slot: int, i: int) -> SampleAddress:
         """Image `i` (0..B/S-1) of a slot in global batch `batch_index`."""
         epoch, step = divmod(batch_index, self._steps)
         u = step * self._per_slot + i
@@ -170,7 +170,7 @@ class MixedOrder:
         number = next(k for k in range(len(before)) if after[k] > before[k])
         g = epoch * self.an_epoch[number] + self._starts[slot][number] + before[number]
         set_epoch, position = divmod(g, self._samples[number])
-        return Draw(number, set_epoch, position, self._order(number, set_epoch))
+        return SampleAddress(number, set_epoch, position, self._order(number, set_epoch))
 
     def images(self, batches: int) -> list[int]:
         """How many images of each set the first `batches` global batches hold."""

@@ -28,7 +28,7 @@ ORDERS = tuple(permutations(range(4)))  # the orders of the four jitter operatio
 BOX_REACH = 2  # pixels on either side that one box pass of the largest radius reaches
 
 
-class Photometric(NamedTuple):
+class BatchAugmentationParams(NamedTuple):
     """Parameters of crops; all fields share their leading shape ([V, B] from the stream, [N] flattened)."""
 
     order: Tensor  # int64: which of ORDERS the jitter takes; -1: no jitter
@@ -37,17 +37,17 @@ class Photometric(NamedTuple):
     radius: Tensor  # float32: blur radius in pixels, 0: no blur
     solarize: Tensor  # bool
 
-    def to(self, device: torch.device | str) -> "Photometric":
-        return Photometric(*(field.to(device, non_blocking=True) for field in self))
+    def to(self, device: torch.device | str) -> "BatchAugmentationParams":
+        return BatchAugmentationParams(*(field.to(device, non_blocking=True) for field in self))
 
-    def crops(self, start: int, stop: int) -> "Photometric":
+    def crops(self, start: int, stop: int) -> "BatchAugmentationParams":
         """The parameters of crops start..stop-1 of every image, flattened to [(stop-start)·B] like the crops'
         `flatten(0, 1)`."""
-        return Photometric(*(field[start:stop].flatten(0, 1) for field in self))
+        return BatchAugmentationParams(*(field[start:stop].flatten(0, 1) for field in self))
 
 
-class Draw(NamedTuple):
-    """Photometric parameters of one crop; the fields of `Photometric` as plain numbers."""
+class AugmentationParams(NamedTuple):
+    """BatchAugmentationParams parameters of one crop; the fields of `BatchAugmentationParams` as plain numbers."""
 
     order: int
     factors: tuple[float, float, float, float]
@@ -56,11 +56,11 @@ class Draw(NamedTuple):
     solarize: bool
 
 
-def draw(rng: np.random.Generator, crop: int) -> Draw:
+def draw_params(rng: np.random.Generator, crop: int) -> AugmentationParams:
     """Parameters for crop number `crop` of a sample (0 and 1 are the globals), from its own generator."""
     u = rng.random(10)
     b, c, s, h = ((2 * float(v) - 1) * reach for v, reach in zip(u[2:6], JITTER, strict=True))
-    return Draw(
+    return AugmentationParams(
         order=int(u[1] * len(ORDERS)) if u[0] < 0.8 else -1,
         factors=(1 + b, 1 + c, 1 + s, h),
         grayscale=bool(u[6] < 0.2),
@@ -71,18 +71,18 @@ def draw(rng: np.random.Generator, crop: int) -> Draw:
     )
 
 
-def stack(draws: list[list[Draw]]) -> Photometric:
+def stack(draws: list[list[AugmentationParams]]) -> BatchAugmentationParams:
     """Parameters [V][B] as tensors with the leading shape [V, B]."""
-    columns = [[[d[field] for d in row] for row in draws] for field in range(len(Draw._fields))]
+    columns = [[[d[field] for d in row] for row in draws] for field in range(len(AugmentationParams._fields))]
     types = (torch.int64, torch.float32, torch.bool, torch.float32, torch.bool)
-    return Photometric(*(torch.tensor(c, dtype=t) for c, t in zip(columns, types, strict=True)))
+    return BatchAugmentationParams(*(torch.tensor(c, dtype=t) for c, t in zip(columns, types, strict=True)))
 
 
-def concatenate(parts: list[Photometric], dim: int) -> Photometric:
-    return Photometric(*(torch.cat(fields, dim) for fields in zip(*parts, strict=True)))
+def concatenate(parts: list[BatchAugmentationParams], dim: int) -> BatchAugmentationParams:
+    return BatchAugmentationParams(*(torch.cat(fields, dim) for fields in zip(*parts, strict=True)))
 
 
-def apply(crops: Tensor, params: Photometric, pixels: PixelFormat = RGB8) -> Tensor:
+def apply(crops: Tensor, params: BatchAugmentationParams, pixels: PixelFormat = RGB8) -> Tensor:
     """Augment and normalise. Images of other than three channels get the part of the recipe that is defined for them:
     brightness, contrast (about each channel's own mean) and blur. Keep `params` on the host: which rows an operation touches is decided there, so that the
     host never waits for the device.

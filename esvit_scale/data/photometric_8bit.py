@@ -9,7 +9,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from esvit_scale.data.photometric import LUMA, ORDERS, Draw
+from esvit_scale.data.photometric import LUMA, ORDERS, AugmentationParams
 from esvit_scale.data.picture import Pixels
 from esvit_scale.errors import UserError
 
@@ -18,7 +18,9 @@ try:
 except ImportError:
     cv2 = None  # type: ignore[assignment]
 
-NOTHING = Draw(-1, (1.0, 1.0, 1.0, 0.0), False, 0.0, False)  # parameters that leave a crop to be normalised only
+IDENTITY = AugmentationParams(
+    -1, (1.0, 1.0, 1.0, 0.0), False, 0.0, False
+)  # parameters that leave a crop to be normalised only
 
 
 def require() -> None:
@@ -28,7 +30,7 @@ def require() -> None:
     cv2.setNumThreads(0)  # a loader process is one of many
 
 
-def apply(pixels: Pixels, draw: Draw) -> None:
+def apply(pixels: Pixels, draw: AugmentationParams) -> None:
     """Colour jitter, grayscale, blur and solarisation of [S, S, 3], in place."""
     if draw.order >= 0:
         for operation in ORDERS[draw.order]:

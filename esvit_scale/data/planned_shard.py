@@ -22,7 +22,7 @@ from esvit_scale.data.sources.base import Item, Source, extension
 from esvit_scale.errors import RestartCanHelp, UserError
 
 # Errors of a file system rather than of a file
-TROUBLE = {
+TRANSIENT_ERRNOS = {
     errno.EIO,
     errno.ESTALE,
     errno.ENOTCONN,
@@ -32,7 +32,7 @@ TROUBLE = {
     errno.ENFILE,
     errno.EMFILE,
 }
-WAITS = (0.5, 2.0, 8.0)  # seconds before another try
+RETRY_DELAYS = (0.5, 2.0, 8.0)  # seconds before another try
 MISSING_IN_A_ROW = 100  # files that cannot be opened, one after the other: then it is not the files
 
 Bad = dict[str, Any]  # a row of the quarantine: file, reason, kind; `beside`: members that went with it
@@ -141,12 +141,12 @@ def load(source: Source, i: int) -> Item:
         BadImage, OSError: this sample cannot be read.
         RestartCanHelp: the whole source cannot.
     """
-    for wait in (*WAITS, None):
+    for wait in (*RETRY_DELAYS, None):
         try:
             return source.read(i)
         except OSError as error:
             gone = not os.path.exists(source.root)  # noqa: PTH110 (False for every error, where Path.exists raises)
-            if not gone and error.errno not in TROUBLE:
+            if not gone and error.errno not in TRANSIENT_ERRNOS:
                 raise
             if wait is None:
                 if gone:

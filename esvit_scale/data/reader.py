@@ -1,9 +1,11 @@
 """Samples of shards by number: `pread` through the index, so that any sample costs one small read and no scan."""
 
+import logging
 import os
 import resource
+import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from esvit_scale.data.decode import BadImage
@@ -16,21 +18,54 @@ from esvit_scale.data.manifest import (
     parse_label,
     read_index,
 )
-from esvit_scale.data.patience import Patience
 from esvit_scale.data.tar_names import MAX_MEMBER
 from esvit_scale.errors import RestartCanHelp, is_machine_fault
 
 T = TypeVar("T")
 
+log = logging.getLogger("esvit_scale")
+
 OPEN_FILES = 1024  # and at most half of what the process may open
 INDEX_BYTES = 128 << 20
 BLOCK = 4096
-WAITS = (0.5, 1, 2, 4, 8, 16, 30)  # seconds between attempts while storage does not answer
+RETRY_DELAYS = (0.5, 1, 2, 4, 8, 16, 30)  # seconds between attempts while storage does not answer
 PROBES = 4  # other shards that are looked at before one shard, rather than the storage, is blamed
 
 
 class StorageGone(RestartCanHelp):
     """Nothing of a set can be read: the machine is to blame, and a restart can help."""
+
+
+class RetryBudget:
+    """The growing delays between attempts to read, one log line each, which are spent once.
+
+    Until something was read again, later failures are not waited for: storage that is gone costs one round of delays and
+    not one for every sample.
+    """
+
+    def __init__(self, delays: Sequence[float]) -> None:
+        self._delays = tuple(delays)  # seconds
+        self._used = 0
+
+    @property
+    def seconds(self) -> float:
+        """Return the sum of all delays in seconds."""
+        return sum(self._delays)
+
+    def reset(self) -> None:
+        """Make all delays available again, after a successful read."""
+        self._used = 0
+
+    def wait(self, what: str, error: OSError) -> bool:
+        """Sleep for the next delay because `what` could not be read; return False, at once, when none is left."""
+        if self._used == len(self._delays):
+            return False
+        delay = self._delays[self._used]
+        self._used += 1
+        reason = error.strerror or " ".join(str(error).split())[:200]
+        log.warning("%s: %s; trying again in %g s (%d of %d)", what, reason, delay, self._used, len(self._delays))
+        time.sleep(delay)
+        return True
 
 
 class ShardReader:
@@ -46,19 +81,19 @@ class ShardReader:
     """
 
     def __init__(self, manifest: Manifest, readers: int = 1) -> None:
-        self._manifest, self._readers = manifest, readers
+        self.manifest, self._readers = manifest, readers
         self._files: OrderedDict[int, tuple[int, int]] = OrderedDict()  # shard → (file descriptor, size)
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         most = OPEN_FILES if limit == resource.RLIM_INFINITY else min(OPEN_FILES, limit // 2)
         self._most_files = max(most // readers, 1)
         self._indexes: OrderedDict[int, Index] = OrderedDict()
-        self._patience = Patience(WAITS)
+        self._retries = RetryBudget(RETRY_DELAYS)
         self._damaged: set[int] = set()  # shards that could not be read while others could: not waited for again
         self._index_bytes = 0
 
     def entry(self, shard: int, i: int) -> Entry:
         try:
-            return self._patiently(shard, lambda: self._index(shard))[i]
+            return self._read_with_retries(shard, lambda: self._index(shard))[i]
         except IndexError:
             raise BadImage(f"sample {i} is not in the shard (truncated?)") from None
         except (ValueError, TypeError):
@@ -69,20 +104,20 @@ class ShardReader:
         place = image_member(entry)
         if place is None:
             raise BadImage(f"no image among its members ({', '.join(entry.members) or 'none'})")
-        return self._patiently(shard, lambda: self._pread(shard, *place))
+        return self._read_with_retries(shard, lambda: self._pread(shard, *place))
 
     def label(self, shard: int, entry: Entry) -> int:
         """The sample's class, -1 without one."""
         if "cls" not in entry.members:
             return -1
-        return parse_label(self._patiently(shard, lambda: self._pread(shard, *entry.members["cls"])))
+        return parse_label(self._read_with_retries(shard, lambda: self._pread(shard, *entry.members["cls"])))
 
     def close(self) -> None:
         while self._files:
             os.close(self._files.popitem()[1][0])
 
-    def _patiently(self, shard: int, read: Callable[[], T]) -> T:
-        path = self._manifest.root / self._manifest.shards[shard].name
+    def _read_with_retries(self, shard: int, read: Callable[[], T]) -> T:
+        path = self.manifest.root / self.manifest.shards[shard].name
         while True:
             try:
                 return read()
@@ -91,27 +126,27 @@ class ShardReader:
                 gone = self._is_gone()
                 if not gone and (not is_machine_fault(error) or shard in self._damaged):
                     raise
-                if self._patience.wait(str(path), error):
+                if self._retries.wait(str(path), error):
                     continue
                 if not gone and self._storage_answers(shard):
                     self._damaged.add(shard)
                     raise
                 what = "no longer there" if gone else "nothing in it can be read"
                 raise StorageGone(
-                    f"{self._manifest.root}: {what} ({path.name}: {error.strerror}), after waiting "
-                    f"{self._patience.seconds:.0f} s; is its mount gone? The same command continues when it is back"
+                    f"{self.manifest.root}: {what} ({path.name}: {error.strerror}), after waiting "
+                    f"{self._retries.seconds:.0f} s; is its mount gone? The same command continues when it is back"
                 ) from None
 
     def _is_gone(self) -> bool:
         try:
-            return not (self._manifest.root / MANIFEST).is_file()
+            return not (self.manifest.root / MANIFEST).is_file()
         except OSError:
             return True
 
     def _storage_answers(self, failed: int) -> bool:
         """Whether something of the set can be read from the disk: a block of another shard, or, where there is one shard
         alone, another block of it."""
-        count = len(self._manifest.shards)
+        count = len(self.manifest.shards)
         others = {(failed + 1 + i * count // PROBES) % count for i in range(PROBES)} - {failed}
         return any(self._reads_a_block(shard, place) for shard in others or {failed} for place in (0.0, 0.5, 1.0))
 
@@ -119,7 +154,7 @@ class ShardReader:
         """Whether a block at a place in [0, 1] of a shard can be read; not from the page cache, which outlives a disk."""
         handle = None
         try:
-            handle = os.open(self._manifest.root / self._manifest.shards[shard].name, os.O_RDONLY | os.O_CLOEXEC)
+            handle = os.open(self.manifest.root / self.manifest.shards[shard].name, os.O_RDONLY | os.O_CLOEXEC)
             at = int(place * max(os.fstat(handle).st_size - BLOCK, 0))
             os.posix_fadvise(handle, at, BLOCK, os.POSIX_FADV_DONTNEED)
             return bool(os.pread(handle, BLOCK, at))
@@ -140,7 +175,7 @@ class ShardReader:
         data = os.pread(handle, size, offset)
         if len(data) != size:
             raise BadImage(f"{len(data)} of {size} bytes could be read")
-        self._patience.reset()
+        self._retries.reset()
         self._damaged.discard(shard)
         return data
 
@@ -149,7 +184,7 @@ class ShardReader:
         if found is None:
             while len(self._files) >= self._most_files:
                 os.close(self._files.popitem(last=False)[1][0])
-            handle = os.open(self._manifest.root / self._manifest.shards[shard].name, os.O_RDONLY | os.O_CLOEXEC)
+            handle = os.open(self.manifest.root / self.manifest.shards[shard].name, os.O_RDONLY | os.O_CLOEXEC)
             found = self._files[shard] = (handle, os.fstat(handle).st_size)
         else:
             self._files.move_to_end(shard)
@@ -158,7 +193,7 @@ class ShardReader:
     def _index(self, shard: int) -> Index:
         found = self._indexes.get(shard)
         if found is None:
-            found = self._indexes[shard] = read_index(self._manifest.root / self._manifest.shards[shard].name)
+            found = self._indexes[shard] = read_index(self.manifest.root / self.manifest.shards[shard].name)
             self._index_bytes += found.nbytes
             while self._index_bytes > INDEX_BYTES // self._readers and len(self._indexes) > 1:
                 self._index_bytes -= self._indexes.popitem(last=False)[1].nbytes

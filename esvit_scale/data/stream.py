@@ -22,15 +22,14 @@ from esvit_scale.data import manifest as manifests
 from esvit_scale.data import mix, photometric, photometric_8bit
 from esvit_scale.data import order as orders
 from esvit_scale.data.evaluation import EvaluationBatch, centre_crop, evaluation_batches, evaluation_side
-from esvit_scale.data.job import Job, check_division
-from esvit_scale.data.loader import explained_deaths, loader
+from esvit_scale.data.loader import LoaderAssignment, check_division, run_stages, translate_worker_errors
 from esvit_scale.data.manifest import Manifest
 from esvit_scale.data.mix import MixedSets
-from esvit_scale.data.photometric import Photometric
+from esvit_scale.data.photometric import BatchAugmentationParams
 from esvit_scale.data.pixel_format import pixel_format
 from esvit_scale.data.shard_stream import ShardSamples
 from esvit_scale.data.url_stream import UrlSamples, UrlSets
-from esvit_scale.data.views import Part, Sample, make_part
+from esvit_scale.data.worker_batch import DecodedSample, WorkerBatch, make_worker_batch
 from esvit_scale.errors import UserError
 
 __all__ = [
@@ -56,7 +55,7 @@ class Batch(NamedTuple):
     crops: list[
         Tensor
     ]  # uint8 or uint16 [V_g, B, channels, S_g, S_g] (channels last in memory), a resolution group each, globals first
-    photometric: Photometric  # of every crop, leading shape [V, B], on the host
+    photometric: BatchAugmentationParams  # of every crop, leading shape [V, B], on the host
     positions: Tensor  # int64 [B]: place in the global batch, 0..global_batch-1, the same at any world size
     keys: list[str]
     labels: Tensor  # int64 [B], -1 without a class; for looking at, never for training
@@ -138,37 +137,37 @@ def batches(config: Config, data: Source, rank: int, world_size: int, start: int
         )
     if config.data.photometric == "workers":
         photometric_8bit.require()
-    job = Job(config, rank, world_size, start, stop, steps_per_epoch(config, data))
-    workers = min(config.data.workers, len(job.slots))
+    assignment = LoaderAssignment(config, rank, world_size, start, stop, steps_per_epoch(config, data))
+    workers = min(config.data.workers, len(assignment.slots_of_rank))
     if workers < config.data.workers:
         log.warning(
             "data.workers: %d, but this rank has %d data slots; using %d workers",
             config.data.workers,
-            len(job.slots),
+            len(assignment.slots_of_rank),
             workers,
         )
     samples: ShardSamples | UrlSamples
     if isinstance(data, UrlSets):
         data.check_consumers(world_size * max(workers, 1))
-        samples = UrlSamples(job, data)
+        samples = UrlSamples(assignment, data)
     else:
         if isinstance(data, MixedSets):
             mix.order_of(config, data)  # says at once what does not fit
-        samples = ShardSamples(job, data)
-    return _joined(loader([samples, partial(_make_parts, job)], workers), max(workers, 1))
+        samples = ShardSamples(assignment, data)
+    return _joined(run_stages([samples, partial(_make_worker_batches, assignment)], workers), max(workers, 1))
 
 
-def _make_parts(job: Job, samples: Iterable[Sample]) -> Iterator[Part]:
-    samples, size = iter(samples), job.part_size
-    for batch_index in range(job.start, job.stop):
-        yield make_part(job.config, batch_index, islice(samples, size), size)
+def _make_worker_batches(assignment: LoaderAssignment, samples: Iterable[DecodedSample]) -> Iterator[WorkerBatch]:
+    samples, size = iter(samples), assignment.images_per_batch
+    for batch_index in range(assignment.start, assignment.stop):
+        yield make_worker_batch(assignment.config, batch_index, islice(samples, size), size)
 
 
-def _joined(parts: Iterator[Part], workers: int) -> Iterator[Batch]:
+def _joined(parts: Iterator[WorkerBatch], workers: int) -> Iterator[Batch]:
     """The loader hands out the workers' parts in turn; `workers` of them make a batch."""
     pin = torch.cuda.is_available()  # page-locked: copied to the device while it computes
     while True:
-        with explained_deaths():
+        with translate_worker_errors():
             group = list(islice(parts, workers))
             if not group:
                 return
@@ -176,8 +175,8 @@ def _joined(parts: Iterator[Part], workers: int) -> Iterator[Batch]:
         yield batch
 
 
-def _batch(group: list[Part], pin: bool) -> Batch:
-    params = [Photometric(*map(torch.from_numpy, part.photometric)) for part in group]
+def _batch(group: list[WorkerBatch], pin: bool) -> Batch:
+    params = [BatchAugmentationParams(*map(torch.from_numpy, part.photometric)) for part in group]
     crops = zip(*(part.crops for part in group), strict=True)
     return Batch(
         crops=[_concatenated(c, pin).permute(0, 1, 4, 2, 3) for c in crops],

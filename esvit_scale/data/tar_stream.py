@@ -10,12 +10,11 @@ from esvit_scale.data.image_folder import printable
 from esvit_scale.data.keys import hash64
 from esvit_scale.data.left_out import IMAGES, MEMBERS, NO_IMAGE, LeftOut
 from esvit_scale.data.loader import reason
-from esvit_scale.data.patience import Patience
 from esvit_scale.data.raster import ARRAY
+from esvit_scale.data.reader import RETRY_DELAYS, RetryBudget
 from esvit_scale.data.tar_names import chosen_images, companion, is_image, parts_of, sample_key, split_name
 from esvit_scale.data.tar_reader import EMPTY, Forward, TarReader, decompressed
 
-WAITS = (0.5, 1, 2, 4, 8, 16, 30)  # seconds between attempts to open a tar
 MOST_IMAGES = 64  # of one key that are held in memory together
 MOST_KEYS = 1 << 17  # of a tar that are remembered, to see members that lie apart
 APART = (
@@ -49,7 +48,7 @@ class TarSamples:
 
     def __init__(self) -> None:
         self._told: set[str] = set()
-        self._patience = Patience(WAITS)
+        self._retries = RetryBudget(RETRY_DELAYS)
 
     def of(self, urls: Sequence[str], epoch: int, bad: list[dict[str, Any]]) -> Iterator[Raw]:
         """The samples of `urls`. A row is added to `bad` for each tar that cannot be read, or holds something else."""
@@ -57,7 +56,7 @@ class TarSamples:
             row = {"shard": url, "key": "", "epoch": epoch, "position": -1}
             left_out = LeftOut()
             try:
-                yield from self._patiently(url, left_out)
+                yield from self._read_with_retries(url, left_out)
             except Exception as error:  # decompressors and tar headers raise almost anything
                 what = reason(error) or type(error).__name__
                 bad.append({**row, "reason": what, "io": isinstance(error, OSError)})
@@ -65,7 +64,7 @@ class TarSamples:
                 self._told.add(url)
                 bad.append({**row, "reason": f"left out {left_out.short()}", "used": True, "left_out": left_out.rows()})
 
-    def _patiently(self, url: str, left_out: LeftOut) -> Iterator[Raw]:
+    def _read_with_retries(self, url: str, left_out: LeftOut) -> Iterator[Raw]:
         """The samples of one tar, which is opened again while the storage does not answer and nothing of it was read."""
         while True:
             came = False
@@ -73,11 +72,11 @@ class TarSamples:
                 with wds.gopen(url) as stream:
                     for raw in _samples(url, stream, left_out):
                         came = True
-                        self._patience.reset()
+                        self._retries.reset()
                         yield raw
                 return
             except OSError as error:
-                if came or not self._patience.wait(url, error):
+                if came or not self._retries.wait(url, error):
                     raise
 
 

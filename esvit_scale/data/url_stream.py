@@ -21,15 +21,14 @@ from webdataset import filters, shardlists
 
 from esvit_scale.config import Data
 from esvit_scale.data.decode import BadImage
-from esvit_scale.data.job import Job
-from esvit_scale.data.loader import OnlyBad, reason
+from esvit_scale.data.loader import LoaderAssignment, NoValidSamples, reason
 from esvit_scale.data.manifest import parse_label
 from esvit_scale.data.order import hash64, permutation
 from esvit_scale.data.reader import StorageGone
 from esvit_scale.data.tar_names import TAR
 from esvit_scale.data.tar_reader import NO_ZSTD, open_zstd
 from esvit_scale.data.tar_stream import Raw, TarSamples
-from esvit_scale.data.views import SLOW_S, Sample, decode_for_views
+from esvit_scale.data.worker_batch import SLOW_SECONDS, DecodedSample, decode_for_crops
 from esvit_scale.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -116,33 +115,41 @@ def _matches(url: str) -> list[str]:
 
 @dataclass(frozen=True)
 class UrlSamples:
-    """This worker's samples of the batches of a job, in order."""
+    """This worker's samples of the batches of an assignment, in order."""
 
-    job: Job
+    assignment: LoaderAssignment
     source: UrlSets
 
-    def __call__(self) -> Iterator[Sample]:
-        job = self.job
-        if job.start and job.rank == 0 and job.worker()[0] == 0:
+    def __call__(self) -> Iterator[DecodedSample]:
+        assignment = self.assignment
+        if assignment.start and assignment.rank == 0 and assignment.worker()[0] == 0:
             log.warning(
                 "streamed data: the run goes on exactly if it had %d ranks × %d workers before; with another number, this "
                 "epoch repeats some samples and leaves others out",
-                job.world_size,
-                job.worker()[1],
+                assignment.world_size,
+                assignment.worker()[1],
             )
         bad: list[dict[str, Any]] = []
         tars = TarSamples()
-        for epoch in range(job.start // job.steps, -(-job.stop // job.steps)):
-            first, last = epoch * job.steps, (epoch + 1) * job.steps
-            yield from self._epoch(tars, epoch, max(job.start - first, 0), min(job.stop, last) - first, bad)
+        for epoch in range(
+            assignment.start // assignment.steps_per_epoch, -(-assignment.stop // assignment.steps_per_epoch)
+        ):
+            first, last = epoch * assignment.steps_per_epoch, (epoch + 1) * assignment.steps_per_epoch
+            yield from self._epoch(
+                tars, epoch, max(assignment.start - first, 0), min(assignment.stop, last) - first, bad
+            )
 
     def _epoch(
         self, tars: TarSamples, epoch: int, start: int, stop: int, bad: list[dict[str, Any]]
-    ) -> Iterator[Sample]:
+    ) -> Iterator[DecodedSample]:
         """The parts of steps start..stop-1 of an epoch; what comes before them is read, not decoded. `bad` holds what
         could not be read and no sample has told of yet."""
-        job = self.job
-        positions = [slot * job.per_slot + i for slot in job.slots_of_worker() for i in range(job.per_slot)]
+        assignment = self.assignment
+        positions = [
+            slot * assignment.images_per_slot + i
+            for slot in assignment.slots_of_worker()
+            for i in range(assignment.images_per_slot)
+        ]
         stream = self._raw(tars, epoch, bad)
         reserves = list(itertools.islice(stream, RESERVES))
         stream = itertools.chain(reserves, stream)
@@ -150,7 +157,7 @@ class UrlSamples:
         for number, raw in itertools.islice(numbered, start * len(positions), None):
             yield self._decoded(epoch, number, raw, reserves, positions[number % len(positions)])
 
-    def _decoded(self, epoch: int, number: int, raw: Raw, reserves: list[Raw], position: int) -> Sample:
+    def _decoded(self, epoch: int, number: int, raw: Raw, reserves: list[Raw], position: int) -> DecodedSample:
         """A sample, or a reserve in its place: which raw samples are consumed never depends on what decodes."""
         bad = list(raw.bad)
         stand_ins = [reserves[(number + i) % len(reserves)] for i in range(len(reserves))]
@@ -160,23 +167,23 @@ class UrlSamples:
             try:
                 if not candidate.image:
                     raise BadImage("empty file")
-                views, scales, levels = decode_for_views(self.job.config, epoch, key, candidate.image)
+                decoded = decode_for_crops(self.assignment.config, epoch, key, candidate.image)
             except BadImage as error:
                 bad.append({**where, "reason": reason(error), **({"stand_in": True} if attempt else {})})
                 continue
-            if (took := time.monotonic() - began) > SLOW_S:
+            if (took := time.monotonic() - began) > SLOW_SECONDS:
                 bad.append({**where, "reason": f"slow: {took:.0f} s to decode", "used": True})
-            return Sample(position, candidate.key, parse_label(candidate.label), views, scales, levels, bad)
-        raise OnlyBad(
+            return DecodedSample(position, candidate.key, parse_label(candidate.label), *decoded, bad)
+        raise NoValidSamples(
             f"{raw.url}: {raw.key} and all {len(reserves)} samples that could stand in for it are bad (last: {bad[-1]['reason']})"
         )
 
     def _raw(self, tars: TarSamples, epoch: int, bad: list[dict[str, Any]]) -> Iterator[Raw]:
         """An endless stream of this worker's share of all sets, mixed by weight and shuffled: a pure function of
         (seed, epoch, worker) as long as every tar can be read."""
-        worker, workers = self.job.worker()
-        consumer, consumers = self.job.rank * workers + worker, self.job.world_size * workers
-        key = (self.job.config.seed, epoch, consumer, consumers)
+        worker, workers = self.assignment.worker()
+        consumer, consumers = self.assignment.rank * workers + worker, self.assignment.world_size * workers
+        key = (self.assignment.config.seed, epoch, consumer, consumers)
         sets = [self._set(tars, n, epoch, consumer, consumers, bad) for n in range(len(self.source.sets))]
         chooser = random.Random(hash64(*key, "mix"))
         weights = [s.weight for s in self.source.sets]
@@ -187,7 +194,7 @@ class UrlSamples:
         self, tars: TarSamples, number: int, epoch: int, consumer: int, consumers: int, bad: list[dict[str, Any]]
     ) -> Iterator[Raw]:
         """One set again and again; every time its tars are dealt out anew, and their samples shuffled."""
-        seed, urls = self.job.config.seed, self.source.sets[number].urls
+        seed, urls = self.assignment.config.seed, self.source.sets[number].urls
         buffer = max(SHUFFLE // len(self.source.sets), 2)
         for turn in itertools.count():
             order = permutation(len(urls), seed, epoch, "tars", number, turn)[consumer::consumers]
@@ -201,4 +208,4 @@ class UrlSamples:
             if not came:
                 last = bad[-1] if bad else {"shard": urls[0], "reason": "no samples in it"}
                 message = f"{last['shard']}: {last['reason']}; nothing could be read from any of this worker's {len(order)} tars"
-                raise StorageGone(message) if last.get("io") else OnlyBad(message)
+                raise StorageGone(message) if last.get("io") else NoValidSamples(message)

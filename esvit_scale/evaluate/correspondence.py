@@ -167,7 +167,7 @@ def stereo(trunk: nn.Module) -> ViewPair:
 
 def jitter_and_grey(pixels: np.ndarray, key: str, seed: int = 0) -> np.ndarray:
     """Colour jitter with probability .8, then grey: the official view 2's colours, drawn from (seed, key)."""
-    draw = photometric.draw(crops.keyed_generator(seed, 0, key, 0), 0)._replace(grayscale=True, radius=0.0)
+    draw = photometric.draw_params(crops.keyed_generator(seed, 0, key, 0), 0)._replace(grayscale=True, radius=0.0)
     image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))[None]
     x = photometric.apply(image, photometric.stack([[draw]]).crops(0, 1))[0]
     return _to_uint8(x)

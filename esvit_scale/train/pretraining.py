@@ -9,7 +9,7 @@ from esvit_scale.data import identity as identities
 from esvit_scale.data import stream
 from esvit_scale.data.identity import Identity
 from esvit_scale.data.limits import translate_limits
-from esvit_scale.data.loader import explained_deaths
+from esvit_scale.data.loader import translate_worker_errors
 from esvit_scale.errors import translate_file_errors
 from esvit_scale.objective.schedules import Schedules
 from esvit_scale.parallel import collectives
@@ -38,7 +38,7 @@ def pretrain(config: Config) -> int:
     # The watchdog covers everything from the first file that is opened to the ranks' last meeting.
     with Watchdog(world, 60 * config.train.hang_minutes, config.run_path) as watchdog:
         try:
-            with translate_limits(), explained_deaths(), worlds.translate_comm_errors(), translate_file_errors():
+            with translate_limits(), translate_worker_errors(), worlds.translate_comm_errors(), translate_file_errors():
                 code = open_and_train(config, world, watchdog)
             worlds.stop()
         except BaseException:

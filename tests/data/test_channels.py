@@ -21,7 +21,7 @@ from esvit_scale.data.decode import decode, decode_as_stored
 from esvit_scale.data.evaluation import centre_crop, evaluation_batches
 from esvit_scale.data.pixel_format import PixelFormat, pixel_format
 from esvit_scale.data.stream import batches, open_data
-from esvit_scale.data.views import place_views
+from esvit_scale.data.worker_batch import place_crops
 from esvit_scale.errors import UserError
 from esvit_scale.models.registry import TRUNKS, build_trunk
 from tests.data.conftest import encoded, picture
@@ -292,7 +292,7 @@ def test_crops_keep_sixteen_bits(tile_set: manifests.Manifest) -> None:
     ]
     for b, key in enumerate(batch.keys):
         source = bands(int(key[-2:]))
-        view = place_views(config, 0, key, 30, 24)[0]
+        view = place_crops(config, 0, key, 30, 24)[0]
         left, top, right, bottom = view.box
         x = torch.from_numpy(source[top:bottom, left:right].astype(np.float64)).permute(2, 0, 1)[None]
         expected = torch.nn.functional.interpolate(x, (12, 12), mode="bicubic", antialias=True)[0]
@@ -315,7 +315,7 @@ def test_the_batch_is_the_same_from_workers_ranks_and_plain_tars(tile_set: manif
 def test_augmentations_are_those_defined_for_channels() -> None:
     pixels = PixelFormat(5, 16, (0.3,) * 5, (0.1,) * 5)
     x = torch.from_numpy(np.stack([bands(i, 5, 16, 24, 24) for i in range(40)])).permute(0, 3, 1, 2)
-    draws = [photometric.draw(np.random.default_rng(i), 1) for i in range(40)]
+    draws = [photometric.draw_params(np.random.default_rng(i), 1) for i in range(40)]
     params = photometric.stack([draws]).crops(0, 1)
     found = photometric.apply(x, params, pixels) * 0.1 + 0.3
     for i, draw in enumerate(draws):

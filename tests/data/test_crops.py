@@ -8,8 +8,8 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
 from esvit_scale.config import validate
-from esvit_scale.data.crops import Box, Levels, crop_box, keyed_generator, reductions
-from esvit_scale.data.views import View, decode_for_views, place_views
+from esvit_scale.data.crops import Box, ImagePyramid, choose_reductions, crop_box, keyed_generator
+from esvit_scale.data.worker_batch import PlacedCrop, decode_for_crops, place_crops
 from tests.data.conftest import config_with, encoded, picture
 
 
@@ -50,12 +50,12 @@ def test_extreme_shapes_fall_back_to_the_centre_as_torchvision(width: int, heigh
 
 def cut(image: Image.Image, box: Box, size: int, reduction: int = 1, flip: bool = False) -> np.ndarray:
     out = np.empty((size, size, 3), np.uint8)
-    Levels(np.array(image), 1).cut(box, reduction, flip, out)
+    ImagePyramid(np.array(image), 1).cut(box, reduction, flip, out)
     return out
 
 
-def views(seed: int = 0, epoch: int = 0, key: str = "k") -> list[View]:
-    return place_views(config_with(seed=seed), epoch, key, 40, 30)
+def views(seed: int = 0, epoch: int = 0, key: str = "k") -> list[PlacedCrop]:
+    return place_crops(config_with(seed=seed), epoch, key, 40, 30)
 
 
 def test_views_depend_on_their_key_alone() -> None:
@@ -98,11 +98,11 @@ def test_a_crop_of_the_size_wanted_is_copied() -> None:
 
 def test_a_reduced_copy_is_taken_only_where_pixels_are_to_spare() -> None:
     whole, small = (0, 0, 2000, 1500), (100, 100, 300, 300)
-    assert reductions([whole, whole], [224, 96], 2000, 1500) == [4, 4]
-    assert reductions([whole, whole, whole], [224, 96, 96], 2000, 1500) == [4, 8, 8]
-    assert reductions([whole, small], [224, 96], 2000, 1500) == [1, 1]  # a copy would cost more than it saves
-    assert reductions([whole, whole, small], [224, 224, 96], 2000, 1500) == [4, 4, 1]
-    assert reductions([(0, 0, 300, 300)], [224], 500, 375) == [1]
+    assert choose_reductions([whole, whole], [224, 96], 2000, 1500) == [4, 4]
+    assert choose_reductions([whole, whole, whole], [224, 96, 96], 2000, 1500) == [4, 8, 8]
+    assert choose_reductions([whole, small], [224, 96], 2000, 1500) == [1, 1]  # a copy would cost more than it saves
+    assert choose_reductions([whole, whole, small], [224, 224, 96], 2000, 1500) == [4, 4, 1]
+    assert choose_reductions([(0, 0, 300, 300)], [224], 500, 375) == [1]
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
@@ -116,7 +116,7 @@ def test_all_crops_together_differ_little_from_a_resize_of_the_whole_picture(kin
     decoded = Image.open(io.BytesIO(data)).convert("RGB")
     errors, reduced = [], 0
     for key in map(str, range(6)):
-        placed, scales, levels = decode_for_views(config, 0, key, data)
+        placed, scales, levels = decode_for_crops(config, 0, key, data)
         for view, r, size in zip(placed, scales, config.crop_sizes, strict=True):
             reduced += r > 1
             out = np.empty((size, size, 3), np.uint8)

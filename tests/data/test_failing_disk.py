@@ -14,7 +14,7 @@ from esvit_scale.train.row_file import read_rows
 from tests import tiny
 
 SHORT = (
-    "import sys; from esvit_scale.data import reader, tar_stream; reader.WAITS = tar_stream.WAITS = (0.1, 0.2, 0.3); "
+    "import sys; from esvit_scale.data import reader, tar_stream; reader.RETRY_DELAYS = tar_stream.RETRY_DELAYS = (0.1, 0.2, 0.3); "
     "from esvit_scale import cli; sys.exit(cli.main(sys.argv[1:]))"
 )
 

@@ -13,7 +13,7 @@ from esvit_scale.data.manifest import Manifest, Shard
 from esvit_scale.data.reader import ShardReader
 from esvit_scale.data.shard_writer import Sample, write_samples
 from esvit_scale.data.tar_stream import TarSamples
-from esvit_scale.data.views import decode_for_views
+from esvit_scale.data.worker_batch import decode_for_crops
 from tests.data.conftest import config_with, encoded, picture
 
 FILES, TARS, SAMPLES = 1400, 300, 6  # every tar is read in two ways
@@ -60,7 +60,7 @@ def test_files() -> None:
     for i in range(FILES):
         data, began = mutated(rng, files[i % len(files)]), time.process_time()
         try:
-            views, scales, levels = decode_for_views(config, 0, str(i), data)
+            views, scales, levels = decode_for_crops(config, 0, str(i), data)
             for view, reduction, size in zip(views, scales, config.crop_sizes, strict=True):
                 levels.cut(view.box, reduction, view.flip, np.empty((size, size, 3), np.uint8))
         except BadImage as error:
@@ -87,7 +87,7 @@ def read_all(root: Path, name: str) -> tuple[int, int]:
     for i in range(SAMPLES):
         try:
             entry = reader.entry(0, i)
-            decode_for_views(config_with(), 0, entry.key, reader.image(0, entry))
+            decode_for_crops(config_with(), 0, entry.key, reader.image(0, entry))
             reader.label(0, entry)
             good += 1
         except BadImage:

@@ -19,7 +19,7 @@ from esvit_scale.config import Config, validate
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data import mix
 from esvit_scale.data.identity import identity
-from esvit_scale.data.job import Job
+from esvit_scale.data.loader import LoaderAssignment
 from esvit_scale.data.mix import MixedOrder, MixedSets
 from esvit_scale.data.shard_writer import Sample, write_samples
 from esvit_scale.data.stream import Batch, batches, images_of_sets, open_data, steps_per_epoch
@@ -56,7 +56,7 @@ def test_every_set_goes_round_sample_by_sample(
     for index in range(epochs * steps):
         for slot in range(slots):
             for i in range(batch // slots):
-                number, epoch, position, of_set = order.draw(index, slot, i)
+                number, epoch, position, of_set = order.address(index, slot, i)
                 drawn[(number, epoch, *of_set.locate(position))] += 1
         counted = [sum(n for (k, *_), n in drawn.items() if k == number) for number in range(len(sets))]
         assert counted == order.images(index + 1)
@@ -74,10 +74,10 @@ def test_batches_keep_the_shares() -> None:
     sets = [(w, [1000] * n) for w, n in zip(weights_of(3, 1), (1000, 1), strict=True)]
     order = MixedOrder(0, sets, 5000, 64, 32, 8)
     for index in (0, 1, 777, 4999, 123_456):
-        sources = Counter(order.draw(index, slot, i).set for slot in range(32) for i in range(2))
+        sources = Counter(order.address(index, slot, i).set for slot in range(32) for i in range(2))
         assert abs(sources[1] - 16) <= 2
         of_ranks = [
-            Counter(order.draw(index, slot, i).set for slot in range(r * 8, r * 8 + 8) for i in range(2))
+            Counter(order.address(index, slot, i).set for slot in range(r * 8, r * 8 + 8) for i in range(2))
             for r in range(4)
         ]
         assert all(counts[0] for counts in of_ranks)
@@ -87,7 +87,7 @@ def test_batches_keep_the_shares() -> None:
 def test_the_order_is_the_one_of_the_first_release() -> None:
     """A run resumed by a later version must see the same data: these numbers may never change."""
     order = MixedOrder(7, list(zip(weights_of(3, 1), ([3, 5, 4], [2]), strict=True)), 4, 4, 2, 2)
-    assert [order.draw(t, slot, i)[:3] for t in (0, 5) for slot in range(2) for i in range(2)] == GOLDEN
+    assert [order.address(t, slot, i)[:3] for t in (0, 5) for slot in range(2) for i in range(2)] == GOLDEN
 
 
 @settings(max_examples=25, deadline=None)
@@ -109,14 +109,18 @@ def test_any_ranks_and_workers_draw_the_same_batches_from_any_start(
     steps = 5
     reference, again = (MixedOrder(seed, sets, steps, 8, slots, 2) for _ in range(2))
     for t in range(start, start + 3):
-        whole = [reference.draw(t, s, i)[:3] for s in range(slots) for i in range(8 // slots)]
+        whole = [reference.address(t, s, i)[:3] for s in range(slots) for i in range(8 // slots)]
         parts = []
         for rank in range(world):
-            job = Job(config, rank, world, t, t + 1, steps)
-            n = min(workers, len(job.slots))
+            assignment = LoaderAssignment(config, rank, world, t, t + 1, steps)
+            n = min(workers, len(assignment.slots_of_rank))
             for worker in range(n):
-                with patch.object(Job, "worker", lambda self, w=worker, n=n: (w, n)):
-                    parts += [again.draw(t, s, i)[:3] for s in job.slots_of_worker() for i in range(job.per_slot)]
+                with patch.object(LoaderAssignment, "worker", lambda self, w=worker, n=n: (w, n)):
+                    parts += [
+                        again.address(t, s, i)[:3]
+                        for s in assignment.slots_of_worker()
+                        for i in range(assignment.images_per_slot)
+                    ]
         assert parts == whole
 
 
@@ -125,7 +129,7 @@ def test_large_mixes_cost_little() -> None:
     sets = list(zip(weights_of(9, 1), ([10_000] * 100_000, [100] * 20), strict=True))
     order = MixedOrder(0, sets, 10**9 // 4096, 4096, 512, 8)
     for slot in range(0, 512, 8):
-        order.draw(123_456, slot, 3)
+        order.address(123_456, slot, 3)
     assert sum(len(order._counts[k]) for k, _ in order._orders) <= mix.CACHED_SHARDS
     assert sum(stretch.nbytes for stretch in order._stretches.values()) <= 9 << 20
 

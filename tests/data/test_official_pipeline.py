@@ -13,7 +13,7 @@ from torchvision import transforms as T
 
 from esvit_scale.config import validate
 from esvit_scale.data import photometric
-from esvit_scale.data.views import Sample, decode_for_views, make_part
+from esvit_scale.data.worker_batch import DecodedSample, decode_for_crops, make_worker_batch
 from tests.data.conftest import encoded
 
 SIZE, LOCAL, N = 48, 24, 240  # crops' sides; draws a picture
@@ -68,9 +68,9 @@ def test_what_the_trunk_sees_is_distributed_as_officially(where: str) -> None:
         },
         "test",
     )
-    samples = [Sample(i, str(i), -1, *decode_for_views(config, 0, str(i), data), []) for i in range(N)]
-    part = make_part(config, 0, samples, N)
-    params = photometric.Photometric(*map(torch.from_numpy, part.photometric))
+    samples = [DecodedSample(i, str(i), -1, *decode_for_crops(config, 0, str(i), data), []) for i in range(N)]
+    part = make_worker_batch(config, 0, samples, N)
+    params = photometric.BatchAugmentationParams(*map(torch.from_numpy, part.photometric))
     pixels = [part.crops[0][0], part.crops[0][1], part.crops[1][0]]
     random.seed(0)
     torch.manual_seed(0)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data import order as orders
 from esvit_scale.data import stream
-from esvit_scale.data.job import Job
+from esvit_scale.data.loader import LoaderAssignment
 from esvit_scale.data.order import Order, permutation, steps_per_epoch
 from esvit_scale.data.shard_writer import Sample, write_samples
 from esvit_scale.errors import UserError
@@ -169,15 +169,15 @@ def test_any_ranks_and_workers_read_the_same_batches_from_any_start(
     for t in range(start, order.steps):
         parts = []
         for rank in range(world):
-            job = Job(config, rank, world, t, t + 1, order.steps)
-            n = min(workers, len(job.slots))
+            assignment = LoaderAssignment(config, rank, world, t, t + 1, order.steps)
+            n = min(workers, len(assignment.slots_of_rank))
             for worker in range(n):
-                with patch.object(Job, "worker", lambda self, w=worker, n=n: (w, n)):
-                    assert job.part_size == len(job.slots_of_worker()) * job.per_slot
+                with patch.object(LoaderAssignment, "worker", lambda self, w=worker, n=n: (w, n)):
+                    assert assignment.images_per_batch == len(assignment.slots_of_worker()) * assignment.images_per_slot
                     parts += [
                         again.locate(again.position(t, s, i))
-                        for s in job.slots_of_worker()
-                        for i in range(job.per_slot)
+                        for s in assignment.slots_of_worker()
+                        for i in range(assignment.images_per_slot)
                     ]
         assert parts == whole[t]
 

@@ -23,8 +23,8 @@ def images(n: int = 6, size: int = 24) -> torch.Tensor:
     return torch.from_numpy(stack).permute(0, 3, 1, 2).contiguous()
 
 
-def params(n: int, **fields: torch.Tensor) -> photometric.Photometric:
-    none = photometric.Photometric(
+def params(n: int, **fields: torch.Tensor) -> photometric.BatchAugmentationParams:
+    none = photometric.BatchAugmentationParams(
         order=torch.full((n,), -1),
         factors=torch.tensor([1.0, 1.0, 1.0, 0.0]).repeat(n, 1),
         grayscale=torch.zeros(n, dtype=torch.bool),
@@ -102,7 +102,7 @@ def test_blur_keeps_the_mean_level_and_spreads_by_the_radius() -> None:
     torch.testing.assert_close(variance.sqrt(), torch.tensor([0.5, 1.0, 2.0]).double(), atol=1e-4, rtol=0)
 
 
-def official(image: Image.Image, p: photometric.Photometric, i: int) -> np.ndarray:
+def official(image: Image.Image, p: photometric.BatchAugmentationParams, i: int) -> np.ndarray:
     """The official pipeline in Pillow with given parameters: [S, S, 3], 0..255."""
     if p.order[i] >= 0:
         for operation in photometric.ORDERS[p.order[i]]:
@@ -116,9 +116,9 @@ def official(image: Image.Image, p: photometric.Photometric, i: int) -> np.ndarr
     return np.asarray(image).astype(float)
 
 
-def drawn(n: int, crop: int, seed: int = 0) -> photometric.Photometric:
+def drawn(n: int, crop: int, seed: int = 0) -> photometric.BatchAugmentationParams:
     return photometric.stack(
-        [[photometric.draw(keyed_generator(seed, 0, str(i), crop), crop) for i in range(n)]]
+        [[photometric.draw_params(keyed_generator(seed, 0, str(i), crop), crop) for i in range(n)]]
     ).crops(0, 1)
 
 
@@ -141,7 +141,7 @@ def test_rows_do_not_touch_each_other() -> None:
     x, p = images(), drawn(6, 1)
     together = photometric.apply(x, p)
     for i in range(6):
-        alone = photometric.apply(x[i : i + 1], photometric.Photometric(*(field[i : i + 1] for field in p)))
+        alone = photometric.apply(x[i : i + 1], photometric.BatchAugmentationParams(*(field[i : i + 1] for field in p)))
         torch.testing.assert_close(alone[0], together[i], atol=1e-5, rtol=1e-5)
     assert torch.equal(photometric.apply(x, p), together)
 
@@ -182,7 +182,7 @@ def test_draws_of_fields_are_independent() -> None:
 
 def test_flattened_parameters_are_those_of_flattened_crops() -> None:
     p = photometric.stack(
-        [[photometric.draw(keyed_generator(0, 0, f"{v}/{b}", v), v) for b in range(3)] for v in range(4)]
+        [[photometric.draw_params(keyed_generator(0, 0, f"{v}/{b}", v), v) for b in range(3)] for v in range(4)]
     )
     assert p.order.shape == (4, 3)
     assert p.factors.shape == (4, 3, 4)

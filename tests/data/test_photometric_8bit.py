@@ -22,7 +22,7 @@ def test_values_are_those_of_the_device_to_rounding(crop: int) -> None:
     expected = unit(photometric.apply(x, drawn(60, crop))).permute(0, 2, 3, 1).numpy() * 255
     errors = []
     for i in range(60):
-        draw = photometric.draw(keyed_generator(0, 0, str(i), crop), crop)
+        draw = photometric.draw_params(keyed_generator(0, 0, str(i), crop), crop)
         pixels = x[i].permute(1, 2, 0).numpy().copy()
         photometric_8bit.apply(pixels, draw)
         if not draw.solarize:  # a rounding at the threshold inverts a pixel
@@ -42,7 +42,7 @@ def test_the_blur_is_pillows_three_boxes(radius: float) -> None:
     for pixels in (np.asarray(picture(0, 40, 48)), np.random.default_rng(0).integers(0, 256, (48, 40, 3)), checkers):
         image = Image.fromarray(pixels.astype(np.uint8))
         out = np.array(image)
-        photometric_8bit.apply(out, photometric_8bit.NOTHING._replace(radius=radius))
+        photometric_8bit.apply(out, photometric_8bit.IDENTITY._replace(radius=radius))
         error = np.abs(out.astype(int) - np.asarray(image.filter(ImageFilter.GaussianBlur(radius))))
         assert error.max() <= 3
         assert error.mean() < 1.1
@@ -51,9 +51,9 @@ def test_the_blur_is_pillows_three_boxes(radius: float) -> None:
 def test_solarisation_is_exact() -> None:
     ramp = np.arange(256, dtype=np.uint8).repeat(3).reshape(16, 16, 3)
     out = ramp.copy()
-    photometric_8bit.apply(out, photometric_8bit.NOTHING._replace(solarize=True))
+    photometric_8bit.apply(out, photometric_8bit.IDENTITY._replace(solarize=True))
     np.testing.assert_array_equal(out, np.where(ramp >= 128, 255 - ramp, ramp))
-    photometric_8bit.apply(ramp, photometric_8bit.NOTHING)
+    photometric_8bit.apply(ramp, photometric_8bit.IDENTITY)
     assert ramp[0, 1, 0] == 1
 
 

@@ -17,7 +17,7 @@ from tests.data.test_stream import damaged_copy
 
 @pytest.fixture(autouse=True)
 def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "WAITS", (0.05, 0.1, 0.2, 0.4))
+    monkeypatch.setattr(readers, "RETRY_DELAYS", (0.05, 0.1, 0.2, 0.4))
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOTCONN])

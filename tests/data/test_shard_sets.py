@@ -154,7 +154,7 @@ def test_ten_random_kills_and_the_bytes_of_an_undisturbed_run(tmp_path: Path) ->
 def test_a_source_that_goes_away_stops_and_can_go_on(
     image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("esvit_scale.data.planned_shard.WAITS", (0.01, 0.01))
+    monkeypatch.setattr("esvit_scale.data.planned_shard.RETRY_DELAYS", (0.01, 0.01))
     [source] = open_source(str(image_folder), SourceOptions()).values()
     image_folder.rename(tmp_path / "away")
     with pytest.raises(RestartCanHelp, match=r"cannot be read any more \(No such file or directory\)"):

@@ -203,7 +203,7 @@ def test_a_damaged_shard_is_replaced_by_others(shard_set: Manifest, tmp_path: Pa
 def test_storage_that_is_gone_stops_with_one_line(
     shard_set: Manifest, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readers, "WAITS", (0.01, 0.1))
+    monkeypatch.setattr(readers, "RETRY_DELAYS", (0.01, 0.1))
     broken = damaged_copy(shard_set, tmp_path / "set")
     shutil.rmtree(broken.root)
     with pytest.raises(RestartCanHelp, match=r"no longer there .*is its mount gone") as error:

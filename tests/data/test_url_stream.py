@@ -125,7 +125,7 @@ def test_bad_samples_and_tars_are_replaced_and_named(tars: Path, tmp_path: Path)
 
 
 def test_tars_that_are_gone_stop_with_one_line(tars: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tar_stream, "WAITS", (0.01,))
+    monkeypatch.setattr(tar_stream, "RETRY_DELAYS", (0.01,))
     config = config_of(train="pipe:cat /no/such/{0..3}.tar 2>&-")
     with pytest.raises((RestartCanHelp, UserError), match="nothing could be read from any of this worker's 4 tars"):
         stream(config, 0, 1)

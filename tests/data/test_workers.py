@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from esvit_scale.data.loader import explained_deaths
+from esvit_scale.data.loader import translate_worker_errors
 from esvit_scale.data.manifest import Manifest
 from esvit_scale.data.shard_writer import Sample, write_samples
 from esvit_scale.data.stream import batches
@@ -36,7 +36,9 @@ def test_a_killed_worker_is_one_line_and_exit_75(shard_set: Manifest, sign: sign
     began = time.monotonic()
 
     def kill_and_read_on() -> None:
-        with explained_deaths():  # as the training loop: the signal may arrive before the next batch is asked for
+        with (
+            translate_worker_errors()
+        ):  # as the training loop: the signal may arrive before the next batch is asked for
             os.kill(worker, sign)
             list(stream)
 

@@ -1,0 +1,120 @@
+"""From an image file to the crops of a batch: `decode_for_crops` places and decodes, `make_worker_batch` cuts the crops.
+
+Both run in a loader process. The records are shown at work in stream.py.
+"""
+
+import time
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from esvit_scale.config import Config
+from esvit_scale.data import photometric, photometric_8bit
+from esvit_scale.data.crops import Box, ImagePyramid, choose_reductions, crop_box, crop_groups, keyed_generator
+from esvit_scale.data.photometric import AugmentationParams
+from esvit_scale.data.picture import open_picture
+from esvit_scale.data.pixel_format import pixel_format
+
+SLOW_SECONDS = 20.0  # a sample that takes at least this long to read and decode is reported
+
+
+class PlacedCrop(NamedTuple):
+    """Everything random about one crop of one sample."""
+
+    box: Box
+    flip: bool
+    params: AugmentationParams
+
+
+class DecodedSample(NamedTuple):
+    """One decoded image whose crops are placed but not yet cut."""
+
+    batch_position: int  # in the global batch, 0..global_batch-1
+    key: str
+    label: int  # class number, -1 without a class
+    crops: list[PlacedCrop]
+    reductions: list[int]  # of each crop: it is cut from the image at 1/reduction of its size
+    pyramid: ImagePyramid
+    bad: list[dict[str, Any]]  # quarantine rows of the samples that were tried before this one and failed
+
+
+class WorkerBatch(NamedTuple):
+    """The part of one batch that one loader process makes.
+
+    Small arrays travel between processes as NumPy: a tensor would cost a shared-memory file each.
+    """
+
+    crops: list[Tensor]  # per resolution group: uint8 or uint16 [V_g, B, S_g, S_g, channels]
+    photometric: tuple[NDArray[Any], ...]  # the fields of BatchAugmentationParams, leading shape [V, B]
+    positions: NDArray[np.int64]  # [B], in the global batch
+    keys: list[str]
+    labels: NDArray[np.int64]  # [B]
+    bad: list[dict[str, Any]]  # quarantine rows
+    batch_index: int
+    seconds: float  # that its loader process took for it
+
+
+def place_crops(config: Config, epoch: int, key: str, width: int, height: int) -> list[PlacedCrop]:
+    """Draw the crops of a sample whose image has width × height pixels: a pure function of seed, epoch, key and crop."""
+    placed: list[PlacedCrop] = []
+    for group in crop_groups(config.data):
+        for _ in range(group.views):
+            number = len(placed)
+            rng = keyed_generator(config.seed, epoch, key, number)
+            box = crop_box(rng, width, height, group.scale)
+            flip = rng.random() < 0.5
+            placed.append(PlacedCrop(box, flip, photometric.draw_params(rng, number)))
+    return placed
+
+
+def decode_for_crops(
+    config: Config, epoch: int, key: str, data: bytes
+) -> tuple[list[PlacedCrop], list[int], ImagePyramid]:
+    """Place a sample's crops, then decode its image file no larger than they need.
+
+    Returns:
+        The crops, the reduction at which each of them is cut, and the decoded image.
+
+    Raises:
+        BadImage: the file holds no usable image.
+    """
+    picture = open_picture(data, pixel_format(config.data))
+    placed = place_crops(config, epoch, key, picture.width, picture.height)
+    reductions = choose_reductions([crop.box for crop in placed], config.crop_sizes, picture.width, picture.height)
+    return placed, reductions, ImagePyramid(*picture.pixels(min(reductions)))
+
+
+def make_worker_batch(config: Config, batch_index: int, samples: Iterable[DecodedSample], size: int) -> WorkerBatch:
+    """Cut the crops of `size` samples straight into the batch's arrays, with one decoded image in memory at a time."""
+    began = time.monotonic()
+    groups, in_worker = crop_groups(config.data), config.data.photometric == "workers"
+    dtype = torch.uint8 if config.data.bits == 8 else torch.uint16
+    pixels = [_empty(dtype, g.views, size, g.size, g.size, config.data.channels) for g in groups]
+    arrays = [p.numpy() for p in pixels]
+    params: list[list[AugmentationParams]] = [[] for _ in config.crop_sizes]  # [V][B]
+    positions, labels = np.empty(size, np.int64), np.empty(size, np.int64)
+    keys: list[str] = []
+    bad: list[dict[str, Any]] = []
+    for b, sample in enumerate(samples):
+        places = (array[v, b] for array in arrays for v in range(len(array)))
+        for number, (crop, reduction, out) in enumerate(zip(sample.crops, sample.reductions, places, strict=True)):
+            sample.pyramid.cut(crop.box, reduction, crop.flip, out)
+            if in_worker:
+                photometric_8bit.apply(out, crop.params)
+            params[number].append(photometric_8bit.IDENTITY if in_worker else crop.params)
+        positions[b], labels[b] = sample.batch_position, sample.label
+        keys.append(sample.key)
+        bad.extend(sample.bad)
+    fields = tuple(field.numpy() for field in photometric.stack(params))
+    return WorkerBatch(pixels, fields, positions, keys, labels, bad, batch_index, time.monotonic() - began)
+
+
+def _empty(dtype: torch.dtype, *shape: int) -> Tensor:
+    """Return memory for pixels; in a loader process it is shared with the parent, so that sending it copies nothing."""
+    empty = torch.empty(shape, dtype=dtype)
+    return empty.share_memory_() if get_worker_info() else empty
