@@ -18,7 +18,7 @@ The journey, one line a station. B images, V crops, T tokens, C width, K prototy
     → evaluation         evaluate/features.py, evaluate/feature_cache.py    images → features [N, C], once
                          evaluate/knn.py, evaluate/linear.py, evaluate/transfer.py  accuracy with intervals
                          evaluate/correspondence.py, evaluate/attention.py  what the tokens see
-    → report             report/html.py, report/drawings.py         one self-contained report.html
+    → report             report/html.py, report/evaluation_figures.py         one self-contained report.html
     → scaling            scaling/plan.py, scaling/cells.py, scaling/fit.py  what a run needs; sizes × budgets → a law with intervals
 
 Beside it: config.py (every number of a run), models/complexity.py, objective/costs.py (what it costs), cli.py and commands/ (the command line), doctor.py and doctor_packages.py (what works on this machine), feed.py (whether its cores feed its GPUs).

@@ -19,7 +19,7 @@ from esvit_scale.evaluate import attention, correspondence, knn
 from esvit_scale.evaluate.features import extract, load_frozen_trunk, raw_pixels
 from esvit_scale.models.initialize import initialize
 from esvit_scale.objective.network import build_network
-from esvit_scale.report import drawings
+from esvit_scale.report import evaluation_figures
 from esvit_scale.report.html import write_report
 from esvit_scale.train import pretraining
 from esvit_scale.train.run_dir import open_run, read_summary
@@ -75,11 +75,11 @@ def look(out: Path, config: Config) -> None:
     """Correspondences between views and attention maps of the trained teacher, in `out`, for the report."""
     test, workers = out / "shards" / "test", config.data.workers
     found = correspondence.run_correspondence(out, test, out / "correspondence", LOOKED_AT, workers)
-    drawings.write_correspondences(found, out / "correspondence")
+    evaluation_figures.write_correspondences(found, out / "correspondence")
     seen = attention.save_attention(
         load_frozen_trunk(out), samples.photograph("astronaut"), out / "attention", 2 * config.data.global_crops.size
     )
-    drawings.write_attention(seen, out / "attention")
+    evaluation_figures.write_attention(seen, out / "attention")
 
 
 def demo_config(out: Path, seed: int) -> Config:

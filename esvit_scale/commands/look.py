@@ -31,22 +31,22 @@ def add_to(evaluate: Any) -> None:
 
 def _attention(options: argparse.Namespace) -> int:
     from esvit_scale.evaluate import attention
-    from esvit_scale.report import drawings
+    from esvit_scale.report import evaluation_figures
 
     o = options
     seen = attention.run_attention(o.checkpoint, o.image, o.out, o.size)
-    for path in [o.out / "attention.npz", *drawings.write_attention(seen, o.out)]:
+    for path in [o.out / "attention.npz", *evaluation_figures.write_attention(seen, o.out)]:
         print(path)
     return 0
 
 
 def _correspondence(options: argparse.Namespace) -> int:
     from esvit_scale.evaluate import correspondence
-    from esvit_scale.report import drawings
+    from esvit_scale.report import evaluation_figures
 
     o = options
     result = correspondence.run_correspondence(o.checkpoint, o.data, o.out, o.images, o.workers)
     print(correspondence.table(result.summary))
-    for path in [o.out / "correspondence.json", *drawings.write_correspondences(result, o.out)]:
+    for path in [o.out / "correspondence.json", *evaluation_figures.write_correspondences(result, o.out)]:
         print(path)
     return 0

@@ -118,7 +118,7 @@ def _show(options: argparse.Namespace) -> int:
 
     found = manifests.load(options.root)
     manifests.check_sizes(found)
-    shown = shard_pages.chosen_samples(found, options.count, options.seed, options.bands)
+    shown = shard_pages.draw_samples(found, options.count, options.seed, options.bands)
     if options.out.suffix == ".png":
         _write_file(options.out, shard_pages.contact_sheet(shown))
     else:

@@ -7,9 +7,9 @@ from typing import Any
 from esvit_scale import __version__, files
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
-from esvit_scale.report import curves, pictures, run, tables
-from esvit_scale.report.page import render
-from esvit_scale.report.run import Json, Run, attempt
+from esvit_scale.report import metric_groups, run_files, sample_images, tables
+from esvit_scale.report.run_files import Json, RunFiles, try_or_note
+from esvit_scale.report.templates import render
 
 NAME = "report.html"
 
@@ -31,7 +31,7 @@ def write_report(run_dirs: Path | Sequence[Path], out: Path | None = None) -> Pa
     resolved = [path.resolve() for path in paths]
     if twice := [path for path, r in zip(paths, resolved, strict=True) if resolved.count(r) > 1]:
         raise UserError(f"{twice[0]}: named twice; a run is compared with others")
-    runs = [run.read(path) for path in paths]
+    runs = [run_files.read(path) for path in paths]
     target = out or (paths[0] if len(paths) == 1 else resolved[0].parent) / NAME
     if target.is_dir():
         raise UserError(f"{target}: is a folder; --out names the file to write, for example {target / NAME}")
@@ -40,34 +40,34 @@ def write_report(run_dirs: Path | Sequence[Path], out: Path | None = None) -> Pa
     return target
 
 
-def _contents(runs: list[Run]) -> Json:
+def _contents(runs: list[RunFiles]) -> Json:
     """Everything the template shows."""
     several = len(runs) > 1
-    names = run.names_of(runs)
+    names = run_files.unique_names(runs)
     labels = names if several else [""]
     named = list(zip(labels, runs, strict=True))
     missing: list[str] = []
     differences = tables.config_differences(named, missing) if several else None
     evaluations = tables.evaluations(named, missing)
-    groups = curves.groups(runs, names, missing)
+    groups = metric_groups.groups(runs, names, missing)
     parts = [_pictures(r, label) for label, r in named]
     return {
         "title": f"{len(runs)} runs: {', '.join(names)}" if several else names[0],
         "heading": f"{len(runs)} runs side by side" if several else names[0],
         "subtitle": "" if several else _subtitle(runs[0]),
-        "legend": list(zip(names, curves.colours(runs), map(_subtitle, runs), strict=True)) if several else [],
+        "legend": list(zip(names, metric_groups.colours(runs), map(_subtitle, runs), strict=True)) if several else [],
         "tiles": [] if several else _tiles(runs[0]),
         "overview": tables.overview(named) if several else None,
         "differences": differences,
         "evaluations": evaluations,
         "groups": groups,
-        "by_layer": curves.by_layer(runs, labels),
+        "by_layer": metric_groups.by_layer(runs, labels),
         "pictures": parts,
         "missing": [m if not label else f"{label}: {m}" for label, r in named for m in r.missing] + missing,
         "details": [
             {
                 "name": label,
-                "tables": [(title, tables.facts(values)) for title, values in _files(r) if values],
+                "tables": [(title, tables.flatten(values)) for title, values in _files(r) if values],
                 "config": r.config_text,
             }
             for label, r in named
@@ -77,16 +77,16 @@ def _contents(runs: list[Run]) -> Json:
     }
 
 
-def _pictures(of: Run, label: str) -> Json:
+def _pictures(of: RunFiles, label: str) -> Json:
     """Crops, neighbours, and what `evaluate correspondence` and `evaluate attention` drew."""
     latest = next((r for r in reversed(of.results["knn"]) if r.get("examples")), None)
     config = of.config
     crops = (
-        attempt("crops", of.missing, lambda: pictures.crop_grid(config))
+        try_or_note("crops", of.missing, lambda: sample_images.crop_grid(config))
         if config and (config.data.train or config.data.mix)
         else None
     )
-    neighbours = attempt("neighbours", of.missing, lambda: _neighbours(latest)) if latest else None
+    neighbours = try_or_note("neighbours", of.missing, lambda: _neighbours(latest)) if latest else None
     for kind, command in (("correspondence", "correspondence"), ("attention", "attention")):
         if not of.pictures[kind]:
             of.missing.append(
@@ -96,7 +96,7 @@ def _pictures(of: Run, label: str) -> Json:
 
 
 def _neighbours(result: Json) -> Json:
-    rows = pictures.neighbour_rows(result)
+    rows = sample_images.neighbour_rows(result)
     all_neighbours = [n for row in rows for n in row.neighbours]
     return {
         "of": tables.result_name(result),
@@ -107,7 +107,7 @@ def _neighbours(result: Json) -> Json:
     }
 
 
-def _subtitle(of: Run) -> str:
+def _subtitle(of: RunFiles) -> str:
     parts = _described(of.config) if of.config else []
     if of.rows:
         parts.append(f"step {of.rows[-1].get('step', len(of.rows))}")
@@ -125,7 +125,7 @@ def _described(config: Config) -> list[str]:
     ]
 
 
-def _tiles(of: Run) -> list[tuple[str, str]]:
+def _tiles(of: RunFiles) -> list[tuple[str, str]]:
     """The few numbers to read first."""
     tiles = []
     for result in of.results["knn"][-3:]:
@@ -136,12 +136,12 @@ def _tiles(of: Run) -> list[tuple[str, str]]:
         last = of.rows[-1]
         if isinstance(last.get("images_seen"), int):
             tiles.append((f"{last['images_seen']:,}", f"images seen in {last.get('step', '?')} steps"))
-        if (median := tables.rate(of)) != tables.NOTHING:
+        if (median := tables.median_rate(of)) != tables.NO_VALUE:
             tiles.append((median, "images per second (median)"))
         if isinstance(last.get("loss"), float):
             tiles.append((f"{last['loss']:.3f}", "last logged loss"))
     return tiles
 
 
-def _files(of: Run) -> list[tuple[str, Json | None]]:
+def _files(of: RunFiles) -> list[tuple[str, Json | None]]:
     return [("Summary (summary.json)", of.summary), ("Environment (environment.json)", of.environment)]

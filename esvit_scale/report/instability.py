@@ -25,7 +25,7 @@ def layers(metrics: Metrics) -> list[str]:
     return [name.removeprefix(PREFIX) for name in metrics if name.startswith(PREFIX)]
 
 
-def picture(metrics: Metrics, titles: dict[str, str]) -> bytes | None:
+def heat_map(metrics: Metrics, titles: dict[str, str]) -> bytes | None:
     """PNG; None for a run that logged no gradients by layer. `titles`: of layers, in words."""
     names = layers(metrics)
     steps = metrics.get("step")

@@ -19,14 +19,14 @@ from esvit_scale.data.picture import open_picture
 from esvit_scale.data.pixel_format import PixelFormat
 from esvit_scale.data.reader import ShardReader
 from esvit_scale.data.shard_stats import Stats
-from esvit_scale.report.composite import composite
-from esvit_scale.report.pictures import thumbnail
+from esvit_scale.report.false_colour import composite
+from esvit_scale.report.sample_images import thumbnail
 
 SIDE, MARGIN, CAPTION = 160, 8, 26  # pixels of a contact sheet's cell
 BLUE, GREY = "#3b82f6", "#80868f"
 
 
-class Shown(NamedTuple):
+class ShownSample(NamedTuple):
     key: str
     label: str  # class name, empty without classes
     image: Image.Image | None  # None: it does not decode
@@ -48,7 +48,7 @@ def overview(stats: Stats) -> bytes:
     return out.getvalue()
 
 
-def chosen_samples(manifest: Manifest, count: int, seed: int, bands: Sequence[int] | None = None) -> list[Shown]:
+def draw_samples(manifest: Manifest, count: int, seed: int, bands: Sequence[int] | None = None) -> list[ShownSample]:
     """Return `count` samples drawn from the whole set, or all of a smaller one; `bands`: see `composite`."""
     starts = np.cumsum([0, *(shard.samples for shard in manifest.shards)])
     reader, shown = ShardReader(manifest), []
@@ -61,7 +61,7 @@ def chosen_samples(manifest: Manifest, count: int, seed: int, bands: Sequence[in
     return shown
 
 
-def contact_sheet(shown: Sequence[Shown], columns: int = 8) -> bytes:
+def contact_sheet(shown: Sequence[ShownSample], columns: int = 8) -> bytes:
     """PNG: thumbnails in rows, with key and class under each."""
     columns = min(columns, len(shown))
     rows = -(-len(shown) // columns)
@@ -83,7 +83,7 @@ def contact_sheet(shown: Sequence[Shown], columns: int = 8) -> bytes:
     return out.getvalue()
 
 
-def contact_page(shown: Sequence[Shown], title: str) -> str:
+def contact_page(shown: Sequence[ShownSample], title: str) -> str:
     """One self-contained HTML page of the same."""
     cells = "\n".join(
         f"<figure>{_img(sample)}<figcaption>{html.escape(sample.key)}<br><b>{html.escape(sample.label)}</b></figcaption></figure>"
@@ -97,11 +97,11 @@ def contact_page(shown: Sequence[Shown], title: str) -> str:
     )
 
 
-def _img(sample: Shown) -> str:
+def _img(sample: ShownSample) -> str:
     return f'<img src="{thumbnail(sample.image)}" alt="">' if sample.image else "<p>does not decode</p>"
 
 
-def _shown(manifest: Manifest, reader: ShardReader, shard: int, i: int, bands: Sequence[int] | None) -> Shown:
+def _shown(manifest: Manifest, reader: ShardReader, shard: int, i: int, bands: Sequence[int] | None) -> ShownSample:
     key, label = f"{manifest.shards[shard].name}: sample {i}", ""
     try:
         entry = reader.entry(shard, i)
@@ -109,11 +109,11 @@ def _shown(manifest: Manifest, reader: ShardReader, shard: int, i: int, bands: S
         label = manifest.classes[number] if 0 <= number < len(manifest.classes) else ""
         data = reader.image(shard, entry)
         if (manifest.channels, manifest.bits) == (3, 8) and bands is None:
-            return Shown(key, label, decode(data))
+            return ShownSample(key, label, decode(data))
         pixels, _ = open_picture(data, PixelFormat(manifest.channels, manifest.bits)).pixels()
-        return Shown(key, label, composite(pixels, bands, stretch=manifest.bits == 16))
+        return ShownSample(key, label, composite(pixels, bands, stretch=manifest.bits == 16))
     except (BadImage, OSError):
-        return Shown(key, label, None)
+        return ShownSample(key, label, None)
 
 
 def _histogram(axes: Axes, values: np.ndarray, title: str) -> None:

@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from esvit_scale.report.run import Json, Run, attempt
+from esvit_scale.report.run_files import Json, RunFiles, try_or_note
 
-NOTHING = "–"
+NO_VALUE = "–"
 MEASURES = {"mirrored": "flipped, grey", "cropped": "cropped", "stereo": "stereo pair"}
-Named = tuple[str, Run]  # a run's name on the page; empty when there is one run
+NamedRun = tuple[str, RunFiles]  # a run's name on the page; empty when there is one run
 
 
 class Cell(NamedTuple):
@@ -30,14 +30,14 @@ class Table(NamedTuple):
     rows: list[Row]
 
 
-def evaluations(runs: Sequence[Named], missing: list[str]) -> list[Table]:
+def evaluations(runs: Sequence[NamedRun], missing: list[str]) -> list[Table]:
     """Of the evaluations that any run has; a file in an unexpected form costs only its own table."""
     makers = (knn, few_shot, linear, transfer, correspondence)
-    made = (attempt(f"{make.__name__.replace('_', '-')} table", missing, lambda m=make: m(runs)) for make in makers)  # type: ignore[misc]
+    made = (try_or_note(f"{make.__name__.replace('_', '-')} table", missing, lambda m=make: m(runs)) for make in makers)  # type: ignore[misc]
     return [table for table in made if table is not None and table.rows]
 
 
-def knn(runs: Sequence[Named]) -> Table | None:
+def knn(runs: Sequence[NamedRun]) -> Table | None:
     found = [(_join(name, result_name(r)), r) for name, run in runs for r in run.results["knn"] if "results" in r]
     if not found:
         return None
@@ -59,7 +59,7 @@ def knn(runs: Sequence[Named]) -> Table | None:
     return Table("knn", "k-NN accuracy", note, ["features", *(f"k = {k}" for k in ks), "dimensions"], rows)
 
 
-def few_shot(runs: Sequence[Named]) -> Table | None:
+def few_shot(runs: Sequence[NamedRun]) -> Table | None:
     found = [
         (n, r["few_shot"], r) for n, run in runs for r in run.results["knn"] if isinstance(r.get("few_shot"), dict)
     ]
@@ -67,7 +67,7 @@ def few_shot(runs: Sequence[Named]) -> Table | None:
         return None
     ks = sorted({int(k) for _, few, _ in found for row in few["results"].values() for k in row})
     rows = [
-        Row(_join(name, result_name(r), f"{shots} of each class"), [_with_reach(row.get(str(k))) for k in ks])
+        Row(_join(name, result_name(r), f"{shots} of each class"), [_with_margin(row.get(str(k))) for k in ks])
         for name, few, r in found
         for shots, row in few["results"].items()
     ]
@@ -75,7 +75,7 @@ def few_shot(runs: Sequence[Named]) -> Table | None:
     return Table("few-shot", "Few-shot k-NN", note, ["training images", *(f"k = {k}" for k in ks)], rows)
 
 
-def linear(runs: Sequence[Named]) -> Table | None:
+def linear(runs: Sequence[NamedRun]) -> Table | None:
     found = [(_join(name, _step(r)), r) for name, run in runs for r in run.results["linear"]]
     rows = [
         Row(
@@ -93,7 +93,7 @@ def linear(runs: Sequence[Named]) -> Table | None:
     return Table("linear", "Linear probe", note, ["probe", "top-1", "95 %", "top-5", "training images"], rows)
 
 
-def transfer(runs: Sequence[Named]) -> Table | None:
+def transfer(runs: Sequence[NamedRun]) -> Table | None:
     found = [(_join(name, _step(r)) or "score", r) for name, run in runs for r in run.results["transfer"]]
     if not found:
         return None
@@ -119,7 +119,7 @@ def transfer(runs: Sequence[Named]) -> Table | None:
     return Table("transfer", "Transfer", " ".join(notes), ["data set", *(name for name, _ in columns)], rows)
 
 
-def correspondence(runs: Sequence[Named]) -> Table | None:
+def correspondence(runs: Sequence[NamedRun]) -> Table | None:
     found = [(_join(name, _step(r)), r) for name, run in runs for r in run.results["correspondence"]]
     rows = [
         Row(
@@ -139,40 +139,46 @@ def correspondence(runs: Sequence[Named]) -> Table | None:
     return Table("correspondence", "Correspondence", note, head, rows)
 
 
-def overview(runs: Sequence[Named]) -> Table:
+def overview(runs: Sequence[NamedRun]) -> Table:
     """A line a run: how far it is and what it reached."""
     rows = []
     for name, run in runs:
         last = run.rows[-1] if run.rows else {}
         best = [r["best"]["top1"] for r in run.results["knn"] if r.get("step") and isinstance(r.get("best"), Mapping)]
         state = "finished" if (run.summary or {}).get("finished") else "not finished"
-        cells = [state, _whole(last.get("step")), _whole(last.get("images_seen")), rate(run), _short(last.get("loss"))]
-        rows.append(Row(name, [Cell(c) for c in [*cells, f"{best[-1]:.1f} %" if best else NOTHING]]))
+        cells = [
+            state,
+            _whole(last.get("step")),
+            _whole(last.get("images_seen")),
+            median_rate(run),
+            _short(last.get("loss")),
+        ]
+        rows.append(Row(name, [Cell(c) for c in [*cells, f"{best[-1]:.1f} %" if best else NO_VALUE]]))
     head = ["run", "state", "step", "images seen", "images/s (median)", "last loss", "k-NN, best k"]
     return Table("runs", "Runs", "", head, rows)
 
 
-def config_differences(runs: Sequence[Named], missing: list[str]) -> Table | None:
+def config_differences(runs: Sequence[NamedRun], missing: list[str]) -> Table | None:
     """The config keys in which runs differ."""
-    known = [(name, dict(facts(run.config.model_dump(mode="json")))) for name, run in runs if run.config]
+    known = [(name, dict(flatten(run.config.model_dump(mode="json")))) for name, run in runs if run.config]
     if len(known) < 2:
         missing.append("config differences: fewer than two runs have a config")
         return None
     keys = dict.fromkeys(key for _, values in known for key in values)
     differ = [key for key in keys if key != "run_dir" and len({values.get(key) for _, values in known}) > 1]
-    rows = [Row(key, [Cell(values.get(key, NOTHING)) for _, values in known]) for key in differ]
+    rows = [Row(key, [Cell(values.get(key, NO_VALUE)) for _, values in known]) for key in differ]
     note = "Every key in which the runs differ." if rows else "The runs have the same config."
     return Table("differences", "Config differences", note, ["key", *(name for name, _ in known)], rows)
 
 
-def facts(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     """Dotted key and value as text, nested mappings and lists of mappings opened."""
     found = []
     for key, value in values.items():
         if isinstance(value, list) and value and isinstance(value[0], Mapping):
             value = {str(i): item for i, item in enumerate(value)}
         if isinstance(value, Mapping):
-            found += facts(value, f"{prefix}{key}.")
+            found += flatten(value, f"{prefix}{key}.")
         elif isinstance(value, float):
             found.append((prefix + key, f"{value:.6g}"))
         else:
@@ -195,37 +201,37 @@ def _join(*parts: str) -> str:
 
 
 def _score(row: Mapping[str, Any] | None, key: str, best: bool = False) -> Cell:
-    return Cell(f"{row[key]:.1f}", best) if row and row.get(key) is not None else Cell(NOTHING)
+    return Cell(f"{row[key]:.1f}", best) if row and row.get(key) is not None else Cell(NO_VALUE)
 
 
-def _with_reach(row: Mapping[str, Any] | None) -> Cell:
+def _with_margin(row: Mapping[str, Any] | None) -> Cell:
     if not row:
-        return Cell(NOTHING)
+        return Cell(NO_VALUE)
     interval = row.get("interval")
     return Cell(f"{row['top1']:.1f}" + (f" ± {interval[1] - row['top1']:.1f}" if interval else ""))
 
 
 def _interval(row: Mapping[str, Any]) -> str:
-    return f"{row['interval'][0]:.1f} – {row['interval'][1]:.1f}" if row.get("interval") else NOTHING
+    return f"{row['interval'][0]:.1f} – {row['interval'][1]:.1f}" if row.get("interval") else NO_VALUE
 
 
 def _ranked(name: str, scores: Iterable[float | None]) -> Row:
     scores = list(scores)
     there = [s for s in scores if s is not None]
     best: Callable[[float], bool] = lambda s: len(there) > 1 and s == max(there)  # noqa: E731
-    return Row(name, [Cell(NOTHING) if s is None else Cell(f"{s:.1f}", best(s)) for s in scores])
+    return Row(name, [Cell(NO_VALUE) if s is None else Cell(f"{s:.1f}", best(s)) for s in scores])
 
 
-def rate(run: Run) -> str:
+def median_rate(run: RunFiles) -> str:
     """Median images per second."""
     found = run.columns.get("images_per_s")
     values = sorted(found[found == found].tolist()) if found is not None else []
-    return f"{values[len(values) // 2]:,.0f}" if values else NOTHING
+    return f"{values[len(values) // 2]:,.0f}" if values else NO_VALUE
 
 
 def _whole(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) else NOTHING
+    return f"{value:,}" if isinstance(value, int) else NO_VALUE
 
 
 def _short(value: Any) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else NOTHING
+    return f"{value:.3f}" if isinstance(value, float) else NO_VALUE

@@ -1,4 +1,4 @@
-"""`sweep report`: what fit.json says, as pictures and a page (report/scaling.py draws)."""
+"""`sweep report`: what fit.json says, as pictures and a page (report/scaling_figures.py draws)."""
 
 import json
 from pathlib import Path
@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from esvit_scale.errors import UserError
-from esvit_scale.report import scaling
-from esvit_scale.report.scaling import Band, Section
+from esvit_scale.report import scaling_figures
+from esvit_scale.report.scaling_figures import Band, Section
 from esvit_scale.scaling.fit import FORMAT_VERSION
 from esvit_scale.scaling.forms import FORMS, Array, predict
 
@@ -33,7 +33,7 @@ def write(where: Path, out: Path | None, tflops: float | None, mfu: float) -> Pa
     fit = read(path)
     columns = fit["columns"]
     title = f"Scaling of {columns['y']}"
-    return scaling.write(out or path.parent, NAME, title, _facts(fit, tflops, mfu), _sections(fit))
+    return scaling_figures.write(out or path.parent, NAME, title, _facts(fit, tflops, mfu), _sections(fit))
 
 
 def read(path: Path) -> Json:
@@ -64,7 +64,9 @@ def _sections(fit: Json) -> list[Section]:
             "Dots are measured. The line is "
             + ("the best that the law reaches with a budget" if two else "the fit")
             + "; dashed, it goes beyond the data.",
-            scaling.curve(compute, y, sizes, _band(best, "y"), _band(fit["predictions"], "y"), x_label, y_label),
+            scaling_figures.curve(
+                compute, y, sizes, _band(best, "y"), _band(fit["predictions"], "y"), x_label, y_label
+            ),
         )
     ]
     if two:
@@ -74,7 +76,7 @@ def _sections(fit: Json) -> list[Section]:
             "residuals",
             "Residuals",
             "Measured over fitted. A pattern over compute or size means that the law is not the right one.",
-            scaling.residuals(compute, 100 * (y / fitted - 1), sizes, x_label),
+            scaling_figures.residuals(compute, 100 * (y / fitted - 1), sizes, x_label),
         )
     )
     return found
@@ -90,14 +92,19 @@ def _two_input_sections(fit: Json, compute: Array, x: Array, y: Array) -> list[S
             "so a parabola's minimum is off by an amount that depends on the sizes chosen; the table says how much."
         )
         found.append(
-            Section("isoflop", "Sizes at equal compute", caption, scaling.isoflop(budgets, n_name, fit["columns"]["y"]))
+            Section(
+                "isoflop",
+                "Sizes at equal compute",
+                caption,
+                scaling_figures.isoflop(budgets, n_name, fit["columns"]["y"]),
+            )
         )
     inside = [p for p in fit["isoflop"] if p["inside"]]
     minima = np.array([p["compute"] for p in inside]), np.array([p["n_opt"] for p in inside])
     bands = _band(fit["frontier"], "N"), _band(fit["frontier"], "D")
     if not np.isfinite(bands[0].y).any():  # the law has no optimum
         return found
-    picture = scaling.frontier(*bands, float(compute.max()), minima, n_name, d_name, "FLOPs")
+    picture = scaling_figures.frontier(*bands, float(compute.max()), minima, n_name, d_name, "FLOPs")
     caption = "The size and the amount of data that the law prefers for a budget."
     return [*found, Section("frontier", "Compute-optimal split", caption, picture)]
 

@@ -17,7 +17,7 @@ from esvit_scale.evaluate.attention import AttentionResult, attention, component
 from esvit_scale.evaluate.correspondence import CorrespondenceResult
 from esvit_scale.evaluate.features import FrozenTrunk
 from esvit_scale.models.swin import Swin
-from esvit_scale.report import drawings
+from esvit_scale.report import evaluation_figures
 from esvit_scale.report.html import write_report
 
 pytestmark = pytest.mark.slow
@@ -59,10 +59,12 @@ def full(run: Path) -> Path:
     trunk = Swin(8, (1, 1, 2), (1, 2, 4), window=4, size=64)
     picture = rng.integers(0, 255, (64, 96, 3), dtype=np.uint8)
     case = correspondence.mirrored(trunk, correspondence.see(trunk, picture), "a/rather/long/name/of/a/picture.jpeg")
-    drawings.write_correspondences(CorrespondenceResult({}, [case] * 3, [case] * 3, correspondence.stereo(trunk)), run)
+    evaluation_figures.write_correspondences(
+        CorrespondenceResult({}, [case] * 3, [case] * 3, correspondence.stereo(trunk)), run
+    )
     pixels = to_trunk(picture)
     seen = AttentionResult(FrozenTrunk(trunk, 64, 1), picture, attention(trunk, pixels), components(trunk, pixels))
-    drawings.write_attention(seen, run)
+    evaluation_figures.write_attention(seen, run)
     return run
 
 

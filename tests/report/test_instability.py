@@ -48,7 +48,7 @@ def metrics(steps: int = 1500) -> dict[str, np.ndarray]:
 
 
 def drawn(rows: dict[str, np.ndarray]) -> np.ndarray:
-    png = instability.picture(rows, {})
+    png = instability.heat_map(rows, {})
     assert png is not None
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGBA")).astype(int)
 
@@ -75,4 +75,4 @@ def test_a_dip_is_marked() -> None:
 
 @pytest.mark.parametrize("rows", [{}, {"step": np.arange(5.0)}, {"step": np.array([1.0]), "grad_norm_x": np.ones(1)}])
 def test_nothing_to_draw(rows: dict[str, np.ndarray]) -> None:
-    assert instability.picture(rows, {}) is None
+    assert instability.heat_map(rows, {}) is None

@@ -31,10 +31,10 @@ def plain_set(tmp_path: Path) -> Path:
 def test_a_contact_sheet_shows_every_sample(plain_set: Path) -> None:
     from esvit_scale.data import manifest as manifests
 
-    shown = shard_pages.chosen_samples(manifests.load(plain_set), 100, seed=0)
+    shown = shard_pages.draw_samples(manifests.load(plain_set), 100, seed=0)
     assert {s.key for s in shown} == {*COLOURS, "broken"}
     assert [s.key for s in shown if s.image is None] == ["broken"]
-    assert len(shard_pages.chosen_samples(manifests.load(plain_set), 3, seed=0)) == 3
+    assert len(shard_pages.draw_samples(manifests.load(plain_set), 3, seed=0)) == 3
     sheet = Image.open(io.BytesIO(shard_pages.contact_sheet(shown, columns=3))).convert("RGB")
     step_x, step_y = shard_pages.SIDE + shard_pages.MARGIN, shard_pages.SIDE + shard_pages.CAPTION + shard_pages.MARGIN
     assert sheet.size == (3 * step_x + shard_pages.MARGIN, 3 * step_y + shard_pages.MARGIN)

@@ -16,10 +16,10 @@ from esvit_scale.data import decode, image_folder, photometric, raster, stream
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data.pixel_format import PixelFormat, pixel_format
 from esvit_scale.errors import UserError
-from esvit_scale.report.composite import composite
+from esvit_scale.report.false_colour import composite
 
-SHOWN = 5  # images whose crops are shown
-SIDE = 208  # pixels of a thumbnail's longer side: twice its size on the page
+CROPPED_IMAGES = 5  # images whose crops are shown
+THUMBNAIL_SIDE = 208  # pixels of a thumbnail's longer side: twice its size on the page
 
 
 class CropGrid(NamedTuple):
@@ -46,7 +46,7 @@ def crop_grid(config: Config) -> CropGrid:
     Raises:
         UserError: the training set is not there any more.
     """
-    train = config.train.model_copy(update={"global_batch": SHOWN, "grad_accum": 1})
+    train = config.train.model_copy(update={"global_batch": CROPPED_IMAGES, "grad_accum": 1})
     data = config.data.model_copy(update={"workers": 0, "slots": None})
     small = config.model_copy(update={"train": train, "data": data})
     batch = next(iter(stream.batches(small, stream.open_data(config), 0, 1, 0, 1)))
@@ -119,7 +119,7 @@ def _encoded(source: Path, keys: set[str]) -> Iterable[tuple[str, bytes]]:
 def thumbnail(image: Image.Image) -> str:
     """A data URI; small pictures keep every pixel."""
     image = image.copy()
-    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=90, subsampling=0)
     return data_uri(buffer.getvalue(), "image/jpeg")

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from esvit_scale.report import instability, pictures, plots
+from esvit_scale.report import instability, plots, sample_images
 from esvit_scale.report.plots import BLUE, GREEN, GREY, ORANGE, VIOLET, Curve, Panel
-from esvit_scale.report.run import Run
+from esvit_scale.report.run_files import RunFiles
 
 RUN_COLOURS = (BLUE, ORANGE, GREEN, VIOLET, "#ec4899", "#14b8a6", "#ca8a04", "#ef4444")
 NOT_DRAWN = ("step", "images_seen", "time")
@@ -107,7 +107,7 @@ PLANNED = {"lr", "wd", "momentum", "teacher_temp", "skipped_steps", "bad_samples
 SAME_SCALE = ({"loss", "loss_view", "loss_region"}, {"teacher_entropy_view", "teacher_entropy_region"})
 
 
-def groups(runs: Sequence[Run], names: Sequence[str], missing: list[str]) -> list[dict[str, Any]]:
+def groups(runs: Sequence[RunFiles], names: Sequence[str], missing: list[str]) -> list[dict[str, Any]]:
     """For the template: title, caption and figures (title, image) of every group that any run logged something of.
 
     What no group knows is drawn under "Other"; a known column that nobody logged is noted in `missing`.
@@ -138,13 +138,13 @@ def groups(runs: Sequence[Run], names: Sequence[str], missing: list[str]) -> lis
     return shown
 
 
-def by_layer(runs: Sequence[Run], names: Sequence[str]) -> list[tuple[str, str]]:
+def by_layer(runs: Sequence[RunFiles], names: Sequence[str]) -> list[tuple[str, str]]:
     """Of every run that logged gradients by layer: its name and the picture of report/instability.py."""
     found = []
     for run, name in zip(runs, names, strict=True):
         titles = {part: part_in_words(part) for part in instability.layers(run.columns)}
-        if (png := instability.picture(run.columns, titles)) is not None:
-            found.append((name, pictures.data_uri(png, "image/png")))
+        if (png := instability.heat_map(run.columns, titles)) is not None:
+            found.append((name, sample_images.data_uri(png, "image/png")))
     return found
 
 
@@ -158,11 +158,11 @@ def _group_of_parts(prefix: str, title: str, caption: str, colour: str, logged: 
     return Group(title, caption, {name: (words, colour) for name, words in parts.items()})
 
 
-def colours(runs: Sequence[Run]) -> list[str]:
+def colours(runs: Sequence[RunFiles]) -> list[str]:
     return [RUN_COLOURS[i % len(RUN_COLOURS)] for i in range(len(runs))]
 
 
-def _figure(runs: Sequence[Run], names: Sequence[str], column: str, colour: str, in_a_row: int) -> str:
+def _figure(runs: Sequence[RunFiles], names: Sequence[str], column: str, colour: str, in_a_row: int) -> str:
     by_images = len({run.config.train.global_batch for run in runs if run.config}) > 1
     x = "images_seen" if by_images and all("images_seen" in run.columns for run in runs) else "step"
     run_colours = colours(runs) if len(runs) > 1 else [colour]
@@ -181,10 +181,10 @@ def _figure(runs: Sequence[Run], names: Sequence[str], column: str, colour: str,
         prototypes=min(limits, default=None),
         in_a_row=in_a_row,
     )
-    return pictures.data_uri(plots.panel(curves, panel), "image/png")
+    return sample_images.data_uri(plots.panel(curves, panel), "image/png")
 
 
-def _range(runs: Sequence[Run], column: str) -> tuple[float, float] | None:
+def _range(runs: Sequence[RunFiles], column: str) -> tuple[float, float] | None:
     """Columns that are compared by eye share their axis."""
     family = next((f for f in SAME_SCALE if column in f), None)
     if family is None:

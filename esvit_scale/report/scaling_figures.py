@@ -20,9 +20,9 @@ from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, LogLocator
 from numpy.typing import NDArray
 
 from esvit_scale import __version__, files
-from esvit_scale.report.page import render
-from esvit_scale.report.pictures import data_uri
 from esvit_scale.report.plots import BLUE, DPI, GREEN, GREY, ORANGE
+from esvit_scale.report.sample_images import data_uri
+from esvit_scale.report.templates import render
 
 Array = NDArray[np.float64]
 WIDE, TALL = 9.6, 4.2
@@ -30,7 +30,7 @@ SIZES, BUDGETS = colormaps["viridis"], colormaps["plasma"]
 BRIGHT, DARK = 0.85, 0.1  # part of a colour map that shows on white and on black
 
 
-class Picture(NamedTuple):
+class RenderedFigure(NamedTuple):
     png: bytes
     svg: bytes
 
@@ -48,12 +48,12 @@ class Section(NamedTuple):
     name: str  # of the files
     title: str
     caption: str
-    picture: Picture
+    picture: RenderedFigure
 
 
 def curve(
     compute: Array, y: Array, sizes: Array | None, band: Band, predicted: Band, x_label: str, y_label: str
-) -> Picture:
+) -> RenderedFigure:
     """Measurements over compute, and the fit: with sizes [n] the compute-optimal frontier below them."""
     figure = _figure(WIDE, TALL)
     axes = figure.subplots()
@@ -72,7 +72,7 @@ def curve(
     return _save(figure)
 
 
-def isoflop(budgets: Sequence[dict[str, Any]], n_label: str, y_label: str) -> Picture:
+def isoflop(budgets: Sequence[dict[str, Any]], n_label: str, y_label: str) -> RenderedFigure:
     """One valley a budget: dots, the law's curve and the parabola (dashed) with its minimum.
 
     Args:
@@ -97,7 +97,7 @@ def isoflop(budgets: Sequence[dict[str, Any]], n_label: str, y_label: str) -> Pi
 
 def frontier(
     n: Band, d: Band, measured: float, minima: tuple[Array, Array], n_label: str, d_label: str, x_label: str
-) -> Picture:
+) -> RenderedFigure:
     """The best size and the best amount of data for a budget; stars: minima of the isoFLOP parabolas."""
     figure = _figure(WIDE, 3.8)
     left, right = figure.subplots(1, 2)
@@ -111,7 +111,7 @@ def frontier(
     return _save(figure)
 
 
-def residuals(compute: Array, percent: Array, sizes: Array | None, x_label: str) -> Picture:
+def residuals(compute: Array, percent: Array, sizes: Array | None, x_label: str) -> RenderedFigure:
     """How far every measurement lies from the fit, in percent of it."""
     figure = _figure(WIDE, 3.2)
     axes = figure.subplots()
@@ -203,7 +203,7 @@ def _dots(figure: Figure, axes: Axes, x: Array, y: Array, sizes: Array | None) -
     bar.set_label("N", color=GREY, fontsize=9)
 
 
-def _save(figure: Figure) -> Picture:
+def _save(figure: Figure) -> RenderedFigure:
     made = []
     for axes in figure.axes:
         if axes.get_xscale() == "log":
@@ -212,4 +212,4 @@ def _save(figure: Figure) -> Picture:
         buffer = io.BytesIO()
         figure.savefig(buffer, format=kind, metadata={"Date": None} if kind == "svg" else None)
         made.append(buffer.getvalue())
-    return Picture(*made)
+    return RenderedFigure(*made)

@@ -10,7 +10,7 @@ import numpy as np
 from esvit_scale import config as configs
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
-from esvit_scale.report import pictures, plots
+from esvit_scale.report import plots, sample_images
 from esvit_scale.train import row_file
 
 Json = dict[str, Any]
@@ -19,7 +19,7 @@ T = TypeVar("T")
 EVALUATIONS = ("knn", "linear", "transfer", "correspondence")
 
 
-class Run(NamedTuple):
+class RunFiles(NamedTuple):
     path: Path
     name: str
     config: Config | None
@@ -33,7 +33,7 @@ class Run(NamedTuple):
     missing: list[str]  # what is not there, a sentence each
 
 
-def read(path: Path) -> Run:
+def read(path: Path) -> RunFiles:
     """
     Raises:
         UserError: not a run dir. What is missing or damaged inside one is said in `missing`.
@@ -44,7 +44,7 @@ def read(path: Path) -> Run:
         raise UserError(f"{path}: not a run dir: it has neither config.yaml nor metrics.jsonl")
     missing: list[str] = []
     text = _text(path / "config.yaml", missing)
-    config = attempt("config.yaml", missing, lambda: configs.load(path / "config.yaml")) if text else None
+    config = try_or_note("config.yaml", missing, lambda: configs.load(path / "config.yaml")) if text else None
     rows = [row for row in row_file.read_rows(path / "metrics.jsonl") if isinstance(row, dict)]
     if not rows:
         missing.append("curves: no step is logged in metrics.jsonl")
@@ -52,7 +52,7 @@ def read(path: Path) -> Run:
     results = {kind: _results(path, kind, missing) for kind in EVALUATIONS}
     if not results["knn"]:
         missing.append("k-NN: no knn*.json; `esvit-scale evaluate knn … --out` the run dir adds it")
-    return Run(
+    return RunFiles(
         path,
         config.name if config else path.resolve().name,
         config,
@@ -67,7 +67,7 @@ def read(path: Path) -> Run:
     )
 
 
-def attempt(what: str, missing: list[str], make: Callable[[], T]) -> T | None:
+def try_or_note(what: str, missing: list[str], make: Callable[[], T]) -> T | None:
     """What `make` gives, or None with a note: a part that cannot be shown must not cost the rest of the report."""
     try:
         return make()
@@ -77,7 +77,7 @@ def attempt(what: str, missing: list[str], make: Callable[[], T]) -> T | None:
         return None
 
 
-def names_of(runs: list[Run]) -> list[str]:
+def unique_names(runs: list[RunFiles]) -> list[str]:
     """A name for each run, by its folder where two are named alike."""
     names = [run.name for run in runs]
     names = [str(r.path.resolve().name) if names.count(n) > 1 else n for r, n in zip(runs, names, strict=True)]
@@ -96,7 +96,7 @@ def _results(run: Path, kind: str, missing: list[str]) -> list[Json]:
 
 def _pictures(run: Path, kind: str) -> list[str]:
     paths = sorted([*run.glob(f"{kind}*.png"), *run.glob(f"*/{kind}*.png")])
-    return [pictures.data_uri(path.read_bytes(), "image/png") for path in paths]
+    return [sample_images.data_uri(path.read_bytes(), "image/png") for path in paths]
 
 
 def _text(path: Path, missing: list[str], name: object = None) -> str | None:
