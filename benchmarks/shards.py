@@ -9,7 +9,6 @@ the fastest counts. The list has `--lines` lines; one shard of it is written, in
 
 import argparse
 import json
-import os
 import platform
 import resource
 import subprocess
@@ -27,6 +26,8 @@ PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
 
 
 def main() -> None:
+    from esvit_scale.machine import usable_cpus
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=400)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
@@ -40,7 +41,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(prefix="esvit-scale-") as folder:
         make_images(Path(folder) / "images", options.images)
-        result: dict[str, Any] = {"machine": f"{platform.machine()}, {os.cpu_count()} cores", "images": options.images}
+        result: dict[str, Any] = {"machine": f"{platform.machine()}, {usable_cpus()} cores", "images": options.images}
         result["rates"] = rates(Path(folder), options)
         if options.lines:
             result["list"] = in_fresh_process(Path(folder), options.lines)

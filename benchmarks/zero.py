@@ -44,6 +44,8 @@ def main() -> None:
 
 
 def measured(cell: dict[str, Any]) -> dict[str, Any]:
+    from esvit_scale.machine import usable_cpus
+
     torchrun = [
         sys.executable,
         "-m",
@@ -52,7 +54,7 @@ def measured(cell: dict[str, Any]) -> dict[str, Any]:
         "--nproc-per-node",
         str(cell["processes"]),
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // cell["processes"]))}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, usable_cpus() // cell["processes"]))}
     command = [*torchrun, __file__, "--cell", json.dumps(cell)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("{")))

@@ -6,7 +6,6 @@ Beside it: yaml_text.py (the dialect), schema.py (what a mistake is answered). N
 import on a login node.
 """
 
-import math
 import os
 from importlib import resources
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from esvit_scale import yaml_text
+from esvit_scale.division import batch_problem, largest_divisor, nearest_multiple
 from esvit_scale.errors import UserError, nearest
 from esvit_scale.schema import Section, check, declared, optional
 from esvit_scale.yaml_text import show
@@ -203,11 +203,9 @@ class Config(Section):
 
 def _cross_field_problems(c: Config) -> list[str]:
     problems = []
-    batch, accum = c.train.global_batch, c.train.grad_accum
-    if batch % accum:
-        problems.append(
-            f"train.global_batch: {batch} does not divide into train.grad_accum={accum} micro-batches; nearest: {nearest_multiple(batch, accum)}"
-        )
+    batch = c.train.global_batch
+    if problem := batch_problem(batch, c.train.grad_accum):
+        problems.append(problem)
     if c.data.slots and batch % c.data.slots:
         problems.append(
             f"data.slots: {c.data.slots} does not divide train.global_batch={batch}; nearest: {largest_divisor(batch, c.data.slots)}"
@@ -245,15 +243,6 @@ def _pixel_problems(data: Data) -> list[str]:
             "nearest: device"
         )
     return problems
-
-
-def largest_divisor(n: int, at_most: int) -> int:
-    """The largest divisor of `n` that is ≤ `at_most`."""
-    return max(d for i in range(1, math.isqrt(n) + 1) if n % i == 0 for d in (i, n // i) if d <= at_most)
-
-
-def nearest_multiple(n: int, of: int) -> int:
-    return max(of, round(n / of) * of)
 
 
 # --- reading -------------------------------------------------------------------------------------------------------

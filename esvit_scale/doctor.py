@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import esvit_scale
-from esvit_scale import doctor_packages
+from esvit_scale import doctor_packages, machine
 from esvit_scale.data import limits
 from esvit_scale.doctor_packages import Row
 
@@ -266,16 +266,14 @@ def _compilers() -> Row:
 
 
 def _cores() -> Row:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota, _, period = (_cgroup("cpu.max") or "max").partition(" ")
-    limit = "" if quota == "max" else f", limited to {int(quota) / int(period):.1f} by a control group"
-    return Row("cores", "ok", f"{usable}{limit}")
+    quota = machine.cpu_quota()
+    limit = "" if quota is None else f", limited to {quota:.1f} by a control group"
+    return Row("cores", "ok", f"{machine.affinity_cpus()}{limit}")
 
 
 def _memory() -> Row:
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = _cgroup("memory.max") or "max"
-    usable = total if limit == "max" else min(total, int(limit))
+    usable = min(total, machine.memory_limit() or total)
     low = usable < 4 * GIB
     return Row(
         "memory", "problem" if low else "ok", f"{usable / GIB:.1f} GiB", "the demo needs about 4 GiB" if low else ""
@@ -340,11 +338,6 @@ def _output(*command: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
-
-
-def _cgroup(name: str) -> str | None:
-    path = Path("/sys/fs/cgroup") / name
-    return path.read_text().strip() if path.is_file() else None
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -1,22 +1,22 @@
 """`esvit-scale doctor --data`: whether this machine's cores can feed its GPUs, measured on the set itself."""
 
-import os
 import statistics
 import time
 from contextlib import suppress
 from itertools import islice
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from esvit_scale.config import Config, largest_divisor
+from esvit_scale.config import Config
 from esvit_scale.data import stream
 from esvit_scale.data.decode import BadImage
 from esvit_scale.data.manifest import Manifest
 from esvit_scale.data.picture import open_picture
 from esvit_scale.data.reader import ShardReader
+from esvit_scale.division import largest_divisor
 from esvit_scale.errors import UserError
+from esvit_scale.machine import usable_cpus
 from esvit_scale.train.mfu import ideal_images_per_s
 
 SECONDS = 6.0  # of measuring each rate
@@ -35,7 +35,7 @@ class Supply(NamedTuple):
 def run(config: Config) -> int:
     """Prints what storage, one loader process and all cores make, what the GPUs take, and what to change; 0."""
     data = stream.open_data(config)
-    cores = usable_cores()
+    cores = usable_cpus()
     if isinstance(data, Manifest):
         print(_row("storage", _storage(data)))
     supply = Supply(_rate(config, data, 1), _rate(config, data, cores), cores)
@@ -77,13 +77,6 @@ def advice(config: Config, supply: Supply, demand: float, gpus: int, pixels: flo
         lines.append("- processes slow each other down: hyper-threads, other jobs, or storage (see its row)")
     lines.append(f"- ask for {demand / supply.all:.1f} times as many cores a GPU")
     return lines
-
-
-def usable_cores() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    limit = Path("/sys/fs/cgroup/cpu.max")
-    quota, _, period = (limit.read_text() if limit.is_file() else "max").partition(" ")
-    return cores if quota.strip() == "max" else max(min(cores, int(quota) // int(period)), 1)
 
 
 def _rate(config: Config, data: stream.Source, workers: int) -> float:

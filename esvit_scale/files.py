@@ -1,6 +1,7 @@
 """Files that are whole or not there: written under a temporary name, synced, renamed."""
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -11,6 +12,15 @@ from pathlib import Path
 from typing import Any
 
 NO_LINKS_ERRNOS = frozenset({errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK, errno.EXDEV})
+
+
+def sha256(path: Path) -> str:
+    """Return the SHA-256 of a file's content as hex digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:

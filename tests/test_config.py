@@ -221,7 +221,7 @@ IN_A_FILE = {
     "data: {slots: 100}": "data.slots: 100 does not divide train.global_batch=512; nearest: 64",
     "model: {depths: []}": "model.depths: expected at least one number, got []",
     "model: {depths: [1, 1], heads: [1]}": "model.heads: 1 stages, but model.depths has 2",
-    "train: {global_batch: 10, grad_accum: 3}": "train.global_batch: 10 does not divide into train.grad_accum=3 micro-batches; nearest: 9",
+    "train: {global_batch: 10, grad_accum: 3}": "train.global_batch: 10 does not divide over train.grad_accum=3; nearest: 9",
     "train: {precision: fp23}": "train.precision: expected 'fp32', 'bf16', 'fp16' or 'autocast', got 'fp23'; did you mean 'fp32'?",
     "train: 5": "train: expected a section (`key: value` lines), got 5",
     "name: 12": "name: expected text, got 12; put it in quotes",
@@ -343,12 +343,6 @@ def test_differences_name_every_leaf():
     assert differences(a, a) == []
     assert differences(a, b) == ["seed: 0 → 1", "data.local_crops.0.count: 8 → 2", "model.depths: None → [2, 2]"]
     assert differences(a, resolve("swin_t", ["data.local_crops=[]"]))
-
-
-@settings(deadline=None)
-@given(st.integers(1, 5000), st.integers(1, 600))
-def test_largest_divisor(n, at_most):
-    assert configs.largest_divisor(n, at_most) == max(d for d in range(1, at_most + 1) if n % d == 0)
 
 
 def test_slots_depend_on_the_batch_alone():

@@ -23,7 +23,7 @@ def test_it_measures_the_set(
     text = capsys.readouterr().out
     assert "MB/s" in text
     assert "one process" in text
-    assert f"data.workers={feed.usable_cores()}" in text
+    assert f"data.workers={feed.usable_cpus()}" in text
 
 
 def test_a_config_alone_is_told_about_data(capsys: pytest.CaptureFixture[str]) -> None:

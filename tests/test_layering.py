@@ -18,7 +18,7 @@ PACKAGE = ROOT / "esvit_scale"
 # know each other.
 ORDER = [
     {"errors", "__init__"},
-    {"files", "resources"},
+    {"division", "files", "machine", "resources"},
     {"yaml_text"},
     {"schema"},
     {"config"},

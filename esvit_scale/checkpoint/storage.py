@@ -5,7 +5,6 @@ checkpoint knows nothing of ZeRO stages or world sizes. Its index file is a pick
 because a checkpoint may come from anywhere.
 """
 
-import hashlib
 import io
 import pickle
 import warnings
@@ -37,6 +36,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from esvit_scale import files
 from esvit_scale.errors import RestartCanHelp, UserError, is_machine_fault
 from esvit_scale.parallel import collectives
 
@@ -115,7 +115,7 @@ def error_text(error: BaseException) -> str:
 def checksums(folder: Path, rank: int) -> dict[str, dict[str, Any]]:
     """Size and sha256 of every file that this rank wrote, by file name."""
     mine = [*folder.glob(f"__{rank}_*"), *([folder / INDEX_FILE] if rank == 0 else [])]
-    return {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in mine}
+    return {path.name: {"bytes": path.stat().st_size, "sha256": files.sha256(path)} for path in mine}
 
 
 def file_problems(path: Path, recorded: dict[str, Any]) -> list[str]:
@@ -126,7 +126,7 @@ def file_problems(path: Path, recorded: dict[str, Any]) -> list[str]:
     """
     if found := size_problems(path, recorded):
         return found
-    return [] if _sha256(path) == recorded["sha256"] else [f"{path.name} has changed since it was written"]
+    return [] if files.sha256(path) == recorded["sha256"] else [f"{path.name} has changed since it was written"]
 
 
 def size_problems(path: Path, recorded: dict[str, Any]) -> list[str]:
@@ -135,14 +135,6 @@ def size_problems(path: Path, recorded: dict[str, Any]) -> list[str]:
         return [f"{path.name} is missing" if not path.exists() else f"{path.name} is not a file"]
     size = path.stat().st_size
     return [] if size == recorded["bytes"] else [f"{path.name} has {size} bytes of {recorded['bytes']}"]
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def tensor_sizes(folder: Path) -> dict[str, int]:

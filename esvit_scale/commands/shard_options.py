@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from esvit_scale.commands.parser import positive
+from esvit_scale.machine import usable_cpus
 
 if TYPE_CHECKING:
     from esvit_scale.data.sources import SourceOptions
@@ -50,6 +51,5 @@ def source_options(options: argparse.Namespace) -> "SourceOptions":
 
 
 def workers(options: argparse.Namespace) -> int:
-    from esvit_scale.data import pool
 
-    return int(options.workers or pool.cores())
+    return int(options.workers or usable_cpus())

@@ -22,6 +22,7 @@ from esvit_scale.data.loader import reason, run_stages
 from esvit_scale.data.manifest import Entry, Manifest, image_member
 from esvit_scale.data.pixel_format import RGB8, PixelFormat
 from esvit_scale.data.reader import ShardReader
+from esvit_scale.division import share
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ def evaluation_batches(
     everything: Sequence[int] = range(len(items))
     if most is not None and most < len(items):
         everything = np.linspace(0, len(items) - 1, most).round().astype(int).tolist()
-    numbers = everything[rank * len(everything) // world_size : (rank + 1) * len(everything) // world_size]
+    numbers = everything[share(len(everything), rank, world_size)]
     parts = run_stages(
         [partial(_evaluation_parts, items, numbers, size, batch, pixels)], min(workers, -(-len(numbers) // batch))
     )

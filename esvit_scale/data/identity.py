@@ -13,10 +13,10 @@ from typing import Any
 
 from esvit_scale.data.manifest import MANIFEST, Manifest
 from esvit_scale.data.mix import MixedSets
-from esvit_scale.data.shard_file import sha256
 from esvit_scale.data.stream import Source
 from esvit_scale.data.url_stream import UrlSets
 from esvit_scale.errors import UserError
+from esvit_scale.files import sha256
 
 log = logging.getLogger("esvit_scale")
 

@@ -19,9 +19,10 @@ import torch
 import webdataset as wds
 from torch.utils.data import get_worker_info
 
-from esvit_scale.config import Config, nearest_multiple
+from esvit_scale.config import Config
 from esvit_scale.data.limits import check_node, translate_limits
 from esvit_scale.data.reader import StorageGone
+from esvit_scale.division import batch_problem, share
 from esvit_scale.errors import RestartCanHelp, UserError
 
 T = TypeVar("T")
@@ -44,8 +45,8 @@ class LoaderAssignment:
     @property
     def slots_of_rank(self) -> range:
         """Return the data slots of this rank."""
-        share = self.config.slots // self.world_size
-        return range(self.rank * share, (self.rank + 1) * share)
+        slots = self.config.slots
+        return range(slots)[share(slots, self.rank, self.world_size)]
 
     @property
     def images_per_slot(self) -> int:
@@ -59,8 +60,7 @@ class LoaderAssignment:
 
     def slots_of_worker(self) -> range:
         """Return the data slots of the calling process."""
-        n, (worker, workers) = len(self.slots_of_rank), self.worker()
-        return self.slots_of_rank[worker * n // workers : (worker + 1) * n // workers]
+        return self.slots_of_rank[share(len(self.slots_of_rank), *self.worker())]
 
     @property
     def images_per_batch(self) -> int:
@@ -70,12 +70,9 @@ class LoaderAssignment:
 
 def check_division(config: Config, world_size: int) -> None:
     """Raise UserError when the global batch or its slots do not divide over the ranks."""
-    batch, slots, ranks = config.train.global_batch, config.slots, world_size * config.train.grad_accum
-    if batch % ranks:
-        raise UserError(
-            f"train.global_batch: {batch} does not divide into {world_size} ranks × {config.train.grad_accum} micro-batches; "
-            f"nearest: {nearest_multiple(batch, ranks)}"
-        )
+    batch, slots = config.train.global_batch, config.slots
+    if problem := batch_problem(batch, config.train.grad_accum, world_size):
+        raise UserError(problem)
     if slots % world_size:
         valid = [s for s in range(world_size, batch + 1, world_size) if batch % s == 0]
         best = min(valid, key=lambda s: abs(s - slots))

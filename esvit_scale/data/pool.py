@@ -25,11 +25,6 @@ _work: Callable[..., Any] | None = None  # of this worker process
 _done: Any = None  # shared counter
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def each(
     work: Callable[[T, Callable[[], None]], R], jobs: Sequence[T], workers: int, total: int, unit: str
 ) -> Iterator[tuple[T, R]]:

@@ -71,11 +71,3 @@ class _Hashed:
         self.sha256.update(data)
         self.bytes += len(data)
         return self._file.write(data)
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -17,7 +17,7 @@ from esvit_scale.data.keys import hashes, repeated
 from esvit_scale.data.manifest import Manifest
 from esvit_scale.data.picture import check_decodes
 from esvit_scale.data.pixel_format import PixelFormat
-from esvit_scale.data.shard_file import sha256
+from esvit_scale.files import sha256
 
 
 class Checked(NamedTuple):

@@ -27,6 +27,7 @@ from esvit_scale.data.shard_file import Sample, write_shard
 from esvit_scale.data.shard_plan import SAMPLES_PER_SHARD, Recipe, ShardPlan, fingerprint
 from esvit_scale.data.shard_verify import verify
 from esvit_scale.data.sources import SourceOptions, source_record
+from esvit_scale.division import share
 from esvit_scale.errors import UserError
 
 __all__ = ["Sample", "create", "keys_of", "merge", "verify", "write_samples", "write_source"]
@@ -41,7 +42,7 @@ class Part(NamedTuple):
     n: int
 
     def of(self, shards: int) -> range:
-        return range((self.i - 1) * shards // self.n, self.i * shards // self.n)
+        return range(shards)[share(shards, self.i - 1, self.n)]
 
 
 def create(source: Path, destination: Path, samples_per_shard: int = SAMPLES_PER_SHARD, seed: int = 0) -> Manifest:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from esvit_scale import files
+from esvit_scale.division import share
 from esvit_scale.errors import UserError
 from esvit_scale.evaluate.features import ExtractionOptions, default_device, extract, load_frozen_trunk
 from esvit_scale.evaluate.labels import LabelledSet, check_sets, match_classes, sample_per_class, with_class_names
@@ -55,7 +56,7 @@ def knn(
     classes = int(torch.cat([train_labels, test_labels]).max()) + 1
     top = min(5, classes)
     rank, world, n = collectives.rank(), collectives.world_size(), len(test_labels)
-    mine = slice(rank * n // world, (rank + 1) * n // world)
+    mine = share(n, rank, world)
     similarity, index = nearest_neighbours(train_features, test_features[mine], max(ks), device)
     right = count_true_class_ranks(
         train_labels[index], (similarity / temperature).exp(), test_labels[mine], ks, classes, top

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from esvit_scale.data import augmented
+from esvit_scale.division import share
 from esvit_scale.errors import UserError
 from esvit_scale.evaluate import linear_heads, logistic
 from esvit_scale.evaluate.features import (
@@ -223,4 +224,4 @@ def _shuffled_batches(rows: Tensor, recipe: ProbeSettings, epoch: int) -> Iterat
     generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + epoch)
     rank, world = collectives.rank(), collectives.world_size()
     for batch in rows[torch.randperm(len(rows), generator=generator)].split(recipe.batch):
-        yield batch[rank * len(batch) // world : (rank + 1) * len(batch) // world], len(batch)
+        yield batch[share(len(batch), rank, world)], len(batch)

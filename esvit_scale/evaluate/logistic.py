@@ -17,6 +17,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 from torch.nn import functional as F
 
+from esvit_scale.division import share
 from esvit_scale.evaluate.features import default_device
 from esvit_scale.evaluate.progress import progress
 from esvit_scale.parallel import collectives
@@ -133,7 +134,7 @@ class _StandardizedBlocks:
 
     def __init__(self, data: LabelledFeatures, start: LogisticModel | None, place: torch.device) -> None:
         rank, world, n = collectives.rank(), collectives.world_size(), len(data.rows)
-        mine = slice(rank * n // world, (rank + 1) * n // world)
+        mine = share(n, rank, world)
         self.place = place
         self._features = data.features
         self._parts = list(

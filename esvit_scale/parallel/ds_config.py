@@ -4,7 +4,8 @@ import json
 import logging
 from typing import Any
 
-from esvit_scale.config import Config, nearest_multiple
+from esvit_scale.config import Config
+from esvit_scale.division import batch_problem
 from esvit_scale.errors import UserError
 from esvit_scale.parallel import collectives, ds_keys
 from esvit_scale.resources import ds_config_path
@@ -50,7 +51,8 @@ def fill(config: Config, world_size: int) -> dict[str, Any]:
         for key, owner in _OWNED_ELSEWHERE.items()
         if _given(values, key) is not None
     ]
-    problems += _batch_problems(config, world_size)
+    if problem := batch_problem(config.train.global_batch, config.train.grad_accum, world_size):
+        problems.append(problem)
     stage = _stage(values)
     if stage is None and not problems:
         problems.append(
@@ -118,16 +120,6 @@ def _stage_problems(config: Config, stage: int) -> list[str]:
             "train.compile: not at ZeRO 3, whose gathers run inside the blocks; use ZeRO 0–2, or set it to false"
         )
     return problems
-
-
-def _batch_problems(config: Config, world_size: int) -> list[str]:
-    batch, accum = config.train.global_batch, config.train.grad_accum
-    if batch % (world_size * accum):
-        return [
-            f"train.global_batch: {batch} does not divide over {world_size} ranks × train.grad_accum={accum}; "
-            f"nearest: {nearest_multiple(batch, world_size * accum)}"
-        ]
-    return []
 
 
 def accumulates_in_fp32(config: Config) -> bool:

@@ -6,7 +6,8 @@ stated beside it.
 
 from typing import Any, NamedTuple
 
-from esvit_scale.config import Config, nearest_multiple
+from esvit_scale.config import Config
+from esvit_scale.division import batch_problem
 from esvit_scale.errors import UserError
 from esvit_scale.objective import costs
 from esvit_scale.scaling import memory
@@ -64,12 +65,8 @@ def plan(config: Config, gpus: int, capacity: int, images: int | None, speed: Sp
     Raises:
         UserError: the batch does not divide over the GPUs, or the trunk cannot be built.
     """
-    batch, accum = config.train.global_batch, config.train.grad_accum
-    if batch % (gpus * accum):
-        raise UserError(
-            f"train.global_batch: {batch} does not divide over {gpus} GPUs × train.grad_accum={accum}; "
-            f"nearest: {nearest_multiple(batch, gpus * accum)}"
-        )
+    if problem := batch_problem(config.train.global_batch, config.train.grad_accum, gpus, unit="GPUs"):
+        raise UserError(problem)
     network = memory.network_of(config)
     stages = [
         s for s in memory.STAGES if not (s == 0 and config.train.precision in ("bf16", "fp16"))

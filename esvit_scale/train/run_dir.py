@@ -18,6 +18,7 @@ from esvit_scale import files, yaml_text
 from esvit_scale.checkpoint import step_folders
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
+from esvit_scale.machine import usable_cpus
 
 log = logging.getLogger("esvit_scale")
 
@@ -163,7 +164,7 @@ def _environment() -> dict[str, Any]:
         "host": socket.gethostname(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpus": os.cpu_count(),
+        "cpus": usable_cpus(),
         "world_size": int(os.environ.get("WORLD_SIZE", 1)),
         "packages": packages,
         "slurm": slurm,

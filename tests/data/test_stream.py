@@ -217,8 +217,8 @@ def test_numbers_that_do_not_fit_say_what_to_change(shard_set: Manifest) -> None
             batches(config_with(**config), shard_set, 0, world, 0, 1)  # before any iteration
 
     check(1, r"train\.global_batch: 64 images, but the set holds 53 samples; set train\.global_batch=53", batch=64)
-    check(3, r"8 does not divide into 3 ranks × 1 micro-batches; nearest: 9")
-    check(2, r"8 does not divide into 2 ranks × 8 micro-batches; nearest: 16", accum=8)
+    check(3, r"8 does not divide over 3 ranks × train.grad_accum=1; nearest: 9")
+    check(2, r"8 does not divide over 2 ranks × train.grad_accum=8; nearest: 16", accum=8)
     check(4, r"data\.slots: 2 slots do not divide over 4 ranks; nearest: 4", slots=2)
 
 

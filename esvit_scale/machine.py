@@ -1,0 +1,73 @@
+"""What this process may use of the machine: CPU cores and memory, less what affinity and control groups take away.
+
+Control groups (cgroups) are read in version 2, one tree under /sys/fs/cgroup, and in version 1, one tree for each
+controller. A limit of the process's own group holds, and so does that of every group above it.
+"""
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+CGROUP_ROOT = Path("/sys/fs/cgroup")
+OWN_GROUPS = Path("/proc/self/cgroup")
+
+
+def usable_cpus() -> int:
+    """Return how many CPU cores' worth of work this process can do at once, at least 1.
+
+    These are the cores of its affinity (`taskset`, Slurm's --cpus-per-task), or fewer where a control group's quota
+    (`docker run --cpus`, Kubernetes limits) allows less; a quota is rounded down.
+    """
+    cores, quota = affinity_cpus(), cpu_quota()
+    return cores if quota is None else max(1, min(cores, math.floor(quota)))
+
+
+def affinity_cpus() -> int:
+    """Return the number of CPU cores that this process may run on, whatever share of them it gets."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_quota() -> float | None:
+    """Return the CPU cores' worth of time that control groups grant this process, None without a limit."""
+    quotas = [quota for folder in _folders("cpu") if (quota := _quota_of(folder)) is not None]
+    return min(quotas, default=None)
+
+
+def memory_limit() -> int | None:
+    """Return the bytes of memory that control groups grant this process, None without a limit."""
+    values = (_text(folder / name) for folder in _folders("memory") for name in ("memory.max", "memory.limit_in_bytes"))
+    return min((int(value) for value in values if value.isdecimal() and int(value) < 1 << 60), default=None)
+
+
+def _quota_of(folder: Path) -> float | None:
+    """Return the quota that one control group sets, in cores; None when it sets none."""
+    quota, _, period = _text(folder / "cpu.max").partition(" ")  # version 2: "150000 100000" or "max 100000"
+    if not quota:
+        quota, period = _text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us")  # version 1; -1: none
+    return int(quota) / int(period) if quota.isdecimal() and period.isdecimal() and int(period) else None
+
+
+def _folders(controller: str) -> Iterator[Path]:
+    """Yield the folders of the process's control group for a controller and of all groups above it.
+
+    Inside a container /proc/self/cgroup may name the group as the host sees it, of which only the topmost folder is
+    here; that folder is then the container's own group, and the others are missing.
+    """
+    for line in _text(OWN_GROUPS).splitlines() or ["0::/"]:
+        _, _, rest = line.partition(":")
+        controllers, _, group = rest.partition(":")
+        if controllers and controller not in controllers.split(","):
+            continue
+        roots = [CGROUP_ROOT / controllers, CGROUP_ROOT / controller] if controllers else [CGROUP_ROOT]
+        for root in dict.fromkeys(roots):
+            folder = Path(os.path.normpath(f"{root}/{group}"))
+            yield from (path for path in (folder, *folder.parents) if path.is_relative_to(root) and path.is_dir())
+
+
+def _text(path: Path) -> str:
+    """Return the content of a small file, empty when it cannot be read."""
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
