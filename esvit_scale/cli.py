@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import esvit_scale
 from esvit_scale.commands import convert, doctor, evaluate, plan, pretrain, report, shards, slurm, sweep
-from esvit_scale.commands.parser import Parser, rank, say
+from esvit_scale.commands.parser import Parser, print_error, rank
 from esvit_scale.errors import Diverged, RestartCanHelp, UserError, translate_file_errors
 
 EXIT_CODES = """\
@@ -43,10 +43,10 @@ def _run(arguments: list[str] | None) -> int:
             code: int = parsed.run(parsed)
     except (UserError, Diverged) as error:
         if rank() == "0":  # every rank comes to the same verdict
-            say(str(error))
+            print_error(str(error))
         return error.exit_code
     except RestartCanHelp as error:
-        say(f"rank {rank()}: {error}")
+        print_error(f"rank {rank()}: {error}")
         return error.exit_code
     except KeyboardInterrupt:
         return 130

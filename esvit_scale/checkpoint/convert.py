@@ -22,14 +22,19 @@ SINGLE_NETWORK_FORMATS = ("safetensors", *export.FOLDER_FORMATS)
 
 
 def convert(
-    source: Path, destination: Path, source_form: str, form: str, network: str | None = None, heads: bool = False
+    source: Path,
+    destination: Path,
+    source_format: str,
+    target_format: str,
+    network: str | None = None,
+    heads: bool = False,
 ) -> str:
     """Write `destination` whole or not at all; return what it holds in one line.
 
     Args:
-        source_form: "esvit" (a .pth of the official trainer, or a trunk alone) or "esvit-scale" (run dir, step folder,
+        source_format: "esvit" (a .pth of the official trainer, or a trunk alone) or "esvit-scale" (run dir, step folder,
             exported folder, .safetensors).
-        form: "esvit-scale" (a step folder with both networks and the centres), "esvit" (an official .pth); of one
+        target_format: "esvit-scale" (a step folder with both networks and the centres), "esvit" (an official .pth); of one
             network's trunk: "safetensors" (one file, or a folder with a model card when the name has no suffix),
             "timm", "huggingface" or "onnx" (folders, see export.py).
         network: for the forms of one network: "teacher" (the default) or "student".
@@ -38,18 +43,18 @@ def convert(
     Raises:
         UserError: the source cannot be read, does not hold what the destination needs, or the destination exists.
     """
-    _check_request(destination, source_form, form, network, heads)
-    weights = official.read(source) if source_form == "esvit" else read_ours(source)
-    if form in SINGLE_NETWORK_FORMATS:
+    _check_request(destination, source_format, target_format, network, heads)
+    weights = official.read(source) if source_format == "esvit" else read_ours(source)
+    if target_format in SINGLE_NETWORK_FORMATS:
         weights = _select_network(source, weights, network, heads)
         name = next(iter(weights.networks))
         if destination.suffix == safetensors_file.SUFFIX:
             safetensors_file.write(destination, weights, name)
         else:
-            export.write(destination, weights, name, form, source)
+            export.write(destination, weights, name, target_format, source)
     else:
         _check_complete(source, weights)
-        write = official.write if form == "esvit" else state.write_weights
+        write = official.write if target_format == "esvit" else state.write_weights
         write(destination, weights)
     return _summary(destination, weights)
 
@@ -99,19 +104,24 @@ def _is_our_file(path: Path) -> bool:
     return weight_file.detect_format(path) == "safetensors" and safetensors_file.is_ours(path)
 
 
-def _check_request(destination: Path, source_form: str, form: str, network: str | None, heads: bool) -> None:
-    if source_form == form:
-        raise UserError(f"--from {source_form} --to {form}: nothing to convert")
-    if form not in SINGLE_NETWORK_FORMATS and (network or heads):
-        raise UserError(f"--network and --heads choose for --to safetensors; --to {form} holds everything")
-    if heads and form != "safetensors":
-        raise UserError(f"--heads: --to {form} holds a trunk alone; --to safetensors can keep the heads")
-    if form == "safetensors" and destination.suffix not in (safetensors_file.SUFFIX, ""):
+def _check_request(destination: Path, source_format: str, target_format: str, network: str | None, heads: bool) -> None:
+    if source_format == target_format:
+        raise UserError(f"--from {source_format} --to {target_format}: nothing to convert")
+    if target_format not in SINGLE_NETWORK_FORMATS and (network or heads):
+        raise UserError(f"--network and --heads choose for --to safetensors; --to {target_format} holds everything")
+    if heads and target_format != "safetensors":
+        raise UserError(f"--heads: --to {target_format} holds a trunk alone; --to safetensors can keep the heads")
+    if target_format == "safetensors" and destination.suffix not in (safetensors_file.SUFFIX, ""):
         raise UserError(
             f"{destination}: the name must end in {safetensors_file.SUFFIX} for a file, or have no suffix for a folder"
         )
-    if form in export.FOLDER_FORMATS and destination.suffix in (safetensors_file.SUFFIX, ".onnx", ".pth", ".bin"):
-        raise UserError(f"{destination}: --to {form} makes a folder; nearest: {destination.with_suffix('')}")
+    if target_format in export.FOLDER_FORMATS and destination.suffix in (
+        safetensors_file.SUFFIX,
+        ".onnx",
+        ".pth",
+        ".bin",
+    ):
+        raise UserError(f"{destination}: --to {target_format} makes a folder; nearest: {destination.with_suffix('')}")
     if destination.exists():
         raise UserError(f"{destination}: exists already; name a new one or remove it")
 

@@ -1,4 +1,4 @@
-"""Weights from one form into another."""
+"""The `convert` command: weights from one file format into another."""
 
 import argparse
 from pathlib import Path
@@ -8,38 +8,46 @@ from esvit_scale.commands.parser import command
 
 
 def add(commands: Any) -> None:
-    convert = command(commands, "convert", _convert, "weights from one form into another")
-    convert.add_argument("source", type=Path, metavar="SRC", help="official .pth; or run dir, step dir, .safetensors")
-    convert.add_argument("destination", type=Path, metavar="DST", help="file or folder to make")
+    """Declare `convert`."""
+    convert = command(commands, "convert", _convert, "convert weights from one file format into another")
+    convert.add_argument(
+        "source",
+        type=Path,
+        metavar="SRC",
+        help="official EsViT .pth file; or a run dir, step dir, exported folder or .safetensors file of esvit-scale",
+    )
+    convert.add_argument("destination", type=Path, metavar="DST", help="file or folder to write; must not exist")
     convert.add_argument(
         "--from",
-        dest="source_form",
+        dest="source_format",
         required=True,
         choices=["esvit", "esvit-scale"],
-        metavar="FORM",
-        help="esvit: the official code's checkpoint; esvit-scale: ours",
+        metavar="FORMAT",
+        help="format of SRC: esvit (a checkpoint of the official code) or esvit-scale (weights of this program)",
     )
     convert.add_argument(
         "--to",
-        dest="form",
+        dest="target_format",
         required=True,
         choices=["esvit-scale", "safetensors", "esvit", "timm", "huggingface", "onnx"],
-        metavar="FORM",
-        help="esvit-scale: a step dir; esvit: for the official code; of one network: safetensors (a file, or a folder "
-        "with a model card), timm, huggingface, onnx (folders with one)",
+        metavar="FORMAT",
+        help="format of DST. With student, teacher and centres: esvit-scale (a step dir) or esvit (a .pth for the "
+        "official code). With one network: safetensors (a file, or a folder with a model card), or timm, huggingface or "
+        "onnx (folders with a model card)",
     )
     convert.add_argument(
         "--network",
         choices=["teacher", "student"],
         metavar="NETWORK",
-        help="for the forms of one network: teacher (default) or student",
+        help="network to write in the formats that hold one: teacher (default) or student",
     )
-    convert.add_argument("--heads", action="store_true", help="for safetensors: keep the heads and centres too")
+    convert.add_argument(
+        "--heads", action="store_true", help="for safetensors: also write the heads and centres of the objective"
+    )
 
 
-def _convert(options: argparse.Namespace) -> int:
+def _convert(o: argparse.Namespace) -> int:
     from esvit_scale.checkpoint import convert
 
-    o = options
-    print(convert.convert(o.source, o.destination, o.source_form, o.form, o.network, o.heads))
+    print(convert.convert(o.source, o.destination, o.source_format, o.target_format, o.network, o.heads))
     return 0

@@ -1,59 +1,125 @@
-"""Frozen features: evaluated, or given out as arrays."""
+"""The `evaluate` commands, which score the features of a frozen trunk, and `embed`, which writes them to a file."""
 
 import argparse
 from pathlib import Path
 from typing import Any
 
-from esvit_scale.commands import look
 from esvit_scale.commands.parser import add_checkpoint, add_loading, command, count, group, on_all_ranks, positive
 
 
 def add(commands: Any) -> None:
+    """Declare `evaluate knn`, `linear`, `transfer`, `attention` and `correspondence`, and `embed`."""
     evaluate = group(commands, "evaluate", "evaluate frozen features")
+    _add_knn(evaluate)
+    _add_linear(evaluate)
+    _add_transfer(evaluate)
+    _add_attention(evaluate)
+    _add_correspondence(evaluate)
+    _add_embed(commands)
+
+
+def _add_knn(evaluate: Any) -> None:
     knn = command(evaluate, "knn", _knn, "k-nearest-neighbour accuracy")
     add_checkpoint(knn)
     _add_sets(knn)
-    knn.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for knn.json")
-    knn.add_argument("--k", type=positive, nargs="+", metavar="K", help="neighbours that vote (default: 10 20 100 200)")
-    shots = "also with N training samples of each class, for each N"
+    knn.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write knn.json to")
+    ks = "numbers of neighbours that vote (default: 10 20 100 200)"
+    knn.add_argument("--k", type=positive, nargs="+", metavar="K", help=ks)
+    shots = "for each N, also report the accuracy with only N training samples of each class"
     knn.add_argument("--shots", type=positive, nargs="+", default=[], metavar="N", help=shots)
-    knn.add_argument("--tries", type=positive, default=5, metavar="T", help="draws of those samples (default: 5)")
+    tries = "random draws of the --shots samples to average over (default: 5)"
+    knn.add_argument("--tries", type=positive, default=5, metavar="T", help=tries)
     _add_features(knn)
 
+
+def _add_linear(evaluate: Any) -> None:
     linear = command(evaluate, "linear", _linear, "accuracy of linear classifiers, by three protocols")
     add_checkpoint(linear)
     _add_sets(linear)
-    linear.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for linear.json")
+    linear.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write linear.json to")
     protocols = ("official", "grid", "logistic")
-    linear.add_argument("--protocol", nargs="+", choices=protocols, default=protocols, help="default: all three")
-    linear.add_argument("--epochs", type=positive, default=100, metavar="E", help="of SGD (default: 100)")
-    linear.add_argument("--sgd-batch", type=positive, default=256, metavar="N", help="of SGD (default: 256)")
-    images = "official and grid: train over random crops of the images, not over kept features (a forward an image and epoch)"
-    linear.add_argument("--augment", action="store_true", help=images)
-    share = "learn from this share of every class: 0.01 or 0.1 for the semi-supervised protocols (default: 1)"
-    linear.add_argument("--fraction", type=float, default=1.0, metavar="F", help=share)
-    linear.add_argument("--seed", type=count, default=0, metavar="S", help="of splits, order and heads (default: 0)")
+    linear.add_argument(
+        "--protocol", nargs="+", choices=protocols, default=protocols, help="protocols to run (default: all three)"
+    )
+    linear.add_argument(
+        "--epochs", type=positive, default=100, metavar="E", help="epochs of SGD, for official and grid (default: 100)"
+    )
+    linear.add_argument(
+        "--sgd-batch", type=positive, default=256, metavar="N", help="samples in a batch of SGD (default: 256)"
+    )
+    augment = (
+        "official and grid: train on random crops of the images instead of on stored features; runs the trunk on every "
+        "image in every epoch"
+    )
+    linear.add_argument("--augment", action="store_true", help=augment)
+    fraction = (
+        "fraction of each class's training samples to learn from, in (0, 1]; 0.01 and 0.1 are the semi-supervised "
+        "protocols (default: 1)"
+    )
+    linear.add_argument("--fraction", type=float, default=1.0, metavar="F", help=fraction)
+    seed = "random seed of the held-out split, the order of samples and the initial weights (default: 0)"
+    linear.add_argument("--seed", type=count, default=0, metavar="S", help=seed)
     _add_features(linear)
 
+
+def _add_transfer(evaluate: Any) -> None:
     transfer = command(evaluate, "transfer", _transfer, "a linear classifier on each of many data sets")
     transfer.add_argument(
-        "list", type=Path, metavar="LIST.yaml", help="data sets with their metrics; `elevater`: the shipped list of 20"
+        "list",
+        type=Path,
+        metavar="LIST.yaml",
+        help="YAML list of data sets with their metrics, or `elevater`, the shipped list of 20",
     )
     add_checkpoint(transfer)
-    transfer.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for transfer.json")
-    transfer.add_argument("--root", type=Path, metavar="DIR", help="where the list's relative paths start")
+    transfer.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write transfer.json to")
     transfer.add_argument(
-        "--baseline", type=Path, metavar="F.json", help="transfer.json of another checkpoint, to compare with"
+        "--root", type=Path, metavar="DIR", help="folder that the list's relative paths start at (default: the list's)"
+    )
+    transfer.add_argument(
+        "--baseline", type=Path, metavar="F.json", help="transfer.json of another checkpoint to compare with"
     )
     _add_features(transfer)
 
-    look.add_to(evaluate)
 
-    embed = command(commands, "embed", _embed, "features of images, as arrays")
+def _add_attention(evaluate: Any) -> None:
+    attention = command(evaluate, "attention", _attention, "attention maps and token components of one image")
+    attention.add_argument("image", type=Path, metavar="IMAGE", help="image file")
+    add_checkpoint(attention)
+    attention.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder to write the pictures and arrays to"
+    )
+    size = "pixels to resize the image's short side to (default: the size of the run's global crops)"
+    attention.add_argument("--size", type=positive, metavar="N", help=size)
+
+
+def _add_correspondence(evaluate: Any) -> None:
+    summary = "how often the tokens of two views of an image find each other"
+    correspondence = command(evaluate, "correspondence", _correspondence, summary)
+    add_checkpoint(correspondence)
+    correspondence.add_argument(
+        "--data", type=Path, required=True, metavar="D", help="shards, a folder of images, or one image"
+    )
+    correspondence.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder to write correspondence.json and pictures to"
+    )
+    correspondence.add_argument(
+        "--images", type=positive, default=500, metavar="N", help="largest number of images to use (default: 500)"
+    )
+    correspondence.add_argument(
+        "--workers", type=count, default=4, metavar="N", help="processes that load images (default: 4)"
+    )
+
+
+def _add_embed(commands: Any) -> None:
+    embed = command(commands, "embed", _embed, "write the features of images as arrays")
     add_checkpoint(embed)
     embed.add_argument("--data", type=Path, required=True, metavar="D", help="shards, or a folder of images")
     embed.add_argument(
-        "--out", type=Path, required=True, metavar="F.npz", help="file of arrays: features, keys, labels, classes"
+        "--out",
+        type=Path,
+        required=True,
+        metavar="F.npz",
+        help="file to write; its arrays are features, keys, labels and classes",
     )
     _add_features(embed)
 
@@ -61,15 +127,21 @@ def add(commands: Any) -> None:
 def _add_sets(parser: argparse.ArgumentParser) -> None:
     for name, metavar, use in (("--train", "T", "learn from"), ("--test", "V", "classify")):
         parser.add_argument(
-            name, type=Path, required=True, metavar=metavar, help=f"labelled shards or class folders to {use}"
+            name,
+            type=Path,
+            required=True,
+            metavar=metavar,
+            help=f"labelled shards, or a folder with one subfolder for each class, to {use}",
         )
 
 
 def _add_features(parser: argparse.ArgumentParser) -> None:
     add_loading(parser)
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the trunk (default: fp32)")
     parser.add_argument(
-        "--stored", choices=("fp32", "fp16"), default="fp32", help="of the features on disk (default: fp32)"
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="precision that the trunk runs in (default: fp32)"
+    )
+    parser.add_argument(
+        "--stored", choices=("fp32", "fp16"), default="fp32", help="number format of stored features (default: fp32)"
     )
     parser.add_argument(
         "--cache",
@@ -79,8 +151,8 @@ def _add_features(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _loading(o: argparse.Namespace, folder: Path) -> Any:
-    """The options of `_add_features`; features are kept in `folder`/features unless the user says where."""
+def _extraction_options(o: argparse.Namespace, folder: Path) -> Any:
+    """Return the values of the `_add_features` options; without --cache, features are kept in `folder`/features."""
     from esvit_scale.evaluate.features import ExtractionOptions
 
     return ExtractionOptions(o.batch, o.workers, None, o.precision, o.stored, o.cache or folder / "features")
@@ -89,28 +161,51 @@ def _loading(o: argparse.Namespace, folder: Path) -> Any:
 def _knn(o: argparse.Namespace) -> int:
     from esvit_scale.evaluate import knn
 
-    ks, loading = o.k or knn.KS, _loading(o, o.out)
-    on_all_ranks(lambda: knn.run_knn(o.checkpoint, o.train, o.test, o.out, loading, ks, o.shots, o.tries))
+    ks, options = o.k or knn.KS, _extraction_options(o, o.out)
+    on_all_ranks(lambda: knn.run_knn(o.checkpoint, o.train, o.test, o.out, options, ks, o.shots, o.tries))
     return 0
 
 
 def _linear(o: argparse.Namespace) -> int:
     from esvit_scale.evaluate import linear
 
-    recipe = linear.ProbeSettings(o.protocol, o.epochs, o.sgd_batch, o.augment, o.fraction, o.seed)
-    on_all_ranks(lambda: linear.run_linear(o.checkpoint, o.train, o.test, o.out, recipe, _loading(o, o.out)))
+    settings = linear.ProbeSettings(o.protocol, o.epochs, o.sgd_batch, o.augment, o.fraction, o.seed)
+    options = _extraction_options(o, o.out)
+    on_all_ranks(lambda: linear.run_linear(o.checkpoint, o.train, o.test, o.out, settings, options))
     return 0
 
 
 def _transfer(o: argparse.Namespace) -> int:
     from esvit_scale.evaluate import transfer
 
-    on_all_ranks(lambda: transfer.run_transfer(o.list, o.checkpoint, o.out, _loading(o, o.out), o.root, o.baseline))
+    options = _extraction_options(o, o.out)
+    on_all_ranks(lambda: transfer.run_transfer(o.list, o.checkpoint, o.out, options, o.root, o.baseline))
+    return 0
+
+
+def _attention(o: argparse.Namespace) -> int:
+    from esvit_scale.evaluate import attention
+    from esvit_scale.report import evaluation_figures
+
+    result = attention.run_attention(o.checkpoint, o.image, o.out, o.size)
+    for path in [o.out / "attention.npz", *evaluation_figures.write_attention(result, o.out)]:
+        print(path)
+    return 0
+
+
+def _correspondence(o: argparse.Namespace) -> int:
+    from esvit_scale.evaluate import correspondence
+    from esvit_scale.report import evaluation_figures
+
+    result = correspondence.run_correspondence(o.checkpoint, o.data, o.out, o.images, o.workers)
+    print(correspondence.table(result.summary))
+    for path in [o.out / "correspondence.json", *evaluation_figures.write_correspondences(result, o.out)]:
+        print(path)
     return 0
 
 
 def _embed(o: argparse.Namespace) -> int:
     from esvit_scale.evaluate import features
 
-    on_all_ranks(lambda: features.run_embed(o.checkpoint, o.data, o.out, _loading(o, o.out.parent)))
+    on_all_ranks(lambda: features.run_embed(o.checkpoint, o.data, o.out, _extraction_options(o, o.out.parent)))
     return 0

@@ -1,4 +1,4 @@
-"""What the command modules share: one-line errors, number types, options of several commands."""
+"""Code that all command modules share: one-line errors, number types, and options that several commands have."""
 
 import argparse
 import os
@@ -12,16 +12,19 @@ from esvit_scale.errors import UserError, nearest
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line that names the nearest command, and whose options stand anywhere.
+    """An argparse parser whose errors are one line with the nearest valid word, and whose options may stand anywhere.
 
-    argparse alone refuses `plan CONFIG --gpus 8 key=value`: it reads positional arguments in one piece.
+    argparse alone refuses `plan CONFIG --gpus 8 key=value`, because it reads all positional arguments at one place.
     """
 
     _intermixing = False
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse options first and then all positional arguments, as `parse_known_intermixed_args` does, which calls
-        this method back in Python 3.11 and older; a parser of subcommands cannot, and leaves it to theirs."""
+        """Parse the options first, then all positional arguments, with `parse_known_intermixed_args`.
+
+        In Python 3.11 and older that method calls this one back. A parser with subcommands cannot mix the two; the
+        parsers of its subcommands do.
+        """
         if self._intermixing or self._subparsers is not None:
             return super().parse_known_args(args, namespace)
         self._intermixing = True
@@ -31,8 +34,9 @@ class Parser(argparse.ArgumentParser):
             self._intermixing = False
 
     def error(self, message: str) -> NoReturn:
+        """Print `message` in one line, on rank 0 only, and exit with the code of a user's error."""
         if rank() == "0":
-            say(f"{message} (see {self.prog} --help)")
+            print_error(f"{message} (see {self.prog} --help)")
         sys.exit(UserError.exit_code)
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
@@ -46,41 +50,47 @@ class Parser(argparse.ArgumentParser):
 def command(
     commands: Any, name: str, run: Callable[[argparse.Namespace], int], summary: str
 ) -> argparse.ArgumentParser:
+    """Add a command that calls `run` with its options; return its parser. `summary` is its help text."""
     parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
     parser.set_defaults(run=run)
     return parser
 
 
 def group(commands: Any, name: str, summary: str) -> Any:
+    """Add a command that only holds subcommands; return the object that `command` adds them to."""
     parser = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
     return parser.add_subparsers(metavar="COMMAND", required=True)
 
 
 def add_overrides(parser: argparse.ArgumentParser, summary: str) -> None:
-    """Add the positional `key=value …` of a command that reads a config."""
+    """Add the positional arguments `key=value …` of a command that reads a config."""
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=summary)
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Add the required option `--checkpoint`."""
     parser.add_argument(
         "--checkpoint",
         type=Path,
         required=True,
         metavar="C",
-        help="run dir or step dir, whose teacher is used; exported folder, .safetensors or official .pth",
+        help="weights to evaluate: a run dir or step dir (its teacher), an exported folder, a .safetensors file or an official .pth",
     )
 
 
 def add_loading(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch", type=positive, default=64, metavar="N", help="images at a time (default: 64)")
-    parser.add_argument("--workers", type=count, default=4, metavar="N", help="loader processes (default: 4)")
+    """Add the options `--batch` and `--workers`."""
+    parser.add_argument("--batch", type=positive, default=64, metavar="N", help="images in a batch (default: 64)")
+    parser.add_argument("--workers", type=count, default=4, metavar="N", help="processes that load images (default: 4)")
 
 
 def positive(text: str) -> int:
+    """Convert an option's value to an integer of at least 1."""
     return _whole(text, 1)
 
 
 def count(text: str) -> int:
+    """Convert an option's value to an integer of at least 0."""
     return _whole(text, 0)
 
 
@@ -91,7 +101,7 @@ def _whole(text: str, least: int) -> int:
 
 
 def on_all_ranks(evaluate: Callable[[], object]) -> None:
-    """Under torchrun or srun the ranks share the images out; a single process needs no process group."""
+    """Call `evaluate`, under torchrun or srun on every rank and inside a process group, so that ranks share the work."""
     if max(int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")) == 1:
         evaluate()
         return
@@ -108,10 +118,12 @@ def on_all_ranks(evaluate: Callable[[], object]) -> None:
 
 
 def rank() -> str:
+    """Return this process's rank as torchrun or srun gives it; "0" without a launcher."""
     return os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
 
 
-def say(text: str) -> None:
+def print_error(text: str) -> None:
+    """Print every line of `text` to stderr, marked as an error of this program."""
     for line in text.splitlines():
         with suppress(OSError):  # the console may be a file on a full disk
             print(f"esvit-scale: error: {line}", file=sys.stderr)

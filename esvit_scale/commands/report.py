@@ -1,4 +1,4 @@
-"""Reports of runs, to look at."""
+"""The `report` command: one HTML file about one run or several."""
 
 import argparse
 from pathlib import Path
@@ -8,15 +8,16 @@ from esvit_scale.commands.parser import command
 
 
 def add(commands: Any) -> None:
+    """Declare `report`."""
     report = command(
-        commands, "report", _report, "one self-contained HTML file about a run, or about several side by side"
+        commands, "report", _report, "write one self-contained HTML file about a run, or about several side by side"
     )
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run dir")
     report.add_argument(
         "--out",
         type=Path,
         metavar="F.html",
-        help="file to write (default: report.html in RUN; of several, beside the first)",
+        help="file to write (default: report.html in RUN; for several runs, in the folder that holds the first)",
     )
 
 
