@@ -91,7 +91,7 @@ MISTAKES = {
     "report no/such/run": "no/such/run",
     "convert no.pth out --from esvit --to esvit-scale": "no.pth: no such file; give the .pth of the official trainer",
     "convert no/such/run out.pth --from esvit-scale --to esvit": "no/such/run: no such checkpoint",
-    "convert a b --from esvi --to esvit": "unknown form 'esvi'; did you mean 'esvit'?",
+    "convert a b --from esvi --to esvit": "unknown format 'esvi'; did you mean 'esvit'?",
     "pretrain swin_t data.train=no/such/folder": "no/such/folder",
     "evaluate knn --checkpoint no/such/run --train no/such/run --test no/such/run --out c": "no/such/run",
     "embed --checkpoint no/such/run --data no/such/run --out b.npz": "no/such/run",

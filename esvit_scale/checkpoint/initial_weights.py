@@ -1,11 +1,11 @@
-"""What a fresh run starts from when `model.init_from` names weights: own or official, of any ZeRO stage and world size."""
+"""The weights that a fresh run starts from when `model.init_from` names a checkpoint of this program or of others."""
 
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 
-from esvit_scale.checkpoint import convert, exported_folder, positions, safetensors_file, state, step_folders
+from esvit_scale.checkpoint import convert, exported_folder, positions, state, step_folders
 from esvit_scale.checkpoint.weights import (
     TRUNK,
     Shapes,
@@ -23,26 +23,26 @@ from esvit_scale.parallel import collectives
 
 
 class InitialWeights(NamedTuple):
-    """Values for some of a network's parameters; the others are initialised as in any run."""
+    """Values for some of a network's parameters; the others are initialised at random, as in any run."""
 
     values: dict[str, Tensor]  # name of a parameter or running statistic → fp32
-    centers: dict[str, Tensor]  # of the heads among the values
-    note: str  # what was taken and what not, for the log
+    centers: dict[str, Tensor]  # of the heads that `values` has
+    note: str  # what was taken from the source and what was not, for the log
 
 
 NO_INITIAL_WEIGHTS = InitialWeights({}, {}, "")
 
 
 def load_initial_weights(config: Config) -> InitialWeights:
-    """Return the values that `model.init_from` gives, or NO_INITIAL_WEIGHTS when it is null. All ranks call it.
+    """Return the weights that `model.init_from` names; NO_INITIAL_WEIGHTS when it is null. All ranks call it.
 
-    Student and teacher both start from the source's teacher (from its student where there is no teacher). The trunk
-    must fit as a whole; position tables of another window or resolution are resized (positions.py). A head is taken when the source has it, and must fit then; one that the source lacks is
-    initialised freshly, one that the run lacks is left behind. Centres come with their heads, gains unless
-    `norm_last_layer` keeps them at 1.
+    Student and teacher both start from the source's teacher, or from its student if it has no teacher. The whole trunk
+    must fit; position tables of another window or resolution are resized (positions.py). A head that both the source and
+    the run have is taken, with its centre, and must fit. A head that only the run has is initialised at random; one that
+    only the source has is ignored. The gains of a head's last layer are not taken when `norm_last_layer` fixes them at 1.
 
     Raises:
-        UserError: the source cannot be read, or its trunk or a head is of another shape.
+        UserError: the source cannot be read, or its trunk or a head has another shape.
     """
     if config.model.init_from is None:
         return NO_INITIAL_WEIGHTS
@@ -75,8 +75,8 @@ def _select(source: Path, weights: Weights, config: Config) -> InitialWeights:
     theirs_channels, channels = weights.config.data.channels, config.data.channels
     if theirs_channels != channels:
         raise UserError(
-            f"model.init_from: {source}: trained on images of {theirs_channels} channels, and data.channels={channels}; "
-            f"start from weights of {channels} channels, or from random values (model.init_from=null)"
+            f"model.init_from: {source}: was trained on images of {theirs_channels} channels, but data.channels={channels}; "
+            f"name weights of {channels} channels, or start from random values (model.init_from=null)"
         )
     wanted = network_shapes(config)
     network = "teacher" if "teacher" in weights.networks else next(iter(weights.networks))
@@ -94,9 +94,9 @@ def _select(source: Path, weights: Weights, config: Config) -> InitialWeights:
             taken.append(prefix)
             notes.append(words)
         elif head in ours:
-            notes.append(f"no {words} there, it is initialised freshly")
+            notes.append(f"{words} not in the source: initialised at random")
         else:
-            notes.append(f"{words} left behind, the run has none")
+            notes.append(f"{words} ignored: the run has none")
     left = ".weight_g" if config.objective.norm_last_layer else ()
     values = {n: t for n, t in tensors.items() if n.startswith(tuple(taken)) and not n.endswith(left)}
     centers = {n: c for n, c in weights.centers.items() if head_prefix(head_of_center(n)) in taken}
@@ -108,8 +108,8 @@ def _check_head(source: Path, head: str, stored: Shapes, wanted: Shapes) -> None
         check_shapes(f"model.init_from: {source}", stored, wanted)
     except UserError as error:
         raise UserError(
-            f"{error}; set objective.prototypes, head_hidden and bottleneck to the source's, or start from its trunk alone "
-            f"with a new {head}: `esvit-scale convert … --to safetensors` makes a {safetensors_file.SUFFIX} of it"
+            f"{error}; set objective.prototypes, head_hidden and bottleneck to the source's values, or keep only its trunk, "
+            f"so that the {head} starts at random: `esvit-scale convert … --to safetensors` writes such a file"
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Saving beside training: the step waits for the copy to the host, not for the disk."""
+"""Saving in the background: a training step waits for the copy to host memory, not for the disk."""
 
 import logging
 import threading
@@ -17,10 +17,10 @@ log = logging.getLogger("esvit_scale")
 
 
 class Saver:
-    """Writes one checkpoint at a time on a thread of its own. All ranks make the same calls.
+    """A background thread that writes one checkpoint at a time. All ranks make the same calls.
 
-    A save that fails is logged at once and costs nothing but itself: training goes on and the next one tries again.
-    Only `wait` raises it.
+    A save that fails because of the storage is logged, training continues and the next save tries again; only `wait`
+    raises the error.
     """
 
     def __init__(
@@ -32,9 +32,9 @@ class Saver:
     ) -> None:
         """
         Args:
-            data: the identity of the run's data, for state.json.
-            check_ownership: raises RestartCanHelp when another process took the run over; called on rank 0 before a
-                checkpoint gets its name.
+            data: identifies the run's data; recorded in state.json.
+            check_ownership: called on rank 0 before a checkpoint gets its name; raises RestartCanHelp when another
+                process has taken over the run.
         """
         self._run, self._config = run, config
         self._data, self._check_ownership = data, check_ownership
@@ -43,7 +43,7 @@ class Saver:
         self._failure: BaseException | None = None
 
     def start(self, engines: Engines, centers: dict[str, Tensor], cursor: dict[str, int]) -> None:
-        """Copies the state at `cursor["step"]` to the host, and begins to write it once the last one is done."""
+        """Wait for the previous save, copy the state at `cursor["step"]` to host memory and begin to write it."""
         self._join()
         if self._failure is not None and not isinstance(self._failure, NotSaved):
             raise self._failure
@@ -55,10 +55,10 @@ class Saver:
         self._thread.start()
 
     def wait(self) -> None:
-        """Until what was begun is on the disk.
+        """Wait until the save that was started is on the disk.
 
         Raises:
-            NotSaved: it is not.
+            NotSaved: it could not be written.
         """
         self._join()
         if self._failure is not None:

@@ -1,4 +1,7 @@
-"""A batch job hears of its end some seconds before it (ESVIT_SIGNAL_LEAD): a save must fit in them."""
+"""The warning that a save takes longer than the time between Slurm's signal and the end of the job.
+
+The batch script sets that time in ESVIT_SIGNAL_LEAD (seconds); a save at the time limit must fit into it.
+"""
 
 import logging
 import os
@@ -13,14 +16,14 @@ log = logging.getLogger("esvit_scale")
 
 @contextmanager
 def warn_if_longer() -> Iterator[None]:
-    """Around a save, or as its decorator: warns once it took longer than the signal's lead."""
+    """Warn on rank 0 when the enclosed save took longer than the signal's lead time. Also works as a decorator."""
     began = time.monotonic()
     yield
     seconds, lead = time.monotonic() - began, os.environ.get("ESVIT_SIGNAL_LEAD", "")
     if collectives.rank() == 0 and lead.isdecimal() and seconds > int(lead):
         enough = round(2 * seconds + 60)
         log.warning(
-            "saving took %.0f s, but the job hears of its time limit %s s before it: the last steps would be lost; submit with "
+            "saving took %.0f s, but Slurm signals the time limit only %s s ahead, so the last steps would be lost; submit with "
             "--signal-lead %d (#SBATCH --signal=B:USR1@%d)",
             *(seconds, lead, enough, enough),
         )

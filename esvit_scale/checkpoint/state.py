@@ -1,9 +1,9 @@
-"""A run's state on disk: student, teacher, optimizer, centres and the cursor; saved whole or not at all.
+"""A run's state on disk: student, teacher, optimizer, centres and the data cursor; saved whole or not at all.
 
-checkpoints/step-00000100/ holds the tensors (storage.py) and state.json (cursor, shapes, config, checksums). It is
-written to a temporary folder, renamed when every rank is done, and only then does checkpoints/latest name it; a resume
-reads the newest one whose checksums hold (step_folders.py). There is no RNG state to save: every random draw of a run
-is a function of (seed, epoch, sample key, crop) or of (seed, step, position, crop, block).
+checkpoints/step-00000100/ holds the tensors (storage.py) and state.json (cursor, shapes, config, checksums). A save
+writes a temporary folder, renames it when every rank is done, and then makes checkpoints/latest name it. A resume reads
+the newest folder whose checksums match (step_folders.py). No state of a random generator is saved, because every random
+draw of a run is a function of (seed, epoch, sample key, crop) or of (seed, step, position, crop, block).
 """
 
 import logging
@@ -31,23 +31,23 @@ log = logging.getLogger("esvit_scale")
 
 T = TypeVar("T")
 
-NETWORK_PREFIXES = {"student": "student/", "teacher": "ema/"}  # with the prefix of its tensors in storage
+NETWORK_PREFIXES = {"student": "student/", "teacher": "ema/"}  # network → what its tensors' names in storage begin with
 CENTER = "center/"
 
 
 class NotSaved(RestartCanHelp):
-    """The disk did not take a checkpoint; those before it are untouched."""
+    """A checkpoint could not be written; earlier checkpoints are untouched."""
 
 
 class Snapshot(NamedTuple):
-    """This rank's part of a state, ready to be written."""
+    """One rank's part of a run's state, ready to be written."""
 
     intervals: dict[str, Interval]
-    state: dict[str, Any]  # state.json, but for the files' checksums
+    state: dict[str, Any]  # the content of state.json without the checksums of the files
 
 
 def take_snapshot(config: Config, engines: Engines, centers: dict[str, Tensor], cursor: dict[str, int]) -> Snapshot:
-    """The state at `cursor["step"]` as it is in memory now (views, not copies). All ranks call it."""
+    """Return the state at `cursor["step"]` as views of the tensors in memory, not copies. All ranks call it."""
     optimizer_steps = _optimizer_steps(engines)
     state = {
         "cursor": cursor,
@@ -59,20 +59,24 @@ def take_snapshot(config: Config, engines: Engines, centers: dict[str, Tensor], 
 
 
 def save(run: Path, config: Config, engines: Engines, centers: dict[str, Tensor], cursor: dict[str, int]) -> Path:
-    """Writes the state at `cursor["step"]`, then prunes old ones as `train` says. All ranks call it.
+    """Write the state at `cursor["step"]` and prune old checkpoints as the config's `train` section says. All ranks call it.
 
     Raises:
-        NotSaved: a rank could not write (a full disk, say); what was there before is untouched.
+        NotSaved: a rank could not write, for example because the disk is full; earlier checkpoints are untouched.
     """
     return write(run, config, take_snapshot(config, engines, centers, cursor))
 
 
 @signal_lead.warn_if_longer()
 def write(run: Path, config: Config, snapshot: Snapshot, check_ownership: Callable[[], None] = lambda: None) -> Path:
-    """What `save` does once the state is taken; for any thread, as long as all ranks do the same.
+    """Write a snapshot as a step folder, prune old ones and return the folder. All ranks call it, on any thread.
 
-    `check_ownership` is called on rank 0 when everything is written and not yet named; it raises RestartCanHelp when the
-    run is no longer this process's.
+    Args:
+        check_ownership: called on rank 0 after the files are written and before the folder gets its name; raises
+            RestartCanHelp when another process has taken over the run.
+
+    Raises:
+        NotSaved: as `save`.
     """
     folder = run / "checkpoints" / f"step-{snapshot.state['cursor']['step']:08d}"
     tmp = folder.with_name(f".{folder.name}.partial")
@@ -91,7 +95,11 @@ def _on_rank_0(folder: Path, work: Callable[[], None]) -> None:
 
 
 def _run_on_all_ranks(folder: Path, work: Callable[[], T]) -> list[T]:
-    """Every rank's result; when the disk fails one of them, an error on all."""
+    """Run `work` on every rank and return the results of all, by rank.
+
+    Raises:
+        NotSaved: on all ranks, when the storage failed on one of them.
+    """
     try:
         result, problem = work(), None
     except (OSError, RestartCanHelp, CheckpointException) as error:
@@ -101,9 +109,7 @@ def _run_on_all_ranks(folder: Path, work: Callable[[], T]) -> list[T]:
     if problems:
         if collectives.rank() == 0:
             shutil.rmtree(folder.with_name(f".{folder.name}.partial"), ignore_errors=True)
-        raise NotSaved(
-            f"{folder}: could not be saved: {'; '.join(problems[:3])}; the checkpoints before it are untouched"
-        )
+        raise NotSaved(f"{folder}: could not be saved: {'; '.join(problems[:3])}; earlier checkpoints are untouched")
     return [result for result, _ in answers]
 
 
@@ -118,18 +124,20 @@ def find_nonfinite(engines: Engines, centers: dict[str, Tensor]) -> list[str]:
 
 
 def restore(folder: Path, engines: Engines, centers: dict[str, Tensor]) -> dict[str, int]:
-    """Reads a checkpoint of any world size and ZeRO stage into engines and `centers`; returns its cursor.
+    """Read a checkpoint, saved at any world size and ZeRO stage, into the engines and `centers`; return its cursor.
 
     Raises:
-        UserError: another architecture (the first differing tensors are named), another kind of optimizer, a damaged
-            checkpoint, or one with a NaN or an infinity, as runs of before this was checked at a save could leave.
+        UserError: the checkpoint is of another architecture (the first tensors that differ are named) or another kind of
+            optimizer, is damaged, or holds a NaN or an infinity. A save refuses the last; older versions did not.
     """
     state = step_folders.read_state(folder)
     shapes = shapes_of(engines.student.module)
     old = set() if state["shapes"].keys() >= shapes.keys() else {f.name for f in _frozen_parameters(engines)}
     check_shapes(folder, state["shapes"], {name: shape for name, shape in shapes.items() if name not in old})
     if missing := set(engines.group_of.values()) - state["optimizer_steps"].keys():
-        raise UserError(f"{folder}: does not record the optimizer's steps of {', '.join(sorted(missing))}")
+        raise UserError(
+            f"{folder}: does not record the optimizer's step count of the parameter groups {', '.join(sorted(missing))}"
+        )
     _check_optimizer_kind(folder, engines, state["optimizer_steps"])
     _prepare_optimizer_state(engines, state["optimizer_steps"])
     intervals = _intervals(engines, state["optimizer_steps"], centers)
@@ -139,16 +147,20 @@ def restore(folder: Path, engines: Engines, centers: dict[str, Tensor]) -> dict[
     engines.teacher.sync_working_weights()
     if bad := find_nonfinite(engines, centers):
         raise UserError(
-            f"{folder}: has values that are not finite ({', '.join(bad[:3])}); remove this folder, and the run goes on "
-            "from the checkpoint before it"
+            f"{folder}: holds NaN or infinite values ({', '.join(bad[:3])}); remove this folder to resume from the "
+            "checkpoint before it"
         )
     return state["cursor"]
 
 
 def load_teacher(checkpoint: Path) -> tuple[Trunk, Config]:
-    """The trunk of a run dir, a step folder or a safetensors file, in fp32 on the CPU, and its config.
+    """Return the trunk of a run dir, a step folder or a safetensors file, in fp32 on the CPU, and its config.
 
-    Of a run it is the EMA teacher's, of a file the one that was written. Needs neither DeepSpeed nor a process group.
+    From a run it is the teacher's trunk; from a file it is the trunk that was written. Needs neither DeepSpeed nor a
+    process group.
+
+    Raises:
+        UserError: no such checkpoint, damaged, or its tensors do not fit its config.
     """
     if checkpoint.suffix == safetensors_file.SUFFIX:
         return _load_trunk_from_file(checkpoint)
@@ -166,7 +178,7 @@ def load_teacher(checkpoint: Path) -> tuple[Trunk, Config]:
 
 
 def read_weights(folder: Path) -> Weights:
-    """Student, teacher and centres of a step folder, whole and in memory.
+    """Return student, teacher and centres of a step folder as whole tensors in memory.
 
     Raises:
         UserError: not a checkpoint, or its files are not what was written.
@@ -179,14 +191,16 @@ def read_weights(folder: Path) -> Weights:
     centers = {n.removeprefix(CENTER): torch.empty(size) for n, size in stored.items() if n.startswith(CENTER)}
     storage.load(folder, _whole_intervals(networks, centers), single_process=True)
     for name, shape in network_shapes(config).items():
-        if name.endswith(".weight_g") and name not in state["shapes"]:  # kept at 1 by norm_last_layer
+        if (
+            name.endswith(".weight_g") and name not in state["shapes"]
+        ):  # norm_last_layer keeps it at 1, and it is not saved
             for tensors in networks.values():
                 tensors[name] = torch.ones(shape)
     return Weights(config, networks, centers)
 
 
 def write_weights(folder: Path, weights: Weights) -> None:
-    """A step folder at step 0, without optimizer state, that `load_teacher` and `read_weights` read. One process."""
+    """Write a step folder at step 0 without optimizer state, for `load_teacher` and `read_weights`. One process calls it."""
     tmp = folder.with_name(f".{folder.name}.partial")
     _make_empty(tmp)
     storage.save(tmp, _whole_intervals(weights.networks, weights.centers))
@@ -217,7 +231,7 @@ def _whole_intervals(networks: dict[str, dict[str, Tensor]], centers: dict[str, 
 
 
 def _intervals(engines: Engines, optimizer_steps: dict[str, int], centers: dict[str, Tensor]) -> dict[str, Interval]:
-    """Every tensor of the state as this rank holds it; views, so that loading writes into place."""
+    """Return this rank's part of every tensor of the state, as views, so that loading writes into the tensors themselves."""
     intervals = {f"{CENTER}{name}": whole_interval(center) for name, center in centers.items()}
     for p, ema in zip(engines.partitions, engines.teacher.values, strict=True):
         total = p.shape.numel()
@@ -239,9 +253,9 @@ def _intervals(engines: Engines, optimizer_steps: dict[str, int], centers: dict[
 
 
 def _optimizer_steps(engines: Engines) -> dict[str, int]:
-    """Steps that the optimizer has counted, by parameter group: 0 for a last layer that was frozen so far.
+    """Return the optimizer's step count of every parameter group; 0 for a last layer that was frozen until now.
 
-    1 stands for "some" where it counts none (SGD, LARS). apex counts in the parameter group.
+    Optimizers that count no steps (SGD, LARS) give 1 for a group that has state. apex counts in the parameter group.
     """
     counted = {group["name"]: group.get("step", 1) for group in engines.optimizer.param_groups}
     mine = dict.fromkeys(engines.group_of.values(), 0)
@@ -254,12 +268,13 @@ def _optimizer_steps(engines: Engines) -> dict[str, int]:
 
 
 def _prepare_optimizer_state(engines: Engines, optimizer_steps: dict[str, int]) -> None:
+    """Make the optimizer's state tensors exist where the checkpoint has values for them, and nowhere else."""
     for p in engines.partitions:
         step = optimizer_steps[engines.group_of[p.name]]
         if step == 0:
             engines.optimizer.state.pop(p.flat, None)
         elif p.flat not in engines.optimizer.state:
-            counter = torch.tensor(float(step), device=p.flat.device)  # where the fused AdamW keeps it
+            counter = torch.tensor(float(step), device=p.flat.device)  # on the device where fused AdamW keeps it
             engines.optimizer.state[p.flat] = {"step": counter} | {
                 key: torch.zeros_like(p.flat) for key in engines.moments
             }
@@ -269,13 +284,16 @@ def _prepare_optimizer_state(engines: Engines, optimizer_steps: dict[str, int]) 
 
 
 def _check_optimizer_kind(folder: Path, engines: Engines, optimizer_steps: dict[str, int]) -> None:
-    """An optimizer that keeps other things than the one that saved cannot go on from them."""
+    """
+    Raises:
+        UserError: the checkpoint lacks a state tensor that this run's optimizer needs.
+    """
     stored = {name.partition("/")[0] for name in storage.tensor_sizes(folder)}
     missing = set(engines.moments) - stored
     if missing and any(optimizer_steps.values()):
         raise UserError(
-            f"{folder}: was saved by another kind of optimizer (no {', '.join(sorted(missing))}); continue with the same "
-            f"optim.name, or start a new run with model.init_from={folder}"
+            f"{folder}: was saved by another kind of optimizer (it holds no {', '.join(sorted(missing))}); continue with "
+            f"the same optim.name, or start a new run with model.init_from={folder}"
         )
 
 

@@ -1,8 +1,8 @@
-"""The step folders of a run: which exist, which one a resume reads, and what proves that its files are what was written.
+"""The step folders of a run: which exist, which one a resume reads, and whether their files are what was written.
 
 checkpoints/step-00000100/ holds tensors (storage.py) and state.json. state.json records the size and SHA-256 of every
-other file of the folder, and the SHA-256 of itself without that field; so a resume trusts nothing that was not checked.
-checkpoints/latest is a convenience for people: without it, or when it is damaged, the newest whole folder is found.
+other file in the folder, and the SHA-256 of its own content without that field, so that a resume can check all it reads.
+checkpoints/latest is a convenience for people: when it is missing or damaged, the newest undamaged folder is used.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ FORMAT_VERSION = 2  # 1 had no checksum of state.json itself
 READABLE_VERSIONS = (1, 2)
 STATE = "state.json"
 OWN_CHECKSUM = "sha256"
-RETRY_DELAYS = (1, 3, 6)  # seconds, when a file cannot be read: network storage often recovers
+RETRY_DELAYS = (1, 3, 6)  # seconds between attempts to read a file: network storage often recovers
 _STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -53,10 +53,10 @@ def read_state(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: damaged: {' '.join(str(error).split())[:200]}") from None
     version = state.get("format_version") if isinstance(state, dict) else None
     if not isinstance(state, dict) or (version in READABLE_VERSIONS and not _is_well_formed(state)):
-        raise UserError(f"{path}: damaged: it lacks what every checkpoint records")
+        raise UserError(f"{path}: damaged: fields that every checkpoint has are missing or of the wrong type")
     if version not in READABLE_VERSIONS:
         readable = " and ".join(map(str, READABLE_VERSIONS))
-        raise UserError(f"{path}: format version {version}, this program reads {readable}")
+        raise UserError(f"{path}: format version {version}; this version of esvit-scale reads {readable}")
     if (version > 1 or OWN_CHECKSUM in state) and state.get(OWN_CHECKSUM) != _checksum(state):
         raise UserError(f"{path}: damaged: its content has changed since it was written")
     return state
@@ -69,7 +69,7 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
 
 
 def commit(tmp: Path, folder: Path, state: dict[str, Any]) -> None:
-    """Turn a filled temporary folder into the step folder `folder`; one of that name is replaced as a whole."""
+    """Rename a filled temporary folder to `folder`, after writing state.json; replace a folder of that name as a whole."""
     write_state(tmp, state)
     files.sync_folder(tmp)
     replaced = folder.with_name(f".{folder.name}.replaced.partial")
@@ -78,11 +78,11 @@ def commit(tmp: Path, folder: Path, state: dict[str, Any]) -> None:
         folder.rename(replaced)
     tmp.rename(folder)
     files.sync_folder(folder.parent)
-    shutil.rmtree(replaced, ignore_errors=True)  # what cannot be removed is swept at the next start
+    shutil.rmtree(replaced, ignore_errors=True)  # if this fails, the next start removes it
 
 
 def check_files(folder: Path) -> None:
-    """Check every file of a step folder against its recorded size and SHA-256.
+    """Check every file of a step folder against the size and SHA-256 that state.json records.
 
     Raises:
         UserError: a file is missing or not what was written.
@@ -94,7 +94,7 @@ def check_files(folder: Path) -> None:
 
 
 def check_index(folder: Path, state: dict[str, Any]) -> None:
-    """Check the index of the tensors, and that every file has its size; cheap, for readers of a few tensors.
+    """Check the content of the tensor index and the sizes of all other files: a cheap check for reading a few tensors.
 
     Raises:
         UserError: a file is missing, of another size, or the index is not what was written.
@@ -113,7 +113,7 @@ def _checksum(state: dict[str, Any]) -> str:
 
 
 def _is_well_formed(state: dict[str, Any]) -> bool:
-    """Whether the fields that every version has are there, with the types and relations that they always have."""
+    """Return whether the fields that all versions share are present, have the right types and agree with each other."""
     cursor, recorded, steps = state.get("cursor"), state.get("files"), state.get("optimizer_steps")
     if not (isinstance(cursor, dict) and isinstance(recorded, dict) and isinstance(steps, dict)):
         return False
@@ -133,43 +133,44 @@ def _is_well_formed(state: dict[str, Any]) -> bool:
 
 
 def step_of(folder: Path) -> int | None:
-    """Return the step in a folder's name, None when it is not named like a step folder."""
+    """Return the step in a folder's name; None when it is not the name of a step folder."""
     found = _STEP.fullmatch(folder.name)
     return int(found[1]) if found else None
 
 
 def list_step_folders(run: Path) -> list[Path]:
-    """Return the step folders of a run in the order of their steps; anything else in checkpoints/ is passed over.
+    """Return the step folders of a run in the order of their steps, ignoring everything else in checkpoints/.
 
     Raises:
-        UserError: checkpoints/ is something else than a folder, or a link that leads nowhere.
+        UserError: checkpoints/ is not a folder, or a link that leads nowhere.
     """
     checkpoints = run / "checkpoints"
     if not os.path.lexists(checkpoints):
         return []
     if not checkpoints.is_dir():
         what = "a link that leads nowhere" if checkpoints.is_symlink() else "not a folder"
-        raise UserError(f"{checkpoints}: is {what}; put it right, or move it away to start anew")
+        raise UserError(f"{checkpoints}: is {what}; repair it, or move it away to start from step 0")
     found = {step: path for path in checkpoints.iterdir() if (step := step_of(path)) is not None and path.is_dir()}
     return [found[step] for step in sorted(found)]
 
 
 def has_checkpoints(run: Path) -> bool:
-    """Whether a run has step folders, good or damaged."""
+    """Return whether a run has step folders, undamaged or not."""
     return bool(list_step_folders(run))
 
 
 def latest(run: Path) -> Path | None:
-    """Return the step folder that a resume tries first, or None when there is none."""
+    """Return the step folder that a resume tries first; None when there is none."""
     return next(iter(candidates(run)), None)
 
 
 def candidates(run: Path) -> list[Path]:
     """Return a run's step folders in the order in which a resume tries them.
 
-    First the one that checkpoints/latest names, then those before it, newest first, then those after it: a user who points
-    `latest` at an older checkpoint wants to resume from it. A folder that was finished after `latest` was written comes before it: the process died, or
-    the disk was full, between the two. Without a usable `latest` all folders, newest first, with a warning.
+    The folder that checkpoints/latest names comes first, because a user may point `latest` at an older checkpoint to
+    resume from it. Then come the folders before it, newest first, then those after it. A folder finished after `latest`
+    was written comes before all of these: the process died, or the disk was full, between the two writes. Without a
+    usable `latest`, log a warning and return all folders, newest first.
     """
     found = list_step_folders(run)
     if not found:
@@ -177,7 +178,9 @@ def candidates(run: Path) -> list[Path]:
     pointer = run / "checkpoints" / "latest"
     named, problem = _read_pointer(pointer, found)
     if named is None:
-        log.warning("%s: %s; it is not needed: trying the newest of %d checkpoints", pointer, problem, len(found))
+        log.warning(
+            "%s: %s; resuming does not need it: trying the newest of %d checkpoints", pointer, problem, len(found)
+        )
         return found[::-1]
     at = found.index(named)
     newer = found[at + 1 :]
@@ -186,13 +189,13 @@ def candidates(run: Path) -> list[Path]:
 
 
 def newest_valid(run: Path) -> Path | None:
-    """Return the first of a run's `candidates` whose files are what was written; None before the first save.
+    """Return the first of a run's `candidates` whose files are undamaged; None before the first save.
 
-    A damaged folder is logged, and the next one is tried. All ranks call it and get the same answer.
+    Log a damaged folder and try the next one. All ranks call it and get the same answer.
 
     Raises:
-        UserError: there are checkpoints, and none is good.
-        RestartCanHelp: there are checkpoints, and none could be read, by the fault of the storage.
+        UserError: there are checkpoints, and all are damaged.
+        RestartCanHelp: there are checkpoints, and a failure of the storage kept them from being read.
     """
     tried = collectives.run_on_rank0_and_broadcast(lambda: candidates(run))
     first, machine = "", False
@@ -204,17 +207,19 @@ def newest_valid(run: Path) -> Path | None:
         if collectives.rank() == 0:
             log.warning("%s is damaged (%s); trying another checkpoint", folder, "; ".join(found[:3]))
     if machine:
-        raise RestartCanHelp(f"{run / 'checkpoints'}: no checkpoint could be read ({first}); is the storage well?")
+        raise RestartCanHelp(
+            f"{run / 'checkpoints'}: no checkpoint could be read ({first}); check the storage, then start again"
+        )
     if tried:
         raise UserError(
             f"{run / 'checkpoints'}: every checkpoint is damaged ({len(tried)} tried; {first}); "
-            "copy a good one back, or move the folder away to start anew"
+            "copy an undamaged one back, or move the folder away to start from step 0"
         )
     return None
 
 
 def resolve(checkpoint: Path) -> Path:
-    """Return the step folder that a run dir or a step folder stands for; of a run dir the newest with a sound state.json.
+    """Return `checkpoint` itself if it is a step folder; of a run dir the first of its `candidates` with an undamaged state.json.
 
     Raises:
         UserError: neither a run dir nor a step folder, or no checkpoint in it yet.
@@ -230,7 +235,7 @@ def resolve(checkpoint: Path) -> Path:
         return checkpoint
     found = candidates(checkpoint)
     if not found:
-        raise UserError(f"{checkpoint}: has no checkpoint yet")
+        raise UserError(f"{checkpoint}: has no checkpoint yet; the first is written after train.checkpoint_every steps")
     for folder in found:
         try:
             read_state(folder)
@@ -242,14 +247,16 @@ def resolve(checkpoint: Path) -> Path:
 
 
 def write_latest(folder: Path) -> None:
-    """Make checkpoints/latest name `folder`. Where that cannot be written, `latest` is removed rather than left wrong."""
+    """Make checkpoints/latest name `folder`. If it cannot be written, remove it, so that it names no older folder."""
     pointer = folder.parent / "latest"
     try:
         if pointer.is_dir() and not pointer.is_symlink():
             pointer.rename(pointer.with_name("latest.was-a-folder"))
         files.write_text(pointer, folder.name + "\n")
     except OSError as error:
-        log.warning("%s: could not be written: %s; a resume finds the newest checkpoint", pointer, error.strerror)
+        log.warning(
+            "%s: could not be written: %s; a resume finds the newest checkpoint without it", pointer, error.strerror
+        )
         try:
             pointer.unlink()
         except OSError:
@@ -257,17 +264,17 @@ def write_latest(folder: Path) -> None:
 
 
 def prune(newest: Path, config: Config) -> None:
-    """Remove old checkpoints, but for the last `train.keep_checkpoints` and every `train.keep_every`-th step's.
+    """Remove old checkpoints except the last `train.keep_checkpoints` and those of every `train.keep_every`-th step.
 
-    One that cannot be removed is logged: it costs room, not the run. What comes after `newest` is left alone: a resume
-    from an older checkpoint writes those steps again.
+    Log one that cannot be removed: it costs disk space, not the run. Leave alone those after `newest`: a run resumed from
+    an older checkpoint writes those steps again.
     """
     keep_every, last = config.train.keep_every, step_of(newest) or 0
     folders = [(step_of(folder) or 0, folder) for folder in list_step_folders(newest.parent.parent)]
     for step, old in [(step, folder) for step, folder in folders if step <= last][: -config.train.keep_checkpoints]:
         if old == newest or (keep_every and step % keep_every == 0):
             continue
-        removed = old.with_name(f".{old.name}.removed.partial")  # never seen half there
+        removed = old.with_name(f".{old.name}.removed.partial")  # so that no reader sees a half-removed folder
         try:
             shutil.rmtree(removed, ignore_errors=True)
             old.rename(removed)
@@ -278,9 +285,9 @@ def prune(newest: Path, config: Config) -> None:
 
 
 def remove_unfinished(run: Path) -> None:
-    """Remove what killed saves left behind: unfinished folders in checkpoints/ and temporary files of the run dir.
+    """Remove what interrupted saves left behind: unfinished folders in checkpoints/ and temporary files in the run dir.
 
-    Call it on rank 0, holding the run's lock: then no save of this run is alive.
+    Call it on rank 0 while holding the run's lock, so that no other process is saving this run.
     """
     checkpoints = run / "checkpoints"
     saves = sorted(checkpoints.glob(".*.partial")) if checkpoints.is_dir() else []
@@ -290,9 +297,9 @@ def remove_unfinished(run: Path) -> None:
         try:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         except OSError as error:
-            log.warning("%s: left by a killed save, could not be removed: %s", path, error.strerror or error)
+            log.warning("%s: left by an interrupted save, could not be removed: %s", path, error.strerror or error)
     if saves:
-        log.info("%s: removed %d unfinished saves of starts that were killed", checkpoints, len(saves))
+        log.info("%s: removed %d unfinished saves of interrupted processes", checkpoints, len(saves))
 
 
 def _read_pointer(pointer: Path, found: list[Path]) -> tuple[Path | None, str]:
@@ -319,7 +326,7 @@ def _finished_at(folder: Path) -> int:
 
 
 def _problems_on_all_ranks(folder: Path) -> tuple[list[str], bool]:
-    """Return what is wrong with a folder, one line each, and whether storage that did not answer is among it.
+    """Return what is wrong with a folder, one line for each problem, and whether a failure of the storage is one of them.
 
     Every rank checks its share of the files.
     """
@@ -332,7 +339,7 @@ def _problems_on_all_ranks(folder: Path) -> tuple[list[str], bool]:
 
 
 def _recorded_files(folder: Path) -> tuple[dict[str, Any], list[str], bool]:
-    """Return the files that state.json records, or what is wrong with it."""
+    """Return the files that state.json records, what is wrong with it, and whether the storage failed."""
     recorded: dict[str, Any] = {}
 
     def look() -> list[str]:
@@ -350,7 +357,7 @@ def _recorded_files(folder: Path) -> tuple[dict[str, Any], list[str], bool]:
 
 
 def _with_retries(look: Callable[[], list[str]]) -> tuple[list[str], bool]:
-    """Return what `look` finds, and whether the storage failed to answer although it was asked again for some seconds."""
+    """Return what `look` finds, and whether the storage still failed after RETRY_DELAYS."""
     for delay in (*RETRY_DELAYS, None):
         try:
             return look(), False

@@ -1,8 +1,8 @@
-"""Flat intervals of named tensors, saved by many ranks and read back by any number of others.
+"""The tensors of a checkpoint on disk: written by any number of ranks and read by any other number.
 
-torch.distributed.checkpoint does the work; two planners teach it our `Interval`. Each tensor is stored flattened, so a
-checkpoint knows nothing of ZeRO stages or world sizes. Its index file is a pickle: it is read with an allow-list,
-because a checkpoint may come from anywhere.
+torch.distributed.checkpoint does the work; two planners teach it our `Interval`. Each tensor is stored flattened, so
+that a checkpoint does not depend on ZeRO stage or world size. Its index file is a pickle, and is read with an allow-list
+of classes, because a checkpoint may come from anyone.
 """
 
 import io
@@ -45,43 +45,45 @@ INDEX_FILE = ".metadata"
 
 @dataclass(frozen=True)
 class Interval:
-    """This process's part [start, start + len(values)) of a flattened tensor of `total` elements."""
+    """The part [start, start + len(values)) of a flattened tensor of `total` elements that this process holds."""
 
-    values: Tensor  # 1-D; read into in place
+    values: Tensor  # 1-D; `load` writes into it
     start: int
     total: int
 
     @property
     def chunk(self) -> ChunkStorageMetadata:
+        """The interval's offset and size, in the form of torch.distributed.checkpoint."""
         return ChunkStorageMetadata(torch.Size([self.start]), torch.Size([self.values.numel()]))
 
 
 def copy_to_cpu(intervals: dict[str, Interval]) -> dict[str, Interval]:
-    """The same on the host, in memory of their own: what is written while training goes on."""
+    """Return copies of the intervals in host memory, to be written while training changes the originals."""
     return {name: Interval(i.values.detach().to("cpu", copy=True), i.start, i.total) for name, i in intervals.items()}
 
 
 def whole_interval(tensor: Tensor) -> Interval:
+    """Return the interval that covers a contiguous tensor, as a view of it."""
     flat = tensor.view(-1)
     return Interval(flat, 0, flat.numel())
 
 
 def save(folder: Path, intervals: dict[str, Interval]) -> None:
-    """All ranks together write their intervals; an interval that several ranks hold is written once."""
+    """Write the intervals of all ranks; one that several ranks hold is written once. All ranks call it."""
     group = collectives.control_group() if collectives.world_size() > 1 else None
     with _without_single_process_warning():
         dcp.save(intervals, checkpoint_id=folder, planner=_SavePlanner(), process_group=group, no_dist=group is None)
 
 
 def load(folder: Path, intervals: dict[str, Interval], single_process: bool = False) -> None:
-    """Fill the intervals in place, whatever intervals the checkpoint was written in.
+    """Read a checkpoint into the intervals, in place, however it was split when it was written.
 
     Args:
-        single_process: this process reads by itself, also when it is one of many.
+        single_process: True when this process alone reads, even if it is one of several ranks.
 
     Raises:
-        UserError: damaged, or a tensor is not in it.
-        RestartCanHelp: the storage does not answer.
+        UserError: the checkpoint is damaged, or lacks a tensor.
+        RestartCanHelp: the storage failed.
     """
     no_dist = single_process or collectives.world_size() == 1
     group = None if no_dist else collectives.control_group()
@@ -94,7 +96,7 @@ def load(folder: Path, intervals: dict[str, Interval], single_process: bool = Fa
                 process_group=group,
                 no_dist=no_dist,
             )
-    except CheckpointException as error:  # no Exception: it would pass every handler above as a traceback
+    except CheckpointException as error:  # a BaseException, which `except Exception` does not catch
         failures = [failure[0] for failure in error.failures.values()]
         if any(is_machine_fault(failure) for failure in failures):
             raise RestartCanHelp(f"{folder}: could not be read: {error_text(error)}") from error
@@ -102,24 +104,24 @@ def load(folder: Path, intervals: dict[str, Interval], single_process: bool = Fa
 
 
 def error_text(error: BaseException) -> str:
-    """What went wrong on the disk, in one line; several ranks' errors arrive in one exception."""
+    """Return in one line what went wrong on the disk; torch collects the errors of several ranks in one exception."""
     if isinstance(error, CheckpointException):
         return "; ".join(sorted({error_text(failure[0]) for failure in error.failures.values()}))
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if "inline_container.cc" in str(error) and "unexpected pos" in str(error):
-        return "No space left on device (torch: unexpected pos)"  # how torch's archive writer says it
+        return "No space left on device (torch: unexpected pos)"  # how torch's archive writer reports a full disk
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def checksums(folder: Path, rank: int) -> dict[str, dict[str, Any]]:
-    """Size and sha256 of every file that this rank wrote, by file name."""
+    """Return the size and SHA-256 of every file that this rank wrote, by file name."""
     mine = [*folder.glob(f"__{rank}_*"), *([folder / INDEX_FILE] if rank == 0 else [])]
     return {path.name: {"bytes": path.stat().st_size, "sha256": files.sha256(path)} for path in mine}
 
 
 def file_problems(path: Path, recorded: dict[str, Any]) -> list[str]:
-    """Return why a file is not the one that `checksums` recorded; empty when it is.
+    """Return what differs between a file and the record that `checksums` made of it; empty when nothing does.
 
     Raises:
         OSError: the file cannot be read.
@@ -130,7 +132,7 @@ def file_problems(path: Path, recorded: dict[str, Any]) -> list[str]:
 
 
 def size_problems(path: Path, recorded: dict[str, Any]) -> list[str]:
-    """Return why a file is missing or has another size than `checksums` recorded; reads nothing."""
+    """Return whether a file is missing or of another size than `checksums` recorded, in words; does not read the file."""
     if not path.is_file():
         return [f"{path.name} is missing" if not path.exists() else f"{path.name} is not a file"]
     size = path.stat().st_size
@@ -138,7 +140,7 @@ def size_problems(path: Path, recorded: dict[str, Any]) -> list[str]:
 
 
 def tensor_sizes(folder: Path) -> dict[str, int]:
-    """Elements of every tensor in a checkpoint.
+    """Return the number of elements of every tensor in a checkpoint, by name.
 
     Raises:
         UserError: the index is missing or damaged.
@@ -149,13 +151,15 @@ def tensor_sizes(folder: Path) -> dict[str, int]:
 
 @contextmanager
 def _without_single_process_warning() -> Iterator[None]:
-    """One process is a case like any other here, not something to warn about."""
+    """Silence torch's warning that a save or load runs in one process, which is usual here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         yield
 
 
 class _SavePlanner(DefaultSavePlanner):
+    """Plans a save of flat intervals."""
+
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
@@ -174,6 +178,8 @@ def _write_item(name: str, interval: Interval) -> WriteItem:
 
 
 class _LoadPlanner(DefaultLoadPlanner):
+    """Plans a load into flat intervals."""
+
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
@@ -195,7 +201,7 @@ class _LoadPlanner(DefaultLoadPlanner):
 
 
 class _SafeReader(dcp.FileSystemReader):
-    """Reads the index with an unpickler that knows only the index's own classes."""
+    """A reader that unpickles only the classes of which an index consists."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         path = Path(self.path) / INDEX_FILE
@@ -207,7 +213,7 @@ class _SafeReader(dcp.FileSystemReader):
             if is_machine_fault(error):
                 raise
             raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-        except Exception as error:  # damaged pickles raise almost anything
+        except Exception as error:  # a damaged pickle can raise almost any exception
             raise UserError(f"{path}: damaged or not a checkpoint index: {error}") from None
         if not isinstance(metadata, Metadata):
             raise UserError(f"{path}: not a checkpoint index")
@@ -215,6 +221,8 @@ class _SafeReader(dcp.FileSystemReader):
 
 
 class _IndexUnpickler(pickle.Unpickler):
+    """An unpickler that refuses every class and function outside the allow-list."""
+
     _MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
     _NAMES = frozenset(
         {
@@ -234,4 +242,4 @@ class _IndexUnpickler(pickle.Unpickler):
                 return found
         elif is_dtype or (module, name) in self._NAMES:
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint of ours contains")
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint of esvit-scale contains")

@@ -1,4 +1,4 @@
-"""Weights by the names of `objective.network.Network`, wherever they came from."""
+"""Weights in memory, named as `objective.network.Network` names them, whatever file they came from."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -17,46 +17,50 @@ Shapes = dict[str, list[int]]
 
 
 class Weights(NamedTuple):
-    config: Config  # whose model and objective fit the tensors
+    """The tensors of one or two networks, with the config that they fit."""
+
+    config: Config  # its model and objective sections describe the tensors
     networks: dict[str, dict[str, Tensor]]  # "student", "teacher" → name of a parameter or running statistic → fp32
     centers: dict[str, Tensor]  # "view.values", "region.values" → fp32 [K]
 
 
 def shapes_of(module: nn.Module) -> Shapes:
-    """Of every parameter, also one that ZeRO-3 partitions, and of every running statistic."""
+    """Return the shape of every parameter (whole, also under ZeRO-3) and of every running statistic, by name."""
     shapes = {name: list(getattr(p, "ds_shape", p.shape)) for name, p in module.named_parameters()}
     return shapes | {name: list(buffer.shape) for name, buffer in buffers_of_module(module).items()}
 
 
 def network_shapes(config: Config) -> Shapes:
-    """Of everything that the config's network saves, without memory for it."""
+    """Return the shapes of everything that the config's network saves, without allocating it."""
     with torch.device("meta"):
         return shapes_of(build_network(config))
 
 
 def heads_in(names: Iterable[str]) -> list[str]:
-    """The objective's parts ("view_head", "region_head", "projector", …) of which there is any tensor, in order."""
+    """Return the heads of an objective ("view_head", "region_head", "projector", …) that have a tensor in `names`, in order."""
     return list(dict.fromkeys(name.split(".")[1] for name in names if name.startswith(OBJECTIVE)))
 
 
 def head_prefix(head: str) -> str:
-    """What the names of a head's tensors begin with."""
+    """Return the prefix of the names of a head's tensors."""
     return f"{OBJECTIVE}{head}."
 
 
 def head_of_center(name: str) -> str:
-    """ "view.values" → "view_head" """
+    """Return the head that a centre belongs to: "view_head" for "view.values"."""
     return f"{name.partition('.')[0]}_head"
 
 
 def head_titles(heads: list[str]) -> str:
+    """Return the names of heads for a message: "view head, region head"."""
     return ", ".join(head.replace("_", " ") for head in heads)
 
 
 def check_shapes(where: object, stored: Shapes, wanted: Shapes) -> None:
-    """
+    """Check that a checkpoint has the tensors that a model wants, and no others.
+
     Raises:
-        UserError: the first tensors that are absent, unknown or of another shape, and how many more there are.
+        UserError: names the first tensors that are absent, unknown or of another shape, and how many more there are.
     """
     lines = [
         f"{n}: {stored.get(n, 'absent')} in the checkpoint, {s} in the model"
@@ -70,7 +74,11 @@ def check_shapes(where: object, stored: Shapes, wanted: Shapes) -> None:
 
 
 def check_network(where: object, tensors: dict[str, Tensor], config: Config) -> None:
-    """That the tensors are the config's trunk and whole heads of it, no more and no less; `check_shapes` else."""
+    """Check that the tensors are the config's whole trunk and any number of its whole heads.
+
+    Raises:
+        UserError: as `check_shapes`.
+    """
     there = (TRUNK, *(head_prefix(head) for head in heads_in(tensors)))
     wanted = {name: shape for name, shape in network_shapes(config).items() if name.startswith(there)}
     check_shapes(where, {name: list(tensor.shape) for name, tensor in tensors.items()}, wanted)

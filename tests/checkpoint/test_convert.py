@@ -260,7 +260,7 @@ def test_single_files_of_others_and_damaged_ones(pth: Path, tmp_path: Path) -> N
     for name, match in {
         "foreign": "no esvit-scale file",
         "cut": r"a safetensors file cut short: \d+ of \d+ bytes",
-        "newer": "format version 99, this program reads 1",
+        "newer": "format version 99; this version of esvit-scale reads 1",
         "hole": r"norm.weight: absent in the checkpoint",
         "nowhere": "no such",
     }.items():

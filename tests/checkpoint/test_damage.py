@@ -101,7 +101,9 @@ def test_damage_to_any_file_leads_to_the_checkpoint_before(
     assert "step-00000006 is damaged" in said.text
     for number in (2, 4):
         (step(run, number) / file).unlink()
-    with pytest.raises(UserError, match=r"every checkpoint is damaged \(3 tried; step-00000006: .*; copy a good one"):
+    with pytest.raises(
+        UserError, match=r"every checkpoint is damaged \(3 tried; step-00000006: .*; copy an undamaged one"
+    ):
         step_folders.newest_valid(run)
 
 

@@ -1,4 +1,4 @@
-"""Runs that start from weights: what is taken, what is initialised freshly, at every ZeRO stage."""
+"""Runs that start from weights: what is taken, what is initialised at random, at every ZeRO stage."""
 
 from pathlib import Path
 from typing import Any

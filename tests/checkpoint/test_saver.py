@@ -49,7 +49,7 @@ def test_a_disk_that_stays_full_ends_the_run_at_its_end(tmp_path: Path, monkeypa
     with monkeypatch.context() as patch:
         real = storage.save
         patch.setattr(storage, "save", lambda folder, i: real(folder, i) if "10" in folder.name else full())
-        with pytest.raises(RestartCanHelp, match="No space left on device; the checkpoints before it are untouched"):
+        with pytest.raises(RestartCanHelp, match="No space left on device; earlier checkpoints are untouched"):
             pretraining.pretrain(config)
     assert step_folders.newest_valid(config.run_path) == config.run_path / "checkpoints" / "step-00000010"
     assert pretraining.pretrain(config) == 0

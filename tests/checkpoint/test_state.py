@@ -66,7 +66,7 @@ def test_an_index_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
             return (Path.touch, (marker,))
 
     (tmp_path / storage.INDEX_FILE).write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(UserError, match="no checkpoint of ours contains"):
+    with pytest.raises(UserError, match="no checkpoint of esvit-scale contains"):
         storage.tensor_sizes(tmp_path)
     assert not marker.exists()
 
@@ -95,7 +95,7 @@ def test_what_is_not_a_checkpoint_is_said(tmp_path: Path) -> None:
 def test_a_newer_format_is_refused(run: Path, tmp_path: Path) -> None:
     newer = json.loads((step_folders.resolve(run) / "state.json").read_text()) | {"format_version": 99}
     (tmp_path / "state.json").write_text(json.dumps(newer))
-    with pytest.raises(UserError, match="format version 99, this program reads 1 and 2"):
+    with pytest.raises(UserError, match="format version 99; this version of esvit-scale reads 1 and 2"):
         step_folders.read_state(tmp_path)
 
 
