@@ -1,4 +1,4 @@
-"""Pretrained weights as one ordinary torch module: `esvit_scale.load_backbone`."""
+"""Pretrained weights as an ordinary torch module: `esvit_scale.load_backbone`."""
 
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,14 @@ from esvit_scale.models.trunk import Trunk
 
 
 class Backbone(nn.Module):
-    """A pretrained trunk that takes a batch of images of one size, any size.
+    """A pretrained trunk that takes a batch of images of one size, which can be any size.
 
     Attributes:
-        trunk: the trunk itself, which takes several sizes at once (`trunk(crops) -> Features`).
+        trunk: the trunk itself, which takes several image sizes at once (`trunk(crops) -> Features`).
         config: the run config that it was trained with.
         dim: C, the width of its features.
-        size: pixels of the images that evaluation shows it.
-        channels, reductions: of the maps of `pyramid`, one number a stage; empty for a trunk without stages.
+        size: side in pixels of the images that evaluation uses.
+        channels, reductions: width and downscaling factor of each map of `pyramid`; empty for a trunk without stages.
     """
 
     def __init__(self, trunk: Trunk, config: Config) -> None:
@@ -36,33 +36,35 @@ class Backbone(nn.Module):
         self.channels, self.reductions = list(trunk.channels), list(trunk.reductions)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images [B, channels, H, W], normalised → features [B, C]: what the trunk pools its tokens to (the mean, or a
-        class token's)."""
+        """Map normalised images [B, channels, H, W] to features [B, C]: the mean of the trunk's tokens, or its class token."""
         return self.trunk([images]).view
 
     def regions(self, images: Tensor) -> Tensor:
-        """images [B, 3, H, W] → the trunk's last tokens as a map [B, C, H', W']."""
+        """Map normalised images [B, channels, H, W] to the trunk's last tokens, as maps [B, C, H', W']."""
         features = self.trunk([images])
         [(n, h, w)] = features.grids
         return features.regions.view(n, h, w, -1).permute(0, 3, 1, 2)
 
     def pyramid(self, images: Tensor) -> list[Tensor]:
-        """images [B, 3, H, W] → a map [B, C_s, H_s, W_s] for every stage s, finest first (models/pyramid.py).
+        """Map normalised images [B, channels, H, W] to a map [B, C_s, H_s, W_s] of every stage s, finest first.
 
         Raises:
-            UserError: a trunk without stages.
+            UserError: the trunk has no stages.
         """
         return Pyramid(self.trunk)(images)
 
     def preprocess(self, image: Image.Image | NDArray[Any]) -> Tensor:
-        """Return an image as [channels, S, S], as evaluation shows it: short side to S·256/224, centre crop, normalised;
-        a picture upright and with transparency on white.
+        """Return an image as evaluation presents it: a normalised tensor [channels, S, S], with S = `size`.
+
+        The short side is resized to S·256/224 and the centre cropped. A PIL image is turned upright by its EXIF
+        orientation, and its transparent pixels become white.
 
         Args:
-            image: a picture of any mode, for a backbone of 8-bit RGB; else an array [H, W, channels] of uint8 or uint16.
+            image: a PIL image of any mode, for a backbone trained on 8-bit RGB; otherwise an array [H, W, channels] of
+                uint8 or uint16.
 
         Raises:
-            BadImage: pixels without an agreed range (32-bit), or a file that cannot be decoded.
+            BadImage: the pixels have no agreed range (32-bit), or the file cannot be decoded.
             UserError: an array of other channels or bits than the backbone was trained on.
         """
         wanted = pixel_format(self.config.data)
@@ -75,19 +77,20 @@ class Backbone(nn.Module):
 
 
 def _array_of(image: NDArray[Any], wanted: PixelFormat) -> Image.Image | NDArray[Any]:
-    """Return an array [H, W, C] as evaluation takes it. Raises UserError where it is of another format."""
+    """Return an image as evaluation takes it; raise UserError if it is not [H, W, C] in the wanted pixel format."""
     image = image[:, :, None] if image.ndim == 2 else image
     if image.ndim != 3 or image.shape[2] != wanted.channels or image.dtype != wanted.dtype:
         shape = " x ".join(map(str, image.shape))
-        raise UserError(f"preprocess: an array [H, W, C] of {wanted} is wanted; got {shape} of {image.dtype}")
+        raise UserError(f"preprocess: expected an array [H, W, C] of {wanted}; got {shape} of {image.dtype}")
     return Image.fromarray(image) if wanted.is_rgb8 else image
 
 
 def load_backbone(weights: str | Path) -> Backbone:
-    """Return the backbone of a run dir, a step folder, an exported folder (safetensors, timm, huggingface), a .safetensors
-    file or an official EsViT .pth; also of a trunk alone that Swin, DeiT, DINO or timm published.
+    """Return pretrained weights as a torch module, in fp32 on the CPU and in eval mode.
 
-    Of a run it is the EMA teacher's, in fp32 on the CPU and in eval mode; `.to("cuda")` and `.train()` as any module.
+    Args:
+        weights: a run dir or a step folder (its teacher is used), an exported folder (safetensors, timm, huggingface), a
+            .safetensors file, an official EsViT .pth, or a file of a trunk that Swin, DeiT, DINO or timm published.
 
     Raises:
         UserError: no such weights, damaged, or of another architecture.

@@ -1,4 +1,4 @@
-"""The evaluations that lie in a run dir, as rows of its model card."""
+"""The evaluation results in a run dir, as a table for its model card."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -8,12 +8,14 @@ from typing import Any
 Row = tuple[str, str, str]  # measure, figure, data
 Json = dict[str, Any]
 
-SEARCH_DEPTH = 2  # folders below the run dir that are looked through
+SEARCH_DEPTH = 2  # levels of folders below the run dir that are searched
 
 
 def table(run: Path) -> str:
-    """Return every figure of the run's knn.json, linear.json, transfer.json and correspondence.json files, as a table in
-    Markdown; empty where there is none. A file that is damaged, or of another program, is left out."""
+    """Return all figures of the run's knn, linear, transfer and correspondence JSON files as a Markdown table.
+
+    Return "" when there are none. Damaged files and files of other programs are left out.
+    """
     rows: list[Row] = []
     for name, read in _READ.items():
         for depth in range(SEARCH_DEPTH + 1):
@@ -57,7 +59,7 @@ def _transfer(result: Json) -> Iterator[Row]:
 
 def _correspondence(result: Json) -> Iterator[Row]:
     for name, found in result["measures"].items():
-        if found:  # nothing where no token's place was left in any crop
+        if found:  # empty when no crop kept the place of any token
             data = _name(result["data"]) if name != "stereo" else "stereo_motorcycle"
             figure = f"{found['top_accuracy']:.1f} % (chance {found['chance']:.1f} %)"
             yield f"correspondence, {name}, 10 most similar", figure, data

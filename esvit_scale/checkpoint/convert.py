@@ -1,4 +1,4 @@
-"""Weights from one form into another: official EsViT checkpoints, run dirs and step folders, single files."""
+"""Reading weights in any format, and converting them: official checkpoints, run dirs, step folders, exports, files."""
 
 from pathlib import Path
 
@@ -29,19 +29,19 @@ def convert(
     network: str | None = None,
     heads: bool = False,
 ) -> str:
-    """Write `destination` whole or not at all; return what it holds in one line.
+    """Write the weights of `source` to `destination`, whole or not at all; return a line that says what was written.
 
     Args:
-        source_format: "esvit" (a .pth of the official trainer, or a trunk alone) or "esvit-scale" (run dir, step folder,
-            exported folder, .safetensors).
-        target_format: "esvit-scale" (a step folder with both networks and the centres), "esvit" (an official .pth); of one
-            network's trunk: "safetensors" (one file, or a folder with a model card when the name has no suffix),
-            "timm", "huggingface" or "onnx" (folders, see export.py).
-        network: for the forms of one network: "teacher" (the default) or "student".
-        heads: for "safetensors": also the heads and centres, to continue pretraining from.
+        source_format: "esvit" (a .pth of the official trainer, or a trunk alone) or "esvit-scale" (a run dir, step
+            folder, exported folder or .safetensors file).
+        target_format: "esvit-scale" (a step folder) or "esvit" (an official .pth) for both networks and the centres;
+            "safetensors" (a file, or a folder with a model card when the name has no suffix), "timm", "huggingface"
+            or "onnx" (folders, see export.py) for the trunk of one network.
+        network: "teacher" (the default) or "student", for the formats that hold one network.
+        heads: for "safetensors": also write the heads and centres, to continue pretraining from.
 
     Raises:
-        UserError: the source cannot be read, does not hold what the destination needs, or the destination exists.
+        UserError: the source cannot be read or lacks what the target format needs, or the destination exists.
     """
     _check_request(destination, source_format, target_format, network, heads)
     weights = official.read(source) if source_format == "esvit" else read_ours(source)
@@ -60,10 +60,10 @@ def convert(
 
 
 def read(path: Path) -> Weights:
-    """Read weights in any of the forms, told apart by what the path holds and not by its name.
+    """Return the weights at `path`, in any of the formats; the format is detected from the content, not from the name.
 
     Raises:
-        UserError: no such weights, damaged, of another program, or not weights at all: says what it is.
+        UserError: no such weights, damaged, of another program, or not weights; the message says what it is instead.
     """
     if path.exists() and not path.is_dir() and not _is_our_file(path):
         return official.read(path)
@@ -71,7 +71,7 @@ def read(path: Path) -> Weights:
 
 
 def read_ours(path: Path) -> Weights:
-    """Read a run dir, a step folder, an exported folder or a safetensors file that this program wrote."""
+    """Return the weights of a run dir, step folder, exported folder or safetensors file that this program wrote."""
     if path.is_dir() and exported_folder.is_exported(path):
         return exported_folder.read(path)
     if path.is_file() and weight_file.detect_format(path) == "safetensors":
@@ -82,9 +82,9 @@ def read_ours(path: Path) -> Weights:
 
 
 def load_trunk(path: Path) -> tuple[Trunk, Config]:
-    """Return the trunk of weights in any of the forms, in fp32 on the CPU and in eval mode, and its config.
+    """Return the trunk of weights in any of the formats, in fp32 on the CPU and in eval mode, and its config.
 
-    Of a run it is the EMA teacher's; so it is of an official checkpoint that has one.
+    It is the teacher's trunk where the weights have a teacher.
 
     Raises:
         UserError: as `read`.
@@ -106,11 +106,15 @@ def _is_our_file(path: Path) -> bool:
 
 def _check_request(destination: Path, source_format: str, target_format: str, network: str | None, heads: bool) -> None:
     if source_format == target_format:
-        raise UserError(f"--from {source_format} --to {target_format}: nothing to convert")
+        raise UserError(
+            f"--from {source_format} --to {target_format}: nothing to convert; choose two different formats"
+        )
     if target_format not in SINGLE_NETWORK_FORMATS and (network or heads):
-        raise UserError(f"--network and --heads choose for --to safetensors; --to {target_format} holds everything")
+        raise UserError(
+            f"--network and --heads: --to {target_format} holds both networks and all heads; leave the options out"
+        )
     if heads and target_format != "safetensors":
-        raise UserError(f"--heads: --to {target_format} holds a trunk alone; --to safetensors can keep the heads")
+        raise UserError(f"--heads: --to {target_format} holds only a trunk; --to safetensors can hold heads")
     if target_format == "safetensors" and destination.suffix not in (safetensors_file.SUFFIX, ""):
         raise UserError(
             f"{destination}: the name must end in {safetensors_file.SUFFIX} for a file, or have no suffix for a folder"
@@ -121,9 +125,9 @@ def _check_request(destination: Path, source_format: str, target_format: str, ne
         ".pth",
         ".bin",
     ):
-        raise UserError(f"{destination}: --to {target_format} makes a folder; nearest: {destination.with_suffix('')}")
+        raise UserError(f"{destination}: --to {target_format} writes a folder; nearest: {destination.with_suffix('')}")
     if destination.exists():
-        raise UserError(f"{destination}: exists already; name a new one or remove it")
+        raise UserError(f"{destination}: exists already; choose another name or remove it")
 
 
 def _select_network(source: Path, weights: Weights, network: str | None, heads: bool) -> Weights:
@@ -141,10 +145,10 @@ def _select_network(source: Path, weights: Weights, network: str | None, heads: 
 def _check_complete(source: Path, weights: Weights) -> None:
     for name in official.NETWORKS:
         if name not in weights.networks:
-            raise UserError(f"{source}: holds no {name}; only --to safetensors can do without")
+            raise UserError(f"{source}: holds no {name}; --to safetensors needs none")
     for head in heads_in(network_shapes(weights.config)):
         if any(head not in heads_in(tensors) for tensors in weights.networks.values()):
-            raise UserError(f"{source}: holds no {head_titles([head])}; only --to safetensors can do without")
+            raise UserError(f"{source}: holds no {head_titles([head])}; --to safetensors needs none")
 
 
 def _summary(destination: Path, weights: Weights) -> str:

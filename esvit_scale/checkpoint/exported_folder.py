@@ -1,7 +1,7 @@
-"""Exported folders read back: `--to safetensors`, timm and huggingface.
+"""Reading the folders that `esvit-scale convert` writes in the formats safetensors, timm and huggingface.
 
-The last two hold other libraries' names and configs; esvit_scale.json beside them says which network of which config it
-was. An ONNX graph is for runtimes and is not read back.
+A timm or huggingface folder holds that library's tensor names and config; esvit_scale.json beside them records the network
+and the config that it was made from. An ONNX graph is for runtimes and cannot be read back.
 """
 
 import json
@@ -23,28 +23,30 @@ _FROM_LIBRARY = {"timm": libraries.from_timm, "huggingface": libraries.from_hugg
 
 
 def write_origin(folder: Path, weights: Weights, network: str, form: str) -> None:
-    """Say in a timm or huggingface folder what it was made from, so that `read` can undo the form."""
+    """Write into a timm or huggingface folder what it was made from, so that `read` can undo the conversion."""
     config = weights.config.model_dump(mode="json")
     origin = {"format_version": FORMAT_VERSION, "form": form, "network": network, "config": config}
     files.write_json(folder / ORIGIN_FILE, origin)
 
 
 def is_exported(folder: Path) -> bool:
-    """Whether a folder looks like one of `convert`, or of another library: not a run dir, and no step folder."""
+    """Return whether a folder looks like one that `convert` or another library wrote, rather than a run dir or step folder."""
     return any((folder / name).is_file() for name in (safetensors_file.FOLDER_WEIGHTS, "model.onnx", ORIGIN_FILE))
 
 
 def read(folder: Path) -> Weights:
-    """Read the one network of an exported folder.
+    """Return the network of an exported folder.
 
     Raises:
-        UserError: a folder of another program, of a newer version, incomplete or damaged, or one of ONNX.
+        UserError: the folder is of another program or a newer version, incomplete or damaged, or holds an ONNX graph.
     """
     path = folder / safetensors_file.FOLDER_WEIGHTS
     if not path.is_file():
         if (folder / "model.onnx").is_file():
-            raise UserError(f"{folder}: an ONNX graph, for runtimes alone; give the run or another form of its weights")
-        raise UserError(f"{folder}: incomplete: no {safetensors_file.FOLDER_WEIGHTS} in it")
+            raise UserError(
+                f"{folder}: holds an ONNX graph, which cannot be read back; give the run or another export of it"
+            )
+        raise UserError(f"{folder}: incomplete: it has no {safetensors_file.FOLDER_WEIGHTS}")
     if weight_file.detect_format(path) == "safetensors" and safetensors_file.is_ours(path):
         return safetensors_file.read(path)
     origin = _origin(folder)
@@ -53,7 +55,7 @@ def read(folder: Path) -> Weights:
     try:
         trunk = _FROM_LIBRARY[origin["form"]](load_file(path), shapes, config)
     except KeyError as error:
-        raise UserError(f"{path}: damaged: without the tensor {error}") from None
+        raise UserError(f"{path}: damaged: the tensor {error} is missing") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: damaged: {error}") from None
     except UserError as error:
@@ -69,13 +71,15 @@ def _origin(folder: Path) -> dict[str, Any]:
         origin = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
-            f"{folder}: not written by this version of esvit-scale (no {ORIGIN_FILE} in it); a trunk of timm or of the official "
-            f"codes may be read from its file, {folder / safetensors_file.FOLDER_WEIGHTS}"
+            f"{folder}: not written by esvit-scale (it has no {ORIGIN_FILE}); if it holds a trunk of timm or of an official "
+            f"code, name the file instead: {folder / safetensors_file.FOLDER_WEIGHTS}"
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: damaged: {error}") from None
     if not isinstance(origin, dict) or not {"config", "form", "network"} <= origin.keys():
-        raise UserError(f"{path}: damaged: no config, form and network in it")
+        raise UserError(f"{path}: damaged: it lacks config, form or network")
     if origin.get("format_version") != FORMAT_VERSION or origin["form"] not in _FROM_LIBRARY:
-        raise UserError(f"{path}: format version {origin.get('format_version')}, this program reads {FORMAT_VERSION}")
+        raise UserError(
+            f"{path}: format version {origin.get('format_version')}; this version of esvit-scale reads {FORMAT_VERSION}"
+        )
     return origin

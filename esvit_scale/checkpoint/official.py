@@ -1,16 +1,16 @@
-"""Checkpoints of the official EsViT code (`main_esvit.py`): student, teacher and centres, in and out.
+"""Reading and writing checkpoints of the official EsViT code (`main_esvit.py`): student, teacher and centres.
 
-The file is a pickle. It is read with `weights_only`, and the few things beside tensors that the official trainer
-saves (its arguments; numpy numbers in the optimizer's state) are read as nothing at all; whatever else asks for code
-is refused. A trunk alone is read too, with or without a classifier, which is left out: what Swin, DeiT, DINO and timm
-publish, as torch's file or as safetensors.
+The file is a pickle, and is read with `weights_only`. The few objects beside tensors that the official trainer saves (its
+arguments, and numpy numbers in the optimizer's state) are ignored; a file that asks for any other class is refused. A
+file of one trunk is read too, as Swin, DeiT, DINO and timm publish them, in torch's format or safetensors; its
+classifier, if it has one, is left out.
 
-| official | here |
+| official name | name here |
 |---|---|
 | `module.` (DDP), `backbone.` (multi-crop wrapper) | left out |
 | `patch_embed.…`, `layers.…`, `norm.…` | `trunk.…`; other trunks than Swin: official_trunks.py |
 | `head.…`, `head_dense.…` | `objective.view_head.…`, `objective.region_head.…` |
-| `….relative_position_index`, `….attn_mask`, `….num_batches_tracked` | computed |
+| `….relative_position_index`, `….attn_mask`, `….num_batches_tracked` | left out: computed from other values |
 | `dino_loss`: `center`, `center_grid` [1, K] | centres `view.values`, `region.values` [K] |
 """
 
@@ -45,21 +45,24 @@ from esvit_scale.errors import UserError
 
 log = logging.getLogger(__name__)
 
-NETWORKS = {"student": "module.", "teacher": ""}  # with the prefix that the official trainer saves it under
+NETWORKS = {"student": "module.", "teacher": ""}  # network → prefix of its tensors in a file of the official trainer
 CENTERS = {"center": "view.values", "center_grid": "region.values"}
 _OFFICIAL_HEADS = {"head.": head_prefix("view_head"), "head_dense.": head_prefix("region_head")}
 _WRAPPERS = ("module.", "backbone.")
-_SINGLE_NETWORK_KEYS = ("model", "state_dict")  # where others keep one network; else it is the file's whole content
+_SINGLE_NETWORK_KEYS = (
+    "model",
+    "state_dict",
+)  # keys under which other codes keep their one network; without them the whole file is the network
 _CLASSIFIER = re.compile(r"(head|head\.fc|head_dist|fc|classifier)\.(weight|bias)")
 
 
 def read(path: Path) -> Weights:
-    """Read student, teacher (what there is of them) and centres; the config is read off the tensors' shapes.
+    """Return the networks and centres of a file, with a config that is derived from the shapes of the tensors.
 
-    A trunk alone is read as a teacher without heads.
+    The trunk of a file without student and teacher becomes a teacher without heads.
 
     Raises:
-        UserError: no such file, damaged, asking for code, another architecture, or tensors missing or unknown.
+        UserError: no such file, damaged, asks for code, another architecture, or tensors are missing or unknown.
     """
     content = _load_file(path)
     found = _networks(path, content)
@@ -79,22 +82,24 @@ def read(path: Path) -> Weights:
 
 
 def write(path: Path, weights: Weights) -> None:
-    """A file that the official scripts load; no optimizer state, their training starts at its epoch 0.
+    """Write a file that the official scripts load. It has no optimizer state, so their training starts at epoch 0.
 
     Raises:
-        UserError: a network is missing, or the trunk is none of the official code's.
+        UserError: a network is missing, or the official code does not have the trunk.
     """
     absent = [name for name in NETWORKS if name not in weights.networks]
     if absent:
-        raise UserError(f"{path}: an official checkpoint holds both networks, here is no {absent[0]}; give a run dir")
+        raise UserError(
+            f"{path}: an official checkpoint needs both networks, and the source has no {absent[0]}; give a run dir"
+        )
     family = official_trunks.family_of(weights.config.model.trunk)
     if family is None:
-        raise UserError(f"{path}: the official code has no {weights.config.model.trunk}; --to safetensors takes it")
+        raise UserError(f"{path}: the official code has no trunk {weights.config.model.trunk}; use --to safetensors")
     content: dict[str, Any] = {}
     for name, prefix in NETWORKS.items():
         tensors = _to_official_names(family, weights.networks[name])
         if any(key.endswith("running_var") for key in tensors):
-            prefix = "module."  # with batch norms the official teacher is wrapped as well
+            prefix = "module."  # the official code wraps a teacher with batch norms as well
         content[name] = {prefix + key: tensor for key, tensor in tensors.items()}
     centers = {theirs: weights.centers[ours][None] for theirs, ours in CENTERS.items() if ours in weights.centers}
     with (
@@ -108,7 +113,7 @@ def write(path: Path, weights: Weights) -> None:
 
 
 class _Ignored:
-    """Stands for what a checkpoint holds beside weights: takes any arguments and state, keeps and does nothing."""
+    """A stand-in for objects that are ignored: takes any arguments and state, and does nothing with them."""
 
     def __init__(self, *_: Any) -> None: ...
 
@@ -136,25 +141,25 @@ def _load_file(path: Path) -> dict[str, Any]:
     _check_archive(path)
     try:
         with torch.serialization.safe_globals([(_Ignored, n) for n in _IGNORED_GLOBALS]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's, about pickles of others
+            warnings.simplefilter("ignore")  # torch warns about pickles of other programs
             content = _torch_load(path)
-    except Exception as error:  # a damaged pickle can fail in any way; it runs no code
+    except Exception as error:  # a damaged pickle can raise any exception; none of its code is run
         raise UserError(f"{path}: {_explain_load_error(error)}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: no checkpoint of networks: it holds a {type(content).__name__}")
+        raise UserError(f"{path}: not a checkpoint of networks: it holds a {type(content).__name__}")
     return content
 
 
 def _torch_load(path: Path) -> Any:
-    if path.suffix == safetensors_file.SUFFIX:  # by this name torch would take it for what it is not
+    if path.suffix == safetensors_file.SUFFIX:  # torch would take a path of this name for a safetensors file
         with path.open("rb") as file:
             return torch.load(file, map_location="cpu", weights_only=True)
-    # Mapped, what is not used is not read. Legacy files (torch < 1.6) cannot be.
+    # With mmap, tensors that are not used are not read. Legacy files (torch < 1.6) cannot be mapped.
     return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
 
 def _check_archive(path: Path) -> None:
-    """The archive's own checksums, which torch does not look at."""
+    """Raise UserError if the content of the zip archive does not match its checksums, which torch does not verify."""
     if not zipfile.is_zipfile(path):
         return
     try:
@@ -167,12 +172,12 @@ def _check_archive(path: Path) -> None:
 
 
 def _explain_load_error(error: Exception) -> str:
-    """What is wrong with a pickle, without torch's advice to read it unsafely."""
+    """Return what is wrong with a pickle, leaving out torch's advice to load it unsafely."""
     asked = re.search(r"GLOBAL (\S+)", str(error))
     if asked:
         return (
-            f"asks for {asked[1]}, which weights have no need of (a whole pickled module? save its state_dict()); "
-            "refused, nothing of it was run"
+            f"asks for {asked[1]}, which weights do not need (a whole pickled module? save its state_dict() instead); "
+            "the file is refused, and no code of it was run"
         )
     return f"damaged, or not a checkpoint ({type(error).__name__} while reading it); {weight_file.DOWNLOAD_AGAIN}"
 
@@ -181,10 +186,10 @@ def _explain_load_error(error: Exception) -> str:
 
 
 def _networks(path: Path, content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The networks of a file by their roles; a single one counts as the teacher.
+    """Return the networks of a file by role, "student" and "teacher"; a single network counts as the teacher.
 
     Raises:
-        UserError: there is none; says what there is.
+        UserError: there is none; the message says what the file holds.
     """
     found = {name: content[name] for name in NETWORKS if isinstance(content.get(name), Mapping)}
     if found:
@@ -197,7 +202,7 @@ def _networks(path: Path, content: Mapping[str, Any]) -> dict[str, Mapping[str, 
 
 
 def _to_our_names(tensors: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the trunk's tensors, by official names without wrappers, and the heads' by ours; a classifier is left out."""
+    """Return the trunk's tensors by their official names without wrappers, and the heads' by ours. Drop a classifier."""
     trunk, heads = {}, {}
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or name.endswith(official_trunks.DERIVED):
@@ -215,6 +220,7 @@ def _to_our_names(tensors: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[s
 
 
 def _strip_wrappers(name: str) -> str:
+    """Return a tensor's name without the prefixes of DDP and the multi-crop wrapper."""
     while name.startswith(_WRAPPERS):
         name = name.partition(".")[2]
     return name
@@ -228,7 +234,7 @@ def _to_official_names(family: Family, tensors: dict[str, Tensor]) -> dict[str, 
     return theirs
 
 
-# --- what the tensors say --------------------------------------------------------------------------------------------
+# --- the config -----------------------------------------------------------------------------------------------------
 
 
 def _config(path: Path, family: Family, trunk: dict[str, Tensor], network: dict[str, Tensor]) -> Config:
@@ -250,7 +256,7 @@ def _objective(tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _centers(path: Path, loss: Any, config: Config, heads: list[str]) -> dict[str, Tensor]:
-    """Of the heads that are there; a centre is of no use without its head."""
+    """Return the centres of the heads that the file has."""
     there = loss if isinstance(loss, Mapping) else {}
     found = {
         ours: there[theirs].detach().float().view(-1)

@@ -1,4 +1,4 @@
-"""Reading a config off the tensors of an official checkpoint: what its families of trunks have in common."""
+"""Deriving a config from the shapes in an official checkpoint: helpers that several families of trunks share."""
 
 import math
 import re
@@ -10,15 +10,15 @@ from torch import Tensor
 from esvit_scale.models.swin import PATCH
 from esvit_scale.models.windows import relative_position_index
 
-Tensors = dict[str, Tensor]  # of a trunk, by names without a prefix
+Tensors = dict[str, Tensor]  # a trunk's tensors, by names without a prefix
 ConfigValues = dict[str, Any]  # a part of the config
 
 CPU = torch.device("cpu")
-SIZES = (224, *range(PATCH, 1025, PATCH))  # of global crops, the likely one first
+SIZES = (224, *range(PATCH, 1025, PATCH))  # pixels of global crops to try, the most likely first
 
 
 def group_by_stage(tensors: Tensors, pattern: str) -> list[list[Tensor]]:
-    """The tensors whose names fit, grouped by the number in them, in order."""
+    """Return the tensors whose whole name matches `pattern`, grouped by the number that its first group captures."""
     found: dict[int, list[Tensor]] = {}
     for name, tensor in tensors.items():
         if match := re.fullmatch(pattern, name):
@@ -27,7 +27,7 @@ def group_by_stage(tensors: Tensors, pattern: str) -> list[list[Tensor]]:
 
 
 def model_values(trunk: str, shape: tuple[Any, ...], known: tuple[Any, ...]) -> ConfigValues:
-    """The trunk by its name alone, or with its own width, depths and (if they are told) heads."""
+    """Return the config's `model` section for a trunk: its name, and its width, depths and heads if they are not `known`."""
     if shape == known:
         return {"trunk": trunk}
     values = (list(x) if isinstance(x, tuple) else x for x in shape)
@@ -35,10 +35,10 @@ def model_values(trunk: str, shape: tuple[Any, ...], known: tuple[Any, ...]) -> 
 
 
 def table_side(table: Tensor) -> int:
-    """w, from a table of (2w − 1)² rows"""
+    """Return the window side w of a table of (2w − 1)² rows."""
     return (math.isqrt(len(table)) + 1) // 2
 
 
 def position_index(side: int) -> Tensor:
-    """int64 [side², side²], as the official code saves it"""
+    """Return the relative position index as the official code saves it: int64 [side², side²]."""
     return relative_position_index(side, CPU).view(side**2, side**2).clone()

@@ -1,7 +1,7 @@
-"""ViL in checkpoints of the official code.
+"""The names of ViL's tensors in checkpoints of the official EsViT code.
 
-Its stages are flat lists: `layer2.0` is the patch embedding, `layer2.1` the attention of the first block, `layer2.2` its
-MLP, `layer2.3` the attention of the second, … Layers that global and local tokens share are saved under two names.
+A stage is a flat list there: `layer2.0` is the patch embedding, `layer2.1` the attention of the first block, `layer2.2` its
+MLP, `layer2.3` the attention of the second block, and so on. Layers that global and local tokens share have two names.
 """
 
 import math
@@ -27,11 +27,12 @@ SIGNATURE = "layer1.1.attn.local_relative_position_bias_table"
 _TABLE = "attn.local_relative_position_bias_table"
 _THEIRS = re.compile(r"layer(\d+)\.(\d+)\.(norm\.)?")
 _OURS = re.compile(r"layers\.(\d+)\.(?:patch_embed\.|blocks\.(\d+)\.(?:norm(\d)\.|(?=(attn|mlp)\.)))")
-_LONG = r"^layer[12]\."  # stages 1 and 2: windows and their neighbours
+_LONG = r"^layer[12]\."  # stages 1 and 2, whose windows also attend to their neighbours
 _SHARED = re.compile(_LONG + r"\d+\.attn\.(query|kv|proj)(?=\.)")
 
 
 def to_config(tensors: Tensors) -> ConfigValues:
+    """Return the `model` and `data` sections of the config that a ViL's tensors fit."""
     tables = group_by_stage(tensors, rf"layers\.(\d+)\.blocks\.\d+\.{re.escape(_TABLE)}")
     heads = tuple(of_stage[0].shape[-1] for of_stage in tables)
     shape = (len(tensors["layers.0.patch_embed.proj.weight"]), tuple(map(len, tables)), heads)
@@ -44,6 +45,7 @@ def to_config(tensors: Tensors) -> ConfigValues:
 
 
 def from_official(official: Tensors) -> Tensors:
+    """Return the tensors under our names; of a shared layer that was saved twice, one."""
     found = {}
     for name, tensor in official.items():
         shared = official.get(name.replace("_global.", "."))
@@ -54,10 +56,12 @@ def from_official(official: Tensors) -> Tensors:
 
 
 def to_official_name(name: str) -> str:
+    """Return the official name of a tensor."""
     return _OURS.sub(_their_name, name)
 
 
 def derived(name: str, tensor: Tensor) -> Tensors:
+    """Return what the official code saves beside a tensor: its second name, or the index of a position table."""
     if shared := _SHARED.match(name):
         return {f"{shared[0]}_global{name[shared.end() :]}": tensor}
     if not name.endswith(_TABLE):
@@ -85,5 +89,5 @@ def _their_name(match: re.Match[str]) -> str:
 
 
 def _window(table: Tensor) -> int:
-    """From a table of (4w − 1)² rows."""
+    """Return the window side w of a table of (4w − 1)² rows."""
     return (math.isqrt(len(table)) + 1) // 4

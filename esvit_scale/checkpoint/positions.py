@@ -1,15 +1,15 @@
-"""Position tables of one window or resolution, resized to another: what continued pretraining at another size needs.
+"""Resizing position tables to another window or resolution, so that pretraining can continue at another image size.
 
-Swin's own code does this to weights that it fine-tunes (microsoft/Swin-Transformer, `load_pretrained`): a table is a
-picture of (2w − 1) × (2w − 1) offsets with one channel a head, and is interpolated bicubically to the new side.
+As in Swin's own code for fine-tuning (microsoft/Swin-Transformer, `load_pretrained`), a table is treated as an image of
+(2w − 1) × (2w − 1) offsets with one channel for each head, and is interpolated bicubically to the new side.
 
-| table | shape | of |
+| table | shape | trunks |
 |---|---|---|
-| `…relative_position_bias_table` | [side², heads] | Swin, ViL, the own window of Focal |
+| `…relative_position_bias_table` | [side², heads] | Swin, ViL, the innermost window of Focal |
 | `…pos_embed` | [1, prefix + side², C] | timm's networks; the prefix (class token, registers) stays as it is |
 
-Swin V2 computes its bias from coordinates, DeiT here resizes its 14×14 positions in every forward: neither has a table
-that depends on the resolution.
+Swin V2 computes its bias from coordinates, and DeiT here resizes its 14×14 positions in every forward pass: neither has
+a table that depends on the resolution.
 """
 
 import math
@@ -22,16 +22,17 @@ from esvit_scale.checkpoint.weights import Shapes, check_shapes
 from esvit_scale.errors import UserError
 
 _RELATIVE, _ABSOLUTE = "relative_position_bias_table", "pos_embed"
-_OF_POSITIONS = ("relative_position", "pos_embed", "rel_pos")  # parts of the names of all kinds of position tables
-_MOST_PREFIX = 16  # tokens before a map's
+_OF_POSITIONS = ("relative_position", "pos_embed", "rel_pos")  # one of these is in the name of every position table
+_MOST_PREFIX = 16  # largest number of class tokens and registers before the tokens of the map
 
 
 def resize_to_fit(where: object, tensors: dict[str, Tensor], wanted: Shapes) -> tuple[dict[str, Tensor], str]:
-    """Return `tensors` with every position table as large as in `wanted`, and what was resized in words ("": nothing).
+    """Return `tensors` with every position table resized to its shape in `wanted`, and a note of what was resized.
+
+    The note is "" when nothing was resized.
 
     Raises:
-        UserError: what else differs is another architecture; or a table that cannot be resized, of another window or
-            resolution.
+        UserError: a table of another window or resolution cannot be resized, or other tensors differ too.
     """
     fitted, sides = dict(tensors), Counter[tuple[int, int]]()
     for name, shape in wanted.items():
@@ -45,9 +46,9 @@ def resize_to_fit(where: object, tensors: dict[str, Tensor], wanted: Shapes) -> 
     if different and all(any(part in name for part in _OF_POSITIONS) for name in different):
         first = min(different)
         raise UserError(
-            f"{where}: weights of another resolution or window, and {len(different)} position tables that cannot be "
-            f"resized, {first}: {shapes.get(first, 'absent')} there, {wanted.get(first, 'absent')} in the model; set "
-            "data.global_crops.size and model.window to the source's"
+            f"{where}: weights of another resolution or window, and {len(different)} position tables cannot be resized, "
+            f"{first}: {shapes.get(first, 'absent')} in the source, {wanted.get(first, 'absent')} in the model; set "
+            "data.global_crops.size and model.window to the source's values"
         )
     check_shapes(where, shapes, wanted)
     words = [f"{n} of {old}×{old} to {new}×{new}" for (old, new), n in sorted(sides.items())]
@@ -55,13 +56,13 @@ def resize_to_fit(where: object, tensors: dict[str, Tensor], wanted: Shapes) -> 
 
 
 def bicubic(maps: Tensor, side: int) -> Tensor:
-    """[C, s, s] → [C, side, side], as `interpolate(mode="bicubic")` with neither aligned corners nor antialiasing."""
+    """Resize maps [C, s, s] to [C, side, side], bicubically, without aligned corners and without antialiasing."""
     resized: Tensor = F.interpolate(maps[None].float(), (side, side), mode="bicubic", align_corners=False)[0]
     return resized
 
 
 def _resize_table(name: str, table: Tensor, shape: list[int]) -> tuple[Tensor, int, int] | None:
-    """(the table in `shape`, its side before and after); None: no table, or not one of square maps."""
+    """Return a table in its new shape, and its side before and after; None if it is no table of a square map."""
     if name.endswith(_RELATIVE) and table.ndim == len(shape) == 2 and table.shape[1] == shape[1]:
         old, new = _side(len(table)), _side(shape[0])
         if old and new:
@@ -76,6 +77,6 @@ def _resize_table(name: str, table: Tensor, shape: list[int]) -> tuple[Tensor, i
 
 
 def _side(cells: int) -> int:
-    """s of s² cells; 0 where there is none."""
+    """Return the side of a square map of `cells` cells; 0 if `cells` is no square number."""
     side = math.isqrt(max(cells, 0))
     return side if side**2 == cells else 0

@@ -1,8 +1,8 @@
 """One network in one safetensors file, with the config that builds it in the file's metadata.
 
-Tensors are fp32 and have the names of `objective.network.Network`: `trunk.…`, and with heads `objective.view_head.…`,
-`objective.region_head.…` and the centres `center.…`. Reading takes torch and safetensors, no DeepSpeed; tensors are
-mapped from the file, so that many processes of a machine share one copy.
+Tensors are fp32 and are named as in `objective.network.Network`: `trunk.…`, and with heads `objective.view_head.…`,
+`objective.region_head.…` and the centres `center.…`. Reading needs torch and safetensors but no DeepSpeed. Tensors are
+memory-mapped, so that the processes of a machine share one copy.
 """
 
 import json
@@ -21,13 +21,13 @@ from esvit_scale.config import Config
 from esvit_scale.errors import UserError
 
 SUFFIX = ".safetensors"
-FOLDER_WEIGHTS = "model.safetensors"  # of an exported folder
+FOLDER_WEIGHTS = "model.safetensors"  # name of the weights in an exported folder
 FORMAT_VERSION = 1
 CENTER = "center."
 
 
 def write(path: Path, weights: Weights, network: str) -> None:
-    """Write the tensors of `weights.networks[network]` and its centres."""
+    """Write the tensors of `weights.networks[network]` and the centres, whole or not at all."""
     tensors = weights.networks[network] | {CENTER + name: value for name, value in weights.centers.items()}
     metadata = {
         "format": "esvit-scale",
@@ -40,9 +40,9 @@ def write(path: Path, weights: Weights, network: str) -> None:
 
 
 def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file whose bytes are the same whenever its content is.
+    """Write a safetensors file whose bytes depend on its content alone.
 
-    The library keeps metadata in a hash table and writes it in an order of chance; here it is put in order of its keys.
+    The library writes metadata in the random order of a hash table; this sorts it by key.
     """
     save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata)
     with path.open("r+b") as file:
@@ -50,13 +50,17 @@ def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> No
         header = json.loads(file.read(length))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         in_order = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        if len(in_order) <= length:  # always, as both write JSON without spaces
+        if len(in_order) <= length:  # always true: both write JSON without spaces
             file.seek(8)
             file.write(in_order.ljust(length))
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a safetensors file has a config in its metadata, which this program puts there."""
+    """Return whether this program wrote a safetensors file: whether its metadata has a config.
+
+    Raises:
+        UserError: the file is damaged.
+    """
     try:
         with safe_open(path, "pt") as file:
             return (file.metadata() or {}).get("format") == "esvit-scale"
@@ -65,14 +69,14 @@ def is_ours(path: Path) -> bool:
 
 
 def read(path: Path) -> Weights:
-    """Read the file's one network, under the name it was written with.
+    """Return the file's network, under the name it was written with, and its centres.
 
     Raises:
-        UserError: no such file, damaged, not written by this program, or by a newer one.
+        UserError: no such file, damaged, not written by this program, or written by a newer version.
     """
     if weight_file.detect_format(path) != "safetensors":
         raise UserError(
-            f"{path}: a checkpoint of torch.save in spite of its name; `esvit-scale convert --from esvit` reads it"
+            f"{path}: a file of torch.save in spite of its name; convert it with `esvit-scale convert --from esvit`"
         )
     try:
         with safe_open(path, "pt") as file:
@@ -80,18 +84,18 @@ def read(path: Path) -> Weights:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: damaged, or not a safetensors file: {error}") from None
-    centers = {name.removeprefix(CENTER): _pop(tensors, name) for name in list(tensors) if name.startswith(CENTER)}
+    centers = {name.removeprefix(CENTER): tensors.pop(name) for name in list(tensors) if name.startswith(CENTER)}
     return Weights(config, {network: tensors}, centers)
 
 
 def _read_metadata(path: Path, metadata: dict[str, str]) -> tuple[Config, str]:
     if metadata.get("format") != "esvit-scale":
-        raise UserError(f"{path}: no esvit-scale file (its metadata has no config); `esvit-scale convert` writes one")
+        raise UserError(
+            f"{path}: not a file of esvit-scale (no config in its metadata); write one with `esvit-scale convert`"
+        )
     if metadata["format_version"] != str(FORMAT_VERSION):
-        raise UserError(f"{path}: format version {metadata['format_version']}, this program reads {FORMAT_VERSION}")
+        raise UserError(
+            f"{path}: format version {metadata['format_version']}; this version of esvit-scale reads {FORMAT_VERSION}"
+        )
     values: dict[str, Any] = json.loads(metadata["config"])
     return configs.validate(values, where=str(path)), metadata["network"]
-
-
-def _pop(tensors: dict[str, Tensor], name: str) -> Tensor:
-    return tensors.pop(name)

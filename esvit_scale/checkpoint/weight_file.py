@@ -1,6 +1,7 @@
-"""What a file of weights is, told by its first bytes: people have web pages, pointers and half downloads by such names.
+"""Detecting the format of a file of weights from its first bytes.
 
-A file is read as what it holds, whatever its name ends in. One that holds no weights is called what it is, in one line.
+The name of a file is not trusted: a file with the name of weights may be a web page, a Git LFS pointer or half a
+download. An error message says in one line what such a file really is.
 """
 
 import json
@@ -13,10 +14,10 @@ from esvit_scale.errors import UserError
 
 FileFormat = Literal["safetensors", "torch"]
 
-HEAD_BYTES = 4096  # bytes
-LARGEST_HEADER = 100_000_000  # bytes, as the safetensors library limits it
+HEAD_BYTES = 4096  # how much of a file is looked at
+LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 DOWNLOAD_AGAIN = "download or copy it again"
-_LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # what torch wrote first before 1.6 (and without its zip form)
+_LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # first bytes of files by torch before 1.6
 _MAGIC_NUMBERS = (
     (b"\x1f\x8b", "a gzip archive; unpack it first"),
     (b"BZh", "a bzip2 archive; unpack it first"),
@@ -40,10 +41,10 @@ _MARKUP = (
 
 
 def detect_format(path: Path) -> FileFormat:
-    """Return whether `path` is a safetensors file or a checkpoint of torch.save; reads its first bytes, and runs nothing.
+    """Return whether `path` is a safetensors file or a checkpoint of torch.save. Runs no code of the file.
 
     Raises:
-        UserError: no such file, or one that holds no weights or is cut short; says what it is.
+        UserError: no such file, cut short, or not weights; the message says what the file is instead.
     """
     if path.is_dir():
         raise UserError(f"{path}: a folder, not a file of weights")
@@ -68,7 +69,7 @@ def detect_format(path: Path) -> FileFormat:
 
 
 def _check_safetensors(path: Path, header: int, size: int) -> None:
-    """That the file is as long as its header says, which the library's own message does not make plain."""
+    """Raise UserError if the file is shorter than its header says; the library's own message does not say so."""
     if 8 + header > size:
         raise UserError(f"{path}: a safetensors file cut short: {size} bytes are there; {DOWNLOAD_AGAIN}")
     with path.open("rb") as file:
@@ -87,7 +88,7 @@ def _check_safetensors(path: Path, header: int, size: int) -> None:
 
 
 def _check_zip(path: Path, head: bytes, size: int) -> None:
-    """That the archive is one of torch.save and whole."""
+    """Raise UserError unless the archive is complete and written by torch.save."""
     of_torch = b"/data.pkl" in head[:256]
     if not zipfile.is_zipfile(path):
         what = "a torch checkpoint" if of_torch else "a zip archive"
@@ -108,21 +109,21 @@ def _check_zip(path: Path, head: bytes, size: int) -> None:
 
 
 def _describe_content(head: bytes, size: int) -> str:
-    """What a file without weights is, in words."""
+    """Return what a file that is not weights is, in words."""
     if not head:
         return "an empty file"
     if not head.strip(b"\0"):
-        return f"zeros{' at its beginning' if size > HEAD_BYTES else ''} (a download that did not finish?)"
+        return f"zeros{' at its beginning' if size > HEAD_BYTES else ''} (an unfinished download?)"
     if head[257:262] == b"ustar":
         return "a tar archive; unpack it first"
     if head[:1] == b"\x80" and head[1:2] in b"\2\3\4\5":
-        return "a Python pickle but no checkpoint of torch.save; it was not opened"
+        return "a Python pickle but no checkpoint of torch.save; it was not opened, since pickles can run code"
     found = next((what for magic, what in _MAGIC_NUMBERS if head.startswith(magic)), None)
     return found or _describe_text(head) or f"an unknown file (it begins with {head[:8]!r})"
 
 
 def _describe_text(head: bytes) -> str | None:
-    """What a file of text is; None for bytes that are no text."""
+    """Return what a text file is; None for bytes that are not text."""
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"):  # UTF-16
         head = head.decode("utf-16", "ignore").encode()
     head = head.removeprefix(b"\xef\xbb\xbf").lstrip()
@@ -135,7 +136,7 @@ def _describe_text(head: bytes) -> str | None:
     if markup := next((what for pattern, what in _MARKUP if head[:1] == b"<" and pattern.search(head)), None):
         title = re.search(rb"<(title|code)>\s*([^<]{1,80})", head, re.IGNORECASE)
         said = f" ({' '.join(title[2].decode('utf-8', 'replace').split())!r})" if title else ""
-        return f"{markup}{said}, what a server answered in the file's place"
+        return f"{markup}{said}, a server's answer in place of the file"
     if any(byte < 32 and byte not in b"\t\n\r\f" for byte in head) or not head:
         return None
     try:

@@ -194,7 +194,7 @@ def test_a_missing_head(tmp_path: Path) -> None:
     path = theirs.save(tmp_path / "half.pth", without=("head_dense.last_layer",))
     refused(path, tmp_path, r"objective.region_head.last_layer.weight_g: absent .*weight_v: absent")
     path = theirs.save(tmp_path / "headless.pth", without=("head",))
-    refused(path, tmp_path, "holds no view head; only --to safetensors can do without")
+    refused(path, tmp_path, "holds no view head; --to safetensors needs none")
     convert(path, tmp_path / "trunk.safetensors", "esvit", "safetensors")
     with pytest.raises(UserError, match="holds no heads; leave out --heads"):
         convert(path, tmp_path / "heads.safetensors", "esvit", "safetensors", heads=True)
@@ -203,7 +203,7 @@ def test_a_missing_head(tmp_path: Path) -> None:
 def test_a_missing_network(tmp_path: Path) -> None:
     content = theirs.content()
     torch.save({"teacher": content["teacher"]}, tmp_path / "t.pth")
-    refused(tmp_path / "t.pth", tmp_path, "holds no student; only --to safetensors")
+    refused(tmp_path / "t.pth", tmp_path, "holds no student; --to safetensors needs none")
     with pytest.raises(UserError, match="holds no student, only the teacher"):
         convert(tmp_path / "t.pth", tmp_path / "s.safetensors", "esvit", "safetensors", "student")
     torch.save({"model": {}, "epoch": 3}, tmp_path / "m.pth")
@@ -219,9 +219,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
         def __reduce__(self) -> object:
             return (os.mkdir, (str(marker),))
 
-    refused(
-        theirs.save(tmp_path / "evil.pth", args=Evil()), tmp_path, r"asks for \w+.mkdir, which weights have no need of"
-    )
+    refused(theirs.save(tmp_path / "evil.pth", args=Evil()), tmp_path, r"asks for \w+.mkdir, which weights do not need")
     (tmp_path / "raw.pth").write_bytes(pickle.dumps(Evil()))
     refused(tmp_path / "raw.pth", tmp_path, "a Python pickle but no checkpoint of torch.save; it was not opened")
     assert not marker.exists()
@@ -242,7 +240,7 @@ def test_requests_that_make_no_sense(pth: Path, tmp_path: Path) -> None:
         convert(pth, tmp_path / "x", "esvit", "esvit")
     with pytest.raises(UserError, match=r"must end in \.safetensors"):
         convert(pth, tmp_path / "x.bin", "esvit", "safetensors")
-    with pytest.raises(UserError, match="choose for --to safetensors"):
+    with pytest.raises(UserError, match="holds both networks and all heads"):
         convert(pth, tmp_path / "x", "esvit", "esvit-scale", "student")
     with pytest.raises(UserError, match="no such file"):
         convert(tmp_path / "nowhere.pth", tmp_path / "x", "esvit", "esvit-scale")
@@ -258,7 +256,7 @@ def test_single_files_of_others_and_damaged_ones(pth: Path, tmp_path: Path) -> N
     del tensors["trunk.norm.weight"]
     save_file(tensors, tmp_path / "hole.safetensors", metadata | {"format_version": "1"})
     for name, match in {
-        "foreign": "no esvit-scale file",
+        "foreign": "not a file of esvit-scale",
         "cut": r"a safetensors file cut short: \d+ of \d+ bytes",
         "newer": "format version 99; this version of esvit-scale reads 1",
         "hole": r"norm.weight: absent in the checkpoint",
@@ -287,7 +285,7 @@ def test_a_trunk_that_the_official_code_does_not_have(tmp_path: Path) -> None:
     tensors = {name: p.detach() for name, p in network.named_parameters()}
     weights = Weights(config, {"student": tensors, "teacher": tensors}, {})
     state.write_weights(tmp_path / "ours", weights)
-    with pytest.raises(UserError, match="the official code has no swinv2_t; --to safetensors takes it"):
+    with pytest.raises(UserError, match="the official code has no trunk swinv2_t; use --to safetensors"):
         convert(tmp_path / "ours", tmp_path / "theirs.pth", "esvit-scale", "esvit")
     convert(tmp_path / "ours", tmp_path / "t.safetensors", "esvit-scale", "safetensors")
     trunk, _ = state.load_teacher(tmp_path / "t.safetensors")

@@ -382,9 +382,9 @@ def test_a_trunk_that_the_form_cannot_hold(tmp_path: Path, model: dict, size: in
 
 
 def test_requests_that_make_no_sense(step: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--to onnx makes a folder; nearest: .*swan$"):
+    with pytest.raises(UserError, match=r"--to onnx writes a folder; nearest: .*swan$"):
         convert(step, tmp_path / "swan.onnx", "esvit-scale", "onnx")
-    with pytest.raises(UserError, match="--heads: --to timm holds a trunk alone"):
+    with pytest.raises(UserError, match="--heads: --to timm holds only a trunk"):
         convert(step, tmp_path / "x", "esvit-scale", "timm", heads=True)
     (tmp_path / "there").mkdir()
     with pytest.raises(UserError, match="exists already"):
@@ -397,15 +397,15 @@ def test_folders_that_are_not_read_back_are_said(step: Path, tmp_path: Path) -> 
     convert(step, tmp_path / "timm", "esvit-scale", "timm")
     (tmp_path / "graph").mkdir()
     (tmp_path / "graph" / "model.onnx").write_bytes(b"")
-    with pytest.raises(UserError, match="graph: an ONNX graph, for runtimes alone; give the run"):
+    with pytest.raises(UserError, match="graph: holds an ONNX graph, which cannot be read back; give the run"):
         esvit_scale.load_backbone(tmp_path / "graph")
     with pytest.raises(UserError, match="there: not a checkpoint"):
         esvit_scale.load_backbone(Path(tmp_path / "there").mkdir() or tmp_path / "there")
     origin = tmp_path / "timm" / "esvit_scale.json"
     for text, match in (
         ("{", "damaged"),
-        ("[]", "damaged: no config"),
-        (None, r"no esvit_scale.json in it\); a trunk of"),
+        ("[]", "damaged: it lacks config"),
+        (None, r"it has no esvit_scale.json\); if it holds a trunk of"),
     ):
         origin.write_text(text) if text else origin.unlink()
         with pytest.raises(UserError, match=match) as error:

@@ -135,7 +135,7 @@ def test_a_step_folder_is_resized_too(tmp_path: Path) -> None:
 def test_what_cannot_be_resized_is_said_to_be_of_another_resolution() -> None:
     names = {"relative_position_bias_table_to_neighbors": [1, 2, 9, 16]}
     with pytest.raises(
-        UserError, match=r"another resolution or window, and 1 position tables.*\[1, 2, 4, 12\] there"
+        UserError, match=r"another resolution or window, and 1 position tables.*\[1, 2, 4, 12\] in the source"
     ) as error:
         resize_to_fit("here", {n: torch.zeros(1, 2, 4, 12) for n in names}, names)
     assert "another architecture" not in str(error.value)
