@@ -80,6 +80,26 @@ def replacing(path: Path) -> Iterator[Path]:
         tmp.unlink(missing_ok=True)
 
 
+def commit_folder(tmp: Path, path: Path, replace: bool = False) -> None:
+    """Rename a filled temporary folder to `path` so that a crash leaves the old or the new folder, never a part.
+
+    Args:
+        replace: a folder that is at `path` is replaced as a whole; otherwise it is an error.
+
+    Raises:
+        OSError: the rename failed, or `path` exists, is not empty and is not to be replaced.
+    """
+    sync_folder(tmp)
+    replaced = path.with_name(f".{path.name}.replaced.partial")
+    if replace and path.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        path.rename(replaced)
+    tmp.rename(path)
+    sync_folder(path.parent)
+    if replace:
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield a temporary folder to fill; it becomes `path`, which must not exist, when the block ends well, and is gone otherwise."""
@@ -89,7 +109,6 @@ def new_folder(path: Path) -> Iterator[Path]:
     tmp.mkdir()
     try:
         yield tmp
-        tmp.rename(path)
-        sync_folder(path.parent)
+        commit_folder(tmp, path)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)

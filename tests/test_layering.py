@@ -18,7 +18,7 @@ PACKAGE = ROOT / "esvit_scale"
 # know each other.
 ORDER = [
     {"errors", "__init__"},
-    {"division", "files", "machine", "resources"},
+    {"division", "files", "machine", "progress", "resources"},
     {"yaml_text"},
     {"schema"},
     {"config"},

@@ -71,14 +71,7 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
 def commit(tmp: Path, folder: Path, state: dict[str, Any]) -> None:
     """Rename a filled temporary folder to `folder`, after writing state.json; replace a folder of that name as a whole."""
     write_state(tmp, state)
-    files.sync_folder(tmp)
-    replaced = folder.with_name(f".{folder.name}.replaced.partial")
-    if folder.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        folder.rename(replaced)
-    tmp.rename(folder)
-    files.sync_folder(folder.parent)
-    shutil.rmtree(replaced, ignore_errors=True)  # if this fails, the next start removes it
+    files.commit_folder(tmp, folder, replace=True)  # what it cannot remove is removed at the next start
 
 
 def check_files(folder: Path) -> None:

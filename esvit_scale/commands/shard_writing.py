@@ -199,7 +199,7 @@ def _types(formats: "Mapping[str, int]") -> str:
 def _say_sets(destination: Path, sets: "Mapping[str, Manifest]") -> None:
     """Print what each set holds, and one table of what was left out of all of them; warn of lost images."""
     from esvit_scale.data.left_out import LeftOut
-    from esvit_scale.data.progress import say
+    from esvit_scale.progress import say
 
     left = LeftOut()
     for name, manifest in sets.items():
@@ -219,7 +219,7 @@ def _say_sets(destination: Path, sets: "Mapping[str, Manifest]") -> None:
 def _say_classes_of_one_part(destination: Path, sets: "Mapping[str, Manifest]") -> None:
     """Say how many classes have samples in one part of a split only: there nothing can be learnt, or nothing measured."""
     from esvit_scale.data.evaluation import Items
-    from esvit_scale.data.progress import say
+    from esvit_scale.progress import say
 
     there: dict[str, set[str]] = {}
     for name, manifest in sets.items():

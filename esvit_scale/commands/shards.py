@@ -70,14 +70,15 @@ def _add_show(shards: Any) -> None:
 
 
 def _duplicates(options: argparse.Namespace) -> int:
-    from esvit_scale.data import duplicates, progress, sources
+    from esvit_scale.data import duplicates, sources
+    from esvit_scale.progress import say
 
     splits = sources.open_source(options.source, shard_options.source_options(options))
     if len(splits) > 1:
         raise UserError(f"{options.source}: comes as {' and '.join(splits)}; look for duplicates in each folder alone")
     [source] = splits.values()
     for note in source.notes:
-        progress.say(note)
+        say(note)
     dropped = duplicates.find(source, options.near, shard_options.workers(options))
     duplicates.write_lists(source, dropped, options.out)
     kept = len(source) - len(dropped)

@@ -14,11 +14,11 @@ from esvit_scale.data.image_folder import printable
 from esvit_scale.data.keys import Keys
 from esvit_scale.data.left_out import DUPLICATE, IMAGES, NOT_KEPT, LeftOut
 from esvit_scale.data.planned_shard import Bad
-from esvit_scale.data.progress import say
 from esvit_scale.data.shard_plan import Recipe, ShardPlan, keep_listed, split
 from esvit_scale.data.sources import SourceOptions, open_source
 from esvit_scale.data.sources.base import Source
 from esvit_scale.errors import UserError
+from esvit_scale.progress import say
 
 
 class PlannedSet(NamedTuple):

@@ -13,8 +13,8 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from esvit_scale.data.progress import Progress
 from esvit_scale.errors import RestartCanHelp
+from esvit_scale.progress import Progress
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -17,10 +17,10 @@ from esvit_scale.data.image_folder import printable
 from esvit_scale.data.keys import Keys, hash64, hashes
 from esvit_scale.data.order import permutation
 from esvit_scale.data.pixel_format import RGB8, PixelFormat
-from esvit_scale.data.progress import say
 from esvit_scale.data.reencode import KEEP_BYTES, Reencode
 from esvit_scale.data.sources.base import Source
 from esvit_scale.errors import UserError
+from esvit_scale.progress import say
 
 SAMPLES_PER_SHARD = 1000
 BLOCKS_TOGETHER = 4  # blocks of a source whose samples are shuffled together, where it cannot be read at random

@@ -21,7 +21,6 @@ from esvit_scale.data.left_out import ARCHIVES, CUT, LeftOut, of_bad, refuse
 from esvit_scale.data.manifest import MANIFEST, Manifest, Shard
 from esvit_scale.data.planned_sets import PlannedSet, plan_of, planned_sets
 from esvit_scale.data.planned_shard import shard_name, write_planned
-from esvit_scale.data.progress import say
 from esvit_scale.data.set_folder import PARTIAL, Intent, NoSamples
 from esvit_scale.data.shard_file import Sample, write_shard
 from esvit_scale.data.shard_plan import SAMPLES_PER_SHARD, Recipe, ShardPlan, fingerprint
@@ -29,6 +28,7 @@ from esvit_scale.data.shard_verify import verify
 from esvit_scale.data.sources import SourceOptions, source_record
 from esvit_scale.division import share
 from esvit_scale.errors import UserError
+from esvit_scale.progress import say
 
 __all__ = ["Sample", "create", "keys_of", "merge", "verify", "write_samples", "write_source"]
 

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TextIO
 
 from esvit_scale.data.manifest import MANIFEST, Manifest, Shard, index_path
-from esvit_scale.data.progress import Progress
 from esvit_scale.errors import UserError
+from esvit_scale.progress import Progress
 
 log = logging.getLogger(__name__)
 

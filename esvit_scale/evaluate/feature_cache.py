@@ -186,13 +186,11 @@ def _commit(tmp: Path, folder: Path, about: dict[str, Any], images: int) -> None
     for path in tmp.glob("part-*"):
         path.unlink()
     files.write_json(tmp / "about.json", about | {"images": n, "left_out": images - n})
-    files.sync_folder(tmp)
     try:
-        tmp.rename(folder)
+        files.commit_folder(tmp, folder)
     except OSError:
         if not (folder / "about.json").is_file():
             raise  # not another process that was faster
-    files.sync_folder(folder.parent)
 
 
 def _join(path: Path, parts: list[Path], shape: tuple[int, ...], dtype: "np.dtype[Any]") -> None:

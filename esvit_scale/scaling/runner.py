@@ -91,11 +91,10 @@ def branch(cell: Cell) -> None:
     origin = cell.parent.path / "checkpoints" / step
     if not origin.is_dir():
         raise UserError(f"{cell.name} continues {cell.parent.name}, which has no {step} yet: run that first")
-    tmp = checkpoints / f".{step}.partial"
     shutil.rmtree(checkpoints, ignore_errors=True)
-    shutil.copytree(origin, tmp)
-    files.write_text(cell.path / "config.yaml", configs.dump(cell.config))
-    tmp.rename(checkpoints / step)  # from here on it has begun
+    with files.new_folder(checkpoints / step) as tmp:  # the run has begun once this folder is in place
+        shutil.copytree(origin, tmp, dirs_exist_ok=True)
+        files.write_text(cell.path / "config.yaml", configs.dump(cell.config))
     files.write_text(checkpoints / "latest", f"{step}\n")
 
 

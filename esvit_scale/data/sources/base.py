@@ -17,8 +17,8 @@ from esvit_scale.data.class_names import NO_LABEL, UNKNOWN, numbered, numbered_a
 from esvit_scale.data.decode import EXTENSIONS, BadImage
 from esvit_scale.data.image_folder import printable, walk
 from esvit_scale.data.left_out import ARCHIVES, FILES, IMAGES, LeftOut
-from esvit_scale.data.progress import say
 from esvit_scale.errors import UserError
+from esvit_scale.progress import say
 
 EXTRAS = ("json", "txt")  # members beside the image that are carried over: metadata and caption
 SAY_AFTER = 2_000_000  # samples: listing more takes a while
