@@ -1,14 +1,15 @@
-"""The trunks of the official EsViT code: how it names their tensors, and what the shapes say about the config.
+"""The trunks of the official EsViT code: how it names their tensors, and how the config follows from their shapes.
 
-| family | names here | not in the shapes, so assumed |
+| family | names of tensors here | assumed, because the shapes do not tell |
 |---|---|---|
-| Swin | the official ones (timm's are read too) | among crop sizes that give the same windows: 224 |
-| CvT | the official ones | heads 1, 3, 6, 12; window 7; 224 pixels |
-| ViL | see official_vil.py | among crop sizes that give the same maps: 224 |
-| DeiT | the official ones | heads of 64 channels |
+| Swin | official (timm's are read too) | crop size: 224 where it gives the same windows |
+| CvT | official | heads 1, 3, 6, 12; window 7; 224 pixels |
+| ViL | see official_vil.py | crop size: 224 where it gives the same maps |
+| DeiT | official | heads of 64 channels |
 | ResNet | torchvision's | |
 
-What can be computed is left out here and written there: index tables, attention masks, batch norm's count of batches.
+Official files also hold tensors that can be computed: index tables, attention masks, batch norm's count of batches.
+Reading drops them and writing adds them.
 """
 
 import difflib
@@ -45,9 +46,11 @@ DERIVED = ("relative_position_index", "attn_mask", "num_batches_tracked")
 
 
 class Family(NamedTuple):
+    """How one family of official trunks is recognised and converted."""
+
     name: str
-    signature: str  # an official tensor that no other family has
-    trunks: tuple[str, ...]  # names of models/registry.py
+    signature: str  # name of an official tensor that no other family has
+    trunks: tuple[str, ...]  # names in models/registry.py
     to_config: Callable[
         [Tensors], ConfigValues
     ]  # our tensors → the config's `model`, and `data` where crops have a part in it
@@ -60,9 +63,10 @@ class Family(NamedTuple):
 
 
 def identify(path: Path, official: Tensors) -> tuple[Family, Tensors]:
-    """
+    """Return the family of a trunk with official names, and its tensors under our names.
+
     Raises:
-        UserError: none of the families; names the nearest.
+        UserError: the trunk is of no known family; the message names the nearest.
     """
     found = next((family for family in FAMILIES if family.signature in official), None)
     if found is not None:
@@ -70,29 +74,31 @@ def identify(path: Path, official: Tensors) -> tuple[Family, Tensors]:
     likeness = lambda f: max((difflib.SequenceMatcher(None, f.signature, n).ratio() for n in official), default=0.0)  # noqa: E731
     near = max(FAMILIES, key=likeness)
     raise UserError(
-        f"{path}: no trunk of the official code (Swin, CvT, ViL, DeiT, ResNet); nearest: {near.name}, but there is no "
+        f"{path}: no trunk of the official code (Swin, CvT, ViL, DeiT, ResNet); nearest: {near.name}, but it lacks "
         f"{near.signature}; it has {', '.join(list(official)[:3]) or 'none'} and {max(len(official) - 3, 0)} more tensors"
     )
 
 
 def config_values(path: Path, family: Family, ours: Tensors) -> ConfigValues:
-    """
+    """Return the sections of the config that follow from the shapes of a trunk's tensors.
+
     Raises:
-        UserError: a tensor is missing that the config is read off.
+        UserError: a tensor that they follow from is missing.
     """
     try:
         return family.to_config(ours)
     except (KeyError, IndexError, TypeError) as error:
         missing = error.args[0] if isinstance(error, KeyError) else "whole stages"
-        raise UserError(f"{path}: a {family.name} of the official code without {missing}") from None
+        raise UserError(f"{path}: a {family.name} of the official code, but it lacks {missing}") from None
 
 
 def family_of(trunk: str) -> Family | None:
+    """Return the family of a trunk of models/registry.py; None if the official code does not have it."""
     return next((family for family in FAMILIES if trunk in family.trunks), None)
 
 
 def to_official(family: Family, ours: Tensors) -> Tensors:
-    """What the official code saves of a trunk."""
+    """Return a trunk's tensors as the official code saves them: by its names, with those that can be computed."""
     saved: Tensors = {}
     for our_name, tensor in ours.items():
         name = family.to_official_name(our_name)
@@ -112,20 +118,20 @@ def _swin_config(tensors: Tensors) -> ConfigValues:
 
 
 def swin_model(embed_dim: int, depths: list[int], heads: list[int], window: int) -> ConfigValues:
+    """Return the config's `model` section for a Swin of this shape: a preset trunk if one has it, else its numbers."""
     shape = (embed_dim, tuple(depths), tuple(heads))
     names = [name for name, known in SHAPES.items() if known[:3] == shape]  # V1 stands before V2 of the same shape
     return model_values(names[0] if names else "swin_t", shape, shape if names else ()) | {"window": window}
 
 
 def swin_size(windows: list[int]) -> int:
-    """Pixels of global crops for which stages have these windows: 224 if it fits, because sizes above it that give
-    the same windows cannot be told from the tensors."""
+    """Return pixels of global crops for which the stages have these windows; 224 if it is one of several such sizes."""
     fits = (s for s in SIZES if [min(s // PATCH // 2**i, windows[0]) for i in range(len(windows))] == windows)
     return next(fits, SIZES[0])
 
 
 def _swin_from_official(official: Tensors) -> Tensors:
-    """timm keeps the merging that ends a stage at the beginning of the next."""
+    """Undo timm's naming, which puts the patch merging at the beginning of the next stage."""
     if any(name.startswith("layers.0.downsample.") for name in official):
         return official
     move = lambda match: f"layers.{int(match[1]) - 1}.downsample."  # noqa: E731
@@ -138,7 +144,7 @@ def _index_of_table(name: str, tensor: Tensor) -> Tensors:
     return {name.replace("bias_table", "index"): position_index(table_side(tensor))}
 
 
-# --- the others ------------------------------------------------------------------------------------------------------
+# --- other trunks ----------------------------------------------------------------------------------------------------
 
 
 def _cvt_config(tensors: Tensors) -> ConfigValues:
@@ -155,13 +161,13 @@ def _deit_config(tensors: Tensors) -> ConfigValues:
 
 
 def _deit_from_official(official: Tensors) -> Tensors:
-    """Positions of another map than 14×14 (DeiT at 384 pixels) are resized to it, as DeiT and DINO do it."""
+    """Resize positions of a map other than 14×14 (DeiT at 384 pixels) to 14×14, as DeiT and DINO do."""
     positions = official["pos_embed"]  # [1, 1 + side², C]
     side = math.isqrt(max(positions.shape[1] - 1, 0))
     if side in (0, SIDE) or side**2 + 1 != positions.shape[1]:
         return official
     resized = bicubic(positions[0, 1:].T.unflatten(1, (side, side)), SIDE).flatten(1).T
-    log.warning("positions of a %d×%d map are resized to %d×%d", side, side, SIDE, SIDE)
+    log.warning("position embeddings of a %d×%d map are resized to %d×%d", side, side, SIDE, SIDE)
     return official | {"pos_embed": torch.cat([positions[0, :1], resized])[None]}
 
 

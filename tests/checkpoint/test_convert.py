@@ -171,7 +171,7 @@ def test_another_architecture(tmp_path: Path) -> None:
     refused(
         path,
         tmp_path,
-        r"no trunk of the official code .* nearest: DeiT, but there is no pos_embed; it has cls_token, absolute_pos_embed, blocks.0.attn.qkv.weight and 0 more",
+        r"no trunk of the official code .* nearest: DeiT, but it lacks pos_embed; it has cls_token, absolute_pos_embed, blocks.0.attn.qkv.weight and 0 more",
     )
 
 

@@ -132,12 +132,10 @@ def test_layers_of_their_own_for_global_tokens_are_not_dropped_in_silence(tmp_pa
 def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     values = content("cvt_s1")
     del values["teacher"]["module.stage0.0.proj.weight"]
-    refused(values, tmp_path, r"a CvT of the official code without stage0.0.proj.weight$")
+    refused(values, tmp_path, r"a CvT of the official code, but it lacks stage0.0.proj.weight$")
     values = content("cvt_s1")
     del values["student"]["module.stage1.1.layers.1.0.fn.qkv.bn.running_mean"]
     refused(values, tmp_path, r"student: .*qkv.bn.running_mean: absent in the checkpoint, \[12\] in the model$")
     values = content("vil_2262")
     values["student"] = {name.replace("layer", "level"): t for name, t in values["student"].items()}
-    refused(
-        values, tmp_path, r"nearest: ViL, but there is no layer1.1.attn.local_relative_position_bias_table; it has "
-    )
+    refused(values, tmp_path, r"nearest: ViL, but it lacks layer1.1.attn.local_relative_position_bias_table; it has ")

@@ -216,4 +216,4 @@ def test_positions_of_deit_at_384_are_resized(tmp_path: Path, caplog: pytest.Log
     found = dict(esvit_scale.load_backbone(tmp_path / "w.pth").trunk.named_parameters())["pos_embed"]
     expected = timm.layers.resample_abs_pos_embed(model.pos_embed.data, [14, 14], antialias=False)
     torch.testing.assert_close(found.data, expected, rtol=0, atol=1e-6)
-    assert "positions of a 24×24 map are resized to 14×14" in caplog.text
+    assert "position embeddings of a 24×24 map are resized to 14×14" in caplog.text
