@@ -16,7 +16,7 @@ from esvit_scale.config import Config
 from esvit_scale.models.drop_path import drop_keys
 from esvit_scale.models.initialize import initialize
 from esvit_scale.models.registry import SHAPES, TRUNKS, build_trunk
-from esvit_scale.objective.network import Network, build_network
+from esvit_scale.objective.network import StudentNetwork, TeacherNetwork, build_student, build_teacher
 from esvit_scale.objective.param_groups import parameter_groups
 from esvit_scale.objective.registry import OBJECTIVES
 from esvit_scale.parallel import partitions
@@ -69,8 +69,8 @@ OBJECTIVES_OF = {
 }
 
 
-def networks(config: Config) -> tuple[Network, Network]:
-    student, teacher = build_network(config), build_network(config)
+def networks(config: Config) -> tuple[StudentNetwork, TeacherNetwork]:
+    student, teacher = build_student(config), build_teacher(config)
     for network in (student, teacher):
         initialize(network, 3)
     return student, teacher
@@ -83,7 +83,7 @@ def crops_of(config: Config, seed: int = 0) -> list[torch.Tensor]:
     return [torch.randn(n * IMAGES, 3, size, size, generator=generator) for n, size in groups]
 
 
-def train_once(config: Config) -> tuple[Network, torch.Tensor, dict[str, torch.Tensor]]:
+def train_once(config: Config) -> tuple[StudentNetwork, torch.Tensor, dict[str, torch.Tensor]]:
     """The student after one forward and backward, its loss and its logs."""
     student, teacher = networks(config)
     crops = crops_of(config)

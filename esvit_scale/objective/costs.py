@@ -18,7 +18,7 @@ from esvit_scale.models.registry import SHAPES, build_trunk, trunk_shape
 from esvit_scale.models.trunk import Features, call
 from esvit_scale.objective.dino import DINO
 from esvit_scale.objective.esvit import TEACHER_VIEWS, EsViT
-from esvit_scale.objective.network import Network, build_network
+from esvit_scale.objective.network import StudentNetwork, build_network, build_student
 from esvit_scale.objective.registry import OBJECTIVES, build_objective
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of the working copies; fp32 otherwise
@@ -239,7 +239,7 @@ def traced_kept(config: Config) -> Kept:
 def _traced_kept(key: str) -> Kept:
     config = Config.model_validate_json(key)
     with models_traced.on_meta():
-        network = build_network(config).to(DTYPES.get(config.train.precision, torch.float32))
+        network = build_student(config).to(DTYPES.get(config.train.precision, torch.float32))
         least = max(2, network.objective.images_at_least)
         (called, *fewer), (_, *more) = (_traced_step(network, config, images) for images in (least, least + 1))
 
@@ -250,7 +250,9 @@ def _traced_kept(key: str) -> Kept:
     return Kept(called, columns[0], columns[1], columns[2][0])
 
 
-def _traced_step(network: Network, config: Config, images: int) -> tuple[list[int], list[int], list[int], list[int]]:
+def _traced_step(
+    network: StudentNetwork, config: Config, images: int
+) -> tuple[list[int], list[int], list[int], list[int]]:
     """Run the student's forward on `images` images: the blocks called, bytes saved and given call by call, and [bytes
     saved outside]."""
     sizes, dtype = config.crop_sizes, next(network.parameters()).dtype
@@ -260,7 +262,7 @@ def _traced_step(network: Network, config: Config, images: int) -> tuple[list[in
     targets = None
     if network.objective.has_teacher:
         with torch.no_grad():
-            targets = network(crops[:1])
+            targets = network.objective.targets(network.trunk(crops[:1]))
     noted = models_traced.Kept(network)
     blocks = models_traced.KeptByBlocks(noted, network.trunk.blocks)
     network.trunk.run_block = blocks

@@ -1,4 +1,4 @@
-"""What an engine wraps: the trunk and the objective as one module with one forward."""
+"""The modules that DeepSpeed wraps: a trunk and an objective in one, as student or as teacher."""
 
 from typing import Any
 
@@ -7,42 +7,72 @@ from torch import Tensor, nn
 from esvit_scale.config import Config
 from esvit_scale.models.registry import build_trunk
 from esvit_scale.models.trunk import Trunk
-from esvit_scale.objective.objective import Objective, spread
+from esvit_scale.objective.objective import Logs, Objective, spread
 from esvit_scale.objective.registry import build_objective
 
 
 class Network(nn.Module):
-    """Parameters are named `trunk.…` and `objective.<head>.…`."""
+    """A trunk and an objective, whose parameters are named `trunk.…` and `objective.<head>.…`.
+
+    Student and teacher have the same parameters. What they compute differs, and so each is a subclass with one forward,
+    because DeepSpeed must be called through the forward of what it wraps.
+    """
 
     def __init__(self, trunk: Trunk, objective: Objective) -> None:
         super().__init__()
         self.trunk = trunk
         self.objective = objective
 
+
+class StudentNetwork(Network):
+    """The network that is trained."""
+
     def forward(
-        self,
-        crops: list[Tensor],
-        targets: Any = None,
-        drop_keys: Tensor | None = None,
-        teacher_temp: float | None = None,
-    ) -> Any:
-        """Without `teacher_temp` the teacher's role: crops of the two globals → targets (call without gradient).
-        With it the student's: all crops → (loss, logs, detached view features [ΣB, C])."""
+        self, crops: list[Tensor], targets: Any, drop_keys: Tensor | None, teacher_temp: float
+    ) -> tuple[Tensor, Logs, Tensor]:
+        """Return the loss of all crops, scalars to log, and the detached view features [ΣB, C].
+
+        Args:
+            crops: one tensor per resolution group, [V_g·B, channels, S_g, S_g], the two globals first.
+            targets: what the teacher returned for the globals; None for an objective without a teacher.
+            drop_keys: int64 [ΣB], one key per crop image for drop path; None keeps every branch.
+            teacher_temp: temperature of the teacher's softmax at this step.
+        """
         features = self.trunk(crops, drop_keys)
-        if teacher_temp is None:
-            return self.objective.targets(features)
         view = features.view.detach()
         loss, logs = self.objective(features, targets, teacher_temp)
         return loss, {**logs, "feature_std": spread(view)}, view
 
 
+class TeacherNetwork(Network):
+    """The network that gives the targets: the student's moving average. It drops no paths."""
+
+    def forward(self, crops: list[Tensor]) -> Any:
+        """Return the targets of the two global crops, [[2·B, channels, S, S]]. Call it without gradient."""
+        return self.objective.targets(self.trunk(crops, None))
+
+
 def build_network(config: Config) -> Network:
-    """Teacher and student are the same class; the student's forward is given drop keys, the teacher's is not.
+    """Build the network of a config, for its parameters, shapes and parts; it has no forward of its own.
 
     Raises:
         UserError: trunk and objective do not fit each other or the config; one line.
     """
+    return Network(*_trunk_and_objective(config))
+
+
+def build_student(config: Config) -> StudentNetwork:
+    """Build the student of a config. Raises as `build_network`."""
+    return StudentNetwork(*_trunk_and_objective(config))
+
+
+def build_teacher(config: Config) -> TeacherNetwork:
+    """Build the teacher of a config. Raises as `build_network`."""
+    return TeacherNetwork(*_trunk_and_objective(config))
+
+
+def _trunk_and_objective(config: Config) -> tuple[Trunk, Objective]:
     trunk = build_trunk(config)
     if config.model.freeze_patch_embed:
         trunk.patch_projection.requires_grad_(False)
-    return Network(trunk, build_objective(trunk, config))
+    return trunk, build_objective(trunk, config)

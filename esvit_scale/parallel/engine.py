@@ -7,7 +7,6 @@
 4. The teacher copies the student: it must start equal.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,21 +14,16 @@ from torch import Tensor, nn
 
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
+from esvit_scale.models.distributions import Initializer
+from esvit_scale.models.initialize import initial_value, initial_values
+from esvit_scale.objective.network import build_network, build_student, build_teacher
+from esvit_scale.objective.param_groups import largest_of_each_part, parameter_groups
+from esvit_scale.objective.registry import check_local_batch
 from esvit_scale.parallel import activation_checkpointing, compilation, ds_config, optimizers, partitions
 from esvit_scale.parallel.ema import Teacher
 from esvit_scale.parallel.gradients import GradientClipper
 from esvit_scale.parallel.partitions import Partition
 from esvit_scale.parallel.world import World
-
-
-class Recipe(NamedTuple):
-    """What the engine must know of a network without knowing which network it is."""
-
-    build: Callable[[], nn.Module]
-    initial_value: Callable[[str, torch.Size], Tensor]  # parameter's name and shape → fp32 value
-    groups: Callable[[nn.Module], dict[str, list[str]]]  # parameter group ("decay", "no_decay", "last_layer") → names
-    watched: Callable[[nn.Module], list[str]]  # parameters whose updates the clipper measures when asked
-    buffers: dict[str, Tensor]  # running statistics to start from; those that are not named start as they are built
 
 
 class Engines(NamedTuple):
@@ -44,42 +38,50 @@ class Engines(NamedTuple):
     moments: tuple[str, ...]  # names of what the optimizer keeps per parameter
 
 
-def build(config: Config, recipe: Recipe, world: World) -> Engines:
-    """Raises UserError on a DeepSpeed config that contradicts the run config (see ds_config.fill), and on what this
-    machine does not have."""
+def build(config: Config, world: World, given: dict[str, Tensor]) -> Engines:
+    """Build student, teacher and optimizer, wrap them in DeepSpeed and write their initial values.
+
+    Args:
+        given: fp32 values to start from, by the name of a parameter or running statistic; those that are not named are
+            drawn by the initialisers of models/initialize.py.
+
+    Raises:
+        UserError: trunk, objective, crops and batch do not fit each other, the DeepSpeed config contradicts the run
+            config (see ds_config.fill), or the precision needs a GPU that this machine does not have.
+    """
     import deepspeed
 
+    initializers = _initializers(config, world.size)
     ds = ds_config.fill(config, world.size)
     stage = ds_config.zero_stage(ds)
     if config.train.precision == "fp16" and world.device.type == "cpu":
         raise UserError("train.precision=fp16: needs a GPU; on a CPU use bf16 or fp32")
     with deepspeed.zero.Init(config_dict_or_path=ds, enabled=stage == 3):
-        module = recipe.build()
+        module = build_student(config)
     in_autocast = world.device.type if config.train.precision == "autocast" else None
-    activation_checkpointing.apply(module.trunk, config.train.activation_checkpointing, in_autocast)  # type: ignore[arg-type]
-    groups = recipe.groups(module)
+    activation_checkpointing.apply(module.trunk, config.train.activation_checkpointing, in_autocast)
+    groups = _names_of_groups(config, module)
     optimizer = optimizers.build(config.optim, _param_groups(module, groups), stage)
     student, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds, dist_init_required=False)
     if config.train.precision == "fp16":
         student.optimizer.loss_scaler.raise_error_at_min_scale = False  # see loss_scale_can_fall
     owned = partitions.of_engine(student)
-    _initialise(student, owned, recipe)
+    _initialise(student, owned, config.seed, initializers, given)
     names = [name for name, p in module.named_parameters() if p.requires_grad]
     if isinstance(optimizer, optimizers.LayerWise):
         optimizer.own(owned, names)
-    watched = recipe.watched(module)
     clipper = GradientClipper(
         optimizer,
         owned,
         names,
-        watched,
+        list(largest_of_each_part(module).values()),
         stage,
         config.optim.clip,
         config.optim.clip_by,
         world.device,
         lambda: partitions.waiting_gradients(student),
     )
-    teacher = Teacher(student, owned, recipe.build, _teacher_config(ds))
+    teacher = Teacher(student, owned, lambda: build_teacher(config), _teacher_config(ds))
     if config.train.compile:
         for network in (student.module, teacher.network):
             compilation.apply(network.trunk, world.device)
@@ -118,22 +120,42 @@ def autocast(config: Config, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "autocast")
 
 
+def _initializers(config: Config, world_size: int) -> dict[str, Initializer]:
+    """Return every parameter's initialiser by name, from a network that occupies no memory."""
+    with torch.device("meta"):
+        network = build_network(config)
+    check_local_batch(network.objective, config, world_size)
+    return initial_values(network)
+
+
+def _names_of_groups(config: Config, module: nn.Module) -> dict[str, list[str]]:
+    """Return the names of the trainable parameters of each optimizer group."""
+    group_of = parameter_groups(module, config.optim.decay)
+    return {group: [n for n, g in group_of.items() if g == group] for group in ("decay", "no_decay", "last_layer")}
+
+
 def _param_groups(module: nn.Module, groups: dict[str, list[str]]) -> list[dict[str, Any]]:
     parameters = dict(module.named_parameters())
     return [{"name": name, "params": [parameters[n] for n in names]} for name, names in groups.items() if names]
 
 
 @torch.no_grad()
-def _initialise(student: Any, owned: list[Partition], recipe: Recipe) -> None:
+def _initialise(
+    student: Any, owned: list[Partition], seed: int, initializers: dict[str, Initializer], given: dict[str, Tensor]
+) -> None:
+    """Write the initial values of parameters and running statistics, each as this rank holds it."""
+
+    def value(name: str, shape: torch.Size) -> Tensor:
+        return (given[name] if name in given else initial_value(name, initializers[name], shape, seed)).view(-1)
+
     for p in owned:
-        value = recipe.initial_value(p.name, p.shape).view(-1)
-        p.master.copy_(value[p.start : p.start + p.length])
+        p.master.copy_(value(p.name, p.shape)[p.start : p.start + p.length])
     for f in partitions.frozen_of_module(student.module):
-        f.values.copy_(recipe.initial_value(f.name, f.shape).view(-1)[f.start : f.start + len(f.values)])
+        f.values.copy_(value(f.name, f.shape)[f.start : f.start + len(f.values)])
     partitions.sync_working_weights(student)
     partitions.widen_buffers(student.module)
     for name, buffer in partitions.buffers_of_module(student.module).items():
-        buffer.copy_(recipe.buffers.get(name, buffer))
+        buffer.copy_(given.get(name, buffer))
 
 
 def _teacher_config(ds: dict[str, Any]) -> dict[str, Any]:

@@ -4,21 +4,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from esvit_scale.checkpoint.initial_weights import NO_INITIAL_WEIGHTS, InitialWeights, load_initial_weights
+from esvit_scale.checkpoint.initial_weights import NO_INITIAL_WEIGHTS, load_initial_weights
 from esvit_scale.config import Config
 from esvit_scale.data import photometric
 from esvit_scale.data.pixel_format import pixel_format
 from esvit_scale.data.stream import Batch
 from esvit_scale.models.drop_path import drop_keys
-from esvit_scale.models.initialize import initial_value, initial_values
-from esvit_scale.objective.network import build_network
-from esvit_scale.objective.param_groups import largest_of_each_part, parameter_groups
-from esvit_scale.objective.registry import check_local_batch
 from esvit_scale.objective.schedules import Schedules
 from esvit_scale.parallel import engine as engine_module
-from esvit_scale.parallel.engine import Engines, Recipe
+from esvit_scale.parallel.engine import Engines
 from esvit_scale.parallel.step_clock import StepClock
 from esvit_scale.parallel.world import World
 
@@ -57,11 +53,8 @@ def open_session(config: Config, world: World, schedules: Schedules, fresh: bool
     Raises:
         UserError: trunk, objective, crops and batch do not fit each other, or `model.init_from` does not fit them.
     """
-    with torch.device("meta"):
-        empty = build_network(config)
-    check_local_batch(empty.objective, config, world.size)
     origin = load_initial_weights(config) if fresh else NO_INITIAL_WEIGHTS
-    engines = engine_module.build(config, _recipe(config, empty, origin), world)
+    engines = engine_module.build(config, world, origin.values)
     clock = StepClock(world.device, (engines.student.module, engines.teacher.network), engines.zero_stage)
     session = Session(config, world, engines, schedules, clock, origin.note)
     session.objective.load_extra_state(origin.centers)
@@ -141,24 +134,3 @@ def _micro_batches(session: Session, batch: Batch) -> list[MicroBatch]:
         MicroBatch([group.flatten(0, 1) for group in groups], position)
         for groups, position in zip(zip(*parts, strict=True), positions, strict=True)
     ]
-
-
-def _recipe(config: Config, empty: nn.Module, origin: InitialWeights) -> Recipe:
-    """`empty`: the network without memory for it."""
-    inits = initial_values(empty)
-
-    def value(name: str, shape: torch.Size) -> Tensor:
-        given = origin.values.get(name)
-        return initial_value(name, inits[name], shape, config.seed) if given is None else given
-
-    def groups(module: nn.Module) -> dict[str, list[str]]:
-        group_of = parameter_groups(module, config.optim.decay)
-        return {group: [n for n, g in group_of.items() if g == group] for group in ("decay", "no_decay", "last_layer")}
-
-    return Recipe(
-        lambda: build_network(config),
-        value,
-        groups,
-        lambda module: list(largest_of_each_part(module).values()),
-        {name: value for name, value in origin.values.items() if name not in inits},
-    )

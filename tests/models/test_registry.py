@@ -5,7 +5,7 @@ from esvit_scale.config import validate
 from esvit_scale.errors import UserError
 from esvit_scale.models.initialize import initialize
 from esvit_scale.models.registry import SHAPES, build_trunk
-from esvit_scale.objective.network import build_network
+from esvit_scale.objective.network import build_student
 
 COUNTS = {
     ("swin_t", 7): 27_519_354,
@@ -78,12 +78,12 @@ def test_odd_windows_and_crops_train(trunk, window, size, local):
         "data": {"global_crops": {"size": size}, "local_crops": [{"size": local, "count": 2}]},
         "objective": {"prototypes": 16, "head_hidden": 8, "bottleneck": 4},
     }
-    network = build_network(validate(values, where="test"))
+    network = build_student(validate(values, where="test"))
     initialize(network, 0)
     crops = [torch.randn(4, 3, size, size), torch.randn(4, 3, local, local)]
     with torch.no_grad():
-        targets = network(crops[:1])
-    loss, *_ = network(crops, targets, teacher_temp=0.04)
+        targets = network.objective.targets(network.trunk(crops[:1]))
+    loss, *_ = network(crops, targets, None, teacher_temp=0.04)
     loss.backward()
     assert loss.isfinite()
     assert all(p.grad.isfinite().all() for p in network.parameters())

@@ -16,7 +16,7 @@ from esvit_scale.models.batch_norm import BatchNorm
 from esvit_scale.models.drop_path import drop_keys
 from esvit_scale.objective import costs
 from esvit_scale.objective import registry as objectives
-from esvit_scale.objective.network import build_network
+from esvit_scale.objective.network import build_student
 from esvit_scale.objective.objective import Objective
 from esvit_scale.parallel import collectives
 from tests.models import toy_trunk
@@ -88,7 +88,7 @@ def step(network, config, images):
     sizes = config.crop_sizes
     crops = [torch.randn(images * sizes.count(s), 3, s, s).to(dtype) for s in dict.fromkeys(sizes)]
     with torch.no_grad():
-        targets = network(crops[:1]) if network.objective.has_teacher else None
+        targets = network.objective.targets(network.trunk(crops[:1])) if network.objective.has_teacher else None
     return network(crops, targets, drop_keys(0, 0, torch.arange(images), len(sizes)), 0.05)[0]
 
 
@@ -96,7 +96,7 @@ def step(network, config, images):
 def test_flops_are_a_real_steps(case):
     """But for the gradient of pixels, which three forwards count and no step computes."""
     config, counts = config_of(case), []
-    network = build_network(config)
+    network = build_student(config)
     for images in (IMAGES, IMAGES + 1):
         counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: inplace_addmm_flop})
         with counter, sdpa_kernel(SDPBackend.MATH):  # a fused kernel's backward computes the scores again
@@ -125,7 +125,7 @@ TIMM = {"timm, one call a crop size": ({"trunk": "timm:vit_tiny_patch16_224", "d
 def test_activations_are_autograds(case, precision, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "CASES", CASES | TIMM)
     config = config_of(case, precision)
-    network = build_network(config).to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    network = build_student(config).to(torch.bfloat16 if precision == "bf16" else torch.float32)
     kept = Kept(network)
     for buffer in network.buffers():
         kept.seen[buffer.untyped_storage().data_ptr()] = buffer

@@ -4,7 +4,7 @@ import torch
 from esvit_scale.config import validate
 from esvit_scale.models.drop_path import drop_keys
 from esvit_scale.models.initialize import initialize
-from esvit_scale.objective.network import build_network
+from esvit_scale.objective.network import build_student, build_teacher
 from tests.objective.test_param_groups import SMALL
 
 B = 2
@@ -12,7 +12,7 @@ B = 2
 
 def pair(dtype=torch.float32, **sections):
     config = validate({**SMALL, **sections}, where="test")
-    networks = build_network(config), build_network(config)
+    networks = build_student(config), build_teacher(config)
     for seed, network in enumerate(networks):
         initialize(network, seed)
         network.to(dtype)

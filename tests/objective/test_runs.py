@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from esvit_scale.checkpoint import state
-from esvit_scale.checkpoint.initial_weights import NO_INITIAL_WEIGHTS
-from esvit_scale.objective.network import build_network
+from esvit_scale.parallel import engine
+from esvit_scale.parallel import world as worlds
 from esvit_scale.train import pretraining
-from esvit_scale.train.step import _recipe
 from tests import tiny
 from tests.objective import cases
 
@@ -49,8 +48,8 @@ def test_in_half_precision_too(tmp_path: Path, shards: Path, case: str, precisio
 def test_decay_of_all_reaches_the_optimizer(tmp_path: Path, shards: Path) -> None:
     for decay, groups in (("weights", {"decay", "no_decay", "last_layer"}), ("all", {"decay", "last_layer"})):
         config = tiny.config(tmp_path, shards, optim__decay=decay)
-        recipe = _recipe(config, build_network(config), NO_INITIAL_WEIGHTS)
-        assert {name for name, members in recipe.groups(recipe.build()).items() if members} == groups
+        engines = engine.build(config, worlds.start(), {})
+        assert {group["name"] for group in engines.optimizer.param_groups} == groups
 
 
 @pytest.mark.parametrize("case", ["esvit-sinkhorn", "moco_v3", "swav"])

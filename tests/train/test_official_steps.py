@@ -18,7 +18,7 @@ from esvit_scale import config as configs
 from esvit_scale.checkpoint import safetensors_file, state
 from esvit_scale.checkpoint.weights import Weights
 from esvit_scale.config import Config
-from esvit_scale.objective.network import build_network
+from esvit_scale.objective.network import build_network, build_student
 from esvit_scale.objective.schedules import Schedules
 from esvit_scale.parallel import world as worlds
 from esvit_scale.train import step as step_module
@@ -84,12 +84,12 @@ def test_the_matching_has_no_near_ties() -> None:
 def test_loss_gradients_and_centres_of_the_whole_network(
     case: dict[str, Any], dtype: torch.dtype, tolerance: float
 ) -> None:
-    network = build_network(config_of(case))
+    network = build_student(config_of(case))
     fill(network, by_hash)
     network.to(dtype)
     images = crops(case, 0, dtype)
     with torch.no_grad():
-        targets = network(images[:1])
+        targets = network.objective.targets(network.trunk(images[:1]))
     loss, *_ = network(images, targets, None, 0.04)
     loss.backward()
     assert loss.item() == pytest.approx(case["steps"][0]["loss"], rel=tolerance)

@@ -10,7 +10,7 @@ from esvit_scale.data import manifest as manifests
 from esvit_scale.data import photometric, stream
 from esvit_scale.models.drop_path import drop_keys
 from esvit_scale.models.initialize import initialize
-from esvit_scale.objective.network import build_network
+from esvit_scale.objective.network import build_student, build_teacher
 from esvit_scale.objective.schedules import Schedules
 from esvit_scale.train import pretraining
 from tests import tiny
@@ -20,7 +20,7 @@ def plain_losses(config: Config) -> list[float]:
     """Two modules, torch.optim.AdamW, a clip per parameter, gradients of the last layer dropped in epoch 0, EMA."""
     data = manifests.load(Path(config.data.train))
     schedules = Schedules(config, stream.steps_per_epoch(config, data))
-    student, teacher = build_network(config), build_network(config)
+    student, teacher = build_student(config), build_teacher(config)
     initialize(student, config.seed)
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False)
