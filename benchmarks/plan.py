@@ -76,23 +76,24 @@ def measure(case, out):
     """One rank: baseline and peak in bytes, written to out.rank."""
     import torch
 
+    from esvit_scale.data.stream import MicroBatch
     from esvit_scale.objective.schedules import Schedules
     from esvit_scale.parallel import world as worlds
-    from esvit_scale.train.step import MicroBatch, open_session, optimizer_step
+    from esvit_scale.train.trainer import Trainer
 
     config = config_of(case)
     world = worlds.start()
-    session = open_session(config, world, Schedules(config, 5))
+    trainer = Trainer(config, world, Schedules(config, 5))
     images = config.train.global_batch // world.size
-    dtype = session.engines.dtype
+    dtype = trainer.engines.dtype
     sizes = config.crop_sizes
     crops = [torch.randn(images * sizes.count(s), 3, s, s).to(dtype) for s in dict.fromkeys(sizes)]
     batch = MicroBatch(crops, torch.arange(images) + world.rank * images)
     gc.collect()
     baseline = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    for step in range(STEPS):
-        optimizer_step(session, [batch], step)
+    for _ in range(STEPS):
+        trainer.train_step([batch])
     peak = status("VmHWM")
     Path(f"{out}.{world.rank}").write_text(json.dumps({"baseline": baseline, "peak": peak}))
     worlds.stop()

@@ -126,20 +126,18 @@ def random_crops(config: Any, images: int, device: Any) -> list[Any]:
 
 def our_step(config: Any, world: Any, crops: list[Any]) -> Callable[[], object]:
     """The training loop's own step on ready crops, counted on from step to step."""
-    from itertools import count
-
     import torch
 
+    from esvit_scale.data.stream import MicroBatch
     from esvit_scale.objective.schedules import Schedules
-    from esvit_scale.train.step import MicroBatch, open_session, optimizer_step
+    from esvit_scale.train.trainer import Trainer
 
-    session = open_session(config, world, Schedules(config, steps_per_epoch=1))
-    dtype = session.engines.dtype
+    trainer = Trainer(config, world, Schedules(config, steps_per_epoch=1))
+    dtype = trainer.engines.dtype
     micro = MicroBatch(
         [group.to(dtype) for group in crops], torch.arange(config.train.global_batch, device=world.device)
     )
-    steps = count()
-    return lambda: optimizer_step(session, [micro], next(steps))
+    return lambda: trainer.train_step([micro])
 
 
 def seconds(step: Callable[[], object], device: Any) -> float:

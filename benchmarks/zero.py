@@ -65,15 +65,16 @@ def run_cell(cell: dict[str, Any]) -> None:
     import torch
 
     from esvit_scale import config as configs
+    from esvit_scale.data.stream import MicroBatch
     from esvit_scale.objective.schedules import Schedules
     from esvit_scale.parallel import collectives
     from esvit_scale.parallel import world as worlds
-    from esvit_scale.train.step import MicroBatch, open_session, optimizer_step
+    from esvit_scale.train.trainer import Trainer
 
     precision = [] if any(o.startswith("train.precision") for o in cell["overrides"]) else ["train.precision=fp32"]
     config = configs.resolve(cell["preset"], [*precision, f"train.ds_config={cell['stage']}", *cell["overrides"]])
     world = worlds.start()
-    session = open_session(config, world, Schedules(config, steps_per_epoch=1))
+    trainer = Trainer(config, world, Schedules(config, steps_per_epoch=1))
     batch = config.train.global_batch
     share = batch // world.size
     generator = torch.Generator().manual_seed(0)
@@ -81,18 +82,18 @@ def run_cell(cell: dict[str, Any]) -> None:
     crops = []
     for size, views in dict.fromkeys((s, config.crop_sizes.count(s)) for s in config.crop_sizes):
         pixels = torch.randn(views, batch, 3, size, size, generator=generator)[:, mine].flatten(0, 1)
-        crops.append(pixels.to(world.device, session.engines.dtype))
+        crops.append(pixels.to(world.device, trainer.engines.dtype))
     micro = MicroBatch(crops, torch.arange(batch, device=world.device)[mine])
     seconds, loss = [], torch.zeros(())
-    for i in range(STEPS + 2):
+    for _ in range(STEPS + 2):
         collectives.barrier()
         began = time.perf_counter()
-        loss = optimizer_step(session, [micro], i).logs["loss"]
+        loss = trainer.train_step([micro]).logs["loss"]
         if world.device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
     answer = {
-        "state_mb": state_bytes(session.engines) / 1e6,
+        "state_mb": state_bytes(trainer.engines) / 1e6,
         "peak_mb": step_benchmark.peak_mb(world.device),
         "step_s": statistics.median(seconds[2:]),
         "loss": collectives.all_reduce_mean_(loss.float()).item(),

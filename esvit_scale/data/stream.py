@@ -35,11 +35,13 @@ from esvit_scale.errors import UserError
 __all__ = [
     "Batch",
     "EvaluationBatch",
+    "MicroBatch",
     "batches",
     "centre_crop",
     "evaluation_batches",
     "evaluation_side",
     "images_of_sets",
+    "micro_batches",
     "open_data",
     "steps_per_epoch",
 ]
@@ -62,6 +64,13 @@ class Batch(NamedTuple):
     bad: list[dict[str, Any]]  # samples replaced while this batch was made: shard, key, reason, epoch, position
     batch_index: int  # epoch · steps per epoch + step
     worker_rates: tuple[float, ...] = ()  # images/s of each worker while it made its part
+
+
+class MicroBatch(NamedTuple):
+    """One rank's images of one forward and backward: on its device, augmented and normalised."""
+
+    crops: list[Tensor]  # one [V_g·B, channels, S_g, S_g] per resolution group, the two globals first
+    positions: Tensor  # int64 [B]: places in the global batch
 
 
 def open_data(config: Config) -> Source:
@@ -155,6 +164,25 @@ def batches(config: Config, data: Source, rank: int, world_size: int, start: int
             mix.order_of(config, data)  # says at once what does not fit
         samples = ShardSamples(assignment, data)
     return _joined(run_stages([samples, partial(_make_worker_batches, assignment)], workers), max(workers, 1))
+
+
+def micro_batches(config: Config, batch: Batch, device: torch.device, dtype: torch.dtype) -> list[MicroBatch]:
+    """Move a batch to the device, augment it, and cut it into `train.grad_accum` equal parts, in the order of positions."""
+    crops, first = [], 0
+    for group in batch.crops:
+        views, images = group.shape[:2]
+        params = batch.photometric.crops(first, first + views)
+        pixels = group.to(device, non_blocking=True).flatten(0, 1)  # [V_g·B, channels, S_g, S_g]
+        augmented = photometric.apply(pixels, params, pixel_format(config.data)).to(dtype)
+        crops.append(augmented.unflatten(0, (views, images)))
+        first += views
+    accum = config.train.grad_accum
+    parts = zip(*(group.chunk(accum, dim=1) for group in crops), strict=True)
+    positions = batch.positions.to(device).chunk(accum)
+    return [
+        MicroBatch([group.flatten(0, 1) for group in groups], position)
+        for groups, position in zip(parts, positions, strict=True)
+    ]
 
 
 def _make_worker_batches(assignment: LoaderAssignment, samples: Iterable[DecodedSample]) -> Iterator[WorkerBatch]:

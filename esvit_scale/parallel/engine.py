@@ -98,9 +98,18 @@ def set_lr_and_weight_decay(engines: Engines, lr: float, weight_decay: float) ->
         group["weight_decay"] = 0.0 if group["name"] == "no_decay" else weight_decay
 
 
-def take_step(engines: Engines) -> bool:
-    """Call `engine.step()`; return True when the optimizer moved: at an accumulation boundary, with the loss and all
-    gradients finite on every rank."""
+def take_step(engines: Engines, loss: Tensor, *, freeze_last_layer: bool, measure_updates: bool) -> bool:
+    """Step the optimizer after the last micro-batch of a step; earlier calls only count.
+
+    Args:
+        loss: this rank's, summed over the micro-batches so far.
+        freeze_last_layer: keep the prototypes and their optimizer state as they are.
+        measure_updates: measure how far the weights move (`GradientClipper.take_changes`).
+
+    Returns:
+        True when the weights moved: the loss and all gradients were finite on every rank.
+    """
+    engines.clipper.prepare(loss, freeze_last_layer, measure_updates)
     engines.student.step()
     return bool(engines.student.was_step_applied()) and engines.clipper.take_finite()
 

@@ -48,13 +48,12 @@ class GradientClipper:
             device: where ranks exchange numbers (with offloading, gradients may lie elsewhere).
             waiting: this rank's reduced gradients that ZeRO has not handed to the optimizer yet.
         """
-        self.loss: Tensor | None = None  # this rank's, of the step under way; a step with a loss of NaN is refused too
-        self.watch = False
+        self._loss: Tensor | None = None
+        self._freeze = self._measure = False
         self.watched = watched
         self._watched = {name: i for i, name in enumerate(watched)}
         self._changes = torch.zeros(len(watched), 2, device=device)
         self._before: list[tuple[Partition, Tensor]] = []
-        self.freeze = False
         self.names = names
         self._index = {name: i for i, name in enumerate(names)}
         self._by_flat: dict[int, list[Partition]] = defaultdict(list)
@@ -68,6 +67,16 @@ class GradientClipper:
         self._aside: list[tuple[Tensor, Tensor | None]] = []
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
+
+    def prepare(self, loss: Tensor, freeze_last_layer: bool, measure_updates: bool) -> None:
+        """Say what the next step of the optimizer is to do.
+
+        Args:
+            loss: this rank's; a step whose loss is not finite on some rank is refused.
+            freeze_last_layer: withhold the gradients of the group FREEZABLE.
+            measure_updates: measure the updates of the watched parameters, for `take_changes`.
+        """
+        self._loss, self._freeze, self._measure = loss, freeze_last_layer, measure_updates
 
     def take_squares(self) -> Tensor:
         """Squared gradient norm of every parameter [number of parameters], before the clip; NaN for a step that ZeRO
@@ -99,9 +108,9 @@ class GradientClipper:
             return
         self._scale(owned, squares.sqrt())
         for group in optimizer.param_groups:
-            if self.freeze and group["name"] == FREEZABLE:
+            if self._freeze and group["name"] == FREEZABLE:
                 self._set_aside(group["params"])
-        if self.watch:
+        if self._measure:
             self._before = [(p, p.master.clone()) for p in owned if p.name in self._watched]
 
     def _set_aside(self, flats: list[Tensor]) -> None:
@@ -145,8 +154,8 @@ class GradientClipper:
         if gradients:
             norms = torch._foreach_norm(gradients, 2, torch.float32)  # fp16 norms would overflow
             total += torch.stack([norm.to(self.device) for norm in norms]).square().sum()
-        if self.loss is not None:
-            total += torch.where(torch.isfinite(self.loss), 0.0, torch.nan).to(self.device)
+        if self._loss is not None:
+            total += torch.where(torch.isfinite(self._loss), 0.0, torch.nan).to(self.device)
         return total
 
     def _scale(self, owned: list[Partition], norms: Tensor) -> None:

@@ -114,6 +114,16 @@ class Lock:
             return True  # the storage does not answer, which says nothing about the lock
         return not self._lost
 
+    def check_held(self) -> None:
+        """Raise RestartCanHelp when the run is not this process's any more."""
+        if not self.held():
+            raise self.taken_over()
+
+    def taken_over(self) -> RestartCanHelp:
+        """Return the error with which a process ends whose run another one took over."""
+        run = self._path.parent
+        return RestartCanHelp(f"{run}: another process took this run over; this one stops without writing")
+
     def lost(self) -> bool:
         """Whether another process took the run over, as rank 0 knows it; looks again when no heartbeat was written lately,
         as after a suspension. Costs nothing otherwise; False on the other ranks."""

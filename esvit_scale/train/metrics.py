@@ -9,8 +9,8 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -252,3 +252,12 @@ def start_logging(run: Path, active: bool) -> None:
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         log.addHandler(handler)
+
+
+@contextmanager
+def log_file_errors() -> Iterator[None]:
+    """Log an error of the file system, instead of raising it, while writing what the run can do without."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("%s", in_words(error))

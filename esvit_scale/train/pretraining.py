@@ -18,8 +18,7 @@ from esvit_scale.parallel.world import World
 from esvit_scale.train import metrics, run_dir, stage
 from esvit_scale.train.lock import Lock
 from esvit_scale.train.online_knn import OnlineKnn
-from esvit_scale.train.run import Run
-from esvit_scale.train.step import open_session, train_step
+from esvit_scale.train.trainer import RunResources, Trainer
 from esvit_scale.train.watchdog import Watchdog
 
 log = logging.getLogger("esvit_scale")
@@ -69,17 +68,9 @@ def open_and_train(config: Config, world: World, watchdog: Watchdog) -> int:
         identity = collectives.run_on_rank0_and_broadcast(lambda: _checked_identity(config, data, checkpoint))
         knn = OnlineKnn(config, world) if config.train.knn_every else None
         watchdog.progress()
-        session = open_session(config, world, schedules, fresh=checkpoint is None)
+        trainer = Trainer(config, world, schedules, fresh=checkpoint is None)
         watchdog.progress()
-        with Run(path, session, lock, watchdog, checkpoint, identity, knn) as run:
-            for batch in run.batches(data):
-                result = train_step(session, batch, run.step, watch=run.row_is_due())
-                run.record(batch, result)
-                run.save_if_due()
-                if run.asked():
-                    return run.leave()
-            run.finish()
-    return 0
+        return trainer.train(RunResources(path, lock, watchdog, data, identity, checkpoint, knn))
 
 
 def _checked_identity(config: Config, data: stream.Source, checkpoint: Path | None) -> Identity:

@@ -1,42 +1,58 @@
-"""What the outside asks of a running job: remembered here, answered by the loop at its next step.
+"""What ranks are told from outside, by signals, and what they tell each other after every step.
 
-No torch here: the handlers must stand before the heavy imports, or a signal in the first seconds kills the run.
+No torch here: the handlers must be installed before the heavy imports, or a signal in the first seconds kills the run.
 """
 
 import signal
+from enum import IntFlag
 from types import FrameType
-from typing import Literal
 
-Request = Literal["none", "requeue", "interrupt"]
 
-_request: Request = "none"
+class Flag(IntFlag):
+    """What a rank tells the others after a step. A flag that one rank sets counts for all."""
+
+    REQUEUE = 1  # SIGUSR1 or SIGTERM came: save, and ask to be started again
+    INTERRUPT = 2  # ctrl-C came: save and end
+    BAD_SAMPLES = 4  # images of the batch were replaced
+    SAVE_NOW = 8  # train.checkpoint_minutes have passed
+    LOSS_NOT_FINITE = 16  # and therefore the step was skipped
+    TAKEN_OVER = 32  # another process holds the run's lock
+
+
+STOP = Flag.REQUEUE | Flag.INTERRUPT
+
+_request = Flag(0)
 
 
 def install() -> None:
-    """USR1 and TERM ask for a checkpoint and a requeue, ctrl-C for a checkpoint; a second ctrl-C stops at once."""
+    """Let SIGUSR1 and SIGTERM ask for a checkpoint and a requeue, and ctrl-C for a checkpoint; a second ctrl-C ends at once."""
     signal.signal(signal.SIGUSR1, _on_requeue)
     signal.signal(signal.SIGTERM, _on_requeue)
     signal.signal(signal.SIGINT, _on_interrupt)
 
 
-def request() -> Request:
-    """What this rank was asked so far; ranks see signals at different steps, so agree on it before acting."""
+def request() -> Flag:
+    """Return what signals asked of this rank so far: REQUEUE, INTERRUPT or nothing.
+
+    Ranks get signals at different steps, so they must agree before they act.
+    """
     return _request
 
 
 def clear() -> None:
+    """Forget what was asked."""
     global _request
-    _request = "none"
+    _request = Flag(0)
 
 
 def _on_requeue(number: int, frame: FrameType | None) -> None:
     global _request
-    if _request == "none":
-        _request = "requeue"
+    if not _request:
+        _request = Flag.REQUEUE
 
 
 def _on_interrupt(number: int, frame: FrameType | None) -> None:
     global _request
-    if _request == "interrupt":
+    if _request == Flag.INTERRUPT:
         raise KeyboardInterrupt
-    _request = "interrupt"
+    _request = Flag.INTERRUPT

@@ -15,9 +15,10 @@ from esvit_scale.config import Config
 from esvit_scale.errors import UserError
 from esvit_scale.models.initialize import initialize
 from esvit_scale.objective.network import build_network
+from esvit_scale.objective.schedules import Schedules
 from esvit_scale.parallel import world as worlds
 from esvit_scale.train import pretraining
-from esvit_scale.train.step import Schedules, open_session
+from esvit_scale.train.trainer import Trainer
 from tests import tiny
 from tests.models.rule import by_hash, fill
 
@@ -43,11 +44,11 @@ def _tensors(module: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def _begin(config: Config, folder: Path) -> Weights:
-    """A session as a fresh run opens it, read back from its checkpoint at step 0."""
+    """Return the state of a fresh run, read back from its checkpoint at step 0."""
     world = worlds.start()
     try:
-        session = open_session(config, world, Schedules(config, 4))
-        saved = state.save(folder, config, session.engines, session.objective.extra_state(), {"step": 0})
+        trainer = Trainer(config, world, Schedules(config, 4))
+        saved = state.save(folder, config, trainer.engines, trainer.objective.extra_state(), {"step": 0})
         return state.read_weights(saved)
     finally:
         worlds.stop()

@@ -9,9 +9,10 @@ import torch
 
 from esvit_scale.checkpoint import state, step_folders, storage
 from esvit_scale.errors import UserError
+from esvit_scale.objective.schedules import Schedules
 from esvit_scale.parallel import world as worlds
 from esvit_scale.train import pretraining
-from esvit_scale.train.step import Schedules, open_session
+from esvit_scale.train.trainer import Trainer
 from tests import tiny
 
 
@@ -46,14 +47,14 @@ def test_another_architecture_is_named_and_nothing_is_loaded(run: Path, tmp_path
     config = tiny.config(tmp_path / "run", tmp_path / "shards", model__embed_dim=32)
     world = worlds.start()
     try:
-        session = open_session(config, world, Schedules(config, 4))
-        before = [p.master.clone() for p in session.engines.partitions]
+        trainer = Trainer(config, world, Schedules(config, 4))
+        before = [p.master.clone() for p in trainer.engines.partitions]
         with pytest.raises(
             UserError,
             match=r"another architecture: trunk\.\S+: \[16.* in the checkpoint, \[32.* in the model.*and \d+ more",
         ):
-            state.restore(step_folders.resolve(run), session.engines, {})
-        assert all(torch.equal(a, p.master) for a, p in zip(before, session.engines.partitions, strict=True))
+            state.restore(step_folders.resolve(run), trainer.engines, {})
+        assert all(torch.equal(a, p.master) for a, p in zip(before, trainer.engines.partitions, strict=True))
     finally:
         worlds.stop()
 

@@ -7,21 +7,21 @@ import pytest
 import torch
 
 from esvit_scale.parallel import world as worlds
-from tests.train.test_not_finite import FAULTS, blind_deepspeed, everything, inject, one_step, session_of
+from tests.train.test_not_finite import FAULTS, blind_deepspeed, everything, inject, one_step, trainer_of
 
 
 def main(folder: str) -> None:
     world = worlds.start()
     for ds_config, precision in (("zero0", "fp32"), ("zero1", "bf16"), ("zero2", "autocast"), ("zero3", "bf16")):
-        session = session_of(Path(folder), train__ds_config=ds_config, train__precision=precision)
-        blind_deepspeed(session, pytest.MonkeyPatch())
+        trainer = trainer_of(Path(folder), train__ds_config=ds_config, train__precision=precision)
+        blind_deepspeed(trainer, pytest.MonkeyPatch())
         for step, (fault, (where, value)) in enumerate(FAULTS.items()):
-            assert one_step(session, 4 + 2 * step).applied
-            before = everything(session)
-            remove = inject(session, where, value) if world.rank == world.size - 1 else lambda: None
-            assert not one_step(session, 5 + 2 * step).applied, (ds_config, fault)
+            assert one_step(trainer, 4 + 2 * step).applied
+            before = everything(trainer)
+            remove = inject(trainer, where, value) if world.rank == world.size - 1 else lambda: None
+            assert not one_step(trainer, 5 + 2 * step).applied, (ds_config, fault)
             remove()
-            same = (torch.equal(a, b) for a, b in zip(before, everything(session), strict=True))
+            same = (torch.equal(a, b) for a, b in zip(before, everything(trainer), strict=True))
             assert all(same), (ds_config, fault)
     worlds.stop()
 

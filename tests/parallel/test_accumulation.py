@@ -9,7 +9,7 @@ from torch import Tensor
 
 from esvit_scale.parallel import partitions
 from esvit_scale.parallel import world as worlds
-from tests.train.test_not_finite import one_step, session_of
+from tests.train.test_not_finite import one_step, trainer_of
 
 MICRO_BATCHES = 8
 
@@ -18,7 +18,7 @@ MICRO_BATCHES = 8
 def test_micro_batches_add_up_in_fp32(tmp_path: Path, ds_config: str) -> None:
     """The bf16 gradients of eight micro-batches, made to be 256 once and then 1 seven times: added in bf16 they stay at
     256. (DeepSpeed divides by the number of micro-batches in the loss, before the gradients that are replaced here.)"""
-    session = session_of(
+    trainer = trainer_of(
         tmp_path, train__ds_config=ds_config, train__precision="bf16", train__grad_accum=MICRO_BATCHES, optim__clip=None
     )
     seen: dict[str, Tensor] = {}
@@ -28,15 +28,15 @@ def test_micro_batches_add_up_in_fp32(tmp_path: Path, ds_config: str) -> None:
         return lambda grad: torch.full_like(grad, next(values))
 
     def observe(*_: object) -> None:
-        assert all(grad.dtype == torch.float32 for grad in partitions.waiting_gradients(session.engines.student))
-        seen.update({p.name: p.grad.clone() for p in session.engines.partitions if p.grad is not None})
+        assert all(grad.dtype == torch.float32 for grad in partitions.waiting_gradients(trainer.engines.student))
+        seen.update({p.name: p.grad.clone() for p in trainer.engines.partitions if p.grad is not None})
 
     try:
-        for p in session.engines.student.module.parameters():
+        for p in trainer.engines.student.module.parameters():
             p.register_hook(made_up())
-        session.engines.optimizer.register_step_pre_hook(observe)
-        assert one_step(session, 4).applied
-        assert seen.keys() == {p.name for p in session.engines.partitions}
+        trainer.engines.optimizer.register_step_pre_hook(observe)
+        assert one_step(trainer, 4).applied
+        assert seen.keys() == {p.name for p in trainer.engines.partitions}
         expected = 256.0 + MICRO_BATCHES - 1
         assert [name for name, grad in seen.items() if not torch.all(grad == expected)] == []
     finally:

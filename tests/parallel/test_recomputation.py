@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from esvit_scale.parallel import world as worlds
-from tests.train.test_not_finite import one_step, session_of
+from tests.train.test_not_finite import one_step, trainer_of
 
 
 def losses(tmp_path: Path, steps: int = 3, **overrides: Any) -> list[float]:
-    session = session_of(tmp_path, **overrides)
+    trainer = trainer_of(tmp_path, **overrides)
     try:
-        return [one_step(session, step).logs["loss"].item() for step in range(4, 4 + steps)]
+        return [one_step(trainer, step).logs["loss"].item() for step in range(4, 4 + steps)]
     finally:
         worlds.stop()
 
@@ -33,15 +33,15 @@ def test_autocast_is_entered_again(tmp_path: Path, ds_config: str) -> None:
 
 
 def test_the_students_autocast_is_bf16(tmp_path: Path) -> None:
-    session, seen = session_of(tmp_path, train__precision="autocast"), set()
+    trainer, seen = trainer_of(tmp_path, train__precision="autocast"), set()
     try:
         look = lambda *_: seen.add((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))  # noqa: E731
-        for network in (session.engines.student.module, session.engines.teacher.network):
+        for network in (trainer.engines.student.module, trainer.engines.teacher.network):
             network.trunk.blocks[0].register_forward_pre_hook(look)
-        assert one_step(session, 4).applied
+        assert one_step(trainer, 4).applied
         assert seen == {(True, torch.bfloat16)}
-        assert session.engines.student.torch_autocast_dtype() == torch.bfloat16  # None is fp16 on a GPU
-        assert not any(hasattr(p, "comm_dtype") for p in session.engines.student.module.parameters())
+        assert trainer.engines.student.torch_autocast_dtype() == torch.bfloat16  # None is fp16 on a GPU
+        assert not any(hasattr(p, "comm_dtype") for p in trainer.engines.student.module.parameters())
     finally:
         worlds.stop()
 
@@ -58,18 +58,18 @@ def test_nothing_stays_gathered_of_a_frozen_patch_embedding(tmp_path: Path, impl
     """After a step every parameter of student and teacher is its partition again, frozen ones too."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-    session = session_of(
+    trainer = trainer_of(
         tmp_path,
         train__ds_config="zero3",
         train__activation_checkpointing=implementation,
         model__freeze_patch_embed=True,
     )
     try:
-        engines = session.engines
+        engines = trainer.engines
         frozen = [p for p in engines.student.module.parameters() if not p.requires_grad]
         assert len(frozen) == 2
         for step in range(4, 6):
-            assert one_step(session, step).applied
+            assert one_step(trainer, step).applied
             for network in (engines.student.module, engines.teacher.module):
                 whole = [n for n, p in network.named_parameters() if p.ds_status != ZeroParamStatus.NOT_AVAILABLE]
                 held = sum(p.data.numel() for p in network.parameters())

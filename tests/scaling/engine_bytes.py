@@ -7,17 +7,17 @@ from pathlib import Path
 import torch
 
 from esvit_scale import config as configs
+from esvit_scale.data.stream import MicroBatch
 from esvit_scale.objective.schedules import Schedules
 from esvit_scale.parallel import world as worlds
-from esvit_scale.train.step import MicroBatch, open_session, optimizer_step
+from esvit_scale.train.trainer import Trainer
 
 
 def storages(tensors):
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
-def held(session):
-    engines = session.engines
+def held(engines):
     student, optimizer, stage = engines.student, engines.student.optimizer, engines.zero_stage
     moments = [state[key] for state in engines.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
     own = {"moments": storages(moments), "ema": storages(engines.teacher.values)}
@@ -37,12 +37,12 @@ def main(out, *files):
     world, found = worlds.start(), {}
     for file in files:
         config = configs.resolve(file)
-        session = open_session(config, world, Schedules(config, 5))
+        trainer = Trainer(config, world, Schedules(config, 5))
         images = config.train.global_batch // world.size
         sizes = config.crop_sizes
-        crops = [torch.randn(images * sizes.count(s), 3, s, s).to(session.engines.dtype) for s in dict.fromkeys(sizes)]
-        optimizer_step(session, [MicroBatch(crops, torch.arange(images) + world.rank * images)], 0)
-        found[Path(file).stem] = held(session)
+        crops = [torch.randn(images * sizes.count(s), 3, s, s).to(trainer.engines.dtype) for s in dict.fromkeys(sizes)]
+        trainer.train_step([MicroBatch(crops, torch.arange(images) + world.rank * images)])
+        found[Path(file).stem] = held(trainer.engines)
     Path(f"{out}.{world.rank}").write_text(json.dumps(found))
     worlds.stop()
 

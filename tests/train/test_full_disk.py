@@ -15,6 +15,7 @@ from esvit_scale import cli
 from esvit_scale.config import Config
 from esvit_scale.errors import RestartCanHelp
 from esvit_scale.train import pretraining
+from esvit_scale.train.trainer import Trainer
 from tests import tiny
 
 
@@ -82,14 +83,14 @@ def config(run: Path, shards: Path) -> Config:
 @contextmanager
 def at_steps(run: Path, actions: dict[int, Callable[[], None]], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """While a run trains: what to do when it reaches a step."""
-    real = pretraining.train_step
+    real = Trainer.train_step
 
-    def step(session: Any, batch: Any, number: int, **options: Any) -> Any:
-        actions.get(number, lambda: None)()
-        return real(session, batch, number, **options)
+    def train_step(trainer: Trainer, *arguments: Any, **options: Any) -> Any:
+        actions.get(trainer.step, lambda: None)()
+        return real(trainer, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pretraining, "train_step", step)
+        patch.setattr(Trainer, "train_step", train_step)
         yield
 
 

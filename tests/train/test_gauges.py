@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from esvit_scale.errors import UserError
-from esvit_scale.train import gauges, pretraining
+from esvit_scale.train import pretraining, step_metrics
 from tests import tiny
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
@@ -22,7 +22,7 @@ def test_gradient_norms_add_up_by_part() -> None:
         "trunk.norm.weight",
     ]
     names += ["objective.view_head.mlp.0.weight"]
-    found = gauges.gradient_norms(torch.tensor([1.0, 4.0, 5.0, 2.0, 4.0]), names)
+    found = step_metrics.gradient_norms(torch.tensor([1.0, 4.0, 5.0, 2.0, 4.0]), names)
     assert found == pytest.approx(
         {
             "grad_norm": 4.0,
@@ -36,10 +36,13 @@ def test_gradient_norms_add_up_by_part() -> None:
 
 def test_the_effective_rank_of_known_matrices() -> None:
     generator = torch.Generator().manual_seed(0)
-    assert gauges.rank_me(torch.eye(16)) == pytest.approx(16, rel=1e-3)
-    assert gauges.rank_me(torch.randn(40, 1, generator=generator) @ torch.randn(1, 12, generator=generator)) < 1.01
-    assert 10 < gauges.rank_me(torch.randn(1000, 12, generator=generator)) <= 12.01
-    assert math.isnan(gauges.rank_me(torch.full((4, 3), math.nan)))
+    assert step_metrics.effective_rank(torch.eye(16)) == pytest.approx(16, rel=1e-3)
+    assert (
+        step_metrics.effective_rank(torch.randn(40, 1, generator=generator) @ torch.randn(1, 12, generator=generator))
+        < 1.01
+    )
+    assert 10 < step_metrics.effective_rank(torch.randn(1000, 12, generator=generator)) <= 12.01
+    assert math.isnan(step_metrics.effective_rank(torch.full((4, 3), math.nan)))
 
 
 @pytest.fixture(scope="module")

@@ -250,18 +250,19 @@ def test_a_claim_of_a_dead_taker_does_not_block(tmp_path: Path) -> None:
 
 def test_a_run_that_was_taken_over_stops_with_75(tmp_path: Path) -> None:
     from esvit_scale.train import pretraining
+    from esvit_scale.train.trainer import Trainer
     from tests import tiny
 
     config = tiny.config(tmp_path / "run", tiny.shards(tmp_path / "shards"))
-    real = pretraining.train_step
+    real = Trainer.train_step
 
-    def step(session: Any, batch: Any, number: int, **options: Any) -> Any:
-        if number == 5:
+    def train_step(trainer: Trainer, *arguments: Any, **options: Any) -> Any:
+        if trainer.step == 5:
             files.write_json(tmp_path / "run/lock.json", STALE | {"heartbeat": time.time(), "token": "other"})
-        return real(session, batch, number, **options)
+        return real(trainer, *arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretraining, "train_step", step)
+        patch.setattr(Trainer, "train_step", train_step)
         with pytest.raises(RestartCanHelp, match="another process took this run over"):
             pretraining.pretrain(config)
     assert not (tmp_path / "run" / "checkpoints").exists()

@@ -10,10 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from esvit_scale.data.stream import MicroBatch
 from esvit_scale.objective.schedules import Schedules
 from esvit_scale.parallel import engine as engine_module
 from esvit_scale.parallel import world as worlds
-from esvit_scale.train.step import MicroBatch, Session, StepResult, open_session, optimizer_step
+from esvit_scale.train.step_metrics import StepResult
+from esvit_scale.train.trainer import Trainer
 from tests import tiny
 
 FAULTS: dict[str, tuple[str, float]] = {
@@ -26,49 +28,50 @@ FAULTS: dict[str, tuple[str, float]] = {
 }
 
 
-def session_of(tmp_path: Path, **overrides: Any) -> Session:
+def trainer_of(tmp_path: Path, **overrides: Any) -> Trainer:
     config = tiny.config(tmp_path / "run", tmp_path, **overrides)
-    return open_session(config, worlds.start(), Schedules(config, steps_per_epoch=4))
+    return Trainer(config, worlds.start(), Schedules(config, steps_per_epoch=4))
 
 
-def one_step(session: Session, step: int) -> StepResult:
+def one_step(trainer: Trainer, step: int) -> StepResult:
     """A step on noise, the same for the same step number and rank."""
-    generator, accum = torch.Generator().manual_seed(step + 1000 * session.world.rank), session.config.train.grad_accum
-    images = session.config.train.global_batch // accum // session.world.size
+    generator, accum = torch.Generator().manual_seed(step + 1000 * trainer.world.rank), trainer.config.train.grad_accum
+    images = trainer.config.train.global_batch // accum // trainer.world.size
     micro = [
         MicroBatch(
             [
-                torch.randn(n * images, 3, size, size, generator=generator).to(session.engines.dtype)
+                torch.randn(n * images, 3, size, size, generator=generator).to(trainer.engines.dtype)
                 for n, size in ((2, 32), (4, 16))
             ],
-            torch.arange(images) + images * (accum * session.world.rank + i),
+            torch.arange(images) + images * (accum * trainer.world.rank + i),
         )
         for i in range(accum)
     ]
-    return optimizer_step(session, micro, step)
+    trainer.step = step
+    return trainer.train_step(micro)
 
 
-def everything(session: Session) -> list[Tensor]:
-    e = session.engines
+def everything(trainer: Trainer) -> list[Tensor]:
+    e = trainer.engines
     moments = [v for p in e.partitions for _, v in sorted(e.optimizer.state[p.flat].items())]
     working = [p.ds_tensor if hasattr(p, "ds_tensor") else p for p in e.student.module.parameters()]
-    kept = [*(p.master for p in e.partitions), *e.teacher.values, *moments, *session.objective.extra_state().values()]
+    kept = [*(p.master for p in e.partitions), *e.teacher.values, *moments, *trainer.objective.extra_state().values()]
     return [t.detach().clone() for t in [*kept, *working]]
 
 
-def blind_deepspeed(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+def blind_deepspeed(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     """As older versions were, and as a file can make it: it steps whatever the gradients are."""
     from deepspeed.runtime.zero import stage3, stage_1_and_2
 
     for module in (stage3, stage_1_and_2):
         monkeypatch.setattr(module, "is_invalid_grad_norm", lambda norm: False)
     with suppress(AttributeError):
-        monkeypatch.setattr(session.engines.student.optimizer, "check_grad_overflow", False)
+        monkeypatch.setattr(trainer.engines.student.optimizer, "check_grad_overflow", False)
 
 
-def inject(session: Session, where: str, value: float) -> Callable[[], None]:
+def inject(trainer: Trainer, where: str, value: float) -> Callable[[], None]:
     """From now on; returns what takes it away again."""
-    network = session.engines.student.module
+    network = trainer.engines.student.module
     if where == "loss":
         real = network.objective.forward
 
@@ -101,20 +104,20 @@ CASES = [
 def test_whatever_is_not_finite_moves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int, precision: str, accum: int
 ) -> None:
-    session = session_of(tmp_path, train__ds_config=f"zero{stage}", train__precision=precision, train__grad_accum=accum)
+    trainer = trainer_of(tmp_path, train__ds_config=f"zero{stage}", train__precision=precision, train__grad_accum=accum)
     try:
-        blind_deepspeed(session, monkeypatch)
+        blind_deepspeed(trainer, monkeypatch)
         step = 4  # after the epoch in which the last layer is frozen
         for fault, (where, value) in FAULTS.items():
-            assert one_step(session, step).applied
-            before = everything(session)
-            remove = inject(session, where, value)
-            assert not one_step(session, step + 1).applied, fault
+            assert one_step(trainer, step).applied
+            before = everything(trainer)
+            remove = inject(trainer, where, value)
+            assert not one_step(trainer, step + 1).applied, fault
             remove()
-            assert all(torch.equal(a, b) for a, b in zip(before, everything(session), strict=True)), fault
+            assert all(torch.equal(a, b) for a, b in zip(before, everything(trainer), strict=True)), fault
             step += 2
-        assert one_step(session, step).applied
-        assert all(torch.isfinite(t).all() for t in everything(session))
+        assert one_step(trainer, step).applied
+        assert all(torch.isfinite(t).all() for t in everything(trainer))
     finally:
         worlds.stop()
 
@@ -123,10 +126,10 @@ def test_when_an_overflow_is_the_loss_scalers(tmp_path: Path) -> None:
     """fp16's scalers themselves (fp16 does not run on a CPU): dynamic, at its minimum, static; and that of bf16."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 
-    session = session_of(tmp_path, train__precision="bf16")
+    trainer = trainer_of(tmp_path, train__precision="bf16")
     try:
-        assert not engine_module.loss_scale_can_fall(session.engines)
-        optimizer = session.engines.student.optimizer
+        assert not engine_module.loss_scale_can_fall(trainer.engines)
+        optimizer = trainer.engines.student.optimizer
         optimizer.loss_scaler = DynamicLossScaler(
             init_scale=4.0,
             scale_window=1000,
@@ -137,10 +140,10 @@ def test_when_an_overflow_is_the_loss_scalers(tmp_path: Path) -> None:
         )
         seen = []
         for _ in range(4):
-            seen.append(engine_module.loss_scale_can_fall(session.engines))
+            seen.append(engine_module.loss_scale_can_fall(trainer.engines))
             optimizer.loss_scaler.update_scale(True)
         assert seen == [True, True, False, False]
         optimizer.loss_scaler = LossScaler(128.0)
-        assert not engine_module.loss_scale_can_fall(session.engines)
+        assert not engine_module.loss_scale_can_fall(trainer.engines)
     finally:
         worlds.stop()

@@ -18,11 +18,11 @@ from esvit_scale import config as configs
 from esvit_scale.checkpoint import safetensors_file, state
 from esvit_scale.checkpoint.weights import Weights
 from esvit_scale.config import Config
+from esvit_scale.data.stream import MicroBatch
 from esvit_scale.objective.network import build_network, build_student
 from esvit_scale.objective.schedules import Schedules
 from esvit_scale.parallel import world as worlds
-from esvit_scale.train import step as step_module
-from esvit_scale.train.step import MicroBatch, open_session, train_step
+from esvit_scale.train.trainer import Trainer
 from tests.models.rule import by_hash, fill
 
 FIXTURE: dict[str, Any] = json.loads((Path(__file__).parent / "fixtures" / "official_steps.json").read_text())
@@ -98,7 +98,7 @@ def test_loss_gradients_and_centres_of_the_whole_network(
 
 
 @pytest.mark.parametrize(("name", "ds_config"), [("V+R", "zero1"), ("V", "zero1"), ("V+R", "zero3")])
-def test_five_steps_of_the_engine(name: str, ds_config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_five_steps_of_the_engine(name: str, ds_config: str, tmp_path: Path) -> None:
     case = CASES[name]
     weights = tmp_path / "rule.safetensors"
     network = build_network(config_of(case))
@@ -107,7 +107,7 @@ def test_five_steps_of_the_engine(name: str, ds_config: str, tmp_path: Path, mon
     safetensors_file.write(weights, Weights(config_of(case), {"teacher": tensors}, {}), "teacher")
     config = config_of(case, init_from=str(weights))
     config = config.model_copy(update={"train": config.train.model_copy(update={"ds_config": ds_config})})
-    losses, folder = _train(config, lambda step: crops(case, step), monkeypatch, tmp_path)
+    losses, folder = _train(config, lambda step: crops(case, step), tmp_path)
     assert losses == pytest.approx([row["loss"] for row in case["steps"]], rel=1e-5)
     _, networks, centers = state.read_weights(folder)
     assert_close(networks["student"], case["student"], 1e-6)
@@ -118,18 +118,15 @@ def test_five_steps_of_the_engine(name: str, ds_config: str, tmp_path: Path, mon
         assert difference.norm() < 1e-5 * torch.tensor(expected).norm(), key
 
 
-def _train(
-    config: Config, crops_of: Callable[[int], list[Tensor]], monkeypatch: pytest.MonkeyPatch, folder: Path
-) -> tuple[list[float], Path]:
-    """The real train_step; only its augmentation is replaced by crops at hand."""
+def _train(config: Config, crops_of: Callable[[int], list[Tensor]], folder: Path) -> tuple[list[float], Path]:
+    """Take five real steps on crops at hand; return their losses and the folder of a checkpoint."""
     positions = torch.arange(FIXTURE["images"])
-    monkeypatch.setattr(step_module, "_micro_batches", lambda _, step: [MicroBatch(crops_of(step), positions)])
     world = worlds.start()
     try:
-        session = open_session(config, world, Schedules(config, STEPS_PER_EPOCH))
-        batches: list[Any] = list(range(5))
-        losses = [train_step(session, batch, step).logs["loss"].item() for step, batch in enumerate(batches)]
-        saved = state.save(folder, config, session.engines, session.objective.extra_state(), {"step": 5})
+        trainer = Trainer(config, world, Schedules(config, STEPS_PER_EPOCH))
+        batches = ([MicroBatch(crops_of(step), positions)] for step in range(5))
+        losses = [trainer.train_step(batch).logs["loss"].item() for batch in batches]
+        saved = state.save(folder, config, trainer.engines, trainer.objective.extra_state(), {"step": 5})
     finally:
         worlds.stop()
     return losses, saved

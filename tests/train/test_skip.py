@@ -18,15 +18,14 @@ from esvit_scale.objective.schedules import Schedules
 from esvit_scale.parallel import world as worlds
 from esvit_scale.train import pretraining
 from esvit_scale.train.row_file import read_rows
-from esvit_scale.train.run import Run
-from esvit_scale.train.step import open_session, train_step
+from esvit_scale.train.trainer import Trainer
 from tests import tiny
 
 
-def snapshot(session: Any) -> list[torch.Tensor]:
-    e = session.engines
+def snapshot(trainer: Trainer) -> list[torch.Tensor]:
+    e = trainer.engines
     moments = [v for p in e.partitions for k, v in sorted(e.optimizer.state[p.flat].items())]
-    centers = list(session.objective.extra_state().values())
+    centers = list(trainer.objective.extra_state().values())
     return [t.clone() for t in [*(p.master for p in e.partitions), *e.teacher.values, *moments, *centers]]
 
 
@@ -36,18 +35,21 @@ def test_a_step_with_nan_moves_nothing(tmp_path: Path, ds_config: str, monkeypat
     world = worlds.start()
     try:
         data = manifests.load(Path(config.data.train))
-        session = open_session(config, world, Schedules(config, stream.steps_per_epoch(config, data)))
-        batches = list(stream.batches(config, data, 0, 1, 0, 8))
-        for step in range(6):
-            assert train_step(session, batches[step], step).applied
-        before = snapshot(session)
-        real = session.objective.forward
+        trainer = Trainer(config, world, Schedules(config, stream.steps_per_epoch(config, data)))
+        batches = [
+            stream.micro_batches(config, batch, world.device, trainer.engines.dtype)
+            for batch in stream.batches(config, data, 0, 1, 0, 8)
+        ]
+        for batch in batches[:6]:
+            assert trainer.train_step(batch).applied
+        before = snapshot(trainer)
+        real = trainer.objective.forward
         with monkeypatch.context() as patch:
-            patch.setattr(session.objective, "forward", lambda *a: (real(*a)[0] * float("nan"), real(*a)[1]))
-            assert not train_step(session, batches[6], 6).applied
-        assert all(torch.equal(a, b) for a, b in zip(before, snapshot(session), strict=True))
-        assert train_step(session, batches[7], 7).applied
-        assert not all(torch.equal(a, b) for a, b in zip(before, snapshot(session), strict=True))
+            patch.setattr(trainer.objective, "forward", lambda *a: (real(*a)[0] * float("nan"), real(*a)[1]))
+            assert not trainer.train_step(batches[6]).applied
+        assert all(torch.equal(a, b) for a, b in zip(before, snapshot(trainer), strict=True))
+        assert trainer.train_step(batches[7]).applied
+        assert not all(torch.equal(a, b) for a, b in zip(before, snapshot(trainer), strict=True))
     finally:
         worlds.stop()
 
@@ -56,18 +58,19 @@ def poison(monkeypatch: pytest.MonkeyPatch, calls: Container[int]) -> list[int]:
     """Makes the loss NaN in these calls of the objective (1 is the first); returns the batches that were trained on."""
     from esvit_scale.objective.esvit import EsViT
 
-    real_forward, real_step, count, batches = EsViT.forward, pretraining.train_step, itertools.count(1), []
+    real_forward, count, batches = EsViT.forward, itertools.count(1), []
+    real = stream.micro_batches
 
     def forward(self: Any, *arguments: Any) -> Any:
         loss, logs = real_forward(self, *arguments)
         return (loss * float("nan") if next(count) in calls else loss), logs
 
-    def step(session: Any, batch: Any, *arguments: Any, **options: Any) -> Any:
+    def micro_batches(config: Any, batch: stream.Batch, *arguments: Any) -> list[stream.MicroBatch]:
         batches.append(batch.batch_index)
-        return real_step(session, batch, *arguments, **options)
+        return real(config, batch, *arguments)
 
     monkeypatch.setattr(EsViT, "forward", forward)
-    monkeypatch.setattr(pretraining, "train_step", step)
+    monkeypatch.setattr(stream, "micro_batches", micro_batches)
     return batches
 
 
@@ -96,7 +99,9 @@ def test_the_data_offset_outlives_a_resume(tmp_path: Path, monkeypatch: pytest.M
     shards = tiny.shards(tmp_path / "shards")
     config = tiny.config(tmp_path / "run", shards, train__skips_before_rollback=5, train__checkpoint_every=4)
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "asked", lambda self: self.step == 16 and self.data_offset > 0)  # as a signal would
+        patch.setattr(
+            Trainer, "stop_requested", lambda self: self.step == 16 and self.data_offset > 0
+        )  # as a signal would
         assert pretraining.pretrain(config) == 0
     assert batches == list(range(21))  # back from step 17 to 12, and stopped at 16
     assert pretraining.pretrain(config) == 0
@@ -106,17 +111,18 @@ def test_the_data_offset_outlives_a_resume(tmp_path: Path, monkeypatch: pytest.M
 def test_a_state_that_is_not_finite_is_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A moment of the optimizer turns infinite at the end (a flipped bit, say): the run goes back, and on to its end."""
     config = tiny.config(tmp_path / "run", tiny.shards(tmp_path / "shards"))
-    real_step, spoiled = pretraining.train_step, []
+    real, spoiled = Trainer.train_step, []
 
-    def step(session: Any, batch: Any, at: int, **options: Any) -> Any:
-        result = real_step(session, batch, at, **options)
-        if at == config.train.steps - 1 and not spoiled:
-            spoiled.append(session.engines.partitions[3].name)
-            moments = session.engines.optimizer.state[session.engines.partitions[3].flat]
-            session.engines.partitions[3].within(moments["exp_avg_sq"])[0] = math.inf
+    def train_step(trainer: Trainer, *arguments: Any, **options: Any) -> Any:
+        result = real(trainer, *arguments, **options)
+        if trainer.step == config.train.steps and not spoiled:
+            partition = trainer.engines.partitions[3]
+            spoiled.append(partition.name)
+            moments = trainer.engines.optimizer.state[partition.flat]
+            partition.within(moments["exp_avg_sq"])[0] = math.inf
         return result
 
-    monkeypatch.setattr(pretraining, "train_step", step)
+    monkeypatch.setattr(Trainer, "train_step", train_step)
     assert pretraining.pretrain(config) == 0
     said = f"the state is not finite (exp_avg_sq/{spoiled[0]}) and was not saved: back from step 20 to step-00000010"
     assert said in (config.run_path / "log.txt").read_text()

@@ -23,17 +23,17 @@ import sys, time
 import torch, torch.distributed as dist
 from esvit_scale import cli
 from esvit_scale.parallel import collectives
-from esvit_scale.train import pretraining
+from esvit_scale.train.trainer import Trainer
 
-real = pretraining.train_step
-def stuck_in_step_4(session, batch, step, **options):
-    if step == 3:
+real = Trainer.train_step
+def stuck_in_step_4(trainer, *arguments, **options):
+    if trainer.step == 3:
         for group in dist.distributed_c10d._world.pg_map:
             print("timeout", group._get_backend(torch.device("cpu")).options._timeout.total_seconds(), flush=True)
-    if step == 4 and collectives.rank() == 1:
+    if trainer.step == 4 and collectives.rank() == 1:
         time.sleep(1000)
-    return real(session, batch, step, **options)
-pretraining.train_step = stuck_in_step_4
+    return real(trainer, *arguments, **options)
+Trainer.train_step = stuck_in_step_4
 sys.exit(cli.main(["pretrain", *sys.argv[1:]]))
 """
 
@@ -53,7 +53,7 @@ def test_a_hung_rank_ends_the_job_and_is_named(tmp_path: Path) -> None:
     assert re.search(
         r"rank 1 on \S+ is in no collective but at .* < stuck.py:\d+ in stuck_in_step_4; rank 0 waits in \w+", line
     )
-    for rank, place in enumerate(("in optimizer_step", "in stuck_in_step_4")):
+    for rank, place in enumerate(("in train_step", "in stuck_in_step_4")):
         assert place in (tmp_path / f"run/ranks/rank-{rank}.stacks.txt").read_text()
     # The default group, DeepSpeed's and the saver's, on both ranks: no collective gives up before the watchdog speaks.
     timeouts = [float(row.split()[1]) for row in done.stdout.splitlines() if row.startswith("timeout ")]

@@ -1,0 +1,402 @@
+"""The trainer: one optimizer step, and the loop that repeats it.
+
+`Trainer.train_step` is the step, in the order in which things happen. `Trainer.train` is the loop: for every batch a step,
+a row of metrics and a checkpoint when they are due, and an early end when a signal asks for it.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from esvit_scale import files
+from esvit_scale.checkpoint import state
+from esvit_scale.checkpoint.initial_weights import NO_INITIAL_WEIGHTS, load_initial_weights
+from esvit_scale.checkpoint.saver import Saver
+from esvit_scale.config import Config
+from esvit_scale.data import stream
+from esvit_scale.data.identity import Identity
+from esvit_scale.data.stream import Batch, MicroBatch, Source
+from esvit_scale.errors import Diverged, UserError
+from esvit_scale.models.drop_path import drop_keys
+from esvit_scale.objective.schedules import Schedules
+from esvit_scale.parallel import collectives, engine
+from esvit_scale.parallel.step_clock import StepClock
+from esvit_scale.parallel.world import World
+from esvit_scale.train import run_dir, signals
+from esvit_scale.train.lock import Lock
+from esvit_scale.train.metrics import MetricLogger, log_file_errors
+from esvit_scale.train.online_knn import OnlineKnn
+from esvit_scale.train.replaced import ReplacedShare
+from esvit_scale.train.rollback import Rollbacks
+from esvit_scale.train.signals import STOP, Flag
+from esvit_scale.train.step_metrics import StepMetrics, StepResult
+from esvit_scale.train.watchdog import Watchdog
+
+log = logging.getLogger("esvit_scale")
+
+INTERRUPTED = 130  # exit code after ctrl-C
+
+
+@dataclass(frozen=True)
+class RunResources:
+    """What the loop reads from, writes to and is watched by; pretraining.py opens it."""
+
+    path: Path  # the run dir
+    lock: Lock
+    watchdog: Watchdog
+    data: Source
+    identity: Identity  # of `data`, for checkpoints
+    checkpoint: Path | None  # step folder to resume from
+    knn: OnlineKnn | None
+
+
+class Trainer:
+    """Trains the student of a config. All ranks make the same calls; rank 0 writes the records.
+
+    Attributes:
+        step: steps done, each with one global batch; the schedules are functions of it.
+        optimizer_step: steps whose update was applied, as all are whose loss and gradients are finite.
+        data_offset: the next step trains on batch `step + data_offset` of the data order. A roll-back goes back in steps
+            and not in data, so it raises the offset.
+    """
+
+    def __init__(self, config: Config, world: World, schedules: Schedules, fresh: bool = True) -> None:
+        """Build and initialise student and teacher (parallel/engine.py says in which order and why).
+
+        Args:
+            fresh: the initial values count. False: a checkpoint will replace them, and `model.init_from` is not read.
+
+        Raises:
+            UserError: trunk, objective, crops and batch do not fit each other, or `model.init_from` does not fit them.
+        """
+        self.config, self.world, self.schedules = config, world, schedules
+        initial = load_initial_weights(config) if fresh else NO_INITIAL_WEIGHTS
+        self._origin = initial.note
+        self.engines = engine.build(config, world, initial.values)
+        self.objective = self.engines.student.module.objective
+        self.objective.load_extra_state(initial.centers)
+        self.clock = StepClock(
+            world.device, (self.engines.student.module, self.engines.teacher.network), self.engines.zero_stage
+        )
+        self.last_step = schedules.total_steps
+        self.step = self.optimizer_step = self.data_offset = 0
+        self._flags = Flag(0)
+        self._saved_step = -1
+
+    # --- one step ----------------------------------------------------------------------------------------------------
+
+    def train_step(self, micro_batches: list[MicroBatch], measure_updates: bool = False) -> StepResult:
+        """Train on this rank's part of a global batch. Nothing moves if a loss or gradient of any rank is not finite.
+
+        Args:
+            micro_batches: `train.grad_accum` of them.
+            measure_updates: also measure how far the step moves the weights.
+        """
+        config, schedules, step = self.config, self.schedules, self.step
+        student, teacher, objective = self.engines.student, self.engines.teacher, self.objective
+        engine.set_lr_and_weight_decay(self.engines, schedules.lr(step), schedules.weight_decay(step))
+        sums: dict[str, Tensor] = {}
+        applied = False
+        for micro_batch in micro_batches:
+            # Teacher targets, from the two global crops.
+            targets = self._teacher_targets(micro_batch.crops[:1])
+
+            # Student forward on all crops, and loss.
+            keys = drop_keys(config.seed, step, micro_batch.positions, len(config.crop_sizes))
+            loss, logs, features = student(micro_batch.crops, targets, keys, schedules.teacher_temp(step))
+            self.clock.end()
+
+            # Backward.
+            student.backward(loss)
+            for name, value in {"loss": loss.detach(), **logs}.items():
+                sums[name] = sums[name] + value if name in sums else value
+            del targets, loss  # with them goes the graph, before the optimizer needs memory
+
+            # Gradients and optimizer step, at the last micro-batch: norms → all finite? → clip → freeze → AdamW.
+            applied = engine.take_step(
+                self.engines,
+                sums["loss"],
+                freeze_last_layer=schedules.last_layer_frozen(step),
+                measure_updates=measure_updates,
+            )
+
+        if applied:
+            # EMA of the student, in the teacher.
+            teacher.update(schedules.ema_momentum(step))
+            if not objective.has_teacher:
+                teacher.sync_buffers()
+            # Centres of the teacher's logits.
+            objective.commit()
+        else:
+            objective.discard()
+
+        # Metrics.
+        self.step += 1
+        self.optimizer_step += applied
+        clipper = self.engines.clipper
+        means = {name: value / config.train.grad_accum for name, value in sums.items()}
+        updates = clipper.take_changes() if measure_updates else None
+        return StepResult(applied, means, clipper.take_squares(), updates, features)
+
+    def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
+        return stream.micro_batches(self.config, batch, self.world.device, self.engines.dtype)
+
+    @torch.no_grad()
+    def _teacher_targets(self, globals_: list[Tensor]) -> Any:
+        """Return what the loss needs of the teacher, given [[2·B, channels, S, S]]; None for an objective without one."""
+        if not self.objective.has_teacher:
+            return None
+        with engine.autocast(self.config, self.world.device):
+            return self.engines.teacher.network(globals_)
+
+    # --- the loop ----------------------------------------------------------------------------------------------------
+
+    def train(self, run: RunResources) -> int:
+        """Train from the run's last checkpoint to its last step, and return the exit code.
+
+        Returns:
+            0 when the run is finished; when a signal ended it early and it is saved, 0 with a file `requeue` in the run
+            dir (SIGUSR1, SIGTERM) or 130 (ctrl-C).
+
+        Raises:
+            Diverged: loss or gradients stayed not finite, and going back to a checkpoint did not help.
+            RestartCanHelp: a disk is full, or another process took the run over.
+            UserError: too many images of the data cannot be used.
+        """
+        self._open(run)
+        with closing(self._logger):
+            for batch in self._batches():
+                row_is_due = self._row_is_due(self.step + 1)
+                if row_is_due:
+                    self.clock.begin()
+                result = self.train_step(self._micro_batches(batch), measure_updates=row_is_due)
+                self._record(batch, result)
+                self._save_if_due()
+                if self.stop_requested():
+                    return self._leave()
+            self._finish()
+        return 0
+
+    def stop_requested(self) -> bool:
+        """Return whether a signal reached some rank; all ranks learn it at the same step."""
+        return bool(self._flags & STOP)
+
+    def _open(self, run: RunResources) -> None:
+        """Open the run's records, and restore its checkpoint."""
+        self._run = run
+        self._saver = Saver(run.path, self.config, run.identity, run.lock.check_held)
+        self._metrics = StepMetrics(self.config, self.world, self.schedules, self.engines, run.knn)
+        self._replaced = ReplacedShare(self.config.train.global_batch, self.schedules.steps_per_epoch)
+        self._rollbacks = Rollbacks(run.path, self.config.train)
+        if run.checkpoint is not None:
+            self._restore(run.checkpoint)
+            self._log(logging.INFO, "resumed from %s at step %d", run.checkpoint, self.step)
+        elif self._origin:
+            self._log(logging.INFO, "starts from the %s", self._origin)
+        collectives.run_on_rank0_and_broadcast(lambda: run_dir.record_start(run.path, self.config))
+        run.watchdog.beat(self.step)
+        self._logger = MetricLogger(run.path, self.last_step, active=self.world.rank == 0)
+        collectives.run_on_rank0_and_broadcast(lambda: self._logger.open(self.step))
+        self._metrics.start(self.step)
+        self._saved_at = time.monotonic()
+
+    def _batches(self) -> Iterator[Batch]:
+        """Yield this rank's part of every batch from the cursor on; after a roll-back, from the cursor's new place."""
+        config, world, data = self.config, self.world, self._run.data
+        self._images_of_sets: Callable[[int], dict[str, int]] = stream.images_of_sets(config, data)
+        while self.step < self.last_step:
+            rollbacks = self._rollbacks.done
+            first, end = self.step + self.data_offset, self.last_step + self.data_offset
+            ahead = stream.batches(config, data, world.rank, world.size, first, end)
+            with closing(ahead):  # type: ignore[type-var]
+                while rollbacks == self._rollbacks.done:
+                    asked = time.monotonic()
+                    batch = next(ahead, None)
+                    if batch is None:
+                        return
+                    self._metrics.add_wait(time.monotonic() - asked)
+                    yield batch
+
+    def _row_is_due(self, step: int) -> bool:
+        return step % self.config.train.log_every == 0 or step == self.last_step
+
+    def _record(self, batch: Batch, result: StepResult) -> None:
+        """Combine all ranks' flags, write the records of the step that was done, and act on a step that was skipped."""
+        self._run.watchdog.beat(self.step)
+        self._metrics.add_worker_rates(batch.worker_rates)
+        mine = self._flags_of_rank(batch, result)
+        self._flags = Flag(collectives.all_reduce_flags(mine))
+        if self._flags & Flag.TAKEN_OVER:
+            raise self._run.lock.taken_over()
+        bad: list[dict[str, Any]] = []
+        if self._flags & Flag.BAD_SAMPLES:
+            bad = [sample for samples in collectives.gather_objects(batch.bad) for sample in samples]
+        self._logger.bad_samples(self.step, bad)
+        self._replaced.add(bad)
+        self._logger.advance(self.step)
+        if self._row_is_due(self.step):
+            self._log_row(result)
+        if result.applied:
+            self._rollbacks.note_applied()
+        else:
+            self._note_skipped(batch, mine)
+        if problem := self._replaced.problem():
+            self._stop(problem)
+
+    def _flags_of_rank(self, batch: Batch, result: StepResult) -> Flag:
+        minutes = self.config.train.checkpoint_minutes
+        # Rank 0's clock decides for all.
+        save_now = self.world.rank == 0 and minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
+        flags = {
+            Flag.BAD_SAMPLES: bool(batch.bad),
+            Flag.SAVE_NOW: save_now,
+            Flag.LOSS_NOT_FINITE: not result.applied and not bool(torch.isfinite(result.logs["loss"])),
+            Flag.TAKEN_OVER: self._run.lock.lost(),
+        }
+        return signals.request() | Flag(sum(flag for flag, is_set in flags.items() if is_set))
+
+    def _log_row(self, result: StepResult) -> None:
+        """Write a row of metrics.jsonl, and log what it shows to be wrong."""
+        row, warnings = self._metrics.row(
+            self.step,
+            result,
+            images_of_sets=self._images_of_sets(self.step + self.data_offset),
+            skipped_steps=self.step - self.optimizer_step,
+            bad_samples=self._logger.bad,
+            compute_s=self.clock.take(),
+        )
+        self._logger.row(row)
+        for warning in warnings:
+            self._log(logging.WARNING, "%s", warning)
+
+    def _note_skipped(self, batch: Batch, mine: Flag) -> None:
+        """Record a step in which nothing moved, and roll back when there were too many in a row.
+
+        The samples of a rank are named if its own loss was not finite, or if all losses were finite and a gradient was not.
+        """
+        loss = self._flags & Flag.LOSS_NOT_FINITE
+        if engine.loss_scale_can_fall(self.engines) and not loss:
+            return  # an overflow in fp16: the next steps have a smaller scale
+        is_named = bool(mine & Flag.LOSS_NOT_FINITE) or not loss
+        keys = [key for keys in collectives.gather_objects(batch.keys if is_named else []) for key in keys]
+        self._logger.not_finite(self.step, keys, "the loss was" if loss else "gradients were")
+        if self._rollbacks.note_skipped():
+            self._roll_back(f"loss or gradients were not finite for {self._rollbacks.skipped} steps in a row")
+
+    def _roll_back(self, reason: str) -> None:
+        """Go back to the last good checkpoint, and on from there with the data that follows.
+
+        Raises:
+            Diverged: there is none, or the run went back `train.rollbacks` times already.
+        """
+        with suppress(state.NotSaved):  # logged; the checkpoint before it serves as well
+            self._saver.wait()
+        try:
+            folder = self._rollbacks.target(reason, self.step)
+        except Diverged:
+            with log_file_errors():
+                self._write_summary(finished=False)
+            raise
+        failed, consumed = self.step, self.step + self.data_offset
+        self._restore(folder)
+        self.data_offset = consumed - self.step
+        self._rollbacks.note_done()
+        collectives.run_on_rank0_and_broadcast(lambda: self._logger.rewind(self.step))
+        self._metrics.restart_window(self.step)
+        self._log(
+            logging.WARNING,
+            "%s: back from step %d to %s, with other data (offset %d); %d of %d times",
+            *(reason, failed, folder.name, self.data_offset),
+            *(self._rollbacks.done, self.config.train.rollbacks),
+        )
+
+    # --- checkpoints and the end -------------------------------------------------------------------------------------
+
+    def _restore(self, folder: Path) -> None:
+        extra_state = self.objective.empty_extra_state(self.world.device)
+        cursor = state.restore(folder, self.engines, extra_state)
+        self.objective.load_extra_state(extra_state)
+        self.step, self.optimizer_step, self.data_offset = (
+            cursor[name] for name in ("step", "optimizer_step", "data_offset")
+        )
+        self._saved_step = self.step
+
+    def _save_if_due(self) -> None:
+        due = self.step % self.config.train.checkpoint_every == 0 or self._flags & Flag.SAVE_NOW
+        must = self.stop_requested() or self.step == self.last_step
+        if must or (due and not self._rollbacks.skipped):  # a roll-back must lead out of a bad stretch
+            self._save()
+
+    def _save(self) -> None:
+        """Begin to save the state, unless it is saved; a state that is not finite is rolled back instead."""
+        if self._saved_step == self.step:
+            return
+        collectives.run_on_rank0_and_broadcast(self._run.lock.check_held)
+        if bad := state.find_nonfinite(self.engines, self.objective.extra_state()):
+            self._roll_back(f"the state is not finite ({', '.join(bad[:3])}) and was not saved")
+            return
+        cursor = {
+            "step": self.step,
+            "optimizer_step": self.optimizer_step,
+            "batch_index": self.step + self.data_offset,
+            "data_offset": self.data_offset,
+            "images_seen": self.step * self.config.train.global_batch,
+        }
+        self._saver.start(self.engines, self.objective.extra_state(), cursor)
+        self._saved_step, self._saved_at = self.step, time.monotonic()
+        self._run.watchdog.beat(self.step)
+
+    def _leave(self) -> int:
+        """End early because of a signal, after the save; return the exit code."""
+        self._saver.wait()
+        with log_file_errors():
+            self._write_summary(finished=self.step == self.last_step)
+        interrupted = self._flags & Flag.INTERRUPT
+        if self.world.rank == 0:
+            log.warning("stopped at step %d/%d, saved; the same command continues", self.step, self.last_step)
+            if not interrupted and self.step < self.last_step:
+                # On a full disk this ends with exit code 75, which asks for a requeue as well.
+                files.write_text(self._run.path / "requeue", f"{self.step}\n")
+        return INTERRUPTED if interrupted else 0
+
+    def _finish(self) -> None:
+        self._save()
+        self._saver.wait()
+        collectives.run_on_rank0_and_broadcast(lambda: self._write_summary(finished=True))
+        self._log(logging.INFO, "finished: %d steps, %s", self.step, self._run.path)
+
+    def _stop(self, problem: str) -> NoReturn:
+        """Save the run and raise UserError because of its data, on all ranks at the same step."""
+        if not self._rollbacks.skipped:
+            self._save()
+        self._saver.wait()
+        with log_file_errors():
+            self._write_summary(finished=False)
+        raise UserError(f"stopped at step {self.step}: {problem}")
+
+    def _write_summary(self, finished: bool) -> None:
+        if self.world.rank != 0:
+            return
+        summary = {
+            "finished": finished,
+            "step": self.step,
+            "optimizer_step": self.optimizer_step,
+            "images_seen": self.step * self.config.train.global_batch,
+            "data_offset": self.data_offset,
+            "rollbacks": self._rollbacks.done,
+            "world_size": self.world.size,
+            **self._metrics.summary(self.step),
+        }
+        files.write_json(self._run.path / "summary.json", summary)
+
+    def _log(self, level: int, text: str, *values: Any) -> None:
+        """Log on rank 0 what all ranks know."""
+        if self.world.rank == 0:
+            log.log(level, text, *values)
