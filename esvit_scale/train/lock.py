@@ -1,10 +1,11 @@
-"""One writer per run dir: lock.json, which holds host, pid, Slurm job and a heartbeat.
+"""The lock of a run dir, lock.json, which lets one process at a time write there.
 
-It is made with `link`, which is atomic on NFS too, so of several starts one gets it. It is taken over from a process of
-this host that has ended, from another host or container of the same Slurm job (a requeue), and when the heartbeat is
-older than 60 s. A process that takes the lock over first creates a claim file named after the hash of the old record.
-Only one process can create it, and it goes on only if the lock still holds that record. The holder writes its heartbeat into the file it made, never into one that took
-its place: a process that was suspended for an hour cannot take the run back.
+The file holds host, pid, Slurm job and a heartbeat. It is made with `link`, which is atomic on NFS, too, so that one of
+several starts gets it. Another process takes it over when its holder has ended on this host, when its holder ran on another
+host or in another container of the same Slurm job (a requeue), or when the heartbeat is older than 60 s. To do so, it first
+creates a claim file named after the hash of the old record, which only one process can, and goes on only if the lock still
+holds that record. A holder writes heartbeats only into the file that it made itself, so that a process that was suspended
+for an hour cannot take the run back.
 """
 
 import hashlib
@@ -28,13 +29,13 @@ log = logging.getLogger("esvit_scale")
 
 HEARTBEAT_S = 10
 STALE_S = 60
-LEAVE_S = 5  # at the end, for a heartbeat that storage which does not answer may hold up for ever
-WATCH_S = 25  # how long a record is watched whose age cannot be told: a living holder writes within this time
-RECORD_BYTES = 512  # every record is padded to this length, so that a heartbeat needs no new room on a full disk
+LEAVE_S = 5  # the end waits so long for the heartbeat's thread, which may hang on storage that does not answer
+WATCH_S = 25  # how long a record of unknown age is watched; a living holder writes within this time
+RECORD_BYTES = 512  # every record is padded to this length, so that a heartbeat needs no space on a full disk
 
 
 class Record(NamedTuple):
-    """What lock.json holds. `age_s` is None when it does not say, or says that it was written in the future."""
+    """The content of lock.json. `age_s` is None when the heartbeat is unreadable or in the future."""
 
     host: str
     pid: int
@@ -45,18 +46,19 @@ class Record(NamedTuple):
     age_s: float | None
 
     def in_words(self) -> str:
+        """Describe the holder for a message."""
         job = f", Slurm job {self.slurm_job}" if self.slurm_job else ""
         age = "a heartbeat in the future" if self.age_s is None else f"heartbeat {self.age_s:.0f} s ago"
         return f"process {self.pid} on {self.host}{job} ({age})"
 
 
 class Lock:
-    """The lock of a run dir. All ranks enter and leave it together; rank 0 holds it.
+    """The lock of a run dir, a context manager that all ranks enter together; rank 0 holds the lock.
 
-    A run dir that nothing was written to is gone afterwards.
+    Leaving it removes a run dir to which nothing was written.
 
     Raises:
-        UserError: somebody else is writing (on entering).
+        UserError: on entering, when another process holds the lock.
     """
 
     def __init__(self, run: Path) -> None:
@@ -70,7 +72,7 @@ class Lock:
             "started": _start_of(os.getpid()) or "",
             "token": uuid.uuid4().hex,
         }
-        self._file: int | None = None  # the lock's file as this process made it
+        self._file: int | None = None  # descriptor of the lock file that this process made
         self._beaten = time.monotonic()
         self._lost = False
         self._thread = threading.Thread(target=self._keep_beating, daemon=True, name="heartbeat")
@@ -97,36 +99,38 @@ class Lock:
             self._path.parent.rmdir()
 
     def held(self) -> bool:
-        """Whether the run is still this process's; once it is not, it must not write any more."""
+        """Return whether this process still holds the lock. If not, it must not write to the run dir any more."""
         if self._lost:
             return False
         if self._file is None:
             return False
         try:
             record, mine = _parse(self._path.read_bytes()), os.fstat(self._file)
-            if record is None:  # damaged, or read while it was written: still the file that this process made?
+            if record is None:  # damaged, or read while being written: compare the file instead
                 self._lost = not os.path.samestat(self._path.stat(), mine)
             else:
                 self._lost = record.token != self._me["token"]
         except FileNotFoundError:
             self._lost = True
         except OSError:
-            return True  # the storage does not answer, which says nothing about the lock
+            return True  # an error of the storage says nothing about the lock
         return not self._lost
 
     def check_held(self) -> None:
-        """Raise RestartCanHelp when the run is not this process's any more."""
+        """Raise RestartCanHelp when another process took the run over."""
         if not self.held():
             raise self.taken_over()
 
     def taken_over(self) -> RestartCanHelp:
-        """Return the error with which a process ends whose run another one took over."""
+        """Return the error that ends a process whose run was taken over."""
         run = self._path.parent
         return RestartCanHelp(f"{run}: another process took this run over; this one stops without writing")
 
     def lost(self) -> bool:
-        """Whether another process took the run over, as rank 0 knows it; looks again when no heartbeat was written lately,
-        as after a suspension. Costs nothing otherwise; False on the other ranks."""
+        """Return whether another process took the run over; False on ranks other than 0.
+
+        It reads the lock only when no heartbeat was written for some time, as after a suspension.
+        """
         if self._file is None:
             return False
         return self._lost or (time.monotonic() - self._beaten > 2 * HEARTBEAT_S and not self.held())
@@ -149,7 +153,7 @@ class Lock:
         self._thread.start()
 
     def _create(self) -> bool:
-        """Make the lock when there is none; False when there is one."""
+        """Create the lock and return True, or return False when there is one."""
         tmp, handle = self._temporary()
         try:
             os.link(tmp, self._path)
@@ -157,7 +161,7 @@ class Lock:
             if os.fstat(handle).st_nlink != 2:
                 os.close(handle)
                 return False
-            # NFS made the link, lost the answer and asked again.
+            # The link was made, but NFS lost the answer and repeated the request.
         except OSError as error:
             os.close(handle)
             if error.errno not in files.NO_LINKS_ERRNOS:
@@ -169,7 +173,7 @@ class Lock:
         return True
 
     def _create_exclusively(self) -> bool:
-        """`_create` where there are no hard links: others may see the file empty for a moment, and then watch it."""
+        """Do as `_create` on storage without hard links, where others may see the file empty for a moment."""
         try:
             handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         except FileExistsError:
@@ -180,7 +184,7 @@ class Lock:
         return True
 
     def _replace(self, found: bytes) -> None:
-        """Put this process's record in the place of `found`, unless somebody else does, or did."""
+        """Replace the record `found` by this process's, unless another process does so first."""
         digest = hashlib.sha256(found).hexdigest()[:16]
         number = 0
         while True:
@@ -191,38 +195,35 @@ class Lock:
             except FileExistsError:
                 with suppress(FileNotFoundError):
                     if abs(time.time() - claim.stat().st_mtime) < STALE_S:
-                        return  # its maker is at work; the next look finds another record
-                number += 1  # its maker died between claiming and taking
+                        return  # another process is taking over; the next look finds its record
+                number += 1  # its creator died before it took the lock
         try:
             if self._path.read_bytes() != found:
                 return
             tmp, handle = self._temporary()
             try:
                 tmp.replace(self._path)
-            except FileNotFoundError:  # of NFS, which may have renamed it, lost the answer and asked again
+            except FileNotFoundError:  # NFS may have renamed it, lost the answer and repeated the request
                 if not os.path.samestat(self._path.stat(), os.fstat(handle)):
                     os.close(handle)
                     return
             self._file = handle
             log.warning("%s: taken over; its record was %s", self._path, _in_words(found))
         except FileNotFoundError:
-            return  # its holder left: the next look makes a new one
+            return  # the holder removed it; the next look creates a new one
         finally:
             for old in range(number + 1):
                 self._path.with_name(f".lock.json.{digest}-{old}.claim").unlink(missing_ok=True)
 
     def _may_take_over(self, found: bytes) -> bool:
-        """
-        Raises:
-            UserError: its holder lives.
-        """
+        """Return whether the holder of the record `found` has ended; otherwise raise UserError."""
         holder = _parse(found)
         if holder is not None:
             if _is_local(holder, self._me):
                 if not _is_alive(holder):
                     return True
             elif self._me["slurm_job"] and holder.slurm_job == self._me["slurm_job"]:
-                return True  # a requeue: what the job ran on another host has ended
+                return True  # a requeue: the job's process on another host has ended
         if holder is not None and holder.age_s is not None:
             if holder.age_s > STALE_S:
                 return True
@@ -237,17 +238,17 @@ class Lock:
         while not self._stop.wait(HEARTBEAT_S):
             if not self.held():
                 return
-            with suppress(OSError):  # a full disk or a storage that is away: tried again
+            with suppress(OSError):  # a full disk or missing storage: the next beat tries again
                 self._beat()
 
     def _beat(self) -> None:
         assert self._file is not None
         os.pwrite(self._file, self._record(), 0)
-        os.fsync(self._file)  # an NFS client may keep it for 35 s, which is longer than WATCH_S
+        os.fsync(self._file)  # an NFS client may delay the write for 35 s, longer than WATCH_S
         self._beaten = time.monotonic()
 
     def _temporary(self) -> tuple[Path, int]:
-        """Make a file beside the lock that holds this process's record; return it, opened for heartbeats."""
+        """Write this process's record to a file beside the lock; return its path and its descriptor."""
         tmp = self._path.with_name(f".lock.json.{self._me['token']}.partial")
         handle = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         os.pwrite(handle, self._record(), 0)
@@ -255,12 +256,12 @@ class Lock:
         return tmp, handle
 
     def _record(self) -> bytes:
-        text = json.dumps(self._me)[:-1] + f', "heartbeat": {time.time():.3f}}}'  # always of the same length
+        text = json.dumps(self._me)[:-1] + f', "heartbeat": {time.time():.3f}}}'  # of constant length
         return text.ljust(RECORD_BYTES - 1).encode() + b"\n"
 
 
 def is_running(run: Path) -> bool:
-    """Whether a process holds the lock of a run dir and has shown in the last minute that it lives."""
+    """Return whether a process holds the lock of a run dir and wrote a heartbeat in the last minute."""
     try:
         record = _parse((run / "lock.json").read_bytes())
     except OSError:
@@ -269,7 +270,7 @@ def is_running(run: Path) -> bool:
 
 
 def _parse(content: bytes) -> Record | None:
-    """Return what lock.json says; None when it is damaged."""
+    """Return the record in the content of lock.json, or None when it is damaged."""
     try:
         found = json.loads(content)
         pid, beat = int(found["pid"]), float(found["heartbeat"])
@@ -288,7 +289,7 @@ def _in_words(content: bytes) -> str:
 
 
 def _is_unchanged(path: Path, content: bytes) -> bool:
-    """Whether nobody writes to a lock whose age cannot be told; waits until one of its heartbeats would have come."""
+    """Watch a lock of unknown age for WATCH_S; return whether it stayed as it was, so that its holder has ended."""
     log.warning("%s: %s; watching it for %d s", path, _in_words(content), WATCH_S)
     deadline = time.monotonic() + WATCH_S
     while time.monotonic() < deadline:
@@ -302,19 +303,19 @@ def _is_unchanged(path: Path, content: bytes) -> bool:
 
 
 def _is_local(holder: Record, me: dict[str, Any]) -> bool:
-    """Tell whether a holder's process id means the same here: two containers of one pid namespace each may share a host's
-    name. Old records do not name the namespace."""
+    """Return whether a holder's process id is valid here: same host and same pid namespace, because containers may share a
+    host name. Old records do not name the namespace."""
     return holder.host == me["host"] and holder.pid_namespace in ("", me["pid_namespace"])
 
 
 def _is_alive(holder: Record) -> bool:
-    """Tell whether a process of this host runs. Another process that has got its number since does not count."""
+    """Return whether a holder on this host still runs, and not another process that got its pid later."""
     began = _start_of(holder.pid)
     return began is not None and holder.started in ("", began)
 
 
 def _start_of(pid: int) -> str | None:
-    """Return when a process began, in clock ticks since boot; None when it has ended, or is a zombie, which writes no more."""
+    """Return when a process started, in clock ticks since boot; None when it has ended or is a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -1,7 +1,7 @@
-"""What a run says while it trains: metrics.jsonl, TensorBoard, log.txt and one line on the console.
+"""The records of a run in training: metrics.jsonl, quarantine.jsonl, TensorBoard, log.txt and the console.
 
-Rows of metrics.jsonl are one object per logged step. On resume the file is cut at the cursor, so that an interrupted
-run's file equals an undisturbed one's (time and rate fields apart).
+metrics.jsonl has one JSON object per logged step. A resume removes the rows after its checkpoint, so that an interrupted
+run leaves the same file as an undisturbed one, except for TIME_FIELDS.
 """
 
 import json
@@ -23,9 +23,9 @@ from esvit_scale.train.row_file import RowFile, read_rows
 
 log = logging.getLogger("esvit_scale")
 
-RETRY_S = 60  # before TensorBoard's files are tried again
+RETRY_S = 60  # seconds after which writing TensorBoard's files is tried again
 
-# Fields that differ between two runs of the same config: everything measured by a clock.
+# Fields that differ between two runs of the same config, because a clock measured them.
 TIME_FIELDS = frozenset(
     {"images_per_s", "mfu", "data_wait_s", "worker_images_per_s", "worker_images_per_s_min", "step_s", "time"}
     | {"compute_s_max", "compute_s_median", "slowest_node"}
@@ -33,25 +33,31 @@ TIME_FIELDS = frozenset(
 
 
 def cut(path: Path, last_step: int) -> None:
-    """Drop the rows after `last_step`: a resumed run writes them again (but not what a roll-back left behind)."""
+    """Remove the rows after `last_step`, which a resumed run writes again, except those that a roll-back left behind."""
     row_file.cut(path, lambda row: row["step"] <= last_step or bool(row.get("rolled_back")))
 
 
 class MetricLogger:
-    """The open files of rank 0; every other rank has none and its calls do nothing. `open` and `rewind` change files that
-    are there, and what fails then is to be every rank's error: `collectives.run_on_rank0_and_broadcast`."""
+    """The writer of a run's records. On ranks other than 0 (`active=False`) it does nothing.
+
+    `open` and `rewind` change existing files. Call them through `collectives.run_on_rank0_and_broadcast`, so that an error
+    of rank 0 is raised on every rank.
+
+    Attributes:
+        bad: samples that were replaced since the run began.
+    """
 
     def __init__(self, run: Path, total_steps: int, active: bool) -> None:
         self._active = active
-        self.bad = 0  # samples replaced since the run began
+        self.bad = 0
         self._run, self._total = run, total_steps
 
     def open(self, step: int) -> None:
-        """Drop what the files hold after `step`, and open them.
+        """Remove the rows after `step` from the files, and open them.
 
         Raises:
-            UserError: a path is no file, or may not be read.
-            OSError: the disk does not take the rest.
+            UserError: a path is not a file, or must not be read.
+            OSError: a file could not be written.
         """
         if not self._active:
             return
@@ -64,7 +70,7 @@ class MetricLogger:
         self._console = _Console(self._total, step)
 
     def rewind(self, step: int) -> None:
-        """Go back to `step`: the curves go on from there, and what was quarantined since then stays. Raises as `open`."""
+        """Go back to `step` for a roll-back, but keep the quarantined samples of the steps since then. Raises as `open`."""
         if not self._active:
             return
         self.close()
@@ -73,23 +79,27 @@ class MetricLogger:
         try:
             files.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
         except OSError as error:
-            log.warning("%s; it loses the samples of the steps gone back", in_words(error))
+            log.warning("%s; the samples of the steps that were rolled back are not recorded", in_words(error))
         self.open(step)
 
     def not_finite(self, step: int, keys: list[str], what: str) -> None:
-        """Name the samples of a skipped step; they are not excluded. `what`: was not finite, "the loss was" or "gradients
-        were"."""
+        """Record the samples of a skipped step in quarantine.jsonl; training may see them again.
+
+        Args:
+            keys: of the samples.
+            what: "the loss was" or "gradients were", as the beginning of "… not finite".
+        """
         if not self._active:
             return
         for key in keys:
             self._quarantine.append({"step": step, "key": key, "reason": f"{what} not finite at this step"})
         log.warning(
-            "step %d: %s not finite; the step was skipped, nothing moved (its %d samples: quarantine.jsonl)",
+            "step %d: %s not finite; the step was skipped and no weight changed (its %d samples: quarantine.jsonl)",
             *(step, what, len(keys)),
         )
 
     def row(self, row: dict[str, Any]) -> None:
-        """One logged step: numbers only."""
+        """Write the row of a logged step."""
         if not self._active:
             return
         self._metrics.append(row)
@@ -97,6 +107,7 @@ class MetricLogger:
         self._console.row(row)
 
     def bad_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
+        """Record samples that were replaced, or were slow to read, and samples that streaming left out."""
         if not self._active:
             return
         for sample in samples:
@@ -109,10 +120,12 @@ class MetricLogger:
             log.warning("step %d: %s: %s in %s: %s", step, what, sample["key"], sample["shard"], sample["reason"])
 
     def advance(self, step: int) -> None:
+        """Move the progress bar to `step`."""
         if self._active:
             self._console.advance(step)
 
     def close(self) -> None:
+        """Close all files."""
         if not self._active:
             return
         self._metrics.close()
@@ -130,6 +143,7 @@ class _Console:
         self._bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True) if terminal else None
 
     def advance(self, step: int) -> None:
+        """Move the progress bar to `step`."""
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
@@ -156,7 +170,7 @@ def _duration(seconds: float) -> str:
 
 
 class _Board:
-    """The rows as TensorBoard's scalars. A disk that does not take them costs TensorBoard these rows, not the run."""
+    """The rows as scalars of TensorBoard. If they cannot be written, TensorBoard loses them and training goes on."""
 
     def __init__(self, folder: Path, step: int) -> None:
         self._folder = folder
@@ -180,7 +194,7 @@ class _Board:
             for key, value in row.items():
                 if key not in ("step", "time") and not isinstance(value, str):
                     self._writer.add_scalar(key, value, row["step"])
-        except OSError as error:  # its thread could not write; it never recovers, so another one is made later
+        except OSError as error:  # its writing thread failed and never recovers, so another writer is made later
             self._fail(error)
 
     def close(self) -> None:
@@ -208,7 +222,7 @@ class _Board:
 
 
 def _silence_tensorboard_threads() -> None:
-    """Keep the traceback of TensorBoard's writing thread off the console: the same error reaches `_Board.add`."""
+    """Keep tracebacks of TensorBoard's writing thread off the console, because `_Board.add` gets the same error."""
     default = threading.excepthook
     if getattr(default, "__name__", "") == "_without_tensorboard":
         return
@@ -221,7 +235,7 @@ def _silence_tensorboard_threads() -> None:
 
 
 class _LogFile(logging.FileHandler):
-    """log.txt. What a full disk does not take is on the console; it is said once."""
+    """The handler of log.txt. When the file cannot be written, the console says so once and still has every line."""
 
     _has_said = False
 
@@ -242,7 +256,7 @@ class _LogFile(logging.FileHandler):
 
 
 def start_logging(run: Path, active: bool) -> None:
-    """log.txt and the console on rank 0; warnings on the console from the others."""
+    """Log to log.txt and the console on rank 0, and only warnings, to the console, on the other ranks."""
     log.handlers.clear()
     log.propagate = False
     log.setLevel(logging.INFO if active else logging.WARNING)

@@ -1,7 +1,8 @@
-"""Model FLOPs utilisation (MFU): what share of the devices' matrix-product rate becomes training.
+"""Model FLOPs utilisation (MFU): the fraction of the devices' matrix-product rate that training reaches.
 
-Useful FLOPs a second (objective/costs.py: no recomputation; of Swin, real tokens only) over the rate that a large product
-reaches on the same device, in the same process and precision: a data sheet's peak would compare machines, not code.
+It is useful FLOPs per second (objective/costs.py: no recomputation and, for Swin, no padding tokens) divided by the rate of
+a large matrix product on the same device, in the same process and precision. The peak rate of a data sheet would compare
+machines, not code.
 """
 
 import time
@@ -13,21 +14,21 @@ import torch
 from esvit_scale.config import Config
 from esvit_scale.objective.costs import image_flops
 
-SECONDS = 0.3  # of measuring
-SIDE = {"cuda": 8192, "cpu": 1024}  # of the square matrices
+SECONDS = 0.3  # for which products are timed
+SIDE = {"cuda": 8192, "cpu": 1024}  # rows and columns of the matrices
 
 
 def ideal_images_per_s(config: Config, device: torch.device, world_size: int) -> float:
-    """The rate at an MFU of 1: MFU is images/s over this. Every rank counts as one such device."""
+    """Return the images/s of an MFU of 1, for `world_size` devices like this one; MFU is images/s divided by it."""
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     return world_size * matmul_rate(device, dtype) / image_flops(config, "useful")
 
 
 @lru_cache
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest of some square products; well under a second, and measured once a process."""
+    """Return the FLOP/s of the fastest of some square matrix products; measured once per process, in under a second."""
     side = SIDE.get(device.type, SIDE["cpu"])
-    # Random values: a GPU multiplies constants faster than it ever could a model's numbers.
+    # Random values, because a GPU multiplies constants faster than a model's numbers.
     a = torch.randn(side, side, generator=torch.Generator(device), device=device, dtype=dtype)
     out = torch.empty_like(a)
     product = lambda: torch.mm(a, a, out=out)  # noqa: E731

@@ -1,6 +1,6 @@
-"""Instability and collapse, named in words while the run lives: they hide behind a loss that looks fine (MoCo v3).
+"""Warnings about instability and collapse during training, which a loss that looks fine can hide (MoCo v3).
 
-Each monitor looks at the logged rows alone, so what it says can be checked in metrics.jsonl.
+The monitors read only the rows of metrics.jsonl, so that everything they report can be checked there.
 """
 
 import math
@@ -11,42 +11,43 @@ from typing import Any
 
 Row = dict[str, Any]
 
-WINDOW = 50  # logged rows that a spike is compared with
-ROWS_TO_SPEAK = 5  # a state must last: one batch is no collapse
-UNIFORM, PEAKED = 0.98, 0.02  # of ln K, the teacher's entropy
-COLLAPSED_STD = 0.05  # of the unit features, where 1 is isotropic
-SPIKE = 10.0  # times the median gradient norm
-FEW_PROTOTYPES = 2.0  # effective number among a batch's targets
-MANY_IMAGES = 8  # with fewer a batch may well share its targets
-LOW_RANK = 2.0  # effective dimensions of the features
-DIP = 0.05  # of k-NN accuracy, below the best so far: over three standard errors of 1,024 images
+WINDOW = 50  # rows before a spike with which it is compared
+ROWS_TO_WARN = 5  # rows that a state must last, because one batch is no collapse
+UNIFORM, PEAKED = 0.98, 0.02  # bounds of the teacher's entropy, as fractions of ln K
+COLLAPSED_STD = 0.05  # bound of feature_std, which is 1 for isotropic features
+SPIKE = 10.0  # a spike is this many times the median gradient norm
+FEW_PROTOTYPES = 2.0  # bound of the effective number of prototypes among a micro-batch's targets
+MANY_IMAGES = 8  # in smaller micro-batches all images may well share a target
+LOW_RANK = 2.0  # bound of the features' effective rank
+DIP = 0.05  # k-NN accuracy below the best so far; over three standard errors of 1,024 images
 
 
 class Monitors:
-    """Feed it every logged row; it answers with sentences when something begins or ends."""
+    """The monitors of a run: `observe` takes every row and returns a warning when a bad state begins or ends."""
 
     def __init__(self, prototypes: int, images: int, frozen: bool = False) -> None:
         """
         Args:
-            images: of a micro-batch on one rank, what prototype usage is measured over.
-            frozen: the patch projection is not trained, so that to freeze it is no advice.
+            prototypes: K.
+            images: in a micro-batch of one rank, over which the use of prototypes is measured.
+            frozen: the patch projection is frozen already, so that the warnings do not advise it.
         """
         self._or_freeze = "" if frozen else ", or model.freeze_patch_embed=true"
         self._images = images
         self._ln_k = math.log(prototypes)
         self._norms: deque[float] = deque(maxlen=WINDOW)
-        self._since: dict[str, int] = {}  # state → the step at which it began
-        self._rows: dict[str, int] = {}  # state → rows that it has lasted
-        self._said: set[str] = set()
+        self._since: dict[str, int] = {}  # bad state → the step at which it began
+        self._rows: dict[str, int] = {}  # bad state → rows that it has lasted
+        self._warned: set[str] = set()
         self._best_knn, self._in_dip = 0.0, False
 
     def observe(self, row: Row) -> list[str]:
-        """What is to be said after this row, most often nothing."""
+        """Return the warnings after this row, most often none."""
         states = dict(self._states(row))
-        said = [self._begun(name, text, row["step"]) for name, text in states.items()]
-        said += [self._ended(name, row["step"]) for name in list(self._since) if name not in states]
-        said += [self._spike(row), self._dip(row)]
-        return [sentence for sentence in said if sentence]
+        warnings = [self._begun(name, text, row["step"]) for name, text in states.items()]
+        warnings += [self._ended(name, row["step"]) for name in list(self._since) if name not in states]
+        warnings += [self._spike(row), self._dip(row)]
+        return [sentence for sentence in warnings if sentence]
 
     def _states(self, row: Row) -> Iterator[tuple[str, str]]:
         for part in ("view", "region"):
@@ -87,20 +88,20 @@ class Monitors:
     def _begun(self, name: str, text: str, step: int) -> str | None:
         self._since.setdefault(name, step)
         self._rows[name] = self._rows.get(name, 0) + 1
-        if self._rows[name] < ROWS_TO_SPEAK or name in self._said:
+        if self._rows[name] < ROWS_TO_WARN or name in self._warned:
             return None
-        self._said.add(name)
+        self._warned.add(name)
         return f"{name} since step {self._since[name]}: {text}"
 
     def _ended(self, name: str, step: int) -> str | None:
         del self._since[name], self._rows[name]
-        if name not in self._said:
+        if name not in self._warned:
             return None
-        self._said.discard(name)
+        self._warned.discard(name)
         return f"no longer: {name} (step {step})"
 
     def _spike(self, row: Row) -> str | None:
-        norm, before = row["grad_norm"], median(self._norms) if len(self._norms) >= ROWS_TO_SPEAK else math.inf
+        norm, before = row["grad_norm"], median(self._norms) if len(self._norms) >= ROWS_TO_WARN else math.inf
         self._norms.append(norm)
         if math.isfinite(norm) and norm > SPIKE * before:
             parts = {k.removeprefix("grad_norm_"): v for k, v in row.items() if k.startswith("grad_norm_")}
@@ -112,7 +113,7 @@ class Monitors:
         return None
 
     def _dip(self, row: Row) -> str | None:
-        """MoCo v3's sign of hidden instability: the accuracy falls although the loss looks fine."""
+        """Return a warning when the k-NN accuracy falls: MoCo v3's sign of an instability that the loss does not show."""
         accuracy = row.get("knn_top1")
         if accuracy is None:
             return None

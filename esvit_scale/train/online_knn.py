@@ -1,4 +1,4 @@
-"""The teacher's k-NN accuracy while it trains, on a few labelled images: the number that an unstable run loses first."""
+"""The teacher's k-NN accuracy on a few labelled images during training. In an unstable run it falls first."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,20 +17,21 @@ from esvit_scale.parallel import collectives
 from esvit_scale.parallel.engine import Engines
 from esvit_scale.parallel.world import World
 
-IMAGES = 1024  # of the held-out set, spread over it evenly
+IMAGES = 1024  # at most, spread evenly over the held-out set
 NEIGHBOURS = 10
-AT_ONCE = 32
+BATCH = 32  # images per forward
 
 
 class OnlineKnn:
-    """Every image is classified by its nearest neighbours among the others (leave one out).
+    """A leave-one-out k-NN test: every image is classified by its nearest neighbours among the others.
 
-    Each rank keeps its share of the images in host memory (bf16: 300 MB for all of them at 224 pixels) and runs the same
-    number of forwards, as ZeRO 3 needs.
+    Each rank keeps its share of the images in host memory (bf16; 300 MB for all of them at 224 pixels). All ranks run the
+    same number of forwards, as ZeRO 3 requires.
     """
 
     def __init__(self, config: Config, world: World) -> None:
-        """
+        """Read this rank's share of the held-out images.
+
         Raises:
             UserError: the held-out set cannot be read, has no labels, or too few images.
         """
@@ -39,7 +40,7 @@ class OnlineKnn:
         pixels, share = pixel_format(config.data), {"rank": world.rank, "world_size": world.size}
         images = [torch.empty(0, pixels.channels, size, size, dtype=torch.bfloat16)]
         labels = [torch.empty(0, dtype=torch.int64)]
-        for batch in evaluation_batches(source, size, AT_ONCE, most=IMAGES, pixels=pixels, **share):
+        for batch in evaluation_batches(source, size, BATCH, most=IMAGES, pixels=pixels, **share):
             images.append(batch.images.to(torch.bfloat16))
             labels.append(batch.labels)
         own = torch.cat(labels)
@@ -54,7 +55,7 @@ class OnlineKnn:
 
     @torch.no_grad()
     def accuracy(self, engines: Engines, autocast: torch.autocast) -> float:
-        """Share of the images [0, 1] whose class wins the vote; all ranks call it."""
+        """Return the fraction of images that the vote of their neighbours classifies correctly. All ranks call it."""
         with autocast:
             mine = torch.cat([features.float() for features in self._features(engines)])  # [n, C]
         parts = collectives.gather_objects((mine.cpu(), self._labels))
@@ -68,6 +69,6 @@ class OnlineKnn:
     def _features(self, engines: Engines) -> Iterator[Tensor]:
         trunk = cast(nn.Module, engines.teacher.module.trunk)
         trunk.eval()  # batch norm: running statistics, and these images do not move them
-        for images in self._images.split(AT_ONCE):
+        for images in self._images.split(BATCH):
             yield trunk([images.to(self._world.device, engines.dtype)]).view
         trunk.train()

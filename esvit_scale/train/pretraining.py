@@ -1,4 +1,4 @@
-"""The training loop: for every batch a step, a record, a save when due, and a way out when asked."""
+"""`esvit-scale pretrain`: start the process group, open the run dir and the data, and hand them to the trainer."""
 
 import logging
 from pathlib import Path
@@ -25,16 +25,16 @@ log = logging.getLogger("esvit_scale")
 
 
 def pretrain(config: Config) -> int:
-    """Runs or resumes the run of a config, on this rank among all; returns the exit code (0, or 130 after ctrl-C).
+    """Run or resume the run of a config, as one of its ranks, and return the exit code: 0, or 130 after ctrl-C.
 
     Raises:
-        UserError: data, batch, run dir or checkpoint do not fit; before any training.
+        UserError: data, batch, run dir or checkpoint do not fit (before any training), or too much of the data is bad.
         RestartCanHelp: a disk is full or does not answer, a rank is lost, or another process took the run over.
-        Diverged: gradients were not finite for many steps in a row.
+        Diverged: loss or gradients were not finite for many steps in a row.
     """
     require_training_data(config)
     world = worlds.start(config.train.hang_minutes)
-    # The watchdog covers everything from the first file that is opened to the ranks' last meeting.
+    # The watchdog covers everything from the first file that is opened to the last barrier.
     with Watchdog(world, 60 * config.train.hang_minutes, config.run_path) as watchdog:
         try:
             with translate_limits(), translate_worker_errors(), worlds.translate_comm_errors(), translate_file_errors():
@@ -47,7 +47,7 @@ def pretrain(config: Config) -> int:
 
 
 def open_and_train(config: Config, world: World, watchdog: Watchdog) -> int:
-    """Run or resume the run of a config in a process group that is there; return 0, or 130 after ctrl-C."""
+    """Run or resume the run of a config in the process group that was started; return 0, or 130 after ctrl-C."""
     collectives.run_on_rank0_and_broadcast(
         lambda: stream.check_pixels(config)
     )  # before a run dir records a config that cannot be run
@@ -74,7 +74,7 @@ def open_and_train(config: Config, world: World, watchdog: Watchdog) -> int:
 
 
 def _checked_identity(config: Config, data: stream.Source, checkpoint: Path | None) -> Identity:
-    """Return the identity of the run's data, after comparing it with what the checkpoint was trained on."""
+    """Return the identity of the data. Raise UserError when the checkpoint was trained on other data."""
     now = identities.identity(data)
     if checkpoint is None:
         return now

@@ -1,20 +1,20 @@
-"""The share of a run's images that stand in the place of ones that could not be decoded; too many of them stop it."""
+"""The share of images that were replaced because they could not be decoded. A run stops when it is too large."""
 
 from collections import Counter, deque
 from collections.abc import Iterable
 from typing import Any
 
-MOST = 0.05  # of the images: above it the run learns from other data than its config names
-FEWEST = 4  # replaced images, so that one bad file of a tiny set is no reason
-WINDOW = 10_000  # images that the share is taken of; before so many, or an epoch, were seen there is no verdict
+MAX_SHARE = 0.05  # above it the run would learn from other data than its config names
+MIN_REPLACED = 4  # fewer never stop a run: one bad file of a tiny set is no reason
+WINDOW = 10_000  # images of which the share is computed; it is judged from this many, or one epoch, on
 
 
 class ReplacedShare:
-    """Counts replaced images over the last WINDOW images; every rank counts the same.
+    """The share of replaced images among the last WINDOW images; every rank counts the same.
 
     Args:
-        batch: images of a step over all ranks.
-        epoch_steps: steps of an epoch.
+        batch: images per step over all ranks.
+        epoch_steps: steps per epoch.
     """
 
     def __init__(self, batch: int, epoch_steps: int) -> None:
@@ -26,7 +26,7 @@ class ReplacedShare:
         self._example = ""
 
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Note a step's bad samples, of all ranks: one replaced image for each that is no stand-in itself."""
+        """Add a step's bad samples, of all ranks. Each is one replaced image, unless it was a replacement itself."""
         self._seen += 1
         replaced = [row for row in rows if not row.get("used") and not row.get("stand_in") and row["key"]]
         if replaced:
@@ -37,14 +37,14 @@ class ReplacedShare:
             self._replaced.popleft()
 
     def problem(self) -> str:
-        """What is wrong, in a sentence for the person whose data it is; empty when the share is bearable."""
+        """Return what is wrong with the data, as text for its owner; empty while the share is acceptable."""
         number = sum(images for _, images in self._replaced)
         images = min(self._seen, self._window) * self._batch
-        if self._seen < self._judged_from or number < FEWEST or number <= MOST * images:
+        if self._seen < self._judged_from or number < MIN_REPLACED or number <= MAX_SHARE * images:
             return ""
         why, times = self._reasons.most_common(1)[0]
         return (
-            f"data: {number} of the last {images} images ({100 * number / images:.0f} %, over {100 * MOST:.0f} %) could "
+            f"data: {number} of the last {images} images ({100 * number / images:.0f} %, over {100 * MAX_SHARE:.0f} %) could "
             f"not be used and others took their places; most often ({times}): {why}; the first: {self._example}; all are in "
             "quarantine.jsonl. `esvit-scale shards create` writes a set without such images"
         )

@@ -1,5 +1,7 @@
-"""Files of one JSON object a line (metrics.jsonl, quarantine.jsonl): read past damage, cut at a step, appended to on a
-disk that may be full."""
+"""Files with one JSON object per line (metrics.jsonl, quarantine.jsonl).
+
+Reading skips damaged lines, `cut` removes the rows after a step, and appending survives a full disk.
+"""
 
 import json
 import logging
@@ -15,30 +17,31 @@ from esvit_scale.errors import UserError
 log = logging.getLogger("esvit_scale")
 
 Row = dict[str, Any]
-MAX_LINE = 1 << 20  # bytes; what is longer is no row of ours
+MAX_LINE = 1 << 20  # bytes; a longer line is not a row
 
 
 class Line(NamedTuple):
-    end: int  # place in the file behind it
-    text: bytes  # the row as it was written, with a newline; empty where there is none
+    """One line of such a file."""
+
+    end: int  # offset of the next line
+    text: bytes  # the row as it was written, with a newline; empty if the line is damaged
     row: Row | None  # None: damaged
     is_intact: bool  # `text` is exactly what the file holds
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Return the rows of a file; damaged lines are passed over, wherever they are. Empty without a file."""
+    """Return the rows of a file, without damaged lines. Return an empty list if there is no file."""
     return [line.row for line in read_lines(path) if line.row is not None]
 
 
 def read_lines(path: Path) -> Iterator[Line]:
-    """Yield every line of a file. A row has an integer "step".
+    """Yield every line of a file. A row is a JSON object with an integer "step".
 
-    NULs before a row (a block that a power failure left empty) and a torn row before it on the same line are dropped
-    from it. Blank lines and a last line without a newline that is no whole row, which a killed process leaves, are not
-    reported as damage: they are skipped.
+    NULs before a row (a power failure leaves blocks empty) and an unfinished row before it on the same line are removed.
+    Blank lines, and an unfinished last line, which a killed process leaves, are skipped and not reported as damage.
 
     Raises:
-        UserError: the path is a folder, or may not be read.
+        UserError: the path is a folder, or must not be read.
     """
     try:
         file = path.open("rb")
@@ -56,16 +59,16 @@ def read_lines(path: Path) -> Iterator[Line]:
 
 
 def cut(path: Path, is_kept: Callable[[Row], bool]) -> None:
-    """Drop the rows that are not kept, and damaged lines, whose number is logged.
+    """Remove the rows for which `is_kept` is false, and damaged lines, whose number is logged.
 
-    Where only the end of the file goes it is cut off in place, which needs no room on the disk.
+    If only the end of the file is removed, it is truncated in place, which needs no space on the disk.
 
     Raises:
-        UserError: the path is no file.
-        OSError: the disk does not take the rest.
+        UserError: the path is not a file.
+        OSError: the remaining rows could not be written.
     """
     kept = damaged = end = 0
-    is_prefix = True  # so far the kept lines are what the file holds, from its start to `end`
+    is_prefix = True  # so far the kept lines are the bytes from the start of the file to `end`
     for line in read_lines(path):
         damaged += line.row is None
         if line.row is None or not is_kept(line.row):
@@ -86,8 +89,10 @@ def cut(path: Path, is_kept: Callable[[Row], bool]) -> None:
 
 
 def _next_line(file: BinaryIO) -> bytes | None:
-    """Return a line with its newline, None at the end; of one longer than MAX_LINE the part after leading NULs, or, when
-    that is too long itself, one newline."""
+    """Return the next line with its newline, and None at the end of the file.
+
+    A line longer than MAX_LINE is returned without its leading NULs. If it is still too long, a damaged line is returned.
+    """
     line = file.readline(MAX_LINE)
     if len(line) < MAX_LINE or line.endswith(b"\n"):
         return line or None
@@ -100,7 +105,7 @@ def _next_line(file: BinaryIO) -> bytes | None:
 
 
 def _parse(text: bytes) -> tuple[Row | None, bytes]:
-    """Return the row of a line and its text; None when there is none."""
+    """Return the row of a line and its text, or None and an empty text."""
     for start in dict.fromkeys((0, max(text.rfind(b'{"step"'), 0))):
         try:
             row = json.loads(text[start:])
@@ -112,21 +117,22 @@ def _parse(text: bytes) -> tuple[Row | None, bytes]:
 
 
 class RowFile:
-    """A file that rows are appended to. Rows that the disk does not take wait in memory and are written when it does."""
+    """A file to which rows are appended. Rows that cannot be written wait in memory until the disk takes them."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file: int | None = None
-        self._end = 0  # of the last whole row
+        self._end = 0  # offset behind the last whole row
         self._waiting: list[bytes] = []
         self._is_failing = False
 
     def append(self, row: Row) -> None:
+        """Append a row, after those that still wait."""
         self._waiting.append(json.dumps(row).encode() + b"\n")
         self._write_waiting()
 
     def close(self) -> None:
-        """Close the file; rows that could not be written are counted in the log, and lost."""
+        """Close the file. Rows that still cannot be written are lost; their number is logged."""
         if self._waiting:
             self._write_waiting()
         if self._waiting:
@@ -153,7 +159,7 @@ class RowFile:
         self._waiting.clear()
 
     def _write(self, data: bytes) -> None:
-        """Append all of `data` or nothing."""
+        """Append all of `data`, or nothing."""
         if self._file is None:
             self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
             self._end = os.fstat(self._file).st_size

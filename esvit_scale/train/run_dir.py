@@ -1,7 +1,7 @@
-"""The run directory: one writer, one config, and everything a run leaves.
+"""The run dir: its checks before a start, its config.yaml, environment.json and summary.json.
 
-The same config resumes, another config is an error with the differences, a finished run is left alone. One process
-(rank 0) calls this module; the others are told the outcome (`collectives.run_on_rank0_and_broadcast`).
+The same config resumes the run, another config is an error that lists the differences, and a finished run is left as it
+is. Rank 0 calls this module and broadcasts the result (`collectives.run_on_rank0_and_broadcast`).
 """
 
 import json
@@ -22,7 +22,7 @@ from esvit_scale.machine import usable_cpus
 
 log = logging.getLogger("esvit_scale")
 
-# What may change between two starts of one run without changing its results.
+# Keys whose values may change between two starts of a run, because they do not change its results.
 MAY_DIFFER = (
     "run_dir",
     "data.stage",
@@ -43,15 +43,18 @@ MAY_DIFFER = (
 )
 
 
-# The data's path may also change if the checkpoint records the data's identity, which is then compared instead.
+# The paths of the data may change, too, if the checkpoint records the identity of the data, which is then compared.
 DATA_KEYS = ("data.train", "data.mix")
 
 
-def open_run(config: Config) -> "tuple[Path, bool]":
-    """The run dir of a config, checked but not yet created; and whether its run is finished already.
+def open_run(config: Config) -> tuple[Path, bool]:
+    """Check the run dir of a config, and remove its requeue marker.
+
+    Returns:
+        The path, which may not exist yet, and whether its run is finished.
 
     Raises:
-        UserError: another config's run, or not a run dir at all.
+        UserError: the folder holds the run of another config, or is no run dir.
     """
     path = config.run_path
     if path.exists() and not path.is_dir():
@@ -67,19 +70,19 @@ def open_run(config: Config) -> "tuple[Path, bool]":
 
 
 def _is_ours_before_config(name: str) -> bool:
-    """Whether a start that has not yet written config.yaml may have left this."""
+    """Return whether a start may leave a file of this name before it writes config.yaml."""
     made = ("lock.json", "log.txt", "ranks", "shards", "slurm", "requeue")
     return name in made or name.startswith((".lock.json.", ".config.yaml.", ".environment.json."))
 
 
 def record_start(path: Path, config: Config) -> None:
-    """The resolved config and the environment of this start. Call it while holding the lock."""
+    """Write the resolved config and the environment of this start. Call it while holding the lock."""
     files.write_text(path / "config.yaml", configs.dump(config))
     files.write_json(path / "environment.json", _environment())
 
 
 def read_summary(path: Path) -> dict[str, Any]:
-    """Return the run's summary.json; empty when there is none, or a damaged one (the next end writes it again)."""
+    """Return the content of summary.json; empty if it is missing or damaged (the end of the run writes it again)."""
     try:
         summary = json.loads((path / "summary.json").read_bytes())
     except FileNotFoundError:
@@ -122,12 +125,12 @@ def _load_whole(path: Path) -> Config:
 
 
 def _differences(saved: Config, config: Config) -> list[str]:
-    """Return what differs and changes results, `key: saved → given` each."""
+    """Return the differences that change results, each as `key: saved → given`."""
     return [d for d in configs.differences(saved, config) if d.split(":")[0] not in MAY_DIFFER]
 
 
 def _matches_checkpoint(path: Path, config: Config, problem: str) -> bool:
-    """Whether the run's checkpoint was made with this config, where config.yaml cannot say so."""
+    """Return whether the run's checkpoint was made with this config; used when config.yaml is missing or damaged."""
     saved = _saved_state(path)
     if saved is None:
         return False
@@ -143,7 +146,7 @@ def _matches_checkpoint(path: Path, config: Config, problem: str) -> bool:
 
 
 def _saved_state(path: Path) -> dict[str, Any] | None:
-    """Return the state.json of the checkpoint that a resume would try first among those with a sound one."""
+    """Return the state.json of the first checkpoint, in the order in which a resume tries them, that can be read."""
     for folder in step_folders.candidates(path):
         try:
             return step_folders.read_state(folder)

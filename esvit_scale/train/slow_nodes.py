@@ -1,4 +1,8 @@
-"""Names a node that is slow all the time: with collectives every rank takes as long as the slowest, so none stands out."""
+"""Detection of a node that is slow all the time.
+
+Because of collectives every rank's step takes as long as the slowest rank's, so only the time before the first collective
+tells which rank is slow.
+"""
 
 import os
 import socket
@@ -6,13 +10,13 @@ import statistics
 
 from esvit_scale.parallel import collectives
 
-SLOWER = 1.2  # times the median
+SLOWER = 1.2  # times the median of all ranks
 FOR_STEPS = 100
-BLOCK = 10  # steps that are compared as one, at the least: a single step varies
+BLOCK = 10  # steps whose sum is compared, at least: a single step varies
 
 
 class SlowNodes:
-    """Compares the ranks' own compute times, row by row; all ranks make the same calls."""
+    """A comparison of the ranks' own compute times, from row to row. All ranks make the same calls."""
 
     def __init__(self) -> None:
         self._nodes: list[str] = []
@@ -22,12 +26,12 @@ class SlowNodes:
         self._named: set[str] = set()
 
     def observe(self, step: int, seconds: float) -> tuple[dict[str, float | str], str]:
-        """Take this rank's compute seconds of a step.
+        """Compare the seconds that each rank computed in step `step`.
 
         Returns:
-            the row's fields: `compute_s_max` with its `slowest_node`, and `compute_s_median` (of an even number of ranks
-            the lower of the middle two, so that two ranks are compared with each other); and a sentence when one node was
-            at least 20 % above the median for 100 steps in a row, once for each node.
+            The fields of the row: `compute_s_max` with its `slowest_node`, and `compute_s_median` (for an even number of
+            ranks the lower of the middle two, so that two ranks are compared with each other). And a warning when one node
+            was at least 20 % above the median for 100 steps in a row, once for each node; otherwise an empty string.
         """
         if not self._nodes:
             self._nodes = collectives.gather_objects(os.environ.get("SLURMD_NODENAME") or socket.gethostname())

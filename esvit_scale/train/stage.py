@@ -1,4 +1,4 @@
-"""`data.stage`: every node of a run reads its own copy of the shards."""
+"""Copying of the shards to every node's own disk before a run (`data.stage`)."""
 
 import socket
 
@@ -10,15 +10,14 @@ from esvit_scale.errors import UserError
 from esvit_scale.parallel import collectives
 from esvit_scale.train.watchdog import Watchdog
 
-WAIT_S = 24 * 3600.0  # for other processes and nodes, which copy; the process that copies shows progress by itself
+WAIT_S = 24 * 3600.0  # how long a rank may wait for others that copy; the one that copies reports progress
 
 
 def on_every_node(data: Source, folder: str, watchdog: Watchdog) -> Source:
-    """Return the set, or the sets of a mix, on this node's own disk. All ranks call it, and what goes wrong on one node is
-    every rank's error.
+    """Copy the shard set, or the sets of a mix, to this node's `folder`, and return the copy. All ranks call it.
 
     Raises:
-        UserError: the data is not a shard set; one line for each node that could not copy.
+        UserError: the data is not a shard set, or a node could not copy it (on all ranks; one line per such node).
     """
     if not isinstance(data, Manifest | MixedSets):
         raise UserError("data.stage: copies shard sets (with manifest.json); leave it out for other data")

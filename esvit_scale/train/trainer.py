@@ -145,9 +145,6 @@ class Trainer:
         updates = clipper.take_changes() if measure_updates else None
         return StepResult(applied, means, clipper.take_squares(), updates, features)
 
-    def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
-        return stream.micro_batches(self.config, batch, self.world.device, self.engines.dtype)
-
     @torch.no_grad()
     def _teacher_targets(self, globals_: list[Tensor]) -> Any:
         """Return what the loss needs of the teacher, given [[2·B, channels, S, S]]; None for an objective without one."""
@@ -176,7 +173,8 @@ class Trainer:
                 row_is_due = self._row_is_due(self.step + 1)
                 if row_is_due:
                     self.clock.begin()
-                result = self.train_step(self._micro_batches(batch), measure_updates=row_is_due)
+                micro_batches = stream.micro_batches(self.config, batch, self.world.device, self.engines.dtype)
+                result = self.train_step(micro_batches, measure_updates=row_is_due)
                 self._record(batch, result)
                 self._save_if_due()
                 if self.stop_requested():

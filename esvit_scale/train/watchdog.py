@@ -1,9 +1,9 @@
-"""Finds a rank that hangs: nothing else does, because collectives wait for ever and a waiting job looks alive.
+"""The watchdog, which ends a job in which a rank hangs. Without it, collectives would wait for ever.
 
-Every rank watches its own progress. When a deadline passes, the first rank that notices asks all others where they
-stand. A rank whose Python hangs (in a read, say) still answers, from the watchdog's thread. A rank that was stopped, or
-whose node is gone, does not, and so it is known too. The lowest of a few ranks that answered writes one line about all;
-each rank leaves the stacks of all its threads beside its log and ends its process with 75, and the launcher the job.
+Every rank watches its own progress. When a deadline passes, the first rank that notices asks all others where they are. A
+rank that hangs in Python (in a read, say) still answers, from its watchdog's thread. A rank that was stopped, or whose node
+is gone, does not answer, and is reported as such. One of the ranks that answered writes one line about all ranks. Then each
+rank writes the stacks of all its threads beside its log and ends with exit code 75, and the launcher ends the job.
 """
 
 import faulthandler
@@ -22,29 +22,29 @@ from esvit_scale.errors import RestartCanHelp
 from esvit_scale.parallel import hang_reports
 from esvit_scale.parallel.world import World
 
-START_S = 600.0  # the least that is granted until the first step is done: compiling, reading a checkpoint
-TELL_S = 10.0  # at the end, for what may block itself: a dead file system, a store whose host is stopped
+START_S = 600.0  # the shortest deadline before the first step is done: compiling, reading a checkpoint
+TELL_S = 10.0  # how long reporting may take, which can block itself: a dead file system, a stopped host
 _PACKAGE = str(Path(__file__).resolve().parents[1])
 _COMMUNICATION = ("/torch/distributed/", "/deepspeed/")
 
 
 class Watchdog:
-    """Ends the process with exit code 75 when `beat` was not called for `seconds`. Made on the main thread.
+    """A thread that ends the process with exit code 75 when there was no progress for `seconds`.
 
-    Only time in which the watchdog itself ran counts: a job that was suspended (`scontrol suspend`, SIGSTOP) for hours
-    goes on where it stood.
+    Create it on the main thread. Only time in which the watchdog itself ran counts, so that a job that was suspended
+    (`scontrol suspend`, SIGSTOP) for hours goes on.
     """
 
     def __init__(self, world: World, seconds: float, run: Path) -> None:
-        """`run`: the run dir; what is left of a hang goes to its folder ranks/, under Slurm to the ranks' logs."""
+        """`run`: the run dir. The stacks of a hang are written to its folder ranks/, under Slurm beside the ranks' logs."""
         self._rank, self._seconds = world.rank, seconds
         self._logs = Path(os.environ.get("ESVIT_RANK_LOGS") or run / "ranks")
         self._main = threading.main_thread().ident
         self._step: int | None = None
-        self._has_trained = False  # a step was done since the first `beat`, which tells where the run begins
-        self._granted_s = 0.0  # until the next sign of progress
+        self._has_trained = False  # a step was done since the first `beat`, which gives the step at the start
+        self._granted_s = 0.0  # deadline that `grant` set, until the next progress
         self._period = min(1.0, seconds / 4)
-        self._still_s = 0.0  # how long this process has run without progress
+        self._still_s = 0.0  # seconds without progress in which this process ran
         self._stop, self._alarm = threading.Event(), threading.Event()
         self._exchanged = False
         self._reports = hang_reports.HangReports(world.rank, world.size) if world.size > 1 else None
@@ -67,17 +67,17 @@ class Watchdog:
             self._listener.join(TELL_S)
 
     def beat(self, step: int) -> None:
-        """Progress was made: `step` steps are done."""
+        """Note progress: `step` steps are done."""
         self._has_trained = self._has_trained or (self._step is not None and step > self._step)
         self._step = step
         self.progress()
 
     def progress(self) -> None:
-        """Progress was made, and no step: a part of the start is done, or a piece of a long copy."""
+        """Note progress other than a step: a part of the start, or of a long copy, is done."""
         self._still_s, self._granted_s = 0.0, 0.0
 
     def grant(self, seconds: float) -> None:
-        """Allow at least `seconds` until the next sign of progress: for waiting while another process works."""
+        """Allow at least `seconds` until the next progress, to wait for another process."""
         self.progress()
         self._granted_s = seconds
 
@@ -85,7 +85,7 @@ class Watchdog:
         seen = time.monotonic()
         while not self._stop.wait(self._period):
             now = time.monotonic()
-            self._still_s += min(now - seen, 2 * self._period)  # the rest of a longer pause: the process was stopped
+            self._still_s += min(now - seen, 2 * self._period)  # a longer pause means that the process was stopped
             seen = now
             if self._still_s > self._deadline() or self._alarm.is_set():
                 traces = _start(lambda: _leave_traces(self._logs, self._rank), "watchdog-traces")
@@ -94,7 +94,7 @@ class Watchdog:
                 os._exit(RestartCanHelp.exit_code)
 
     def _listen(self) -> None:
-        """Notice another rank's alarm. A store that is lost ends only this thread."""
+        """Wait for another rank's alarm. An error of the store ends only this thread."""
         assert self._reports is not None
         while not self._has_joined():
             if self._stop.wait(self._grace() / 4):
@@ -106,9 +106,9 @@ class Watchdog:
                     return
 
     def _has_joined(self) -> bool:
-        """Connect to the other ranks when that was not done yet, or failed."""
+        """Connect to the other ranks, unless that is done; return whether it is."""
         assert self._reports is not None
-        with suppress(RuntimeError):  # a store that is busy with a thousand ranks
+        with suppress(RuntimeError):  # the store may be busy with a thousand ranks
             if not self._reports.is_joined:
                 self._reports.join()
         return self._reports.is_joined
@@ -118,7 +118,7 @@ class Watchdog:
         return max(self._seconds, least, self._granted_s)
 
     def _grace(self) -> float:
-        """Seconds within which a rank that is alive answers an alarm."""
+        """Return the seconds within which a rank that is alive answers an alarm."""
         return min(20.0, max(3.0, self._seconds / 10))
 
     def _tell(self) -> None:
@@ -129,12 +129,12 @@ class Watchdog:
             say(f"ending the job, the same command goes on from the last checkpoint; stacks: {self._logs}")
             return
         _start(lambda: self._exchange(report), "watchdog-exchange").join(self._grace() + TELL_S / 2)
-        if not self._exchanged:  # the store does not answer: this rank says what it knows itself
+        if not self._exchanged:  # the store does not answer, so this rank reports what it knows itself
             store = f"the store on {os.environ.get('MASTER_ADDR', 'an unknown node')} could not be asked"
             self._say_summary(f"{summary({self._rank: report}, {})}; {store} where the other ranks stand")
 
     def _exchange(self, report: dict[str, Any]) -> None:
-        """Tell the other ranks where this one stands, hear them, and say it on the lowest that answered."""
+        """Exchange reports with the other ranks, and print the summary on one of them."""
         assert self._reports is not None
         try:
             if not self._has_joined():
@@ -165,15 +165,16 @@ class Watchdog:
 
 
 def say(text: str) -> None:
+    """Print a line to stderr at once."""
     print(text, file=sys.stderr, flush=True)
 
 
 def summary(found: dict[int, dict[str, Any]], silent: dict[int, str]) -> str:
-    """One line: which ranks wait in which collective, which stand elsewhere, and which do not answer.
+    """Return one line about all ranks: which wait in which collective, which are elsewhere, and which do not answer.
 
     Args:
         found: rank → its report.
-        silent: rank → node of those that did not report.
+        silent: rank → node, of the ranks that did not report.
     """
     waiting: dict[str, list[int]] = {}
     parts = []
@@ -194,7 +195,7 @@ def summary(found: dict[int, dict[str, Any]], silent: dict[int, str]) -> str:
 
 
 def _ranks(ranks: list[int]) -> str:
-    """`rank 3`, or `ranks 0-2,5`."""
+    """Return ranks in short form: `rank 3`, or `ranks 0-2,5`."""
     runs: list[list[int]] = []
     for rank in ranks:
         if runs and rank == runs[-1][1] + 1:
@@ -206,7 +207,7 @@ def _ranks(ranks: list[int]) -> str:
 
 
 def _start(work: Callable[[], object], name: str) -> threading.Thread:
-    """Run what may block for ever on a thread of its own, for the caller to `join` with a limit."""
+    """Run work that may block for ever on a thread, which the caller can `join` with a time limit."""
     thread = threading.Thread(target=work, name=name, daemon=True)
     thread.start()
     return thread
@@ -221,18 +222,18 @@ def _leave_traces(folder: Path, rank: int) -> None:
 
 
 def _where(thread: int | None) -> tuple[str | None, str]:
-    """The collective that the main thread waits in, if it does, and the place in our code that led there."""
+    """Return the collective in which the main thread waits, or None, and the place in this package that led there."""
     frames = sys._current_frames()
     frame = frames.get(thread or 0)
     if frame is not None and "/torch/autograd/" in frame.f_code.co_filename:
-        # On a GPU the hooks of a backward run on autograd's own threads.
+        # On a GPU, hooks of the backward run on autograd's own threads.
         frame = next((f for f in frames.values() if _communicates(f)), frame)
     pending = hang_reports.pending_collective()
     waits = None
     if frame is not None and _communicates(frame):
         waits = pending or _function_of_torch(frame) or frame.f_code.co_name
     elif pending and _on_gpu():
-        waits = pending  # the host waits for the device, and the device for the collective
+        waits = pending  # the host waits for the device, which waits for the collective
     return waits, _innermost_of_ours(frame)
 
 
@@ -241,7 +242,7 @@ def _communicates(frame: FrameType) -> bool:
 
 
 def _function_of_torch(frame: FrameType | None) -> str | None:
-    """The outermost function of torch.distributed on a stack: what was called, not what it calls inside."""
+    """Return the name of the outermost function of torch.distributed on a stack, which is the one that was called."""
     name = None
     while frame is not None:
         if frame.f_code.co_filename.endswith("/torch/distributed/distributed_c10d.py"):
@@ -257,7 +258,7 @@ def _on_gpu() -> bool:
 
 
 def _innermost_of_ours(frame: FrameType | None) -> str:
-    """`data/stream.py:120 in batches (via threading.py:320 in wait)`: our deepest frame, and what it called."""
+    """Return this package's deepest frame and the frame it led to: `data/stream.py:120 in batches < threading.py:320 in wait`."""
     deepest = frame
     while frame is not None and not frame.f_code.co_filename.startswith(_PACKAGE):
         frame = frame.f_back
