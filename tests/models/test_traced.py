@@ -68,7 +68,7 @@ def test_storages_count_once_and_parameters_never():
 
 
 def test_other_ranks_do_not_take_part(monkeypatch):
-    """Rank 0 alone counts (train/run.py), while a process group exists: a collective would wait for ever."""
+    """Rank 0 alone counts (train/step_metrics.py), while a process group exists: a collective would wait for ever."""
     for name, answer in (("is_initialized", True), ("get_rank", 1), ("get_world_size", 4)):
         monkeypatch.setattr(torch.distributed, name, lambda answer=answer: answer)
     with models_traced.on_meta():

@@ -137,11 +137,11 @@ def test_time_in_which_the_job_was_suspended_does_not_count(tmp_path: Path) -> N
 
 
 def test_the_summary_names_every_rank_once() -> None:
-    waiting = {"node": "n", "step": 7, "waits": "all_gather no. 3", "place": "train/step.py:9 in f"}
+    waiting = {"node": "n", "step": 7, "waits": "all_gather no. 3", "place": "train/trainer.py:9 in f"}
     found = dict.fromkeys((0, 1, 2, 5), waiting) | {3: {**waiting, "waits": None, "place": "data/x.py:1 in read"}}
     assert watchdog.summary(found, {4: "node2", 6: "node2"}) == (
         "hang: rank 3 on n is in no collective but at data/x.py:1 in read; ranks 4,6 on node2 do not answer: stopped, or the "
-        "node is gone; ranks 0-2,5 wait in all_gather no. 3 (train/step.py:9 in f)"
+        "node is gone; ranks 0-2,5 wait in all_gather no. 3 (train/trainer.py:9 in f)"
     )
 
 
