@@ -1,9 +1,9 @@
-"""Features on disk: computed once for a trunk, a data set and a transform; every evaluation then maps them into memory.
+"""The cache of features on disk: computed once for a trunk, a data set and a transform, then memory-mapped.
 
-DIR/<key>/ holds features.npy [N, …], labels.npy and numbers.npy (int64 [N]), keys.jsonl (a JSON string a line) and
-about.json, which spells out what <key> is the hash of. Ranks write a part each, with plain sequential writes; rank 0
-joins them and renames the folder into place. So a folder that is there is whole, and of two processes that compute the
-same features the first one's are kept. Ranks on several nodes need DIR on a file system that they share.
+DIR/<key>/ holds features.npy [N, …], labels.npy and numbers.npy (int64 [N]), keys.jsonl (one JSON string per line) and
+about.json, which records the values that <key> is the hash of. Every rank writes its part sequentially; rank 0 joins the
+parts and renames the folder into place. So a folder that exists is complete, and when two processes compute the same
+features those of the first are kept. Ranks on several nodes need DIR on a file system that they share.
 """
 
 import hashlib
@@ -33,17 +33,17 @@ COPIED_AT_ONCE = 64 << 20  # bytes
 
 
 class FeatureSet(NamedTuple):
-    features: (
-        Tensor  # [N, …] on the CPU, float32 or float16; from a cache: mapped from its file, private to the process
-    )
-    keys: list[str]  # [N]
-    labels: Tensor  # int64 [N]; -1: no label
-    numbers: Tensor | None = None  # int64 [N]: place in the source
+    """Features of a whole data set, in the order of the set."""
+
+    features: Tensor  # float32 or float16 [N, …] on the CPU; mapped copy-on-write when it comes from a cache
+    keys: list[str]  # N names of samples
+    labels: Tensor  # int64 [N]; −1 for an image without a label
+    numbers: Tensor | None = None  # int64 [N], each image's place in the source
     left_out: int = 0  # images of the source that could not be read
 
 
 class FeatureBatch(NamedTuple):
-    """Some images' part of a FeatureSet."""
+    """The fields of a FeatureSet for a few images."""
 
     features: Tensor
     keys: list[str]
@@ -54,9 +54,14 @@ class FeatureBatch(NamedTuple):
 def load_or_compute(
     cache: Path, key: dict[str, Any], source: Path, images: int, compute: Callable[[], Iterable[FeatureBatch]]
 ) -> FeatureSet:
-    """The features that `key` describes: from `cache`, or computed (this rank's part of them) and kept there.
+    """Return the features that `key` describes, from the folder `cache` or else computed and stored there.
 
-    All ranks call it together, and get the whole set. `images` is how many `source` says it holds.
+    All ranks call it, and all get the whole set.
+
+    Args:
+        key: every value that the features depend on.
+        images: how many images `source` says it holds.
+        compute: yields this rank's part of the features.
 
     Raises:
         UserError: no image could be read, or the cache's folder is not shared by the ranks.
@@ -67,13 +72,15 @@ def load_or_compute(
     if not cached:
         _fill(folder, {**key, "source": str(source)}, images, compute())
     found = load(folder)
-    if cached and found.left_out and collectives.rank() == 0:  # the reader says so only when it reads
-        log.warning("%s: %d of %d images were left out when its features were made", source, found.left_out, images)
+    if cached and found.left_out and collectives.rank() == 0:  # when images are read, their reader logs it
+        log.warning(
+            "%s: %d of %d images could not be read when its features were computed", source, found.left_out, images
+        )
     return found
 
 
 def load(folder: Path) -> FeatureSet:
-    """A finished folder of the cache. Its features are mapped copy-on-write: nothing is read until it is used."""
+    """Return the features of a finished folder of the cache, mapped copy-on-write: nothing is read until it is used."""
     arrays = [torch.from_numpy(np.load(folder / f"{n}.npy", mmap_mode="c")) for n in ("features", "labels", "numbers")]
     keys = [json.loads(line) for line in (folder / "keys.jsonl").read_bytes().splitlines()]
     about = json.loads((folder / "about.json").read_text())
@@ -81,8 +88,10 @@ def load(folder: Path) -> FeatureSet:
 
 
 def trunk_digest(trunk: nn.Module) -> str:
-    """Of the weights as loaded, and of every plain number that a module holds beside them (windows, heads, …): the same
-    trunk from another file has the same digest."""
+    """Return a hash of a trunk's weights and of every number that its modules hold (window, heads, …).
+
+    The same trunk from another file has the same digest.
+    """
     found = hashlib.sha256()
     for name, module in trunk.named_modules():
         numbers = {k: v for k, v in vars(module).items() if k != "training" and _is_plain(v)}
@@ -94,7 +103,7 @@ def trunk_digest(trunk: nn.Module) -> str:
 
 
 def source_digest(source: Path) -> str:
-    """Of a shard set its manifest, which holds every shard's checksum; of a folder its files' names, sizes and dates."""
+    """Return a hash of a shard set's manifest (which has every shard's checksum), or of a folder's file names, sizes and dates."""
     if manifests.is_shard_set(source):
         return _digest((source / manifests.MANIFEST).read_bytes())
     found = hashlib.sha256()
@@ -103,12 +112,12 @@ def source_digest(source: Path) -> str:
         try:
             status = os.stat(os.path.join(os.fsencode(source), path))  # noqa: PTH116, PTH118 (paths may be undecodable)
             found.update(path + f"\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-        except OSError:  # a dangling link: whoever reads it says so
+        except OSError:  # a dangling link; the reader reports it
             found.update(path + b"\0missing\n")
     return found.hexdigest()
 
 
-# --- filling ---------------------------------------------------------------------------------------------------------
+# --- writing ---------------------------------------------------------------------------------------------------------
 
 
 def _fill(folder: Path, about: dict[str, Any], images: int, rows: Iterable[FeatureBatch]) -> None:
@@ -116,7 +125,7 @@ def _fill(folder: Path, about: dict[str, Any], images: int, rows: Iterable[Featu
     try:
         if collectives.all_reduce_flags(int(not tmp.is_dir())):
             raise UserError(
-                f"{folder.parent}: not seen by every rank; --cache must be on a file system that they share"
+                f"{folder.parent}: not visible to every rank; --cache must name a folder on a shared file system"
             )
         _run_on_all_ranks(lambda: _write_part(tmp / f"part-{collectives.rank():05d}", rows), about["source"])
         collectives.run_on_rank0_and_broadcast(lambda: _commit(tmp, folder, about, images))
@@ -126,18 +135,18 @@ def _fill(folder: Path, about: dict[str, Any], images: int, rows: Iterable[Featu
 
 
 def _run_on_all_ranks(work: Callable[[], None], source: str) -> None:
-    """What fails on one rank fails on all, so that they stay in step whatever the caller does about it."""
+    """Call `work` on every rank; if it raises on one rank, raise on all, so that the ranks stay in step."""
     problem: Exception | None = None
     try:
         work()
     except Exception as error:
         problem = error
     if collectives.all_reduce_flags(int(problem is not None)):
-        raise problem or UserError(f"{source}: reading it failed on another rank, which says why")
+        raise problem or UserError(f"{source}: could not be read on another rank, whose log says why")
 
 
 def _make_tmp_folder(folder: Path) -> Path:
-    """An empty folder beside `folder` to write in; what killed processes of this machine left there is removed."""
+    """Make an empty folder beside `folder` to write in, and remove those that dead processes of this machine left."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     host = socket.gethostname()
     for old in folder.parent.glob(f".{folder.name}.{host}.*.partial"):
@@ -150,7 +159,7 @@ def _make_tmp_folder(folder: Path) -> Path:
 
 
 def _write_part(part: Path, rows: Iterable[FeatureBatch]) -> None:
-    """This rank's rows as raw files, in their order, and what is needed to read them again."""
+    """Write this rank's features as raw files, and a JSON file with the shape and type needed to read them."""
     count, shape, dtype = 0, [0], "float32"
     names = ("features", "labels", "numbers", "keys")
     features, labels, numbers, keys = (part.with_suffix(f".{name}").open("wb") for name in names)
@@ -166,11 +175,12 @@ def _write_part(part: Path, rows: Iterable[FeatureBatch]) -> None:
 
 
 def _commit(tmp: Path, folder: Path, about: dict[str, Any], images: int) -> None:
+    """Join the parts of all ranks into .npy files and rename the temporary folder to `folder`."""
     parts = [(path.with_suffix(""), json.loads(path.read_text())) for path in sorted(tmp.glob("part-*.json"))]
     parts = [(path, held) for path, held in parts if held["rows"]]
     n = sum(held["rows"] for _, held in parts)
     if not n:
-        raise UserError(f"{about['source']}: holds no readable image (the warnings above say why)")
+        raise UserError(f"{about['source']}: holds no readable image (see the warnings above)")
     shape, dtype = tuple(parts[0][1]["shape"]), np.dtype(parts[0][1]["dtype"])
     for name, row, kind in (
         ("features", shape, dtype),
@@ -190,11 +200,11 @@ def _commit(tmp: Path, folder: Path, about: dict[str, Any], images: int) -> None
         files.commit_folder(tmp, folder)
     except OSError:
         if not (folder / "about.json").is_file():
-            raise  # not another process that was faster
+            raise  # the folder does not exist because another process was faster
 
 
 def _join(path: Path, parts: list[Path], shape: tuple[int, ...], dtype: "np.dtype[Any]") -> None:
-    """Raw files one after the other as one .npy; each is removed once it is copied."""
+    """Write raw files one after the other into one .npy file, removing each after it is copied."""
     with path.open("wb") as out:
         np.lib.format.write_array_header_1_0(out, {"descr": dtype.str, "fortran_order": False, "shape": shape})
         for part in parts:
@@ -226,7 +236,7 @@ def _digest(data: bytes) -> str:
 
 
 def chunks(array: Tensor, bytes_at_once: int = COPIED_AT_ONCE) -> Iterator[Tensor]:
-    """Consecutive rows of a mapped tensor, so that it is never in memory whole."""
+    """Yield consecutive rows of a mapped tensor in chunks, so that it is never in memory as a whole."""
     rows = max(1, bytes_at_once // max(1, array[:1].nbytes))
     for start in range(0, len(array), rows):
         yield array[start : start + rows]

@@ -1,4 +1,4 @@
-"""Features of a frozen trunk: images → [N, C], once, for every evaluation that follows (evaluate/feature_cache.py keeps them)."""
+"""Features of a frozen trunk: images → [N, C], computed once for all evaluations (feature_cache.py keeps them)."""
 
 import io
 import shutil
@@ -30,26 +30,30 @@ TRANSFORM = "short side to size*256/224 (bicubic), centre crop"
 
 
 class SourceInfo(NamedTuple):
+    """How many images a shard set or image folder holds, and their classes."""
+
     images: int
-    classes: tuple[str, ...]  # empty: no labels
+    classes: tuple[str, ...]  # empty if the images have no labels
 
 
 class FrozenTrunk(NamedTuple):
+    """A trunk to evaluate, with what its checkpoint says about the images that it expects."""
+
     trunk: nn.Module
-    size: int  # pixels of the crop it is evaluated at: the size of its global crops
-    step: int | None  # None: a single file does not say
-    pixels: PixelFormat = RGB8  # of the images that it was trained on
+    size: int  # side in pixels of the evaluation crop: the size of its global crops
+    step: int | None  # training step of the checkpoint; None for a file that does not record it
+    pixels: PixelFormat = RGB8  # channels and bits of the images that it was trained on
 
 
 class ExtractionOptions(NamedTuple):
-    """How features are computed and kept; what the evaluations pass on from the command line."""
+    """How features are computed and stored, as the command line of every evaluation says."""
 
-    batch: int = 64
-    workers: int = 4
-    device: str | torch.device | None = None  # None: the GPU where there is one
-    precision: str = "fp32"  # of the trunk; "bf16": under autocast
-    stored: str = "fp32"  # of the features; "fp16" halves the cache
-    cache: Path | None = None  # None: nothing is kept
+    batch: int = 64  # images
+    workers: int = 4  # processes that load images
+    device: str | torch.device | None = None  # None: the GPU if there is one
+    precision: str = "fp32"  # "fp32", or "bf16" to run the trunk under autocast
+    stored: str = "fp32"  # number format of stored features; "fp16" halves the cache
+    cache: Path | None = None  # folder that keeps features; None keeps nothing
 
 
 def extract(
@@ -65,18 +69,20 @@ def extract(
     kind: Kind = "view",
     pixels: PixelFormat = RGB8,
 ) -> FeatureSet:
-    """Features of every image in `source` (shards or an image folder), in the source's order.
+    """Return features of every image in `source` (shards or an image folder), in the order of the source.
 
-    The transform is the published k-NN protocol's (short side to size·256/224, centre crop). On several ranks each
-    extracts its part; every rank returns the whole set. Arguments from `batch` to `cache`: see `ExtractionOptions`; `pixels`: the
-    format of the images that the trunk was trained on.
+    The transform is that of the published k-NN protocol (short side to size·256/224, centre crop). Every rank extracts
+    its part of the images and returns the whole set. Arguments from `batch` to `cache`: see `ExtractionOptions`.
 
-    kind "view": view features [N, C]. kind "blocks": [N, 2, D], the mean (or the class token) and the maximum over the
-    tokens of each of the last four blocks, concatenated in order (D = 2304 for Swin-T; the last C columns are the last block's); what linear
-    probes read.
+    Args:
+        size: side in pixels of the crop that the trunk sees.
+        kind: "view" gives view features [N, C]. "blocks" gives [N, 2, D], for linear probes: the mean (or class token)
+            and the maximum over the tokens of each of the last four blocks, side by side in the order of the blocks
+            (D = 2304 for Swin-T; the last C columns belong to the last block).
+        pixels: format of the images that the trunk was trained on.
 
     Raises:
-        UserError: `source` is missing, empty, or holds no readable image; a feature exceeds fp16's range.
+        UserError: `source` is missing, empty, or holds no readable image; a feature is beyond fp16's range.
     """
     place = torch.device(device) if device else default_device()
     encoder = {"view": _view, "blocks": last_blocks}[kind]
@@ -87,13 +93,13 @@ def extract(
 
     def compute() -> Iterator[FeatureBatch]:
         was_training = trunk.training
-        trunk.to(place).eval()  # batch norm trunks: running statistics, whatever the batch
+        trunk.to(place).eval()  # batch norm must use its running statistics
         try:
             yield from _feature_batches(encode, source, size, batch, workers, stored, pixels)
         finally:
             trunk.train(was_training)
 
-    images = source_info(source).images  # first of all: it says what is wrong with the source
+    images = source_info(source).images  # first, because it reports what is wrong with the source
     key = {"trunk": feature_cache.trunk_digest(trunk), "data": feature_cache.source_digest(source), "size": size}
     key |= {"transform": TRANSFORM, "kind": kind, "precision": precision, "stored": stored}
     if pixels != RGB8:
@@ -102,7 +108,7 @@ def extract(
 
 
 def raw_pixels(source: Path, size: int, batch: int = 64, workers: int = 4) -> FeatureSet:
-    """The baseline that has learnt nothing: the normalised pixels themselves, C = 3·size². For small sets only."""
+    """Return the normalised pixels of every image as features, C = 3·size²: a baseline without a network, for small sets."""
     images = source_info(source).images
     key = {"kind": "pixels"}
     return _cached_or_temporary(
@@ -111,9 +117,9 @@ def raw_pixels(source: Path, size: int, batch: int = 64, workers: int = 4) -> Fe
 
 
 def run_embed(checkpoint: Path, data: Path, out: Path, loading: ExtractionOptions) -> FeatureSet:
-    """`esvit-scale embed`: features of `data` under `checkpoint`'s teacher, written to the file `out`."""
+    """Run `esvit-scale embed`: write the features of `data` by the trunk of `checkpoint` to the file `out`."""
     if out.is_dir():
-        raise UserError(f"{out}: is a folder; --out names the file to write, for example {out / 'features.npz'}")
+        raise UserError(f"{out}: is a folder, but --out must name a file, for example {out / 'features.npz'}")
     teacher = load_frozen_trunk(checkpoint)
     found = extract(teacher.trunk, data, teacher.size, **loading._asdict(), pixels=teacher.pixels)
     if collectives.rank() == 0:
@@ -123,8 +129,11 @@ def run_embed(checkpoint: Path, data: Path, out: Path, loading: ExtractionOption
 
 
 def save(found: FeatureSet, path: Path, classes: Sequence[str] = ()) -> None:
-    """Write `path`.npz with arrays features float32 [N, C], keys str [N], labels int64 [N] (-1 without one) and classes
-    str [K], the names that the labels count; no pickles; whole or not at all."""
+    """Write features to the .npz file `path`, whole or not at all and without pickles.
+
+    Its arrays are features (float32 [N, C]), keys (str [N]), labels (int64 [N], indices into classes; −1 for an image
+    without a label) and classes (str [K]).
+    """
     buffer = io.BytesIO()
     keys = np.asarray(found.keys, dtype=np.str_)
     names = np.asarray(classes, dtype=np.str_)
@@ -134,7 +143,7 @@ def save(found: FeatureSet, path: Path, classes: Sequence[str] = ()) -> None:
 
 
 def load_frozen_trunk(checkpoint: Path) -> FrozenTrunk:
-    """Return the trunk that any weights hold which `load_backbone` takes, on the CPU: of a run dir or step dir its teacher's.
+    """Return the trunk of any weights that `load_backbone` takes, on the CPU; from a run dir or step folder the teacher's.
 
     Raises:
         UserError: no such weights, damaged, or not weights at all.
@@ -142,17 +151,17 @@ def load_frozen_trunk(checkpoint: Path) -> FrozenTrunk:
     if checkpoint.is_file() or exported_folder.is_exported(checkpoint):
         trunk, config = convert.load_trunk(checkpoint)
         return FrozenTrunk(trunk, config.data.global_crops.size, None, pixel_format(config.data))
-    folder = step_folders.resolve(checkpoint)  # once: `latest` of a living run moves
+    folder = step_folders.resolve(checkpoint)  # resolved once, because `latest` of a running run moves
     trunk, config = state.load_teacher(folder)
     step = int(step_folders.read_state(folder)["cursor"]["step"])
     return FrozenTrunk(trunk, config.data.global_crops.size, step, pixel_format(config.data))
 
 
 def source_info(source: Path) -> SourceInfo:
-    """What a shard set's manifest, or an image folder, says it holds.
+    """Return the number of images and the classes of a shard set, by its manifest, or of an image folder.
 
     Raises:
-        UserError: there is neither.
+        UserError: `source` is neither.
     """
     if manifests.is_shard_set(source):
         held = manifests.load(source)
@@ -162,12 +171,19 @@ def source_info(source: Path) -> SourceInfo:
 
 
 def default_device() -> torch.device:
+    """Return this process's GPU if there is one, else the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def last_blocks(trunk: nn.Module, images: Tensor) -> Tensor:
-    """[B, 2, D]: of each of the last four blocks, side by side, what stands for the image (the mean of its tokens, or its
-    class token) and the maximum over its tokens (the former again where there are none)."""
+    """Return features [B, 2, D] of the trunk's last four blocks, side by side.
+
+    Row 0 is the mean over an image's tokens, or its class token. Row 1 is the maximum over its tokens; it repeats row 0
+    for a trunk without region tokens.
+
+    Raises:
+        UserError: the trunk does not give its blocks' tokens.
+    """
     if not isinstance(trunk, Trunk):
         raise UserError(f"the trunk {type(trunk).__name__} does not give its blocks' tokens; a probe needs them")
     means, tops = [], []
@@ -192,7 +208,7 @@ def _cached_or_temporary(
     try:
         found = feature_cache.load_or_compute(folder, key, source, images, compute)
         in_memory = {name: getattr(found, name).clone() for name in ("features", "labels", "numbers")}
-        collectives.barrier()  # every rank has its copy
+        collectives.barrier()  # until every rank has its copy
         return found._replace(**in_memory)
     finally:
         if collectives.rank() == 0:
@@ -208,7 +224,7 @@ def _feature_batches(
     stored: str = "fp32",
     pixels: PixelFormat = RGB8,
 ) -> Iterator[FeatureBatch]:
-    """This rank's part of the source's features, batch by batch."""
+    """Yield this rank's part of the source's features, in batches."""
     rank, world = collectives.rank(), collectives.world_size()
     batches: Iterable[EvaluationBatch] = stream.evaluation_batches(
         source, size, batch, workers, rank, world, pixels=pixels

@@ -51,7 +51,7 @@ def test_what_was_kept_is_not_computed_again(tmp_path: Path, caplog: pytest.LogC
         assert found.numbers.tolist() == list(range(1, 8))
         assert found.left_out == 2
     assert [r.getMessage() for r in caplog.records] == [
-        "photos: 2 of 9 images were left out when its features were made"
+        "photos: 2 of 9 images could not be read when its features were computed"
     ]
     with pytest.raises(AssertionError):
         load_or_compute(tmp_path, {"size": 2}, SOURCE, 9, never)
