@@ -1,7 +1,7 @@
-"""Weighted k-nearest-neighbour classification of frozen features: the evaluation that trains nothing.
+"""Weighted k-nearest-neighbour classification of frozen features: an evaluation without training.
 
-The protocol (DINO's, used by EsViT): features are L2-normalised; a test sample's k most similar training samples by
-cosine vote for their class with weight exp(s / 0.07); k = 10, 20, 100, 200. Accuracies are percentages.
+The protocol is DINO's, which EsViT uses: features are L2-normalised, and the k training samples with the highest cosine
+similarity s to a test sample vote for their class with weight exp(s / 0.07); k = 10, 20, 100, 200. Accuracies are in percent.
 """
 
 from collections.abc import Sequence
@@ -23,13 +23,15 @@ from esvit_scale.parallel import collectives
 
 KS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
-VOTES_AT_ONCE = 2**24  # queries × classes: 64 MB
+VOTES_AT_ONCE = 2**24  # elements of the vote matrix [queries, classes]: 64 MB
 EXAMPLES, EXAMPLE_NEIGHBOURS = 10, 5  # test samples whose neighbours knn.json records for the report
 
 
 class Accuracy(NamedTuple):
+    """The accuracies for one k."""
+
     top1: float  # percent
-    top5: float | None  # percent; None: fewer than five classes
+    top5: float | None  # percent; None with fewer than five classes
 
 
 def knn(
@@ -41,11 +43,15 @@ def knn(
     temperature: float = TEMPERATURE,
     device: torch.device | str | None = None,
 ) -> dict[int, Accuracy]:
-    """Accuracy for each k.
+    """Return the accuracy for each k. All ranks call it: each takes its part of the test set, and all get the result.
 
-    Features [N, C] of any floating type, labels int64 [N], one numbering of the classes for both sets. A k larger than
-    the training set is clipped to it, and is reported once, under the clipped k. A class counts among the top five only
-    when it got a vote. On several ranks each takes its part of the test set, and all get the result.
+    A k larger than the training set is reported under the size of the training set. A class counts among the top five
+    only if it got a vote.
+
+    Args:
+        train_features, test_features: [N, C] of any floating-point type.
+        train_labels, test_labels: int64 [N], with the same numbering of classes in both sets.
+        temperature: divides the cosine similarity in a vote's weight.
 
     Raises:
         UserError: features that are not finite or of different width, no samples, no labels, or a single class.
@@ -71,7 +77,15 @@ def knn(
 def count_true_class_ranks(
     voters: Tensor, weights: Tensor, truth: Tensor, ks: Sequence[int], classes: int, top: int
 ) -> Tensor:
-    """How often the true class came first, second, …: int64 [ks, top]. voters and weights [Q, k], truth [Q]."""
+    """Count how often the true class came first, second, … in the vote: int64 [ks, top].
+
+    Args:
+        voters: classes of each query's neighbours, nearest first, int64 [Q, k].
+        weights: of their votes, [Q, k].
+        truth: true class of each query, int64 [Q].
+        ks: numbers of neighbours that vote; one row of the result for each.
+        top: how many of the leading classes are looked at.
+    """
     right = torch.zeros(len(ks), top, dtype=torch.int64)
     step = max(1, VOTES_AT_ONCE // classes)
     for start in range(0, len(truth), step):
@@ -87,7 +101,9 @@ def count_true_class_ranks(
 def few_shot(
     train: LabelledSet, test: LabelledSet, shots: Sequence[int], tries: int, ks: Sequence[int] = KS, seed: int = 0
 ) -> dict[str, Any]:
-    """k-NN with n training samples of each class, for n in `shots`: mean top-1 over `tries` draws, and its interval.
+    """Return the k-NN accuracy with only n training samples of each class, for every n in `shots`.
+
+    It is the mean top-1 over `tries` random draws of the samples, with its 95 % interval.
 
     Raises:
         UserError: a class has fewer than n samples.
@@ -95,7 +111,7 @@ def few_shot(
     names, labels = train.classes, train.samples.labels
     truth = match_classes(train, test)
     for n in shots:
-        sample_per_class(labels, n, seed, names)  # says at once what is not there
+        sample_per_class(labels, n, seed, names)  # raises before any work if a class has too few samples
     found: dict[str, Any] = {}
     for n in shots:
         runs = []
@@ -108,9 +124,9 @@ def few_shot(
 
 
 def clip_ks(ks: Sequence[int], n: int) -> list[int]:
-    """`ks` in order, those beyond `n` replaced by one `n`."""
+    """Return `ks` sorted, with those above `n` replaced by one `n`."""
     if min(ks) < 1:
-        raise UserError(f"k must be at least 1, got {min(ks)}")
+        raise UserError(f"--k: must be at least 1, got {min(ks)}")
     return sorted({min(k, n) for k in ks})
 
 
@@ -124,7 +140,7 @@ def run_knn(
     shots: Sequence[int] = (),
     tries: int = 5,
 ) -> dict[str, Any]:
-    """`esvit-scale evaluate knn`: the teacher of `checkpoint` on two labelled sets; writes `out`/knn.json."""
+    """Run `esvit-scale evaluate knn` with the trunk of `checkpoint` on two labelled sets; write and return `out`/knn.json."""
     check_train_and_test([train], test, "k-NN")
     teacher = load_frozen_trunk(checkpoint)
     sets = [
@@ -132,7 +148,7 @@ def run_knn(
         for s in (train, test)
     ]
     row = {"checkpoint": str(checkpoint), "step": teacher.step, "train": str(train), "test": str(test)}
-    result = row | evaluate(sets[0], sets[1], ks)  # on every rank: an error ends them all, nobody is left waiting
+    result = row | evaluate(sets[0], sets[1], ks)  # on every rank, so that an error ends all of them
     if shots:
         result["few_shot"] = few_shot(sets[0], sets[1], shots, tries, ks)
     if collectives.rank() == 0:
@@ -144,7 +160,7 @@ def run_knn(
 
 
 def evaluate(train: LabelledSet, test: LabelledSet, ks: Sequence[int] = KS) -> dict[str, Any]:
-    """The part of knn.json that two feature sets determine: sizes, results for each k, best, and examples."""
+    """Return the part of knn.json that two feature sets determine: sizes, results for each k, the best, and examples."""
     labels = match_classes(train, test)
     found = knn(train.samples.features, train.samples.labels, test.samples.features, labels, ks)
     n = len(train.samples.keys)
@@ -162,12 +178,17 @@ def evaluate(train: LabelledSet, test: LabelledSet, ks: Sequence[int] = KS) -> d
 
 
 def write_result(result: dict[str, Any], path: Path) -> None:
+    """Write a result as JSON, whole or not at all, after making its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_json(path, result)
 
 
 def table(rows: Sequence[dict[str, Any]], names: Sequence[str] | None = None) -> str:
-    """Results side by side as text, one line each; percent."""
+    """Return a text table of several results: a line for each, a column of top-1 percentages for each k.
+
+    Args:
+        names: of the lines; None: the training steps or checkpoints.
+    """
     ks = sorted({int(k) for row in rows for k in row["results"]})
     names = (
         list(names)
@@ -185,6 +206,7 @@ def table(rows: Sequence[dict[str, Any]], names: Sequence[str] | None = None) ->
 
 
 def few_shot_table(result: dict[str, Any]) -> str:
+    """Return a text table of a result of `few_shot`."""
     ks = sorted({int(k) for row in result["results"].values() for k in row})
     lines = [f"{'k-NN top-1, % (mean ± 95 %)':<28}" + "".join(f"{f'k={k}':>14}" for k in ks)]
     for n, row in result["results"].items():
@@ -199,7 +221,7 @@ def _with_margin(cell: dict[str, Any]) -> str:
 
 
 def _examples(train: LabelledSet, test: LabelledSet) -> list[dict[str, Any]]:
-    """Ten test samples, evenly spaced over the set, with their nearest training samples: for pictures."""
+    """Return ten evenly spaced test samples with their nearest training samples, for the report to show."""
     n = len(test.samples.keys)
     picked = torch.linspace(0, n - 1, min(EXAMPLES, n)).round().long()
     k = min(EXAMPLE_NEIGHBOURS, len(train.samples.keys))

@@ -1,4 +1,4 @@
-"""LabelledSet feature sets: classes matched by name, checked before any work, and parts of them that keep the classes."""
+"""Labelled feature sets: matching classes by name, checks before any work, and class-balanced subsets."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -23,15 +23,15 @@ class LabelledSet(NamedTuple):
 
 
 def with_class_names(found: FeatureSet, source: Path) -> LabelledSet:
-    """`found` with the class names of the set it came from."""
+    """Return a feature set together with the class names of the data set that it came from."""
     return LabelledSet(found, source_info(source).classes)
 
 
 def match_classes(train: LabelledSet, test: LabelledSet) -> Tensor:
-    """Return the test labels in the training set's numbering, classes matched by name; int64 [N].
+    """Return the test labels in the numbering of the training set's classes, matched by name; int64 [N].
 
     Raises:
-        UserError: the test set has classes that no training sample has, though both sets may name them.
+        UserError: the test set has samples of a class of which the training set has none.
     """
     if not (train.classes and test.classes):
         return test.samples.labels
@@ -42,10 +42,7 @@ def match_classes(train: LabelledSet, test: LabelledSet) -> Tensor:
 
 
 def require_training_samples(trained: Iterable[str], needed: Sequence[str]) -> None:
-    """
-    Raises:
-        UserError: a class that test samples have and no training sample.
-    """
+    """Raise UserError if a class that test samples have (`needed`) is not among those with training samples."""
     there = set(trained)
     missing = [name for name in needed if name not in there]
     if missing:
@@ -54,11 +51,7 @@ def require_training_samples(trained: Iterable[str], needed: Sequence[str]) -> N
 
 
 def require_classes(sources: Sequence[Path], what: str) -> None:
-    """Before the hours that features may take.
-
-    Raises:
-        UserError: a source has no classes.
-    """
+    """Raise UserError if a source has no classes. `what` is the evaluation that needs them, for the message."""
     for source in sources:
         if not source_info(source).classes:
             raise UserError(f"{source}: its images have no labels; {what} needs one subfolder for each class")
@@ -67,7 +60,8 @@ def require_classes(sources: Sequence[Path], what: str) -> None:
 def check_sets(
     train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor, what: str
 ) -> None:
-    """
+    """Check that a training and a test set can be used for classification.
+
     Raises:
         UserError: features that are not finite or of different width, no samples, no labels, or a single class.
     """
@@ -81,25 +75,22 @@ def check_sets(
 
 
 def check_finite(name: str, features: Tensor) -> None:
-    """
-    Raises:
-        UserError: features that are NaN or infinite, or none at all.
-    """
+    """Raise UserError if a set has no features, or some that are NaN or infinite."""
     if len(features) == 0:
         raise UserError(f"{name} set: no samples")
-    # A sum is not finite when a term is not, and ten times faster than looking at each.
+    # If a term is not finite, the sum is not; testing the sum is ten times faster than testing every term.
     bad = sum(int((~part.flatten(1).float().sum(1).isfinite()).sum()) for part in chunks(features))
     if bad:
         raise UserError(
-            f"{name} set: {bad} of {len(features)} feature vectors hold NaN or infinity; the trunk is broken"
+            f"{name} set: {bad} of {len(features)} feature vectors hold NaN or infinity; the trunk's weights are broken"
         )
 
 
 def sample_per_class(labels: Tensor, count: int, seed: int, classes: Sequence[str] = ()) -> Tensor:
-    """Rows of `count` samples of each class, drawn with `seed`; int64, ascending.
+    """Return the rows of `count` random samples of each class; int64, ascending.
 
     Raises:
-        UserError: a class has fewer.
+        UserError: a class has fewer samples.
     """
     rows = []
     for label, own in _rows_by_class(labels, seed):
@@ -111,17 +102,19 @@ def sample_per_class(labels: Tensor, count: int, seed: int, classes: Sequence[st
 
 
 def sample_fraction(labels: Tensor, share: float, seed: int) -> Tensor:
-    """Rows of `share` of every class's samples (rounded, at least one of each), drawn with `seed`; ascending."""
+    """Return the rows of a random fraction `share` of every class's samples, at least one of each; int64, ascending."""
     rows = [own[: max(1, round(share * len(own)))] for _, own in _rows_by_class(labels, seed)]
     return torch.cat(rows).sort().values
 
 
 def split_held_out(labels: Tensor, seed: int, share: float = HELD_OUT) -> tuple[Tensor, Tensor]:
-    """Rows to fit on, and rows held out to select on: `share` of every class (at most HELD_OUT_AT_MOST in all), at
-    least one of a class with two samples or more, none of a class with one.
+    """Return the rows to fit on and the rows to hold out for selection, both ascending.
+
+    Held out is a fraction `share` of every class, and at most HELD_OUT_AT_MOST samples in all: at least one of a class
+    with two or more samples, none of a class with one.
 
     Raises:
-        UserError: every class has one sample.
+        UserError: every class has only one sample.
     """
     share = min(share, HELD_OUT_AT_MOST / len(labels))
     fit, held_out = [], []
@@ -131,12 +124,12 @@ def split_held_out(labels: Tensor, seed: int, share: float = HELD_OUT) -> tuple[
         fit.append(own[n:])
     chosen = torch.cat(held_out).sort().values
     if not len(chosen):
-        raise UserError("train set: one sample of each class; selecting on a held-out part needs two or more")
+        raise UserError("train set: only one sample of each class; selecting on a held-out part needs two or more")
     return torch.cat(fit).sort().values, chosen
 
 
 def _rows_by_class(labels: Tensor, seed: int) -> list[tuple[int, Tensor]]:
-    """(class, its rows in an order drawn with `seed`), classes ascending; unlabelled rows are left out."""
+    """Return each class with its rows in random order, classes ascending; leave out rows without a label."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     order = order[labels[order].argsort(stable=True)]
     values, counts = labels.unique(return_counts=True)

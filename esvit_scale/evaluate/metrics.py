@@ -1,7 +1,7 @@
-"""Scores of predictions, all in percent, and how sure they are.
+"""Metrics of predictions, in percent, and their confidence intervals.
 
-A metric takes scores [N, K] and targets: int64 [N] for classes, float [N, K] with 1, 0 and NaN (not judged) for
-several labels an image. Higher is better.
+A metric takes scores [N, K] and targets: int64 [N] for one class per image, or float [N, K] with 1, 0 and NaN (unknown)
+for several labels per image. Higher is better.
 """
 
 import math
@@ -18,27 +18,30 @@ from esvit_scale.errors import UserError
 Z95 = 1.959963984540054
 RESAMPLES = 1000
 
-Interval = list[float]  # low, high
+Interval = list[float]  # lower and upper end
 
 
 class Metric(NamedTuple):
+    """A metric, and whether its images have several labels each."""
+
     score: Callable[[Tensor, Tensor], float]
     multi_label: bool = False
 
 
 def accuracy(scores: Tensor, targets: Tensor) -> float:
+    """Return the percentage of samples whose highest score is the true class's."""
     return 100 * float((predicted_class(scores) == targets).double().mean())
 
 
 def top5_accuracy(scores: Tensor, targets: Tensor) -> float | None:
-    """None: fewer than five classes."""
+    """Return the percentage of samples with the true class among the five highest scores; None with fewer than 5 classes."""
     if scores.shape[1] < 5:
         return None
     return 100 * float((scores.topk(5).indices == targets[:, None]).any(1).double().mean())
 
 
 def mean_per_class(scores: Tensor, targets: Tensor) -> float:
-    """The mean over the classes that are there of the share of a class's samples that are recognised."""
+    """Return the accuracy within each class that has samples, averaged over these classes, in percent."""
     right = (predicted_class(scores) == targets).double()
     counts = torch.bincount(targets, minlength=scores.shape[1])
     hits = torch.bincount(targets, right, minlength=scores.shape[1])
@@ -46,26 +49,32 @@ def mean_per_class(scores: Tensor, targets: Tensor) -> float:
 
 
 def mean_ap_11_point(scores: Tensor, targets: Tensor) -> float:
-    """Mean over classes of PASCAL VOC 2007's average precision: the best precision at recall ≥ 0, .1, …, 1, averaged.
-    Classes without a positive are left out."""
+    """Return PASCAL VOC 2007's mean average precision, in percent.
+
+    A class's average precision is the mean, over the recalls r = 0, 0.1, …, 1, of the best precision at recall ≥ r. Classes
+    without a positive image are left out.
+
+    Raises:
+        UserError: no image has any label.
+    """
     found = []
     for own, target in zip(scores.double().T.numpy(), targets.double().T.numpy(), strict=True):
         judged = ~np.isnan(target)
         if (target[judged] == 1).any():
             found.append(_average_precision_11(own[judged], target[judged] == 1))
     if not found:
-        raise UserError("11-point mAP: no image has any label")
+        raise UserError("test set: no image has any label, so that mAP is undefined")
     return 100 * float(np.mean(found))
 
 
 def roc_auc(scores: Tensor, targets: Tensor) -> float:
-    """Area under the ROC curve of the second class's score against the first's; ties count half.
+    """Return the area under the ROC curve of the second class's score minus the first's, in percent; ties count half.
 
     Raises:
-        UserError: not exactly two classes, both present.
+        UserError: there are not exactly two classes, or one has no sample.
     """
     if scores.shape[1] != 2 or len(targets.unique()) != 2:
-        raise UserError(f"ROC-AUC needs two classes, both in the test set; got {scores.shape[1]}")
+        raise UserError(f"test set: ROC-AUC needs two classes, both with samples; there are {scores.shape[1]} classes")
     positive = (targets == 1).numpy()
     ranks = rankdata((scores[:, 1] - scores[:, 0]).double().numpy())
     p, n = int(positive.sum()), int((~positive).sum())
@@ -81,12 +90,12 @@ METRICS = {
 
 
 def predicted_class(scores: Tensor) -> Tensor:
-    """The best class [N]; -1 where a score is not finite (a probe that diverged is wrong, not class 0)."""
+    """Return the class with the highest score [N]; −1 if a score is not finite, so that a diverged probe counts as wrong."""
     return scores.argmax(1).masked_fill(~scores.isfinite().all(1), -1)
 
 
 def wilson_interval(share: float, n: int) -> Interval:
-    """95 % interval of a share of n independent samples (Wilson 1927); percentages in and out."""
+    """Return the 95 % interval of a proportion of n independent samples (Wilson 1927); percentages in and out."""
     p, z2 = share / 100, Z95**2
     middle = (p + z2 / (2 * n)) / (1 + z2 / n)
     reach = Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
@@ -96,21 +105,21 @@ def wilson_interval(share: float, n: int) -> Interval:
 def bootstrap_interval(
     metric: Callable[[Tensor, Tensor], float], scores: Tensor, targets: Tensor, seed: int = 0
 ) -> Interval:
-    """95 % percentile interval over resamples of the test set; for metrics that are no share of samples."""
+    """Return the 95 % percentile interval over bootstrap resamples of the test set, for metrics that are no proportion."""
     generator = torch.Generator().manual_seed(seed)
     found = []
     for _ in range(RESAMPLES):
         rows = torch.randint(len(targets), (len(targets),), generator=generator)
         try:
             found.append(metric(scores[rows], targets[rows]))
-        except UserError:  # a resample without one of the classes says nothing
+        except UserError:  # the metric is undefined on a resample that misses a class
             continue
     low, high = np.percentile(found, [2.5, 97.5])
     return [float(low), float(high)]
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, Interval | None]:
-    """Mean, and its 95 % interval by Student's t; None for a single value."""
+    """Return the mean and its 95 % interval by Student's t; the interval is None for a single value."""
     mean, n = float(np.mean(values)), len(values)
     if n < 2:
         return mean, None
@@ -121,7 +130,9 @@ def mean_interval(values: Sequence[float]) -> tuple[float, Interval | None]:
 def _average_precision_11(scores: "np.ndarray", positive: "np.ndarray") -> float:
     order = np.argsort(-scores, kind="stable")
     hits = np.cumsum(positive[order])
-    last = np.append(np.diff(scores[order]) != 0, True)  # equal scores come together: no order among them is right
+    last = np.append(
+        np.diff(scores[order]) != 0, True
+    )  # equal scores enter together, since no order among them is right
     precision, recall = (hits / np.arange(1, len(hits) + 1))[last], (hits / hits[-1])[last]
     at = [precision[recall >= level - 1e-9] for level in np.linspace(0, 1, 11)]
     return float(np.mean([p.max() if len(p) else 0.0 for p in at]))

@@ -1,4 +1,4 @@
-"""What is wrong with a training and a test set, said before the hours that their features may take."""
+"""Checks of a training and a test set, made before their features are computed, which may take hours."""
 
 import hashlib
 import logging
@@ -16,22 +16,21 @@ from esvit_scale.parallel import collectives
 
 log = logging.getLogger(__name__)
 
-COMPARED = 500  # test images whose bytes are looked for in the training set, spread evenly over the test set
+COMPARED = 500  # test images, evenly spaced, that are searched for in the training set
 
 
 def check_train_and_test(train: Sequence[Path], test: Path, what: str, classes: bool = True) -> None:
-    """Check two labelled sets by their labels, names and sizes; reads no images but those that may be in both.
+    """Check two labelled sets, and warn of images that are in both. All ranks call it.
 
-    All ranks call it. Images that are in both sets are a warning with their number.
+    Only files of equal size are read; all else is known from labels, names and sizes.
 
     Args:
-        train: the set, or sets, that are learnt from.
+        train: the sets to learn from.
         what: the evaluation, for messages.
-        classes: whether the sets' own classes are their labels; False: labels come from elsewhere.
+        classes: whether the labels are the sets' own classes; False if they come from elsewhere.
 
     Raises:
-        UserError: a set without classes, an image without a label, or a class of the test set that has no training
-            sample.
+        UserError: a set has no classes, an image has no label, or a class of the test set has no training sample.
     """
     collectives.run_on_rank0_and_broadcast(lambda: _check(train, test, what, classes))
 
@@ -43,13 +42,13 @@ def _check(train: Sequence[Path], test: Path, what: str, classes: bool) -> None:
         require_training_samples(there, _classes_of(test, what))
     for source in train:
         if source.resolve() == test.resolve():
-            log.warning("%s: train and test are the same set: what is measured is memory, not recognition", test)
+            log.warning("%s: train and test are the same set, so the result measures memory, not recognition", test)
         else:
             _warn_of_shared(source, test)
 
 
 def _classes_of(source: Path, what: str) -> list[str]:
-    """The classes of a set that samples have, in order; not those that it only names.
+    """Return the classes of a set that have samples, in order.
 
     Raises:
         UserError: an image has no label.
@@ -58,11 +57,11 @@ def _classes_of(source: Path, what: str) -> list[str]:
     labels = items.labels()
     if (first := labels.get(-1)) is not None:
         remedy = (
-            "write the set again, which leaves such images out"
+            "write the shards again, which leaves such images out"
             if is_shard_set(source)
             else "move it to the folder of its class, or out of the set"
         )
-        raise UserError(f"{source}/{items.name(first)}: has no label, and {what} needs one of every image; {remedy}")
+        raise UserError(f"{source}/{items.name(first)}: has no label, and {what} needs one for every image; {remedy}")
     return [names[i] for i in sorted(labels) if 0 <= i < len(names)]
 
 
@@ -81,14 +80,14 @@ def _warn_of_shared(train: Path, test: Path) -> None:
     if shared:
         of = f"all {len(theirs)}" if step == 1 else f"{len(looked_at)} compared of {len(theirs)}"
         log.warning(
-            "%s: %d images (%s test images) have the same bytes as one of %s, for example %s: what is measured is partly "
-            "memory",
+            "%s: %d images (%s test images) have the same bytes as one of %s, for example %s, so the result partly "
+            "measures memory",
             *(test, len(shared), of, train, theirs.name(shared[0])),
         )
 
 
 def _digest(items: Items, number: int) -> bytes | None:
-    """Of an image's bytes; None for one that cannot be read."""
+    """Return the SHA-256 of an image's bytes; None if it cannot be read."""
     try:
         return hashlib.sha256(items.read(number)[2]).digest()
     except (BadImage, OSError):

@@ -101,7 +101,7 @@ def test_an_image_beside_the_classes_is_named_before_the_features(
     stray = photo(one_each / part / "cover.png", 5)
     sets = ["--train", str(one_each / "train"), "--test", str(one_each / "test"), "--out", str(one_each / "out")]
     assert cli.main(["evaluate", "knn", "--checkpoint", str(one_each / "no such weights"), *sets]) == 2
-    assert f"{stray}: has no label, and k-NN needs one of every image; move it" in capsys.readouterr().err
+    assert f"{stray}: has no label, and k-NN needs one for every image; move it" in capsys.readouterr().err
 
 
 def test_a_sample_without_a_label_is_named_before_the_features(one_each: Path) -> None:
@@ -113,7 +113,7 @@ def test_a_sample_without_a_label_is_named_before_the_features(one_each: Path) -
     key, members = json.loads(lines[2])
     lines[2] = json.dumps([key, {"png": members["png"]}])
     index.write_text("\n".join(lines) + "\n")
-    with pytest.raises(UserError, match=rf"set/{tar.name}: sample 1: has no label, .*; write the set again"):
+    with pytest.raises(UserError, match=rf"set/{tar.name}: sample 1: has no label, .*; write the shards again"):
         check_train_and_test([one_each / "train"], one_each / "set", "k-NN")
 
 
