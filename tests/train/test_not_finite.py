@@ -12,7 +12,7 @@ from torch import Tensor
 
 from esvit_scale.data.stream import MicroBatch
 from esvit_scale.objective.schedules import Schedules
-from esvit_scale.parallel import engine as engine_module
+from esvit_scale.parallel import engine
 from esvit_scale.parallel import world as worlds
 from esvit_scale.train.step_metrics import StepResult
 from esvit_scale.train.trainer import Trainer
@@ -128,7 +128,7 @@ def test_when_an_overflow_is_the_loss_scalers(tmp_path: Path) -> None:
 
     trainer = trainer_of(tmp_path, train__precision="bf16")
     try:
-        assert not engine_module.loss_scale_can_fall(trainer.engines)
+        assert not engine.loss_scale_can_fall(trainer.engines)
         optimizer = trainer.engines.student.optimizer
         optimizer.loss_scaler = DynamicLossScaler(
             init_scale=4.0,
@@ -140,10 +140,10 @@ def test_when_an_overflow_is_the_loss_scalers(tmp_path: Path) -> None:
         )
         seen = []
         for _ in range(4):
-            seen.append(engine_module.loss_scale_can_fall(trainer.engines))
+            seen.append(engine.loss_scale_can_fall(trainer.engines))
             optimizer.loss_scaler.update_scale(True)
         assert seen == [True, True, False, False]
         optimizer.loss_scaler = LossScaler(128.0)
-        assert not engine_module.loss_scale_can_fall(trainer.engines)
+        assert not engine.loss_scale_can_fall(trainer.engines)
     finally:
         worlds.stop()
