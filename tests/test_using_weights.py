@@ -11,9 +11,9 @@ from esvit_scale.checkpoint import state
 from esvit_scale.checkpoint.weights import Weights
 from esvit_scale.models.initialize import initialize
 from esvit_scale.objective.network import build_network
-from tests import tiny
+from tests import launcher, tiny
 
-PAGE = tiny.REPOSITORY / "docs" / "using_weights.md"
+PAGE = launcher.REPOSITORY / "docs" / "using_weights.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
 PRINTS = [r"", r"cosine similarity -?\d\.\d{3}", r"(stride \d+: \(1, \d+, \d+, \d+\)\n?){3}", r"loss \d\.\d{3}"]
 

@@ -2,9 +2,6 @@
 
 import io
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,6 @@ from esvit_scale import config as configs
 from esvit_scale.config import Config
 from esvit_scale.data.shard_writer import Sample, write_samples
 
-REPOSITORY = Path(__file__).parent.parent
 VALUES: dict[str, Any] = {
     "name": "tiny",
     "data": {"workers": 0, "global_crops": {"size": 32}, "local_crops": [{"size": 16, "count": 4}]},
@@ -71,17 +67,3 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
 def write_config(path: Path, config: Config) -> Path:
     path.write_text(configs.dump(config))
     return path
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-
-
-def start_cli(*arguments: str, ranks: int = 1) -> "subprocess.Popen[str]":
-    """`python -m esvit_scale …`, under torchrun when there are several ranks."""
-    module = ["-m", "esvit_scale", *arguments]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command = [sys.executable, *(torchrun if ranks > 1 else []), *module]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), cwd=REPOSITORY
-    )

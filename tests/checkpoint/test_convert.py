@@ -20,7 +20,7 @@ from esvit_scale.checkpoint.weights import Weights
 from esvit_scale.errors import UserError
 from esvit_scale.models.initialize import initialize
 from esvit_scale.objective.network import build_network
-from tests import tiny
+from tests import launcher, tiny
 from tests.checkpoint import official as theirs
 
 ONE_LINE = r"^[^\n]*$"
@@ -120,7 +120,7 @@ def test_a_single_file_is_the_networks_trunk_without_deepspeed(pth: Path, tmp_pa
         "trunk, config = load_teacher(Path(sys.argv[1]))\n"
         "print(trunk([torch.ones(1, 3, 224, 224)]).view.double().sum().item())"
     )
-    environment = {**os.environ, **tiny.environment()}
+    environment = {**os.environ, **launcher.environment()}
     done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     convert(pth, tmp_path / "ours", "esvit", "esvit-scale")

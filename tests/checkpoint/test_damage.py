@@ -14,7 +14,7 @@ import pytest
 from esvit_scale import cli
 from esvit_scale.checkpoint import step_folders, storage
 from esvit_scale.errors import RestartCanHelp, UserError
-from tests import tiny
+from tests import launcher, tiny
 
 STEPS = {"train__steps": 6, "train__checkpoint_every": 2}
 
@@ -233,7 +233,7 @@ def test_config_yaml_is_written_again_from_the_checkpoint(straight: Path, run: P
 def test_all_ranks_follow_to_the_checkpoint_before(tmp_path: Path) -> None:
     config = tiny.config(tmp_path / "run", tiny.shards(tmp_path / "shards"), train__ds_config="zero2", **STEPS)
     path = str(tiny.write_config(tmp_path / "c.yaml", config))
-    first = tiny.start_cli("pretrain", path, ranks=2)
+    first = launcher.start_cli("pretrain", path, ranks=2)
     assert first.communicate(timeout=200) is not None
     assert first.returncode == 0
     straight = tiny.rows(tmp_path / "run")
@@ -241,7 +241,7 @@ def test_all_ranks_follow_to_the_checkpoint_before(tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints" / "latest").write_bytes(b"\xff")
     flip(step(tmp_path / "run", 6) / "__1_0.distcp")  # which rank 1 wrote
     (step(tmp_path / "run", 4) / "state.json").unlink()
-    second = tiny.start_cli("pretrain", path, ranks=2)
+    second = launcher.start_cli("pretrain", path, ranks=2)
     _, errors = second.communicate(timeout=200)
     assert second.returncode == 0, errors
     assert "step-00000002 at step 2" in errors
@@ -249,7 +249,7 @@ def test_all_ranks_follow_to_the_checkpoint_before(tmp_path: Path) -> None:
     for number in (2, 4, 6):
         (step(tmp_path / "run", number) / ".metadata").unlink()
     (tmp_path / "run" / "summary.json").unlink()
-    third = tiny.start_cli("pretrain", path, ranks=2)
+    third = launcher.start_cli("pretrain", path, ranks=2)
     _, errors = third.communicate(timeout=200)
     assert third.returncode != 0
     assert errors.count("every checkpoint is damaged (3 tried") == 1, errors

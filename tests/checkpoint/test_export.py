@@ -28,7 +28,7 @@ from esvit_scale.models.plain import PlainSwin
 from esvit_scale.models.swin import Swin
 from esvit_scale.models.swin_v2 import SwinV2
 from esvit_scale.objective.network import build_network
-from tests import tiny
+from tests import launcher, tiny
 from tests.checkpoint import official as theirs
 
 AT_224 = {"trunk": "swin_t", "window": 7, "embed_dim": 16, "depths": [1, 1, 2, 1], "heads": [1, 2, 2, 4]}
@@ -251,7 +251,7 @@ def test_without_onnx_one_line_says_what_to_install(
 
 def test_importing_the_package_does_not_import_torch() -> None:
     code = "import esvit_scale, sys; assert 'torch' not in sys.modules; esvit_scale.load_backbone; assert 'torch' in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, env=tiny.environment(), timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, env=launcher.environment(), timeout=120)
     with pytest.raises(AttributeError, match="no attribute 'load_backbones'"):
         _ = esvit_scale.load_backbones
 
@@ -294,7 +294,7 @@ def test_preprocess_is_the_evaluations_transform(step: Path) -> None:
 
 @torch.no_grad()
 def test_torch_hub(step: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    repository = str(tiny.REPOSITORY)
+    repository = str(launcher.REPOSITORY)
     model = torch.hub.load(repository, "backbone", str(step), source="local")
     x = images(1)
     torch.testing.assert_close(model(x), features(step, x)[0])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from esvit_scale.train.row_file import read_rows
-from tests import tiny
+from tests import launcher, tiny
 
 SHORT = (
     "import sys; from esvit_scale.data import reader, tar_stream; reader.RETRY_DELAYS = tar_stream.RETRY_DELAYS = (0.1, 0.2, 0.3); "
@@ -52,8 +52,8 @@ def test_eio_on_every_read_is_75_after_one_round_of_delays(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=tiny.environment() | fail,
-        cwd=tiny.REPOSITORY,
+        env=launcher.environment() | fail,
+        cwd=launcher.REPOSITORY,
     )
     deadline = time.monotonic() + 120
     while len(read_rows(run / "metrics.jsonl")) < 7:
@@ -79,8 +79,8 @@ def test_a_start_on_a_failing_disk_is_one_line(library: Path, shards: Path, tmp_
         [sys.executable, "-m", "esvit_scale", "pretrain", str(path)],
         capture_output=True,
         text=True,
-        env=tiny.environment() | fail,
-        cwd=tiny.REPOSITORY,
+        env=launcher.environment() | fail,
+        cwd=launcher.REPOSITORY,
     )
     assert (done.returncode, done.stderr.count("\n")) == (75, 1), done.stderr
     assert "Input/output error" in done.stderr
@@ -99,8 +99,8 @@ def test_one_damaged_shard_among_good_ones_is_replaced(library: Path, shards: Pa
         [sys.executable, "-c", SHORT, "pretrain", str(tiny.write_config(tmp_path / "c.yaml", config))],
         capture_output=True,
         text=True,
-        env=tiny.environment() | fail,
-        cwd=tiny.REPOSITORY,
+        env=launcher.environment() | fail,
+        cwd=launcher.REPOSITORY,
     )
     assert (done.returncode, "over 5 %" in done.stderr) == (2, True), done.stderr
     assert done.stderr.count("of 3)") == 3, done.stderr

@@ -11,7 +11,7 @@ import pytest
 
 from esvit_scale.data import limits
 from esvit_scale.errors import RestartCanHelp
-from tests import tiny
+from tests import launcher, tiny
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def in_a_shell(script: str, *arguments: str) -> "subprocess.CompletedProcess[str
         pytest.skip("a small /dev/shm needs a mount namespace, and that needs root")
     command = ["unshare", "--mount", "bash", "-c", script, "bash", sys.executable, *arguments]
     return subprocess.run(
-        command, capture_output=True, text=True, env=tiny.environment(), timeout=100, cwd=tiny.REPOSITORY
+        command, capture_output=True, text=True, env=launcher.environment(), timeout=100, cwd=launcher.REPOSITORY
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data import staging
 from esvit_scale.errors import UserError
-from tests import tiny
+from tests import launcher, tiny
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_processes_of_a_node_share_one_copy(tmp_path: Path, shards: manifests.Ma
         "print(staging.staged(manifest.load(Path(sys.argv[1])), sys.argv[2]).root)"
     )
     command = [sys.executable, "-c", code, str(shards.root), str(tmp_path / "disk")]
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=tiny.environment()) for _ in range(2)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=launcher.environment()) for _ in range(2)]
     roots = {process.communicate(timeout=60)[0].strip() for process in both}
     assert len(roots) == 1
     assert contents(Path(roots.pop())) == contents(shards.root)
@@ -84,12 +84,12 @@ def test_a_run_reads_the_copy_and_goes_on_without_it(tmp_path: Path, shards: man
     for name, steps, stage in (("plain", 4, None), ("staged", 4, str(disk))):
         config = tiny.config(tmp_path / name, shards.root, data__stage=stage, train__steps=steps)
         path = tiny.write_config(tmp_path / f"{name}.yaml", config)
-        process = tiny.start_cli("pretrain", str(path))
+        process = launcher.start_cli("pretrain", str(path))
         assert process.wait(timeout=120) == 0, process.stderr.read() if process.stderr else ""
     assert tiny.rows(tmp_path / "staged") == tiny.rows(tmp_path / "plain")
     assert len(list(disk.iterdir())) == 1
     plain = tiny.write_config(tmp_path / "again.yaml", tiny.config(tmp_path / "staged", shards.root, train__steps=4))
-    assert tiny.start_cli("pretrain", str(plain)).wait(timeout=120) == 0
+    assert launcher.start_cli("pretrain", str(plain)).wait(timeout=120) == 0
 
 
 def test_every_piece_of_a_copy_is_progress(tmp_path: Path, shards: manifests.Manifest, monkeypatch) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from esvit_scale.train import run_dir
-from tests import tiny
+from tests import launcher, tiny
 
 STEPS, DISTURBANCES = 200, 20
 
@@ -45,18 +45,18 @@ def steps_done(run: Path) -> int:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_chaos(tmp_path: Path) -> None:
+def test_run_under_random_kills_equals_undisturbed_run(tmp_path: Path) -> None:
     generator = random.Random(0)
     data = tiny.shards(tmp_path / "shards")
     settings = {"train__steps": STEPS, "train__checkpoint_every": 4, "train__ds_config": "zero2"}
     calm = tiny.write_config(tmp_path / "calm.yaml", tiny.config(tmp_path / "calm", data, **settings))
-    undisturbed = tiny.start_cli("pretrain", str(calm), ranks=2)
+    undisturbed = launcher.start_cli("pretrain", str(calm), ranks=2)
     assert undisturbed.wait(timeout=200) == 0
     run = tmp_path / "chaos"
     path = tiny.write_config(tmp_path / "chaos.yaml", tiny.config(run, data, **settings))
     done: list[str] = []
     for _ in range(3 * DISTURBANCES):
-        process = tiny.start_cli("pretrain", str(path), ranks=2)
+        process = launcher.start_cli("pretrain", str(path), ranks=2)
         before = steps_done(run)
         # The next disturbance comes after some progress, so that all of them fall within the run.
         target = min(STEPS, before + generator.randint(2, max(3, 2 * STEPS // DISTURBANCES - 4)))

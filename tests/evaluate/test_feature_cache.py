@@ -22,7 +22,7 @@ from esvit_scale.models.initialize import initialize
 from esvit_scale.models.resnet import ResNet
 from esvit_scale.models.swin import Swin
 from esvit_scale.models.vit import ViT
-from tests import tiny
+from tests import launcher, tiny
 
 SOURCE = Path("photos")
 
@@ -76,7 +76,7 @@ def test_writing_to_the_features_does_not_change_the_file(tmp_path: Path) -> Non
 def test_of_two_writers_the_first_ones_are_kept(tmp_path: Path) -> None:
     def slower() -> Iterator[FeatureBatch]:
         program = "from tests.evaluate.test_feature_cache import *; stored(Path(sys.argv[1]))"
-        subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, cwd=tiny.REPOSITORY)
+        subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, cwd=launcher.REPOSITORY)
         yield FeatureBatch(torch.full((1, 3), 99.0), ["late"], torch.zeros(1), torch.zeros(1))
 
     found = load_or_compute(tmp_path, {}, SOURCE, 9, slower)

@@ -3,8 +3,6 @@
 import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from esvit_scale.evaluate.feature_cache import FeatureSet
 from esvit_scale.evaluate.features import ExtractionOptions, FrozenTrunk
 from esvit_scale.evaluate.labels import LabelledSet
 from esvit_scale.evaluate.linear import ImageSource, ProbeSettings, make_probe_data, run_linear
-from tests import tiny
+from tests import launcher
 from tests.evaluate.conftest import paint
 
 LOADING = ExtractionOptions(batch=16, workers=0, device="cpu")
@@ -146,11 +144,9 @@ def test_a_broken_trunk_is_named() -> None:
 def test_two_ranks_equal_one(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
     """Files and keys byte for byte, features to fp32 rounding (a matrix product's sums depend on how many rows it has);
     k-NN and the probes' results, over kept features and over images."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for ranks, launcher in ((1, []), (2, torchrun)):
-        program = [str(Path(__file__).with_name("ranks.py")), str(checkpoint), str(photos), str(tmp_path / str(ranks))]
-        command = [sys.executable, *launcher, *program]
-        subprocess.run(command, check=True, env=tiny.environment(), cwd=tiny.REPOSITORY, timeout=200)
+    for ranks in (1, 2):
+        script = Path(__file__).with_name("ranks.py")
+        launcher.run(script, checkpoint, photos, tmp_path / str(ranks), ranks=ranks)
     for name in ("knn", "linear", "images/linear"):
         one, two = (json.loads((tmp_path / ranks / f"{name}.json").read_text()) for ranks in "12")
         assert_close(one, two)

@@ -1,7 +1,5 @@
 """One start of two ranks for the tests of all objectives: importing torch and starting a group costs seconds."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests import tiny
+from tests import launcher, tiny
 from tests.objective import cases
 
 Ranks = Callable[[str], tuple[cases.Inputs, tuple[Any, ...]]]
@@ -22,9 +20,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     inputs = {case: cases.inputs(case, images=24) for case in cases.CASES}
     plain = {case: tuple(tuple(x) if isinstance(x, tuple) else x for x in given) for case, given in inputs.items()}
     torch.save(plain, folder / "inputs.pt")
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [sys.executable, *torchrun, "-m", "tests.objective.ranks", str(folder)]
-    subprocess.run(command, check=True, cwd=tiny.REPOSITORY, env=tiny.environment(), timeout=200)
+    launcher.run("-m", "tests.objective.ranks", folder, ranks=2)
     found = torch.load(folder / "results.pt", weights_only=True)
     return lambda case: (inputs[case], found[case])
 

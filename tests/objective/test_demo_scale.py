@@ -12,11 +12,11 @@ import torch
 
 from esvit_scale.objective.network import build_network
 from esvit_scale.objective.registry import OBJECTIVES
-from tests import tiny
+from tests import launcher
 
 
 def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("objectives", tiny.REPOSITORY / "benchmarks" / "objectives.py")
+    spec = importlib.util.spec_from_file_location("objectives", launcher.REPOSITORY / "benchmarks" / "objectives.py")
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -39,7 +39,7 @@ def test_every_recipe_builds(tmp_path: Path) -> None:
 def test_two_hundred_steps_beat_the_untrained_trunk() -> None:
     """Of one objective; the whole table is the script's."""
     command = [sys.executable, "benchmarks/objectives.py", "--only", "moco_v3", "--steps", "200", "--json"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=tiny.REPOSITORY)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=launcher.REPOSITORY)
     (row,) = json.loads(done.stdout[done.stdout.index("[") :])
     assert row["after"] > row["before"] + 5
     assert row["feature_std"] > 0.1

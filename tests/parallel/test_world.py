@@ -10,7 +10,7 @@ import torch.distributed as dist
 from esvit_scale.errors import RestartCanHelp, UserError
 from esvit_scale.parallel import collectives
 from esvit_scale.parallel import world as worlds
-from tests import tiny
+from tests import launcher, tiny
 
 GLOO = "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:41234\n more"
 
@@ -65,7 +65,9 @@ def test_a_port_in_use_is_one_line_and_75(tmp_path: Path) -> None:
             "MASTER_PORT": str(port),
         }
         command = [sys.executable, "-m", "esvit_scale", "pretrain", str(path)]
-        done = subprocess.run(command, env={**tiny.environment(), **place}, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            command, env={**launcher.environment(), **place}, capture_output=True, text=True, timeout=60
+        )
     assert done.returncode == 75
     (line,) = [line for line in done.stderr.splitlines() if not line.startswith("[W")]  # torch's own warnings
     assert f"MASTER_PORT={port} on 127.0.0.1 is in use by another program" in line
@@ -149,15 +151,7 @@ def test_the_survivor_of_a_killed_rank_exits_with_75(tmp_path: Path) -> None:
     """Two processes without torchrun, which would end the survivor itself."""
     config = tiny.config(tmp_path / "run", tiny.shards(tmp_path / "shards"), train__steps=5000, train__log_every=1)
     path = tiny.write_config(tmp_path / "c.yaml", config)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    ranks = []
-    for rank in range(2):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-        environment = {**tiny.environment(), **place, "MASTER_PORT": port}
-        command = [sys.executable, "-m", "esvit_scale", "pretrain", str(path)]
-        ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    ranks = launcher.start_ranks(2, *launcher.CLI, "pretrain", path)
     deadline = time.monotonic() + 120
     while len(tiny.rows(config.run_path)) < 3:
         assert time.monotonic() < deadline

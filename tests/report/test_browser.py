@@ -103,7 +103,7 @@ def examine(page: Any, scheme: str) -> None:
 
 
 @pytest.mark.parametrize("screen", SCREENS)
-def test_one_run(browser: Any, full: Path, screen: str) -> None:
+def test_page_of_one_run_renders(browser: Any, full: Path, screen: str) -> None:
     page, events = look(browser, write_report(full), *SCREENS[screen])
     examine(page, SCREENS[screen][1])
     for words in ("Correspondences", "Attention", "Components of the tokens", "Other"):
@@ -111,7 +111,7 @@ def test_one_run(browser: Any, full: Path, screen: str) -> None:
     assert events == []
 
 
-def test_several_runs(browser: Any, full: Path, tmp_path: Path) -> None:
+def test_page_of_several_runs_renders(browser: Any, full: Path, tmp_path: Path) -> None:
     others = []
     for i in range(5):
         others.append(tmp_path / f"other-{i}")
@@ -128,14 +128,14 @@ def test_several_runs(browser: Any, full: Path, tmp_path: Path) -> None:
         assert events == []
 
 
-def test_a_run_that_has_just_started(browser: Any, tmp_path: Path) -> None:
+def test_page_of_a_run_without_rows_renders(browser: Any, tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("")
     page, events = look(browser, write_report(tmp_path), 1280, "light")
     assert page.get_by_text("curves: no step is logged").is_visible()
     assert events == []
 
 
-def test_the_eye_sees_what_it_should(browser: Any, tmp_path: Path) -> None:
+def test_page_checks_detect_faults(browser: Any, tmp_path: Path) -> None:
     """The checks above on a page that breaks them."""
     bad = tmp_path / "bad.html"
     bad.write_text("<h2 style='position:absolute'>over</h2><h2>each other</h2><img src='http://localhost:9/x.png'>")

@@ -56,7 +56,7 @@ def parse(path: Path) -> Page:
     return page
 
 
-def test_full_report(run: Path) -> None:
+def test_full_report_has_every_section_and_escapes_names(run: Path) -> None:
     path = write_report(run)
     assert path == run / "report.html"
     page = parse(path)
@@ -98,7 +98,7 @@ def test_neighbours_are_marked_right_or_wrong(run: Path) -> None:
 @pytest.mark.parametrize(
     "lost", ["summary.json", "environment.json", "metrics.jsonl", "config.yaml", "knn.json", "shards"]
 )
-def test_a_missing_part_is_named_and_costs_only_itself(run: Path, lost: str) -> None:
+def test_missing_part_is_named_and_the_rest_is_shown(run: Path, lost: str) -> None:
     (run / lost).rename(run.parent / "elsewhere")
     page = parse(write_report(run))
     assert "Not in this report" in page.text
@@ -107,7 +107,7 @@ def test_a_missing_part_is_named_and_costs_only_itself(run: Path, lost: str) -> 
     assert ("One batch of crops" in page.text) == (lost not in ("config.yaml", "shards"))
 
 
-def test_results_of_several_checkpoints_stand_in_order(run: Path) -> None:
+def test_results_of_several_checkpoints_are_in_order(run: Path) -> None:
     result = json.loads((run / "knn.json").read_text())
     (run / "later").mkdir()
     (run / "later" / "knn.json").write_text(json.dumps(result | {"step": 16}))
@@ -116,7 +116,7 @@ def test_results_of_several_checkpoints_stand_in_order(run: Path) -> None:
     assert text.index("raw pixels") < text.index("teacher at step 8") < text.index("teacher at step 16")
 
 
-def test_damaged_json_is_said_and_costs_only_itself(run: Path) -> None:
+def test_damaged_json_is_named_and_the_rest_is_shown(run: Path) -> None:
     for name in ("summary.json", "knn.json", "linear.json"):
         (run / name).write_text("{")
     (run / "transfer.json").write_text('{"step": 8, "other": 1}')
@@ -128,7 +128,7 @@ def test_damaged_json_is_said_and_costs_only_itself(run: Path) -> None:
     assert "One batch of crops" in text
 
 
-def test_a_run_that_has_just_started(tmp_path: Path) -> None:
+def test_report_of_a_run_without_rows(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(configs.dump(configs.resolve("demo")))
     (tmp_path / "metrics.jsonl").write_text("")
     text = parse(write_report(tmp_path)).text
@@ -157,7 +157,7 @@ MEASURE = {"top_accuracy": 91.5, "top_distance_px": 3.5, "accuracy": 80.25, "dis
 CORRESPONDENCE = {"step": 8, "measures": {"mirrored": MEASURE, "stereo": MEASURE}}
 
 
-def test_every_evaluation_has_its_table(run: Path) -> None:
+def test_each_evaluation_has_a_table(run: Path) -> None:
     knn = json.loads((run / "knn.json").read_text())
     few = {"tries": 5, "results": {"1": {"5": {"top1": 33.25, "interval": [31.0, 35.5]}, "10": {"top1": 34.0}}}}
     (run / "knn.json").write_text(json.dumps(knn | {"few_shot": few}))
@@ -200,7 +200,7 @@ def second(run: Path, **overrides: str) -> Path:
     return other
 
 
-def test_several_runs_stand_in_one_file(run: Path) -> None:
+def test_several_runs_share_one_file(run: Path) -> None:
     other = second(run, name="second-run")
     (run / "linear.json").write_text(json.dumps(LINEAR))
     path = write_report([run, other])
@@ -226,7 +226,7 @@ def test_several_runs_stand_in_one_file(run: Path) -> None:
     assert write_report([run, other], run.parent / "new" / "both.html").is_file()
 
 
-def test_runs_of_one_name_are_told_apart_by_their_folders(run: Path) -> None:
+def test_runs_with_equal_names_are_labelled_by_folder(run: Path) -> None:
     other = second(run)
     text = parse(write_report([run, other])).text
     assert "other" in text
@@ -234,7 +234,7 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(run: Path) -> None:
     assert "run: " in text
 
 
-def test_not_a_run_dir(tmp_path: Path) -> None:
+def test_folder_that_is_no_run_dir_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such run dir"):
         write_report(tmp_path / "nothing")
     with pytest.raises(UserError, match="not a run dir"):
@@ -242,7 +242,7 @@ def test_not_a_run_dir(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_requests_that_make_no_sense(run: Path) -> None:
+def test_contradictory_arguments_are_refused(run: Path) -> None:
     with pytest.raises(UserError, match="named twice"):
         write_report([run, run.parent / "run"])
     with pytest.raises(UserError, match="is a folder; --out names the file"):

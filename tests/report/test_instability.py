@@ -23,13 +23,13 @@ def slow_ratios(norms: np.ndarray) -> list[float]:
     return ratios
 
 
-def test_a_gradient_over_the_median_before_it() -> None:
+def test_ratio_to_running_median_equals_slow_reference() -> None:
     norms = np.exp(np.random.default_rng().normal(size=130))
     norms[40] = np.nan
     np.testing.assert_allclose(instability.over_median(norms), slow_ratios(norms), rtol=1e-12)
 
 
-def test_a_dip_lies_below_the_best_so_far() -> None:
+def test_dip_is_below_the_best_so_far() -> None:
     best, low = 0.5, 0.5 - DIP
     accuracy = np.array([np.nan, 0.1, best, np.nan, low + 0.01, low - 0.01, 0.6, 0.6 - DIP - 0.01, np.nan])
     assert instability.dips(accuracy).tolist() == [False, False, False, False, False, True, False, True, False]
@@ -58,7 +58,7 @@ def dark_red(pixels: np.ndarray) -> int:
     return int(((red > 120) & (green < 60) & (blue < 60)).sum())
 
 
-def test_a_spike_of_one_step_of_many_is_seen() -> None:
+def test_spike_of_one_step_is_drawn() -> None:
     calm = metrics()
     for name in list(calm):
         if name.startswith("grad_norm_"):
@@ -67,12 +67,12 @@ def test_a_spike_of_one_step_of_many_is_seen() -> None:
     assert dark_red(drawn(metrics())) > bar + 3 * 8
 
 
-def test_a_dip_is_marked() -> None:
+def test_dip_is_marked() -> None:
     level = metrics()
     level["knn_top1"][899] = 0.5
     assert dark_red(drawn(metrics())) > dark_red(drawn(level)) + 50
 
 
 @pytest.mark.parametrize("rows", [{}, {"step": np.arange(5.0)}, {"step": np.array([1.0]), "grad_norm_x": np.ones(1)}])
-def test_nothing_to_draw(rows: dict[str, np.ndarray]) -> None:
+def test_picture_without_data_is_none(rows: dict[str, np.ndarray]) -> None:
     assert instability.heat_map(rows, {}) is None

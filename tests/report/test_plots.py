@@ -32,13 +32,13 @@ def drawn(rows: list[dict], panel: Panel, colour: str = BLUE) -> bytes:
 
 
 @pytest.mark.parametrize("column", ["loss", "grad_norm", "images_per_s"])
-def test_a_curve_on_a_transparent_page(column: str) -> None:
+def test_curve_is_drawn_on_a_transparent_background(column: str) -> None:
     png = drawn(ROWS, Panel(column))
     assert pixels(png)[0, 0, 3] == 0  # it lies on a light or a dark page
     assert shows(png, BLUE) > 200
 
 
-def test_every_run_is_drawn_in_its_colour() -> None:
+def test_each_run_is_drawn_in_its_colour() -> None:
     other = [row | {"loss": row["loss"] - 1} for row in ROWS]
     both = [Curve("a", plots.columns(ROWS), ORANGE), Curve("b", plots.columns(other), GREEN)]
     png = plots.panel(both, Panel("loss"))
@@ -60,7 +60,7 @@ def test_long_runs_are_smoothed_and_single_rows_visible() -> None:
     assert shows(drawn(ROWS[:1], Panel("loss")), BLUE) > 20
 
 
-def test_a_spike_in_a_very_long_run_is_not_lost() -> None:
+def test_thinning_keeps_spikes_and_ends() -> None:
     x, y = np.arange(1_000_000.0), np.zeros(1_000_000)
     y[314_159], y[271_828] = 5, -3
     thin_x, thin_y = plots._thinned(x, y)
@@ -71,7 +71,7 @@ def test_a_spike_in_a_very_long_run_is_not_lost() -> None:
     assert (thin_x[0], thin_x[-1]) == (0, 999_999)
 
 
-def test_values_that_are_not_numbers_leave_gaps() -> None:
+def test_non_numeric_values_leave_gaps() -> None:
     rows = [*ROWS, json.loads('{"step": 400, "loss": NaN, "grad_norm": Infinity}'), {"step": 410, "loss": "oops"}]
     metrics = plots.columns(rows)
     assert np.isnan(metrics["loss"][-2:]).all()
@@ -80,6 +80,6 @@ def test_values_that_are_not_numbers_leave_gaps() -> None:
         assert drawn(rows, Panel(column, from_zero=True))
 
 
-def test_other_axes() -> None:
+def test_axes_can_be_changed() -> None:
     assert (pixels(drawn(ROWS, Panel("loss", x="images_seen"))) != pixels(drawn(ROWS, Panel("loss")))).any()
     assert pixels(drawn(ROWS, Panel("loss", in_a_row=4))).shape[1] < pixels(drawn(ROWS, Panel("loss"))).shape[1]

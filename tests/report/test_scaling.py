@@ -20,7 +20,7 @@ def two_inputs(tmp_path_factory):
     return folder
 
 
-def test_a_law_of_size_and_data(two_inputs, capsys):
+def test_report_of_a_two_input_fit_has_every_figure(two_inputs, capsys):
     assert cli.main(["sweep", "report", str(two_inputs / "fit.json"), "--tflops", "400"]) == 0
     page = (two_inputs / "scaling.html").read_text()
     for section in ("curve", "isoflop", "frontier", "residuals"):
@@ -34,7 +34,7 @@ def test_a_law_of_size_and_data(two_inputs, capsys):
     assert "GPU hours at 400 TFLOP/s" in page
 
 
-def test_one_input(tmp_path):
+def test_report_of_a_one_input_fit(tmp_path):
     x = laws.isoflop()
     table = laws.write(tmp_path / "f.csv", 6 * x[:, :1] * x[:, 1:], laws.measure(x, 0.01), "flops,loss")
     fit.run(table, Columns(("flops",), "loss"), tmp_path, fit.Options("power", resamples=40))
@@ -42,6 +42,6 @@ def test_one_input(tmp_path):
     assert (tmp_path / "scaling.html").read_text().count("data:image/png;base64,") == 2
 
 
-def test_no_fit_is_one_line(tmp_path, capsys):
+def test_missing_fit_is_one_line(tmp_path, capsys):
     assert cli.main(["sweep", "report", str(tmp_path)]) == 2
     assert "`sweep fit` makes it" in capsys.readouterr().err

@@ -28,7 +28,7 @@ def plain_set(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
-def test_a_contact_sheet_shows_every_sample(plain_set: Path) -> None:
+def test_contact_sheet_shows_every_sample(plain_set: Path) -> None:
     from esvit_scale.data import manifest as manifests
 
     shown = shard_pages.draw_samples(manifests.load(plain_set), 100, seed=0)
@@ -53,7 +53,7 @@ def test_a_contact_sheet_shows_every_sample(plain_set: Path) -> None:
     assert "a &lt;set&gt;" in page
 
 
-def test_the_overview_is_a_picture(plain_set: Path) -> None:
+def test_overview_is_an_image(plain_set: Path) -> None:
     picture = np.asarray(Image.open(io.BytesIO(shard_pages.overview(shard_stats.gather(plain_set)))).convert("RGB"))
     assert picture.shape[0] > 300
     blue = (np.abs(picture.astype(int) - (0x3B, 0x82, 0xF6)).sum(-1) < 30).any(0)

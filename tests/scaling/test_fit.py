@@ -24,7 +24,7 @@ def data_of(x, y):
     "truth",
     [laws.TRUTH, [[0.5, 40, 900, 0.2, 0.35]], [[2.5, 5000, 3000, 0.5, 0.4]], [[0.02, 12, 30, 0.15, 0.18]]],
 )
-def test_noise_free_data_gives_its_parameters_back(tmp_path, truth):
+def test_fit_of_noise_free_data_recovers_the_parameters(tmp_path, truth):
     truth, x = np.array(truth), laws.grid()
     table = laws.write(tmp_path / "f.csv", x, laws.measure(x, truth=truth))
 
@@ -39,7 +39,7 @@ def test_noise_free_data_gives_its_parameters_back(tmp_path, truth):
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_every_form_is_found_again(name):
+def test_every_form_recovers_its_parameters(name):
     form = FORMS[name]
     truth = np.array([[0.3, 20.0, 50.0, 0.25, 0.35]])[:, [i for i, n in enumerate(laws.NAMES) if n in form.names]]
     x = laws.grid()[:, : form.inputs]
@@ -49,7 +49,7 @@ def test_every_form_is_found_again(name):
     np.testing.assert_allclose(varpro.solve(form, x, np.exp(data.log_y)), truth[0], rtol=1e-4)
 
 
-def test_a_thousand_resamples_take_seconds():
+def test_thousand_resamples_take_seconds():
     x = laws.grid()
     data = points(x, laws.measure(x, noise=0.02))
     theta = solver.solve(laws.CHINCHILLA, data).theta
@@ -59,7 +59,7 @@ def test_a_thousand_resamples_take_seconds():
     assert time.monotonic() - began < 30  # about 0.5 s on an idle core
 
 
-def test_resamples_end_where_a_full_search_ends():
+def test_warm_started_resamples_reach_the_minimum():
     """A resample that is descended from the fit of all points is not stuck beside its own minimum."""
     x, generator = laws.grid(), np.random.default_rng(0)
     data = points(x, laws.measure(x, noise=0.01))
@@ -72,7 +72,7 @@ def test_resamples_end_where_a_full_search_ends():
 
 
 @pytest.mark.slow
-def test_intervals_cover_the_truth(capsys):
+def test_confidence_intervals_cover_the_truth(capsys):
     """100 draws of 64 points with log-normal noise, 200 resamples each: every parameter is covered 88 times or more."""
     noise, x, covered = 0.01, laws.grid(), np.zeros(5)
     for draw in range(100):
@@ -87,7 +87,7 @@ def test_intervals_cover_the_truth(capsys):
     assert (covered >= 88).all()
 
 
-def test_the_optimal_split_is_the_minimum_on_the_budget():
+def test_optimal_split_minimizes_the_law_at_the_budget():
     cost = optimum.Cost(k=3.0, kappa=0.8, worst=0.0)
     budgets = np.array([1e19, 1e21])
     n, d, y = optimum.optimal_split(laws.CHINCHILLA, laws.TRUTH, cost, budgets)
@@ -100,7 +100,7 @@ def test_the_optimal_split_is_the_minimum_on_the_budget():
         assert d[0, i] == pytest.approx(x[values.argmin(), 1], rel=1e-3)
 
 
-def test_a_law_without_an_optimum_says_so(tmp_path, capsys):
+def test_law_without_an_optimum_is_reported(tmp_path, capsys):
     """Noise alone: neither size nor data helps, and no best split is invented."""
     x = laws.grid(3, 3)
     table = laws.write(tmp_path / "f.csv", x, np.exp(0.01 * np.random.default_rng(0).standard_normal(9)))
@@ -111,7 +111,7 @@ def test_a_law_without_an_optimum_says_so(tmp_path, capsys):
     assert saved["predictions"][0]["N_ci95"] == [None, None]
 
 
-def test_costs_of_another_rule_are_recognised():
+def test_cost_rule_is_recovered_from_the_data():
     x = laws.grid()
     data = Data(x, laws.measure(x), 2.5 * x[:, 0] ** 0.9 * x[:, 1], np.arange(64))
     cost = optimum.cost_rule(data)
@@ -119,7 +119,7 @@ def test_costs_of_another_rule_are_recognised():
     assert cost.worst < 1e-9
 
 
-def test_parabolas_say_their_bias():
+def test_parabolas_report_their_bias():
     x = laws.isoflop()
     found = optimum.parabolas(data_of(x, laws.measure(x)), laws.CHINCHILLA, laws.TRUTH[0], optimum.Cost(6, 1, 0))
     assert len(found) == 5
@@ -130,7 +130,7 @@ def test_parabolas_say_their_bias():
         assert abs(np.log(parabola.law_bias)) > 0.01  # a parabola is not the law
 
 
-def test_hold_out_finds_the_constant_and_its_absence():
+def test_hold_out_chooses_the_true_form():
     x = np.geomspace(1e15, 1e20, 24)[:, None]
     for name, truth in (("power", [[300.0, 0.15]]), ("power_constant", [[1.0, 3000.0, 0.2]])):
         noise = np.exp(0.003 * np.random.default_rng(3).standard_normal(24))
@@ -138,7 +138,7 @@ def test_hold_out_finds_the_constant_and_its_absence():
         assert checks.choose(checks.hold_out(Data(x, y, x[:, 0], np.arange(24)))) == name
 
 
-def test_an_asymptote_that_the_data_do_not_reach_is_a_warning():
+def test_undetermined_asymptote_is_a_warning():
     x = np.geomspace(1e15, 1e17, 12)[:, None]
     y = predict(FORMS["power_constant"], np.array([[0.1, 3000.0, 0.2]]), x)[0]
     y *= np.exp(0.02 * np.random.default_rng(0).standard_normal(12))
@@ -146,14 +146,14 @@ def test_an_asymptote_that_the_data_do_not_reach_is_a_warning():
     assert any("asymptote E is not determined" in warning for warning in result["warnings"])
 
 
-def test_inputs_that_move_together_are_a_warning():
+def test_correlated_inputs_are_a_warning():
     n = np.geomspace(1e7, 1e9, 12)
     x = np.stack([n, 20 * n], axis=1)
     result, _ = fit.fit(data_of(x, laws.measure(x, 0.005)), QUICK)
     assert any("move together" in warning for warning in result["warnings"])
 
 
-def test_runs_are_resampled_whole():
+def test_bootstrap_resamples_whole_runs():
     """Ten copies of every point are no more evidence than one."""
     x = laws.grid(5, 5)
     y = laws.measure(x, noise=0.02)
@@ -164,7 +164,7 @@ def test_runs_are_resampled_whole():
     assert width(fit.fit(tenfold, fit.Options(resamples=200))[0]["ci95"]) > 0.7 * width(once["ci95"])
 
 
-def test_dropping_the_worst_point_names_it():
+def test_worst_point_is_named():
     x = laws.grid(5, 5)
     y = laws.measure(x, noise=0.001)
     y[7] *= 1.4
@@ -172,7 +172,7 @@ def test_dropping_the_worst_point_names_it():
     assert result["drop_worst"][0]["dropped"] == [7]
 
 
-def test_far_predictions_need_force(tmp_path):
+def test_far_extrapolation_needs_force(tmp_path):
     x = laws.isoflop()
     table = laws.write(tmp_path / "f.csv", x, laws.measure(x, 0.01))
     with pytest.raises(UserError, match=r"20 times the largest measured compute .* or --force"):
@@ -185,7 +185,7 @@ def test_far_predictions_need_force(tmp_path):
         assert row["y_ci95"][0] < exact[2][0, 0] < row["y_ci95"][1]
 
 
-def test_the_best_of_each_budget(tmp_path):
+def test_best_option_keeps_the_lowest_loss_of_each_budget(tmp_path):
     x = laws.isoflop()
     y = laws.measure(x)
     table = laws.write(tmp_path / "f.csv", np.column_stack([x, 6 * x[:, 0] * x[:, 1]]), y, "N,D,flops,loss")
@@ -208,7 +208,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("text", BAD)
-def test_bad_tables_are_one_clear_line(tmp_path, text):
+def test_bad_table_is_one_line(tmp_path, text):
     table = tmp_path / "bad.csv"
     table.write_text(text)
     with pytest.raises(UserError) as error:
@@ -218,6 +218,6 @@ def test_bad_tables_are_one_clear_line(tmp_path, text):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_table_that_is_not_there(tmp_path):
+def test_missing_table_is_an_error(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         fit.run(tmp_path / "none.csv", ND, tmp_path, QUICK)

@@ -1,8 +1,7 @@
 """What `plan` says a rank holds, against engines that are really built."""
 
 import json
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +11,7 @@ from esvit_scale.errors import UserError
 from esvit_scale.objective import costs
 from esvit_scale.scaling import memory
 from esvit_scale.scaling import plan as plans
-from tests import tiny
+from tests import launcher, tiny
 
 SPEED = plans.Speed(100, 0.4, "given")
 G80 = 80 * 2**30
@@ -24,17 +23,15 @@ def tiny_config(tmp_path, **overrides):
     return tiny.config(tmp_path, tmp_path, optim__freeze_last_layer_epochs=0, **odd, **overrides)
 
 
-def test_state_bytes_are_the_engines(tmp_path):
+def test_planned_state_bytes_equal_those_of_real_engines(tmp_path):
     """Two ranks, one step, every stage: each part of rank 0 to the byte, padding included; rank 1 pads, so has no more."""
     cases = {"zero0": "fp32", "zero1": "bf16", "zero2": "bf16", "zero3": "bf16", "zero3-fp32": "fp32"}
     made = {}
     for name, precision in cases.items():
         made[name] = tiny_config(tmp_path / name, train__ds_config=name[:5], train__precision=precision)
         tiny.write_config(tmp_path / f"{name}.yaml", made[name])
-    script = str(tiny.REPOSITORY / "tests" / "scaling" / "engine_bytes.py")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
-    files = [str(tmp_path / f"{name}.yaml") for name in cases]
-    subprocess.run([*command, str(tmp_path / "bytes"), *files], check=True, env=tiny.environment(), timeout=200)
+    files = [tmp_path / f"{name}.yaml" for name in cases]
+    launcher.run(Path(__file__).with_name("engine_bytes.py"), tmp_path / "bytes", *files, ranks=2)
 
     for rank in range(2):
         found = json.loads((tmp_path / f"bytes.{rank}").read_text())
@@ -46,7 +43,7 @@ def test_state_bytes_are_the_engines(tmp_path):
             assert found[name] == expected, (name, rank)
 
 
-def test_gradients_that_are_added_up_are_fp32(tmp_path):
+def test_accumulated_gradients_are_planned_in_fp32(tmp_path):
     """tests/parallel/test_accumulation.py looks at the engine's."""
 
     def of(precision, accum):
@@ -56,7 +53,7 @@ def test_gradients_that_are_added_up_are_fp32(tmp_path):
     assert of("bf16", 2) == of("fp32", 1) == of("fp32", 2) == 2 * of("bf16", 1)
 
 
-def test_stages_cost_less_and_less():
+def test_each_zero_stage_needs_less_memory():
     config = configs.resolve("swinv2_1b")
     found = plans.plan(config, 64, G80, None, SPEED)
     states = [s.memory.state for s in found.settings if not s.checkpointing]
@@ -64,7 +61,7 @@ def test_stages_cost_less_and_less():
     assert all(a.memory.peak > b.memory.peak for a, b in zip(found.settings[:3], found.settings[3:], strict=True))
 
 
-def test_the_smallest_that_fits_is_named_and_less_is_refused():
+def test_smallest_fitting_setting_is_named_and_too_little_memory_refused():
     config = configs.resolve("swinv2_g", ["train.global_batch=64"])
     roomy = plans.plan(config, 8, G80, None, SPEED)
     assert roomy.fits is roomy.settings[0]
@@ -79,7 +76,7 @@ def test_the_smallest_that_fits_is_named_and_less_is_refused():
     assert "16 GPUs" in advice or "32 GPUs" in advice
 
 
-def test_advice_is_true():
+def test_advice_of_a_refusal_fits():
     """What the refusal names does fit."""
     config = configs.resolve("swinv2_h", ["train.global_batch=512"])
     capacity = 24 * 2**30
@@ -92,7 +89,7 @@ def test_advice_is_true():
     assert plans.plan(configs.resolve("swinv2_h", [f"train.grad_accum={accum}"]), 1, capacity, None, SPEED).fits
 
 
-def test_costs():
+def test_plan_of_swin_t_has_expected_costs():
     found = plans.plan(configs.resolve("swin_t"), 8, G80, 1_281_167, SPEED).numbers
     assert found["gflops_per_image"] == pytest.approx(154.4, abs=0.05)
     assert found["images_seen"] == 300 * (1_281_167 // 512) * 512
@@ -101,23 +98,23 @@ def test_costs():
 
 
 @pytest.mark.slow
-def test_the_checkpoint_on_disk_is_as_large_as_planned(tmp_path):
+def test_checkpoint_on_disk_has_the_planned_size(tmp_path):
     config = tiny_config(tmp_path / "run", train__steps=1, data__train=str(tiny.shards(tmp_path / "shards")))
     tiny.write_config(tmp_path / "c.yaml", config)
-    assert tiny.start_cli("pretrain", str(tmp_path / "c.yaml")).wait(timeout=120) == 0
+    assert launcher.start_cli("pretrain", str(tmp_path / "c.yaml")).wait(timeout=120) == 0
     files = (tmp_path / "run" / "checkpoints").glob("step-*/*")
     tensors = sum(f.stat().st_size for f in files if f.suffix == ".distcp")
     planned = memory.checkpoint_bytes(memory.network_of(config))
     assert planned < tensors < planned * 1.5 + 2**18  # every tensor has a header, and these tensors are tiny
 
 
-def test_a_batch_that_does_not_divide():
+def test_indivisible_batch_is_refused_with_the_nearest():
     with pytest.raises(UserError, match=r"512 does not divide over 7 GPUs .* nearest: 511"):
         plans.plan(configs.resolve("swin_t"), 7, G80, None, SPEED)
 
 
 @pytest.mark.parametrize("trunk", ["timm:resnet18", pytest.param("timm:xcit_nano_12_p16_224", marks=pytest.mark.slow)])
-def test_a_trunk_that_runs_once_a_crop_size_can_be_planned(trunk, capsys):
+def test_plan_supports_trunks_that_run_once_per_crop_size(trunk, capsys):
     line = ["plan", "swin_t", "--gpus", "8", "--gpu-memory", "80G", f"model.trunk={trunk}", "--tflops", "400", "--json"]
     assert cli.main(line) == 0
     planned = json.loads(capsys.readouterr().out)
@@ -141,7 +138,7 @@ def test_a_gradient_is_there_from_the_last_call_of_its_block():
     assert late == max(largest, 4 * network.total + outside)
 
 
-def test_the_command(capsys):
+def test_plan_command_prints_table_json_and_refusal(capsys):
     assert cli.main(["plan", "swin_t", "--gpus", "8", "--gpu-memory", "80G", "--tflops", "400"]) == 0
     text = capsys.readouterr().out
     assert "smallest that fits" in text

@@ -10,7 +10,7 @@ from esvit_scale.scaling.forms import FORMS, evaluate, points, predict, to_param
 from tests.scaling import laws
 
 
-def test_evaluate_is_the_law_and_its_derivative():
+def test_evaluate_returns_the_law_and_its_derivative():
     generator = np.random.default_rng(1)
     for form in FORMS.values():
         x = np.exp(generator.uniform(2, 9, (11, form.inputs)))
@@ -30,7 +30,7 @@ GOOD_STARTS = ([1.69, 406.4, 410.7, 0.34, 0.28], [1.6, 450, 380, 0.34, 0.28], [1
 
 @pytest.mark.parametrize("noise", [0.003, 0.01])
 @pytest.mark.parametrize("seed", range(2))
-def test_a_mean_scaled_objective_stops_early_and_ours_does_not(seed, noise):
+def test_mean_scaled_objective_stops_early_and_ours_does_not(seed, noise):
     """L-BFGS-B with its default tolerances, from good starts (the truth itself is the first): on the averaged bare Huber
     loss of published fits it returns where it happens to be, on the same loss in units of δ² it finds the minimum."""
     x = laws.grid()
@@ -52,7 +52,7 @@ def _lbfgs(data, theta, scale):
     return solver.huber_sum(laws.CHINCHILLA, data, minimize(given, theta, jac=True, method="L-BFGS-B").x)
 
 
-def test_the_objective_is_scipys_huber_of_the_law():
+def test_objective_equals_scipy_huber():
     x = laws.grid(4, 4)
     data = points(x, laws.measure(x, 0.002))
     theta = solver.solve(laws.CHINCHILLA, data).theta + 0.001
@@ -63,7 +63,7 @@ def test_the_objective_is_scipys_huber_of_the_law():
     np.testing.assert_allclose(gradient, numeric, rtol=1e-3)
 
 
-def test_the_answer_does_not_depend_on_the_start():
+def test_no_random_start_beats_the_grid():
     """No start of a random cloud ends lower than the grid's answer."""
     x = laws.grid(5, 5)
     data = points(x, laws.measure(x, noise=0.02, seed=5))
@@ -74,7 +74,7 @@ def test_the_answer_does_not_depend_on_the_start():
     assert loss.min() * solver.DELTA**2 > ours.loss * (1 - 1e-3)
 
 
-def test_rows_in_parts_are_the_rows_together(monkeypatch):
+def test_descending_in_chunks_gives_the_same_result(monkeypatch):
     x = laws.grid(4, 4)
     data = points(x, laws.measure(x, noise=0.01))
     start = solver.starts(laws.CHINCHILLA, data)[:30]
@@ -84,7 +84,7 @@ def test_rows_in_parts_are_the_rows_together(monkeypatch):
         np.testing.assert_allclose(part, whole, rtol=1e-6)
 
 
-def test_counts_weigh_points_as_copies_would():
+def test_counts_equal_copies_of_points():
     x = laws.grid(4, 4)
     data = points(x, laws.measure(x, noise=0.01))
     counts = np.random.default_rng(0).multinomial(16, np.full(16, 1 / 16)).astype(float)
@@ -95,7 +95,7 @@ def test_counts_weigh_points_as_copies_would():
     np.testing.assert_allclose(loss, copied_loss, rtol=1e-6)
 
 
-def test_outliers_hardly_move_it():
+def test_outliers_hardly_change_the_fit():
     x = laws.grid()
     y = laws.measure(x)
     y[[3, 17, 40]] *= 1.5

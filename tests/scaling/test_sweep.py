@@ -24,7 +24,7 @@ from esvit_scale.scaling.plan import Speed
 from esvit_scale.scaling.sweep_file import Size
 from esvit_scale.train import pretraining
 from esvit_scale.train.row_file import read_rows
-from tests import tiny
+from tests import launcher, tiny
 
 SPEED = Speed(1.0, 0.5, "given")
 SMALL = [{"embed_dim": 32, "depths": [1, 1, 1]}, {"embed_dim": 32, "depths": [1, 1, 4]}]
@@ -59,14 +59,14 @@ def cells_of(path):
 # --- shapes ----------------------------------------------------------------------------------------------------------
 
 
-def test_named_sizes_stand_on_the_ladder():
+def test_named_sizes_are_on_the_ladder():
     steps = set(shapes.ladder())
     for name in ("swin_t", "swin_s", "swin_b", "swin_l", "swinv2_h", "swinv2_1b"):
         assert shapes.Shape(SHAPES[name].embed_dim, SHAPES[name].depths) in steps
         assert shapes.Shape(SHAPES[name].embed_dim, SHAPES[name].depths).heads == SHAPES[name].heads
 
 
-def test_the_ladder_climbs_with_heads_of_32():
+def test_ladder_grows_with_heads_of_32_channels():
     for shape in shapes.ladder():
         assert [shape.embed_dim * 2**i / h for i, h in enumerate(shape.heads)] == [32] * 4
         assert shape.depths[2] >= max(shape.depths[0], shape.depths[1], shape.depths[3])
@@ -75,7 +75,7 @@ def test_the_ladder_climbs_with_heads_of_32():
 
 
 @pytest.mark.parametrize("target", [28e6, 40e6, 60e6, 87e6, 1.5e8, 4e8, 1e9])
-def test_a_target_is_met(target):
+def test_shape_of_a_parameter_target_is_near_it(target):
     base = configs.resolve("swin_t")
     shape = shapes.shape_of(Size(params=target), base)
     sized = configs.resolve("swin_t", [f"model.{k}={v}" for k, v in shape.overrides.items()])
@@ -91,7 +91,7 @@ def test_a_target_is_met(target):
         ({"trunk": "swinv2_t"}, "another trunk family"),
     ],
 )
-def test_sizes_that_cannot_be(size, message):
+def test_impossible_sizes_are_refused(size, message):
     with pytest.raises(UserError, match=message):
         shapes.shape_of(Size(**size), configs.resolve("swin_t"))
 
@@ -111,13 +111,13 @@ def test_sizes_that_cannot_be(size, message):
         ({"evaluate": {"train": "nowhere", "test": "nowhere"}}, "nowhere: no such folder"),
     ],
 )
-def test_a_bad_file_is_one_clear_line(tmp_path, values, message):
+def test_bad_sweep_file_is_one_line(tmp_path, values, message):
     with pytest.raises(UserError, match=message) as error:
         cells_of(write(tmp_path, **values))
     assert "\n" not in str(error.value)
 
 
-def test_cells_spend_their_budgets(tmp_path):
+def test_cells_use_their_flop_budgets(tmp_path):
     _, found = cells_of(write(tmp_path, seeds=[0, 1]))
     assert len(found) == 2 * 2 * 2
     for cell in found:
@@ -128,7 +128,7 @@ def test_cells_spend_their_budgets(tmp_path):
     assert len({str(cell.path) for cell in found}) == 8
 
 
-def test_schedules_keep_their_share_of_the_run(tmp_path):
+def test_warmup_scales_with_the_length_of_the_run(tmp_path):
     _, found = cells_of(write(tmp_path))
     shares = [cell.config.optim.warmup_epochs * 4 / cell.steps for cell in found]  # 4 steps an epoch
     assert shares == pytest.approx([2 * 4 / 20] * 4)
@@ -136,7 +136,7 @@ def test_schedules_keep_their_share_of_the_run(tmp_path):
     assert {cell.config.optim.warmup_epochs for cell in kept} == {2.0}
 
 
-def test_branches_are_one_run_until_they_cool_down(tmp_path):
+def test_branches_share_schedules_until_their_cooldown(tmp_path):
     """The longer run's schedules equal the shorter's until its branch point, and it pays for its own steps only."""
     _, found = cells_of(write(tmp_path, horizon="branches", sizes=SMALL[:1]))
     short, long = found
@@ -151,20 +151,20 @@ def test_branches_are_one_run_until_they_cool_down(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_branch_is_the_long_run(tmp_path):
+def test_branched_run_equals_the_uninterrupted_run(tmp_path):
     """Continued from the shorter run's branch point, a run logs what it would have logged by itself."""
     path = write(tmp_path, horizon="branches", sizes=SMALL[:1])
     _, (_, long) = cells_of(path)
     assert start("submit", "--local", str(path)).wait(timeout=200) == 0
     alone = tmp_path / "alone.yaml"
     alone.write_text(configs.dump(long.config).replace(str(long.path), str(tmp_path / "alone")))
-    assert tiny.start_cli("pretrain", str(alone)).wait(timeout=120) == 0
+    assert launcher.start_cli("pretrain", str(alone)).wait(timeout=120) == 0
     branched, whole = tiny.rows(long.path), tiny.rows(tmp_path / "alone")
     assert len(branched) == long.steps - long.parent.branch_step
     assert branched == whole[-len(branched) :]
 
 
-def test_the_learning_rate_rule(tmp_path):
+def test_learning_rate_follows_its_power_law(tmp_path):
     rule = {"value": 1e-3, "exponent": -0.5, "at_params": 1e5}
     _, found = cells_of(write(tmp_path, lr=rule))
     for cell in found:
@@ -182,7 +182,7 @@ def test_the_learning_rate_rule(tmp_path):
         ({"horizon": "keep", "budgets": [1e9]}, "warms up for"),
     ],
 )
-def test_silly_cells_are_refused(tmp_path, values, problem, capsys):
+def test_cells_outside_the_limits_are_refused(tmp_path, values, problem, capsys):
     path = write(tmp_path, **values)
     _, found = cells_of(path)
     assert all(any(problem in p for p in cell.problems) for cell in found)
@@ -190,7 +190,7 @@ def test_silly_cells_are_refused(tmp_path, values, problem, capsys):
     assert "every cell is refused" in capsys.readouterr().err
 
 
-def test_unique_images_are_apart_from_images_seen(tmp_path):
+def test_unique_images_limit_the_data_not_the_steps(tmp_path):
     sweep, found = cells_of(write(tmp_path, unique_images=[None, 20]))
     assert [cell.unique_images for cell in found] == [36, 20] * 4
     assert found[0].images_seen == found[1].images_seen
@@ -201,7 +201,7 @@ def test_unique_images_are_apart_from_images_seen(tmp_path):
     assert part.shards == manifests.load(tmp_path / "shards").shards[:2]
 
 
-def test_the_plan_prints_costs(tmp_path, capsys):
+def test_sweep_plan_prints_costs(tmp_path, capsys):
     assert cli.main(["sweep", "plan", str(write(tmp_path))]) == 0
     text = capsys.readouterr().out
     assert "4 cells" in text
@@ -209,7 +209,7 @@ def test_the_plan_prints_costs(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("sbatch", [None, "#!/bin/sh\necho noise >&2; echo 'sbatch: fatal: no cluster' >&2; exit 1\n"])
-def test_slurm_without_slurm_is_one_line(tmp_path, capsys, monkeypatch, sbatch):
+def test_submit_without_slurm_is_one_line(tmp_path, capsys, monkeypatch, sbatch):
     (tmp_path / "bin").mkdir()
     if sbatch:
         (tmp_path / "bin" / "sbatch").write_text(sbatch)
@@ -221,7 +221,7 @@ def test_slurm_without_slurm_is_one_line(tmp_path, capsys, monkeypatch, sbatch):
     assert not sbatch or "no cluster" in line
 
 
-def test_a_cell_that_failed_under_slurm_is_failed(tmp_path, monkeypatch):
+def test_state_of_a_failed_slurm_cell_is_failed(tmp_path, monkeypatch):
     """By what its script noted at the end, until a later job starts; by what the training said, where it could."""
     sweep, found = cells_of(write(tmp_path))
     cell = found[0]
@@ -248,7 +248,7 @@ def test_a_cell_that_failed_under_slurm_is_failed(tmp_path, monkeypatch):
     assert runner.state(cell, sweep) == ("failed", 0, "data.train: not there")
 
 
-def test_array_ranges():
+def test_array_ranges_are_compressed():
     assert runner.ranges([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
 
 
@@ -261,13 +261,13 @@ def start(*arguments):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=tiny.environment(),
+        env=launcher.environment(),
         start_new_session=True,
     )
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_resumes_and_is_fitted(tmp_path):
+def test_killed_sweep_resumes_and_is_fitted(tmp_path):
     """Four cells; killed in the second, one spoilt: the rest finishes, the spoilt one is named, and the fit works."""
     shards = str(tiny.shards(tmp_path / "shards"))
     path = write(

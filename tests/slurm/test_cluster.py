@@ -16,7 +16,7 @@ from PIL import Image
 
 from esvit_scale.data import manifest as manifests
 from esvit_scale.train.run_dir import read_summary
-from tests import tiny
+from tests import launcher, tiny
 from tests.slurm.cluster import Cluster, why_not
 
 pytestmark = [
@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.timeout(400),
     pytest.mark.skipif(bool(reason := why_not()), reason=reason or ""),
 ]
-SCRIPTS = tiny.REPOSITORY / "slurm"
+SCRIPTS = launcher.REPOSITORY / "slurm"
 STEPS, LONG = 80, 1100
 
 
@@ -128,7 +128,7 @@ def _site_env(folder: Path) -> Path:
     """All that this "site" changes: where Python is, and CPU threads."""
     path = folder / "env.sh"
     text = (SCRIPTS / "env.sh").read_text().replace("ESVIT_PREFLIGHT:-1", "ESVIT_PREFLIGHT:-0")
-    path.write_text(text + SITE.format(python=sys.executable, repository=tiny.REPOSITORY))
+    path.write_text(text + SITE.format(python=sys.executable, repository=launcher.REPOSITORY))
     return path
 
 
@@ -151,7 +151,7 @@ def starts(site: Site, name: str) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-def test_a_killed_rank_ends_the_job_at_once_and_a_restart_goes_on(site: Site, undisturbed: list[dict]) -> None:
+def test_killed_rank_ends_the_job_and_restart_resumes(site: Site, undisturbed: list[dict]) -> None:
     job = site.pretrain("killed")
     site.until_training("killed", job)
     site.cluster.run("kill", "-9", str(site.rank_pids("killed")[-1]))
@@ -167,7 +167,7 @@ def test_a_killed_rank_ends_the_job_at_once_and_a_restart_goes_on(site: Site, un
     assert tiny.rows(site.folder / "killed") == undisturbed
 
 
-def test_a_suspended_job_from_a_folder_with_spaces_goes_on(site: Site, undisturbed: list[dict]) -> None:
+def test_suspended_job_in_a_folder_with_spaces_resumes(site: Site, undisturbed: list[dict]) -> None:
     """By hand, with --export=NONE, from a copy of the scripts; suspended for longer than train.hang_minutes."""
     scripts = site.folder / "my own scripts"
     shutil.copytree(SCRIPTS, scripts)
@@ -185,7 +185,7 @@ def test_a_suspended_job_from_a_folder_with_spaces_goes_on(site: Site, undisturb
     assert tiny.rows(site.folder / "sus pended") == undisturbed
 
 
-def test_four_ranks_by_the_command_line_train_as_two(site: Site, undisturbed: list[dict]) -> None:
+def test_four_ranks_match_two_ranks(site: Site, undisturbed: list[dict]) -> None:
     config = site.config("four")
     asked = ["--nodes=2", "--gpus-per-node=2", "--cpus-per-task=1", "--time=10", "--partition=main"]
     command = [sys.executable, "-m", "esvit_scale", "slurm", "submit", "pretrain", str(config), *asked]
@@ -204,7 +204,7 @@ def test_four_ranks_by_the_command_line_train_as_two(site: Site, undisturbed: li
     assert "restarts  0" in shown
 
 
-def test_a_time_limit_requeues_until_the_run_is_done(site: Site, undisturbed: list[dict]) -> None:
+def test_time_limit_requeues_until_the_run_is_finished(site: Site, undisturbed: list[dict]) -> None:
     """The limit is a minute, and Slurm looks at limits every 30 s; until then the ranks stand still."""
     job = site.pretrain("limited", options=("--time=1", "--signal=B:USR1@60"))
     after = site.evaluate("limited", options=(f"--dependency=afterok:{job}", "--kill-on-invalid-dep=yes"))
@@ -223,7 +223,7 @@ def test_a_time_limit_requeues_until_the_run_is_done(site: Site, undisturbed: li
     assert [result["step"] for result in results] == [STEPS, STEPS]
 
 
-def test_preempted_jobs_go_on(site: Site, undisturbed: list[dict]) -> None:
+def test_preempted_jobs_resume(site: Site, undisturbed: list[dict]) -> None:
     """With grace a job saves and requeues itself; without, Slurm requeues it and it goes back to its last checkpoint."""
     jobs = {name: site.pretrain(name, options=(f"--partition={name}",)) for name in ("main", "strict")}
     for name, job in jobs.items():
@@ -237,7 +237,7 @@ def test_preempted_jobs_go_on(site: Site, undisturbed: list[dict]) -> None:
         assert tiny.rows(site.folder / name) == undisturbed
 
 
-def test_a_run_goes_on_with_fewer_nodes(site: Site, undisturbed: list[dict]) -> None:
+def test_run_resumes_with_fewer_nodes(site: Site, undisturbed: list[dict]) -> None:
     """Saved and requeued on two nodes, taken off the queue, and submitted again for one: the losses go on."""
     job = site.pretrain("fewer", options=("--time=10",))
     site.until_training("fewer", job)
@@ -254,7 +254,7 @@ def test_a_run_goes_on_with_fewer_nodes(site: Site, undisturbed: list[dict]) -> 
     assert losses == pytest.approx([row["loss"] for row in undisturbed], rel=1e-3)
 
 
-def test_sbatch_would_start_every_shipped_script(site: Site) -> None:
+def test_sbatch_accepts_every_shipped_script(site: Site) -> None:
     """Its header is read by the scheduler, with the sizes of this small cluster; nothing runs."""
     small = "--ntasks-per-node=1 --gpus-per-node=1 --cpus-per-task=1 --time=10"
     for script in sorted(SCRIPTS.glob("*.sbatch")):
@@ -262,7 +262,7 @@ def test_sbatch_would_start_every_shipped_script(site: Site) -> None:
         assert re.search(r"Job \d+ to start at", said), f"{script.name}: {said}"
 
 
-def test_a_cancelled_job_stays_cancelled(site: Site) -> None:
+def test_cancelled_job_is_not_requeued(site: Site) -> None:
     job = site.pretrain("cancelled", steps=LONG)
     site.until_training("cancelled", job)
     site.cluster.run("scancel", job)
@@ -273,7 +273,7 @@ def test_a_cancelled_job_stays_cancelled(site: Site) -> None:
     assert starts(site, "cancelled") == 1
 
 
-def test_a_dead_nodes_job_goes_on_elsewhere(site: Site, undisturbed: list[dict]) -> None:
+def test_job_of_a_dead_node_resumes_elsewhere(site: Site, undisturbed: list[dict]) -> None:
     job = site.pretrain("orphan")
     site.until_training("orphan", job)
     site.cluster.kill_node(2)
@@ -285,7 +285,7 @@ def test_a_dead_nodes_job_goes_on_elsewhere(site: Site, undisturbed: list[dict])
     site.cluster.wait_idle()
 
 
-def test_an_array_of_cells_requeues_only_its_own(site: Site) -> None:
+def test_array_job_requeues_only_its_own_task(site: Site) -> None:
     sweep = site.sweep("array")
     command = [sys.executable, "-m", "esvit_scale", "slurm", "submit", "sweep", str(sweep), "--cpus-per-task=1"]
     array = site.cluster.run(*command).split()[-1]
@@ -298,7 +298,7 @@ def test_an_array_of_cells_requeues_only_its_own(site: Site) -> None:
     assert [len((cell / "slurm/starts.tsv").read_text().splitlines()) for cell in cells] == [1, 1, 1, 2]
 
 
-def test_shards_by_an_array_are_the_shards_of_one_process(site: Site) -> None:
+def test_array_job_writes_the_same_shards_as_one_process(site: Site) -> None:
     images = site.images("images")
     whole, parts = site.folder / "whole", site.folder / "parts"
     create = [sys.executable, "-m", "esvit_scale", "shards", "create", str(images)]
@@ -315,7 +315,7 @@ def test_shards_by_an_array_are_the_shards_of_one_process(site: Site) -> None:
 
 
 @pytest.mark.parametrize(("code", "ran"), [(75, 3), (2, 1), (3, 1)])
-def test_restarts_are_tried_where_they_can_help_and_not_for_ever(site: Site, code: int, ran: int) -> None:
+def test_restarts_happen_only_where_they_help_and_are_limited(site: Site, code: int, ran: int) -> None:
     name = f"code{code}"
     fake = site.folder / f"{name}.sh"
     fake.write_text(f'#!/bin/bash\n[[ " $* " != *" run-dir "* ]] || exec {sys.executable} "$@"\nexit {code}\n')
@@ -326,7 +326,7 @@ def test_restarts_are_tried_where_they_can_help_and_not_for_ever(site: Site, cod
     assert ("giving up" in site.console(job)) is (ran == 3)
 
 
-def test_the_preflight_names_the_bad_node(site: Site) -> None:
+def test_preflight_names_the_bad_node(site: Site) -> None:
     layout = ("--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=0", "--export=ALL,ESVIT_PREFLIGHT=1")
     site.cluster.on_node(2, "mount", "-t", "tmpfs", "-o", "size=1m", "none", "/dev/shm")
     try:

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from esvit_scale import cli, launch
-from tests import tiny
+from tests import launcher, tiny
 
-SLURM = tiny.REPOSITORY / "slurm"
+SLURM = launcher.REPOSITORY / "slurm"
 BATCH = sorted(SLURM.glob("*.sbatch"))
 SHELL = [*BATCH, *sorted(SLURM.glob("*.sh"))]
 
@@ -39,7 +39,7 @@ def dry_run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[str, l
 
 
 @pytest.mark.parametrize("path", SHELL, ids=lambda path: path.name)
-def test_shellcheck_finds_nothing(path: Path) -> None:
+def test_shellcheck_passes(path: Path) -> None:
     if not shutil.which("shellcheck"):
         pytest.skip("shellcheck is not installed (make slurm-tools)")
     done = subprocess.run(["shellcheck", "-x", str(path)], capture_output=True, text=True, cwd=SLURM)
@@ -47,7 +47,7 @@ def test_shellcheck_finds_nothing(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", BATCH, ids=lambda path: path.name)
-def test_headers_stand_before_the_first_command(path: Path) -> None:
+def test_sbatch_headers_come_before_the_first_command(path: Path) -> None:
     text = path.read_text()
     assert late_directives(text) == []
     given = directives(text)
@@ -58,7 +58,7 @@ def test_headers_stand_before_the_first_command(path: Path) -> None:
 
 @pytest.mark.parametrize("path", BATCH, ids=lambda path: path.name)
 @pytest.mark.parametrize("folder", ["plain", "with spaces  in it"])
-def test_a_script_finds_its_folder(tmp_path: Path, path: Path, folder: str) -> None:
+def test_script_finds_its_folder(tmp_path: Path, path: Path, folder: str) -> None:
     """As Slurm 22.05 shows a job: the path and the arguments in one field, without quotes."""
     (tmp_path / folder).mkdir()
     script = shutil.copy(path, tmp_path / folder)
@@ -70,7 +70,7 @@ def test_a_script_finds_its_folder(tmp_path: Path, path: Path, folder: str) -> N
     assert done.stdout == f"found {tmp_path / folder}\n", done.stderr
 
 
-def test_paths_that_sbatch_would_split_are_quoted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_paths_with_spaces_are_quoted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / 'a "run" 100%'
     common = ["swin_t", "data.train=x", "train.global_batch=384", f"run_dir={run}", "--gpus-per-node=1"]
     script, _ = dry_run(capsys, "pretrain", *common)
@@ -89,7 +89,7 @@ def test_paths_that_sbatch_would_split_are_quoted(tmp_path: Path, capsys: pytest
         (("--time=4", "--sbatch=-t 1-0"), "300"),
     ],
 )
-def test_the_signals_lead_fits_the_time_limit(capsys: pytest.CaptureFixture[str], asked: tuple, lead: str) -> None:
+def test_signal_lead_time_fits_the_time_limit(capsys: pytest.CaptureFixture[str], asked: tuple, lead: str) -> None:
     common = ["swin_t", "data.train=x", "--gpus-per-node=1"]
     assert directives(dry_run(capsys, "pretrain", *common, *asked)[0])["signal"] == f"B:USR1@{lead}"
 
@@ -109,7 +109,9 @@ def test_the_signals_lead_fits_the_time_limit(capsys: pytest.CaptureFixture[str]
         (["data.train=/nowhere/shards"], "/nowhere/shards"),
     ],
 )
-def test_submit_checks_before_the_queue(tmp_path: Path, monkeypatch, capsys, asked: list[str], said: str) -> None:
+def test_submit_checks_the_config_before_calling_sbatch(
+    tmp_path: Path, monkeypatch, capsys, asked: list[str], said: str
+) -> None:
     monkeypatch.setenv("PATH", f"{_commands(tmp_path, {'sbatch': f'touch {tmp_path}/called; echo 1'})}:/bin")
     values = (
         f"data.train={tiny.shards(tmp_path / 'shards', 12)}",
@@ -122,12 +124,12 @@ def test_submit_checks_before_the_queue(tmp_path: Path, monkeypatch, capsys, ask
     assert not (tmp_path / "new").exists()
 
 
-def test_the_job_id_is_all_that_submit_prints_on_stdout(tmp_path: Path) -> None:
+def test_submit_prints_only_the_job_id_on_stdout(tmp_path: Path) -> None:
     """In a process of its own: DeepSpeed binds its log to whatever stdout is when it is first imported."""
     commands = _commands(tmp_path, {"sbatch": "echo 4711"})
     values = (f"data.train={tiny.shards(tmp_path / 'shards', 12)}", "train.global_batch=12", f"run_dir={tmp_path}/run")
     command = ["slurm", "submit", "pretrain", "swin_t", *values, "--gpus-per-node=1", "--nodes=1"]
-    environment = {**tiny.environment(), "PATH": f"{commands}:{os.environ['PATH']}"}
+    environment = {**launcher.environment(), "PATH": f"{commands}:{os.environ['PATH']}"}
     environment.pop("DS_ACCELERATOR", None)  # which makes DeepSpeed choose, and warn
     done = subprocess.run(
         [sys.executable, "-m", "esvit_scale", *command], capture_output=True, text=True, env=environment
@@ -136,12 +138,12 @@ def test_the_job_id_is_all_that_submit_prints_on_stdout(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["pretrain", "evaluate", "sweep"])
-def test_a_shipped_header_asks_for_one_task_a_gpu(name: str) -> None:
+def test_shipped_header_requests_one_task_per_gpu(name: str) -> None:
     given = directives((SLURM / f"{name}.sbatch").read_text())
     assert given["ntasks-per-node"] == given["gpus-per-node"]
 
 
-def test_submit_fills_the_shipped_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_submit_fills_in_the_shipped_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     arguments = ["swin_t", "data.train=/data/shards", "train.global_batch=480", f"run_dir={run}"]
     asked = ["--nodes", "4", "--gpus-per-node", "6", "--time", "2-00:00:00", "--partition", "big"]
@@ -168,7 +170,7 @@ def test_submit_fills_the_shipped_script(tmp_path: Path, capsys: pytest.CaptureF
     assert not run.exists()  # nothing was written
 
 
-def test_submit_on_cpus_and_with_a_sites_own_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_submit_supports_cpu_jobs_and_a_site_script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     site = tmp_path / "my site.sh"
     site.write_text("")
     common = ["swin_t", "data.train=x", "train.global_batch=384", f"run_dir={tmp_path / 'run'}", "--gpus-per-node=0"]
@@ -180,7 +182,9 @@ def test_submit_on_cpus_and_with_a_sites_own_file(tmp_path: Path, capsys: pytest
     assert "nowhere.sh: no such file; the one to copy is" in capsys.readouterr().err
 
 
-def test_shards_are_an_array_and_a_merge_after_it(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_submit_shards_makes_an_array_job_and_a_dependent_merge(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     out = tmp_path / "set"
     assert (
         cli.main(["slurm", "submit", "shards", "SRC", str(out), "--parts=5", "--option=--quality=90", "--dry-run"]) == 0
@@ -193,14 +197,14 @@ def test_shards_are_an_array_and_a_merge_after_it(capsys: pytest.CaptureFixture[
     assert merge.rstrip().endswith(f"merge.sbatch merge {out}")
 
 
-def test_a_mistake_is_found_before_anything_is_submitted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_user_error_is_found_before_submission(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert cli.main(["slurm", "submit", "pretrain", "swin_tt", "data.train=x"]) == 2
     assert "did you mean 'swin_t'" in capsys.readouterr().err
     assert cli.main(["slurm", "submit", "pretrain", "swin_t"]) == 2
     assert "data.train: not set" in capsys.readouterr().err
 
 
-def test_sbatchs_refusal_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sbatch_refusal_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for sbatch: this is about what is made of its answers."""
     answers = {"sbatch": "echo '17;cluster'"}
     monkeypatch.setenv("PATH", f"{_commands(tmp_path, answers)}:{os.environ['PATH']}")
@@ -217,7 +221,7 @@ def test_sbatchs_refusal_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not (tmp_path / "other").exists()
 
 
-def test_status_reads_the_run_dir_and_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_status_combines_run_dir_and_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     run = tmp_path / "run"
     (run / "slurm").mkdir(parents=True)
     tiny.write_config(run / "config.yaml", tiny.config(run, tmp_path / "shards", train__steps=50))
@@ -249,7 +253,7 @@ def test_status_reads_the_run_dir_and_slurm(tmp_path: Path, monkeypatch: pytest.
         ({}, "STOPPED"),
     ],
 )
-def test_state_where_slurm_has_forgotten_the_job(tmp_path: Path, monkeypatch, files, state) -> None:
+def test_status_of_a_job_unknown_to_slurm(tmp_path: Path, monkeypatch, files, state) -> None:
     run = tmp_path / "run"
     (run / "slurm").mkdir(parents=True)
     (run / "slurm/starts.tsv").write_text("t\t7\t0\tnode1\n")
@@ -261,7 +265,7 @@ def test_state_where_slurm_has_forgotten_the_job(tmp_path: Path, monkeypatch, fi
     assert launch.status(run).state == state
 
 
-def test_a_refused_second_job_is_not_the_runs_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_status_ignores_a_refused_second_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
     (run / "slurm").mkdir(parents=True)
     (run / "slurm/starts.tsv").write_text("t\t7\t0\tnode1\nt\t8\t0\tnode1\n")
@@ -278,7 +282,7 @@ def test_a_refused_second_job_is_not_the_runs_state(tmp_path: Path, monkeypatch:
     assert launch.status(run).state == "FINISHED"
 
 
-def test_status_of_a_run_without_jobs_names_the_nearest(tmp_path: Path) -> None:
+def test_status_of_a_run_without_jobs_suggests_the_nearest_run(tmp_path: Path) -> None:
     (tmp_path / "photos/slurm").mkdir(parents=True)
     (tmp_path / "photos/slurm/starts.tsv").write_text("t\t7\t0\tnode1\n")
     with pytest.raises(launch.UserError, match="no job has started here; did you mean 'photos'"):
@@ -306,7 +310,7 @@ def _commands(folder: Path, scripts: dict[str, str]) -> Path:
         ([], "143\n"),  # no rank got as far as that: srun's own code stays
     ],
 )
-def test_the_rank_to_look_at_is_found(tmp_path: Path, codes: list[tuple[int, int]], blamed: str) -> None:
+def test_status_names_the_rank_that_failed_first(tmp_path: Path, codes: list[tuple[int, int]], blamed: str) -> None:
     """`codes`: (when, exit code) of each rank."""
     for rank, (when, code) in enumerate(codes):
         (tmp_path / f"exit-{rank}").write_text(f"{when}000 {code} rank {rank} on node{rank}\n")
@@ -320,9 +324,7 @@ def test_the_rank_to_look_at_is_found(tmp_path: Path, codes: list[tuple[int, int
 
 
 @pytest.mark.parametrize(("began", "ends", "shortened"), [(-1, 5, True), (-1, 9000, False), (-600, 250, False)])
-def test_a_signal_at_the_start_of_a_short_job_is_held_back(
-    tmp_path: Path, began: int, ends: int, shortened: bool
-) -> None:
+def test_signal_at_the_start_of_a_short_job_is_delayed(tmp_path: Path, began: int, ends: int, shortened: bool) -> None:
     """Seconds from now at which the job began and ends; the lead is 300 s. What is far from the limit was sent by hand."""
     now = int(time.time())
     times = {"StartTime": now + began, "EndTime": now + ends}

@@ -16,7 +16,7 @@ from esvit_scale.config import Config
 from esvit_scale.errors import RestartCanHelp
 from esvit_scale.train import pretraining
 from esvit_scale.train.trainer import Trainer
-from tests import tiny
+from tests import launcher, tiny
 
 
 class Disk:
@@ -149,8 +149,8 @@ def test_a_console_on_a_full_disk_does_not_change_the_exit_code(tmp_path: Path) 
             [sys.executable, "-m", "esvit_scale", "pretrain", str(tmp_path / "none.yaml")],
             stdout=full,
             stderr=full,
-            env=tiny.environment(),
-            cwd=tiny.REPOSITORY,
+            env=launcher.environment(),
+            cwd=launcher.REPOSITORY,
         )
     assert done.returncode == 2
 

@@ -1,16 +1,14 @@
 """A run that is stopped goes on as if nothing had happened: bit for bit on a CPU."""
 
 import signal
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from esvit_scale.train import pretraining, run_dir
-from tests import tiny
+from tests import launcher, tiny
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +24,7 @@ def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[
 
 
 def start_and_wait_for_step(config_path: Path, run: Path, step: int) -> "subprocess.Popen[str]":
-    process = tiny.start_cli("pretrain", str(config_path))
+    process = launcher.start_cli("pretrain", str(config_path))
     deadline = time.monotonic() + 120
     while len(tiny.rows(run)) < step:
         assert process.poll() is None, process.communicate()[1]
@@ -85,16 +83,7 @@ def test_a_record_that_cannot_be_opened_is_every_ranks_error(data: Path, tmp_pat
     config = tiny.config(run, data)
     run_dir.record_start(run, config)
     path = tiny.write_config(tmp_path / "c.yaml", config)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    command = [sys.executable, "-m", "esvit_scale", "pretrain", str(path)]
-    ranks = [
-        subprocess.Popen(
-            command, stderr=subprocess.PIPE, text=True, env={**tiny.environment(), **meeting, "RANK": rank}
-        )
-        for rank in "01"
-    ]
+    ranks = launcher.start_ranks(2, *launcher.CLI, "pretrain", path)
     errors = [process.communicate(timeout=100)[1] for process in ranks]
     assert [process.returncode for process in ranks] == [2, 2], errors
     assert "metrics.jsonl: cannot be read: Is a directory" in errors[0]  # rank 0 speaks for all

@@ -1,15 +1,13 @@
 """A node that computes slowly is named, at every ZeRO stage, although all ranks' steps take equally long."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from esvit_scale.parallel import collectives
 from esvit_scale.train.slow_nodes import SlowNodes
-from tests import tiny
+from tests import launcher, tiny
 
 # Rank 1 sleeps in the first attention of each forward: where a slow processor would lose time, in the midst of a layer.
 SLOW_RUN = """
@@ -33,15 +31,7 @@ def test_rows_name_the_rank_that_the_others_wait_for(tmp_path: Path, stage: str)
     shards = tiny.shards(tmp_path / "shards")
     config = tiny.config(tmp_path / "run", shards, train__ds_config=stage, train__steps=8, train__global_batch=4)
     path = tiny.write_config(tmp_path / "c.yaml", config)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*torchrun, str(tmp_path / "slow.py"), str(path)],
-        capture_output=True,
-        text=True,
-        env=tiny.environment(),
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    launcher.run(tmp_path / "slow.py", path, ranks=2)
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()][1:]
     assert [row["slowest_node"] for row in rows].count("node1") >= 6
     # Teacher and student sleep 0.15 s each; what the other rank waits for them is not its own time.

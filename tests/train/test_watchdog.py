@@ -4,7 +4,6 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch.distributed as dist
 from esvit_scale.parallel import hang_reports
 from esvit_scale.parallel.world import World
 from esvit_scale.train import watchdog
-from tests import tiny
+from tests import launcher, tiny
 
 HUNG_RUN = """
 import sys, time
@@ -45,9 +44,7 @@ def test_a_hung_rank_ends_the_job_and_is_named(tmp_path: Path) -> None:
         tmp_path / "run", shards, train__hang_minutes=0.1, train__checkpoint_every=2, train__ds_config="zero3"
     )
     path = tiny.write_config(tmp_path / "c.yaml", config)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, str(tmp_path / "stuck.py"), str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=tiny.environment(), timeout=120)
+    done = launcher.wait(launcher.start(tmp_path / "stuck.py", path, ranks=2), timeout=120)
     assert done.returncode != 0
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("hang: ")]
     assert re.search(
@@ -61,7 +58,7 @@ def test_a_hung_rank_ends_the_job_and_is_named(tmp_path: Path) -> None:
     assert min(timeouts) > 86400 + 60 * config.train.hang_minutes
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == "step-00000004"
     # From outside, the same command goes on.
-    again = tiny.start_cli("pretrain", str(path))
+    again = launcher.start_cli("pretrain", str(path))
     _, errors = again.communicate(timeout=60)
     assert again.returncode == 0, errors
     assert len(tiny.rows(tmp_path / "run")) == 20
@@ -91,16 +88,8 @@ with Watchdog(World(rank, size, rank, torch.device("cpu")), 3.0, folder) as watc
 
 
 def start_ranks(folder: Path, size: int, *arguments: object) -> "list[subprocess.Popen[str]]":
-    """Without torchrun, as under srun: rank 0's own process keeps the store."""
     (folder / "ranks.py").write_text(RANKS)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(size)}
-    command = [sys.executable, str(folder / "ranks.py"), str(folder), *map(str, arguments)]
-    return [
-        subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**tiny.environment(), **meeting, "RANK": str(rank)})
-        for rank in range(size)
-    ]  # fmt: skip
+    return launcher.start_ranks(size, folder / "ranks.py", folder, *arguments)
 
 
 @pytest.mark.parametrize(("size", "stopped", "asleep"), [(2, 0, -1), pytest.param(4, 2, 3, marks=pytest.mark.slow)])
