@@ -25,7 +25,7 @@ def run(*arguments: str, cwd: Path | None = None, **env: str) -> subprocess.Comp
     )
 
 
-def test_help_names_every_command_and_the_exit_codes():
+def test_help_lists_commands_and_exit_codes():
     shown = run("--help")
     assert shown.returncode == 0
     for word in ("demo", "shards", "pretrain", "evaluate", "embed", "convert", "report", "doctor", "75", "130"):
@@ -34,7 +34,7 @@ def test_help_names_every_command_and_the_exit_codes():
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["pretrain", "--help"], ["pretran"], ["pretrain", "nowhere"]])
-def test_nothing_heavy_is_imported_for_help_and_mistakes(arguments):
+def test_help_and_mistakes_import_no_torch(arguments):
     code = (
         "import sys; from esvit_scale.cli import main\n"
         "try: main(sys.argv[1:])\n"
@@ -56,7 +56,7 @@ ORDERS = {
 
 
 @pytest.mark.parametrize("command", ORDERS)
-def test_options_stand_before_between_and_after_positional_arguments(command):
+def test_options_are_accepted_at_any_position(command):
     positional, options = ORDERS[command]
     read = lambda words: vars(cli._parser().parse_args(" ".join([command, *words]).split()))  # noqa: E731
     expected = read([*options, *positional])
@@ -99,7 +99,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("line", MISTAKES)
-def test_a_mistake_is_one_line_and_exit_code_2(line, tmp_path):
+def test_user_error_prints_one_line_and_exits_with_2(line, tmp_path):
     ended = run(*line.split(), cwd=tmp_path)
     assert ended.returncode == 2, ended.stderr
     lines = ended.stderr.splitlines()
@@ -110,7 +110,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(line, tmp_path):
     assert not list(tmp_path.iterdir()), "a mistake leaves nothing behind"
 
 
-def test_only_rank_0_says_it():
+def test_only_rank_0_prints_the_error():
     assert "swint" in run("pretrain", "swint", RANK="0", SLURM_PROCID="3").stderr
     for env in ({"RANK": "1"}, {"SLURM_PROCID": "1"}):
         ended = run("pretrain", "swint", **env)
@@ -122,7 +122,7 @@ def test_only_rank_0_says_it():
     ("error", "code"),
     [(UserError("a\nb"), 2), (Diverged("a\nb"), 3), (RestartCanHelp("a\nb"), 75), (KeyboardInterrupt(), 130)],
 )
-def test_errors_become_exit_codes(error, code, monkeypatch, capsys):
+def test_error_types_map_to_exit_codes(error, code, monkeypatch, capsys):
     def fail(options):
         raise error
 
@@ -133,7 +133,7 @@ def test_errors_become_exit_codes(error, code, monkeypatch, capsys):
     assert all(line.startswith("esvit-scale: error: ") for line in lines)
 
 
-def test_an_unexpected_error_keeps_its_traceback(monkeypatch):
+def test_unexpected_error_keeps_its_traceback(monkeypatch):
     def fail(options):
         raise ZeroDivisionError
 
@@ -142,7 +142,7 @@ def test_an_unexpected_error_keeps_its_traceback(monkeypatch):
         cli.main(["doctor"])
 
 
-def test_the_exit_code_of_a_command_is_passed_on(monkeypatch):
+def test_exit_code_of_a_command_is_returned(monkeypatch):
     monkeypatch.setattr(doctor, "_doctor", lambda options: 7)
     assert cli.main(["doctor"]) == 7
 

@@ -39,12 +39,12 @@ def error_of(config: str, *overrides: str) -> str:
 # --- presets -------------------------------------------------------------------------------------------------------
 
 
-def test_the_shipped_swin_presets_are_there():
+def test_swin_presets_are_shipped():
     assert {*SWIN, *(f"{name}_w14" for name in SWIN), "swin_t_view"} <= set(preset_names())
 
 
 @pytest.mark.parametrize("name", preset_names())
-def test_preset_validates_and_its_dump_reads_back(name, tmp_path):
+def test_preset_survives_dump_and_load(name, tmp_path):
     config = resolve(name)
     assert config.name == name
     (tmp_path / "config.yaml").write_text(dump(config))
@@ -54,14 +54,14 @@ def test_preset_validates_and_its_dump_reads_back(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", preset_names())
-def test_preset_header_says_source_cost_and_expected_result(name):
+def test_preset_header_states_source_cost_and_expected_result(name):
     header = (Path(configs.__file__).parent / "configs" / f"{name}.yaml").read_text().split("\nname:")[0]
     for word in ("Source", "Cost", "Expected"):
         assert word.lower() in header.lower()
 
 
 @pytest.mark.parametrize("name", [n for n in preset_names() if n.startswith("swin_")])
-def test_swin_presets_are_esvits_recipe(name):
+def test_swin_presets_match_the_official_recipe(name):
     config = resolve(name)
     letter, window = name.split("_")[1], 14 if name.endswith("_w14") else 7
     assert (config.model.trunk, config.model.window) == (f"swin_{letter}", window)
@@ -95,13 +95,13 @@ def test_swin_presets_are_esvits_recipe(name):
         }
     )
 )
-def test_any_config_reads_back_from_its_dump(values):
+def test_any_config_survives_dump_and_load(values):
     config = configs.validate(values, "test")
     assert configs.validate(yaml_text.parse(dump(config), "dump"), "dump") == config
 
 
 @pytest.mark.parametrize("name", ["12e4567", "1e5", "007", "2024-01-01", "null", "true", "no", "12_30", "0x10", ".5"])
-def test_a_name_that_looks_like_something_else_stays_a_name(name, tmp_path):
+def test_name_that_looks_like_another_type_stays_text(name, tmp_path):
     if not name.startswith("."):
         config = resolve("swin_t", [f"name={name}"])
         assert config.name == name
@@ -115,20 +115,20 @@ def test_a_name_that_looks_like_something_else_stays_a_name(name, tmp_path):
     ("text", "lr"),
     [("1e-3", 1e-3), ("1E-3", 1e-3), ("1.e-3", 1e-3), (".001", 1e-3), ("1", 1.0), ("0.5", 0.5), ("+5e-4", 5e-4)],
 )
-def test_floats_in_every_spelling(text, lr, write):
+def test_every_float_notation_is_read(text, lr, write):
     assert resolve(write(f"optim: {{lr: {text}}}")).optim.lr == lr
     assert resolve("swin_t", [f"optim.lr={text}"]).optim.lr == lr
 
 
-def test_whole_numbers_are_decimal_and_the_byte_order_mark_is_ignored(write):
+def test_integers_are_decimal_and_byte_order_mark_is_ignored(write):
     assert resolve(write("\ufeffseed: 010\n")).seed == 10
 
 
-def test_an_empty_file_is_the_defaults(write):
+def test_empty_file_gives_the_defaults(write):
     assert resolve(write("# nothing yet\n")) == Config()
 
 
-def test_home_is_expanded(monkeypatch):
+def test_home_directory_is_expanded(monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     config = resolve("swin_t", ["data.train=~/shards", "run_dir=~/runs/a"])
     assert (config.data.train, config.run_path) == ("/home/someone/shards", Path("/home/someone/runs/a"))
@@ -146,7 +146,7 @@ def test_config_is_frozen():
 # --- overrides -----------------------------------------------------------------------------------------------------
 
 
-def test_overrides_reach_every_depth_and_the_last_one_wins():
+def test_overrides_apply_at_every_depth_and_last_one_wins():
     config = resolve(
         "swin_t",
         [
@@ -174,13 +174,13 @@ def test_quoted_text_loses_its_quotes():
     assert (config.data.train, config.name, config.run_dir) == ("/data/a b\u00e9", "1e5", "null")
 
 
-def test_overrides_into_a_list_of_the_file(write):
+def test_overrides_change_items_of_a_list(write):
     path = write("data: {local_crops: [{size: 96}, {size: 64, count: 2}]}")
     config = resolve(path, ["data.local_crops.1.count=3"])
     assert config.crop_sizes == [224] * 2 + [96] * 8 + [64] * 3
 
 
-def test_no_local_crops():
+def test_empty_list_of_local_crops_is_valid():
     assert resolve("swin_t", ["data.local_crops=[]"]).crop_sizes == [224, 224]
 
 
@@ -241,7 +241,7 @@ IN_A_FILE = {
 
 
 @pytest.mark.parametrize("text", IN_A_FILE)
-def test_mistakes_in_a_file_are_one_line_with_file_key_and_nearest(text, write):
+def test_error_in_a_file_names_file_key_and_nearest_value(text, write):
     path = write(text)
     line = error_of(path)
     assert line.startswith(path)
@@ -268,7 +268,7 @@ ON_THE_COMMAND_LINE = {
 
 
 @pytest.mark.parametrize("override", ON_THE_COMMAND_LINE, ids=lambda text: text[:30])
-def test_mistakes_in_an_override_name_the_override(override):
+def test_error_in_an_override_names_the_override(override):
     line = error_of("swin_t", override)
     assert ON_THE_COMMAND_LINE[override] in line
     assert line.startswith(repr(override)[:30])
@@ -276,17 +276,17 @@ def test_mistakes_in_an_override_name_the_override(override):
     assert len(line) < 300
 
 
-def test_overriding_an_item_of_an_empty_list(write):
+def test_override_of_an_item_of_an_empty_list_is_refused(write):
     line = error_of(write("data: {local_crops: []}"), "data.local_crops.0.size=3")
     assert "is not an item of a list of 0; give the whole list" in line
 
 
-def test_every_mistake_gets_its_own_line(write):
+def test_each_error_gets_its_own_line(write):
     lines = error_of(write("seed: x\ntrain: {epochs: 0, epoch: 1}"), "optim.lr=fast").splitlines()
     assert len(lines) == 4
 
 
-def test_file_and_preset_not_found(tmp_path, write):
+def test_missing_file_or_preset_is_an_error(tmp_path, write):
     assert "neither a file nor a preset; did you mean 'swin_t'?" in error_of("swint")
     assert "no such config file; did you mean 'swin_t'?" in error_of(str(tmp_path / "swint.yaml"))
     write("")
@@ -298,13 +298,13 @@ def test_file_and_preset_not_found(tmp_path, write):
     assert "no such config file" in error_of(str(tmp_path / "d.yaml"))
 
 
-def test_pretraining_without_data_says_what_to_give():
+def test_pretraining_without_data_names_the_missing_key():
     with pytest.raises(UserError, match=r"data\.train: not set.*data\.train=/.*shards create"):
         configs.require_training_data(resolve("swin_t"))
     configs.require_training_data(resolve("swin_t", ["data.train=x"]))
 
 
-def test_ds_config_path(tmp_path):
+def test_ds_config_is_found_by_name_or_path(tmp_path):
     assert {"zero0", "zero1", "zero2", "zero3"} <= set(ds_config_names())
     assert ds_config_path("zero3").is_file()
     mine = tmp_path / "mine.json"
@@ -320,7 +320,7 @@ def test_ds_config_path(tmp_path):
 
 
 @pytest.mark.parametrize("name", ds_config_names())
-def test_ds_configs_are_short_and_leave_the_run_configs_numbers_open(name):
+def test_ds_configs_are_short_and_use_auto_for_run_config_values(name):
     text = ds_config_path(name).read_text()
     assert len(text.splitlines()) <= 40
     values = json.loads(text)
@@ -337,7 +337,7 @@ def test_ds_configs_are_short_and_leave_the_run_configs_numbers_open(name):
         assert values["zero_optimization"]["stage3_param_persistence_threshold"] == 0
 
 
-def test_differences_name_every_leaf():
+def test_differences_list_every_changed_key():
     a = resolve("swin_t")
     b = resolve("swin_t", ["seed=1", "data.local_crops.0.count=2", "model.depths=[2, 2]"])
     assert differences(a, a) == []
@@ -345,7 +345,7 @@ def test_differences_name_every_leaf():
     assert differences(a, resolve("swin_t", ["data.local_crops=[]"]))
 
 
-def test_slots_depend_on_the_batch_alone():
+def test_slots_depend_only_on_the_global_batch():
     assert resolve("swin_t").slots == 512
     assert resolve("swin_t", ["train.global_batch=1536"]).slots == 512
     assert resolve("swin_t", ["train.global_batch=48", "data.slots=16"]).slots == 16

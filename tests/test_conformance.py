@@ -99,7 +99,7 @@ def train_once(config: Config) -> tuple[StudentNetwork, torch.Tensor, dict[str, 
 
 
 @pytest.mark.parametrize(("trunk", "objective"), list(product(FAMILIES, OBJECTIVES)))
-def test_one_step(trunk: str, objective: str) -> None:
+def test_training_step_is_finite_complete_and_reproducible(trunk: str, objective: str) -> None:
     """Builds, is finite, uses every parameter, logs scalars, and does the same when done again."""
     config = config_of(trunk, objective)
     student, loss, logs = train_once(config)
@@ -118,7 +118,7 @@ def test_one_step(trunk: str, objective: str) -> None:
 
 
 @pytest.mark.parametrize("trunk", [*TRUNKS, *LIBRARY])
-def test_features(trunk: str) -> None:
+def test_features_have_the_agreed_shapes_and_crops_are_independent(trunk: str) -> None:
     """The contract of `Features`, `last_blocks` and `stage_maps`, and crops that do not see each other."""
     config = config_of(trunk, "esvit", model__drop_path=0.0, objective__regions=False)
     built = build_trunk(config).eval()
@@ -149,7 +149,7 @@ def test_features(trunk: str) -> None:
 
 
 @pytest.mark.parametrize("trunk", FAMILIES)
-def test_a_crops_stochastic_depth_is_its_own(trunk: str) -> None:
+def test_stochastic_depth_of_a_crop_does_not_depend_on_the_batch(trunk: str) -> None:
     """What is dropped for a crop depends on its key, not on who else is in the batch."""
     config = config_of(trunk, "esvit", model__drop_path=0.5, objective__regions=False)
     built = build_trunk(config).eval()  # batch norm must not mix the crops
@@ -180,7 +180,7 @@ def pretrain(config: Config, data: Path, run: Path, **train: Any) -> list[dict[s
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trunk", FAMILIES)
-def test_runs_resumes_and_exports(trunk: str, data: Path, tmp_path: Path) -> None:
+def test_every_trunk_trains_resumes_and_exports(trunk: str, data: Path, tmp_path: Path) -> None:
     """ZeRO 1 and 3, with activation checkpointing by every implementation that the trunk supports: the same four steps. Resumed: the same bit for bit.
     Exported and loaded again: the same features."""
     config = config_of(trunk, "esvit", objective__regions=build_trunk(config_of(trunk, "esvit")).has_regions)

@@ -27,12 +27,12 @@ TOO_OLD = [
 
 
 @pytest.mark.parametrize(("driver", "build"), FIT)
-def test_driver_fits(driver, build):
+def test_new_enough_driver_is_accepted(driver, build):
     assert doctor.driver_problem(driver, build) is None
 
 
 @pytest.mark.parametrize(("driver", "build", "instead"), TOO_OLD)
-def test_driver_too_old_is_named_with_what_to_do(driver, build, instead):
+def test_old_driver_error_says_what_to_install(driver, build, instead):
     problem = doctor.driver_problem(driver, build)
     assert f"driver {driver} is too old for this torch, built for CUDA {build}" in problem
     assert "update the driver" in problem
@@ -40,7 +40,7 @@ def test_driver_too_old_is_named_with_what_to_do(driver, build, instead):
     assert instead is None or f"install torch for CUDA {instead}:" in problem
 
 
-def test_a_cpu_build_beside_a_driver():
+def test_cpu_build_beside_a_driver_suggests_torch_index():
     assert "TORCH_INDEX" in doctor.driver_problem("580.95.05", None)
 
 
@@ -53,11 +53,11 @@ def test_a_cpu_build_beside_a_driver():
         ("something else", None),
     ],
 )  # fmt: skip
-def test_the_kernels_word_for_the_driver(text, driver):
+def test_driver_version_is_parsed_from_proc(text, driver):
     assert doctor.parse_driver(text) == driver
 
 
-def test_nvidia_smi_is_read_and_its_absence_survived(monkeypatch, tmp_path):
+def test_nvidia_smi_output_is_parsed_and_failures_are_tolerated(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "_output", lambda *command: "NVIDIA H100, 80GB, 535.183.01\nNVIDIA A10, 535.183.01")
     assert doctor.nvidia_machine() == (["NVIDIA H100, 80GB", "NVIDIA A10"], "535.183.01")
     smi = tmp_path / "nvidia-smi"
@@ -81,7 +81,7 @@ def rows_of_a_machine(monkeypatch, machine, cuda):
     return list(doctor._gpu())
 
 
-def test_a_machine_whose_driver_is_too_old_for_its_torch(monkeypatch):
+def test_old_driver_is_a_problem_but_not_required(monkeypatch):
     [row] = rows_of_a_machine(monkeypatch, doctor.NvidiaMachine(["NVIDIA V100"], "470.256.02"), "13.2")
     assert row.state == "problem"
     assert not row.required, "without its GPU the machine still trains, on the CPU"
@@ -90,7 +90,7 @@ def test_a_machine_whose_driver_is_too_old_for_its_torch(monkeypatch):
     assert "TORCH_INDEX" in row.advice
 
 
-def test_a_machine_without_a_gpu_or_without_a_driver(monkeypatch):
+def test_missing_gpu_is_absent_and_missing_driver_a_problem(monkeypatch):
     [row] = rows_of_a_machine(monkeypatch, doctor.NvidiaMachine([], None), "13.2")
     assert (row.state, row.advice) == ("absent", "")
     [row] = rows_of_a_machine(monkeypatch, doctor.NvidiaMachine(["NVIDIA device 0000:01:00.0"], None), "13.2")
@@ -98,14 +98,14 @@ def test_a_machine_without_a_gpu_or_without_a_driver(monkeypatch):
     assert "driver" in row.advice
 
 
-def test_a_hidden_gpu_is_not_a_problem(monkeypatch):
+def test_gpu_hidden_by_cuda_visible_devices_is_absent(monkeypatch):
     rows_of_a_machine(monkeypatch, doctor.NvidiaMachine(["NVIDIA A10"], "580.95.05"), "13.2")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     [row] = doctor._gpu()
     assert (row.state, "CUDA_VISIBLE_DEVICES" in row.detail) == ("absent", True)
 
 
-def test_apex_is_nvidias_only_with_its_optimizers(tmp_path):
+def test_apex_counts_only_with_its_optimizers(tmp_path):
     assert "optim.name=apex_adam" in doctor_packages.apex(None).detail
     assert doctor_packages.apex(None).state == "absent"
     (tmp_path / "apex").mkdir()
@@ -126,7 +126,7 @@ VERSIONS = [
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_versions_are_compared_as_pip_does(version, monkeypatch):
+def test_version_comparison_matches_packaging(version, monkeypatch):
     monkeypatch.setitem(doctor_packages.TESTED, "torch", doctor_packages.Range("2.7.0", "2.14.1"))
     public = Version(Version(version).public)
     if public < Version("2.7.0"):
@@ -139,7 +139,7 @@ def test_versions_are_compared_as_pip_does(version, monkeypatch):
 
 
 @pytest.mark.parametrize("version", ["of unknown version", "", "git-7c8ec84", "1.0.0-custom"])
-def test_a_version_that_is_none_is_said(version):
+def test_invalid_version_is_a_warning(version):
     state, detail, _ = doctor_packages.compared("timm", version)
     assert (state, "cannot be compared" in detail) == ("warning", True)
 
@@ -166,7 +166,7 @@ def only(monkeypatch, tmp_path):
     return install_only
 
 
-def test_every_missing_extra_says_what_needs_it(only):
+def test_missing_extra_names_its_purpose_and_pip_command(only):
     rows = only()
     assert list(rows) == list(doctor_packages.EXTRAS)
     for name, row in rows.items():
@@ -175,7 +175,7 @@ def test_every_missing_extra_says_what_needs_it(only):
         assert row.advice == f"pip install 'esvit-scale[{name}]'"
 
 
-def test_extras_that_are_there_in_part(only):
+def test_partly_installed_extras_list_what_is_missing(only):
     tested = {name: newest for name, (_, newest) in doctor_packages.TESTED.items()}
     rows = only(onnx=tested["onnx"], onnxscript=tested["onnxscript"], tifffile=tested["tifffile"], opencv_python="4.10.0.84",
                 tensorboard="99.1", pyarrow=None)  # fmt: skip
@@ -193,7 +193,7 @@ def test_extras_that_are_there_in_part(only):
     assert rows["parquet"].state == "warning", "metadata without a version"
 
 
-def test_other_required_packages(only):
+def test_required_packages_are_checked_for_version_and_presence(only):
     only(numpy="1.20", scipy=doctor_packages.TESTED["scipy"].oldest)
     rows = {row.name: row for row in doctor_packages.others()}
     assert (rows["numpy"].state, rows["numpy"].detail[:17]) == ("warning", "1.20 is older tha")
@@ -206,7 +206,7 @@ def test_other_required_packages(only):
 
 
 @pytest.mark.parametrize("files", [40, 56, 150, 223, 224, 1000])
-def test_open_files_are_judged_as_a_run_judges_them(files):
+def test_open_files_row_agrees_with_the_check_of_a_run(files):
     code = (
         "import resource; from esvit_scale import doctor; from esvit_scale.data import limits; from esvit_scale.errors import RestartCanHelp\n"
         f"resource.setrlimit(resource.RLIMIT_NOFILE, ({files} - 5, {files}))\n"
@@ -222,7 +222,7 @@ def test_open_files_are_judged_as_a_run_judges_them(files):
     assert f"up to {max(0, (files - 32) // 12)}" in said
 
 
-def test_a_low_soft_limit_alone_is_no_problem(monkeypatch):
+def test_low_soft_limit_alone_is_ok(monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda which: (256, resource.RLIM_INFINITY))
     assert doctor._open_files().state == "ok"
     assert limits.reachable_files() == limits.MOST_FILES
@@ -232,7 +232,7 @@ def test_a_low_soft_limit_alone_is_no_problem(monkeypatch):
     ("total", "free", "state"),
     [(64 << 20, 64 << 20, "problem"), (1 << 30, 1 << 30, "ok"), (8 << 30, 4 << 30, "ok"), (8 << 30, 4096, "problem")],
 )
-def test_shared_memory(total, free, state, monkeypatch):
+def test_shared_memory_row_judges_size_and_free_space(total, free, state, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=total, free=free))
     assert [row.state for row in doctor._shared_memory()] == [state]
 
@@ -240,7 +240,7 @@ def test_shared_memory(total, free, state, monkeypatch):
 # --- real runs -----------------------------------------------------------------------------------------------------
 
 
-def test_a_broken_required_package_is_a_row_and_exit_code_1(monkeypatch, capsys):
+def test_broken_required_package_exits_with_1(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "webdataset", None)  # importing it raises
     assert doctor.run() == 1
     shown = capsys.readouterr().out
@@ -248,7 +248,7 @@ def test_a_broken_required_package_is_a_row_and_exit_code_1(monkeypatch, capsys)
     assert "does not work" in shown
 
 
-def test_doctor_passes_here_and_names_every_part(capsys, monkeypatch):
+def test_doctor_passes_here_with_a_row_for_every_check(capsys, monkeypatch):
     monkeypatch.setitem(doctor_packages.TESTED, "torch", doctor_packages.Range("1.0", "1.13.1"))
     assert doctor.run() == 0, "a version that is not tested is a warning"
     shown = capsys.readouterr().out
@@ -261,7 +261,7 @@ def test_doctor_passes_here_and_names_every_part(capsys, monkeypatch):
     assert re.search(r"^Outside the tested versions: .*\btorch\b", shown, re.M)
 
 
-def test_the_gloo_row_leaves_a_process_group_that_is_there():
+def test_gloo_check_keeps_an_existing_process_group():
     import torch.distributed as dist
 
     ours = not dist.is_initialized()

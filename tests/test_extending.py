@@ -35,7 +35,7 @@ def trained(tmp_path: Path, run: str, **changes: Any) -> list[dict[str, Any]]:
     return tiny.rows(tmp_path / run)
 
 
-def test_the_trunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_example_trunk_trains_the_same_at_every_zero_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TRUNKS, "poolformer", loaded("esvit_scale/models/poolformer.py", monkeypatch).build)
     model: dict[str, Any] = {"trunk": "poolformer", "embed_dim": 16, "depths": [3], "drop_path": 0.3}
     rows = trained(tmp_path, "plain", model=model)
@@ -48,7 +48,7 @@ def test_the_trunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [m.shape for m in backbone.pyramid(torch.randn(2, 3, 32, 40))] == [(2, 16, 4, 5)]
 
 
-def test_the_objective(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_example_objective_trains_the_same_at_every_zero_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = loaded("esvit_scale/objective/barlow_twins.py", monkeypatch)
     monkeypatch.setitem(OBJECTIVES, "barlow_twins", module.BarlowTwins)
     changes = {
@@ -64,12 +64,12 @@ def test_the_objective(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("code", "file"), EXAMPLES)
-def test_an_example_is_short(code: str, file: str) -> None:
+def test_examples_are_short(code: str, file: str) -> None:
     lines = [line for line in code.splitlines() if line and not line.startswith(("import ", "from ", "#"))]
     assert len(lines) <= MOST_LINES, f"{file}: {len(lines)} lines"
 
 
-def test_both_are_there() -> None:
+def test_page_has_both_examples() -> None:
     assert {file for _, file in EXAMPLES} == {
         "esvit_scale/models/poolformer.py",
         "esvit_scale/objective/barlow_twins.py",

@@ -14,7 +14,7 @@ def config(**data: object) -> Config:
     return validate({"data": data}, "test")
 
 
-def test_it_measures_the_set(
+def test_doctor_data_measures_a_shard_set(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(feed, "SECONDS", 0.2)
@@ -26,18 +26,18 @@ def test_it_measures_the_set(
     assert f"data.workers={feed.usable_cpus()}" in text
 
 
-def test_a_config_alone_is_told_about_data(capsys: pytest.CaptureFixture[str]) -> None:
+def test_config_without_data_asks_for_the_data_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "swin_t"]) == 2
     assert "add --data SHARDS" in capsys.readouterr().err
 
 
-def test_enough() -> None:
+def test_advice_for_sufficient_supply_states_the_margin() -> None:
     (line,) = advice(config(), Supply(500, 16 * 500, 16), demand=2000, gpus=2, pixels=2e5)
     assert "4.0 times over" in line
     assert "data.workers=3 " in line  # 1.2 · 1000 images/s a rank, 500 a process
 
 
-def test_too_little_says_everything_that_would_help() -> None:
+def test_advice_for_insufficient_supply_lists_every_remedy() -> None:
     text = "\n".join(advice(config(workers=4, photometric="workers"), Supply(300, 2000, 16), 8000, 2, 4e6))
     for says in (
         "25%",

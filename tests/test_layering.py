@@ -190,7 +190,7 @@ def test_every_module_belongs_to_a_station():
     assert {source.station for source in sources()} <= set(LEVEL)
 
 
-def test_packages_stay_in_their_stations():
+def test_restricted_packages_are_imported_only_where_allowed():
     assert foreign_imports(sources()) == []
 
 
@@ -226,7 +226,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_the_rules_see_what_they_forbid(name, tmp_path):
+def test_rules_detect_violations(name, tmp_path):
     code, rule = BROKEN[name]
     file = tmp_path / "esvit_scale" / name
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -237,7 +237,7 @@ def test_the_rules_see_what_they_forbid(name, tmp_path):
 @pytest.mark.parametrize(
     "name", ["config", "errors", "resources", "cli", "commands.evaluate", "doctor", "train.signals"]
 )
-def test_light_modules_do_not_import_torch(name):
+def test_light_modules_import_no_torch(name):
     code = f"import esvit_scale.{name}, sys; assert not {{'torch', 'numpy', 'deepspeed'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=60)
 
@@ -252,7 +252,7 @@ def shipped_text() -> Iterator[Path]:
     return (path for path in files if path.suffix in ("", ".py", ".md", ".toml", ".yaml", ".json", ".sh", ".sbatch"))
 
 
-def test_no_paths_of_one_machine():
+def test_no_machine_specific_paths():
     machine_path = re.compile(r"(?<![\w.:/-])/(?:work|root|opt|Users)/")
     found = []
     for path in shipped_text():
@@ -264,13 +264,13 @@ def test_no_paths_of_one_machine():
     assert found == []
 
 
-def test_the_journey_names_files_that_are_there():
+def test_package_docstring_names_existing_files():
     named = re.findall(r"\b[\w/]+\.py\b", ast.get_docstring(ast.parse((PACKAGE / "__init__.py").read_text())))
     assert len(named) > 10
     assert [name for name in named if not (PACKAGE / name).is_file()] == []
 
 
-def test_the_wheel_lists_every_package():
+def test_pyproject_lists_every_package():
     tomllib = pytest.importorskip("tomllib")
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     folders = {path.parent for path in PACKAGE.rglob("*.py")} | {PACKAGE / "configs"}
@@ -279,6 +279,6 @@ def test_the_wheel_lists_every_package():
     assert all((ROOT / folder).is_dir() for folder in listed["package-dir"].values())
 
 
-def test_the_designs_top_level_is_there():
+def test_required_top_level_entries_exist():
     for name in ("esvit_scale", "ds_configs", "data_shards", "slurm", "tests", "pyproject.toml"):
         assert (ROOT / name).exists(), name

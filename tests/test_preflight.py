@@ -12,14 +12,14 @@ def reports(nodes: int = 4, **of_node_2: object) -> list[Report]:
     ]
 
 
-def test_healthy_nodes_are_ok() -> None:
+def test_healthy_nodes_pass() -> None:
     assert bad(reports()) == {f"node{i}": [] for i in range(1, 5)}
     assert lines(reports())[0] == "preflight node1: ok, 2 ranks, 100.00 GB/s inside, 40.00 GB/s between"
     alone = [report._replace(inside=None, between=None) for report in reports(nodes=1)]
     assert lines(alone) == ["preflight node1: ok, 2 ranks"]
 
 
-def test_the_bad_node_is_named_with_what_is_wrong() -> None:
+def test_bad_node_is_named_with_its_problem() -> None:
     cases: list[tuple[dict, str]] = [
         ({"problems": ("torch sees 7 of 8 GPUs",)}, "torch sees 7 of 8 GPUs"),
         ({"clock": 1060.0}, "its clock is +60 s off the others'"),
@@ -32,5 +32,5 @@ def test_the_bad_node_is_named_with_what_is_wrong() -> None:
         assert lines(reports(**found))[-1] == "without it: sbatch --exclude=node2 …"
 
 
-def test_small_differences_are_not_faults() -> None:
+def test_small_differences_pass() -> None:
     assert not any(bad(reports(clock=1001.0, inside=70.0, between=25.0)).values())

@@ -16,7 +16,7 @@ from esvit_scale.resources import ds_config_names
 
 
 @pytest.mark.parametrize("preset", configs.preset_names())
-def test_a_preset_builds_on_the_meta_device_with_a_value_and_a_group_for_all(preset: str) -> None:
+def test_preset_initializes_and_groups_every_parameter(preset: str) -> None:
     with torch.device("meta"):
         network = build_network(configs.resolve(preset))
     names = {name for name, _ in network.named_parameters()}
@@ -39,7 +39,7 @@ def test_a_preset_fits_every_deepspeed_config(preset: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("preset", [name for name in configs.preset_names() if name != "demo"])
-def test_a_presets_header_says_what_it_costs(preset: str) -> None:
+def test_preset_header_states_the_computed_cost(preset: str) -> None:
     config = configs.resolve(preset)
     header = (resources.files("esvit_scale") / "configs" / f"{preset}.yaml").read_text().split("\n\n")[0]
     assert f"({costs.parameters(config).trunk:,} parameters without" in header

@@ -27,7 +27,9 @@ def images(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
-def test_the_journey_of_a_set(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_create_verify_stats_and_show_work_on_one_set(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def run(*arguments: object) -> str:
         assert cli.main(["shards", *map(str, arguments)]) == 0
         return capsys.readouterr().out
@@ -78,7 +80,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("arguments", MISTAKES)
-def test_a_mistake_is_one_line(arguments: str, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_user_error_is_one_line(arguments: str, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     try:
         code = cli.main(["shards", *arguments.split()])
@@ -91,7 +93,7 @@ def test_a_mistake_is_one_line(arguments: str, tmp_path: Path, monkeypatch, caps
     assert list(tmp_path.iterdir()) == []
 
 
-def test_sizes_are_read() -> None:
+def test_size_suffixes_are_parsed() -> None:
     assert [option_types.size(t) for t in ("7", "500M", "2g", "1.5GB", "3kB")] == [
         7,
         500_000_000,
@@ -101,7 +103,7 @@ def test_sizes_are_read() -> None:
     ]
 
 
-def test_the_help_names_every_kind_of_source(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_every_kind_of_source(capsys: pytest.CaptureFixture[str]) -> None:
     from esvit_scale.data.sources import KINDS
 
     with pytest.raises(SystemExit):
@@ -111,7 +113,7 @@ def test_the_help_names_every_kind_of_source(capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.slow
-def test_a_million_lines_fit_in_memory() -> None:
+def test_list_of_a_million_lines_stays_within_memory() -> None:
     command = [sys.executable, "benchmarks/shards.py", "--images", "20", "--workers", "1", "--repeats", "1", "--json"]
     done = subprocess.run([*command, "--lines", "1000000"], cwd=ROOT, check=True, capture_output=True, text=True)
     assert json.loads(done.stdout)["list"]["peak_mb"] < 130

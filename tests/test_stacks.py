@@ -28,7 +28,7 @@ def requirements():
     return {name: SpecifierSet(versions) for name, versions in found if name != "setuptools"}
 
 
-def test_all_dependencies_are_seen():
+def test_pyproject_dependencies_are_parsed():
     assert {"torch", "deepspeed", "pyarrow", "onnxscript", "playwright", "types-PyYAML"} <= set(requirements())
     assert len(requirements()) == 36
 
@@ -40,20 +40,20 @@ def test_a_stack_pins_every_direct_dependency_within_its_range(stack):
     assert [f"{name} {pins[name]}" for name, allowed in requirements().items() if pins[name] not in allowed] == []
 
 
-def test_the_lower_bounds_are_the_oldest_stack():
+def test_lower_bounds_equal_the_oldest_stack():
     lowest = {name: next(s.version for s in allowed if s.operator == ">=") for name, allowed in requirements().items()
               if any(s.operator == ">=" for s in allowed)}  # fmt: skip
     assert lowest == {name: version for name, version in install.pins("oldest").items() if name in lowest}
     assert set(requirements()) == set(lowest)
 
 
-def test_doctor_knows_the_tested_versions():
+def test_doctor_versions_equal_the_stacks():
     """The wheel has no constraints/, so doctor carries the range of every dependency that users install."""
     oldest, newest = install.pins("oldest"), install.pins("newest")
     assert {name: (oldest[name], newest[name]) for name in users_packages()} == doctor_packages.TESTED
 
 
-def test_doctor_knows_the_optional_extras():
+def test_doctor_extras_equal_pyproject():
     packages = {name: set(extra.packages) for name, extra in doctor_packages.EXTRAS.items()}
     assert packages == {name: found for name, found in extras().items() if name != "dev"}
     assert all(
@@ -76,7 +76,7 @@ def users_packages():
     )
 
 
-def test_the_newest_stack_is_asked_for_first():
+def test_newest_stack_is_tried_first():
     assert sorted(install.NEWEST_FIRST) == STACKS
     torch = [Version(install.pins(stack)["torch"]) for stack in install.NEWEST_FIRST]
     assert torch == sorted(torch, reverse=True)
@@ -92,7 +92,7 @@ def test_the_newest_stack_is_asked_for_first():
         ((3, 14), []),
     ],
 )
-def test_stacks_by_python(python, fitting):
+def test_python_version_selects_the_stack(python, fitting):
     assert [stack for stack in STACKS if install.fits_python(stack, python)] == fitting
 
 
@@ -119,12 +119,12 @@ SAID = {
 
 
 @pytest.mark.parametrize("case", SAID)
-def test_only_versions_that_cannot_be_had_lead_to_another_stack(case):
+def test_only_unavailable_versions_lead_to_another_stack(case):
     said, other = SAID[case]
     assert install.unavailable(said) is other
 
 
-def test_this_environment_is_a_stack_when_make_made_it():
+def test_this_environment_matches_the_recorded_stack():
     """`make test` says which stack it runs; the versions are then really those."""
     note = Path(sys.prefix, ".stack")
     if not note.is_file() or (named := re.search(r"constraints/([\w.-]+)\.txt$", note.read_text().strip())) is None:
@@ -133,13 +133,13 @@ def test_this_environment_is_a_stack_when_make_made_it():
     assert have == install.pins(named[1])
 
 
-def test_a_python_without_a_stack_is_told_the_way_out(monkeypatch):
+def test_python_without_a_stack_is_told_what_to_do(monkeypatch):
     monkeypatch.setattr(install, "fits_python", lambda stack: False)
     with pytest.raises(SystemExit, match=r"No tested stack .* is for Python 3\.\d+: .*make PYTHON=python3\.13"):
         install.main("newest", "dev")
 
 
-def test_an_offline_installation_has_the_versions_of_a_tested_stack(tmp_path):
+def test_offline_installation_has_versions_of_a_tested_stack(tmp_path):
     """pip itself is a stand-in: this is about what it is asked for."""
     python = tmp_path / "python"
     python.write_text(

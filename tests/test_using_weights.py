@@ -35,12 +35,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_there_are_three_examples_and_one_line() -> None:
+def test_every_example_has_an_expected_output() -> None:
     assert len(EXAMPLES) == len(PRINTS)
 
 
 @pytest.mark.parametrize("number", range(len(PRINTS)))
-def test_the_example_runs(
+def test_example_prints_the_expected_output(
     number: int, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(folder)
