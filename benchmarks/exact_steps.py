@@ -19,6 +19,7 @@ file formats, so that it runs with checkouts whose modules have other names:
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -28,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,7 +100,7 @@ def main() -> None:
     compare.add_argument("after", type=Path)
     options = parser.parse_args()
     if options.command == "record":
-        options.to.write_text(json.dumps(record(options.checkout, options.case), indent=1))
+        record(options.checkout, options.case, options.to)
         return
     before = json.loads(options.before.read_text())
     if options.command == "check":
@@ -114,27 +116,30 @@ def main() -> None:
 # --- recording -------------------------------------------------------------------------------------------------------
 
 
-def record(checkout: Path, names: list[str]) -> dict[str, Any]:
-    """Run the named cases with the code of `checkout` and return their record."""
+def record(checkout: Path, names: list[str], to: Path | None = None) -> dict[str, Any]:
+    """Run the named cases with the code of `checkout` and return their record; write it to `to` after every case."""
+    import torch
+
     checkout = checkout.resolve()
     if not (checkout / "esvit_scale").is_dir():
         sys.exit(f"{checkout}: holds no esvit_scale/; give the folder of a checkout")
-    with tempfile.TemporaryDirectory(prefix="exact-") as temporary:
-        folder = Path(temporary)
-        shards = make_shards(checkout, folder)
-        cases = {}
-        for name in names:
-            began = time.monotonic()
-            cases[name] = {"shards": shards, **run_case(checkout, folder / name, CASES[name])}
-            print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-    import torch
-
-    return {
+    cases: dict[str, Any] = {}
+    made = {
         "checkout": str(checkout),
         "commit": commit_of(checkout),
         "machine": f"{platform.node()}, torch {torch.__version__}",
         "cases": cases,
     }
+    with tempfile.TemporaryDirectory(prefix="exact-", ignore_cleanup_errors=True) as temporary:
+        folder = Path(temporary)
+        shards = make_shards(checkout, folder)
+        for name in names:
+            began = time.monotonic()
+            cases[name] = {"shards": shards, **run_case(checkout, folder / name, CASES[name])}
+            print(f"{name}: {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
+            if to:
+                to.write_text(json.dumps(made, indent=1))
+    return made
 
 
 def commit_of(checkout: Path) -> str:
@@ -190,7 +195,6 @@ def run_command(checkout: Path, folder: Path, arguments: list[str], ranks: int =
             env=environment,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
         )
         try:
             if kill_at:
@@ -198,12 +202,21 @@ def run_command(checkout: Path, folder: Path, arguments: list[str], ranks: int =
                 return
             process.wait(timeout=TIME_LIMIT)
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            kill(process)
     if process.returncode:
         text = (folder / "output.txt").read_text()
         sys.exit(f"esvit-scale {' '.join(arguments)} (in {checkout}): exit code {process.returncode}\n{text[-4000:]}")
+
+
+def kill(process: "subprocess.Popen[bytes]") -> None:
+    """Kill a process and its children; torchrun's ranks are in sessions of their own and would go on without it."""
+    if process.poll() is not None:
+        return
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for pid in (process.pid, *map(int, children)):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
 
 
 def wait_for_checkpoint(process: "subprocess.Popen[bytes]", latest: Path, expected: str) -> None:
@@ -228,7 +241,9 @@ def checksums(folder: Path) -> dict[str, str]:
 
     stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()}
-    dcp.load(tensors, checkpoint_id=folder, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that one process reads alone
+        dcp.load(tensors, checkpoint_id=folder, no_dist=True)
     return {
         name: hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
         for name, tensor in sorted(tensors.items())
