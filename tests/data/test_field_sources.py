@@ -30,7 +30,7 @@ from esvit_scale.errors import UserError
 from esvit_scale.evaluate.feature_cache import source_digest
 from tests import tiny
 from tests.data.conftest import encoded, picture
-from tests.data.test_sources import source_info, tar_of, write
+from tests.data.test_sources import contents, tar_of, write
 
 Capture = pytest.CaptureFixture[str]
 
@@ -133,7 +133,7 @@ def test_folders_named_by_numbers_keep_them(tmp_path: Path) -> None:
     root = classes(tmp_path / "src", ["0", "2", "10"], 1)
     manifest = write(root, tmp_path / "set")
     assert manifest.classes == tuple(map(str, range(11)))
-    assert {label for label, _ in source_info(manifest).values()} == {"0", "2", "10"}
+    assert {label for label, _ in contents(manifest).values()} == {"0", "2", "10"}
     assert [batch.labels.tolist() for batch in evaluation_batches(root, 8, 4)] == [[0, 10, 2]]
 
 
@@ -172,12 +172,12 @@ def test_a_set_whose_classes_are_named_by_numbers_keeps_them(names: str, picture
         "path,y\n" + "".join(f"{i}.png,{name}.0\n" for i, name in enumerate(sorted(listed)))
     )
     (pictures / "names").write_text(names)
-    first = source_info(write(pictures / "x.csv", tmp_path / "sets" / "a", label="y", classes=pictures / "names"))
+    first = contents(write(pictures / "x.csv", tmp_path / "sets" / "a", label="y", classes=pictures / "names"))
     assert sorted(label or "" for label, _ in first.values()) == sorted(listed)
     (pictures / "other").write_text("\n".join(sorted(listed)) + "\nmore\n")
     for number, options in enumerate(({}, {"classes": pictures / "names"}, {"classes": pictures / "other"})):
-        assert source_info(write(tmp_path / "sets" / "a", tmp_path / f"one{number}", **options)) == first
-        assert source_info(write(tmp_path / "sets", tmp_path / f"all{number}", kind="tars", **options)) == first
+        assert contents(write(tmp_path / "sets" / "a", tmp_path / f"one{number}", **options)) == first
+        assert contents(write(tmp_path / "sets", tmp_path / f"all{number}", kind="tars", **options)) == first
 
 
 def test_a_numbering_that_nobody_expects_is_said(pictures: Path, tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_a_numbering_that_nobody_expects_is_said(pictures: Path, tmp_path: Path)
     assert "make 2021 classes" in notes(root)[0]
     (tmp_path / "names").write_text("\ufeff2019\n2020\n")
     manifest = write(root, tmp_path / "set", classes=tmp_path / "names")
-    assert {label for label, _ in source_info(manifest).values()} == {"2019", "2020"}
+    assert {label for label, _ in contents(manifest).values()} == {"2019", "2020"}
 
     (tmp_path / "list.txt").write_text("\ufeff0.png\n")
     assert [s.name(0) for s in open_source(str(tmp_path / "list.txt"), SourceOptions()).values()] == ["0.png"]
@@ -214,19 +214,19 @@ def pictures(tmp_path: Path) -> Path:
 def test_pandas_floats_and_empty_cells(pictures: Path) -> None:
     (pictures / "x.csv").write_text(",path,y\n0,0.png,2.0\n1,1.png,\n2,2.png,10.0\n3,3.png,-1\n")
     manifest = write(pictures / "x.csv", pictures / "set", label="y")
-    assert sorted(label or "" for label, _ in source_info(manifest).values()) == ["10", "2"]
+    assert sorted(label or "" for label, _ in contents(manifest).values()) == ["10", "2"]
     assert counts(manifest) == {("images", left_out.UNLABELLED): 2}
 
 
 def test_tsv_has_no_quoting_unless_asked(pictures: Path) -> None:
     text = 'path\twords\n0.png\t"quoted\n1.png\tb\n2.png\tends"\n3.png\td\n'
     (pictures / "x.tsv").write_text(text)
-    found = source_info(write(pictures / "x.tsv", pictures / "set", caption="words"))
+    found = contents(write(pictures / "x.tsv", pictures / "set", caption="words"))
     assert sorted(str(words) for _, words in found.values()) == ['"quoted', "b", "d", 'ends"']
     (pictures / "x.tsv").write_text('path\twords\n0.png\t"one\ntwo"\n')
     with pytest.raises(UserError, match=r"line 3 has 1 columns, too few .*--quoted"):
         write(pictures / "x.tsv", pictures / "set2", caption="words")
-    found = source_info(write(pictures / "x.tsv", pictures / "set3", caption="words", quoted=True))
+    found = contents(write(pictures / "x.tsv", pictures / "set3", caption="words", quoted=True))
     assert [words for _, words in found.values()] == ["one\ntwo"]
 
 
@@ -302,7 +302,7 @@ def test_tables_as_excel_writes_them(pictures: Path) -> None:
 def test_captions_may_have_several_lines(pictures: Path) -> None:
     (pictures / "x.csv").write_text('path,w\n0.png,"one, two\nthree, four"\n1.png,\n,x\n')
     manifest = write(pictures / "x.csv", pictures / "set", caption="w")
-    assert {words for _, words in source_info(manifest).values()} == {"one, two\nthree, four", None}
+    assert {words for _, words in contents(manifest).values()} == {"one, two\nthree, four", None}
     assert counts(manifest) == {("rows", left_out.NO_PATH): 1}
 
 
@@ -332,7 +332,7 @@ def test_class_names_of_the_schema_and_paths_instead_of_bytes(numbers: list[floa
     [unlabelled] = open_source(str(where), SourceOptions()).values()
     assert "its column y is not used; --label y makes it the classes" in unlabelled.notes[0]
     manifest = write(where, pictures / "set", label="y")
-    assert source_info(manifest) == {files[0]: ("cat", None), files[1]: ("9", None), files[2]: ("0", None)}
+    assert contents(manifest) == {files[0]: ("cat", None), files[1]: ("9", None), files[2]: ("0", None)}
     assert counts(manifest) == {("images", left_out.UNREADABLE): 1, ("images", left_out.EMPTY): 1}
 
 
@@ -359,7 +359,7 @@ def test_column_types(name: str, pictures: Path) -> None:
     labels = pa.array([1.0, None, 3.0, float("nan")], pa.float32())
     where = parquet(pictures / "x.parquet", {"image": COLUMNS[name](files), "y": labels})
     manifest = write(where, pictures / "set", label="y")
-    assert source_info(manifest) == {files[0]: ("1", None), files[2]: ("3", None)}
+    assert contents(manifest) == {files[0]: ("1", None), files[2]: ("3", None)}
 
 
 @pytest.mark.parametrize(
@@ -424,7 +424,7 @@ def test_one_type_of_images_by_option(form: str, mixed: Path, tmp_path: Path, ca
         assert "images of several types (4 .jpeg, 4 .png, 4 .webp)" in said
     else:
         assert (manifest.formats, said) == ({form: 12}, "")
-        kinds = {Image.open(io.BytesIO(data)).format for data in source_info(manifest)}
+        kinds = {Image.open(io.BytesIO(data)).format for data in contents(manifest)}
         assert kinds == {{"jpg": "JPEG"}.get(form, form.upper())}
 
 
