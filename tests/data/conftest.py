@@ -44,6 +44,20 @@ def image_folder(tmp_path: Path) -> Path:
     return root
 
 
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder with four pictures, 0.png to 3.png."""
+    for i in range(4):
+        (tmp_path / f"{i}.png").write_bytes(encoded(picture(i)))
+    return tmp_path
+
+
+@pytest.fixture
+def images(image_folder: Path) -> dict[str, bytes]:
+    """Path below the folder → bytes; 12 of them in a/ and b/."""
+    return {p.relative_to(image_folder).as_posix(): p.read_bytes() for p in sorted(image_folder.rglob("*.png"))}
+
+
 def config_with(**overrides: Any) -> Config:
     """Tiny crops, batch 8, window 2; `workers`, `slots`, `seed`, `batch`, `accum` override."""
     return validate(

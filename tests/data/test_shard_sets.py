@@ -28,6 +28,7 @@ from esvit_scale.data.shard_writer import Part, Sample, merge, write_samples, wr
 from esvit_scale.data.sources import SourceOptions, open_source
 from esvit_scale.errors import RestartCanHelp, UserError
 from tests.data.conftest import encoded, picture
+from tests.data.source_helpers import Capture, run_create
 
 FEW = Recipe(samples_per_shard=3)
 
@@ -361,3 +362,13 @@ def test_records_of_another_run_are_not_mixed_in(image_folder: Path, tmp_path: P
     assert set_folder.records(tmp_path / "set" / ".partial")
     with pytest.raises(UserError, match=r"unfinished set of other images or options \(2 of 4 shards\)"):
         write(image_folder, tmp_path / "set", Recipe(samples_per_shard=3, seed=1), part=Part(2, 2))
+
+
+def test_a_set_is_not_written_inside_another(image_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert run_create(image_folder, tmp_path / "set") == 0
+    for where, *more in ((tmp_path / "set", "--val-fraction", 0.5), (tmp_path / "set" / "inner",)):
+        assert run_create(image_folder, where, *more) == 2
+        assert "already holds another shard set" in capsys.readouterr().err
+    assert run_create(image_folder, tmp_path / "two", "--val-fraction", 0.5) == 0
+    assert run_create(image_folder, tmp_path / "two") == 2
+    assert "already holds the sets of a split" in capsys.readouterr().err

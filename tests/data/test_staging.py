@@ -1,5 +1,8 @@
 """Staged shards: the same bytes under another root, complete or not used, copied once."""
 
+import errno
+import fcntl
+import os
 import re
 import subprocess
 import sys
@@ -101,3 +104,18 @@ def test_every_piece_of_a_copy_is_progress(tmp_path: Path, shards: manifests.Man
     before = len(pieces)
     staging.staged(shards, str(tmp_path / "disk"), lambda: pieces.append(None))
     assert len(pieces) - before < 20  # the manifest alone
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK])
+def test_staging_without_locks(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_flock(handle: object, kind: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    shards = manifests.load(tiny.shards(tmp_path / "set"))
+    monkeypatch.setattr(fcntl, "flock", no_flock)
+    staged = staging.staged(shards, str(tmp_path / "disk"))
+    assert manifests.load(staged.root).shards == shards.shards
+    assert not list(staged.root.glob(".*.partial"))
+    assert "no locks on this file system" in caplog.text

@@ -13,8 +13,10 @@ import torch
 from esvit_scale.config import Config, validate
 from esvit_scale.data import left_out, tar_stream, url_stream
 from esvit_scale.data.stream import Batch, batches, open_data, steps_per_epoch
+from esvit_scale.data.url_stream import UrlSets
 from esvit_scale.errors import RestartCanHelp, UserError
 from tests.data.conftest import encoded, picture
+from tests.data.source_helpers import tar_of
 
 PER_TAR = 10
 
@@ -163,3 +165,20 @@ def test_what_does_not_fit_says_what_to_change(tars: Path) -> None:
             stream(config_of(**data), 0, 1)
     with pytest.raises(UserError, match=r"data\.workers: 4 loader processes .* are 1 tars"):
         stream(config_of(2, train=f"{tars}/a-0.tar"), 0, 1, 0, 2)
+
+
+def test_patterns_in_data_train(tmp_path: Path) -> None:
+    for name in ("x-0.tar", "x-1.tar", "y.tar"):
+        tar_of(tmp_path / name, {"a.png": encoded(picture(0))})
+
+    def opened(train: str) -> tuple[str, ...]:
+        config = validate({"data": {"train": train, "epoch_samples": 8}}, "test")
+        assert UrlSets.wanted(config.data)
+        return UrlSets.open(config.data).sets[0].urls
+
+    assert [Path(url).name for url in opened(f"{tmp_path}/x-*.tar")] == ["x-0.tar", "x-1.tar"]
+    assert [Path(url).name for url in opened(f"{tmp_path}/{{x-?,y}}.tar")] == ["x-0.tar", "x-1.tar", "y.tar"]
+    with pytest.raises(UserError, match="no file matches this pattern"):
+        opened(f"{tmp_path}/z*.tar")
+    with pytest.raises(UserError, match="a pattern can name tars"):
+        open_data(validate({"data": {"train": f"{tmp_path}/*"}}, "test"))
