@@ -1,10 +1,12 @@
-"""`esvit-scale evaluate linear`: how far a linear classifier gets on frozen features, by three protocols.
+"""`esvit-scale evaluate linear`: the accuracy of linear classifiers on frozen features, by three protocols.
 
-official   the published one: a head on the last four blocks by SGD, 100 epochs. Nothing is selected.
-grid       13 learning rates × {1, 4} blocks × 2 poolings, trained at once; the best on a held-out part of train.
-logistic   L-BFGS to the optimum; the L2 penalty of least loss on the held-out part, then fitted to all of train.
+official   The published protocol: one head on the last four blocks, trained by SGD for 100 epochs. Nothing is selected.
+grid       Heads for 13 learning rates × {1, 4} blocks × 2 poolings, trained at once. The one with the best accuracy on a
+           held-out part of the training set is reported.
+logistic   Logistic regression, fitted to the optimum by L-BFGS. The L2 penalty with the least loss on the held-out part
+           is chosen, and then fitted to the whole training set.
 
-The test set is read once per protocol, after everything is chosen.
+Each protocol reads the test set once, after everything is chosen.
 """
 
 from collections.abc import Iterator, Sequence
@@ -46,32 +48,32 @@ Json = dict[str, Any]
 
 
 class ProbeSettings(NamedTuple):
-    """What the command line decides of a probe."""
+    """The options of a linear probe, as on the command line."""
 
     protocols: Sequence[str] = PROTOCOLS
     epochs: int = 100
-    batch: int = 256  # of SGD, over all ranks
-    augment: bool = False  # SGD over random crops of the images, a frozen forward a step, instead of over kept features
-    fraction: float = 1.0  # of every training class
+    batch: int = 256  # samples in a batch of SGD, over all ranks
+    augment: bool = False  # train by SGD on random crops of the images, instead of on stored features
+    fraction: float = 1.0  # part of every class's training samples that is used
     seed: int = 0
 
 
 class ProbeData(NamedTuple):
-    """Features [N, 2, D] (features.last_blocks), which training rows count, and where they come from."""
+    """Features [N, 2, D] of both sets (features.last_blocks), their labels, and the rows to learn from."""
 
     train: Tensor
-    labels: Tensor  # int64 [N], of all training rows
+    labels: Tensor  # int64 [N], for all training rows
     numbers: Tensor | None  # int64 [N], their places in the source
-    rows: Tensor  # int64: those that the recipe's fraction leaves
+    rows: Tensor  # int64: the training rows to use
     test: Tensor
-    truth: Tensor  # int64, in the training set's numbering
+    truth: Tensor  # int64, in the training set's numbering of classes
     classes: int
-    dim: int  # C of the last block
+    dim: int  # C, the width of the last block
     images: "ImageSource"
 
 
 class ImageSource(NamedTuple):
-    """For training over images."""
+    """The training images and the trunk, for training on random crops."""
 
     teacher: FrozenTrunk
     source: Path
@@ -83,16 +85,19 @@ def run_linear(
     train: Path,
     test: Path,
     out: Path,
-    recipe: ProbeSettings,
+    settings: ProbeSettings,
     loading: ExtractionOptions,
 ) -> Json:
-    """Writes `out`/linear.json: sizes, and for each protocol top-1, top-5, their interval, and what was selected.
+    """Run `esvit-scale evaluate linear`; write and return `out`/linear.json.
+
+    It holds the sizes of the sets, and for each protocol top-1 with its interval, top-5, and what was selected.
 
     Raises:
-        UserError: sets without labels, with one class, with other classes than each other's; broken features.
+        UserError: a set without labels, a single class, test classes without training samples, or features that are not
+            finite.
     """
-    if not 0 < recipe.fraction <= 1:
-        raise UserError(f"--fraction: expected more than 0 and at most 1 (0.01 is 1 %), got {recipe.fraction:g}")
+    if not 0 < settings.fraction <= 1:
+        raise UserError(f"--fraction: expected more than 0 and at most 1 (0.01 is 1 %), got {settings.fraction:g}")
     check_train_and_test([train], test, "a linear probe")
     teacher = load_frozen_trunk(checkpoint)
     sets = [
@@ -101,56 +106,72 @@ def run_linear(
         )
         for s in (train, test)
     ]
-    task = make_probe_data(sets[0], sets[1], recipe, ImageSource(teacher, train, loading))
+    data = make_probe_data(sets[0], sets[1], settings, ImageSource(teacher, train, loading))
     row: Json = {"checkpoint": str(checkpoint), "step": teacher.step, "train": str(train), "test": str(test)}
-    row |= {"n_train": len(task.rows), "n_test": len(task.truth), "classes": task.classes, "fraction": recipe.fraction}
-    result = row | {"seed": recipe.seed, "results": {name: _PROTOCOLS[name](task, recipe) for name in recipe.protocols}}
+    row |= {
+        "n_train": len(data.rows),
+        "n_test": len(data.truth),
+        "classes": data.classes,
+        "fraction": settings.fraction,
+    }
+    result = row | {
+        "seed": settings.seed,
+        "results": {name: _PROTOCOLS[name](data, settings) for name in settings.protocols},
+    }
     if collectives.rank() == 0:
         write_result(result, out / "linear.json")
         print(table(result))
     return result
 
 
-def make_probe_data(train: LabelledSet, test: LabelledSet, recipe: ProbeSettings, images: ImageSource) -> ProbeData:
+def make_probe_data(train: LabelledSet, test: LabelledSet, settings: ProbeSettings, images: ImageSource) -> ProbeData:
+    """Check two labelled sets and return them as the data of a probe.
+
+    Raises:
+        UserError: as `run_linear`.
+    """
     truth = match_classes(train, test)
     check_sets(train.samples.features, train.samples.labels, test.samples.features, truth, "a linear probe")
     rows = torch.arange(len(train.samples.labels))
-    if recipe.fraction < 1:
-        rows = sample_fraction(train.samples.labels, recipe.fraction, recipe.seed)
+    if settings.fraction < 1:
+        rows = sample_fraction(train.samples.labels, settings.fraction, settings.seed)
     classes = max(len(train.classes), int(train.samples.labels.max()) + 1)
     dim = int(getattr(images.teacher.trunk, "dim", train.samples.features.shape[-1]))
     found = (train.samples.features, train.samples.labels, train.samples.numbers, rows, test.samples.features, truth)
     return ProbeData(*found, classes, dim, images)
 
 
-def official(task: ProbeData, recipe: ProbeSettings) -> Json:
-    trained = _train_heads((linear_heads.OFFICIAL,), task, task.rows, recipe)
-    found = _score(linear_heads.head_scores(trained, 0, task.test), task.truth)
+def official(data: ProbeData, settings: ProbeSettings) -> Json:
+    """Return the result of the official protocol, for linear.json."""
+    trained = _train_heads((linear_heads.OFFICIAL,), data, data.rows, settings)
+    found = _score(linear_heads.head_scores(trained, 0, data.test), data.truth)
     rate = linear_heads.OFFICIAL.lr
-    return found | {"lr": rate, "batch": recipe.batch, "epochs": recipe.epochs, "augmented": recipe.augment}
+    return found | {"lr": rate, "batch": settings.batch, "epochs": settings.epochs, "augmented": settings.augment}
 
 
-def grid(task: ProbeData, recipe: ProbeSettings) -> Json:
-    fit, held_out = _split(task, recipe)
-    trained = _train_heads(linear_heads.GRID, task, fit, recipe)
-    scores = linear_heads.accuracies(trained, task.train[held_out], task.labels[held_out])
+def grid(data: ProbeData, settings: ProbeSettings) -> Json:
+    """Return the result of the best of a grid of heads, for linear.json."""
+    fit, held_out = _split(data, settings)
+    trained = _train_heads(linear_heads.GRID, data, fit, settings)
+    scores = linear_heads.accuracies(trained, data.train[held_out], data.labels[held_out])
     best = int(scores.argmax())
-    found = _score(linear_heads.head_scores(trained, best, task.test), task.truth)
+    found = _score(linear_heads.head_scores(trained, best, data.test), data.truth)
     heads = [h._asdict() | {"held_out": float(s)} for h, s in zip(linear_heads.GRID, scores, strict=True)]
     found |= {"selected": heads[best], "n_fit": len(fit), "n_held_out": len(held_out), "heads": heads}
-    return found | {"batch": recipe.batch, "epochs": recipe.epochs, "augmented": recipe.augment}
+    return found | {"batch": settings.batch, "epochs": settings.epochs, "augmented": settings.augment}
 
 
-def logistic_regression(task: ProbeData, recipe: ProbeSettings) -> Json:
-    fit, held_out = _split(task, recipe)
-    features, labels = task.train[:, 0], task.labels  # mean over tokens
+def logistic_regression(data: ProbeData, settings: ProbeSettings) -> Json:
+    """Return the result of logistic regression with a searched L2 penalty, for linear.json."""
+    fit, held_out = _split(data, settings)
+    features, labels = data.train[:, 0], data.labels  # mean over tokens
 
     def of(rows: Tensor) -> logistic.LabelledFeatures:
-        return logistic.LabelledFeatures(features, rows, labels[rows], task.classes)
+        return logistic.LabelledFeatures(features, rows, labels[rows], data.classes)
 
     best, tried = logistic.search_penalty(of(fit), of(held_out))
-    final = logistic.fit(of(task.rows), best.l2)
-    found = _score(final.scores(task.test[:, 0]), task.truth)
+    final = logistic.fit(of(data.rows), best.l2)
+    found = _score(final.scores(data.test[:, 0]), data.truth)
     path = [candidate._asdict() for candidate in tried]
     found |= {"selected": best._asdict(), "n_fit": len(fit), "n_held_out": len(held_out)}
     return found | {"path": path, "converged": final.converged}
@@ -160,6 +181,7 @@ _PROTOCOLS = {"official": official, "grid": grid, "logistic": logistic_regressio
 
 
 def table(result: Json) -> str:
+    """Return linear.json as a text table, with a line for each protocol."""
     lines = [f"{'linear probe, %':<16}{'top-1':>8}{'95 %':>16}{'top-5':>8}  selected on a held-out part of train"]
     for name, row in result["results"].items():
         low, high = row["interval"]
@@ -173,10 +195,10 @@ def table(result: Json) -> str:
     return "\n".join([*lines, f"{result['n_test']} test samples, {result['n_train']} training samples{share}"])
 
 
-def _split(task: ProbeData, recipe: ProbeSettings) -> tuple[Tensor, Tensor]:
-    """Rows to fit on and rows to select on."""
-    fit, held_out = split_held_out(task.labels[task.rows], recipe.seed)
-    return task.rows[fit], task.rows[held_out]
+def _split(data: ProbeData, settings: ProbeSettings) -> tuple[Tensor, Tensor]:
+    """Return the rows to fit on and the rows to select on."""
+    fit, held_out = split_held_out(data.labels[data.rows], settings.seed)
+    return data.rows[fit], data.rows[held_out]
 
 
 def _score(scores: Tensor, truth: Tensor) -> Json:
@@ -184,34 +206,34 @@ def _score(scores: Tensor, truth: Tensor) -> Json:
     return {"top1": top1, "interval": wilson_interval(top1, len(truth)), "top5": top5_accuracy(scores, truth)}
 
 
-# --- SGD over kept features, or over images --------------------------------------------------------------------------
+# --- SGD on stored features, or on images ---------------------------------------------------------------------------
 
 
-def _train_heads(heads: tuple[HeadConfig, ...], task: ProbeData, rows: Tensor, recipe: ProbeSettings) -> LinearHeads:
-    trained = LinearHeads(heads, task.dim, task.train.shape[-1], task.classes, recipe.seed).to(default_device())
-    batches = _augmented_batches if recipe.augment else _feature_batches
-    linear_heads.train(trained, recipe.epochs, recipe.batch, lambda epoch: batches(task, rows, recipe, epoch))
+def _train_heads(heads: tuple[HeadConfig, ...], data: ProbeData, rows: Tensor, settings: ProbeSettings) -> LinearHeads:
+    trained = LinearHeads(heads, data.dim, data.train.shape[-1], data.classes, settings.seed).to(default_device())
+    batches = _augmented_batches if settings.augment else _feature_batches
+    linear_heads.train(trained, settings.epochs, settings.batch, lambda epoch: batches(data, rows, settings, epoch))
     return trained
 
 
-def _feature_batches(task: ProbeData, rows: Tensor, recipe: ProbeSettings, epoch: int) -> Iterator[LabelledBatch]:
-    for mine, size in _shuffled_batches(rows, recipe, epoch):
-        yield LabelledBatch(task.train[mine], task.labels[mine], size)
+def _feature_batches(data: ProbeData, rows: Tensor, settings: ProbeSettings, epoch: int) -> Iterator[LabelledBatch]:
+    for mine, size in _shuffled_batches(rows, settings, epoch):
+        yield LabelledBatch(data.train[mine], data.labels[mine], size)
 
 
-def _augmented_batches(task: ProbeData, rows: Tensor, recipe: ProbeSettings, epoch: int) -> Iterator[LabelledBatch]:
-    """The official training transform: every epoch sees other crops."""
-    teacher, source, loading = task.images
-    numbers = task.numbers
+def _augmented_batches(data: ProbeData, rows: Tensor, settings: ProbeSettings, epoch: int) -> Iterator[LabelledBatch]:
+    """Yield features of random crops of the training images, by the official transform; other crops in every epoch."""
+    teacher, source, loading = data.images
+    numbers = data.numbers
     assert numbers is not None
     place = default_device()
     trunk = teacher.trunk.to(place).eval()
     label_of = torch.full((int(numbers.max()) + 1,), -1)
-    label_of[numbers] = task.labels
-    order = list(_shuffled_batches(rows, recipe, epoch))
+    label_of[numbers] = data.labels
+    order = list(_shuffled_batches(rows, settings, epoch))
     wanted = [numbers[mine] for mine, _ in order]
     crops = augmented.augmented_batches(
-        source, wanted, teacher.size, recipe.seed, epoch, loading.workers, teacher.pixels
+        source, wanted, teacher.size, settings.seed, epoch, loading.workers, teacher.pixels
     )
     for (images, good), (_, size) in zip(crops, order, strict=True):
         with torch.no_grad(), torch.autocast(place.type, torch.bfloat16, enabled=loading.precision == "bf16"):
@@ -219,9 +241,12 @@ def _augmented_batches(task: ProbeData, rows: Tensor, recipe: ProbeSettings, epo
         yield LabelledBatch(features.float(), label_of[good], size)
 
 
-def _shuffled_batches(rows: Tensor, recipe: ProbeSettings, epoch: int) -> Iterator[tuple[Tensor, int]]:
-    """(this rank's rows of a global batch, the batch's size), shuffled by (seed, epoch) alike on every rank."""
-    generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + epoch)
+def _shuffled_batches(rows: Tensor, settings: ProbeSettings, epoch: int) -> Iterator[tuple[Tensor, int]]:
+    """Yield this rank's rows of every global batch, with the size of that batch.
+
+    The order is a function of (seed, epoch), and so is the same on every rank.
+    """
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
     rank, world = collectives.rank(), collectives.world_size()
-    for batch in rows[torch.randperm(len(rows), generator=generator)].split(recipe.batch):
+    for batch in rows[torch.randperm(len(rows), generator=generator)].split(settings.batch):
         yield batch[share(len(batch), rank, world)], len(batch)

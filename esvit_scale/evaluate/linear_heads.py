@@ -1,8 +1,8 @@
-"""Linear heads trained by SGD on frozen features: one by the official protocol, or a grid of them at once.
+"""Linear heads trained by SGD on frozen features: one by the official protocol, or a grid of heads at once.
 
-The protocol (DINO's, used by EsViT): average-pooled tokens of the last four blocks; weights N(0, .01), bias 0; SGD with
-momentum .9, no weight decay, rate lr · B/256, cosine over epochs to 0. The grid is today's practice (DINOv2's): every
-head sees the same features, so that a batch's features serve all of them.
+The official protocol is DINO's, which EsViT uses: average-pooled tokens of the last four blocks; weights from N(0, 0.01²),
+bias 0; SGD with momentum 0.9 and no weight decay, at learning rate lr · B/256 with a cosine schedule over epochs to 0. The
+grid follows DINOv2: all heads are trained on the same batches, so that features are read once for all of them.
 """
 
 import math
@@ -25,30 +25,33 @@ ROWS_AT_ONCE = 4096
 
 
 class HeadConfig(NamedTuple):
-    lr: float  # at a batch of 256
-    blocks: int  # the last 1 or 4
+    """The settings of one linear head."""
+
+    lr: float  # learning rate at a batch of 256
+    blocks: int  # 1 or 4: how many of the last blocks it reads
     pooling: str
 
 
 class LabelledBatch(NamedTuple):
-    """This rank's part of a global batch."""
+    """This rank's part of a global batch of features, with labels."""
 
     features: Tensor  # [b, 2, D], see features.last_blocks
     targets: Tensor  # int64 [b]
     size: int  # of the global batch
 
 
-EpochBatches = Callable[[int], Iterator[LabelledBatch]]  # the batches of an epoch, equally many on every rank
+EpochBatches = Callable[[int], Iterator[LabelledBatch]]  # epoch → its batches, equally many on every rank
 
 OFFICIAL = HeadConfig(1e-3, 4, "mean")
 GRID = tuple(HeadConfig(lr, blocks, pooling) for blocks in BLOCKS for pooling in POOLINGS for lr in LEARNING_RATES)
 
 
 class LinearHeads(nn.Module):
-    """Linear classifiers of K classes; those that read the same features share one matrix product.
+    """Several linear classifiers of K classes; those that read the same features share one matrix product.
 
     Args:
-        dim: C, the width of the last block; `width`: D, that of the last four together.
+        dim: C, the width of the last block.
+        width: D, the width of the last four blocks together.
     """
 
     def __init__(self, heads: tuple[HeadConfig, ...], dim: int, width: int, classes: int, seed: int) -> None:
@@ -69,7 +72,10 @@ class LinearHeads(nn.Module):
             self.linear[name] = linear
 
     def forward(self, features: Tensor) -> Iterator[tuple[list[int], Tensor]]:
-        """Features [B, 2, D] → for each group of heads: which they are, and their scores [B, heads, K]."""
+        """Yield for each group of heads that share features: their numbers, and their scores [B, heads, K].
+
+        `features` are [B, 2, D].
+        """
         for name, members in self.members.items():
             head = self.heads[members[0]]
             x = features if head.blocks == 4 else features[..., -self.dim :]
@@ -78,7 +84,7 @@ class LinearHeads(nn.Module):
 
 
 def train(heads: LinearHeads, epochs: int, batch: int, batches_of: EpochBatches) -> None:
-    """Trains in place. Gradients are summed over the ranks, so that any number of them trains the same heads."""
+    """Train the heads in place. Gradients are summed over the ranks, so that the result does not depend on their number."""
     device = next(heads.parameters()).device
     rates = torch.tensor([head.lr for head in heads.heads], device=device) * batch / 256
     optimizer = torch.optim.SGD(heads.parameters(), lr=1.0, momentum=MOMENTUM)
@@ -100,7 +106,7 @@ def train(heads: LinearHeads, epochs: int, batch: int, batches_of: EpochBatches)
 
 @torch.no_grad()
 def accuracies(heads: LinearHeads, features: Tensor, targets: Tensor) -> Tensor:
-    """Percent right of every head: float64 [heads]. features [N, 2, D], mapped or not."""
+    """Return the accuracy of every head in percent, float64 [heads], on features [N, 2, D] (possibly memory-mapped)."""
     device = next(heads.parameters()).device
     right = torch.zeros(len(heads.heads), dtype=torch.float64)
     for rows in torch.arange(len(targets)).split(ROWS_AT_ONCE):
@@ -113,7 +119,7 @@ def accuracies(heads: LinearHeads, features: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def head_scores(heads: LinearHeads, head: int, features: Tensor) -> Tensor:
-    """One head's scores of features [N, 2, D]: float32 [N, K], on the CPU."""
+    """Return the scores of the head with number `head` for features [N, 2, D]: float32 [N, K] on the CPU."""
     device = next(heads.parameters()).device
     found = []
     for rows in torch.arange(len(features)).split(ROWS_AT_ONCE):

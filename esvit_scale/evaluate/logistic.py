@@ -1,10 +1,11 @@
 """Logistic regression on frozen features by L-BFGS, and the search for its L2 penalty.
 
-minimise over W, b   (1/n) Σ loss(W x_i + b, y_i) + (λ/2) ‖W‖²
+    minimise over W, b   (1/n) Σ loss(W x_i + b, y_i) + (λ/2) ‖W‖²
 
-x are features standardised with the training rows' mean and deviation, so that one range of λ serves every trunk. The
-loss is the softmax cross-entropy, or for several labels an image the sum over classes of the sigmoid's. scikit-learn's
-C is 1/(nλ). The objective is convex: the optimum depends on neither seed, batch nor the number of ranks.
+The features x are standardised with the mean and standard deviation of the training rows, so that the same range of λ
+suits every trunk. The loss is the softmax cross-entropy; for images with several labels it is the binary cross-entropy,
+summed over classes. scikit-learn's C is 1/(nλ). The objective is convex, so the optimum does not depend on seed, batch or
+number of ranks.
 """
 
 from collections.abc import Iterator
@@ -22,42 +23,45 @@ from esvit_scale.evaluate.features import default_device
 from esvit_scale.evaluate.progress import progress
 from esvit_scale.parallel import collectives
 
-PENALTIES = (1e-6, 1e-4, 1e-2, 1.0)  # the coarse grid; refined by halving the step in log λ around the best
+PENALTIES = (1e-6, 1e-4, 1e-2, 1.0)  # coarse grid of λ; refined by halving the step in log λ around the best
 REFINEMENTS = 3  # final step: a quarter of a decade
 ITERATIONS = 500
 ROWS_AT_ONCE = 2**14
 
 
 class LogisticModel(NamedTuple):
-    """A classifier; scores of features [N, D] by `scores`."""
+    """A fitted linear classifier of K classes, with the standardisation of its features."""
 
-    weight: Tensor  # float32 [K, D], of standardised features
+    weight: Tensor  # float32 [K, D], for standardised features
     bias: Tensor  # float32 [K]
     mean: Tensor  # float32 [D]
     scale: Tensor  # float32 [D]
     converged: bool
 
     def scores(self, features: Tensor) -> Tensor:
-        """float32 [N, K]"""
+        """Return the scores of features [N, D]: float32 [N, K]."""
         parts = features.split(ROWS_AT_ONCE)
         return torch.cat([F.linear((x.float() - self.mean) / self.scale, self.weight, self.bias) for x in parts])
 
 
 class LabelledFeatures(NamedTuple):
-    """The training rows: features [N, D] (mapped or not), which of its rows, and their targets: int64 [n] classes, or
-    float32 [n, K] with NaN where a label was not judged."""
+    """Some rows of a feature matrix, with their targets."""
 
-    features: Tensor
-    rows: Tensor
-    targets: Tensor
-    classes: int
+    features: Tensor  # [N, D], possibly memory-mapped
+    rows: Tensor  # int64 [n]: the rows of `features` to use
+    targets: Tensor  # int64 [n] classes, or float32 [n, K] with NaN where a label is unknown
+    classes: int  # K
 
 
 def fit(
     data: LabelledFeatures, penalty: float, start: LogisticModel | None = None, device: torch.device | None = None
 ) -> LogisticModel:
-    """The optimum for one λ, from `start` (another λ's, of the same rows) or from zero. Every rank sums over its part
-    of the rows, and all get the result."""
+    """Return the optimum for one λ. All ranks call it; each sums over its part of the rows, and all get the result.
+
+    Args:
+        penalty: λ.
+        start: the optimum for another λ and the same rows, to start from; None starts from zero.
+    """
     blocks = _StandardizedBlocks(data, start, device or default_device())
     k, d = data.classes, len(blocks.mean)
 
@@ -76,7 +80,7 @@ def fit(
         return float(found[0] + penalty / 2 * np.square(flat[: k * d]).sum()), found[1:]
 
     first = np.zeros(k * d + k) if start is None else torch.cat([start.weight.flatten(), start.bias]).double().numpy()
-    # fp32 products: the loss is not known to more than 1e-8 or so
+    # products are in fp32, so the loss is exact to about 1e-8
     options = {"maxiter": ITERATIONS, "ftol": 1e-8, "gtol": 1e-6}
     best = minimize(objective, first, jac=True, method="L-BFGS-B", options=options)
     theta = torch.from_numpy(best.x).float()
@@ -85,6 +89,8 @@ def fit(
 
 
 class Candidate(NamedTuple):
+    """A penalty that the search tried."""
+
     l2: float  # λ
     held_out: float  # mean loss on the held-out rows
 
@@ -92,11 +98,12 @@ class Candidate(NamedTuple):
 def search_penalty(
     data: LabelledFeatures, held_out: LabelledFeatures, device: torch.device | None = None
 ) -> tuple[Candidate, list[Candidate]]:
-    """The λ whose fit on `data` has the least loss on `held_out`, and every one tried, ascending.
+    """Return the λ whose fit on `data` has the least loss on `held_out`, and all that were tried, in ascending order.
 
-    Coarse to fine, as ELEVATER's search: a grid over decades, then twice as fine around its best, and again. The loss,
-    not the metric, is compared: it has one minimum in λ, where a metric on some hundred samples has many by chance (on
-    digits the best accuracy chose up to 1.5 points worse, the least loss 0.2 at most).
+    The search goes from coarse to fine, as ELEVATER's: a grid over decades, then steps half as large around the best,
+    repeatedly. It compares losses rather than accuracies, because the loss has a single minimum in λ, while the accuracy
+    on a few hundred samples has many by chance. (On scikit-learn's digits, selecting by accuracy cost up to 1.5 points
+    and selecting by loss at most 0.2.)
     """
     fits: dict[float, LogisticModel] = {}
     found: dict[float, float] = {}
@@ -105,7 +112,7 @@ def search_penalty(
         return min(found, key=lambda l2: (found[l2], -l2))
 
     def wanted() -> Iterator[float]:
-        yield from reversed(PENALTIES)  # strong penalties converge fastest, and start the others
+        yield from reversed(PENALTIES)  # strong penalties converge fastest, and the others start from them
         factor = PENALTIES[1] / PENALTIES[0]
         for _ in range(REFINEMENTS):
             factor = factor**0.5
@@ -120,15 +127,17 @@ def search_penalty(
 
 
 def mean_loss(fitted: LogisticModel, data: LabelledFeatures) -> float:
-    """Without the penalty."""
+    """Return the mean loss of a model on `data`, without the penalty."""
     parts = zip(data.rows.split(ROWS_AT_ONCE), data.targets.split(ROWS_AT_ONCE), strict=True)
     losses = [_loss_and_gradient(fitted.scores(data.features[rows]), targets)[0] for rows, targets in parts]
     return float(torch.stack(losses).sum()) / len(data.rows)
 
 
 class _StandardizedBlocks:
-    """Standardised float32 blocks of this rank's rows, with their targets, on the device: kept there when they are few,
-    else made again in every pass, so that memory stays bounded."""
+    """This rank's rows as standardised float32 blocks on the device, with their targets.
+
+    The blocks are kept there if they need at most CACHED_BYTES; otherwise they are computed again in every pass.
+    """
 
     CACHED_BYTES = 2 << 30  # bytes
 
@@ -158,7 +167,7 @@ class _StandardizedBlocks:
         return self._features[rows].to(self.place).float()  # [n, D]
 
     def _moments(self, d: int, n: int) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of all ranks' rows; a constant feature keeps its scale."""
+        """Return mean and standard deviation over all ranks' rows; the deviation of a constant feature is set to 1."""
         sums = torch.zeros(d, dtype=torch.float64, device=self.place)
         for rows, _ in self._parts:
             sums += self._raw(rows).double().sum(0)
@@ -171,7 +180,7 @@ class _StandardizedBlocks:
 
 
 def _loss_and_gradient(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The summed loss of scores [n, K], and its gradient [n, K]."""
+    """Return the summed loss of scores [n, K], and its gradient [n, K] with respect to them."""
     if targets.dim() == 1:
         log_p = scores.log_softmax(1)
         grad = log_p.exp()

@@ -1,8 +1,9 @@
-"""`esvit-scale evaluate transfer`: one trunk on many data sets, each with its own metric, and a mean over them.
+"""`esvit-scale evaluate transfer`: one trunk on many data sets, each with its own metric, and the mean over them.
 
-ELEVATER's protocol for frozen features (Li et al. 2022): a linear classifier on the view feature; its L2 penalty is
-searched coarse to fine on the data set's `val`, or on a fifth of train; then it is fitted to all of train (and val) and
-read once on test. The classifier is logistic regression to the optimum, so that there is no rate or epoch to search.
+This follows ELEVATER's protocol for frozen features (Li et al. 2022): a linear classifier on the view feature. Its L2
+penalty is searched from coarse to fine on the data set's `val`, or on a fifth of `train`; then the classifier is fitted to
+all of `train` and `val`, and scored once on `test`. It is logistic regression, fitted to the optimum, so that no learning
+rate or number of epochs needs to be searched.
 """
 
 import hashlib
@@ -39,7 +40,7 @@ Json = dict[str, Any]
 
 
 class TransferData(NamedTuple):
-    """Features and targets of train (followed by val) and test."""
+    """Features and targets of one data set: train followed by val, and test."""
 
     features: Tensor  # [N, C]
     targets: Tensor  # int64 [N], or float32 [N, K]
@@ -58,11 +59,18 @@ def run_transfer(
     root: Path | None = None,
     baseline: Path | None = None,
 ) -> Json:
-    """Writes `out`/transfer.json and, as each is done, `out`/datasets/NAME.json; what is there already is kept.
+    """Run `esvit-scale evaluate transfer`; write `out`/transfer.json, and `out`/datasets/NAME.json after each data set.
+
+    A data set whose file is there, for the same trunk, data and settings, is not evaluated again.
+
+    Args:
+        source: the YAML list of data sets, or the name of a shipped one.
+        root: folder that relative paths of the list start at.
+        baseline: transfer.json of another checkpoint to compare with.
 
     Raises:
-        UserError: at once, a list or baseline that cannot be read; at the end, data sets that failed, after all others
-            are done and written.
+        UserError: before any work, if the list or the baseline cannot be read; at the end, if a data set failed, after
+            all others are evaluated and written.
     """
     datasets = read_list(source, root)
     other = read_baseline(baseline) if baseline else None
@@ -77,7 +85,7 @@ def run_transfer(
             raise
         except UserError as error:
             failed[dataset.name] = str(error)
-        except Exception as error:  # whatever breaks one data set must not lose the others
+        except Exception as error:  # a failure of one data set must not lose the others
             failed[dataset.name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         if collectives.rank() == 0:
             row = done.get(dataset.name)
@@ -93,14 +101,18 @@ def run_transfer(
     if failed:
         why = "; ".join(f"{name}: {message}" for name, message in failed.items())
         raise UserError(
-            f"{len(failed)} of {len(datasets)} data sets failed, the others are in {out / 'transfer.json'} and the same "
-            f"command tries only these again: {why}"
+            f"{len(failed)} of {len(datasets)} data sets failed; the results of the others are in {out / 'transfer.json'}, "
+            f"and running the command again repeats only these: {why}"
         )
     return result
 
 
 def evaluate(dataset: Dataset, teacher: FrozenTrunk, loading: ExtractionOptions) -> Json:
-    """One data set's row."""
+    """Return the result of one data set, for transfer.json.
+
+    Raises:
+        UserError: its sets cannot be read or do not fit each other.
+    """
     sources = [s for s in (dataset.train, dataset.val, dataset.test) if s is not None]
     check_train_and_test(sources[:-1], dataset.test, f"the metric {dataset.metric}", classes=not dataset.labels)
     if dataset.labels:
@@ -136,7 +148,8 @@ def evaluate(dataset: Dataset, teacher: FrozenTrunk, loading: ExtractionOptions)
 
 
 def read_baseline(path: Path) -> Json:
-    """
+    """Return the checkpoint and the scores of another transfer.json.
+
     Raises:
         UserError: not a transfer.json.
     """
@@ -151,7 +164,7 @@ def read_baseline(path: Path) -> Json:
 
 
 def compare(done: dict[str, Json], other: Json) -> Json:
-    """Over the data sets that both have, with the same metric."""
+    """Compare results with those of a baseline, over the data sets that both have with the same metric."""
     theirs = {n: s for n, (metric, s) in other["scores"].items() if n in done and done[n]["metric"] == metric}
     gains = {name: done[name]["score"] - score for name, score in theirs.items()}
     return {
@@ -165,6 +178,7 @@ def compare(done: dict[str, Json], other: Json) -> Json:
 
 
 def table(result: Json) -> str:
+    """Return transfer.json as a text table, with a line for each data set."""
     done, against = result["datasets"], result.get("baseline")
     theirs = against["scores"] if against else {}
     width = max(18, *(len(name) + 2 for name in [*done, *result["failed"], ""]))
@@ -187,7 +201,7 @@ def table(result: Json) -> str:
 def _cached_or_evaluated(
     dataset: Dataset, teacher: FrozenTrunk, digest: str, out: Path, loading: ExtractionOptions
 ) -> Json:
-    """The row from `out`/datasets when it is of the same trunk, data and settings."""
+    """Return the result in `out`/datasets if it is of the same trunk, data and settings; else evaluate and write it there."""
     path = out / "datasets" / f"{dataset.name}.json"
 
     def ask() -> tuple[Json, Json | None]:
@@ -211,7 +225,7 @@ def _cached_or_evaluated(
 
 
 def _single_label_data(sources: list[Path], found: list[FeatureSet]) -> TransferData:
-    """Class folders; the classes of val and test are matched to train's by name."""
+    """Return the data of sets with one class per image; classes of val and test are matched to train's by name."""
     train, *others = (with_class_names(f, s) for f, s in zip(found, sources, strict=True))
     targets = [train.samples.labels, *(match_classes(train, other) for other in others)]
     for name, other, labels in zip(("val", "test")[-len(others) :], others, targets[1:], strict=True):
@@ -225,6 +239,7 @@ def _single_label_data(sources: list[Path], found: list[FeatureSet]) -> Transfer
 
 
 def _multi_label_data(dataset: Dataset, found: list[FeatureSet]) -> TransferData:
+    """Return the data of sets whose images have several labels, from a label file."""
     assert dataset.labels is not None
     classes, rows = read_labels(dataset.labels)
     sources = [s for s in (dataset.train, dataset.val, dataset.test) if s is not None]
@@ -237,7 +252,7 @@ def _multi_label_data(dataset: Dataset, found: list[FeatureSet]) -> TransferData
 
 
 def _check_labels(labels: Path, sources: list[Path]) -> None:
-    """That every image has its line, before the features of all are computed. All ranks call it."""
+    """Raise UserError if an image has no line in the label file, before features are computed. All ranks call it."""
 
     def check() -> None:
         _, rows = read_labels(labels)
@@ -249,7 +264,10 @@ def _check_labels(labels: Path, sources: list[Path]) -> None:
 
 
 def _split(labels: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
-    """Train's rows, and val's which follow them; or parts of train where there is no val."""
+    """Return the rows to fit on and to select on: train's and val's, or two parts of train without a val set.
+
+    `sizes` are the numbers of samples of train and, if there is one, val.
+    """
     if len(sizes) == 2:
         return torch.arange(sizes[0]), torch.arange(sizes[0], sum(sizes))
     return split_held_out(labels, SEED, HELD_OUT)

@@ -1,4 +1,4 @@
-"""The list of data sets for `evaluate transfer`, and the label files of images with several labels."""
+"""Reading the list of data sets for `evaluate transfer`, and label files of images with several labels."""
 
 import csv
 import math
@@ -22,20 +22,23 @@ NAMED_VALUES = {"true": 1.0, "yes": 1.0, "false": 0.0, "no": 0.0} | dict.fromkey
 
 
 class Dataset(NamedTuple):
+    """One entry of the list."""
+
     name: str
     train: Path
     test: Path
-    metric: str  # of METRICS
-    val: Path | None = None  # to select on; None: a part of train is held out
-    labels: Path | None = None  # CSV, for metrics of several labels an image
+    metric: str  # a key of METRICS
+    val: Path | None = None  # for selecting the penalty; None holds out a part of train
+    labels: Path | None = None  # CSV file, for metrics of images with several labels
 
 
 def read_list(source: Path, root: Path | None = None) -> list[Dataset]:
-    """The data sets of a YAML list: a file, or the name of a shipped one. Relative paths start at `root`, else at the
-    list's own `root`, else at the list's folder.
+    """Return the data sets of a YAML list: a file, or the name of a shipped list.
+
+    Relative paths start at `root`, else at the list's own `root`, else at the list's folder.
 
     Raises:
-        UserError: no such list, or an entry that is not well formed; says which and what is known.
+        UserError: no such list, or an entry is not well formed; the message says which, and what is expected.
     """
     content = _load(source)
     where = str(source)
@@ -45,7 +48,7 @@ def read_list(source: Path, root: Path | None = None) -> list[Dataset]:
     if root is None and own and not base.is_absolute():
         base = source.parent / base
     if source.name in SHIPPED and not source.exists() and not (root or own):
-        raise UserError(f"{source}: its paths are relative; say with --root DIR where the data sets are")
+        raise UserError(f"{source}: its paths are relative; name the folder of the data sets with --root DIR")
     entries = content.get("datasets")
     if not isinstance(entries, dict) or not entries:
         raise UserError(f"{where}: datasets: expected NAME: {{train: …, test: …, metric: …}} for each data set")
@@ -53,12 +56,12 @@ def read_list(source: Path, root: Path | None = None) -> list[Dataset]:
 
 
 def read_labels(path: Path) -> tuple[tuple[str, ...], dict[str, list[float]]]:
-    """The classes, and each image's row of 1, 0 and NaN (not judged), of a CSV with a header `image,CLASS,CLASS,…`.
+    """Return the classes and each image's row of 1, 0 and NaN (unknown) of a CSV file with header `image,CLASS,CLASS,…`.
 
-    An image is named by its path in the folder, or its key in the shards; the extension does not count.
+    An image is named by its path in the folder or its key in the shards, with or without the extension.
 
     Raises:
-        UserError: no such file, a cell other than 1, 0 and nothing, a line of another length, an image named twice.
+        UserError: no such file, a cell other than 1, 0 and empty, a line of another length, or an image named twice.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -78,18 +81,20 @@ def read_labels(path: Path) -> tuple[tuple[str, ...], dict[str, list[float]]]:
         values = [_parse_cell(cell) for cell in line[1:]]
         wrong = next((cell for cell, value in zip(line[1:], values, strict=True) if value is None), None)
         if wrong is not None:
-            hint = " (absent: 0; not judged: leave it empty)" if wrong.strip() in ("-1", "-1.0") else ""
-            raise UserError(f"{path}: line {number}: {wrong!r} is none of 1, 0 and nothing{hint}")
+            hint = " (0 means absent; leave the cell empty if unknown)" if wrong.strip() in ("-1", "-1.0") else ""
+            raise UserError(f"{path}: line {number}: {wrong!r} is not 1, 0 or empty{hint}")
         key = without_extension(line[0].strip())
         if key in rows:
-            raise UserError(f"{path}: line {number}: {line[0]} was named before")
+            raise UserError(f"{path}: line {number}: {line[0]} is named a second time; remove one of the lines")
         rows[key] = [value for value in values if value is not None]
     return tuple(name.strip() for name in header[1:]), rows
 
 
 def _parse_cell(cell: str) -> float | None:
-    """1, 0 or NaN (not judged), as whole numbers, as the floats and booleans that pandas makes of them, or as yes and no;
-    None for anything else."""
+    """Return 1, 0 or NaN (unknown) for a cell; None if it is anything else.
+
+    Also accepted are the floats and booleans that pandas makes of such columns, and yes and no.
+    """
     text = cell.strip().lower()
     if text in NAMED_VALUES:
         return NAMED_VALUES[text]
@@ -101,10 +106,10 @@ def _parse_cell(cell: str) -> float | None:
 
 
 def targets_of(keys: list[str], rows: dict[str, list[float]], labels: Path, source: Path) -> Tensor:
-    """float32 [N, K] of the images of `source`.
+    """Return the targets of the images `keys` of `source`: float32 [N, K] with 1, 0 and NaN (unknown).
 
     Raises:
-        UserError: an image has no line.
+        UserError: an image has no line in the label file.
     """
     names = [without_extension(key) for key in keys]
     missing = [key for key, name in zip(keys, names, strict=True) if name not in rows]
@@ -114,6 +119,7 @@ def targets_of(keys: list[str], rows: dict[str, list[float]], labels: Path, sour
 
 
 def without_extension(name: str) -> str:
+    """Return a file name without its extension, if that is one of an image format."""
     stem, dot, ext = name.rpartition(".")
     return stem if dot and ext.lower() in EXTENSIONS else name
 
@@ -126,7 +132,9 @@ def _load(source: Path) -> dict[str, Any]:
             text = source.read_text(encoding="utf-8")
         except OSError as error:
             hint = nearest(str(source), SHIPPED)
-            raise UserError(f"{source}: {error.strerror}; expected a YAML list, or a shipped one{hint}") from None
+            raise UserError(
+                f"{source}: {error.strerror}; expected a YAML file or the name of a shipped list{hint}"
+            ) from None
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -140,11 +148,11 @@ def _dataset(where: str, name: str, entry: Any, base: Path) -> Dataset:
     if not isinstance(entry, dict):
         raise UserError(f"{where}: expected {{train: …, test: …, metric: …}}, got {entry!r}")
     if "/" in name or name.startswith("."):
-        raise UserError(f"{where}: the name becomes a file's name; use letters, digits, - and _")
+        raise UserError(f"{where}: the name becomes the name of a file; use letters, digits, - and _")
     _reject_unknown_keys(where, entry, (*PATHS, "metric"))
     missing = [key for key in ("train", "test", "metric") if not entry.get(key)]
     if missing:
-        raise UserError(f"{where}: without {' and '.join(missing)}")
+        raise UserError(f"{where}: missing {' and '.join(missing)}")
     metric = str(entry["metric"])
     if metric not in METRICS:
         raise UserError(f"{where}: unknown metric {metric!r}{nearest(metric, METRICS)}")

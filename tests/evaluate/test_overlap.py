@@ -126,7 +126,7 @@ def test_tables_of_several_labels_as_pandas_writes_them(tmp_path: Path) -> None:
     assert np.array_equal(rows["1"], [1, 1, 1, np.nan], equal_nan=True)
     assert np.array_equal(rows["2"], [0, 0, 0, np.nan], equal_nan=True)
     assert rows["3"] == [1, 0, 1, 0]
-    for cell, match in (("0.5", "line 2: '0.5' is none of 1, 0"), ("-1", "absent: 0; not judged: leave"), ("2", "'2'")):
+    for cell, match in (("0.5", "line 2: '0.5' is not 1, 0"), ("-1", "0 means absent; leave"), ("2", "'2'")):
         table.write_text(f"image,a\n1.jpg,{cell}\n")
         with pytest.raises(UserError, match=match):
             read_labels(table)

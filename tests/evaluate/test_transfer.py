@@ -131,11 +131,11 @@ def test_the_shipped_list_is_elevaters(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("datasets: {a: {train: x, test: y, metric: acuracy}}", "a: unknown metric 'acuracy'; did you mean 'accuracy'"),
-        ("datasets: {a: {train: x, metric: accuracy}}", "a: without test"),
+        ("datasets: {a: {train: x, metric: accuracy}}", "a: missing test"),
         ("datasets: {a: {trian: x, test: y, metric: accuracy}}", "unknown key 'trian'; did you mean 'train'"),
         ("datasets: {a: {train: x, test: y, metric: map11}}", "the metric map11 needs labels: FILE.csv"),
         ("datasets: {a: {train: x, test: y, metric: accuracy, labels: z}}", "takes its labels from the class folders"),
-        ("datasets: {a/b: {train: x, test: y, metric: accuracy}}", "becomes a file's name"),
+        ("datasets: {a/b: {train: x, test: y, metric: accuracy}}", "becomes the name of a file"),
         ("datasets: [x]", "expected NAME"),
         ("sets: {}", "unknown key 'sets'"),
         ("a: [", "not valid YAML"),
@@ -171,9 +171,9 @@ def test_label_files(tmp_path: Path) -> None:
     for text, message in (
         ("image\n", "expected the header"),
         ("", "expected the header"),
-        ("image,cat\na,2\n", "line 2: '2' is none of 1, 0"),
+        ("image,cat\na,2\n", "line 2: '2' is not 1, 0"),
         ("image,cat\na,1,0\n", "line 2: 3 cells, the header has 2"),
-        ("image,cat\na.jpg,1\na,0\n", "line 3: a was named before"),
+        ("image,cat\na.jpg,1\na,0\n", "line 3: a is named a second time"),
     ):
         path.write_text(text)
         with pytest.raises(UserError, match=message):
