@@ -1,4 +1,4 @@
-"""The cells of a sweep: each one run, with its complete config, what it costs, and why it would be refused."""
+"""The cells of a sweep: for each run its complete config, what it costs, and the reasons to refuse it."""
 
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -24,6 +24,8 @@ WARM_UP_SHARE = 0.5  # a run that warms up for longer never trains at its rate
 
 @dataclass(frozen=True)
 class Cell:
+    """One run of a sweep."""
+
     index: int
     name: str
     config: Config
@@ -37,38 +39,43 @@ class Cell:
 
     @property
     def path(self) -> Path:
+        """Return the run dir."""
         return self.config.run_path
 
     @property
     def steps(self) -> int:
+        """Return the number of optimizer steps."""
         assert self.config.train.steps is not None
         return self.config.train.steps
 
     @property
     def branch_step(self) -> int:
-        """Where longer runs may go on from."""
+        """Return the step at which the cooldown begins, from whose checkpoint longer runs continue."""
         return cooldown_start(self.steps, self.config.optim.cooldown)
 
     @property
     def gpu_hours(self) -> float:
-        """Of the steps that are its own."""
+        """Return the GPU hours of the steps that this cell trains itself, without those of its parent."""
         own = self.steps - (self.parent.branch_step if self.parent else 0)
         return float(self.plan.numbers["gpu_hours"]) * own / self.steps
 
     @property
     def images_seen(self) -> int:
+        """Return the number of images that training reads, repeats counted."""
         return self.steps * self.config.train.global_batch
 
     @property
     def epochs(self) -> float:
+        """Return how often training sees each unique image."""
         return self.images_seen / self.unique_images
 
 
 def cells(sweep: Sweep, where: str, speed: Speed) -> list[Cell]:
-    """In the order size, budget, unique images, seed: an index means the same cell as long as the file is the same.
+    """Return the cells of a sweep, ordered by size, budget, unique images and seed, so that an index names the same
+    cell as long as the file does not change.
 
     Raises:
-        UserError: a size, the base config or its data do not fit; two cells that are the same run.
+        UserError: a size, the base config or its data do not fit, or two cells are the same run.
     """
     base = configs.resolve(sweep.base, list(sweep.overrides))
     configs.require_training_data(base)
@@ -90,7 +97,7 @@ def cells(sweep: Sweep, where: str, speed: Speed) -> list[Cell]:
 
 
 def _with_parents(found: list[Cell]) -> list[Cell]:
-    """Each cell with the next shorter one of its size, data and seed; in the same order."""
+    """Return the cells in the same order, each with the next shorter run of its size, data and seed as its parent."""
     made: dict[int, Cell] = {}
     for cell in sorted(found, key=lambda c: c.budget):
         same = [
@@ -101,6 +108,7 @@ def _with_parents(found: list[Cell]) -> list[Cell]:
 
 
 def _line(cell: Cell) -> tuple[object, ...]:
+    """Return what cells must share for one to continue another: shape, unique images and seed."""
     return cell.shape, cell.unique_images, cell.config.seed
 
 
@@ -148,13 +156,14 @@ def _cell(
 
 
 def _rate(sweep: Sweep, base: Config, params: int) -> float:
+    """Return the learning rate of a cell by the sweep's rule."""
     rule = sweep.lr
     value = base.optim.lr if rule.value is None else rule.value
     return value * (params / rule.at_params) ** rule.exponent if rule.at_params else value
 
 
 def _scale_horizon(values: dict[str, Any], base: Config, data: Manifest, images: int, steps: int) -> None:
-    """What the base counts in epochs keeps its share of the run; what moves with the whole run does so by itself."""
+    """Scale the epoch-based settings of a cell (warm-ups, last-layer freeze) to the length of its run."""
     base_epochs = (
         base.train.epochs if base.train.steps is None else base.train.steps / _steps_an_epoch(base, data.samples)
     )
@@ -169,6 +178,7 @@ def _steps_an_epoch(base: Config, images: int) -> int:
 
 
 def _problems(cell: Cell, sweep: Sweep, data: Manifest, unique: int | None) -> list[str]:
+    """Return the reasons to refuse a cell, each with what to change."""
     found, limits = [], sweep.limits
     if cell.steps < limits.min_steps:
         found.append(f"{cell.steps} steps are fewer than limits.min_steps={limits.min_steps}: raise the budget")
@@ -194,6 +204,7 @@ def _problems(cell: Cell, sweep: Sweep, data: Manifest, unique: int | None) -> l
 
 
 def table(found: list[Cell], sweep: Sweep) -> str:
+    """Return the table that `sweep plan` prints, with the totals below it."""
     header = (
         f"{'':>4s} {'cell':28s} {'trunk':>8s} {'width':>5s} {'depths':>10s} {'steps':>8s} {'images':>8s} {'epochs':>7s} "
         f"{'FLOPs':>8s} {'lr':>8s} {'GPU h':>8s}  setting"
@@ -229,7 +240,7 @@ def _cost(hours: float) -> str:
 
 
 def _short(number: float) -> str:
-    """27.5M, 1.2e15: three digits at most, and good in a file name."""
+    """Return a number with at most three digits, such as 27.5M or 1.2e15, in characters that suit file names."""
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if size <= number < 1000 * size and number < 1e11:
             return f"{number / size:.3g}{letter}"
@@ -240,6 +251,7 @@ def _short(number: float) -> str:
 
 
 def as_json(found: list[Cell]) -> list[dict[str, Any]]:
+    """Return the cells as plain values, for `sweep plan --json`."""
     return [
         {
             "index": cell.index,

@@ -1,4 +1,6 @@
-"""How far a fit may be trusted: resampling, hold-out beyond the fitted range, outliers, what the data cannot say."""
+"""Checks of how far a fit may be trusted: resampling, hold-out beyond the fitted range, outliers, undetermined
+parameters.
+"""
 
 from typing import Any, NamedTuple
 
@@ -15,7 +17,7 @@ TOGETHER = 0.98  # correlation of log N and log D above which the data cannot te
 
 
 class Score(NamedTuple):
-    """Of one form, fitted to the smaller runs and asked for the larger."""
+    """The prediction error of one form that was fitted to the smaller runs, on the larger runs."""
 
     form: str
     error: float  # mean |log ŷ − log y| of the points held out
@@ -25,10 +27,10 @@ class Score(NamedTuple):
 
 
 def bootstrap(form: Form, data: Points, groups: NDArray[np.int64], theta: Array, resamples: int, seed: int) -> Array:
-    """Parameters [resamples, p] of refits to runs drawn with replacement.
+    """Refit the form to runs drawn with replacement; return the parameters [resamples, p].
 
-    Whole groups (runs) are drawn, because several checkpoints of one run are not several measurements. Every resample
-    starts from the fit of all points; all are descended together.
+    Whole groups (runs) are drawn, because several checkpoints of one run are not independent measurements. Every
+    resample starts from the fit of all points, and all resamples are minimised together.
     """
     generator = np.random.default_rng(seed)
     total = int(groups.max()) + 1
@@ -39,7 +41,7 @@ def bootstrap(form: Form, data: Points, groups: NDArray[np.int64], theta: Array,
 
 
 def interval(samples: Array) -> list[float]:
-    """The middle 95 % of the values; NaN when more than 5 % of them do not exist."""
+    """Return the middle 95 % of the values; NaN when more than 5 % of them are not finite."""
     finite = samples[np.isfinite(samples)]
     if len(finite) < 0.95 * len(samples) or not len(finite):
         return [float("nan")] * 2
@@ -47,7 +49,7 @@ def interval(samples: Array) -> list[float]:
 
 
 def can_fit(form: Form, data: Data) -> str | None:
-    """Why a form cannot be fitted to these points; None when it can."""
+    """Return why a form cannot be fitted to these points; None when it can."""
     if len(data.y) < form.size + 1:
         return f"{len(data.y)} points; {form.name} has {form.size} parameters and needs at least {form.size + 1}"
     least = 3 if form.constant else 2
@@ -58,7 +60,9 @@ def can_fit(form: Form, data: Data) -> str | None:
 
 
 def hold_out(data: Data) -> list[Score]:
-    """Scores of every form of as many inputs that can be fitted without the largest budgets; best first."""
+    """Fit every form with this number of inputs without the points of the largest budgets; return the scores on those
+    points, best first. Forms that cannot be fitted are left out.
+    """
     threshold = np.quantile(data.compute, 1 - HELD_OUT)
     small = data.compute < threshold * (1 - 1e-9)
     if not small.any() or small.all():
@@ -77,13 +81,13 @@ def hold_out(data: Data) -> list[Score]:
 
 
 def choose(scores: list[Score]) -> str:
-    """The simplest form whose held-out error is within one standard error of the best."""
+    """Return the simplest form whose held-out error is within one standard error of the best."""
     limit = scores[0].error + scores[0].standard_error
     return min((s for s in scores if s.error <= limit), key=lambda s: FORMS[s.form].size).form
 
 
 def drop_worst(form: Form, data: Points, theta: Array, most: int) -> list[dict[str, Any]]:
-    """Parameters without the 1 … `most` points that fit worst."""
+    """Refit without the 1, 2, … `most` points that fit worst; return the parameters of each refit."""
     residual = np.abs(evaluate(form, theta[None], data.logs)[0][0] - data.log_y)
     order, found = np.argsort(-residual, kind="stable"), []
     for k in range(1, most + 1):
@@ -99,7 +103,7 @@ def drop_worst(form: Form, data: Points, theta: Array, most: int) -> list[dict[s
 def warnings(
     form: Form, data: Data, parameters: Array, ci95: dict[str, list[float]], second: dict[str, float]
 ) -> list[str]:
-    """What these points do not determine, in words."""
+    """Return one sentence for each thing that these points do not determine."""
     found = []
     if form.constant:
         low, high = ci95["E"]

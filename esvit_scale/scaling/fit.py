@@ -1,4 +1,6 @@
-"""`sweep fit`: a CSV of measurements → fit.json, with what it predicts and how far that may be trusted."""
+"""`sweep fit`: fits a law to a CSV of measurements and writes fit.json, with predictions and the checks of their
+reliability.
+"""
 
 import math
 from dataclasses import dataclass
@@ -21,6 +23,8 @@ FRONTIER_POINTS = 25
 
 @dataclass(frozen=True)
 class Options:
+    """Options of `sweep fit`."""
+
     form: str = "auto"  # power, power_constant, two_power, chinchilla; auto: see `_choose_form`
     resamples: int = 1000
     seed: int = 0
@@ -30,10 +34,11 @@ class Options:
 
 
 def run(path: Path, columns: Columns, out: Path, options: Options) -> dict[str, Any]:
-    """Fits and leaves `out`/fit.json and `out`/resamples.csv (the bootstrap's parameters); returns fit.json's content.
+    """Fit the table; write fit.json and resamples.csv (the parameters of the bootstrap) into `out`; return fit.json's
+    content.
 
     Raises:
-        UserError: the table or the form does not fit, or a prediction lies more than 10 × beyond the data.
+        UserError: the table or the form does not fit, or a prediction lies more than 10 times beyond the data.
     """
     data, columns = read(path, columns)
     _check_reach(data, options)
@@ -57,7 +62,7 @@ def run(path: Path, columns: Columns, out: Path, options: Options) -> dict[str, 
 
 
 def fit(data: Data, options: Options) -> tuple[dict[str, Any], Array]:
-    """fit.json's content (without the columns' names) and the resampled parameters [R, p]."""
+    """Return fit.json's content (without the columns' names) and the resampled parameters [R, p]."""
     scores = checks.hold_out(data)
     form, why = _choose_form(data, options.form, scores)
     if problem := checks.can_fit(form, data):
@@ -90,7 +95,9 @@ def fit(data: Data, options: Options) -> tuple[dict[str, Any], Array]:
 
 
 def _choose_form(data: Data, name: str, scores: list[checks.Score]) -> tuple[Form, str]:
-    """With N and D the law E + A/N^α + B/D^β unless another is asked for; with one input by hold-out."""
+    """Return the form to fit: with N and D the law E + A/N^α + B/D^β unless another is asked for; with one input the
+    one that hold-out selects.
+    """
     inputs = data.x.shape[1]
     allowed = [form.name for form in FORMS.values() if form.inputs == inputs]
     if name == "auto":
@@ -122,7 +129,7 @@ def _points(form: Form, parameters: Array, data: Data) -> list[dict[str, Any]]:
 
 
 def _beyond(form: Form, parameters: Array, samples: Array, data: Data, options: Options) -> dict[str, Any]:
-    """Predictions, and with N and D the frontier, its exponent and the isoFLOP parabolas."""
+    """Return the predictions and, with N and D, the compute-optimal frontier, its exponent and the isoFLOP parabolas."""
     low, high = float(data.compute.min()), float(data.compute.max())
     grid = np.geomspace(low, FARTHEST * high, FRONTIER_POINTS)
     asked = np.array(options.predict, dtype=np.float64)
@@ -166,7 +173,7 @@ def _frontier(form: Form, parameters: Array, samples: Array, cost: optimum.Cost,
 
 
 def _isoflop_exponent(found: list[optimum.Parabola]) -> float | None:
-    """Of N* over the parabolas whose minimum lies inside what was measured."""
+    """Return the exponent of N* over the budgets whose parabola has its minimum inside the measured range."""
     inside = [p for p in found if p.inside]
     if len(inside) < 2:
         return None
@@ -179,7 +186,7 @@ def _named(form: Form, parameters: Array) -> dict[str, float]:
 
 
 def _without_nan(value: Any) -> Any:
-    """JSON has neither NaN nor infinity; null says that there is no such number."""
+    """Return the values with null for NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
         return {k: _without_nan(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -188,7 +195,7 @@ def _without_nan(value: Any) -> Any:
 
 
 def summary(result: dict[str, Any]) -> list[str]:
-    """What a person wants to read after a fit, line by line."""
+    """Return the lines that `sweep fit` prints: the law, its intervals, its predictions and warnings."""
     lines = [f"{result['form']} ({result['form_because']}), {result['n']} points of {result['runs']} runs"]
     for name, value in result["params"].items():
         low, high = result["ci95"][name]

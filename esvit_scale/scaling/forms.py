@@ -25,17 +25,20 @@ STEEPEST = 10.0  # exponents lie in [0, 10]
 
 @dataclass(frozen=True)
 class Form:
+    """One law: its number of inputs and whether it has a constant."""
+
     name: str
     inputs: int  # 1: x; 2: N and D
     constant: bool  # E
 
     @property
     def names(self) -> tuple[str, ...]:
-        """E A B alpha beta, as far as the form has them."""
+        """Return the names of the parameters that the form has, in the order E, A, B, alpha, beta."""
         return (("E",) if self.constant else ()) + COEFFICIENTS[: self.inputs] + EXPONENTS[: self.inputs]
 
     @property
     def size(self) -> int:
+        """Return the number of parameters."""
         return self.constant + 2 * self.inputs
 
 
@@ -51,25 +54,25 @@ FORMS = {
 
 
 class Points(NamedTuple):
-    """Data as the solver sees it."""
+    """Measurements as the solver takes them: logs of the inputs about their means, and logs of y."""
 
     logs: Array  # [n, inputs] log inputs about their means
     means: Array  # [inputs]
     log_y: Array  # [n]
 
     def take(self, rows: NDArray[np.integer] | NDArray[np.bool_]) -> "Points":
-        """Some of the points, about the same means, so that parameters mean the same."""
+        """Return some of the points, still about the means of all points, so that parameters keep their meaning."""
         return Points(self.logs[rows], self.means, self.log_y[rows])
 
 
 def points(x: Array, y: Array) -> Points:
-    """x [n, inputs] and y [n], all above 0."""
+    """Prepare x [n, inputs] and y [n], all above 0, for the solver."""
     logs = np.log(x)
     return Points(logs - logs.mean(0), logs.mean(0), np.log(y))
 
 
 def evaluate(form: Form, theta: Array, logs: Array) -> tuple[Array, Array]:
-    """log ŷ [R, n] of parameter rows theta [R, p], and its derivatives [R, n, p]; p: (e), a, b, α, β."""
+    """Return log ŷ [R, n] for parameter rows theta [R, p] and its derivatives [R, n, p]; p counts (e), a, b, α, β."""
     first = int(form.constant)
     a, exponents = theta[:, first : first + form.inputs], theta[:, first + form.inputs :]
     terms = a[:, None, :] - exponents[:, None, :] * logs  # [R, n, inputs]
@@ -84,14 +87,14 @@ def evaluate(form: Form, theta: Array, logs: Array) -> tuple[Array, Array]:
 
 
 def bounds(form: Form, data: Points) -> tuple[Array, Array]:
-    """Lowest and highest parameters, [p] each."""
+    """Return the lowest and the highest allowed parameters, [p] each."""
     low, high = data.log_y.min() + np.log(LEAST_TERM), data.log_y.max() + 30
     terms = form.constant + form.inputs
     return np.array([low] * terms + [0.0] * form.inputs), np.array([high] * terms + [STEEPEST] * form.inputs)
 
 
 def to_parameters(form: Form, theta: Array, means: Array) -> Array:
-    """Rows [R, p] in the order of `form.names`: E and A, B at x = 1."""
+    """Convert solver rows to rows [R, p] in the order of `form.names`, with A and B at x = 1."""
     first = int(form.constant)
     exponents = theta[:, first + form.inputs :]
     coefficients = np.exp(theta[:, first : first + form.inputs] + exponents * means)
@@ -99,7 +102,7 @@ def to_parameters(form: Form, theta: Array, means: Array) -> Array:
 
 
 def predict(form: Form, parameters: Array, x: Array) -> Array:
-    """y [R, n] of parameters [R, p] (order of `form.names`) at x [n, inputs]."""
+    """Return y [R, n] for parameters [R, p] (in the order of `form.names`) at x [n, inputs]."""
     first = int(form.constant)
     coefficients = parameters[:, first : first + form.inputs]
     exponents = parameters[:, first + form.inputs :]

@@ -35,7 +35,7 @@ START_ALIGNMENT = 2  # stages 1 and 2 pad a group to this many elements a rank
 
 
 class ElementCounts(NamedTuple):
-    """Trainable elements, counted in several ways."""
+    """Numbers of trainable elements, by parameter group, block and head."""
 
     groups: dict[str, list[int]]  # of every parameter, by parameter group
     blocks: list[int]  # of every block of the trunk
@@ -44,11 +44,12 @@ class ElementCounts(NamedTuple):
 
     @property
     def total(self) -> int:
+        """Return the number of all trainable elements."""
         return sum(sum(sizes) for sizes in self.groups.values())
 
 
 class Memory(NamedTuple):
-    """Bytes on one rank. First what lasts, then what comes and goes, then the phases of a step."""
+    """Bytes on one rank: first the parts that last, then the temporary ones, then the sums of the phases of a step."""
 
     parameters: int
     masters: int
@@ -66,21 +67,22 @@ class Memory(NamedTuple):
 
     @property
     def state(self) -> int:
-        """What stays between two steps, but for stage 3's reduction bucket and gradients."""
+        """Return the bytes that stay between two steps, without stage 3's reduction bucket and gradients."""
         return self.parameters + self.masters + self.moments + self.ema + self.teacher
 
     @property
     def at_start(self) -> int:
-        """The state once everything is built, before the first step."""
+        """Return the bytes of the state once everything is built, before the first step."""
         return self.state - self.moments
 
     @property
     def peak(self) -> int:
+        """Return the largest sum of bytes that a step reaches."""
         return self.state + max(self.forward_phase, self.backward_phase, self.step_phase)
 
 
 def network_of(config: Config) -> ElementCounts:
-    """On the meta device: no memory, whatever the size.
+    """Count the elements of a config's network; it is built on the meta device and takes no memory.
 
     Raises:
         UserError: a trunk that cannot be built.
@@ -106,11 +108,12 @@ def memory(
     on_cpu: bool = False,
     capacity: int = 80 * 10**9,
 ) -> Memory:
-    """
+    """Return the bytes of each part on one rank at a ZeRO stage.
+
     Args:
-        on_cpu: resident memory with gloo: of a reserved bucket only what is written counts, and gloo copies what it
-            scatters.
-        capacity: bytes of one GPU; the loss works in a share of them.
+        on_cpu: count resident memory with gloo: only the written part of a reserved bucket, and the copies that gloo
+            makes of what it scatters.
+        capacity: bytes of one GPU; the loss works in a fraction of them.
     """
     e = 2 if config.train.precision in ("bf16", "fp16") else 4
     whole, part, largest = _padded(network, stage, ranks)
@@ -158,9 +161,12 @@ def memory(
 def _backward(
     config: Config, network: ElementCounts, images: int, checkpointing: bool, pixels: int, e: int
 ) -> tuple[int, int]:
-    """Return the largest sum over the backward, from the last call of a block to the first, of activations that are
-    left: alone, and with the gradients (e bytes an element) that are already there. A block that is called for several
-    crop sizes has a gradient from its last call on."""
+    """Return the largest sums over the backward: of the activations that are left, and of those with the gradients so
+    far.
+
+    The backward goes from the last call of a block to the first. A gradient element takes e bytes; a block that is
+    called for several crop sizes has its gradient from its last call on.
+    """
     blocks = [images * b for b in costs.block_activation_bytes(config)]
     kept = [images * b for b in costs.block_input_bytes(config)] if checkpointing else blocks
     outside = costs.activation_bytes(config, checkpointing).total(images) + pixels - sum(kept)
@@ -177,7 +183,9 @@ def _backward(
 
 
 def _padded(network: ElementCounts, stage: int, ranks: int) -> tuple[int, int, int]:
-    """Elements of all parameters, of this rank's partitions, and of its largest group's partition, with padding."""
+    """Return the numbers of elements, with padding, of all parameters, of this rank's partitions, and of its partition
+    of the largest group.
+    """
     if stage == 3:
         parts = [sum(-(-size // ranks) for size in sizes) for sizes in network.groups.values()]
         return network.total, sum(parts), max(parts)
@@ -188,18 +196,26 @@ def _padded(network: ElementCounts, stage: int, ranks: int) -> tuple[int, int, i
 
 
 def _pixel_bytes(config: Config, images: int, e: int) -> int:
-    """Crops as they arrive (uint8), while they are augmented (fp32), and as the trunk reads them."""
+    """Return the bytes of the crops as they arrive (uint8), while they are augmented (fp32), and as the trunk reads
+    them.
+    """
     return images * sum(3 * size**2 for size in config.crop_sizes) * (1 + 4 + e)
 
 
 def _loss_workspace(network: ElementCounts, e: int, tile: int) -> int:
-    """Normalised prototypes of the teacher's heads and of one of the student's, and what a tile (bytes of all tokens'
-    fp32 logits) needs: logits, probabilities of the student's half or more, and both narrower where products are."""
+    """Return the bytes that the fused cross-entropy works in.
+
+    They are the normalised prototypes of the teacher's heads and of one of the student's, and for a tile (`tile` bytes
+    of fp32 logits) the logits, the probabilities of the student's part (at least half), and both once more in the
+    products' narrower dtype.
+    """
     if not network.prototypes:
         return 0
     return e * (sum(network.prototypes) + max(network.prototypes)) + tile * (2 if e == 4 else 3)
 
 
 def checkpoint_bytes(network: ElementCounts) -> int:
-    """On disk: student, EMA and both moments of every trainable parameter in fp32; centres and JSON are nothing beside it."""
+    """Return the bytes of a checkpoint on disk: student, EMA and both moments of every trainable parameter in fp32.
+    Centres and JSON are negligible.
+    """
     return 16 * network.total

@@ -19,7 +19,7 @@ FLAT = 1e-3  # an exponent below it is none: 1,000 times the compute would gain 
 
 
 class Cost(NamedTuple):
-    """C ≈ k·N^kappa·D."""
+    """The cost of a run, C ≈ k·N^kappa·D."""
 
     k: float
     kappa: float
@@ -27,7 +27,7 @@ class Cost(NamedTuple):
 
 
 class Parabola(NamedTuple):
-    """log y = a parabola of log N through the points of one budget."""
+    """A parabola of log y over log N through the points of one budget."""
 
     compute: float  # geometric mean
     n_opt: float
@@ -39,6 +39,7 @@ class Parabola(NamedTuple):
 
 
 def cost_rule(data: Data) -> Cost:
+    """Fit k and kappa to the data's own costs."""
     size, per_item = np.log(data.x[:, 0]), np.log(data.compute / data.x[:, 1])
     if np.ptp(size) < 1e-9:
         return Cost(float(np.exp((per_item - size).mean())), 1.0, float(np.ptp(per_item)))
@@ -48,8 +49,9 @@ def cost_rule(data: Data) -> Cost:
 
 
 def optimal_split(form: Form, parameters: Array, cost: Cost, compute: Array) -> tuple[Array, Array, Array]:
-    """N* [R, m], D* [R, m] and y* [R, m] of parameter rows [R, p] at budgets [m]; NaN where a row has no optimum, because
-    size or data do not help."""
+    """Return N* [R, m], D* [R, m] and y* [R, m] of parameter rows [R, p] at budgets [m]; NaN where a row has no
+    optimum, because size or data do not help.
+    """
     columns = dict(zip(form.names, parameters.T[:, :, None], strict=True))
     a, b, alpha, beta = (columns[name] for name in ("A", "B", "alpha", "beta"))
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -65,7 +67,7 @@ def optimal_split(form: Form, parameters: Array, cost: Cost, compute: Array) -> 
 
 
 def size_exponent(form: Form, parameters: Array, cost: Cost) -> Array:
-    """[R]: N* ∝ C^this; NaN where there is no optimum."""
+    """Return the exponent [R] of N* as a power of C; NaN where there is no optimum."""
     alpha, beta = parameters[:, form.names.index("alpha")], parameters[:, form.names.index("beta")]
     with np.errstate(divide="ignore", invalid="ignore"):
         result: Array = np.where((alpha > FLAT) & (beta > FLAT), beta / (alpha + cost.kappa * beta), np.nan)
@@ -73,10 +75,10 @@ def size_exponent(form: Form, parameters: Array, cost: Cost) -> Array:
 
 
 def parabolas(data: Data, form: Form, parameters: Array, cost: Cost) -> list[Parabola]:
-    """One for every budget with at least 3 sizes and a minimum.
+    """Return a parabola for every budget that has at least 3 sizes and a minimum.
 
-    A parabola is symmetric and the valley is not, so its minimum is off unless the sizes straddle the optimum narrowly
-    and evenly; `law_bias` says by how much on these very sizes, were the law (parameters [p]) exact.
+    A parabola is symmetric and the true curve is not, so its minimum is biased unless the sizes straddle the optimum
+    closely and evenly. `law_bias` is that bias at these sizes if the law (parameters [p]) is exact.
     """
     found = []
     order = np.argsort(data.compute, kind="stable")
@@ -99,7 +101,7 @@ def parabolas(data: Data, form: Form, parameters: Array, cost: Cost) -> list[Par
 
 
 def _parabola(sizes: Array, y: Array) -> Array:
-    """Coefficients of log y over log N, about the middle for the arithmetic's sake."""
+    """Return the coefficients of log y over log N, centred for numerical accuracy."""
     middle = np.log(sizes).mean()
     a, b, c = np.polyfit(np.log(sizes) - middle, np.log(y), 2)
     return np.array([a, b - 2 * a * middle, c - b * middle + a * middle**2])

@@ -1,4 +1,4 @@
-"""`sweep report`: what fit.json says, as pictures and a page (report/scaling_figures.py draws)."""
+"""`sweep report`: fit.json as figures and an HTML page (report/scaling_figures.py draws them)."""
 
 import json
 from pathlib import Path
@@ -24,10 +24,11 @@ Json = dict[str, Any]
 
 
 def write(where: Path, out: Path | None, tflops: float | None, mfu: float) -> Path:
-    """The page of a fit.json, or of the folder that holds one; figures as PNG and SVG beside it.
+    """Write the page of a fit.json, or of the folder that holds one, with its figures as PNG and SVG beside it; return
+    its path.
 
     Raises:
-        UserError: no fit.json, or of another version.
+        UserError: there is no fit.json, or it has another format version.
     """
     path = where / "fit.json" if where.is_dir() else where
     fit = read(path)
@@ -37,6 +38,11 @@ def write(where: Path, out: Path | None, tflops: float | None, mfu: float) -> Pa
 
 
 def read(path: Path) -> Json:
+    """Read fit.json from its path or its folder.
+
+    Raises:
+        UserError: there is none, or it has another format version.
+    """
     try:
         fit = json.loads(path.read_text())
     except OSError as error:
@@ -148,7 +154,7 @@ def _facts(fit: Json, tflops: float | None, mfu: float) -> Json:
 
 
 def _next(fit: Json, tflops: float | None, mfu: float) -> list[str]:
-    """The budgets that were asked for; without any, 10 times the largest measured one."""
+    """Return the budgets that were asked for; without any, 10 times the largest measured one."""
     rows = fit["predictions"] or [(fit.get("frontier") or fit["curve"])[-1]]
     largest = fit["compute_range"][1]
     return [_prediction(row, fit["columns"], largest, tflops, mfu) for row in rows]

@@ -1,7 +1,7 @@
 """`esvit-scale plan`: what a config needs on a number of GPUs, and the smallest setting that fits. Nothing is built.
 
-State is exact, the peak is its sum with the larger phase of a step (memory.py); time is an estimate from a rate that is
-stated beside it.
+The state is exact; the peak is the state and the larger phase of a step (memory.py). The time is an estimate from a
+rate that is printed beside it.
 """
 
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ CLOSED_FORM, TRACED = "in closed form", "traced on the meta device"
 
 
 class Setting(NamedTuple):
-    """One column of the table."""
+    """One column of the table: a ZeRO stage, with or without activation checkpointing."""
 
     stage: int
     checkpointing: bool
@@ -40,16 +40,21 @@ class Setting(NamedTuple):
 
     @property
     def name(self) -> str:
+        """Return the setting's name, such as "ZeRO 1"."""
         return f"zero{self.stage}" + (" + activation checkpointing" if self.checkpointing else "")
 
 
 class Speed(NamedTuple):
+    """The rate that the times are estimated from."""
+
     tflops: float  # of one GPU on large products
     mfu: float  # the share of it that training is taken to reach
     source: str  # where the two come from, in words
 
 
 class Plan(NamedTuple):
+    """What a config needs: memory by setting, the smallest setting that fits, and costs."""
+
     settings: list[Setting]  # cheapest first: least recomputation, least communication
     fits: Setting | None
     capacity: int  # bytes
@@ -57,10 +62,11 @@ class Plan(NamedTuple):
 
 
 def plan(config: Config, gpus: int, capacity: int, images: int | None, speed: Speed) -> Plan:
-    """
+    """Return what a config needs on `gpus` GPUs.
+
     Args:
         capacity: bytes of one GPU.
-        images: of the training set, for the length of an epoch.
+        images: number of images in the training set, for the length of an epoch; None: ImageNet-1K's.
 
     Raises:
         UserError: the batch does not divide over the GPUs, or the trunk cannot be built.
@@ -83,7 +89,7 @@ def plan(config: Config, gpus: int, capacity: int, images: int | None, speed: Sp
 
 
 def refusal(found: Plan, config: Config, gpus: int, limit: int = 4096) -> str | None:
-    """Why nothing fits and what would; None when something fits."""
+    """Return why no setting fits and what would; None when one fits."""
     if found.fits:
         return None
     least = min(found.settings, key=lambda s: s.memory.peak)
@@ -99,7 +105,9 @@ def refusal(found: Plan, config: Config, gpus: int, limit: int = 4096) -> str | 
 
 
 def _enough_gpus(config: Config, gpus: int, capacity: int, limit: int) -> int | None:
-    """The next doubling of the GPUs that fits with the batch as it is."""
+    """Return the number of GPUs, doubled until the config fits with the same batch; None when no such number is
+    allowed.
+    """
     network, more = memory.network_of(config), 2 * gpus
     while more <= limit and config.train.global_batch % (more * config.train.grad_accum) == 0:
         if memory.memory(config, network, 3, more, True).peak <= HEADROOM * capacity:
@@ -109,6 +117,7 @@ def _enough_gpus(config: Config, gpus: int, capacity: int, limit: int) -> int | 
 
 
 def _enough_accumulation(config: Config, gpus: int, capacity: int) -> int | None:
+    """Return the smallest train.grad_accum with which the config fits on these GPUs; None when there is none."""
     network, per_gpu = memory.network_of(config), config.train.global_batch // gpus
     for accum in (a for a in range(config.train.grad_accum + 1, per_gpu + 1) if per_gpu % a == 0):
         smaller = config.model_copy(update={"train": config.train.model_copy(update={"grad_accum": accum})})
@@ -120,7 +129,9 @@ def _enough_accumulation(config: Config, gpus: int, capacity: int) -> int | None
 def _numbers(
     config: Config, network: ElementCounts, gpus: int, images: int | None, speed: Speed, recompute: bool
 ) -> dict[str, Any]:
-    """Costs that do not depend on the ZeRO stage. Time counts useful FLOPs, as MFU does, and no recomputation."""
+    """Return the costs that do not depend on the ZeRO stage. The time counts useful FLOPs, as MFU does, and no
+    recomputation.
+    """
     per_image = costs.image_flops(config, "useful")
     trunk, heads = costs.parameters(config)
     rate = gpus * speed.tflops * TERA * speed.mfu / per_image
@@ -154,6 +165,7 @@ def _numbers(
 
 
 def as_json(found: Plan, gpus: int) -> dict[str, Any]:
+    """Return the plan as plain values, for `plan --json`."""
     rows = [
         {
             "zero_stage": s.stage,
@@ -172,7 +184,7 @@ def as_json(found: Plan, gpus: int) -> dict[str, Any]:
 
 
 def table(found: Plan, config: Config, gpus: int) -> str:
-    """What a person reads: GiB per GPU, part by part, and the costs below."""
+    """Return the table that `plan` prints: GiB on a GPU, part by part, and the costs below."""
     names = [f"zero{s.stage}" + ("+ckpt" if s.checkpointing else "") for s in found.settings]
     lines = [f"GiB on each of {gpus} GPUs" + "".join(f"{name:>12s}" for name in names)]
     width = len(lines[0]) - 12 * len(names)
@@ -209,6 +221,7 @@ def _setting_keys(setting: Setting) -> str:
 
 
 def gib(count: float) -> str:
+    """Return a number of bytes as text in GiB."""
     return f"{count / GIB:.2f} GiB"
 
 

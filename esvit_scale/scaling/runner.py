@@ -1,8 +1,8 @@
-"""Running a sweep: one cell, all of them here one after the other, or as a Slurm array; and how far each is.
+"""Runs the cells of a sweep, here one after the other or as a Slurm array, and tells how far each is.
 
-A cell is a run like any other, with its run dir under <out>/cells. It is finished when its training is and, where the
-sweep evaluates, its last checkpoint has a knn.json; what is finished is never run again. A cell that fails leaves a line
-in <out>/failed, and the sweep goes on with the next.
+A cell is an ordinary run with its run dir under <out>/cells. It is finished when its training is and, where the sweep
+evaluates, when its last checkpoint has a knn.json; a finished cell is never run again. A cell that fails leaves its
+reason in <out>/failed, and the sweep goes on with the next.
 """
 
 import json
@@ -33,12 +33,15 @@ LAST_LINES = 20  # of a failed cell's log, where its reason is looked for
 
 
 class State(NamedTuple):
+    """How far a cell is."""
+
     word: str  # refused, waiting, started, trained, finished, failed
     step: int
     reason: str = ""
 
 
 def state(cell: Cell, sweep: Sweep) -> State:
+    """Return how far a cell is, as its run dir and its Slurm records show it."""
     if cell.problems:
         return State("refused", 0, cell.problems[0])
     rows, summary = read_rows(cell.path / "metrics.jsonl"), read_summary(cell.path)
@@ -60,8 +63,9 @@ def state(cell: Cell, sweep: Sweep) -> State:
 
 
 def _failed_job(cell: Cell) -> str:
-    """How the cell's last Slurm job failed, as its script noted it (slurm/job.sh); empty when it did not, or when a
-    later one has started."""
+    """Return how the cell's last Slurm job failed, as its script recorded it (slurm/job.sh); empty when it did not
+    fail, or when a later job has started.
+    """
     records = cell.path / "slurm"
     ended, started = (
         [line.split("\t") for line in path.read_text().splitlines()] if (path := records / name).is_file() else []
@@ -73,16 +77,17 @@ def _failed_job(cell: Cell) -> str:
 
 
 def prepare(cell: Cell, sweep: Sweep, source: Path) -> None:
-    """The cell's shards, when it sees only some of the set's."""
+    """Make the shard set of a cell that trains on only part of the sweep's images."""
     if Path(cell.config.data.train) == subset.path_of(sweep, cell.unique_images):
         subset.make(sweep, cell.unique_images, source)
 
 
 def branch(cell: Cell) -> None:
-    """A run dir that goes on from the parent's branch point; nothing when it has begun already.
+    """Create the run dir of a cell that continues its parent, from the checkpoint at the parent's branch point. Do
+    nothing when the cell has checkpoints already.
 
     Raises:
-        UserError: the parent has not come so far.
+        UserError: the parent has no checkpoint at that step yet.
     """
     checkpoints = cell.path / "checkpoints"
     if cell.parent is None or step_folders.has_checkpoints(cell.path):
@@ -99,9 +104,9 @@ def branch(cell: Cell) -> None:
 
 
 def submit_local(sweep_file: Path, sweep: Sweep, found: list[Cell]) -> int:
-    """Runs what is not finished, in order of cost, each in a process of its own; returns the exit code.
+    """Run the unfinished cells in order of cost, each in a process of its own; return the exit code.
 
-    Ctrl-C and termination stop the sweep after the cell has saved; the same command goes on.
+    Ctrl-C and termination stop the sweep after the running cell has saved; the same command continues it.
     """
     todo = [c for c in found if state(c, sweep).word not in ("finished", "refused")]
     for number, cell in enumerate(sorted(todo, key=lambda c: c.flops), 1):
@@ -136,17 +141,19 @@ def _run_apart(sweep_file: Path, sweep: Sweep, cell: Cell) -> int:
 
 
 def note_failure(cell: Cell, sweep: Sweep, reason: str) -> None:
+    """Record why a cell failed, for `sweep status`."""
     path = _failure_path(cell, sweep)
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(path, reason + "\n")
 
 
 def forget_failure(cell: Cell, sweep: Sweep) -> None:
+    """Remove the record of a cell's failure."""
     _failure_path(cell, sweep).unlink(missing_ok=True)
 
 
 def _reason(log: Path, code: int) -> str:
-    """The error line of a log, else its last line."""
+    """Return the error line of a log, or its last line when it has none."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()][-LAST_LINES:]
     errors = [line for line in lines if line.startswith("esvit-scale: error: ")]
     said = errors[-1].removeprefix("esvit-scale: error: ") if errors else (lines[-1] if lines else "it said nothing")
@@ -155,10 +162,10 @@ def _reason(log: Path, code: int) -> str:
 
 
 def submit_slurm(sweep_file: Path, sweep: Sweep, found: list[Cell]) -> str:
-    """One array job over the cells that are not finished; returns what sbatch says.
+    """Submit one array job with the unfinished cells; return what sbatch prints.
 
     Raises:
-        UserError: no script, no sbatch, or sbatch's refusal.
+        UserError: there is no script or no sbatch, or sbatch refuses the job.
     """
     if sweep.horizon == "branches":
         raise UserError(
@@ -181,7 +188,7 @@ def submit_slurm(sweep_file: Path, sweep: Sweep, found: list[Cell]) -> str:
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """0-3,7 as sbatch's --array wants it."""
+    """Return indices as sbatch's --array takes them, for example "0-3,7"."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][1] + 1:
@@ -192,7 +199,7 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 def run_cell(cell: Cell, sweep: Sweep, source: Path) -> int:
-    """Trains a cell, or goes on with it, and evaluates it; on every rank. Returns the exit code of the training."""
+    """Train a cell, or continue it, and evaluate it, on every rank; return the exit code of the training."""
     from esvit_scale.parallel import collectives
     from esvit_scale.train import pretraining
 
@@ -237,6 +244,7 @@ def _failure_path(cell: Cell, sweep: Sweep) -> Path:
 
 
 def status_table(found: list[Cell], sweep: Sweep) -> str:
+    """Return the table that `sweep status` prints."""
     states = [state(cell, sweep) for cell in found]
     lines = [
         f"{cell.index:4d} {cell.name:28s} {s.word:9s} {s.step:>7,d}/{cell.steps:,d}"
@@ -248,10 +256,11 @@ def status_table(found: list[Cell], sweep: Sweep) -> str:
 
 
 def source_of(sweep: Sweep) -> Path:
-    """The whole shard set that the base config trains on."""
+    """Return the folder of the whole shard set that the base config trains on."""
     return manifests.load(Path(configs.resolve(sweep.base, list(sweep.overrides)).data.train)).root
 
 
 def as_json(found: list[Cell], sweep: Sweep) -> list[dict[str, Any]]:
+    """Return how far each cell is as plain values, for `sweep status --json`."""
     states = ((cell, state(cell, sweep)) for cell in found)
     return [{"index": c.index, "name": c.name, "steps": c.steps, **s._asdict()} for c, s in states]

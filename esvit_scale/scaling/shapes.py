@@ -1,8 +1,9 @@
-"""Trunks between the named ones: head dim 32 everywhere, depth mostly in stage 3.
+"""A ladder of trunk shapes between the named sizes, all with head dim 32 and most of their depth in stage 3.
 
-The named sizes first grow in stage 3 (Swin-T → S: 6 → 18 blocks at width 96), then in width at 2-2-18-2 (B, L, H, 1B),
-then in stage 3 again (G: 42 at 512). The ladder fills in the steps: widths are multiples of 32, and where depth grows it
-grows by 2 (by 4 at 512): blocks come in pairs, a plain and a shifted one.
+The named sizes first grow in stage 3 (Swin-T → S: 6 → 18 blocks at width 96), then in width at depths 2-2-18-2 (B, L,
+H, 1B), then in stage 3 again (G: 42 at width 512). The ladder fills in the steps: widths are multiples of 32, and where
+the depth grows it grows by 2 (by 4 at width 512), because blocks come in pairs, one with plain and one with shifted
+windows.
 
     width      32       64         96          128 … 480    512
     stage 3    2, 4     2, 4, 6    6, 8 … 18   18           18, 22 … 42
@@ -25,29 +26,34 @@ WIDEST = 512
 
 
 class Shape(NamedTuple):
+    """Width and depths of a trunk."""
+
     embed_dim: int
     depths: tuple[int, ...]
 
     @property
     def heads(self) -> tuple[int, ...]:
+        """Return the number of attention heads of each stage."""
         return tuple(self.embed_dim // HEAD_DIM * 2**stage for stage in range(len(self.depths)))
 
     @property
     def overrides(self) -> dict[str, object]:
-        """Of the run config's model section."""
+        """Return the values of the run config's model section that give this shape."""
         return {"embed_dim": self.embed_dim, "depths": list(self.depths), "heads": list(self.heads)}
 
 
 def ladder() -> Iterator[Shape]:
+    """Yield every shape of the ladder."""
     for width in range(HEAD_DIM, WIDEST + 1, HEAD_DIM):
         for depth in STAGE_3.get(width, (18,)):
             yield Shape(width, (2, 2, depth, 2))
 
 
 def shape_of(size: Size, base: Config) -> Shape:
-    """
+    """Return the shape that an entry of the sweep's `sizes` asks for.
+
     Raises:
-        UserError: an unknown trunk, a width that heads of 32 do not divide, a target far from the ladder.
+        UserError: an unknown trunk, a width that is no multiple of 32, or a number of parameters far from the ladder.
     """
     if size.trunk is not None:
         if size.trunk not in SHAPES:
@@ -66,6 +72,7 @@ def shape_of(size: Size, base: Config) -> Shape:
 
 
 def _nearest(target: float, base: Config) -> Shape:
+    """Return the shape of the ladder whose trunk has about `target` parameters."""
     steps = _counted(base.model.trunk, base.model.window, base.data.global_crops.size)
     shape, count = min(steps, key=lambda step: max(step[1] / target, target / step[1]))
     if not 1 / OFF <= count / target <= OFF:
@@ -78,7 +85,7 @@ def _nearest(target: float, base: Config) -> Shape:
 
 @lru_cache
 def _counted(trunk: str, window: int, side: int) -> list[tuple[Shape, int]]:
-    """The ladder with its trunk parameters."""
+    """Return the shapes of the ladder with their numbers of trunk parameters."""
     found = []
     for shape in ladder():
         model = {"trunk": trunk, "window": window} | shape.overrides

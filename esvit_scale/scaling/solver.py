@@ -27,12 +27,14 @@ WIDE_DELTA, KEPT_STARTS = 0.1, 12  # all starts are judged with a Huber loss tha
 
 
 class Solution(NamedTuple):
+    """The minimum that was found: parameters and loss."""
+
     theta: Array  # [p]
     loss: float  # Σ huber_δ, not divided by δ²
 
 
 def solve(form: Form, data: Points) -> Solution:
-    """The best minimum from a grid of starts; deterministic."""
+    """Return the best minimum from a deterministic grid of starts."""
     theta = starts(form, data)
     theta, loss = descend(form, data, theta, delta=WIDE_DELTA, iterations=40)
     theta = theta[np.argsort(loss, kind="stable")[:KEPT_STARTS]]
@@ -42,7 +44,9 @@ def solve(form: Form, data: Points) -> Solution:
 
 
 def starts(form: Form, data: Points) -> Array:
-    """[S, p]: a grid of constants, shares and exponents whose curves all pass through the middle of the data."""
+    """Return starting points [S, p]: a grid of constants, shares and exponents whose curves all pass through the middle
+    of the data.
+    """
     middle, least = np.exp(np.median(data.log_y)), np.exp(data.log_y.min())
     rows = []
     for constant in CONSTANT_SHARES if form.constant else (0.0,):
@@ -64,7 +68,7 @@ def descend(
     iterations: int = 400,
     tolerance: float = 1e-10,
 ) -> tuple[Array, Array]:
-    """Minimises every row of theta [R, p] by itself; counts [R, n] weigh the points, by default 1 each.
+    """Minimise every row of theta [R, p] independently; counts [R, n] weigh the points, by default 1 each.
 
     Returns:
         theta [R, p], and the loss Σ counts·huber_δ / δ² of each row [R].
@@ -121,7 +125,7 @@ def _step(
     low: Array,
     high: Array,
 ) -> Array:
-    """The damped Gauss-Newton step of the quadratic that touches the Huber loss from above at theta."""
+    """Return the damped Gauss-Newton step on the quadratic that touches the Huber loss from above at theta."""
     weight = counts / np.maximum(np.abs(residual), delta)  # [R, n], of huber'(r) = weight·r·δ
     weighted = slopes * weight[:, :, None]
     normal = np.matmul(weighted.transpose(0, 2, 1), slopes)  # [R, p, p]
@@ -140,20 +144,20 @@ def _step(
 
 
 def _huber(residual: Array, counts: Array, delta: float) -> Array:
-    """Σ counts·huber_δ / δ² over the last axis."""
+    """Return Σ counts·huber_δ / δ² over the last axis."""
     size = np.abs(residual) / delta
     total: Array = (counts * np.where(size <= 1, 0.5 * size**2, size - 0.5)).sum(-1)
     return total
 
 
 def huber_sum(form: Form, data: Points, theta: Array, delta: float = DELTA) -> float:
-    """Σ huber_δ(log ŷ − log y) of one parameter row [p]."""
+    """Return Σ huber_δ(log ŷ − log y) of one parameter row [p]."""
     fitted, _ = evaluate(form, theta[None], data.logs)
     return float(_huber(fitted - data.log_y, np.ones(len(data.log_y)), delta)[0] * delta**2)
 
 
 def objective(form: Form, data: Points, theta: Array, delta: float = DELTA) -> tuple[float, Array]:
-    """f(θ) and its gradient [p]."""
+    """Return f(θ) and its gradient [p]."""
     fitted, slopes = evaluate(form, theta[None], data.logs)
     residual = fitted[0] - data.log_y
     gradient = slopes[0].T @ np.clip(residual / delta, -1, 1) / delta
@@ -161,7 +165,7 @@ def objective(form: Form, data: Points, theta: Array, delta: float = DELTA) -> t
 
 
 def _polish(form: Form, data: Points, theta: Array) -> Solution:
-    """L-BFGS-B on f from a good start: takes over where reweighting only creeps along an edge of the loss."""
+    """Minimise f by L-BFGS-B from a good start, for the cases where reweighting only creeps along an edge of the loss."""
     found = minimize(
         lambda t: objective(form, data, t),
         theta,

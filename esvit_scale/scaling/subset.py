@@ -1,4 +1,4 @@
-"""The first images of a shard set as a set of its own: how many images there are, apart from how many are seen."""
+"""Shard sets of the first images of another set, so that a sweep can vary the number of unique images."""
 
 from pathlib import Path
 
@@ -9,11 +9,12 @@ from esvit_scale.scaling.sweep_file import Sweep
 
 
 def path_of(sweep: Sweep, unique: int) -> Path:
+    """Return the folder of the shard set of the first `unique` images."""
     return sweep.folder / "data" / f"first-{unique}"
 
 
 def make(sweep: Sweep, unique: int, source: Path) -> None:
-    """A shard set of the first `unique` images: links to the first shards, and a manifest of their own."""
+    """Make a shard set of the first `unique` images: links to the first shards, and a manifest of its own."""
     data, folder = manifests.load(source), path_of(sweep, unique)
     if manifests.is_shard_set(folder):
         return
@@ -29,6 +30,7 @@ def make(sweep: Sweep, unique: int, source: Path) -> None:
 
 
 def sums(data: Manifest) -> list[int]:
+    """Return the number of images in the first 1, 2, … shards."""
     totals, total = [], 0
     for shard in data.shards:
         total += shard.samples

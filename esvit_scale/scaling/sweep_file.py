@@ -1,4 +1,6 @@
-"""SWEEP.yaml: sizes × budgets × unique images × seeds on top of a run config, as strictly read as a run config."""
+"""The schema of SWEEP.yaml: sizes × budgets × unique images × seeds on top of a run config, read as strictly as a run
+config.
+"""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,7 +13,7 @@ from esvit_scale.schema import Section, check
 
 
 class Size(Section):
-    """One trunk: exactly one of trunk, params and embed_dim says which."""
+    """One trunk, given by exactly one of `trunk`, `params` and `embed_dim`."""
 
     trunk: str | None = None  # a name of models/registry.py
     params: AboveZero | None = None  # the nearest shape of the rule in scaling/shapes.py
@@ -29,7 +31,7 @@ class Size(Section):
 
 
 class LearningRate(Section):
-    """optim.lr of a cell = value · (trunk parameters / at_params)^exponent."""
+    """The rule of the learning rate: optim.lr of a cell = value · (trunk parameters / at_params)^exponent."""
 
     value: AboveZero | None = None  # null: the base config's
     exponent: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] = 0.0  # 0: one rate for all sizes, as EsViT
@@ -43,7 +45,7 @@ class LearningRate(Section):
 
 
 class Evaluate(Section):
-    """k-NN, and a linear probe, of every finished cell."""
+    """The evaluation of every finished cell: k-NN and a linear probe."""
 
     train: PathText  # labelled shards or class folders that vote
     test: PathText
@@ -52,7 +54,7 @@ class Evaluate(Section):
 
 
 class Machine(Section):
-    """What a cell runs on: for the cost column and for what fits."""
+    """The machine that a cell runs on, for the cost column and for what fits."""
 
     gpus: Positive = 1
     gpu_memory: AboveZero = 80.0  # GiB of one
@@ -61,13 +63,15 @@ class Machine(Section):
 
 
 class Limits(Section):
-    """A cell outside these is refused."""
+    """Bounds outside which a cell is refused."""
 
     min_steps: Positive = 100
     max_epochs: AboveZero = 800.0
 
 
 class Sweep(Section):
+    """A complete sweep file."""
+
     format_version: Literal[1] = 1
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "sweep"
     out: PathText | None = None  # null: runs/sweeps/<name>
@@ -88,11 +92,13 @@ class Sweep(Section):
 
     @property
     def folder(self) -> Path:
+        """Return the folder of the sweep."""
         return Path(self.out) if self.out else Path("runs") / "sweeps" / self.name
 
 
 def read(path: Path) -> Sweep:
-    """
+    """Read a sweep file.
+
     Raises:
         UserError: one line per problem, with the key and the nearest right value.
     """

@@ -1,4 +1,6 @@
-"""Measurements from a CSV file: named columns of numbers above 0, or one line that says which cell is wrong."""
+"""Measurements from a CSV file: named columns of numbers above 0, or a one-line error that names the cell that is
+wrong.
+"""
 
 import csv
 import math
@@ -16,7 +18,7 @@ SAME_BUDGET = 1.25  # costs within this factor of the next are one budget
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column is what."""
+    """The roles of the CSV's columns."""
 
     inputs: tuple[str, ...]  # (x,) or (N, D)
     y: str
@@ -28,20 +30,23 @@ class Columns:
 
 @dataclass(frozen=True)
 class Data:
+    """The measurements of a CSV."""
+
     x: Array  # [n, inputs]
     y: Array  # [n]
     compute: Array  # [n]
     groups: NDArray[np.int64]  # [n] 0 … G−1
 
     def take(self, rows: NDArray[np.bool_]) -> "Data":
+        """Return the measurements of some rows."""
         return Data(self.x[rows], self.y[rows], self.compute[rows], self.groups[rows])
 
 
 def read(path: Path, columns: Columns) -> tuple[Data, Columns]:
-    """The data, and the columns that were used.
+    """Read the CSV; return the measurements and the columns that were used.
 
     Raises:
-        UserError: no such file, no such column, a value that is not a number above 0, fewer than 4 rows.
+        UserError: there is no such file or column, a value is not a number above 0, or there are fewer than 4 rows.
     """
     names, rows = _rows(path)
     if columns.compute is None and len(columns.inputs) == 2 and "flops" in names:
@@ -65,7 +70,7 @@ def read(path: Path, columns: Columns) -> tuple[Data, Columns]:
 
 
 def best_of_each_budget(data: Data) -> Data:
-    """Of points whose computes lie within a factor 1.25 of the next, the one with the smallest y."""
+    """Return the point with the smallest y of each budget; costs within a factor 1.25 of the next are one budget."""
     order = np.argsort(data.compute, kind="stable")
     edges = np.flatnonzero(np.diff(np.log(data.compute[order])) > np.log(SAME_BUDGET)) + 1
     best = np.array([rows[np.argmin(data.y[rows])] for rows in np.split(order, edges)])

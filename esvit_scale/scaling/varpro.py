@@ -1,9 +1,9 @@
-"""The second method: variable projection. Given the exponents, the best coefficients are a linear problem.
+"""The second fitting method, variable projection: for given exponents the best coefficients are a linear problem.
 
-For fixed exponents y = E + A·x^-α + … is linear in E, A, B ≥ 0: non-negative least squares on relative residuals
-(ŷ − y)/y solves it exactly. Only the exponents are searched, on a grid and then by Nelder-Mead. It shares neither the
-loss (squares, no Huber: outliers pull) nor the optimiser with solver.py, so where the two agree the answer is not an
-accident of either.
+For fixed exponents y = E + A·x^-α + … is linear in E, A, B ≥ 0, and non-negative least squares on the relative
+residuals (ŷ − y)/y solves it exactly. Only the exponents are searched, on a grid and then by Nelder-Mead. The method
+shares neither the loss (squares instead of Huber, so outliers pull) nor the optimizer with solver.py; where both agree,
+the answer is not an artefact of either.
 """
 
 from itertools import product
@@ -17,7 +17,7 @@ EXPONENTS = np.geomspace(0.02, 4, 16)
 
 
 def solve(form: Form, x: Array, y: Array) -> Array:
-    """Parameters [p] in the order of `form.names`, for x [n, inputs] and y [n]."""
+    """Return the parameters [p] in the order of `form.names`, fitted to x [n, inputs] and y [n]."""
     middle = np.exp(np.log(x).mean(0))
     scaled = x / middle
 
@@ -36,7 +36,7 @@ def solve(form: Form, x: Array, y: Array) -> Array:
 
 
 def _coefficients(form: Form, x: Array, y: Array, exponents: Array) -> tuple[Array, float]:
-    """(E), A, B ≥ 0 and the norm of the relative residuals."""
+    """Return (E), A, B ≥ 0 and the norm of the relative residuals."""
     columns = [x[:, i] ** -exponents[i] / y for i in range(form.inputs)]
     if form.constant:
         columns = [1 / y, *columns]
