@@ -20,6 +20,7 @@ PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input",
 
 
 def main(stack: str, extras: str, index: str = "") -> None:
+    """Install a stack into the environment of this Python and print the versions that were chosen."""
     tested = NEWEST_FIRST if stack == "newest" else (stack,)
     if not (HERE / f"{tested[0]}.txt").is_file():
         sys.exit(f"STACK={stack}: no constraints/{stack}.txt; there are {', '.join(NEWEST_FIRST)}")
@@ -96,10 +97,12 @@ def other_torch(index: str, stack: str) -> Path:
 
 
 def from_index(index: str) -> list[str]:
+    """Return pip's options for a package index of torch builds; none for the default index."""
     return ["--index-url", index] if index else []
 
 
 def pip(*arguments: str) -> None:
+    """Run pip in this Python; when it fails, end the process with its exit code."""
     if (code := subprocess.run([*PIP, *arguments], check=False).returncode) != 0:
         sys.exit(code)
 

@@ -1,3 +1,5 @@
+"""`python -m esvit_scale`: the command line."""
+
 import sys
 
 from esvit_scale.cli import main

@@ -1,4 +1,4 @@
-"""`esvit-scale …`: reads the command line, runs the command, turns errors into one line and an exit code."""
+"""`esvit-scale …`: parses the command line, runs the command, and turns errors into one line and an exit code."""
 
 import argparse
 import os
@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _let_go_of_full_consoles() -> None:
-    """Keep the exit code where the console is a file on a full disk: Python would end with 120 instead."""
+    """Keep the exit code when the console is a file on a full disk; Python would replace it by 120."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

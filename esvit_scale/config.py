@@ -1,9 +1,9 @@
-"""The run config: every number of a run has its one owner here.
+"""The run config: the one place that owns every number of a run.
 
-A config is YAML: the defaults below (EsViT's Swin-T recipe), a preset or file on top, then dotted `key=value`
-overrides. `resolve` gives the complete config or one clear error; `dump` writes the copy that reproduces the run.
-Beside it: yaml_text.py (the dialect), schema.py (what a mistake is answered). No torch in them: they must be cheap to
-import on a login node.
+A config is YAML: the defaults below (EsViT's Swin-T recipe), under a preset or a file, under dotted `key=value`
+overrides. `resolve` returns the complete config or raises one clear error; `dump` writes the copy that reproduces the
+run. yaml_text.py reads the YAML, schema.py words the errors, overrides.py applies the overrides. None of them imports
+torch, so that they load at once on a login node.
 """
 
 import os
@@ -16,8 +16,8 @@ from pydantic import AfterValidator, Field, model_validator
 from esvit_scale import yaml_text
 from esvit_scale.division import batch_problem, largest_divisor, nearest_multiple
 from esvit_scale.errors import UserError, nearest
-from esvit_scale.schema import Section, check, declared, optional
-from esvit_scale.yaml_text import show
+from esvit_scale.overrides import apply_override
+from esvit_scale.schema import Section, check
 
 FORMAT_VERSION = 1
 
@@ -49,13 +49,15 @@ class LocalCrops(Section):
 
 
 class Mixed(Section):
-    """One of several sets that are mixed: all shard sets, or all plain tars."""
+    """One of several sets that are mixed: either all are shard sets or all are plain tars."""
 
     urls: PathText  # as data.train
     weight: AboveZero = 1.0  # its share of the samples, relative to the other sets'
 
 
 class Data(Section):
+    """Where the images come from, how they are ordered, cropped and changed."""
+
     # Folder of a shard set (with manifest.json), or plain WebDataset tars: a path or URL, {000..123} and pipe: allowed
     train: PathText = ""
     mix: list[Mixed] = Field(default_factory=list)  # several sets, instead of train
@@ -81,6 +83,8 @@ class Data(Section):
 
 
 class Model(Section):
+    """The trunk and its initial values."""
+
     trunk: str = "swin_t"  # a name of models/registry.py, or timm:NAME; the keys left null below are the trunk's own
     window: Positive = 7
     drop_path: Fraction = 0.1
@@ -93,6 +97,8 @@ class Model(Section):
 
 
 class Objective(Section):
+    """The loss, its heads and the teacher's schedule."""
+
     name: str = "esvit"  # a name of objective/registry.py
     regions: bool = True  # of esvit, false: the view loss alone (DINO's objective); all others: false
     prototypes: Positive = 65536
@@ -114,13 +120,17 @@ class Objective(Section):
     @model_validator(mode="before")
     @classmethod
     def _regions_are_esvits(cls, values: Any) -> Any:
-        """The default of `regions` is that of the objective named; whether `true` fits it, its registry says."""
+        """Set the default of `regions` by the objective's name; the objective's registry checks whether a given value
+        fits.
+        """
         if isinstance(values, dict) and values.get("name", "esvit") != "esvit":
             return {"regions": False, **values}
         return values
 
 
 class Optim(Section):
+    """The optimizer, its schedules and the gradient clipping."""
+
     name: Literal["adamw", "sgd", "lamb", "lars", "apex_adam", "apex_lamb"] = "adamw"
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
     momentum: Beta = 0.9  # of sgd and lars
@@ -140,6 +150,8 @@ class Optim(Section):
 
 
 class Train(Section):
+    """The length of the run, its batch, precision, checkpoints and logging."""
+
     epochs: Positive = 300
     steps: Positive | None = None  # when set, replaces epochs as the length of the run and of its schedules
     global_batch: Positive = 512  # images per optimizer step, over all ranks and micro-batches
@@ -163,7 +175,7 @@ class Train(Section):
 
 
 class Config(Section):
-    """A complete run; `resolve` makes one, and every key's unit and meaning stand beside it above."""
+    """A complete run. `resolve` makes one; every key's unit and meaning stand beside it above."""
 
     format_version: Literal[1] = 1
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
@@ -184,20 +196,24 @@ class Config(Section):
 
     @property
     def run_path(self) -> Path:
+        """Return the run dir: `run_dir`, or runs/<name>."""
         return Path(self.run_dir) if self.run_dir else Path("runs") / self.name
 
     @property
     def slots(self) -> int:
-        """Canonical slots of the data order: a function of the batch alone, never of the world size."""
+        """Return the number of canonical slots of the data order; it depends on the batch alone, never on the world
+        size.
+        """
         return self.data.slots or largest_divisor(self.train.global_batch, 512)
 
     @property
     def crop_sizes(self) -> list[int]:
-        """Size in pixels of every crop, in the batch's order: the two globals first."""
+        """Return the size in pixels of every crop, in the batch's order: the two global crops first."""
         return [self.data.global_crops.size] * 2 + [g.size for g in self.data.local_crops for _ in range(g.count)]
 
     @property
     def peak_lr(self) -> float:
+        """Return the learning rate after the warm-up, `optim.lr` scaled to the global batch."""
         return self.optim.lr * self.train.global_batch / 256
 
 
@@ -249,39 +265,42 @@ def _pixel_problems(data: Data) -> list[str]:
 
 
 def preset_names() -> list[str]:
+    """Return the names of the shipped presets, sorted."""
     folder = resources.files("esvit_scale") / "configs"
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
 def resolve(config: str, overrides: list[str] | None = None) -> Config:
-    """The complete config of a preset's name or a YAML file, with dotted `key=value` overrides on top.
+    """Return the complete config of a preset's name or a YAML file, with dotted `key=value` overrides on top.
 
     Raises:
-        UserError: file not found, YAML that does not parse, unknown key, wrong type, numbers that do not fit together;
-            one line per problem, each with where it stands (the file or the override), the key and the nearest right value.
+        UserError: file not found, YAML that does not parse, unknown key, wrong type, or numbers that do not fit
+            together; one line per problem, each with where it stands (the file or the override), the key and the nearest
+            right value.
     """
     values = _read(config)
     for override in overrides or []:
-        _apply_override(values, override)
+        apply_override(values, override, Config)
     return validate(values, where=config, overrides=overrides)
 
 
 def load(path: Path) -> Config:
-    """A config file written by `dump`."""
+    """Read a config file that `dump` wrote."""
     return validate(yaml_text.read(path), where=str(path))
 
 
 def dump(config: Config) -> str:
-    """YAML that `resolve` reads back to the same config."""
+    """Return YAML that `resolve` reads back to the same config."""
     return yaml_text.dump(config.model_dump(mode="json"))
 
 
 def validate(values: dict[str, Any], where: str, overrides: list[str] | None = None) -> Config:
+    """Return plain values as a Config; `where` names their source in errors, which `resolve` describes."""
     return check(Config, values, where, overrides)
 
 
 def require_training_data(config: Config) -> None:
-    """Pretraining reads shards; the presets cannot know where yours are."""
+    """Raise UserError when the config names no training data, which presets cannot know."""
     if not (config.data.train or config.data.mix):
         raise UserError(
             "data.train: not set; give a folder of shards, for example data.train=/data/my-shards"
@@ -290,13 +309,14 @@ def require_training_data(config: Config) -> None:
 
 
 def differences(a: Config, b: Config) -> list[str]:
-    """`key: a → b` for every leaf that differs."""
+    """Return `key: a → b` for every key whose values differ."""
     flat_a, flat_b = _flatten(a.model_dump(mode="json")), _flatten(b.model_dump(mode="json"))
     keys = [*flat_a, *(k for k in flat_b if k not in flat_a)]
     return [f"{k}: {flat_a.get(k)} → {flat_b.get(k)}" for k in keys if flat_a.get(k) != flat_b.get(k)]
 
 
 def _read(config: str) -> dict[str, Any]:
+    """Return the values of a config file or preset."""
     path = Path(config).expanduser()
     if path.is_file():
         return yaml_text.parse(yaml_text.text_of(path), config)
@@ -309,52 +329,8 @@ def _read(config: str) -> dict[str, Any]:
     return yaml_text.parse((resources.files("esvit_scale") / "configs" / f"{config}.yaml").read_text("utf-8"), config)
 
 
-# --- overrides -----------------------------------------------------------------------------------------------------
-
-
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key.strip():
-        raise UserError(f"{show(override)}: overrides are written key=value, for example train.global_batch=64")
-    *parents, leaf = path = key.strip().split(".")
-    node: Any = values
-    for i, part in enumerate(parents):
-        if isinstance(node, list):
-            node = node[_index(node, part, override)]
-        else:
-            if node.get(part) is None:
-                node[part] = _default_at(parents[: i + 1])
-            node = node[part]
-        if not isinstance(node, dict | list):
-            raise UserError(f"{show(override)}: {'.'.join(parents[: i + 1])} is a value, not a section")
-    node[_index(node, leaf, override) if isinstance(node, list) else leaf] = _override_value(path, text, override)
-
-
-def _override_value(path: list[str], text: str, override: str) -> Any:
-    """Where the schema has text, the text as it stands (a path may hold any character, a name may look like a number),
-    unless it is in quotes; elsewhere YAML."""
-    if declared(path, Config) is not str or (text[:1] in ("'", '"') and text[-1:] == text[:1]):
-        return yaml_text.value_of(text, show(override))
-    return None if optional(path, Config) and text in ("", "null", "~") else text
-
-
-def _index(node: list[Any], index: str, override: str) -> int:
-    if not index.isdecimal() or int(index) >= len(node):
-        known = f"use 0 to {len(node) - 1}" if node else "give the whole list"
-        raise UserError(f"{show(override)}: {index!r} is not an item of a list of {len(node)}; {known}")
-    return int(index)
-
-
-def _default_at(path: list[str]) -> Any:
-    """The default value (as plain data) of a section that the file left out, so that lists can be indexed."""
-    node: Any = Config().model_dump(mode="json")
-    for part in path:
-        node = node.get(part) if isinstance(node, dict) else None
-    return node if isinstance(node, list) else {}
-
-
 def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Dotted key → value, sections and lists of sections opened."""
+    """Return dotted key → value, with sections and lists of sections opened."""
     if isinstance(node, dict):
         items: Any = node.items()
     elif isinstance(node, list) and node and isinstance(node[0], dict):

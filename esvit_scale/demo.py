@@ -2,7 +2,7 @@
 
 Bundled photographs → patches → shards → k-NN of raw pixels and of the untrained teacher → pretraining with the view and
 the region loss → k-NN of the trained teacher → report.html. A patch's class is the photograph it was cut from; training
-never sees it. Train and test patches come from disjoint halves of the photographs.
+never sees classes. Train and test patches come from disjoint halves of the photographs.
 """
 
 import json
@@ -33,7 +33,8 @@ Json = dict[str, Any]
 
 
 def run(out: Path) -> int:
-    """Everything above in the run dir `out`; a finished one is only read again. Returns the exit code.
+    """Run the demo in the run dir `out` and print its results; return the exit code. A finished demo is only read
+    again.
 
     Raises:
         UserError: `out` holds something else.
@@ -52,7 +53,7 @@ def run(out: Path) -> int:
 
 
 def pretrain_and_compare(out: Path, seed: int) -> tuple[int, list[Json]]:
-    """The exit code of the pretraining in `out`, and when it is 0 the k-NN results in the order of NAMES."""
+    """Pretrain in `out`; return the exit code and, when it is 0, the k-NN results in the order of NAMES."""
     config = demo_config(out, seed)
     paths = [out / f"knn-{name.replace(' ', '-')}.json" for name in NAMES]
     _, finished = open_run(config)
@@ -72,7 +73,7 @@ def pretrain_and_compare(out: Path, seed: int) -> tuple[int, list[Json]]:
 
 
 def look(out: Path, config: Config) -> None:
-    """Correspondences between views and attention maps of the trained teacher, in `out`, for the report."""
+    """Write correspondences between views and attention maps of the trained teacher into `out`, for the report."""
     test, workers = out / "shards" / "test", config.data.workers
     found = correspondence.run_correspondence(out, test, out / "correspondence", LOOKED_AT, workers)
     evaluation_figures.write_correspondences(found, out / "correspondence")
@@ -83,7 +84,7 @@ def look(out: Path, config: Config) -> None:
 
 
 def demo_config(out: Path, seed: int) -> Config:
-    """The preset `demo`, in `out`, in the precision that is fast here."""
+    """Return the preset `demo` with run dir `out`, in the precision that is fast on this machine."""
     values = configs.resolve("demo").model_dump(mode="json") | {"run_dir": str(out), "seed": seed}
     values["data"]["train"] = str(out / "shards" / "train")
     values["train"]["precision"] = "bf16" if has_fast_bf16() else "fp32"
@@ -91,7 +92,7 @@ def demo_config(out: Path, seed: int) -> Config:
 
 
 def has_fast_bf16() -> bool:
-    """Whether bf16 arithmetic is done by the hardware: a GPU's, or a CPU's AVX512-BF16 or AMX."""
+    """Return whether bf16 arithmetic is done in hardware: by the GPU, or by a CPU's AVX512-BF16 or AMX."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
     ask = getattr(torch.cpu, "get_capabilities", None)  # older torch does not tell: fp32 is right everywhere
@@ -100,7 +101,7 @@ def has_fast_bf16() -> bool:
 
 
 def write_shards(folder: Path, config: Config) -> tuple[Path, Path]:
-    """Train and test patches as shard sets; sets that are there already are kept.
+    """Write the train and test patches as shard sets; return their folders. Sets that exist already are kept.
 
     Patches have the size that evaluation would resize them to: enlarging them there would show the trunk another scale
     than it was trained on (4 points of k-NN accuracy, measured).
@@ -115,6 +116,8 @@ def write_shards(folder: Path, config: Config) -> tuple[Path, Path]:
 
 
 def pixels_result(config: Config, train: Path, test: Path) -> Json:
+    """Return the k-NN result of raw pixels."""
+
     def pixels(source: Path) -> knn.LabelledSet:
         return knn.with_class_names(
             raw_pixels(source, config.data.global_crops.size, workers=config.data.workers), source
@@ -124,19 +127,20 @@ def pixels_result(config: Config, train: Path, test: Path) -> Json:
 
 
 def untrained_result(config: Config, train: Path, test: Path) -> Json:
-    """Of the teacher as training starts with it: the same values by name and seed."""
+    """Return the k-NN result of the teacher before training: the same initial values by name and seed."""
     network = build_network(config)
     initialize(network, config.seed)
     return _row(1, 0, train, test) | _evaluate(network.trunk, config, train, test)
 
 
 def trained_result(out: Path, config: Config, train: Path, test: Path) -> Json:
+    """Return the k-NN result of the trained teacher in `out`."""
     teacher = load_frozen_trunk(out)
     return _row(2, teacher.step, train, test) | _evaluate(teacher.trunk, config, train, test)
 
 
 def comparison(results: list[Json], summary: Json) -> str:
-    """The table, what training cost, and what may and may not be read from it."""
+    """Return the table of results, what training cost, and how to read the difference."""
     pixels, before, after = (result["results"][str(K)]["top1"] for result in results)
     seconds = summary["images_seen"] / summary["images_per_s"]
     return "\n".join(

@@ -1,8 +1,8 @@
 """`esvit-scale doctor`: what works on this machine, found by trying it.
 
-One row per check: ok, warning (a version that no test ran on), absent (optional, not there) or problem, with what to do.
-Exit code 0, or 1 when something that every command needs does not work; a GPU is not among these. The rows about Python
-packages are in doctor_packages.py.
+One row per check: ok, warning (a version that was not tested), absent (optional and not installed) or problem, with
+what to do. The exit code is 0, or 1 when something that every command needs does not work; a GPU is not among these.
+The rows about Python packages are in doctor_packages.py.
 """
 
 import importlib.util
@@ -30,7 +30,7 @@ OLDEST_DRIVER = {11: (450, 80, 2), 12: (525, 60, 13), 13: (580, 65, 6)}
 
 
 class NvidiaMachine(NamedTuple):
-    """What is there without asking torch."""
+    """NVIDIA GPUs and their driver, found without torch."""
 
     gpus: list[str]  # names, or PCI addresses where only the bus shows them
     driver: str | None
@@ -113,7 +113,7 @@ def _deepspeed_ops() -> Row:
 
 
 def driver_problem(driver: str, cuda_build: str | None) -> str | None:
-    """Why a torch build cannot use this driver and what to do; None when it can, as far as versions tell.
+    """Return why a torch build cannot use this driver and what to do; None when it can, as far as the versions tell.
 
     Args:
         driver: for example "535.183.01".
@@ -136,7 +136,7 @@ def driver_problem(driver: str, cuda_build: str | None) -> str | None:
 
 
 def parse_driver(text: str) -> str | None:
-    """The version in /proc/driver/nvidia/version."""
+    """Return the version in the text of /proc/driver/nvidia/version."""
     found = re.search(r"NVRM version:.*?\s(\d{3,}\.\d+(?:\.\d+)?)\s", text)
     return found[1] if found else None
 
@@ -183,7 +183,7 @@ def _visible_gpu(index: int, name: str, memory: int, capability: tuple[int, int]
 
 
 def nvidia_machine() -> NvidiaMachine:
-    """GPUs and driver by nvidia-smi, else by the kernel."""
+    """Return the GPUs and the driver as nvidia-smi reports them, or else as the kernel does."""
     said = _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
     rows = [line.rpartition(", ") for line in (said or "").splitlines() if ", " in line]
     if rows:
@@ -281,7 +281,9 @@ def _memory() -> Row:
 
 
 def limit_rows() -> Iterator[Row]:
-    """What a node may refuse a job: checked on every node before it starts (preflight.py)."""
+    """Yield the rows of the limits that a node may set for a job; every node of a job is checked for them before it
+    starts (preflight.py).
+    """
     yield from _shared_memory()
     yield _open_files()
     yield _locked_memory()
@@ -299,7 +301,7 @@ def _shared_memory() -> Iterator[Row]:
 
 
 def _open_files() -> Row:
-    """Return the row of the limit that a run gets, which raises its own soft limit to the hard one."""
+    """Return the row of the open-file limit that a run gets; a run raises its own soft limit to the hard one."""
     files = limits.reachable_files()
     workers = limits.workers_served(files)
     detail = f"{files} for each process of a run: enough for data.workers up to {workers}"
@@ -312,7 +314,9 @@ def _open_files() -> Row:
 
 
 def _locked_memory() -> Row:
-    """InfiniBand adapters read and write memory that must not be swapped out."""
+    """Return the row of the locked-memory limit; InfiniBand adapters read and write memory that must not be swapped
+    out.
+    """
     limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     shown = "unlimited" if limit == resource.RLIM_INFINITY else f"{limit / GIB:.2f} GiB"
     if limit != resource.RLIM_INFINITY and Path("/sys/class/infiniband").is_dir():
@@ -332,7 +336,7 @@ def _disk() -> Row:
 
 
 def _output(*command: str) -> str | None:
-    """What a command prints; None when it is not there, fails or hangs."""
+    """Return what a command prints; None when it is missing, fails or hangs."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.SubprocessError):

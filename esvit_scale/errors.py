@@ -1,6 +1,7 @@
-"""The ways a command can end badly, each with the exit code that scripts and schedulers act on.
+"""Exceptions that end a command, each with the exit code that scripts and schedulers act on.
 
-0 finished, or saved and asking for a requeue; 130 ctrl-C (saved); 2 the user's error; 3 diverged; 75 a restart can help.
+0 finished, or saved and asking for a requeue; 130 ctrl-C (saved); 2 a mistake of the user; 3 diverged; 75 a restart can
+help.
 """
 
 import errno
@@ -12,19 +13,19 @@ from difflib import get_close_matches
 
 
 class UserError(Exception):
-    """Something the user can put right: one line that says what, where, and the nearest right value."""
+    """A mistake that the user can correct; the message says in one line what, where, and the nearest right value."""
 
     exit_code = 2
 
 
 class Diverged(Exception):
-    """Training cannot go on: the report in the message says since when and what to try."""
+    """Training diverged; the message says since which step and what to try."""
 
     exit_code = 3
 
 
 class RestartCanHelp(Exception):
-    """The machine failed, not the run: the same command again continues from the last checkpoint."""
+    """A failure of the machine rather than the run; the same command continues from the last checkpoint."""
 
     exit_code = 75
 
@@ -37,19 +38,21 @@ MACHINE_ERRNOS = frozenset(
 
 
 def is_machine_fault(error: BaseException) -> bool:
-    """Whether an error is one of storage that is full, gone or broken."""
+    """Return whether an error comes from storage that is full, gone or broken."""
     return isinstance(error, OSError) and error.errno in MACHINE_ERRNOS
 
 
 def in_words(error: OSError) -> str:
-    """Return an error of the file system in one line: which file, and what the system says."""
+    """Return a file system error in one line: which file, and what the system says."""
     what = error.strerror or " ".join(str(error).split()) or type(error).__name__
     return f"{os.fsdecode(error.filename)}: {what}" if isinstance(error.filename, str | bytes | os.PathLike) else what
 
 
 def _as_os_error(error: Exception) -> OSError | None:
-    """Return an error of the file system as Python's; libraries in Rust (safetensors) have errors of their own, which end
-    in `(os error 28)`."""
+    """Return a file system error as Python's OSError, or None for any other error.
+
+    Libraries written in Rust (safetensors) raise errors of their own, whose text ends in `(os error 28)`.
+    """
     if isinstance(error, OSError):
         return error
     found = re.search(r"\(os error (\d+)\)", str(error))
@@ -58,7 +61,7 @@ def _as_os_error(error: Exception) -> OSError | None:
 
 @contextmanager
 def translate_file_errors() -> Iterator[None]:
-    """Turn an error of the file system that reaches the top into one line with the exit code that fits it.
+    """Turn a file system error that leaves the block into one line with the exit code that fits it.
 
     Raises:
         RestartCanHelp: storage that is full, gone or broken.
@@ -82,7 +85,7 @@ def translate_file_errors() -> Iterator[None]:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for an error line, or the list of what is known when nothing is close."""
+    """Return the end of an error line: `; did you mean 'x'?`, or the list of known words when none is close."""
     known = sorted(known)
     close = get_close_matches(word, known, n=1, cutoff=0.6)
     if close:

@@ -1,4 +1,4 @@
-"""`esvit-scale doctor --data`: whether this machine's cores can feed its GPUs, measured on the set itself."""
+"""`esvit-scale doctor --data`: measures whether this machine's CPU cores can load a set as fast as its GPUs train."""
 
 import statistics
 import time
@@ -25,7 +25,7 @@ LARGE = 1_000_000  # pixels of a picture, from which on its decoding is what cos
 
 
 class Supply(NamedTuple):
-    """What the loader processes of this machine make, in images/s."""
+    """Images/s that the loader processes of this machine produce."""
 
     one: float  # process
     all: float
@@ -33,7 +33,9 @@ class Supply(NamedTuple):
 
 
 def run(config: Config) -> int:
-    """Prints what storage, one loader process and all cores make, what the GPUs take, and what to change; 0."""
+    """Print the rates of the storage, of one loader process and of all, what the GPUs need, and what to change; return
+    0.
+    """
     data = stream.open_data(config)
     cores = usable_cpus()
     if isinstance(data, Manifest):
@@ -54,11 +56,11 @@ def run(config: Config) -> int:
 
 
 def advice(config: Config, supply: Supply, demand: float, gpus: int, pixels: float) -> list[str]:
-    """Sentences: whether it suffices, and what to change.
+    """Return sentences that say whether the loader is fast enough and what to change.
 
     Args:
-        demand: images/s that the GPUs take together.
-        pixels: median of a picture; 0: not known.
+        demand: images/s that the GPUs need together.
+        pixels: median number of pixels of an image; 0: not known.
     """
     each = max(supply.processes // gpus, 1)
     if supply.all >= demand:
@@ -80,7 +82,7 @@ def advice(config: Config, supply: Supply, demand: float, gpus: int, pixels: flo
 
 
 def _rate(config: Config, data: stream.Source, workers: int) -> float:
-    """Images/s of so many loader processes, once they run."""
+    """Return the images/s of `workers` loader processes after their start-up."""
     batch = min(16 * workers, data.samples)
     if batch < workers:
         raise UserError(f"{config.data.train}: {data.samples} samples are too few to measure {workers} processes")
@@ -101,7 +103,7 @@ def _rate(config: Config, data: stream.Source, workers: int) -> float:
 
 
 def _storage(data: Manifest) -> str:
-    """Reads for a while, each sample of the set once at most, one shard after the other."""
+    """Return the row of the storage: read samples for a while, each at most once, one shard after the other."""
     reader, read, count, began = ShardReader(data), 0, 0, time.monotonic()
     for shard, i in ((s, i) for s, shape in enumerate(data.shards) for i in range(shape.samples)):
         with suppress(BadImage, OSError):
@@ -115,7 +117,7 @@ def _storage(data: Manifest) -> str:
 
 
 def _pixels(data: Manifest) -> float:
-    """Median of some pictures."""
+    """Return the median number of pixels of a few images."""
     reader = ShardReader(data)
     shard = max(range(len(data.shards)), key=lambda s: data.shards[s].samples)
     found = []

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written under a temporary name, synced, renamed."""
+"""Atomic writing of files and folders: write under a temporary name, sync, rename."""
 
 import errno
 import hashlib
@@ -24,17 +24,19 @@ def sha256(path: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a text file (UTF-8) atomically."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write a value as an indented JSON file, atomically."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file atomically: a reader sees the old file or the new one, and so does whoever comes after a crash.
+    """Write a file atomically: readers, and whoever comes after a crash, see the old file or the new one.
 
-    When the write fails (a full disk, say) the old file is untouched and nothing else is left.
+    When the write fails (on a full disk, say), the old file is untouched and nothing else is left.
     """
     tmp = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -50,7 +52,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Makes renames inside a folder survive a power failure."""
+    """Make the renames inside a folder survive a power failure."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -60,10 +62,10 @@ def sync_folder(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary file to write to; it becomes `path` when the block ends well, and is gone otherwise.
+    """Yield a temporary file to write to; rename it to `path` when the block succeeds, and remove it otherwise.
 
-    It has the permissions of any new file (0666 less the umask), also when a library puts a temporary file of its own,
-    which its owner alone may read, in its place.
+    The file gets the permissions of any new file (0666 less the umask), even when a library replaces it by a temporary
+    file of its own that only its owner may read.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -102,7 +104,9 @@ def commit_folder(tmp: Path, path: Path, replace: bool = False) -> None:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder to fill; it becomes `path`, which must not exist, when the block ends well, and is gone otherwise."""
+    """Yield a temporary folder to fill; rename it to `path`, which must not exist, when the block succeeds, and remove
+    it otherwise.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.partial")
     shutil.rmtree(tmp, ignore_errors=True)

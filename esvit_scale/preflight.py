@@ -1,8 +1,8 @@
-"""`esvit-scale slurm preflight`: every node of a job is tried before they work together, and a bad one is named.
+"""`esvit-scale slurm preflight`: checks every node of a job before they work together, and names the bad ones.
 
-Run by the batch scripts, one process a rank, as the job itself. Looked at: GPUs, limits, clocks, the shared folder's
-renames, and all-reduces inside each node and between neighbouring nodes. A node that does not come back at all has left
-no file in DIR/preflight, which is how the batch scripts name it.
+The batch scripts run it under srun, one process a rank. It checks GPUs, limits, clocks, renames in the shared folder,
+and all-reduces inside each node and between neighbouring nodes. A node that does not answer at all has left no file in
+DIR/preflight, by which the batch scripts name it.
 """
 
 import os
@@ -27,7 +27,7 @@ NBYTES = {"cuda": 256 << 20, "cpu": 4 << 20}
 
 
 class Report(NamedTuple):
-    """What one rank found."""
+    """The findings of one rank."""
 
     node: str
     problems: tuple[str, ...]
@@ -37,7 +37,7 @@ class Report(NamedTuple):
 
 
 def run(shared: Path) -> int:
-    """Prints the table on rank 0; 1 when a node is bad, else 0."""
+    """Check the nodes and print the table on rank 0; return 1 when a node is bad, else 0."""
     node = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
     folder = shared / "preflight"
     token = f"{os.environ.get('SLURM_JOB_ID', '')} {os.environ.get('SLURM_RESTART_COUNT', '0')}\n"
@@ -73,7 +73,9 @@ def _report(world: World, node: str, folder: Path, token: str, problems: list[st
 
 
 def _neighbours(nodes: list[list[int]]) -> Iterator[list[list[int]]]:
-    """Two rounds of pairs, so that a node beside a bad one is seen beside a good one too."""
+    """Yield two rounds of node pairs, so that every node is measured with two neighbours and one bad node does not make
+    both look bad.
+    """
     for first in (0, 1):
         pairs = [nodes[i] + nodes[i + 1] for i in range(first, len(nodes) - 1, 2)]
         if pairs:
@@ -81,7 +83,7 @@ def _neighbours(nodes: list[list[int]]) -> Iterator[list[list[int]]]:
 
 
 def bad(reports: list[Report]) -> dict[str, list[str]]:
-    """Node → what is wrong with it."""
+    """Return the problems of each node."""
     found: dict[str, list[str]] = {report.node: [] for report in reports}
     clock = median(report.clock for report in reports)
     for kind in ("inside", "between"):
@@ -100,6 +102,7 @@ def bad(reports: list[Report]) -> dict[str, list[str]]:
 
 
 def lines(reports: list[Report]) -> list[str]:
+    """Return the lines of the table, and how to exclude the bad nodes."""
     problems = bad(reports)
     said = []
     for node, found in problems.items():
@@ -138,7 +141,7 @@ def _answer(folder: Path, node: str) -> Path:
 
 
 def _sees(path: Path, token: str) -> bool:
-    """Network file systems may show a folder's old entries for some seconds."""
+    """Return whether a file shows `token` within ten seconds; network file systems may show old entries for a while."""
     for _ in range(20):
         try:
             if path.read_text() == token:

@@ -1,4 +1,4 @@
-"""The files that ship beside the code: in a checkout they are folders of the repository, in a wheel package data."""
+"""The files that ship with the code: folders of the repository in a checkout, package data in a wheel."""
 
 from pathlib import Path
 
@@ -8,16 +8,18 @@ _PACKAGE = Path(__file__).parent
 
 
 def shipped_folder(name: str) -> Path:
-    """`ds_configs` or `slurm`: the wheel's copy, or the repository's folder when the code runs from a checkout."""
+    """Return the folder `ds_configs` or `slurm`: the wheel's copy, or the repository's when the code runs from a
+    checkout.
+    """
     packaged = _PACKAGE / name
     return packaged if packaged.is_dir() else _PACKAGE.parent / name
 
 
 def ds_config_path(name_or_path: str) -> Path:
-    """The DeepSpeed JSON that `train.ds_config` means: a path (it ends in .json) or the name of a shipped one.
+    """Return the DeepSpeed JSON that `train.ds_config` names: a path that ends in .json, or the name of a shipped file.
 
     Raises:
-        UserError: no such file; no shipped config of that name (the error gives the nearest).
+        UserError: there is no such file, or no shipped config of that name (the error gives the nearest).
     """
     path = Path(name_or_path)
     if path.suffix == ".json":
@@ -32,4 +34,5 @@ def ds_config_path(name_or_path: str) -> Path:
 
 
 def ds_config_names() -> list[str]:
+    """Return the names of the shipped DeepSpeed configs, sorted."""
     return sorted(path.stem for path in shipped_folder("ds_configs").glob("*.json"))

@@ -1,4 +1,4 @@
-"""Schemas made of sections: checked, with errors written for the person who made the mistake."""
+"""Strict schemas for YAML files, with errors worded for the person who wrote the file."""
 
 import re
 import types
@@ -13,6 +13,8 @@ from esvit_scale.yaml_text import show
 
 
 class Section(BaseModel):
+    """A group of keys; unknown keys and values of another type are errors."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
@@ -22,7 +24,7 @@ AnySection = TypeVar("AnySection", bound=Section)
 def check(
     schema: type[AnySection], values: dict[str, Any], where: str, overrides: list[str] | None = None
 ) -> AnySection:
-    """`values` as a Config, or as another file's schema made of Sections; raises UserError as `resolve` does."""
+    """Return plain values as an instance of `schema`; raise UserError as `config.resolve` describes."""
     try:
         return schema.model_validate(values)
     except ValidationError as error:
@@ -34,7 +36,7 @@ def check(
 
 
 def annotation(path: list[str], schema: Any) -> Any:
-    """The type as declared at a dotted path (list items by their number); None where the schema has no such key."""
+    """Return the declared type at a dotted path (list items by their number); None where the schema has no such key."""
     node: Any = schema
     for part in path:
         node = _bare(node)
@@ -46,27 +48,29 @@ def annotation(path: list[str], schema: Any) -> Any:
 
 
 def _is_section(node: Any) -> bool:
-    """Tell a Section class from everything else; Python 3.10 calls `list[int]` an instance of type too."""
+    """Return whether `node` is a Section class; Python 3.10 calls `list[int]` an instance of type too."""
     return get_origin(node) is None and isinstance(node, type) and issubclass(node, Section)
 
 
 def _bare(annotation: Any) -> Any:
-    """The type without Annotated and without `| None`."""
+    """Return the type without Annotated and without `| None`."""
     while get_origin(annotation) in (Annotated, Union, types.UnionType):
         annotation = next(arg for arg in get_args(annotation) if arg is not type(None))
     return annotation
 
 
 def declared(path: list[str], schema: Any) -> Any:
+    """Return the declared type at a dotted path, without Annotated and `| None`."""
     return _bare(annotation(path, schema))
 
 
 def optional(path: list[str], schema: Any) -> bool:
+    """Return whether the value at a dotted path may be null."""
     return type(None) in get_args(annotation(path, schema))
 
 
 def _keys(section: Any, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of the schema, sections and leaves; a list of sections shows its item 0."""
+    """Yield every dotted key of the schema, sections and leaves; a list of sections shows its item 0."""
     for name in section.model_fields:
         yield prefix + name
         kind = _bare(section.model_fields[name].annotation)
@@ -94,7 +98,7 @@ _EXPECTED = {
 
 
 def _origin(loc: tuple[int | str, ...], where: str, overrides: list[str]) -> str:
-    """What to put right: the last override that set this key, else the file."""
+    """Return where the mistake stands: the last override that set this key, else the file."""
     key = _dotted(loc) + "."
     for override in reversed(overrides):
         overridden = override.partition("=")[0].strip() + "."
@@ -104,6 +108,7 @@ def _origin(loc: tuple[int | str, ...], where: str, overrides: list[str]) -> str
 
 
 def _explain(error: Any, where: str, schema: Any) -> str:
+    """Return one pydantic error in one line."""
     kind, loc, value = error["type"], _dotted(error["loc"]), error["input"]
     if kind == "value_error":
         return "\n".join(f"{where}: {line}" for line in str(error["ctx"]["error"]).splitlines())
@@ -128,6 +133,7 @@ def _explain(error: Any, where: str, schema: Any) -> str:
 
 
 def _as_written(kind: str, value: Any) -> str:
+    """Return the end of an error line that shows how to write the value."""
     if kind == "int_type" and isinstance(value, float) and value.is_integer():
         return f"; write {int(value)}"
     if kind == "string_type" and not isinstance(value, list | dict):
@@ -142,7 +148,9 @@ def _dotted(loc: tuple[int | str, ...]) -> str:
 
 
 def _nearest_key(loc: str, schema: Any) -> str:
-    """The sibling that was meant, else the key of that name in another section, else what is known here."""
+    """Return the end of an error line: the sibling key that was meant, else the key of that name in another section,
+    else the known siblings.
+    """
     parent, _, leaf = loc.rpartition(".")
     section = declared(parent.split("."), schema) if parent else schema
     siblings = list(section.model_fields)

@@ -1,4 +1,6 @@
-"""Text → plain values and back, in the YAML of configs and sweep files: safe, 1.2's scalars, one clear line for an error."""
+"""YAML of configs and sweep files, read and written: safe, with the scalars of YAML 1.2, and one clear line for an
+error.
+"""
 
 import re
 from pathlib import Path
@@ -12,9 +14,9 @@ _FLOAT = re.compile(r"^[-+]?(\d+\.\d*|\.\d+)([eE][-+]?\d+)?$|^[-+]?\d+[eE][-+]?\
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML with the scalars of YAML 1.2, and a repeated key is an error.
+    """A safe YAML loader with the scalars of YAML 1.2, to which a repeated key is an error.
 
-    YAML 1.1, PyYAML's own, reads 1e-3 as text, 010 as 8, 1:30 as 90, `no` as false and 2024-01-01 as a date.
+    YAML 1.1, PyYAML's default, reads 1e-3 as text, 010 as 8, 1:30 as 90, `no` as false and 2024-01-01 as a date.
     """
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (the base class's attribute, emptied)
@@ -44,7 +46,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _decimal)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what either YAML would not read back as text (runs named 12e4 and 08)."""
+    """A YAML dumper that also quotes text which YAML 1.2 would read as numbers (runs named 12e4 and 08)."""
 
 
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?\d+$"), list("-+0123456789"))
@@ -52,16 +54,25 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Raises UserError: cannot be read, not YAML, not `key: value` lines."""
+    """Read a YAML file.
+
+    Raises:
+        UserError: it cannot be read, is not YAML, or does not hold `key: value` lines.
+    """
     return parse(text_of(path), str(path))
 
 
 def dump(values: dict[str, Any]) -> str:
-    """Text that `parse` reads back to the same values."""
+    """Return YAML that `parse` reads back to the same values."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, width=120)
 
 
 def text_of(path: Path) -> str:
+    """Read a text file (UTF-8).
+
+    Raises:
+        UserError: it cannot be read or is not UTF-8.
+    """
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -71,6 +82,11 @@ def text_of(path: Path) -> str:
 
 
 def parse(text: str, where: str) -> dict[str, Any]:
+    """Return the `key: value` lines of a text as a dict; `where` names the text in errors.
+
+    Raises:
+        UserError: the text is not YAML or holds something else.
+    """
     values = value_of(text, where)
     if values is None:
         return {}
@@ -80,6 +96,11 @@ def parse(text: str, where: str) -> dict[str, Any]:
 
 
 def value_of(text: str, where: str) -> Any:
+    """Return the value of a YAML text; `where` names the text in errors.
+
+    Raises:
+        UserError: the text is not YAML.
+    """
     try:
         return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
     except yaml.MarkedYAMLError as error:
@@ -90,6 +111,6 @@ def value_of(text: str, where: str) -> Any:
 
 
 def show(value: Any) -> str:
-    """A value as the user wrote it, short."""
+    """Return a value as the user wrote it, at most 60 characters long."""
     text = {"None": "nothing", "True": "true", "False": "false"}.get(repr(value), repr(value))
     return text if len(text) <= 60 else text[:57] + "..."

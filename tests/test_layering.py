@@ -21,6 +21,7 @@ ORDER = [
     {"division", "files", "machine", "progress", "resources"},
     {"yaml_text"},
     {"schema"},
+    {"overrides"},
     {"config"},
     {"data", "models"},
     {"objective"},

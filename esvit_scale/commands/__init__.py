@@ -1,4 +1,4 @@
-"""The commands, one module a group: `add(commands)` declares them, a private function a command runs it.
+"""The commands, one module a group: `add(commands)` declares them, and one private function runs each.
 
-Stations are imported inside those functions: `--help` and a mistyped command must not wait for torch.
+Heavy modules are imported inside those functions, so that `--help` and a mistyped command do not wait for torch.
 """

@@ -1,4 +1,4 @@
-"""What works on this machine, and whether it feeds its GPUs."""
+"""The `doctor` command: what works on this machine, and whether it can load data as fast as its GPUs train."""
 
 import argparse
 from typing import Any
@@ -8,6 +8,7 @@ from esvit_scale.errors import UserError
 
 
 def add(commands: Any) -> None:
+    """Declare `doctor`."""
     doctor = command(commands, "doctor", _doctor, "what works on this machine; with --data, whether it feeds its GPUs")
     doctor.add_argument("--data", metavar="SHARDS", help="measure the input pipeline on this set, about 15 s")
     doctor.add_argument("config", nargs="?", metavar="CONFIG", help="with --data: the run's config (default: swin_t)")

@@ -1,4 +1,4 @@
-"""What a config needs: memory for each ZeRO stage, FLOPs, time, disk."""
+"""The `plan` command: what a config needs in memory for each ZeRO stage, FLOPs, time and disk."""
 
 import argparse
 import re
@@ -12,6 +12,7 @@ TRAINING_MFU = 0.35  # what is assumed unless --mfu says otherwise
 
 
 def add(commands: Any) -> None:
+    """Declare `plan`."""
     plan = command(commands, "plan", _plan, "memory for each ZeRO stage, FLOPs, time and disk of a config")
     plan.add_argument("config", metavar="CONFIG", help="a preset's name or a YAML file")
     add_overrides(plan, "for example train.global_batch=1024")
@@ -51,7 +52,7 @@ def _images(config: Any) -> int | None:
 
 
 def speed_of(config: Any, tflops: float | None, mfu: float) -> Any:
-    """A scaling.plan.Speed; without `tflops` this machine's device is measured."""
+    """Return the speed to estimate times from; without `tflops` this machine's device is measured."""
     from esvit_scale.scaling.plan import Speed
 
     if tflops is not None:
@@ -68,6 +69,7 @@ def speed_of(config: Any, tflops: float | None, mfu: float) -> Any:
 
 
 def memory_bytes(text: str) -> int:
+    """Convert an option's value such as 80G to bytes."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([A-Za-z]*)", text)
     if not found or found[2].upper() not in UNITS or float(found[1]) == 0:
         raise argparse.ArgumentTypeError(f"expected a size like 80G, got {text!r}")

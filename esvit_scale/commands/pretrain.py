@@ -1,4 +1,4 @@
-"""Pretraining: the demo on bundled images, and runs on yours."""
+"""The commands `demo` (pretraining on bundled images) and `pretrain` (on the user's)."""
 
 import argparse
 from pathlib import Path
@@ -8,6 +8,7 @@ from esvit_scale.commands.parser import add_overrides, command
 
 
 def add(commands: Any) -> None:
+    """Declare `demo` and `pretrain`."""
     demo = command(commands, "demo", _demo, "bundled photographs → shards → a tiny pretraining → k-NN → report")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="run dir (default: runs/demo)")
 

@@ -1,4 +1,4 @@
-"""Slurm: submit the shipped batch scripts, and look at what they do."""
+"""The `slurm` commands: submit the shipped batch scripts and show how far their runs are."""
 
 import argparse
 import sys
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 def add(commands: Any) -> None:
+    """Declare `slurm` and its subcommands."""
     slurm = group(commands, "slurm", "submit the shipped batch scripts; how far a job's run is")
     _add_submit(slurm)
     status = command(slurm, "status", _status, "state, step, images/s, ETA and restarts of a run")
@@ -89,13 +90,13 @@ def _submit_pretrain(o: argparse.Namespace) -> int:
 
 
 def _check_pretrain(config: "Config", ranks: int, data: bool) -> None:
-    """What can be known before a job waits in the queue for hours.
+    """Check, before a job waits in the queue for hours, what can be known about its run.
 
     Args:
         data: also look at the shards (a dry run does not need them).
 
     Raises:
-        UserError: the batch does not divide over the ranks, the DeepSpeed file does not fit, or the data is not there.
+        UserError: the batch does not divide over the ranks, the DeepSpeed file does not fit, or the data is missing.
     """
     from esvit_scale.data import loader, stream
     from esvit_scale.parallel import ds_config
@@ -107,7 +108,7 @@ def _check_pretrain(config: "Config", ranks: int, data: bool) -> None:
 
 
 def _check_there(o: argparse.Namespace, *paths: str) -> None:
-    """Raises UserError when a path is not there; a dry run does not need it."""
+    """Raise UserError when a path is missing; a dry run does not need it."""
     for path in paths:
         if not o.dry_run and "://" not in path and not Path(path).expanduser().exists():
             raise UserError(f"{path}: no such file or folder")
@@ -163,7 +164,7 @@ def _job_id(
     after: str | None = None,
     saved_as: str | None = None,
 ) -> str:
-    """Submits one job, or shows it; prints and returns its id."""
+    """Submit one job, or print it in a dry run; print and return its id."""
     from esvit_scale import launch
 
     job = launch.prepare(name, arguments, records, _resources(o, array, after), o.env, saved_as or name)

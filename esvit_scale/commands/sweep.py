@@ -1,4 +1,4 @@
-"""Scaling laws: plan a sweep, run it, fit, predict."""
+"""The `sweep` commands: plan and run a sweep, fit a scaling law to it and predict."""
 
 import argparse
 from pathlib import Path
@@ -9,6 +9,7 @@ from esvit_scale.errors import UserError
 
 
 def add(commands: Any) -> None:
+    """Declare `sweep` and its subcommands."""
     sweep = group(commands, "sweep", "scaling laws: plan a sweep, run it, fit, predict the next size")
     _add_running(sweep)
     fit = command(sweep, "fit", _fit, "a CSV of measurements → fit.json: a law with its intervals")
@@ -56,7 +57,9 @@ def _add_running(sweep: Any) -> None:
 
 
 def _cells(path: Path, measure: bool = False) -> Any:
-    """The sweep and its cells; without `measure` the machine's rate does not matter, and is not measured."""
+    """Return the sweep and its cells; unless `measure` is set, this machine's rate is not measured, and the costs in
+    hours mean nothing.
+    """
     from esvit_scale import config as configs
     from esvit_scale.commands.plan import speed_of
     from esvit_scale.scaling import cells, sweep_file

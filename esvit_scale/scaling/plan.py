@@ -40,7 +40,7 @@ class Setting(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Return the setting's name, such as "ZeRO 1"."""
+        """Return the setting's name, such as "zero3 + activation checkpointing"."""
         return f"zero{self.stage}" + (" + activation checkpointing" if self.checkpointing else "")
 
 

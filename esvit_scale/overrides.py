@@ -1,0 +1,61 @@
+"""Overrides from the command line: `key=value` with a dotted key, applied to the plain data of a config file."""
+
+from typing import Any
+
+from esvit_scale import yaml_text
+from esvit_scale.errors import UserError
+from esvit_scale.schema import Section, declared, optional
+from esvit_scale.yaml_text import show
+
+
+def apply_override(values: dict[str, Any], override: str, schema: type[Section]) -> None:
+    """Set the key that `override` (`key=value`) names in `values`, the plain data of a `schema`.
+
+    Raises:
+        UserError: the override is not `key=value`, or its key passes through a value or beyond a list.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"{show(override)}: overrides are written key=value, for example train.global_batch=64")
+    *parents, leaf = path = key.strip().split(".")
+    node: Any = values
+    for i, part in enumerate(parents):
+        if isinstance(node, list):
+            node = node[_index(node, part, override)]
+        else:
+            if node.get(part) is None:
+                node[part] = _default_at(parents[: i + 1], schema)
+            node = node[part]
+        if not isinstance(node, dict | list):
+            raise UserError(f"{show(override)}: {'.'.join(parents[: i + 1])} is a value, not a section")
+    node[_index(node, leaf, override) if isinstance(node, list) else leaf] = _override_value(
+        path, text, override, schema
+    )
+
+
+def _override_value(path: list[str], text: str, override: str, schema: type[Section]) -> Any:
+    """Return an override's value: the text as it stands where the schema declares text, elsewhere parsed as YAML.
+
+    Text in quotes is parsed too. Paths may hold any character, and a name may look like a number.
+    """
+    if declared(path, schema) is not str or (text[:1] in ("'", '"') and text[-1:] == text[:1]):
+        return yaml_text.value_of(text, show(override))
+    return None if optional(path, schema) and text in ("", "null", "~") else text
+
+
+def _index(node: list[Any], index: str, override: str) -> int:
+    """Return an override's list index as a number."""
+    if not index.isdecimal() or int(index) >= len(node):
+        known = f"use 0 to {len(node) - 1}" if node else "give the whole list"
+        raise UserError(f"{show(override)}: {index!r} is not an item of a list of {len(node)}; {known}")
+    return int(index)
+
+
+def _default_at(path: list[str], schema: type[Section]) -> Any:
+    """Return the default value, as plain data, of a list or section that the file left out, so that its items can be
+    set.
+    """
+    node: Any = schema().model_dump(mode="json")
+    for part in path:
+        node = node.get(part) if isinstance(node, dict) else None
+    return node if isinstance(node, list) else {}
