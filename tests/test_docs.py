@@ -26,9 +26,9 @@ CODE = ("esvit_scale", "tests", "benchmarks", "ds_configs", "data_shards", "slur
 SECTIONS = tuple(name for name in Config.model_fields if isinstance(Config.model_fields[name].default, configs.Section))
 
 # What the pages show of programs that are not ours.
-FOREIGN_OPTIONS = {  # of sbatch, docker, tar, pip and pytest
+FOREIGN_OPTIONS = {  # of sbatch, apptainer, docker, tar, pip and pytest
     *("--exclude", "--export", "--mem-per-cpu", "--ntasks-per-node", "--output", "--signal"),
-    *("--append", "--extra-index-url", "--help", "--ignore-zeros", "--shm-size"),
+    *("--append", "--bind", "--extra-index-url", "--help", "--ignore-zeros", "--shm-size"),
 }
 FOREIGN_NAMES = {
     "convert_to_rgb",
