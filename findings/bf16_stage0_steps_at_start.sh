@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # DeepSpeed 0.19.8 with torch 2.13.0: with bf16 at ZeRO 0, `deepspeed.initialize` itself takes an optimizer step.
 #
-# A guess: initialize() wraps model and optimizer; the optimizer's step count and moments are those of a new optimizer
+# Expected: initialize() wraps model and optimizer; the optimizer's step count and moments are those of a new optimizer
 # until the first engine.step().
-# What happens: the wrapper (here FP16_UnfusedOptimizer, although the precision is bf16) makes the optimizer's state by a
+# Observed: the wrapper (here FP16_UnfusedOptimizer, although the precision is bf16) makes the optimizer's state by a
 # real step with zero gradients. Adam's step count is 1 before training, so its bias correction is one step ahead, and
 # decoupled weight decay, which needs no gradient, has been applied once at the full learning rate. A restart that loads
 # weights before initialize() decays them once more. ZeRO 1 does neither.
 #
-# Output seen (AdamW, lr 0.1, weight decay 0.5: one step multiplies a weight without gradient by 0.95):
+# Output (AdamW, lr 0.1, weight decay 0.5: one step multiplies a weight without gradient by 0.95):
 #   ZeRO 0: FP16_UnfusedOptimizer: step counts [1, 1], fp32 weights x 0.950
 #   ZeRO 1: DeepSpeedZeroOptimizer: step counts [], fp32 weights x 1.000
 set -euo pipefail

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Hugging Face datasets 5.2.0 loses images of a WebDataset tar, without a word, when their type first comes late in it.
+# Hugging Face datasets 5.2.0 silently loses images of a WebDataset tar whose type does not occur among its first samples.
 #
-# A guess: load_dataset("webdataset") either reads a tar of .jpg and .png images, as webdataset itself does, or refuses
+# Expected: load_dataset("webdataset") either reads a tar of .jpg and .png images, as webdataset itself does, or refuses
 # it; it does refuse one where both types are among the first samples ("don't share … the same types").
-# What happens: the columns come from the first five samples alone. An image of another type behind them has no column:
+# Observed: the columns come from the first five samples alone. An image of another type after them has no column:
 # its row is there, with its label, and its image is None.
 #
-# Output seen (8 samples, two of them .png): the .png first: refused; the .png last: 8 rows, images None in rows 6, 7
+# Output (8 samples, two of them .png): the .png first: refused; the .png last: 8 rows, images None in rows 6, 7
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # fsspec 2026.9.0, HTTP file system: a ranged read from a server without ranges returns the whole file.
 #
-# A guess: cat_file(url, start, end) returns end − start bytes or raises, as opening the file and seeking does
+# Expected: cat_file(url, start, end) returns end − start bytes or raises, as opening the file and seeking does
 # ("doesn't appear to support range requests").
-# What happens: a server may ignore a Range header (RFC 9110, section 14.2); it answers 200 with everything, as Python's
+# Observed: a server may ignore a Range header (RFC 9110, section 14.2); it answers 200 with everything, as Python's
 # own http.server does. cat_file and cat_ranges pass all of it on without an error. Reading one member of a tar shard by
 # its offset then yields the first bytes of the shard.
 #
-# Output seen: file of 100,000 bytes; cat_file(1000, 1512) 100,000 bytes; cat_ranges [100000, 100000]; seek: ValueError.
+# Output: file of 100,000 bytes; cat_file(1000, 1512) 100,000 bytes; cat_ranges [100000, 100000]; seek: ValueError.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # torch 2.13.0, CPU: layer_norm's backward in bf16 adds up the gradients of weight and bias in bf16, also for fp32 weights.
 #
-# A guess: as in torch's matrix products, convolutions and `sum`, whose bf16 kernels accumulate in fp32 and round once
-# (0.2 % off), the gradients of a layer norm's weight and bias are right to one rounding; with fp32 weights (autocast's
-# case) they are sums in fp32, since that is their precision.
-# What happens: both are running sums in bf16, where a sum stops growing at 256 times its terms. At 100,000 tokens nearly
-# all of the bias's gradient is gone, in either case; the gradient that goes on to the input is right, so that a network
-# trains on and nothing says so. The same sums by `grad.sum(0)` are right.
+# Expected: as in torch's matrix products, convolutions and `sum`, whose bf16 kernels accumulate in fp32 and round once
+# (0.2 % off), the gradients of a layer norm's weight and bias are right to one rounding. With fp32 weights, as under
+# autocast, they are summed in fp32, since that is their precision.
+# Observed: both are running sums in bf16, where a sum stops growing at 256 times its terms. At 100,000 tokens nearly
+# all of the bias's gradient is lost, in both cases. The gradient of the input is right, so a network goes on training, and
+# there is no error. The same sums by `grad.sum(0)` are right.
 #
-# Output seen (relative error against fp64 of the same bf16 inputs):
+# Output (relative error against fp64 of the same bf16 inputs):
 #   bf16 weights: input 0.002, weight 0.29, bias 0.96; grad.sum(0) 0.001
 #   fp32 weights: input 0.002, weight 0.29, bias 0.96; grad.sum(0) 0.001
 set -euo pipefail

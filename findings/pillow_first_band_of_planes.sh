@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Pillow 13.0.0 opens a TIFF of many bands in separate planes as a grey picture: its first band, without a word.
+# Pillow 13.0.0 opens a TIFF of many bands in separate planes as a grey picture of its first band, without an error.
 #
-# A guess: a library of pictures refuses a 13-band satellite image (it has no such mode), as it does when the same bands
+# Expected: Pillow refuses a satellite image of 13 bands, for which it has no mode, as it does when the same bands
 # lie pixel by pixel: "cannot identify image file".
-# What happens: with PlanarConfiguration 2 the file opens as mode I;16 (16 bits) or L (8 bits), image.getbands() has one
+# Observed: with PlanarConfiguration 2 the file opens as mode I;16 (16 bits) or L (8 bits), image.getbands() has one
 # name, load() succeeds, and twelve of thirteen bands are gone. SamplesPerPixel (tag 277) still says 13.
 #
-# Output seen:
+# Output:
 #   pixel by pixel: UnidentifiedImageError · planes, 16 bits: I;16, equal to band 1 · planes, 8 bits: L, equal to band 1
 set -euo pipefail
 work=$(mktemp -d)

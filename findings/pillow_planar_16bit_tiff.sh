@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Pillow 13.0.0 reads an uncompressed 16-bit RGB TIFF of separate planes (PlanarConfiguration 2) wrongly, without a word.
+# Pillow 13.0.0 reads an uncompressed 16-bit RGB TIFF with separate planes (PlanarConfiguration 2) wrongly, without an error.
 #
-# A guess: a TIFF that Pillow opens as RGB has the file's colours, rounded to 8 bits; whether bands lie pixel by pixel or
+# Expected: a TIFF that Pillow opens as RGB has the file's colours, rounded to 8 bits; whether bands lie pixel by pixel or
 # plane by plane is a matter of layout. Both layouts are baseline practice for scanners, microscopes and GIS exports.
-# What happens: for 16 bits, RGB and no compression, the planes are read as if they had 8 bits a pixel: image.load()
+# Observed: for 16 bits, RGB and no compression, the planes are read as if they had 8 bits a pixel: image.load()
 # raises nothing, and the pixels are other bytes of the file. The same planes with deflate compression, the same picture
-# with contiguous pixels, and planes of 8 bits come out right.
+# with contiguous pixels, and planes of 8 bits are read correctly.
 #
-# Output seen (largest difference from the upper byte of each value):
+# Output (largest difference from the upper byte of each value):
 #   16 bits: contiguous 0 · planes 251 · planes with deflate 0      8 bits: planes 0
 set -euo pipefail
 work=$(mktemp -d)

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # pyarrow 26.0.1: ParquetFile(path, buffer_size=N) does not bound memory; the whole column chunk of a row group is held.
 #
-# A guess: with a buffer size given ("enable read buffering when deserializing individual column chunks") and small
-# batches, iter_batches needs the memory of some pages, however large the row group is.
-# What happens: `pre_buffer`, which is on by default, reads the whole column chunk first, and buffer_size then changes
-# nothing. Only together with pre_buffer=False does it count.
+# Expected: with a buffer size given ("enable read buffering when deserializing individual column chunks") and small
+# batches, iter_batches needs memory for some pages only, however large the row group is.
+# Observed: `pre_buffer`, which is on by default, reads the whole column chunk first, and buffer_size then changes
+# nothing. It has an effect only together with pre_buffer=False.
 #
-# Output seen (peak MB of Arrow's memory, a column of 105 MB in one row group, batches of 8 rows):
+# Output (peak MB of Arrow's memory, a column of 105 MB in one row group, batches of 8 rows):
 #   neither 107 · buffer_size=1 MB 107 · and pre_buffer=False 5
 set -euo pipefail
 work=$(mktemp -d)

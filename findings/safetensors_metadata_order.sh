@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# safetensors 0.8.0: saving the same tensors with the same metadata gives another file every time.
+# safetensors 0.8.0: saving the same tensors with the same metadata gives a different file every time.
 #
-# A guess: the format is a length, a JSON header and raw bytes, made to be simple and safe, so equal content means equal
+# Expected: the format is a length, a JSON header and raw bytes, made to be simple and safe, so equal content means equal
 # bytes. Registries, caches and reproducible exports compare such files by their SHA-256.
-# What happens: with two or more metadata entries their order in the header is that of a hash map with a random seed, and
+# Observed: with two or more metadata entries their order in the header is that of a hash map with a random seed, and
 # differs within one process. Without metadata, or with a single entry, files are equal.
 #
-# Output seen: 10 saves with 8 entries: 10 different files; with one entry: 1 file.
+# Output: 10 saves with 8 entries: 10 different files; with one entry: 1 file.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

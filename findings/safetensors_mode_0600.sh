@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# safetensors 0.8.0: save_file leaves a file that only its owner can read, whatever the umask and the file before.
+# safetensors 0.8.0: save_file writes a file that only its owner can read, whatever the umask and the mode of an older file.
 #
-# A guess: a file written by a library gets the mode of the umask (0644 with 022), as torch.save and numpy.save give it;
+# Expected: a file written by a library gets the mode of the umask (0644 with 022), as torch.save and numpy.save give it;
 # overwriting a file keeps the mode it has.
-# What happens: the bytes go to a temporary file with mode 0600, which then takes the place of the old one and keeps that
+# Observed: the bytes go to a temporary file with mode 0600, which then takes the place of the old one and keeps that
 # mode. A backbone exported to a shared folder cannot be read by the group, also where the file could be read before.
 #
-# Output seen: umask 022; new file 0600; over an existing 0644 file 0600; numpy.save 0644.
+# Output: umask 022; new file 0600; over an existing 0644 file 0600; numpy.save 0644.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

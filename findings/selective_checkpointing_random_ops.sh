@@ -2,14 +2,14 @@
 # torch 2.13.0 (also seen with 2.14.1): selective activation checkpointing restores random numbers only if all random
 # operations of a block are treated alike.
 #
-# A guess: whichever operations a selective-checkpointing policy keeps, gradients stay those of the plain forward; the
+# Expected: whichever operations a selective-checkpointing policy keeps, gradients stay those of the plain forward; the
 # policy trades memory for time. torch.utils.checkpoint restores the random state before it recomputes.
-# What happens: the state is restored, but an operation whose result was kept does not draw again. Every later random
+# Observed: the state is restored, but an operation whose result was kept does not draw again. Every later random
 # operation that is recomputed then gets the numbers which the kept one had drawn. There is no error and no warning, and
 # the gradients are those of another function: with a dropout-like mask kept and later noise recomputed the error is as
 # large as the gradient itself. Keeping none of the random operations, all of them, or only the last one is exact.
 #
-# Output seen (relative error of the gradient, float64):
+# Output (relative error of the gradient, float64):
 #   nothing kept 0.0 · matrix product kept 0.0 · first random op kept 1.4 · both kept 0.0 · second kept 0.0
 set -euo pipefail
 work=$(mktemp -d)

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # tensorboard 2.21.0: one write that fails ends the event writer for good.
 #
-# A disk that is full for a moment: one would guess that this event is lost, or that add_event raises once, and that
-# writing goes on when there is room again. What happens: the writing thread dies with a traceback on the console;
-# add_event and flush raise that same OSError for ever after, in the thread that calls them (with
-# torch.utils.tensorboard: the training loop, at any later add_scalar), also when there is room again.
-# A limit on the size of files (EFBIG) stands for the full disk here: it can be lifted without root.
+# Expected: when a disk is full for a moment, this event is lost, or add_event raises once; writing continues when there is
+# room again.
+# Observed: the writing thread dies with a traceback on the console. From then on add_event and flush raise the same OSError
+# in the thread that calls them (with torch.utils.tensorboard in the training loop, at any later add_scalar), also when there
+# is room again. Here a limit on the size of files (EFBIG) takes the place of the full disk, because it can be lifted without
+# root.
 #
-# Seen: "limit reached: raises OSError 27; 3 of 3 later calls without the limit raise OSError 27"
+# Output: "limit reached: raises OSError 27; 3 of 3 later calls without the limit raise OSError 27"
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # webdataset 1.0.2 on Python's tarfile: of a .tar.gz that consists of several gzip members only the first one is read.
 #
-# A guess: a shard that gunzip and `tar -xzf` unpack completely is read completely, or there is an error. RFC 1952 lets a
+# Expected: a shard that gunzip and `tar -xzf` unpack completely is read completely, or there is an error. RFC 1952 lets a
 # gzip file hold several members; bgzip and other parallel compressors write them, and so does joining two .tar.gz with cat.
-# What happens: webdataset opens shards as tarfile streams (mode "r|*"), whose decompressor stops behind the first member.
-# Where that falls between two blocks of the tar, the shard ends there without a word, whatever ignore_zeros says. The
-# same file in mode "r:*" gives everything. The same holds for bzip2, which pbzip2 writes as one stream for every 900 kB.
+# Observed: webdataset opens shards as tarfile streams (mode "r|*"), whose decompressor stops after the first member.
+# If this is between two blocks of the tar, the shard ends there without an error, whatever ignore_zeros is. In mode "r:*"
+# the same file is read completely. The same holds for bzip2, which pbzip2 writes as one stream for every 900 kB.
 #
-# Output seen: gunzip 4 files; tarfile "r:*" 4, "r|*" 2; webdataset ['s0', 's1'], no error; bzip2 "r:*" 4, "r|*" 2.
+# Output: gunzip 4 files; tarfile "r:*" 4, "r|*" 2; webdataset ['s0', 's1'], no error; bzip2 "r:*" 4, "r|*" 2.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # DeepSpeed 0.19.8 with torch 2.13.0: at ZeRO 3 a parameter that a step does not use is moved by its previous gradient.
 #
-# A guess: a layer that takes no part in a step (layer drop, an unused head, a branch chosen by the data) has no
+# Expected: a layer that takes no part in a step (layer drop, an unused head, a branch chosen by the data) has no
 # gradient, and plain SGD without momentum or decay leaves it where it is, as ZeRO 1 and 2 do.
-# What happens: at stage 3 the partition's gradient buffer still holds the gradient of the last step that used the
+# Observed: at stage 3 the partition's gradient buffer still holds the gradient of the last step that used the
 # parameter, and it is applied again, at full size, in every following step. Nothing is logged.
 #
-# Output seen (norm of the unused layer's move in three steps): ZeRO 1: 0, 0, 0 · ZeRO 2: 0, 0, 0 · ZeRO 3: 0.018, 0.018,
+# Output (norm of the change of the unused layer in three steps): ZeRO 1: 0, 0, 0 · ZeRO 2: 0, 0, 0 · ZeRO 3: 0.018, 0.018,
 # 0.018 (the size of its first, real step).
 set -euo pipefail
 work=$(mktemp -d)

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # DeepSpeed 0.19.8 with torch 2.13.0: a model's own initialisation has no effect under deepspeed.zero.Init.
 #
-# A guess: `zero.Init` partitions parameters when a module has been built, and the constructor's own nn.init calls, which
+# Expected: `zero.Init` partitions parameters when a module has been built, and the constructor's own nn.init calls, which
 # every vision transformer makes on its children (trunc_normal_ of 0.02, zero bias), give the initial values.
-# What happens: each child is partitioned as soon as it exists. What the parent's constructor then writes into it lands
-# in an empty placeholder. The parameters keep torch's default of nn.Linear, without an error or a warning, so training
+# Observed: each child is partitioned as soon as it exists. What the parent's constructor then writes into it goes
+# to an empty placeholder. The parameters keep torch's default of nn.Linear, without an error or a warning, so training
 # starts from another distribution than on one GPU.
 #
-# Output seen: asked for weight 7 and bias 0; without zero.Init 7.0 and 0.0, with it values below 0.36 (1/sqrt(8)) for both.
+# Output: asked for weight 7 and bias 0; without zero.Init 7.0 and 0.0, with it values below 0.36 (1/sqrt(8)) for both.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
