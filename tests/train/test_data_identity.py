@@ -1,4 +1,4 @@
-"""A run goes on with the data that it was trained on, wherever that lies, and with no other."""
+"""A resumed run accepts the data that it was trained on, wherever it is, and no other data."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ OPTIONS: dict[str, Any] = {"train__steps": 4, "train__checkpoint_every": 2}
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a shard set and a run of 4 steps, as if it had been killed after step 2."""
+    """Make a folder with a shard set and a run of 4 steps that looks killed after step 2."""
     folder = tmp_path_factory.mktemp("identity")
     config = tiny.config(folder / "run", tiny.shards(folder / "shards"), **OPTIONS)
     assert cli.main(["pretrain", str(tiny.write_config(folder / "c.yaml", config))]) == 0
@@ -30,7 +30,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(stopped: Path, tmp_path: Path) -> Path:
-    """A copy of it; the run's config still names the original shards."""
+    """Copy that folder; the run's config still names the original shards."""
     shutil.copytree(stopped, tmp_path / "copy")
     return tmp_path / "copy"
 
@@ -57,12 +57,12 @@ def larger(root: Path) -> None:
 
 
 def same_size(root: Path) -> None:
-    """A shard's content in another's place, in the manifest too."""
+    """Replace a shard's content by that of another shard, in the manifest, too."""
     edit_manifest(root, lambda shards: shards[0].update(sha256=shards[1]["sha256"]))
 
 
 def flipped(root: Path) -> None:
-    """The manifest is as it was, and a byte of a shard is not."""
+    """Change a byte of a shard, but not the manifest."""
     shard = sorted(root.glob("*.tar"))[2]
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
@@ -80,7 +80,7 @@ def flipped(root: Path) -> None:
     ],
     ids=["other", "larger", "reordered", "another shard", "another file"],
 )
-def test_other_data_is_refused_and_both_are_named(
+def test_other_data_is_refused_and_both_sets_are_named(
     place: Path, change: Callable[[Path], Any], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     change(place / "shards")
@@ -92,7 +92,7 @@ def test_other_data_is_refused_and_both_are_named(
     assert (place / "run" / "metrics.jsonl").read_bytes() == before
 
 
-def test_the_same_data_elsewhere_and_under_other_names_goes_on(stopped: Path, place: Path) -> None:
+def test_moved_and_renamed_data_resumes(stopped: Path, place: Path) -> None:
     moved = place / "moved"
     (place / "shards").rename(moved)
     for shard in moved.glob("*.tar"):
@@ -106,7 +106,7 @@ def test_the_same_data_elsewhere_and_under_other_names_goes_on(stopped: Path, pl
     assert tiny.rows(place / "run") == tiny.rows(stopped / "straight")
 
 
-def test_data_elsewhere_is_another_config_without_a_record_of_it(
+def test_moved_data_without_recorded_identity_is_another_config(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = place / "run" / "checkpoints" / "step-00000002" / "state.json"
@@ -117,7 +117,7 @@ def test_data_elsewhere_is_another_config_without_a_record_of_it(
     assert "holds a run of another config (data.train:" in capsys.readouterr().err
 
 
-def test_plain_tars_are_known_by_name_and_size(stopped: Path, tmp_path: Path) -> None:
+def test_plain_tars_are_identified_by_name_and_size(stopped: Path, tmp_path: Path) -> None:
     shutil.copytree(stopped / "shards", tmp_path / "shards")
 
     def of(root: Path, **data: Any) -> str:

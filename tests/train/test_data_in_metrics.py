@@ -1,4 +1,4 @@
-"""What the data did, in a run's records."""
+"""Bad samples in the records of a run, and the run's end when there are too many."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from esvit_scale.train.row_file import read_rows
 from tests import tiny
 
 
-def test_bad_samples_are_counted_named_and_survive_a_resume(tmp_path: Path) -> None:
+def test_bad_samples_are_counted_and_recorded_across_a_resume(tmp_path: Path) -> None:
     shards = tiny.shards(tmp_path / "set")
     tar = shards / manifests.load(shards).shards[1].name
     offset, size = manifests.read_index(tar)[4].members["png"]
@@ -40,7 +40,7 @@ def test_bad_samples_are_counted_named_and_survive_a_resume(tmp_path: Path) -> N
 
 
 def test_many_replaced_images_stop_the_run_with_the_reason(tmp_path: Path) -> None:
-    """9 of 36 images: the run ends with the first epoch, saved, and says why."""
+    """With 9 bad images of 36, the run ends after the first epoch, is saved, and gives the reason."""
     shards = tiny.shards(tmp_path / "set")
     for shard in manifests.load(shards).shards[:1]:
         content = bytearray((shards / shard.name).read_bytes())
@@ -70,7 +70,9 @@ def bad_row(**more: Any) -> dict[str, Any]:
         (8, 10**6, 2, True),  # one of 16 of a large set
     ],
 )
-def test_the_share_of_replaced_images(batch: int, epoch_steps: int, every: int, verdict: bool) -> None:
+def test_share_of_replaced_images_is_judged_over_its_window(
+    batch: int, epoch_steps: int, every: int, verdict: bool
+) -> None:
     share, said = ReplacedShare(batch, epoch_steps), []
     for step in range(3000):
         rows = [bad_row()] * (1 if every else 10) if step % max(every, 1) == 0 else []

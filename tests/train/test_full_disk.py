@@ -1,4 +1,4 @@
-"""A real disk, full to its last byte: a small tmpfs in a mount namespace of its own."""
+"""Runs on a full disk: a small tmpfs in a mount namespace of its own, full to the last byte."""
 
 import shutil
 import subprocess
@@ -20,7 +20,7 @@ from tests import launcher, tiny
 
 
 class Disk:
-    """A tmpfs of 16 MB, seen from outside its namespace through /proc."""
+    """A tmpfs of 16 MB, which is visible outside its namespace through /proc."""
 
     def __init__(self, point: Path) -> None:
         point.mkdir()
@@ -82,7 +82,7 @@ def config(run: Path, shards: Path) -> Config:
 
 @contextmanager
 def at_steps(run: Path, actions: dict[int, Callable[[], None]], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """While a run trains: what to do when it reaches a step."""
+    """Call `actions[step]` before a run in training takes that step."""
     real = Trainer.train_step
 
     def train_step(trainer: Trainer, *arguments: Any, **options: Any) -> Any:
@@ -94,7 +94,7 @@ def at_steps(run: Path, actions: dict[int, Callable[[], None]], monkeypatch: pyt
         yield
 
 
-def test_a_disk_that_is_full_for_a_while_costs_saves_and_nothing_else(
+def test_disk_full_for_a_while_costs_only_saves(
     disk: Disk, shards: Path, straight: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = disk.root / "run"
@@ -109,7 +109,7 @@ def test_a_disk_that_is_full_for_a_while_costs_saves_and_nothing_else(
 
 
 @pytest.mark.slow
-def test_a_disk_that_stays_full_ends_with_75_and_the_same_command_goes_on(
+def test_disk_that_stays_full_exits_with_75_and_resumes(
     disk: Disk, shards: Path, straight: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = disk.root / "run"
@@ -124,7 +124,7 @@ def test_a_disk_that_stays_full_ends_with_75_and_the_same_command_goes_on(
 
 
 @pytest.mark.slow
-def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run(
+def test_undeletable_old_checkpoint_does_not_end_the_run(
     disk: Disk, shards: Path, straight: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = disk.root / "run"
@@ -143,7 +143,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_does_not_end_the_run(
     assert kept == [".step-00000004.removed.partial", "latest", "step-00000020"]
 
 
-def test_a_console_on_a_full_disk_does_not_change_the_exit_code(tmp_path: Path) -> None:
+def test_console_on_a_full_disk_does_not_change_the_exit_code(tmp_path: Path) -> None:
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
             [sys.executable, "-m", "esvit_scale", "pretrain", str(tmp_path / "none.yaml")],
@@ -155,10 +155,10 @@ def test_a_console_on_a_full_disk_does_not_change_the_exit_code(tmp_path: Path) 
     assert done.returncode == 2
 
 
-def test_other_commands_say_it_in_one_line(
+def test_other_commands_report_a_full_disk_in_one_line(
     disk: Disk, straight: list[dict[str, Any]], shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whatever writes: here an export of the straight run."""
+    """The command is an export of the uninterrupted run."""
     disk.fill()
     out = disk.root / "trunk.safetensors"
     code = cli.main(["convert", str(shards.parent / "run"), str(out), "--from", "esvit-scale", "--to", "safetensors"])

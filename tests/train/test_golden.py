@@ -1,6 +1,6 @@
-"""The first losses of the demo model, as numbers: a refactoring must not move them.
+"""The first losses of the demo model against stored numbers, which a refactoring must not change.
 
-`python -m tests.train.test_golden` writes them anew, for a change that is meant to move them.
+`python -m tests.train.test_golden` writes new numbers, after a change that is meant to change them.
 """
 
 import json
@@ -21,7 +21,7 @@ KEYS = ("loss", "loss_view", "loss_region", "teacher_entropy_view", "teacher_ent
 
 
 def curve(folder: Path) -> list[dict[str, Any]]:
-    """The demo run's first steps in fp32; its schedules are those of the whole run's beginning, shortened."""
+    """Train the demo model for STEPS steps in fp32, and return the rows."""
     train, _ = demo.write_shards(folder / "shards", configs.resolve("demo"))
     overrides = [f"run_dir={folder / 'run'}", f"data.train={train}", "data.workers=0", "train.precision=fp32"]
     config = configs.resolve("demo", [*overrides, f"train.steps={STEPS}", "train.log_every=1"])
@@ -29,7 +29,7 @@ def curve(folder: Path) -> list[dict[str, Any]]:
     return [{key: row[key] for key in KEYS} for row in tiny.rows(folder / "run")]
 
 
-def test_the_demo_model_loses_as_it_did(tmp_path: Path) -> None:
+def test_demo_losses_match_golden_file(tmp_path: Path) -> None:
     expected = json.loads(GOLDEN.read_text())
     found = curve(tmp_path)
     assert len(found) == len(expected) == STEPS

@@ -1,4 +1,4 @@
-"""A run at too high a learning rate, from the preset that studies it: the accuracy dips, and the run says so."""
+"""A run of the preset `stability_trained` at a too high learning rate: the accuracy dips, and a warning reports it."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ TOO_HIGH = ["optim.lr=0.15", "optim.warmup_epochs=7", "train.steps=260"]
 
 
 @pytest.mark.slow
-def test_a_rate_that_is_too_high_shows_as_a_dip_and_is_named(tmp_path: Path) -> None:
+def test_too_high_learning_rate_gives_an_accuracy_dip_warning(tmp_path: Path) -> None:
     train, test = demo.write_shards(tmp_path / "shards", configs.resolve("demo"))
     data = [f"data.train={train}", f"data.held_out={test}", f"run_dir={tmp_path / 'run'}"]
     assert pretraining.pretrain(configs.resolve("stability_trained", [*SMALL, *TOO_HIGH, *data])) == 0

@@ -47,7 +47,7 @@ def no_link(*_: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["free", "stale", "no links"])
-def test_of_synchronised_starts_exactly_one_gets_the_run(tmp_path: Path, kind: str) -> None:
+def test_one_of_several_simultaneous_starts_gets_the_lock(tmp_path: Path, kind: str) -> None:
     barrier, got = FORK.Barrier(3), FORK.Array("b", 3 * ROUNDS)
     processes = [FORK.Process(target=contend, args=(tmp_path, kind, barrier, got, i)) for i in range(3)]
     for process in processes:
@@ -82,7 +82,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
         b'{"host": "elsewhere", "pid": "x", "heartbeat": null}',
     ],
 )
-def test_a_record_of_unknown_age_is_watched_and_then_taken(tmp_path: Path, content: bytes) -> None:
+def test_record_of_unknown_age_is_watched_then_taken_over(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "run" / "lock.json"
     path.parent.mkdir()
     path.write_bytes(content)
@@ -93,7 +93,7 @@ def test_a_record_of_unknown_age_is_watched_and_then_taken(tmp_path: Path, conte
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_living_holder_with_a_wrong_clock_keeps_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_live_holder_with_a_wrong_clock_keeps_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = time.time
     holder = Lock(tmp_path / "run")
     monkeypatch.setattr(holder, "_record", lambda: record(holder, now() + 5000))
@@ -109,8 +109,8 @@ def record(lock: Lock, heartbeat: float) -> bytes:
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_holder_that_was_suspended_cannot_take_its_run_back(tmp_path: Path) -> None:
-    """Its heartbeats go to the file that it made, which is no longer the lock."""
+def test_suspended_holder_cannot_take_the_lock_back(tmp_path: Path) -> None:
+    """It writes heartbeats to the file that it made, which is no longer the lock."""
     old = Lock(tmp_path / "run")
     old.__enter__()
     old._stop.set()  # suspended
@@ -127,7 +127,7 @@ def test_a_holder_that_was_suspended_cannot_take_its_run_back(tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_full_disk_does_not_stop_the_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heartbeat_continues_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failures = [3]
 
     def fsync(handle: int) -> None:
@@ -148,10 +148,10 @@ def test_a_full_disk_does_not_stop_the_heartbeat(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("same", ["host", "job only"])
-def test_a_live_run_of_the_same_slurm_job_is_not_stolen(
+def test_live_process_of_the_same_slurm_job_keeps_the_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same: str
 ) -> None:
-    """Two starts in one `salloc`. A record of another host is what the job left there before it was requeued."""
+    """Two starts in one `salloc`. (A record of another host was left by the job before its requeue.)"""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     with Lock(tmp_path / "run") as first:
         if same == "host":
@@ -166,7 +166,7 @@ def test_a_live_run_of_the_same_slurm_job_is_not_stolen(
                 assert not first.held()
 
 
-def test_a_process_that_got_the_holders_number_does_not_count(tmp_path: Path) -> None:
+def test_reused_pid_does_not_count_as_the_holder(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     holder = {"host": os.uname().nodename, "pid": os.getpid(), "slurm_job": "", "heartbeat": time.time()}
     files.write_json(tmp_path / "run/lock.json", holder | {"pid_namespace": locks._pid_namespace(), "started": "1"})
@@ -175,10 +175,8 @@ def test_a_process_that_got_the_holders_number_does_not_count(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("call", ["link", "replace"])
-def test_an_answer_that_nfs_lost_is_not_another_holder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
-) -> None:
-    """The server did it; the client's second request finds the file that the first one made, or moved."""
+def test_answer_lost_by_nfs_is_not_another_holder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    """The server answered a request twice, so that the second answer reports the file of the first as existing or moved."""
     (tmp_path / "run").mkdir()
     if call == "replace":
         files.write_json(tmp_path / "run/lock.json", STALE)
@@ -199,9 +197,7 @@ def test_an_answer_that_nfs_lost_is_not_another_holder(
 
 
 @pytest.mark.usefixtures("quick")
-def test_storage_that_holds_a_heartbeat_up_does_not_hold_the_end_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_blocked_heartbeat_does_not_block_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hangs, answers = threading.Event(), threading.Event()
     monkeypatch.setattr(locks, "LEAVE_S", 0.1)
     lock = Lock(tmp_path / "run").__enter__()
@@ -216,8 +212,8 @@ def test_storage_that_holds_a_heartbeat_up_does_not_hold_the_end_up(
     lock._thread.join(10)
 
 
-def test_a_container_of_the_same_name_does_not_count_as_dead(tmp_path: Path) -> None:
-    """Its process ids mean nothing here."""
+def test_live_container_with_the_same_host_name_keeps_the_lock(tmp_path: Path) -> None:
+    """Its process ids have no meaning in this container."""
     (tmp_path / "run").mkdir()
     holder = {"host": os.uname().nodename, "pid": 4_000_000, "slurm_job": "", "heartbeat": time.time()}
     files.write_json(tmp_path / "run/lock.json", holder | {"pid_namespace": "pid:[1]", "token": "x"})
@@ -228,13 +224,13 @@ def test_a_container_of_the_same_name_does_not_count_as_dead(tmp_path: Path) -> 
         assert lock.held()
 
 
-def test_a_lock_that_is_a_folder_is_one_line(tmp_path: Path) -> None:
+def test_folder_in_place_of_the_lock_is_one_error_line(tmp_path: Path) -> None:
     (tmp_path / "run" / "lock.json").mkdir(parents=True)
     with pytest.raises(UserError, match=r"lock.json: is a folder; move it away"):
         Lock(tmp_path / "run").__enter__()
 
 
-def test_a_claim_of_a_dead_taker_does_not_block(tmp_path: Path) -> None:
+def test_stale_claim_does_not_block_a_takeover(tmp_path: Path) -> None:
     import hashlib
 
     (tmp_path / "run").mkdir()
@@ -248,7 +244,7 @@ def test_a_claim_of_a_dead_taker_does_not_block(tmp_path: Path) -> None:
     assert not claim.exists()
 
 
-def test_a_run_that_was_taken_over_stops_with_75(tmp_path: Path) -> None:
+def test_run_that_was_taken_over_exits_with_75(tmp_path: Path) -> None:
     from esvit_scale.train import pretraining
     from esvit_scale.train.trainer import Trainer
     from tests import tiny

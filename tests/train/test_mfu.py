@@ -8,7 +8,7 @@ from tests import tiny
 CPU = torch.device("cpu")
 
 
-def test_mfu_is_useful_flops_over_what_large_products_reach(tmp_path, monkeypatch):
+def test_mfu_is_useful_flops_divided_by_matmul_rate(tmp_path, monkeypatch):
     monkeypatch.setattr(mfu, "matmul_rate", lambda device, dtype: {torch.float32: 5e9, torch.bfloat16: 9e9}[dtype])
     config = tiny.config(tmp_path / "run", tmp_path)
     flops = costs.image_flops(config, "useful")
@@ -17,7 +17,7 @@ def test_mfu_is_useful_flops_over_what_large_products_reach(tmp_path, monkeypatc
     assert mfu.ideal_images_per_s(half, CPU, 1) == 9e9 / flops
 
 
-def test_the_rate_is_measured_once_in_little_time():
+def test_matmul_rate_is_measured_once_and_fast():
     mfu.matmul_rate.cache_clear()
     rate = mfu.matmul_rate(CPU, torch.float32)
     side = 512
@@ -27,7 +27,7 @@ def test_the_rate_is_measured_once_in_little_time():
     assert mfu._seconds(lambda: mfu.matmul_rate(CPU, torch.float32), CPU) < 0.01
 
 
-def test_measuring_leaves_the_random_generator_alone():
+def test_measuring_does_not_change_the_random_generator():
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
@@ -36,7 +36,7 @@ def test_measuring_leaves_the_random_generator_alone():
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_a_row_has_it_and_it_is_a_clocks_field(tmp_path):
+def test_rows_have_mfu_and_it_is_a_time_field(tmp_path):
     config = tiny.config(tmp_path / "run", tiny.shards(tmp_path / "shards"), train__steps=2)
     assert pretraining.pretrain(config) == 0
     rows = read_rows(tmp_path / "run" / "metrics.jsonl")

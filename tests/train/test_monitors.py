@@ -21,7 +21,7 @@ def said(monitors: Monitors, steps: range, **values: float) -> list[str]:
     return [sentence for step in steps for sentence in monitors.observe(row(step, **values))]
 
 
-def test_a_healthy_run_is_silent() -> None:
+def test_healthy_run_gives_no_warning() -> None:
     assert said(Monitors(K, 8), range(100)) == []
 
 
@@ -35,7 +35,7 @@ def test_a_healthy_run_is_silent() -> None:
         ({"rank_me": 1.1}, "the student's features lie on a line since step 10"),
     ],
 )
-def test_a_collapse_is_named_once_with_its_beginning_and_its_end(values: dict[str, float], words: str) -> None:
+def test_collapse_is_reported_once_at_its_start_and_end(values: dict[str, float], words: str) -> None:
     monitors = Monitors(K, 8)
     assert said(monitors, range(10)) == []
     (sentence,) = said(monitors, range(10, 60), **values)
@@ -46,14 +46,14 @@ def test_a_collapse_is_named_once_with_its_beginning_and_its_end(values: dict[st
     assert end.endswith("(step 60)")
 
 
-def test_one_bad_row_is_no_collapse() -> None:
+def test_one_bad_row_gives_no_warning() -> None:
     monitors = Monitors(K, 8)
     said(monitors, range(10))
     assert said(monitors, range(10, 13), feature_std=0.0) == []
     assert said(monitors, range(13, 30)) == []
 
 
-def test_a_gradient_spike_is_named_at_once() -> None:
+def test_gradient_spike_is_reported_at_once() -> None:
     monitors = Monitors(K, 8)
     said(monitors, range(20))
     (sentence,) = said(monitors, range(20, 21), grad_norm=50.0)
@@ -61,17 +61,17 @@ def test_a_gradient_spike_is_named_at_once() -> None:
     assert said(monitors, range(21, 40)) == []
 
 
-def test_the_view_loss_alone_has_no_region_state() -> None:
+def test_view_loss_alone_gives_no_region_warning() -> None:
     monitors = Monitors(K, 8)
     for step in range(20):
         assert monitors.observe({"step": step, "grad_norm": 1.0, "teacher_entropy_view": 3.0}) == []
 
 
-def test_few_images_may_share_their_targets() -> None:
+def test_small_micro_batches_may_share_targets() -> None:
     assert said(Monitors(K, 2), range(60), prototypes_used_view=1.2) == []
 
 
-def test_a_spike_names_the_part_that_it_came_from() -> None:
+def test_spike_warning_names_the_part_of_the_network() -> None:
     monitors = Monitors(K, 8)
     said(monitors, range(20))
     (sentence,) = said(monitors, range(20, 21), grad_norm=50.0, grad_norm_patch_embed=49.0, grad_norm_stage1=3.0)
@@ -83,7 +83,7 @@ def test_a_spike_names_the_part_that_it_came_from() -> None:
     assert "freeze" not in sentence  # it is
 
 
-def test_a_dip_of_the_accuracy_is_named() -> None:
+def test_accuracy_dip_is_reported() -> None:
     monitors = Monitors(K, 8)
     assert [said(monitors, range(i, i + 1), knn_top1=top1) for i, top1 in enumerate([0.2, 0.4, 0.36])] == [[], [], []]
     (sentence,) = said(monitors, range(3, 4), knn_top1=0.25)

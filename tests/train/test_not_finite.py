@@ -1,5 +1,5 @@
-"""A NaN or an infinity anywhere costs the step and nothing else, at every ZeRO stage and precision, whether or not
-DeepSpeed looks for it."""
+"""A NaN or an infinity anywhere skips the step and changes no state, at every ZeRO stage and precision, with and without
+DeepSpeed's own checks."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -34,7 +34,7 @@ def trainer_of(tmp_path: Path, **overrides: Any) -> Trainer:
 
 
 def one_step(trainer: Trainer, step: int) -> StepResult:
-    """A step on noise, the same for the same step number and rank."""
+    """Take a step on noise, which depends only on step and rank."""
     generator, accum = torch.Generator().manual_seed(step + 1000 * trainer.world.rank), trainer.config.train.grad_accum
     images = trainer.config.train.global_batch // accum // trainer.world.size
     micro = [
@@ -60,7 +60,7 @@ def everything(trainer: Trainer) -> list[Tensor]:
 
 
 def blind_deepspeed(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As older versions were, and as a file can make it: it steps whatever the gradients are."""
+    """Switch off DeepSpeed's checks for NaN, which older versions lack and a config file can disable."""
     from deepspeed.runtime.zero import stage3, stage_1_and_2
 
     for module in (stage3, stage_1_and_2):
@@ -70,7 +70,7 @@ def blind_deepspeed(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def inject(trainer: Trainer, where: str, value: float) -> Callable[[], None]:
-    """From now on; returns what takes it away again."""
+    """Add `value` to the loss or to a gradient from now on; return the function that removes it again."""
     network = trainer.engines.student.module
     if where == "loss":
         real = network.objective.forward
@@ -101,7 +101,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("stage", "precision", "accum"), CASES)
-def test_whatever_is_not_finite_moves_nothing(
+def test_nonfinite_loss_or_gradient_changes_no_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int, precision: str, accum: int
 ) -> None:
     trainer = trainer_of(tmp_path, train__ds_config=f"zero{stage}", train__precision=precision, train__grad_accum=accum)
@@ -122,8 +122,8 @@ def test_whatever_is_not_finite_moves_nothing(
         worlds.stop()
 
 
-def test_when_an_overflow_is_the_loss_scalers(tmp_path: Path) -> None:
-    """fp16's scalers themselves (fp16 does not run on a CPU): dynamic, at its minimum, static; and that of bf16."""
+def test_loss_scale_can_fall_for_each_scaler(tmp_path: Path) -> None:
+    """The scalers of bf16 and fp16: dynamic, at its minimum, static. (fp16 itself does not run on a CPU.)"""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 
     trainer = trainer_of(tmp_path, train__precision="bf16")

@@ -1,8 +1,8 @@
-"""Five optimizer steps of the official EsViT code against the real engine.
+"""Five optimizer steps of the trainer against five of the official EsViT code.
 
-The fixture holds numbers of the official modules, loss, gradient clipping, last-layer freeze, schedules and parameter
-groups with torch's AdamW, in float64 and in the official order of things. Weights and crops are by rule. Left out is
-the K third of qkv.bias, whose true gradient is zero.
+The fixture was computed in float64 by the official modules, loss, gradient clipping, last-layer freeze, schedules and
+parameter groups with torch's AdamW, in the official order. Weights and crops follow a rule. The key third of qkv.bias is
+left out, because its true gradient is zero.
 """
 
 import json
@@ -59,7 +59,7 @@ def crops(case: dict[str, Any], step: int, dtype: torch.dtype = torch.float32) -
 
 
 def summary(name: str, values: Tensor) -> list[float]:
-    """The norm, and the projection on a unit direction by rule."""
+    """Return the norm, and the projection on a unit direction that follows a rule."""
     values = values.detach().double()
     if name.endswith("qkv.bias"):
         values = values.view(3, -1)[[0, 2]]
@@ -68,22 +68,20 @@ def summary(name: str, values: Tensor) -> list[float]:
 
 
 def assert_close(found: dict[str, Tensor], expected: dict[str, list[float]], tolerance: float) -> None:
-    """Relative to each tensor's norm."""
+    """Compare summaries, with a tolerance relative to each tensor's norm."""
     assert found.keys() == expected.keys()
     for name, (norm, projection) in expected.items():
         assert summary(name, found[name]) == pytest.approx([norm, projection], abs=tolerance * norm), name
 
 
-def test_the_matching_has_no_near_ties() -> None:
-    """Otherwise rounding could flip a match and the comparisons below would not be of the same function."""
+def test_fixture_matching_has_no_near_ties() -> None:
+    """With near ties, rounding could change a match, and the tests below would compare different functions."""
     assert CASES["V+R"]["margin"] > 3e-5
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
-def test_loss_gradients_and_centres_of_the_whole_network(
-    case: dict[str, Any], dtype: torch.dtype, tolerance: float
-) -> None:
+def test_loss_and_gradients_match_official_network(case: dict[str, Any], dtype: torch.dtype, tolerance: float) -> None:
     network = build_student(config_of(case))
     fill(network, by_hash)
     network.to(dtype)
@@ -98,7 +96,7 @@ def test_loss_gradients_and_centres_of_the_whole_network(
 
 
 @pytest.mark.parametrize(("name", "ds_config"), [("V+R", "zero1"), ("V", "zero1"), ("V+R", "zero3")])
-def test_five_steps_of_the_engine(name: str, ds_config: str, tmp_path: Path) -> None:
+def test_five_steps_match_official_code(name: str, ds_config: str, tmp_path: Path) -> None:
     case = CASES[name]
     weights = tmp_path / "rule.safetensors"
     network = build_network(config_of(case))

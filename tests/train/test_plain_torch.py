@@ -1,4 +1,4 @@
-"""The sharded step against an independent plain-torch loop: the official order of things, written out naively."""
+"""The trainer against an independent plain-torch loop that follows the order of the official code."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from tests import tiny
 
 
 def plain_losses(config: Config) -> list[float]:
-    """Two modules, torch.optim.AdamW, a clip per parameter, gradients of the last layer dropped in epoch 0, EMA."""
+    """Train two modules with torch.optim.AdamW, clipping per parameter, no last-layer gradients in epoch 0, and EMA."""
     data = manifests.load(Path(config.data.train))
     schedules = Schedules(config, stream.steps_per_epoch(config, data))
     student, teacher = build_student(config), build_teacher(config)
@@ -58,7 +58,7 @@ def plain_losses(config: Config) -> list[float]:
     return losses
 
 
-def test_the_run_is_the_plain_loop(tmp_path: Path) -> None:
+def test_run_matches_plain_torch_loop(tmp_path: Path) -> None:
     config = tiny.config(tmp_path / "run", tiny.shards(tmp_path / "shards"))
     assert pretraining.pretrain(config) == 0
     losses = [row["loss"] for row in tiny.rows(tmp_path / "run")]

@@ -1,4 +1,4 @@
-"""A run that is stopped goes on as if nothing had happened: bit for bit on a CPU."""
+"""A run that was stopped and resumed equals an uninterrupted one, bit for bit on a CPU."""
 
 import signal
 import subprocess
@@ -33,7 +33,9 @@ def start_and_wait_for_step(config_path: Path, run: Path, step: int) -> "subproc
     return process
 
 
-def test_killed_and_resumed_equals_straight(data: Path, straight: list[dict[str, object]], tmp_path: Path) -> None:
+def test_killed_and_resumed_run_equals_uninterrupted_run(
+    data: Path, straight: list[dict[str, object]], tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     path = tiny.write_config(tmp_path / "c.yaml", tiny.config(run, data, train__steps=20))
     process = start_and_wait_for_step(path, run, 10)
@@ -48,7 +50,7 @@ def test_killed_and_resumed_equals_straight(data: Path, straight: list[dict[str,
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_the_same_command_goes_on(
+def test_signal_saves_and_same_command_resumes(
     data: Path, straight: list[dict[str, object]], tmp_path: Path, number: int, code: int
 ) -> None:
     run = tmp_path / "run"
@@ -67,7 +69,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     assert "the same command continues" in errors
 
 
-def test_a_finished_run_is_left_alone(data: Path, tmp_path: Path) -> None:
+def test_finished_run_is_left_unchanged(data: Path, tmp_path: Path) -> None:
     config = tiny.config(tmp_path / "run", data, train__steps=2)
     assert pretraining.pretrain(config) == 0
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
@@ -76,8 +78,8 @@ def test_a_finished_run_is_left_alone(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_record_that_cannot_be_opened_is_every_ranks_error(data: Path, tmp_path: Path) -> None:
-    """Rank 0 alone opens the records; the other must not go on to a collective that rank 0 never reaches."""
+def test_unreadable_record_is_an_error_on_every_rank(data: Path, tmp_path: Path) -> None:
+    """Only rank 0 opens the records. The other rank must not wait in a collective that rank 0 never reaches."""
     run = tmp_path / "run"
     (run / "metrics.jsonl").mkdir(parents=True)
     config = tiny.config(run, data)

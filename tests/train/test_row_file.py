@@ -37,7 +37,7 @@ def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> p
     ],
     ids=["bytes", "torn", "NULs", "no objects", "no step", "deep", "huge", "blank"],
 )
-def test_damaged_lines_cost_themselves_alone(
+def test_reading_skips_only_damaged_lines(
     tmp_path: Path, bad: bytes, lines: int, said: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "metrics.jsonl"
@@ -49,7 +49,7 @@ def test_damaged_lines_cost_themselves_alone(
     assert (f"{words} left out, 3 rows kept" in said.text) == (lines > 0)
 
 
-def test_rows_behind_nuls_or_a_torn_row_are_kept(tmp_path: Path) -> None:
+def test_rows_after_nuls_or_an_unfinished_row_are_kept(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(ROWS[0] + bytes(5 * MAX_LINE) + ROWS[1] + b'{"step": 3, "lo' + ROWS[3] + bytes(512))
     metrics.cut(path, 9)
@@ -57,7 +57,9 @@ def test_rows_behind_nuls_or_a_torn_row_are_kept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("end", [b"", b'{"step": 3', ROWS[2].strip(), bytes(100)])
-def test_the_end_of_a_killed_process_is_no_damage(tmp_path: Path, end: bytes, said: pytest.LogCaptureFixture) -> None:
+def test_unfinished_last_line_is_not_reported_as_damage(
+    tmp_path: Path, end: bytes, said: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(ROWS[0] + ROWS[1] + end)
     metrics.cut(path, 9)
@@ -66,8 +68,8 @@ def test_the_end_of_a_killed_process_is_no_damage(tmp_path: Path, end: bytes, sa
     assert not said.text
 
 
-def test_an_end_is_cut_off_in_place(tmp_path: Path) -> None:
-    """A full disk has no room for a second copy."""
+def test_cut_truncates_in_place(tmp_path: Path) -> None:
+    """A full disk has no space for a second copy."""
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b"".join(ROWS))
     before = path.stat().st_ino
@@ -76,13 +78,13 @@ def test_an_end_is_cut_off_in_place(tmp_path: Path) -> None:
     metrics.cut(tmp_path / "absent.jsonl", 2)
 
 
-def test_what_is_no_file_is_one_line(tmp_path: Path) -> None:
+def test_folder_in_place_of_a_file_is_one_error_line(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(UserError, match=r"metrics.jsonl: cannot be read: Is a directory"):
         cut(tmp_path / "metrics.jsonl", lambda row: True)
 
 
-def test_rows_wait_for_room_and_none_is_torn(
+def test_rows_wait_while_the_disk_is_full_and_stay_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: pytest.LogCaptureFixture
 ) -> None:
     room, write = [20], os.write
@@ -109,7 +111,7 @@ def test_rows_wait_for_room_and_none_is_torn(
     assert said.text.count("written again, with the 3 rows that waited") == 1
 
 
-def test_rows_that_never_found_room_are_counted(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+def test_close_logs_the_number_of_lost_rows(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
     file = RowFile(tmp_path / "gone" / "metrics.jsonl")
     file.append({"step": 1})
     file.append({"step": 2})
@@ -117,7 +119,7 @@ def test_rows_that_never_found_room_are_counted(tmp_path: Path, said: pytest.Log
     assert "2 rows could not be written" in said.text
 
 
-def test_tensorboard_without_room_costs_itself_alone(
+def test_full_disk_disables_tensorboard_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from tensorboard.summary.writer.record_writer import RecordWriter
@@ -138,7 +140,7 @@ def test_tensorboard_without_room_costs_itself_alone(
     assert len(list((tmp_path / "tensorboard").iterdir())) >= 1
 
 
-def test_json_of_the_rows_is_what_it_was(tmp_path: Path) -> None:
+def test_row_format_is_unchanged(tmp_path: Path) -> None:
     row = {"step": 1, "loss": float("nan"), "key": "ü"}
     file = RowFile(tmp_path / "r.jsonl")
     file.append(row)

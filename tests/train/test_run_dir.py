@@ -26,20 +26,20 @@ def test_another_config_is_refused_with_the_difference(tmp_path: Path) -> None:
         opened(tmp_path, seed=1)
 
 
-def test_what_does_not_change_results_may_differ(tmp_path: Path) -> None:
+def test_keys_that_do_not_change_results_may_differ(tmp_path: Path) -> None:
     opened(tmp_path)
     path = opened(tmp_path, train__ds_config="zero3", data__workers=3)
     assert "zero3" in (path / "config.yaml").read_text()
 
 
-def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
+def test_folder_that_is_no_run_dir_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("x")
     with pytest.raises(UserError, match=r"no run dir \(no config.yaml\)"):
         opened(tmp_path)
 
 
-def test_a_start_that_fails_leaves_nothing(tmp_path: Path) -> None:
+def test_failed_start_leaves_no_files(tmp_path: Path) -> None:
     config = tiny.config(tmp_path / "runs" / "x", tiny.shards(tmp_path / "shards"), train__global_batch=48)
     with pytest.raises(UserError, match="36 samples"):
         pretraining.pretrain(config)
@@ -51,7 +51,7 @@ def test_a_start_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "runs" / "x").exists()
 
 
-def test_the_requeue_marker_is_gone_after_the_next_start(tmp_path: Path) -> None:
+def test_next_start_removes_the_requeue_marker(tmp_path: Path) -> None:
     path = opened(tmp_path)
     (path / "requeue").write_text("3")
     opened(tmp_path)
@@ -63,7 +63,7 @@ def holder(path: Path, pid: int, heartbeat: float, host: str | None = None, job:
     (path / "lock.json").write_text(json.dumps(lock))
 
 
-def test_a_second_writer_is_refused(tmp_path: Path) -> None:
+def test_second_writer_is_refused(tmp_path: Path) -> None:
     path = opened(tmp_path)
     other = subprocess.Popen(["sleep", "60"])
     try:
@@ -78,7 +78,7 @@ def test_a_second_writer_is_refused(tmp_path: Path) -> None:
     assert not (path / "lock.json").exists()
 
 
-def test_a_fresh_heartbeat_of_another_host_is_respected_and_a_stale_one_is_not(tmp_path: Path) -> None:
+def test_fresh_heartbeat_of_another_host_is_respected_stale_is_not(tmp_path: Path) -> None:
     path = opened(tmp_path)
     holder(path, 1, time.time() - 50, host="elsewhere")
     with pytest.raises(UserError, match="on elsewhere"), Lock(path):
@@ -88,7 +88,7 @@ def test_a_fresh_heartbeat_of_another_host_is_respected_and_a_stale_one_is_not(t
         assert lock.held()
 
 
-def test_the_same_slurm_job_takes_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_same_slurm_job_takes_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = opened(tmp_path)
     holder(path, 1, time.time(), host="elsewhere", job="77")
     monkeypatch.setenv("SLURM_JOB_ID", "77")
@@ -96,7 +96,7 @@ def test_the_same_slurm_job_takes_over(tmp_path: Path, monkeypatch: pytest.Monke
         assert lock.held()
 
 
-def test_a_run_taken_over_is_noticed(tmp_path: Path) -> None:
+def test_takeover_is_noticed(tmp_path: Path) -> None:
     path = opened(tmp_path)
     with Lock(path) as lock:
         holder(path, 1, time.time(), host="elsewhere")

@@ -1,4 +1,4 @@
-"""A NaN costs one step and nothing else: weights, moments, teacher and centres stay as they were."""
+"""Steps that are skipped because of a NaN, and roll-backs after several of them."""
 
 import itertools
 import json
@@ -30,7 +30,7 @@ def snapshot(trainer: Trainer) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("ds_config", ["zero0", "zero1", "zero2", "zero3"])
-def test_a_step_with_nan_moves_nothing(tmp_path: Path, ds_config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_step_changes_no_state(tmp_path: Path, ds_config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny.config(tmp_path / "run", tiny.shards(tmp_path / "shards"), train__ds_config=ds_config)
     world = worlds.start()
     try:
@@ -55,7 +55,7 @@ def test_a_step_with_nan_moves_nothing(tmp_path: Path, ds_config: str, monkeypat
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, calls: Container[int]) -> list[int]:
-    """Makes the loss NaN in these calls of the objective (1 is the first); returns the batches that were trained on."""
+    """Make the loss NaN in these calls of the objective, counted from 1; return the list of batches that are trained on."""
     from esvit_scale.objective.esvit import EsViT
 
     real_forward, count, batches = EsViT.forward, itertools.count(1), []
@@ -74,10 +74,8 @@ def poison(monkeypatch: pytest.MonkeyPatch, calls: Container[int]) -> list[int]:
     return batches
 
 
-def test_a_run_goes_back_to_its_checkpoint_and_on_with_other_data(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Steps 13 to 17 fail: back to step 10, and on with batch 17."""
+def test_rollback_continues_with_other_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps 13 to 17 fail. The run goes back to step 10 and continues with batch 17."""
     batches = poison(monkeypatch, range(13, 18))
     config = tiny.config(tmp_path / "run", tiny.shards(tmp_path / "shards"), train__skips_before_rollback=5)
     assert pretraining.pretrain(config) == 0
@@ -94,7 +92,7 @@ def test_a_run_goes_back_to_its_checkpoint_and_on_with_other_data(
     assert all(row["rolled_back"] and row["key"].startswith("image") for row in named)
 
 
-def test_the_data_offset_outlives_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_offset_survives_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = poison(monkeypatch, range(13, 18))
     shards = tiny.shards(tmp_path / "shards")
     config = tiny.config(tmp_path / "run", shards, train__skips_before_rollback=5, train__checkpoint_every=4)
@@ -108,8 +106,8 @@ def test_the_data_offset_outlives_a_resume(tmp_path: Path, monkeypatch: pytest.M
     assert batches[21:] == list(range(21, 25))
 
 
-def test_a_state_that_is_not_finite_is_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A moment of the optimizer turns infinite at the end (a flipped bit, say): the run goes back, and on to its end."""
+def test_nonfinite_state_is_rolled_back_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A moment of the optimizer becomes infinite at the last step, as by a flipped bit. The run rolls back and finishes."""
     config = tiny.config(tmp_path / "run", tiny.shards(tmp_path / "shards"))
     real, spoiled = Trainer.train_step, []
 
@@ -130,7 +128,7 @@ def test_a_state_that_is_not_finite_is_never_saved(tmp_path: Path, monkeypatch: 
     assert (summary["finished"], summary["step"], summary["rollbacks"]) == (True, 20, 1)
 
 
-def test_one_nan_costs_one_step_and_names_its_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_nan_skips_one_step_and_quarantines_its_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = poison(monkeypatch, [7])
     config = tiny.config(tmp_path / "run", tiny.shards(tmp_path / "shards"))
     assert pretraining.pretrain(config) == 0
@@ -142,7 +140,7 @@ def test_one_nan_costs_one_step_and_names_its_samples(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize(("start", "words"), [(1, "before the first checkpoint"), (13, "after going back 2 times")])
-def test_nan_without_end_stops_the_run_with_the_reason(
+def test_endless_nan_raises_diverged_with_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: int, words: str
 ) -> None:
     poison(monkeypatch, range(start, 1000))

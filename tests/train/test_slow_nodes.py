@@ -1,4 +1,4 @@
-"""A node that computes slowly is named, at every ZeRO stage, although all ranks' steps take equally long."""
+"""The warning about a slow node, at every ZeRO stage, although all ranks' steps take equally long."""
 
 import json
 from pathlib import Path
@@ -26,7 +26,7 @@ sys.exit(cli.main(["pretrain", *sys.argv[1:]]))
 
 
 @pytest.mark.parametrize("stage", [pytest.param("zero1", marks=pytest.mark.slow), "zero3"])
-def test_rows_name_the_rank_that_the_others_wait_for(tmp_path: Path, stage: str) -> None:
+def test_rows_name_the_slowest_node(tmp_path: Path, stage: str) -> None:
     (tmp_path / "slow.py").write_text(SLOW_RUN)
     shards = tiny.shards(tmp_path / "shards")
     config = tiny.config(tmp_path / "run", shards, train__ds_config=stage, train__steps=8, train__global_batch=4)
@@ -40,7 +40,7 @@ def test_rows_name_the_rank_that_the_others_wait_for(tmp_path: Path, stage: str)
 
 
 def observe(monkeypatch: pytest.MonkeyPatch, rows: list[tuple[int, list[float]]]) -> list[str]:
-    """The sentences after (step, seconds of each rank); rank r is on node r."""
+    """Return the warnings after these (step, seconds of each rank); rank r is on node r."""
     nodes, said = SlowNodes(), []
     for step, seconds in rows:
         given = [[f"node{rank}" for rank in range(len(seconds))], seconds]
@@ -52,7 +52,7 @@ def observe(monkeypatch: pytest.MonkeyPatch, rows: list[tuple[int, list[float]]]
 
 
 @pytest.mark.parametrize("every", [1, 10, 50])
-def test_a_hundred_slow_steps_are_one_warning(monkeypatch: pytest.MonkeyPatch, every: int) -> None:
+def test_hundred_slow_steps_give_one_warning(monkeypatch: pytest.MonkeyPatch, every: int) -> None:
     slow = [(step, [1.0, 1.0, 1.3, 1.0]) for step in range(every, 601, every)]
     (sentence,) = observe(monkeypatch, slow)
     assert "node2 has been the slowest for" in sentence
@@ -60,7 +60,7 @@ def test_a_hundred_slow_steps_are_one_warning(monkeypatch: pytest.MonkeyPatch, e
     assert len(observe(monkeypatch, [(step, [1.0, 1.3]) for step, _ in slow])) == 1  # two ranks: against each other
 
 
-def test_what_does_not_last_is_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_slowness_gives_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     a_little = [(step, [1.0, 1.0, 1.15, 1.0]) for step in range(1, 400)]
     in_turn = [(step, [1.5 if step // 90 % 3 == rank else 1.0 for rank in range(3)]) for step in range(1, 600)]
     one_stall = [(step, [600.0 if step == 50 else 1.0, 1.0, 1.0]) for step in range(1, 400)]

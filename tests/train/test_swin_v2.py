@@ -7,8 +7,8 @@ from tests import tiny
 MODEL: dict[str, Any] = {"model__trunk": "swinv2_h", "model__depths": [1, 1, 6], "model__drop_path": 0.2}
 
 
-def test_swin_v2_trains_the_same_partitioned_and_recomputed(tmp_path: Path) -> None:
-    """Under ZeRO-3 every parameter that a forward uses must be gathered by the module that owns it."""
+def test_swin_v2_losses_match_with_zero3_and_recomputation(tmp_path: Path) -> None:
+    """ZeRO 3 gathers a parameter only for the module that owns it, so that no other module may use it."""
     data, rows = tiny.shards(tmp_path / "shards"), {}
     for stage, implementation in (("zero1", "none"), ("zero3", "torch")):
         overrides = MODEL | {

@@ -1,4 +1,4 @@
-"""A rank that hangs or is stopped ends the job, and the log says which rank stands where."""
+"""A rank that hangs or is stopped ends the job, and the log says where each rank is."""
 
 import re
 import signal
@@ -37,7 +37,7 @@ sys.exit(cli.main(["pretrain", *sys.argv[1:]]))
 """
 
 
-def test_a_hung_rank_ends_the_job_and_is_named(tmp_path: Path) -> None:
+def test_hanging_rank_ends_the_job_and_is_named(tmp_path: Path) -> None:
     (tmp_path / "stuck.py").write_text(HUNG_RUN)
     shards = tiny.shards(tmp_path / "shards")
     config = tiny.config(
@@ -93,8 +93,8 @@ def start_ranks(folder: Path, size: int, *arguments: object) -> "list[subprocess
 
 
 @pytest.mark.parametrize(("size", "stopped", "asleep"), [(2, 0, -1), pytest.param(4, 2, 3, marks=pytest.mark.slow)])
-def test_a_stopped_rank_is_the_one_that_is_named(tmp_path: Path, size: int, stopped: int, asleep: int) -> None:
-    """The stopped rank may be the one that keeps the store; the others must not be the only ones in the log."""
+def test_stopped_rank_is_named(tmp_path: Path, size: int, stopped: int, asleep: int) -> None:
+    """The stopped rank may hold the store; the others must report it all the same."""
     ranks = start_ranks(tmp_path, size, stopped, asleep)
     said = {rank: process.communicate(timeout=60)[1] for rank, process in enumerate(ranks) if rank != stopped}
     ranks[stopped].kill()
@@ -110,7 +110,7 @@ def test_a_stopped_rank_is_the_one_that_is_named(tmp_path: Path, size: int, stop
 
 
 @pytest.mark.slow
-def test_time_in_which_the_job_was_suspended_does_not_count(tmp_path: Path) -> None:
+def test_suspended_time_does_not_count(tmp_path: Path) -> None:
     (process,) = start_ranks(tmp_path, 1, -1, 0)
     end = time.monotonic() + 60
     while not (tmp_path / "asleep").exists():
@@ -125,7 +125,7 @@ def test_time_in_which_the_job_was_suspended_does_not_count(tmp_path: Path) -> N
     assert process.returncode == 75
 
 
-def test_the_summary_names_every_rank_once() -> None:
+def test_summary_names_every_rank_once() -> None:
     waiting = {"node": "n", "step": 7, "waits": "all_gather no. 3", "place": "train/trainer.py:9 in f"}
     found = dict.fromkeys((0, 1, 2, 5), waiting) | {3: {**waiting, "waits": None, "place": "data/x.py:1 in read"}}
     assert watchdog.summary(found, {4: "node2", 6: "node2"}) == (
@@ -134,8 +134,8 @@ def test_the_summary_names_every_rank_once() -> None:
     )
 
 
-def test_a_thousand_ranks_ask_the_store_for_little() -> None:
-    """One thread of one process answers them all, so only a few ranks may read what all have written."""
+def test_thousand_ranks_make_few_store_requests() -> None:
+    """One thread of the store answers all requests, so that only a few ranks may read the reports of all."""
     size, store, calls = 1000, dist.HashStore(), [0]
 
     class Counted:
@@ -161,7 +161,7 @@ def test_a_thousand_ranks_ask_the_store_for_little() -> None:
     assert before < 10_000
 
 
-def test_the_start_has_its_own_limit_and_a_grant_ends_with_the_next_progress(tmp_path: Path) -> None:
+def test_start_and_grant_have_their_own_deadlines(tmp_path: Path) -> None:
     dog = watchdog.Watchdog(World(0, 1, 0, torch.device("cpu")), 3.0, tmp_path)
     assert dog._deadline() == watchdog.START_S
     dog.beat(40)  # the run resumes here; its first step compiles

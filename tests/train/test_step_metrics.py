@@ -1,4 +1,4 @@
-"""The numbers beside the loss, against their definitions, alone and in a run at every ZeRO stage."""
+"""The metrics beside the loss, against their definitions and in runs at every ZeRO stage."""
 
 import math
 from pathlib import Path
@@ -34,7 +34,7 @@ def test_gradient_norms_add_up_by_part() -> None:
     )
 
 
-def test_the_effective_rank_of_known_matrices() -> None:
+def test_effective_rank_of_known_matrices() -> None:
     generator = torch.Generator().manual_seed(0)
     assert step_metrics.effective_rank(torch.eye(16)) == pytest.approx(16, rel=1e-3)
     assert (
@@ -64,14 +64,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, A
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_runs_gauges_are_the_same_at_every_stage(runs: dict[str, list[dict[str, Any]]], stage: str) -> None:
+def test_metrics_match_at_every_zero_stage(runs: dict[str, list[dict[str, Any]]], stage: str) -> None:
     for row, expected in zip(runs[stage], runs["zero0"], strict=True):
         assert row.keys() == expected.keys()
         for name, value in expected.items():
             assert row[name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
 
 
-def test_what_a_run_logs(runs: dict[str, list[dict[str, Any]]]) -> None:
+def test_rows_hold_the_documented_metrics(runs: dict[str, list[dict[str, Any]]]) -> None:
     rows = runs["zero1"]
     parts = {"patch_embed", "stage1", "stage2", "stage3", "norm", "view_head", "region_head"}
     for row in rows:
@@ -88,7 +88,7 @@ def test_what_a_run_logs(runs: dict[str, list[dict[str, Any]]]) -> None:
     assert all(0 <= row["knn_top1"] <= 1 for row in rows if "knn_top1" in row)
 
 
-def test_a_held_out_set_without_labels_is_refused(tmp_path: Path) -> None:
+def test_held_out_set_without_labels_is_refused(tmp_path: Path) -> None:
     shards = tiny.shards(tmp_path / "shards")
     (tmp_path / "empty").mkdir()
     config = tiny.config(tmp_path / "run", shards, data__held_out=str(tmp_path / "empty"), train__knn_every=2)
