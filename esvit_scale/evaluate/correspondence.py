@@ -1,15 +1,17 @@
-"""Do region tokens of two views of one image find each other? Without training: cosine, and the best match.
+"""Correspondence: how often the region tokens of two views of an image match, by cosine similarity and without training.
 
-Three measures, each between tokens of view 1 and all tokens of view 2, whose true places are known:
+Each token of view 1 is matched to the most similar token of view 2. There are three pairs of views whose true
+correspondence is known:
 
-- *mirrored*, the official one (EsViT's `analyze_models.py`): view 2 is view 1 flipped, with colour jitter (p .8) and
-  without colour. Of the 10 pairs of the highest similarity, the share at exactly the mirrored cell, and the mean
-  distance in pixels from the matched cell to the true place; the same over all tokens beside it.
-- *cropped*: view 2 is a crop of .4 to 1 of the area, resized and flipped by chance, with the same colours; tokens whose
-  place was cut away do not count.
-- *stereo*: two photographs with true disparity. Nothing in it was made by the augmentations of training.
+- *mirrored*, the official pair (EsViT's `analyze_models.py`): view 2 is view 1 flipped, with colour jitter (probability
+  0.8), then turned to grey.
+- *cropped*: view 2 is a crop of 0.4 to 1 of the area, resized, flipped at random, and coloured as above. Tokens whose place
+  was cut away do not count.
+- *stereo*: two photographs with known disparity, which no training augmentation has made.
 
-The chance level is what random features reach: one over the tokens of view 2.
+Measured are the percentage of tokens matched to exactly the true cell, and the mean distance in pixels from the matched
+cell to the true place: over the 10 most similar pairs, as in the official script, and over all tokens. The chance level is
+that of random features: one over the number of tokens of view 2.
 """
 
 import math
@@ -31,9 +33,9 @@ from esvit_scale.errors import UserError
 from esvit_scale.evaluate.attention import read_picture, require_pictures, to_trunk
 from esvit_scale.evaluate.features import default_device, load_frozen_trunk, source_info
 
-TOP = 10  # pairs of the official measure
+TOP = 10  # pairs that the official measure looks at
 CROP_SCALE = (0.4, 1.0)
-KEPT_PAIRS = 3  # best and worst images that are kept for pictures
+KEPT_PAIRS = 3  # how many of the best and of the worst images are kept for pictures
 
 
 class Matches(NamedTuple):
@@ -44,24 +46,26 @@ class Matches(NamedTuple):
 
 
 class MatchedPairs(NamedTuple):
-    """Matches as places, in pixels of the views; most similar first."""
+    """Matched tokens as places in pixels of the views, most similar first."""
 
-    start: Tensor  # [N, 2] x, y of the cell in view 1
-    found: Tensor  # [N, 2] of the matched cell in view 2
-    true: Tensor  # [N, 2] where it belongs
-    right: Tensor  # bool [N]: the matched cell holds the true place
+    start: Tensor  # [N, 2]: x, y of the cell's centre in view 1
+    found: Tensor  # [N, 2]: centre of the matched cell in view 2
+    true: Tensor  # [N, 2]: true place in view 2
+    right: Tensor  # bool [N]: whether the matched cell contains the true place
     similarity: Tensor  # [N]
-    cells: int  # tokens of view 2
+    cells: int  # number of tokens of view 2
 
 
 class View(NamedTuple):
+    """A view of an image and its region tokens."""
+
     pixels: np.ndarray  # uint8 [H, W, 3]
     tokens: Tensor  # [T, C]
     grid: tuple[int, int]  # H, W
 
 
 class ViewPair(NamedTuple):
-    """Two views and their pairs: what a picture is drawn from."""
+    """Two views of an image and their matches, from which a figure is drawn."""
 
     key: str
     first: np.ndarray  # uint8 [H, W, 3]
@@ -70,20 +74,20 @@ class ViewPair(NamedTuple):
 
 
 def match(first: Tensor, second: Tensor) -> Matches:
-    """Tokens [T1, C] and [T2, C]."""
+    """Return the most similar of the tokens [T2, C] for each of the tokens [T1, C]."""
     similarity, token = (F.normalize(first, dim=1) @ F.normalize(second, dim=1).T).max(1)
     return Matches(token, similarity)
 
 
 def cell_centres(grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """[H·W, 2]: x, y in pixels of the cells of a map [H, W] over a picture of `size` (height, width), row-major."""
+    """Return the cell centres of a map [H, W] over an image of `size` (height, width): x, y in pixels, [H·W, 2]."""
     cell_y, cell_x = size[0] / grid[0], size[1] / grid[1]
     y, x = torch.meshgrid(torch.arange(grid[0]) + 0.5, torch.arange(grid[1]) + 0.5, indexing="ij")
     return torch.stack([x * cell_x, y * cell_y], -1).flatten(0, 1)
 
 
 def match_pairs(first: View, second: View, true: Tensor) -> MatchedPairs:
-    """The matches of the tokens whose `true` place [T1, 2] (pixels of view 2) lies in it; others are left out."""
+    """Match the tokens of two views; leave out those whose `true` place [T1, 2] (pixels) lies outside view 2."""
     height, width = second.pixels.shape[:2]
     inside = ((true >= 0) & (true < torch.tensor([width, height]))).all(1)  # False for NaN
     found = match(first.tokens[inside], second.tokens)
@@ -98,7 +102,7 @@ def match_pairs(first: View, second: View, true: Tensor) -> MatchedPairs:
 
 
 def measure(found: MatchedPairs, top: int = TOP) -> dict[str, float]:
-    """Accuracy in percent and mean distance in pixels, of the `top` most similar pairs and of all."""
+    """Return accuracy in percent and mean distance in pixels, of the `top` most similar pairs and of all."""
     distance = (found.found - found.true).norm(dim=1)
     best = slice(0, top)
     return {
@@ -116,19 +120,20 @@ def measure(found: MatchedPairs, top: int = TOP) -> dict[str, float]:
 
 @torch.no_grad()
 def extract_view(trunk: nn.Module, pixels: np.ndarray) -> View:
-    """
+    """Return an image uint8 [H, W, 3] as a view, with the trunk's region tokens.
+
     Raises:
-        UserError: a trunk whose region tokens form no grid.
+        UserError: the trunk's region tokens form no grid.
     """
     features = trunk([to_trunk(pixels)[None].to(next(trunk.parameters()).device)])
     grids = list(getattr(features, "grids", ()))
     if len(grids) != 1 or math.prod(grids[0]) != len(features.regions):
-        raise UserError(f"correspondence needs region tokens on a grid; {type(trunk).__name__} gives none")
+        raise UserError(f"correspondence needs region tokens on a grid; the trunk {type(trunk).__name__} gives none")
     return View(pixels, F.normalize(features.regions.float().cpu(), dim=1), grids[0][1:])
 
 
 def mirrored(trunk: nn.Module, first: View, key: str, seed: int = 0) -> ViewPair:
-    """The official pair of views."""
+    """Return the official pair: view 2 is the first view flipped, jittered and grey."""
     height, width = first.pixels.shape[:2]
     second = extract_view(trunk, jitter_and_grey(first.pixels[:, ::-1], key, seed))
     true = cell_centres(first.grid, (height, width)) * torch.tensor([-1, 1]) + torch.tensor([width, 0])
@@ -136,7 +141,7 @@ def mirrored(trunk: nn.Module, first: View, key: str, seed: int = 0) -> ViewPair
 
 
 def cropped(trunk: nn.Module, first: View, key: str, seed: int = 0) -> ViewPair:
-    """View 2 is a crop of view 1, at view 1's size."""
+    """Return the pair whose view 2 is a crop of the first view, resized to its size, jittered and grey."""
     height, width = first.pixels.shape[:2]
     rng = crops.keyed_generator(seed, 0, key, 1)
     left, top, right, bottom = crops.crop_box(rng, width, height, CROP_SCALE)
@@ -152,7 +157,7 @@ def cropped(trunk: nn.Module, first: View, key: str, seed: int = 0) -> ViewPair:
 
 
 def stereo(trunk: nn.Module) -> ViewPair:
-    """The bundled pair at its own size. A token's disparity is the median of the known ones in its cell."""
+    """Return the bundled stereo pair, at its own size. A cell's disparity is the median of the known pixels in it."""
     left, right, disparity = samples.stereo_pair()
     first, second = extract_view(trunk, left), extract_view(trunk, right)
     shift = torch.tensor(
@@ -166,7 +171,7 @@ def stereo(trunk: nn.Module) -> ViewPair:
 
 
 def jitter_and_grey(pixels: np.ndarray, key: str, seed: int = 0) -> np.ndarray:
-    """Colour jitter with probability .8, then grey: the official view 2's colours, drawn from (seed, key)."""
+    """Apply colour jitter with probability 0.8, then grey, as to the official view 2. Random from (seed, key)."""
     draw = photometric.draw_params(crops.keyed_generator(seed, 0, key, 0), 0)._replace(grayscale=True, radius=0.0)
     image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))[None]
     x = photometric.apply(image, photometric.stack([[draw]]).crops(0, 1))[0]
@@ -174,22 +179,25 @@ def jitter_and_grey(pixels: np.ndarray, key: str, seed: int = 0) -> np.ndarray:
 
 
 def _median(disparity: np.ndarray) -> float:
+    """Return the median of the known disparities; NaN if fewer than half are known."""
     known = disparity[np.isfinite(disparity)]
     return float(np.median(known)) if 2 * len(known) >= disparity.size else math.nan
 
 
 def _to_uint8(x: Tensor) -> np.ndarray:
-    """[3, H, W], ImageNet-normalised → uint8 [H, W, 3]."""
+    """Return an ImageNet-normalised tensor [3, H, W] as an image uint8 [H, W, 3]."""
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (photometric.MEAN, photometric.STD))
     return (x * std + mean).clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).numpy()
 
 
-# --- over a set ------------------------------------------------------------------------------------------------------
+# --- over a data set---------------------------------------------------------------------------------------------------
 
 
 class CorrespondenceResult(NamedTuple):
-    summary: dict[str, Any]  # correspondence.json
-    best: list[ViewPair]  # of the mirrored measure, over all tokens
+    """The result over a data set, with the pairs of views to draw."""
+
+    summary: dict[str, Any]  # the content of correspondence.json
+    best: list[ViewPair]  # by accuracy of the mirrored pair over all tokens
     worst: list[ViewPair]
     stereo: ViewPair
 
@@ -197,10 +205,11 @@ class CorrespondenceResult(NamedTuple):
 def run_correspondence(
     checkpoint: Path, data: Path, out: Path, images: int = 500, workers: int = 4, seed: int = 0
 ) -> CorrespondenceResult:
-    """`esvit-scale evaluate correspondence`: writes `out`/correspondence.json; the pictures are the report's to draw.
+    """Run `esvit-scale evaluate correspondence`; write `out`/correspondence.json. report/evaluation_figures.py draws it.
 
     Args:
-        data: one image, a folder of images or shards. Of a set, the first `images` are taken.
+        data: one image, a folder of images, or shards.
+        images: how many images of a set are used: the first ones.
 
     Raises:
         UserError: `data` cannot be read, or the trunk has no grid of region tokens.
@@ -216,7 +225,7 @@ def run_correspondence(
         first = extract_view(trunk, pixels)
         case, crop = mirrored(trunk, first, key, seed), cropped(trunk, first, key, seed)
         rows.append({"mirrored": measure(case.pairs)})
-        if len(crop.pairs.right):  # in a small crop of a coarse grid no token's place may be left
+        if len(crop.pairs.right):  # a small crop of a coarse grid may keep no token's place
             rows[-1]["cropped"] = measure(crop.pairs)
         cases = _keep_best_and_worst([*cases, (rows[-1]["mirrored"]["accuracy"], case)])
     if not rows:
@@ -238,7 +247,7 @@ def run_correspondence(
 
 
 def table(summary: dict[str, Any]) -> str:
-    """The measures as text, one line each."""
+    """Return a text table of correspondence.json, with a line for each pair of views."""
     lines = [f"{'correspondence':<16}{'top-10, %':>12}{'distance, px':>14}{'all, %':>10}{'px':>8}{'chance, %':>11}"]
     for name, m in summary["measures"].items():
         cells = f"{m['top_accuracy']:12.1f}{m['top_distance_px']:14.1f}{m['accuracy']:10.1f}{m['distance_px']:8.1f}"
@@ -247,7 +256,7 @@ def table(summary: dict[str, Any]) -> str:
 
 
 def _pictures(data: Path, size: int, images: int, workers: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Keys and centre crops uint8 [S, S, 3]."""
+    """Yield the keys and centre crops (uint8 [S, S, 3]) of the images."""
     if data.is_file() and not manifests.is_shard_set(data):
         pixels = Image.fromarray(read_picture(data, size))
         yield data.name, stream.centre_crop(pixels, size).transpose(1, 2, 0)
@@ -262,7 +271,7 @@ def _pictures(data: Path, size: int, images: int, workers: int) -> Iterator[tupl
 
 
 def _keep_best_and_worst(cases: list[tuple[float, ViewPair]]) -> list[tuple[float, ViewPair]]:
-    """At most KEPT_PAIRS of the best and as many of the worst: pictures of a large set are not all kept."""
+    """Return at most the KEPT_PAIRS best and as many worst pairs, so that the views of a large set are not all kept."""
     if len(cases) <= 2 * KEPT_PAIRS:
         return cases
     ranked = sorted(cases, key=lambda c: -c[0])
