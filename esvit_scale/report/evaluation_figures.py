@@ -1,6 +1,6 @@
-"""Pictures of what evaluation found, as PNG bytes: correspondences between two views, attention, token components.
+"""Figures of evaluation results, as PNG bytes: correspondences between two views, attention maps, token components.
 
-Backgrounds are transparent and the greys neutral, as the curves' (plots.py): they lie on light and on dark pages.
+As in plots.py, backgrounds are transparent and greys neutral, so that figures are readable on light and dark pages.
 """
 
 from collections.abc import Sequence
@@ -17,14 +17,14 @@ from esvit_scale.evaluate.correspondence import TOP, CorrespondenceResult, ViewP
 from esvit_scale.report.plots import GREY, blank_figure, png
 
 GOOD, BAD = "#34d399", "#fb7185"
-GAP = 0.06  # between two views, of their height
-BULGE = 0.05  # of a line, of its length
-HEADS_SHOWN = 8
+GAP = 0.06  # space between two views, as a fraction of their height
+BULGE = 0.05  # bulge of a line, as a fraction of its length
+HEADS_SHOWN = 8  # largest number of heads that are drawn
 WIDTH = 10.4  # inches
 
 
 def correspondences(cases: Sequence[ViewPair], shown: int = TOP) -> bytes:
-    """The views of each case side by side and lines between its most similar pairs: green where they are right."""
+    """Draw the views of each pair side by side, with lines between the most similar tokens: green if right, else red."""
     shapes = [_pair_shape(case) for case in cases]
     width = sum(w / h for h, w in shapes)
     height = WIDTH / width
@@ -36,7 +36,7 @@ def correspondences(cases: Sequence[ViewPair], shown: int = TOP) -> bytes:
 
 
 def attention(seen: AttentionResult) -> bytes:
-    """A row a stage (its last block), a column a head: what each token receives from the queries of its window."""
+    """Draw the attention that each token receives: a row for each stage (its last block), a column for each head."""
     last = {block.stage: block for block in seen.blocks}
     columns = 1 + min(HEADS_SHOWN, max(block.probabilities.shape[1] for block in last.values()))
     height, width = seen.picture.shape[:2]
@@ -59,7 +59,7 @@ def attention(seen: AttentionResult) -> bytes:
 
 
 def components(seen: AttentionResult) -> bytes:
-    """The picture, and each stage's first three components as red, green and blue."""
+    """Draw the picture, and the first three principal components of each stage's tokens as red, green and blue."""
     height, width = seen.picture.shape[:2]
     columns = 1 + len(seen.components)
     figure = blank_figure(WIDTH, WIDTH / columns * height / width + 0.28)
@@ -75,7 +75,7 @@ def components(seen: AttentionResult) -> bytes:
 
 
 def write_correspondences(result: CorrespondenceResult, out: Path) -> list[Path]:
-    """correspondence-best.png, -worst.png and -stereo.png in `out`."""
+    """Write correspondence-best.png, -worst.png and -stereo.png to the folder `out`; return their paths."""
     pictures = {"best": result.best, "worst": result.worst, "stereo": [result.stereo]}
     shown = {"stereo": 40}
     return [
@@ -86,7 +86,7 @@ def write_correspondences(result: CorrespondenceResult, out: Path) -> list[Path]
 
 
 def write_attention(seen: AttentionResult, out: Path) -> list[Path]:
-    """attention.png and components.png in `out`."""
+    """Write attention.png and components.png to the folder `out`; return their paths."""
     drawn = {"attention": attention(seen), "components": components(seen)}
     return [_write(out / f"{name}.png", content) for name, content in drawn.items()]
 
@@ -97,7 +97,7 @@ def _write(path: Path, content: bytes) -> Path:
 
 
 def _pair_shape(case: ViewPair) -> tuple[int, int]:
-    """Height and width of two views beside each other."""
+    """Return height and width in pixels of two views side by side."""
     height = max(case.first.shape[0], case.second.shape[0])
     return height, case.first.shape[1] + case.second.shape[1] + round(GAP * height)
 
@@ -128,8 +128,11 @@ def _pair(axes: Axes, case: ViewPair, shown: int) -> None:
 
 
 def _arcs(start: NDArray, end: NDArray) -> list[NDArray]:
-    """[N, 2] and [N, 2] → N arcs of points, bulging upwards with their length: mirrored pairs, which lie in one row, nest
-    instead of covering each other."""
+    """Return arcs of points from each start [N, 2] to its end [N, 2].
+
+    An arc bulges upwards in proportion to its length, so that the lines of mirrored tokens, which lie in one row, do not
+    cover each other.
+    """
     t = np.linspace(0, 1, 25)[None, :, None]
     length = np.linalg.norm(end - start, axis=1)[:, None]
     line = start[:, None] * (1 - t) + end[:, None] * t  # [N, 25, 2]
@@ -138,7 +141,7 @@ def _arcs(start: NDArray, end: NDArray) -> list[NDArray]:
 
 
 def _spread(n: int, shown: int) -> NDArray[np.int64]:
-    """The most similar pairs; when more than TOP are shown, evenly over all of them."""
+    """Return the numbers of the pairs to draw: the most similar, or, if more than TOP are shown, evenly spaced ones."""
     return (
         np.arange(min(n, shown))
         if shown <= TOP
@@ -152,7 +155,7 @@ def _image(axes: Axes, pixels: NDArray) -> None:
 
 
 def _stretched(values: NDArray, height: int, width: int) -> NDArray:
-    """[H, W, …] → [height, width, …], every cell a block: nothing is interpolated that was not there."""
+    """Enlarge a map [H, W, …] to [height, width, …] without interpolation: every cell becomes a block."""
     rows = np.arange(height) * values.shape[0] // height
     return values[rows][:, np.arange(width) * values.shape[1] // width]
 

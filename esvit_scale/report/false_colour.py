@@ -1,4 +1,4 @@
-"""Pictures of images that are no 8-bit RGB: three chosen bands as red, green and blue, or one as grey."""
+"""RGB pictures of images that are not 8-bit RGB: three bands become red, green and blue, or one becomes grey."""
 
 from collections.abc import Sequence
 
@@ -8,24 +8,25 @@ from PIL import Image
 
 from esvit_scale.errors import UserError
 
-STRETCH = (2, 98)  # percentiles that become black and white: 16-bit sensors use a small part of their range
+STRETCH = (2, 98)  # percentiles that become black and white, since 16-bit sensors use a small part of their range
 
 
 def composite(pixels: NDArray[np.generic], bands: Sequence[int] | None = None, stretch: bool = True) -> Image.Image:
-    """Return an RGB picture of [H, W, C].
+    """Return an image [H, W, C] as an RGB picture.
 
     Args:
-        bands: one or three, counted from 1; None: the first three, or the first where there are fewer.
-        stretch: each band from its 2nd to its 98th percentile; False: from 0 to the largest value of its type, or to 1.
+        bands: one or three bands, counted from 1; None takes the first three, or the first if there are fewer than three.
+        stretch: scale each band between its 2nd and 98th percentile; otherwise between 0 and the largest value of its
+            type (1 for floats).
 
     Raises:
-        UserError: a band that the image does not have.
+        UserError: the image does not have one of the bands.
     """
     channels = pixels.shape[2]
     chosen = tuple(bands or ((1, 2, 3) if channels >= 3 else (1,)))
     missing = [band for band in chosen if band > channels]
     if missing:
-        raise UserError(f"--bands: the images have {channels} channels, and {missing[0]} is asked for")
+        raise UserError(f"--bands: there is no band {missing[0]}; the images have bands 1 to {channels}")
     out = np.stack([_eight_bits(pixels[:, :, band - 1], stretch) for band in chosen], 2)
     return Image.fromarray(np.broadcast_to(out, (*out.shape[:2], 3)).copy())
 

@@ -1,4 +1,4 @@
-"""report.html: one file that opens anywhere, offline: what one run, or several side by side, did and reached."""
+"""report.html: one self-contained page about a run, or about several side by side."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,14 +15,16 @@ NAME = "report.html"
 
 
 def write_report(run_dirs: Path | Sequence[Path], out: Path | None = None) -> Path:
-    """Writes one page about a run, or about several side by side, and says in it what is missing.
+    """Write one page about a run, or about several side by side, that also lists what is missing; return its path.
 
-    Read are config.yaml, metrics.jsonl, summary.json, environment.json, and in the run dir or one folder below the results
-    of `esvit-scale evaluate` (knn*.json, linear.json, transfer.json, correspondence.json, and its pictures). Crops and
-    neighbours are made anew from the data that these name, where it is still there.
+    The page is made from config.yaml, metrics.jsonl, summary.json and environment.json, and from the results of
+    `esvit-scale evaluate` in the run dir or one folder below (knn*.json, linear*.json, transfer*.json,
+    correspondence*.json, and pictures). Crops and neighbours are drawn from the data sets that these name, if those still
+    exist.
 
     Args:
-        out: the file to write; None: report.html in the run dir, or of several runs in the folder that the first is in.
+        out: the file to write; None writes report.html in the run dir, or for several runs in the folder that holds the
+            first.
 
     Raises:
         UserError: one of `run_dirs` is not a run dir, or is named twice.
@@ -30,18 +32,18 @@ def write_report(run_dirs: Path | Sequence[Path], out: Path | None = None) -> Pa
     paths = [run_dirs] if isinstance(run_dirs, Path) else list(run_dirs)
     resolved = [path.resolve() for path in paths]
     if twice := [path for path, r in zip(paths, resolved, strict=True) if resolved.count(r) > 1]:
-        raise UserError(f"{twice[0]}: named twice; a run is compared with others")
+        raise UserError(f"{twice[0]}: named twice; name each run once")
     runs = [run_files.read(path) for path in paths]
     target = out or (paths[0] if len(paths) == 1 else resolved[0].parent) / NAME
     if target.is_dir():
-        raise UserError(f"{target}: is a folder; --out names the file to write, for example {target / NAME}")
+        raise UserError(f"{target}: is a folder, but --out must name a file, for example {target / NAME}")
     target.parent.mkdir(parents=True, exist_ok=True)
     files.write_text(target, render("template.html.j2", **_contents(runs)))
     return target
 
 
 def _contents(runs: list[RunFiles]) -> Json:
-    """Everything the template shows."""
+    """Return everything that template.html.j2 shows."""
     several = len(runs) > 1
     names = run_files.unique_names(runs)
     labels = names if several else [""]
@@ -78,7 +80,7 @@ def _contents(runs: list[RunFiles]) -> Json:
 
 
 def _pictures(of: RunFiles, label: str) -> Json:
-    """Crops, neighbours, and what `evaluate correspondence` and `evaluate attention` drew."""
+    """Return a run's images: crops, neighbours, and the pictures of `evaluate correspondence` and `evaluate attention`."""
     latest = next((r for r in reversed(of.results["knn"]) if r.get("examples")), None)
     config = of.config
     crops = (
@@ -90,7 +92,7 @@ def _pictures(of: RunFiles, label: str) -> Json:
     for kind, command in (("correspondence", "correspondence"), ("attention", "attention")):
         if not of.pictures[kind]:
             of.missing.append(
-                f"{kind} pictures: `esvit-scale evaluate {command} … --out` a folder in the run dir adds them"
+                f"{kind} pictures: not there; `esvit-scale evaluate {command} … --out` a folder in the run dir adds them"
             )
     return {"name": label, "crops": crops, "neighbours": neighbours} | of.pictures
 
@@ -126,7 +128,7 @@ def _described(config: Config) -> list[str]:
 
 
 def _tiles(of: RunFiles) -> list[tuple[str, str]]:
-    """The few numbers to read first."""
+    """Return the key figures of a run, each with its label."""
     tiles = []
     for result in of.results["knn"][-3:]:
         best: Any = result.get("best")

@@ -1,7 +1,7 @@
-"""Where a run was unstable, and in which layer it began: k-NN accuracy over every layer's gradient.
+"""The figure that shows when training was unstable and in which layer it began: k-NN accuracy above all gradients.
 
-MoCo v3 (Chen et al. 2021): training that looks fine in its loss loses accuracy for a while; the gradient spikes behind
-such a dip begin in the first layer and reach the last some steps later.
+MoCo v3 (Chen et al. 2021) found that accuracy can dip for a while although the loss looks fine, and that the gradient
+spikes behind such a dip begin in the first layer and reach the last one some steps later.
 """
 
 import numpy as np
@@ -14,19 +14,23 @@ from esvit_scale.report.plots import GREEN, GREY, Metrics
 from esvit_scale.train.monitors import DIP, SPIKE, WINDOW
 
 PREFIX = "grad_norm_"
-WIDTH, ROW = 11.0, 0.17  # inches: of the figure, of a layer
-COLUMNS = 600  # stretches of steps that are drawn; each shows its largest value
+WIDTH, ROW = 11.0, 0.17  # inches: width of the figure, height of a layer's row
+COLUMNS = 600  # largest number of columns; one that stands for several steps shows their largest value
 HEAT = LinearSegmentedColormap.from_list("heat", ["#80868f18", "#f0883e", "#dc2626", "#7f1d1d"])
 RED = "#dc2626"
 
 
 def layers(metrics: Metrics) -> list[str]:
-    """The parts whose gradient was logged, in the network's order, input first."""
+    """Return the parts of the network whose gradient norms were logged, from input to output."""
     return [name.removeprefix(PREFIX) for name in metrics if name.startswith(PREFIX)]
 
 
 def heat_map(metrics: Metrics, titles: dict[str, str]) -> bytes | None:
-    """PNG; None for a run that logged no gradients by layer. `titles`: of layers, in words."""
+    """Return the figure as PNG; None for a run that logged no gradient norms by layer.
+
+    Args:
+        titles: layer → its name on the figure.
+    """
     names = layers(metrics)
     steps = metrics.get("step")
     if not names or steps is None or len(steps) < 2:
@@ -48,7 +52,7 @@ def heat_map(metrics: Metrics, titles: dict[str, str]) -> bytes | None:
 
 
 def over_median(norms: np.ndarray) -> np.ndarray:
-    """Every value over the median of the finite ones among the 50 before it; 1 for the first, infinite where NaN."""
+    """Divide every value by the median of the finite ones among the 50 before it; 1 for the first, infinity for NaN."""
     ratios = np.ones(len(norms))
     for i in range(1, len(norms)):
         before = norms[max(0, i - WINDOW) : i]
@@ -59,7 +63,7 @@ def over_median(norms: np.ndarray) -> np.ndarray:
 
 
 def dips(knn: np.ndarray) -> np.ndarray:
-    """Where an accuracy [0, 1] lies five points and more below the best before it; bool, False where none was measured."""
+    """Return where an accuracy (0 to 1) is at least five points below the best before it; False where it is NaN."""
     best = np.fmax.accumulate(np.where(np.isfinite(knn), knn, -np.inf))
     with np.errstate(invalid="ignore"):
         return np.isfinite(knn) & (knn < best - DIP)

@@ -1,4 +1,4 @@
-"""What a run logged, as groups of small curves: one a column, all runs in each."""
+"""The curves of the report, in groups: a small figure for each column of metrics.jsonl, with all runs in it."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,19 +15,24 @@ NOT_DRAWN = ("step", "images_seen", "time")
 
 
 class Group(NamedTuple):
+    """A group of figures that belong together."""
+
     title: str
     caption: str
-    columns: Mapping[str, tuple[str, str]]  # column → its title, its colour when there is one run
+    columns: Mapping[
+        str, tuple[str, str]
+    ]  # column of metrics.jsonl → title of its figure, colour of the curve if there is one run
 
 
-PARTS = {"patch_embed": "patch embedding", "norm": "final norm"}  # whose names are no words
-# What every run logs; the rest depends on the objective and on what was asked for.
+PARTS = {"patch_embed": "patch embedding", "norm": "final norm"}  # titles of parts whose names are not plain words
+# Columns that every run logs; others depend on the objective and the config.
 EXPECTED = {"loss", "grad_norm", "feature_std", "rank_me", "images_per_s", "data_wait_s", "lr", "wd", "momentum"}
 GROUPS = (
     Group(
         "Loss",
-        "What the objective minimises; EsViT's is the cross-entropy of the student's predictions against the teacher's "
-        "targets, with its view and region parts apart. It need not fall all the way: targets move as the teacher learns.",
+        "The loss that training minimises. EsViT's is the cross-entropy between the student's predictions and the teacher's "
+        "targets, also shown separately for views and regions. It need not fall all the way, because the targets change as "
+        "the teacher learns.",
         {
             "loss": ("total", BLUE),
             "loss_view": ("view (V)", ORANGE),
@@ -36,8 +41,9 @@ GROUPS = (
     ),
     Group(
         "Similarities",
-        "Cosines of predictions and targets: of two views of an image, and of other images; how often an image's other view "
-        "is the nearest of the batch. A projection spread of 1 is isotropic, 0 collapsed.",
+        "Cosine similarity of predictions and targets, for two views of the same image and for other images, and how often "
+        "the nearest in the batch is the other view of the image. A spread of the projections of 1 is isotropic, 0 is "
+        "collapse.",
         {
             "positive_similarity": ("of an image's views", GREEN),
             "negative_similarity": ("of near other images", ORANGE),
@@ -47,8 +53,8 @@ GROUPS = (
     ),
     Group(
         "Stability",
-        "Entropy in nats: at ln K (dashed) the targets are uniform, at 0 every image has the same one; both are "
-        "collapse. The gradient norm is before clipping; a feature spread of 1 is isotropic, 0 collapsed.",
+        "Entropies in nats: at ln K (dashed) the targets are uniform, at 0 every image has the same one; both are collapse. "
+        "The gradient norm is before clipping. A spread of the features of 1 is isotropic, 0 is collapse.",
         {
             "teacher_entropy_view": ("teacher's entropy, view", ORANGE),
             "teacher_entropy_region": ("teacher's entropy, region", GREEN),
@@ -68,18 +74,18 @@ GROUPS = (
     ),
     Group(
         "Speed",
-        "MFU: the share of the device's matrix-product rate that became training. The wait is the part of a step that "
-        "was spent without data to work on.",
+        "MFU (model FLOPs utilisation) is the fraction of the device's peak matrix-product rate that training reached. The "
+        "wait for data is the time in a step during which the device had no batch to work on.",
         {
             "images_per_s": ("images per second", GREEN),
-            "data_wait_s": ("wait for data, s a step", ORANGE),
+            "data_wait_s": ("wait for data, seconds per step", ORANGE),
             "mfu": ("MFU", BLUE),
-            "step_s": ("seconds a step", VIOLET),
+            "step_s": ("seconds per step", VIOLET),
         },
     ),
     Group(
         "Schedules",
-        "What moves during the run by plan.",
+        "Settings that change during the run by plan.",
         {
             "lr": ("learning rate", BLUE),
             "wd": ("weight decay", BLUE),
@@ -88,29 +94,36 @@ GROUPS = (
         },
     ),
 )
-BY_PART = {  # what a column's name begins with → the group of all such columns
+BY_PART = {  # prefix of column names → title, caption and colour of the group of all such columns
     "grad_norm_": (
         "Gradients by part",
-        "Norm before clipping. A spike that begins in the patch embedding and reaches the last layer some steps later is "
-        "the instability that MoCo v3 describes.",
+        "Gradient norms before clipping. A spike that begins in the patch embedding and reaches the last layer some steps "
+        "later is the instability that MoCo v3 describes.",
         VIOLET,
     ),
     "update_ratio_": (
         "Updates by part",
-        "How far a step moves the largest matrix of each part, relative to its size: about 1e-3 is usual; a part far from "
-        "the others learns too fast or not at all.",
+        "The norm of a step's update of each part's largest matrix, divided by the norm of the matrix. About 1e-3 is usual; a "
+        "part far from the others learns too fast or not at all.",
         BLUE,
     ),
 }
 FROM_ZERO = {"images_per_s", "data_wait_s", "mfu", "step_s", "skipped_steps", "feature_std", "rank_me", "knn_top1"}
-PLANNED = {"lr", "wd", "momentum", "teacher_temp", "skipped_steps", "bad_samples"}  # not noisy
+PLANNED = {
+    "lr",
+    "wd",
+    "momentum",
+    "teacher_temp",
+    "skipped_steps",
+    "bad_samples",
+}  # curves that are drawn without smoothing
 SAME_SCALE = ({"loss", "loss_view", "loss_region"}, {"teacher_entropy_view", "teacher_entropy_region"})
 
 
 def groups(runs: Sequence[RunFiles], names: Sequence[str], missing: list[str]) -> list[dict[str, Any]]:
-    """For the template: title, caption and figures (title, image) of every group that any run logged something of.
+    """Return, for the template, title, caption and figures of every group of which a run logged a column.
 
-    What no group knows is drawn under "Other"; a known column that nobody logged is noted in `missing`.
+    A column that is in no group is drawn under "Other". A column of EXPECTED that no run logged is noted in `missing`.
     """
     logged = {name: None for run in runs for name, values in run.columns.items() if np.isfinite(values).any()}
     by_part = [_group_of_parts(prefix, *words, logged) for prefix, words in BY_PART.items()]
@@ -120,7 +133,9 @@ def groups(runs: Sequence[RunFiles], names: Sequence[str], missing: list[str]) -
         *GROUPS[:3],
         *by_part,
         *GROUPS[3:],
-        Group("Other", "Logged by this run; no group here knows them.", {o: (o, GREY) for o in others}),
+        Group(
+            "Other", "Columns of metrics.jsonl that belong to none of the groups above.", {o: (o, GREY) for o in others}
+        ),
     ]
     shown = []
     for group in all_groups:
@@ -139,7 +154,7 @@ def groups(runs: Sequence[RunFiles], names: Sequence[str], missing: list[str]) -
 
 
 def by_layer(runs: Sequence[RunFiles], names: Sequence[str]) -> list[tuple[str, str]]:
-    """Of every run that logged gradients by layer: its name and the picture of report/instability.py."""
+    """Return the name and the figure (instability.py) of every run that logged gradient norms by layer."""
     found = []
     for run, name in zip(runs, names, strict=True):
         titles = {part: part_in_words(part) for part in instability.layers(run.columns)}
@@ -149,7 +164,7 @@ def by_layer(runs: Sequence[RunFiles], names: Sequence[str]) -> list[tuple[str, 
 
 
 def part_in_words(part: str) -> str:
-    """ "stage3" → "stage 3", "view_head" → "view head" """
+    """Return the title of a part of the network: "stage 3" for "stage3", "view head" for "view_head"."""
     return PARTS.get(part, re.sub(r"(\d+)", r" \1", part.replace("_", " ")))
 
 
@@ -159,6 +174,7 @@ def _group_of_parts(prefix: str, title: str, caption: str, colour: str, logged: 
 
 
 def colours(runs: Sequence[RunFiles]) -> list[str]:
+    """Return a colour for each run."""
     return [RUN_COLOURS[i % len(RUN_COLOURS)] for i in range(len(runs))]
 
 
@@ -185,7 +201,7 @@ def _figure(runs: Sequence[RunFiles], names: Sequence[str], column: str, colour:
 
 
 def _range(runs: Sequence[RunFiles], column: str) -> tuple[float, float] | None:
-    """Columns that are compared by eye share their axis."""
+    """Return the limits of the y axis for a column that shares it with others (SAME_SCALE); None for other columns."""
     family = next((f for f in SAME_SCALE if column in f), None)
     if family is None:
         return None

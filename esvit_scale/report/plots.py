@@ -1,6 +1,6 @@
-"""Curves of runs: columns of metrics.jsonl → PNG bytes.
+"""Small figures of curves from columns of metrics.jsonl, as PNG bytes.
 
-The background is transparent and the greys are neutral, so that one picture reads well on a light and on a dark page.
+The background is transparent and the greys are neutral, so that a figure is readable on light and dark pages.
 """
 
 import io
@@ -14,15 +14,15 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-Metrics = Mapping[str, np.ndarray]  # column → float64 [rows], NaN where a row lacks it
+Metrics = Mapping[str, np.ndarray]  # column → float64 [rows]; NaN in rows without it
 
 BLUE, ORANGE, GREEN, VIOLET, GREY = "#3b82f6", "#f0883e", "#2ea36f", "#a371f7", "#80868f"
-WIDTHS = {3: 3.5, 4: 2.6}  # inches of a panel, by how many stand in a row
-HEIGHT, DPI = 2.1, 200  # inches; twice the screen's resolution
+WIDTHS = {3: 3.5, 4: 2.6}  # panels in a row → inches of a panel
+HEIGHT, DPI = 2.1, 200  # inches; dots per inch, twice the resolution of a screen
 ROUND = [1, 2, 2.5, 5, 10]  # ticks are multiples of these
-POINTS = 2000  # of a curve that are drawn: more are not seen
-SMOOTH_FROM = 200  # points, from which a noisy curve gets a running mean
-LOG_FROM = 20.0  # largest over smallest gradient norm
+POINTS = 2000  # largest number of points of a curve that are drawn
+SMOOTH_FROM = 200  # number of points above which a noisy curve gets a running mean
+LOG_FROM = 20.0  # ratio of largest to smallest gradient norm above which the axis is logarithmic
 
 
 class Curve(NamedTuple):
@@ -34,23 +34,25 @@ class Curve(NamedTuple):
 
 
 class Panel(NamedTuple):
+    """What one small figure shows, and how."""
+
     column: str
-    x: str = "step"  # or images_seen
+    x: str = "step"  # column of the x axis: step or images_seen
     from_zero: bool = False
     noisy: bool = True
-    limits: tuple[float, float] | None = None  # of the axis; None: what the values need
-    prototypes: int | None = None  # K, of an entropy: marks ln K
+    limits: tuple[float, float] | None = None  # of the y axis; None fits it to the values
+    prototypes: int | None = None  # K, to mark ln K in the figure of an entropy
     in_a_row: int = 3
 
 
 def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """Rows of metrics.jsonl as columns; values that are not numbers become NaN."""
+    """Return rows of metrics.jsonl as columns; values that are not numbers become NaN."""
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: np.array([_number(row.get(name)) for row in rows]) for name in names}
 
 
 def panel(curves: Sequence[Curve], panel: Panel) -> bytes:
-    """One column of every run, in one small figure."""
+    """Return a small figure of one column, with a curve for every run, as PNG."""
     figure = blank_figure(WIDTHS[panel.in_a_row], HEIGHT)
     axes = figure.subplots()
     style(axes)
@@ -101,7 +103,7 @@ def _finite(curves: Sequence[Curve], column: str) -> np.ndarray:
 
 
 def blank_figure(width: float, height: float) -> Figure:
-    """A transparent figure of that many inches."""
+    """Return an empty transparent figure of a size in inches."""
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     figure.patch.set_alpha(0)
@@ -109,6 +111,7 @@ def blank_figure(width: float, height: float) -> Figure:
 
 
 def style(axes: Axes) -> None:
+    """Give axes the look of the report: transparent, with neutral grey lines and few ticks."""
     axes.patch.set_alpha(0)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color((*_rgb(GREY), 0.5))
@@ -121,7 +124,7 @@ def style(axes: Axes) -> None:
 
 
 def _draw(axes: Axes, curve: Curve, panel: Panel) -> None:
-    """The logged values; of a long run thin, with their running mean over them, where they are noisy."""
+    """Draw the logged values; a noisy curve of a long run is drawn thin, with its running mean over it."""
     x, values = _x(curve.metrics, panel.x), curve.metrics[panel.column]
     finite = np.isfinite(values) & np.isfinite(x)
     x, values = x[finite], values[finite]
@@ -136,7 +139,7 @@ def _draw(axes: Axes, curve: Curve, panel: Panel) -> None:
 
 
 def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most about POINTS points, the smallest and largest of every stretch among them: no spike is lost."""
+    """Return at most about POINTS points, among them the smallest and largest of every interval, so that no spike is lost."""
     stretch = -(-2 * len(x) // POINTS)
     if stretch < 2:
         return x, y
@@ -157,7 +160,7 @@ def _number(value: Any) -> float:
 
 
 def _count(value: float, _: Any) -> str:
-    """Steps and images: 40,000 and 1.2M."""
+    """Return a number of steps or images as text, such as 40,000 or 1.2M."""
     return f"{value / 1e6:.4g}M" if abs(value) >= 1e6 else f"{value:,.0f}"
 
 
@@ -170,6 +173,7 @@ def _rgb(colour: str) -> tuple[float, float, float]:
 
 
 def png(figure: Figure) -> bytes:
+    """Return a figure as PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()

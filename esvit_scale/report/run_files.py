@@ -1,4 +1,4 @@
-"""One run dir as the report reads it: whatever is there, and in words what is missing."""
+"""Reading a run dir for the report: everything that is there, and notes on what is missing."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -20,23 +20,26 @@ EVALUATIONS = ("knn", "linear", "transfer", "correspondence")
 
 
 class RunFiles(NamedTuple):
+    """The content of a run dir that the report shows."""
+
     path: Path
     name: str
     config: Config | None
     config_text: str | None
-    rows: list[Json]  # of metrics.jsonl
-    columns: dict[str, np.ndarray]  # the same by name, float64 [rows]
+    rows: list[Json]  # rows of metrics.jsonl
+    columns: dict[str, np.ndarray]  # the same rows as columns, float64 [rows]
     summary: Json | None
     environment: Json | None
-    results: dict[str, list[Json]]  # of EVALUATIONS: what their JSON files hold, by training step
+    results: dict[str, list[Json]]  # evaluation → the content of its JSON files, in the order of training steps
     pictures: dict[str, list[str]]  # "correspondence", "attention", "components" → PNGs as data URIs
-    missing: list[str]  # what is not there, a sentence each
+    missing: list[str]  # what is missing or damaged, a sentence each
 
 
 def read(path: Path) -> RunFiles:
-    """
+    """Return the content of a run dir; files that are missing or damaged are noted in `missing`.
+
     Raises:
-        UserError: not a run dir. What is missing or damaged inside one is said in `missing`.
+        UserError: `path` is not a run dir.
     """
     if not path.is_dir():
         raise UserError(f"{path}: no such run dir")
@@ -68,7 +71,7 @@ def read(path: Path) -> RunFiles:
 
 
 def try_or_note(what: str, missing: list[str], make: Callable[[], T]) -> T | None:
-    """What `make` gives, or None with a note: a part that cannot be shown must not cost the rest of the report."""
+    """Return what `make` returns; if it fails, return None and note why in `missing`, so that the rest can be shown."""
     try:
         return make()
     except (UserError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -78,14 +81,14 @@ def try_or_note(what: str, missing: list[str], make: Callable[[], T]) -> T | Non
 
 
 def unique_names(runs: list[RunFiles]) -> list[str]:
-    """A name for each run, by its folder where two are named alike."""
+    """Return a name for each run: its config's, or its folder's where two runs have the same name."""
     names = [run.name for run in runs]
     names = [str(r.path.resolve().name) if names.count(n) > 1 else n for r, n in zip(runs, names, strict=True)]
     return [str(r.path) if names.count(n) > 1 else n for r, n in zip(runs, names, strict=True)]
 
 
 def _results(run: Path, kind: str, missing: list[str]) -> list[Json]:
-    """By training step, those without a step (baselines) first. Of k-NN there may be several files (knn-….json)."""
+    """Return the results of one evaluation in the order of training steps; those without a step (baselines) come first."""
     found = []
     for path in sorted([*run.glob(f"{kind}*.json"), *run.glob(f"*/{kind}*.json")]):
         result = _json(path, missing, path.relative_to(run))

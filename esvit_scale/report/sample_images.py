@@ -1,4 +1,4 @@
-"""Images of a report: the crops of a few training samples, and test samples beside their nearest neighbours."""
+"""Sample images for the report: crops of a few training samples, and test samples beside their nearest neighbours."""
 
 import base64
 import io
@@ -18,33 +18,39 @@ from esvit_scale.data.pixel_format import PixelFormat, pixel_format
 from esvit_scale.errors import UserError
 from esvit_scale.report.false_colour import composite
 
-CROPPED_IMAGES = 5  # images whose crops are shown
-THUMBNAIL_SIDE = 208  # pixels of a thumbnail's longer side: twice its size on the page
+CROPPED_IMAGES = 5  # number of images whose crops are shown
+THUMBNAIL_SIDE = 208  # pixels of a thumbnail's longer side, twice its size on the page
 
 
 class CropGrid(NamedTuple):
+    """Crops of a few images, a row for each image."""
+
     columns: list[str]
-    rows: list[list[str]]  # data URIs; rows images, columns crops
+    rows: list[list[str]]  # data URIs: a row for each image, a column for each crop
 
 
 class Neighbour(NamedTuple):
+    """A training sample near a test sample."""
+
     image: str  # data URI
     label: str
     similarity: float
-    right: bool  # of the query's class
+    right: bool  # whether it is of the query's class
 
 
 class Query(NamedTuple):
-    image: str
+    """A test sample and its nearest training samples."""
+
+    image: str  # data URI
     label: str
     neighbours: list[Neighbour]
 
 
 def crop_grid(config: Config) -> CropGrid:
-    """The crops of the first epoch for a few samples of the run's training set, augmented as in training.
+    """Return the crops of a few training samples as the first epoch sees them, with the augmentations of training.
 
     Raises:
-        UserError: the training set is not there any more.
+        UserError: the training set no longer exists.
     """
     train = config.train.model_copy(update={"global_batch": CROPPED_IMAGES, "grad_accum": 1})
     data = config.data.model_copy(update={"workers": 0, "slots": None})
@@ -65,10 +71,10 @@ def crop_grid(config: Config) -> CropGrid:
 
 
 def neighbour_rows(result: Mapping[str, Any]) -> list[Query]:
-    """The examples that a knn.json recorded, with their images.
+    """Return the examples that a knn.json recorded, with their images.
 
     Raises:
-        UserError: one of its two sets is not there any more, or does not hold a recorded sample.
+        UserError: one of its two sets no longer exists, or does not hold a recorded sample.
     """
     examples = result["examples"]
     queries = images_by_key(Path(result["test"]), {e["key"] for e in examples})
@@ -87,10 +93,10 @@ def neighbour_rows(result: Mapping[str, Any]) -> list[Query]:
 
 
 def images_by_key(source: Path, keys: set[str]) -> dict[str, Image.Image]:
-    """The pictures of a few samples of a shard set or an image folder.
+    """Return the images of a few samples of a shard set or an image folder, by key.
 
     Raises:
-        UserError: the set is not there, or does not hold one of them.
+        UserError: the set does not exist, or does not hold one of the samples.
     """
     found = {key: _picture(data) for key, data in _encoded(source, keys)}
     missing = sorted(keys - found.keys())
@@ -117,7 +123,7 @@ def _encoded(source: Path, keys: set[str]) -> Iterable[tuple[str, bytes]]:
 
 
 def thumbnail(image: Image.Image) -> str:
-    """A data URI; small pictures keep every pixel."""
+    """Return an image as the data URI of a JPEG thumbnail; small images keep their size."""
     image = image.copy()
     image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
@@ -126,11 +132,12 @@ def thumbnail(image: Image.Image) -> str:
 
 
 def data_uri(content: bytes, mime: str) -> str:
+    """Return the content of a file as a data URI."""
     return f"data:{mime};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def _picture(data: bytes) -> Image.Image:
-    """Return an RGB picture of any image file; of one that is no picture its first bands."""
+    """Return any image file as an RGB picture; a raster of other channels or bits in false colours."""
     try:
         return decode.decode(data)
     except decode.BadImage:
@@ -140,7 +147,7 @@ def _picture(data: bytes) -> Image.Image:
 
 
 def _unnormalized(image: Tensor, pixels: PixelFormat) -> Image.Image:
-    """[C, S, S], normalised → a picture."""
+    """Return a normalised tensor [C, S, S] as a picture."""
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (pixels.mean, pixels.std))
     values = (image.cpu() * std + mean).clamp(0, 1).permute(1, 2, 0)  # [S, S, C]
     if not pixels.is_rgb8:

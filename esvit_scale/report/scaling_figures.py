@@ -1,6 +1,6 @@
-"""Pictures and page of a fitted scaling law, from plain arrays: each figure as PNG and SVG, and one HTML file.
+"""The figures (PNG and SVG) and the HTML page of a fitted scaling law, from plain arrays.
 
-Measured is a dot, fitted a line, a 95 % interval a band; beyond the largest measured compute lines are dashed.
+Measurements are dots, fits are lines and 95 % intervals are bands. Beyond the largest measured compute, lines are dashed.
 """
 
 import io
@@ -27,16 +27,18 @@ from esvit_scale.report.templates import render
 Array = NDArray[np.float64]
 WIDE, TALL = 9.6, 4.2
 SIZES, BUDGETS = colormaps["viridis"], colormaps["plasma"]
-BRIGHT, DARK = 0.85, 0.1  # part of a colour map that shows on white and on black
+BRIGHT, DARK = 0.85, 0.1  # part of a colour map that is visible on white and on black
 
 
 class RenderedFigure(NamedTuple):
+    """A figure in both formats."""
+
     png: bytes
     svg: bytes
 
 
 class Band(NamedTuple):
-    """A fitted curve with its 95 % interval; NaN where there is none."""
+    """A fitted curve with its 95 % interval, which is NaN where unknown."""
 
     x: Array
     y: Array
@@ -45,7 +47,9 @@ class Band(NamedTuple):
 
 
 class Section(NamedTuple):
-    name: str  # of the files
+    """A section of the page, with one figure."""
+
+    name: str  # part of the names of its files
     title: str
     caption: str
     picture: RenderedFigure
@@ -54,7 +58,7 @@ class Section(NamedTuple):
 def curve(
     compute: Array, y: Array, sizes: Array | None, band: Band, predicted: Band, x_label: str, y_label: str
 ) -> RenderedFigure:
-    """Measurements over compute, and the fit: with sizes [n] the compute-optimal frontier below them."""
+    """Draw measurements over compute, with the fit; with model sizes [n], the fit is the compute-optimal frontier."""
     figure = _figure(WIDE, TALL)
     axes = figure.subplots()
     _style(axes, x_label, y_label)
@@ -73,10 +77,10 @@ def curve(
 
 
 def isoflop(budgets: Sequence[dict[str, Any]], n_label: str, y_label: str) -> RenderedFigure:
-    """One valley a budget: dots, the law's curve and the parabola (dashed) with its minimum.
+    """Draw, for each compute budget, the measurements, the law's curve, and the parabola (dashed) with its minimum.
 
     Args:
-        budgets: compute, sizes [m], y [m], law (xs, ys), parabola (xs, ys) or None, minimum (x, y) or None.
+        budgets: dicts with compute, sizes [m], y [m], law (xs, ys), parabola (xs, ys) or None, minimum (x, y) or None.
     """
     figure = _figure(WIDE, TALL)
     axes = figure.subplots()
@@ -98,7 +102,7 @@ def isoflop(budgets: Sequence[dict[str, Any]], n_label: str, y_label: str) -> Re
 def frontier(
     n: Band, d: Band, measured: float, minima: tuple[Array, Array], n_label: str, d_label: str, x_label: str
 ) -> RenderedFigure:
-    """The best size and the best amount of data for a budget; stars: minima of the isoFLOP parabolas."""
+    """Draw the best model size and amount of data for a compute budget; stars are minima of the isoFLOP parabolas."""
     figure = _figure(WIDE, 3.8)
     left, right = figure.subplots(1, 2)
     for axes, band, colour, label in ((left, n, BLUE, n_label), (right, d, GREEN, d_label)):
@@ -112,7 +116,7 @@ def frontier(
 
 
 def residuals(compute: Array, percent: Array, sizes: Array | None, x_label: str) -> RenderedFigure:
-    """How far every measurement lies from the fit, in percent of it."""
+    """Draw how far every measurement is from the fit, in percent of the fit."""
     figure = _figure(WIDE, 3.2)
     axes = figure.subplots()
     _style(axes, x_label, "measured over fitted, %")
@@ -125,7 +129,7 @@ def residuals(compute: Array, percent: Array, sizes: Array | None, x_label: str)
 
 
 def write(folder: Path, name: str, title: str, facts: dict[str, Any], sections: Sequence[Section]) -> Path:
-    """`folder`/`name`.html with everything inside it, and every figure beside it as name-section.png and .svg."""
+    """Write `folder`/`name`.html, self-contained, and each figure beside it as NAME-SECTION.png and .svg; return the page."""
     folder.mkdir(parents=True, exist_ok=True)
     for section in sections:
         for kind, content in section.picture._asdict().items():
@@ -163,7 +167,7 @@ def _style(axes: Axes, x_label: str, y_label: str) -> None:
 
 
 def _ticks_in_a_decade(axes: Axes) -> None:
-    """Where the axis spans little more than a power of ten, its ticks at 1, 2 and 5 are written out."""
+    """Label more ticks of a logarithmic x axis that spans little more than a power of ten."""
     low, high = axes.get_xlim()
     if high / low < 30:
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low > 4 else (1, 1.5, 2, 3, 4, 5, 6, 8)))
@@ -171,7 +175,7 @@ def _ticks_in_a_decade(axes: Axes) -> None:
 
 
 def _log_y(axes: Axes, y: Array) -> None:
-    """A logarithmic axis whose ticks are read as numbers, also over less than a power of ten."""
+    """Make the y axis logarithmic, with plain numbers as labels, also over less than a power of ten."""
     axes.set_yscale("log")
     if y.max() / y.min() < 20:
         axes.yaxis.set_major_locator(

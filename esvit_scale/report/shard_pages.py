@@ -1,4 +1,4 @@
-"""Pictures of a shard set: an overview figure of its numbers, and contact sheets of its images (PNG or HTML)."""
+"""Pictures of a shard set: a figure of its statistics, and contact sheets of its images (PNG or HTML)."""
 
 import html
 import io
@@ -27,13 +27,15 @@ BLUE, GREY = "#3b82f6", "#80868f"
 
 
 class ShownSample(NamedTuple):
+    """A sample on a contact sheet."""
+
     key: str
-    label: str  # class name, empty without classes
-    image: Image.Image | None  # None: it does not decode
+    label: str  # name of its class; "" without classes
+    image: Image.Image | None  # None if it cannot be decoded
 
 
 def overview(stats: Stats) -> bytes:
-    """PNG: bytes an image, short sides, samples a class (or a shard, without classes)."""
+    """Draw the sizes of files, the short sides of images, and the samples per class (per shard without classes), as PNG."""
     figure = Figure(figsize=(10.4, 2.8), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     left, middle, right = figure.subplots(1, 3)
@@ -49,7 +51,7 @@ def overview(stats: Stats) -> bytes:
 
 
 def draw_samples(manifest: Manifest, count: int, seed: int, bands: Sequence[int] | None = None) -> list[ShownSample]:
-    """Return `count` samples drawn from the whole set, or all of a smaller one; `bands`: see `composite`."""
+    """Return `count` random samples of a set, or all of a smaller one. For `bands` see `composite`."""
     starts = np.cumsum([0, *(shard.samples for shard in manifest.shards)])
     reader, shown = ShardReader(manifest), []
     try:
@@ -62,7 +64,7 @@ def draw_samples(manifest: Manifest, count: int, seed: int, bands: Sequence[int]
 
 
 def contact_sheet(shown: Sequence[ShownSample], columns: int = 8) -> bytes:
-    """PNG: thumbnails in rows, with key and class under each."""
+    """Draw thumbnails in rows, with key and class under each, as PNG."""
     columns = min(columns, len(shown))
     rows = -(-len(shown) // columns)
     step_x, step_y = SIDE + MARGIN, SIDE + CAPTION + MARGIN
@@ -84,7 +86,7 @@ def contact_sheet(shown: Sequence[ShownSample], columns: int = 8) -> bytes:
 
 
 def contact_page(shown: Sequence[ShownSample], title: str) -> str:
-    """One self-contained HTML page of the same."""
+    """Return the same contact sheet as a self-contained HTML page."""
     cells = "\n".join(
         f"<figure>{_img(sample)}<figcaption>{html.escape(sample.key)}<br><b>{html.escape(sample.label)}</b></figcaption></figure>"
         for sample in shown
@@ -137,4 +139,4 @@ def _style(axes: Axes, title: str) -> None:
 
 
 def _plain(text: str) -> str:
-    return text.encode("latin-1", "replace").decode("latin-1")  # the built-in font's letters
+    return text.encode("latin-1", "replace").decode("latin-1")  # the built-in font has only these letters

@@ -1,4 +1,4 @@
-"""Evaluation results and configs as tables, all runs in each. A table is title, note, head and rows of text."""
+"""The tables of the report: evaluation results and configs of all runs. All cells are text."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -8,21 +8,27 @@ from esvit_scale.report.run_files import Json, RunFiles, try_or_note
 
 NO_VALUE = "–"
 MEASURES = {"mirrored": "flipped, grey", "cropped": "cropped", "stereo": "stereo pair"}
-NamedRun = tuple[str, RunFiles]  # a run's name on the page; empty when there is one run
+NamedRun = tuple[str, RunFiles]  # a run and its name on the page, which is "" if it is the only run
 
 
 class Cell(NamedTuple):
+    """A cell of a table; the best of its row is shown in bold."""
+
     text: str
     best: bool = False
 
 
 class Row(NamedTuple):
+    """A row of a table, with a bar for its main figure."""
+
     name: str
     cells: list[Cell]
-    bar: float | None = None  # 0 … 100
+    bar: float | None = None  # length of the bar in percent; None draws none
 
 
 class Table(NamedTuple):
+    """A table of the report; `id` is its anchor on the page."""
+
     id: str
     title: str
     note: str
@@ -31,13 +37,14 @@ class Table(NamedTuple):
 
 
 def evaluations(runs: Sequence[NamedRun], missing: list[str]) -> list[Table]:
-    """Of the evaluations that any run has; a file in an unexpected form costs only its own table."""
+    """Return a table for every evaluation that any run has. A file in an unexpected form costs only its own table."""
     makers = (knn, few_shot, linear, transfer, correspondence)
     made = (try_or_note(f"{make.__name__.replace('_', '-')} table", missing, lambda m=make: m(runs)) for make in makers)  # type: ignore[misc]
     return [table for table in made if table is not None and table.rows]
 
 
 def knn(runs: Sequence[NamedRun]) -> Table | None:
+    """Return the table of k-NN accuracies; None without results."""
     found = [(_join(name, result_name(r)), r) for name, run in runs for r in run.results["knn"] if "results" in r]
     if not found:
         return None
@@ -53,13 +60,14 @@ def knn(runs: Sequence[NamedRun]) -> Table | None:
     sizes = {(r["n_test"], r["n_train"]) for _, r in found}
     over = " or ".join(f"{test:,} test images, by a vote of the k most similar of {train:,}" for test, train in sizes)
     note = (
-        f"Top-1 in percent on {over} training images (cosine, weight exp(s / 0.07)). No label is used in training; the "
-        "vote is the first to see one. In bold: each row's best k."
+        f"Top-1 in percent on {over} training images (weight exp(s / 0.07) at cosine similarity s). Pretraining uses no "
+        "labels. In bold: the best k of each row."
     )
     return Table("knn", "k-NN accuracy", note, ["features", *(f"k = {k}" for k in ks), "dimensions"], rows)
 
 
 def few_shot(runs: Sequence[NamedRun]) -> Table | None:
+    """Return the table of k-NN accuracies with few training images of each class; None without results."""
     found = [
         (n, r["few_shot"], r) for n, run in runs for r in run.results["knn"] if isinstance(r.get("few_shot"), dict)
     ]
@@ -76,6 +84,7 @@ def few_shot(runs: Sequence[NamedRun]) -> Table | None:
 
 
 def linear(runs: Sequence[NamedRun]) -> Table | None:
+    """Return the table of linear probes; it has no rows without results."""
     found = [(_join(name, _step(r)), r) for name, run in runs for r in run.results["linear"]]
     rows = [
         Row(
@@ -87,13 +96,14 @@ def linear(runs: Sequence[NamedRun]) -> Table | None:
         for protocol, row in r["results"].items()
     ]
     note = (
-        "Top-1 and top-5 in percent with the 95 % interval of top-1: official is EsViT's protocol, grid many heads "
-        "at once and logistic a logistic regression, both selected on a held-out part of the training set."
+        "Top-1 with its 95 % interval, and top-5, in percent. official: EsViT's protocol. grid: the best of many heads, and "
+        "logistic: logistic regression, both selected on a held-out part of the training set."
     )
     return Table("linear", "Linear probe", note, ["probe", "top-1", "95 %", "top-5", "training images"], rows)
 
 
 def transfer(runs: Sequence[NamedRun]) -> Table | None:
+    """Return the table of transfer to other data sets; None without results."""
     found = [(_join(name, _step(r)) or "score", r) for name, run in runs for r in run.results["transfer"]]
     if not found:
         return None
@@ -120,6 +130,7 @@ def transfer(runs: Sequence[NamedRun]) -> Table | None:
 
 
 def correspondence(runs: Sequence[NamedRun]) -> Table | None:
+    """Return the table of correspondences between two views; it has no rows without results."""
     found = [(_join(name, _step(r)), r) for name, run in runs for r in run.results["correspondence"]]
     rows = [
         Row(
@@ -131,16 +142,16 @@ def correspondence(runs: Sequence[NamedRun]) -> Table | None:
         for measure, m in r["measures"].items()
     ]
     note = (
-        "Each region token of one view looks for its most similar in another view of the same image: the share that "
-        "finds the true cell, and the mean distance to it in pixels; of the 10 most similar pairs (EsViT's measure) and of "
-        "all. Nothing is trained."
+        "Each region token of one view is matched to the most similar one of another view of the same image: the "
+        "percentage matched to the true cell, and the mean distance to it in pixels, over the 10 most similar pairs "
+        "(EsViT's measure) and over all. Nothing is trained."
     )
     head = ["second view", "10 best, %", "px", "all, %", "px", "chance, %"]
     return Table("correspondence", "Correspondence", note, head, rows)
 
 
 def overview(runs: Sequence[NamedRun]) -> Table:
-    """A line a run: how far it is and what it reached."""
+    """Return the table with one row per run: its progress, its last loss and its best k-NN accuracy."""
     rows = []
     for name, run in runs:
         last = run.rows[-1] if run.rows else {}
@@ -159,7 +170,7 @@ def overview(runs: Sequence[NamedRun]) -> Table:
 
 
 def config_differences(runs: Sequence[NamedRun], missing: list[str]) -> Table | None:
-    """The config keys in which runs differ."""
+    """Return the table of config keys in which runs differ; None, with a note in `missing`, if fewer than two have a config."""
     known = [(name, dict(flatten(run.config.model_dump(mode="json")))) for name, run in runs if run.config]
     if len(known) < 2:
         missing.append("config differences: fewer than two runs have a config")
@@ -172,7 +183,7 @@ def config_differences(runs: Sequence[NamedRun], missing: list[str]) -> Table | 
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Dotted key and value as text, nested mappings and lists of mappings opened."""
+    """Return nested mappings, and lists of mappings, as pairs of dotted key and value as text."""
     found = []
     for key, value in values.items():
         if isinstance(value, list) and value and isinstance(value[0], Mapping):
@@ -187,6 +198,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]
 
 
 def result_name(result: Json) -> str:
+    """Return what to call the features of a k-NN result: its own name, or the teacher at its training step."""
     if result.get("name"):
         return str(result["name"])
     return f"teacher at {_step(result)}" if result.get("step") is not None else "teacher"
@@ -223,7 +235,7 @@ def _ranked(name: str, scores: Iterable[float | None]) -> Row:
 
 
 def median_rate(run: RunFiles) -> str:
-    """Median images per second."""
+    """Return a run's median images per second as text."""
     found = run.columns.get("images_per_s")
     values = sorted(found[found == found].tolist()) if found is not None else []
     return f"{values[len(values) // 2]:,.0f}" if values else NO_VALUE

@@ -1,4 +1,4 @@
-"""Templates → pages."""
+"""Rendering the HTML templates of this folder."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 
 def render(template: str, **contents: Any) -> str:
-    """The page of a template of this folder; what it names and is not given is an error."""
+    """Return a template of this folder as HTML text. A name that the template uses and `contents` lacks raises an error."""
     environment = Environment(
         loader=PackageLoader("esvit_scale.report", "."),
         autoescape=True,

@@ -245,5 +245,5 @@ def test_folder_that_is_no_run_dir_is_an_error(tmp_path: Path) -> None:
 def test_contradictory_arguments_are_refused(run: Path) -> None:
     with pytest.raises(UserError, match="named twice"):
         write_report([run, run.parent / "run"])
-    with pytest.raises(UserError, match="is a folder; --out names the file"):
+    with pytest.raises(UserError, match="is a folder, but --out must name a file"):
         write_report(run, run.parent)
