@@ -1,5 +1,6 @@
 """The documentation names only what exists: pages and headings, files, tests, commands, options and config keys."""
 
+import ast
 import io
 import re
 import shlex
@@ -222,3 +223,21 @@ def test_files_and_tests_named_in_the_text_exist(page: str) -> None:
 def test_names_in_code_font_stand_in_the_code(page: str, words_of_code: set[str]) -> None:
     names = {name for _, span in inline((ROOT / page).read_text()) for name in re.findall(r"^[A-Za-z]\w*_\w+$", span)}
     assert sorted(names - words_of_code - FOREIGN_NAMES) == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_examples_import_what_exists(page: str) -> None:
+    wrong = []
+    for _, language, block in fenced((ROOT / page).read_text()):
+        for node in ast.walk(ast.parse(block)) if language == "python" else ():
+            if not isinstance(node, ast.ImportFrom) or not str(node.module).startswith("esvit_scale"):
+                continue
+            path = ROOT / str(node.module).replace(".", "/")
+            source = path.with_suffix(".py") if path.with_suffix(".py").is_file() else path / "__init__.py"
+            for name in (alias.name for alias in node.names):
+                is_module = (path / name).with_suffix(".py").is_file() or (path / name).is_dir()
+                if not is_module and not re.search(
+                    rf"^(?:def |class |){name}\b|\"{name}\"", source.read_text(), re.MULTILINE
+                ):
+                    wrong.append(f"{node.module}.{name}")
+    assert wrong == []
