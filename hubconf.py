@@ -8,14 +8,14 @@ dependencies = ["torch", "safetensors", "pydantic", "yaml", "numpy", "PIL"]
 
 
 def backbone(weights: str | Path) -> nn.Module:
-    """Pretrained weights (run dir, exported folder, .safetensors or official .pth) as one module; `load_backbone`."""
+    """Return pretrained weights (run dir, exported folder, .safetensors or official .pth) as one module in eval mode."""
     from esvit_scale.checkpoint.backbone import load_backbone
 
     return load_backbone(weights)
 
 
 def trunk(preset: str = "swin_t") -> nn.Module:
-    """The untrained trunk of a preset, initialised as a run with seed 0 is."""
+    """Return the untrained trunk of a preset, with the initial values of a run with seed 0."""
     from esvit_scale import config as configs
     from esvit_scale.checkpoint.backbone import Backbone
     from esvit_scale.models.initialize import initialize
