@@ -9,16 +9,25 @@ from esvit_scale.errors import UserError
 
 def add(commands: Any) -> None:
     """Declare `doctor`."""
-    doctor = command(commands, "doctor", _doctor, "what works on this machine; with --data, whether it feeds its GPUs")
-    doctor.add_argument("--data", metavar="SHARDS", help="measure the input pipeline on this set, about 15 s")
-    doctor.add_argument("config", nargs="?", metavar="CONFIG", help="with --data: the run's config (default: swin_t)")
-    add_overrides(doctor, "with --data: of the config")
+    doctor = command(
+        commands,
+        "doctor",
+        _doctor,
+        "check what works on this machine; with --data, whether it loads data fast enough for its GPUs",
+    )
+    doctor.add_argument(
+        "--data", metavar="SHARDS", help="shard set on which to measure the loading of data; takes about 15 s"
+    )
+    doctor.add_argument(
+        "config", nargs="?", metavar="CONFIG", help="with --data: preset or YAML file of the run (default: swin_t)"
+    )
+    add_overrides(doctor, "with --data: config values to change")
 
 
 def _doctor(options: argparse.Namespace) -> int:
     if options.data is None:
         if options.config:
-            raise UserError(f"doctor {options.config}: a config is for measuring with it: add --data SHARDS")
+            raise UserError(f"doctor {options.config}: a config is used only for measuring; add --data SHARDS")
         from esvit_scale import doctor
 
         return doctor.run()

@@ -13,19 +13,31 @@ TRAINING_MFU = 0.35  # what is assumed unless --mfu says otherwise
 
 def add(commands: Any) -> None:
     """Declare `plan`."""
-    plan = command(commands, "plan", _plan, "memory for each ZeRO stage, FLOPs, time and disk of a config")
-    plan.add_argument("config", metavar="CONFIG", help="a preset's name or a YAML file")
-    add_overrides(plan, "for example train.global_batch=1024")
-    plan.add_argument("--gpus", type=positive, required=True, metavar="N")
-    plan.add_argument("--gpu-memory", type=memory_bytes, required=True, metavar="80G", help="of one GPU")
+    plan = command(commands, "plan", _plan, "what a config needs: memory at each ZeRO stage, FLOPs, time and disk")
+    plan.add_argument("config", metavar="CONFIG", help="name of a preset, or a YAML file")
+    add_overrides(plan, "config values to change, for example train.global_batch=1024")
+    plan.add_argument("--gpus", type=positive, required=True, metavar="N", help="number of GPUs")
+    plan.add_argument("--gpu-memory", type=memory_bytes, required=True, metavar="80G", help="memory of one GPU")
     plan.add_argument(
-        "--images", type=positive, metavar="N", help="of the training set (default: data.train's, or ImageNet-1K's)"
+        "--images",
+        type=positive,
+        metavar="N",
+        help="images in the training set (default: those of data.train, or ImageNet-1K's)",
     )
-    plan.add_argument("--tflops", type=float, metavar="T", help="of one GPU on large products (default: measured here)")
     plan.add_argument(
-        "--mfu", type=float, default=TRAINING_MFU, metavar="F", help=f"share of it (default: {TRAINING_MFU})"
+        "--tflops",
+        type=float,
+        metavar="T",
+        help="TFLOP/s of one GPU on large matrix products (default: measured on this machine)",
     )
-    plan.add_argument("--json", action="store_true", help="numbers for programs")
+    plan.add_argument(
+        "--mfu",
+        type=float,
+        default=TRAINING_MFU,
+        metavar="F",
+        help=f"fraction of --tflops that training reaches (default: {TRAINING_MFU})",
+    )
+    plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -37,7 +49,7 @@ def _plan(options: argparse.Namespace) -> int:
     o = options
     config = configs.resolve(o.config, o.overrides)
     if (o.tflops is not None and not 0 < o.tflops < 1e6) or not 0 < o.mfu <= 1:
-        raise UserError("plan: --tflops needs a number above 0, --mfu one in (0, 1]")
+        raise UserError("plan: --tflops must be above 0, and --mfu above 0 and at most 1")
     found = plans.plan(config, o.gpus, o.gpu_memory, o.images or _images(config), speed_of(config, o.tflops, o.mfu))
     print(json.dumps(plans.as_json(found, o.gpus), indent=2) if o.json else plans.table(found, config, o.gpus))
     if problem := plans.refusal(found, config, o.gpus):
@@ -56,7 +68,7 @@ def speed_of(config: Any, tflops: float | None, mfu: float) -> Any:
     from esvit_scale.scaling.plan import Speed
 
     if tflops is not None:
-        return Speed(tflops, mfu, f"{tflops:g} TFLOP/s each as given, MFU {mfu:g} assumed")
+        return Speed(tflops, mfu, f"{tflops:g} TFLOP/s for each GPU as given, MFU {mfu:g} assumed")
     import torch
 
     from esvit_scale.train.mfu import matmul_rate
@@ -64,8 +76,8 @@ def speed_of(config: Any, tflops: float | None, mfu: float) -> Any:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     rate = matmul_rate(device, dtype) / 1e12
-    what = torch.cuda.get_device_name() if device.type == "cuda" else "this CPU: give --tflops for your GPU"
-    return Speed(rate, mfu, f"{rate:.3g} TFLOP/s each as measured on {what}, MFU {mfu:g} assumed")
+    what = torch.cuda.get_device_name() if device.type == "cuda" else "this CPU (give --tflops for your GPU)"
+    return Speed(rate, mfu, f"{rate:.3g} TFLOP/s for each GPU as measured on {what}, MFU {mfu:g} assumed")
 
 
 def memory_bytes(text: str) -> int:

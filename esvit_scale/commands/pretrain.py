@@ -9,12 +9,16 @@ from esvit_scale.commands.parser import add_overrides, command
 
 def add(commands: Any) -> None:
     """Declare `demo` and `pretrain`."""
-    demo = command(commands, "demo", _demo, "bundled photographs → shards → a tiny pretraining → k-NN → report")
+    demo = command(
+        commands, "demo", _demo, "run everything on bundled photographs: shards, a tiny pretraining, k-NN, report"
+    )
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="run dir (default: runs/demo)")
 
-    pretrain = command(commands, "pretrain", _pretrain, "pretrain, or go on with, a run: one process, torchrun or srun")
-    pretrain.add_argument("config", metavar="CONFIG", help="a preset's name or a YAML file")
-    add_overrides(pretrain, "for example train.global_batch=64 data.train=/data/shards")
+    pretrain = command(
+        commands, "pretrain", _pretrain, "start or continue a run, in one process or under torchrun or srun"
+    )
+    pretrain.add_argument("config", metavar="CONFIG", help="name of a preset, or a YAML file")
+    add_overrides(pretrain, "config values to change, for example train.global_batch=64 data.train=/data/shards")
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -16,65 +16,88 @@ if TYPE_CHECKING:
 
 def add(commands: Any) -> None:
     """Declare `slurm` and its subcommands."""
-    slurm = group(commands, "slurm", "submit the shipped batch scripts; how far a job's run is")
+    slurm = group(commands, "slurm", "submit jobs, and show how far a run is")
     _add_submit(slurm)
-    status = command(slurm, "status", _status, "state, step, images/s, ETA and restarts of a run")
+    status = command(slurm, "status", _status, "show state, step, images/s, ETA and restarts of a run")
     status.add_argument("path", type=Path, metavar="RUN", help="run dir")
-    status.add_argument("--json", action="store_true", help="for programs")
+    status.add_argument("--json", action="store_true", help="print JSON instead of lines")
     preflight = command(
-        slurm, "preflight", _preflight, "check every node of a job; the batch scripts run it under srun"
+        slurm, "preflight", _preflight, "check every node of a job (the batch scripts run it under srun)"
     )
-    preflight.add_argument("--shared", type=Path, required=True, metavar="DIR", help="folder that all nodes see")
-    run_dir = command(slurm, "run-dir", _run_dir, "where a config's run lives (the batch scripts ask)")
-    run_dir.add_argument("--cell", type=count, metavar="INDEX", help="CONFIG is a sweep's file, and this its cell")
-    run_dir.add_argument("config", metavar="CONFIG")
-    add_overrides(run_dir, "of the config")
+    preflight.add_argument(
+        "--shared", type=Path, required=True, metavar="DIR", help="folder on a file system that all nodes share"
+    )
+    run_dir = command(slurm, "run-dir", _run_dir, "print the run dir of a config (the batch scripts use it)")
+    run_dir.add_argument("--cell", type=count, metavar="INDEX", help="index of a cell; CONFIG is then a sweep file")
+    run_dir.add_argument("config", metavar="CONFIG", help="name of a preset, or a YAML file")
+    add_overrides(run_dir, "config values to change")
 
 
 def _add_submit(slurm: Any) -> None:
     summary = "fill a shipped batch script, submit it and print the job id"
     submit = group(slurm, "submit", summary)
-    pretrain = command(submit, "pretrain", _submit_pretrain, "a run that requeues itself until it is finished")
-    pretrain.add_argument("config", metavar="CONFIG", help="a preset's name or a YAML file")
-    add_overrides(pretrain, "of the config")
+    pretrain = command(submit, "pretrain", _submit_pretrain, "submit a run that requeues itself until it is finished")
+    pretrain.add_argument("config", metavar="CONFIG", help="name of a preset, or a YAML file")
+    add_overrides(pretrain, "config values to change")
 
-    shards = command(submit, "shards", _submit_shards, "write one shard set by many jobs, then merge")
-    shards.add_argument("source", metavar="SRC")
-    shards.add_argument("destination", type=Path, metavar="DST")
-    shards.add_argument("--parts", type=positive, default=16, metavar="N", help="jobs that write (default: 16)")
-    _add_option(shards, "`shards create`: --option=--short-side=512")
-
-    evaluate = command(submit, "evaluate", _submit_evaluate, "k-NN, then linear probes")
-    for name, metavar in (("--checkpoint", "C"), ("--train", "T"), ("--test", "V"), ("--out", "DIR")):
-        evaluate.add_argument(name, required=True, metavar=metavar)
-    _add_option(evaluate, "both evaluations: --option=--batch=256")
-
-    sweep = command(
-        submit, "sweep", _submit_sweep, "the cells of a sweep that are not finished, one array element each"
+    shards = command(submit, "shards", _submit_shards, "write one shard set with many jobs, then merge their parts")
+    shards.add_argument("source", metavar="SRC", help="images, as for `shards create`")
+    shards.add_argument("destination", type=Path, metavar="DST", help="folder of the shard set")
+    shards.add_argument(
+        "--parts", type=positive, default=16, metavar="N", help="number of jobs that write (default: 16)"
     )
-    sweep.add_argument("sweep", type=Path, metavar="SWEEP.yaml")
+    _add_option(shards, "`shards create`, for example --option=--short-side=512")
+
+    evaluate = command(submit, "evaluate", _submit_evaluate, "submit k-NN, then linear probes")
+    for name, metavar, text in (
+        ("--checkpoint", "C", "weights to evaluate, as for `evaluate knn`"),
+        ("--train", "T", "labelled training set: shards or class folders"),
+        ("--test", "V", "labelled test set: shards or class folders"),
+        ("--out", "DIR", "folder for the results"),
+    ):
+        evaluate.add_argument(name, required=True, metavar=metavar, help=text)
+    _add_option(evaluate, "both evaluations, for example --option=--batch=256")
+
+    sweep = command(submit, "sweep", _submit_sweep, "submit the unfinished cells of a sweep, one array element each")
+    sweep.add_argument("sweep", type=Path, metavar="SWEEP.yaml", help="sweep file")
     for parser in (pretrain, shards, evaluate, sweep):
         _add_resources(parser, gpus=parser is not shards)
 
 
 def _add_option(parser: argparse.ArgumentParser, of: str) -> None:
-    parser.add_argument("--option", action="append", default=[], metavar="OPTION", help=f"of {of}")
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="OPTION", help=f"option to pass to {of}; repeatable"
+    )
 
 
 def _add_resources(parser: argparse.ArgumentParser, gpus: bool) -> None:
-    asked = parser.add_argument_group("resources (what is left out is as in the script)")
+    asked = parser.add_argument_group("resources (default: as in the shipped batch script)")
     if gpus:
-        asked.add_argument("--nodes", type=positive, metavar="N")
-        asked.add_argument("--gpus-per-node", type=count, metavar="G", help="0: run on the CPU")
-        asked.add_argument("--tasks-per-node", type=positive, metavar="N", help="ranks on a node (default: one a GPU)")
-    asked.add_argument("--cpus-per-task", type=positive, metavar="N")
-    asked.add_argument("--time", metavar="TIME", help="limit, as in sbatch: 30, 12:00:00, 2-00:00:00")
-    asked.add_argument("--partition", metavar="NAME")
-    asked.add_argument("--signal-lead", type=positive, metavar="S", help="seconds before the limit to save at")
-    asked.add_argument("--after", metavar="JOB", help="start when this job has ended well; never, if it fails")
-    asked.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="more: --sbatch=--account=NAME")
+        asked.add_argument("--nodes", type=positive, metavar="N", help="number of nodes")
+        asked.add_argument("--gpus-per-node", type=count, metavar="G", help="GPUs on a node; 0: run on the CPU")
+        asked.add_argument(
+            "--tasks-per-node", type=positive, metavar="N", help="ranks on a node (default: one for each GPU)"
+        )
+    asked.add_argument("--cpus-per-task", type=positive, metavar="N", help="CPU cores of a rank")
+    asked.add_argument(
+        "--time", metavar="TIME", help="time limit as sbatch takes it: 30 (minutes), 12:00:00, 2-00:00:00"
+    )
+    asked.add_argument("--partition", metavar="NAME", help="partition of the cluster")
+    asked.add_argument(
+        "--signal-lead", type=positive, metavar="S", help="seconds before the time limit at which the job saves"
+    )
+    asked.add_argument(
+        "--after", metavar="JOB", help="id of a job that must succeed first; if it fails, this one never starts"
+    )
+    asked.add_argument(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="further option of sbatch, for example --sbatch=--account=NAME; repeatable",
+    )
     asked.add_argument("--env", type=Path, metavar="FILE", help="your copy of slurm/env.sh")
-    asked.add_argument("--dry-run", action="store_true", help="print the script and the command, submit nothing")
+    asked.add_argument("--dry-run", action="store_true", help="print the script and the command without submitting")
 
 
 def _submit_pretrain(o: argparse.Namespace) -> int:
@@ -144,7 +167,7 @@ def _submit_sweep(o: argparse.Namespace) -> int:
         raise UserError("horizon: branches: runs wait for each other, which an array cannot; `sweep submit --local`")
     todo = [cell.index for cell in found if runner.state(cell, sweep).word not in ("finished", "refused")]
     if not todo:
-        raise UserError(f"{o.sweep}: no cell is left to run; `sweep status` says why")
+        raise UserError(f"{o.sweep}: no cell is left to run; `sweep status` shows why")
     if not o.dry_run:
         runner.source_of(sweep)
     return _submit(o, "sweep", [str(o.sweep)], sweep.folder / "slurm", array=runner.ranges(todo))

@@ -10,50 +10,81 @@ from esvit_scale.errors import UserError
 
 def add(commands: Any) -> None:
     """Declare `sweep` and its subcommands."""
-    sweep = group(commands, "sweep", "scaling laws: plan a sweep, run it, fit, predict the next size")
+    sweep = group(commands, "sweep", "scaling laws: plan a sweep, run it, fit a law, predict the next size")
     _add_running(sweep)
-    fit = command(sweep, "fit", _fit, "a CSV of measurements → fit.json: a law with its intervals")
-    fit.add_argument("table", type=Path, metavar="CSV", help="measurements: runs.csv of `sweep collect`, or any other")
-    fit.add_argument("--x", metavar="COL", help="the one input, for example flops; goes with --y")
-    fit.add_argument("--y", metavar="COL", help="what falls with it, for example knn_error")
-    fit.add_argument("--n", metavar="COL", help="parameters; goes with --d and --loss")
-    fit.add_argument("--d", metavar="COL", help="data, for example images_seen")
-    fit.add_argument("--loss", metavar="COL", help="what falls with both")
-    fit.add_argument("--compute", metavar="COL", help="FLOPs of a row (default: x; else the column flops, or 6·N·D)")
-    fit.add_argument("--group", metavar="COL", help="rows of one run, which are resampled together (default: cell)")
-    fit.add_argument("--best", action="store_true", help="fit only the best row of each budget: the frontier")
-    fit.add_argument("--form", default="auto", metavar="FORM", help="power, power_constant, two_power or chinchilla")
-    fit.add_argument("--resamples", type=positive, default=1000, metavar="R", help="of the bootstrap (default: 1000)")
-    fit.add_argument("--seed", type=count, default=0, metavar="N", help="of the bootstrap (default: 0)")
+    fit = command(sweep, "fit", _fit, "fit a law with intervals to a CSV of measurements; writes fit.json")
     fit.add_argument(
-        "--predict", type=_above_zero, nargs="+", default=[], metavar="FLOPS", help="budgets to predict at"
+        "table", type=Path, metavar="CSV", help="measurements: runs.csv of `sweep collect`, or any other CSV"
     )
-    fit.add_argument("--force", action="store_true", help="predict beyond 10 times the largest compute measured")
-    fit.add_argument("--out", type=Path, metavar="DIR", help="folder for fit.json (default: the table's)")
+    fit.add_argument("--x", metavar="COL", help="column of the one input, for example flops; goes with --y")
+    fit.add_argument("--y", metavar="COL", help="column that falls with --x, for example knn_error")
+    fit.add_argument("--n", metavar="COL", help="column of parameters; goes with --d and --loss")
+    fit.add_argument("--d", metavar="COL", help="column of data, for example images_seen")
+    fit.add_argument("--loss", metavar="COL", help="column that falls with --n and --d")
+    fit.add_argument(
+        "--compute", metavar="COL", help="column of FLOPs (default: that of --x; with --n and --d flops, or 6·N·D)"
+    )
+    fit.add_argument(
+        "--group",
+        metavar="COL",
+        help="column that is equal in rows of one run, which are resampled together (default: cell)",
+    )
+    fit.add_argument("--best", action="store_true", help="fit only the best row of each budget (the frontier)")
+    fit.add_argument(
+        "--form",
+        default="auto",
+        metavar="FORM",
+        help="power, power_constant, two_power, chinchilla or auto (default: auto)",
+    )
+    fit.add_argument(
+        "--resamples", type=positive, default=1000, metavar="R", help="number of bootstrap resamples (default: 1000)"
+    )
+    fit.add_argument("--seed", type=count, default=0, metavar="N", help="random seed of the bootstrap (default: 0)")
+    fit.add_argument(
+        "--predict", type=_above_zero, nargs="+", default=[], metavar="FLOPS", help="budgets, in FLOPs, to predict at"
+    )
+    fit.add_argument(
+        "--force", action="store_true", help="allow predictions beyond 10 times the largest measured compute"
+    )
+    fit.add_argument("--out", type=Path, metavar="DIR", help="folder for fit.json (default: the folder of the CSV)")
 
-    report = command(sweep, "report", _report, "a fit as pictures (PNG, SVG) and one HTML page")
+    report = command(sweep, "report", _report, "draw a fit as figures (PNG, SVG) and one HTML page")
     report.add_argument("fit", type=Path, metavar="FIT", help="fit.json, or the folder that holds it")
-    report.add_argument("--out", type=Path, metavar="DIR", help="(default: beside fit.json)")
-    report.add_argument("--tflops", type=_above_zero, metavar="T", help="of one GPU, for the cost of the next size")
-    report.add_argument("--mfu", type=_above_zero, default=0.35, metavar="F", help="share of it (default: 0.35)")
+    report.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for the page and figures (default: the folder of fit.json)"
+    )
+    report.add_argument("--tflops", type=_above_zero, metavar="T", help="TFLOP/s of one GPU, to price the next size")
+    report.add_argument(
+        "--mfu",
+        type=_above_zero,
+        default=0.35,
+        metavar="F",
+        help="fraction of --tflops that training reaches (default: 0.35)",
+    )
 
 
 def _add_running(sweep: Any) -> None:
     def one(name: str, run: Any, summary: str) -> argparse.ArgumentParser:
         parser = command(sweep, name, run, summary)
-        parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml")
+        parser.add_argument("sweep", type=Path, metavar="SWEEP.yaml", help="sweep file")
         return parser
 
-    plan = one("plan", _plan, "the cells: sizes × budgets × seeds, their cost and what fits; refuses silly ones")
-    plan.add_argument("--json", action="store_true", help="the cells for programs")
-    submit = one("submit", _submit, "run what is not finished: a Slurm array, or here")
-    submit.add_argument("--local", action="store_true", help="on this machine, one cell after the other")
-    status = one("status", _status, "how far each cell is, and why one failed")
-    status.add_argument("--json", action="store_true", help="for programs")
-    collect = one("collect", _collect, "finished cells → runs.csv")
-    collect.add_argument("--out", type=Path, metavar="CSV", help="(default: runs.csv in the sweep's folder)")
-    cell = one("run-cell", _run_cell, "train and evaluate one cell: what an array task runs")
-    cell.add_argument("index", type=count, metavar="INDEX", help="of `sweep plan`")
+    plan = one(
+        "plan",
+        _plan,
+        "show the cells (sizes × budgets × seeds), their cost and what fits; refuse those that make no sense",
+    )
+    plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    submit = one("submit", _submit, "run the unfinished cells, as a Slurm array or on this machine")
+    submit.add_argument("--local", action="store_true", help="run on this machine, one cell after the other")
+    status = one("status", _status, "show how far each cell is, and why cells failed")
+    status.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    collect = one("collect", _collect, "write the results of the finished cells to runs.csv")
+    collect.add_argument(
+        "--out", type=Path, metavar="CSV", help="file to write (default: runs.csv in the sweep's folder)"
+    )
+    cell = one("run-cell", _run_cell, "train and evaluate one cell (an array task runs it)")
+    cell.add_argument("index", type=count, metavar="INDEX", help="index of the cell, as `sweep plan` shows it")
 
 
 def _cells(path: Path, measure: bool = False) -> Any:
@@ -87,7 +118,7 @@ def _submit(options: argparse.Namespace) -> int:
 
     sweep, found = _cells(options.sweep)
     if all(cell.problems for cell in found):
-        raise UserError(f"{options.sweep}: every cell is refused; `sweep plan` says why")
+        raise UserError(f"{options.sweep}: every cell is refused; `sweep plan` shows why")
     if options.local:
         return runner.submit_local(options.sweep, sweep, found)
     print(runner.submit_slurm(options.sweep, sweep, found))
@@ -135,7 +166,7 @@ def _fit(options: argparse.Namespace) -> int:
     elif (o.n and o.d and o.loss) and not (o.x or o.y):
         columns = table.Columns((o.n, o.d), o.loss, o.compute, o.group)
     else:
-        raise UserError("sweep fit: give --x COL --y COL, or --n COL --d COL --loss COL")
+        raise UserError("sweep fit: give either --x COL --y COL, or --n COL --d COL --loss COL")
     how = fit.Options(o.form, o.resamples, o.seed, tuple(o.predict), o.force, o.best)
     out = o.out or o.table.parent
     print("\n".join(fit.summary(fit.run(o.table, columns, out, how))))
