@@ -29,10 +29,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _logging_as_before() -> Iterator[None]:
-    """A run sets the project's logger up for its process, with a file in its run dir: not for the tests after it."""
+def _fresh_logging() -> Iterator[None]:
+    """Give every test the project's logger as a new process has it.
+
+    A run in this process sends it to a file in its run dir and to nobody else, `caplog` included. Fixtures of a module
+    run before this one, so what it finds may be such a run's.
+    """
     log = logging.getLogger("esvit_scale")
-    handlers, propagate, level = list(log.handlers), log.propagate, log.level
+
+    def reset() -> None:
+        log.handlers, log.propagate = [], True
+        log.setLevel(logging.NOTSET)
+
+    reset()
     yield
-    log.handlers, log.propagate = handlers, propagate
-    log.setLevel(level)
+    reset()

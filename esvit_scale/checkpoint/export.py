@@ -13,6 +13,7 @@ import io
 import logging
 import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,11 +21,13 @@ import torch
 from esvit_scale import files
 from esvit_scale.checkpoint import exported_folder, libraries, model_card, safetensors_file
 from esvit_scale.checkpoint.weights import TRUNK, Weights
+from esvit_scale.config import Config
 from esvit_scale.errors import UserError
 from esvit_scale.models import plain
 from esvit_scale.models.registry import build_trunk
 
 FOLDER_FORMATS = ("timm", "huggingface", "onnx")
+MAX_BATCH = 2**31 - 1  # without a bound torch 2.7 exports no DeiT: a batch of 2**63 - 1 would be another graph
 ONNX_INLINE = 2**31 - 2**27  # bytes of weights that fit into one protobuf file
 
 
@@ -77,7 +80,7 @@ def _write_onnx(folder: Path, weights: Weights, network: str) -> None:
             torch.zeros(1, trunk.in_chans, size, size)
         )  # tables that a forward keeps are values before a graph is drawn
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # the exporter tells of its progress
+    with _one_line_errors(weights.config), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # the exporter tells of its progress
         warnings.simplefilter("ignore")
         torch.onnx.export(
             module,
@@ -85,13 +88,26 @@ def _write_onnx(folder: Path, weights: Weights, network: str) -> None:
             str(folder / "model.onnx"),
             input_names=["images"],
             output_names=["features", "regions"][: 1 + trunk.has_regions],
-            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+            dynamic_shapes={"images": {0: torch.export.Dim("batch", max=MAX_BATCH)}},
             dynamo=True,
             external_data=sum(p.numel() * 4 for p in trunk.parameters()) > ONNX_INLINE,
             verbose=False,
         )
     _anonymize(folder / "model.onnx")
     files.write_json(folder / "config.json", weights.config.model_dump(mode="json"))
+
+
+@contextlib.contextmanager
+def _one_line_errors(config: Config) -> Iterator[None]:
+    """Turn a failure of torch's exporter, which is a page of advice for its developers, into a UserError."""
+    try:
+        yield
+    except torch.onnx.errors.OnnxExporterError as error:
+        cause = str(error.__cause__ or error).strip().splitlines()[0]
+        raise UserError(
+            f"--to onnx: torch {torch.__version__} cannot export {config.model.trunk} ({cause}); "
+            "a newer torch may, and --to safetensors needs no exporter"
+        ) from error
 
 
 def _anonymize(path: Path) -> None:

@@ -29,6 +29,7 @@ except ImportError:  # no wheel for this platform: Pillow gives the same pixels,
 Pixels = NDArray[Any]  # [H, W, C], uint8 or uint16
 
 EXIF = 0xE1  # the JPEG marker APP1, whose segment holds Exif data
+LOSSLESS = 0xC3  # the JPEG marker SOF3: ITU-T T.81 process 14
 _UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {  # EXIF orientation → what undoes it
     1: lambda x: x,
     2: lambda x: x[:, ::-1],
@@ -76,7 +77,7 @@ def open_picture(data: bytes, pixel_format: PixelFormat = RGB8) -> Picture:
         orientation = exif_orientation(open_header(data)) if EXIF in segments else 1
         if orientation > 4:
             width, height = height, width
-        return Picture(width, height, partial(_jpeg_pixels, data, orientation))
+        return Picture(width, height, partial(_jpeg_pixels, data, orientation, LOSSLESS not in segments))
     pixels = np.array(decode(data))
     return Picture(pixels.shape[1], pixels.shape[0], lambda reduction: (pixels, 1))
 
@@ -98,9 +99,12 @@ def _jpeg_header(data: bytes) -> tuple[int, int] | None:
     return (width, height) if colours in ("YCbCr", "Gray") else None
 
 
-def _jpeg_pixels(data: bytes, orientation: int, reduction: int) -> tuple[Pixels, int]:
-    """Return the upright pixels and their reduction: 1 where the file decodes at its full size only, as lossless JPEGs
-    (ITU-T T.81 process 14) do, which have no DCT that could be scaled."""
+def _jpeg_pixels(data: bytes, orientation: int, has_dct: bool, reduction: int) -> tuple[Pixels, int]:
+    """Return the upright pixels and their reduction: 1 where the file decodes at its full size only.
+
+    A lossless JPEG has no DCT that could be scaled, and simplejpeg 1.7.3 kills the process when it is asked to.
+    """
+    reduction = reduction if has_dct else 1
     try:
         pixels = _turbo(data, reduction)
     except BadImage:
