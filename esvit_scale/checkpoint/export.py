@@ -80,7 +80,8 @@ def _write_onnx(folder: Path, weights: Weights, network: str) -> None:
             torch.zeros(1, trunk.in_chans, size, size)
         )  # tables that a forward keeps are values before a graph is drawn
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with _one_line_errors(weights.config), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # the exporter tells of its progress
+    quiet = contextlib.redirect_stdout(io.StringIO())  # the exporter tells of its progress
+    with _one_line_errors(weights.config), warnings.catch_warnings(), quiet:
         warnings.simplefilter("ignore")
         torch.onnx.export(
             module,

@@ -369,7 +369,7 @@ def test_the_model_card_is_filled_from_the_run(tmp_path: Path) -> None:
         ),
         (AT_224, 96, "timm", r"at 96 pixels, stage 1 pads its windows of 7, which timm does otherwise"),
         (AT_224 | {"window": 14}, 224, "huggingface", r"stage 4 \(7×7\) is smaller than the window 14.*--to timm"),
-        ({**AT_224, "trunk": "swinv2_t"}, 224, "esvit", "official code has no swinv2_t"),
+        ({**AT_224, "trunk": "swinv2_t"}, 224, "esvit", "official code has no trunk swinv2_t"),
     ],
 )
 def test_a_trunk_that_the_form_cannot_hold(tmp_path: Path, model: dict, size: int, form: str, match: str) -> None:
