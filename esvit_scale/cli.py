@@ -37,7 +37,7 @@ def _run(arguments: list[str] | None) -> int:
     # Before torch is imported: threads that spin while they wait make a CPU shared with loader processes or other jobs
     # up to 16 times slower (measured on 2 cores with one of them busy).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    parsed = _parser().parse_args(arguments)
+    parsed = build_parser().parse_args(arguments)
     try:
         with translate_file_errors():
             code: int = parsed.run(parsed)
@@ -53,7 +53,8 @@ def _run(arguments: list[str] | None) -> int:
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line, with every command declared."""
     root = Parser(
         prog="esvit-scale",
         description="Self-supervised pretraining of multi-stage vision transformers (EsViT).",

@@ -59,14 +59,14 @@ def _rows() -> Iterator[Row]:
     torch_row = doctor_packages.required("torch", f"CUDA build {cuda}" if (cuda := _cuda_build()) else "CPU build")
     yield torch_row
     if torch_row.state != "problem":
-        yield from _gpu()
+        yield from gpu_rows()
         yield _bf16()
-        yield _collective("gloo", required=True)
-        if _torch_sees_gpu():
-            yield _collective("nccl", required=False)
+        yield collective_row("gloo", required=True)
+        if torch_sees_gpu():
+            yield collective_row("nccl", required=False)
     for name in ("torchvision", "timm"):
         yield doctor_packages.required(name, advice="pip install torch and torchvision from one index")
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch_row.state != "problem" and _torch_sees_gpu() else "cpu")
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch_row.state != "problem" and torch_sees_gpu() else "cpu")
     yield doctor_packages.required("deepspeed")
     yield _deepspeed_ops()
     yield doctor_packages.required("fairscale")
@@ -141,10 +141,11 @@ def parse_driver(text: str) -> str | None:
     return found[1] if found else None
 
 
-def _gpu() -> Iterator[Row]:
+def gpu_rows() -> Iterator[Row]:
+    """Yield one row per GPU that torch sees; without any, one row that says why."""
     import torch
 
-    if _torch_sees_gpu():
+    if torch_sees_gpu():
         for i in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(i)
             yield _visible_gpu(i, properties.name, properties.total_memory, torch.cuda.get_device_capability(i))
@@ -184,7 +185,7 @@ def _visible_gpu(index: int, name: str, memory: int, capability: tuple[int, int]
 
 def nvidia_machine() -> NvidiaMachine:
     """Return the GPUs and the driver as nvidia-smi reports them, or else as the kernel does."""
-    said = _output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
+    said = command_output("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
     rows = [line.rpartition(", ") for line in (said or "").splitlines() if ", " in line]
     if rows:
         return NvidiaMachine([name for name, _, _ in rows], rows[0][2])
@@ -203,7 +204,8 @@ def _nvidia_on_the_bus() -> Iterator[str]:
             yield f"NVIDIA device {device.name}"
 
 
-def _torch_sees_gpu() -> bool:
+def torch_sees_gpu() -> bool:
+    """Return whether this torch can use a GPU."""
     import torch
 
     return torch.cuda.is_available()
@@ -220,7 +222,7 @@ def _cuda_build() -> str | None:
 def _bf16() -> Row:
     import torch
 
-    if _torch_sees_gpu():
+    if torch_sees_gpu():
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return Row("bf16", "ok", "the GPU computes in it")
         return Row("bf16", "problem", "the GPU emulates it, slowly", "train.precision=fp32")
@@ -231,7 +233,8 @@ def _bf16() -> Row:
     return Row("bf16", "absent", "this CPU emulates it, slowly", "train.precision=fp32")
 
 
-def _collective(backend: Literal["gloo", "nccl"], required: bool) -> Row:
+def collective_row(backend: Literal["gloo", "nccl"], required: bool) -> Row:
+    """Return the row of a communication backend: whether an all-reduce of this one process works."""
     from esvit_scale.parallel.probe import all_reduce_works
 
     try:
@@ -250,7 +253,7 @@ def _collective(backend: Literal["gloo", "nccl"], required: bool) -> Row:
 
 
 def _slurm() -> Row:
-    said = [_output(command, "--version") for command in ("sinfo", "srun")]
+    said = [command_output(command, "--version") for command in ("sinfo", "srun")]
     if not any(said):
         return Row("Slurm", "absent", "no sinfo or srun here")
     return Row(
@@ -284,12 +287,13 @@ def limit_rows() -> Iterator[Row]:
     """Yield the rows of the limits that a node may set for a job; every node of a job is checked for them before it
     starts (preflight.py).
     """
-    yield from _shared_memory()
-    yield _open_files()
+    yield from shared_memory_rows()
+    yield open_files_row()
     yield _locked_memory()
 
 
-def _shared_memory() -> Iterator[Row]:
+def shared_memory_rows() -> Iterator[Row]:
+    """Yield the row of /dev/shm, in which loader processes hand over batches; none where it does not exist."""
     if not Path("/dev/shm").is_dir():
         return
     usage = shutil.disk_usage("/dev/shm")
@@ -300,7 +304,7 @@ def _shared_memory() -> Iterator[Row]:
     )
 
 
-def _open_files() -> Row:
+def open_files_row() -> Row:
     """Return the row of the open-file limit that a run gets; a run raises its own soft limit to the hard one."""
     files = limits.reachable_files()
     workers = limits.workers_served(files)
@@ -335,7 +339,7 @@ def _disk() -> Row:
 # --- helpers -------------------------------------------------------------------------------------------------------
 
 
-def _output(*command: str) -> str | None:
+def command_output(*command: str) -> str | None:
     """Return what a command prints; None when it is missing, fails or hangs."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True, stdin=subprocess.DEVNULL)

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from esvit_scale import __version__, cli
-from esvit_scale.commands import doctor
+from esvit_scale import __version__, cli, doctor
 from esvit_scale.errors import Diverged, RestartCanHelp, UserError
 
 
@@ -58,7 +57,7 @@ ORDERS = {
 @pytest.mark.parametrize("command", ORDERS)
 def test_options_are_accepted_at_any_position(command):
     positional, options = ORDERS[command]
-    read = lambda words: vars(cli._parser().parse_args(" ".join([command, *words]).split()))  # noqa: E731
+    read = lambda words: vars(cli.build_parser().parse_args(" ".join([command, *words]).split()))  # noqa: E731
     expected = read([*options, *positional])
     for places in itertools.product(range(len(positional) + 1), repeat=len(options)):
         words = list(positional)
@@ -123,10 +122,10 @@ def test_only_rank_0_prints_the_error():
     [(UserError("a\nb"), 2), (Diverged("a\nb"), 3), (RestartCanHelp("a\nb"), 75), (KeyboardInterrupt(), 130)],
 )
 def test_error_types_map_to_exit_codes(error, code, monkeypatch, capsys):
-    def fail(options):
+    def fail():
         raise error
 
-    monkeypatch.setattr(doctor, "_doctor", fail)
+    monkeypatch.setattr(doctor, "run", fail)
     assert cli.main(["doctor"]) == code
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == (0 if code == 130 else 2)
@@ -134,16 +133,16 @@ def test_error_types_map_to_exit_codes(error, code, monkeypatch, capsys):
 
 
 def test_unexpected_error_keeps_its_traceback(monkeypatch):
-    def fail(options):
+    def fail():
         raise ZeroDivisionError
 
-    monkeypatch.setattr(doctor, "_doctor", fail)
+    monkeypatch.setattr(doctor, "run", fail)
     with pytest.raises(ZeroDivisionError):
         cli.main(["doctor"])
 
 
 def test_exit_code_of_a_command_is_returned(monkeypatch):
-    monkeypatch.setattr(doctor, "_doctor", lambda options: 7)
+    monkeypatch.setattr(doctor, "run", lambda: 7)
     assert cli.main(["doctor"]) == 7
 
 

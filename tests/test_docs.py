@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from esvit_scale import config as configs
-from esvit_scale.cli import _parser, main
+from esvit_scale.cli import build_parser, main
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
 from esvit_scale.scaling import sweep_file
@@ -121,7 +121,7 @@ def problem_of(command: Command) -> str | None:
     if command.complete:
         with redirect_stderr(io.StringIO()) as said:
             try:
-                arguments = _parser().parse_args(list(command.words))
+                arguments = build_parser().parse_args(list(command.words))
                 if path == ("pretrain",):
                     configs.resolve(arguments.config, arguments.overrides)
             except (SystemExit, UserError) as error:

@@ -58,7 +58,9 @@ def test_driver_version_is_parsed_from_proc(text, driver):
 
 
 def test_nvidia_smi_output_is_parsed_and_failures_are_tolerated(monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor, "_output", lambda *command: "NVIDIA H100, 80GB, 535.183.01\nNVIDIA A10, 535.183.01")
+    monkeypatch.setattr(
+        doctor, "command_output", lambda *command: "NVIDIA H100, 80GB, 535.183.01\nNVIDIA A10, 535.183.01"
+    )
     assert doctor.nvidia_machine() == (["NVIDIA H100, 80GB", "NVIDIA A10"], "535.183.01")
     smi = tmp_path / "nvidia-smi"
     smi.write_text(
@@ -67,18 +69,18 @@ def test_nvidia_smi_output_is_parsed_and_failures_are_tolerated(monkeypatch, tmp
     smi.chmod(0o755)
     monkeypatch.undo()
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert doctor._output("nvidia-smi") is None
-    assert doctor._output("no-such-command-anywhere") is None
+    assert doctor.command_output("nvidia-smi") is None
+    assert doctor.command_output("no-such-command-anywhere") is None
 
 
 def rows_of_a_machine(monkeypatch, machine, cuda):
     import torch
 
     monkeypatch.setattr(doctor, "nvidia_machine", lambda: machine)
-    monkeypatch.setattr(doctor, "_torch_sees_gpu", lambda: False)
+    monkeypatch.setattr(doctor, "torch_sees_gpu", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    return list(doctor._gpu())
+    return list(doctor.gpu_rows())
 
 
 def test_old_driver_is_a_problem_but_not_required(monkeypatch):
@@ -101,7 +103,7 @@ def test_missing_gpu_is_absent_and_missing_driver_a_problem(monkeypatch):
 def test_gpu_hidden_by_cuda_visible_devices_is_absent(monkeypatch):
     rows_of_a_machine(monkeypatch, doctor.NvidiaMachine(["NVIDIA A10"], "580.95.05"), "13.2")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    [row] = doctor._gpu()
+    [row] = doctor.gpu_rows()
     assert (row.state, "CUDA_VISIBLE_DEVICES" in row.detail) == ("absent", True)
 
 
@@ -210,7 +212,7 @@ def test_open_files_row_agrees_with_the_check_of_a_run(files):
     code = (
         "import resource; from esvit_scale import doctor; from esvit_scale.data import limits; from esvit_scale.errors import RestartCanHelp\n"
         f"resource.setrlimit(resource.RLIMIT_NOFILE, ({files} - 5, {files}))\n"
-        "row = doctor._open_files()\n"
+        "row = doctor.open_files_row()\n"
         "assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == FILES - 5, 'doctor changes nothing'\n"
         "try: limits.check_node(limits.COMMON_WORKERS)\n"
         "except RestartCanHelp: print('refused', row.state, row.detail)\n"
@@ -224,7 +226,7 @@ def test_open_files_row_agrees_with_the_check_of_a_run(files):
 
 def test_low_soft_limit_alone_is_ok(monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda which: (256, resource.RLIM_INFINITY))
-    assert doctor._open_files().state == "ok"
+    assert doctor.open_files_row().state == "ok"
     assert limits.reachable_files() == limits.MOST_FILES
 
 
@@ -234,7 +236,7 @@ def test_low_soft_limit_alone_is_ok(monkeypatch):
 )
 def test_shared_memory_row_judges_size_and_free_space(total, free, state, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=total, free=free))
-    assert [row.state for row in doctor._shared_memory()] == [state]
+    assert [row.state for row in doctor.shared_memory_rows()] == [state]
 
 
 # --- real runs -----------------------------------------------------------------------------------------------------
@@ -268,7 +270,7 @@ def test_gloo_check_keeps_an_existing_process_group():
     if ours:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        assert doctor._collective("gloo", required=True).state == "ok"
+        assert doctor.collective_row("gloo", required=True).state == "ok"
         assert dist.is_initialized()
     finally:
         if ours:

@@ -56,6 +56,11 @@ def config(run_dir: Path, data: Path, **overrides: Any) -> Config:
     return configs.validate(values, where="tiny")
 
 
+def model_config(model: dict[str, Any], size: int = 224) -> Config:
+    """Return the default config with this `model` section and global crops of `size` pixels."""
+    return configs.validate({"model": model, "data": {"global_crops": {"size": size}}}, where="tiny")
+
+
 def rows(run_dir: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what a clock measured."""
     from esvit_scale.train.metrics import TIME_FIELDS

@@ -130,15 +130,15 @@ def _draw(axes: Axes, curve: Curve, panel: Panel) -> None:
     x, values = x[finite], values[finite]
     if len(values) <= SMOOTH_FROM or not panel.noisy:
         marker = "o" if len(values) == 1 else None
-        axes.plot(*_thinned(x, values), color=curve.colour, linewidth=1.7, alpha=0.9, marker=marker, markersize=4)
+        axes.plot(*thinned(x, values), color=curve.colour, linewidth=1.7, alpha=0.9, marker=marker, markersize=4)
         return
-    axes.plot(*_thinned(x, values), color=curve.colour, linewidth=0.6, alpha=0.3)
+    axes.plot(*thinned(x, values), color=curve.colour, linewidth=0.6, alpha=0.3)
     window = len(values) // 50
     mean = np.convolve(values, np.ones(window) / window, mode="valid")
-    axes.plot(*_thinned(x[window - 1 :], mean), color=curve.colour, linewidth=1.7, alpha=0.9)
+    axes.plot(*thinned(x[window - 1 :], mean), color=curve.colour, linewidth=1.7, alpha=0.9)
 
 
-def _thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def thinned(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return at most about POINTS points, among them the smallest and largest of every interval, so that no spike is lost."""
     stretch = -(-2 * len(x) // POINTS)
     if stretch < 2:

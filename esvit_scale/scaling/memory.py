@@ -124,7 +124,7 @@ def memory(
     filled = min(network.total, BUCKET)
     reserved = e * (filled if on_cpu else BUCKET) if stage else 0
     gathered = e * min(network.total, LIVE) if stage == 3 and ranks > 1 else 0
-    early, late = _backward(config, network, images, checkpointing, pixels, e)
+    early, late = backward_peaks(config, network, images, checkpointing, pixels, e)
     full_bucket = network.total > BUCKET  # then reductions happen while activations are still there
     if stage == 0:
         # The teacher works on the EMA itself; gradients are reduced in flat copies after the backward.
@@ -158,7 +158,7 @@ def memory(
     )
 
 
-def _backward(
+def backward_peaks(
     config: Config, network: ElementCounts, images: int, checkpointing: bool, pixels: int, e: int
 ) -> tuple[int, int]:
     """Return the largest sums over the backward: of the activations that are left, and of those with the gradients so

@@ -73,7 +73,7 @@ def shape_of(size: Size, base: Config) -> Shape:
 
 def _nearest(target: float, base: Config) -> Shape:
     """Return the shape of the ladder whose trunk has about `target` parameters."""
-    steps = _counted(base.model.trunk, base.model.window, base.data.global_crops.size)
+    steps = ladder_with_counts(base.model.trunk, base.model.window, base.data.global_crops.size)
     shape, count = min(steps, key=lambda step: max(step[1] / target, target / step[1]))
     if not 1 / OFF <= count / target <= OFF:
         raise UserError(
@@ -84,7 +84,7 @@ def _nearest(target: float, base: Config) -> Shape:
 
 
 @lru_cache
-def _counted(trunk: str, window: int, side: int) -> list[tuple[Shape, int]]:
+def ladder_with_counts(trunk: str, window: int, side: int) -> list[tuple[Shape, int]]:
     """Return the shapes of the ladder with their numbers of trunk parameters."""
     found = []
     for shape in ladder():

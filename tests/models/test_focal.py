@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from esvit_scale import config as configs
 from esvit_scale.errors import UserError
 from esvit_scale.models.drop_path import drop_keys
 from esvit_scale.models.focal import Focal
@@ -17,6 +16,7 @@ from esvit_scale.models.focal_windows import focal_tables
 from esvit_scale.models.initialize import initial_value, initial_values
 from esvit_scale.models.plain import plain
 from esvit_scale.models.registry import build_trunk
+from tests import tiny
 from tests.models.rule import by_hash, by_rule, fill
 
 OFFICIAL = json.loads((Path(__file__).parent / "fixtures" / "official_focal.json").read_text())
@@ -37,7 +37,7 @@ def crops_of(groups, dtype=torch.float64):
 
 
 def config_of(trunk, size=224, **model):
-    return configs.validate({"model": {"trunk": trunk} | model, "data": {"global_crops": {"size": size}}}, "test")
+    return tiny.model_config({"trunk": trunk} | model, size)
 
 
 @pytest.mark.parametrize("name", COUNTS)

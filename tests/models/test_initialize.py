@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from esvit_scale.config import validate
 from esvit_scale.models.distributions import normal
 from esvit_scale.models.heads import ProjectionHead
 from esvit_scale.models.initialize import initial_value, initial_values, initialize
 from esvit_scale.models.registry import SHAPES, build_trunk
 from esvit_scale.models.swin import Swin
+from tests import tiny
 
 
 def trunk():
@@ -20,14 +20,14 @@ def trunk():
 def test_poisoned_then_initialised_every_parameter_is_finite(name):
     """Every preset's parameters by name; heads included. Widths are cut so that the large ones fit a small machine."""
     shape = SHAPES[name]
-    config = validate({"model": {"trunk": name, "embed_dim": shape.heads[0] * 4}}, where="test")
+    config = tiny.model_config({"trunk": name, "embed_dim": shape.heads[0] * 4})
     network = nn.ModuleDict({"trunk": build_trunk(config), "head": ProjectionHead(64, 32, 16, 48)})
     for p in network.parameters():
         p.data.fill_(math.nan)
     initialize(network, seed=1)
     assert all(p.isfinite().all() for p in network.parameters())
     with torch.device("meta"):
-        whole = build_trunk(validate({"model": {"trunk": name}}, where="test"))
+        whole = build_trunk(tiny.model_config({"trunk": name}))
     assert set(initial_values(whole)) == {n for n, _ in whole.named_parameters()}
 
 

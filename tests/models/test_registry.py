@@ -6,6 +6,7 @@ from esvit_scale.errors import UserError
 from esvit_scale.models.initialize import initialize
 from esvit_scale.models.registry import SHAPES, build_trunk
 from esvit_scale.objective.network import build_student
+from tests import tiny
 
 COUNTS = {
     ("swin_t", 7): 27_519_354,
@@ -27,10 +28,6 @@ COUNTS = {
 }
 
 
-def config(model, size=224):
-    return validate({"model": model, "data": {"global_crops": {"size": size}}}, where="test")
-
-
 def test_every_name_is_counted():
     assert {name for name, _ in COUNTS} == set(SHAPES)
 
@@ -38,13 +35,15 @@ def test_every_name_is_counted():
 @pytest.mark.parametrize(("name", "window"), COUNTS)
 def test_parameter_counts(name, window):
     with torch.device("meta"):
-        trunk = build_trunk(config({"trunk": name, "window": window}))
+        trunk = build_trunk(tiny.model_config({"trunk": name, "window": window}))
     assert sum(p.numel() for p in trunk.parameters()) == COUNTS[name, window]
     assert trunk.dim == SHAPES[name].embed_dim * 8
 
 
 def test_overrides():
-    trunk = build_trunk(config({"embed_dim": 32, "depths": [1, 1, 2, 1], "heads": [1, 2, 4, 8], "window": 4}, 64))
+    trunk = build_trunk(
+        tiny.model_config({"embed_dim": 32, "depths": [1, 1, 2, 1], "heads": [1, 2, 4, 8], "window": 4}, 64)
+    )
     assert trunk.dim == 256
     assert [stage.window for stage in trunk.stages] == [4, 4, 4, 2]
     assert [stage.shifts for stage in trunk.stages] == [[0], [0], [0, 0], [0]]
@@ -61,7 +60,7 @@ def test_overrides():
 )
 def test_what_cannot_be_built_is_one_clear_line(model, size, words):
     with pytest.raises(UserError) as error:
-        build_trunk(config(model, size))
+        build_trunk(tiny.model_config(model, size))
     assert all(word in str(error.value) for word in words), error.value
     assert "\n" not in str(error.value)
 

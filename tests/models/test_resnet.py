@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from esvit_scale.config import validate
 from esvit_scale.errors import UserError
 from esvit_scale.models import batch_norm
 from esvit_scale.models.drop_path import drop_keys
@@ -14,14 +13,15 @@ from esvit_scale.models.initialize import initial_value, initial_values
 from esvit_scale.models.plain import plain
 from esvit_scale.models.registry import build_trunk
 from esvit_scale.models.resnet import ResNet
+from tests import tiny
 from tests.models.rule import by_hash
 
 GROUPS = [(3, 64), (2, 50), (4, 32)]
 
 
-def config(model, size=224):
+def resnet_config(model, size=224):
     values = {"trunk": "resnet50", "drop_path": 0.0} | model
-    return validate({"model": values, "data": {"global_crops": {"size": size}}}, where="test")
+    return tiny.model_config(values, size)
 
 
 @torch.no_grad()
@@ -73,7 +73,7 @@ def same_as_torchvision(trunk, theirs, crops, tolerance):
 def test_torchvisions_resnet50(training):
     """What the official code trains, in float64; statistics per resolution in training."""
     models = pytest.importorskip("torchvision.models")
-    trunk = build_trunk(config({})).double().train(training)
+    trunk = build_trunk(resnet_config({})).double().train(training)
     move(trunk)
     theirs = models.resnet50().double().train(training)
     theirs.fc = torch.nn.Identity()
@@ -85,7 +85,7 @@ def test_torchvisions_resnet50(training):
 
 def test_parameter_count():
     with torch.device("meta"):
-        trunk = build_trunk(config({}))
+        trunk = build_trunk(resnet_config({}))
     assert sum(p.numel() for p in trunk.parameters()) == 23_508_032
     assert (trunk.dim, trunk.channels, trunk.reductions) == (2048, (256, 512, 1024, 2048), (4, 8, 16, 32))
     inits = initial_values(trunk)
@@ -153,6 +153,6 @@ def test_bf16():
 
 def test_what_cannot_be_built_is_one_clear_line():
     with pytest.raises(UserError, match=r"model\.heads: resnet50 has no attention; leave it out") as error:
-        build_trunk(config({"heads": [1, 1, 1, 1]}))
+        build_trunk(resnet_config({"heads": [1, 1, 1, 1]}))
     assert "\n" not in str(error.value)
-    assert build_trunk(config({"depths": [1, 1], "embed_dim": 8})).channels == (32, 64)
+    assert build_trunk(resnet_config({"depths": [1, 1], "embed_dim": 8})).channels == (32, 64)

@@ -7,10 +7,10 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from esvit_scale.config import validate
 from esvit_scale.models.initialize import initialize
 from esvit_scale.models.registry import build_trunk
 from esvit_scale.models.swin_v2 import LOGIT_SCALE_MAX, SwinV2, UnitQueriesKeys, relative_distances
+from tests import tiny
 from tests.models.rule import by_rule, fill
 
 SHAPES = {  # window 3 pads and shifts everywhere; the windows of the others are clipped in the last stage
@@ -143,9 +143,7 @@ def test_timm_with_copied_weights(ours, theirs, window):
     """
     timm = pytest.importorskip("timm")
     model = {"trunk": ours, "window": window}
-    trunk = settle(
-        build_trunk(validate({"model": model, "data": {"global_crops": {"size": 256}}}, where="test"))
-    ).double()
+    trunk = settle(build_trunk(tiny.model_config(model, 256))).double()
     other = timm.create_model(theirs, num_classes=0, drop_path_rate=0.0).double()
     missing, unexpected = other.load_state_dict({timms(k): v for k, v in trunk.state_dict().items()}, strict=True)
     assert not missing
@@ -259,6 +257,6 @@ def test_checkpointing_gives_equal_gradients():
 
 def test_extra_norms_are_every_sixth_of_the_third_stage():
     with torch.device("meta"):
-        trunk = build_trunk(validate({"model": {"trunk": "swinv2_g"}}, where="test"))
+        trunk = build_trunk(tiny.model_config({"trunk": "swinv2_g"}))
     found = [name.removesuffix(".extra_norm.weight") for name, _ in trunk.named_parameters() if "extra_norm.w" in name]
     assert found == [f"layers.2.blocks.{i}" for i in range(5, 42, 6)]

@@ -32,14 +32,14 @@ LISTED = [  # a small one of every family whose cells lie otherwise: NHWC, NCHW,
 QUICK = ["convnext_atto", "vit_tiny_patch16_224", "resnet18"]
 
 
-def config(name, sizes=(64, 32), drop_path=0.3, **values):
+def timm_config(name, sizes=(64, 32), drop_path=0.3, **values):
     local = [{"size": size, "count": 1} for size in sizes[1:]]
     data = {"global_crops": {"size": sizes[0]}, "local_crops": local}
     return validate({"model": {"trunk": f"timm:{name}", "drop_path": drop_path}, "data": data, **values}, where="test")
 
 
 def make(name, **kwargs):
-    trunk = build_trunk(config(name, **kwargs))
+    trunk = build_trunk(timm_config(name, **kwargs))
     initialize(trunk, 3)
     return trunk
 
@@ -168,7 +168,7 @@ def test_bf16_without_dropout(name):
 
 def test_values_depend_on_the_seed_alone():
     with torch.device("meta"):
-        trunk = build_trunk(config("convnext_atto"))
+        trunk = build_trunk(timm_config("convnext_atto"))
     values = trunk.initial_values()
     state = torch.random.get_rng_state()
     first = {name: init.draw(7) for name, init in values.items()}
@@ -206,7 +206,7 @@ def test_grids(cells, height, width, grid):
     ],
 )  # fmt: skip
 def test_what_cannot_be_built_is_one_clear_line(name, sizes, values, words):
-    wanted = config(name, sizes).model_dump()
+    wanted = timm_config(name, sizes).model_dump()
     wanted["model"] |= values
     with pytest.raises(UserError) as error:
         build_trunk(validate(wanted, where="test"))
@@ -215,9 +215,9 @@ def test_what_cannot_be_built_is_one_clear_line(name, sizes, values, words):
 
 
 def test_reentrant_checkpointing_takes_one_crop_size():
-    build_trunk(config("convnext_atto", (64,), train={"activation_checkpointing": "deepspeed"}))
+    build_trunk(timm_config("convnext_atto", (64,), train={"activation_checkpointing": "deepspeed"}))
     with pytest.raises(UserError, match=r"train\.activation_checkpointing: deepspeed.*once a crop size \(2\).*torch"):
-        build_trunk(config("convnext_atto", train={"activation_checkpointing": "deepspeed"}))
+        build_trunk(timm_config("convnext_atto", train={"activation_checkpointing": "deepspeed"}))
 
 
 @pytest.mark.parametrize("name", ["convnext_atto", "vit_tiny_patch16_224"])

@@ -9,7 +9,6 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from esvit_scale.config import validate
 from esvit_scale.errors import UserError
 from esvit_scale.models import vit
 from esvit_scale.models.drop_path import drop_keys
@@ -17,14 +16,11 @@ from esvit_scale.models.initialize import initial_value, initial_values
 from esvit_scale.models.plain import plain
 from esvit_scale.models.registry import build_trunk
 from esvit_scale.models.vit import MoCoViT, ViT
+from tests import tiny
 from tests.models.rule import by_hash, fill
 
 OFFICIAL = json.loads((Path(__file__).parent / "fixtures" / "official_vit.json").read_text())
 GROUPS = [(2, 64), (3, 32), (1, 50)]  # 4×4 tokens, 2×2, and a size that is padded
-
-
-def config(model, size=224):
-    return validate({"model": model, "data": {"global_crops": {"size": size}}}, where="test")
 
 
 def make(kind=ViT, **kwargs):
@@ -48,7 +44,7 @@ def crops_of(groups=GROUPS, dtype=torch.float64):
 )
 def test_parameter_counts(name, count):
     with torch.device("meta"):
-        trunk = build_trunk(config({"trunk": name}))
+        trunk = build_trunk(tiny.model_config({"trunk": name}))
     assert sum(p.numel() for p in trunk.parameters()) == count
     assert trunk.depths == (12,)
     assert trunk.blocks[0].attn.heads == {"deit_s": 6}.get(name, 12)
@@ -138,7 +134,7 @@ def test_mocos_positions_are_its_codes():
 
 def test_mocos_initial_values():
     with torch.device("meta"):
-        trunk = build_trunk(config({"trunk": "vit_s_moco"}))
+        trunk = build_trunk(tiny.model_config({"trunk": "vit_s_moco"}))
     inits = initial_values(trunk)
     shapes = {name: p.shape for name, p in trunk.named_parameters()}
     value = lambda name: initial_value(name, inits[name], shapes[name], 0)  # noqa: E731
@@ -215,12 +211,12 @@ def test_the_exporters_module_takes_any_batch():
 )
 def test_what_cannot_be_built_is_one_clear_line(model, words):
     with pytest.raises(UserError) as error:
-        build_trunk(config(model))
+        build_trunk(tiny.model_config(model))
     assert all(word in str(error.value) for word in words), error.value
     assert "\n" not in str(error.value)
 
 
 def test_overrides():
-    trunk = build_trunk(config({"trunk": "deit_s", "embed_dim": 32, "depths": [2], "heads": [4]}, 64))
+    trunk = build_trunk(tiny.model_config({"trunk": "deit_s", "embed_dim": 32, "depths": [2], "heads": [4]}, 64))
     assert (trunk.dim, trunk.depths) == (32, (2,))
     assert trunk([torch.randn(1, 3, 64, 64)]).regions.shape == (16, 32)

@@ -63,7 +63,7 @@ def test_long_runs_are_smoothed_and_single_rows_visible() -> None:
 def test_thinning_keeps_spikes_and_ends() -> None:
     x, y = np.arange(1_000_000.0), np.zeros(1_000_000)
     y[314_159], y[271_828] = 5, -3
-    thin_x, thin_y = plots._thinned(x, y)
+    thin_x, thin_y = plots.thinned(x, y)
     assert len(thin_x) <= 2 * plots.POINTS
     assert (np.diff(thin_x) > 0).all()
     assert thin_y[thin_x == 314_159].tolist() == [5]

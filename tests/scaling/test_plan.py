@@ -128,7 +128,7 @@ def test_a_gradient_is_there_from_the_last_call_of_its_block():
     blocks = costs.block_activation_bytes(config)
     half, outside = len(blocks) // 2, 7
     assert half == len(network.blocks)
-    early, late = memory._backward(config, network, 1, False, outside, 4)
+    early, late = memory.backward_peaks(config, network, 1, False, outside, 4)
     total = costs.activation_bytes(config, False).total(1) + outside
     assert early == total
     done, left, largest = 4 * network.heads, total, total

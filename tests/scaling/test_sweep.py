@@ -70,7 +70,7 @@ def test_ladder_grows_with_heads_of_32_channels():
     for shape in shapes.ladder():
         assert [shape.embed_dim * 2**i / h for i, h in enumerate(shape.heads)] == [32] * 4
         assert shape.depths[2] >= max(shape.depths[0], shape.depths[1], shape.depths[3])
-    counts = [count for _, count in shapes._counted("swin_t", 7, 224)]
+    counts = [count for _, count in shapes.ladder_with_counts("swin_t", 7, 224)]
     assert counts == sorted(counts)
 
 
