@@ -98,15 +98,31 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("line", MISTAKES)
-def test_user_error_prints_one_line_and_exits_with_2(line, tmp_path):
+def test_user_error_prints_one_line_and_exits_with_2(line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = cli.main(line.split())
+    except SystemExit as ended:
+        code = ended.code
+    assert code == 2
+    assert_one_error(line, *capsys.readouterr())
+    assert not list(tmp_path.iterdir()), "a mistake leaves nothing behind"
+
+
+# One that answers before torch is imported and one after DeepSpeed: no library adds a line of its own.
+@pytest.mark.parametrize("line", ["pretrain swin_t train.epoch=3", "pretrain swin_t data.train=no/such/folder"])
+def test_user_error_of_a_process_is_one_line(line, tmp_path):
     ended = run(*line.split(), cwd=tmp_path)
     assert ended.returncode == 2, ended.stderr
-    lines = ended.stderr.splitlines()
-    assert len(lines) == 1, ended.stderr
+    assert_one_error(line, ended.stdout, ended.stderr)
+
+
+def assert_one_error(line, output, errors):
+    lines = errors.splitlines()
+    assert len(lines) == 1, errors
     assert lines[0].startswith("esvit-scale: error: ")
     assert MISTAKES[line] in lines[0]
-    assert not ended.stdout
-    assert not list(tmp_path.iterdir()), "a mistake leaves nothing behind"
+    assert not output
 
 
 def test_only_rank_0_prints_the_error():

@@ -110,7 +110,7 @@ def score(
 @torch.no_grad()
 @pytest.mark.parametrize("version", [Swin, SwinV2])
 @pytest.mark.parametrize("size", PICTURES)
-def test_rows_sum_to_one_and_equal_a_slow_reference(version: type[Swin], size: tuple[int, int]) -> None:
+def test_attention_rows_sum_to_one_and_equal_slow_reference(version: type[Swin], size: tuple[int, int]) -> None:
     trunk, image = trunk_of(version), torch.randn(3, *size, dtype=torch.float64)
     blocks = attention(trunk, image)
     assert [(b.stage, b.block) for b in blocks] == [(0, 0), (0, 1), (1, 0), (1, 1)]
@@ -129,7 +129,7 @@ def test_rows_sum_to_one_and_equal_a_slow_reference(version: type[Swin], size: t
 
 
 @torch.no_grad()
-def test_even_attention_is_one_everywhere() -> None:
+def test_uniform_attention_is_one_everywhere() -> None:
     """Without scores every token gets its share: no window, shift or padding leaves a trace."""
     trunk = trunk_of(Swin)
     for block in trunk.blocks:
@@ -140,7 +140,7 @@ def test_even_attention_is_one_everywhere() -> None:
 
 
 @torch.no_grad()
-def test_components_are_the_principal_ones_and_their_signs_are_fixed() -> None:
+def test_components_are_principal_components_with_fixed_signs() -> None:
     from sklearn.decomposition import PCA
 
     trunk, image = trunk_of(Swin), torch.randn(3, 64, 48, dtype=torch.float64)
@@ -155,12 +155,12 @@ def test_components_are_the_principal_ones_and_their_signs_are_fixed() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, components(trunk, image), strict=True))
 
 
-def test_another_trunk_is_refused() -> None:
+def test_trunk_without_attention_is_refused() -> None:
     with pytest.raises(UserError, match="Swin's windows; Linear has none"):
         attention(nn.Linear(2, 2), torch.zeros(3, 8, 8))  # type: ignore[arg-type]
 
 
-def test_pictures_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_pictures_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("RGB", (60, 20), "red").save(tmp_path / "wide.png")
     assert read_picture(tmp_path / "wide.png", 40).shape == (40, 120, 3)
     (tmp_path / "text.png").write_text("no image")

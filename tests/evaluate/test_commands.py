@@ -38,7 +38,7 @@ def test_knn_linear_transfer_and_embed_share_features(
     assert kept() == 4
 
 
-def test_features_are_kept_beside_the_output(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+def test_features_are_cached_beside_the_output(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
     arguments = ["--checkpoint", str(checkpoint), "--workers", "0", "--data", str(photos / "test")]
     assert cli.main(["embed", *arguments, "--out", str(tmp_path / "f.npz"), "--stored", "fp16"]) == 0
     assert len(list((tmp_path / "features").iterdir())) == 1

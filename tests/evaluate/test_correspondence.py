@@ -45,7 +45,7 @@ def places() -> np.ndarray:
     return np.stack([2 * x, 2 * y, x], -1)
 
 
-def test_identical_grids_give_one() -> None:
+def test_identical_grids_correspond_fully() -> None:
     grid = (5, 7)
     tokens = torch.randn(35, 16)
     found = correspondence.measure(
@@ -57,7 +57,7 @@ def test_identical_grids_give_one() -> None:
     assert found["chance"] == pytest.approx(100 / 35)
 
 
-def test_a_flipped_grid_gives_the_mirror() -> None:
+def test_flipped_grid_corresponds_mirrored() -> None:
     grid, tokens = (5, 7), torch.randn(35, 16)
     flipped = tokens.view(5, 7, 16).flip(1).reshape(35, 16)
     here, there = view(tokens, grid), view(flipped, grid)
@@ -72,7 +72,7 @@ def test_a_flipped_grid_gives_the_mirror() -> None:
     assert unmirrored["distance_px"] == pytest.approx(10 * (6 + 4 + 2 + 0 + 2 + 4 + 6) / 7)
 
 
-def test_random_features_are_at_chance() -> None:
+def test_random_features_score_at_chance() -> None:
     grid, rates = (7, 7), []
     for seed in range(200):
         torch.manual_seed(seed)
@@ -102,7 +102,7 @@ def official(first: torch.Tensor, second: torch.Tensor, side: int) -> tuple[floa
     return right / 10, distance / 10
 
 
-def test_the_official_measure() -> None:
+def test_measure_equals_the_official_one() -> None:
     torch.manual_seed(3)
     first = torch.randn(49, 8)
     second = first.view(7, 7, 8).flip(1).reshape(49, 8) + 1.5 * torch.randn(49, 8)
@@ -119,7 +119,7 @@ def test_the_official_measure() -> None:
     assert found["top_distance_px"] == pytest.approx(distance)
 
 
-def test_view_two_is_the_flipped_picture_without_colour() -> None:
+def test_second_view_is_flipped_and_grey() -> None:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 255, (32, 48, 3), dtype=np.uint8)
     views = [
@@ -139,7 +139,7 @@ def test_view_two_is_the_flipped_picture_without_colour() -> None:
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5])
-def test_the_crop_is_where_it_is_said_to_be(places: np.ndarray, monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
+def test_crop_position_is_correct(places: np.ndarray, monkeypatch: pytest.MonkeyPatch, scale: float) -> None:
     """Whatever is cropped and flipped, a trunk that knows places finds each token's cell, or the one beside it."""
     monkeypatch.setattr(correspondence, "jitter_and_grey", lambda pixels, key, seed: pixels)
     monkeypatch.setattr(correspondence, "CROP_SCALE", (scale, scale))
@@ -153,7 +153,7 @@ def test_the_crop_is_where_it_is_said_to_be(places: np.ndarray, monkeypatch: pyt
     assert flips == {True, False}
 
 
-def test_stereo_takes_the_true_disparity() -> None:
+def test_stereo_pairs_use_the_true_disparity() -> None:
     left, right, disparity = samples.stereo_pair()
     y, x = np.nonzero(np.isfinite(disparity))
     there = np.round(x - disparity[y, x]).astype(int)
@@ -168,7 +168,7 @@ def test_stereo_takes_the_true_disparity() -> None:
     assert correspondence.measure(case.pairs)["chance"] == pytest.approx(100 / (25 * 37))
 
 
-def test_over_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_evaluation_writes_results_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     (tmp_path / "images").mkdir()
     for i in range(9):
@@ -194,7 +194,7 @@ def c_teacher() -> object:
     return FrozenTrunk(Place(8), 32, 5)
 
 
-def test_a_trunk_without_a_grid() -> None:
+def test_trunk_without_a_grid_is_refused() -> None:
     class Flat(Place):
         def forward(self, crops: list[torch.Tensor]) -> Features:
             return super().forward(crops)._replace(grids=[])

@@ -41,7 +41,7 @@ def command(arguments: list[str]) -> None:
     subprocess.run([sys.executable, *arguments], check=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
 
 
-def test_runs_once_and_then_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_finished_demo_is_read_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     shortened(monkeypatch, ema_momentum=1.0)
     out = tmp_path / "demo"
     assert demo.run(out) == 0
@@ -64,7 +64,7 @@ def test_runs_once_and_then_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.slow
-def test_labels_do_not_reach_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_do_not_influence_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shortened(monkeypatch)
     losses = []
     for labels in ("true", "none"):
@@ -81,7 +81,7 @@ def test_labels_do_not_reach_training(tmp_path: Path, monkeypatch: pytest.Monkey
     assert losses[0] == losses[1]
 
 
-def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
+def test_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match=str(tmp_path)):
         demo.run(tmp_path)
@@ -90,7 +90,7 @@ def test_a_folder_with_something_else_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_training_gains_ten_points_on_average(tmp_path: Path) -> None:
+def test_demo_training_gains_ten_points_on_average(tmp_path: Path) -> None:
     """k-NN top-1 at k = 10 of the trained over the untrained teacher, mean of seeds 0, 1, 2."""
     gains = []
     for seed in range(3):

@@ -37,7 +37,7 @@ def stored(cache: Path, **key: object) -> FeatureSet:
     return load_or_compute(cache, key, SOURCE, 9, rows)
 
 
-def test_what_was_kept_is_not_computed_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_cached_features_are_not_computed_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def never() -> Iterator[FeatureBatch]:
         raise AssertionError("computed again")
 
@@ -58,7 +58,7 @@ def test_what_was_kept_is_not_computed_again(tmp_path: Path, caplog: pytest.LogC
     assert len(list(tmp_path.iterdir())) == 1  # nothing is left of what failed
 
 
-def test_any_numpy_reads_the_arrays_without_pickle(tmp_path: Path) -> None:
+def test_cached_arrays_load_without_pickle(tmp_path: Path) -> None:
     stored(tmp_path)
     (folder,) = tmp_path.iterdir()
     assert np.load(folder / "features.npy", allow_pickle=False).shape == (7, 3)
@@ -68,12 +68,12 @@ def test_any_numpy_reads_the_arrays_without_pickle(tmp_path: Path) -> None:
     ]
 
 
-def test_writing_to_the_features_does_not_change_the_file(tmp_path: Path) -> None:
+def test_changes_to_loaded_features_are_not_written(tmp_path: Path) -> None:
     stored(tmp_path).features.fill_(5)
     assert stored(tmp_path).features[0, 0] == 0
 
 
-def test_of_two_writers_the_first_ones_are_kept(tmp_path: Path) -> None:
+def test_first_of_two_writers_wins(tmp_path: Path) -> None:
     def slower() -> Iterator[FeatureBatch]:
         program = "from tests.evaluate.test_feature_cache import *; stored(Path(sys.argv[1]))"
         subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, cwd=launcher.REPOSITORY)
@@ -84,7 +84,7 @@ def test_of_two_writers_the_first_ones_are_kept(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_what_killed_writers_left_is_removed_and_others_are_let_be(tmp_path: Path) -> None:
+def test_leftovers_of_dead_writers_are_removed(tmp_path: Path) -> None:
     stored(tmp_path)
     (folder,) = tmp_path.iterdir()
     feature_cache.shutil.rmtree(folder)
@@ -99,13 +99,13 @@ def test_what_killed_writers_left_is_removed_and_others_are_let_be(tmp_path: Pat
     )
 
 
-def test_a_source_without_a_readable_image_is_an_error(tmp_path: Path) -> None:
+def test_source_without_readable_images_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="photos: holds no readable image"):
         load_or_compute(tmp_path, {}, SOURCE, 9, lambda: iter(()))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_trunks_digest_is_of_its_weights_and_geometry() -> None:
+def test_trunk_digest_depends_on_weights_and_geometry() -> None:
     def swin(**changes: object) -> Swin:
         torch.manual_seed(0)
         return Swin(**({"embed_dim": 8, "depths": (1, 2), "heads": (1, 2), "window": 4, "size": 32} | changes))  # type: ignore[arg-type]
@@ -118,7 +118,7 @@ def test_a_trunks_digest_is_of_its_weights_and_geometry() -> None:
     assert len(digests) == 5
 
 
-def test_a_sources_digest_is_of_its_content(tmp_path: Path) -> None:
+def test_source_digest_depends_on_content(tmp_path: Path) -> None:
     one, two = tiny.shards(tmp_path / "one", 12), tiny.shards(tmp_path / "two", 12)
     assert source_digest(one) == source_digest(two)
     assert source_digest(tiny.shards(tmp_path / "three", 13)) != source_digest(one)
@@ -132,7 +132,7 @@ def test_a_sources_digest_is_of_its_content(tmp_path: Path) -> None:
     assert len({before, after, source_digest(folder.parent)}) == 3
 
 
-def test_blocks_are_the_last_four_pooled(tmp_path: Path) -> None:
+def test_block_features_are_the_last_four_pooled(tmp_path: Path) -> None:
     torch.manual_seed(0)
     trunk = Swin(8, (1, 2, 2), (1, 2, 4), window=4, size=32)
     images = torch.randn(5, 3, 32, 32)
@@ -147,7 +147,7 @@ def test_blocks_are_the_last_four_pooled(tmp_path: Path) -> None:
         last_blocks(nn.Flatten(), images)
 
 
-def test_extraction_leaves_out_what_cannot_be_read_and_keeps_places(tmp_path: Path) -> None:
+def test_extraction_skips_unreadable_images_and_keeps_numbers(tmp_path: Path) -> None:
     samples = [shard_writer.Sample(f"s{i}", 0, "png", b"broken") for i in range(2)]
     folder = tmp_path / "images" / "a"
     folder.mkdir(parents=True)
@@ -160,7 +160,7 @@ def test_extraction_leaves_out_what_cannot_be_read_and_keeps_places(tmp_path: Pa
     assert [f"a/{n}.png" for n in found.numbers.tolist()] == found.keys == ["a/0.png", "a/3.png", "a/4.png", "a/5.png"]
 
 
-def test_half_precision_is_stored_or_refused(tmp_path: Path) -> None:
+def test_half_precision_is_stored_or_overflow_refused(tmp_path: Path) -> None:
     class Constant(nn.Module):
         def __init__(self, value: float) -> None:
             super().__init__()
@@ -186,7 +186,7 @@ def tiny_png(i: int) -> bytes:
     return buffer.getvalue()
 
 
-def test_a_class_token_stands_for_the_image() -> None:
+def test_class_token_is_the_block_feature_of_a_vit() -> None:
     torch.manual_seed(0)
     trunk = ViT(16, 5, 2)
     initialize(trunk, 0)
@@ -197,7 +197,7 @@ def test_a_class_token_stands_for_the_image() -> None:
     assert torch.equal(found[:, 1, -16:], maps[-1].tokens.view(3, 4, 16).amax(1))
 
 
-def test_running_statistics_are_part_of_a_trunks_digest() -> None:
+def test_trunk_digest_depends_on_running_statistics() -> None:
     trunk = ResNet(4, (1, 1))
     before = trunk_digest(trunk)
     trunk.train()([torch.randn(4, 3, 32, 32)])

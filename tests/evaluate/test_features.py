@@ -49,7 +49,7 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
-def test_every_image_once_in_order(folder: Path) -> None:
+def test_features_cover_every_image_once_in_order(folder: Path) -> None:
     trunk = Mean()
     found = extract(trunk, folder, SIZE, batch=4, workers=0, device="cpu")
     assert [Path(key).stem for key in found.keys] == [str(i) for i in range(10)]
@@ -74,13 +74,13 @@ def test_bf16_features_are_stored_as_fp32(folder: Path) -> None:
     assert found.features.dtype == torch.float32
 
 
-def test_raw_pixels_are_the_normalised_image(folder: Path) -> None:
+def test_raw_pixels_equal_the_normalised_image(folder: Path) -> None:
     found = raw_pixels(folder, SIZE, batch=3, workers=0)
     assert found.features.shape == (10, 3 * SIZE * SIZE)
     assert found.features[7].unflatten(0, (3, SIZE * SIZE))[2].allclose(torch.tensor((140 / 255 - 0.406) / 0.225))
 
 
-def test_empty_source_is_an_error(tmp_path: Path) -> None:
+def test_source_without_images_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no image files"):
         extract(Mean(), tmp_path, SIZE, workers=0, device="cpu")
     (tmp_path / "bad.png").write_bytes(b"not an image")
@@ -88,7 +88,7 @@ def test_empty_source_is_an_error(tmp_path: Path) -> None:
         extract(Mean(), tmp_path, SIZE, workers=0, device="cpu")
 
 
-def test_file_loads_without_pickle(tmp_path: Path) -> None:
+def test_feature_file_loads_without_pickle(tmp_path: Path) -> None:
     found = FeatureSet(torch.randn(3, 4), ["a/1", "ü", "c"], torch.tensor([0, -1, 2]))
     save(found, tmp_path / "deep" / "f.npz")
     with np.load(tmp_path / "deep" / "f.npz", allow_pickle=False) as data:
@@ -108,7 +108,7 @@ def test_embed_writes_the_named_file(folder: Path, tmp_path: Path, monkeypatch: 
         run_embed(tmp_path / "run", folder, tmp_path, ExtractionOptions())
 
 
-def test_embed_with_a_single_file(folder: Path, tmp_path: Path) -> None:
+def test_embed_accepts_a_safetensors_file(folder: Path, tmp_path: Path) -> None:
     config = tiny.config(tmp_path / "run", tmp_path)
     network = build_network(config)
     initialize(network, 0)

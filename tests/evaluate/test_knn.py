@@ -36,7 +36,7 @@ def oracle(train: torch.Tensor, labels: torch.Tensor, test: torch.Tensor, k: int
 
 
 @pytest.mark.parametrize("classes", [2, 7])
-def test_equals_scikit_learn(classes: int) -> None:
+def test_knn_equals_scikit_learn(classes: int) -> None:
     train, labels = clusters(300, classes, seed=0)
     test, truth = clusters(120, classes, seed=1)
     found = knn(train, labels, test, truth)
@@ -52,7 +52,7 @@ def test_equals_scikit_learn(classes: int) -> None:
     assert 100 / classes < found[20].top1 < 100  # neither chance nor trivial, or the comparison says little
 
 
-def test_the_length_of_features_does_not_matter() -> None:
+def test_knn_is_independent_of_feature_norms() -> None:
     train, labels = clusters(90, 6, seed=0)
     test, truth = clusters(31, 6, seed=1)
     scaled = train * torch.linspace(0.1, 9, 90)[:, None]
@@ -60,7 +60,7 @@ def test_the_length_of_features_does_not_matter() -> None:
 
 
 @pytest.mark.parametrize(("rows", "queries"), [(1000, 1000), (7, 3), (90, 1), (89, 31)])
-def test_blocks_do_not_matter(rows: int, queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neighbours_are_independent_of_block_sizes(rows: int, queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(neighbours, "BANK_ROWS_PER_BLOCK", rows)
     monkeypatch.setattr(neighbours, "QUERIES_PER_BLOCK", queries)
     train, test = clusters(90, 3, seed=0)[0], clusters(31, 3, seed=1)[0]
@@ -84,7 +84,7 @@ def test_few_shots_are_means_over_draws() -> None:
         few_shot(train, test, [1, 21], tries=1)
 
 
-def test_k_beyond_the_training_set_is_clipped_and_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+def test_k_beyond_the_training_set_is_clipped_with_one_notice(capsys: pytest.CaptureFixture[str]) -> None:
     train, test = feature_set(30), feature_set(12, seed=1)
     result = evaluate(LabelledSet(train, ("a", "b", "c")), LabelledSet(test, ("a", "b", "c")))
     assert list(result["results"]) == ["10", "20", "30"]
@@ -100,14 +100,14 @@ def test_classes_are_compared_by_name() -> None:
     assert match_classes(train, renumbered).tolist() == [1, 2, 2, 1, 2, 2]
 
 
-def test_a_test_class_without_training_samples_is_named() -> None:
+def test_class_without_training_samples_is_named() -> None:
     train = LabelledSet(feature_set(), ("ant", "bee", "cat"))
     test = LabelledSet(feature_set(6, seed=1), ("ant", "dog", "emu"))
     with pytest.raises(UserError, match=r"2 of its 3 classes have no training sample: 'dog', 'emu'"):
         evaluate(train, test)
 
 
-def test_labels_stay_when_neither_set_has_class_names() -> None:
+def test_labels_are_unchanged_without_class_names() -> None:
     labels = torch.tensor([2, 0])
     bare = LabelledSet(FeatureSet(torch.zeros(2, 2), ["a", "b"], labels), ())
     assert match_classes(bare, bare) is labels
@@ -129,7 +129,7 @@ def test_labels_stay_when_neither_set_has_class_names() -> None:
         (lambda f, y: (f[:, :5], y), "width differs: train 5, test 16"),
     ],
 )
-def test_invalid_input(change, message: str) -> None:
+def test_invalid_features_or_labels_are_refused(change, message: str) -> None:
     train, labels = change(*clusters(30, 3, seed=0))
     with pytest.raises(UserError, match=message):
         knn(train, labels, *clusters(12, 3, seed=1))
@@ -178,7 +178,7 @@ def test_table_lines_up_results_of_different_k() -> None:
     assert text.splitlines()[2].split() == ["second", "99.0", "–", "8"]
 
 
-def test_unlabelled_or_missing_sets_are_refused_before_any_work(
+def test_unlabelled_or_missing_sets_are_refused_before_extraction(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for path in ("good/a/0.png", "good/b/0.png", "flat/0.png"):

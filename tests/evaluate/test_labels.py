@@ -15,7 +15,7 @@ def counts(rows: torch.Tensor, labels: torch.Tensor = LABELS) -> list[int]:
     return [int((labels[rows] == c).sum()) for c in (0, 2, 5)]
 
 
-def test_shots_are_equally_many_of_each_class() -> None:
+def test_few_shot_split_has_equal_class_counts() -> None:
     assert counts(sample_per_class(LABELS, 3, seed=0)) == [3, 3, 3]
     assert not torch.equal(sample_per_class(LABELS, 2, seed=0), sample_per_class(LABELS, 2, seed=1))
     assert torch.equal(sample_per_class(LABELS, 2, seed=1), sample_per_class(LABELS, 2, seed=1))
@@ -23,19 +23,19 @@ def test_shots_are_equally_many_of_each_class() -> None:
         sample_per_class(LABELS, 4, 0, ["a", "b", "c", "d", "e", "f"])
 
 
-def test_a_fraction_is_of_every_class_and_never_none() -> None:
+def test_fraction_keeps_at_least_one_sample_of_every_class() -> None:
     assert counts(sample_fraction(LABELS, 0.1, seed=0)) == [1, 4, 1]
     assert counts(sample_fraction(LABELS, 0.5, seed=0)) == [5, 20, 2]
 
 
-def test_what_is_held_out_is_not_fitted() -> None:
+def test_held_out_samples_are_not_fitted() -> None:
     fit, held_out = split_held_out(LABELS, seed=0)
     assert counts(held_out) == [1, 4, 1]
     assert counts(fit) == [9, 36, 2]
     assert not set(fit.tolist()) & set(held_out.tolist())
 
 
-def test_a_class_of_one_is_fitted() -> None:
+def test_class_with_one_sample_is_fitted() -> None:
     labels = torch.tensor([0, 2, 2, 5])
     fit, held_out = split_held_out(labels, seed=0)
     assert counts(fit, labels) == [1, 1, 1]
@@ -44,6 +44,6 @@ def test_a_class_of_one_is_fitted() -> None:
         split_held_out(torch.tensor([0, 1, 2]), seed=0)
 
 
-def test_no_more_is_held_out_than_selecting_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_held_out_part_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(labels_module, "HELD_OUT_AT_MOST", 4)
     assert counts(split_held_out(LABELS.repeat(10), seed=0)[1], LABELS.repeat(10)) == [1, 3, 1]

@@ -43,7 +43,7 @@ def digits_task(recipe: ProbeSettings, train: int = 1200) -> linear.ProbeData:
     return make_probe_data(*sets, recipe, ImageSource(FrozenTrunk(nn.Identity(), 8, None), Path(), LOADING))
 
 
-def test_all_three_protocols_on_colours(checkpoint: Path, photos: Path, tmp_path: Path, capsys: Any) -> None:
+def test_all_three_protocols_separate_colours(checkpoint: Path, photos: Path, tmp_path: Path, capsys: Any) -> None:
     result = run(checkpoint, photos, tmp_path)
     assert json.loads((tmp_path / "linear.json").read_text()) == result
     assert list(result["results"]) == ["official", "grid", "logistic"]
@@ -60,7 +60,7 @@ def test_all_three_protocols_on_colours(checkpoint: Path, photos: Path, tmp_path
     assert "logistic" in capsys.readouterr().out
 
 
-def test_half_a_point_from_the_optimum_on_digits() -> None:
+def test_probe_is_within_half_a_point_of_the_optimum_on_digits() -> None:
     """The optimum: the best of the whole path, chosen on the test set (scikit-learn's at each: test_logistic.py)."""
     task = digits_task(ProbeSettings())
     found = linear.logistic_regression(task, ProbeSettings())
@@ -70,7 +70,7 @@ def test_half_a_point_from_the_optimum_on_digits() -> None:
     assert found["top5"] > 99
 
 
-def test_the_test_set_does_not_influence_what_is_selected() -> None:
+def test_test_set_does_not_influence_the_selection() -> None:
     recipe = ProbeSettings(epochs=3)
     task = digits_task(recipe)
     other = task._replace(truth=task.truth.flip(0))
@@ -80,7 +80,7 @@ def test_the_test_set_does_not_influence_what_is_selected() -> None:
         assert once["top1"] > again["top1"] + 30
 
 
-def test_a_fraction_learns_from_fewer(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+def test_fraction_trains_on_fewer_samples(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
     recipe = FAST._replace(protocols=("logistic",), fraction=0.1)
     result = run(checkpoint, photos, tmp_path, recipe)
     assert (result["n_train"], result["results"]["logistic"]["n_fit"]) == (6, 3)
@@ -90,7 +90,7 @@ def test_a_fraction_learns_from_fewer(checkpoint: Path, photos: Path, tmp_path: 
         run(checkpoint, photos, tmp_path, recipe._replace(fraction=0.01))
 
 
-def test_over_images_learns_too(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+def test_probe_with_augmentation_learns(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
     recipe = FAST._replace(protocols=("official", "grid"), augment=True, epochs=3)
     shutil.copytree(photos, tmp_path / "photos")
     for i in range(20):  # before all others, left out everywhere, and shifting no label
@@ -101,7 +101,7 @@ def test_over_images_learns_too(checkpoint: Path, photos: Path, tmp_path: Path) 
     assert result["results"]["grid"]["top1"] > 60
 
 
-def test_crops_are_of_the_asked_images_and_their_key(photos: Path) -> None:
+def test_crops_depend_on_image_and_key(photos: Path) -> None:
     numbers = [torch.tensor([59, 0]), torch.tensor([20])]
     first, second = augmented_batches(photos / "train", numbers, 16, seed=0, epoch=1)
     assert first.numbers.tolist() == [59, 0]
@@ -114,7 +114,7 @@ def test_crops_are_of_the_asked_images_and_their_key(photos: Path) -> None:
     assert not torch.equal(alone.images, later.images)
 
 
-def test_bad_input_is_one_clear_line(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+def test_bad_input_is_one_line(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
     def fails(message: str, **sets: Path) -> None:
         with pytest.raises(UserError, match=message):
             run(checkpoint, photos, tmp_path, FAST, **sets)
@@ -133,7 +133,7 @@ def test_bad_input_is_one_clear_line(checkpoint: Path, photos: Path, tmp_path: P
     assert not (tmp_path / "linear.json").exists()
 
 
-def test_a_broken_trunk_is_named() -> None:
+def test_nan_features_are_an_error() -> None:
     task = digits_task(ProbeSettings())
     task.train[3] = math.nan
     sets = [LabelledSet(FeatureSet(x, [], y), ()) for x, y in ((task.train, task.labels), (task.test, task.truth))]
@@ -141,7 +141,7 @@ def test_a_broken_trunk_is_named() -> None:
         make_probe_data(*sets, ProbeSettings(), task.images)
 
 
-def test_two_ranks_equal_one(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
+def test_two_ranks_match_one(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
     """Files and keys byte for byte, features to fp32 rounding (a matrix product's sums depend on how many rows it has);
     k-NN and the probes' results, over kept features and over images."""
     for ranks in (1, 2):

@@ -55,7 +55,7 @@ def pooled(x: torch.Tensor, head: HeadConfig) -> torch.Tensor:
     return torch.cat([p[:, -DIM:] if head.blocks == 1 else p for p in parts], 1)
 
 
-def test_every_head_is_what_training_it_alone_gives() -> None:
+def test_heads_trained_together_equal_heads_trained_alone() -> None:
     several = tuple(
         HeadConfig(lr, blocks, pooling) for blocks in (1, 4) for pooling in ("mean", "mean+max") for lr in (1, 5)
     )
@@ -74,7 +74,7 @@ def test_every_head_is_what_training_it_alone_gives() -> None:
     assert found.max() > 70
 
 
-def test_heads_start_as_the_protocol_says() -> None:
+def test_heads_are_initialized_as_the_protocol_says() -> None:
     linear = LinearHeads((OFFICIAL,), 768, 2304, 100, seed=0).linear["4 mean"]
     assert linear.weight.shape == (100, 2304)
     assert linear.weight.std().item() == pytest.approx(0.01, rel=0.01)
@@ -84,7 +84,7 @@ def test_heads_start_as_the_protocol_says() -> None:
     assert {h.lr for h in GRID} == set(linear_heads.LEARNING_RATES)
 
 
-def test_a_head_that_diverges_spoils_no_other_and_is_wrong() -> None:
+def test_diverged_head_does_not_affect_others() -> None:
     calm, wild = HeadConfig(1, 4, "mean"), HeadConfig(1e38, 4, "mean")
     both = LinearHeads((calm, wild), DIM, WIDTH, CLASSES, seed=0)
     train(both, 5, BATCH, batches)
@@ -94,7 +94,7 @@ def test_a_head_that_diverges_spoils_no_other_and_is_wrong() -> None:
     assert found[1] == 0 < 70 < found[0]
 
 
-def test_unequal_and_empty_parts_count_by_the_global_batch() -> None:
+def test_unequal_rank_parts_are_weighted_by_the_global_batch() -> None:
     """As on a rank that got fewer images: each loss is divided by the global batch's size."""
 
     def parts(epoch: int) -> Iterator[LabelledBatch]:

@@ -28,7 +28,7 @@ def standardised(features: torch.Tensor) -> np.ndarray:
 
 
 @pytest.mark.parametrize("penalty", [1e-4, 1e-2, 1.0])
-def test_equals_scikit_learn(digits: tuple[torch.Tensor, torch.Tensor], penalty: float) -> None:
+def test_fit_equals_scikit_learn(digits: tuple[torch.Tensor, torch.Tensor], penalty: float) -> None:
     features, labels = digits
     rows = torch.arange(TRAIN)
     found = fit(LabelledFeatures(features, rows, labels[rows], 10), penalty)
@@ -43,9 +43,7 @@ def test_equals_scikit_learn(digits: tuple[torch.Tensor, torch.Tensor], penalty:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("seed", [0, 1])
-def test_searched_is_within_half_a_point_of_scikit_learns_optimum(
-    digits: tuple[torch.Tensor, torch.Tensor], seed: int
-) -> None:
+def test_search_is_within_half_a_point_of_the_optimum(digits: tuple[torch.Tensor, torch.Tensor], seed: int) -> None:
     order = torch.randperm(len(digits[1]), generator=torch.Generator().manual_seed(seed))
     features, labels = (x[order] for x in digits)
     fitted, held_out = split_held_out(labels[:TRAIN], seed)
@@ -63,7 +61,7 @@ def test_searched_is_within_half_a_point_of_scikit_learns_optimum(
     assert np.diff(np.log10([c.l2 for c in tried])).min() == pytest.approx(0.25)
 
 
-def test_the_held_out_loss_is_scikit_learns(digits: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_held_out_loss_equals_scikit_learn(digits: tuple[torch.Tensor, torch.Tensor]) -> None:
     features, labels = digits
     rows, rest = torch.arange(TRAIN), torch.arange(TRAIN, len(labels))
     found = fit(LabelledFeatures(features, rows, labels[rows], 10), 1e-2)
@@ -73,7 +71,7 @@ def test_the_held_out_loss_is_scikit_learns(digits: tuple[torch.Tensor, torch.Te
     )
 
 
-def test_several_labels_an_image_are_separate_problems_and_unjudged_ones_do_not_count(
+def test_multi_label_fit_ignores_unjudged_labels(
     digits: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
     features, labels = digits
@@ -90,7 +88,7 @@ def test_several_labels_an_image_are_separate_problems_and_unjudged_ones_do_not_
         assert np.abs(ours.numpy() - oracle.predict_proba(x[TRAIN:])[:, 1]).max() < 0.01
 
 
-def test_blocks_and_precision_of_the_features_do_not_matter(
+def test_fit_is_independent_of_blocks_and_feature_precision(
     digits: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     features, labels = digits
@@ -105,7 +103,7 @@ def test_blocks_and_precision_of_the_features_do_not_matter(
     assert torch.allclose(parts.scores(features), whole.scores(features), atol=2e-2)
 
 
-def test_a_constant_feature_is_harmless(digits: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_constant_feature_is_harmless(digits: tuple[torch.Tensor, torch.Tensor]) -> None:
     features, labels = digits
     rows = torch.arange(TRAIN)
     assert (features[rows].std(0) == 0).any()

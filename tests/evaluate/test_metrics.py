@@ -26,7 +26,7 @@ def scores(n: int = 200, classes: int = 7, seed: int = 0) -> tuple[torch.Tensor,
     return torch.randn(n, classes, generator=generator) + 1.5 * torch.eye(classes)[targets], targets
 
 
-def test_accuracies_equal_scikit_learns() -> None:
+def test_accuracies_equal_scikit_learn() -> None:
     x, y = scores()
     assert accuracy(x, y) == pytest.approx(100 * sk.accuracy_score(y, x.argmax(1)))
     assert top5_accuracy(x, y) == pytest.approx(100 * sk.top_k_accuracy_score(y, x.numpy(), k=5, labels=range(7)))
@@ -35,7 +35,7 @@ def test_accuracies_equal_scikit_learns() -> None:
     assert top5_accuracy(x[:, :4], y) is None
 
 
-def test_a_class_without_a_test_sample_does_not_count() -> None:
+def test_class_without_test_samples_is_ignored() -> None:
     x, y = scores()
     rows = y != 3
     expected = sk.recall_score(y[rows], x[rows].argmax(1), labels=[0, 1, 2, 4, 5, 6], average="macro")
@@ -43,7 +43,7 @@ def test_a_class_without_a_test_sample_does_not_count() -> None:
 
 
 @pytest.mark.parametrize("decimals", [6, 0])  # 0: many ties
-def test_roc_auc_equals_scikit_learns(decimals: int) -> None:
+def test_roc_auc_equals_scikit_learn(decimals: int) -> None:
     x, y = scores(classes=2)
     x = x.round(decimals=decimals)
     assert roc_auc(x, y) == pytest.approx(100 * sk.roc_auc_score(y, x[:, 1] - x[:, 0]))
@@ -55,7 +55,7 @@ def test_roc_auc_equals_scikit_learns(decimals: int) -> None:
 
 
 @pytest.mark.parametrize("decimals", [6, 0])
-def test_map11_equals_one_from_scikit_learns_curve(decimals: int) -> None:
+def test_map11_equals_scikit_learn_curve(decimals: int) -> None:
     x, _ = scores(classes=4)
     x = x.round(decimals=decimals)
     y = (x + torch.randn(x.shape, generator=torch.Generator().manual_seed(5)) > 0.5).float()
@@ -73,14 +73,14 @@ def test_map11_equals_one_from_scikit_learns_curve(decimals: int) -> None:
         mean_ap_11_point(x, torch.zeros_like(y))
 
 
-def test_a_probe_that_diverged_is_wrong() -> None:
+def test_nan_scores_count_as_wrong() -> None:
     x, y = scores(classes=3)
     x[y == 0] = float("nan")
     assert accuracy(x, y) == pytest.approx(100 * float((x[y != 0].argmax(1) == y[y != 0]).sum()) / len(y))
 
 
 @pytest.mark.parametrize(("n", "share"), [(30, 0.5), (200, 0.9), (50, 0.98)])
-def test_wilsons_interval_covers_the_truth(n: int, share: float) -> None:
+def test_wilson_interval_covers_the_truth(n: int, share: float) -> None:
     hits = np.arange(n + 1)
     inside = [low <= 100 * share <= high for low, high in (wilson_interval(100 * k / n, n) for k in hits)]
     assert 0.92 < binom.pmf(hits, n, share)[inside].sum() < 0.995
@@ -88,14 +88,14 @@ def test_wilsons_interval_covers_the_truth(n: int, share: float) -> None:
     assert low < high == pytest.approx(100)
 
 
-def test_the_bootstrap_agrees_with_wilson_on_a_share(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bootstrap_agrees_with_wilson(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = scores(n=400)
     low, high = bootstrap_interval(accuracy, x, y)
     assert [low, high] == pytest.approx(wilson_interval(accuracy(x, y), 400), abs=1.0)
     assert bootstrap_interval(accuracy, x, y) == [low, high]  # the same every time
 
 
-def test_a_mean_of_draws_has_students_interval() -> None:
+def test_mean_interval_uses_students_t() -> None:
     mean, interval = mean_interval([1.0, 2.0, 3.0, 4.0])
     assert mean == 2.5
     assert interval == pytest.approx([2.5 - 2.0542, 2.5 + 2.0542], abs=1e-3)  # t(3) = 3.1824, s = 1.2910

@@ -34,7 +34,7 @@ def created(source: Path, out: Path, *options: str) -> None:
 
 
 @pytest.mark.parametrize("shards", [False, True])
-def test_classes_of_one_image_are_fine(one_each: Path, caplog: pytest.LogCaptureFixture, shards: bool) -> None:
+def test_classes_with_one_image_are_accepted(one_each: Path, caplog: pytest.LogCaptureFixture, shards: bool) -> None:
     """Equal names are no equal images."""
     sets = [one_each / "train", one_each / "test"]
     if shards:
@@ -45,9 +45,7 @@ def test_classes_of_one_image_are_fine(one_each: Path, caplog: pytest.LogCapture
     assert not caplog.records
 
 
-def test_a_class_that_is_only_named_in_the_training_set_is_missing(
-    one_each: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_class_without_training_images_is_reported_missing(one_each: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Both parts of a split list all classes; k-NN gave 0.0 % and exit 0."""
     created(one_each / "train", one_each / "sets", "--val-fraction", "0.4")
     said = capsys.readouterr()
@@ -67,7 +65,7 @@ def list_labels(shards: Path) -> dict[int, int]:
     return items_of(shards).labels()
 
 
-def test_the_same_set_and_shared_images_are_said(one_each: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_identical_sets_and_shared_images_are_reported(one_each: Path, caplog: pytest.LogCaptureFixture) -> None:
     train, test = one_each / "train", one_each / "test"
     check_train_and_test([train], one_each / "." / "train", "k-NN")
     assert "train and test are the same set" in caplog.text
@@ -85,7 +83,7 @@ def test_the_same_set_and_shared_images_are_said(one_each: Path, caplog: pytest.
     assert "12 images (all 12 test images) have the same bytes" in caplog.text
 
 
-def test_the_commands_stop_before_the_weights_are_read(one_each: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_check_the_sets_before_reading_weights(one_each: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(one_each / "train" / "c03")
     sets = ["--train", str(one_each / "train"), "--test", str(one_each / "test"), "--out", str(one_each / "out")]
     for command in ("knn", "linear"):
@@ -95,7 +93,7 @@ def test_the_commands_stop_before_the_weights_are_read(one_each: Path, capsys: p
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
-def test_an_image_beside_the_classes_is_named_before_the_features(
+def test_image_outside_class_folders_is_named_before_extraction(
     one_each: Path, part: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stray = photo(one_each / part / "cover.png", 5)
@@ -104,7 +102,7 @@ def test_an_image_beside_the_classes_is_named_before_the_features(
     assert f"{stray}: has no label, and k-NN needs one for every image; move it" in capsys.readouterr().err
 
 
-def test_a_sample_without_a_label_is_named_before_the_features(one_each: Path) -> None:
+def test_unlabelled_sample_is_named_before_extraction(one_each: Path) -> None:
     """The manifest has classes, and by its index the second sample has no `.cls`."""
     created(one_each / "train", one_each / "set")
     (tar,) = (one_each / "set").glob("*.tar")
@@ -117,7 +115,7 @@ def test_a_sample_without_a_label_is_named_before_the_features(one_each: Path) -
         check_train_and_test([one_each / "train"], one_each / "set", "k-NN")
 
 
-def test_tables_of_several_labels_as_pandas_writes_them(tmp_path: Path) -> None:
+def test_multi_label_tables_from_pandas_are_read(tmp_path: Path) -> None:
     """A column with a missing value becomes floats, one of booleans words."""
     table = tmp_path / "labels.csv"
     table.write_text("image,a,b,c,d\n1.jpg,1.0,True,yes,\n2.jpg,0.0,False,No,NaN\n3.jpg,1,0,1.,0.\n")

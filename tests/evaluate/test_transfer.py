@@ -45,7 +45,9 @@ def run(world: Path, checkpoint: Path, out: str = "out", **options: Any) -> dict
     return run_transfer(world / "list.yaml", checkpoint, world / out, loading, **options)
 
 
-def test_every_metric_and_the_mean(world: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_transfer_reports_every_metric_and_the_mean(
+    world: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     real, fitted = transfer.logistic.fit, list[int]()
     monkeypatch.setattr(
         transfer.logistic, "fit", lambda data, *rest: fitted.append(len(data.rows)) or real(data, *rest)
@@ -68,7 +70,7 @@ def test_every_metric_and_the_mean(world: Path, checkpoint: Path, monkeypatch: p
     assert "mean of 4" in text
 
 
-def test_one_failure_does_not_lose_the_others_and_only_it_is_tried_again(
+def test_failed_dataset_is_retried_and_others_are_kept(
     world: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     (world / "memes" / "test").rename(world / "elsewhere")
@@ -96,7 +98,7 @@ def test_one_failure_does_not_lose_the_others_and_only_it_is_tried_again(
     assert evaluated == ["memes", "tags", "memes"]
 
 
-def test_wins_against_a_baseline(world: Path, checkpoint: Path, capsys: Any) -> None:
+def test_wins_and_losses_against_a_baseline_are_counted(world: Path, checkpoint: Path, capsys: Any) -> None:
     run(world, checkpoint)
     other = json.loads((world / "out" / "transfer.json").read_text())
     scores = {"colours": 1.0, "memes": 101.0, "tags": other["datasets"]["tags"]["score"]}
@@ -112,7 +114,7 @@ def test_wins_against_a_baseline(world: Path, checkpoint: Path, capsys: Any) -> 
         run(world, checkpoint, baseline=world / "other.json")
 
 
-def test_the_shipped_list_is_elevaters(tmp_path: Path) -> None:
+def test_shipped_list_has_the_elevater_datasets(tmp_path: Path) -> None:
     found = read_list(Path("elevater"), tmp_path)
     assert len(found) == 20
     metrics: dict[str, list[str]] = {}
@@ -141,13 +143,13 @@ def test_the_shipped_list_is_elevaters(tmp_path: Path) -> None:
         ("a: [", "not valid YAML"),
     ],
 )
-def test_mistakes_in_the_list_are_named(text: str, message: str, tmp_path: Path) -> None:
+def test_errors_in_the_list_are_named(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "list.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
         read_list(tmp_path / "list.yaml")
 
 
-def test_paths_start_at_root_or_beside_the_list(tmp_path: Path) -> None:
+def test_paths_are_relative_to_root_or_the_list(tmp_path: Path) -> None:
     entry = "datasets: {a: {train: x, test: /y, metric: accuracy}}"
     (tmp_path / "list.yaml").write_text(entry)
     (dataset,) = read_list(tmp_path / "list.yaml")
@@ -159,7 +161,7 @@ def test_paths_start_at_root_or_beside_the_list(tmp_path: Path) -> None:
         read_list(Path("elevator"))
 
 
-def test_label_files(tmp_path: Path) -> None:
+def test_label_files_are_read_and_checked(tmp_path: Path) -> None:
     path = tmp_path / "labels.csv"
     path.write_text('image,cat,dog\n"a,b.jpg",1,0\nc/d,,1\n')
     classes, rows = read_labels(path)
