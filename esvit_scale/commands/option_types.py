@@ -1,10 +1,11 @@
-"""Types of the shard commands' options, each with a one-line error that shows a right value."""
+"""Conversions of the shard commands' option values; the error of each shows a valid value."""
 
 import argparse
 import re
 
 
 def size(text: str) -> int:
+    """Convert a size such as 500M or 2G (powers of 1000) to bytes."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B?", text.upper())
     number = int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " ")) if match else 0
     if number < 1:
@@ -13,6 +14,7 @@ def size(text: str) -> int:
 
 
 def part(text: str) -> tuple[int, int]:
+    """Convert I/N, part I of N, to two integers."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise argparse.ArgumentTypeError(f"expected I/N with 1 ≤ I ≤ N (the first of four parts is 1/4), got {text!r}")
@@ -20,6 +22,7 @@ def part(text: str) -> tuple[int, int]:
 
 
 def fraction(text: str) -> float:
+    """Convert a fraction between 0 and 1, both excluded, to a float."""
     try:
         value = float(text)
     except ValueError:
@@ -30,24 +33,28 @@ def fraction(text: str) -> float:
 
 
 def quality(text: str) -> int:
+    """Convert a JPEG or WebP quality of 1 to 100 to an integer."""
     if not text.isdecimal() or not 1 <= int(text) <= 100:
         raise argparse.ArgumentTypeError(f"expected a quality of 1..100, got {text!r}")
     return int(text)
 
 
 def distance(text: str) -> int:
+    """Convert a distance of 0 to 7 bits to an integer."""
     if not text.isdecimal() or int(text) > 7:
         raise argparse.ArgumentTypeError(f"expected 0..7 bits, got {text!r}")
     return int(text)
 
 
 def channels(text: str) -> int:
+    """Convert a number of 1 to 16 channels to an integer."""
     if not text.isdecimal() or not 1 <= int(text) <= 16:
         raise argparse.ArgumentTypeError(f"expected 1..16 channels, got {text!r}")
     return int(text)
 
 
 def bands(text: str) -> tuple[int, ...]:
+    """Convert one or three comma-separated channel numbers to a tuple."""
     if not re.fullmatch(r"[1-9]\d?(,[1-9]\d?,[1-9]\d?)?", text):
         raise argparse.ArgumentTypeError(f"expected one or three channel numbers from 1, such as 4,3,2, got {text!r}")
     return tuple(map(int, text.split(",")))

@@ -26,7 +26,7 @@ def composite(pixels: NDArray[np.generic], bands: Sequence[int] | None = None, s
     chosen = tuple(bands or ((1, 2, 3) if channels >= 3 else (1,)))
     missing = [band for band in chosen if band > channels]
     if missing:
-        raise UserError(f"--bands: there is no band {missing[0]}; the images have bands 1 to {channels}")
+        raise UserError(f"--bands: there is no band {missing[0]}; the images have {channels} channels")
     out = np.stack([_eight_bits(pixels[:, :, band - 1], stretch) for band in chosen], 2)
     return Image.fromarray(np.broadcast_to(out, (*out.shape[:2], 3)).copy())
 
