@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# CSV or TSV of images that were fetched before → shard set with captions.
-# TABLE has the columns file (path below IMAGES) and caption; other names: add --image-column NAME --caption NAME.
+# Write downloaded images that a CSV or TSV names as a shard set with captions.
+# TABLE needs the columns file (path below IMAGES) and caption; for other names add --image-column NAME --caption NAME.
 # Rows whose file is missing or broken go to quarantine.jsonl. With classes in a column: add --label COLUMN.
 set -euo pipefail
 

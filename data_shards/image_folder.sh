@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Image folder (class subfolders, or flat) → shard set, then a check of all of it. Further options go to `create`.
-# Safe to repeat: an interrupted run goes on where it stopped, a finished one is left as it is.
+# Write a folder of images (class subfolders, or flat) as a shard set, then verify it. Further options go to `create`.
+# Safe to repeat: an interrupted run continues where it stopped, a finished set is left as it is.
 set -euo pipefail
 
 if [ $# -lt 2 ]; then

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# ImageNet-1K → DST/train and DST/val, with the same 1,000 classes (wnids in alphabetical order).
+# Write ImageNet-1K as the sets DST/train and DST/val, with the same 1,000 classes (wnids in alphabetical order).
 # SRC: a folder with train/ and val/ in class folders, or Kaggle's ILSVRC/ (Data/CLS-LOC/, LOC_val_solution.csv).
-# 1,281,167 + 50,000 images, about 145 GB; the bytes stay as they are.
+# 1,281,167 + 50,000 images, about 145 GB; the image files keep their bytes.
 set -euo pipefail
 
 if [ $# -lt 2 ]; then

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What img2dataset fetched (LAION, COYO, DataComp, … in output_format webdataset or files) → shard set with captions and
-# metadata. Shards that img2dataset has not finished are left out and named.
+# Write the output of img2dataset (LAION, COYO, DataComp, … in output_format webdataset or files) as a shard set with
+# captions and metadata. Parts that img2dataset has not finished are left out and named.
 set -euo pipefail
 
 if [ $# -lt 2 ]; then

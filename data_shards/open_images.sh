@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Open Images → shard set without classes (its labels are several per image), shrunk to a short side of 512.
+# Write Open Images as a shard set without classes (its images have several labels), shrunk to a short side of 512.
 # SRC: the folder of images, in subfolders (train_0/ … train_f/) or flat. 9 million images, 1 MB each before shrinking.
 set -euo pipefail
 

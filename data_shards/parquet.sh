@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Parquet files with images inside, as Hugging Face keeps data sets (columns image and label) → shard set.
-# Needs pyarrow: pip install 'esvit-scale[parquet]'. Other columns: add --image-column NAME --label NAME.
+# Write parquet files with images inside, as Hugging Face stores data sets (columns image and label), as a shard set.
+# Needs pyarrow: pip install 'esvit-scale[parquet]'. For other columns add --image-column NAME --label NAME.
 set -euo pipefail
 
 if [ $# -lt 2 ]; then

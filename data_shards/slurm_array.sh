@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 #SBATCH --job-name=shards --array=1-16 --cpus-per-task=8 --mem-per-cpu=2G --time=12:00:00 --requeue
-# Any source → one shard set, written by an array of jobs. Submit it, then the merge behind it:
+# Write any source as one shard set by an array of jobs. Submit the array, then the merge that waits for it:
 #   job=$(sbatch --parsable data_shards/slurm_array.sh SRC DST)
 #   sbatch --dependency=afterok:"$job" --kill-on-invalid-dep=yes --wrap 'esvit-scale shards merge DST'
-# A job that is requeued goes on with the shards that it has not written.
+# A job that is requeued continues with the shards that it has not written.
 set -euo pipefail
 
 if [ $# -lt 2 ]; then

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# WebVision 1.0 → DST/google, DST/flickr and DST/val, by its own lists of `path class` lines.
-# SRC: the folder with info/, google/, flickr/ and val_images_256/. Crawled images: duplicates and small ones are left out.
+# Write WebVision 1.0 as the sets DST/google, DST/flickr and DST/val, by its own lists of `path class` lines.
+# SRC: the folder with info/, google/, flickr/ and val_images_256/. Duplicates and small images of the crawled sets are left out.
 set -euo pipefail
 
 if [ $# -lt 2 ]; then

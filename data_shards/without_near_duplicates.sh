@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Any source → shard set without files that are the same or look the same. What was left out: DST.keep.txt.dropped.tsv
+# Write any source as a shard set without images that are the same or look alike. DST.keep.txt.dropped.tsv names those
+# that were left out.
 set -euo pipefail
 
 if [ $# -lt 2 ]; then

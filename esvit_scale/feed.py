@@ -81,7 +81,7 @@ def advice(config: Config, supply: Supply, demand: float, gpus: int, pixels: flo
     return lines
 
 
-def _rate(config: Config, data: stream.Source, workers: int) -> float:
+def _rate(config: Config, data: stream.TrainingData, workers: int) -> float:
     """Return the images/s of `workers` loader processes after their start-up."""
     batch = min(16 * workers, data.samples)
     if batch < workers:

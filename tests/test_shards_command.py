@@ -39,7 +39,7 @@ def test_create_verify_stats_and_show_work_on_one_set(
     assert "part 1 of 2 is written" in run(*create, "--shard-range", "1/2")
     run(*create, "--shard-range", "2/2")
     assert run("merge", out) == f"{out}: 20 samples in 4 shards, 2 classes\n"
-    assert run("verify", out, "--workers", 1) == f"{out}: every shard is as its manifest says\n"
+    assert run("verify", out, "--workers", 1) == f"{out}: every shard agrees with the manifest\n"
     assert "20 in 4 shards" in run("stats", out, "--plot", tmp_path / "plot.png", "--workers", 1)
     assert json.loads(run("stats", out, "--json", "--workers", 1))["class_counts"] == {"a": 10, "b": 10}
     run("show", out, "--out", tmp_path / "sheet.png", "--count", 5)
@@ -56,7 +56,7 @@ def test_create_verify_stats_and_show_work_on_one_set(
     assert "shard-000001.tar: truncated" in capsys.readouterr().err
     said = run("verify", out, "--repair", images, "--workers", 1)
     assert "shard-000001.tar: written again" in said
-    assert "every shard is as its manifest says" in said
+    assert "every shard agrees with the manifest" in said
     assert "keeps 20 of 20" in run("duplicates", images, "--out", tmp_path / "k", "--near", 0, "--workers", 1)
 
 
@@ -71,7 +71,7 @@ MISTAKES = {
     "create a b --from foldr": "--from foldr: unknown kind of source; did you mean 'folder'?",
     "create a.csv b": "a.csv: no such folder",
     "duplicates a --out k --near 8": "expected 0..7 bits, got '8'",
-    "show a --out x.gif": "--out x.gif: ends in neither .png nor .html",
+    "show a --out x.gif": "--out x.gif: must end in .png or .html",
     "show a --out x.png": "a: no such shard folder",
     "stats a": "a: no such shard folder",
     "split a b --val-fraction 0.5": "a: no such shard folder",

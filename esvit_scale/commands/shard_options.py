@@ -12,31 +12,57 @@ if TYPE_CHECKING:
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SRC", help="folder, list, table, tar, zip, …; - for a list on stdin")
+    """Add the argument SRC and the options that say how to read it."""
+    parser.add_argument(
+        "source", metavar="SRC", help="source of the images: folder, list, table, tar, zip, …; - for a list on stdin"
+    )
     source = parser.add_argument_group("source")
     source.add_argument(
         "--from",
         dest="kind",
         metavar="KIND",
-        help="folder, imagenet, img2dataset, list, csv, tsv, parquet, tars or zips; by default seen from what SRC is",
+        help="kind of source: folder, imagenet, img2dataset, list, csv, tsv, parquet, tars or zips (default: detected)",
     )
-    source.add_argument("--root", type=Path, metavar="DIR", help="where a list's or table's relative paths start")
-    source.add_argument("--image-column", metavar="COLUMN", help="of a table: paths or image bytes")
+    source.add_argument(
+        "--root",
+        type=Path,
+        metavar="DIR",
+        help="folder at which relative paths of a list or table start (default: that of the list or table)",
+    )
+    source.add_argument(
+        "--image-column",
+        metavar="COLUMN",
+        help="table column that holds image paths or image bytes (default: the one named path, file, image, …)",
+    )
     source.add_argument(
         "--label",
         metavar="HOW",
-        help="a table's column; of other sources parent (folder), archive (its name), last (a line's last word) or none",
+        help=(
+            "where classes come from: a column of a table; for other sources parent (folder of the image), archive (name of "
+            "the tar or zip), last (last word of a list's line) or none (default: depends on the source)"
+        ),
     )
-    source.add_argument("--caption", metavar="COLUMN", help="of a table")
-    source.add_argument("--quoted", action="store_true", help="fields of a TSV may be quoted, as those of a CSV are")
-    source.add_argument("--classes", type=Path, metavar="FILE", help="class names in the order of their numbers")
+    source.add_argument("--caption", metavar="COLUMN", help="table column that holds captions (default: no captions)")
+    source.add_argument(
+        "--quoted",
+        action="store_true",
+        help="read fields of a TSV as quoted, like those of a CSV (default: not quoted)",
+    )
+    source.add_argument(
+        "--classes",
+        type=Path,
+        metavar="FILE",
+        help="text file with one class name per line, in the order of the class numbers (default: from the source)",
+    )
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workers", type=positive, metavar="N", help="processes (default: one per core)")
+    """Add the option --workers."""
+    parser.add_argument("--workers", type=positive, metavar="N", help="worker processes (default: one per CPU core)")
 
 
 def source_options(options: argparse.Namespace) -> "SourceOptions":
+    """Return the options of `add_source` as the sources take them."""
     from esvit_scale.data.sources import SourceOptions
 
     return SourceOptions(
@@ -51,5 +77,5 @@ def source_options(options: argparse.Namespace) -> "SourceOptions":
 
 
 def workers(options: argparse.Namespace) -> int:
-
+    """Return the number of worker processes."""
     return int(options.workers or usable_cpus())

@@ -15,43 +15,69 @@ if TYPE_CHECKING:
     from esvit_scale.data.sources import SourceOptions
 
 
-STRICT = "exit 2 when anything in the source is left out, unless an option asks for it"
+STRICT = "exit with code 2 when anything in the source is left out that no option asks to leave out"
 
 
 def add_create(shards: Any) -> None:
+    """Declare `shards create`."""
     create = command(
-        shards, "create", _create, "images from anywhere → tar shards and a manifest; goes on where it was"
+        shards, "create", _create, "write images as tar shards with a manifest; an interrupted run continues"
     )
     shard_options.add_source(create)
-    create.add_argument("destination", type=Path, metavar="DST", help="folder to make")
+    create.add_argument("destination", type=Path, metavar="DST", help="folder to write the shard set to")
     size = create.add_mutually_exclusive_group()
     size.add_argument(
-        "--samples-per-shard", type=positive, default=1000, metavar="N", help="images in a tar (default: 1000)"
+        "--samples-per-shard", type=positive, default=1000, metavar="N", help="images per tar (default: 1000)"
     )
     size.add_argument(
         "--bytes-per-shard",
         type=option_types.size,
         metavar="SIZE",
-        help="of image files in a tar, e.g. 500M, instead of a number",
+        help="bytes of image files per tar, e.g. 500M; replaces --samples-per-shard (default: not set)",
     )
     create.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of the order in which images are put into shards (default: 0)"
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="random seed of the order of images and of --val-fraction (default: 0)",
     )
-    create.add_argument("--no-shuffle", action="store_true", help="keep the source's order")
-    create.add_argument("--min-side", type=positive, default=0, metavar="PX", help="leave out smaller images")
-    create.add_argument("--drop-duplicates", action="store_true", help="leave out files whose bytes came before")
-    create.add_argument("--keep", type=Path, metavar="LIST", help="write only what `shards duplicates` listed")
+    create.add_argument("--no-shuffle", action="store_true", help="keep the source's order (default: shuffle)")
     create.add_argument(
-        "--short-side", type=positive, metavar="PX", help="shrink larger images; default: keep the bytes"
+        "--min-side",
+        type=positive,
+        default=0,
+        metavar="PX",
+        help="leave out images whose shorter side is below PX pixels (default: keep all of at least 4 pixels)",
     )
     create.add_argument(
-        "--quality", type=option_types.quality, metavar="Q", help="encode again, 1..100 (default then: 90)"
+        "--drop-duplicates",
+        action="store_true",
+        help="leave out files with the same bytes as an earlier one (default: keep them)",
+    )
+    create.add_argument(
+        "--keep",
+        type=Path,
+        metavar="LIST",
+        help="write only the images on a keep-list from `shards duplicates` (default: all)",
+    )
+    create.add_argument(
+        "--short-side",
+        type=positive,
+        metavar="PX",
+        help="shrink images whose shorter side is above PX pixels to PX (default: keep their bytes)",
+    )
+    create.add_argument(
+        "--quality",
+        type=option_types.quality,
+        metavar="Q",
+        help="re-encode images with this quality of JPEG or WebP, 1..100 (default: keep their bytes; 90 when re-encoded)",
     )
     create.add_argument(
         "--format",
         choices=("jpg", "jpeg", "png", "webp", "keep"),
         default="keep",
-        help="encode every image as this, so that the set is of one type (default: keep the bytes)",
+        help="re-encode every image in this format, so that the set has one type (default: keep the bytes)",
     )
     _add_pixels(create)
     _add_rotation(create)
@@ -60,7 +86,7 @@ def add_create(shards: Any) -> None:
         type=option_types.fraction,
         default=0.0,
         metavar="F",
-        help="write DST/train and DST/val, by seed and key",
+        help="fraction of samples for DST/val, the rest goes to DST/train, by seed and key (default: one set in DST)",
     )
     create.add_argument("--strict", action="store_true", help=STRICT)
     shard_options.add_workers(create)
@@ -68,17 +94,25 @@ def add_create(shards: Any) -> None:
         "--shard-range",
         type=option_types.part,
         metavar="I/N",
-        help="write the I-th of N parts (from 1); `shards merge` finishes",
+        help="write only part I of N (from 1); `shards merge` finishes the set (default: write all)",
     )
 
 
 def _add_pixels(create: argparse.ArgumentParser) -> None:
     pixels = create.add_argument_group("pixels (default: pictures of any kind, used as 8-bit RGB)")
     pixels.add_argument(
-        "--channels", type=option_types.channels, default=3, metavar="C", help="of every image, 1..16 (default: 3)"
+        "--channels",
+        type=option_types.channels,
+        default=3,
+        metavar="C",
+        help="channels of every image, 1..16 (default: 3)",
     )
     pixels.add_argument(
-        "--bits", type=int, choices=(8, 16), default=8, help="of a channel; 16: TIFF, .npy, 16-bit grey (default: 8)"
+        "--bits",
+        type=int,
+        choices=(8, 16),
+        default=8,
+        help="bits per channel; 16 is for TIFF, .npy and 16-bit grey (default: 8)",
     )
 
 
@@ -86,27 +120,38 @@ def _add_rotation(create: argparse.ArgumentParser) -> None:
     create.add_argument(
         "--rotate-as-noted",
         action="store_true",
-        help="with --from img2dataset: turn images by the EXIF orientation that their json notes and their file lost",
+        help="with --from img2dataset: restore the EXIF orientation that images lost, from their json (default: leave them)",
     )
 
 
 def add_merge(shards: Any) -> None:
+    """Declare `shards merge`."""
     merge = command(shards, "merge", _merge, "finish a set whose parts were written with --shard-range")
-    merge.add_argument("destination", type=Path, metavar="DST", help="folder of the parts")
+    merge.add_argument("destination", type=Path, metavar="DST", help="folder that the parts were written to")
     merge.add_argument("--strict", action="store_true", help=STRICT)
 
 
 def add_split(shards: Any) -> None:
+    """Declare `shards split`."""
     split = command(
-        shards, "split", _split, "a shard set → DST/train and DST/val, by seed and key; files keep their bytes"
+        shards,
+        "split",
+        _split,
+        "divide a shard set into DST/train and DST/val by seed and key; images keep their bytes",
     )
-    split.add_argument("source", metavar="SET", help="folder of shards")
-    split.add_argument("destination", type=Path, metavar="DST", help="folder to make")
+    split.add_argument("source", metavar="SET", help="folder of the shard set")
+    split.add_argument("destination", type=Path, metavar="DST", help="folder to write train/ and val/ to")
     split.add_argument(
-        "--val-fraction", type=option_types.fraction, required=True, metavar="F", help="of the samples, 0 < F < 1"
+        "--val-fraction",
+        type=option_types.fraction,
+        required=True,
+        metavar="F",
+        help="fraction of the samples for DST/val, 0 < F < 1",
     )
-    split.add_argument("--samples-per-shard", type=positive, default=1000, metavar="N", help="(default: 1000)")
-    split.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
+    split.add_argument(
+        "--samples-per-shard", type=positive, default=1000, metavar="N", help="images per tar (default: 1000)"
+    )
+    split.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of the split (default: 0)")
     shard_options.add_workers(split)
 
 
@@ -147,7 +192,7 @@ def _split(options: argparse.Namespace) -> int:
     from esvit_scale.data.shard_plan import Recipe
     from esvit_scale.data.sources import SourceOptions
 
-    found = manifests.load(Path(options.source))  # says what is wrong with it
+    found = manifests.load(Path(options.source))  # raises UserError for what is no shard set
     recipe = Recipe(
         samples_per_shard=options.samples_per_shard,
         seed=options.seed,
@@ -173,7 +218,8 @@ def _write(
     sets = shard_writer.write_source(source, options.destination, source_options, recipe, workers, chosen, strict)
     if part:
         print(
-            f"{options.destination}: part {part[0]} of {part[1]} is written; after all of them: esvit-scale shards merge"
+            f"{options.destination}: part {part[0]} of {part[1]} is written; when all are, run `esvit-scale shards merge "
+            f"{options.destination}`"
         )
     _say_sets(options.destination, sets)
     return 0
@@ -187,8 +233,8 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 _MIXED = (
-    "images of several types ({}): pretraining and webdataset read them, Hugging Face datasets may refuse or lose some; "
-    "--format jpg (png, webp) makes them one"
+    "holds images of several types ({}): pretraining and webdataset read them, but Hugging Face datasets may refuse or lose "
+    "some; --format jpg (or png, webp) gives all images one type"
 )
 
 
@@ -217,7 +263,7 @@ def _say_sets(destination: Path, sets: "Mapping[str, Manifest]") -> None:
 
 
 def _say_classes_of_one_part(destination: Path, sets: "Mapping[str, Manifest]") -> None:
-    """Say how many classes have samples in one part of a split only: there nothing can be learnt, or nothing measured."""
+    """Tell the user how many classes have samples only in train, where they cannot be measured, or only in val."""
     from esvit_scale.data.evaluation import Items
     from esvit_scale.progress import say
 
@@ -227,5 +273,5 @@ def _say_classes_of_one_part(destination: Path, sets: "Mapping[str, Manifest]") 
         there[name] = {manifest.classes[i] for i in labels if 0 <= i < len(manifest.classes)}
     counts = {name: len(own.difference(*(o for n, o in there.items() if n != name))) for name, own in there.items()}
     if any(counts.values()):
-        words = ", ".join(f"{count} in {name} only" for name, count in counts.items())
-        say(f"{destination}: of {len(set().union(*there.values()))} classes {words}")
+        words = ", ".join(f"{count} have samples in {name} only" for name, count in counts.items())
+        say(f"{destination}: of {len(set().union(*there.values()))} classes, {words}")

@@ -10,6 +10,7 @@ from esvit_scale.errors import UserError
 
 
 def add(commands: Any) -> None:
+    """Declare `shards` and its commands."""
     shards = group(commands, "shards", "write, check, describe and show shards of images")
     shard_writing.add_create(shards)
     shard_writing.add_merge(shards)
@@ -22,51 +23,59 @@ def add(commands: Any) -> None:
 
 def _add_duplicates(shards: Any) -> None:
     duplicates = command(
-        shards, "duplicates", _duplicates, "find the same and similar images → a keep-list for `shards create --keep`"
+        shards, "duplicates", _duplicates, "find duplicate images and write a keep-list for `shards create --keep`"
     )
     shard_options.add_source(duplicates)
-    duplicates.add_argument("--out", type=Path, required=True, metavar="LIST", help="keep-list to write")
+    duplicates.add_argument("--out", type=Path, required=True, metavar="LIST", help="keep-list file to write")
     duplicates.add_argument(
         "--near",
         type=option_types.distance,
         nargs="?",
         const=3,
         metavar="BITS",
-        help="similar ones too: perceptual hashes that differ in at most BITS of 64 bits, 0..7 (default: 3)",
+        help=(
+            "also drop similar images: those whose 64-bit perceptual hashes differ in at most BITS bits, 0..7 (without BITS: "
+            "3; default: drop the same files only)"
+        ),
     )
     shard_options.add_workers(duplicates)
 
 
 def _add_verify(shards: Any) -> None:
     verify = command(shards, "verify", _verify, "check sizes, sha256, counts and that every image decodes")
-    verify.add_argument("root", type=Path, metavar="DST", help="folder of shards")
+    verify.add_argument("root", type=Path, metavar="DST", help="folder of the shard set")
     verify.add_argument(
         "--repair",
         nargs="?",
         const="",
         metavar="SRC",
-        help="write damaged indexes again, and damaged tars from their source",
+        help="make damaged indexes again, and damaged tars from their source SRC (default: only report)",
     )
     shard_options.add_workers(verify)
 
 
 def _add_stats(shards: Any) -> None:
-    stats = command(shards, "stats", _stats, "sizes, bytes and classes of a set")
-    stats.add_argument("root", type=Path, metavar="DST", help="folder of shards")
-    stats.add_argument("--plot", type=Path, metavar="PNG", help="draw them too")
-    stats.add_argument("--json", action="store_true", help="JSON instead of the table, with the count of every class")
+    stats = command(shards, "stats", _stats, "print sizes, bytes, classes, and mean and std of the pixels of a set")
+    stats.add_argument("root", type=Path, metavar="DST", help="folder of the shard set")
+    stats.add_argument("--plot", type=Path, metavar="PNG", help="image file to draw the statistics to (default: none)")
+    stats.add_argument(
+        "--json", action="store_true", help="print JSON with the number of samples of every class (default: a table)"
+    )
     shard_options.add_workers(stats)
 
 
 def _add_show(shards: Any) -> None:
-    show = command(shards, "show", _show, "a contact sheet of images drawn from the whole set")
-    show.add_argument("root", type=Path, metavar="DST", help="folder of shards")
-    show.add_argument("--out", type=Path, required=True, metavar="FILE", help=".png or .html")
-    show.add_argument("--count", type=positive, default=64, metavar="N", help="images (default: 64)")
+    show = command(shards, "show", _show, "write a contact sheet of random images of a set")
+    show.add_argument("root", type=Path, metavar="DST", help="folder of the shard set")
+    show.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write, ending in .png or .html")
+    show.add_argument("--count", type=positive, default=64, metavar="N", help="images on the sheet (default: 64)")
     show.add_argument(
-        "--bands", type=option_types.bands, metavar="R,G,B", help="channels to show, from 1: three, or one as grey"
+        "--bands",
+        type=option_types.bands,
+        metavar="R,G,B",
+        help="numbers of the channels to show, from 1: three as red, green and blue, or one as grey (default: the first)",
     )
-    show.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
+    show.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of the choice (default: 0)")
 
 
 def _duplicates(options: argparse.Namespace) -> int:
@@ -75,14 +84,18 @@ def _duplicates(options: argparse.Namespace) -> int:
 
     splits = sources.open_source(options.source, shard_options.source_options(options))
     if len(splits) > 1:
-        raise UserError(f"{options.source}: comes as {' and '.join(splits)}; look for duplicates in each folder alone")
+        raise UserError(
+            f"{options.source}: is divided into {' and '.join(splits)}; run `shards duplicates` on each of these folders"
+        )
     [source] = splits.values()
     for note in source.notes:
         say(note)
     dropped = duplicates.find(source, options.near, shard_options.workers(options))
     duplicates.write_lists(source, dropped, options.out)
     kept = len(source) - len(dropped)
-    print(f"{options.out}: keeps {kept} of {len(source)}; {options.out}.dropped.tsv names the other {len(dropped)}")
+    print(
+        f"{options.out}: keeps {kept} of {len(source)} images; {options.out}.dropped.tsv names the other {len(dropped)}"
+    )
     return 0
 
 
@@ -95,7 +108,7 @@ def _verify(options: argparse.Namespace) -> int:
     problems = shard_verify.verify(options.root, shard_options.workers(options))
     if problems:
         raise UserError("\n".join(problems))
-    print(f"{options.root}: every shard is as its manifest says")
+    print(f"{options.root}: every shard agrees with the manifest")
     return 0
 
 
@@ -113,7 +126,7 @@ def _stats(options: argparse.Namespace) -> int:
 
 def _show(options: argparse.Namespace) -> int:
     if options.out.suffix not in (".png", ".html"):
-        raise UserError(f"--out {options.out}: ends in neither .png nor .html")
+        raise UserError(f"--out {options.out}: must end in .png or .html")
     from esvit_scale.data import manifest as manifests
     from esvit_scale.report import shard_pages
 

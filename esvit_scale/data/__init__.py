@@ -1,1 +1,1 @@
-"""Shards, their order, and the stream of crops. The only station that knows webdataset."""
+"""Shards of images, the order of their samples, and the stream of crops; the only package that imports webdataset."""

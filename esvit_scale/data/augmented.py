@@ -1,4 +1,4 @@
-"""Randomly cropped and flipped images of a labelled source, for linear probes that are trained over images."""
+"""Randomly cropped and flipped images of a labelled source, for linear probes that are trained on images."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -19,12 +19,17 @@ from esvit_scale.data.evaluation import Items, items_of, opened
 from esvit_scale.data.loader import run_stages
 from esvit_scale.data.pixel_format import RGB8, PixelFormat
 
-SCALE = (0.08, 1.0)  # torchvision's RandomResizedCrop, as the official probe uses it: bilinear
+SCALE = (
+    0.08,
+    1.0,
+)  # area of a crop, as a fraction of the image's: torchvision's RandomResizedCrop, as in the official probe
 
 
 class AugmentedBatch(NamedTuple):
+    """A batch of random crops, with the numbers of their images."""
+
     images: Tensor  # float32 [B, C, S, S], normalised
-    numbers: Tensor  # int64 [B]: place in the source
+    numbers: Tensor  # int64 [B]: place of the image in the source
 
 
 def augmented_batches(
@@ -36,9 +41,15 @@ def augmented_batches(
     workers: int = 0,
     pixels: PixelFormat = RGB8,
 ) -> Iterator[AugmentedBatch]:
-    """A batch of random resized crops (area .08–1, bilinear) and flips (p ½) for each of `numbers`: int64 [B], places
-    in the source. A crop is a function of (seed, epoch, sample key). Images that cannot be read are left out, so that
-    a batch may be short, or empty."""
+    """Yield a batch of random resized crops (area 0.08 to 1, bilinear), mirrored with p ½, for each tensor of `numbers`.
+
+    A crop is a function of (seed, epoch, sample key). Images that cannot be read are left out, so a batch may be short, or
+    empty.
+
+    Args:
+        numbers: per batch, int64 [B]: places of images in the source.
+        size: pixels on a side of a crop.
+    """
     items = items_of(Path(source), pixels=pixels)
     part = partial(_augmented_parts, items, list(numbers), size, seed, epoch, pixels)
     for crops, good in run_stages([part], min(workers, len(numbers))):
@@ -66,7 +77,7 @@ def _augmented_parts(
 
 
 def _random_crop(rng: np.random.Generator, image: Image.Image | NDArray[Any], size: int) -> NDArray[Any]:
-    """Return [C, S, S]: cropped, then resized (antialiased bilinear), and mirrored with p ½."""
+    """Return a random crop [C, S, S], resized (antialiased bilinear) and mirrored with p ½."""
     if isinstance(image, Image.Image):
         crop = image.crop(crop_box(rng, *image.size, SCALE)).resize((size, size), Image.Resampling.BILINEAR)
         pixels = np.asarray(crop).transpose(2, 0, 1)

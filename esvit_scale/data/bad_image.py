@@ -1,16 +1,16 @@
-"""What makes an image file unusable, whichever library decodes it."""
+"""The error for an unusable image file, and the limits on its size, for all decoders."""
 
 from esvit_scale.data.left_out import DAMAGED, TOO_LARGE, TOO_SMALL
 
-MIN_SIDE = 4  # pixels; a smaller picture holds nothing to crop
-MAX_PIXELS = 178_956_970  # a larger picture is taken for a decompression bomb (Pillow's own hard limit)
+MIN_SIDE = 4  # pixels; a smaller image has nothing to crop
+MAX_PIXELS = 178_956_970  # a larger image is taken for a decompression bomb (Pillow's own hard limit)
 
 
 class BadImage(Exception):
-    """The bytes are no usable picture; the message is a short reason on one line.
+    """The bytes are no usable image; the message is a short reason on one line.
 
     Args:
-        kind: why, as one of left_out's kinds, by which such images are counted.
+        kind: one of the reasons in left_out.py, by which such images are counted.
     """
 
     def __init__(self, reason: str, kind: str = DAMAGED) -> None:
@@ -19,7 +19,7 @@ class BadImage(Exception):
 
 
 def check_size(width: int, height: int) -> None:
-    """Raise BadImage for a picture too small to crop or too large to decode."""
+    """Raise BadImage for an image too small to crop or too large to decode."""
     if min(width, height) < MIN_SIDE:
         raise BadImage(f"{width}x{height} pixels: the shorter side is under {MIN_SIDE}", TOO_SMALL)
     if width * height > MAX_PIXELS:

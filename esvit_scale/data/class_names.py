@@ -1,4 +1,4 @@
-"""Class numbers from names, the same for every source: whole numbers stay what they are, names are numbered in order."""
+"""Class numbers from label texts, the same for every source: whole numbers stay as they are, names are numbered in order."""
 
 import math
 import os
@@ -8,23 +8,23 @@ from collections.abc import Iterable, Sequence
 from esvit_scale.errors import UserError
 
 NO_LABEL, UNKNOWN = -1, -2
-MISSING = frozenset(["", "nan", "na", "n/a", "none", "null", "<na>"])  # how programs write an empty cell among numbers
+MISSING = frozenset(["", "nan", "na", "n/a", "none", "null", "<na>"])  # texts that programs write for an empty cell
 MAX_DIGITS = 6  # a longer number is a name: an id, a date
 
 
 def numbered(texts: Iterable[str], folders: bool = False) -> tuple[tuple[str, ...], dict[str, int]]:
     """Return the class names, and the class number of every text (NO_LABEL for one that means "no label").
 
-    Texts that are all whole numbers are class numbers themselves, also as other programs write them (`3.0`): the names
-    are then `0` … the largest, -1 means no label, and so does an empty cell (`nan`, `NA`, …). Other texts are numbered in
-    the order of their UTF-8 bytes, or of their values where all are numbers of another kind. Among them a whole number
-    written in two ways (`0`, `0.0`) is one class, and -1 and, where most texts are numbers, empty cells mean no label.
+    Texts that are all whole numbers (`3`, or `3.0`) are class numbers: the names are then `0` to the largest number, and -1
+    and an empty cell (`nan`, `NA`, …) mean no label. Other texts are names, numbered in the order of their UTF-8 bytes, or
+    of their values if all are numbers. Among names, a whole number written in two ways (`0`, `0.0`) is one class, -1 means
+    no label, and so do empty cells if most texts are numbers.
 
     Args:
-        folders: the texts are names of folders: all of them are classes, and two never mean the same one.
+        folders: the texts are names of folders: each is a class of its own.
 
     Raises:
-        UserError: a whole number under -1 among whole numbers.
+        UserError: all texts are whole numbers, and one is below -1.
     """
     known = list(dict.fromkeys(texts))
     empty = set() if folders else {text for text in known if text.strip().lower() in MISSING}
@@ -37,8 +37,9 @@ def numbered(texts: Iterable[str], folders: bool = False) -> tuple[tuple[str, ..
 
 
 def remark(texts: Iterable[str], names: Sequence[str], folders: bool = False) -> str:
-    """Return a line about a numbering by `numbered` that the user may not expect, empty where there is none: a text that
-    is no number among numbers, or numbers that leave most of the classes empty.
+    """Return a line for the user about an unexpected numbering by `numbered`; empty when there is nothing unexpected.
+
+    Unexpected are texts that are no number among numbers, and numbers that leave most of the classes empty.
     """
     known = list(dict.fromkeys(texts))
     empty = set() if folders else {text for text in known if text.strip().lower() in MISSING}
@@ -47,23 +48,23 @@ def remark(texts: Iterable[str], names: Sequence[str], folders: bool = False) ->
     others = [text for text in known if text in classes and text not in values and text not in empty]
     if others and len(values) >= len(others):
         return (
-            f"label {min(others)!r} is no class number: all labels are names, numbered in the order of their bytes (class 0 "
-            f"is {names[0]!r}); --classes FILE says the classes and their numbers"
+            f"label {min(others)!r} is no class number, so all labels are taken as names and numbered in the order of their "
+            f"bytes (class 0 is {names[0]!r}); --classes FILE sets the classes and their numbers"
         )
     used = len(set(values.values()))
     if not others and len(names) > 2 * used + 10:
         return (
             f"{used} class numbers up to {len(names) - 1} make {len(names)} classes, most of them empty; --classes FILE "
-            "(one name a line) numbers them from 0"
+            "(one name per line) numbers them from 0"
         )
     return ""
 
 
 def numbered_as(classes: Sequence[str], texts: Iterable[str]) -> dict[str, int]:
-    """Return the class number of every text among given classes: by name, by the number that a name is (`1.0` is the
-    class `1`), or, where not all names are numbers, by the class's number.
+    """Return the class number of every text among given classes.
 
-    NO_LABEL stands for a text that means "no label", UNKNOWN for one that is no class.
+    A text is found by its name, by its value if names are numbers (`1.0` is the class `1`), or, if not all names are numbers,
+    by the number of the class. The result is NO_LABEL for a text that means "no label", and UNKNOWN for one that is no class.
     """
     by_name = {name: number for number, name in enumerate(classes)}
     values = _values(classes, False, set())
@@ -101,7 +102,7 @@ def _of_numbers(values: dict[str, float], empty: set[str], folders: bool) -> tup
     if classes and min(classes.values()) < 0:
         text = min(classes, key=classes.__getitem__)
         raise UserError(
-            f"label {text}: class numbers begin at 0, and -1 means no label; name the classes with --classes FILE"
+            f"label {text}: class numbers begin at 0, and -1 means no label; list the classes with --classes FILE"
         )
     if folders and len(set(classes.values())) < len(classes):  # 1 and 01
         return _of_names(sorted(values, key=by_value))
@@ -119,7 +120,7 @@ def _of_names(ordered: list[str]) -> tuple[tuple[str, ...], dict[str, int]]:
 
 
 def _of_mixed(known: list[str], values: dict[str, float], empty: set[str]) -> tuple[tuple[str, ...], dict[str, int]]:
-    """Classes of texts of which not all are numbers."""
+    """Return the classes of texts that are not all numbers, and the class number of every text."""
     missing = {text for text, value in values.items() if value == NO_LABEL}
     missing |= {text for text in known if not text.strip()}
     numbers = len(values.keys() - missing)
@@ -130,7 +131,7 @@ def _of_mixed(known: list[str], values: dict[str, float], empty: set[str]) -> tu
 
 
 def _of_groups(ordered: list[str], values: dict[str, float]) -> tuple[tuple[str, ...], dict[str, int]]:
-    """Names in the order given, where texts of the same value are one class, named by the first and shortest of them."""
+    """Return classes in the order given; texts of the same value are one class, named by the first of the shortest."""
     name: dict[float, str] = {}
     for text in sorted(ordered, key=len):
         if text in values:
@@ -140,13 +141,13 @@ def _of_groups(ordered: list[str], values: dict[str, float]) -> tuple[tuple[str,
 
 
 def _values(texts: Iterable[str], folders: bool, empty: set[str]) -> dict[str, float]:
-    """The texts that are numbers, and which."""
+    """Return the values of the texts that are numbers."""
     found = ((text, _number(text, plain=folders)) for text in texts if text not in empty)
     return {text: value for text, value in found if value is not None}
 
 
 def _number(text: str, plain: bool) -> float | None:
-    """The finite number that a text is; of a folder's name only decimal digits are one."""
+    """Return the finite number that a text stands for, else None; `plain` accepts decimal digits only (folder names)."""
     text = text.strip()
     if plain:
         return float(text) if text.isascii() and text.isdecimal() and len(text) <= 15 else None

@@ -1,5 +1,8 @@
-"""Where a crop lies, and its pixels. Every draw comes from (seed, epoch, sample key, crop), so a sample's crops are the
-same whoever reads it and whatever else is in its batch."""
+"""Random crops: where they lie, and how they are cut from a decoded image.
+
+Every draw comes from (seed, epoch, sample key, crop), so a sample's crops are the same whichever process reads it and
+whatever else is in its batch.
+"""
 
 import hashlib
 import math
@@ -14,24 +17,27 @@ from esvit_scale.config import Data
 from esvit_scale.data.picture import Pixels
 
 RATIO = (3 / 4, 4 / 3)  # width / height
-TRIES = 10
+TRIES = 10  # random boxes before the centred one is taken
 REDUCTIONS = (1, 2, 4, 8)
-# Crops from smaller copies are 0.6 to 2.7/255 from those of the whole picture on average (docs/data.md), all crops 0.2/255.
+# Pixels of a reduced image per output pixel and axis, at least. Crops cut from reduced images differ from those of the
+# whole image by 0.6 to 2.7/255 on average (docs/data.md); over all crops the mean difference is 0.2/255.
 SPARE = 1.5
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
 def keyed_generator(seed: int, epoch: int, key: str, crop: int) -> np.random.Generator:
-    """The random source of one crop of one sample. Use only `random()`: the stream behind it is stable."""
+    """Return the random generator of one crop of one sample. Use only its `random()`, whose values numpy keeps stable."""
     digest = hashlib.blake2b(f"{seed}/{epoch}/{crop}/{key}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
     return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
 
 
 def crop_box(rng: np.random.Generator, width: int, height: int, scale: tuple[float, float]) -> Box:
-    """The box of a random resized crop, in pixels; the distribution of torchvision's
-    `RandomResizedCrop.get_params`: area uniform in `scale` of the picture's, log-uniform aspect, ten tries, else the
-    largest centred box whose aspect is allowed."""
+    """Draw the box of a random resized crop, in pixels, from the distribution of torchvision's `RandomResizedCrop`.
+
+    The area is uniform in `scale` (fractions of the image's area) and the aspect ratio log-uniform in RATIO. When ten tries
+    give no box inside the image, the largest centred box of an allowed aspect ratio is returned.
+    """
     log_low, log_high = math.log(RATIO[0]), math.log(RATIO[1])
     for _ in range(TRIES):
         area = width * height * (scale[0] + (scale[1] - scale[0]) * rng.random())
@@ -51,15 +57,15 @@ def crop_box(rng: np.random.Generator, width: int, height: int, scale: tuple[flo
 
 
 class CropGroup(NamedTuple):
-    """Views of one output size."""
+    """The crops of one output size."""
 
-    size: int
-    views: int
-    scale: tuple[float, float]
+    size: int  # pixels on a side
+    views: int  # crops per image
+    scale: tuple[float, float]  # smallest and largest area, as fractions of the image's
 
 
 def crop_groups(data: Data) -> list[CropGroup]:
-    """The two globals first."""
+    """Return the groups of crops that a config asks for, the two global crops first."""
     local = [CropGroup(g.size, g.count, g.scale) for g in data.local_crops]
     return [CropGroup(data.global_crops.size, 2, data.global_crops.scale), *local]
 
@@ -68,8 +74,11 @@ def crop_groups(data: Data) -> list[CropGroup]:
 
 
 def choose_reductions(boxes: Sequence[Box], sizes: Sequence[int], width: int, height: int) -> list[int]:
-    """From the picture at 1/1, 1/2, 1/4 or 1/8 of its size: where each crop may be cut. A crop keeps at least SPARE
-    pixels a side for each one of its output, and smaller copies are made only where enough pixels are cut from them."""
+    """Return for each crop the reduction r (1, 2, 4 or 8) such that it is cut from the image at 1/r of its size.
+
+    A crop keeps at least SPARE pixels per output pixel along each axis. Different reductions are returned only where enough
+    pixels are cut from the smaller images to pay for making them.
+    """
     largest = [
         max(r for r in REDUCTIONS if r == 1 or _side(b) >= SPARE * r * s) for b, s in zip(boxes, sizes, strict=True)
     ]
@@ -79,16 +88,16 @@ def choose_reductions(boxes: Sequence[Box], sizes: Sequence[int], width: int, he
 
 
 class ImagePyramid:
-    """A picture at several sizes, and mirrored; what is missing is made when it is first asked for."""
+    """A decoded image at several reductions, each also mirrored; a level is computed when it is first needed."""
 
     def __init__(self, pixels: Pixels, reduction: int) -> None:
         self._levels = {(reduction, False): pixels}
 
     def cut(self, box: Box, reduction: int, flip: bool, out: Pixels) -> None:
-        """Crop, resize (antialiased bicubic) and mirror into `out` [S, S, C].
+        """Crop, resize (antialiased bicubic) and, if `flip`, mirror into `out` [S, S, C].
 
-        Cropped before it is resized, as torchvision does: the resize's filter must not see beyond the crop. The box is
-        in pixels of the whole picture.
+        The box is in pixels of the whole image. It is cropped before it is resized, as in torchvision: the filter of the
+        resize must not see pixels outside the crop.
         """
         level = self._level(reduction, flip)
         height, width, _ = level.shape
@@ -107,7 +116,7 @@ class ImagePyramid:
 
 
 def _on_grid(low: int, high: int, reduction: int, length: int) -> tuple[int, int]:
-    """An edge that falls between pixels of the reduced picture moves inwards or outwards to the nearest one."""
+    """Map two edges of a box to the nearest pixel edges of the reduced image, whose side is `length`."""
     return round(low / reduction), min(round(high / reduction), length)
 
 
@@ -120,7 +129,7 @@ def _area(box: Box) -> int:
 
 
 def mirrored(pixels: Pixels) -> Pixels:
-    """[H, W, C], left and right exchanged. NumPy copies three bytes at a time; torch does it twenty times faster."""
+    """Return [H, W, C] with left and right exchanged; torch does this twenty times faster than NumPy."""
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].flip(3)[0].permute(1, 2, 0).numpy()
 
 
@@ -132,8 +141,10 @@ def _halved(pixels: Pixels) -> Pixels:
 
 
 def _resize(source: Pixels, out: Pixels) -> None:
-    """Pillow's antialiased bicubic. On 8-bit pixels torch's AVX2 kernel for channels-last images does it, straight into
-    `out`; 16-bit pixels are resized in float32 and rounded once."""
+    """Resize into `out` with Pillow's antialiased bicubic filter.
+
+    8-bit pixels take torch's AVX2 kernel for channels-last images; 16-bit pixels are resized in float32 and rounded once.
+    """
     if source.shape == out.shape:
         np.copyto(out, source)
         return
@@ -145,7 +156,7 @@ def _resize(source: Pixels, out: Pixels) -> None:
 
 
 def resized(source: Pixels, height: int, width: int, mode: str = "bicubic") -> Pixels:
-    """Return [H, W, C] of the same type, resized in float32 (`bicubic` or `bilinear`, antialiased) and rounded once."""
+    """Return [H, W, C] of the same dtype, resized in float32 (antialiased `bicubic` or `bilinear`) and rounded once."""
     x = torch.from_numpy(source.astype(np.float32)).permute(2, 0, 1)[None]
     y = F.interpolate(x, (height, width), mode=mode, antialias=True).round_().clamp_(0, int(np.iinfo(source.dtype).max))
     return y[0].permute(1, 2, 0).numpy().astype(source.dtype)

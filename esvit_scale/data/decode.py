@@ -1,4 +1,7 @@
-"""Image file bytes → an upright 8-bit RGB picture. Good files of any colour mode decode; bad ones name their reason."""
+"""From the bytes of an image file to an upright 8-bit RGB image, or to its channels as they are stored.
+
+Valid files of any colour mode decode; for others the BadImage that is raised names the reason.
+"""
 
 import io
 import warnings
@@ -38,13 +41,13 @@ EXTENSIONS = frozenset(
 
 SCAN = 0xDA  # the JPEG marker that begins a scan
 PROGRESSIVE = {0xC2, 0xC6, 0xCA, 0xCE}  # JPEG frame markers
-MAX_SCANS = 200  # of a progressive JPEG; each costs a pass over all pixels, so that small files could take hours
+MAX_SCANS = 200  # of a progressive JPEG; each scan is a pass over all pixels, so a small file could take hours
 TIFF_BITS, TIFF_COMPRESSION, TIFF_PHOTOMETRIC, TIFF_SAMPLES, TIFF_PLANAR = 258, 259, 262, 277, 284  # tags
 WHITE_IS_ZERO, RGB_PHOTOMETRIC = 0, 2  # values of TIFF_PHOTOMETRIC: a negative; red, green and blue
 NO_COMPRESSION, PLANES = 1, 2  # values of TIFF_COMPRESSION, and of TIFF_PLANAR: bands one after the other
 
 ImageFile.LOAD_TRUNCATED_IMAGES = False
-warnings.filterwarnings("ignore", module=r"PIL\.")  # of files: `decode` raises what matters, sizes included
+warnings.filterwarnings("ignore", module=r"PIL\.")  # warnings about files: `decode` raises what matters, sizes included
 
 _UPRIGHT = {  # EXIF orientation → the transposition that undoes it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -58,12 +61,12 @@ _UPRIGHT = {  # EXIF orientation → the transposition that undoes it
 
 
 def decode(data: bytes) -> Image.Image:
-    """Return the picture in `data` as an upright RGB image: EXIF orientation undone, first frame.
+    """Return the first frame of an image file as an upright RGB image, its EXIF orientation undone.
 
     Palette, CMYK and other colour modes are converted, 12- and 16-bit grey is scaled (not clipped) to 8 bits, and
-    transparent pixels are laid over white, since the colour stored under transparency is often arbitrary.
+    transparent pixels are blended with white, since the colour stored under transparency is often arbitrary.
 
-    What this function accepts is what training can use: `picture.open_picture` decodes the same files to the same
+    Training can use exactly the files that this function accepts: `picture.open_picture` decodes the same files to the same
     pixels, so `shards create` and `shards verify` need no other check.
 
     Raises:
@@ -82,10 +85,10 @@ def decode(data: bytes) -> Image.Image:
 
 
 def decode_as_stored(data: bytes, channels: int, bits: int) -> raster.Array:
-    """Return the pixels of `data` upright [H, W, C], the channels and values as the file stores them.
+    """Return the upright pixels [H, W, C] of an image file, with the channels and values that the file stores.
 
-    TIFF and `.npy` are raster.py's. Of what Pillow reads, grey has one channel, RGB three, and an alpha channel counts
-    as one more; colours by number are RGB.
+    TIFF and `.npy` files are read by raster.py, others by Pillow: grey has one channel, RGB and palette images have three,
+    and an alpha channel counts as one more.
 
     Raises:
         BadImage: as `decode`, or other channels or bits than asked for.
@@ -102,7 +105,7 @@ def decode_as_stored(data: bytes, channels: int, bits: int) -> raster.Array:
 
 
 def _stored(image: Image.Image, data: bytes) -> raster.Array:
-    """Return what Pillow decodes, not turned upright."""
+    """Return the pixels [H, W, C] that Pillow decodes, not yet turned upright."""
     if image.format == "PNG" and data[24] == 16 and image.mode in ("RGB", "RGBA", "LA"):
         raise BadImage("a PNG of 16 bits and several channels, which is read with 8; store it as TIFF or .npy")
     try:
@@ -124,12 +127,13 @@ def _stored(image: Image.Image, data: bytes) -> raster.Array:
 
 
 def _tiff_beyond_pillow(data: bytes) -> Image.Image | None:
-    """Return the RGB picture of a TIFF that Pillow does not know (two bands or more than four, big-endian 16-bit
-    negatives) or decodes wrongly: of uncompressed planes of 16 bits it reads half of each, and of bands that lie in
-    planes the first one, as grey. None: it is Pillow's.
+    """Return the RGB image of a TIFF that Pillow cannot read or decodes wrongly; None for one to be read by Pillow.
+
+    Pillow does not know TIFFs of two bands, of more than four, and big-endian 16-bit negatives. Of uncompressed 16-bit
+    planes it reads half of each plane, and of bands that are stored as planes it reads the first one, as grey.
 
     Raises:
-        BadImage: of another number of channels than 1 or 3, or as `raster.read`.
+        BadImage: the file has a number of channels other than 1 or 3, or as `raster.read`.
     """
     try:
         image = Image.open(io.BytesIO(data))
@@ -190,7 +194,7 @@ def jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:
 
 
 def load(image: Image.Image) -> Image.Image:
-    """The pixels of an opened file as RGB, as stored (not turned upright). Raises BadImage."""
+    """Return the pixels of an opened file as RGB, in the stored orientation. Raises BadImage."""
     try:
         image.load()
         return _rgb(image)
@@ -201,7 +205,7 @@ def load(image: Image.Image) -> Image.Image:
 
 
 def exif_orientation(image: Image.Image) -> int:
-    """1 (upright) to 8."""
+    """Return the EXIF orientation of an opened file: 1 (upright, or none recorded) to 8."""
     try:
         orientation = image.getexif().get(0x0112)
     except Exception:  # a broken EXIF block says nothing about the pixels
@@ -227,8 +231,8 @@ def _rgb(image: Image.Image) -> Image.Image:
 def _eight_bits(image: Image.Image) -> "np.ndarray":
     """Scale 16-bit grey to uint8 [H, W], black as 0.
 
-    Pillow holds such pixels as 16- or 32-bit integers, depending on the format. Of TIFF it hands out what is stored:
-    12-bit values unscaled, and photometric WhiteIsZero not inverted (of fewer bits it inverts them).
+    Pillow holds such pixels as 16- or 32-bit integers, depending on the format. It returns the values of a TIFF as they are
+    stored: 12-bit values unscaled, and 16-bit values not inverted where the photometric tag is WhiteIsZero.
     """
     grey = np.asarray(image).astype(np.int64)
     if grey.min() < 0 or grey.max() > 0xFFFF:

@@ -1,9 +1,9 @@
-"""Samples that are the same file, or look the same: for leaving them out.
+"""The search for duplicates: samples that are the same file, or that look alike.
 
-Exact: a 128-bit hash of the bytes. Near: a 64-bit perceptual hash (the signs of an image's 64 lowest frequencies
-around their median; Zauner 2010, "pHash"), two images being near when at most a few of its bits differ. Pairs are found
-by splitting the bits into one band more than may differ: near hashes agree in at least one whole band (Norouzi et al.
-2012, multi-index hashing). Memory: 24 bytes a sample.
+The same files are found by a 128-bit hash of their bytes. Similar images are found by a 64-bit perceptual hash (the signs
+of an image's 64 lowest frequencies around their median; Zauner 2010, "pHash"): two images are near when at most a few of
+its bits differ. Pairs are found by splitting the bits into one band more than the number of bits that may differ, since
+near hashes agree in at least one whole band (Norouzi et al. 2012, multi-index hashing). Memory: 24 bytes per sample.
 """
 
 import hashlib
@@ -23,15 +23,21 @@ from esvit_scale.data.image_folder import printable
 from esvit_scale.data.planned_shard import load
 from esvit_scale.data.sources.base import Source
 
-CHUNK = 256  # samples a job reads
-ROWS = 512  # of a block of comparisons
+CHUNK = 256  # samples that a job of a worker process reads
+ROWS = 512  # rows of a block of comparisons
 
 Hash = NDArray[np.uint64]
 
 
 def find(source: Source, near: int | None, workers: int) -> NDArray[np.int64]:
-    """[M, 3]: samples to leave out, the one that stays for each, and how many bits of their perceptual hashes differ
-    (0 where only the bytes were compared). Reads every sample once, and decodes it when `near` is given."""
+    """Return the samples to leave out as rows [M, 3]: sample, the sample that stays in its place, differing bits.
+
+    Every sample is read once, and decoded if `near` is given.
+
+    Args:
+        near: largest number of differing bits in the perceptual hashes of similar images; None: compare only the bytes, and
+            give 0 as differing bits.
+    """
     everything = np.arange(len(source))
     if near is None:
         exact = duplicates(source, everything, workers)
@@ -46,13 +52,13 @@ def find(source: Source, near: int | None, workers: int) -> NDArray[np.int64]:
 
 
 def duplicates(source: Source, chosen: NDArray[np.int64], workers: int) -> NDArray[np.int64]:
-    """[M, 2]: samples whose bytes an earlier one of `chosen` has, and that earlier one. Reads all of them."""
+    """Return rows [M, 2]: a sample of `chosen` whose bytes occurred before, and the first with these bytes. Reads all."""
     hashes, found = _hashes(source, chosen, _digest, 2, workers)
     return chosen[_same(hashes, found)]
 
 
 def _same(hashes: Hash, found: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """[M, 2]: rows that stood before, and where they stood first."""
+    """Return [M, 2]: each row of hashes that occurred before, and its first occurrence."""
     rows = np.flatnonzero(found)
     _, first, inverse = np.unique(hashes[rows], axis=0, return_index=True, return_inverse=True)
     earlier = first[inverse.reshape(-1)]
@@ -61,10 +67,10 @@ def _same(hashes: Hash, found: NDArray[np.bool_]) -> NDArray[np.int64]:
 
 
 def _similar(hashes: Hash, distance: int) -> NDArray[np.int64]:
-    """[M, 3]: hashes that are near an earlier one that stays, that one, and how many bits differ."""
+    """Return [M, 3]: each hash that is near an earlier one that stays, that earlier one, and how many bits differ."""
     dropped: dict[int, tuple[int, int]] = {}
     for later, earlier, bits in near_pairs(hashes, distance).tolist():
-        if earlier in dropped and bits == 0:  # the same hash as one that goes
+        if earlier in dropped and bits == 0:  # the same hash as one that is dropped
             dropped[later] = dropped[earlier]
         elif earlier not in dropped and later not in dropped:
             dropped[later] = (earlier, bits)
@@ -72,7 +78,10 @@ def _similar(hashes: Hash, distance: int) -> NDArray[np.int64]:
 
 
 def write_lists(source: Source, dropped: NDArray[np.int64], out: Path) -> None:
-    """The keep-list OUT: names of the samples that stay; beside it OUT.dropped.tsv: name, kept name, differing bits."""
+    """Write the keep-list `out` with the names of the samples that stay, and beside it OUT.dropped.tsv with the others.
+
+    Each line of the latter holds the dropped name, the name that is kept in its place, and the number of differing bits.
+    """
     gone = set(dropped[:, 0].tolist())
     with files.replacing(out) as tmp, tmp.open("w", encoding="utf-8") as file:
         file.writelines(f"{printable(source.name(i))}\n" for i in range(len(source)) if i not in gone)
@@ -83,7 +92,7 @@ def write_lists(source: Source, dropped: NDArray[np.int64], out: Path) -> None:
 
 
 def perceptual_hash(data: bytes) -> int | None:
-    """None of an image that cannot be read, or has no structure: a plain colour looks like nothing else."""
+    """Return the 64-bit perceptual hash of an image; None if it cannot be read or has no structure (a plain colour)."""
     try:
         image = decode(data)
     except BadImage:
@@ -101,8 +110,8 @@ _DCT = np.cos(np.pi / 32 * np.outer(np.arange(8), np.arange(32) + 0.5)) * 0.25
 
 
 def near_pairs(hashes: Hash, distance: int) -> NDArray[np.int64]:
-    """[M, 3]: (later, earlier, differing bits) of every near pair of distinct hashes, and of every repeated hash with
-    its first; sorted."""
+    """Return the sorted rows [M, 3] (later, earlier, differing bits) of all near pairs of distinct hashes, and of every
+    repeated hash with its first occurrence."""
     values, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
     again = np.flatnonzero(first[inverse] != np.arange(len(hashes)))
     pairs = [np.stack([again, first[inverse[again]], np.zeros_like(again)], 1)]
@@ -141,7 +150,7 @@ def _digest(data: bytes) -> list[int]:
 
 
 def _digest_and_perceptual(data: bytes) -> list[int]:
-    """The digest, the perceptual hash, and whether there is one."""
+    """Return the two halves of the digest, the perceptual hash (or 0), and whether there is one."""
     perceptual = perceptual_hash(data)
     return [*_digest(data), perceptual or 0, perceptual is not None]
 
@@ -149,7 +158,7 @@ def _digest_and_perceptual(data: bytes) -> list[int]:
 def _hashes(
     source: Source, chosen: NDArray[np.int64], hash_of: Callable[[bytes], list[int] | None], width: int, workers: int
 ) -> tuple[Hash, NDArray[np.bool_]]:
-    """[N, width] hashes, and which samples have one."""
+    """Return the hashes [N, width] of the chosen samples, and which samples could be read [N]."""
     hashes, found = np.zeros((len(chosen), width), np.uint64), np.zeros(len(chosen), bool)
     starts = range(0, len(chosen), CHUNK)
     for start, rows in pool.each(

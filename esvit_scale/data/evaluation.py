@@ -1,4 +1,4 @@
-"""Every image of a set once, for frozen-feature evaluation: resized, cropped at the centre, normalised."""
+"""Batches of every image of a set once, for frozen-feature evaluation: resized, cropped at the centre, normalised."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -26,14 +26,16 @@ from esvit_scale.division import share
 
 log = logging.getLogger(__name__)
 
-LONG_SIDE = 8192  # pixels; a picture that resizing would make longer is cropped before
+LONG_SIDE = 8192  # pixels; an image that resizing would make longer is cropped first
 
 
 class EvaluationBatch(NamedTuple):
+    """A batch of images for evaluation, with their keys, labels and numbers."""
+
     images: Tensor  # float32 [B, C, S, S], normalised
     keys: list[str]
     labels: Tensor  # int64 [B], -1 without classes
-    numbers: Tensor  # int64 [B]: place in the source, which images left out keep
+    numbers: Tensor  # int64 [B]: place in the source, counting the images that are left out
 
 
 def evaluation_batches(
@@ -46,12 +48,16 @@ def evaluation_batches(
     most: int | None = None,
     pixels: PixelFormat = RGB8,
 ) -> Iterator[EvaluationBatch]:
-    """Every image of a shard set (manifest order) or image folder (path order) once, for frozen-feature evaluation.
+    """Yield this rank's share of the images of a shard set (manifest order) or image folder (path order), each once.
 
-    Resize of the short side to size·256/224 (bicubic), centre crop, normalisation. Rank r takes the r-th of
-    `world_size` contiguous parts, so the ranks' outputs in rank order are the source's order. Labels are the classes'
-    indices (subfolders by name), -1 without classes. Bad images are left out and counted in a warning. `most`: no more
-    than so many images, spread evenly over the source; the others are not read.
+    The short side is resized to size·256/224 (bicubic), the centre cropped and the crop normalised. Rank r takes the r-th
+    of `world_size` contiguous parts, so the ranks' outputs in rank order are in the source's order. Labels are class numbers
+    (subfolders by name), -1 without classes. Bad images are left out and counted in a warning.
+
+    Args:
+        size: pixels on a side of the crop.
+        batch: images per batch.
+        most: read at most this many images, spread evenly over the source; None: all.
 
     Raises:
         UserError: the source is neither a shard set nor a folder with images, or a shard is missing or truncated.
@@ -68,7 +74,7 @@ def evaluation_batches(
 
 
 class Items:
-    """The images of a source by number: reads (key, label, bytes)."""
+    """The images of a shard set or folder by their numbers."""
 
     def __init__(self, source: Manifest | ImageFolder) -> None:
         self._source = source
@@ -95,8 +101,10 @@ class Items:
         return self._entry(number)[1].key
 
     def labels(self) -> dict[int, int]:
-        """Return the labels that samples have (-1: none), each with the number of the first such sample, without reading
-        images; damaged samples are passed over."""
+        """Return the labels that occur (-1: no class), each with the number of its first sample; no image is read.
+
+        Damaged samples are skipped.
+        """
         found: dict[int, int] = {}
         if isinstance(self._source, ImageFolder):
             for number, file in enumerate(self._source.files):
@@ -111,7 +119,7 @@ class Items:
         return found
 
     def size(self, number: int) -> int | None:
-        """Return the bytes of an image file without reading it; None where it is not there."""
+        """Return the size in bytes of an image file without reading it; None when it is missing."""
         try:
             if isinstance(self._source, ImageFolder):
                 return (self._source.root / self._source.files[number].path).stat().st_size
@@ -121,7 +129,7 @@ class Items:
         return place[1] if place else None
 
     def name(self, number: int) -> str:
-        """Return where an image lies, for messages."""
+        """Return a name for an image that says where it lies, for messages."""
         if isinstance(self._source, ImageFolder):
             return printable(self._source.files[number].path)
         shard = self._shard(number)
@@ -137,10 +145,14 @@ class Items:
 
 
 def items_of(source: Path, notes: bool = True, pixels: PixelFormat | None = None) -> Items:
-    """Return the images of a shard set or folder. notes: log what is worth to be known of a folder.
+    """Return the images of a shard set or folder.
+
+    Args:
+        notes: log what the user should know about a folder's listing.
+        pixels: the pixel format that a shard set must have; None: any.
 
     Raises:
-        UserError: neither, a shard is missing or truncated, or a set of other channels or bits than `pixels`.
+        UserError: the source is neither, a shard is missing or truncated, or a set has another pixel format.
     """
     if not manifests.is_shard_set(source):
         if any(source.glob("*.tar")):
@@ -197,24 +209,22 @@ def _evaluation_joined(parts: Iterator[Any], source: str, total: int, pixels: Pi
 
 
 def evaluation_side(size: int) -> int:
-    """Pixels that evaluation resizes the short side to before it crops the centre: images of this size stay as they
-    are."""
+    """Return the pixels to which evaluation resizes the short side before it crops the centre `size` × `size`."""
     return round(size * 256 / 224)
 
 
 def opened(data: bytes, pixels: PixelFormat) -> Image.Image | NDArray[Any]:
-    """Return the upright image in `data`: an RGB picture, or an array [H, W, C] of any other format. Raises BadImage."""
+    """Return the upright image in `data`: a Pillow RGB image, or an array [H, W, C] of any other format. Raises BadImage."""
     return decode(data) if pixels.is_rgb8 else decode_as_stored(data, pixels.channels, pixels.bits)
 
 
 def centre_crop(image: Image.Image | NDArray[Any], size: int) -> NDArray[Any]:
-    """Return [C, S, S]: the short side resized to size·256/224 (bicubic), then the central square; torchvision's
-    `Resize` and `CenterCrop`.
+    """Return [C, S, S]: the short side resized to size·256/224 (bicubic), then the central square cropped.
 
-    Of a picture that would be more than LONG_SIDE pixels long only the central square is computed, so that memory
-    follows the output: a scan line of 65000x8 pixels would be 2.1 million pixels long at a side of 256. Its pixels are
-    those of the whole resize but for Pillow's order of the two passes, which it chooses by size: under 0.5/255 apart on
-    average, and up to 25/255 in single pixels of pure noise.
+    This is torchvision's `Resize` and `CenterCrop`. Of an image that would be more than LONG_SIDE pixels long only the
+    central square is computed, so that memory follows the output: an image of 65000x8 pixels would be 2.1 million pixels
+    long at a short side of 256. Its pixels differ from those of the whole resize only because Pillow chooses the order of
+    its two passes by size: by less than 0.5/255 on average, and by up to 25/255 in single pixels of pure noise.
     """
     short = evaluation_side(size)
     if not isinstance(image, Image.Image):
@@ -235,7 +245,7 @@ def centre_crop(image: Image.Image | NDArray[Any], size: int) -> NDArray[Any]:
 
 
 def _centre_crop_of_array(pixels: NDArray[Any], size: int, short: int) -> NDArray[Any]:
-    """`centre_crop` of [H, W, C]; of a very long one only the middle is resized, to the nearest pixel."""
+    """Return `centre_crop` of an array [H, W, C]; of a very long one only the middle is resized, to the nearest pixel."""
     most = max(LONG_SIDE // short, 2) * min(pixels.shape[:2])
     for axis in (0, 1):
         if (over := pixels.shape[axis] - most) > 0:

@@ -1,6 +1,7 @@
-"""What data a run is trained on, as far as it can be known without reading it: kept in checkpoints, compared on resume.
+"""The identity of a run's data, as far as it is known without reading it; stored in checkpoints and compared on resume.
 
-The same content in another place has the same identity; other content, or the same in another order, has another.
+The same content in another place has the same identity; other content, or the same content in another order, has a
+different one.
 """
 
 import hashlib
@@ -13,25 +14,24 @@ from typing import Any
 
 from esvit_scale.data.manifest import MANIFEST, Manifest
 from esvit_scale.data.mix import MixedSets
-from esvit_scale.data.stream import Source
+from esvit_scale.data.stream import TrainingData
 from esvit_scale.data.url_stream import UrlSets
 from esvit_scale.errors import UserError
 from esvit_scale.files import sha256
 
 log = logging.getLogger("esvit_scale")
 
-MOST_BYTES = 4 << 30  # of changed shards that are read at a resume: some seconds
+MOST_BYTES = 4 << 30  # of changed shards that are read at a resume, which takes some seconds
 STAT_THREADS = 16
-Identity = dict[str, str]  # "what": in words; "sha256": equal for the same data
+Identity = dict[str, str]  # "what": a description; "sha256": equal for the same data
 
 
-def identity(data: Source) -> Identity:
+def identity(data: TrainingData) -> Identity:
     """Return the identity of a run's data.
 
-    Of a shard set it covers the contents and the order of the shards, as its manifest records them, and neither their
-    names nor their place; of a mix of such sets also their weights and the length of an epoch. Of plain tars, which
-    record nothing, it covers names and sizes where they are local files, URLs otherwise, with the weights of a mix and
-    the length of an epoch.
+    For a shard set it covers the contents and order of the shards, as the manifest records them, but not their names or
+    place; for a mix of sets also the weights and the length of an epoch. For plain tars, which record nothing, it covers the
+    names and sizes of local files or the URLs, the weights of a mix, and the length of an epoch.
     """
     if isinstance(data, Manifest):
         return _shard_set(data)
@@ -46,26 +46,26 @@ def identity(data: Source) -> Identity:
 
 
 def check_same(checkpoint: Path, recorded: Any, now: Identity, place: str) -> None:
-    """Compare the identity that a checkpoint records with that of the data at `place` (what the config names).
+    """Compare the identity that a checkpoint records with that of the data which the config names (`place`).
 
     Raises:
-        UserError: the checkpoint was trained on other data; both are named.
+        UserError: the checkpoint was trained on other data; the message describes both.
     """
     if not isinstance(recorded, dict) or recorded.get("sha256") == now["sha256"]:
         return
     raise UserError(
-        f"{checkpoint}: was trained on {_in_words(recorded)}, but {place} holds {_in_words(now)}; give the run its "
-        f"data back, or start another (name=…, with model.init_from={checkpoint} for its weights)"
+        f"{checkpoint}: was trained on {_in_words(recorded)}, but {place} holds {_in_words(now)}; put the run's data "
+        f"back, or start another run (name=…, with model.init_from={checkpoint} for its weights)"
     )
 
 
-def check_unchanged(data: Source, checkpoint: Path, written_ns: int) -> None:
-    """Compare shards whose files changed after the checkpoint was written with the manifest, which records their contents.
+def check_unchanged(data: TrainingData, checkpoint: Path, written_ns: int) -> None:
+    """Compare the contents of shards whose files changed after the checkpoint was written with the manifest.
 
-    Up to MOST_BYTES of them are read, spread over the set: a set that was copied elsewhere is all new.
+    At most about MOST_BYTES are read, spread over the set, since all files of a copied set count as changed.
 
     Args:
-        written_ns: when the checkpoint was written, in ns since the epoch.
+        written_ns: time at which the checkpoint was written, in ns since 1970.
 
     Raises:
         UserError: a shard is not the one that the manifest describes.
@@ -83,11 +83,11 @@ def check_unchanged(data: Source, checkpoint: Path, written_ns: int) -> None:
     for path, shard in changed[::every]:
         if (found := sha256(path)) != shard.sha256:
             raise UserError(
-                f"{path}: changed after {checkpoint} was written, and is not what {MANIFEST} says (sha256 {found[:12]}…, "
-                f"recorded {shard.sha256[:12]}…); copy the shard again, or start another run (name=…)"
+                f"{path}: changed after {checkpoint} was written, and is not what {MANIFEST} says (sha256 {found[:12]}… "
+                f"instead of {shard.sha256[:12]}…); copy the shard again, or start another run (name=…)"
             )
     log.info(
-        "%d shards changed on the disk since %s; %d of them compared: the same",
+        "%d shard files changed on disk since %s was written; compared the contents of %d: they are the same",
         len(changed),
         *(checkpoint, len(changed[::every])),
     )

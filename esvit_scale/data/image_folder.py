@@ -1,4 +1,4 @@
-"""A folder of images as a list of files with labels; links are followed, whatever is left out is counted."""
+"""The listing of a folder of images: files with labels. Links are followed, and everything left out is counted."""
 
 import errno
 import os
@@ -18,27 +18,31 @@ from esvit_scale.data.raster import ARRAY
 from esvit_scale.data.tar_names import MAX_MEMBER
 from esvit_scale.errors import UserError
 
-# Names of the parts that data sets are divided into: train, test_images, val-00, seg_train
+# Names of the splits of data sets: train, test_images, val-00, seg_train
 SPLIT = re.compile(r"(?:seg_)?(train(?:ing)?|test(?:ing)?|val(?:id|idation)?|dev|eval|holdout)(?![a-z])", re.IGNORECASE)
 
 
 class ImageFile(NamedTuple):
-    path: str  # relative to the folder, may hold undecodable bytes as surrogates (os.fsencode)
-    label: int  # number of its class; -1 without one
+    """An image file of a folder, and its class."""
+
+    path: str  # relative to the folder; may contain undecodable bytes as surrogates (os.fsencode)
+    label: int  # class number; -1 without one
 
 
 @dataclass(frozen=True)
 class ImageFolder:
+    """A folder of images and everything that its listing found."""
+
     root: Path
     files: list[ImageFile]  # sorted by path
     classes: tuple[str, ...]
-    left_out: LeftOut  # everything else in the folder
-    beside: list[str]  # files with the endings asked for, which are neither images nor left out
-    notes: list[str] = field(default_factory=list)  # lines for the user
+    left_out: LeftOut  # counts of everything else in the folder
+    beside: list[str]  # paths of files with the further endings asked for (captions, metadata)
+    notes: list[str] = field(default_factory=list)  # lines to show to the user
 
 
 def printable(path: str) -> str:
-    """A path as one line of text that any terminal and any UTF-8 file can take."""
+    """Return a path as one line of printable text that is valid UTF-8."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
@@ -50,23 +54,22 @@ def list_images(
     keep_loose: bool = False,
     skip: Collection[str] = (),
 ) -> ImageFolder:
-    """List every image file under `root`, by its extension, following links to files and folders. Where there is none,
-    `.npy` arrays are the images.
+    """List every image file under `root` by its extension, following links; `.npy` arrays are the images if there are none.
 
-    Hidden files, everything in hidden folders and links that lead back to a folder above them are left out and counted,
-    as is what does not end like an image.
+    Hidden files, the contents of hidden folders, links that lead back to a folder above them, and files that do not end like
+    an image are left out and counted.
 
     Args:
-        label: None: the class of an image is its first-level subfolder; an image directly in `root` is left out and
-            counted, unless most images lie there: then there are no classes. `parent`: the class is the folder that
-            holds the image. `none`: no classes.
-        keep_loose: keep images directly in `root` beside class folders, without a label.
-        beside: further endings (`txt`); files that have one are listed apart and not counted as left out.
-        skip: as `walk`.
+        label: None: the class of an image is its first-level subfolder; an image directly in `root` is left out and counted,
+            but if at least half of the images lie there, there are no classes. `parent`: the class is the folder of the
+            image. `none`: there are no classes.
+        keep_loose: keep images that lie directly in `root` beside class folders, without a label.
+        beside: further endings (`txt`); files with one of them are listed separately and not counted as left out.
+        skip: as in `walk`.
 
     Raises:
-        UserError: the folder is missing or holds no image file, or more arrays than image files; a subfolder cannot be
-            listed; `parent` with an image that lies in no subfolder.
+        UserError: the folder is missing, holds no image file, or holds more arrays than image files; a subfolder cannot be
+            listed; an image lies in no subfolder, with `parent`.
     """
     root = Path(root)
     if not root.is_dir():
@@ -96,11 +99,7 @@ def list_images(
 
 
 def check_arrays(where: Path, images: Sequence[str], arrays: Sequence[str]) -> None:
-    """Refuse `.npy` arrays beside fewer image files, which would take the place of the arrays: a preview, a plot.
-
-    Raises:
-        UserError: as said.
-    """
+    """Raise UserError for `.npy` arrays beside fewer image files (a preview, a plot), which would be used in their place."""
     if images and len(arrays) > len(images):
         raise UserError(
             f"{where}: {len(arrays):,} .npy arrays (first: {printable(min(arrays))}) beside {len(images):,} image files "
@@ -111,7 +110,7 @@ def check_arrays(where: Path, images: Sequence[str], arrays: Sequence[str]) -> N
 def _labelled(
     root: Path, paths: list[str], label: str | None, left: LeftOut, others: list[str], keep_loose: bool
 ) -> ImageFolder:
-    """The listing with classes as `list_images` describes them."""
+    """Return the listing with the classes that `list_images` describes."""
     notes: list[str] = []
     loose = [path for path in paths if "/" not in path]
     if label == "none" or (label is None and 2 * len(loose) >= len(paths)):
@@ -123,8 +122,8 @@ def _labelled(
     if loose and label == "parent":
         more = f" (and {len(loose) - 1} more)" if len(loose) > 1 else ""
         raise UserError(
-            f"{root}: {printable(loose[0])} lies in no subfolder that could be its class{more}; move it, or leave out "
-            "--label parent"
+            f"{root}: {printable(loose[0])} lies in no subfolder that could be its class{more}; move it into one, or leave "
+            "--label parent out"
         )
     if loose and keep_loose:
         notes.append(
@@ -155,7 +154,7 @@ def _labelled(
 
 
 def _splits_as_classes(root: Path, paths: Sequence[str]) -> str:
-    """A line for the user where the class folders are named like splits of a data set (`train`, `test`)."""
+    """Return a line for the user when all class folders are named like splits of a data set (`train`, `test`), else ""."""
     tops = {path.split("/", 1)[0] for path in paths if "/" in path}
     if len(tops) < 2 or not all(SPLIT.match(top) for top in tops):
         return ""
@@ -176,11 +175,13 @@ def _count_empty_classes(root: Path, classes: Sequence[str], left: LeftOut) -> N
 
 
 def walk(root: Path, left: LeftOut, skip: Collection[str] = ()) -> Iterator[str]:
-    """Yield the paths of the files below a folder, relative to it, through links to folders; what is hidden, circular,
-    dangling or special is counted (not the latter two where the name is an image's).
+    """Yield the paths of the files below a folder, relative to it, through links to folders.
+
+    Hidden files, circular and dangling links and special files are counted in `left`. Dangling links and special files that
+    are named like images are yielded, so that whoever reads them reports them.
 
     Args:
-        skip: paths of files and folders that are passed over and not counted; relative to `root`, in a set.
+        skip: paths of files and folders, relative to `root`, that are skipped and not counted.
 
     Raises:
         UserError: a folder cannot be listed.
@@ -216,7 +217,7 @@ def _place(status: os.stat_result) -> tuple[int, int]:
 
 
 def _folder_place(entry: "os.DirEntry[str]") -> tuple[int, int] | None:
-    """What identifies a folder, or the folder that a link leads to; None for anything else."""
+    """Return what identifies a folder, or the folder that a link leads to; None for anything else."""
     try:
         return _place(entry.stat()) if entry.is_dir() else None
     except OSError:  # a link that leads nowhere
@@ -224,8 +225,7 @@ def _folder_place(entry: "os.DirEntry[str]") -> tuple[int, int] | None:
 
 
 def _usable(entry: "os.DirEntry[str]", path: str, concealed: bool, left: LeftOut) -> bool:
-    """Whether an entry that is no folder is listed; counted where it is not. A dangling link or a pipe that is named like
-    an image is listed, so that whoever reads it says which one it is."""
+    """Return whether an entry that is no folder is listed by `walk`, and count it if not."""
     if concealed:
         left.add(FILES, left_out.HIDDEN, printable(path))
         return False
@@ -242,13 +242,13 @@ def _usable(entry: "os.DirEntry[str]", path: str, concealed: bool, left: LeftOut
 
 
 def _ending(path: str) -> str:
-    """`a/b.JPG` → `jpg`; empty when there is none."""
+    """Return the ending of a path in lower case: `jpg` for `a/b.JPG`; empty when there is none."""
     base = path.rpartition("/")[2]
     return base.rpartition(".")[2].lower() if "." in base else ""
 
 
 def read_file(path: Path) -> bytes:
-    """Return the bytes of an image file. Raises BadImage (a pipe, a device, too large) or OSError."""
+    """Return the bytes of an image file. Raises BadImage for a pipe, a device or a file too large, or OSError."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise BadImage("not a regular file", left_out.SPECIAL)
@@ -258,7 +258,7 @@ def read_file(path: Path) -> bytes:
 
 
 def os_reason(error: OSError) -> tuple[str, str]:
-    """Why a file could not be read, as (words for a person, kind to count it by)."""
+    """Return why a file could not be read, as (message, reason of left_out.py by which to count it)."""
     words = error.strerror or str(error)
     if error.errno in (errno.ENOENT, errno.ELOOP):
         linked = error.filename is not None and os.path.islink(error.filename)  # noqa: PTH114 (may be bytes)
@@ -267,7 +267,7 @@ def os_reason(error: OSError) -> tuple[str, str]:
 
 
 def _nearest(path: Path) -> str:
-    """What exists of a path that does not."""
+    """Return a hint that names the nearest existing path to one that does not exist."""
     if path.exists():
         return f"; nearest: {path.parent}"
     parent = path.parent

@@ -1,8 +1,7 @@
-"""What a source holds and a shard set does not: counted by kind, so that nothing is lost in silence.
+"""Counts of what a source holds but its shard set does not, so that nothing is lost silently.
 
 Every file, member, row or label of a source is either used or counted here, by what it is (images, files, members,
-rows, folders, archives) and why it was left out. The counts are printed when a set is finished, and its manifest keeps
-them.
+rows, folders, archives) and by the reason. The counts are printed when a set is finished, and stored in its manifest.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,10 +10,10 @@ from typing import Any
 
 from esvit_scale.errors import UserError
 
-# What was left out. Only `IMAGES` count as lost images: pictures that the set should have and has not.
+# What was left out. Only `IMAGES` count as lost images: those that the set should have but has not.
 IMAGES, FILES, MEMBERS, ROWS, FOLDERS, ARCHIVES = "images", "files", "members", "rows", "folders", "archives"
 
-# Why. A source may add reasons of its own; these are shared.
+# Why it was left out; manifests record these texts. A source may add reasons of its own.
 HIDDEN = "hidden (name begins with a dot)"
 NO_IMAGE = "no image in its group"
 DANGLING = "dangling link"
@@ -44,25 +43,27 @@ EMPTY_CLASS = "class folder without images"
 WENT_WITH = "went with an image that is left out"
 NOT_KEPT = "not on the keep-list"
 
-ASKED = frozenset([UNDER_MIN_SIDE, DUPLICATE, NOT_KEPT])  # left out because an option says so
+ASKED = frozenset([UNDER_MIN_SIDE, DUPLICATE, NOT_KEPT])  # left out because an option asks for it
 
-WARN_SHARE = 0.01  # of the images: a larger lost share is a warning
+WARN_SHARE = 0.01  # fraction of lost images above which a warning is printed
 
 
 def not_an_image(ending: str) -> str:
-    """The reason for a file whose name does not end like an image's; `ending` without its dot, may be empty."""
+    """Return the reason for a file whose name does not end like an image's; `ending` has no dot and may be empty."""
     return f"no image by its name ({'.' + ending[:12] if ending else 'no extension'})"
 
 
 @dataclass
 class Count:
+    """How many things of one kind were left out for one reason."""
+
     number: int
-    first: str  # name of the first one, printable
-    asked: bool  # an option asked for it (--min-side, --drop-duplicates, --keep, …)
+    first: str  # printable name of the first one
+    asked: bool  # whether an option asked for it (--min-side, --drop-duplicates, --keep, …)
 
 
 class LeftOut:
-    """Counts by (what, why), each with the name of the first one."""
+    """Counts by (what, why), each with the name of the first thing that was counted."""
 
     def __init__(self, rows: Iterable[dict[str, Any]] = ()) -> None:
         self._counts: dict[tuple[str, str], Count] = {}
@@ -70,7 +71,7 @@ class LeftOut:
             self.add(str(row["what"]), str(row["why"]), str(row["first"]), int(row["count"]), bool(row.get("asked")))
 
     def add(self, what: str, why: str, first: str, number: int = 1, asked: bool = False) -> None:
-        """Count `number` more of a kind; `first` is what a person calls the first of them, as printable text."""
+        """Count `number` more things of a kind; `first` is the printable name of the first of them."""
         if number <= 0:
             return
         found = self._counts.setdefault((what, why), Count(0, first, asked))
@@ -82,22 +83,22 @@ class LeftOut:
             self.add(what, why, found.first, found.number, found.asked)
 
     def __contains__(self, kind: tuple[str, str]) -> bool:
-        """Whether some of this (what, why) were counted."""
+        """Return whether anything of this (what, why) was counted."""
         return kind in self._counts
 
     def __bool__(self) -> bool:
         return bool(self._counts)
 
     def total(self, *what: str) -> int:
-        """How many were left out, of all kinds or of those named."""
+        """Return how many things were left out, of all kinds or of those named."""
         return sum(found.number for (kind, _), found in self._counts.items() if not what or kind in what)
 
     def unasked(self) -> "LeftOut":
-        """The counts of what no option asked to leave out."""
+        """Return the counts of what no option asked to leave out."""
         return LeftOut(row for row in self.rows() if not row["asked"])
 
     def rows(self) -> list[dict[str, Any]]:
-        """The counts for a JSON file: images first, then other kinds, the largest count first."""
+        """Return the counts for a JSON file: images first, then other kinds, each with the largest count first."""
         order = sorted(self._counts.items(), key=lambda item: (item[0][0] != IMAGES, item[0][0], -item[1].number))
         return [
             {"what": what, "why": why, "count": found.number, "first": found.first, "asked": found.asked}
@@ -105,7 +106,7 @@ class LeftOut:
         ]
 
     def table(self) -> str:
-        """A table for a person: one line a kind, empty when nothing was left out."""
+        """Return a table to print, one line per kind; empty when nothing was left out."""
         if not self:
             return ""
         rows = self.rows()
@@ -119,14 +120,14 @@ class LeftOut:
         return "\n".join(["left out:", *lines])
 
     def short(self) -> str:
-        """The counts on one line, for messages."""
+        """Return the counts on one line, for messages."""
         return ", ".join(f"{row['count']:,} {row['what']}: {row['why']} ({row['first'][:100]})" for row in self.rows())
 
     def warning(self, used: int) -> str:
-        """A sentence when more than WARN_SHARE of the images are lost that nobody asked to leave out; else empty.
+        """Return a warning when more than WARN_SHARE of the images are lost that no option asked to leave out, else "".
 
         Args:
-            used: images that the set has.
+            used: number of images in the set.
         """
         lost = LeftOut(row for row in self.unasked().rows() if row["what"] in (IMAGES, ROWS))
         number = lost.total()
@@ -137,7 +138,7 @@ class LeftOut:
 
 
 def of_bad(rows: Iterable[dict[str, Any]]) -> LeftOut:
-    """Count rows of a quarantine, and what went with the images that they name."""
+    """Return counts of the rows of a quarantine, and of the members that belonged to the images which they name."""
     left = LeftOut()
     for row in rows:
         kind, first = str(row.get("kind", DAMAGED)), str(row["file"])
@@ -147,14 +148,10 @@ def of_bad(rows: Iterable[dict[str, Any]]) -> LeftOut:
 
 
 def refuse(left_out: Sequence[LeftOut], where: str) -> None:
-    """What --strict does.
-
-    Raises:
-        UserError: something was left out that no option asked to leave out.
-    """
+    """Raise UserError, as --strict demands, when anything was left out that no option asked to leave out."""
     together = LeftOut()
     for some in left_out:
         together.update(some)
     unasked = together.unasked()
     if unasked:
-        raise UserError(f"{where}: --strict, and not everything is used: {unasked.short()}")
+        raise UserError(f"{where}: not everything is used, as --strict demands; left out: {unasked.short()}")

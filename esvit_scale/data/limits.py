@@ -1,7 +1,7 @@
-"""What a node may refuse the loader processes: room in /dev/shm, and open files. Each refusal is one line with its remedy.
+"""Limits of a node that loader processes run into: room in /dev/shm, and open files. Each error names its remedy.
 
-Loader processes put their crops into /dev/shm, and every tensor that is on its way holds a file open in both processes.
-`doctor` and the preflight, which know no config, judge a node by the same figures.
+Loader processes put their crops into /dev/shm, and every tensor in transit holds a file open in both processes.
+`doctor` and the preflight checks judge a node by the same figures.
 """
 
 import resource
@@ -14,17 +14,19 @@ from esvit_scale.errors import RestartCanHelp
 OWN_FILES, FILES_OF_WORKER = 32, 12  # measured: 2 workers run with 40 open files, fail with 28 and hang with 33
 COMMON_WORKERS = 16  # loader processes per rank that a node should have open files for, whatever the config says
 LEAST_SHARED_MEMORY = 1 << 20  # bytes free, without which no loader process starts
-SHARED_MEMORY_OF_BATCHES = 1 << 30  # bytes in all, for the batches on their way; Docker's default is 64 MiB
+SHARED_MEMORY_OF_BATCHES = 1 << 30  # bytes in all, for the batches in transit; Docker's default is 64 MiB
 MOST_FILES = 1 << 20
 SHARED_MEMORY = ("unable to allocate shared memory", "unable to mmap", "out of shared memory", "Bus error")
 OPEN_FILES = ("Too many open files", "received 0 items of ancdata", "Errno 24]", "Errno 23]")
 
 
 def check_node(workers: int) -> None:
-    """Raise the soft limit of open files to the hard one; check that it, and /dev/shm, can serve any loader processes.
+    """Raise the soft limit of open files to the hard one, and check that it and /dev/shm suffice for `workers` processes.
+
+    The check comes first because a loader process with too few files may hang instead of failing.
 
     Raises:
-        RestartCanHelp: they cannot, perhaps on this node only. With too few files, a loader process may hang instead of failing.
+        RestartCanHelp: they do not suffice, perhaps on this node only.
     """
     if not workers:
         return
@@ -40,26 +42,26 @@ def check_node(workers: int) -> None:
     needed = OWN_FILES + FILES_OF_WORKER * workers
     if soft != resource.RLIM_INFINITY and soft < needed:
         raise RestartCanHelp(
-            f"open files: this process may hold {soft}, and data.workers={workers} need about {needed}; allow more "
+            f"open files: this process may open {soft}, and data.workers={workers} needs about {needed}; allow more "
             f"(ulimit -n 65536), or set data.workers={workers_served(soft)}"
         )
 
 
 def reachable_files() -> int:
-    """Return how many files this process can hold open once it has raised its soft limit; MOST_FILES if unlimited."""
+    """Return how many files this process can have open after it has raised its soft limit; MOST_FILES if unlimited."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
     return max(soft, most)
 
 
 def workers_served(files: int) -> int:
-    """Return the largest data.workers for which a process that may hold this many files open has enough of them."""
+    """Return the largest data.workers that a process which may open this many files can serve."""
     return max(0, (files - OWN_FILES) // FILES_OF_WORKER)
 
 
 @contextmanager
 def translate_limits() -> Iterator[None]:
-    """Name a node's limit, and what to do, where torch or Python fail because of it.
+    """Translate errors of torch and Python that a node's limit causes into ones that name the limit and what to do.
 
     Raises:
         RestartCanHelp: /dev/shm is full, or too many files are open: another program may hold them.
@@ -75,11 +77,11 @@ def translate_limits() -> Iterator[None]:
 def _remedy(text: str) -> str | None:
     if any(words in text for words in OPEN_FILES):
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        return f"open files: the limit of {soft} is reached; allow more (ulimit -n 65536), or set fewer data.workers"
+        return f"open files: the limit of {soft} is reached; allow more (ulimit -n 65536), or set data.workers lower"
     if any(words in text for words in SHARED_MEMORY):
         return (
-            f"/dev/shm is full{_size_of_shared_memory()}: loader processes hand batches over in it; enlarge it (docker run "
-            "--shm-size=8g, mount -o remount,size=8g /dev/shm), or set fewer data.workers, or data.workers=0"
+            f"/dev/shm is full{_size_of_shared_memory()}: loader processes pass batches through it; enlarge it (docker run "
+            "--shm-size=8g, mount -o remount,size=8g /dev/shm), or set data.workers lower, or to 0"
         )
     return None
 

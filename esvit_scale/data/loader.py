@@ -27,7 +27,7 @@ from esvit_scale.errors import RestartCanHelp, UserError
 
 T = TypeVar("T")
 
-PREFETCH = 2  # parts that every worker prepares ahead
+PREFETCH = 2  # results that every worker prepares ahead
 _DIED = "a loader process died{}: killed, or out of memory (fewer data.workers need less of it)"
 
 
@@ -80,24 +80,25 @@ def check_division(config: Config, world_size: int) -> None:
 
 
 class NoValidSamples(Exception):
-    """Nothing good can be read: the data is to blame."""
+    """No valid sample could be read, and the data is the cause."""
 
 
 class _Failure(NamedTuple):
-    """Travels instead of a part: an exception would arrive wrapped in the worker's traceback."""
+    """An error that a worker sends in place of a result: an exception would arrive wrapped in the worker's traceback."""
 
     message: str
     restart: bool
 
 
 def run_stages(stages: list[Callable[..., Any]], workers: int) -> Iterator[Any]:
-    """What the last stage yields, from `workers` processes in turn (0: in this one). The first stage takes nothing,
-    the others the iterable before them.
+    """Run a pipeline in `workers` loader processes (0: in this one) and yield what its last stage yields, process by process.
+
+    The first stage is called without arguments, each other stage with the iterable that the stage before it returned.
 
     Raises:
         UserError: a stage raised NoValidSamples.
-        RestartCanHelp: a stage raised StorageGone, a process died, or the node has too few open files or too little shared
-            memory for so many processes.
+        RestartCanHelp: a stage raised StorageGone, a process died, or the node allows too few open files or has too little
+            shared memory for so many processes.
     """
     check_node(workers)
     pipeline = wds.DataPipeline(*stages, _tell_failure)
@@ -109,15 +110,18 @@ def run_stages(stages: list[Callable[..., Any]], workers: int) -> Iterator[Any]:
             num_workers=workers,
             prefetch_factor=PREFETCH if workers else None,
             worker_init_fn=partial(_start_worker, os.getpid()),
-            generator=torch.Generator(),  # the loader draws a seed nobody uses; not from the process's generator
+            generator=torch.Generator(),  # the loader draws a seed that nothing uses; keep the global generator untouched
         )
     )
 
 
 @contextmanager
 def translate_worker_errors() -> Iterator[None]:
-    """Around whatever the main thread does while there are loader processes: torch raises in it, wherever it is, when
-    one dies. Raises RestartCanHelp instead."""
+    """Raise RestartCanHelp in place of torch's RuntimeError about a loader process that died.
+
+    Torch raises that error from a signal handler, wherever the main thread is; so wrap everything that the main thread
+    does while there are loader processes.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -128,7 +132,7 @@ def translate_worker_errors() -> Iterator[None]:
 
 
 def reason(error: Exception) -> str:
-    """One line."""
+    """Return an error's message as one line of at most 200 characters."""
     return (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())[:200]
 
 
@@ -140,7 +144,7 @@ def _tell_failure(parts: Iterable[Any]) -> Iterator[Any]:
 
 
 def _as_it_is(part: T) -> T:
-    """Instead of the loader's default, which turns arrays into tensors."""
+    """Return the argument; the loader's default collation would turn arrays into tensors."""
     return part
 
 
@@ -148,12 +152,12 @@ def _parts(parts: Any) -> Iterator[Any]:
     with (
         translate_limits(),
         closing(iter(parts)) as iterator,
-    ):  # or its processes end when, and in what order, the collector likes
+    ):  # closed here, since otherwise the garbage collector decides when the processes end
         while True:
             with translate_worker_errors():
                 try:
                     part = next(iterator, None)
-                except (ConnectionError, EOFError):  # a part of the dead process was being fetched
+                except (ConnectionError, EOFError):  # a result of the dead process was being fetched
                     raise RestartCanHelp(_DIED.format("")) from None
             if part is None:
                 return
@@ -163,8 +167,10 @@ def _parts(parts: Any) -> Iterator[Any]:
 
 
 def _start_worker(parent: int, worker: int) -> None:
-    """Signals are the training process's business, though ctrl-C and the scheduler send them to the whole process
-    group: a worker ends when its parent says so, or is killed with it."""
+    """Make a new worker ignore the signals that only the training process handles.
+
+    Ctrl-C and the scheduler signal the whole process group; a worker ends when its parent says so or dies.
+    """
     for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -175,7 +181,7 @@ def _start_worker(parent: int, worker: int) -> None:
 
 
 def _end_at_sigterm_of(parent: int) -> None:
-    """The loader ends with SIGTERM what does not end by itself; anybody else's is ignored."""
+    """Exit when the parent sends SIGTERM, as the loader does to a worker that does not end by itself; ignore others'."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)

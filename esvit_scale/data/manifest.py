@@ -1,6 +1,6 @@
-"""What a shard set holds: manifest.json, and beside each tar an index of where its members lie.
+"""The two files that describe a shard set: manifest.json, and beside each tar an index of where its members lie.
 
-docs/shard_format.md specifies both files. Neither is trusted: names are plain file names inside the set's folder, and
+docs/shard_format.md specifies both. Neither is trusted: names must be plain file names inside the set's folder, and
 offsets are checked against the tar when it is read.
 """
 
@@ -24,6 +24,8 @@ MANIFEST = "manifest.json"
 
 
 class Shard(NamedTuple):
+    """One tar of a set, as the manifest describes it."""
+
     name: str  # file name in the set's folder
     samples: int
     bytes: int
@@ -32,40 +34,47 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True)
 class Manifest:
-    root: Path
+    """The contents of a shard set: its shards, classes and pixel format."""
+
+    root: Path  # the set's folder
     shards: tuple[Shard, ...]
     classes: tuple[str, ...] = ()  # empty when the source was flat
-    source: str = ""  # fingerprint of what was written, see shard_writer
+    source: str = ""  # fingerprint of the source and options that it was written from, see shard_plan.py
     left_out: Sequence[dict[str, Any]] = field(default=(), compare=False)  # rows of left_out.LeftOut
-    channels: int = 3  # of every image; 3 of 8 bits: pictures of any kind, which are used as RGB
+    channels: int = 3  # of every image; 3 channels of 8 bits mean images of any kind, which are used as RGB
     bits: int = 8  # of a channel
-    formats: Mapping[str, int] = field(default_factory=dict, compare=False)  # images by extension; empty: not known
+    formats: Mapping[str, int] = field(
+        default_factory=dict, compare=False
+    )  # number of images by extension; empty: unknown
 
     @property
     def samples(self) -> int:
+        """Return the number of samples in all shards."""
         return sum(shard.samples for shard in self.shards)
 
 
 class Entry(NamedTuple):
-    """One sample of a tar."""
+    """The members of one sample in a tar."""
 
     key: str
     members: dict[str, tuple[int, int]]  # extension → (offset, size) of its bytes in the tar
 
 
 def index_path(shard: Path) -> Path:
+    """Return the path of the index file beside a tar."""
     return shard.with_suffix(".index.jsonl")
 
 
 def is_shard_set(root: Path) -> bool:
+    """Return whether a folder holds a finished shard set, by its manifest.json."""
     return (root / MANIFEST).is_file()
 
 
 def load(root: Path) -> Manifest:
-    """The manifest of the set in `root`.
+    """Read the manifest of the set in `root`.
 
     Raises:
-        UserError: no such folder, no manifest.json, another format version, or a manifest that is not well formed.
+        UserError: the folder or its manifest.json is missing, of another format version, or not well formed.
     """
     root = Path(root)
     path = root / MANIFEST
@@ -79,10 +88,10 @@ def load(root: Path) -> Manifest:
     try:
         raw = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
-        raise UserError(f"{path}: not valid JSON; write the set again, or copy the file again") from None
+        raise UserError(f"{path}: not valid JSON; copy the file again, or write the set again") from None
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if version != FORMAT_VERSION:
-        raise UserError(f"{path}: format_version {version!r} is not one this version reads; known: {FORMAT_VERSION}")
+        raise UserError(f"{path}: this version of esvit-scale reads format_version {FORMAT_VERSION}, not {version!r}")
     try:
         return _parse(root, raw)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -90,21 +99,21 @@ def load(root: Path) -> Manifest:
 
 
 def check_sizes(manifest: Manifest) -> None:
-    """Stat every shard; reads nothing.
+    """Compare the file size of every shard with the manifest's, without reading a shard.
 
     Raises:
-        UserError: naming the first shard that is missing or of another size than the manifest's, and how many more.
+        UserError: a shard is missing or has another size; the first is named and the others are counted.
         OSError: the storage does not answer.
     """
     problems = list(size_problems(manifest))
     if problems:
-        _look_for_storage_that_does_not_answer(manifest)
+        _raise_machine_faults(manifest)
         more = f" (and {len(problems) - 1} more shards)" if len(problems) > 1 else ""
         raise UserError(f"{problems[0]}{more}; copy it again, or write the set again")
 
 
-def _look_for_storage_that_does_not_answer(manifest: Manifest) -> None:
-    """Raise the first OSError that is the machine's fault and not the set's."""
+def _raise_machine_faults(manifest: Manifest) -> None:
+    """Raise the first OSError that storage which does not answer causes, and not the set."""
     for shard in manifest.shards:
         try:
             (manifest.root / shard.name).stat()
@@ -114,6 +123,7 @@ def _look_for_storage_that_does_not_answer(manifest: Manifest) -> None:
 
 
 def size_problems(manifest: Manifest) -> Iterator[str]:
+    """Yield one line for each shard that is missing or has another size than the manifest says."""
     for shard in manifest.shards:
         path = manifest.root / shard.name
         try:
@@ -123,15 +133,15 @@ def size_problems(manifest: Manifest) -> Iterator[str]:
             continue
         if size != shard.bytes:
             kind = "truncated" if size < shard.bytes else "too long"
-            yield f"{path}: {kind}: {size} bytes, the manifest says {shard.bytes}"
+            yield f"{path}: {kind}: {size} bytes; the manifest says {shard.bytes}"
 
 
 def check_pixels(manifest: Manifest, pixels: PixelFormat) -> None:
-    """Raise UserError where a set was written for other channels or bits than a config asks for."""
+    """Raise UserError when a set's images have other channels or bits than a config asks for."""
     held = PixelFormat(manifest.channels, manifest.bits)
     if (held.channels, held.bits) != (pixels.channels, pixels.bits):
         raise UserError(
-            f"{manifest.root}: its images have {held}, and data.channels={pixels.channels} data.bits={pixels.bits}; set "
+            f"{manifest.root}: its images have {held}, but data.channels={pixels.channels} and data.bits={pixels.bits}; set "
             f"data.channels={held.channels} data.bits={held.bits}, or name another set"
         )
 
@@ -145,8 +155,8 @@ def dump(
     left_out: Sequence[dict[str, Any]] = (),
     formats: Mapping[str, int] | None = None,
 ) -> bytes:
-    """The bytes of a manifest.json, the same for the same set."""
-    recipe = (options or {}).get("recipe", {})  # names its channels and bits where they are not 8-bit RGB's
+    """Return the bytes of a manifest.json, always the same for the same set."""
+    recipe = (options or {}).get("recipe", {})  # records channels and bits unless they are those of 8-bit RGB
     content = {
         "format_version": FORMAT_VERSION,
         "tool": tool,
@@ -164,7 +174,7 @@ def dump(
 
 
 def options(root: Path) -> dict[str, Any]:
-    """The options that a set was written with, as its manifest records them; empty when it does not."""
+    """Return the options that a set was written with, as its manifest records them; empty when it records none."""
     recorded = json.loads((root / MANIFEST).read_bytes()).get("options")
     return recorded if isinstance(recorded, dict) else {}
 
@@ -197,7 +207,7 @@ def _count(value: Any) -> int:
 
 
 def _nearest_set(path: Path) -> str:
-    """A hint that names the shard sets beside `path`."""
+    """Return a hint that names the shard sets beside `path`; empty when there are none."""
     try:
         sets = sorted(p.name for p in path.parent.iterdir() if p.is_dir() and is_shard_set(p))
     except OSError:
@@ -209,8 +219,11 @@ def _nearest_set(path: Path) -> str:
 
 
 class Index(Sequence[Entry]):
-    """The samples of a tar in order. Holds the index file's bytes and parses a line when it is asked for: about 100
-    bytes a sample, so that many shards' indexes can stay in memory."""
+    """The samples of a tar in order.
+
+    It holds the index file's bytes, about 100 per sample, and parses a line when it is asked for, so that the indexes of
+    many shards can stay in memory.
+    """
 
     def __init__(self, lines: bytes) -> None:
         self._lines = lines
@@ -227,14 +240,15 @@ class Index(Sequence[Entry]):
 
     @property
     def nbytes(self) -> int:
+        """Return the bytes of memory that the index takes."""
         return len(self._lines) + self._ends.nbytes
 
 
 def read_index(shard: Path) -> Index:
-    """The index of a tar: its side-car file, or, where there is none that can be read, a scan of the tar's headers.
+    """Return the index of a tar: its index file, or a scan of the tar's headers when that file cannot be used.
 
     Raises:
-        OSError: the tar has neither a side-car nor can be opened.
+        OSError: there is no usable index file, and the tar cannot be opened.
     """
     try:
         return read_side_car(shard)
@@ -243,11 +257,11 @@ def read_index(shard: Path) -> Index:
 
 
 def read_side_car(shard: Path) -> Index:
-    """The index file of a tar.
+    """Read the index file beside a tar.
 
     Raises:
-        OSError: no such file.
-        ValueError: not an index of this tar, or cut short.
+        OSError: the file cannot be read.
+        ValueError: it is not an index of this tar, or is cut short.
     """
     lines = index_path(shard).read_bytes()
     header = json.loads(lines[: lines.find(b"\n") + 1])
@@ -259,15 +273,17 @@ def read_side_car(shard: Path) -> Index:
 
 
 def dump_index(name: str, entries: Iterable[Entry]) -> bytes:
-    """The bytes of an index file: a header line, then one line a sample."""
+    """Return the bytes of an index file: a header line, then one line per sample."""
     lines = [json.dumps({"format_version": FORMAT_VERSION, "shard": name})]
     lines += [json.dumps(entry, separators=(",", ":")) for entry in entries]
     return "".join(line + "\n" for line in lines).encode("ascii")
 
 
 def scan(shard: Path) -> list[Entry]:
-    """The samples of any WebDataset tar, by its headers: consecutive regular files of one key (tar_names.py), and
-    hard links to them. Other links, devices, folders and hidden files are ignored, and a truncated tar ends at its last whole member.
+    """Return the samples of any WebDataset tar, from its headers.
+
+    A sample is a run of regular files of one key (tar_names.py) and hard links to them. Other links, devices, folders and
+    hidden files are ignored, and a truncated tar ends at its last whole member.
 
     Raises:
         OSError: the file cannot be read.
@@ -276,20 +292,20 @@ def scan(shard: Path) -> list[Entry]:
 
 
 def scan_and_judge(shard: Path) -> tuple[list[Entry], str]:
-    """`scan`, and in a few words what is wrong with the tar itself; empty when it is whole to its end marker."""
+    """Return the samples as `scan`, and in a few words what damage the tar has; empty when it is whole to its end marker."""
     with shard.open("rb") as file:
         reader = TarReader(file, shard.stat().st_size)
         return list(runs(reader)), reader.damage
 
 
 def runs(members: Iterable[Member]) -> Iterator[Entry]:
-    """Members grouped to samples: those of one key that lie side by side in one archive. An extension that comes again
-    begins anew."""
+    """Group members into samples: those of one key that lie side by side in one archive. A repeated extension begins the
+    next sample."""
     return (entry for _, entry in numbered_runs(members))
 
 
 def numbered_runs(members: Iterable[Member]) -> Iterator[tuple[int, Entry]]:
-    """`runs`, each with the number of its archive (`Member.archive`)."""
+    """Yield the same samples as `runs`, each with the number of its archive (`Member.archive`)."""
     entry, of = None, 0
     for name, offset, size, archive in members:
         key, ext = split_name(name)
@@ -303,12 +319,12 @@ def numbered_runs(members: Iterable[Member]) -> Iterator[tuple[int, Entry]]:
 
 
 def image_member(entry: Entry) -> tuple[int, int] | None:
-    """(offset, size) of a sample's image, the first of `chosen_images`."""
+    """Return (offset, size) of a sample's image, the first of `chosen_images`; None for a sample without one."""
     return next((entry.members[extension] for extension in chosen_images(entry.members)), None)
 
 
 def parse_label(text: bytes) -> int:
-    """The number in a `.cls` member; -1 when it holds none."""
+    """Return the class number that a `.cls` member holds; -1 when it holds none."""
     try:
         return int(text[:20])
     except ValueError:

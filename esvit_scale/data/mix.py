@@ -1,16 +1,15 @@
-"""Several shard sets, mixed by weight: which sample of which set comes when, as a pure function of (seed, epoch, manifests).
+"""The order of several shard sets that are mixed by weight: a pure function of (seed, epoch, manifests).
 
 An epoch of a mix is T = ⌊M/B⌋ steps of B images, M being data.epoch_samples, or the samples of all sets together. As in
-order.py, slot s of S gives B/S images of every step: its images u = t·B/S + i. Which set a slot draws image u from is a
-fixed pattern that follows the weights' shares at every step and in every slot: of two sets it takes the first where
-⌊u·w + φ⌋ moves from u to u + 1, w being the first's share and φ a phase of the slot's own. Of more sets, what is not the
-last set's is divided among the others in the same way.
+order.py, slot s of S gives B/S images to every step: its images u = t·B/S + i. A fixed pattern says from which set a slot
+draws image u, so that the sets' shares follow the weights at every step and in every slot. Of two sets, the slot draws
+from the first one where ⌊u·w + φ⌋ increases from u to u + 1; w is the first set's share, φ a phase of the slot's own. Of
+more sets, the images that are not the last set's are divided among the others in the same way.
 
-So the number of samples that a slot has drawn from a set before any position is a formula, and the slots' stretches
-can be laid one behind the other: every draw from a set has a number g = 0, 1, 2, … over the whole run, whoever reads
-it. Draw g is sample g mod N of the set's own epoch ⌊g/N⌋, in the order of order.py, where N are the set's samples. A set
-that is used up begins its next epoch, with other crops, whatever the others do; between two epochs of a set no sample
-is left out and none comes twice.
+So a formula gives the number of samples that a slot has drawn from a set before any position. With it, all draws from a
+set are numbered g = 0, 1, 2, … over the whole run, whoever reads them. Draw g is sample g mod N of the set's own epoch
+⌊g/N⌋, in the order of order.py, where N is the number of the set's samples. A set that is used up begins its next epoch,
+with other crops, whatever the other sets do; within an epoch of a set every sample comes exactly once.
 
     photos  N = 6: 0 5 3 1 4 2 | 2 4 0 …     draws 0-5 are its epoch 0, draws 6-11 its epoch 1
     sketches N = 2: 1 0 | 0 1 | 1 0 | …
@@ -31,16 +30,19 @@ from numpy.typing import NDArray
 
 from esvit_scale.config import Config, Data
 from esvit_scale.data import manifest as manifests
+from esvit_scale.data.hashing import derive_seed
 from esvit_scale.data.manifest import Manifest
-from esvit_scale.data.order import Order, hash64, permutation, steps_per_epoch
+from esvit_scale.data.order import Order, permutation, steps_per_epoch
 from esvit_scale.data.tar_names import TAR
 from esvit_scale.errors import UserError
 
-CACHED_SHARDS = 1 << 20  # shards whose permutations are kept, over all epochs of all sets
+CACHED_SHARDS = 1 << 20  # shards whose permutations are cached, over all epochs of all sets
 
 
 class MixedSet(NamedTuple):
-    name: str  # of its folder, made unique
+    """One of the shard sets of a mix."""
+
+    name: str  # the name of its folder, made unique
     manifest: Manifest
     weight: Fraction
 
@@ -54,15 +56,15 @@ class MixedSets:
 
     @staticmethod
     def wanted(data: Data) -> bool:
-        """Whether data.mix names folders of shard sets only; one with tars among them is streamed."""
+        """Return whether data.mix names folders of shard sets only; a mix with plain tars among them is streamed."""
         return bool(data.mix) and not any(_names_tars(mixed.urls) for mixed in data.mix)
 
     @staticmethod
     def open(data: Data) -> "MixedSets":
-        """Read the manifests and compare the shards' sizes with them.
+        """Read the manifests of the sets and compare the sizes of their shards with them.
 
         Raises:
-            UserError: data.train is set too, or a set is not whole or empty.
+            UserError: data.train is set too, or a set is damaged or empty.
         """
         if data.train:
             raise UserError("data.mix: data.train is set too; list every set in data.mix, or give data.train alone")
@@ -78,7 +80,7 @@ class MixedSets:
         return MixedSets(tuple(found), data.epoch_samples or sum(one.manifest.samples for one in found))
 
     def moved(self, move: Callable[[Manifest], Manifest]) -> "MixedSets":
-        """The same sets, each as `move` gives it."""
+        """Return the same sets, each with the manifest that `move` returns for it."""
         return replace(self, sets=tuple(one._replace(manifest=move(one.manifest)) for one in self.sets))
 
 
@@ -90,7 +92,7 @@ def _names_tars(urls: str) -> bool:
 
 
 def epoch_samples(data: Data) -> int:
-    """Samples of an epoch of whatever `data` names, from manifests and the config alone.
+    """Return the samples of an epoch of what `data` names, from manifests and the config alone.
 
     Raises:
         UserError: a manifest cannot be read, or plain tars are named without data.epoch_samples.
@@ -103,10 +105,10 @@ def epoch_samples(data: Data) -> int:
 
 
 def order_of(config: Config, data: MixedSets) -> "MixedOrder":
-    """The order of a run's mix.
+    """Return the order of a run's mix.
 
     Raises:
-        UserError: of a set no image would ever be drawn, or the mix is smaller than a batch.
+        UserError: no image of a set would ever be drawn, or the mix is smaller than a batch.
     """
     sets = [(one.weight, [shard.samples for shard in one.manifest.shards]) for one in data.sets]
     batch = config.train.global_batch
@@ -116,23 +118,23 @@ def order_of(config: Config, data: MixedSets) -> "MixedOrder":
         if not images:
             share = one.weight / sum(other.weight for other in data.sets)
             raise UserError(
-                f"data.mix: {one.name} has {float(share):.2g} of the weight, which is none of an epoch's {steps * batch} "
-                f"images; give it more weight, or set data.epoch_samples={math.ceil(4 / share)} or more"
+                f"data.mix: {one.name} has {float(share):.2g} of the total weight, too little for one of an epoch's "
+                f"{steps * batch} images; give it more weight, or set data.epoch_samples={math.ceil(4 / share)} or more"
             )
     return order
 
 
 class SampleAddress(NamedTuple):
-    """One image of a batch."""
+    """Where one image of a batch is found: a position in the order of an epoch of a set."""
 
-    set: int
+    set: int  # its number among the mixed sets; 0 for a single set
     epoch: int  # of the set
-    position: int  # in the order of that epoch
-    order: Order
+    position: int  # in `order`
+    order: Order  # of that epoch
 
 
 class MixedOrder:
-    """The order of a mix, over all epochs.
+    """The order of samples in a mix, over all epochs.
 
     Args:
         seed: a whole number ≥ 0.
@@ -160,10 +162,10 @@ class MixedOrder:
         self._shares = [(sums[k - 1] / sums[k]).as_integer_ratio() if k else (0, 1) for k in range(len(sets))]
         self._phases = [(2 * permutation(slots, seed, "phases", k) + 1).tolist() for k in range(len(sets))]
         self._orders: OrderedDict[tuple[int, int], Order] = OrderedDict()
-        self._stretches: OrderedDict[tuple[int, ...], NDArray[np.int64]] = OrderedDict()
+        self._chunks: OrderedDict[tuple[int, ...], NDArray[np.int64]] = OrderedDict()
 
     def address(self, batch_index: int, slot: int, i: int) -> SampleAddress:
-        """Image `i` (0..B/S-1) of a slot in global batch `batch_index`."""
+        """Return where image `i` (0..B/S-1) of a slot in global batch `batch_index` is found."""
         epoch, step = divmod(batch_index, self._steps)
         u = step * self._per_slot + i
         before, after = self._drawn(slot, u), self._drawn(slot, u + 1)
@@ -173,7 +175,7 @@ class MixedOrder:
         return SampleAddress(number, set_epoch, position, self._order(number, set_epoch))
 
     def images(self, batches: int) -> list[int]:
-        """How many images of each set the first `batches` global batches hold."""
+        """Return how many images of each set the first `batches` global batches hold."""
         epochs, steps = divmod(batches, self._steps)
         of_slots = [self._drawn(slot, steps * self._per_slot) for slot in range(self._slots)]
         return [
@@ -181,7 +183,7 @@ class MixedOrder:
         ]
 
     def _drawn(self, slot: int, u: int) -> list[int]:
-        """How many of the first `u` images of a slot in an epoch come from each set."""
+        """Return how many of the first `u` images of a slot in an epoch come from each set."""
         drawn = []
         for k in reversed(range(len(self._shares))):
             numerator, denominator = self._shares[k]
@@ -194,7 +196,7 @@ class MixedOrder:
 
     @cached_property
     def _starts(self) -> list[list[int]]:
-        """[slots + 1][sets]: draws of an epoch from a set by the slots before; last, by all slots."""
+        """Return [slots + 1][sets]: an epoch's draws from each set by the slots before slot s; last, by all slots."""
         starts = [[0] * len(self._shares)]
         for slot in range(self._slots):
             drawn = self._drawn(slot, self._steps * self._per_slot)
@@ -203,14 +205,14 @@ class MixedOrder:
 
     @cached_property
     def an_epoch(self) -> list[int]:
-        """Images of an epoch from each set."""
+        """Return how many images of an epoch come from each set."""
         return self._starts[-1]
 
     def _order(self, number: int, epoch: int) -> Order:
         found = self._orders.get((number, epoch))
         if found is None:
-            seed = hash64(self._seed, "mix", number)
-            found = Order(seed, epoch, self._counts[number], 1, 1, self._window, self._stretches)
+            seed = derive_seed(self._seed, "mix", number)
+            found = Order(seed, epoch, self._counts[number], 1, 1, self._window, self._chunks)
             self._orders[number, epoch] = found
             while sum(len(self._counts[k]) for k, _ in self._orders) > CACHED_SHARDS and len(self._orders) > 1:
                 self._orders.popitem(last=False)

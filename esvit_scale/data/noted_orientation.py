@@ -1,8 +1,8 @@
-"""Orientations that stand beside a picture instead of in it.
+"""Image orientations that are recorded in a sample's json instead of in its image file.
 
-img2dataset encodes pictures anew without their EXIF data and writes what exifread said of it into the sample's json:
-`"exif": "{\\"Image Orientation\\": \\"Rotated 90 CW\\", …}"`. Its pixels lie as the camera stored them. The orientation is
-put back into the file as a tag, which every reader here undoes; no pixel is encoded again.
+img2dataset encodes images again without their EXIF data, leaves the pixels as the camera stored them, and writes what
+exifread found into the sample's json: `"exif": "{\\"Image Orientation\\": \\"Rotated 90 CW\\", …}"`. This module puts the
+orientation back into the file as a tag, which all readers of this package undo; no pixel is encoded again.
 """
 
 import json
@@ -13,7 +13,7 @@ from PIL import Image
 
 from esvit_scale.data.decode import exif_orientation, open_header
 
-_AS_TEXT = {  # exifread's words → EXIF orientation
+_AS_TEXT = {  # exifread's text → EXIF orientation
     "Horizontal (normal)": 1,
     "Mirrored horizontal": 2,
     "Rotated 180": 3,
@@ -23,11 +23,11 @@ _AS_TEXT = {  # exifread's words → EXIF orientation
     "Mirrored horizontal then rotated 90 CW": 7,
     "Rotated 90 CCW": 8,
 }
-_WEBP_EXIF, _WEBP_ALPHA = 0x08, 0x10  # bits of VP8X's flags
+_WEBP_EXIF, _WEBP_ALPHA = 0x08, 0x10  # bits of the flags of a VP8X chunk
 
 
 def noted(metadata: bytes | None) -> int:
-    """Return the EXIF orientation, 1 to 8, that a sample's json notes; 1 where it notes none."""
+    """Return the EXIF orientation (1 to 8) that a sample's json records; 1 when it records none."""
     try:
         exif = json.loads(metadata or b"{}").get("exif") or {}
         exif = json.loads(exif) if isinstance(exif, str) else exif
@@ -37,7 +37,7 @@ def noted(metadata: bytes | None) -> int:
 
 
 def oriented(data: bytes, orientation: int) -> bytes:
-    """Return a JPEG, PNG or WebP file with an orientation tag; others, and one that has its own, as they are.
+    """Return a JPEG, PNG or WebP file with an orientation tag added; other files, and those that have a tag, unchanged.
 
     Raises:
         BadImage: the header cannot be read.
@@ -56,7 +56,7 @@ def oriented(data: bytes, orientation: int) -> bytes:
 
 
 def _webp(data: bytes, image: Image.Image, tiff: bytes) -> bytes:
-    """Append an EXIF chunk; a simple file gets the extended header that announces it."""
+    """Return a WebP file with an EXIF chunk appended; a simple file also gets the extended header that announces it."""
     chunks = data[12 : 8 + int.from_bytes(data[4:8], "little")]
     if chunks[:4] == b"VP8X":
         chunks = chunks[:8] + bytes([chunks[8] | _WEBP_EXIF]) + chunks[9:]

@@ -1,30 +1,31 @@
-"""Which sample comes when: a pure function of (seed, epoch, manifest), the same at any world size and worker count.
+"""The order of samples: a pure function of (seed, epoch, manifest), the same at any world size and worker count.
 
 An epoch's order is the shards permuted, then the samples shuffled within windows of `shuffle_window` consecutive
 shards, so that a reader touches few shards at a time. Of its N positions the first T·B are used (T = ⌊N/B⌋ steps of B
 images); the last N mod B are dropped. Slot s of S reads the contiguous positions [s·L, (s+1)·L) with L = T·B/S, and the
-global batch of step t holds positions s·L + t·(B/S) + i of every slot s. Ranks and loader workers each own whole
-slots: how many of them there are decides who reads a sample, never which samples a batch holds.
+global batch of step t holds positions s·L + t·(B/S) + i of every slot s. Each rank and each loader worker owns whole
+slots: their number decides who reads a sample, never which samples a batch holds. stream.py shows an example.
 
-Only numpy. The state is O(shards), plus a bounded cache of stretches of window permutations. Random numbers are raw bits of a numpy
-bit generator, whose streams numpy guarantees; its `Generator` methods may change between releases.
+This module imports numpy only. Its state is O(shards), plus a bounded cache of chunks of window permutations. Random
+numbers are raw bits of a numpy bit generator, whose streams numpy guarantees; numpy's `Generator` methods may change
+between releases.
 """
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from esvit_scale.data.hashing import derive_seed
 from esvit_scale.errors import UserError
 
-STRETCH = 1024  # consecutive places of a shuffled window that are kept
-STRETCHES = 1024  # of them at most: two for each of 512 slots, 8 MB
+CHUNK = 1024  # consecutive offsets of a shuffle window that are cached together
+CACHED_CHUNKS = 1024  # two for each of 512 slots, 8 MB
 
 
 class Order:
-    """The order of one epoch.
+    """The order of samples in one epoch.
 
     Args:
         seed, epoch: whole numbers ≥ 0.
@@ -32,7 +33,7 @@ class Order:
         global_batch: B, images per step over all ranks.
         slots: S, canonical slots; divides B.
         shuffle_window: shards whose samples are shuffled together.
-        stretches: a cache that several orders of other seeds or epochs share; None: one of its own.
+        chunks: a cache of permutations that orders of other seeds or epochs share; None: the order has its own.
 
     Raises:
         UserError: fewer samples than one batch, or slots that do not divide the batch.
@@ -46,7 +47,7 @@ class Order:
         global_batch: int,
         slots: int,
         shuffle_window: int,
-        stretches: "OrderedDict[tuple[int, ...], NDArray[np.int64]] | None" = None,
+        chunks: "OrderedDict[tuple[int, ...], NDArray[np.int64]] | None" = None,
     ) -> None:
         counts = np.asarray(counts, dtype=np.int64)
         if global_batch % slots:
@@ -59,48 +60,51 @@ class Order:
         self._shards = permutation(len(counts), seed, epoch, "shards")
         self._starts = np.concatenate([[0], np.cumsum(counts[self._shards])])  # of each shard, in the epoch's order
         self._window_starts = np.append(self._starts[:-1:shuffle_window], self.samples)
-        self._stretches = OrderedDict() if stretches is None else stretches
+        self._chunks = OrderedDict() if chunks is None else chunks
 
     def position(self, step: int, slot: int, i: int) -> int:
-        """The order position of image `i` (0..B/S-1) of `slot` in the global batch of `step`."""
+        """Return the position in the order of image `i` (0..B/S-1) of `slot` in the global batch of `step`."""
         return slot * self._slot_length + step * self._per_slot + i
 
     def locate(self, position: int) -> tuple[int, int]:
-        """(shard, index in the shard) of a position in 0..N-1; shards are numbered as in the manifest."""
+        """Return (shard, index in the shard) of a position in 0..N-1; shards are numbered as in the manifest."""
         if not 0 <= position < self.samples:
             raise IndexError(f"position {position} is not in 0..{self.samples - 1}")
         window = int(np.searchsorted(self._window_starts, position, side="right")) - 1
         start = int(self._window_starts[window])
-        shuffled = start + self._shuffled(window, position - start)
+        shuffled = start + self._shuffle(window, position - start)
         shard = int(np.searchsorted(self._starts, shuffled, side="right")) - 1
         return int(self._shards[shard]), shuffled - int(self._starts[shard])
 
     def substitute(self, position: int, attempt: int) -> int:
-        """The position whose sample stands in for the bad one at `position`; a pure function of both."""
+        """Return the position whose sample replaces the bad one at `position`: a function of position and attempt."""
         if self.samples == 1:
             return position
-        other = hash64(self._seed, self._epoch, "substitute", position, attempt) % (self.samples - 1)
+        other = derive_seed(self._seed, self._epoch, "substitute", position, attempt) % (self.samples - 1)
         return other + (other >= position)
 
-    def _shuffled(self, window: int, offset: int) -> int:
-        """Where the shuffled window has the sample of its place `offset`. A stretch of places is kept, since a slot
-        reads them one after the other; the permutation itself is made again for every stretch."""
-        stretch = offset // STRETCH
-        key = (self._seed, self._epoch, window, stretch)
-        found = self._stretches.get(key)
+    def _shuffle(self, window: int, offset: int) -> int:
+        """Map an offset in a shuffle window through the window's permutation.
+
+        A chunk of mapped offsets is cached, since a slot reads them one after the other; the permutation is computed
+        again for every chunk.
+        """
+        chunk = offset // CHUNK
+        key = (self._seed, self._epoch, window, chunk)
+        found = self._chunks.get(key)
         if found is None:
             size = int(self._window_starts[window + 1] - self._window_starts[window])
             whole = permutation(size, self._seed, self._epoch, "window", window)
-            found = self._stretches[key] = whole[stretch * STRETCH : (stretch + 1) * STRETCH].copy()
-            if len(self._stretches) > STRETCHES:
-                self._stretches.popitem(last=False)
+            found = self._chunks[key] = whole[chunk * CHUNK : (chunk + 1) * CHUNK].copy()
+            if len(self._chunks) > CACHED_CHUNKS:
+                self._chunks.popitem(last=False)
         else:
-            self._stretches.move_to_end(key)
-        return int(found[offset - stretch * STRETCH])
+            self._chunks.move_to_end(key)
+        return int(found[offset - chunk * CHUNK])
 
 
 def steps_per_epoch(samples: int, global_batch: int) -> int:
-    """T = ⌊N/B⌋.
+    """Return T = ⌊N/B⌋, the steps of an epoch of N samples in batches of B.
 
     Raises:
         UserError: the set is smaller than one batch.
@@ -113,14 +117,9 @@ def steps_per_epoch(samples: int, global_batch: int) -> int:
     return samples // global_batch
 
 
-def hash64(*parts: int | str) -> int:
-    """A 64-bit hash of small plain values, the same on every machine."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little")
-
-
 def permutation(n: int, *key: int | str) -> NDArray[np.int64]:
-    """A permutation of 0..n-1 drawn from `key`: indices sorted by random high bits, ties broken by the index."""
+    """Return a permutation of 0..n-1 drawn from `key`: indices sorted by random high bits, ties broken by the index."""
     low = np.uint64(max(n - 1, 1).bit_length())
-    bits = np.asarray(np.random.PCG64(hash64(*key)).random_raw(n), dtype=np.uint64)
+    bits = np.asarray(np.random.PCG64(derive_seed(*key)).random_raw(n), dtype=np.uint64)
     tagged = np.sort((bits >> low << low) | np.arange(n, dtype=np.uint64))
     return (tagged & ((np.uint64(1) << low) - np.uint64(1))).astype(np.int64)

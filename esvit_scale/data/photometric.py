@@ -1,11 +1,11 @@
-"""Colour, blur and solarisation of crops, as one batched pass on whatever device the crops are on.
+"""Photometric augmentation: colour, blur and solarisation of crops, in one batched pass on the crops' device.
 
 The recipe is DINO's, which EsViT uses (its `DataAugmentationDINO`): colour jitter (.4, .4, .2, .1) with p .8 in a random
 order of its four operations, grayscale p .2, Gaussian blur of radius U(.1, 2) (p 1 for the first global crop, .1 for
 the second, .5 for local crops), solarisation p .2 (second global only), then mean and standard deviation.
-Parameters are drawn per crop of each sample from its key, so a batch's composition changes nobody's pixels.
+Parameters are drawn for each crop from its sample's key, so a sample's pixels do not depend on the rest of its batch.
 
-Against the official Pillow pipeline, which rounds to 8 bits after every operation, values differ by that rounding only.
+The official Pillow pipeline rounds to 8 bits after every operation; the values here differ from its by that rounding only.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ BOX_REACH = 2  # pixels on either side that one box pass of the largest radius r
 
 
 class BatchAugmentationParams(NamedTuple):
-    """Parameters of crops; all fields share their leading shape ([V, B] from the stream, [N] flattened)."""
+    """Photometric parameters of many crops; all fields have the same leading shape ([V, B] in a batch, [N] flattened)."""
 
     order: Tensor  # int64: which of ORDERS the jitter takes; -1: no jitter
     factors: Tensor  # float32 [..., 4]: brightness, contrast, saturation factor; hue shift in turns
@@ -38,16 +38,16 @@ class BatchAugmentationParams(NamedTuple):
     solarize: Tensor  # bool
 
     def to(self, device: torch.device | str) -> "BatchAugmentationParams":
+        """Return the parameters on a device."""
         return BatchAugmentationParams(*(field.to(device, non_blocking=True) for field in self))
 
     def crops(self, start: int, stop: int) -> "BatchAugmentationParams":
-        """The parameters of crops start..stop-1 of every image, flattened to [(stop-start)·B] like the crops'
-        `flatten(0, 1)`."""
+        """Return the parameters of crops start..stop-1 of every image, flattened to [(stop-start)·B] as the crops are."""
         return BatchAugmentationParams(*(field[start:stop].flatten(0, 1) for field in self))
 
 
 class AugmentationParams(NamedTuple):
-    """BatchAugmentationParams parameters of one crop; the fields of `BatchAugmentationParams` as plain numbers."""
+    """Photometric parameters of one crop: the fields of `BatchAugmentationParams` as plain numbers."""
 
     order: int
     factors: tuple[float, float, float, float]
@@ -57,7 +57,7 @@ class AugmentationParams(NamedTuple):
 
 
 def draw_params(rng: np.random.Generator, crop: int) -> AugmentationParams:
-    """Parameters for crop number `crop` of a sample (0 and 1 are the globals), from its own generator."""
+    """Draw the parameters of crop number `crop` of a sample (0 and 1 are the global crops) from the crop's generator."""
     u = rng.random(10)
     b, c, s, h = ((2 * float(v) - 1) * reach for v, reach in zip(u[2:6], JITTER, strict=True))
     return AugmentationParams(
@@ -72,24 +72,27 @@ def draw_params(rng: np.random.Generator, crop: int) -> AugmentationParams:
 
 
 def stack(draws: list[list[AugmentationParams]]) -> BatchAugmentationParams:
-    """Parameters [V][B] as tensors with the leading shape [V, B]."""
+    """Return parameters [V][B] as tensors with the leading shape [V, B]."""
     columns = [[[d[field] for d in row] for row in draws] for field in range(len(AugmentationParams._fields))]
     types = (torch.int64, torch.float32, torch.bool, torch.float32, torch.bool)
     return BatchAugmentationParams(*(torch.tensor(c, dtype=t) for c, t in zip(columns, types, strict=True)))
 
 
 def concatenate(parts: list[BatchAugmentationParams], dim: int) -> BatchAugmentationParams:
+    """Concatenate parameters along a dimension of their leading shape."""
     return BatchAugmentationParams(*(torch.cat(fields, dim) for fields in zip(*parts, strict=True)))
 
 
 def apply(crops: Tensor, params: BatchAugmentationParams, pixels: PixelFormat = RGB8) -> Tensor:
-    """Augment and normalise. Images of other than three channels get the part of the recipe that is defined for them:
-    brightness, contrast (about each channel's own mean) and blur. Keep `params` on the host: which rows an operation touches is decided there, so that the
-    host never waits for the device.
+    """Augment and normalise crops.
+
+    Images of other than three channels get the operations that are defined for them: brightness, contrast (about each
+    channel's own mean) and blur.
 
     Args:
         crops: uint8 or uint16 [N, C, S, S].
-        params: of those N crops (flattened).
+        params: parameters of these N crops, on the host: it decides which crops an operation touches, and therefore never
+            waits for the device.
 
     Returns:
         float32 [N, C, S, S], normalised with the format's mean and standard deviation, on the crops' device.
@@ -121,7 +124,7 @@ def normalize_(x: Tensor, pixels: PixelFormat = RGB8) -> Tensor:
 
 
 def _on_rows(x: Tensor, chosen: Tensor, function: Callable[..., Tensor], *parameters: Tensor) -> None:
-    """x[rows] = function(x[rows], *parameters[rows]) for the chosen rows."""
+    """Replace the chosen rows of x by function(rows of x, *rows of the parameters), in place."""
     rows = chosen.nonzero().flatten()
     if len(rows):
         arguments = [p[rows].to(x.device, non_blocking=True).view(-1, 1, 1, 1) for p in parameters]
@@ -130,7 +133,7 @@ def _on_rows(x: Tensor, chosen: Tensor, function: Callable[..., Tensor], *parame
 
 
 def _grey(x: Tensor) -> Tensor:
-    """[N, 1, S, S]"""
+    """Return the luma [N, 1, S, S] of RGB images."""
     return (x[:, 0] * LUMA[0]).add_(x[:, 1], alpha=LUMA[1]).add_(x[:, 2], alpha=LUMA[2]).unsqueeze(1)
 
 
@@ -154,10 +157,10 @@ def _saturation(x: Tensor, factor: Tensor) -> Tensor:
 
 
 def _hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue by `shift` turns, HSV value and saturation kept.
+    """Shift the hue by `shift` turns; HSV value and saturation stay.
 
-    A hue h has channel c = max − chroma · clamp(min(k, 4 − k), 0, 1) with k = (n_c + 6h) mod 6, n = 5, 3, 1: no table of
-    the six sectors is needed.
+    Channel c of a colour of hue h is max − chroma · clamp(min(k, 4 − k), 0, 1) with k = (n_c + 6h) mod 6 and n = 5, 3, 1 for
+    red, green, blue; so no case distinction over the six sectors of the hue is needed.
     """
     highest, lowest = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
     chroma = highest - lowest
@@ -175,7 +178,7 @@ def _grayscale(x: Tensor) -> Tensor:
 
 
 def _blur(x: Tensor, radius: Tensor) -> Tensor:
-    """Pillow's Gaussian blur as two products with one banded matrix [S, S] per image."""
+    """Apply Pillow's Gaussian blur as two products with one banded matrix [S, S] per image."""
     n, channels, size, _ = x.shape
     matrix = blur_matrices(radius.flatten(), size)  # [n, S, S]
     rows = torch.bmm(x.reshape(n, channels * size, size), matrix.transpose(1, 2)).view_as(x)
@@ -183,8 +186,10 @@ def _blur(x: Tensor, radius: Tensor) -> Tensor:
 
 
 def blur_matrices(radius: Tensor, size: int) -> Tensor:
-    """Return [n, S, S]: the blur along one axis, row i holding the weights of output pixel i: three passes of
-    `box_taps`, each with edge replication."""
+    """Return the blur along one axis as matrices [n, S, S], whose row i holds the weights of output pixel i.
+
+    A blur is three passes of `box_taps`, each with edge replication.
+    """
     taps = box_taps(radius)
     offsets = torch.arange(-BOX_REACH, BOX_REACH + 1, device=radius.device)
     source = (torch.arange(size, device=radius.device).unsqueeze(1) + offsets).clamp_(0, size - 1)  # [S, 5]
@@ -194,9 +199,13 @@ def blur_matrices(radius: Tensor, size: int) -> Tensor:
 
 
 def box_taps(radius: Tensor) -> Tensor:
-    """Return float32 [n, 5]: the weights of one of the three box blurs that make Pillow's `GaussianBlur(radius)`, for
-    radii [n] of up to BLUR_RADIUS[1]. The box has a fractional width, so that the three variances add up to radius²
-    (Gwosdek et al., extended box filters)."""
+    """Return the weights [n, 5] (float32) of one of the three box blurs that make up Pillow's `GaussianBlur(radius)`.
+
+    The box has a fractional width, so that the three variances add up to radius² (Gwosdek et al., extended box filters).
+
+    Args:
+        radius: [n], at most BLUR_RADIUS[1].
+    """
     variance = radius.double().unsqueeze(1) ** 2 / 3  # of one pass
     whole = ((12 * variance + 1).sqrt().sub(1) / 2).floor()
     fraction = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))

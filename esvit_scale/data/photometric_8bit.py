@@ -1,7 +1,7 @@
-"""photometric.py's operations on one 8-bit crop, with OpenCV: for loader processes, where the training process has no
-device that would do them faster (`data.photometric: workers`).
+"""The operations of photometric.py on one 8-bit crop, with OpenCV, in a loader process (`data.photometric: workers`).
 
-Each operation rounds to 8 bits, as the official Pillow pipeline does.
+This is for training without a device that would be faster. Each operation rounds to 8 bits, as the official Pillow
+pipeline does.
 """
 
 import math
@@ -24,14 +24,16 @@ IDENTITY = AugmentationParams(
 
 
 def require() -> None:
-    """Raises UserError without OpenCV."""
+    """Raise UserError when OpenCV is not installed."""
     if cv2 is None:
-        raise UserError("data.photometric: workers needs OpenCV: pip install 'esvit-scale[opencv]', or use device")
-    cv2.setNumThreads(0)  # a loader process is one of many
+        raise UserError(
+            "data.photometric: workers needs OpenCV: pip install 'esvit-scale[opencv]', or set data.photometric=device"
+        )
+    cv2.setNumThreads(0)  # one thread: a loader process is one of many
 
 
 def apply(pixels: Pixels, draw: AugmentationParams) -> None:
-    """Colour jitter, grayscale, blur and solarisation of [S, S, 3], in place."""
+    """Apply colour jitter, grayscale, blur and solarisation to a crop [S, S, 3], in place."""
     if draw.order >= 0:
         for operation in ORDERS[draw.order]:
             (_brightness, _contrast, _saturation, _hue)[operation](pixels, draw.factors[operation])
@@ -40,7 +42,7 @@ def apply(pixels: Pixels, draw: AugmentationParams) -> None:
     if draw.radius > 0:
         _blur(pixels, draw.radius)
     if draw.solarize:
-        cv2.min(pixels, cv2.bitwise_not(pixels), dst=pixels)  # of 128 and more, 255 − x is the smaller
+        cv2.min(pixels, cv2.bitwise_not(pixels), dst=pixels)  # for x ≥ 128, 255 − x is the smaller
 
 
 def _brightness(pixels: Pixels, factor: float) -> None:
@@ -64,10 +66,10 @@ def _hue(pixels: Pixels, shift: float) -> None:
 
 
 def _blur(pixels: Pixels, radius: float) -> None:
-    """Blur as Pillow's `GaussianBlur(radius)` does: three box blurs of fractional width, edges repeated at each.
+    """Blur as Pillow's `GaussianBlur(radius)`: three box blurs of fractional width, each with edge replication.
 
-    Computed in float32 and rounded once, as on the device; Pillow rounds after every pass along an axis, which is up to
-    3 levels, and 0.3 on average.
+    The blur is computed in float32 and rounded once, as on the device. Pillow rounds after every pass along an axis; the
+    results differ by up to 3 levels, and by 0.3 on average.
     """
     taps = box_taps(radius)
     blurred = pixels.astype(np.float32)
@@ -77,7 +79,7 @@ def _blur(pixels: Pixels, radius: float) -> None:
 
 
 def box_taps(radius: float) -> NDArray[np.float32]:
-    """Return the weights of one of the three box blurs: `photometric.box_taps` of one radius, without torch's 0.1 ms."""
+    """Return `photometric.box_taps` of one radius, without the 0.1 ms that torch takes for it."""
     variance = radius**2 / 3
     whole = int((math.sqrt(12 * variance + 1) - 1) / 2)
     fraction = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))

@@ -1,5 +1,7 @@
-"""An image file whose size is known before its pixels are: so that crops can be placed first, and a JPEG decoded no
-larger than they need (libjpeg scales by ½, ¼ or ⅛ inside the inverse DCT)."""
+"""An image file whose size is read before its pixels, so that crops are placed first and then only what they need is decoded.
+
+libjpeg scales by ½, ¼ or ⅛ inside the inverse DCT, so a JPEG is decoded no larger than its crops need.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -23,14 +25,14 @@ from esvit_scale.data.pixel_format import RGB8, PixelFormat
 
 try:
     import simplejpeg
-except ImportError:  # no wheel for this platform: Pillow gives the same pixels, more slowly
+except ImportError:  # not installed (no wheel for this platform): Pillow gives the same pixels, more slowly
     simplejpeg = None
 
 Pixels = NDArray[Any]  # [H, W, C], uint8 or uint16
 
 EXIF = 0xE1  # the JPEG marker APP1, whose segment holds Exif data
 LOSSLESS = 0xC3  # the JPEG marker SOF3: ITU-T T.81 process 14
-_UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {  # EXIF orientation → what undoes it
+_UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {  # EXIF orientation → the function that undoes it
     1: lambda x: x,
     2: lambda x: x[:, ::-1],
     3: lambda x: x[::-1, ::-1],
@@ -43,15 +45,18 @@ _UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {  # EXIF orientation → what
 
 
 class Picture:
-    """An upright picture of `width` × `height` pixels, decoded by `pixels`."""
+    """An upright image of `width` × `height` pixels that is decoded by `pixels`."""
 
     def __init__(self, width: int, height: int, decoded: Callable[[int], tuple[Pixels, int]]) -> None:
         self.width, self.height = width, height
         self._decoded = decoded
 
     def pixels(self, reduction: int = 1) -> tuple[Pixels, int]:
-        """The picture at 1/`reduction` (1, 2, 4 or 8) of its size, rounded up, or at a larger one where its format
-        cannot be scaled while it is decoded; and the reduction that it has.
+        """Decode the image and return its pixels [H, W, C] and their reduction.
+
+        Args:
+            reduction: 1, 2, 4 or 8: decode at 1/reduction of the size, rounded up. A format that cannot be scaled while it is
+                decoded comes with a smaller reduction.
 
         Raises:
             BadImage: truncated or corrupt.
@@ -60,11 +65,12 @@ class Picture:
 
 
 def open_picture(data: bytes, pixel_format: PixelFormat = RGB8) -> Picture:
-    """Read the header of a JPEG; other formats, and JPEGs that libjpeg-turbo's RGB conversion does not cover (CMYK),
-    are decoded at once.
+    """Open an image file: read the header of a JPEG, and decode a file of any other format at once.
+
+    JPEGs whose colours libjpeg-turbo does not convert to RGB (CMYK) are decoded at once, too.
 
     Raises:
-        BadImage: as `decode`, or for a format other than 8-bit RGB as `decode_as_stored`.
+        BadImage: as `decode`, or, for a pixel format other than 8-bit RGB, as `decode_as_stored`.
     """
     if not pixel_format.is_rgb8:
         stored = decode_as_stored(data, pixel_format.channels, pixel_format.bits)
@@ -83,12 +89,12 @@ def open_picture(data: bytes, pixel_format: PixelFormat = RGB8) -> Picture:
 
 
 def check_decodes(data: bytes, pixel_format: PixelFormat = RGB8) -> None:
-    """Decode a file at its full size, as training does where it needs all of it. Raises BadImage."""
+    """Decode a file at its full size and drop the pixels. Raises BadImage for a file that training cannot use."""
     open_picture(data, pixel_format).pixels(1)
 
 
 def _jpeg_header(data: bytes) -> tuple[int, int] | None:
-    """(width, height) as stored; None where Pillow should look at the file."""
+    """Return (width, height) as stored, or None for a file that Pillow should decode."""
     if simplejpeg is None:
         image = open_header(data)
         return image.size if image.format == "JPEG" and image.mode in ("RGB", "L") else None
@@ -115,10 +121,10 @@ def _jpeg_pixels(data: bytes, orientation: int, has_dct: bool, reduction: int) -
 
 
 def _turbo(data: bytes, reduction: int) -> Pixels:
-    """Decode a JPEG at 1/`reduction` of its size, as stored [H, W, 3].
+    """Decode a JPEG at 1/`reduction` of its size, as stored [H, W, 3]. Raises BadImage.
 
-    What libjpeg-turbo only warns of (junk before a marker) is Pillow's to judge: it tells truncated files from harmless
-    ones. Raises BadImage.
+    A file that makes libjpeg-turbo warn (junk before a marker) is decoded by Pillow, which tells truncated files from
+    harmless ones.
     """
     if simplejpeg is not None:
         height, width, _, _ = simplejpeg.decode_jpeg_header(data)

@@ -1,4 +1,4 @@
-"""What the pixels of a data set are: how many channels, of how many bits, and the statistics that normalise them."""
+"""The pixel format of a data set: number of channels, bits of each, and the statistics that normalise them."""
 
 from typing import Any, NamedTuple
 
@@ -12,8 +12,11 @@ STD = (0.229, 0.224, 0.225)
 
 
 class PixelFormat(NamedTuple):
-    """The default is the 8-bit RGB of photographs, to which every colour mode is converted. Pixels of any other format
-    are taken as their files store them."""
+    """Channels, bits, mean and standard deviation of images.
+
+    The default is the 8-bit RGB of photographs, to which every colour mode is converted; pixels of any other format are
+    taken as their files store them.
+    """
 
     channels: int = 3
     bits: int = 8  # 8 or 16, unsigned
@@ -22,15 +25,17 @@ class PixelFormat(NamedTuple):
 
     @property
     def is_rgb8(self) -> bool:
+        """Return whether this is 8-bit RGB."""
         return (self.channels, self.bits) == (3, 8)
 
     @property
     def dtype(self) -> Any:
+        """Return the NumPy type of a pixel value."""
         return np.uint8 if self.bits == 8 else np.uint16
 
     @property
     def largest(self) -> int:
-        """The largest value that a pixel can have."""
+        """Return the largest value that a pixel can have."""
         return (1 << self.bits) - 1
 
     def __str__(self) -> str:
@@ -51,6 +56,7 @@ def pixel_format(data: Data) -> PixelFormat:
         return found._replace(mean=tuple(data.mean), std=tuple(data.std))
     if not found.is_rgb8:
         raise UserError(
-            f"data.mean, data.std: not set, and {found} have no usual values; `esvit-scale shards stats SET` prints them"
+            f"data.mean, data.std: not set, and there are no usual values for {found}; `esvit-scale shards stats SET` prints "
+            "those of your set"
         )
     return found

@@ -1,4 +1,4 @@
-"""From a source and a recipe to the sets that will be written: one, or `train` and `val`."""
+"""The shard sets that a source will become, by its recipe: a single one, or `train` and `val`."""
 
 from collections.abc import Callable
 from itertools import chain
@@ -22,25 +22,27 @@ from esvit_scale.progress import say
 
 
 class PlannedSet(NamedTuple):
-    """One of the sets that a source becomes: alone, or `train` and `val`."""
+    """One of the sets that a source becomes: the only one, `train` or `val`."""
 
     source: Source
     keys: Keys
-    chosen: NDArray[np.int64]  # its samples, ascending
-    left_out: LeftOut  # before anything is read
+    chosen: NDArray[np.int64]  # numbers of its samples in the source, ascending
+    left_out: LeftOut  # known before an image is read
 
 
 def planned_sets(where: str, options: SourceOptions, recipe: Recipe) -> dict[str, PlannedSet]:
-    """The sets that a source becomes, by name; reads no image.
+    """Return the sets that a source becomes, by name, without reading an image.
 
     Raises:
-        UserError: as the source says; an empty split, a keep-list of something else.
+        UserError: the source cannot be opened, a split is empty, or a keep-list belongs to another source.
     """
     sources = open_source(where, options)
     for line in chain.from_iterable(source.notes for source in sources.values()):
         say(printable(line))
     if recipe.val_fraction and len(sources) > 1:
-        raise UserError(f"--val-fraction: {where} comes as {' and '.join(sources)} already")
+        raise UserError(
+            f"--val-fraction: {where} is divided into {' and '.join(sources)} already; leave the option out"
+        )
     sets: dict[str, PlannedSet] = {}
     for name, source in sources.items():
         keys = Keys(len(source), source.path, source.name)
@@ -52,22 +54,22 @@ def planned_sets(where: str, options: SourceOptions, recipe: Recipe) -> dict[str
             left.add(IMAGES, NOT_KEPT, printable(source.name(first)), len(source) - len(chosen), asked=True)
         for part, numbers in parts.items():
             sets[part] = PlannedSet(source, keys, numbers, left)
-            left = LeftOut()  # what the source leaves out is told once, by the first of its sets
+            left = LeftOut()  # only the first set reports what the source leaves out
     return sets
 
 
 def plan_of(
     planned: PlannedSet, recipe: Recipe, workers: int, cache: Path | None = None
 ) -> tuple[ShardPlan, list[Bad]]:
-    """The plan, and rows for the quarantine of the duplicates that are not in it.
+    """Return the plan of a set, and rows for the quarantine about the duplicates that are not in it.
 
     Args:
-        cache: file that keeps which samples are duplicates; finding out reads all of them.
+        cache: file in which the list of duplicates is stored, since finding them reads all samples.
     """
     source, chosen = planned.source, planned.chosen
     rows: list[Bad] = []
     if recipe.drop_duplicates:
-        pairs = _kept_in(cache, lambda: duplicates(source, chosen, workers))
+        pairs = _cached(cache, lambda: duplicates(source, chosen, workers))
         names = [[printable(source.name(i)) for i in pair] for pair in pairs.tolist()]
         rows = [
             {"file": dropped, "reason": f"the same bytes as {first}", "kind": DUPLICATE} for dropped, first in names
@@ -76,7 +78,7 @@ def plan_of(
     return ShardPlan(source, planned.keys, recipe, chosen), rows
 
 
-def _kept_in(cache: Path | None, find: Callable[[], NDArray[np.int64]]) -> NDArray[np.int64]:
+def _cached(cache: Path | None, find: Callable[[], NDArray[np.int64]]) -> NDArray[np.int64]:
     if cache is None or not cache.exists():
         found = find()
         if cache is None:

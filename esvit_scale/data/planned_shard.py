@@ -1,4 +1,4 @@
-"""One shard of a plan: read, check, re-encode where asked, write. What worker processes do."""
+"""The writing of one shard of a plan, as worker processes do it: read, check, re-encode where asked, write."""
 
 import errno
 import os
@@ -33,24 +33,26 @@ TRANSIENT_ERRNOS = {
     errno.EMFILE,
 }
 RETRY_DELAYS = (0.5, 2.0, 8.0)  # seconds before another try
-MISSING_IN_A_ROW = 100  # files that cannot be opened, one after the other: then it is not the files
+MISSING_IN_A_ROW = 100  # files that cannot be opened, one after the other, before the source as a whole is blamed
 
 Bad = dict[str, Any]  # a row of the quarantine: file, reason, kind; `beside`: members that went with it
 
 
 class Written(NamedTuple):
+    """The result of writing one shard."""
+
     shard: Shard | None  # None: all of its samples were bad
     bad: list[Bad]
-    formats: Mapping[str, int] = MappingProxyType({})  # images by extension
-    turned: int = 0  # images that got the orientation which their json notes
+    formats: Mapping[str, int] = MappingProxyType({})  # number of images by extension
+    turned: int = 0  # images that got the orientation which their json records
 
 
 def write_planned(plan: ShardPlan, folder: Path, number: int, tick: Callable[[], None]) -> Written:
-    """Write shard `number` into a folder; `tick` is called once a sample.
+    """Write shard `number` of a plan into a folder; call `tick` once per sample.
 
     Raises:
-        UserError: many files in a row cannot be opened.
-        RestartCanHelp: the source's file system is gone.
+        UserError: MISSING_IN_A_ROW files in a row cannot be opened.
+        RestartCanHelp: the source's file system does not answer.
         OSError: the shard cannot be written.
     """
     bad: list[Bad] = []
@@ -72,13 +74,14 @@ def write_planned(plan: ShardPlan, folder: Path, number: int, tick: Callable[[],
 
 
 def shard_name(number: int) -> str:
+    """Return the file name of a shard."""
     return f"shard-{number:06d}.tar"
 
 
 def _samples(
     plan: ShardPlan, number: int, bad: list[Bad], turned: list[int], tick: Callable[[], None]
 ) -> Iterator[Sample]:
-    """Yield the good samples of a shard; the others are added to `bad`, those turned as their json notes to `turned`."""
+    """Yield the valid samples of a shard; add the others to `bad`, and the numbers of images turned by json to `turned`."""
     missing = 0
     for i in plan.members(number):
         tick()
@@ -119,7 +122,7 @@ def _checked(plan: ShardPlan, i: int, data: bytes) -> tuple[bytes, str]:
 
 
 def _sniffed(data: bytes) -> str:
-    """An extension for bytes that came without a name."""
+    """Return an image extension by the first bytes of a file without a name."""
     kinds = {
         b"\xff\xd8": "jpg",
         b"\x89PNG": "png",
@@ -135,11 +138,11 @@ def _sniffed(data: bytes) -> str:
 
 
 def load(source: Source, i: int) -> Item:
-    """Sample i of a source; a file system that does not answer is asked again, with growing pauses.
+    """Read sample i of a source, again with growing delays while the file system does not answer.
 
     Raises:
         BadImage, OSError: this sample cannot be read.
-        RestartCanHelp: the whole source cannot.
+        RestartCanHelp: the whole source cannot be read.
     """
     for wait in (*RETRY_DELAYS, None):
         try:
@@ -151,7 +154,7 @@ def load(source: Source, i: int) -> Item:
             if wait is None:
                 if gone:
                     raise RestartCanHelp(
-                        f"{source.root}: cannot be read any more ({error.strerror}); the same command goes on from here"
+                        f"{source.root}: can no longer be read ({error.strerror}); run the same command again to continue"
                     ) from None
                 raise
             time.sleep(wait)

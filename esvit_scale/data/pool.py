@@ -1,6 +1,6 @@
-"""One function over many jobs in forked processes, with progress counted below the level of a job.
+"""Execution of one function over many jobs in forked processes, with progress counted inside the jobs.
 
-Forked, so that what the jobs share (a list of ten million names) is there without being copied or sent.
+Processes are forked so that they share large data of the parent (a list of ten million names) without copying it.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ from esvit_scale.progress import Progress
 T = TypeVar("T")
 R = TypeVar("R")
 
-WATCH = 0.5  # seconds between looks at what the processes have done
+WATCH = 0.5  # seconds between updates of the progress display
 
 _work: Callable[..., Any] | None = None  # of this worker process
 _done: Any = None  # shared counter
@@ -28,10 +28,10 @@ _done: Any = None  # shared counter
 def each(
     work: Callable[[T, Callable[[], None]], R], jobs: Sequence[T], workers: int, total: int, unit: str
 ) -> Iterator[tuple[T, R]]:
-    """(job, work(job, tick)) as jobs finish; in their order with one worker. `work` calls tick() once per `unit`, of
-    which all jobs together have `total`.
+    """Yield (job, work(job, tick)) as jobs finish; with one worker, in the order of the jobs.
 
-    An error in a job ends the others and is raised here; jobs that had finished were handed out before.
+    `work` calls tick() once per `unit` (such as "images"), of which all jobs together have `total`. An error in a job ends the
+    other jobs and is raised here, after the results of finished jobs have been yielded.
 
     Raises:
         RestartCanHelp: a worker process was killed.
@@ -79,18 +79,19 @@ def _forked(
                 yield running.pop(future), future.result()
     except BrokenProcessPool:
         raise RestartCanHelp(
-            "a worker process was killed (out of memory?); the same command goes on from here, --workers 1 needs the least"
+            "a worker process was killed (out of memory?); run the same command again to continue; --workers 1 needs the "
+            "least memory"
         ) from None
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-        if running:  # interrupted: what the workers are at is thrown away
+        if running:  # interrupted: the work in progress is discarded
             for process in processes:
                 with suppress(OSError, ValueError):
                     process.kill()
 
 
 def _start(work: Callable[..., Any], counter: Any, parent: int) -> None:
-    """In a new worker: ctrl-C is the parent's business, and without the parent there is nothing to do."""
+    """Prepare a new worker process: it ignores ctrl-C, which the parent handles, and dies with the parent."""
     global _work, _done
     _work, _done = work, counter
     signal.signal(signal.SIGINT, signal.SIG_IGN)

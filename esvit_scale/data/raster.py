@@ -1,8 +1,9 @@
-"""TIFF files and `.npy` arrays of any number of bands → pixels [H, W, C] of uint8 or uint16, as they are stored.
+"""Decoding of TIFF files and `.npy` arrays with any number of channels to uint8 or uint16 pixels [H, W, C] as stored.
 
-Pillow knows colour pictures of 8 bits; this module reads what satellites, microscopes and sensors write. tifffile decodes
-TIFF (strips and tiles, contiguous and planar bands, and one-band pages of equal size as bands); without imagecodecs it
-reads uncompressed and deflate-compressed files. Nothing is unpickled, and sizes are checked before memory is taken.
+Pillow reads colour images of 8 bits; this module reads what satellites, microscopes and sensors write. tifffile decodes
+TIFF: strips and tiles, contiguous and planar bands, and one-band pages of equal size, which count as bands. Without
+imagecodecs it reads uncompressed and deflate-compressed files. Nothing is unpickled, and sizes are checked before memory
+is taken.
 """
 
 import io
@@ -24,9 +25,9 @@ else:
 
 Array = NDArray[Any]  # [H, W, C] of uint8 or uint16
 
-ARRAY = "npy"  # extension; such a file is an image where nothing beside it ends like one
+ARRAY = "npy"  # extension of arrays, which count as images where no image file lies beside them
 MAX_CHANNELS = 16
-MAX_BYTES = 3 * MAX_PIXELS  # of decoded pixels: what the largest picture of 8-bit RGB takes
+MAX_BYTES = 3 * MAX_PIXELS  # of decoded pixels: those of the largest 8-bit RGB image
 NPY = b"\x93NUMPY"
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # classic and BigTIFF, both byte orders
 _NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -46,19 +47,19 @@ UPRIGHT = {  # EXIF orientation → (transpose, flip rows, flip columns), in thi
 
 
 def is_raster(data: bytes) -> bool:
-    """Return whether the file is a TIFF or a `.npy` array, by its first bytes."""
+    """Return whether the bytes are those of a TIFF or a `.npy` file, by the first few."""
     return data.startswith((NPY, *TIFF))
 
 
 def read(data: bytes, channels: int | None = None) -> Array:
-    """Return the pixels of a TIFF or a `.npy` file, upright.
+    """Return the upright pixels [H, W, C] of a TIFF or a `.npy` file.
 
     Args:
-        channels: how many are expected. An array of three dimensions has its channels last when its last one is that
-            long, else first when its first one is; None: up to MAX_CHANNELS long.
+        channels: expected number of channels. The channels of an array of three dimensions are its last axis when that has
+            this length, else its first axis when that has; None: the length may be anything up to MAX_CHANNELS.
 
     Raises:
-        BadImage: not such a file, damaged, too large, of another type than unsigned 8 or 16 bits, or of more than
+        BadImage: the file is neither, damaged, too large, of a type other than unsigned 8 or 16 bits, or has more than
             MAX_CHANNELS channels.
     """
     try:
@@ -72,20 +73,20 @@ def read(data: bytes, channels: int | None = None) -> Array:
 
 
 def mismatch(pixels: Array, channels: int, bits: int) -> str:
-    """Return why pixels of other channels or bits than asked for are not used, with what would fit."""
+    """Return why pixels of other channels or bits than asked for are not used, and which options would fit them."""
     found, depth = pixels.shape[2], 8 * pixels.itemsize
     return f"{found} channels of {depth} bits, not {channels} of {bits} (channels {found} and bits {depth} would fit)"
 
 
 def upright(pixels: Array, orientation: int) -> Array:
-    """Undo an EXIF orientation (1 to 8) of pixels [H, W, …]; a view."""
+    """Return a view of pixels [H, W, …] with an EXIF orientation (1 to 8) undone."""
     transpose, rows, columns = UPRIGHT[orientation]
     pixels = pixels.swapaxes(0, 1) if transpose else pixels
     return pixels[:: -1 if rows else 1, :: -1 if columns else 1]
 
 
 def _read_npy(data: bytes, channels: int | None) -> Array:
-    """Raise BadImage or ValueError; the header alone says how much memory will be taken."""
+    """Decode a `.npy` file; the header is checked before memory is taken. Raises BadImage or ValueError."""
     file = io.BytesIO(data)
     version = np.lib.format.read_magic(file)
     if version not in _NPY_HEADERS:
@@ -105,7 +106,7 @@ def _read_npy(data: bytes, channels: int | None) -> Array:
 
 
 def _channel_axis(shape: tuple[int, ...], channels: int | None) -> int | None:
-    """Return which axis of an array holds its channels; None for [H, W]."""
+    """Return the axis of an array that holds its channels; None for [H, W]."""
     if len(shape) == 2:
         return None
     if len(shape) != 3:
@@ -148,10 +149,10 @@ def _read_tiff(data: bytes) -> Array:
 
 
 def _pixels(page: Any) -> Array:
-    """Return a page's pixels, whose size is checked before.
+    """Return the pixels of a page whose size has been checked.
 
     Raises:
-        BadImage: the compressed data is damaged so that its decoder asks for more memory than there is.
+        BadImage: damaged compressed data makes its decoder ask for more memory than there is.
     """
     try:
         return page.asarray()  # type: ignore[no-any-return]
@@ -160,7 +161,7 @@ def _pixels(page: Any) -> Array:
 
 
 def _bands(file: Any) -> list[Any]:
-    """Return the pages of a TIFF of one band a page: those of the first page's size, without overviews and masks."""
+    """Return the pages that are the bands of a TIFF: those of the first page's size, without overviews and masks."""
     first = file.pages.first
     if len(file.pages) > 4 * MAX_CHANNELS:
         raise BadImage(f"a stack of {len(file.pages)} pages, not an image of 1 to {MAX_CHANNELS} channels")

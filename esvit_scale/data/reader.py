@@ -1,4 +1,4 @@
-"""Samples of shards by number: `pread` through the index, so that any sample costs one small read and no scan."""
+"""Samples of indexed shards by number: any sample costs one `pread` at the offset that the index gives, and no scan."""
 
 import logging
 import os
@@ -25,15 +25,15 @@ T = TypeVar("T")
 
 log = logging.getLogger("esvit_scale")
 
-OPEN_FILES = 1024  # and at most half of what the process may open
-INDEX_BYTES = 128 << 20
-BLOCK = 4096
+OPEN_FILES = 1024  # kept open at most, and no more than half of what the process may open
+INDEX_BYTES = 128 << 20  # of indexes kept in memory
+BLOCK = 4096  # bytes read to find out whether a file answers
 RETRY_DELAYS = (0.5, 1, 2, 4, 8, 16, 30)  # seconds between attempts while storage does not answer
 PROBES = 4  # other shards that are looked at before one shard, rather than the storage, is blamed
 
 
 class StorageGone(RestartCanHelp):
-    """Nothing of a set can be read: the machine is to blame, and a restart can help."""
+    """Nothing of a set can be read: the storage is the cause, and a restart can help."""
 
 
 class RetryBudget:
@@ -69,15 +69,18 @@ class RetryBudget:
 
 
 class ShardReader:
-    """Reads a set's samples with a bounded number of open files and of index bytes in memory. Make one per process: its
-    files are opened on first use.
+    """Reader of a set's samples with a bounded number of open files and index bytes in memory. Make one per process.
 
     Args:
-        readers: how many there are in this process; they share what it may hold.
+        readers: number of readers in this process; they share the bounds.
 
-    An error that storage may recover from is waited for with growing delays, a minute in all. What then still cannot be
-    read is blamed on its shard when others can be read, and on the storage otherwise. Every method raises BadImage (the
-    sample is damaged or not there), OSError (its shard is) or StorageGone (nothing can be read).
+    A read that fails with an error from which storage may recover is tried again with growing delays, a minute in all. If
+    it still fails, its shard counts as damaged when other shards can be read, and the storage as gone otherwise.
+
+    Raises (every method):
+        BadImage: the sample is damaged or missing.
+        OSError: its shard is damaged or missing.
+        StorageGone: nothing of the set can be read.
     """
 
     def __init__(self, manifest: Manifest, readers: int = 1) -> None:
@@ -92,6 +95,7 @@ class ShardReader:
         self._index_bytes = 0
 
     def entry(self, shard: int, i: int) -> Entry:
+        """Return the index entry of sample `i` of a shard."""
         try:
             return self._read_with_retries(shard, lambda: self._index(shard))[i]
         except IndexError:
@@ -100,19 +104,20 @@ class ShardReader:
             raise BadImage(f"the index line of sample {i} is corrupt") from None
 
     def image(self, shard: int, entry: Entry) -> bytes:
-        """The bytes of the sample's image file."""
+        """Return the bytes of the sample's image file."""
         place = image_member(entry)
         if place is None:
             raise BadImage(f"no image among its members ({', '.join(entry.members) or 'none'})")
         return self._read_with_retries(shard, lambda: self._pread(shard, *place))
 
     def label(self, shard: int, entry: Entry) -> int:
-        """The sample's class, -1 without one."""
+        """Return the sample's class number, -1 without one."""
         if "cls" not in entry.members:
             return -1
         return parse_label(self._read_with_retries(shard, lambda: self._pread(shard, *entry.members["cls"])))
 
     def close(self) -> None:
+        """Close all open files; a later read opens them again."""
         while self._files:
             os.close(self._files.popitem()[1][0])
 
@@ -144,14 +149,15 @@ class ShardReader:
             return True
 
     def _storage_answers(self, failed: int) -> bool:
-        """Whether something of the set can be read from the disk: a block of another shard, or, where there is one shard
-        alone, another block of it."""
+        """Return whether anything of the set can be read from the disk: a block of another shard, or, in a set of one
+        shard, another block of that one."""
         count = len(self.manifest.shards)
         others = {(failed + 1 + i * count // PROBES) % count for i in range(PROBES)} - {failed}
         return any(self._reads_a_block(shard, place) for shard in others or {failed} for place in (0.0, 0.5, 1.0))
 
     def _reads_a_block(self, shard: int, place: float) -> bool:
-        """Whether a block at a place in [0, 1] of a shard can be read; not from the page cache, which outlives a disk."""
+        """Return whether a block at a relative place in [0, 1] of a shard can be read, past the page cache, which would
+        answer for a dead disk."""
         handle = None
         try:
             handle = os.open(self.manifest.root / self.manifest.shards[shard].name, os.O_RDONLY | os.O_CLOEXEC)

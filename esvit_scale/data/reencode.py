@@ -1,4 +1,4 @@
-"""Writing an image file anew: smaller, or in one format. The default everywhere is to keep a file's bytes."""
+"""Re-encoding of image files: smaller, or in one format. The default everywhere is to keep a file's bytes."""
 
 import io
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Literal
 
 from PIL import Image
 
-QUALITY = 90  # where --quality does not say otherwise
+QUALITY = 90  # default of --quality where images are re-encoded
 PILLOW = {"jpeg": "JPEG", "webp": "WEBP", "png": "PNG"}
 ENDINGS = {"jpeg": "jpg", "webp": "webp", "png": "png"}
 CHOICES: dict[str, Literal["jpeg", "png", "webp"] | None] = {
@@ -15,17 +15,17 @@ CHOICES: dict[str, Literal["jpeg", "png", "webp"] | None] = {
     "png": "png",
     "webp": "webp",
     "keep": None,
-}  # of --format
+}  # choices of --format
 
 
 @dataclass(frozen=True)
 class Reencode:
-    """Args:
-    short_side: pixels; an image whose shorter side is longer is resized to it (Lanczos), none is enlarged.
-    quality: 1..100; not of PNG, which is lossless.
-    format: `jpeg`, `png` or `webp`: every image is encoded anew, those that are of it already too.
+    """How images are re-encoded; with only `short_side`, images that are small enough keep their bytes.
 
-    With only `short_side`, images that are small enough keep their bytes.
+    Args:
+        short_side: pixels; an image whose shorter side is longer is resized to it (Lanczos); none is enlarged.
+        quality: 1..100 of JPEG and WebP; PNG is lossless and has none.
+        format: `jpeg`, `png` or `webp`; every image is re-encoded, also one that has this format already.
     """
 
     short_side: int | None = None
@@ -36,7 +36,7 @@ class Reencode:
         return any((self.short_side, self.quality, self.format))
 
     def apply(self, image: Image.Image, data: bytes, ext: str) -> tuple[bytes, str]:
-        """The bytes to store for an RGB picture decoded from `data`, and their extension."""
+        """Return the bytes to store for an RGB image that was decoded from `data`, and their extension."""
         resized = self._resized(image)
         if resized is image and not (self.quality or self.format):
             return data, ext

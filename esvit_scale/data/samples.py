@@ -1,5 +1,5 @@
-"""Real photographs bundled with scikit-image and scikit-learn, cut into patches: a small classification task for the
-demo that needs no download. The class of a patch is its photograph; train and test patches come from disjoint halves."""
+"""A small classification task for the demo that needs no download: patches of the photographs in scikit-image and
+scikit-learn. The class of a patch is its photograph; train and test patches come from disjoint halves of it."""
 
 import io
 
@@ -13,7 +13,7 @@ from esvit_scale.data.crops import keyed_generator
 from esvit_scale.data.shard_writer import Sample
 from esvit_scale.errors import UserError
 
-# of scikit-image's data, what comes inside the package and is a photograph
+# The photographs that come inside the scikit-image package
 PHOTOGRAPHS = (
     "astronaut",
     "brick",
@@ -39,7 +39,7 @@ CLASSES = (*PHOTOGRAPHS, *SKLEARN_PHOTOGRAPHS)
 
 
 def demo_samples(size: int = 64, train: int = 100, test: int = 30, seed: int = 0) -> tuple[list[Sample], list[Sample]]:
-    """Train and test patches for `write_samples`, with CLASSES as their classes.
+    """Return train and test patches for `write_samples`, with CLASSES as their classes.
 
     Args:
         size: pixels on a side of a patch.
@@ -47,7 +47,7 @@ def demo_samples(size: int = 64, train: int = 100, test: int = 30, seed: int = 0
             of the longer side), so that no pixel is in both.
 
     Returns:
-        Train and test samples (PNG), the classes taking turns; the same for the same arguments.
+        Train and test samples (PNG) with alternating classes; the same arguments give the same bytes.
 
     Raises:
         UserError: patches larger than half a photograph.
@@ -60,7 +60,7 @@ def demo_samples(size: int = 64, train: int = 100, test: int = 30, seed: int = 0
 
 
 def photograph(name: str) -> NDArray[np.uint8]:
-    """One of CLASSES, [H, W, 3]."""
+    """Return the photograph that is named by one of CLASSES, [H, W, 3]."""
     loaded = load_sample_image(f"{name}.jpg") if name in SKLEARN_PHOTOGRAPHS else getattr(skimage.data, name)()
     pixels = loaded[0] if isinstance(loaded, tuple) else loaded  # a stereo pair: the left picture
     return pixels if pixels.ndim == 3 else np.repeat(pixels[:, :, None], 3, axis=2)
@@ -79,7 +79,8 @@ def _patches(
     height, width, _ = pixels.shape
     if min(height, width) < size:
         raise UserError(
-            f"patches of {size} pixels: half of {name} is {width}x{height}; use {min(height, width)} or less"
+            f"patches of {size} pixels do not fit: half of {name} has {width}x{height} pixels; use {min(height, width)} or "
+            "less"
         )
     rng = keyed_generator(seed, 0, f"{split}/{name}", 0)
     samples = []
@@ -96,6 +97,8 @@ def _take_turns(by_class: list[list[Sample]]) -> list[Sample]:
 
 
 def stereo_pair() -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.float32]]:
-    """Two photographs of a motorcycle from side by side, [500, 741, 3] each, and the true disparity [500, 741] (Middlebury
-    2014): the left picture's pixel (y, x) is at (y, x − disparity) in the right one; infinite where it is not known."""
+    """Return a stereo pair of a motorcycle, [500, 741, 3] each, and its true disparity [500, 741] (Middlebury 2014).
+
+    Pixel (y, x) of the left image is at (y, x − disparity) in the right one; the disparity is infinite where it is unknown.
+    """
     return skimage.data.stereo_motorcycle()

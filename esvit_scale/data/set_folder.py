@@ -1,8 +1,8 @@
-"""A shard set's folder while it is being written: locks, what an interrupted run left, and the move into place.
+"""A shard set's folder while the set is written: its locks, the leftovers of an interrupted run, the move into place.
 
-Everything is written into `.partial` inside the folder. A plan (`plan.json`) says what is being written; a record
-(`shard-000000.json`) stands for each shard that is whole. When all records are there, the files move out, the manifest
-last.
+Everything is written into `.partial` inside the folder. A plan (`plan.json`) says what is being written, and each shard
+that is complete has a record (`shard-000000.json`). When all records are there, the files move out of `.partial`, the
+manifest last.
 """
 
 import fcntl
@@ -32,29 +32,30 @@ LOCK_ATTEMPTS = 10
 
 
 class Intent(NamedTuple):
-    """plan.json: what an unfinished set is going to be."""
+    """The content of plan.json: what an unfinished set is going to be."""
 
     fingerprint: str
     shards: int
-    samples: int  # before any turns out bad
+    samples: int  # planned, bad ones included
     classes: tuple[str, ...]
     options: dict[str, Any]
-    bad: list[Bad]  # known before a shard is written
-    left_out: Sequence[dict[str, Any]] = ()  # rows of left_out.LeftOut: what the source held that was not even planned
+    bad: list[Bad]  # quarantine rows that are known before a shard is written
+    left_out: Sequence[dict[str, Any]] = ()  # rows of left_out.LeftOut: parts of the source that were not planned
 
 
 class NoSamples(Exception):
-    """Every sample was bad; the message is the first one's name and reason."""
+    """All samples were bad; the message gives the first one's name and reason."""
 
 
 @contextmanager
 def held(destination: Path, part: str = "") -> Iterator[None]:
-    """The folder, made if need be, locked against a second writer, and removed again if nothing came.
+    """Make the folder if necessary, lock it against a second writer, and remove it at the end if it is empty.
 
-    A named part shares the folder with other parts, but with no other run of the same one.
+    Args:
+        part: name of a part, which shares the folder with other parts but not with another run of the same part.
 
     Raises:
-        UserError: locked.
+        UserError: another process has the lock.
     """
     made = not destination.exists()
     destination.mkdir(parents=True, exist_ok=True)
@@ -76,11 +77,11 @@ def _lock(stack: ExitStack, path: Path, flags: int, kind: int, destination: Path
         try:
             fcntl.flock(handle, kind | fcntl.LOCK_NB)
             return
-        except BlockingIOError:  # perhaps workers of a run that was killed this moment
+        except BlockingIOError:  # possibly held by workers of a run that was killed a moment ago
             time.sleep(0.1 if attempt + 1 < LOCK_ATTEMPTS else 0)
         except OSError:
             return  # a file system without locks
-    raise UserError(f"{destination}: another process is writing this shard set; wait for it to end")
+    raise UserError(f"{destination}: another process is writing this shard set; wait until it has finished")
 
 
 def _remove_if_empty(folder: Path) -> None:
@@ -89,26 +90,26 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def settle(destination: Path, fingerprint: str | None, shared: bool = False) -> None:
-    """Finish or clear away what an interrupted run left, and refuse a folder that holds something else.
+    """Finish or remove what an interrupted run left, and refuse a folder that holds something else.
 
     Args:
-        fingerprint: of what is to be written; None for a stream of samples, which cannot go on where it stopped.
-        shared: other parts may be at work in the folder.
+        fingerprint: identifies the set to be written; None for a stream of samples, which cannot be continued.
+        shared: other parts may be working in the folder.
 
     Raises:
-        UserError: the folder holds other files, or an unfinished set of something else.
+        UserError: the folder holds other files, or an unfinished set of another source.
     """
     partial = destination / PARTIAL
-    if (partial / MANIFEST).is_file():  # it was interrupted while moving a finished set into place
+    if (partial / MANIFEST).is_file():  # interrupted while a finished set was moved into place
         commit(partial)
     elif manifests.is_shard_set(destination) and partial.exists() and not shared:
-        shutil.rmtree(partial)  # the move was done but for this
+        shutil.rmtree(partial)  # interrupted after the move, before this removal
     elif partial.exists():
         intent = read_intent(destination)
         if intent is not None and intent.fingerprint != fingerprint:
             raise UserError(
                 f"{destination}: holds an unfinished set of other images or options ({len(records(partial))} of "
-                f"{intent.shards} shards); its own command finishes it; delete {partial} to give it up"
+                f"{intent.shards} shards are written); run its own command to finish it, or delete {partial} to discard it"
             )
         if intent is None and not shared:
             shutil.rmtree(partial)
@@ -121,10 +122,10 @@ def settle(destination: Path, fingerprint: str | None, shared: bool = False) -> 
 
 
 def existing(destination: Path, source: str) -> Manifest:
-    """The finished set in the folder, if it is the one of `source`.
+    """Return the manifest of the finished set in the folder, if it was written from `source` (a fingerprint).
 
     Raises:
-        UserError: it is another.
+        UserError: the set is another one.
     """
     manifest = manifests.load(destination)
     if not source or manifest.source != source:
@@ -132,18 +133,19 @@ def existing(destination: Path, source: str) -> Manifest:
             f"{destination}: already holds another shard set ({manifest.samples} samples); "
             "choose a new folder, or delete this one first"
         )
-    manifests.check_sizes(manifest)
+    manifests.check_sizes(manifest)  # raises UserError for a damaged set
     say(f"{destination}: already holds this set ({manifest.samples} samples); nothing to do")
     return manifest
 
 
 def write_intent(destination: Path, intent: Intent) -> None:
+    """Write the plan of a set into its folder's `.partial`."""
     (destination / PARTIAL).mkdir(exist_ok=True)
     files.write_json(destination / PARTIAL / PLAN, intent._asdict())
 
 
 def read_intent(destination: Path) -> Intent | None:
-    """The plan of an unfinished set; None when there is none that can be read."""
+    """Return the plan of an unfinished set; None when there is none that can be read."""
     try:
         raw = json.loads((destination / PARTIAL / PLAN).read_bytes())
         return Intent(**raw | {"classes": tuple(raw["classes"])})
@@ -152,6 +154,7 @@ def read_intent(destination: Path) -> Intent | None:
 
 
 def write_record(partial: Path, number: int, written: Written) -> None:
+    """Write the record of a shard that is complete."""
     shard = written.shard._asdict() if written.shard else None
     files.write_json(
         partial / f"shard-{number:06d}.json",
@@ -160,7 +163,7 @@ def write_record(partial: Path, number: int, written: Written) -> None:
 
 
 def records(partial: Path) -> list[int]:
-    """Numbers of the shards that are whole, ascending."""
+    """Return the numbers of the shards that are complete, ascending."""
     return sorted(int(p.stem[6:]) for p in partial.glob("shard-*.json") if p.stem[6:].isdecimal())
 
 
@@ -173,7 +176,7 @@ def clear_asides(partial: Path, numbers: Iterable[int]) -> None:
 
 
 def read_record(partial: Path, number: int) -> Written:
-    """Raises OSError or ValueError."""
+    """Read the record of a shard. Raises OSError or ValueError."""
     raw = json.loads((partial / f"shard-{number:06d}.json").read_bytes())
     return Written(
         Shard(**raw["shard"]) if raw["shard"] else None, raw["bad"], raw.get("formats", {}), raw.get("turned", 0)
@@ -181,10 +184,10 @@ def read_record(partial: Path, number: int) -> Written:
 
 
 def finish(destination: Path, intent: Intent, strict: bool = False) -> Manifest:
-    """Manifest and quarantine from the records, then everything into place.
+    """Write the manifest and the quarantine from the records, and move everything into place.
 
     Raises:
-        UserError: shards are missing; with `strict`, something of the source is not used.
+        UserError: shards are missing; with `strict`, something of the source was left out.
         NoSamples: all samples were bad.
     """
     partial = destination / PARTIAL
@@ -193,7 +196,7 @@ def finish(destination: Path, intent: Intent, strict: bool = False) -> Manifest:
     if missing:
         raise UserError(
             f"{destination}: {len(missing)} of {intent.shards} shards are not written yet (first: "
-            f"{shard_name(missing[0])}); run the parts that have not ended with exit code 0 again"
+            f"{shard_name(missing[0])}); run the parts again that did not end with exit code 0"
         )
     written = [read_record(partial, number) for number in range(intent.shards)]
     shards = [w.shard for w in written if w.shard]
@@ -208,7 +211,7 @@ def finish(destination: Path, intent: Intent, strict: bool = False) -> Manifest:
     for w in written:
         formats.update(w.formats)
     if turned := sum(w.turned for w in written):
-        say(f"{destination}: turned {turned} images by the orientation that their json notes")
+        say(f"{destination}: turned {turned} images to the orientation that their json records")
     publish(partial, shards, intent.classes, intent.fingerprint, intent.options, bad, left, formats)
     return manifests.load(destination)
 
@@ -223,6 +226,7 @@ def publish(
     left_out: LeftOut | None = None,
     formats: Mapping[str, int] | None = None,
 ) -> None:
+    """Write the manifest, and the quarantine if there is one, and move the finished set into place."""
     if bad:
         files.write_bytes(partial / QUARANTINE, "".join(json.dumps(row) + "\n" for row in bad).encode())
     rows = left_out.rows() if left_out else []
@@ -231,7 +235,7 @@ def publish(
 
 
 def commit(partial: Path) -> None:
-    """Move a finished set out of `.partial`, the manifest last, and remove the rest."""
+    """Move a finished set out of `.partial`, the manifest last, and remove `.partial`."""
     moved = [*partial.glob("shard-*.tar"), *partial.glob("shard-*.index.jsonl"), *partial.glob(QUARANTINE)]
     for path in sorted(moved):
         path.rename(partial.parent / path.name)
@@ -242,6 +246,7 @@ def commit(partial: Path) -> None:
 
 
 def tool() -> str:
+    """Return the name and version of this package, which the manifest records as the writer."""
     try:
         return f"esvit-scale {metadata.version('esvit-scale')}"
     except metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""One tar of a shard set, with its index: exact bytes from samples."""
+"""The writer of one tar of a shard set and its index; the same samples give the same bytes."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -17,22 +17,24 @@ from esvit_scale.data.sources.base import EXTRAS
 
 
 class Sample(NamedTuple):
+    """A sample as it is written into a shard: an encoded image with its key and label."""
+
     key: str  # unique in the set; letters, digits, `_`, `-`, and `/` between parts
-    label: int | None  # index of its class
-    ext: str  # jpg, png, …
-    data: bytes
-    extras: Mapping[str, bytes] = {}
+    label: int | None  # class number
+    ext: str  # extension of the image file: jpg, png, …
+    data: bytes  # the image file
+    extras: Mapping[str, bytes] = {}  # further members by extension: txt, json
 
 
 def write_shard(path: Path, samples: Iterable[Sample], keys: set[str]) -> Shard:
-    """Write samples as the tar `path`, which appears when it is whole, after its index.
+    """Write samples as the tar `path`. The tar appears only when it is complete, after its index.
 
     Args:
-        keys: those already in the set, to which this shard's are added.
+        keys: the keys already in the set; those of this shard are added.
 
     Raises:
-        ValueError: a key that is repeated or not safe.
-        OSError: the disk is full, …
+        ValueError: a key is repeated or not safe.
+        OSError: the tar cannot be written, for example because the disk is full.
     """
     written = 0
     with files.replacing(path) as tmp:
@@ -60,7 +62,7 @@ def _members(sample: Sample, keys: set[str]) -> dict[str, Any]:
 
 
 class _Hashed:
-    """A file that knows the sha256 and length of what went through it."""
+    """A writable file that computes the sha256 and length of what is written."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file

@@ -1,7 +1,7 @@
-"""Which sample goes into which shard: a pure function of the source and the options, known before anything is read.
+"""The plan of a shard set: which sample goes into which shard, as a pure function of the source and the options.
 
-So shards can be written by any number of processes and jobs, in any order, again after a crash, and come out the same.
-A sample that turns out bad leaves its shard one short; nothing moves.
+It is known before an image is read. So shards can be written by any number of processes and jobs, in any order, and again
+after a crash, with the same result. A sample that turns out bad is missing from its shard; no other sample moves.
 """
 
 import hashlib
@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from esvit_scale.data.hashing import hash64, hash_all
 from esvit_scale.data.image_folder import printable
-from esvit_scale.data.keys import Keys, hash64, hashes
+from esvit_scale.data.keys import Keys
 from esvit_scale.data.order import permutation
 from esvit_scale.data.pixel_format import RGB8, PixelFormat
 from esvit_scale.data.reencode import KEEP_BYTES, Reencode
@@ -23,7 +24,7 @@ from esvit_scale.errors import UserError
 from esvit_scale.progress import say
 
 SAMPLES_PER_SHARD = 1000
-BLOCKS_TOGETHER = 4  # blocks of a source whose samples are shuffled together, where it cannot be read at random
+BLOCKS_TOGETHER = 4  # consecutive blocks whose samples are shuffled together, in a source that is read by blocks
 
 
 @dataclass(frozen=True)
@@ -31,25 +32,29 @@ class Recipe:
     """How a source becomes a shard set; the same recipe and source give the same bytes."""
 
     samples_per_shard: int = SAMPLES_PER_SHARD
-    bytes_per_shard: int | None = None  # of image files as the source has them; instead of samples_per_shard
-    seed: int = 0
-    shuffle: bool = True  # else the source's order
-    min_side: int = 0  # pixels; a smaller image is left out
+    bytes_per_shard: int | None = None  # size of the image files in the source; replaces samples_per_shard
+    seed: int = 0  # of the shuffling and of the split into train and val
+    shuffle: bool = True  # False: the source's order
+    min_side: int = 0  # pixels; smaller images are left out
     reencode: Reencode = KEEP_BYTES
     keep: Path | None = None  # a keep-list: the names of the samples to write
     drop_duplicates: bool = False
-    val_fraction: float = 0.0
-    channels: int = RGB8.channels  # of every image; an image of others is left out
-    bits: int = RGB8.bits
-    rotate_as_noted: bool = False  # img2dataset: turn images by the orientation that their json notes
+    val_fraction: float = 0.0  # of the samples
+    channels: int = RGB8.channels  # of every image; an image with another number is left out
+    bits: int = RGB8.bits  # of a channel
+    rotate_as_noted: bool = False  # img2dataset: turn images to the orientation that their json records
 
     @property
     def pixels(self) -> PixelFormat:
+        """Return the pixel format of the images."""
         return PixelFormat(self.channels, self.bits)
 
     def record(self) -> dict[str, Any]:
-        """For the manifest: what a repair needs to know. Options that came later stand in it only where they are not at
-        their defaults, so that other sets keep the fingerprints that they had."""
+        """Return the options for the manifest, as a repair needs them.
+
+        Options that were added later are recorded only when they differ from their defaults, so that the fingerprints of
+        older sets stay the same.
+        """
         values = asdict(self) | {"keep": str(self.keep) if self.keep else None}
         if self.pixels.is_rgb8:
             del values["channels"], values["bits"]
@@ -65,7 +70,7 @@ class ShardPlan:
         chosen: numbers of the source's samples that belong to the set, ascending.
 
     Raises:
-        UserError: sizes are asked for and the source does not know them.
+        UserError: `bytes_per_shard` is set, but the source does not know its images' sizes.
     """
 
     def __init__(self, source: Source, keys: Keys, recipe: Recipe, chosen: NDArray[np.int64]) -> None:
@@ -78,25 +83,30 @@ class ShardPlan:
 
     @property
     def shards(self) -> int:
+        """Return the number of shards."""
         return len(self._starts) - 1
 
     @property
     def samples(self) -> int:
+        """Return the number of samples in all shards."""
         return len(self._order)
 
     def members(self, shard: int) -> list[int]:
-        """Numbers of the samples of a shard, in its order: of a source with blocks the source's, so that each block is
-        read once a shard."""
+        """Return the numbers of a shard's samples, in the order in which they are written.
+
+        For a source with blocks this is the source's order, so that each block is read once per shard.
+        """
         numbers = self._order[self._starts[shard] : self._starts[shard + 1]]
         found: list[int] = (numbers if self.source.blocks is None else np.sort(numbers)).tolist()
         return found
 
     def count(self, shards: range) -> int:
+        """Return the number of samples in a range of shards."""
         return int(self._starts[shards.stop] - self._starts[shards.start]) if len(shards) else 0
 
 
 def fingerprint(source: Source, recipe: Recipe, chosen: NDArray[np.int64]) -> str:
-    """Identifies a set before it is written: the source's samples, which of them, and every option that matters."""
+    """Return a hash that identifies a set before it is written: by the source, the chosen samples and the options."""
     digest = hashlib.sha256(source.fingerprint())
     digest.update(json.dumps(recipe.record() | {"keep": None}, sort_keys=True).encode())
     digest.update(np.ascontiguousarray(chosen).data)
@@ -104,31 +114,31 @@ def fingerprint(source: Source, recipe: Recipe, chosen: NDArray[np.int64]) -> st
 
 
 def keep_listed(source: Source, path: Path, where: str) -> NDArray[np.int64]:
-    """The numbers of the samples that a keep-list names.
+    """Return the numbers of the samples that a keep-list names.
 
     Raises:
-        UserError: cannot be read, or names none of them.
+        UserError: the list cannot be read, or names none of the samples.
     """
     try:
         lines = [line for line in path.read_text("utf-8").splitlines() if line and not line.startswith("#")]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {getattr(error, 'strerror', None) or 'not a text file in UTF-8'}") from None
-    wanted = np.unique(hashes(lines, len(lines)))
-    names = hashes((printable(source.name(i)) for i in range(len(source))), len(source))
+    wanted = np.unique(hash_all(lines, len(lines)))
+    names = hash_all((printable(source.name(i)) for i in range(len(source))), len(source))
     found = np.flatnonzero(np.isin(names, wanted))
     if not len(found):
         raise UserError(f"{path}: names none of the {len(source)} samples of {where}; was it made from another source?")
     absent = len(wanted) - len(np.unique(names[found]))
     if absent:
-        say(f"{path}: {absent} of its {len(wanted)} lines name nothing in {where}")
+        say(f"{path}: {absent} of its {len(wanted)} lines name no sample of {where}")
     return found
 
 
 def split(keys: Keys, chosen: NDArray[np.int64], recipe: Recipe) -> dict[str, NDArray[np.int64]]:
-    """`train` and `val` by a hash of seed and key: a sample stays where it is when others come or go.
+    """Divide samples into `train` and `val` by a hash of seed and key, independently of the other samples.
 
     Raises:
-        UserError: one of them is empty.
+        UserError: one of the two is empty.
     """
     limit = int(recipe.val_fraction * 2**64)
     is_val = np.fromiter((hash64(f"{recipe.seed}/val/{keys[i]}") < limit for i in chosen.tolist()), bool, len(chosen))
@@ -136,15 +146,18 @@ def split(keys: Keys, chosen: NDArray[np.int64], recipe: Recipe) -> dict[str, ND
     empty = [name for name, part in parts.items() if not len(part)]
     if empty:
         raise UserError(
-            f"--val-fraction {recipe.val_fraction}: of {len(chosen)} samples none falls into {empty[0]}; "
+            f"--val-fraction {recipe.val_fraction}: none of the {len(chosen)} samples falls into {empty[0]}; "
             f"nearest: {0.5 if len(chosen) < 20 else 0.1}"
         )
     return parts
 
 
 def _order(source: Source, recipe: Recipe, chosen: NDArray[np.int64]) -> NDArray[np.int64]:
-    """A permutation of 0..len(chosen)-1. Where a source is read by blocks, blocks are permuted and samples are shuffled
-    within BLOCKS_TOGETHER consecutive ones."""
+    """Return a permutation of 0..len(chosen)-1.
+
+    In a source that is read by blocks, the blocks are permuted and samples are shuffled within BLOCKS_TOGETHER consecutive
+    ones.
+    """
     n = len(chosen)
     if not recipe.shuffle:
         return np.arange(n)
@@ -163,7 +176,7 @@ def _order(source: Source, recipe: Recipe, chosen: NDArray[np.int64]) -> NDArray
 def _starts_by_size(source: Source, order: NDArray[np.int64], limit: int) -> NDArray[np.int64]:
     sizes = np.fromiter((source.size(i) for i in order.tolist()), np.int64, len(order))
     if not sizes.any():
-        raise UserError("--bytes-per-shard: this source does not know its images' sizes; use --samples-per-shard")
+        raise UserError("--bytes-per-shard: the sizes of this source's images are unknown; use --samples-per-shard")
     starts, filled = [0], 0
     for at, size in enumerate(sizes.tolist()):
         if filled + size > limit and filled:

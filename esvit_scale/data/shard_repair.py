@@ -1,4 +1,4 @@
-"""Writing again what is damaged in a shard set, and nothing else."""
+"""The repair of a shard set: damaged files are written again, and nothing else is touched."""
 
 from functools import partial
 from pathlib import Path
@@ -20,17 +20,19 @@ PATHS = ("root", "classes", "keep")  # options that are paths
 
 
 def repair(root: Path, where: str, workers: int = 1) -> list[str]:
-    """Indexes that do not agree with a good tar are made anew; tars that are not as the manifest says are written again
-    from the source, with the options that the manifest records, and replaced when they come out with its sha256.
+    """Repair a shard set.
+
+    Indexes that do not agree with an undamaged tar are made again from it. Tars that differ from the manifest are written
+    again from the source, with the options that the manifest records, and replaced when they have the manifest's sha256.
 
     Args:
         where: the source; may be empty when only indexes are damaged.
 
     Returns:
-        What was done, one line a file.
+        One line per repaired file.
 
     Raises:
-        UserError: the source is needed and not given, or is not what the set was written from.
+        UserError: the source is needed but not given, or is not the one that the set was written from.
     """
     manifest = manifests.load(root)
     with set_folder.held(root):
@@ -41,7 +43,7 @@ def repair(root: Path, where: str, workers: int = 1) -> list[str]:
                 done.append(_index_again(root / shard.name))
         bad = [number for number, state in enumerate(checked) if state.tar]
         if bad and not where:
-            raise UserError(f"{checked[bad[0]].tar[0]}: to write it again, give the source: --repair SRC")
+            raise UserError(f"{checked[bad[0]].tar[0]}; give the source to write the tar again: --repair SRC")
         if bad:
             done += _tars_again(manifest, bad, where, workers)
     return done
@@ -66,8 +68,9 @@ def _tars_again(manifest: Manifest, bad: list[int], where: str, workers: int) ->
             shard = manifest.shards[by_number[number]]
             if written.shard is None or written.shard.sha256 != shard.sha256:
                 raise UserError(
-                    f"{manifest.root / shard.name}: comes out with another sha256: the images of {where} are not those "
-                    "that the set was written from, or another version of Pillow re-encoded them; write the set again"
+                    f"{manifest.root / shard.name}: has another sha256 when written again: the images of {where} are not "
+                    "those that the set was written from, or another version of Pillow re-encoded them; write the whole set "
+                    "again"
                 )
             for path in (tmp / shard.name, manifests.index_path(tmp / shard.name)):
                 path.replace(manifest.root / path.name)

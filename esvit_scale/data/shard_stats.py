@@ -1,4 +1,4 @@
-"""What is in a shard set: images a shard, bytes, sizes, formats and classes, without decoding a picture."""
+"""Statistics of a shard set: samples per shard, bytes, image sizes, formats, classes, and mean and std of the pixels."""
 
 import io
 import json
@@ -29,30 +29,34 @@ DECODED = 256  # images whose pixels are read, evenly over the set
 
 @dataclass
 class Stats:
+    """The statistics of one shard set."""
+
     root: Path
     classes: tuple[str, ...]
     shard_samples: NDArray[np.int64]
     shard_bytes: NDArray[np.int64]
     image_bytes: NDArray[np.int64]  # of every image
-    sides: NDArray[np.int64]  # [M, 2] width and height of the images that were measured
+    sides: NDArray[np.int64]  # [M, 2]: width and height of the images whose headers were read
     class_counts: NDArray[np.int64]  # per class; empty without classes
-    members: dict[str, int] = field(default_factory=dict)  # extension → how many
-    quarantined: int = 0
-    channels: tuple[int, int] = (3, 8)  # of every image: how many, of how many bits
+    members: dict[str, int] = field(default_factory=dict)  # extension → number of members
+    quarantined: int = 0  # files named in the quarantine
+    channels: tuple[int, int] = (3, 8)  # of every image: number of channels, bits of each
     moments: NDArray[np.float64] = field(default_factory=lambda: np.zeros((3, 3)))  # [3, C]: pixels, Σx, Σx²; x in 0..1
 
     @property
     def mean(self) -> list[float]:
-        """Of every channel over the images that were decoded, where 1 is the largest value."""
+        """Return the mean of every channel over the decoded images, in units of the largest pixel value."""
         return [round(float(v), 6) for v in self.moments[1] / np.maximum(self.moments[0], 1)]
 
     @property
     def std(self) -> list[float]:
+        """Return the standard deviation of every channel, as `mean`."""
         n, total, squares = self.moments
         variance = squares / np.maximum(n, 1) - (total / np.maximum(n, 1)) ** 2
         return [round(float(v), 6) for v in np.sqrt(np.maximum(variance, 0))]
 
     def summary(self) -> dict[str, Any]:
+        """Return the statistics as JSON values; ranges are [smallest, median, largest]."""
         short = self.sides.min(1) if len(self.sides) else self.sides.reshape(-1)
         return {
             "samples": int(self.shard_samples.sum()),
@@ -76,10 +80,10 @@ class Stats:
 
 
 def gather(root: Path, workers: int = 1) -> Stats:
-    """Read every index, the labels, the headers of at most MEASURED images, and the pixels of about DECODED.
+    """Read every index, all labels, the headers of at most MEASURED images and the pixels of about DECODED images.
 
     Raises:
-        UserError: no readable manifest, a shard is missing or truncated.
+        UserError: the manifest cannot be read, or a shard is missing or truncated.
     """
     manifest = manifests.load(root)
     manifests.check_sizes(manifest)
@@ -110,7 +114,7 @@ def gather(root: Path, workers: int = 1) -> Stats:
 
 
 def table(stats: Stats) -> str:
-    """For a person; quantiles are smallest, median, largest."""
+    """Return the statistics as a table; three numbers are smallest / median / largest."""
     s = stats.summary()
     rows = [
         ("samples", f"{s['samples']:,} in {s['shards']:,} shards, {_bytes(s['bytes'])}"),
@@ -123,12 +127,15 @@ def table(stats: Stats) -> str:
         empty = f"; {s['empty_classes']} have none" if s["empty_classes"] else ""
         rows.append(("classes", f"{s['classes']:,}, {_three(s['samples_per_class'])} samples each{empty}"))
     rows += [
-        ("pixels", f"{PixelFormat(*stats.channels)}; of some images, where 1 is the largest value:"),
+        (
+            "pixels",
+            f"{PixelFormat(*stats.channels)}; mean and std over a sample of the images, 1 being the largest value:",
+        ),
         ("", "data.mean=" + json.dumps(stats.mean)),
         ("", "data.std=" + json.dumps(stats.std)),
     ]
     if stats.quarantined:
-        rows.append(("left out", f"{stats.quarantined:,} files, see {QUARANTINE}"))
+        rows.append(("left out", f"{stats.quarantined:,} files; {QUARANTINE} names them"))
     return "\n".join(f"{name:<12}{text}" for name, text in rows)
 
 
@@ -136,8 +143,10 @@ _Part = tuple[list[int], list[int], list[int], Counter[str], NDArray[np.float64]
 
 
 def _read(manifest: Manifest, every: int, decode_every: int, number: int, tick: Callable[[], None]) -> _Part:
-    """Return (bytes, sides, labels, members, moments) of a shard's samples; sides of every `every`-th, flattened, and
-    pixels of every `decode_every`-th."""
+    """Return (bytes, sides, labels, members, moments) of a shard's samples.
+
+    The sides, flattened, are those of every `every`-th image, and the moments those of every `decode_every`-th image.
+    """
     pixels, moments = PixelFormat(manifest.channels, manifest.bits), np.zeros((3, manifest.channels))
     reader = ShardReader(manifest)
     sizes: list[int] = []
@@ -203,5 +212,6 @@ def _bytes(n: float) -> str:
 
 
 def as_json(stats: Stats) -> str:
+    """Return the statistics as JSON, with the number of samples of every class."""
     counts = dict(zip(stats.classes, stats.class_counts.tolist(), strict=True))
     return json.dumps({**stats.summary(), "class_counts": counts}, indent=2)

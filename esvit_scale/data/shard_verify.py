@@ -1,4 +1,4 @@
-"""The check that a set is what its manifest says, and the repair of what is not."""
+"""The check that the files of a shard set agree with its manifest."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data import pool
 from esvit_scale.data.decode import BadImage
+from esvit_scale.data.hashing import hash_all, repeated_indices
 from esvit_scale.data.image_folder import printable
-from esvit_scale.data.keys import hashes, repeated
 from esvit_scale.data.manifest import Manifest
 from esvit_scale.data.picture import check_decodes
 from esvit_scale.data.pixel_format import PixelFormat
@@ -21,16 +21,17 @@ from esvit_scale.files import sha256
 
 
 class Checked(NamedTuple):
-    """One shard's state."""
+    """The problems of one shard, and the hashes of its keys."""
 
-    tar: list[str]  # problems of the tar: it has to be written again
-    side_car: list[str]  # problems of the index: it can be made anew from a good tar
-    keys: NDArray[np.uint64]  # hashes of its keys
+    tar: list[str]  # problems of the tar, which has to be written again
+    side_car: list[str]  # problems of the index, which can be made again from an undamaged tar
+    keys: NDArray[np.uint64]  # hashes of the keys of its samples
 
 
 def verify(root: Path, workers: int = 1) -> list[str]:
-    """Everything wrong with a shard set, one line a problem; empty when all of it is as its manifest says: sizes,
-    sha256, index against tar, counts, keys, classes, and every image decodes.
+    """Return everything wrong with a shard set, one line per problem; empty when it agrees with its manifest.
+
+    Sizes, sha256, indexes, counts, keys and classes are compared, and every image is decoded.
 
     Raises:
         UserError: there is no readable manifest.
@@ -45,7 +46,7 @@ def verify(root: Path, workers: int = 1) -> list[str]:
 
 
 def check_shards(manifest: Manifest, workers: int) -> list[Checked]:
-    """Of every shard, in the manifest's order."""
+    """Check every shard of a set and return the results in the manifest's order."""
     found: dict[int, Checked] = {}
     jobs = range(len(manifest.shards))
     for number, checked in pool.each(partial(_check, manifest), jobs, workers, manifest.samples, "images"):
@@ -62,7 +63,7 @@ def _strangers(manifest: Manifest) -> Iterator[str]:
 
 def _repeated_keys(manifest: Manifest, checked: list[Checked]) -> Iterator[str]:
     starts = np.cumsum([0, *(len(c.keys) for c in checked)])
-    for at in repeated(np.concatenate([c.keys for c in checked])).tolist() if checked else []:
+    for at in repeated_indices(np.concatenate([c.keys for c in checked])).tolist() if checked else []:
         number = int(np.searchsorted(starts, at, side="right")) - 1
         path = manifest.root / manifest.shards[number].name
         entry = manifests.scan(path)[at - int(starts[number])]
@@ -78,10 +79,10 @@ def _check(manifest: Manifest, number: int, tick: Callable[[], None]) -> Checked
         return Checked(problems, [], none)
     try:
         if not problems and sha256(path) != shard.sha256:
-            problems.append(f"{path}: its sha256 is not the manifest's")
+            problems.append(f"{path}: its sha256 differs from the manifest's")
         entries = manifests.scan(path)
         if len(entries) != shard.samples:
-            problems.append(f"{path}: holds {len(entries)} samples, the manifest says {shard.samples}")
+            problems.append(f"{path}: holds {len(entries)} samples; the manifest says {shard.samples}")
         with path.open("rb") as file:
             for entry in entries:
                 tick()
@@ -89,7 +90,7 @@ def _check(manifest: Manifest, number: int, tick: Callable[[], None]) -> Checked
                 problems += [f"{path}: {printable(entry.key)}: {problem}" for problem in found]
     except OSError as error:
         return Checked([*problems, f"{path}: {error.strerror or error}"], [], none)
-    return Checked(problems, list(_index_problems(path, entries)), hashes((e.key for e in entries), len(entries)))
+    return Checked(problems, list(_index_problems(path, entries)), hash_all((e.key for e in entries), len(entries)))
 
 
 def _index_problems(path: Path, entries: list[manifests.Entry]) -> Iterator[str]:

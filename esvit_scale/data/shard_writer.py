@@ -1,8 +1,10 @@
-"""Images → WebDataset tars with a manifest, by any number of processes and jobs.
+"""Writing of shard sets: from images to WebDataset tars with a manifest, by any number of processes and jobs.
 
-What goes where is planned before anything is read (shard_plan.py), so every shard is written on its own
-(planned_shard.py) and an interrupted run goes on with the shards it has not written (set_folder.py). The same source
-and options give the same bytes.
+    images ─ sources/ ─► numbered samples ─ shard_plan.py ─► which sample goes into which shard, before one is read
+           ─ planned_shard.py ─► one tar: read, checked, re-encoded where asked ─ set_folder.py ─► moved into place
+
+So every shard is written independently, and an interrupted run continues with the shards that are missing. The same
+source and options give the same bytes.
 """
 
 import shutil
@@ -32,23 +34,24 @@ from esvit_scale.progress import say
 
 __all__ = ["Sample", "create", "keys_of", "merge", "verify", "write_samples", "write_source"]
 
-SAID = 20  # bad images that are named on stderr; all are in the quarantine
+SAID = 20  # bad images that are named on stderr; the quarantine names all of them
 
 
 class Part(NamedTuple):
-    """The i-th of n parts of a set's shards, 1 ≤ i ≤ n."""
+    """The i-th of n parts of a set's shards (`--shard-range i/n`), 1 ≤ i ≤ n."""
 
     i: int
     n: int
 
     def of(self, shards: int) -> range:
+        """Return the numbers of the shards that belong to this part of a set of `shards` shards."""
         return range(shards)[share(shards, self.i - 1, self.n)]
 
 
 def create(source: Path, destination: Path, samples_per_shard: int = SAMPLES_PER_SHARD, seed: int = 0) -> Manifest:
-    """A folder of images as one shard set, with everything else as `esvit-scale shards create` has it by default."""
+    """Write a folder of images as one shard set, with the other defaults of `esvit-scale shards create`."""
     if samples_per_shard < 1:
-        raise UserError(f"samples per shard: {samples_per_shard} is not a count; nearest: 1")
+        raise UserError(f"samples per shard: {samples_per_shard} is not a positive number; nearest: 1")
     recipe = Recipe(samples_per_shard=samples_per_shard, seed=seed)
     return write_source(str(source), Path(destination), SourceOptions(kind="folder"), recipe)[""]
 
@@ -62,30 +65,31 @@ def write_source(
     part: Part | None = None,
     strict: bool = False,
 ) -> dict[str, Manifest]:
-    """Write a source as a shard set, or as the sets `train` and `val` in folders of these names.
+    """Write a source as one shard set, or as the sets `train` and `val` in folders of these names.
 
-    A file that cannot be used is left out and is a row of quarantine.jsonl. A destination that already holds the set of
-    the same source and options is left as it is; one that holds part of it is completed.
+    A file that cannot be used is left out and recorded in quarantine.jsonl. A destination that already holds the set of the
+    same source and options is left as it is; one that holds part of it is completed.
 
     Args:
+        where: path of the source, or `-` for a list on stdin.
         part: write only this part of every set's shards, and leave the manifest to `merge`.
-        strict: everything in the source must be used, but for what the recipe leaves out by itself.
+        strict: raise UserError when anything is left out that the recipe does not ask to leave out: before anything is
+            written for the listing, at the end for the images.
 
     Returns:
-        Manifests by split, the empty name for a single set; empty after a part.
+        Manifests by split, under the empty name for a single set; empty after a part.
 
     Raises:
-        UserError: source missing or without usable images, destination in use or holding something else; with
-            `strict`, something is left out: of the listing before anything is written, of the images at the end.
-        RestartCanHelp: the source's file system is gone, or a worker was killed.
+        UserError: the source is missing or has no usable images, or the destination is in use or holds something else.
+        RestartCanHelp: the source's file system does not answer, or a worker process was killed.
     """
     sets = planned_sets(where, options, recipe)
     if strict:
         refuse([planned.left_out for planned in sets.values()], where)
     if part and recipe.drop_duplicates:
         raise UserError(
-            "--drop-duplicates with --shard-range would read everything once per part; run "
-            f"`esvit-scale shards duplicates {where} --out keep.txt` first and give every part --keep keep.txt"
+            "--drop-duplicates: with --shard-range every part would read the whole source; run "
+            f"`esvit-scale shards duplicates {where} --out keep.txt` first, and give every part --keep keep.txt instead"
         )
     _refuse_nested(destination, list(sets))
     finished = {}
@@ -98,7 +102,7 @@ def write_source(
 
 
 def _refuse_nested(destination: Path, names: list[str]) -> None:
-    """Raises UserError where a set would be written inside another, or one of another number of parts stands."""
+    """Raise UserError when the sets would be written inside another set, or where a split or single set already exists."""
     for folder in (destination.parent, *([destination] if names != [""] else [])):
         if manifests.is_shard_set(folder) or (folder / PARTIAL / set_folder.PLAN).is_file():
             raise UserError(
@@ -113,10 +117,10 @@ def _refuse_nested(destination: Path, names: list[str]) -> None:
 
 
 def merge(destination: Path, strict: bool = False) -> dict[str, Manifest]:
-    """The manifest of a set (or of `train` and `val`) whose parts have all been written, and everything into place.
+    """Finish a set (or `train` and `val`) whose parts are all written: write its manifest and move its files into place.
 
     Raises:
-        UserError: parts are missing, or there is nothing to finish.
+        UserError: parts are missing, or there is nothing to finish; with `strict`, something was left out.
     """
     folders = [f for f in (destination, destination / "train", destination / "val") if f.is_dir()]
     unfinished = [f for f in folders if (f / PARTIAL).is_dir()]
@@ -127,7 +131,7 @@ def merge(destination: Path, strict: bool = False) -> dict[str, Manifest]:
                 f"{destination}: no parts of a shard set in it; write them with `shards create --shard-range i/n`"
             )
         for folder in done:
-            say(f"{folder}: is finished; nothing to do")
+            say(f"{folder}: this set is finished; nothing to do")
         return {_split_name(f, destination): manifests.load(f) for f in done}
     finished = {}
     for folder in unfinished:
@@ -137,7 +141,7 @@ def merge(destination: Path, strict: bool = False) -> dict[str, Manifest]:
             if manifests.is_shard_set(folder):
                 finished[_split_name(folder, destination)] = manifests.load(folder)
             elif intent is None:
-                raise UserError(f"{folder}: no plan of a shard set in it; run its parts again")
+                raise UserError(f"{folder}: it holds no plan of a shard set; run its parts again")
             else:
                 finished[_split_name(folder, destination)] = _finished(folder, intent, str(folder), strict)
     return finished
@@ -150,13 +154,13 @@ def write_samples(
     samples_per_shard: int = SAMPLES_PER_SHARD,
     source: str = "",
 ) -> Manifest:
-    """Write samples that a program made, in their order, as a shard set.
+    """Write samples that a program made as a shard set, in their order.
 
     Args:
-        source: says what the samples are; a destination that holds a set of the same source is left as it is.
+        source: identifies the samples; a destination that holds a set of the same source is left as it is.
 
     Raises:
-        UserError: no samples, or a destination in use or holding something else.
+        UserError: there are no samples, or the destination is in use or holds something else.
     """
     destination = Path(destination)
     partial = destination / PARTIAL
@@ -208,8 +212,8 @@ def _write_set(
                     set_folder.write_intent(destination, intent)
                 elif begun.classes != source.classes:
                     raise UserError(
-                        f"{destination}: was begun by a version that numbered the classes otherwise; delete {partial} to "
-                        "begin again"
+                        f"{destination}: was begun by a version of esvit-scale that numbered the classes differently; delete "
+                        f"{partial} to begin again"
                     )
                 _write_shards(plan, partial, part, workers)
                 if part:
@@ -230,7 +234,7 @@ def _write_shards(plan: ShardPlan, partial: Path, part: Part | None, workers: in
     done = set(set_folder.records(partial))
     left = [number for number in ours if number not in done]
     if len(left) < len(ours):
-        say(f"{partial.parent}: {len(ours) - len(left)} of {len(ours)} shards are there; going on with the rest")
+        say(f"{partial.parent}: {len(ours) - len(left)} of {len(ours)} shards are written; continuing with the rest")
     set_folder.clear_asides(partial, left)
     samples = sum(plan.count(range(number, number + 1)) for number in left)
     said = 0
@@ -243,11 +247,11 @@ def _write_shards(plan: ShardPlan, partial: Path, part: Part | None, workers: in
                     say(f"{row['file']}: left out: {row['reason']}")
     finally:
         if said > SAID:
-            say(f"and {said - SAID} more left out; {set_folder.QUARANTINE} names all of them")
+            say(f"{said - SAID} more images left out; {set_folder.QUARANTINE} names all of them")
 
 
 def _archive_row(file: str, reason: str) -> dict[str, Any]:
-    """A row of the quarantine for an archive of which only a part can be read."""
+    """Return a row of the quarantine for an archive of which only a part can be read."""
     return {"file": printable(file), "reason": reason, "what": ARCHIVES, "kind": CUT}
 
 
@@ -261,13 +265,13 @@ def _finished(destination: Path, intent: Intent, where: str, strict: bool) -> Ma
 
 @contextmanager
 def _removed_on_failure(partial: Path, keep_records: bool = False, shared: bool = False) -> Iterator[None]:
-    """`.partial` is worth keeping when a shard in it is whole, or when all is done but moving it into place."""
+    """Remove `.partial` when an error ends the block, unless a shard in it is whole or it only has to be moved into place."""
     try:
         yield
     except BaseException:
         done = set_folder.records(partial) if keep_records else []
         if done:
-            say(f"{partial.parent}: stopped with {len(done)} shards written; the same command goes on from here")
+            say(f"{partial.parent}: stopped with {len(done)} shards written; run the same command again to continue")
         elif partial.exists() and not shared and not (partial / MANIFEST).exists():
             shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -1,6 +1,7 @@
-"""Shards copied to a node's own disk before training, where the shared file system is slow or far.
+"""Staging: copies of shards on a node's own disk, for training where the shared file system is slow.
 
-One process of a node copies, the others wait; the copy is complete or not used, and is kept for the next start there.
+One process of a node copies while the others wait. A copy is used only when it is complete, and stays for the next start
+on the node.
 """
 
 import errno
@@ -25,19 +26,19 @@ log = logging.getLogger(__name__)
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 THREADS = 8
-PIECE = 16 << 20  # bytes
-SPARE = 1 << 30  # bytes that stay free on the node's disk
+PIECE = 16 << 20  # bytes copied at a time
+SPARE = 1 << 30  # bytes that must stay free on the node's disk
 
 
 def staged(manifest: Manifest, folder: str, progress: Callable[[], None] = lambda: None) -> Manifest:
-    """Return the same set, read from a copy under `folder` on this node; every process of the node calls it.
+    """Copy a set under `folder` on this node and return its manifest there; every process of the node calls this.
 
     Args:
         folder: may hold $VARIABLES of the node's environment, such as $SLURM_TMPDIR.
         progress: called, on several threads, for every piece that this process has copied.
 
     Raises:
-        UserError: a variable that is not set here, a folder that cannot be written, too little room.
+        UserError: a variable is not set on this node, the folder cannot be written, or the disk has too little room.
     """
     root = _expanded(folder) / f"{manifest.root.resolve().name}-{_fingerprint(manifest)}"
     try:
@@ -53,15 +54,17 @@ def staged(manifest: Manifest, folder: str, progress: Callable[[], None] = lambd
 
 
 def _locked(lock: TextIO, root: Path) -> bool:
-    """Wait for the lock. False on a file system without locks (Lustre without -o flock, NFS without lockd): the processes
-    of a node then copy side by side, each into files of its own that replace each other whole."""
+    """Wait for the lock; return False on a file system without locks (Lustre without -o flock, NFS without lockd).
+
+    Without a lock the processes of a node copy at the same time, each into files of its own, which are then renamed.
+    """
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         return True
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        log.warning("data.stage: %s: no locks on this file system; every process of the node copies the set", root)
+        log.warning("data.stage: %s: this file system has no locks; every process of the node copies the set", root)
         return False
 
 
@@ -73,7 +76,7 @@ def _expanded(folder: str) -> Path:
 
 
 def _fingerprint(manifest: Manifest) -> str:
-    """Another set of the same name must not be taken for this one."""
+    """Return a hash of the set's contents, so that another set of the same name is not mistaken for this one."""
     names = "".join(f"{shard.name} {shard.sha256}\n" for shard in manifest.shards)
     return hashlib.sha256(names.encode()).hexdigest()[:16]
 
@@ -83,8 +86,8 @@ def _copy_missing(manifest: Manifest, root: Path, progress: Callable[[], None]) 
     need, free = sum(shard.bytes for shard in missing), shutil.disk_usage(root).free
     if missing and need > free - SPARE:
         raise UserError(
-            f"data.stage: {root}: the set needs {need / 2**30:.1f} GiB more and {free / 2**30:.1f} GiB are free;"
-            " name a larger disk, or leave data.stage out"
+            f"data.stage: {root}: the set needs {need / 2**30:.1f} GiB more, but {free / 2**30:.1f} GiB are free; "
+            "name a folder on a larger disk, or leave data.stage out"
         )
     with ThreadPoolExecutor(THREADS) as pool, Progress(len(missing), "shards staged") as shown:
         copies = [pool.submit(_copy, shard, manifest.root, root, progress) for shard in missing]
@@ -101,7 +104,7 @@ def _is_there(shard: Shard, root: Path) -> bool:
 
 def _copy(shard: Shard, source: Path, root: Path, progress: Callable[[], None]) -> None:
     _copy_file(index_path(source / shard.name), root, progress)
-    _copy_file(source / shard.name, root, progress)  # last: its presence says that both are there
+    _copy_file(source / shard.name, root, progress)  # last: where the tar is, its index is too
 
 
 def _copy_file(path: Path, root: Path, progress: Callable[[], None]) -> None:

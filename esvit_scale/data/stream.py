@@ -1,8 +1,38 @@
-"""Shards → batches of crops, made in loader processes: `batches`.
+"""From shards to this rank's batches of crops. Start reading here: `batches` ties the files of the pipeline together.
 
-The order of samples is order.py's: slot s of S belongs to rank ⌊s / (S/world)⌋ and, within the rank, to one worker, so
-a global batch of an indexed set, or of several that are mixed (mix.py), is bit for bit the same at any world size and
-worker count. Sets of plain tars without our index are streamed (url_stream.py): exact at the same world size only.
+A worked example: 10 samples in 3 shards, `train.global_batch` 4, `data.slots` 4, `data.shuffle_window` 2, seed 0, on 2
+ranks with 2 loader processes (workers) each. 2/1 stands for sample 1 of shard-000002.tar.
+
+    shard-000000.tar  0/0 0/1 0/2 0/3        each tar has an index of where its members lie: manifest.py
+    shard-000001.tar  1/0 1/1 1/2 1/3
+    shard-000002.tar  2/0 2/1
+
+order.py permutes the shards, here to 1, 2, 0, and shuffles the samples of every 2 consecutive ones. Each slot reads a
+stretch of the result, and a batch takes an equal share of every slot; the last 10 mod 4 samples are dropped:
+
+    position   0   1    2   3    4   5    6   7    8   9
+    sample    1/0 1/1  1/2 2/1  2/0 1/3  0/3 0/1  0/0 0/2
+    slot       ── 0 ──  ── 1 ──  ── 2 ──  ── 3 ──  dropped
+    batch 0   1/0      1/2      2/0      0/3
+    batch 1       1/1      2/1      1/3      0/1
+
+loader.py (`LoaderAssignment`) deals out slots: 0 and 1 to rank 0, of which worker 1 gets slot 1. In batch 0 it makes:
+
+    file               makes                     of sample 1/2
+    shard_stream.py    SampleAddress             epoch 0, position 2
+    reader.py          bytes                     the image file: one pread of shard-000001.tar
+    worker_batch.py    DecodedSample             batch_position 1; 2 + 8 crop boxes, the image [H, W, 3] they are cut from
+    worker_batch.py    WorkerBatch               crops [2, 1, 224, 224, 3] and [8, 1, 96, 96, 3], positions [1]
+    stream.py          Batch                     both workers' parts: [2, 2, 3, 224, 224] and [8, 2, 3, 96, 96], positions
+                                                 [0, 1]; page-locked where there is a GPU
+    stream.py          MicroBatch                on the training device, augmented by photometric.py and normalised: float
+                                                 [4, 3, 224, 224] and [16, 3, 96, 96]; train.grad_accum of them
+
+crops.py draws the boxes from (seed, epoch, key, crop), picture.py decodes the file no larger than they need. Who reads
+a sample decides nothing else, so a global batch is bit for bit the same at any number of ranks and workers.
+
+Several shard sets are mixed by mix.py, which then gives the addresses. Plain tars without our index are read by
+url_stream.py in the place of shard_stream.py; their batches are the same only at the same number of ranks and workers.
 """
 
 import glob
@@ -48,7 +78,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-Source = Manifest | MixedSets | UrlSets
+TrainingData = Manifest | MixedSets | UrlSets
 
 
 class Batch(NamedTuple):
@@ -56,7 +86,7 @@ class Batch(NamedTuple):
 
     crops: list[
         Tensor
-    ]  # uint8 or uint16 [V_g, B, channels, S_g, S_g] (channels last in memory), a resolution group each, globals first
+    ]  # per resolution group, globals first: uint8 or uint16 [V_g, B, channels, S_g, S_g], channels last
     photometric: BatchAugmentationParams  # of every crop, leading shape [V, B], on the host
     positions: Tensor  # int64 [B]: place in the global batch, 0..global_batch-1, the same at any world size
     keys: list[str]
@@ -73,11 +103,11 @@ class MicroBatch(NamedTuple):
     positions: Tensor  # int64 [B]: places in the global batch
 
 
-def open_data(config: Config) -> Source:
-    """What `data.train` and `data.mix` name.
+def open_data(config: Config) -> TrainingData:
+    """Open what `data.train` or `data.mix` names: one shard set, several mixed ones, or plain tars.
 
     Raises:
-        UserError: not there, not whole, or not described completely.
+        UserError: the data is missing, is damaged, or does not fit the config.
     """
     if MixedSets.wanted(config.data):
         check_pixels(config)
@@ -85,15 +115,16 @@ def open_data(config: Config) -> Source:
     if UrlSets.wanted(config.data):
         for urls in (mixed.urls for mixed in config.data.mix if manifests.is_shard_set(Path(mixed.urls))):
             log.warning(
-                "data.mix: %s is a shard set, but beside plain tars it is read as they are: a resume is exact at the same "
-                "number of ranks and workers only; write the others with `esvit-scale shards create` to mix shard sets",
+                "data.mix: %s is a shard set, but it is mixed with plain tars and therefore streamed like them: a resume is "
+                "exact only at the same number of ranks and workers; write the tars with `esvit-scale shards create` to mix "
+                "shard sets",
                 urls,
             )
         return UrlSets.open(config.data)
     if glob.has_magic(config.data.train) and not Path(config.data.train).exists():
         raise UserError(
-            f"data.train: {config.data.train}: a pattern can name tars (…/*.tar) but not sets; give one set's folder, or "
-            "make one set of several: `esvit-scale shards create --from tars FOLDER_OF_SETS DST`"
+            f"data.train: {config.data.train}: a pattern can name tars (…/*.tar) but not shard sets; give the folder of one "
+            "set, or make one set of several: `esvit-scale shards create --from tars FOLDER_OF_SETS DST`"
         )
     check_pixels(config)
     manifest = manifests.load(Path(config.data.train))
@@ -102,46 +133,48 @@ def open_data(config: Config) -> Source:
 
 
 def check_pixels(config: Config) -> None:
-    """Raise UserError where a manifest of the config's sets names other channels or bits, or statistics are missing."""
+    """Raise UserError when a shard set has other channels or bits than the config, or `data.mean` and `data.std` are missing."""
     pixels = pixel_format(config.data)
     for train in (config.data.train, *(mixed.urls for mixed in config.data.mix)):
         if train and manifests.is_shard_set(Path(train)):
             manifests.check_pixels(manifests.load(Path(train)), pixels)
 
 
-def steps_per_epoch(config: Config, data: Source) -> int:
-    """⌊samples / global_batch⌋.
+def steps_per_epoch(config: Config, data: TrainingData) -> int:
+    """Return ⌊samples / global_batch⌋.
 
     Raises:
-        UserError: the set is smaller than one batch.
+        UserError: the data holds fewer samples than one batch.
     """
     return orders.steps_per_epoch(data.samples, config.train.global_batch)
 
 
-def images_of_sets(config: Config, data: Source) -> Callable[[int], dict[str, int]]:
-    """How many images of each set of a mix of shard sets a number of global batches hold, by the sets' names; nothing
-    of other data."""
+def images_of_sets(config: Config, data: TrainingData) -> Callable[[int], dict[str, int]]:
+    """Return a function that counts the images of each mixed set in the first n global batches, by the sets' names.
+
+    It counts nothing for data other than a mix of shard sets.
+    """
     if not isinstance(data, MixedSets):
         return lambda batches: {}
     names, order = [one.name for one in data.sets], mix.order_of(config, data)
     return lambda batches: dict(zip(names, order.images(batches), strict=True))
 
 
-def batches(config: Config, data: Source, rank: int, world_size: int, start: int, stop: int) -> Iterator[Batch]:
-    """This rank's part of the global batches start..stop-1, over as many epochs as that spans.
+def batches(config: Config, data: TrainingData, rank: int, world_size: int, start: int, stop: int) -> Iterator[Batch]:
+    """Return an iterator over this rank's part of the global batches start..stop-1, over as many epochs as these span.
 
     Call it, and iterate, in the main thread: the loader processes end with the thread that starts them.
 
     Raises:
-        UserError: at once, when the batch, the slots, the ranks and the set do not fit together; while iterating, when
-            nothing good can be read in place of a bad sample.
-        RestartCanHelp: while iterating, when a loader process dies or the storage is gone.
+        UserError: at once, when the batch, the slots, the ranks and the data do not fit together; while iterating, when
+            no valid sample can be read in place of a bad one.
+        RestartCanHelp: while iterating, when a loader process dies or the storage does not answer.
     """
     check_division(config, world_size)
     if config.data.channels != 3 and rank == 0:
         log.info(
-            "data.channels=%d: crops, flips, blur, and brightness and contrast of each channel; no saturation, hue, "
-            "grayscale and solarisation, which are defined for RGB",
+            "data.channels=%d: images are augmented by crops, flips, blur, and brightness and contrast of each channel; "
+            "saturation, hue, grayscale and solarisation are left out, because they are defined for RGB only",
             config.data.channels,
         )
     if config.data.photometric == "workers":
@@ -150,7 +183,7 @@ def batches(config: Config, data: Source, rank: int, world_size: int, start: int
     workers = min(config.data.workers, len(assignment.slots_of_rank))
     if workers < config.data.workers:
         log.warning(
-            "data.workers: %d, but this rank has %d data slots; using %d workers",
+            "data.workers: %d is more than the %d data slots of a rank; using %d workers",
             config.data.workers,
             len(assignment.slots_of_rank),
             workers,
@@ -161,9 +194,9 @@ def batches(config: Config, data: Source, rank: int, world_size: int, start: int
         samples = UrlSamples(assignment, data)
     else:
         if isinstance(data, MixedSets):
-            mix.order_of(config, data)  # says at once what does not fit
+            mix.order_of(config, data)  # raises at once what does not fit
         samples = ShardSamples(assignment, data)
-    return _joined(run_stages([samples, partial(_make_worker_batches, assignment)], workers), max(workers, 1))
+    return _join_workers(run_stages([samples, partial(_make_worker_batches, assignment)], workers), max(workers, 1))
 
 
 def micro_batches(config: Config, batch: Batch, device: torch.device, dtype: torch.dtype) -> list[MicroBatch]:
@@ -191,35 +224,35 @@ def _make_worker_batches(assignment: LoaderAssignment, samples: Iterable[Decoded
         yield make_worker_batch(assignment.config, batch_index, islice(samples, size), size)
 
 
-def _joined(parts: Iterator[WorkerBatch], workers: int) -> Iterator[Batch]:
-    """The loader hands out the workers' parts in turn; `workers` of them make a batch."""
-    pin = torch.cuda.is_available()  # page-locked: copied to the device while it computes
+def _join_workers(worker_batches: Iterator[WorkerBatch], workers: int) -> Iterator[Batch]:
+    """Yield the rank's batches; the loader hands out its workers' parts in turn, so each `workers` of them make one."""
+    pin = torch.cuda.is_available()  # page-locked memory is copied to the device while it computes
     while True:
         with translate_worker_errors():
-            group = list(islice(parts, workers))
-            if not group:
+            parts = list(islice(worker_batches, workers))
+            if not parts:
                 return
-            batch = _batch(group, pin)
+            batch = _join(parts, pin)
         yield batch
 
 
-def _batch(group: list[WorkerBatch], pin: bool) -> Batch:
-    params = [BatchAugmentationParams(*map(torch.from_numpy, part.photometric)) for part in group]
-    crops = zip(*(part.crops for part in group), strict=True)
+def _join(parts: list[WorkerBatch], pin: bool) -> Batch:
+    params = [BatchAugmentationParams(*map(torch.from_numpy, part.photometric)) for part in parts]
+    crops = zip(*(part.crops for part in parts), strict=True)
     return Batch(
-        crops=[_concatenated(c, pin).permute(0, 1, 4, 2, 3) for c in crops],
+        crops=[_concatenate(group, pin).permute(0, 1, 4, 2, 3) for group in crops],
         photometric=photometric.concatenate(params, 1),
-        positions=torch.from_numpy(np.concatenate([part.positions for part in group])),
-        keys=[key for part in group for key in part.keys],
-        labels=torch.from_numpy(np.concatenate([part.labels for part in group])),
-        bad=[row for part in group for row in part.bad],
-        batch_index=group[0].batch_index,
-        worker_rates=tuple(len(part.keys) / max(part.seconds, 1e-9) for part in group),
+        positions=torch.from_numpy(np.concatenate([part.positions for part in parts])),
+        keys=[key for part in parts for key in part.keys],
+        labels=torch.from_numpy(np.concatenate([part.labels for part in parts])),
+        bad=[row for part in parts for row in part.bad],
+        batch_index=parts[0].batch_index,
+        worker_rates=tuple(len(part.keys) / max(part.seconds, 1e-9) for part in parts),
     )
 
 
-def _concatenated(parts: tuple[Tensor, ...], pin: bool) -> Tensor:
-    """[V, B, S, S, C] of parts of B."""
+def _concatenate(parts: tuple[Tensor, ...], pin: bool) -> Tensor:
+    """Return [V, B, S, S, C] from the workers' parts of B, in page-locked memory if `pin`."""
     if len(parts) == 1 and not pin:
         return parts[0]
     views, _, *rest = parts[0].shape

@@ -1,12 +1,11 @@
-"""What the name of a tar member says: the key of its sample, its extension, or why it is no member of any sample.
+"""Names of tar members: the key of the sample that a member belongs to, its extension, or why it belongs to no sample.
 
-A name is only text: it is never used as a path. The rule extends WebDataset's so that dots inside file names do no
-harm:
+A name is only text and is never used as a path. The rule extends WebDataset's so that file names may contain dots:
 
     photo.jpg, photo.cls              key photo       extensions jpg, cls
     pair.left.jpg, pair.right.jpg     key pair        extensions left.jpg, right.jpg
-    22.07.png, 22.07.cls              key 22.07       extensions png, cls: a part that begins with a digit or holds a
-                                                      space belongs to the name
+    22.07.png, 22.07.cls              key 22.07       extensions png, cls: a part that begins with a digit or contains
+                                                      a space belongs to the key
     ./a/../b/x.jpg, /b/x.jpg          keys a/b/x, b/x
 
 The last part of an extension decides whether a member is an image.
@@ -21,7 +20,7 @@ from esvit_scale.data.raster import ARRAY
 
 MAX_MEMBER = 1 << 30  # bytes; a larger member is no image
 TAR = re.compile(r"\.tar(\.(gz|bz2|xz|zst))?$|\.tgz$", re.IGNORECASE)  # file names that streams read
-COMPRESSED_TARS = (  # endings, in lower case; `x.tar.md5` and `x.tar.json` are none
+COMPRESSED_TARS = (  # endings in lower case; `x.tar.md5` and `x.tar.json` do not count
     *(f".tar.{ending}" for ending in ("gz", "bz2", "xz", "zst", "zstd", "lz4", "lz", "lzma", "lzo", "z", "br")),
     *(".tgz", ".taz", ".tbz", ".tbz2", ".tz2", ".txz", ".tlz", ".tzst"),
 )
@@ -33,14 +32,14 @@ _SYSTEM_FILES = {"thumbs.db", "desktop.ini", "ehthumbs.db"}
 
 
 def parts_of(name: str) -> list[str]:
-    """The folders and the file name of a member, without `.`, `..` and empty parts."""
+    """Return the folders and the file name of a member, without `.`, `..` and empty parts."""
     return [part for part in name.split("/") if part not in ("", ".", "..")]
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """The key of a member's sample, and its extension in lower case; `a/b.seg.png` → (`a/b`, `seg.png`).
+    """Return the key of a member's sample and its extension in lower case: (`a/b`, `seg.png`) for `a/b.seg.png`.
 
-    The key is empty for a hidden file, the extension for a name without a dot.
+    The key is empty for a hidden file, and the extension is empty for a name without a dot.
     """
     *folders, base = parts_of(name) or [""]
     parts = base.split(".")
@@ -53,13 +52,13 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def base_key(key: str) -> str:
-    """The key up to the first dot of its last part, as WebDataset has it: what `x.0` and `x.1` share with `x.json`."""
+    """Return the key up to the first dot of its last part, as in WebDataset: `x` for the keys `x`, `x.0` and `x.1`."""
     folder, slash, base = key.rpartition("/")
     return folder + slash + base.partition(".")[0]
 
 
 def no_sample(name: str) -> str:
-    """Why a regular file belongs to no sample, in the words of left_out.py; empty when it may belong to one."""
+    """Return the reason, as in left_out.py, for which a regular file belongs to no sample; empty when it may belong to one."""
     parts = parts_of(name)
     if not parts:
         return left_out.not_an_image("")
@@ -75,16 +74,16 @@ def no_sample(name: str) -> str:
 
 
 def is_image(extension: str) -> bool:
-    """Whether the last part of an extension is an image's: of `jpg` and `seg.png`, not of `png.txt`."""
+    """Return whether the last part of an extension is an image's: true for `jpg` and `seg.png`, false for `png.txt`."""
     return extension.rpartition(".")[2] in EXTENSIONS
 
 
 def chosen_images(extensions: Iterable[str]) -> list[str]:
-    """Which members of one key are samples, by their extensions.
+    """Return the extensions of those members of one key that are samples.
 
-    One with a plain extension (`jpg`) is the picture, and those with longer ones beside it (`seg.png`) are left out:
-    they are masks, depth maps, thumbnails. Without a plain one each image is a sample (`left.jpg`, `right.jpg`). A key
-    without an image has its `npy` array as one.
+    An image with a plain extension (`jpg`) is the sample, and images with longer extensions (`seg.png`) are left out: they
+    are masks, depth maps, thumbnails. If there is no plain one, each image is a sample (`left.jpg`, `right.jpg`). Of a key
+    without an image, an `npy` array is the sample.
     """
     extensions = list(extensions)
     images = [extension for extension in extensions if is_image(extension)]
@@ -94,11 +93,11 @@ def chosen_images(extensions: Iterable[str]) -> list[str]:
 
 
 def companion(extensions: Iterable[str], image: str, kind: str) -> str | None:
-    """Which member of a key goes with its image `image` as its `kind` (`cls`, `json`, `txt`).
+    """Return the extension of the member of a key that goes with its image `image` as its `kind` (`cls`, `json`, `txt`).
 
-    The one named after the whole image (`jpg.cls` for `jpg`), else the one of the same longer extension (`left.cls`
-    for `left.jpg`), else the plain one, else the only one if it is not named after another image of the key; None when
-    there is none, or when several could be meant.
+    It is the member named after the whole image (`jpg.cls` for `jpg`), else the one of the same longer extension (`left.cls`
+    for `left.jpg`), else the plain one, else the only one, unless that is named after another image of the key. None is
+    returned when there is no such member, or when several could be meant.
     """
     extensions = list(extensions)
     found = [extension for extension in extensions if extension.rpartition(".")[2] == kind]
@@ -112,7 +111,7 @@ def companion(extensions: Iterable[str], image: str, kind: str) -> str | None:
 
 
 def sample_key(key: str, image: str, chosen: Iterable[str]) -> str:
-    """The key of the sample that an image of a key becomes: the key itself, unless others of the key become samples."""
+    """Return the key of the sample that an image becomes: the members' key, extended if several of its images do."""
     middle, others = image.rpartition(".")[0], list(chosen)
     if len(others) == 1 or (not middle and image == others[0]):
         return key

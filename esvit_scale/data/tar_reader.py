@@ -1,8 +1,8 @@
-"""The members of a tar one after the other: of several tars in one file too, and to where a tar is damaged.
+"""A reader of the members of a tar, also of several tars joined in one file, and up to where a tar is damaged.
 
-Tars joined with `cat` have an end marker (blocks of zeros) in the middle; Python's tarfile stops there, and with its
-`ignore_zeros` it would also go on behind damage, at whatever looks like a header. Here reading goes on behind an end
-marker only where the next block that is not zeros is a valid header.
+Tars joined with `cat` have an end marker (blocks of zeros) in the middle. Python's tarfile stops there; with its
+`ignore_zeros` it would also continue after damage, at anything that looks like a header. This reader continues after an
+end marker only if the next block that is not all zeros is a valid header.
 """
 
 import bz2
@@ -17,8 +17,8 @@ from typing import IO, Any, NamedTuple, cast
 
 from esvit_scale.data import left_out, tar_names
 from esvit_scale.data.decode import BadImage
+from esvit_scale.data.hashing import hash64
 from esvit_scale.data.image_folder import printable
-from esvit_scale.data.keys import hash64
 from esvit_scale.data.left_out import IMAGES, MEMBERS, LeftOut
 from esvit_scale.data.tar_names import MAX_MEMBER
 
@@ -29,24 +29,28 @@ EMPTY = "empty file"
 
 
 class Member(NamedTuple):
+    """A regular file in a tar."""
+
     name: str
     offset: int  # of its bytes in the (decompressed) tar
-    size: int
-    archive: int = 0  # which of the tars that were joined in one file
+    size: int  # bytes
+    archive: int = 0  # number of its tar among those that are joined in one file
 
 
 class TarReader:
-    """Regular files of a tar that may belong to a sample, in their order. Where the size of the file is known, so that
-    it can be read at random, a hard link to an earlier member is a member with the same bytes.
+    """An iterator over the regular files of a tar that may belong to a sample, in their order.
+
+    If the size of the file is known, so that it can be read at random, a hard link to an earlier member counts as a member
+    with the same bytes.
 
     Attributes:
-        damage: what is wrong with the tar itself, in a few words; empty when it is whole to its end. Set while iterating.
-        left_out: the other members, by kind; folders are not counted.
+        damage: the damage of the tar in a few words; empty when it is whole to its end. Set during the iteration.
+        left_out: counts of the other members by kind; folders are not counted.
 
     Args:
-        file: may be read forward only, but for a step of one block back (`Forward`).
-        size: bytes of the file, where known: no member may reach beyond.
-        prefix: what names of members begin with in `left_out`.
+        file: needs to be readable forward only, except for a step of one block back (`Forward`).
+        size: bytes of the file, if known; no member may reach beyond them.
+        prefix: put before the names of members in `left_out`.
     """
 
     def __init__(self, file: IO[bytes], size: int | None = None, prefix: str = "") -> None:
@@ -64,7 +68,7 @@ class TarReader:
             self._number += 1
 
     def _archive(self) -> Generator[Member, None, int | None]:
-        """The members of one tar; returns where its end marker should begin, None behind damage."""
+        """Yield the members of one tar; return the offset at which its end marker should begin, or None after damage."""
         end = self._file.tell()
         self._places = _Places()
         try:
@@ -77,13 +81,13 @@ class TarReader:
                     if (place := self._usable(info)) is not None:
                         yield Member(info.name, *place, self._number)
                     tar.members = []  # type: ignore[attr-defined]  # tarfile keeps them all
-                return tar.offset  # tarfile ends without a word at a header that it cannot read
+                return tar.offset  # tarfile ends silently at a header that it cannot read
         except (tarfile.TarError, EOFError, ValueError, RecursionError, OverflowError):
-            self.damage = DAMAGED if self._file.tell() else EMPTY  # what was read before stands
+            self.damage = DAMAGED if self._file.tell() else EMPTY
             return None
 
     def _usable(self, info: tarfile.TarInfo) -> tuple[int, int] | None:
-        """(offset, size) of the bytes of a member that may belong to a sample; None for others, which are counted."""
+        """Return (offset, size) of the bytes of a member that may belong to a sample; count others and return None."""
         if info.isdir():
             return None
         kind, place = tar_names.no_sample(info.name), (info.offset_data, info.size)
@@ -109,7 +113,7 @@ class TarReader:
         return place
 
     def _find_next(self, end: int) -> bool:
-        """Stands at the next tar in the file; False when there is none."""
+        """Seek to the next tar in the file; return False when there is none."""
         self._file.seek(end)
         if (block := self._file.read(BLOCK)) != bytes(BLOCK):
             self.damage = self.damage or DAMAGED
@@ -128,7 +132,7 @@ class TarReader:
 
 
 class _Places:
-    """Where the members of one tar lie, for hard links to them: 24 bytes each, about 200 once a link was met."""
+    """Offsets and sizes of the members of one tar, for hard links: 24 bytes each, about 200 after the first link."""
 
     def __init__(self) -> None:
         self._new = array("Q")  # hash of the name, offset, size
@@ -138,7 +142,7 @@ class _Places:
         self._new.extend((self._hash(name), *place))
 
     def of(self, name: str) -> tuple[int, int] | None:
-        """(offset, size) of the last member of this name; None where there is none."""
+        """Return (offset, size) of the last member of this name; None when there is none."""
         new, self._new = self._new, array("Q")
         for i in range(0, len(new), 3):
             self._found[new[i]] = (new[i + 1], new[i + 2])
@@ -150,25 +154,27 @@ class _Places:
 
 
 class Forward(io.RawIOBase):
-    """A stream that can only be read forward, with `tell`, `seek` forward, and `seek` back within what the last
-    reads of up to a block gave."""
+    """A file object over a stream that can only be read forward: with `tell`, and `seek` forward and a block back."""
 
     def __init__(self, stream: Any) -> None:
-        self._stream, self._at = stream, 0  # `_at`: of the caller
-        self._kept = b""  # the bytes of the stream that end where it stands
-        self._ahead = 0  # of `_kept`, not read by the caller since it stepped back
+        self._stream, self._at = stream, 0  # `_at`: the caller's offset
+        self._kept = b""  # the last bytes that were read from the stream
+        self._ahead = 0  # number of bytes of `_kept` that the caller has yet to read again after a seek back
 
     def readable(self) -> bool:
+        """Return True."""
         return True
 
     def seekable(self) -> bool:
+        """Return True: seeking forward, and back by a block, is possible."""
         return True
 
     def tell(self) -> int:
+        """Return the offset of the next byte that `read` returns."""
         return self._at
 
     def read(self, size: int = -1) -> bytes:
-        """Exactly `size` bytes, fewer only at the end of the stream."""
+        """Return exactly `size` bytes, fewer only at the end of the stream."""
         again = self._kept[len(self._kept) - self._ahead :][: None if size < 0 else size]
         self._ahead -= len(again)
         pieces, missing = [again], size - len(again) if size >= 0 else -1
@@ -181,6 +187,7 @@ class Forward(io.RawIOBase):
         return data
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go forward to an absolute offset, or back within the last block; raise UnsupportedOperation for other seeks."""
         if whence != io.SEEK_SET:
             raise io.UnsupportedOperation("seek")
         back = self._at - offset
@@ -194,16 +201,15 @@ class Forward(io.RawIOBase):
 
 
 def compression(head: bytes) -> str:
-    """The name of the format that a file beginning with `head` is compressed in; empty for none of those known."""
+    """Return the compression format of a file that begins with `head`; empty when it is none of the known ones."""
     return next((name for magic, name in MAGICS.items() if head.startswith(magic)), "")
 
 
 def decompressed(stream: Any) -> Any:
-    """The stream, decompressed where its first bytes say that it is compressed; all members of a file that several
-    compressed files were joined in.
+    """Return the stream, decompressed if its first bytes say that it is compressed; several joined files are all read.
 
     Raises:
-        BadImage: the format cannot be decompressed here.
+        BadImage: the installed packages cannot decompress the format.
     """
     head = stream.read(6)
     whole = cast("IO[bytes]", _Joined(head, stream))
@@ -222,11 +228,11 @@ def decompressed(stream: Any) -> Any:
     return whole
 
 
-NO_ZSTD = "reading that takes Python 3.14 or `pip install zstandard`; or decompress it first (`unzstd FILE`)"
+NO_ZSTD = "to read it, use Python 3.14 or `pip install zstandard`, or decompress it first (`unzstd FILE`)"
 
 
 def open_zstd(stream: Any) -> Any:
-    """A zstd stream decompressed; None where neither Python nor an installed package can."""
+    """Return a decompressed zstd stream; None when neither Python nor an installed package can decompress it."""
     try:
         return import_module("compression.zstd").ZstdFile(stream)
     except ImportError:
@@ -238,7 +244,7 @@ def open_zstd(stream: Any) -> Any:
 
 
 class _Joined:
-    """Bytes that were read already, then the rest of their stream."""
+    """A readable object that gives bytes which were read already, then the rest of their stream."""
 
     def __init__(self, head: bytes, rest: Any) -> None:
         self._head, self._rest = head, rest

@@ -1,4 +1,4 @@
-"""Samples of tars that are read from the front, one tar after the other: files, `pipe:` commands and URLs."""
+"""Samples of tars that are read from front to back, one tar after the other: files, `pipe:` commands and URLs."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 import webdataset as wds
 
 from esvit_scale.data.decode import BadImage
+from esvit_scale.data.hashing import hash64
 from esvit_scale.data.image_folder import printable
-from esvit_scale.data.keys import hash64
 from esvit_scale.data.left_out import IMAGES, MEMBERS, NO_IMAGE, LeftOut
 from esvit_scale.data.loader import reason
 from esvit_scale.data.raster import ARRAY
@@ -15,8 +15,8 @@ from esvit_scale.data.reader import RETRY_DELAYS, RetryBudget
 from esvit_scale.data.tar_names import chosen_images, companion, is_image, parts_of, sample_key, split_name
 from esvit_scale.data.tar_reader import EMPTY, Forward, TarReader, decompressed
 
-MOST_IMAGES = 64  # of one key that are held in memory together
-MOST_KEYS = 1 << 17  # of a tar that are remembered, to see members that lie apart
+MOST_IMAGES = 64  # images of one key that are in memory together
+MOST_KEYS = 1 << 17  # keys of a tar that are remembered to detect members that are not side by side
 APART = (
     "apart from the image of their key, so that labels are lost: sort the tar (unpack it, `tar --sort=name -cf SORTED.tar "
     "-C FOLDER .`), or write a set with `esvit-scale shards create`, which joins members by key"
@@ -24,14 +24,14 @@ APART = (
 
 
 class Raw(NamedTuple):
-    """A sample as it lies in its tar."""
+    """A sample as it is stored in a tar, not yet decoded."""
 
-    url: str
+    url: str  # of the tar
     key: str
-    crop_key: str  # its crops differ when an epoch comes by again
+    crop_key: str  # key from which its crops are drawn; differs when the set repeats within an epoch
     image: bytes
     label: bytes
-    bad: list[dict[str, Any]]  # what could not be read before it
+    bad: list[dict[str, Any]]  # quarantine rows about what could not be read before it
 
 
 class _Member(NamedTuple):
@@ -40,10 +40,10 @@ class _Member(NamedTuple):
 
 
 class TarSamples:
-    """The samples of tars in the order in which their images lie there.
+    """The samples of tars, in the order in which their images lie there.
 
-    What holds no image is passed over and counted; a tar is told of once in the life of this object. An image is not
-    looked at: one that cannot be decoded is a sample.
+    Members without an image are skipped and counted; they are reported once per tar in the life of this object. Images are
+    not decoded here, so one that cannot be decoded still is a sample.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class TarSamples:
         self._retries = RetryBudget(RETRY_DELAYS)
 
     def of(self, urls: Sequence[str], epoch: int, bad: list[dict[str, Any]]) -> Iterator[Raw]:
-        """The samples of `urls`. A row is added to `bad` for each tar that cannot be read, or holds something else."""
+        """Yield the samples of `urls`; add a row to `bad` for each tar that cannot be read or holds other members."""
         for url in urls:
             row = {"shard": url, "key": "", "epoch": epoch, "position": -1}
             left_out = LeftOut()
@@ -65,7 +65,7 @@ class TarSamples:
                 bad.append({**row, "reason": f"left out {left_out.short()}", "used": True, "left_out": left_out.rows()})
 
     def _read_with_retries(self, url: str, left_out: LeftOut) -> Iterator[Raw]:
-        """The samples of one tar, which is opened again while the storage does not answer and nothing of it was read."""
+        """Yield the samples of one tar; open it again while the storage does not answer and nothing of it was read."""
         while True:
             came = False
             try:
@@ -81,10 +81,10 @@ class TarSamples:
 
 
 def _samples(url: str, stream: Any, left_out: LeftOut) -> Iterator[Raw]:
-    """The samples of one tar, each image in memory as a whole.
+    """Yield the samples of one tar.
 
     Raises:
-        BadImage: the tar is cut, or damaged; what stands before was given.
+        BadImage: the tar is cut short or damaged; the samples before the damage have been yielded.
     """
     reader = TarReader(tape := Forward(decompressed(stream)))  # type: ignore[arg-type]
     apart = _Apart()
@@ -100,7 +100,7 @@ def _samples(url: str, stream: Any, left_out: LeftOut) -> Iterator[Raw]:
             key, of = another, archive
             wanted = is_image(ext) or ext.rpartition(".")[2] in ("cls", ARRAY)
             members[ext] = _Member(name, _content(tape, offset, size) if wanted else b"")
-    except Exception as raised:  # decompressors raise almost anything; what was read before stands
+    except Exception as raised:  # decompressors raise almost anything; raised below, after the samples read before
         error = raised
     if members:
         yield from _of_key(url, key, members, apart, left_out)
@@ -136,7 +136,7 @@ def _of_key(url: str, key: str, members: dict[str, _Member], apart: "_Apart", le
 
 
 class _Apart:
-    """Finds keys whose members do not lie side by side: an image here, the rest of its sample there."""
+    """A detector of keys whose members do not lie side by side in the tar: the image apart from its label."""
 
     def __init__(self) -> None:
         self._keys: dict[int, bool] = {}  # hash of a key → whether it came with an image
@@ -144,7 +144,7 @@ class _Apart:
         self.count = 0
 
     def add(self, key: str, image: bool) -> bool:
-        """Notes members of `key` that lay side by side; True when they stand apart from others of the key."""
+        """Record a run of members of `key`; return True when it is apart from other members of the key."""
         hashed = hash64(key)
         before = self._keys.get(hashed)
         if len(self._keys) < MOST_KEYS:

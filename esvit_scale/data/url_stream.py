@@ -1,9 +1,9 @@
-"""Samples of plain WebDataset tars, without our manifest and index: local files, `pipe:` commands, URLs, braces, mixes.
+"""Samples of plain WebDataset tars, which have no manifest and index: local files, `pipe:` commands, URLs, braces, mixes.
 
 Such tars can only be read from the front, and do not say how many samples they hold. So `data.epoch_samples` gives the
-length of an epoch, and ranks × workers share the tars out: the order depends on how many they are. An epoch begins
-afresh, so a resume reads again, without decoding, what its epoch had read; at the same number of ranks and workers the
-batches are then the same bit for bit.
+length of an epoch, and the tars are divided among ranks × workers, on whose number the order therefore depends. Every
+epoch starts from the beginning of its tars, so a resume reads again, without decoding, what its epoch had read before; at
+the same number of ranks and workers the batches are then the same bit for bit.
 """
 
 import glob
@@ -21,9 +21,10 @@ from webdataset import filters, shardlists
 
 from esvit_scale.config import Data
 from esvit_scale.data.decode import BadImage
+from esvit_scale.data.hashing import derive_seed
 from esvit_scale.data.loader import LoaderAssignment, NoValidSamples, reason
 from esvit_scale.data.manifest import parse_label
-from esvit_scale.data.order import hash64, permutation
+from esvit_scale.data.order import permutation
 from esvit_scale.data.reader import StorageGone
 from esvit_scale.data.tar_names import TAR
 from esvit_scale.data.tar_reader import NO_ZSTD, open_zstd
@@ -33,32 +34,36 @@ from esvit_scale.errors import UserError
 
 log = logging.getLogger(__name__)
 
-SHUFFLE = 1000  # samples, still encoded, that a worker draws the next one from
-RESERVES = 8  # of an epoch's first samples a worker keeps to put in the place of bad ones
+SHUFFLE = 1000  # encoded samples in a worker's shuffle buffer
+RESERVES = 8  # first samples of an epoch that a worker keeps as substitutes for bad ones
 
 
 class UrlSet(NamedTuple):
+    """The tars of one set, and its weight in a mix."""
+
     urls: tuple[str, ...]
     weight: float  # share of the samples, relative to the other sets'
 
 
 @dataclass(frozen=True)
 class UrlSets:
+    """One or several sets of plain tars."""
+
     sets: tuple[UrlSet, ...]
-    samples: int  # of an epoch, as the config says
+    samples: int  # of an epoch, from data.epoch_samples
 
     @staticmethod
     def wanted(data: Data) -> bool:
-        """Whether `data` names tars rather than the folder of an indexed set."""
+        """Return whether `data` names tars rather than the folder of an indexed set."""
         url = data.train.startswith("pipe:") or "://" in data.train or TAR.search(data.train)
         return bool(data.mix) or (bool(url or "{" in data.train) and not Path(data.train).is_dir())
 
     @staticmethod
     def open(data: Data) -> "UrlSets":
-        """Expands braces and looks for local files; opens nothing.
+        """Expand braces and patterns and check that local files exist; no tar is opened.
 
         Raises:
-            UserError: epoch_samples is not set, both `train` and `mix` are, or a local tar is missing.
+            UserError: data.epoch_samples is not set, data.train and data.mix are both set, or a local tar is missing.
         """
         if data.mix and data.train:
             raise UserError("data.mix: data.train is set too; list every set in data.mix, or give data.train alone")
@@ -67,19 +72,20 @@ class UrlSets:
             squeezed = next((urls for urls in named if TAR.search(urls) and not urls.lower().endswith(".tar")), None)
             raise UserError(
                 f"data.epoch_samples: not set; {f'{squeezed} is a compressed tar, and' if squeezed else 'plain'} tars do not "
-                "say how many samples they hold: give the number that makes an epoch, or write an indexed set with "
+                "say how many samples they hold: set the number of samples in an epoch, or write an indexed set with "
                 f"`esvit-scale shards create`{' from the decompressed tar' if squeezed else ''}"
             )
         mix = [(m.urls, m.weight) for m in data.mix] or [(data.train, 1.0)]
         return UrlSets(tuple(UrlSet(tuple(_expanded(urls)), weight) for urls, weight in mix), data.epoch_samples)
 
     def check_consumers(self, consumers: int) -> None:
-        """Raises UserError when a set has fewer tars than processes that read."""
+        """Raise UserError when a set has fewer tars than there are processes that read them."""
         for s in self.sets:
             if len(s.urls) < consumers:
                 raise UserError(
-                    f"data.workers: {consumers} loader processes over all ranks, but {s.urls[0]} and its like are "
-                    f"{len(s.urls)} tars; without an index a tar has one reader: use fewer workers, or more and smaller tars"
+                    f"data.workers: {consumers} loader processes over all ranks, but the set of {s.urls[0]} has "
+                    f"{len(s.urls)} tars; a tar without an index is read by one process: set fewer data.workers, or make more "
+                    "and smaller tars"
                 )
 
 
@@ -100,10 +106,10 @@ def _expanded(spec: str) -> list[str]:
 
 
 def _matches(url: str) -> list[str]:
-    """The local files that a pattern of `*`, `?` and `[…]` matches, by name; anything else as it is.
+    """Return the local files that a pattern of `*`, `?` and `[…]` matches, by name, and anything else unchanged.
 
     Raises:
-        UserError: none matches.
+        UserError: no file matches the pattern.
     """
     if url.startswith("pipe:") or "://" in url or not glob.has_magic(url) or Path(url).exists():
         return [url]
@@ -115,16 +121,22 @@ def _matches(url: str) -> list[str]:
 
 @dataclass(frozen=True)
 class UrlSamples:
-    """This worker's samples of the batches of an assignment, in order."""
+    """The samples that the calling loader process contributes to the batches of an assignment, in order."""
 
     assignment: LoaderAssignment
     source: UrlSets
 
     def __call__(self) -> Iterator[DecodedSample]:
+        """Yield the decoded samples, batch by batch.
+
+        Raises:
+            NoValidSamples: a sample and its substitutes are bad, or the tars hold no samples.
+            StorageGone: no tar can be read.
+        """
         assignment = self.assignment
         if assignment.start and assignment.rank == 0 and assignment.worker()[0] == 0:
             log.warning(
-                "streamed data: the run goes on exactly if it had %d ranks × %d workers before; with another number, this "
+                "streamed data: the resume is exact if the run had %d ranks × %d workers before; with another number, this "
                 "epoch repeats some samples and leaves others out",
                 assignment.world_size,
                 assignment.worker()[1],
@@ -142,8 +154,11 @@ class UrlSamples:
     def _epoch(
         self, tars: TarSamples, epoch: int, start: int, stop: int, bad: list[dict[str, Any]]
     ) -> Iterator[DecodedSample]:
-        """The parts of steps start..stop-1 of an epoch; what comes before them is read, not decoded. `bad` holds what
-        could not be read and no sample has told of yet."""
+        """Yield this worker's samples of steps start..stop-1 of an epoch; samples before them are read but not decoded.
+
+        Args:
+            bad: quarantine rows about tars, to which reading adds and which the next sample carries.
+        """
         assignment = self.assignment
         positions = [
             slot * assignment.images_per_slot + i
@@ -158,7 +173,7 @@ class UrlSamples:
             yield self._decoded(epoch, number, raw, reserves, positions[number % len(positions)])
 
     def _decoded(self, epoch: int, number: int, raw: Raw, reserves: list[Raw], position: int) -> DecodedSample:
-        """A sample, or a reserve in its place: which raw samples are consumed never depends on what decodes."""
+        """Return a sample, or a reserve in its place, so that the samples consumed never depend on which of them decode."""
         bad = list(raw.bad)
         stand_ins = [reserves[(number + i) % len(reserves)] for i in range(len(reserves))]
         for attempt, candidate in enumerate([raw, *stand_ins]):
@@ -175,17 +190,19 @@ class UrlSamples:
                 bad.append({**where, "reason": f"slow: {took:.0f} s to decode", "used": True})
             return DecodedSample(position, candidate.key, parse_label(candidate.label), *decoded, bad)
         raise NoValidSamples(
-            f"{raw.url}: {raw.key} and all {len(reserves)} samples that could stand in for it are bad (last: {bad[-1]['reason']})"
+            f"{raw.url}: {raw.key} and all {len(reserves)} samples that could replace it are bad (last: {bad[-1]['reason']})"
         )
 
     def _raw(self, tars: TarSamples, epoch: int, bad: list[dict[str, Any]]) -> Iterator[Raw]:
-        """An endless stream of this worker's share of all sets, mixed by weight and shuffled: a pure function of
-        (seed, epoch, worker) as long as every tar can be read."""
+        """Yield this worker's share of all sets without end, mixed by weight and shuffled.
+
+        It is a pure function of (seed, epoch, worker) as long as every tar can be read.
+        """
         worker, workers = self.assignment.worker()
         consumer, consumers = self.assignment.rank * workers + worker, self.assignment.world_size * workers
         key = (self.assignment.config.seed, epoch, consumer, consumers)
         sets = [self._set(tars, n, epoch, consumer, consumers, bad) for n in range(len(self.source.sets))]
-        chooser = random.Random(hash64(*key, "mix"))
+        chooser = random.Random(derive_seed(*key, "mix"))
         weights = [s.weight for s in self.source.sets]
         while True:
             yield next(sets[chooser.choices(range(len(sets)), weights)[0]])
@@ -193,19 +210,19 @@ class UrlSamples:
     def _set(
         self, tars: TarSamples, number: int, epoch: int, consumer: int, consumers: int, bad: list[dict[str, Any]]
     ) -> Iterator[Raw]:
-        """One set again and again; every time its tars are dealt out anew, and their samples shuffled."""
+        """Yield the samples of one set over and over; each time its tars are dealt out again and their samples shuffled."""
         seed, urls = self.assignment.config.seed, self.source.sets[number].urls
         buffer = max(SHUFFLE // len(self.source.sets), 2)
         for turn in itertools.count():
             order = permutation(len(urls), seed, epoch, "tars", number, turn)[consumer::consumers]
             samples = tars.of([urls[i] for i in order], epoch, bad)
-            chooser = random.Random(hash64(seed, epoch, "shuffle", number, turn, consumer, consumers))
+            chooser = random.Random(derive_seed(seed, epoch, "shuffle", number, turn, consumer, consumers))
             came = False
             for raw in filters._shuffle(samples, buffer, buffer // 2, chooser):
                 came = True
                 again = f"#{turn}" if turn else ""
                 yield raw._replace(crop_key=raw.key + again, bad=[bad.pop(0) for _ in range(len(bad))])
             if not came:
-                last = bad[-1] if bad else {"shard": urls[0], "reason": "no samples in it"}
-                message = f"{last['shard']}: {last['reason']}; nothing could be read from any of this worker's {len(order)} tars"
+                last = bad[-1] if bad else {"shard": urls[0], "reason": "it holds no samples"}
+                message = f"{last['shard']}: {last['reason']}; none of this worker's {len(order)} tars gave a sample"
                 raise StorageGone(message) if last.get("io") else NoValidSamples(message)

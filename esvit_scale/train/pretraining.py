@@ -73,7 +73,7 @@ def open_and_train(config: Config, world: World, watchdog: Watchdog) -> int:
         return trainer.train(RunResources(path, lock, watchdog, data, identity, checkpoint, knn))
 
 
-def _checked_identity(config: Config, data: stream.Source, checkpoint: Path | None) -> Identity:
+def _checked_identity(config: Config, data: stream.TrainingData, checkpoint: Path | None) -> Identity:
     """Return the identity of the data. Raise UserError when the checkpoint was trained on other data."""
     now = identities.identity(data)
     if checkpoint is None:

@@ -5,7 +5,7 @@ import socket
 from esvit_scale.data import staging
 from esvit_scale.data.manifest import Manifest
 from esvit_scale.data.mix import MixedSets
-from esvit_scale.data.stream import Source
+from esvit_scale.data.stream import TrainingData
 from esvit_scale.errors import UserError
 from esvit_scale.parallel import collectives
 from esvit_scale.train.watchdog import Watchdog
@@ -13,7 +13,7 @@ from esvit_scale.train.watchdog import Watchdog
 WAIT_S = 24 * 3600.0  # how long a rank may wait for others that copy; the one that copies reports progress
 
 
-def on_every_node(data: Source, folder: str, watchdog: Watchdog) -> Source:
+def on_every_node(data: TrainingData, folder: str, watchdog: Watchdog) -> TrainingData:
     """Copy the shard set, or the sets of a mix, to this node's `folder`, and return the copy. All ranks call it.
 
     Raises:

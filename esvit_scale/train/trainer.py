@@ -22,7 +22,7 @@ from esvit_scale.checkpoint.saver import Saver
 from esvit_scale.config import Config
 from esvit_scale.data import stream
 from esvit_scale.data.identity import Identity
-from esvit_scale.data.stream import Batch, MicroBatch, Source
+from esvit_scale.data.stream import Batch, MicroBatch, TrainingData
 from esvit_scale.errors import Diverged, UserError
 from esvit_scale.models.drop_path import drop_keys
 from esvit_scale.objective.schedules import Schedules
@@ -51,7 +51,7 @@ class RunResources:
     path: Path  # the run dir
     lock: Lock
     watchdog: Watchdog
-    data: Source
+    data: TrainingData
     identity: Identity  # of `data`, for checkpoints
     checkpoint: Path | None  # step folder to resume from
     knn: OnlineKnn | None

@@ -81,7 +81,7 @@ def test_every_layout_gives_the_stored_values(kind: str, channels: int, bits: in
     np.testing.assert_array_equal(found, pixels)
 
 
-def test_what_pillow_reads_is_taken_as_stored() -> None:
+def test_pixels_read_by_pillow_keep_stored_values() -> None:
     grey = bands(0, 1)[:, :, 0]
     np.testing.assert_array_equal(decode_as_stored(encoded(Image.fromarray(grey)), 1, 16)[:, :, 0], grey)
     rgba = picture(0).convert("RGBA")
@@ -96,7 +96,7 @@ def test_what_pillow_reads_is_taken_as_stored() -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_tiff_orientation_of_bands(orientation: int) -> None:
+def test_tiff_orientation_is_undone_for_all_bands(orientation: int) -> None:
     stored = bands(0)
     out = io.BytesIO()
     tifffile.imwrite(
@@ -136,7 +136,7 @@ def huge_npy() -> bytes:
         (npy(np.zeros((2, 30, 13), np.uint16)), "shorter side is under"),
     ],
 )
-def test_what_does_not_fit_names_its_reason(data: bytes, reason: str) -> None:
+def test_unusable_arrays_name_their_reason(data: bytes, reason: str) -> None:
     with pytest.raises(BadImage, match=reason) as error:
         decode_as_stored(data, CHANNELS, 16)
     assert "\n" not in str(error.value)
@@ -160,7 +160,7 @@ def test_mutated_files_are_bad_images_or_arrays() -> None:
     assert 100 < bad < 300
 
 
-def test_arrays_of_colour_are_pictures_too() -> None:
+def test_colour_arrays_decode_as_rgb() -> None:
     rgb = np.asarray(picture(0))
     np.testing.assert_array_equal(np.asarray(decode(npy(rgb))), rgb)
     np.testing.assert_array_equal(np.asarray(decode(npy(np.moveaxis(rgb, 2, 0)))), rgb)
@@ -197,7 +197,7 @@ def config_of(train: Path | str, **data: Any) -> Config:
     return validate({"data": section, "train": {"global_batch": 4}}, "test")
 
 
-def test_a_set_records_its_pixels_and_quarantines_others(
+def test_manifest_records_pixel_format_and_others_are_quarantined(
     tile_set: manifests.Manifest, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert (tile_set.samples, tile_set.channels, tile_set.bits) == (20, 13, 16)
@@ -224,14 +224,14 @@ def test_a_set_records_its_pixels_and_quarantines_others(
     capsys.readouterr()
 
 
-def test_sets_of_pictures_are_written_as_before(shard_set: manifests.Manifest) -> None:
+def test_rgb_sets_have_unchanged_manifests(shard_set: manifests.Manifest) -> None:
     raw = json.loads((shard_set.root / "manifest.json").read_bytes())
     assert "channels" not in raw
     assert (shard_set.channels, shard_set.bits) == (3, 8)
 
 
 @pytest.mark.parametrize("options", [[], ["--channels", "12", "--bits", "16"], ["--channels", "13"]])
-def test_when_no_image_fits_it_says_what_would(
+def test_error_names_fitting_options_when_no_image_fits(
     folder: Path, tmp_path: Path, options: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["shards", "create", str(folder / "b"), str(tmp_path / "set"), *options, "--workers", "1"]) == 2
@@ -240,7 +240,7 @@ def test_when_no_image_fits_it_says_what_would(
 
 
 @pytest.mark.parametrize("kind", ["folder", "tar", "zip"])
-def test_arrays_come_from_folders_and_archives(tmp_path: Path, kind: str) -> None:
+def test_arrays_are_read_from_folders_and_archives(tmp_path: Path, kind: str) -> None:
     files = {f"{'ab'[i % 2]}/t{i}.npy": npy(bands(i, 4, 8)) for i in range(4)}
     source = tmp_path / "source"
     source.mkdir()
@@ -335,8 +335,10 @@ def test_augmentations_are_those_defined_for_channels() -> None:
 # --- configs, evaluation, trunks ---------------------------------------------------------------------------------------
 
 
-def test_configs_that_do_not_fit_say_so(tile_set: manifests.Manifest) -> None:
-    with pytest.raises(UserError, match=r"13 channels of 16 bits have no usual values; `esvit-scale shards stats"):
+def test_config_with_wrong_pixel_format_is_an_error(tile_set: manifests.Manifest) -> None:
+    with pytest.raises(
+        UserError, match=r"there are no usual values for 13 channels of 16 bits; `esvit-scale shards stats"
+    ):
         open_data(config_of(tile_set.root, mean=None, std=None))
     with pytest.raises(UserError, match=r"set data.channels=13 data.bits=16"):
         open_data(config_of(tile_set.root, channels=3, bits=8, mean=None, std=None))
@@ -369,7 +371,7 @@ def test_evaluation_of_sets_and_folders(
         next(evaluation_batches(tile_set.root, 14, 8))
 
 
-def test_a_long_array_costs_its_output() -> None:
+def test_centre_crop_of_long_array_uses_little_memory() -> None:
     long = np.zeros((8, 65000, 2), np.uint16) + 7
     assert centre_crop(long, 14).shape == (2, 14, 14)
     assert (centre_crop(long.transpose(1, 0, 2), 14) == 7).all()
@@ -419,7 +421,7 @@ def test_all_trunks_are_tried() -> None:
     assert {"swin_t", "swinv2_t", "deit_s", "vit_s_moco", "resnet50", "cvt_s1", "vil_2262", "focal_t"} <= TRUNKS.keys()
 
 
-def test_without_tifffile_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_tifffile_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(raster, "tifffile", None)
     with pytest.raises(BadImage, match=r"pip install 'esvit-scale\[tiff\]'"):
         decode_as_stored(tiff(bands(0)), CHANNELS, 16)

@@ -42,7 +42,7 @@ def test_links_are_followed_but_not_in_circles(linked: Path, tmp_path: Path, cap
     assert not (tmp_path / "strict" / manifests.MANIFEST).exists()
 
 
-def test_strict_tells_of_images_when_all_are_looked_at(image_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_strict_reports_bad_images_at_the_end(image_folder: Path, tmp_path: Path, capsys: Capture) -> None:
     (image_folder / "a" / "bad.png").write_bytes(b"no picture")
     assert run_create(image_folder, tmp_path / "set", "--strict") == 2
     assert "1 images: damaged, or not an image (a/bad.png)" in capsys.readouterr().err
@@ -87,7 +87,7 @@ def test_the_innermost_folder_can_be_the_class(tmp_path: Path, capsys: Capture) 
     assert "--label parent makes the innermost folders the classes" in capsys.readouterr().err
 
 
-def test_folders_named_like_splits_are_said(tmp_path: Path) -> None:
+def test_class_folders_named_like_splits_are_noted(tmp_path: Path) -> None:
     def notes(root: Path) -> list[str]:
         return open_source(str(root), SourceOptions())[""].notes
 

@@ -62,13 +62,13 @@ def test_a_set_whose_classes_are_named_by_numbers_keeps_them(names: str, picture
         assert contents(write(tmp_path / "sets", tmp_path / f"all{number}", kind="tars", **options)) == first
 
 
-def test_a_numbering_that_nobody_expects_is_said(pictures: Path, tmp_path: Path) -> None:
+def test_unexpected_numbering_of_classes_is_noted(pictures: Path, tmp_path: Path) -> None:
     def notes(where: Path, **options: str) -> list[str]:
         return open_source(str(where), SourceOptions(**options))[""].notes  # type: ignore[arg-type]
 
     table = pictures / "x.csv"
     table.write_text("path,y\n0.png,10\n1.png,2\n2.png,unknown\n")
-    assert "label 'unknown' is no class number: all labels are names" in notes(table, label="y")[0]
+    assert "label 'unknown' is no class number, so all labels are taken as names" in notes(table, label="y")[0]
     table.write_text("path,y\n0.png,2019\n1.png,2020\n2.png,\n")
     assert "2 class numbers up to 2020 make 2021 classes" in notes(table, label="y")[0]
     table.write_text("path,y\n0.png,2\n1.png,10\n2.png,-1\n3.png,nan\n")

@@ -58,7 +58,7 @@ def views(seed: int = 0, epoch: int = 0, key: str = "k") -> list[PlacedCrop]:
     return place_crops(config_with(seed=seed), epoch, key, 40, 30)
 
 
-def test_views_depend_on_their_key_alone() -> None:
+def test_crops_depend_on_their_key_alone() -> None:
     first = views()
     for _ in range(3):
         np.random.default_rng().random()
@@ -91,12 +91,12 @@ def test_pixels_are_torchvisions_crop_then_resize_then_flip(image: Image.Image, 
             assert error.max() <= 8  # in a channel of a pixel or two, where a weight is rounded the other way
 
 
-def test_a_crop_of_the_size_wanted_is_copied() -> None:
+def test_crop_of_output_size_is_copied() -> None:
     image = picture(0, 40, 30)
     np.testing.assert_array_equal(cut(image, (3, 4, 19, 20), 16), np.asarray(image)[4:20, 3:19])
 
 
-def test_a_reduced_copy_is_taken_only_where_pixels_are_to_spare() -> None:
+def test_reductions_keep_enough_pixels_per_output_pixel() -> None:
     whole, small = (0, 0, 2000, 1500), (100, 100, 300, 300)
     assert choose_reductions([whole, whole], [224, 96], 2000, 1500) == [4, 4]
     assert choose_reductions([whole, whole, whole], [224, 96, 96], 2000, 1500) == [4, 8, 8]
@@ -116,18 +116,18 @@ def test_all_crops_together_differ_little_from_a_resize_of_the_whole_picture(kin
     decoded = Image.open(io.BytesIO(data)).convert("RGB")
     errors, reduced = [], 0
     for key in map(str, range(6)):
-        placed, scales, levels = decode_for_crops(config, 0, key, data)
-        for view, r, size in zip(placed, scales, config.crop_sizes, strict=True):
+        crops, reductions, pyramid = decode_for_crops(config, 0, key, data)
+        for crop, r, size in zip(crops, reductions, config.crop_sizes, strict=True):
             reduced += r > 1
             out = np.empty((size, size, 3), np.uint8)
-            levels.cut(view.box, r, view.flip, out)
-            snapped = tuple(min(round(x / r) * r, limit) for x, limit in zip(view.box, decoded.size * 2, strict=True))
+            pyramid.cut(crop.box, r, crop.flip, out)
+            snapped = tuple(min(round(x / r) * r, limit) for x, limit in zip(crop.box, decoded.size * 2, strict=True))
             plain = np.asarray(decoded.crop(snapped).resize((size, size), Image.Resampling.BICUBIC)).astype(int)
-            errors.append(np.abs(out - (plain[:, ::-1] if view.flip else plain)).mean())
+            errors.append(np.abs(out - (plain[:, ::-1] if crop.flip else plain)).mean())
     assert reduced >= len(errors) / 2
     assert np.mean(errors) < 1
     assert max(errors) < 2.5
 
 
-def test_keys_of_any_text_work() -> None:
+def test_keyed_generator_accepts_any_text() -> None:
     assert keyed_generator(0, 0, "日本/\udcff", 0).random() != keyed_generator(0, 0, "日本/\udcfe", 0).random()

@@ -30,7 +30,7 @@ def test_broken_exif_leaves_the_picture() -> None:
     assert decode(data).size == (20, 16)
 
 
-def test_cmyk_jpeg() -> None:
+def test_cmyk_jpeg_decodes_to_rgb() -> None:
     original = picture(1)
     data = encoded(original.convert("CMYK"), "JPEG", quality=98)
     assert Image.open(io.BytesIO(data)).mode == "CMYK"
@@ -102,7 +102,7 @@ def png_of(header: bytes, rows: bytes) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(body)
 
 
-def test_16_bit_rgb_png() -> None:
+def test_16_bit_rgb_png_decodes_to_8_bits() -> None:
     row = b"\0" + b"".join(struct.pack(">HHH", 65535, i * 4096, 0) for i in range(16))
     data = png_of(struct.pack(">IIBBBBB", 16, 8, 16, 2, 0, 0, 0), row * 8)
     decoded = pixels(decode(data))
@@ -110,7 +110,7 @@ def test_16_bit_rgb_png() -> None:
     assert np.abs(decoded[0, :, 1] - np.arange(16) * 16).max() <= 1
 
 
-def test_palette_grey_bilevel_gif() -> None:
+def test_palette_grey_bilevel_and_gif_decode_to_rgb() -> None:
     original = picture(2)
     palette = original.convert("P", palette=Image.Palette.ADAPTIVE, colors=64)
     assert (pixels(decode(encoded(palette))) == np.asarray(palette.convert("RGB"))).all()
@@ -121,7 +121,7 @@ def test_palette_grey_bilevel_gif() -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_transparent_pixels_lie_on_white(mode: str) -> None:
+def test_transparent_pixels_are_blended_with_white(mode: str) -> None:
     rgba = Image.new("RGBA", (8, 8), (10, 10, 10, 255))
     rgba.paste((10, 10, 10, 0), (0, 0, 4, 8))
     if mode == "P":

@@ -51,7 +51,7 @@ def test_every_near_pair_is_found(distance: int) -> None:
 
 
 @pytest.mark.parametrize("distance", [0, 2, 3])
-def test_an_image_goes_when_a_kept_one_before_it_is_near(distance: int) -> None:
+def test_image_is_dropped_when_an_earlier_kept_one_is_near(distance: int) -> None:
     rng = np.random.default_rng()
     hashes = random_hashes(rng, 400)
     found = _similar(hashes, distance)
@@ -71,7 +71,7 @@ def photographs() -> list[Image.Image]:
     ]
 
 
-def test_the_hash_survives_what_does_not_change_the_picture() -> None:
+def test_perceptual_hash_survives_resizing_and_re_encoding() -> None:
     def bits(image: Image.Image, kind: str = "PNG", **options: int) -> int:
         return perceptual_hash(encoded(image, kind, **options)) or 0
 

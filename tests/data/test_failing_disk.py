@@ -36,7 +36,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["shard set", "plain tars"])
-def test_eio_on_every_read_is_75_after_one_round_of_delays(
+def test_eio_on_every_read_exits_75_after_one_round_of_delays(
     library: Path, shards: Path, tmp_path: Path, kind: str
 ) -> None:
     run = tmp_path / "run"
@@ -71,7 +71,7 @@ def test_eio_on_every_read_is_75_after_one_round_of_delays(
 
 
 @pytest.mark.slow
-def test_a_start_on_a_failing_disk_is_one_line(library: Path, shards: Path, tmp_path: Path) -> None:
+def test_start_on_failing_disk_ends_with_one_line(library: Path, shards: Path, tmp_path: Path) -> None:
     (tmp_path / "now").touch()
     path = tiny.write_config(tmp_path / "c.yaml", tiny.config(tmp_path / "run", shards))
     fail = {"LD_PRELOAD": str(library), "FAIL_UNDER": str(shards), "FAIL_WHEN": str(tmp_path / "now")}

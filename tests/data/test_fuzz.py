@@ -54,15 +54,15 @@ def turned() -> bytes:
     return exif.tobytes()
 
 
-def test_files() -> None:
+def test_mutated_image_files_decode_or_raise_bad_image() -> None:
     rng, config, files = np.random.default_rng(0), config_with(), originals()
     reasons, slowest = [], 0.0
     for i in range(FILES):
         data, began = mutated(rng, files[i % len(files)]), time.process_time()
         try:
-            views, scales, levels = decode_for_crops(config, 0, str(i), data)
-            for view, reduction, size in zip(views, scales, config.crop_sizes, strict=True):
-                levels.cut(view.box, reduction, view.flip, np.empty((size, size, 3), np.uint8))
+            crops, reductions, pyramid = decode_for_crops(config, 0, str(i), data)
+            for crop, reduction, size in zip(crops, reductions, config.crop_sizes, strict=True):
+                pyramid.cut(crop.box, reduction, crop.flip, np.empty((size, size, 3), np.uint8))
         except BadImage as error:
             reasons.append(str(error))
         slowest = max(slowest, time.process_time() - began)
@@ -96,7 +96,7 @@ def read_all(root: Path, name: str) -> tuple[int, int]:
     return good, bad
 
 
-def test_tars(tmp_path: Path, tar: tuple[bytes, bytes]) -> None:
+def test_mutated_shards_give_samples_or_expected_errors(tmp_path: Path, tar: tuple[bytes, bytes]) -> None:
     rng, (data, index) = np.random.default_rng(1), tar
     name = "shard-000000.tar"
     (tmp_path / manifests.MANIFEST).write_text("{}")

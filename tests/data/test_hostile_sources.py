@@ -59,14 +59,14 @@ def test_a_cut_tar_gives_what_is_whole_and_says_so(images: dict[str, bytes], tmp
 
 
 @pytest.mark.parametrize("place", [[512, 1 << 60], [1 << 62, 10], [-1, 5]])
-def test_an_index_beside_a_tar_that_cannot_be_true(place: list[int], images: dict[str, bytes], tmp_path: Path) -> None:
+def test_index_that_does_not_fit_its_tar_is_ignored(place: list[int], images: dict[str, bytes], tmp_path: Path) -> None:
     tar = tar_of(tmp_path / "x.tar", images)
     lines = [{"format_version": 1, "shard": "x.tar"}, *([name, {"png": place}] for name in ("p", "q"))]
     manifests.index_path(tar).write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert set(contents(write(tar, tmp_path / "set"))) == set(images.values())
 
 
-def test_hostile_zips(images: dict[str, bytes], tmp_path: Path) -> None:
+def test_hostile_zip_members_are_bad_images(images: dict[str, bytes], tmp_path: Path) -> None:
     path = tmp_path / "x.zip"
     good = images["a/p0.png"]
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
@@ -139,7 +139,7 @@ def test_mutated_archives_give_images_or_one_line(kind: str, tmp_path: Path, ima
                 source.read(i)
 
 
-def test_names_that_are_no_utf8_in_lists(tmp_path: Path) -> None:
+def test_list_paths_that_are_not_utf8_are_read(tmp_path: Path) -> None:
     name = b"caf\xe9.png"
     (tmp_path / os.fsdecode(name)).write_bytes(encoded(picture(0)))
     (tmp_path / "x.txt").write_bytes(name + b"\n" + b"gone\xe9.png\n")

@@ -37,7 +37,7 @@ def test_one_type_of_images_by_option(form: str, mixed: Path, tmp_path: Path, ca
         assert kinds == {{"jpg": "JPEG"}.get(form, form.upper())}
 
 
-def test_the_real_readers(mixed: Path, tmp_path: Path) -> None:
+def test_webdataset_and_hugging_face_read_our_shards(mixed: Path, tmp_path: Path) -> None:
     """What docs/your_data.md says of Hugging Face datasets, webdataset and torch's DataLoader."""
     datasets = pytest.importorskip("datasets", reason="pip install datasets")
     import webdataset

@@ -35,7 +35,7 @@ def test_files_beside_archives_are_counted(image_folder: Path, tmp_path: Path) -
     assert "taken for tars because of x.tar; --from folder reads its 12 image files" in source.notes[-1]
 
 
-def test_what_lies_beside_train_and_val_is_counted(tmp_path: Path, capsys: Capture) -> None:
+def test_files_beside_train_and_val_are_counted(tmp_path: Path, capsys: Capture) -> None:
     root = tmp_path / "src"
     for split, n in (("train", 2), ("val", 1), ("test", 3)):
         classes(root / split, ["n01", "n02"], n)
@@ -61,7 +61,7 @@ def test_what_lies_beside_train_and_val_is_counted(tmp_path: Path, capsys: Captu
     assert [(source.name(i), source.read(i).label) for i in range(len(source))] == [("n01.png", 0)]
 
 
-def test_what_img2dataset_leaves_beside_its_parts_is_counted(tmp_path: Path) -> None:
+def test_files_beside_img2dataset_parts_are_counted(tmp_path: Path) -> None:
     classes(tmp_path / "files", ["00000", "00001", "other"], 2)
     (tmp_path / "files" / "_tmp").mkdir()
     for name in ("00000_stats.json", "00000.parquet", "_tmp/0.feather", "00007_stats.json"):
@@ -77,7 +77,7 @@ def test_what_img2dataset_leaves_beside_its_parts_is_counted(tmp_path: Path) -> 
     assert {key: n for key, (n, _) in left(tmp_path / "files").items()} == expected
 
 
-def test_what_lies_in_a_shard_set_besides_is_counted(image_folder: Path, tmp_path: Path) -> None:
+def test_other_files_in_a_shard_set_are_counted(image_folder: Path, tmp_path: Path) -> None:
     write(image_folder, tmp_path / "set")
     assert left(tmp_path / "set") == {}
     for name in ("x.jpg", "notes.txt"):
@@ -90,7 +90,7 @@ def test_what_lies_in_a_shard_set_besides_is_counted(image_folder: Path, tmp_pat
     }
 
 
-def test_arrays_beside_images_are_never_lost_in_silence(image_folder: Path, tmp_path: Path) -> None:
+def test_arrays_beside_images_are_counted_or_refused(image_folder: Path, tmp_path: Path) -> None:
     arrays = tmp_path / "arrays" / "a"
     arrays.mkdir(parents=True)
     for i in range(3):

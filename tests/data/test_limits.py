@@ -32,7 +32,7 @@ def test_a_limit_is_named_with_its_remedy(error: Exception, said: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_other_errors_stay() -> None:
+def test_other_errors_are_not_translated() -> None:
     with pytest.raises(OSError, match="No space left"), limits.translate_limits():
         raise OSError(28, "No space left on device")
 
@@ -50,11 +50,11 @@ def in_a_shell(script: str, *arguments: str) -> "subprocess.CompletedProcess[str
 @pytest.mark.parametrize(
     ("limit", "said"),
     [
-        ("ulimit -n 50", "open files: this process may hold 50, and data.workers=2 need about 56"),
+        ("ulimit -n 50", "open files: this process may open 50, and data.workers=2 needs about 56"),
         ("mount -t tmpfs -o size=64k none /dev/shm", "/dev/shm is full (0 of 0 MiB are free)"),
     ],
 )
-def test_a_node_is_looked_at_before_processes_start(limit: str, said: str) -> None:
+def test_limits_of_node_are_checked_before_workers_start(limit: str, said: str) -> None:
     """With too few open files loader processes may hang instead of failing."""
     check = "from esvit_scale.data import limits; limits.check_node(0); limits.check_node(2)"
     done = in_a_shell(f'{limit}; "$1" -c "{check}"')

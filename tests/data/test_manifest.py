@@ -58,12 +58,12 @@ def shard(name: Any = "s.tar", samples: Any = 1) -> dict[str, Any]:
         ({"shards": None}, "not a well-formed manifest"),
     ],
 )
-def test_manifests_that_are_not_trusted(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
+def test_malformed_manifests_are_errors(tmp_path: Path, changes: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):
         manifests.load(write(tmp_path / "set", **changes))
 
 
-def test_what_is_no_set_says_so(tmp_path: Path) -> None:
+def test_folder_without_set_is_an_error_with_hint(tmp_path: Path) -> None:
     write(tmp_path / "right")
     with pytest.raises(UserError, match=r"no such shard folder; shard sets in .*: right"):
         manifests.load(tmp_path / "wrong")
@@ -76,12 +76,12 @@ def test_what_is_no_set_says_so(tmp_path: Path) -> None:
         manifests.load(tmp_path / "right")
 
 
-def test_sizes_name_the_shard(tmp_path: Path) -> None:
+def test_size_errors_name_the_shard(tmp_path: Path) -> None:
     manifest = manifests.load(write(tmp_path / "set"))
     with pytest.raises(UserError, match=r"shard-000000\.tar: No such file"):
         manifests.check_sizes(manifest)
     (tmp_path / "set" / "shard-000000.tar").write_bytes(b"x" * 10239)
-    with pytest.raises(UserError, match="truncated: 10239 bytes, the manifest says 10240"):
+    with pytest.raises(UserError, match="truncated: 10239 bytes; the manifest says 10240"):
         manifests.check_sizes(manifest)
     (tmp_path / "set" / "shard-000000.tar").write_bytes(b"x" * 10240)
     manifests.check_sizes(manifest)

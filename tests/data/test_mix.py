@@ -44,7 +44,7 @@ shapes = st.sampled_from([(1, 1), (4, 1), (4, 2), (4, 4), (6, 3), (12, 12)])
     steps=st.integers(1, 9),
     seed=st.integers(0, 2**40),
 )
-def test_every_set_goes_round_sample_by_sample(
+def test_each_set_repeats_only_after_all_its_samples(
     sets: list[tuple[float, list[int]]], shape: tuple[int, int], steps: int, seed: int
 ) -> None:
     """Over several epochs of the mix, the draws of a set are its epochs one after the other, each a permutation of its
@@ -124,14 +124,14 @@ def test_any_ranks_and_workers_draw_the_same_batches_from_any_start(
         assert parts == whole
 
 
-def test_large_mixes_cost_little() -> None:
+def test_large_mixes_use_little_memory() -> None:
     """One billion samples in 100,000 shards beside a set that goes round 50,000 times."""
     sets = list(zip(weights_of(9, 1), ([10_000] * 100_000, [100] * 20), strict=True))
     order = MixedOrder(0, sets, 10**9 // 4096, 4096, 512, 8)
     for slot in range(0, 512, 8):
         order.address(123_456, slot, 3)
     assert sum(len(order._counts[k]) for k, _ in order._orders) <= mix.CACHED_SHARDS
-    assert sum(stretch.nbytes for stretch in order._stretches.values()) <= 9 << 20
+    assert sum(chunk.nbytes for chunk in order._chunks.values()) <= 9 << 20
 
 
 # --- the real stream -------------------------------------------------------------------------------------------------
@@ -218,7 +218,7 @@ def test_a_bad_sample_is_replaced_by_one_of_its_set(sets: Path, tmp_path: Path) 
     assert same(stream(config_of(root), 2, 5, world=2), bad[2:])
 
 
-def test_the_identity_of_a_mix(sets: Path, tmp_path: Path) -> None:
+def test_identity_of_a_mix_depends_on_contents_and_weights(sets: Path, tmp_path: Path) -> None:
     def of(**more: Any) -> str:
         return identity(open_data(config_of(sets, **more)))["sha256"]
 
@@ -233,13 +233,13 @@ def refusals(sets: Path) -> Iterator[tuple[Config, str]]:
     yield config_of(sets, train=str(sets / "large")), r"data\.mix: data\.train is set too"
     yield (
         config_of(sets, weights=(1e6, 1e-6)),
-        r"data\.mix: small has 1e-12 of the weight, which is none of an epoch's 40",
+        r"data\.mix: small has 1e-12 of the total weight, too little for one of an epoch's 40",
     )
     yield config_of(sets, epoch_samples=7), r"train\.global_batch: 8 images, but the set holds 7 samples"
 
 
 @pytest.mark.parametrize("n", range(3))
-def test_mixes_that_do_not_work_say_what_to_change(sets: Path, n: int) -> None:
+def test_invalid_mixes_are_errors_that_name_the_remedy(sets: Path, n: int) -> None:
     config, says = next(islice(refusals(sets), n, None))
     with pytest.raises(UserError, match=says):
         batches(config, open_data(config), 0, 1, 0, 1)
@@ -274,10 +274,10 @@ def test_a_set_beside_plain_tars_is_read_as_tars(sets: Path, caplog: pytest.LogC
     assert not MixedSets.wanted(config.data)
     (batch,) = stream(config, 0, 1)
     assert len(batch.keys) == 8
-    assert "large is a shard set, but beside plain tars it is read as they are" in caplog.text
+    assert "large is a shard set, but it is mixed with plain tars and therefore streamed like them" in caplog.text
 
 
-def test_sets_of_one_name_get_two(sets: Path) -> None:
+def test_sets_of_the_same_name_get_distinct_names(sets: Path) -> None:
     config = config_of(sets, small=str(sets / "large"))
     data = open_data(config)
     assert isinstance(data, MixedSets)

@@ -53,7 +53,7 @@ def test_the_tag_turns_every_format(kind: str, orientation: int) -> None:
 @pytest.mark.parametrize(
     "text", [b"", b"[]", b"{}", b'{"exif": null}', b'{"exif": "{}"}', b'{"exif": "x"}', b"\xff", None]
 )
-def test_other_json_notes_nothing(text: bytes | None) -> None:
+def test_json_without_orientation_means_upright(text: bytes | None) -> None:
     assert noted(text) == 1
 
 
@@ -69,7 +69,7 @@ def test_a_source_is_turned_and_counted(tmp_path: Path, capsys: pytest.CaptureFi
     (source / "00000_stats.json").write_text(json.dumps({"count": 6, "successes": 6}))
     options = ["--rotate-as-noted", "--workers", "1"]
     assert cli.main(["shards", "create", str(source), str(tmp_path / "a"), "--from", "img2dataset", *options]) == 0
-    assert "turned 4 images by the orientation that their json notes" in capsys.readouterr().err
+    assert "turned 4 images to the orientation that their json records" in capsys.readouterr().err
     assert manifests.options(tmp_path / "a")["recipe"]["rotate_as_noted"] is True
     items = items_of(tmp_path / "a")
     for number in range(6):

@@ -54,7 +54,7 @@ def features(x: torch.Tensor) -> np.ndarray:
 
 
 @pytest.mark.parametrize("where", ["device", "workers"])
-def test_what_the_trunk_sees_is_distributed_as_officially(where: str) -> None:
+def test_augmented_crops_are_distributed_as_in_official_pipeline(where: str) -> None:
     if where == "workers":
         pytest.importorskip("cv2")
     data = encoded(Image.fromarray(skimage.data.astronaut()).resize((150, 110)), "JPEG", quality=95)

@@ -104,7 +104,7 @@ def test_substitutes_are_other_positions_and_pure() -> None:
     assert len(set(drawn.values())) == 100
 
 
-def test_errors_say_what_to_change() -> None:
+def test_errors_name_the_nearest_valid_value() -> None:
     with pytest.raises(UserError, match=r"set train\.global_batch=7 or less"):
         steps_per_epoch(7, 8)
     with pytest.raises(UserError, match=r"data\.slots: 3 slots do not divide"):
@@ -114,7 +114,7 @@ def test_errors_say_what_to_change() -> None:
 
 
 @pytest.mark.parametrize(("shards", "per_shard"), [(10_000, 1_000), (100_000, 10_000)], ids=["10 M", "1 B"])
-def test_large_sets_cost_little(shards: int, per_shard: int) -> None:
+def test_large_sets_use_little_memory(shards: int, per_shard: int) -> None:
     """State is O(shards); a window is shuffled when it is read. With 64 slots of a process in as many windows, as 8
     workers of a lone rank have."""
     counts = np.full(shards, per_shard)
@@ -131,8 +131,8 @@ def test_large_sets_cost_little(shards: int, per_shard: int) -> None:
     assert seconds < 1
 
 
-def test_reading_on_makes_no_window_twice_too_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    """512 slots in one process, each in its own window: a window is made once a stretch, not once a sample."""
+def test_sequential_reads_compute_each_window_once_per_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """512 slots in one process, each in its own window: a window is permuted once per chunk, not once per sample."""
     order = Order(0, 0, np.full(1024, 1000), 512, 512, 2)
     made = []
     real = orders.permutation
@@ -180,6 +180,16 @@ def test_any_ranks_and_workers_read_the_same_batches_from_any_start(
                         for i in range(assignment.images_per_slot)
                     ]
         assert parts == whole[t]
+
+
+def test_example_in_stream_docstring_is_true() -> None:
+    order, text = Order(0, 0, [4, 4, 2], 4, 4, 2), stream.__doc__ or ""
+    samples = ["{}/{}".format(*order.locate(position)) for position in range(10)]
+    (row,) = (line for line in text.splitlines() if line.strip().startswith("sample    1/0"))
+    assert row.split()[1:] == samples
+    for step in range(order.steps):
+        drawn = [samples[order.position(step, slot, 0)] for slot in range(4)]
+        assert any(line.split() == ["batch", str(step), *drawn] for line in text.splitlines())
 
 
 def test_a_resume_on_a_thousand_shards_starts_at_once(tmp_path: Path) -> None:

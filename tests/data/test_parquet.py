@@ -49,7 +49,7 @@ COLUMNS = {
 
 @pytest.mark.parametrize("name", COLUMNS)
 @pytest.mark.skipif(not hasattr(pa, "binary_view"), reason="this pyarrow has no views")
-def test_column_types(name: str, pictures: Path) -> None:
+def test_wrong_column_types_are_errors(name: str, pictures: Path) -> None:
     files = [(pictures / f"{i}.png").read_bytes() for i in range(4)]
     labels = pa.array([1.0, None, 3.0, float("nan")], pa.float32())
     where = parquet(pictures / "x.parquet", {"image": COLUMNS[name](files), "y": labels})
@@ -60,7 +60,7 @@ def test_column_types(name: str, pictures: Path) -> None:
 @pytest.mark.parametrize(
     ("columns", "says"),
     [
-        ({"image": [[b"x"]], "y": [1]}, "several images a row: write a row for each"),
+        ({"image": [[b"x"]], "y": [1]}, "for several images per row, write a row for each"),
         ({"image": [b"x"], "y": [[1, 2]]}, r"column y holds list<.*one label"),
         ({"image": [1], "y": [1]}, "column image holds int64"),
     ],

@@ -61,7 +61,7 @@ def test_jitter_in_every_order_is_torchvisions(order: int) -> None:
         torch.testing.assert_close(ours[i], expected, atol=2e-3, rtol=0)
 
 
-def test_the_orders_are_all_orders() -> None:
+def test_jitter_orders_are_all_permutations() -> None:
     assert set(photometric.ORDERS) == set(itertools.permutations(range(4)))
 
 
@@ -137,7 +137,7 @@ def test_the_whole_is_the_official_pillow_pipeline(crop: int) -> None:
     assert np.mean(errors) < 1.5
 
 
-def test_rows_do_not_touch_each_other() -> None:
+def test_crops_of_a_batch_do_not_affect_each_other() -> None:
     x, p = images(), drawn(6, 1)
     together = photometric.apply(x, p)
     for i in range(6):

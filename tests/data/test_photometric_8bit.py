@@ -57,7 +57,7 @@ def test_solarisation_is_exact() -> None:
     assert ramp[0, 1, 0] == 1
 
 
-def test_workers_leave_the_device_nothing_but_to_normalise(shard_set: Manifest) -> None:
+def test_with_photometric_workers_the_device_only_normalises(shard_set: Manifest) -> None:
     config = config_with()
     there = config.model_copy(update={"data": config.data.model_copy(update={"photometric": "workers"})})
     (a,), (b,) = (list(batches(c, shard_set, 0, 1, 2, 3)) for c in (config, there))
@@ -73,7 +73,7 @@ def test_workers_leave_the_device_nothing_but_to_normalise(shard_set: Manifest) 
         assert not torch.equal(before, after)
 
 
-def test_without_opencv_it_says_what_to_install(shard_set: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_opencv_error_names_the_extra(shard_set: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(photometric_8bit, "cv2", None)
     config = config_with()
     there = config.model_copy(update={"data": config.data.model_copy(update={"photometric": "workers"})})

@@ -140,7 +140,7 @@ def test_other_formats_are_decoded_whole(kind: str) -> None:
     np.testing.assert_array_equal(pixels, np.asarray(decode(data)))
 
 
-def test_harmless_damage_is_pillows_to_judge() -> None:
+def test_harmless_damage_decodes_with_pillow() -> None:
     """Junk between segments is a mere warning for Pillow; libjpeg-turbo's strict mode would drop the picture."""
     data = encoded(photograph(), "JPEG")
     junk = data[:-2] + b"\x00\x00\x00" + data[-2:]
@@ -154,7 +154,7 @@ def test_truncated_files_are_bad(library: str, keep: float) -> None:
         open_picture(data[: int(len(data) * keep)]).pixels(2)
 
 
-def test_a_thousand_scans_are_a_bomb() -> None:
+def test_jpeg_of_a_thousand_scans_is_bad() -> None:
     data = encoded(photograph(), "JPEG", progressive=True)
     scan = data.rindex(b"\xff\xda")
     bomb = data[:-2] + data[scan:-2] * 300 + data[-2:]

@@ -21,7 +21,7 @@ def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ENOTCONN])
-def test_errors_that_pass_are_waited_for(shard_set: Manifest, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_transient_errors_are_retried(shard_set: Manifest, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     reader = ShardReader(shard_set)
     expected = reader.image(1, reader.entry(1, 2))
     failures, handles, pread = [0, 1], [], os.pread
@@ -42,7 +42,9 @@ def test_errors_that_pass_are_waited_for(shard_set: Manifest, monkeypatch: pytes
     assert len(opened) == 2  # the file is opened anew: the descriptor of a lost mount stays bad
 
 
-def test_errors_that_stay_are_the_shards(shard_set: Manifest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_lasting_errors_are_blamed_on_the_shard(
+    shard_set: Manifest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     pread, name = os.pread, shard_set.shards[0].name
 
     def fail(handle: int, *rest: Any) -> bytes:
@@ -70,7 +72,7 @@ def test_errors_that_stay_are_the_shards(shard_set: Manifest, monkeypatch: pytes
     assert time.monotonic() - began < 0.05
 
 
-def test_a_mount_that_comes_back_is_waited_for(shard_set: Manifest, tmp_path: Path) -> None:
+def test_mount_that_comes_back_is_retried(shard_set: Manifest, tmp_path: Path) -> None:
     root = tmp_path / "set"
     mounted = damaged_copy(shard_set, root)
     root.rename(tmp_path / "away")
@@ -89,7 +91,7 @@ def test_a_mount_that_comes_back_is_waited_for(shard_set: Manifest, tmp_path: Pa
         timer.join()
 
 
-def test_a_mount_that_stays_away_stops(shard_set: Manifest, tmp_path: Path) -> None:
+def test_mount_that_stays_away_raises_storage_gone(shard_set: Manifest, tmp_path: Path) -> None:
     mounted = damaged_copy(shard_set, tmp_path / "set")
     reader = ShardReader(mounted)
     reader.entry(0, 0)

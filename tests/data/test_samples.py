@@ -48,6 +48,6 @@ def test_train_and_test_share_no_pixel(name: str, monkeypatch: pytest.MonkeyPatc
     assert not train & test
 
 
-def test_patches_larger_than_half_a_photograph() -> None:
-    with pytest.raises(UserError, match=r"half of .* is .*; use"):
+def test_patches_larger_than_half_a_photograph_are_an_error() -> None:
+    with pytest.raises(UserError, match=r"half of .* has .*; use"):
         samples.demo_samples(size=400, train=1, test=1)

@@ -78,7 +78,7 @@ def test_parts_merge_into_the_same_bytes(n: int, val: float, image_folder: Path,
     assert merge(tmp_path / "parts") == sets  # a second time: nothing to do
 
 
-def test_parts_at_the_same_time(image_folder: Path, tmp_path: Path) -> None:
+def test_parts_can_be_written_at_the_same_time(image_folder: Path, tmp_path: Path) -> None:
     write(image_folder, tmp_path / "whole", Recipe(samples_per_shard=1))
     base = [sys.executable, "-m", "esvit_scale", "shards"]
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
@@ -89,7 +89,7 @@ def test_parts_at_the_same_time(image_folder: Path, tmp_path: Path) -> None:
     assert files_of(tmp_path / "parts") == files_of(tmp_path / "whole")
 
 
-def test_merge_of_nothing(tmp_path: Path) -> None:
+def test_merge_without_parts_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no parts of a shard set in it"):
         merge(tmp_path)
 
@@ -116,7 +116,7 @@ sys.exit(cli.main(["shards", "create", sys.argv[1], sys.argv[2], "--samples-per-
 """
 
 
-def test_a_killed_worker_is_one_line_and_a_restart_finishes(image_folder: Path, tmp_path: Path) -> None:
+def test_killed_worker_is_one_line_error_and_restart_finishes(image_folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLS_ITSELF, image_folder, tmp_path / "set"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 75, done.stderr
@@ -152,13 +152,13 @@ def test_ten_random_kills_and_the_bytes_of_an_undisturbed_run(tmp_path: Path) ->
     assert files_of(tmp_path / "set") == files_of(tmp_path / "undisturbed")
 
 
-def test_a_source_that_goes_away_stops_and_can_go_on(
+def test_source_that_goes_away_stops_and_can_continue(
     image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("esvit_scale.data.planned_shard.RETRY_DELAYS", (0.01, 0.01))
     [source] = open_source(str(image_folder), SourceOptions()).values()
     image_folder.rename(tmp_path / "away")
-    with pytest.raises(RestartCanHelp, match=r"cannot be read any more \(No such file or directory\)"):
+    with pytest.raises(RestartCanHelp, match=r"can no longer be read \(No such file or directory\)"):
         load(source, 0)
     (tmp_path / "away").rename(image_folder)
     assert load(source, 0).data
@@ -170,7 +170,7 @@ def test_a_source_that_goes_away_stops_and_can_go_on(
 # --- what goes in ----------------------------------------------------------------------------------------------------
 
 
-def test_bytes_per_shard(tmp_path: Path) -> None:
+def test_bytes_per_shard_bounds_each_shard(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     for i in range(30):
         side = 10 + i * 3
@@ -200,7 +200,7 @@ def test_small_images_are_left_out(image_folder: Path, tmp_path: Path) -> None:
     assert rows[0]["reason"] == "20x16 pixels: the shorter side is under --min-side 32"
 
 
-def test_a_validation_part_by_key(image_folder: Path, tmp_path: Path) -> None:
+def test_val_split_depends_on_seed_and_key(image_folder: Path, tmp_path: Path) -> None:
     recipe = Recipe(val_fraction=0.3, seed=4)
     first = write(image_folder, tmp_path / "one", recipe)
     assert sorted(keys(first["train"]) + keys(first["val"])) == sorted(keys(write(image_folder, tmp_path / "all")[""]))
@@ -209,11 +209,11 @@ def test_a_validation_part_by_key(image_folder: Path, tmp_path: Path) -> None:
     for name in ("train", "val"):  # nobody changed sides
         assert set(keys(first[name])) == set(keys(second[name])) - {"b/another"}
         assert first[name].classes == ("a", "b")
-    with pytest.raises(UserError, match="of 13 samples none falls into val; nearest"):
+    with pytest.raises(UserError, match="none of the 13 samples falls into val; nearest"):
         write(image_folder, tmp_path / "three", Recipe(val_fraction=1e-9))
 
 
-def test_the_size_of_the_validation_part() -> None:
+def test_val_split_has_the_asked_fraction() -> None:
     from esvit_scale.data.keys import Keys
     from esvit_scale.data.shard_plan import split
 
@@ -243,7 +243,7 @@ def test_a_keep_list_chooses(image_folder: Path, tmp_path: Path, capsys: pytest.
     (tmp_path / "keep.txt").write_text("# chosen\na/p0.png\nb/p1.png\nno/such.png\n")
     [manifest] = write(image_folder, tmp_path / "set", Recipe(keep=tmp_path / "keep.txt")).values()
     assert sorted(keys(manifest)) == ["a/p0", "b/p1"]
-    assert "1 of its 3 lines name nothing" in capsys.readouterr().err
+    assert "1 of its 3 lines name no sample" in capsys.readouterr().err
     (tmp_path / "keep.txt").write_text("other/x.png\n")
     with pytest.raises(UserError, match="names none of the 12 samples"):
         write(image_folder, tmp_path / "set2", Recipe(keep=tmp_path / "keep.txt"))
@@ -254,7 +254,7 @@ def test_a_keep_list_chooses(image_folder: Path, tmp_path: Path, capsys: pytest.
 # --- encoding --------------------------------------------------------------------------------------------------------
 
 
-def test_re_encoding(tmp_path: Path) -> None:
+def test_re_encoding_gives_the_asked_size_quality_and_format(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     turned = Image.Exif()
     turned[0x0112] = 6
@@ -307,7 +307,7 @@ def test_repair_writes_what_is_damaged_and_nothing_else(split: str, image_folder
     (root / "shard-000003.tar").write_bytes(data)
     (root / "shard-000000.index.jsonl").write_text("nonsense")
     times = {p.name: p.stat().st_mtime_ns for p in root.iterdir()}
-    with pytest.raises(UserError, match="give the source: --repair SRC"):
+    with pytest.raises(UserError, match="give the source to write the tar again: --repair SRC"):
         repair(root, "")
     done = repair(root, str(image_folder), workers=2)
     assert len([line for line in done if line.endswith("written again")]) == 3
@@ -343,7 +343,7 @@ def test_repair_does_not_put_other_pixels_in(tmp_path: Path) -> None:
     for i in range(6):
         (tmp_path / "images" / f"{i}.bmp").write_bytes(encoded(picture(100 + i), "BMP"))
     before = files_of(tmp_path / "set")
-    with pytest.raises(UserError, match=r"shard-000001\.tar: comes out with another sha256"):
+    with pytest.raises(UserError, match=r"shard-000001\.tar: has another sha256 when written again"):
         repair(tmp_path / "set", str(tmp_path / "images"))
     assert files_of(tmp_path / "set") == before
 

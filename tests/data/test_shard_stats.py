@@ -9,7 +9,7 @@ from esvit_scale.data.shard_writer import create
 from tests.data.conftest import encoded, picture
 
 
-def test_the_numbers_are_those_of_the_files(tmp_path: Path) -> None:
+def test_statistics_agree_with_the_files(tmp_path: Path) -> None:
     rng = np.random.default_rng()
     sizes, sides, classes = [], [], {"a": 0, "b": 0}
     for i in range(17):
@@ -40,7 +40,7 @@ def test_the_numbers_are_those_of_the_files(tmp_path: Path) -> None:
     assert "left out    1 files" in text
 
 
-def test_a_set_without_classes(shard_set: Manifest, tmp_path: Path) -> None:
+def test_statistics_of_a_set_without_classes(shard_set: Manifest, tmp_path: Path) -> None:
     (tmp_path / "flat").mkdir()
     (tmp_path / "flat" / "x.png").write_bytes(encoded(picture(0)))
     create(tmp_path / "flat", tmp_path / "set")

@@ -123,7 +123,7 @@ def test_no_usable_image_leaves_nothing(tmp_path: Path) -> None:
     assert listing(tmp_path / "given") == []
 
 
-def test_sources_that_do_not_fit(tmp_path: Path, image_folder: Path) -> None:
+def test_unusable_sources_are_errors(tmp_path: Path, image_folder: Path) -> None:
     with pytest.raises(UserError, match=r"no such folder; did you mean .*images"):
         create(tmp_path / "imagse", tmp_path / "set")
     with pytest.raises(UserError, match="is a file, not a folder"):
@@ -139,7 +139,7 @@ def test_sources_that_do_not_fit(tmp_path: Path, image_folder: Path) -> None:
     assert not (tmp_path / "set").exists()
 
 
-def test_destinations_that_do_not_fit(tmp_path: Path, image_folder: Path) -> None:
+def test_unusable_destinations_are_errors(tmp_path: Path, image_folder: Path) -> None:
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "shard-000000.tar").write_bytes(b"mine")
     with pytest.raises(UserError, match=r"holds other files \(shard-000000\.tar"):
@@ -212,7 +212,7 @@ def test_interrupted_writing_leaves_nothing_whole_and_goes_on_later(
     with pytest.raises(UserError, match="holds an unfinished set of other images or options"):
         create(image_folder, target, 3)
     create(image_folder, target, 2)
-    assert "shards are there; going on with the rest" in capsys.readouterr().err
+    assert "shards are written; continuing with the rest" in capsys.readouterr().err
     kept = {p.name: p.stat().st_mtime_ns for p in target.glob("*.tar")}
     assert kept.items() >= done.items()  # not written again
     create(image_folder, tmp_path / "undisturbed", 2)
@@ -257,7 +257,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     assert not (tmp_path / "set").exists()
 
 
-def test_names_that_are_no_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_file_names_that_are_not_utf8_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "src" / os.fsdecode(b"caf\xe9")
     folder.mkdir(parents=True)
     names = [b"\xff\xfe.png", "日本.png".encode(), b"a b.png", b"new\nline.png", b"x" * 200 + b".png"]
@@ -287,7 +287,7 @@ def test_a_folder_that_cannot_be_listed_is_not_taken_for_empty(
         create(image_folder, tmp_path / "set")
 
 
-def test_what_killed_processes_left_is_cleared(image_folder: Path, tmp_path: Path) -> None:
+def test_leftovers_of_killed_processes_are_removed(image_folder: Path, tmp_path: Path) -> None:
     partial = tmp_path / "set" / ".partial"
     partial.mkdir(parents=True)
     for number in (1, 7):
@@ -380,5 +380,5 @@ def test_verify_sees_wrong_counts_and_classes(fresh_set: Path) -> None:
     raw["classes"] = ["a"]
     path.write_text(json.dumps(raw))
     text = damaged(fresh_set)
-    assert "holds 5 samples, the manifest says 6" in text
+    assert "holds 5 samples; the manifest says 6" in text
     assert "label 1 is not one of 1 classes" in text

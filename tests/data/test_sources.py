@@ -140,17 +140,17 @@ def test_a_path_that_comes_twice_is_written_twice(images: dict[str, bytes], tmp_
 BAD = {
     "x.csv": ("a,b\n1,2\n", {}, r"none of its columns \(a, b\) is named like a path"),
     "y.csv": ("path,b\n1,2\n", {"label": "bb"}, r"--label bb: no such column; did you mean 'b'"),
-    "z.csv": ("path,b\n", {}, "no rows below its header"),
-    "v.csv": ("", {}, "its first row names the columns"),
+    "z.csv": ("path,b\n", {}, "no usable rows below its header"),
+    "v.csv": ("", {}, "its first row must name the columns"),
     "w.csv": ("path,b\nx.png\n", {"label": "b"}, "line 2 has 1 columns, too few"),
-    "x.txt": ("\n# only\n", {}, "no path in it"),
-    "y.txt": ("\0\1\2" * 10, {}, "line 1 is no path"),
+    "x.txt": ("\n# only\n", {}, "holds no path"),
+    "y.txt": ("\0\1\2" * 10, {}, "line 1 is not a path"),
     "z.txt": ("word\n", {"label": "last"}, "line 1 has one word"),
     "x.tar": ("no tar", {}, "no image in its 1 tars .*cut short"),
     "x.tar.gz": ("x", {}, "compressed tar"),
     "x.zip": ("no zip", {}, "not a readable zip file"),
     "x.parquet": ("no parquet", {}, "not a readable parquet file"),
-    "x.doc": ("x", {}, r"not a source that can be read; save it as CSV \(UTF-8\)"),
+    "x.doc": ("x", {}, r"not a readable kind of source; save a table as CSV \(UTF-8\)"),
     "x.jpg": ("x", {}, "is a file, not a folder"),
     "q.txt": ("x", {"kind": "lists"}, "--from lists: unknown kind of source; did you mean 'list'"),
     "r.txt": ("x", {"label": "first"}, "--label first"),
@@ -158,7 +158,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_sources_that_are_not_what_they_seem(name: str, tmp_path: Path) -> None:
+def test_unreadable_sources_are_errors(name: str, tmp_path: Path) -> None:
     text, options, says = BAD[name]
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=says) as caught:
@@ -167,7 +167,7 @@ def test_sources_that_are_not_what_they_seem(name: str, tmp_path: Path) -> None:
     assert not (tmp_path / "set").exists()
 
 
-def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_pyarrow_error_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x.parquet").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match=r"pip install 'esvit-scale\[parquet\]'"):

@@ -34,7 +34,7 @@ def test_a_staged_set_is_the_set(tmp_path: Path, shards: manifests.Manifest, mon
     assert manifests.load(staged.root).shards == shards.shards
 
 
-def test_what_is_there_is_not_copied_again_and_what_was_cut_off_is(tmp_path: Path, shards: manifests.Manifest) -> None:
+def test_only_missing_and_truncated_shards_are_copied(tmp_path: Path, shards: manifests.Manifest) -> None:
     first = staging.staged(shards, str(tmp_path / "disk"))
     whole, cut, gone = (first.root / shard.name for shard in shards.shards[:3])
     before = whole.stat().st_ino
@@ -45,7 +45,7 @@ def test_what_is_there_is_not_copied_again_and_what_was_cut_off_is(tmp_path: Pat
     assert whole.stat().st_ino == before
 
 
-def test_another_set_of_the_same_name_is_not_taken_for_it(tmp_path: Path, shards: manifests.Manifest) -> None:
+def test_another_set_of_the_same_name_is_copied_separately(tmp_path: Path, shards: manifests.Manifest) -> None:
     other = manifests.load(tiny.shards(tmp_path / "elsewhere/set", samples=20))
     roots = [staging.staged(data, str(tmp_path / "disk")).root for data in (shards, other)]
     assert roots[0] != roots[1]
@@ -64,7 +64,7 @@ def test_processes_of_a_node_share_one_copy(tmp_path: Path, shards: manifests.Ma
     assert contents(Path(roots.pop())) == contents(shards.root)
 
 
-def test_what_cannot_be_staged_is_said(
+def test_staging_errors_name_the_remedy(
     tmp_path: Path, shards: manifests.Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("NO_SUCH_DISK", raising=False)
@@ -76,7 +76,7 @@ def test_what_cannot_be_staged_is_said(
     with pytest.raises(UserError, match=r"data.stage: .*file/set-.*: Not a directory"):
         staging.staged(shards, str(tmp_path / "file"))
     monkeypatch.setattr(staging, "SPARE", 1 << 62)
-    with pytest.raises(UserError, match=r"the set needs 0.0 GiB more and .* GiB are free"):
+    with pytest.raises(UserError, match=r"the set needs 0.0 GiB more, but .* GiB are free"):
         staging.staged(shards, str(tmp_path / "disk"))
 
 
@@ -107,7 +107,7 @@ def test_every_piece_of_a_copy_is_progress(tmp_path: Path, shards: manifests.Man
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK])
-def test_staging_without_locks(
+def test_staging_works_without_file_locks(
     code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def no_flock(handle: object, kind: int) -> None:
@@ -118,4 +118,4 @@ def test_staging_without_locks(
     staged = staging.staged(shards, str(tmp_path / "disk"))
     assert manifests.load(staged.root).shards == shards.shards
     assert not list(staged.root.glob(".*.partial"))
-    assert "no locks on this file system" in caplog.text
+    assert "this file system has no locks" in caplog.text

@@ -54,7 +54,7 @@ def assert_equal(a: list[Batch], b: list[Batch]) -> None:
         assert all(torch.equal(s, t) for s, t in zip(*tensors, strict=True))
 
 
-def test_shapes_and_contents(shard_set: Manifest) -> None:
+def test_batches_have_expected_shapes_and_contents(shard_set: Manifest) -> None:
     config = config_with()
     assert steps_per_epoch(config, shard_set) == 6
     (batch,) = batches(config, shard_set, 0, 1, 3, 4)
@@ -211,7 +211,7 @@ def test_storage_that_is_gone_stops_with_one_line(
     assert "\n" not in str(error.value)
 
 
-def test_numbers_that_do_not_fit_say_what_to_change(shard_set: Manifest) -> None:
+def test_invalid_batch_or_slots_are_errors_with_nearest_value(shard_set: Manifest) -> None:
     def check(world: int, says: str, **config: Any) -> None:
         with pytest.raises(UserError, match=says):
             batches(config_with(**config), shard_set, 0, world, 0, 1)  # before any iteration
@@ -222,11 +222,11 @@ def test_numbers_that_do_not_fit_say_what_to_change(shard_set: Manifest) -> None
     check(4, r"data\.slots: 2 slots do not divide over 4 ranks; nearest: 4", slots=2)
 
 
-def test_more_workers_than_slots_are_said_once(shard_set: Manifest, caplog: pytest.LogCaptureFixture) -> None:
+def test_more_workers_than_slots_are_logged_once(shard_set: Manifest, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         stream(shard_set, 0, 3, workers=3, slots=2)
     assert [r.getMessage() for r in caplog.records] == [
-        "data.workers: 3, but this rank has 2 data slots; using 2 workers"
+        "data.workers: 3 is more than the 2 data slots of a rank; using 2 workers"
     ]
 
 
@@ -308,7 +308,7 @@ def test_evaluation_reads_everything_in_order(shard_set: Manifest) -> None:
         assert [k for p in parts for k in p[1]] == keys
 
 
-def test_evaluation_of_a_folder(image_folder: Path, tmp_path: Path) -> None:
+def test_evaluation_reads_a_folder_with_classes(image_folder: Path, tmp_path: Path) -> None:
     images, keys, labels = collect(image_folder)
     assert keys == sorted(keys)
     assert labels == [0] * 6 + [1] * 6
@@ -336,7 +336,7 @@ def test_evaluation_is_torchvisions_resize_and_centre_crop(tmp_path: Path, width
 
 
 @pytest.mark.parametrize(("width", "height"), [(65000, 8), (8, 65000), (4, 30000), (20000, 20), (1200, 30)])
-def test_a_long_picture_costs_its_output(monkeypatch: pytest.MonkeyPatch, width: int, height: int) -> None:
+def test_centre_crop_of_long_image_uses_little_memory(monkeypatch: pytest.MonkeyPatch, width: int, height: int) -> None:
     """Resized as a whole it would take up to 2.1 million x 256 pixels."""
     made: list[int] = []
     resize = Image.Image.resize
@@ -372,7 +372,7 @@ def test_evaluation_leaves_bad_images_out_and_counts_them(image_folder: Path, ca
         assert "left out 3 bad images of 12 (first: a/p0.png: empty file)" in record.getMessage()
 
 
-def test_evaluation_sources_that_do_not_fit(shard_set: Manifest, tmp_path: Path) -> None:
+def test_unusable_evaluation_sources_are_errors(shard_set: Manifest, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         evaluation_batches(tmp_path / "nowhere", 14, 4)
     broken = damaged_copy(shard_set, tmp_path / "set")

@@ -40,19 +40,19 @@ def test_semicolons_and_utf16_are_read(pictures: Path, capsys: Capture) -> None:
 TABLES = {
     "a quote that swallows rows": (
         'path,w\n0.png,"a\n1.png,b\n2.png,c"\n',
-        "line 2: a quoted field goes on over line 3",
+        "line 2: a quoted field continues over line 3",
     ),
     "a quote that is never closed": ('path,w\n0.png,"a\n', "line 2: not a readable row"),
     "a comma in a caption": ("path,w\n0.png,a\n1.png,a, b\n", "line 3 has 3 columns, too many"),
     "a name twice": ("path,w,w\n0.png,a,b\n", "line 1: columns 2 and 3 are both named 'w'"),
     "latin-1": ("path,w\n0.png,a\n1.png,S\udce3o\n", r"line 3: S\\xe3o is not UTF-8 \(Latin-1\?\)"),
     "utf-16 without a mark": ("p\0a\0t\0h\0", "UTF-16 without its mark"),
-    "no label at all": ("path,w\n0.png,\n1.png,nan\n2.png,-1\n", "--label w: none of its 3 images has one"),
+    "no label at all": ("path,w\n0.png,\n1.png,nan\n2.png,-1\n", "--label w: none of its 3 images has a class"),
 }
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_odd_tables_are_named_with_their_line(name: str, pictures: Path) -> None:
+def test_errors_in_tables_name_the_line(name: str, pictures: Path) -> None:
     text, says = TABLES[name]
     (pictures / "x.csv").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError, match=says) as caught:
@@ -71,7 +71,7 @@ QUOTED = {
 @pytest.mark.parametrize("name", QUOTED)
 def test_a_quoted_tsv_asks_for_the_option(name: str, pictures: Path) -> None:
     (pictures / "x.tsv").write_text(QUOTED[name])
-    with pytest.raises(UserError, match=r"line \d.* are its fields quoted\? Then add --quoted"):
+    with pytest.raises(UserError, match=r"line \d.* fields are quoted, add --quoted"):
         open_source(str(pictures / "x.tsv"), SourceOptions(label="w"))
     [source] = open_source(str(pictures / "x.tsv"), SourceOptions(label="w", quoted=True)).values()
     assert (source.name(0), source.classes) == ("0.png", ("0", "1"))

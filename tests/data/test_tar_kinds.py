@@ -298,7 +298,7 @@ def test_photos_that_a_dot_puts_beside_another_are_lost_images(tmp_path: Path) -
     assert (row["what"], row["first"]) == (left_out.IMAGES, "Smith.John.jpg")
 
 
-def test_what_is_called_compressed(tmp_path: Path) -> None:
+def test_compressed_tars_are_detected_by_ending(tmp_path: Path) -> None:
     for name in ("x.tar", "x.tar.md5", "x.tar.json"):
         (tmp_path / name).write_bytes(tar_of(simple("", range(2))))
     assert len(open_source(str(tmp_path), SourceOptions())[""]) == 2
@@ -306,7 +306,7 @@ def test_what_is_called_compressed(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     for name in ("only", "below"):
-        with pytest.raises(UserError, match=r"x\.(TGZ|tar\.zst): compressed tars cannot be read at random"):
+        with pytest.raises(UserError, match=r"x\.(TGZ|tar\.zst): compressed tars cannot be read in random order"):
             open_source(str(tmp_path / name), SourceOptions())
 
 
@@ -329,7 +329,7 @@ def test_compressed_tars_joined_with_cat(squeeze: Callable[[bytes], bytes], tmp_
     ("tail", "says"),
     [(b"not a tar" * 100, "behind its end marker stand bytes that are no tar"), (b"\1" * 700, "no tar"), (b"", "")],
 )
-def test_bytes_behind_the_end_are_told(tail: bytes, says: str, tmp_path: Path) -> None:
+def test_bytes_after_the_end_marker_are_reported(tail: bytes, says: str, tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(joined_tars() + tail)
     entries, damage = manifests.scan_and_judge(tmp_path / "x.tar")
     came, told = streamed(tmp_path / "x.tar")
@@ -363,7 +363,7 @@ def test_compressed_tars_say_what_they_are(tmp_path: Path) -> None:
     assert next(batches(config, open_data(config), 0, 1, 3, 4)).keys == run[3].keys
 
 
-def test_places_are_filled_by_what_decodes(tmp_path: Path) -> None:
+def test_batches_are_filled_with_decodable_samples(tmp_path: Path) -> None:
     """Groups without an image take no place; a picture that cannot be decoded does, and is replaced."""
     (tmp_path / "x.tar").write_bytes(tar_of([*macos(), ("broken.png", b"\x89PNG"), ("empty.png", b"")]))
     crops = {"global_crops": {"size": 8}, "local_crops": [{"size": 6, "count": 1}], "workers": 0}
@@ -386,7 +386,7 @@ def test_places_are_filled_by_what_decodes(tmp_path: Path) -> None:
         ("/../x.0.png", "x.0", "png"),
     ],
 )
-def test_names(name: str, key: str, ext: str) -> None:
+def test_names_are_split_into_key_and_extension(name: str, key: str, ext: str) -> None:
     assert split_name(name) == (key, ext)
     assert bool(no_sample(name)) == (not ext)
 

@@ -84,7 +84,7 @@ def test_resuming_anywhere_is_uninterrupted_at_the_same_world_size(
         assert len(resumed) == 24 - start
         assert all(map(same, resumed, uninterrupted[start:]))
     if (world, workers) == (1, 0):
-        assert "goes on exactly if it had 1 ranks × 1 workers" in caplog.text
+        assert "the resume is exact if the run had 1 ranks × 1 workers" in caplog.text
 
 
 def test_sets_are_mixed_by_weight(tars: Path) -> None:
@@ -129,7 +129,7 @@ def test_bad_samples_and_tars_are_replaced_and_named(tars: Path, tmp_path: Path)
 def test_tars_that_are_gone_stop_with_one_line(tars: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tar_stream, "RETRY_DELAYS", (0.01,))
     config = config_of(train="pipe:cat /no/such/{0..3}.tar 2>&-")
-    with pytest.raises((RestartCanHelp, UserError), match="nothing could be read from any of this worker's 4 tars"):
+    with pytest.raises((RestartCanHelp, UserError), match="none of this worker's 4 tars gave a sample"):
         stream(config, 0, 1)
     source = open_data(config_of(train=f"{tars}/a-{{0..1}}.tar"))
     moved = url_stream.UrlSets((source.sets[0]._replace(urls=("/no/such/0.tar", "/no/such/1.tar")),), 80)  # type: ignore[union-attr]
@@ -159,7 +159,7 @@ def refusals(tars: Path) -> Iterator[tuple[dict[str, Any], str]]:
     yield {"train": f"{tars}/nothing.tar"}, r"nothing\.tar: no such tar"
 
 
-def test_what_does_not_fit_says_what_to_change(tars: Path) -> None:
+def test_invalid_tar_configs_are_errors_that_name_the_remedy(tars: Path) -> None:
     for data, says in refusals(tars):
         with pytest.raises(UserError, match=says):
             stream(config_of(**data), 0, 1)
@@ -167,7 +167,7 @@ def test_what_does_not_fit_says_what_to_change(tars: Path) -> None:
         stream(config_of(2, train=f"{tars}/a-0.tar"), 0, 1, 0, 2)
 
 
-def test_patterns_in_data_train(tmp_path: Path) -> None:
+def test_patterns_in_data_train_expand_or_are_errors(tmp_path: Path) -> None:
     for name in ("x-0.tar", "x-1.tar", "y.tar"):
         tar_of(tmp_path / name, {"a.png": encoded(picture(0))})
 

@@ -28,7 +28,7 @@ def resident_mb(pid: int) -> float:
 
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGSEGV])
-def test_a_killed_worker_is_one_line_and_exit_75(shard_set: Manifest, sign: signal.Signals) -> None:
+def test_killed_worker_ends_with_one_line_and_exit_75(shard_set: Manifest, sign: signal.Signals) -> None:
     before = set(children())
     stream = batches(config_with(workers=2), shard_set, 0, 1, 0, 10**5)
     next(stream)
@@ -51,7 +51,7 @@ def test_a_killed_worker_is_one_line_and_exit_75(shard_set: Manifest, sign: sign
     gc.collect()
 
 
-def test_batches_say_how_fast_each_worker_is(shard_set: Manifest) -> None:
+def test_batches_report_each_workers_rate(shard_set: Manifest) -> None:
     for workers in (0, 2):
         batch = next(batches(config_with(workers=workers), shard_set, 0, 1, 0, 1))
         assert len(batch.worker_rates) == max(workers, 1)
@@ -65,7 +65,7 @@ def test_a_worker_that_lags_is_named() -> None:
         rates.add((100.0, 110.0, 10.0, 90.0))
     fields, sentence = rates.take()
     assert fields["worker_images_per_s_min"] == pytest.approx(10)
-    assert "loader process 2 makes 10 images/s, the others 95" in sentence
+    assert "loader process 2 makes 10 images/s, the others about 95" in sentence
     rates.add((100.0, 50.0, 60.0))
     assert rates.take()[1] == ""
 

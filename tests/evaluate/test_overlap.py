@@ -51,7 +51,9 @@ def test_class_without_training_images_is_reported_missing(one_each: Path, capsy
     said = capsys.readouterr()
     numbers = {part: len(list_labels(one_each / "sets" / part)) for part in ("train", "val")}
     assert sum(numbers.values()) == 12
-    expected = f"of 12 classes {numbers['train']} in train only, {numbers['val']} in val only"
+    expected = (
+        f"of 12 classes, {numbers['train']} have samples in train only, {numbers['val']} have samples in val only"
+    )
     assert expected in said.out + said.err
     with pytest.raises(
         UserError, match=rf"test set: {numbers['val']} of its {numbers['val']} classes have no training"

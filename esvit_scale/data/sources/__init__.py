@@ -1,4 +1,4 @@
-"""Where images come from: one module a kind of source, all of them giving numbered, lazily read samples (base.py)."""
+"""Sources of images: one module per kind of source; each gives numbered samples that are read on demand (base.py)."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,25 +36,27 @@ KINDS = ("folder", "imagenet", "img2dataset", *dict.fromkeys(BY_SUFFIX.values())
 
 @dataclass(frozen=True)
 class SourceOptions:
-    kind: str | None = None  # one of KINDS; None: seen from what the source is
+    """The options of `esvit-scale shards create` that say how a source is read."""
+
+    kind: str | None = None  # one of KINDS; None: detected
     root: Path | None = None  # where relative paths of lists and tables start
-    image_column: str | None = None
-    label: str | None = None  # a column of a table; `parent`, `archive`, `last` or `none` of other sources
+    image_column: str | None = None  # of a table
+    label: str | None = None  # a column of a table; for other sources `parent`, `archive`, `last` or `none`
     caption: str | None = None  # a column of a table
-    classes: Path | None = None  # names, one a line
+    classes: Path | None = None  # file of class names, one per line
     quoted: bool = False  # whether fields of a TSV may be quoted, as those of a CSV are
 
 
 def source_record(options: SourceOptions) -> dict[str, Any]:
-    """For the manifest: what a repair needs to know."""
+    """Return the options for the manifest, as a repair needs them."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
 
 
 def open_source(where: str, options: SourceOptions) -> dict[str, Source]:
-    """The source's splits by name; one that has none is under the empty name.
+    """Return the source's splits by name; a source without splits is under the empty name.
 
     Raises:
-        UserError: nothing there, of an unknown kind, or as the source's own module says.
+        UserError: the source is missing, of an unknown kind, or not readable as the kind that it is.
     """
     try:
         return _open(where, options)
@@ -69,7 +71,7 @@ def _open(where: str, options: SourceOptions) -> dict[str, Source]:
         raise UserError(f"--from {kind}: unknown kind of source{nearest(kind, KINDS)}")
     classes = read_classes(options.classes)
     if kind in ("folder", "imagenet", "img2dataset") and not path.is_dir():
-        list_images(path)  # says what is there instead, and what is near
+        list_images(path)  # raises UserError with a hint about what is there instead
         raise UserError(f"{path}: not a folder")
     if kind not in ("list", "folder", "imagenet", "img2dataset") and not path.exists():
         raise UserError(f"{path}: no such file or folder")
@@ -83,7 +85,7 @@ def _open(where: str, options: SourceOptions) -> dict[str, Source]:
         raise
     source.notes += filter(None, [note])
     if options.label not in (None, "none") and not source.classes:
-        raise UserError(f"{where}: --label {options.label}: none of its {len(source)} images has one")
+        raise UserError(f"{where}: --label {options.label}: none of its {len(source)} images has a class")
     return {"": source}
 
 
@@ -102,7 +104,7 @@ def _single(kind: str, where: str, path: Path, options: SourceOptions, classes: 
         left = LeftOut()
         files = [path] if path.is_file() else visible_files(path, (".parquet", ".pq"), left)
         if not files:
-            raise UserError(f"{path}: no .parquet files in it{': ' + left.short() if left else ''}")
+            raise UserError(f"{path}: holds no .parquet files{', only ' + left.short() if left else ''}")
         columns = (options.image_column, options.label, options.caption)
         source = parquet_source(files, options.root, *columns, classes)
         source.left_out.update(left)
@@ -125,26 +127,26 @@ def _count_beside_set(folder: Path, left: LeftOut) -> None:
 def _folder_label(label: str | None) -> str | None:
     if label not in (None, "none", "parent"):
         raise UserError(
-            f"--label {label}: of a folder the class is the first-level subfolder (without --label), 'parent' (the folder "
-            "that holds the image) or 'none'"
+            f"--label {label}: for a folder of images it can be 'parent' (the folder that holds the image is the class) or "
+            "'none'; without --label the class is the first-level subfolder"
         )
     return label
 
 
 def _kind(where: str, options: SourceOptions) -> tuple[str, str]:
-    """The kind of source that is there, and a line for the user about what else it could have been."""
+    """Return the kind of a source, and a line for the user about other kinds that it could be taken for, or ""."""
     path = Path(where)
     if where == "-":
         return "list", ""
     if path.is_file():
         if path.name.lower().endswith(COMPRESSED_TARS):
-            raise UserError(f"{path}: a compressed tar cannot be read at random; decompress it first")
+            raise UserError(f"{path}: a compressed tar cannot be read in random order; decompress it first")
         if path.suffix.lower() not in BY_SUFFIX:
             if is_image(path.name):
                 list_images(path)  # a file, not a folder
             raise UserError(
-                f"{path}: not a source that can be read; save it as CSV (UTF-8), or give a folder, list, .tsv, .parquet, "
-                ".tar or .zip"
+                f"{path}: not a readable kind of source; save a table as CSV (UTF-8), or give a folder, list, .tsv, "
+                ".parquet, .tar or .zip"
             )
         return BY_SUFFIX[path.suffix.lower()], ""
     if not path.is_dir():
@@ -152,6 +154,6 @@ def _kind(where: str, options: SourceOptions) -> tuple[str, str]:
     entries = [p for p in path.iterdir() if not p.name.startswith(".")]
     squeezed = any(p.name.lower().endswith(COMPRESSED_TARS) for p in entries)
     if squeezed and not any(p.is_dir() or is_image(p.name) for p in entries):
-        return "tars", ""  # which says that they are compressed
+        return "tars", ""  # tar_source raises UserError about compressed tars
     meant = options.image_column or options.caption or options.label not in (None, "none", "parent")
     return folder_kind(path, bool(meant))

@@ -1,4 +1,4 @@
-"""What parquet files hold, by pyarrow (extra `parquet`): how columns are typed, and rows read a batch at a time."""
+"""Access to parquet files with pyarrow (extra `parquet`): types of columns, and rows read one batch at a time."""
 
 import json
 import os
@@ -15,7 +15,7 @@ BYTES, TEXT, STRUCT, NUMBERS, OTHER = "bytes", "text", "struct", "list of number
 
 
 def pyarrow() -> Any:
-    """The module, with what is used of it. Raises UserError where it is not installed."""
+    """Return the module pyarrow, with its parquet part imported. Raises UserError when it is not installed."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -27,19 +27,21 @@ def pyarrow() -> Any:
 
 
 def open_file(path: Path) -> Any:
-    """A ParquetFile that streams its columns: without pre_buffer=False, pyarrow holds a row group's whole column in memory
-    whatever the batch. Raises UserError."""
+    """Open a ParquetFile that streams its columns. Raises UserError.
+
+    Without pre_buffer=False, pyarrow would hold a row group's whole column in memory, whatever the size of the batch.
+    """
     arrow = pyarrow()
     try:
         file = arrow.parquet.ParquetFile(os.fspath(path), buffer_size=STREAM, pre_buffer=False)
-        _ = file.schema_arrow.names  # names that are no text are found here
+        _ = file.schema_arrow.names  # raises an error for names that are not text
         return file
     except (OSError, ValueError, arrow.ArrowException) as error:
         raise UserError(f"{path}: not a readable parquet file: {one_line(error)}") from None
 
 
 def rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Every row's values of some columns. Raises UserError."""
+    """Yield the values of some columns, row by row. Raises UserError."""
     try:
         for batch in open_file(path).iter_batches(BATCH, columns=list(columns), use_threads=False):
             yield from batch.to_pylist()
@@ -48,7 +50,7 @@ def rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 def plain(kind: Any) -> Any:
-    """The type of the values themselves: without dictionary encoding or an extension's name."""
+    """Return the Arrow type of the values themselves, without dictionary encoding and extension types."""
     while True:
         if isinstance(kind, pyarrow().BaseExtensionType):
             kind = kind.storage_type
@@ -59,7 +61,7 @@ def plain(kind: Any) -> Any:
 
 
 def kind_of(kind: Any) -> str:
-    """BYTES, TEXT, STRUCT, NUMBERS (a list of bytes as numbers) or OTHER, of an Arrow type."""
+    """Return the kind of an Arrow type: BYTES, TEXT, STRUCT, NUMBERS (bytes as a list of numbers) or OTHER."""
     types, kind = pyarrow().types, plain(kind)
     if _is(types, kind, "binary", "large_binary", "fixed_size_binary", "binary_view"):
         return BYTES
@@ -73,20 +75,22 @@ def kind_of(kind: Any) -> str:
 
 
 def fields(kind: Any) -> dict[str, str]:
-    """The kinds of a struct's fields by name."""
+    """Return the kinds of a struct's fields by name."""
     kind = plain(kind)
     return {kind.field(at).name: kind_of(kind.field(at).type) for at in range(kind.num_fields)}
 
 
 def is_label(kind: Any) -> bool:
-    """Whether a column has one label in a row: numbers, text, true and false, but no lists or structs."""
+    """Return whether a column holds one label per row: numbers, text or booleans, but no lists or structs."""
     types, kind = pyarrow().types, plain(kind)
     return not types.is_nested(kind)
 
 
 def class_names(path: Path, column: str) -> tuple[str, ...] | None:
-    """The names of a Hugging Face ClassLabel column of numbers (floats where it went through pandas), which the schema's
-    metadata hold; None without."""
+    """Return the class names of a Hugging Face ClassLabel column from the schema's metadata; None when there are none.
+
+    Such a column holds integers, or floats if pandas wrote it.
+    """
     schema = open_file(path).schema_arrow
     types, kind = pyarrow().types, plain(schema.field(column).type)
     if not (types.is_integer(kind) or types.is_floating(kind)):
@@ -98,12 +102,12 @@ def class_names(path: Path, column: str) -> tuple[str, ...] | None:
 
 
 def class_label_columns(path: Path) -> list[str]:
-    """The columns that Hugging Face's metadata in the schema call ClassLabel."""
+    """Return the columns that Hugging Face's metadata in the schema declare as ClassLabel."""
     return list(_class_labels(open_file(path).schema_arrow))
 
 
 def _class_labels(schema: Any) -> dict[str, Any]:
-    """What should be the names of each ClassLabel column, unchecked."""
+    """Return the unchecked names of each ClassLabel column."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"].items()
     except (KeyError, TypeError, ValueError, RecursionError, AttributeError):
@@ -116,16 +120,17 @@ def _class_labels(schema: Any) -> dict[str, Any]:
 
 
 def label_text(value: Any) -> str | None:
-    """A label as the text that other sources would have; None for null, NaN and no value."""
+    """Return a label as text, as other sources have it; None for null and NaN."""
     if value is None or value != value:  # NaN
         return None
     return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
 
 
 def one_line(error: Exception) -> str:
+    """Return an error's message as one line of at most 200 characters."""
     return " ".join(str(error).split())[:200]
 
 
 def _is(types: Any, kind: Any, *names: str) -> bool:
-    """Whether a type is one of those named; an older pyarrow does not know the views."""
+    """Return whether a type is one of those named; names that an older pyarrow does not know (the views) are skipped."""
     return any(check(kind) for name in names if (check := getattr(types, f"is_{name}", None)))

@@ -1,4 +1,4 @@
-"""What every source of images looks like to the writer: numbered samples that are read one at a time."""
+"""The interface of all sources of images: numbered samples that are read one at a time."""
 
 import json
 import os
@@ -20,80 +20,83 @@ from esvit_scale.data.left_out import ARCHIVES, FILES, IMAGES, LeftOut
 from esvit_scale.errors import UserError
 from esvit_scale.progress import say
 
-EXTRAS = ("json", "txt")  # members beside the image that are carried over: metadata and caption
-SAY_AFTER = 2_000_000  # samples: listing more takes a while
+EXTRAS = ("json", "txt")  # extensions of members that are copied with their image: metadata and caption
+SAY_AFTER = 2_000_000  # samples between progress lines while a source is listed
 SET_FILES = ("manifest.json", "quarantine.jsonl")  # beside the tars of a shard set
-MAX_EXTRA = 1 << 20  # bytes; a larger one is no caption
+MAX_EXTRA = 1 << 20  # bytes; a larger text or json is left out
 
 
 class Item(NamedTuple):
+    """One sample as a source gives it."""
+
     data: bytes  # the image file
-    label: int | None = None
-    extras: Mapping[str, bytes] = {}
+    label: int | None = None  # class number
+    extras: Mapping[str, bytes] = {}  # members of EXTRAS by extension
 
 
 class Source(ABC):
     """Samples 0..N-1 in an order that depends on the source's content alone.
 
-    A source holds about 8 bytes a sample in memory and its rows in an unlinked temporary file; it may be read from
-    forked processes.
+    A source holds about 8 bytes per sample in memory and its rows in an unlinked temporary file. It can be read from forked
+    processes.
     """
 
     classes: tuple[str, ...] = ()  # empty: no labels
-    blocks: NDArray[np.int64] | None = None  # starts of runs that are read as a whole; None: any sample costs the same
-    root: Path  # what has to be there for any sample to be read
+    blocks: NDArray[np.int64] | None = None  # first samples of runs that are read together; None: read in any order
+    root: Path  # the file or folder that must exist for any sample to be read
 
     def __init__(self) -> None:
         self.notes: list[str] = []  # lines for the user about the whole source
-        self.left_out = LeftOut()  # what was left out before anything was read
-        self.damaged: list[tuple[str, str]] = []  # (name, reason) of whole archives that can be read in part only
+        self.left_out = LeftOut()  # counts of what was left out before an image was read
+        self.damaged: list[tuple[str, str]] = []  # (name, reason) of archives of which only a part can be read
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
     def name(self, i: int) -> str:
-        """What a person calls the sample: in messages, the quarantine and keep-lists. May hold undecodable bytes as
-        surrogates."""
+        """Return the sample's name for messages, the quarantine and keep-lists; undecodable bytes are surrogates."""
 
     def path(self, i: int) -> str:
-        """What its key is made from, a relative path with `/`."""
+        """Return the relative path (with `/`) from which the sample's key is made."""
         return self.name(i)
 
     @abstractmethod
     def read(self, i: int) -> Item:
-        """Raises BadImage or OSError."""
+        """Read the sample. Raises BadImage or OSError."""
 
     @abstractmethod
     def size(self, i: int) -> int:
-        """Bytes of the image file as the source says; 0 where it does not know."""
+        """Return the size of the image file in bytes; 0 when the source does not know it."""
 
     def beside(self, i: int) -> int:
-        """How many members or files go with the image of sample i: its label, caption, metadata."""
+        """Return the number of members or files that go with the image of sample i: label, caption, metadata."""
         return 0
 
     @abstractmethod
     def fingerprint(self) -> bytes:
-        """Changes when other samples, or samples of other sizes where they are known, would be written."""
+        """Return bytes that change when other samples, or samples of other (known) sizes, would be written."""
 
 
-_encode = json.JSONEncoder(separators=(",", ":")).encode  # made once: a third of what a long list costs
+_encode = json.JSONEncoder(separators=(",", ":")).encode  # made once, which saves two thirds of the time of a long list
 _decode = json.JSONDecoder().decode
 
 
 class Rows:
-    """Any number of JSON values in an unlinked temporary file, 8 bytes each in memory. Reading is safe after a fork."""
+    """A list of JSON values in an unlinked temporary file, with 8 bytes each in memory; reading is safe after a fork."""
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(prefix="esvit-scale-")  # noqa: SIM115 (lives as long as the rows)
         self._ends = array("q", [0])
 
     def append(self, value: Any) -> None:
+        """Add a value; print a line for every SAY_AFTER values."""
         if len(self._ends) % SAY_AFTER == 0:
-            say(f"{len(self._ends):,} samples listed, going on")
+            say(f"{len(self._ends):,} samples listed, continuing")
         self._ends.append(self._ends[-1] + self._file.write(_encode(value).encode()))
 
     def finish(self) -> "Rows":
+        """Make the values readable after the last was added, and return self."""
         self._file.flush()
         return self
 
@@ -106,7 +109,7 @@ class Rows:
 
 
 class Labels:
-    """The label column of a source: text in, class numbers out, 4 bytes a sample."""
+    """The label column of a source: it takes texts, gives class numbers, and holds 4 bytes per sample."""
 
     NONE, UNKNOWN = NO_LABEL, UNKNOWN
 
@@ -116,23 +119,24 @@ class Labels:
         self.notes: list[str] = []  # lines for the user about how the labels were numbered
 
     def append(self, text: str | None) -> None:
+        """Add the label of the next sample; None or an empty text means no label."""
         text = text.strip() if text is not None else ""
         self._ids.append(self._known.setdefault(text, len(self._known)) if text else -1)
 
     def extend_without(self, n: int) -> None:
-        """n samples without a label."""
+        """Add n samples without a label."""
         self._ids.extend(array("i", [-1]) * n)
 
     def finish(
         self, classes: Iterable[str] | None = None, by_number: bool = False
     ) -> tuple[tuple[str, ...], NDArray[np.int32]]:
-        """Classes, and each sample's class number (NONE without a label, UNKNOWN for one not in `classes`).
+        """Return the class names, and each sample's class number (NONE without a label, UNKNOWN for one not in `classes`).
 
-        Given classes are found as by `class_names.numbered_as`, or with `by_number` by their numbers alone;
-        otherwise as `class_names.numbered`.
+        Labels are looked up in given classes by `class_names.numbered_as`, or with `by_number` by the classes' numbers alone;
+        without classes they are numbered by `class_names.numbered`.
 
         Raises:
-            UserError: a negative number among whole numbers.
+            UserError: all labels are whole numbers, and one is below -1.
         """
         ids = np.frombuffer(self._ids, np.int32) if self._ids else np.empty(0, np.int32)
         if classes is None or not self._known:
@@ -146,7 +150,7 @@ class Labels:
 
 
 def labelled(source: Source, labels: NDArray[np.int32], i: int) -> int | None:
-    """The class of sample i, None in a source without classes. Raises BadImage."""
+    """Return the class of sample i, None in a source without classes. Raises BadImage for a sample without a valid label."""
     if not source.classes:
         return None
     label = int(labels[i])
@@ -158,23 +162,26 @@ def labelled(source: Source, labels: NDArray[np.int32], i: int) -> int | None:
 
 
 def extension(name: str) -> str:
-    """`a/b.JPG` → `jpg`; empty when there is none."""
+    """Return the extension of a path in lower case: `jpg` for `a/b.JPG`; empty when there is none."""
     base = name.rpartition("/")[2]
     return base.rpartition(".")[2].lower() if "." in base else ""
 
 
 def is_image(name: str) -> bool:
+    """Return whether a name ends like an image's and is not hidden."""
     return extension(name) in EXTENSIONS and not name.rpartition("/")[2].startswith(".")
 
 
 def parent_label(path: str) -> str | None:
-    """The name of the folder that holds the file."""
+    """Return the name of the folder that holds a file; None when there is none."""
     return path.rpartition("/")[0].rpartition("/")[2] or None
 
 
 def visible_files(root: Path, suffixes: tuple[str, ...], left: LeftOut) -> list[Path]:
-    """Files below `root` that end so, by name, through links to folders; all others are counted, but for a shard set's
-    own manifest, indexes and quarantine."""
+    """Return the files below `root` with one of these endings, sorted, through links to folders.
+
+    All others are counted in `left`, except a shard set's own manifest, indexes and quarantine.
+    """
     found = []
     for path in walk(root, left):
         base = path.rpartition("/")[2]
@@ -186,23 +193,23 @@ def visible_files(root: Path, suffixes: tuple[str, ...], left: LeftOut) -> list[
 
 
 def what_file(path: str) -> str:
-    """What a file that is left out is counted as: IMAGES, ARCHIVES or FILES."""
+    """Return what a file that is left out is counted as: IMAGES, ARCHIVES or FILES."""
     if is_image(path):
         return IMAGES
     return ARCHIVES if extension(path) in ("tar", "zip", "parquet", "pq") else FILES
 
 
 def count_beside(root: Path, left: LeftOut, why: str, skip: Collection[str]) -> None:
-    """Count the files below `root` that are not used, but for the paths in `skip`, as `image_folder.walk`."""
+    """Count all files below `root` except the paths in `skip` (relative, as in `image_folder.walk`) as left out."""
     for path in walk(root, left, skip):
         left.add(what_file(path), why, printable(path))
 
 
 def read_classes(path: Path | None) -> tuple[str, ...] | None:
-    """Class names, one a line in the order of their numbers; None for no file.
+    """Return class names from a file with one per line, in the order of their numbers; None when no file is given.
 
     Raises:
-        UserError: cannot be read, empty, or a name twice.
+        UserError: the file cannot be read, is empty, or contains a name twice.
     """
     if path is None:
         return None
@@ -213,5 +220,7 @@ def read_classes(path: Path | None) -> tuple[str, ...] | None:
     except UnicodeDecodeError:
         raise UserError(f"{path}: not a text file in UTF-8") from None
     if not names or len(set(names)) != len(names):
-        raise UserError(f"{path}: {'names a class twice' if names else 'names no class'}; one class name a line")
+        raise UserError(
+            f"{path}: {'names a class twice' if names else 'names no class'}; write one class name per line"
+        )
     return names

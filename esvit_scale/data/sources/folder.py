@@ -1,4 +1,4 @@
-"""A folder of image files; the class is the first-level subfolder, or the one that holds the image."""
+"""A folder of image files as a source; the class is the first-level subfolder, or the folder that holds the image."""
 
 import hashlib
 import os
@@ -15,14 +15,16 @@ from esvit_scale.errors import UserError
 
 
 class FolderSource(Source):
-    """Args:
-    label: as `list_images`.
-    classes: names in the order of their numbers, instead of the subfolders' own order.
-    captions: `x.txt` and `x.json` beside `x.jpg` belong to it.
-    skip: as `image_folder.walk`.
+    """The image files of a folder.
+
+    Args:
+        label: as in `list_images`.
+        classes: class names in the order of their numbers; None: the subfolders' own order.
+        captions: treat `x.txt` and `x.json` beside `x.jpg` as its caption and metadata.
+        skip: as in `image_folder.walk`.
 
     Raises:
-        UserError: as `list_images`; a subfolder that is not one of `classes`.
+        UserError: as `list_images`, or a subfolder is not one of `classes`.
     """
 
     def __init__(
@@ -54,25 +56,28 @@ class FolderSource(Source):
         return len(self._paths)
 
     def name(self, i: int) -> str:
+        """Return the sample's path below the folder."""
         path: str = self._paths[i][0]
         return path
 
     def read(self, i: int) -> Item:
+        """Read the image file and the files that go with it. Raises BadImage or OSError."""
         path = self.name(i)
         data = read_file(self.root / path)
         extras = {ext: (self.root / extra).read_bytes() for ext, extra in self._extras(path).items()}
         return Item(data, labelled(self, self._labels, i), extras)
 
     def beside(self, i: int) -> int:
+        """Return the number of captions and metadata files that go with an image."""
         return len(self._extras(self.name(i)))
 
     def _extras(self, path: str) -> dict[str, str]:
-        """Files that go with an image, by their endings."""
+        """Return the files that go with an image, by their endings."""
         stem = path.rpartition(".")[0]
         return {ext: self._extra_files[f"{stem}.{ext}"] for ext in EXTRAS if f"{stem}.{ext}" in self._extra_files}
 
     def _sort_out(self, folder: ImageFolder) -> dict[str, str]:
-        """The captions and metadata that belong to an image (name with a lower-case ending → path); others are counted."""
+        """Return the captions and metadata of images (name with a lower-case ending → path), and count the others."""
         stems, found = {file.path.rpartition(".")[0] for file in folder.files}, {}
         for path in folder.beside:
             stem, _, ending = path.rpartition(".")
@@ -86,20 +91,22 @@ class FolderSource(Source):
         return found
 
     def size(self, i: int) -> int:
+        """Return the size of the image file in bytes."""
         return max(int(self._paths[i][1]), 0)
 
     def fingerprint(self) -> bytes:
+        """Return a hash of the classes, paths and file sizes."""
         return self._digest
 
 
 def _numbers(folder: ImageFolder, classes: Sequence[str] | None) -> dict[int, int]:
-    """The folder's own class numbers → those asked for."""
+    """Map the folder's own class numbers to the numbers in `classes`."""
     if classes is None:
         return {i: i for i in range(len(folder.classes))}
     used = sorted({file.label for file in folder.files if file.label >= 0})  # folders 2 and 5 make classes 0 … 5
     unknown = [folder.classes[number] for number in used if folder.classes[number] not in classes]
     if unknown:
-        raise UserError(f"{folder.root}: its subfolder {unknown[0]} is not among the {len(classes)} classes given")
+        raise UserError(f"{folder.root}: its subfolder {unknown[0]} is not one of the {len(classes)} given classes")
     return {number: classes.index(folder.classes[number]) for number in used}
 
 

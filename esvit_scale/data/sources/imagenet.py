@@ -1,4 +1,4 @@
-"""ImageNet's train/ and val/ as they come: class folders in both, or Kaggle's layout, where val/ is flat."""
+"""ImageNet's train/ and val/ as a source: with class folders in both, or in Kaggle's layout, where val/ is flat."""
 
 import csv
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,14 +16,16 @@ KAGGLE_ANSWERS = "LOC_val_solution.csv"  # ImageId, "wnid x y x y …"
 
 
 def imagenet_sources(root: Path, label: str | None, classes: Sequence[str] | None) -> dict[str, Source]:
-    """`train` and `val`, with train's classes in both; without classes with label `none`. Files elsewhere are counted.
+    """Return the sources `train` and `val`, both with train's classes (none with label `none`); count files elsewhere.
 
     Raises:
-        UserError: train/ or val/ is missing, or val/ is flat and nothing says its classes.
+        UserError: train/ or val/ is missing, or val/ is flat and no file says its classes.
     """
     base = next((root / part for part in ("Data/CLS-LOC", "") if (root / part / "train").is_dir()), None)
     if base is None or not (base / "val").is_dir():
-        raise UserError(f"{root}: not ImageNet's layout: train/ and val/ (or Data/CLS-LOC/ with both) are needed")
+        raise UserError(
+            f"{root}: does not have ImageNet's layout: train/ and val/ (or Data/CLS-LOC/ with both) are needed"
+        )
     sources, answers = _splits(root, base, label, classes)
     used = [base / "train", base / "val", *([answers] if answers else [])]
     skip = {path.relative_to(root).as_posix() for path in used}
@@ -34,7 +36,7 @@ def imagenet_sources(root: Path, label: str | None, classes: Sequence[str] | Non
 def _splits(
     root: Path, base: Path, label: str | None, classes: Sequence[str] | None
 ) -> tuple[dict[str, Source], Path | None]:
-    """The sources below `base`, and the file that says the classes of a flat val/."""
+    """Return the sources below `base`, and the file that says the classes of a flat val/, if it is used."""
     if label == "none":
         return {part: FolderSource(base / part, "none") for part in ("train", "val")}, None
     train = FolderSource(base / "train", label, classes)
@@ -45,14 +47,14 @@ def _splits(
     answers = next((p for p in (root / KAGGLE_ANSWERS, base / KAGGLE_ANSWERS) if p.is_file()), None)
     if answers is None:
         raise UserError(
-            f"{base / 'val'}: flat, and no {KAGGLE_ANSWERS} in {root} says its classes; put that file there, or sort the "
-            "images into class folders"
+            f"{base / 'val'}: has no class folders, and there is no {KAGGLE_ANSWERS} in {root} with its classes; put that "
+            "file there, or sort the images into class folders"
         )
     return {"train": train, "val": _flat(base / "val", answers, train.classes)}, answers
 
 
 def _flat(val: Path, answers: Path, classes: Sequence[str]) -> PathSource:
-    """The images of a flat val/ that the answers name; the others are counted."""
+    """Return the images of a flat val/ that the file of answers names, and count the others."""
     rows_left = LeftOut()
     files = {path.rpartition(".")[0]: path for path in sorted(walk(val, LeftOut())) if is_image(path)}
     source = PathSource(_answers(answers, files, rows_left), val, classes)
@@ -63,7 +65,7 @@ def _flat(val: Path, answers: Path, classes: Sequence[str]) -> PathSource:
 
 
 def _answers(path: Path, files: Mapping[str, str], left: LeftOut) -> Iterator[list[str | None]]:
-    """[path, label, caption] of each row; `files` are those of val/ by their names without ending."""
+    """Yield [path, label, caption] of each row; `files` are those of val/ by their names without ending."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         numbered = [(row, number) for number, row in enumerate(csv.reader(file), 1) if row and row[0] != "ImageId"]
     for row, number in sorted(numbered):

@@ -1,4 +1,4 @@
-"""What img2dataset leaves: numbered tars, parquet files or folders, each with NAME_stats.json when it is complete."""
+"""The output of img2dataset as a source: numbered tars or folders, each with NAME_stats.json when it is complete."""
 
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from esvit_scale.errors import UserError
 
 
 def is_img2dataset(root: Path) -> bool:
-    """Whether a NAME_stats.json stands beside its NAME.tar, NAME.parquet or folder NAME."""
+    """Return whether the folder holds a NAME_stats.json beside its NAME.tar, NAME.parquet or folder NAME."""
     return any(
         (root / name).is_dir() or (root / f"{name}.tar").is_file() or (root / f"{name}.parquet").is_file()
         for name in _complete(root)
@@ -20,28 +20,29 @@ def is_img2dataset(root: Path) -> bool:
 
 
 def _complete(root: Path) -> set[str]:
-    """Names of the parts that img2dataset says it has finished."""
+    """Return the names of the parts that img2dataset has recorded as finished."""
     found = {p.name.removesuffix("_stats.json") for p in root.glob("*_stats.json") if not p.name.startswith(".")}
     return found - {""}
 
 
 def img2dataset_source(root: Path, label: str | None, classes: Sequence[str] | None) -> Source:
-    """Images with their captions and metadata, from its output formats `webdataset` and `files`; what it had not
-    finished is left out and said.
+    """Return the images of the output formats `webdataset` and `files`, with their captions and metadata.
+
+    Parts that img2dataset has not finished are left out and reported.
 
     Raises:
-        UserError: nothing complete there, or another output format.
+        UserError: no part is complete, or the output format is another one.
     """
     complete = _complete(root)
     if not complete:
         raise UserError(
-            f"{root}: no *_stats.json in it: img2dataset has finished nothing there, or this is not its folder"
+            f"{root}: holds no *_stats.json: either img2dataset has finished nothing there, or this is not its output folder"
         )
     tars = sorted(p for p in root.glob("*.tar") if not p.name.startswith("."))
     if tars:
         source: Source = TarSource([p for p in tars if p.stem in complete], root, label, classes)
         unfinished = [p for p in tars if p.stem not in complete]
-        source.notes += [f"{p}: left out: img2dataset has not finished it" for p in unfinished]
+        source.notes += [f"{p}: left out, since img2dataset has not finished it" for p in unfinished]
         for path in unfinished:
             source.left_out.add(ARCHIVES, UNFINISHED, printable(path.name))
         _count_others(root, source.left_out, {p.name for p in tars}, [p.stem for p in tars])
@@ -53,13 +54,13 @@ def img2dataset_source(root: Path, label: str | None, classes: Sequence[str] | N
         _count_others(root, source.left_out, folders, folders)
         return source
     raise UserError(
-        f"{root}: neither tars nor folders beside *_stats.json; of output_format=parquet give the image files' column: "
-        "--from parquet --image-column jpg --caption caption"
+        f"{root}: holds neither tars nor folders beside *_stats.json; for output_format=parquet name the column of the image "
+        "files: --from parquet --image-column jpg --caption caption"
     )
 
 
 def _count_others(root: Path, left: LeftOut, used: Collection[str], parts: Iterable[str]) -> None:
-    """Count what is neither used nor the statistics and tables that belong to the tars or folders `parts`."""
+    """Count all files except those used, and the statistics and tables of the tars or folders `parts`."""
     skip = {*used, *(f"{part}{ending}" for part in parts for ending in ("_stats.json", ".parquet"))}
     for path in walk(root, left, skip):
         unfinished = path.partition("/")[0].isdecimal() and "/" in path

@@ -1,8 +1,8 @@
-"""Samples whose members do not lie side by side in their tar, joined by their key.
+"""Samples of tars whose members do not lie side by side: members are joined by their key.
 
-Runs of members are written to a temporary file as they are read, with two hashes of each in memory; what belongs
-together is then found by sorting the hashes. So a tar costs about 40 bytes a run in memory, whatever its order (200 where
-all keys are the same up to their first dot), and a tar in order passes through as it is.
+Runs of members are written to a temporary file as they are read, with two hashes of each run in memory; runs that belong
+together are then found by sorting the hashes. So a tar takes about 40 bytes of memory per run, whatever its order (200 if
+all keys are the same up to their first dot), and the samples of a tar that is in order are unchanged.
 """
 
 from array import array
@@ -12,23 +12,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from esvit_scale.data.keys import hash64
+from esvit_scale.data.hashing import hash64
 from esvit_scale.data.manifest import Entry
 from esvit_scale.data.sources.base import EXTRAS, Rows
 from esvit_scale.data.tar_names import base_key, chosen_images, companion
 
 
 def joined(runs: Iterable[tuple[int, Entry]]) -> Iterator[Entry]:
-    """Entries of a tar with all members of their key, in the order in which the keys begin.
+    """Yield the entries of a tar with all members of their key, in the order in which the keys first occur.
 
-    A key that comes again with a member of the same extension (`tar --append`) is another sample; members that stand
-    apart then go to the first sample of the key that lacks them. Members without an image of their own, such as
-    `x.json`, belong to every image whose name continues their key: `x.0.jpg`, `x.1.jpg`. Of archives joined in one file
-    each is put together by itself first, so that no label goes to an image of the same key in another archive while its
-    own image is there.
+    A key that occurs again with a member of the same extension (`tar --append`) is another sample; members that lie apart
+    then go to the first sample of the key that lacks them. Members without an image of their own, such as `x.json`, belong to
+    every image whose name continues their key: `x.0.jpg`, `x.1.jpg`. Archives that are joined in one file are each joined
+    separately first, so that a label goes to an image of the same key in another archive only if its own image is missing.
 
     Args:
-        runs: each with the number of its archive, ascending.
+        runs: runs of members of one key, each with the number of its archive, ascending.
     """
     rows, keys, bases, archives = Rows(), array("Q"), array("Q"), array("I")
     for archive, entry in runs:
@@ -63,7 +62,7 @@ def _entry(rows: Rows | Sequence[Any], i: int) -> Entry:
 
 
 def _of_one_base(rows: Rows | Sequence[Any], numbers: NDArray[np.int64], by_key: NDArray[np.uint64]) -> Iterator[Entry]:
-    """The entries among rows whose keys agree up to their first dot."""
+    """Yield the entries among rows whose keys agree up to their first dot."""
     groups = _groups(numbers, by_key[numbers])
     shared = _shared(rows, groups) if len(groups) > 1 else None
     used: set[str] = set()
@@ -80,14 +79,14 @@ def _of_one_base(rows: Rows | Sequence[Any], numbers: NDArray[np.int64], by_key:
 
 
 def _takes(entry: Entry, ext: str) -> bool:
-    """Whether an image of the entry has no label, caption or metadata of its own in place of this one."""
+    """Return whether `ext` is a label, caption or metadata that an image of the entry lacks."""
     if ext in entry.members or ext not in (*EXTRAS, "cls"):
         return False
     return any(companion([*entry.members, ext], image, ext) == ext for image in chosen_images(entry.members))
 
 
 def _groups(numbers: NDArray[np.int64], keys: NDArray[np.uint64]) -> list[list[int]]:
-    """Row numbers put together by their keys, in the order of the first of each."""
+    """Group row numbers by their keys, in the order of the first row of each key."""
     of_key: dict[int, list[int]] = {}
     for number, key in zip(numbers.tolist(), keys.tolist(), strict=True):
         of_key.setdefault(key, []).append(number)
@@ -95,7 +94,7 @@ def _groups(numbers: NDArray[np.int64], keys: NDArray[np.uint64]) -> list[list[i
 
 
 def _shared(rows: Rows | Sequence[Any], groups: list[list[int]]) -> Entry | None:
-    """The members of the key that the others of its base continue, where it has no image of its own."""
+    """Return the members of the key that the other keys continue, if that key has no image of its own, else None."""
     for group in groups:
         first = _entry(rows, group[0])
         if first.key == base_key(first.key):
@@ -105,8 +104,11 @@ def _shared(rows: Rows | Sequence[Any], groups: list[list[int]]) -> Entry | None
 
 
 def _merged(runs: list[Entry]) -> list[Entry]:
-    """Runs of one key put together. A run that fits into no entry as a whole begins another one if it holds an image;
-    else each of its members goes where it is lacking."""
+    """Join runs of one key into entries.
+
+    A run that fits into no entry as a whole begins another entry if it holds an image; otherwise each of its members goes
+    into an entry that lacks it.
+    """
     found: list[Entry] = []
     for key, members in runs:
         same = [entry for entry in found if entry.key == key]
@@ -121,5 +123,5 @@ def _merged(runs: list[Entry]) -> list[Entry]:
 
 
 def _lacking(entries: list[Entry], members: Iterable[str]) -> Entry | None:
-    """The first of the entries that has none of these members."""
+    """Return the first entry that has none of these members; None when all have one."""
     return next((entry for entry in entries if entry.members.keys().isdisjoint(members)), None)

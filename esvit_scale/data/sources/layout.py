@@ -1,4 +1,4 @@
-"""Which kind of source a folder is, by the files in it."""
+"""Detection of the kind of source that a folder is, by the files in it."""
 
 from pathlib import Path
 
@@ -12,13 +12,13 @@ ARCHIVES = {".tar": "tars", ".zip": "zips", ".parquet": "parquet", ".pq": "parqu
 
 
 def folder_kind(root: Path, archives_meant: bool) -> tuple[str, str]:
-    """Return the kind of source that a folder is, and a line for the user where other kinds lie beside it; else empty.
+    """Return the kind of source that a folder is, and a line for the user if it holds files of other kinds too, or "".
 
-    Tars, zips or parquet files directly in the folder make it one of them, unless its image files hold more than half of
-    their bytes: an archive beside its unpacked images, a table beside the images that it describes.
+    Tars, zips or parquet files directly in the folder decide its kind, unless its image files hold more than half as many
+    bytes as they do: then they are an archive beside its unpacked images, or a table beside the images that it describes.
 
     Args:
-        archives_meant: options were given that only archives and tables have.
+        archives_meant: whether options were given that only archives and tables have.
     """
     if (root / "Data" / "CLS-LOC").is_dir() or ((root / "train").is_dir() and (root / "val").is_dir()):
         return "imagenet", ""
@@ -39,7 +39,7 @@ def folder_kind(root: Path, archives_meant: bool) -> tuple[str, str]:
         number = len(found[kind])
         return "folder", (
             f"{root}: taken for a folder of {images:,} images; {number:,} {found[kind][0].suffix} files in it are left out "
-            f"(first: {first}); --from {kind} reads them"
+            f"(first: {first}); --from {kind} reads these instead"
         )
     others = [f"--from folder reads its {images:,} image files"] if images else []
     others += [
@@ -51,7 +51,7 @@ def folder_kind(root: Path, archives_meant: bool) -> tuple[str, str]:
 
 
 def _images(root: Path) -> tuple[int, int]:
-    """How many image files a folder holds, and how many bytes they have together."""
+    """Return the number of image files in a folder, and the sum of their bytes."""
     number = held = 0
     for path in walk(root, LeftOut()):
         if is_image(path) and (root / path).is_file():

@@ -1,4 +1,4 @@
-"""A list file: one image path a line, from a file or stdin."""
+"""A list of image paths as a source: one path per line, from a file or stdin."""
 
 import codecs
 import hashlib
@@ -13,15 +13,15 @@ from esvit_scale.data.image_folder import read_file
 from esvit_scale.data.sources.base import Item, Labels, Rows, Source, labelled, parent_label
 from esvit_scale.errors import UserError
 
-MAX_LINE = 1 << 16  # bytes; a longer line is no path
+MAX_LINE = 1 << 16  # bytes; a longer line is not a path
 
 
 class PathSource(Source):
-    """Files somewhere, named by rows of [path, label, caption]: what lists and tables have in common.
+    """Image files that rows of [path, label, caption] name, as lists and tables do.
 
     Args:
         rows: [path, label text or None, caption or None]; relative paths start at `root`.
-        by_number: labels are numbers of `classes`, whatever these are called.
+        by_number: labels are numbers of `classes`, even if the class names look like other numbers.
     """
 
     def __init__(
@@ -44,41 +44,49 @@ class PathSource(Source):
         return len(self._rows)
 
     def name(self, i: int) -> str:
+        """Return the path as the list or table has it."""
         path: str = self._rows[i][0]
         return path
 
     def path(self, i: int) -> str:
+        """Return the path without `.`, `..` and empty parts."""
         parts = [part for part in self.name(i).split("/") if part not in ("", ".", "..")]
         return "/".join(parts)
 
     def read(self, i: int) -> Item:
+        """Read the image file. Raises BadImage or OSError."""
         path, *caption = self._rows[i]
         data = read_file(self.root / path)
         extras = {"txt": caption[0].encode("utf-8", "backslashreplace")} if caption else {}
         return Item(data, labelled(self, self._labels, i), extras)
 
     def size(self, i: int) -> int:
+        """Return the size of the image file in bytes; 0 when it is missing."""
         try:
             return (self.root / self.name(i)).stat().st_size
         except OSError:
             return 0
 
     def fingerprint(self) -> bytes:
+        """Return a hash of all rows."""
         return self._digest
 
 
 def list_source(where: str, root: Path | None, label: str | None, classes: Sequence[str] | None) -> PathSource:
-    """Args:
+    """Read a list of image paths.
+
+    Args:
         where: a file, or `-` for stdin.
-        root: where relative paths start; by default the list's folder, or the current one for stdin.
-        label: None; `parent`: the class is the folder that holds the image; `last`: it is the line's last word.
+        root: folder at which relative paths start; None: the list's folder, or the current one for stdin.
+        label: `parent`: the class is the folder that holds the image; `last`: it is the line's last word; None: no classes.
 
     Raises:
-        UserError: cannot be read, or holds no path.
+        UserError: the list cannot be read, or holds no path.
     """
     if label not in (None, "none", "parent", "last"):
         raise UserError(
-            f"--label {label}: of a list the class can be 'parent' (folder) or 'last' (the line's last word)"
+            f"--label {label}: for a list it can be 'parent' (the image's folder is the class), 'last' (the line's last word "
+            "is) or 'none'"
         )
     start = root if root is not None else Path() if where == "-" else Path(where).parent
     try:
@@ -90,7 +98,7 @@ def list_source(where: str, root: Path | None, label: str | None, classes: Seque
     except OSError as error:
         raise UserError(f"{where}: {error.strerror}") from None
     if not len(source):
-        raise UserError(f"{'stdin' if where == '-' else where}: no path in it; one image path a line")
+        raise UserError(f"{'stdin' if where == '-' else where}: holds no path; write one image path per line")
     return source
 
 
@@ -100,7 +108,7 @@ def _lines(file: BinaryIO, label: str | None, name: str) -> Iterator[list[str | 
         number += 1
         if len(raw) == MAX_LINE or b"\0" in raw:
             raise UserError(
-                f"{name}: line {number} is no path (longer than {MAX_LINE} bytes, or binary); is it a list?"
+                f"{name}: line {number} is not a path (longer than {MAX_LINE} bytes, or binary); is this file a list?"
             )
         line = os.fsdecode(raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw).strip("\r\n")
         if not line.strip() or line.startswith("#"):

@@ -1,4 +1,4 @@
-"""Parquet files with a column of image paths or of image files (plain, or Hugging Face's {bytes, path})."""
+"""Parquet files as a source: with a column of image paths, or of image files (bytes, or Hugging Face's {bytes, path})."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -16,12 +16,12 @@ from esvit_scale.data.sources.listing import PathSource
 from esvit_scale.data.sources.table import Columns
 from esvit_scale.errors import UserError
 
-BATCH_BYTES = 16_000_000  # of images in memory at a time, about
-MOST_ROWS = 1024  # in a batch
+BATCH_BYTES = 16_000_000  # bytes of images in memory at a time, approximately
+MOST_ROWS = 1024  # rows of a batch
 
 
 class Chosen(NamedTuple):
-    """The columns that are read."""
+    """The names of the columns that are read."""
 
     image: str
     label: str | None
@@ -36,13 +36,13 @@ def parquet_source(
     caption: str | None,
     classes: Sequence[str] | None,
 ) -> Source:
-    """Rows of one or more files, in the order given.
+    """Return the rows of one or more files as a source, in the order given.
 
     Args:
-        root: where relative paths start; by default the file's folder.
+        root: folder at which relative paths start; None: the first file's folder.
 
     Raises:
-        UserError: pyarrow is missing, a file cannot be read, no such column or one of another type, no rows.
+        UserError: pyarrow is missing, a file cannot be read, a column is missing or of another type, or there are no rows.
     """
     first = arrow.open_file(paths[0])
     names = first.schema_arrow.names
@@ -64,33 +64,36 @@ def parquet_source(
         if not len(source):
             raise UserError(f"{paths[0]}: {left.short()}")
     else:
-        several = "; several images a row: write a row for each" if "list<" in str(kind) else ""
+        several = "; for several images per row, write a row for each" if "list<" in str(kind) else ""
         raise UserError(
-            f"{paths[0]}: column {chosen.image} holds {kind}; paths (text) or image files (binary) are needed{several}"
+            f"{paths[0]}: column {chosen.image} holds {kind}, but paths (text) or image files (binary) are needed{several}"
         )
     others = [name for name in arrow.class_label_columns(paths[0]) if name in names]
     source.notes += filter(None, [columns.label_unused(label, others)])
     splits = sorted({found[1].lower() for path in paths if (found := SPLIT.match(path.name))})
     if len(splits) > 1:
         source.notes.append(
-            f"{paths[0].parent}: its files are of {' and '.join(splits)}, which all come into one set; give one split's files"
+            f"{paths[0].parent}: its files belong to {' and '.join(splits)}, which all go into one set; to avoid this, give the "
+            "files of one split"
         )
     return source
 
 
 def _check_files(paths: Sequence[Path], chosen: Chosen) -> None:
-    """Raises UserError for a file without the columns, a column of labels that is no label, and no rows at all."""
+    """Raise UserError for a file without the chosen columns, a label column of lists or structs, and files without rows."""
     total = 0
     for path in paths:
         file = arrow.open_file(path)
         schema = file.schema_arrow
         total += file.metadata.num_rows
         if missing := [name for name in chosen if name and name not in schema.names]:
-            raise UserError(f"{path}: no column {missing[0]}, which {paths[0].name} has")
+            raise UserError(f"{path}: has no column {missing[0]}, but {paths[0].name} has one")
         if chosen.label and not arrow.is_label(kind := schema.field(chosen.label).type):
-            raise UserError(f"{path}: column {chosen.label} holds {kind}; one label (a number or text) a row is needed")
+            raise UserError(
+                f"{path}: column {chosen.label} holds {kind}, but one label (a number or text) per row is needed"
+            )
     if not total:
-        raise UserError(f"{paths[0]}: no rows")
+        raise UserError(f"{paths[0]}: has no rows")
 
 
 def _holds_images(kind: Any) -> bool:
@@ -100,22 +103,22 @@ def _holds_images(kind: Any) -> bool:
 
 
 def _given(paths: Sequence[Path], chosen: Chosen, classes: Sequence[str] | None) -> Sequence[str] | None:
-    """The class names that were given, or those that the files hold. Raises UserError when these differ."""
+    """Return the class names that were given, else those in the files. Raises UserError when files have different ones."""
     if classes is not None or chosen.label is None:
         return classes
     found = {arrow.class_names(path, chosen.label): path for path in paths}
     if len(found) > 1:
         one, other = list(found.values())[:2]
         raise UserError(
-            f"{one.name} and {other.name} name the classes of {chosen.label} differently; give --classes FILE"
+            f"{one.name} and {other.name} have different class names for column {chosen.label}; give --classes FILE"
         )
     return next(iter(found))
 
 
 class BytesSource(Source):
-    """Image files inside a column. Its blocks are row groups, which are read from their front, a batch at a time.
+    """Image files inside a column. Its blocks are row groups, which are read from front to back, one batch at a time.
 
-    A row whose bytes are null is read from its path.
+    The image of a row whose bytes are null is read from the row's path.
     """
 
     def __init__(self, paths: Sequence[Path], start: Path, chosen: Chosen, classes: Sequence[str] | None) -> None:
@@ -154,20 +157,22 @@ class BytesSource(Source):
         self.notes += labels.notes
         if len(self._labels) != len(self):
             raise UserError(
-                f"{self._paths[0] if len(self._paths) == 1 else self.root}: damaged: {len(self)} rows by its index, "
-                f"{len(self._labels)} labels in it"
+                f"{self._paths[0] if len(self._paths) == 1 else self.root}: damaged: its index says {len(self)} rows, but "
+                f"{len(self._labels)} labels were read"
             )
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def name(self, i: int) -> str:
+        """Return the file, row group and row of a sample."""
         block = self._block(i)
         file, group = self._groups[block]
         stem = self._paths[file].name.rpartition(".")[0]
         return f"{stem}/{group:04d}-{i - int(self._starts[block]):06d}"
 
     def read(self, i: int) -> Item:
+        """Read the row of a sample. Raises BadImage or OSError."""
         block = self._block(i)
         row = i - int(self._starts[block])
         image, caption = self._row(block, row)
@@ -178,20 +183,22 @@ class BytesSource(Source):
         return Item(bytes(data), labelled(self, self._labels, i), extras)
 
     def size(self, i: int) -> int:
+        """Return 0: sizes are known only by reading the column."""
         return 0  # known only by reading the column
 
     def fingerprint(self) -> bytes:
+        """Return the files' names and sizes, the columns and the classes."""
         return self._digest
 
     def _block(self, i: int) -> int:
         return int(np.searchsorted(self._starts, i, side="right")) - 1
 
     def _row(self, block: int, row: int) -> tuple[Any, Any]:
-        """(image, caption) of a row: from the batches that are being read when it lies ahead, else from the front."""
+        """Return (image, caption) of a row; the row group is read again from its front if the row lies behind."""
         file, group = self._groups[block]
         try:
             if self._stream is None or not self._stream.reaches(block, row):
-                self._stream = None  # its buffers go before the next one's come
+                self._stream = None  # frees its buffers before the next stream takes its own
                 self._stream = _Stream(self._paths[file], block, group, self._chosen)
             return self._stream.row(row)
         except (OSError, ValueError, IndexError, StopIteration, arrow.pyarrow().ArrowException) as error:
@@ -199,7 +206,7 @@ class BytesSource(Source):
             raise BadImage(f"its row cannot be read: {arrow.one_line(error) or 'the row group is cut'}") from None
 
     def _file(self, path: str | None) -> bytes:
-        """The image that a row names instead of holding it. Raises BadImage or OSError."""
+        """Read the image file that a row names instead of holding its bytes. Raises BadImage or OSError."""
         if not path:
             raise BadImage("neither bytes nor a path in this row", EMPTY)
         if "://" in path or "\0" in path:
@@ -211,7 +218,7 @@ class BytesSource(Source):
 
 
 class _Stream:
-    """The rows of one row group from the front, a batch in memory at a time, in the process that made it."""
+    """The rows of one row group from front to back, with one batch in memory, for use in the process that made it."""
 
     def __init__(self, path: Path, block: int, group: int, chosen: Chosen) -> None:
         self._chosen, self._at = chosen, (os.getpid(), block)
@@ -225,10 +232,11 @@ class _Stream:
         self._first, self._batch = 0, next(self._batches)
 
     def reaches(self, block: int, row: int) -> bool:
+        """Return whether a row can still be read: it is of this row group and does not lie before the current batch."""
         return self._at == (os.getpid(), block) and row >= self._first
 
     def row(self, row: int) -> tuple[Any, Any]:
-        """Raises StopIteration behind the last row, and what pyarrow raises."""
+        """Return (image, caption) of a row. Raises StopIteration after the last row, and errors of pyarrow."""
         while row >= self._first + len(self._batch):
             self._first += len(self._batch)
             self._batch = next(self._batches)
@@ -245,7 +253,7 @@ def _leaves(file: Any, image: str) -> list[str]:
 
 
 def _batch_rows(group: Any, image: str) -> int:
-    """How many rows hold BATCH_BYTES of images, on average."""
+    """Return how many rows hold BATCH_BYTES of images on average, between 1 and MOST_ROWS."""
     columns = [group.column(at) for at in range(group.num_columns)]
     own = [c.total_uncompressed_size for c in columns if (c.path_in_schema + ".").startswith(f"{image}.")]
     mean = max(sum(own) // max(group.num_rows, 1), 1)
@@ -253,7 +261,7 @@ def _batch_rows(group: Any, image: str) -> int:
 
 
 def _path_rows(paths: Sequence[Path], chosen: Chosen, left: LeftOut) -> Iterator[list[str | None]]:
-    """[path, label, caption] of every row that names an image; the others are counted."""
+    """Yield [path, label, caption] of every row that names an image, and count the others."""
     for file in paths:
         for number, row in enumerate(arrow.rows(file, [c for c in chosen if c]), 1):
             path, label, words = (row[c] if c else None for c in chosen)

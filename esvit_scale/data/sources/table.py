@@ -1,4 +1,4 @@
-"""CSV and TSV files with a column of image paths, and columns of labels and captions by option."""
+"""CSV and TSV files as a source: with a column of image paths, and optional columns of labels and captions."""
 
 import csv
 import re
@@ -38,10 +38,10 @@ UTF8_ADVICE = "save the table as UTF-8 (Excel: 'CSV UTF-8'; iconv -f latin1 -t u
 
 
 class Columns:
-    """Which columns of a table mean what.
+    """The numbers of the columns that hold image paths, labels and captions.
 
     Raises:
-        UserError: the table has no such column, or two of that name; names the nearest.
+        UserError: the table has no such column, or two of that name.
     """
 
     def __init__(
@@ -52,24 +52,25 @@ class Columns:
         if found is None:
             raise UserError(
                 f"{where}: none of its columns ({', '.join(map(printable, self._names[:12]))}) is named like a path; "
-                "say which it is with --image-column"
+                "name the column of paths with --image-column"
             )
         self.image = self._at(found, "--image-column")
         self.label = self._at(label, "--label") if label and label != "none" else None
         self.caption = self._at(caption, "--caption") if caption else None
 
     def label_unused(self, label: str | None, others: Iterable[str] = ()) -> str:
-        """A line for the user where `label`, the option, is not given and a column is named like one; else empty.
+        """Return a line for the user when --label is not given but a column is named like one, else "".
 
         Args:
-            others: columns that hold labels whatever their names.
+            label: the value of --label.
+            others: columns that hold labels although their names do not say so.
         """
         found = [name for name in self._names if name.strip().lower() in LABEL_COLUMNS or name in others]
         if label is not None or not found:
             return ""
         return (
-            f"{self._where}: no classes: its column {printable(found[0])} is not used; --label {printable(found[0])} makes "
-            "it the classes, --label none says that none are wanted"
+            f"{self._where}: the set will have no classes, since column {printable(found[0])} is not used; give --label "
+            f"{printable(found[0])} to use it, or --label none if no classes are wanted"
         )
 
     def _at(self, name: str, option: str) -> int:
@@ -84,15 +85,15 @@ class Columns:
 
 
 class Dialect(NamedTuple):
-    """How a table is written."""
+    """The format of a table."""
 
     encoding: str
     separator: str
-    quoted: bool  # whether a field that begins with a quote ends with one
-    above: int = 0  # lines above the header
+    quoted: bool  # whether fields may be quoted
+    above: int = 0  # number of lines above the header
 
     def rows(self, path: Path, lines: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
-        """Each row's first line, counted from 1, and its fields. Raises UserError for a quote that is not closed."""
+        """Yield the number of each row's first line, from 1, and its fields. Raises UserError for an unclosed quote."""
         lines = islice(lines, self.above, None)
         if self.quoted:
             reader = csv.reader(lines, delimiter=self.separator, strict=True)
@@ -104,7 +105,7 @@ class Dialect(NamedTuple):
                 row = next(reader, None)
             except csv.Error as error:
                 raise UserError(
-                    f"{path}: line {line}: not a readable row: {error}; is a quote not closed, or inside a field and not "
+                    f"{path}: line {line}: not a readable row: {error}; is a quote not closed, or a quote inside a field not "
                     "doubled?"
                 ) from None
             if row is None:
@@ -125,8 +126,8 @@ def table_source(
     """Read a table whose first row names the columns; relative paths start at `root`, by default the table's folder.
 
     Raises:
-        UserError: cannot be read, no header, no such column, a row with too few or too many columns, text that is not
-            UTF-8, a quote that is not closed, no rows.
+        UserError: the table cannot be read, has no header or no rows, lacks a column, is not UTF-8, or has a row with too few
+            or too many columns or an unclosed quote.
     """
     csv.field_size_limit(1 << 20)
     notes: list[str] = []
@@ -138,7 +139,7 @@ def table_source(
             encoding, rows = dialect.encoding, dialect.rows(path, file)
             header = [name.strip() for name in next(rows, (1, []))[1]]
             if not header:
-                raise UserError(f"{path}: empty; its first row names the columns")
+                raise UserError(f"{path}: empty; its first row must name the columns")
             columns = _columns(path, header, dialect, image, label, caption)
             notes += filter(None, [columns.label_unused(label)])
             start = root if root is not None else path.parent
@@ -148,7 +149,7 @@ def table_source(
     except UnicodeError as error:
         raise UserError(f"{path}: not text in {encoding}: {error}") from None
     if not len(source):
-        raise UserError(f"{path}: no rows below its header{': ' + left.short() if left else ''}")
+        raise UserError(f"{path}: no usable rows below its header{': ' + left.short() if left else ''}")
     source.notes, source.left_out = [*notes, *source.notes], left
     return source
 
@@ -156,7 +157,7 @@ def table_source(
 def _columns(
     path: Path, header: Sequence[str], dialect: Dialect, image: str | None, label: str | None, caption: str | None
 ) -> Columns:
-    """The columns of a header. Raises UserError as Columns, and where the header is quoted or not UTF-8."""
+    """Return the columns of a header. Raises UserError as Columns, and for a header that is quoted or not UTF-8."""
     if not dialect.quoted:
         for name in header:
             _check_unquoted(path, dialect.above + 1, name)
@@ -169,22 +170,24 @@ def _columns(
 
 
 def _check_unquoted(path: Path, line: int, field: str) -> None:
-    """Raises UserError for a field in quotes, where quotes are characters like others."""
+    """Raise UserError for a field in quotes in a table whose fields are not quoted."""
     field = field.strip()
     if len(field) > 1 and field[0] == field[-1] == '"':
         raise UserError(
-            f"{path}: line {line}: {printable(field[:80])} begins and ends with a quote; are its fields quoted? Then add "
-            "--quoted"
+            f"{path}: line {line}: {printable(field[:80])} begins and ends with a quote; if the table's fields are quoted, "
+            "add --quoted"
         )
 
 
 def _dialect(path: Path, separator: str, quoted: bool, notes: list[str]) -> Dialect:
-    """How the table is written, from its first bytes: UTF-16 by its byte-order mark, another separator by the header, or by
-    a line `sep=;` above it. Raises UserError for what is no text."""
+    """Detect a table's format from its first bytes. Raises UserError for a file that is not text.
+
+    UTF-16 is detected by its byte-order mark, another separator by the header or by a line `sep=;` above it.
+    """
     with path.open("rb") as file:
         start = file.read(1 << 16)
     if start[:4] in WORKBOOKS:
-        raise UserError(f"{path}: {WORKBOOKS[start[:4]]}: export it as CSV (UTF-8)")
+        raise UserError(f"{path}: {WORKBOOKS[start[:4]]}; export it as CSV (UTF-8)")
     encoding = "utf-16" if start[:2] in UTF16 else "utf-8-sig"
     if encoding == "utf-8-sig" and b"\0" in start:
         raise UserError(f"{path}: not text in UTF-8 (UTF-16 without its mark, or binary); {UTF8_ADVICE}")
@@ -194,7 +197,7 @@ def _dialect(path: Path, separator: str, quoted: bool, notes: list[str]) -> Dial
     if header and separator not in header[0]:
         others = [other for other in SEPARATORS if other in header[0]]
         if len(others) == 1:
-            notes.append(f"{path}: line 1: columns are separated by {SEPARATORS[others[0]]}; read so")
+            notes.append(f"{path}: line 1: columns are separated by {SEPARATORS[others[0]]}, and are read that way")
             separator = others[0]
     return Dialect(encoding, separator, quoted)
 
@@ -208,7 +211,7 @@ def _rows(
     left: LeftOut,
     notes: list[str],
 ) -> Iterator[list[str | None]]:
-    """[path, label, caption] of every row that names an image; the others are counted."""
+    """Yield [path, label, caption] of every row that names an image, and count the others."""
     commas = False
     for line, row in rows:
         if not row or (len(row) == 1 and not row[0].strip()):  # an empty line
@@ -230,7 +233,7 @@ def _rows(
 
 def _check_row(path: Path, line: int, row: list[str], columns: Columns, width: int, dialect: Dialect) -> None:
     needed = [at for at in (columns.image, columns.label, columns.caption) if at is not None]
-    hint = "is it cut off, or quoted wrongly?" if dialect.quoted else "are its fields quoted? Then add --quoted"
+    hint = "is it cut off, or quoted wrongly?" if dialect.quoted else "if its fields are quoted, add --quoted"
     if max(needed) >= len(row):
         raise UserError(f"{path}: line {line} has {len(row)} columns, too few (the header has {width}); {hint}")
     if not dialect.quoted:
@@ -240,8 +243,8 @@ def _check_row(path: Path, line: int, row: list[str], columns: Columns, width: i
         if not dialect.quoted and any(field.startswith('"') for field in row):
             raise UserError(f"{path}: line {line} has {len(row)} columns, too many (the header has {width}); {hint}")
         raise UserError(
-            f"{path}: line {line} has {len(row)} columns, too many (the header has {width}); does a field that is not "
-            f"quoted hold {SEPARATORS.get(dialect.separator, 'separators')}?"
+            f"{path}: line {line} has {len(row)} columns, too many (the header has {width}); does an unquoted field contain "
+            f"{SEPARATORS.get(dialect.separator, 'separators')}?"
         )
     if "\0" in row[columns.image]:
         raise UserError(f"{path}: line {line} names no image file")
@@ -258,11 +261,11 @@ def _check_row(path: Path, line: int, row: list[str], columns: Columns, width: i
 
 
 def _check_lines(path: Path, line: int, text: str, columns: Columns, width: int, dialect: Dialect) -> None:
-    """A field may hold line breaks, but not lines that are rows themselves: then a quote was not closed."""
+    """Raise UserError for a quoted field whose lines look like rows of the table, because a quote was not closed."""
     for number, inner in enumerate(text.splitlines()[1:], 1):
         fields = next(csv.reader([inner], delimiter=dialect.separator), [])
         if len(fields) == width and is_image(fields[columns.image]):
             raise UserError(
-                f"{path}: line {line}: a quoted field goes on over line {line + number}, which looks like a row of its own; "
-                "is a quote not closed, or inside a field and not doubled?"
+                f"{path}: line {line}: a quoted field continues over line {line + number}, which looks like a row of its own; "
+                "is a quote not closed, or a quote inside a field not doubled?"
             )

@@ -1,4 +1,4 @@
-"""Tars in the WebDataset convention, and plain tars of images: one tar or a folder of them. Nothing is extracted."""
+"""Tars as a source: in the WebDataset convention, or plain tars of images; one tar or a folder of them, not extracted."""
 
 import hashlib
 import json
@@ -44,13 +44,15 @@ MAX_LABEL = 256  # bytes of a `.cls` member
 
 
 class TarSource(Source):
-    """Every image of the tars, by the rules of tar_names.py, wherever in its tar the other members of its key lie;
-    `.txt` and `.json` members go with it. What is no part of a sample is left out and counted by kind.
+    """Every image of the tars, by the rules of tar_names.py, with its label and its `.txt` and `.json` members.
+
+    The members of a key may lie anywhere in their tar. Members that belong to no sample are left out and counted by kind.
 
     Args:
-        root: names of tars in messages start here.
-        label: None: the `.cls` member; `parent`: the folder in the tar; `archive`: the tar's name; `none`.
-    names: of a shard set, the classes of the numbers in its `.cls` members, whatever these are called.
+        root: folder from which the names of tars in messages start.
+        label: where classes come from: None: the `.cls` member; `parent`: the folder in the tar; `archive`: the tar's name;
+            `none`: no classes.
+        names: for a shard set, the class names of the numbers in its `.cls` members.
 
     Raises:
         UserError: a tar cannot be read, or no tar holds an image.
@@ -67,8 +69,8 @@ class TarSource(Source):
         super().__init__()
         if label not in HOW_LABELS:
             raise UserError(
-                f"--label {label}: of tars the class can be 'parent' (folder), 'archive' (the tar's name) or 'none'; "
-                "by default it is the .cls member"
+                f"--label {label}: for tars it can be 'parent' (the folder is the class), 'archive' (the tar's name is) or "
+                "'none'; without --label the class is the .cls member"
             )
         self.root, self._tars, self._how = root, list(tars), label
         self._names = names if classes is not None and list(names or ()) != list(classes) else None
@@ -110,19 +112,19 @@ class TarSource(Source):
                     self.left_out.add(what, why, printable(f"{self._tar_name(number)}/{name}"))
 
     def _entries(self, number: int, tar: Path, file: BinaryIO) -> Iterator[Entry]:
-        """By the index beside the tar, where there is one that can be true, else by the tar's headers."""
+        """Yield the entries from the index beside the tar if it fits the tar's size, else from the tar's headers."""
         with suppress(OSError, ValueError, TypeError, AttributeError):
             entries, end = list(manifests.read_side_car(tar)), tar.stat().st_size
             if all(offset + size <= end for entry in entries for offset, size in entry.members.values()):
                 yield from entries
                 return
         if kind := compression(os.pread(file.fileno(), 8, 0)):
-            raise UserError(f"{tar}: is compressed with {kind} and cannot be read at random; decompress it first")
+            raise UserError(f"{tar}: is compressed with {kind} and cannot be read in random order; decompress it first")
         reader = TarReader(file, tar.stat().st_size, printable(self._tar_name(number)) + "/")
         yield from joined(manifests.numbered_runs(reader))
         self.left_out.update(reader.left_out)
         if reader.damage:
-            before = "" if reader.damage == EMPTY else ": only what stands before can be used"
+            before = "" if reader.damage == EMPTY else ": only the members before it can be used"
             self.notes.append(f"{tar}: {reader.damage}{before}")
             self.damaged.append((self._tar_name(number), reader.damage))
 
@@ -147,14 +149,17 @@ class TarSource(Source):
         return tar.relative_to(self.root).as_posix() if tar != self.root else tar.name
 
     def name(self, i: int) -> str:
+        """Return the tar's name and the member's key and extension."""
         number, key, ext, *_ = self._rows[i]
         return f"{self._tar_name(number)}/{key}.{ext}"
 
     def path(self, i: int) -> str:
+        """Return the sample's key with the last part of its extension."""
         _, key, ext, _, _, _, *sample = self._rows[i]
         return f"{sample[0] if sample else key}.{ext.rpartition('.')[2]}"
 
     def read(self, i: int) -> Item:
+        """Read the image and the members that go with it. Raises BadImage or OSError."""
         number, _, _, offset, size, extras, *_ = self._rows[i]
         with self._tars[number].open("rb") as file:
             data = _pread(file.fileno(), offset, size)
@@ -165,21 +170,25 @@ class TarSource(Source):
             )
 
     def beside(self, i: int) -> int:
+        """Return the number of members that go with an image."""
         return len(self._rows[i][5]) + self._has_cls[i]
 
     def size(self, i: int) -> int:
+        """Return the size of the image in bytes."""
         return int(self._rows[i][4])
 
     def fingerprint(self) -> bytes:
+        """Return a hash of the classes and of all samples."""
         return self._digest.digest()
 
 
 def tar_source(where: Path, label: str | None, classes: Sequence[str] | None) -> TarSource:
-    """A tar, or the tars of a folder in the order of their names; of a shard set, the manifest's shards and classes; of
-    a folder of shard sets, all of theirs.
+    """Return a tar, or the tars of a folder in the order of their names, as a source.
+
+    For a shard set, the shards and classes are those of its manifest; a folder of shard sets gives the shards of all.
 
     Raises:
-        UserError: no tar there, a compressed one, and as TarSource.
+        UserError: there is no tar, or a compressed one, or as TarSource.
     """
     if where.is_file():
         return TarSource([where], where, label, classes)
@@ -193,9 +202,9 @@ def tar_source(where: Path, label: str | None, classes: Sequence[str] | None) ->
     left = LeftOut()
     tars = visible_files(where, (".tar", *COMPRESSED_TARS), left)
     if compressed := [tar for tar in tars if tar.name.lower().endswith(COMPRESSED_TARS)]:
-        raise UserError(f"{compressed[0]}: compressed tars cannot be read at random; decompress them first")
+        raise UserError(f"{compressed[0]}: compressed tars cannot be read in random order; decompress them first")
     if not tars:
-        raise UserError(f"{where}: no .tar files in it")
+        raise UserError(f"{where}: holds no .tar files")
     names = _classes_of_sets(where, {tar.parent for tar in tars}) if label is None else None
     source = TarSource(tars, where, label, classes, names)
     source.left_out.update(left)
@@ -203,7 +212,7 @@ def tar_source(where: Path, label: str | None, classes: Sequence[str] | None) ->
 
 
 def _classes_of_sets(where: Path, folders: set[Path]) -> Sequence[str] | None:
-    """The class names of a folder of shard sets; None when the tars are not all from sets."""
+    """Return the class names of a folder of shard sets; None when not all of its tars belong to sets."""
     if not all(manifests.is_shard_set(folder) for folder in folders):
         return None
     found: dict[tuple[str, ...], Path] = {}
@@ -212,15 +221,17 @@ def _classes_of_sets(where: Path, folders: set[Path]) -> Sequence[str] | None:
     if len(found) > 1:
         one, other = list(found.values())[:2]
         raise UserError(
-            f"{where}: the sets {one.name} and {other.name} in it have different classes, whose numbers would be mixed up; "
-            "give --label none, or make both with the same --classes FILE"
+            f"{where}: its sets {one.name} and {other.name} have different classes, whose numbers would be mixed up; "
+            "give --label none, or write both sets with the same --classes FILE"
         )
     return next(iter(found)) or None
 
 
 def _samples(number: int, entry: Entry) -> Iterator[tuple[list[Any], dict[str, str]]]:
-    """The samples that the members of one key make: a row, and which extensions go with the image by what they are.
-    The row ends with the sample's key where that is not the members'."""
+    """Yield a row for each sample of one key, and the extensions of its label, caption and metadata by their kind.
+
+    The row ends with the sample's key if that differs from the members' key.
+    """
     chosen = chosen_images(entry.members)
     for image in chosen:
         found = {kind: companion(entry.members, image, kind) for kind in ("cls", *EXTRAS)}
@@ -235,7 +246,7 @@ def _too_large(extension: str, entry: Entry) -> bool:
 
 
 def _why(extension: str, entry: Entry, has_sample: bool) -> str:
-    """Why a member is part of no sample."""
+    """Return the reason for which a member belongs to no sample."""
     if is_image(extension):
         return f"image beside the one of its key (.{extension[:24]})"
     if extension.rpartition(".")[2] not in (*EXTRAS, "cls"):
@@ -252,7 +263,7 @@ def _why(extension: str, entry: Entry, has_sample: bool) -> str:
 
 
 def _spelled(handle: int, entry: Entry, extension: str) -> str:
-    """The name of a member as its header spells it, where the block before its bytes holds it as a whole."""
+    """Return the name of a member as its header spells it, if the block before its bytes holds the whole name."""
     start = entry.members[extension][0] - BLOCK
     written = os.pread(handle, 100, start) if start >= 0 else b""
     name = written.partition(b"\0")[0].decode("utf-8", "surrogateescape")

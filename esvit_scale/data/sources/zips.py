@@ -1,7 +1,7 @@
-"""Zip files of images: one, or a folder of them. Members are read where they lie; nothing is extracted.
+"""Zip files of images as a source: one zip or a folder of them, not extracted.
 
-Python's zipfile reads the table of contents once; members are then read by their offsets, so that worker processes
-share nothing and a member inflates to its limit and no further.
+Python's zipfile reads the table of contents once; members are then read by their offsets, so that worker processes share
+nothing, and a member is inflated up to its recorded size only.
 """
 
 import hashlib
@@ -31,14 +31,17 @@ from esvit_scale.data.tar_names import no_sample, parts_of
 from esvit_scale.errors import UserError
 
 HOW_LABELS = (None, "none", "parent", "archive")
-MAX_INFLATED = 1 << 28  # bytes; a larger member is a bomb, or no image to train on
+MAX_INFLATED = 1 << 28  # bytes; a larger member is a zip bomb, or no image for training
 LOCAL_HEADER = 30  # bytes before the member's name
 
 
 class ZipSource(Source):
-    """Args:
-    root: names of zips in messages start here.
-    label: `parent`: the folder in the zip; `archive`: the zip's name; None or `none`: no classes.
+    """Every image of the zips.
+
+    Args:
+        root: folder from which the names of zips in messages start.
+        label: where classes come from: `parent`: the folder in the zip; `archive`: the zip's name; None or `none`: no
+            classes.
 
     Raises:
         UserError: a zip cannot be read, or no zip holds an image.
@@ -50,7 +53,8 @@ class ZipSource(Source):
         super().__init__()
         if label not in HOW_LABELS:
             raise UserError(
-                f"--label {label}: of zips the class can be 'parent' (folder) or 'archive' (the zip's name)"
+                f"--label {label}: for zips it can be 'parent' (the folder is the class), 'archive' (the zip's name is) or "
+                "'none'"
             )
         self.root, self._zips = root, list(zips)
         self._rows, digest = Rows(), hashlib.sha256(repr((label, classes)).encode())
@@ -83,7 +87,7 @@ class ZipSource(Source):
         return len(self._rows)
 
     def _usable(self, zip_file: Path, member: str, arrays: bool) -> bool:
-        """Whether a member is an image to use, a `.npy` file being one where `arrays` says so; counted where it is not."""
+        """Return whether a member is used as an image (a `.npy` file only with `arrays`), and count it if not."""
         why = no_sample(member)
         if (is_image(member) or (arrays and extension(member) == ARRAY)) and not why:
             return True
@@ -93,38 +97,43 @@ class ZipSource(Source):
         return False
 
     def name(self, i: int) -> str:
+        """Return the zip's name and the member's."""
         number, member, *_ = self._rows[i]
         path = self._zips[number]
         return f"{path.relative_to(self.root).as_posix() if path != self.root else path.name}/{member}"
 
     def path(self, i: int) -> str:
+        """Return the member's name without `.`, `..` and empty parts."""
         return "/".join(parts_of(self._rows[i][1]))
 
     def read(self, i: int) -> Item:
+        """Read and inflate the image. Raises BadImage or OSError."""
         number, _, offset, packed, size, crc, method, flags = self._rows[i]
         return Item(
             _member(self._zips[number], offset, packed, size, crc, method, flags), labelled(self, self._labels, i)
         )
 
     def size(self, i: int) -> int:
+        """Return the size of the image in bytes."""
         return int(self._rows[i][4])
 
     def fingerprint(self) -> bytes:
+        """Return a hash of the classes and of all images."""
         return self._digest
 
 
 def zip_source(where: Path, label: str | None, classes: Sequence[str] | None) -> ZipSource:
-    """A zip, or the zips of a folder in the order of their names.
+    """Return a zip, or the zips of a folder in the order of their names, as a source.
 
     Raises:
-        UserError: no zip there, and as ZipSource.
+        UserError: there is no zip, or as ZipSource.
     """
     if where.is_file():
         return ZipSource([where], where, label, classes)
     left = LeftOut()
     zips = visible_files(where, (".zip",), left)
     if not zips:
-        raise UserError(f"{where}: no .zip files in it")
+        raise UserError(f"{where}: holds no .zip files")
     source = ZipSource(zips, where, label, classes)
     source.left_out.update(left)
     return source

@@ -1,0 +1,33 @@
+"""The one 64-bit hash of texts: for the order of samples, the split into train and val, and the search for equal names.
+
+Its values are stored in manifests and decide the order of data, so they never change.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def hash64(text: str) -> int:
+    """Return a 64-bit hash of a text (BLAKE2b), the same on every machine; undecodable bytes of file names count too."""
+    return int.from_bytes(hashlib.blake2b(os.fsencode(text), digest_size=8).digest(), "little")
+
+
+def derive_seed(*values: int | str) -> int:
+    """Return a 64-bit seed for a random draw that is identified by small plain values, such as (seed, epoch, "window", 3)."""
+    return hash64(repr(values))
+
+
+def hash_all(texts: Iterable[str], n: int) -> NDArray[np.uint64]:
+    """Return the hashes [n] of `n` texts; only the hashes are in memory together."""
+    return np.fromiter((hash64(text) for text in texts), np.uint64, n)
+
+
+def repeated_indices(values: NDArray[np.uint64]) -> NDArray[np.int64]:
+    """Return the sorted indices of the values that occur earlier in the array too."""
+    order = np.argsort(values, kind="stable")
+    again = values[order[1:]] == values[order[:-1]]
+    return np.sort(order[1:][again])
