@@ -32,7 +32,7 @@ from esvit_scale.config import Config, Data
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data.hashing import derive_seed
 from esvit_scale.data.manifest import Manifest
-from esvit_scale.data.order import Order, permutation, steps_per_epoch
+from esvit_scale.data.order import Order, SampleAddress, permutation, steps_per_epoch
 from esvit_scale.data.tar_names import TAR
 from esvit_scale.errors import UserError
 
@@ -122,15 +122,6 @@ def order_of(config: Config, data: MixedSets) -> "MixedOrder":
                 f"{steps * batch} images; give it more weight, or set data.epoch_samples={math.ceil(4 / share)} or more"
             )
     return order
-
-
-class SampleAddress(NamedTuple):
-    """Where one image of a batch is found: a position in the order of an epoch of a set."""
-
-    set: int  # its number among the mixed sets; 0 for a single set
-    epoch: int  # of the set
-    position: int  # in `order`
-    order: Order  # of that epoch
 
 
 class MixedOrder:

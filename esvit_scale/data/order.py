@@ -13,6 +13,7 @@ between releases.
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,6 +102,15 @@ class Order:
         else:
             self._chunks.move_to_end(key)
         return int(found[offset - chunk * CHUNK])
+
+
+class SampleAddress(NamedTuple):
+    """Where one image of a batch is found: a position in the order of an epoch of a set."""
+
+    set: int  # its number among the mixed sets; 0 for a single set
+    epoch: int  # of the set
+    position: int  # in `order`
+    order: Order  # of that epoch
 
 
 def steps_per_epoch(samples: int, global_batch: int) -> int:

@@ -11,8 +11,8 @@ from typing import Any
 from esvit_scale.data.bad_image import BadImage
 from esvit_scale.data.loader import LoaderAssignment, NoValidSamples, reason
 from esvit_scale.data.manifest import Manifest
-from esvit_scale.data.mix import MixedSets, SampleAddress, order_of
-from esvit_scale.data.order import Order
+from esvit_scale.data.mix import MixedSets, order_of
+from esvit_scale.data.order import Order, SampleAddress
 from esvit_scale.data.reader import ShardReader, StorageGone
 from esvit_scale.data.worker_batch import SLOW_SECONDS, DecodedSample, decode_for_crops
 from esvit_scale.errors import is_machine_fault

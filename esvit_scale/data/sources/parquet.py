@@ -13,7 +13,7 @@ from esvit_scale.data.left_out import EMPTY, NO_PATH, ROWS, UNREADABLE, LeftOut
 from esvit_scale.data.sources import arrow
 from esvit_scale.data.sources.base import Item, Labels, Source, labelled
 from esvit_scale.data.sources.listing import PathSource
-from esvit_scale.data.sources.table import Columns
+from esvit_scale.data.sources.table import TableColumns
 from esvit_scale.errors import UserError
 
 BATCH_BYTES = 16_000_000  # bytes of images in memory at a time, approximately
@@ -46,7 +46,7 @@ def parquet_source(
     """
     first = arrow.open_file(paths[0])
     names = first.schema_arrow.names
-    columns = Columns(str(paths[0]), names, image, label, caption)
+    columns = TableColumns(str(paths[0]), names, image, label, caption)
     more = (names[i] if i is not None else None for i in (columns.label, columns.caption))
     chosen = Chosen(names[columns.image], *more)
     _check_files(paths, chosen)

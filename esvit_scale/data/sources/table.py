@@ -37,7 +37,7 @@ DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
 UTF8_ADVICE = "save the table as UTF-8 (Excel: 'CSV UTF-8'; iconv -f latin1 -t utf-8)"
 
 
-class Columns:
+class TableColumns:
     """The numbers of the columns that hold image paths, labels and captions.
 
     Raises:
@@ -156,13 +156,13 @@ def table_source(
 
 def _columns(
     path: Path, header: Sequence[str], dialect: Dialect, image: str | None, label: str | None, caption: str | None
-) -> Columns:
-    """Return the columns of a header. Raises UserError as Columns, and for a header that is quoted or not UTF-8."""
+) -> TableColumns:
+    """Return the columns of a header. Raises UserError as TableColumns, and for a header that is quoted or not UTF-8."""
     if not dialect.quoted:
         for name in header:
             _check_unquoted(path, dialect.above + 1, name)
     try:
-        return Columns(str(path), header, image, label, caption)
+        return TableColumns(str(path), header, image, label, caption)
     except UserError:
         if any("\udc80" <= letter <= "\udcff" for name in header for letter in name):
             raise UserError(f"{path}: line 1: the header is not UTF-8 (Latin-1?); {UTF8_ADVICE}") from None
@@ -206,7 +206,7 @@ def _rows(
     path: Path,
     rows: Iterator[tuple[int, list[str]]],
     dialect: Dialect,
-    columns: Columns,
+    columns: TableColumns,
     width: int,
     left: LeftOut,
     notes: list[str],
@@ -231,7 +231,7 @@ def _rows(
             left.add(ROWS, NO_PATH, f"line {line}")
 
 
-def _check_row(path: Path, line: int, row: list[str], columns: Columns, width: int, dialect: Dialect) -> None:
+def _check_row(path: Path, line: int, row: list[str], columns: TableColumns, width: int, dialect: Dialect) -> None:
     needed = [at for at in (columns.image, columns.label, columns.caption) if at is not None]
     hint = "is it cut off, or quoted wrongly?" if dialect.quoted else "if its fields are quoted, add --quoted"
     if max(needed) >= len(row):
@@ -260,7 +260,7 @@ def _check_row(path: Path, line: int, row: list[str], columns: Columns, width: i
             _check_lines(path, line, text, columns, width, dialect)
 
 
-def _check_lines(path: Path, line: int, text: str, columns: Columns, width: int, dialect: Dialect) -> None:
+def _check_lines(path: Path, line: int, text: str, columns: TableColumns, width: int, dialect: Dialect) -> None:
     """Raise UserError for a quoted field whose lines look like rows of the table, because a quote was not closed."""
     for number, inner in enumerate(text.splitlines()[1:], 1):
         fields = next(csv.reader([inner], delimiter=dialect.separator), [])
