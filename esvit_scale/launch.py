@@ -1,7 +1,7 @@
-"""Slurm from Python: fills the shipped batch scripts, submits them, and says how far a job's run is.
+"""Submission of Slurm jobs: fills the shipped batch scripts and gives them to sbatch.
 
-The scripts in slurm/ are the launchers; nothing here starts a rank. `submit` writes a copy of one into the folder that
-the job keeps its records in, with the #SBATCH lines that were asked for, so that what ran can be read later.
+The scripts in slurm/ launch the ranks; nothing here starts one. `submit` writes a copy of a script into the folder of
+the job's records, with the #SBATCH lines that were asked for, so that what ran can be read later.
 """
 
 import math
@@ -12,18 +12,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
 
-from esvit_scale import config as configs
 from esvit_scale import files
-from esvit_scale.data import mix
-from esvit_scale.errors import UserError, nearest
+from esvit_scale.errors import UserError
 from esvit_scale.resources import shipped_folder
-from esvit_scale.train.lock import is_running
-from esvit_scale.train.row_file import read_rows
-from esvit_scale.train.run_dir import read_summary
 
 SHORT_OPTIONS = {"N": "nodes", "n": "ntasks", "t": "time"}  # of sbatch
 ANSWER_S = 30  # Slurm's commands hang when its controller is away
@@ -31,7 +24,7 @@ ANSWER_S = 30  # Slurm's commands hang when its controller is away
 
 @dataclass(frozen=True)
 class Resources:
-    """What a job asks Slurm for; None leaves the script's own line."""
+    """What a job asks Slurm for; None keeps the value in the script."""
 
     nodes: int | None = None
     gpus_per_node: int | None = None
@@ -45,7 +38,7 @@ class Resources:
     more: tuple[str, ...] = ()  # further options of sbatch, `--account=…`
 
     def header(self) -> dict[str, str | None]:
-        """Option → value of the #SBATCH lines to write; None takes a line away."""
+        """Return option → value of the #SBATCH lines to write; None removes a line."""
         tasks = self.tasks_per_node or (self.gpus_per_node or None)
         lines = {
             "nodes": self.nodes,
@@ -66,10 +59,11 @@ class Resources:
 
 
 def seconds_of_time(text: str) -> int | None:
-    """A time limit as sbatch reads it (`30`, `30:00`, `12:00:00`, `2-00`, `2-00:00:00`), in seconds; None without limit.
+    """Return the seconds of a time limit as sbatch reads it (`30`, `30:00`, `12:00:00`, `2-00`, `2-00:00:00`); None for
+    no limit.
 
     Raises:
-        UserError: it is none of these.
+        UserError: the text is none of these.
     """
     if text.upper() in ("UNLIMITED", "INFINITE", "0"):
         return None
@@ -85,7 +79,7 @@ def seconds_of_time(text: str) -> int | None:
 
 @dataclass(frozen=True)
 class Job:
-    """A filled script and how it is submitted."""
+    """A filled script and the way to submit it."""
 
     script: Path
     text: str
@@ -94,6 +88,7 @@ class Job:
 
     @property
     def command(self) -> list[str]:
+        """Return the sbatch command that submits the job."""
         return ["sbatch", "--parsable", *self.options, str(self.script), *self.arguments]
 
 
@@ -105,15 +100,15 @@ def prepare(
     site: Path | None = None,
     saved_as: str | None = None,
 ) -> Job:
-    """The shipped script `name`.sbatch, filled, to be saved as `saved_as`.sbatch; nothing is written yet.
+    """Return the shipped script `name`.sbatch, filled, to be saved as `saved_as`.sbatch; nothing is written yet.
 
     Args:
-        arguments: of the script.
-        records: folder that will hold the filled script and the job's console; made when needed.
+        arguments: arguments of the script.
+        records: folder for the filled script and the job's console; made when the job is submitted.
         site: an env.sh to use instead of the shipped one.
 
     Raises:
-        UserError: an option of sbatch that is none, or a site file that is not there.
+        UserError: an option of sbatch that is not one, or a site file that does not exist.
     """
     for option in resources.more:
         if not option.startswith("-"):
@@ -164,10 +159,12 @@ def options_of(more: Sequence[str]) -> dict[str, str]:
 
 
 def _lead_that_fits(shipped: str, resources: Resources) -> int | None:
-    """Seconds before the time limit to save at when the script's own lead is too long for the limit; None: it fits.
+    """Return how many seconds before the time limit the job must save, when the script's own lead is too long for the
+    limit; None when it fits.
 
     Raises:
-        UserError: the lead that was asked for is as long as the limit: the job would requeue itself at once, for ever.
+        UserError: the lead that was asked for is as long as the limit; the job would requeue itself at once, again and
+            again.
     """
     given, more = directives(shipped), options_of(resources.more)
     limit = seconds_of_time(more.get("time") or resources.time or given["time"])
@@ -186,12 +183,12 @@ def _lead_that_fits(shipped: str, resources: Resources) -> int | None:
 
 
 def directives(script: str) -> dict[str, str]:
-    """Option → value of a batch script's #SBATCH lines."""
+    """Return option → value of a batch script's #SBATCH lines."""
     return dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", script, re.MULTILINE))
 
 
 def _output(stem: Path, console: str) -> str:
-    """The value of #SBATCH --output, whose path may hold spaces, quotes, # or %."""
+    """Return the value of #SBATCH --output for a path that may hold spaces, quotes, # or %."""
     text = str(stem).replace("%", "%%") + f"-{console}"
     if text == shlex.quote(text):
         return text
@@ -200,9 +197,9 @@ def _output(stem: Path, console: str) -> str:
 
 
 def fill(script: str, header: Mapping[str, str | None], lines: list[str]) -> str:
-    """A batch script with other #SBATCH values, and `lines` after the last of them.
+    """Return a batch script with other #SBATCH values, and `lines` after the last of them.
 
-    A value None takes the line away; an option that the script lacks is added.
+    A value None removes the line; an option that the script lacks is added.
     """
     before, block, after = _split(script)
     rest = dict(header)
@@ -228,7 +225,7 @@ def submit(job: Job) -> str:
     """Write the filled script and give it to sbatch; return the job id. A refusal leaves the disk as it was.
 
     Raises:
-        UserError: no sbatch here, or what it says against the job.
+        UserError: sbatch is missing or refuses the job.
     """
     before = job.script.read_text() if job.script.is_file() else None
     made = [folder for folder in (job.script.parent, *job.script.parent.parents) if not folder.exists()]
@@ -260,140 +257,11 @@ def _sbatch(job: Job) -> str:
 
 
 def cancel(job: str) -> None:
-    """Take a job out of the queue again; nothing when that fails."""
+    """Cancel a queued job; a failure to do so is ignored."""
     with suppress(OSError, subprocess.TimeoutExpired):
         subprocess.run(["scancel", job], capture_output=True, timeout=ANSWER_S)
 
 
 def show(job: Job) -> str:
-    """What `--dry-run` prints: the script, and the command that would submit it."""
+    """Return what `--dry-run` prints: the script, and the command that would submit it."""
     return f"# {job.script}\n{job.text}\n# {shlex.join(job.command)}"
-
-
-class Status(NamedTuple):
-    """How far a run under Slurm is. Rates are the last logged row's."""
-
-    state: str  # Slurm's own word while it knows the job, else what the run dir shows
-    reason: str
-    job: str
-    starts: int  # by all its jobs together
-    failures: int
-    step: int
-    total_steps: int | None
-    images_per_s: float | None
-    eta_s: float | None
-    console: str
-
-
-def status(run: Path) -> Status:
-    """Of a run dir that a job works on, or worked on.
-
-    Raises:
-        UserError: no such folder, or one that no job has started.
-    """
-    starts = _records(run, "starts.tsv")
-    if not starts:
-        known = [path.parent.parent.name for path in run.parent.glob("*/slurm/starts.tsv")]
-        raise UserError(f"{run}: no job has started here{nearest(run.name, known)}")
-    job, fields, state = _job_that_matters(run, [start[1] for start in starts])
-    rows = read_rows(run / "metrics.jsonl")
-    row = rows[-1] if rows else {}
-    total, step = _total_steps(run), row.get("step", 0)
-    left = None if total is None or "step_s" not in row else (total - step) * row["step_s"]
-    return Status(
-        state=state,
-        reason="" if fields.get("Reason") in (None, "None") else fields["Reason"],
-        job=job,
-        starts=max(1, sum(start[1] not in _refused(run) for start in starts)),
-        failures=len(_records(run, "failures.tsv")),
-        step=step,
-        total_steps=total,
-        images_per_s=row.get("images_per_s"),
-        eta_s=left,
-        console=fields.get("StdOut", ""),
-    )
-
-
-def status_lines(found: Status) -> list[str]:
-    step = f"{found.step}" + (f" of {found.total_steps}" if found.total_steps else "")
-    rows = [
-        ("state", found.state + (f" ({found.reason})" if found.reason else "")),
-        ("job", found.job),
-        ("step", step),
-        ("images/s", "" if found.images_per_s is None else f"{found.images_per_s:.1f}"),
-        ("ETA", "" if found.eta_s is None else f"{timedelta(seconds=round(found.eta_s))} of training"),
-        ("restarts", f"{found.starts - 1}" + (f", {found.failures} after a failure" if found.failures else "")),
-        ("console", found.console),
-    ]
-    return [f"{name:<10}{value}" for name, value in rows if value]
-
-
-def job_fields(job: str) -> dict[str, str]:
-    """What Slurm says of a job (`JobState`, `Reason`, …); empty when it no longer knows the job, or is not here."""
-    command = ["scontrol", "show", "job", "-o", job]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S)
-    except (OSError, subprocess.TimeoutExpired):
-        return {}
-    lines = done.stdout.splitlines()
-    if not lines or done.returncode:
-        return {}
-    return dict(re.findall(r"(?:^| )([\w/:]+)=(.*?)(?= [\w/:]+=|$)", lines[0]))  # paths may hold spaces
-
-
-GOING_ON = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "CONFIGURING", "PENDING", "REQUEUED", "REQUEUE_HOLD")
-LAST_JOBS = 5  # of a run, that Slurm is asked about
-
-
-def _job_that_matters(run: Path, started: list[str]) -> tuple[str, dict[str, str], str]:
-    """The job that works on a run, or did: not one that was refused because the run was in use, or finished.
-
-    Returns:
-        its id, what Slurm says of it, and the state to show.
-    """
-    jobs = list(dict.fromkeys(reversed(started)))[:LAST_JOBS]
-    said = {job: job_fields(job) for job in jobs}
-    refused = _refused(run)
-    for job in jobs:
-        if (state := said[job].get("JobState", "")) in GOING_ON:
-            return job, said[job], state
-    by_files = _state_by_files(run)
-    worked = [job for job in jobs if job not in refused] or jobs
-    if by_files == "FINISHED":
-        done = [job for job in jobs if said[job].get("JobState") == "COMPLETED"]
-        job = (done or worked)[0]
-        return job, said[job] if done else {}, "COMPLETED" if done else by_files
-    job = worked[0]
-    return job, said[job], said[job].get("JobState") or by_files
-
-
-def _refused(run: Path) -> set[str]:
-    """Jobs that ended with the user's mistake: they did not work on the run."""
-    return {job for _, job, code in _records(run, "ended.tsv") if code == "2"}
-
-
-def _state_by_files(run: Path) -> str:
-    if read_summary(run).get("finished"):
-        return "FINISHED"
-    if (run / "requeue").exists():
-        return "SAVED, WAITING TO GO ON"
-    return "RUNNING" if is_running(run) else "STOPPED"
-
-
-def _total_steps(run: Path) -> int | None:
-    """None while the run has not written its config, or its shards are out of reach from here."""
-    path = run / "config.yaml"
-    if not path.exists():
-        return None
-    config = configs.load(path)
-    if config.train.steps:
-        return config.train.steps
-    try:
-        return config.train.epochs * (mix.epoch_samples(config.data) // config.train.global_batch)
-    except UserError:
-        return None
-
-
-def _records(run: Path, name: str) -> list[list[str]]:
-    path = run / "slurm" / name
-    return [line.split("\t") for line in path.read_text().splitlines()] if path.exists() else []

@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 import torch
 
-from esvit_scale import doctor, files
+from esvit_scale import doctor_machine, files
+from esvit_scale.doctor_packages import Row
 from esvit_scale.parallel import collectives, probe
 from esvit_scale.parallel import world as worlds
 from esvit_scale.parallel.world import World
@@ -132,8 +133,8 @@ def _gpu_problems() -> Iterator[str]:
             yield f"GPU {i}: {str(error).splitlines()[0]}"
 
 
-def _bad_limits() -> list[doctor.Row]:
-    return [row for row in doctor.limit_rows() if row.state == "problem"]
+def _bad_limits() -> list[Row]:
+    return [row for row in doctor_machine.limit_rows() if row.state == "problem"]
 
 
 def _answer(folder: Path, node: str) -> Path:

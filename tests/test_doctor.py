@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from packaging.version import Version
 
-from esvit_scale import doctor, doctor_packages
+from esvit_scale import doctor, doctor_gpu, doctor_machine, doctor_packages
 from esvit_scale.data import limits
 
 FIT = [
@@ -28,12 +28,12 @@ TOO_OLD = [
 
 @pytest.mark.parametrize(("driver", "build"), FIT)
 def test_new_enough_driver_is_accepted(driver, build):
-    assert doctor.driver_problem(driver, build) is None
+    assert doctor_gpu.driver_problem(driver, build) is None
 
 
 @pytest.mark.parametrize(("driver", "build", "instead"), TOO_OLD)
 def test_old_driver_error_says_what_to_install(driver, build, instead):
-    problem = doctor.driver_problem(driver, build)
+    problem = doctor_gpu.driver_problem(driver, build)
     assert f"driver {driver} is too old for this torch, built for CUDA {build}" in problem
     assert "update the driver" in problem
     assert ("make demo TORCH_INDEX=" in problem) is (instead is not None)
@@ -41,7 +41,7 @@ def test_old_driver_error_says_what_to_install(driver, build, instead):
 
 
 def test_cpu_build_beside_a_driver_suggests_torch_index():
-    assert "TORCH_INDEX" in doctor.driver_problem("580.95.05", None)
+    assert "TORCH_INDEX" in doctor_gpu.driver_problem("580.95.05", None)
 
 
 @pytest.mark.parametrize(
@@ -54,14 +54,14 @@ def test_cpu_build_beside_a_driver_suggests_torch_index():
     ],
 )  # fmt: skip
 def test_driver_version_is_parsed_from_proc(text, driver):
-    assert doctor.parse_driver(text) == driver
+    assert doctor_gpu.parse_driver(text) == driver
 
 
 def test_nvidia_smi_output_is_parsed_and_failures_are_tolerated(monkeypatch, tmp_path):
     monkeypatch.setattr(
-        doctor, "command_output", lambda *command: "NVIDIA H100, 80GB, 535.183.01\nNVIDIA A10, 535.183.01"
+        doctor_machine, "command_output", lambda *command: "NVIDIA H100, 80GB, 535.183.01\nNVIDIA A10, 535.183.01"
     )
-    assert doctor.nvidia_machine() == (["NVIDIA H100, 80GB", "NVIDIA A10"], "535.183.01")
+    assert doctor_gpu.nvidia_machine() == (["NVIDIA H100, 80GB", "NVIDIA A10"], "535.183.01")
     smi = tmp_path / "nvidia-smi"
     smi.write_text(
         "#!/bin/sh\necho 'NVIDIA-SMI has failed because it could not communicate with the NVIDIA driver'\nexit 9\n"
@@ -69,22 +69,22 @@ def test_nvidia_smi_output_is_parsed_and_failures_are_tolerated(monkeypatch, tmp
     smi.chmod(0o755)
     monkeypatch.undo()
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert doctor.command_output("nvidia-smi") is None
-    assert doctor.command_output("no-such-command-anywhere") is None
+    assert doctor_machine.command_output("nvidia-smi") is None
+    assert doctor_machine.command_output("no-such-command-anywhere") is None
 
 
 def rows_of_a_machine(monkeypatch, machine, cuda):
     import torch
 
-    monkeypatch.setattr(doctor, "nvidia_machine", lambda: machine)
-    monkeypatch.setattr(doctor, "torch_sees_gpu", lambda: False)
+    monkeypatch.setattr(doctor_gpu, "nvidia_machine", lambda: machine)
+    monkeypatch.setattr(doctor_gpu, "torch_sees_gpu", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    return list(doctor.gpu_rows())
+    return list(doctor_gpu.gpu_rows())
 
 
 def test_old_driver_is_a_problem_but_not_required(monkeypatch):
-    [row] = rows_of_a_machine(monkeypatch, doctor.NvidiaMachine(["NVIDIA V100"], "470.256.02"), "13.2")
+    [row] = rows_of_a_machine(monkeypatch, doctor_gpu.NvidiaMachine(["NVIDIA V100"], "470.256.02"), "13.2")
     assert row.state == "problem"
     assert not row.required, "without its GPU the machine still trains, on the CPU"
     assert "V100" in row.detail
@@ -93,17 +93,17 @@ def test_old_driver_is_a_problem_but_not_required(monkeypatch):
 
 
 def test_missing_gpu_is_absent_and_missing_driver_a_problem(monkeypatch):
-    [row] = rows_of_a_machine(monkeypatch, doctor.NvidiaMachine([], None), "13.2")
+    [row] = rows_of_a_machine(monkeypatch, doctor_gpu.NvidiaMachine([], None), "13.2")
     assert (row.state, row.advice) == ("absent", "")
-    [row] = rows_of_a_machine(monkeypatch, doctor.NvidiaMachine(["NVIDIA device 0000:01:00.0"], None), "13.2")
+    [row] = rows_of_a_machine(monkeypatch, doctor_gpu.NvidiaMachine(["NVIDIA device 0000:01:00.0"], None), "13.2")
     assert row.state == "problem"
     assert "driver" in row.advice
 
 
 def test_gpu_hidden_by_cuda_visible_devices_is_absent(monkeypatch):
-    rows_of_a_machine(monkeypatch, doctor.NvidiaMachine(["NVIDIA A10"], "580.95.05"), "13.2")
+    rows_of_a_machine(monkeypatch, doctor_gpu.NvidiaMachine(["NVIDIA A10"], "580.95.05"), "13.2")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    [row] = doctor.gpu_rows()
+    [row] = doctor_gpu.gpu_rows()
     assert (row.state, "CUDA_VISIBLE_DEVICES" in row.detail) == ("absent", True)
 
 
@@ -210,9 +210,9 @@ def test_required_packages_are_checked_for_version_and_presence(only):
 @pytest.mark.parametrize("files", [40, 56, 150, 223, 224, 1000])
 def test_open_files_row_agrees_with_the_check_of_a_run(files):
     code = (
-        "import resource; from esvit_scale import doctor; from esvit_scale.data import limits; from esvit_scale.errors import RestartCanHelp\n"
+        "import resource; from esvit_scale import doctor_machine; from esvit_scale.data import limits; from esvit_scale.errors import RestartCanHelp\n"
         f"resource.setrlimit(resource.RLIMIT_NOFILE, ({files} - 5, {files}))\n"
-        "row = doctor.open_files_row()\n"
+        "row = doctor_machine.open_files_row()\n"
         "assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] == FILES - 5, 'doctor changes nothing'\n"
         "try: limits.check_node(limits.COMMON_WORKERS)\n"
         "except RestartCanHelp: print('refused', row.state, row.detail)\n"
@@ -226,7 +226,7 @@ def test_open_files_row_agrees_with_the_check_of_a_run(files):
 
 def test_low_soft_limit_alone_is_ok(monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda which: (256, resource.RLIM_INFINITY))
-    assert doctor.open_files_row().state == "ok"
+    assert doctor_machine.open_files_row().state == "ok"
     assert limits.reachable_files() == limits.MOST_FILES
 
 
@@ -236,7 +236,7 @@ def test_low_soft_limit_alone_is_ok(monkeypatch):
 )
 def test_shared_memory_row_judges_size_and_free_space(total, free, state, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=total, free=free))
-    assert [row.state for row in doctor.shared_memory_rows()] == [state]
+    assert [row.state for row in doctor_machine.shared_memory_rows()] == [state]
 
 
 # --- real runs -----------------------------------------------------------------------------------------------------

@@ -219,10 +219,10 @@ def _resources(o: argparse.Namespace, array: str | None, after: str | None) -> "
 def _status(o: argparse.Namespace) -> int:
     import json
 
-    from esvit_scale import launch
+    from esvit_scale import slurm_status
 
-    found = launch.status(o.path)
-    print(json.dumps(found._asdict(), indent=2) if o.json else "\n".join(launch.status_lines(found)))
+    found = slurm_status.status(o.path)
+    print(json.dumps(found._asdict(), indent=2) if o.json else "\n".join(slurm_status.status_lines(found)))
     return 0
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from esvit_scale import cli, launch
+from esvit_scale import cli, launch, slurm_status
 from tests import launcher, tiny
 
 SLURM = launcher.REPOSITORY / "slurm"
@@ -262,7 +262,7 @@ def test_status_of_a_job_unknown_to_slurm(tmp_path: Path, monkeypatch, files, st
     monkeypatch.setenv(
         "PATH", str(_commands(tmp_path, {"scontrol": "echo 'Invalid job id specified' >&2; exit 1"})) + ":/bin"
     )
-    assert launch.status(run).state == state
+    assert slurm_status.status(run).state == state
 
 
 def test_status_ignores_a_refused_second_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,17 +276,17 @@ def test_status_ignores_a_refused_second_job(tmp_path: Path, monkeypatch: pytest
     for state, summary in (("RUNNING", False), ("COMPLETED", True)):
         (tmp_path / "state").write_text(state)
         (run / "summary.json").write_text(json.dumps({"finished": summary}))
-        found = launch.status(run)
+        found = slurm_status.status(run)
         assert (found.state, found.job, found.starts, found.console) == (state, "7", 1, "/a b/7.out")
     (tmp_path / "state").write_text("FAILED")  # of what followed the training
-    assert launch.status(run).state == "FINISHED"
+    assert slurm_status.status(run).state == "FINISHED"
 
 
 def test_status_of_a_run_without_jobs_suggests_the_nearest_run(tmp_path: Path) -> None:
     (tmp_path / "photos/slurm").mkdir(parents=True)
     (tmp_path / "photos/slurm/starts.tsv").write_text("t\t7\t0\tnode1\n")
     with pytest.raises(launch.UserError, match="no job has started here; did you mean 'photos'"):
-        launch.status(tmp_path / "photo")
+        slurm_status.status(tmp_path / "photo")
 
 
 def _commands(folder: Path, scripts: dict[str, str]) -> Path:
