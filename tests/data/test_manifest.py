@@ -44,8 +44,8 @@ def shard(name: Any = "s.tar", samples: Any = 1) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"format_version": 2}, "format_version 2"),
-        ({"format_version": None}, "format_version None"),
+        ({"format_version": 2}, "reads format_version 1, not 2"),
+        ({"format_version": None}, "reads format_version 1, not None"),
         ({"shards": [shard("../x.tar")]}, "not the name of a tar"),
         ({"shards": [shard("/etc/x.tar")]}, "not the name of a tar"),
         ({"shards": [shard("a\\b.tar")]}, "not the name of a tar"),

@@ -163,7 +163,7 @@ def test_invalid_tar_configs_are_errors_that_name_the_remedy(tars: Path) -> None
     for data, says in refusals(tars):
         with pytest.raises(UserError, match=says):
             stream(config_of(**data), 0, 1)
-    with pytest.raises(UserError, match=r"data\.workers: 4 loader processes .* are 1 tars"):
+    with pytest.raises(UserError, match=r"data\.workers: 4 loader processes .* has 1 tars"):
         stream(config_of(2, train=f"{tars}/a-0.tar"), 0, 1, 0, 2)
 
 
