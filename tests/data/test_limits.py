@@ -69,5 +69,7 @@ def test_a_run_whose_shared_memory_is_full_ends_with_one_line(tmp_path: Path) ->
     script = 'mount -t tmpfs -o size=1100k none /dev/shm; "$1" -m esvit_scale pretrain "$2"'
     done = in_a_shell(script, str(path))
     assert done.returncode == 75, done.stderr[-2000:]
-    assert re.search(r"error: rank 0: /dev/shm is full \(\d of 1 MiB are free\): .* data.workers lower, or to 0$", done.stderr, re.M)
+    assert re.search(
+        r"error: rank 0: /dev/shm is full \(\d of 1 MiB are free\): .* data.workers lower, or to 0$", done.stderr, re.M
+    )
     assert "Traceback" not in done.stderr
