@@ -2,7 +2,16 @@
 
 from pathlib import Path
 
-from esvit_scale.checkpoint import export, exported_folder, official, safetensors_file, state, step_folders, weight_file
+from esvit_scale.checkpoint import (
+    export,
+    exported_folder,
+    official,
+    safetensors_file,
+    state,
+    state_file,
+    step_folders,
+    weight_file,
+)
 from esvit_scale.checkpoint.weights import (
     OBJECTIVE,
     TRUNK,
@@ -77,7 +86,7 @@ def read_ours(path: Path) -> Weights:
     if path.is_file() and weight_file.detect_format(path) == "safetensors":
         return safetensors_file.read(path)
     folder = step_folders.resolve(path)
-    step_folders.check_files(folder)
+    state_file.check_files(folder)
     return state.read_weights(folder)
 
 

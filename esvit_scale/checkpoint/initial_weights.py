@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from esvit_scale.checkpoint import convert, exported_folder, positions, state, step_folders
+from esvit_scale.checkpoint import convert, exported_folder, positions, state, state_file, step_folders
 from esvit_scale.checkpoint.weights import (
     TRUNK,
     Shapes,
@@ -60,7 +60,7 @@ def _resolve_source(path: Path) -> Path:
     if not path.is_dir() or exported_folder.is_exported(path):
         return path
     folder = step_folders.resolve(path)
-    step_folders.check_files(folder)
+    state_file.check_files(folder)
     return folder
 
 

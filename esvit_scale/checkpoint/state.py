@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from esvit_scale import config as configs
-from esvit_scale.checkpoint import safetensors_file, signal_lead, step_folders, storage
+from esvit_scale.checkpoint import safetensors_file, signal_lead, state_file, step_folders, storage
 from esvit_scale.checkpoint.storage import Interval, whole_interval
 from esvit_scale.checkpoint.weights import TRUNK, Weights, check_shapes, network_shapes, shapes_of
 from esvit_scale.config import Config
@@ -130,7 +130,7 @@ def restore(folder: Path, engines: Engines, centers: dict[str, Tensor]) -> dict[
         UserError: the checkpoint is of another architecture (the first tensors that differ are named) or another kind of
             optimizer, is damaged, or holds a NaN or an infinity. A save refuses the last; older versions did not.
     """
-    state = step_folders.read_state(folder)
+    state = state_file.read_state(folder)
     shapes = shapes_of(engines.student.module)
     old = set() if state["shapes"].keys() >= shapes.keys() else {f.name for f in _frozen_parameters(engines)}
     check_shapes(folder, state["shapes"], {name: shape for name, shape in shapes.items() if name not in old})
@@ -165,12 +165,12 @@ def load_teacher(checkpoint: Path) -> tuple[Trunk, Config]:
     if checkpoint.suffix == safetensors_file.SUFFIX:
         return _load_trunk_from_file(checkpoint)
     folder = step_folders.resolve(checkpoint)
-    state = step_folders.read_state(folder)
+    state = state_file.read_state(folder)
     config = configs.validate(state["config"], where=str(folder / "state.json"))
     trunk = build_trunk(config)
     stored = {n.removeprefix(TRUNK): s for n, s in state["shapes"].items() if n.startswith(TRUNK)}
     check_shapes(folder, stored, shapes_of(trunk))
-    step_folders.check_index(folder, state)
+    state_file.check_index(folder, state)
     tensors = {**dict(trunk.named_parameters()), **partitions.buffers_of_module(trunk)}
     values = {f"ema/trunk.{name}": whole_interval(tensor.data) for name, tensor in tensors.items()}
     storage.load(folder, values, single_process=True)
@@ -183,9 +183,9 @@ def read_weights(folder: Path) -> Weights:
     Raises:
         UserError: not a checkpoint, or its files are not what was written.
     """
-    state = step_folders.read_state(folder)
+    state = state_file.read_state(folder)
     config = configs.validate(state["config"], where=str(folder / "state.json"))
-    step_folders.check_index(folder, state)
+    state_file.check_index(folder, state)
     networks = {role: {n: torch.empty(s) for n, s in state["shapes"].items()} for role in NETWORK_PREFIXES}
     stored = storage.tensor_sizes(folder)
     centers = {n.removeprefix(CENTER): torch.empty(size) for n, size in stored.items() if n.startswith(CENTER)}
@@ -211,7 +211,7 @@ def write_weights(folder: Path, weights: Weights) -> None:
         "shapes": {name: list(tensor.shape) for name, tensor in weights.networks["student"].items()},
         "config": weights.config.model_dump(mode="json"),
     }
-    step_folders.commit(tmp, folder, state)
+    state_file.commit(tmp, folder, state)
 
 
 def _load_trunk_from_file(path: Path) -> tuple[Trunk, Config]:
@@ -307,5 +307,5 @@ def _make_empty(folder: Path) -> None:
 
 
 def _commit(tmp: Path, folder: Path, state: dict[str, Any]) -> None:
-    step_folders.commit(tmp, folder, state)
+    state_file.commit(tmp, folder, state)
     step_folders.write_latest(folder)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from esvit_scale import files
-from esvit_scale.checkpoint import convert, exported_folder, state, step_folders
+from esvit_scale.checkpoint import convert, exported_folder, state, state_file, step_folders
 from esvit_scale.data import image_folder, stream
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data.pixel_format import RGB8, PixelFormat, pixel_format
@@ -153,7 +153,7 @@ def load_frozen_trunk(checkpoint: Path) -> FrozenTrunk:
         return FrozenTrunk(trunk, config.data.global_crops.size, None, pixel_format(config.data))
     folder = step_folders.resolve(checkpoint)  # resolved once, because `latest` of a running run moves
     trunk, config = state.load_teacher(folder)
-    step = int(step_folders.read_state(folder)["cursor"]["step"])
+    step = int(state_file.read_state(folder)["cursor"]["step"])
     return FrozenTrunk(trunk, config.data.global_crops.size, step, pixel_format(config.data))
 
 

@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from esvit_scale.checkpoint import step_folders
+from esvit_scale.checkpoint import state_file, step_folders
 from esvit_scale.config import Config, require_training_data
 from esvit_scale.data import identity as identities
 from esvit_scale.data import stream
@@ -78,11 +78,11 @@ def _checked_identity(config: Config, data: stream.TrainingData, checkpoint: Pat
     now = identities.identity(data)
     if checkpoint is None:
         return now
-    recorded = step_folders.read_state(checkpoint).get("data")
+    recorded = state_file.read_state(checkpoint).get("data")
     if recorded is None:
         log.info(
             "%s does not record which data it was trained on (an older version wrote it); later ones do", checkpoint
         )
     identities.check_same(checkpoint, recorded, now, config.data.train or "data.mix")
-    identities.check_unchanged(data, checkpoint, (checkpoint / step_folders.STATE).stat().st_mtime_ns)
+    identities.check_unchanged(data, checkpoint, (checkpoint / state_file.STATE).stat().st_mtime_ns)
     return now

@@ -15,7 +15,7 @@ from typing import Any
 
 from esvit_scale import config as configs
 from esvit_scale import files, yaml_text
-from esvit_scale.checkpoint import step_folders
+from esvit_scale.checkpoint import state_file, step_folders
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
 from esvit_scale.machine import usable_cpus
@@ -149,7 +149,7 @@ def _saved_state(path: Path) -> dict[str, Any] | None:
     """Return the state.json of the first checkpoint, in the order in which a resume tries them, that can be read."""
     for folder in step_folders.candidates(path):
         try:
-            return step_folders.read_state(folder)
+            return state_file.read_state(folder)
         except UserError:
             continue
     return None

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from esvit_scale import cli
-from esvit_scale.checkpoint import step_folders, storage
+from esvit_scale.checkpoint import state_file, step_folders, storage
 from esvit_scale.errors import RestartCanHelp, UserError
 from tests import launcher, tiny
 
@@ -109,7 +109,7 @@ def test_damage_to_any_file_leads_to_the_checkpoint_before(
 
 def test_no_flipped_bit_of_state_json_is_believed(straight: Path, tmp_path: Path) -> None:
     original = (step(straight, 6) / "state.json").read_bytes()
-    right = step_folders.read_state(step(straight, 6))
+    right = state_file.read_state(step(straight, 6))
     generator = random.Random(0)
     refused = 0
     for at in generator.sample(range(len(original)), 400):
@@ -117,7 +117,7 @@ def test_no_flipped_bit_of_state_json_is_believed(straight: Path, tmp_path: Path
         data[at] ^= 1 << generator.randrange(8)
         (tmp_path / "state.json").write_bytes(data)
         try:
-            assert step_folders.read_state(tmp_path) == right, f"byte {at}: {data[at - 20 : at + 20]!r}"
+            assert state_file.read_state(tmp_path) == right, f"byte {at}: {data[at - 20 : at + 20]!r}"
         except UserError:
             refused += 1
     assert refused > 200  # the others hit white space between the values, where a flip changes nothing

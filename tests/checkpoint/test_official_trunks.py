@@ -96,7 +96,7 @@ def test_what_the_shapes_say() -> None:
         "resnet50": {"embed_dim": 8, "depths": [1, 2, 1, 1]},
     }
     for trunk, wanted in shapes.items():
-        named, _ = official._our_names(content(trunk)["student"])
+        named, _ = official._to_our_names(content(trunk)["student"])
         values = official_trunks.config_values(Path("c.pth"), *official_trunks.identify(Path("c.pth"), named))
         assert values["model"] == {"trunk": trunk, **wanted}
         if trunk == "vil_2262":

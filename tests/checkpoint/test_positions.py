@@ -110,7 +110,7 @@ def test_a_run_at_another_window_or_resolution_starts_from_resized_tables(
     config, values, said = begun(source, tmp_path, **after)
     wanted = {n: s for n, s in network_shapes(config).items() if n.startswith("trunk.")}
     assert {name: list(value.shape) for name, value in values.items()} == wanted
-    assert (f"trunk (position tables resized: {note})" if note else "trunk, no view head") in said
+    assert (f"trunk (position tables resized: {note})" if note else "trunk, view head not in the source") in said
     tables = 0
     for name, value in values.items():
         old = source.networks["teacher"][name]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from esvit_scale.checkpoint import state, step_folders, storage
+from esvit_scale.checkpoint import state, state_file, step_folders, storage
 from esvit_scale.errors import UserError
 from esvit_scale.objective.schedules import Schedules
 from esvit_scale.parallel import world as worlds
@@ -97,7 +97,7 @@ def test_a_newer_format_is_refused(run: Path, tmp_path: Path) -> None:
     newer = json.loads((step_folders.resolve(run) / "state.json").read_text()) | {"format_version": 99}
     (tmp_path / "state.json").write_text(json.dumps(newer))
     with pytest.raises(UserError, match="format version 99; this version of esvit-scale reads 1 and 2"):
-        step_folders.read_state(tmp_path)
+        state_file.read_state(tmp_path)
 
 
 def test_intervals_reshard(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from esvit_scale.checkpoint import step_folders
+from esvit_scale.checkpoint import state_file, step_folders
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data import stream
 from esvit_scale.errors import Diverged
@@ -85,7 +85,7 @@ def test_rollback_continues_with_other_data(tmp_path: Path, monkeypatch: pytest.
     assert all(row["skipped_steps"] == 0 and math.isfinite(row["loss"]) for row in rows)
     summary = json.loads((config.run_path / "summary.json").read_text())
     assert (summary["data_offset"], summary["rollbacks"], summary["optimizer_step"]) == (7, 1, 20)
-    cursor = step_folders.read_state(step_folders.resolve(config.run_path))["cursor"]
+    cursor = state_file.read_state(step_folders.resolve(config.run_path))["cursor"]
     assert (cursor["step"], cursor["batch_index"], cursor["data_offset"]) == (20, 27, 7)
     named = read_rows(config.run_path / "quarantine.jsonl")
     assert [row["step"] for row in named] == [step for step in range(13, 18) for _ in range(8)]
