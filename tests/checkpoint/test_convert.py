@@ -31,7 +31,7 @@ def pth(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return theirs.save(tmp_path_factory.mktemp("official") / "checkpoint.pth")
 
 
-def test_the_architecture_is_read_off_the_tensors(pth: Path) -> None:
+def test_architecture_is_inferred_from_the_tensors(pth: Path) -> None:
     config = official.read(pth).config
     model, objective = config.model, config.objective
     assert (model.embed_dim, model.depths, model.heads, model.window) == (8, [1, 1, 2, 1], [1, 2, 2, 4], 14)
@@ -42,15 +42,15 @@ def test_the_architecture_is_read_off_the_tensors(pth: Path) -> None:
 @pytest.mark.parametrize(
     ("windows", "size"), [([7, 7, 7, 7], 224), ([14, 14, 14, 7], 224), ([7, 7, 3, 1], 56), ([4, 4, 2], 32)]
 )
-def test_the_size_of_global_crops_is_one_that_gives_the_windows(windows: list[int], size: int) -> None:
+def test_inferred_crop_size_gives_the_windows(windows: list[int], size: int) -> None:
     assert official_trunks.swin_size(windows) == size
 
 
-def test_a_published_shape_gets_its_name() -> None:
+def test_published_shape_gets_its_name() -> None:
     assert official_trunks.swin_model(128, [2, 2, 18, 2], [4, 8, 16, 32], 14) == {"trunk": "swin_b", "window": 14}
 
 
-def test_every_tensor_arrives_under_its_name(pth: Path) -> None:
+def test_every_tensor_is_converted_to_its_name(pth: Path) -> None:
     weights = official.read(pth)
     content = theirs.content()
     for network, wrapper in (("student", "module."), ("teacher", "")):
@@ -65,7 +65,7 @@ def test_every_tensor_arrives_under_its_name(pth: Path) -> None:
     assert torch.equal(weights.centers["region.values"], content["dino_loss"]["center_grid"][0])
 
 
-def test_there_and_back_is_exact(pth: Path, tmp_path: Path) -> None:
+def test_round_trip_is_exact(pth: Path, tmp_path: Path) -> None:
     convert(pth, tmp_path / "ours", "esvit", "esvit-scale")
     convert(tmp_path / "ours", tmp_path / "back.pth", "esvit-scale", "esvit")
     back, content = torch.load(tmp_path / "back.pth", weights_only=True), theirs.content()
@@ -76,7 +76,7 @@ def test_there_and_back_is_exact(pth: Path, tmp_path: Path) -> None:
             assert torch.equal(back[part][name], tensor), name
 
 
-def test_a_view_only_checkpoint_has_one_head_and_one_centre(tmp_path: Path) -> None:
+def test_view_only_checkpoint_has_one_head_and_centre(tmp_path: Path) -> None:
     content = theirs.content()
     pth = theirs.save(tmp_path / "v.pth", without=("head_dense",), dino_loss={"center": content["dino_loss"]["center"]})
     convert(pth, tmp_path / "ours", "esvit", "esvit-scale")
@@ -86,7 +86,7 @@ def test_a_view_only_checkpoint_has_one_head_and_one_centre(tmp_path: Path) -> N
     assert not any("region" in name for name in weights.networks["teacher"])
 
 
-def test_a_wrapped_backbone_and_mask_buffers(tmp_path: Path) -> None:
+def test_wrapper_prefix_and_mask_buffers_are_dropped(tmp_path: Path) -> None:
     teacher = {("backbone." if not n.startswith("head") else "") + n: t for n, t in theirs.content()["teacher"].items()}
     teacher = {"module." + n: t for n, t in teacher.items()} | {
         "module.backbone.layers.0.blocks.0.attn_mask": torch.zeros(4, 9)
@@ -95,7 +95,7 @@ def test_a_wrapped_backbone_and_mask_buffers(tmp_path: Path) -> None:
     assert weights.networks["teacher"].keys() == weights.networks["student"].keys()
 
 
-def test_files_of_the_torch_and_numpy_of_2021(pth: Path, tmp_path: Path) -> None:
+def test_files_of_old_torch_and_numpy_are_read(pth: Path, tmp_path: Path) -> None:
     """Not an archive, and numpy's numbers under their old name."""
     old = tmp_path / "old.pth"
     torch.save(theirs.content(), old, _use_new_zipfile_serialization=False)
@@ -107,7 +107,7 @@ def test_files_of_the_torch_and_numpy_of_2021(pth: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("network", ["teacher", "student"])
-def test_a_single_file_is_the_networks_trunk_without_deepspeed(pth: Path, tmp_path: Path, network: str) -> None:
+def test_single_file_holds_the_trunk_and_loads_without_deepspeed(pth: Path, tmp_path: Path, network: str) -> None:
     file = tmp_path / "trunk.safetensors"
     convert(pth, file, "esvit", "safetensors", network)
     tensors = load_file(file)
@@ -129,7 +129,7 @@ def test_a_single_file_is_the_networks_trunk_without_deepspeed(pth: Path, tmp_pa
     assert same == (network == "teacher")
 
 
-def test_heads_and_centres_on_request(pth: Path, tmp_path: Path) -> None:
+def test_heads_option_exports_heads_and_centres(pth: Path, tmp_path: Path) -> None:
     convert(pth, tmp_path / "all.safetensors", "esvit", "safetensors", heads=True)
     weights = safetensors_file.read(tmp_path / "all.safetensors")
     full = official.read(pth)
@@ -140,7 +140,9 @@ def test_heads_and_centres_on_request(pth: Path, tmp_path: Path) -> None:
     assert weights.config == full.config
 
 
-def test_the_command(pth: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_convert_command_works_in_both_directions(
+    pth: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "new" / "t.safetensors"
     assert cli.main(["convert", str(pth), str(file), "--from", "esvit", "--to", "safetensors"]) == 0
     assert capsys.readouterr().out.startswith(f"{file}: teacher of swin_t (")
@@ -161,7 +163,7 @@ def refused(path: Path, tmp_path: Path, match: str, form: str = "esvit-scale") -
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_another_architecture(tmp_path: Path) -> None:
+def test_other_architecture_is_refused(tmp_path: Path) -> None:
     vit = {
         "cls_token": torch.zeros(1, 1, 8),
         "absolute_pos_embed": torch.zeros(1, 5, 8),
@@ -175,7 +177,7 @@ def test_another_architecture(tmp_path: Path) -> None:
     )
 
 
-def test_unknown_and_missing_tensors_are_listed_and_counted(tmp_path: Path) -> None:
+def test_unknown_and_missing_tensors_are_listed(tmp_path: Path) -> None:
     content = theirs.content()
     extra = {"absolute_pos_embed": torch.zeros(1, 3136, 8), "head.mlp.1.running_mean": torch.zeros(16)}
     path = theirs.save(tmp_path / "ape.pth", teacher=content["teacher"] | extra)
@@ -190,7 +192,7 @@ def test_unknown_and_missing_tensors_are_listed_and_counted(tmp_path: Path) -> N
     )
 
 
-def test_a_missing_head(tmp_path: Path) -> None:
+def test_missing_head_is_an_error(tmp_path: Path) -> None:
     path = theirs.save(tmp_path / "half.pth", without=("head_dense.last_layer",))
     refused(path, tmp_path, r"objective.region_head.last_layer.weight_g: absent .*weight_v: absent")
     path = theirs.save(tmp_path / "headless.pth", without=("head",))
@@ -200,7 +202,7 @@ def test_a_missing_head(tmp_path: Path) -> None:
         convert(path, tmp_path / "heads.safetensors", "esvit", "safetensors", heads=True)
 
 
-def test_a_missing_network(tmp_path: Path) -> None:
+def test_missing_network_is_an_error(tmp_path: Path) -> None:
     content = theirs.content()
     torch.save({"teacher": content["teacher"]}, tmp_path / "t.pth")
     refused(tmp_path / "t.pth", tmp_path, "holds no student; --to safetensors needs none")
@@ -212,7 +214,7 @@ def test_a_missing_network(tmp_path: Path) -> None:
     refused(tmp_path / "l.pth", tmp_path, "holds a list")
 
 
-def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
+def test_pickle_with_code_is_refused(tmp_path: Path) -> None:
     marker = tmp_path / "ran"
 
     class Evil:
@@ -225,7 +227,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
-def test_a_flipped_bit(pth: Path, tmp_path: Path) -> None:
+def test_flipped_bit_is_detected(pth: Path, tmp_path: Path) -> None:
     data = bytearray(pth.read_bytes())
     with zipfile.ZipFile(pth) as archive:
         largest = max(archive.infolist(), key=lambda entry: entry.file_size)
@@ -235,7 +237,7 @@ def test_a_flipped_bit(pth: Path, tmp_path: Path) -> None:
     refused(tmp_path / "bad.pth", tmp_path, "bad.pth: damaged", "safetensors")
 
 
-def test_requests_that_make_no_sense(pth: Path, tmp_path: Path) -> None:
+def test_contradictory_arguments_are_refused(pth: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing to convert"):
         convert(pth, tmp_path / "x", "esvit", "esvit")
     with pytest.raises(UserError, match=r"must end in \.safetensors"):
@@ -246,7 +248,7 @@ def test_requests_that_make_no_sense(pth: Path, tmp_path: Path) -> None:
         convert(tmp_path / "nowhere.pth", tmp_path / "x", "esvit", "esvit-scale")
 
 
-def test_single_files_of_others_and_damaged_ones(pth: Path, tmp_path: Path) -> None:
+def test_foreign_and_damaged_files_are_refused(pth: Path, tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / "foreign.safetensors")
     convert(pth, tmp_path / "good.safetensors", "esvit", "safetensors")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "good.safetensors").read_bytes()[:-9])
@@ -268,7 +270,7 @@ def test_single_files_of_others_and_damaged_ones(pth: Path, tmp_path: Path) -> N
         state.load_teacher(pth)
 
 
-def test_a_damaged_step_folder_is_not_converted(pth: Path, tmp_path: Path) -> None:
+def test_damaged_step_folder_is_not_converted(pth: Path, tmp_path: Path) -> None:
     convert(pth, tmp_path / "ours", "esvit", "esvit-scale")
     file = next((tmp_path / "ours").glob("*.distcp"))
     data = bytearray(file.read_bytes())
@@ -278,7 +280,7 @@ def test_a_damaged_step_folder_is_not_converted(pth: Path, tmp_path: Path) -> No
         read(tmp_path / "ours")
 
 
-def test_a_trunk_that_the_official_code_does_not_have(tmp_path: Path) -> None:
+def test_trunk_unknown_to_the_official_code_is_refused(tmp_path: Path) -> None:
     config = tiny.config(tmp_path / "run", tmp_path, model__trunk="swinv2_t")
     network = build_network(config)
     initialize(network, 0)

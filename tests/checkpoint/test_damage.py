@@ -90,7 +90,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("file", ["state.json", ".metadata", "__0_0.distcp"])
-def test_damage_to_any_file_leads_to_the_checkpoint_before(
+def test_damage_to_any_file_falls_back_to_the_previous_checkpoint(
     run: Path, file: str, damage: str, said: pytest.LogCaptureFixture
 ) -> None:
     assert {path.name for path in step(run, 6).iterdir()} == {"state.json", ".metadata", "__0_0.distcp"}
@@ -107,7 +107,7 @@ def test_damage_to_any_file_leads_to_the_checkpoint_before(
         step_folders.newest_valid(run)
 
 
-def test_no_flipped_bit_of_state_json_is_believed(straight: Path, tmp_path: Path) -> None:
+def test_every_flipped_bit_of_state_json_is_detected(straight: Path, tmp_path: Path) -> None:
     original = (step(straight, 6) / "state.json").read_bytes()
     right = state_file.read_state(step(straight, 6))
     generator = random.Random(0)
@@ -126,7 +126,7 @@ def test_no_flipped_bit_of_state_json_is_believed(straight: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("file", "damage"), [("state.json", "flipped bit"), ("__0_0.distcp", "empty"), (".metadata", "gone")]
 )
-def test_the_real_command_resumes_bit_for_bit(straight: Path, run: Path, file: str, damage: str) -> None:
+def test_resume_after_damage_is_bit_exact(straight: Path, run: Path, file: str, damage: str) -> None:
     DAMAGES[damage](step(run, 6) / file)
     assert resume(with_config(straight, run)) == 0
     assert tiny.rows(run) == tiny.rows(straight)
@@ -147,7 +147,7 @@ POINTERS: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("damage", POINTERS)
-def test_the_newest_is_found_without_latest(run: Path, damage: str, said: pytest.LogCaptureFixture) -> None:
+def test_newest_checkpoint_is_found_without_latest(run: Path, damage: str, said: pytest.LogCaptureFixture) -> None:
     POINTERS[damage](run / "checkpoints" / "latest")
     assert step_folders.newest_valid(run) == step(run, 6)
     assert "latest: " in said.text
@@ -156,7 +156,7 @@ def test_the_newest_is_found_without_latest(run: Path, damage: str, said: pytest
     assert step_folders.newest_valid(run) == step(run, 4)
 
 
-def test_a_resume_without_latest_goes_on_and_writes_it_again(straight: Path, run: Path) -> None:
+def test_resume_rewrites_a_missing_latest(straight: Path, run: Path) -> None:
     (run / "checkpoints" / "latest").unlink()
     shutil.rmtree(step(run, 6))
     (run / "checkpoints" / "step-notes.txt").write_text("mine")
@@ -169,7 +169,7 @@ def test_a_resume_without_latest_goes_on_and_writes_it_again(straight: Path, run
     assert (run / "checkpoints" / "latest").read_text() == "step-00000006\n"
 
 
-def test_latest_turned_back_is_meant_and_a_later_save_without_a_pointer_counts(run: Path) -> None:
+def test_latest_is_respected_unless_a_save_is_newer_than_it(run: Path) -> None:
     pointer = run / "checkpoints" / "latest"
     pointer.write_text("step-00000004\n")
     assert step_folders.candidates(run) == [step(run, 4), step(run, 2), step(run, 6)]
@@ -178,7 +178,7 @@ def test_latest_turned_back_is_meant_and_a_later_save_without_a_pointer_counts(r
     assert step_folders.candidates(run) == [step(run, 6), step(run, 4), step(run, 2)]
 
 
-def test_checkpoints_of_format_1_load_and_nonsense_in_them_is_damage(run: Path) -> None:
+def test_format_1_checkpoints_load_and_damage_in_them_is_detected(run: Path) -> None:
     path = step(run, 6) / "state.json"
     old = json.loads(path.read_text()) | {"format_version": 1}
     del old["sha256"], old["data"]
@@ -189,7 +189,7 @@ def test_checkpoints_of_format_1_load_and_nonsense_in_them_is_damage(run: Path) 
         assert step_folders.newest_valid(run) == step(run, 4), field
 
 
-def test_checkpoints_that_lead_nowhere_are_no_fresh_start(run: Path) -> None:
+def test_run_with_only_damaged_checkpoints_does_not_start_afresh(run: Path) -> None:
     (run / "checkpoints").rename(run / "moved")
     (run / "checkpoints").symlink_to("/nowhere/at/all")
     with pytest.raises(UserError, match="checkpoints: is a link that leads nowhere"):
@@ -200,7 +200,7 @@ def test_checkpoints_that_lead_nowhere_are_no_fresh_start(run: Path) -> None:
         step_folders.newest_valid(run)
 
 
-def test_storage_that_does_not_answer_is_not_damage(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_storage_is_not_treated_as_damage(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> list[str]:
         raise OSError(5, "Input/output error", "__0_0.distcp")
 
@@ -211,7 +211,7 @@ def test_storage_that_does_not_answer_is_not_damage(run: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("damage", ["gone", "empty", "NULs", "bytes"])
-def test_config_yaml_is_written_again_from_the_checkpoint(straight: Path, run: Path, damage: str) -> None:
+def test_config_yaml_is_restored_from_the_checkpoint(straight: Path, run: Path, damage: str) -> None:
     shutil.rmtree(step(run, 6))
     with_config(straight, run)
     (DAMAGES | POINTERS)[damage](run / "config.yaml")
@@ -230,7 +230,7 @@ def test_config_yaml_is_written_again_from_the_checkpoint(straight: Path, run: P
 
 
 @pytest.mark.slow
-def test_all_ranks_follow_to_the_checkpoint_before(tmp_path: Path) -> None:
+def test_all_ranks_fall_back_to_the_same_checkpoint(tmp_path: Path) -> None:
     config = tiny.config(tmp_path / "run", tiny.shards(tmp_path / "shards"), train__ds_config="zero2", **STEPS)
     path = str(tiny.write_config(tmp_path / "c.yaml", config))
     first = launcher.start_cli("pretrain", path, ranks=2)

@@ -86,7 +86,7 @@ def features(folder: Path, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
         ({"trunk": "swinv2_t", "window": 8, "embed_dim": 16, "depths": [1, 1, 2, 1], "heads": [1, 2, 2, 4]}, 256),
     ],
 )
-def test_timm_loads_it_and_has_the_same_features(tmp_path: Path, model: dict, size: int) -> None:
+def test_timm_export_has_the_same_features(tmp_path: Path, model: dict, size: int) -> None:
     timm = pytest.importorskip("timm")
     source = step_of(tmp_path, model, size)
     convert(source, tmp_path / "timm", "esvit-scale", "timm")
@@ -106,7 +106,7 @@ def test_timm_loads_it_and_has_the_same_features(tmp_path: Path, model: dict, si
 
 @torch.no_grad()
 @pytest.mark.parametrize("model", [AT_224, {**AT_224, "trunk": "swinv2_t"}], ids=["v1", "v2"])
-def test_transformers_load_it_and_have_the_same_features(tmp_path: Path, model: dict) -> None:
+def test_transformers_export_has_the_same_features(tmp_path: Path, model: dict) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed (the extra `export`)")
     source = step_of(tmp_path, model)
     convert(source, tmp_path / "hf", "esvit-scale", "huggingface")
@@ -153,7 +153,7 @@ def processor(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.mark.parametrize("size", [32, 96, 224, 384, 448])
-def test_the_processor_shows_what_evaluation_shows(size: int, processor: Callable[[int], Any]) -> None:
+def test_processor_equals_the_evaluation_transform(size: int, processor: Callable[[int], Any]) -> None:
     """At any size and aspect, but for a middle half a pixel off the grid, which transformers rounds down."""
     made, side = processor(size), stream.evaluation_side(size)
     shapes = np.random.default_rng(size).integers(20, 700, (3, 2)).tolist()
@@ -171,7 +171,7 @@ def test_the_processor_shows_what_evaluation_shows(size: int, processor: Callabl
             assert np.abs(found - ours).max() <= made.tolerance
 
 
-def test_the_processor_takes_grey_transparent_and_indexed_pictures(step: Path, processor: Callable[[int], Any]) -> None:
+def test_processor_accepts_grey_transparent_and_palette_images(step: Path, processor: Callable[[int], Any]) -> None:
     import transformers
 
     if transformers.__version__.startswith("5.20."):
@@ -185,7 +185,7 @@ def test_the_processor_takes_grey_transparent_and_indexed_pictures(step: Path, p
         assert np.abs(found - levels(model.preprocess(image).numpy())).max() <= made.tolerance, image.mode
 
 
-def test_preprocess_takes_pictures_of_16_bits_and_turns_them_upright(step: Path) -> None:
+def test_preprocess_scales_16_bit_images_and_applies_orientation(step: Path) -> None:
     model = esvit_scale.load_backbone(step)
     grey = np.asarray(picture(300, 280).convert("L"))
     deep = model.preprocess(Image.fromarray(grey.astype(np.uint16) * 257))
@@ -202,7 +202,7 @@ def test_preprocess_takes_pictures_of_16_bits_and_turns_them_upright(step: Path)
 @torch.no_grad()
 @pytest.mark.parametrize("version", [Swin, SwinV2])
 @pytest.mark.parametrize("size", [32, 20, 17, 64])
-def test_the_plain_trunk_is_the_packed_one(version: type[Swin], size: int) -> None:
+def test_plain_trunk_equals_the_packed_one(version: type[Swin], size: int) -> None:
     """Padding, shifts, odd maps and zero-length queries, whatever the batch."""
     extra = {"extra_norm_every": 1} if version is SwinV2 else {}
     trunk = version(8, (2, 2, 2), (2, 4, 4), window=3, size=32, **extra).double()
@@ -216,7 +216,7 @@ def test_the_plain_trunk_is_the_packed_one(version: type[Swin], size: int) -> No
 
 
 @pytest.mark.parametrize("trunk", ["swin_t", pytest.param("swinv2_t", marks=pytest.mark.slow)])
-def test_onnxruntime_computes_the_same_for_any_batch(tmp_path: Path, trunk: str) -> None:
+def test_onnx_export_has_the_same_features_for_any_batch(tmp_path: Path, trunk: str) -> None:
     pytest.importorskip("onnxscript", reason="onnx and onnxscript are not installed (the extra `export`)")
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (the extra `export`)")
     model = {"trunk": trunk, "window": 3, "embed_dim": 8, "depths": [1, 2], "heads": [1, 2]}  # pads and shifts
@@ -236,7 +236,7 @@ def test_onnxruntime_computes_the_same_for_any_batch(tmp_path: Path, trunk: str)
         torch.testing.assert_close(torch.from_numpy(regions).flatten(0, 1), expected[1], rtol=0, atol=1e-4)
 
 
-def test_without_onnx_one_line_says_what_to_install(
+def test_missing_onnx_says_what_to_install(
     step: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
@@ -257,7 +257,7 @@ def test_importing_the_package_does_not_import_torch() -> None:
 
 
 @torch.no_grad()
-def test_load_backbone_takes_every_form(step: Path, tmp_path: Path) -> None:
+def test_load_backbone_reads_every_form(step: Path, tmp_path: Path) -> None:
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     state.write_weights(tmp_path / "run" / "checkpoints" / "step-00000000", weights_of(tmp_path, AT_224))
     (tmp_path / "run" / "checkpoints" / "latest").write_text("step-00000000\n")
@@ -283,7 +283,7 @@ def test_load_backbone_takes_every_form(step: Path, tmp_path: Path) -> None:
     ).stat().st_mode & 0o777
 
 
-def test_preprocess_is_the_evaluations_transform(step: Path) -> None:
+def test_preprocess_equals_the_evaluation_transform(step: Path) -> None:
     pixels = np.random.default_rng(1).integers(0, 255, (250, 300, 3), dtype=np.uint8)
     model = esvit_scale.load_backbone(step)
     found = model.preprocess(Image.fromarray(pixels))
@@ -293,7 +293,7 @@ def test_preprocess_is_the_evaluations_transform(step: Path) -> None:
 
 
 @torch.no_grad()
-def test_torch_hub(step: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_hub_loads_backbone_and_trunk(step: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     repository = str(launcher.REPOSITORY)
     model = torch.hub.load(repository, "backbone", str(step), source="local")
     x = images(1)
@@ -302,7 +302,7 @@ def test_torch_hub(step: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert untrained(images(1, 64)).shape == (1, untrained.dim)
 
 
-def test_the_model_card_is_filled_from_the_run(tmp_path: Path) -> None:
+def test_model_card_is_filled_from_the_run(tmp_path: Path) -> None:
     weights = weights_of(tmp_path / "my-shards", AT_224)
     run = tmp_path / "run"
     state.write_weights(run / "checkpoints" / "step-00000000", weights)
@@ -372,7 +372,9 @@ def test_the_model_card_is_filled_from_the_run(tmp_path: Path) -> None:
         ({**AT_224, "trunk": "swinv2_t"}, 224, "esvit", "official code has no trunk swinv2_t"),
     ],
 )
-def test_a_trunk_that_the_form_cannot_hold(tmp_path: Path, model: dict, size: int, form: str, match: str) -> None:
+def test_trunk_that_a_form_cannot_hold_is_refused(
+    tmp_path: Path, model: dict, size: int, form: str, match: str
+) -> None:
     source = step_of(tmp_path, model, size)
     with pytest.raises(UserError, match=match) as error:
         convert(source, tmp_path / "out", "esvit-scale", form)
@@ -381,7 +383,7 @@ def test_a_trunk_that_the_form_cannot_hold(tmp_path: Path, model: dict, size: in
     assert not list(tmp_path.glob(".*partial"))
 
 
-def test_requests_that_make_no_sense(step: Path, tmp_path: Path) -> None:
+def test_contradictory_arguments_are_refused(step: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--to onnx writes a folder; nearest: .*swan$"):
         convert(step, tmp_path / "swan.onnx", "esvit-scale", "onnx")
     with pytest.raises(UserError, match="--heads: --to timm holds only a trunk"):
@@ -393,7 +395,7 @@ def test_requests_that_make_no_sense(step: Path, tmp_path: Path) -> None:
         esvit_scale.load_backbone(tmp_path / "nothing")
 
 
-def test_folders_that_are_not_read_back_are_said(step: Path, tmp_path: Path) -> None:
+def test_folder_that_cannot_be_read_back_is_an_error(step: Path, tmp_path: Path) -> None:
     convert(step, tmp_path / "timm", "esvit-scale", "timm")
     (tmp_path / "graph").mkdir()
     (tmp_path / "graph" / "model.onnx").write_bytes(b"")
@@ -416,7 +418,7 @@ def test_folders_that_are_not_read_back_are_said(step: Path, tmp_path: Path) -> 
         esvit_scale.load_backbone(tmp_path / "timm")
 
 
-def test_exports_have_the_same_bytes_and_the_permissions_of_any_file(tmp_path: Path) -> None:
+def test_exports_are_reproducible_with_default_permissions(tmp_path: Path) -> None:
     """safetensors writes metadata in an order of chance, and files that their owner alone may read; torch writes the
     name of the file into it."""
     weights = weights_of(tmp_path, AT_224)
@@ -436,7 +438,7 @@ def test_exports_have_the_same_bytes_and_the_permissions_of_any_file(tmp_path: P
     assert all(len(contents) == 1 for contents in seen.values()), {n for n, found in seen.items() if len(found) > 1}
 
 
-def test_a_failed_export_leaves_nothing(step: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_export_leaves_no_files(step: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export.model_card, "text", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         convert(step, tmp_path / "out", "esvit-scale", "timm")

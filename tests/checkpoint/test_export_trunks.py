@@ -25,7 +25,7 @@ TIMM_VIT = {"trunk": "timm:test_vit"}
     [(DEIT, 224), (DEIT, 160), ({**DEIT, "trunk": "vit_s_moco"}, 96), (RESNET, 96), (ATTO, 96), (TIMM_VIT, 96)],
     ids=["deit", "deit at 160", "moco", "resnet", "convnext", "timm's vit"],
 )
-def test_timm_loads_it_and_has_the_same_features(tmp_path: Path, model: dict, size: int) -> None:
+def test_timm_export_has_the_same_features(tmp_path: Path, model: dict, size: int) -> None:
     timm = pytest.importorskip("timm")
     source = step_of(tmp_path, model, size)
     convert(source, tmp_path / "timm", "esvit-scale", "timm")
@@ -55,7 +55,7 @@ def test_timm_loads_it_and_has_the_same_features(tmp_path: Path, model: dict, si
         pytest.param(ATTO, 64, id="timm's convnext", marks=pytest.mark.slow),
     ],
 )
-def test_onnxruntime_computes_the_same_for_any_batch(tmp_path: Path, model: dict, size: int) -> None:
+def test_onnx_export_has_the_same_features_for_any_batch(tmp_path: Path, model: dict, size: int) -> None:
     pytest.importorskip("onnxscript", reason="onnx and onnxscript are not installed (the extra `export`)")
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (the extra `export`)")
     source = step_of(tmp_path, model, size)
@@ -71,7 +71,7 @@ def test_onnxruntime_computes_the_same_for_any_batch(tmp_path: Path, model: dict
 
 @torch.no_grad()
 @pytest.mark.parametrize("model", [DEIT, RESNET, ATTO], ids=["deit", "resnet", "timm's convnext"])
-def test_load_backbone_and_the_card(tmp_path: Path, model: dict) -> None:
+def test_exported_folder_loads_and_has_a_model_card(tmp_path: Path, model: dict) -> None:
     source = step_of(tmp_path, model, 96)
     convert(source, tmp_path / "folder", "esvit-scale", "safetensors")
     x = images(1, 96)
@@ -110,7 +110,9 @@ def test_load_backbone_and_the_card(tmp_path: Path, model: dict) -> None:
         (ATTO, 96, "huggingface", r"not timm:convnext_atto; --to timm, safetensors or onnx takes it"),
     ],
 )
-def test_a_trunk_that_the_form_cannot_hold(tmp_path: Path, model: dict, size: int, form: str, match: str) -> None:
+def test_trunk_that_a_form_cannot_hold_is_refused(
+    tmp_path: Path, model: dict, size: int, form: str, match: str
+) -> None:
     from esvit_scale import config as configs
 
     values = {"model": model, "data": {"global_crops": {"size": size}, "local_crops": []}}

@@ -79,7 +79,7 @@ def test_student_teacher_and_centres_start_from_the_teacher(
     assert all(torch.equal(begun.centers[name], center) for name, center in weights.centers.items())
 
 
-def test_heads_that_the_source_lacks_are_initialised_freshly(weights: Weights, shards: Path, tmp_path: Path) -> None:
+def test_missing_heads_are_initialised(weights: Weights, shards: Path, tmp_path: Path) -> None:
     convert(_sources(weights, tmp_path)["step"], tmp_path / "trunk.safetensors", "esvit-scale", "safetensors")
     config = tiny.config(
         tmp_path / "run", shards, model__init_from=str(tmp_path / "trunk.safetensors"), objective__prototypes=32
@@ -92,7 +92,7 @@ def test_heads_that_the_source_lacks_are_initialised_freshly(weights: Weights, s
     assert not begun.centers
 
 
-def test_gains_that_are_kept_at_1_are_not_taken(weights: Weights, shards: Path, tmp_path: Path) -> None:
+def test_frozen_gains_are_not_loaded(weights: Weights, shards: Path, tmp_path: Path) -> None:
     """They are no part of such a run's checkpoints, so that a resume would lose them in silence."""
     source = str(_sources(weights, tmp_path)["step"])
     config = tiny.config(
@@ -106,9 +106,7 @@ def test_gains_that_are_kept_at_1_are_not_taken(weights: Weights, shards: Path, 
     assert begun.networks["student"][name.replace("weight_v", "weight_g")].unique().tolist() == [1]
 
 
-def test_a_run_learns_on_says_so_and_its_resume_does_not_need_the_source(
-    weights: Weights, shards: Path, tmp_path: Path
-) -> None:
+def test_run_from_weights_resumes_without_the_source(weights: Weights, shards: Path, tmp_path: Path) -> None:
     source = _sources(weights, tmp_path)["official"]
     options: dict[str, Any] = {"train__steps": 4, "train__checkpoint_every": 2, "model__init_from": str(source)}
     config = tiny.config(tmp_path / "run", shards, **options)
@@ -128,9 +126,7 @@ def test_a_run_learns_on_says_so_and_its_resume_does_not_need_the_source(
     assert [row["loss"] for row in tiny.rows(tmp_path / "run")] == losses
 
 
-def test_a_source_that_does_not_fit_is_said_before_anything_is_made(
-    weights: Weights, shards: Path, tmp_path: Path
-) -> None:
+def test_unfit_source_is_an_error_before_any_file_is_written(weights: Weights, shards: Path, tmp_path: Path) -> None:
     source = _sources(weights, tmp_path)["step"]
     for options, match in {
         (("model__embed_dim", 32),): r"model.init_from: .*step: .*another architecture: trunk\.\S+: \[16.*and \d+ more",
@@ -145,7 +141,7 @@ def test_a_source_that_does_not_fit_is_said_before_anything_is_made(
         assert not (tmp_path / "run").exists()
 
 
-def test_a_head_that_the_run_lacks_is_left_behind(weights: Weights, shards: Path, tmp_path: Path) -> None:
+def test_unused_heads_of_the_source_are_ignored(weights: Weights, shards: Path, tmp_path: Path) -> None:
     source = _sources(weights, tmp_path)["safetensors"]
     config = tiny.config(tmp_path / "run", shards, model__init_from=str(source), objective__regions=False)
     begun = _begin(config, tmp_path / "run")

@@ -56,7 +56,7 @@ def save(path: Path, values: dict[str, Any]) -> Path:
 
 
 @pytest.mark.parametrize("trunk", HERE)
-def test_every_tensor_arrives_and_goes_back_under_its_name(trunk: str, tmp_path: Path) -> None:
+def test_round_trip_keeps_every_tensor_and_name(trunk: str, tmp_path: Path) -> None:
     theirs = content(trunk)
     pth = save(tmp_path / "c.pth", theirs)
     weights = official.read(pth)
@@ -74,7 +74,7 @@ def test_every_tensor_arrives_and_goes_back_under_its_name(trunk: str, tmp_path:
 
 
 @pytest.mark.parametrize("trunk", HERE)
-def test_a_converted_trunk_runs(trunk: str, tmp_path: Path) -> None:
+def test_converted_trunk_runs(trunk: str, tmp_path: Path) -> None:
     convert(save(tmp_path / "c.pth", content(trunk)), tmp_path / "t.safetensors", "esvit", "safetensors")
     loaded, _ = load_teacher(tmp_path / "t.safetensors")
     if trunk in ("cvt_s1", "resnet50"):  # whose variances the rule made negative
@@ -88,7 +88,7 @@ def test_a_converted_trunk_runs(trunk: str, tmp_path: Path) -> None:
         assert loaded.eval()([torch.randn(2, 3, 64, 64)]).view.isfinite().all()
 
 
-def test_what_the_shapes_say() -> None:
+def test_architecture_is_inferred_from_the_shapes() -> None:
     shapes = {
         "vil_2262": {"embed_dim": 8, "depths": [1, 2, 1, 1], "heads": [1, 1, 2, 4], "window": 3},
         "cvt_s1": {"embed_dim": 4, "depths": [1, 2, 1, 1]},
@@ -111,7 +111,7 @@ def test_what_the_shapes_say() -> None:
         (192, 12, {"trunk": "deit_s", "embed_dim": 192, "depths": [12], "heads": [3]}),
     ],
 )
-def test_a_published_deit_gets_its_name(width: int, depth: int, model: dict[str, Any]) -> None:
+def test_published_deit_gets_its_name(width: int, depth: int, model: dict[str, Any]) -> None:
     tensors = {f"blocks.{i}.attn.qkv.weight": torch.empty(1) for i in range(depth)}
     assert official_trunks._deit_config({"pos_embed": torch.empty(1, 197, width), **tensors})["model"] == model
 
@@ -123,13 +123,13 @@ def refused(values: dict[str, Any], tmp_path: Path, match: str) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_layers_of_their_own_for_global_tokens_are_not_dropped_in_silence(tmp_path: Path) -> None:
+def test_separate_layers_for_global_tokens_are_refused(tmp_path: Path) -> None:
     values = content("vil_2262")
     values["teacher"]["layer1.1.attn.kv_global.weight"] += 1
     refused(values, tmp_path, r"layers.0.blocks.0.attn.kv_global.weight: \[16, 8\] in the checkpoint, absent in")
 
 
-def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
+def test_unsupported_checkpoints_are_refused(tmp_path: Path) -> None:
     values = content("cvt_s1")
     del values["teacher"]["module.stage0.0.proj.weight"]
     refused(values, tmp_path, r"a CvT of the official code, but it lacks stage0.0.proj.weight$")

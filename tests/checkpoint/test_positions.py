@@ -43,7 +43,7 @@ def slowly(table: Tensor, old: int, new: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("old", "new"), [(7, 14), (14, 7), (7, 12), (4, 3), (1, 7)])
-def test_a_table_is_resized_as_by_the_formula_and_by_timm(old: int, new: int) -> None:
+def test_resized_table_matches_formula_and_timm(old: int, new: int) -> None:
     before, after = 2 * old - 1, 2 * new - 1
     table = torch.randn(before**2, 3, generator=torch.Generator().manual_seed(0))
     fitted, said = resize_to_fit("here", {TABLE: table}, {TABLE: [after**2, 3]})
@@ -103,7 +103,7 @@ def v2(window: int) -> dict[str, object]:
     ],
     ids=["window up", "window down", "resolution", "v2 has no table", "vil at another resolution", "vil's window"],
 )
-def test_a_run_at_another_window_or_resolution_starts_from_resized_tables(
+def test_run_at_another_resolution_starts_from_resized_tables(
     tmp_path: Path, before: dict, after: dict, note: str
 ) -> None:
     source = weights_of(tmp_path, **before)
@@ -123,7 +123,7 @@ def test_a_run_at_another_window_or_resolution_starts_from_resized_tables(
     assert bool(tables) == bool(note)
 
 
-def test_a_step_folder_is_resized_too(tmp_path: Path) -> None:
+def test_tables_of_a_step_folder_are_resized(tmp_path: Path) -> None:
     source = weights_of(tmp_path)
     state.write_weights(tmp_path / "step", source)
     found = load_initial_weights(
@@ -132,7 +132,7 @@ def test_a_step_folder_is_resized_too(tmp_path: Path) -> None:
     assert "trunk (position tables resized: 1 of 7×7 to 15×15), view head, region head" in found.note
 
 
-def test_what_cannot_be_resized_is_said_to_be_of_another_resolution() -> None:
+def test_unresizable_table_is_an_error() -> None:
     names = {"relative_position_bias_table_to_neighbors": [1, 2, 9, 16]}
     with pytest.raises(
         UserError, match=r"another resolution or window, and 1 position tables.*\[1, 2, 4, 12\] in the source"

@@ -30,7 +30,7 @@ def full_disk(monkeypatch: pytest.MonkeyPatch, where: str, times: int) -> None:
 
 
 @pytest.mark.parametrize("where", ["save", "checksums"])
-def test_a_full_disk_costs_one_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+def test_full_disk_costs_one_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     config = tiny.config(tmp_path / "run", tiny.shards(tmp_path / "shards"), train__checkpoint_every=5)
     full_disk(monkeypatch, where, 1)
     assert pretraining.pretrain(config) == 0
@@ -42,7 +42,7 @@ def test_a_full_disk_costs_one_save(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
-def test_a_disk_that_stays_full_ends_the_run_at_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_that_stays_full_exits_with_75_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exit code 75: nothing that was saved is lost, and the same command goes on from there."""
     config = tiny.config(tmp_path / "run", tiny.shards(tmp_path / "shards"))
     assert pretraining.pretrain(tiny.config(tmp_path / "reference", tmp_path / "shards")) == 0
@@ -60,7 +60,7 @@ def full() -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_what_is_written_is_the_moment_of_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_saver_writes_the_state_at_the_time_of_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values, go_on = torch.arange(5.0), threading.Event()
     taken = state.Snapshot({"student/x": storage.whole_interval(values)}, {"cursor": {"step": 7}})
     monkeypatch.setattr(state, "take_snapshot", lambda *a: taken)
@@ -79,7 +79,7 @@ def test_what_is_written_is_the_moment_of_the_copy(tmp_path: Path, monkeypatch: 
     assert set(json.loads((folder / "state.json").read_text())) == {"cursor", "files", "format_version", "sha256"}
 
 
-def test_a_defect_in_the_thread_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_in_the_saver_thread_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state, "take_snapshot", lambda *a: state.Snapshot({}, {"cursor": {"step": 1}}))
     monkeypatch.setattr(state, "write", lambda *a: 1 / 0)
     saver = Saver(tmp_path, tiny.config(tmp_path / "run", tmp_path))

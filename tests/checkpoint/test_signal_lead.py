@@ -9,7 +9,7 @@ from esvit_scale.checkpoint import signal_lead
 
 
 @pytest.mark.parametrize(("seconds", "warned"), [("0", True), ("5", False), ("", False)])
-def test_a_save_slower_than_the_lead_is_said(monkeypatch, caplog, seconds: str, warned: bool) -> None:
+def test_save_slower_than_the_signal_lead_gives_a_warning(monkeypatch, caplog, seconds: str, warned: bool) -> None:
     monkeypatch.setenv("ESVIT_SIGNAL_LEAD", seconds)
     monkeypatch.setattr(signal_lead.log, "propagate", True)
 

@@ -30,7 +30,7 @@ def test_retention_keeps_the_last_and_latest_names_the_newest(run: Path) -> None
     assert step_folders.latest(run) == run / "checkpoints" / "step-00000006"
 
 
-def test_load_teacher_gives_the_ema_and_needs_no_process_group(run: Path) -> None:
+def test_load_teacher_returns_the_ema_without_a_process_group(run: Path) -> None:
     trunk, config = state.load_teacher(run)
     folder = step_folders.resolve(run)
     for name, p in trunk.named_parameters():
@@ -43,7 +43,7 @@ def test_load_teacher_gives_the_ema_and_needs_no_process_group(run: Path) -> Non
     assert torch.isfinite(features.view).all()
 
 
-def test_another_architecture_is_named_and_nothing_is_loaded(run: Path, tmp_path: Path) -> None:
+def test_other_architecture_is_refused_and_nothing_is_loaded(run: Path, tmp_path: Path) -> None:
     config = tiny.config(tmp_path / "run", tmp_path / "shards", model__embed_dim=32)
     world = worlds.start()
     try:
@@ -59,7 +59,7 @@ def test_another_architecture_is_named_and_nothing_is_loaded(run: Path, tmp_path
         worlds.stop()
 
 
-def test_an_index_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
+def test_index_with_code_is_refused(tmp_path: Path) -> None:
     marker = tmp_path / "ran"
 
     class Evil:
@@ -73,14 +73,14 @@ def test_an_index_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["empty", "garbage", "missing"])
-def test_a_damaged_index_is_one_line(tmp_path: Path, damage: str) -> None:
+def test_damaged_index_is_one_error_line(tmp_path: Path, damage: str) -> None:
     if damage != "missing":
         (tmp_path / storage.INDEX_FILE).write_bytes(b"" if damage == "empty" else b"\x80\x04garbage")
     with pytest.raises(UserError, match=r"missing|damaged"):
         storage.tensor_sizes(tmp_path)
 
 
-def test_what_is_not_a_checkpoint_is_said(tmp_path: Path) -> None:
+def test_folder_that_is_no_checkpoint_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such checkpoint"):
         state.load_teacher(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"not a checkpoint \(no state.json\)"):
@@ -93,14 +93,14 @@ def test_what_is_not_a_checkpoint_is_said(tmp_path: Path) -> None:
         state.load_teacher(tmp_path)
 
 
-def test_a_newer_format_is_refused(run: Path, tmp_path: Path) -> None:
+def test_newer_format_is_refused(run: Path, tmp_path: Path) -> None:
     newer = json.loads((step_folders.resolve(run) / "state.json").read_text()) | {"format_version": 99}
     (tmp_path / "state.json").write_text(json.dumps(newer))
     with pytest.raises(UserError, match="format version 99; this version of esvit-scale reads 1 and 2"):
         state_file.read_state(tmp_path)
 
 
-def test_intervals_reshard(tmp_path: Path) -> None:
+def test_intervals_load_at_other_partitions(tmp_path: Path) -> None:
     """What was written whole is read in any pieces."""
     tensor = torch.randn(13)
     storage.save(tmp_path / "c", {"x": storage.whole_interval(tensor)})
@@ -112,7 +112,7 @@ def test_intervals_reshard(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flipped bit", "cut short", "file gone", "state gone"])
-def test_a_damaged_checkpoint_is_said_and_the_one_before_it_is_used(
+def test_damaged_checkpoint_falls_back_to_the_previous_with_a_warning(
     run: Path, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     copy = tmp_path / "run"
@@ -139,11 +139,11 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_is_used(
         step_folders.newest_valid(copy)
 
 
-def test_an_undamaged_checkpoint_is_the_newest(run: Path) -> None:
+def test_newest_undamaged_checkpoint_is_used(run: Path) -> None:
     assert step_folders.newest_valid(run) == run / "checkpoints" / "step-00000006"
 
 
-def test_every_so_many_steps_are_kept_for_good(tmp_path: Path) -> None:
+def test_keep_every_is_never_pruned(tmp_path: Path) -> None:
     checkpoints = tmp_path / "run" / "checkpoints"
     for step in range(1, 11):
         (checkpoints / f"step-{step:08d}").mkdir(parents=True)

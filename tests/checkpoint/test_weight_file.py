@@ -91,7 +91,7 @@ ODD = {
 
 @pytest.mark.parametrize("case", ODD)
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_what_is_no_weights_is_called_what_it_is(case: str, suffix: str, tmp_path: Path) -> None:
+def test_error_names_the_kind_of_a_file_without_weights(case: str, suffix: str, tmp_path: Path) -> None:
     """By every way in, in one line, whatever the name, and never with torch's advice to read it unsafely."""
     content, match = ODD[case]
     path = tmp_path / f"w{suffix}"
@@ -113,7 +113,7 @@ def test_what_is_no_weights_is_called_what_it_is(case: str, suffix: str, tmp_pat
     assert not (tmp_path / "x").exists()
 
 
-def test_the_commands_say_it_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_report_files_without_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "w.pth").write_bytes(POINTER)
     tiny.shards(tmp_path / "shards", 4)
     commands = (
@@ -134,7 +134,7 @@ def test_the_commands_say_it_too(tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert capsys.readouterr().err.count("Git LFS pointer for 19332096 bytes") == 1
 
 
-def test_files_cut_anywhere_are_refused_in_one_line(tmp_path: Path) -> None:
+def test_truncated_files_are_one_error_line(tmp_path: Path) -> None:
     """Half downloads of each kind; a legacy file has no directory at its end that would tell."""
     whole = {"zip": NUMBERS, "safe": safe({"w": torch.zeros(300)}, tmp_path)}
     for kind, content in whole.items():
@@ -173,7 +173,7 @@ def supervised() -> torch.nn.Module:
 @pytest.mark.parametrize(
     "form", ["model", "state_dict", "bare", "legacy", "timm", "safetensors named .pth", "esvit-like"]
 )
-def test_a_published_trunk_alone_is_read(form: str, supervised: torch.nn.Module, tmp_path: Path) -> None:
+def test_published_trunk_file_is_read(form: str, supervised: torch.nn.Module, tmp_path: Path) -> None:
     tensors = supervised.state_dict()
     theirs = to_official(tensors)
     content = {
@@ -192,7 +192,7 @@ def test_a_published_trunk_alone_is_read(form: str, supervised: torch.nn.Module,
     torch.testing.assert_close(esvit_scale.load_backbone(path)(x), expected, rtol=0, atol=2e-5)
 
 
-def test_a_classifier_is_left_out_and_said(
+def test_classifier_is_skipped_with_a_notice(
     supervised: torch.nn.Module, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     torch.save({"model": to_official(supervised.state_dict())}, tmp_path / "w.pth")
@@ -200,7 +200,7 @@ def test_a_classifier_is_left_out_and_said(
     assert caplog.messages == [f"{tmp_path / 'w.pth'}: its classifier (head.weight, head.bias) is left out"]
 
 
-def test_our_own_file_named_pth_is_read_with_its_config(tmp_path: Path) -> None:
+def test_own_file_named_pth_is_read_with_its_config(tmp_path: Path) -> None:
     model = timm.create_model("deit_small_patch16_224", num_classes=0, depth=1, embed_dim=64, num_heads=1)
     torch.save(model.state_dict(), tmp_path / "theirs.pth")
     convert(tmp_path / "theirs.pth", tmp_path / "ours.safetensors", "esvit", "safetensors")
