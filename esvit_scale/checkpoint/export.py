@@ -1,11 +1,11 @@
-"""One network's trunk as a folder that others can use: weights, config.json and a model card.
+"""Exporting one network as a folder for other programs: weights, config.json and a model card (README.md).
 
-| form | files beside README.md | read by |
+| format | files beside README.md | read by |
 |---|---|---|
 | safetensors | model.safetensors, config.json | `esvit_scale.load_backbone` |
 | timm | model.safetensors, config.json | `timm.create_model("local-dir:…")` |
 | huggingface | model.safetensors, config.json, preprocessor_config.json | `transformers.AutoModel.from_pretrained` |
-| onnx | model.onnx, config.json | onnxruntime and its kin, any batch size |
+| onnx | model.onnx, config.json | onnxruntime and similar, any batch size |
 """
 
 import contextlib
@@ -27,19 +27,24 @@ from esvit_scale.models import plain
 from esvit_scale.models.registry import build_trunk
 
 FOLDER_FORMATS = ("timm", "huggingface", "onnx")
-MAX_BATCH = 2**31 - 1  # without a bound torch 2.7 exports no DeiT: a batch of 2**63 - 1 would be another graph
-ONNX_INLINE = 2**31 - 2**27  # bytes of weights that fit into one protobuf file
+MAX_BATCH = (
+    2**31 - 1
+)  # torch 2.7 needs a bound to export DeiT, whose graph it believes to differ at a batch of 2**63 - 1
+ONNX_INLINE = (
+    2**31 - 2**27
+)  # largest size in bytes of weights inside the protobuf file; larger ones go into a file beside it
 
 
 def write(folder: Path, weights: Weights, network: str, form: str, source: Path) -> None:
-    """Writes `folder` whole or not at all.
+    """Write a network of `weights` to `folder`, whole or not at all.
 
     Args:
-        weights: whose `networks[network]` is written, its trunk alone unless `form` is safetensors.
-        source: where they came from; a run dir gives the model card its figures.
+        network: which of `weights.networks` to write; only its trunk, unless `form` is safetensors.
+        form: the format: safetensors, timm, huggingface or onnx.
+        source: where the weights came from; a run dir supplies the figures of the model card.
 
     Raises:
-        UserError: the form cannot hold this trunk, or needs a package that is not installed.
+        UserError: the format cannot hold this trunk, or needs a package that is not installed.
     """
     if form in ("timm", "huggingface"):
         libraries.check(weights.config, form)
@@ -48,7 +53,7 @@ def write(folder: Path, weights: Weights, network: str, form: str, source: Path)
     with files.new_folder(folder) as tmp:
         _WRITE[form](tmp, weights, network)
         files.write_text(tmp / "README.md", model_card.text(weights, network, form, source, folder.name))
-        for path in tmp.iterdir():  # safetensors makes its files readable by their owner alone
+        for path in tmp.iterdir():  # safetensors makes its files readable only by their owner
             shutil.copymode(tmp / "README.md", path)
 
 
@@ -78,9 +83,9 @@ def _write_onnx(folder: Path, weights: Weights, network: str) -> None:
     with torch.no_grad():
         module(
             torch.zeros(1, trunk.in_chans, size, size)
-        )  # tables that a forward keeps are values before a graph is drawn
+        )  # fills tables that the forward pass caches, before the graph is traced
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    quiet = contextlib.redirect_stdout(io.StringIO())  # the exporter tells of its progress
+    quiet = contextlib.redirect_stdout(io.StringIO())  # the exporter prints its progress
     with _one_line_errors(weights.config), warnings.catch_warnings(), quiet:
         warnings.simplefilter("ignore")
         torch.onnx.export(
@@ -100,25 +105,27 @@ def _write_onnx(folder: Path, weights: Weights, network: str) -> None:
 
 @contextlib.contextmanager
 def _one_line_errors(config: Config) -> Iterator[None]:
-    """Turn a failure of torch's exporter, which is a page of advice for its developers, into a UserError."""
+    """Turn a failure of torch's exporter, whose message is a page long, into a one-line UserError."""
     try:
         yield
     except torch.onnx.errors.OnnxExporterError as error:
         cause = str(error.__cause__ or error).strip().splitlines()[0]
         raise UserError(
             f"--to onnx: torch {torch.__version__} cannot export {config.model.trunk} ({cause}); "
-            "a newer torch may, and --to safetensors needs no exporter"
+            "try a newer torch, or --to safetensors, which needs no exporter"
         ) from error
 
 
 def _anonymize(path: Path) -> None:
-    """Remove what torch's exporter notes beside the graph: for every node the source lines, with the paths of this
-    machine, that it came from. The external file of large weights is left as it is."""
+    """Remove torch's notes beside the graph, which name the source files of this machine for every node.
+
+    The external file of large weights is not changed.
+    """
     import onnx
 
     model = onnx.load(path, load_external_data=False)
     graphs = [model.graph, *model.functions]
-    for graph in graphs:  # grows: nodes such as If hold graphs of their own
+    for graph in graphs:  # the list grows: nodes such as If contain graphs
         values = [*getattr(graph, "initializer", []), *graph.value_info]
         values += [] if isinstance(graph, onnx.FunctionProto) else [*graph.input, *graph.output]
         for part in (graph, *graph.node, *values):
@@ -152,4 +159,6 @@ def _require_onnx() -> None:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise UserError(f"--to onnx: {error.name} is not installed; pip install 'esvit-scale[export]'") from None
+        raise UserError(
+            f"--to onnx: {error.name} is not installed; install it with pip install 'esvit-scale[export]'"
+        ) from None

@@ -116,12 +116,12 @@ def raw_pixels(source: Path, size: int, batch: int = 64, workers: int = 4) -> Fe
     )
 
 
-def run_embed(checkpoint: Path, data: Path, out: Path, loading: ExtractionOptions) -> FeatureSet:
+def run_embed(checkpoint: Path, data: Path, out: Path, options: ExtractionOptions) -> FeatureSet:
     """Run `esvit-scale embed`: write the features of `data` by the trunk of `checkpoint` to the file `out`."""
     if out.is_dir():
         raise UserError(f"{out}: is a folder, but --out must name a file, for example {out / 'features.npz'}")
     teacher = load_frozen_trunk(checkpoint)
-    found = extract(teacher.trunk, data, teacher.size, **loading._asdict(), pixels=teacher.pixels)
+    found = extract(teacher.trunk, data, teacher.size, **options._asdict(), pixels=teacher.pixels)
     if collectives.rank() == 0:
         save(found, out, source_info(data).classes)
         print(f"{out}: {len(found.keys)} features of width {found.features.shape[1]} from {data}")

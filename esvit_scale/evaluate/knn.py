@@ -135,7 +135,7 @@ def run_knn(
     train: Path,
     test: Path,
     out: Path,
-    loading: ExtractionOptions,
+    options: ExtractionOptions,
     ks: Sequence[int] = KS,
     shots: Sequence[int] = (),
     tries: int = 5,
@@ -144,7 +144,7 @@ def run_knn(
     check_train_and_test([train], test, "k-NN")
     teacher = load_frozen_trunk(checkpoint)
     sets = [
-        with_class_names(extract(teacher.trunk, s, teacher.size, **loading._asdict(), pixels=teacher.pixels), s)
+        with_class_names(extract(teacher.trunk, s, teacher.size, **options._asdict(), pixels=teacher.pixels), s)
         for s in (train, test)
     ]
     row = {"checkpoint": str(checkpoint), "step": teacher.step, "train": str(train), "test": str(test)}

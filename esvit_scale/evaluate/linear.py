@@ -77,7 +77,7 @@ class ImageSource(NamedTuple):
 
     teacher: FrozenTrunk
     source: Path
-    loading: ExtractionOptions
+    options: ExtractionOptions
 
 
 def run_linear(
@@ -86,7 +86,7 @@ def run_linear(
     test: Path,
     out: Path,
     settings: ProbeSettings,
-    loading: ExtractionOptions,
+    options: ExtractionOptions,
 ) -> Json:
     """Run `esvit-scale evaluate linear`; write and return `out`/linear.json.
 
@@ -102,11 +102,11 @@ def run_linear(
     teacher = load_frozen_trunk(checkpoint)
     sets = [
         with_class_names(
-            extract(teacher.trunk, s, teacher.size, **loading._asdict(), kind="blocks", pixels=teacher.pixels), s
+            extract(teacher.trunk, s, teacher.size, **options._asdict(), kind="blocks", pixels=teacher.pixels), s
         )
         for s in (train, test)
     ]
-    data = make_probe_data(sets[0], sets[1], settings, ImageSource(teacher, train, loading))
+    data = make_probe_data(sets[0], sets[1], settings, ImageSource(teacher, train, options))
     row: Json = {"checkpoint": str(checkpoint), "step": teacher.step, "train": str(train), "test": str(test)}
     row |= {
         "n_train": len(data.rows),
@@ -223,7 +223,7 @@ def _feature_batches(data: ProbeData, rows: Tensor, settings: ProbeSettings, epo
 
 def _augmented_batches(data: ProbeData, rows: Tensor, settings: ProbeSettings, epoch: int) -> Iterator[LabelledBatch]:
     """Yield features of random crops of the training images, by the official transform; other crops in every epoch."""
-    teacher, source, loading = data.images
+    teacher, source, options = data.images
     numbers = data.numbers
     assert numbers is not None
     place = default_device()
@@ -233,11 +233,11 @@ def _augmented_batches(data: ProbeData, rows: Tensor, settings: ProbeSettings, e
     order = list(_shuffled_batches(rows, settings, epoch))
     wanted = [numbers[mine] for mine, _ in order]
     crops = augmented.augmented_batches(
-        source, wanted, teacher.size, settings.seed, epoch, loading.workers, teacher.pixels
+        source, wanted, teacher.size, settings.seed, epoch, options.workers, teacher.pixels
     )
     for (images, good), (_, size) in zip(crops, order, strict=True):
-        with torch.no_grad(), torch.autocast(place.type, torch.bfloat16, enabled=loading.precision == "bf16"):
-            features = torch.cat([last_blocks(trunk, x) for x in images.to(place).split(loading.batch)])
+        with torch.no_grad(), torch.autocast(place.type, torch.bfloat16, enabled=options.precision == "bf16"):
+            features = torch.cat([last_blocks(trunk, x) for x in images.to(place).split(options.batch)])
         yield LabelledBatch(features.float(), label_of[good], size)
 
 

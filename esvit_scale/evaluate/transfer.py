@@ -55,7 +55,7 @@ def run_transfer(
     source: Path,
     checkpoint: Path,
     out: Path,
-    loading: ExtractionOptions,
+    options: ExtractionOptions,
     root: Path | None = None,
     baseline: Path | None = None,
 ) -> Json:
@@ -80,7 +80,7 @@ def run_transfer(
     failed: dict[str, str] = {}
     for number, dataset in enumerate(datasets, 1):
         try:
-            done[dataset.name] = _cached_or_evaluated(dataset, teacher, digest, out, loading)
+            done[dataset.name] = _cached_or_evaluated(dataset, teacher, digest, out, options)
         except RestartCanHelp:
             raise
         except UserError as error:
@@ -107,7 +107,7 @@ def run_transfer(
     return result
 
 
-def evaluate(dataset: Dataset, teacher: FrozenTrunk, loading: ExtractionOptions) -> Json:
+def evaluate(dataset: Dataset, teacher: FrozenTrunk, options: ExtractionOptions) -> Json:
     """Return the result of one data set, for transfer.json.
 
     Raises:
@@ -117,7 +117,7 @@ def evaluate(dataset: Dataset, teacher: FrozenTrunk, loading: ExtractionOptions)
     check_train_and_test(sources[:-1], dataset.test, f"the metric {dataset.metric}", classes=not dataset.labels)
     if dataset.labels:
         _check_labels(dataset.labels, sources)
-    found = [extract(teacher.trunk, s, teacher.size, **loading._asdict(), pixels=teacher.pixels) for s in sources]
+    found = [extract(teacher.trunk, s, teacher.size, **options._asdict(), pixels=teacher.pixels) for s in sources]
     sets = _multi_label_data(dataset, found) if dataset.labels else _single_label_data(sources, found)
     metric = METRICS[dataset.metric].score
 
@@ -199,7 +199,7 @@ def table(result: Json) -> str:
 
 
 def _cached_or_evaluated(
-    dataset: Dataset, teacher: FrozenTrunk, digest: str, out: Path, loading: ExtractionOptions
+    dataset: Dataset, teacher: FrozenTrunk, digest: str, out: Path, options: ExtractionOptions
 ) -> Json:
     """Return the result in `out`/datasets if it is of the same trunk, data and settings; else evaluate and write it there."""
     path = out / "datasets" / f"{dataset.name}.json"
@@ -207,7 +207,7 @@ def _cached_or_evaluated(
     def ask() -> tuple[Json, Json | None]:
         sources = {str(s): source_digest(s) for s in (dataset.train, dataset.val, dataset.test) if s is not None}
         labels = dataset.labels.read_bytes() if dataset.labels and dataset.labels.is_file() else b""
-        of: Json = {"trunk": digest, "size": teacher.size, "precision": loading.precision, "data": sources}
+        of: Json = {"trunk": digest, "size": teacher.size, "precision": options.precision, "data": sources}
         of |= {"metric": dataset.metric, "labels": hashlib.sha256(labels).hexdigest()}
         try:
             kept = json.loads(path.read_text())
@@ -218,7 +218,7 @@ def _cached_or_evaluated(
     of, kept = collectives.run_on_rank0_and_broadcast(ask)
     if kept is not None:
         return kept
-    result = evaluate(dataset, teacher, loading)
+    result = evaluate(dataset, teacher, options)
     if collectives.rank() == 0:
         write_result({"of": of, "result": result}, path)
     return result
