@@ -108,8 +108,10 @@ def state_bytes(engines: Any) -> int:
     """What this rank keeps between steps, each storage once."""
     import torch
 
-    networks = (engines.student.module, getattr(engines.teacher.network, "module", engines.teacher.network))
-    tensors = [getattr(p, "ds_tensor", p) for network in networks for p in network.parameters()]
+    from esvit_scale.parallel.zero import local_tensors
+
+    networks = (engines.student.module, engines.teacher.module)
+    tensors = [t for network in networks for t in local_tensors(network.parameters())]
     tensors += [p.flat for p in engines.partitions] + list(engines.teacher.values)
     tensors += [v for state in engines.optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}

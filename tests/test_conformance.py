@@ -19,7 +19,7 @@ from esvit_scale.models.registry import SHAPES, TRUNKS, build_trunk
 from esvit_scale.objective.network import StudentNetwork, TeacherNetwork, build_student, build_teacher
 from esvit_scale.objective.param_groups import parameter_groups
 from esvit_scale.objective.registry import OBJECTIVES
-from esvit_scale.parallel import partitions
+from esvit_scale.parallel.buffers import persistent_buffers
 from esvit_scale.train import pretraining
 from tests import tiny
 
@@ -214,4 +214,4 @@ def test_every_trunk_trains_resumes_and_exports(trunk: str, data: Path, tmp_path
     with torch.no_grad():
         torch.testing.assert_close(of_file(images), of_run(images), rtol=0, atol=0)
     assert of_run(images).shape == (3, of_run.dim)
-    assert all(b.dtype == torch.float32 for b in partitions.buffers_of_module(of_run).values())
+    assert all(b.dtype == torch.float32 for b in persistent_buffers(of_run).values())

@@ -24,8 +24,10 @@ from esvit_scale.config import Config
 from esvit_scale.errors import RestartCanHelp, UserError
 from esvit_scale.models.registry import build_trunk
 from esvit_scale.models.trunk import Trunk
-from esvit_scale.parallel import collectives, partitions
+from esvit_scale.parallel import collectives
+from esvit_scale.parallel.buffers import persistent_buffers
 from esvit_scale.parallel.engine import Engines
+from esvit_scale.parallel.zero import Frozen
 
 log = logging.getLogger("esvit_scale")
 
@@ -142,7 +144,7 @@ def restore(folder: Path, engines: Engines, centers: dict[str, Tensor]) -> dict[
     _prepare_optimizer_state(engines, state["optimizer_steps"])
     intervals = _intervals(engines, state["optimizer_steps"], centers)
     storage.load(folder, {key: i for key, i in intervals.items() if key.partition("/")[2] not in old})
-    partitions.sync_working_weights(engines.student)
+    engines.layout.sync_working_weights()
     engines.teacher.sync_frozen()
     engines.teacher.sync_working_weights()
     if bad := find_nonfinite(engines, centers):
@@ -171,7 +173,7 @@ def load_teacher(checkpoint: Path) -> tuple[Trunk, Config]:
     stored = {n.removeprefix(TRUNK): s for n, s in state["shapes"].items() if n.startswith(TRUNK)}
     check_shapes(folder, stored, shapes_of(trunk))
     state_file.check_index(folder, state)
-    tensors = {**dict(trunk.named_parameters()), **partitions.buffers_of_module(trunk)}
+    tensors = {**dict(trunk.named_parameters()), **persistent_buffers(trunk)}
     values = {f"ema/trunk.{name}": whole_interval(tensor.data) for name, tensor in tensors.items()}
     storage.load(folder, values, single_process=True)
     return trunk.eval(), config
@@ -244,7 +246,7 @@ def _intervals(engines: Engines, optimizer_steps: dict[str, int], centers: dict[
     for prefix, network in zip(
         NETWORK_PREFIXES.values(), (engines.student.module, engines.teacher.module), strict=True
     ):
-        for name, buffer in partitions.buffers_of_module(network).items():
+        for name, buffer in persistent_buffers(network).items():
             intervals[f"{prefix}{name}"] = whole_interval(buffer)
     for f in _frozen_parameters(engines):
         for prefix in NETWORK_PREFIXES.values():
@@ -297,8 +299,8 @@ def _check_optimizer_kind(folder: Path, engines: Engines, optimizer_steps: dict[
         )
 
 
-def _frozen_parameters(engines: Engines) -> list[partitions.Frozen]:
-    return partitions.frozen_of_module(engines.student.module)
+def _frozen_parameters(engines: Engines) -> list[Frozen]:
+    return engines.layout.frozen(engines.student.module)
 
 
 def _make_empty(folder: Path) -> None:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
 from esvit_scale.objective.network import build_network
-from esvit_scale.parallel.partitions import buffers_of_module
+from esvit_scale.parallel.buffers import persistent_buffers
+from esvit_scale.parallel.zero import full_shape
 
 TRUNK = "trunk."
 OBJECTIVE = "objective."
@@ -26,8 +27,8 @@ class Weights(NamedTuple):
 
 def shapes_of(module: nn.Module) -> Shapes:
     """Return the shape of every parameter (whole, also under ZeRO-3) and of every running statistic, by name."""
-    shapes = {name: list(getattr(p, "ds_shape", p.shape)) for name, p in module.named_parameters()}
-    return shapes | {name: list(buffer.shape) for name, buffer in buffers_of_module(module).items()}
+    shapes = {name: list(full_shape(p)) for name, p in module.named_parameters()}
+    return shapes | {name: list(buffer.shape) for name, buffer in persistent_buffers(module).items()}
 
 
 def network_shapes(config: Config) -> Shapes:

@@ -56,10 +56,10 @@ def _through_torch(block: Callable[..., Any], *inputs: Any) -> Any:
 
 
 def _through_deepspeed(block: Callable[..., Any], tokens: Tensor, plan: Any, *keep: Tensor | None) -> Any:
-    from deepspeed.runtime.activation_checkpointing.checkpointing import checkpoint
+    from deepspeed import checkpointing
 
     # The plan goes in by closure: DeepSpeed takes argument tuples apart, named ones too.
-    return checkpoint(lambda tokens, *keep: block(tokens, plan, *keep), tokens, *keep)
+    return checkpointing.checkpoint(lambda tokens, *keep: block(tokens, plan, *keep), tokens, *keep)
 
 
 def _wrap_with_fairscale(trunk: Any) -> None:

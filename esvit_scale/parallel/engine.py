@@ -16,26 +16,33 @@ from esvit_scale.config import Config
 from esvit_scale.errors import UserError
 from esvit_scale.models.distributions import Initializer
 from esvit_scale.models.initialize import initial_value, initial_values
-from esvit_scale.objective.network import build_network, build_student, build_teacher
+from esvit_scale.objective.network import Network, build_network, build_student, build_teacher
 from esvit_scale.objective.param_groups import largest_of_each_part, parameter_groups
 from esvit_scale.objective.registry import check_local_batch
-from esvit_scale.parallel import activation_checkpointing, compilation, ds_config, optimizers, partitions
+from esvit_scale.parallel import activation_checkpointing, compilation, ds_config, optimizers, zero
+from esvit_scale.parallel.buffers import cast_buffers_to_fp32, persistent_buffers
 from esvit_scale.parallel.ema import Teacher
 from esvit_scale.parallel.gradients import GradientClipper
-from esvit_scale.parallel.partitions import Partition
 from esvit_scale.parallel.world import World
+from esvit_scale.parallel.zero import Layout, Partition
 
 
 class Engines(NamedTuple):
+    """Student and teacher, ready to train, with what acts on them."""
+
     student: Any  # deepspeed.DeepSpeedEngine
     optimizer: torch.optim.Optimizer  # the one that ZeRO steps
     group_of: dict[str, str]  # trainable parameter → its group's name
     teacher: Teacher
     clipper: GradientClipper
-    partitions: list[Partition]
-    dtype: torch.dtype  # of the working copies
-    zero_stage: int
+    layout: Layout  # of the student, at the run's ZeRO stage
+    dtype: torch.dtype  # of the weights that the forward uses
     moments: tuple[str, ...]  # names of what the optimizer keeps per parameter
+
+    @property
+    def partitions(self) -> list[Partition]:
+        """What this rank owns of the student's trainable parameters, in the module's order."""
+        return self.layout.partitions
 
 
 def build(config: Config, world: World, given: dict[str, Tensor]) -> Engines:
@@ -51,44 +58,35 @@ def build(config: Config, world: World, given: dict[str, Tensor]) -> Engines:
     """
     import deepspeed
 
-    initializers = _initializers(config, world.size)
+    meta = _network_on_meta(config, world.size)
     ds = ds_config.fill(config, world.size)
-    stage = ds_config.zero_stage(ds)
     if config.train.precision == "fp16" and world.device.type == "cpu":
         raise UserError("train.precision=fp16: needs a GPU; on a CPU use bf16 or fp32")
-    with deepspeed.zero.Init(config_dict_or_path=ds, enabled=stage == 3):
-        module = build_student(config)
+    layout_type = zero.layout_type(ds)
+    module = layout_type.build_module(lambda: build_student(config), ds)
     in_autocast = world.device.type if config.train.precision == "autocast" else None
     activation_checkpointing.apply(module.trunk, config.train.activation_checkpointing, in_autocast)
-    groups = _names_of_groups(config, module)
-    optimizer = optimizers.build(config.optim, _param_groups(module, groups), stage)
+    groups = _names_of_groups(config, meta)
+    optimizer = optimizers.build(config.optim, _param_groups(module, groups), layout_type.steps_flat_tensors)
     student, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds, dist_init_required=False)
+    layout = layout_type(student, ds)
     if config.train.precision == "fp16":
-        student.optimizer.loss_scaler.raise_error_at_min_scale = False  # see loss_scale_can_fall
-    owned = partitions.of_engine(student)
-    _initialise(student, owned, config.seed, initializers, given)
+        layout.keep_minimum_loss_scale()
+    _initialise(student.module, layout, config.seed, initial_values(meta), given)
     names = [name for name, p in module.named_parameters() if p.requires_grad]
     if isinstance(optimizer, optimizers.LayerWise):
-        optimizer.own(owned, names)
-    clipper = GradientClipper(
-        optimizer,
-        owned,
-        names,
-        list(largest_of_each_part(module).values()),
-        stage,
-        config.optim.clip,
-        config.optim.clip_by,
-        world.device,
-        lambda: partitions.waiting_gradients(student),
-    )
-    teacher = Teacher(student, owned, lambda: build_teacher(config), _teacher_config(ds))
+        optimizer.own(layout.partitions, names, layout.sum_over_ranks_)
+    watched = list(largest_of_each_part(meta).values())
+    clip, clip_by = config.optim.clip, config.optim.clip_by
+    clipper = GradientClipper(optimizer, layout, names, watched, clip, clip_by, world.device)
+    teacher = Teacher(student.module, layout, lambda: build_teacher(config))
     if config.train.compile:
         for network in (student.module, teacher.network):
             compilation.apply(network.trunk, world.device)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision, torch.float32)
     group_of = {name: group for group, members in groups.items() for name in members}
     moments = optimizers.MOMENTS[config.optim.name]
-    return Engines(student, optimizer, group_of, teacher, clipper, owned, dtype, stage, moments)
+    return Engines(student, optimizer, group_of, teacher, clipper, layout, dtype, moments)
 
 
 def set_lr_and_weight_decay(engines: Engines, lr: float, weight_decay: float) -> None:
@@ -115,13 +113,8 @@ def take_step(engines: Engines, loss: Tensor, *, freeze_last_layer: bool, measur
 
 
 def loss_scale_can_fall(engines: Engines) -> bool:
-    """Return whether a skipped step is the fp16 loss scaler's business: its scale is dynamic and above its minimum.
-
-    Below that nothing would change any more, and DeepSpeed's scaler would end the run with an exception; with a static
-    scale it would skip steps for ever.
-    """
-    scaler = getattr(engines.student.optimizer, "loss_scaler", None)
-    return bool(getattr(scaler, "dynamic", False)) and scaler.cur_scale > scaler.min_scale  # type: ignore[union-attr]
+    """Return whether a skipped step lowers the fp16 loss scale, so that the run needs no other answer to it."""
+    return engines.layout.loss_scale_can_fall()
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:
@@ -129,12 +122,12 @@ def autocast(config: Config, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "autocast")
 
 
-def _initializers(config: Config, world_size: int) -> dict[str, Initializer]:
-    """Return every parameter's initialiser by name, from a network that occupies no memory."""
+def _network_on_meta(config: Config, world_size: int) -> Network:
+    """Return a network that occupies no memory, with the names and whole shapes that ZeRO 3 hides in the student."""
     with torch.device("meta"):
         network = build_network(config)
     check_local_batch(network.objective, config, world_size)
-    return initial_values(network)
+    return network
 
 
 def _names_of_groups(config: Config, module: nn.Module) -> dict[str, list[str]]:
@@ -150,35 +143,18 @@ def _param_groups(module: nn.Module, groups: dict[str, list[str]]) -> list[dict[
 
 @torch.no_grad()
 def _initialise(
-    student: Any, owned: list[Partition], seed: int, initializers: dict[str, Initializer], given: dict[str, Tensor]
+    student: nn.Module, layout: Layout, seed: int, initializers: dict[str, Initializer], given: dict[str, Tensor]
 ) -> None:
     """Write the initial values of parameters and running statistics, each as this rank holds it."""
 
     def value(name: str, shape: torch.Size) -> Tensor:
         return (given[name] if name in given else initial_value(name, initializers[name], shape, seed)).view(-1)
 
-    for p in owned:
+    for p in layout.partitions:
         p.master.copy_(value(p.name, p.shape)[p.start : p.start + p.length])
-    for f in partitions.frozen_of_module(student.module):
+    for f in layout.frozen(student):
         f.values.copy_(value(f.name, f.shape)[f.start : f.start + len(f.values)])
-    partitions.sync_working_weights(student)
-    partitions.widen_buffers(student.module)
-    for name, buffer in partitions.buffers_of_module(student.module).items():
+    layout.sync_working_weights()
+    cast_buffers_to_fp32(student)
+    for name, buffer in persistent_buffers(student).items():
         buffer.copy_(given.get(name, buffer))
-
-
-def _teacher_config(ds: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer-less engine: of the sections only precision and partitioning concern it."""
-    kept = {
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "gradient_accumulation_steps",
-        "bf16",
-        "fp16",
-        "torch_autocast",
-        "zero_optimization",
-    }
-    config = {key: value for key, value in ds.items() if key in kept}
-    # The copy inside a node serves the backward's gathers, and the teacher has none.
-    config["zero_optimization"] = {k: v for k, v in ds["zero_optimization"].items() if k != "zero_hpz_partition_size"}
-    return config

@@ -1,13 +1,14 @@
 """The optimizer that ZeRO steps: AdamW, SGD, the layer-wise LAMB and LARS, and NVIDIA apex's fused ones.
 
-ZeRO hands an optimizer flat tensors that hold many parameters end to end. AdamW and SGD work element by element and do
-not mind. LAMB and LARS scale every parameter by its own norms: they take them by segment, with one all-reduce, so that
-they do the same at every stage. apex's LAMB takes the norm of what it is given, which at stages 1–3 is a whole buffer:
-there it is refused.
+At stages 1 to 3, ZeRO hands an optimizer flat tensors that hold many parameters end to end. AdamW and SGD work element by
+element, so that this changes nothing for them. LAMB and LARS scale the update of every parameter by its own norms: they
+compute these by partition, with one all-reduce, and do the same at every stage. apex's LAMB takes the norms of the tensors
+that it is given, which would be whole buffers: it is refused at stages 1 to 3.
 """
 
 import importlib
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,10 +16,9 @@ from torch import Tensor
 
 from esvit_scale.config import Optim
 from esvit_scale.errors import UserError
-from esvit_scale.parallel import collectives
-from esvit_scale.parallel.partitions import Partition
+from esvit_scale.parallel.zero import Partition
 
-# What each keeps per parameter, as it is named in `optimizer.state`; checkpoints hold the same.
+# What each optimizer keeps per parameter, by its name in `optimizer.state` and in checkpoints.
 MOMENTS: dict[str, tuple[str, ...]] = {
     "adamw": ("exp_avg", "exp_avg_sq"),
     "lamb": ("exp_avg", "exp_avg_sq"),
@@ -31,11 +31,14 @@ LARS_TRUST = 1e-3
 LAMB_EPS = 1e-6  # as apex's; AdamW's is 1e-8
 
 
-def build(config: Optim, groups: list[dict[str, Any]], zero_stage: int) -> torch.optim.Optimizer:
-    """The optimizer over param groups ({"name", "params"}); lr and weight decay are written per step.
+def build(config: Optim, groups: list[dict[str, Any]], flat: bool) -> torch.optim.Optimizer:
+    """Return the optimizer over param groups ({"name", "params"}); learning rate and weight decay are set at every step.
+
+    Args:
+        flat: whether ZeRO gives it flat tensors that hold many parameters (`Layout.steps_flat_tensors`).
 
     Raises:
-        UserError: apex is asked for and not installed, or its LAMB at a ZeRO stage where it would be wrong.
+        UserError: apex is asked for and not installed, or its LAMB is, on flat tensors.
     """
     start: dict[str, Any] = {"lr": 0.0, "weight_decay": 0.0}
     if config.name == "adamw":
@@ -44,14 +47,14 @@ def build(config: Optim, groups: list[dict[str, Any]], zero_stage: int) -> torch
     if config.name == "sgd":
         return torch.optim.SGD(groups, momentum=config.momentum, **start)
     if config.name in ("lamb", "lars"):
-        return LayerWise(groups, config, zero_stage)
+        return LayerWise(groups, config)
     apex = _apex(config.name)
     if config.name == "apex_adam":
         return apex.FusedAdam(groups, betas=config.betas, adam_w_mode=True, **start)
-    if zero_stage > 0:
+    if flat:
         raise UserError(
-            "optim.name=apex_lamb: takes its norms over whole buffers at ZeRO 1–3; use optim.name=lamb (by parameter, "
-            "any stage), or train.ds_config=zero0 train.precision=fp32"
+            "optim.name=apex_lamb: at ZeRO 1–3 it takes norms of whole buffers, not of parameters; use optim.name=lamb, "
+            "which is right at every stage, or train.ds_config=zero0 train.precision=fp32"
         )
     return apex.FusedLAMB(groups, betas=config.betas, max_grad_norm=0.0, **start)
 
@@ -69,27 +72,33 @@ class LayerWise(torch.optim.Optimizer):
 
     LAMB: u = m̂/(√v̂ + ε) + wd·w;  w ← w − lr · ‖w‖/‖u‖ · u.
     LARS: u = g + wd·w;  b ← momentum·b + 0.001·‖w‖/‖u‖ · u;  w ← w − lr·b.
-    Both leave the parameters without decay (biases, 1-D tensors) unscaled.
+    Neither scales the updates of parameters without decay (biases, 1-D tensors).
 
-    `segments` is what each flat tensor holds on this rank; whoever builds the engine sets it.
+    Call `own` before the first step.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], config: Optim, zero_stage: int) -> None:
+    def __init__(self, groups: list[dict[str, Any]], config: Optim) -> None:
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0})
         self._lamb = config.name == "lamb"
         self._betas, self._momentum = config.betas, config.momentum
-        self._reduce = zero_stage > 0
         self._by_flat: dict[int, list[Partition]] = defaultdict(list)
         self._index: dict[str, int] = {}
 
-    def own(self, partitions: list[Partition], names: list[str]) -> None:
-        """`names`: of all trainable parameters, in the same order on every rank."""
+    def own(self, partitions: list[Partition], names: list[str], sum_over_ranks_: Callable[[Tensor], Tensor]) -> None:
+        """Set what the tensors to be stepped hold on this rank.
+
+        Args:
+            names: of all trainable parameters, in the same order on every rank.
+            sum_over_ranks_: sums in place what each rank measured on its partitions (`Layout.sum_over_ranks_`).
+        """
         self._index = {name: i for i, name in enumerate(names)}
         for partition in partitions:
             self._by_flat[id(partition.flat)].append(partition)
+        self._sum_over_ranks_ = sum_over_ranks_
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update every tensor that has a gradient; all ranks call it. `closure` is not used."""
         stepped = [(group, flat) for group in self.param_groups for flat in group["params"] if flat.grad is not None]
         updates = [self._update(flat, group) for group, flat in stepped]
         trusts = self._trusts(stepped, updates)
@@ -118,14 +127,12 @@ class LayerWise(torch.optim.Optimizer):
         return (state["exp_avg"] / (1 - beta1**count)).div_(root).add_(flat, alpha=group["weight_decay"])
 
     def _trusts(self, stepped: list[tuple[dict[str, Any], Tensor]], updates: list[Tensor]) -> Tensor:
-        """‖w‖/‖u‖ of every parameter in this call, times LARS' constant; 1 where either is zero. [parameters]"""
+        """Return ‖w‖/‖u‖ of every parameter in this call [parameters], times LARS' constant; 1 where either is zero."""
         squares = torch.zeros(2, len(self._index), device=updates[0].device if updates else None)
         for (_, flat), update in zip(stepped, updates, strict=True):
             for p in self._by_flat[id(flat)]:
                 squares[0, self._index[p.name]] = p.master.norm() ** 2
                 squares[1, self._index[p.name]] = p.within(update).norm() ** 2
-        if self._reduce:
-            collectives.all_reduce_sum_(squares)
-        weights, of_updates = squares.sqrt()
+        weights, of_updates = self._sum_over_ranks_(squares).sqrt()
         known = (weights > 0) & (of_updates > 0)
         return torch.where(known, weights / of_updates * (1.0 if self._lamb else LARS_TRUST), 1.0)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from esvit_scale.parallel import zero
+
 
 def all_reduce_works(backend: str) -> None:
     """Run an all-reduce of one number in a group of this process alone; raises what the backend raises.
@@ -63,8 +65,4 @@ def _all_reduce_seconds(value: torch.Tensor, group: Any) -> float:
 def deepspeed_ops() -> dict[str, bool]:
     """DeepSpeed's compiled operators, and whether this machine has what each needs (none is built here)."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        import deepspeed.ops
-
-        return {
-            name: works for name, works in deepspeed.ops.__compatible_ops__.items() if "not_implemented" not in name
-        }
+        return {name: works for name, works in zero.deepspeed_ops().items() if "not_implemented" not in name}

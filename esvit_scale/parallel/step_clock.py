@@ -1,57 +1,50 @@
-"""How long a rank computes before it must wait for the others: what tells a slow rank, whose steps all take equally long.
+"""How long a rank computes before it waits for the others. A slow rank stands out by it; whole steps take all ranks equally
+long.
 
-Measured from the beginning of a step to the end of the student's forward in its first micro-batch: augmentation, the
-teacher's forward, the student's forward. Up to there ZeRO 0 to 2 exchange nothing. ZeRO 3 gathers the parameters of every
-layer, and a fast rank waits for a slow one there, so the time inside these gathers is taken off: they happen between a
-layer's first and last forward hook. The backward is left out, because the reductions of gradients run beside it.
+The clock runs from the beginning of a step to the end of the student's forward in the first micro-batch: augmentation, the
+teacher's forward, the student's forward. At ZeRO 0 to 2, ranks exchange nothing in this time. At ZeRO 3 they gather every
+layer's parameters, where a fast rank waits for a slow one; the time in these gathers is subtracted. The backward is left
+out, because gradients are reduced at the same time.
 
-Objectives and trunks that talk over ranks inside the forward (SimCLR, SwAV, Sinkhorn centring, batch norm) make all ranks
-wait for each other inside the forward, so a slow rank stands out less. On a GPU the times are those of its queue, by events (not measured: no machine
-with several GPUs was at hand).
+Objectives and trunks that communicate inside the forward (SimCLR, SwAV, Sinkhorn centring, batch norm) make all ranks wait
+for each other there, so that a slow rank stands out less. On a GPU, CUDA events measure the time of its queue (not tried
+with several GPUs: no such machine was available).
 """
 
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 
 class StepClock:
-    """Times the steps in which `begin` was called."""
+    """A clock for the steps in which `begin` was called."""
 
-    def __init__(
-        self, device: torch.device | None = None, networks: Sequence[nn.Module] = (), zero_stage: int = 0
-    ) -> None:
-        """`networks`: student and teacher, after DeepSpeed has put its hooks on them."""
+    def __init__(self, device: torch.device | None = None) -> None:
         self._cuda = device is not None and device.type == "cuda"
         self._running = False
         self._marks: list[Any] = []  # begin, (gather begins, gather ends) …, end
-        if zero_stage == 3:
-            for network in networks:
-                for layer in network.modules():
-                    layer.register_forward_pre_hook(self._mark, prepend=True)
-                    layer.register_forward_pre_hook(self._mark)
 
     def begin(self) -> None:
+        """Start the clock, at the beginning of a step."""
         self._marks, self._running = [self._now()], True
 
     def end(self) -> None:
-        """The student's forward is done; nothing when the clock does not run."""
+        """Stop the clock, after the student's forward, if it runs."""
         if self._running:
             self._marks.append(self._now())
             self._running = False
 
     def take(self) -> float:
-        """Seconds of the last step that was timed; 0.0 when there is none."""
+        """Return the seconds of the last timed step, 0.0 if there is none, and forget them."""
         marks, self._marks, self._running = self._marks, [], False
         if len(marks) < 2:
             return 0.0
         gathers = sum(self._between(a, b) for a, b in zip(marks[1:-1:2], marks[2:-1:2], strict=True))
         return max(0.0, self._between(marks[0], marks[-1]) - gathers)
 
-    def _mark(self, *_: Any) -> None:
+    def mark(self, *_: Any) -> None:
+        """Note the time, if the clock runs: a hook for before and after every gather (`Layout.hook_gathers`)."""
         if self._running:
             self._marks.append(self._now())
 

@@ -19,7 +19,7 @@ from torch._C import _distributed_c10d
 from torch.distributed import distributed_c10d
 
 from esvit_scale.errors import RestartCanHelp, UserError
-from esvit_scale.parallel import collectives
+from esvit_scale.parallel import collectives, zero
 
 # What gloo and TCP write when a peer is lost; NCCL and the store raise subclasses of DistError.
 LOST_PEER = (
@@ -202,11 +202,10 @@ def _first_host(nodes: str) -> str:
 
 
 def _prepare_deepspeed(backend: str) -> None:
-    """Its warnings stay; its hundred lines of information per start do not help anybody."""
+    """Initialise DeepSpeed on the process group that was made, with its INFO logging silenced (100 lines per start)."""
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # A shared-memory collective that DeepSpeed would compile at first use (17 s, needs a compiler) and we never call.
-    if hasattr(deepspeed.ops, "__compatible_ops__"):
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    zero.deepspeed_ops()["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, verbose=False)  # adopts the group made above

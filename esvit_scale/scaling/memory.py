@@ -1,6 +1,6 @@
 """What a rank keeps in memory, part by part, at each ZeRO stage: arithmetic on the config, checked against real steps.
 
-State (parallel/engine.py, ema.py, partitions.py say how it is stored; P parameters of trunk and heads, padded as ZeRO
+State (parallel/zero.py and ema.py say how it is stored; P parameters of trunk and heads, padded as ZeRO
 pads them, e = 2 bytes in bf16 and 4 in fp32, W ranks; bytes):
 
     stage      parameters   masters    moments    EMA       teacher    gradients

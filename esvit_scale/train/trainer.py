@@ -82,9 +82,8 @@ class Trainer:
         self.engines = engine.build(config, world, initial.values)
         self.objective = self.engines.student.module.objective
         self.objective.load_extra_state(initial.centers)
-        self.clock = StepClock(
-            world.device, (self.engines.student.module, self.engines.teacher.network), self.engines.zero_stage
-        )
+        self.clock = StepClock(world.device)
+        self.engines.layout.hook_gathers((self.engines.student.module, self.engines.teacher.network), self.clock.mark)
         self.last_step = schedules.total_steps
         self.step = self.optimizer_step = self.data_offset = 0
         self._flags = Flag(0)

@@ -15,7 +15,7 @@ from esvit_scale.models.layer_norm import LayerNorm, layer_norm
 from esvit_scale.models.mlp import Mlp
 from esvit_scale.models.registry import build_trunk
 from esvit_scale.objective.prototypes import prototype_cross_entropy
-from esvit_scale.parallel.partitions import widen_buffers
+from esvit_scale.parallel.buffers import cast_buffers_to_fp32
 from tests import tiny
 
 BOUND = 0.005  # of a gradient's norm; one rounding to bf16 is 0.002
@@ -125,7 +125,7 @@ def narrow_trunk(name: str, tmp_path: Any) -> nn.Module:
             gain = p.dim() == 1 and parameter_name.endswith("weight")
             p.copy_(torch.randn(p.shape, generator=generator) * 0.1 + gain)
     trunk = trunk.bfloat16()
-    widen_buffers(trunk)
+    cast_buffers_to_fp32(trunk)
     return trunk
 
 
@@ -157,7 +157,7 @@ def test_every_operator_of_the_heads() -> None:
     rows = 20_000
     for head in (ProjectionHead(32, 64, 16, 64).mlp, Mlp(32, 64, 16)):
         module = head.bfloat16()
-        widen_buffers(module)
+        cast_buffers_to_fp32(module)
         recorder = Recorder(module)
         out = module(torch.randn(rows, 32).bfloat16() + 0.3)
         (out.float() * torch.randn(16)).mean().backward()

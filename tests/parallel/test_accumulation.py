@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from esvit_scale.parallel import partitions
 from esvit_scale.parallel import world as worlds
 from tests.train.test_not_finite import one_step, trainer_of
 
@@ -28,7 +27,7 @@ def test_micro_batches_add_up_in_fp32(tmp_path: Path, ds_config: str) -> None:
         return lambda grad: torch.full_like(grad, next(values))
 
     def observe(*_: object) -> None:
-        assert all(grad.dtype == torch.float32 for grad in partitions.waiting_gradients(trainer.engines.student))
+        assert all(grad.dtype == torch.float32 for grad in trainer.engines.layout.pending_gradients())
         seen.update({p.name: p.grad.clone() for p in trainer.engines.partitions if p.grad is not None})
 
     try:

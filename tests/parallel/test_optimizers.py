@@ -8,10 +8,15 @@ from esvit_scale import config as configs
 from esvit_scale.config import Optim
 from esvit_scale.errors import UserError
 from esvit_scale.parallel import optimizers
-from esvit_scale.parallel.partitions import Partition
+from esvit_scale.parallel.zero import Partition
 
 SHAPES = {"decay": [(4, 5), (3, 2)], "no_decay": [(7,), (2,)]}
 LR, DECAY, STEPS = 0.1, 0.3, 4
+
+
+def one_rank(measured: Tensor) -> Tensor:
+    """The sum over a single rank."""
+    return measured
 
 
 def slow(
@@ -51,10 +56,10 @@ def test_layer_wise_updates_are_those_of_each_parameter(name: str) -> None:
             offset += tensor.numel()
         flats[group] = flat
     optimizer = optimizers.build(
-        Optim(name=name), [{"name": group, "params": [flat]} for group, flat in flats.items()], zero_stage=2
+        Optim(name=name), [{"name": group, "params": [flat]} for group, flat in flats.items()], flat=True
     )
     assert isinstance(optimizer, optimizers.LayerWise)
-    optimizer.own(partitions, [p.name for p in partitions])
+    optimizer.own(partitions, [p.name for p in partitions], one_rank)
     for group in optimizer.param_groups:
         group["lr"], group["weight_decay"] = LR, DECAY if group["name"] == "decay" else 0.0
     for of_step in gradients:
@@ -71,9 +76,10 @@ def test_layer_wise_updates_are_those_of_each_parameter(name: str) -> None:
 def test_a_group_without_gradients_is_left_alone() -> None:
     flat, other = (torch.ones(3, requires_grad=True) for _ in range(2))
     groups = [{"name": "decay", "params": [flat]}, {"name": "last_layer", "params": [other]}]
-    optimizer = optimizers.build(Optim(name="lamb"), groups, zero_stage=1)
+    optimizer = optimizers.build(Optim(name="lamb"), groups, flat=True)
     assert isinstance(optimizer, optimizers.LayerWise)
-    optimizer.own([Partition("a", flat.shape, 0, 3, flat, 0), Partition("b", other.shape, 0, 3, other, 0)], ["a", "b"])
+    partitions = [Partition("a", flat.shape, 0, 3, flat, 0), Partition("b", other.shape, 0, 3, other, 0)]
+    optimizer.own(partitions, ["a", "b"], one_rank)
     for group in optimizer.param_groups:
         group["lr"] = 0.1
     flat.grad = torch.ones(3)
@@ -90,7 +96,7 @@ def test_apex_that_is_not_there(name: str, instead: str) -> None:
         import apex.optimizers  # noqa: F401
     except ImportError:
         with pytest.raises(UserError, match=f"{name}: NVIDIA apex is not installed; use {instead}"):
-            optimizers.build(Optim(name=name), [{"params": [torch.ones(1)]}], zero_stage=1)
+            optimizers.build(Optim(name=name), [{"params": [torch.ones(1)]}], flat=True)
     else:
         pytest.skip("apex is installed")
 

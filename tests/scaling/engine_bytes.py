@@ -10,27 +10,29 @@ from esvit_scale import config as configs
 from esvit_scale.data.stream import MicroBatch
 from esvit_scale.objective.schedules import Schedules
 from esvit_scale.parallel import world as worlds
+from esvit_scale.parallel.zero import local_tensors
 from esvit_scale.train.trainer import Trainer
 
 
-def storages(tensors):
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+def storages(tensors, counted):
+    """Bytes of the storages that are not among those counted before; adds them there."""
+    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    new = found.keys() - counted
+    counted.update(new)
+    return sum(found[pointer] for pointer in new)
 
 
 def held(engines):
-    student, optimizer, stage = engines.student, engines.student.optimizer, engines.zero_stage
+    counted = set()
     moments = [state[key] for state in engines.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
-    own = {"moments": storages(moments), "ema": storages(engines.teacher.values)}
-    if stage == 0:
-        return own | {"parameters": storages(student.module.parameters()), "masters": 0, "teacher": 0}
-    own["masters"] = storages(p.flat for p in engines.partitions)
-    if stage == 3:
-        parts = lambda module: storages(p.ds_tensor for p in module.parameters())  # noqa: E731
-        return own | {"parameters": parts(student.module), "teacher": parts(engines.teacher.network.module)}
-    return own | {
-        "parameters": storages(optimizer.bit16_groups_flat),
-        "teacher": storages(engines.teacher.network.parameters()),
+    parts = {
+        "parameters": local_tensors(engines.student.module.parameters()),
+        "masters": [p.flat for p in engines.partitions],  # at stage 0, the parameters themselves
+        "moments": moments,
+        "ema": engines.teacher.values,
+        "teacher": local_tensors(engines.teacher.module.parameters()),  # at stage 0, the EMA itself
     }
+    return {name: storages(tensors, counted) for name, tensors in parts.items()}
 
 
 def main(out, *files):

@@ -14,6 +14,7 @@ from esvit_scale.data.stream import MicroBatch
 from esvit_scale.objective.schedules import Schedules
 from esvit_scale.parallel import engine
 from esvit_scale.parallel import world as worlds
+from esvit_scale.parallel.zero import local_tensors
 from esvit_scale.train.step_metrics import StepResult
 from esvit_scale.train.trainer import Trainer
 from tests import tiny
@@ -54,7 +55,7 @@ def one_step(trainer: Trainer, step: int) -> StepResult:
 def everything(trainer: Trainer) -> list[Tensor]:
     e = trainer.engines
     moments = [v for p in e.partitions for _, v in sorted(e.optimizer.state[p.flat].items())]
-    working = [p.ds_tensor if hasattr(p, "ds_tensor") else p for p in e.student.module.parameters()]
+    working = local_tensors(e.student.module.parameters())
     kept = [*(p.master for p in e.partitions), *e.teacher.values, *moments, *trainer.objective.extra_state().values()]
     return [t.detach().clone() for t in [*kept, *working]]
 

@@ -1,0 +1,353 @@
+"""The differences between the ZeRO stages, and every attribute of DeepSpeed that its documentation does not promise.
+
+One subclass of `Layout` per kind of stage says who owns which values:
+
+    stage   a rank owns                          the student's forward uses        the teacher is
+    0       every parameter, as all ranks do     the fp32 parameters               a module whose parameters are the EMA
+    1, 2    an interval of one flat buffer per   views of flat buffers, gathered   a module on flat buffers that are
+            parameter group                      after every step                  laid out alike
+    3       an equal part of every parameter     parameters gathered one layer     a ZeRO-3 engine without an optimizer
+                                                 at a time
+
+At every stage, a rank owns an interval of a flattened parameter, and the fp32 values of this interval are an interval of
+a tensor that the base optimizer steps (`Partition`). Initialisation, the optimizers, clipping, the EMA and checkpoints
+work on partitions and are the same at every stage.
+
+Review this file when DeepSpeed is upgraded. tests/parallel/test_zero.py checks that the installed DeepSpeed has the
+attributes that are used here, that no other file uses one, and that no other file has a branch on the stage.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from esvit_scale.parallel import collectives, ds_config
+
+
+@dataclass(frozen=True)
+class Partition:
+    """The interval [start, start + length) of one flattened trainable parameter that this rank owns."""
+
+    name: str
+    shape: torch.Size  # of the whole parameter
+    start: int
+    length: int
+    flat: Tensor  # the fp32 tensor that the base optimizer steps
+    offset: int  # where the interval begins in `flat`
+
+    @property
+    def master(self) -> Tensor:
+        """The fp32 values [length]: a view, so that writing to it changes what the optimizer steps."""
+        return self.within(self.flat.data)
+
+    @property
+    def grad(self) -> Tensor | None:
+        """The fp32 gradient [length], a view; None except while the optimizer steps."""
+        return None if self.flat.grad is None else self.within(self.flat.grad)
+
+    def within(self, like_flat: Tensor) -> Tensor:
+        """Return this interval of a tensor with the layout of `flat`: a gradient or an optimizer state."""
+        return like_flat.view(-1).narrow(0, self.offset, self.length)
+
+
+class Frozen(NamedTuple):
+    """The interval of a parameter without gradient that this rank holds: at stages 0 to 2, all of it."""
+
+    name: str
+    shape: torch.Size  # of the whole parameter
+    start: int
+    values: Tensor  # [length], a view of the weights that the forward uses
+
+
+class TeacherWeights(NamedTuple):
+    """A teacher as a layout makes it: a copy of the student's architecture, without gradients."""
+
+    network: Any  # the module or engine whose forward gives the targets
+    module: nn.Module  # the module inside `network`
+    values: list[Tensor]  # the fp32 EMA [length] of each of the student's partitions
+    sync: Callable[[], None]  # copies `values` into the weights that the forward uses; all ranks call it
+
+
+class Layout(ABC):
+    """How one ZeRO stage stores a student, made from its DeepSpeed engine and the DeepSpeed config.
+
+    Attributes:
+        partitions: what this rank owns of the trainable parameters, in the module's parameter order.
+    """
+
+    deepspeed_clips_globally = True  # False: clipping by the global norm is left to the caller
+    steps_flat_tensors = True  # False: the base optimizer steps the parameters themselves, not tensors that hold many
+
+    def __init__(self, student: Any, ds: dict[str, Any]) -> None:
+        self._student, self._ds = student, ds
+        self._zero = student.optimizer  # DeepSpeed's ZeRO optimizer; at stage 0 the base optimizer
+        self.partitions = self._find_partitions()
+
+    @staticmethod
+    def build_module(build: Callable[[], nn.Module], ds: dict[str, Any]) -> nn.Module:
+        """Return the module that `build` makes, with parameters as `deepspeed.initialize` wants them at this stage."""
+        return build()
+
+    def frozen(self, module: nn.Module) -> list[Frozen]:
+        """Return this rank's intervals of the parameters without gradient of the student's or the teacher's module."""
+        return [Frozen(n, p.shape, 0, p.data.view(-1)) for n, p in module.named_parameters() if not p.requires_grad]
+
+    @abstractmethod
+    def sync_working_weights(self) -> None:
+        """Copy the partitions' fp32 values into the weights that the forward uses; needed after they were written from
+        outside the optimizer. All ranks call it."""
+
+    @abstractmethod
+    def make_teacher(self, build: Callable[[], nn.Module]) -> TeacherWeights:
+        """Return a teacher whose trainable parameters equal the student's. All ranks call it.
+
+        Args:
+            build: makes a module of the student's architecture.
+        """
+
+    def pending_gradients(self) -> Iterator[Tensor]:
+        """Yield this rank's reduced gradients that DeepSpeed has not yet handed to the base optimizer, which it does one
+        parameter group at a time. None are pending at stage 0, or where the optimizer is offloaded."""
+        for group in self._zero.averaged_gradients.values():
+            yield from () if group is None else group
+
+    def sum_over_ranks_(self, measured: Tensor, per_rank: int = 0) -> Tensor:
+        """Sum over ranks, in place, what every rank measured on its own partitions [n]; all ranks call it.
+
+        Args:
+            per_rank: how many elements at the end of `measured` differ between ranks at stage 0, too, where all ranks
+                own, and measure, the same.
+        """
+        return collectives.all_reduce_sum_(measured)
+
+    def hook_gathers(self, networks: Sequence[nn.Module], hook: Callable[..., None]) -> None:
+        """Call `hook` before and after each gather of parameters in a forward of these networks, if there are any.
+
+        Args:
+            networks: the student's module and the teacher's network.
+        """
+        return
+
+    def keep_minimum_loss_scale(self) -> None:
+        """Let fp16's dynamic loss scaler stay at its minimum, where it would end the run with an exception."""
+        self._zero.loss_scaler.raise_error_at_min_scale = False
+
+    def loss_scale_can_fall(self) -> bool:
+        """Return whether fp16's loss scaler is dynamic and above its minimum, so that a step that it skipped lowers the
+        scale. At the minimum, or with a static scale, it would skip steps for ever."""
+        scaler = getattr(self._zero, "loss_scaler", None)
+        return bool(getattr(scaler, "dynamic", False)) and scaler.cur_scale > scaler.min_scale  # type: ignore[union-attr]
+
+    @abstractmethod
+    def _find_partitions(self) -> list[Partition]: ...
+
+    def _trainable(self) -> list[tuple[str, Any]]:
+        return [(name, p) for name, p in self._student.module.named_parameters() if p.requires_grad]
+
+
+class ReplicatedLayout(Layout):
+    """ZeRO 0: all ranks hold, and step, every parameter in fp32."""
+
+    deepspeed_clips_globally = False
+    steps_flat_tensors = False
+
+    def _find_partitions(self) -> list[Partition]:
+        return [Partition(name, p.shape, 0, p.numel(), p, 0) for name, p in self._trainable()]
+
+    def sync_working_weights(self) -> None:
+        """Do nothing: the forward uses the values that were written."""
+
+    def make_teacher(self, build: Callable[[], nn.Module]) -> TeacherWeights:
+        """Return a module whose parameters themselves are the fp32 EMA."""
+        module = _copy_of(self._student.module, build)
+        own = dict(module.named_parameters())
+        return TeacherWeights(module, module, [own[p.name].data.view(-1) for p in self.partitions], lambda: None)
+
+    def pending_gradients(self) -> Iterator[Tensor]:
+        """Yield nothing: every gradient is in place when the optimizer steps."""
+        return iter(())
+
+    def sum_over_ranks_(self, measured: Tensor, per_rank: int = 0) -> Tensor:
+        """Sum the last `per_rank` elements alone: of the rest, every rank has measured the whole."""
+        if per_rank:
+            collectives.all_reduce_sum_(measured[-per_rank:])
+        return measured
+
+
+class FlatLayout(Layout):
+    """ZeRO 1 and 2: per parameter group, one flat buffer holds all parameters, and a rank owns an interval of it."""
+
+    def _find_partitions(self) -> list[Partition]:
+        zero, named = self._zero, self._trainable()
+        names = {id(p): name for name, p in named}
+        order = {name: i for i, (name, _) in enumerate(named)}
+        owned = []
+        for group, p, begin in self._places():
+            size, flat = zero.partition_size[group], zero.single_partition_of_fp32_groups[group]
+            low = dist.get_rank(zero.real_dp_process_group[group]) * size
+            first, last = max(begin, low), min(begin + p.numel(), low + size)
+            if first < last:
+                owned.append(Partition(names[id(p)], p.shape, first - begin, last - first, flat, first - low))
+        return sorted(owned, key=lambda partition: order[partition.name])
+
+    def sync_working_weights(self) -> None:
+        """Write the fp32 values into this rank's interval of every flat buffer, and gather the buffers."""
+        self._zero.update_lp_params()
+
+    def make_teacher(self, build: Callable[[], nn.Module]) -> TeacherWeights:
+        """Return a module on flat buffers that are laid out as the student's, and gathered as they are."""
+        module = _copy_of(self._student.module, build)
+        own = dict(module.named_parameters())
+        names = {id(p): name for name, p in self._trainable()}
+        buffers = [flat.clone() for flat in self._zero.bit16_groups_flat]
+        for group, p, begin in self._places():
+            own[names[id(p)]].data = buffers[group].narrow(0, begin, p.numel()).view(p.shape)
+        values = [p.master.clone() for p in self.partitions]
+        return TeacherWeights(module, module, values, lambda: self._gather(buffers, values))
+
+    def _places(self) -> Iterator[tuple[int, Any, int]]:
+        """Yield the group of every trainable parameter, the parameter, and where it begins in the group's buffer."""
+        for group, params in enumerate(self._zero.bit16_groups):
+            flat = self._zero.bit16_groups_flat[group]
+            for p in params:
+                yield group, p, (p.data_ptr() - flat.data_ptr()) // flat.element_size()
+
+    def _gather(self, buffers: list[Tensor], values: list[Tensor]) -> None:
+        """Copy `values` of this rank's partitions into its parts of `buffers`, and gather the other ranks' parts."""
+        by_flat = {id(flat): group for group, flat in enumerate(self._zero.single_partition_of_fp32_groups)}
+        parts = [buffer.chunk(dist.get_world_size())[dist.get_rank()] for buffer in buffers]
+        for value, p in zip(values, self.partitions, strict=True):
+            parts[by_flat[id(p.flat)]].narrow(0, p.offset, p.length).copy_(value)
+        if dist.get_world_size() > 1:
+            for buffer, part in zip(buffers, parts, strict=True):
+                collectives.all_gather_flat(buffer, part.clone())
+
+
+class PartitionedLayout(Layout):
+    """ZeRO 3: a rank owns an equal part of every parameter, and a layer's parameters are whole only while it runs."""
+
+    @staticmethod
+    def build_module(build: Callable[[], nn.Module], ds: dict[str, Any]) -> nn.Module:
+        """Return a module whose parameters were partitioned one by one while it was built, never whole together."""
+        import deepspeed
+
+        with deepspeed.zero.Init(config_dict_or_path=ds):
+            return build()
+
+    def _find_partitions(self) -> list[Partition]:
+        owned = []
+        for name, p in self._trainable():
+            start, length = self._interval(p)
+            flat, offset, _ = self._place(p)
+            if length:
+                owned.append(Partition(name, p.ds_shape, start, length, flat, offset))
+        return owned
+
+    def frozen(self, module: nn.Module) -> list[Frozen]:
+        """Return this rank's intervals of the parameters without gradient of the student's or the teacher's module."""
+        found: list[Frozen] = []
+        p: Any
+        for name, p in module.named_parameters():
+            if not p.requires_grad:
+                start, length = self._interval(p)
+                found.append(Frozen(name, p.ds_shape, start, p.ds_tensor.data[:length]))
+        return found
+
+    def sync_working_weights(self) -> None:
+        """Copy the fp32 values into this rank's part of every trainable parameter."""
+        for _, p in self._trainable():
+            flat, offset, length = self._place(p)
+            p.ds_tensor.data.copy_(flat.data.narrow(0, offset, length))
+        self._zero.invalidate_secondary_tensor()  # with zero_hpz_partition_size, each node keeps a copy of its own
+
+    def make_teacher(self, build: Callable[[], nn.Module]) -> TeacherWeights:
+        """Return a ZeRO-3 engine without an optimizer: a rank keeps 1/world of the parameters, and gathers by layer."""
+        import deepspeed
+
+        ds = _teacher_config(self._ds)
+        module = self.build_module(build, ds).requires_grad_(False)
+        engine, *_ = deepspeed.initialize(model=module, config=ds)
+        own: dict[str, Any] = dict(engine.module.named_parameters())
+        values = [p.master.clone() for p in self.partitions]
+
+        def sync() -> None:
+            for value, p in zip(values, self.partitions, strict=True):
+                own[p.name].ds_tensor.data[: p.length].copy_(value)
+
+        return TeacherWeights(engine, engine.module, values, sync)
+
+    def hook_gathers(self, networks: Sequence[nn.Module], hook: Callable[..., None]) -> None:
+        """Put `hook` before and after DeepSpeed's own forward hook of every layer, in which it gathers."""
+        for network in networks:
+            for layer in network.modules():
+                layer.register_forward_pre_hook(hook, prepend=True)
+                layer.register_forward_pre_hook(hook)
+
+    def _interval(self, p: Any) -> tuple[int, int]:
+        """Return start and length of this rank's part of a flattened parameter; the last parts can be short or empty."""
+        start = dist.get_rank(self._zero.dp_process_group) * p.ds_tensor.numel()
+        return start, max(0, min(p.ds_tensor.numel(), p.ds_numel - start))
+
+    def _place(self, p: Any) -> tuple[Tensor, int, int]:
+        """Return the flat fp32 tensor with this rank's part of a parameter, where it begins, and its padded length."""
+        group, offset, length = self._zero.grad_position[self._zero.get_param_id(p)]
+        return self._zero.fp32_partitioned_groups_flat[group], offset, length
+
+
+_LAYOUTS: dict[int, type[Layout]] = {0: ReplicatedLayout, 1: FlatLayout, 2: FlatLayout, 3: PartitionedLayout}
+
+
+def layout_type(ds: dict[str, Any]) -> type[Layout]:
+    """Return the layout of the ZeRO stage that a filled DeepSpeed config (`ds_config.fill`) runs."""
+    return _LAYOUTS[ds_config.zero_stage(ds)]
+
+
+def full_shape(parameter: Tensor) -> torch.Size:
+    """Return the shape of a whole parameter, also of one that ZeRO 3 has partitioned."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def local_tensors(parameters: Iterable[Tensor]) -> list[Tensor]:
+    """Return the tensors in which this rank keeps parameters between two steps: at ZeRO 3 its parts, else the wholes."""
+    return [getattr(p, "ds_tensor", p) for p in parameters]
+
+
+def deepspeed_ops() -> dict[str, bool]:
+    """Return DeepSpeed's own table of its compiled operators, and whether this machine can build each; writing False
+    keeps DeepSpeed from building one."""
+    import deepspeed.ops
+
+    return getattr(deepspeed.ops, "__compatible_ops__", {})
+
+
+def _copy_of(student: nn.Module, build: Callable[[], nn.Module]) -> nn.Module:
+    """Return a module with the student's parameters as values, their dtype and device, and without gradients."""
+    module = build().requires_grad_(False)
+    like = dict(student.named_parameters())
+    some = next(iter(like.values()))
+    module.to(device=some.device, dtype=some.dtype)
+    for name, p in module.named_parameters():
+        p.data.copy_(like[name].data)
+    return module
+
+
+def _teacher_config(ds: dict[str, Any]) -> dict[str, Any]:
+    """Return the sections of a DeepSpeed config that an engine without an optimizer needs: precision and partitions."""
+    kept = {
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "bf16",
+        "fp16",
+        "torch_autocast",
+        "zero_optimization",
+    }
+    config = {key: value for key, value in ds.items() if key in kept}
+    # A copy of the parameters in each node would serve the gathers of a backward, and the teacher has none.
+    config["zero_optimization"] = {k: v for k, v in ds["zero_optimization"].items() if k != "zero_hpz_partition_size"}
+    return config
