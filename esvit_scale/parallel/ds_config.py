@@ -82,6 +82,12 @@ def zero_stage(values: dict[str, Any]) -> int:
     return int(values["zero_optimization"]["stage"])
 
 
+def offered_stages(precision: str) -> tuple[int, ...]:
+    """Return the ZeRO stages at which a run can train in this precision (`train.precision`): not at stage 0 in bf16 or
+    fp16, where DeepSpeed's optimizer takes one step at start-up."""
+    return (1, 2, 3) if precision in ("bf16", "fp16") else (0, 1, 2, 3)
+
+
 def _is_sound(values: dict[str, Any]) -> bool:
     """Return whether what is read and written here has the right types, whatever else is wrong with the file."""
     sections = ("zero_optimization", "bf16", "fp16", "torch_autocast", "data_types")
@@ -110,7 +116,7 @@ def _given(values: dict[str, Any], key: str) -> Any:
 
 def _stage_problems(config: Config, stage: int) -> list[str]:
     problems = []
-    if stage == 0 and config.train.precision in ("bf16", "fp16"):
+    if stage not in offered_stages(config.train.precision):
         problems.append(
             "train.precision: ZeRO stage 0 is offered in fp32 and autocast only (in bf16 its optimizer takes one step at "
             "start-up); use train.ds_config=zero1, also on one process, or train.precision=fp32"

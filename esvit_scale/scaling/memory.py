@@ -16,6 +16,7 @@ activations, loss workspace, the reduction bucket, gathered parameters) and the 
 parameter group flattened, and once more in fp32). benchmarks/plan.py measures the sum.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,6 @@ from esvit_scale.objective.param_groups import parameter_groups
 from esvit_scale.objective.prototypes import CPU_TILE_BYTES, GPU_TILE_SHARE
 from esvit_scale.parallel.ds_config import accumulates_in_fp32
 
-STAGES = (0, 1, 2, 3)
 BUCKET = 500_000_000  # elements that DeepSpeed reduces at a time (its default), reserved whole at stages 1–3
 LIVE = 1_000_000_000  # parameters that stage 3 keeps gathered (its default)
 START_ALIGNMENT = 2  # stages 1 and 2 pad a group to this many elements a rank
@@ -99,6 +99,41 @@ def network_of(config: Config) -> ElementCounts:
     return ElementCounts(sizes, [count(block) for block in network.trunk.blocks], count(network.objective), prototypes)
 
 
+class _Demand(NamedTuple):
+    """What memory depends on at every stage; sizes are bytes on one rank."""
+
+    network: ElementCounts
+    ranks: int
+    element: int  # a working weight, an activation or a gradient
+    summed_element: int  # a gradient between the backward and the step
+    on_cpu: bool
+    pixels: int  # crops
+    activations: int  # kept for the backward, with the crops
+    loss: int  # workspace of the fused cross-entropy
+    early: int  # highest sum of activations over the backward
+    late: int  # the same with the gradients that are already there
+
+    @property
+    def bucket(self) -> int:
+        """Bytes of a bucket that are written."""
+        return self.element * min(self.network.total, BUCKET)
+
+    @property
+    def reserved_bucket(self) -> int:
+        """Bytes of a bucket as stages 1 to 3 allocate it; on a CPU, only what is written counts."""
+        return self.bucket if self.on_cpu else self.element * BUCKET
+
+    @property
+    def left_at_reduction(self) -> int:
+        """Bytes of activations and crops that are left at the last reduction of the backward, or at the first when the
+        gradients fill more than one bucket."""
+        return self.activations if self.network.total > BUCKET else self.pixels
+
+    def flattened(self, largest: int) -> int:
+        """Bytes of one parameter group's gradient in the step (`largest` elements): flat, and once more in fp32."""
+        return (self.summed_element if self.summed_element < 4 else 0) * largest + 4 * largest
+
+
 def memory(
     config: Config,
     network: ElementCounts,
@@ -111,51 +146,67 @@ def memory(
     """Return the bytes of each part on one rank at a ZeRO stage.
 
     Args:
+        checkpointing: recompute activations in the backward.
         on_cpu: count resident memory with gloo: only the written part of a reserved bucket, and the copies that gloo
             makes of what it scatters.
         capacity: bytes of one GPU; the loss works in a fraction of them.
     """
     e = 2 if config.train.precision in ("bf16", "fp16") else 4
-    whole, part, largest = _padded(network, stage, ranks)
     images = config.train.global_batch // ranks // config.train.grad_accum
     pixels = _pixel_bytes(config, images, e)
     activations = costs.activation_bytes(config, checkpointing).total(images) + pixels
     loss = _loss_workspace(network, e, CPU_TILE_BYTES if on_cpu else capacity // GPU_TILE_SHARE)
-    filled = min(network.total, BUCKET)
-    reserved = e * (filled if on_cpu else BUCKET) if stage else 0
-    gathered = e * min(network.total, LIVE) if stage == 3 and ranks > 1 else 0
     early, late = backward_peaks(config, network, images, checkpointing, pixels, e)
-    full_bucket = network.total > BUCKET  # then reductions happen while activations are still there
-    if stage == 0:
-        # The teacher works on the EMA itself; gradients are reduced in flat copies after the backward.
-        step = 4 * whole + 4 * filled
-        return Memory(
-            *(4 * whole, 0, 8 * whole, 4 * whole, 0, 4 * whole, 4 * filled, 0, activations, loss),
-            forward_phase=activations + loss,
-            backward_phase=max(early, late),
-            step_phase=step,
-        )
-    added_up = 4 if accumulates_in_fp32(config) else e  # bytes of a gradient until the step
-    flattened = (added_up if added_up < 4 else 0) * largest + 4 * largest
-    masters, moments, ema, gradients = 4 * part, 8 * part, 4 * part, added_up * part
-    if stage < 3:
-        growing = max(early, late) if on_cpu else early + reserved
-        reduction = reserved + gradients + (activations if full_bucket else pixels)
-        return Memory(
-            *(e * whole, masters, moments, ema, e * whole, gradients, reserved, 0, activations, loss),
-            forward_phase=activations + loss,
-            backward_phase=max(growing, reduction),
-            step_phase=gradients + flattened,
-        )
-    scattered = e * filled * (2 if on_cpu else 1)  # the bucket once more, in the order of its owners
-    lasting = gradients + reserved  # both are kept from step to step
+    summed = 4 if accumulates_in_fp32(config) else e
+    return _AT_STAGE[stage](_Demand(network, ranks, e, summed, on_cpu, pixels, activations, loss, early, late))
+
+
+def _replicated(d: _Demand) -> Memory:
+    """Stage 0: the teacher works on the EMA itself; gradients are reduced in flat copies after the backward."""
+    whole, bucket = d.network.total, 4 * min(d.network.total, BUCKET)
     return Memory(
-        *(e * part, masters, moments, ema, e * part, gradients, reserved + scattered, gathered, activations, loss),
-        forward_phase=lasting + gathered + activations + loss,
-        # Parameters that the backward is done with are let go, so that none is left for the last reduction.
-        backward_phase=lasting + max(early + gathered, scattered + (activations + gathered if full_bucket else pixels)),
-        step_phase=lasting + flattened,
+        *(4 * whole, 0, 8 * whole, 4 * whole, 0, 4 * whole, bucket, 0, d.activations, d.loss),
+        forward_phase=d.activations + d.loss,
+        backward_phase=max(d.early, d.late),
+        step_phase=4 * whole + bucket,
     )
+
+
+def _flat(d: _Demand) -> Memory:
+    """Stages 1 and 2: working weights are whole; the rest is divided over ranks, in flat buffers with padding."""
+    multiple = START_ALIGNMENT * d.ranks
+    groups = [-(-sum(sizes) // multiple) * multiple for sizes in d.network.groups.values()]
+    whole, part, largest = sum(groups), sum(groups) // d.ranks, max(groups) // d.ranks
+    gradients = d.summed_element * part
+    growing = max(d.early, d.late) if d.on_cpu else d.early + d.reserved_bucket
+    return Memory(
+        *(d.element * whole, 4 * part, 8 * part, 4 * part, d.element * whole, gradients, d.reserved_bucket, 0),
+        *(d.activations, d.loss),
+        forward_phase=d.activations + d.loss,
+        backward_phase=max(growing, d.reserved_bucket + gradients + d.left_at_reduction),
+        step_phase=gradients + d.flattened(largest),
+    )
+
+
+def _partitioned(d: _Demand) -> Memory:
+    """Stage 3: everything is divided over ranks, parameter by parameter, and weights are gathered where they are used."""
+    groups = [sum(-(-size // d.ranks) for size in sizes) for sizes in d.network.groups.values()]
+    part, gradients = sum(groups), d.summed_element * sum(groups)
+    gathered = d.element * min(d.network.total, LIVE) if d.ranks > 1 else 0
+    scattered = d.bucket * (2 if d.on_cpu else 1)  # the bucket once more, in the order of its owners
+    lasting = gradients + d.reserved_bucket  # both are kept from step to step
+    left = d.left_at_reduction + (gathered if d.network.total > BUCKET else 0)
+    return Memory(
+        *(d.element * part, 4 * part, 8 * part, 4 * part, d.element * part, gradients),
+        *(d.reserved_bucket + scattered, gathered, d.activations, d.loss),
+        forward_phase=lasting + gathered + d.activations + d.loss,
+        # Parameters that the backward is done with are let go, so that none is left for the last reduction.
+        backward_phase=lasting + max(d.early + gathered, scattered + left),
+        step_phase=lasting + d.flattened(max(groups)),
+    )
+
+
+_AT_STAGE: dict[int, Callable[[_Demand], Memory]] = {0: _replicated, 1: _flat, 2: _flat, 3: _partitioned}
 
 
 def backward_peaks(
@@ -180,19 +231,6 @@ def backward_peaks(
         early, late = max(early, now), max(late, now + done)
         left -= kept[i]
     return early, max(late, e * network.total + pixels)
-
-
-def _padded(network: ElementCounts, stage: int, ranks: int) -> tuple[int, int, int]:
-    """Return the numbers of elements, with padding, of all parameters, of this rank's partitions, and of its partition
-    of the largest group.
-    """
-    if stage == 3:
-        parts = [sum(-(-size // ranks) for size in sizes) for sizes in network.groups.values()]
-        return network.total, sum(parts), max(parts)
-    multiple = START_ALIGNMENT * ranks if stage else 1
-    wholes = [-(-sum(sizes) // multiple) * multiple for sizes in network.groups.values()]
-    owners = ranks if stage else 1
-    return sum(wholes), sum(wholes) // owners, max(wholes) // owners
 
 
 def _pixel_bytes(config: Config, images: int, e: int) -> int:

@@ -10,6 +10,7 @@ from esvit_scale.config import Config
 from esvit_scale.division import batch_problem
 from esvit_scale.errors import UserError
 from esvit_scale.objective import costs
+from esvit_scale.parallel.ds_config import offered_stages
 from esvit_scale.scaling import memory
 from esvit_scale.scaling.memory import ElementCounts, Memory
 
@@ -74,13 +75,10 @@ def plan(config: Config, gpus: int, capacity: int, images: int | None, speed: Sp
     if problem := batch_problem(config.train.global_batch, config.train.grad_accum, gpus, unit="GPUs"):
         raise UserError(problem)
     network = memory.network_of(config)
-    stages = [
-        s for s in memory.STAGES if not (s == 0 and config.train.precision in ("bf16", "fp16"))
-    ]  # ds_config.py says why
     settings = [
         Setting(stage, recompute, memory.memory(config, network, stage, gpus, recompute, capacity=capacity))
         for recompute in (False, True)
-        for stage in stages
+        for stage in offered_stages(config.train.precision)
     ]
     fits = next((s for s in settings if s.memory.peak <= HEADROOM * capacity), None)
     return Plan(
