@@ -9,13 +9,14 @@ Group = Literal["decay", "no_decay", "last_layer"]
 
 
 def parameter_groups(module: nn.Module, decay: Literal["weights", "all"] = "weights") -> dict[str, Group]:
-    """The optimizer group of every trainable parameter, by name.
+    """Return the optimizer group of every trainable parameter, by name.
 
     "no_decay": biases, 1-D tensors, and Swin V2's temperatures and position-bias network. "last_layer": the heads'
     prototypes with their gains, which decay (the gains are 2-D) but are left alone during the first epochs. Bias
-    tables are 2-D and decay. Shapes are read through ZeRO-3's partitioning.
+    tables are 2-D and decay.
 
     Args:
+        module: with whole parameters, not as ZeRO 3 partitions them.
         decay: "all": nothing is exempt (`optim.decay`).
     """
     groups = {name: _group(name, p) for name, p in module.named_parameters() if p.requires_grad}
@@ -42,9 +43,7 @@ def part_of(name: str) -> str:
 def largest_of_each_part(module: nn.Module) -> dict[str, str]:
     """Part → name of its largest trainable parameter, the one whose updates stand for the part."""
     sizes = {
-        name: getattr(p, "ds_numel", p.numel())
-        for name, p in module.named_parameters()
-        if p.requires_grad and not name.endswith(".weight_v")
+        name: p.numel() for name, p in module.named_parameters() if p.requires_grad and not name.endswith(".weight_v")
     }
     return {part_of(name): name for name in sorted(sizes, key=sizes.__getitem__)}
 
@@ -52,6 +51,6 @@ def largest_of_each_part(module: nn.Module) -> dict[str, str]:
 def _group(name: str, parameter: nn.Parameter) -> Group:
     if ".last_layer." in f".{name}":
         return "last_layer"
-    dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
+    dimensions = parameter.ndim
     exempt = name.endswith((".bias", ".logit_scale")) or ".cpb_mlp." in name
     return "no_decay" if exempt or dimensions == 1 else "decay"

@@ -1,5 +1,3 @@
-import torch
-
 from esvit_scale.config import validate
 from esvit_scale.objective.network import build_network
 from esvit_scale.objective.param_groups import parameter_groups, part_of
@@ -46,15 +44,6 @@ def test_frozen_gains_are_in_no_group():
     groups = parameter_groups(network(norm_last_layer=True))
     assert "objective.view_head.last_layer.weight_g" not in groups
     assert groups["objective.view_head.last_layer.weight_v"] == "last_layer"
-
-
-def test_shapes_are_read_through_partitioning():
-    module = network()
-    expected = parameter_groups(module)
-    for parameter in module.parameters():
-        parameter.ds_shape = parameter.shape
-        parameter.data = torch.empty(0)
-    assert parameter_groups(module) == expected
 
 
 def test_all_may_decay():
