@@ -1,8 +1,9 @@
-"""Recompute a block's activations in the backward instead of keeping them: three implementations, one setting.
+"""Activation checkpointing: recompute a block's activations in the backward instead of keeping them.
 
-torch's non-reentrant checkpoint is the default choice: verified exact at ZeRO 1–3. DeepSpeed's and fairscale's are
-reentrant in spirit and correct because the trunk is called once per step (all crops packed). Batch norms inside the
-blocks are told which of the two passes moves their running statistics.
+`train.activation_checkpointing` chooses one of three implementations. torch's (non-reentrant) is the usual choice; it gives
+the same numbers as none at ZeRO 1–3. DeepSpeed's and fairscale's are reentrant, and right only if a block is called once
+per forward: with all crops packed into one call. Batch norms inside the blocks update their running statistics in one of
+the two passes only.
 """
 
 from collections.abc import Callable
@@ -23,8 +24,8 @@ def apply(trunk: Any, implementation: Implementation, autocast: str | None = Non
     """Make every block of the trunk run through the chosen implementation (`trunk.run_block`).
 
     Args:
-        autocast: the device type when the run trains in bf16 autocast: DeepSpeed's and fairscale's recomputation runs
-            outside the autocast that the forward ran in (torch's enters it again), so that blocks enter it themselves.
+        autocast: the device type if the run trains in bf16 autocast, else None. DeepSpeed and fairscale recompute
+            outside the autocast of the forward, so that each block enters it itself; torch's enters it again.
     """
     if implementation in ("deepspeed", "fairscale"):
         for block in trunk.blocks:
@@ -32,9 +33,9 @@ def apply(trunk: Any, implementation: Implementation, autocast: str | None = Non
             if autocast:
                 block.__class__ = _in_autocast(type(block), autocast)  # type: ignore[arg-type]
     if implementation == "torch":
-        trunk.run_block = _through_torch
+        trunk.run_block = _run_with_torch
     elif implementation == "deepspeed":
-        trunk.run_block = _through_deepspeed
+        trunk.run_block = _run_with_deepspeed
     elif implementation == "fairscale":
         _wrap_with_fairscale(trunk)
 
@@ -50,20 +51,20 @@ def _in_autocast(kind: type[nn.Module], device_type: str) -> type[nn.Module]:
     return type(kind.__name__, (kind,), {"forward": forward})
 
 
-def _through_torch(block: Callable[..., Any], *inputs: Any) -> Any:
+def _run_with_torch(block: Callable[..., Any], *inputs: Any) -> Any:
     contexts = lambda: (nullcontext(), batch_norm.recomputing())  # noqa: E731
     return torch_checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
-def _through_deepspeed(block: Callable[..., Any], tokens: Tensor, plan: Any, *keep: Tensor | None) -> Any:
+def _run_with_deepspeed(block: Callable[..., Any], tokens: Tensor, plan: Any, *keep: Tensor | None) -> Any:
     from deepspeed import checkpointing
 
-    # The plan goes in by closure: DeepSpeed takes argument tuples apart, named ones too.
+    # The plan is passed in a closure: DeepSpeed would flatten it, as it flattens all tuples among the arguments.
     return checkpointing.checkpoint(lambda tokens, *keep: block(tokens, plan, *keep), tokens, *keep)
 
 
 def _wrap_with_fairscale(trunk: Any) -> None:
-    """fairscale wraps modules in place; the activations that it keeps go to the CPU where there is a GPU."""
+    """Wrap every block in place; with a GPU, the block inputs that fairscale keeps are moved to the CPU."""
     from fairscale.nn import checkpoint_wrapper
 
     for block in trunk.blocks:

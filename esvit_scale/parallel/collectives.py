@@ -1,5 +1,8 @@
-"""The few things that ranks say to each other. A leaf: any module may import it, and without a process group
-every function is the single process's answer."""
+"""Collective communication between ranks. All ranks make the same calls, in the same order.
+
+Without a process group, every function returns what a single rank would get, so that callers need no special case. Any
+module of the package may import this one, and it imports only `errors`.
+"""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -15,41 +18,47 @@ from esvit_scale.errors import RestartCanHelp, UserError, translate_file_errors
 
 T = TypeVar("T")
 
-_control_group: Any = None  # gloo: flags and small objects must not make the host wait for the GPU's queue
-_of_thread = threading.local()  # a thread that talks beside the main one needs a group of its own
+# A gloo group for flags and small objects: with NCCL, the host would have to wait for the GPU's queue.
+_control_group: Any = None
+_thread_state = (
+    threading.local()
+)  # `group` replaces the control group in a thread; `alone` hides the other ranks from it
 
 
 def initialized() -> bool:
-    return dist.is_available() and dist.is_initialized() and not getattr(_of_thread, "alone", False)
+    """Return whether there is a process group, and this thread is not in `alone`."""
+    return dist.is_available() and dist.is_initialized() and not getattr(_thread_state, "alone", False)
 
 
 def rank() -> int:
+    """Return this process's rank, from 0; 0 without a process group."""
     return dist.get_rank() if initialized() else 0
 
 
 def world_size() -> int:
+    """Return the number of ranks; 1 without a process group."""
     return dist.get_world_size() if initialized() else 1
 
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """In this thread, as if there were no other ranks: for what one rank works out by itself."""
-    _of_thread.alone = True
+    """Make this thread behave as if there were no other ranks, for work that one rank does by itself."""
+    _thread_state.alone = True
     try:
         yield
     finally:
-        _of_thread.alone = False
+        _thread_state.alone = False
 
 
 def all_reduce_sum_(tensor: Tensor) -> Tensor:
-    """Sum over ranks, in place."""
+    """Sum a tensor over ranks, in place."""
     if world_size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
 def all_reduce_mean_(tensor: Tensor) -> Tensor:
-    """Mean over ranks, in place (floating point)."""
+    """Average a floating-point tensor over ranks, in place."""
     if world_size() > 1:
         dist.all_reduce(tensor)
         tensor.div_(world_size())
@@ -57,7 +66,7 @@ def all_reduce_mean_(tensor: Tensor) -> Tensor:
 
 
 def log_add_exp_(tensor: Tensor) -> Tensor:
-    """log of the sum over ranks of exp(tensor), in place."""
+    """Replace a tensor, in place, by the logarithm of the sum over ranks of its exponential."""
     if world_size() > 1:
         top = tensor.clone()
         dist.all_reduce(top, dist.ReduceOp.MAX)
@@ -66,12 +75,13 @@ def log_add_exp_(tensor: Tensor) -> Tensor:
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Sum over ranks, with gradient: every rank's loss reaches every rank's input."""
+    """Return the sum of a tensor over ranks, differentiably: the gradient sums the losses of all ranks."""
     return _Sum.apply(tensor) if world_size() > 1 else tensor
 
 
 def gather_rows(tensor: Tensor) -> Tensor:
-    """[n, …] of every rank → [world · n, …] in rank order, with gradient; n is the same on all ranks."""
+    """Return the rows of all ranks' tensors [n, …] as one tensor [world · n, …] in rank order, differentiably; n must be
+    the same on all ranks."""
     return _Gather.apply(tensor) if world_size() > 1 else tensor
 
 
@@ -87,7 +97,7 @@ class _Sum(torch.autograd.Function):
 
 
 def all_gather_flat(gathered: Tensor, part: Tensor) -> None:
-    """Gather every rank's part [n, …], one after the other, into `gathered` [world · n, …]."""
+    """Write the parts [n, …] of all ranks into `gathered` [world · n, …], in rank order."""
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.14
     gather(gathered, part)
 
@@ -107,7 +117,7 @@ class _Gather(torch.autograd.Function):
 
 
 def all_reduce_flags(bits: int) -> int:
-    """The union of the ranks' flags, known to all: a bit is set when any rank set it. For up to 8 bits."""
+    """Return the bitwise OR of all ranks' flags, of up to 8 bits."""
     if world_size() == 1:
         return bits
     flags = torch.tensor([bits >> i & 1 for i in range(8)], dtype=torch.uint8)
@@ -116,7 +126,7 @@ def all_reduce_flags(bits: int) -> int:
 
 
 def gather_objects(obj: Any) -> list[Any]:
-    """Every rank's object, in rank order, on every rank. For small plain data of our own processes."""
+    """Return the objects of all ranks, in rank order, on every rank; they must be small plain data."""
     if world_size() == 1:
         return [obj]
     gathered: list[Any] = [None] * world_size()
@@ -125,14 +135,15 @@ def gather_objects(obj: Any) -> list[Any]:
 
 
 def barrier() -> None:
+    """Wait until all ranks have come here."""
     if world_size() > 1:
         dist.barrier(group=control_group())
 
 
 def control_group() -> Any:
-    """The gloo group; made on first use, which must happen on all ranks together."""
+    """Return the gloo group for flags and small objects. The first call makes it, and all ranks must make this call."""
     global _control_group
-    if (own := getattr(_of_thread, "group", None)) is not None:
+    if (own := getattr(_thread_state, "group", None)) is not None:
         return own
     if _control_group is None:
         _control_group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
@@ -140,24 +151,28 @@ def control_group() -> Any:
 
 
 def second_group() -> Any:
-    """Another gloo group, for a thread beside the main one; made on all ranks together. None for a single process."""
+    """Return a new gloo group, with which a second thread can communicate; None for a single process. All ranks call it."""
     return dist.new_group(backend="gloo") if world_size() > 1 else None
 
 
 @contextmanager
 def through(group: Any) -> Iterator[None]:
-    """In this thread, what would go through the control group goes through `group`."""
-    _of_thread.group = group
+    """Make this thread use `group` instead of the control group."""
+    _thread_state.group = group
     try:
         yield
     finally:
-        _of_thread.group = None
+        _thread_state.group = None
 
 
 def run_on_rank0_and_broadcast(function: Callable[[], T]) -> T:
-    """Runs on rank 0 only; its answer, or its error that concerns the user, is every rank's.
+    """Run `function` on rank 0 only, and return its result, or raise its error, on all ranks.
 
-    A decision about files must be taken once: ranks that look for themselves may see different answers.
+    Decisions about files are made in this way, because ranks that look for themselves may see different states.
+
+    Raises:
+        UserError, RestartCanHelp: the function raised it on rank 0 (also in place of an OSError, see
+            `translate_file_errors`). Any other error is raised on rank 0 alone.
     """
     answer: list[Any] = [None, None]
     if rank() == 0:

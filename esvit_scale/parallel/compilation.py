@@ -1,7 +1,8 @@
-"""`train.compile`: torch.compile, block by block.
+"""Compilation of a trunk's blocks with torch.compile (`train.compile`).
 
-A block is compiled by itself: student and teacher share what blocks of one shape compile to, and nothing depends on how
-ZeRO wraps the whole. Custom backwards stay as they are; what is gained is that norms, GELU and residuals become one pass.
+Each block is compiled by itself, so that blocks of one shape share their code between student and teacher, and that
+nothing depends on how ZeRO wraps the network. Compilation fuses norms, GELU and residuals into one pass; functions with a
+backward of their own stay as they are.
 """
 
 import shutil
@@ -11,19 +12,21 @@ from torch import nn
 
 from esvit_scale.errors import UserError
 
-# Stages × crop layouts × with and without dropped branches × training and not: torch's own limit of 8 would silently go
-# back to eager.
+# Compiled variants per block: stages of the trunk × crop sizes × with or without drop path × training or not. Above
+# torch's default limit of 8 variants, it would run the rest without compilation, silently.
 VARIANTS = 64
 
 
 def apply(trunk: nn.Module, device: torch.device) -> None:
-    """Compiles every block of a trunk in place, at its first call.
+    """Let every block of a trunk compile itself at its first call.
 
     Raises:
-        UserError: on a CPU without a C++ compiler.
+        UserError: the device is a CPU, and there is no C++ compiler.
     """
     if device.type == "cpu" and not shutil.which("g++"):
-        raise UserError("train.compile=true: needs a C++ compiler (g++) on a CPU; set train.compile=false")
+        raise UserError(
+            "train.compile=true: needs a C++ compiler on a CPU, and g++ is not in PATH; install it or set train.compile=false"
+        )
     limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
     setattr(torch._dynamo.config, limit, max(VARIANTS, getattr(torch._dynamo.config, limit)))
     for block in trunk.blocks:  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON with its "auto" holes filled from the run config, or one error that lists every disagreement."""
+"""The DeepSpeed config of a run: its JSON file, where the run config's numbers replace "auto", checked as a whole."""
 
 import json
 import logging
@@ -12,7 +12,7 @@ from esvit_scale.resources import ds_config_path
 
 log = logging.getLogger("esvit_scale")
 
-# Keys of a DeepSpeed config that something else in this project owns, and who.
+# Keys that a DeepSpeed file must not have, and what decides instead.
 _OWNED_ELSEWHERE = {
     "optimizer": "the run config's optim section",
     "scheduler": "the run config's optim section",
@@ -21,8 +21,8 @@ _OWNED_ELSEWHERE = {
     "data_types.param_dtype": "train.precision",
     "activation_checkpointing": "train.activation_checkpointing",
 }
-# What DeepSpeed must do whatever the run config says: look for NaN itself (the second look after parallel/gradients.py),
-# average gradients over ranks and micro-batches, and keep masters and moments in fp32.
+# Settings that are the same in every run: DeepSpeed looks for NaN (in addition to parallel/gradients.py), averages gradients
+# over ranks and micro-batches, and keeps the optimizer's parameters and moments in fp32.
 _FIXED = {
     "bf16.check_grad_overflow": True,
     "bf16.bf16_master_weights_and_grads": False,
@@ -37,11 +37,11 @@ _DTYPES |= {"float32": "fp32", "torch.float32": "fp32", "float": "fp32"}
 
 
 def fill(config: Config, world_size: int) -> dict[str, Any]:
-    """Return the DeepSpeed config of a run: its file with the numbers that the run config owns.
+    """Return the DeepSpeed config of a run: its file, completed with the numbers of the run config.
 
     Raises:
-        UserError: the file is missing, not JSON, or has keys or types that DeepSpeed does not know; a batch that does
-            not divide over the ranks; values that contradict the run config. Every mismatch is in one message.
+        UserError: the file is missing, is not JSON, or has keys or types that DeepSpeed does not know; the batch does not
+            divide over the ranks; or values contradict the run config. One message lists all of it, a line each.
     """
     path = ds_config_path(config.train.ds_config)
     values = ds_keys.read(path)
@@ -67,10 +67,10 @@ def fill(config: Config, world_size: int) -> dict[str, Any]:
         problems += _fill_holes(values, owned)
     if problems:
         raise UserError("\n".join(f"{path.name}: {problem}" for problem in problems))
-    # Verified to be needed for equal numbers: the memory-efficient linear replaces F.linear process-wide, and
-    # persistent parameters would keep the teacher's stale gathered copy.
+    # Both are needed for right numbers: the memory-efficient linear replaces F.linear in the whole process, and parameters
+    # that stay gathered (below, at stage 3) would keep the teacher's values of before an EMA update.
     values["zero_optimization"]["memory_efficient_linear"] = False
-    # DeepSpeed knows the optimizers that it made itself; ours are tested at every stage.
+    # DeepSpeed calls optimizers that it did not make untested; ours are tested at every stage.
     values["zero_allow_untested_optimizer"] = True
     values["zero_force_ds_cpu_optimizer"] = False
     if stage == 3:
@@ -79,6 +79,7 @@ def fill(config: Config, world_size: int) -> dict[str, Any]:
 
 
 def zero_stage(values: dict[str, Any]) -> int:
+    """Return the ZeRO stage that a filled DeepSpeed config runs."""
     return int(values["zero_optimization"]["stage"])
 
 
@@ -89,25 +90,25 @@ def offered_stages(precision: str) -> tuple[int, ...]:
 
 
 def _is_sound(values: dict[str, Any]) -> bool:
-    """Return whether what is read and written here has the right types, whatever else is wrong with the file."""
+    """Return whether the sections that this module reads and writes are objects, so that it can go on checking."""
     sections = ("zero_optimization", "bf16", "fp16", "torch_autocast", "data_types")
     return all(isinstance(values.get(s, {}), dict) for s in sections)
 
 
 def _stage(values: dict[str, Any]) -> int | None:
-    """Return the ZeRO stage that a file asks for, 0 where it says nothing, None for what is no stage."""
+    """Return the ZeRO stage that a file asks for: 0 if it names none, None if its value is not a stage."""
     section = values.get("zero_optimization", {})
     stage = section.get("stage", 0) if isinstance(section, dict) else 0
     return stage if type(stage) is int and 0 <= stage <= 3 else None
 
 
 def _dtype(value: Any) -> Any:
-    """Return the short name of a dtype in any spelling that DeepSpeed takes, anything else as it is."""
+    """Return a dtype's short name for any spelling that DeepSpeed accepts, and any other value as it is."""
     return _DTYPES.get(value.lower(), value.lower()) if isinstance(value, str) else value
 
 
 def _given(values: dict[str, Any], key: str) -> Any:
-    """Return the value of a dotted key, None where there is none."""
+    """Return the value of a dotted key, None if the file has no such key."""
     node: Any = values
     for name in key.split("."):
         node = node.get(name) if isinstance(node, dict) else None
@@ -118,26 +119,27 @@ def _stage_problems(config: Config, stage: int) -> list[str]:
     problems = []
     if stage not in offered_stages(config.train.precision):
         problems.append(
-            "train.precision: ZeRO stage 0 is offered in fp32 and autocast only (in bf16 its optimizer takes one step at "
-            "start-up); use train.ds_config=zero1, also on one process, or train.precision=fp32"
+            "train.precision: ZeRO stage 0 is offered in fp32 and autocast only (in bf16 and fp16, its optimizer takes one "
+            "step at start-up); use train.ds_config=zero1, which also runs on one process, or train.precision=fp32"
         )
     if stage == 3 and config.train.compile:
         problems.append(
-            "train.compile: not at ZeRO 3, whose gathers run inside the blocks; use ZeRO 0–2, or set it to false"
+            "train.compile: not possible at ZeRO 3, which gathers parameters inside the blocks; use ZeRO 0–2 or "
+            "train.compile=false"
         )
     return problems
 
 
 def accumulates_in_fp32(config: Config) -> bool:
-    """Return whether gradients of bf16 or fp16 are added up in fp32: where there are several micro-batches to add."""
+    """Return whether gradients in bf16 or fp16 are summed in fp32: if a step has several micro-batches."""
     return config.train.precision in ("bf16", "fp16") and config.train.grad_accum > 1
 
 
 def _accumulation(config: Config, stage: int, values: dict[str, Any]) -> tuple[str, int]:
-    """Return the dtype in which gradients are added up and the ZeRO stage to run.
+    """Return the dtype in which gradients are summed over micro-batches, and the ZeRO stage to run.
 
-    With bf16 gradients that are added up in fp32, DeepSpeed's stage 1 is another optimizer (BF16_Optimizer, whose parts
-    have other names); its stage 2 does the same arithmetic in what is tested here.
+    Stage 1 becomes stage 2 if bf16 gradients are summed in fp32: there DeepSpeed's stage 1 uses another optimizer
+    (BF16_Optimizer), which parallel/zero.py does not know, while its stage 2 does the same arithmetic.
     """
     precision = config.train.precision
     if precision in ("fp32", "autocast"):
@@ -147,18 +149,18 @@ def _accumulation(config: Config, stage: int, values: dict[str, Any]) -> tuple[s
     if precision == "fp16" or stage != 1:
         return "fp32", stage
     if collectives.rank() == 0:
-        log.warning("ZeRO 1 runs as ZeRO 2, where DeepSpeed adds up bf16 gradients in fp32")
+        log.warning("running ZeRO 2 in place of ZeRO 1, because bf16 gradients are summed in fp32 over micro-batches")
     return "fp32", 2
 
 
 def _owned_numbers(config: Config, world_size: int, stage: int) -> dict[str, Any]:
     batch, accum = config.train.global_batch, config.train.grad_accum
-    # The per-tensor clip, and stage 0's, are done by parallel/gradients.py; DeepSpeed's own is the global norm.
+    # DeepSpeed clips by the global norm at stages 1–3; parallel/gradients.py clips per tensor, and at stage 0.
     by_deepspeed = config.optim.clip is not None and config.optim.clip_by == "global" and stage > 0
     autocast = {
-        # Left out, DeepSpeed enters torch.autocast with no dtype, which is fp16 on a GPU, without loss scaling.
+        # Without it, DeepSpeed enters torch.autocast without a dtype: on a GPU that is fp16, without loss scaling.
         "torch_autocast.dtype": "bf16",
-        # Left out, the gradients of linear layers and convolutions are averaged over ranks in bf16.
+        # Without it, DeepSpeed averages gradients of linear layers and convolutions over ranks in bf16.
         "torch_autocast.lower_precision_safe_modules": [],
     }
     return {
@@ -174,7 +176,7 @@ def _owned_numbers(config: Config, world_size: int, stage: int) -> dict[str, Any
 
 
 def _fill_holes(values: dict[str, Any], owned: dict[str, Any]) -> list[str]:
-    """Write the owned values in place; return a line for every key that the file gives another value."""
+    """Write the owned values into the config, and return a line for every key to which the file gives another value."""
     problems = []
     for key, number in owned.items():
         *sections, leaf = key.split(".")

@@ -1,7 +1,7 @@
-"""The keys that a DeepSpeed config may have: DeepSpeed ignores a misspelt one at the top level, and takes the default.
+"""The keys that a DeepSpeed config may have. DeepSpeed itself ignores a misspelt top-level key and uses the default.
 
-Sections for which DeepSpeed has a pydantic model are checked by it, field names, types and all. The other names are
-listed here, as DeepSpeed 0.19.8 asks for them; a test compares the list with what it asks for.
+DeepSpeed's own pydantic models check names and types in the sections that have one. The other keys are listed here, from
+DeepSpeed 0.19.8; tests/parallel/test_ds_config.py compares the list with the keys that the installed DeepSpeed reads.
 """
 
 import json
@@ -26,7 +26,7 @@ amp compression_training curriculum_learning eigenvalue elasticity graph_harvest
 quantize_training sparse_attention sparse_gradients
 """
 TOP_LEVEL = frozenset(_TOP_LEVEL.split())
-REMOVED = frozenset(_REMOVED.split())  # by DeepSpeed, which refuses them
+REMOVED = frozenset(_REMOVED.split())  # DeepSpeed refuses these
 WITHOUT_MODEL = {  # sections that DeepSpeed reads key by key
     "aio": "block_size intra_op_parallelism overlap_events queue_depth single_submit use_gds",
     "checkpoint": "checkpoint_serialization load_universal parallel_write tag_validation use_node_local_storage writer",
@@ -35,43 +35,47 @@ WITHOUT_MODEL = {  # sections that DeepSpeed reads key by key
     "timers": "throughput",
     "torch_autocast": "dtype enabled lower_precision_safe_modules",
 }
-_REPLACED = ("cpu_offload", "cpu_offload_param", "cpu_offload_use_pin_memory")  # of zero_optimization, by newer keys
+_REPLACED = (
+    "cpu_offload",
+    "cpu_offload_param",
+    "cpu_offload_use_pin_memory",
+)  # keys of zero_optimization that newer ones replaced
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Return a JSON file's object.
+    """Return the object in a JSON file.
 
     Raises:
-        UserError: not JSON, not an object, or a key that stands twice in one object.
+        UserError: the file is not JSON, holds no object, or has an object with the same key twice.
     """
     twice: list[str] = []
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         twice.extend(name for name in dict.fromkeys(names) if names.count(name) > 1)
         return dict(pairs)
 
     try:
-        values = json.loads(path.read_text(), object_pairs_hook=once)
+        values = json.loads(path.read_text(), object_pairs_hook=unique)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if twice:
-        raise UserError(f"{path}: {', '.join(map(repr, twice))} stands twice in one object; keep one")
+        raise UserError(f"{path}: {', '.join(map(repr, twice))} appears twice in one object; keep one")
     if not isinstance(values, dict):
-        raise UserError(f"{path}: must hold a JSON object")
+        raise UserError(f"{path}: must be a JSON object ({{…}})")
     return values
 
 
 def problems(values: dict[str, Any]) -> list[str]:
-    """Return what is wrong with names and types in a DeepSpeed config, a line each, with the nearest right key."""
+    """Return one line for each unknown key and each value of a wrong type, with the nearest known key."""
     return list(_problems(values))
 
 
 def _problems(values: dict[str, Any]) -> Iterator[str]:
     models = _models()
     for key, value in values.items():
-        if key in REMOVED and key != "amp":  # ds_config says what is in amp's place
-            yield f"{key}: DeepSpeed has removed it; leave it out"
+        if key in REMOVED and key != "amp":  # ds_config.py names amp's replacement
+            yield f"{key}: this DeepSpeed has removed it; remove it from this file"
         elif key not in TOP_LEVEL | REMOVED:
             yield f"{key}: DeepSpeed has no such key{_nearest(key, TOP_LEVEL)}"
         elif key in models or key in WITHOUT_MODEL:
@@ -87,7 +91,7 @@ def _problems(values: dict[str, Any]) -> Iterator[str]:
 
 
 def _models() -> dict[str, Any]:
-    """Return DeepSpeed's pydantic models by the section that each is for."""
+    """Return DeepSpeed's pydantic models, by section."""
     from deepspeed.comm.config import CommsLoggerConfig
     from deepspeed.compile.config import CompileConfig
     from deepspeed.monitor.config import DeepSpeedMonitorConfig
@@ -106,7 +110,7 @@ def _models() -> dict[str, Any]:
 
 
 def _of_model(model: Any, value: dict[str, Any], where: str) -> Iterator[str]:
-    """Yield the unknown keys of a section, at any depth, and the values of a wrong type."""
+    """Yield a line for each unknown key in a section, at any depth, and for each value of a wrong type."""
     from pydantic import ValidationError
 
     names = {**model.model_fields, **{f.alias: f for f in model.model_fields.values() if f.alias}}
@@ -116,7 +120,7 @@ def _of_model(model: Any, value: dict[str, Any], where: str) -> Iterator[str]:
     for key in nested:
         yield from _of_model(_model_in(names[key]), value[key], f"{where}.{key}")
     if any(key in _REPLACED for key in value):
-        return  # DeepSpeed rewrites these, with a warning, while it validates
+        return  # while it validates, DeepSpeed replaces these by the newer keys and warns
     try:
         model(**{k: v for k, v in value.items() if k not in (*unknown, *nested)})
     except ValidationError as error:
@@ -127,7 +131,7 @@ def _of_model(model: Any, value: dict[str, Any], where: str) -> Iterator[str]:
 
 
 def _model_in(field: Any) -> Any:
-    """Return the model that a field's value must fit (`Model` or `Optional[Model]`), None for plain values."""
+    """Return the model of a field declared as `Model` or `Optional[Model]`, None for plain values."""
     for kind in (field.annotation, *get_args(field.annotation)):
         if hasattr(kind, "model_fields"):
             return kind
@@ -135,6 +139,6 @@ def _model_in(field: Any) -> Any:
 
 
 def _nearest(key: str, known: Any) -> str:
-    """Return the nearest key in words, or nothing: a section's whole list would fill the screen."""
+    """Return "; did you mean …" if a known key is near, else nothing: the list of all keys would fill the screen."""
     found = nearest(key, known)
     return found if found.startswith("; did you mean") else ""

@@ -1,8 +1,8 @@
-"""What the ranks tell each other when one of them hangs: which collective each waits in, and who does not answer.
+"""Reports that ranks exchange when one of them hangs: in which collective each rank waits, and which rank does not answer.
 
-The process groups cannot carry this, because they are what hangs. Each rank therefore has a connection of its own to
-the store of MASTER_ADDR:MASTER_PORT, through which the ranks met. Every call here may block for as long as that store's
-host is stopped: call them on threads that nobody waits for without a limit.
+The process groups hang themselves, so that reports go through a separate connection of each rank to torch's store at
+MASTER_ADDR:MASTER_PORT. If the store's host is stopped, every call here blocks: call them in a thread, and wait for this
+thread with a limit only.
 """
 
 import itertools
@@ -18,47 +18,52 @@ from typing import Any
 import torch.distributed as dist
 from torch._C import _distributed_c10d
 
-ANSWER = timedelta(seconds=10)
-COLLECTORS = 4  # the lowest ranks read all reports, and the first that report: rank 0 may be the one that is gone
-_meetings = (
-    itertools.count()
-)  # a process may train several times; keys of the last training must not answer for this one
+STORE_TIMEOUT = timedelta(seconds=10)
+COLLECTORS = 4  # this many of the lowest ranks, and of the first that report, read all reports: rank 0 may be gone
+_boards = itertools.count()  # for keys in the store that differ between the trainings of one process
 
 
 class HangReports:
-    """A board that all ranks can read and write; all ranks make theirs in the same order."""
+    """A board in the store that all ranks read and write. All ranks make their boards in the same order."""
 
     def __init__(self, rank: int, size: int) -> None:
+        """Make the board of a rank among `size` ranks, not yet connected."""
         self._rank, self._size = rank, size
-        self._prefix = f"esvit-hang-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{next(_meetings)}"
+        self._prefix = f"esvit-hang-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{next(_boards)}"
         self._board: Any = None
 
     @property
     def is_joined(self) -> bool:
+        """Whether `join` has connected this rank to the store."""
         return self._board is not None
 
     def join(self) -> None:
-        """Connect, and say on which node this rank is."""
+        """Connect to the store, and write on which node this rank runs."""
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(host, port, None, False, timeout=ANSWER, wait_for_workers=False)
+        store = dist.TCPStore(host, port, None, False, timeout=STORE_TIMEOUT, wait_for_workers=False)
         self._board = dist.PrefixStore(self._prefix, store)
         self._connected().set(f"node/{self._rank}", socket.gethostname())
 
     def _connected(self) -> Any:
         if self._board is None:
-            raise RuntimeError("the store was not reached")
+            raise RuntimeError("not connected to the store of MASTER_ADDR:MASTER_PORT: `join` has not succeeded")
         return self._board
 
     def raise_alarm(self) -> None:
-        """Ask every rank for its report."""
+        """Ask all ranks for their reports."""
         self._connected().set("alarm", "1")
 
     def alarm_is_raised(self) -> bool:
+        """Return whether some rank has called `raise_alarm`."""
         return bool(self._connected().check(["alarm"]))
 
     def give(self, report: dict[str, Any]) -> bool:
-        """Publish this rank's report: plain data, small. Return whether this rank is one of the few that `collect`: if all
-        did, the one thread that answers them would be asked a million times by a thousand ranks."""
+        """Write this rank's report, small plain data, for all to read.
+
+        Returns:
+            whether this rank is to call `collect`. Only a few are, because a thousand ranks that read a thousand reports
+            each would overload the store.
+        """
         number = self._connected().add("reports", 1)
         self._connected().set(f"report/{number}", json.dumps([self._rank, report]))
         return self._collects(self._rank, number)
@@ -70,8 +75,8 @@ class HangReports:
         """Wait until all ranks have reported, but at most `seconds`.
 
         Returns:
-            rank → report; rank → node of those that did not report (`an unknown node` for a rank that was not there at
-            the start); and the lowest rank that collects, which is to write.
+            the reports by rank; the nodes of the ranks that did not report, by rank (`an unknown node` if the rank never
+            joined); and the lowest rank that collects, which is to print the summary.
         """
         found: dict[int, dict[str, Any]] = {}
         writer, read, store = self._size, 0, self._connected()
@@ -89,18 +94,18 @@ class HangReports:
         return found, {rank: self._node(rank) for rank in range(self._size) if rank not in found}, writer
 
     def close_after_writing(self, others: int, seconds: float) -> None:
-        """Say that the summary is printed, and wait until `others` ranks know it, at most `seconds`. The first process to
-        exit makes the launcher kill the rest, and with rank 0 its store is gone."""
+        """Announce that the summary is printed, and wait until `others` ranks have seen this, at most `seconds`. When a
+        process exits, the launcher kills the rest, and rank 0 takes the store with it."""
         store, end = self._connected(), time.monotonic() + seconds
         store.set("written", "1")
         while store.add("seen", 0) < others and time.monotonic() < end:
             time.sleep(0.1)
 
     def close(self, seconds: float) -> None:
-        """Wait until the writer has printed the summary, at most `seconds`, and tell it that this rank knows."""
+        """Wait until the summary is printed, at most `seconds`, and confirm that this rank has seen it."""
         store, end = self._connected(), time.monotonic() + seconds
         while not store.check(["written"]) and time.monotonic() < end:
-            time.sleep(0.5)  # a thousand ranks ask
+            time.sleep(0.5)  # a thousand ranks may ask
         store.add("seen", 1)
 
     def _node(self, rank: int) -> str:
@@ -109,10 +114,12 @@ class HangReports:
 
 
 def pending_collective() -> str | None:
-    """The oldest collective that this process has begun and not finished, as torch's flight recorder has it
-    (`all_gather no. 17`); None when there is none, or when this torch does not record the backend."""
+    """Return the oldest collective that this process has begun and not finished, such as `all_gather no. 17`.
+
+    It comes from torch's flight recorder; None if there is none, or if this torch does not record the backend.
+    """
     dump = getattr(_distributed_c10d, f"_dump_{_recorder()}_trace_json", None)
-    with suppress(Exception):  # a report without it is better than none
+    with suppress(Exception):  # a report without it is better than no report
         for entry in json.loads(dump())["entries"] if dump else []:
             if not entry["retired"] and entry["state"] != "completed":
                 return f"{entry['profiling_name'].rpartition(':')[2]} no. {entry['collective_seq_id']}"
@@ -120,12 +127,12 @@ def pending_collective() -> str | None:
 
 
 def dump_collectives(path: Path) -> None:
-    """Write the flight recorder's last collectives, as `torchfrtrace` reads them; nothing where torch has none."""
+    """Write the flight recorder's last collectives to a file that `torchfrtrace` reads, if this torch has a recorder."""
     dump = getattr(_distributed_c10d, f"_dump_{_recorder()}_trace", None)
     if dump is not None:
         path.write_bytes(dump())
 
 
 def _recorder() -> str:
-    """NCCL has a recorder of its own; the other backends share one, which older torch lacks."""
+    """Return the name of the backend's flight recorder in torch: NCCL has its own, others share one (not in old torch)."""
     return "nccl" if dist.get_backend() == "nccl" else "fr"

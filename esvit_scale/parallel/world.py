@@ -1,6 +1,6 @@
-"""Who am I among how many: one process, `torchrun`, or `srun` with one task per rank; and the process group.
+"""This process's rank among all ranks, and the process group: of one process, `torchrun`, or `srun` with a task per rank.
 
-Nothing here is asked of the user: the launcher's environment says it all.
+Everything is read from the environment that the launcher sets; the user configures nothing.
 """
 
 import atexit
@@ -21,7 +21,7 @@ from torch.distributed import distributed_c10d
 from esvit_scale.errors import RestartCanHelp, UserError
 from esvit_scale.parallel import collectives, zero
 
-# What gloo and TCP write when a peer is lost; NCCL and the store raise subclasses of DistError.
+# Texts in errors of gloo and TCP when a peer is lost. NCCL and torch's store raise subclasses of DistError instead.
 LOST_PEER = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -37,16 +37,18 @@ LOST_PEER = (
 )
 PORT_IN_USE = ("EADDRINUSE", "Address already in use", "address already in use", "errno: 98")
 
-MEETING_TIME = timedelta(minutes=30)  # for all ranks to come up: importing torch on many nodes takes minutes
+RENDEZVOUS_TIMEOUT = timedelta(minutes=30)  # until all ranks have started: importing torch on many nodes takes minutes
 # How long a collective may wait during training, on top of train.hang_minutes. The watchdog ends a run that hangs, and
-# it does not count the time in which the job was suspended. A collective's own clock does count it, so it is generous.
+# does not count the time in which the job was suspended. The timeout of a collective counts it, and so is much longer.
 BEYOND_WATCHDOG = timedelta(days=7)
-LONGEST_WAIT = timedelta(days=20)  # its milliseconds fit in 32 bits
+LONGEST_TIMEOUT = timedelta(days=20)  # in milliseconds, it fits into 32 bits
 
-FIRST_PORT, PORTS = 20000, 12000  # below 32768, where Linux begins to give ports to outgoing connections
+FIRST_PORT, PORTS = 20000, 12000  # below 32768, from where on Linux gives ports to outgoing connections
 
 
 class World(NamedTuple):
+    """This process's place among all ranks, and its device."""
+
     rank: int
     size: int
     local_rank: int
@@ -54,22 +56,22 @@ class World(NamedTuple):
 
 
 def start(hang_minutes: float | None = None) -> World:
-    """Join the process group (nccl with a GPU, gloo without) and pick this rank's device.
+    """Join the process group (NCCL with a GPU, gloo without) and choose this rank's device.
 
     Args:
-        hang_minutes: what the watchdog of a training waits; every group's own timeout is set above it, also that of
-            groups which DeepSpeed makes later. None keeps torch's timeouts (10 minutes for NCCL, 30 for gloo).
+        hang_minutes: how long a training's watchdog waits. All process groups get longer timeouts, also those that
+            DeepSpeed makes later. None keeps torch's timeouts (10 minutes for NCCL, 30 for gloo).
 
     Raises:
-        UserError: a launcher's variables are there in part only.
-        RestartCanHelp: MASTER_PORT is in use, or another rank did not come.
+        UserError: the environment has only some of the launcher's variables.
+        RestartCanHelp: MASTER_PORT is in use, or another rank did not join in time.
     """
     _adopt_slurm_variables()
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if size > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         raise UserError(
-            f"WORLD_SIZE={size} without MASTER_ADDR and MASTER_PORT: start with `torchrun --nproc-per-node N -m esvit_scale …` or `srun`"
+            f"WORLD_SIZE={size} is set without MASTER_ADDR and MASTER_PORT; start with `torchrun --nproc-per-node N -m esvit_scale …` or `srun`"
         )
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
@@ -79,33 +81,33 @@ def start(hang_minutes: float | None = None) -> World:
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ["LOCAL_RANK"] = str(local_rank)
     if hang_minutes is not None:
-        _wait_longer_than(hang_minutes)
+        _set_default_timeouts(hang_minutes)
     if not dist.is_initialized():
-        _record_collectives()
+        _enable_flight_recorder()
         with translate_comm_errors():
-            _join("nccl" if cuda else "gloo", rank, size)
-        atexit.register(dist.destroy_process_group)  # without it a rank aborts now and then
+            _init_process_group("nccl" if cuda else "gloo", rank, size)
+        atexit.register(dist.destroy_process_group)  # without it, a process now and then aborts at its exit
     _prepare_deepspeed(dist.get_backend())
     return World(rank, size, local_rank, device)
 
 
-def _wait_longer_than(hang_minutes: float) -> None:
-    """Give every process group from now on a timeout above the watchdog's.
+def _set_default_timeouts(hang_minutes: float) -> None:
+    """Set torch's default timeouts, so that every process group made from now on waits longer than the watchdog.
 
-    `new_group` takes torch's default for the backend, never the timeout of the group before it, and DeepSpeed calls it
-    without one. So the defaults themselves are set.
+    Defaults are needed because DeepSpeed calls `new_group` without a timeout, and a group inherits none from another.
     """
-    minutes = min(hang_minutes, LONGEST_WAIT / timedelta(minutes=1))
-    timeout = min(timedelta(minutes=minutes) + BEYOND_WATCHDOG, LONGEST_WAIT)
+    minutes = min(hang_minutes, LONGEST_TIMEOUT / timedelta(minutes=1))
+    timeout = min(timedelta(minutes=minutes) + BEYOND_WATCHDOG, LONGEST_TIMEOUT)
     distributed_c10d.default_pg_timeout = timeout
     distributed_c10d.default_pg_nccl_timeout = timeout
 
 
-def _record_collectives() -> None:
-    """Let NCCL's flight recorder keep the last collectives, and write them beside the rank's log when NCCL itself gives
-    up. (The watchdog writes its own dump, see train/watchdog.py.) Variables that are set already stay as they are.
+def _enable_flight_recorder() -> None:
+    """Let NCCL's flight recorder keep the last 2,000 collectives, and write them beside the rank's log at an NCCL timeout.
+
+    Environment variables that are set already stay as they are. The watchdog writes a dump of its own (train/watchdog.py).
     """
-    renamed = hasattr(_distributed_c10d, "_dump_fr_trace")  # torch warns of the names that it had before
+    renamed = hasattr(_distributed_c10d, "_dump_fr_trace")  # torch warns about the older names
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE" if renamed else "TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     if logs := os.environ.get("ESVIT_RANK_LOGS"):
@@ -113,43 +115,41 @@ def _record_collectives() -> None:
         os.environ.setdefault(file, str(Path(logs) / "nccl-trace-rank-"))
 
 
-def _join(backend: str, rank: int, size: int) -> None:
-    """Make the default group; ranks that do not meet within MEETING_TIME are an error of the store."""
+def _init_process_group(backend: str, rank: int, size: int) -> None:
+    """Make the default process group; torch's store raises when not all ranks join within RENDEZVOUS_TIMEOUT."""
     if size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return
-    store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=MEETING_TIME))
+    store, rank, size = next(dist.rendezvous("env://", rank, size, timeout=RENDEZVOUS_TIMEOUT))
     dist.init_process_group(backend, store=dist.PrefixStore("default_pg", store), rank=rank, world_size=size)
 
 
 def stop() -> None:
-    """Wait at the end of a job that went well: nobody leaves while another still talks to it.
+    """Wait for all ranks at the end of a job that succeeded, so that none exits while another still communicates with it.
 
-    The group itself lives until the process ends (DeepSpeed keeps it in its own tables), so that a process can train
-    and evaluate several times.
+    The process group stays until the process ends (DeepSpeed keeps references to it), so that a process can train and
+    evaluate several times.
 
     Raises:
-        RestartCanHelp: another rank failed after its last collective, and does not come.
+        RestartCanHelp: another rank failed after its last collective.
     """
     with translate_comm_errors():
         collectives.barrier()
 
 
 def abandon() -> None:
-    """The end of a job that failed here: the others may never come, so do not wait for them, now or at exit."""
+    """End a job that failed on this rank without waiting for the others, now or at exit: they may never come."""
     if collectives.world_size() > 1:
         atexit.unregister(dist.destroy_process_group)
 
 
 @contextmanager
 def translate_comm_errors() -> Iterator[None]:
-    """Translate errors of the transport, which are the machine's fault and not the run's, into one line.
-
-    A rank that is gone or stopped, a lost network, or a port that another program holds reach the ranks as errors of
-    gloo, NCCL or torch's store.
+    """Translate errors of communication, which a restart can cure, into errors of one line.
 
     Raises:
-        RestartCanHelp: in their place.
+        RestartCanHelp: in place of an error of gloo, NCCL or torch's store, when a rank is gone, the network is lost, or
+            another program uses the port.
     """
     try:
         yield
@@ -169,7 +169,8 @@ def translate_comm_errors() -> Iterator[None]:
 
 
 def _adopt_slurm_variables() -> None:
-    """Set torchrun's variables from srun's. SLURM_STEP_NUM_TASKS exists in job steps only, not in a batch shell."""
+    """Set torchrun's environment variables from srun's, in a job step. A batch shell is not one: it has no
+    SLURM_STEP_NUM_TASKS."""
     if "RANK" in os.environ or "SLURM_STEP_NUM_TASKS" not in os.environ or "SLURM_PROCID" not in os.environ:
         return
     nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]
@@ -181,7 +182,10 @@ def _adopt_slurm_variables() -> None:
 
 
 def _port_of_job() -> int:
-    """A port from the job's id: the same on every rank, another one for other jobs, steps and restarts (job.sh alike)."""
+    """Return a port that all ranks of a job step derive alike, and other jobs, steps and restarts differently.
+
+    slurm/job.sh computes the same.
+    """
     job, step, restart = (
         int(text) if text.isdecimal() else 0
         for text in (os.environ.get(f"SLURM_{name}", "") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
@@ -190,13 +194,14 @@ def _port_of_job() -> int:
 
 
 def _first_host(nodes: str) -> str:
+    """Return the first host of a Slurm node list such as `node[1-4]`. Raise UserError if `scontrol` fails."""
     try:
         listed = subprocess.run(
             ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=60, check=True
         )
     except (OSError, subprocess.SubprocessError) as error:
         raise UserError(
-            f"srun's node list {nodes!r} could not be expanded by scontrol ({error}); set MASTER_ADDR"
+            f"scontrol could not expand srun's node list {nodes!r} ({error}); set MASTER_ADDR to the first node's name"
         ) from None
     return listed.stdout.split()[0]
 
