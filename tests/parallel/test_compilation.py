@@ -28,5 +28,5 @@ def test_compiled_blocks_train_as_eager_ones(tmp_path: Path) -> None:
 
 def test_zero_3_is_refused_with_the_reason(tmp_path: Path) -> None:
     config = tiny.config(tmp_path / "run", tmp_path, train__compile=True, train__ds_config="zero3")
-    with pytest.raises(UserError, match=r"train\.compile: not at ZeRO 3"):
+    with pytest.raises(UserError, match=r"train\.compile: not possible at ZeRO 3"):
         ds_config.fill(config, 1)

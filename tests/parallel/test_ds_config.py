@@ -75,7 +75,7 @@ def test_a_batch_that_does_not_divide_over_the_ranks(tmp_path: Path) -> None:
         ({"zero_optimization": 3}, r"zero_optimization: must be an object, got 3"),
         ({"bf16": True}, r"bf16: must be an object, got true"),
         ({"bfloat16": {"enabled": True}}, r'bfloat16: owned by train\.precision; the section is named "bf16"'),
-        ({"sparse_gradients": True}, r"sparse_gradients: DeepSpeed has removed it"),
+        ({"sparse_gradients": True}, r"sparse_gradients: this DeepSpeed has removed it"),
     ],
 )
 def test_keys_that_deepspeed_does_not_know(tmp_path: Path, content: dict[str, object], words: str) -> None:
@@ -92,7 +92,7 @@ def test_only_a_whole_number_is_a_stage(tmp_path: Path, stage: object):
 def test_a_key_that_stands_twice(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text('{"zero_optimization": {"stage": 1, "stage": 3}}')
-    with pytest.raises(UserError, match=r"ds\.json: 'stage' stands twice in one object"):
+    with pytest.raises(UserError, match=r"ds\.json: 'stage' appears twice in one object"):
         filled(tmp_path, train__ds_config=str(path))
 
 
