@@ -66,7 +66,7 @@ def start(hang_minutes: float | None = None) -> World:
         UserError: the environment has only some of the launcher's variables.
         RestartCanHelp: MASTER_PORT is in use, or another rank did not join in time.
     """
-    _adopt_slurm_variables()
+    adopt_slurm_variables()
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if size > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
@@ -168,7 +168,7 @@ def translate_comm_errors() -> Iterator[None]:
         raise
 
 
-def _adopt_slurm_variables() -> None:
+def adopt_slurm_variables() -> None:
     """Set torchrun's environment variables from srun's, in a job step. A batch shell is not one: it has no
     SLURM_STEP_NUM_TASKS."""
     if "RANK" in os.environ or "SLURM_STEP_NUM_TASKS" not in os.environ or "SLURM_PROCID" not in os.environ:
@@ -177,11 +177,11 @@ def _adopt_slurm_variables() -> None:
     os.environ["RANK"] = os.environ["SLURM_PROCID"]
     os.environ["WORLD_SIZE"] = os.environ["SLURM_STEP_NUM_TASKS"]
     os.environ["LOCAL_RANK"] = os.environ.get("SLURM_LOCALID", "0")
-    os.environ.setdefault("MASTER_ADDR", _first_host(nodes))
-    os.environ.setdefault("MASTER_PORT", str(_port_of_job()))
+    os.environ.setdefault("MASTER_ADDR", first_host(nodes))
+    os.environ.setdefault("MASTER_PORT", str(port_of_job()))
 
 
-def _port_of_job() -> int:
+def port_of_job() -> int:
     """Return a port that all ranks of a job step derive alike, and other jobs, steps and restarts differently.
 
     slurm/job.sh computes the same.
@@ -193,7 +193,7 @@ def _port_of_job() -> int:
     return FIRST_PORT + (job + 101 * step + 1009 * restart) % PORTS
 
 
-def _first_host(nodes: str) -> str:
+def first_host(nodes: str) -> str:
     """Return the first host of a Slurm node list such as `node[1-4]`. Raise UserError if `scontrol` fails."""
     try:
         listed = subprocess.run(

@@ -20,13 +20,15 @@ attributes that are used here, that no other file uses one, and that no other fi
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from esvit_scale.parallel import collectives, ds_config
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Layout(ABC):
         self.partitions = self._find_partitions()
 
     @staticmethod
-    def build_module(build: Callable[[], nn.Module], ds: dict[str, Any]) -> nn.Module:
+    def build_module(build: Callable[[], M], ds: dict[str, Any]) -> M:
         """Return the module that `build` makes, with parameters as `deepspeed.initialize` wants them at this stage."""
         return build()
 
@@ -232,7 +234,7 @@ class PartitionedLayout(Layout):
     """ZeRO 3: a rank owns an equal part of every parameter, and a layer's parameters are whole only while it runs."""
 
     @staticmethod
-    def build_module(build: Callable[[], nn.Module], ds: dict[str, Any]) -> nn.Module:
+    def build_module(build: Callable[[], M], ds: dict[str, Any]) -> M:
         """Return a module whose parameters were partitioned one by one while it was built, never whole together."""
         import deepspeed
 

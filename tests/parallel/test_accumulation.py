@@ -1,4 +1,4 @@
-"""Micro-batches add up in fp32, whatever the precision of a gradient: the optimizer sees the sum and nothing is lost."""
+"""Gradients of micro-batches are summed in fp32 whatever the precision of training, so that none is rounded away."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,14 +15,16 @@ MICRO_BATCHES = 8
 
 @pytest.mark.parametrize("ds_config", ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"])
 def test_micro_batches_add_up_in_fp32(tmp_path: Path, ds_config: str) -> None:
-    """The bf16 gradients of eight micro-batches, made to be 256 once and then 1 seven times: added in bf16 they stay at
-    256. (DeepSpeed divides by the number of micro-batches in the loss, before the gradients that are replaced here.)"""
+    """Hooks replace the bf16 gradients of eight micro-batches by one 256 and seven 1, whose sum in bf16 would stay 256.
+
+    (DeepSpeed divides the loss, not these gradients, by the number of micro-batches.)
+    """
     trainer = trainer_of(
         tmp_path, train__ds_config=ds_config, train__precision="bf16", train__grad_accum=MICRO_BATCHES, optim__clip=None
     )
     seen: dict[str, Tensor] = {}
 
-    def made_up() -> Callable[[Tensor], Tensor]:
+    def gradient_hook() -> Callable[[Tensor], Tensor]:
         values = iter([256.0] + [1.0] * (MICRO_BATCHES - 1))
         return lambda grad: torch.full_like(grad, next(values))
 
@@ -32,7 +34,7 @@ def test_micro_batches_add_up_in_fp32(tmp_path: Path, ds_config: str) -> None:
 
     try:
         for p in trainer.engines.student.module.parameters():
-            p.register_hook(made_up())
+            p.register_hook(gradient_hook())
         trainer.engines.optimizer.register_step_pre_hook(observe)
         assert one_step(trainer, 4).applied
         assert seen.keys() == {p.name for p in trainer.engines.partitions}

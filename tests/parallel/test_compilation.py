@@ -1,4 +1,4 @@
-"""Compiled blocks give the losses of eager ones."""
+"""Tests of torch.compile on the trunk's blocks (`train.compile`)."""
 
 import shutil
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests import tiny
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
-def test_compiled_blocks_train_as_eager_ones(tmp_path: Path) -> None:
+def test_compiled_blocks_have_the_losses_of_eager_ones(tmp_path: Path) -> None:
     shards, few = tiny.shards(tmp_path / "shards"), {"train__steps": 5, "model__depths": [1, 2], "model__heads": [1, 2]}
     for name, compiled in (("eager", False), ("compiled", True)):
         assert pretraining.pretrain(tiny.config(tmp_path / name, shards, train__compile=compiled, **few)) == 0
@@ -26,7 +26,7 @@ def test_compiled_blocks_train_as_eager_ones(tmp_path: Path) -> None:
         assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
 
 
-def test_zero_3_is_refused_with_the_reason(tmp_path: Path) -> None:
+def test_compile_at_zero_3_is_refused(tmp_path: Path) -> None:
     config = tiny.config(tmp_path / "run", tmp_path, train__compile=True, train__ds_config="zero3")
     with pytest.raises(UserError, match=r"train\.compile: not possible at ZeRO 3"):
         ds_config.fill(config, 1)

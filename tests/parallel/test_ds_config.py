@@ -8,32 +8,32 @@ from esvit_scale.parallel import ds_config, ds_keys
 from tests import tiny
 
 
-def filled(tmp_path: Path, content: dict[str, object] | None = None, world_size: int = 1, **overrides: object) -> dict:
+def fill(tmp_path: Path, content: dict[str, object] | None = None, world_size: int = 1, **overrides: object) -> dict:
     if content is not None:
         (tmp_path / "ds.json").write_text(json.dumps(content))
         overrides["train__ds_config"] = str(tmp_path / "ds.json")
     return ds_config.fill(tiny.config(tmp_path / "run", tmp_path, **overrides), world_size)
 
 
-def test_the_run_config_fills_the_holes(tmp_path: Path) -> None:
-    values = filled(tmp_path, train__ds_config="zero3", train__grad_accum=2, world_size=2)
+def test_fill_writes_numbers_of_the_run_config(tmp_path: Path) -> None:
+    values = fill(tmp_path, train__ds_config="zero3", train__grad_accum=2, world_size=2)
     assert values["train_batch_size"] == 8
     assert values["train_micro_batch_size_per_gpu"] == 2
     assert values["gradient_accumulation_steps"] == 2
     assert values["bf16"]["enabled"] is False
-    assert values["gradient_clipping"] == 0.0  # per tensor: our own hook does it
+    assert values["gradient_clipping"] == 0.0  # parallel/gradients.py clips per tensor
     assert values["zero_optimization"]["stage3_param_persistence_threshold"] == 0
 
 
-def test_the_global_clip_is_deepspeeds(tmp_path: Path) -> None:
-    assert filled(tmp_path, train__ds_config="zero1", optim__clip_by="global")["gradient_clipping"] == 0.3
-    assert filled(tmp_path, train__ds_config="zero0", optim__clip_by="global")["gradient_clipping"] == 0.0
+def test_deepspeed_clips_by_the_global_norm_at_stages_above_0(tmp_path: Path) -> None:
+    assert fill(tmp_path, train__ds_config="zero1", optim__clip_by="global")["gradient_clipping"] == 0.3
+    assert fill(tmp_path, train__ds_config="zero0", optim__clip_by="global")["gradient_clipping"] == 0.0
 
 
-def test_every_mismatch_is_in_one_error(tmp_path: Path) -> None:
+def test_one_error_lists_every_mismatch(tmp_path: Path) -> None:
     content = {"train_batch_size": 16, "gradient_accumulation_steps": 4, "zero_optimization": {"stag": 1}}
     with pytest.raises(UserError) as error:
-        filled(tmp_path, content)
+        fill(tmp_path, content)
     unknown, *lines = str(error.value).splitlines()
     assert "did you mean 'stage'" in unknown
     assert len(lines) == 2
@@ -44,21 +44,21 @@ def test_every_mismatch_is_in_one_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("section", "words"), [("optimizer", "optim section"), ("amp", "use bf16"), ("scheduler", "optim section")]
 )
-def test_sections_with_another_owner_are_refused(tmp_path: Path, section: str, words: str) -> None:
+def test_sections_owned_by_the_run_config_are_refused(tmp_path: Path, section: str, words: str) -> None:
     with pytest.raises(UserError, match=rf"{section}: owned by .*{words}"):
-        filled(tmp_path, {section: {}, "zero_optimization": {"stage": 1}})
+        fill(tmp_path, {section: {}, "zero_optimization": {"stage": 1}})
 
 
-def test_zero_0_in_bf16_is_refused_with_the_reason(tmp_path: Path) -> None:
+def test_zero_0_in_bf16_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"ZeRO stage 0 is offered in fp32 and autocast only.*one step at start-up.*zero1"
     ):
-        filled(tmp_path, train__ds_config="zero0", train__precision="bf16")
+        fill(tmp_path, train__ds_config="zero0", train__precision="bf16")
 
 
-def test_a_batch_that_does_not_divide_over_the_ranks(tmp_path: Path) -> None:
+def test_batch_that_does_not_divide_over_the_ranks_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"8 does not divide over 3 ranks × train.grad_accum=1; nearest: 9"):
-        filled(tmp_path, world_size=3)
+        fill(tmp_path, world_size=3)
 
 
 @pytest.mark.parametrize(
@@ -78,25 +78,25 @@ def test_a_batch_that_does_not_divide_over_the_ranks(tmp_path: Path) -> None:
         ({"sparse_gradients": True}, r"sparse_gradients: this DeepSpeed has removed it"),
     ],
 )
-def test_keys_that_deepspeed_does_not_know(tmp_path: Path, content: dict[str, object], words: str) -> None:
+def test_unknown_keys_and_wrong_types_are_refused(tmp_path: Path, content: dict[str, object], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        filled(tmp_path, content)
+        fill(tmp_path, content)
 
 
 @pytest.mark.parametrize("stage", [None, "auto", "2", True, 2.0, -1])
-def test_only_a_whole_number_is_a_stage(tmp_path: Path, stage: object):
+def test_stage_that_is_no_integer_is_refused(tmp_path: Path, stage: object):
     with pytest.raises(UserError, match=r"zero_optimization\.stage: "):
-        filled(tmp_path, {"zero_optimization": {"stage": stage}})
+        fill(tmp_path, {"zero_optimization": {"stage": stage}})
 
 
-def test_a_key_that_stands_twice(tmp_path: Path) -> None:
+def test_duplicate_key_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
     path.write_text('{"zero_optimization": {"stage": 1, "stage": 3}}')
     with pytest.raises(UserError, match=r"ds\.json: 'stage' appears twice in one object"):
-        filled(tmp_path, train__ds_config=str(path))
+        fill(tmp_path, train__ds_config=str(path))
 
 
-def test_every_key_that_deepspeed_asks_for_is_known() -> None:
+def test_every_key_that_deepspeed_reads_is_known() -> None:
     asked: set[str] = set()
 
     class Asked(dict):  # type: ignore[type-arg]
@@ -118,8 +118,8 @@ def test_every_key_that_deepspeed_asks_for_is_known() -> None:
     assert asked - ds_keys.TOP_LEVEL - ds_keys.REMOVED == set()
 
 
-def test_a_documented_config_is_accepted(tmp_path: Path) -> None:
-    """Buckets as the Hugging Face examples have them, DeepSpeed's own older names, monitors."""
+def test_documented_config_is_accepted(tmp_path: Path) -> None:
+    """It has buckets as in the Hugging Face examples, DeepSpeed's older names, and monitors."""
     zero = {"stage": 3, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": 5e7, "overlap_comm": True}
     offload = {"device": "cpu", "pin_memory": True, "buffer_count": 4}
     content = {
@@ -132,29 +132,29 @@ def test_a_documented_config_is_accepted(tmp_path: Path) -> None:
         "steps_per_print": 100,
         "wall_clock_breakdown": False,
     }
-    values = filled(tmp_path, content)
+    values = fill(tmp_path, content)
     assert values["zero_optimization"]["offload_optimizer"] == offload
-    assert filled(tmp_path, {"zero_optimization": {"stage": 2, "cpu_offload": True}})
+    assert fill(tmp_path, {"zero_optimization": {"stage": 2, "cpu_offload": True}})
 
 
-def test_switches_of_deepspeeds_checks_are_not_the_files(tmp_path: Path) -> None:
+def test_file_cannot_switch_deepspeeds_checks_off(tmp_path: Path) -> None:
     zero = {"stage": 1, "compute_grad_norm": False}
     content = {"bf16": {"check_grad_overflow": False}, "zero_optimization": zero, "gradient_allreduce_op": "sum"}
     with pytest.raises(UserError) as error:
-        filled(tmp_path, content, train__precision="bf16")
+        fill(tmp_path, content, train__precision="bf16")
     keys = ("bf16.check_grad_overflow: false", "zero_optimization.compute_grad_norm: false", "gradient_allreduce_op")
     assert all(key in line for key, line in zip(keys, str(error.value).splitlines(), strict=True))
     assert "must be true" in str(error.value)
-    values = filled(tmp_path, train__precision="bf16")
+    values = fill(tmp_path, train__precision="bf16")
     assert (values["bf16"]["check_grad_overflow"], values["zero_optimization"]["compute_grad_norm"]) == (True, True)
 
 
-def test_autocast_is_bf16_and_averages_in_fp32(tmp_path: Path) -> None:
-    values = filled(tmp_path, train__precision="autocast")
+def test_autocast_uses_bf16_and_averages_in_fp32(tmp_path: Path) -> None:
+    values = fill(tmp_path, train__precision="autocast")
     assert values["torch_autocast"] == {"enabled": True, "dtype": "bf16", "lower_precision_safe_modules": []}
     section = {"dtype": "torch.float16", "lower_precision_safe_modules": ["torch.nn.Linear"]}
     with pytest.raises(UserError, match=r'dtype: "torch.float16", but the run config says "bf16"'):
-        filled(tmp_path, {"torch_autocast": section}, train__precision="autocast")
+        fill(tmp_path, {"torch_autocast": section}, train__precision="autocast")
 
 
 @pytest.mark.parametrize(
@@ -169,22 +169,22 @@ def test_autocast_is_bf16_and_averages_in_fp32(tmp_path: Path) -> None:
         (0, "autocast", 2, 0, "fp32"),
     ],
 )
-def test_gradients_are_added_up_in_fp32(
+def test_micro_batches_are_summed_in_fp32(
     tmp_path: Path, stage: int, precision: str, accum: int, runs: int, dtype: str
 ) -> None:
-    values = filled(tmp_path, train__ds_config=f"zero{stage}", train__precision=precision, train__grad_accum=accum)
+    values = fill(tmp_path, train__ds_config=f"zero{stage}", train__precision=precision, train__grad_accum=accum)
     assert (ds_config.zero_stage(values), values["data_types"]["grad_accum_dtype"]) == (runs, dtype)
 
 
-def test_a_file_may_ask_for_fp32_gradients(tmp_path: Path) -> None:
+def test_file_can_choose_fp32_gradients(tmp_path: Path) -> None:
     content = {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "float32"}}
-    assert ds_config.zero_stage(filled(tmp_path, content, train__precision="bf16")) == 2
+    assert ds_config.zero_stage(fill(tmp_path, content, train__precision="bf16")) == 2
     content["data_types"] = {"grad_accum_dtype": "bf16"}
     with pytest.raises(UserError, match='grad_accum_dtype: "bf16", but the run config says "fp32"'):
-        filled(tmp_path, content, train__precision="bf16", train__grad_accum=2)
+        fill(tmp_path, content, train__precision="bf16", train__grad_accum=2)
 
 
-def test_json_that_is_none(tmp_path: Path) -> None:
+def test_invalid_json_is_refused(tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
-        filled(tmp_path, train__ds_config=str(tmp_path / "ds.json"))
+        fill(tmp_path, train__ds_config=str(tmp_path / "ds.json"))

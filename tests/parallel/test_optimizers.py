@@ -1,4 +1,4 @@
-"""LAMB and LARS on flat partitions against their definition per parameter, in float64."""
+"""LAMB and LARS on flat tensors, against their definition for one parameter, in float64."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def one_rank(measured: Tensor) -> Tensor:
 def slow(
     name: str, values: dict[str, list[Tensor]], gradients: list[dict[str, list[Tensor]]]
 ) -> dict[str, list[Tensor]]:
-    """The published update, one parameter at a time."""
+    """Return the parameters after the published updates, computed one parameter at a time."""
     result: dict[str, list[Tensor]] = {group: [] for group in values}
     for group, tensors in values.items():
         decay = DECAY if group == "decay" else 0.0
@@ -44,7 +44,7 @@ def slow(
 
 
 @pytest.mark.parametrize("name", ["lamb", "lars"])
-def test_layer_wise_updates_are_those_of_each_parameter(name: str) -> None:
+def test_layer_wise_updates_equal_the_published_ones(name: str) -> None:
     random = lambda: {g: [torch.randn(s, dtype=torch.float64) for s in shapes] for g, shapes in SHAPES.items()}  # noqa: E731
     values, gradients = random(), [random() for _ in range(STEPS)]
     flats, partitions = {}, []
@@ -73,7 +73,7 @@ def test_layer_wise_updates_are_those_of_each_parameter(name: str) -> None:
         torch.testing.assert_close(partition.master, right, rtol=1e-6, atol=1e-6)
 
 
-def test_a_group_without_gradients_is_left_alone() -> None:
+def test_group_without_gradients_stays_unchanged() -> None:
     flat, other = (torch.ones(3, requires_grad=True) for _ in range(2))
     groups = [{"name": "decay", "params": [flat]}, {"name": "last_layer", "params": [other]}]
     optimizer = optimizers.build(Optim(name="lamb"), groups, flat=True)
@@ -90,7 +90,7 @@ def test_a_group_without_gradients_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize(("name", "instead"), [("apex_adam", "adamw"), ("apex_lamb", "lamb")])
-def test_apex_that_is_not_there(name: str, instead: str) -> None:
+def test_missing_apex_is_refused(name: str, instead: str) -> None:
     pytest.importorskip("torch")
     try:
         import apex.optimizers  # noqa: F401
@@ -101,6 +101,6 @@ def test_apex_that_is_not_there(name: str, instead: str) -> None:
         pytest.skip("apex is installed")
 
 
-def test_every_name_says_what_it_keeps() -> None:
+def test_every_optimizer_has_named_moments() -> None:
     names = configs.Optim.model_fields["name"].annotation.__args__  # type: ignore[union-attr]
     assert set(names) == set(optimizers.MOMENTS)

@@ -1,4 +1,4 @@
-"""Activation checkpointing together with what changes the precision of a forward, and with frozen parameters."""
+"""Activation checkpointing together with autocast, and with frozen parameters at ZeRO 3."""
 
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ def losses(tmp_path: Path, steps: int = 3, **overrides: Any) -> list[float]:
 
 
 @pytest.mark.parametrize("ds_config", ["zero1", pytest.param("zero3", marks=pytest.mark.slow)])
-def test_autocast_is_entered_again(tmp_path: Path, ds_config: str) -> None:
-    """Every implementation recomputes what the forward computed: the same losses as without, to the bit."""
+def test_recomputation_in_autocast_has_the_same_losses(tmp_path: Path, ds_config: str) -> None:
+    """Every implementation recomputes what the forward computed: losses equal those without, bit for bit."""
     of = lambda implementation: losses(  # noqa: E731
         tmp_path,
         train__ds_config=ds_config,
@@ -32,7 +32,7 @@ def test_autocast_is_entered_again(tmp_path: Path, ds_config: str) -> None:
         assert of(implementation) == plain, implementation
 
 
-def test_the_students_autocast_is_bf16(tmp_path: Path) -> None:
+def test_student_and_teacher_autocast_to_bf16(tmp_path: Path) -> None:
     trainer, seen = trainer_of(tmp_path, train__precision="autocast"), set()
     try:
         look = lambda *_: seen.add((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))  # noqa: E731
@@ -54,8 +54,8 @@ def test_the_students_autocast_is_bf16(tmp_path: Path) -> None:
         *(pytest.param(implementation, marks=pytest.mark.slow) for implementation in ("none", "fairscale")),
     ],
 )
-def test_nothing_stays_gathered_of_a_frozen_patch_embedding(tmp_path: Path, implementation: str) -> None:
-    """After a step every parameter of student and teacher is its partition again, frozen ones too."""
+def test_frozen_parameters_are_partitioned_again_after_a_step(tmp_path: Path, implementation: str) -> None:
+    """After a step, a rank keeps only its part of every parameter of student and teacher, also of the frozen ones."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     trainer = trainer_of(

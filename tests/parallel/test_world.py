@@ -22,12 +22,12 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def test_srun_is_recognised(clean: pytest.MonkeyPatch) -> None:
+def test_sruns_variables_become_torchruns(clean: pytest.MonkeyPatch) -> None:
     slurm = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "8", "SLURM_JOB_ID": "123456"}
     for name, value in {**slurm, "SLURM_STEP_NODELIST": "node[1-2]"}.items():
         clean.setenv(name, value)
-    clean.setattr(worlds, "_first_host", lambda nodes: f"first of {nodes}")
-    worlds._adopt_slurm_variables()
+    clean.setattr(worlds, "first_host", lambda nodes: f"first of {nodes}")
+    worlds.adopt_slurm_variables()
     import os
 
     assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"]) == ("5", "8", "1")
@@ -37,21 +37,21 @@ def test_srun_is_recognised(clean: pytest.MonkeyPatch) -> None:
         os.environ.pop(name)
 
 
-def test_ports_of_jobs_stay_below_those_of_outgoing_connections(clean: pytest.MonkeyPatch) -> None:
+def test_ports_of_jobs_are_below_those_of_outgoing_connections(clean: pytest.MonkeyPatch) -> None:
     """Linux' own ports begin at 32768. A requeued job takes another port: the first may still be in use."""
     for variable in ("SLURM_STEP_ID", "SLURM_RESTART_COUNT"):
         clean.delenv(variable, raising=False)
     ports = set()
     for job in range(0, 40_000, 37):
         clean.setenv("SLURM_JOB_ID", str(job))
-        ports.add(worlds._port_of_job())
+        ports.add(worlds.port_of_job())
     assert (min(ports) >= 20000, max(ports) < 32768, len(ports) > 1000) == (True, True, True)
-    first = worlds._port_of_job()
+    first = worlds.port_of_job()
     clean.setenv("SLURM_RESTART_COUNT", "1")
-    assert worlds._port_of_job() != first
+    assert worlds.port_of_job() != first
 
 
-def test_a_port_in_use_is_one_line_and_75(tmp_path: Path) -> None:
+def test_port_in_use_prints_one_line_and_exits_75(tmp_path: Path) -> None:
     path = tiny.write_config(tmp_path / "c.yaml", tiny.config(tmp_path / "run", tiny.shards(tmp_path / "shards")))
     with socket.socket() as other:
         other.bind(("0.0.0.0", 0))
@@ -73,34 +73,34 @@ def test_a_port_in_use_is_one_line_and_75(tmp_path: Path) -> None:
     assert f"MASTER_PORT={port} on 127.0.0.1 is in use by another program" in line
 
 
-def test_a_batch_shell_is_one_process(clean: pytest.MonkeyPatch) -> None:
-    """SLURM_PROCID and SLURM_NTASKS are there in the batch shell too, where nobody else was started."""
+def test_batch_shell_is_a_single_process(clean: pytest.MonkeyPatch) -> None:
+    """A batch shell has SLURM_PROCID and SLURM_NTASKS as well, but no other process was started."""
     import os
 
     clean.setenv("SLURM_PROCID", "0")
     clean.setenv("SLURM_NTASKS", "4")
-    worlds._adopt_slurm_variables()
+    worlds.adopt_slurm_variables()
     assert "RANK" not in os.environ
 
 
-def test_half_a_launcher_is_an_error(clean: pytest.MonkeyPatch) -> None:
+def test_incomplete_launcher_variables_raise_user_error(clean: pytest.MonkeyPatch) -> None:
     clean.setenv("WORLD_SIZE", "2")
     clean.setattr(worlds.dist, "is_initialized", lambda: False)
     with pytest.raises(UserError, match="without MASTER_ADDR and MASTER_PORT"):
         worlds.start()
 
 
-def test_one_process_needs_no_launcher(clean: pytest.MonkeyPatch) -> None:
+def test_single_process_starts_without_launcher(clean: pytest.MonkeyPatch) -> None:
     me = worlds.start()
     try:
         assert (me.rank, me.size) == (0, 1)
         assert collectives.gather_objects("x") == ["x"]
         assert collectives.all_reduce_flags(5) == 5
-        with pytest.raises(UserError, match="told to all"):
-            collectives.run_on_rank0_and_broadcast(lambda: (_ for _ in ()).throw(UserError("told to all")))
+        with pytest.raises(UserError, match="for all ranks"):
+            collectives.run_on_rank0_and_broadcast(lambda: (_ for _ in ()).throw(UserError("for all ranks")))
     finally:
         worlds.stop()
-    assert worlds.start().size == 1  # again, in the same process
+    assert worlds.start().size == 1  # a second time in the same process
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_one_process_needs_no_launcher(clean: pytest.MonkeyPatch) -> None:
         RuntimeError("[../gloo/transport/tcp/pair.cc:534] Read error [10.0.0.2]:5123: Connection reset by peer"),
     ],
 )
-def test_a_lost_peer_is_a_reason_to_start_again(error: RuntimeError) -> None:
+def test_errors_of_a_lost_peer_become_restart_can_help(error: RuntimeError) -> None:
     with pytest.raises(RestartCanHelp, match="another rank is gone") as caught, worlds.translate_comm_errors():
         raise error
     assert caught.value.exit_code == 75
@@ -134,7 +134,7 @@ def test_a_lost_peer_is_a_reason_to_start_again(error: RuntimeError) -> None:
         "[::]:29500 (errno: 98 - Address already in use).",
     ],
 )
-def test_a_port_in_use_is_a_reason_to_start_again(text: str) -> None:
+def test_errors_of_a_port_in_use_become_restart_can_help(text: str) -> None:
     with (
         pytest.raises(RestartCanHelp, match="is in use by another program; start again"),
         worlds.translate_comm_errors(),
@@ -142,13 +142,13 @@ def test_a_port_in_use_is_a_reason_to_start_again(text: str) -> None:
         raise dist.DistNetworkError(text)
 
 
-def test_other_errors_stay_what_they_are() -> None:
+def test_other_errors_are_not_translated() -> None:
     with pytest.raises(RuntimeError, match="shape"), worlds.translate_comm_errors():
         raise RuntimeError("shape mismatch")
 
 
-def test_the_survivor_of_a_killed_rank_exits_with_75(tmp_path: Path) -> None:
-    """Two processes without torchrun, which would end the survivor itself."""
+def test_survivor_of_a_killed_rank_exits_75(tmp_path: Path) -> None:
+    """The two processes run without torchrun, which would kill the survivor."""
     config = tiny.config(tmp_path / "run", tiny.shards(tmp_path / "shards"), train__steps=5000, train__log_every=1)
     path = tiny.write_config(tmp_path / "c.yaml", config)
     ranks = launcher.start_ranks(2, *launcher.CLI, "pretrain", path)
