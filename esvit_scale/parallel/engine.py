@@ -1,10 +1,10 @@
-"""Student and teacher made ready to train: built, wrapped, initialised, in this order and for these reasons.
+"""Construction of student, teacher and optimizer, in the only order that works:
 
-1. Activation checkpointing is chosen on the plain trunk: wrappers must be inside what ZeRO partitions.
-2. ZeRO wraps next (`deepspeed.initialize`), and with it the training precision: bf16 working copies, fp32 masters.
-3. Values are written last, per parameter by name: initialisers that run while ZeRO-3 builds a module are silently
-   lost, and a value that depends on (name, shape, seed) alone is the same at every stage, world size and precision.
-4. The teacher copies the student: it must start equal.
+1. Activation checkpointing is set up on the plain trunk, because its wrappers must be inside what ZeRO partitions.
+2. DeepSpeed wraps the student (`deepspeed.initialize`): ZeRO, and the training precision with fp32 masters.
+3. Initial values are written, parameter by parameter. Initialisers that ran while ZeRO 3 builds a module would be lost
+   silently, and values that depend on (name, shape, seed) alone are the same at every stage, world size and precision.
+4. The teacher is made as a copy of the student, because both must start equal.
 """
 
 from typing import Any, NamedTuple
@@ -90,7 +90,7 @@ def build(config: Config, world: World, given: dict[str, Tensor]) -> Engines:
 
 
 def set_lr_and_weight_decay(engines: Engines, lr: float, weight_decay: float) -> None:
-    """Learning rate of all groups, weight decay of those that decay, for the next step."""
+    """Set the learning rate of all parameter groups, and the weight decay of those that decay, for the next step."""
     for group in engines.student.optimizer.param_groups:
         group["lr"] = lr
         group["weight_decay"] = 0.0 if group["name"] == "no_decay" else weight_decay
@@ -118,7 +118,7 @@ def loss_scale_can_fall(engines: Engines) -> bool:
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:
-    """What the teacher's forward runs in; the student's engine does it by itself."""
+    """Return the autocast context for the teacher's forward; DeepSpeed enters the student's by itself."""
     return torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "autocast")
 
 
