@@ -12,7 +12,7 @@ The journey, one line a station. B images, V crops, T tokens, C width, K prototy
     → student/teacher    parallel/engine.py, parallel/ema.py        one forward of each; the teacher sees the 2 globals
     → loss               objective/registry.py, objective/esvit.py, …  view and region cross-entropies, or another objective's
                          objective/prototypes.py                    no [T, K] is ever stored
-    → sharded step       train/trainer.py, parallel/engine.py       one optimizer update of the partitions, then EMA, then centre
+    → sharded step       train/trainer.py, parallel/zero.py         one optimizer update of the partitions, then EMA, then centre
     → checkpoint         checkpoint/saver.py, checkpoint/state.py   student, teacher, optimizer, centres, cursor: step-00000100/
                          checkpoint/convert.py, checkpoint/export.py  official EsViT, safetensors, timm, Hugging Face, ONNX
     → evaluation         evaluate/features.py, evaluate/feature_cache.py    images → features [N, C], once
