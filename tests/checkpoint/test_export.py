@@ -242,7 +242,7 @@ def test_missing_onnx_says_what_to_install(
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     out = tmp_path / "onnx"
     assert cli.main(["convert", str(step), str(out), "--from", "esvit-scale", "--to", "onnx"]) == 2
-    assert "onnxscript is not installed; pip install 'esvit-scale[export]'" in capsys.readouterr().err
+    assert "onnxscript is not installed; install it with pip install 'esvit-scale[export]'" in capsys.readouterr().err
     assert not out.exists()
 
 
