@@ -84,16 +84,16 @@ def extract(
     Raises:
         UserError: `source` is missing, empty, or holds no readable image; a feature is beyond fp16's range.
     """
-    place = torch.device(device) if device else default_device()
+    chosen = torch.device(device) if device else default_device()
     encoder = {"view": _view, "blocks": last_blocks}[kind]
 
     def encode(images: Tensor) -> Tensor:
-        with torch.autocast(place.type, torch.bfloat16, enabled=precision == "bf16"):
-            return encoder(trunk, images.to(place, non_blocking=True)).float()
+        with torch.autocast(chosen.type, torch.bfloat16, enabled=precision == "bf16"):
+            return encoder(trunk, images.to(chosen, non_blocking=True)).float()
 
     def compute() -> Iterator[FeatureBatch]:
         was_training = trunk.training
-        trunk.to(place).eval()  # batch norm must use its running statistics
+        trunk.to(chosen).eval()  # batch norm must use its running statistics
         try:
             yield from _feature_batches(encode, source, size, batch, workers, stored, pixels)
         finally:

@@ -226,8 +226,8 @@ def _augmented_batches(data: ProbeData, rows: Tensor, settings: ProbeSettings, e
     teacher, source, options = data.images
     numbers = data.numbers
     assert numbers is not None
-    place = default_device()
-    trunk = teacher.trunk.to(place).eval()
+    device = default_device()
+    trunk = teacher.trunk.to(device).eval()
     label_of = torch.full((int(numbers.max()) + 1,), -1)
     label_of[numbers] = data.labels
     order = list(_shuffled_batches(rows, settings, epoch))
@@ -236,8 +236,8 @@ def _augmented_batches(data: ProbeData, rows: Tensor, settings: ProbeSettings, e
         source, wanted, teacher.size, settings.seed, epoch, options.workers, teacher.pixels
     )
     for (images, good), (_, size) in zip(crops, order, strict=True):
-        with torch.no_grad(), torch.autocast(place.type, torch.bfloat16, enabled=options.precision == "bf16"):
-            features = torch.cat([last_blocks(trunk, x) for x in images.to(place).split(options.batch)])
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
+            features = torch.cat([last_blocks(trunk, x) for x in images.to(device).split(options.batch)])
         yield LabelledBatch(features.float(), label_of[good], size)
 
 

@@ -66,9 +66,9 @@ def fit(
     k, d = data.classes, len(blocks.mean)
 
     def objective(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        theta = torch.from_numpy(flat).to(blocks.place, torch.float32)
+        theta = torch.from_numpy(flat).to(blocks.device, torch.float32)
         weight, bias = theta[: k * d].view(k, d), theta[k * d :]
-        total = torch.zeros(1 + len(theta), dtype=torch.float64, device=blocks.place)  # loss, gradient
+        total = torch.zeros(1 + len(theta), dtype=torch.float64, device=blocks.device)  # loss, gradient
         for x, targets in blocks:
             loss, grad = _loss_and_gradient(F.linear(x, weight, bias), targets)
             total[0] += loss
@@ -141,10 +141,10 @@ class _StandardizedBlocks:
 
     CACHED_BYTES = 2 << 30  # bytes
 
-    def __init__(self, data: LabelledFeatures, start: LogisticModel | None, place: torch.device) -> None:
+    def __init__(self, data: LabelledFeatures, start: LogisticModel | None, device: torch.device) -> None:
         rank, world, n = collectives.rank(), collectives.world_size(), len(data.rows)
         mine = share(n, rank, world)
-        self.place = place
+        self.device = device
         self._features = data.features
         self._parts = list(
             zip(data.rows[mine].split(ROWS_AT_ONCE), data.targets[mine].split(ROWS_AT_ONCE), strict=True)
@@ -152,7 +152,7 @@ class _StandardizedBlocks:
         if start is None:
             self.mean, self.scale = self._moments(data.features.shape[1], n)
         else:
-            self.mean, self.scale = start.mean.to(place), start.scale.to(place)
+            self.mean, self.scale = start.mean.to(device), start.scale.to(device)
         few = 4 * (mine.stop - mine.start) * len(self.mean) <= self.CACHED_BYTES
         self._cached = list(self._make_blocks()) if few else None
 
@@ -161,14 +161,14 @@ class _StandardizedBlocks:
 
     def _make_blocks(self) -> Iterator[tuple[Tensor, Tensor]]:
         for rows, targets in self._parts:
-            yield (self._raw(rows) - self.mean) / self.scale, targets.to(self.place)
+            yield (self._raw(rows) - self.mean) / self.scale, targets.to(self.device)
 
     def _raw(self, rows: Tensor) -> Tensor:
-        return self._features[rows].to(self.place).float()  # [n, D]
+        return self._features[rows].to(self.device).float()  # [n, D]
 
     def _moments(self, d: int, n: int) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation over all ranks' rows; the deviation of a constant feature is set to 1."""
-        sums = torch.zeros(d, dtype=torch.float64, device=self.place)
+        sums = torch.zeros(d, dtype=torch.float64, device=self.device)
         for rows, _ in self._parts:
             sums += self._raw(rows).double().sum(0)
         mean = collectives.all_reduce_sum_(sums) / n

@@ -67,22 +67,22 @@ def _classes_of(source: Path, what: str) -> list[str]:
 
 def _warn_of_shared(train: Path, test: Path) -> None:
     """Compare the bytes of COMPARED test images with those of every training image of the same size."""
-    theirs, ours = items_of(test, notes=False), items_of(train, notes=False)
-    step = max(1, len(theirs) // COMPARED)
-    looked_at = range(0, len(theirs), step)[:COMPARED]
+    test_items, train_items = items_of(test, notes=False), items_of(train, notes=False)
+    step = max(1, len(test_items) // COMPARED)
+    compared = range(0, len(test_items), step)[:COMPARED]
     by_size = defaultdict(list)
-    wanted = {size: number for number in looked_at if (size := theirs.size(number)) is not None}
-    for number in range(len(ours)):
-        if (size := ours.size(number)) in wanted:
+    sizes = {size: number for number in compared if (size := test_items.size(number)) is not None}
+    for number in range(len(train_items)):
+        if (size := train_items.size(number)) in sizes:
             by_size[size].append(number)
-    digests = {_digest(ours, number) for numbers in by_size.values() for number in numbers} - {None}
-    shared = [n for n in looked_at if theirs.size(n) in by_size and _digest(theirs, n) in digests]
+    digests = {_digest(train_items, number) for numbers in by_size.values() for number in numbers} - {None}
+    shared = [n for n in compared if test_items.size(n) in by_size and _digest(test_items, n) in digests]
     if shared:
-        of = f"all {len(theirs)}" if step == 1 else f"{len(looked_at)} compared of {len(theirs)}"
+        of = f"all {len(test_items)}" if step == 1 else f"{len(compared)} compared of {len(test_items)}"
         log.warning(
             "%s: %d images (%s test images) have the same bytes as one of %s, for example %s, so the result partly "
             "measures memory",
-            *(test, len(shared), of, train, theirs.name(shared[0])),
+            *(test, len(shared), of, train, test_items.name(shared[0])),
         )
 
 

@@ -204,23 +204,23 @@ def _cached_or_evaluated(
     """Return the result in `out`/datasets if it is of the same trunk, data and settings; else evaluate and write it there."""
     path = out / "datasets" / f"{dataset.name}.json"
 
-    def ask() -> tuple[Json, Json | None]:
+    def look_up() -> tuple[Json, Json | None]:
         sources = {str(s): source_digest(s) for s in (dataset.train, dataset.val, dataset.test) if s is not None}
         labels = dataset.labels.read_bytes() if dataset.labels and dataset.labels.is_file() else b""
-        of: Json = {"trunk": digest, "size": teacher.size, "precision": options.precision, "data": sources}
-        of |= {"metric": dataset.metric, "labels": hashlib.sha256(labels).hexdigest()}
+        identity: Json = {"trunk": digest, "size": teacher.size, "precision": options.precision, "data": sources}
+        identity |= {"metric": dataset.metric, "labels": hashlib.sha256(labels).hexdigest()}
         try:
-            kept = json.loads(path.read_text())
+            cached = json.loads(path.read_text())
         except (OSError, ValueError):
-            return of, None
-        return of, kept["result"] if kept.get("of") == of else None
+            return identity, None
+        return identity, cached["result"] if cached.get("of") == identity else None
 
-    of, kept = collectives.run_on_rank0_and_broadcast(ask)
-    if kept is not None:
-        return kept
+    identity, cached = collectives.run_on_rank0_and_broadcast(look_up)
+    if cached is not None:
+        return cached
     result = evaluate(dataset, teacher, options)
     if collectives.rank() == 0:
-        write_result({"of": of, "result": result}, path)
+        write_result({"of": identity, "result": result}, path)
     return result
 
 
