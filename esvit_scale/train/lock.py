@@ -124,7 +124,7 @@ class Lock:
     def taken_over(self) -> RestartCanHelp:
         """Return the error that ends a process whose run was taken over."""
         run = self._path.parent
-        return RestartCanHelp(f"{run}: another process took this run over; this one stops without writing")
+        return RestartCanHelp(f"{run}: another process took this run over; this process stops and writes nothing more")
 
     def lost(self) -> bool:
         """Return whether another process took the run over; False on ranks other than 0.
@@ -140,7 +140,7 @@ class Lock:
         deadline = time.monotonic() + STALE_S
         while not self._create():
             if self._path.is_dir():
-                raise UserError(f"{self._path}: is a folder; move it away")
+                raise UserError(f"{self._path}: is a folder, but a run's lock is a file; move it away")
             with suppress(FileNotFoundError):
                 found = self._path.read_bytes()
                 if self._may_take_over(found):
@@ -148,7 +148,9 @@ class Lock:
                     if self._file is not None:
                         break
             if time.monotonic() > deadline:
-                raise RestartCanHelp(f"{self._path}: could not be taken within {STALE_S} s; several starts at once?")
+                raise RestartCanHelp(
+                    f"{self._path}: this run's lock could not be taken within {STALE_S} s, perhaps because several starts try at once; try again"
+                )
             time.sleep(0.05)
         self._thread.start()
 
@@ -208,7 +210,7 @@ class Lock:
                     os.close(handle)
                     return
             self._file = handle
-            log.warning("%s: taken over; its record was %s", self._path, _in_words(found))
+            log.warning("%s: took over the lock; its record was: %s", self._path, _in_words(found))
         except FileNotFoundError:
             return  # the holder removed it; the next look creates a new one
         finally:
@@ -231,7 +233,7 @@ class Lock:
             return True
         raise UserError(
             f"{self._path.parent}: in use by {holder.in_words() if holder else 'another process'}; "
-            f"stop that run, or wait until its heartbeat is {STALE_S} s old"
+            f"stop that process, or wait until its heartbeat is {STALE_S} s old"
         )
 
     def _keep_beating(self) -> None:
@@ -290,7 +292,12 @@ def _in_words(content: bytes) -> str:
 
 def _is_unchanged(path: Path, content: bytes) -> bool:
     """Watch a lock of unknown age for WATCH_S; return whether it stayed as it was, so that its holder has ended."""
-    log.warning("%s: %s; watching it for %d s", path, _in_words(content), WATCH_S)
+    log.warning(
+        "%s: the lock's age is unknown (%s); watching for %d s whether its holder lives",
+        path,
+        _in_words(content),
+        WATCH_S,
+    )
     deadline = time.monotonic() + WATCH_S
     while time.monotonic() < deadline:
         time.sleep(0.25)

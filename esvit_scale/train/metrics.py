@@ -180,7 +180,9 @@ class _Board:
         try:
             from torch.utils import tensorboard
         except ImportError:
-            log.info("TensorBoard is not installed: no tensorboard/ (pip install 'esvit-scale[tracking]')")
+            log.info(
+                "TensorBoard is not installed, so there will be no tensorboard/; pip install 'esvit-scale[tracking]' adds it"
+            )
             return
         self._make: Callable[[int], Any] = lambda step: tensorboard.SummaryWriter(str(folder), purge_step=step)
         self._open(step + 1)

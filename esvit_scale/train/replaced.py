@@ -45,6 +45,6 @@ class ReplacedShare:
         why, times = self._reasons.most_common(1)[0]
         return (
             f"data: {number} of the last {images} images ({100 * number / images:.0f} %, over {100 * MAX_SHARE:.0f} %) could "
-            f"not be used and others took their places; most often ({times}): {why}; the first: {self._example}; all are in "
-            "quarantine.jsonl. `esvit-scale shards create` writes a set without such images"
+            f"not be used and were replaced by others; most frequent reason ({times} times): {why}; the first was "
+            f"{self._example}; all are in quarantine.jsonl. `esvit-scale shards create` writes a set without such images"
         )

@@ -48,7 +48,7 @@ def read_lines(path: Path) -> Iterator[Line]:
     except FileNotFoundError:
         return
     except (IsADirectoryError, NotADirectoryError, PermissionError) as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}; move it away or set it right") from None
+        raise UserError(f"{path}: cannot be read: {error.strerror}; move it away, or make it a readable file") from None
     with file:
         while (raw := _next_line(file)) is not None:
             row, text = _parse(raw.strip(b"\0 \t\r\n"))
@@ -148,13 +148,13 @@ class RowFile:
         except OSError as error:
             if not self._is_failing:
                 log.warning(
-                    "%s: cannot be written: %s; training goes on, and its rows wait in memory",
+                    "%s: cannot be written: %s; training continues, and new rows wait in memory",
                     *(self._path, error.strerror or error),
                 )
             self._is_failing = True
             return
         if self._is_failing:
-            log.warning("%s: written again, with the %d rows that waited", self._path, len(self._waiting))
+            log.warning("%s: can be written again; the %d rows that waited are in it", self._path, len(self._waiting))
         self._is_failing = False
         self._waiting.clear()
 

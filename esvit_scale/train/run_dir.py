@@ -64,7 +64,9 @@ def open_run(config: Config) -> tuple[Path, bool]:
     elif path.is_dir() and any(not _is_ours_before_config(entry.name) for entry in path.iterdir()):
         if _matches_checkpoint(path, config, "is missing"):
             return path, False
-        raise UserError(f"{path}: exists but is no run dir (no config.yaml); set name or run_dir to a new one")
+        raise UserError(
+            f"{path}: exists but is no run dir, because it has no config.yaml; set name or run_dir to a new folder"
+        )
     (path / "requeue").unlink(missing_ok=True)
     return path, bool(read_summary(path).get("finished"))
 
@@ -88,7 +90,9 @@ def read_summary(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
-        log.warning("%s: cannot be read: %s; going on without it", path / "summary.json", " ".join(str(error).split()))
+        log.warning(
+            "%s: cannot be read: %s; continuing without it", path / "summary.json", " ".join(str(error).split())
+        )
         return {}
     return summary if isinstance(summary, dict) else {}
 
@@ -100,7 +104,7 @@ def _check_same(path: Path, config: Config) -> None:
         if _matches_checkpoint(path, config, "is damaged"):
             return
         raise UserError(
-            f"{error}; this is the run's record of its config: copy a good one back, or give this run another name= or run_dir="
+            f"{error}; a run cannot resume without its config: restore the file, or set name= or run_dir= to start a new run"
         ) from None
     if matter and all(difference.split(":")[0] in DATA_KEYS for difference in matter):
         saved = _saved_state(path)
@@ -108,7 +112,7 @@ def _check_same(path: Path, config: Config) -> None:
             return  # the same data may lie elsewhere: its identity is compared when it is open
     if matter:
         raise UserError(
-            f"{path}: holds a run of another config ({'; '.join(matter)}); give this one another name= or run_dir="
+            f"{path}: holds a run of another config ({'; '.join(matter)}); set name= or run_dir= to start a new run"
         )
 
 
@@ -116,11 +120,11 @@ def _load_whole(path: Path) -> Config:
     """Load the config.yaml of a run dir.
 
     Raises:
-        UserError: not a config, or cut short: every section is always written.
+        UserError: not a config, or incomplete: every section is always written.
     """
     missing = {"data", "model", "objective", "optim", "train"} - yaml_text.read(path).keys()
     if missing:
-        raise UserError(f"{path}: cut short, it lacks {', '.join(sorted(missing))}")
+        raise UserError(f"{path}: is incomplete, it has no section {', '.join(sorted(missing))}")
     return configs.load(path)
 
 

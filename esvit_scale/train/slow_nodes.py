@@ -63,6 +63,6 @@ class SlowNodes:
             return ""
         self._named.add(node)
         return (
-            f"{node} has been the slowest for {self._slow_for} steps, {share:.0%} above the median rank before anything is "
-            f"exchanged: every step waits for it; look at its clocks, its cores and its disk, or leave it out (sbatch --exclude={node})"
+            f"{node} has been the slowest for {self._slow_for} steps, {share:.0%} above the median rank before the first "
+            f"exchange; every step waits for it. Check its clock rates, cores and disk, or exclude it (sbatch --exclude={node})"
         )

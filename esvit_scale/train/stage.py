@@ -20,7 +20,9 @@ def on_every_node(data: TrainingData, folder: str, watchdog: Watchdog) -> Traini
         UserError: the data is not a shard set, or a node could not copy it (on all ranks; one line per such node).
     """
     if not isinstance(data, Manifest | MixedSets):
-        raise UserError("data.stage: copies shard sets (with manifest.json); leave it out for other data")
+        raise UserError(
+            "data.stage: only shard sets (folders with a manifest.json) can be copied; remove data.stage for other data"
+        )
 
     def staged(manifest: Manifest) -> Manifest:
         watchdog.grant(WAIT_S)

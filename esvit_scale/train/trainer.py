@@ -116,7 +116,7 @@ class Trainer:
             student.backward(loss)
             for name, value in {"loss": loss.detach(), **logs}.items():
                 sums[name] = sums[name] + value if name in sums else value
-            del targets, loss  # with them goes the graph, before the optimizer needs memory
+            del targets, loss  # frees the graph before the optimizer needs memory
 
             # Gradients and optimizer step, at the last micro-batch: norms → all finite? → clip → freeze → AdamW.
             applied = engine.take_step(
@@ -280,7 +280,7 @@ class Trainer:
         """
         loss = self._flags & Flag.LOSS_NOT_FINITE
         if engine.loss_scale_can_fall(self.engines) and not loss:
-            return  # an overflow in fp16: the next steps have a smaller scale
+            return  # an overflow of fp16, which the loss scaler answers with a smaller scale
         is_named = bool(mine & Flag.LOSS_NOT_FINITE) or not loss
         keys = [key for keys in collectives.gather_objects(batch.keys if is_named else []) for key in keys]
         self._logger.not_finite(self.step, keys, "the loss was" if loss else "gradients were")
@@ -309,7 +309,7 @@ class Trainer:
         self._metrics.restart_window(self.step)
         self._log(
             logging.WARNING,
-            "%s: back from step %d to %s, with other data (offset %d); %d of %d times",
+            "%s: going back from step %d to %s, and on with other data (offset %d); roll-back %d of %d",
             *(reason, failed, folder.name, self.data_offset),
             *(self._rollbacks.done, self.config.train.rollbacks),
         )
@@ -328,7 +328,7 @@ class Trainer:
     def _save_if_due(self) -> None:
         due = self.step % self.config.train.checkpoint_every == 0 or self._flags & Flag.SAVE_NOW
         must = self.stop_requested() or self.step == self.last_step
-        if must or (due and not self._rollbacks.skipped):  # a roll-back must lead out of a bad stretch
+        if must or (due and not self._rollbacks.skipped):  # a roll-back must not end among skipped steps
             self._save()
 
     def _save(self) -> None:
@@ -357,7 +357,7 @@ class Trainer:
             self._write_summary(finished=self.step == self.last_step)
         interrupted = self._flags & Flag.INTERRUPT
         if self.world.rank == 0:
-            log.warning("stopped at step %d/%d, saved; the same command continues", self.step, self.last_step)
+            log.warning("stopped at step %d/%d and saved; the same command continues", self.step, self.last_step)
             if not interrupted and self.step < self.last_step:
                 # On a full disk this ends with exit code 75, which asks for a requeue as well.
                 files.write_text(self._run.path / "requeue", f"{self.step}\n")

@@ -124,14 +124,16 @@ class Watchdog:
     def _tell(self) -> None:
         report = self._report()
         after = "since the start" if self._step is None else f"after step {self._step}"
-        say(f"rank {self._rank}: no progress for {self._still_s:.0f} s {after}; it stands at {report['place']}")
+        say(f"rank {self._rank}: no progress for {self._still_s:.0f} s {after}; it is at {report['place']}")
         if self._reports is None:
-            say(f"ending the job, the same command goes on from the last checkpoint; stacks: {self._logs}")
+            say(
+                f"ending the job; the same command continues from the last checkpoint; stacks of all threads: {self._logs}"
+            )
             return
         _start(lambda: self._exchange(report), "watchdog-exchange").join(self._grace() + TELL_S / 2)
         if not self._exchanged:  # the store does not answer, so this rank reports what it knows itself
             store = f"the store on {os.environ.get('MASTER_ADDR', 'an unknown node')} could not be asked"
-            self._say_summary(f"{summary({self._rank: report}, {})}; {store} where the other ranks stand")
+            self._say_summary(f"{summary({self._rank: report}, {})}; {store} where the other ranks are")
 
     def _exchange(self, report: dict[str, Any]) -> None:
         """Exchange reports with the other ranks, and print the summary on one of them."""
@@ -156,8 +158,8 @@ class Watchdog:
             return
 
     def _say_summary(self, text: str) -> None:
-        advice = "ending the job, the same command goes on from the last checkpoint"
-        say(f"{text}; {advice}; stacks: {self._logs}")
+        advice = "ending the job; the same command continues from the last checkpoint"
+        say(f"{text}; {advice}; stacks of all threads: {self._logs}")
 
     def _report(self) -> dict[str, Any]:
         waits, place = _where(self._main)

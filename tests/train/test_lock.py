@@ -226,7 +226,7 @@ def test_live_container_with_the_same_host_name_keeps_the_lock(tmp_path: Path) -
 
 def test_folder_in_place_of_the_lock_is_one_error_line(tmp_path: Path) -> None:
     (tmp_path / "run" / "lock.json").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"lock.json: is a folder; move it away"):
+    with pytest.raises(UserError, match=r"lock.json: is a folder, but a run's lock is a file; move it away"):
         Lock(tmp_path / "run").__enter__()
 
 

@@ -122,7 +122,9 @@ def test_nonfinite_state_is_rolled_back_not_saved(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(Trainer, "train_step", train_step)
     assert pretraining.pretrain(config) == 0
-    said = f"the state is not finite (exp_avg_sq/{spoiled[0]}) and was not saved: back from step 20 to step-00000010"
+    said = (
+        f"the state is not finite (exp_avg_sq/{spoiled[0]}) and was not saved: going back from step 20 to step-00000010"
+    )
     assert said in (config.run_path / "log.txt").read_text()
     summary = json.loads((config.run_path / "summary.json").read_text())
     assert (summary["finished"], summary["step"], summary["rollbacks"]) == (True, 20, 1)

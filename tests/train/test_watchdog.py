@@ -121,7 +121,7 @@ def test_suspended_time_does_not_count(tmp_path: Path) -> None:
     process.send_signal(signal.SIGCONT)
     time.sleep(1)
     assert process.poll() is None  # 5 s stopped, of 3 s that it may stand still
-    assert "no progress for 3 s after step 3; it stands at ranks.py:18" in process.communicate(timeout=30)[1]
+    assert "no progress for 3 s after step 3; it is at ranks.py:18" in process.communicate(timeout=30)[1]
     assert process.returncode == 75
 
 
