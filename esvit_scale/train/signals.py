@@ -39,12 +39,6 @@ def request() -> Flag:
     return _request
 
 
-def clear() -> None:
-    """Forget what was asked."""
-    global _request
-    _request = Flag(0)
-
-
 def _on_requeue(number: int, frame: FrameType | None) -> None:
     global _request
     if not _request:
