@@ -68,7 +68,7 @@ def read(path: Path) -> Weights:
     found = _networks(path, content)
     networks, parts = {}, {}
     for name, tensors in found.items():
-        trunk, heads = _to_our_names(tensors)
+        trunk, heads = to_our_names(tensors)
         parts[name] = official_trunks.identify(path, trunk)
         networks[name] = {TRUNK + key: tensor for key, tensor in parts[name][1].items()} | heads
     some = "teacher" if "teacher" in networks else "student"
@@ -201,7 +201,7 @@ def _networks(path: Path, content: Mapping[str, Any]) -> dict[str, Mapping[str, 
     raise UserError(f"{path}: no network in it (student, teacher, {', '.join(_SINGLE_NETWORK_KEYS)}); it holds {held}")
 
 
-def _to_our_names(tensors: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def to_our_names(tensors: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the trunk's tensors by their official names without wrappers, and the heads' by ours. Drop a classifier."""
     trunk, heads = {}, {}
     for name, tensor in tensors.items():

@@ -152,7 +152,8 @@ def _cvt_config(tensors: Tensors) -> ConfigValues:
     return {"model": model_values("cvt_s1", (len(tensors["stage0.0.proj.weight"]), depths), S1[:2])}
 
 
-def _deit_config(tensors: Tensors) -> ConfigValues:
+def deit_config(tensors: Tensors) -> ConfigValues:
+    """Return the model section of a DeiT, as its tensors' shapes give it."""
     width, blocks = tensors["pos_embed"].shape[-1], group_by_stage(tensors, r"blocks\.(\d+)\.attn\.qkv\.weight")
     trunk, heads = ("deit_b", 12) if width == 768 else ("deit_s", 6)
     return {
@@ -199,7 +200,7 @@ FAMILIES = (
         official_vil.to_official_name,
         official_vil.derived,
     ),
-    Family("DeiT", "pos_embed", ("deit_s", "deit_b"), _deit_config, _deit_from_official),
+    Family("DeiT", "pos_embed", ("deit_s", "deit_b"), deit_config, _deit_from_official),
     Family(
         "ResNet",
         "layer1.0.conv1.weight",

@@ -45,7 +45,7 @@ def find(source: Source, near: int | None, workers: int) -> NDArray[np.int64]:
     hashes, found = _hashes(source, everything, _digest_and_perceptual, 4, workers)
     exact = _same(hashes[:, :2], found)
     rest = np.setdiff1d(np.flatnonzero(found & (hashes[:, 3] > 0)), exact[:, 0], assume_unique=True)
-    similar = _similar(hashes[rest, 2], near)
+    similar = near_duplicates(hashes[rest, 2], near)
     similar[:, :2] = rest[similar[:, :2]]
     both = np.concatenate([np.column_stack([exact, np.zeros(len(exact), np.int64)]), similar])
     return both[np.argsort(both[:, 0])]
@@ -66,7 +66,7 @@ def _same(hashes: Hash, found: NDArray[np.bool_]) -> NDArray[np.int64]:
     return np.stack([rows[again], rows[earlier[again]]], 1)
 
 
-def _similar(hashes: Hash, distance: int) -> NDArray[np.int64]:
+def near_duplicates(hashes: Hash, distance: int) -> NDArray[np.int64]:
     """Return [M, 3]: each hash that is near an earlier one that stays, that earlier one, and how many bits differ."""
     dropped: dict[int, tuple[int, int]] = {}
     for later, earlier, bits in near_pairs(hashes, distance).tolist():

@@ -62,7 +62,7 @@ def fit(
         penalty: λ.
         start: the optimum for another λ and the same rows, to start from; None starts from zero.
     """
-    blocks = _StandardizedBlocks(data, start, device or default_device())
+    blocks = StandardizedBlocks(data, start, device or default_device())
     k, d = data.classes, len(blocks.mean)
 
     def objective(flat: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
@@ -133,7 +133,7 @@ def mean_loss(fitted: LogisticModel, data: LabelledFeatures) -> float:
     return float(torch.stack(losses).sum()) / len(data.rows)
 
 
-class _StandardizedBlocks:
+class StandardizedBlocks:
     """This rank's rows as standardised float32 blocks on the device, with their targets.
 
     The blocks are kept there if they need at most CACHED_BYTES; otherwise they are computed again in every pass.

@@ -117,7 +117,7 @@ class ViL(Trunk):
             for block in stage.blocks:
                 sequences = [(n, 1, g + h * w) for n, h, w in grids]
                 keep = token_factors(scales, self.drop_rates, i, sequences, tokens.dtype)
-                neighbours = _neighbours(drop_keys, i) if drop_keys is not None and LONG[s] else None
+                neighbours = sampled_neighbours(drop_keys, i) if drop_keys is not None and LONG[s] else None
                 tokens = self.run_block(block, tokens, grids, *keep, neighbours)
                 i += 1
                 yield tokens, grids, g
@@ -185,7 +185,7 @@ class Block(nn.Module):
         return add_branch(tokens, self.mlp(self.norm2(tokens)), keep_mlp)
 
 
-def _neighbours(drop_keys: Tensor, block: int) -> Tensor:
+def sampled_neighbours(drop_keys: Tensor, block: int) -> Tensor:
     """int64 [ΣB]: one of the eight windows around, each as likely."""
     drawn = draw_of(drop_keys, block, AROUND - 1)
     return drawn + (drawn >= OWN)

@@ -68,7 +68,7 @@ class Lock:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "slurm_job": os.environ.get("SLURM_JOB_ID", ""),
-            "pid_namespace": _pid_namespace(),
+            "pid_namespace": pid_namespace(),
             "started": _start_of(os.getpid()) or "",
             "token": uuid.uuid4().hex,
         }
@@ -330,7 +330,8 @@ def _start_of(pid: int) -> str | None:
     return None if fields[0] in "ZX" else fields[19]
 
 
-def _pid_namespace() -> str:
+def pid_namespace() -> str:
+    """Return an identifier of this process's PID namespace; containers of one host have different ones."""
     try:
         return str(Path("/proc/self/ns/pid").readlink())
     except OSError:

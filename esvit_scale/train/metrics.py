@@ -66,7 +66,7 @@ class MetricLogger:
         self.bad = sum(not row.get("used") for row in read_rows(self._run / "quarantine.jsonl"))
         self._metrics = RowFile(self._run / "metrics.jsonl")
         self._quarantine = RowFile(self._run / "quarantine.jsonl")
-        self._board = _Board(self._run / "tensorboard", step)
+        self._board = TensorBoard(self._run / "tensorboard", step)
         self._console = _Console(self._total, step)
 
     def rewind(self, step: int) -> None:
@@ -169,7 +169,7 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{m:02d}:{s:02d}"
 
 
-class _Board:
+class TensorBoard:
     """The rows as scalars of TensorBoard. If they cannot be written, TensorBoard loses them and training goes on."""
 
     def __init__(self, folder: Path, step: int) -> None:
@@ -188,6 +188,7 @@ class _Board:
         self._open(step + 1)
 
     def add(self, row: dict[str, Any]) -> None:
+        """Write the numbers of one row as scalars at its step."""
         if self._writer is None and self._is_failing and time.monotonic() > self._retry_at:
             self._open(row["step"])
         if self._writer is None:
@@ -200,6 +201,7 @@ class _Board:
             self._fail(error)
 
     def close(self) -> None:
+        """Write what is buffered and close the files."""
         if self._writer is not None:
             with suppress(OSError):
                 self._writer.close()
@@ -224,7 +226,7 @@ class _Board:
 
 
 def _silence_tensorboard_threads() -> None:
-    """Keep tracebacks of TensorBoard's writing thread off the console, because `_Board.add` gets the same error."""
+    """Keep tracebacks of TensorBoard's writing thread off the console, because `TensorBoard.add` gets the same error."""
     default = threading.excepthook
     if getattr(default, "__name__", "") == "_without_tensorboard":
         return

@@ -32,14 +32,15 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     a = torch.randn(side, side, generator=torch.Generator(device), device=device, dtype=dtype)
     out = torch.empty_like(a)
     product = lambda: torch.mm(a, a, out=out)  # noqa: E731
-    _seconds(product, device)  # the first call loads libraries
-    times = [_seconds(product, device)]
+    elapsed_seconds(product, device)  # the first call loads libraries
+    times = [elapsed_seconds(product, device)]
     while sum(times) < SECONDS:
-        times.append(_seconds(product, device))
+        times.append(elapsed_seconds(product, device))
     return 2 * side**3 / min(times)
 
 
-def _seconds(work: Callable[[], object], device: torch.device) -> float:
+def elapsed_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Return how many seconds `work` takes, including what it queued on the device."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     start = time.perf_counter()

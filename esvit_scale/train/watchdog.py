@@ -87,7 +87,7 @@ class Watchdog:
             now = time.monotonic()
             self._still_s += min(now - seen, 2 * self._period)  # a longer pause means that the process was stopped
             seen = now
-            if self._still_s > self._deadline() or self._alarm.is_set():
+            if self._still_s > self.deadline() or self._alarm.is_set():
                 traces = _start(lambda: _leave_traces(self._logs, self._rank), "watchdog-traces")
                 _start(self._tell, "watchdog-report").join(self._grace() + TELL_S)
                 traces.join(TELL_S / 5)
@@ -113,7 +113,8 @@ class Watchdog:
                 self._reports.join()
         return self._reports.is_joined
 
-    def _deadline(self) -> float:
+    def deadline(self) -> float:
+        """Return how many seconds without progress are allowed now."""
         least = 0.0 if self._has_trained else START_S
         return max(self._seconds, least, self._granted_s)
 

@@ -96,7 +96,7 @@ def test_architecture_is_inferred_from_the_shapes() -> None:
         "resnet50": {"embed_dim": 8, "depths": [1, 2, 1, 1]},
     }
     for trunk, wanted in shapes.items():
-        named, _ = official._to_our_names(content(trunk)["student"])
+        named, _ = official.to_our_names(content(trunk)["student"])
         values = official_trunks.config_values(Path("c.pth"), *official_trunks.identify(Path("c.pth"), named))
         assert values["model"] == {"trunk": trunk, **wanted}
         if trunk == "vil_2262":
@@ -113,7 +113,7 @@ def test_architecture_is_inferred_from_the_shapes() -> None:
 )
 def test_published_deit_gets_its_name(width: int, depth: int, model: dict[str, Any]) -> None:
     tensors = {f"blocks.{i}.attn.qkv.weight": torch.empty(1) for i in range(depth)}
-    assert official_trunks._deit_config({"pos_embed": torch.empty(1, 197, width), **tensors})["model"] == model
+    assert official_trunks.deit_config({"pos_embed": torch.empty(1, 197, width), **tensors})["model"] == model
 
 
 def refused(values: dict[str, Any], tmp_path: Path, match: str) -> None:

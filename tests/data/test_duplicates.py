@@ -7,7 +7,7 @@ import pytest
 import skimage.data
 from PIL import Image, ImageEnhance
 
-from esvit_scale.data.duplicates import _similar, find, near_pairs, perceptual_hash, write_lists
+from esvit_scale.data.duplicates import find, near_duplicates, near_pairs, perceptual_hash, write_lists
 from esvit_scale.data.shard_plan import Recipe
 from esvit_scale.data.shard_writer import write_source
 from esvit_scale.data.sources import SourceOptions, open_source
@@ -54,7 +54,7 @@ def test_every_near_pair_is_found(distance: int) -> None:
 def test_image_is_dropped_when_an_earlier_kept_one_is_near(distance: int) -> None:
     rng = np.random.default_rng()
     hashes = random_hashes(rng, 400)
-    found = _similar(hashes, distance)
+    found = near_duplicates(hashes, distance)
     assert set(found[:, 0].tolist()) == slow_dropped([int(h) for h in hashes], distance)
     assert not set(found[:, 1].tolist()) & set(found[:, 0].tolist())
 

@@ -95,7 +95,7 @@ def test_fit_is_independent_of_blocks_and_feature_precision(
     rows = torch.arange(0, TRAIN, 2)
     whole = fit(LabelledFeatures(features, rows, labels[rows], 10), 1e-2)
     monkeypatch.setattr(logistic, "ROWS_AT_ONCE", 77)
-    monkeypatch.setattr(logistic._StandardizedBlocks, "CACHED_BYTES", 0)
+    monkeypatch.setattr(logistic.StandardizedBlocks, "CACHED_BYTES", 0)
     parts = fit(
         LabelledFeatures(features.half(), rows, labels[rows], 10), 1e-2
     )  # digits are whole numbers: exact in fp16

@@ -50,7 +50,7 @@ def test_the_official_codes_numbers(case: dict, dtype: torch.dtype, monkeypatch:
     keys = None
     if case["neighbour"] is not None:  # the official draw is of the whole batch
         keys = torch.zeros(sum(map(len, crops)), dtype=torch.int64)
-        monkeypatch.setattr(vil, "_neighbours", lambda keys, _: torch.full_like(keys, case["neighbour"]))
+        monkeypatch.setattr(vil, "sampled_neighbours", lambda keys, _: torch.full_like(keys, case["neighbour"]))
     view, regions, _ = trunk(crops, keys)
     gradients = (by_hash(name, tuple(x.shape)).to(dtype) for name, x in (("gv", view), ("gr", regions)))
     sum((x * g).sum() for x, g in zip((view, regions), gradients, strict=True)).backward()
@@ -126,7 +126,7 @@ def test_packed_is_one_pass_per_image(drawn: bool) -> None:
 
 def test_a_crop_draws_each_neighbour_as_often_and_each_block_anew() -> None:
     keys = drop_keys(0, 3, torch.arange(4000), 2)
-    draws = [vil._neighbours(keys, block) for block in range(4)]
+    draws = [vil.sampled_neighbours(keys, block) for block in range(4)]
     for drawn in draws:
         share = torch.bincount(drawn, minlength=9) / len(keys)
         assert share[vil.OWN] == 0

@@ -102,8 +102,8 @@ def test_loss_and_every_gradient_are_the_triple_loops(layout, regions):
     with torch.no_grad():
         targets = teacher_module.targets(teacher)
         if regions:
-            student_module.region_center._values = by_rule("rc", (K,), 0.2)
-        student_module.view_center._values = by_rule("vc", (K,), 0.2)
+            student_module.region_center.load_state_dict({"values": by_rule("rc", (K,), 0.2)})
+        student_module.view_center.load_state_dict({"values": by_rule("vc", (K,), 0.2)})
     centers = by_rule("vc", (K,), 0.2), by_rule("rc", (K,), 0.2)
     loss, logs = student_module(student, targets, 0.05)
     expected = slow_loss(student_module, teacher_module, student, teacher, 0.05, centers, regions)

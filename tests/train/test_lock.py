@@ -169,7 +169,7 @@ def test_live_process_of_the_same_slurm_job_keeps_the_lock(
 def test_reused_pid_does_not_count_as_the_holder(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     holder = {"host": os.uname().nodename, "pid": os.getpid(), "slurm_job": "", "heartbeat": time.time()}
-    files.write_json(tmp_path / "run/lock.json", holder | {"pid_namespace": locks._pid_namespace(), "started": "1"})
+    files.write_json(tmp_path / "run/lock.json", holder | {"pid_namespace": locks.pid_namespace(), "started": "1"})
     with Lock(tmp_path / "run") as lock:
         assert lock.held()
 
@@ -219,7 +219,7 @@ def test_live_container_with_the_same_host_name_keeps_the_lock(tmp_path: Path) -
     files.write_json(tmp_path / "run/lock.json", holder | {"pid_namespace": "pid:[1]", "token": "x"})
     with pytest.raises(UserError, match="in use by process 4000000"):
         Lock(tmp_path / "run").__enter__()
-    files.write_json(tmp_path / "run/lock.json", holder | {"pid_namespace": locks._pid_namespace(), "token": "x"})
+    files.write_json(tmp_path / "run/lock.json", holder | {"pid_namespace": locks.pid_namespace(), "token": "x"})
     with Lock(tmp_path / "run") as lock:
         assert lock.held()
 

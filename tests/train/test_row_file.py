@@ -127,7 +127,7 @@ def test_full_disk_disables_tensorboard_only(
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    board = metrics._Board(tmp_path / "tensorboard", 0)
+    board = metrics.TensorBoard(tmp_path / "tensorboard", 0)
     with monkeypatch.context() as patch:
         patch.setattr(RecordWriter, "write", full)
         for step in range(1, 60):

@@ -163,14 +163,14 @@ def test_thousand_ranks_make_few_store_requests() -> None:
 
 def test_start_and_grant_have_their_own_deadlines(tmp_path: Path) -> None:
     dog = watchdog.Watchdog(World(0, 1, 0, torch.device("cpu")), 3.0, tmp_path)
-    assert dog._deadline() == watchdog.START_S
+    assert dog.deadline() == watchdog.START_S
     dog.beat(40)  # the run resumes here; its first step compiles
-    assert dog._deadline() == watchdog.START_S
+    assert dog.deadline() == watchdog.START_S
     dog.grant(5000)
-    assert dog._deadline() == 5000
+    assert dog.deadline() == 5000
     dog.progress()
-    assert dog._deadline() == watchdog.START_S
+    assert dog.deadline() == watchdog.START_S
     dog.beat(41)
-    assert dog._deadline() == 3.0
+    assert dog.deadline() == 3.0
     dog.beat(40)  # after a roll-back
-    assert dog._deadline() == 3.0
+    assert dog.deadline() == 3.0
