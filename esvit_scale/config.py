@@ -37,22 +37,22 @@ class GlobalCrops(Section):
     """The two views that the teacher sees."""
 
     size: Positive = 224  # pixels; also fixes the trunk's windows and shifts (see models/swin.py)
-    scale: Scale = (0.4, 1.0)  # share of the image's area
+    scale: Scale = (0.4, 1.0)  # smallest and largest fraction of the image's area
 
 
 class LocalCrops(Section):
     """One group of small views that only the student sees."""
 
-    size: Positive = 96
-    count: Positive = 8
-    scale: Scale = (0.05, 0.4)
+    size: Positive = 96  # pixels
+    count: Positive = 8  # views in the group
+    scale: Scale = (0.05, 0.4)  # smallest and largest fraction of the image's area
 
 
 class Mixed(Section):
     """One of several sets that are mixed: either all are shard sets or all are plain tars."""
 
     urls: PathText  # as data.train
-    weight: AboveZero = 1.0  # its share of the samples, relative to the other sets'
+    weight: AboveZero = 1.0  # its number of samples relative to the other sets'
 
 
 class Data(Section):
@@ -61,60 +61,64 @@ class Data(Section):
     # Folder of a shard set (with manifest.json), or plain WebDataset tars: a path or URL, {000..123} and pipe: allowed
     train: PathText = ""
     mix: list[Mixed] = Field(default_factory=list)  # several sets, instead of train
-    # Of plain tars, which do not say how many samples they hold, and of a mix; null: a mix's sets together
+    # Samples of one epoch: needed for plain tars, whose number of samples is not known; for a mix, null means all its sets
     epoch_samples: Positive | None = None
-    held_out: PathText = ""  # labelled shards or class folders that train.knn_every measures; never trained on
+    held_out: PathText = ""  # labelled shards or class folders on which train.knn_every measures; never trained on
     workers: Count = 4  # loader processes per rank; 0 decodes in the training process
-    # Folder on each node's own disk that shards are copied to before training; may hold its $VARIABLES; null: no copy
+    # Folder on each node's own disk to which shards are copied before training; may name the node's $VARIABLES; null: no copy
     stage: PathText | None = None
     slots: Positive | None = None  # canonical slots of the data order; null: largest divisor of global_batch ≤ 512
     shuffle_window: Positive = 8  # shards whose samples are shuffled together
     global_crops: GlobalCrops = GlobalCrops()
     local_crops: list[LocalCrops] = Field(default_factory=lambda: [LocalCrops()])
-    photometric: Literal["device", "workers"] = "device"  # where colour, blur and solarisation are computed
+    photometric: Literal["device", "workers"] = (
+        "device"  # what computes colour, blur and solarisation: GPU or loader
+    )
     channels: Annotated[int, Field(ge=1, le=16)] = (
-        3  # of an image; 3 of 8 bits: RGB, to which photographs are converted
+        3  # channels of an image; 3 channels of 8 bits are RGB, to which photographs are converted
     )
-    bits: Literal[8, 16] = 8  # of a channel; 16 are kept until the crop
+    bits: Literal[8, 16] = 8  # bits of a channel; 16 bits are kept until the crop
     mean: Annotated[list[Finite], Field(min_length=1)] | None = (
-        None  # per channel, 1 = the largest value; null: ImageNet's
+        None  # mean of each channel, where 1 is the largest value; null: ImageNet's
     )
-    std: Annotated[list[AboveZero], Field(min_length=1)] | None = None
+    std: Annotated[list[AboveZero], Field(min_length=1)] | None = None  # standard deviation of each channel, likewise
 
 
 class Model(Section):
     """The trunk and its initial values."""
 
-    trunk: str = "swin_t"  # a name of models/registry.py, or timm:NAME; the keys left null below are the trunk's own
-    window: Positive = 7
-    drop_path: Fraction = 0.1
-    embed_dim: Positive | None = None
+    trunk: str = "swin_t"  # a name in models/registry.py, or timm:NAME; null below means the trunk's own value
+    window: Positive = 7  # side of an attention window, in tokens
+    drop_path: Fraction = 0.1  # stochastic depth: rate of the last block
+    embed_dim: Positive | None = None  # width of the first stage
     depths: Annotated[list[Positive], Field(min_length=1)] | None = None
     heads: Annotated[list[Positive], Field(min_length=1)] | None = None
     freeze_patch_embed: bool = False  # the patch projection keeps its random values (MoCo v3's cure for instability)
-    # Weights that a fresh run starts from, own (run dir, step folder, .safetensors) or official (.pth); null: random
+    # Weights from which a new run starts: a run dir, step folder, .safetensors file or official .pth; null: random
     init_from: PathText | None = None
 
 
 class Objective(Section):
     """The loss, its heads and the teacher's schedule."""
 
-    name: str = "esvit"  # a name of objective/registry.py
-    regions: bool = True  # of esvit, false: the view loss alone (DINO's objective); all others: false
-    prototypes: Positive = 65536
-    head_hidden: Positive = 2048
+    name: str = "esvit"  # a name in objective/registry.py
+    regions: bool = (
+        True  # esvit only: false leaves the view loss alone (DINO's objective); false for all other objectives
+    )
+    prototypes: Positive = 65536  # K, outputs of a head
+    head_hidden: Positive = 2048  # width inside the head
     bottleneck: Positive = 256  # width of the head's output
     predictor_hidden: Positive | None = (
-        None  # width inside the predictor, of objectives that have one; null: head_hidden
+        None  # width inside the predictor, for objectives that have one; null: head_hidden
     )
-    norm_last_layer: bool = False  # true: the prototypes' gains stay at 1
+    norm_last_layer: bool = False  # true: the prototypes keep unit norm
     student_temp: AboveZero = 0.1
-    teacher_temp: AboveZero = 0.04  # at the start; moves once an epoch
+    teacher_temp: AboveZero = 0.04  # at the start; changes once an epoch
     teacher_temp_end: AboveZero = 0.07
     teacher_temp_warmup_epochs: Count = 30
-    centering: Literal["center", "sinkhorn"] = "center"  # of esvit and dino; sinkhorn: over each batch, without memory
+    centering: Literal["center", "sinkhorn"] = "center"  # for esvit and dino; sinkhorn works on each batch alone
     center_momentum: Fraction = 0.9
-    ema_momentum: Fraction = 0.996  # of the teacher; cosine to ema_momentum_end, per step
+    ema_momentum: Fraction = 0.996  # of the teacher at the first step; cosine to ema_momentum_end
     ema_momentum_end: Fraction = 1.0
 
     @model_validator(mode="before")
@@ -133,19 +137,19 @@ class Optim(Section):
 
     name: Literal["adamw", "sgd", "lamb", "lars", "apex_adam", "apex_lamb"] = "adamw"
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
-    momentum: Beta = 0.9  # of sgd and lars
+    momentum: Beta = 0.9  # for sgd and lars
     lr: Rate = 5e-4  # per 256 images: the peak is lr · global_batch / 256
     lr_end: Rate = 1e-6
     warmup_epochs: Rate = 10
-    # cosine: over the whole run. constant: lr, weight decay and EMA momentum stay at their first values and go to their
-    # ends, on a straight line, in the last `cooldown` of the run: a longer run begins as a shorter one does
+    # cosine: over the whole run. constant: lr, weight decay and EMA momentum keep their first values and go linearly to
+    # their last ones in the final fraction `cooldown` of the run, so that a longer run begins like a shorter one
     schedule: Literal["cosine", "constant"] = "cosine"
     cooldown: Fraction = 0.2
     weight_decay: Rate = 0.04
     weight_decay_end: Rate = 0.4
     decay: Literal["weights", "all"] = "weights"  # all: biases and norms decay too (MoCo v3, SimSiam)
     clip: AboveZero | None = 3.0  # gradient norm; null: no clipping
-    clip_by: Literal["tensor", "global"] = "tensor"  # tensor: as the official code, each parameter's own norm
+    clip_by: Literal["tensor", "global"] = "tensor"  # tensor: each parameter's own norm, as in the official code
     freeze_last_layer_epochs: Count = 1
 
 
@@ -156,22 +160,25 @@ class Train(Section):
     steps: Positive | None = None  # when set, replaces epochs as the length of the run and of its schedules
     global_batch: Positive = 512  # images per optimizer step, over all ranks and micro-batches
     grad_accum: Positive = 1
-    # bf16, fp16: working copies, with fp32 masters (fp16: dynamic loss scaling, GPU only); autocast: fp32 weights, bf16 products
+    # bf16, fp16: weights in that type, with fp32 masters (fp16: dynamic loss scaling, GPU only);
+    # autocast: fp32 weights, matrix products in bf16
     precision: Literal["fp32", "bf16", "fp16", "autocast"] = "bf16"
-    ds_config: str = "zero1"  # a name in ds_configs/ or a path
+    ds_config: str = "zero1"  # a name in ds_configs/, or a path to a .json file
     activation_checkpointing: Literal["none", "torch", "deepspeed", "fairscale"] = "none"
     compile: bool = False  # torch.compile of the blocks; ZeRO 0–2; the first step then takes minutes
     log_every: Positive = 10  # steps
     checkpoint_every: Positive = 500  # steps
     checkpoint_minutes: Annotated[float, Field(gt=0)] | None = None  # also save when this much time has passed
-    keep_checkpoints: Positive = 3
-    keep_every: Positive | None = None  # steps whose checkpoints are kept for good: every so many
+    keep_checkpoints: Positive = 3  # newest checkpoints that are kept
+    keep_every: Positive | None = None  # steps between checkpoints that are never removed; null: none
     knn_every: Positive | None = None  # steps between k-NN accuracies of the teacher on data.held_out; null: none
     skips_before_rollback: Positive = (
-        10  # steps without finite gradients, in a row, before the run goes back to its last checkpoint
+        10  # consecutive steps without finite gradients before the run goes back to its last checkpoint
     )
-    rollbacks: Count = 2  # how often it may go back, each time with other data ahead; then it stops (exit 3)
-    hang_minutes: Annotated[float, Field(gt=0)] = 30.0  # a rank without progress for so long ends the job (exit 75)
+    rollbacks: Count = 2  # how often a run may go back, each time continuing with other data; then it stops (exit 3)
+    hang_minutes: Annotated[float, Field(gt=0)] = (
+        30.0  # minutes without progress after which a rank ends the job (exit 75)
+    )
 
 
 class Config(Section):
