@@ -71,9 +71,7 @@ class Data(Section):
     shuffle_window: Positive = 8  # shards whose samples are shuffled together
     global_crops: GlobalCrops = GlobalCrops()
     local_crops: list[LocalCrops] = Field(default_factory=lambda: [LocalCrops()])
-    photometric: Literal["device", "workers"] = (
-        "device"  # what computes colour, blur and solarisation: GPU or loader
-    )
+    photometric: Literal["device", "workers"] = "device"  # what computes colour, blur and solarisation: GPU or loader
     channels: Annotated[int, Field(ge=1, le=16)] = (
         3  # channels of an image; 3 channels of 8 bits are RGB, to which photographs are converted
     )

@@ -24,8 +24,8 @@ from esvit_scale.report.html import write_report
 from esvit_scale.train import pretraining
 from esvit_scale.train.run_dir import open_run, read_summary
 
-LOOKED_AT = 100  # test patches whose tokens look for each other
-K = 10  # the k whose accuracy is quoted: the protocol's first, whichever k does best
+LOOKED_AT = 100  # test patches for the figures of correspondences
+K = 10  # the k whose accuracy is quoted: the first of the protocol, whichever k is best
 SAMPLES_PER_SHARD = 250
 NAMES = ("raw pixels", "untrained teacher", "trained teacher")
 
@@ -48,7 +48,7 @@ def run(out: Path) -> int:
         look(out, demo_config(out, seed=0))
     report = write_report(out)
     print(f"\n{comparison(results, read_summary(out))}\n")
-    print(f"all of it took {time.monotonic() - began:.0f} s\nrun dir  {out}\nreport   {report}")
+    print(f"the demo took {time.monotonic() - began:.0f} s\nrun dir  {out}\nreport   {report}")
     return 0
 
 
@@ -58,7 +58,7 @@ def pretrain_and_compare(out: Path, seed: int) -> tuple[int, list[Json]]:
     paths = [out / f"knn-{name.replace(' ', '-')}.json" for name in NAMES]
     _, finished = open_run(config)
     if finished and all(path.is_file() for path in paths):
-        print(f"{out}: finished before; these are its results")
+        print(f"{out}: finished earlier; these are its results")
         return 0, [json.loads(path.read_text()) for path in paths]
     train, test = write_shards(out / "shards", config)
     baselines = [pixels_result(config, train, test), untrained_result(config, train, test)]
@@ -150,7 +150,7 @@ def comparison(results: list[Json], summary: Json) -> str:
             f"pretraining  {summary['step']} steps, {summary['images_seen']:,} images in {seconds:.0f} s: "
             f"{summary['images_per_s']:.0f} images/s on {_machine()}",
             f"k = {K}        {after - before:+.1f} points over the untrained teacher, {after - pixels:+.1f} over raw pixels",
-            "one seed, and patches of a few photographs: it shows that the pipeline learns, not how good the method is",
+            "one seed and patches of a few photographs: this shows that the pipeline learns, not how good the method is",
         ]
     )
 

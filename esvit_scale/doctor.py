@@ -90,7 +90,7 @@ def _deepspeed_ops() -> Row:
         return Row("DeepSpeed ops", "problem", doctor_packages.one_line(error))
     can, cannot = ([name for name, works in sorted(ops.items()) if works is wanted] for wanted in (True, False))
     detail = f"could be built: {', '.join(can) or 'none'}" + (f"; not: {', '.join(cannot)}" if cannot else "")
-    return Row("DeepSpeed ops", "ok", detail + " (none is needed)")
+    return Row("DeepSpeed ops", "ok", detail + " (no command needs them)")
 
 
 def collective_row(backend: Literal["gloo", "nccl"], required: bool) -> Row:
@@ -101,9 +101,9 @@ def collective_row(backend: Literal["gloo", "nccl"], required: bool) -> Row:
         all_reduce_works(backend)
     except Exception as error:
         advice = (
-            "does this host's name resolve? GLOO_SOCKET_IFNAME=lo chooses the interface"
+            "check that this host's name resolves, or choose the interface: GLOO_SOCKET_IFNAME=lo"
             if backend == "gloo"
-            else "NCCL_DEBUG=INFO says more"
+            else "set NCCL_DEBUG=INFO to see more"
         )
         return Row(backend, "problem", doctor_packages.one_line(error), advice, required)
-    return Row(backend, "ok", "an all-reduce came back", required=required)
+    return Row(backend, "ok", "an all-reduce works", required=required)

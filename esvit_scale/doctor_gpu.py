@@ -64,7 +64,9 @@ def gpu_rows() -> Iterator[Row]:
         return
     what = ", ".join(machine.gpus) or "NVIDIA driver"
     if machine.driver is None:
-        yield Row("GPU", "problem", f"{what}: no driver answers", "install NVIDIA's driver, or load its module")
+        yield Row(
+            "GPU", "problem", f"{what}: the driver does not answer", "install NVIDIA's driver, or load its module"
+        )
         return
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         yield Row("GPU", "absent", f"{what} (driver {machine.driver}) is hidden by CUDA_VISIBLE_DEVICES")
@@ -134,13 +136,13 @@ def bf16_row() -> Row:
 
     if torch_sees_gpu():
         if torch.cuda.is_bf16_supported(including_emulation=False):
-            return Row("bf16", "ok", "the GPU computes in it")
-        return Row("bf16", "problem", "the GPU emulates it, slowly", "train.precision=fp32")
+            return Row("bf16", "ok", "computed by the GPU in hardware")
+        return Row("bf16", "problem", "emulated by the GPU, slowly", "set train.precision=fp32")
     cpuinfo = Path("/proc/cpuinfo")
     flags = set(re.findall(r"\b(?:avx512_bf16|amx_bf16)\b", cpuinfo.read_text())) if cpuinfo.is_file() else set()
     if flags:
-        return Row("bf16", "ok", f"the CPU computes in it ({', '.join(sorted(flags))})")
-    return Row("bf16", "absent", "this CPU emulates it, slowly", "train.precision=fp32")
+        return Row("bf16", "ok", f"computed by the CPU in hardware ({', '.join(sorted(flags))})")
+    return Row("bf16", "absent", "emulated by this CPU, slowly", "set train.precision=fp32")
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ def slurm_row() -> Row:
     """Return the row of Slurm's commands."""
     said = [command_output(command, "--version") for command in ("sinfo", "srun")]
     if not any(said):
-        return Row("Slurm", "absent", "no sinfo or srun here")
+        return Row("Slurm", "absent", "sinfo and srun are not installed")
     return Row(
         "Slurm", "ok", ", ".join(f"{name}: {text}" for name, text in zip(("sinfo", "srun"), said, strict=True) if text)
     )
@@ -28,7 +28,7 @@ def compiler_row() -> Row:
     """Return the row of the compilers."""
     found = [f"{name} ({path})" for name in ("c++", "nvcc") if (path := shutil.which(name))]
     if not found:
-        return Row("compiler", "absent", "no c++: only DeepSpeed's optional ops would need one")
+        return Row("compiler", "absent", "no c++ compiler; only DeepSpeed's optional ops would need one")
     return Row("compiler", "ok", ", ".join(found))
 
 
@@ -64,7 +64,7 @@ def shared_memory_rows() -> Iterator[Row]:
         return
     usage = shutil.disk_usage("/dev/shm")
     low = usage.free < limits.LEAST_SHARED_MEMORY or usage.total < limits.SHARED_MEMORY_OF_BATCHES
-    advice = "loader processes hand batches over in it: docker run --shm-size=8g, or data.workers=0" if low else ""
+    advice = "loader processes pass batches through it: docker run --shm-size=8g, or set data.workers=0" if low else ""
     yield Row(
         "/dev/shm", "problem" if low else "ok", f"{usage.total / GIB:.1f} GiB, {usage.free / GIB:.1f} free", advice
     )
@@ -90,7 +90,7 @@ def _locked_memory() -> Row:
     limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     shown = "unlimited" if limit == resource.RLIM_INFINITY else f"{limit / GIB:.2f} GiB"
     if limit != resource.RLIM_INFINITY and Path("/sys/class/infiniband").is_dir():
-        return Row("locked memory", "problem", shown, "InfiniBand needs it unlimited: ulimit -l unlimited")
+        return Row("locked memory", "problem", shown, "InfiniBand needs no limit: ulimit -l unlimited")
     return Row("locked memory", "ok", shown)
 
 

@@ -77,10 +77,10 @@ def translate_file_errors() -> Iterator[None]:
             raise
         if is_machine_fault(error):
             raise RestartCanHelp(
-                f"{in_words(error)}; nothing that was saved is lost: the same command goes on once the storage is well"
+                f"{in_words(error)}; nothing that was saved is lost; run the same command again when the storage works"
             ) from error
         if isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError):
-            raise UserError(f"{in_words(error)}; set it right, and the same command goes on") from error
+            raise UserError(f"{in_words(error)}; correct this and run the same command again") from error
         raise
 
 

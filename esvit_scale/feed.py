@@ -20,8 +20,8 @@ from esvit_scale.machine import usable_cpus
 from esvit_scale.train.mfu import ideal_images_per_s
 
 SECONDS = 6.0  # of measuring each rate
-USUAL_MFU = 0.4  # of the rate that large matrix products reach, what a well-fed training step makes of a GPU
-LARGE = 1_000_000  # pixels of a picture, from which on its decoding is what costs
+USUAL_MFU = 0.4  # fraction of the rate of large matrix products that a training step reaches when data is no limit
+LARGE = 1_000_000  # pixels of an image above which decoding is the main cost
 
 
 class Supply(NamedTuple):
@@ -43,10 +43,10 @@ def run(config: Config) -> int:
     supply = Supply(_rate(config, data, 1), _rate(config, data, cores), cores)
     print(_row("one process", f"{supply.one:.0f} images/s"))
     share = supply.all / (cores * supply.one)
-    print(_row(f"{cores} processes", f"{supply.all:.0f} images/s, {share:.0%} of {cores} times one"))
+    print(_row(f"{cores} processes", f"{supply.all:.0f} images/s, {share:.0%} of {cores} × one process"))
     gpus = torch.cuda.device_count()
     if not gpus:
-        print(_row("GPUs", "none here to compare with; every GPU needs its share of these images/s"))
+        print(_row("GPUs", "none on this machine; each GPU needs its part of these images/s"))
         print(f"\nSet data.workers={cores} for one rank.")
         return 0
     demand = USUAL_MFU * ideal_images_per_s(config, torch.device("cuda"), gpus)
@@ -65,19 +65,21 @@ def advice(config: Config, supply: Supply, demand: float, gpus: int, pixels: flo
     each = max(supply.processes // gpus, 1)
     if supply.all >= demand:
         enough = min(max(-(-round(1.2 * demand / gpus) // max(round(supply.all / supply.processes), 1)), 1), each)
-        return [f"The cores feed the GPUs {supply.all / demand:.1f} times over: data.workers={enough} is enough."]
-    lines = [f"The cores make {supply.all / demand:.0%} of what the GPUs take:"]
+        return [
+            f"The CPU cores load {supply.all / demand:.1f} times what the GPUs need: data.workers={enough} is enough."
+        ]
+    lines = [f"The CPU cores load {supply.all / demand:.0%} of what the GPUs need:"]
     if config.data.workers != each:
         lines.append(f"- set data.workers={each}: {supply.processes} cores over {gpus} ranks")
     if config.data.photometric == "workers":
-        lines.append("- set data.photometric=device: the GPUs do it in passing")
+        lines.append("- set data.photometric=device: it costs the GPUs little")
     if pixels > LARGE:
         lines.append(
-            f"- pictures hold {pixels / 1e6:.1f} megapixels: a set written anew with shorter sides decodes faster"
+            f"- images have {pixels / 1e6:.1f} megapixels: write the set again with `shards create --short-side`, which decodes faster"
         )
     if supply.all < 0.7 * supply.processes * supply.one:
-        lines.append("- processes slow each other down: hyper-threads, other jobs, or storage (see its row)")
-    lines.append(f"- ask for {demand / supply.all:.1f} times as many cores a GPU")
+        lines.append("- processes slow each other down: by hyper-threads, other jobs, or the storage (see its row)")
+    lines.append(f"- use {demand / supply.all:.1f} times as many CPU cores per GPU")
     return lines
 
 
@@ -113,7 +115,7 @@ def _storage(data: Manifest) -> str:
             break
     seconds = time.monotonic() - began
     reader.close()
-    return f"{count / seconds:.0f} images/s read, {read / seconds / 1e6:.0f} MB/s (what is cached counts too)"
+    return f"{count / seconds:.0f} images/s read, {read / seconds / 1e6:.0f} MB/s (including files that the system has cached)"
 
 
 def _pixels(data: Manifest) -> float:

@@ -19,7 +19,7 @@ from esvit_scale.errors import UserError
 from esvit_scale.resources import shipped_folder
 
 SHORT_OPTIONS = {"N": "nodes", "n": "ntasks", "t": "time"}  # of sbatch
-ANSWER_S = 30  # Slurm's commands hang when its controller is away
+ANSWER_S = 30  # seconds; Slurm's commands hang when its controller is away
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Resources:
             "signal": f"B:USR1@{self.signal_lead}" if self.signal_lead else None,
             "array": self.array,
             "dependency": f"afterok:{self.after}" if self.after else None,
-            "kill-on-invalid-dep": "yes" if self.after else None,  # else it would wait for ever on a failed job
+            "kill-on-invalid-dep": "yes" if self.after else None,  # otherwise it would wait for ever after a failed job
         }
         header: dict[str, str | None] = {name: str(value) for name, value in lines.items() if value is not None}
         if self.gpus_per_node == 0:
@@ -145,7 +145,9 @@ def ranks(name: str, resources: Resources) -> int:
     counts = ("ntasks",) if "ntasks" in given else ("nodes", "ntasks-per-node")
     for option in counts:
         if not (given[option].isdecimal() and int(given[option])):
-            raise UserError(f"--sbatch=--{option}={given[option]}: give one number, which the batch must divide over")
+            raise UserError(
+                f"--sbatch=--{option}={given[option]}: give one number, because the batch must divide over the ranks"
+            )
     return math.prod(int(given[option]) for option in counts)
 
 

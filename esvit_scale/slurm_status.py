@@ -15,7 +15,7 @@ from esvit_scale.train.row_file import read_rows
 from esvit_scale.train.run_dir import read_summary
 
 GOING_ON = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "CONFIGURING", "PENDING", "REQUEUED", "REQUEUE_HOLD")
-LAST_JOBS = 5  # of a run, that Slurm is asked about
+LAST_JOBS = 5  # how many of a run's jobs Slurm is asked about
 
 
 class Status(NamedTuple):

@@ -33,7 +33,7 @@ def test_config_without_data_asks_for_the_data_option(capsys: pytest.CaptureFixt
 
 def test_advice_for_sufficient_supply_states_the_margin() -> None:
     (line,) = advice(config(), Supply(500, 16 * 500, 16), demand=2000, gpus=2, pixels=2e5)
-    assert "4.0 times over" in line
+    assert "4.0 times what the GPUs need" in line
     assert "data.workers=3 " in line  # 1.2 · 1000 images/s a rank, 500 a process
 
 

@@ -164,7 +164,9 @@ def _submit_sweep(o: argparse.Namespace) -> int:
 
     sweep, found = _cells(o.sweep)
     if sweep.horizon == "branches":
-        raise UserError("horizon: branches: runs wait for each other, which an array cannot; `sweep submit --local`")
+        raise UserError(
+            "horizon: branches: runs wait for each other, which array jobs cannot do; use `sweep submit --local`"
+        )
     todo = [cell.index for cell in found if runner.state(cell, sweep).word not in ("finished", "refused")]
     if not todo:
         raise UserError(f"{o.sweep}: no cell is left to run; `sweep status` shows why")

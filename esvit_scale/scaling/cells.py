@@ -19,7 +19,7 @@ from esvit_scale.scaling.shapes import Shape
 from esvit_scale.scaling.sweep_file import Sweep
 
 SAVE_MINUTES = 30.0  # of runs that save at a branch point and at their end
-WARM_UP_SHARE = 0.5  # a run that warms up for longer never trains at its rate
+WARM_UP_SHARE = 0.5  # largest fraction of a run that may be warm-up
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,7 @@ def cells(sweep: Sweep, where: str, speed: Speed) -> list[Cell]:
     base = configs.resolve(sweep.base, list(sweep.overrides))
     configs.require_training_data(base)
     if base.data.mix:
-        raise UserError(
-            f"{where}: {sweep.base}: data.mix: a sweep cuts subsets out of one shard set; give it data.train"
-        )
+        raise UserError(f"{where}: {sweep.base}: data.mix: a sweep needs one shard set; set data.train instead")
     data = manifests.load(Path(base.data.train))
     for source in (sweep.evaluate.train, sweep.evaluate.test) if sweep.evaluate else ():
         if not Path(source).is_dir():
@@ -92,7 +90,7 @@ def cells(sweep: Sweep, where: str, speed: Speed) -> list[Cell]:
     found = [_cell(i, sweep, where, base, data, speed, *point) for i, point in enumerate(grid)]
     names = [cell.name for cell in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"{where}: the same cell twice: {', '.join(twice[:3])}")
+        raise UserError(f"{where}: two cells are the same run: {', '.join(twice[:3])}")
     return _with_parents(found) if sweep.horizon == "branches" else found
 
 
@@ -142,7 +140,7 @@ def _cell(
     if sweep.horizon == "scale":
         _scale_horizon(values, base, data, images, steps)
     elif sweep.horizon == "branches":
-        # Warm-ups as the shortest run would have them: the same for all, or they would not be one run.
+        # All runs warm up like the shortest one; otherwise a longer run could not continue a shorter one.
         _scale_horizon(values, base, data, images, max(1, round(min(sweep.budgets) / per_step)))
         branch = max(1, cooldown_start(steps, base.optim.cooldown))
         values["optim"]["schedule"] = "constant"
@@ -191,12 +189,14 @@ def _problems(cell: Cell, sweep: Sweep, data: Manifest, unique: int | None) -> l
     else:
         warm_up = cell.config.optim.warmup_epochs * _steps_an_epoch(cell.config, cell.unique_images) / cell.steps
         if warm_up > WARM_UP_SHARE:
-            found.append(f"warms up for {warm_up:.0%} of its steps: a longer run, or a shorter optim.warmup_epochs")
+            found.append(f"warms up for {warm_up:.0%} of its steps: raise the budget or lower optim.warmup_epochs")
     if cell.plan.fits is None:
         found.append(str(plans.refusal(cell.plan, cell.config, sweep.machine.gpus)))
     if unique is not None and unique not in (sums := subset.sums(data)):
         near = min(sums, key=lambda s: abs(s - unique))
-        found.append(f"unique_images {unique} is no whole number of the set's first shards; nearest: {near}")
+        found.append(
+            f"unique_images {unique}: no number of the set's first shards holds exactly that many images; nearest: {near}"
+        )
     return found
 
 

@@ -108,7 +108,9 @@ def _choose_form(data: Data, name: str, scores: list[checks.Score]) -> tuple[For
             return FORMS[checks.choose(scores)], "the simplest within one standard error of the best on hold-out"
         return FORMS["power"], "too few points to hold any out"
     if name not in allowed:
-        raise UserError(f"--form {name}: not a form of {inputs} input(s){nearest(name, allowed)}; {', '.join(allowed)}")
+        raise UserError(
+            f"--form {name}: no form with {inputs} input(s) has this name{nearest(name, allowed)}; there are {', '.join(allowed)}"
+        )
     return FORMS[name], "asked for"
 
 
@@ -118,7 +120,7 @@ def _check_reach(data: Data, options: Options) -> None:
         if target > limit and not options.force:
             raise UserError(
                 f"--predict {target:.3g}: {target / data.compute.max():.3g} times the largest measured compute "
-                f"({data.compute.max():.3g}); beyond {FARTHEST:.0f} times a fit says little (at most {limit:.3g}, or --force)"
+                f"({data.compute.max():.3g}); beyond {FARTHEST:.0f} times a fit is unreliable; nearest: {limit:.3g}, or add --force"
             )
 
 

@@ -29,7 +29,7 @@ from esvit_scale.train.row_file import read_rows
 from esvit_scale.train.run_dir import read_summary
 
 INTERRUPTED = 130
-LAST_LINES = 20  # of a failed cell's log, where its reason is looked for
+LAST_LINES = 20  # end of a failed cell's log in which the reason is looked for
 
 
 class State(NamedTuple):
@@ -95,7 +95,7 @@ def branch(cell: Cell) -> None:
     step = f"step-{cell.parent.branch_step:08d}"
     origin = cell.parent.path / "checkpoints" / step
     if not origin.is_dir():
-        raise UserError(f"{cell.name} continues {cell.parent.name}, which has no {step} yet: run that first")
+        raise UserError(f"{cell.name} continues {cell.parent.name}, which has no {step} yet; run that cell first")
     shutil.rmtree(checkpoints, ignore_errors=True)
     with files.new_folder(checkpoints / step) as tmp:  # the run has begun once this folder is in place
         shutil.copytree(origin, tmp, dirs_exist_ok=True)
@@ -113,7 +113,7 @@ def submit_local(sweep_file: Path, sweep: Sweep, found: list[Cell]) -> int:
         print(f"[{number}/{len(todo)}] {cell.name}: {cell.steps} steps, {cell.path}", flush=True)
         code = _run_apart(sweep_file, sweep, cell)
         if code == INTERRUPTED or (cell.path / "requeue").exists():
-            print("stopped, saved; the same command goes on", flush=True)
+            print("stopped and saved; the same command continues", flush=True)
             return code
     print(status_table(found, sweep))
     return 1 if any(state(c, sweep).word == "failed" for c in found) else 0
@@ -156,7 +156,7 @@ def _reason(log: Path, code: int) -> str:
     """Return the error line of a log, or its last line when it has none."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()][-LAST_LINES:]
     errors = [line for line in lines if line.startswith("esvit-scale: error: ")]
-    said = errors[-1].removeprefix("esvit-scale: error: ") if errors else (lines[-1] if lines else "it said nothing")
+    said = errors[-1].removeprefix("esvit-scale: error: ") if errors else (lines[-1] if lines else "it printed nothing")
     how = f"signal {-code}" if code < 0 else f"exit code {code}"
     return f"{said} ({how}; {log})"
 
@@ -169,11 +169,11 @@ def submit_slurm(sweep_file: Path, sweep: Sweep, found: list[Cell]) -> str:
     """
     if sweep.horizon == "branches":
         raise UserError(
-            "horizon: branches: runs wait for each other, which an array job cannot; use --local, or horizon: scale"
+            "horizon: branches: runs wait for each other, which array jobs cannot do; use --local, or horizon: scale"
         )
     script = shipped_folder("slurm") / "sweep.sbatch"
     if not script.is_file():
-        raise UserError(f"{script}: not there; `sweep submit --local` runs the cells on this machine")
+        raise UserError(f"{script}: no such file; `sweep submit --local` runs the cells on this machine")
     if not shutil.which("sbatch"):
         raise UserError("sbatch: not found; submit on a login node of the cluster, or use --local")
     todo = [c.index for c in found if state(c, sweep).word not in ("finished", "refused")]
@@ -231,7 +231,7 @@ def _evaluate(cell: Cell, sweep: Sweep) -> None:
     loading = features.ExtractionOptions(workers=cell.config.data.workers, cache=cell.path / "features")
     if sweep.evaluate.linear:
         linear.run_linear(cell.path, train, test, cell.path, linear.ProbeSettings(protocols=("logistic",)), loading)
-    knn.run_knn(cell.path, train, test, cell.path, loading, ks=ks)  # last: its file says that a cell is evaluated
+    knn.run_knn(cell.path, train, test, cell.path, loading, ks=ks)  # last, because its file marks the cell as evaluated
 
 
 def _evaluated(cell: Cell) -> bool:

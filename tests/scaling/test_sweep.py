@@ -107,7 +107,7 @@ def test_impossible_sizes_are_refused(size, message):
         ({"sizes": [{"params": 1e6, "embed_dim": 32}]}, "give one of trunk, params and embed_dim, got params and"),
         ({"lr": {"exponent": -0.2}}, "an exponent needs at_params"),
         ({"machine": {"gpu": 2}}, "unknown key machine.gpu"),
-        ({"seeds": [0, 0]}, "the same cell twice"),
+        ({"seeds": [0, 0]}, "two cells are the same run"),
         ({"evaluate": {"train": "nowhere", "test": "nowhere"}}, "nowhere: no such folder"),
     ],
 )
@@ -178,7 +178,10 @@ def test_learning_rate_follows_its_power_law(tmp_path):
         ({"limits": {"min_steps": 1000}}, "fewer than limits.min_steps=1000"),
         ({"limits": {"min_steps": 2, "max_epochs": 0.1}}, "more than limits.max_epochs=0.1"),
         ({"machine": {"gpu_memory": 1e-3}}, "does not fit"),
-        ({"unique_images": [15]}, "unique_images 15 is no whole number of the set's first shards; nearest: 10"),
+        (
+            {"unique_images": [15]},
+            "unique_images 15: no number of the set's first shards holds exactly that many images; nearest: 10",
+        ),
         ({"horizon": "keep", "budgets": [1e9]}, "warms up for"),
     ],
 )
