@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from esvit_scale.config import Config
-from esvit_scale.models.registry import trunk_shape
+from esvit_scale.models.swin_variants import swin_shape
 
 Namespace = dict[str, Any]
 
@@ -34,7 +34,7 @@ class OfficialStep:
         swin = _swin(clone)
         head = _definitions(clone / "models/vision_transformer.py", {"DINOHead"}, {"trunc_normal_": trunc_normal_})
         loss = _definitions(clone / "main_esvit.py", {"DDINOLoss"}, {"np": np, "F": F, "dist": dist})
-        shape, objective = trunk_shape(config), config.objective
+        shape, objective = swin_shape(config), config.objective
 
         def network() -> Any:
             trunk = swin.SwinTransformer(

@@ -21,7 +21,7 @@ The journey, one line a station. B images, V crops, T tokens, C width, K prototy
     → report             report/html.py, report/evaluation_figures.py         one self-contained report.html
     → scaling            scaling/plan.py, scaling/cells.py, scaling/fit.py  what a run needs; sizes × budgets → a law with intervals
 
-Beside it: config.py (every number of a run), models/complexity.py, objective/costs.py (what it costs), cli.py and commands/ (the command line), doctor.py (what works on this machine), feed.py (whether it loads data fast enough for its GPUs), launch.py and slurm_status.py (jobs under Slurm).
+Beside it: config.py (every number of a run), models/traced.py, objective/costs.py (what it costs), cli.py and commands/ (the command line), doctor.py (what works on this machine), feed.py (whether it loads data fast enough for its GPUs), launch.py and slurm_status.py (jobs under Slurm).
 """
 
 from importlib import import_module

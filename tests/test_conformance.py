@@ -15,7 +15,8 @@ from esvit_scale.checkpoint.backbone import load_backbone
 from esvit_scale.config import Config
 from esvit_scale.models.drop_path import drop_keys
 from esvit_scale.models.initialize import initialize
-from esvit_scale.models.registry import SHAPES, TRUNKS, build_trunk
+from esvit_scale.models.registry import TRUNKS, build_trunk
+from esvit_scale.models.swin_variants import SHAPES
 from esvit_scale.objective.network import StudentNetwork, TeacherNetwork, build_student, build_teacher
 from esvit_scale.objective.param_groups import parameter_groups
 from esvit_scale.objective.registry import OBJECTIVES

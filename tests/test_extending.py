@@ -1,5 +1,6 @@
 """docs/extending.md: its two examples, run as they stand there, in the training that everyone uses."""
 
+import json
 import re
 import sys
 import types
@@ -9,7 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from esvit_scale import cli
 from esvit_scale.checkpoint.backbone import load_backbone
+from esvit_scale.checkpoint.convert import convert
+from esvit_scale.errors import UserError
 from esvit_scale.models.registry import TRUNKS
 from esvit_scale.objective.registry import OBJECTIVES
 from esvit_scale.train import pretraining
@@ -35,7 +39,37 @@ def trained(tmp_path: Path, run: str, **changes: Any) -> list[dict[str, Any]]:
     return tiny.rows(tmp_path / run)
 
 
-def test_example_trunk_trains_the_same_at_every_zero_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def check_plan(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`plan` counts it by running it, without another file that knows it."""
+    capsys.readouterr()
+    arguments = ["plan", str(run / "config.yaml"), "--gpus", "1", "--gpu-memory", "8G", "--tflops", "100", "--json"]
+    assert cli.main(arguments) == 0
+    assert json.loads(capsys.readouterr().out)["counted"] == "traced on the meta device"
+
+
+def check_exports(run: Path, tmp_path: Path) -> None:
+    """Its card says what it is, its weights come back, and what other libraries do not have is refused in one line."""
+    convert(run, tmp_path / "folder", "esvit-scale", "safetensors")
+    card = (tmp_path / "folder" / "README.md").read_text()
+    assert "A poolformer (features of width 16, 3 blocks) backbone" in card
+    assert "- poolformer" in card
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(load_backbone(tmp_path / "folder")(x), load_backbone(run)(x))
+    trunk = load_backbone(run).trunk
+    with torch.no_grad():
+        view, regions = trunk.plain(32)(x)
+    assert (view.shape, regions.shape) == ((2, 16), (2, 16, 16))
+    with pytest.raises(UserError, match="timm has no poolformer; --to safetensors or onnx takes it"):
+        convert(run, tmp_path / "timm", "esvit-scale", "timm")
+    with pytest.raises(UserError, match="no form of poolformer is written for transformers"):
+        convert(run, tmp_path / "huggingface", "esvit-scale", "huggingface")
+    with pytest.raises(UserError, match="poolformer has none"):
+        trunk.attention_maps(x[0])
+
+
+def test_example_trunk_trains_the_same_at_every_zero_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setitem(TRUNKS, "poolformer", loaded("esvit_scale/models/poolformer.py", monkeypatch).build)
     model: dict[str, Any] = {"trunk": "poolformer", "embed_dim": 16, "depths": [3], "drop_path": 0.3}
     rows = trained(tmp_path, "plain", model=model)
@@ -44,11 +78,15 @@ def test_example_trunk_trains_the_same_at_every_zero_stage(tmp_path: Path, monke
     )
     assert [row["loss"] for row in other] == pytest.approx([row["loss"] for row in rows], abs=1e-5)
     assert {"grad_norm_embed", "grad_norm_mixers", "loss_region"} <= rows[0].keys()
+    check_plan(tmp_path / "plain", capsys)
+    check_exports(tmp_path / "plain", tmp_path)
     backbone = load_backbone(tmp_path / "plain")
     assert [m.shape for m in backbone.pyramid(torch.randn(2, 3, 32, 40))] == [(2, 16, 4, 5)]
 
 
-def test_example_objective_trains_the_same_at_every_zero_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_example_objective_trains_the_same_at_every_zero_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     module = loaded("esvit_scale/objective/barlow_twins.py", monkeypatch)
     monkeypatch.setitem(OBJECTIVES, "barlow_twins", module.BarlowTwins)
     changes = {
@@ -61,6 +99,7 @@ def test_example_objective_trains_the_same_at_every_zero_stage(tmp_path: Path, m
     other = trained(tmp_path, "sharded", train__ds_config="zero3", **changes)
     assert [row["loss"] for row in other] == pytest.approx([row["loss"] for row in rows], rel=1e-5)
     assert all(-1 <= row["correlation"] <= 1 for row in rows)
+    check_plan(tmp_path / "plain", capsys)
 
 
 @pytest.mark.parametrize(("code", "file"), EXAMPLES)

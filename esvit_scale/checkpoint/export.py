@@ -23,7 +23,6 @@ from esvit_scale.checkpoint import exported_folder, libraries, model_card, safet
 from esvit_scale.checkpoint.weights import TRUNK, Weights
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
-from esvit_scale.models import plain
 from esvit_scale.models.registry import build_trunk
 
 FOLDER_FORMATS = ("timm", "huggingface", "onnx")
@@ -79,7 +78,7 @@ def _write_onnx(folder: Path, weights: Weights, network: str) -> None:
     size = weights.config.data.global_crops.size
     trunk = build_trunk(weights.config)
     trunk.load_state_dict(_trunk(weights, network))
-    module = plain.plain(trunk.eval(), size).eval()
+    module = trunk.eval().plain(size).eval()
     with torch.no_grad():
         module(
             torch.zeros(1, trunk.in_chans, size, size)

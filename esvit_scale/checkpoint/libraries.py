@@ -1,72 +1,82 @@
-"""A trunk's weights for other libraries: timm (what of it each trunk is: timm_form.py) and, for Swin, Hugging Face
-transformers. Names and configs only; neither is needed to write them.
+"""A trunk's weights for other libraries: timm and Hugging Face transformers.
 
-For Swin, both shift windows before they pad where EsViT pads before it shifts, so features are the same at the size of the global
-crops, where no window is padded, and not elsewhere.
-
-| ours | timm | transformers |
-|---|---|---|
-| `layers.0.downsample` | `layers.1.downsample` | `encoder.layers.0.downsample` |
-| `….attn.qkv` | the same | `….attention.self.query`, `.key`, `.value` |
-| `….norm1`, `….norm2` | the same | `….layernorm_before`, `….layernorm_after` |
-| `patch_embed.proj`, `norm` | the same | `embeddings.patch_embeddings.projection`, `layernorm` |
+What a trunk is to either, it says itself (`Trunk.timm_form`, `Trunk.huggingface_form`); here are the files that are the same
+for all trunks. Names and configs only: neither library is needed to write them.
 """
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from esvit_scale.checkpoint import timm_form
-from esvit_scale.checkpoint.timm_form import check_windows
 from esvit_scale.config import Config
 from esvit_scale.data.photometric import MEAN, STD
 from esvit_scale.data.stream import evaluation_side
 from esvit_scale.errors import UserError
-from esvit_scale.models.registry import SHAPES, trunk_shape
-from esvit_scale.models.swin import PATCH
-
-_HUGGING_FACE = [
-    (r"^layers\.", "encoder.layers."),
-    (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
-    (r"^patch_embed\.norm\.", "embeddings.norm."),
-    (r"^norm\.", "layernorm."),
-    (r"\.norm1\.", ".layernorm_before."),
-    (r"\.norm2\.", ".layernorm_after."),
-    (r"\.mlp\.fc1\.", ".intermediate.dense."),
-    (r"\.mlp\.fc2\.", ".output.dense."),
-    (r"\.attn\.proj\.", ".attention.output.dense."),
-    (r"\.attn\.cpb_mlp\.", ".attention.self.continuous_position_bias_mlp."),
-    (r"\.attn\.", ".attention.self."),
-]
-
-# Of Swin V1: the patch embedding, which its norm reads, and what writes into the stream that all other norms read.
-_INTO_NORMS = ("patch_embed.", ".attn.proj.", ".mlp.fc2.", ".downsample.reduction.")
+from esvit_scale.models.descriptions import HuggingFaceForm, TimmForm
+from esvit_scale.models.registry import build_trunk
+from esvit_scale.models.trunk import Trunk
 
 Tensors = dict[str, Tensor]
 
+OTHERS = "--to safetensors or onnx"  # which take every trunk
+
 
 def check(config: Config, form: str) -> None:
-    """
+    """Raise UserError for a trunk that the library of this form does not have, or would compute otherwise."""
+    {"timm": timm_form, "huggingface": huggingface_form}[form](config)
+
+
+def timm_form(config: Config) -> TimmForm:
+    """Return what the config's trunk is to timm.
+
     Raises:
-        UserError: a trunk that the library does not have, or would compute otherwise.
+        UserError: timm has no such trunk, or computes it otherwise.
     """
-    if form == "timm":
-        timm_form.of(config)
-    elif config.model.trunk not in SHAPES:
+    try:
+        form = _trunk(config).timm_form(config.data.global_crops.size)
+    except UserError as error:
+        raise UserError(f"--to timm: {error}; {OTHERS} takes it") from None
+    if form is None:
+        raise UserError(f"--to timm: timm has no {config.model.trunk}; {OTHERS} takes it")
+    return form
+
+
+def huggingface_form(config: Config) -> HuggingFaceForm:
+    """Return what the config's trunk is to transformers.
+
+    Raises:
+        UserError: no form of the trunk is written for transformers, or transformers computes it otherwise.
+    """
+    try:
+        form = _trunk(config).huggingface_form(config.data.global_crops.size)
+    except UserError as error:
+        raise UserError(f"--to huggingface: {error}; {_takes_it(config)}") from None
+    if form is None:
         raise UserError(
-            f"--to huggingface: Swin alone is written for transformers, not {config.model.trunk}; "
-            f"{timm_form.taken(config)} takes it"
+            f"--to huggingface: no form of {config.model.trunk} is written for transformers; {_takes_it(config)}"
         )
-    else:
-        check_windows(config, form)
+    return form
+
+
+def _takes_it(config: Config) -> str:
+    """Name the forms beside huggingface that take the config's trunk."""
+    try:
+        timm_form(config)
+    except UserError:
+        return f"{OTHERS} takes it"
+    return f"--to timm, {OTHERS.removeprefix('--to ')} takes it"
+
+
+def _trunk(config: Config) -> Trunk:
+    with torch.device("meta"):
+        return build_trunk(config)
 
 
 def timm_config(config: Config) -> dict[str, Any]:
-    """config.json, as `timm.create_model("local-dir:…")` and the Hugging Face hub read it."""
-    form, size = timm_form.of(config), config.data.global_crops.size
+    """Return config.json as `timm.create_model("local-dir:…")` and the Hugging Face hub read it."""
+    form, size = timm_form(config), config.data.global_crops.size
     return {
         "architecture": form.architecture,
         "num_classes": 0,
@@ -92,7 +102,8 @@ def timm_config(config: Config) -> dict[str, Any]:
 
 
 def timm_tensors(trunk: Tensors, config: Config) -> Tensors:
-    return timm_form.of(config).tensors(trunk)
+    """Return the trunk's tensors under timm's names."""
+    return timm_form(config).tensors(trunk)
 
 
 def from_timm(theirs: Tensors, trunk: Mapping[str, list[int]], config: Config) -> Tensors:
@@ -117,24 +128,8 @@ def from_timm(theirs: Tensors, trunk: Mapping[str, list[int]], config: Config) -
 
 
 def huggingface_config(config: Config) -> dict[str, Any]:
-    shape = trunk_shape(config)
-    return {
-        "model_type": "swin" if shape.version == 1 else "swinv2",
-        "architectures": ["SwinModel" if shape.version == 1 else "Swinv2Model"],
-        "image_size": config.data.global_crops.size,
-        "patch_size": PATCH,
-        "num_channels": config.data.channels,
-        "embed_dim": shape.embed_dim,
-        "depths": list(shape.depths),
-        "num_heads": list(shape.heads),
-        "window_size": config.model.window,
-        "mlp_ratio": 4.0,
-        "qkv_bias": True,
-        "hidden_act": "gelu",
-        "drop_path_rate": 0.0,
-        "layer_norm_eps": 1e-5,  # see huggingface_tensors
-        "torch_dtype": "float32",
-    }
+    """Return config.json as `transformers.AutoModel` reads it."""
+    return huggingface_form(config).config
 
 
 def huggingface_processor(config: Config) -> dict[str, Any]:
@@ -162,15 +157,12 @@ def huggingface_processor(config: Config) -> dict[str, Any]:
 
 
 def huggingface_tensors(trunk: Tensors, config: Config) -> Tensors:
-    """Return the trunk's tensors under the names of the published checkpoints, which every version of transformers reads.
-
-    transformers' Swin has a fixed eps of 1e-5 in some norms where EsViT has 1e-6. A norm of √10·x with eps 1e-5 is that of
-    x with 1e-6: so its config says 1e-5 for all, and whatever writes what they read (`_INTO_NORMS`) is scaled by √10.
-    """
+    """Return the trunk's tensors under transformers' names, some of them scaled (`HuggingFaceForm.scale`)."""
+    form = huggingface_form(config)
     theirs: Tensors = {}
     for name, tensor in trunk.items():
-        names = _huggingface_names(name)
-        scaled = (tensor.double() * _huggingface_scale(name, config)).to(tensor.dtype)
+        names = form.names(name)
+        scaled = (tensor.double() * form.scale(name)).to(tensor.dtype)
         theirs |= dict(zip(names, (part.contiguous() for part in scaled.chunk(len(names))), strict=True))
     return theirs
 
@@ -184,29 +176,12 @@ def from_huggingface(theirs: Tensors, trunk: Mapping[str, list[int]], config: Co
     Raises:
         KeyError: a tensor is missing.
     """
+    form = huggingface_form(config)
     ours: Tensors = {}
     for name in trunk:
-        whole = torch.cat([theirs[part] for part in _huggingface_names(name)])
-        ours[name] = (whole.double() / _huggingface_scale(name, config)).to(whole.dtype)
+        whole = torch.cat([theirs[part] for part in form.names(name)])
+        ours[name] = (whole.double() / form.scale(name)).to(whole.dtype)
     return ours
-
-
-def _huggingface_scale(name: str, config: Config) -> float:
-    scaled = trunk_shape(config).version == 1 and any(part in name for part in _INTO_NORMS)
-    return float(10**0.5) if scaled else 1.0
-
-
-def _huggingface_names(name: str) -> list[str]:
-    """transformers' name of a tensor; three for qkv, which it keeps apart. Swin V2's query and value biases are its
-    layers' own."""
-    for pattern, replacement in _HUGGING_FACE:
-        name = re.sub(pattern, replacement, name)
-    before, qkv, kind = name.partition(".self.qkv.")
-    if qkv:
-        return [f"{before}.self.{part}.{kind}" for part in ("query", "key", "value")]
-    for ours, theirs in ((".self.q_bias", ".self.query.bias"), (".self.v_bias", ".self.value.bias")):
-        name = name.replace(ours, theirs)
-    return [name]
 
 
 def crop_share(config: Config) -> float:

@@ -36,8 +36,8 @@ from esvit_scale.checkpoint.official_shapes import (
 from esvit_scale.checkpoint.positions import bicubic
 from esvit_scale.errors import UserError
 from esvit_scale.models.cvt import S1
-from esvit_scale.models.registry import SHAPES
 from esvit_scale.models.swin import PATCH
+from esvit_scale.models.swin_variants import SHAPES
 from esvit_scale.models.vit import SIDE
 
 log = logging.getLogger(__name__)

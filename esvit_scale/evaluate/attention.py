@@ -1,9 +1,7 @@
-"""What a Swin trunk looks at: attention probabilities of every block, stitched from windows to maps of the image."""
+"""What a trunk looks at: its attention maps on one image, and the principal components of its tokens."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,72 +14,19 @@ from esvit_scale.data.decode import BadImage, decode
 from esvit_scale.data.pixel_format import RGB8, PixelFormat
 from esvit_scale.errors import UserError
 from esvit_scale.evaluate.features import FrozenTrunk, load_frozen_trunk
-from esvit_scale.models.swin import PATCH, Swin, WindowAttention, attend
-from esvit_scale.models.swin_v2 import WindowAttentionV2
-from esvit_scale.models.windows import WindowPlan, merged, storage_plan
+from esvit_scale.models.attention_maps import BlockAttention
+from esvit_scale.models.trunk import Trunk
 
 MAX_PIXELS = 2**22  # of a picture after resizing, 2048²: its attention takes about 3 GB at the published widths
 
 
-class BlockAttention(NamedTuple):
-    """One block's attention on one image. Windows come in the trunk's order; `cells` says what they cover."""
-
-    stage: int  # from 0, as is the block within its stage
-    block: int
-    grid: tuple[int, int]  # tokens (H, W) of the stage's map
-    probabilities: Tensor  # [windows, heads, L, L]; a row is one query's, over its window's slots, and sums to 1
-    cells: Tensor  # int64 [windows, L]: row-major token of each slot, shift undone; −1: padding
-
-    def received(self) -> Tensor:
-        """[heads, H, W]: the attention that each token gets from the queries of its window, as a multiple of an even
-        share. A query on padding asks nothing; what falls on padding is left out."""
-        asks = (self.cells >= 0).to(self.probabilities.dtype)  # [windows, L]
-        share = torch.einsum("whqk,wq->whk", self.probabilities, asks) / asks.sum(1)[:, None, None]
-        return self._stitched((share * self.cells.shape[1]).transpose(0, 1))
-
-    def row(self, token: int) -> tuple[Tensor, Tensor]:
-        """One query's attention [heads, H, W], zero outside its window, and what it gives to padding [heads]."""
-        [[window, slot]] = (self.cells == token).nonzero().tolist()
-        weights = torch.zeros(*self.cells.shape[:1], *self.probabilities.shape[1:3], dtype=self.probabilities.dtype)
-        weights[window] = self.probabilities[window, :, slot]
-        pads = (weights[window] * (self.cells[window] < 0)).sum(-1)
-        return self._stitched(weights.transpose(0, 1)), pads
-
-    def _stitched(self, values: Tensor) -> Tensor:
-        """[heads, windows, L] → [heads, H, W]: every token lies in exactly one window."""
-        real = self.cells >= 0
-        out = values.new_zeros(len(values), self.grid[0] * self.grid[1])
-        out[:, self.cells[real]] = values[:, real]
-        return out.view(-1, *self.grid)
-
-
-@torch.no_grad()
 def attention(trunk: nn.Module, image: Tensor) -> list[BlockAttention]:
-    """Of every block, first to last, for one image [3, H, W] (normalised, of any size).
+    """Return every block's attention, first to last, on one normalised image [3, H, W] of any size.
 
     Raises:
-        UserError: a trunk without window attention.
+        UserError: a trunk without attention maps.
     """
-    swin = require_swin(trunk)
-    blocks: list[BlockAttention] = []
-    grids = ((1, -(-image.shape[1] // PATCH), -(-image.shape[2] // PATCH)),)
-    layout = []  # of every block in order: its stage, its number there, its grids
-    for s, stage in enumerate(swin.stages):
-        layout += [(s, i, grids, stage.window) for i in range(len(stage.blocks))]
-        grids = cast(Any, merged(grids))
-
-    def record(module: WindowAttention | WindowAttentionV2, tokens: Tensor, plan: WindowPlan) -> None:
-        s, i, grids, window = layout[len(blocks)]
-        qkv, bias = module.operands(tokens, plan)
-        _, probabilities = attend(qkv, bias, plan.masks)
-        row_major = storage_plan(grids, window, tokens.device).tokens
-        cells = row_major[plan.slots.tokens]
-        cells[plan.slots.pads] = -1
-        blocks.append(BlockAttention(s, i, grids[0][1:], probabilities.cpu(), cells.view(-1, plan.window**2).cpu()))
-
-    with _before_attention(swin, record):
-        swin([image[None]])
-    return blocks
+    return require_attention_maps(trunk).attention_maps(image)
 
 
 @torch.no_grad()
@@ -95,7 +40,7 @@ def components(trunk: nn.Module, image: Tensor, n: int = 3) -> list[Tensor]:
         UserError: a trunk without stages.
     """
     maps = []
-    for tokens, [(_, h, w)], _ in require_swin(trunk).stage_maps([image[None]]):
+    for tokens, [(_, h, w)], _ in require_attention_maps(trunk).stage_maps([image[None]]):
         x = (tokens - tokens.mean(0)).double()  # [T, C]
         _, _, basis = torch.linalg.svd(x, full_matrices=False)
         kept = basis[:n]
@@ -130,7 +75,7 @@ def run_attention(checkpoint: Path, image: Path, out: Path, size: int | None = N
         UserError: not an image, too large at this size, or a trunk without window attention.
     """
     teacher = load_frozen_trunk(checkpoint)
-    require_swin(teacher.trunk)
+    require_attention_maps(teacher.trunk)
     require_pictures(teacher)
     return save_attention(teacher, decoded(image), out, size, str(image))
 
@@ -201,23 +146,9 @@ def require_pictures(teacher: FrozenTrunk) -> None:
         raise UserError(f"this evaluation shows pictures in 8-bit RGB; the checkpoint was trained on {teacher.pixels}")
 
 
-def require_swin(trunk: nn.Module) -> Swin:
-    """
-    Raises:
-        UserError: any other trunk.
-    """
-    if not isinstance(trunk, Swin):
-        raise UserError(f"attention maps are stitched from Swin's windows; {type(trunk).__name__} has none")
+def require_attention_maps(trunk: nn.Module) -> Trunk:
+    """Return the trunk; raise UserError for one without attention maps."""
+    if not isinstance(trunk, Trunk) or not trunk.has_attention_maps:
+        name = trunk.name if isinstance(trunk, Trunk) else type(trunk).__name__
+        raise UserError(f"attention maps are stitched from the windows of a Swin; {name} has none")
     return trunk
-
-
-@contextmanager
-def _before_attention(swin: Swin, record: Any) -> Iterator[None]:
-    """Calls record(module, *inputs) before every block's attention."""
-    modules = [cast(nn.Module, block.attn) for block in swin.blocks]
-    handles = [module.register_forward_pre_hook(lambda m, inputs: record(m, *inputs)) for module in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

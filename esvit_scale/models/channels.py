@@ -4,8 +4,6 @@ from typing import cast
 
 from torch import nn
 
-from esvit_scale.models import resnet
-from esvit_scale.models.patches import PatchProjection
 from esvit_scale.models.trunk import Trunk
 
 
@@ -27,10 +25,9 @@ def take_channels(trunk: Trunk, channels: int) -> Trunk:
     return trunk
 
 
-def _projection(old: nn.Conv2d, channels: int) -> nn.Conv2d:
-    out, kernel, stride = old.out_channels, old.kernel_size[0], old.stride[0]
-    if isinstance(old, PatchProjection):
-        return PatchProjection(channels, out, kernel)
-    if isinstance(old, resnet.Conv):
-        return resnet.Conv(channels, out, kernel, stride)
-    return nn.Conv2d(channels, out, kernel, stride, cast(tuple[int, int], old.padding), bias=old.bias is not None)
+def _projection(old: nn.Conv2d, channels: int) -> nn.Module:
+    """Return a projection for `channels` channels: the layer's own `for_channels`, or a convolution like it."""
+    if (own := getattr(old, "for_channels", None)) is not None:
+        return own(channels)  # type: ignore[no-any-return]
+    padding = cast(tuple[int, int], old.padding)
+    return nn.Conv2d(channels, old.out_channels, old.kernel_size[0], old.stride[0], padding, bias=old.bias is not None)

@@ -21,11 +21,11 @@ from torch.nn import functional as F
 
 from esvit_scale.config import Config
 from esvit_scale.models.batch_norm import BatchNorm
+from esvit_scale.models.block_parts import add_branch
 from esvit_scale.models.distributions import Initializer, constant, normal
 from esvit_scale.models.drop_path import keep_scales, linear_rates, token_factors
 from esvit_scale.models.point_conv import PointConv, QuickGeluConv
 from esvit_scale.models.shape import Shape, overridden
-from esvit_scale.models.swin import add_branch
 from esvit_scale.models.tokens import crop_means, groups, split
 from esvit_scale.models.trunk import Features, Grid, TokenMap, Trunk
 
@@ -137,7 +137,7 @@ class Block(nn.ModuleList):
     """Window attention and MLP, pre-norm. One call a block: the unit of ZeRO-3 and of activation checkpointing."""
 
     def __init__(self, dim: int, heads: int, window: int) -> None:
-        super().__init__([PreNorm(dim, Attention(dim, heads, window)), PreNorm(dim, Mlp(dim))])
+        super().__init__([PreNorm(dim, Attention(dim, heads, window)), PreNorm(dim, ConvMlp(dim))])
 
     def forward(self, tokens: Tensor, grids: list[Grid], keep_attn: Tensor | None, keep_mlp: Tensor | None) -> Tensor:
         """tokens [N, C] → [N, C]; keep_* [N, 1] scales a branch (0: dropped), None keeps it."""
@@ -205,7 +205,7 @@ class ConvProjection(nn.Module):
         return self.pw(torch.cat(rows))
 
 
-class Mlp(nn.Module):
+class ConvMlp(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.net = nn.Sequential(PointConv(dim, MLP_RATIO * dim), nn.Identity(), QuickGeluConv(MLP_RATIO * dim, dim))

@@ -23,11 +23,12 @@ from torch.nn import functional as F
 
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
+from esvit_scale.models.block_parts import GeluMlp, add_branch
 from esvit_scale.models.drop_path import keep_scales, linear_rates, token_factors
 from esvit_scale.models.focal_attention import FocalAttention, WindowPool, as_windows
 from esvit_scale.models.patches import PatchProjection, pixel_rows
 from esvit_scale.models.shape import Shape, overridden
-from esvit_scale.models.swin import PATCH, Mlp, add_branch, stage_window
+from esvit_scale.models.swin import PATCH, stage_window
 from esvit_scale.models.tokens import as_maps, crop_means
 from esvit_scale.models.trunk import Features, TokenMap, Trunk
 from esvit_scale.models.windows import Grids, merged
@@ -169,7 +170,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.attn = FocalAttention(dim, heads, window, expand, focal)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = Mlp(dim)
+        self.mlp = GeluMlp(dim)
 
     def forward(self, tokens: Tensor, grids: Grids, keep_attn: Tensor | None, keep_mlp: Tensor | None) -> Tensor:
         """tokens [N, C] → [N, C]; keep_* [N, 1] scales a branch (0: dropped), None keeps it."""

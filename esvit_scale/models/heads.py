@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from esvit_scale.models.distributions import Initializer, constant, uniform
+
 Result = TypeVar("Result")
 
 ROWS_AT_ONCE = 4096  # prototypes; in fp32 at D = 256 4 MB
@@ -25,12 +27,14 @@ class ProjectionHead(nn.Module):
 
     def __init__(self, dim: int, hidden: int, bottleneck: int, prototypes: int, norm_last_layer: bool = False) -> None:
         super().__init__()
+        self.dim, self.hidden, self.bottleneck, self.prototypes = dim, hidden, bottleneck, prototypes
         self.mlp = nn.Sequential(
             nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
         )
         self.last_layer = Prototypes(bottleneck, prototypes, norm_last_layer)
 
-    def forward(self, features: Tensor) -> Tensor:  # [n, C] → [n, D], unit norm
+    def forward(self, features: Tensor) -> Tensor:
+        """Map features [n, C] to the bottleneck [n, D], unit rows."""
         return _unit(self.mlp(features))
 
 
@@ -44,8 +48,12 @@ class Prototypes(nn.Module):
         self.weight_g = nn.Parameter(torch.ones(prototypes, 1), requires_grad=not norm_last_layer)
         self.weight_v = nn.Parameter(torch.empty(prototypes, bottleneck).uniform_(-bound, bound))
 
+    def initial_values(self) -> dict[str, Initializer]:
+        """Return the initialisers of directions (torch's default for a linear layer) and gains."""
+        return {"weight_v": uniform(self.bottleneck**-0.5), "weight_g": constant(1.0)}
+
     def forward(self, z: Tensor, use: Callable[[Tensor, Tensor], Result]) -> Result:
-        """`use(z, rows)` with the rows [K, D] in z's precision (bf16 for fp16, whose range ends at 1/K).
+        """Return `use(z, rows)` with the rows [K, D] in z's precision (bf16 for fp16, whose range ends at 1/K).
 
         The rows' user runs inside this call because under ZeRO-3 the parameters are whole only here.
         """

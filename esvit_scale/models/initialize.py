@@ -10,7 +10,6 @@ the norms that end a branch 0 and 0 (a block starts as the identity), temperatur
 A module with values of its own kind has a method `initial_values() -> {parameter's name within it: Initializer}`.
 """
 
-import math
 from collections.abc import Sequence
 from zlib import crc32
 
@@ -19,9 +18,6 @@ from torch import Generator, Tensor, nn
 
 from esvit_scale.models.batch_norm import BatchNorm
 from esvit_scale.models.distributions import Initializer, OfSeed, constant, normal, uniform
-from esvit_scale.models.heads import Prototypes
-from esvit_scale.models.swin import WindowAttention
-from esvit_scale.models.swin_v2 import BranchNorm, WindowAttentionV2
 
 
 def initial_values(module: nn.Module) -> dict[str, Initializer]:
@@ -61,17 +57,9 @@ def _of(module: nn.Module) -> dict[str, Initializer]:
         return own()
     if isinstance(module, nn.Linear):
         return {"weight": normal(0.02), "bias": constant(0.0)}
-    if isinstance(module, BranchNorm):
-        return {"weight": constant(0.0), "bias": constant(0.0)}
     if isinstance(module, (nn.LayerNorm, BatchNorm)):
         return {"weight": constant(1.0), "bias": constant(0.0)}
     if isinstance(module, nn.Conv2d):
         fan_in = module.in_channels // module.groups * module.kernel_size[0] * module.kernel_size[1]
         return {"weight": uniform(fan_in**-0.5), "bias": uniform(fan_in**-0.5)}
-    if isinstance(module, WindowAttention):
-        return {"relative_position_bias_table": normal(0.02)}
-    if isinstance(module, WindowAttentionV2):
-        return {"logit_scale": constant(math.log(10.0)), "q_bias": constant(0.0), "v_bias": constant(0.0)}
-    if isinstance(module, Prototypes):
-        return {"weight_v": uniform(module.bottleneck**-0.5), "weight_g": constant(1.0)}
     return {}

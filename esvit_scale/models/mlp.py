@@ -10,7 +10,7 @@ from esvit_scale.models.batch_norm import BatchNorm
 from esvit_scale.models.distributions import Initializer, uniform
 
 
-class Mlp(nn.Module):
+class ProjectorMlp(nn.Module):
     """Linear BN ReLU Linear BN ReLU … Linear. A layer that batch norm follows has no bias, which would be without effect.
 
     Args:

@@ -11,7 +11,12 @@ class PatchProjection(nn.Conv2d):
     def __init__(self, channels: int, dim: int, patch: int) -> None:
         super().__init__(channels, dim, patch, stride=patch)
 
-    def forward(self, patches: Tensor) -> Tensor:  # [N, channels · patch²] → [N, C]
+    def for_channels(self, channels: int) -> "PatchProjection":
+        """Return a new projection like this one for images of another number of channels."""
+        return PatchProjection(channels, self.out_channels, self.kernel_size[0])
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Map patches [N, channels · patch²] to tokens [N, C]."""
         return F.linear(patches, self.weight.flatten(1), self.bias)
 
 

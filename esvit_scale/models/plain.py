@@ -1,143 +1,25 @@
-"""A trunk for exporters: images of one size, the batch a dimension of its own, every index a constant.
+"""The form of a trunk that exporters take: images of one size in, the batch a dimension of its own."""
 
-The packed Swin's index plans depend on the batch, so its graph would hold for one batch size alone. These are the same
-modules with the same weights, and the same numbers; only where a token lies is written per image. It trains nothing.
-"""
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from esvit_scale.models.swin import PATCH, Block, PatchMerging, Stage, Swin
-from esvit_scale.models.swin_v2 import BlockV2, PatchMergingV2, WindowAttentionV2
-from esvit_scale.models.trunk import Trunk
-from esvit_scale.models.windows import MASKED, window_cells
-
-
-def plain(trunk: Trunk, size: int) -> nn.Module:
-    """images [B, 3, S, S] → view [B, C] and regions [B, T, C] (or the view alone, from a trunk without regions)."""
-    return PlainSwin(trunk, size) if isinstance(trunk, Swin) else PlainTrunk(trunk, size)
+if TYPE_CHECKING:
+    from esvit_scale.models.trunk import Trunk
 
 
 class PlainTrunk(nn.Module):
-    """A trunk whose forward treats the images of one size as a batch dimension anyway."""
+    """A trunk whose own forward already treats images of one size as a batch dimension."""
 
     @torch.no_grad()
-    def __init__(self, trunk: Trunk, size: int) -> None:
+    def __init__(self, trunk: "Trunk", size: int) -> None:
         super().__init__()
         self.trunk = trunk
         # Index tables are made at first use and cached: while an exporter traces, they would be its placeholders.
         trunk([next(trunk.parameters()).new_zeros(2, trunk.in_chans, size, size)])
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Map images [B, channels, S, S] to view [B, C] and regions [B, T, C]; without regions to the view alone."""
         view, regions, _ = self.trunk([images])
         return (view, regions.view(images.shape[0], -1, regions.shape[1])) if self.trunk.has_regions else (view,)
-
-
-class PlainSwin(nn.Module):
-    """images [B, 3, S, S] → view [B, C] and regions [B, T, C]."""
-
-    def __init__(self, trunk: Swin, size: int) -> None:
-        super().__init__()
-        self.embed, self.norm, self.side = trunk.patch_embed, trunk.norm, -(-size // PATCH)
-        self.pad = self.side * PATCH - size
-        side, stages = self.side, []
-        for stage in trunk.stages:
-            stages.append(_PlainStage(stage, side))
-            side = -(-side // 2)
-        self.stages = nn.ModuleList(stages)
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        if self.pad:
-            images = F.pad(images, (0, self.pad, 0, self.pad))
-        proj = self.embed.proj
-        tokens = F.conv2d(images, proj.weight, proj.bias, stride=PATCH).flatten(2).transpose(1, 2)  # [B, T, C]
-        tokens = self.embed.norm(tokens)
-        for stage in self.stages:
-            tokens = stage(tokens)
-        regions = self.norm(tokens)
-        return regions.mean(1), regions
-
-
-class _PlainStage(nn.Module):
-    def __init__(self, stage: Stage, side: int) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(
-            _PlainBlock(block, side, stage.window, shift)  # type: ignore[arg-type]
-            for block, shift in zip(stage.blocks, stage.shifts, strict=True)
-        )
-        down = stage.downsample
-        self.merging = _PlainMerging(down, side) if down is not None else nn.Identity()  # type: ignore[arg-type]
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        for block in self.blocks:
-            tokens = block(tokens)
-        return self.merging(tokens)
-
-
-class _PlainBlock(nn.Module):
-    cells: Tensor  # int64 [windows · L]: the token of each slot, T for a pad
-    place: Tensor  # int64 [T]: the slot of each token
-    mask: Tensor  # [windows, 1, L, L]
-    bias: Tensor  # [heads, L, L]
-    block: Block | BlockV2
-
-    def __init__(self, block: Block | BlockV2, side: int, window: int, shift: int) -> None:
-        super().__init__()
-        self.block = block
-        self.length, self.tokens = window**2, side**2
-        cells, apart = window_cells(side, side, window, shift)  # [windows, L], bool [windows, L, L]
-        flat = cells.reshape(-1)
-        place = np.empty(self.tokens, dtype=np.int64)
-        place[flat[flat >= 0]] = np.flatnonzero(flat >= 0)
-        self.register_buffer("cells", torch.from_numpy(np.where(flat >= 0, flat, self.tokens)), persistent=False)
-        self.register_buffer("place", torch.from_numpy(place), persistent=False)
-        self.register_buffer("mask", torch.from_numpy(apart)[:, None].float() * MASKED, persistent=False)
-        with torch.no_grad():  # a function of the weights alone
-            self.register_buffer("bias", block.attn.position_bias(self.cells.device).clone(), persistent=False)
-
-    def forward(self, tokens: Tensor) -> Tensor:  # [B, T, C]
-        block = self.block
-        if isinstance(block, BlockV2):
-            tokens = tokens + block.norm1(self._attention(tokens))
-            tokens = tokens + block.norm2(block.mlp(tokens))
-            return tokens if block.extra_norm is None else block.extra_norm(tokens)
-        tokens = tokens + self._attention(block.norm1(tokens))
-        return tokens + block.mlp(block.norm2(tokens))
-
-    def _attention(self, tokens: Tensor) -> Tensor:
-        attn = self.block.attn
-        qkv_bias = attn.qkv_bias() if isinstance(attn, WindowAttentionV2) else attn.qkv.bias
-        qkv = F.linear(F.pad(tokens, (0, 0, 0, 1)), attn.qkv.weight, qkv_bias)  # a pad is a zero token: [B, T + 1, 3C]
-        heads, depth = len(self.bias), tokens.shape[-1] // len(self.bias)
-        slots = qkv.index_select(1, self.cells).unflatten(1, (-1, self.length)).unflatten(3, (3, heads, depth))
-        q, k, v = slots.permute(3, 0, 1, 4, 2, 5).unbind(0)  # each [B, windows, heads, L, d]
-        if isinstance(attn, WindowAttentionV2):
-            q, k = F.normalize(q, dim=-1) * attn.scale().view(-1, 1, 1), F.normalize(k, dim=-1)
-        else:
-            q = q * depth**-0.5
-        scores = q @ k.transpose(-2, -1) + self.bias + self.mask
-        mixed = (scores.softmax(-1) @ v).transpose(2, 3).flatten(3).flatten(1, 2)  # [B, slots, C]
-        return attn.proj(mixed.index_select(1, self.place))
-
-
-class _PlainMerging(nn.Module):
-    cells: Tensor  # int64 [4 T']: the tokens of each new one, T for a pad
-    merging: PatchMerging | PatchMergingV2
-
-    def __init__(self, merging: PatchMerging | PatchMergingV2, side: int) -> None:
-        super().__init__()
-        self.merging = merging
-        half = -(-side // 2)
-        padded = np.full((2 * half, 2 * half), side**2)
-        padded[:side, :side] = np.arange(side**2).reshape(side, side)
-        quads = padded.reshape(half, 2, half, 2).transpose(0, 2, 3, 1).reshape(-1)  # (0,0), (1,0), (0,1), (1,1)
-        self.register_buffer("cells", torch.from_numpy(quads), persistent=False)
-
-    def forward(self, tokens: Tensor) -> Tensor:  # [B, T, C] → [B, T', 2C]
-        quads = F.pad(tokens, (0, 0, 0, 1)).index_select(1, self.cells).unflatten(1, (-1, 4)).flatten(2)
-        merging = self.merging
-        if isinstance(merging, PatchMergingV2):
-            return merging.norm(merging.reduction(quads))
-        return merging.reduction(merging.norm(quads))

@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from esvit_scale.config import Config
+from esvit_scale.errors import UserError
 from esvit_scale.models.batch_norm import BatchNorm
+from esvit_scale.models.block_parts import add_branch
+from esvit_scale.models.descriptions import TimmForm
 from esvit_scale.models.distributions import Initializer, normal
 from esvit_scale.models.drop_path import keep_scales, linear_rates, token_factors
 from esvit_scale.models.shape import Shape, overridden
-from esvit_scale.models.swin import add_branch
 from esvit_scale.models.tokens import as_maps, crop_means, split
 from esvit_scale.models.trunk import Features, Grid, TokenMap, Trunk
 
@@ -58,6 +60,26 @@ class ResNet(Trunk):
     @property
     def patch_projection(self) -> nn.Module:
         return self.conv1
+
+    def timm_form(self, size: int) -> TimmForm:
+        """Return what the trunk is to timm.
+
+        Raises:
+            UserError: stages or a stem that timm's resnet50 cannot have.
+        """
+        if len(self.depths) != 4 or self.channels[0] != 256:
+            raise UserError("timm's resnet50 has 4 stages and a stem of 64 channels")
+        return TimmForm(
+            "resnet50",
+            {"layers": list(self.depths)},
+            width=self.dim,
+            reduction=self.reductions[-1],
+            pool="avg",
+            first_conv="conv1",
+            classifier="fc",
+            tensors=dict,
+            fixed_size=False,
+        )
 
     def forward(self, crops: list[Tensor], drop_keys: Tensor | None = None) -> Features:
         """As `Trunk.forward`; any crop size."""
@@ -112,6 +134,10 @@ class Conv(nn.Conv2d):
     def __init__(self, channels: int, out: int, kernel: int = 1, stride: int = 1) -> None:
         super().__init__(channels, out, kernel, stride, kernel // 2, bias=False)
 
+    def for_channels(self, channels: int) -> "Conv":
+        """Return a new convolution like this one for another number of input channels."""
+        return Conv(channels, self.out_channels, self.kernel_size[0], self.stride[0])
+
     def initial_values(self) -> dict[str, Initializer]:
         """He et al. 2015, by the outputs, as torchvision."""
         return {"weight": normal(math.sqrt(2 / (self.out_channels * self.kernel_size[0] ** 2)))}
@@ -151,10 +177,14 @@ def _max_pool(tokens: Tensor, grids: list[Grid]) -> Tensor:
     return _pixels([F.max_pool2d(x, 3, 2, 1) for x in _maps(tokens, grids)])
 
 
-def build(named: Shape, config: Config) -> Trunk:
-    """
+SHAPES = {"resnet50": Shape(64, (3, 4, 6, 3), ())}
+
+
+def build(config: Config) -> ResNet:
+    """Return the ResNet that `config.model.trunk` names.
+
     Raises:
         UserError: overrides that do not fit.
     """
-    shape = overridden(config, named)
+    shape = overridden(config, SHAPES[config.model.trunk])
     return ResNet(shape.embed_dim, shape.depths, config.model.drop_path)

@@ -7,7 +7,8 @@ attention call. The numbers are those of one pass per resolution; a ZeRO-3 engin
 Parameter names are the official ones, so checkpoints map by name.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -15,8 +16,15 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from esvit_scale.models import swin_forms
+from esvit_scale.models.attention_maps import BlockAttention
+from esvit_scale.models.block_parts import GeluMlp, add_branch
+from esvit_scale.models.descriptions import HuggingFaceForm, TimmForm, TrunkCard, TrunkFormulas
+from esvit_scale.models.distributions import Initializer, normal
 from esvit_scale.models.drop_path import keep_scales, linear_rates, token_factors
 from esvit_scale.models.patches import PatchProjection
+from esvit_scale.models.swin_costs import SwinFormulas
+from esvit_scale.models.swin_plain import PlainSwin
 from esvit_scale.models.tokens import crop_means, split
 from esvit_scale.models.trunk import Features, TokenMap, Trunk
 from esvit_scale.models.windows import (
@@ -36,6 +44,8 @@ from esvit_scale.models.windows import (
 PATCH = 4  # pixels
 NORM_EPS = 1e-6
 
+Attend = Callable[[Tensor], Tensor]  # tokens […, C] → […, C]
+
 
 class Swin(Trunk):
     """A Swin V1 trunk; V2 (models/swin_v2.py) replaces the blocks and the merging.
@@ -50,6 +60,7 @@ class Swin(Trunk):
     """
 
     norm_eps = NORM_EPS
+    has_attention_maps = True
 
     def __init__(
         self,
@@ -61,7 +72,7 @@ class Swin(Trunk):
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()
-        self.depths = tuple(depths)
+        self.embed_dim, self.depths, self.heads, self.window = embed_dim, tuple(depths), tuple(heads), window
         self.dim = embed_dim * 2 ** (len(depths) - 1)
         self.drop_rates = linear_rates(drop_path, sum(depths))
         self.patch_embed = PatchEmbed(embed_dim, self.norm_eps)
@@ -77,22 +88,47 @@ class Swin(Trunk):
         self.reductions = tuple(PATCH * 2**s for s in range(len(depths)))
 
     def make_block(self, stage: int, index: int, dim: int, heads: int, window: int) -> nn.Module:
+        """Return block `index` of a stage, of width `dim`; V2 overrides it."""
         return Block(dim, heads, window)
 
     def make_merging(self, dim: int) -> nn.Module:
+        """Return the patch merging after a stage of width `dim`; V2 overrides it."""
         return PatchMerging(dim)
 
     @property
     def stages(self) -> list["Stage"]:
+        """The stages in order."""
         return cast(list[Stage], list(self.layers))
 
     @property
     def blocks(self) -> list[nn.Module]:
+        """The blocks of all stages, in order."""
         return [block for stage in self.stages for block in stage.blocks]
 
     @property
     def patch_projection(self) -> nn.Module:
+        """The first layer."""
         return self.patch_embed.proj
+
+    def formulas(self) -> TrunkFormulas:
+        """Return the costs in closed form."""
+        return SwinFormulas(self)
+
+    def card(self) -> TrunkCard:
+        """Return what a model card says about the trunk."""
+        return swin_forms.card(self, "Swin")
+
+    def plain(self, size: int) -> nn.Module:
+        """Return the same weights with constant index tables, for images of one size."""
+        return PlainSwin(self, size)
+
+    def timm_form(self, size: int) -> TimmForm:
+        """Return what the trunk is to timm; raise UserError where timm pads windows otherwise."""
+        return swin_forms.timm_v1(self, size)
+
+    def huggingface_form(self, size: int) -> HuggingFaceForm:
+        """Return what the trunk is to transformers; raise UserError where transformers pads windows otherwise."""
+        return swin_forms.huggingface_v1(self, size)
 
     def forward(self, crops: list[Tensor], drop_keys: Tensor | None = None) -> Features:
         """As `Trunk.forward`; crop sizes that are not a multiple of 4 are padded right and bottom with zeros."""
@@ -101,8 +137,33 @@ class Swin(Trunk):
         return Features(crop_means(regions, grids), regions, list(grids))
 
     def block_maps(self, crops: list[Tensor]) -> Iterator[TokenMap]:
+        """Yield the token map of every block, row-major, before the final norm."""
         for tokens, grids, window in self._block_outputs(crops, None):
             yield TokenMap(window_reverse(tokens, storage_plan(grids, window, tokens.device)), list(grids))
+
+    @torch.no_grad()
+    def attention_maps(self, image: Tensor) -> list[BlockAttention]:
+        """Return every block's attention on one normalised image [channels, H, W], its windows' cells beside it."""
+        found: list[BlockAttention] = []
+        grids: Grids = ((1, -(-image.shape[1] // PATCH), -(-image.shape[2] // PATCH)),)
+        layout = []  # of every block in order: its stage, its number there, its grids and its window
+        for s, stage in enumerate(self.stages):
+            layout += [(s, i, grids, stage.window) for i in range(len(stage.blocks))]
+            grids = merged(grids)
+
+        def record(module: "WindowAttention", inputs: tuple[Tensor, WindowPlan]) -> None:
+            tokens, plan = inputs
+            s, i, grids, window = layout[len(found)]
+            qkv, bias = module.operands(tokens, plan)
+            _, probabilities = attend(qkv, bias, plan.masks)
+            cells = storage_plan(grids, window, tokens.device).tokens[plan.slots.tokens]
+            cells[plan.slots.pads] = -1
+            _, h, w = grids[0]
+            found.append(BlockAttention(s, i, (h, w), probabilities.cpu(), cells.view(-1, plan.window**2).cpu()))
+
+        with _before_attention(self, record):
+            self([image[None]])
+        return found
 
     def _block_outputs(self, crops: list[Tensor], drop_keys: Tensor | None) -> Any:
         """After each block: (tokens [N, C] in the stage's order, grids, window)."""
@@ -164,11 +225,17 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.attn = WindowAttention(dim, heads, window)
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.mlp = Mlp(dim)
+        self.mlp = GeluMlp(dim)
 
     def forward(self, tokens: Tensor, plan: WindowPlan, keep_attn: Tensor | None, keep_mlp: Tensor | None) -> Tensor:
-        """tokens [N, C] → [N, C]; keep_* [N, 1] scales a branch (0: dropped), None keeps it."""
-        tokens = add_branch(tokens, self.attn(self.norm1(tokens), plan), keep_attn)
+        """Map tokens [N, C] to [N, C]; keep_* [N, 1] scales a branch (0: dropped), None keeps it."""
+        return self.with_attention(tokens, lambda x: self.attn(x, plan), keep_attn, keep_mlp)
+
+    def with_attention(
+        self, tokens: Tensor, attention: Attend, keep_attn: Tensor | None, keep_mlp: Tensor | None
+    ) -> Tensor:
+        """Compute the block with another function in the place of its window attention."""
+        tokens = add_branch(tokens, attention(self.norm1(tokens)), keep_attn)
         return add_branch(tokens, self.mlp(self.norm2(tokens)), keep_mlp)
 
 
@@ -187,12 +254,24 @@ class WindowAttention(nn.Module):
         mixed = Attention.apply(*self.operands(tokens, plan), plan.masks)  # [slots, C]
         return self.proj(window_reverse(mixed, plan.slots))
 
+    def initial_values(self) -> dict[str, Initializer]:
+        """Return the initialiser of the bias table."""
+        return {"relative_position_bias_table": normal(0.02)}
+
     def operands(self, tokens: Tensor, plan: WindowPlan) -> tuple[Tensor, Tensor]:
-        """What `Attention` takes: qkv [slots, 3C] and the position bias [heads, L, L]."""
+        """Return what `Attention` takes: qkv [slots, 3C] and the position bias [heads, L, L]."""
         return self.qkv(tokens, plan.slots), self.position_bias(tokens.device)
 
+    def qkv_bias(self) -> Tensor:
+        """Return the bias of queries, keys and values, [3C]."""
+        return self.qkv.bias
+
+    def scaled(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale queries and keys […, heads, L, d] so that their product is the score."""
+        return q * q.shape[-1] ** -0.5, k
+
     def position_bias(self, device: torch.device) -> Tensor:
-        """[heads, L, L]"""
+        """Return the relative position bias, [heads, L, L]."""
         length, index = self.window**2, relative_position_index(self.window, device)
         return self.relative_position_bias_table.index_select(0, index).view(length, length, -1).permute(2, 0, 1)
 
@@ -257,41 +336,6 @@ def attend(qkv: Tensor, bias: Tensor, masks: tuple[tuple[int, int, Tensor], ...]
     return packed, scores.softmax(-1)
 
 
-class Mlp(nn.Module):
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, 4 * dim)
-        self.fc2 = GeluLinear(4 * dim, dim)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.fc2(self.fc1(tokens))
-
-
-class GeluLinear(nn.Linear):
-    """F.linear(gelu(x), W, b) that keeps x alone: what the linear layer reads, a quarter of a block's activations, is
-    computed again in the backward (1 % of a step)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _GeluLinear.apply(x, self.weight, self.bias)
-
-
-class _GeluLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return F.linear(F.gelu(x), weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        hidden = F.gelu(x) if ctx.needs_input_grad[1] else None
-        grad_weight = (grad.t() @ hidden.to(grad.dtype)).to(weight.dtype) if hidden is not None else None
-        grad_bias = grad.sum(0).to(weight.dtype) if ctx.needs_input_grad[2] else None
-        grad_x = torch.ops.aten.gelu_backward((grad @ weight.to(grad.dtype)).to(x.dtype), x)
-        return grad_x, grad_weight, grad_bias
-
-
 class PatchMerging(nn.Module):
     """Four neighbouring tokens → one of twice the width; odd maps are padded with zeros."""
 
@@ -300,8 +344,12 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
         self.norm = nn.LayerNorm(4 * dim, eps=NORM_EPS)
 
-    def forward(self, tokens: Tensor, plan: Permutation) -> Tensor:  # [N, C] → [N', 2C]
-        quads = window_partition(tokens, plan).view(-1, 4 * tokens.shape[1])
+    def forward(self, tokens: Tensor, plan: Permutation) -> Tensor:
+        """Map tokens [N, C] to [N', 2C]."""
+        return self.reduce(window_partition(tokens, plan).view(-1, 4 * tokens.shape[1]))
+
+    def reduce(self, quads: Tensor) -> Tensor:
+        """Map four neighbours in a row, […, 4C], to one token […, 2C]."""
         return self.reduction(self.norm(quads))
 
 
@@ -311,5 +359,13 @@ def stage_window(size: int, window: int, stage: int) -> tuple[int, int]:
     return (resolution, 0) if resolution <= window else (window, window // 2)
 
 
-def add_branch(tokens: Tensor, branch: Tensor, keep: Tensor | None) -> Tensor:
-    return tokens + branch if keep is None else torch.addcmul(tokens, branch, keep)
+@contextmanager
+def _before_attention(trunk: Swin, record: Callable[..., None]) -> Iterator[None]:
+    """Call record(module, inputs) before every block's attention."""
+    modules = [cast(nn.Module, block.attn) for block in trunk.blocks]
+    handles = [module.register_forward_pre_hook(record) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

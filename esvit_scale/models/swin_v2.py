@@ -17,8 +17,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from esvit_scale.models import swin_forms
+from esvit_scale.models.block_parts import GeluMlp, add_branch
+from esvit_scale.models.descriptions import HuggingFaceForm, TimmForm, TrunkCard, TrunkFormulas
+from esvit_scale.models.distributions import Initializer, constant
 from esvit_scale.models.layer_norm import LayerNorm
-from esvit_scale.models.swin import Attention, Mlp, Swin, add_branch
+from esvit_scale.models.swin import Attend, Attention, Swin
+from esvit_scale.models.swin_costs import SwinV2Formulas
 from esvit_scale.models.windows import (
     Permutation,
     WindowPlan,
@@ -60,13 +65,31 @@ class SwinV2(Swin):
         super().__init__(embed_dim, depths, heads, window, size, drop_path)
 
     def make_block(self, stage: int, index: int, dim: int, heads: int, window: int) -> "BlockV2":
+        """Return block `index` of a stage, of width `dim`."""
         every = self.extra_norm_every
         return BlockV2(
             dim, heads, window, stage == EXTRA_NORM_STAGE and every is not None and index % every == every - 1
         )
 
     def make_merging(self, dim: int) -> "PatchMergingV2":
+        """Return the patch merging after a stage of width `dim`."""
         return PatchMergingV2(dim)
+
+    def formulas(self) -> TrunkFormulas:
+        """Return the costs in closed form."""
+        return SwinV2Formulas(self)
+
+    def card(self) -> TrunkCard:
+        """Return what a model card says about the trunk."""
+        return swin_forms.card(self, "Swin V2")
+
+    def timm_form(self, size: int) -> TimmForm:
+        """Return what the trunk is to timm; raise UserError where timm has no extra norms or pads windows otherwise."""
+        return swin_forms.timm_v2(self, size)
+
+    def huggingface_form(self, size: int) -> HuggingFaceForm:
+        """Return what the trunk is to transformers; raise UserError as `timm_form`."""
+        return swin_forms.huggingface_v2(self, size)
 
 
 class BlockV2(nn.Module):
@@ -76,19 +99,29 @@ class BlockV2(nn.Module):
         super().__init__()
         self.attn = WindowAttentionV2(dim, heads, window)
         self.norm1 = BranchNorm(dim, eps=NORM_EPS)
-        self.mlp = Mlp(dim)
+        self.mlp = GeluMlp(dim)
         self.norm2 = BranchNorm(dim, eps=NORM_EPS)
         self.extra_norm = nn.LayerNorm(dim, eps=NORM_EPS) if extra_norm else None
 
     def forward(self, tokens: Tensor, plan: WindowPlan, keep_attn: Tensor | None, keep_mlp: Tensor | None) -> Tensor:
-        """tokens [N, C] → [N, C]; keep_* [N, 1] scales a branch (0: dropped), None keeps it."""
-        tokens = add_branch(tokens, self.norm1(self.attn(tokens, plan)), keep_attn)
+        """Map tokens [N, C] to [N, C]; keep_* [N, 1] scales a branch (0: dropped), None keeps it."""
+        return self.with_attention(tokens, lambda x: self.attn(x, plan), keep_attn, keep_mlp)
+
+    def with_attention(
+        self, tokens: Tensor, attention: Attend, keep_attn: Tensor | None, keep_mlp: Tensor | None
+    ) -> Tensor:
+        """Compute the block with another function in the place of its window attention."""
+        tokens = add_branch(tokens, self.norm1(attention(tokens)), keep_attn)
         tokens = add_branch(tokens, self.norm2(self.mlp(tokens)), keep_mlp)
         return tokens if self.extra_norm is None else self.extra_norm(tokens)
 
 
 class BranchNorm(LayerNorm):
     """The norm at the end of a branch; its gain starts at 0, so that a block starts as the identity."""
+
+    def initial_values(self) -> dict[str, Initializer]:
+        """Return the initialisers of gain and bias."""
+        return {"weight": constant(0.0), "bias": constant(0.0)}
 
 
 class WindowAttentionV2(nn.Module):
@@ -99,6 +132,7 @@ class WindowAttentionV2(nn.Module):
 
     def __init__(self, dim: int, heads: int, window: int) -> None:
         super().__init__()
+        self.heads = heads
         self.window = window
         self.logit_scale = nn.Parameter(torch.full((heads, 1, 1), math.log(10.0)))  # −log τ
         self.cpb_mlp = nn.Sequential(WideLinear(2, BIAS_HIDDEN), nn.ReLU(), WideLinear(BIAS_HIDDEN, heads, bias=False))
@@ -111,22 +145,30 @@ class WindowAttentionV2(nn.Module):
         mixed = Attention.apply(*self.operands(tokens, plan), plan.masks)  # [slots, C]
         return self.proj(window_reverse(mixed, plan.slots))
 
+    def initial_values(self) -> dict[str, Initializer]:
+        """Return the initialisers of temperatures and biases: temperatures start at 1/10."""
+        return {"logit_scale": constant(math.log(10.0)), "q_bias": constant(0.0), "v_bias": constant(0.0)}
+
     def operands(self, tokens: Tensor, plan: WindowPlan) -> tuple[Tensor, Tensor]:
-        """What `Attention` takes: qkv [slots, 3C], queries and keys scaled, and the position bias [heads, L, L]."""
+        """Return what `Attention` takes: qkv [slots, 3C], queries and keys scaled, and the position bias [heads, L, L]."""
         qkv = self.qkv(tokens, plan.slots, self.qkv_bias())
         return UnitQueriesKeys.apply(qkv, self.scale()), self.position_bias(tokens.device)
 
     def qkv_bias(self) -> Tensor:
-        """[3C]"""
+        """Return the bias of queries, keys (zeros) and values, [3C]."""
         return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
 
+    def scaled(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale queries and keys […, heads, L, d] so that their product is the score."""
+        return F.normalize(q, dim=-1) * self.scale().view(-1, 1, 1), F.normalize(k, dim=-1)
+
     def scale(self) -> Tensor:
-        """[heads] 1/τ, in fp32 or wider."""
+        """Return 1/τ of every head, [heads], in fp32 or wider."""
         wide = torch.promote_types(self.logit_scale.dtype, torch.float32)
         return self.logit_scale.to(wide).clamp(max=LOGIT_SCALE_MAX).exp().flatten()
 
     def position_bias(self, device: torch.device) -> Tensor:
-        """[heads, L, L] in fp32 or wider."""
+        """Return the position bias, [heads, L, L], in fp32 or wider."""
         length = self.window**2
         table = BIAS_MAX * torch.sigmoid(self.cpb_mlp(relative_distances(self.window, device)))  # [(2w−1)², heads]
         index = relative_position_index(self.window, device)
@@ -211,5 +253,10 @@ class PatchMergingV2(nn.Module):
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
         self.norm = nn.LayerNorm(2 * dim, eps=NORM_EPS)
 
-    def forward(self, tokens: Tensor, plan: Permutation) -> Tensor:  # [N, C] → [N', 2C]
-        return self.norm(self.reduction(window_partition(tokens, plan).view(-1, 4 * tokens.shape[1])))
+    def forward(self, tokens: Tensor, plan: Permutation) -> Tensor:
+        """Map tokens [N, C] to [N', 2C]."""
+        return self.reduce(window_partition(tokens, plan).view(-1, 4 * tokens.shape[1]))
+
+    def reduce(self, quads: Tensor) -> Tensor:
+        """Map four neighbours in a row, […, 4C], to one token […, 2C]."""
+        return self.norm(self.reduction(quads))

@@ -12,7 +12,7 @@ Which arguments a network takes, and whether it takes the crops' sizes, is tried
 
 from collections.abc import Iterable
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from esvit_scale.config import Config
 from esvit_scale.errors import UserError
 from esvit_scale.models import timm_probe
 from esvit_scale.models.batch_norm import BatchNorm
+from esvit_scale.models.descriptions import Tensors, TimmForm, TrunkCard
 from esvit_scale.models.distributions import Initializer, OfSeed
 from esvit_scale.models.drop_path import drop_keys as keys_of
 from esvit_scale.models.drop_path import keep_scales
@@ -61,6 +62,29 @@ class TimmTrunk(Trunk):
     def initial_values(self) -> dict[str, Initializer]:
         drawn = _Drawn(self.probe)
         return {f"network.{name}": OfSeed(partial(drawn, name)) for name, _ in self.network.named_parameters()}
+
+    def card(self) -> TrunkCard:
+        """Return what a model card says about the trunk."""
+        return (
+            super()
+            .card()
+            ._replace(tag=self.probe.name, input_sizes="Any other size that timm's network takes works too.")
+        )
+
+    def timm_form(self, size: int) -> TimmForm:
+        """Return the network itself, as timm knows it."""
+        theirs = cast(dict[str, Any], self.network.pretrained_cfg)
+        return TimmForm(
+            self.probe.name,
+            {key: value for key, value in self.probe.arguments if key != "drop_path_rate"},
+            width=self.dim,
+            reduction=self.reductions[-1] if self.reductions else 16,
+            pool=str(getattr(self.network, "global_pool", "avg")),
+            first_conv=theirs.get("first_conv", ""),
+            classifier=theirs.get("classifier", ""),
+            tensors=_by_timms_names,
+            fixed_size=False,
+        )
 
     def forward(self, crops: list[Tensor], drop_keys: Tensor | None = None) -> Features:
         """As `Trunk.forward`; crop sizes that the network takes."""
@@ -142,6 +166,10 @@ class TimmTrunk(Trunk):
         if has_token and getattr(self.network, "global_pool", "") == "token":
             return TokenMap(tokens, [grid], out[:, 0])
         return TokenMap(tokens, [grid], tokens.view(out.shape[0], -1, tokens.shape[1]).mean(1))
+
+
+def _by_timms_names(trunk: Tensors) -> Tensors:
+    return {name.removeprefix("network."): tensor for name, tensor in trunk.items()}
 
 
 class _Drawn:

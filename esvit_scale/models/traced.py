@@ -1,4 +1,4 @@
-"""What a trunk costs, found by running it: for every trunk; Swin's costs are also known in closed form (complexity.py).
+"""What a trunk costs, found by running it. Trunks with formulas of their own (`Trunk.formulas`) need it in tests alone.
 
 It runs on the meta device, where tensors have shapes and no numbers: a second for the largest, and no memory. FLOPs are
 those of torch's FlopCounterMode (matrix products and convolutions; custom autograd functions count what runs inside),
@@ -8,7 +8,7 @@ so work on a map's padding is counted where a trunk does it. Activations are the
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,22 +19,15 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from esvit_scale.config import Config
+from esvit_scale.models.descriptions import CropCost
 from esvit_scale.models.drop_path import drop_keys
 from esvit_scale.models.registry import build_trunk
 from esvit_scale.models.trunk import Features, Trunk
 from esvit_scale.parallel import collectives
 
 
-class CropCost(NamedTuple):
-    flops: int  # of the forward, for each crop
-    flops_with_keys: int  # the same with drop keys, as a student runs it: ViL then looks at fewer windows
-    flops_per_forward: int  # whatever the number of crops
-    grid: tuple[int, int]  # H, W of the region tokens; 0, 0 from a trunk without
-    dim: int  # C
-
-
 def crop_cost(config: Config, size: int) -> CropCost:
-    """One crop of `size` pixels through the config's trunk.
+    """Return what one crop of `size` pixels costs in the config's trunk.
 
     Raises:
         UserError: a trunk that cannot be built.
@@ -50,7 +43,7 @@ def _crop_cost(values: str, size: int) -> CropCost:
         without, keyed = ([_forward_flops(trunk, size, n, keys) for n in (2, 3)] for keys in (False, True))
         grid = _features(trunk, size, 1, False).grids[0][1:]
     each = without[1] - without[0]
-    return CropCost(each, keyed[1] - keyed[0], without[0] - 2 * each, grid, trunk.dim)
+    return CropCost(each, keyed[1] - keyed[0], without[0] - 2 * each, grid)
 
 
 def _forward_flops(trunk: Trunk, size: int, crops: int, keys: bool) -> int:

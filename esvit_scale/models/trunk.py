@@ -1,10 +1,19 @@
-"""What every trunk is: crops of any sizes in, one list of features out. The objective never asks which trunk it is."""
+"""The contract of all trunks: crops of any sizes in, one list of features out.
+
+Nobody outside a trunk's own file asks which trunk it is: what `plan`, model cards, exporters and evaluations need to know,
+the trunk says about itself, and the methods here are the answers of a trunk that says nothing.
+"""
 
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+
+from esvit_scale.errors import UserError
+from esvit_scale.models.attention_maps import BlockAttention
+from esvit_scale.models.descriptions import HuggingFaceForm, TimmForm, TrunkCard, TrunkFormulas
+from esvit_scale.models.plain import PlainTrunk
 
 Grid = tuple[int, int, int]  # (crops, H, W)
 
@@ -26,19 +35,23 @@ class TokenMap(NamedTuple):
 
 
 class Trunk(nn.Module):
-    """A trunk calls each of its layers once a forward, with all crops: ZeRO-3 gathers a layer for each call, and
-    reentrant activation checkpointing allows one only. Where a library's network must run once per resolution, its
-    blocks take the list of maps.
+    """The base class of all trunks.
+
+    A trunk calls each of its layers once a forward, with all crops: ZeRO-3 gathers a layer for each call, and reentrant
+    activation checkpointing allows one only. Where a library's network must run once per resolution, its blocks take
+    the list of maps.
 
     Attributes:
+        name: its name in the registry, as in `model.trunk`.
         dim: C of the features.
         in_chans: channels of the images, `data.channels`.
         depths: blocks per stage.
         channels, reductions: of every stage's map, its width and the pixels a cell covers; empty: no pyramid.
         has_regions: whether `Features.regions` has any rows.
         norm: the final norm, of tokens [n, C]; an identity where there is none.
-        run_block: how a block is called: parallel.activation_checkpointing puts a checkpointing call here. The first
-            argument after the block is the tensor (or the tuple of tensors) to keep.
+        has_attention_maps: whether `attention_maps` answers.
+        run_block: the function that calls a block; parallel.activation_checkpointing puts a checkpointing call here. The
+            first argument after the block is the tensor (or the tuple of tensors) to keep.
     """
 
     dim: int
@@ -48,14 +61,18 @@ class Trunk(nn.Module):
     channels: tuple[int, ...] = ()
     reductions: tuple[int, ...] = ()
     has_regions = True
+    has_attention_maps = False
 
     def __init__(self) -> None:
         super().__init__()
+        self.name = type(self).__name__
         self.run_block: Callable[..., Any] = call
+
+    # --- what every trunk defines ------------------------------------------------------------------------------------
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """In order; the units of activation checkpointing and compilation."""
+        """The blocks in the order in which they run: the units of activation checkpointing and compilation."""
         raise NotImplementedError
 
     @property
@@ -64,7 +81,8 @@ class Trunk(nn.Module):
         raise NotImplementedError
 
     def forward(self, crops: list[Tensor], drop_keys: Tensor | None = None) -> Features:
-        """
+        """Compute the features of all crops.
+
         Args:
             crops: one tensor per resolution group, [N_g, in_chans, S_g, S_g], normalised pixels.
             drop_keys: int64 [ΣN_g], one key per crop image (`models.drop_path.drop_keys`); None: every branch is kept.
@@ -72,19 +90,62 @@ class Trunk(nn.Module):
         raise NotImplementedError
 
     def block_maps(self, crops: list[Tensor]) -> Iterator[TokenMap]:
-        """The token map of every block, in order, before the final norm."""
+        """Yield the token map of every block, in order, before the final norm."""
         raise NotImplementedError
 
+    # --- token maps for probes and pyramids --------------------------------------------------------------------------
+
     def last_blocks(self, crops: list[Tensor], n: int) -> list[TokenMap]:
-        """Token maps of the last n blocks, in order; those of the last stage after the final norm."""
+        """Return the token maps of the last n blocks, in order; those of the last stage after the final norm."""
         last_stage = sum(self.depths[:-1])
         maps = deque(enumerate(self.block_maps(crops)), maxlen=n)
         return [self._normed(found) if i >= last_stage else found for i, found in maps]
 
     def stage_maps(self, crops: list[Tensor]) -> list[TokenMap]:
-        """The token map of every stage's last block, before the final norm: what a feature pyramid is made of."""
+        """Return the token map of every stage's last block, before the final norm: what a feature pyramid is made of."""
         ends = {sum(self.depths[: s + 1]) - 1 for s in range(len(self.depths))}
         return [found for i, found in enumerate(self.block_maps(crops)) if i in ends]
+
+    # --- what a trunk says about itself; every method has an answer for a trunk that does not ------------------------
+
+    def formulas(self) -> TrunkFormulas | None:
+        """Return the trunk's costs in closed form; None: they are counted by running it (models/traced.py)."""
+        return None
+
+    def card(self) -> TrunkCard:
+        """Return what a model card says about the trunk."""
+        depths = "-".join(map(str, self.depths))
+        description = f"{self.name} (features of width {self.dim}, {depths} blocks)"
+        return TrunkCard(self.name, description, "Any other size works too.")
+
+    def plain(self, size: int) -> nn.Module:
+        """Return a module with the same weights for exporters: images [B, channels, size, size] → view [B, C] and
+        regions [B, T, C], or the view alone from a trunk without regions. It trains nothing."""
+        return PlainTrunk(self, size)
+
+    def timm_form(self, size: int) -> TimmForm | None:
+        """Return what the trunk is to timm at images of `size` pixels; None: timm does not have it.
+
+        Raises:
+            UserError: timm has it, but computes this one otherwise; says why, as a clause.
+        """
+        return None
+
+    def huggingface_form(self, size: int) -> HuggingFaceForm | None:
+        """Return what the trunk is to transformers at images of `size` pixels; None: no form is written for it.
+
+        Raises:
+            UserError: transformers has it, but computes this one otherwise; says why, as a clause.
+        """
+        return None
+
+    def attention_maps(self, image: Tensor) -> list[BlockAttention]:
+        """Return every block's attention, first to last, on one normalised image [channels, H, W] of any size.
+
+        Raises:
+            UserError: a trunk whose attention cannot be shown as maps.
+        """
+        raise UserError(f"attention maps are stitched from the windows of a Swin; {self.name} has none")
 
     def _normed(self, found: TokenMap) -> TokenMap:
         view = None if found.view is None else self.norm(found.view)
@@ -92,4 +153,5 @@ class Trunk(nn.Module):
 
 
 def call(block: nn.Module, *args: Any) -> Any:
+    """Call a block as it is: the `run_block` without activation checkpointing."""
     return block(*args)

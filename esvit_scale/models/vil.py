@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
+from esvit_scale.models.block_parts import GeluMlp, add_branch
 from esvit_scale.models.distributions import Initializer, normal
 from esvit_scale.models.drop_path import draw_of, keep_scales, linear_rates, token_factors
 from esvit_scale.models.patches import PatchProjection
 from esvit_scale.models.shape import Shape, overridden
-from esvit_scale.models.swin import Mlp, add_branch
 from esvit_scale.models.tokens import crop_means
 from esvit_scale.models.trunk import Features, Grid, TokenMap, Trunk
 from esvit_scale.models.vil_attention import AROUND, OWN, FullAttention, LongAttention
@@ -169,7 +169,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.attn = LongAttention(dim, heads, globals_, reach) if long else FullAttention(dim, heads, globals_, reach)
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.mlp = Mlp(dim)
+        self.mlp = GeluMlp(dim)
 
     def forward(
         self,

@@ -12,7 +12,7 @@ ones, which are timm's too.
 
 import math
 from collections.abc import Iterator
-from typing import cast
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -21,11 +21,12 @@ from torch.nn import functional as F
 
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
+from esvit_scale.models.block_parts import GeluMlp, add_branch
+from esvit_scale.models.descriptions import Tensors, TimmForm
 from esvit_scale.models.distributions import Initializer, constant, normal, uniform
 from esvit_scale.models.drop_path import keep_scales, linear_rates, token_factors
 from esvit_scale.models.patches import PatchProjection, pixel_rows
 from esvit_scale.models.shape import Shape, overridden
-from esvit_scale.models.swin import Mlp, add_branch
 from esvit_scale.models.tables import kept
 from esvit_scale.models.tokens import groups
 from esvit_scale.models.trunk import Features, Grid, TokenMap, Trunk
@@ -56,6 +57,7 @@ class ViT(Trunk):
         self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
 
     learns_positions = True
+    timm_name = "deit_small_patch16_224"  # the network of timm's that it is, but for its sizes
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -68,7 +70,38 @@ class ViT(Trunk):
         return self.patch_embed.proj
 
     def initial_values(self) -> dict[str, Initializer]:
+        """Return the initialisers of class token and positions."""
         return {"cls_token": normal(0.02), "pos_embed": normal(0.02)}
+
+    def timm_form(self, size: int) -> TimmForm:
+        """Return what the trunk is to timm: positions are resized to crops of `size` pixels.
+
+        Raises:
+            UserError: a size that timm, which pads no crop, does not take.
+        """
+        if size % PATCH:
+            raise UserError(f"timm pads no crop, and {size} pixels are no multiple of {PATCH}")
+        heads = cast(Block, self.blocks[0]).attn.heads
+        side = size // PATCH
+
+        def tensors(trunk: Tensors) -> Tensors:
+            return trunk | {"pos_embed": self.positions_for(trunk, side)[None]}
+
+        return TimmForm(
+            self.timm_name,
+            {"img_size": size, "embed_dim": self.dim, "depth": self.depths[0], "num_heads": heads},
+            width=self.dim,
+            reduction=PATCH,
+            pool="token",
+            first_conv="patch_embed.proj",
+            classifier="head",
+            tensors=tensors,
+            fixed_size=True,
+        )
+
+    def positions_for(self, trunk: Tensors, side: int) -> Tensor:
+        """Return the positions that these weights have on a map of side × side patches: [1 + side², C]."""
+        return resized(trunk["pos_embed"][0], side, side)
 
     def forward(self, crops: list[Tensor], drop_keys: Tensor | None = None) -> Features:
         """As `Trunk.forward`; any crop size."""
@@ -119,11 +152,18 @@ class MoCoViT(ViT):
     with query, key and value as matrices of their own."""
 
     learns_positions = False
+    timm_name = "vit_small_patch16_224"
 
     def position(self, h: int, w: int, device: torch.device) -> Tensor:
+        """Return the positions of a map of h × w patches, [1 + h·w, C]."""
         return sine_cosine(h, w, self.dim, device)
 
+    def positions_for(self, trunk: Tensors, side: int) -> Tensor:
+        """Return the fixed positions of a map of side × side patches: [1 + side², C]."""
+        return sine_cosine(side, side, trunk["cls_token"].shape[-1], torch.device("cpu"))
+
     def initial_values(self) -> dict[str, Initializer]:
+        """Return the initialisers of all parameters of linear layers, class token and patch projection."""
         found = {"cls_token": normal(1e-6)}
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
@@ -154,7 +194,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.mlp = Mlp(dim)
+        self.mlp = GeluMlp(dim)
 
     def forward(self, tokens: Tensor, sequences: Grids, keep_attn: Tensor | None, keep_mlp: Tensor | None) -> Tensor:
         """tokens [N, C] → [N, C]; keep_* [N, 1] scales a branch (0: dropped), None keeps it."""
@@ -219,15 +259,35 @@ def sine_cosine(h: int, w: int, dim: int, device: torch.device) -> Tensor:
     return torch.from_numpy(np.concatenate([np.zeros((1, dim)), patches])).float().to(device)
 
 
-def build(kind: type[ViT], named: Shape, config: Config) -> Trunk:
-    """
+class Variant(NamedTuple):
+    """A plain vision transformer that has a name of its own."""
+
+    kind: type[ViT]
+    shape: Shape
+    timm_name: str
+
+
+VARIANTS = {
+    "deit_s": Variant(ViT, Shape(384, (12,), (6,), (1,)), "deit_small_patch16_224"),
+    "deit_b": Variant(ViT, Shape(768, (12,), (12,), (1,)), "deit_base_patch16_224"),
+    "vit_s_moco": Variant(MoCoViT, Shape(384, (12,), (12,), (1,)), "vit_small_patch16_224"),
+    "vit_b_moco": Variant(MoCoViT, Shape(768, (12,), (12,), (1,)), "vit_base_patch16_224"),
+}
+
+
+def build(config: Config) -> ViT:
+    """Return the variant that `config.model.trunk` names.
+
     Raises:
         UserError: overrides that do not fit.
     """
-    shape = overridden(config, named)
-    if not kind.learns_positions and shape.embed_dim % 4:
+    variant = VARIANTS[config.model.trunk]
+    shape = overridden(config, variant.shape)
+    if not variant.kind.learns_positions and shape.embed_dim % 4:
         near = max(4, round(shape.embed_dim / 4) * 4)
         raise UserError(
             f"model.embed_dim: sine-cosine positions need a multiple of 4, got {shape.embed_dim}; nearest: {near}"
         )
-    return kind(shape.embed_dim, shape.depths[0], shape.heads[0], config.model.drop_path)
+    trunk = variant.kind(shape.embed_dim, shape.depths[0], shape.heads[0], config.model.drop_path)
+    trunk.timm_name = variant.timm_name
+    return trunk

@@ -1,27 +1,28 @@
 """What a run costs: parameters, FLOPs, and the activations that a backward needs; for every trunk and objective.
 
-Swin's costs (models/complexity.py) and those of EsViT's heads and loss (here) are arithmetic on the config. Any other
-trunk or objective is run once on the meta device and counted (models/traced.py); `traced` says which it was.
+A trunk or an objective that has formulas (`Trunk.formulas`, `Objective.formulas`) is asked for its costs; any other is run
+once on the meta device and counted (models/traced.py). `traced` tells which it was.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from esvit_scale.config import Config
-from esvit_scale.models import complexity
 from esvit_scale.models import traced as models_traced
-from esvit_scale.models.complexity import Count
+from esvit_scale.models.descriptions import Activations, Count, CropCost, KeptActivations
 from esvit_scale.models.drop_path import drop_keys
-from esvit_scale.models.registry import SHAPES, build_trunk, trunk_shape
+from esvit_scale.models.registry import build_trunk
 from esvit_scale.models.trunk import Features, call
-from esvit_scale.objective.dino import DINO
-from esvit_scale.objective.esvit import TEACHER_VIEWS, EsViT
-from esvit_scale.objective.network import StudentNetwork, build_network, build_student
-from esvit_scale.objective.registry import OBJECTIVES, build_objective
+from esvit_scale.objective.network import Network, StudentNetwork, build_network, build_student
+from esvit_scale.objective.objective import Objective
+from esvit_scale.objective.registry import build_objective
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of the working copies; fp32 otherwise
+TEACHER_VIEWS = 2  # the two global crops
 TEACHER_TEMP = 0.07  # any
 
 
@@ -30,135 +31,92 @@ class Parameters(NamedTuple):
     heads: int  # of all that the objective holds, prototypes and gains included
 
 
-class Activations(NamedTuple):
-    """Bytes that the student's forward keeps for its backward (without parameters and cached index tables)."""
-
-    per_image: int
-    per_step: int  # whatever the number of images: position-bias networks, gradients of the prototypes
-
-    def total(self, images: int) -> int:
-        return images * self.per_image + self.per_step
-
-
 def parameters(config: Config) -> Parameters:
-    """Raises UserError on a trunk or an objective that cannot be built."""
-    with torch.device("meta"):
-        network = build_network(config)
-    count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
+    """Return the numbers of parameters; raise UserError on a trunk or an objective that cannot be built."""
+    network = _network(config)
+    count: Callable[[nn.Module], int] = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
     return Parameters(count(network.trunk), count(network.objective))
 
 
 def traced(config: Config) -> bool:
-    """Whether something of it has no closed form."""
-    return not (_is_swin(config) and _is_esvit(config))
+    """Return whether trunk or objective has no formulas, so that it is run to be counted."""
+    network = _network(config)
+    return None in (network.trunk.formulas(), network.objective.formulas())
 
 
-def _is_swin(config: Config) -> bool:
-    return config.model.trunk in SHAPES
+def _network(config: Config) -> Network:
+    """Return the config's network on the meta device, to be asked and not to be run."""
+    return _network_of(_key(config))
 
 
-def _is_esvit(config: Config) -> bool:
-    return OBJECTIVES.get(config.objective.name) in (DINO, EsViT)
+@lru_cache(maxsize=64)
+def _network_of(key: str) -> Network:
+    with torch.device("meta"):
+        return build_network(Config.model_validate_json(key))
 
 
 # --- FLOPs -----------------------------------------------------------------------------------------------------------
 
 
 def image_flops(config: Config, count: Count = "published") -> int:
-    """FLOPs of one training step for each image: student's forward and backward, teacher, heads, matching, loss.
+    """Return the FLOPs of one training step for each image: student's forward and backward, teacher, heads, loss.
 
     Recomputation under activation checkpointing is not counted. Per-step costs that do not grow with the batch (V2's
     position bias, the centre) are left out: they vanish beside an image.
 
     Args:
-        count: of a Swin (models/complexity.py); what is traced has one count, "executed", and a backward of two
+        count: one of three ways (models/descriptions.py); what is traced has one count, "executed", and a backward of two
             forwards.
     """
-    if not _is_esvit(config):
-        has_teacher, of_objective = _objective_flops(_key(config))
-    else:
-        has_teacher, of_objective = True, _esvit_flops(config, count)
-    student = sum(_student_flops(config, size, count) for size in config.crop_sizes)
-    teacher = sum(crop_flops(config, size, count) for size in config.crop_sizes[:TEACHER_VIEWS]) if has_teacher else 0
-    flops = 3 * student + teacher + of_objective
-    if count == "executed" and _is_swin(config):  # pixels need no gradient
-        flops -= sum(complexity.embedding_flops(config, size) for size in config.crop_sizes)
-    return flops
+    objective = _network(config).objective
+    crops = [_crop_cost(config, size, count) for size in config.crop_sizes]
+    formulas = objective.formulas()
+    of_objective = (
+        _objective_flops(_key(config)) if formulas is None else formulas.image_flops([c.grid for c in crops], count)
+    )
+    student = sum(crop.flops_with_keys for crop in crops)
+    teacher = sum(crop.flops for crop in crops[:TEACHER_VIEWS]) if objective.has_teacher else 0
+    pixels = sum(crop.pixel_flops for crop in crops) if count == "executed" else 0  # pixels need no gradient
+    return 3 * student + teacher + of_objective - pixels
 
 
 def crop_flops(config: Config, size: int, count: Count = "published") -> int:
-    """Forward FLOPs of the trunk on one crop of `size` pixels."""
-    return (
-        complexity.crop_flops(config, size, count) if _is_swin(config) else models_traced.crop_cost(config, size).flops
-    )
+    """Return the forward FLOPs of the trunk on one crop of `size` pixels."""
+    return _crop_cost(config, size, count).flops
 
 
-def _student_flops(config: Config, size: int, count: Count) -> int:
-    """Of its forward."""
-    if _is_swin(config):
-        return complexity.crop_flops(config, size, count)
-    return models_traced.crop_cost(config, size).flops_with_keys
-
-
-def _region_grid(config: Config, size: int) -> tuple[int, int]:
-    if not _is_swin(config):
-        return models_traced.crop_cost(config, size).grid
-    side = complexity.region_side(config, size)
-    return side, side
-
-
-def _dim(config: Config) -> int:
-    return (
-        trunk_shape(config).widths[-1]
-        if _is_swin(config)
-        else models_traced.crop_cost(config, config.crop_sizes[0]).dim
-    )
-
-
-def _esvit_flops(config: Config, count: Count) -> int:
-    """Heads, matching and loss of both networks, forward and backward, for an image."""
-    o, dim = config.objective, _dim(config)
-    grids = [_region_grid(config, size) for size in config.crop_sizes] if o.regions else []
-    regions = [h * w for h, w in grids]
-    student_tokens = len(config.crop_sizes) + sum(regions)
-    teacher_tokens = TEACHER_VIEWS + sum(regions[:TEACHER_VIEWS])
-    mlp = 2 * (dim * o.head_hidden + o.head_hidden**2 + o.head_hidden * o.bottleneck)
-    logits = 2 * o.bottleneck * o.prototypes
-    compared = sum(regions) if count == "executed" else sum(regions[1:])  # with either teacher view
-    match = 2 * TEACHER_VIEWS * regions[0] * dim * compared if regions else 0
-    flops = (3 * student_tokens + teacher_tokens) * (mlp + logits) + match
-    if count == "executed":
-        # The fused loss takes four products for a token of either network: the logits twice, the expected prototype,
-        # and the prototypes' gradient.
-        flops += (3 * teacher_tokens + student_tokens) * logits
-    return flops
+def _crop_cost(config: Config, size: int, count: Count) -> CropCost:
+    formulas = _network(config).trunk.formulas()
+    return models_traced.crop_cost(config, size) if formulas is None else formulas.crop_cost(size, count)
 
 
 @lru_cache(maxsize=64)
-def _objective_flops(key: str) -> tuple[bool, int]:
-    """Whether an objective has a teacher, and its FLOPs for an image: the teacher's role, the student's, its backward."""
+def _objective_flops(key: str) -> int:
+    """Return an objective's FLOPs for an image: the teacher's role, the student's, its backward."""
     config = Config.model_validate_json(key)
-    grids = [_region_grid(config, size) for size in config.crop_sizes]
+    grids = [_crop_cost(config, size, "executed").grid for size in config.crop_sizes]
     with models_traced.on_meta():
         trunk = build_trunk(config)
         objective = build_objective(trunk, config)
-        counts = []
         least = max(2, objective.images_at_least)
-        for images in (least, least + 1):
-            teacher = _features(grids[:TEACHER_VIEWS], images, trunk.dim)
-            student = _features(grids, images, trunk.dim)
-            with models_traced.flop_counter() as counter:
-                targets = None
-                if objective.has_teacher:
-                    with torch.no_grad():
-                        targets = objective.targets(teacher)
-                objective(student, targets, TEACHER_TEMP)[0].backward()
-            counts.append(counter.get_total_flops())
-    return objective.has_teacher, counts[1] - counts[0]
+        fewer, more = (_objective_step_flops(objective, grids, images, trunk.dim) for images in (least, least + 1))
+    return more - fewer
+
+
+def _objective_step_flops(objective: Objective, grids: list[tuple[int, int]], images: int, dim: int) -> int:
+    teacher = _features(grids[:TEACHER_VIEWS], images, dim)
+    student = _features(grids, images, dim)
+    with models_traced.flop_counter() as counter:
+        targets = None
+        if objective.has_teacher:
+            with torch.no_grad():
+                targets = objective.targets(teacher)
+        objective(student, targets, TEACHER_TEMP)[0].backward()
+    return counter.get_total_flops()
 
 
 def _features(grids: list[tuple[int, int]], images: int, dim: int) -> Features:
-    """Of the shape that a trunk gives, crops of one size a group."""
+    """Return empty features of the shape that a trunk gives, crops of one size a group."""
     tokens = images * sum(h * w for h, w in grids)
     groups = [(images * grids.count(grid), *grid) for grid in dict.fromkeys(grids)]
     view, regions = (torch.empty(n, dim, requires_grad=True) for n in (images * len(grids), tokens))
@@ -168,20 +126,8 @@ def _features(grids: list[tuple[int, int]], images: int, dim: int) -> Features:
 # --- activations -----------------------------------------------------------------------------------------------------
 
 
-class Kept(NamedTuple):
-    """What a forward keeps for its backward, call by call of the trunk's blocks, and outside them.
-
-    A packed trunk calls each block once; timm's networks call each once for every crop size.
-    """
-
-    called: list[int]  # which block of the trunk each call runs
-    blocks: list[Activations]  # what each call keeps
-    inputs: list[Activations]  # what is kept of it under activation checkpointing
-    outside: Activations  # all else: patch embedding, merging, norms, heads, loss
-
-
 def activation_bytes(config: Config, checkpointing: bool | None = None) -> Activations:
-    """What the student's forward keeps for the backward, heads and loss included, at the run's precision.
+    """Return what the student's forward keeps for the backward, heads and loss included, at the run's precision.
 
     Args:
         checkpointing: keep every block's input only, and one block's activations while it is recomputed; None: as the
@@ -207,36 +153,26 @@ def block_input_bytes(config: Config) -> list[int]:
     return [given.per_image for given in kept(config).inputs]
 
 
-def kept(config: Config) -> Kept:
-    return traced_kept(config) if traced(config) else _closed_form_kept(config)
+def kept(config: Config) -> KeptActivations:
+    """Return what the student's forward keeps, call by call of the trunk's blocks, and outside them."""
+    return _traced_kept(_key(config)) if traced(config) else _kept_by_formulas(config)
 
 
-def _closed_form_kept(config: Config) -> Kept:
-    o, e, wide = config.objective, complexity.element(config), 4
-    # A head's token: the inputs of its layers and GELUs, the bottleneck with its length, the loss's gradient.
-    token = (_dim(config) + 4 * o.head_hidden + o.bottleneck) * e + (o.bottleneck if e != wide else 0) * wide + 2 * wide
-    token += o.bottleneck * (wide - e)  # the bottleneck is normalised in fp32
-    outside = 0
-    for size in config.crop_sizes:
-        tokens = 1 + (complexity.region_side(config, size) ** 2 if o.regions else 0)
-        outside += complexity.kept_outside_blocks(config, size) + tokens * token
-    gradients = (2 if o.regions else 1) * o.prototypes * o.bottleneck * e  # of the prototypes, known in the forward
-    blocks, bias = complexity.block_activation_bytes(config), complexity.kept_by_position_bias(config)
-    return Kept(
-        list(range(len(blocks))),
-        [Activations(*both) for both in zip(blocks, bias, strict=True)],
-        [Activations(given, 0) for given in complexity.block_input_bytes(config)],
-        Activations(outside, gradients),
-    )
-
-
-def traced_kept(config: Config) -> Kept:
-    """By running the student's forward of two numbers of images."""
-    return _traced_kept(_key(config))
+def _kept_by_formulas(config: Config) -> KeptActivations:
+    network, sizes = _network(config), config.crop_sizes
+    of_trunk, of_objective = network.trunk.formulas(), network.objective.formulas()
+    assert of_trunk is not None
+    assert of_objective is not None
+    element = DTYPES.get(config.train.precision, torch.float32).itemsize
+    found = of_trunk.kept(sizes, element)
+    heads = of_objective.kept([of_trunk.crop_cost(size, "executed").grid for size in sizes], element)
+    outside = Activations(found.outside.per_image + heads.per_image, found.outside.per_step + heads.per_step)
+    return found._replace(outside=outside)
 
 
 @lru_cache(maxsize=64)
-def _traced_kept(key: str) -> Kept:
+def _traced_kept(key: str) -> KeptActivations:
+    """Trace the student's forward at two batch sizes to separate per-image from fixed memory."""
     config = Config.model_validate_json(key)
     with models_traced.on_meta():
         network = build_student(config).to(DTYPES.get(config.train.precision, torch.float32))
@@ -247,7 +183,7 @@ def _traced_kept(key: str) -> Kept:
         return Activations(b - a, max(0, a - least * (b - a)))
 
     columns = [[each(*pair) for pair in zip(*pairs, strict=True)] for pairs in zip(fewer, more, strict=True)]
-    return Kept(called, columns[0], columns[1], columns[2][0])
+    return KeptActivations(called, columns[0], columns[1], columns[2][0])
 
 
 def _traced_step(
@@ -275,7 +211,7 @@ def _traced_step(
 
 
 def _key(config: Config) -> str:
-    """What a network and its crops are made of."""
+    """Return the part of the config that a network and its crops are made of, as a key of caches."""
     return config.model_dump_json(
         include={
             "model": True,

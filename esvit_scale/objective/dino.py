@@ -1,6 +1,7 @@
 """DINO's objective (Caron et al. 2021): EsViT's without regions."""
 
 from esvit_scale import config as configs
+from esvit_scale.models.descriptions import ObjectiveCard
 from esvit_scale.objective.esvit import EsViT
 
 
@@ -8,3 +9,7 @@ class DINO(EsViT):
     def __init__(self, dim: int, config: configs.Objective) -> None:
         """Args: dim: C of the trunk."""
         super().__init__(dim, config.model_copy(update={"regions": False}))
+
+    def card(self) -> ObjectiveCard:
+        """Return what a model card says about the objective."""
+        return super().card()._replace(method="", citation="")

@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 
 from esvit_scale import config as configs
+from esvit_scale.models.descriptions import ObjectiveCard, ObjectiveFormulas
 from esvit_scale.models.heads import ProjectionHead
 from esvit_scale.models.trunk import Features
 from esvit_scale.objective.center import Center
+from esvit_scale.objective.esvit_costs import TEACHER_VIEWS, EsViTFormulas
 from esvit_scale.objective.objective import Logs, Objective, unit
 from esvit_scale.objective.prototypes import Entropies, prototype_cross_entropy
 from esvit_scale.objective.sinkhorn import sinkhorn_center
 
-TEACHER_VIEWS = 2  # the globals
+PAPER = "https://arxiv.org/abs/2106.09785"
 
 
 class HeadTargets(NamedTuple):
@@ -110,6 +112,19 @@ class EsViT(Objective):
         for head, center in self._centers.items():
             prefix = f"{head}."
             center.load_state_dict({n.removeprefix(prefix): v for n, v in extra_state.items() if n.startswith(prefix)})
+
+    def formulas(self) -> ObjectiveFormulas:
+        """Return the costs of heads, matching and loss in closed form."""
+        return EsViTFormulas(self.view_head, self.region_head is not None)
+
+    def card(self) -> ObjectiveCard:
+        """Return what a model card says about the objective."""
+        losses = "view loss" if self.region_head is None else "view and region losses"
+        return ObjectiveCard(
+            f"[EsViT]({PAPER})'s {losses}",
+            (("prototypes", f"{self.prototypes:,}"),),
+            "Li et al., *Efficient Self-supervised Vision Transformers for Representation Learning*, ICLR 2022.",
+        )
 
     @property
     def _centers(self) -> dict[str, Center]:

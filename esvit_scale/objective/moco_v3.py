@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from esvit_scale import config as configs
-from esvit_scale.models.mlp import Mlp
+from esvit_scale.models.mlp import ProjectorMlp
 from esvit_scale.objective.objective import Logs
 from esvit_scale.objective.two_views import TwoViews
 from esvit_scale.parallel import collectives
@@ -19,8 +19,8 @@ class MoCoV3(TwoViews):
         """Args: dim: C of the trunk."""
         hidden, width = config.head_hidden, config.bottleneck
         super().__init__(
-            Mlp(dim, hidden, hidden, width, last_norm=True),
-            Mlp(width, config.predictor_hidden or hidden, width, last_norm=True),
+            ProjectorMlp(dim, hidden, hidden, width, last_norm=True),
+            ProjectorMlp(width, config.predictor_hidden or hidden, width, last_norm=True),
         )
         self.temp = config.student_temp
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from esvit_scale.models.descriptions import ObjectiveCard, ObjectiveFormulas
 from esvit_scale.models.trunk import Features
 
 Logs = dict[str, Tensor]  # detached scalars; `feature_std`, `loss_…` and whatever the objective finds worth watching
@@ -65,6 +66,16 @@ class Objective(nn.Module):
 
     def load_extra_state(self, extra_state: dict[str, Tensor]) -> None:
         """Takes over what `extra_state` gave, all or a part of it."""
+
+    # --- what an objective says about itself; both have an answer for one that does not ------------------------------
+
+    def formulas(self) -> ObjectiveFormulas | None:
+        """Return the objective's costs in closed form; None: they are counted by running it (costs.py)."""
+        return None
+
+    def card(self) -> ObjectiveCard:
+        """Return what a model card says about the objective."""
+        return ObjectiveCard()
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from esvit_scale import config as configs
-from esvit_scale.models.mlp import Mlp
+from esvit_scale.models.mlp import ProjectorMlp
 from esvit_scale.models.trunk import Features
 from esvit_scale.objective.objective import Logs, Objective, fixed_precision, spread, unit
 from esvit_scale.parallel import collectives
@@ -23,7 +23,7 @@ class SimCLR(Objective):
     def __init__(self, dim: int, config: configs.Objective) -> None:
         """Args: dim: C of the trunk."""
         super().__init__()
-        self.projector = Mlp(dim, config.head_hidden, config.bottleneck, last_norm=True)
+        self.projector = ProjectorMlp(dim, config.head_hidden, config.bottleneck, last_norm=True)
         self.temp = config.student_temp
 
     def forward(self, student: Features, targets: None, teacher_temp: float) -> tuple[Tensor, Logs]:

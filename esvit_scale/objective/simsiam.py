@@ -6,7 +6,7 @@ L = Σ over both orders of ½ · mean_i (−cos(q_i, k_i))
 from torch import Tensor
 
 from esvit_scale import config as configs
-from esvit_scale.models.mlp import Mlp
+from esvit_scale.models.mlp import ProjectorMlp
 from esvit_scale.objective.objective import Logs
 from esvit_scale.objective.two_views import TwoViews
 
@@ -18,7 +18,8 @@ class SimSiam(TwoViews):
         """Args: dim: C of the trunk."""
         hidden, width = config.head_hidden, config.bottleneck
         super().__init__(
-            Mlp(dim, hidden, hidden, width, last_norm=True), Mlp(width, config.predictor_hidden or hidden, width)
+            ProjectorMlp(dim, hidden, hidden, width, last_norm=True),
+            ProjectorMlp(width, config.predictor_hidden or hidden, width),
         )
 
     def compare(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Logs]:

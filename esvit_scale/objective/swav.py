@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from esvit_scale import config as configs
+from esvit_scale.models.descriptions import ObjectiveCard
 from esvit_scale.models.heads import Prototypes
-from esvit_scale.models.mlp import Mlp
+from esvit_scale.models.mlp import ProjectorMlp
 from esvit_scale.models.trunk import Features
 from esvit_scale.objective.objective import Logs, Objective, spread, unit
 from esvit_scale.objective.prototypes import Entropies, prototype_cross_entropy
@@ -26,9 +27,9 @@ class SwAV(Objective):
     def __init__(self, dim: int, config: configs.Objective) -> None:
         """Args: dim: C of the trunk."""
         super().__init__()
-        self.projector = Mlp(dim, config.head_hidden, config.bottleneck)
+        self.projector = ProjectorMlp(dim, config.head_hidden, config.bottleneck)
         self.last_layer = Prototypes(config.bottleneck, config.prototypes, norm_last_layer=True)
-        self.temp = config.student_temp
+        self.temp, self.prototypes = config.student_temp, config.prototypes
 
     def forward(self, student: Features, targets: None, teacher_temp: float) -> tuple[Tensor, Logs]:
         """Logs: teacher_entropy_view (of the codes), student_entropy_view and prototypes_used_view as EsViT's;
@@ -45,6 +46,10 @@ class SwAV(Objective):
             "prototypes_used_view": entropies.usage.exp(),
             "projection_std": spread(projections),
         }
+
+    def card(self) -> ObjectiveCard:
+        """Return what a model card says about the objective."""
+        return ObjectiveCard(rows=(("prototypes", f"{self.prototypes:,}"),))
 
     def _swapped(self, z: Tensor, rows: Tensor, images: int, epsilon: float) -> tuple[Tensor, Entropies]:
         """The views' codes are made each from its own batch, so each has a loss of its own."""

@@ -9,7 +9,7 @@ Batch norm in projector and predictor sees one view of the images of all ranks a
 
 from torch import Tensor
 
-from esvit_scale.models.mlp import Mlp
+from esvit_scale.models.mlp import ProjectorMlp
 from esvit_scale.models.trunk import Features
 from esvit_scale.objective.objective import Logs, Objective, fixed_precision, spread, unit
 
@@ -19,7 +19,7 @@ VIEWS = 2
 class TwoViews(Objective):
     multi_crop = False
 
-    def __init__(self, projector: Mlp, predictor: Mlp) -> None:
+    def __init__(self, projector: ProjectorMlp, predictor: ProjectorMlp) -> None:
         super().__init__()
         self.projector = projector
         self.predictor = predictor

@@ -13,9 +13,12 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
+import torch
+
 from esvit_scale.config import Config
-from esvit_scale.errors import UserError, nearest
-from esvit_scale.models.registry import SHAPES, trunk_shape
+from esvit_scale.errors import UserError
+from esvit_scale.models.registry import build_trunk
+from esvit_scale.models.trunk import Trunk
 from esvit_scale.objective import costs
 from esvit_scale.scaling.sweep_file import Size
 
@@ -56,11 +59,12 @@ def shape_of(size: Size, base: Config) -> Shape:
         UserError: an unknown trunk, a width that is no multiple of 32, or a number of parameters far from the ladder.
     """
     if size.trunk is not None:
-        if size.trunk not in SHAPES:
-            raise UserError(f"sizes: unknown trunk {size.trunk!r}{nearest(size.trunk, SHAPES)}")
-        if SHAPES[size.trunk].version != trunk_shape(base).version:
+        named = _named(size.trunk, base)
+        if type(named) is not type(_on_meta(base)):
             raise UserError(f"sizes: {size.trunk} is another trunk family than the base's {base.model.trunk}")
-        return Shape(SHAPES[size.trunk].embed_dim, SHAPES[size.trunk].depths)
+        if not named.channels:
+            raise UserError(f"sizes: {size.trunk} has no stages, so a sweep cannot scale it; take a Swin")
+        return Shape(named.channels[0], named.depths)
     if size.embed_dim is not None:
         if size.embed_dim % HEAD_DIM:
             near = max(HEAD_DIM, round(size.embed_dim / HEAD_DIM) * HEAD_DIM)
@@ -69,6 +73,21 @@ def shape_of(size: Size, base: Config) -> Shape:
         return Shape(size.embed_dim, tuple(size.depths or (2, 2, depth, 2)))
     assert size.params is not None
     return _nearest(size.params, base)
+
+
+def _named(name: str, base: Config) -> Trunk:
+    """Return the trunk of this name with its own sizes, for the base's window and global crops."""
+    values = {"trunk": name, "window": base.model.window}
+    config = Config.model_validate({"model": values, "data": {"global_crops": {"size": base.data.global_crops.size}}})
+    try:
+        return _on_meta(config)
+    except UserError as error:
+        raise UserError(f"sizes: {str(error).removeprefix('model.trunk: ')}") from None
+
+
+def _on_meta(config: Config) -> Trunk:
+    with torch.device("meta"):
+        return build_trunk(config)
 
 
 def _nearest(target: float, base: Config) -> Shape:

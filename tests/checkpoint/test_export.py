@@ -24,8 +24,8 @@ from esvit_scale.data import stream
 from esvit_scale.errors import UserError
 from esvit_scale.evaluate.features import load_frozen_trunk
 from esvit_scale.models.initialize import initialize
-from esvit_scale.models.plain import PlainSwin
 from esvit_scale.models.swin import Swin
+from esvit_scale.models.swin_plain import PlainSwin
 from esvit_scale.models.swin_v2 import SwinV2
 from esvit_scale.objective.network import build_network
 from tests import launcher, tiny

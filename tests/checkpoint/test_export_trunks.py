@@ -102,12 +102,17 @@ def test_exported_folder_loads_and_has_a_model_card(tmp_path: Path, model: dict)
             DEIT,
             96,
             "huggingface",
-            r"Swin alone is written for transformers, not deit_s; --to timm, safetensors or onnx",
+            r"no form of deit_s is written for transformers; --to timm, safetensors or onnx takes it",
         ),
         (DEIT, 100, "timm", r"100 pixels are no multiple of 16; --to safetensors or onnx takes it"),
-        (DEIT, 100, "huggingface", r"not deit_s; --to safetensors or onnx takes it"),
+        (DEIT, 100, "huggingface", r"deit_s is written for transformers; --to safetensors or onnx takes it"),
         ({**RESNET, "embed_dim": 16}, 96, "timm", r"resnet50 has 4 stages and a stem of 64 channels; --to safetensors"),
-        (ATTO, 96, "huggingface", r"not timm:convnext_atto; --to timm, safetensors or onnx takes it"),
+        (
+            ATTO,
+            96,
+            "huggingface",
+            r"timm:convnext_atto is written for transformers; --to timm, safetensors or onnx takes it",
+        ),
     ],
 )
 def test_trunk_that_a_form_cannot_hold_is_refused(

@@ -156,7 +156,7 @@ def test_components_are_principal_components_with_fixed_signs() -> None:
 
 
 def test_trunk_without_attention_is_refused() -> None:
-    with pytest.raises(UserError, match="Swin's windows; Linear has none"):
+    with pytest.raises(UserError, match="the windows of a Swin; Linear has none"):
         attention(nn.Linear(2, 2), torch.zeros(3, 8, 8))  # type: ignore[arg-type]
 
 

@@ -14,7 +14,6 @@ from esvit_scale.models.batch_norm import recomputing
 from esvit_scale.models.cvt import CvT
 from esvit_scale.models.drop_path import drop_keys
 from esvit_scale.models.initialize import initial_values, initialize
-from esvit_scale.models.plain import plain
 from esvit_scale.models.pyramid import Pyramid
 from esvit_scale.models.registry import build_trunk
 from tests.models.rule import by_hash, fill
@@ -175,7 +174,7 @@ def test_initial_values_are_the_official_distributions() -> None:
 @pytest.mark.skipif(torch.__version__.startswith("2.7."), reason="torch.export of torch 2.7 fixes the batch")
 def test_an_exported_graph_takes_any_batch() -> None:
     trunk = make().eval().float()
-    module = plain(trunk, 40)
+    module = trunk.plain(40)
     batch = {"images": {0: torch.export.Dim("batch")}}
     graph = torch.export.export(module, (torch.randn(2, 3, 40, 40),), dynamic_shapes=batch).module()
     images = torch.randn(5, 3, 40, 40)

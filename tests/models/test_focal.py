@@ -14,7 +14,6 @@ from esvit_scale.models.focal import Focal
 from esvit_scale.models.focal_attention import MixWindows, lay_out
 from esvit_scale.models.focal_windows import focal_tables
 from esvit_scale.models.initialize import initial_value, initial_values
-from esvit_scale.models.plain import plain
 from esvit_scale.models.registry import build_trunk
 from tests import tiny
 from tests.models.rule import by_hash, by_rule, fill
@@ -227,7 +226,7 @@ def test_what_does_not_fit_is_one_clear_line(size, model, words):
 @pytest.mark.skipif(torch.__version__.startswith("2.7."), reason="torch.export of torch 2.7 fixes the batch")
 def test_it_exports_with_any_batch():
     trunk = make().float().eval()
-    module = plain(trunk, 64).eval()
+    module = trunk.plain(64).eval()
     batch = {"images": {0: torch.export.Dim("batch")}}
     exported = torch.export.export(module, (torch.zeros(2, 3, 64, 64),), dynamic_shapes=batch).module()
     images = torch.randn(3, 3, 64, 64)

@@ -7,8 +7,9 @@ from torch import nn
 from esvit_scale.models.distributions import normal
 from esvit_scale.models.heads import ProjectionHead
 from esvit_scale.models.initialize import initial_value, initial_values, initialize
-from esvit_scale.models.registry import SHAPES, build_trunk
+from esvit_scale.models.registry import build_trunk
 from esvit_scale.models.swin import Swin
+from esvit_scale.models.swin_variants import SHAPES
 from tests import tiny
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from esvit_scale.models.drop_path import drop_keys
 from esvit_scale.models.heads import ProjectionHead
 from esvit_scale.models.layer_norm import LayerNorm, layer_norm
-from esvit_scale.models.mlp import Mlp
+from esvit_scale.models.mlp import ProjectorMlp
 from esvit_scale.models.registry import build_trunk
 from esvit_scale.objective.prototypes import prototype_cross_entropy
 from esvit_scale.parallel.buffers import cast_buffers_to_fp32
@@ -155,7 +155,7 @@ def _bound(parameter: str, images: int) -> float:
 def test_every_operator_of_the_heads() -> None:
     torch.manual_seed(0)
     rows = 20_000
-    for head in (ProjectionHead(32, 64, 16, 64).mlp, Mlp(32, 64, 16)):
+    for head in (ProjectionHead(32, 64, 16, 64).mlp, ProjectorMlp(32, 64, 16)):
         module = head.bfloat16()
         cast_buffers_to_fp32(module)
         recorder = Recorder(module)

@@ -4,7 +4,8 @@ import torch
 from esvit_scale.config import validate
 from esvit_scale.errors import UserError
 from esvit_scale.models.initialize import initialize
-from esvit_scale.models.registry import SHAPES, build_trunk
+from esvit_scale.models.registry import build_trunk
+from esvit_scale.models.swin_variants import SHAPES
 from esvit_scale.objective.network import build_student
 from tests import tiny
 

@@ -10,7 +10,6 @@ from esvit_scale.errors import UserError
 from esvit_scale.models import batch_norm
 from esvit_scale.models.drop_path import drop_keys
 from esvit_scale.models.initialize import initial_value, initial_values
-from esvit_scale.models.plain import plain
 from esvit_scale.models.registry import build_trunk
 from esvit_scale.models.resnet import ResNet
 from tests import tiny
@@ -118,7 +117,7 @@ def test_stage_maps_and_last_blocks():
     assert torch.equal(last[-1].tokens, trunk(crops).regions)
     assert torch.equal(last[1].tokens, stages[1].tokens)
     with torch.no_grad():
-        view, regions = plain(trunk, 64)(crops[0])
+        view, regions = trunk.plain(64)(crops[0])
     assert (view.shape, regions.shape) == ((3, 64), (3, 16, 64))
 
 

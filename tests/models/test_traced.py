@@ -6,7 +6,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from esvit_scale import config as configs
-from esvit_scale.models import complexity
 from esvit_scale.models import registry as trunks
 from esvit_scale.models import traced as models_traced
 from esvit_scale.parallel import collectives
@@ -32,10 +31,8 @@ def toy(monkeypatch):
 def test_a_crop_costs_what_the_closed_form_says(trunk, size):
     config = config_of(trunk, depths=[2, 1, 2], heads=[1, 2, 4], window=5)
     cost = models_traced.crop_cost(config, size)
-    assert cost.flops == complexity.crop_flops(config, size, "executed")
-    assert cost.flops_per_forward == complexity.position_bias_flops(config)
-    assert cost.grid == (complexity.region_side(config, size),) * 2
-    assert cost.dim == 64
+    formulas = trunks.build_trunk(config).formulas()
+    assert cost == formulas.crop_cost(size, "executed")._replace(pixel_flops=0)
 
 
 @pytest.mark.parametrize("size", [64, 40])
@@ -45,7 +42,7 @@ def test_another_trunk_costs_what_a_cpu_counts(toy, size):
     with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         features = trunks.build_trunk(toy)([torch.randn(1, 3, size, size)])
     cost = models_traced.crop_cost(toy, size)
-    assert cost == (counter.get_total_flops(), counter.get_total_flops(), 0, features.grids[0][1:], 16)
+    assert cost == (counter.get_total_flops(), counter.get_total_flops(), 0, features.grids[0][1:], 0)
     tokens = (size // 8) ** 2  # 12 C² a token and block, and the scores twice
     by_hand = 2 * tokens * (3 * 64 * 16 + toy_trunk.DEPTH * (12 * 16**2 + 2 * tokens * 16))
     assert cost.flops == by_hand

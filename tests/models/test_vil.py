@@ -15,7 +15,6 @@ from esvit_scale.errors import UserError
 from esvit_scale.models import vil
 from esvit_scale.models.drop_path import draw_of, drop_keys
 from esvit_scale.models.initialize import initial_values, initialize
-from esvit_scale.models.plain import plain
 from esvit_scale.models.pyramid import Pyramid
 from esvit_scale.models.registry import build_trunk
 from esvit_scale.models.vil import ViL
@@ -229,7 +228,7 @@ def test_initial_values_are_the_official_distributions() -> None:
 
 @pytest.mark.skipif(torch.__version__.startswith("2.7."), reason="torch.export of torch 2.7 fixes the batch")
 def test_an_exported_graph_takes_any_batch_and_leaves_no_empty_tables() -> None:
-    module = plain(make(size=64).eval().float(), 52)  # maps that no other test has
+    module = make(size=64).eval().float().plain(52)  # maps that no other test has
     batch = {"images": {0: torch.export.Dim("batch")}}
     graph = torch.export.export(module, (torch.randn(2, 3, 52, 52),), dynamic_shapes=batch).module()
     images = torch.randn(5, 3, 52, 52)

@@ -13,7 +13,6 @@ from esvit_scale.errors import UserError
 from esvit_scale.models import vit
 from esvit_scale.models.drop_path import drop_keys
 from esvit_scale.models.initialize import initial_value, initial_values
-from esvit_scale.models.plain import plain
 from esvit_scale.models.registry import build_trunk
 from esvit_scale.models.vit import MoCoViT, ViT
 from tests import tiny
@@ -195,7 +194,7 @@ def test_the_exporters_module_takes_any_batch():
     trunk = make()
     for n in (1, 3):
         images = torch.randn(n, 3, 50, 50, dtype=torch.float64)
-        view, regions = plain(trunk, 50)(images)
+        view, regions = trunk.plain(50)(images)
         assert view.shape == (n, 16)
         assert regions.shape == (n, 16, 16)
 

@@ -20,7 +20,7 @@ from esvit_scale.objective.network import build_student
 from esvit_scale.objective.objective import Objective
 from esvit_scale.parallel import collectives
 from tests.models import toy_trunk
-from tests.models.test_complexity import Kept, inplace_addmm_flop
+from tests.models.test_swin_costs import Kept, inplace_addmm_flop
 
 IMAGES = 3
 

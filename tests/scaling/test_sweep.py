@@ -16,7 +16,7 @@ from esvit_scale import cli
 from esvit_scale import config as configs
 from esvit_scale.data import manifest as manifests
 from esvit_scale.errors import UserError
-from esvit_scale.models.registry import SHAPES
+from esvit_scale.models.swin_variants import SHAPES
 from esvit_scale.objective import costs
 from esvit_scale.objective.schedules import Schedules
 from esvit_scale.scaling import cells, runner, shapes, sweep_file

@@ -7,7 +7,6 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from esvit_scale import config as configs
-from esvit_scale.models import complexity
 from esvit_scale.models.drop_path import drop_keys
 from esvit_scale.models.initialize import initialize
 from esvit_scale.models.registry import build_trunk
@@ -63,15 +62,14 @@ def test_a_crops_flops_are_torchs(trunk, size):
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
         module([torch.randn(1, 3, size, size)])
-    assert counter.get_total_flops() == complexity.crop_flops(
-        config, size, "executed"
-    ) + complexity.position_bias_flops(config)
+    cost = module.formulas().crop_cost(size, "executed")
+    assert counter.get_total_flops() == cost.flops + cost.flops_per_forward
 
 
 def test_padding_is_counted_by_its_definition():
     """One block: 10 tokens a side, 14 in windows of 7."""
     config = small("swin_t", depths=[1], heads=[2], embed_dim=16, window=7)
-    flops = {count: complexity.crop_flops(config, 40, count) for count in ("published", "executed", "useful")}
+    flops = {count: costs.crop_flops(config, 40, count) for count in ("published", "executed", "useful")}
     assert flops["published"] - flops["executed"] == 2 * 4 * (14**2 - 10**2) * 16**2
     assert flops["executed"] - flops["useful"] == 2 * 2 * (14**2 - 10**2) * 49 * 16
 
@@ -90,7 +88,7 @@ def test_a_training_steps_flops_are_torchs(trunk, regions):
     # The position bias by the step: teacher's and student's forward, and in the backward the weights' gradients of both
     # layers and the hidden layer's.
     first_layer = sum(2 * (2 * stage.window - 1) ** 2 * 2 * 512 * len(stage.blocks) for stage in student.trunk.stages)
-    bias = complexity.position_bias_flops(config)
+    bias = student.trunk.formulas().crop_cost(40, "executed").flops_per_forward
     bias = bias and 4 * bias - first_layer
     assert counter.get_total_flops() == IMAGES * costs.image_flops(config, "executed") + bias
 

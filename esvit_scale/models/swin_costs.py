@@ -1,0 +1,174 @@
+"""A Swin's FLOPs and the activations that a backward needs, in closed form: arithmetic on the built trunk's sizes.
+
+The tests compare them with torch's FlopCounterMode and with what autograd keeps. models/descriptions.py says what the
+three ways of counting are; for Swin, "published" has qkv and proj on the zeros that pad a map to whole windows, and
+"executed" on real tokens only.
+
+Forward multiply-adds of a crop of S pixels, H = ⌈S/4⌉ tokens a side, padded to P = ⌈H/w⌉·w, widths C:
+    H²·48C  +  Σ blocks (4P²C² + 2P²w²C + 8H²C²)  +  Σ merges 8H'²C²   with H' = ⌈H/2⌉ after the merge and C before it
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from esvit_scale.models.descriptions import Activations, Count, CropCost, KeptActivations
+
+if TYPE_CHECKING:
+    from esvit_scale.models.swin import Swin
+
+WIDE = 4  # bytes of a number in fp32
+
+
+class StageMap(NamedTuple):
+    """One stage on one crop."""
+
+    stage: int
+    width: int  # C
+    depth: int
+    heads: int
+    window: int
+    side: int  # H, tokens along the map
+    padded: int  # P, the same in whole windows
+    last: bool
+
+
+class SwinFormulas:
+    """The costs of a Swin V1."""
+
+    def __init__(self, trunk: "Swin") -> None:
+        self.trunk = trunk
+
+    # --- FLOPs -------------------------------------------------------------------------------------------------------
+
+    def crop_cost(self, size: int, count: Count) -> CropCost:
+        """Return what one crop of `size` × `size` pixels costs."""
+        maps = list(self._maps(size))
+        embedding = maps[0].side ** 2 * self._patch_values() * maps[0].width
+        macs = embedding
+        for m in maps:
+            tokens, slots, width = m.side**2, m.padded**2, m.width
+            projected = slots if count == "published" else tokens
+            queries = tokens if count == "useful" else slots
+            macs += m.depth * (4 * projected * width**2 + 2 * queries * m.window**2 * width + 8 * tokens * width**2)
+            if not m.last:
+                macs += _half(m.side) ** 2 * 8 * width**2
+        return CropCost(2 * macs, 2 * macs, self._flops_per_forward(), (maps[-1].side,) * 2, 2 * embedding)
+
+    def _flops_per_forward(self) -> int:
+        return 0
+
+    # --- activations -------------------------------------------------------------------------------------------------
+
+    def kept(self, sizes: Sequence[int], element: int) -> KeptActivations:
+        """Return what the forward of one crop of each of these sizes keeps, at `element` bytes a number."""
+        blocks = [sum(column) for column in zip(*(self._kept_by_blocks(sizes, s, element) for s in sizes), strict=True)]
+        inputs = [sum(column) for column in zip(*(self._block_inputs(s, element) for s in sizes), strict=True)]
+        return KeptActivations(
+            list(range(len(blocks))),
+            [Activations(*both) for both in zip(blocks, self._kept_by_position_bias(element), strict=True)],
+            [Activations(given, 0) for given in inputs],
+            Activations(sum(self._kept_outside_blocks(size, element) for size in sizes), 0),
+        )
+
+    def _kept_by_blocks(self, sizes: Sequence[int], size: int, element: int) -> list[int]:
+        """Return the bytes of every block, in order, on one crop of `size` pixels."""
+        found = []
+        for m in self._maps(size):
+            n, s, c = m.side**2, m.padded**2, m.width
+            for i in range(m.depth):
+                attention = s * (4 * c + m.window**2 * m.heads) * element  # q, k, v, mixed and the probabilities
+                if not self._windows_are_views(sizes, m.stage, i):
+                    attention += n * c * element  # what proj reads is a copy
+                stats = 2 * 2 * n * WIDE  # mean and 1/σ of two norms
+                # inputs of two norms, qkv and fc1 (C each) and of GELU (4C)
+                own = attention + 8 * n * c * element + stats + self._kept_by_version(m, i, element)
+                found.append(own + self._keep_factors(m, i, element))
+        return found
+
+    def _kept_by_version(self, m: StageMap, index: int, element: int) -> int:
+        """Return what a block of another version keeps beside V1's."""
+        return 0
+
+    def _block_inputs(self, size: int, element: int) -> list[int]:
+        return [
+            m.side**2 * m.width * element + self._keep_factors(m, i, element)
+            for m in self._maps(size)
+            for i in range(m.depth)
+        ]
+
+    def _keep_factors(self, m: StageMap, index: int, element: int) -> int:
+        """Return the bytes of the two branches' drop factors; a block that never drops has none."""
+        rate = self.trunk.drop_rates[sum(self.trunk.depths[: m.stage]) + index]
+        return 2 * m.side**2 * element if rate else 0
+
+    def _kept_outside_blocks(self, size: int, element: int) -> int:
+        """Return the bytes of patch embedding, patch merging and final norm, on one crop."""
+        maps = list(self._maps(size))
+        first, last = maps[0], maps[-1]
+        kept = first.side**2 * ((self._patch_values() + first.width) * element + 2 * WIDE)
+        for m in maps[:-1]:
+            kept += _half(m.side) ** 2 * (self._kept_by_merging(m.width) * element + 2 * WIDE)
+        return kept + last.side**2 * (last.width * element + 2 * WIDE)
+
+    def _kept_by_merging(self, width: int) -> int:
+        """Return the numbers a merged token keeps: inputs of the norm and of the reduction, 4C each."""
+        return 8 * width
+
+    def _kept_by_position_bias(self, element: int) -> list[int]:
+        """Return the bytes of every block's position-bias network; V1's bias is a gather of its parameter."""
+        return [0] * sum(self.trunk.depths)
+
+    # --- sizes -------------------------------------------------------------------------------------------------------
+
+    def _patch_values(self) -> int:
+        return self.trunk.in_chans * self.trunk.reductions[0] ** 2
+
+    def _maps(self, size: int) -> Iterator[StageMap]:
+        """Yield the stages that a crop of `size` pixels goes through."""
+        trunk = self.trunk
+        side, last = -(-size // trunk.reductions[0]), len(trunk.depths) - 1
+        for s, stage in enumerate(trunk.stages):
+            padded = -(-side // stage.window) * stage.window
+            yield StageMap(s, trunk.channels[s], trunk.depths[s], trunk.heads[s], stage.window, side, padded, s == last)
+            side = _half(side)
+
+    def _windows_are_views(self, sizes: Sequence[int], stage: int, index: int) -> bool:
+        """Return whether tokens already lie in the order of a block's windows: no shift, and no crop needs padding."""
+        maps = [list(self._maps(size))[stage] for size in set(sizes)]
+        return not self.trunk.stages[stage].shifts[index] and all(m.side == m.padded for m in maps)
+
+
+class SwinV2Formulas(SwinFormulas):
+    """The costs of a Swin V2: cosine attention, norms after the branches, networks for the position biases."""
+
+    def _flops_per_forward(self) -> int:
+        """Return the FLOPs of the position-bias networks, which run once a forward, however many crops it has."""
+        maps = self._maps(self.trunk.reductions[0])
+        return 2 * sum(m.depth * (2 * m.window - 1) ** 2 * self._bias_hidden() * (2 + m.heads) for m in maps)
+
+    def _kept_by_version(self, m: StageMap, index: int, element: int) -> int:
+        """Return what a block keeps beside V1's: unit queries and keys with v, their lengths, an extra norm."""
+        kept = m.padded**2 * (3 * m.width * element + 2 * m.heads * WIDE)
+        if self.trunk.stages[m.stage].blocks[index].extra_norm is not None:
+            kept += m.side**2 * m.width * element + 2 * m.side**2 * WIDE
+        return kept
+
+    def _kept_by_merging(self, width: int) -> int:
+        """Return the numbers a merged token keeps: inputs of the reduction, 4C, and of the norm, 2C."""
+        return 6 * width
+
+    def _kept_by_position_bias(self, element: int) -> list[int]:
+        """Return the bytes of every block's position-bias network."""
+        found, hidden = [], self._bias_hidden()
+        for m in self._maps(self.trunk.reductions[0]):
+            weights = 0 if element == WIDE else hidden * m.heads  # a wide copy
+            rows = (2 * m.window - 1) ** 2
+            found += [rows * (2 + hidden + m.heads) * WIDE + weights * WIDE] * m.depth
+        return found
+
+    def _bias_hidden(self) -> int:
+        return int(self.trunk.stages[0].blocks[0].attn.cpb_mlp[0].out_features)  # type: ignore[union-attr, index, operator, arg-type]
+
+
+def _half(side: int) -> int:
+    return -(-side // 2)

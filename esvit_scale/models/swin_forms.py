@@ -1,0 +1,196 @@
+"""A Swin for other libraries and for readers: its forms for timm and transformers, its model card.
+
+Both libraries shift windows before they pad where EsViT pads before it shifts, so features are the same at the size of
+the global crops, where no window is padded, and not elsewhere.
+
+| ours | timm | transformers |
+|---|---|---|
+| `layers.0.downsample` | `layers.1.downsample` | `encoder.layers.0.downsample` |
+| `….attn.qkv` | the same | `….attention.self.query`, `.key`, `.value` |
+| `….norm1`, `….norm2` | the same | `….layernorm_before`, `….layernorm_after` |
+| `patch_embed.proj`, `norm` | the same | `embeddings.patch_embeddings.projection`, `layernorm` |
+"""
+
+import re
+from typing import TYPE_CHECKING
+
+from esvit_scale.errors import UserError
+from esvit_scale.models.descriptions import HuggingFaceForm, Tensors, TimmForm, TrunkCard
+
+if TYPE_CHECKING:
+    from esvit_scale.models.swin import Swin
+    from esvit_scale.models.swin_v2 import SwinV2
+
+Sizes = tuple[int, tuple[int, ...]]  # (embed_dim, depths)
+
+# The networks that timm has registered; others are spelled out by arguments of the smallest.
+TIMM_V1: dict[Sizes, str] = {
+    (96, (2, 2, 6, 2)): "swin_tiny_patch4_window7_224",
+    (96, (2, 2, 18, 2)): "swin_small_patch4_window7_224",
+    (128, (2, 2, 18, 2)): "swin_base_patch4_window7_224",
+    (192, (2, 2, 18, 2)): "swin_large_patch4_window7_224",
+}
+TIMM_V2: dict[Sizes, str] = {
+    (96, (2, 2, 6, 2)): "swinv2_tiny_window8_256",
+    (96, (2, 2, 18, 2)): "swinv2_small_window8_256",
+    (128, (2, 2, 18, 2)): "swinv2_base_window8_256",
+    (192, (2, 2, 18, 2)): "swinv2_large_window12_192",
+}
+
+_HUGGING_FACE = [
+    (r"^layers\.", "encoder.layers."),
+    (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
+    (r"^patch_embed\.norm\.", "embeddings.norm."),
+    (r"^norm\.", "layernorm."),
+    (r"\.norm1\.", ".layernorm_before."),
+    (r"\.norm2\.", ".layernorm_after."),
+    (r"\.mlp\.fc1\.", ".intermediate.dense."),
+    (r"\.mlp\.fc2\.", ".output.dense."),
+    (r"\.attn\.proj\.", ".attention.output.dense."),
+    (r"\.attn\.cpb_mlp\.", ".attention.self.continuous_position_bias_mlp."),
+    (r"\.attn\.", ".attention.self."),
+]
+
+# Of V1: the patch embedding, which its norm reads, and what writes into the stream that all other norms read.
+_INTO_NORMS = ("patch_embed.", ".attn.proj.", ".mlp.fc2.", ".downsample.reduction.")
+
+
+def card(trunk: "Swin", family: str) -> TrunkCard:
+    """Return what a model card says about a Swin of a family ("Swin", "Swin V2")."""
+    depths = "-".join(map(str, trunk.depths))
+    sizes = f"width {trunk.embed_dim}, depths {depths}, window {trunk.window}"
+    return TrunkCard(
+        "swin",
+        f"{family} ({trunk.name}: {sizes})",
+        "Any other size works too; windows are padded as in training.",
+    )
+
+
+# --- timm ------------------------------------------------------------------------------------------------------------
+
+
+def timm_v1(trunk: "Swin", size: int) -> TimmForm:
+    """Return a V1's form for timm, whose default eps of norms is another; raise UserError where it pads otherwise."""
+    form = _timm(trunk, size, TIMM_V1)
+    return form._replace(norm_eps="1e-6", note="EsViT's norms have eps 1e-6, timm's default is 1e-5.")
+
+
+def timm_v2(trunk: "SwinV2", size: int) -> TimmForm:
+    """Return a V2's form for timm; raise UserError where it has no extra norms, or pads otherwise."""
+    _refuse_extra_norms(trunk, "timm")
+    return _timm(trunk, size, TIMM_V2)
+
+
+def _timm(trunk: "Swin", size: int, registered: dict[Sizes, str]) -> TimmForm:
+    _refuse_padded_windows(trunk, size, "timm")
+    arguments = {
+        "img_size": size,
+        "window_size": trunk.window,
+        "embed_dim": trunk.embed_dim,
+        "depths": list(trunk.depths),
+        "num_heads": list(trunk.heads),
+    }
+    smallest = next(iter(registered.values()))
+    return TimmForm(
+        registered.get((trunk.embed_dim, trunk.depths), smallest),
+        arguments,
+        width=trunk.dim,
+        reduction=trunk.reductions[-1],
+        pool="avg",
+        first_conv="patch_embed.proj",
+        classifier="head.fc",
+        tensors=_timm_tensors,
+        fixed_size=True,
+        size_note=f"Use {size} pixels: elsewhere timm shifts windows before it pads them, EsViT after, and features "
+        "differ.",
+    )
+
+
+def _timm_tensors(trunk: Tensors) -> Tensors:
+    """Move the merging that ends a stage to the beginning of the next, where timm has it."""
+    move = lambda match: f"layers.{int(match[1]) + 1}.downsample."  # noqa: E731
+    return {re.sub(r"^layers\.(\d+)\.downsample\.", move, name): tensor for name, tensor in trunk.items()}
+
+
+# --- transformers ----------------------------------------------------------------------------------------------------
+
+
+def huggingface_v1(trunk: "Swin", size: int) -> HuggingFaceForm:
+    """Return a V1's form for transformers, under the names of the published checkpoints, which every version reads.
+
+    transformers' Swin has a fixed eps of 1e-5 in some norms where EsViT has 1e-6. A norm of √10·x with eps 1e-5 is that of
+    x with 1e-6: so its config says 1e-5 for all, and whatever writes what they read (`_INTO_NORMS`) is scaled by √10.
+
+    Raises:
+        UserError: windows that transformers pads otherwise, or a map that is smaller than the window.
+    """
+    _refuse_padded_windows(trunk, size, "huggingface")
+    for s, stage in enumerate(trunk.stages):
+        if stage.window < trunk.window:
+            raise UserError(
+                f"the map of stage {s + 1} ({stage.window}×{stage.window}) is smaller than the window {trunk.window}, "
+                "which transformers' Swin cannot do"
+            )
+    return _huggingface(trunk, size, "swin", "SwinModel")._replace(
+        scale=lambda name: float(10**0.5) if any(part in name for part in _INTO_NORMS) else 1.0,
+        note="EsViT's norms have eps 1e-6 where some of transformers' have a fixed 1e-5. So that features are the same, "
+        "whatever a norm reads is stored √10 times as large: `hidden_states` are √10 times EsViT's, features are not.",
+    )
+
+
+def huggingface_v2(trunk: "SwinV2", size: int) -> HuggingFaceForm:
+    """Return a V2's form for transformers; raise UserError where it has no extra norms, or pads otherwise."""
+    _refuse_extra_norms(trunk, "huggingface")
+    _refuse_padded_windows(trunk, size, "huggingface")
+    return _huggingface(trunk, size, "swinv2", "Swinv2Model")
+
+
+def _huggingface(trunk: "Swin", size: int, model_type: str, architecture: str) -> HuggingFaceForm:
+    config = {
+        "model_type": model_type,
+        "architectures": [architecture],
+        "image_size": size,
+        "patch_size": trunk.reductions[0],
+        "num_channels": trunk.in_chans,
+        "embed_dim": trunk.embed_dim,
+        "depths": list(trunk.depths),
+        "num_heads": list(trunk.heads),
+        "window_size": trunk.window,
+        "mlp_ratio": 4.0,
+        "qkv_bias": True,
+        "hidden_act": "gelu",
+        "drop_path_rate": 0.0,
+        "layer_norm_eps": 1e-5,  # see huggingface_v1
+        "torch_dtype": "float32",
+    }
+    size_note = f"Use {size} pixels: elsewhere transformers shifts windows before it pads them, EsViT after, and features differ."
+    return HuggingFaceForm(config, _huggingface_names, lambda name: 1.0, size_note)
+
+
+def _huggingface_names(name: str) -> list[str]:
+    """Return transformers' name of a tensor; three for qkv, which it keeps apart. V2's query and value biases become its
+    layers' own."""
+    for pattern, replacement in _HUGGING_FACE:
+        name = re.sub(pattern, replacement, name)
+    before, qkv, kind = name.partition(".self.qkv.")
+    if qkv:
+        return [f"{before}.self.{part}.{kind}" for part in ("query", "key", "value")]
+    for ours, theirs in ((".self.q_bias", ".self.query.bias"), (".self.v_bias", ".self.value.bias")):
+        name = name.replace(ours, theirs)
+    return [name]
+
+
+# --- what neither does -----------------------------------------------------------------------------------------------
+
+
+def _refuse_extra_norms(trunk: "SwinV2", library: str) -> None:
+    if trunk.extra_norm_every:
+        raise UserError(f"{library} has no {trunk.name} (its extra norms)")
+
+
+def _refuse_padded_windows(trunk: "Swin", size: int, library: str) -> None:
+    for s, (stage, reduction) in enumerate(zip(trunk.stages, trunk.reductions, strict=True)):
+        if size % trunk.reductions[-1] or (size // reduction) % stage.window:
+            raise UserError(
+                f"at {size} pixels, stage {s + 1} pads its windows of {stage.window}, which {library} does otherwise"
+            )

@@ -1,0 +1,48 @@
+"""The named Swins: their sizes, and how the run config makes one."""
+
+from esvit_scale.config import Config
+from esvit_scale.errors import UserError, nearest
+from esvit_scale.models.shape import Shape, overridden
+from esvit_scale.models.swin import PATCH, Swin
+from esvit_scale.models.swin_v2 import SwinV2
+
+SHAPES = {
+    "swin_t": Shape(96, (2, 2, 6, 2), (3, 6, 12, 24)),
+    "swin_s": Shape(96, (2, 2, 18, 2), (3, 6, 12, 24)),
+    "swin_b": Shape(128, (2, 2, 18, 2), (4, 8, 16, 32)),
+    "swin_l": Shape(192, (2, 2, 18, 2), (6, 12, 24, 48)),
+    "swinv2_t": Shape(96, (2, 2, 6, 2), (3, 6, 12, 24), version=2),
+    "swinv2_s": Shape(96, (2, 2, 18, 2), (3, 6, 12, 24), version=2),
+    "swinv2_b": Shape(128, (2, 2, 18, 2), (4, 8, 16, 32), version=2),
+    "swinv2_l": Shape(192, (2, 2, 18, 2), (6, 12, 24, 48), version=2),
+    "swinv2_h": Shape(352, (2, 2, 18, 2), (11, 22, 44, 88), version=2, extra_norm_every=6),
+    "swinv2_1b": Shape(448, (2, 2, 18, 2), (14, 28, 56, 112), version=2),
+    "swinv2_g": Shape(512, (2, 2, 42, 4), (16, 32, 64, 128), version=2, extra_norm_every=6),
+}
+
+
+def swin_shape(config: Config) -> Shape:
+    """Return the shape of the config's Swin: the named one with what the config overrides.
+
+    Raises:
+        UserError: another trunk, overrides that do not fit together, or crops that leave nothing for the last stage.
+    """
+    name = config.model.trunk
+    if name not in SHAPES:
+        raise UserError(f"model.trunk: {name!r} is no Swin{nearest(name, SHAPES)}")
+    shape = overridden(config, SHAPES[name])
+    smallest = PATCH * 2 ** (len(shape.depths) - 1)
+    if config.data.global_crops.size < smallest:
+        raise UserError(
+            f"data.global_crops.size: {config.data.global_crops.size} pixels leave nothing for stage "
+            f"{len(shape.depths)}; at least {smallest}"
+        )
+    return shape
+
+
+def build(config: Config) -> Swin:
+    """Return the config's Swin; raise UserError as `swin_shape`."""
+    shape = swin_shape(config)
+    size, window, drop_path = config.data.global_crops.size, config.model.window, config.model.drop_path
+    common = (shape.embed_dim, shape.depths, shape.heads, window, size, drop_path)
+    return SwinV2(*common, extra_norm_every=shape.extra_norm_every) if shape.version == 2 else Swin(*common)

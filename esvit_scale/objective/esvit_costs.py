@@ -1,0 +1,49 @@
+"""What EsViT's heads and its fused loss cost, in closed form. DINO's are the same without regions."""
+
+from collections.abc import Sequence
+
+from esvit_scale.models.descriptions import Activations, Count
+from esvit_scale.models.heads import ProjectionHead
+
+TEACHER_VIEWS = 2  # the globals
+WIDE = 4  # bytes of a number in fp32
+
+
+class EsViTFormulas:
+    """The costs of heads, matching and loss.
+
+    Args:
+        head: the view head; the region head, where there is one, has the same sizes.
+        regions: whether there is a region head.
+    """
+
+    def __init__(self, head: ProjectionHead, regions: bool) -> None:
+        self.head, self.regions = head, regions
+
+    def image_flops(self, grids: Sequence[tuple[int, int]], count: Count) -> int:
+        """Return the FLOPs of heads, matching and loss of both networks, forward and backward, for an image."""
+        head = self.head
+        regions = [h * w for h, w in grids] if self.regions else []
+        student_tokens = len(grids) + sum(regions)
+        teacher_tokens = TEACHER_VIEWS + sum(regions[:TEACHER_VIEWS])
+        mlp = 2 * (head.dim * head.hidden + head.hidden**2 + head.hidden * head.bottleneck)
+        logits = 2 * head.bottleneck * head.prototypes
+        compared = sum(regions) if count == "executed" else sum(regions[1:])  # with either teacher view
+        match = 2 * TEACHER_VIEWS * regions[0] * head.dim * compared if regions else 0
+        flops = (3 * student_tokens + teacher_tokens) * (mlp + logits) + match
+        if count == "executed":
+            # The fused loss takes four products for a token of either network: the logits twice, the expected prototype,
+            # and the prototypes' gradient.
+            flops += (3 * teacher_tokens + student_tokens) * logits
+        return flops
+
+    def kept(self, grids: Sequence[tuple[int, int]], element: int) -> Activations:
+        """Return the bytes that heads and loss keep for the backward."""
+        head = self.head
+        # A head's token: the inputs of its layers and GELUs, the bottleneck with its length, the loss's gradient.
+        token = (head.dim + 4 * head.hidden + head.bottleneck) * element
+        token += (head.bottleneck if element != WIDE else 0) * WIDE + 2 * WIDE
+        token += head.bottleneck * (WIDE - element)  # the bottleneck is normalised in fp32
+        tokens = sum(1 + (h * w if self.regions else 0) for h, w in grids)
+        heads = 2 if self.regions else 1
+        return Activations(tokens * token, heads * head.prototypes * head.bottleneck * element)
