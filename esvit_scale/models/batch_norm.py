@@ -19,7 +19,7 @@ _state = threading.local()
 
 @contextmanager
 def recomputing() -> Iterator[None]:
-    """Within it, running statistics stay where the first pass left them."""
+    """Leave running statistics where the first pass left them, within the context."""
     before = getattr(_state, "recomputing", False)
     _state.recomputing = True
     try:
@@ -59,6 +59,8 @@ class BatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise x [n, C] or [n, C, h, w] by the statistics of all ranks' rows in training, by the running ones in
+        evaluation."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         mean, var = self._batch_statistics(wide) if self.training else (self.running_mean, self.running_var)
         shape = (1, -1, *[1] * (x.dim() - 2))

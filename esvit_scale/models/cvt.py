@@ -35,13 +35,14 @@ MLP_RATIO = 4
 
 
 def build(config: Config) -> "CvT":
-    """Raises UserError: overrides that do not fit together."""
+    """Return the config's CvT; raise UserError for overrides that do not fit together."""
     shape = overridden(config, S1)
     return CvT(shape.widths, shape.depths, shape.heads, config.model.window, config.model.drop_path)
 
 
 class CvT(Trunk):
-    """
+    """A CvT of four stages.
+
     Args:
         widths, depths, heads: per stage.
         window: tokens along a window's side; a map that is smaller has windows of its own shorter side.
@@ -68,27 +69,31 @@ class CvT(Trunk):
 
     @property
     def stages(self) -> list["Stage"]:
+        """The stages in order."""
         return [cast(Stage, getattr(self, f"stage{s}")) for s in range(len(self.depths))]
 
     @property
     def blocks(self) -> list[nn.Module]:
+        """The blocks of all stages, in order."""
         return [block for stage in self.stages for block in stage.blocks]
 
     @property
     def patch_projection(self) -> nn.Module:
+        """The first layer, which `model.freeze_patch_embed` keeps at its random values."""
         return self.stages[0].embed.proj
 
     def forward(self, crops: list[Tensor], drop_keys: Tensor | None = None) -> Features:
-        """As `Trunk.forward`; the view is the mean of the crop's regions."""
+        """Compute the features of all crops (`Trunk.forward`); a crop's view is the mean of its regions."""
         *_, (tokens, grids) = self._block_outputs(crops, drop_keys)
         regions = self.norm(tokens)
         return Features(crop_means(regions, grids), regions, grids)
 
     def block_maps(self, crops: list[Tensor]) -> Iterator[TokenMap]:
+        """Yield the token map of every block, in order, before the final norm."""
         return (TokenMap(*output) for output in self._block_outputs(crops, None))
 
     def _block_outputs(self, crops: list[Tensor], drop_keys: Tensor | None) -> Iterator[tuple[Tensor, list[Grid]]]:
-        """After each block: tokens [N, C] and grids."""
+        """Yield tokens [N, C] and grids after each block."""
         scales = keep_scales(drop_keys, torch.tensor(self.drop_rates)) if drop_keys is not None else None
         maps, i = crops, 0
         for stage in self.stages:
@@ -102,22 +107,24 @@ class CvT(Trunk):
 
 
 class Stage(nn.ModuleList):
-    """A convolution that makes tokens, and blocks. CvT drives them; this only owns them."""
+    """A convolution that makes tokens, and blocks. `CvT` calls both; this only owns them."""
 
     def __init__(self, embed: "Embedding", blocks: list["Block"]) -> None:
         super().__init__([embed, nn.ModuleDict({"layers": nn.ModuleList(blocks)})])
 
     @property
     def embed(self) -> "Embedding":
+        """The convolution that makes the stage's tokens."""
         return cast(Embedding, self[0])
 
     @property
     def blocks(self) -> list["Block"]:
+        """The stage's blocks, in order."""
         return list(self[1]["layers"])  # type: ignore[index]
 
 
 class Embedding(nn.Module):
-    """Overlapping patches → tokens."""
+    """Overlapping patches to tokens: a convolution and a norm."""
 
     def __init__(self, channels: int, dim: int, kernel: int, stride: int, padding: int) -> None:
         super().__init__()
@@ -125,10 +132,11 @@ class Embedding(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
 
     def initial_values(self) -> dict[str, Initializer]:
+        """Return the initialisers of the module's own parameters, by name (models/initialize.py)."""
         return {"proj.weight": normal(0.02), "proj.bias": constant(0.0)}
 
     def forward(self, maps: list[Tensor]) -> tuple[Tensor, list[Grid]]:
-        """Maps [N_g, channels, H, W] → tokens [N, C] and their grids."""
+        """Map maps [N_g, channels, H, W] to tokens [N, C] and their grids."""
         out = [self.proj(x.to(self.proj.weight.dtype)) for x in maps]
         return self.norm(torch.cat([_as_rows(x) for x in out])), [(x.shape[0], x.shape[2], x.shape[3]) for x in out]
 
@@ -140,24 +148,27 @@ class Block(nn.ModuleList):
         super().__init__([PreNorm(dim, Attention(dim, heads, window)), PreNorm(dim, ConvMlp(dim))])
 
     def forward(self, tokens: Tensor, grids: list[Grid], keep_attn: Tensor | None, keep_mlp: Tensor | None) -> Tensor:
-        """tokens [N, C] → [N, C]; keep_* [N, 1] scales a branch (0: dropped), None keeps it."""
+        """Map tokens [N, C] to [N, C]; keep_* [N, 1] scales a branch (0: dropped), None keeps it."""
         attention, mlp = self
         tokens = add_branch(tokens, attention(tokens, grids), keep_attn)
         return add_branch(tokens, mlp(tokens), keep_mlp)
 
 
 class PreNorm(nn.Module):
+    """A norm and the branch that reads it."""
+
     def __init__(self, dim: int, fn: nn.Module) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
         self.fn = fn
 
     def forward(self, tokens: Tensor, *plan: list[Grid]) -> Tensor:
+        """Map tokens [N, C] to [N, C]; `plan` is handed to the branch."""
         return self.fn(self.norm(tokens), *plan)
 
 
 class Attention(nn.Module):
-    """softmax(QKᵀ/√C) V within windows. The scale is of the whole width, not of a head's: so is the official code."""
+    """softmax(QKᵀ/√C) V within windows. As in the official code, the scale is of the whole width, not of a head's."""
 
     def __init__(self, dim: int, heads: int, window: int) -> None:
         super().__init__()
@@ -166,6 +177,7 @@ class Attention(nn.Module):
         self.proj_out = PointConv(dim, dim)
 
     def forward(self, tokens: Tensor, grids: list[Grid]) -> Tensor:  # [N, C] → [N, C]
+        """Map tokens [N, C] to [N, C]."""
         sides = [min(self.window, h, w) for _, h, w in grids]
         padded = [(n, h + -h % side, w + -w % side) for (n, h, w), side in zip(grids, sides, strict=True)]
         qkv = self.qkv(tokens, list(zip(grids, padded, strict=True)))  # [slots, 3C]
@@ -176,7 +188,7 @@ class Attention(nn.Module):
         return self.proj_out(torch.cat(mixed))
 
     def _attend(self, qkv: Tensor) -> Tensor:
-        """[n, rows of windows, side, columns, side, 3, heads, d] → [n, rows, side, columns, side, heads, d]"""
+        """Map [n, rows of windows, side, columns, side, 3, heads, d] to [n, rows, side, columns, side, heads, d]."""
         n, rows, side, columns, _, _, heads, depth = qkv.shape
         windows = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, n * rows * columns, heads, side * side, depth)
         q, k, v = windows.unbind(0)
@@ -194,10 +206,11 @@ class ConvProjection(nn.Module):
         self.pw = PointConv(dim, 3 * dim)
 
     def initial_values(self) -> dict[str, Initializer]:
+        """Return the initialisers of the module's own parameters, by name (models/initialize.py)."""
         return {"dw.weight": normal(0.02)}
 
     def forward(self, tokens: Tensor, grids: list[tuple[Grid, Grid]]) -> Tensor:
-        """tokens [N, C] → [slots, 3C], the rows of the padded maps; each of `grids` is (map, padded map)."""
+        """Map tokens [N, C] to the rows of the padded maps [slots, 3C]; each of `grids` is (map, padded map)."""
         rows = []
         for group, (grid, (_, high, wide)) in zip(split(tokens, [g for g, _ in grids]), grids, strict=True):
             padded = F.pad(_as_map(group, grid), (0, wide - grid[2], 0, high - grid[1]))
@@ -206,16 +219,19 @@ class ConvProjection(nn.Module):
 
 
 class ConvMlp(nn.Module):
+    """The MLP of a block, as 1×1 convolutions with quick GELU between them."""
+
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.net = nn.Sequential(PointConv(dim, MLP_RATIO * dim), nn.Identity(), QuickGeluConv(MLP_RATIO * dim, dim))
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Map tokens [N, C] to [N, C]."""
         return self.net(tokens)
 
 
 def _as_map(rows: Tensor, grid: Grid) -> Tensor:
-    """[n·h·w, C] → [n, C, h, w], without a copy (channels last)."""
+    """View [n·h·w, C] as [n, C, h, w], without a copy (channels last)."""
     return rows.view(*grid, -1).permute(0, 3, 1, 2)
 
 

@@ -37,10 +37,12 @@ def normal(std: float) -> Initializer:
 
 
 def uniform(bound: float) -> Initializer:
+    """Return the uniform distribution on [−bound, bound]."""
     return lambda shape, generator: torch.empty(*shape, dtype=torch.float32, device="cpu").uniform_(
         -bound, bound, generator=generator
     )
 
 
 def constant(value: float) -> Initializer:
+    """Return the distribution that is always `value`."""
     return lambda shape, generator: torch.full(tuple(shape), value, dtype=torch.float32, device="cpu")

@@ -24,12 +24,12 @@ def _signed(value: int) -> int:
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift: torch's >> on int64 keeps the sign."""
+    """Shift right without keeping the sign, as torch's >> on int64 does."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _hash(state: Tensor, value: Tensor | int) -> Tensor:
-    """int64 → int64: `value` folded into `state`, every output bit depending on every input bit."""
+    """Fold `value` into `state`, int64 → int64, every output bit depending on every input bit."""
     if isinstance(value, int):
         x = state + _signed((value + 1) * _GOLDEN)
     else:
@@ -40,10 +40,10 @@ def _hash(state: Tensor, value: Tensor | int) -> Tensor:
 
 
 def drop_keys(seed: int, step: int, positions: Tensor, crops: int) -> Tensor:
-    """One key per crop image.
+    """Return one key per crop image.
 
     Args:
-        seed, step: of the run, and which batch of it.
+        seed, step: the run's seed, and the index of the batch.
         positions: int64 [B], each image's position in the global batch.
         crops: V, crops per image.
 
@@ -56,7 +56,7 @@ def drop_keys(seed: int, step: int, positions: Tensor, crops: int) -> Tensor:
 
 
 def linear_rates(last: float, blocks: int) -> list[float]:
-    """Drop rates of so many blocks, from 0 for the first to `last`."""
+    """Return the drop rates of `blocks` blocks, growing linearly from 0 for the first to `last`."""
     return [last * i / max(blocks - 1, 1) for i in range(blocks)]
 
 

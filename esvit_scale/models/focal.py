@@ -44,7 +44,8 @@ SHAPES = {
 
 
 def build(config: Config) -> Trunk:
-    """
+    """Return the focal transformer that `config.model.trunk` names.
+
     Raises:
         UserError: overrides that do not fit together, crops or windows that are too small.
     """
@@ -64,7 +65,7 @@ def build(config: Config) -> Trunk:
 
 
 class Focal(Trunk):
-    """Arguments as `Swin`."""
+    """A focal transformer; its arguments are those of `Swin`."""
 
     def __init__(
         self,
@@ -94,26 +95,31 @@ class Focal(Trunk):
 
     @property
     def stages(self) -> list["Stage"]:
+        """The stages in order."""
         return cast(list[Stage], list(self.layers))
 
     @property
     def blocks(self) -> list[nn.Module]:
+        """The blocks of all stages, in order."""
         return [block for stage in self.stages for block in stage.blocks]
 
     @property
     def patch_projection(self) -> nn.Module:
+        """The first layer, which `model.freeze_patch_embed` keeps at its random values."""
         return self.patch_embed.proj
 
     def forward(self, crops: list[Tensor], drop_keys: Tensor | None = None) -> Features:
+        """Compute the features of all crops (`Trunk.forward`)."""
         *_, (tokens, grids) = self._block_outputs(crops, drop_keys)
         regions = self.norm(tokens)
         return Features(crop_means(regions, grids), regions, list(grids))
 
     def block_maps(self, crops: list[Tensor]) -> Iterator[TokenMap]:
+        """Yield the token map of every block, in order, before the final norm."""
         return (TokenMap(tokens, list(grids)) for tokens, grids in self._block_outputs(crops, None))
 
     def _block_outputs(self, crops: list[Tensor], drop_keys: Tensor | None) -> Any:
-        """After each block: (tokens [N, C], crop after crop, each row-major; grids)."""
+        """Yield tokens [N, C], crop after crop, each row-major, and grids after each block."""
         scales = keep_scales(drop_keys, torch.tensor(self.drop_rates)) if drop_keys is not None else None
         grids: Grids = tuple((x.shape[0], -(-x.shape[-2] // PATCH), -(-x.shape[-1] // PATCH)) for x in crops)
         dtype = self.patch_embed.proj.weight.dtype
@@ -131,7 +137,7 @@ class Focal(Trunk):
 
 
 class PatchEmbed(nn.Module):
-    """Patches, rows already → tokens of another width; the stem and the layers between stages."""
+    """A projection of patches that are rows already, and a norm: the stem, and the layers between stages."""
 
     def __init__(self, proj: nn.Conv2d, dim: int) -> None:
         super().__init__()
@@ -139,6 +145,7 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, patches: Tensor) -> Tensor:  # [N, values of a patch] → [N, C]
+        """Map patches [N, values of a patch] to tokens [N, C]."""
         return self.norm(self.proj(patches))
 
 
@@ -149,11 +156,12 @@ class QuadProjection(nn.Conv2d):
         super().__init__(dim, 2 * dim, 2, stride=2)
 
     def forward(self, quads: Tensor) -> Tensor:  # [N, 4C] (y, x, C) → [N, 2C]
+        """Map quads [N, 4C] in the order (y, x, C) to tokens [N, 2C]."""
         return F.linear(quads, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
 
 
 class Stage(nn.Module):
-    """Blocks of one resolution, then the layer to the next. `Focal` drives them; this only owns them."""
+    """Blocks of one resolution, then the layer to the next. `Focal` calls them; this only owns them."""
 
     def __init__(self, blocks: list["Block"], width: int | None) -> None:
         super().__init__()
@@ -173,13 +181,13 @@ class Block(nn.Module):
         self.mlp = GeluMlp(dim)
 
     def forward(self, tokens: Tensor, grids: Grids, keep_attn: Tensor | None, keep_mlp: Tensor | None) -> Tensor:
-        """tokens [N, C] → [N, C]; keep_* [N, 1] scales a branch (0: dropped), None keeps it."""
+        """Map tokens [N, C] to [N, C]; keep_* [N, 1] scales a branch (0: dropped), None keeps it."""
         normed = self.norm1(tokens)
         tokens = add_branch(tokens, self.attn(normed, self.pool_layers[0](normed, grids), grids), keep_attn)
         return add_branch(tokens, self.mlp(self.norm2(tokens)), keep_mlp)
 
 
 def quads(maps: Tensor) -> Tensor:
-    """[n, H, W, C] → [n·⌈H/2⌉·⌈W/2⌉, 4C]"""
+    """Map maps [n, H, W, C] to rows of four neighbours [n·⌈H/2⌉·⌈W/2⌉, 4C]."""
     windows = as_windows(maps, 2)  # [n, ⌈H/2⌉, 2, ⌈W/2⌉, 2, C]
     return windows.transpose(2, 3).reshape(-1, 4 * maps.shape[-1])

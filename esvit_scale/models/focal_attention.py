@@ -17,13 +17,14 @@ from esvit_scale.models.windows import Grids, relative_position_index
 
 
 class WindowPool(nn.Linear):
-    """A window's tokens → one: a weighted sum, the same for every channel."""
+    """A weighted sum of a window's tokens, the same for every channel."""
 
     def __init__(self, window: int) -> None:
         super().__init__(window**2, 1)
         self.window = window
 
     def forward(self, tokens: Tensor, grids: Grids) -> Tensor:  # type: ignore[override]  # [N, C] → [ΣW, C]
+        """Map tokens [N, C] to one row per window, [ΣW, C]."""
         side, pooled = self.window, []
         weight = self.weight.view(side, 1, side, 1)  # over [n, ·, side, ·, side, C]
         for maps in as_maps(tokens, grids):
@@ -47,6 +48,7 @@ class FocalAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def initial_values(self) -> dict[str, Initializer]:
+        """Return the initialisers of the module's own parameters, by name (models/initialize.py)."""
         ring = {"relative_position_bias_table_to_neighbors": normal(0.02)} if self.expand else {}
         return {
             "relative_position_bias_table": constant(0.0),
@@ -55,6 +57,7 @@ class FocalAttention(nn.Module):
         }
 
     def forward(self, tokens: Tensor, pooled: Tensor, grids: Grids) -> Tensor:  # [N, C], [ΣW, C] → [N, C]
+        """Map tokens [N, C], with the pooled windows [ΣW, C], to [N, C]."""
         of_tokens, of_pooled, of_pad = self.qkv(tokens, pooled)
         bias, mixed = self.position_bias(tokens.device), []
         coarse = tuple((n, -(-h // self.window), -(-w // self.window)) for n, h, w in grids)
@@ -65,7 +68,7 @@ class FocalAttention(nn.Module):
         return self.proj(torch.cat(mixed))
 
     def position_bias(self, device: torch.device) -> Tensor:
-        """[heads, L, K]"""
+        """Return the bias of every query of a window and each of its K keys, [heads, L, K]."""
         length, table = self.window**2, self.relative_position_bias_table
         own = table.index_select(0, relative_position_index(self.window, device)).view(length, length, -1)
         index = pooled_position_index(self.window, self.focal, device)
@@ -78,6 +81,7 @@ class RowsLinear(nn.Linear):
     """Queries, keys and values of tokens, of pooled windows and of a pad, which is a zero token."""
 
     def forward(self, tokens: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        """Map tokens [N, C] and pooled windows [ΣW, C] to their queries, keys and values, and a pad's [1, 3C]."""
         few = super().forward(torch.cat([pooled, pooled.new_zeros(1, pooled.shape[1])]))
         return super().forward(tokens), few[:-1], few[-1:]
 
@@ -92,6 +96,7 @@ class MixWindows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, bias: Tensor, layout: tuple[int, ...]) -> Tensor:
+        """Return what every token becomes, [n, T, C]."""
         tables = focal_tables(*layout, rows.device)
         q, k, v = lay_out(rows, tables, len(bias))
         wide = torch.promote_types(rows.dtype, torch.float32)
@@ -106,6 +111,7 @@ class MixWindows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of rows and bias."""
         rows, attention, out = ctx.saved_tensors
         tables = focal_tables(*ctx.layout, rows.device)
         n, windows, heads, length, _ = attention.shape
@@ -130,7 +136,7 @@ class MixWindows(torch.autograd.Function):
 
 
 def lay_out(rows: Tensor, tables: FocalTables, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries [n, W, heads, L, d], keys and values [n, W, heads, K, d] of every window."""
+    """Return queries [n, W, heads, L, d], keys and values [n, W, heads, K, d] of every window."""
     windows, width = len(tables.hidden), rows.shape[2] // 3
     q = rows[..., :width].index_select(1, tables.cells).unflatten(1, (windows, -1)).unflatten(3, (heads, -1))
     kv = rows[..., width:].index_select(1, tables.keys).unflatten(1, (windows, -1)).unflatten(3, (2, heads, -1))
@@ -139,7 +145,7 @@ def lay_out(rows: Tensor, tables: FocalTables, heads: int) -> tuple[Tensor, Tens
 
 
 def as_windows(maps: Tensor, side: int) -> Tensor:
-    """[n, H, W, C] → [n, ⌈H/side⌉, side, ⌈W/side⌉, side, C], zeros right and bottom."""
+    """Map maps [n, H, W, C] to [n, ⌈H/side⌉, side, ⌈W/side⌉, side, C], zeros right and bottom."""
     h, w = maps.shape[1:3]
     if h % side or w % side:
         maps = F.pad(maps, (0, 0, 0, -w % side, 0, -h % side))

@@ -14,7 +14,7 @@ from esvit_scale.models.windows import window_cells
 
 
 class FocalTables(NamedTuple):
-    """For an h × w map, T = h·w tokens in W windows of L = window² slots, each with K keys."""
+    """The index tables of an h × w map: T = h·w tokens in W windows of L = window² slots, each with K keys."""
 
     cells: Tensor  # int64 [W·L]: the row of each slot (T for a pad)
     place: Tensor  # int64 [T]: the slot of each token
@@ -24,7 +24,8 @@ class FocalTables(NamedTuple):
 
 @lru_cache(maxsize=256)
 def focal_tables(h: int, w: int, window: int, expand: int, focal: int, device: torch.device) -> FocalTables:
-    """
+    """Return the index tables of an h × w map.
+
     Args:
         window: tokens along a window's side; the map is padded right and bottom to a multiple of it.
         expand: width of the ring in tokens; it goes on cyclically at the padded map's border. 0: no ring.
@@ -49,7 +50,7 @@ def focal_tables(h: int, w: int, window: int, expand: int, focal: int, device: t
 
 @lru_cache(maxsize=256)
 def slots_of_rows(h: int, w: int, window: int, expand: int, focal: int, crops: int, device: torch.device) -> "Bags":
-    """The inverse of `keys` for a number of crops: where each row of them is a key."""
+    """Return the inverse of `keys` for a number of crops: the places at which each row is a key."""
     keys = focal_tables(h, w, window, expand, focal, torch.device("cpu")).keys
     rows = h * w + 1 + -(-h // window) * -(-w // window)
     order, counts = keys.argsort(stable=True), keys.bincount(minlength=rows)
@@ -59,13 +60,18 @@ def slots_of_rows(h: int, w: int, window: int, expand: int, focal: int, crops: i
 
 
 class Bags(NamedTuple):
+    """For each row, the places at which it is a key, as torch's `embedding_bag` takes them."""
+
     slots: Tensor  # int64 [crops·W·K]: row after row
     starts: Tensor  # int64 [crops·rows]: where a row's begin
 
 
 def ring_positions(window: int, expand: int) -> tuple[np.ndarray, np.ndarray]:
-    """Row and column, counted from the window's first token, of the ring's tokens in the order of their position bias:
-    the window rolled up-left, up-right, down-left and down-right, each without what is still inside."""
+    """Return row and column of the ring's tokens, counted from the window's first token.
+
+    They come in the order of their position bias: the window rolled up-left, up-right, down-left and down-right, each
+    without what is still inside.
+    """
     y, x = (i.reshape(-1) for i in np.indices((window, window)))
     found = []
     for dy, dx in ((expand, expand), (expand, -expand), (-expand, expand), (-expand, -expand)):
@@ -77,7 +83,7 @@ def ring_positions(window: int, expand: int) -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=64)
 def pooled_position_index(window: int, focal: int, device: torch.device) -> Tensor:
-    """int64 [window²·focal²]: for each (query, pooled window) the column of its bias table."""
+    """Return the column of the bias table for each (query, pooled window): int64 [window²·focal²]."""
     y, x = np.divmod(np.arange(window**2), window)
     j, i = np.divmod(np.arange(focal**2), focal)
     dy, dx = y[:, None] - j[None, :] + focal - 1, x[:, None] - i[None, :] + focal - 1
@@ -86,7 +92,7 @@ def pooled_position_index(window: int, focal: int, device: torch.device) -> Tens
 
 
 def _ring(h: int, w: int, window: int, expand: int) -> np.ndarray:
-    """[W, ring]: the rows of each window's ring."""
+    """Return the rows of each window's ring, [W, ring]."""
     rows, cols = -(-h // window), -(-w // window)
     if not expand:
         return np.empty((rows * cols, 0), dtype=np.int64)
@@ -99,7 +105,7 @@ def _ring(h: int, w: int, window: int, expand: int) -> np.ndarray:
 
 
 def _pooled(rows: int, cols: int, focal: int) -> tuple[np.ndarray, np.ndarray]:
-    """[W, focal²]: the number of each pooled window that a window sees (0 outside the map), and whether it is outside."""
+    """Return the pooled windows that each window sees [W, focal²] (0 outside the map), and which are outside."""
     reach = np.arange(focal) - focal // 2
     y = np.arange(rows)[:, None] + reach  # [rows, focal]
     x = np.arange(cols)[:, None] + reach

@@ -21,7 +21,7 @@ from esvit_scale.models.distributions import Initializer, OfSeed, constant, norm
 
 
 def initial_values(module: nn.Module) -> dict[str, Initializer]:
-    """The initialiser of every parameter, by the parameter's full name.
+    """Return the initialiser of every parameter, by the parameter's full name.
 
     Raises:
         LookupError: a parameter that no rule covers; names it.
@@ -38,7 +38,7 @@ def initial_values(module: nn.Module) -> dict[str, Initializer]:
 
 
 def initial_value(name: str, init: Initializer, shape: Sequence[int], seed: int) -> Tensor:
-    """float32 on the CPU; a function of the name, the shape and the seed alone."""
+    """Return the value, float32 on the CPU: a function of the name, the shape and the seed alone."""
     if isinstance(init, OfSeed):
         return init.draw(seed)
     return init(shape, Generator(device="cpu").manual_seed(crc32(name.encode()) ^ seed))

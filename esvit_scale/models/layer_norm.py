@@ -15,9 +15,10 @@ ROWS_AT_ONCE = 1024  # widened to fp32 at a time: what stays in the cache
 
 
 class LayerNorm(nn.LayerNorm):
-    """torch's layer norm: the same parameters, outputs and input gradients."""
+    """A layer norm with the parameters, outputs and input gradients of torch's."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension of x […, C]."""
         return layer_norm(x, self.weight, self.bias, self.eps)
 
 

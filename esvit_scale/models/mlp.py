@@ -29,7 +29,11 @@ class ProjectorMlp(nn.Module):
             self.norms.append(BatchNorm(widths[-1], affine=False))
 
     def forward(self, x: Tensor, parts: int = 1) -> Tensor:  # [n, C] → [n, D]
-        """`parts`: of the rows, equal ones; each is normalised by its own statistics (a view's, over all ranks)."""
+        """Map features [n, C] to [n, D].
+
+        Args:
+            parts: number of equal parts of the rows that are each normalised by their own statistics, over all ranks: views.
+        """
         x = x.to(next(self.parameters()).dtype)
         for i, layer in enumerate(self.layers):
             x = layer(x)
@@ -40,6 +44,6 @@ class ProjectorMlp(nn.Module):
         return x
 
     def initial_values(self) -> dict[str, Initializer]:
-        """Torch's defaults for linear layers, which the published codes leave in place."""
+        """Return torch's defaults for linear layers, which the published codes leave in place."""
         inits = [(f"layers.{i}", uniform(width**-0.5)) for i, width in enumerate(self.widths[:-1])]
         return {f"{layer}.{kind}": init for layer, init in inits for kind in ("weight", "bias")}

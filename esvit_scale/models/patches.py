@@ -5,8 +5,7 @@ from torch.nn import functional as F
 
 
 class PatchProjection(nn.Conv2d):
-    """The published convolution over patches that do not overlap (its parameters and shapes), on patches that are rows
-    already."""
+    """A convolution over patches that do not overlap (its published parameters and shapes), on patches that are rows."""
 
     def __init__(self, channels: int, dim: int, patch: int) -> None:
         super().__init__(channels, dim, patch, stride=patch)
@@ -21,7 +20,10 @@ class PatchProjection(nn.Conv2d):
 
 
 def pixel_rows(crop: Tensor, patch: int) -> Tensor:
-    """[n, C, H, W] → [n · ⌈H/patch⌉ · ⌈W/patch⌉, C · patch²]; what a last patch lacks, right and bottom, is zero."""
+    """Map a crop [n, C, H, W] to its patches as rows, [n · ⌈H/patch⌉ · ⌈W/patch⌉, C · patch²].
+
+    What the last patches lack, right and bottom, is zero.
+    """
     n, channels, height, width = crop.shape
     h, w = -(-height // patch), -(-width // patch)
     if (height, width) != (h * patch, w * patch):

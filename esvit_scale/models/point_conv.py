@@ -13,22 +13,28 @@ QUICK = 1.702  # x·σ(1.702 x) is close to GELU
 
 
 class PointConv(nn.Conv2d):
-    """Initial values are those of CvT."""
+    """A 1×1 convolution on rows, with CvT's initial values."""
 
     def __init__(self, channels: int, dim: int) -> None:
         super().__init__(channels, dim, 1)
 
     def initial_values(self) -> dict[str, Initializer]:
+        """Return the initialisers of the module's own parameters, by name (models/initialize.py)."""
         return {"weight": normal(0.02), "bias": constant(0.0)}
 
     def forward(self, rows: Tensor) -> Tensor:  # [N, C] → [N, C']
+        """Map rows [N, C] to [N, C']."""
         return F.linear(rows, self.weight.flatten(1), self.bias)
 
 
 class QuickGeluConv(PointConv):
-    """Of x·σ(1.702 x), keeping x alone: what the convolution reads is computed again in the backward."""
+    """A 1×1 convolution of x·σ(1.702 x) that keeps x alone for its backward.
+
+    What the convolution reads is computed again there.
+    """
 
     def forward(self, rows: Tensor) -> Tensor:  # [N, C] → [N, C']
+        """Map rows [N, C] to [N, C']."""
         return _QuickGeluLinear.apply(rows, self.weight.flatten(1), self.bias)
 
 

@@ -7,7 +7,7 @@ from esvit_scale.models.trunk import Trunk
 
 
 class Pyramid(nn.Module):
-    """A trunk that answers with one map a stage, finest first; trainable like the trunk, whose parameters it shares.
+    """A trunk that returns one map per stage, finest first; trainable like the trunk, whose parameters it shares.
 
     The maps are those after each stage's last block, without the trunk's final norm (as timm's `features_only`): a
     detector has norms of its own. Any input size works; a side that is not a multiple of the reduction is padded, so a
@@ -25,7 +25,7 @@ class Pyramid(nn.Module):
         self.channels, self.reductions = list(trunk.channels), list(trunk.reductions)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """images [B, 3, H, W], normalised → [B, C_s, H_s, W_s] for every stage s."""
+        """Map normalised images [B, 3, H, W] to [B, C_s, H_s, W_s] for every stage s."""
         maps = []
         for tokens, [(n, h, w)], _ in self.trunk.stage_maps([images]):
             maps.append(tokens.view(n, h, w, -1).permute(0, 3, 1, 2).contiguous())

@@ -29,7 +29,8 @@ EXPANSION = 4  # a block's output is so many times its inner width
 
 
 class ResNet(Trunk):
-    """
+    """A ResNet of bottleneck blocks.
+
     Args:
         embed_dim: channels of the stem; stage s has 2ˢ·embed_dim within its blocks, four times as many between them.
         depths: blocks per stage.
@@ -55,10 +56,12 @@ class ResNet(Trunk):
 
     @property
     def blocks(self) -> list[nn.Module]:
+        """The blocks of all stages, in order."""
         return [block for stage in self.stages for block in stage]
 
     @property
     def patch_projection(self) -> nn.Module:
+        """The first layer, which `model.freeze_patch_embed` keeps at its random values."""
         return self.conv1
 
     def timm_form(self, size: int) -> TimmForm:
@@ -87,10 +90,11 @@ class ResNet(Trunk):
         return Features(crop_means(tokens, grids), tokens, grids)
 
     def block_maps(self, crops: list[Tensor]) -> Iterator[TokenMap]:
+        """Yield the token map of every block, in order, before the final norm."""
         return (TokenMap(tokens, grids) for tokens, grids in self._block_outputs(crops, None))
 
     def _block_outputs(self, crops: list[Tensor], drop_keys: Tensor | None) -> Iterator[tuple[Tensor, list[Grid]]]:
-        """After each block: pixels [N, C], grids."""
+        """Yield pixels [N, C] and grids after each block."""
         grids = [(x.shape[0], x.shape[-2], x.shape[-1]) for x in crops]
         pixels = torch.cat([x.to(self.conv1.weight.dtype).permute(0, 2, 3, 1).flatten(0, 2) for x in crops])
         tokens = self.bn1(self.conv1(pixels, grids), grids := strided(grids, 2)).relu_()
@@ -117,7 +121,7 @@ class Bottleneck(nn.Module):
         self.downsample = nn.ModuleList([] if index else shortcut)
 
     def forward(self, tokens: Tensor, grids: list[Grid], keep: Tensor | None) -> Tensor:
-        """Pixels [N, C] → [N', 4·inner]; keep [N', 1] scales the branch (0: dropped), None keeps it."""
+        """Map pixels [N, C] to [N', 4·inner]; keep [N', 1] scales the branch (0: dropped), None keeps it."""
         after = strided(grids, self.stride)
         branch = self.bn1(self.conv1(tokens, grids), grids).relu_()
         branch = self.bn2(self.conv2(branch, grids), after).relu_()
@@ -139,10 +143,11 @@ class Conv(nn.Conv2d):
         return Conv(channels, self.out_channels, self.kernel_size[0], self.stride[0])
 
     def initial_values(self) -> dict[str, Initializer]:
-        """He et al. 2015, by the outputs, as torchvision."""
+        """Return the initialiser of He et al. 2015, by the outputs, as torchvision has it."""
         return {"weight": normal(math.sqrt(2 / (self.out_channels * self.kernel_size[0] ** 2)))}
 
     def forward(self, tokens: Tensor, grids: list[Grid]) -> Tensor:  # type: ignore[override]
+        """Map pixels [N, C] to [N', C']."""
         stride = self.stride[0]
         if self.kernel_size[0] > 1:
             maps = [super(Conv, self).forward(x) for x in _maps(tokens, grids)]
@@ -153,23 +158,25 @@ class Conv(nn.Conv2d):
 
 
 class Norm(BatchNorm):
-    """Batch norm of pixels [N, C], each resolution by its own statistics."""
+    """A batch norm of pixels [N, C], each resolution by its own statistics."""
 
     def forward(self, tokens: Tensor, grids: list[Grid]) -> Tensor:  # type: ignore[override]
+        """Normalise pixels [N, C]."""
         return torch.cat([super(Norm, self).forward(group) for group in split(tokens, grids)])
 
 
 def strided(grids: list[Grid], stride: int) -> list[Grid]:
+    """Return the grids after a convolution with this stride."""
     return [(n, -(-h // stride), -(-w // stride)) for n, h, w in grids]
 
 
 def _maps(tokens: Tensor, grids: list[Grid]) -> list[Tensor]:
-    """[N, C] → [n, C, h, w] of every resolution, views."""
+    """View pixels [N, C] as maps [n, C, h, w] of every resolution."""
     return [maps.permute(0, 3, 1, 2) for maps in as_maps(tokens, grids)]
 
 
 def _pixels(maps: list[Tensor]) -> Tensor:
-    """The reverse."""
+    """Return the pixels [N, C] of maps [n, C, h, w] of every resolution."""
     return torch.cat([x.permute(0, 2, 3, 1).flatten(0, 2) for x in maps])
 
 

@@ -7,6 +7,8 @@ from esvit_scale.errors import UserError
 
 
 class Shape(NamedTuple):
+    """The widths, depths and heads of a trunk."""
+
     embed_dim: int  # C of the first stage
     depths: tuple[int, ...]  # blocks per stage
     heads: tuple[int, ...]  # per stage; empty: no attention
@@ -21,7 +23,7 @@ class Shape(NamedTuple):
 
 
 def overridden(config: Config, named: Shape) -> Shape:
-    """`named` with the `model.embed_dim`, `depths` and `heads` that the config gives.
+    """Return `named` with the `model.embed_dim`, `depths` and `heads` that the config gives.
 
     Raises:
         UserError: they do not fit together.

@@ -166,7 +166,7 @@ class Swin(Trunk):
         return found
 
     def _block_outputs(self, crops: list[Tensor], drop_keys: Tensor | None) -> Any:
-        """After each block: (tokens [N, C] in the stage's order, grids, window)."""
+        """Yield tokens [N, C] in the stage's order, grids and window after each block."""
         grids: Grids = tuple((len(x), -(-x.shape[-2] // PATCH), -(-x.shape[-1] // PATCH)) for x in crops)
         windows = [stage.window for stage in self.stages]
         device = crops[0].device
@@ -186,7 +186,7 @@ class Swin(Trunk):
 
 
 class PatchEmbed(nn.Module):
-    """4×4 patches → tokens."""
+    """4×4 patches to tokens: a projection and a norm."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -207,7 +207,7 @@ class PatchEmbed(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks of one resolution, then patch merging. Swin drives the blocks; this only owns them."""
+    """Blocks of one resolution, then patch merging. `Swin` calls them; this only owns them."""
 
     def __init__(self, blocks: list[nn.Module], window: int, shift: int, downsample: nn.Module | None) -> None:
         super().__init__()
@@ -251,6 +251,7 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, tokens: Tensor, plan: WindowPlan) -> Tensor:  # [N, C] → [N, C]
+        """Map tokens [N, C] to [N, C]."""
         mixed = Attention.apply(*self.operands(tokens, plan), plan.masks)  # [slots, C]
         return self.proj(window_reverse(mixed, plan.slots))
 
@@ -283,6 +284,7 @@ class SlotLinear(nn.Linear):
     """
 
     def forward(self, tokens: Tensor, plan: Permutation) -> Tensor:  # type: ignore[override]  # [N, C] → [slots, 3C]
+        """Map tokens [N, C] to window slots [slots, 3C]."""
         return window_partition(super().forward(tokens), plan, fill=self.bias)
 
 
@@ -295,6 +297,7 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, bias: Tensor, masks: tuple[tuple[int, int, Tensor], ...]) -> Tensor:
+        """Return what every slot becomes, [slots, C]."""
         ctx.bias_dtype = bias.dtype
         packed, probabilities = attend(qkv, bias, masks)
         attention = probabilities.to(qkv.dtype)
@@ -306,6 +309,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of qkv and bias."""
         packed, attention, mixed = ctx.saved_tensors
         q, k, v = packed
         windows, heads, length, depth = q.shape
@@ -324,8 +328,15 @@ class Attention(torch.autograd.Function):
 
 
 def attend(qkv: Tensor, bias: Tensor, masks: tuple[tuple[int, int, Tensor], ...]) -> tuple[Tensor, Tensor]:
-    """qkv [slots, 3C], bias [heads, L, L] → packed q, k, v [3, windows, heads, L, d] and the attention
-    probabilities [windows, heads, L, L], each row a query's over its window's slots, in fp32 or wider."""
+    """Return packed q, k, v [3, windows, heads, L, d] and the attention probabilities [windows, heads, L, L].
+
+    A row of probabilities is one query's over its window's slots, in fp32 or wider.
+
+    Args:
+        qkv: [slots, 3C].
+        bias: [heads, L, L].
+        masks: (first window, end, [L, L] added to the scores) of each kind of shifted window.
+    """
     heads, length, _ = bias.shape
     packed = qkv.view(-1, length, 3, heads, qkv.shape[1] // (3 * heads)).permute(2, 0, 3, 1, 4).contiguous()
     q, k, _ = packed  # each [windows, heads, L, d]
@@ -337,7 +348,7 @@ def attend(qkv: Tensor, bias: Tensor, masks: tuple[tuple[int, int, Tensor], ...]
 
 
 class PatchMerging(nn.Module):
-    """Four neighbouring tokens → one of twice the width; odd maps are padded with zeros."""
+    """Four neighbouring tokens to one of twice the width; odd maps are padded with zeros."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -354,7 +365,7 @@ class PatchMerging(nn.Module):
 
 
 def stage_window(size: int, window: int, stage: int) -> tuple[int, int]:
-    """Side and shift of a stage's windows in a trunk that is built for crops of `size` pixels."""
+    """Return side and shift of a stage's windows in a trunk that is built for crops of `size` pixels."""
     resolution = size // PATCH // 2**stage
     return (resolution, 0) if resolution <= window else (window, window // 2)
 

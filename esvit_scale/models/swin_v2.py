@@ -142,6 +142,7 @@ class WindowAttentionV2(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, tokens: Tensor, plan: WindowPlan) -> Tensor:  # [N, C] → [N, C]
+        """Map tokens [N, C] to [N, C]."""
         mixed = Attention.apply(*self.operands(tokens, plan), plan.masks)  # [slots, C]
         return self.proj(window_reverse(mixed, plan.slots))
 
@@ -179,19 +180,22 @@ class WideLinear(nn.Linear):
     """A linear layer in fp32 or wider whatever the parameters' precision: its rows are few and its outputs scores."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map x […, C] to […, C'] in fp32 or wider."""
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         return F.linear(x.to(wide), self.weight.to(wide), None if self.bias is None else self.bias.to(wide))
 
 
 class SlotProjection(nn.Linear):
-    """qkv of real tokens, laid into window slots; a pad is a zero token, so its qkv is the bias."""
+    """The projection to queries, keys and values, laid into window slots; a pad is a zero token, so its qkv is the
+    bias."""
 
     def forward(self, tokens: Tensor, plan: Permutation, bias: Tensor) -> Tensor:  # type: ignore[override]
+        """Map tokens [N, C] to window slots [slots, 3C]."""
         return window_partition(F.linear(tokens, self.weight, bias), plan, fill=bias)  # [N, C] → [slots, 3C]
 
 
 class UnitQueriesKeys(torch.autograd.Function):
-    """qkv [slots, 3C] → the same with every head's key at unit length and its query at length scale·√d.
+    """The map of qkv [slots, 3C] to the same with every head's key at unit length and its query at length scale·√d.
 
     `Attention`, which divides by √d, then computes scale·cos(q, k). Lengths are computed in fp32 or wider. Written
     out with its backward because autograd's keeps four wide copies of queries and keys. A query or key of length zero
@@ -200,6 +204,7 @@ class UnitQueriesKeys(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, scale: Tensor) -> Tensor:
+        """Return qkv [slots, 3C] with queries and keys rescaled."""
         parts = qkv.view(len(qkv), 3, len(scale), -1)  # [slots, 3, heads, d]
         lengths = torch.linalg.vector_norm(parts[:, :2], dim=-1, keepdim=True, dtype=_wide(qkv))  # [slots, 2, heads, 1]
         inverse = torch.where(lengths > SHORTEST, lengths.reciprocal(), 0.0)
@@ -212,6 +217,7 @@ class UnitQueriesKeys(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the gradients of qkv and scale."""
         out, inverse, scale = ctx.saved_tensors
         slots, heads = len(out), len(scale)
         unit, grad = out.view(slots, 3, heads, -1), grad.reshape(slots, 3, heads, -1)
@@ -227,7 +233,7 @@ class UnitQueriesKeys(torch.autograd.Function):
 
 
 def _factors(like: Tensor, scale: Tensor, depth: int) -> Tensor:
-    """`like` [·, 1 or 2, heads, 1] times the lengths of queries (scale·√d) and keys (1): [·, 2, heads, 1]."""
+    """Multiply `like` [·, 1 or 2, heads, 1] by the lengths of queries (scale·√d) and keys (1): [·, 2, heads, 1]."""
     lengths = torch.stack([scale * depth**0.5, torch.ones_like(scale)]).unsqueeze(-1)  # [2, heads, 1]
     return like * lengths
 
@@ -238,7 +244,10 @@ def _wide(x: Tensor) -> torch.dtype:
 
 @lru_cache(maxsize=64)
 def relative_distances(window: int, device: torch.device) -> Tensor:
-    """float64 [(2w−1)², 2]: (dy, dx) of each row of the bias table, in −8 … 8 over the window, log-spaced to about ±1."""
+    """Return (dy, dx) of each row of the bias table, float64 [(2w−1)², 2].
+
+    Distances are scaled to −8 … 8 over the window and log-spaced to about ±1.
+    """
     steps = torch.arange(-(window - 1), window, dtype=torch.float64) * (8 / max(window - 1, 1))
     spaced = steps.sign() * torch.log2(steps.abs() + 1) / math.log2(8)
     with torch.inference_mode(False):
@@ -246,7 +255,7 @@ def relative_distances(window: int, device: torch.device) -> Tensor:
 
 
 class PatchMergingV2(nn.Module):
-    """Four neighbouring tokens → one of twice the width, then the norm."""
+    """Four neighbouring tokens to one of twice the width, then the norm."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()

@@ -11,9 +11,9 @@ T = TypeVar("T")
 
 
 def kept(function: Callable[P, T]) -> Callable[P, T]:
-    """The function with its results kept, for arguments that can be hashed.
+    """Return the function with its results cached, for arguments that can be hashed.
 
-    They are not kept while a graph is being traced (torch.export, torch.compile): what is made then has no values. And
+    They are not cached while a graph is being traced (torch.export, torch.compile): what is made then has no values. And
     they are never inference tensors, which could not be saved for a later backward.
     """
     stored = lru_cache(maxsize=256)(function)

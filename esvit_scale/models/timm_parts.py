@@ -35,11 +35,12 @@ class BlockCall(NamedTuple):
 
 
 class Unit(nn.Module):
-    """What a block of timm becomes: the same, but called through `run_block`, its first argument the tensor to keep."""
+    """A block of timm's that is called through `run_block`, its first argument the tensor to keep."""
 
     _state: State
 
     def __call__(self, x: Tensor, *arguments: Any, **named: Any) -> Any:
+        """Run the block through the trunk's `run_block`, and keep its output where outputs are wanted."""
         state = self._state
         out = state.trunk.run_block(super().__call__, x, BlockCall(state.scales, arguments, named))
         if state.outputs is not None:
@@ -47,12 +48,13 @@ class Unit(nn.Module):
         return out
 
     def forward(self, x: Tensor, plan: BlockCall) -> Any:
+        """Run the block with the drop factors of its forward, which a recomputation finds in the plan."""
         self._state.scales = plan.scales  # at a recomputation, another resolution was the last to run
         return super().forward(x, *plan.arguments, **plan.named)  # type: ignore[misc]
 
 
 def make_unit(block: nn.Module, state: State) -> None:
-    """In place: its class becomes a Unit of its class."""
+    """Make a block a Unit in place: its class becomes a subclass of Unit and of its own class."""
     block.__dict__["_state"] = state
     block.__class__ = _kind(type(block))  # type: ignore[arg-type]
 
@@ -63,6 +65,8 @@ def _kind(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 class KeyedDropPath(nn.Module):
+    """Stochastic depth by the crops' keys, in the place of timm's."""
+
     _state: State
 
     def __init__(self, index: int, state: State) -> None:
@@ -71,6 +75,7 @@ class KeyedDropPath(nn.Module):
         self.__dict__["_state"] = state
 
     def forward(self, x: Tensor) -> Tensor:
+        """Scale x [B, …] by the factors of the crops that run."""
         scales = self._state.scales
         if scales is None:
             return x
@@ -80,20 +85,22 @@ class KeyedDropPath(nn.Module):
 
 
 class ActivatedBatchNorm(BatchNorm):
-    """timm's batch norm with the activation in it."""
+    """A batch norm with the activation that timm's has in it."""
 
     def __init__(self, theirs: nn.Module) -> None:
         super().__init__(theirs.num_features, theirs.eps, theirs.momentum or 0.1, theirs.affine)  # type: ignore[arg-type]
         self.act = getattr(theirs, "act", None) or nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise and activate x [B, C, H, W]."""
         return self.act(super().forward(x))
 
 
 class LayerNorm2d(LayerNorm):
-    """timm's layer norm over the channels of a map [B, C, H, W]."""
+    """A layer norm over the channels of a map, in the place of timm's."""
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise the channels of x [B, C, H, W]."""
         return layer_norm(x.permute(0, 2, 3, 1), self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
 
 
@@ -101,7 +108,8 @@ LAYER_NORMS = {"LayerNorm": LayerNorm, "LayerNorm2d": LayerNorm2d}  # torch's an
 
 
 def replace(module: nn.Module, state: State, rates: list[float]) -> None:
-    """In place, before any value is set; `rates` is given the rate of every stochastic depth."""
+    """Replace a network's parts in place, before any value is set; append the rate of every stochastic depth to
+    `rates`."""
     for name, child in module.named_children():
         if type(child).__name__ == "DropPath":
             setattr(module, name, KeyedDropPath(len(rates), state))

@@ -19,6 +19,8 @@ Given = TypeVar("Given")
 
 
 class Probe(NamedTuple):
+    """A network of timm, the arguments of its constructor, and what it was found to give."""
+
     name: str  # timm's
     arguments: tuple[tuple[str, Any], ...]  # of its constructor
     dim: int = 0  # C of the view feature
@@ -29,7 +31,7 @@ class Probe(NamedTuple):
     in_chans: int = 3
 
     def create(self) -> nn.Module:
-        """On the default device, without pretrained weights.
+        """Return the network on the default device, without pretrained weights.
 
         Raises:
             TypeError: an argument that the network does not take.
@@ -47,7 +49,7 @@ class Probe(NamedTuple):
 
 
 def candidates(name: str, size: int, drop_path: float, in_chans: int = 3) -> Iterator[Probe]:
-    """The networks to try, the one with the most liberty in crop sizes first.
+    """Yield the networks to try, the one that is most liberal about crop sizes first.
 
     Raises:
         UserError: a name that timm does not have.
@@ -70,7 +72,7 @@ def candidates(name: str, size: int, drop_path: float, in_chans: int = 3) -> Ite
 
 
 def looked_at(candidate: Probe, sizes: tuple[int, ...]) -> Probe:
-    """The candidate with what it gives.
+    """Return the candidate with what it gives.
 
     Raises:
         Exception: whatever the network raises where it does not take the arguments or the sizes.
@@ -90,8 +92,10 @@ def looked_at(candidate: Probe, sizes: tuple[int, ...]) -> Probe:
 
 
 def outputs(network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """View features [B, C], and the cells as `forward_features` gives them, through the head's norm where the head
-    norms what it has pooled (ConvNeXt, DaViT)."""
+    """Return view features [B, C], and the cells as `forward_features` gives them.
+
+    Where the head norms what it has pooled (ConvNeXt, DaViT), the cells go through that norm too.
+    """
     cells = network.forward_features(x)  # type: ignore[operator]
     view = network.forward_head(cells, pre_logits=True)  # type: ignore[operator]
     norm = getattr(getattr(network, "head", None), "norm", None)
@@ -101,7 +105,7 @@ def outputs(network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def intermediates(network: nn.Module, x: Tensor) -> list[Tensor]:
-    """[B, C_s, H_s, W_s] of every stage from a reduction of 4 on, before the final norm."""
+    """Return the map [B, C_s, H_s, W_s] of every stage from a reduction of 4 on, before the final norm."""
     indices = [i for i, info in enumerate(_feature_info(network)) if info["reduction"] >= 4]
     return network.forward_intermediates(  # type: ignore[operator]
         x, indices=indices, norm=False, output_fmt="NCHW", intermediates_only=True
@@ -109,8 +113,10 @@ def intermediates(network: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def units(network: nn.Module) -> list[list[nn.Module]]:
-    """The blocks, stage by stage: what lies in lists named `blocks`, else in the stages that timm names, else the
-    stages themselves."""
+    """Return the blocks, stage by stage.
+
+    They are what lies in lists named `blocks`, else in the stages that timm names, else the stages themselves.
+    """
     found: list[list[nn.Module]] = []
     inside: list[str] = []
     for name, module in network.named_modules():
@@ -136,7 +142,7 @@ def units(network: nn.Module) -> list[list[nn.Module]]:
 
 
 def on_meta(attempt: Callable[[], Given]) -> Given:
-    """On the meta device, or on the CPU where something in it needs values."""
+    """Run `attempt` on the meta device, or on the CPU where something in it needs values."""
     try:
         with torch.device("meta"):
             return attempt()
@@ -148,7 +154,7 @@ def on_meta(attempt: Callable[[], Given]) -> Given:
 
 
 def grid_of(cells: int, height: int, width: int) -> tuple[int, int] | None:
-    """Rows and columns of so many cells over an image of these sides; None: they make no such grid."""
+    """Return rows and columns of so many cells over an image of these sides; None: they make no such grid."""
     rows = max(1, round(math.sqrt(cells * height / width)))
     return (rows, cells // rows) if cells and cells % rows == 0 and (height != width or rows * rows == cells) else None
 
@@ -161,7 +167,7 @@ def _has_grid(network: nn.Module, cells: Tensor, size: int, dim: int, last: bool
 
 
 def _pyramid(network: nn.Module, image: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Widths and reductions of the stages' maps; empty when there are none, or all have one size."""
+    """Return widths and reductions of the stages' maps; empty when there are none, or all have one size."""
     infos = [info for info in _feature_info(network) if info["reduction"] >= 4]
     channels = tuple(int(info["num_chs"]) for info in infos)
     reductions = tuple(int(info["reduction"]) for info in infos)

@@ -32,7 +32,8 @@ from esvit_scale.models.trunk import Features, Grid, TokenMap, Trunk
 
 
 class TimmTrunk(Trunk):
-    """
+    """A network of timm as a trunk.
+
     Args:
         probe: the network, its arguments, and what it was found to give.
     """
@@ -53,13 +54,16 @@ class TimmTrunk(Trunk):
 
     @property
     def blocks(self) -> list[nn.Module]:
+        """The blocks of all stages, in order."""
         return [block for stage in self._units for block in stage]
 
     @property
     def patch_projection(self) -> nn.Module:
+        """The first layer, which `model.freeze_patch_embed` keeps at its random values."""
         return next(m for m in self.network.modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
 
     def initial_values(self) -> dict[str, Initializer]:
+        """Return what timm draws for the whole network from the run's seed."""
         drawn = _Drawn(self.probe)
         return {f"network.{name}": OfSeed(partial(drawn, name)) for name, _ in self.network.named_parameters()}
 
@@ -102,8 +106,11 @@ class TimmTrunk(Trunk):
         return Features(view, tokens, grids)
 
     def last_blocks(self, crops: list[Tensor], n: int) -> list[TokenMap]:
-        """The last as `forward` gives it; others of its stage through the network's final norm, where that is a layer
-        norm."""
+        """Return the token maps of the last n blocks.
+
+        The last map is what `forward` gives; the others of its stage go through the network's final norm, where that is a
+        layer norm.
+        """
         groups = []
         for x in crops:
             self.state.outputs = []
@@ -116,6 +123,7 @@ class TimmTrunk(Trunk):
         return [TokenMap(tokens, grids, view) for view, tokens, grids in map(_joined, zip(*groups, strict=True))]
 
     def stage_maps(self, crops: list[Tensor]) -> list[TokenMap]:
+        """Return the token map of every stage from a reduction of 4 on, before the final norm."""
         self._cast_constants()
         groups = []
         for x in crops:
@@ -128,7 +136,7 @@ class TimmTrunk(Trunk):
         return next(self.network.parameters()).dtype
 
     def _cast_constants(self) -> None:
-        """Tables that timm keeps beside its parameters take the parameters' precision."""
+        """Cast tables that timm keeps beside its parameters to the parameters' precision."""
         for module in self.network.modules():
             if not isinstance(module, BatchNorm):
                 for name, buffer in module._buffers.items():
@@ -136,7 +144,7 @@ class TimmTrunk(Trunk):
                         module._buffers[name] = buffer.to(self._dtype)
 
     def _tokens(self, cells: Tensor, x: Tensor) -> tuple[Tensor, Grid]:
-        """Cells of images x, however they lie → [B·T, C] and their grid."""
+        """Map cells of images x, in any layout, to [B·T, C] and their grid."""
         height, width = x.shape[-2:]
         if cells.dim() == 3:
             for prefix in (self._prefix, 0):  # XCiT's blocks come before its class token
@@ -151,7 +159,7 @@ class TimmTrunk(Trunk):
 
     @property
     def _prefix(self) -> int:
-        """Tokens before the cells: class token, registers."""
+        """The number of tokens before the cells: class token, registers."""
         return int(getattr(self.network, "num_prefix_tokens", 0))
 
     def _block_map(self, out: Any, x: Tensor, normed: bool) -> TokenMap:
@@ -189,10 +197,11 @@ class _Drawn:
 
 
 def build(config: Config) -> Trunk:
-    """
+    """Return the timm network that `config.model.trunk` names.
+
     Raises:
-        UserError: a name that timm does not have, crop sizes that the network does not take, or what such a trunk has
-            not; one line.
+        UserError: a name that timm does not have, crop sizes that the network does not take, or settings that such a trunk
+            does not have; one line.
     """
     model, name = config.model, config.model.trunk.removeprefix(PREFIX)
     given = [key for key in ("embed_dim", "depths", "heads") if getattr(model, key)]
@@ -228,7 +237,7 @@ def _probed(name: str, drop_path: float, sizes: tuple[int, ...], in_chans: int) 
 
 
 def _tried(candidate: Probe, drop_path: float, sizes: tuple[int, ...]) -> Probe:
-    """A forward and a backward as in training."""
+    """Run a forward and a backward as in training; return the candidate with what it gives."""
     probe = timm_probe.looked_at(candidate, sizes)
     trunk = TimmTrunk(probe)
     if drop_path and not trunk.drop_rates:
@@ -256,7 +265,7 @@ def _norms(network: nn.Module) -> Iterable[nn.LayerNorm]:
 
 
 def _joined(groups: Iterable[TokenMap]) -> tuple[Tensor, Tensor, list[Grid]]:
-    """View features (an empty tensor where there are none), tokens and grids of all resolutions."""
+    """Return view features (an empty tensor where there are none), tokens and grids of all resolutions."""
     groups = list(groups)
     views = [group.view for group in groups if group.view is not None]
     tokens = torch.cat([group.tokens for group in groups])
@@ -264,5 +273,5 @@ def _joined(groups: Iterable[TokenMap]) -> tuple[Tensor, Tensor, list[Grid]]:
 
 
 def _pixels(maps: Tensor) -> Tensor:
-    """[B, C, H, W] → [B·H·W, C]"""
+    """Map maps [B, C, H, W] to rows [B·H·W, C]."""
     return maps.permute(0, 2, 3, 1).flatten(0, 2)

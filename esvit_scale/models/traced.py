@@ -61,20 +61,25 @@ def _features(trunk: Trunk, size: int, crops: int, keys: bool) -> Features:
 
 @contextmanager
 def on_meta() -> Iterator[None]:
-    """Everything made here is on the meta device, and this rank is by itself: the others do not count along."""
+    """Make everything on the meta device, within the context, and leave the other ranks out of it."""
     with torch.device("meta"), collectives.alone():
         yield
 
 
 def flop_counter() -> FlopCounterMode:
-    """The counter has no formula for the in-place product, with which the prototype loss adds up."""
+    """Return torch's counter with a formula for the in-place product, which it lacks.
+
+    The prototype loss adds up its gradients with that product.
+    """
     product = lambda total, a, b, **_: 2 * a[0] * a[1] * b[1]  # noqa: E731
     return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: product})
 
 
 class FusedAttention(TorchFunctionMode):
-    """torch's attention keeps what its fused kernels keep, queries, keys, values and output, as on a GPU or a CPU. On
-    the meta device it would take the slow way, which keeps all probabilities."""
+    """A mode in which torch's attention keeps what its fused kernels keep: queries, keys, values and output.
+
+    So it is on a GPU and on a CPU; on the meta device it would take the slow way, which keeps all probabilities.
+    """
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is not F.scaled_dot_product_attention:
@@ -100,7 +105,8 @@ def _fused(
 
 
 class Kept:
-    """Floating-point storages that autograd saves, each once; those of `module` and cached index tables do not count."""
+    """The floating-point storages that autograd saves, each once, but for those of `module` and for cached index
+    tables."""
 
     def __init__(self, module: nn.Module) -> None:
         own = [*module.parameters(), *module.buffers()]
@@ -109,16 +115,18 @@ class Kept:
         self.bytes = 0
 
     def note(self, x: Tensor) -> Tensor:
+        """Count a tensor's storage unless it was seen; return the tensor."""
         if x.is_floating_point() and _identity(x) not in self._seen:
             self._seen[_identity(x)] = x.untyped_storage()
             self.bytes += x.untyped_storage().nbytes()
         return x
 
     def hooks(self) -> saved_tensors_hooks:
+        """Return the context in which what autograd saves is noted."""
         return saved_tensors_hooks(self.note, lambda x: x)
 
     def note_attributes(self, root: Any) -> None:
-        """What custom autograd functions keep on their own nodes, as the prototype loss does its gradients."""
+        """Note what custom autograd functions keep on their own nodes, as the prototype loss does its gradients."""
         waiting, visited = [root], set()
         while waiting:
             node = waiting.pop()
@@ -142,6 +150,7 @@ class KeptByBlocks:
         self.inputs: list[int] = []  # bytes that activation checkpointing keeps
 
     def __call__(self, block: Callable[..., Any], tokens: Any, *others: Any) -> Any:
+        """Run the block and note what it saved."""
         before = self.kept.bytes
         result = block(tokens, *others)
         self.called.append(self.index[id(getattr(block, "__self__", block))])  # a block itself, or its bound method

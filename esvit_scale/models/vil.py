@@ -39,7 +39,8 @@ NORM_EPS = 1e-6
 
 
 def build(config: Config) -> "ViL":
-    """
+    """Return the config's ViL.
+
     Raises:
         UserError: overrides that do not fit together, or a crop size that leaves nothing for stage 4.
     """
@@ -56,7 +57,8 @@ def build(config: Config) -> "ViL":
 
 
 class ViL(Trunk):
-    """
+    """A ViL of four stages.
+
     Args:
         widths, depths, heads: per stage, of which there are four.
         window: tokens along a window's side (stages 1 and 2).
@@ -88,28 +90,31 @@ class ViL(Trunk):
 
     @property
     def stages(self) -> list["Stage"]:
+        """The stages in order."""
         return cast(list[Stage], list(self.layers))
 
     @property
     def blocks(self) -> list[nn.Module]:
+        """The blocks of all stages, in order."""
         return [block for stage in self.stages for block in stage.blocks]
 
     @property
     def patch_projection(self) -> nn.Module:
+        """The first layer, which `model.freeze_patch_embed` keeps at its random values."""
         return self.stages[0].patch_embed.proj
 
     def forward(self, crops: list[Tensor], drop_keys: Tensor | None = None) -> Features:
-        """As `Trunk.forward`; the view is the mean of the crop's regions."""
+        """Compute the features of all crops (`Trunk.forward`); a crop's view is the mean of its regions."""
         *_, (tokens, grids, _) = self._block_outputs(crops, drop_keys)
         regions = self.norm(tokens)
         return Features(crop_means(regions, grids), regions, grids)
 
     def block_maps(self, crops: list[Tensor]) -> Iterator[TokenMap]:
-        """What stands for a crop in stages 1 to 3 is its global token."""
+        """Yield the token map of every block; the view of a crop in stages 1 to 3 is its global token."""
         return (_token_map(*output) for output in self._block_outputs(crops, None))
 
     def _block_outputs(self, crops: list[Tensor], drop_keys: Tensor | None) -> Iterator[tuple[Tensor, list[Grid], int]]:
-        """After each block: tokens [N, C], of each crop the g global ones first; grids; g."""
+        """Yield tokens [N, C] (of each crop the g global ones first), grids and g after each block."""
         scales = keep_scales(drop_keys, torch.tensor(self.drop_rates)) if drop_keys is not None else None
         maps, i = crops, 0
         for s, (stage, g) in enumerate(zip(self.stages, GLOBALS, strict=True)):
@@ -126,7 +131,7 @@ class ViL(Trunk):
 
 
 class Stage(nn.Module):
-    """A patch embedding and blocks. ViL drives them; this only owns them."""
+    """A patch embedding and blocks. `ViL` calls both; this only owns them."""
 
     def __init__(self, patch_embed: "PatchEmbed", blocks: list["Block"]) -> None:
         super().__init__()
@@ -135,7 +140,7 @@ class Stage(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """p×p cells → a token; global tokens first."""
+    """p×p cells to tokens: a projection and a norm, with global tokens before each crop's."""
 
     def __init__(self, channels: int, dim: int, patch: int, globals_: int) -> None:
         super().__init__()
@@ -144,10 +149,11 @@ class PatchEmbed(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, globals_, dim)) if globals_ else None
 
     def initial_values(self) -> dict[str, Initializer]:
+        """Return the initialisers of the module's own parameters, by name (models/initialize.py)."""
         return {"cls_token": normal(0.02)} if self.cls_token is not None else {}
 
     def forward(self, maps: list[Tensor]) -> tuple[Tensor, list[Grid]]:
-        """Maps [N_g, channels, H, W] → tokens [N, C] and grids."""
+        """Map maps [N_g, channels, H, W] to tokens [N, C] and grids."""
         patch = self.proj.stride[0]
         grids = [(x.shape[0], x.shape[2] // patch, x.shape[3] // patch) for x in maps]
         cells = [_patches(x.to(self.proj.weight.dtype), patch) for x in maps]
@@ -179,27 +185,31 @@ class Block(nn.Module):
         keep_mlp: Tensor | None,
         neighbours: Tensor | None,
     ) -> Tensor:
-        """tokens [N, C] → [N, C]; keep_* [N, 1] scales a branch (0: dropped), None keeps it; neighbours [ΣB] as
-        `LongAttention`."""
+        """Map tokens [N, C] to [N, C].
+
+        Args:
+            keep_attn, keep_mlp: [N, 1], the factor of a branch (0: dropped); None keeps it.
+            neighbours: int64 [ΣB], as in `LongAttention`.
+        """
         tokens = add_branch(tokens, self.attn(self.norm1(tokens), grids, neighbours), keep_attn)
         return add_branch(tokens, self.mlp(self.norm2(tokens)), keep_mlp)
 
 
-def sampled_neighbours(drop_keys: Tensor, block: int) -> Tensor:
-    """int64 [ΣB]: one of the eight windows around, each as likely."""
+def _neighbours(drop_keys: Tensor, block: int) -> Tensor:
+    """Draw one of the eight windows around, each as likely, for every crop: int64 [ΣB]."""
     drawn = draw_of(drop_keys, block, AROUND - 1)
     return drawn + (drawn >= OWN)
 
 
 def _patches(x: Tensor, patch: int) -> Tensor:
-    """[n, channels, H, W] → [n·h·w, channels · p²]; what is left over at the right and at the bottom is not used."""
+    """Map maps [n, channels, H, W] to patches [n·h·w, channels · p²]; what is left over right and bottom is not used."""
     h, w = x.shape[2] // patch, x.shape[3] // patch
     cells = x[:, :, : h * patch, : w * patch].unflatten(3, (w, patch)).unflatten(2, (h, patch))
     return cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(0, 2)
 
 
 def _per_crop(tokens: Tensor, grids: list[Grid], g: int) -> list[Tensor]:
-    """[N, C] → of each group [n, g + h·w, C]"""
+    """View tokens [N, C] as [n, g + h·w, C] of each group."""
     groups = tokens.split([n * (g + h * w) for n, h, w in grids])
     return [rows.view(n, g + h * w, -1) for rows, (n, h, w) in zip(groups, grids, strict=True)]
 

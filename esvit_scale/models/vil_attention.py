@@ -22,7 +22,7 @@ AROUND = 9
 
 
 class LongAttention(nn.Module):
-    """A local token sees the global tokens, its own window and the eight around it; a global token sees all.
+    """Attention in which a local token sees the global tokens, its own window and the eight around it; a global token sees all.
 
     Maps are padded right and bottom to whole windows; pads and windows outside the map are never attended to.
 
@@ -42,11 +42,16 @@ class LongAttention(nn.Module):
         self.g2g_relative_position_bias = nn.Parameter(torch.zeros(heads, globals_, globals_))
 
     def initial_values(self) -> dict[str, Initializer]:
+        """Return the initialisers of the module's own parameters, by name (models/initialize.py)."""
         return {name: normal(0.02) for name, _ in self.named_parameters(recurse=False)}
 
     def forward(self, tokens: Tensor, grids: list[Grid], neighbours: Tensor | None) -> Tensor:
-        """tokens [N, C] → [N, C]; neighbours int64 [ΣB]: which one of the nine windows a crop's queries see beside
-        their own (never `OWN` itself), None: all."""
+        """Map tokens [N, C] to [N, C].
+
+        Args:
+            neighbours: int64 [ΣB]: which one of the nine windows a crop's queries see beside their own (never `OWN` itself);
+                None: all.
+        """
         q, kv = self.query(tokens) * self.scale, self.kv(tokens)
         bias = self.window_bias()
         counts = [n * (self.globals + h * w) for n, h, w in grids]
@@ -58,19 +63,19 @@ class LongAttention(nn.Module):
         return self.proj(torch.cat(mixed))
 
     def window_bias(self) -> Tensor:
-        """[heads, L, 9, L]: of every query of a window and every key of the nine windows."""
+        """Return the bias of every query of a window and every key of the nine windows, [heads, L, 9, L]."""
         length, index = self.window**2, around_index(self.window, self.query.weight.device)
         rows = _wide(self.local_relative_position_bias_table).index_select(0, index)
         return rows.view(length, AROUND, length, self.heads).permute(3, 0, 1, 2)
 
     def _global(self, q: Tensor, kv: Tensor) -> Tensor:
-        """q [n, T, C], kv [n, T, 2C] → what the global tokens become, [n, g, C]"""
+        """Return what the global tokens become, [n, g, C], from q [n, T, C] and kv [n, T, 2C]."""
         to_map = _wide(self.g2l_relative_position_bias)[0].unsqueeze(-1).expand(-1, -1, q.shape[1] - self.globals)
         bias = torch.cat((_wide(self.g2g_relative_position_bias), to_map), -1)  # [heads, g, T]
         return self._attend(q[:, : self.globals], kv, bias)
 
     def _local(self, q: Tensor, kv: Tensor, grid: Grid, bias: Tensor, draw: Tensor | None) -> Tensor:
-        """q [n, T, C], kv [n, T, 2C] → what the map's tokens become, [n, H·W, C]"""
+        """Return what the map's tokens become, [n, H·W, C], from q [n, T, C] and kv [n, T, 2C]."""
         _, h, w = grid
         queries = to_windows(q[:, self.globals :], h, w, self.window)  # [n, windows, L, C]
         windows = to_windows(kv[:, self.globals :], h, w, self.window)  # [n, windows, L, 2C]
@@ -85,7 +90,7 @@ class LongAttention(nn.Module):
         return from_windows(mixed, h, w, self.window)
 
     def _attend(self, q: Tensor, kv: Tensor, bias: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """q […, L, C], kv […, keys, 2C] → […, L, C]; bias and hidden as `attend`."""
+        """Map q […, L, C] and kv […, keys, 2C] to […, L, C]; bias and hidden as in `attend`."""
         k, v = (x.unflatten(-1, (self.heads, -1)).transpose(-2, -3) for x in kv.chunk(2, -1))  # […, heads, keys, d]
         mixed = attend(q.unflatten(-1, (self.heads, -1)).transpose(-2, -3), k, v, bias, hidden)
         return mixed.transpose(-2, -3).flatten(-2)
@@ -111,10 +116,11 @@ class FullAttention(nn.Module):
             self.g2g_relative_position_bias = nn.Parameter(torch.zeros(heads, globals_, globals_))
 
     def initial_values(self) -> dict[str, Initializer]:
+        """Return the initialisers of the module's own parameters, by name (models/initialize.py)."""
         return {name: normal(0.02) for name, _ in self.named_parameters(recurse=False)}
 
     def forward(self, tokens: Tensor, grids: list[Grid], neighbours: Tensor | None) -> Tensor:
-        """tokens [N, C] → [N, C]; it has no neighbours to choose from."""
+        """Map tokens [N, C] to [N, C]; `neighbours` is not used."""
         qkv = self.qkv(tokens)
         built = self.map_bias()
         mixed = []
@@ -125,13 +131,13 @@ class FullAttention(nn.Module):
         return self.proj(torch.cat(mixed))
 
     def map_bias(self) -> Tensor:
-        """[heads, side², side²]"""
+        """Return the bias of a global crop's map, [heads, side², side²]."""
         length, index = self.side**2, relative_position_index(self.side, self.qkv.weight.device)
         rows = _wide(self.local_relative_position_bias_table).index_select(0, index)
         return rows.view(length, length, -1).permute(2, 0, 1)
 
     def _bias(self, local: Tensor, tokens: int) -> Tensor:
-        """[heads, T, T] of a map of that many tokens"""
+        """Return the bias of a map of that many tokens, [heads, T, T]."""
         if tokens != self.side**2:
             local = F.interpolate(local[None], size=(tokens, tokens), mode="bicubic")[0]
         if not self.globals:
@@ -150,11 +156,11 @@ def _wide(bias: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, hidden: Tensor | None = None) -> Tensor:
-    """softmax(QKᵀ + bias) V with scores in fp32 or wider: q […, L, d] (scaled), k and v […, keys, d] → […, L, d].
+    """Map q […, L, d] (scaled), k and v […, keys, d] to softmax(QKᵀ + bias) V, […, L, d], with scores in fp32 or wider.
 
     Args:
         bias: broadcast to […, L, keys].
-        hidden: the same, bool: keys that are not seen.
+        hidden: bool, broadcast like the bias: keys that are not seen.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = (q @ k.transpose(-2, -1)).to(wide) + bias.to(wide)
@@ -172,6 +178,7 @@ class Neighbourhood(NamedTuple):
 
 @kept
 def neighbourhood(h: int, w: int, window: int, device: torch.device) -> Neighbourhood:
+    """Return the nine windows around every window of an h × w map."""
     rows, columns = -(-h // window), -(-w // window)
     y, x = np.divmod(np.arange(rows * columns), columns)
     dy, dx = np.divmod(np.arange(AROUND), 3)
@@ -185,8 +192,10 @@ def neighbourhood(h: int, w: int, window: int, device: torch.device) -> Neighbou
 
 @kept
 def around_index(window: int, device: torch.device) -> Tensor:
-    """int64 [L·9·L]: for each (query, one of nine windows, key) the row of the bias table,
-    (Δy + 2w−1)·(4w−1) + Δx + 2w−1."""
+    """Return the row of the bias table for each (query, one of nine windows, key): int64 [L·9·L].
+
+    The row is (Δy + 2w−1)·(4w−1) + Δx + 2w−1.
+    """
     y, x = np.divmod(np.arange(window * window), window)
     dy, dx = np.divmod(np.arange(AROUND), 3)
     key_y, key_x = (dy[:, None] - 1) * window + y, (dx[:, None] - 1) * window + x  # [9, L]
@@ -195,26 +204,32 @@ def around_index(window: int, device: torch.device) -> Tensor:
 
 
 def to_windows(x: Tensor, h: int, w: int, side: int) -> Tensor:
-    """[n, h·w, C] → [n, windows, side², C]; pads are zero"""
+    """Map rows [n, h·w, C] to windows [n, windows, side², C]; pads are zero."""
     maps = F.pad(x.unflatten(1, (h, w)), (0, 0, 0, -w % side, 0, -h % side))
     return maps.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 def from_windows(windows: Tensor, h: int, w: int, side: int) -> Tensor:
-    """[n, windows, side², C] → [n, h·w, C]"""
+    """Map windows [n, windows, side², C] to rows [n, h·w, C]."""
     rows = windows.unflatten(2, (side, side)).unflatten(1, (-(-h // side), -1))
     return rows.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :h, :w].flatten(1, 2)
 
 
 def _all(windows: Tensor, bias: Tensor, around: Neighbourhood) -> tuple[Tensor, Tensor, Tensor]:
-    """windows [n, windows, L, 2C], bias [heads, L, 9, L] → of all nine windows: keys and values [n, windows, keys, 2C],
-    bias [1, heads, L, keys], hidden [1, windows, keys]"""
+    """Return what queries see of all nine windows, from windows [n, windows, L, 2C] and bias [heads, L, 9, L].
+
+    Returns:
+        keys and values [n, windows, keys, 2C], bias [1, heads, L, keys], hidden [1, windows, keys].
+    """
     seen = windows.index_select(1, around.windows.view(-1)).unflatten(1, (-1, AROUND)).flatten(2, 3)
     return seen, bias.flatten(2)[None], around.hidden.flatten(1)[None]
 
 
 def _drawn(windows: Tensor, bias: Tensor, around: Neighbourhood, draw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_all`, of the own window and the one that each crop drew, int64 [n]; bias and hidden are then of every crop."""
+    """Return the same as `_all` of the own window and the one that each crop drew, int64 [n].
+
+    Bias and hidden are then of every crop.
+    """
     n, count = windows.shape[:2]
     chosen = around.windows.t()[draw] + torch.arange(n, device=draw.device)[:, None] * count  # [n, windows]
     neighbours = windows.flatten(0, 1).index_select(0, chosen.view(-1)).view(windows.shape)

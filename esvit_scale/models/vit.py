@@ -38,11 +38,11 @@ NORM_EPS = 1e-6
 
 
 class ViT(Trunk):
-    """DeiT; the region tokens are the patch tokens after the final norm, the view feature the class token's.
+    """DeiT; the region tokens are the patch tokens after the final norm, the view feature is the class token's.
 
     Args:
         embed_dim: C.
-        depth, heads: blocks, and heads of each.
+        depth, heads: number of blocks, and of heads in each.
         drop_path: stochastic-depth rate of the last block; rates grow linearly from 0.
     """
 
@@ -61,12 +61,14 @@ class ViT(Trunk):
 
     @property
     def blocks(self) -> list[nn.Module]:
+        """The blocks, in order."""
         return cast(
             list[nn.Module], self._modules["blocks"]
         )  # itself: torch.export asks for the submodule of this name
 
     @property
     def patch_projection(self) -> nn.Module:
+        """The first layer, which `model.freeze_patch_embed` keeps at its random values."""
         return self.patch_embed.proj
 
     def initial_values(self) -> dict[str, Initializer]:
@@ -104,21 +106,21 @@ class ViT(Trunk):
         return resized(trunk["pos_embed"][0], side, side)
 
     def forward(self, crops: list[Tensor], drop_keys: Tensor | None = None) -> Features:
-        """As `Trunk.forward`; any crop size."""
+        """Compute the features of all crops (`Trunk.forward`), of any size."""
         *_, (tokens, grids) = self._block_outputs(crops, drop_keys)
         regions, _, view = self._token_map(self.norm(tokens), grids)
         return Features(cast(Tensor, view), regions, grids)
 
     def block_maps(self, crops: list[Tensor]) -> Iterator[TokenMap]:
-        """The class token stands for the crop."""
+        """Yield the token map of every block; the view of a crop is its class token."""
         return (self._token_map(*output) for output in self._block_outputs(crops, None))
 
     def position(self, h: int, w: int, device: torch.device) -> Tensor:
-        """[1 + h·w, C] of the class token and of a map's patches, fp32 or wider."""
+        """Return the positions of the class token and of a map's patches, [1 + h·w, C], in fp32 or wider."""
         return resized(cast(Tensor, self.pos_embed)[0], h, w)
 
     def _block_outputs(self, crops: list[Tensor], drop_keys: Tensor | None) -> Iterator[tuple[Tensor, list[Grid]]]:
-        """After each block: (tokens [N, C], class tokens among them; grids)."""
+        """Yield tokens [N, C], class tokens among them, and grids after each block."""
         grids = [(x.shape[0], -(-x.shape[-2] // PATCH), -(-x.shape[-1] // PATCH)) for x in crops]
         sequences: Grids = tuple((n, 1, 1 + h * w) for n, h, w in grids)
         tokens = self._embed(crops, grids)
@@ -129,7 +131,7 @@ class ViT(Trunk):
             yield tokens, grids
 
     def _embed(self, crops: list[Tensor], grids: list[Grid]) -> Tensor:
-        """Crops [N_g, 3, S_g, S_g] → [N, C] with class tokens and positions."""
+        """Map crops [N_g, 3, S_g, S_g] to tokens [N, C] with class tokens and positions."""
         patches = self.patch_embed(crops)
         sequences = []
         for group, (n, h, w) in groups(patches, grids):
@@ -148,8 +150,11 @@ class ViT(Trunk):
 
 
 class MoCoViT(ViT):
-    """MoCo v3's: fixed sine-cosine positions (the class token's are 0), computed for any map; Xavier's initial values,
-    with query, key and value as matrices of their own."""
+    """MoCo v3's vision transformer.
+
+    Its sine-cosine positions are fixed (the class token's are 0) and computed for any map; its initial values are Xavier's,
+    with query, key and value as matrices of their own.
+    """
 
     learns_positions = False
     timm_name = "vit_small_patch16_224"
@@ -174,14 +179,14 @@ class MoCoViT(ViT):
 
 
 class PatchEmbed(nn.Module):
-    """16×16 patches → tokens."""
+    """16×16 patches to tokens."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.proj = PatchProjection(3, dim, PATCH)
 
     def forward(self, crops: list[Tensor]) -> Tensor:
-        """Crops [N_g, 3, S_g, S_g] → [ΣN_g·T, C]."""
+        """Map crops [N_g, 3, S_g, S_g] to tokens [ΣN_g·T, C]."""
         dtype = self.proj.weight.dtype
         return self.proj(torch.cat([pixel_rows(crop.to(dtype), PATCH) for crop in crops]))
 
@@ -197,7 +202,7 @@ class Block(nn.Module):
         self.mlp = GeluMlp(dim)
 
     def forward(self, tokens: Tensor, sequences: Grids, keep_attn: Tensor | None, keep_mlp: Tensor | None) -> Tensor:
-        """tokens [N, C] → [N, C]; keep_* [N, 1] scales a branch (0: dropped), None keeps it."""
+        """Map tokens [N, C] to [N, C]; keep_* [N, 1] scales a branch (0: dropped), None keeps it."""
         tokens = add_branch(tokens, self.attn(self.norm1(tokens), sequences), keep_attn)
         return add_branch(tokens, self.mlp(self.norm2(tokens)), keep_mlp)
 
@@ -212,7 +217,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, tokens: Tensor, sequences: Grids) -> Tensor:
-        """tokens [N, C], sequences (crops, 1, tokens of each) per resolution → [N, C]"""
+        """Map tokens [N, C] to [N, C]; `sequences` has (crops, 1, tokens of each) per resolution."""
         dim, mixed = tokens.shape[1], []
         groups = self.qkv(tokens).split([n * length for n, _, length in sequences])
         for qkv, (n, _, length) in zip(groups, sequences, strict=True):
@@ -222,7 +227,7 @@ class Attention(nn.Module):
 
 
 def resized(learned: Tensor, h: int, w: int) -> Tensor:
-    """Positions [1 + 14², C] of a class token and a 14×14 map → [1 + h·w, C], fp32 or wider."""
+    """Resize positions [1 + 14², C] of a class token and a 14×14 map to [1 + h·w, C], in fp32 or wider."""
     learned = learned.to(torch.promote_types(learned.dtype, torch.float32))
     if (h, w) == (SIDE, SIDE):
         return learned
@@ -234,9 +239,11 @@ def resized(learned: Tensor, h: int, w: int) -> Tensor:
 
 @kept
 def resize_matrix(source: int, target: int, device: torch.device) -> Tensor:
-    """float64 [target, source]: bicubic interpolation along one side, at the scale target/source, as torch's
-    `interpolate(mode="bicubic")` (Keys 1981 with a = −0.75, no antialiasing). A product with it has a deterministic
-    backward on GPUs, which torch's own has not."""
+    """Return bicubic interpolation along one side as a matrix, float64 [target, source].
+
+    It is torch's `interpolate(mode="bicubic")` at the scale target/source (Keys 1981 with a = −0.75, no antialiasing). A
+    product with it has a deterministic backward on GPUs, which torch's own has not.
+    """
     a = -0.75
     at = (np.arange(target) + 0.5) * source / target - 0.5
     first = np.floor(at).astype(np.int64)
@@ -250,8 +257,10 @@ def resize_matrix(source: int, target: int, device: torch.device) -> Tensor:
 
 @kept
 def sine_cosine(h: int, w: int, dim: int, device: torch.device) -> Tensor:
-    """float32 [1 + h·w, C]: zeros for the class token, then (sin y, cos y, sin x, cos x), a quarter of C each, at the
-    frequencies 10000^(−i/(C/4))."""
+    """Return fixed positions, float32 [1 + h·w, C]: zeros for the class token, then (sin y, cos y, sin x, cos x).
+
+    Each is a quarter of C, at the frequencies 10000^(−i/(C/4)).
+    """
     frequencies = 10000.0 ** -(np.arange(dim // 4) / (dim // 4))
     y, x = np.divmod(np.arange(h * w), w)
     y, x = np.outer(y, frequencies), np.outer(x, frequencies)

@@ -38,7 +38,7 @@ class WindowPlan(NamedTuple):
 
 
 class _Permute(torch.autograd.Function):
-    """Row gather whose backward is a gather as well (autograd's own is a scatter-add, several times slower)."""
+    """A gather of rows whose backward is a gather as well (autograd's own is a scatter-add, several times slower)."""
 
     @staticmethod
     def forward(
@@ -68,7 +68,7 @@ def _take(rows: Tensor, index: Tensor, pads: Tensor, fill: Tensor | None) -> Ten
 
 
 def window_partition(tokens: Tensor, plan: Permutation, fill: Tensor | None = None) -> Tensor:
-    """[N, C] → [slots, C]; pads hold `fill` [C] (whose gradient is the sum over pads) or zero."""
+    """Lay tokens [N, C] into slots [slots, C]; pads hold `fill` [C] (whose gradient is the sum over pads) or zero."""
     if plan.identity:
         return tokens
     no_pads = plan.pads[:0]
@@ -76,7 +76,7 @@ def window_partition(tokens: Tensor, plan: Permutation, fill: Tensor | None = No
 
 
 def window_reverse(slots: Tensor, plan: Permutation) -> Tensor:
-    """[slots, C] → [N, C]; what pads hold is dropped."""
+    """Take tokens [N, C] out of slots [slots, C]; what pads hold is dropped."""
     if plan.identity:
         return slots
     no_pads = plan.pads[:0]
@@ -84,17 +84,18 @@ def window_reverse(slots: Tensor, plan: Permutation) -> Tensor:
 
 
 def total_tokens(grids: Grids) -> int:
+    """Return N, the tokens of all crops."""
     return sum(n * h * w for n, h, w in grids)
 
 
 def merged(grids: Grids) -> Grids:
-    """The layout after patch merging (odd maps are padded)."""
+    """Return the layout after patch merging (odd maps are padded)."""
     return tuple((n, -(-h // 2), -(-w // 2)) for n, h, w in grids)
 
 
 @lru_cache(maxsize=256)
 def window_plan(grids: Grids, window: int, shift: int, device: torch.device) -> WindowPlan:
-    """The windows of a packed batch.
+    """Return the windows of a packed batch.
 
     Maps are padded right and bottom to a multiple of the window, then rolled by −shift; the padding is not masked. A
     shifted map has four kinds of windows: interior (no mask), last column, last row and corner.
@@ -120,7 +121,7 @@ def window_plan(grids: Grids, window: int, shift: int, device: torch.device) -> 
 
 @lru_cache(maxsize=256)
 def merge_plan(grids: Grids, window: int, next_window: int, device: torch.device) -> Permutation:
-    """Four neighbouring tokens in the order (0,0), (1,0), (0,1), (1,1) for every token of the merged map."""
+    """Return four neighbouring tokens, in the order (0,0), (1,0), (0,1), (1,1), for every token of the merged map."""
     slots, first = [], 0
     for n, h, w in grids:
         h2, w2 = -(-h // 2), -(-w // 2)
@@ -135,7 +136,10 @@ def merge_plan(grids: Grids, window: int, next_window: int, device: torch.device
 
 @lru_cache(maxsize=256)
 def storage_plan(grids: Grids, window: int, device: torch.device) -> Permutation:
-    """Row-major tokens → the order in which a stage with this window keeps them (`window_reverse` goes back)."""
+    """Return the permutation of row-major tokens to the order in which a stage with this window keeps them.
+
+    `window_reverse` goes back.
+    """
     slots, first = [], 0
     for n, h, w in grids:
         slots.append(_repeat(_order(h, w, window), n, h * w, first))
@@ -146,7 +150,7 @@ def storage_plan(grids: Grids, window: int, device: torch.device) -> Permutation
 
 @lru_cache(maxsize=256)
 def crop_of_token(grids: Grids, device: torch.device) -> Tensor:
-    """int64 [N]: which crop image of the batch each token belongs to."""
+    """Return the crop image of the batch that each token belongs to, int64 [N]."""
     tokens = np.concatenate([np.full(n, h * w) for n, h, w in grids])
     with torch.inference_mode(False):
         return torch.from_numpy(np.repeat(np.arange(len(tokens)), tokens)).to(device)
@@ -154,7 +158,10 @@ def crop_of_token(grids: Grids, device: torch.device) -> Tensor:
 
 @kept
 def relative_position_index(window: int, device: torch.device) -> Tensor:
-    """int64 [window⁴]: for each (query, key) of a window the row of its bias table, (dy + w−1)·(2w−1) + dx + w−1."""
+    """Return the row of the bias table for each (query, key) of a window: int64 [window⁴].
+
+    The row is (dy + w−1)·(2w−1) + dx + w−1.
+    """
     y, x = np.divmod(np.arange(window * window), window)
     dy, dx = y[:, None] - y[None, :], x[:, None] - x[None, :]
     index = (dy + window - 1) * (2 * window - 1) + dx + window - 1
@@ -162,8 +169,12 @@ def relative_position_index(window: int, device: torch.device) -> Tensor:
 
 
 def window_cells(h: int, w: int, window: int, shift: int) -> tuple[np.ndarray, np.ndarray]:
-    """One map's windows, row by row: int64 [windows, window²], the row-major token of each slot (−1: a pad), and bool
-    [windows, window², window²], which pairs of slots the shift brought together."""
+    """Return one map's windows, row by row.
+
+    Returns:
+        int64 [windows, window²], the row-major token of each slot (−1: a pad), and bool [windows, window², window²],
+        which pairs of slots the shift brought together.
+    """
     cells, kinds = _windows(h, w, window, shift)
     return cells, np.stack([_mask(window, shift, kind) < 0 for kind in kinds])
 
@@ -172,7 +183,7 @@ def window_cells(h: int, w: int, window: int, shift: int) -> tuple[np.ndarray, n
 
 
 def _windows(h: int, w: int, window: int, shift: int) -> tuple[np.ndarray, np.ndarray]:
-    """Row-major token of each slot [windows, window²] (−1: pad) and each window's mask class [windows]."""
+    """Return the row-major token of each slot [windows, window²] (−1: pad) and each window's mask class [windows]."""
     rows, cols = -(-h // window), -(-w // window)
     padded = np.full((rows * window, cols * window), -1)
     padded[:h, :w] = np.arange(h * w).reshape(h, w)
@@ -186,7 +197,7 @@ def _windows(h: int, w: int, window: int, shift: int) -> tuple[np.ndarray, np.nd
 
 
 def _mask(window: int, shift: int, kind: int) -> np.ndarray:
-    """float32 [window², window²]: 0 between tokens of one region, −100 between regions of a rolled window."""
+    """Return float32 [window², window²]: 0 between tokens of one region, −100 between regions of a rolled window."""
     wrapped = np.arange(window) >= window - shift
     region = 2 * (wrapped & bool(kind & 2))[:, None] + (wrapped & bool(kind & 1))[None, :]
     region = region.reshape(-1)
@@ -194,18 +205,18 @@ def _mask(window: int, shift: int, kind: int) -> np.ndarray:
 
 
 def _order(h: int, w: int, window: int) -> np.ndarray:
-    """[h·w]: row-major token at each place of a crop's list."""
+    """Return the row-major token at each place of a crop's list, [h·w]."""
     cells = _windows(h, w, window, 0)[0].reshape(-1)
     return cells[cells >= 0]
 
 
 def _storage(h: int, w: int, window: int) -> np.ndarray:
-    """[h·w]: place in a crop's list of each row-major token."""
+    """Return the place in a crop's list of each row-major token, [h·w]."""
     return np.argsort(_order(h, w, window))
 
 
 def _repeat(cells: np.ndarray, n: int, tokens: int, first: int) -> np.ndarray:
-    """A map's cells [slots…] for n crops that start at token `first`."""
+    """Return a map's cells [slots…] for n crops that start at token `first`."""
     starts = first + tokens * np.arange(n).reshape(-1, *[1] * cells.ndim)
     return np.where(cells >= 0, cells + starts, -1).reshape(-1, *cells.shape[1:])
 

@@ -12,6 +12,8 @@ from esvit_scale.objective.two_views import TwoViews
 
 
 class BYOL(TwoViews):
+    """The objective: projector, predictor, teacher, and the squared distance of unit rows."""
+
     def __init__(self, dim: int, config: configs.Objective) -> None:
         """Args: dim: C of the trunk."""
         hidden, width = config.head_hidden, config.bottleneck
@@ -20,4 +22,5 @@ class BYOL(TwoViews):
         )
 
     def compare(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Logs]:
+        """Return the loss of one order of the two views, and nothing to log."""
         return (2 - 2 * (queries * keys).sum(1)).mean(), {}

@@ -26,8 +26,10 @@ class Center:
         self._count = 0
 
     def values(self, rows: Tensor) -> Tensor:
-        """fp32 (fp64 for fp64) [K] on the device of the teacher's prototypes `rows` [K, D]; zero before the first
-        commit."""
+        """Return the centre [K], fp32 (fp64 for fp64), on the device of the teacher's prototypes `rows` [K, D].
+
+        It is zero before the first commit.
+        """
         if self._values is None:
             self._values = rows.new_zeros(len(rows), dtype=torch.promote_types(rows.dtype, torch.float32))
         self._values = self._values.to(rows.device)
@@ -43,7 +45,7 @@ class Center:
 
     @torch.no_grad()
     def commit(self) -> None:
-        """The step was applied: move the centre by what was observed. All ranks together."""
+        """Move the centre by what was observed, after an applied step. All ranks together."""
         if self._sum is None or self._rows is None:
             raise RuntimeError("Center.commit: nothing was observed since the last commit or discard")
         mean_z = collectives.all_reduce_mean_(self._sum / self._count)
@@ -52,14 +54,15 @@ class Center:
         self.discard()
 
     def discard(self) -> None:
-        """The step was skipped: forget what was observed."""
+        """Forget what was observed, after a skipped step."""
         self._sum = self._rows = None
         self._count = 0
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Empty before the first commit or forward."""
+        """Return the centre for a checkpoint; empty before the first commit or forward."""
         return {} if self._values is None else {"values": self._values}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore the centre and forget what was observed."""
         self._values = state["values"].detach().clone() if "values" in state else None
         self.discard()

@@ -27,6 +27,8 @@ TEACHER_TEMP = 0.07  # any
 
 
 class Parameters(NamedTuple):
+    """Numbers of parameters."""
+
     trunk: int
     heads: int  # of all that the objective holds, prototypes and gains included
 

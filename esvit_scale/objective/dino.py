@@ -6,6 +6,8 @@ from esvit_scale.objective.esvit import EsViT
 
 
 class DINO(EsViT):
+    """EsViT's objective with the view loss alone."""
+
     def __init__(self, dim: int, config: configs.Objective) -> None:
         """Args: dim: C of the trunk."""
         super().__init__(dim, config.model_copy(update={"regions": False}))

@@ -27,7 +27,7 @@ PAPER = "https://arxiv.org/abs/2106.09785"
 
 
 class HeadTargets(NamedTuple):
-    """What one head of the teacher gives."""
+    """One head's part of the teacher's targets."""
 
     z: Tensor  # [n, D] bottleneck, unit rows
     rows: Tensor  # [K, D] its prototypes, in z's precision
@@ -43,7 +43,7 @@ class Targets(NamedTuple):
 
 
 class EsViT(Objective):
-    """Heads and centres of the objective; teacher and student are two instances of it."""
+    """The heads and centres of the objective; teacher and student each hold an instance."""
 
     def __init__(self, dim: int, config: configs.Objective) -> None:
         """Args: dim: C of the trunk."""
@@ -58,7 +58,7 @@ class EsViT(Objective):
         self.region_center = Center(config.center_momentum)
 
     def targets(self, teacher: Features) -> Targets:
-        """The teacher's role: features of the two global views → targets. Call without gradient."""
+        """Map features of the two global views to targets, as the teacher. Call it without gradient."""
         crops = teacher.grids[0][0]
         view = HeadTargets(*_bottleneck_and_rows(self.view_head, teacher.view))
         if self.region_head is None:
@@ -68,9 +68,9 @@ class EsViT(Objective):
         return Targets(view, region, features, crops // TEACHER_VIEWS)
 
     def forward(self, student: Features, targets: Targets, teacher_temp: float) -> tuple[Tensor, Logs]:
-        """The student's role.
+        """Return the student's loss.
 
-        The micro-batch is observed by the centres; `commit` or `discard` them after the optimizer step.
+        The centres observe the micro-batch; `commit` or `discard` them after the optimizer step.
 
         Returns:
             The loss (scalar) and detached scalars: loss_view, loss_region (each a mean cross-entropy without its ½),
@@ -93,22 +93,27 @@ class EsViT(Objective):
         return 0.5 * loss + 0.5 * region_loss, logs
 
     def commit(self) -> None:
+        """Move the centres by what they observed, after an applied step. All ranks together."""
         for center in self._centers.values():
             center.commit()
 
     def discard(self) -> None:
+        """Forget what the centres observed, after a skipped step."""
         for center in self._centers.values():
             center.discard()
 
     def extra_state(self) -> dict[str, Tensor]:
-        """The centres: "view.values" and "region.values", fp32 [K]; empty before the first forward, and with Sinkhorn."""
+        """Return the centres, "view.values" and "region.values", fp32 [K]; none before the first forward, and with
+        Sinkhorn."""
         states = {head: center.state_dict() for head, center in self._centers.items()}
         return {f"{head}.{name}": value for head, state in states.items() for name, value in state.items()}
 
     def empty_extra_state(self, device: torch.device) -> dict[str, Tensor]:
+        """Return zero centres of the shapes in a checkpoint, to be filled from it."""
         return {f"{head}.values": torch.zeros(self.prototypes, device=device) for head in self._centers}
 
     def load_extra_state(self, extra_state: dict[str, Tensor]) -> None:
+        """Restore the centres."""
         for head, center in self._centers.items():
             prefix = f"{head}."
             center.load_state_dict({n.removeprefix(prefix): v for n, v in extra_state.items() if n.startswith(prefix)})
@@ -165,7 +170,7 @@ def _logged(entropies: Entropies, part: str) -> dict[str, Tensor]:
 
 
 def view_pairs(views: int, images: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Teacher rows and weights [V·B, 2] of every crop: the same image's two globals, without the crop itself.
+    """Return teacher rows and weights [V·B, 2] of every crop: the same image's two globals, without the crop itself.
 
     Everything is on the device of `like`; the weights are fp32 (fp64 for fp64).
     """
@@ -180,7 +185,9 @@ def view_pairs(views: int, images: int, like: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def region_pairs(student: Features, teacher: Tensor, images: int) -> tuple[Tensor, Tensor]:
-    """Teacher rows and weights [ΣB·T, 2] of every student region: in each global of its image, the most similar region.
+    """Return teacher rows and weights [ΣB·T, 2] of every student region.
+
+    The teacher rows are, in each global of the region's image, the most similar region.
 
     Args:
         student: features of V crops of each image.

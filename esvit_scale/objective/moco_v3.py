@@ -15,6 +15,8 @@ from esvit_scale.parallel import collectives
 
 
 class MoCoV3(TwoViews):
+    """The objective: projector, predictor, teacher, and the keys of all ranks."""
+
     def __init__(self, dim: int, config: configs.Objective) -> None:
         """Args: dim: C of the trunk."""
         hidden, width = config.head_hidden, config.bottleneck
@@ -25,7 +27,10 @@ class MoCoV3(TwoViews):
         self.temp = config.student_temp
 
     def compare(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Logs]:
-        """Logs: contrastive_accuracy, how often an image's own key is the nearest of the global batch."""
+        """Return the loss of one order of the two views.
+
+        It logs contrastive_accuracy, how often an image's own key is the nearest of the global batch.
+        """
         logits = queries @ collectives.gather_rows(keys).t() / self.temp  # [B, world · B]
         own = torch.arange(len(queries), device=queries.device) + len(queries) * collectives.rank()
         accuracy = (logits.argmax(1) == own).to(logits.dtype).mean()

@@ -16,11 +16,11 @@ Logs = dict[str, Tensor]  # detached scalars; `feature_std`, `loss_…` and what
 
 
 class Objective(nn.Module):
-    """A loss with its heads.
+    """The base class of all objectives: a loss with its heads.
 
     Attributes:
-        needs_regions: reads `Features.regions`.
-        multi_crop: takes local crops beside the two global ones.
+        needs_regions: whether it reads `Features.regions`.
+        multi_crop: whether it takes local crops beside the two global ones.
         has_teacher: False: targets come from the student's own features, and the teacher is not run. A recipe of such
             an objective sets `ema_momentum` to 0, so that the teacher, which is what evaluation reads, is the student.
         images_at_least: images of a micro-batch on one rank, below which the loss is not defined.
@@ -32,14 +32,17 @@ class Objective(nn.Module):
     images_at_least = 1
 
     def targets(self, teacher: Features) -> Any:
-        """The teacher's role: features of the two global views, crop 0 of all images then crop 1 → what the student's
-        loss needs, tensors only. Called without gradient."""
+        """Map the teacher's features of the two global views to what the student's loss needs, tensors only.
+
+        Rows are crop 0 of all images, then crop 1 of all images. It is called without gradient.
+        """
         raise NotImplementedError
 
     def forward(self, student: Features, targets: Any, teacher_temp: float) -> tuple[Tensor, Logs]:
-        """The student's role: features of all crops, crop 0 of all images, crop 1 of all images, …
+        """Return the student's loss of all crops.
 
         Args:
+            student: features of crop 0 of all images, crop 1 of all images, …
             targets: what the teacher's `targets` gave; None without a teacher.
             teacher_temp: τ_t at this step, for objectives that have one.
 
@@ -50,22 +53,24 @@ class Objective(nn.Module):
         raise NotImplementedError
 
     def commit(self) -> None:
-        """After an applied optimizer step, on all ranks: what was observed since the last one counts."""
+        """Let what was observed since the last step count, after an applied optimizer step. All ranks call it."""
 
     def discard(self) -> None:
-        """After a skipped optimizer step."""
+        """Forget what was observed, after a skipped optimizer step."""
 
     def extra_state(self) -> dict[str, Tensor]:
-        """What the student's objective remembers from step to step beside parameters and buffers; the same on all
-        ranks, fp32, for checkpoints. A name begins with the head that it belongs to: "view.values" to `view_head`."""
+        """Return the student's state between steps beside parameters and buffers, for checkpoints.
+
+        It is the same on all ranks, in fp32. A name begins with the head that it belongs to: "view.values" to `view_head`.
+        """
         return {}
 
     def empty_extra_state(self, device: torch.device) -> dict[str, Tensor]:
-        """Tensors of the names and shapes that `extra_state` has after a step, to be filled from a checkpoint."""
+        """Return tensors of the names and shapes that `extra_state` has after a step, to be filled from a checkpoint."""
         return {}
 
     def load_extra_state(self, extra_state: dict[str, Tensor]) -> None:
-        """Takes over what `extra_state` gave, all or a part of it."""
+        """Restore what `extra_state` gave, all or a part of it."""
 
     # --- what an objective says about itself; both have an answer for one that does not ------------------------------
 
@@ -80,18 +85,19 @@ class Objective(nn.Module):
 
 @torch.no_grad()
 def spread(features: Tensor) -> Tensor:
-    """How different the rows of features [n, C] are: 1 for unit vectors in all directions, 0 when all are equal.
+    """Return how different the rows of features [n, C] are: 1 for unit vectors in all directions, 0 when all are equal.
 
-    √C times the mean over channels of the unit rows' standard deviation.
+    It is √C times the mean over channels of the unit rows' standard deviation.
     """
     return unit(features.detach()).std(0, correction=0).mean() * features.shape[1] ** 0.5
 
 
 def unit(features: Tensor) -> Tensor:
-    """Rows of unit norm in fp32 or wider: an argmax must not depend on bf16 rounding."""
+    """Scale rows to unit norm in fp32 or wider: an argmax must not depend on bf16 rounding."""
     return nn.functional.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
 
 
 def fixed_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Within it autocast changes nothing: precisions are chosen by hand. The meta device has no autocast to switch."""
+    """Return a context in which autocast changes nothing: precisions are chosen by hand. The meta device has no
+    autocast."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

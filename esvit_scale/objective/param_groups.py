@@ -27,9 +27,9 @@ _LAYER = re.compile(r"(?:network\.)?(?:(layers|stages|stage|blocks)[._]?(\d+)|la
 
 
 def part_of(name: str) -> str:
-    """The part of the network that a parameter belongs to, as monitors name it: "patch_embed", "stage3", "view_head".
+    """Return the part of the network that a parameter belongs to, as monitors name it: "patch_embed", "stage3", "view_head".
 
-    A trunk with stages has one part a stage, one without (a plain ViT) one part a block.
+    A trunk with stages has one part per stage, one without (a plain ViT) one part per block.
     """
     owner, _, rest = name.partition(".")
     if owner not in ("trunk", "objective"):
@@ -41,7 +41,7 @@ def part_of(name: str) -> str:
 
 
 def largest_of_each_part(module: nn.Module) -> dict[str, str]:
-    """Part → name of its largest trainable parameter, the one whose updates stand for the part."""
+    """Map each part to the name of its largest trainable parameter, whose updates stand for the part."""
     sizes = {
         name: p.numel() for name, p in module.named_parameters() if p.requires_grad and not name.endswith(".weight_v")
     }

@@ -36,7 +36,7 @@ NARROWEST_TILE = 128  # prototypes; below it matrix products starve
 
 
 class Entropies(NamedTuple):
-    """What the probabilities look like, in nats; scalars without gradient."""
+    """Entropies of the probabilities, in nats: scalars without gradient."""
 
     teacher: Tensor  # mean over tokens of H(p_t): 0 single prototypes, ln K uniform
     student: Tensor  # mean over tokens of H(softmax(z_s))
@@ -55,9 +55,10 @@ def prototype_cross_entropy(
     teacher_temp: float,
     tile: int | None = None,
 ) -> tuple[Tensor, Entropies]:
-    """Σ over student tokens s and their teacher tokens t = match[s, m] of weight[s, m] · cross-entropy(p_t, q_s).
+    """Return Σ over student tokens s and their teacher tokens t = match[s, m] of weight[s, m] · cross-entropy(p_t, q_s).
 
-    Matrix products run in z_s's dtype (bf16 for fp16); log-sum-exp, probabilities, centre and accumulations in fp32 (fp64 for fp64).
+    Matrix products run in z_s's dtype (bf16 for fp16); log-sum-exp, probabilities, centre and accumulations in fp32 (fp64
+    for fp64).
 
     Args:
         z_s: [N_s, D] the student's bottleneck, unit rows.
@@ -84,7 +85,7 @@ def prototype_cross_entropy(
 
 
 def tile_size(tokens: int, device: torch.device) -> int:
-    """Prototypes per tile for so many teacher and student tokens together."""
+    """Return the number of prototypes per tile for so many teacher and student tokens together."""
     budget = CPU_TILE_BYTES
     if device.type == "cuda":
         budget = torch.cuda.get_device_properties(device).total_memory // GPU_TILE_SHARE
@@ -151,7 +152,7 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
 
 
 def log_sum_exp(side: Side, tile: int) -> Tensor:
-    """[n] log Σ_k exp(logit_k), tile by tile with a running maximum."""
+    """Return log Σ_k exp(logit_k) of every token, [n], tile by tile with a running maximum."""
     wide = torch.promote_types(side.z.dtype, torch.float32)
     top = side.z.new_full((len(side.z),), -torch.inf, dtype=wide)
     total = torch.zeros_like(top)
@@ -165,7 +166,7 @@ def log_sum_exp(side: Side, tile: int) -> Tensor:
 def _expectations(
     student: Side, teacher: Side, log_sums: Tensor, towards: Tensor, grad_rows: Tensor | None, tile: int
 ) -> tuple[Tensor, Entropies]:
-    """P W [N_s + N_t, D], the student's prototypes as each token expects them, and the entropies.
+    """Return the student's prototypes as each token expects them, P W [N_s + N_t, D], and the entropies.
 
     Writes Pᵀ towards into grad_rows [K, D].
     """
@@ -194,8 +195,10 @@ def _expectations(
 
 
 def tiles(side: Side, tile: int) -> Iterator[tuple[slice, Tensor]]:
-    """Prototypes of a tile and all tokens' logits for them [n, tile], in fp32 or wider, to be used up before the next:
-    the memory is the same for every tile."""
+    """Yield the prototypes of a tile and all tokens' logits for them [n, tile], in fp32 or wider.
+
+    Use them before the next tile: all tiles share one buffer.
+    """
     n, k = len(side.z), len(side.rows)
     wide = torch.promote_types(side.z.dtype, torch.float32)
     memory = side.z.new_empty(n * min(tile, k), dtype=wide)

@@ -29,7 +29,7 @@ OBJECTIVES: dict[str, Callable[[int, configs.Objective], Objective]] = {  # (C o
 
 
 def build_objective(trunk: Trunk, config: Config) -> Objective:
-    """The objective that `config.objective` names, for a trunk's features.
+    """Return the objective that `config.objective` names, for a trunk's features.
 
     Raises:
         UserError: unknown name, or one that the trunk or the crops do not suit; one line.
@@ -56,10 +56,7 @@ def build_objective(trunk: Trunk, config: Config) -> Objective:
 
 
 def check_local_batch(objective: Objective, config: Config, world_size: int) -> None:
-    """
-    Raises:
-        UserError: fewer images on a rank than the objective's loss is defined for.
-    """
+    """Raise UserError for fewer images on a rank than the objective's loss is defined for."""
     images = config.train.global_batch // config.train.grad_accum // world_size
     if images < objective.images_at_least:
         whole = objective.images_at_least * config.train.grad_accum * world_size

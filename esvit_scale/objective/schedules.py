@@ -13,28 +13,34 @@ from esvit_scale.config import Config
 
 @dataclass(frozen=True)
 class Schedules:
+    """The schedules of a run, by optimizer step."""
+
     config: Config
     steps_per_epoch: int
 
     @property
     def total_steps(self) -> int:
-        """Length of the run in optimizer steps."""
+        """The length of the run in optimizer steps."""
         return self.config.train.steps or self.config.train.epochs * self.steps_per_epoch
 
     def lr(self, step: int) -> float:
+        """Return the learning rate of a step."""
         optim = self.config.optim
         warmup = int(optim.warmup_epochs * self.steps_per_epoch)
         return self._move(step, self.config.peak_lr, optim.lr_end, warmup)
 
     def weight_decay(self, step: int) -> float:
+        """Return the weight decay of a step."""
         optim = self.config.optim
         return self._move(step, optim.weight_decay, optim.weight_decay_end)
 
     def ema_momentum(self, step: int) -> float:
+        """Return the momentum of the EMA teacher at a step."""
         objective = self.config.objective
         return self._move(step, objective.ema_momentum, objective.ema_momentum_end)
 
     def teacher_temp(self, step: int) -> float:
+        """Return the teacher's temperature at a step."""
         objective = self.config.objective
         epoch = step // self.steps_per_epoch
         if epoch >= objective.teacher_temp_warmup_epochs:
@@ -48,12 +54,16 @@ class Schedules:
         return warmup_constant(step, self.total_steps, base, end, start, warmup)
 
     def last_layer_frozen(self, step: int) -> bool:
+        """Return whether the last layer is frozen at a step."""
         return step // self.steps_per_epoch < self.config.optim.freeze_last_layer_epochs
 
 
 def warmup_cosine(step: int, total: int, base: float, end: float, warmup: int = 0) -> float:
-    """Linear from 0 to `base` in `warmup` steps (the last of them is at `base`), then half a cosine towards `end`,
-    which would be reached at step `total`."""
+    """Return the value at `step` of a warm-up and half a cosine.
+
+    It rises linearly from 0 to `base` in `warmup` steps (the last of them is at `base`), then follows half a cosine towards
+    `end`, which would be reached at step `total`.
+    """
     if step < warmup:
         return linspace(0.0, base, warmup, step)
     progress = min(step - warmup, total - warmup) / max(total - warmup, 1)
@@ -61,20 +71,23 @@ def warmup_cosine(step: int, total: int, base: float, end: float, warmup: int = 
 
 
 def warmup_constant(step: int, total: int, base: float, end: float, start: int, warmup: int = 0) -> float:
-    """Linear from 0 to `base` in `warmup` steps, `base`, and from step `start` straight to `end`, which would be reached
-    at step `total`."""
+    """Return the value at `step` of a warm-up, a constant and a cooldown.
+
+    It rises linearly from 0 to `base` in `warmup` steps, stays at `base`, and from step `start` goes straight to `end`,
+    which would be reached at step `total`.
+    """
     if step < warmup:
         return linspace(0.0, base, warmup, step)
     return base + (end - base) * max(0, min(step, total) - start) / max(total - start, 1)
 
 
 def cooldown_start(total: int, cooldown: float) -> int:
-    """The first step of the cooldown: until there, runs of any length are the same run."""
+    """Return the first step of the cooldown: until there, runs of any length are the same run."""
     return total - round(cooldown * total)
 
 
 def linspace(start: float, stop: float, count: int, i: int) -> float:
-    """Element i of numpy.linspace(start, stop, count)."""
+    """Return element i of numpy.linspace(start, stop, count)."""
     if count > 1 and i == count - 1:
         return stop
     return start + i * ((stop - start) / max(count - 1, 1))

@@ -17,6 +17,8 @@ from esvit_scale.parallel import collectives
 
 
 class SimCLR(Objective):
+    """The objective: a projector and the NT-Xent loss, without a teacher."""
+
     multi_crop = False
     has_teacher = False
 
@@ -27,8 +29,11 @@ class SimCLR(Objective):
         self.temp = config.student_temp
 
     def forward(self, student: Features, targets: None, teacher_temp: float) -> tuple[Tensor, Logs]:
-        """Logs: positive_similarity, the mean cosine of an image's two views; contrastive_accuracy, how often the other
-        view is the nearest of all; projection_std, the projections' spread (see `spread`)."""
+        """Return the loss of the student's two views.
+
+        It logs positive_similarity, the mean cosine of an image's two views; contrastive_accuracy, how often the other view is
+        the nearest of all; projection_std, the projections' spread (see `spread`).
+        """
         z = unit(self.projector(student.view))  # [2B, D]; both views are normalised together
         with fixed_precision(z.device):
             similarities = z @ collectives.gather_rows(z).t()  # [2B, world · 2B]

@@ -12,6 +12,8 @@ from esvit_scale.objective.two_views import TwoViews
 
 
 class SimSiam(TwoViews):
+    """The objective: projector and predictor, without a teacher."""
+
     has_teacher = False
 
     def __init__(self, dim: int, config: configs.Objective) -> None:
@@ -23,4 +25,5 @@ class SimSiam(TwoViews):
         )
 
     def compare(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Logs]:
+        """Return the loss of one order of the two views, and nothing to log."""
         return -(queries * keys).sum(1).mean() / 2, {}

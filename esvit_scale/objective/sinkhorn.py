@@ -26,7 +26,7 @@ ITERATIONS = 3  # of all published recipes
 
 @torch.no_grad()
 def sinkhorn_center(z: Tensor, rows: Tensor, temp: float, tile: int | None = None) -> Tensor:
-    """The centre that makes softmax((z Wᵀ − c)/temp) the Sinkhorn-Knopp targets. All ranks together.
+    """Return the centre that makes softmax((z Wᵀ − c)/temp) the Sinkhorn-Knopp targets. All ranks together.
 
     Args:
         z: [n, D] unit rows of this rank; n is the same on all.
@@ -50,7 +50,7 @@ def sinkhorn_center(z: Tensor, rows: Tensor, temp: float, tile: int | None = Non
 
 
 def _column_log_sums(side: Side, log_u: Tensor, tile: int) -> Tensor:
-    """[K] log Σ_i u_i exp(logit_ik) over all ranks' tokens."""
+    """Return log Σ_i u_i exp(logit_ik) over all ranks' tokens, [K]."""
     sums = log_u.new_empty(len(side.rows))
     for part, logits in tiles(side, tile):
         torch.logsumexp(logits.add_(log_u[:, None]), 0, out=sums[part])

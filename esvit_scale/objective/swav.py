@@ -22,6 +22,8 @@ VIEWS = 2  # the globals, which have codes
 
 
 class SwAV(Objective):
+    """The objective: a projector and prototypes whose codes Sinkhorn-Knopp makes, without a teacher."""
+
     has_teacher = False
 
     def __init__(self, dim: int, config: configs.Objective) -> None:
@@ -32,8 +34,11 @@ class SwAV(Objective):
         self.temp, self.prototypes = config.student_temp, config.prototypes
 
     def forward(self, student: Features, targets: None, teacher_temp: float) -> tuple[Tensor, Logs]:
-        """Logs: teacher_entropy_view (of the codes), student_entropy_view and prototypes_used_view as EsViT's;
-        projection_std, the projections' spread (see `spread`)."""
+        """Return the loss of the student's views.
+
+        It logs teacher_entropy_view (of the codes), student_entropy_view and prototypes_used_view as EsViT does, and
+        projection_std, the projections' spread (see `spread`).
+        """
         projections = self.projector(student.view)  # [V·B, D]; crops of all sizes are normalised together
         images = student.grids[0][0] // VIEWS
         loss, entropies = self.last_layer(
@@ -52,7 +57,7 @@ class SwAV(Objective):
         return ObjectiveCard(rows=(("prototypes", f"{self.prototypes:,}"),))
 
     def _swapped(self, z: Tensor, rows: Tensor, images: int, epsilon: float) -> tuple[Tensor, Entropies]:
-        """The views' codes are made each from its own batch, so each has a loss of its own."""
+        """Return the loss of all crops against both views' codes; each view's codes come from its own batch."""
         others = len(z) // images - 1
         match = torch.arange(images, device=z.device).repeat(others)[:, None]
         wide = torch.promote_types(z.dtype, torch.float32)

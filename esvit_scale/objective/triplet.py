@@ -30,7 +30,10 @@ class Triplet(BYOL):
         super().__init__(dim, config)
 
     def compare(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Logs]:
-        """Logs: negative_similarity, the mean cosine with the chosen negatives."""
+        """Return the loss of one order of the two views.
+
+        It logs negative_similarity, the mean cosine with the chosen negatives.
+        """
         distances = -2 * queries @ keys.t()  # [B, B]
         itself = torch.eye(len(queries), dtype=torch.bool, device=queries.device)
         nearest = distances.masked_fill(itself, torch.inf).topk(RANKS.stop, largest=False).values[:, RANKS]

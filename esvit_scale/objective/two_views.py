@@ -17,6 +17,8 @@ VIEWS = 2
 
 
 class TwoViews(Objective):
+    """An objective that predicts each view's projection from the other's."""
+
     multi_crop = False
 
     def __init__(self, projector: ProjectorMlp, predictor: ProjectorMlp) -> None:
@@ -25,16 +27,20 @@ class TwoViews(Objective):
         self.predictor = predictor
 
     def compare(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Logs]:
-        """The loss of one order and what to log of it. [B, D] unit rows in fp32 or wider, of one view and the other."""
+        """Return the loss of one order and what to log of it, from unit rows [B, D] of one view and the other, in fp32
+        or wider."""
         raise NotImplementedError
 
     def targets(self, teacher: Features) -> Tensor:
-        """[2B, D] unit rows."""
+        """Return the projections of both views as unit rows, [2B, D]."""
         return unit(self.projector(teacher.view, VIEWS))
 
     def forward(self, student: Features, targets: Tensor | None, teacher_temp: float) -> tuple[Tensor, Logs]:
-        """Logs: what `compare` gives, means over the two orders; positive_similarity, the mean cosine of prediction and
-        target; projection_std, the projections' spread (see `spread`)."""
+        """Return the sum of the losses of both orders.
+
+        It logs what `compare` gives, means over the two orders; positive_similarity, the mean cosine of prediction and target;
+        projection_std, the projections' spread (see `spread`).
+        """
         projections = self.projector(student.view, VIEWS)
         queries = unit(self.predictor(projections, VIEWS))
         keys = unit(projections.detach()) if targets is None else targets.to(queries.dtype)
