@@ -11,7 +11,7 @@ from esvit_scale.models.drop_path import drop_keys
 from esvit_scale.models.initialize import initialize
 from esvit_scale.models.registry import build_trunk
 from esvit_scale.objective import costs
-from esvit_scale.objective.network import build_network
+from esvit_scale.objective.network import build_student
 
 IMAGES = 3
 PUBLISHED = {"swin_t": 154.4, "swin_s": 264.6, "swin_b": 445.0, "swin_t_w14": 196.9, "swin_b_w14": 628.4}
@@ -36,7 +36,7 @@ def crops_of(config):
 
 
 def network_of(config):
-    network = build_network(config)
+    network = build_student(config)
     initialize(network, 0)
     return network.bfloat16() if config.train.precision == "bf16" else network
 
@@ -82,7 +82,7 @@ def test_a_training_steps_flops_are_torchs(trunk, regions):
     counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: inplace_addmm_flop})
     with counter:
         with torch.no_grad():
-            targets = teacher(crops[:1])
+            targets = teacher.objective.targets(teacher.trunk(crops[:1]))
         keys = drop_keys(0, 0, torch.arange(IMAGES), len(config.crop_sizes))
         student(crops, targets, keys, 0.04)[0].backward()
     # The position bias by the step: teacher's and student's forward, and in the backward the weights' gradients of both
@@ -105,7 +105,8 @@ def test_activation_bytes_are_autograds(trunk, checkpointing, precision):
     config = small(trunk, precision=precision, embed_dim=32)
     student, crops = network_of(config), crops_of(config)
     with torch.no_grad():
-        targets = network_of(config)(crops[:1])
+        teacher = network_of(config)
+        targets = teacher.objective.targets(teacher.trunk(crops[:1]))
     keys = drop_keys(0, 0, torch.arange(IMAGES), len(config.crop_sizes))
     kept = Kept(student)
     if checkpointing:
