@@ -195,7 +195,7 @@ class Block(nn.Module):
         return add_branch(tokens, self.mlp(self.norm2(tokens)), keep_mlp)
 
 
-def _neighbours(drop_keys: Tensor, block: int) -> Tensor:
+def sampled_neighbours(drop_keys: Tensor, block: int) -> Tensor:
     """Draw one of the eight windows around, each as likely, for every crop: int64 [ΣB]."""
     drawn = draw_of(drop_keys, block, AROUND - 1)
     return drawn + (drawn >= OWN)
