@@ -175,7 +175,7 @@ def test_worst_point_is_named():
 def test_far_extrapolation_needs_force(tmp_path):
     x = laws.isoflop()
     table = laws.write(tmp_path / "f.csv", x, laws.measure(x, 0.01))
-    with pytest.raises(UserError, match=r"20 times the largest measured compute .* or --force"):
+    with pytest.raises(UserError, match=r"20 times the largest measured compute .* or add --force"):
         fit.run(table, ND, tmp_path, fit.Options(resamples=40, predict=(2e22,)))
     assert not (tmp_path / "fit.json").exists()
     result = fit.run(table, ND, tmp_path, fit.Options(resamples=40, predict=(2e22, 5e21), force=True))
