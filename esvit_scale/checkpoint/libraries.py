@@ -1,7 +1,7 @@
-"""A trunk's weights for other libraries: timm and Hugging Face transformers.
+"""A trunk's tensors and config files for other libraries: timm and Hugging Face transformers.
 
-What a trunk is to either, it says itself (`Trunk.timm_form`, `Trunk.huggingface_form`); here are the files that are the same
-for all trunks. Names and configs only: neither library is needed to write them.
+Every trunk describes its counterpart in these libraries itself (`Trunk.timm_form`, `Trunk.huggingface_form`); here is what
+is the same for all trunks. Neither library needs to be installed.
 """
 
 from collections.abc import Mapping
@@ -20,16 +20,16 @@ from esvit_scale.models.trunk import Trunk
 
 Tensors = dict[str, Tensor]
 
-OTHERS = "--to safetensors or onnx"  # which take every trunk
+OTHERS = "--to safetensors or onnx"  # the formats that can hold every trunk
 
 
 def check(config: Config, form: str) -> None:
-    """Raise UserError for a trunk that the library of this form does not have, or would compute otherwise."""
+    """Raise UserError if the library of this format does not have the trunk, or would compute it otherwise."""
     {"timm": timm_form, "huggingface": huggingface_form}[form](config)
 
 
 def timm_form(config: Config) -> TimmForm:
-    """Return what the config's trunk is to timm.
+    """Return the description of the config's trunk as a network of timm.
 
     Raises:
         UserError: timm has no such trunk, or computes it otherwise.
@@ -44,10 +44,10 @@ def timm_form(config: Config) -> TimmForm:
 
 
 def huggingface_form(config: Config) -> HuggingFaceForm:
-    """Return what the config's trunk is to transformers.
+    """Return the description of the config's trunk as a network of transformers.
 
     Raises:
-        UserError: no form of the trunk is written for transformers, or transformers computes it otherwise.
+        UserError: transformers has no such trunk, or computes it otherwise.
     """
     try:
         form = _trunk(config).huggingface_form(config.data.global_crops.size)
@@ -61,7 +61,7 @@ def huggingface_form(config: Config) -> HuggingFaceForm:
 
 
 def _takes_it(config: Config) -> str:
-    """Name the forms beside huggingface that take the config's trunk."""
+    """Return, for a message, which formats other than huggingface can hold the config's trunk."""
     try:
         timm_form(config)
     except UserError:
@@ -89,7 +89,7 @@ def timm_config(config: Config) -> dict[str, Any]:
             "input_size": [config.data.channels, size, size],
             "fixed_input_size": form.fixed_size,
             "interpolation": "bicubic",
-            "crop_pct": crop_share(config),
+            "crop_pct": crop_fraction(config),
             "crop_mode": "center",
             "mean": list(config.data.mean or MEAN),
             "std": list(config.data.std or STD),
@@ -114,7 +114,7 @@ def from_timm(theirs: Tensors, trunk: Mapping[str, list[int]], config: Config) -
 
     Raises:
         KeyError: a tensor is missing.
-        UserError: positions were resized for timm, so that the trunk's own are not in the folder.
+        UserError: the folder holds position embeddings resized for timm instead of the trunk's own.
     """
     blank = {name: torch.empty(shape, device="meta") for name, shape in trunk.items()}
     their_name = {id(tensor): name for name, tensor in timm_tensors(blank, config).items()}
@@ -122,7 +122,9 @@ def from_timm(theirs: Tensors, trunk: Mapping[str, list[int]], config: Config) -
     for name, tensor in blank.items():
         found = theirs[their_name.get(id(tensor), name)]
         if found.shape != tensor.shape:
-            raise UserError(f"the folder holds {name} resized for timm; give the run, or --to safetensors of it")
+            raise UserError(
+                f"the folder holds {name} resized for timm; give the run, or an export with --to safetensors"
+            )
         ours[name] = found
     return ours
 
@@ -135,13 +137,13 @@ def huggingface_config(config: Config) -> dict[str, Any]:
 def huggingface_processor(config: Config) -> dict[str, Any]:
     """Return preprocessor_config.json: the transform of evaluation, as `AutoImageProcessor` reads it.
 
-    Pixels are equal but for the crop's place: where the resized side less the crop is odd, the middle is half a pixel off
-    the grid; transformers always rounds it down, torchvision and evaluation to the even number, so that their crops can
-    be one pixel apart. 16-bit pictures transformers clips; it does not turn pictures upright either.
+    Pixels are equal except that crops can be shifted by one pixel: where the resized side minus the crop is odd,
+    transformers rounds the offset down, torchvision and evaluation round it to the even number. Also, transformers clips
+    16-bit pictures and does not turn pictures upright.
     """
     size = config.data.global_crops.size
     return {
-        "image_processor_type": "BitImageProcessor",  # not ConvNext's, which squashes pictures at 384 pixels and above
+        "image_processor_type": "BitImageProcessor",  # ConvNext's does not crop at 384 pixels and above
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"shortest_edge": evaluation_side(size)},
@@ -168,7 +170,7 @@ def huggingface_tensors(trunk: Tensors, config: Config) -> Tensors:
 
 
 def from_huggingface(theirs: Tensors, trunk: Mapping[str, list[int]], config: Config) -> Tensors:
-    """Undo `huggingface_tensors`, to a rounding of fp32 where it scaled.
+    """Undo `huggingface_tensors`; exact except for fp32 rounding of tensors that were scaled.
 
     Args:
         trunk: names and shapes of the trunk's tensors.
@@ -184,8 +186,10 @@ def from_huggingface(theirs: Tensors, trunk: Mapping[str, list[int]], config: Co
     return ours
 
 
-def crop_share(config: Config) -> float:
-    """Return the share of the resized short side that evaluation crops; a hair less, since timm cuts size / share to an
-    integer."""
+def crop_fraction(config: Config) -> float:
+    """Return the fraction of the resized short side that evaluation crops.
+
+    It is lowered by 1e-9, because timm truncates size / fraction to an integer.
+    """
     size = config.data.global_crops.size
     return size / evaluation_side(size) * (1 - 1e-9)

@@ -1,4 +1,4 @@
-"""README.md beside exported weights: what they are, how they were trained, what they reach, how to use them."""
+"""The model card (README.md) beside exported weights: what they are, how to use them, training and results."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ _LIBRARY = {"timm": "timm", "huggingface": "transformers", "onnx": "onnx", "safe
 
 
 def text(weights: Weights, network: str, form: str, source: Path, name: str) -> str:
-    """The card, in Markdown with the header that model hubs read. What the source does not tell is left out."""
+    """Return the model card in Markdown, with the header that model hubs read; leave out what the source does not record."""
     config = weights.config
     with torch.device("meta"):
         network_built = build_network(config)
@@ -104,7 +104,7 @@ _CODE = {
     "timm": _timm_code,
     "huggingface": _huggingface_code,
     "onnx": _onnx_code,
-}  # of a form: the code that uses it, and a note about it
+}  # format → the code that uses it, and a note about it
 
 
 def _input(config: Config, form: str, other_sizes: str) -> str:
@@ -157,7 +157,7 @@ def _training(config: Config, summary: dict[str, Any], source: Path, of_objectiv
 
 
 def _run_of(source: Path) -> Path | None:
-    """The run dir that weights came from: itself, or the one of a step folder; None for files and single folders."""
+    """Return the run dir that weights came from: `source` itself or that of a step folder; None for other sources."""
     candidates = (source, source.parent.parent) if source.parent.name == "checkpoints" else (source,)
     return next((folder for folder in candidates if (folder / "config.yaml").is_file()), None)
 

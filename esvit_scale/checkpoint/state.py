@@ -286,10 +286,7 @@ def _prepare_optimizer_state(engines: Engines, optimizer_steps: dict[str, int]) 
 
 
 def _check_optimizer_kind(folder: Path, engines: Engines, optimizer_steps: dict[str, int]) -> None:
-    """
-    Raises:
-        UserError: the checkpoint lacks a state tensor that this run's optimizer needs.
-    """
+    """Raise UserError if the checkpoint lacks a state tensor that this run's optimizer needs."""
     stored = {name.partition("/")[0] for name in storage.tensor_sizes(folder)}
     missing = set(engines.moments) - stored
     if missing and any(optimizer_steps.values()):

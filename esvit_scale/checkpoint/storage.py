@@ -53,7 +53,7 @@ class Interval:
 
     @property
     def chunk(self) -> ChunkStorageMetadata:
-        """The interval's offset and size, in the form of torch.distributed.checkpoint."""
+        """Return the interval's offset and size as torch.distributed.checkpoint records them."""
         return ChunkStorageMetadata(torch.Size([self.start]), torch.Size([self.values.numel()]))
 
 

@@ -1,4 +1,4 @@
-"""What a trunk looks at: its attention maps on one image, and the principal components of its tokens."""
+"""The attention maps of a trunk on one image, and the principal components of its tokens."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -17,34 +17,34 @@ from esvit_scale.evaluate.features import FrozenTrunk, load_frozen_trunk
 from esvit_scale.models.attention_maps import BlockAttention
 from esvit_scale.models.trunk import Trunk
 
-MAX_PIXELS = 2**22  # of a picture after resizing, 2048²: its attention takes about 3 GB at the published widths
+MAX_PIXELS = 2**22  # limit for a resized picture (2048²), whose attention maps take about 3 GB at the published widths
 
 
 def attention(trunk: nn.Module, image: Tensor) -> list[BlockAttention]:
     """Return every block's attention, first to last, on one normalised image [3, H, W] of any size.
 
     Raises:
-        UserError: a trunk without attention maps.
+        UserError: the trunk has no attention maps.
     """
     return require_attention_maps(trunk).attention_maps(image)
 
 
 @torch.no_grad()
 def components(trunk: nn.Module, image: Tensor, n: int = 3) -> list[Tensor]:
-    """The n principal components of each stage's tokens over the image, [n, H_s, W_s] in 0…1, signs fixed.
+    """Return the first n principal components of each stage's tokens over one image: [n, H_s, W_s], from 0 to 1.
 
-    The usual way to see what a representation tells apart: three components as red, green and blue. Each is scaled
-    between its 2nd and 98th percentile.
+    Shown as red, green and blue, three components tell which parts of the image the trunk represents alike. Each is
+    scaled between its 2nd and 98th percentile, and its sign is fixed by its largest entry.
 
     Raises:
-        UserError: a trunk without stages.
+        UserError: the trunk has no stages.
     """
     maps = []
     for tokens, [(_, h, w)], _ in require_attention_maps(trunk).stage_maps([image[None]]):
         x = (tokens - tokens.mean(0)).double()  # [T, C]
         _, _, basis = torch.linalg.svd(x, full_matrices=False)
         kept = basis[:n]
-        kept = kept * kept.gather(1, kept.abs().argmax(1, keepdim=True)).sign()  # svd leaves the sign open
+        kept = kept * kept.gather(1, kept.abs().argmax(1, keepdim=True)).sign()  # svd leaves the sign undetermined
         values = x @ kept.T  # [T, ≤ n]
         values = torch.cat([values, values.new_zeros(len(values), n - values.shape[1])], 1)
         low, high = values.quantile(0.02, 0), values.quantile(0.98, 0)
@@ -54,7 +54,7 @@ def components(trunk: nn.Module, image: Tensor, n: int = 3) -> list[Tensor]:
 
 
 class AttentionResult(NamedTuple):
-    """One picture and what the teacher makes of it."""
+    """The attention and the token components of one picture."""
 
     teacher: FrozenTrunk
     picture: np.ndarray  # uint8 [H, W, 3], as the trunk sees it
@@ -63,16 +63,16 @@ class AttentionResult(NamedTuple):
 
 
 def run_attention(checkpoint: Path, image: Path, out: Path, size: int | None = None) -> AttentionResult:
-    """`esvit-scale evaluate attention`: writes `out`/attention.npz; the pictures are the report's to draw.
+    """Run `esvit-scale evaluate attention`; write `out`/attention.npz. report/evaluation_figures.py draws it.
 
-    Its arrays: `image` uint8 [H, W, 3]; for stage s and its block i `stage{s}_block{i}` float32 [heads, H_s, W_s], the
-    attention each token receives; `components_stage{s}` float32 [3, H_s, W_s].
+    Its arrays are `image` (uint8 [H, W, 3]), for block i of stage s `stage{s}_block{i}` (float32 [heads, H_s, W_s], the
+    attention that each token receives), and `components_stage{s}` (float32 [3, H_s, W_s]).
 
     Args:
-        size: pixels of the picture's short side as the trunk sees it; None: the size of the run's global crops.
+        size: pixels to resize the picture's short side to; None takes the size of the run's global crops.
 
     Raises:
-        UserError: not an image, too large at this size, or a trunk without window attention.
+        UserError: not an image, too large at this size, or the trunk has no attention maps.
     """
     teacher = load_frozen_trunk(checkpoint)
     require_attention_maps(teacher.trunk)
@@ -83,7 +83,7 @@ def run_attention(checkpoint: Path, image: Path, out: Path, size: int | None = N
 def save_attention(
     teacher: FrozenTrunk, picture: np.ndarray, out: Path, size: int | None = None, name: str = "picture"
 ) -> AttentionResult:
-    """`run_attention` of a picture uint8 [H, W, 3]."""
+    """Do what `run_attention` does for a loaded trunk and a picture uint8 [H, W, 3]; `name` is for messages."""
     shown = resized(picture, size or teacher.size, name)
     pixels = to_trunk(shown, teacher.pixels)
     seen = AttentionResult(teacher, shown, attention(teacher.trunk, pixels), components(teacher.trunk, pixels))
@@ -96,7 +96,7 @@ def save_attention(
 
 
 def read_picture(path: Path, size: int) -> np.ndarray:
-    """The whole picture with its short side at `size` pixels: uint8 [H, W, 3].
+    """Return the picture in a file with its short side resized to `size` pixels: uint8 [H, W, 3].
 
     Raises:
         UserError: no such file, not an image, or more than MAX_PIXELS at this size.
@@ -105,7 +105,8 @@ def read_picture(path: Path, size: int) -> np.ndarray:
 
 
 def decoded(path: Path) -> np.ndarray:
-    """
+    """Return the picture in a file: uint8 [H, W, 3].
+
     Raises:
         UserError: no such file, or not an image.
     """
@@ -118,7 +119,7 @@ def decoded(path: Path) -> np.ndarray:
 
 
 def resized(picture: np.ndarray, size: int, name: str) -> np.ndarray:
-    """The short side to `size` pixels, bicubic as evaluation resizes.
+    """Return a picture with its short side resized to `size` pixels, bicubically as evaluation does.
 
     Raises:
         UserError: more than MAX_PIXELS at this size.
@@ -135,15 +136,17 @@ def resized(picture: np.ndarray, size: int, name: str) -> np.ndarray:
 
 
 def to_trunk(picture: np.ndarray, pixels: PixelFormat = RGB8) -> Tensor:
-    """uint8 [H, W, 3] → [3, H, W], normalised."""
+    """Return a picture uint8 [H, W, 3] as the trunk's input: normalised float32 [3, H, W]."""
     x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255
     return photometric.normalize_(x, pixels)[0]
 
 
 def require_pictures(teacher: FrozenTrunk) -> None:
-    """Raise UserError for a checkpoint that was trained on anything but 8-bit RGB."""
+    """Raise UserError if a checkpoint was trained on images other than 8-bit RGB."""
     if not teacher.pixels.is_rgb8:
-        raise UserError(f"this evaluation shows pictures in 8-bit RGB; the checkpoint was trained on {teacher.pixels}")
+        raise UserError(
+            f"this evaluation needs a checkpoint trained on 8-bit RGB images; this one was trained on {teacher.pixels}"
+        )
 
 
 def require_attention_maps(trunk: nn.Module) -> Trunk:
