@@ -1,3 +1,5 @@
+"""DeepSpeed configs as `ds_config.fill` completes them, and the files that it refuses."""
+
 import json
 from pathlib import Path
 

@@ -1,3 +1,5 @@
+"""Ranks as launchers start them, the process group, and the translation of communication errors."""
+
 import socket
 import subprocess
 import sys
