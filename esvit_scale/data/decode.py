@@ -80,7 +80,7 @@ def decode(data: bytes) -> Image.Image:
     image = open_header(data)
     check_size(*image.size)
     pixels = load(image)
-    orientation = exif_orientation(image)  # after the pixels: a PNG's may stand behind them
+    orientation = exif_orientation(image)  # read after the pixels, which it may follow in a PNG
     return pixels if orientation == 1 else pixels.transpose(_UPRIGHT[orientation])
 
 
@@ -107,7 +107,9 @@ def decode_as_stored(data: bytes, channels: int, bits: int) -> raster.Array:
 def _stored(image: Image.Image, data: bytes) -> raster.Array:
     """Return the pixels [H, W, C] that Pillow decodes, not yet turned upright."""
     if image.format == "PNG" and data[24] == 16 and image.mode in ("RGB", "RGBA", "LA"):
-        raise BadImage("a PNG of 16 bits and several channels, which is read with 8; store it as TIFF or .npy")
+        raise BadImage(
+            "a PNG of 16 bits and several channels, which Pillow reads with 8 bits; store it as TIFF or .npy"
+        )
     try:
         image.load()
         if image.mode in ("1", "P"):
@@ -122,7 +124,7 @@ def _stored(image: Image.Image, data: bytes) -> raster.Array:
             raise BadImage("32-bit integer pixels: unsigned 8 or 16 bits are read")
         return pixels.astype(np.uint16)[:, :, None]
     if image.mode not in ("L", "LA", "RGB", "RGBA"):
-        raise BadImage(f"{image.mode} pixels, which are no measured channels")
+        raise BadImage(f"{image.mode} pixels, whose channels are not stored as measured values")
     return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
 

@@ -156,7 +156,7 @@ def items_of(source: Path, notes: bool = True, pixels: PixelFormat | None = None
     """
     if not manifests.is_shard_set(source):
         if any(source.glob("*.tar")):
-            manifests.load(source)  # tars without a manifest: says what is wrong
+            manifests.load(source)  # raises UserError about tars without a manifest
         folder = list_images(source, keep_loose=True)
         for note in folder.notes if notes else ():
             log.warning(note)

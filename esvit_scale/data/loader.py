@@ -169,7 +169,7 @@ def _parts(parts: Any) -> Iterator[Any]:
 def _start_worker(parent: int, worker: int) -> None:
     """Make a new worker ignore the signals that only the training process handles.
 
-    Ctrl-C and the scheduler signal the whole process group; a worker ends when its parent says so or dies.
+    Ctrl-C and the scheduler signal the whole process group; a worker ends when its parent asks it to, or dies with it.
     """
     for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -49,7 +49,7 @@ def oriented(data: bytes, orientation: int) -> bytes:
     if image.format == "JPEG":
         block = b"Exif\0\0" + tiff
         return data[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block + data[2:]
-    if image.format == "PNG":  # behind the header chunk
+    if image.format == "PNG":  # inserted after the header chunk
         chunk = b"eXIf" + tiff
         return data[:33] + struct.pack(">I", len(tiff)) + chunk + struct.pack(">I", zlib.crc32(chunk)) + data[33:]
     return _webp(data, image, tiff) if image.format == "WEBP" else data

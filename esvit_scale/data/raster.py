@@ -90,7 +90,7 @@ def _read_npy(data: bytes, channels: int | None) -> Array:
     file = io.BytesIO(data)
     version = np.lib.format.read_magic(file)
     if version not in _NPY_HEADERS:
-        raise BadImage(f".npy format {version[0]}.{version[1]}, which only arrays with named fields need")
+        raise BadImage(f".npy format {version[0]}.{version[1]}: formats 1.0 and 2.0 are read")
     shape, fortran, dtype = _NPY_HEADERS[version](file)
     axis = _channel_axis(shape, channels)
     _check_kind(dtype, str(dtype))
@@ -130,7 +130,7 @@ def _read_tiff(data: bytes) -> Array:
         pages = _bands(file) if page.samplesperpixel == 1 else [page]
         photometric = int(page.photometric)
         if photometric == _PALETTE:
-            raise BadImage("a TIFF of colours by number (palette), which is no measured band")
+            raise BadImage("a TIFF with a palette: its values are colour numbers, not measured values")
         if page.dtype is None or page.imagedepth > 1 or page.axes not in ("YX", "YXS", "SYX"):
             raise BadImage(f"a TIFF of {page.bitspersample} bits with axes {page.axes}; 8 or 16 bits are read")
         _check_kind(page.dtype, f"{page.bitspersample}-bit {page.dtype}")

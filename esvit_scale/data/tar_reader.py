@@ -125,7 +125,7 @@ class TarReader:
         try:
             tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except tarfile.HeaderError:
-            self.damage = self.damage or "behind its end marker stand bytes that are no tar"
+            self.damage = self.damage or "the bytes after its end marker are not a tar"
             return False
         self._file.seek(self._file.tell() - BLOCK)
         return True

@@ -109,7 +109,7 @@ def _samples(url: str, stream: Any, left_out: LeftOut) -> Iterator[Raw]:
     if error is not None:
         raise error
     if reader.damage:
-        raise BadImage(EMPTY if reader.damage == EMPTY else f"{reader.damage}: what stands behind was not read")
+        raise BadImage(EMPTY if reader.damage == EMPTY else f"{reader.damage}: the rest was not read")
 
 
 def _content(tape: Forward, offset: int, size: int) -> bytes:

@@ -1,6 +1,6 @@
 """From an image file to the crops of a batch: `decode_for_crops` places and decodes, `make_worker_batch` cuts the crops.
 
-Both run in a loader process. The records are shown at work in stream.py.
+Both run in a loader process; stream.py shows an example.
 """
 
 import time

@@ -16,7 +16,7 @@ class WorkerRates:
         self._batches.append(rates)
 
     def take(self) -> tuple[dict[str, float], str]:
-        """Return fields for a row of the metrics, and a sentence about a much slower process, or ""; then start anew."""
+        """Return fields for a row of the metrics, and a sentence about a much slower process or ""; drop what was added."""
         workers = [1 / statistics.fmean(1 / rate for rate in own) for own in zip(*self._batches, strict=True)]
         self._batches = []
         if not workers:

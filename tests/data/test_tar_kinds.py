@@ -327,7 +327,7 @@ def test_compressed_tars_joined_with_cat(squeeze: Callable[[bytes], bytes], tmp_
 
 @pytest.mark.parametrize(
     ("tail", "says"),
-    [(b"not a tar" * 100, "behind its end marker stand bytes that are no tar"), (b"\1" * 700, "no tar"), (b"", "")],
+    [(b"not a tar" * 100, "the bytes after its end marker are not a tar"), (b"\1" * 700, "are not a tar"), (b"", "")],
 )
 def test_bytes_after_the_end_marker_are_reported(tail: bytes, says: str, tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(joined_tars() + tail)

@@ -150,9 +150,7 @@ class BytesSource(Source):
             for path in self._paths:
                 for row in arrow.rows(path, [column]):
                     labels.append(arrow.label_text(row[column]))
-        by_number = (
-            named is not classes
-        )  # names of the file's own: a label is a number, whatever the classes are called
+        by_number = named is not classes  # with class names from the file's schema, labels are class numbers
         self.classes, self._labels = labels.finish(named, by_number)
         self.notes += labels.notes
         if len(self._labels) != len(self):
@@ -194,7 +192,7 @@ class BytesSource(Source):
         return int(np.searchsorted(self._starts, i, side="right")) - 1
 
     def _row(self, block: int, row: int) -> tuple[Any, Any]:
-        """Return (image, caption) of a row; the row group is read again from its front if the row lies behind."""
+        """Return (image, caption) of a row; the row group is read again from its front if the row was passed already."""
         file, group = self._groups[block]
         try:
             if self._stream is None or not self._stream.reaches(block, row):
