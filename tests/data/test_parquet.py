@@ -25,7 +25,7 @@ def test_class_names_of_the_schema_and_paths_instead_of_bytes(numbers: list[floa
     ]
     where = parquet(pictures / "x.parquet", {"image": rows, "y": pa.array(numbers)}, ["9", "cat", "0"])
     [unlabelled] = open_source(str(where), SourceOptions()).values()
-    assert "its column y is not used; --label y makes it the classes" in unlabelled.notes[0]
+    assert "column y is not used; give --label y to use it" in unlabelled.notes[0]
     manifest = write(where, pictures / "set", label="y")
     assert contents(manifest) == {files[0]: ("cat", None), files[1]: ("9", None), files[2]: ("0", None)}
     assert counts(manifest) == {("images", left_out.UNREADABLE): 1, ("images", left_out.EMPTY): 1}

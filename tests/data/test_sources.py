@@ -79,7 +79,7 @@ def test_imagenets_layout_becomes_two_sets_with_the_same_classes(kaggle: bool, t
     held.mkdir(parents=True)
     (held / "ILSVRC2012_val_00000001.JPEG").write_bytes(encoded(picture(9), "JPEG"))
     if kaggle:
-        with pytest.raises(UserError, match=r"flat, and no LOC_val_solution\.csv"):
+        with pytest.raises(UserError, match=r"has no class folders, and there is no LOC_val_solution\.csv"):
             open_source(str(tmp_path / "ILSVRC"), SourceOptions())
         answers = "ImageId,PredictionString\nILSVRC2012_val_00000001,n02 1 2 3 4 n02 5 6 7 8\n"
         (tmp_path / "ILSVRC" / "LOC_val_solution.csv").write_text(answers)
@@ -103,7 +103,7 @@ def test_sets_become_one_set(images: dict[str, bytes], tmp_path: Path) -> None:
     assert manifest.classes == ("b", "a")
     assert contents(manifest) == expected({n: images[n] for n in ("a/p0.png", "b/p1.png", "b/p3.png")}, True, False)
     write(tmp_path / "images" / "a", tmp_path / "sets" / "three")
-    with pytest.raises(UserError, match="the sets one and three in it have different classes"):
+    with pytest.raises(UserError, match="its sets one and three have different classes"):
         write(tmp_path / "sets", tmp_path / "set2", kind="tars")
 
 
@@ -120,7 +120,7 @@ def test_classes_may_be_given(images: dict[str, bytes], tmp_path: Path) -> None:
     assert manifest.classes == ("z", "b", "a")
     assert contents(manifest) == expected(images, True, False)
     (tmp_path / "names").write_text("b\nz\n")
-    with pytest.raises(UserError, match="its subfolder a is not among the 2 classes"):
+    with pytest.raises(UserError, match="its subfolder a is not one of the 2 given classes"):
         write(tmp_path / "images", tmp_path / "set2", classes=tmp_path / "names")
     where, options = as_list(images, tmp_path)
     manifest = write(where, tmp_path / "set3", classes=tmp_path / "names", **options)

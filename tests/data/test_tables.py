@@ -89,7 +89,9 @@ def test_tables_as_excel_writes_them(pictures: Path) -> None:
     assert notes[1].endswith("line 2: 1,0 has a decimal comma; read as 1.0")
     assert len(notes) == 2
     assert opened(b"path,a b,Label\n0.png,x,y\n", "none") == ((), [])
-    assert "its column Label is not used; --label Label" in opened(b"path,a b,Label\n0.png,x,y\n", None)[1][0]
+    assert (
+        "column Label is not used; give --label Label to use it" in opened(b"path,a b,Label\n0.png,x,y\n", None)[1][0]
+    )
     with pytest.raises(UserError, match="line 4 has 1 columns"):
         opened(b"sep=;\npath;y\n0.png;1\n1.png\n")
     with pytest.raises(UserError, match=r"line 1: the header is not UTF-8 \(Latin-1\?\); save the table as UTF-8"):
