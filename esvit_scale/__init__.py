@@ -1,12 +1,12 @@
 """Self-supervised pretraining of multi-stage vision transformers (EsViT), from tar shards to a report.
 
-The journey, one line a station. B images, V crops, T tokens, C width, K prototypes:
+The journey, one line per station. B images, V crops, T tokens, C width, K prototypes:
 
     images               data/sources/, data/shard_plan.py           folders, lists, tables, archives, in a stable order
     → tar shard          data/shard_writer.py, data/manifest.py     name.tar + manifest.json
     → order              data/order.py                              (seed, epoch, step) → which samples, at any world size
     → decoded image      data/picture.py, data/decode.py            bytes → uint8 [H, W, 3], no larger than the crops need
-    → crops              data/crops.py, data/worker_batch.py, data/photometric.py  one tensor a resolution: [V_g, B, 3, S_g, S_g]
+    → crops              data/crops.py, data/worker_batch.py, data/photometric.py  one tensor per resolution: [V_g, B, 3, S_g, S_g]
     → batches            data/stream.py, data/shard_stream.py, data/url_stream.py  this rank's part of a global batch
     → tokens             models/registry.py, models/swin.py, …      view [V·B, C], regions [V·B·T, C], all crops in one pass
     → student/teacher    parallel/engine.py, parallel/ema.py        one forward of each; the teacher sees the 2 globals

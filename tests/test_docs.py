@@ -19,6 +19,7 @@ from esvit_scale.config import Config
 from esvit_scale.errors import UserError
 from esvit_scale.scaling import sweep_file
 from esvit_scale.schema import declared
+from tests.test_layering import ORDER
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = (".", "docs", "data_shards", "ds_configs", "slurm", "benchmarks")
@@ -241,3 +242,9 @@ def test_python_examples_import_what_exists(page: str) -> None:
                 ):
                     wrong.append(f"{node.module}.{name}")
     assert wrong == []
+
+
+def test_contributing_gives_the_order_of_imports_that_is_tested() -> None:
+    [line] = re.findall(r"in this order: (.*?)\. ", (ROOT / "CONTRIBUTING.md").read_text())
+    told = [set(re.findall(r"\w+", level)) for level in line.split("→")]
+    assert told == [level - {"__init__"} for level in ORDER if level != {"__main__"}]
