@@ -59,7 +59,7 @@ def check_exports(run: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         view, regions = trunk.plain(32)(x)
     assert (view.shape, regions.shape) == ((2, 16), (2, 16, 16))
-    with pytest.raises(UserError, match="timm has no poolformer; --to safetensors or onnx takes it"):
+    with pytest.raises(UserError, match="timm has no poolformer; use --to safetensors or onnx"):
         convert(run, tmp_path / "timm", "esvit-scale", "timm")
     with pytest.raises(UserError, match="no form of poolformer is written for transformers"):
         convert(run, tmp_path / "huggingface", "esvit-scale", "huggingface")

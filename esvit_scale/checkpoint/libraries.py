@@ -37,9 +37,9 @@ def timm_form(config: Config) -> TimmForm:
     try:
         form = _trunk(config).timm_form(config.data.global_crops.size)
     except UserError as error:
-        raise UserError(f"--to timm: {error}; {OTHERS} takes it") from None
+        raise UserError(f"--to timm: {error}; use {OTHERS}") from None
     if form is None:
-        raise UserError(f"--to timm: timm has no {config.model.trunk}; {OTHERS} takes it")
+        raise UserError(f"--to timm: timm has no {config.model.trunk}; use {OTHERS}")
     return form
 
 
@@ -65,8 +65,8 @@ def _takes_it(config: Config) -> str:
     try:
         timm_form(config)
     except UserError:
-        return f"{OTHERS} takes it"
-    return f"--to timm, {OTHERS.removeprefix('--to ')} takes it"
+        return f"use {OTHERS}"
+    return f"use --to timm, {OTHERS.removeprefix('--to ')}"
 
 
 def _trunk(config: Config) -> Trunk:

@@ -158,7 +158,7 @@ def _without_single_process_warning() -> Iterator[None]:
 
 
 class _SavePlanner(DefaultSavePlanner):
-    """Plans a save of flat intervals."""
+    """A save planner for torch.distributed.checkpoint that writes `Interval`s."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -178,7 +178,7 @@ def _write_item(name: str, interval: Interval) -> WriteItem:
 
 
 class _LoadPlanner(DefaultLoadPlanner):
-    """Plans a load into flat intervals."""
+    """A load planner for torch.distributed.checkpoint that reads into `Interval`s."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -216,7 +216,7 @@ class _SafeReader(dcp.FileSystemReader):
         except Exception as error:  # a damaged pickle can raise almost any exception
             raise UserError(f"{path}: damaged or not a checkpoint index: {error}") from None
         if not isinstance(metadata, Metadata):
-            raise UserError(f"{path}: not a checkpoint index")
+            raise UserError(f"{path}: damaged: it is not a checkpoint index")
         return metadata
 
 

@@ -16,7 +16,7 @@ HELD_OUT_AT_MOST = 50_000
 
 
 class LabelledSet(NamedTuple):
-    """A feature set whose labels index `classes`."""
+    """A feature set with the names of its classes, which its labels index."""
 
     samples: FeatureSet
     classes: tuple[str, ...]

@@ -22,7 +22,7 @@ NAMED_VALUES = {"true": 1.0, "yes": 1.0, "false": 0.0, "no": 0.0} | dict.fromkey
 
 
 class Dataset(NamedTuple):
-    """One entry of the list."""
+    """A data set in the list of `evaluate transfer`: its folders, metric and label file."""
 
     name: str
     train: Path
