@@ -43,6 +43,28 @@ def add_create(shards: Any) -> None:
         help="random seed of the order of images and of --val-fraction (default: 0)",
     )
     create.add_argument("--no-shuffle", action="store_true", help="keep the source's order (default: shuffle)")
+    _add_selection(create)
+    _add_encoding(create)
+    _add_pixels(create)
+    _add_rotation(create)
+    create.add_argument(
+        "--val-fraction",
+        type=option_types.fraction,
+        default=0.0,
+        metavar="F",
+        help="fraction of samples for DST/val, the rest goes to DST/train, by seed and key (default: one set in DST)",
+    )
+    create.add_argument("--strict", action="store_true", help=STRICT)
+    shard_options.add_workers(create)
+    create.add_argument(
+        "--shard-range",
+        type=option_types.part,
+        metavar="I/N",
+        help="write only part I of N (from 1); `shards merge` finishes the set (default: write all)",
+    )
+
+
+def _add_selection(create: argparse.ArgumentParser) -> None:
     create.add_argument(
         "--min-side",
         type=positive,
@@ -61,6 +83,9 @@ def add_create(shards: Any) -> None:
         metavar="LIST",
         help="write only the images on a keep-list from `shards duplicates` (default: all)",
     )
+
+
+def _add_encoding(create: argparse.ArgumentParser) -> None:
     create.add_argument(
         "--short-side",
         type=positive,
@@ -78,23 +103,6 @@ def add_create(shards: Any) -> None:
         choices=("jpg", "jpeg", "png", "webp", "keep"),
         default="keep",
         help="re-encode every image in this format, so that the set has one type (default: keep the bytes)",
-    )
-    _add_pixels(create)
-    _add_rotation(create)
-    create.add_argument(
-        "--val-fraction",
-        type=option_types.fraction,
-        default=0.0,
-        metavar="F",
-        help="fraction of samples for DST/val, the rest goes to DST/train, by seed and key (default: one set in DST)",
-    )
-    create.add_argument("--strict", action="store_true", help=STRICT)
-    shard_options.add_workers(create)
-    create.add_argument(
-        "--shard-range",
-        type=option_types.part,
-        metavar="I/N",
-        help="write only part I of N (from 1); `shards merge` finishes the set (default: write all)",
     )
 
 
