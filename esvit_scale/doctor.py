@@ -16,7 +16,7 @@ from typing import Literal
 
 import esvit_scale
 from esvit_scale import doctor_gpu, doctor_machine, doctor_packages
-from esvit_scale.doctor_packages import Row
+from esvit_scale.doctor_packages import CheckRow
 
 
 def run() -> int:
@@ -37,7 +37,7 @@ def run() -> int:
     return int(broken)
 
 
-def _rows() -> Iterator[Row]:
+def _rows() -> Iterator[CheckRow]:
     yield _python()
     torch_row = doctor_packages.required(
         "torch", f"CUDA build {cuda}" if (cuda := doctor_gpu.cuda_build_of_torch()) else "CPU build"
@@ -69,10 +69,10 @@ def _rows() -> Iterator[Row]:
     yield doctor_machine.disk_row()
 
 
-def _python() -> Row:
+def _python() -> CheckRow:
     version = platform.python_version()
     old = sys.version_info < (3, 10)
-    return Row(
+    return CheckRow(
         "Python",
         "problem" if old else "ok",
         f"{version} ({sys.executable})",
@@ -81,19 +81,19 @@ def _python() -> Row:
     )
 
 
-def _deepspeed_ops() -> Row:
+def _deepspeed_ops() -> CheckRow:
     from esvit_scale.parallel.probe import deepspeed_ops
 
     try:
         ops = deepspeed_ops()
     except Exception as error:
-        return Row("DeepSpeed ops", "problem", doctor_packages.one_line(error))
+        return CheckRow("DeepSpeed ops", "problem", doctor_packages.one_line(error))
     can, cannot = ([name for name, works in sorted(ops.items()) if works is wanted] for wanted in (True, False))
     detail = f"could be built: {', '.join(can) or 'none'}" + (f"; not: {', '.join(cannot)}" if cannot else "")
-    return Row("DeepSpeed ops", "ok", detail + " (no command needs them)")
+    return CheckRow("DeepSpeed ops", "ok", detail + " (no command needs them)")
 
 
-def collective_row(backend: Literal["gloo", "nccl"], required: bool) -> Row:
+def collective_row(backend: Literal["gloo", "nccl"], required: bool) -> CheckRow:
     """Return the row of a communication backend: whether an all-reduce of this one process works."""
     from esvit_scale.parallel.probe import all_reduce_works
 
@@ -105,5 +105,5 @@ def collective_row(backend: Literal["gloo", "nccl"], required: bool) -> Row:
             if backend == "gloo"
             else "set NCCL_DEBUG=INFO to see more"
         )
-        return Row(backend, "problem", doctor_packages.one_line(error), advice, required)
-    return Row(backend, "ok", "an all-reduce works", required=required)
+        return CheckRow(backend, "problem", doctor_packages.one_line(error), advice, required)
+    return CheckRow(backend, "ok", "an all-reduce works", required=required)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from esvit_scale import doctor_machine
-from esvit_scale.doctor_packages import Row
+from esvit_scale.doctor_packages import CheckRow
 
 # The oldest Linux driver that runs any build of a CUDA major version (NVIDIA's minor-version compatibility).
 OLDEST_DRIVER = {11: (450, 80, 2), 12: (525, 60, 13), 13: (580, 65, 6)}
@@ -49,7 +49,7 @@ def parse_driver(text: str) -> str | None:
     return found[1] if found else None
 
 
-def gpu_rows() -> Iterator[Row]:
+def gpu_rows() -> Iterator[CheckRow]:
     """Yield one row per GPU that torch sees; without any, one row that says why."""
     import torch
 
@@ -60,37 +60,37 @@ def gpu_rows() -> Iterator[Row]:
         return
     machine = nvidia_machine()
     if not machine.gpus and not machine.driver:
-        yield Row("GPU", "absent", "no NVIDIA device in this machine; everything runs on the CPU")
+        yield CheckRow("GPU", "absent", "no NVIDIA device in this machine; everything runs on the CPU")
         return
     what = ", ".join(machine.gpus) or "NVIDIA driver"
     if machine.driver is None:
-        yield Row(
+        yield CheckRow(
             "GPU", "problem", f"{what}: the driver does not answer", "install NVIDIA's driver, or load its module"
         )
         return
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        yield Row("GPU", "absent", f"{what} (driver {machine.driver}) is hidden by CUDA_VISIBLE_DEVICES")
+        yield CheckRow("GPU", "absent", f"{what} (driver {machine.driver}) is hidden by CUDA_VISIBLE_DEVICES")
         return
     advice = (
         driver_problem(machine.driver, torch.version.cuda)
         or "torch cannot use it: see `python -c 'import torch; torch.cuda.init()'`"
     )
-    yield Row("GPU", "problem", f"{what}, driver {machine.driver}; torch sees none", advice)
+    yield CheckRow("GPU", "problem", f"{what}, driver {machine.driver}; torch sees none", advice)
 
 
-def _visible_gpu(index: int, name: str, memory: int, capability: tuple[int, int]) -> Row:
+def _visible_gpu(index: int, name: str, memory: int, capability: tuple[int, int]) -> CheckRow:
     import torch
 
     built = [int(arch.split("_")[1].rstrip("af")) for arch in torch.cuda.get_arch_list() if arch.startswith("sm_")]
     detail = f"{name}, {memory / 2**30:.0f} GiB, sm_{capability[0]}{capability[1]}, driver {nvidia_machine().driver or 'unknown'}"
     if built and capability[0] * 10 + capability[1] < min(built):
-        return Row(
+        return CheckRow(
             f"GPU {index}",
             "problem",
             detail,
             f"this torch was built for sm_{min(built)} and newer: install an older CUDA build (make demo TORCH_INDEX=URL)",
         )
-    return Row(f"GPU {index}", "ok", detail)
+    return CheckRow(f"GPU {index}", "ok", detail)
 
 
 def nvidia_machine() -> NvidiaMachine:
@@ -130,19 +130,19 @@ def cuda_build_of_torch() -> str | None:
     return torch.version.cuda
 
 
-def bf16_row() -> Row:
+def bf16_row() -> CheckRow:
     """Return the row of bf16: computed in hardware or emulated."""
     import torch
 
     if torch_sees_gpu():
         if torch.cuda.is_bf16_supported(including_emulation=False):
-            return Row("bf16", "ok", "computed by the GPU in hardware")
-        return Row("bf16", "problem", "emulated by the GPU, slowly", "set train.precision=fp32")
+            return CheckRow("bf16", "ok", "computed by the GPU in hardware")
+        return CheckRow("bf16", "problem", "emulated by the GPU, slowly", "set train.precision=fp32")
     cpuinfo = Path("/proc/cpuinfo")
     flags = set(re.findall(r"\b(?:avx512_bf16|amx_bf16)\b", cpuinfo.read_text())) if cpuinfo.is_file() else set()
     if flags:
-        return Row("bf16", "ok", f"computed by the CPU in hardware ({', '.join(sorted(flags))})")
-    return Row("bf16", "absent", "emulated by this CPU, slowly", "set train.precision=fp32")
+        return CheckRow("bf16", "ok", f"computed by the CPU in hardware ({', '.join(sorted(flags))})")
+    return CheckRow("bf16", "absent", "emulated by this CPU, slowly", "set train.precision=fp32")
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -9,47 +9,47 @@ from pathlib import Path
 
 from esvit_scale import machine
 from esvit_scale.data import limits
-from esvit_scale.doctor_packages import Row
+from esvit_scale.doctor_packages import CheckRow
 
 GIB = 2**30
 
 
-def slurm_row() -> Row:
+def slurm_row() -> CheckRow:
     """Return the row of Slurm's commands."""
     said = [command_output(command, "--version") for command in ("sinfo", "srun")]
     if not any(said):
-        return Row("Slurm", "absent", "sinfo and srun are not installed")
-    return Row(
+        return CheckRow("Slurm", "absent", "sinfo and srun are not installed")
+    return CheckRow(
         "Slurm", "ok", ", ".join(f"{name}: {text}" for name, text in zip(("sinfo", "srun"), said, strict=True) if text)
     )
 
 
-def compiler_row() -> Row:
+def compiler_row() -> CheckRow:
     """Return the row of the compilers."""
     found = [f"{name} ({path})" for name in ("c++", "nvcc") if (path := shutil.which(name))]
     if not found:
-        return Row("compiler", "absent", "no c++ compiler; only DeepSpeed's optional ops would need one")
-    return Row("compiler", "ok", ", ".join(found))
+        return CheckRow("compiler", "absent", "no c++ compiler; only DeepSpeed's optional ops would need one")
+    return CheckRow("compiler", "ok", ", ".join(found))
 
 
-def cores_row() -> Row:
+def cores_row() -> CheckRow:
     """Return the row of the CPU cores that this process may use."""
     quota = machine.cpu_quota()
     limit = "" if quota is None else f", limited to {quota:.1f} by a control group"
-    return Row("cores", "ok", f"{machine.affinity_cpus()}{limit}")
+    return CheckRow("cores", "ok", f"{machine.affinity_cpus()}{limit}")
 
 
-def memory_row() -> Row:
+def memory_row() -> CheckRow:
     """Return the row of the memory that this process may use."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     usable = min(total, machine.memory_limit() or total)
     low = usable < 4 * GIB
-    return Row(
+    return CheckRow(
         "memory", "problem" if low else "ok", f"{usable / GIB:.1f} GiB", "the demo needs about 4 GiB" if low else ""
     )
 
 
-def limit_rows() -> Iterator[Row]:
+def limit_rows() -> Iterator[CheckRow]:
     """Yield the rows of the limits that a node may set for a job; every node of a job is checked for them before it
     starts (preflight.py).
     """
@@ -58,47 +58,47 @@ def limit_rows() -> Iterator[Row]:
     yield _locked_memory()
 
 
-def shared_memory_rows() -> Iterator[Row]:
+def shared_memory_rows() -> Iterator[CheckRow]:
     """Yield the row of /dev/shm, in which loader processes hand over batches; none where it does not exist."""
     if not Path("/dev/shm").is_dir():
         return
     usage = shutil.disk_usage("/dev/shm")
     low = usage.free < limits.LEAST_SHARED_MEMORY or usage.total < limits.SHARED_MEMORY_OF_BATCHES
     advice = "loader processes pass batches through it: docker run --shm-size=8g, or set data.workers=0" if low else ""
-    yield Row(
+    yield CheckRow(
         "/dev/shm", "problem" if low else "ok", f"{usage.total / GIB:.1f} GiB, {usage.free / GIB:.1f} free", advice
     )
 
 
-def open_files_row() -> Row:
+def open_files_row() -> CheckRow:
     """Return the row of the open-file limit that a run gets; a run raises its own soft limit to the hard one."""
     files = limits.reachable_files()
     workers = limits.workers_served(files)
     detail = f"{files} for each process of a run: enough for data.workers up to {workers}"
     if workers >= limits.COMMON_WORKERS:
-        return Row("open files", "ok", detail)
+        return CheckRow("open files", "ok", detail)
     advice = (
         "raise the hard limit (limits.conf, LimitNOFILE, docker run --ulimit nofile=65536), or set fewer data.workers"
     )
-    return Row("open files", "problem", detail, advice)
+    return CheckRow("open files", "problem", detail, advice)
 
 
-def _locked_memory() -> Row:
+def _locked_memory() -> CheckRow:
     """Return the row of the locked-memory limit; InfiniBand adapters read and write memory that must not be swapped
     out.
     """
     limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     shown = "unlimited" if limit == resource.RLIM_INFINITY else f"{limit / GIB:.2f} GiB"
     if limit != resource.RLIM_INFINITY and Path("/sys/class/infiniband").is_dir():
-        return Row("locked memory", "problem", shown, "InfiniBand needs no limit: ulimit -l unlimited")
-    return Row("locked memory", "ok", shown)
+        return CheckRow("locked memory", "problem", shown, "InfiniBand needs no limit: ulimit -l unlimited")
+    return CheckRow("locked memory", "ok", shown)
 
 
-def disk_row() -> Row:
+def disk_row() -> CheckRow:
     """Return the row of the free space in the current folder."""
     free = shutil.disk_usage(".").free
     low = free < 5 * GIB
-    return Row(
+    return CheckRow(
         "disk here", "problem" if low else "ok", f"{free / GIB:.0f} GiB free", "checkpoints need room" if low else ""
     )
 

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 State = Literal["ok", "warning", "absent", "problem"]
 
 
-class Row(NamedTuple):
+class CheckRow(NamedTuple):
     """One line of doctor's table, and what to do about it."""
 
     name: str
@@ -87,18 +87,18 @@ VERSION = re.compile(r"(?P<release>\d+(\.\d+)*)(\.?(?P<stage>a|b|rc|dev|post)\d*
 INSTALL = "make venv installs it; pip install -e . in your own environment"
 
 
-def required(name: str, also: str = "", advice: str = INSTALL) -> Row:
+def required(name: str, also: str = "", advice: str = INSTALL) -> CheckRow:
     """Return the row of a required package after importing it: an installed package may still not load."""
     try:
         module = importlib.import_module(name)
     except Exception as error:
-        return Row(name, "problem", one_line(error), advice, True)
+        return CheckRow(name, "problem", one_line(error), advice, True)
     version = installed(name) or str(getattr(module, "__version__", "of unknown version"))
     state, detail, advice = compared(name, version)
-    return Row(name, state, ", ".join(filter(None, [detail, also])), advice, True)
+    return CheckRow(name, state, ", ".join(filter(None, [detail, also])), advice, True)
 
 
-def others() -> Iterator[Row]:
+def others() -> Iterator[CheckRow]:
     """Yield a row for each other required package that is missing or outside its tested range, and one for the rest."""
     optional = {package for extra in EXTRAS.values() for package in extra.packages}
     fine = []
@@ -107,18 +107,18 @@ def others() -> Iterator[Row]:
             continue
         version = installed(name)
         if version is None:
-            yield Row(name, "problem", "not installed", INSTALL, True)
+            yield CheckRow(name, "problem", "not installed", INSTALL, True)
             continue
         state, detail, advice = compared(name, version)
         if state == "ok":
             fine.append(f"{name} {detail}")
         else:
-            yield Row(name, state, detail, advice, True)
+            yield CheckRow(name, state, detail, advice, True)
     if fine:
-        yield Row("other packages", "ok", ", ".join(fine))
+        yield CheckRow("other packages", "ok", ", ".join(fine))
 
 
-def extras() -> Iterator[Row]:
+def extras() -> Iterator[CheckRow]:
     """Yield one row per optional extra: the versions installed, or what is missing and which work needs it."""
     for name, extra in EXTRAS.items():
         found = {package: _installed_as(package) for package in extra.packages}
@@ -129,21 +129,21 @@ def extras() -> Iterator[Row]:
         if needed:
             has = f" (installed: {versions})" if versions else ""
             detail = f"{', '.join(needed)} not installed{has}: needed for {extra.purpose}"
-            yield Row(name, "absent", detail, f"pip install 'esvit-scale[{name}]'")
+            yield CheckRow(name, "absent", detail, f"pip install 'esvit-scale[{name}]'")
             continue
         tests = f"; {', '.join(missing)} not installed, which only tests need" if missing else ""
         advice = "; ".join(f"{package}: {advice}" for package, (_, _, advice) in checked if advice)
-        yield Row(name, "warning" if advice else "ok", f"installed {versions}{tests}", advice)
+        yield CheckRow(name, "warning" if advice else "ok", f"installed {versions}{tests}", advice)
 
 
-def apex(spec: "importlib.machinery.ModuleSpec | None") -> Row:
+def apex(spec: "importlib.machinery.ModuleSpec | None") -> CheckRow:
     """Return the row of NVIDIA's apex, known by apex.optimizers; the public index has another package of that name."""
     if spec is None:
         detail = "not installed: needed for optim.name=apex_adam and apex_lamb (adamw and lamb need nothing)"
-        return Row("apex", "absent", detail, "NVIDIA's is built from its repository, not by pip install apex")
+        return CheckRow("apex", "absent", detail, "NVIDIA's is built from its repository, not by pip install apex")
     if any((Path(folder) / "optimizers").is_dir() for folder in spec.submodule_search_locations or []):
-        return Row("apex", "ok", f"NVIDIA's, {installed('apex') or 'of unknown version'}: fused optimizers")
-    return Row(
+        return CheckRow("apex", "ok", f"NVIDIA's, {installed('apex') or 'of unknown version'}: fused optimizers")
+    return CheckRow(
         "apex",
         "absent",
         f"an unrelated package of that name is installed ({installed('apex') or 'of unknown version'})",

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from esvit_scale import doctor_machine, files
-from esvit_scale.doctor_packages import Row
+from esvit_scale.doctor_packages import CheckRow
 from esvit_scale.parallel import collectives, probe
 from esvit_scale.parallel import world as worlds
 from esvit_scale.parallel.world import World
@@ -133,7 +133,7 @@ def _gpu_problems() -> Iterator[str]:
             yield f"GPU {i}: {str(error).splitlines()[0]}"
 
 
-def _bad_limits() -> list[Row]:
+def _bad_limits() -> list[CheckRow]:
     return [row for row in doctor_machine.limit_rows() if row.state == "problem"]
 
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from esvit_scale.scaling import solver
 from esvit_scale.scaling.forms import FORMS, Array, Form, Points, evaluate, points, predict, to_parameters
-from esvit_scale.scaling.table import Data
+from esvit_scale.scaling.table import Measurements
 
 HELD_OUT = 0.25  # share of the points, those of the largest compute
 TIGHT = 3.0  # an exponent whose interval spans more than this factor is not determined
@@ -48,7 +48,7 @@ def interval(samples: Array) -> list[float]:
     return [float(q) for q in np.quantile(finite, [0.025, 0.975])]
 
 
-def can_fit(form: Form, data: Data) -> str | None:
+def can_fit(form: Form, data: Measurements) -> str | None:
     """Return why a form cannot be fitted to these points; None when it can."""
     if len(data.y) < form.size + 1:
         return f"{len(data.y)} points; {form.name} has {form.size} parameters and needs at least {form.size + 1}"
@@ -59,7 +59,7 @@ def can_fit(form: Form, data: Data) -> str | None:
     return None
 
 
-def hold_out(data: Data) -> list[Score]:
+def hold_out(data: Measurements) -> list[Score]:
     """Fit every form with this number of inputs without the points of the largest budgets; return the scores on those
     points, best first. Forms that cannot be fitted are left out.
     """
@@ -101,7 +101,7 @@ def drop_worst(form: Form, data: Points, theta: Array, most: int) -> list[dict[s
 
 
 def warnings(
-    form: Form, data: Data, parameters: Array, ci95: dict[str, list[float]], second: dict[str, float]
+    form: Form, data: Measurements, parameters: Array, ci95: dict[str, list[float]], second: dict[str, float]
 ) -> list[str]:
     """Return one sentence for each thing that these points do not determine."""
     found = []

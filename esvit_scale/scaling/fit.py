@@ -13,7 +13,7 @@ from esvit_scale import files
 from esvit_scale.errors import UserError, nearest
 from esvit_scale.scaling import checks, optimum, solver, varpro
 from esvit_scale.scaling.forms import FORMS, Array, Form, points, predict, to_parameters
-from esvit_scale.scaling.table import Columns, Data, best_of_each_budget, read
+from esvit_scale.scaling.table import Columns, Measurements, best_of_each_budget, read
 
 FORMAT_VERSION = 1
 FARTHEST = 10.0  # × the largest compute that was measured
@@ -61,7 +61,7 @@ def run(path: Path, columns: Columns, out: Path, options: Options) -> dict[str, 
     return result
 
 
-def fit(data: Data, options: Options) -> tuple[dict[str, Any], Array]:
+def fit(data: Measurements, options: Options) -> tuple[dict[str, Any], Array]:
     """Return fit.json's content (without the columns' names) and the resampled parameters [R, p]."""
     scores = checks.hold_out(data)
     form, why = _choose_form(data, options.form, scores)
@@ -94,7 +94,7 @@ def fit(data: Data, options: Options) -> tuple[dict[str, Any], Array]:
     return result, samples
 
 
-def _choose_form(data: Data, name: str, scores: list[checks.Score]) -> tuple[Form, str]:
+def _choose_form(data: Measurements, name: str, scores: list[checks.Score]) -> tuple[Form, str]:
     """Return the form to fit: with N and D the law E + A/N^α + B/D^β unless another is asked for; with one input the
     one that hold-out selects.
     """
@@ -114,7 +114,7 @@ def _choose_form(data: Data, name: str, scores: list[checks.Score]) -> tuple[For
     return FORMS[name], "asked for"
 
 
-def _check_reach(data: Data, options: Options) -> None:
+def _check_reach(data: Measurements, options: Options) -> None:
     limit = FARTHEST * float(data.compute.max())
     for target in options.predict:
         if target > limit and not options.force:
@@ -124,13 +124,13 @@ def _check_reach(data: Data, options: Options) -> None:
             )
 
 
-def _points(form: Form, parameters: Array, data: Data) -> list[dict[str, Any]]:
+def _points(form: Form, parameters: Array, data: Measurements) -> list[dict[str, Any]]:
     fitted = predict(form, parameters[None], data.x)[0]
     rows = zip(data.x.tolist(), data.compute.tolist(), data.y.tolist(), fitted.tolist(), strict=True)
     return [{"x": x, "compute": c, "y": y, "fitted": f} for x, c, y, f in rows]
 
 
-def _beyond(form: Form, parameters: Array, samples: Array, data: Data, options: Options) -> dict[str, Any]:
+def _beyond(form: Form, parameters: Array, samples: Array, data: Measurements, options: Options) -> dict[str, Any]:
     """Return the predictions and, with N and D, the compute-optimal frontier, its exponent and the isoFLOP parabolas."""
     low, high = float(data.compute.min()), float(data.compute.max())
     grid = np.geomspace(low, FARTHEST * high, FRONTIER_POINTS)

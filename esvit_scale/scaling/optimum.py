@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from esvit_scale.scaling.forms import Array, Form, predict
-from esvit_scale.scaling.table import SAME_BUDGET, Data
+from esvit_scale.scaling.table import SAME_BUDGET, Measurements
 
 FLAT = 1e-3  # an exponent below it is none: 1,000 times the compute would gain less than a percent
 
@@ -38,7 +38,7 @@ class Parabola(NamedTuple):
     law_bias: float | None  # N* of the same parabola through the law's own values, over the law's N*
 
 
-def cost_rule(data: Data) -> Cost:
+def cost_rule(data: Measurements) -> Cost:
     """Fit k and kappa to the data's own costs."""
     size, per_item = np.log(data.x[:, 0]), np.log(data.compute / data.x[:, 1])
     if np.ptp(size) < 1e-9:
@@ -74,7 +74,7 @@ def size_exponent(form: Form, parameters: Array, cost: Cost) -> Array:
     return result
 
 
-def parabolas(data: Data, form: Form, parameters: Array, cost: Cost) -> list[Parabola]:
+def parabolas(data: Measurements, form: Form, parameters: Array, cost: Cost) -> list[Parabola]:
     """Return a parabola for every budget that has at least 3 sizes and a minimum.
 
     A parabola is symmetric and the true curve is not, so its minimum is biased unless the sizes straddle the optimum

@@ -32,7 +32,7 @@ INTERRUPTED = 130
 LAST_LINES = 20  # end of a failed cell's log in which the reason is looked for
 
 
-class State(NamedTuple):
+class CellState(NamedTuple):
     """How far a cell is."""
 
     word: str  # refused, waiting, started, trained, finished, failed
@@ -40,26 +40,26 @@ class State(NamedTuple):
     reason: str = ""
 
 
-def state(cell: Cell, sweep: Sweep) -> State:
+def state(cell: Cell, sweep: Sweep) -> CellState:
     """Return how far a cell is, as its run dir and its Slurm records show it."""
     if cell.problems:
-        return State("refused", 0, cell.problems[0])
+        return CellState("refused", 0, cell.problems[0])
     rows, summary = read_rows(cell.path / "metrics.jsonl"), read_summary(cell.path)
     step = rows[-1]["step"] if rows else 0
     if summary.get("finished"):
         if sweep.evaluate is None or _evaluated(cell):
-            return State("finished", cell.steps)
+            return CellState("finished", cell.steps)
         word = "trained"
     else:
         word = "started" if rows else "waiting"
     if is_running(cell.path):  # a job that was refused because of that is no failure of the cell
-        return State(word if rows else "started", step)
+        return CellState(word if rows else "started", step)
     failure = _failure_path(cell, sweep)
     if failure.exists():
-        return State("failed", step, failure.read_text().strip())
+        return CellState("failed", step, failure.read_text().strip())
     if reason := _failed_job(cell):
-        return State("failed", step, reason)
-    return State(word, step)
+        return CellState("failed", step, reason)
+    return CellState(word, step)
 
 
 def _failed_job(cell: Cell) -> str:

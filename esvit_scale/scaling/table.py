@@ -29,7 +29,7 @@ class Columns:
 
 
 @dataclass(frozen=True)
-class Data:
+class Measurements:
     """The measurements of a CSV."""
 
     x: Array  # [n, inputs]
@@ -37,12 +37,12 @@ class Data:
     compute: Array  # [n]
     groups: NDArray[np.int64]  # [n] 0 … G−1
 
-    def take(self, rows: NDArray[np.bool_]) -> "Data":
+    def take(self, rows: NDArray[np.bool_]) -> "Measurements":
         """Return the measurements of some rows."""
-        return Data(self.x[rows], self.y[rows], self.compute[rows], self.groups[rows])
+        return Measurements(self.x[rows], self.y[rows], self.compute[rows], self.groups[rows])
 
 
-def read(path: Path, columns: Columns) -> tuple[Data, Columns]:
+def read(path: Path, columns: Columns) -> tuple[Measurements, Columns]:
     """Read the CSV; return the measurements and the columns that were used.
 
     Raises:
@@ -66,15 +66,15 @@ def read(path: Path, columns: Columns) -> tuple[Data, Columns]:
         groups = np.unique([row[at] for row in rows], return_inverse=True)[1]
     if len(rows) < 4:
         raise UserError(f"{path}: {len(rows)} rows; a fit needs at least 4")
-    return Data(x, y, compute, groups), columns
+    return Measurements(x, y, compute, groups), columns
 
 
-def best_of_each_budget(data: Data) -> Data:
+def best_of_each_budget(data: Measurements) -> Measurements:
     """Return the point with the smallest y of each budget; costs within a factor 1.25 of the next are one budget."""
     order = np.argsort(data.compute, kind="stable")
     edges = np.flatnonzero(np.diff(np.log(data.compute[order])) > np.log(SAME_BUDGET)) + 1
     best = np.array([rows[np.argmin(data.y[rows])] for rows in np.split(order, edges)])
-    chosen = Data(data.x[best], data.y[best], data.compute[best], data.groups[best])
+    chosen = Measurements(data.x[best], data.y[best], data.compute[best], data.groups[best])
     return replace(chosen, groups=np.unique(chosen.groups, return_inverse=True)[1])
 
 

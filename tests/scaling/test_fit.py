@@ -9,7 +9,7 @@ import pytest
 from esvit_scale.errors import UserError
 from esvit_scale.scaling import checks, fit, optimum, solver, varpro
 from esvit_scale.scaling.forms import FORMS, points, predict, to_parameters
-from esvit_scale.scaling.table import Columns, Data
+from esvit_scale.scaling.table import Columns, Measurements
 from tests.scaling import laws
 
 ND = Columns(("N", "D"), "loss")
@@ -17,7 +17,7 @@ QUICK = fit.Options(resamples=40)
 
 
 def data_of(x, y):
-    return Data(x, y, 6 * x[:, 0] * x[:, 1], np.arange(len(y)))
+    return Measurements(x, y, 6 * x[:, 0] * x[:, 1], np.arange(len(y)))
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_law_without_an_optimum_is_reported(tmp_path, capsys):
 
 def test_cost_rule_is_recovered_from_the_data():
     x = laws.grid()
-    data = Data(x, laws.measure(x), 2.5 * x[:, 0] ** 0.9 * x[:, 1], np.arange(64))
+    data = Measurements(x, laws.measure(x), 2.5 * x[:, 0] ** 0.9 * x[:, 1], np.arange(64))
     cost = optimum.cost_rule(data)
     assert cost[:2] == pytest.approx((2.5, 0.9))
     assert cost.worst < 1e-9
@@ -135,14 +135,14 @@ def test_hold_out_chooses_the_true_form():
     for name, truth in (("power", [[300.0, 0.15]]), ("power_constant", [[1.0, 3000.0, 0.2]])):
         noise = np.exp(0.003 * np.random.default_rng(3).standard_normal(24))
         y = predict(FORMS[name], np.array(truth), x)[0] * noise
-        assert checks.choose(checks.hold_out(Data(x, y, x[:, 0], np.arange(24)))) == name
+        assert checks.choose(checks.hold_out(Measurements(x, y, x[:, 0], np.arange(24)))) == name
 
 
 def test_undetermined_asymptote_is_a_warning():
     x = np.geomspace(1e15, 1e17, 12)[:, None]
     y = predict(FORMS["power_constant"], np.array([[0.1, 3000.0, 0.2]]), x)[0]
     y *= np.exp(0.02 * np.random.default_rng(0).standard_normal(12))
-    result, _ = fit.fit(Data(x, y, x[:, 0], np.arange(12)), fit.Options("power_constant", resamples=100))
+    result, _ = fit.fit(Measurements(x, y, x[:, 0], np.arange(12)), fit.Options("power_constant", resamples=100))
     assert any("asymptote E is not determined" in warning for warning in result["warnings"])
 
 
@@ -159,7 +159,7 @@ def test_bootstrap_resamples_whole_runs():
     y = laws.measure(x, noise=0.02)
     once, _ = fit.fit(data_of(x, y), fit.Options(resamples=200))
     copied = np.repeat(np.arange(25), 10)
-    tenfold = Data(x[copied], y[copied], (6 * x[:, 0] * x[:, 1])[copied], copied)
+    tenfold = Measurements(x[copied], y[copied], (6 * x[:, 0] * x[:, 1])[copied], copied)
     width = lambda ci: np.log(ci["alpha"][1] / ci["alpha"][0])  # noqa: E731
     assert width(fit.fit(tenfold, fit.Options(resamples=200))[0]["ci95"]) > 0.7 * width(once["ci95"])
 
