@@ -199,5 +199,5 @@ def test_trunk_without_a_grid_is_refused() -> None:
         def forward(self, crops: list[torch.Tensor]) -> Features:
             return super().forward(crops)._replace(grids=[])
 
-    with pytest.raises(UserError, match="needs region tokens on a grid; Flat gives none"):
+    with pytest.raises(UserError, match="needs region tokens on a grid; the trunk Flat gives none"):
         correspondence.extract_view(Flat(8), np.zeros((32, 32, 3), np.uint8))
