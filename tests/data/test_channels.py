@@ -264,7 +264,7 @@ def test_arrays_are_read_from_folders_and_archives(tmp_path: Path, kind: str) ->
     assert cli.main(["shards", "verify", str(tmp_path / "set"), "--workers", "1"]) == 0
 
 
-def test_statistics_are_those_of_all_pixels(tile_set: manifests.Manifest, capsys: pytest.CaptureFixture[str]) -> None:
+def test_statistics_equal_those_of_all_pixels(tile_set: manifests.Manifest, capsys: pytest.CaptureFixture[str]) -> None:
     found = shard_stats.gather(tile_set.root)
     pixels = np.concatenate([bands(i).reshape(-1, CHANNELS) for i in range(20)]) / 65535
     np.testing.assert_allclose(found.mean, pixels.mean(0), atol=2e-6)
@@ -273,7 +273,7 @@ def test_statistics_are_those_of_all_pixels(tile_set: manifests.Manifest, capsys
     assert f"data.mean={json.dumps(found.mean)}" in capsys.readouterr().out
 
 
-def test_a_contact_sheet_shows_chosen_bands(
+def test_contact_sheet_shows_the_chosen_bands(
     tile_set: manifests.Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     show = ["shards", "show", str(tile_set.root), "--count", "4", "--out", str(tmp_path / "x.png")]
@@ -300,7 +300,7 @@ def test_crops_keep_sixteen_bits(tile_set: manifests.Manifest) -> None:
         assert (batch.crops[0][0, b].double() - expected).abs().max() <= 1
 
 
-def test_the_batch_is_the_same_from_workers_ranks_and_plain_tars(tile_set: manifests.Manifest) -> None:
+def test_batches_are_equal_for_workers_ranks_and_plain_tars(tile_set: manifests.Manifest) -> None:
     config = config_of(tile_set.root)
     there = config_of(tile_set.root, workers=2)
     (one,), (two,) = (list(batches(c, open_data(c), 0, 1, 1, 2)) for c in (config, there))
@@ -312,7 +312,7 @@ def test_the_batch_is_the_same_from_workers_ranks_and_plain_tars(tile_set: manif
     assert streamed.crops[0].dtype == torch.uint16
 
 
-def test_augmentations_are_those_defined_for_channels() -> None:
+def test_augmentations_match_their_definition_for_channels() -> None:
     pixels = PixelFormat(5, 16, (0.3,) * 5, (0.1,) * 5)
     x = torch.from_numpy(np.stack([bands(i, 5, 16, 24, 24) for i in range(40)])).permute(0, 3, 1, 2)
     draws = [photometric.draw_params(np.random.default_rng(i), 1) for i in range(40)]
@@ -353,7 +353,7 @@ def test_config_with_wrong_pixel_format_is_an_error(tile_set: manifests.Manifest
     assert pixel_format(validate({"data": {"mean": [0.5] * 3, "std": [1.0] * 3}}, "test").data).mean == (0.5,) * 3
 
 
-def test_evaluation_of_sets_and_folders(
+def test_evaluation_reads_sets_and_folders_of_channels(
     tile_set: manifests.Manifest, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     pixels = pixel_format(config_of("").data)
@@ -380,7 +380,7 @@ def test_centre_crop_of_long_array_uses_little_memory() -> None:
 @pytest.mark.parametrize(
     "name", ["swin_t", "swinv2_t", "deit_s", "vit_s_moco", "resnet50", "cvt_s1", "vil_2262", "focal_t", "timm:resnet18"]
 )
-def test_every_trunk_takes_any_channels(name: str) -> None:
+def test_every_trunk_accepts_any_number_of_channels(name: str) -> None:
     config = validate(
         {
             "model": {"trunk": name, "drop_path": 0.0},
@@ -396,7 +396,7 @@ def test_every_trunk_takes_any_channels(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["swin_t", "swinv2_t", "deit_s", "focal_t"])
-def test_channels_of_weight_zero_change_nothing(name: str) -> None:
+def test_channels_with_zero_weights_change_nothing(name: str) -> None:
     """A trunk of five channels, two of which have no weight, is the trunk of three."""
     model = {"trunk": name, "drop_path": 0.0, "window": 4}
     model |= {"deit_s": {"embed_dim": 12, "depths": [1], "heads": [2]}}.get(
@@ -417,7 +417,7 @@ def test_channels_of_weight_zero_change_nothing(name: str) -> None:
     torch.testing.assert_close(found.regions, expected.regions, atol=1e-5, rtol=1e-5)
 
 
-def test_all_trunks_are_tried() -> None:
+def test_every_trunk_is_in_the_list() -> None:
     assert {"swin_t", "swinv2_t", "deit_s", "vit_s_moco", "resnet50", "cvt_s1", "vil_2262", "focal_t"} <= TRUNKS.keys()
 
 

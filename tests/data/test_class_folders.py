@@ -29,7 +29,7 @@ def linked(tmp_path: Path) -> Path:
     return source
 
 
-def test_links_are_followed_but_not_in_circles(linked: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_links_are_followed_without_loops(linked: Path, tmp_path: Path, capsys: Capture) -> None:
     assert run_create(linked, tmp_path / "set") == 0
     manifest = manifests.load(tmp_path / "set")
     assert (manifest.samples, manifest.classes) == (9, ("birds", "cats", "dogs"))
@@ -59,7 +59,7 @@ def test_dangling_links_in_evaluation_are_left_out(linked: Path, caplog: pytest.
     assert source_digest(linked) == source_digest(linked)
 
 
-def test_a_stray_image_is_named_and_labels_stay(
+def test_stray_image_is_left_out_and_labels_are_unchanged(
     tmp_path: Path, capsys: Capture, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = classes(tmp_path / "src", ["x", "y"])
@@ -79,7 +79,7 @@ def test_a_stray_image_is_named_and_labels_stay(
     assert "first: cover.jpg" in caplog.text
 
 
-def test_the_innermost_folder_can_be_the_class(tmp_path: Path, capsys: Capture) -> None:
+def test_label_parent_uses_the_innermost_folder(tmp_path: Path, capsys: Capture) -> None:
     classes(tmp_path / "src" / "images" / "a", ["x", "y"])
     classes(tmp_path / "src" / "images" / "b", ["y", "z"])
     assert write(tmp_path / "src", tmp_path / "set", label="parent").classes == ("x", "y", "z")
@@ -101,7 +101,7 @@ def test_class_folders_named_like_splits_are_noted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["all.zip", "labels.tar", "meta.parquet", "dataset_stats.json"])
-def test_one_stray_file_does_not_decide_what_a_folder_is(name: str, image_folder: Path) -> None:
+def test_one_stray_file_does_not_change_the_kind_of_source(name: str, image_folder: Path) -> None:
     (image_folder / name).write_bytes(b"x")
     (image_folder / "a").rename(image_folder / "cats.zip")  # a class
     [source] = open_source(str(image_folder), SourceOptions()).values()

@@ -11,7 +11,7 @@ from esvit_scale.errors import UserError
 from tests.data.source_helpers import classes, contents, write
 
 
-def test_folders_named_by_numbers_keep_them(tmp_path: Path) -> None:
+def test_folders_named_by_numbers_keep_their_numbers(tmp_path: Path) -> None:
     root = classes(tmp_path / "src", ["0", "2", "10"], 1)
     manifest = write(root, tmp_path / "set")
     assert manifest.classes == tuple(map(str, range(11)))
@@ -37,7 +37,7 @@ def test_whole_numbers_are_class_numbers(texts: list[str], names: tuple[str, ...
     assert (found, [of.get(text, -1) for text in texts]) == (names, numbers)
 
 
-def test_numbers_among_given_classes() -> None:
+def test_numbers_are_matched_to_given_classes() -> None:
     assert list(numbered_as(["x", "y"], ["y", "0", "1.0", "-1", "2", "z", ""]).values()) == [1, 0, 1, -1, -2, -2, -1]
     assert numbered(["1", "01", "2"], folders=True) == (("01", "1", "2"), {"01": 0, "1": 1, "2": 2})
     with pytest.raises(UserError, match="label -3: class numbers begin at 0"):
@@ -48,7 +48,7 @@ def test_numbers_among_given_classes() -> None:
 
 
 @pytest.mark.parametrize("names", ["2\n1\n0\n", "5\n7\n9\n"])
-def test_a_set_whose_classes_are_named_by_numbers_keeps_them(names: str, pictures: Path, tmp_path: Path) -> None:
+def test_numeric_class_names_of_a_set_are_kept(names: str, pictures: Path, tmp_path: Path) -> None:
     listed = names.split()
     (pictures / "x.csv").write_text(
         "path,y\n" + "".join(f"{i}.png,{name}.0\n" for i, name in enumerate(sorted(listed)))

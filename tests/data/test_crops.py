@@ -22,7 +22,7 @@ def statistics(boxes: np.ndarray, width: int, height: int) -> np.ndarray:
 
 @pytest.mark.parametrize("scale", [(0.4, 1.0), (0.05, 0.4)])
 @pytest.mark.parametrize(("width", "height"), [(200, 150), (60, 300)])
-def test_boxes_are_distributed_as_torchvisions(scale: tuple[float, float], width: int, height: int) -> None:
+def test_box_distribution_matches_torchvision(scale: tuple[float, float], width: int, height: int) -> None:
     n = 4000
     torch.manual_seed(0)
     image = torch.empty(1, height, width)
@@ -42,7 +42,7 @@ def test_boxes_are_distributed_as_torchvisions(scale: tuple[float, float], width
 
 
 @pytest.mark.parametrize(("width", "height"), [(1000, 10), (10, 1000), (4, 4)])
-def test_extreme_shapes_fall_back_to_the_centre_as_torchvision(width: int, height: int) -> None:
+def test_extreme_shapes_fall_back_to_the_centre_like_torchvision(width: int, height: int) -> None:
     box = crop_box(keyed_generator(0, 0, "x", 0), width, height, (1.0, 1.0))
     top, left, h, w = RandomResizedCrop.get_params(torch.empty(1, height, width), [1.0, 1.0], [3 / 4, 4 / 3])
     assert box == (left, top, left + w, top + h)
@@ -80,7 +80,7 @@ def photograph() -> Image.Image:
 
 @pytest.mark.parametrize("image", [picture(3, 60, 45), photograph()], ids=["smooth", "photograph"])
 @pytest.mark.parametrize("flip", [False, True])
-def test_pixels_are_torchvisions_crop_then_resize_then_flip(image: Image.Image, flip: bool) -> None:
+def test_pixels_equal_torchvision_crop_resize_flip(image: Image.Image, flip: bool) -> None:
     """Up and down, to Pillow's rounding."""
     for i in range(20):
         box = crop_box(keyed_generator(0, 0, str(i), 0), *image.size, (0.05, 1.0))

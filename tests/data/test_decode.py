@@ -16,7 +16,7 @@ def pixels(image: Image.Image) -> np.ndarray:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_undone(orientation: int) -> None:
+def test_exif_orientation_is_applied(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(picture(0, 32, 16), "JPEG", exif=exif, quality=95)
@@ -25,7 +25,7 @@ def test_exif_orientation_is_undone(orientation: int) -> None:
     np.testing.assert_array_equal(pixels(decode(data)), np.asarray(expected))
 
 
-def test_broken_exif_leaves_the_picture() -> None:
+def test_broken_exif_is_ignored() -> None:
     data = encoded(picture(0), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
     assert decode(data).size == (20, 16)
 

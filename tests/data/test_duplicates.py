@@ -92,7 +92,7 @@ def test_perceptual_hash_survives_resizing_and_re_encoding() -> None:
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_keep_list_from_images(workers: int, tmp_path: Path) -> None:
+def test_keep_list_is_written_from_images(workers: int, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     files = {
         "a.png": encoded(picture(0, 200, 150)),

@@ -24,7 +24,7 @@ from tests.data.conftest import encoded, picture
 from tests.data.source_helpers import as_parquet_of_bytes, as_table, as_tars, as_zip, contents, tar_of, write
 
 
-def test_links_and_climbing_names_in_tars_are_only_text(tmp_path: Path) -> None:
+def test_links_and_climbing_names_in_tars_are_harmless(tmp_path: Path) -> None:
     (tmp_path / "secret.png").write_bytes(encoded(picture(5)))
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for name, kind, link in [
@@ -46,7 +46,7 @@ def test_links_and_climbing_names_in_tars_are_only_text(tmp_path: Path) -> None:
     assert all(not key.startswith("/") and ".." not in key for key, _ in entries)
 
 
-def test_a_cut_tar_gives_what_is_whole_and_says_so(images: dict[str, bytes], tmp_path: Path) -> None:
+def test_truncated_tar_gives_its_whole_members(images: dict[str, bytes], tmp_path: Path) -> None:
     tar = tar_of(tmp_path / "x.tar", images)
     with tarfile.open(tar) as file:
         seventh = file.getmembers()[6]
@@ -100,7 +100,7 @@ def test_hostile_zip_members_are_bad_images(images: dict[str, bytes], tmp_path: 
     assert "zip bomb" in reasons["huge.png"]
 
 
-def test_a_picture_bomb_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+def test_picture_bomb_is_refused_before_decoding(tmp_path: Path) -> None:
     bomb = bytearray(encoded(picture(0)))
     bomb[16:24] = struct.pack(">II", 60000, 60000)
     bomb[29:33] = struct.pack(">I", zlib.crc32(bomb[12:29]))
@@ -152,7 +152,7 @@ def test_list_paths_that_are_not_utf8_are_read(tmp_path: Path) -> None:
         write(tmp_path / "x.csv", tmp_path / "set3", caption="c")
 
 
-def test_create_is_the_folder_with_the_defaults(image_folder: Path, tmp_path: Path) -> None:
+def test_create_equals_a_folder_source_with_defaults(image_folder: Path, tmp_path: Path) -> None:
     one = create(image_folder, tmp_path / "one")
     two = write(image_folder, tmp_path / "two", Recipe(), kind="folder")
     assert [s.sha256 for s in one.shards] == [s.sha256 for s in two.shards]

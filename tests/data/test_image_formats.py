@@ -24,7 +24,7 @@ def mixed(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("form", ["jpg", "png", "webp", "keep"])
-def test_one_type_of_images_by_option(form: str, mixed: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_format_option_gives_one_image_type(form: str, mixed: Path, tmp_path: Path, capsys: Capture) -> None:
     assert run_create(mixed, tmp_path / "set", "--format", form) == 0
     manifest = manifests.load(tmp_path / "set")
     said = capsys.readouterr().err

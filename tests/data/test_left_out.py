@@ -14,7 +14,7 @@ from tests.data.conftest import encoded, picture
 from tests.data.source_helpers import Capture, classes, counts, left, run_create, tar_of, write
 
 
-def test_an_unfinished_tar_of_img2dataset_is_counted(image_folder: Path, tmp_path: Path) -> None:
+def test_unfinished_img2dataset_tar_is_counted(image_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "laion"
     out.mkdir()
     for name in ("00000", "00001"):

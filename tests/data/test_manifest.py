@@ -31,7 +31,7 @@ def write(root: Path, **changes: Any) -> Path:
     return root
 
 
-def test_a_manifest_of_the_first_release_loads(tmp_path: Path) -> None:
+def test_manifest_of_the_first_release_loads(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(GOLDEN)
     expected = Manifest(tmp_path, (Shard("shard-000000.tar", 3, 10240, "00"),), ("a", "b"))
     assert manifests.load(tmp_path) == expected
@@ -107,7 +107,7 @@ def hostile_tar(path: Path) -> None:
         add("pickled.pickle", b"cos\nsystem\n(S'touch /tmp/pwned'\ntR.")
 
 
-def test_a_hostile_tar_is_only_bytes_at_offsets(tmp_path: Path) -> None:
+def test_hostile_tar_members_are_only_bytes_at_offsets(tmp_path: Path) -> None:
     hostile_tar(tmp_path / "x.tar")
     entries = list(manifests.read_index(tmp_path / "x.tar"))
     assert [e.key for e in entries] == ["good", "hard", "climbs", "pickled"]
@@ -121,7 +121,7 @@ def test_a_hostile_tar_is_only_bytes_at_offsets(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["x.tar"]
 
 
-def test_a_scan_of_any_prefix_gives_the_whole_members(tmp_path: Path) -> None:
+def test_scan_of_any_prefix_gives_the_whole_members(tmp_path: Path) -> None:
     hostile_tar(tmp_path / "x.tar")
     whole = (tmp_path / "x.tar").read_bytes()
     everything = manifests.scan(tmp_path / "x.tar")
@@ -134,7 +134,7 @@ def test_a_scan_of_any_prefix_gives_the_whole_members(tmp_path: Path) -> None:
         assert all(at + n <= cut for e in entries for at, n in e.members.values())
 
 
-def test_a_header_that_leads_backwards_ends_the_scan(tmp_path: Path) -> None:
+def test_backward_header_ends_the_scan(tmp_path: Path) -> None:
     """A negative size (base-256) would send a naive scan in circles."""
     info = tarfile.TarInfo("x.png")
     header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
@@ -146,7 +146,7 @@ def test_a_header_that_leads_backwards_ends_the_scan(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["absent", "cut", "garbage", "other shard", "other version"])
-def test_an_index_that_cannot_be_used_is_rebuilt_from_the_tar(shard_set: Manifest, tmp_path: Path, damage: str) -> None:
+def test_unusable_index_is_rebuilt_from_the_tar(shard_set: Manifest, tmp_path: Path, damage: str) -> None:
     name = shard_set.shards[0].name
     source = shard_set.root / name
     (tmp_path / name).write_bytes(source.read_bytes())

@@ -69,7 +69,7 @@ def test_each_set_repeats_only_after_all_its_samples(
         assert abs(images / epochs - float(weight / whole) * steps * batch) <= len(sets) + slots / 2
 
 
-def test_batches_keep_the_shares() -> None:
+def test_batches_keep_the_weights() -> None:
     """Two sets of very different size and weight: every batch holds its share, to within an image."""
     sets = [(w, [1000] * n) for w, n in zip(weights_of(3, 1), (1000, 1), strict=True)]
     order = MixedOrder(0, sets, 5000, 64, 32, 8)
@@ -84,7 +84,7 @@ def test_batches_keep_the_shares() -> None:
     assert order.images(5000) == [240_000, 80_000]
 
 
-def test_the_order_is_the_one_of_the_first_release() -> None:
+def test_order_equals_that_of_the_first_release() -> None:
     """A run resumed by a later version must see the same data: these numbers may never change."""
     order = MixedOrder(7, list(zip(weights_of(3, 1), ([3, 5, 4], [2]), strict=True)), 4, 4, 2, 2)
     assert [order.address(t, slot, i)[:3] for t in (0, 5) for slot in range(2) for i in range(2)] == GOLDEN
@@ -99,7 +99,7 @@ def test_the_order_is_the_one_of_the_first_release() -> None:
     seed=st.integers(0, 2**40),
     start=st.integers(0, 30),
 )
-def test_any_ranks_and_workers_draw_the_same_batches_from_any_start(
+def test_batches_are_equal_for_any_ranks_workers_and_start(
     counts: list[list[int]], slots: int, world: int, workers: int, seed: int, start: int
 ) -> None:
     if slots % world:
@@ -175,7 +175,7 @@ def same(a: list[Batch], b: list[Batch]) -> bool:
     )
 
 
-def test_a_mix_is_the_same_at_any_world_size_and_from_any_step(sets: Path) -> None:
+def test_mixed_batches_are_equal_at_any_world_size_and_step(sets: Path) -> None:
     config = config_of(sets)
     assert steps_per_epoch(config, open_data(config)) == 46 // 8
     run = stream(config, 0, 12)
@@ -183,7 +183,7 @@ def test_a_mix_is_the_same_at_any_world_size_and_from_any_step(sets: Path) -> No
         assert same(stream(config_of(sets, workers=workers), start, stop, world), run[start:stop])
 
 
-def test_sets_come_by_their_weight_and_each_goes_round(sets: Path) -> None:
+def test_sets_are_drawn_by_weight_and_repeated(sets: Path) -> None:
     config = config_of(sets, epoch_samples=80)
     run, count = stream(config, 0, 20), images_of_sets(config, open_data(config))  # two epochs
     keys = [key for batch in run for key in batch.keys]
@@ -198,7 +198,7 @@ def test_sets_come_by_their_weight_and_each_goes_round(sets: Path) -> None:
     assert not torch.equal(*(b.crops[0][:, i] for b, i in twice[:2]))  # other crops when a set comes by again
 
 
-def test_a_bad_sample_is_replaced_by_one_of_its_set(sets: Path, tmp_path: Path) -> None:
+def test_bad_sample_is_replaced_within_its_set(sets: Path, tmp_path: Path) -> None:
     root = tmp_path / "mixed"
     for name in ("large", "small"):
         (root / name).mkdir(parents=True)
@@ -245,7 +245,7 @@ def test_invalid_mixes_are_errors_that_name_the_remedy(sets: Path, n: int) -> No
         batches(config, open_data(config), 0, 1, 0, 1)
 
 
-def test_a_set_that_is_not_whole_is_named(sets: Path, tmp_path: Path) -> None:
+def test_incomplete_set_is_named(sets: Path, tmp_path: Path) -> None:
     (tmp_path / "small").mkdir()
     (tmp_path / "small" / "manifest.json").write_bytes((sets / "small" / "manifest.json").read_bytes())
     config = config_of(sets, small=str(tmp_path / "small"))
@@ -259,7 +259,7 @@ def test_a_set_that_is_not_whole_is_named(sets: Path, tmp_path: Path) -> None:
         open_data(config)
 
 
-def test_a_set_of_other_channels_is_named(sets: Path, tmp_path: Path) -> None:
+def test_set_with_other_channels_is_named(sets: Path, tmp_path: Path) -> None:
     (tmp_path / "four").mkdir()
     raw = json.loads((sets / "small" / "manifest.json").read_text())
     raw["options"] = {"recipe": {"channels": 4, "bits": 8}}
@@ -269,7 +269,7 @@ def test_a_set_of_other_channels_is_named(sets: Path, tmp_path: Path) -> None:
         open_data(config_of(sets, small=str(tmp_path / "four")))
 
 
-def test_a_set_beside_plain_tars_is_read_as_tars(sets: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_set_mixed_with_plain_tars_is_read_as_tars(sets: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = config_of(sets, epoch_samples=16, small=str(sets / "small" / "shard-00000{0..2}.tar"))
     assert not MixedSets.wanted(config.data)
     (batch,) = stream(config, 0, 1)

@@ -41,7 +41,7 @@ def upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "WEBP with alpha"])
-def test_the_tag_turns_every_format(kind: str, orientation: int) -> None:
+def test_orientation_tag_turns_every_format(kind: str, orientation: int) -> None:
     image = picture(0, 32, 16)
     options = {"WEBP": {"lossless": True}, "WEBP with alpha": {"lossless": True}}.get(kind, {})
     data = encoded(image.convert("RGBA") if "alpha" in kind else image, kind[:4], **options)
@@ -57,7 +57,7 @@ def test_json_without_orientation_means_upright(text: bytes | None) -> None:
     assert noted(text) == 1
 
 
-def test_a_source_is_turned_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rotated_images_of_a_source_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tmp_path / "source"
     source.mkdir()
     with tarfile.open(source / "00000.tar", "w") as tar:

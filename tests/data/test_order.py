@@ -35,7 +35,7 @@ def global_batch_at(order: Order, step: int, batch: int, slots: int) -> list[tup
     seed=st.integers(0, 2**40),
     epoch=st.integers(0, 1000),
 )
-def test_every_sample_comes_once_but_the_dropped_tail(
+def test_every_sample_but_the_dropped_tail_comes_once(
     counts: list[int], shape: tuple[int, int], window: int, seed: int, epoch: int
 ) -> None:
     batch, slots = shape
@@ -54,7 +54,7 @@ def test_every_sample_comes_once_but_the_dropped_tail(
     assert set(seen) | dropped == everything
 
 
-def test_a_slot_reads_a_contiguous_range_of_positions() -> None:
+def test_slot_reads_a_contiguous_range_of_positions() -> None:
     order = Order(0, 0, [10, 10, 5], 6, 3, 2)  # N = 25, T = 4, L = 8
     for slot in range(3):
         positions = [order.position(t, slot, i) for t in range(order.steps) for i in range(2)]
@@ -76,7 +76,7 @@ def test_epochs_and_seeds_differ() -> None:
     assert len(set(sequences)) == 4
 
 
-def test_the_order_is_the_one_of_the_first_release() -> None:
+def test_order_equals_that_of_the_first_release() -> None:
     """A run resumed by a later version must see the same data: these numbers may never change."""
     order = Order(7, 2, [3, 5, 4], 4, 2, 2)
     assert [order.locate(p) for p in range(12)] == GOLDEN
@@ -91,7 +91,7 @@ def test_permutation_is_uniform() -> None:
 
 
 @pytest.mark.parametrize("n", [0, 1, 2])
-def test_tiny_permutations(n: int) -> None:
+def test_tiny_permutations_are_bijections(n: int) -> None:
     assert sorted(permutation(n, 0)) == list(range(n))
 
 
@@ -153,7 +153,7 @@ def test_sequential_reads_compute_each_window_once_per_chunk(monkeypatch: pytest
     epoch=st.integers(0, 50),
     data=st.data(),
 )
-def test_any_ranks_and_workers_read_the_same_batches_from_any_start(
+def test_batches_are_equal_for_any_ranks_workers_and_start(
     counts: list[int], slots: int, world: int, workers: int, seed: int, epoch: int, data: st.DataObject
 ) -> None:
     """The parts of every (rank, worker), as the stream deals out slots, against the global batch; the run is cut at a
@@ -192,7 +192,7 @@ def test_example_in_stream_docstring_is_true() -> None:
         assert any(line.split() == ["batch", str(step), *drawn] for line in text.splitlines())
 
 
-def test_a_resume_on_a_thousand_shards_starts_at_once(tmp_path: Path) -> None:
+def test_resume_on_a_thousand_shards_starts_at_once(tmp_path: Path) -> None:
     """From the manifest on disk to the first batch of a late epoch: 2 s at most (its processes' start apart)."""
     one = write_samples((Sample(f"s{i}", None, "png", encoded(picture(i))) for i in range(4)), tmp_path / "set", (), 4)
     (first,) = one.shards

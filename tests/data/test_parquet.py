@@ -14,7 +14,7 @@ from tests.data.source_helpers import contents, counts, parquet, write
 
 
 @pytest.mark.parametrize("numbers", [[1, 0, 2, 0, -1], [1.0, 0.0, 2.0, 0.0, None]])
-def test_class_names_of_the_schema_and_paths_instead_of_bytes(numbers: list[float], pictures: Path) -> None:
+def test_schema_class_names_and_path_columns_are_read(numbers: list[float], pictures: Path) -> None:
     files = [(pictures / f"{i}.png").read_bytes() for i in range(4)]
     rows = [
         {"bytes": files[0], "path": "elsewhere.png"},
@@ -65,12 +65,12 @@ def test_wrong_column_types_are_errors(name: str, pictures: Path) -> None:
         ({"image": [1], "y": [1]}, "column image holds int64"),
     ],
 )
-def test_columns_that_cannot_be_read(columns: dict[str, object], says: str, tmp_path: Path) -> None:
+def test_unreadable_columns_are_refused(columns: dict[str, object], says: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=says):
         open_source(str(parquet(tmp_path / "x.parquet", columns)), SourceOptions(label="y"))
 
 
-def test_a_row_group_is_streamed(tmp_path: Path) -> None:
+def test_row_groups_are_streamed_with_little_memory(tmp_path: Path) -> None:
     """Memory is that of some pages, whatever the row group: 64 MB of images in one, read with less than 24 MB."""
     file = np.random.default_rng(0).bytes(256_000)
     rows = pa.array([{"bytes": file, "path": None}] * 250, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))

@@ -39,7 +39,7 @@ def unit(x: torch.Tensor) -> torch.Tensor:
     return x * torch.tensor(photometric.STD).view(3, 1, 1) + torch.tensor(photometric.MEAN).view(3, 1, 1)
 
 
-def test_without_operations_it_is_torchvisions_normalisation() -> None:
+def test_no_operations_equals_torchvision_normalize() -> None:
     x = images()
     expected = F.normalize(x.float() / 255, photometric.MEAN, photometric.STD)
     torch.testing.assert_close(photometric.apply(x, params(6)), expected, atol=1e-6, rtol=1e-6)
@@ -49,7 +49,7 @@ OPERATIONS = [F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adj
 
 
 @pytest.mark.parametrize("order", range(24))
-def test_jitter_in_every_order_is_torchvisions(order: int) -> None:
+def test_colour_jitter_equals_torchvision_in_every_order(order: int) -> None:
     """To 2e-3: torchvision's grey weighs red by .2989, Pillow's and ours by .299. Rows have their own factors."""
     x = images()
     factors = torch.tensor([[0.6, 0.7, 0.8, -0.1], [1.4, 1.3, 1.2, 0.1], [1.1, 0.6, 1.2, 0.05]]).repeat(2, 1)
@@ -65,7 +65,7 @@ def test_jitter_orders_are_all_permutations() -> None:
     assert set(photometric.ORDERS) == set(itertools.permutations(range(4)))
 
 
-def test_grayscale_and_solarize_are_pillows() -> None:
+def test_grayscale_and_solarize_equal_pillow() -> None:
     x = images()
     every = torch.ones(6, dtype=torch.bool)
     grey = unit(photometric.apply(x, params(6, grayscale=every))) * 255
@@ -78,7 +78,7 @@ def test_grayscale_and_solarize_are_pillows() -> None:
 
 
 @pytest.mark.parametrize("size", [6, 24, 64])
-def test_blur_is_pillows(size: int) -> None:
+def test_blur_equals_pillow(size: int) -> None:
     """To 3/255 at worst on noise (Pillow rounds after each of six passes) and .7/255 on average; borders too."""
     radii = torch.tensor([0.1, 0.3, 0.8, 1.2, 1.6, 2.0])
     x = images(6, size)
@@ -123,7 +123,7 @@ def drawn(n: int, crop: int, seed: int = 0) -> photometric.BatchAugmentationPara
 
 
 @pytest.mark.parametrize("crop", [0, 1, 2])
-def test_the_whole_is_the_official_pillow_pipeline(crop: int) -> None:
+def test_pipeline_equals_the_official_pillow_pipeline(crop: int) -> None:
     """Within Pillow's rounding: 1.5/255 on average over an image."""
     x = torch.from_numpy(np.stack([np.asarray(picture(i, 32, 32)) for i in range(48)])).permute(0, 3, 1, 2).contiguous()
     p = drawn(48, crop)
@@ -151,7 +151,7 @@ def within(share: float, rate: float, n: int) -> bool:
 
 
 @pytest.mark.parametrize(("crop", "blur", "solarize"), [(0, 1.0, 0.0), (1, 0.1, 0.2), (2, 0.5, 0.0), (9, 0.5, 0.0)])
-def test_rates_and_ranges(crop: int, blur: float, solarize: float) -> None:
+def test_rates_and_ranges_match_the_recipe(crop: int, blur: float, solarize: float) -> None:
     n = 4000
     p = drawn(n, crop)
     jittered = p.order >= 0
@@ -180,7 +180,7 @@ def test_draws_of_fields_are_independent() -> None:
     assert np.abs(correlation - np.eye(len(columns))).max() < 0.075
 
 
-def test_flattened_parameters_are_those_of_flattened_crops() -> None:
+def test_flattened_parameters_match_flattened_crops() -> None:
     p = photometric.stack(
         [[photometric.draw_params(keyed_generator(0, 0, f"{v}/{b}", v), v) for b in range(3)] for v in range(4)]
     )
@@ -191,7 +191,7 @@ def test_flattened_parameters_are_those_of_flattened_crops() -> None:
     assert torch.equal(flat.factors[4], p.factors[2, 1])
 
 
-def test_a_demo_batch_takes_well_under_100_ms() -> None:
+def test_demo_batch_takes_well_under_100_ms() -> None:
     """64 images of 2 × 64² + 4 × 32²: 20-30 ms on one idle core; the limit allows for a busy machine."""
     sizes = [(64, 2), (32, 4)]
     crops = [torch.randint(0, 256, (n * 64, 3, s, s), dtype=torch.uint8) for s, n in sizes]

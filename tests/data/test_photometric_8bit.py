@@ -17,7 +17,7 @@ pytest.importorskip("cv2")
 
 
 @pytest.mark.parametrize("crop", [0, 1, 2])
-def test_values_are_those_of_the_device_to_rounding(crop: int) -> None:
+def test_values_equal_the_device_path_up_to_rounding(crop: int) -> None:
     x = torch.from_numpy(np.stack([np.asarray(picture(i, 32, 32)) for i in range(60)])).permute(0, 3, 1, 2)
     expected = unit(photometric.apply(x, drawn(60, crop))).permute(0, 2, 3, 1).numpy() * 255
     errors = []
@@ -32,7 +32,7 @@ def test_values_are_those_of_the_device_to_rounding(crop: int) -> None:
 
 
 @pytest.mark.parametrize("radius", [0.1, 0.5, 0.99, 1.0, 1.4, 2.0])
-def test_the_blur_is_pillows_three_boxes(radius: float) -> None:
+def test_blur_equals_pillow_three_boxes(radius: float) -> None:
     """A Gaussian of the same radius is up to 34 levels away from them."""
     taps = photometric_8bit.box_taps(radius)
     np.testing.assert_allclose(

@@ -30,7 +30,7 @@ def photograph() -> Image.Image:
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize("options", [{"subsampling": 0}, {"subsampling": 2}, {"progressive": True}], ids=str)
-def test_the_pixels_are_pillows(library: str, mode: str, options: dict[str, int]) -> None:
+def test_pixels_equal_pillow(library: str, mode: str, options: dict[str, int]) -> None:
     data = encoded(photograph().convert(mode), "JPEG", quality=85, **options)
     found = open_picture(data)
     assert (found.width, found.height) == (451, 300)
@@ -40,7 +40,7 @@ def test_the_pixels_are_pillows(library: str, mode: str, options: dict[str, int]
 
 
 @pytest.mark.parametrize("reduction", [2, 4, 8])
-def test_scaled_decoding_is_pillows_draft(library: str, reduction: int) -> None:
+def test_scaled_decoding_equals_pillow_draft(library: str, reduction: int) -> None:
     data = encoded(photograph(), "JPEG", quality=90)
     pixels, found = open_picture(data).pixels(reduction)
     draft = Image.open(io.BytesIO(data))
@@ -51,7 +51,7 @@ def test_scaled_decoding_is_pillows_draft(library: str, reduction: int) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_undone(library: str, orientation: int) -> None:
+def test_exif_orientation_is_applied(library: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(picture(0, 32, 16), "JPEG", exif=exif, quality=95)
@@ -95,7 +95,7 @@ ARITHMETIC_JPEG = base64.b64decode(  # 48 x 32, of cjpeg -arithmetic -quality 75
 
 @pytest.mark.parametrize("reduction", [1, 2, 4, 8])
 @pytest.mark.parametrize("kind", ["lossless grey", "lossless", "arithmetic", "CMYK", "stored as RGB", "4:1:1"])
-def test_what_create_accepts_training_decodes_at_every_reduction(library: str, kind: str, reduction: int) -> None:
+def test_accepted_images_decode_at_every_reduction(library: str, kind: str, reduction: int) -> None:
     photo = photograph().crop((0, 0, 64, 48))
     data = {
         "lossless grey": lambda: lossless_jpeg(np.asarray(photo.convert("L"))),
@@ -119,7 +119,7 @@ def test_what_create_accepts_training_decodes_at_every_reduction(library: str, k
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_of_other_formats(kind: str, orientation: int) -> None:
+def test_exif_orientation_of_other_formats_is_applied(kind: str, orientation: int) -> None:
     stored = np.asarray(picture(0, 32, 16))
     exif = Image.Exif()
     exif[0x0112] = orientation

@@ -121,7 +121,7 @@ def commands_of(recipe: str, arguments: list[str], where: Path) -> list[list[str
     return [json.loads(line) for line in log.read_text().splitlines()]
 
 
-def test_every_recipe_is_tried_and_described() -> None:
+def test_every_recipe_is_tested_and_documented() -> None:
     recipes = {path.name for path in RECIPES.iterdir() if path.suffix == ".sh"}
     assert recipes == set(CASES)
     described = (RECIPES / "README.md").read_text()
@@ -132,7 +132,7 @@ def test_every_recipe_is_tried_and_described() -> None:
 
 
 @pytest.mark.parametrize("recipe", CASES)
-def test_a_recipe_runs(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recipe_writes_a_set(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make, arguments, sets = CASES[recipe]
     make(tmp_path / "src")
     monkeypatch.chdir(tmp_path)
@@ -148,7 +148,7 @@ def test_a_recipe_runs(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("recipe", CASES)
-def test_a_recipe_without_arguments_says_how_to_use_it(recipe: str) -> None:
+def test_recipe_without_arguments_prints_its_usage(recipe: str) -> None:
     done = subprocess.run([str(RECIPES / recipe)], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("usage: ")

@@ -13,7 +13,7 @@ def cut() -> tuple[list[samples.Sample], list[samples.Sample]]:
     return samples.demo_samples(size=32, train=4, test=2)
 
 
-def test_counts_classes_and_order(cut: tuple[list[samples.Sample], list[samples.Sample]]) -> None:
+def test_samples_have_expected_counts_classes_and_order(cut: tuple[list[samples.Sample], list[samples.Sample]]) -> None:
     n = len(samples.CLASSES)
     assert n == 20
     for part, each in zip(cut, (4, 2), strict=True):
@@ -23,7 +23,7 @@ def test_counts_classes_and_order(cut: tuple[list[samples.Sample], list[samples.
     assert not {s.key for s in cut[0]} & {s.key for s in cut[1]}
 
 
-def test_the_same_arguments_give_the_same_bytes(cut: tuple[list[samples.Sample], list[samples.Sample]]) -> None:
+def test_samples_are_reproducible(cut: tuple[list[samples.Sample], list[samples.Sample]]) -> None:
     assert samples.demo_samples(size=32, train=4, test=2) == cut
     assert samples.demo_samples(size=32, train=4, test=2, seed=1) != cut
 

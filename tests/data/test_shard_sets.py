@@ -128,7 +128,7 @@ def test_killed_worker_is_one_line_error_and_restart_finishes(image_folder: Path
 
 
 @pytest.mark.slow
-def test_ten_random_kills_and_the_bytes_of_an_undisturbed_run(tmp_path: Path) -> None:
+def test_set_after_ten_random_kills_equals_undisturbed_set(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     for i in range(400):
         (tmp_path / "images" / f"{i}.jpg").write_bytes(encoded(picture(i, 200, 150), "JPEG"))
@@ -186,7 +186,7 @@ def test_bytes_per_shard_bounds_each_shard(tmp_path: Path) -> None:
     assert all(sum(shard) + following[0] > 40_000 for shard, following in pairwise(sizes))
 
 
-def test_the_sources_order_can_be_kept(image_folder: Path, tmp_path: Path) -> None:
+def test_no_shuffle_keeps_the_source_order(image_folder: Path, tmp_path: Path) -> None:
     [manifest] = write(image_folder, tmp_path / "set", Recipe(shuffle=False)).values()
     assert keys(manifest) == sorted(keys(manifest))
 
@@ -239,7 +239,7 @@ def test_exact_duplicates_are_dropped_and_named(image_folder: Path, tmp_path: Pa
         write(image_folder, tmp_path / "part", Recipe(drop_duplicates=True), part=Part(1, 2))
 
 
-def test_a_keep_list_chooses(image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_keep_list_selects_images(image_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "keep.txt").write_text("# chosen\na/p0.png\nb/p1.png\nno/such.png\n")
     [manifest] = write(image_folder, tmp_path / "set", Recipe(keep=tmp_path / "keep.txt")).values()
     assert sorted(keys(manifest)) == ["a/p0", "b/p1"]
@@ -293,7 +293,7 @@ def test_re_encoding_gives_the_asked_size_quality_and_format(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("split", ["", "val"])
-def test_repair_writes_what_is_damaged_and_nothing_else(split: str, image_folder: Path, tmp_path: Path) -> None:
+def test_repair_rewrites_only_damaged_shards(split: str, image_folder: Path, tmp_path: Path) -> None:
     for i in range(12, 40):
         (image_folder / "a" / f"p{i}.png").write_bytes(encoded(picture(i)))
     recipe = Recipe(samples_per_shard=3, seed=3, val_fraction=0.5 if split else 0.0, reencode=Reencode(short_side=12))
@@ -333,7 +333,7 @@ def test_repair_from_another_source_changes_nothing(image_folder: Path, tmp_path
         repair(tmp_path / "made", str(image_folder))
 
 
-def test_repair_does_not_put_other_pixels_in(tmp_path: Path) -> None:
+def test_repair_refuses_other_pixels(tmp_path: Path) -> None:
     """The same names and sizes, so that only the bytes themselves can tell."""
     (tmp_path / "images").mkdir()
     for i in range(6):
@@ -364,7 +364,7 @@ def test_records_of_another_run_are_not_mixed_in(image_folder: Path, tmp_path: P
         write(image_folder, tmp_path / "set", Recipe(samples_per_shard=3, seed=1), part=Part(2, 2))
 
 
-def test_a_set_is_not_written_inside_another(image_folder: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_set_is_not_written_inside_another(image_folder: Path, tmp_path: Path, capsys: Capture) -> None:
     assert run_create(image_folder, tmp_path / "set") == 0
     for where, *more in ((tmp_path / "set", "--val-fraction", 0.5), (tmp_path / "set" / "inner",)):
         assert run_create(image_folder, where, *more) == 2

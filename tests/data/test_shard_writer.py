@@ -41,7 +41,7 @@ def test_a_set_holds_every_file_unchanged(image_folder: Path, tmp_path: Path) ->
     assert verify(tmp_path / "set") == []
 
 
-def test_the_order_of_files_is_shuffled_by_the_seed(image_folder: Path, tmp_path: Path) -> None:
+def test_file_order_is_shuffled_by_the_seed(image_folder: Path, tmp_path: Path) -> None:
     keys = {}
     for seed in (0, 1):
         manifest = create(image_folder, tmp_path / f"set{seed}", samples_per_shard=12, seed=seed)
@@ -150,7 +150,7 @@ def test_unusable_destinations_are_errors(tmp_path: Path, image_folder: Path) ->
         create(image_folder, tmp_path / "file")
 
 
-def test_a_finished_set_is_left_alone(tmp_path: Path, image_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finished_set_is_unchanged(tmp_path: Path, image_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = create(image_folder, tmp_path / "set", 5)
     before = {name: (tmp_path / "set" / name).stat().st_mtime_ns for name in listing(tmp_path / "set")}
     assert create(image_folder, tmp_path / "set", 5) == first
@@ -181,7 +181,7 @@ shard_writer.write_source(sys.argv[1], Path(sys.argv[2]), SourceOptions(), Recip
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
-def test_interrupted_writing_leaves_nothing_whole_and_goes_on_later(
+def test_interrupted_writing_leaves_no_set_and_resumes(
     sign: signal.Signals,
     workers: int,
     image_folder: Path,

@@ -218,14 +218,14 @@ def check(seed: int, root: Path) -> None:
 
 
 @pytest.mark.parametrize("part", range(6))
-def test_used_and_counted_are_everything(part: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_file_is_used_or_counted(part: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda handle: None)  # durability has tests of its own
     for seed in range(part, FAST, 6):
         check(seed, tmp_path)
 
 
 @pytest.mark.slow
-def test_used_and_counted_are_everything_in_500_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_file_of_500_sources_is_used_or_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda handle: None)
     for seed in range(FAST, ALL):
         check(seed, tmp_path)

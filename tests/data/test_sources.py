@@ -62,7 +62,7 @@ def test_every_source_gives_the_same_images(name: str, images: dict[str, bytes],
     assert [s.sha256 for s in again.shards] == [s.sha256 for s in manifest.shards]
 
 
-def test_a_list_may_come_on_stdin(images: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_list_is_read_from_stdin(images: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "".join(f"images/{name}\n" for name in images)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
@@ -70,7 +70,7 @@ def test_a_list_may_come_on_stdin(images: dict[str, bytes], tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("kaggle", [False, True])
-def test_imagenets_layout_becomes_two_sets_with_the_same_classes(kaggle: bool, tmp_path: Path) -> None:
+def test_imagenet_layout_becomes_two_sets_with_the_same_classes(kaggle: bool, tmp_path: Path) -> None:
     base = tmp_path / ("ILSVRC/Data/CLS-LOC" if kaggle else "ILSVRC")
     for i, wnid in enumerate(["n03", "n01", "n02"]):
         (base / "train" / wnid).mkdir(parents=True)
@@ -91,7 +91,7 @@ def test_imagenets_layout_becomes_two_sets_with_the_same_classes(kaggle: bool, t
     assert list(contents(sets["val"]).values()) == [("n02", None)]
 
 
-def test_sets_become_one_set(images: dict[str, bytes], tmp_path: Path) -> None:
+def test_several_sets_become_one(images: dict[str, bytes], tmp_path: Path) -> None:
     for name, kept in (("one", ["a/p0.png", "b/p1.png"]), ("two", ["b/p3.png"])):
         (tmp_path / "names").write_text("b\na\n")
         (tmp_path / "list.txt").write_text("".join(f"images/{path}\n" for path in kept))
@@ -114,7 +114,7 @@ def test_numbers_as_labels_keep_their_meaning(images: dict[str, bytes], tmp_path
     assert {label for label, _ in contents(manifest).values()} == {"7", "2"}
 
 
-def test_classes_may_be_given(images: dict[str, bytes], tmp_path: Path) -> None:
+def test_class_names_can_be_given(images: dict[str, bytes], tmp_path: Path) -> None:
     (tmp_path / "names").write_text("z\nb\na\n")
     manifest = write(tmp_path / "images", tmp_path / "set", classes=tmp_path / "names")
     assert manifest.classes == ("z", "b", "a")
@@ -130,7 +130,7 @@ def test_classes_may_be_given(images: dict[str, bytes], tmp_path: Path) -> None:
     assert "not one of the classes given" in lines[0]
 
 
-def test_a_path_that_comes_twice_is_written_twice(images: dict[str, bytes], tmp_path: Path) -> None:
+def test_repeated_path_is_written_twice(images: dict[str, bytes], tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("images/a/p0.png\n" * 3 + "images/b/p1.png\n")
     manifest = write(tmp_path / "x.txt", tmp_path / "set")
     assert manifest.samples == 4
@@ -174,7 +174,7 @@ def test_missing_pyarrow_error_names_the_extra(tmp_path: Path, monkeypatch: pyte
         open_source(str(tmp_path / "x.parquet"), SourceOptions())
 
 
-def test_a_wrong_root_stops_instead_of_quarantining_everything(tmp_path: Path) -> None:
+def test_wrong_root_stops_instead_of_quarantining_everything(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("".join(f"no/{i}.png\n" for i in range(300)))
     with pytest.raises(UserError, match=r"like the 99 files before it; is .* the folder that the paths start at"):
         write_source(str(tmp_path / "x.txt"), tmp_path / "set", SourceOptions(), Recipe())

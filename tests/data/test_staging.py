@@ -25,7 +25,7 @@ def contents(root: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in root.iterdir() if not path.name.startswith((".", "quarantine"))}
 
 
-def test_a_staged_set_is_the_set(tmp_path: Path, shards: manifests.Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_staged_set_equals_the_set(tmp_path: Path, shards: manifests.Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NODE_DISK", str(tmp_path / "disk"))
     staged = staging.staged(shards, "$NODE_DISK/deep/er")
     assert staged.root.is_relative_to(tmp_path / "disk/deep/er")
@@ -81,7 +81,7 @@ def test_staging_errors_name_the_remedy(
 
 
 @pytest.mark.slow
-def test_a_run_reads_the_copy_and_goes_on_without_it(tmp_path: Path, shards: manifests.Manifest) -> None:
+def test_run_reads_the_copy_and_resumes_without_it(tmp_path: Path, shards: manifests.Manifest) -> None:
     """The same numbers from the copy; a resume may read the shared set again."""
     disk = tmp_path / "disk"
     for name, steps, stage in (("plain", 4, None), ("staged", 4, str(disk))):
@@ -95,7 +95,7 @@ def test_a_run_reads_the_copy_and_goes_on_without_it(tmp_path: Path, shards: man
     assert launcher.start_cli("pretrain", str(plain)).wait(timeout=120) == 0
 
 
-def test_every_piece_of_a_copy_is_progress(tmp_path: Path, shards: manifests.Manifest, monkeypatch) -> None:
+def test_every_copied_piece_counts_as_progress(tmp_path: Path, shards: manifests.Manifest, monkeypatch) -> None:
     """An hour of honest copying is no hang, however large the shards are; a copy that stands still is one."""
     monkeypatch.setattr(staging, "PIECE", 1000)
     pieces: list[None] = []

@@ -81,7 +81,7 @@ def test_slots_change_the_order(shard_set: Manifest) -> None:
 
 
 @pytest.mark.parametrize(("workers", "world"), [(1, 1), (2, 1), (3, 1), (3, 2)])
-def test_loader_processes_change_nothing(shard_set: Manifest, workers: int, world: int) -> None:
+def test_loader_processes_do_not_change_batches(shard_set: Manifest, workers: int, world: int) -> None:
     """Bit for bit, over an epoch's end, whatever seeds torch gives the workers."""
     reference = stream(shard_set, 4, 9)
     torch.manual_seed(workers)
@@ -90,7 +90,7 @@ def test_loader_processes_change_nothing(shard_set: Manifest, workers: int, worl
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_every_sample_once_an_epoch(shard_set: Manifest) -> None:
+def test_every_sample_comes_once_per_epoch(shard_set: Manifest) -> None:
     everything = {entry.key for s in shard_set.shards for entry in manifests.read_index(shard_set.root / s.name)}
     run = stream(shard_set, 0, 18)
     epochs = [[key for batch in run[e * 6 : e * 6 + 6] for key in batch.keys] for e in range(3)]
@@ -100,7 +100,7 @@ def test_every_sample_once_an_epoch(shard_set: Manifest) -> None:
     assert len({tuple(keys) for keys in epochs}) == 3
 
 
-def test_resuming_anywhere_is_uninterrupted(shard_set: Manifest) -> None:
+def test_resumed_stream_equals_uninterrupted_stream(shard_set: Manifest) -> None:
     uninterrupted = stream(shard_set, 0, 15)
     for start in range(15):
         assert_equal(
@@ -109,7 +109,7 @@ def test_resuming_anywhere_is_uninterrupted(shard_set: Manifest) -> None:
     assert stream(shard_set, 5, 5) == []
 
 
-def test_a_sample_has_other_crops_in_another_epoch_and_seed(shard_set: Manifest) -> None:
+def test_crops_change_with_epoch_and_seed(shard_set: Manifest) -> None:
     def of(run: list[Batch], key: str) -> torch.Tensor:
         return next(b.crops[0][:, b.keys.index(key)] for b in run if key in b.keys)
 
@@ -120,7 +120,7 @@ def test_a_sample_has_other_crops_in_another_epoch_and_seed(shard_set: Manifest)
         assert not torch.equal(of(first, key), of(third, key))
 
 
-def test_a_samples_crops_do_not_depend_on_the_others(shard_set: Manifest, tmp_path: Path) -> None:
+def test_crops_of_a_sample_do_not_depend_on_others(shard_set: Manifest, tmp_path: Path) -> None:
     """The same keys in another set, order and batch size give the same crops and parameters."""
     samples = [Sample(f"c{i % 3}/s{i:03d}", None, "png", encoded(picture(i))) for i in range(20)]
     other = write_samples(reversed(samples), tmp_path / "other", samples_per_shard=20)
@@ -153,7 +153,7 @@ def overwrite(manifest: Manifest, shard: int, i: int) -> str:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_bad_sample_is_replaced_and_nothing_else_moves(shard_set: Manifest, tmp_path: Path, workers: int) -> None:
+def test_bad_sample_is_replaced_without_moving_others(shard_set: Manifest, tmp_path: Path, workers: int) -> None:
     broken = damaged_copy(shard_set, tmp_path / "set")
     config = config_with()
     order = Order(config.seed, 0, [s.samples for s in shard_set.shards], 8, config.slots, 2)
@@ -182,7 +182,7 @@ def test_a_bad_sample_is_replaced_and_nothing_else_moves(shard_set: Manifest, tm
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
-def test_a_damaged_shard_is_replaced_by_others(shard_set: Manifest, tmp_path: Path, damage: str) -> None:
+def test_damaged_shard_is_replaced_by_others(shard_set: Manifest, tmp_path: Path, damage: str) -> None:
     broken = damaged_copy(shard_set, tmp_path / "set")
     path = broken.root / broken.shards[1].name
     if damage == "truncated":
@@ -200,7 +200,7 @@ def test_a_damaged_shard_is_replaced_by_others(shard_set: Manifest, tmp_path: Pa
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_storage_that_is_gone_stops_with_one_line(
+def test_missing_storage_is_one_error_line(
     shard_set: Manifest, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(readers, "RETRY_DELAYS", (0.01, 0.1))
@@ -254,7 +254,7 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGINT])
-def test_workers_leave_signals_to_their_parent_and_die_with_it(shard_set: Manifest, sign: signal.Signals) -> None:
+def test_workers_ignore_signals_and_die_with_their_parent(shard_set: Manifest, sign: signal.Signals) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", ABANDONED, shard_set.root],
         stdout=subprocess.PIPE,
@@ -320,7 +320,7 @@ def test_evaluation_reads_a_folder_with_classes(image_folder: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(("width", "height"), [(40, 30), (31, 57), (16, 16), (4, 300), (13, 20)])
-def test_evaluation_is_torchvisions_resize_and_centre_crop(tmp_path: Path, width: int, height: int) -> None:
+def test_evaluation_transform_equals_torchvision(tmp_path: Path, width: int, height: int) -> None:
     image = picture(5, width, height)
     (tmp_path / "x.png").write_bytes(encoded(image))
     transform = v2.Compose(
@@ -361,7 +361,7 @@ def test_centre_crop_of_long_image_uses_little_memory(monkeypatch: pytest.Monkey
     assert np.abs(found.astype(int) - expected).mean() < 0.5
 
 
-def test_evaluation_leaves_bad_images_out_and_counts_them(image_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_evaluation_counts_and_skips_bad_images(image_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("a/p0.png", "a/p2.png", "b/p1.png"):
         (image_folder / name).write_bytes(b"")
     for workers in (0, 2):

@@ -10,7 +10,7 @@ from esvit_scale.errors import UserError
 from tests.data.source_helpers import Capture, contents, counts, write
 
 
-def test_pandas_floats_and_empty_cells(pictures: Path) -> None:
+def test_pandas_floats_and_empty_cells_are_read(pictures: Path) -> None:
     (pictures / "x.csv").write_text(",path,y\n0,0.png,2.0\n1,1.png,\n2,2.png,10.0\n3,3.png,-1\n")
     manifest = write(pictures / "x.csv", pictures / "set", label="y")
     assert sorted(label or "" for label, _ in contents(manifest).values()) == ["10", "2"]
@@ -69,7 +69,7 @@ QUOTED = {
 
 
 @pytest.mark.parametrize("name", QUOTED)
-def test_a_quoted_tsv_asks_for_the_option(name: str, pictures: Path) -> None:
+def test_quoted_tsv_error_names_the_option(name: str, pictures: Path) -> None:
     (pictures / "x.tsv").write_text(QUOTED[name])
     with pytest.raises(UserError, match=r"line \d.* fields are quoted, add --quoted"):
         open_source(str(pictures / "x.tsv"), SourceOptions(label="w"))
@@ -77,7 +77,7 @@ def test_a_quoted_tsv_asks_for_the_option(name: str, pictures: Path) -> None:
     assert (source.name(0), source.classes) == ("0.png", ("0", "1"))
 
 
-def test_tables_as_excel_writes_them(pictures: Path) -> None:
+def test_excel_tables_are_read_or_refused(pictures: Path) -> None:
     def opened(text: bytes, label: str | None = "y") -> tuple[tuple[str, ...], list[str]]:
         (pictures / "x.csv").write_bytes(text)
         [source] = open_source(str(pictures / "x.csv"), SourceOptions(label=label)).values()

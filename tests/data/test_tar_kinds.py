@@ -250,7 +250,7 @@ def test_streams_use_or_count_every_member(name: str, squeeze: Callable[[bytes],
     assert len({raw.key for raw in came}) == len(came)
 
 
-def test_a_label_named_after_another_image_stays_with_it(tmp_path: Path) -> None:
+def test_label_stays_with_its_image(tmp_path: Path) -> None:
     members = [("s.left.png", IMAGES[1]), ("s.right.png", IMAGES[2]), ("s.left.cls", b"1"), ("t.png", IMAGES[3])]
     (tmp_path / "x.tar").write_bytes(tar_of([*members, ("t.mask.png", IMAGES[4]), ("t.mask.cls", b"2")]))
     source = TarSource([tmp_path / "x.tar"], tmp_path)
@@ -288,7 +288,7 @@ def test_hard_links_are_read_and_other_links_are_lost_images(tmp_path: Path) -> 
     }
 
 
-def test_photos_that_a_dot_puts_beside_another_are_lost_images(tmp_path: Path) -> None:
+def test_photos_merged_by_a_dot_are_counted_as_lost(tmp_path: Path) -> None:
     names = ["Smith.jpg", "Smith.John.jpg", "Lee.jpg"]
     (tmp_path / "x.tar").write_bytes(tar_of([(name, IMAGES[i]) for i, name in enumerate(names)]))
     left = TarSource([tmp_path / "x.tar"], tmp_path).left_out
@@ -310,7 +310,7 @@ def test_compressed_tars_are_detected_by_ending(tmp_path: Path) -> None:
             open_source(str(tmp_path / name), SourceOptions())
 
 
-def test_an_empty_file_is_called_so(tmp_path: Path) -> None:
+def test_empty_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(b"")
     with pytest.raises(UserError, match=r"x\.tar: empty file\)"):
         TarSource([tmp_path / "x.tar"], tmp_path)
@@ -318,7 +318,7 @@ def test_an_empty_file_is_called_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("squeeze", [gzip.compress, bz2.compress, lzma.compress])
-def test_compressed_tars_joined_with_cat(squeeze: Callable[[bytes], bytes], tmp_path: Path) -> None:
+def test_concatenated_compressed_tars_are_read(squeeze: Callable[[bytes], bytes], tmp_path: Path) -> None:
     """Several compressed streams in one file, each a whole tar: tarfile's own reader ends behind the first."""
     (tmp_path / "x.tar").write_bytes(b"".join(squeeze(tar_of(simple("", range(k, k + 4)))) for k in (0, 4, 8)))
     came, told = streamed(tmp_path / "x.tar")
@@ -338,7 +338,7 @@ def test_bytes_after_the_end_marker_are_reported(tail: bytes, says: str, tmp_pat
     assert [says in str(row["reason"]) for row in told] == ([True] if says else [])
 
 
-def test_streams_say_how_to_sort_a_tar(tmp_path: Path) -> None:
+def test_unsorted_tar_error_says_how_to_sort(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(ONLY_CREATED["labels behind all images"][0]())
     came, (row,) = streamed(tmp_path / "x.tar")
     assert [IMAGES.index(raw.image) for raw in came] == list(range(8))
@@ -346,7 +346,7 @@ def test_streams_say_how_to_sort_a_tar(tmp_path: Path) -> None:
     assert "tar --sort=name" in str(row["reason"])
 
 
-def test_compressed_tars_say_what_they_are(tmp_path: Path) -> None:
+def test_compressed_tar_error_names_the_compression(tmp_path: Path) -> None:
     for name in ("x.tar", "y.tar.gz"):
         (tmp_path / name).write_bytes(gzip.compress(tar_of(simple("", range(8)))))
     with pytest.raises(UserError, match=r"x\.tar: is compressed with gzip .*decompress it"):
@@ -391,7 +391,7 @@ def test_names_are_split_into_key_and_extension(name: str, key: str, ext: str) -
     assert bool(no_sample(name)) == (not ext)
 
 
-def test_joining_needs_little_memory() -> None:
+def test_joining_members_uses_little_memory() -> None:
     """Images first, labels afterwards: the members' places are kept in a file, not in memory."""
     n = 2_000
     tracemalloc.start()
@@ -403,7 +403,7 @@ def test_joining_needs_little_memory() -> None:
     assert peak < 120 * 2 * n + 200_000
 
 
-def test_a_stream_reads_what_a_file_reads() -> None:
+def test_stream_reader_equals_file_reader() -> None:
     """`Forward` over a stream that gives few bytes at a time, with steps back of up to a block."""
 
     class Slow(io.BytesIO):
@@ -420,7 +420,7 @@ STRANGE = ["._a.png", ".DS_Store", "__MACOSX/._b.png", ".hidden.png", "README", 
 
 
 @pytest.mark.parametrize("order", ["sorted", "shuffled", "twice"])
-def test_used_and_counted_are_everything(order: str, tmp_path: Path) -> None:
+def test_every_member_is_used_or_counted(order: str, tmp_path: Path) -> None:
     """Combinations of the kinds, every member with bytes of its own."""
     rng = random.Random(order)
     for n in range(60):

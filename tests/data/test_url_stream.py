@@ -60,7 +60,7 @@ def same(a: Batch, b: Batch) -> bool:
 
 @pytest.mark.parametrize("spec", ["{root}/a-{{0..7}}.tar", "pipe:cat {root}/a-{{0..7}}.tar"])
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 2)])
-def test_every_sample_comes_once_an_epoch(tars: Path, spec: str, world: int, workers: int) -> None:
+def test_every_sample_comes_once_per_epoch(tars: Path, spec: str, world: int, workers: int) -> None:
     config = config_of(workers, train=spec.format(root=tars))
     assert steps_per_epoch(config, open_data(config)) == 10
     ranks = [stream(config, 0, 20, rank, world) for rank in range(world)]
@@ -74,7 +74,7 @@ def test_every_sample_comes_once_an_epoch(tars: Path, spec: str, world: int, wor
 
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (2, 0), (1, 2)])
-def test_resuming_anywhere_is_uninterrupted_at_the_same_world_size(
+def test_resumed_stream_equals_uninterrupted_at_the_same_world_size(
     tars: Path, world: int, workers: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = config_of(workers, train=f"{tars}/a-{{0..7}}.tar")
@@ -126,7 +126,7 @@ def test_bad_samples_and_tars_are_replaced_and_named(tars: Path, tmp_path: Path)
         assert all(map(same, stream(config, start, 8), run[start:]))
 
 
-def test_tars_that_are_gone_stop_with_one_line(tars: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_tars_are_one_error_line(tars: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tar_stream, "RETRY_DELAYS", (0.01,))
     config = config_of(train="pipe:cat /no/such/{0..3}.tar 2>&-")
     with pytest.raises((RestartCanHelp, UserError), match="none of this worker's 4 tars gave a sample"):

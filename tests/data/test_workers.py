@@ -58,7 +58,7 @@ def test_batches_report_each_workers_rate(shard_set: Manifest) -> None:
         assert all(1 < rate < 1e6 for rate in batch.worker_rates)
 
 
-def test_a_worker_that_lags_is_named() -> None:
+def test_slow_worker_is_named() -> None:
     rates = WorkerRates()
     assert rates.take() == ({}, "")
     for _ in range(3):
@@ -70,7 +70,7 @@ def test_a_worker_that_lags_is_named() -> None:
     assert rates.take()[1] == ""
 
 
-def test_a_workers_memory_stays_flat(tmp_path: Path) -> None:
+def test_worker_memory_does_not_grow(tmp_path: Path) -> None:
     """Private memory after 3 and after 15 epochs of pictures of many sizes and formats, some of them bad."""
     kinds = ["JPEG", "PNG", "WEBP"]
     samples = [

@@ -31,7 +31,7 @@ def pair(channels: int, affine: bool = True) -> tuple[BatchNorm, nn.Module]:
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_outputs_gradients_and_statistics_are_torchs(shape: tuple[int, ...], training: bool, affine: bool) -> None:
+def test_outputs_gradients_and_statistics_match_torch(shape: tuple[int, ...], training: bool, affine: bool) -> None:
     ours, plain = pair(5, affine)
     theirs = plain[0 if len(shape) == 2 else 1]
     ours.train(training)
@@ -51,7 +51,7 @@ def test_outputs_gradients_and_statistics_are_torchs(shape: tuple[int, ...], tra
         torch.testing.assert_close(buffer, theirs.get_buffer(name), rtol=1e-12, atol=1e-12, msg=name)
 
 
-def test_half_precision_counts_in_fp32() -> None:
+def test_half_precision_statistics_are_fp32() -> None:
     """256 numbers near 1000 with spread 1: in bf16 their mean square says nothing about their variance."""
     norm = BatchNorm(1).train()
     x = (1000 + torch.randn(256, 1)).bfloat16()
@@ -61,7 +61,7 @@ def test_half_precision_counts_in_fp32() -> None:
     torch.testing.assert_close(norm.running_var.double(), 0.9 + 0.1 * exact.var(0), rtol=1e-4, atol=0)
 
 
-def test_a_batch_that_is_not_finite_leaves_the_statistics_alone() -> None:
+def test_nonfinite_batch_does_not_change_the_statistics() -> None:
     norm = BatchNorm(3).train()
     norm(torch.randn(4, 3))
     before = norm.running_mean.clone(), norm.running_var.clone()
@@ -93,7 +93,7 @@ def _without_plan(block: nn.Module) -> Any:
 
 
 @pytest.mark.parametrize("implementation", ["none", "torch", "deepspeed", "fairscale"])
-def test_recomputation_counts_a_batch_once(implementation: activation_checkpointing.Implementation) -> None:
+def test_recomputation_updates_statistics_once(implementation: activation_checkpointing.Implementation) -> None:
     torch.manual_seed(0)
     trunk, x = OneBlock(), torch.randn(8, 3)
     start = {k: v.clone() for k, v in trunk.state_dict().items()}
@@ -136,7 +136,7 @@ def whole_and_ranks(tmp_path: Path) -> tuple[dict[str, Tensor], list[dict[str, T
     return _normed(x, 1), [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-def test_two_ranks_are_one(whole_and_ranks: tuple[dict[str, Tensor], list[dict[str, Tensor]]]) -> None:
+def test_two_ranks_match_one(whole_and_ranks: tuple[dict[str, Tensor], list[dict[str, Tensor]]]) -> None:
     whole, ranks = whole_and_ranks
     for name, expected in whole.items():
         got = torch.cat([of[name] for of in ranks]) if name in ("y", "grad x") else ranks[0][name]

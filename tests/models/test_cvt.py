@@ -45,7 +45,7 @@ def official_case(case: dict, dtype: torch.dtype) -> tuple[CvT, list[Tensor], Te
 
 
 @pytest.mark.parametrize(("case", "dtype"), [(OFFICIAL[0], torch.float64), (OFFICIAL[1], torch.float32)])
-def test_the_official_codes_numbers(case: dict, dtype: torch.dtype) -> None:
+def test_outputs_match_official_code(case: dict, dtype: torch.dtype) -> None:
     """Outputs at 224, 96 and 100 pixels and gradients of the official module in float64, weights and inputs by rule:
     a narrow model, and the full one in fp32."""
     trunk, crops, view, regions = official_case(case, dtype)
@@ -67,7 +67,7 @@ def test_the_official_codes_numbers(case: dict, dtype: torch.dtype) -> None:
         assert (grad * by_hash(name + "g", grad.shape)).sum().item() == pytest.approx(projection, abs=10 * near * norm)
 
 
-def test_the_published_model() -> None:
+def test_published_model_has_expected_size() -> None:
     with torch.device("meta"):
         trunk = build_trunk(configs.resolve("cvt_s1"))
     assert sum(p.numel() for p in trunk.parameters()) == 29_303_616
@@ -77,7 +77,7 @@ def test_the_published_model() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_packed_is_one_pass_per_resolution(training: bool) -> None:
+def test_packed_forward_equals_one_pass_per_resolution(training: bool) -> None:
     """In evaluation mode one per image as well; gradients too."""
     trunk, crops = make().train(training), crops_of(GROUPS)
     alone = [[x] for x in crops] if training else [[image] for x in crops for image in x.split(1)]
@@ -91,7 +91,7 @@ def test_packed_is_one_pass_per_resolution(training: bool) -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-def test_pads_are_convolved_and_counted_in_the_statistics() -> None:
+def test_padding_enters_convolutions_and_statistics() -> None:
     """A map of 5 × 5 tokens and windows of 4: BatchNorm sees 8 × 8."""
     seen = []
     trunk = CvT(*SHAPE, window=4)
@@ -108,7 +108,7 @@ def test_overrides_change_the_shape() -> None:
         build_trunk(configs.resolve("cvt_s1", ["model.depths=[1,1]", "model.heads=[1,1]"]))
 
 
-def test_last_blocks_and_stage_maps() -> None:
+def test_last_blocks_and_stage_maps_have_expected_shapes() -> None:
     trunk, crops = make().eval(), crops_of(GROUPS)
     maps = trunk.last_blocks(crops, 3)
     assert [m.tokens.shape[1] for m in maps] == [16, 24, 32]
@@ -122,7 +122,7 @@ def test_last_blocks_and_stage_maps() -> None:
     assert [tuple(x.shape[1:]) for x in Pyramid(trunk)(crops[0])] == [(8, 16, 16), (16, 8, 8), (24, 4, 4), (32, 2, 2)]
 
 
-def test_a_checkpointed_block_call_changes_nothing() -> None:
+def test_activation_checkpointing_changes_nothing() -> None:
     crops, keys, found = crops_of(GROUPS), drop_keys(0, 1, torch.arange(1), 9), []
     for wrapped in (False, True):
         trunk = make(drop_path=0.5)
@@ -138,7 +138,7 @@ def test_a_checkpointed_block_call_changes_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_a_crop_is_dropped_the_same_in_any_batch() -> None:
+def test_stochastic_depth_of_a_crop_does_not_depend_on_the_batch() -> None:
     trunk, crops = make(drop_path=0.6).eval(), crops_of([(6, 64)])[0]
     keys = drop_keys(3, 5, torch.tensor([4, 9, 2]), 2)
     together = trunk([crops], keys).view
@@ -159,7 +159,7 @@ def test_bf16_follows_fp32() -> None:
     assert all(p.grad.isfinite().all() for p in trunk.parameters())
 
 
-def test_initial_values_are_the_official_distributions() -> None:
+def test_initial_values_match_official_distributions() -> None:
     trunk = CvT(*SHAPE)
     initialize(trunk, 0)
     assert set(initial_values(trunk)) == {name for name, _ in trunk.named_parameters()}
@@ -172,7 +172,7 @@ def test_initial_values_are_the_official_distributions() -> None:
 
 
 @pytest.mark.skipif(torch.__version__.startswith("2.7."), reason="torch.export of torch 2.7 fixes the batch")
-def test_an_exported_graph_takes_any_batch() -> None:
+def test_exported_graph_accepts_any_batch_size() -> None:
     trunk = make().eval().float()
     module = trunk.plain(40)
     batch = {"images": {0: torch.export.Dim("batch")}}

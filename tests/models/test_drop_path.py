@@ -3,7 +3,7 @@ import torch
 from esvit_scale.models.drop_path import drop_keys, keep_scales
 
 
-def test_keys_are_in_crop_order_and_know_only_their_image():
+def test_keys_are_in_crop_order_and_depend_only_on_their_image():
     all_keys = drop_keys(1, 7, torch.arange(12), 3).view(3, 12)
     half = drop_keys(1, 7, torch.arange(6, 12), 3).view(3, 6)
     assert torch.equal(all_keys[:, 6:], half)  # a second rank's images
@@ -19,14 +19,14 @@ def test_keys_change_with_seed_and_step():
     assert not (drop_keys(0, 1, positions, 2) == drop_keys(1, 0, positions, 2)).any()
 
 
-def test_known_values_hold_on_every_machine():
+def test_known_values_are_reproduced():
     assert drop_keys(0, 0, torch.tensor([0, 1]), 2).tolist() == KNOWN
 
 
 KNOWN = [2391539541053276776, -7536426547905671131, 920862675595841680, 5396103473067506702]
 
 
-def test_rates_are_met_without_bias_and_branches_are_independent():
+def test_drop_rates_are_unbiased_and_branches_independent():
     keys = drop_keys(0, 3, torch.arange(20000), 2)
     scales = keep_scales(keys, torch.tensor([0.0, 0.1, 0.5]))
     assert scales.shape == (3, 2, 40000)

@@ -40,7 +40,7 @@ def config_of(trunk, size=224, **model):
 
 
 @pytest.mark.parametrize("name", COUNTS)
-def test_parameter_counts(name):
+def test_parameter_counts_match_published(name):
     with torch.device("meta"):
         trunk = build_trunk(config_of(name))
     assert sum(p.numel() for p in trunk.parameters()) == COUNTS[name]
@@ -49,7 +49,7 @@ def test_parameter_counts(name):
 
 @pytest.mark.parametrize("case", OFFICIAL, ids=["window 7 at 224, 96 and 160", "window 4 at 64, 48 and 112"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_the_official_codes_numbers(case, dtype):
+def test_outputs_match_official_code(case, dtype):
     """Outputs and gradients of the published module, built for the first size, its blocks told of the others."""
     trunk = Focal(**{k: case[k] for k in ("embed_dim", "depths", "heads", "window", "size")}).double()
     fill(trunk, by_hash)
@@ -71,7 +71,7 @@ def test_the_official_codes_numbers(case, dtype):
         )
 
 
-def test_attention_is_its_definition():
+def test_attention_matches_definition():
     """Query by query on a map of 5 × 6 in windows of 4: own tokens, the ring, 3 × 3 pooled windows."""
     attn = Focal(**SHAPE).double().blocks[0].attn
     attn.focal, heads = 3, 2
@@ -107,7 +107,7 @@ def test_attention_is_its_definition():
             torch.testing.assert_close(ours[0, y * w + x], expected, rtol=0, atol=1e-12)
 
 
-def test_attention_gradients():
+def test_attention_gradients_pass_gradcheck():
     """The backward written out, against autograd's through the same layout (whose meaning the test above has)."""
     layout = (3, 5, 4, 3, 3)
     rows = torch.randn(2, 15 + 1 + 2, 3 * 4, dtype=torch.float64, requires_grad=True)
@@ -123,7 +123,7 @@ def test_attention_gradients():
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
-def test_packing_is_exact():
+def test_packed_forward_equals_separate_forwards():
     """All crops at once, one pass per resolution, and one per image: the same numbers, gradients too."""
     trunk, crops = make(), crops_of(GROUPS)
     singly = [image[None] for crop in crops for image in crop]
@@ -150,7 +150,7 @@ def test_each_layer_is_called_once():
     assert {h for h in holders if "table_to_windows" not in h} == set(calls)
 
 
-def test_last_blocks_and_stage_maps():
+def test_last_blocks_and_stage_maps_have_expected_shapes():
     trunk, crops = make(), crops_of(GROUPS)
     maps = trunk.last_blocks(crops, 3)
     assert [m.tokens.shape[1] for m in maps] == [8, 16, 32]
@@ -164,7 +164,7 @@ def test_last_blocks_and_stage_maps():
     assert (trunk.channels, trunk.reductions) == ((8, 16, 32), (4, 8, 16))
 
 
-def test_a_crop_is_dropped_the_same_in_any_batch():
+def test_stochastic_depth_of_a_crop_does_not_depend_on_the_batch():
     trunk = make(drop_path=0.6)
     crops, keys = crops_of([(6, 24)])[0], drop_keys(3, 5, torch.tensor([4, 9, 2]), 2)
     together, order = trunk([crops], keys).view, torch.tensor([5, 0, 3])
@@ -173,7 +173,7 @@ def test_a_crop_is_dropped_the_same_in_any_batch():
     assert torch.equal(trunk([crops]).view, make()([crops]).view)
 
 
-def test_a_checkpointed_block_call_changes_nothing():
+def test_activation_checkpointing_changes_nothing():
     crops, keys, gradients = crops_of(GROUPS), drop_keys(0, 1, torch.arange(1), 6), []
     for wrapped in (False, True):
         trunk, blocks = make(drop_path=0.5), []
@@ -195,7 +195,7 @@ def test_bf16_follows_fp32():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in trunk.parameters())
 
 
-def test_initial_values_are_the_published_codes():
+def test_initial_values_match_published_code():
     with torch.device("meta"):
         trunk = Focal(16, (1, 1), (1, 2), size=112)
     inits, spread = initial_values(trunk), {}
@@ -216,7 +216,7 @@ def test_initial_values_are_the_published_codes():
         (224, {"embed_dim": 64}, ["model.heads.0", "64 channels"]),
     ],
 )
-def test_what_does_not_fit_is_one_clear_line(size, model, words):
+def test_invalid_shapes_are_refused_in_one_line(size, model, words):
     with pytest.raises(UserError) as error:
         build_trunk(config_of("focal_t", size, **model))
     assert all(word in str(error.value) for word in words)
@@ -224,7 +224,7 @@ def test_what_does_not_fit_is_one_clear_line(size, model, words):
 
 
 @pytest.mark.skipif(torch.__version__.startswith("2.7."), reason="torch.export of torch 2.7 fixes the batch")
-def test_it_exports_with_any_batch():
+def test_exported_graph_accepts_any_batch_size():
     trunk = make().float().eval()
     module = trunk.plain(64).eval()
     batch = {"images": {0: torch.export.Dim("batch")}}

@@ -7,7 +7,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from esvit_scale.models.heads import ProjectionHead, Prototypes
 
 
-def test_rows_are_torchs_weight_normalisation():
+def test_last_layer_equals_torch_weight_norm():
     prototypes = Prototypes(5, 11, norm_last_layer=False)
     with torch.no_grad():
         prototypes.weight_g.uniform_(0.5, 2)
@@ -18,14 +18,14 @@ def test_rows_are_torchs_weight_normalisation():
     torch.testing.assert_close(prototypes(x, F.linear), theirs(x))
 
 
-def test_rows_are_normalised_in_fp32_from_bf16_parameters():
+def test_bf16_weights_are_normalised_in_fp32():
     prototypes = Prototypes(64, 32, norm_last_layer=False).bfloat16()
     norms = prototypes(torch.zeros(1, 64), lambda _, rows: rows).norm(dim=1)
     assert norms.dtype == torch.float32
     torch.testing.assert_close(norms, torch.ones(32), rtol=0, atol=1e-6)
 
 
-def test_the_head_is_the_official_one_by_name_and_shape():
+def test_parameter_names_and_shapes_match_official_head():
     head = ProjectionHead(768, 2048, 256, 65536 // 64)
     assert {n: tuple(p.shape) for n, p in head.named_parameters()} == {
         "mlp.0.weight": (2048, 768),
@@ -49,7 +49,7 @@ def test_norm_last_layer_freezes_the_gains(normed):
     assert head.last_layer.weight_v.requires_grad
 
 
-def test_published_head_size():
+def test_head_has_published_size():
     with torch.device("meta"):
         head = ProjectionHead(768, 2048, 256, 65536)
     assert sum(p.numel() for p in head.parameters()) == 23_073_024 + 65_536

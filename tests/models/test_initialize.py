@@ -18,7 +18,7 @@ def trunk():
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_poisoned_then_initialised_every_parameter_is_finite(name):
+def test_initialization_sets_every_parameter(name):
     """Every preset's parameters by name; heads included. Widths are cut so that the large ones fit a small machine."""
     shape = SHAPES[name]
     config = tiny.model_config({"trunk": name, "embed_dim": shape.heads[0] * 4})
@@ -32,7 +32,7 @@ def test_poisoned_then_initialised_every_parameter_is_finite(name):
     assert set(initial_values(whole)) == {n for n, _ in whole.named_parameters()}
 
 
-def test_a_seed_draws_the_same_numbers_with_every_torch():
+def test_values_of_a_seed_are_the_same_with_every_torch():
     values = normal(1.0)([64], torch.Generator().manual_seed(3))
     assert values.abs().max() <= 2
     assert values[:3].tolist() == pytest.approx([-0.07664429, 0.35988152, -0.78201681], rel=1e-5)
@@ -41,7 +41,7 @@ def test_a_seed_draws_the_same_numbers_with_every_torch():
     )  # again
 
 
-def test_distributions():
+def test_initial_values_follow_their_distributions():
     module = nn.ModuleDict({"trunk": Swin(96, (2,), (3,)), "head": ProjectionHead(96, 512, 256, 2048)})
     initialize(module, seed=0)
     p = dict(module.named_parameters())
@@ -58,7 +58,7 @@ def test_distributions():
     assert (p["head.mlp.0.bias"] == 0).all()
 
 
-def test_a_value_depends_on_name_shape_and_seed_only():
+def test_value_depends_only_on_name_shape_and_seed():
     first, second = trunk(), nn.ModuleDict({"other": nn.Linear(3, 3), "trunk": trunk()})
     initialize(nn.ModuleDict({"trunk": first}), seed=5)
     torch.manual_seed(123)
@@ -71,7 +71,7 @@ def test_a_value_depends_on_name_shape_and_seed_only():
     assert not torch.equal(twins.blocks[0].attn.qkv.weight, twins.blocks[1].attn.qkv.weight)
 
 
-def test_bf16_parameters_get_the_rounded_fp32_value_and_empty_ones_a_whole_value():
+def test_bf16_parameters_get_rounded_fp32_values():
     module = trunk().bfloat16()
     initialize(module, seed=0)
     inits = initial_values(module)
@@ -85,6 +85,6 @@ def test_bf16_parameters_get_the_rounded_fp32_value_and_empty_ones_a_whole_value
         assert initial_value(name, inits[name], shape, 0).device.type == "cpu"
 
 
-def test_a_parameter_without_a_rule_is_an_error():
+def test_parameter_without_a_rule_is_an_error():
     with pytest.raises(LookupError, match=r"odd\.scale"):
         initial_values(nn.ModuleDict({"odd": nn.ParameterDict({"scale": nn.Parameter(torch.ones(1))})}))

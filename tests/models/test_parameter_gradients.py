@@ -35,7 +35,7 @@ def relative(found: Tensor, true: Tensor) -> float:
     return ((found.double() - true).norm() / true.norm().clamp_min(1e-12)).item()
 
 
-def test_layer_norm_at_100_000_tokens() -> None:
+def test_layer_norm_gradients_are_accurate_at_100_000_tokens() -> None:
     """The mean of the incoming gradient is a tenth of its spread, as in training; torch's own kernel is 90 % off here."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
@@ -56,7 +56,7 @@ def test_layer_norm_at_100_000_tokens() -> None:
     assert torch.equal(made[torch.bfloat16][0], plain)
 
 
-def test_layer_norm_is_torchs_elsewhere() -> None:
+def test_layer_norm_outputs_equal_torch() -> None:
     """fp32 is left as it is, to the bit; autocast's fp32 parameters with bf16 inputs get fp32 gradients."""
     torch.manual_seed(0)
     norm, x = LayerNorm(24), torch.randn(3, 50, 24)
@@ -131,7 +131,7 @@ def narrow_trunk(name: str, tmp_path: Any) -> nn.Module:
 
 @pytest.mark.parametrize("images", [24, pytest.param(400, marks=pytest.mark.slow)])  # 400: 10⁵ tokens of 4 pixels
 @pytest.mark.parametrize("name", SHAPES)
-def test_every_operator_of_every_trunk(name: str, images: int, tmp_path: Any) -> None:
+def test_parameter_gradients_of_every_trunk_are_accurate(name: str, images: int, tmp_path: Any) -> None:
     trunk = narrow_trunk(name, tmp_path)
     recorder = Recorder(trunk)
     torch.manual_seed(0)
@@ -152,7 +152,7 @@ def _bound(parameter: str, images: int) -> float:
     return 20 * BOUND if of_a_head and images < 100 else BOUND
 
 
-def test_every_operator_of_the_heads() -> None:
+def test_parameter_gradients_of_the_heads_are_accurate() -> None:
     torch.manual_seed(0)
     rows = 20_000
     for head in (ProjectionHead(32, 64, 16, 64).mlp, ProjectorMlp(32, 64, 16)):
@@ -164,7 +164,7 @@ def test_every_operator_of_the_heads() -> None:
         assert max(recorder.errors().values()) < BOUND
 
 
-def test_the_prototypes() -> None:
+def test_prototype_gradients_are_accurate() -> None:
     """Given the same bf16 bottlenecks and rows: what is left is the rounding of probabilities."""
     torch.manual_seed(0)
     students, teachers, k = 20_000, 4_000, 256

@@ -18,7 +18,7 @@ SHAPE = (8, (1, 2, 2), (1, 2, 4))
 @torch.no_grad()
 @pytest.mark.parametrize("version", [Swin, SwinV2])
 @pytest.mark.parametrize("size", [(64, 64), (50, 71)])
-def test_one_map_a_stage_at_any_size(version: type[Swin], size: tuple[int, int]) -> None:
+def test_pyramid_has_one_map_per_stage_at_any_size(version: type[Swin], size: tuple[int, int]) -> None:
     trunk = version(*SHAPE, window=4, size=64)
     fill(trunk)
     pyramid = Pyramid(trunk)
@@ -31,7 +31,7 @@ def test_one_map_a_stage_at_any_size(version: type[Swin], size: tuple[int, int])
 
 
 @torch.no_grad()
-def test_timm_features_only_at_224() -> None:
+def test_maps_equal_timm_features_only() -> None:
     timm = pytest.importorskip("timm")
     trunk = Swin(8, (1, 1, 2, 1), (1, 2, 2, 4), window=7, size=224).double()
     fill(trunk)
@@ -57,6 +57,6 @@ def test_gradients_reach_the_trunk() -> None:
     assert pyramid.trunk.patch_embed.proj.weight.grad.abs().sum() > 0
 
 
-def test_a_trunk_without_stages() -> None:
+def test_trunk_without_stages_is_refused() -> None:
     with pytest.raises(UserError, match="Linear has none"):
         Pyramid(nn.Linear(2, 2))

@@ -29,19 +29,19 @@ COUNTS = {
 }
 
 
-def test_every_name_is_counted():
+def test_every_shape_has_a_parameter_count():
     assert {name for name, _ in COUNTS} == set(SHAPES)
 
 
 @pytest.mark.parametrize(("name", "window"), COUNTS)
-def test_parameter_counts(name, window):
+def test_parameter_counts_match_published(name, window):
     with torch.device("meta"):
         trunk = build_trunk(tiny.model_config({"trunk": name, "window": window}))
     assert sum(p.numel() for p in trunk.parameters()) == COUNTS[name, window]
     assert trunk.dim == SHAPES[name].embed_dim * 8
 
 
-def test_overrides():
+def test_overrides_change_the_shape():
     trunk = build_trunk(
         tiny.model_config({"embed_dim": 32, "depths": [1, 1, 2, 1], "heads": [1, 2, 4, 8], "window": 4}, 64)
     )
@@ -59,7 +59,7 @@ def test_overrides():
         ({"trunk": "swin_t"}, 24, ["data.global_crops.size", "24 pixels", "at least 32"]),
     ],
 )
-def test_what_cannot_be_built_is_one_clear_line(model, size, words):
+def test_invalid_models_are_refused_in_one_line(model, size, words):
     with pytest.raises(UserError) as error:
         build_trunk(tiny.model_config(model, size))
     assert all(word in str(error.value) for word in words), error.value

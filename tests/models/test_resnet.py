@@ -69,7 +69,7 @@ def same_as_torchvision(trunk, theirs, crops, tolerance):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_torchvisions_resnet50(training):
+def test_outputs_match_torchvision_resnet50(training):
     """What the official code trains, in float64; statistics per resolution in training."""
     models = pytest.importorskip("torchvision.models")
     trunk = build_trunk(resnet_config({})).double().train(training)
@@ -96,7 +96,7 @@ def test_parameter_count():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_packed_is_one_pass_per_resolution(training):
+def test_packed_forward_equals_one_pass_per_resolution(training):
     trunk, crops = make().train(training), crops_of()
     together, alone = trunk(crops), [trunk([x]) for x in crops]
     torch.testing.assert_close(together.view, torch.cat([f.view for f in alone]), rtol=0, atol=1e-12)
@@ -107,7 +107,7 @@ def test_packed_is_one_pass_per_resolution(training):
         torch.testing.assert_close(together.view, single, rtol=0, atol=1e-12)
 
 
-def test_stage_maps_and_last_blocks():
+def test_stage_maps_and_last_blocks_have_expected_shapes():
     trunk, crops = make().eval(), crops_of()
     stages, last = trunk.stage_maps(crops), trunk.last_blocks(crops, 3)
     assert [m.tokens.shape[1] for m in stages] == list(trunk.channels)
@@ -121,7 +121,7 @@ def test_stage_maps_and_last_blocks():
     assert (view.shape, regions.shape) == ((3, 64), (3, 16, 64))
 
 
-def test_checkpointed_blocks_and_dropped_branches():
+def test_checkpointing_and_stochastic_depth_match_reference():
     crops, keys, gradients, statistics = crops_of(), drop_keys(0, 1, torch.arange(3), 3), [], []
 
     def run(block, *args):
@@ -142,7 +142,7 @@ def test_checkpointed_blocks_and_dropped_branches():
     assert not torch.allclose(together, trunk(crops).view)
 
 
-def test_bf16():
+def test_bf16_follows_fp32():
     trunk = make().bfloat16()
     features = trunk(crops_of(dtype=torch.float32))
     features.view.float().square().sum().backward()
@@ -150,7 +150,7 @@ def test_bf16():
     assert all(p.grad.isfinite().all() for p in trunk.parameters())
 
 
-def test_what_cannot_be_built_is_one_clear_line():
+def test_invalid_models_are_refused_in_one_line():
     with pytest.raises(UserError, match=r"model\.heads: resnet50 has no attention; leave it out") as error:
         build_trunk(resnet_config({"heads": [1, 1, 1, 1]}))
     assert "\n" not in str(error.value)

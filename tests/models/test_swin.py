@@ -37,7 +37,7 @@ def crops_of(groups, dtype=torch.float64):
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_packed_equals_one_slow_pass_per_resolution(name):
+def test_packed_forward_equals_one_pass_per_resolution(name):
     shape, groups = SHAPES[name]
     trunk, crops = make(shape), crops_of(groups)
     ours = trunk(crops)
@@ -120,7 +120,7 @@ def official_case(case, rule, dtype):
 
 
 @pytest.mark.parametrize("case", OFFICIAL, ids=["w7 at 112", "w14", "w7 at 224"])
-def test_the_official_codes_numbers(case):
+def test_outputs_match_official_code(case):
     """Outputs and gradients of the official EsViT module in float64, weights and inputs by rule."""
     rule = by_hash if case is OFFICIAL[2] else by_rule
     trunk, ours = official_case(case, rule, torch.float64)
@@ -135,7 +135,7 @@ def test_the_official_codes_numbers(case):
         assert (p.grad * by_rule(name + "g", p.shape)).sum().item() == pytest.approx(projection, rel=1e-6, abs=1e-7)
 
 
-def test_the_official_codes_numbers_in_fp32():
+def test_fp32_outputs_match_official_code():
     case = OFFICIAL[2]  # by_hash: the other cases' regular weights amplify rounding, in the official code as well
     trunk, ours = official_case(case, by_hash, torch.float32)
     for found, expected in ((ours.view, case["view"]), (ours.regions[:: case["region_step"]], case["region_rows"])):
@@ -147,7 +147,7 @@ def test_the_official_codes_numbers_in_fp32():
         assert p.grad.norm().item() == pytest.approx(case["gradients"][name][0], rel=1e-5), name
 
 
-def test_timm_at_224():
+def test_outputs_match_timm_at_224():
     """timm rolls before it pads, which is the same where the window divides every map."""
     timm_swin = pytest.importorskip("timm.models.swin_transformer")
     trunk = Swin(16, (2, 2, 2, 1), (1, 2, 4, 8), window=7, size=224)
@@ -173,7 +173,7 @@ def test_timm_at_224():
         torch.testing.assert_close(trunk(image).regions, expected, rtol=0, atol=2e-5)
 
 
-def test_packing_is_exact():
+def test_packed_forward_equals_separate_forwards():
     shape, groups = SHAPES["w3"]
     trunk, crops = make(shape), crops_of(groups)
     together, alone = trunk(crops), [trunk([x]) for x in crops]
@@ -201,7 +201,7 @@ def _norm_of(trunk):
     return {"norm.weight": torch.ones_like(trunk.norm.weight), "norm.bias": torch.zeros_like(trunk.norm.bias)}
 
 
-def test_attention_gradients():
+def test_attention_gradients_pass_gradcheck():
     windows, length, heads, depth = 4, 4, 2, 3
     qkv = torch.randn(windows * length, 3 * heads * depth, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(heads, length, length, dtype=torch.float64, requires_grad=True)
@@ -220,7 +220,7 @@ def test_bf16_follows_fp32():
     assert all(p.grad.isfinite().all() for p in trunk.parameters() if p.grad is not None)
 
 
-def test_a_checkpointed_block_call_changes_nothing():
+def test_activation_checkpointing_changes_nothing():
     shape, groups = SHAPES["w3"]
     crops, keys, gradients = crops_of(groups), drop_keys(0, 1, torch.arange(1), 6), []
     for wrapped in (False, True):
@@ -232,7 +232,7 @@ def test_a_checkpointed_block_call_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_plans_made_in_inference_mode_serve_training_later():
+def test_plans_made_in_inference_mode_work_in_training():
     trunk, crops = make(SHAPES["w3"][0]), crops_of([(2, 28)])  # a layout no other test uses
     with torch.inference_mode():
         trunk(crops)
@@ -279,7 +279,7 @@ class TestStochasticDepth:
         assert torch.equal(kept(crops).view, plain(crops).view)
 
 
-def test_one_call_a_block_for_all_crops():
+def test_each_block_is_called_once_for_all_crops():
     trunk, calls = make(SHAPES["w4"][0]), []
     trunk.run_block = lambda block, *args: calls.append(block) or block(*args)
     trunk(crops_of(SHAPES["w4"][1]))
@@ -287,7 +287,7 @@ def test_one_call_a_block_for_all_crops():
     assert all(isinstance(b, Block) for b in calls)
 
 
-def test_no_buffers():
+def test_trunk_has_no_buffers():
     """Index tensors are cached by layout, outside the module: nothing for an engine to cast, move or save."""
     trunk = Swin(8, (1, 1), (1, 1))
     assert not list(trunk.buffers())

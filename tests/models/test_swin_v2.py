@@ -47,7 +47,7 @@ def crops_of(groups, dtype=torch.float64):
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_packed_equals_one_slow_pass_per_resolution(name):
+def test_packed_forward_equals_one_pass_per_resolution(name):
     shape, groups = SHAPES[name]
     trunk, crops = make(shape), crops_of(groups)
     ours = trunk(crops)
@@ -135,7 +135,7 @@ def slow_bias(p, name, window):
         pytest.param("swinv2_b", "swinv2_base_window8_256", 8, marks=pytest.mark.slow),
     ],
 )
-def test_timm_with_copied_weights(ours, theirs, window):
+def test_outputs_match_timm_with_copied_weights(ours, theirs, window):
     """At the size that a trunk is built for no map is padded, and the order of padding and rolling makes no difference.
 
     fp64: outputs of up to 6 within 5e-8, every parameter's gradient within 2e-6 of its largest element; the difference
@@ -168,7 +168,7 @@ def timms(name):
     return ".".join(parts)
 
 
-def test_gradients_of_unit_queries_and_keys():
+def test_cosine_attention_gradients_pass_gradcheck():
     qkv = torch.randn(5, 3 * 2 * 3, dtype=torch.float64, requires_grad=True)
     scale = torch.tensor([0.5, 20.0], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(UnitQueriesKeys.apply, (qkv, scale))
@@ -178,14 +178,14 @@ def test_gradients_of_unit_queries_and_keys():
     assert torch.equal(unit[:, 2], qkv.view(5, 3, 2, 3)[:, 2])
 
 
-def test_a_query_of_length_zero_gives_no_gradient():
+def test_query_of_length_zero_gives_zero_gradient():
     """Pads before there is a bias: dividing by their length would give infinities that a sum could not lose."""
     qkv = torch.zeros(2, 6, requires_grad=True)
     UnitQueriesKeys.apply(qkv, torch.ones(1)).sum().backward()
     assert qkv.grad.tolist() == [[0, 0, 0, 0, 1, 1]] * 2
 
 
-def test_the_temperature_is_bounded():
+def test_attention_temperature_is_bounded():
     shape, groups = SHAPES["w3"]
     trunk, crops = make(shape), crops_of(groups)
     scale = trunk.blocks[0].attn.logit_scale
@@ -222,7 +222,7 @@ def test_bf16_follows_fp32_and_computes_scores_in_fp32():
     assert attention.scale().dtype == attention.position_bias(torch.device("cpu")).dtype == torch.float32
 
 
-def test_a_block_starts_as_the_identity_and_trains():
+def test_block_starts_as_identity_and_gets_gradients():
     """Norms at the end of branches start at 0: the first step moves them alone, the second everything."""
     shape, groups = SHAPES["w4, extra norms"]
     trunk, crops = SwinV2(**shape), crops_of(groups, torch.float32)

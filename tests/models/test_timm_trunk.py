@@ -53,7 +53,7 @@ def slow(names):
 
 
 @pytest.mark.parametrize("name", slow(LISTED))
-def test_timms_own_values_and_numbers(name):
+def test_initial_values_and_outputs_match_timm(name):
     """The values are those that timm draws from the seed, the features those of its head, one pass per resolution."""
     trunk, crops = make(name).eval(), crops_of()
     torch.manual_seed(3)
@@ -86,7 +86,7 @@ def test_timms_own_values_and_numbers(name):
 
 
 @pytest.mark.parametrize("name", slow(["convnext_atto", "resnet18", "swin_tiny_patch4_window7_224", "mvitv2_tiny"]))
-def test_a_recomputation_drops_what_the_forward_dropped(name):
+def test_recomputation_drops_the_same_branches(name):
     """Two resolutions, and the backward comes after both: a block must know whose drop factors are its own."""
 
     def run(block, *args):
@@ -107,7 +107,7 @@ def test_a_recomputation_drops_what_the_forward_dropped(name):
     assert len(trunk.blocks) == sum(trunk.depths) >= 6
 
 
-def test_stochastic_depth_is_the_crops_own():
+def test_stochastic_depth_of_a_crop_does_not_depend_on_the_batch():
     trunk, crops = make("convnext_atto"), crops_of((4, 2))
     keys = drop_keys(0, 0, torch.arange(6), 1)
     together = trunk(crops, keys).view
@@ -120,7 +120,7 @@ def test_stochastic_depth_is_the_crops_own():
     assert ((scales == 0).float().mean() - torch.tensor(rates).mean()).abs() < 0.2
 
 
-def test_a_dropped_branch_is_left_out():
+def test_dropped_branches_are_left_out():
     """By hand: ConvNeXt's block is x + s · branch(x)."""
     trunk, x = make("convnext_atto", sizes=(32,)), torch.randn(3, 40, 8, 8)
     block = trunk.network.stages[0].blocks[1]
@@ -131,7 +131,7 @@ def test_a_dropped_branch_is_left_out():
     torch.testing.assert_close(block(x), x + whole * torch.tensor([0.0, 2.0, 1.0]).view(3, 1, 1, 1))
 
 
-def test_batch_norms_are_ours_per_resolution():
+def test_batch_norms_are_replaced_and_run_per_resolution():
     trunk, crops = make("resnet18", drop_path=0.0), crops_of((4, 6))
     kinds = {type(m) for m in trunk.modules() if "Norm" in type(m).__name__}
     assert all(issubclass(kind, batch_norm.BatchNorm) for kind in kinds)
@@ -151,7 +151,7 @@ def test_batch_norms_are_ours_per_resolution():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["swinv2_tiny_window8_256", "swinv2_cr_tiny_ns_224"])
-def test_bf16_without_dropout(name):
+def test_bf16_follows_fp32(name):
     """V2's tables beside its parameters follow their precision, also when an engine has widened them again; the dropout
     in CR's position network is off."""
     trunk = make(name, drop_path=0.0).bfloat16()
@@ -166,7 +166,7 @@ def test_bf16_without_dropout(name):
     assert torch.equal(trunk(crops).view, features.view)
 
 
-def test_values_depend_on_the_seed_alone():
+def test_initial_values_depend_only_on_the_seed():
     with torch.device("meta"):
         trunk = build_trunk(timm_config("convnext_atto"))
     values = trunk.initial_values()
@@ -179,7 +179,7 @@ def test_values_depend_on_the_seed_alone():
     assert not torch.equal(first["network.stem.0.weight"], values["network.stem.0.weight"].draw(8))
 
 
-def test_a_network_whose_cells_have_another_width_has_no_regions():
+def test_network_with_another_token_width_has_no_regions():
     trunk = make("mobilenetv3_small_050")
     features = trunk(crops_of())
     assert (trunk.has_regions, trunk.dim, features.view.shape) == (False, 1024, (5, 1024))
@@ -190,7 +190,7 @@ def test_a_network_whose_cells_have_another_width_has_no_regions():
     ("cells", "height", "width", "grid"),
     [(49, 224, 224, (7, 7)), (8, 64, 128, (2, 4)), (10, 64, 64, None), (0, 1, 1, None)],
 )
-def test_grids(cells, height, width, grid):
+def test_token_grids_match_the_network(cells, height, width, grid):
     assert timm_probe.grid_of(cells, height, width) == grid
 
 
@@ -205,7 +205,7 @@ def test_grids(cells, height, width, grid):
         ("convnext_atto", (64,), {"depths": [1, 1]}, ["model.depths: timm:convnext_atto has widths of its own"]),
     ],
 )  # fmt: skip
-def test_what_cannot_be_built_is_one_clear_line(name, sizes, values, words):
+def test_invalid_models_are_refused_in_one_line(name, sizes, values, words):
     wanted = timm_config(name, sizes).model_dump()
     wanted["model"] |= values
     with pytest.raises(UserError) as error:
@@ -214,7 +214,7 @@ def test_what_cannot_be_built_is_one_clear_line(name, sizes, values, words):
     assert "\n" not in str(error.value)
 
 
-def test_reentrant_checkpointing_takes_one_crop_size():
+def test_reentrant_checkpointing_requires_one_crop_size():
     build_trunk(timm_config("convnext_atto", (64,), train={"activation_checkpointing": "deepspeed"}))
     with pytest.raises(UserError, match=r"train\.activation_checkpointing: deepspeed.*once a crop size \(2\).*torch"):
         build_trunk(timm_config("convnext_atto", train={"activation_checkpointing": "deepspeed"}))

@@ -28,7 +28,7 @@ def toy(monkeypatch):
 
 @pytest.mark.parametrize("trunk", ["swin_t", "swinv2_t"])
 @pytest.mark.parametrize("size", [64, 40, 30])
-def test_a_crop_costs_what_the_closed_form_says(trunk, size):
+def test_traced_costs_equal_closed_form(trunk, size):
     config = config_of(trunk, depths=[2, 1, 2], heads=[1, 2, 4], window=5)
     cost = models_traced.crop_cost(config, size)
     formulas = trunks.build_trunk(config).formulas()
@@ -36,7 +36,7 @@ def test_a_crop_costs_what_the_closed_form_says(trunk, size):
 
 
 @pytest.mark.parametrize("size", [64, 40])
-def test_another_trunk_costs_what_a_cpu_counts(toy, size):
+def test_traced_costs_equal_cpu_counts(toy, size):
     counter = FlopCounterMode(display=False)
     # Before torch 2.15 the counter has no formula for the CPU's flash attention, and counts it as nothing.
     with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
@@ -48,13 +48,13 @@ def test_another_trunk_costs_what_a_cpu_counts(toy, size):
     assert cost.flops == by_hand
 
 
-def test_a_size_is_counted_once(toy, monkeypatch):
+def test_each_crop_size_is_traced_once(toy, monkeypatch):
     models_traced.crop_cost(toy, 48)
     monkeypatch.setattr(models_traced, "build_trunk", None)
     assert models_traced.crop_cost(toy.model_copy(update={"seed": 5}), 48).grid == (6, 6)
 
 
-def test_storages_count_once_and_parameters_never():
+def test_shared_storages_count_once_and_parameters_never():
     with torch.device("meta"):
         layer, x = torch.nn.Linear(3, 5), torch.empty(7, 3)
         kept = models_traced.Kept(layer)
@@ -64,7 +64,7 @@ def test_storages_count_once_and_parameters_never():
     assert kept.bytes == 4 * (7 * 3 + 7 * 5 + 1 + 1)  # x; y, of which a view is kept, too; its sum; the exponential
 
 
-def test_other_ranks_do_not_take_part(monkeypatch):
+def test_tracing_needs_no_other_ranks(monkeypatch):
     """Rank 0 alone counts (train/step_metrics.py), while a process group exists: a collective would wait for ever."""
     for name, answer in (("is_initialized", True), ("get_rank", 1), ("get_world_size", 4)):
         monkeypatch.setattr(torch.distributed, name, lambda answer=answer: answer)
@@ -85,7 +85,7 @@ class Eager(toy_trunk.ToyTrunk):
         return super().forward(crops, drop_keys)
 
 
-def test_a_student_is_counted_as_it_runs(monkeypatch):
+def test_student_is_counted_with_drop_keys(monkeypatch):
     """With drop keys ViL looks at two of nine windows."""
     monkeypatch.setitem(trunks.TRUNKS, "eager", lambda config: Eager(16))
     cost = models_traced.crop_cost(config_of("eager"), 64)

@@ -39,7 +39,7 @@ def crops_of(groups: list[tuple[int, int]], dtype: torch.dtype = torch.float64) 
 @pytest.mark.parametrize(
     ("case", "dtype"), [(OFFICIAL[0], torch.float64), (OFFICIAL[1], torch.float64), (OFFICIAL[2], torch.float32)]
 )
-def test_the_official_codes_numbers(case: dict, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outputs_match_official_code(case: dict, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs at 224, 96 and 100 pixels and gradients of the official module in float64, weights and inputs by rule:
     a narrow model with all nine windows and with one neighbour, and the full one in fp32."""
     named = {"widths": (96, 192, 384, 768), "depths": (2, 2, 6, 2), "heads": (3, 6, 12, 24)}
@@ -64,7 +64,7 @@ def test_the_official_codes_numbers(case: dict, dtype: torch.dtype, monkeypatch:
         assert (grad * by_hash(name + "g", grad.shape)).sum().item() == pytest.approx(projection, abs=10 * near * norm)
 
 
-def test_the_published_model() -> None:
+def test_published_model_has_expected_size() -> None:
     with torch.device("meta"):
         trunk = build_trunk(configs.resolve("vil_2262"))
     assert sum(p.numel() for p in trunk.parameters()) == 27_569_352
@@ -77,7 +77,7 @@ def test_the_published_model() -> None:
 
 @pytest.mark.parametrize("size", [(6, 6), (7, 5), (2, 8)])
 @pytest.mark.parametrize("drawn", [False, True])
-def test_window_attention_is_attention_with_a_mask(size: tuple[int, int], drawn: bool) -> None:
+def test_window_attention_equals_masked_attention(size: tuple[int, int], drawn: bool) -> None:
     """Token by token over the whole map: which others it sees, and with which bias."""
     n, (h, w), window, g, heads = 3, size, 3, 1, 2
     attention = LongAttention(4, heads, g, window).double()
@@ -109,7 +109,7 @@ def test_window_attention_is_attention_with_a_mask(size: tuple[int, int], drawn:
 
 
 @pytest.mark.parametrize("drawn", [False, True])
-def test_packed_is_one_pass_per_image(drawn: bool) -> None:
+def test_packed_forward_equals_one_pass_per_image(drawn: bool) -> None:
     """With the same draws, whatever the batch; gradients too."""
     trunk, crops, found = make(drop_path=0.3), crops_of(GROUPS), []
     keys = drop_keys(1, 2, torch.arange(3), 3) if drawn else None
@@ -123,7 +123,7 @@ def test_packed_is_one_pass_per_image(drawn: bool) -> None:
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-def test_a_crop_draws_each_neighbour_as_often_and_each_block_anew() -> None:
+def test_random_neighbours_are_uniform_and_independent_per_block() -> None:
     keys = drop_keys(0, 3, torch.arange(4000), 2)
     draws = [vil.sampled_neighbours(keys, block) for block in range(4)]
     for drawn in draws:
@@ -134,7 +134,7 @@ def test_a_crop_draws_each_neighbour_as_often_and_each_block_anew() -> None:
     assert torch.equal(draw_of(keys, 2, 8)[5:6], draw_of(keys[5:6], 2, 8))
 
 
-def test_blocks_of_the_first_two_stages_draw_and_the_others_do_not() -> None:
+def test_only_the_first_two_stages_draw_neighbours() -> None:
     trunk, given = make(), []
 
     def run(block: torch.nn.Module, *args: Any) -> Tensor:
@@ -147,14 +147,14 @@ def test_blocks_of_the_first_two_stages_draw_and_the_others_do_not() -> None:
     assert all((a == b).float().mean() < 0.4 for i, a in enumerate(given[:3]) for b in given[:i])
 
 
-def test_without_drop_keys_all_windows_are_seen_even_while_training() -> None:
+def test_all_windows_are_used_without_drop_keys() -> None:
     trunk, crops = make(), crops_of([(2, 64)])
     exact = trunk.train()(crops).view
     assert torch.equal(exact, trunk.eval()(crops).view)
     assert not torch.allclose(exact, trunk(crops, drop_keys(0, 0, torch.arange(1), 2)).view)
 
 
-def test_overrides_change_the_shape_and_what_does_not_fit_is_said() -> None:
+def test_overrides_change_the_shape_or_are_refused() -> None:
     overrides = ["model.embed_dim=8", "model.depths=[1,1,1,1]", "model.heads=[1,1,2,2]"]
     trunk = build_trunk(configs.resolve("vil_2262", overrides))
     assert (trunk.dim, trunk.depths, len(trunk.blocks)) == (64, (1, 1, 1, 1), 4)
@@ -164,7 +164,7 @@ def test_overrides_change_the_shape_and_what_does_not_fit_is_said() -> None:
         build_trunk(configs.resolve("vil_2262", ["data.local_crops=[{size: 24, count: 8}]"]))
 
 
-def test_last_blocks_and_stage_maps() -> None:
+def test_last_blocks_and_stage_maps_have_expected_shapes() -> None:
     trunk, crops = make(), crops_of(GROUPS)
     maps = trunk.last_blocks(crops, 3)
     assert [m.tokens.shape[1] for m in maps] == [16, 24, 32]
@@ -178,7 +178,7 @@ def test_last_blocks_and_stage_maps() -> None:
     assert [tuple(x.shape[1:]) for x in Pyramid(trunk)(crops[0])] == [(8, 16, 16), (16, 8, 8), (24, 4, 4), (32, 2, 2)]
 
 
-def test_the_view_of_a_probe_is_the_global_token() -> None:
+def test_view_feature_is_the_global_token() -> None:
     trunk, seen = make(), []
     trunk.layers[2].blocks[0].register_forward_hook(lambda _, inputs, output: seen.append(output))
     crops = crops_of([(2, 64)])
@@ -186,7 +186,7 @@ def test_the_view_of_a_probe_is_the_global_token() -> None:
     assert torch.equal(view, seen[0].view(2, 17, -1)[:, 0])
 
 
-def test_a_checkpointed_block_call_changes_nothing() -> None:
+def test_activation_checkpointing_changes_nothing() -> None:
     crops, keys, found = crops_of(GROUPS), drop_keys(0, 1, torch.arange(1), 9), []
     for wrapped in (False, True):
         trunk = make(drop_path=0.5)
@@ -197,7 +197,7 @@ def test_a_checkpointed_block_call_changes_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_plans_made_in_inference_mode_serve_training_later() -> None:
+def test_plans_made_in_inference_mode_work_in_training() -> None:
     trunk, crops = make(size=96), crops_of([(2, 96)])  # maps that no other test has
     with torch.inference_mode():
         trunk(crops)
@@ -214,7 +214,7 @@ def test_bf16_follows_fp32() -> None:
     assert all(p.grad.isfinite().all() for p in trunk.parameters())
 
 
-def test_initial_values_are_the_official_distributions() -> None:
+def test_initial_values_match_official_distributions() -> None:
     trunk = ViL(*SHAPE, window=3, size=64)
     initialize(trunk, 0)
     assert set(initial_values(trunk)) == {name for name, _ in trunk.named_parameters()}
@@ -227,7 +227,7 @@ def test_initial_values_are_the_official_distributions() -> None:
 
 
 @pytest.mark.skipif(torch.__version__.startswith("2.7."), reason="torch.export of torch 2.7 fixes the batch")
-def test_an_exported_graph_takes_any_batch_and_leaves_no_empty_tables() -> None:
+def test_exported_graph_accepts_any_batch_size_without_empty_tables() -> None:
     module = make(size=64).eval().float().plain(52)  # maps that no other test has
     batch = {"images": {0: torch.export.Dim("batch")}}
     graph = torch.export.export(module, (torch.randn(2, 3, 52, 52),), dynamic_shapes=batch).module()

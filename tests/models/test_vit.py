@@ -41,7 +41,7 @@ def crops_of(groups=GROUPS, dtype=torch.float64):
         ("vit_b_moco", 85_798_656 - 197 * 768),
     ],
 )
-def test_parameter_counts(name, count):
+def test_parameter_counts_match_published(name, count):
     with torch.device("meta"):
         trunk = build_trunk(tiny.model_config({"trunk": name}))
     assert sum(p.numel() for p in trunk.parameters()) == count
@@ -50,7 +50,7 @@ def test_parameter_counts(name, count):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
-def test_the_official_codes_numbers(dtype, tolerance):
+def test_outputs_match_official_code(dtype, tolerance):
     """deit_small at 224, 96 and (padded to whole patches) 100 pixels, run in float64; weights and crops by rule."""
     trunk = ViT(384, 12, 6).double()
     fill(trunk, by_hash)
@@ -75,7 +75,7 @@ def test_the_official_codes_numbers(dtype, tolerance):
 
 
 @pytest.mark.parametrize(("h", "w"), [(6, 6), (5, 5), (14, 7), (3, 20), (28, 28), (1, 1), (14, 14)])
-def test_positions_are_resized_as_torch_does_by_scale_factor(h, w):
+def test_positions_are_resized_like_torch_interpolate(h, w):
     trunk = make()
     learned = trunk.pos_embed[0, 1:].view(1, 14, 14, -1).permute(0, 3, 1, 2)
     nudge = 1e-9  # so that torch rounds 14 · (h/14) to h
@@ -88,7 +88,7 @@ def test_positions_are_resized_as_torch_does_by_scale_factor(h, w):
 
 
 @pytest.mark.parametrize("kind", [ViT, MoCoViT])
-def test_packed_is_one_pass_per_resolution_is_one_per_image(kind):
+def test_packed_forward_equals_separate_passes(kind):
     trunk, crops = make(kind), crops_of()
     together = trunk(crops)
     assert together.grids == [(2, 4, 4), (3, 2, 2), (1, 4, 4)]
@@ -105,7 +105,7 @@ def test_packed_is_one_pass_per_resolution_is_one_per_image(kind):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
-def test_timm_has_the_same_features():
+def test_outputs_match_timm():
     """Names and numbers; timm's positions are for the size it is built for, so at 224."""
     timm = pytest.importorskip("timm")
     trunk = ViT(64, 2, 4)
@@ -119,7 +119,7 @@ def test_timm_has_the_same_features():
     torch.testing.assert_close(ours.regions, expected[:, 1:].flatten(0, 1), rtol=0, atol=1e-5)
 
 
-def test_mocos_positions_are_its_codes():
+def test_moco_positions_match_official_code():
     """sin and cos of the row, then of the column, at 10000^(−i/d), written out."""
     found = vit.sine_cosine(3, 5, 16, torch.device("cpu"))
     assert found.shape == (16, 16)
@@ -131,7 +131,7 @@ def test_mocos_positions_are_its_codes():
             torch.testing.assert_close(found[1 + 5 * y + x], torch.tensor(parts), rtol=0, atol=1e-6)
 
 
-def test_mocos_initial_values():
+def test_moco_initial_values_match_official_code():
     with torch.device("meta"):
         trunk = build_trunk(tiny.model_config({"trunk": "vit_s_moco"}))
     inits = initial_values(trunk)
@@ -151,7 +151,7 @@ def test_mocos_initial_values():
     assert 0.019 < initial_value("pos_embed", initial_values(deit)["pos_embed"], (1, 197, 384), 0).std() < 0.021
 
 
-def test_last_blocks():
+def test_last_blocks_have_expected_shapes():
     """All are normed (there is one stage); a probe reads the class token."""
     trunk, crops = make(), crops_of()
     features, maps = trunk(crops), trunk.last_blocks(crops, 2)
@@ -165,7 +165,7 @@ def test_last_blocks():
     torch.testing.assert_close(trunk.norm(only.tokens), features.regions)
 
 
-def test_checkpointed_blocks_and_dropped_branches():
+def test_checkpointing_and_stochastic_depth_match_reference():
     crops, keys, gradients = crops_of(), drop_keys(0, 1, torch.arange(1), 6), []
     for wrapped in (False, True):
         trunk = make(drop_path=0.5)
@@ -190,7 +190,7 @@ def test_every_parameter_gets_a_gradient_in_bf16_from_the_view_alone():
         assert (trunk.bfloat16()(crops).regions.float() - exact).abs().mean() < 0.05
 
 
-def test_the_exporters_module_takes_any_batch():
+def test_exported_module_accepts_any_batch_size():
     trunk = make()
     for n in (1, 3):
         images = torch.randn(n, 3, 50, 50, dtype=torch.float64)
@@ -208,14 +208,14 @@ def test_the_exporters_module_takes_any_batch():
         ({"trunk": "deit_x"}, ["model.trunk", "did you mean 'deit_"]),
     ],
 )
-def test_what_cannot_be_built_is_one_clear_line(model, words):
+def test_invalid_models_are_refused_in_one_line(model, words):
     with pytest.raises(UserError) as error:
         build_trunk(tiny.model_config(model))
     assert all(word in str(error.value) for word in words), error.value
     assert "\n" not in str(error.value)
 
 
-def test_overrides():
+def test_overrides_change_the_shape():
     trunk = build_trunk(tiny.model_config({"trunk": "deit_s", "embed_dim": 32, "depths": [2], "heads": [4]}, 64))
     assert (trunk.dim, trunk.depths) == (32, (2,))
     assert trunk([torch.randn(1, 3, 64, 64)]).regions.shape == (16, 32)

@@ -13,7 +13,7 @@ LAYOUTS = [((2, 8, 8),), ((1, 7, 7), (2, 5, 6)), ((2, 8, 8), (3, 4, 4), (1, 3, 9
 
 @pytest.mark.parametrize("grids", LAYOUTS)
 @pytest.mark.parametrize(("window", "shift"), [(4, 0), (4, 2), (7, 3), (3, 1), (1, 0)])
-def test_every_token_has_one_slot_and_its_window_mates_and_mask_are_swins(grids, window, shift):
+def test_window_partition_and_mask_match_swin(grids, window, shift):
     plan = window_plan(grids, window, shift, CPU)
     ids = window_reverse(torch.arange(sum(n * h * w for n, h, w in grids))[:, None], storage_plan(grids, window, CPU))
     # ids[row-major] = place in the stage's order; invert to describe slots by row-major token
@@ -50,13 +50,13 @@ def _slow_windows(grids, window, shift):
     return found
 
 
-def test_a_layout_that_the_window_divides_is_a_view():
+def test_layout_divisible_by_the_window_is_a_view():
     assert window_plan(((2, 8, 8), (4, 4, 4)), 4, 0, CPU).slots.identity
     assert not window_plan(((2, 8, 8), (4, 4, 4)), 4, 2, CPU).slots.identity
     assert not window_plan(((2, 8, 8), (4, 3, 3)), 4, 0, CPU).slots.identity
 
 
-def test_merging_takes_quads_in_swins_order_and_pads_odd_maps_with_zeros():
+def test_patch_merging_order_and_padding_match_swin():
     grids = ((1, 3, 3),)
     tokens = window_partition(torch.arange(1.0, 10).view(9, 1), storage_plan(grids, 2, CPU))
     quads = window_partition(tokens, merge_plan(grids, 2, 2, CPU)).view(-1, 4)
@@ -64,7 +64,7 @@ def test_merging_takes_quads_in_swins_order_and_pads_odd_maps_with_zeros():
 
 
 @pytest.mark.parametrize("fill", [False, True])
-def test_gradients_of_both_directions(fill):
+def test_partition_and_reverse_pass_gradcheck(fill):
     plan = window_plan(((2, 3, 5), (1, 2, 2)), 4, 2, CPU).slots
     tokens = torch.randn(len(plan.inverse), 3, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(3, dtype=torch.float64, requires_grad=True)

@@ -7,7 +7,7 @@ from tests.objective import cases
 from tests.objective.conftest import Ranks
 
 
-def test_value_and_every_gradient() -> None:
+def test_loss_and_gradients_match_definition() -> None:
     given = cases.inputs("byol")
     found = cases.step("byol", given, given.features, given.teacher_features)
     student, teacher = cases.module("byol", given.student), cases.module("byol", given.teacher)
@@ -22,6 +22,6 @@ def test_value_and_every_gradient() -> None:
     assert abs(found.logs["positive_similarity"].item() - (4 - loss.item()) / 4) < 1e-9
 
 
-def test_two_ranks_are_one(ranks: Ranks) -> None:
+def test_two_ranks_match_one(ranks: Ranks) -> None:
     """Batch norm over all ranks."""
     cases.assert_ranks_agree("byol", *ranks("byol"))

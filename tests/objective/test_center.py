@@ -9,7 +9,7 @@ from esvit_scale.parallel import collectives
 ROWS = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
 
 
-def test_the_update_is_linear_in_the_bottleneck():
+def test_update_is_linear_in_the_bottleneck():
     z = torch.randn(10, 3)
     center = Center(0.9)
     center.observe(z.mean(0), ROWS)
@@ -20,7 +20,7 @@ def test_the_update_is_linear_in_the_bottleneck():
     torch.testing.assert_close(center.values(ROWS), (0.09 + 0.1) * (z @ ROWS.T).mean(0))
 
 
-def test_micro_batches_count_once_together_and_share_the_old_centre():
+def test_micro_batches_share_the_old_centre_and_update_it_once():
     a, b = torch.randn(4, 3), torch.randn(4, 3)
     whole, parts = Center(0.9), Center(0.9)
     whole.observe(torch.cat([a, b]).mean(0), ROWS)
@@ -32,7 +32,7 @@ def test_micro_batches_count_once_together_and_share_the_old_centre():
     torch.testing.assert_close(whole.values(ROWS), parts.values(ROWS))
 
 
-def test_a_skipped_step_leaves_no_trace():
+def test_skipped_step_does_not_change_the_centre():
     center = Center(0.9)
     center.observe(torch.full((3,), torch.nan), ROWS)
     center.discard()
@@ -53,7 +53,7 @@ def test_ranks_exchange_the_bottleneck_not_the_logits(monkeypatch):
     torch.testing.assert_close(center.values(ROWS), 0.2 * ROWS.sum(1))
 
 
-def test_it_is_no_buffer_and_stays_fp32_in_a_bf16_module():
+def test_centre_is_no_buffer_and_stays_fp32():
     from esvit_scale.config import Objective
 
     module = EsViT(4, Objective(prototypes=6, head_hidden=4, bottleneck=4)).bfloat16()
@@ -63,7 +63,7 @@ def test_it_is_no_buffer_and_stays_fp32_in_a_bf16_module():
     assert isinstance(module.view_head.last_layer, Prototypes)
 
 
-def test_state_round_trip_and_the_state_before_any_step():
+def test_state_survives_save_and_load():
     center, other = Center(0.9), Center(0.9)
     assert center.state_dict() == {}
     other.load_state_dict({})

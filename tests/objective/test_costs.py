@@ -93,7 +93,7 @@ def step(network, config, images):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_flops_are_a_real_steps(case):
+def test_flops_equal_those_of_a_real_step(case):
     """But for the gradient of pixels, which three forwards count and no step computes."""
     config, counts = config_of(case), []
     network = build_student(config)
@@ -111,7 +111,7 @@ def test_flops_are_a_real_steps(case):
     assert costs.traced(config)
 
 
-def test_without_a_teacher_its_forward_is_not_counted():
+def test_objective_without_teacher_counts_no_teacher_forward():
     config = config_of("swin, without a teacher")
     less = costs.image_flops(config_of("swin, contrast")) - costs.image_flops(config)
     assert less > 2 * costs.crop_flops(config, 64)
@@ -122,7 +122,7 @@ TIMM = {"timm, one call a crop size": ({"trunk": "timm:vit_tiny_patch16_224", "d
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("case", [*CASES, *TIMM])
-def test_activations_are_autograds(case, precision, monkeypatch):
+def test_activation_bytes_equal_those_saved_by_autograd(case, precision, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "CASES", CASES | TIMM)
     config = config_of(case, precision)
     network = build_student(config).to(torch.bfloat16 if precision == "bf16" else torch.float32)
@@ -144,7 +144,7 @@ def test_activations_are_autograds(case, precision, monkeypatch):
 
 @pytest.mark.parametrize("trunk", ["swin_t", "swinv2_t"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_trace_and_the_closed_form_agree(trunk, checkpointing, monkeypatch):
+def test_trace_equals_closed_form(trunk, checkpointing, monkeypatch):
     config = configs.resolve(trunk)
     closed = costs.activation_bytes(config, checkpointing)
     monkeypatch.setattr(costs, "traced", lambda config: True)
@@ -153,13 +153,13 @@ def test_the_trace_and_the_closed_form_agree(trunk, checkpointing, monkeypatch):
     assert traced.per_step == pytest.approx(closed.per_step, rel=0.001)
 
 
-def test_parameters_are_the_networks():
+def test_parameter_counts_equal_the_network():
     trunk, heads = costs.parameters(config_of("toy, contrast"))
     assert trunk == sum(p.numel() for p in toy_trunk.ToyTrunk(32).parameters())
     assert heads == 32 * 48 + 48 + 2 * 48 + 48 * 32 + 32
 
 
-def test_plan_says_that_it_traced(tmp_path, capsys):
+def test_plan_reports_that_it_traced(tmp_path, capsys):
     path = tmp_path / "c.yaml"
     path.write_text(configs.dump(config_of("toy, contrast", "bf16")))
     arguments = ["--gpus", "2", "--gpu-memory", "8G", "--tflops", "100"]

@@ -6,7 +6,7 @@ from tests.objective import cases
 from tests.objective.conftest import Ranks
 
 
-def test_it_is_esvit_without_regions() -> None:
+def test_dino_equals_esvit_without_regions() -> None:
     given = cases.inputs("dino")
     section = configs.Objective(**{**cases.section("dino"), "name": "esvit", "regions": False})
     esvit, dino = EsViT(cases.C, section).double(), cases.module("dino", given.student)
@@ -22,11 +22,11 @@ def test_it_is_esvit_without_regions() -> None:
     assert esvit.extra_state().keys() == dino.extra_state().keys() == {"view.values"}
 
 
-def test_two_ranks_are_one(ranks: Ranks) -> None:
+def test_two_ranks_match_one(ranks: Ranks) -> None:
     cases.assert_ranks_agree("dino", *ranks("dino"))
 
 
-def test_regions_default_to_what_the_objective_has() -> None:
+def test_regions_default_depends_on_the_objective() -> None:
     assert configs.Objective().regions
     assert not configs.Objective(name="dino").regions
     assert "leave it out, or take objective.name=esvit" in cases.error_of("dino", objective__regions=True)

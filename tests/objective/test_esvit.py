@@ -95,7 +95,7 @@ def _cross_entropy(teacher_logits, center, temp, student_logits):
 
 @pytest.mark.parametrize("regions", [True, False])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_loss_and_every_gradient_are_the_triple_loops(layout, regions):
+def test_loss_and_gradients_match_triple_loop(layout, regions):
     grids = LAYOUTS[layout]
     student_module, teacher_module = objective(regions), objective(regions, "t")
     student, teacher = features("a", grids, requires_grad=True), features("b", grids[:1])
@@ -121,7 +121,7 @@ OFFICIAL = json.loads((Path(__file__).parent / "fixtures" / "official_loss.json"
 
 
 @pytest.mark.parametrize("case", OFFICIAL, ids=["V+R", "V"])
-def test_the_official_losss_numbers_over_three_steps(case):
+def test_three_steps_match_official_loss(case):
     """Loss, gradients and centres of the official modules in float64; weights and features by rule."""
     grids = LAYOUTS["one local size"]
     student_module, teacher_module = objective(case["regions"]), objective(case["regions"], "teacher")
@@ -184,7 +184,7 @@ def test_view_pairs_leave_out_the_crop_itself():
     torch.testing.assert_close(weight, torch.tensor(expected))
 
 
-def test_region_term_weighs_every_crop_equally_whatever_its_size():
+def test_region_loss_weights_crops_equally():
     """Each pair is a mean over its own regions: a global crop of 9 regions counts as a local of 4."""
     grids = LAYOUTS["one local size"]
     unit = F.normalize(features("n", grids[:1]).regions, dim=1).view(2 * B, 9, C)
@@ -240,7 +240,7 @@ def test_centres_survive_a_checkpoint():
     assert first != objective()(features("a", grids), targets, 0.05)[0]
 
 
-def test_spread_is_one_for_all_directions_and_zero_for_one() -> None:
+def test_feature_spread_is_one_for_isotropic_and_zero_for_constant() -> None:
     torch.manual_seed(0)
     assert spread(torch.randn(4000, 64)).item() == pytest.approx(1, abs=0.02)
     assert spread(torch.randn(1, 64).expand(100, 64)).item() == pytest.approx(0, abs=1e-3)

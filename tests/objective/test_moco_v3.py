@@ -8,7 +8,7 @@ from tests.objective import cases
 from tests.objective.conftest import Ranks
 
 
-def test_value_and_every_gradient() -> None:
+def test_loss_and_gradients_match_definition() -> None:
     given = cases.inputs("moco_v3")
     found = cases.step("moco_v3", given, given.features, given.teacher_features)
     student, teacher = cases.module("moco_v3", given.student), cases.module("moco_v3", given.teacher)
@@ -26,12 +26,12 @@ def test_value_and_every_gradient() -> None:
     assert found.logs["contrastive_accuracy"].item() == pytest.approx(right / (2 * cases.B))
 
 
-def test_two_ranks_are_one(ranks: Ranks) -> None:
+def test_two_ranks_match_one(ranks: Ranks) -> None:
     """Keys of all ranks, each rank's own in their place; batch norm over all ranks."""
     cases.assert_ranks_agree("moco_v3", *ranks("moco_v3"))
 
 
-def test_the_last_layers_are_normalised_without_a_gain() -> None:
+def test_last_layers_are_normalised_without_gain() -> None:
     names = {name for name, _ in cases.module("moco_v3").named_parameters()}
     layers = {f"projector.layers.{i}.weight" for i in range(3)} | {f"predictor.layers.{i}.weight" for i in range(2)}
     norms = {f"projector.norms.{i}.{kind}" for i in range(2) for kind in ("weight", "bias")}

@@ -26,7 +26,7 @@ def crops_of(*groups):
 
 @pytest.mark.parametrize("groups", [[(2, 32)], [(2, 32), (3, 16)], [(2, 32), (1, 24), (2, 12)]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_parameter_gets_a_gradient_whatever_the_crops(groups, dtype):
+def test_every_parameter_gets_a_gradient_for_any_crops(groups, dtype):
     """A parameter without one would be re-applied its old gradient under ZeRO-3."""
     student, teacher = pair(dtype)
     crops = crops_of(*groups)
@@ -40,7 +40,7 @@ def test_every_parameter_gets_a_gradient_whatever_the_crops(groups, dtype):
     assert 0 < logs["teacher_entropy_view"] <= torch.tensor(16.0).log() + 1e-4
 
 
-def test_teacher_and_student_roles():
+def test_teacher_returns_targets_without_gradients():
     _, teacher = pair()
     crops = crops_of((2, 32), (2, 16))
     targets = teacher(crops[:1])
@@ -50,7 +50,7 @@ def test_teacher_and_student_roles():
     assert targets.images == B
 
 
-def test_the_loss_of_equal_images_does_not_depend_on_the_batch_they_come_in():
+def test_loss_does_not_depend_on_the_batch_around_equal_images():
     """The mean over a batch of two is the mean of the two alone, drop path included."""
     student, teacher = pair(torch.float64, model={**SMALL["model"], "drop_path": 0.5})
     crops = [x.double() for x in crops_of((2, 32), (3, 16))]
@@ -65,7 +65,7 @@ def test_the_loss_of_equal_images_does_not_depend_on_the_batch_they_come_in():
     assert loss([0]) != pytest.approx(loss([1]), abs=1e-3)
 
 
-def test_names():
+def test_parameter_names_are_stable():
     names = {name for name, _ in pair()[0].named_parameters()}
     assert "trunk.patch_embed.proj.weight" in names
     assert "objective.view_head.last_layer.weight_v" in names

@@ -13,7 +13,7 @@ def network(**objective):
     return build_network(validate({**SMALL, "objective": {**SMALL["objective"], **objective}}, where="test"))
 
 
-def test_groups_of_every_parameter():
+def test_every_parameter_has_the_expected_group():
     module = network()
     groups = parameter_groups(module)
     assert groups.keys() == {name for name, _ in module.named_parameters()}
@@ -31,7 +31,7 @@ def test_groups_of_every_parameter():
         assert (groups[name] == "no_decay") == (name.endswith(".bias") or parameter.ndim == 1)
 
 
-def test_v2s_temperatures_and_position_bias_do_not_decay():
+def test_swin_v2_temperatures_and_position_bias_do_not_decay():
     values = {**SMALL, "model": {**SMALL["model"], "trunk": "swinv2_t"}}
     groups = parameter_groups(build_network(validate(values, where="test")))
     attention = "trunk.layers.0.blocks.0.attn"
@@ -46,14 +46,14 @@ def test_frozen_gains_are_in_no_group():
     assert groups["objective.view_head.last_layer.weight_v"] == "last_layer"
 
 
-def test_all_may_decay():
+def test_decay_all_puts_every_parameter_in_a_decaying_group():
     module = network()
     some, all_of_them = parameter_groups(module), parameter_groups(module, "all")
     assert all_of_them == {name: "decay" if group == "no_decay" else group for name, group in some.items()}
     assert "no_decay" in some.values()
 
 
-def test_a_part_is_a_stage_or_a_block() -> None:
+def test_parts_are_stages_or_blocks() -> None:
     parts = {
         "trunk.patch_embed.proj.weight": "patch_embed",
         "trunk.layers.2.blocks.3.attn.qkv.weight": "stage3",

@@ -43,7 +43,7 @@ def with_gradient(given):
 
 @pytest.mark.parametrize("tile", [1, 5, 22, 100])
 @pytest.mark.parametrize("matches", [1, 2, 3])
-def test_loss_and_gradients_are_the_slow_ones(tile, matches):
+def test_loss_and_gradients_match_slow_reference(tile, matches):
     given = problem(matches=matches)
     ours, theirs = with_gradient(given), with_gradient(given)
     loss, expected = fused(*ours, tile=tile)[0], slow(*theirs)
@@ -54,7 +54,7 @@ def test_loss_and_gradients_are_the_slow_ones(tile, matches):
         torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-9)
 
 
-def test_through_the_head_to_features_directions_and_gains():
+def test_gradients_reach_features_directions_and_gains():
     head = ProjectionHead(7, 9, 6, 23).double()
     with torch.no_grad():
         head.last_layer.weight_g.uniform_(0.5, 1.5)
@@ -70,7 +70,7 @@ def test_through_the_head_to_features_directions_and_gains():
         torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
 
 
-def test_nothing_flows_to_the_teacher():
+def test_teacher_gets_no_gradient():
     given = [x.clone().requires_grad_() if x.is_floating_point() else x for x in problem()]
     loss, entropies = fused(*given)
     loss.backward()
@@ -78,7 +78,7 @@ def test_nothing_flows_to_the_teacher():
     assert not any(entropy.requires_grad for entropy in entropies)
 
 
-def test_gradients_accumulate_and_scale():
+def test_gradients_accumulate_and_scale_with_the_upstream_gradient():
     given = with_gradient(problem())
     fused(*given)[0].backward()
     once = [x.grad.clone() for x in given[:2]]
@@ -88,7 +88,7 @@ def test_gradients_accumulate_and_scale():
 
 
 @pytest.mark.parametrize("frozen", [0, 1])
-def test_only_the_gradients_that_are_needed(frozen):
+def test_only_required_gradients_are_computed(frozen):
     given = with_gradient(problem())
     full = with_gradient(given)
     given[frozen] = given[frozen].detach()
@@ -100,7 +100,7 @@ def test_only_the_gradients_that_are_needed(frozen):
         torch.testing.assert_close(fused(*full)[0], fused(*given)[0].detach())
 
 
-def test_entropies_of_teacher_student_and_of_the_mean_target():
+def test_entropies_match_definition():
     z_s, rows_s, z_t, rows_t, center, _, _ = given = problem()
     p = F.softmax((z_t @ rows_t.T - center) / TEACHER_TEMP, dim=1)
     q = F.softmax(z_s @ rows_s.T / STUDENT_TEMP, dim=1)
@@ -123,7 +123,7 @@ def test_fp16_is_multiplied_in_bf16():
     assert F.cosine_similarity(half[0].grad.float().flatten(), wide[0].grad.flatten(), dim=0) > 0.995
 
 
-def test_a_sharp_teacher_and_large_gains_stay_finite():
+def test_sharp_teacher_and_large_gains_stay_finite():
     z_s, rows_s, z_t, rows_t, center, match, weight = problem(dtype=torch.float32)
     given = with_gradient([z_s, 300 * rows_s, z_t, 300 * rows_t, center, match, weight])
     loss, entropies = prototype_cross_entropy(*given, STUDENT_TEMP, 1e-3)
@@ -164,7 +164,7 @@ def test_no_tensor_exceeds_a_tile():
     assert sorted(x.numel() for x in loss.grad_fn.gradients) == [students * d, k * d]
 
 
-def test_a_second_backward_is_refused():
+def test_second_backward_is_refused():
     loss, _ = fused(*with_gradient(problem()))
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="once"):
@@ -172,7 +172,7 @@ def test_a_second_backward_is_refused():
 
 
 @pytest.mark.parametrize("tokens", [1, 70, 1072, 10**7])
-def test_a_tile_keeps_to_its_budget_and_is_never_starved(tokens):
+def test_tile_size_stays_within_its_budget(tokens):
     tile = prototypes.tile_size(tokens, torch.device("cpu"))
     assert tile % prototypes.NARROWEST_TILE == 0
     assert tile == prototypes.NARROWEST_TILE or 4 * tokens * tile <= prototypes.CPU_TILE_BYTES

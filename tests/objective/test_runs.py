@@ -26,7 +26,7 @@ def run(folder: Path, shards: Path, case: str, ds_config: str, **overrides: Any)
 
 
 @pytest.mark.parametrize("case", cases.CASES)
-def test_three_steps_are_the_same_partitioned(tmp_path: Path, shards: Path, case: str) -> None:
+def test_three_steps_match_at_zero_1_and_3(tmp_path: Path, shards: Path, case: str) -> None:
     """ZeRO 3 would re-apply the gradient of a parameter that is not used."""
     rows = run(tmp_path / "zero1", shards, case, "zero1")
     assert len(rows) == 3
@@ -38,7 +38,7 @@ def test_three_steps_are_the_same_partitioned(tmp_path: Path, shards: Path, case
 
 @pytest.mark.parametrize("precision", ["bf16", "autocast"])
 @pytest.mark.parametrize("case", ["dino-sinkhorn", "moco_v3", "simclr", "swav"])
-def test_in_half_precision_too(tmp_path: Path, shards: Path, case: str, precision: str) -> None:
+def test_half_precision_follows_fp32(tmp_path: Path, shards: Path, case: str, precision: str) -> None:
     exact = run(tmp_path / "fp32", shards, case, "zero1")
     rough = run(tmp_path / precision, shards, case, "zero1", train__precision=precision)
     assert rough[0]["loss"] == pytest.approx(exact[0]["loss"], rel=0.1)
@@ -53,7 +53,7 @@ def test_decay_of_all_reaches_the_optimizer(tmp_path: Path, shards: Path) -> Non
 
 
 @pytest.mark.parametrize("case", ["esvit-sinkhorn", "moco_v3", "swav"])
-def test_resumed_is_straight(tmp_path: Path, shards: Path, case: str) -> None:
+def test_resumed_run_equals_uninterrupted_run(tmp_path: Path, shards: Path, case: str) -> None:
     """Without centres, without a group of its own for the last layer, and without a teacher."""
     straight = run(tmp_path / "straight", shards, case, "zero1", train__steps=6, train__checkpoint_every=4)
     shutil.copytree(tmp_path / "straight", tmp_path / "stopped")

@@ -24,7 +24,7 @@ def schedules(per_epoch=7, **sections):
 
 
 @pytest.mark.parametrize(("epochs", "per_epoch", "warmup"), [(20, 7, 3), (5, 1, 1), (4, 3, 0), (6, 5, 6), (300, 2, 10)])
-def test_every_value_of_the_official_tables(epochs, per_epoch, warmup):
+def test_schedules_equal_the_official_tables(epochs, per_epoch, warmup):
     s = schedules(per_epoch, train={"epochs": epochs, "global_batch": 128}, optim={"warmup_epochs": warmup})
     steps = range(epochs * per_epoch)
     assert s.total_steps == len(steps)
@@ -34,20 +34,20 @@ def test_every_value_of_the_official_tables(epochs, per_epoch, warmup):
 
 
 @pytest.mark.parametrize(("warmup", "epochs"), [(30, 40), (1, 3), (0, 3), (2, 2)])
-def test_the_teachers_temperature_is_a_staircase_per_epoch(warmup, epochs):
+def test_teacher_temperature_changes_once_per_epoch(warmup, epochs):
     s = schedules(train={"epochs": epochs}, objective={"teacher_temp_warmup_epochs": warmup})
     stairs = np.concatenate((np.linspace(0.04, 0.07, warmup), np.ones(epochs - warmup) * 0.07))
     assert [s.teacher_temp(i) for i in range(epochs * 7)] == pytest.approx(np.repeat(stairs, 7), rel=1e-14)
 
 
-def test_lr_moves_within_an_epoch_where_the_temperature_does_not():
+def test_learning_rate_changes_within_an_epoch():
     s = schedules()
     assert s.lr(7) != s.lr(8)
     assert s.teacher_temp(7) == s.teacher_temp(13) != s.teacher_temp(14)
 
 
 @pytest.mark.parametrize("epochs", [0, 1, 2])
-def test_the_last_layer_is_frozen_for_whole_epochs(epochs):
+def test_last_layer_is_frozen_for_whole_epochs(epochs):
     s = schedules(optim={"freeze_last_layer_epochs": epochs})
     assert [s.last_layer_frozen(i) for i in range(21)] == [i < 7 * epochs for i in range(21)]
 
@@ -60,18 +60,18 @@ def test_steps_replace_epochs_as_the_length():
     assert s.lr(50) == pytest.approx(1e-6)
 
 
-def test_a_run_shorter_than_its_warmup_is_the_beginning_of_the_longer_one():
+def test_run_shorter_than_warmup_equals_the_start_of_a_longer_run():
     short, long = schedules(train={"steps": 20}), schedules(train={"epochs": 300})
     assert [short.lr(i) for i in range(20)] == [long.lr(i) for i in range(20)]
 
 
-def test_one_step():
+def test_schedule_of_one_step_is_valid():
     s = schedules(per_epoch=1, train={"steps": 1}, optim={"warmup_epochs": 0})
     assert (s.lr(0), s.weight_decay(0), s.ema_momentum(0)) == pytest.approx((s.config.peak_lr, 0.04, 0.996))
     assert schedules(per_epoch=1, train={"steps": 1}, optim={"warmup_epochs": 1}).lr(0) == 0
 
 
-def test_a_constant_schedule_is_the_same_run_until_it_cools_down():
+def test_constant_schedules_agree_until_cooldown():
     values = {"optim": {"schedule": "constant", "cooldown": 0.25, "warmup_epochs": 1, "weight_decay_end": 0.1}}
     short, long = (Schedules(validate(values | {"train": {"steps": steps}}, where="test"), 5) for steps in (40, 80))
     for name, end in (("lr", 1e-6), ("weight_decay", 0.1), ("ema_momentum", 1.0)):

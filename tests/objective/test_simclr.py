@@ -8,7 +8,7 @@ from tests.objective import cases
 from tests.objective.conftest import Ranks
 
 
-def test_value_and_every_gradient() -> None:
+def test_loss_and_gradients_match_definition() -> None:
     given = cases.inputs("simclr")
     found = cases.step("simclr", given, given.features, given.teacher_features)
     student = cases.module("simclr", given.student)
@@ -24,6 +24,6 @@ def test_value_and_every_gradient() -> None:
     assert found.logs["contrastive_accuracy"].item() == pytest.approx(right / (2 * cases.B))
 
 
-def test_two_ranks_are_one(ranks: Ranks) -> None:
+def test_two_ranks_match_one(ranks: Ranks) -> None:
     """Negatives of all ranks, and the gradient of every rank's loss to an image."""
     cases.assert_ranks_agree("simclr", *ranks("simclr"))

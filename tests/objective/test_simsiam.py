@@ -7,7 +7,7 @@ from tests.objective import cases
 from tests.objective.conftest import Ranks
 
 
-def test_value_and_every_gradient() -> None:
+def test_loss_and_gradients_match_definition() -> None:
     given = cases.inputs("simsiam")
     found = cases.step("simsiam", given, given.features, given.teacher_features)
     student = cases.module("simsiam", given.student)
@@ -22,11 +22,11 @@ def test_value_and_every_gradient() -> None:
     cases.assert_same(found, loss, cases.gradients(loss, student, leaf))
 
 
-def test_two_ranks_are_one(ranks: Ranks) -> None:
+def test_two_ranks_match_one(ranks: Ranks) -> None:
     cases.assert_ranks_agree("simsiam", *ranks("simsiam"))
 
 
-def test_a_moving_average_is_refused() -> None:
+def test_moving_average_teacher_is_refused() -> None:
     """Evaluation would read a teacher that nothing trained against."""
     message = cases.error_of("simsiam", objective__ema_momentum=0.99)
     assert "set objective.ema_momentum=0 and objective.ema_momentum_end=0" in message

@@ -21,7 +21,7 @@ def dense(logits: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("tile", [1, 7, 64, None])
-def test_the_centre_gives_the_dense_algorithms_targets(tile: int | None) -> None:
+def test_targets_match_dense_sinkhorn(tile: int | None) -> None:
     z, rows = unit(torch.randn(30, 8, dtype=torch.float64)), torch.randn(64, 8, dtype=torch.float64)
     center = sinkhorn_center(z, rows, 0.05, tile)
     assert center.dtype == torch.float64
@@ -29,7 +29,7 @@ def test_the_centre_gives_the_dense_algorithms_targets(tile: int | None) -> None
     torch.testing.assert_close(torch.softmax((logits - center) / 0.05, 1), dense(logits / 0.05), rtol=0, atol=1e-12)
 
 
-def test_every_prototype_is_used_although_all_tokens_prefer_one() -> None:
+def test_every_prototype_is_used_when_all_tokens_prefer_one() -> None:
     rows = unit(torch.randn(16, 8, dtype=torch.float64))
     z = unit(rows[0] + 0.1 * torch.randn(200, 8, dtype=torch.float64))
     usage = torch.softmax((z @ rows.T - sinkhorn_center(z, rows, 0.1)) / 0.1, 1).mean(0)
@@ -47,7 +47,7 @@ def test_half_precision_rows_and_a_sharp_temperature_stay_finite() -> None:
 
 
 @pytest.mark.parametrize("case", ["dino-sinkhorn", "esvit-sinkhorn"])
-def test_value_and_every_gradient_in_the_loss(case: str) -> None:
+def test_loss_and_gradients_match_definition(case: str) -> None:
     given = cases.inputs(case)
     found = cases.step(case, given, given.features, given.teacher_features)
     student, teacher = cases.module(case, given.student), cases.module(case, given.teacher)
@@ -76,11 +76,11 @@ def test_value_and_every_gradient_in_the_loss(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", ["dino-sinkhorn", "esvit-sinkhorn"])
-def test_two_ranks_are_one(ranks: Ranks, case: str) -> None:
+def test_two_ranks_match_one(ranks: Ranks, case: str) -> None:
     cases.assert_ranks_agree(case, *ranks(case))
 
 
-def test_nothing_is_remembered() -> None:
+def test_sinkhorn_keeps_no_state() -> None:
     module = cases.module("esvit-sinkhorn")
     module.load_extra_state({"view.values": torch.ones(20)})  # of a run that had centres
     module.commit()

@@ -8,7 +8,7 @@ from tests.objective.conftest import Ranks
 from tests.objective.test_sinkhorn import dense
 
 
-def test_value_and_every_gradient() -> None:
+def test_loss_and_gradients_match_definition() -> None:
     given = cases.inputs("swav")
     found = cases.step("swav", given, given.features, given.teacher_features)
     student = cases.module("swav", given.student)
@@ -26,12 +26,12 @@ def test_value_and_every_gradient() -> None:
     cases.assert_same(found, loss, cases.gradients(loss, student, leaf))
 
 
-def test_two_ranks_are_one(ranks: Ranks) -> None:
+def test_two_ranks_match_one(ranks: Ranks) -> None:
     """Codes over the images of all ranks."""
     cases.assert_ranks_agree("swav", *ranks("swav"))
 
 
-def test_the_prototypes_are_of_unit_norm_and_freeze_as_a_last_layer() -> None:
+def test_prototypes_have_unit_norm_and_freeze_like_a_last_layer() -> None:
     module = cases.module("swav", cases.values("swav"))
     rows = module.last_layer(torch.zeros(1, cases.SIZES["bottleneck"]).double(), lambda _, rows: rows)
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(len(rows)).double())

@@ -33,14 +33,14 @@ def slow(given: Inputs, ranks: int) -> tuple[Tensor, Any, Any]:
     return loss, student, leaf
 
 
-def test_value_and_every_gradient() -> None:
+def test_loss_and_gradients_match_definition() -> None:
     given = cases.inputs("triplet")
     found = cases.step("triplet", given, given.features, given.teacher_features)
     loss, student, leaf = slow(given, ranks=1)
     cases.assert_same(found, loss, cases.gradients(loss, student, leaf))
 
 
-def test_two_ranks_have_negatives_of_their_own_and_one_batch_norm(ranks: Ranks) -> None:
+def test_two_ranks_use_own_negatives_and_shared_batch_norm(ranks: Ranks) -> None:
     given, found = ranks("triplet")
     loss, student, leaf = slow(given, ranks=2)
     expected = Result(loss.detach(), found[1], cases.gradients(loss, student, leaf))
@@ -48,7 +48,7 @@ def test_two_ranks_have_negatives_of_their_own_and_one_batch_norm(ranks: Ranks) 
 
 
 @pytest.mark.parametrize(("batch", "accum", "world"), [(22, 1, 2), (44, 2, 2), (11, 1, 1)])
-def test_a_rank_needs_eleven_images_at_a_time(tmp_path, batch: int, accum: int, world: int) -> None:
+def test_fewer_than_eleven_images_per_rank_are_refused(tmp_path, batch: int, accum: int, world: int) -> None:
     own = {"objective__name": "triplet", "data__local_crops": [], "train__grad_accum": accum}
     config = tiny.config(tmp_path, tmp_path, train__global_batch=batch, **own)
     objective = build_network(config).objective
