@@ -360,7 +360,7 @@ def test_parallel_verification_finds_the_same(image_folder: Path, tmp_path: Path
 def test_records_of_another_run_are_not_mixed_in(image_folder: Path, tmp_path: Path) -> None:
     write(image_folder, tmp_path / "set", part=Part(1, 2))
     assert set_folder.records(tmp_path / "set" / ".partial")
-    with pytest.raises(UserError, match=r"unfinished set of other images or options \(2 of 4 shards\)"):
+    with pytest.raises(UserError, match=r"unfinished set of other images or options \(2 of 4 shards are written\)"):
         write(image_folder, tmp_path / "set", Recipe(samples_per_shard=3, seed=1), part=Part(2, 2))
 
 
