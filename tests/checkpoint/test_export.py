@@ -365,7 +365,7 @@ def test_model_card_is_filled_from_the_run(tmp_path: Path) -> None:
             {**AT_224, "trunk": "swinv2_h"},
             224,
             "timm",
-            "timm has no swinv2_h .its extra norms.; --to safetensors or onnx",
+            "timm has no swinv2_h .its extra norms.; use --to safetensors or onnx",
         ),
         (AT_224, 96, "timm", r"at 96 pixels, stage 1 pads its windows of 7, which timm does otherwise"),
         (AT_224 | {"window": 14}, 224, "huggingface", r"stage 4 \(7×7\) is smaller than the window 14.*--to timm"),

@@ -106,7 +106,12 @@ def test_exported_folder_loads_and_has_a_model_card(tmp_path: Path, model: dict)
         ),
         (DEIT, 100, "timm", r"100 pixels are no multiple of 16; use --to safetensors or onnx"),
         (DEIT, 100, "huggingface", r"deit_s is written for transformers; use --to safetensors or onnx"),
-        ({**RESNET, "embed_dim": 16}, 96, "timm", r"resnet50 has 4 stages and a stem of 64 channels; --to safetensors"),
+        (
+            {**RESNET, "embed_dim": 16},
+            96,
+            "timm",
+            r"resnet50 has 4 stages and a stem of 64 channels; use --to safetensors",
+        ),
         (
             ATTO,
             96,
