@@ -1,5 +1,5 @@
-# What a site changes: the only file here to edit (or copy it, and say export ESVIT_ENV=/path/to/your-env.sh).
-# Read by every job on its first node, before anything starts; what is exported reaches all ranks.
+# The settings of a site: the only file here to edit (or edit a copy and run: export ESVIT_ENV=/path/to/your-env.sh).
+# Every job reads it on its first node before anything starts; exported variables reach all ranks.
 # shellcheck shell=bash disable=SC2034
 
 # --- software: one of these -------------------------------------------------------------------------------------------
@@ -11,15 +11,15 @@
 # ESVIT_PYTHON=python3
 
 # --- network ----------------------------------------------------------------------------------------------------------
-# export NCCL_SOCKET_IFNAME=ib0     # which interface ranks find each other by
+# export NCCL_SOCKET_IFNAME=ib0     # network interface over which ranks find each other
 # export GLOO_SOCKET_IFNAME=ib0
-# export NCCL_IB_HCA=mlx5           # which InfiniBand adapters carry the data
+# export NCCL_IB_HCA=mlx5           # InfiniBand adapters that carry the data
 # export NCCL_DEBUG=WARN
 
 # --- scratch ----------------------------------------------------------------------------------------------------------
-# A folder on each node's own disk, for compiled kernels; by default the site's TMPDIR, else /tmp.
+# Folder on each node's own disk for compiled kernels (default: TMPDIR, or /tmp).
 # export ESVIT_LOCAL=/local/scratch/$USER
 
 # --- behaviour --------------------------------------------------------------------------------------------------------
-ESVIT_PREFLIGHT=${ESVIT_PREFLIGHT:-1}         # check the nodes before jobs of several nodes; 0: do not
-ESVIT_MAX_FAILURES=${ESVIT_MAX_FAILURES:-3}   # failures in a row, with no new checkpoint between, before a job gives up
+ESVIT_PREFLIGHT=${ESVIT_PREFLIGHT:-1}         # 1: check the nodes before a job of several nodes; 0: do not
+ESVIT_MAX_FAILURES=${ESVIT_MAX_FAILURES:-3}   # failures in a row without a new checkpoint after which a job gives up

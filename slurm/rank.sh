@@ -1,8 +1,8 @@
 #!/bin/bash
-# One rank of a job: its limits, caches, log and, when it fails, its name.
+# Run one rank of a job: set its limits, caches and log, and record its failure.
 ulimit -Sn "$(ulimit -Hn)" 2>/dev/null
 
-# Compiled kernels stay on the node's own disk: on a shared one, ranks wait for each other's locks.
+# Compiled kernels go to the node's own disk: on a shared one, ranks wait for each other's locks.
 cache=${ESVIT_LOCAL:-${TMPDIR:-/tmp}}/esvit-cache-$(id -u)
 if mkdir -p "$cache" 2>/dev/null && [ -O "$cache" ]; then
   export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-$cache/triton}"
@@ -15,7 +15,7 @@ if [ "${SLURM_PROCID:-0}" != 0 ] && [ -n "${ESVIT_RANK_LOGS:-}" ]; then
   echo "--- $(date -u +%FT%TZ) rank $SLURM_PROCID on $(hostname)"
 fi
 
-# How this rank failed stays, because srun gives one exit code for all: see `blame` in job.sh.
+# Record how this rank fails, because srun returns one exit code for all ranks: see `blame` in job.sh.
 rank=
 trap 'kill -USR1 "$rank" 2>/dev/null' USR1
 trap 'kill -TERM "$rank" 2>/dev/null' TERM
