@@ -1,4 +1,4 @@
-"""Pretrained weights as an ordinary torch module: `esvit_scale.load_backbone`."""
+"""`esvit_scale.load_backbone`, which loads pretrained weights as a torch module, and that module, `Backbone`."""
 
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,13 @@ from esvit_scale.models.trunk import Trunk
 
 
 class Backbone(nn.Module):
-    """A pretrained trunk that takes a batch of images of one size, which can be any size.
+    """A pretrained trunk as a torch module that maps a batch of equally large images, of any size, to features.
 
     Attributes:
-        trunk: the trunk itself, which takes several image sizes at once (`trunk(crops) -> Features`).
-        config: the run config that it was trained with.
-        dim: C, the width of its features.
-        size: side in pixels of the images that evaluation uses.
+        trunk: the wrapped trunk, which takes a list of batches, one for each image size (`trunk(crops) -> Features`).
+        config: config of the run that trained the trunk.
+        dim: C, the width of the features.
+        size: side in pixels of the evaluation crop, which `preprocess` returns.
         channels, reductions: width and downscaling factor of each map of `pyramid`; empty for a trunk without stages.
     """
 
@@ -36,17 +36,20 @@ class Backbone(nn.Module):
         self.channels, self.reductions = list(trunk.channels), list(trunk.reductions)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map normalised images [B, channels, H, W] to features [B, C]: the mean of the trunk's tokens, or its class token."""
+        """Return features [B, C] of normalised images [B, channels, H, W]: the trunk's mean token or class token."""
         return self.trunk([images]).view
 
     def regions(self, images: Tensor) -> Tensor:
-        """Map normalised images [B, channels, H, W] to the trunk's last tokens, as maps [B, C, H', W']."""
+        """Return the trunk's last feature map [B, C, H', W'] for normalised images [B, channels, H, W]."""
         features = self.trunk([images])
         [(n, h, w)] = features.grids
         return features.regions.view(n, h, w, -1).permute(0, 3, 1, 2)
 
     def pyramid(self, images: Tensor) -> list[Tensor]:
-        """Map normalised images [B, channels, H, W] to a map [B, C_s, H_s, W_s] of every stage s, finest first.
+        """Return a feature map [B, C_s, H_s, W_s] for every stage s, finest first.
+
+        Args:
+            images: normalised images [B, channels, H, W].
 
         Raises:
             UserError: the trunk has no stages.
@@ -54,7 +57,7 @@ class Backbone(nn.Module):
         return Pyramid(self.trunk)(images)
 
     def preprocess(self, image: Image.Image | NDArray[Any]) -> Tensor:
-        """Return an image as evaluation presents it: a normalised tensor [channels, S, S], with S = `size`.
+        """Apply the evaluation transform to one image and return a normalised tensor [channels, S, S], with S = `size`.
 
         The short side is resized to S·256/224 and the centre cropped. A PIL image is turned upright by its EXIF
         orientation, and its transparent pixels become white.
@@ -64,8 +67,9 @@ class Backbone(nn.Module):
                 uint8 or uint16.
 
         Raises:
-            BadImage: the pixels have no agreed range (32-bit), or the file cannot be decoded.
-            UserError: an array of other channels or bits than the backbone was trained on.
+            BadImage: the pixels are 32-bit, whose value range is not defined, or the PIL image's file cannot be
+                decoded.
+            UserError: the array's number of channels or bits is not that of the images the backbone was trained on.
         """
         wanted = pixel_format(self.config.data)
         if isinstance(image, Image.Image) and wanted.is_rgb8:
@@ -77,7 +81,13 @@ class Backbone(nn.Module):
 
 
 def _array_of(image: NDArray[Any], wanted: PixelFormat) -> Image.Image | NDArray[Any]:
-    """Return an image as evaluation takes it; raise UserError if it is not [H, W, C] in the wanted pixel format."""
+    """Return an array [H, W, C] in the form that `stream.centre_crop` takes: as a PIL image if it is 8-bit RGB.
+
+    A map [H, W] gets a channel axis.
+
+    Raises:
+        UserError: the shape, the number of channels or the type is not that of the wanted pixel format.
+    """
     image = image[:, :, None] if image.ndim == 2 else image
     if image.ndim != 3 or image.shape[2] != wanted.channels or image.dtype != wanted.dtype:
         shape = " x ".join(map(str, image.shape))
@@ -89,11 +99,11 @@ def load_backbone(weights: str | Path) -> Backbone:
     """Return pretrained weights as a torch module, in fp32 on the CPU and in eval mode.
 
     Args:
-        weights: a run dir or a step folder (its teacher is used), an exported folder (safetensors, timm, huggingface), a
-            .safetensors file, an official EsViT .pth, or a file of a trunk that Swin, DeiT, DINO or timm published.
+        weights: a run dir or a step folder (its teacher is used), an exported folder (safetensors, timm, huggingface),
+            a .safetensors file, an official EsViT .pth, or a file of a trunk that Swin, DeiT, DINO or timm published.
 
     Raises:
-        UserError: no such weights, damaged, or of another architecture.
+        UserError: the weights do not exist, are damaged, or are of an architecture that esvit-scale does not support.
     """
     trunk, config = convert.load_trunk(Path(weights).expanduser())
     return Backbone(trunk, config).eval()

@@ -1,20 +1,20 @@
-"""The evaluation results in a run dir, as a table for its model card."""
+"""Collecting the evaluation results (JSON files) in a run dir into the table of the run's model card."""
 
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-Row = tuple[str, str, str]  # measure, figure, data
+Row = tuple[str, str, str]  # a row of the table: what was measured, the result, the data set
 Json = dict[str, Any]
 
-SEARCH_DEPTH = 2  # levels of folders below the run dir that are searched
+SEARCH_DEPTH = 2  # how many levels of folders below the run dir are searched for results
 
 
 def table(run: Path) -> str:
-    """Return all figures of the run's knn, linear, transfer and correspondence JSON files as a Markdown table.
+    """Return a Markdown table of all results in the run's knn, linear, transfer and correspondence JSON files.
 
-    Return "" when there are none. Damaged files and files of other programs are left out.
+    The table is "" when there are no results. Damaged files and files of other programs are skipped.
     """
     rows: list[Row] = []
     for name, read in _READ.items():
@@ -59,7 +59,7 @@ def _transfer(result: Json) -> Iterator[Row]:
 
 def _correspondence(result: Json) -> Iterator[Row]:
     for name, found in result["measures"].items():
-        if found:  # empty when no crop kept the place of any token
+        if found:  # empty when every crop had cut away the places of all tokens
             data = _name(result["data"]) if name != "stereo" else "stereo_motorcycle"
             figure = f"{found['top_accuracy']:.1f} % (chance {found['chance']:.1f} %)"
             yield f"correspondence, {name}, 10 most similar", figure, data

@@ -1,4 +1,7 @@
-"""Reading weights in any format, and converting them: official checkpoints, run dirs, step folders, exports, files."""
+"""Reading and converting weights in every supported format.
+
+The formats are official EsViT checkpoints, run dirs, step folders, exported folders and safetensors files.
+"""
 
 from pathlib import Path
 
@@ -38,7 +41,7 @@ def convert(
     network: str | None = None,
     heads: bool = False,
 ) -> str:
-    """Write the weights of `source` to `destination`, whole or not at all; return a line that says what was written.
+    """Write the weights of `source` to `destination` atomically, and return a one-line summary of what was written.
 
     Args:
         source_format: "esvit" (a .pth of the official trainer, or a trunk alone) or "esvit-scale" (a run dir, step
@@ -69,10 +72,10 @@ def convert(
 
 
 def read(path: Path) -> Weights:
-    """Return the weights at `path`, in any of the formats; the format is detected from the content, not from the name.
+    """Return the weights at `path`, in any supported format, which is detected from the content, not from the name.
 
     Raises:
-        UserError: no such weights, damaged, of another program, or not weights; the message says what it is instead.
+        UserError: `path` does not exist, is damaged, or holds no weights that can be read; the message says what it is.
     """
     if path.exists() and not path.is_dir() and not _is_our_file(path):
         return official.read(path)
@@ -80,7 +83,7 @@ def read(path: Path) -> Weights:
 
 
 def read_ours(path: Path) -> Weights:
-    """Return the weights of a run dir, step folder, exported folder or safetensors file that this program wrote."""
+    """Return the weights of a run dir, step folder, exported folder or safetensors file that esvit-scale wrote."""
     if path.is_dir() and exported_folder.is_exported(path):
         return exported_folder.read(path)
     if path.is_file() and weight_file.detect_format(path) == "safetensors":
@@ -91,9 +94,9 @@ def read_ours(path: Path) -> Weights:
 
 
 def load_trunk(path: Path) -> tuple[Trunk, Config]:
-    """Return the trunk of weights in any of the formats, in fp32 on the CPU and in eval mode, and its config.
+    """Load the trunk from weights in any supported format; return it in fp32, on the CPU, in eval mode, and its config.
 
-    It is the teacher's trunk where the weights have a teacher.
+    The trunk is the teacher's if the weights hold a teacher, otherwise the student's.
 
     Raises:
         UserError: as `read`.

@@ -28,19 +28,19 @@ from esvit_scale.models.registry import build_trunk
 FOLDER_FORMATS = ("timm", "huggingface", "onnx")
 MAX_BATCH = (
     2**31 - 1
-)  # torch 2.7 needs a bound to export DeiT, whose graph it believes to differ at a batch of 2**63 - 1
+)  # torch 2.7 needs a bound to export DeiT: without one it takes the graph to differ at a batch of 2**63 - 1
 ONNX_INLINE = (
     2**31 - 2**27
-)  # largest size in bytes of weights inside the protobuf file; larger ones go into a file beside it
+)  # bytes; larger weights go into a separate file, because a protobuf file holds at most 2 GiB
 
 
 def write(folder: Path, weights: Weights, network: str, form: str, source: Path) -> None:
-    """Write a network of `weights` to `folder`, whole or not at all.
+    """Export one network of `weights`, with config and model card, to the new folder `folder` (atomically).
 
     Args:
-        network: which of `weights.networks` to write; only its trunk, unless `form` is safetensors.
+        network: key of `weights.networks`, "teacher" or "student". Heads are written only if `form` is safetensors.
         form: the format: safetensors, timm, huggingface or onnx.
-        source: where the weights came from; a run dir supplies the figures of the model card.
+        source: where the weights were read from; if it belongs to a run dir, the model card shows the run's results.
 
     Raises:
         UserError: the format cannot hold this trunk, or needs a package that is not installed.
@@ -52,7 +52,7 @@ def write(folder: Path, weights: Weights, network: str, form: str, source: Path)
     with files.new_folder(folder) as tmp:
         _WRITE[form](tmp, weights, network)
         files.write_text(tmp / "README.md", model_card.text(weights, network, form, source, folder.name))
-        for path in tmp.iterdir():  # safetensors makes its files readable only by their owner
+        for path in tmp.iterdir():  # the safetensors library lets only the owner read its files
             shutil.copymode(tmp / "README.md", path)
 
 
@@ -104,7 +104,7 @@ def _write_onnx(folder: Path, weights: Weights, network: str) -> None:
 
 @contextlib.contextmanager
 def _one_line_errors(config: Config) -> Iterator[None]:
-    """Turn a failure of torch's exporter, whose message is a page long, into a one-line UserError."""
+    """Re-raise a failure of torch's ONNX exporter, whose message is a page long, as a one-line UserError."""
     try:
         yield
     except torch.onnx.errors.OnnxExporterError as error:
@@ -116,15 +116,15 @@ def _one_line_errors(config: Config) -> Iterator[None]:
 
 
 def _anonymize(path: Path) -> None:
-    """Remove torch's notes beside the graph, which name the source files of this machine for every node.
+    """Remove the metadata of an ONNX file in which torch records the local source file of every node.
 
-    The external file of large weights is not changed.
+    A separate file of large weights is not changed.
     """
     import onnx
 
     model = onnx.load(path, load_external_data=False)
     graphs = [model.graph, *model.functions]
-    for graph in graphs:  # the list grows: nodes such as If contain graphs
+    for graph in graphs:  # the list grows while it is read, because nodes such as If contain graphs
         values = [*getattr(graph, "initializer", []), *graph.value_info]
         values += [] if isinstance(graph, onnx.FunctionProto) else [*graph.input, *graph.output]
         for part in (graph, *graph.node, *values):

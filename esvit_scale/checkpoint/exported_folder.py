@@ -1,7 +1,7 @@
 """Reading the folders that `esvit-scale convert` writes in the formats safetensors, timm and huggingface.
 
-A timm or huggingface folder holds that library's tensor names and config; esvit_scale.json beside them records the network
-and the config that it was made from. An ONNX graph is for runtimes and cannot be read back.
+A timm or huggingface folder holds tensors and config under that library's names. Its extra file esvit_scale.json
+records which network was exported (student or teacher) and the run's config. An ONNX graph cannot be read back.
 """
 
 import json
@@ -23,22 +23,23 @@ _FROM_LIBRARY = {"timm": libraries.from_timm, "huggingface": libraries.from_hugg
 
 
 def write_origin(folder: Path, weights: Weights, network: str, form: str) -> None:
-    """Write into a timm or huggingface folder what it was made from, so that `read` can undo the conversion."""
+    """Write esvit_scale.json (network, config) into a timm or huggingface folder, so that `read` can undo an export."""
     config = weights.config.model_dump(mode="json")
     origin = {"format_version": FORMAT_VERSION, "form": form, "network": network, "config": config}
     files.write_json(folder / ORIGIN_FILE, origin)
 
 
 def is_exported(folder: Path) -> bool:
-    """Return whether a folder looks like one that `convert` or another library wrote, rather than a run dir or step folder."""
+    """Return whether a folder has a file by which exports are recognised, ours or those of another library."""
     return any((folder / name).is_file() for name in (safetensors_file.FOLDER_WEIGHTS, "model.onnx", ORIGIN_FILE))
 
 
 def read(folder: Path) -> Weights:
-    """Return the network of an exported folder.
+    """Return the weights of an exported folder, which holds one network.
 
     Raises:
-        UserError: the folder is of another program or a newer version, incomplete or damaged, or holds an ONNX graph.
+        UserError: the folder was written by another program or a newer version, is incomplete or damaged, or holds an
+            ONNX graph.
     """
     path = folder / safetensors_file.FOLDER_WEIGHTS
     if not path.is_file():

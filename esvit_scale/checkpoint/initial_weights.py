@@ -1,4 +1,4 @@
-"""The weights that a fresh run starts from when `model.init_from` names a checkpoint of this program or of others."""
+"""Loading the weights that a new run starts from, if `model.init_from` names a checkpoint of any supported format."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -23,11 +23,11 @@ from esvit_scale.parallel import collectives
 
 
 class InitialWeights(NamedTuple):
-    """Values for some of a network's parameters; the others are initialised at random, as in any run."""
+    """Initial values for some of a network's parameters; the other parameters are initialised at random."""
 
     values: dict[str, Tensor]  # name of a parameter or running statistic → fp32
-    centers: dict[str, Tensor]  # of the heads that `values` has
-    note: str  # what was taken from the source and what was not, for the log
+    centers: dict[str, Tensor]  # centres of the heads in `values`
+    note: str  # for the log: which parts of the source were used
 
 
 NO_INITIAL_WEIGHTS = InitialWeights({}, {}, "")
@@ -36,18 +36,19 @@ NO_INITIAL_WEIGHTS = InitialWeights({}, {}, "")
 def load_initial_weights(config: Config) -> InitialWeights:
     """Return the weights that `model.init_from` names; NO_INITIAL_WEIGHTS when it is null. All ranks call it.
 
-    Student and teacher both start from the source's teacher, or from its student if it has no teacher. The whole trunk
-    must fit; position tables of another window or resolution are resized (positions.py). A head that both the source and
-    the run have is taken, with its centre, and must fit. A head that only the run has is initialised at random; one that
-    only the source has is ignored. The gains of a head's last layer are not taken when `norm_last_layer` fixes them at 1.
+    Student and teacher both start from the source's teacher, or from its student if the source has no teacher. Every
+    tensor of the trunk must fit the run's trunk, except that position tables of another window or resolution are
+    resized (positions.py). A head that source and run both have is loaded with its centre, and must fit. A head that
+    only the run has is initialised at random; a head that only the source has is ignored. The gains (weight_g) of a
+    head's last layer are not loaded when `norm_last_layer` fixes them at 1.
 
     Raises:
-        UserError: the source cannot be read, or its trunk or a head has another shape.
+        UserError: the source cannot be read, or its trunk or a head does not fit the run's network.
     """
     if config.model.init_from is None:
         return NO_INITIAL_WEIGHTS
     path = Path(config.model.init_from)
-    # Resolved on one rank: a living run may move `latest` between two ranks.
+    # One rank resolves it for all, because a run that is still training may change `latest` in between.
     source = collectives.run_on_rank0_and_broadcast(lambda: _resolve_source(path))
     own = source.is_dir() and not exported_folder.is_exported(source)
     weights = state.read_weights(source) if own else _read_foreign(source)

@@ -1,7 +1,7 @@
-"""A trunk's tensors and config files for other libraries: timm and Hugging Face transformers.
+"""Converting a trunk's tensors and config to and from the formats of timm and Hugging Face transformers.
 
-Every trunk describes its counterpart in these libraries itself (`Trunk.timm_form`, `Trunk.huggingface_form`); here is what
-is the same for all trunks. Neither library needs to be installed.
+How a trunk maps to a model of these libraries is defined by the trunk (`Trunk.timm_form`, `Trunk.huggingface_form`);
+this module holds the code that all trunks share. Neither library needs to be installed.
 """
 
 from collections.abc import Mapping
@@ -20,19 +20,19 @@ from esvit_scale.models.trunk import Trunk
 
 Tensors = dict[str, Tensor]
 
-OTHERS = "--to safetensors or onnx"  # the formats that can hold every trunk
+OTHERS = "--to safetensors or onnx"  # for messages: the formats that can hold every trunk
 
 
 def check(config: Config, form: str) -> None:
-    """Raise UserError if the library of this format does not have the trunk, or would compute it otherwise."""
+    """Raise UserError if the library (`form`) lacks the config's trunk, or would compute other features with it."""
     {"timm": timm_form, "huggingface": huggingface_form}[form](config)
 
 
 def timm_form(config: Config) -> TimmForm:
-    """Return the description of the config's trunk as a network of timm.
+    """Return how the config's trunk maps to a model of timm.
 
     Raises:
-        UserError: timm has no such trunk, or computes it otherwise.
+        UserError: timm has no such trunk, or would compute other features with it.
     """
     try:
         form = _trunk(config).timm_form(config.data.global_crops.size)
@@ -44,10 +44,10 @@ def timm_form(config: Config) -> TimmForm:
 
 
 def huggingface_form(config: Config) -> HuggingFaceForm:
-    """Return the description of the config's trunk as a network of transformers.
+    """Return how the config's trunk maps to a model of transformers.
 
     Raises:
-        UserError: transformers has no such trunk, or computes it otherwise.
+        UserError: transformers has no such trunk, or would compute other features with it.
     """
     try:
         form = _trunk(config).huggingface_form(config.data.global_crops.size)
@@ -61,7 +61,7 @@ def huggingface_form(config: Config) -> HuggingFaceForm:
 
 
 def _takes_it(config: Config) -> str:
-    """Return, for a message, which formats other than huggingface can hold the config's trunk."""
+    """Return the advice for an error message: the formats other than huggingface that can hold the config's trunk."""
     try:
         timm_form(config)
     except UserError:
@@ -75,7 +75,7 @@ def _trunk(config: Config) -> Trunk:
 
 
 def timm_config(config: Config) -> dict[str, Any]:
-    """Return config.json as `timm.create_model("local-dir:…")` and the Hugging Face hub read it."""
+    """Return the content of config.json for `timm.create_model("local-dir:…")` and the Hugging Face hub."""
     form, size = timm_form(config), config.data.global_crops.size
     return {
         "architecture": form.architecture,
@@ -102,19 +102,20 @@ def timm_config(config: Config) -> dict[str, Any]:
 
 
 def timm_tensors(trunk: Tensors, config: Config) -> Tensors:
-    """Return the trunk's tensors under timm's names."""
+    """Return the trunk's tensors (our names) under the names that timm uses."""
     return timm_form(config).tensors(trunk)
 
 
 def from_timm(theirs: Tensors, trunk: Mapping[str, list[int]], config: Config) -> Tensors:
-    """Undo `timm_tensors`, exactly.
+    """Return tensors with timm's names under our names: the exact inverse of `timm_tensors`.
 
     Args:
-        trunk: names and shapes of the trunk's tensors.
+        theirs: tensors under timm's names.
+        trunk: our names of the trunk's tensors, with their shapes.
 
     Raises:
         KeyError: a tensor is missing.
-        UserError: the folder holds position embeddings resized for timm instead of the trunk's own.
+        UserError: a tensor has another shape, because its position embeddings were resized for timm.
     """
     blank = {name: torch.empty(shape, device="meta") for name, shape in trunk.items()}
     their_name = {id(tensor): name for name, tensor in timm_tensors(blank, config).items()}
@@ -130,20 +131,20 @@ def from_timm(theirs: Tensors, trunk: Mapping[str, list[int]], config: Config) -
 
 
 def huggingface_config(config: Config) -> dict[str, Any]:
-    """Return config.json as `transformers.AutoModel` reads it."""
+    """Return the content of config.json for `transformers.AutoModel`."""
     return huggingface_form(config).config
 
 
 def huggingface_processor(config: Config) -> dict[str, Any]:
-    """Return preprocessor_config.json: the transform of evaluation, as `AutoImageProcessor` reads it.
+    """Return the content of preprocessor_config.json: the evaluation transform, for `transformers.AutoImageProcessor`.
 
-    Pixels are equal except that crops can be shifted by one pixel: where the resized side minus the crop is odd,
-    transformers rounds the offset down, torchvision and evaluation round it to the even number. Also, transformers clips
-    16-bit pictures and does not turn pictures upright.
+    Its result equals ours except in three cases. The centre crop can be shifted by one pixel: if the resized side minus
+    the crop is odd, transformers rounds the offset down, while our evaluation rounds to even, as torchvision does.
+    transformers clips 16-bit images, and it ignores the EXIF orientation.
     """
     size = config.data.global_crops.size
     return {
-        "image_processor_type": "BitImageProcessor",  # ConvNext's does not crop at 384 pixels and above
+        "image_processor_type": "BitImageProcessor",  # ConvNextImageProcessor does not crop at 384 pixels and above
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"shortest_edge": evaluation_side(size)},
@@ -159,7 +160,7 @@ def huggingface_processor(config: Config) -> dict[str, Any]:
 
 
 def huggingface_tensors(trunk: Tensors, config: Config) -> Tensors:
-    """Return the trunk's tensors under transformers' names, some of them scaled (`HuggingFaceForm.scale`)."""
+    """Return the trunk's tensors under the names of transformers, split and scaled as `HuggingFaceForm` says."""
     form = huggingface_form(config)
     theirs: Tensors = {}
     for name, tensor in trunk.items():
@@ -170,10 +171,13 @@ def huggingface_tensors(trunk: Tensors, config: Config) -> Tensors:
 
 
 def from_huggingface(theirs: Tensors, trunk: Mapping[str, list[int]], config: Config) -> Tensors:
-    """Undo `huggingface_tensors`; exact except for fp32 rounding of tensors that were scaled.
+    """Return tensors with transformers' names under our names: the inverse of `huggingface_tensors`.
+
+    The result is exact except for the fp32 rounding of tensors that were scaled.
 
     Args:
-        trunk: names and shapes of the trunk's tensors.
+        theirs: tensors under transformers' names.
+        trunk: our names of the trunk's tensors, with their shapes.
 
     Raises:
         KeyError: a tensor is missing.
@@ -187,9 +191,9 @@ def from_huggingface(theirs: Tensors, trunk: Mapping[str, list[int]], config: Co
 
 
 def crop_fraction(config: Config) -> float:
-    """Return the fraction of the resized short side that evaluation crops.
+    """Return crop side / resized short side of the evaluation transform, for timm's `crop_pct`.
 
-    It is lowered by 1e-9, because timm truncates size / fraction to an integer.
+    The fraction is lowered by a factor of 1 − 1e-9, because timm truncates size / fraction to an integer.
     """
     size = config.data.global_crops.size
     return size / evaluation_side(size) * (1 - 1e-9)

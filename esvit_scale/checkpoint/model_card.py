@@ -1,4 +1,4 @@
-"""The model card (README.md) beside exported weights: what they are, how to use them, training and results."""
+"""Writing the model card (README.md) of exported weights: description, code to load them, training and results."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ _LIBRARY = {"timm": "timm", "huggingface": "transformers", "onnx": "onnx", "safe
 
 
 def text(weights: Weights, network: str, form: str, source: Path, name: str) -> str:
-    """Return the model card in Markdown, with the header that model hubs read; leave out what the source does not record."""
+    """Return the model card as Markdown with the header that model hubs read; omit what the source does not record."""
     config = weights.config
     with torch.device("meta"):
         network_built = build_network(config)
@@ -104,7 +104,7 @@ _CODE = {
     "timm": _timm_code,
     "huggingface": _huggingface_code,
     "onnx": _onnx_code,
-}  # format → the code that uses it, and a note about it
+}  # format → function that returns example code and a note about the format
 
 
 def _input(config: Config, form: str, other_sizes: str) -> str:
@@ -157,7 +157,7 @@ def _training(config: Config, summary: dict[str, Any], source: Path, of_objectiv
 
 
 def _run_of(source: Path) -> Path | None:
-    """Return the run dir that weights came from: `source` itself or that of a step folder; None for other sources."""
+    """Return the run dir if `source` is a run dir or one of its step folders; None for any other source."""
     candidates = (source, source.parent.parent) if source.parent.name == "checkpoints" else (source,)
     return next((folder for folder in candidates if (folder / "config.yaml").is_file()), None)
 

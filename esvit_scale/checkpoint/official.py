@@ -1,16 +1,16 @@
 """Reading and writing checkpoints of the official EsViT code (`main_esvit.py`): student, teacher and centres.
 
-The file is a pickle, and is read with `weights_only`. The few objects beside tensors that the official trainer saves (its
-arguments, and numpy numbers in the optimizer's state) are ignored; a file that asks for any other class is refused. A
-file of one trunk is read too, as Swin, DeiT, DINO and timm publish them, in torch's format or safetensors; its
-classifier, if it has one, is left out.
+A checkpoint is a pickle and is read with torch's `weights_only`. Objects other than tensors that the official trainer
+saves (its arguments, and numpy numbers in the optimizer's state) are ignored; a file that needs any other class is
+rejected. Files of a single trunk can be read too, as published by Swin, DeiT, DINO and timm, saved by torch or as
+safetensors; a classifier in such a file is dropped.
 
-| official name | name here |
+| official tensor name | our name |
 |---|---|
-| `module.` (DDP), `backbone.` (multi-crop wrapper) | left out |
+| prefixes `module.` (DDP) and `backbone.` (multi-crop wrapper) | dropped |
 | `patch_embed.…`, `layers.…`, `norm.…` | `trunk.…`; other trunks than Swin: official_trunks.py |
 | `head.…`, `head_dense.…` | `objective.view_head.…`, `objective.region_head.…` |
-| `….relative_position_index`, `….attn_mask`, `….num_batches_tracked` | left out: computed from other values |
+| `….relative_position_index`, `….attn_mask`, `….num_batches_tracked` | dropped: can be computed |
 | `dino_loss`: `center`, `center_grid` [1, K] | centres `view.values`, `region.values` [K] |
 """
 
@@ -45,24 +45,25 @@ from esvit_scale.errors import UserError
 
 log = logging.getLogger(__name__)
 
-NETWORKS = {"student": "module.", "teacher": ""}  # network → prefix of its tensors in a file of the official trainer
+NETWORKS = {"student": "module.", "teacher": ""}  # network → prefix of its tensors' names in an official checkpoint
 CENTERS = {"center": "view.values", "center_grid": "region.values"}
 _OFFICIAL_HEADS = {"head.": head_prefix("view_head"), "head_dense.": head_prefix("region_head")}
 _WRAPPERS = ("module.", "backbone.")
 _SINGLE_NETWORK_KEYS = (
     "model",
     "state_dict",
-)  # keys under which other codes keep their one network; without them the whole file is the network
+)  # keys under which other programs save a single network; without such a key the whole file is the network
 _CLASSIFIER = re.compile(r"(head|head\.fc|head_dist|fc|classifier)\.(weight|bias)")
 
 
 def read(path: Path) -> Weights:
     """Return the networks and centres of a file, with a config that is derived from the shapes of the tensors.
 
-    The trunk of a file without student and teacher becomes a teacher without heads.
+    A file that holds a single network is returned as a teacher.
 
     Raises:
-        UserError: no such file, damaged, asks for code, another architecture, or tensors are missing or unknown.
+        UserError: the file does not exist, is damaged, needs code to be unpickled, or holds another architecture, or
+            tensors are missing or unknown.
     """
     content = _load_file(path)
     found = _networks(path, content)
@@ -82,7 +83,7 @@ def read(path: Path) -> Weights:
 
 
 def write(path: Path, weights: Weights) -> None:
-    """Write a file that the official scripts load. It has no optimizer state, so their training starts at epoch 0.
+    """Write a checkpoint that the official scripts can load. It has no optimizer state, so they train from epoch 0.
 
     Raises:
         UserError: a network is missing, or the official code does not have the trunk.
@@ -99,13 +100,13 @@ def write(path: Path, weights: Weights) -> None:
     for name, prefix in NETWORKS.items():
         tensors = _to_official_names(family, weights.networks[name])
         if any(key.endswith("running_var") for key in tensors):
-            prefix = "module."  # the official code wraps a teacher with batch norms as well
+            prefix = "module."  # the official code wraps a teacher that has batch norms in DDP too
         content[name] = {prefix + key: tensor for key, tensor in tensors.items()}
     centers = {theirs: weights.centers[ours][None] for theirs, ours in CENTERS.items() if ours in weights.centers}
     with (
         files.replacing(path) as tmp,
         tmp.open("wb") as file,
-    ):  # by a path, torch would write its name into the file
+    ):  # given a path, torch would write the path's name into the file
         torch.save(content | {"dino_loss": centers}, file)
 
 
@@ -113,7 +114,7 @@ def write(path: Path, weights: Weights) -> None:
 
 
 class _Ignored:
-    """A stand-in for objects that are ignored: takes any arguments and state, and does nothing with them."""
+    """A placeholder that ignored objects are unpickled to; it accepts any arguments and state and discards them."""
 
     def __init__(self, *_: Any) -> None: ...
 
@@ -151,15 +152,15 @@ def _load_file(path: Path) -> dict[str, Any]:
 
 
 def _torch_load(path: Path) -> Any:
-    if path.suffix == safetensors_file.SUFFIX:  # torch would take a path of this name for a safetensors file
+    if path.suffix == safetensors_file.SUFFIX:  # torch would read a path with this suffix as a safetensors file
         with path.open("rb") as file:
             return torch.load(file, map_location="cpu", weights_only=True)
-    # With mmap, tensors that are not used are not read. Legacy files (torch < 1.6) cannot be mapped.
+    # With mmap, unused tensors are not read from disk. Files of torch before 1.6 are no zip files and cannot be mapped.
     return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
 
 
 def _check_archive(path: Path) -> None:
-    """Raise UserError if the content of the zip archive does not match its checksums, which torch does not verify."""
+    """Raise UserError if a zip archive's content does not match its checksums, which torch does not verify."""
     if not zipfile.is_zipfile(path):
         return
     try:
@@ -172,7 +173,7 @@ def _check_archive(path: Path) -> None:
 
 
 def _explain_load_error(error: Exception) -> str:
-    """Return what is wrong with a pickle, leaving out torch's advice to load it unsafely."""
+    """Return a message for an error of `torch.load`, without torch's advice to load the file unsafely."""
     asked = re.search(r"GLOBAL (\S+)", str(error))
     if asked:
         return (
@@ -186,10 +187,10 @@ def _explain_load_error(error: Exception) -> str:
 
 
 def _networks(path: Path, content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Return the networks of a file by role, "student" and "teacher"; a single network counts as the teacher.
+    """Return a file's networks under the keys "student" and "teacher"; a single network is returned as the teacher.
 
     Raises:
-        UserError: there is none; the message says what the file holds.
+        UserError: the file holds no network; the message says what it holds.
     """
     found = {name: content[name] for name in NETWORKS if isinstance(content.get(name), Mapping)}
     if found:
@@ -202,7 +203,10 @@ def _networks(path: Path, content: Mapping[str, Any]) -> dict[str, Mapping[str, 
 
 
 def to_our_names(tensors: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the trunk's tensors by their official names without wrappers, and the heads' by ours. Drop a classifier."""
+    """Split a network's tensors into the trunk's and the heads', and drop a classifier.
+
+    The trunk's tensors keep their official names without the prefixes of wrappers; the heads' get our names.
+    """
     trunk, heads = {}, {}
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or name.endswith(official_trunks.DERIVED):
@@ -256,7 +260,11 @@ def _objective(tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _centers(path: Path, loss: Any, config: Config, heads: list[str]) -> dict[str, Tensor]:
-    """Return the centres of the heads that the file has."""
+    """Return the centres [K] in a file's `dino_loss`, under our names, of the heads named in `heads`.
+
+    Raises:
+        UserError: a centre's length is not the number of prototypes.
+    """
     there = loss if isinstance(loss, Mapping) else {}
     found = {
         ours: there[theirs].detach().float().view(-1)

@@ -1,15 +1,15 @@
-"""The trunks of the official EsViT code: how it names their tensors, and how the config follows from their shapes.
+"""The trunk families of the official EsViT code: tensor names, and deriving a config from the tensors' shapes.
 
-| family | names of tensors here | assumed, because the shapes do not tell |
+| family | our tensor names | assumed, because the shapes do not determine it |
 |---|---|---|
-| Swin | official (timm's are read too) | crop size: 224 where it gives the same windows |
-| CvT | official | heads 1, 3, 6, 12; window 7; 224 pixels |
-| ViL | see official_vil.py | crop size: 224 where it gives the same maps |
+| Swin | official (timm's can be read too) | crop size: 224 if that gives the same windows |
+| CvT | official | heads 1, 3, 6, 12; window 7; crop size 224 |
+| ViL | see official_vil.py | crop size: 224 if that gives the same maps |
 | DeiT | official | heads of 64 channels |
 | ResNet | torchvision's | |
 
-Official files also hold tensors that can be computed: index tables, attention masks, batch norm's count of batches.
-Reading drops them and writing adds them.
+Official files also hold tensors that can be computed: relative position indices, attention masks and batch norm's
+num_batches_tracked. They are dropped when a file is read and computed again when one is written.
 """
 
 import difflib
@@ -46,27 +46,27 @@ DERIVED = ("relative_position_index", "attn_mask", "num_batches_tracked")
 
 
 class Family(NamedTuple):
-    """How one family of official trunks is recognised and converted."""
+    """A family of official trunks, such as Swin, with the functions that recognise and convert its tensors."""
 
     name: str
     signature: str  # name of an official tensor that no other family has
     trunks: tuple[str, ...]  # names in models/registry.py
     to_config: Callable[
         [Tensors], ConfigValues
-    ]  # our tensors → the config's `model`, and `data` where crops have a part in it
+    ]  # our tensors → the config's `model` section, and `data` if the shapes determine the crop size
     from_official: Callable[[Tensors], Tensors] = lambda official: (
         official
-    )  # by official names (the computed left out) → by ours
+    )  # tensors by official name, without those that can be computed → by our name
     to_official_name: Callable[[str], str] = lambda name: name  # our name → the official one
-    derived: Callable[[str, Tensor], Tensors] = lambda name, tensor: {}  # what the official code saves beside a tensor
-    wrapper: str = ""  # stands before all names of the trunk in a file
+    derived: Callable[[str, Tensor], Tensors] = lambda name, tensor: {}  # a tensor → tensors that are computed from it
+    wrapper: str = ""  # prefix of all names of the trunk in a file
 
 
 def identify(path: Path, official: Tensors) -> tuple[Family, Tensors]:
-    """Return the family of a trunk with official names, and its tensors under our names.
+    """Return the family of a trunk whose tensors have official names, and these tensors under our names.
 
     Raises:
-        UserError: the trunk is of no known family; the message names the nearest.
+        UserError: the trunk is of no known family; the message names the most similar one.
     """
     found = next((family for family in FAMILIES if family.signature in official), None)
     if found is not None:
@@ -80,10 +80,10 @@ def identify(path: Path, official: Tensors) -> tuple[Family, Tensors]:
 
 
 def config_values(path: Path, family: Family, ours: Tensors) -> ConfigValues:
-    """Return the sections of the config that follow from the shapes of a trunk's tensors.
+    """Return the config sections (`model`, sometimes `data`) that are derived from the shapes of a trunk's tensors.
 
     Raises:
-        UserError: a tensor that they follow from is missing.
+        UserError: a tensor that is needed for this is missing.
     """
     try:
         return family.to_config(ours)
@@ -93,12 +93,12 @@ def config_values(path: Path, family: Family, ours: Tensors) -> ConfigValues:
 
 
 def family_of(trunk: str) -> Family | None:
-    """Return the family of a trunk of models/registry.py; None if the official code does not have it."""
+    """Return the family of a trunk by its name in models/registry.py; None if the official code lacks the trunk."""
     return next((family for family in FAMILIES if trunk in family.trunks), None)
 
 
 def to_official(family: Family, ours: Tensors) -> Tensors:
-    """Return a trunk's tensors as the official code saves them: by its names, with those that can be computed."""
+    """Return a trunk's tensors under official names, with the computed tensors that the official code also saves."""
     saved: Tensors = {}
     for our_name, tensor in ours.items():
         name = family.to_official_name(our_name)
@@ -118,20 +118,23 @@ def _swin_config(tensors: Tensors) -> ConfigValues:
 
 
 def swin_model(embed_dim: int, depths: list[int], heads: list[int], window: int) -> ConfigValues:
-    """Return the config's `model` section for a Swin of this shape: a preset trunk if one has it, else its numbers."""
+    """Return the `model` section for a Swin of this shape: a preset's name if one fits, else swin_t with overrides."""
     shape = (embed_dim, tuple(depths), tuple(heads))
-    names = [name for name, known in SHAPES.items() if known[:3] == shape]  # V1 stands before V2 of the same shape
+    names = [name for name, known in SHAPES.items() if known[:3] == shape]  # a V1 comes before the V2 of the same shape
     return model_values(names[0] if names else "swin_t", shape, shape if names else ()) | {"window": window}
 
 
 def swin_size(windows: list[int]) -> int:
-    """Return pixels of global crops for which the stages have these windows; 224 if it is one of several such sizes."""
+    """Return a size of global crops, in pixels, at which the stages have these window sides.
+
+    It is 224 if that size or no size fits, otherwise the smallest size that fits.
+    """
     fits = (s for s in SIZES if [min(s // PATCH // 2**i, windows[0]) for i in range(len(windows))] == windows)
     return next(fits, SIZES[0])
 
 
 def _swin_from_official(official: Tensors) -> Tensors:
-    """Undo timm's naming, which puts the patch merging at the beginning of the next stage."""
+    """Rename tensors with timm's names to official ones: timm counts patch merging as part of the next stage."""
     if any(name.startswith("layers.0.downsample.") for name in official):
         return official
     move = lambda match: f"layers.{int(match[1]) - 1}.downsample."  # noqa: E731
@@ -153,7 +156,7 @@ def _cvt_config(tensors: Tensors) -> ConfigValues:
 
 
 def deit_config(tensors: Tensors) -> ConfigValues:
-    """Return the model section of a DeiT, as its tensors' shapes give it."""
+    """Return the `model` section that is derived from the shapes of a DeiT's tensors."""
     width, blocks = tensors["pos_embed"].shape[-1], group_by_stage(tensors, r"blocks\.(\d+)\.attn\.qkv\.weight")
     trunk, heads = ("deit_b", 12) if width == 768 else ("deit_s", 6)
     return {
@@ -162,7 +165,7 @@ def deit_config(tensors: Tensors) -> ConfigValues:
 
 
 def _deit_from_official(official: Tensors) -> Tensors:
-    """Resize positions of a map other than 14×14 (DeiT at 384 pixels) to 14×14, as DeiT and DINO do."""
+    """Resize position embeddings of a map other than 14×14 (DeiT at 384 pixels) to 14×14; keep all other tensors."""
     positions = official["pos_embed"]  # [1, 1 + side², C]
     side = math.isqrt(max(positions.shape[1] - 1, 0))
     if side in (0, SIDE) or side**2 + 1 != positions.shape[1]:

@@ -1,7 +1,8 @@
-"""The names of ViL's tensors in checkpoints of the official EsViT code.
+"""Converting ViL's tensor names from and to those in checkpoints of the official EsViT code.
 
-A stage is a flat list there: `layer2.0` is the patch embedding, `layer2.1` the attention of the first block, `layer2.2` its
-MLP, `layer2.3` the attention of the second block, and so on. Layers that global and local tokens share have two names.
+Official checkpoints store a stage as a flat list: `layer2.0` is the patch embedding, `layer2.1` the attention of the
+first block, `layer2.2` the MLP of the first block, `layer2.3` the attention of the second block, and so on. Layers that
+global and local tokens share are saved under two names.
 """
 
 import math
@@ -32,7 +33,7 @@ _SHARED = re.compile(_LONG + r"\d+\.attn\.(query|kv|proj)(?=\.)")
 
 
 def to_config(tensors: Tensors) -> ConfigValues:
-    """Return the `model` and `data` sections of the config that a ViL's tensors fit."""
+    """Return the `model` and `data` sections of the config, derived from the shapes of a ViL's tensors."""
     tables = group_by_stage(tensors, rf"layers\.(\d+)\.blocks\.\d+\.{re.escape(_TABLE)}")
     heads = tuple(of_stage[0].shape[-1] for of_stage in tables)
     shape = (len(tensors["layers.0.patch_embed.proj.weight"]), tuple(map(len, tables)), heads)
@@ -45,7 +46,7 @@ def to_config(tensors: Tensors) -> ConfigValues:
 
 
 def from_official(official: Tensors) -> Tensors:
-    """Return the tensors under our names; of a shared layer that was saved twice, one."""
+    """Return the tensors under our names; a shared layer that was saved twice with equal values is returned once."""
     found = {}
     for name, tensor in official.items():
         shared = official.get(name.replace("_global.", "."))
@@ -56,12 +57,16 @@ def from_official(official: Tensors) -> Tensors:
 
 
 def to_official_name(name: str) -> str:
-    """Return the official name of a tensor."""
+    """Return the official name of the tensor with our name `name`."""
     return _OURS.sub(_their_name, name)
 
 
 def derived(name: str, tensor: Tensor) -> Tensors:
-    """Return what the official code saves beside a tensor: its second name, or the index of a position table."""
+    """Return what the official code also saves for a tensor with this official name, by name; {} for most tensors.
+
+    A layer that global and local tokens share is saved again under its second name. A position bias table is saved with
+    the relative position index computed from it.
+    """
     if shared := _SHARED.match(name):
         return {f"{shared[0]}_global{name[shared.end() :]}": tensor}
     if not name.endswith(_TABLE):
@@ -89,5 +94,5 @@ def _their_name(match: re.Match[str]) -> str:
 
 
 def _window(table: Tensor) -> int:
-    """Return the window side w of a table of (4w − 1)² rows."""
+    """Return the window side w of a bias table of (4w − 1)² rows, which covers a window and those around it."""
     return (math.isqrt(len(table)) + 1) // 4

@@ -1,15 +1,18 @@
 """Resizing position tables to another window or resolution, so that pretraining can continue at another image size.
 
-As in Swin's own code for fine-tuning (microsoft/Swin-Transformer, `load_pretrained`), a table is treated as an image of
-(2w − 1) × (2w − 1) offsets with one channel for each head, and is interpolated bicubically to the new side.
+Position tables are learned position embeddings and relative position biases.
+
+As in Swin's code for fine-tuning (microsoft/Swin-Transformer, `load_pretrained`), the relative position bias table of a
+window of side w is treated as an image of (2w − 1) × (2w − 1) offsets with one channel for each head, and is
+interpolated bicubically to the new side.
 
 | table | shape | trunks |
 |---|---|---|
 | `…relative_position_bias_table` | [side², heads] | Swin, ViL, the innermost window of Focal |
-| `…pos_embed` | [1, prefix + side², C] | timm's networks; the prefix (class token, registers) stays as it is |
+| `…pos_embed` | [1, prefix + side², C] | timm's models; the prefix (class token, registers) is copied unchanged |
 
-Swin V2 computes its bias from coordinates, and DeiT here resizes its 14×14 positions in every forward pass: neither has
-a table that depends on the resolution.
+Two trunks need no resizing: Swin V2 computes its bias from coordinates, and our DeiT resizes its 14×14 position
+embeddings to the image's map in every forward pass.
 """
 
 import math
@@ -22,8 +25,8 @@ from esvit_scale.checkpoint.weights import Shapes, check_shapes
 from esvit_scale.errors import UserError
 
 _RELATIVE, _ABSOLUTE = "relative_position_bias_table", "pos_embed"
-_OF_POSITIONS = ("relative_position", "pos_embed", "rel_pos")  # one of these is in the name of every position table
-_MOST_PREFIX = 16  # largest number of class tokens and registers before the tokens of the map
+_OF_POSITIONS = ("relative_position", "pos_embed", "rel_pos")  # the name of every position table contains one of these
+_MOST_PREFIX = 16  # largest number of class tokens and registers that is tried
 
 
 def resize_to_fit(where: object, tensors: dict[str, Tensor], wanted: Shapes) -> tuple[dict[str, Tensor], str]:
@@ -31,8 +34,11 @@ def resize_to_fit(where: object, tensors: dict[str, Tensor], wanted: Shapes) -> 
 
     The note is "" when nothing was resized.
 
+    Args:
+        where: the source of the tensors, for messages.
+
     Raises:
-        UserError: a table of another window or resolution cannot be resized, or other tensors differ too.
+        UserError: a position table cannot be resized to the wanted shape, or other tensors do not fit `wanted`.
     """
     fitted, sides = dict(tensors), Counter[tuple[int, int]]()
     for name, shape in wanted.items():
@@ -56,13 +62,16 @@ def resize_to_fit(where: object, tensors: dict[str, Tensor], wanted: Shapes) -> 
 
 
 def bicubic(maps: Tensor, side: int) -> Tensor:
-    """Resize maps [C, s, s] to [C, side, side], bicubically, without aligned corners and without antialiasing."""
+    """Resize maps [C, s, s] to [C, side, side] bicubically (align_corners=False, no antialiasing)."""
     resized: Tensor = F.interpolate(maps[None].float(), (side, side), mode="bicubic", align_corners=False)[0]
     return resized
 
 
 def _resize_table(name: str, table: Tensor, shape: list[int]) -> tuple[Tensor, int, int] | None:
-    """Return a table in its new shape, and its side before and after; None if it is no table of a square map."""
+    """Return a position table resized to `shape`, and its side before and after.
+
+    Return None if the tensor is no position table of a square map, or differs in more than the map's side.
+    """
     if name.endswith(_RELATIVE) and table.ndim == len(shape) == 2 and table.shape[1] == shape[1]:
         old, new = _side(len(table)), _side(shape[0])
         if old and new:
@@ -77,6 +86,6 @@ def _resize_table(name: str, table: Tensor, shape: list[int]) -> tuple[Tensor, i
 
 
 def _side(cells: int) -> int:
-    """Return the side of a square map of `cells` cells; 0 if `cells` is no square number."""
+    """Return the side of a square map of `cells` cells; 0 if `cells` is not a positive square number."""
     side = math.isqrt(max(cells, 0))
     return side if side**2 == cells else 0
