@@ -1,4 +1,4 @@
-"""Attention probabilities of a trunk's blocks, stitched from windows to maps of the image."""
+"""Attention probabilities of a trunk's blocks, and their conversion from windows to maps [H, W] of the image."""
 
 from typing import NamedTuple
 
@@ -7,23 +7,30 @@ from torch import Tensor
 
 
 class BlockAttention(NamedTuple):
-    """One block's attention on one image. Windows come in the trunk's order; `cells` says what they cover."""
+    """The attention probabilities of one block on one image, by windows of L slots.
 
-    stage: int  # from 0, as is the block within its stage
-    block: int
-    grid: tuple[int, int]  # tokens (H, W) of the stage's map
-    probabilities: Tensor  # [windows, heads, L, L]; a row is one query's, over its window's slots, and sums to 1
-    cells: Tensor  # int64 [windows, L]: row-major token of each slot, shift undone; −1: padding
+    `cells` says which token of the map each slot holds; the order of the windows is the trunk's own.
+    """
+
+    stage: int  # index of the stage, from 0
+    block: int  # index of the block within the stage, from 0
+    grid: tuple[int, int]  # (H, W) of the stage's map, in tokens
+    probabilities: Tensor  # [windows, heads, L, L] (query, key); each row sums to 1 over the slots of its window
+    cells: Tensor  # int64 [windows, L]: row-major index of each slot's token in the unshifted map; −1: padding
 
     def received(self) -> Tensor:
-        """Return the attention that each token gets from the queries of its window, as a multiple of an even share:
-        [heads, H, W]. Queries on padding do not count, and what falls on padding is left out."""
-        asks = (self.cells >= 0).to(self.probabilities.dtype)  # [windows, L]
+        """Return the attention that each token receives, [heads, H, W].
+
+        It is the mean over the queries of the token's window, times L, so that uniform attention gives 1. Padding slots
+        do not count as queries and are not part of the map.
+        """
+        asks = (self.cells >= 0).to(self.probabilities.dtype)  # [windows, L]: 1 for a query on a token, 0 on padding
         share = torch.einsum("whqk,wq->whk", self.probabilities, asks) / asks.sum(1)[:, None, None]
         return self._stitched((share * self.cells.shape[1]).transpose(0, 1))
 
     def row(self, token: int) -> tuple[Tensor, Tensor]:
-        """Return one query's attention [heads, H, W], zero outside its window, and what it gives to padding [heads]."""
+        """Return the attention of one query, given by its row-major token index: [heads, H, W], zero outside the
+        query's window, and the sum of what falls on padding, [heads]."""
         [[window, slot]] = (self.cells == token).nonzero().tolist()
         weights = torch.zeros(*self.cells.shape[:1], *self.probabilities.shape[1:3], dtype=self.probabilities.dtype)
         weights[window] = self.probabilities[window, :, slot]
@@ -31,7 +38,7 @@ class BlockAttention(NamedTuple):
         return self._stitched(weights.transpose(0, 1)), pads
 
     def _stitched(self, values: Tensor) -> Tensor:
-        """Map [heads, windows, L] to [heads, H, W]: every token lies in exactly one window."""
+        """Map values by window slot [heads, windows, L] to [heads, H, W]; values on padding are dropped."""
         real = self.cells >= 0
         out = values.new_zeros(len(values), self.grid[0] * self.grid[1])
         out[:, self.cells[real]] = values[:, real]

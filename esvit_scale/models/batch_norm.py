@@ -1,8 +1,9 @@
-"""Batch normalisation as self-distillation needs it: over all ranks, per resolution, in fp32, and once per forward.
+"""Batch normalisation with statistics over all ranks, on CPUs and GPUs, and in fp32.
 
-A batch of one resolution is normalised by its own mean and variance over all ranks' images (torch's SyncBatchNorm runs
-on GPUs only). The running statistics, which evaluation uses, move once a call in training mode, not again when
-activation checkpointing recomputes it, and not by a batch that was not finite. They stay fp32 whatever the engine casts.
+In training, a batch is normalised by its own mean and variance over all ranks (torch's SyncBatchNorm runs on GPUs
+only); trunks call the layer once per resolution. Each call also updates the running statistics, which evaluation uses,
+but not when activation checkpointing recomputes the call, and not with a batch whose statistics are not finite. The
+running statistics stay fp32 when the engine casts the parameters.
 """
 
 import threading
@@ -19,7 +20,7 @@ _state = threading.local()
 
 @contextmanager
 def recomputing() -> Iterator[None]:
-    """Leave running statistics where the first pass left them, within the context."""
+    """Keep batch norms from updating their running statistics within this context, in which a forward is recomputed."""
     before = getattr(_state, "recomputing", False)
     _state.recomputing = True
     try:
@@ -29,21 +30,25 @@ def recomputing() -> Iterator[None]:
 
 
 def moves_without_gradient(module: nn.Module) -> None:
-    """For reentrant checkpointing, whose first pass runs without gradient and whose recomputation runs with it."""
+    """Make a module's batch norms update their running statistics in calls without gradient instead of calls with it.
+
+    Reentrant activation checkpointing needs this: its first pass runs without gradient, its recomputation with it.
+    """
     for child in module.modules():
         if isinstance(child, BatchNorm):
             child.first_pass_has_gradient = False
 
 
 class BatchNorm(nn.Module):
-    """y = (x − mean)/√(var + eps) · weight + bias over all dimensions but the channels.
+    """Batch norm over all ranks: y = (x − mean)/√(var + eps) · weight + bias, with a mean and a variance per channel.
 
-    Parameters and buffers have the names and shapes of torch's (but `num_batches_tracked`), so weights map by name.
+    Parameters and buffers have the names and shapes of torch's BatchNorm, so its weights load by name; only torch's
+    `num_batches_tracked` is missing.
 
     Args:
-        channels: C; dimension 1 of the input, [n, C] or [B, C, H, W].
-        momentum: the running statistics' step towards a batch's.
-        affine: False: no weight and bias.
+        channels: C, the size of dimension 1 of the input [n, C] or [n, C, h, w].
+        momentum: weight of a batch's statistics in the update of the running ones, as in torch.
+        affine: whether there are weight and bias.
     """
 
     running_mean: Tensor
@@ -59,8 +64,8 @@ class BatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise x [n, C] or [n, C, h, w] by the statistics of all ranks' rows in training, by the running ones in
-        evaluation."""
+        """Normalise x [n, C] or [n, C, h, w], in training by the statistics of all ranks' batches together, in
+        evaluation by the running statistics."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         mean, var = self._batch_statistics(wide) if self.training else (self.running_mean, self.running_var)
         shape = (1, -1, *[1] * (x.dim() - 2))
@@ -71,7 +76,10 @@ class BatchNorm(nn.Module):
         return ((wide - mean.view(shape)) * scale.view(shape)).to(x.dtype)
 
     def _batch_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and biased variance [C] over all ranks. Two passes: E[x²] − E[x]² cancels in fp32."""
+        """Return the mean and the biased variance [C] over all ranks, and update the running statistics if they are due.
+
+        The variance is computed from centred values in a second pass, because E[x²] − E[x]² loses precision in fp32.
+        """
         dims = [0, *range(2, x.dim())]
         count = x.numel() // x.shape[1] * collectives.world_size()
         mean = collectives.all_reduce_sum(x.sum(dims)) / count

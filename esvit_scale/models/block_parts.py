@@ -1,4 +1,4 @@
-"""Parts of blocks that several trunks share: the MLP, and the sum of a residual branch with what it branches from."""
+"""Parts of transformer blocks that several trunks share: the MLP and the residual addition."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 
 class GeluMlp(nn.Module):
-    """The MLP of a block: to four times the width, GELU, and back."""
+    """The MLP of a block: a linear layer from C to 4C, GELU, and a linear layer from 4C to C."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -22,14 +22,13 @@ class GeluMlp(nn.Module):
 
 
 class GeluLinear(nn.Linear):
-    """A linear layer of GELU(x) that keeps x alone for its backward.
+    """GELU followed by a linear layer, which saves only x, and not GELU(x), for the backward.
 
-    What the layer reads, GELU(x), would be a quarter of a block's activations; the backward computes it again, which
-    takes 1 % of a step.
+    GELU(x) would be a quarter of a block's saved activations; recomputing it in the backward takes 1 % of a step.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map x […, 4C] to […, C]."""
+        """Map x [N, 4C] to linear(GELU(x)) [N, C]."""
         return _GeluLinear.apply(x, self.weight, self.bias)
 
 
@@ -51,5 +50,5 @@ class _GeluLinear(torch.autograd.Function):
 
 
 def add_branch(tokens: Tensor, branch: Tensor, keep: Tensor | None) -> Tensor:
-    """Add a residual branch [N, C] to its tokens, scaled by `keep` [N, 1] (0: dropped); None keeps it whole."""
+    """Return tokens + keep · branch, both [N, C]; `keep` [N, 1] is the stochastic-depth factor (0: dropped), None is 1."""
     return tokens + branch if keep is None else torch.addcmul(tokens, branch, keep)

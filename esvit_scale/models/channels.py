@@ -1,4 +1,4 @@
-"""Trunks for images of other than three channels: built as published, then given a patch projection of that width."""
+"""Adaptation of trunks to images with other than three channels: only the first layer is replaced."""
 
 from typing import cast
 
@@ -8,10 +8,10 @@ from esvit_scale.models.trunk import Trunk
 
 
 def take_channels(trunk: Trunk, channels: int) -> Trunk:
-    """Return the trunk with a patch projection that takes images of `channels` channels; all else stays as it is.
+    """Replace the trunk's patch projection, in place, by one for images of `channels` channels, and return the trunk.
 
-    The projection is a module made anew, so that ZeRO-3 partitions it like any other; its values are the run's to
-    initialise.
+    The projection is a newly constructed module, so that ZeRO-3 partitions it like any other. Its values are not those
+    of the old one: the caller initialises them with the rest of the network.
     """
     if channels == trunk.in_chans:
         return trunk
@@ -26,7 +26,10 @@ def take_channels(trunk: Trunk, channels: int) -> Trunk:
 
 
 def _projection(old: nn.Conv2d, channels: int) -> nn.Module:
-    """Return a projection for `channels` channels: the layer's own `for_channels`, or a convolution like it."""
+    """Return a new layer like `old` for `channels` input channels.
+
+    It is made by `old.for_channels` if the layer has that method, else it is a plain convolution with `old`'s settings.
+    """
     if (own := getattr(old, "for_channels", None)) is not None:
         return own(channels)  # type: ignore[no-any-return]
     padding = cast(tuple[int, int], old.padding)

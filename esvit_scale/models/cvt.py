@@ -1,13 +1,13 @@
-"""CvT as EsViT runs it ("v4 s1" of its code), packed: every crop of every size in one pass.
+"""CvT as in EsViT's code (its variant "v4 s1"), with the crops of all sizes packed into one forward.
 
 Convolutional vision Transformer (Wu et al. 2021, https://arxiv.org/abs/2103.15808) with four stages and window
 attention. Overlapping convolutions make the tokens of a stage; a block's queries, keys and values come from a depthwise
 convolution, batch norm and a 1×1 convolution. There are no position embeddings, no shifted windows and no class token.
 
-Tokens of all crops form one list [N, C], each crop row-major: norms and 1×1 convolutions run once over it. What needs a
-map (k×k convolutions, batch norm, windows) runs per resolution group. As in the official code a map is padded with
-zeros, right and bottom, to whole windows *before* the depthwise convolution, so that pads are convolved, counted in the
-batch's statistics, projected and attended to like any token.
+The tokens of all crops form one list [N, C], row-major within each crop: layer norms and 1×1 convolutions run once over
+it. Layers that need a map (k×k convolutions, batch norm, windows) run once per resolution group. As in the official
+code, a map is padded with zeros, right and bottom, to whole windows *before* the depthwise convolution, so that padding
+is convolved, counted in the batch's statistics, projected and attended to like any token.
 
 Parameter names and shapes are the official ones, so checkpoints map by name.
 """
@@ -35,7 +35,7 @@ MLP_RATIO = 4
 
 
 def build(config: Config) -> "CvT":
-    """Return the config's CvT; raise UserError for overrides that do not fit together."""
+    """Return the CvT that the config describes; raise UserError if its overrides of the shape do not fit together."""
     shape = overridden(config, S1)
     return CvT(shape.widths, shape.depths, shape.heads, config.model.window, config.model.drop_path)
 
@@ -45,7 +45,7 @@ class CvT(Trunk):
 
     Args:
         widths, depths, heads: per stage.
-        window: tokens along a window's side; a map that is smaller has windows of its own shorter side.
+        window: tokens along a window's side; on a smaller map, windows are as wide as the map's shorter side.
         drop_path: stochastic-depth rate of the last block; rates grow linearly from 0.
     """
 
@@ -83,7 +83,7 @@ class CvT(Trunk):
         return self.stages[0].embed.proj
 
     def forward(self, crops: list[Tensor], drop_keys: Tensor | None = None) -> Features:
-        """Compute the features of all crops (`Trunk.forward`); a crop's view is the mean of its regions."""
+        """Compute the features of all crops, as in `Trunk.forward`; the view is the mean of a crop's region tokens."""
         *_, (tokens, grids) = self._block_outputs(crops, drop_keys)
         regions = self.norm(tokens)
         return Features(crop_means(regions, grids), regions, grids)
@@ -93,7 +93,7 @@ class CvT(Trunk):
         return (TokenMap(*output) for output in self._block_outputs(crops, None))
 
     def _block_outputs(self, crops: list[Tensor], drop_keys: Tensor | None) -> Iterator[tuple[Tensor, list[Grid]]]:
-        """Yield tokens [N, C] and grids after each block."""
+        """Yield the tokens [N, C] of all crops and their grids after each block."""
         scales = keep_scales(drop_keys, torch.tensor(self.drop_rates)) if drop_keys is not None else None
         maps, i = crops, 0
         for stage in self.stages:
@@ -107,7 +107,7 @@ class CvT(Trunk):
 
 
 class Stage(nn.ModuleList):
-    """A convolution that makes tokens, and blocks. `CvT` calls both; this only owns them."""
+    """Container of a stage's embedding convolution and its blocks, with the official names; `CvT` calls them."""
 
     def __init__(self, embed: "Embedding", blocks: list["Block"]) -> None:
         super().__init__([embed, nn.ModuleDict({"layers": nn.ModuleList(blocks)})])
@@ -124,7 +124,7 @@ class Stage(nn.ModuleList):
 
 
 class Embedding(nn.Module):
-    """Overlapping patches to tokens: a convolution and a norm."""
+    """The embedding at the start of a stage: a convolution over overlapping patches, then a layer norm."""
 
     def __init__(self, channels: int, dim: int, kernel: int, stride: int, padding: int) -> None:
         super().__init__()
@@ -136,26 +136,29 @@ class Embedding(nn.Module):
         return {"proj.weight": normal(0.02), "proj.bias": constant(0.0)}
 
     def forward(self, maps: list[Tensor]) -> tuple[Tensor, list[Grid]]:
-        """Map maps [N_g, channels, H, W] to tokens [N, C] and their grids."""
+        """Map one tensor per resolution group, [N_g, channels, H, W], to the tokens [N, C] of all groups and their grids."""
         out = [self.proj(x.to(self.proj.weight.dtype)) for x in maps]
         return self.norm(torch.cat([_as_rows(x) for x in out])), [(x.shape[0], x.shape[2], x.shape[3]) for x in out]
 
 
 class Block(nn.ModuleList):
-    """Window attention and MLP, pre-norm. One call a block: the unit of ZeRO-3 and of activation checkpointing."""
+    """Window attention and MLP, pre-norm.
+
+    A forward calls a block once, for all crops: it is the unit of ZeRO-3 gathering and of activation checkpointing.
+    """
 
     def __init__(self, dim: int, heads: int, window: int) -> None:
         super().__init__([PreNorm(dim, Attention(dim, heads, window)), PreNorm(dim, ConvMlp(dim))])
 
     def forward(self, tokens: Tensor, grids: list[Grid], keep_attn: Tensor | None, keep_mlp: Tensor | None) -> Tensor:
-        """Map tokens [N, C] to [N, C]; keep_* [N, 1] scales a branch (0: dropped), None keeps it."""
+        """Map tokens [N, C] to [N, C]; keep_* [N, 1] are the branches' stochastic-depth factors (0: dropped), None is 1."""
         attention, mlp = self
         tokens = add_branch(tokens, attention(tokens, grids), keep_attn)
         return add_branch(tokens, mlp(tokens), keep_mlp)
 
 
 class PreNorm(nn.Module):
-    """A norm and the branch that reads it."""
+    """A residual branch (attention or MLP) behind its layer norm; `Block` adds its output to the input."""
 
     def __init__(self, dim: int, fn: nn.Module) -> None:
         super().__init__()
@@ -163,12 +166,12 @@ class PreNorm(nn.Module):
         self.fn = fn
 
     def forward(self, tokens: Tensor, *plan: list[Grid]) -> Tensor:
-        """Map tokens [N, C] to [N, C]; `plan` is handed to the branch."""
+        """Map tokens [N, C] to the branch's output [N, C]; `plan` (the grids, for attention) is passed on to the branch."""
         return self.fn(self.norm(tokens), *plan)
 
 
 class Attention(nn.Module):
-    """softmax(QKᵀ/√C) V within windows. As in the official code, the scale is of the whole width, not of a head's."""
+    """Window attention softmax(QKᵀ/√C) V, scaled as in the official code by the block's width C, not by a head's width."""
 
     def __init__(self, dim: int, heads: int, window: int) -> None:
         super().__init__()
@@ -188,7 +191,14 @@ class Attention(nn.Module):
         return self.proj_out(torch.cat(mixed))
 
     def _attend(self, qkv: Tensor) -> Tensor:
-        """Map [n, rows of windows, side, columns, side, 3, heads, d] to [n, rows, side, columns, side, heads, d]."""
+        """Compute the attention within the windows of one resolution.
+
+        Args:
+            qkv: [n, R, side, K, side, 3, heads, d] on padded maps of R × K windows.
+
+        Returns:
+            [n, R, side, K, side, heads, d].
+        """
         n, rows, side, columns, _, _, heads, depth = qkv.shape
         windows = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, n * rows * columns, heads, side * side, depth)
         q, k, v = windows.unbind(0)
@@ -197,7 +207,7 @@ class Attention(nn.Module):
 
 
 class ConvProjection(nn.Module):
-    """Depthwise 3×3 convolution and batch norm, per resolution; then a 1×1 convolution to queries, keys and values."""
+    """The qkv projection: depthwise 3×3 convolution and batch norm per resolution, then a 1×1 convolution over all."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -210,7 +220,11 @@ class ConvProjection(nn.Module):
         return {"dw.weight": normal(0.02)}
 
     def forward(self, tokens: Tensor, grids: list[tuple[Grid, Grid]]) -> Tensor:
-        """Map tokens [N, C] to the rows of the padded maps [slots, 3C]; each of `grids` is (map, padded map)."""
+        """Map tokens [N, C] to qkv [slots, 3C] for every cell of the padded maps, row-major.
+
+        Args:
+            grids: the grid of the map and that of the padded map, for each resolution.
+        """
         rows = []
         for group, (grid, (_, high, wide)) in zip(split(tokens, [g for g, _ in grids]), grids, strict=True):
             padded = F.pad(_as_map(group, grid), (0, wide - grid[2], 0, high - grid[1]))
@@ -219,7 +233,7 @@ class ConvProjection(nn.Module):
 
 
 class ConvMlp(nn.Module):
-    """The MLP of a block, as 1×1 convolutions with quick GELU between them."""
+    """The MLP of a block: two 1×1 convolutions, C to 4C to C, with quick GELU x·σ(1.702 x) between them."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -231,7 +245,7 @@ class ConvMlp(nn.Module):
 
 
 def _as_map(rows: Tensor, grid: Grid) -> Tensor:
-    """View [n·h·w, C] as [n, C, h, w], without a copy (channels last)."""
+    """View the rows [n·h·w, C] of one resolution as maps [n, C, h, w] in channels-last memory, without a copy."""
     return rows.view(*grid, -1).permute(0, 3, 1, 2)
 
 

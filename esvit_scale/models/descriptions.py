@@ -1,6 +1,7 @@
-"""What a trunk or an objective says about itself to `plan`, model cards, exporters and the attention evaluation.
+"""Types in which trunks and objectives describe themselves to `plan`, model cards and exporters.
 
-All of it is optional: the base classes answer for whoever does not (models/trunk.py, objective/objective.py).
+They are what methods such as `Trunk.formulas`, `Trunk.card` and `Trunk.timm_form` return. All of these methods are
+optional: the base classes (models/trunk.py, objective/objective.py) return a default.
 """
 
 from collections.abc import Callable, Sequence
@@ -8,111 +9,121 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
-Tensors = dict[str, Tensor]  # by name within the trunk
+Tensors = dict[str, Tensor]  # name of a parameter or buffer within the trunk → value
 
-# How FLOPs are counted. A FLOP is a multiplication or an addition of a matrix product or a convolution; nothing else is
-# counted (as torch's FlopCounterMode does).
+# How FLOPs are counted. A FLOP is a multiplication or an addition in a matrix product or a convolution; nothing else is
+# counted (as in torch's FlopCounterMode).
 #   "published"  the network as its paper runs it, work on padding included: the number to compare with other work
-#   "executed"   the products that this package runs, the backward's and the fused loss's own included
-#   "useful"     "published" without any work on padding: what MFU counts, so that padding never looks like progress
+#   "executed"   the products that this package runs, including those that only its backward and its fused loss need
+#   "useful"     "published" without any work on padding: the count for MFU, which padding must not raise
 Count = Literal["published", "executed", "useful"]
 
 
 class CropCost(NamedTuple):
-    """What one crop costs in a trunk's forward, in FLOPs, and the map of region tokens that it becomes."""
+    """The FLOPs of a trunk's forward on one crop, and the grid of region tokens that the crop yields."""
 
-    flops: int  # of each crop
-    flops_with_keys: int  # of each crop with drop keys, as a student runs it: ViL then looks at fewer windows
-    flops_per_forward: int  # whatever the number of crops: position-bias networks
-    grid: tuple[int, int]  # H, W of the region tokens; 0, 0 from a trunk without
-    pixel_flops: int = 0  # of `flops` the first layer's, whose backward computes no gradient of the pixels
+    flops: int  # per crop, without drop keys
+    flops_with_keys: int  # per crop, with drop keys as in a student's forward: ViL then attends to fewer windows
+    flops_per_forward: int  # once per forward, independent of the number of crops: position-bias networks
+    grid: tuple[int, int]  # (H, W) of the region tokens; (0, 0) from a trunk without region tokens
+    pixel_flops: int = 0  # the part of `flops` in the first layer, whose backward computes no gradient of the pixels
 
 
 class Activations(NamedTuple):
-    """Bytes that a forward keeps for its backward (without parameters and cached index tables)."""
+    """Bytes that a forward keeps in memory for its backward, without parameters and cached index tables."""
 
     per_image: int
-    per_step: int  # whatever the number of images: position-bias networks, gradients of the prototypes
+    per_step: int  # independent of the number of images: position-bias networks, gradients of the prototypes
 
     def total(self, images: int) -> int:
-        """Return the bytes of a forward of `images` images."""
+        """Return the bytes that a forward of `images` images keeps."""
         return images * self.per_image + self.per_step
 
 
 class KeptActivations(NamedTuple):
-    """What a forward keeps for its backward, call by call of the trunk's blocks, and outside them.
+    """What a forward keeps for its backward: one entry for each call of a block, and a sum for all other layers.
 
-    A packed trunk calls each block once a forward; timm's networks call each once for every crop size.
+    A packed trunk calls each block once per forward; a timm network calls each block once for every crop size.
     """
 
-    called: list[int]  # index in `Trunk.blocks` of the block that each call runs
-    blocks: list[Activations]  # what each call keeps
-    inputs: list[Activations]  # what is kept of each call under activation checkpointing
-    outside: Activations  # all else: patch embedding, merging, norms, heads, loss
+    called: list[int]  # for each call, the index of its block in `Trunk.blocks`
+    blocks: list[Activations]  # for each call, what it keeps without activation checkpointing
+    inputs: list[Activations]  # for each call, what it keeps with activation checkpointing: the block's inputs
+    outside: Activations  # all other layers: patch embedding, merging, norms, heads, loss
 
 
 class TrunkFormulas(Protocol):
-    """A trunk's costs in closed form; a trunk without formulas is run on the meta device and counted."""
+    """A trunk's costs in closed form. Trunks without formulas are traced on the meta device instead (models/traced.py)."""
 
     def crop_cost(self, size: int, count: Count) -> CropCost:
-        """Return what one crop of `size` × `size` pixels costs."""
+        """Return the cost of a forward on one crop of `size` × `size` pixels."""
 
     def kept(self, sizes: Sequence[int], element: int) -> KeptActivations:
-        """Return what the trunk's forward of one crop of each of these sizes keeps, at `element` bytes a number."""
+        """Return what the trunk's forward keeps for its backward.
+
+        Args:
+            sizes: side in pixels of each crop of an image.
+            element: bytes per number at the training precision.
+        """
 
 
 class ObjectiveFormulas(Protocol):
-    """An objective's costs in closed form; an objective without formulas is run on the meta device and counted."""
+    """An objective's costs in closed form. Objectives without formulas are traced instead (objective/costs.py)."""
 
     def image_flops(self, grids: Sequence[tuple[int, int]], count: Count) -> int:
-        """Return the FLOPs of an image in both networks' objectives, forward and backward.
+        """Return the FLOPs per image of the heads and the loss: student and teacher, forward and backward.
 
         Args:
-            grids: H, W of the region tokens of each crop, the two global crops first.
+            grids: (H, W) of the region tokens of each crop, the two global crops first.
         """
 
     def kept(self, grids: Sequence[tuple[int, int]], element: int) -> Activations:
-        """Return what the student's objective keeps for its backward, at `element` bytes a number."""
+        """Return what the student's heads and loss keep for the backward.
+
+        Args:
+            grids: (H, W) of the region tokens of each crop, the two global crops first.
+            element: bytes per number at the training precision.
+        """
 
 
 class TrunkCard(NamedTuple):
-    """What a model card says about a trunk."""
+    """The texts about a trunk in a model card."""
 
-    tag: str  # for model hubs: "swin"
-    description: str  # "Swin V2 (swinv2_t: width 96, depths 2-2-6-2, window 8)"
-    input_sizes: str  # a sentence about images of other sizes than the training's
+    tag: str  # tag on model hubs, such as "swin"
+    description: str  # such as "Swin V2 (swinv2_t: width 96, depths 2-2-6-2, window 8)"
+    input_sizes: str  # a sentence about images of other sizes than in training
 
 
 class ObjectiveCard(NamedTuple):
-    """What a model card says about an objective."""
+    """The texts about an objective in a model card."""
 
-    method: str = ""  # how the trunk was pretrained, in Markdown: "… by {method}"; empty: the objective's name
-    rows: tuple[tuple[str, str], ...] = ()  # of the table of settings: (key, value)
+    method: str = ""  # the pretraining method, in Markdown, as it follows "by"; empty: the objective's name
+    rows: tuple[tuple[str, str], ...] = ()  # (key, value) of further rows in the table of settings
     citation: str = ""  # the paper, in Markdown
 
 
 class TimmForm(NamedTuple):
-    """A trunk as a network of the timm library."""
+    """How a trunk is exported as a network of the timm library."""
 
-    architecture: str  # timm's name of it
-    arguments: dict[str, Any]  # of its constructor
+    architecture: str  # timm's name of the network
+    arguments: dict[str, Any]  # keyword arguments of the network's constructor
     width: int  # C of the features
     reduction: int  # pixels along a side of a cell of the last map
-    pool: str  # timm's global_pool
-    first_conv: str  # timm's names of the first layer and of the classifier
-    classifier: str
-    tensors: Callable[[Tensors], Tensors]  # the trunk's tensors → by timm's names
-    fixed_size: bool  # features are the trunk's at the size of the global crops alone
-    norm_eps: str = ""  # eps of the norms where it is not timm's default, as Python writes it
-    size_note: str = ""  # sentences for the model card: about image sizes,
-    note: str = ""  # and about the code that loads the folder
+    pool: str  # timm's `global_pool`
+    first_conv: str  # timm's name of the first layer
+    classifier: str  # timm's name of the classifier
+    tensors: Callable[[Tensors], Tensors]  # maps the trunk's tensors to timm's names
+    fixed_size: bool  # whether timm's features equal the trunk's only at the size of the global crops
+    norm_eps: str = ""  # eps of the norms as a Python literal; empty: timm's default
+    size_note: str = ""  # sentences for the model card about image sizes
+    note: str = ""  # sentences for the model card about the code that loads the export
 
 
 class HuggingFaceForm(NamedTuple):
-    """A trunk as a model of the transformers library."""
+    """How a trunk is exported as a model of the transformers library."""
 
-    config: dict[str, Any]  # config.json
-    names: Callable[[str], list[str]]  # a tensor's name → transformers'; three where it splits queries, keys and values
-    scale: Callable[[str], float]  # a tensor's name → the factor that it is stored with
-    size_note: str = ""  # sentences for the model card: about image sizes,
-    note: str = ""  # and about the features
+    config: dict[str, Any]  # content of config.json
+    names: Callable[[str], list[str]]  # our name of a tensor → transformers' names; three if it splits qkv, else one
+    scale: Callable[[str], float]  # our name of a tensor → the factor by which the stored tensor is multiplied
+    size_note: str = ""  # sentences for the model card about image sizes
+    note: str = ""  # sentences for the model card about the features

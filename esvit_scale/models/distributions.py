@@ -1,4 +1,4 @@
-"""Distributions of initial values, each a function of a shape and a generator."""
+"""Distributions from which initial values of parameters are drawn, each a function of a shape and a generator."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -8,7 +8,10 @@ from torch import Generator, Tensor
 
 
 class OfSeed(NamedTuple):
-    """A value that a library draws together with others: a function of the run's seed, not of a generator of its own."""
+    """The initial value of a parameter whose library (timm) draws all parameters of a network in one sequence.
+
+    `draw` therefore maps the run's seed to the value, and takes no generator.
+    """
 
     draw: Callable[[int], Tensor]
 
@@ -16,14 +19,14 @@ class OfSeed(NamedTuple):
 Initializer = Callable[[Sequence[int], Generator], Tensor] | OfSeed  # (shape, generator) → float32 on the CPU
 
 
-CUT = 2.0  # where `normal` is truncated: at ±2, not at 2σ, as timm and the official code have it
+CUT = 2.0  # `normal` is truncated at ±2, not at ±2σ, as in timm and the official code
 
 
 def normal(std: float) -> Initializer:
-    """Return a normal distribution around 0 that is truncated at ±CUT, by drawing again what lies outside.
+    """Return the normal distribution around 0, truncated at ±CUT by redrawing the values outside.
 
-    torch's `trunc_normal_` draws other numbers from the same generator in 2.7 than in 2.13 and 2.14; this gives the latter's
-    in all of them, so that a seed means the same weights.
+    With every torch version, a seed gives the numbers that torch 2.13's and 2.14's `trunc_normal_` draw; torch 2.7's
+    draws others.
     """
 
     def draw(shape: Sequence[int], generator: Generator) -> Tensor:
@@ -44,5 +47,5 @@ def uniform(bound: float) -> Initializer:
 
 
 def constant(value: float) -> Initializer:
-    """Return the distribution that is always `value`."""
+    """Return the distribution that fills a tensor with `value`."""
     return lambda shape, generator: torch.full(tuple(shape), value, dtype=torch.float32, device="cpu")

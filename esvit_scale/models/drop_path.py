@@ -1,7 +1,8 @@
-"""Stochastic depth without a random generator: every decision is a hash of what it is for.
+"""Stochastic depth without a random generator: whether a residual branch is dropped is computed by a hash.
 
-A crop of an image at a step has a key; a residual branch of a block is kept for that crop or not by a hash of
-(key, block, branch). So the draws do not depend on rank, world size, micro-batches or recomputation.
+Each crop of an image has a key, a hash of (seed, step, position of the image in the global batch, crop). A hash of
+(key, block, branch) decides whether the branch is dropped for that crop. So the decisions do not depend on rank, world
+size, micro-batches or recomputation.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from esvit_scale.models.windows import crop_of_token
 _GOLDEN = 0x9E3779B97F4A7C15  # splitmix64 (Steele, Lea and Flood 2014): increment and finaliser
 _MIX_1 = 0xBF58476D1CE4E5B9
 _MIX_2 = 0x94D049BB133111EB
-_OTHER_DRAWS = 1 << 20  # beyond every (block, branch) that is kept or dropped
+_OTHER_DRAWS = 1 << 20  # offset of the hash inputs of `draw_of`, above the indices of all (block, branch) pairs
 
 
 def _signed(value: int) -> int:
@@ -24,12 +25,12 @@ def _signed(value: int) -> int:
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Shift right without keeping the sign, as torch's >> on int64 does."""
+    """Shift int64 right and fill with zeros; torch's own >> fills with the sign bit."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _hash(state: Tensor, value: Tensor | int) -> Tensor:
-    """Fold `value` into `state`, int64 → int64, every output bit depending on every input bit."""
+    """Return the int64 hash of `state` and `value`, in which every output bit depends on every input bit."""
     if isinstance(value, int):
         x = state + _signed((value + 1) * _GOLDEN)
     else:
@@ -40,15 +41,15 @@ def _hash(state: Tensor, value: Tensor | int) -> Tensor:
 
 
 def drop_keys(seed: int, step: int, positions: Tensor, crops: int) -> Tensor:
-    """Return one key per crop image.
+    """Return the key of every crop, from which its stochastic-depth decisions are computed.
 
     Args:
-        seed, step: the run's seed, and the index of the batch.
+        seed, step: the run's seed, and the index of the training step.
         positions: int64 [B], each image's position in the global batch.
         crops: V, crops per image.
 
     Returns:
-        int64 [V·B] in the order in which crops are stacked: crop 0 of all images, crop 1 of all images, …
+        int64 [V·B] in the order of the packed crops: crop 0 of all images, crop 1 of all images, …
     """
     state = _hash(_hash(torch.zeros_like(positions), seed), step)
     images = _hash(state, positions)
@@ -56,16 +57,16 @@ def drop_keys(seed: int, step: int, positions: Tensor, crops: int) -> Tensor:
 
 
 def linear_rates(last: float, blocks: int) -> list[float]:
-    """Return the drop rates of `blocks` blocks, growing linearly from 0 for the first to `last`."""
+    """Return the drop rate of each of `blocks` blocks, growing linearly from 0 for the first to `last` for the last."""
     return [last * i / max(blocks - 1, 1) for i in range(blocks)]
 
 
 def keep_scales(keys: Tensor, rates: Tensor) -> Tensor:
-    """The factor of every residual branch: 0 where it is dropped, else 1/(1 − rate).
+    """Return the factor of every residual branch for every crop: 0 if it is dropped, else 1/(1 − rate).
 
     Args:
-        keys: int64 [n], one per crop image.
-        rates: float32 [depth], the blocks' drop rates.
+        keys: int64 [n], one per crop (`drop_keys`).
+        rates: float32 [depth], the drop rate of each block.
 
     Returns:
         float32 [depth, 2, n]; the two branches (attention, MLP) are drawn independently.
@@ -80,12 +81,15 @@ def keep_scales(keys: Tensor, rates: Tensor) -> Tensor:
 def token_factors(
     scales: Tensor | None, rates: Sequence[float], block: int, grids: Sequence[Grid], dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return the factors of a block's two branches, each [N, 1] over the tokens of all crops; None keeps a branch whole.
+    """Return the factors of a block's two branches (attention, MLP), each [N, 1] over the tokens of all crops.
+
+    Both are None, which stands for factors of 1, without `scales` and in a block that has a drop rate of 0.
 
     Args:
-        scales: what `keep_scales` gave, or None: everything is kept.
-        rates: the blocks' drop rates; with 0 everything is kept.
-        grids: (crops, H, W) of every resolution in this block; (crops, 1, tokens) where they are no map.
+        scales: the factors of every crop, from `keep_scales`; None: nothing is dropped.
+        rates: the drop rate of each block.
+        block: index of the block.
+        grids: (crops, H, W) of every resolution in this block; (crops, 1, tokens) if a crop's tokens form no map.
     """
     if scales is None or not rates[block]:
         return None, None
@@ -95,6 +99,8 @@ def token_factors(
 
 
 def draw_of(keys: Tensor, block: int, choices: int) -> Tensor:
-    """Whatever else a block draws at random: int64 [n] in 0 … choices − 1, each as likely (exactly so for a power of
-    two), one for each of the keys."""
-    return _shift_right(_hash(keys, _OTHER_DRAWS + block), 40) % choices  # of 24 bits
+    """Draw a uniform integer from 0 to choices − 1 for each key, int64 [n], independent of stochastic depth.
+
+    It is computed by a hash of (key, block). The distribution is exactly uniform if `choices` is a power of two.
+    """
+    return _shift_right(_hash(keys, _OTHER_DRAWS + block), 40) % choices  # the modulus is taken of 24 bits
