@@ -1,8 +1,8 @@
-"""One network in one safetensors file, with the config that builds it in the file's metadata.
+"""Reading and writing one network as a safetensors file; the metadata hold the config that builds the network.
 
 Tensors are fp32 and are named as in `objective.network.Network`: `trunk.…`, and with heads `objective.view_head.…`,
-`objective.region_head.…` and the centres `center.…`. Reading needs torch and safetensors but no DeepSpeed. Tensors are
-memory-mapped, so that the processes of a machine share one copy.
+`objective.region_head.…` and the centres `center.…`. Reading needs torch and safetensors but not DeepSpeed. Tensors are
+memory-mapped, so that all processes of a machine share one copy in memory.
 """
 
 import json
@@ -21,13 +21,13 @@ from esvit_scale.config import Config
 from esvit_scale.errors import UserError
 
 SUFFIX = ".safetensors"
-FOLDER_WEIGHTS = "model.safetensors"  # name of the weights in an exported folder
+FOLDER_WEIGHTS = "model.safetensors"  # name of the file of weights in an exported folder
 FORMAT_VERSION = 1
 CENTER = "center."
 
 
 def write(path: Path, weights: Weights, network: str) -> None:
-    """Write the tensors of `weights.networks[network]` and the centres, whole or not at all."""
+    """Write `weights.networks[network]`, the centres and the config to one safetensors file, atomically."""
     tensors = weights.networks[network] | {CENTER + name: value for name, value in weights.centers.items()}
     metadata = {
         "format": "esvit-scale",
@@ -40,9 +40,9 @@ def write(path: Path, weights: Weights, network: str) -> None:
 
 
 def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file whose bytes depend on its content alone.
+    """Write a safetensors file whose bytes are reproducible: the same tensors and metadata give the same file.
 
-    The library writes metadata in the random order of a hash table; this sorts it by key.
+    The safetensors library writes the metadata in random order; this function sorts them by key.
     """
     save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path, metadata)
     with path.open("r+b") as file:
@@ -50,13 +50,13 @@ def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> No
         header = json.loads(file.read(length))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         in_order = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-        if len(in_order) <= length:  # always true: both write JSON without spaces
+        if len(in_order) <= length:  # always true, because both headers are JSON without spaces
             file.seek(8)
             file.write(in_order.ljust(length))
 
 
 def is_ours(path: Path) -> bool:
-    """Return whether this program wrote a safetensors file: whether its metadata has a config.
+    """Return whether a safetensors file was written by esvit-scale, according to its metadata.
 
     Raises:
         UserError: the file is damaged.
@@ -69,10 +69,10 @@ def is_ours(path: Path) -> bool:
 
 
 def read(path: Path) -> Weights:
-    """Return the file's network, under the name it was written with, and its centres.
+    """Return the network ("student" or "teacher", as it was written), centres and config of a safetensors file.
 
     Raises:
-        UserError: no such file, damaged, not written by this program, or written by a newer version.
+        UserError: the file does not exist, is damaged, or was written by another program or a newer version.
     """
     if weight_file.detect_format(path) != "safetensors":
         raise UserError(
@@ -81,7 +81,7 @@ def read(path: Path) -> Weights:
     try:
         with safe_open(path, "pt") as file:
             config, network = _read_metadata(path, file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: damaged, or not a safetensors file: {error}") from None
     centers = {name.removeprefix(CENTER): tensors.pop(name) for name in list(tensors) if name.startswith(CENTER)}

@@ -1,4 +1,4 @@
-"""Saving in the background: a training step waits for the copy to host memory, not for the disk."""
+"""Saving checkpoints in the background: training waits only for the copy to host memory, not for the disk."""
 
 import logging
 import threading
@@ -17,10 +17,10 @@ log = logging.getLogger("esvit_scale")
 
 
 class Saver:
-    """A background thread that writes one checkpoint at a time. All ranks make the same calls.
+    """A writer of checkpoints in a background thread, one at a time. All ranks must make the same calls.
 
-    A save that fails because of the storage is logged, training continues and the next save tries again; only `wait`
-    raises the error.
+    If the storage makes a save fail, the error is logged, training continues, and the next save tries again; only
+    `wait` raises the error.
     """
 
     def __init__(
@@ -32,9 +32,9 @@ class Saver:
     ) -> None:
         """
         Args:
-            data: identifies the run's data; recorded in state.json.
-            check_ownership: called on rank 0 before a checkpoint gets its name; raises RestartCanHelp when another
-                process has taken over the run.
+            data: what identifies the run's training data; it is recorded in state.json.
+            check_ownership: function that rank 0 calls before it renames a finished checkpoint into place; it raises
+                RestartCanHelp if another process has taken over the run.
         """
         self._run, self._config = run, config
         self._data, self._check_ownership = data, check_ownership
@@ -43,7 +43,7 @@ class Saver:
         self._failure: BaseException | None = None
 
     def start(self, engines: Engines, centers: dict[str, Tensor], cursor: dict[str, int]) -> None:
-        """Wait for the previous save, copy the state at `cursor["step"]` to host memory and begin to write it."""
+        """Wait for the previous save, copy the state at step `cursor["step"]` to host memory and start to write it."""
         self._join()
         if self._failure is not None and not isinstance(self._failure, NotSaved):
             raise self._failure
@@ -55,10 +55,10 @@ class Saver:
         self._thread.start()
 
     def wait(self) -> None:
-        """Wait until the save that was started is on the disk.
+        """Wait until the save in progress is on disk.
 
         Raises:
-            NotSaved: it could not be written.
+            NotSaved: the latest checkpoint could not be written.
         """
         self._join()
         if self._failure is not None:

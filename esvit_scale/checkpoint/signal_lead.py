@@ -1,6 +1,7 @@
-"""The warning that a save takes longer than the time between Slurm's signal and the end of the job.
+"""Warning when saving a checkpoint takes longer than the time between Slurm's signal and the end of the job.
 
-The batch script sets that time in ESVIT_SIGNAL_LEAD (seconds); a save at the time limit must fit into it.
+A run saves when it gets the signal, so the save must fit into this lead time. The batch script sets the environment
+variable ESVIT_SIGNAL_LEAD to it, in seconds.
 """
 
 import logging
@@ -16,7 +17,7 @@ log = logging.getLogger("esvit_scale")
 
 @contextmanager
 def warn_if_longer() -> Iterator[None]:
-    """Warn on rank 0 when the enclosed save took longer than the signal's lead time. Also works as a decorator."""
+    """Warn on rank 0 if the enclosed save took longer than the signal's lead time; a context manager and decorator."""
     began = time.monotonic()
     yield
     seconds, lead = time.monotonic() - began, os.environ.get("ESVIT_SIGNAL_LEAD", "")

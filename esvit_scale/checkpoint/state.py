@@ -1,9 +1,10 @@
-"""A run's state on disk: student, teacher, optimizer, centres and the data cursor; saved whole or not at all.
+"""Saving and restoring a run's state: student, teacher, optimizer, centres and the data cursor.
 
-checkpoints/step-00000100/ holds the tensors (storage.py) and state.json (cursor, shapes, config, checksums). A save
-writes a temporary folder, renames it when every rank is done, and then makes checkpoints/latest name it. A resume reads
-the newest folder whose checksums match (step_folders.py). No state of a random generator is saved, because every random
-draw of a run is a function of (seed, epoch, sample key, crop) or of (seed, step, position, crop, block).
+checkpoints/step-00000100/ holds the tensors (storage.py) and state.json (cursor, shapes, config, checksums). A save is
+atomic: it writes a temporary folder, renames it when all ranks have finished, and then makes checkpoints/latest name
+it. A resume reads the newest folder whose checksums match (step_folders.py). The state of random number generators is
+not saved, because every random draw of a run is a function of (seed, epoch, sample key, crop) or of (seed, step,
+position, crop, block).
 """
 
 import logging
@@ -33,23 +34,23 @@ log = logging.getLogger("esvit_scale")
 
 T = TypeVar("T")
 
-NETWORK_PREFIXES = {"student": "student/", "teacher": "ema/"}  # network → what its tensors' names in storage begin with
+NETWORK_PREFIXES = {"student": "student/", "teacher": "ema/"}  # network → prefix of its tensors' names in storage
 CENTER = "center/"
 
 
 class NotSaved(RestartCanHelp):
-    """A checkpoint could not be written; earlier checkpoints are untouched."""
+    """The error that a checkpoint could not be written; earlier checkpoints are untouched."""
 
 
 class Snapshot(NamedTuple):
-    """One rank's part of a run's state, ready to be written."""
+    """The part of a run's state that this rank writes to a checkpoint, with the content of state.json."""
 
     intervals: dict[str, Interval]
     state: dict[str, Any]  # the content of state.json without the checksums of the files
 
 
 def take_snapshot(config: Config, engines: Engines, centers: dict[str, Tensor], cursor: dict[str, int]) -> Snapshot:
-    """Return the state at `cursor["step"]` as views of the tensors in memory, not copies. All ranks call it."""
+    """Return this rank's part of the state at step `cursor["step"]`, as views and not copies. All ranks call it."""
     optimizer_steps = _optimizer_steps(engines)
     state = {
         "cursor": cursor,
@@ -61,7 +62,9 @@ def take_snapshot(config: Config, engines: Engines, centers: dict[str, Tensor], 
 
 
 def save(run: Path, config: Config, engines: Engines, centers: dict[str, Tensor], cursor: dict[str, int]) -> Path:
-    """Write the state at `cursor["step"]` and prune old checkpoints as the config's `train` section says. All ranks call it.
+    """Write a checkpoint at step `cursor["step"]`, remove old ones (`step_folders.prune`), and return its folder.
+
+    All ranks call it.
 
     Raises:
         NotSaved: a rank could not write, for example because the disk is full; earlier checkpoints are untouched.
@@ -71,11 +74,13 @@ def save(run: Path, config: Config, engines: Engines, centers: dict[str, Tensor]
 
 @signal_lead.warn_if_longer()
 def write(run: Path, config: Config, snapshot: Snapshot, check_ownership: Callable[[], None] = lambda: None) -> Path:
-    """Write a snapshot as a step folder, prune old ones and return the folder. All ranks call it, on any thread.
+    """Write a snapshot as a step folder, remove old ones (`step_folders.prune`), and return the new folder.
+
+    All ranks call it; it may run in a background thread.
 
     Args:
-        check_ownership: called on rank 0 after the files are written and before the folder gets its name; raises
-            RestartCanHelp when another process has taken over the run.
+        check_ownership: function that rank 0 calls before it renames the finished folder into place; it raises
+            RestartCanHelp if another process has taken over the run.
 
     Raises:
         NotSaved: as `save`.
@@ -97,10 +102,13 @@ def _on_rank_0(folder: Path, work: Callable[[], None]) -> None:
 
 
 def _run_on_all_ranks(folder: Path, work: Callable[[], T]) -> list[T]:
-    """Run `work` on every rank and return the results of all, by rank.
+    """Run `work` on every rank and return the results of all ranks, in the order of the ranks.
+
+    Args:
+        folder: the step folder that is being saved; its temporary folder is removed after a failure.
 
     Raises:
-        NotSaved: on all ranks, when the storage failed on one of them.
+        NotSaved: on all ranks, if the storage failed on one of them.
     """
     try:
         result, problem = work(), None
@@ -116,7 +124,7 @@ def _run_on_all_ranks(folder: Path, work: Callable[[], T]) -> list[T]:
 
 
 def find_nonfinite(engines: Engines, centers: dict[str, Tensor]) -> list[str]:
-    """Return the names of the state's tensors that hold a NaN or an infinity on any rank. All ranks call it."""
+    """Return the sorted names of the state's tensors that hold NaN or infinity on any rank. All ranks call it."""
     intervals = _intervals(engines, _optimizer_steps(engines), centers)
     owned = {name: interval.values for name, interval in intervals.items() if interval.values.numel()}
     largest = [torch.linalg.vector_norm(values, torch.inf).to(engines.clipper.device) for values in owned.values()]
@@ -126,11 +134,11 @@ def find_nonfinite(engines: Engines, centers: dict[str, Tensor]) -> list[str]:
 
 
 def restore(folder: Path, engines: Engines, centers: dict[str, Tensor]) -> dict[str, int]:
-    """Read a checkpoint, saved at any world size and ZeRO stage, into the engines and `centers`; return its cursor.
+    """Load a step folder, saved at any world size and ZeRO stage, into `engines` and `centers`; return its cursor.
 
     Raises:
-        UserError: the checkpoint is of another architecture (the first tensors that differ are named) or another kind of
-            optimizer, is damaged, or holds a NaN or an infinity. A save refuses the last; older versions did not.
+        UserError: the checkpoint is of another architecture (the message names the first tensors that differ), was
+            saved by another kind of optimizer, is damaged, or holds NaN or infinity (older versions could save these).
     """
     state = state_file.read_state(folder)
     shapes = shapes_of(engines.student.module)
@@ -156,13 +164,13 @@ def restore(folder: Path, engines: Engines, centers: dict[str, Tensor]) -> dict[
 
 
 def load_teacher(checkpoint: Path) -> tuple[Trunk, Config]:
-    """Return the trunk of a run dir, a step folder or a safetensors file, in fp32 on the CPU, and its config.
+    """Load the trunk of a run dir, a step folder or a safetensors file; return it in fp32 on the CPU, and its config.
 
-    From a run it is the teacher's trunk; from a file it is the trunk that was written. Needs neither DeepSpeed nor a
-    process group.
+    A run dir or step folder gives the teacher's trunk; a file gives that of the network it holds. Neither DeepSpeed nor
+    a process group is needed.
 
     Raises:
-        UserError: no such checkpoint, damaged, or its tensors do not fit its config.
+        UserError: the checkpoint does not exist or is damaged, or its tensors do not fit its config.
     """
     if checkpoint.suffix == safetensors_file.SUFFIX:
         return _load_trunk_from_file(checkpoint)
@@ -183,7 +191,7 @@ def read_weights(folder: Path) -> Weights:
     """Return student, teacher and centres of a step folder as whole tensors in memory.
 
     Raises:
-        UserError: not a checkpoint, or its files are not what was written.
+        UserError: the folder is no checkpoint, or its files have changed since they were written.
     """
     state = state_file.read_state(folder)
     config = configs.validate(state["config"], where=str(folder / "state.json"))
@@ -195,14 +203,17 @@ def read_weights(folder: Path) -> Weights:
     for name, shape in network_shapes(config).items():
         if (
             name.endswith(".weight_g") and name not in state["shapes"]
-        ):  # norm_last_layer keeps it at 1, and it is not saved
+        ):  # fixed at 1 by norm_last_layer, and therefore not saved
             for tensors in networks.values():
                 tensors[name] = torch.ones(shape)
     return Weights(config, networks, centers)
 
 
 def write_weights(folder: Path, weights: Weights) -> None:
-    """Write a step folder at step 0 without optimizer state, for `load_teacher` and `read_weights`. One process calls it."""
+    """Write weights as a step folder at step 0, without optimizer state, for `load_teacher` and `read_weights`.
+
+    Only one process calls it.
+    """
     tmp = folder.with_name(f".{folder.name}.partial")
     _make_empty(tmp)
     storage.save(tmp, _whole_intervals(weights.networks, weights.centers))
@@ -233,7 +244,7 @@ def _whole_intervals(networks: dict[str, dict[str, Tensor]], centers: dict[str, 
 
 
 def _intervals(engines: Engines, optimizer_steps: dict[str, int], centers: dict[str, Tensor]) -> dict[str, Interval]:
-    """Return this rank's part of every tensor of the state, as views, so that loading writes into the tensors themselves."""
+    """Return this rank's part of every tensor of the state, by name, as views: loading into them sets the tensors."""
     intervals = {f"{CENTER}{name}": whole_interval(center) for name, center in centers.items()}
     for p, ema in zip(engines.partitions, engines.teacher.values, strict=True):
         total = p.shape.numel()
@@ -255,9 +266,10 @@ def _intervals(engines: Engines, optimizer_steps: dict[str, int], centers: dict[
 
 
 def _optimizer_steps(engines: Engines) -> dict[str, int]:
-    """Return the optimizer's step count of every parameter group; 0 for a last layer that was frozen until now.
+    """Return the optimizer's step count for each parameter group; 0 for a group that was never updated (frozen so far).
 
-    Optimizers that count no steps (SGD, LARS) give 1 for a group that has state. apex counts in the parameter group.
+    For optimizers that count no steps (SGD, LARS) it is 1 if the group has state. The count is read from the
+    parameter's state or, as apex has it, from the parameter group.
     """
     counted = {group["name"]: group.get("step", 1) for group in engines.optimizer.param_groups}
     mine = dict.fromkeys(engines.group_of.values(), 0)
@@ -270,13 +282,13 @@ def _optimizer_steps(engines: Engines) -> dict[str, int]:
 
 
 def _prepare_optimizer_state(engines: Engines, optimizer_steps: dict[str, int]) -> None:
-    """Make the optimizer's state tensors exist where the checkpoint has values for them, and nowhere else."""
+    """Create zero state tensors for parameters whose state the checkpoint holds; remove the state of all others."""
     for p in engines.partitions:
         step = optimizer_steps[engines.group_of[p.name]]
         if step == 0:
             engines.optimizer.state.pop(p.flat, None)
         elif p.flat not in engines.optimizer.state:
-            counter = torch.tensor(float(step), device=p.flat.device)  # on the device where fused AdamW keeps it
+            counter = torch.tensor(float(step), device=p.flat.device)  # fused AdamW needs the counter on this device
             engines.optimizer.state[p.flat] = {"step": counter} | {
                 key: torch.zeros_like(p.flat) for key in engines.moments
             }

@@ -1,7 +1,7 @@
-"""state.json of a step folder: reading, writing, and checking the folder's other files against it.
+"""Reading and writing a step folder's state.json, and checking the folder's other files against it.
 
-state.json records the cursor, shapes and config of a checkpoint, the size and SHA-256 of every other file in the folder,
-and the SHA-256 of its own content without that field, so that a resume can check all it reads.
+state.json records a checkpoint's cursor, shapes and config, the size and SHA-256 of every other file in the folder, and
+the SHA-256 of its own content (all other fields), so that a resume can verify everything it reads.
 """
 
 import hashlib
@@ -13,18 +13,18 @@ from esvit_scale import files
 from esvit_scale.checkpoint import storage
 from esvit_scale.errors import UserError
 
-FORMAT_VERSION = 2  # 1 had no checksum of state.json itself
+FORMAT_VERSION = 2  # version 1 had no checksum of state.json itself
 READABLE_VERSIONS = (1, 2)
 STATE = "state.json"
 OWN_CHECKSUM = "sha256"
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """Return the content of a step folder's state.json, after checking it against its own checksum.
+    """Return the content of a step folder's state.json after verifying the file's own checksum.
 
     Raises:
-        UserError: not a checkpoint, damaged, or written by a newer version.
-        OSError: the file exists and cannot be read.
+        UserError: the folder has no state.json, or the file is damaged or was written by a newer version.
+        OSError: the file exists but cannot be read.
     """
     path = folder / STATE
     try:
@@ -47,22 +47,22 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:
-    """Write state.json with the format version and its own checksum."""
+    """Write `state` as state.json, adding the format version and a checksum of the content."""
     state = {"format_version": FORMAT_VERSION, **state}
     files.write_json(folder / STATE, state | {OWN_CHECKSUM: _checksum(state)})
 
 
 def commit(tmp: Path, folder: Path, state: dict[str, Any]) -> None:
-    """Rename a filled temporary folder to `folder`, after writing state.json; replace a folder of that name as a whole."""
+    """Write state.json into the temporary folder `tmp` and rename it to `folder`, replacing an existing folder."""
     write_state(tmp, state)
-    files.commit_folder(tmp, folder, replace=True)  # what it cannot remove is removed at the next start
+    files.commit_folder(tmp, folder, replace=True)  # a replaced folder that is left over is removed at the next start
 
 
 def check_files(folder: Path) -> None:
-    """Check every file of a step folder against the size and SHA-256 that state.json records.
+    """Verify the size and SHA-256 of every file in a step folder against state.json.
 
     Raises:
-        UserError: a file is missing or not what was written.
+        UserError: a file is missing or has changed since it was written.
     """
     recorded = read_state(folder)["files"]
     found = [problem for name, entry in recorded.items() for problem in storage.file_problems(folder / name, entry)]
@@ -71,10 +71,13 @@ def check_files(folder: Path) -> None:
 
 
 def check_index(folder: Path, state: dict[str, Any]) -> None:
-    """Check the content of the tensor index and the sizes of all other files: a cheap check for reading a few tensors.
+    """Verify the SHA-256 of the tensor index and the sizes of all other files: cheap, for reading only a few tensors.
+
+    Args:
+        state: the content of the folder's state.json.
 
     Raises:
-        UserError: a file is missing, of another size, or the index is not what was written.
+        UserError: a file is missing or has another size, or the index has changed since it was written.
     """
     found = []
     for name, entry in state["files"].items():
@@ -90,7 +93,7 @@ def _checksum(state: dict[str, Any]) -> str:
 
 
 def _is_well_formed(state: dict[str, Any]) -> bool:
-    """Return whether the fields that all versions share are present, have the right types and agree with each other."""
+    """Return whether the fields that all format versions have are there, of the right types and consistent."""
     cursor, recorded, steps = state.get("cursor"), state.get("files"), state.get("optimizer_steps")
     if not (isinstance(cursor, dict) and isinstance(recorded, dict) and isinstance(steps, dict)):
         return False

@@ -1,7 +1,8 @@
-"""The step folders of a run: which exist, and which one a resume reads.
+"""Finding, verifying and removing a run's step folders (checkpoints), and choosing the one to resume from.
 
-checkpoints/step-00000100/ holds tensors (storage.py) and state.json (state_file.py). checkpoints/latest is a convenience
-for people: when it is missing or damaged, the newest undamaged folder is used.
+checkpoints/step-00000100/ holds tensors (storage.py) and state.json (state_file.py). The text file checkpoints/latest
+names the newest folder. Users may edit it to resume from another; if it is missing or damaged, the newest undamaged
+folder is used.
 """
 
 import logging
@@ -26,16 +27,16 @@ _STEP = re.compile(r"step-(\d{8,})")
 
 
 def step_of(folder: Path) -> int | None:
-    """Return the step in a folder's name; None when it is not the name of a step folder."""
+    """Return the step number in the name of a step folder; None for a folder with another name."""
     found = _STEP.fullmatch(folder.name)
     return int(found[1]) if found else None
 
 
 def list_step_folders(run: Path) -> list[Path]:
-    """Return the step folders of a run in the order of their steps, ignoring everything else in checkpoints/.
+    """Return the step folders of a run in ascending order of their steps; ignore everything else in checkpoints/.
 
     Raises:
-        UserError: checkpoints/ is not a folder, or a link that leads nowhere.
+        UserError: checkpoints/ is not a folder, or is a dangling link.
     """
     checkpoints = run / "checkpoints"
     if not os.path.lexists(checkpoints):
@@ -48,22 +49,27 @@ def list_step_folders(run: Path) -> list[Path]:
 
 
 def has_checkpoints(run: Path) -> bool:
-    """Return whether a run has step folders, undamaged or not."""
+    """Return whether a run has any step folder, even a damaged one."""
     return bool(list_step_folders(run))
 
 
 def latest(run: Path) -> Path | None:
-    """Return the step folder that a resume tries first; None when there is none."""
+    """Return the step folder that a resume tries first; None if the run has none."""
     return next(iter(candidates(run)), None)
 
 
 def candidates(run: Path) -> list[Path]:
     """Return a run's step folders in the order in which a resume tries them.
 
-    The folder that checkpoints/latest names comes first, because a user may point `latest` at an older checkpoint to
-    resume from it. Then come the folders before it, newest first, then those after it. A folder finished after `latest`
-    was written comes before all of these: the process died, or the disk was full, between the two writes. Without a
-    usable `latest`, log a warning and return all folders, newest first.
+    The order, newest first within each group, is:
+
+    1. folders that were finished after `latest` was written: the process died, or the disk was full, before it could
+       update `latest`;
+    2. the folder that checkpoints/latest names, since a user may have made it name an older checkpoint to resume from;
+    3. folders of earlier steps than that one;
+    4. the other folders of later steps.
+
+    Without a usable `latest`, log a warning and return all folders, newest first.
     """
     found = list_step_folders(run)
     if not found:
@@ -82,13 +88,14 @@ def candidates(run: Path) -> list[Path]:
 
 
 def newest_valid(run: Path) -> Path | None:
-    """Return the first of a run's `candidates` whose files are undamaged; None before the first save.
+    """Return the first of a run's `candidates` whose files are all undamaged; None if the run has no checkpoints.
 
-    Log a damaged folder and try the next one. All ranks call it and get the same answer.
+    Damaged folders are logged and skipped. All ranks call it and get the same result.
 
     Raises:
-        UserError: there are checkpoints, and all are damaged.
-        RestartCanHelp: there are checkpoints, and a failure of the storage kept them from being read.
+        UserError: all checkpoints are damaged.
+        RestartCanHelp: no undamaged checkpoint was found, and at least one could not be read because the storage
+            failed.
     """
     tried = collectives.run_on_rank0_and_broadcast(lambda: candidates(run))
     first, machine = "", False
@@ -112,10 +119,13 @@ def newest_valid(run: Path) -> Path | None:
 
 
 def resolve(checkpoint: Path) -> Path:
-    """Return `checkpoint` itself if it is a step folder; of a run dir the first of its `candidates` with an undamaged state.json.
+    """Return the step folder that `checkpoint` (a run dir or step folder) stands for.
+
+    For a run dir it is the first of the `candidates` whose state.json is undamaged. Any other folder is returned as it
+    is.
 
     Raises:
-        UserError: neither a run dir nor a step folder, or no checkpoint in it yet.
+        UserError: the path does not exist or is a file, or the run dir has no checkpoint yet, or only damaged ones.
     """
     if not checkpoint.exists():
         raise UserError(f"{checkpoint}: no such checkpoint; give a run dir or one of its step folders")
@@ -140,7 +150,10 @@ def resolve(checkpoint: Path) -> Path:
 
 
 def write_latest(folder: Path) -> None:
-    """Make checkpoints/latest name `folder`. If it cannot be written, remove it, so that it names no older folder."""
+    """Write the name of `folder` into checkpoints/latest.
+
+    If that fails, log a warning and remove `latest`, so that it does not name an older folder.
+    """
     pointer = folder.parent / "latest"
     try:
         if pointer.is_dir() and not pointer.is_symlink():
@@ -157,17 +170,18 @@ def write_latest(folder: Path) -> None:
 
 
 def prune(newest: Path, config: Config) -> None:
-    """Remove old checkpoints except the last `train.keep_checkpoints` and those of every `train.keep_every`-th step.
+    """Remove the run's checkpoints up to `newest`, except the last `train.keep_checkpoints` and kept steps.
 
-    Log one that cannot be removed: it costs disk space, not the run. Leave alone those after `newest`: a run resumed from
-    an older checkpoint writes those steps again.
+    Steps that are multiples of `train.keep_every` are kept. Checkpoints of later steps than `newest` are left alone:
+    the run was resumed from an older checkpoint and will write those steps again. A checkpoint that cannot be removed
+    is logged and costs only disk space.
     """
     keep_every, last = config.train.keep_every, step_of(newest) or 0
     folders = [(step_of(folder) or 0, folder) for folder in list_step_folders(newest.parent.parent)]
     for step, old in [(step, folder) for step, folder in folders if step <= last][: -config.train.keep_checkpoints]:
         if old == newest or (keep_every and step % keep_every == 0):
             continue
-        removed = old.with_name(f".{old.name}.removed.partial")  # so that no reader sees a half-removed folder
+        removed = old.with_name(f".{old.name}.removed.partial")  # lest a reader sees a half-removed folder
         try:
             shutil.rmtree(removed, ignore_errors=True)
             old.rename(removed)
@@ -178,7 +192,7 @@ def prune(newest: Path, config: Config) -> None:
 
 
 def remove_unfinished(run: Path) -> None:
-    """Remove what interrupted saves left behind: unfinished folders in checkpoints/ and temporary files in the run dir.
+    """Remove the unfinished folders in checkpoints/ and the temporary files in the run dir that interrupted saves left.
 
     Call it on rank 0 while holding the run's lock, so that no other process is saving this run.
     """
@@ -196,7 +210,7 @@ def remove_unfinished(run: Path) -> None:
 
 
 def _read_pointer(pointer: Path, found: list[Path]) -> tuple[Path | None, str]:
-    """Return the folder that `latest` names, or None and what is wrong with it."""
+    """Return the folder among `found` that the file `pointer` (`latest`) names, and ""; or None and what is wrong."""
     try:
         text = pointer.read_bytes()[:200].decode("ascii", "replace").strip()
     except FileNotFoundError:
@@ -211,7 +225,7 @@ def _read_pointer(pointer: Path, found: list[Path]) -> tuple[Path | None, str]:
 
 
 def _finished_at(folder: Path) -> int:
-    """Return when a step folder's state.json was written, in ns; 0 when it has none."""
+    """Return the modification time of a step folder's state.json in ns; 0 if it cannot be read."""
     try:
         return (folder / state_file.STATE).stat().st_mtime_ns
     except OSError:
@@ -219,9 +233,9 @@ def _finished_at(folder: Path) -> int:
 
 
 def _problems_on_all_ranks(folder: Path) -> tuple[list[str], bool]:
-    """Return what is wrong with a folder, one line for each problem, and whether a failure of the storage is one of them.
+    """Return the problems of a step folder, one line each, and whether one of them is a failure of the storage.
 
-    Every rank checks its share of the files.
+    All ranks call it and get the same result; every rank verifies its share of the files.
     """
     recorded, found, machine = collectives.run_on_rank0_and_broadcast(lambda: _recorded_files(folder))
     for name in sorted(recorded)[collectives.rank() :: collectives.world_size()]:
@@ -232,7 +246,7 @@ def _problems_on_all_ranks(folder: Path) -> tuple[list[str], bool]:
 
 
 def _recorded_files(folder: Path) -> tuple[dict[str, Any], list[str], bool]:
-    """Return the files that state.json records, what is wrong with it, and whether the storage failed."""
+    """Return the files that state.json records, the problems of state.json itself, and whether the storage failed."""
     recorded: dict[str, Any] = {}
 
     def look() -> list[str]:
@@ -250,7 +264,10 @@ def _recorded_files(folder: Path) -> tuple[dict[str, Any], list[str], bool]:
 
 
 def _with_retries(look: Callable[[], list[str]]) -> tuple[list[str], bool]:
-    """Return what `look` finds, and whether the storage still failed after RETRY_DELAYS."""
+    """Return the list that `look` returns, and whether the storage failed even after retries (RETRY_DELAYS).
+
+    If `look` still raises OSError in the end, the list holds only that error's message.
+    """
     for delay in (*RETRY_DELAYS, None):
         try:
             return look(), False

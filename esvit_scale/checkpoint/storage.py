@@ -1,8 +1,8 @@
-"""The tensors of a checkpoint on disk: written by any number of ranks and read by any other number.
+"""Writing and reading the tensors of a checkpoint, with any number of ranks when writing and any other when reading.
 
-torch.distributed.checkpoint does the work; two planners teach it our `Interval`. Each tensor is stored flattened, so
-that a checkpoint does not depend on ZeRO stage or world size. Its index file is a pickle, and is read with an allow-list
-of classes, because a checkpoint may come from anyone.
+torch.distributed.checkpoint does the work; two planners make it write and read our `Interval`s. Each tensor is stored
+flattened, so that a checkpoint does not depend on ZeRO stage or world size. Its index file is a pickle, which is read
+with an allow-list of classes, because a checkpoint may come from an untrusted source.
 """
 
 import io
@@ -45,7 +45,7 @@ INDEX_FILE = ".metadata"
 
 @dataclass(frozen=True)
 class Interval:
-    """The part [start, start + len(values)) of a flattened tensor of `total` elements that this process holds."""
+    """The part of a tensor that this process holds: elements [start, start + len(values)) of `total` when flattened."""
 
     values: Tensor  # 1-D; `load` writes into it
     start: int
@@ -53,33 +53,38 @@ class Interval:
 
     @property
     def chunk(self) -> ChunkStorageMetadata:
-        """Return the interval's offset and size as torch.distributed.checkpoint records them."""
+        """Return the interval's offset and size in the form that torch.distributed.checkpoint uses."""
         return ChunkStorageMetadata(torch.Size([self.start]), torch.Size([self.values.numel()]))
 
 
 def copy_to_cpu(intervals: dict[str, Interval]) -> dict[str, Interval]:
-    """Return copies of the intervals in host memory, to be written while training changes the originals."""
+    """Return copies of the intervals in host memory, which can be written while training changes the originals."""
     return {name: Interval(i.values.detach().to("cpu", copy=True), i.start, i.total) for name, i in intervals.items()}
 
 
 def whole_interval(tensor: Tensor) -> Interval:
-    """Return the interval that covers a contiguous tensor, as a view of it."""
+    """Return an interval that covers a whole contiguous tensor and is a view of it."""
     flat = tensor.view(-1)
     return Interval(flat, 0, flat.numel())
 
 
 def save(folder: Path, intervals: dict[str, Interval]) -> None:
-    """Write the intervals of all ranks; one that several ranks hold is written once. All ranks call it."""
+    """Write the intervals of all ranks to `folder`; an interval that several ranks hold is written once.
+
+    All ranks call it.
+    """
     group = collectives.control_group() if collectives.world_size() > 1 else None
     with _without_single_process_warning():
         dcp.save(intervals, checkpoint_id=folder, planner=_SavePlanner(), process_group=group, no_dist=group is None)
 
 
 def load(folder: Path, intervals: dict[str, Interval], single_process: bool = False) -> None:
-    """Read a checkpoint into the intervals, in place, however it was split when it was written.
+    """Read the values of the intervals from the checkpoint in `folder`, in place.
+
+    The intervals may divide the tensors differently than they were divided when written.
 
     Args:
-        single_process: True when this process alone reads, even if it is one of several ranks.
+        single_process: True if this process reads alone, although it may be one of several ranks.
 
     Raises:
         UserError: the checkpoint is damaged, or lacks a tensor.
@@ -104,7 +109,10 @@ def load(folder: Path, intervals: dict[str, Interval], single_process: bool = Fa
 
 
 def error_text(error: BaseException) -> str:
-    """Return in one line what went wrong on the disk; torch collects the errors of several ranks in one exception."""
+    """Return a one-line message for an error of writing or reading.
+
+    A CheckpointException of torch holds the errors of several ranks; their messages are joined.
+    """
     if isinstance(error, CheckpointException):
         return "; ".join(sorted({error_text(failure[0]) for failure in error.failures.values()}))
     if isinstance(error, OSError) and error.strerror:
@@ -115,13 +123,13 @@ def error_text(error: BaseException) -> str:
 
 
 def checksums(folder: Path, rank: int) -> dict[str, dict[str, Any]]:
-    """Return the size and SHA-256 of every file that this rank wrote, by file name."""
+    """Return {"bytes": size, "sha256": checksum} for every file that rank `rank` wrote, by file name."""
     mine = [*folder.glob(f"__{rank}_*"), *([folder / INDEX_FILE] if rank == 0 else [])]
     return {path.name: {"bytes": path.stat().st_size, "sha256": files.sha256(path)} for path in mine}
 
 
 def file_problems(path: Path, recorded: dict[str, Any]) -> list[str]:
-    """Return what differs between a file and the record that `checksums` made of it; empty when nothing does.
+    """Return how a file's size or SHA-256 differs from its entry in `checksums`; empty if the file is unchanged.
 
     Raises:
         OSError: the file cannot be read.
@@ -132,7 +140,7 @@ def file_problems(path: Path, recorded: dict[str, Any]) -> list[str]:
 
 
 def size_problems(path: Path, recorded: dict[str, Any]) -> list[str]:
-    """Return whether a file is missing or of another size than `checksums` recorded, in words; does not read the file."""
+    """Return as `file_problems`, but without reading the file: whether it is missing or has another size."""
     if not path.is_file():
         return [f"{path.name} is missing" if not path.exists() else f"{path.name} is not a file"]
     size = path.stat().st_size
@@ -140,7 +148,7 @@ def size_problems(path: Path, recorded: dict[str, Any]) -> list[str]:
 
 
 def tensor_sizes(folder: Path) -> dict[str, int]:
-    """Return the number of elements of every tensor in a checkpoint, by name.
+    """Return the number of elements of every tensor in a checkpoint, by the tensor's name.
 
     Raises:
         UserError: the index is missing or damaged.
@@ -151,7 +159,7 @@ def tensor_sizes(folder: Path) -> dict[str, int]:
 
 @contextmanager
 def _without_single_process_warning() -> Iterator[None]:
-    """Silence torch's warning that a save or load runs in one process, which is usual here."""
+    """Silence torch's warning that a checkpoint is saved or loaded by a single process, which is normal here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         yield
@@ -201,7 +209,7 @@ class _LoadPlanner(DefaultLoadPlanner):
 
 
 class _SafeReader(dcp.FileSystemReader):
-    """A reader that unpickles only the classes of which an index consists."""
+    """A storage reader for torch.distributed.checkpoint that unpickles the index with an allow-list of classes."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         path = Path(self.path) / INDEX_FILE

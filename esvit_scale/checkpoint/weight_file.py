@@ -1,7 +1,7 @@
-"""Detecting the format of a file of weights from its first bytes.
+"""Detecting the format of a weight file (safetensors or torch.save) from its first bytes.
 
-The name of a file is not trusted: a file with the name of weights may be a web page, a Git LFS pointer or half a
-download. An error message says in one line what such a file really is.
+The file's name is not trusted: behind the name of a weight file may be a web page, a Git LFS pointer or an incomplete
+download. The error message then says in one line what the file really is.
 """
 
 import json
@@ -14,7 +14,7 @@ from esvit_scale.errors import UserError
 
 FileFormat = Literal["safetensors", "torch"]
 
-HEAD_BYTES = 4096  # how much of a file is looked at
+HEAD_BYTES = 4096  # how many bytes of a file are looked at
 LARGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 DOWNLOAD_AGAIN = "download or copy it again"
 _LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # first bytes of files by torch before 1.6
@@ -41,10 +41,10 @@ _MARKUP = (
 
 
 def detect_format(path: Path) -> FileFormat:
-    """Return whether `path` is a safetensors file or a checkpoint of torch.save. Runs no code of the file.
+    """Return whether `path` is a safetensors file or was written by torch.save ("torch"); no code in the file is run.
 
     Raises:
-        UserError: no such file, cut short, or not weights; the message says what the file is instead.
+        UserError: the file does not exist, is truncated, or holds no weights; the message says what it is instead.
     """
     if path.is_dir():
         raise UserError(f"{path}: a folder, not a file of weights")
@@ -69,7 +69,12 @@ def detect_format(path: Path) -> FileFormat:
 
 
 def _check_safetensors(path: Path, header: int, size: int) -> None:
-    """Raise UserError if the file is shorter than its header says; the library's own message does not say so."""
+    """Raise UserError if a safetensors file is shorter than its header says, or the header is damaged.
+
+    Args:
+        header: bytes of the header.
+        size: bytes of the file.
+    """
     if 8 + header > size:
         raise UserError(f"{path}: a safetensors file cut short: {size} bytes are there; {DOWNLOAD_AGAIN}")
     with path.open("rb") as file:
@@ -88,7 +93,7 @@ def _check_safetensors(path: Path, header: int, size: int) -> None:
 
 
 def _check_zip(path: Path, head: bytes, size: int) -> None:
-    """Raise UserError unless the archive is complete and written by torch.save."""
+    """Raise UserError unless a zip archive is complete and was written by torch.save."""
     of_torch = b"/data.pkl" in head[:256]
     if not zipfile.is_zipfile(path):
         what = "a torch checkpoint" if of_torch else "a zip archive"
@@ -109,7 +114,7 @@ def _check_zip(path: Path, head: bytes, size: int) -> None:
 
 
 def _describe_content(head: bytes, size: int) -> str:
-    """Return what a file that is not weights is, in words."""
+    """Return a description of a file that holds no weights, from its first bytes and its size."""
     if not head:
         return "an empty file"
     if not head.strip(b"\0"):
@@ -123,7 +128,7 @@ def _describe_content(head: bytes, size: int) -> str:
 
 
 def _describe_text(head: bytes) -> str | None:
-    """Return what a text file is; None for bytes that are not text."""
+    """Return a description of a text file, from its first bytes; None if the bytes are not text."""
     if head[:2] in (b"\xff\xfe", b"\xfe\xff"):  # UTF-16
         head = head.decode("utf-16", "ignore").encode()
     head = head.removeprefix(b"\xef\xbb\xbf").lstrip()

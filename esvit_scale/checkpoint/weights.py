@@ -1,4 +1,4 @@
-"""Weights in memory, named as `objective.network.Network` names them, whatever file they came from."""
+"""`Weights`: networks and centres in memory, read from any format, named as in `objective.network.Network`."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -18,7 +18,7 @@ Shapes = dict[str, list[int]]
 
 
 class Weights(NamedTuple):
-    """The tensors of one or two networks, with the config that they fit."""
+    """The tensors of the student, the teacher or both, with the centres and the config of these networks."""
 
     config: Config  # its model and objective sections describe the tensors
     networks: dict[str, dict[str, Tensor]]  # "student", "teacher" → name of a parameter or running statistic → fp32
@@ -26,42 +26,47 @@ class Weights(NamedTuple):
 
 
 def shapes_of(module: nn.Module) -> Shapes:
-    """Return the shape of every parameter (whole, also under ZeRO-3) and of every running statistic, by name."""
+    """Return the shapes of a module's parameters and running statistics, by name; unpartitioned also under ZeRO-3."""
     shapes = {name: list(full_shape(p)) for name, p in module.named_parameters()}
     return shapes | {name: list(buffer.shape) for name, buffer in persistent_buffers(module).items()}
 
 
 def network_shapes(config: Config) -> Shapes:
-    """Return the shapes of everything that the config's network saves, without allocating it."""
+    """Return the shapes of all saved tensors of the config's network, by name, without allocating the tensors."""
     with torch.device("meta"):
         return shapes_of(build_network(config))
 
 
 def heads_in(names: Iterable[str]) -> list[str]:
-    """Return the heads of an objective ("view_head", "region_head", "projector", …) that have a tensor in `names`, in order."""
+    """Return the heads ("view_head", "region_head", "projector", …) that occur in tensor names, in order."""
     return list(dict.fromkeys(name.split(".")[1] for name in names if name.startswith(OBJECTIVE)))
 
 
 def head_prefix(head: str) -> str:
-    """Return the prefix of the names of a head's tensors."""
+    """Return the prefix of the names of a head's tensors: "objective.view_head." for "view_head"."""
     return f"{OBJECTIVE}{head}."
 
 
 def head_of_center(name: str) -> str:
-    """Return the head that a centre belongs to: "view_head" for "view.values"."""
+    """Return the head to which a centre belongs: "view_head" for the centre "view.values"."""
     return f"{name.partition('.')[0]}_head"
 
 
 def head_titles(heads: list[str]) -> str:
-    """Return the names of heads for a message: "view head, region head"."""
+    """Return the names of heads as text for a message: "view head, region head"."""
     return ", ".join(head.replace("_", " ") for head in heads)
 
 
 def check_shapes(where: object, stored: Shapes, wanted: Shapes) -> None:
-    """Check that a checkpoint has the tensors that a model wants, and no others.
+    """Check that a checkpoint has exactly the tensors of a model, with the same shapes.
+
+    Args:
+        where: the checkpoint, for messages.
+        stored: shapes of the checkpoint's tensors.
+        wanted: shapes of the model's tensors.
 
     Raises:
-        UserError: names the first tensors that are absent, unknown or of another shape, and how many more there are.
+        UserError: tensors are missing, unknown or of another shape; the message names the first of them.
     """
     lines = [
         f"{n}: {stored.get(n, 'absent')} in the checkpoint, {s} in the model"
@@ -75,7 +80,7 @@ def check_shapes(where: object, stored: Shapes, wanted: Shapes) -> None:
 
 
 def check_network(where: object, tensors: dict[str, Tensor], config: Config) -> None:
-    """Check that the tensors are the config's whole trunk and any number of its whole heads.
+    """Check that the tensors are those of the config's complete trunk and of any number of its heads, each complete.
 
     Raises:
         UserError: as `check_shapes`.
