@@ -1,15 +1,17 @@
-"""Focal Transformer (Yang et al. 2021, https://arxiv.org/abs/2107.00641), as its published code builds it.
+"""Focal Transformer (Yang et al. 2021, https://arxiv.org/abs/2107.00641), as in its published code.
 
-A window of 7×7 queries sees three kinds of keys: its own 49 tokens; the ring of 132 tokens up to 3 away, which goes on
-cyclically at the map's border; and pooled windows, each a learned sum of 49 tokens, in a square of 7, 5, 3 and 1 windows
-a side in stages 1 to 4. Each kind has position biases of its own. Patches are 4×4 and merging is a 2×2 convolution: the
-models without overlapping convolutions, and without shifted windows.
+A window of 7×7 queries attends to three kinds of keys: its own 49 tokens; the ring of tokens up to 3 away, which wraps
+around at the map's border and gives 132 keys (12 of its 120 tokens occur twice); and pooled windows, each a learned
+weighted sum of 49 tokens, in a square of 7×7, 5×5, 3×3 and 1×1 windows in stages 1 to 4. Each kind has its own position
+biases. Of the published variants, these are the models without overlapping convolutions (patches are 4×4, merging is a
+2×2 convolution) and without shifted windows.
 
-The published code is built for one image size, whose windows and rings this trunk takes from the global crops, as
-EsViT's Swin does; a stage whose map is not larger than the window is one window without a ring. Its blocks run on maps
-of any size, and this is what they compute: zeros pad a map right and bottom to whole windows after the norm, they are
-not masked, rings and pooled windows are those of the padded map, pooled windows beyond it are masked. Its patch
-embedding asks for sides that are multiples of 32 in effect; others are padded with zeros (as `Swin` does).
+The published code fixes window and ring of each stage for one image size. This trunk fixes them for the size of the
+global crops, as EsViT's Swin does; a stage whose map is not larger than the window has one window and no ring. Crops of
+other sizes run as in the published blocks: after the norm, a map is padded with zeros, right and bottom, to whole
+windows; the padding is not masked; rings and pooled windows are those of the padded map; pooled windows outside it are
+masked. The published patch embedding works only for sides that are multiples of 32; this one pads any other side with
+zeros, as `Swin` does.
 
 Parameter names are the published ones.
 """
@@ -34,7 +36,7 @@ from esvit_scale.models.trunk import Features, TokenMap, Trunk
 from esvit_scale.models.windows import Grids, merged
 
 EXPAND = 3  # tokens: width of the ring
-FOCAL_WINDOWS = (7, 5, 3, 1)  # pooled windows a side, per stage; further stages have the last
+FOCAL_WINDOWS = (7, 5, 3, 1)  # side of the square of pooled windows, per stage; further stages take the last value
 
 SHAPES = {
     "focal_t": Shape(96, (2, 2, 6, 2), (3, 6, 12, 24)),
@@ -47,7 +49,7 @@ def build(config: Config) -> Trunk:
     """Return the focal transformer that `config.model.trunk` names.
 
     Raises:
-        UserError: overrides that do not fit together, crops or windows that are too small.
+        UserError: the config's overrides of the shape do not fit together, or crops or windows are too small.
     """
     shape = overridden(config, SHAPES[config.model.trunk])
     size, window = config.data.global_crops.size, config.model.window
@@ -65,7 +67,7 @@ def build(config: Config) -> Trunk:
 
 
 class Focal(Trunk):
-    """A focal transformer; its arguments are those of `Swin`."""
+    """The Focal Transformer trunk; its arguments are those of `Swin`."""
 
     def __init__(
         self,
@@ -109,7 +111,7 @@ class Focal(Trunk):
         return self.patch_embed.proj
 
     def forward(self, crops: list[Tensor], drop_keys: Tensor | None = None) -> Features:
-        """Compute the features of all crops (`Trunk.forward`)."""
+        """Compute the features of all crops, as in `Trunk.forward`; the view is the mean of a crop's region tokens."""
         *_, (tokens, grids) = self._block_outputs(crops, drop_keys)
         regions = self.norm(tokens)
         return Features(crop_means(regions, grids), regions, list(grids))
@@ -119,7 +121,7 @@ class Focal(Trunk):
         return (TokenMap(tokens, list(grids)) for tokens, grids in self._block_outputs(crops, None))
 
     def _block_outputs(self, crops: list[Tensor], drop_keys: Tensor | None) -> Any:
-        """Yield tokens [N, C], crop after crop, each row-major, and grids after each block."""
+        """Yield the tokens [N, C] of all crops (row-major within each crop) and their grids after each block."""
         scales = keep_scales(drop_keys, torch.tensor(self.drop_rates)) if drop_keys is not None else None
         grids: Grids = tuple((x.shape[0], -(-x.shape[-2] // PATCH), -(-x.shape[-1] // PATCH)) for x in crops)
         dtype = self.patch_embed.proj.weight.dtype
@@ -137,7 +139,12 @@ class Focal(Trunk):
 
 
 class PatchEmbed(nn.Module):
-    """A projection of patches that are rows already, and a norm: the stem, and the layers between stages."""
+    """A linear projection of flattened patches, then a layer norm: the stem, and the merging between stages.
+
+    Args:
+        proj: the projection of rows [N, values of a patch].
+        dim: C, the projection's output width.
+    """
 
     def __init__(self, proj: nn.Conv2d, dim: int) -> None:
         super().__init__()
@@ -150,18 +157,18 @@ class PatchEmbed(nn.Module):
 
 
 class QuadProjection(nn.Conv2d):
-    """The published 2×2 convolution (its parameters and shapes), applied to rows of four neighbouring tokens."""
+    """The published 2×2 convolution between stages, with its parameters, applied to rows of four neighbouring tokens."""
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim, 2 * dim, 2, stride=2)
 
     def forward(self, quads: Tensor) -> Tensor:  # [N, 4C] (y, x, C) → [N, 2C]
-        """Map quads [N, 4C] in the order (y, x, C) to tokens [N, 2C]."""
+        """Map the values of 2×2 tokens, [N, 4C] in the order (y, x, channel), to merged tokens [N, 2C]."""
         return F.linear(quads, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
 
 
 class Stage(nn.Module):
-    """Blocks of one resolution, then the layer to the next. `Focal` calls them; this only owns them."""
+    """Container of a stage's blocks and the merging after them (None in the last stage); `Focal` calls them."""
 
     def __init__(self, blocks: list["Block"], width: int | None) -> None:
         super().__init__()
@@ -170,7 +177,10 @@ class Stage(nn.Module):
 
 
 class Block(nn.Module):
-    """Focal attention and MLP, pre-norm. One call a block: the unit of ZeRO-3 and of activation checkpointing."""
+    """Focal attention and MLP, pre-norm.
+
+    A forward calls a block once, for all crops: it is the unit of ZeRO-3 gathering and of activation checkpointing.
+    """
 
     def __init__(self, dim: int, heads: int, window: int, expand: int, focal: int) -> None:
         super().__init__()
@@ -181,13 +191,13 @@ class Block(nn.Module):
         self.mlp = GeluMlp(dim)
 
     def forward(self, tokens: Tensor, grids: Grids, keep_attn: Tensor | None, keep_mlp: Tensor | None) -> Tensor:
-        """Map tokens [N, C] to [N, C]; keep_* [N, 1] scales a branch (0: dropped), None keeps it."""
+        """Map tokens [N, C] to [N, C]; keep_* [N, 1] are the branches' stochastic-depth factors (0: dropped), None is 1."""
         normed = self.norm1(tokens)
         tokens = add_branch(tokens, self.attn(normed, self.pool_layers[0](normed, grids), grids), keep_attn)
         return add_branch(tokens, self.mlp(self.norm2(tokens)), keep_mlp)
 
 
 def quads(maps: Tensor) -> Tensor:
-    """Map maps [n, H, W, C] to rows of four neighbours [n·⌈H/2⌉·⌈W/2⌉, 4C]."""
+    """Map maps [n, H, W, C], zero-padded to even sides, to rows of 2×2 neighbours (y, x, C): [n·⌈H/2⌉·⌈W/2⌉, 4C]."""
     windows = as_windows(maps, 2)  # [n, ⌈H/2⌉, 2, ⌈W/2⌉, 2, C]
     return windows.transpose(2, 3).reshape(-1, 4 * maps.shape[-1])

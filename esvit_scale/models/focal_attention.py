@@ -1,6 +1,6 @@
-"""Focal attention: windows of queries over their own tokens, the ring around them and pooled windows, on packed crops.
+"""Focal attention on packed crops: each window attends to its own tokens, the ring around it and pooled windows.
 
-Per-token layers run once over the tokens of all crops; what needs a map runs per resolution group.
+Per-token layers run once over the tokens of all crops; pooling and attention run once per resolution group.
 """
 
 from typing import Any
@@ -17,14 +17,14 @@ from esvit_scale.models.windows import Grids, relative_position_index
 
 
 class WindowPool(nn.Linear):
-    """A weighted sum of a window's tokens, the same for every channel."""
+    """The pooling of a window to one token: a learned weighted sum of its tokens plus a bias, the same for all channels."""
 
     def __init__(self, window: int) -> None:
         super().__init__(window**2, 1)
         self.window = window
 
     def forward(self, tokens: Tensor, grids: Grids) -> Tensor:  # type: ignore[override]  # [N, C] → [ΣW, C]
-        """Map tokens [N, C] to one row per window, [ΣW, C]."""
+        """Map tokens [N, C] to the pooled windows of all crops, [ΣW, C]; incomplete windows are padded with zeros."""
         side, pooled = self.window, []
         weight = self.weight.view(side, 1, side, 1)  # over [n, ·, side, ·, side, C]
         for maps in as_maps(tokens, grids):
@@ -33,7 +33,14 @@ class WindowPool(nn.Linear):
 
 
 class FocalAttention(nn.Module):
-    """softmax(QKᵀ/√d + position bias) V of every window over its own tokens, its ring and pooled windows."""
+    """Multi-head attention softmax(QKᵀ/√d + bias) V from each window to its own tokens, its ring and pooled windows.
+
+    Args:
+        dim, heads: C, and the number of heads.
+        window: tokens along a window's side.
+        expand: width of the ring in tokens; 0: no ring.
+        focal: side of the square of pooled windows that a window attends to.
+    """
 
     def __init__(self, dim: int, heads: int, window: int, expand: int, focal: int) -> None:
         super().__init__()
@@ -57,7 +64,7 @@ class FocalAttention(nn.Module):
         }
 
     def forward(self, tokens: Tensor, pooled: Tensor, grids: Grids) -> Tensor:  # [N, C], [ΣW, C] → [N, C]
-        """Map tokens [N, C], with the pooled windows [ΣW, C], to [N, C]."""
+        """Map normed tokens [N, C] and the pooled windows [ΣW, C] to the branch's output [N, C]."""
         of_tokens, of_pooled, of_pad = self.qkv(tokens, pooled)
         bias, mixed = self.position_bias(tokens.device), []
         coarse = tuple((n, -(-h // self.window), -(-w // self.window)) for n, h, w in grids)
@@ -68,7 +75,7 @@ class FocalAttention(nn.Module):
         return self.proj(torch.cat(mixed))
 
     def position_bias(self, device: torch.device) -> Tensor:
-        """Return the bias of every query of a window and each of its K keys, [heads, L, K]."""
+        """Return the position bias of each of a window's L queries for each of its K keys, [heads, L, K]."""
         length, table = self.window**2, self.relative_position_bias_table
         own = table.index_select(0, relative_position_index(self.window, device)).view(length, length, -1)
         index = pooled_position_index(self.window, self.focal, device)
@@ -78,25 +85,28 @@ class FocalAttention(nn.Module):
 
 
 class RowsLinear(nn.Linear):
-    """Queries, keys and values of tokens, of pooled windows and of a pad, which is a zero token."""
+    """The qkv projection of tokens, pooled windows and a pad (a zero token, whose qkv is the bias)."""
 
     def forward(self, tokens: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        """Map tokens [N, C] and pooled windows [ΣW, C] to their queries, keys and values, and a pad's [1, 3C]."""
+        """Map tokens [N, C] and pooled windows [ΣW, C] to their qkv [N, 3C] and [ΣW, 3C], and to the pad's [1, 3C]."""
         few = super().forward(torch.cat([pooled, pooled.new_zeros(1, pooled.shape[1])]))
         return super().forward(tokens), few[:-1], few[-1:]
 
 
 class MixWindows(torch.autograd.Function):
-    """softmax(QKᵀ/√d + bias) V of every window of crops of one size: rows [n, R, 3C] (a crop's tokens, a pad, its pooled
-    windows), bias [heads, L, K] → [n, T, C].
+    """Autograd function of the attention of n crops of one size: softmax(QKᵀ/√d + bias) V in every window.
 
-    Written out with its backward because a key stands in many windows: what is kept is the rows and the probabilities,
-    and keys and values are laid out again. Products run in the rows' precision, the softmax in fp32 or wider.
+    Inputs are the qkv rows [n, R, 3C] (for each crop T tokens, a pad and W pooled windows), the bias [heads, L, K] and
+    the layout (h, w, window, expand, focal); the output is [n, T, C].
+
+    It has its own backward to save memory, because each row is a key of many windows: only rows, probabilities and the
+    output are saved, and the windows' keys and values are gathered again. Products run in the rows' precision, the
+    softmax in fp32 or wider.
     """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, bias: Tensor, layout: tuple[int, ...]) -> Tensor:
-        """Return what every token becomes, [n, T, C]."""
+        """Return the attention output of every token, [n, T, C]."""
         tables = focal_tables(*layout, rows.device)
         q, k, v = lay_out(rows, tables, len(bias))
         wide = torch.promote_types(rows.dtype, torch.float32)
@@ -111,13 +121,13 @@ class MixWindows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of rows and bias."""
+        """Return the gradients of rows and bias from that of the output, [n, T, C]."""
         rows, attention, out = ctx.saved_tensors
         tables = focal_tables(*ctx.layout, rows.device)
         n, windows, heads, length, _ = attention.shape
         wide = torch.promote_types(grad.dtype, torch.float32)
         q, k, v = lay_out(rows, tables, heads)
-        # Σ_j P_ij dP_ij = dO_i·O_i: the softmax's inner sum from d numbers a token instead of K.
+        # Σ_j P_ij dP_ij = dO_i·O_i: this gives the inner sum of the softmax's backward from d products instead of K.
         inner = (grad * out).unflatten(2, (heads, -1)).sum(-1, dtype=wide)  # [n, T, heads]
         slots = lambda x: F.pad(x, (0, 0, 0, 1)).index_select(1, tables.cells).unflatten(1, (windows, length))  # noqa: E731
         inner = slots(inner).transpose(2, 3).unsqueeze(-1)  # [n, W, heads, L, 1]
@@ -136,7 +146,7 @@ class MixWindows(torch.autograd.Function):
 
 
 def lay_out(rows: Tensor, tables: FocalTables, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries [n, W, heads, L, d], keys and values [n, W, heads, K, d] of every window."""
+    """Gather every window's queries [n, W, heads, L, d], keys and values [n, W, heads, K, d] from qkv rows [n, R, 3C]."""
     windows, width = len(tables.hidden), rows.shape[2] // 3
     q = rows[..., :width].index_select(1, tables.cells).unflatten(1, (windows, -1)).unflatten(3, (heads, -1))
     kv = rows[..., width:].index_select(1, tables.keys).unflatten(1, (windows, -1)).unflatten(3, (2, heads, -1))
@@ -145,7 +155,7 @@ def lay_out(rows: Tensor, tables: FocalTables, heads: int) -> tuple[Tensor, Tens
 
 
 def as_windows(maps: Tensor, side: int) -> Tensor:
-    """Map maps [n, H, W, C] to [n, ⌈H/side⌉, side, ⌈W/side⌉, side, C], zeros right and bottom."""
+    """Split maps [n, H, W, C], padded with zeros right and bottom, to [n, ⌈H/side⌉, side, ⌈W/side⌉, side, C]."""
     h, w = maps.shape[1:3]
     if h % side or w % side:
         maps = F.pad(maps, (0, 0, 0, -w % side, 0, -h % side))

@@ -1,6 +1,6 @@
-"""What each query window of a Focal Transformer looks at on one map: tables of indices, made once per map size.
+"""Index tables of Focal Transformer attention: the queries and keys of each window of a map, cached per map size.
 
-The rows that they point into are a crop's: its tokens row-major, then one pad, then its pooled windows row-major.
+The indices point into the rows of one crop: its h·w tokens row-major, then one pad, then its pooled windows row-major.
 """
 
 from functools import lru_cache
@@ -16,10 +16,10 @@ from esvit_scale.models.windows import window_cells
 class FocalTables(NamedTuple):
     """The index tables of an h × w map: T = h·w tokens in W windows of L = window² slots, each with K keys."""
 
-    cells: Tensor  # int64 [W·L]: the row of each slot (T for a pad)
+    cells: Tensor  # int64 [W·L]: the row of each window slot (T, the pad's row, for padding)
     place: Tensor  # int64 [T]: the slot of each token
     keys: Tensor  # int64 [W·K]: the rows of each window's keys: its own slots, the ring around it, pooled windows
-    hidden: Tensor  # bool [W, 1, 1, K]: keys outside the map's windows; their rows are any
+    hidden: Tensor  # bool [W, 1, 1, K]: masked keys: pooled windows outside the map, whose entry in `keys` is arbitrary
 
 
 @lru_cache(maxsize=256)
@@ -28,8 +28,8 @@ def focal_tables(h: int, w: int, window: int, expand: int, focal: int, device: t
 
     Args:
         window: tokens along a window's side; the map is padded right and bottom to a multiple of it.
-        expand: width of the ring in tokens; it goes on cyclically at the padded map's border. 0: no ring.
-        focal: pooled windows along the side of the square that a window sees, itself in the middle (odd).
+        expand: width of the ring in tokens; it wraps around at the padded map's border. 0: no ring.
+        focal: side of the square of pooled windows that a window attends to, centred on itself; odd.
     """
     cells, _ = window_cells(h, w, window, 0)  # [W, L], −1: pad
     cells = np.where(cells < 0, h * w, cells)
@@ -50,7 +50,7 @@ def focal_tables(h: int, w: int, window: int, expand: int, focal: int, device: t
 
 @lru_cache(maxsize=256)
 def slots_of_rows(h: int, w: int, window: int, expand: int, focal: int, crops: int, device: torch.device) -> "Bags":
-    """Return the inverse of `keys` for a number of crops: the places at which each row is a key."""
+    """Return the inverse of `FocalTables.keys`, for `crops` crops: for each row, its positions in the list of keys."""
     keys = focal_tables(h, w, window, expand, focal, torch.device("cpu")).keys
     rows = h * w + 1 + -(-h // window) * -(-w // window)
     order, counts = keys.argsort(stable=True), keys.bincount(minlength=rows)
@@ -60,17 +60,17 @@ def slots_of_rows(h: int, w: int, window: int, expand: int, focal: int, crops: i
 
 
 class Bags(NamedTuple):
-    """For each row, the places at which it is a key, as torch's `embedding_bag` takes them."""
+    """For each row, its positions in the list of keys, in the form of `embedding_bag`'s input and offsets."""
 
-    slots: Tensor  # int64 [crops·W·K]: row after row
-    starts: Tensor  # int64 [crops·rows]: where a row's begin
+    slots: Tensor  # int64 [crops·W·K]: the positions, row after row
+    starts: Tensor  # int64 [crops·rows]: the index in `slots` at which a row's positions begin
 
 
 def ring_positions(window: int, expand: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return row and column of the ring's tokens, counted from the window's first token.
+    """Return the rows and the columns of the ring's tokens, relative to the window's first token.
 
-    They come in the order of their position bias: the window rolled up-left, up-right, down-left and down-right, each
-    without what is still inside.
+    They are in the order of the published position bias: the window shifted by (+expand, +expand), (+, −), (−, +) and
+    (−, −), of each the tokens outside the window. A token that two of the shifts reach occurs twice.
     """
     y, x = (i.reshape(-1) for i in np.indices((window, window)))
     found = []
@@ -83,7 +83,7 @@ def ring_positions(window: int, expand: int) -> tuple[np.ndarray, np.ndarray]:
 
 @lru_cache(maxsize=64)
 def pooled_position_index(window: int, focal: int, device: torch.device) -> Tensor:
-    """Return the column of the bias table for each (query, pooled window): int64 [window²·focal²]."""
+    """Return the column of the bias table for each pair (query, pooled window): int64 [window²·focal²]."""
     y, x = np.divmod(np.arange(window**2), window)
     j, i = np.divmod(np.arange(focal**2), focal)
     dy, dx = y[:, None] - j[None, :] + focal - 1, x[:, None] - i[None, :] + focal - 1
@@ -92,7 +92,7 @@ def pooled_position_index(window: int, focal: int, device: torch.device) -> Tens
 
 
 def _ring(h: int, w: int, window: int, expand: int) -> np.ndarray:
-    """Return the rows of each window's ring, [W, ring]."""
+    """Return the rows of the tokens in each window's ring, [W, ring] (h·w, the pad's row, for padding)."""
     rows, cols = -(-h // window), -(-w // window)
     if not expand:
         return np.empty((rows * cols, 0), dtype=np.int64)
@@ -105,7 +105,10 @@ def _ring(h: int, w: int, window: int, expand: int) -> np.ndarray:
 
 
 def _pooled(rows: int, cols: int, focal: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the pooled windows that each window sees [W, focal²] (0 outside the map), and which are outside."""
+    """Return the pooled windows that each window attends to (0: outside the map), and whether they are outside the map.
+
+    Both are [W, focal²]; pooled windows are numbered row-major.
+    """
     reach = np.arange(focal) - focal // 2
     y = np.arange(rows)[:, None] + reach  # [rows, focal]
     x = np.arange(cols)[:, None] + reach

@@ -1,4 +1,4 @@
-"""The projection head of EsViT (as DINO's): an MLP to a unit bottleneck, and prototypes to compare it with."""
+"""The projection head of DINO and EsViT: an MLP to a unit vector, and prototypes that this vector is compared with."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -12,17 +12,20 @@ from esvit_scale.models.distributions import Initializer, constant, uniform
 
 Result = TypeVar("Result")
 
-ROWS_AT_ONCE = 4096  # prototypes; in fp32 at D = 256 4 MB
+ROWS_AT_ONCE = 4096  # prototypes per block: 4 MB in fp32 at D = 256
 
 
 class ProjectionHead(nn.Module):
-    """Linear GELU Linear GELU Linear → unit vector, and the prototypes.
+    """An MLP (Linear GELU Linear GELU Linear) whose output is scaled to unit norm, and a layer of prototypes.
+
+    `forward` runs the MLP only; the loss calls the prototypes, `last_layer`.
 
     Args:
         dim: C, width of the trunk's features.
-        hidden, bottleneck: widths of the MLP and of its output D.
-        prototypes: K.
-        norm_last_layer: keep the prototypes' gains at 1.
+        hidden: width of the MLP's hidden layers.
+        bottleneck: D, width of the MLP's output.
+        prototypes: K, number of prototypes.
+        norm_last_layer: whether the prototypes' norms are fixed at 1.
     """
 
     def __init__(self, dim: int, hidden: int, bottleneck: int, prototypes: int, norm_last_layer: bool = False) -> None:
@@ -34,12 +37,15 @@ class ProjectionHead(nn.Module):
         self.last_layer = Prototypes(bottleneck, prototypes, norm_last_layer)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Map features [n, C] to the bottleneck [n, D], unit rows."""
+        """Map features [n, C] to bottleneck vectors of unit norm, [n, D]."""
         return _unit(self.mlp(features))
 
 
 class Prototypes(nn.Module):
-    """K rows w_k = g_k · v_k / ‖v_k‖ (weight normalisation, Salimans and Kingma 2016)."""
+    """K prototypes w_k = g_k · v_k / ‖v_k‖ of D numbers (weight normalisation, Salimans and Kingma 2016).
+
+    The parameters are the directions v, `weight_v` [K, D], and the gains g, `weight_g` [K, 1].
+    """
 
     def __init__(self, bottleneck: int, prototypes: int, norm_last_layer: bool) -> None:
         super().__init__()
@@ -49,22 +55,24 @@ class Prototypes(nn.Module):
         self.weight_v = nn.Parameter(torch.empty(prototypes, bottleneck).uniform_(-bound, bound))
 
     def initial_values(self) -> dict[str, Initializer]:
-        """Return the initialisers of directions (torch's default for a linear layer) and gains."""
+        """Return the initialisers of the directions (uniform, torch's default for a linear layer) and of the gains (1)."""
         return {"weight_v": uniform(self.bottleneck**-0.5), "weight_g": constant(1.0)}
 
     def forward(self, z: Tensor, use: Callable[[Tensor, Tensor], Result]) -> Result:
-        """Return `use(z, rows)` with the rows [K, D] in z's precision (bf16 for fp16, whose range ends at 1/K).
+        """Return `use(z, prototypes)`, with the prototypes [K, D] in z's precision.
 
-        The rows' user runs inside this call because under ZeRO-3 the parameters are whole only here.
+        For z in fp16 they are bf16, because fp16 cannot represent probabilities of about 1/K well. `use` is called in
+        here because under ZeRO-3 the parameters are gathered only during this call.
         """
         dtype = torch.bfloat16 if z.dtype == torch.float16 else z.dtype
         return use(z, _WeightNorm.apply(self.weight_v, self.weight_g, dtype))
 
 
 class _WeightNorm(torch.autograd.Function):
-    """w_k = g_k · v_k / ‖v_k‖ in fp32 or wider, handed out in another precision.
+    """Weight normalisation w_k = g_k · v_k / ‖v_k‖, computed in fp32 or wider and returned in a given precision.
 
-    A block of rows at a time: the intermediate products stay in the cache, and of size K × D only the result exists.
+    It is computed for a block of rows at a time, so that intermediate values stay in the cache and the result is the
+    only tensor of size K × D that is allocated.
     """
 
     @staticmethod

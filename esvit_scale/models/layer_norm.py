@@ -1,7 +1,7 @@
-"""Layer norm whose parameters' gradients are sums in fp32, on a CPU too.
+"""Layer norm that sums the gradients of weight and bias in fp32, on CPUs too.
 
-torch's CPU kernel adds up the gradients of weight and bias in the precision of its input: in bf16 a sum stops growing at
-256 times its terms, and at 10⁵ tokens 90 % of a bias's gradient is lost. GPU kernels and compiled code add in fp32.
+torch's CPU kernel sums these gradients over tokens in the precision of its input: in bf16 a sum stops growing at 256
+times its terms, and at 10⁵ tokens 90 % of a bias's gradient is lost. GPU kernels and compiled code sum in fp32.
 """
 
 from typing import Any
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-ROWS_AT_ONCE = 1024  # widened to fp32 at a time: what stays in the cache
+ROWS_AT_ONCE = 1024  # rows cast to fp32 at a time, few enough to stay in the cache
 
 
 class LayerNorm(nn.LayerNorm):
-    """A layer norm with the parameters, outputs and input gradients of torch's."""
+    """Drop-in replacement for torch's LayerNorm; only the gradients of weight and bias differ, in bf16 on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension of x […, C]."""
@@ -23,7 +23,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 def replace(network: nn.Module) -> None:
-    """Turn every layer norm of torch's in a network into one of this module's, in place."""
+    """Turn every torch LayerNorm that has parameters in a network into this module's `LayerNorm`, in place."""
     for module in network.modules():
         if type(module) is nn.LayerNorm and module.elementwise_affine:
             module.__class__ = LayerNorm
@@ -41,7 +41,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-        # With fp32 parameters the kernel gives the same output, and mean and rstd in fp32.
+        # Given fp32 parameters, the kernel returns the same output as with bf16 ones, and mean and rstd in fp32.
         wide = None if bias is None else bias.float()
         out, mean, rstd = torch.native_layer_norm(x, weight.shape, weight.float(), wide, eps)
         ctx.save_for_backward(x, weight, mean, rstd)

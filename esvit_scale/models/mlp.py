@@ -1,4 +1,4 @@
-"""MLPs with batch normalisation between their layers: the projectors and predictors of most objectives."""
+"""The MLP with batch norms between its layers, which most objectives use as projector and predictor."""
 
 from itertools import pairwise
 
@@ -11,11 +11,11 @@ from esvit_scale.models.distributions import Initializer, uniform
 
 
 class ProjectorMlp(nn.Module):
-    """Linear BN ReLU Linear BN ReLU … Linear. A layer that batch norm follows has no bias, which would be without effect.
+    """Linear BN ReLU Linear BN ReLU … Linear. A linear layer before a batch norm has no bias: the norm would remove it.
 
     Args:
-        widths: C, the hidden layers', D.
-        last_norm: batch norm, without weight and bias, after the last layer too.
+        widths: the input width C, the widths of the hidden layers, and the output width D.
+        last_norm: whether a batch norm without weight and bias follows the last layer.
     """
 
     def __init__(self, *widths: int, last_norm: bool = False) -> None:
@@ -32,7 +32,8 @@ class ProjectorMlp(nn.Module):
         """Map features [n, C] to [n, D].
 
         Args:
-            parts: number of equal parts of the rows that are each normalised by their own statistics, over all ranks: views.
+            parts: number of equal, consecutive parts of the rows (views); batch norms normalise each part by its own
+                statistics, over all ranks.
         """
         x = x.to(next(self.parameters()).dtype)
         for i, layer in enumerate(self.layers):
@@ -44,6 +45,6 @@ class ProjectorMlp(nn.Module):
         return x
 
     def initial_values(self) -> dict[str, Initializer]:
-        """Return torch's defaults for linear layers, which the published codes leave in place."""
+        """Return the initialisers of the linear layers: torch's defaults, which the published codes do not change."""
         inits = [(f"layers.{i}", uniform(width**-0.5)) for i, width in enumerate(self.widths[:-1])]
         return {f"{layer}.{kind}": init for layer, init in inits for kind in ("weight", "bias")}

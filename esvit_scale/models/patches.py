@@ -1,17 +1,20 @@
-"""Pixels → patches as rows, and the convolution that such rows need."""
+"""Conversion of images to patches as rows of pixels, and the patch projection that is applied to such rows."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
 class PatchProjection(nn.Conv2d):
-    """A convolution over patches that do not overlap (its published parameters and shapes), on patches that are rows."""
+    """The patch projection of vision transformers, as a linear layer on patches that are rows.
+
+    Parameters are those of the published strided convolution, with the same names and shapes.
+    """
 
     def __init__(self, channels: int, dim: int, patch: int) -> None:
         super().__init__(channels, dim, patch, stride=patch)
 
     def for_channels(self, channels: int) -> "PatchProjection":
-        """Return a new projection like this one for images of another number of channels."""
+        """Return a new projection of the same width and patch size for images with `channels` channels."""
         return PatchProjection(channels, self.out_channels, self.kernel_size[0])
 
     def forward(self, patches: Tensor) -> Tensor:
@@ -20,9 +23,9 @@ class PatchProjection(nn.Conv2d):
 
 
 def pixel_rows(crop: Tensor, patch: int) -> Tensor:
-    """Map a crop [n, C, H, W] to its patches as rows, [n · ⌈H/patch⌉ · ⌈W/patch⌉, C · patch²].
+    """Map images [n, C, H, W] to their patches as rows, [n · ⌈H/patch⌉ · ⌈W/patch⌉, C · patch²], row-major.
 
-    What the last patches lack, right and bottom, is zero.
+    Images are padded with zeros, right and bottom, to whole patches.
     """
     n, channels, height, width = crop.shape
     h, w = -(-height // patch), -(-width // patch)

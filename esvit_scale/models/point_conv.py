@@ -1,4 +1,4 @@
-"""1×1 convolutions with the parameters of torch's, applied to rows [N, C] instead of maps."""
+"""1×1 convolutions that have the parameters of torch's Conv2d and take rows [N, C] instead of maps."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from esvit_scale.models.distributions import Initializer, constant, normal
 
-QUICK = 1.702  # x·σ(1.702 x) is close to GELU
+QUICK = 1.702  # factor of "quick GELU", x·σ(1.702 x), which approximates GELU
 
 
 class PointConv(nn.Conv2d):
@@ -28,9 +28,9 @@ class PointConv(nn.Conv2d):
 
 
 class QuickGeluConv(PointConv):
-    """A 1×1 convolution of x·σ(1.702 x) that keeps x alone for its backward.
+    """Quick GELU x·σ(1.702 x) followed by a 1×1 convolution, on rows.
 
-    What the convolution reads is computed again there.
+    Only x is saved for the backward, which recomputes the quick GELU.
     """
 
     def forward(self, rows: Tensor) -> Tensor:  # [N, C] → [N, C']

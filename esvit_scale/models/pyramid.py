@@ -1,4 +1,4 @@
-"""Feature maps of every stage, as detectors and segmenters take them from a backbone."""
+"""The feature pyramid of a trunk: one map per stage, as detection and segmentation models take it from a backbone."""
 
 from torch import Tensor, nn
 
@@ -7,14 +7,19 @@ from esvit_scale.models.trunk import Trunk
 
 
 class Pyramid(nn.Module):
-    """A trunk that returns one map per stage, finest first; trainable like the trunk, whose parameters it shares.
+    """A module that returns a trunk's feature maps, one per stage, finest first; it shares the trunk's parameters.
 
-    The maps are those after each stage's last block, without the trunk's final norm (as timm's `features_only`): a
-    detector has norms of its own. Any input size works; a side that is not a multiple of the reduction is padded, so a
-    map has ⌈side / reduction⌉ cells along it (CvT and ViL leave the remaining pixels out, as published).
+    A map is the output of a stage's last block, without the trunk's final norm (as with timm's `features_only`),
+    because detectors have their own norms. Any input size works: a side that is not a multiple of a stage's reduction
+    is padded, so that the map has ⌈side / reduction⌉ cells along it. CvT and ViL ignore the remaining pixels instead,
+    as published.
+
+    Attributes:
+        channels: C_s of every stage.
+        reductions: pixels along a side of a cell, of every stage.
 
     Raises:
-        UserError: a trunk without stages.
+        UserError: the trunk has no stages.
     """
 
     def __init__(self, trunk: nn.Module) -> None:
@@ -25,7 +30,7 @@ class Pyramid(nn.Module):
         self.channels, self.reductions = list(trunk.channels), list(trunk.reductions)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Map normalised images [B, 3, H, W] to [B, C_s, H_s, W_s] for every stage s."""
+        """Map normalised images [B, channels, H, W] to one map [B, C_s, H_s, W_s] for every stage s."""
         maps = []
         for tokens, [(n, h, w)], _ in self.trunk.stage_maps([images]):
             maps.append(tokens.view(n, h, w, -1).permute(0, 3, 1, 2).contiguous())

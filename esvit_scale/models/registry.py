@@ -1,6 +1,7 @@
-"""Trunks by name: one line each. The run config gives the window and may override widths, depths and heads.
+"""The registry of trunks: their names, as in `model.trunk`, and the functions that build them.
 
-A builder takes the whole config, checks that the trunk fits it (crop sizes, overrides) and returns a `Trunk`.
+A builder takes the whole run config, in which `model` has the window and may override widths, depths and heads. It
+checks that the trunk fits the config (crop sizes, overrides) and returns a `Trunk`.
 """
 
 from collections.abc import Callable
@@ -22,14 +23,14 @@ TRUNKS: dict[str, Callable[[Config], Trunk]] = {
 }
 
 
-LIBRARIES = {"timm": "esvit_scale.models.timm_trunk"}  # `model.trunk: timm:NAME` → the module that builds it
+LIBRARIES = {"timm": "esvit_scale.models.timm_trunk"}  # prefix of `model.trunk` ("timm:NAME") → module with `build`
 
 
 def build_trunk(config: Config) -> Trunk:
     """Return the trunk that `config.model` names.
 
     Raises:
-        UserError: unknown name, or a trunk that does not fit the config; one line.
+        UserError: the name is unknown, or the trunk does not fit the config.
     """
     name = config.model.trunk
     library, colon, _ = name.partition(":")

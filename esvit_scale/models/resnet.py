@@ -1,10 +1,12 @@
-"""ResNet-50, packed (He et al. 2016; strides in the 3×3 convolutions, as torchvision's, which the EsViT paper trained).
+"""ResNet-50 (He et al. 2016), with the crops of all sizes packed into one forward.
 
-The maps of all crops lie in one list of pixels [N, C], crop after crop, each row-major, which is torch's channels_last
-without a copy: 1×1 convolutions are one product over all crops, larger ones run once per resolution on views of the
-list, and batch norms take each resolution's own statistics (models/batch_norm.py). A block is one call for all crops.
+As in torchvision's, which the EsViT paper trained, the 3×3 convolutions have the strides. Parameter names are also
+torchvision's. The region tokens are the cells of the last stage's map, the view feature is their mean.
 
-Parameter names are torchvision's. The region tokens are the cells of stage 4, the view feature their mean.
+The maps of all crops form one list of pixels [N, C], crop after crop, row-major within each crop. Viewed as maps, it
+has torch's channels_last layout without a copy. 1×1 convolutions are one matrix product over all crops, larger
+convolutions run once per resolution on views of the list, and batch norms use each resolution's own statistics
+(models/batch_norm.py). A block is called once for all crops.
 """
 
 import math
@@ -25,14 +27,15 @@ from esvit_scale.models.shape import Shape, overridden
 from esvit_scale.models.tokens import as_maps, crop_means, split
 from esvit_scale.models.trunk import Features, Grid, TokenMap, Trunk
 
-EXPANSION = 4  # a block's output is so many times its inner width
+EXPANSION = 4  # output width of a bottleneck block divided by its inner width
 
 
 class ResNet(Trunk):
-    """A ResNet of bottleneck blocks.
+    """The ResNet trunk, of bottleneck blocks.
 
     Args:
-        embed_dim: channels of the stem; stage s has 2ˢ·embed_dim within its blocks, four times as many between them.
+        embed_dim: channels of the stem. Blocks of stage s, from 0, have 2ˢ·embed_dim channels inside and four times as
+            many in their output.
         depths: blocks per stage.
         drop_path: stochastic-depth rate of the last block (published ResNets have none); rates grow linearly from 0.
     """
@@ -65,10 +68,10 @@ class ResNet(Trunk):
         return self.conv1
 
     def timm_form(self, size: int) -> TimmForm:
-        """Return what the trunk is to timm.
+        """Return the trunk's form as timm's resnet50, the same for any image size.
 
         Raises:
-            UserError: stages or a stem that timm's resnet50 cannot have.
+            UserError: the trunk has stages or a stem that timm's resnet50 cannot have.
         """
         if len(self.depths) != 4 or self.channels[0] != 256:
             raise UserError("timm's resnet50 has 4 stages and a stem of 64 channels")
@@ -85,16 +88,16 @@ class ResNet(Trunk):
         )
 
     def forward(self, crops: list[Tensor], drop_keys: Tensor | None = None) -> Features:
-        """As `Trunk.forward`; any crop size."""
+        """Compute the features of all crops, as in `Trunk.forward`; crops may have any size."""
         *_, (tokens, grids) = self._block_outputs(crops, drop_keys)
         return Features(crop_means(tokens, grids), tokens, grids)
 
     def block_maps(self, crops: list[Tensor]) -> Iterator[TokenMap]:
-        """Yield the token map of every block, in order, before the final norm."""
+        """Yield the output map of every block, in order; a ResNet has no final norm."""
         return (TokenMap(tokens, grids) for tokens, grids in self._block_outputs(crops, None))
 
     def _block_outputs(self, crops: list[Tensor], drop_keys: Tensor | None) -> Iterator[tuple[Tensor, list[Grid]]]:
-        """Yield pixels [N, C] and grids after each block."""
+        """Yield the pixels [N, C] of all crops and their grids after each block."""
         grids = [(x.shape[0], x.shape[-2], x.shape[-1]) for x in crops]
         pixels = torch.cat([x.to(self.conv1.weight.dtype).permute(0, 2, 3, 1).flatten(0, 2) for x in crops])
         tokens = self.bn1(self.conv1(pixels, grids), grids := strided(grids, 2)).relu_()
@@ -108,8 +111,15 @@ class ResNet(Trunk):
 
 
 class Bottleneck(nn.Module):
-    """1×1, 3×3 and 1×1 convolution beside the identity. One call a block: the unit of ZeRO-3 and of activation
-    checkpointing."""
+    """A bottleneck block: 1×1, 3×3 and 1×1 convolutions, added to the shortcut.
+
+    The shortcut is the identity; in the first block of a stage it is a 1×1 convolution with batch norm. A forward calls
+    a block once, for all crops: it is the unit of ZeRO-3 gathering and of activation checkpointing.
+
+    Args:
+        channels, inner: widths of the input and of the 3×3 convolution.
+        stage, index: the block's stage and its index within the stage, from 0.
+    """
 
     def __init__(self, channels: int, inner: int, stage: int, index: int) -> None:
         super().__init__()
@@ -121,7 +131,7 @@ class Bottleneck(nn.Module):
         self.downsample = nn.ModuleList([] if index else shortcut)
 
     def forward(self, tokens: Tensor, grids: list[Grid], keep: Tensor | None) -> Tensor:
-        """Map pixels [N, C] to [N', 4·inner]; keep [N', 1] scales the branch (0: dropped), None keeps it."""
+        """Map pixels [N, C] to [N', 4·inner]; keep [N', 1] is the stochastic-depth factor (0: dropped), None is 1."""
         after = strided(grids, self.stride)
         branch = self.bn1(self.conv1(tokens, grids), grids).relu_()
         branch = self.bn2(self.conv2(branch, grids), after).relu_()
@@ -133,21 +143,21 @@ class Bottleneck(nn.Module):
 
 
 class Conv(nn.Conv2d):
-    """A convolution without bias that keeps the map's size but for the stride, on pixels [N, C] of all crops."""
+    """A convolution without bias on the pixels [N, C] of all crops; padding keeps a map's size, divided by the stride."""
 
     def __init__(self, channels: int, out: int, kernel: int = 1, stride: int = 1) -> None:
         super().__init__(channels, out, kernel, stride, kernel // 2, bias=False)
 
     def for_channels(self, channels: int) -> "Conv":
-        """Return a new convolution like this one for another number of input channels."""
+        """Return a new convolution like this one for `channels` input channels."""
         return Conv(channels, self.out_channels, self.kernel_size[0], self.stride[0])
 
     def initial_values(self) -> dict[str, Initializer]:
-        """Return the initialiser of He et al. 2015, by the outputs, as torchvision has it."""
+        """Return the initialiser of the weight: normal as in torchvision (He et al. 2015, `fan_out` mode)."""
         return {"weight": normal(math.sqrt(2 / (self.out_channels * self.kernel_size[0] ** 2)))}
 
     def forward(self, tokens: Tensor, grids: list[Grid]) -> Tensor:  # type: ignore[override]
-        """Map pixels [N, C] to [N', C']."""
+        """Map pixels [N, C] with these grids to pixels [N', C'], whose grids are `strided(grids, stride)`."""
         stride = self.stride[0]
         if self.kernel_size[0] > 1:
             maps = [super(Conv, self).forward(x) for x in _maps(tokens, grids)]
@@ -158,25 +168,25 @@ class Conv(nn.Conv2d):
 
 
 class Norm(BatchNorm):
-    """A batch norm of pixels [N, C], each resolution by its own statistics."""
+    """A batch norm of the pixels [N, C] of all crops, each resolution by its own statistics."""
 
     def forward(self, tokens: Tensor, grids: list[Grid]) -> Tensor:  # type: ignore[override]
-        """Normalise pixels [N, C]."""
+        """Normalise pixels [N, C], one group of `grids` at a time."""
         return torch.cat([super(Norm, self).forward(group) for group in split(tokens, grids)])
 
 
 def strided(grids: list[Grid], stride: int) -> list[Grid]:
-    """Return the grids after a convolution with this stride."""
+    """Return the grids (crops, H, W) after a convolution with this stride: sides are divided and rounded up."""
     return [(n, -(-h // stride), -(-w // stride)) for n, h, w in grids]
 
 
 def _maps(tokens: Tensor, grids: list[Grid]) -> list[Tensor]:
-    """View pixels [N, C] as maps [n, C, h, w] of every resolution."""
+    """View pixels [N, C] as one tensor of maps [n, C, h, w] for each resolution, without a copy."""
     return [maps.permute(0, 3, 1, 2) for maps in as_maps(tokens, grids)]
 
 
 def _pixels(maps: list[Tensor]) -> Tensor:
-    """Return the pixels [N, C] of maps [n, C, h, w] of every resolution."""
+    """Return the pixels [N, C] of all crops, given maps [n, C, h, w] for each resolution."""
     return torch.cat([x.permute(0, 2, 3, 1).flatten(0, 2) for x in maps])
 
 
@@ -191,7 +201,7 @@ def build(config: Config) -> ResNet:
     """Return the ResNet that `config.model.trunk` names.
 
     Raises:
-        UserError: overrides that do not fit.
+        UserError: the config's overrides of the shape do not fit together.
     """
     shape = overridden(config, SHAPES[config.model.trunk])
     return ResNet(shape.embed_dim, shape.depths, config.model.drop_path)
