@@ -1,1 +1,4 @@
-"""Shards of images, the order of their samples, and the stream of crops; the only package that imports webdataset."""
+"""The data pipeline: shard sets, the order of their samples, decoding, augmentation and batches.
+
+Only this package imports webdataset.
+"""

@@ -1,4 +1,4 @@
-"""Randomly cropped and flipped images of a labelled source, for linear probes that are trained on images."""
+"""Batches of random crops of a shard set or image folder, for linear probes that are trained with augmentation."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -22,14 +22,14 @@ from esvit_scale.data.pixel_format import RGB8, PixelFormat
 SCALE = (
     0.08,
     1.0,
-)  # area of a crop, as a fraction of the image's: torchvision's RandomResizedCrop, as in the official probe
+)  # range of a crop's area, as fractions of the image's area: torchvision's default, which the official probe uses
 
 
 class AugmentedBatch(NamedTuple):
-    """A batch of random crops, with the numbers of their images."""
+    """A batch of random crops, with the index of each crop's image in the source."""
 
     images: Tensor  # float32 [B, C, S, S], normalised
-    numbers: Tensor  # int64 [B]: place of the image in the source
+    numbers: Tensor  # int64 [B]: indices of the images in the source
 
 
 def augmented_batches(
@@ -41,13 +41,13 @@ def augmented_batches(
     workers: int = 0,
     pixels: PixelFormat = RGB8,
 ) -> Iterator[AugmentedBatch]:
-    """Yield a batch of random resized crops (area 0.08 to 1, bilinear), mirrored with p ½, for each tensor of `numbers`.
+    """Yield, for each tensor of `numbers`, a batch of random resized crops (area 0.08 to 1), mirrored with p ½.
 
-    A crop is a function of (seed, epoch, sample key). Images that cannot be read are left out, so a batch may be short, or
-    empty.
+    Crops are resized bilinearly. A crop is a function of (seed, epoch, sample key). Images that cannot be read are left
+    out, so a batch may be short, or empty.
 
     Args:
-        numbers: per batch, int64 [B]: places of images in the source.
+        numbers: one int64 tensor [B] per batch: indices of images in the source.
         size: pixels on a side of a crop.
     """
     items = items_of(Path(source), pixels=pixels)
@@ -77,7 +77,7 @@ def _augmented_parts(
 
 
 def _random_crop(rng: np.random.Generator, image: Image.Image | NDArray[Any], size: int) -> NDArray[Any]:
-    """Return a random crop [C, S, S], resized (antialiased bilinear) and mirrored with p ½."""
+    """Return a random crop of an image as [C, size, size]: resized (antialiased bilinear) and mirrored with p ½."""
     if isinstance(image, Image.Image):
         crop = image.crop(crop_box(rng, *image.size, SCALE)).resize((size, size), Image.Resampling.BILINEAR)
         pixels = np.asarray(crop).transpose(2, 0, 1)

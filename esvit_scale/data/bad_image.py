@@ -1,4 +1,4 @@
-"""The error for an unusable image file, and the limits on its size, for all decoders."""
+"""The error for unusable image files and the limits on image size, shared by all decoders."""
 
 from esvit_scale.data.left_out import DAMAGED, TOO_LARGE, TOO_SMALL
 
@@ -7,7 +7,7 @@ MAX_PIXELS = 178_956_970  # a larger image is taken for a decompression bomb (Pi
 
 
 class BadImage(Exception):
-    """The bytes are no usable image; the message is a short reason on one line.
+    """Error for bytes that are not a usable image; its message is a short reason on one line.
 
     Args:
         kind: one of the reasons in left_out.py, by which such images are counted.
@@ -27,5 +27,5 @@ def check_size(width: int, height: int) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """Return a decoder's message as a reason: one line of at most 200 characters."""
+    """Return a decoder's error message as one line of at most 200 characters, or the error's type if it has none."""
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,4 +1,7 @@
-"""Class numbers from label texts, the same for every source: whole numbers stay as they are, names are numbered in order."""
+"""Rules that turn label texts into class numbers: whole numbers keep their value, names get their rank in sorted order.
+
+Sources of every kind use these rules.
+"""
 
 import math
 import os
@@ -9,19 +12,20 @@ from esvit_scale.errors import UserError
 
 NO_LABEL, UNKNOWN = -1, -2
 MISSING = frozenset(["", "nan", "na", "n/a", "none", "null", "<na>"])  # texts that programs write for an empty cell
-MAX_DIGITS = 6  # a longer number is a name: an id, a date
+MAX_DIGITS = 6  # a whole number with more digits is taken as a name (an id, a date)
 
 
 def numbered(texts: Iterable[str], folders: bool = False) -> tuple[tuple[str, ...], dict[str, int]]:
     """Return the class names, and the class number of every text (NO_LABEL for one that means "no label").
 
-    Texts that are all whole numbers (`3`, or `3.0`) are class numbers: the names are then `0` to the largest number, and -1
-    and an empty cell (`nan`, `NA`, …) mean no label. Other texts are names, numbered in the order of their UTF-8 bytes, or
-    of their values if all are numbers. Among names, a whole number written in two ways (`0`, `0.0`) is one class, -1 means
-    no label, and so do empty cells if most texts are numbers.
+    If all texts are whole numbers (`3` or `3.0`) of at most MAX_DIGITS digits, they are the class numbers: the class
+    names are `0` to the largest number, and -1 and texts for an empty cell (MISSING: `nan`, `NA`, …) mean no label.
+    Otherwise the texts are names, numbered in the order of their UTF-8 bytes, or of their values if all are numbers. If
+    only some texts are numbers, a number written in two ways (`0`, `0.0`) is one class; -1 and blank texts mean no
+    label, and so do the other texts for an empty cell if at least half of the texts are numbers.
 
     Args:
-        folders: the texts are names of folders: each is a class of its own.
+        folders: the texts are names of folders: each is a class of its own, and none means "no label".
 
     Raises:
         UserError: all texts are whole numbers, and one is below -1.
@@ -37,9 +41,10 @@ def numbered(texts: Iterable[str], folders: bool = False) -> tuple[tuple[str, ..
 
 
 def remark(texts: Iterable[str], names: Sequence[str], folders: bool = False) -> str:
-    """Return a line for the user about an unexpected numbering by `numbered`; empty when there is nothing unexpected.
+    """Return a note for the user about a surprising result of `numbered`, or "" if nothing about it is surprising.
 
-    Unexpected are texts that are no number among numbers, and numbers that leave most of the classes empty.
+    It is surprising that a few texts which are not numbers turn all numbers into names, or that the class numbers have
+    so many gaps that most classes are empty.
     """
     known = list(dict.fromkeys(texts))
     empty = set() if folders else {text for text in known if text.strip().lower() in MISSING}
@@ -61,10 +66,11 @@ def remark(texts: Iterable[str], names: Sequence[str], folders: bool = False) ->
 
 
 def numbered_as(classes: Sequence[str], texts: Iterable[str]) -> dict[str, int]:
-    """Return the class number of every text among given classes.
+    """Return for every text its class number: the index of the class in `classes`.
 
-    A text is found by its name, by its value if names are numbers (`1.0` is the class `1`), or, if not all names are numbers,
-    by the number of the class. The result is NO_LABEL for a text that means "no label", and UNKNOWN for one that is no class.
+    A text stands for the class of the same name, or for the class whose name is the same number (`1.0` for `1`). If not
+    all class names are numbers, a whole number also stands for the class with this index. The result is NO_LABEL for a
+    text that means "no label", and UNKNOWN for one that stands for no class, or for several.
     """
     by_name = {name: number for number, name in enumerate(classes)}
     values = _values(classes, False, set())
@@ -120,7 +126,7 @@ def _of_names(ordered: list[str]) -> tuple[tuple[str, ...], dict[str, int]]:
 
 
 def _of_mixed(known: list[str], values: dict[str, float], empty: set[str]) -> tuple[tuple[str, ...], dict[str, int]]:
-    """Return the classes of texts that are not all numbers, and the class number of every text."""
+    """Return the class names for texts of which not all are numbers, and the class number of every text."""
     missing = {text for text, value in values.items() if value == NO_LABEL}
     missing |= {text for text in known if not text.strip()}
     numbers = len(values.keys() - missing)
@@ -131,7 +137,10 @@ def _of_mixed(known: list[str], values: dict[str, float], empty: set[str]) -> tu
 
 
 def _of_groups(ordered: list[str], values: dict[str, float]) -> tuple[tuple[str, ...], dict[str, int]]:
-    """Return classes in the order given; texts of the same value are one class, named by the first of the shortest."""
+    """Return the class names, in the order of `ordered`, and the class number of every text.
+
+    Texts that are the same number are one class, named after the first of the shortest texts.
+    """
     name: dict[float, str] = {}
     for text in sorted(ordered, key=len):
         if text in values:
@@ -141,7 +150,7 @@ def _of_groups(ordered: list[str], values: dict[str, float]) -> tuple[tuple[str,
 
 
 def _values(texts: Iterable[str], folders: bool, empty: set[str]) -> dict[str, float]:
-    """Return the values of the texts that are numbers."""
+    """Return a dict from each text that is a number to its value; texts in `empty` are skipped."""
     found = ((text, _number(text, plain=folders)) for text in texts if text not in empty)
     return {text: value for text, value in found if value is not None}
 

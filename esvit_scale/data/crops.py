@@ -1,7 +1,7 @@
 """Random crops: where they lie, and how they are cut from a decoded image.
 
-Every draw comes from (seed, epoch, sample key, crop), so a sample's crops are the same whichever process reads it and
-whatever else is in its batch.
+Random numbers are derived from (seed, epoch, sample key, crop number), so a sample's crops are the same whichever
+process reads it and whatever else is in its batch.
 """
 
 import hashlib
@@ -17,10 +17,10 @@ from esvit_scale.config import Data
 from esvit_scale.data.picture import Pixels
 
 RATIO = (3 / 4, 4 / 3)  # width / height
-TRIES = 10  # random boxes before the centred one is taken
+TRIES = 10  # random boxes that are tried before a centred one is taken
 REDUCTIONS = (1, 2, 4, 8)
-# Pixels of a reduced image per output pixel and axis, at least. Crops cut from reduced images differ from those of the
-# whole image by 0.6 to 2.7/255 on average (docs/data.md); over all crops the mean difference is 0.2/255.
+# Smallest number of pixels of a reduced image per output pixel, along each axis. Crops cut from reduced images differ
+# from those of the whole image by 0.6 to 2.7/255 on average (docs/data.md), and all crops together by 0.2/255.
 SPARE = 1.5
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
@@ -74,10 +74,15 @@ def crop_groups(data: Data) -> list[CropGroup]:
 
 
 def choose_reductions(boxes: Sequence[Box], sizes: Sequence[int], width: int, height: int) -> list[int]:
-    """Return for each crop the reduction r (1, 2, 4 or 8) such that it is cut from the image at 1/r of its size.
+    """Return for each crop the reduction r (1, 2, 4 or 8) at which it is cut, from the image at 1/r of its size.
 
-    A crop keeps at least SPARE pixels per output pixel along each axis. Different reductions are returned only where enough
-    pixels are cut from the smaller images to pay for making them.
+    A reduced image keeps at least SPARE pixels per output pixel of the crop along each axis. The crops get different
+    reductions only if those above the smallest reduction cover more pixels in total than the image has; otherwise
+    making the smaller images would cost more than it saves, and all crops get the smallest reduction.
+
+    Args:
+        boxes: in pixels of the whole image.
+        sizes: output pixels on a side of each crop.
     """
     largest = [
         max(r for r in REDUCTIONS if r == 1 or _side(b) >= SPARE * r * s) for b, s in zip(boxes, sizes, strict=True)
@@ -88,13 +93,13 @@ def choose_reductions(boxes: Sequence[Box], sizes: Sequence[int], width: int, he
 
 
 class ImagePyramid:
-    """A decoded image at several reductions, each also mirrored; a level is computed when it is first needed."""
+    """A decoded image at several reductions, plain and mirrored; each version is computed when it is first needed."""
 
     def __init__(self, pixels: Pixels, reduction: int) -> None:
         self._levels = {(reduction, False): pixels}
 
     def cut(self, box: Box, reduction: int, flip: bool, out: Pixels) -> None:
-        """Crop, resize (antialiased bicubic) and, if `flip`, mirror into `out` [S, S, C].
+        """Write a crop of the image, resized (antialiased bicubic) and, if `flip`, mirrored, into `out` [S, S, C].
 
         The box is in pixels of the whole image. It is cropped before it is resized, as in torchvision: the filter of the
         resize must not see pixels outside the crop.
@@ -129,7 +134,7 @@ def _area(box: Box) -> int:
 
 
 def mirrored(pixels: Pixels) -> Pixels:
-    """Return [H, W, C] with left and right exchanged; torch does this twenty times faster than NumPy."""
+    """Return an image [H, W, C] with left and right exchanged; torch does this twenty times faster than NumPy."""
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].flip(3)[0].permute(1, 2, 0).numpy()
 
 
@@ -141,9 +146,10 @@ def _halved(pixels: Pixels) -> Pixels:
 
 
 def _resize(source: Pixels, out: Pixels) -> None:
-    """Resize into `out` with Pillow's antialiased bicubic filter.
+    """Resize `source` [H, W, C] to the size of `out` and write it there, with Pillow's antialiased bicubic filter.
 
-    8-bit pixels take torch's AVX2 kernel for channels-last images; 16-bit pixels are resized in float32 and rounded once.
+    8-bit pixels are resized by torch's AVX2 kernel for channels-last images; 16-bit pixels are resized in float32 and
+    rounded once.
     """
     if source.shape == out.shape:
         np.copyto(out, source)
@@ -156,7 +162,11 @@ def _resize(source: Pixels, out: Pixels) -> None:
 
 
 def resized(source: Pixels, height: int, width: int, mode: str = "bicubic") -> Pixels:
-    """Return [H, W, C] of the same dtype, resized in float32 (antialiased `bicubic` or `bilinear`) and rounded once."""
+    """Return an image [H, W, C] resized to `height` × `width` in float32 and rounded once to its own dtype.
+
+    Args:
+        mode: `bicubic` or `bilinear`; both are antialiased.
+    """
     x = torch.from_numpy(source.astype(np.float32)).permute(2, 0, 1)[None]
     y = F.interpolate(x, (height, width), mode=mode, antialias=True).round_().clamp_(0, int(np.iinfo(source.dtype).max))
     return y[0].permute(1, 2, 0).numpy().astype(source.dtype)

@@ -1,6 +1,6 @@
-"""From the bytes of an image file to an upright 8-bit RGB image, or to its channels as they are stored.
+"""Decoding of image files to upright 8-bit RGB images, or to the channels and values that the files store.
 
-Valid files of any colour mode decode; for others the BadImage that is raised names the reason.
+A file that cannot be decoded, or whose colours have no agreed meaning, raises BadImage with the reason.
 """
 
 import io
@@ -70,8 +70,8 @@ def decode(data: bytes) -> Image.Image:
     pixels, so `shards create` and `shards verify` need no other check.
 
     Raises:
-        BadImage: empty, not an image, truncated or corrupt, shorter side < 4 px, more than MAX_PIXELS pixels, or a JPEG
-            of more than MAX_SCANS scans.
+        BadImage: the file is empty, not an image, truncated or corrupt, has a shorter side under MIN_SIDE pixels or
+            more than MAX_PIXELS pixels, or is a JPEG of more than MAX_SCANS scans.
     """
     if data.startswith(raster.NPY):
         return _rgb_of_raster(raster.read(data, 3))
@@ -91,7 +91,7 @@ def decode_as_stored(data: bytes, channels: int, bits: int) -> raster.Array:
     and an alpha channel counts as one more.
 
     Raises:
-        BadImage: as `decode`, or other channels or bits than asked for.
+        BadImage: as for `decode`, or the file has other channels or bits than asked for.
     """
     if raster.is_raster(data):
         pixels = raster.read(data, channels)
@@ -105,7 +105,7 @@ def decode_as_stored(data: bytes, channels: int, bits: int) -> raster.Array:
 
 
 def _stored(image: Image.Image, data: bytes) -> raster.Array:
-    """Return the pixels [H, W, C] that Pillow decodes, not yet turned upright."""
+    """Decode an image with Pillow and return its pixels [H, W, C] in the stored orientation. Raises BadImage."""
     if image.format == "PNG" and data[24] == 16 and image.mode in ("RGB", "RGBA", "LA"):
         raise BadImage(
             "a PNG of 16 bits and several channels, which Pillow reads with 8 bits; store it as TIFF or .npy"
@@ -131,11 +131,12 @@ def _stored(image: Image.Image, data: bytes) -> raster.Array:
 def _tiff_beyond_pillow(data: bytes) -> Image.Image | None:
     """Return the RGB image of a TIFF that Pillow cannot read or decodes wrongly; None for one to be read by Pillow.
 
-    Pillow does not know TIFFs of two bands, of more than four, and big-endian 16-bit negatives. Of uncompressed 16-bit
-    planes it reads half of each plane, and of bands that are stored as planes it reads the first one, as grey.
+    Pillow cannot read TIFFs of two bands or of more than four, and big-endian 16-bit negatives. From uncompressed
+    16-bit planes it reads half of each plane, and from other bands that are stored as planes only the first one, as
+    grey.
 
     Raises:
-        BadImage: the file has a number of channels other than 1 or 3, or as `raster.read`.
+        BadImage: the file does not have 1 or 3 channels, or as for `raster.read`.
     """
     try:
         image = Image.open(io.BytesIO(data))
@@ -231,7 +232,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> "np.ndarray":
-    """Scale 16-bit grey to uint8 [H, W], black as 0.
+    """Return a 16-bit grey image scaled to uint8 [H, W], with black as 0.
 
     Pillow holds such pixels as 16- or 32-bit integers, depending on the format. It returns the values of a TIFF as they are
     stored: 12-bit values unscaled, and 16-bit values not inverted where the photometric tag is WhiteIsZero.

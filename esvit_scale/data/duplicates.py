@@ -1,9 +1,9 @@
 """The search for duplicates: samples that are the same file, or that look alike.
 
-The same files are found by a 128-bit hash of their bytes. Similar images are found by a 64-bit perceptual hash (the signs
-of an image's 64 lowest frequencies around their median; Zauner 2010, "pHash"): two images are near when at most a few of
-its bits differ. Pairs are found by splitting the bits into one band more than the number of bits that may differ, since
-near hashes agree in at least one whole band (Norouzi et al. 2012, multi-index hashing). Memory: 24 bytes per sample.
+Identical files are found by a 128-bit hash of their bytes. Similar images are found by a 64-bit perceptual hash (the
+signs of an image's 64 lowest frequencies around their median; Zauner 2010, "pHash"): two images are near when at most a
+few of these bits differ. To find near pairs, the bits are split into one band more than the number of bits that may
+differ: near hashes agree in at least one whole band (Norouzi et al. 2012, multi-index hashing).
 """
 
 import hashlib
@@ -30,7 +30,7 @@ Hash = NDArray[np.uint64]
 
 
 def find(source: Source, near: int | None, workers: int) -> NDArray[np.int64]:
-    """Return the samples to leave out as rows [M, 3]: sample, the sample that stays in its place, differing bits.
+    """Return the duplicates as rows [M, 3]: sample to leave out, sample that stays in its place, differing bits.
 
     Every sample is read once, and decoded if `near` is given.
 
@@ -52,13 +52,13 @@ def find(source: Source, near: int | None, workers: int) -> NDArray[np.int64]:
 
 
 def duplicates(source: Source, chosen: NDArray[np.int64], workers: int) -> NDArray[np.int64]:
-    """Return rows [M, 2]: a sample of `chosen` whose bytes occurred before, and the first with these bytes. Reads all."""
+    """Read the chosen samples and return pairs [M, 2]: one whose bytes occurred before, the first with these bytes."""
     hashes, found = _hashes(source, chosen, _digest, 2, workers)
     return chosen[_same(hashes, found)]
 
 
 def _same(hashes: Hash, found: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Return [M, 2]: each row of hashes that occurred before, and its first occurrence."""
+    """Return index pairs [M, 2]: a row of `hashes` that occurred before, its first occurrence; only where `found`."""
     rows = np.flatnonzero(found)
     _, first, inverse = np.unique(hashes[rows], axis=0, return_index=True, return_inverse=True)
     earlier = first[inverse.reshape(-1)]
@@ -67,7 +67,11 @@ def _same(hashes: Hash, found: NDArray[np.bool_]) -> NDArray[np.int64]:
 
 
 def near_duplicates(hashes: Hash, distance: int) -> NDArray[np.int64]:
-    """Return [M, 3]: each hash that is near an earlier one that stays, that earlier one, and how many bits differ."""
+    """Return rows [M, 3]: index of a hash to drop, index of the earlier near hash that stays, number of differing bits.
+
+    Args:
+        distance: largest number of bits in which near hashes differ.
+    """
     dropped: dict[int, tuple[int, int]] = {}
     for later, earlier, bits in near_pairs(hashes, distance).tolist():
         if earlier in dropped and bits == 0:  # the same hash as one that is dropped
@@ -110,8 +114,10 @@ _DCT = np.cos(np.pi / 32 * np.outer(np.arange(8), np.arange(32) + 0.5)) * 0.25
 
 
 def near_pairs(hashes: Hash, distance: int) -> NDArray[np.int64]:
-    """Return the sorted rows [M, 3] (later, earlier, differing bits) of all near pairs of distinct hashes, and of every
-    repeated hash with its first occurrence."""
+    """Return sorted rows [M, 3] (later index, earlier index, differing bits), one for each pair of near hashes.
+
+    Only the first occurrence of a hash is paired with other hashes; its repetitions are paired with it (0 bits).
+    """
     values, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
     again = np.flatnonzero(first[inverse] != np.arange(len(hashes)))
     pairs = [np.stack([again, first[inverse[again]], np.zeros_like(again)], 1)]
@@ -150,7 +156,7 @@ def _digest(data: bytes) -> list[int]:
 
 
 def _digest_and_perceptual(data: bytes) -> list[int]:
-    """Return the two halves of the digest, the perceptual hash (or 0), and whether there is one."""
+    """Return the two halves of a file's digest, its perceptual hash (or 0), and whether it has a perceptual hash."""
     perceptual = perceptual_hash(data)
     return [*_digest(data), perceptual or 0, perceptual is not None]
 

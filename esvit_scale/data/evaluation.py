@@ -1,4 +1,4 @@
-"""Batches of every image of a set once, for frozen-feature evaluation: resized, cropped at the centre, normalised."""
+"""Batches for frozen-feature evaluation: every image of a source once, resized, centre-cropped and normalised."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ from esvit_scale.division import share
 
 log = logging.getLogger(__name__)
 
-LONG_SIDE = 8192  # pixels; an image that resizing would make longer is cropped first
+LONG_SIDE = 8192  # pixels; of an image that resizing would make longer, only the middle is resized
 
 
 class EvaluationBatch(NamedTuple):
@@ -74,7 +74,7 @@ def evaluation_batches(
 
 
 class Items:
-    """The images of a shard set or folder by their numbers."""
+    """Access to the images of a shard set or folder by number: 0 to len-1, in the order of the source."""
 
     def __init__(self, source: Manifest | ImageFolder) -> None:
         self._source = source
@@ -129,7 +129,7 @@ class Items:
         return place[1] if place else None
 
     def name(self, number: int) -> str:
-        """Return a name for an image that says where it lies, for messages."""
+        """Return where an image lies, for messages: its path in the folder, or its shard and number in the shard."""
         if isinstance(self._source, ImageFolder):
             return printable(self._source.files[number].path)
         shard = self._shard(number)
@@ -145,10 +145,10 @@ class Items:
 
 
 def items_of(source: Path, notes: bool = True, pixels: PixelFormat | None = None) -> Items:
-    """Return the images of a shard set or folder.
+    """Open a shard set or an image folder and return its images.
 
     Args:
-        notes: log what the user should know about a folder's listing.
+        notes: log the notes of a folder's listing (`ImageFolder.notes`) as warnings.
         pixels: the pixel format that a shard set must have; None: any.
 
     Raises:
@@ -209,7 +209,7 @@ def _evaluation_joined(parts: Iterator[Any], source: str, total: int, pixels: Pi
 
 
 def evaluation_side(size: int) -> int:
-    """Return the pixels to which evaluation resizes the short side before it crops the centre `size` × `size`."""
+    """Return the length in pixels to which evaluation resizes the short side before it crops `size` × `size` pixels."""
     return round(size * 256 / 224)
 
 
@@ -219,12 +219,13 @@ def opened(data: bytes, pixels: PixelFormat) -> Image.Image | NDArray[Any]:
 
 
 def centre_crop(image: Image.Image | NDArray[Any], size: int) -> NDArray[Any]:
-    """Return [C, S, S]: the short side resized to size·256/224 (bicubic), then the central square cropped.
+    """Return the centre of an image as [C, S, S]: the short side resized to size·256/224 (bicubic), then cropped.
 
-    This is torchvision's `Resize` and `CenterCrop`. Of an image that would be more than LONG_SIDE pixels long only the
-    central square is computed, so that memory follows the output: an image of 65000x8 pixels would be 2.1 million pixels
-    long at a short side of 256. Its pixels differ from those of the whole resize only because Pillow chooses the order of
-    its two passes by size: by less than 0.5/255 on average, and by up to 25/255 in single pixels of pure noise.
+    This is torchvision's `Resize` and `CenterCrop`. If the resized image would be more than LONG_SIDE pixels long, only
+    its central square is computed, so that memory stays in proportion to the output: an image of 65000x8 pixels would
+    be 2.1 million pixels long at a short side of 256. The result then differs from a crop of the whole resized image
+    only because Pillow chooses the order of its two passes by size: by less than 0.5/255 on average, and by up to
+    25/255 in single pixels of pure noise.
     """
     short = evaluation_side(size)
     if not isinstance(image, Image.Image):
@@ -245,7 +246,7 @@ def centre_crop(image: Image.Image | NDArray[Any], size: int) -> NDArray[Any]:
 
 
 def _centre_crop_of_array(pixels: NDArray[Any], size: int, short: int) -> NDArray[Any]:
-    """Return `centre_crop` of an array [H, W, C]; of a very long one only the middle is resized, to the nearest pixel."""
+    """Return the `centre_crop` of an array [H, W, C]; a very long one is first cut to its middle, at whole pixels."""
     most = max(LONG_SIDE // short, 2) * min(pixels.shape[:2])
     for axis in (0, 1):
         if (over := pixels.shape[axis] - most) > 0:

@@ -21,7 +21,7 @@ from esvit_scale.files import sha256
 
 log = logging.getLogger("esvit_scale")
 
-MOST_BYTES = 4 << 30  # of changed shards that are read at a resume, which takes some seconds
+MOST_BYTES = 4 << 30  # of changed shards that a resume reads at most; this takes some seconds
 STAT_THREADS = 16
 Identity = dict[str, str]  # "what": a description; "sha256": equal for the same data
 
@@ -46,7 +46,12 @@ def identity(data: TrainingData) -> Identity:
 
 
 def check_same(checkpoint: Path, recorded: Any, now: Identity, place: str) -> None:
-    """Compare the identity that a checkpoint records with that of the data which the config names (`place`).
+    """Compare the identity of the data that a checkpoint records with `now`, the identity of the data in the config.
+
+    A checkpoint that records no identity passes.
+
+    Args:
+        place: what names the data in the config, for the message.
 
     Raises:
         UserError: the checkpoint was trained on other data; the message describes both.
@@ -60,7 +65,7 @@ def check_same(checkpoint: Path, recorded: Any, now: Identity, place: str) -> No
 
 
 def check_unchanged(data: TrainingData, checkpoint: Path, written_ns: int) -> None:
-    """Compare the contents of shards whose files changed after the checkpoint was written with the manifest.
+    """Compare the sha256 of shard files that changed after the checkpoint was written with the manifest's.
 
     At most about MOST_BYTES are read, spread over the set, since all files of a copied set count as changed.
 
@@ -100,7 +105,7 @@ def _shard_set(manifest: Manifest) -> Identity:
 
 
 def _tar(url: str) -> list[Any]:
-    """Return a local file's name and size, or a URL or command as it is written."""
+    """Return what identifies a plain tar: the name and size of a local file, or a URL or command as it is written."""
     if url.startswith("pipe:") or "://" in url:
         return [url]
     return [Path(url).name, Path(url).stat().st_size]

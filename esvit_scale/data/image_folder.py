@@ -56,8 +56,8 @@ def list_images(
 ) -> ImageFolder:
     """List every image file under `root` by its extension, following links; `.npy` arrays are the images if there are none.
 
-    Hidden files, the contents of hidden folders, links that lead back to a folder above them, and files that do not end like
-    an image are left out and counted.
+    Hidden files, the contents of hidden folders, links that lead back to a folder above them, and files without the
+    extension of an image are left out and counted.
 
     Args:
         label: None: the class of an image is its first-level subfolder; an image directly in `root` is left out and counted,
@@ -99,7 +99,10 @@ def list_images(
 
 
 def check_arrays(where: Path, images: Sequence[str], arrays: Sequence[str]) -> None:
-    """Raise UserError for `.npy` arrays beside fewer image files (a preview, a plot), which would be used in their place."""
+    """Raise UserError when there are image files but more `.npy` arrays.
+
+    The few image files (previews, plots) would be used in place of the arrays.
+    """
     if images and len(arrays) > len(images):
         raise UserError(
             f"{where}: {len(arrays):,} .npy arrays (first: {printable(min(arrays))}) beside {len(images):,} image files "
@@ -110,7 +113,7 @@ def check_arrays(where: Path, images: Sequence[str], arrays: Sequence[str]) -> N
 def _labelled(
     root: Path, paths: list[str], label: str | None, left: LeftOut, others: list[str], keep_loose: bool
 ) -> ImageFolder:
-    """Return the listing with the classes that `list_images` describes."""
+    """Give the images in `paths` their classes by the rules of `list_images`, and return the listing."""
     notes: list[str] = []
     loose = [path for path in paths if "/" not in path]
     if label == "none" or (label is None and 2 * len(loose) >= len(paths)):
@@ -169,7 +172,7 @@ def _splits_as_classes(root: Path, paths: Sequence[str]) -> str:
 def _count_empty_classes(root: Path, classes: Sequence[str], left: LeftOut) -> None:
     top = _place(root.stat())
     for entry in _entries(os.fspath(root)):
-        place = _folder_place(entry)  # a link to the root itself is counted as such
+        place = _folder_place(entry)  # a link to the root itself is counted as a link loop
         if place not in (None, top) and not entry.name.startswith(".") and entry.name not in classes:
             left.add(FOLDERS, left_out.EMPTY_CLASS, printable(entry.name))
 
@@ -217,7 +220,7 @@ def _place(status: os.stat_result) -> tuple[int, int]:
 
 
 def _folder_place(entry: "os.DirEntry[str]") -> tuple[int, int] | None:
-    """Return what identifies a folder, or the folder that a link leads to; None for anything else."""
+    """Return (device, inode) of a folder, or of the folder that a link leads to; None for anything else."""
     try:
         return _place(entry.stat()) if entry.is_dir() else None
     except OSError:  # a link that leads nowhere
@@ -225,7 +228,7 @@ def _folder_place(entry: "os.DirEntry[str]") -> tuple[int, int] | None:
 
 
 def _usable(entry: "os.DirEntry[str]", path: str, concealed: bool, left: LeftOut) -> bool:
-    """Return whether an entry that is no folder is listed by `walk`, and count it if not."""
+    """Return whether `walk` lists an entry that is not a folder; if it does not, count the entry in `left`."""
     if concealed:
         left.add(FILES, left_out.HIDDEN, printable(path))
         return False

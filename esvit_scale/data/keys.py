@@ -1,9 +1,9 @@
 """Safe, unique keys for samples, from their paths.
 
-A key is the path without the image's extension. If that has characters other than `A-Za-z0-9_-/`, is too long, or is the
-key of an earlier sample, the characters are replaced, the key is cut, and a hash of the sample's name is added. Repeated
-paths are found by 64-bit hashes, so ten million samples need 80 MB and not their paths. Two samples that share a hash by
-chance still get different keys, one of them with a needless suffix.
+A key is the path without the image's extension. If that has characters other than `A-Za-z0-9_-/`, is too long, or is
+the key of an earlier sample, the characters are replaced, the key is cut, and a hash of the sample's name is added.
+Repeated paths are found by 64-bit hashes, so ten million samples take 80 MB instead of all their paths. Two samples
+that share a hash by chance still get different keys, one of them with a needless suffix.
 """
 
 import re
@@ -21,7 +21,7 @@ MAX_KEY = 90  # tar's plain header holds names of 100 bytes, with the extension
 
 
 class Keys:
-    """The keys of `n` samples: `keys[i]` is that of sample i.
+    """The keys of `n` samples: `keys[i]` is the key of sample i.
 
     Args:
         path: function that returns the path from which the key of sample i is made.
@@ -54,7 +54,7 @@ def keys_of(paths: Sequence[str]) -> list[str]:
 
 
 def _shared(values: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """Return which values occur more than once."""
+    """Return a mask of the values that occur more than once."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     return np.asarray(counts[inverse] > 1)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from esvit_scale.errors import UserError
 
-# What was left out. Only `IMAGES` count as lost images: those that the set should have but has not.
+# What was left out. `IMAGES` and `ROWS` count as lost images: those that the set should have but has not.
 IMAGES, FILES, MEMBERS, ROWS, FOLDERS, ARCHIVES = "images", "files", "members", "rows", "folders", "archives"
 
 # Why it was left out; manifests record these texts. A source may add reasons of its own.
@@ -63,7 +63,7 @@ class Count:
 
 
 class LeftOut:
-    """Counts by (what, why), each with the name of the first thing that was counted."""
+    """Counts of things that were left out, by what they are and why, each with the name of the first of them."""
 
     def __init__(self, rows: Iterable[dict[str, Any]] = ()) -> None:
         self._counts: dict[tuple[str, str], Count] = {}
@@ -90,7 +90,7 @@ class LeftOut:
         return bool(self._counts)
 
     def total(self, *what: str) -> int:
-        """Return how many things were left out, of all kinds or of those named."""
+        """Return how many things were left out, of the kinds `what`, or of all kinds when none is named."""
         return sum(found.number for (kind, _), found in self._counts.items() if not what or kind in what)
 
     def unasked(self) -> "LeftOut":
@@ -124,7 +124,7 @@ class LeftOut:
         return ", ".join(f"{row['count']:,} {row['what']}: {row['why']} ({row['first'][:100]})" for row in self.rows())
 
     def warning(self, used: int) -> str:
-        """Return a warning when more than WARN_SHARE of the images are lost that no option asked to leave out, else "".
+        """Return a warning when more than WARN_SHARE of the images were left out without an option for it, else "".
 
         Args:
             used: number of images in the set.
@@ -138,7 +138,7 @@ class LeftOut:
 
 
 def of_bad(rows: Iterable[dict[str, Any]]) -> LeftOut:
-    """Return counts of the rows of a quarantine, and of the members that belonged to the images which they name."""
+    """Count the images that quarantine rows name, and the members (labels, captions) that were left out with them."""
     left = LeftOut()
     for row in rows:
         kind, first = str(row.get("kind", DAMAGED)), str(row["file"])

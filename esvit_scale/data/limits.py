@@ -11,7 +11,8 @@ from contextlib import contextmanager, suppress
 
 from esvit_scale.errors import RestartCanHelp
 
-OWN_FILES, FILES_OF_WORKER = 32, 12  # measured: 2 workers run with 40 open files, fail with 28 and hang with 33
+# Open files that the process itself and each worker need; measured: 2 workers run with 40, fail with 28, hang with 33
+OWN_FILES, FILES_OF_WORKER = 32, 12
 COMMON_WORKERS = 16  # loader processes per rank that a node should have open files for, whatever the config says
 LEAST_SHARED_MEMORY = 1 << 20  # bytes free, without which no loader process starts
 SHARED_MEMORY_OF_BATCHES = 1 << 30  # bytes in all, for the batches in transit; Docker's default is 64 MiB

@@ -1,7 +1,8 @@
 """Loader processes: which part of every batch each of them makes, and how its results and failures reach training.
 
-Slots of the global batch are dealt out to ranks, and a rank's slots to its loader processes, in whole contiguous runs.
-So the parts that the workers make, in worker order, are the rank's batch in the order of positions.
+The slots of the global batch (order.py) are dealt out to ranks, and a rank's slots to its loader processes (workers).
+Each gets a contiguous run of whole slots, so that the workers' parts, joined in worker order, are the rank's batch in
+the order of positions.
 """
 
 import ctypes
@@ -80,7 +81,7 @@ def check_division(config: Config, world_size: int) -> None:
 
 
 class NoValidSamples(Exception):
-    """No valid sample could be read, and the data is the cause."""
+    """Error for data in which no valid sample can be found, although the storage answers."""
 
 
 class _Failure(NamedTuple):
@@ -91,7 +92,7 @@ class _Failure(NamedTuple):
 
 
 def run_stages(stages: list[Callable[..., Any]], workers: int) -> Iterator[Any]:
-    """Run a pipeline in `workers` loader processes (0: in this one) and yield what its last stage yields, process by process.
+    """Run a pipeline in `workers` loader processes (0: in this one) and yield the results of each in turn.
 
     The first stage is called without arguments, each other stage with the iterable that the stage before it returned.
 
@@ -144,7 +145,7 @@ def _tell_failure(parts: Iterable[Any]) -> Iterator[Any]:
 
 
 def _as_it_is(part: T) -> T:
-    """Return the argument; the loader's default collation would turn arrays into tensors."""
+    """Return the argument unchanged, as the collate function: the default one would turn arrays into tensors."""
     return part
 
 
@@ -181,7 +182,7 @@ def _start_worker(parent: int, worker: int) -> None:
 
 
 def _end_at_sigterm_of(parent: int) -> None:
-    """Exit when the parent sends SIGTERM, as the loader does to a worker that does not end by itself; ignore others'."""
+    """Exit when the parent sends SIGTERM, as it does to a worker that does not end by itself; ignore other senders."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)

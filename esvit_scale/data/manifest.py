@@ -38,10 +38,10 @@ class Manifest:
 
     root: Path  # the set's folder
     shards: tuple[Shard, ...]
-    classes: tuple[str, ...] = ()  # empty when the source was flat
+    classes: tuple[str, ...] = ()  # names; empty when samples have no class
     source: str = ""  # fingerprint of the source and options that it was written from, see shard_plan.py
     left_out: Sequence[dict[str, Any]] = field(default=(), compare=False)  # rows of left_out.LeftOut
-    channels: int = 3  # of every image; 3 channels of 8 bits mean images of any kind, which are used as RGB
+    channels: int = 3  # of every image; with 3 channels of 8 bits, files may have any colour mode and are used as RGB
     bits: int = 8  # of a channel
     formats: Mapping[str, int] = field(
         default_factory=dict, compare=False
@@ -113,7 +113,7 @@ def check_sizes(manifest: Manifest) -> None:
 
 
 def _raise_machine_faults(manifest: Manifest) -> None:
-    """Raise the first OSError that storage which does not answer causes, and not the set."""
+    """Raise a shard's OSError if it means that the storage does not answer; ignore others, such as a missing file."""
     for shard in manifest.shards:
         try:
             (manifest.root / shard.name).stat()
@@ -219,7 +219,7 @@ def _nearest_set(path: Path) -> str:
 
 
 class Index(Sequence[Entry]):
-    """The samples of a tar in order.
+    """The index of a tar: a sequence of the entries of its samples, in order.
 
     It holds the index file's bytes, about 100 per sample, and parses a line when it is asked for, so that the indexes of
     many shards can stay in memory.
@@ -240,7 +240,7 @@ class Index(Sequence[Entry]):
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of memory that the index takes."""
+        """Return the memory that the index takes, in bytes."""
         return len(self._lines) + self._ends.nbytes
 
 
@@ -292,15 +292,17 @@ def scan(shard: Path) -> list[Entry]:
 
 
 def scan_and_judge(shard: Path) -> tuple[list[Entry], str]:
-    """Return the samples as `scan`, and in a few words what damage the tar has; empty when it is whole to its end marker."""
+    """Return the samples, as `scan` does, and the tar's damage in a few words ("" if it is whole to its end marker)."""
     with shard.open("rb") as file:
         reader = TarReader(file, shard.stat().st_size)
         return list(runs(reader)), reader.damage
 
 
 def runs(members: Iterable[Member]) -> Iterator[Entry]:
-    """Group members into samples: those of one key that lie side by side in one archive. A repeated extension begins the
-    next sample."""
+    """Yield the samples that members form: each is a run of consecutive members of one key in one archive.
+
+    A repeated extension begins the next sample.
+    """
     return (entry for _, entry in numbered_runs(members))
 
 

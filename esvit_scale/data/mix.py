@@ -1,15 +1,16 @@
 """The order of several shard sets that are mixed by weight: a pure function of (seed, epoch, manifests).
 
 An epoch of a mix is T = ⌊M/B⌋ steps of B images, M being data.epoch_samples, or the samples of all sets together. As in
-order.py, slot s of S gives B/S images to every step: its images u = t·B/S + i. A fixed pattern says from which set a slot
-draws image u, so that the sets' shares follow the weights at every step and in every slot. Of two sets, the slot draws
-from the first one where ⌊u·w + φ⌋ increases from u to u + 1; w is the first set's share, φ a phase of the slot's own. Of
-more sets, the images that are not the last set's are divided among the others in the same way.
+order.py, slot s of S gives B/S images to every step: its images u = t·B/S + i. A fixed pattern says from which set a
+slot draws image u, so that the sets' shares follow the weights at every step and in every slot. With two sets, the slot
+draws from the first one where ⌊u·w + φ⌋ increases from u to u + 1; w is the first set's share of the weight, and φ a
+phase that differs from slot to slot. With more sets, this rule first separates the last set's images from the others',
+and then divides the latter among the other sets in the same way.
 
 So a formula gives the number of samples that a slot has drawn from a set before any position. With it, all draws from a
 set are numbered g = 0, 1, 2, … over the whole run, whoever reads them. Draw g is sample g mod N of the set's own epoch
-⌊g/N⌋, in the order of order.py, where N is the number of the set's samples. A set that is used up begins its next epoch,
-with other crops, whatever the other sets do; within an epoch of a set every sample comes exactly once.
+⌊g/N⌋, in the order of order.py, where N is the number of samples in the set. A set that is used up begins its next
+epoch, with other crops, whatever the other sets do; within an epoch of a set every sample comes exactly once.
 
     photos  N = 6: 0 5 3 1 4 2 | 2 4 0 …     draws 0-5 are its epoch 0, draws 6-11 its epoch 1
     sketches N = 2: 1 0 | 0 1 | 1 0 | …
@@ -52,7 +53,7 @@ class MixedSets:
     """The shard sets of data.mix."""
 
     sets: tuple[MixedSet, ...]
-    samples: int  # of an epoch
+    samples: int  # per epoch of the mix
 
     @staticmethod
     def wanted(data: Data) -> bool:
@@ -61,7 +62,7 @@ class MixedSets:
 
     @staticmethod
     def open(data: Data) -> "MixedSets":
-        """Read the manifests of the sets and compare the sizes of their shards with them.
+        """Read the manifest of every set and compare the sizes of its shard files with it.
 
         Raises:
             UserError: data.train is set too, or a set is damaged or empty.
@@ -92,7 +93,7 @@ def _names_tars(urls: str) -> bool:
 
 
 def epoch_samples(data: Data) -> int:
-    """Return the samples of an epoch of what `data` names, from manifests and the config alone.
+    """Return the number of samples in an epoch of the data that a config names, from manifests and the config alone.
 
     Raises:
         UserError: a manifest cannot be read, or plain tars are named without data.epoch_samples.
@@ -105,7 +106,7 @@ def epoch_samples(data: Data) -> int:
 
 
 def order_of(config: Config, data: MixedSets) -> "MixedOrder":
-    """Return the order of a run's mix.
+    """Return the order in which a run reads the samples of its mixed sets.
 
     Raises:
         UserError: no image of a set would ever be drawn, or the mix is smaller than a batch.
@@ -129,9 +130,9 @@ class MixedOrder:
 
     Args:
         seed: a whole number ≥ 0.
-        sets: of every set, its weight and the samples of its shards.
-        steps, global_batch, slots: T, B and S; S divides B.
-        shuffle_window: shards whose samples are shuffled together.
+        sets: for every set, its weight and the number of samples in each of its shards.
+        steps, global_batch, slots: T, B and S, as above; S divides B.
+        shuffle_window: number of consecutive shards whose samples are shuffled together.
     """
 
     def __init__(
@@ -149,7 +150,7 @@ class MixedOrder:
         self._samples = [int(counts.sum()) for counts in self._counts]
         weights = [weight for weight, _ in sets]
         sums = [sum(weights[: k + 1], Fraction()) for k in range(len(weights))]
-        # Of what sets 0..k draw, the share of sets 0..k-1, as numerator and denominator
+        # For every k, the share that sets 0..k-1 have of the weight of sets 0..k, as (numerator, denominator)
         self._shares = [(sums[k - 1] / sums[k]).as_integer_ratio() if k else (0, 1) for k in range(len(sets))]
         self._phases = [(2 * permutation(slots, seed, "phases", k) + 1).tolist() for k in range(len(sets))]
         self._orders: OrderedDict[tuple[int, int], Order] = OrderedDict()
@@ -187,7 +188,7 @@ class MixedOrder:
 
     @cached_property
     def _starts(self) -> list[list[int]]:
-        """Return [slots + 1][sets]: an epoch's draws from each set by the slots before slot s; last, by all slots."""
+        """Return [slots + 1][sets]: row s counts an epoch's draws from each set by the slots before s; the last, all."""
         starts = [[0] * len(self._shares)]
         for slot in range(self._slots):
             drawn = self._drawn(slot, self._steps * self._per_slot)

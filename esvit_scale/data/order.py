@@ -30,11 +30,11 @@ class Order:
 
     Args:
         seed, epoch: whole numbers ≥ 0.
-        counts: samples of every shard, in the manifest's order.
+        counts: number of samples in every shard, in the manifest's order.
         global_batch: B, images per step over all ranks.
-        slots: S, canonical slots; divides B.
-        shuffle_window: shards whose samples are shuffled together.
-        chunks: a cache of permutations that orders of other seeds or epochs share; None: the order has its own.
+        slots: S, the number of slots; divides B.
+        shuffle_window: number of consecutive shards whose samples are shuffled together.
+        chunks: a cache of permutations to be shared with orders of other seeds or epochs; None: a cache of its own.
 
     Raises:
         UserError: fewer samples than one batch, or slots that do not divide the batch.
@@ -64,7 +64,7 @@ class Order:
         self._chunks = OrderedDict() if chunks is None else chunks
 
     def position(self, step: int, slot: int, i: int) -> int:
-        """Return the position in the order of image `i` (0..B/S-1) of `slot` in the global batch of `step`."""
+        """Return the position in the epoch's order of image `i` (0..B/S-1) of a slot in the global batch of a step."""
         return slot * self._slot_length + step * self._per_slot + i
 
     def locate(self, position: int) -> tuple[int, int]:
@@ -78,7 +78,7 @@ class Order:
         return int(self._shards[shard]), shuffled - int(self._starts[shard])
 
     def substitute(self, position: int, attempt: int) -> int:
-        """Return the position whose sample replaces the bad one at `position`: a function of position and attempt."""
+        """Return the position of the sample that replaces the bad one at `position`, drawn anew for attempt 0, 1, …"""
         if self.samples == 1:
             return position
         other = derive_seed(self._seed, self._epoch, "substitute", position, attempt) % (self.samples - 1)
