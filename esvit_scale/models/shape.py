@@ -1,4 +1,4 @@
-"""Widths, depths and heads of a trunk: the named ones, with what the run config replaces."""
+"""The widths, depths and attention heads of a trunk: those of a named variant, with the run config's overrides."""
 
 from typing import Literal, NamedTuple
 
@@ -7,26 +7,26 @@ from esvit_scale.errors import UserError
 
 
 class Shape(NamedTuple):
-    """The widths, depths and heads of a trunk."""
+    """The widths, depths and attention heads of a trunk."""
 
     embed_dim: int  # C of the first stage
     depths: tuple[int, ...]  # blocks per stage
-    heads: tuple[int, ...]  # per stage; empty: no attention
-    growth: tuple[int, ...] = ()  # each stage's width in embed_dims; empty: it doubles at each stage
-    version: Literal[1, 2] = 1  # of Swin
+    heads: tuple[int, ...]  # attention heads per stage; empty: a trunk without attention
+    growth: tuple[int, ...] = ()  # each stage's width as a multiple of embed_dim; empty: 1, 2, 4, …
+    version: Literal[1, 2] = 1  # Swin V1 or V2; other trunks do not use it
     extra_norm_every: int | None = None  # see models/swin_v2.py
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """C of every stage."""
+        """The width C (number of channels) of every stage."""
         return tuple(self.embed_dim * g for g in self.growth or (2**i for i in range(len(self.depths))))
 
 
 def overridden(config: Config, named: Shape) -> Shape:
-    """Return `named` with the `model.embed_dim`, `depths` and `heads` that the config gives.
+    """Return the shape `named` with every value replaced that `model.embed_dim`, `.depths` or `.heads` sets.
 
     Raises:
-        UserError: they do not fit together.
+        UserError: the resulting values do not fit together, for example heads that do not divide a stage's width.
     """
     model = config.model
     shape = named._replace(

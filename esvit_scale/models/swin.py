@@ -1,8 +1,8 @@
-"""Swin V1, packed: every crop of every size in one pass.
+"""Swin V1 on packed batches: one forward pass over all crops of all sizes.
 
-Swin Transformer (Liu et al. 2021) as EsViT runs it (Li et al. 2022). All windows have one size whatever the crop, so
-the tokens of all crops form one list [N, C]: per-token layers run once over it, and windows of all crops share one
-attention call. The numbers are those of one pass per resolution; a ZeRO-3 engine gathers each layer once.
+Swin Transformer (Liu et al. 2021) as EsViT runs it (Li et al. 2022). A stage's windows have the same size for every
+crop, so the tokens of all crops form one list [N, C]: per-token layers run once over it, and the windows of all crops
+share one attention call. The results equal those of one pass per resolution, and ZeRO-3 gathers each layer only once.
 
 Parameter names are the official ones, so checkpoints map by name.
 """
@@ -48,14 +48,14 @@ Attend = Callable[[Tensor], Tensor]  # tokens […, C] → […, C]
 
 
 class Swin(Trunk):
-    """A Swin V1 trunk; V2 (models/swin_v2.py) replaces the blocks and the merging.
+    """A Swin V1 trunk; the subclass SwinV2 (models/swin_v2.py) has other blocks and another patch merging.
 
     Args:
         embed_dim: C of the first stage; it doubles at each further stage.
-        depths, heads: per stage.
+        depths, heads: number of blocks, and of attention heads in each of them, per stage.
         window: tokens along a window's side. A stage whose map (of a global crop) is not larger than the window has
             one window of the map's size and no shift.
-        size: pixels of the global crops; fixes windows and shifts, for crops of any other size too.
+        size: side of the global crops in pixels. It decides each stage's window and shift, also for other crop sizes.
         drop_path: stochastic-depth rate of the last block; rates grow linearly from 0.
     """
 
@@ -88,11 +88,11 @@ class Swin(Trunk):
         self.reductions = tuple(PATCH * 2**s for s in range(len(depths)))
 
     def make_block(self, stage: int, index: int, dim: int, heads: int, window: int) -> nn.Module:
-        """Return block `index` of a stage, of width `dim`; V2 overrides it."""
+        """Return the new block `index` (from 0) of a stage, of width `dim`; SwinV2 overrides this."""
         return Block(dim, heads, window)
 
     def make_merging(self, dim: int) -> nn.Module:
-        """Return the patch merging after a stage of width `dim`; V2 overrides it."""
+        """Return the new patch merging that follows a stage of width `dim`; SwinV2 overrides this."""
         return PatchMerging(dim)
 
     @property
@@ -107,11 +107,11 @@ class Swin(Trunk):
 
     @property
     def patch_projection(self) -> nn.Module:
-        """The first layer."""
+        """The first layer, which `model.freeze_patch_embed` keeps at its random values."""
         return self.patch_embed.proj
 
     def formulas(self) -> TrunkFormulas:
-        """Return the costs in closed form."""
+        """Return the formulas for the trunk's FLOPs and activation memory."""
         return SwinFormulas(self)
 
     def card(self) -> TrunkCard:
@@ -119,19 +119,31 @@ class Swin(Trunk):
         return swin_forms.card(self, "Swin")
 
     def plain(self, size: int) -> nn.Module:
-        """Return the same weights with constant index tables, for images of one size."""
+        """Return a module for exporters with the same weights, and constant index tables for images of one size."""
         return PlainSwin(self, size)
 
     def timm_form(self, size: int) -> TimmForm:
-        """Return what the trunk is to timm; raise UserError where timm pads windows otherwise."""
+        """Describe the trunk as a timm network.
+
+        Raises:
+            UserError: at `size` pixels a window needs padding, which timm does differently.
+        """
         return swin_forms.timm_v1(self, size)
 
     def huggingface_form(self, size: int) -> HuggingFaceForm:
-        """Return what the trunk is to transformers; raise UserError where transformers pads windows otherwise."""
+        """Describe the trunk as a transformers model.
+
+        Raises:
+            UserError: at `size` pixels a window needs padding, or a map is smaller than `window`; transformers does
+                both differently.
+        """
         return swin_forms.huggingface_v1(self, size)
 
     def forward(self, crops: list[Tensor], drop_keys: Tensor | None = None) -> Features:
-        """As `Trunk.forward`; crop sizes that are not a multiple of 4 are padded right and bottom with zeros."""
+        """Compute the features of all crops (`Trunk.forward`).
+
+        Crops whose sides are no multiples of 4 are padded with zeros on the right and at the bottom.
+        """
         *_, (tokens, grids, window) = self._block_outputs(crops, drop_keys)
         regions = window_reverse(self.norm(tokens), storage_plan(grids, window, tokens.device))  # [ΣB·T, C]
         return Features(crop_means(regions, grids), regions, list(grids))
@@ -143,10 +155,10 @@ class Swin(Trunk):
 
     @torch.no_grad()
     def attention_maps(self, image: Tensor) -> list[BlockAttention]:
-        """Return every block's attention on one normalised image [channels, H, W], its windows' cells beside it."""
+        """Return every block's attention on one normalised image [channels, H, W], with the tokens of each window."""
         found: list[BlockAttention] = []
         grids: Grids = ((1, -(-image.shape[1] // PATCH), -(-image.shape[2] // PATCH)),)
-        layout = []  # of every block in order: its stage, its number there, its grids and its window
+        layout = []  # per block, in order: stage, index within the stage, grids, side of its windows
         for s, stage in enumerate(self.stages):
             layout += [(s, i, grids, stage.window) for i in range(len(stage.blocks))]
             grids = merged(grids)
@@ -166,7 +178,7 @@ class Swin(Trunk):
         return found
 
     def _block_outputs(self, crops: list[Tensor], drop_keys: Tensor | None) -> Any:
-        """Yield tokens [N, C] in the stage's order, grids and window after each block."""
+        """Yield (tokens, grids, window) after each block; tokens [N, C] are in the stage's storage order."""
         grids: Grids = tuple((len(x), -(-x.shape[-2] // PATCH), -(-x.shape[-1] // PATCH)) for x in crops)
         windows = [stage.window for stage in self.stages]
         device = crops[0].device
@@ -186,7 +198,7 @@ class Swin(Trunk):
 
 
 class PatchEmbed(nn.Module):
-    """4×4 patches to tokens: a projection and a norm."""
+    """Patch embedding: a linear projection of patches of 4×4 pixels to tokens, then a layer norm."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -194,7 +206,7 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=eps)
 
     def forward(self, crops: list[Tensor], grids: Grids, order: Permutation) -> Tensor:
-        """Map crops [N_g, channels, S_g, S_g] to tokens [N, C] in the first stage's order."""
+        """Map crops [N_g, channels, S_g, S_g] to tokens [N, C] in the first stage's storage order."""
         channels = self.proj.in_channels
         patches = crops[0].new_empty(total_tokens(grids), channels * PATCH * PATCH, dtype=self.proj.weight.dtype)
         for rows, crop, (n, h, w) in zip(split(patches, grids), crops, grids, strict=True):
@@ -207,7 +219,7 @@ class PatchEmbed(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks of one resolution, then patch merging. `Swin` calls them; this only owns them."""
+    """A container for a stage's blocks and the patch merging after them. It has no forward: `Swin` calls its parts."""
 
     def __init__(self, blocks: list[nn.Module], window: int, shift: int, downsample: nn.Module | None) -> None:
         super().__init__()
@@ -218,7 +230,10 @@ class Stage(nn.Module):
 
 
 class Block(nn.Module):
-    """Window attention and MLP, pre-norm. One call a block: the unit of ZeRO-3 and of activation checkpointing."""
+    """A pre-norm block: window attention, then an MLP.
+
+    It is called once per forward, for all crops: ZeRO-3 gathers it once, checkpointing recomputes it as a whole.
+    """
 
     def __init__(self, dim: int, heads: int, window: int) -> None:
         super().__init__()
@@ -228,19 +243,19 @@ class Block(nn.Module):
         self.mlp = GeluMlp(dim)
 
     def forward(self, tokens: Tensor, plan: WindowPlan, keep_attn: Tensor | None, keep_mlp: Tensor | None) -> Tensor:
-        """Map tokens [N, C] to [N, C]; keep_* [N, 1] scales a branch (0: dropped), None keeps it."""
+        """Map tokens [N, C] to [N, C]; keep_attn and keep_mlp [N, 1] scale the two branches (0: dropped, None: 1)."""
         return self.with_attention(tokens, lambda x: self.attn(x, plan), keep_attn, keep_mlp)
 
     def with_attention(
         self, tokens: Tensor, attention: Attend, keep_attn: Tensor | None, keep_mlp: Tensor | None
     ) -> Tensor:
-        """Compute the block with another function in the place of its window attention."""
+        """Compute the block with the function `attention` in place of the block's own window attention."""
         tokens = add_branch(tokens, attention(self.norm1(tokens)), keep_attn)
         return add_branch(tokens, self.mlp(self.norm2(tokens)), keep_mlp)
 
 
 class WindowAttention(nn.Module):
-    """softmax(QKᵀ/√d + relative position bias + mask) V within windows; qkv and proj run on real tokens only."""
+    """Window attention, softmax(QKᵀ/√d + relative position bias + mask) V; qkv and proj run on real tokens only."""
 
     def __init__(self, dim: int, heads: int, window: int) -> None:
         super().__init__()
@@ -256,11 +271,11 @@ class WindowAttention(nn.Module):
         return self.proj(window_reverse(mixed, plan.slots))
 
     def initial_values(self) -> dict[str, Initializer]:
-        """Return the initialiser of the bias table."""
+        """Return the initialiser of the position-bias table."""
         return {"relative_position_bias_table": normal(0.02)}
 
     def operands(self, tokens: Tensor, plan: WindowPlan) -> tuple[Tensor, Tensor]:
-        """Return what `Attention` takes: qkv [slots, 3C] and the position bias [heads, L, L]."""
+        """Return the inputs of `Attention`: qkv [slots, 3C] and the position bias [heads, L, L], L = window²."""
         return self.qkv(tokens, plan.slots), self.position_bias(tokens.device)
 
     def qkv_bias(self) -> Tensor:
@@ -268,7 +283,7 @@ class WindowAttention(nn.Module):
         return self.qkv.bias
 
     def scaled(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale queries and keys […, heads, L, d] so that their product is the score."""
+        """Scale queries and keys […, heads, L, d] so that q kᵀ is the attention score before bias and mask."""
         return q * q.shape[-1] ** -0.5, k
 
     def position_bias(self, device: torch.device) -> Tensor:
@@ -278,9 +293,9 @@ class WindowAttention(nn.Module):
 
 
 class SlotLinear(nn.Linear):
-    """A linear layer on real tokens whose output is laid into window slots.
+    """A linear layer that runs on real tokens only and puts its outputs into window slots.
 
-    A pad is a zero token to Swin, so its output is the bias, known without computing it.
+    Swin pads with zero tokens, for which the layer's output is its bias: the slots of pads are filled with that.
     """
 
     def forward(self, tokens: Tensor, plan: Permutation) -> Tensor:  # type: ignore[override]  # [N, C] → [slots, 3C]
@@ -291,13 +306,13 @@ class SlotLinear(nn.Linear):
 class Attention(torch.autograd.Function):
     """softmax(QKᵀ/√d + bias + mask) V in every window: qkv [slots, 3C], bias [heads, L, L] → [slots, C].
 
-    Written out with its backward because autograd's keeps and copies more: what is kept is one packed copy of q, k, v
-    and the probabilities. Products run in qkv's precision, the softmax and the bias's gradient in fp32 or wider.
+    The backward is written by hand because autograd would save and copy more: this saves one packed copy of q, k and v,
+    the probabilities and the output. Products run in qkv's precision, softmax and the bias's gradient in fp32 or wider.
     """
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, bias: Tensor, masks: tuple[tuple[int, int, Tensor], ...]) -> Tensor:
-        """Return what every slot becomes, [slots, C]."""
+        """Return the attention output of every slot, [slots, C]."""
         ctx.bias_dtype = bias.dtype
         packed, probabilities = attend(qkv, bias, masks)
         attention = probabilities.to(qkv.dtype)
@@ -314,7 +329,7 @@ class Attention(torch.autograd.Function):
         q, k, v = packed
         windows, heads, length, depth = q.shape
         wide = torch.promote_types(grad.dtype, torch.float32)
-        # Σ_j P_ij dP_ij = dO_i·O_i: the softmax's inner sum from d numbers a token instead of L.
+        # The inner sum of the softmax's gradient is Σ_j P_ij dP_ij = dO_i·O_i: d terms per token instead of L.
         inner = (grad * mixed).view(windows, length, heads, depth).sum(-1, dtype=wide).transpose(1, 2).unsqueeze(-1)
         grad = grad.reshape(windows, length, heads, depth).transpose(1, 2).contiguous()
         grad_packed = torch.empty_like(packed)
@@ -330,12 +345,13 @@ class Attention(torch.autograd.Function):
 def attend(qkv: Tensor, bias: Tensor, masks: tuple[tuple[int, int, Tensor], ...]) -> tuple[Tensor, Tensor]:
     """Return packed q, k, v [3, windows, heads, L, d] and the attention probabilities [windows, heads, L, L].
 
-    A row of probabilities is one query's over its window's slots, in fp32 or wider.
+    A row of the probabilities is one query's distribution over the slots of its window, in fp32 or wider.
 
     Args:
         qkv: [slots, 3C].
         bias: [heads, L, L].
-        masks: (first window, end, [L, L] added to the scores) of each kind of shifted window.
+        masks: for each kind of shifted window (first, end, mask): mask [L, L] is added to the scores of windows
+            first … end − 1.
     """
     heads, length, _ = bias.shape
     packed = qkv.view(-1, length, 3, heads, qkv.shape[1] // (3 * heads)).permute(2, 0, 3, 1, 4).contiguous()
@@ -348,7 +364,7 @@ def attend(qkv: Tensor, bias: Tensor, masks: tuple[tuple[int, int, Tensor], ...]
 
 
 class PatchMerging(nn.Module):
-    """Four neighbouring tokens to one of twice the width; odd maps are padded with zeros."""
+    """Patch merging: 2×2 neighbouring tokens become one of twice the width; odd maps are padded with zeros."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -356,23 +372,26 @@ class PatchMerging(nn.Module):
         self.norm = nn.LayerNorm(4 * dim, eps=NORM_EPS)
 
     def forward(self, tokens: Tensor, plan: Permutation) -> Tensor:
-        """Map tokens [N, C] to [N', 2C]."""
+        """Map the tokens [N, C] of all crops to merged tokens [N', 2C]."""
         return self.reduce(window_partition(tokens, plan).view(-1, 4 * tokens.shape[1]))
 
     def reduce(self, quads: Tensor) -> Tensor:
-        """Map four neighbours in a row, […, 4C], to one token […, 2C]."""
+        """Map four neighbouring tokens, concatenated to […, 4C], to one merged token […, 2C]."""
         return self.reduction(self.norm(quads))
 
 
 def stage_window(size: int, window: int, stage: int) -> tuple[int, int]:
-    """Return side and shift of a stage's windows in a trunk that is built for crops of `size` pixels."""
+    """Return (side, shift) in tokens of the windows of a stage (from 0), for global crops of `size` pixels.
+
+    A map that is not larger than `window` is one window without a shift.
+    """
     resolution = size // PATCH // 2**stage
     return (resolution, 0) if resolution <= window else (window, window // 2)
 
 
 @contextmanager
 def _before_attention(trunk: Swin, record: Callable[..., None]) -> Iterator[None]:
-    """Call record(module, inputs) before every block's attention."""
+    """Within the context, call record(module, inputs) before the attention of every block."""
     modules = [cast(nn.Module, block.attn) for block in trunk.blocks]
     handles = [module.register_forward_pre_hook(record) for module in modules]
     try:

@@ -1,10 +1,10 @@
-"""A Swin's FLOPs and the activations that a backward needs, in closed form: arithmetic on the built trunk's sizes.
+"""Closed-form FLOPs of a Swin and activation bytes that its backward needs, from the sizes of a built trunk.
 
-The tests compare them with torch's FlopCounterMode and with what autograd keeps. models/descriptions.py says what the
-three ways of counting are; for Swin, "published" has qkv and proj on the zeros that pad a map to whole windows, and
-"executed" on real tokens only.
+The tests compare them with torch's FlopCounterMode and with what autograd saves. models/descriptions.py defines the
+three ways of counting FLOPs; for Swin, "published" counts qkv and proj also on the zeros that pad a map to whole
+windows, "executed" on real tokens only.
 
-Forward multiply-adds of a crop of S pixels, H = ⌈S/4⌉ tokens a side, padded to P = ⌈H/w⌉·w, widths C:
+Forward multiply-adds ("published") of a crop of S pixels, H = ⌈S/4⌉ tokens a side, padded to P = ⌈H/w⌉·w, widths C:
     H²·48C  +  Σ blocks (4P²C² + 2P²w²C + 8H²C²)  +  Σ merges 8H'²C²   with H' = ⌈H/2⌉ after the merge and C before it
 """
 
@@ -20,20 +20,20 @@ WIDE = 4  # bytes of a number in fp32
 
 
 class StageMap(NamedTuple):
-    """One stage on one crop."""
+    """The sizes of one stage's token map for one crop."""
 
     stage: int
     width: int  # C
     depth: int
     heads: int
     window: int
-    side: int  # H, tokens along the map
-    padded: int  # P, the same in whole windows
-    last: bool
+    side: int  # H, tokens along a side of the map
+    padded: int  # P, the side H rounded up to whole windows
+    last: bool  # whether this is the last stage
 
 
 class SwinFormulas:
-    """The costs of a Swin V1."""
+    """The FLOPs and activation memory of a Swin V1."""
 
     def __init__(self, trunk: "Swin") -> None:
         self.trunk = trunk
@@ -41,7 +41,7 @@ class SwinFormulas:
     # --- FLOPs -------------------------------------------------------------------------------------------------------
 
     def crop_cost(self, size: int, count: Count) -> CropCost:
-        """Return what one crop of `size` × `size` pixels costs."""
+        """Return the forward FLOPs of one crop of `size` × `size` pixels, and the grid of its region tokens."""
         maps = list(self._maps(size))
         embedding = maps[0].side ** 2 * self._patch_values() * maps[0].width
         macs = embedding
@@ -60,7 +60,10 @@ class SwinFormulas:
     # --- activations -------------------------------------------------------------------------------------------------
 
     def kept(self, sizes: Sequence[int], element: int) -> KeptActivations:
-        """Return what the forward of one crop of each of these sizes keeps, at `element` bytes a number."""
+        """Return the bytes that a forward of one crop of each of `sizes` saves for its backward.
+
+        `element` is the number of bytes of a value in the run's precision.
+        """
         blocks = [sum(column) for column in zip(*(self._kept_by_blocks(sizes, s, element) for s in sizes), strict=True)]
         inputs = [sum(column) for column in zip(*(self._block_inputs(s, element) for s in sizes), strict=True)]
         return KeptActivations(
@@ -71,14 +74,17 @@ class SwinFormulas:
         )
 
     def _kept_by_blocks(self, sizes: Sequence[int], size: int, element: int) -> list[int]:
-        """Return the bytes of every block, in order, on one crop of `size` pixels."""
+        """Return the bytes that each block saves, in order, for one crop of `size` pixels.
+
+        `sizes` are those of all crops in the batch: they decide which blocks must copy tokens into windows.
+        """
         found = []
         for m in self._maps(size):
             n, s, c = m.side**2, m.padded**2, m.width
             for i in range(m.depth):
-                attention = s * (4 * c + m.window**2 * m.heads) * element  # q, k, v, mixed and the probabilities
+                attention = s * (4 * c + m.window**2 * m.heads) * element  # q, k, v, the output and the probabilities
                 if not self._windows_are_views(sizes, m.stage, i):
-                    attention += n * c * element  # what proj reads is a copy
+                    attention += n * c * element  # proj reads a copy of the output
                 stats = 2 * 2 * n * WIDE  # mean and 1/σ of two norms
                 # inputs of two norms, qkv and fc1 (C each) and of GELU (4C)
                 own = attention + 8 * n * c * element + stats + self._kept_by_version(m, i, element)
@@ -86,7 +92,7 @@ class SwinFormulas:
         return found
 
     def _kept_by_version(self, m: StageMap, index: int, element: int) -> int:
-        """Return what a block of another version keeps beside V1's."""
+        """Return the bytes that a block of another Swin version saves on top of a V1 block's; 0 for V1 itself."""
         return 0
 
     def _block_inputs(self, size: int, element: int) -> list[int]:
@@ -97,12 +103,12 @@ class SwinFormulas:
         ]
 
     def _keep_factors(self, m: StageMap, index: int, element: int) -> int:
-        """Return the bytes of the two branches' drop factors; a block that never drops has none."""
+        """Return the bytes of the drop factors of a block's two branches for one crop; 0 if its drop rate is 0."""
         rate = self.trunk.drop_rates[sum(self.trunk.depths[: m.stage]) + index]
         return 2 * m.side**2 * element if rate else 0
 
     def _kept_outside_blocks(self, size: int, element: int) -> int:
-        """Return the bytes of patch embedding, patch merging and final norm, on one crop."""
+        """Return the bytes that patch embedding, patch merging and the final norm save for one crop."""
         maps = list(self._maps(size))
         first, last = maps[0], maps[-1]
         kept = first.side**2 * ((self._patch_values() + first.width) * element + 2 * WIDE)
@@ -111,11 +117,11 @@ class SwinFormulas:
         return kept + last.side**2 * (last.width * element + 2 * WIDE)
 
     def _kept_by_merging(self, width: int) -> int:
-        """Return the numbers a merged token keeps: inputs of the norm and of the reduction, 4C each."""
+        """Return the number of values saved per merged token: the inputs of the norm and the reduction, 4C each."""
         return 8 * width
 
     def _kept_by_position_bias(self, element: int) -> list[int]:
-        """Return the bytes of every block's position-bias network; V1's bias is a gather of its parameter."""
+        """Return the bytes saved for each block's position bias: none in V1, which looks it up in a parameter."""
         return [0] * sum(self.trunk.depths)
 
     # --- sizes -------------------------------------------------------------------------------------------------------
@@ -124,7 +130,7 @@ class SwinFormulas:
         return self.trunk.in_chans * self.trunk.reductions[0] ** 2
 
     def _maps(self, size: int) -> Iterator[StageMap]:
-        """Yield the stages that a crop of `size` pixels goes through."""
+        """Yield the sizes of each stage's map for a crop of `size` pixels."""
         trunk = self.trunk
         side, last = -(-size // trunk.reductions[0]), len(trunk.depths) - 1
         for s, stage in enumerate(trunk.stages):
@@ -133,35 +139,38 @@ class SwinFormulas:
             side = _half(side)
 
     def _windows_are_views(self, sizes: Sequence[int], stage: int, index: int) -> bool:
-        """Return whether tokens already lie in the order of a block's windows: no shift, and no crop needs padding."""
+        """Return whether a block's windows need no copy of the tokens: no shift, and no crop's map needs padding."""
         maps = [list(self._maps(size))[stage] for size in set(sizes)]
         return not self.trunk.stages[stage].shifts[index] and all(m.side == m.padded for m in maps)
 
 
 class SwinV2Formulas(SwinFormulas):
-    """The costs of a Swin V2: cosine attention, norms after the branches, networks for the position biases."""
+    """The FLOPs and activation memory of a Swin V2, which differs in attention, norms and position-bias networks."""
 
     def _flops_per_forward(self) -> int:
-        """Return the FLOPs of the position-bias networks, which run once a forward, however many crops it has."""
+        """Return the FLOPs of the position-bias networks, which run once per forward whatever the number of crops."""
         maps = self._maps(self.trunk.reductions[0])
         return 2 * sum(m.depth * (2 * m.window - 1) ** 2 * self._bias_hidden() * (2 + m.heads) for m in maps)
 
     def _kept_by_version(self, m: StageMap, index: int, element: int) -> int:
-        """Return what a block keeps beside V1's: unit queries and keys with v, their lengths, an extra norm."""
+        """Return the bytes that a block saves on top of a V1 block's.
+
+        They are the rescaled queries and keys with v, the inverse lengths of queries and keys, and an extra norm.
+        """
         kept = m.padded**2 * (3 * m.width * element + 2 * m.heads * WIDE)
         if self.trunk.stages[m.stage].blocks[index].extra_norm is not None:
             kept += m.side**2 * m.width * element + 2 * m.side**2 * WIDE
         return kept
 
     def _kept_by_merging(self, width: int) -> int:
-        """Return the numbers a merged token keeps: inputs of the reduction, 4C, and of the norm, 2C."""
+        """Return how many values are saved per merged token: the inputs of the reduction, 4C, and of the norm, 2C."""
         return 6 * width
 
     def _kept_by_position_bias(self, element: int) -> list[int]:
-        """Return the bytes of every block's position-bias network."""
+        """Return the bytes that each block's position-bias network saves."""
         found, hidden = [], self._bias_hidden()
         for m in self._maps(self.trunk.reductions[0]):
-            weights = 0 if element == WIDE else hidden * m.heads  # a wide copy
+            weights = 0 if element == WIDE else hidden * m.heads  # an fp32 copy of its last layer's
             rows = (2 * m.window - 1) ** 2
             found += [rows * (2 + hidden + m.heads) * WIDE + weights * WIDE] * m.depth
         return found

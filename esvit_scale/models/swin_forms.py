@@ -1,7 +1,9 @@
-"""A Swin for other libraries and for readers: its forms for timm and transformers, its model card.
+"""Descriptions of a Swin: as a timm network and as a transformers model for exports, and for its model card.
 
-Both libraries shift windows before they pad where EsViT pads before it shifts, so features are the same at the size of
-the global crops, where no window is padded, and not elsewhere.
+Both libraries shift windows before padding the map, EsViT pads first. Features therefore agree only at image sizes at
+which no window is padded; an export is made for one such size.
+
+Parameter names:
 
 | ours | timm | transformers |
 |---|---|---|
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 Sizes = tuple[int, tuple[int, ...]]  # (embed_dim, depths)
 
-# The networks that timm has registered; others are spelled out by arguments of the smallest.
+# timm's registered networks by size; any other size is exported as the smallest with explicit constructor arguments.
 TIMM_V1: dict[Sizes, str] = {
     (96, (2, 2, 6, 2)): "swin_tiny_patch4_window7_224",
     (96, (2, 2, 18, 2)): "swin_small_patch4_window7_224",
@@ -51,12 +53,12 @@ _HUGGING_FACE = [
     (r"\.attn\.", ".attention.self."),
 ]
 
-# Of V1: the patch embedding, which its norm reads, and what writes into the stream that all other norms read.
+# The layers of a V1 whose outputs go into layer norms: the patch embedding, and all that write to the residual stream.
 _INTO_NORMS = ("patch_embed.", ".attn.proj.", ".mlp.fc2.", ".downsample.reduction.")
 
 
 def card(trunk: "Swin", family: str) -> TrunkCard:
-    """Return what a model card says about a Swin of a family ("Swin", "Swin V2")."""
+    """Return what a model card says about a Swin; `family` is "Swin" or "Swin V2"."""
     depths = "-".join(map(str, trunk.depths))
     sizes = f"width {trunk.embed_dim}, depths {depths}, window {trunk.window}"
     return TrunkCard(
@@ -70,13 +72,21 @@ def card(trunk: "Swin", family: str) -> TrunkCard:
 
 
 def timm_v1(trunk: "Swin", size: int) -> TimmForm:
-    """Return a V1's form for timm, whose default eps of norms is another; raise UserError where it pads otherwise."""
+    """Describe a Swin V1 as a timm network with norms of eps 1e-6, which is not timm's default.
+
+    Raises:
+        UserError: at `size` pixels a window needs padding, which timm does differently.
+    """
     form = _timm(trunk, size, TIMM_V1)
     return form._replace(norm_eps="1e-6", note="EsViT's norms have eps 1e-6, timm's default is 1e-5.")
 
 
 def timm_v2(trunk: "SwinV2", size: int) -> TimmForm:
-    """Return a V2's form for timm; raise UserError where it has no extra norms, or pads otherwise."""
+    """Describe a Swin V2 as a timm network.
+
+    Raises:
+        UserError: the trunk has extra norms, which timm lacks, or a window needs padding, which timm does differently.
+    """
     _refuse_extra_norms(trunk, "timm")
     return _timm(trunk, size, TIMM_V2)
 
@@ -107,7 +117,7 @@ def _timm(trunk: "Swin", size: int, registered: dict[Sizes, str]) -> TimmForm:
 
 
 def _timm_tensors(trunk: Tensors) -> Tensors:
-    """Move the merging that ends a stage to the beginning of the next, where timm has it."""
+    """Rename patch-merging tensors from the end of a stage to the start of the next stage, where timm has them."""
     move = lambda match: f"layers.{int(match[1]) + 1}.downsample."  # noqa: E731
     return {re.sub(r"^layers\.(\d+)\.downsample\.", move, name): tensor for name, tensor in trunk.items()}
 
@@ -116,13 +126,14 @@ def _timm_tensors(trunk: Tensors) -> Tensors:
 
 
 def huggingface_v1(trunk: "Swin", size: int) -> HuggingFaceForm:
-    """Return a V1's form for transformers, under the names of the published checkpoints, which every version reads.
+    """Describe a Swin V1 as a transformers model, with the published checkpoints' names, which all versions can load.
 
-    transformers' Swin has a fixed eps of 1e-5 in some norms where EsViT has 1e-6. A norm of √10·x with eps 1e-5 is that of
-    x with 1e-6: so its config says 1e-5 for all, and whatever writes what they read (`_INTO_NORMS`) is scaled by √10.
+    Some norms of transformers' Swin have a fixed eps of 1e-5, EsViT's have 1e-6. The norm of √10·x with eps 1e-5 equals
+    that of x with eps 1e-6, so the config sets 1e-5 for all norms, and the weights of all layers whose outputs go into
+    a norm (`_INTO_NORMS`) are stored √10 times as large.
 
     Raises:
-        UserError: windows that transformers pads otherwise, or a map that is smaller than the window.
+        UserError: a window needs padding, which transformers does differently, or a map is smaller than the window.
     """
     _refuse_padded_windows(trunk, size, "huggingface")
     for s, stage in enumerate(trunk.stages):
@@ -139,7 +150,12 @@ def huggingface_v1(trunk: "Swin", size: int) -> HuggingFaceForm:
 
 
 def huggingface_v2(trunk: "SwinV2", size: int) -> HuggingFaceForm:
-    """Return a V2's form for transformers; raise UserError where it has no extra norms, or pads otherwise."""
+    """Describe a Swin V2 as a transformers model.
+
+    Raises:
+        UserError: the trunk has extra norms, which transformers lacks, or a window needs padding, which it does
+            differently.
+    """
     _refuse_extra_norms(trunk, "huggingface")
     _refuse_padded_windows(trunk, size, "huggingface")
     return _huggingface(trunk, size, "swinv2", "Swinv2Model")
@@ -168,8 +184,10 @@ def _huggingface(trunk: "Swin", size: int, model_type: str, architecture: str) -
 
 
 def _huggingface_names(name: str) -> list[str]:
-    """Return transformers' name of a tensor; three for qkv, which it keeps apart. V2's query and value biases become its
-    layers' own."""
+    """Return the names that transformers has for one of the trunk's tensors: one name, or three for a qkv tensor.
+
+    transformers has separate query, key and value layers. V2's q_bias and v_bias become the biases of two of them.
+    """
     for pattern, replacement in _HUGGING_FACE:
         name = re.sub(pattern, replacement, name)
     before, qkv, kind = name.partition(".self.qkv.")
@@ -180,7 +198,7 @@ def _huggingface_names(name: str) -> list[str]:
     return [name]
 
 
-# --- what neither does -----------------------------------------------------------------------------------------------
+# --- what neither library supports -----------------------------------------------------------------------------------
 
 
 def _refuse_extra_norms(trunk: "SwinV2", library: str) -> None:

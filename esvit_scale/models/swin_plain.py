@@ -1,7 +1,8 @@
-"""Swin for exporters: images of one size, the batch a dimension of its own, every index a constant.
+"""A Swin for exporters: images of one size, a separate batch dimension, and all index tables constant.
 
-The packed Swin's index plans depend on the batch, so its graph would hold for one batch size alone. These are the same
-modules with the same weights, and the same numbers; only where a token lies is written per image. It trains nothing.
+The index tables of the packed Swin depend on the batch, so an exported graph would be valid for one batch size only.
+The classes here use the packed trunk's modules and weights and give the same results, but index tokens within one
+image. They are for inference only.
 """
 
 from typing import TYPE_CHECKING
@@ -63,7 +64,7 @@ class _PlainStage(nn.Module):
 class _PlainBlock(nn.Module):
     cells: Tensor  # int64 [windows · L]: the token of each slot, T for a pad
     place: Tensor  # int64 [T]: the slot of each token
-    mask: Tensor  # [windows, 1, L, L]
+    mask: Tensor  # [windows, 1, L, L], added to the scores
     bias: Tensor  # [heads, L, L]
     block: "Block"
 
@@ -78,7 +79,7 @@ class _PlainBlock(nn.Module):
         self.register_buffer("cells", torch.from_numpy(np.where(flat >= 0, flat, self.tokens)), persistent=False)
         self.register_buffer("place", torch.from_numpy(place), persistent=False)
         self.register_buffer("mask", torch.from_numpy(apart)[:, None].float() * MASKED, persistent=False)
-        with torch.no_grad():  # a function of the weights alone
+        with torch.no_grad():  # constant, because it depends on the weights alone
             self.register_buffer("bias", block.attn.position_bias(self.cells.device).clone(), persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:  # [B, T, C]
@@ -86,7 +87,7 @@ class _PlainBlock(nn.Module):
 
     def _attention(self, tokens: Tensor) -> Tensor:
         attn = self.block.attn
-        # A pad is a zero token: [B, T + 1, 3C].
+        # One zero token is appended, which all pads index: [B, T + 1, 3C].
         qkv = F.linear(F.pad(tokens, (0, 0, 0, 1)), attn.qkv.weight, attn.qkv_bias())
         heads, depth = len(self.bias), tokens.shape[-1] // len(self.bias)
         slots = qkv.index_select(1, self.cells).unflatten(1, (-1, self.length)).unflatten(3, (3, heads, depth))
@@ -98,7 +99,7 @@ class _PlainBlock(nn.Module):
 
 
 class _PlainMerging(nn.Module):
-    cells: Tensor  # int64 [4 T']: the tokens of each new one, T for a pad
+    cells: Tensor  # int64 [4 T']: the four tokens of each merged token, T for a pad
     merging: "PatchMerging"
 
     def __init__(self, merging: "PatchMerging", side: int) -> None:

@@ -1,9 +1,9 @@
-"""Swin V2 in the packed trunk: its blocks, its patch merging and its attention; everything else is models/swin.py.
+"""Swin V2 on packed batches: its blocks, patch merging and attention; everything else is inherited from models/swin.py.
 
-Swin Transformer V2 (Liu et al. 2022, https://arxiv.org/abs/2111.09883), with the details of its published code: norms
-come after a branch, on its way into the main one; attention is by cosine with a learned temperature per head; the
-position bias is a small network over log-spaced distances, so its size does not depend on the window. Windows, shifts
-and padding are V1's as EsViT runs it.
+Swin Transformer V2 (Liu et al. 2022, https://arxiv.org/abs/2111.09883), with the details of its published code: each
+residual branch ends with its norm, before it is added; attention scores are cosines with a learned temperature per
+head; the position bias is computed by a small network from log-spaced distances, so its parameters do not depend on
+the window. Windows, shifts and padding are those of V1 as EsViT runs it.
 
 Parameter names are those of the published code.
 """
@@ -33,10 +33,10 @@ from esvit_scale.models.windows import (
 )
 
 NORM_EPS = 1e-5
-BIAS_HIDDEN = 512  # width of the position bias's network
+BIAS_HIDDEN = 512  # hidden width of the position-bias network
 BIAS_MAX = 16.0  # the position bias is in 0 … 16
 LOGIT_SCALE_MAX = math.log(100.0)  # the temperature is at least 0.01
-EXTRA_NORM_STAGE = 2  # the third
+EXTRA_NORM_STAGE = 2  # index of the third stage
 SHORTEST = 1e-12  # queries and keys below this length count as zero
 
 
@@ -44,9 +44,9 @@ class SwinV2(Swin):
     """A Swin V2 trunk.
 
     Args:
-        extra_norm_every: the largest sizes (H and G of the paper) norm the main branch after every so many blocks of
-            the third stage; None: never.
-        Others as `Swin`.
+        extra_norm_every: norm the residual stream once more after every so many blocks of the third stage, as the
+            paper's sizes H and G do; None: never.
+        embed_dim, depths, heads, window, size, drop_path: as in `Swin`.
     """
 
     norm_eps = NORM_EPS
@@ -61,22 +61,22 @@ class SwinV2(Swin):
         drop_path: float = 0.0,
         extra_norm_every: int | None = None,
     ) -> None:
-        self.extra_norm_every = extra_norm_every  # read by make_block, which the base class calls
+        self.extra_norm_every = extra_norm_every  # make_block, which the base constructor calls, reads it
         super().__init__(embed_dim, depths, heads, window, size, drop_path)
 
     def make_block(self, stage: int, index: int, dim: int, heads: int, window: int) -> "BlockV2":
-        """Return block `index` of a stage, of width `dim`."""
+        """Return the new block `index` of a stage (both from 0), of width `dim`."""
         every = self.extra_norm_every
         return BlockV2(
             dim, heads, window, stage == EXTRA_NORM_STAGE and every is not None and index % every == every - 1
         )
 
     def make_merging(self, dim: int) -> "PatchMergingV2":
-        """Return the patch merging after a stage of width `dim`."""
+        """Return the new patch merging that follows a stage of width `dim`."""
         return PatchMergingV2(dim)
 
     def formulas(self) -> TrunkFormulas:
-        """Return the costs in closed form."""
+        """Return the formulas for the trunk's FLOPs and activation memory."""
         return SwinV2Formulas(self)
 
     def card(self) -> TrunkCard:
@@ -84,16 +84,20 @@ class SwinV2(Swin):
         return swin_forms.card(self, "Swin V2")
 
     def timm_form(self, size: int) -> TimmForm:
-        """Return what the trunk is to timm; raise UserError where timm has no extra norms or pads windows otherwise."""
+        """Describe the trunk as a timm network.
+
+        Raises:
+            UserError: the trunk has extra norms, or a window needs padding at `size` pixels; timm differs in both.
+        """
         return swin_forms.timm_v2(self, size)
 
     def huggingface_form(self, size: int) -> HuggingFaceForm:
-        """Return what the trunk is to transformers; raise UserError as `timm_form`."""
+        """Describe the trunk as a transformers model; raises UserError in the same cases as `timm_form`."""
         return swin_forms.huggingface_v2(self, size)
 
 
 class BlockV2(nn.Module):
-    """Window attention and MLP, each normed after it and before it is added."""
+    """A Swin V2 block: window attention, then an MLP, each normed before it is added to the residual stream."""
 
     def __init__(self, dim: int, heads: int, window: int, extra_norm: bool) -> None:
         super().__init__()
@@ -104,20 +108,20 @@ class BlockV2(nn.Module):
         self.extra_norm = nn.LayerNorm(dim, eps=NORM_EPS) if extra_norm else None
 
     def forward(self, tokens: Tensor, plan: WindowPlan, keep_attn: Tensor | None, keep_mlp: Tensor | None) -> Tensor:
-        """Map tokens [N, C] to [N, C]; keep_* [N, 1] scales a branch (0: dropped), None keeps it."""
+        """Map tokens [N, C] to [N, C]; keep_attn and keep_mlp [N, 1] scale the two branches (0: dropped, None: 1)."""
         return self.with_attention(tokens, lambda x: self.attn(x, plan), keep_attn, keep_mlp)
 
     def with_attention(
         self, tokens: Tensor, attention: Attend, keep_attn: Tensor | None, keep_mlp: Tensor | None
     ) -> Tensor:
-        """Compute the block with another function in the place of its window attention."""
+        """Compute the block with the function `attention` in place of the block's own window attention."""
         tokens = add_branch(tokens, self.norm1(attention(tokens)), keep_attn)
         tokens = add_branch(tokens, self.norm2(self.mlp(tokens)), keep_mlp)
         return tokens if self.extra_norm is None else self.extra_norm(tokens)
 
 
 class BranchNorm(LayerNorm):
-    """The norm at the end of a branch; its gain starts at 0, so that a block starts as the identity."""
+    """The layer norm that ends a residual branch; its gain starts at 0, so that a block starts as the identity."""
 
     def initial_values(self) -> dict[str, Initializer]:
         """Return the initialisers of gain and bias."""
@@ -125,9 +129,9 @@ class BranchNorm(LayerNorm):
 
 
 class WindowAttentionV2(nn.Module):
-    """softmax(τ⁻¹ cos(q, k) + position bias + mask) V within windows; qkv and proj run on real tokens only.
+    """Cosine window attention, softmax(cos(q, k)/τ + position bias + mask) V; qkv and proj run on real tokens only.
 
-    Keys have no bias (softmax would not see most of it).
+    Keys have no bias, as in the published code.
     """
 
     def __init__(self, dim: int, heads: int, window: int) -> None:
@@ -151,7 +155,10 @@ class WindowAttentionV2(nn.Module):
         return {"logit_scale": constant(math.log(10.0)), "q_bias": constant(0.0), "v_bias": constant(0.0)}
 
     def operands(self, tokens: Tensor, plan: WindowPlan) -> tuple[Tensor, Tensor]:
-        """Return what `Attention` takes: qkv [slots, 3C], queries and keys scaled, and the position bias [heads, L, L]."""
+        """Return the inputs of `Attention`: qkv [slots, 3C], with scaled queries and keys, and the position bias.
+
+        The position bias is [heads, L, L] with L = window².
+        """
         qkv = self.qkv(tokens, plan.slots, self.qkv_bias())
         return UnitQueriesKeys.apply(qkv, self.scale()), self.position_bias(tokens.device)
 
@@ -160,7 +167,7 @@ class WindowAttentionV2(nn.Module):
         return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
 
     def scaled(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale queries and keys […, heads, L, d] so that their product is the score."""
+        """Scale queries and keys […, heads, L, d] so that q kᵀ is the attention score before bias and mask."""
         return F.normalize(q, dim=-1) * self.scale().view(-1, 1, 1), F.normalize(k, dim=-1)
 
     def scale(self) -> Tensor:
@@ -177,7 +184,10 @@ class WindowAttentionV2(nn.Module):
 
 
 class WideLinear(nn.Linear):
-    """A linear layer in fp32 or wider whatever the parameters' precision: its rows are few and its outputs scores."""
+    """A linear layer that computes in fp32 or wider whatever the precision of its parameters.
+
+    It is for the position bias, which is added to attention scores and has few rows.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x […, C] to […, C'] in fp32 or wider."""
@@ -186,8 +196,10 @@ class WideLinear(nn.Linear):
 
 
 class SlotProjection(nn.Linear):
-    """The projection to queries, keys and values, laid into window slots; a pad is a zero token, so its qkv is the
-    bias."""
+    """A projection of real tokens to queries, keys and values in window slots.
+
+    Swin pads with zero tokens, whose queries, keys and values are the bias: the slots of pads are filled with that.
+    """
 
     def forward(self, tokens: Tensor, plan: Permutation, bias: Tensor) -> Tensor:  # type: ignore[override]
         """Map tokens [N, C] to window slots [slots, 3C]."""
@@ -195,11 +207,11 @@ class SlotProjection(nn.Linear):
 
 
 class UnitQueriesKeys(torch.autograd.Function):
-    """The map of qkv [slots, 3C] to the same with every head's key at unit length and its query at length scale·√d.
+    """A rescaling of qkv [slots, 3C]: every head's keys to unit length, its queries to length scale·√d.
 
-    `Attention`, which divides by √d, then computes scale·cos(q, k). Lengths are computed in fp32 or wider. Written
-    out with its backward because autograd's keeps four wide copies of queries and keys. A query or key of length zero
-    (a pad's, before there is a bias) stays zero and has gradient zero.
+    `Attention`, which divides by √d, then computes scale·cos(q, k). Lengths are computed in fp32 or wider. The backward
+    is written by hand because autograd would save four fp32 copies of queries and keys. A query or key of length zero
+    (that of a pad while the bias is zero) stays zero and has gradient zero.
     """
 
     @staticmethod
@@ -233,7 +245,10 @@ class UnitQueriesKeys(torch.autograd.Function):
 
 
 def _factors(like: Tensor, scale: Tensor, depth: int) -> Tensor:
-    """Multiply `like` [·, 1 or 2, heads, 1] by the lengths of queries (scale·√d) and keys (1): [·, 2, heads, 1]."""
+    """Multiply `like` [·, 1 or 2, heads, 1] by the target lengths of queries (scale·√d) and keys (1), with d = `depth`.
+
+    The result is [·, 2, heads, 1].
+    """
     lengths = torch.stack([scale * depth**0.5, torch.ones_like(scale)]).unsqueeze(-1)  # [2, heads, 1]
     return like * lengths
 
@@ -244,9 +259,9 @@ def _wide(x: Tensor) -> torch.dtype:
 
 @lru_cache(maxsize=64)
 def relative_distances(window: int, device: torch.device) -> Tensor:
-    """Return (dy, dx) of each row of the bias table, float64 [(2w−1)², 2].
+    """Return the log-spaced distance (dy, dx) of each row of the bias table, float64 [(2w−1)², 2] with w = `window`.
 
-    Distances are scaled to −8 … 8 over the window and log-spaced to about ±1.
+    Distances are first scaled to −8 … 8 over the window; the logarithm maps them to about ±1.
     """
     steps = torch.arange(-(window - 1), window, dtype=torch.float64) * (8 / max(window - 1, 1))
     spaced = steps.sign() * torch.log2(steps.abs() + 1) / math.log2(8)
@@ -255,7 +270,7 @@ def relative_distances(window: int, device: torch.device) -> Tensor:
 
 
 class PatchMergingV2(nn.Module):
-    """Four neighbouring tokens to one of twice the width, then the norm."""
+    """Patch merging: 2×2 neighbouring tokens become one of twice the width, which is then normed."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -263,9 +278,9 @@ class PatchMergingV2(nn.Module):
         self.norm = nn.LayerNorm(2 * dim, eps=NORM_EPS)
 
     def forward(self, tokens: Tensor, plan: Permutation) -> Tensor:
-        """Map tokens [N, C] to [N', 2C]."""
+        """Map the tokens [N, C] of all crops to merged tokens [N', 2C]."""
         return self.reduce(window_partition(tokens, plan).view(-1, 4 * tokens.shape[1]))
 
     def reduce(self, quads: Tensor) -> Tensor:
-        """Map four neighbours in a row, […, 4C], to one token […, 2C]."""
+        """Map four neighbouring tokens, concatenated to […, 4C], to one merged token […, 2C]."""
         return self.norm(self.reduction(quads))

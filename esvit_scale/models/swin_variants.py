@@ -1,4 +1,4 @@
-"""The named Swins: their sizes, and how the run config makes one."""
+"""The named Swin variants: their sizes, and the function that builds one from the run config."""
 
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError, nearest
@@ -22,10 +22,11 @@ SHAPES = {
 
 
 def swin_shape(config: Config) -> Shape:
-    """Return the shape of the config's Swin: the named one with what the config overrides.
+    """Return the shape of the Swin that `config.model.trunk` names, with the overrides of `config.model`.
 
     Raises:
-        UserError: another trunk, overrides that do not fit together, or crops that leave nothing for the last stage.
+        UserError: the trunk is no Swin, its overrides do not fit together, or the global crops are too small to leave
+            a token in the last stage.
     """
     name = config.model.trunk
     if name not in SHAPES:
@@ -41,7 +42,7 @@ def swin_shape(config: Config) -> Shape:
 
 
 def build(config: Config) -> Swin:
-    """Return the config's Swin; raise UserError as `swin_shape`."""
+    """Build the Swin (V1 or V2) that the config describes; raises UserError in the same cases as `swin_shape`."""
     shape = swin_shape(config)
     size, window, drop_path = config.data.global_crops.size, config.model.window, config.model.drop_path
     common = (shape.embed_dim, shape.depths, shape.heads, window, size, drop_path)

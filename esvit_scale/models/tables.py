@@ -1,4 +1,4 @@
-"""Constant tables (indices, masks), made on the host once for a layout and a device, and kept."""
+"""A cache for constant tensors (index tables, masks), which are made on the host once per layout and device."""
 
 from collections.abc import Callable
 from functools import lru_cache, wraps
@@ -11,10 +11,10 @@ T = TypeVar("T")
 
 
 def kept(function: Callable[P, T]) -> Callable[P, T]:
-    """Return the function with its results cached, for arguments that can be hashed.
+    """Decorate a function so that its results are cached by its arguments, which must be hashable.
 
-    They are not cached while a graph is being traced (torch.export, torch.compile): what is made then has no values. And
-    they are never inference tensors, which could not be saved for a later backward.
+    Nothing is cached while a graph is traced (torch.export, torch.compile), because tensors made then have no values.
+    Cached tensors are never inference tensors, which autograd could not save for a later backward.
     """
     stored = lru_cache(maxsize=256)(function)
 

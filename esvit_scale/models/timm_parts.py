@@ -1,10 +1,10 @@
-"""What replaces parts of timm's networks, in place.
+"""Replacements for parts of timm's networks, put in place after a network is built.
 
-- Stochastic depth draws from the crops' keys (models/drop_path.py); dropout is left out.
-- Batch norms are synchronised, their statistics in fp32, moved once a batch (models/batch_norm.py).
+- Stochastic depth is decided by each crop's key (models/drop_path.py); dropout is switched off.
+- Batch norms are synchronised over all ranks; their fp32 running statistics move once per call (models/batch_norm.py).
 - Layer norms sum their parameters' gradients in fp32 (models/layer_norm.py).
-- Blocks are called through `run_block`, with the drop factors of their forward bound to them, so that a recomputation
-  drops what the forward dropped.
+- Blocks are called through `Trunk.run_block` together with their forward's drop factors, so that a recomputation under
+  activation checkpointing drops the same branches as the forward.
 """
 
 from functools import cache
@@ -18,16 +18,16 @@ from esvit_scale.models.trunk import Trunk
 
 
 class State:
-    """What the parts of one network share in a forward."""
+    """The state that all replaced parts of one network share during a forward."""
 
     def __init__(self, trunk: Trunk) -> None:
         self.trunk = trunk
-        self.scales: Tensor | None = None  # [paths, crops of the resolution that runs]: stochastic depth
-        self.outputs: list[Any] | None = None  # of the blocks, in order, where they are wanted
+        self.scales: Tensor | None = None  # drop factors [branches, B] of the current crops; None: drop nothing
+        self.outputs: list[Any] | None = None  # each block's output is appended, unless this is None
 
 
 class BlockCall(NamedTuple):
-    """What a block is called with beside its tensor."""
+    """The arguments of a block's call after its input tensor, with the drop factors for that call."""
 
     scales: Tensor | None
     arguments: tuple[Any, ...]
@@ -35,12 +35,12 @@ class BlockCall(NamedTuple):
 
 
 class Unit(nn.Module):
-    """A block of timm's that is called through `run_block`, its first argument the tensor to keep."""
+    """A mix-in for timm blocks that routes their calls through `Trunk.run_block`; the first argument is the input."""
 
     _state: State
 
     def __call__(self, x: Tensor, *arguments: Any, **named: Any) -> Any:
-        """Run the block through the trunk's `run_block`, and keep its output where outputs are wanted."""
+        """Run the block through the trunk's `run_block`, and append its output to `State.outputs` if that is a list."""
         state = self._state
         out = state.trunk.run_block(super().__call__, x, BlockCall(state.scales, arguments, named))
         if state.outputs is not None:
@@ -48,13 +48,13 @@ class Unit(nn.Module):
         return out
 
     def forward(self, x: Tensor, plan: BlockCall) -> Any:
-        """Run the block with the drop factors of its forward, which a recomputation finds in the plan."""
-        self._state.scales = plan.scales  # at a recomputation, another resolution was the last to run
+        """Run the block with the drop factors in `plan`, which a recomputation gets unchanged from the forward."""
+        self._state.scales = plan.scales  # in a recomputation these are still those of the resolution that ran last
         return super().forward(x, *plan.arguments, **plan.named)  # type: ignore[misc]
 
 
 def make_unit(block: nn.Module, state: State) -> None:
-    """Make a block a Unit in place: its class becomes a subclass of Unit and of its own class."""
+    """Turn a block into a Unit in place: its new class derives from Unit and from the block's original class."""
     block.__dict__["_state"] = state
     block.__class__ = _kind(type(block))  # type: ignore[arg-type]
 
@@ -65,7 +65,7 @@ def _kind(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 class KeyedDropPath(nn.Module):
-    """Stochastic depth by the crops' keys, in the place of timm's."""
+    """A drop-in replacement for timm's DropPath whose drops are decided by each crop's key (models/drop_path.py)."""
 
     _state: State
 
@@ -75,7 +75,7 @@ class KeyedDropPath(nn.Module):
         self.__dict__["_state"] = state
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scale x [B, …] by the factors of the crops that run."""
+        """Scale x [B, …] by the drop factor of each of its B crops: 0 drops the branch."""
         scales = self._state.scales
         if scales is None:
             return x
@@ -85,7 +85,7 @@ class KeyedDropPath(nn.Module):
 
 
 class ActivatedBatchNorm(BatchNorm):
-    """A batch norm with the activation that timm's has in it."""
+    """A drop-in replacement for torch's and timm's batch norms; timm's may include an activation after the norm."""
 
     def __init__(self, theirs: nn.Module) -> None:
         super().__init__(theirs.num_features, theirs.eps, theirs.momentum or 0.1, theirs.affine)  # type: ignore[arg-type]
@@ -97,19 +97,22 @@ class ActivatedBatchNorm(BatchNorm):
 
 
 class LayerNorm2d(LayerNorm):
-    """A layer norm over the channels of a map, in the place of timm's."""
+    """A drop-in replacement for timm's LayerNorm2d, which normalises the channels of maps [B, C, H, W]."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the channels of x [B, C, H, W]."""
         return layer_norm(x.permute(0, 2, 3, 1), self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
 
 
-LAYER_NORMS = {"LayerNorm": LayerNorm, "LayerNorm2d": LayerNorm2d}  # torch's and timm's, by their class names
+LAYER_NORMS = {"LayerNorm": LayerNorm, "LayerNorm2d": LayerNorm2d}  # our versions of torch's and timm's, by class name
 
 
 def replace(module: nn.Module, state: State, rates: list[float]) -> None:
-    """Replace a network's parts in place, before any value is set; append the rate of every stochastic depth to
-    `rates`."""
+    """Replace stochastic depth, batch norms and layer norms within a module, in place, and switch dropout off.
+
+    The drop rate of each stochastic depth is appended to `rates`. Call this before parameters are initialised or
+    loaded, because batch norms are made anew.
+    """
     for name, child in module.named_children():
         if type(child).__name__ == "DropPath":
             setattr(module, name, KeyedDropPath(len(rates), state))
