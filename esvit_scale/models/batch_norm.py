@@ -76,7 +76,7 @@ class BatchNorm(nn.Module):
         return ((wide - mean.view(shape)) * scale.view(shape)).to(x.dtype)
 
     def _batch_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean and the biased variance [C] over all ranks, and update the running statistics if they are due.
+        """Return mean and biased variance [C] over all ranks; update the running statistics unless this recomputes.
 
         The variance is computed from centred values in a second pass, because E[x²] − E[x]² loses precision in fp32.
         """

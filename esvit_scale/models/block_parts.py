@@ -50,5 +50,5 @@ class _GeluLinear(torch.autograd.Function):
 
 
 def add_branch(tokens: Tensor, branch: Tensor, keep: Tensor | None) -> Tensor:
-    """Return tokens + keep · branch, both [N, C]; `keep` [N, 1] is the stochastic-depth factor (0: dropped), None is 1."""
+    """Return tokens + keep · branch, both [N, C]; `keep` [N, 1] is the drop-path factor (0: dropped), None is 1."""
     return tokens + branch if keep is None else torch.addcmul(tokens, branch, keep)

@@ -132,11 +132,11 @@ class Embedding(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
 
     def initial_values(self) -> dict[str, Initializer]:
-        """Return the initialisers of the module's own parameters, by name (models/initialize.py)."""
+        """Return the initialisers of the convolution's parameters, by name (models/initialize.py)."""
         return {"proj.weight": normal(0.02), "proj.bias": constant(0.0)}
 
     def forward(self, maps: list[Tensor]) -> tuple[Tensor, list[Grid]]:
-        """Map one tensor per resolution group, [N_g, channels, H, W], to the tokens [N, C] of all groups and their grids."""
+        """Map maps [N_g, channels, H, W], one tensor per resolution, to tokens [N, C] of all crops and their grids."""
         out = [self.proj(x.to(self.proj.weight.dtype)) for x in maps]
         return self.norm(torch.cat([_as_rows(x) for x in out])), [(x.shape[0], x.shape[2], x.shape[3]) for x in out]
 
@@ -151,7 +151,7 @@ class Block(nn.ModuleList):
         super().__init__([PreNorm(dim, Attention(dim, heads, window)), PreNorm(dim, ConvMlp(dim))])
 
     def forward(self, tokens: Tensor, grids: list[Grid], keep_attn: Tensor | None, keep_mlp: Tensor | None) -> Tensor:
-        """Map tokens [N, C] to [N, C]; keep_* [N, 1] are the branches' stochastic-depth factors (0: dropped), None is 1."""
+        """Map tokens [N, C] to [N, C]; keep_* [N, 1] are the branches' drop-path factors (0: dropped), None is 1."""
         attention, mlp = self
         tokens = add_branch(tokens, attention(tokens, grids), keep_attn)
         return add_branch(tokens, mlp(tokens), keep_mlp)
@@ -166,12 +166,12 @@ class PreNorm(nn.Module):
         self.fn = fn
 
     def forward(self, tokens: Tensor, *plan: list[Grid]) -> Tensor:
-        """Map tokens [N, C] to the branch's output [N, C]; `plan` (the grids, for attention) is passed on to the branch."""
+        """Map tokens [N, C] to the branch's output [N, C]; `plan` (for attention, the grids) is passed on to it."""
         return self.fn(self.norm(tokens), *plan)
 
 
 class Attention(nn.Module):
-    """Window attention softmax(QKᵀ/√C) V, scaled as in the official code by the block's width C, not by a head's width."""
+    """Window attention softmax(QKᵀ/√C) V. As in the official code, C is the block's width, not a head's width."""
 
     def __init__(self, dim: int, heads: int, window: int) -> None:
         super().__init__()
@@ -207,7 +207,7 @@ class Attention(nn.Module):
 
 
 class ConvProjection(nn.Module):
-    """The qkv projection: depthwise 3×3 convolution and batch norm per resolution, then a 1×1 convolution over all."""
+    """The qkv projection: depthwise 3×3 convolution and batch norm, per resolution, then a 1×1 convolution."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -216,7 +216,7 @@ class ConvProjection(nn.Module):
         self.pw = PointConv(dim, 3 * dim)
 
     def initial_values(self) -> dict[str, Initializer]:
-        """Return the initialisers of the module's own parameters, by name (models/initialize.py)."""
+        """Return the initialiser of the depthwise convolution's weight, by name (models/initialize.py)."""
         return {"dw.weight": normal(0.02)}
 
     def forward(self, tokens: Tensor, grids: list[tuple[Grid, Grid]]) -> Tensor:

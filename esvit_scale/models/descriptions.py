@@ -53,7 +53,7 @@ class KeptActivations(NamedTuple):
 
 
 class TrunkFormulas(Protocol):
-    """A trunk's costs in closed form. Trunks without formulas are traced on the meta device instead (models/traced.py)."""
+    """A trunk's costs in closed form. Trunks without formulas are traced on the meta device (models/traced.py)."""
 
     def crop_cost(self, size: int, count: Count) -> CropCost:
         """Return the cost of a forward on one crop of `size` × `size` pixels."""
@@ -124,6 +124,6 @@ class HuggingFaceForm(NamedTuple):
 
     config: dict[str, Any]  # content of config.json
     names: Callable[[str], list[str]]  # our name of a tensor → transformers' names; three if it splits qkv, else one
-    scale: Callable[[str], float]  # our name of a tensor → the factor by which the stored tensor is multiplied
+    scale: Callable[[str], float]  # our name of a tensor → the factor that it is multiplied by for the export
     size_note: str = ""  # sentences for the model card about image sizes
     note: str = ""  # sentences for the model card about the features

@@ -8,7 +8,7 @@ biases. Of the published variants, these are the models without overlapping conv
 
 The published code fixes window and ring of each stage for one image size. This trunk fixes them for the size of the
 global crops, as EsViT's Swin does; a stage whose map is not larger than the window has one window and no ring. Crops of
-other sizes run as in the published blocks: after the norm, a map is padded with zeros, right and bottom, to whole
+any size then run as in the published blocks: after the norm, a map is padded with zeros, right and bottom, to whole
 windows; the padding is not masked; rings and pooled windows are those of the padded map; pooled windows outside it are
 masked. The published patch embedding works only for sides that are multiples of 32; this one pads any other side with
 zeros, as `Swin` does.
@@ -157,7 +157,7 @@ class PatchEmbed(nn.Module):
 
 
 class QuadProjection(nn.Conv2d):
-    """The published 2×2 convolution between stages, with its parameters, applied to rows of four neighbouring tokens."""
+    """The published 2×2 convolution between stages, with its parameters, applied to rows of 2×2 tokens."""
 
     def __init__(self, dim: int) -> None:
         super().__init__(dim, 2 * dim, 2, stride=2)
@@ -191,13 +191,13 @@ class Block(nn.Module):
         self.mlp = GeluMlp(dim)
 
     def forward(self, tokens: Tensor, grids: Grids, keep_attn: Tensor | None, keep_mlp: Tensor | None) -> Tensor:
-        """Map tokens [N, C] to [N, C]; keep_* [N, 1] are the branches' stochastic-depth factors (0: dropped), None is 1."""
+        """Map tokens [N, C] to [N, C]; keep_* [N, 1] are the branches' drop-path factors (0: dropped), None is 1."""
         normed = self.norm1(tokens)
         tokens = add_branch(tokens, self.attn(normed, self.pool_layers[0](normed, grids), grids), keep_attn)
         return add_branch(tokens, self.mlp(self.norm2(tokens)), keep_mlp)
 
 
 def quads(maps: Tensor) -> Tensor:
-    """Map maps [n, H, W, C], zero-padded to even sides, to rows of 2×2 neighbours (y, x, C): [n·⌈H/2⌉·⌈W/2⌉, 4C]."""
+    """Map maps [n, H, W, C], zero-padded to even sides, to rows of 2×2 tokens (y, x, C): [n·⌈H/2⌉·⌈W/2⌉, 4C]."""
     windows = as_windows(maps, 2)  # [n, ⌈H/2⌉, 2, ⌈W/2⌉, 2, C]
     return windows.transpose(2, 3).reshape(-1, 4 * maps.shape[-1])

@@ -17,7 +17,7 @@ from esvit_scale.models.windows import Grids, relative_position_index
 
 
 class WindowPool(nn.Linear):
-    """The pooling of a window to one token: a learned weighted sum of its tokens plus a bias, the same for all channels."""
+    """The pooling of each window to one row: a learned weighted sum of its tokens plus a bias, shared by channels."""
 
     def __init__(self, window: int) -> None:
         super().__init__(window**2, 1)
@@ -88,7 +88,7 @@ class RowsLinear(nn.Linear):
     """The qkv projection of tokens, pooled windows and a pad (a zero token, whose qkv is the bias)."""
 
     def forward(self, tokens: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        """Map tokens [N, C] and pooled windows [ΣW, C] to their qkv [N, 3C] and [ΣW, 3C], and to the pad's [1, 3C]."""
+        """Map tokens [N, C] and pooled windows [ΣW, C] to their qkv, [N, 3C] and [ΣW, 3C], and the pad's, [1, 3C]."""
         few = super().forward(torch.cat([pooled, pooled.new_zeros(1, pooled.shape[1])]))
         return super().forward(tokens), few[:-1], few[-1:]
 
@@ -127,7 +127,7 @@ class MixWindows(torch.autograd.Function):
         n, windows, heads, length, _ = attention.shape
         wide = torch.promote_types(grad.dtype, torch.float32)
         q, k, v = lay_out(rows, tables, heads)
-        # Σ_j P_ij dP_ij = dO_i·O_i: this gives the inner sum of the softmax's backward from d products instead of K.
+        # Σ_j P_ij dP_ij = dO_i·O_i: the inner sum of the softmax's backward, from d products instead of K.
         inner = (grad * out).unflatten(2, (heads, -1)).sum(-1, dtype=wide)  # [n, T, heads]
         slots = lambda x: F.pad(x, (0, 0, 0, 1)).index_select(1, tables.cells).unflatten(1, (windows, length))  # noqa: E731
         inner = slots(inner).transpose(2, 3).unsqueeze(-1)  # [n, W, heads, L, 1]
@@ -146,7 +146,7 @@ class MixWindows(torch.autograd.Function):
 
 
 def lay_out(rows: Tensor, tables: FocalTables, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Gather every window's queries [n, W, heads, L, d], keys and values [n, W, heads, K, d] from qkv rows [n, R, 3C]."""
+    """Gather each window's queries [n, W, heads, L, d], keys and values [n, W, heads, K, d] from rows [n, R, 3C]."""
     windows, width = len(tables.hidden), rows.shape[2] // 3
     q = rows[..., :width].index_select(1, tables.cells).unflatten(1, (windows, -1)).unflatten(3, (heads, -1))
     kv = rows[..., width:].index_select(1, tables.keys).unflatten(1, (windows, -1)).unflatten(3, (2, heads, -1))

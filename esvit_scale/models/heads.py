@@ -55,7 +55,7 @@ class Prototypes(nn.Module):
         self.weight_v = nn.Parameter(torch.empty(prototypes, bottleneck).uniform_(-bound, bound))
 
     def initial_values(self) -> dict[str, Initializer]:
-        """Return the initialisers of the directions (uniform, torch's default for a linear layer) and of the gains (1)."""
+        """Return the initialisers of the directions (torch's default for a linear layer: uniform) and the gains (1)."""
         return {"weight_v": uniform(self.bottleneck**-0.5), "weight_g": constant(1.0)}
 
     def forward(self, z: Tensor, use: Callable[[Tensor, Tensor], Result]) -> Result:

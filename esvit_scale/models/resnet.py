@@ -131,7 +131,7 @@ class Bottleneck(nn.Module):
         self.downsample = nn.ModuleList([] if index else shortcut)
 
     def forward(self, tokens: Tensor, grids: list[Grid], keep: Tensor | None) -> Tensor:
-        """Map pixels [N, C] to [N', 4·inner]; keep [N', 1] is the stochastic-depth factor (0: dropped), None is 1."""
+        """Map pixels [N, C] to [N', 4·inner]; keep [N', 1] is the drop-path factor (0: dropped), None is 1."""
         after = strided(grids, self.stride)
         branch = self.bn1(self.conv1(tokens, grids), grids).relu_()
         branch = self.bn2(self.conv2(branch, grids), after).relu_()
@@ -143,7 +143,7 @@ class Bottleneck(nn.Module):
 
 
 class Conv(nn.Conv2d):
-    """A convolution without bias on the pixels [N, C] of all crops; padding keeps a map's size, divided by the stride."""
+    """A convolution without bias on the pixels [N, C] of all crops, padded so that only the stride shrinks a map."""
 
     def __init__(self, channels: int, out: int, kernel: int = 1, stride: int = 1) -> None:
         super().__init__(channels, out, kernel, stride, kernel // 2, bias=False)
