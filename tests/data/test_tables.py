@@ -96,7 +96,7 @@ def test_excel_tables_are_read_or_refused(pictures: Path) -> None:
         opened(b"sep=;\npath;y\n0.png;1\n1.png\n")
     with pytest.raises(UserError, match=r"line 1: the header is not UTF-8 \(Latin-1\?\); save the table as UTF-8"):
         opened(b"path,S\xe3o\n0.png,1\n", "S\xe3o")
-    with pytest.raises(UserError, match=r"this is an Excel workbook \(zip\): export it as CSV"):
+    with pytest.raises(UserError, match=r"this is an Excel workbook \(zip\); export it as CSV \(UTF-8\)"):
         opened(b"PK\x03\x04" + bytes(100))
 
 
