@@ -28,7 +28,7 @@ class GeluLinear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map x [N, 4C] to linear(GELU(x)) [N, C]."""
+        """Map x […, 4C] to linear(GELU(x)) […, C]; a backward needs x to be [N, 4C]."""
         return _GeluLinear.apply(x, self.weight, self.bias)
 
 

@@ -10,8 +10,8 @@ The published code fixes window and ring of each stage for one image size. This 
 global crops, as EsViT's Swin does; a stage whose map is not larger than the window has one window and no ring. Crops of
 any size then run as in the published blocks: after the norm, a map is padded with zeros, right and bottom, to whole
 windows; the padding is not masked; rings and pooled windows are those of the padded map; pooled windows outside it are
-masked. The published patch embedding works only for sides that are multiples of 32; this one pads any other side with
-zeros, as `Swin` does.
+masked. Patch embedding and merging pad with zeros, as in `Swin`, where the published ones leave out what does not fill
+a patch; the two agree for image sides that are multiples of 32.
 
 Parameter names are the published ones.
 """

@@ -105,7 +105,7 @@ def _ring(h: int, w: int, window: int, expand: int) -> np.ndarray:
 
 
 def _pooled(rows: int, cols: int, focal: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the pooled windows that each window attends to (0: outside the map), and whether they are outside the map.
+    """Return the pooled windows that each window attends to (0 for those outside the map), and which are outside.
 
     Both are [W, focal²]; pooled windows are numbered row-major.
     """

@@ -20,7 +20,7 @@ class PlainTrunk(nn.Module):
     def __init__(self, trunk: "Trunk", size: int) -> None:
         super().__init__()
         self.trunk = trunk
-        # This call caches the index tables: made while an exporter traces, they would be symbolic, not constants.
+        # This call makes and caches the index tables: made while an exporter traces, they would have no values.
         trunk([next(trunk.parameters()).new_zeros(2, trunk.in_chans, size, size)])
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
