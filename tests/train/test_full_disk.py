@@ -103,7 +103,7 @@ def test_disk_full_for_a_while_costs_only_saves(
     assert tiny.rows(run) == straight
     said = (run / "log.txt").read_text()
     assert "metrics.jsonl: cannot be written: No space left on device" in said
-    assert "metrics.jsonl: written again" in said
+    assert "metrics.jsonl: can be written again" in said
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", "step-00000020"]
     assert not (run / "lock.json").exists()
 

@@ -107,7 +107,7 @@ def test_rows_wait_while_the_disk_is_full_and_stay_whole(
     file.append({"step": 5})
     file.close()
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
-    assert said.text.count("cannot be written: No space left on device; training goes on") == 1
+    assert said.text.count("cannot be written: No space left on device; training continues") == 1
     assert said.text.count("the 3 rows that waited are in it") == 1
 
 

@@ -35,7 +35,7 @@ def test_keys_that_do_not_change_results_may_differ(tmp_path: Path) -> None:
 def test_folder_that_is_no_run_dir_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match=r"no run dir \(no config.yaml\)"):
+    with pytest.raises(UserError, match=r"no run dir, because it has no config.yaml"):
         opened(tmp_path)
 
 

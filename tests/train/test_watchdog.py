@@ -102,7 +102,7 @@ def test_stopped_rank_is_named(tmp_path: Path, size: int, stopped: int, asleep: 
     assert {process.returncode for rank, process in enumerate(ranks) if rank != stopped} == {75}
     (line,) = [line for text in said.values() for line in text.splitlines() if line.startswith("hang: ")]
     if stopped == 0:  # its process keeps the store; under torchrun another does, so nobody is accused
-        assert "; the store on 127.0.0.1 could not be asked where the other ranks stand; " in line
+        assert "; the store on 127.0.0.1 could not be asked where the other ranks are; " in line
     else:
         assert f"rank {stopped} on {socket.gethostname()} does not answer" in line
     assert ("ranks 0-1 wait in " if size == 4 else "rank 1 waits in ") in line
