@@ -22,7 +22,7 @@ def opened(tmp_path: Path, **overrides: object) -> Path:
 
 def test_another_config_is_refused_with_the_difference(tmp_path: Path) -> None:
     opened(tmp_path)
-    with pytest.raises(UserError, match=r"seed: 0 → 1.*another name= or run_dir="):
+    with pytest.raises(UserError, match=r"seed: 0 → 1.*set name= or run_dir= to start a new run"):
         opened(tmp_path, seed=1)
 
 
