@@ -170,11 +170,10 @@ def write_latest(folder: Path) -> None:
 
 
 def prune(newest: Path, config: Config) -> None:
-    """Remove the run's checkpoints up to `newest`, except the last `train.keep_checkpoints` and kept steps.
+    """Remove checkpoints before `newest`, except the last `train.keep_checkpoints` and multiples of `train.keep_every`.
 
-    Steps that are multiples of `train.keep_every` are kept. Checkpoints of later steps than `newest` are left alone:
-    the run was resumed from an older checkpoint and will write those steps again. A checkpoint that cannot be removed
-    is logged and costs only disk space.
+    Checkpoints of later steps than `newest` are not removed: the run was resumed from an older checkpoint and will
+    write those steps again. A checkpoint that cannot be removed is only logged, since it costs no more than disk space.
     """
     keep_every, last = config.train.keep_every, step_of(newest) or 0
     folders = [(step_of(folder) or 0, folder) for folder in list_step_folders(newest.parent.parent)]

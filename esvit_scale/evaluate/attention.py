@@ -1,4 +1,4 @@
-"""The attention maps of a trunk on one image, and the principal components of its tokens."""
+"""`esvit-scale evaluate attention`: a trunk's attention maps and its tokens' principal components on one image."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -17,11 +17,11 @@ from esvit_scale.evaluate.features import FrozenTrunk, load_frozen_trunk
 from esvit_scale.models.attention_maps import BlockAttention
 from esvit_scale.models.trunk import Trunk
 
-MAX_PIXELS = 2**22  # limit for a resized picture (2048²), whose attention maps take about 3 GB at the published widths
+MAX_PIXELS = 2**22  # largest resized picture (2048²); its attention maps take about 3 GB at the published widths
 
 
 def attention(trunk: nn.Module, image: Tensor) -> list[BlockAttention]:
-    """Return every block's attention, first to last, on one normalised image [3, H, W] of any size.
+    """Return the attention of every block, first to last, on one normalised image [3, H, W] of any size.
 
     Raises:
         UserError: the trunk has no attention maps.
@@ -31,20 +31,24 @@ def attention(trunk: nn.Module, image: Tensor) -> list[BlockAttention]:
 
 @torch.no_grad()
 def components(trunk: nn.Module, image: Tensor, n: int = 3) -> list[Tensor]:
-    """Return the first n principal components of each stage's tokens over one image: [n, H_s, W_s], from 0 to 1.
+    """Project each stage's tokens on their first n principal components: a map [n, H_s, W_s] from 0 to 1 per stage s.
 
-    Shown as red, green and blue, three components tell which parts of the image the trunk represents alike. Each is
-    scaled between its 2nd and 98th percentile, and its sign is fixed by its largest entry.
+    The components are computed over the tokens of this image. With n = 3 a map can be shown as an RGB image, in which
+    parts that the trunk represents alike have similar colours. Values are scaled so that 0 and 1 are the 2nd and 98th
+    percentile; a component's sign is chosen so that its largest entry is positive.
+
+    Args:
+        image: normalised image [3, H, W].
 
     Raises:
-        UserError: the trunk has no stages.
+        UserError: the trunk has no attention maps.
     """
     maps = []
     for tokens, [(_, h, w)], _ in require_attention_maps(trunk).stage_maps([image[None]]):
         x = (tokens - tokens.mean(0)).double()  # [T, C]
         _, _, basis = torch.linalg.svd(x, full_matrices=False)
         kept = basis[:n]
-        kept = kept * kept.gather(1, kept.abs().argmax(1, keepdim=True)).sign()  # svd leaves the sign undetermined
+        kept = kept * kept.gather(1, kept.abs().argmax(1, keepdim=True)).sign()  # the SVD does not determine the sign
         values = x @ kept.T  # [T, ≤ n]
         values = torch.cat([values, values.new_zeros(len(values), n - values.shape[1])], 1)
         low, high = values.quantile(0.02, 0), values.quantile(0.98, 0)
@@ -54,7 +58,7 @@ def components(trunk: nn.Module, image: Tensor, n: int = 3) -> list[Tensor]:
 
 
 class AttentionResult(NamedTuple):
-    """The attention and the token components of one picture."""
+    """The result of the attention evaluation on one picture: every block's attention and every stage's components."""
 
     teacher: FrozenTrunk
     picture: np.ndarray  # uint8 [H, W, 3], as the trunk sees it
@@ -63,16 +67,17 @@ class AttentionResult(NamedTuple):
 
 
 def run_attention(checkpoint: Path, image: Path, out: Path, size: int | None = None) -> AttentionResult:
-    """Run `esvit-scale evaluate attention`; write `out`/attention.npz. report/evaluation_figures.py draws it.
+    """Run `esvit-scale evaluate attention`: write `out`/attention.npz and return the result.
 
-    Its arrays are `image` (uint8 [H, W, 3]), for block i of stage s `stage{s}_block{i}` (float32 [heads, H_s, W_s], the
-    attention that each token receives), and `components_stage{s}` (float32 [3, H_s, W_s]).
+    The file has the arrays `image` (uint8 [H, W, 3]), `stage{s}_block{i}` for block i of stage s, counted from 1
+    (float32 [heads, H_s, W_s], the attention that each token receives), and `components_stage{s}` (float32 [3, H_s,
+    W_s]). report/evaluation_figures.py draws the figure.
 
     Args:
         size: pixels to resize the picture's short side to; None takes the size of the run's global crops.
 
     Raises:
-        UserError: not an image, too large at this size, or the trunk has no attention maps.
+        UserError: the file is no image, the picture is too large at this size, or the trunk has no attention maps.
     """
     teacher = load_frozen_trunk(checkpoint)
     require_attention_maps(teacher.trunk)
@@ -83,7 +88,7 @@ def run_attention(checkpoint: Path, image: Path, out: Path, size: int | None = N
 def save_attention(
     teacher: FrozenTrunk, picture: np.ndarray, out: Path, size: int | None = None, name: str = "picture"
 ) -> AttentionResult:
-    """Do what `run_attention` does for a loaded trunk and a picture uint8 [H, W, 3]; `name` is for messages."""
+    """Do the work of `run_attention` for a loaded trunk and a picture uint8 [H, W, 3]; `name` is for messages."""
     shown = resized(picture, size or teacher.size, name)
     pixels = to_trunk(shown, teacher.pixels)
     seen = AttentionResult(teacher, shown, attention(teacher.trunk, pixels), components(teacher.trunk, pixels))
@@ -96,19 +101,19 @@ def save_attention(
 
 
 def read_picture(path: Path, size: int) -> np.ndarray:
-    """Return the picture in a file with its short side resized to `size` pixels: uint8 [H, W, 3].
+    """Read a picture from a file and return it with the short side resized to `size` pixels: uint8 [H, W, 3].
 
     Raises:
-        UserError: no such file, not an image, or more than MAX_PIXELS at this size.
+        UserError: the file does not exist or is no image, or the resized picture has more than MAX_PIXELS pixels.
     """
     return resized(decoded(path), size, str(path))
 
 
 def decoded(path: Path) -> np.ndarray:
-    """Return the picture in a file: uint8 [H, W, 3].
+    """Read a picture from a file and return it as uint8 [H, W, 3].
 
     Raises:
-        UserError: no such file, or not an image.
+        UserError: the file does not exist or is no image.
     """
     if path.is_dir() or not path.exists():
         raise UserError(f"{path}: {'is a folder; name one image' if path.is_dir() else 'no such image'}")
@@ -119,10 +124,10 @@ def decoded(path: Path) -> np.ndarray:
 
 
 def resized(picture: np.ndarray, size: int, name: str) -> np.ndarray:
-    """Return a picture with its short side resized to `size` pixels, bicubically as evaluation does.
+    """Resize a picture uint8 [H, W, 3] bicubically so that its short side has `size` pixels.
 
     Raises:
-        UserError: more than MAX_PIXELS at this size.
+        UserError: the resized picture has more than MAX_PIXELS pixels.
     """
     scale = size / min(picture.shape[:2])
     height, width = (max(1, round(side * scale)) for side in picture.shape[:2])
@@ -136,7 +141,7 @@ def resized(picture: np.ndarray, size: int, name: str) -> np.ndarray:
 
 
 def to_trunk(picture: np.ndarray, pixels: PixelFormat = RGB8) -> Tensor:
-    """Return a picture uint8 [H, W, 3] as the trunk's input: normalised float32 [3, H, W]."""
+    """Convert a picture uint8 [H, W, 3] to the trunk's input: normalised float32 [3, H, W]."""
     x = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 255
     return photometric.normalize_(x, pixels)[0]
 
@@ -150,7 +155,7 @@ def require_pictures(teacher: FrozenTrunk) -> None:
 
 
 def require_attention_maps(trunk: nn.Module) -> Trunk:
-    """Return the trunk; raise UserError for one without attention maps."""
+    """Return `trunk` if it has attention maps, else raise UserError."""
     if not isinstance(trunk, Trunk) or not trunk.has_attention_maps:
         name = trunk.name if isinstance(trunk, Trunk) else type(trunk).__name__
         raise UserError(f"attention maps are stitched from the windows of a Swin; {name} has none")

@@ -1,17 +1,18 @@
-"""Correspondence: how often the region tokens of two views of an image match, by cosine similarity and without training.
+"""`esvit-scale evaluate correspondence`: how often region tokens match the same place in another view of an image.
 
-Each token of view 1 is matched to the most similar token of view 2. There are three pairs of views whose true
-correspondence is known:
+Each token of view 1 is matched to the token of view 2 with the highest cosine similarity; nothing is trained. There are
+three kinds of pairs of views whose true correspondence is known:
 
-- *mirrored*, the official pair (EsViT's `analyze_models.py`): view 2 is view 1 flipped, with colour jitter (probability
-  0.8), then turned to grey.
-- *cropped*: view 2 is a crop of 0.4 to 1 of the area, resized, flipped at random, and coloured as above. Tokens whose place
-  was cut away do not count.
-- *stereo*: two photographs with known disparity, which no training augmentation has made.
+- *mirrored*, as in EsViT's `analyze_models.py` (the official script): view 2 is view 1 flipped, with colour jitter
+  (probability 0.8), then converted to grey.
+- *cropped*: view 2 is a crop of 0.4 to 1 of the area of view 1, resized, flipped at random, then jittered and grey as
+  above. Tokens whose place lies outside the crop do not count.
+- *stereo*: two photographs with known disparity, so that view 2 is not made by an augmentation as in training.
 
-Measured are the percentage of tokens matched to exactly the true cell, and the mean distance in pixels from the matched
-cell to the true place: over the 10 most similar pairs, as in the official script, and over all tokens. The chance level is
-that of random features: one over the number of tokens of view 2.
+Two figures are measured: the percentage of tokens that are matched to exactly the true cell, and the mean distance in
+pixels from the matched cell to the true place. Both are given over the 10 most similar pairs, as in the official
+script, and over all tokens. The chance level is the accuracy of random features: one over the number of tokens of view
+2.
 """
 
 import math
@@ -33,25 +34,25 @@ from esvit_scale.errors import UserError
 from esvit_scale.evaluate.attention import read_picture, require_pictures, to_trunk
 from esvit_scale.evaluate.features import default_device, load_frozen_trunk, source_info
 
-TOP = 10  # pairs that the official measure looks at
+TOP = 10  # how many of the most similar pairs the official script evaluates
 CROP_SCALE = (0.4, 1.0)
-KEPT_PAIRS = 3  # how many of the best and of the worst images are kept for pictures
+KEPT_PAIRS = 3  # how many of the best and of the worst images are kept, to draw figures
 
 
 class Matches(NamedTuple):
-    """For every token of view 1, its most similar token of view 2."""
+    """The most similar token of view 2 for every one of the T1 tokens of view 1."""
 
-    token: Tensor  # int64 [T1]
+    token: Tensor  # int64 [T1], index into the tokens of view 2
     similarity: Tensor  # float [T1], cosine
 
 
 class MatchedPairs(NamedTuple):
-    """Matched tokens as places in pixels of the views, most similar first."""
+    """N matched pairs of tokens as positions in the two views, in pixels; the most similar pair comes first."""
 
     start: Tensor  # [N, 2]: x, y of the cell's centre in view 1
     found: Tensor  # [N, 2]: centre of the matched cell in view 2
-    true: Tensor  # [N, 2]: true place in view 2
-    right: Tensor  # bool [N]: whether the matched cell contains the true place
+    true: Tensor  # [N, 2]: where the point `start` truly is in view 2
+    right: Tensor  # bool [N]: whether the matched cell contains the point `true`
     similarity: Tensor  # [N]
     cells: int  # number of tokens of view 2
 
@@ -65,7 +66,7 @@ class View(NamedTuple):
 
 
 class ViewPair(NamedTuple):
-    """Two views of an image and their matches, from which a figure is drawn."""
+    """Two views of an image and their matched tokens: all that a figure of the pair needs."""
 
     key: str
     first: np.ndarray  # uint8 [H, W, 3]
@@ -74,20 +75,30 @@ class ViewPair(NamedTuple):
 
 
 def match(first: Tensor, second: Tensor) -> Matches:
-    """Return the most similar of the tokens [T2, C] for each of the tokens [T1, C]."""
+    """Find, for each token of `first` [T1, C], the token of `second` [T2, C] with the highest cosine similarity."""
     similarity, token = (F.normalize(first, dim=1) @ F.normalize(second, dim=1).T).max(1)
     return Matches(token, similarity)
 
 
 def cell_centres(grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Return the cell centres of a map [H, W] over an image of `size` (height, width): x, y in pixels, [H·W, 2]."""
+    """Return the centres (x, y) in pixels of a grid's cells on an image, row by row: [H·W, 2].
+
+    Args:
+        grid: number of cells (H, W).
+        size: height and width of the image in pixels.
+    """
     cell_y, cell_x = size[0] / grid[0], size[1] / grid[1]
     y, x = torch.meshgrid(torch.arange(grid[0]) + 0.5, torch.arange(grid[1]) + 0.5, indexing="ij")
     return torch.stack([x * cell_x, y * cell_y], -1).flatten(0, 1)
 
 
 def match_pairs(first: View, second: View, true: Tensor) -> MatchedPairs:
-    """Match the tokens of two views; leave out those whose `true` place [T1, 2] (pixels) lies outside view 2."""
+    """Match the tokens of view 1 (`first`) to those of view 2 (`second`), and compare them with the true places.
+
+    Args:
+        true: for each token of view 1, where its centre is in view 2, (x, y) in pixels, [T1, 2]. Tokens whose place is
+            NaN or outside view 2 are left out.
+    """
     height, width = second.pixels.shape[:2]
     inside = ((true >= 0) & (true < torch.tensor([width, height]))).all(1)  # False for NaN
     found = match(first.tokens[inside], second.tokens)
@@ -102,7 +113,7 @@ def match_pairs(first: View, second: View, true: Tensor) -> MatchedPairs:
 
 
 def measure(found: MatchedPairs, top: int = TOP) -> dict[str, float]:
-    """Return accuracy in percent and mean distance in pixels, of the `top` most similar pairs and of all."""
+    """Return accuracy in percent and mean distance in pixels, over the `top` most similar pairs and over all pairs."""
     distance = (found.found - found.true).norm(dim=1)
     best = slice(0, top)
     return {
@@ -120,10 +131,10 @@ def measure(found: MatchedPairs, top: int = TOP) -> dict[str, float]:
 
 @torch.no_grad()
 def extract_view(trunk: nn.Module, pixels: np.ndarray) -> View:
-    """Return an image uint8 [H, W, 3] as a view, with the trunk's region tokens.
+    """Run the trunk on an image uint8 [H, W, 3] and return the image as a view with its region tokens.
 
     Raises:
-        UserError: the trunk's region tokens form no grid.
+        UserError: the trunk gives no region tokens on a grid.
     """
     features = trunk([to_trunk(pixels)[None].to(next(trunk.parameters()).device)])
     grids = list(getattr(features, "grids", ()))
@@ -133,7 +144,11 @@ def extract_view(trunk: nn.Module, pixels: np.ndarray) -> View:
 
 
 def mirrored(trunk: nn.Module, first: View, key: str, seed: int = 0) -> ViewPair:
-    """Return the official pair: view 2 is the first view flipped, jittered and grey."""
+    """Return the *mirrored* pair of the module's description: view 2 is `first` flipped, jittered and grey.
+
+    Args:
+        key: the image's key; with `seed` it determines the jitter.
+    """
     height, width = first.pixels.shape[:2]
     second = extract_view(trunk, jitter_and_grey(first.pixels[:, ::-1], key, seed))
     true = cell_centres(first.grid, (height, width)) * torch.tensor([-1, 1]) + torch.tensor([width, 0])
@@ -141,7 +156,11 @@ def mirrored(trunk: nn.Module, first: View, key: str, seed: int = 0) -> ViewPair
 
 
 def cropped(trunk: nn.Module, first: View, key: str, seed: int = 0) -> ViewPair:
-    """Return the pair whose view 2 is a crop of the first view, resized to its size, jittered and grey."""
+    """Return the *cropped* pair of the module's description: view 2 is a crop of `first`, resized, jittered and grey.
+
+    Args:
+        key: the image's key; with `seed` it determines the crop and the jitter.
+    """
     height, width = first.pixels.shape[:2]
     rng = crops.keyed_generator(seed, 0, key, 1)
     left, top, right, bottom = crops.crop_box(rng, width, height, CROP_SCALE)
@@ -157,7 +176,10 @@ def cropped(trunk: nn.Module, first: View, key: str, seed: int = 0) -> ViewPair:
 
 
 def stereo(trunk: nn.Module) -> ViewPair:
-    """Return the bundled stereo pair, at its own size. A cell's disparity is the median of the known pixels in it."""
+    """Return the *stereo* pair: scikit-image's motorcycle at its original size.
+
+    The disparity of a cell is the median over the pixels in it whose disparity is known.
+    """
     left, right, disparity = samples.stereo_pair()
     first, second = extract_view(trunk, left), extract_view(trunk, right)
     shift = torch.tensor(
@@ -171,7 +193,10 @@ def stereo(trunk: nn.Module) -> ViewPair:
 
 
 def jitter_and_grey(pixels: np.ndarray, key: str, seed: int = 0) -> np.ndarray:
-    """Apply colour jitter with probability 0.8, then grey, as to the official view 2. Random from (seed, key)."""
+    """Apply colour jitter with probability 0.8 to an image uint8 [H, W, 3] and convert it to grey, at the same size.
+
+    The jitter is a function of (seed, key).
+    """
     draw = photometric.draw_params(crops.keyed_generator(seed, 0, key, 0), 0)._replace(grayscale=True, radius=0.0)
     image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))[None]
     x = photometric.apply(image, photometric.stack([[draw]]).crops(0, 1))[0]
@@ -179,13 +204,13 @@ def jitter_and_grey(pixels: np.ndarray, key: str, seed: int = 0) -> np.ndarray:
 
 
 def _median(disparity: np.ndarray) -> float:
-    """Return the median of the known disparities; NaN if fewer than half are known."""
+    """Return the median of the known (finite) disparities; NaN if fewer than half are known."""
     known = disparity[np.isfinite(disparity)]
     return float(np.median(known)) if 2 * len(known) >= disparity.size else math.nan
 
 
 def _to_uint8(x: Tensor) -> np.ndarray:
-    """Return an ImageNet-normalised tensor [3, H, W] as an image uint8 [H, W, 3]."""
+    """Convert a tensor [3, H, W], normalised by ImageNet's mean and deviation, to an image uint8 [H, W, 3]."""
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (photometric.MEAN, photometric.STD))
     return (x * std + mean).clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).numpy()
 
@@ -194,10 +219,10 @@ def _to_uint8(x: Tensor) -> np.ndarray:
 
 
 class CorrespondenceResult(NamedTuple):
-    """The result over a data set, with the pairs of views to draw."""
+    """The result of correspondence on a data set, and the pairs of views to draw."""
 
     summary: dict[str, Any]  # the content of correspondence.json
-    best: list[ViewPair]  # by accuracy of the mirrored pair over all tokens
+    best: list[ViewPair]  # pairs with the highest accuracy of the mirrored pair over all tokens
     worst: list[ViewPair]
     stereo: ViewPair
 
@@ -205,14 +230,16 @@ class CorrespondenceResult(NamedTuple):
 def run_correspondence(
     checkpoint: Path, data: Path, out: Path, images: int = 500, workers: int = 4, seed: int = 0
 ) -> CorrespondenceResult:
-    """Run `esvit-scale evaluate correspondence`; write `out`/correspondence.json. report/evaluation_figures.py draws it.
+    """Run `esvit-scale evaluate correspondence`: write `out`/correspondence.json and return the result.
+
+    report/evaluation_figures.py draws the figure.
 
     Args:
         data: one image, a folder of images, or shards.
-        images: how many images of a set are used: the first ones.
+        images: largest number of images to use; the first ones of `data` are taken.
 
     Raises:
-        UserError: `data` cannot be read, or the trunk has no grid of region tokens.
+        UserError: `data` cannot be read, or the trunk gives no region tokens on a grid.
     """
     teacher = load_frozen_trunk(checkpoint)
     require_pictures(teacher)
@@ -225,7 +252,7 @@ def run_correspondence(
         first = extract_view(trunk, pixels)
         case, crop = mirrored(trunk, first, key, seed), cropped(trunk, first, key, seed)
         rows.append({"mirrored": measure(case.pairs)})
-        if len(crop.pairs.right):  # a small crop of a coarse grid may keep no token's place
+        if len(crop.pairs.right):  # a small crop may contain no token's centre if the grid is coarse
             rows[-1]["cropped"] = measure(crop.pairs)
         cases = _keep_best_and_worst([*cases, (rows[-1]["mirrored"]["accuracy"], case)])
     if not rows:
@@ -247,7 +274,7 @@ def run_correspondence(
 
 
 def table(summary: dict[str, Any]) -> str:
-    """Return a text table of correspondence.json, with a line for each pair of views."""
+    """Format the content of correspondence.json as a text table, with a line for each kind of pair."""
     lines = [f"{'correspondence':<16}{'top-10, %':>12}{'distance, px':>14}{'all, %':>10}{'px':>8}{'chance, %':>11}"]
     for name, m in summary["measures"].items():
         cells = f"{m['top_accuracy']:12.1f}{m['top_distance_px']:14.1f}{m['accuracy']:10.1f}{m['distance_px']:8.1f}"
@@ -256,7 +283,7 @@ def table(summary: dict[str, Any]) -> str:
 
 
 def _pictures(data: Path, size: int, images: int, workers: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the keys and centre crops (uint8 [S, S, 3]) of the images."""
+    """Yield the key and the centre crop (uint8 [S, S, 3], S = `size`) of the first `images` images in `data`."""
     if data.is_file() and not manifests.is_shard_set(data):
         pixels = Image.fromarray(read_picture(data, size))
         yield data.name, stream.centre_crop(pixels, size).transpose(1, 2, 0)
@@ -271,7 +298,7 @@ def _pictures(data: Path, size: int, images: int, workers: int) -> Iterator[tupl
 
 
 def _keep_best_and_worst(cases: list[tuple[float, ViewPair]]) -> list[tuple[float, ViewPair]]:
-    """Return at most the KEPT_PAIRS best and as many worst pairs, so that the views of a large set are not all kept."""
+    """Return the KEPT_PAIRS best and as many worst of (accuracy, pair), so that not all views stay in memory."""
     if len(cases) <= 2 * KEPT_PAIRS:
         return cases
     ranked = sorted(cases, key=lambda c: -c[0])

@@ -1,9 +1,9 @@
-"""The cache of features on disk: computed once for a trunk, a data set and a transform, then memory-mapped.
+"""An on-disk cache of features: computed once for a trunk, a data set and a transform, then memory-mapped.
 
-DIR/<key>/ holds features.npy [N, …], labels.npy and numbers.npy (int64 [N]), keys.jsonl (one JSON string per line) and
-about.json, which records the values that <key> is the hash of. Every rank writes its part sequentially; rank 0 joins the
-parts and renames the folder into place. So a folder that exists is complete, and when two processes compute the same
-features those of the first are kept. Ranks on several nodes need DIR on a file system that they share.
+The folder DIR/<key>/ holds features.npy [N, …], labels.npy and numbers.npy (int64 [N]), keys.jsonl (one JSON string per
+line) and about.json with the values that were hashed to <key>. Every rank writes its part sequentially; rank 0 joins
+the parts and renames the folder into place. Therefore a folder that exists is complete. If two processes compute the
+same features, those of the first are kept. Ranks on several nodes need DIR on a shared file system.
 """
 
 import hashlib
@@ -33,17 +33,17 @@ COPIED_AT_ONCE = 64 << 20  # bytes
 
 
 class FeatureSet(NamedTuple):
-    """Features of a whole data set, in the order of the set."""
+    """The features of a whole data set (N images), in the order of the data set."""
 
     features: Tensor  # float32 or float16 [N, …] on the CPU; mapped copy-on-write when it comes from a cache
-    keys: list[str]  # N names of samples
+    keys: list[str]  # N keys of the samples
     labels: Tensor  # int64 [N]; −1 for an image without a label
-    numbers: Tensor | None = None  # int64 [N], each image's place in the source
-    left_out: int = 0  # images of the source that could not be read
+    numbers: Tensor | None = None  # int64 [N], each image's index in the source
+    left_out: int = 0  # number of images of the source that could not be read
 
 
 class FeatureBatch(NamedTuple):
-    """The fields of a FeatureSet for a few images."""
+    """A batch of rows of a FeatureSet: the same fields for a few images."""
 
     features: Tensor
     keys: list[str]
@@ -54,14 +54,15 @@ class FeatureBatch(NamedTuple):
 def load_or_compute(
     cache: Path, key: dict[str, Any], source: Path, images: int, compute: Callable[[], Iterable[FeatureBatch]]
 ) -> FeatureSet:
-    """Return the features that `key` describes, from the folder `cache` or else computed and stored there.
+    """Return the features that `key` describes from the folder `cache`; compute and store them if they are missing.
 
     All ranks call it, and all get the whole set.
 
     Args:
-        key: every value that the features depend on.
-        images: how many images `source` says it holds.
-        compute: yields this rank's part of the features.
+        key: all values that the features depend on, by name; it is hashed.
+        source: the data set, for messages and about.json.
+        images: number of images in the source, readable or not.
+        compute: function that yields this rank's part of the features.
 
     Raises:
         UserError: no image could be read, or the cache's folder is not shared by the ranks.
@@ -72,7 +73,7 @@ def load_or_compute(
     if not cached:
         _fill(folder, {**key, "source": str(source)}, images, compute())
     found = load(folder)
-    if cached and found.left_out and collectives.rank() == 0:  # when images are read, their reader logs it
+    if cached and found.left_out and collectives.rank() == 0:  # while features are computed, the reader logs it itself
         log.warning(
             "%s: %d of %d images could not be read when its features were computed", source, found.left_out, images
         )
@@ -80,7 +81,7 @@ def load_or_compute(
 
 
 def load(folder: Path) -> FeatureSet:
-    """Return the features of a finished folder of the cache, mapped copy-on-write: nothing is read until it is used."""
+    """Return the features in a complete folder of the cache, memory-mapped (copy-on-write), so read only when used."""
     arrays = [torch.from_numpy(np.load(folder / f"{n}.npy", mmap_mode="c")) for n in ("features", "labels", "numbers")]
     keys = [json.loads(line) for line in (folder / "keys.jsonl").read_bytes().splitlines()]
     about = json.loads((folder / "about.json").read_text())
@@ -88,9 +89,9 @@ def load(folder: Path) -> FeatureSet:
 
 
 def trunk_digest(trunk: nn.Module) -> str:
-    """Return a hash of a trunk's weights and of every number that its modules hold (window, heads, …).
+    """Return a hash of a trunk's weights and of the plain attributes of all its modules (window, heads, …).
 
-    The same trunk from another file has the same digest.
+    The digest does not depend on the file that the trunk was loaded from.
     """
     found = hashlib.sha256()
     for name, module in trunk.named_modules():
@@ -103,7 +104,11 @@ def trunk_digest(trunk: nn.Module) -> str:
 
 
 def source_digest(source: Path) -> str:
-    """Return a hash of a shard set's manifest (which has every shard's checksum), or of a folder's file names, sizes and dates."""
+    """Return a hash that changes when the images of a data set change.
+
+    For a shard set it is the hash of the manifest, which holds every shard's checksum. For an image folder it is the
+    hash of the names, sizes and modification times of all images.
+    """
     if manifests.is_shard_set(source):
         return _digest((source / manifests.MANIFEST).read_bytes())
     found = hashlib.sha256()
@@ -112,7 +117,7 @@ def source_digest(source: Path) -> str:
         try:
             status = os.stat(os.path.join(os.fsencode(source), path))  # noqa: PTH116, PTH118 (paths may be undecodable)
             found.update(path + f"\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-        except OSError:  # a dangling link; the reader reports it
+        except OSError:  # a dangling link, which the reader reports
             found.update(path + b"\0missing\n")
     return found.hexdigest()
 
@@ -135,7 +140,7 @@ def _fill(folder: Path, about: dict[str, Any], images: int, rows: Iterable[Featu
 
 
 def _run_on_all_ranks(work: Callable[[], None], source: str) -> None:
-    """Call `work` on every rank; if it raises on one rank, raise on all, so that the ranks stay in step."""
+    """Call `work` on every rank; if it fails on any rank, raise an error on all, so that no rank waits for another."""
     problem: Exception | None = None
     try:
         work()
@@ -146,7 +151,7 @@ def _run_on_all_ranks(work: Callable[[], None], source: str) -> None:
 
 
 def _make_tmp_folder(folder: Path) -> Path:
-    """Make an empty folder beside `folder` to write in, and remove those that dead processes of this machine left."""
+    """Create and return a temporary folder next to `folder`; remove those that dead processes of this machine left."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     host = socket.gethostname()
     for old in folder.parent.glob(f".{folder.name}.{host}.*.partial"):
@@ -159,7 +164,11 @@ def _make_tmp_folder(folder: Path) -> Path:
 
 
 def _write_part(part: Path, rows: Iterable[FeatureBatch]) -> None:
-    """Write this rank's features as raw files, and a JSON file with the shape and type needed to read them."""
+    """Write this rank's features, labels, numbers and keys as raw files, and their row count, shape and type as JSON.
+
+    Args:
+        part: path of the files without suffix.
+    """
     count, shape, dtype = 0, [0], "float32"
     names = ("features", "labels", "numbers", "keys")
     features, labels, numbers, keys = (part.with_suffix(f".{name}").open("wb") for name in names)
@@ -175,7 +184,7 @@ def _write_part(part: Path, rows: Iterable[FeatureBatch]) -> None:
 
 
 def _commit(tmp: Path, folder: Path, about: dict[str, Any], images: int) -> None:
-    """Join the parts of all ranks into .npy files and rename the temporary folder to `folder`."""
+    """Join the parts of all ranks into .npy files, write about.json, and rename the temporary folder to `folder`."""
     parts = [(path.with_suffix(""), json.loads(path.read_text())) for path in sorted(tmp.glob("part-*.json"))]
     parts = [(path, held) for path, held in parts if held["rows"]]
     n = sum(held["rows"] for _, held in parts)
@@ -200,11 +209,11 @@ def _commit(tmp: Path, folder: Path, about: dict[str, Any], images: int) -> None
         files.commit_folder(tmp, folder)
     except OSError:
         if not (folder / "about.json").is_file():
-            raise  # the folder does not exist because another process was faster
+            raise  # not because another process has created the folder first
 
 
 def _join(path: Path, parts: list[Path], shape: tuple[int, ...], dtype: "np.dtype[Any]") -> None:
-    """Write raw files one after the other into one .npy file, removing each after it is copied."""
+    """Concatenate raw files into one .npy file of the given shape and type; remove each raw file once it is copied."""
     with path.open("wb") as out:
         np.lib.format.write_array_header_1_0(out, {"descr": dtype.str, "fortran_order": False, "shape": shape})
         for part in parts:
@@ -236,7 +245,7 @@ def _digest(data: bytes) -> str:
 
 
 def chunks(array: Tensor, bytes_at_once: int = COPIED_AT_ONCE) -> Iterator[Tensor]:
-    """Yield consecutive rows of a mapped tensor in chunks, so that it is never in memory as a whole."""
+    """Split a memory-mapped tensor into chunks of consecutive rows, so that it is never in memory as a whole."""
     rows = max(1, bytes_at_once // max(1, array[:1].nbytes))
     for start in range(0, len(array), rows):
         yield array[start : start + rows]

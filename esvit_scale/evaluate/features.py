@@ -1,4 +1,4 @@
-"""Features of a frozen trunk: images → [N, C], computed once for all evaluations (feature_cache.py keeps them)."""
+"""Computing the features [N, C] of images with a frozen trunk, for all evaluations (feature_cache.py caches them)."""
 
 import io
 import shutil
@@ -30,30 +30,30 @@ TRANSFORM = "short side to size*256/224 (bicubic), centre crop"
 
 
 class SourceInfo(NamedTuple):
-    """How many images a shard set or image folder holds, and their classes."""
+    """The number of images in a shard set or image folder, and the names of their classes."""
 
     images: int
     classes: tuple[str, ...]  # empty if the images have no labels
 
 
 class FrozenTrunk(NamedTuple):
-    """A trunk to evaluate, with what its checkpoint says about the images that it expects."""
+    """A trunk to evaluate, with the size and pixel format of the images that it expects."""
 
     trunk: nn.Module
-    size: int  # side in pixels of the evaluation crop: the size of its global crops
+    size: int  # side in pixels of the evaluation crop: the global crop size of its pretraining
     step: int | None  # training step of the checkpoint; None for a file that does not record it
-    pixels: PixelFormat = RGB8  # channels and bits of the images that it was trained on
+    pixels: PixelFormat = RGB8  # channels and bits of the images in its pretraining
 
 
 class ExtractionOptions(NamedTuple):
-    """How features are computed and stored, as the command line of every evaluation says."""
+    """The options for computing and storing features, which the command line of every evaluation has."""
 
-    batch: int = 64  # images
+    batch: int = 64  # images per forward pass
     workers: int = 4  # processes that load images
     device: str | torch.device | None = None  # None: the GPU if there is one
     precision: str = "fp32"  # "fp32", or "bf16" to run the trunk under autocast
     stored: str = "fp32"  # number format of stored features; "fp16" halves the cache
-    cache: Path | None = None  # folder that keeps features; None keeps nothing
+    cache: Path | None = None  # folder that caches features; None caches nothing
 
 
 def extract(
@@ -69,20 +69,21 @@ def extract(
     kind: Kind = "view",
     pixels: PixelFormat = RGB8,
 ) -> FeatureSet:
-    """Return features of every image in `source` (shards or an image folder), in the order of the source.
+    """Return the trunk's features of every image in `source` (shards or an image folder), in the order of the source.
 
-    The transform is that of the published k-NN protocol (short side to size·256/224, centre crop). Every rank extracts
-    its part of the images and returns the whole set. Arguments from `batch` to `cache`: see `ExtractionOptions`.
+    The transform is that of the published k-NN protocol: resize the short side to size·256/224, then centre crop. Every
+    rank extracts its part of the images and returns the whole set. `ExtractionOptions` explains `batch` to `cache`.
 
     Args:
         size: side in pixels of the crop that the trunk sees.
-        kind: "view" gives view features [N, C]. "blocks" gives [N, 2, D], for linear probes: the mean (or class token)
-            and the maximum over the tokens of each of the last four blocks, side by side in the order of the blocks
+        kind: "view" gives view features [N, C]. "blocks" gives [N, 2, D] for linear probes: row 0 has the mean over the
+            tokens (or the class token) and row 1 the maximum, concatenated over the last four blocks in their order
             (D = 2304 for Swin-T; the last C columns belong to the last block).
         pixels: format of the images that the trunk was trained on.
 
     Raises:
-        UserError: `source` is missing, empty, or holds no readable image; a feature is beyond fp16's range.
+        UserError: `source` is missing, empty, or holds no readable image; or a feature to store as fp16 exceeds its
+            range.
     """
     chosen = torch.device(device) if device else default_device()
     encoder = {"view": _view, "blocks": last_blocks}[kind]
@@ -99,7 +100,7 @@ def extract(
         finally:
             trunk.train(was_training)
 
-    images = source_info(source).images  # first, because it reports what is wrong with the source
+    images = source_info(source).images  # first, because it raises errors about the source
     key = {"trunk": feature_cache.trunk_digest(trunk), "data": feature_cache.source_digest(source), "size": size}
     key |= {"transform": TRANSFORM, "kind": kind, "precision": precision, "stored": stored}
     if pixels != RGB8:
@@ -108,7 +109,7 @@ def extract(
 
 
 def raw_pixels(source: Path, size: int, batch: int = 64, workers: int = 4) -> FeatureSet:
-    """Return the normalised pixels of every image as features, C = 3·size²: a baseline without a network, for small sets."""
+    """Return every image's normalised pixels as features [N, 3·size²]: a baseline without a network, for small sets."""
     images = source_info(source).images
     key = {"kind": "pixels"}
     return _cached_or_temporary(
@@ -117,7 +118,7 @@ def raw_pixels(source: Path, size: int, batch: int = 64, workers: int = 4) -> Fe
 
 
 def run_embed(checkpoint: Path, data: Path, out: Path, options: ExtractionOptions) -> FeatureSet:
-    """Run `esvit-scale embed`: write the features of `data` by the trunk of `checkpoint` to the file `out`."""
+    """Run `esvit-scale embed`: compute features of `data` with the checkpoint's trunk, write them to the file `out`."""
     if out.is_dir():
         raise UserError(f"{out}: is a folder, but --out must name a file, for example {out / 'features.npz'}")
     teacher = load_frozen_trunk(checkpoint)
@@ -129,10 +130,10 @@ def run_embed(checkpoint: Path, data: Path, out: Path, options: ExtractionOption
 
 
 def save(found: FeatureSet, path: Path, classes: Sequence[str] = ()) -> None:
-    """Write features to the .npz file `path`, whole or not at all and without pickles.
+    """Write features to the .npz file `path`, atomically and without pickles.
 
-    Its arrays are features (float32 [N, C]), keys (str [N]), labels (int64 [N], indices into classes; −1 for an image
-    without a label) and classes (str [K]).
+    The file has the arrays features (float32 [N, C]), keys (str [N]), labels (int64 [N], indices into classes; −1 for
+    an image without a label) and classes (str [K]).
     """
     buffer = io.BytesIO()
     keys = np.asarray(found.keys, dtype=np.str_)
@@ -143,25 +144,27 @@ def save(found: FeatureSet, path: Path, classes: Sequence[str] = ()) -> None:
 
 
 def load_frozen_trunk(checkpoint: Path) -> FrozenTrunk:
-    """Return the trunk of any weights that `load_backbone` takes, on the CPU; from a run dir or step folder the teacher's.
+    """Load the trunk to evaluate, on the CPU, from any path that `load_backbone` accepts.
+
+    A run dir or step folder gives the teacher's trunk.
 
     Raises:
-        UserError: no such weights, damaged, or not weights at all.
+        UserError: the path does not exist, is damaged, or holds no weights.
     """
     if checkpoint.is_file() or exported_folder.is_exported(checkpoint):
         trunk, config = convert.load_trunk(checkpoint)
         return FrozenTrunk(trunk, config.data.global_crops.size, None, pixel_format(config.data))
-    folder = step_folders.resolve(checkpoint)  # resolved once, because `latest` of a running run moves
+    folder = step_folders.resolve(checkpoint)  # resolved once, because a run in progress changes `latest`
     trunk, config = state.load_teacher(folder)
     step = int(state_file.read_state(folder)["cursor"]["step"])
     return FrozenTrunk(trunk, config.data.global_crops.size, step, pixel_format(config.data))
 
 
 def source_info(source: Path) -> SourceInfo:
-    """Return the number of images and the classes of a shard set, by its manifest, or of an image folder.
+    """Return the number of images and the classes of a shard set (read from its manifest) or of an image folder.
 
     Raises:
-        UserError: `source` is neither.
+        UserError: `source` is neither a shard set nor an image folder.
     """
     if manifests.is_shard_set(source):
         held = manifests.load(source)
@@ -176,13 +179,13 @@ def default_device() -> torch.device:
 
 
 def last_blocks(trunk: nn.Module, images: Tensor) -> Tensor:
-    """Return features [B, 2, D] of the trunk's last four blocks, side by side.
+    """Return features [B, 2, D] of images: pooled tokens of the trunk's last four blocks, concatenated (total width D).
 
-    Row 0 is the mean over an image's tokens, or its class token. Row 1 is the maximum over its tokens; it repeats row 0
-    for a trunk without region tokens.
+    Row 0 is the mean over the image's tokens, or the class token. Row 1 is the maximum over the tokens; it repeats row
+    0 for a trunk without region tokens.
 
     Raises:
-        UserError: the trunk does not give its blocks' tokens.
+        UserError: the trunk is no `Trunk` and cannot return its blocks' tokens.
     """
     if not isinstance(trunk, Trunk):
         raise UserError(f"the trunk {type(trunk).__name__} does not give its blocks' tokens; a probe needs them")
@@ -208,7 +211,7 @@ def _cached_or_temporary(
     try:
         found = feature_cache.load_or_compute(folder, key, source, images, compute)
         in_memory = {name: getattr(found, name).clone() for name in ("features", "labels", "numbers")}
-        collectives.barrier()  # until every rank has its copy
+        collectives.barrier()  # rank 0 must not remove the folder before every rank has its copy
         return found._replace(**in_memory)
     finally:
         if collectives.rank() == 0:
@@ -224,7 +227,7 @@ def _feature_batches(
     stored: str = "fp32",
     pixels: PixelFormat = RGB8,
 ) -> Iterator[FeatureBatch]:
-    """Yield this rank's part of the source's features, in batches."""
+    """Yield the features, computed by `encode`, of this rank's part of the images in `source`, in batches."""
     rank, world = collectives.rank(), collectives.world_size()
     batches: Iterable[EvaluationBatch] = stream.evaluation_batches(
         source, size, batch, workers, rank, world, pixels=pixels

@@ -1,7 +1,8 @@
-"""Weighted k-nearest-neighbour classification of frozen features: an evaluation without training.
+"""`esvit-scale evaluate knn`: weighted k-nearest-neighbour classification of frozen features, without training.
 
-The protocol is DINO's, which EsViT uses: features are L2-normalised, and the k training samples with the highest cosine
-similarity s to a test sample vote for their class with weight exp(s / 0.07); k = 10, 20, 100, 200. Accuracies are in percent.
+The protocol is DINO's, which EsViT uses too. Features are L2-normalised. The k training samples with the highest cosine
+similarity s to a test sample vote for their class with weight exp(s / 0.07), for k = 10, 20, 100 and 200. Accuracies
+are in percent.
 """
 
 from collections.abc import Sequence
@@ -23,12 +24,12 @@ from esvit_scale.parallel import collectives
 
 KS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
-VOTES_AT_ONCE = 2**24  # elements of the vote matrix [queries, classes]: 64 MB
-EXAMPLES, EXAMPLE_NEIGHBOURS = 10, 5  # test samples whose neighbours knn.json records for the report
+VOTES_AT_ONCE = 2**24  # largest number of elements of the vote matrix [queries, classes], 64 MB
+EXAMPLES, EXAMPLE_NEIGHBOURS = 10, 5  # for the report: test samples in knn.json, and neighbours of each
 
 
 class Accuracy(NamedTuple):
-    """The accuracies for one k."""
+    """The k-NN accuracies for one number k of neighbours."""
 
     top1: float  # percent
     top5: float | None  # percent; None with fewer than five classes
@@ -43,18 +44,19 @@ def knn(
     temperature: float = TEMPERATURE,
     device: torch.device | str | None = None,
 ) -> dict[int, Accuracy]:
-    """Return the accuracy for each k. All ranks call it: each takes its part of the test set, and all get the result.
+    """Return the k-NN accuracy on the test set for each k.
 
-    A k larger than the training set is reported under the size of the training set. A class counts among the top five
-    only if it got a vote.
+    All ranks call it: each classifies its part of the test set, and all get the whole result. A k larger than the
+    training set is replaced by the size of the training set. A class counts among the top five only if it got a vote.
 
     Args:
         train_features, test_features: [N, C] of any floating-point type.
         train_labels, test_labels: int64 [N], with the same numbering of classes in both sets.
-        temperature: divides the cosine similarity in a vote's weight.
+        temperature: T in the weight exp(cosine similarity / T) of a neighbour's vote.
 
     Raises:
-        UserError: features that are not finite or of different width, no samples, no labels, or a single class.
+        UserError: features are not finite or differ in width, a set has no samples or samples without label, or all
+            training samples are of one class.
     """
     check_sets(train_features, train_labels, test_features, test_labels, "k-NN")
     ks = clip_ks(ks, len(train_labels))
@@ -77,14 +79,15 @@ def knn(
 def count_true_class_ranks(
     voters: Tensor, weights: Tensor, truth: Tensor, ks: Sequence[int], classes: int, top: int
 ) -> Tensor:
-    """Count how often the true class came first, second, … in the vote: int64 [ks, top].
+    """Count the queries whose true class came first, second, … in the vote, for each k: int64 [len(ks), top].
 
     Args:
         voters: classes of each query's neighbours, nearest first, int64 [Q, k].
-        weights: of their votes, [Q, k].
+        weights: weights of these neighbours' votes, [Q, k].
         truth: true class of each query, int64 [Q].
-        ks: numbers of neighbours that vote; one row of the result for each.
-        top: how many of the leading classes are looked at.
+        ks: numbers of nearest neighbours that vote; each gives one row of the result.
+        classes: number of classes.
+        top: how many places of the vote are counted; each gives one column of the result.
     """
     right = torch.zeros(len(ks), top, dtype=torch.int64)
     step = max(1, VOTES_AT_ONCE // classes)
@@ -101,9 +104,10 @@ def count_true_class_ranks(
 def few_shot(
     train: LabelledSet, test: LabelledSet, shots: Sequence[int], tries: int, ks: Sequence[int] = KS, seed: int = 0
 ) -> dict[str, Any]:
-    """Return the k-NN accuracy with only n training samples of each class, for every n in `shots`.
+    """Return the k-NN accuracy with only n training samples per class, for every n in `shots`.
 
-    It is the mean top-1 over `tries` random draws of the samples, with its 95 % interval.
+    The accuracy is the mean top-1 over `tries` random draws of the samples, with its 95 % interval. The result is the
+    part "few_shot" of knn.json.
 
     Raises:
         UserError: a class has fewer than n samples.
@@ -111,7 +115,7 @@ def few_shot(
     names, labels = train.classes, train.samples.labels
     truth = match_classes(train, test)
     for n in shots:
-        sample_per_class(labels, n, seed, names)  # raises before any work if a class has too few samples
+        sample_per_class(labels, n, seed, names)  # raises an error early if a class has too few samples
     found: dict[str, Any] = {}
     for n in shots:
         runs = []
@@ -124,7 +128,11 @@ def few_shot(
 
 
 def clip_ks(ks: Sequence[int], n: int) -> list[int]:
-    """Return `ks` sorted, with those above `n` replaced by one `n`."""
+    """Return the sorted distinct values of `ks`, with those above `n` replaced by `n`.
+
+    Raises:
+        UserError: a value is below 1.
+    """
     if min(ks) < 1:
         raise UserError(f"--k: must be at least 1, got {min(ks)}")
     return sorted({min(k, n) for k in ks})
@@ -140,7 +148,13 @@ def run_knn(
     shots: Sequence[int] = (),
     tries: int = 5,
 ) -> dict[str, Any]:
-    """Run `esvit-scale evaluate knn` with the trunk of `checkpoint` on two labelled sets; write and return `out`/knn.json."""
+    """Run `esvit-scale evaluate knn` for a checkpoint's trunk: write `out`/knn.json and return its content.
+
+    Args:
+        train, test: labelled image folders or shard sets.
+        shots: numbers of training samples per class to evaluate also (`few_shot`).
+        tries: random draws of these samples.
+    """
     check_train_and_test([train], test, "k-NN")
     teacher = load_frozen_trunk(checkpoint)
     sets = [
@@ -148,7 +162,7 @@ def run_knn(
         for s in (train, test)
     ]
     row = {"checkpoint": str(checkpoint), "step": teacher.step, "train": str(train), "test": str(test)}
-    result = row | evaluate(sets[0], sets[1], ks)  # on every rank, so that an error ends all of them
+    result = row | evaluate(sets[0], sets[1], ks)  # computed on every rank, so that an error ends all ranks
     if shots:
         result["few_shot"] = few_shot(sets[0], sets[1], shots, tries, ks)
     if collectives.rank() == 0:
@@ -160,7 +174,10 @@ def run_knn(
 
 
 def evaluate(train: LabelledSet, test: LabelledSet, ks: Sequence[int] = KS) -> dict[str, Any]:
-    """Return the part of knn.json that two feature sets determine: sizes, results for each k, the best, and examples."""
+    """Evaluate two labelled feature sets: return their sizes, the result for each k, the best k and example neighbours.
+
+    These are the fields of knn.json that depend on features and labels alone.
+    """
     labels = match_classes(train, test)
     found = knn(train.samples.features, train.samples.labels, test.samples.features, labels, ks)
     n = len(train.samples.keys)
@@ -178,16 +195,16 @@ def evaluate(train: LabelledSet, test: LabelledSet, ks: Sequence[int] = KS) -> d
 
 
 def write_result(result: dict[str, Any], path: Path) -> None:
-    """Write a result as JSON, whole or not at all, after making its folder."""
+    """Write a result as a JSON file, atomically; create the file's folder if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_json(path, result)
 
 
 def table(rows: Sequence[dict[str, Any]], names: Sequence[str] | None = None) -> str:
-    """Return a text table of several results: a line for each, a column of top-1 percentages for each k.
+    """Format several results (contents of knn.json) as a text table: a line per result, a column of top-1 per k.
 
     Args:
-        names: of the lines; None: the training steps or checkpoints.
+        names: names of the lines; None takes the training step of each result, or its checkpoint.
     """
     ks = sorted({int(k) for row in rows for k in row["results"]})
     names = (
@@ -206,7 +223,7 @@ def table(rows: Sequence[dict[str, Any]], names: Sequence[str] | None = None) ->
 
 
 def few_shot_table(result: dict[str, Any]) -> str:
-    """Return a text table of a result of `few_shot`."""
+    """Format the result of `few_shot` as a text table: a line per number of samples, a column per k."""
     ks = sorted({int(k) for row in result["results"].values() for k in row})
     lines = [f"{'k-NN top-1, % (mean ± 95 %)':<28}" + "".join(f"{f'k={k}':>14}" for k in ks)]
     for n, row in result["results"].items():
@@ -221,7 +238,7 @@ def _with_margin(cell: dict[str, Any]) -> str:
 
 
 def _examples(train: LabelledSet, test: LabelledSet) -> list[dict[str, Any]]:
-    """Return ten evenly spaced test samples with their nearest training samples, for the report to show."""
+    """Return up to EXAMPLES evenly spaced test samples with their nearest training samples, to show in the report."""
     n = len(test.samples.keys)
     picked = torch.linspace(0, n - 1, min(EXAMPLES, n)).round().long()
     k = min(EXAMPLE_NEIGHBOURS, len(train.samples.keys))

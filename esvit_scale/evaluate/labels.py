@@ -1,4 +1,4 @@
-"""Labelled feature sets: matching classes by name, checks before any work, and class-balanced subsets."""
+"""Labelled feature sets: matching their classes by name, checking them, and drawing subsets class by class."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,33 +16,35 @@ HELD_OUT_AT_MOST = 50_000
 
 
 class LabelledSet(NamedTuple):
-    """A feature set with the names of its classes, which its labels index."""
+    """A feature set with the names of its classes; label i stands for `classes[i]`."""
 
     samples: FeatureSet
     classes: tuple[str, ...]
 
 
 def with_class_names(found: FeatureSet, source: Path) -> LabelledSet:
-    """Return a feature set together with the class names of the data set that it came from."""
+    """Return a feature set with the class names of `source`, the data set whose features it holds."""
     return LabelledSet(found, source_info(source).classes)
 
 
 def match_classes(train: LabelledSet, test: LabelledSet) -> Tensor:
-    """Return the test labels in the numbering of the training set's classes, matched by name; int64 [N].
+    """Return the test labels, int64 [N], renumbered so that equal numbers are classes of equal name in both sets.
+
+    The numbering is that of the training set. Labels are returned unchanged if a set has no class names.
 
     Raises:
-        UserError: the test set has samples of a class of which the training set has none.
+        UserError: the test set has samples of a class for which the training set has none.
     """
     if not (train.classes and test.classes):
         return test.samples.labels
     number = {train.classes[i]: i for i in train.samples.labels.unique().tolist() if i >= 0}
     require_training_samples(number, [test.classes[i] for i in test.samples.labels.unique().tolist() if i >= 0])
-    table = torch.tensor([number.get(name, -1) for name in test.classes] + [-1])  # the last: unlabelled (-1)
+    table = torch.tensor([number.get(name, -1) for name in test.classes] + [-1])  # last entry: index -1, no label
     return table[test.samples.labels]
 
 
 def require_training_samples(trained: Iterable[str], needed: Sequence[str]) -> None:
-    """Raise UserError if a class that test samples have (`needed`) is not among those with training samples."""
+    """Raise UserError if a class of test samples (`needed`) is not among those with training samples (`trained`)."""
     there = set(trained)
     missing = [name for name in needed if name not in there]
     if missing:
@@ -51,7 +53,7 @@ def require_training_samples(trained: Iterable[str], needed: Sequence[str]) -> N
 
 
 def require_classes(sources: Sequence[Path], what: str) -> None:
-    """Raise UserError if a source has no classes. `what` is the evaluation that needs them, for the message."""
+    """Raise UserError if a source has no classes; `what` names the evaluation in the message."""
     for source in sources:
         if not source_info(source).classes:
             raise UserError(f"{source}: its images have no labels; {what} needs one subfolder for each class")
@@ -60,10 +62,11 @@ def require_classes(sources: Sequence[Path], what: str) -> None:
 def check_sets(
     train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor, what: str
 ) -> None:
-    """Check that a training and a test set can be used for classification.
+    """Check that a training and a test set can be used for classification; `what` names the evaluation in messages.
 
     Raises:
-        UserError: features that are not finite or of different width, no samples, no labels, or a single class.
+        UserError: features are not finite or differ in width, a set has no samples or samples without label, or all
+            training samples are of one class.
     """
     _check_set("train", train_features, train_labels, what)
     _check_set("test", test_features, test_labels, what)
@@ -75,10 +78,10 @@ def check_sets(
 
 
 def check_finite(name: str, features: Tensor) -> None:
-    """Raise UserError if a set has no features, or some that are NaN or infinite."""
+    """Raise UserError if a set has no samples, or features that are NaN or infinite; `name` is for messages."""
     if len(features) == 0:
         raise UserError(f"{name} set: no samples")
-    # If a term is not finite, the sum is not; testing the sum is ten times faster than testing every term.
+    # If a feature is not finite, neither is the sum; testing sums is ten times faster than testing every feature.
     bad = sum(int((~part.flatten(1).float().sum(1).isfinite()).sum()) for part in chunks(features))
     if bad:
         raise UserError(
@@ -87,10 +90,13 @@ def check_finite(name: str, features: Tensor) -> None:
 
 
 def sample_per_class(labels: Tensor, count: int, seed: int, classes: Sequence[str] = ()) -> Tensor:
-    """Return the rows of `count` random samples of each class; int64, ascending.
+    """Return the row numbers of `count` random samples of each class: int64, ascending.
+
+    Args:
+        classes: names of the classes, for messages.
 
     Raises:
-        UserError: a class has fewer samples.
+        UserError: a class has fewer than `count` samples.
     """
     rows = []
     for label, own in _rows_by_class(labels, seed):
@@ -102,16 +108,16 @@ def sample_per_class(labels: Tensor, count: int, seed: int, classes: Sequence[st
 
 
 def sample_fraction(labels: Tensor, share: float, seed: int) -> Tensor:
-    """Return the rows of a random fraction `share` of every class's samples, at least one of each; int64, ascending."""
+    """Return the row numbers of a random fraction `share` of each class, at least one sample each: int64, ascending."""
     rows = [own[: max(1, round(share * len(own)))] for _, own in _rows_by_class(labels, seed)]
     return torch.cat(rows).sort().values
 
 
 def split_held_out(labels: Tensor, seed: int, share: float = HELD_OUT) -> tuple[Tensor, Tensor]:
-    """Return the rows to fit on and the rows to hold out for selection, both ascending.
+    """Return the row numbers to fit on and those to hold out for model selection, both ascending.
 
-    Held out is a fraction `share` of every class, and at most HELD_OUT_AT_MOST samples in all: at least one of a class
-    with two or more samples, none of a class with one.
+    A fraction `share` of every class is held out, less if that would be more than HELD_OUT_AT_MOST samples in all. A
+    class with two or more samples has at least one held out; a class with one sample has none.
 
     Raises:
         UserError: every class has only one sample.
@@ -129,7 +135,7 @@ def split_held_out(labels: Tensor, seed: int, share: float = HELD_OUT) -> tuple[
 
 
 def _rows_by_class(labels: Tensor, seed: int) -> list[tuple[int, Tensor]]:
-    """Return each class with its rows in random order, classes ascending; leave out rows without a label."""
+    """Return (class, its row numbers in random order) for each class in ascending order, without unlabelled rows."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     order = order[labels[order].argsort(stable=True)]
     values, counts = labels.unique(return_counts=True)

@@ -1,12 +1,12 @@
 """`esvit-scale evaluate linear`: the accuracy of linear classifiers on frozen features, by three protocols.
 
-official   The published protocol: one head on the last four blocks, trained by SGD for 100 epochs. Nothing is selected.
-grid       Heads for 13 learning rates × {1, 4} blocks × 2 poolings, trained at once. The one with the best accuracy on a
-           held-out part of the training set is reported.
-logistic   Logistic regression, fitted to the optimum by L-BFGS. The L2 penalty with the least loss on the held-out part
-           is chosen, and then fitted to the whole training set.
+official   The published protocol: one head on the last four blocks, trained by SGD for 100 epochs, without selection.
+grid       Heads for 13 learning rates × {1, 4} blocks × 2 poolings, all trained at once. The head with the best
+           accuracy on a held-out part of the training set is reported.
+logistic   Logistic regression, fitted to convergence by L-BFGS. The L2 penalty with the lowest loss on the held-out
+           part is selected; the classifier is then fitted to the whole training set with this penalty.
 
-Each protocol reads the test set once, after everything is chosen.
+Each protocol uses the test set only once, after all selection is done.
 """
 
 from collections.abc import Iterator, Sequence
@@ -48,32 +48,32 @@ Json = dict[str, Any]
 
 
 class ProbeSettings(NamedTuple):
-    """The options of a linear probe, as on the command line."""
+    """The options of `esvit-scale evaluate linear` that concern the probe."""
 
     protocols: Sequence[str] = PROTOCOLS
     epochs: int = 100
-    batch: int = 256  # samples in a batch of SGD, over all ranks
+    batch: int = 256  # global batch size of SGD: samples over all ranks
     augment: bool = False  # train by SGD on random crops of the images, instead of on stored features
-    fraction: float = 1.0  # part of every class's training samples that is used
+    fraction: float = 1.0  # fraction of every class's training samples that is used
     seed: int = 0
 
 
 class ProbeData(NamedTuple):
-    """Features [N, 2, D] of both sets (features.last_blocks), their labels, and the rows to learn from."""
+    """The input of a protocol: features [N, 2, D] (features.last_blocks) and labels of the training and test sets."""
 
     train: Tensor
-    labels: Tensor  # int64 [N], for all training rows
-    numbers: Tensor | None  # int64 [N], their places in the source
-    rows: Tensor  # int64: the training rows to use
+    labels: Tensor  # int64 [N], class of every row of `train`
+    numbers: Tensor | None  # int64 [N], index in the source of every row of `train`
+    rows: Tensor  # int64: the rows of `train` to learn from
     test: Tensor
-    truth: Tensor  # int64, in the training set's numbering of classes
+    truth: Tensor  # int64, class of every row of `test`, in the training set's numbering
     classes: int
     dim: int  # C, the width of the last block
     images: "ImageSource"
 
 
 class ImageSource(NamedTuple):
-    """The training images and the trunk, for training on random crops."""
+    """The trunk and the training images, for training on random crops instead of stored features."""
 
     teacher: FrozenTrunk
     source: Path
@@ -88,13 +88,14 @@ def run_linear(
     settings: ProbeSettings,
     options: ExtractionOptions,
 ) -> Json:
-    """Run `esvit-scale evaluate linear`; write and return `out`/linear.json.
+    """Run `esvit-scale evaluate linear`: write `out`/linear.json and return its content.
 
-    It holds the sizes of the sets, and for each protocol top-1 with its interval, top-5, and what was selected.
+    The file holds the sizes of the sets and, for each protocol, top-1 with its interval, top-5, and the selected
+    settings.
 
     Raises:
-        UserError: a set without labels, a single class, test classes without training samples, or features that are not
-            finite.
+        UserError: a set has no labels or only one class, a class of the test set has no training sample, or features
+            are not finite.
     """
     if not 0 < settings.fraction <= 1:
         raise UserError(f"--fraction: expected more than 0 and at most 1 (0.01 is 1 %), got {settings.fraction:g}")
@@ -125,7 +126,7 @@ def run_linear(
 
 
 def make_probe_data(train: LabelledSet, test: LabelledSet, settings: ProbeSettings, images: ImageSource) -> ProbeData:
-    """Check two labelled sets and return them as the data of a probe.
+    """Check the features of a training and a test set, and return them as the data of a probe.
 
     Raises:
         UserError: as `run_linear`.
@@ -142,7 +143,7 @@ def make_probe_data(train: LabelledSet, test: LabelledSet, settings: ProbeSettin
 
 
 def official(data: ProbeData, settings: ProbeSettings) -> Json:
-    """Return the result of the official protocol, for linear.json."""
+    """Run the official protocol and return its result for linear.json."""
     trained = _train_heads((linear_heads.OFFICIAL,), data, data.rows, settings)
     found = _score(linear_heads.head_scores(trained, 0, data.test), data.truth)
     rate = linear_heads.OFFICIAL.lr
@@ -150,7 +151,7 @@ def official(data: ProbeData, settings: ProbeSettings) -> Json:
 
 
 def grid(data: ProbeData, settings: ProbeSettings) -> Json:
-    """Return the result of the best of a grid of heads, for linear.json."""
+    """Run the grid protocol and return the result of the selected head for linear.json."""
     fit, held_out = _split(data, settings)
     trained = _train_heads(linear_heads.GRID, data, fit, settings)
     scores = linear_heads.accuracies(trained, data.train[held_out], data.labels[held_out])
@@ -162,9 +163,12 @@ def grid(data: ProbeData, settings: ProbeSettings) -> Json:
 
 
 def logistic_regression(data: ProbeData, settings: ProbeSettings) -> Json:
-    """Return the result of logistic regression with a searched L2 penalty, for linear.json."""
+    """Run the logistic protocol and return the result with the selected L2 penalty for linear.json."""
     fit, held_out = _split(data, settings)
-    features, labels = data.train[:, 0], data.labels  # mean over tokens
+    features, labels = (
+        data.train[:, 0],
+        data.labels,
+    )  # row 0: mean over the tokens or class token
 
     def of(rows: Tensor) -> logistic.LabelledFeatures:
         return logistic.LabelledFeatures(features, rows, labels[rows], data.classes)
@@ -181,7 +185,7 @@ _PROTOCOLS = {"official": official, "grid": grid, "logistic": logistic_regressio
 
 
 def table(result: Json) -> str:
-    """Return linear.json as a text table, with a line for each protocol."""
+    """Format the content of linear.json as a text table, with a line for each protocol."""
     lines = [f"{'linear probe, %':<16}{'top-1':>8}{'95 %':>16}{'top-5':>8}  selected on a held-out part of train"]
     for name, row in result["results"].items():
         low, high = row["interval"]
@@ -196,7 +200,7 @@ def table(result: Json) -> str:
 
 
 def _split(data: ProbeData, settings: ProbeSettings) -> tuple[Tensor, Tensor]:
-    """Return the rows to fit on and the rows to select on."""
+    """Split `data.rows` into the rows to fit on and the held-out rows for selection."""
     fit, held_out = split_held_out(data.labels[data.rows], settings.seed)
     return data.rows[fit], data.rows[held_out]
 
@@ -222,7 +226,7 @@ def _feature_batches(data: ProbeData, rows: Tensor, settings: ProbeSettings, epo
 
 
 def _augmented_batches(data: ProbeData, rows: Tensor, settings: ProbeSettings, epoch: int) -> Iterator[LabelledBatch]:
-    """Yield features of random crops of the training images, by the official transform; other crops in every epoch."""
+    """Yield batches of features of random crops of the training images; the crops differ from epoch to epoch."""
     teacher, source, options = data.images
     numbers = data.numbers
     assert numbers is not None
@@ -242,9 +246,9 @@ def _augmented_batches(data: ProbeData, rows: Tensor, settings: ProbeSettings, e
 
 
 def _shuffled_batches(rows: Tensor, settings: ProbeSettings, epoch: int) -> Iterator[tuple[Tensor, int]]:
-    """Yield this rank's rows of every global batch, with the size of that batch.
+    """Shuffle `rows` and yield, for every global batch, this rank's part of its rows and the size of the whole batch.
 
-    The order is a function of (seed, epoch), and so is the same on every rank.
+    The order is a function of (seed, epoch) and therefore the same on every rank.
     """
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch)
     rank, world = collectives.rank(), collectives.world_size()

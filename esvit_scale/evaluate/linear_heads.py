@@ -1,8 +1,9 @@
-"""Linear heads trained by SGD on frozen features: one by the official protocol, or a grid of heads at once.
+"""Linear heads trained by SGD on frozen features: a single head (official protocol) or a grid of heads at once.
 
-The official protocol is DINO's, which EsViT uses: average-pooled tokens of the last four blocks; weights from N(0, 0.01²),
-bias 0; SGD with momentum 0.9 and no weight decay, at learning rate lr · B/256 with a cosine schedule over epochs to 0. The
-grid follows DINOv2: all heads are trained on the same batches, so that features are read once for all of them.
+The official protocol is DINO's, which EsViT uses too. The input is the average-pooled tokens of the last four blocks.
+Weights are initialised from N(0, 0.01²), biases with 0. SGD has momentum 0.9, no weight decay and, for a global batch
+of B, the learning rate lr · B/256 with a cosine schedule to 0 that is updated every epoch. The grid follows DINOv2: all
+heads are trained on the same batches, so that features are read once for all heads.
 """
 
 import math
@@ -19,39 +20,39 @@ from esvit_scale.parallel import collectives
 
 LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
 BLOCKS = (1, 4)
-POOLINGS = ("mean", "mean+max")  # over a block's tokens
+POOLINGS = ("mean", "mean+max")  # pooling over a block's tokens; "mean+max" concatenates both
 MOMENTUM = 0.9
 ROWS_AT_ONCE = 4096
 
 
 class HeadConfig(NamedTuple):
-    """The settings of one linear head."""
+    """The hyperparameters of one linear head."""
 
     lr: float  # learning rate at a batch of 256
-    blocks: int  # 1 or 4: how many of the last blocks it reads
+    blocks: int  # 1 or 4: number of last blocks whose features are its input
     pooling: str
 
 
 class LabelledBatch(NamedTuple):
-    """This rank's part of a global batch of features, with labels."""
+    """This rank's part (b samples) of a global batch of features with labels."""
 
     features: Tensor  # [b, 2, D], see features.last_blocks
     targets: Tensor  # int64 [b]
-    size: int  # of the global batch
+    size: int  # samples in the global batch
 
 
-EpochBatches = Callable[[int], Iterator[LabelledBatch]]  # epoch → its batches, equally many on every rank
+EpochBatches = Callable[[int], Iterator[LabelledBatch]]  # epoch → this rank's batches, equally many on every rank
 
 OFFICIAL = HeadConfig(1e-3, 4, "mean")
 GRID = tuple(HeadConfig(lr, blocks, pooling) for blocks in BLOCKS for pooling in POOLINGS for lr in LEARNING_RATES)
 
 
 class LinearHeads(nn.Module):
-    """Several linear classifiers of K classes; those that read the same features share one matrix product.
+    """Several linear classifiers of K classes; heads with the same input features share one matrix product.
 
     Args:
-        dim: C, the width of the last block.
-        width: D, the width of the last four blocks together.
+        dim: C, the width of the last block's features.
+        width: D, the total width of the last four blocks' features.
     """
 
     def __init__(self, heads: tuple[HeadConfig, ...], dim: int, width: int, classes: int, seed: int) -> None:
@@ -72,9 +73,10 @@ class LinearHeads(nn.Module):
             self.linear[name] = linear
 
     def forward(self, features: Tensor) -> Iterator[tuple[list[int], Tensor]]:
-        """Yield for each group of heads that share features: their numbers, and their scores [B, heads, K].
+        """Yield the indices and the scores [B, heads, K] of the heads, in groups of heads with the same input features.
 
-        `features` are [B, 2, D].
+        Args:
+            features: [B, 2, D], see features.last_blocks.
         """
         for name, members in self.members.items():
             head = self.heads[members[0]]
@@ -84,7 +86,13 @@ class LinearHeads(nn.Module):
 
 
 def train(heads: LinearHeads, epochs: int, batch: int, batches_of: EpochBatches) -> None:
-    """Train the heads in place. Gradients are summed over the ranks, so that the result does not depend on their number."""
+    """Train the heads in place by SGD.
+
+    Gradients are summed over the ranks, so that the result does not depend on the number of ranks.
+
+    Args:
+        batch: global batch size, which scales the learning rates.
+    """
     device = next(heads.parameters()).device
     rates = torch.tensor([head.lr for head in heads.heads], device=device) * batch / 256
     optimizer = torch.optim.SGD(heads.parameters(), lr=1.0, momentum=MOMENTUM)
@@ -94,7 +102,7 @@ def train(heads: LinearHeads, epochs: int, batch: int, batches_of: EpochBatches)
             optimizer.zero_grad()
             features, targets = features.to(device).float(), targets.to(device)
             for members, scores in heads(features):
-                # A head's learning rate is the weight of its loss: SGD is linear in the gradient.
+                # Each head's loss is multiplied by its learning rate; this is exact, as SGD is linear in the gradient.
                 of_each = targets.repeat_interleave(len(members))
                 losses = F.cross_entropy(scores.flatten(0, 1), of_each, reduction="none").view(-1, len(members))
                 (losses.sum(0) / size * rates[members]).sum().backward()
@@ -106,7 +114,7 @@ def train(heads: LinearHeads, epochs: int, batch: int, batches_of: EpochBatches)
 
 @torch.no_grad()
 def accuracies(heads: LinearHeads, features: Tensor, targets: Tensor) -> Tensor:
-    """Return the accuracy of every head in percent, float64 [heads], on features [N, 2, D] (possibly memory-mapped)."""
+    """Return every head's accuracy in percent on features [N, 2, D] (possibly memory-mapped): float64 [heads]."""
     device = next(heads.parameters()).device
     right = torch.zeros(len(heads.heads), dtype=torch.float64)
     for rows in torch.arange(len(targets)).split(ROWS_AT_ONCE):
@@ -119,7 +127,7 @@ def accuracies(heads: LinearHeads, features: Tensor, targets: Tensor) -> Tensor:
 
 @torch.no_grad()
 def head_scores(heads: LinearHeads, head: int, features: Tensor) -> Tensor:
-    """Return the scores of the head with number `head` for features [N, 2, D]: float32 [N, K] on the CPU."""
+    """Return the scores of the head at index `head` for features [N, 2, D]: float32 [N, K] on the CPU."""
     device = next(heads.parameters()).device
     found = []
     for rows in torch.arange(len(features)).split(ROWS_AT_ONCE):
