@@ -188,7 +188,7 @@ class MixedOrder:
 
     @cached_property
     def _starts(self) -> list[list[int]]:
-        """Return [slots + 1][sets]: row s counts an epoch's draws from each set by the slots before s; the last, all."""
+        """Return [slots + 1][sets]: row s counts an epoch's draws from each set by slots before s; the last, all."""
         starts = [[0] * len(self._shares)]
         for slot in range(self._slots):
             drawn = self._drawn(slot, self._steps * self._per_slot)

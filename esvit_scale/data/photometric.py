@@ -21,9 +21,9 @@ from esvit_scale.data.pixel_format import RGB8, PixelFormat
 from esvit_scale.data.pixel_format import STD as STD
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, Pillow's grey
-BLUR_RATE = (1.0, 0.1, 0.5)  # first global, second global, local
-BLUR_RADIUS = (0.1, 2.0)
-JITTER = (0.4, 0.4, 0.2, 0.1)  # brightness, contrast, saturation, hue
+BLUR_RATE = (1.0, 0.1, 0.5)  # probability of a blur for the first global, the second global and local crops
+BLUR_RADIUS = (0.1, 2.0)  # pixels: smallest and largest
+JITTER = (0.4, 0.4, 0.2, 0.1)  # largest change of brightness, contrast, saturation and hue
 ORDERS = tuple(permutations(range(4)))  # the orders of the four jitter operations
 BOX_REACH = 2  # pixels on either side that one box pass of the largest radius reaches
 
@@ -31,7 +31,7 @@ BOX_REACH = 2  # pixels on either side that one box pass of the largest radius r
 class BatchAugmentationParams(NamedTuple):
     """Photometric parameters of many crops; all fields have the same leading shape ([V, B] in a batch, [N] flattened)."""
 
-    order: Tensor  # int64: which of ORDERS the jitter takes; -1: no jitter
+    order: Tensor  # int64: index in ORDERS of the order in which the jitter operations are applied; -1: no jitter
     factors: Tensor  # float32 [..., 4]: brightness, contrast, saturation factor; hue shift in turns
     grayscale: Tensor  # bool
     radius: Tensor  # float32: blur radius in pixels, 0: no blur
@@ -91,8 +91,8 @@ def apply(crops: Tensor, params: BatchAugmentationParams, pixels: PixelFormat = 
 
     Args:
         crops: uint8 or uint16 [N, C, S, S].
-        params: parameters of these N crops, on the host: it decides which crops an operation touches, and therefore never
-            waits for the device.
+        params: parameters of these N crops, on the host, so that choosing the crops for an operation never waits for
+            the device.
 
     Returns:
         float32 [N, C, S, S], normalised with the format's mean and standard deviation, on the crops' device.
@@ -113,18 +113,18 @@ def apply(crops: Tensor, params: BatchAugmentationParams, pixels: PixelFormat = 
 
 
 def unit(crops: Tensor, pixels: PixelFormat = RGB8) -> Tensor:
-    """Return pixels [N, C, S, S] as float32 in 0..1, contiguous."""
+    """Return stored pixel values [N, C, S, S] scaled to 0..1, as a contiguous float32 tensor."""
     return crops.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / pixels.largest)
 
 
 def normalize_(x: Tensor, pixels: PixelFormat = RGB8) -> Tensor:
-    """Subtract the format's mean from [N, C, S, S] in 0..1 and divide by its standard deviation, in place."""
+    """Normalise pixels [N, C, S, S] in 0..1 with the format's mean and standard deviation, in place."""
     mean, std = (torch.tensor(v, device=x.device).view(-1, 1, 1) for v in (pixels.mean, pixels.std))
     return x.sub_(mean).div_(std)
 
 
 def _on_rows(x: Tensor, chosen: Tensor, function: Callable[..., Tensor], *parameters: Tensor) -> None:
-    """Replace the chosen rows of x by function(rows of x, *rows of the parameters), in place."""
+    """Replace the chosen rows of `x` by `function(rows of x, *rows of the parameters)`, in place."""
     rows = chosen.nonzero().flatten()
     if len(rows):
         arguments = [p[rows].to(x.device, non_blocking=True).view(-1, 1, 1, 1) for p in parameters]

@@ -1,6 +1,6 @@
 """The operations of photometric.py on one 8-bit crop, with OpenCV, in a loader process (`data.photometric: workers`).
 
-This is for training without a device that would be faster. Each operation rounds to 8 bits, as the official Pillow
+Use it where there is no GPU, which would be faster. Each operation rounds to 8 bits, as the official Pillow
 pipeline does.
 """
 
@@ -20,7 +20,7 @@ except ImportError:
 
 IDENTITY = AugmentationParams(
     -1, (1.0, 1.0, 1.0, 0.0), False, 0.0, False
-)  # parameters that leave a crop to be normalised only
+)  # parameters with which photometric.apply only normalises a crop
 
 
 def require() -> None:
@@ -79,7 +79,7 @@ def _blur(pixels: Pixels, radius: float) -> None:
 
 
 def box_taps(radius: float) -> NDArray[np.float32]:
-    """Return `photometric.box_taps` of one radius, without the 0.1 ms that torch takes for it."""
+    """Return the weights of `photometric.box_taps` for one radius, computed without the 0.1 ms that torch takes."""
     variance = radius**2 / 3
     whole = int((math.sqrt(12 * variance + 1) - 1) / 2)
     fraction = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))

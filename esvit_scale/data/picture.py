@@ -1,4 +1,4 @@
-"""An image file whose size is read before its pixels, so that crops are placed first and then only what they need is decoded.
+"""Image files whose size is read before their pixels, so that crops are placed before anything is decoded.
 
 libjpeg scales by ½, ¼ or ⅛ inside the inverse DCT, so a JPEG is decoded no larger than its crops need.
 """
@@ -45,7 +45,7 @@ _UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {  # EXIF orientation → the 
 
 
 class Picture:
-    """An upright image of `width` × `height` pixels that is decoded by `pixels`."""
+    """An upright image of known `width` × `height`, which the method `pixels` decodes."""
 
     def __init__(self, width: int, height: int, decoded: Callable[[int], tuple[Pixels, int]]) -> None:
         self.width, self.height = width, height
@@ -56,7 +56,7 @@ class Picture:
 
         Args:
             reduction: 1, 2, 4 or 8: decode at 1/reduction of the size, rounded up. A format that cannot be scaled while it is
-                decoded comes with a smaller reduction.
+                decoded is returned at a smaller reduction.
 
         Raises:
             BadImage: truncated or corrupt.
@@ -94,7 +94,7 @@ def check_decodes(data: bytes, pixel_format: PixelFormat = RGB8) -> None:
 
 
 def _jpeg_header(data: bytes) -> tuple[int, int] | None:
-    """Return (width, height) as stored, or None for a file that Pillow should decode."""
+    """Return (width, height) of a JPEG as stored, or None for a file that Pillow should decode."""
     if simplejpeg is None:
         image = open_header(data)
         return image.size if image.format == "JPEG" and image.mode in ("RGB", "L") else None
@@ -106,7 +106,7 @@ def _jpeg_header(data: bytes) -> tuple[int, int] | None:
 
 
 def _jpeg_pixels(data: bytes, orientation: int, has_dct: bool, reduction: int) -> tuple[Pixels, int]:
-    """Return the upright pixels and their reduction: 1 where the file decodes at its full size only.
+    """Return the upright pixels of a JPEG and their reduction, which is 1 if the file decodes only at its full size.
 
     A lossless JPEG has no DCT that could be scaled, and simplejpeg 1.7.3 kills the process when it is asked to.
     """
@@ -121,7 +121,7 @@ def _jpeg_pixels(data: bytes, orientation: int, has_dct: bool, reduction: int) -
 
 
 def _turbo(data: bytes, reduction: int) -> Pixels:
-    """Decode a JPEG at 1/`reduction` of its size, as stored [H, W, 3]. Raises BadImage.
+    """Return the pixels [H, W, 3] of a JPEG at 1/`reduction` of its size, not turned upright. Raises BadImage.
 
     A file that makes libjpeg-turbo warn (junk before a marker) is decoded by Pillow, which tells truncated files from
     harmless ones.

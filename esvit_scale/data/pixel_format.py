@@ -7,7 +7,7 @@ import numpy as np
 from esvit_scale.config import Data
 from esvit_scale.errors import UserError
 
-MEAN = (0.485, 0.456, 0.406)  # of ImageNet's red, green and blue, where 1 is the largest value
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet's red, green and blue, with pixel values in 0..1
 STD = (0.229, 0.224, 0.225)
 
 
@@ -20,7 +20,7 @@ class PixelFormat(NamedTuple):
 
     channels: int = 3
     bits: int = 8  # 8 or 16, unsigned
-    mean: tuple[float, ...] = MEAN  # per channel, in units of the largest value
+    mean: tuple[float, ...] = MEAN  # per channel, with pixel values scaled to 0..1
     std: tuple[float, ...] = STD
 
     @property
@@ -46,7 +46,7 @@ RGB8 = PixelFormat()
 
 
 def pixel_format(data: Data) -> PixelFormat:
-    """Return the format that a run config names.
+    """Return the pixel format that the `data` section of a run's config describes.
 
     Raises:
         UserError: `data.mean` and `data.std` are not set, and the images are not 8-bit RGB.

@@ -1,4 +1,4 @@
-"""The shard sets that a source will become, by its recipe: a single one, or `train` and `val`."""
+"""Planning of shard sets: which sets are made from a source (one, or `train` and `val`), and of which samples."""
 
 from collections.abc import Callable
 from itertools import chain
@@ -22,16 +22,16 @@ from esvit_scale.progress import say
 
 
 class PlannedSet(NamedTuple):
-    """One of the sets that a source becomes: the only one, `train` or `val`."""
+    """A shard set to be written from a source: the only one, `train` or `val`."""
 
     source: Source
     keys: Keys
-    chosen: NDArray[np.int64]  # numbers of its samples in the source, ascending
-    left_out: LeftOut  # known before an image is read
+    chosen: NDArray[np.int64]  # numbers, in the source, of the set's samples, ascending
+    left_out: LeftOut  # what is known to be left out before an image is read
 
 
 def planned_sets(where: str, options: SourceOptions, recipe: Recipe) -> dict[str, PlannedSet]:
-    """Return the sets that a source becomes, by name, without reading an image.
+    """Return the sets to be written from a source, by name (empty for a single set), without reading an image.
 
     Raises:
         UserError: the source cannot be opened, a split is empty, or a keep-list belongs to another source.
@@ -54,14 +54,14 @@ def planned_sets(where: str, options: SourceOptions, recipe: Recipe) -> dict[str
             left.add(IMAGES, NOT_KEPT, printable(source.name(first)), len(source) - len(chosen), asked=True)
         for part, numbers in parts.items():
             sets[part] = PlannedSet(source, keys, numbers, left)
-            left = LeftOut()  # only the first set reports what the source leaves out
+            left = LeftOut()  # only the first set lists what the source leaves out
     return sets
 
 
 def plan_of(
     planned: PlannedSet, recipe: Recipe, workers: int, cache: Path | None = None
 ) -> tuple[ShardPlan, list[Bad]]:
-    """Return the plan of a set, and rows for the quarantine about the duplicates that are not in it.
+    """Return the shard plan of a set, and a quarantine row for each duplicate that the plan leaves out.
 
     Args:
         cache: file in which the list of duplicates is stored, since finding them reads all samples.

@@ -1,4 +1,4 @@
-"""The writing of one shard of a plan, as worker processes do it: read, check, re-encode where asked, write."""
+"""Writing of one shard of a plan in a worker process: read, check, re-encode if the recipe asks for it, write."""
 
 import errno
 import os
@@ -21,7 +21,7 @@ from esvit_scale.data.shard_plan import ShardPlan
 from esvit_scale.data.sources.base import Item, Source, extension
 from esvit_scale.errors import RestartCanHelp, UserError
 
-# Errors of a file system rather than of a file
+# Errors of the file system rather than of one file
 TRANSIENT_ERRNOS = {
     errno.EIO,
     errno.ESTALE,
@@ -81,7 +81,7 @@ def shard_name(number: int) -> str:
 def _samples(
     plan: ShardPlan, number: int, bad: list[Bad], turned: list[int], tick: Callable[[], None]
 ) -> Iterator[Sample]:
-    """Yield the valid samples of a shard; add the others to `bad`, and the numbers of images turned by json to `turned`."""
+    """Yield the valid samples of a shard; add rows about others to `bad`, and numbers of turned images to `turned`."""
     missing = 0
     for i in plan.members(number):
         tick()
@@ -122,7 +122,7 @@ def _checked(plan: ShardPlan, i: int, data: bytes) -> tuple[bytes, str]:
 
 
 def _sniffed(data: bytes) -> str:
-    """Return an image extension by the first bytes of a file without a name."""
+    """Return the extension that fits the first bytes of an image file; `jpg` if they are unknown."""
     kinds = {
         b"\xff\xd8": "jpg",
         b"\x89PNG": "png",
@@ -138,7 +138,7 @@ def _sniffed(data: bytes) -> str:
 
 
 def load(source: Source, i: int) -> Item:
-    """Read sample i of a source, again with growing delays while the file system does not answer.
+    """Read sample i of a source; try again after growing delays while the file system does not answer.
 
     Raises:
         BadImage, OSError: this sample cannot be read.

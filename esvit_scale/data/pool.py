@@ -21,8 +21,8 @@ R = TypeVar("R")
 
 WATCH = 0.5  # seconds between updates of the progress display
 
-_work: Callable[..., Any] | None = None  # of this worker process
-_done: Any = None  # shared counter
+_work: Callable[..., Any] | None = None  # the function of `each`, set in worker processes
+_done: Any = None  # counter of ticks, shared by the processes
 
 
 def each(
@@ -66,7 +66,7 @@ def _forked(
     processes: list[Any] = []
     try:
         while True:
-            for job in waiting:  # a few jobs ahead: a million shards are not a million futures
+            for job in waiting:  # submit a few jobs ahead, so that a million shards are not a million futures
                 running[pool.submit(_run, job)] = job
                 if len(running) >= 2 * workers:
                     break

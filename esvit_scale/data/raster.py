@@ -55,12 +55,13 @@ def read(data: bytes, channels: int | None = None) -> Array:
     """Return the upright pixels [H, W, C] of a TIFF or a `.npy` file.
 
     Args:
-        channels: expected number of channels. The channels of an array of three dimensions are its last axis when that has
-            this length, else its first axis when that has; None: the length may be anything up to MAX_CHANNELS.
+        channels: expected number of channels, to find the channel axis of a three-dimensional array: the last axis if
+            it has this length, else the first if it has. If neither has, or with None, it is the last axis if that has
+            at most MAX_CHANNELS, else the first.
 
     Raises:
-        BadImage: the file is neither, damaged, too large, of a type other than unsigned 8 or 16 bits, or has more than
-            MAX_CHANNELS channels.
+        BadImage: the file is neither of the two, is damaged, too large, of a type other than unsigned 8 or 16 bits, or
+            has more than MAX_CHANNELS channels.
     """
     try:
         return _read_npy(data, channels) if data.startswith(NPY) else _read_tiff(data)
@@ -73,7 +74,7 @@ def read(data: bytes, channels: int | None = None) -> Array:
 
 
 def mismatch(pixels: Array, channels: int, bits: int) -> str:
-    """Return why pixels of other channels or bits than asked for are not used, and which options would fit them."""
+    """Return the message about an image of other channels or bits than asked for, with options that would fit it."""
     found, depth = pixels.shape[2], 8 * pixels.itemsize
     return f"{found} channels of {depth} bits, not {channels} of {bits} (channels {found} and bits {depth} would fit)"
 
@@ -106,7 +107,7 @@ def _read_npy(data: bytes, channels: int | None) -> Array:
 
 
 def _channel_axis(shape: tuple[int, ...], channels: int | None) -> int | None:
-    """Return the axis of an array that holds its channels; None for [H, W]."""
+    """Return the axis that holds the channels, preferably one of length `channels`; None if the shape is [H, W]."""
     if len(shape) == 2:
         return None
     if len(shape) != 3:
@@ -161,7 +162,7 @@ def _pixels(page: Any) -> Array:
 
 
 def _bands(file: Any) -> list[Any]:
-    """Return the pages that are the bands of a TIFF: those of the first page's size, without overviews and masks."""
+    """Return the pages that are the bands of a TIFF: those like the first page, without overviews and masks."""
     first = file.pages.first
     if len(file.pages) > 4 * MAX_CHANNELS:
         raise BadImage(f"a stack of {len(file.pages)} pages, not an image of 1 to {MAX_CHANNELS} channels")

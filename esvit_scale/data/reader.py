@@ -1,4 +1,4 @@
-"""Samples of indexed shards by number: any sample costs one `pread` at the offset that the index gives, and no scan."""
+"""Reader of indexed shards: any sample is read by its number with one `pread` at the offset in the index."""
 
 import logging
 import os
@@ -33,14 +33,14 @@ PROBES = 4  # other shards that are looked at before one shard, rather than the 
 
 
 class StorageGone(RestartCanHelp):
-    """Nothing of a set can be read: the storage is the cause, and a restart can help."""
+    """Error for a set of which nothing can be read: the storage is the cause, and a restart can help."""
 
 
 class RetryBudget:
-    """The growing delays between attempts to read, one log line each, which are spent once.
+    """A budget of growing delays between attempts to read; each delay is logged.
 
-    Until something was read again, later failures are not waited for: storage that is gone costs one round of delays and
-    not one for every sample.
+    Once it is used up, later failures get no delay until a read succeeds (`reset`): storage that is gone costs one
+    round of delays, not one for every sample.
     """
 
     def __init__(self, delays: Sequence[float]) -> None:
@@ -57,7 +57,7 @@ class RetryBudget:
         self._used = 0
 
     def wait(self, what: str, error: OSError) -> bool:
-        """Sleep for the next delay because `what` could not be read; return False, at once, when none is left."""
+        """Sleep for the next delay after a failed read of `what`; return False, at once, if no delay is left."""
         if self._used == len(self._delays):
             return False
         delay = self._delays[self._used]
@@ -69,13 +69,13 @@ class RetryBudget:
 
 
 class ShardReader:
-    """Reader of a set's samples with a bounded number of open files and index bytes in memory. Make one per process.
+    """Reader of a set's samples, with bounds on its open files and on the index bytes in memory. Make one per process.
 
     Args:
-        readers: number of readers in this process; they share the bounds.
+        readers: number of readers in this process, which share the bounds.
 
     A read that fails with an error from which storage may recover is tried again with growing delays, a minute in all. If
-    it still fails, its shard counts as damaged when other shards can be read, and the storage as gone otherwise.
+    it still fails, the shard counts as damaged if other shards can be read, and the storage as gone if not.
 
     Raises (every method):
         BadImage: the sample is damaged or missing.
@@ -91,7 +91,7 @@ class ShardReader:
         self._most_files = max(most // readers, 1)
         self._indexes: OrderedDict[int, Index] = OrderedDict()
         self._retries = RetryBudget(RETRY_DELAYS)
-        self._damaged: set[int] = set()  # shards that could not be read while others could: not waited for again
+        self._damaged: set[int] = set()  # shards that failed while others could be read: not retried again
         self._index_bytes = 0
 
     def entry(self, shard: int, i: int) -> Entry:
@@ -149,15 +149,22 @@ class ShardReader:
             return True
 
     def _storage_answers(self, failed: int) -> bool:
-        """Return whether anything of the set can be read from the disk: a block of another shard, or, in a set of one
-        shard, another block of that one."""
+        """Return whether anything of the set can be read from the disk.
+
+        A few blocks of other shards are tried, or, in a set of one shard, a few blocks of that one.
+        """
         count = len(self.manifest.shards)
         others = {(failed + 1 + i * count // PROBES) % count for i in range(PROBES)} - {failed}
         return any(self._reads_a_block(shard, place) for shard in others or {failed} for place in (0.0, 0.5, 1.0))
 
     def _reads_a_block(self, shard: int, place: float) -> bool:
-        """Return whether a block at a relative place in [0, 1] of a shard can be read, past the page cache, which would
-        answer for a dead disk."""
+        """Return whether a block of a shard can be read from the disk.
+
+        The page cache is bypassed, because it would answer for a dead disk.
+
+        Args:
+            place: where the block lies, from 0 (start of the shard) to 1 (its end).
+        """
         handle = None
         try:
             handle = os.open(self.manifest.root / self.manifest.shards[shard].name, os.O_RDONLY | os.O_CLOEXEC)

@@ -1,4 +1,4 @@
-"""Re-encoding of image files: smaller, or in one format. The default everywhere is to keep a file's bytes."""
+"""Re-encoding of image files to a smaller size or another format; by default a file's bytes are kept."""
 
 import io
 from dataclasses import dataclass
@@ -23,9 +23,9 @@ class Reencode:
     """How images are re-encoded; with only `short_side`, images that are small enough keep their bytes.
 
     Args:
-        short_side: pixels; an image whose shorter side is longer is resized to it (Lanczos); none is enlarged.
-        quality: 1..100 of JPEG and WebP; PNG is lossless and has none.
-        format: `jpeg`, `png` or `webp`; every image is re-encoded, also one that has this format already.
+        short_side: largest shorter side in pixels; larger images are shrunk to it (Lanczos), none is enlarged.
+        quality: 1..100, for JPEG and WebP (PNG is lossless); if given, every image is re-encoded.
+        format: `jpeg`, `png` or `webp`; if given, every image is re-encoded, even one that has this format already.
     """
 
     short_side: int | None = None

@@ -1,5 +1,8 @@
-"""A small classification task for the demo that needs no download: patches of the photographs in scikit-image and
-scikit-learn. The class of a patch is its photograph; train and test patches come from disjoint halves of it."""
+"""A small classification task for the demo that needs no download.
+
+Its images are patches of the photographs that come with scikit-image and scikit-learn. The class of a patch is the
+photograph that it is cut from; train and test patches come from disjoint halves of the photograph.
+"""
 
 import io
 
@@ -60,7 +63,7 @@ def demo_samples(size: int = 64, train: int = 100, test: int = 30, seed: int = 0
 
 
 def photograph(name: str) -> NDArray[np.uint8]:
-    """Return the photograph that is named by one of CLASSES, [H, W, 3]."""
+    """Return the photograph [H, W, 3] with this name, which is one of CLASSES."""
     loaded = load_sample_image(f"{name}.jpg") if name in SKLEARN_PHOTOGRAPHS else getattr(skimage.data, name)()
     pixels = loaded[0] if isinstance(loaded, tuple) else loaded  # a stereo pair: the left picture
     return pixels if pixels.ndim == 3 else np.repeat(pixels[:, :, None], 3, axis=2)

@@ -1,4 +1,4 @@
-"""A shard set's folder while the set is written: its locks, the leftovers of an interrupted run, the move into place.
+"""The folder of a shard set while the set is written: locks, leftovers of interrupted runs, and the move into place.
 
 Everything is written into `.partial` inside the folder. A plan (`plan.json`) says what is being written, and each shard
 that is complete has a record (`shard-000000.json`). When all records are there, the files move out of `.partial`, the
@@ -40,19 +40,19 @@ class Intent(NamedTuple):
     classes: tuple[str, ...]
     options: dict[str, Any]
     bad: list[Bad]  # quarantine rows that are known before a shard is written
-    left_out: Sequence[dict[str, Any]] = ()  # rows of left_out.LeftOut: parts of the source that were not planned
+    left_out: Sequence[dict[str, Any]] = ()  # rows of left_out.LeftOut: what the source's listing left out
 
 
 class NoSamples(Exception):
-    """All samples were bad; the message gives the first one's name and reason."""
+    """Error for a set whose samples are all bad; the message gives the first one's name and reason."""
 
 
 @contextmanager
 def held(destination: Path, part: str = "") -> Iterator[None]:
-    """Make the folder if necessary, lock it against a second writer, and remove it at the end if it is empty.
+    """Lock a folder against other writers during the block; create it if missing, and then remove it if it stays empty.
 
     Args:
-        part: name of a part, which shares the folder with other parts but not with another run of the same part.
+        part: name of a part of the set; several parts may be written at once, but no part by two runs at once.
 
     Raises:
         UserError: another process has the lock.
@@ -145,7 +145,7 @@ def write_intent(destination: Path, intent: Intent) -> None:
 
 
 def read_intent(destination: Path) -> Intent | None:
-    """Return the plan of an unfinished set; None when there is none that can be read."""
+    """Return the plan of an unfinished set; None when there is no plan, or none that can be read."""
     try:
         raw = json.loads((destination / PARTIAL / PLAN).read_bytes())
         return Intent(**raw | {"classes": tuple(raw["classes"])})
@@ -154,7 +154,7 @@ def read_intent(destination: Path) -> Intent | None:
 
 
 def write_record(partial: Path, number: int, written: Written) -> None:
-    """Write the record of a shard that is complete."""
+    """Write the record which says that shard `number` is complete."""
     shard = written.shard._asdict() if written.shard else None
     files.write_json(
         partial / f"shard-{number:06d}.json",
@@ -163,12 +163,12 @@ def write_record(partial: Path, number: int, written: Written) -> None:
 
 
 def records(partial: Path) -> list[int]:
-    """Return the numbers of the shards that are complete, ascending."""
+    """Return the numbers of the complete shards, ascending: of those that have a record."""
     return sorted(int(p.stem[6:]) for p in partial.glob("shard-*.json") if p.stem[6:].isdecimal())
 
 
 def clear_asides(partial: Path, numbers: Iterable[int]) -> None:
-    """Remove what killed processes were writing of these shards."""
+    """Remove the temporary files of these shards that killed processes left behind."""
     names = {shard_name(number) for number in numbers}
     for path in partial.glob(".shard-*.partial"):
         if path.name[1:17] in names:

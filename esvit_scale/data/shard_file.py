@@ -27,10 +27,12 @@ class Sample(NamedTuple):
 
 
 def write_shard(path: Path, samples: Iterable[Sample], keys: set[str]) -> Shard:
-    """Write samples as the tar `path`. The tar appears only when it is complete, after its index.
+    """Write samples as the tar `path`, with its index, and return its row for the manifest.
+
+    The tar appears under its name only when it is complete, after the index.
 
     Args:
-        keys: the keys already in the set; those of this shard are added.
+        keys: the keys that are already in the set; the keys of this shard are added to it.
 
     Raises:
         ValueError: a key is repeated or not safe.

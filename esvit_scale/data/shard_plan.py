@@ -29,17 +29,17 @@ BLOCKS_TOGETHER = 4  # consecutive blocks whose samples are shuffled together, i
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a source becomes a shard set; the same recipe and source give the same bytes."""
+    """The options with which a source is written as shard sets; the same recipe and source give the same bytes."""
 
     samples_per_shard: int = SAMPLES_PER_SHARD
-    bytes_per_shard: int | None = None  # size of the image files in the source; replaces samples_per_shard
+    bytes_per_shard: int | None = None  # limit, by file sizes in the source; replaces samples_per_shard
     seed: int = 0  # of the shuffling and of the split into train and val
-    shuffle: bool = True  # False: the source's order
+    shuffle: bool = True  # False: samples keep the source's order
     min_side: int = 0  # pixels; smaller images are left out
     reencode: Reencode = KEEP_BYTES
     keep: Path | None = None  # a keep-list: the names of the samples to write
     drop_duplicates: bool = False
-    val_fraction: float = 0.0  # of the samples
+    val_fraction: float = 0.0  # fraction of the samples that go into `val`; 0: no split
     channels: int = RGB8.channels  # of every image; an image with another number is left out
     bits: int = RGB8.bits  # of a channel
     rotate_as_noted: bool = False  # img2dataset: turn images to the orientation that their json records
@@ -50,7 +50,7 @@ class Recipe:
         return PixelFormat(self.channels, self.bits)
 
     def record(self) -> dict[str, Any]:
-        """Return the options for the manifest, as a repair needs them.
+        """Return the options as the manifest records them for repairs.
 
         Options that were added later are recorded only when they differ from their defaults, so that the fingerprints of
         older sets stay the same.
@@ -64,7 +64,7 @@ class Recipe:
 
 
 class ShardPlan:
-    """The shards of one set.
+    """The assignment of one set's samples to shards.
 
     Args:
         chosen: numbers of the source's samples that belong to the set, ascending.
@@ -106,7 +106,7 @@ class ShardPlan:
 
 
 def fingerprint(source: Source, recipe: Recipe, chosen: NDArray[np.int64]) -> str:
-    """Return a hash that identifies a set before it is written: by the source, the chosen samples and the options."""
+    """Return a hash of the source, the chosen samples and the options, which identifies a set before it is written."""
     digest = hashlib.sha256(source.fingerprint())
     digest.update(json.dumps(recipe.record() | {"keep": None}, sort_keys=True).encode())
     digest.update(np.ascontiguousarray(chosen).data)
@@ -135,7 +135,7 @@ def keep_listed(source: Source, path: Path, where: str) -> NDArray[np.int64]:
 
 
 def split(keys: Keys, chosen: NDArray[np.int64], recipe: Recipe) -> dict[str, NDArray[np.int64]]:
-    """Divide samples into `train` and `val` by a hash of seed and key, independently of the other samples.
+    """Divide samples into `train` and `val`, each by a hash of the seed and its key, whatever other samples there are.
 
     Raises:
         UserError: one of the two is empty.
@@ -153,7 +153,7 @@ def split(keys: Keys, chosen: NDArray[np.int64], recipe: Recipe) -> dict[str, ND
 
 
 def _order(source: Source, recipe: Recipe, chosen: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return a permutation of 0..len(chosen)-1.
+    """Return the order in which the chosen samples are written, as a permutation of 0..len(chosen)-1.
 
     In a source that is read by blocks, the blocks are permuted and samples are shuffled within BLOCKS_TOGETHER consecutive
     ones.

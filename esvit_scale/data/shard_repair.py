@@ -1,4 +1,4 @@
-"""The repair of a shard set: damaged files are written again, and nothing else is touched."""
+"""Repair of shard sets: damaged tars and indexes are written again, and nothing else is touched."""
 
 from functools import partial
 from pathlib import Path
@@ -20,10 +20,11 @@ PATHS = ("root", "classes", "keep")  # options that are paths
 
 
 def repair(root: Path, where: str, workers: int = 1) -> list[str]:
-    """Repair a shard set.
+    """Write the damaged tars and indexes of a shard set again.
 
-    Indexes that do not agree with an undamaged tar are made again from it. Tars that differ from the manifest are written
-    again from the source, with the options that the manifest records, and replaced when they have the manifest's sha256.
+    An index that does not agree with an undamaged tar is made from the tar. Tars that differ from the manifest are
+    written again from the source, with the options that the manifest records, and replaced when they have the
+    manifest's sha256.
 
     Args:
         where: the source; may be empty when only indexes are damaged.

@@ -50,13 +50,13 @@ class Stats:
 
     @property
     def std(self) -> list[float]:
-        """Return the standard deviation of every channel, as `mean`."""
+        """Return the standard deviation of every channel, measured like `mean`."""
         n, total, squares = self.moments
         variance = squares / np.maximum(n, 1) - (total / np.maximum(n, 1)) ** 2
         return [round(float(v), 6) for v in np.sqrt(np.maximum(variance, 0))]
 
     def summary(self) -> dict[str, Any]:
-        """Return the statistics as JSON values; ranges are [smallest, median, largest]."""
+        """Return the statistics as JSON values; a list of three numbers is [smallest, median, largest]."""
         short = self.sides.min(1) if len(self.sides) else self.sides.reshape(-1)
         return {
             "samples": int(self.shard_samples.sum()),
@@ -80,7 +80,7 @@ class Stats:
 
 
 def gather(root: Path, workers: int = 1) -> Stats:
-    """Read every index, all labels, the headers of at most MEASURED images and the pixels of about DECODED images.
+    """Return the statistics of a set from all indexes and labels, about MEASURED headers and DECODED decoded images.
 
     Raises:
         UserError: the manifest cannot be read, or a shard is missing or truncated.
@@ -114,7 +114,7 @@ def gather(root: Path, workers: int = 1) -> Stats:
 
 
 def table(stats: Stats) -> str:
-    """Return the statistics as a table; three numbers are smallest / median / largest."""
+    """Return the statistics as a table to print; three numbers with slashes are smallest / median / largest."""
     s = stats.summary()
     rows = [
         ("samples", f"{s['samples']:,} in {s['shards']:,} shards, {_bytes(s['bytes'])}"),
@@ -143,9 +143,10 @@ _Part = tuple[list[int], list[int], list[int], Counter[str], NDArray[np.float64]
 
 
 def _read(manifest: Manifest, every: int, decode_every: int, number: int, tick: Callable[[], None]) -> _Part:
-    """Return (bytes, sides, labels, members, moments) of a shard's samples.
+    """Return the image bytes, sides, labels, members (by extension) and pixel moments of a shard.
 
-    The sides, flattened, are those of every `every`-th image, and the moments those of every `decode_every`-th image.
+    The sides (width, height, width, …) are those of every `every`-th image, and the moments are summed over every
+    `decode_every`-th image.
     """
     pixels, moments = PixelFormat(manifest.channels, manifest.bits), np.zeros((3, manifest.channels))
     reader = ShardReader(manifest)
@@ -173,7 +174,7 @@ def _read(manifest: Manifest, every: int, decode_every: int, number: int, tick: 
 
 
 def _moments(data: bytes, pixels: PixelFormat) -> NDArray[np.float64]:
-    """Return [3, C]: the number of pixels, their sum and the sum of their squares. Raises BadImage."""
+    """Return [3, C] for an image: per channel the number of pixels, their sum and sum of squares. Raises BadImage."""
     decoded, _ = open_picture(data, pixels).pixels()
     x = decoded.reshape(-1, decoded.shape[2]).astype(np.float64) / pixels.largest
     return np.stack([np.full(x.shape[1], float(len(x))), x.sum(0), (x * x).sum(0)])

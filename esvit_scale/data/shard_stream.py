@@ -17,7 +17,7 @@ from esvit_scale.data.reader import ShardReader, StorageGone
 from esvit_scale.data.worker_batch import SLOW_SECONDS, DecodedSample, decode_for_crops
 from esvit_scale.errors import is_machine_fault
 
-SUBSTITUTES = 16  # tried in turn for one bad sample before the run stops
+SUBSTITUTES = 16  # samples tried in turn in place of a bad one before the run stops
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class ShardSamples:
                     yield self._read_good(readers[address.set], prefix, address, batch_index, slot * images + i)
 
     def _addresses(self, manifest: Manifest) -> Callable[[int, int, int], SampleAddress]:
-        """Return a function (batch index, slot, image of the slot) → address in the only set; it keeps one epoch's order."""
+        """Return a function (batch index, slot, image of the slot) → address in a single set; it caches one order."""
         c, steps = self.assignment.config, self.assignment.steps_per_epoch
         counts = [shard.samples for shard in manifest.shards]
         orders: dict[int, Order] = {}
@@ -66,7 +66,7 @@ class ShardSamples:
     def _read_good(
         self, reader: ShardReader, prefix: str, address: SampleAddress, batch_index: int, batch_position: int
     ) -> DecodedSample:
-        """Return the sample at an address, or the first good one of its substitutes, which are of the same set."""
+        """Read and decode the sample at an address, or, if it is bad, its first good substitute from the same set."""
         manifest, order = reader.manifest, address.order
         bad: list[dict[str, Any]] = []
         position, faults = address.position, 0
@@ -80,7 +80,7 @@ class ShardSamples:
                 decoded = decode_for_crops(self.assignment.config, address.epoch, key, reader.image(shard, entry))
                 sample = DecodedSample(batch_position, key, reader.label(shard, entry), *decoded, bad)
             except (BadImage, OSError) as error:
-                stand_in = {"stand_in": True} if attempt else {}  # was tried in the place of another bad sample
+                stand_in = {"stand_in": True} if attempt else {}  # was tried in place of another bad sample
                 bad.append({**where, "key": key, "reason": reason(error), **stand_in})
                 faults += is_machine_fault(error)
             else:

@@ -21,7 +21,7 @@ from esvit_scale.files import sha256
 
 
 class Checked(NamedTuple):
-    """The problems of one shard, and the hashes of its keys."""
+    """The result of checking one shard: its problems, and the hashes of its keys."""
 
     tar: list[str]  # problems of the tar, which has to be written again
     side_car: list[str]  # problems of the index, which can be made again from an undamaged tar

@@ -1,4 +1,4 @@
-"""Writing of shard sets: from images to WebDataset tars with a manifest, by any number of processes and jobs.
+"""Writing of images as shard sets (WebDataset tars with a manifest), by any number of processes and jobs.
 
     images ─ sources/ ─► numbered samples ─ shard_plan.py ─► which sample goes into which shard, before one is read
            ─ planned_shard.py ─► one tar: read, checked, re-encoded where asked ─ set_folder.py ─► moved into place
@@ -34,7 +34,7 @@ from esvit_scale.progress import say
 
 __all__ = ["Sample", "create", "keys_of", "merge", "verify", "write_samples", "write_source"]
 
-SAID = 20  # bad images that are named on stderr; the quarantine names all of them
+SAID = 20  # at most so many bad images are named on stderr; the quarantine names all of them
 
 
 class Part(NamedTuple):
@@ -49,7 +49,7 @@ class Part(NamedTuple):
 
 
 def create(source: Path, destination: Path, samples_per_shard: int = SAMPLES_PER_SHARD, seed: int = 0) -> Manifest:
-    """Write a folder of images as one shard set, with the other defaults of `esvit-scale shards create`."""
+    """Write a folder of images as one shard set; other options have the defaults of `esvit-scale shards create`."""
     if samples_per_shard < 1:
         raise UserError(f"samples per shard: {samples_per_shard} is not a positive number; nearest: 1")
     recipe = Recipe(samples_per_shard=samples_per_shard, seed=seed)
@@ -74,10 +74,10 @@ def write_source(
         where: path of the source, or `-` for a list on stdin.
         part: write only this part of every set's shards, and leave the manifest to `merge`.
         strict: raise UserError when anything is left out that the recipe does not ask to leave out: before anything is
-            written for the listing, at the end for the images.
+            written if the source's listing leaves it out, at the end if it is an unusable image.
 
     Returns:
-        Manifests by split, under the empty name for a single set; empty after a part.
+        The manifests by name of the split ("" for a single set); none after a part.
 
     Raises:
         UserError: the source is missing or has no usable images, or the destination is in use or holds something else.
@@ -154,7 +154,7 @@ def write_samples(
     samples_per_shard: int = SAMPLES_PER_SHARD,
     source: str = "",
 ) -> Manifest:
-    """Write samples that a program made as a shard set, in their order.
+    """Write the samples that a program generates as a shard set, in the given order.
 
     Args:
         source: identifies the samples; a destination that holds a set of the same source is left as it is.
@@ -251,7 +251,7 @@ def _write_shards(plan: ShardPlan, partial: Path, part: Part | None, workers: in
 
 
 def _archive_row(file: str, reason: str) -> dict[str, Any]:
-    """Return a row of the quarantine for an archive of which only a part can be read."""
+    """Return a quarantine row for an archive of which only the first part can be read."""
     return {"file": printable(file), "reason": reason, "what": ARCHIVES, "kind": CUT}
 
 
@@ -265,7 +265,11 @@ def _finished(destination: Path, intent: Intent, where: str, strict: bool) -> Ma
 
 @contextmanager
 def _removed_on_failure(partial: Path, keep_records: bool = False, shared: bool = False) -> Iterator[None]:
-    """Remove `.partial` when an error ends the block, unless a shard in it is whole or it only has to be moved into place."""
+    """Remove `.partial` when an error ends the block, unless another run can use it.
+
+    It stays when other parts share it, when it holds a finished set that only has to be moved into place, and, with
+    `keep_records`, when it holds a complete shard.
+    """
     try:
         yield
     except BaseException:

@@ -1,4 +1,4 @@
-"""Staging: copies of shards on a node's own disk, for training where the shared file system is slow.
+"""Staging of shards: copies on a node's own disk, for training where the shared file system is slow.
 
 One process of a node copies while the others wait. A copy is used only when it is complete, and stays for the next start
 on the node.
@@ -31,7 +31,7 @@ SPARE = 1 << 30  # bytes that must stay free on the node's disk
 
 
 def staged(manifest: Manifest, folder: str, progress: Callable[[], None] = lambda: None) -> Manifest:
-    """Copy a set under `folder` on this node and return its manifest there; every process of the node calls this.
+    """Copy a set under `folder` on this node and return the copy's manifest; every process of the node calls this.
 
     Args:
         folder: may hold $VARIABLES of the node's environment, such as $SLURM_TMPDIR.
@@ -54,7 +54,7 @@ def staged(manifest: Manifest, folder: str, progress: Callable[[], None] = lambd
 
 
 def _locked(lock: TextIO, root: Path) -> bool:
-    """Wait for the lock; return False on a file system without locks (Lustre without -o flock, NFS without lockd).
+    """Wait for the lock and return True, or False on a file system without locks (Lustre without -o flock, NFS, …).
 
     Without a lock the processes of a node copy at the same time, each into files of its own, which are then renamed.
     """

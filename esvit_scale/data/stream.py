@@ -90,14 +90,14 @@ class Batch(NamedTuple):
     photometric: BatchAugmentationParams  # of every crop, leading shape [V, B], on the host
     positions: Tensor  # int64 [B]: place in the global batch, 0..global_batch-1, the same at any world size
     keys: list[str]
-    labels: Tensor  # int64 [B], -1 without a class; for looking at, never for training
-    bad: list[dict[str, Any]]  # samples replaced while this batch was made: shard, key, reason, epoch, position
+    labels: Tensor  # int64 [B], -1 without a class; for inspection, never for training
+    bad: list[dict[str, Any]]  # quarantine rows from making this batch: shard, key, reason, epoch, position
     batch_index: int  # epoch · steps per epoch + step
     worker_rates: tuple[float, ...] = ()  # images/s of each worker while it made its part
 
 
 class MicroBatch(NamedTuple):
-    """One rank's images of one forward and backward: on its device, augmented and normalised."""
+    """One rank's images for one forward and backward pass: on the rank's device, augmented and normalised."""
 
     crops: list[Tensor]  # one [V_g·B, channels, S_g, S_g] per resolution group, the two globals first
     positions: Tensor  # int64 [B]: places in the global batch
@@ -141,7 +141,7 @@ def check_pixels(config: Config) -> None:
 
 
 def steps_per_epoch(config: Config, data: TrainingData) -> int:
-    """Return ⌊samples / global_batch⌋.
+    """Return the number of steps in an epoch: ⌊samples / global_batch⌋.
 
     Raises:
         UserError: the data holds fewer samples than one batch.
@@ -152,7 +152,7 @@ def steps_per_epoch(config: Config, data: TrainingData) -> int:
 def images_of_sets(config: Config, data: TrainingData) -> Callable[[int], dict[str, int]]:
     """Return a function that counts the images of each mixed set in the first n global batches, by the sets' names.
 
-    It counts nothing for data other than a mix of shard sets.
+    For data other than a mix of shard sets, the function returns an empty dict.
     """
     if not isinstance(data, MixedSets):
         return lambda batches: {}
@@ -225,7 +225,7 @@ def _make_worker_batches(assignment: LoaderAssignment, samples: Iterable[Decoded
 
 
 def _join_workers(worker_batches: Iterator[WorkerBatch], workers: int) -> Iterator[Batch]:
-    """Yield the rank's batches; the loader hands out its workers' parts in turn, so each `workers` of them make one."""
+    """Yield the rank's batches, each joined from one part per worker: the loader yields the workers' parts in turn."""
     pin = torch.cuda.is_available()  # page-locked memory is copied to the device while it computes
     while True:
         with translate_worker_errors():
@@ -252,7 +252,7 @@ def _join(parts: list[WorkerBatch], pin: bool) -> Batch:
 
 
 def _concatenate(parts: tuple[Tensor, ...], pin: bool) -> Tensor:
-    """Return [V, B, S, S, C] from the workers' parts of B, in page-locked memory if `pin`."""
+    """Concatenate the workers' crops along the batch axis to [V, B, S, S, C], in page-locked memory if `pin`."""
     if len(parts) == 1 and not pin:
         return parts[0]
     views, _, *rest = parts[0].shape

@@ -19,7 +19,7 @@ from esvit_scale.data.decode import EXTENSIONS
 from esvit_scale.data.raster import ARRAY
 
 MAX_MEMBER = 1 << 30  # bytes; a larger member is no image
-TAR = re.compile(r"\.tar(\.(gz|bz2|xz|zst))?$|\.tgz$", re.IGNORECASE)  # file names that streams read
+TAR = re.compile(r"\.tar(\.(gz|bz2|xz|zst))?$|\.tgz$", re.IGNORECASE)  # names of the tars that url_stream.py reads
 COMPRESSED_TARS = (  # endings in lower case; `x.tar.md5` and `x.tar.json` do not count
     *(f".tar.{ending}" for ending in ("gz", "bz2", "xz", "zst", "zstd", "lz4", "lz", "lzma", "lzo", "z", "br")),
     *(".tgz", ".taz", ".tbz", ".tbz2", ".tz2", ".txz", ".tlz", ".tzst"),
@@ -32,7 +32,7 @@ _SYSTEM_FILES = {"thumbs.db", "desktop.ini", "ehthumbs.db"}
 
 
 def parts_of(name: str) -> list[str]:
-    """Return the folders and the file name of a member, without `.`, `..` and empty parts."""
+    """Return the parts of a member's path (folders and file name), without `.`, `..` and empty parts."""
     return [part for part in name.split("/") if part not in ("", ".", "..")]
 
 
@@ -79,7 +79,7 @@ def is_image(extension: str) -> bool:
 
 
 def chosen_images(extensions: Iterable[str]) -> list[str]:
-    """Return the extensions of those members of one key that are samples.
+    """Return the extensions of those members of one key that become samples.
 
     An image with a plain extension (`jpg`) is the sample, and images with longer extensions (`seg.png`) are left out: they
     are masks, depth maps, thumbnails. If there is no plain one, each image is a sample (`left.jpg`, `right.jpg`). Of a key
@@ -93,11 +93,16 @@ def chosen_images(extensions: Iterable[str]) -> list[str]:
 
 
 def companion(extensions: Iterable[str], image: str, kind: str) -> str | None:
-    """Return the extension of the member of a key that goes with its image `image` as its `kind` (`cls`, `json`, `txt`).
+    """Return the extension of the member that holds an image's label or text; None if there is none or it is unclear.
 
-    It is the member named after the whole image (`jpg.cls` for `jpg`), else the one of the same longer extension (`left.cls`
-    for `left.jpg`), else the plain one, else the only one, unless that is named after another image of the key. None is
-    returned when there is no such member, or when several could be meant.
+    It is the member named after the image's whole extension (`jpg.cls` for `jpg`), else the one with the same prefix
+    (`left.cls` for `left.jpg`), else the plain one (`cls`), else the only one of this kind, unless that is named after
+    another image of the key.
+
+    Args:
+        extensions: of all members of the key.
+        image: the image's extension.
+        kind: last part of the extension to find: `cls`, `json` or `txt`.
     """
     extensions = list(extensions)
     found = [extension for extension in extensions if extension.rpartition(".")[2] == kind]
@@ -111,7 +116,10 @@ def companion(extensions: Iterable[str], image: str, kind: str) -> str | None:
 
 
 def sample_key(key: str, image: str, chosen: Iterable[str]) -> str:
-    """Return the key of the sample that an image becomes: the members' key, extended if several of its images do."""
+    """Return the key of the sample made from an image: the members' key, with a suffix if several samples share it.
+
+    The suffix is `.left` for `left.jpg`, and `.png` for a `png` that is not the first of the chosen images.
+    """
     middle, others = image.rpartition(".")[0], list(chosen)
     if len(others) == 1 or (not middle and image == others[0]):
         return key

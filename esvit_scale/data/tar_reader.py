@@ -1,4 +1,4 @@
-"""A reader of the members of a tar, also of several tars joined in one file, and up to where a tar is damaged.
+"""A reader of the members of a tar, of several tars joined in one file, and of a damaged tar up to the damage.
 
 Tars joined with `cat` have an end marker (blocks of zeros) in the middle. Python's tarfile stops there; with its
 `ignore_zeros` it would also continue after damage, at anything that looks like a header. This reader continues after an
@@ -34,18 +34,18 @@ class Member(NamedTuple):
     name: str
     offset: int  # of its bytes in the (decompressed) tar
     size: int  # bytes
-    archive: int = 0  # number of its tar among those that are joined in one file
+    archive: int = 0  # number of the member's tar among those that are joined in one file
 
 
 class TarReader:
-    """An iterator over the regular files of a tar that may belong to a sample, in their order.
+    """An iterator over the regular files of a tar that may belong to a sample, in the order of the tar.
 
-    If the size of the file is known, so that it can be read at random, a hard link to an earlier member counts as a member
-    with the same bytes.
+    If `size` is given, the file must allow random access, and a hard link to an earlier member counts as a member with
+    the same bytes.
 
     Attributes:
-        damage: the damage of the tar in a few words; empty when it is whole to its end. Set during the iteration.
-        left_out: counts of the other members by kind; folders are not counted.
+        damage: the damage of the tar in a few words, set during the iteration; empty when the tar is whole to its end.
+        left_out: counts of the members that are left out; folders are not counted.
 
     Args:
         file: needs to be readable forward only, except for a step of one block back (`Forward`).
@@ -132,7 +132,7 @@ class TarReader:
 
 
 class _Places:
-    """Offsets and sizes of the members of one tar, for hard links: 24 bytes each, about 200 after the first link."""
+    """Offsets and sizes of a tar's members, for hard links; each takes 24 bytes, about 200 after the first look-up."""
 
     def __init__(self) -> None:
         self._new = array("Q")  # hash of the name, offset, size
@@ -154,7 +154,7 @@ class _Places:
 
 
 class Forward(io.RawIOBase):
-    """A file object over a stream that can only be read forward: with `tell`, and `seek` forward and a block back."""
+    """A file object over a forward-only stream, with `tell`, and with `seek` forward or back by at most one block."""
 
     def __init__(self, stream: Any) -> None:
         self._stream, self._at = stream, 0  # `_at`: the caller's offset
@@ -206,7 +206,7 @@ def compression(head: bytes) -> str:
 
 
 def decompressed(stream: Any) -> Any:
-    """Return the stream, decompressed if its first bytes say that it is compressed; several joined files are all read.
+    """Return the stream, decompressed if it begins like a known compressed format; joined files are all decompressed.
 
     Raises:
         BadImage: the installed packages cannot decompress the format.
@@ -244,7 +244,7 @@ def open_zstd(stream: Any) -> Any:
 
 
 class _Joined:
-    """A readable object that gives bytes which were read already, then the rest of their stream."""
+    """A readable object that first returns bytes which were already read from a stream, then the rest of the stream."""
 
     def __init__(self, head: bytes, rest: Any) -> None:
         self._head, self._rest = head, rest

@@ -31,19 +31,19 @@ class Raw(NamedTuple):
     crop_key: str  # key from which its crops are drawn; differs when the set repeats within an epoch
     image: bytes
     label: bytes
-    bad: list[dict[str, Any]]  # quarantine rows about what could not be read before it
+    bad: list[dict[str, Any]]  # quarantine rows about what could not be read before this sample
 
 
 class _Member(NamedTuple):
     name: str  # as the tar spells it
-    content: bytes  # empty for one that no sample needs
+    content: bytes  # empty for a member that no sample needs
 
 
 class TarSamples:
-    """The samples of tars, in the order in which their images lie there.
+    """The samples of tars, in the order of their images in the tars.
 
     Members without an image are skipped and counted; they are reported once per tar in the life of this object. Images are
-    not decoded here, so one that cannot be decoded still is a sample.
+    not decoded here, so an image that cannot be decoded still is a sample.
     """
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class TarSamples:
         self._retries = RetryBudget(RETRY_DELAYS)
 
     def of(self, urls: Sequence[str], epoch: int, bad: list[dict[str, Any]]) -> Iterator[Raw]:
-        """Yield the samples of `urls`; add a row to `bad` for each tar that cannot be read or holds other members."""
+        """Yield the samples of tars; add a row to `bad` for each tar that cannot be read or that has unused members."""
         for url in urls:
             row = {"shard": url, "key": "", "epoch": epoch, "position": -1}
             left_out = LeftOut()
@@ -65,7 +65,7 @@ class TarSamples:
                 bad.append({**row, "reason": f"left out {left_out.short()}", "used": True, "left_out": left_out.rows()})
 
     def _read_with_retries(self, url: str, left_out: LeftOut) -> Iterator[Raw]:
-        """Yield the samples of one tar; open it again while the storage does not answer and nothing of it was read."""
+        """Yield the samples of one tar; retry with growing delays while the storage fails before the first sample."""
         while True:
             came = False
             try:
@@ -136,7 +136,7 @@ def _of_key(url: str, key: str, members: dict[str, _Member], apart: "_Apart", le
 
 
 class _Apart:
-    """A detector of keys whose members do not lie side by side in the tar: the image apart from its label."""
+    """A detector of keys whose members do not lie side by side in the tar, such as an image apart from its label."""
 
     def __init__(self) -> None:
         self._keys: dict[int, bool] = {}  # hash of a key → whether it came with an image
@@ -144,7 +144,7 @@ class _Apart:
         self.count = 0
 
     def add(self, key: str, image: bool) -> bool:
-        """Record a run of members of `key`; return True when it is apart from other members of the key."""
+        """Record a run of members of `key`; return True if the key's image and its other members lie apart."""
         hashed = hash64(key)
         before = self._keys.get(hashed)
         if len(self._keys) < MOST_KEYS:

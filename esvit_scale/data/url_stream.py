@@ -54,7 +54,7 @@ class UrlSets:
 
     @staticmethod
     def wanted(data: Data) -> bool:
-        """Return whether `data` names tars rather than the folder of an indexed set."""
+        """Return whether `data` names tars rather than the folder of an indexed set; True for any mix."""
         url = data.train.startswith("pipe:") or "://" in data.train or TAR.search(data.train)
         return bool(data.mix) or (bool(url or "{" in data.train) and not Path(data.train).is_dir())
 
@@ -106,7 +106,7 @@ def _expanded(spec: str) -> list[str]:
 
 
 def _matches(url: str) -> list[str]:
-    """Return the local files that a pattern of `*`, `?` and `[…]` matches, by name, and anything else unchanged.
+    """Return the local files that a pattern of `*`, `?` and `[…]` matches, sorted; return anything else unchanged.
 
     Raises:
         UserError: no file matches the pattern.
@@ -157,7 +157,7 @@ class UrlSamples:
         """Yield this worker's samples of steps start..stop-1 of an epoch; samples before them are read but not decoded.
 
         Args:
-            bad: quarantine rows about tars, to which reading adds and which the next sample carries.
+            bad: quarantine rows about tars: reading adds to them, and the next sample takes them with it.
         """
         assignment = self.assignment
         positions = [
@@ -173,7 +173,14 @@ class UrlSamples:
             yield self._decoded(epoch, number, raw, reserves, positions[number % len(positions)])
 
     def _decoded(self, epoch: int, number: int, raw: Raw, reserves: list[Raw], position: int) -> DecodedSample:
-        """Return a sample, or a reserve in its place, so that the samples consumed never depend on which of them decode."""
+        """Decode a sample, or, if it is bad, the first good one of the reserves.
+
+        The stream is read in the same way whether samples are bad or not, since reserves are already in memory.
+
+        Args:
+            number: index of the sample in this worker's stream of the epoch.
+            position: place in the global batch.
+        """
         bad = list(raw.bad)
         stand_ins = [reserves[(number + i) % len(reserves)] for i in range(len(reserves))]
         for attempt, candidate in enumerate([raw, *stand_ins]):
@@ -210,7 +217,7 @@ class UrlSamples:
     def _set(
         self, tars: TarSamples, number: int, epoch: int, consumer: int, consumers: int, bad: list[dict[str, Any]]
     ) -> Iterator[Raw]:
-        """Yield the samples of one set over and over; each time its tars are dealt out again and their samples shuffled."""
+        """Yield this worker's samples of one set without end; each pass deals out tars and shuffles samples anew."""
         seed, urls = self.assignment.config.seed, self.source.sets[number].urls
         buffer = max(SHUFFLE // len(self.source.sets), 2)
         for turn in itertools.count():

@@ -24,7 +24,7 @@ SLOW_SECONDS = 20.0  # a sample that takes at least this long to read and decode
 
 
 class PlacedCrop(NamedTuple):
-    """Everything random about one crop of one sample."""
+    """The random choices for one crop of one sample: its box, whether it is mirrored, and its augmentation."""
 
     box: Box
     flip: bool
@@ -38,7 +38,7 @@ class DecodedSample(NamedTuple):
     key: str
     label: int  # class number, -1 without a class
     crops: list[PlacedCrop]
-    reductions: list[int]  # of each crop: it is cut from the image at 1/reduction of its size
+    reductions: list[int]  # of every crop, which is cut from the image at 1/reduction of its size
     pyramid: ImagePyramid
     bad: list[dict[str, Any]]  # quarantine rows of the samples that were tried before this one and failed
 
@@ -46,7 +46,7 @@ class DecodedSample(NamedTuple):
 class WorkerBatch(NamedTuple):
     """The part of one batch that one loader process makes.
 
-    Small arrays travel between processes as NumPy: a tensor would cost a shared-memory file each.
+    Small arrays are sent between processes as NumPy arrays, since each tensor would need a shared-memory file.
     """
 
     crops: list[Tensor]  # per resolution group: uint8 or uint16 [V_g, B, S_g, S_g, channels]
@@ -56,7 +56,7 @@ class WorkerBatch(NamedTuple):
     labels: NDArray[np.int64]  # [B]
     bad: list[dict[str, Any]]  # quarantine rows
     batch_index: int
-    seconds: float  # that its loader process took for it
+    seconds: float  # that the loader process took to make it
 
 
 def place_crops(config: Config, epoch: int, key: str, width: int, height: int) -> list[PlacedCrop]:

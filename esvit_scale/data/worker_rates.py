@@ -1,4 +1,4 @@
-"""The speed at which each loader process of a rank makes its parts of the batches."""
+"""Monitoring of a rank's loader processes: images/s of each, and a warning about one that is much slower."""
 
 import statistics
 
@@ -6,7 +6,7 @@ SLOW = 0.25  # a process below this fraction of the median rate holds every batc
 
 
 class WorkerRates:
-    """A collection of `Batch.worker_rates` between two rows of the metrics."""
+    """An accumulator of `Batch.worker_rates` between two rows of the metrics."""
 
     def __init__(self) -> None:
         self._batches: list[tuple[float, ...]] = []
@@ -16,7 +16,7 @@ class WorkerRates:
         self._batches.append(rates)
 
     def take(self) -> tuple[dict[str, float], str]:
-        """Return fields for a row of the metrics, and a sentence about a much slower process or ""; drop what was added."""
+        """Return fields for a row of the metrics and a warning about a much slower process ("" if none), and reset."""
         workers = [1 / statistics.fmean(1 / rate for rate in own) for own in zip(*self._batches, strict=True)]
         self._batches = []
         if not workers:
