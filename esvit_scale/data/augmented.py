@@ -43,7 +43,7 @@ def augmented_batches(
 ) -> Iterator[AugmentedBatch]:
     """Yield, for each tensor of `numbers`, a batch of random resized crops (area 0.08 to 1), mirrored with p ½.
 
-    Crops are resized bilinearly. A crop is a function of (seed, epoch, sample key). Images that cannot be read are left
+    Crops are resized bilinearly. A crop depends only on (seed, epoch, sample key). Images that cannot be read are left
     out, so a batch may be short, or empty.
 
     Args:

@@ -57,7 +57,7 @@ def crop_box(rng: np.random.Generator, width: int, height: int, scale: tuple[flo
 
 
 class CropGroup(NamedTuple):
-    """The crops of one output size."""
+    """The crops of one resolution: their size in pixels, their number per image and their range of areas."""
 
     size: int  # pixels on a side
     views: int  # crops per image

@@ -1,6 +1,6 @@
 """Decoding of image files to upright 8-bit RGB images, or to the channels and values that the files store.
 
-A file that cannot be decoded, or whose colours have no agreed meaning, raises BadImage with the reason.
+BadImage is raised, with the reason, for a file that cannot be decoded or whose pixel values have no agreed range.
 """
 
 import io

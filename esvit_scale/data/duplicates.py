@@ -58,7 +58,10 @@ def duplicates(source: Source, chosen: NDArray[np.int64], workers: int) -> NDArr
 
 
 def _same(hashes: Hash, found: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Return index pairs [M, 2]: a row of `hashes` that occurred before, its first occurrence; only where `found`."""
+    """Return index pairs [M, 2]: a row of `hashes` that occurred before, and its first occurrence.
+
+    Rows where `found` is False are ignored.
+    """
     rows = np.flatnonzero(found)
     _, first, inverse = np.unique(hashes[rows], axis=0, return_index=True, return_inverse=True)
     earlier = first[inverse.reshape(-1)]

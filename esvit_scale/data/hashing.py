@@ -12,7 +12,10 @@ from numpy.typing import NDArray
 
 
 def hash64(text: str) -> int:
-    """Return a 64-bit BLAKE2b hash of a text, the same on every machine; it covers undecodable bytes of file names."""
+    """Return a 64-bit BLAKE2b hash of a text, the same on every machine.
+
+    Undecodable bytes of file names, which a text holds as surrogates, are hashed as they are.
+    """
     return int.from_bytes(hashlib.blake2b(os.fsencode(text), digest_size=8).digest(), "little")
 
 

@@ -270,7 +270,7 @@ def os_reason(error: OSError) -> tuple[str, str]:
 
 
 def _nearest(path: Path) -> str:
-    """Return a hint that names the nearest existing path to one that does not exist."""
+    """Return a hint for a message about a path that is no folder: a similar name, or the nearest existing folder."""
     if path.exists():
         return f"; nearest: {path.parent}"
     parent = path.parent

@@ -34,7 +34,7 @@ _DIED = "a loader process died{}: killed, or out of memory (fewer data.workers n
 
 @dataclass(frozen=True)
 class LoaderAssignment:
-    """The batches that the loader processes of one rank make, and the slots of them that belong to each process."""
+    """What the loader processes of one rank make: a range of batches, and of each batch the slots of every process."""
 
     config: Config
     rank: int

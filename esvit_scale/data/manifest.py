@@ -221,8 +221,8 @@ def _nearest_set(path: Path) -> str:
 class Index(Sequence[Entry]):
     """The index of a tar: a sequence of the entries of its samples, in order.
 
-    It holds the index file's bytes, about 100 per sample, and parses a line when it is asked for, so that the indexes of
-    many shards can stay in memory.
+    It holds the bytes of the index file, about 100 bytes per sample, and parses a line when that is asked for, so that
+    the indexes of many shards can stay in memory.
     """
 
     def __init__(self, lines: bytes) -> None:

@@ -188,7 +188,10 @@ class MixedOrder:
 
     @cached_property
     def _starts(self) -> list[list[int]]:
-        """Return [slots + 1][sets]: row s counts an epoch's draws from each set by slots before s; the last, all."""
+        """Return a table [slots + 1][sets] of the draws from each set in an epoch.
+
+        Row s counts the draws of the slots before s, and the last row those of all slots.
+        """
         starts = [[0] * len(self._shares)]
         for slot in range(self._slots):
             drawn = self._drawn(slot, self._steps * self._per_slot)

@@ -78,7 +78,10 @@ class Order:
         return int(self._shards[shard]), shuffled - int(self._starts[shard])
 
     def substitute(self, position: int, attempt: int) -> int:
-        """Return the position of the sample that replaces the bad one at `position`, drawn anew for attempt 0, 1, …"""
+        """Return the position of the sample that replaces the bad one at `position`.
+
+        Each attempt (0, 1, …) has a random position of its own, a function of seed, epoch, position and attempt.
+        """
         if self.samples == 1:
             return position
         other = derive_seed(self._seed, self._epoch, "substitute", position, attempt) % (self.samples - 1)

@@ -1,6 +1,7 @@
-"""Image files whose size is read before their pixels, so that crops are placed before anything is decoded.
+"""Decoding of image files in two steps: first the size, by which crops are placed, then the pixels that they need.
 
-libjpeg scales by ½, ¼ or ⅛ inside the inverse DCT, so a JPEG is decoded no larger than its crops need.
+libjpeg scales by ½, ¼ or ⅛ inside the inverse DCT, so a JPEG is decoded no larger than its crops need. Files of other
+formats are decoded whole in the first step.
 """
 
 from collections.abc import Callable
@@ -59,7 +60,7 @@ class Picture:
                 decoded is returned at a smaller reduction.
 
         Raises:
-            BadImage: truncated or corrupt.
+            BadImage: the file is truncated or corrupt.
         """
         return self._decoded(reduction)
 
@@ -70,7 +71,7 @@ def open_picture(data: bytes, pixel_format: PixelFormat = RGB8) -> Picture:
     JPEGs whose colours libjpeg-turbo does not convert to RGB (CMYK) are decoded at once, too.
 
     Raises:
-        BadImage: as `decode`, or, for a pixel format other than 8-bit RGB, as `decode_as_stored`.
+        BadImage: as for `decode`, or, for a pixel format other than 8-bit RGB, as for `decode_as_stored`.
     """
     if not pixel_format.is_rgb8:
         stored = decode_as_stored(data, pixel_format.channels, pixel_format.bits)

@@ -150,7 +150,7 @@ def _read_tiff(data: bytes) -> Array:
 
 
 def _pixels(page: Any) -> Array:
-    """Return the pixels of a page whose size has been checked.
+    """Return the pixels of a TIFF page whose size has been checked.
 
     Raises:
         BadImage: damaged compressed data makes its decoder ask for more memory than there is.

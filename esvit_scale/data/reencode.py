@@ -20,7 +20,7 @@ CHOICES: dict[str, Literal["jpeg", "png", "webp"] | None] = {
 
 @dataclass(frozen=True)
 class Reencode:
-    """How images are re-encoded; with only `short_side`, images that are small enough keep their bytes.
+    """The settings of re-encoding. With `short_side` alone, images that are small enough keep their bytes.
 
     Args:
         short_side: largest shorter side in pixels; larger images are shrunk to it (Lanczos), none is enlarged.

@@ -163,7 +163,7 @@ def write_record(partial: Path, number: int, written: Written) -> None:
 
 
 def records(partial: Path) -> list[int]:
-    """Return the numbers of the complete shards, ascending: of those that have a record."""
+    """Return the numbers of the shards that have a record, which means that they are complete, ascending."""
     return sorted(int(p.stem[6:]) for p in partial.glob("shard-*.json") if p.stem[6:].isdecimal())
 
 

@@ -201,7 +201,7 @@ class UrlSamples:
         )
 
     def _raw(self, tars: TarSamples, epoch: int, bad: list[dict[str, Any]]) -> Iterator[Raw]:
-        """Yield this worker's share of all sets without end, mixed by weight and shuffled.
+        """Yield this worker's samples without end: its share of every set, mixed by weight and shuffled.
 
         It is a pure function of (seed, epoch, worker) as long as every tar can be read.
         """

@@ -60,7 +60,7 @@ class WorkerBatch(NamedTuple):
 
 
 def place_crops(config: Config, epoch: int, key: str, width: int, height: int) -> list[PlacedCrop]:
-    """Draw the crops of a sample whose image has width × height pixels: a pure function of seed, epoch, key and crop."""
+    """Draw the crops of a sample whose image has width × height pixels: a pure function of seed, epoch and key."""
     placed: list[PlacedCrop] = []
     for group in crop_groups(config.data):
         for _ in range(group.views):
