@@ -1,11 +1,13 @@
-"""Logistic regression on frozen features by L-BFGS, and the search for its L2 penalty.
+"""Logistic regression on frozen features by L-BFGS, and the search for its L2 penalty λ.
+
+The classifier is the solution of this problem:
 
     minimise over W, b   (1/n) Σ loss(W x_i + b, y_i) + (λ/2) ‖W‖²
 
 The features x are standardised with the mean and standard deviation of the training rows, so that the same range of λ
-suits every trunk. The loss is the softmax cross-entropy; for images with several labels it is the binary cross-entropy,
-summed over classes. scikit-learn's C is 1/(nλ). The objective is convex, so the optimum does not depend on seed, batch or
-number of ranks.
+suits every trunk. The loss is the softmax cross-entropy or, for images with several labels, the binary cross-entropy
+summed over classes. In terms of scikit-learn, C = 1/(nλ). The objective is convex, so that the optimum does not depend
+on the seed, the batch size or the number of ranks.
 """
 
 from collections.abc import Iterator
@@ -23,14 +25,14 @@ from esvit_scale.evaluate.features import default_device
 from esvit_scale.evaluate.progress import progress
 from esvit_scale.parallel import collectives
 
-PENALTIES = (1e-6, 1e-4, 1e-2, 1.0)  # coarse grid of λ; refined by halving the step in log λ around the best
-REFINEMENTS = 3  # final step: a quarter of a decade
+PENALTIES = (1e-6, 1e-4, 1e-2, 1.0)  # coarse grid of λ, which REFINEMENTS make finer around the best λ
+REFINEMENTS = 3  # each halves the step in log λ, from two decades to a quarter of one
 ITERATIONS = 500
 ROWS_AT_ONCE = 2**14
 
 
 class LogisticModel(NamedTuple):
-    """A fitted linear classifier of K classes, with the standardisation of its features."""
+    """A fitted linear classifier of K classes, with the mean and deviation that standardise its input features."""
 
     weight: Tensor  # float32 [K, D], for standardised features
     bias: Tensor  # float32 [K]
@@ -39,13 +41,13 @@ class LogisticModel(NamedTuple):
     converged: bool
 
     def scores(self, features: Tensor) -> Tensor:
-        """Return the scores of features [N, D]: float32 [N, K]."""
+        """Return the class scores (logits) of unstandardised features [N, D]: float32 [N, K]."""
         parts = features.split(ROWS_AT_ONCE)
         return torch.cat([F.linear((x.float() - self.mean) / self.scale, self.weight, self.bias) for x in parts])
 
 
 class LabelledFeatures(NamedTuple):
-    """Some rows of a feature matrix, with their targets."""
+    """A selection of n rows of a feature matrix, with the targets of these rows."""
 
     features: Tensor  # [N, D], possibly memory-mapped
     rows: Tensor  # int64 [n]: the rows of `features` to use
@@ -56,11 +58,13 @@ class LabelledFeatures(NamedTuple):
 def fit(
     data: LabelledFeatures, penalty: float, start: LogisticModel | None = None, device: torch.device | None = None
 ) -> LogisticModel:
-    """Return the optimum for one λ. All ranks call it; each sums over its part of the rows, and all get the result.
+    """Fit the classifier with one L2 penalty to convergence (at most ITERATIONS iterations of L-BFGS) and return it.
+
+    All ranks call it: each sums loss and gradient over its part of the rows, and all get the same result.
 
     Args:
         penalty: λ.
-        start: the optimum for another λ and the same rows, to start from; None starts from zero.
+        start: the classifier fitted to the same rows with another λ, to start from; None starts from zero.
     """
     blocks = StandardizedBlocks(data, start, device or default_device())
     k, d = data.classes, len(blocks.mean)
@@ -80,7 +84,7 @@ def fit(
         return float(found[0] + penalty / 2 * np.square(flat[: k * d]).sum()), found[1:]
 
     first = np.zeros(k * d + k) if start is None else torch.cat([start.weight.flatten(), start.bias]).double().numpy()
-    # products are in fp32, so the loss is exact to about 1e-8
+    # a smaller ftol is useless: with products in fp32 the loss is exact to about 1e-8
     options = {"maxiter": ITERATIONS, "ftol": 1e-8, "gtol": 1e-6}
     best = minimize(objective, first, jac=True, method="L-BFGS-B", options=options)
     theta = torch.from_numpy(best.x).float()
@@ -89,7 +93,7 @@ def fit(
 
 
 class Candidate(NamedTuple):
-    """A penalty that the search tried."""
+    """A penalty λ that the search tried, with its loss."""
 
     l2: float  # λ
     held_out: float  # mean loss on the held-out rows
@@ -98,12 +102,12 @@ class Candidate(NamedTuple):
 def search_penalty(
     data: LabelledFeatures, held_out: LabelledFeatures, device: torch.device | None = None
 ) -> tuple[Candidate, list[Candidate]]:
-    """Return the λ whose fit on `data` has the least loss on `held_out`, and all that were tried, in ascending order.
+    """Return the λ whose fit on `data` has the lowest loss on `held_out`, and all λ that were tried, ascending.
 
-    The search goes from coarse to fine, as ELEVATER's: a grid over decades, then steps half as large around the best,
-    repeatedly. It compares losses rather than accuracies, because the loss has a single minimum in λ, while the accuracy
-    on a few hundred samples has many by chance. (On scikit-learn's digits, selecting by accuracy cost up to 1.5 points
-    and selecting by loss at most 0.2.)
+    The search goes from coarse to fine, as ELEVATER's does: first a grid with steps of two decades, then repeatedly one
+    step of half that size to both sides of the best λ. It compares losses rather than accuracies, because the loss has
+    a single minimum in λ, while the accuracy on a few hundred samples has many by chance. (On scikit-learn's digits,
+    selecting by accuracy cost up to 1.5 points and selecting by loss at most 0.2.)
     """
     fits: dict[float, LogisticModel] = {}
     found: dict[float, float] = {}
@@ -112,7 +116,7 @@ def search_penalty(
         return min(found, key=lambda l2: (found[l2], -l2))
 
     def wanted() -> Iterator[float]:
-        yield from reversed(PENALTIES)  # strong penalties converge fastest, and the others start from them
+        yield from reversed(PENALTIES)  # strong ones first: they converge fastest and start the others
         factor = PENALTIES[1] / PENALTIES[0]
         for _ in range(REFINEMENTS):
             factor = factor**0.5
@@ -127,16 +131,16 @@ def search_penalty(
 
 
 def mean_loss(fitted: LogisticModel, data: LabelledFeatures) -> float:
-    """Return the mean loss of a model on `data`, without the penalty."""
+    """Return the mean loss of a classifier on `data`, without the penalty term."""
     parts = zip(data.rows.split(ROWS_AT_ONCE), data.targets.split(ROWS_AT_ONCE), strict=True)
     losses = [_loss_and_gradient(fitted.scores(data.features[rows]), targets)[0] for rows, targets in parts]
     return float(torch.stack(losses).sum()) / len(data.rows)
 
 
 class StandardizedBlocks:
-    """This rank's rows as standardised float32 blocks on the device, with their targets.
+    """An iterable over this rank's rows in blocks: standardised float32 features on the device, with their targets.
 
-    The blocks are kept there if they need at most CACHED_BYTES; otherwise they are computed again in every pass.
+    If all blocks need at most CACHED_BYTES, they stay on the device; otherwise they are computed again in every pass.
     """
 
     CACHED_BYTES = 2 << 30  # bytes
@@ -167,7 +171,7 @@ class StandardizedBlocks:
         return self._features[rows].to(self.device).float()  # [n, D]
 
     def _moments(self, d: int, n: int) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation over all ranks' rows; the deviation of a constant feature is set to 1."""
+        """Return mean and standard deviation [d] over all ranks' n rows; the deviation of a constant feature is 1."""
         sums = torch.zeros(d, dtype=torch.float64, device=self.device)
         for rows, _ in self._parts:
             sums += self._raw(rows).double().sum(0)
@@ -180,7 +184,10 @@ class StandardizedBlocks:
 
 
 def _loss_and_gradient(scores: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the summed loss of scores [n, K], and its gradient [n, K] with respect to them."""
+    """Return the loss of scores [n, K], summed over the rows, and its gradient [n, K] with respect to the scores.
+
+    Targets of type float [n, K] that are NaN (unknown) do not count.
+    """
     if targets.dim() == 1:
         log_p = scores.log_softmax(1)
         grad = log_p.exp()

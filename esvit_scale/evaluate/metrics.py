@@ -1,7 +1,7 @@
-"""Metrics of predictions, in percent, and their confidence intervals.
+"""Classification metrics in percent, and their confidence intervals.
 
-A metric takes scores [N, K] and targets: int64 [N] for one class per image, or float [N, K] with 1, 0 and NaN (unknown)
-for several labels per image. Higher is better.
+A metric is a function of scores [N, K] and targets. Targets are int64 [N] for one class per image, or float [N, K] with
+1, 0 and NaN (unknown) for several labels per image. A higher value is better.
 """
 
 import math
@@ -18,30 +18,30 @@ from esvit_scale.errors import UserError
 Z95 = 1.959963984540054
 RESAMPLES = 1000
 
-Interval = list[float]  # lower and upper end
+Interval = list[float]  # [lower end, upper end] in percent
 
 
 class Metric(NamedTuple):
-    """A metric, and whether its images have several labels each."""
+    """A metric: the function of (scores, targets), and whether it is for images with several labels each."""
 
     score: Callable[[Tensor, Tensor], float]
     multi_label: bool = False
 
 
 def accuracy(scores: Tensor, targets: Tensor) -> float:
-    """Return the percentage of samples whose highest score is the true class's."""
+    """Return the percentage of samples whose true class has the highest score."""
     return 100 * float((predicted_class(scores) == targets).double().mean())
 
 
 def top5_accuracy(scores: Tensor, targets: Tensor) -> float | None:
-    """Return the percentage of samples with the true class among the five highest scores; None with fewer than 5 classes."""
+    """Return the percentage of samples whose true class is among the five highest scores; None below five classes."""
     if scores.shape[1] < 5:
         return None
     return 100 * float((scores.topk(5).indices == targets[:, None]).any(1).double().mean())
 
 
 def mean_per_class(scores: Tensor, targets: Tensor) -> float:
-    """Return the accuracy within each class that has samples, averaged over these classes, in percent."""
+    """Return the mean of the per-class accuracies in percent, over the classes that have samples."""
     right = (predicted_class(scores) == targets).double()
     counts = torch.bincount(targets, minlength=scores.shape[1])
     hits = torch.bincount(targets, right, minlength=scores.shape[1])
@@ -49,13 +49,12 @@ def mean_per_class(scores: Tensor, targets: Tensor) -> float:
 
 
 def mean_ap_11_point(scores: Tensor, targets: Tensor) -> float:
-    """Return PASCAL VOC 2007's mean average precision, in percent.
+    """Return the mean average precision of PASCAL VOC 2007 (11 points), in percent, over classes with a positive image.
 
-    A class's average precision is the mean, over the recalls r = 0, 0.1, …, 1, of the best precision at recall ≥ r. Classes
-    without a positive image are left out.
+    The average precision of a class is the mean over r = 0, 0.1, …, 1 of the highest precision at any recall ≥ r.
 
     Raises:
-        UserError: no image has any label.
+        UserError: no class has a positive image.
     """
     found = []
     for own, target in zip(scores.double().T.numpy(), targets.double().T.numpy(), strict=True):
@@ -68,10 +67,12 @@ def mean_ap_11_point(scores: Tensor, targets: Tensor) -> float:
 
 
 def roc_auc(scores: Tensor, targets: Tensor) -> float:
-    """Return the area under the ROC curve of the second class's score minus the first's, in percent; ties count half.
+    """Return the area under the ROC curve, in percent, for two classes; tied pairs count half.
+
+    Samples are ranked by the second class's score minus the first's.
 
     Raises:
-        UserError: there are not exactly two classes, or one has no sample.
+        UserError: there are not exactly two classes, or one of them has no sample.
     """
     if scores.shape[1] != 2 or len(targets.unique()) != 2:
         raise UserError(f"test set: ROC-AUC needs two classes, both with samples; there are {scores.shape[1]} classes")
@@ -90,12 +91,15 @@ METRICS = {
 
 
 def predicted_class(scores: Tensor) -> Tensor:
-    """Return the class with the highest score [N]; −1 if a score is not finite, so that a diverged probe counts as wrong."""
+    """Return the class with the highest score for each row of scores [N, K]: int64 [N].
+
+    It is −1 for a row with a score that is not finite, so that the predictions of a diverged probe count as wrong.
+    """
     return scores.argmax(1).masked_fill(~scores.isfinite().all(1), -1)
 
 
 def wilson_interval(share: float, n: int) -> Interval:
-    """Return the 95 % interval of a proportion of n independent samples (Wilson 1927); percentages in and out."""
+    """Return the 95 % Wilson interval, in percent, of a proportion `share` (percent) of n independent samples."""
     p, z2 = share / 100, Z95**2
     middle = (p + z2 / (2 * n)) / (1 + z2 / n)
     reach = Z95 / (1 + z2 / n) * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n))
@@ -105,21 +109,24 @@ def wilson_interval(share: float, n: int) -> Interval:
 def bootstrap_interval(
     metric: Callable[[Tensor, Tensor], float], scores: Tensor, targets: Tensor, seed: int = 0
 ) -> Interval:
-    """Return the 95 % percentile interval over bootstrap resamples of the test set, for metrics that are no proportion."""
+    """Return a metric's 95 % bootstrap percentile interval, in percent, from RESAMPLES resamples of the test set.
+
+    It is meant for metrics that are not proportions.
+    """
     generator = torch.Generator().manual_seed(seed)
     found = []
     for _ in range(RESAMPLES):
         rows = torch.randint(len(targets), (len(targets),), generator=generator)
         try:
             found.append(metric(scores[rows], targets[rows]))
-        except UserError:  # the metric is undefined on a resample that misses a class
+        except UserError:  # the metric is undefined on a resample without samples of a class
             continue
     low, high = np.percentile(found, [2.5, 97.5])
     return [float(low), float(high)]
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, Interval | None]:
-    """Return the mean and its 95 % interval by Student's t; the interval is None for a single value."""
+    """Return the mean of the values and its 95 % interval (Student's t), which is None for a single value."""
     mean, n = float(np.mean(values)), len(values)
     if n < 2:
         return mean, None
@@ -132,7 +139,7 @@ def _average_precision_11(scores: "np.ndarray", positive: "np.ndarray") -> float
     hits = np.cumsum(positive[order])
     last = np.append(
         np.diff(scores[order]) != 0, True
-    )  # equal scores enter together, since no order among them is right
+    )  # samples with equal scores are counted together, as they have no order
     precision, recall = (hits / np.arange(1, len(hits) + 1))[last], (hits / hits[-1])[last]
     at = [precision[recall >= level - 1e-9] for level in np.linspace(0, 1, 11)]
     return float(np.mean([p.max() if len(p) else 0.0 for p in at]))

@@ -1,24 +1,27 @@
-"""Exact nearest-neighbour search, in one pass over a bank of features that need not fit in memory."""
+"""Exact nearest-neighbour search by cosine similarity, in one pass over features that need not fit in memory."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-BANK_ROWS_PER_BLOCK, QUERIES_PER_BLOCK = 2**15, 2**8  # compared at a time: 32 MB of similarities
+BANK_ROWS_PER_BLOCK, QUERIES_PER_BLOCK = (
+    2**15,
+    2**8,
+)  # compared at a time: 32 MB of similarities
 
 
 def nearest_neighbours(
     bank: Tensor, queries: Tensor, k: int, device: torch.device | str = "cpu"
 ) -> tuple[Tensor, Tensor]:
-    """Return each query's k nearest rows of the bank, nearest first: cosine similarity float32 [Q, k], row int64 [Q, k].
+    """Find each query's k nearest rows of the bank, nearest first.
 
-    Both are on the CPU. Memory holds the queries in fp32, the result and blocks of a fixed size, whatever N is. The bank
-    is read once.
+    Return their cosine similarities, float32 [Q, k], and their row numbers, int64 [Q, k], both on the CPU. The bank is
+    read once, in blocks of a fixed size; besides a block, only the queries in fp32 and the result are in memory.
 
     Args:
-        bank: [N, C] of any floating-point type, possibly mapped from a file.
-        queries: [Q, C], likewise.
-        k: at most N.
+        bank: features [N, C] of any floating-point type, possibly memory-mapped.
+        queries: features [Q, C], likewise.
+        k: number of neighbours, at most N.
     """
     queries = F.normalize(queries.float(), dim=1).to(device)  # [Q, C]
     best = queries.new_full((len(queries), k), -torch.inf)

@@ -1,4 +1,4 @@
-"""Checks of a training and a test set, made before their features are computed, which may take hours."""
+"""Checking a training and a test set (classes, labels, shared images) before features are computed for hours."""
 
 import hashlib
 import logging
@@ -16,18 +16,18 @@ from esvit_scale.parallel import collectives
 
 log = logging.getLogger(__name__)
 
-COMPARED = 500  # test images, evenly spaced, that are searched for in the training set
+COMPARED = 500  # number of test images, evenly spaced, that are looked for in the training set
 
 
 def check_train_and_test(train: Sequence[Path], test: Path, what: str, classes: bool = True) -> None:
-    """Check two labelled sets, and warn of images that are in both. All ranks call it.
+    """Check training sets and a test set, and log a warning about images that are in both. All ranks call it.
 
-    Only files of equal size are read; all else is known from labels, names and sizes.
+    To find shared images, only the content of images with equal file sizes is read.
 
     Args:
         train: the sets to learn from.
-        what: the evaluation, for messages.
-        classes: whether the labels are the sets' own classes; False if they come from elsewhere.
+        what: name of the evaluation, for messages.
+        classes: whether to check classes and labels; False if the labels come from a label file.
 
     Raises:
         UserError: a set has no classes, an image has no label, or a class of the test set has no training sample.
@@ -48,7 +48,7 @@ def _check(train: Sequence[Path], test: Path, what: str, classes: bool) -> None:
 
 
 def _classes_of(source: Path, what: str) -> list[str]:
-    """Return the classes of a set that have samples, in order.
+    """Return the names of the classes that have samples in a set, in the set's order.
 
     Raises:
         UserError: an image has no label.
@@ -66,7 +66,7 @@ def _classes_of(source: Path, what: str) -> list[str]:
 
 
 def _warn_of_shared(train: Path, test: Path) -> None:
-    """Compare the bytes of COMPARED test images with those of every training image of the same size."""
+    """Log a warning if any of up to COMPARED test images has the same bytes as a training image."""
     test_items, train_items = items_of(test, notes=False), items_of(train, notes=False)
     step = max(1, len(test_items) // COMPARED)
     compared = range(0, len(test_items), step)[:COMPARED]

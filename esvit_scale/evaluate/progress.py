@@ -1,4 +1,4 @@
-"""Progress of a loop that all ranks run together, displayed by rank 0."""
+"""Progress display, on rank 0, for a loop that all ranks run together."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
@@ -12,7 +12,7 @@ T = TypeVar("T")
 def progress(
     items: Iterable[T], name: str, total: int, unit: str, count: Callable[[T], int] = lambda _: 1
 ) -> Iterator[T]:
-    """Yield the items and display the progress on rank 0; an item counts for `count(item)` of `total` units."""
+    """Yield the items, and display on rank 0 how many of `total` units are done; an item is `count(item)` units."""
     if collectives.rank() != 0:
         yield from items
         return

@@ -1,9 +1,9 @@
-"""`esvit-scale evaluate transfer`: one trunk on many data sets, each with its own metric, and the mean over them.
+"""`esvit-scale evaluate transfer`: the scores of one trunk on many data sets, each with its own metric, and their mean.
 
-This follows ELEVATER's protocol for frozen features (Li et al. 2022): a linear classifier on the view feature. Its L2
-penalty is searched from coarse to fine on the data set's `val`, or on a fifth of `train`; then the classifier is fitted to
-all of `train` and `val`, and scored once on `test`. It is logistic regression, fitted to the optimum, so that no learning
-rate or number of epochs needs to be searched.
+The protocol is ELEVATER's for frozen features (Li et al. 2022): a linear classifier on the view feature. Its L2 penalty
+is searched from coarse to fine on the data set's `val` set, or on a fifth of `train` if there is none. Then the
+classifier is fitted to all of `train` and `val`, and scored once on `test`. The classifier is logistic regression,
+fitted to convergence, so that no learning rate or number of epochs needs to be searched.
 """
 
 import hashlib
@@ -40,12 +40,12 @@ Json = dict[str, Any]
 
 
 class TransferData(NamedTuple):
-    """Features and targets of one data set: train followed by val, and test."""
+    """Features and targets of one data set: of train and val concatenated (N rows), and of test."""
 
     features: Tensor  # [N, C]
-    targets: Tensor  # int64 [N], or float32 [N, K]
-    fit: Tensor  # int64: rows to fit on
-    held_out: Tensor  # int64: rows to select on
+    targets: Tensor  # int64 [N] classes, or float32 [N, K] for several labels per image
+    fit: Tensor  # int64: rows to fit on while the penalty is searched
+    held_out: Tensor  # int64: rows on which the penalty is selected
     test: Tensor
     truth: Tensor
     classes: int
@@ -59,18 +59,19 @@ def run_transfer(
     root: Path | None = None,
     baseline: Path | None = None,
 ) -> Json:
-    """Run `esvit-scale evaluate transfer`; write `out`/transfer.json, and `out`/datasets/NAME.json after each data set.
+    """Run `esvit-scale evaluate transfer`: write `out`/transfer.json and return its content.
 
-    A data set whose file is there, for the same trunk, data and settings, is not evaluated again.
+    After each data set, its result is written to `out`/datasets/NAME.json. A data set is not evaluated again if this
+    file exists and is of the same trunk, data and settings.
 
     Args:
-        source: the YAML list of data sets, or the name of a shipped one.
-        root: folder that relative paths of the list start at.
+        source: a YAML file with the list of data sets, or the name of a shipped list.
+        root: folder to which relative paths in the list refer.
         baseline: transfer.json of another checkpoint to compare with.
 
     Raises:
-        UserError: before any work, if the list or the baseline cannot be read; at the end, if a data set failed, after
-            all others are evaluated and written.
+        UserError: the list or the baseline cannot be read (raised before any work), or a data set failed (raised after
+            all other data sets are evaluated and the results are written).
     """
     datasets = read_list(source, root)
     other = read_baseline(baseline) if baseline else None
@@ -85,7 +86,7 @@ def run_transfer(
             raise
         except UserError as error:
             failed[dataset.name] = str(error)
-        except Exception as error:  # a failure of one data set must not lose the others
+        except Exception as error:  # the failure of one data set must not stop the evaluation of the others
             failed[dataset.name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         if collectives.rank() == 0:
             row = done.get(dataset.name)
@@ -108,10 +109,10 @@ def run_transfer(
 
 
 def evaluate(dataset: Dataset, teacher: FrozenTrunk, options: ExtractionOptions) -> Json:
-    """Return the result of one data set, for transfer.json.
+    """Evaluate the trunk on one data set and return the result for transfer.json.
 
     Raises:
-        UserError: its sets cannot be read or do not fit each other.
+        UserError: the data set's train, val or test set cannot be read, or they do not fit each other.
     """
     sources = [s for s in (dataset.train, dataset.val, dataset.test) if s is not None]
     check_train_and_test(sources[:-1], dataset.test, f"the metric {dataset.metric}", classes=not dataset.labels)
@@ -148,10 +149,10 @@ def evaluate(dataset: Dataset, teacher: FrozenTrunk, options: ExtractionOptions)
 
 
 def read_baseline(path: Path) -> Json:
-    """Return the checkpoint and the scores of another transfer.json.
+    """Read a transfer.json and return {"checkpoint": …, "scores": {data set: (metric, score)}}.
 
     Raises:
-        UserError: not a transfer.json.
+        UserError: the file cannot be read or is no transfer.json.
     """
     try:
         content = json.loads(path.read_text())
@@ -164,7 +165,14 @@ def read_baseline(path: Path) -> Json:
 
 
 def compare(done: dict[str, Json], other: Json) -> Json:
-    """Compare results with those of a baseline, over the data sets that both have with the same metric."""
+    """Compare results with a baseline on the data sets that both have with the same metric.
+
+    Return the baseline's scores and their mean, the mean gain over them in points, and the numbers of wins and losses.
+
+    Args:
+        done: result of each data set, by its name.
+        other: the baseline, from `read_baseline`.
+    """
     theirs = {n: s for n, (metric, s) in other["scores"].items() if n in done and done[n]["metric"] == metric}
     gains = {name: done[name]["score"] - score for name, score in theirs.items()}
     return {
@@ -178,7 +186,7 @@ def compare(done: dict[str, Json], other: Json) -> Json:
 
 
 def table(result: Json) -> str:
-    """Return transfer.json as a text table, with a line for each data set."""
+    """Format the content of transfer.json as a text table, with a line for each data set."""
     done, against = result["datasets"], result.get("baseline")
     theirs = against["scores"] if against else {}
     width = max(18, *(len(name) + 2 for name in [*done, *result["failed"], ""]))
@@ -201,7 +209,13 @@ def table(result: Json) -> str:
 def _cached_or_evaluated(
     dataset: Dataset, teacher: FrozenTrunk, digest: str, out: Path, options: ExtractionOptions
 ) -> Json:
-    """Return the result in `out`/datasets if it is of the same trunk, data and settings; else evaluate and write it there."""
+    """Return the data set's result from `out`/datasets, or evaluate the data set and write its result there.
+
+    A result that is there is used only if it is of the same trunk, data and settings.
+
+    Args:
+        digest: hash of the trunk.
+    """
     path = out / "datasets" / f"{dataset.name}.json"
 
     def look_up() -> tuple[Json, Json | None]:
@@ -225,7 +239,10 @@ def _cached_or_evaluated(
 
 
 def _single_label_data(sources: list[Path], found: list[FeatureSet]) -> TransferData:
-    """Return the data of sets with one class per image; classes of val and test are matched to train's by name."""
+    """Return features and targets of a data set with one class per image, given the features of train, [val,] test.
+
+    The classes of val and test are matched to those of train by name.
+    """
     train, *others = (with_class_names(f, s) for f, s in zip(found, sources, strict=True))
     targets = [train.samples.labels, *(match_classes(train, other) for other in others)]
     for name, other, labels in zip(("val", "test")[-len(others) :], others, targets[1:], strict=True):
@@ -239,7 +256,11 @@ def _single_label_data(sources: list[Path], found: list[FeatureSet]) -> Transfer
 
 
 def _multi_label_data(dataset: Dataset, found: list[FeatureSet]) -> TransferData:
-    """Return the data of sets whose images have several labels, from a label file."""
+    """Return features and targets of a data set with several labels per image, which its label file gives.
+
+    Args:
+        found: features of train, val (if the data set has one) and test.
+    """
     assert dataset.labels is not None
     classes, rows = read_labels(dataset.labels)
     sources = [s for s in (dataset.train, dataset.val, dataset.test) if s is not None]
@@ -252,7 +273,7 @@ def _multi_label_data(dataset: Dataset, found: list[FeatureSet]) -> TransferData
 
 
 def _check_labels(labels: Path, sources: list[Path]) -> None:
-    """Raise UserError if an image has no line in the label file, before features are computed. All ranks call it."""
+    """Raise UserError if an image of the sources has no line in the label file. All ranks call it."""
 
     def check() -> None:
         _, rows = read_labels(labels)
@@ -264,9 +285,13 @@ def _check_labels(labels: Path, sources: list[Path]) -> None:
 
 
 def _split(labels: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
-    """Return the rows to fit on and to select on: train's and val's, or two parts of train without a val set.
+    """Return the rows to fit on and the rows to select the penalty on, as row numbers of train and val concatenated.
 
-    `sizes` are the numbers of samples of train and, if there is one, val.
+    They are all rows of train and all rows of val or, if there is no val set, two parts of train.
+
+    Args:
+        labels: classes of the training samples, int64; the split of train is class by class.
+        sizes: number of samples of train and, if there is a val set, of val.
     """
     if len(sizes) == 2:
         return torch.arange(sizes[0]), torch.arange(sizes[0], sum(sizes))

@@ -1,4 +1,4 @@
-"""Reading the list of data sets for `evaluate transfer`, and label files of images with several labels."""
+"""Reading the YAML list of data sets for `evaluate transfer`, and CSV label files for images with several labels."""
 
 import csv
 import math
@@ -22,23 +22,24 @@ NAMED_VALUES = {"true": 1.0, "yes": 1.0, "false": 0.0, "no": 0.0} | dict.fromkey
 
 
 class Dataset(NamedTuple):
-    """A data set in the list of `evaluate transfer`: its folders, metric and label file."""
+    """An entry of the list for `evaluate transfer`: a data set's folders or shard sets, its metric and label file."""
 
     name: str
     train: Path
     test: Path
     metric: str  # a key of METRICS
-    val: Path | None = None  # for selecting the penalty; None holds out a part of train
+    val: Path | None = None  # set on which the penalty is selected; None holds out a part of train
     labels: Path | None = None  # CSV file, for metrics of images with several labels
 
 
 def read_list(source: Path, root: Path | None = None) -> list[Dataset]:
-    """Return the data sets of a YAML list: a file, or the name of a shipped list.
+    """Read a list of data sets from a YAML file, or a shipped list by its name.
 
-    Relative paths start at `root`, else at the list's own `root`, else at the list's folder.
+    Relative paths in the list refer to `root` if it is given, else to the `root` in the list, else to the list's
+    folder.
 
     Raises:
-        UserError: no such list, or an entry is not well formed; the message says which, and what is expected.
+        UserError: the list does not exist, or an entry is malformed; the message says which one and what is expected.
     """
     content = _load(source)
     where = str(source)
@@ -56,12 +57,15 @@ def read_list(source: Path, root: Path | None = None) -> list[Dataset]:
 
 
 def read_labels(path: Path) -> tuple[tuple[str, ...], dict[str, list[float]]]:
-    """Return the classes and each image's row of 1, 0 and NaN (unknown) of a CSV file with header `image,CLASS,CLASS,…`.
+    """Read a CSV label file with the header `image,CLASS,CLASS,…` and one line per image.
 
-    An image is named by its path in the folder or its key in the shards, with or without the extension.
+    Return the names of the classes, and for each image a row of 1 (present), 0 (absent) or NaN (unknown). An image is
+    named by its path in the folder or its key in the shards, with or without the extension; the result has no
+    extensions.
 
     Raises:
-        UserError: no such file, a cell other than 1, 0 and empty, a line of another length, or an image named twice.
+        UserError: the file cannot be read, a cell is not 1, 0 or empty, a line has another length than the header, or
+            an image is named twice.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -91,9 +95,9 @@ def read_labels(path: Path) -> tuple[tuple[str, ...], dict[str, list[float]]]:
 
 
 def _parse_cell(cell: str) -> float | None:
-    """Return 1, 0 or NaN (unknown) for a cell; None if it is anything else.
+    """Parse a cell of a label file: return 1, 0 or NaN (unknown), or None for a cell that is none of these.
 
-    Also accepted are the floats and booleans that pandas makes of such columns, and yes and no.
+    Besides 1, 0 and the empty cell, floats and booleans as pandas writes them, and yes and no, are accepted.
     """
     text = cell.strip().lower()
     if text in NAMED_VALUES:
@@ -106,7 +110,12 @@ def _parse_cell(cell: str) -> float | None:
 
 
 def targets_of(keys: list[str], rows: dict[str, list[float]], labels: Path, source: Path) -> Tensor:
-    """Return the targets of the images `keys` of `source`: float32 [N, K] with 1, 0 and NaN (unknown).
+    """Look up the labels of N images and return them as targets: float32 [N, K] with 1, 0 and NaN (unknown).
+
+    Args:
+        keys: keys of the images.
+        rows: rows of the label file, from `read_labels`.
+        labels, source: the label file and the data set, for messages.
 
     Raises:
         UserError: an image has no line in the label file.
@@ -119,7 +128,7 @@ def targets_of(keys: list[str], rows: dict[str, list[float]], labels: Path, sour
 
 
 def without_extension(name: str) -> str:
-    """Return a file name without its extension, if that is one of an image format."""
+    """Return a file name without its extension if that is the extension of an image format, else unchanged."""
     stem, dot, ext = name.rpartition(".")
     return stem if dot and ext.lower() in EXTENSIONS else name
 
