@@ -107,7 +107,7 @@ def perceptual_hash(data: bytes) -> int | None:
     grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.LANCZOS), np.float64)
     low = _DCT @ grey @ _DCT.T  # [8, 8]
     rest = low.reshape(-1)[1:]
-    if np.abs(rest).max() < 8:  # of about 32·255 for full contrast
+    if np.abs(rest).max() < 8:  # at full contrast it is about 32·255
         return None
     bits = low.reshape(-1) > np.median(rest)
     return int(np.packbits(bits).view(">u8")[0])

@@ -21,7 +21,7 @@ from esvit_scale.files import sha256
 
 log = logging.getLogger("esvit_scale")
 
-MOST_BYTES = 4 << 30  # of changed shards that a resume reads at most; this takes some seconds
+MOST_BYTES = 4 << 30  # bytes of changed shards that a resume reads at most; this takes some seconds
 STAT_THREADS = 16
 Identity = dict[str, str]  # "what": a description; "sha256": equal for the same data
 

@@ -24,7 +24,7 @@ OPEN_FILES = ("Too many open files", "received 0 items of ancdata", "Errno 24]",
 def check_node(workers: int) -> None:
     """Raise the soft limit of open files to the hard one, and check that it and /dev/shm suffice for `workers` processes.
 
-    The check comes first because a loader process with too few files may hang instead of failing.
+    Call it before loader processes start: one that may open too few files can hang instead of failing.
 
     Raises:
         RestartCanHelp: they do not suffice, perhaps on this node only.

@@ -42,7 +42,7 @@ class Manifest:
     source: str = ""  # fingerprint of the source and options that it was written from, see shard_plan.py
     left_out: Sequence[dict[str, Any]] = field(default=(), compare=False)  # rows of left_out.LeftOut
     channels: int = 3  # of every image; with 3 channels of 8 bits, files may have any colour mode and are used as RGB
-    bits: int = 8  # of a channel
+    bits: int = 8  # per channel
     formats: Mapping[str, int] = field(
         default_factory=dict, compare=False
     )  # number of images by extension; empty: unknown

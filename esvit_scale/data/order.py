@@ -59,7 +59,7 @@ class Order:
         self._per_slot = global_batch // slots
         self._slot_length = self.steps * self._per_slot  # L
         self._shards = permutation(len(counts), seed, epoch, "shards")
-        self._starts = np.concatenate([[0], np.cumsum(counts[self._shards])])  # of each shard, in the epoch's order
+        self._starts = np.concatenate([[0], np.cumsum(counts[self._shards])])  # first position of each shard
         self._window_starts = np.append(self._starts[:-1:shuffle_window], self.samples)
         self._chunks = OrderedDict() if chunks is None else chunks
 
@@ -111,9 +111,9 @@ class SampleAddress(NamedTuple):
     """Where one image of a batch is found: a position in the order of an epoch of a set."""
 
     set: int  # its number among the mixed sets; 0 for a single set
-    epoch: int  # of the set
+    epoch: int  # the set's own epoch
     position: int  # in `order`
-    order: Order  # of that epoch
+    order: Order  # the order of that epoch
 
 
 def steps_per_epoch(samples: int, global_batch: int) -> int:

@@ -35,7 +35,7 @@ TRANSIENT_ERRNOS = {
 RETRY_DELAYS = (0.5, 2.0, 8.0)  # seconds before another try
 MISSING_IN_A_ROW = 100  # files that cannot be opened, one after the other, before the source as a whole is blamed
 
-Bad = dict[str, Any]  # a row of the quarantine: file, reason, kind; `beside`: members that went with it
+Bad = dict[str, Any]  # a row of the quarantine: file, reason, kind; `beside`: number of members left out with it
 
 
 class Written(NamedTuple):

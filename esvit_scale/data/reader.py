@@ -26,7 +26,7 @@ T = TypeVar("T")
 log = logging.getLogger("esvit_scale")
 
 OPEN_FILES = 1024  # kept open at most, and no more than half of what the process may open
-INDEX_BYTES = 128 << 20  # of indexes kept in memory
+INDEX_BYTES = 128 << 20  # bytes of indexes kept in memory, over all readers of a process
 BLOCK = 4096  # bytes read to find out whether a file answers
 RETRY_DELAYS = (0.5, 1, 2, 4, 8, 16, 30)  # seconds between attempts while storage does not answer
 PROBES = 4  # other shards that are looked at before one shard, rather than the storage, is blamed

@@ -33,7 +33,7 @@ class Recipe:
 
     samples_per_shard: int = SAMPLES_PER_SHARD
     bytes_per_shard: int | None = None  # limit, by file sizes in the source; replaces samples_per_shard
-    seed: int = 0  # of the shuffling and of the split into train and val
+    seed: int = 0  # random seed of the shuffling and of the split into train and val
     shuffle: bool = True  # False: samples keep the source's order
     min_side: int = 0  # pixels; smaller images are left out
     reencode: Reencode = KEEP_BYTES
@@ -41,7 +41,7 @@ class Recipe:
     drop_duplicates: bool = False
     val_fraction: float = 0.0  # fraction of the samples that go into `val`; 0: no split
     channels: int = RGB8.channels  # of every image; an image with another number is left out
-    bits: int = RGB8.bits  # of a channel
+    bits: int = RGB8.bits  # per channel
     rotate_as_noted: bool = False  # img2dataset: turn images to the orientation that their json records
 
     @property

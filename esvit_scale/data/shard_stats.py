@@ -35,7 +35,7 @@ class Stats:
     classes: tuple[str, ...]
     shard_samples: NDArray[np.int64]
     shard_bytes: NDArray[np.int64]
-    image_bytes: NDArray[np.int64]  # of every image
+    image_bytes: NDArray[np.int64]  # size of every image file
     sides: NDArray[np.int64]  # [M, 2]: width and height of the images whose headers were read
     class_counts: NDArray[np.int64]  # per class; empty without classes
     members: dict[str, int] = field(default_factory=dict)  # extension → number of members
@@ -45,7 +45,7 @@ class Stats:
 
     @property
     def mean(self) -> list[float]:
-        """Return the mean of every channel over the decoded images, in units of the largest pixel value."""
+        """Return the mean of every channel over the decoded images, with pixel values scaled to 0..1."""
         return [round(float(v), 6) for v in self.moments[1] / np.maximum(self.moments[0], 1)]
 
     @property

@@ -45,7 +45,7 @@ def staged(manifest: Manifest, folder: str, progress: Callable[[], None] = lambd
         root.mkdir(parents=True, exist_ok=True)
         with (root / ".lock").open("w") as lock:
             if _locked(lock, root):
-                for leftover in root.glob(".*.partial"):  # of processes that were killed
+                for leftover in root.glob(".*.partial"):  # left by processes that were killed
                     leftover.unlink()
             _copy_missing(manifest, root, progress)
     except OSError as error:

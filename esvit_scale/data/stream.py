@@ -194,7 +194,7 @@ def batches(config: Config, data: TrainingData, rank: int, world_size: int, star
         samples = UrlSamples(assignment, data)
     else:
         if isinstance(data, MixedSets):
-            mix.order_of(config, data)  # raises at once what does not fit
+            mix.order_of(config, data)  # raises UserError at once if the mix does not fit the config
         samples = ShardSamples(assignment, data)
     return _join_workers(run_stages([samples, partial(_make_worker_batches, assignment)], workers), max(workers, 1))
 

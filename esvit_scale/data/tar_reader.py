@@ -57,8 +57,8 @@ class TarReader:
         self._file, self._size, self._prefix = file, size, prefix
         self.damage = ""
         self.left_out = LeftOut()
-        self._number = 0  # of the archive
-        self._places = _Places()  # in this archive
+        self._number = 0  # number of the current archive
+        self._places = _Places()  # of the members of the current archive
 
     def __iter__(self) -> Iterator[Member]:
         while True:

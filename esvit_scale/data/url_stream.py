@@ -50,7 +50,7 @@ class UrlSets:
     """One or several sets of plain tars."""
 
     sets: tuple[UrlSet, ...]
-    samples: int  # of an epoch, from data.epoch_samples
+    samples: int  # per epoch, from data.epoch_samples
 
     @staticmethod
     def wanted(data: Data) -> bool:
