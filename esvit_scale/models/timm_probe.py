@@ -1,7 +1,7 @@
-"""What a network of the timm library is: which arguments it takes, what it gives for crops, where its blocks are.
+"""Probing of timm networks: which constructor arguments they take, what they return for crops, where their blocks are.
 
-timm's metadata says most of it; that it holds is tried on the meta device (on the CPU, where a network cannot run
-there), at every crop size.
+Most of it is in timm's metadata. The metadata is verified by running the network at every crop size on the meta device,
+or on the CPU if the network cannot run on meta.
 """
 
 import math
@@ -19,22 +19,22 @@ Given = TypeVar("Given")
 
 
 class Probe(NamedTuple):
-    """A network of timm, the arguments of its constructor, and what it was found to give."""
+    """A timm network by name and constructor arguments, and the dimensions that its outputs were found to have."""
 
-    name: str  # timm's
-    arguments: tuple[tuple[str, Any], ...]  # of its constructor
+    name: str  # timm's name of the network
+    arguments: tuple[tuple[str, Any], ...]  # keyword arguments of its constructor
     dim: int = 0  # C of the view feature
-    has_regions: bool = False  # forward_features gives a grid of cells of that width
-    channels_last: bool = False  # of forward_features
-    channels: tuple[int, ...] = ()  # of the maps that forward_intermediates gives; empty: no pyramid
-    reductions: tuple[int, ...] = ()
+    has_regions: bool = False  # forward_features returns a grid of cells of width `dim`
+    channels_last: bool = False  # forward_features returns maps as [B, H, W, C]
+    channels: tuple[int, ...] = ()  # of the maps that forward_intermediates returns; empty: no pyramid
+    reductions: tuple[int, ...] = ()  # pixels along a side of a cell of these maps
     in_chans: int = 3
 
     def create(self) -> nn.Module:
         """Return the network on the default device, without pretrained weights.
 
         Raises:
-            TypeError: an argument that the network does not take.
+            TypeError: the network does not take one of the arguments.
         """
         import timm
 
@@ -44,15 +44,15 @@ class Probe(NamedTuple):
             return timm.create_model(self.name, pretrained=False, num_classes=0, **channels, **dict(self.arguments))
 
     def images(self, network: nn.Module, n: int, size: int) -> Tensor:
-        """Return n empty images, on the network's device."""
+        """Return n images of zeros, [n, in_chans, size, size], on the network's device."""
         return torch.zeros(n, self.in_chans, size, size, device=next(network.parameters()).device)
 
 
 def candidates(name: str, size: int, drop_path: float, in_chans: int = 3) -> Iterator[Probe]:
-    """Yield the networks to try, the one that is most liberal about crop sizes first.
+    """Yield probes of a timm network with different constructor arguments, those that allow the most crop sizes first.
 
     Raises:
-        UserError: a name that timm does not have.
+        UserError: timm has no network of this name.
     """
     import timm
 
@@ -72,10 +72,10 @@ def candidates(name: str, size: int, drop_path: float, in_chans: int = 3) -> Ite
 
 
 def looked_at(candidate: Probe, sizes: tuple[int, ...]) -> Probe:
-    """Return the candidate with what it gives.
+    """Run the candidate at every crop size and return it with the dimensions of its outputs filled in.
 
     Raises:
-        Exception: whatever the network raises where it does not take the arguments or the sizes.
+        Exception: whatever the network raises for constructor arguments or crop sizes that it does not take.
     """
     network = candidate.create()
     found = [outputs(network, candidate.images(network, 2, size)) for size in sizes]
@@ -92,9 +92,9 @@ def looked_at(candidate: Probe, sizes: tuple[int, ...]) -> Probe:
 
 
 def outputs(network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return view features [B, C], and the cells as `forward_features` gives them.
+    """Return the view features [B, C] of images x, and their cells in the layout of timm's `forward_features`.
 
-    Where the head norms what it has pooled (ConvNeXt, DaViT), the cells go through that norm too.
+    If the network's head has a norm after its pooling (ConvNeXt, DaViT), the cells go through that norm too.
     """
     cells = network.forward_features(x)  # type: ignore[operator]
     view = network.forward_head(cells, pre_logits=True)  # type: ignore[operator]
@@ -105,7 +105,7 @@ def outputs(network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def intermediates(network: nn.Module, x: Tensor) -> list[Tensor]:
-    """Return the map [B, C_s, H_s, W_s] of every stage from a reduction of 4 on, before the final norm."""
+    """Return the map [B, C_s, H_s, W_s] of every stage s whose reduction is at least 4, before the final norm."""
     indices = [i for i, info in enumerate(_feature_info(network)) if info["reduction"] >= 4]
     return network.forward_intermediates(  # type: ignore[operator]
         x, indices=indices, norm=False, output_fmt="NCHW", intermediates_only=True
@@ -113,9 +113,10 @@ def intermediates(network: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def units(network: nn.Module) -> list[list[nn.Module]]:
-    """Return the blocks, stage by stage.
+    """Return the network's blocks, one list per stage.
 
-    They are what lies in lists named `blocks`, else in the stages that timm names, else the stages themselves.
+    Blocks are the children of containers that are named `blocks`. A network without such containers has as its blocks
+    the children of the stages in timm's `feature_info`; a stage that is no sequence of modules is one block.
     """
     found: list[list[nn.Module]] = []
     inside: list[str] = []
@@ -142,7 +143,7 @@ def units(network: nn.Module) -> list[list[nn.Module]]:
 
 
 def on_meta(attempt: Callable[[], Given]) -> Given:
-    """Run `attempt` on the meta device, or on the CPU where something in it needs values."""
+    """Return the result of `attempt`, called on the meta device, or on the CPU if it needs the values of tensors."""
     try:
         with torch.device("meta"):
             return attempt()
@@ -154,7 +155,7 @@ def on_meta(attempt: Callable[[], Given]) -> Given:
 
 
 def grid_of(cells: int, height: int, width: int) -> tuple[int, int] | None:
-    """Return rows and columns of so many cells over an image of these sides; None: they make no such grid."""
+    """Return (rows, columns) of `cells` cells that tile an image of height × width pixels; None if no grid fits."""
     rows = max(1, round(math.sqrt(cells * height / width)))
     return (rows, cells // rows) if cells and cells % rows == 0 and (height != width or rows * rows == cells) else None
 
@@ -167,7 +168,11 @@ def _has_grid(network: nn.Module, cells: Tensor, size: int, dim: int, last: bool
 
 
 def _pyramid(network: nn.Module, image: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return widths and reductions of the stages' maps; empty when there are none, or all have one size."""
+    """Return the channels and the reductions of the stages' maps.
+
+    Both are empty if the network returns no such maps, if the maps do not shrink from stage to stage, or if their
+    shapes are not those in timm's metadata.
+    """
     infos = [info for info in _feature_info(network) if info["reduction"] >= 4]
     channels = tuple(int(info["num_chs"]) for info in infos)
     reductions = tuple(int(info["reduction"]) for info in infos)
@@ -175,7 +180,7 @@ def _pyramid(network: nn.Module, image: Tensor) -> tuple[tuple[int, ...], tuple[
         return (), ()
     try:
         maps = intermediates(network, image)
-    except Exception:  # a trunk without a pyramid is a trunk
+    except Exception:  # the network can be a trunk without a pyramid
         return (), ()
     shapes = [(m.shape[1], -(-image.shape[-1] // m.shape[2])) for m in maps]
     return (channels, reductions) if shapes == list(zip(channels, reductions, strict=True)) else ((), ())

@@ -1,13 +1,14 @@
-"""`timm:<name>`: a network of the timm library as a trunk, one call per resolution.
+"""A network of the timm library as a trunk (`model.trunk: timm:<name>`), called once per resolution.
 
-What stands for a crop is what timm's own classifier would read (`forward_head(…, pre_logits=True)`), its region tokens
-are the cells of `forward_features`. Parameters are named `network.…`, with timm's names behind. What timm leaves to
-chance or to one GPU is replaced, everything else runs as timm has it:
+A crop's view feature is what timm's own classifier would read (`forward_head(…, pre_logits=True)`), its region tokens
+are the cells of `forward_features`. Parameters are named `network.` and then as in timm. Whatever depends on a random
+generator or on a single GPU is replaced; everything else runs as in timm:
 
-- stochastic depth, dropout, batch norms and the calls of blocks (models/timm_parts.py);
-- initial values are what timm draws on a CPU in fp32 from the run's seed, whatever the engine.
+- stochastic depth, dropout, batch norms and the calls of blocks are replaced by models/timm_parts.py;
+- initial values are those that timm draws on a CPU in fp32 from the run's seed, under every engine.
 
-Which arguments a network takes, and whether it takes the crops' sizes, is tried when a run begins (models/timm_probe.py).
+Which arguments a network takes, and whether it takes the run's crop sizes, is tried out when a run begins
+(models/timm_probe.py).
 """
 
 from collections.abc import Iterable
@@ -35,7 +36,7 @@ class TimmTrunk(Trunk):
     """A network of timm as a trunk.
 
     Args:
-        probe: the network, its arguments, and what it was found to give.
+        probe: the network's name, constructor arguments and output dimensions.
     """
 
     def __init__(self, probe: Probe) -> None:
@@ -44,7 +45,7 @@ class TimmTrunk(Trunk):
         self.dim, self.has_regions, self.in_chans = probe.dim, probe.has_regions, probe.in_chans
         self.channels, self.reductions = probe.channels, probe.reductions
         self.network = probe.create()
-        self.network.forward = partial(timm_probe.outputs, self.network)  # a call, so that an engine's hooks see it
+        self.network.forward = partial(timm_probe.outputs, self.network)  # as forward, so that engine hooks fire
         self.drop_rates: list[float] = []
         replace(self.network, self.state, self.drop_rates)
         self._units = timm_probe.units(self.network)
@@ -63,7 +64,7 @@ class TimmTrunk(Trunk):
         return next(m for m in self.network.modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
 
     def initial_values(self) -> dict[str, Initializer]:
-        """Return what timm draws for the whole network from the run's seed."""
+        """Return an initialiser of every parameter that gives the value timm draws for it from the run's seed."""
         drawn = _Drawn(self.probe)
         return {f"network.{name}": OfSeed(partial(drawn, name)) for name, _ in self.network.named_parameters()}
 
@@ -76,7 +77,7 @@ class TimmTrunk(Trunk):
         )
 
     def timm_form(self, size: int) -> TimmForm:
-        """Return the network itself, as timm knows it."""
+        """Describe the wrapped network by its own timm name and constructor arguments."""
         theirs = cast(dict[str, Any], self.network.pretrained_cfg)
         return TimmForm(
             self.probe.name,
@@ -91,7 +92,7 @@ class TimmTrunk(Trunk):
         )
 
     def forward(self, crops: list[Tensor], drop_keys: Tensor | None = None) -> Features:
-        """As `Trunk.forward`; crop sizes that the network takes."""
+        """Compute the features of all crops (`Trunk.forward`), with one call of the network per resolution."""
         scales, first, features = None, 0, []
         if drop_keys is not None and self.drop_rates:
             scales = keep_scales(drop_keys, torch.tensor(self.drop_rates, device="cpu"))[:, 0]  # [paths, ΣB]
@@ -106,10 +107,10 @@ class TimmTrunk(Trunk):
         return Features(view, tokens, grids)
 
     def last_blocks(self, crops: list[Tensor], n: int) -> list[TokenMap]:
-        """Return the token maps of the last n blocks.
+        """Return the token maps of the last n blocks, in order.
 
-        The last map is what `forward` gives; the others of its stage go through the network's final norm, where that is a
-        layer norm.
+        The last map is the output of `forward`. The maps of the other blocks of the last stage go through the network's
+        final norm if that is a layer norm.
         """
         groups = []
         for x in crops:
@@ -123,7 +124,7 @@ class TimmTrunk(Trunk):
         return [TokenMap(tokens, grids, view) for view, tokens, grids in map(_joined, zip(*groups, strict=True))]
 
     def stage_maps(self, crops: list[Tensor]) -> list[TokenMap]:
-        """Return the token map of every stage from a reduction of 4 on, before the final norm."""
+        """Return the token map of every stage whose reduction is at least 4, before the final norm."""
         self._cast_constants()
         groups = []
         for x in crops:
@@ -136,7 +137,7 @@ class TimmTrunk(Trunk):
         return next(self.network.parameters()).dtype
 
     def _cast_constants(self) -> None:
-        """Cast tables that timm keeps beside its parameters to the parameters' precision."""
+        """Cast floating-point buffers, other than those of batch norms, to the parameters' precision, in place."""
         for module in self.network.modules():
             if not isinstance(module, BatchNorm):
                 for name, buffer in module._buffers.items():
@@ -144,10 +145,13 @@ class TimmTrunk(Trunk):
                         module._buffers[name] = buffer.to(self._dtype)
 
     def _tokens(self, cells: Tensor, x: Tensor) -> tuple[Tensor, Grid]:
-        """Map cells of images x, in any layout, to [B·T, C] and their grid."""
+        """Return the cells of images x as tokens [B·T, C], and their grid.
+
+        `cells` are [B, T, C] (with or without prefix tokens, which are left out), [B, C, H, W] or [B, H, W, C].
+        """
         height, width = x.shape[-2:]
         if cells.dim() == 3:
-            for prefix in (self._prefix, 0):  # XCiT's blocks come before its class token
+            for prefix in (self._prefix, 0):  # 0: XCiT's blocks run before its class token is added
                 if (grid := grid_of(cells.shape[1] - prefix, height, width)) is not None:
                     return cells[:, prefix:].flatten(0, 1), (cells.shape[0], *grid)
             raise UserError(f"model.trunk: {PREFIX}{self.probe.name} gives no grid of cells at {height}×{width}")
@@ -159,7 +163,7 @@ class TimmTrunk(Trunk):
 
     @property
     def _prefix(self) -> int:
-        """The number of tokens before the cells: class token, registers."""
+        """The number of prefix tokens, which come before the cells: class token and registers."""
         return int(getattr(self.network, "num_prefix_tokens", 0))
 
     def _block_map(self, out: Any, x: Tensor, normed: bool) -> TokenMap:
@@ -181,7 +185,7 @@ def _by_timms_names(trunk: Tensors) -> Tensors:
 
 
 class _Drawn:
-    """What timm draws for a whole network, kept until all of it has been asked for."""
+    """The initial values that timm draws for a network from a seed; a call returns a parameter's value and drops it."""
 
     def __init__(self, probe: Probe) -> None:
         self.probe, self.seed = probe, -1
@@ -200,8 +204,8 @@ def build(config: Config) -> Trunk:
     """Return the timm network that `config.model.trunk` names.
 
     Raises:
-        UserError: a name that timm does not have, crop sizes that the network does not take, or settings that such a trunk
-            does not have; one line.
+        UserError: timm has no such network, the network does not take the crop sizes, or a setting does not apply to
+            timm networks. The message is one line.
     """
     model, name = config.model, config.model.trunk.removeprefix(PREFIX)
     given = [key for key in ("embed_dim", "depths", "heads") if getattr(model, key)]
@@ -228,7 +232,7 @@ def _probed(name: str, drop_path: float, sizes: tuple[int, ...], in_chans: int) 
                 refused = refused or _in_a_line(error)
         except UserError:
             raise
-        except Exception as error:  # whatever the network says of the sizes
+        except Exception as error:  # whatever the network raises for sizes that it does not take
             refused = refused or _in_a_line(error)
     if not refused:
         raise UserError(f"model.drop_path: {PREFIX}{name} has no stochastic depth; set model.drop_path=0")
@@ -237,7 +241,7 @@ def _probed(name: str, drop_path: float, sizes: tuple[int, ...], in_chans: int) 
 
 
 def _tried(candidate: Probe, drop_path: float, sizes: tuple[int, ...]) -> Probe:
-    """Run a forward and a backward as in training; return the candidate with what it gives."""
+    """Run a forward and a backward as in training; return the candidate with its outputs' dimensions filled in."""
     probe = timm_probe.looked_at(candidate, sizes)
     trunk = TimmTrunk(probe)
     if drop_path and not trunk.drop_rates:
@@ -265,7 +269,7 @@ def _norms(network: nn.Module) -> Iterable[nn.LayerNorm]:
 
 
 def _joined(groups: Iterable[TokenMap]) -> tuple[Tensor, Tensor, list[Grid]]:
-    """Return view features (an empty tensor where there are none), tokens and grids of all resolutions."""
+    """Join the token maps of all resolutions: return view features (empty if there are none), tokens and grids."""
     groups = list(groups)
     views = [group.view for group in groups if group.view is not None]
     tokens = torch.cat([group.tokens for group in groups])

@@ -1,8 +1,9 @@
-"""What a trunk costs, found by running it. Trunks with formulas of their own (`Trunk.formulas`) need it in tests alone.
+"""FLOPs and activation bytes of a trunk, counted by running it; trunks with `Trunk.formulas` use this in tests only.
 
-It runs on the meta device, where tensors have shapes and no numbers: a second for the largest, and no memory. FLOPs are
-those of torch's FlopCounterMode (matrix products and convolutions; custom autograd functions count what runs inside),
-so work on a map's padding is counted where a trunk does it. Activations are the storages that autograd saves, each once.
+The trunk runs on the meta device, where tensors have shapes but no values: this takes no memory, and a second for the
+largest trunk. FLOPs are those of torch's FlopCounterMode (matrix products and convolutions, also those within custom
+autograd functions), so work on padding is counted where a trunk does it. Activations are the storages that autograd
+saves, each counted once.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,10 +28,10 @@ from esvit_scale.parallel import collectives
 
 
 def crop_cost(config: Config, size: int) -> CropCost:
-    """Return what one crop of `size` pixels costs in the config's trunk.
+    """Return the traced forward FLOPs of the config's trunk for one crop of `size` × `size` pixels, and its token grid.
 
     Raises:
-        UserError: a trunk that cannot be built.
+        UserError: the trunk cannot be built.
     """
     built_from = config.model_dump_json(include={"model": True, "data": {"global_crops", "local_crops", "channels"}})
     return _crop_cost(built_from, size)
@@ -61,24 +62,25 @@ def _features(trunk: Trunk, size: int, crops: int, keys: bool) -> Features:
 
 @contextmanager
 def on_meta() -> Iterator[None]:
-    """Make everything on the meta device, within the context, and leave the other ranks out of it."""
+    """Within the context, make tensors on the meta device and run collectives as if there were no other ranks."""
     with torch.device("meta"), collectives.alone():
         yield
 
 
 def flop_counter() -> FlopCounterMode:
-    """Return torch's counter with a formula for the in-place product, which it lacks.
+    """Return torch's FLOP counter with an added formula for `addmm_`, which it lacks.
 
-    The prototype loss adds up its gradients with that product.
+    The prototype loss accumulates with `addmm_`.
     """
     product = lambda total, a, b, **_: 2 * a[0] * a[1] * b[1]  # noqa: E731
     return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: product})
 
 
 class FusedAttention(TorchFunctionMode):
-    """A mode in which torch's attention keeps what its fused kernels keep: queries, keys, values and output.
+    """A mode in which scaled_dot_product_attention saves what a fused kernel saves: queries, keys, values and output.
 
-    So it is on a GPU and on a CPU; on the meta device it would take the slow way, which keeps all probabilities.
+    On GPU and CPU torch uses fused kernels. On the meta device it would fall back to plain operations, which save all
+    attention probabilities and would be counted as such.
     """
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -105,28 +107,33 @@ def _fused(
 
 
 class Kept:
-    """The floating-point storages that autograd saves, each once, but for those of `module` and for cached index
-    tables."""
+    """A count of the bytes that autograd saves in floating-point storages, each storage once.
+
+    Parameters and buffers of `module` are not counted, nor are integer index tables.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         own = [*module.parameters(), *module.buffers()]
-        # On the meta device every storage has the address 0; its own identity holds as long as it is referred to.
+        # Storages are told apart by identity, as all have address 0 on the meta device; references keep it unique.
         self._seen = {_identity(x): x.untyped_storage() for x in own}
         self.bytes = 0
 
     def note(self, x: Tensor) -> Tensor:
-        """Count a tensor's storage unless it was seen; return the tensor."""
+        """Add the bytes of x's storage to the count unless it was counted before; return x."""
         if x.is_floating_point() and _identity(x) not in self._seen:
             self._seen[_identity(x)] = x.untyped_storage()
             self.bytes += x.untyped_storage().nbytes()
         return x
 
     def hooks(self) -> saved_tensors_hooks:
-        """Return the context in which what autograd saves is noted."""
+        """Return a context manager under which every tensor that autograd saves is counted."""
         return saved_tensors_hooks(self.note, lambda x: x)
 
     def note_attributes(self, root: Any) -> None:
-        """Note what custom autograd functions keep on their own nodes, as the prototype loss does its gradients."""
+        """Count the tensors that custom autograd functions keep as attributes of their nodes in the graph below `root`.
+
+        The prototype loss keeps its gradients that way.
+        """
         waiting, visited = [root], set()
         while waiting:
             node = waiting.pop()
@@ -140,17 +147,17 @@ class Kept:
 
 
 class KeptByBlocks:
-    """A `Trunk.run_block` that notes, call by call, which block ran, what it saved, and what it was given."""
+    """A replacement for `Trunk.run_block` that records, per call, the block and the bytes it saved and was given."""
 
     def __init__(self, kept: Kept, blocks: list[nn.Module]) -> None:
         self.kept = kept
         self.index = {id(block): i for i, block in enumerate(blocks)}
-        self.called: list[int] = []  # the block's place in the trunk
-        self.saved: list[int] = []  # bytes
-        self.inputs: list[int] = []  # bytes that activation checkpointing keeps
+        self.called: list[int] = []  # index of the block in the trunk
+        self.saved: list[int] = []  # bytes saved for the backward
+        self.inputs: list[int] = []  # bytes of inputs that activation checkpointing keeps
 
     def __call__(self, block: Callable[..., Any], tokens: Any, *others: Any) -> Any:
-        """Run the block and note what it saved."""
+        """Run the block, record the bytes that it saved and was given, and return its output."""
         before = self.kept.bytes
         result = block(tokens, *others)
         self.called.append(self.index[id(getattr(block, "__self__", block))])  # a block itself, or its bound method

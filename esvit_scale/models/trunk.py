@@ -1,7 +1,7 @@
-"""The contract of all trunks: crops of any sizes in, one list of features out.
+"""The base class of all trunks, which map crops of any sizes to packed features.
 
-Nobody outside a trunk's own file asks which trunk it is: what `plan`, model cards, exporters and evaluations need to know,
-the trunk says about itself, and the methods here are the answers of a trunk that says nothing.
+Code outside a trunk's own files never asks which trunk it has: methods of the trunk return what `plan`, model cards,
+exporters and evaluations need to know. The base class has a default for each of these methods.
 """
 
 from collections import deque
@@ -19,7 +19,7 @@ Grid = tuple[int, int, int]  # (crops, H, W)
 
 
 class Features(NamedTuple):
-    """What a trunk returns for a multi-crop batch."""
+    """The features that a trunk returns for a multi-crop batch."""
 
     view: Tensor  # [ΣB, C] pooled, crops in order
     regions: Tensor  # [ΣB·T, C] region tokens after the final norm, crops in order, each row-major
@@ -27,31 +27,31 @@ class Features(NamedTuple):
 
 
 class TokenMap(NamedTuple):
-    """The output of one block."""
+    """One block's output for all crops, or one stage's."""
 
     tokens: Tensor  # [ΣB·T, C], crops in order, each row-major
     grids: list[Grid]
-    view: Tensor | None = None  # [ΣB, C] what stands for the crop; None: the mean of its tokens
+    view: Tensor | None = None  # [ΣB, C] one feature per crop; None: take the mean of its tokens
 
 
 class Trunk(nn.Module):
     """The base class of all trunks.
 
-    A trunk calls each of its layers once a forward, with all crops: ZeRO-3 gathers a layer for each call, and reentrant
-    activation checkpointing allows one only. Where a library's network must run once per resolution, its blocks take
-    the list of maps.
+    A trunk calls each of its layers once per forward, with all crops, because ZeRO-3 gathers a layer at every call and
+    reentrant activation checkpointing allows only one call. The exception are timm networks, which run once per
+    resolution.
 
     Attributes:
-        name: its name in the registry, as in `model.trunk`.
+        name: the trunk's name in the registry, as in `model.trunk`.
         dim: C of the features.
         in_chans: channels of the images, `data.channels`.
         depths: blocks per stage.
-        channels, reductions: of every stage's map, its width and the pixels a cell covers; empty: no pyramid.
+        channels, reductions: per stage, the width of its map and the pixels along a cell's side; empty: no pyramid.
         has_regions: whether `Features.regions` has any rows.
         norm: the final norm, of tokens [n, C]; an identity where there is none.
-        has_attention_maps: whether `attention_maps` answers.
-        run_block: the function that calls a block; parallel.activation_checkpointing puts a checkpointing call here. The
-            first argument after the block is the tensor (or the tuple of tensors) to keep.
+        has_attention_maps: whether `attention_maps` is implemented.
+        run_block: the function through which blocks are called; parallel.activation_checkpointing replaces it. The
+            first argument after the block is the input that checkpointing keeps, a tensor or a tuple of tensors.
     """
 
     dim: int
@@ -102,14 +102,14 @@ class Trunk(nn.Module):
         return [self._normed(found) if i >= last_stage else found for i, found in maps]
 
     def stage_maps(self, crops: list[Tensor]) -> list[TokenMap]:
-        """Return the token map of every stage's last block, before the final norm: what a feature pyramid is made of."""
+        """Return the token map of every stage's last block, before the final norm, for feature pyramids."""
         ends = {sum(self.depths[: s + 1]) - 1 for s in range(len(self.depths))}
         return [found for i, found in enumerate(self.block_maps(crops)) if i in ends]
 
-    # --- what a trunk says about itself; every method has an answer for a trunk that does not ------------------------
+    # --- descriptions of the trunk; every method has a default -------------------------------------------------------
 
     def formulas(self) -> TrunkFormulas | None:
-        """Return the trunk's costs in closed form; None: they are counted by running it (models/traced.py)."""
+        """Return formulas for the trunk's FLOPs and activations; None: these are traced instead (models/traced.py)."""
         return None
 
     def card(self) -> TrunkCard:
@@ -119,23 +119,27 @@ class Trunk(nn.Module):
         return TrunkCard(self.name, description, "Any other size works too.")
 
     def plain(self, size: int) -> nn.Module:
-        """Return a module with the same weights for exporters: images [B, channels, size, size] → view [B, C] and
-        regions [B, T, C], or the view alone from a trunk without regions. It trains nothing."""
+        """Return a module for exporters that shares the trunk's weights, for inference on images of one size.
+
+        It maps images [B, channels, size, size] to view [B, C] and regions [B, T, C], or to the view alone if the trunk
+        has no regions.
+        """
         return PlainTrunk(self, size)
 
     def timm_form(self, size: int) -> TimmForm | None:
-        """Return what the trunk is to timm at images of `size` pixels; None: timm does not have it.
+        """Describe the trunk as a timm network for images of `size` pixels; None if timm has no such network.
 
         Raises:
-            UserError: timm has it, but computes this one otherwise; says why, as a clause.
+            UserError: timm's network would give other features than this trunk; the message is a clause that says why.
         """
         return None
 
     def huggingface_form(self, size: int) -> HuggingFaceForm | None:
-        """Return what the trunk is to transformers at images of `size` pixels; None: no form is written for it.
+        """Describe the trunk as a transformers model for images of `size` pixels; None if this is not implemented.
 
         Raises:
-            UserError: transformers has it, but computes this one otherwise; says why, as a clause.
+            UserError: transformers' model would give other features than this trunk; the message is a clause that says
+                why.
         """
         return None
 
@@ -143,7 +147,7 @@ class Trunk(nn.Module):
         """Return every block's attention, first to last, on one normalised image [channels, H, W] of any size.
 
         Raises:
-            UserError: a trunk whose attention cannot be shown as maps.
+            UserError: the attention of this trunk cannot be shown as maps.
         """
         raise UserError(f"attention maps are stitched from the windows of a Swin; {self.name} has none")
 
@@ -153,5 +157,5 @@ class Trunk(nn.Module):
 
 
 def call(block: nn.Module, *args: Any) -> Any:
-    """Call a block as it is: the `run_block` without activation checkpointing."""
+    """Call a block directly and return its output; the default of `Trunk.run_block`."""
     return block(*args)

@@ -1,16 +1,16 @@
-"""ViL, a Vision Longformer of four stages as EsViT runs it ("2262"), packed: every crop of every size in one pass.
+"""ViL, EsViT's four-stage Vision Longformer (2, 2, 6 and 2 blocks), on packed batches: one pass over all crops.
 
-Multi-Scale Vision Longformer (Zhang et al. 2021, https://arxiv.org/abs/2103.15358). Each stage makes patches of the one
-before, adds global tokens of its own (1, 1, 1 and 0) and runs its blocks: in stages 1 and 2 a token attends to the
-windows around it, in stages 3 and 4 to the whole map (models/vil_attention.py).
+Multi-Scale Vision Longformer (Zhang et al. 2021, https://arxiv.org/abs/2103.15358). Each stage embeds patches of the
+previous stage's map, adds its own global tokens (1, 1, 1 and 0) and runs its blocks: in stages 1 and 2 a token attends
+to the windows around it, in stages 3 and 4 to the whole map (models/vil_attention.py).
 
-While training, the official code lets queries see their own window and one of the eight around it, drawn at random at
-every call of a block; at evaluation they see all nine. Here every crop has its own draw for every block, a hash of its
-drop key, so that it depends neither on the batch nor on the rank: for a crop the distribution is the official one. The
-teacher has no drop keys and sees all nine windows, which is also what is evaluated. (The official teacher is never put
-into evaluation mode and draws as well; the draws are noise in its targets.)
+In training, the official code lets queries see their own window and one of the eight around it, drawn at random at
+every call of a block; in evaluation they see all nine. Here each crop has its own draw for each block, a hash of its
+drop key, which depends neither on the batch nor on the rank; for a single crop the distribution is the official one.
+The teacher has no drop keys and sees all nine windows, as in evaluation. (The official teacher is never put into
+evaluation mode, so it draws too, which makes its targets noisy.)
 
-Sides that are no multiple of a patch lose what is left over, as in the official code, at each of the four stages.
+If the side of a stage's input is no multiple of the patch size, the remainder is cut off, as in the official code.
 """
 
 from collections.abc import Iterator
@@ -31,18 +31,18 @@ from esvit_scale.models.trunk import Features, Grid, TokenMap, Trunk
 from esvit_scale.models.vil_attention import AROUND, OWN, FullAttention, LongAttention
 
 VIL_2262 = Shape(96, (2, 2, 6, 2), (3, 6, 12, 24), growth=(1, 2, 4, 8))
-PATCHES = (4, 2, 2, 2)  # cells of the stage before that become one token
-GLOBALS = (1, 1, 1, 0)  # global tokens
-LONG = (True, True, False, False)  # attention to the windows around, not to the whole map
-SMALLEST = 32  # pixels that leave stage 4 a token
+PATCHES = (4, 2, 2, 2)  # per stage, side of a patch in cells of the previous stage; pixels in the first
+GLOBALS = (1, 1, 1, 0)  # per stage, global tokens of a crop
+LONG = (True, True, False, False)  # per stage, whether tokens attend to the windows around them, not the whole map
+SMALLEST = 32  # pixels: the smallest side of a crop that leaves a token in stage 4
 NORM_EPS = 1e-6
 
 
 def build(config: Config) -> "ViL":
-    """Return the config's ViL.
+    """Build the ViL that the config describes.
 
     Raises:
-        UserError: overrides that do not fit together, or a crop size that leaves nothing for stage 4.
+        UserError: overrides do not fit together, or crops are too small to leave a token in stage 4.
     """
     shape = overridden(config, VIL_2262)
     where = ["data.global_crops.size", *(f"data.local_crops.{i}.size" for i in range(len(config.data.local_crops)))]
@@ -57,12 +57,12 @@ def build(config: Config) -> "ViL":
 
 
 class ViL(Trunk):
-    """A ViL of four stages.
+    """A ViL trunk of four stages.
 
     Args:
-        widths, depths, heads: per stage, of which there are four.
+        widths, depths, heads: C, number of blocks, and number of attention heads of each of the four stages.
         window: tokens along a window's side (stages 1 and 2).
-        size: pixels of the global crops, whose maps the bias tables of stages 3 and 4 are made for.
+        size: side of the global crops in pixels; the bias tables of stages 3 and 4 are made for their maps.
         drop_path: stochastic-depth rate of the last block; rates grow linearly from 0.
     """
 
@@ -114,7 +114,7 @@ class ViL(Trunk):
         return (_token_map(*output) for output in self._block_outputs(crops, None))
 
     def _block_outputs(self, crops: list[Tensor], drop_keys: Tensor | None) -> Iterator[tuple[Tensor, list[Grid], int]]:
-        """Yield tokens [N, C] (of each crop the g global ones first), grids and g after each block."""
+        """Yield (tokens, grids, g) after each block: tokens [N, C], where each crop's g global tokens come first."""
         scales = keep_scales(drop_keys, torch.tensor(self.drop_rates)) if drop_keys is not None else None
         maps, i = crops, 0
         for s, (stage, g) in enumerate(zip(self.stages, GLOBALS, strict=True)):
@@ -131,7 +131,7 @@ class ViL(Trunk):
 
 
 class Stage(nn.Module):
-    """A patch embedding and blocks. `ViL` calls both; this only owns them."""
+    """A container for a stage's patch embedding and blocks. It has no forward: `ViL` calls its parts."""
 
     def __init__(self, patch_embed: "PatchEmbed", blocks: list["Block"]) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class Stage(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """p×p cells to tokens: a projection and a norm, with global tokens before each crop's."""
+    """Patch embedding: projects patches of p×p cells to tokens and norms them; each crop's global tokens come first."""
 
     def __init__(self, channels: int, dim: int, patch: int, globals_: int) -> None:
         super().__init__()
@@ -153,7 +153,7 @@ class PatchEmbed(nn.Module):
         return {"cls_token": normal(0.02)} if self.cls_token is not None else {}
 
     def forward(self, maps: list[Tensor]) -> tuple[Tensor, list[Grid]]:
-        """Map maps [N_g, channels, H, W] to tokens [N, C] and grids."""
+        """Map maps, [N_g, channels, H, W] per resolution, to tokens [N, C] (with global tokens) and grids."""
         patch = self.proj.stride[0]
         grids = [(x.shape[0], x.shape[2] // patch, x.shape[3] // patch) for x in maps]
         cells = [_patches(x.to(self.proj.weight.dtype), patch) for x in maps]
@@ -168,7 +168,10 @@ class PatchEmbed(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, pre-norm. One call a block: the unit of ZeRO-3 and of activation checkpointing."""
+    """A pre-norm block: windowed or full attention, then an MLP.
+
+    It is called once per forward, for all crops: ZeRO-3 gathers it once, checkpointing recomputes it as a whole.
+    """
 
     def __init__(self, dim: int, heads: int, globals_: int, long: bool, reach: int) -> None:
         super().__init__()
@@ -188,7 +191,7 @@ class Block(nn.Module):
         """Map tokens [N, C] to [N, C].
 
         Args:
-            keep_attn, keep_mlp: [N, 1], the factor of a branch (0: dropped); None keeps it.
+            keep_attn, keep_mlp: [N, 1], the factors of the two branches (0: dropped); None: 1.
             neighbours: int64 [ΣB], as in `LongAttention`.
         """
         tokens = add_branch(tokens, self.attn(self.norm1(tokens), grids, neighbours), keep_attn)
@@ -196,20 +199,20 @@ class Block(nn.Module):
 
 
 def sampled_neighbours(drop_keys: Tensor, block: int) -> Tensor:
-    """Draw one of the eight windows around, each as likely, for every crop: int64 [ΣB]."""
+    """Return one of the eight windows around a query's own for every crop, drawn uniformly: int64 [ΣB] in 0 … 8."""
     drawn = draw_of(drop_keys, block, AROUND - 1)
     return drawn + (drawn >= OWN)
 
 
 def _patches(x: Tensor, patch: int) -> Tensor:
-    """Map maps [n, channels, H, W] to patches [n·h·w, channels · p²]; what is left over right and bottom is not used."""
+    """Cut maps [n, channels, H, W] into patches [n·h·w, channels · p²]; a remainder right or bottom is left out."""
     h, w = x.shape[2] // patch, x.shape[3] // patch
     cells = x[:, :, : h * patch, : w * patch].unflatten(3, (w, patch)).unflatten(2, (h, patch))
     return cells.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(0, 2)
 
 
 def _per_crop(tokens: Tensor, grids: list[Grid], g: int) -> list[Tensor]:
-    """View tokens [N, C] as [n, g + h·w, C] of each group."""
+    """View packed tokens [N, C] as one tensor [n, g + h·w, C] per resolution."""
     groups = tokens.split([n * (g + h * w) for n, h, w in grids])
     return [rows.view(n, g + h * w, -1) for rows, (n, h, w) in zip(groups, grids, strict=True)]
 

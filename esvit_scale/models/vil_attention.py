@@ -1,8 +1,8 @@
 """The two attentions of Vision Longformer: over a window and its neighbours, and over the whole map.
 
-Multi-Scale Vision Longformer (Zhang et al. 2021, https://arxiv.org/abs/2103.15358) in the form of its code that EsViT
-runs. A crop is its global tokens, then its map row by row: T = g + H·W tokens. Both attentions have linear layers that
-run once over the packed tokens [N, C] of all crops, and score per resolution group.
+Multi-Scale Vision Longformer (Zhang et al. 2021, https://arxiv.org/abs/2103.15358), as in the code that EsViT uses. A
+crop has T = g + H·W tokens: its global tokens, then its map row by row. In both attentions, linear layers run once over
+the packed tokens [N, C] of all crops; scores are computed resolution by resolution.
 """
 
 from typing import NamedTuple
@@ -17,13 +17,14 @@ from esvit_scale.models.tables import kept
 from esvit_scale.models.trunk import Grid
 from esvit_scale.models.windows import relative_position_index
 
-OWN = 4  # of the 3×3 windows, row by row: the query's own
-AROUND = 9
+OWN = 4  # index of a query's own window in the 3×3 windows around it, row by row
+AROUND = 9  # the number of these windows
 
 
 class LongAttention(nn.Module):
-    """Attention in which a local token sees the global tokens, its own window and the eight around it; a global token sees all.
+    """Attention of a crop's map tokens to the nearby windows, and of its global tokens to everything.
 
+    A map token sees the global tokens, its own window and the eight windows around it; a global token sees all tokens.
     Maps are padded right and bottom to whole windows; pads and windows outside the map are never attended to.
 
     Args:
@@ -49,8 +50,8 @@ class LongAttention(nn.Module):
         """Map tokens [N, C] to [N, C].
 
         Args:
-            neighbours: int64 [ΣB]: which one of the nine windows a crop's queries see beside their own (never `OWN` itself);
-                None: all.
+            neighbours: int64 [ΣB], per crop the one of the nine windows that queries see beside their own (never
+                `OWN` itself); None: they see all nine.
         """
         q, kv = self.query(tokens) * self.scale, self.kv(tokens)
         bias = self.window_bias()
@@ -69,13 +70,16 @@ class LongAttention(nn.Module):
         return rows.view(length, AROUND, length, self.heads).permute(3, 0, 1, 2)
 
     def _global(self, q: Tensor, kv: Tensor) -> Tensor:
-        """Return what the global tokens become, [n, g, C], from q [n, T, C] and kv [n, T, 2C]."""
+        """Return the attention output of the global tokens, [n, g, C], from q [n, T, C] and kv [n, T, 2C]."""
         to_map = _wide(self.g2l_relative_position_bias)[0].unsqueeze(-1).expand(-1, -1, q.shape[1] - self.globals)
         bias = torch.cat((_wide(self.g2g_relative_position_bias), to_map), -1)  # [heads, g, T]
         return self._attend(q[:, : self.globals], kv, bias)
 
     def _local(self, q: Tensor, kv: Tensor, grid: Grid, bias: Tensor, draw: Tensor | None) -> Tensor:
-        """Return what the map's tokens become, [n, H·W, C], from q [n, T, C] and kv [n, T, 2C]."""
+        """Return the attention output of the map's tokens, [n, H·W, C], from q [n, T, C] and kv [n, T, 2C].
+
+        `bias` is `window_bias()`; `draw` is the part of `neighbours` that belongs to these n crops.
+        """
         _, h, w = grid
         queries = to_windows(q[:, self.globals :], h, w, self.window)  # [n, windows, L, C]
         windows = to_windows(kv[:, self.globals :], h, w, self.window)  # [n, windows, L, 2C]
@@ -90,7 +94,7 @@ class LongAttention(nn.Module):
         return from_windows(mixed, h, w, self.window)
 
     def _attend(self, q: Tensor, kv: Tensor, bias: Tensor, hidden: Tensor | None = None) -> Tensor:
-        """Map q […, L, C] and kv […, keys, 2C] to […, L, C]; bias and hidden as in `attend`."""
+        """Return the multi-head attention of q […, L, C] to kv […, keys, 2C]; `bias` and `hidden` as in `attend`."""
         k, v = (x.unflatten(-1, (self.heads, -1)).transpose(-2, -3) for x in kv.chunk(2, -1))  # […, heads, keys, d]
         mixed = attend(q.unflatten(-1, (self.heads, -1)).transpose(-2, -3), k, v, bias, hidden)
         return mixed.transpose(-2, -3).flatten(-2)
@@ -101,8 +105,8 @@ class FullAttention(nn.Module):
 
     Args:
         globals_: g, global tokens of a crop.
-        side: of the map of a global crop, for which there is a bias table. The bias of another map is that one's, a
-            matrix [side², side²], resized bicubically as if it were a picture: so does the official code.
+        side: tokens along a side of a global crop's map, for which the bias table is made. For other maps its bias
+            matrix [side², side²] is resized bicubically as if it were an image, as in the official code.
     """
 
     def __init__(self, dim: int, heads: int, globals_: int, side: int) -> None:
@@ -131,13 +135,16 @@ class FullAttention(nn.Module):
         return self.proj(torch.cat(mixed))
 
     def map_bias(self) -> Tensor:
-        """Return the bias of a global crop's map, [heads, side², side²]."""
+        """Return the bias of every query and key of a global crop's map, [heads, side², side²]."""
         length, index = self.side**2, relative_position_index(self.side, self.qkv.weight.device)
         rows = _wide(self.local_relative_position_bias_table).index_select(0, index)
         return rows.view(length, length, -1).permute(2, 0, 1)
 
     def _bias(self, local: Tensor, tokens: int) -> Tensor:
-        """Return the bias of a map of that many tokens, [heads, T, T]."""
+        """Return the bias [heads, T, T] of crops with g global tokens and a map of `tokens` tokens.
+
+        `local` is the bias of a global crop's map, from `map_bias`.
+        """
         if tokens != self.side**2:
             local = F.interpolate(local[None], size=(tokens, tokens), mode="bicubic")[0]
         if not self.globals:
@@ -151,16 +158,18 @@ class FullAttention(nn.Module):
 
 
 def _wide(bias: Tensor) -> Tensor:
-    """Return a table of biases in fp32 or wider: a bias stands in thousands of scores, and its gradient is their sum."""
+    """Return a bias table in fp32 or wider, because the gradient of a bias sums those of thousands of scores."""
     return bias.to(torch.promote_types(bias.dtype, torch.float32))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, hidden: Tensor | None = None) -> Tensor:
-    """Map q […, L, d] (scaled), k and v […, keys, d] to softmax(QKᵀ + bias) V, […, L, d], with scores in fp32 or wider.
+    """Return softmax(QKᵀ + bias) V, […, L, d], from q […, L, d] (already scaled), k and v […, keys, d].
+
+    Scores and softmax are computed in fp32 or wider.
 
     Args:
-        bias: broadcast to […, L, keys].
-        hidden: bool, broadcast like the bias: keys that are not seen.
+        bias: added to the scores; broadcast to […, L, keys].
+        hidden: bool, True for keys that queries do not see; broadcast to […, L, keys].
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = (q @ k.transpose(-2, -1)).to(wide) + bias.to(wide)
@@ -170,15 +179,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, hidden: Tensor | None 
 
 
 class Neighbourhood(NamedTuple):
-    """The nine windows of every window of a map, row by row."""
+    """The 3×3 windows around every window of a map, both in row-major order."""
 
-    windows: Tensor  # int64 [windows, 9]: which they are (0 for those outside the map)
+    windows: Tensor  # int64 [windows, 9]: the indices of the nine (0 for those outside the map)
     hidden: Tensor  # bool [windows, 9, L]: slots outside the map
 
 
 @kept
 def neighbourhood(h: int, w: int, window: int, device: torch.device) -> Neighbourhood:
-    """Return the nine windows around every window of an h × w map."""
+    """Return the 3×3 windows around every window of a map of h × w tokens."""
     rows, columns = -(-h // window), -(-w // window)
     y, x = np.divmod(np.arange(rows * columns), columns)
     dy, dx = np.divmod(np.arange(AROUND), 3)
@@ -192,7 +201,7 @@ def neighbourhood(h: int, w: int, window: int, device: torch.device) -> Neighbou
 
 @kept
 def around_index(window: int, device: torch.device) -> Tensor:
-    """Return the row of the bias table for each (query, one of nine windows, key): int64 [L·9·L].
+    """Return the row of the bias table for each (query, one of the nine windows, key in it): int64 [L·9·L].
 
     The row is (Δy + 2w−1)·(4w−1) + Δx + 2w−1.
     """
@@ -204,31 +213,37 @@ def around_index(window: int, device: torch.device) -> Tensor:
 
 
 def to_windows(x: Tensor, h: int, w: int, side: int) -> Tensor:
-    """Map rows [n, h·w, C] to windows [n, windows, side², C]; pads are zero."""
+    """Arrange row-major maps [n, h·w, C] as windows [n, windows, side², C], padded with zeros."""
     maps = F.pad(x.unflatten(1, (h, w)), (0, 0, 0, -w % side, 0, -h % side))
     return maps.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 def from_windows(windows: Tensor, h: int, w: int, side: int) -> Tensor:
-    """Map windows [n, windows, side², C] to rows [n, h·w, C]."""
+    """Arrange windows [n, windows, side², C] as row-major maps [n, h·w, C], without the padding."""
     rows = windows.unflatten(2, (side, side)).unflatten(1, (-(-h // side), -1))
     return rows.transpose(2, 3).flatten(3, 4).flatten(1, 2)[:, :h, :w].flatten(1, 2)
 
 
 def _all(windows: Tensor, bias: Tensor, around: Neighbourhood) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what queries see of all nine windows, from windows [n, windows, L, 2C] and bias [heads, L, 9, L].
+    """Return keys, bias and mask for queries that see all nine windows around them.
+
+    Args:
+        windows: [n, windows, L, 2C], keys and values.
+        bias: [heads, L, 9, L].
+        around: the nine windows around each window.
 
     Returns:
-        keys and values [n, windows, keys, 2C], bias [1, heads, L, keys], hidden [1, windows, keys].
+        Keys and values [n, windows, keys, 2C], bias [1, heads, L, keys], hidden [1, windows, keys], with keys = 9·L.
     """
     seen = windows.index_select(1, around.windows.view(-1)).unflatten(1, (-1, AROUND)).flatten(2, 3)
     return seen, bias.flatten(2)[None], around.hidden.flatten(1)[None]
 
 
 def _drawn(windows: Tensor, bias: Tensor, around: Neighbourhood, draw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the same as `_all` of the own window and the one that each crop drew, int64 [n].
+    """Return the same as `_all` for queries that see their own window and the one that their crop drew.
 
-    Bias and hidden are then of every crop.
+    `draw` is int64 [n], the index of the drawn window among the nine. Bias and hidden have n as their first dimension,
+    and keys = 2·L.
     """
     n, count = windows.shape[:2]
     chosen = around.windows.t()[draw] + torch.arange(n, device=draw.device)[:, None] * count  # [n, windows]

@@ -1,13 +1,13 @@
-"""Plain vision transformers, packed: DeiT as EsViT runs it, and MoCo v3's with fixed positions.
+"""Plain vision transformers on packed batches: DeiT as EsViT runs it, and MoCo v3's with fixed position embeddings.
 
-DeiT (Touvron et al. 2021): the class token stands for the crop, and the learned positions of a 14×14 map are resized
-bicubically to a crop's own. MoCo v3 (Chen, Xie and He 2021): sine-cosine positions, another initialisation, and a patch
-projection that the run freezes (`model.freeze_patch_embed`).
+DeiT (Touvron et al. 2021): the class token is the crop's view feature, and the learned position embeddings, of a 14×14
+map, are resized bicubically to each crop's map. MoCo v3 (Chen, Xie and He 2021): sine-cosine position embeddings,
+another initialisation, and a patch projection that the run freezes (`model.freeze_patch_embed`).
 
 The tokens of all crops form one list [N, C], each crop's class token before its patches, row-major: norms, projections
 and MLPs run once over it, attention once per resolution. Crops whose sides are no multiple of 16 are padded right and
-bottom with zeros, as Swin pads them here (the official code leaves the rest out). Parameter names are the official
-ones, which are timm's too.
+bottom with zeros, as in our Swin (the official code cuts the remainder off). Parameter names are the official ones,
+which timm has too.
 """
 
 import math
@@ -33,16 +33,16 @@ from esvit_scale.models.trunk import Features, Grid, TokenMap, Trunk
 from esvit_scale.models.windows import Grids
 
 PATCH = 16  # pixels
-SIDE = 14  # of the map that the learned positions are for: 224 pixels
+SIDE = 14  # of the map that the learned position embeddings are for: 224 pixels / PATCH
 NORM_EPS = 1e-6
 
 
 class ViT(Trunk):
-    """DeiT; the region tokens are the patch tokens after the final norm, the view feature is the class token's.
+    """A DeiT trunk: the region tokens are the patch tokens after the final norm, the view feature is the class token.
 
     Args:
         embed_dim: C.
-        depth, heads: number of blocks, and of heads in each.
+        depth, heads: number of blocks, and of attention heads in each of them.
         drop_path: stochastic-depth rate of the last block; rates grow linearly from 0.
     """
 
@@ -57,14 +57,14 @@ class ViT(Trunk):
         self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
 
     learns_positions = True
-    timm_name = "deit_small_patch16_224"  # the network of timm's that it is, but for its sizes
+    timm_name = "deit_small_patch16_224"  # timm's network of this architecture; sizes are passed as arguments
 
     @property
     def blocks(self) -> list[nn.Module]:
         """The blocks, in order."""
         return cast(
             list[nn.Module], self._modules["blocks"]
-        )  # itself: torch.export asks for the submodule of this name
+        )  # the ModuleList itself, because torch.export looks up a submodule of this name
 
     @property
     def patch_projection(self) -> nn.Module:
@@ -72,14 +72,14 @@ class ViT(Trunk):
         return self.patch_embed.proj
 
     def initial_values(self) -> dict[str, Initializer]:
-        """Return the initialisers of class token and positions."""
+        """Return the initialisers of the class token and the position embeddings."""
         return {"cls_token": normal(0.02), "pos_embed": normal(0.02)}
 
     def timm_form(self, size: int) -> TimmForm:
-        """Return what the trunk is to timm: positions are resized to crops of `size` pixels.
+        """Describe the trunk as a timm network whose position embeddings are resized for crops of `size` pixels.
 
         Raises:
-            UserError: a size that timm, which pads no crop, does not take.
+            UserError: `size` is no multiple of 16, and timm does not pad crops.
         """
         if size % PATCH:
             raise UserError(f"timm pads no crop, and {size} pixels are no multiple of {PATCH}")
@@ -102,7 +102,10 @@ class ViT(Trunk):
         )
 
     def positions_for(self, trunk: Tensors, side: int) -> Tensor:
-        """Return the positions that these weights have on a map of side × side patches: [1 + side², C]."""
+        """Return the position embeddings of these weights, resized to side × side patches: [1 + side², C].
+
+        `trunk` has the trunk's tensors by name.
+        """
         return resized(trunk["pos_embed"][0], side, side)
 
     def forward(self, crops: list[Tensor], drop_keys: Tensor | None = None) -> Features:
@@ -116,11 +119,11 @@ class ViT(Trunk):
         return (self._token_map(*output) for output in self._block_outputs(crops, None))
 
     def position(self, h: int, w: int, device: torch.device) -> Tensor:
-        """Return the positions of the class token and of a map's patches, [1 + h·w, C], in fp32 or wider."""
+        """Return the position embeddings of class token and h × w patches, [1 + h·w, C], in fp32 or wider."""
         return resized(cast(Tensor, self.pos_embed)[0], h, w)
 
     def _block_outputs(self, crops: list[Tensor], drop_keys: Tensor | None) -> Iterator[tuple[Tensor, list[Grid]]]:
-        """Yield tokens [N, C], class tokens among them, and grids after each block."""
+        """Yield (tokens, grids) after each block: tokens [N, C], where each crop's class token comes first."""
         grids = [(x.shape[0], -(-x.shape[-2] // PATCH), -(-x.shape[-1] // PATCH)) for x in crops]
         sequences: Grids = tuple((n, 1, 1 + h * w) for n, h, w in grids)
         tokens = self._embed(crops, grids)
@@ -131,7 +134,7 @@ class ViT(Trunk):
             yield tokens, grids
 
     def _embed(self, crops: list[Tensor], grids: list[Grid]) -> Tensor:
-        """Map crops [N_g, 3, S_g, S_g] to tokens [N, C] with class tokens and positions."""
+        """Map crops [N_g, channels, S_g, S_g] to tokens [N, C], with class tokens and position embeddings added."""
         patches = self.patch_embed(crops)
         sequences = []
         for group, (n, h, w) in groups(patches, grids):
@@ -152,23 +155,23 @@ class ViT(Trunk):
 class MoCoViT(ViT):
     """MoCo v3's vision transformer.
 
-    Its sine-cosine positions are fixed (the class token's are 0) and computed for any map; its initial values are Xavier's,
-    with query, key and value as matrices of their own.
+    Its position embeddings are fixed sines and cosines, computed for each map (zero for the class token). Weights start
+    with Xavier's values, those of queries, keys and values as three separate matrices.
     """
 
     learns_positions = False
     timm_name = "vit_small_patch16_224"
 
     def position(self, h: int, w: int, device: torch.device) -> Tensor:
-        """Return the positions of a map of h × w patches, [1 + h·w, C]."""
+        """Return the fixed position embeddings of the class token and a map of h × w patches, [1 + h·w, C]."""
         return sine_cosine(h, w, self.dim, device)
 
     def positions_for(self, trunk: Tensors, side: int) -> Tensor:
-        """Return the fixed positions of a map of side × side patches: [1 + side², C]."""
+        """Return the fixed position embeddings of the class token and side × side patches: [1 + side², C]."""
         return sine_cosine(side, side, trunk["cls_token"].shape[-1], torch.device("cpu"))
 
     def initial_values(self) -> dict[str, Initializer]:
-        """Return the initialisers of all parameters of linear layers, class token and patch projection."""
+        """Return the initialisers of the class token, the weights of all linear layers, and the patch projection."""
         found = {"cls_token": normal(1e-6)}
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
@@ -179,20 +182,23 @@ class MoCoViT(ViT):
 
 
 class PatchEmbed(nn.Module):
-    """16×16 patches to tokens."""
+    """Patch embedding: a linear projection of patches of 16×16 pixels to tokens."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.proj = PatchProjection(3, dim, PATCH)
 
     def forward(self, crops: list[Tensor]) -> Tensor:
-        """Map crops [N_g, 3, S_g, S_g] to tokens [ΣN_g·T, C]."""
+        """Map crops, [N_g, channels, S_g, S_g] per resolution, to the tokens of their patches [ΣN_g·T_g, C]."""
         dtype = self.proj.weight.dtype
         return self.proj(torch.cat([pixel_rows(crop.to(dtype), PATCH) for crop in crops]))
 
 
 class Block(nn.Module):
-    """Attention and MLP, pre-norm. One call a block: the unit of ZeRO-3 and of activation checkpointing."""
+    """A pre-norm block: attention, then an MLP.
+
+    It is called once per forward, for all crops: ZeRO-3 gathers it once, checkpointing recomputes it as a whole.
+    """
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -202,13 +208,13 @@ class Block(nn.Module):
         self.mlp = GeluMlp(dim)
 
     def forward(self, tokens: Tensor, sequences: Grids, keep_attn: Tensor | None, keep_mlp: Tensor | None) -> Tensor:
-        """Map tokens [N, C] to [N, C]; keep_* [N, 1] scales a branch (0: dropped), None keeps it."""
+        """Map tokens [N, C] to [N, C]; keep_attn and keep_mlp [N, 1] scale the two branches (0: dropped, None: 1)."""
         tokens = add_branch(tokens, self.attn(self.norm1(tokens), sequences), keep_attn)
         return add_branch(tokens, self.mlp(self.norm2(tokens)), keep_mlp)
 
 
 class Attention(nn.Module):
-    """softmax(QKᵀ/√d) V within every crop."""
+    """Multi-head self-attention, softmax(QKᵀ/√d) V, within each crop."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -217,7 +223,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, tokens: Tensor, sequences: Grids) -> Tensor:
-        """Map tokens [N, C] to [N, C]; `sequences` has (crops, 1, tokens of each) per resolution."""
+        """Map tokens [N, C] to [N, C]; `sequences` has (crops, 1, tokens per crop) for each resolution."""
         dim, mixed = tokens.shape[1], []
         groups = self.qkv(tokens).split([n * length for n, _, length in sequences])
         for qkv, (n, _, length) in zip(groups, sequences, strict=True):
@@ -227,7 +233,10 @@ class Attention(nn.Module):
 
 
 def resized(learned: Tensor, h: int, w: int) -> Tensor:
-    """Resize positions [1 + 14², C] of a class token and a 14×14 map to [1 + h·w, C], in fp32 or wider."""
+    """Resize position embeddings [1 + 14², C] from a 14×14 map to an h×w map: [1 + h·w, C], in fp32 or wider.
+
+    The class token's, which comes first, stays the same.
+    """
     learned = learned.to(torch.promote_types(learned.dtype, torch.float32))
     if (h, w) == (SIDE, SIDE):
         return learned
@@ -239,10 +248,10 @@ def resized(learned: Tensor, h: int, w: int) -> Tensor:
 
 @kept
 def resize_matrix(source: int, target: int, device: torch.device) -> Tensor:
-    """Return bicubic interpolation along one side as a matrix, float64 [target, source].
+    """Return the matrix of a bicubic interpolation from `source` to `target` samples, float64 [target, source].
 
-    It is torch's `interpolate(mode="bicubic")` at the scale target/source (Keys 1981 with a = −0.75, no antialiasing). A
-    product with it has a deterministic backward on GPUs, which torch's own has not.
+    It gives torch's `interpolate(mode="bicubic")` at the scale target/source (Keys 1981 with a = −0.75, no
+    antialiasing). Unlike torch's function, a product with the matrix has a deterministic backward on GPUs.
     """
     a = -0.75
     at = (np.arange(target) + 0.5) * source / target - 0.5
@@ -257,9 +266,10 @@ def resize_matrix(source: int, target: int, device: torch.device) -> Tensor:
 
 @kept
 def sine_cosine(h: int, w: int, dim: int, device: torch.device) -> Tensor:
-    """Return fixed positions, float32 [1 + h·w, C]: zeros for the class token, then (sin y, cos y, sin x, cos x).
+    """Return sine-cosine position embeddings, float32 [1 + h·w, C].
 
-    Each is a quarter of C, at the frequencies 10000^(−i/(C/4)).
+    The class token's, which comes first, is zero. A patch's is (sin y, cos y, sin x, cos x), each of C/4 values at the
+    frequencies 10000^(−i/(C/4)).
     """
     frequencies = 10000.0 ** -(np.arange(dim // 4) / (dim // 4))
     y, x = np.divmod(np.arange(h * w), w)
@@ -269,7 +279,7 @@ def sine_cosine(h: int, w: int, dim: int, device: torch.device) -> Tensor:
 
 
 class Variant(NamedTuple):
-    """A plain vision transformer that has a name of its own."""
+    """A named plain vision transformer: its class, sizes and timm name."""
 
     kind: type[ViT]
     shape: Shape
@@ -288,7 +298,7 @@ def build(config: Config) -> ViT:
     """Return the variant that `config.model.trunk` names.
 
     Raises:
-        UserError: overrides that do not fit.
+        UserError: overrides do not fit together, or do not suit the position embeddings.
     """
     variant = VARIANTS[config.model.trunk]
     shape = overridden(config, variant.shape)

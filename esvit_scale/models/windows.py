@@ -1,8 +1,8 @@
-"""Where every token of a packed batch lies: index plans for windows and patch merging.
+"""Index plans that arrange the tokens of a packed batch in windows, and in groups of four for patch merging.
 
-A packed batch is one list of tokens [N, C]: resolution group after group, crop after crop. Inside a crop tokens are
-kept in the order of the stage's unshifted windows, so that for maps that a window divides, windows are a plain view.
-Plans are made on the host with numpy, once per layout, and cached.
+A packed batch is one list of tokens [N, C]: resolution after resolution, crop after crop. Within a crop, tokens are
+stored in the order of the stage's unshifted windows (the storage order), so that unshifted windows are a plain view of
+the list if they divide the maps evenly. Plans are made on the host with numpy, once per layout, and cached.
 """
 
 from functools import lru_cache
@@ -17,24 +17,24 @@ from esvit_scale.models.tables import kept
 
 Grids = tuple[tuple[int, int, int], ...]  # (crops, H, W) of each resolution group
 
-MASKED = -100.0  # what Swin adds to the score of two tokens that the shift brought together
+MASKED = -100.0  # added to the attention score of two tokens that are in one window only because of the cyclic shift
 
 
 class Permutation(NamedTuple):
-    """Tokens laid into slots. Every token has exactly one slot; the slots without a token are pads."""
+    """A plan that assigns tokens to slots. Every token has exactly one slot; the slots without a token are pads."""
 
     tokens: Tensor  # int64 [slots]: the token of each slot (0 for pads)
     inverse: Tensor  # int64 [N]: the slot of each token
     pads: Tensor  # int64 [pads]: slots without a token
-    identity: bool  # slot i holds token i, no pads
+    identity: bool  # whether slot i holds token i for all i, without pads
 
 
 class WindowPlan(NamedTuple):
-    """Windows of one block. Windows of one mask class are neighbours, so that a mask is added to a slice."""
+    """The windows of one block. They are sorted by mask, so that a mask is added to a slice of the windows."""
 
-    slots: Permutation  # [windows · window², …]
-    window: int
-    masks: tuple[tuple[int, int, Tensor], ...]  # (first window, end, float32 [window², window²])
+    slots: Permutation  # tokens to slots, window after window; slots = windows · window²
+    window: int  # tokens along a side
+    masks: tuple[tuple[int, int, Tensor], ...]  # (first window, end, mask: float32 [window², window²])
 
 
 class _Permute(torch.autograd.Function):
@@ -68,7 +68,7 @@ def _take(rows: Tensor, index: Tensor, pads: Tensor, fill: Tensor | None) -> Ten
 
 
 def window_partition(tokens: Tensor, plan: Permutation, fill: Tensor | None = None) -> Tensor:
-    """Lay tokens [N, C] into slots [slots, C]; pads hold `fill` [C] (whose gradient is the sum over pads) or zero."""
+    """Put tokens [N, C] into slots [slots, C]; pads hold `fill` [C] (whose gradient is summed over pads) or zeros."""
     if plan.identity:
         return tokens
     no_pads = plan.pads[:0]
@@ -76,7 +76,7 @@ def window_partition(tokens: Tensor, plan: Permutation, fill: Tensor | None = No
 
 
 def window_reverse(slots: Tensor, plan: Permutation) -> Tensor:
-    """Take tokens [N, C] out of slots [slots, C]; what pads hold is dropped."""
+    """Take tokens [N, C] out of slots [slots, C], the inverse of `window_partition`; the values of pads are dropped."""
     if plan.identity:
         return slots
     no_pads = plan.pads[:0]
@@ -84,18 +84,18 @@ def window_reverse(slots: Tensor, plan: Permutation) -> Tensor:
 
 
 def total_tokens(grids: Grids) -> int:
-    """Return N, the tokens of all crops."""
+    """Return N, the number of tokens of all crops."""
     return sum(n * h * w for n, h, w in grids)
 
 
 def merged(grids: Grids) -> Grids:
-    """Return the layout after patch merging (odd maps are padded)."""
+    """Return the grids after patch merging, which halves the sides of maps and rounds up."""
     return tuple((n, -(-h // 2), -(-w // 2)) for n, h, w in grids)
 
 
 @lru_cache(maxsize=256)
 def window_plan(grids: Grids, window: int, shift: int, device: torch.device) -> WindowPlan:
-    """Return the windows of a packed batch.
+    """Return the plan that arranges a packed batch in windows of side `window`, shifted by `shift` tokens.
 
     Maps are padded right and bottom to a multiple of the window, then rolled by −shift; the padding is not masked. A
     shifted map has four kinds of windows: interior (no mask), last column, last row and corner.
@@ -121,7 +121,11 @@ def window_plan(grids: Grids, window: int, shift: int, device: torch.device) -> 
 
 @lru_cache(maxsize=256)
 def merge_plan(grids: Grids, window: int, next_window: int, device: torch.device) -> Permutation:
-    """Return four neighbouring tokens, in the order (0,0), (1,0), (0,1), (1,1), for every token of the merged map."""
+    """Return the plan that puts the four tokens that become one merged token side by side.
+
+    Their order is (0,0), (1,0), (0,1), (1,1), as (row, column). Tokens are in the storage order of windows of side
+    `window`, merged tokens in that of `next_window`.
+    """
     slots, first = [], 0
     for n, h, w in grids:
         h2, w2 = -(-h // 2), -(-w // 2)
@@ -136,9 +140,9 @@ def merge_plan(grids: Grids, window: int, next_window: int, device: torch.device
 
 @lru_cache(maxsize=256)
 def storage_plan(grids: Grids, window: int, device: torch.device) -> Permutation:
-    """Return the permutation of row-major tokens to the order in which a stage with this window keeps them.
+    """Return the plan from the row-major order of tokens to the storage order of a stage with this window.
 
-    `window_reverse` goes back.
+    `window_partition` applies it, `window_reverse` undoes it.
     """
     slots, first = [], 0
     for n, h, w in grids:
@@ -150,7 +154,7 @@ def storage_plan(grids: Grids, window: int, device: torch.device) -> Permutation
 
 @lru_cache(maxsize=256)
 def crop_of_token(grids: Grids, device: torch.device) -> Tensor:
-    """Return the crop image of the batch that each token belongs to, int64 [N]."""
+    """Return the index of the crop that each token belongs to, int64 [N]."""
     tokens = np.concatenate([np.full(n, h * w) for n, h, w in grids])
     with torch.inference_mode(False):
         return torch.from_numpy(np.repeat(np.arange(len(tokens)), tokens)).to(device)
@@ -158,9 +162,9 @@ def crop_of_token(grids: Grids, device: torch.device) -> Tensor:
 
 @kept
 def relative_position_index(window: int, device: torch.device) -> Tensor:
-    """Return the row of the bias table for each (query, key) of a window: int64 [window⁴].
+    """Return the row of the position-bias table for each (query, key) of a window: int64 [window⁴].
 
-    The row is (dy + w−1)·(2w−1) + dx + w−1.
+    The row is (dy + w−1)·(2w−1) + dx + w−1, for a query that is (dy, dx) away from the key and w = `window`.
     """
     y, x = np.divmod(np.arange(window * window), window)
     dy, dx = y[:, None] - y[None, :], x[:, None] - x[None, :]
@@ -169,17 +173,17 @@ def relative_position_index(window: int, device: torch.device) -> Tensor:
 
 
 def window_cells(h: int, w: int, window: int, shift: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return one map's windows, row by row.
+    """Return the tokens in the windows of an h × w map, and the pairs of them that must not see each other.
 
     Returns:
         int64 [windows, window²], the row-major token of each slot (−1: a pad), and bool [windows, window², window²],
-        which pairs of slots the shift brought together.
+        True for pairs of slots that are in one window only because of the cyclic shift. Windows are in row-major order.
     """
     cells, kinds = _windows(h, w, window, shift)
     return cells, np.stack([_mask(window, shift, kind) < 0 for kind in kinds])
 
 
-# --- one map, on the host --------------------------------------------------------------------------------------------
+# --- the windows of one map, as numpy arrays -------------------------------------------------------------------------
 
 
 def _windows(h: int, w: int, window: int, shift: int) -> tuple[np.ndarray, np.ndarray]:
@@ -197,7 +201,10 @@ def _windows(h: int, w: int, window: int, shift: int) -> tuple[np.ndarray, np.nd
 
 
 def _mask(window: int, shift: int, kind: int) -> np.ndarray:
-    """Return float32 [window², window²]: 0 between tokens of one region, −100 between regions of a rolled window."""
+    """Return the mask of a window of class `kind`, float32 [window², window²].
+
+    It is 0 between slots of the same region of the unrolled map, and −100 between slots of different regions.
+    """
     wrapped = np.arange(window) >= window - shift
     region = 2 * (wrapped & bool(kind & 2))[:, None] + (wrapped & bool(kind & 1))[None, :]
     region = region.reshape(-1)
@@ -205,18 +212,18 @@ def _mask(window: int, shift: int, kind: int) -> np.ndarray:
 
 
 def _order(h: int, w: int, window: int) -> np.ndarray:
-    """Return the row-major token at each place of a crop's list, [h·w]."""
+    """Return the storage order of a crop's tokens: the row-major token at each position, [h·w]."""
     cells = _windows(h, w, window, 0)[0].reshape(-1)
     return cells[cells >= 0]
 
 
 def _storage(h: int, w: int, window: int) -> np.ndarray:
-    """Return the place in a crop's list of each row-major token, [h·w]."""
+    """Return the position in the storage order of each row-major token, [h·w]; the inverse of `_order`."""
     return np.argsort(_order(h, w, window))
 
 
 def _repeat(cells: np.ndarray, n: int, tokens: int, first: int) -> np.ndarray:
-    """Return a map's cells [slots…] for n crops that start at token `first`."""
+    """Repeat a map's slots, `cells` (−1: a pad), for n crops of `tokens` tokens each, the first of them at `first`."""
     starts = first + tokens * np.arange(n).reshape(-1, *[1] * cells.ndim)
     return np.where(cells >= 0, cells + starts, -1).reshape(-1, *cells.shape[1:])
 
