@@ -36,7 +36,10 @@ class Backbone(nn.Module):
         self.channels, self.reductions = list(trunk.channels), list(trunk.reductions)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return features [B, C] of normalised images [B, channels, H, W]: the trunk's mean token or class token."""
+        """Return features [B, C] of normalised images [B, channels, H, W].
+
+        They are the mean of the trunk's last tokens, or its class token.
+        """
         return self.trunk([images]).view
 
     def regions(self, images: Tensor) -> Tensor:
@@ -83,7 +86,7 @@ class Backbone(nn.Module):
 def _array_of(image: NDArray[Any], wanted: PixelFormat) -> Image.Image | NDArray[Any]:
     """Return an array [H, W, C] in the form that `stream.centre_crop` takes: as a PIL image if it is 8-bit RGB.
 
-    A map [H, W] gets a channel axis.
+    An array [H, W] gets a channel axis.
 
     Raises:
         UserError: the shape, the number of channels or the type is not that of the wanted pixel format.

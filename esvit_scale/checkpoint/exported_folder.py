@@ -30,7 +30,7 @@ def write_origin(folder: Path, weights: Weights, network: str, form: str) -> Non
 
 
 def is_exported(folder: Path) -> bool:
-    """Return whether a folder has a file by which exports are recognised, ours or those of another library."""
+    """Return whether a folder is an export: whether it has model.safetensors, model.onnx or esvit_scale.json."""
     return any((folder / name).is_file() for name in (safetensors_file.FOLDER_WEIGHTS, "model.onnx", ORIGIN_FILE))
 
 

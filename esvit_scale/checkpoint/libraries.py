@@ -138,9 +138,12 @@ def huggingface_config(config: Config) -> dict[str, Any]:
 def huggingface_processor(config: Config) -> dict[str, Any]:
     """Return the content of preprocessor_config.json: the evaluation transform, for `transformers.AutoImageProcessor`.
 
-    Its result equals ours except in three cases. The centre crop can be shifted by one pixel: if the resized side minus
-    the crop is odd, transformers rounds the offset down, while our evaluation rounds to even, as torchvision does.
-    transformers clips 16-bit images, and it ignores the EXIF orientation.
+    The transform of transformers differs from our evaluation transform in three cases:
+
+    - Its centre crop can be shifted by one pixel: if the resized side minus the crop is odd, transformers rounds the
+      offset down, while torchvision and our evaluation round to even.
+    - It clips 16-bit images.
+    - It ignores the EXIF orientation.
     """
     size = config.data.global_crops.size
     return {

@@ -17,7 +17,7 @@ log = logging.getLogger("esvit_scale")
 
 @contextmanager
 def warn_if_longer() -> Iterator[None]:
-    """Warn on rank 0 if the enclosed save took longer than the signal's lead time; a context manager and decorator."""
+    """Log a warning on rank 0 if the save inside took longer than the lead time (context manager or decorator)."""
     began = time.monotonic()
     yield
     seconds, lead = time.monotonic() - began, os.environ.get("ESVIT_SIGNAL_LEAD", "")

@@ -39,7 +39,7 @@ CENTER = "center/"
 
 
 class NotSaved(RestartCanHelp):
-    """The error that a checkpoint could not be written; earlier checkpoints are untouched."""
+    """Raised when a checkpoint could not be written; earlier checkpoints are untouched."""
 
 
 class Snapshot(NamedTuple):
@@ -191,7 +191,7 @@ def read_weights(folder: Path) -> Weights:
     """Return student, teacher and centres of a step folder as whole tensors in memory.
 
     Raises:
-        UserError: the folder is no checkpoint, or its files have changed since they were written.
+        UserError: the folder is no checkpoint or is damaged.
     """
     state = state_file.read_state(folder)
     config = configs.validate(state["config"], where=str(folder / "state.json"))

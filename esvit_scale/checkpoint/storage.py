@@ -140,7 +140,7 @@ def file_problems(path: Path, recorded: dict[str, Any]) -> list[str]:
 
 
 def size_problems(path: Path, recorded: dict[str, Any]) -> list[str]:
-    """Return as `file_problems`, but without reading the file: whether it is missing or has another size."""
+    """Return a message if a file is missing or its size differs from its entry in `checksums`, without reading it."""
     if not path.is_file():
         return [f"{path.name} is missing" if not path.exists() else f"{path.name} is not a file"]
     size = path.stat().st_size

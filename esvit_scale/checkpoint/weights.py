@@ -38,7 +38,7 @@ def network_shapes(config: Config) -> Shapes:
 
 
 def heads_in(names: Iterable[str]) -> list[str]:
-    """Return the heads ("view_head", "region_head", "projector", …) that occur in tensor names, in order."""
+    """Return the heads ("view_head", "region_head", "projector", …) that occur in tensor names, by first occurrence."""
     return list(dict.fromkeys(name.split(".")[1] for name in names if name.startswith(OBJECTIVE)))
 
 

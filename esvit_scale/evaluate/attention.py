@@ -31,7 +31,7 @@ def attention(trunk: nn.Module, image: Tensor) -> list[BlockAttention]:
 
 @torch.no_grad()
 def components(trunk: nn.Module, image: Tensor, n: int = 3) -> list[Tensor]:
-    """Project each stage's tokens on their first n principal components: a map [n, H_s, W_s] from 0 to 1 per stage s.
+    """Return the first n principal components of each stage's tokens as maps [n, H_s, W_s] with values from 0 to 1.
 
     The components are computed over the tokens of this image. With n = 3 a map can be shown as an RGB image, in which
     parts that the trunk represents alike have similar colours. Values are scaled so that 0 and 1 are the 2nd and 98th

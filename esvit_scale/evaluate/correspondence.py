@@ -11,8 +11,8 @@ three kinds of pairs of views whose true correspondence is known:
 
 Two figures are measured: the percentage of tokens that are matched to exactly the true cell, and the mean distance in
 pixels from the matched cell to the true place. Both are given over the 10 most similar pairs, as in the official
-script, and over all tokens. The chance level is the accuracy of random features: one over the number of tokens of view
-2.
+script, and over all tokens. The chance level is the accuracy of random features: one over the number of tokens of
+view 2.
 """
 
 import math
@@ -298,7 +298,7 @@ def _pictures(data: Path, size: int, images: int, workers: int) -> Iterator[tupl
 
 
 def _keep_best_and_worst(cases: list[tuple[float, ViewPair]]) -> list[tuple[float, ViewPair]]:
-    """Return the KEPT_PAIRS best and as many worst of (accuracy, pair), so that not all views stay in memory."""
+    """Return the KEPT_PAIRS cases (accuracy, pair) of highest accuracy and as many of lowest, to save memory."""
     if len(cases) <= 2 * KEPT_PAIRS:
         return cases
     ranked = sorted(cases, key=lambda c: -c[0])

@@ -171,7 +171,7 @@ class StandardizedBlocks:
         return self._features[rows].to(self.device).float()  # [n, D]
 
     def _moments(self, d: int, n: int) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation [d] over all ranks' n rows; the deviation of a constant feature is 1."""
+        """Return mean and standard deviation [d] over all ranks' n rows; a constant feature gets deviation 1."""
         sums = torch.zeros(d, dtype=torch.float64, device=self.device)
         for rows, _ in self._parts:
             sums += self._raw(rows).double().sum(0)

@@ -1,4 +1,4 @@
-"""Checking a training and a test set (classes, labels, shared images) before features are computed for hours."""
+"""Checking a training and a test set (classes, labels, shared images) before the long computation of features."""
 
 import hashlib
 import logging
