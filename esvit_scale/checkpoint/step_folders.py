@@ -180,7 +180,7 @@ def prune(newest: Path, config: Config) -> None:
     for step, old in [(step, folder) for step, folder in folders if step <= last][: -config.train.keep_checkpoints]:
         if old == newest or (keep_every and step % keep_every == 0):
             continue
-        removed = old.with_name(f".{old.name}.removed.partial")  # lest a reader sees a half-removed folder
+        removed = old.with_name(f".{old.name}.removed.partial")  # readers must not see it half removed
         try:
             shutil.rmtree(removed, ignore_errors=True)
             old.rename(removed)

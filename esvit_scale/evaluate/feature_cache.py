@@ -209,7 +209,7 @@ def _commit(tmp: Path, folder: Path, about: dict[str, Any], images: int) -> None
         files.commit_folder(tmp, folder)
     except OSError:
         if not (folder / "about.json").is_file():
-            raise  # not because another process has created the folder first
+            raise  # otherwise another process has computed the same folder first, which is no error
 
 
 def _join(path: Path, parts: list[Path], shape: tuple[int, ...], dtype: "np.dtype[Any]") -> None:

@@ -165,10 +165,7 @@ def grid(data: ProbeData, settings: ProbeSettings) -> Json:
 def logistic_regression(data: ProbeData, settings: ProbeSettings) -> Json:
     """Run the logistic protocol and return the result with the selected L2 penalty for linear.json."""
     fit, held_out = _split(data, settings)
-    features, labels = (
-        data.train[:, 0],
-        data.labels,
-    )  # row 0: mean over the tokens or class token
+    features, labels = data.train[:, 0], data.labels  # row 0: mean over the tokens or class token
 
     def of(rows: Tensor) -> logistic.LabelledFeatures:
         return logistic.LabelledFeatures(features, rows, labels[rows], data.classes)

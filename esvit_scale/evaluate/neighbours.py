@@ -4,10 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-BANK_ROWS_PER_BLOCK, QUERIES_PER_BLOCK = (
-    2**15,
-    2**8,
-)  # compared at a time: 32 MB of similarities
+BANK_ROWS_PER_BLOCK, QUERIES_PER_BLOCK = 2**15, 2**8  # compared at a time: 32 MB of similarities
 
 
 def nearest_neighbours(
