@@ -84,7 +84,7 @@ def fit(
         return float(found[0] + penalty / 2 * np.square(flat[: k * d]).sum()), found[1:]
 
     first = np.zeros(k * d + k) if start is None else torch.cat([start.weight.flatten(), start.bias]).double().numpy()
-    # a smaller ftol is useless: with products in fp32 the loss is exact to about 1e-8
+    # products are in fp32, so the loss is exact to about 1e-8
     options = {"maxiter": ITERATIONS, "ftol": 1e-8, "gtol": 1e-6}
     best = minimize(objective, first, jac=True, method="L-BFGS-B", options=options)
     theta = torch.from_numpy(best.x).float()
