@@ -1,9 +1,9 @@
 """Activation checkpointing: recompute a block's activations in the backward instead of keeping them.
 
-`train.activation_checkpointing` chooses one of three implementations. torch's (non-reentrant) is the usual choice; it gives
-the same numbers as none at ZeRO 1–3. DeepSpeed's and fairscale's are reentrant, and right only if a block is called once
-per forward: with all crops packed into one call. Batch norms inside the blocks update their running statistics in one of
-the two passes only.
+`train.activation_checkpointing` chooses one of three implementations. torch's (non-reentrant) is the usual choice; at ZeRO
+1–3, training gives the same numbers with it as without checkpointing. DeepSpeed's and fairscale's are reentrant, and correct
+only if each block is called once per forward, with all crops packed into this call. Batch norms inside the blocks update
+their running statistics only once, in the first forward or in its recomputation.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def apply(trunk: Any, implementation: Implementation, autocast: str | None = Non
 
     Args:
         autocast: the device type if the run trains in bf16 autocast, else None. DeepSpeed and fairscale recompute
-            outside the autocast of the forward, so that each block enters it itself; torch's enters it again.
+            outside the forward's autocast context, so each block enters one itself; torch's restores the context.
     """
     if implementation in ("deepspeed", "fairscale"):
         for block in trunk.blocks:
@@ -42,7 +42,7 @@ def apply(trunk: Any, implementation: Implementation, autocast: str | None = Non
 
 @cache
 def _in_autocast(kind: type[nn.Module], device_type: str) -> type[nn.Module]:
-    """Return a subclass whose forward runs in bf16 autocast."""
+    """Return a subclass of the module class `kind` whose forward runs in bf16 autocast."""
 
     def forward(self: Any, *inputs: Any, **named: Any) -> Any:
         with torch.autocast(device_type, torch.bfloat16):
@@ -64,7 +64,7 @@ def _run_with_deepspeed(block: Callable[..., Any], tokens: Tensor, plan: Any, *k
 
 
 def _wrap_with_fairscale(trunk: Any) -> None:
-    """Wrap every block in place; with a GPU, the block inputs that fairscale keeps are moved to the CPU."""
+    """Wrap every block in place with fairscale's wrapper; on a GPU machine, it offloads the saved block inputs to the CPU."""
     from fairscale.nn import checkpoint_wrapper
 
     for block in trunk.blocks:

@@ -1,4 +1,4 @@
-"""Persistent floating-point buffers of a module, such as a batch norm's running statistics: whole on every rank, in fp32."""
+"""Access to a module's floating-point buffers, such as a batch norm's running statistics. No ZeRO stage partitions them."""
 
 from torch import Tensor, nn
 
@@ -14,7 +14,7 @@ def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 def cast_buffers_to_fp32(module: nn.Module) -> None:
-    """Cast every floating-point buffer of a module to fp32, in place: in bf16, a running mean stops moving."""
+    """Cast every floating-point buffer of a module to fp32, in place; bf16 would round away small updates."""
     for child in module.modules():
         for name, buffer in child._buffers.items():
             if buffer is not None and buffer.is_floating_point():

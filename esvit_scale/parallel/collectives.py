@@ -26,7 +26,7 @@ _thread_state = (
 
 
 def initialized() -> bool:
-    """Return whether there is a process group, and this thread is not in `alone`."""
+    """Return whether there is a process group and this thread is not inside the context `alone`."""
     return dist.is_available() and dist.is_initialized() and not getattr(_thread_state, "alone", False)
 
 
@@ -66,7 +66,7 @@ def all_reduce_mean_(tensor: Tensor) -> Tensor:
 
 
 def log_add_exp_(tensor: Tensor) -> Tensor:
-    """Replace a tensor, in place, by the logarithm of the sum over ranks of its exponential."""
+    """Replace every element x of a tensor, in place, by log Σ exp(x), summed over ranks."""
     if world_size() > 1:
         top = tensor.clone()
         dist.all_reduce(top, dist.ReduceOp.MAX)
@@ -75,13 +75,13 @@ def log_add_exp_(tensor: Tensor) -> Tensor:
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """Return the sum of a tensor over ranks, differentiably: the gradient sums the losses of all ranks."""
+    """Return the sum of a tensor over ranks, differentiably: the backward sums the gradients of all ranks."""
     return _Sum.apply(tensor) if world_size() > 1 else tensor
 
 
 def gather_rows(tensor: Tensor) -> Tensor:
-    """Return the rows of all ranks' tensors [n, …] as one tensor [world · n, …] in rank order, differentiably; n must be
-    the same on all ranks."""
+    """Concatenate all ranks' tensors [n, …] in rank order to one tensor [world · n, …], differentiably; n must be the same
+    on all ranks."""
     return _Gather.apply(tensor) if world_size() > 1 else tensor
 
 
@@ -135,13 +135,13 @@ def gather_objects(obj: Any) -> list[Any]:
 
 
 def barrier() -> None:
-    """Wait until all ranks have come here."""
+    """Wait until all ranks have called this."""
     if world_size() > 1:
         dist.barrier(group=control_group())
 
 
 def control_group() -> Any:
-    """Return the gloo group for flags and small objects. The first call makes it, and all ranks must make this call."""
+    """Return the gloo group for flags and small objects. The first call creates it, so all ranks must take part in it."""
     global _control_group
     if (own := getattr(_thread_state, "group", None)) is not None:
         return own
@@ -157,7 +157,7 @@ def second_group() -> Any:
 
 @contextmanager
 def through(group: Any) -> Iterator[None]:
-    """Make this thread use `group` instead of the control group."""
+    """Make this thread use `group` instead of the control group within this context."""
     _thread_state.group = group
     try:
         yield
@@ -168,7 +168,7 @@ def through(group: Any) -> Iterator[None]:
 def run_on_rank0_and_broadcast(function: Callable[[], T]) -> T:
     """Run `function` on rank 0 only, and return its result, or raise its error, on all ranks.
 
-    Decisions about files are made in this way, because ranks that look for themselves may see different states.
+    Use it for decisions that depend on files: if each rank looked for itself, they might see different states.
 
     Raises:
         UserError, RestartCanHelp: the function raised it on rank 0 (also in place of an OSError, see

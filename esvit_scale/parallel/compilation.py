@@ -1,8 +1,8 @@
 """Compilation of a trunk's blocks with torch.compile (`train.compile`).
 
-Each block is compiled by itself, so that blocks of one shape share their code between student and teacher, and that
-nothing depends on how ZeRO wraps the network. Compilation fuses norms, GELU and residuals into one pass; functions with a
-backward of their own stay as they are.
+Each block is compiled by itself. In this way, blocks of one shape share their code between student and teacher, and nothing
+depends on how ZeRO wraps the network. Compilation fuses norms, GELU and residuals into one pass; custom autograd functions
+stay as they are.
 """
 
 import shutil
@@ -12,8 +12,8 @@ from torch import nn
 
 from esvit_scale.errors import UserError
 
-# Compiled variants per block: stages of the trunk × crop sizes × with or without drop path × training or not. Above
-# torch's default limit of 8 variants, it would run the rest without compilation, silently.
+# Limit of compiled variants per block: stages of the trunk × crop sizes × with or without drop path × training or not.
+# With torch's default limit of 8, it would silently run further variants without compilation.
 VARIANTS = 64
 
 

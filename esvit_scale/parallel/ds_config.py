@@ -1,4 +1,4 @@
-"""The DeepSpeed config of a run: its JSON file, where the run config's numbers replace "auto", checked as a whole."""
+"""The DeepSpeed config of a run: the JSON file of `train.ds_config`, checked, with the run config's values for "auto"."""
 
 import json
 import logging
@@ -12,7 +12,7 @@ from esvit_scale.resources import ds_config_path
 
 log = logging.getLogger("esvit_scale")
 
-# Keys that a DeepSpeed file must not have, and what decides instead.
+# Keys that a DeepSpeed file must not have, and where their settings belong instead.
 _OWNED_ELSEWHERE = {
     "optimizer": "the run config's optim section",
     "scheduler": "the run config's optim section",
@@ -37,11 +37,11 @@ _DTYPES |= {"float32": "fp32", "torch.float32": "fp32", "float": "fp32"}
 
 
 def fill(config: Config, world_size: int) -> dict[str, Any]:
-    """Return the DeepSpeed config of a run: its file, completed with the numbers of the run config.
+    """Read a run's DeepSpeed config file, and return its content with the values that the run config determines filled in.
 
     Raises:
         UserError: the file is missing, is not JSON, or has keys or types that DeepSpeed does not know; the batch does not
-            divide over the ranks; or values contradict the run config. One message lists all of it, a line each.
+            divide over the ranks; or values contradict the run config. The message has one line per problem.
     """
     path = ds_config_path(config.train.ds_config)
     values = ds_keys.read(path)
@@ -84,13 +84,13 @@ def zero_stage(values: dict[str, Any]) -> int:
 
 
 def offered_stages(precision: str) -> tuple[int, ...]:
-    """Return the ZeRO stages at which a run can train in this precision (`train.precision`): not at stage 0 in bf16 or
-    fp16, where DeepSpeed's optimizer takes one step at start-up."""
+    """Return the ZeRO stages at which a run can train in this precision (`train.precision`). Stage 0 is not offered in bf16
+    and fp16, where DeepSpeed's optimizer takes one step at start-up."""
     return (1, 2, 3) if precision in ("bf16", "fp16") else (0, 1, 2, 3)
 
 
 def _is_sound(values: dict[str, Any]) -> bool:
-    """Return whether the sections that this module reads and writes are objects, so that it can go on checking."""
+    """Return whether the sections that this module reads and writes are JSON objects, so that it can go on checking."""
     sections = ("zero_optimization", "bf16", "fp16", "torch_autocast", "data_types")
     return all(isinstance(values.get(s, {}), dict) for s in sections)
 
@@ -131,7 +131,7 @@ def _stage_problems(config: Config, stage: int) -> list[str]:
 
 
 def accumulates_in_fp32(config: Config) -> bool:
-    """Return whether gradients in bf16 or fp16 are summed in fp32: if a step has several micro-batches."""
+    """Return whether the run sums bf16 or fp16 gradients in fp32, because a step has several micro-batches."""
     return config.train.precision in ("bf16", "fp16") and config.train.grad_accum > 1
 
 
@@ -176,7 +176,7 @@ def _owned_numbers(config: Config, world_size: int, stage: int) -> dict[str, Any
 
 
 def _fill_holes(values: dict[str, Any], owned: dict[str, Any]) -> list[str]:
-    """Write the owned values into the config, and return a line for every key to which the file gives another value."""
+    """Write `owned` (dotted key → value) into the config; return a message for every key that has another value there."""
     problems = []
     for key, number in owned.items():
         *sections, leaf = key.split(".")

@@ -39,7 +39,7 @@ _REPLACED = (
     "cpu_offload",
     "cpu_offload_param",
     "cpu_offload_use_pin_memory",
-)  # keys of zero_optimization that newer ones replaced
+)  # deprecated keys of zero_optimization
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def problems(values: dict[str, Any]) -> list[str]:
-    """Return one line for each unknown key and each value of a wrong type, with the nearest known key."""
+    """Return a message for each unknown key (with the nearest known one) and for each value of a wrong type."""
     return list(_problems(values))
 
 
@@ -110,7 +110,7 @@ def _models() -> dict[str, Any]:
 
 
 def _of_model(model: Any, value: dict[str, Any], where: str) -> Iterator[str]:
-    """Yield a line for each unknown key in a section, at any depth, and for each value of a wrong type."""
+    """Check the section `where` by its pydantic model; yield a message per unknown key, at any depth, and wrong value."""
     from pydantic import ValidationError
 
     names = {**model.model_fields, **{f.alias: f for f in model.model_fields.values() if f.alias}}
@@ -131,7 +131,7 @@ def _of_model(model: Any, value: dict[str, Any], where: str) -> Iterator[str]:
 
 
 def _model_in(field: Any) -> Any:
-    """Return the model of a field declared as `Model` or `Optional[Model]`, None for plain values."""
+    """Return the pydantic model of a field declared as `Model` or `Optional[Model]`; None for a field of plain values."""
     for kind in (field.annotation, *get_args(field.annotation)):
         if hasattr(kind, "model_fields"):
             return kind
@@ -139,6 +139,6 @@ def _model_in(field: Any) -> Any:
 
 
 def _nearest(key: str, known: Any) -> str:
-    """Return "; did you mean …" if a known key is near, else nothing: the list of all keys would fill the screen."""
+    """Return "; did you mean …" if a known key is similar, else "", where `errors.nearest` would list all keys."""
     found = nearest(key, known)
     return found if found.startswith("; did you mean") else ""

@@ -24,11 +24,11 @@ class Teacher:
     """
 
     def __init__(self, student: nn.Module, layout: Layout, build: Callable[[], nn.Module]) -> None:
-        """Copy the student, which has its initial values already.
+        """Create the teacher as a copy of the student, whose initial values must have been written before.
 
         Args:
             student: the module inside the student's engine.
-            layout: of the student.
+            layout: the student's layout at the run's ZeRO stage.
             build: makes a module of the student's architecture.
         """
         self._student, self._layout = student, layout
@@ -40,7 +40,7 @@ class Teacher:
 
     @torch.no_grad()
     def update(self, momentum: float) -> None:
-        """Average the student's values in; call it once per applied optimizer step, on all ranks."""
+        """Update the EMA with the student's values; call it once per applied optimizer step, on all ranks."""
         for value, partition in zip(self.values, self._layout.partitions, strict=True):
             value.mul_(momentum).add_(partition.master, alpha=1 - momentum)
         self.sync_working_weights()
@@ -54,7 +54,7 @@ class Teacher:
 
     @torch.no_grad()
     def sync_buffers(self) -> None:
-        """Copy running statistics from the student: at the start, and after every step when the teacher sees no images."""
+        """Copy running statistics from the student; call it after every step if the teacher runs no forward of its own."""
         own = persistent_buffers(self.module)
         for name, buffer in persistent_buffers(self._student).items():
             own[name].copy_(buffer)

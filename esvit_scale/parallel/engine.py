@@ -2,8 +2,8 @@
 
 1. Activation checkpointing is set up on the plain trunk, because its wrappers must be inside what ZeRO partitions.
 2. DeepSpeed wraps the student (`deepspeed.initialize`): ZeRO, and the training precision with fp32 masters.
-3. Initial values are written, parameter by parameter. Initialisers that ran while ZeRO 3 builds a module would be lost
-   silently, and values that depend on (name, shape, seed) alone are the same at every stage, world size and precision.
+3. Initial values are written, parameter by parameter. What initialisers write while ZeRO 3 builds a module would be lost
+   silently. The values depend on (name, shape, seed) alone, so they are the same at every stage, world size and precision.
 4. The teacher is made as a copy of the student, because both must start equal.
 """
 
@@ -28,20 +28,20 @@ from esvit_scale.parallel.zero import Layout, Partition
 
 
 class Engines(NamedTuple):
-    """Student and teacher, ready to train, with what acts on them."""
+    """Student and teacher, ready to train, with the optimizer, the gradient clipper and the student's ZeRO layout."""
 
     student: Any  # deepspeed.DeepSpeedEngine
-    optimizer: torch.optim.Optimizer  # the one that ZeRO steps
+    optimizer: torch.optim.Optimizer  # the base optimizer, which ZeRO steps
     group_of: dict[str, str]  # trainable parameter → its group's name
     teacher: Teacher
     clipper: GradientClipper
     layout: Layout  # of the student, at the run's ZeRO stage
     dtype: torch.dtype  # of the weights that the forward uses
-    moments: tuple[str, ...]  # names of what the optimizer keeps per parameter
+    moments: tuple[str, ...]  # names of the tensors that the optimizer keeps per parameter, such as `exp_avg`
 
     @property
     def partitions(self) -> list[Partition]:
-        """What this rank owns of the student's trainable parameters, in the module's order."""
+        """The intervals of the student's trainable parameters that this rank owns, in the module's parameter order."""
         return self.layout.partitions
 
 
@@ -97,10 +97,10 @@ def set_lr_and_weight_decay(engines: Engines, lr: float, weight_decay: float) ->
 
 
 def take_step(engines: Engines, loss: Tensor, *, freeze_last_layer: bool, measure_updates: bool) -> bool:
-    """Step the optimizer after the last micro-batch of a step; earlier calls only count.
+    """Call this after every micro-batch: it steps the optimizer after the last one of a step, and only counts before.
 
     Args:
-        loss: this rank's, summed over the micro-batches so far.
+        loss: this rank's loss, summed over the micro-batches so far.
         freeze_last_layer: keep the prototypes and their optimizer state as they are.
         measure_updates: measure how far the weights move (`GradientClipper.take_changes`).
 
@@ -113,17 +113,19 @@ def take_step(engines: Engines, loss: Tensor, *, freeze_last_layer: bool, measur
 
 
 def loss_scale_can_fall(engines: Engines) -> bool:
-    """Return whether a skipped step lowers the fp16 loss scale, so that the run needs no other answer to it."""
+    """Return whether a skipped step lowers the fp16 loss scale, in which case the run need not react to it otherwise."""
     return engines.layout.loss_scale_can_fall()
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:
-    """Return the autocast context for the teacher's forward; DeepSpeed enters the student's by itself."""
+    """Return the bf16 autocast context for the teacher's forward (disabled unless `train.precision` is autocast);
+    DeepSpeed enters one for the student's forward itself."""
     return torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "autocast")
 
 
 def _network_on_meta(config: Config, world_size: int) -> Network:
-    """Return a network that occupies no memory, with the names and whole shapes that ZeRO 3 hides in the student."""
+    """Build the network on the meta device, where it occupies no memory and shows the full parameter shapes, which ZeRO 3
+    hides in the student. Raise UserError if the batch does not fit the objective."""
     with torch.device("meta"):
         network = build_network(config)
     check_local_batch(network.objective, config, world_size)
@@ -145,7 +147,8 @@ def _param_groups(module: nn.Module, groups: dict[str, list[str]]) -> list[dict[
 def _initialise(
     student: nn.Module, layout: Layout, seed: int, initializers: dict[str, Initializer], given: dict[str, Tensor]
 ) -> None:
-    """Write the initial values of parameters and running statistics, each as this rank holds it."""
+    """Write initial values into this rank's intervals of the parameters and into the running statistics: those `given` by
+    name, else those that the initializers draw."""
 
     def value(name: str, shape: torch.Size) -> Tensor:
         return (given[name] if name in given else initial_value(name, initializers[name], shape, seed)).view(-1)

@@ -1,13 +1,14 @@
-"""Hooks between ZeRO's reduction of gradients and the optimizer's step: clip, freeze the last layer, refuse NaN.
+"""Hooks between ZeRO's reduction of gradients and the optimizer's step: they clip gradients, freeze the last layer, and skip
+a step whose loss or gradients are not finite.
 
 They are step hooks of the base optimizer (`register_step_pre_hook`), the one place that sees exact gradients at every ZeRO
-stage. Freezing takes the gradients away here, because lr = 0 would still change the moments and the decay, and changes of
-`requires_grad` confuse ZeRO's buckets.
+stage. The last layer is frozen by hiding its gradients from the optimizer, because with lr = 0 its moments would still
+change, and changes of `requires_grad` confuse ZeRO's buckets.
 
-Whether a step happens is decided in the hook's first call of a step, from the loss and the gradients of *all* parameter
-groups: ZeRO 1–3 step one group after the other, and when a later group has a NaN, the first must not have moved.
-DeepSpeed checks for NaN before, depending on its version, the stage, the precision and settings, and may skip a step as
-well (with fp16 this drives the loss scale); nothing here relies on its checks.
+The first hook call of a step decides whether the step happens, from the loss and the gradients of *all* parameter groups:
+ZeRO 1–3 step one group after the other, and if a later group has a NaN, the first must not have moved. Depending on its
+version, the stage, the precision and settings, DeepSpeed checks for NaN earlier and may skip a step as well (with fp16 this
+drives the loss scale); nothing here relies on its checks.
 """
 
 from collections import defaultdict
@@ -22,15 +23,15 @@ FREEZABLE = "last_layer"  # the `name` of the parameter group that `prepare` can
 
 
 class GradientClipper:
-    """The hooks around an optimizer step, and what they measured: gradient norms, sizes of updates, whether all was finite.
+    """The hooks around an optimizer step, with their measurements: gradient norms, update sizes, whether all was finite.
 
     ZeRO 1–3 step one parameter group at a time, so that the hooks run several times per step; each call handles the groups
     that are about to be stepped.
 
     Attributes:
-        names: of all trainable parameters.
-        watched: names of those whose updates are measured.
-        device: where ranks exchange numbers (with offloading, gradients may be elsewhere).
+        names: names of all trainable parameters.
+        watched: names of the parameters whose updates are measured.
+        device: device of the tensors that ranks exchange (with offloading, gradients may be elsewhere).
     """
 
     def __init__(
@@ -43,7 +44,8 @@ class GradientClipper:
         clip_by: Literal["tensor", "global"],
         device: torch.device,
     ) -> None:
-        """Register the hooks on the base optimizer; clip norms at `clip`, of each parameter or of all together."""
+        """Register the hooks on the base optimizer. They scale gradients down to a norm of at most `clip`, of each parameter
+        or of all together; None: no clipping."""
         self._loss: Tensor | None = None
         self._freeze = self._measure = False
         self.names, self.watched, self.device = names, watched, device
@@ -65,26 +67,27 @@ class GradientClipper:
         """Set what the hooks do in the next step of the optimizer.
 
         Args:
-            loss: this rank's; a step whose loss is not finite on some rank is refused.
+            loss: this rank's loss; the step is skipped if it is not finite on some rank.
             freeze_last_layer: keep values and optimizer state of the group FREEZABLE as they are.
             measure_updates: measure the updates of the watched parameters, for `take_changes`.
         """
         self._loss, self._freeze, self._measure = loss, freeze_last_layer, measure_updates
 
     def take_squares(self) -> Tensor:
-        """Return the last step's squared gradient norm of every parameter [number of parameters], before the clip; NaN
-        when ZeRO skipped the step. Then forget it."""
+        """Return, and forget, the last step's squared gradient norm of every parameter [number of parameters], before
+        clipping; NaN when ZeRO skipped the step."""
         squares, self._squares = self._squares, []
         return torch.stack(squares).sum(0) if squares else torch.full((len(self._index),), torch.nan)
 
     def take_changes(self) -> Tensor:
-        """Return the squared norms of update and value of every watched parameter [watched, 2], and forget them. All ranks
-        call it, after a step that was to measure updates."""
+        """Return, and forget, the squared norms of the last step's update and of the value before it, for every watched
+        parameter [watched, 2]. All ranks call it, after a step that was prepared with `measure_updates`."""
         changes, self._changes = self._changes, torch.zeros(len(self._watched), 2, device=self.device)
         return self._layout.sum_over_ranks_(changes)
 
     def take_finite(self) -> bool:
-        """Return False when the last step was refused for a NaN or an infinity on some rank. Then forget it."""
+        """Return, and forget, whether loss and gradients of the last step were finite on all ranks; if not, the hooks skipped
+        the step."""
         finite, self._finite = self._finite, True
         return finite
 
@@ -113,7 +116,8 @@ class GradientClipper:
             flat.grad = None
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """Put hidden gradients back (with offloading, ZeRO writes the next ones into the same tensors), and measure."""
+        """Put hidden gradients back (with offloading, ZeRO writes the next ones into the same tensors), and measure how far
+        the watched parameters moved."""
         for flat, grad in self._withheld:
             flat.grad = grad
         self._withheld.clear()
@@ -123,9 +127,12 @@ class GradientClipper:
         self._before = []
 
     def _tensor_squares(self, owned: list[Partition], first: bool) -> tuple[Tensor, Tensor]:
-        """Return the squared norm of every parameter's gradient [number of parameters], zero for those not in this
-        call, and, in the first call of a step, one number that is not finite when anything else of the step is not:
-        a gradient that is pending for a later call, or a rank's loss."""
+        """Return two results, both over all ranks.
+
+        The first is the squared gradient norm of every parameter [number of parameters], zero for parameters that this call
+        does not step. The second is a scalar that is not finite if a loss or a gradient for a later call is not; it is
+        computed in the `first` call of a step, and 0 otherwise.
+        """
         squares = torch.zeros(len(self._index) + 1, device=self.device)
         if owned:
             mine = torch.stack([p.grad.norm() for p in owned if p.grad is not None]).square()
@@ -137,7 +144,8 @@ class GradientClipper:
         return squares[:-1], squares[-1]
 
     def _others(self) -> Tensor:
-        """Return the sum of squared norms of all this rank's gradients, NaN when its loss is not finite."""
+        """Return the sum of the squared norms of all this rank's gradients, in place and pending; NaN when its loss is not
+        finite."""
         in_place = (p.grad for partitions in self._by_flat.values() for p in partitions if p.grad is not None)
         gradients = [*self._layout.pending_gradients(), *in_place]
         total = torch.zeros((), device=self.device)
@@ -149,7 +157,7 @@ class GradientClipper:
         return total
 
     def _scale(self, owned: list[Partition], norms: Tensor) -> None:
-        """Clip the gradients in place, by `norms` [number of parameters] of all parameters."""
+        """Clip the gradients of `owned` in place, given the gradient norms of all parameters [number of parameters]."""
         if self._clip is None or not owned:
             return
         if self._clip_by == "tensor":

@@ -1,8 +1,8 @@
 """Reports that ranks exchange when one of them hangs: in which collective each rank waits, and which rank does not answer.
 
-The process groups hang themselves, so that reports go through a separate connection of each rank to torch's store at
-MASTER_ADDR:MASTER_PORT. If the store's host is stopped, every call here blocks: call them in a thread, and wait for this
-thread with a limit only.
+The process groups hang as well, so reports go through torch's store at MASTER_ADDR:MASTER_PORT, to which each rank opens a
+separate connection. If the store's host is stopped, every call here blocks: call them in a thread, and `join` it with a
+time limit.
 """
 
 import itertools
@@ -24,10 +24,13 @@ _boards = itertools.count()  # for keys in the store that differ between the tra
 
 
 class HangReports:
-    """A board in the store that all ranks read and write. All ranks make their boards in the same order."""
+    """One rank's access to the reports in the store (the "board"), which all ranks read and write.
+
+    All ranks must create their objects in the same order, because the store's keys are numbered.
+    """
 
     def __init__(self, rank: int, size: int) -> None:
-        """Make the board of a rank among `size` ranks, not yet connected."""
+        """Prepare the access of rank `rank` among `size` ranks; `join` connects it."""
         self._rank, self._size = rank, size
         self._prefix = f"esvit-hang-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{next(_boards)}"
         self._board: Any = None
@@ -58,11 +61,11 @@ class HangReports:
         return bool(self._connected().check(["alarm"]))
 
     def give(self, report: dict[str, Any]) -> bool:
-        """Write this rank's report, small plain data, for all to read.
+        """Write this rank's report (small plain data) into the store.
 
         Returns:
-            whether this rank is to call `collect`. Only a few are, because a thousand ranks that read a thousand reports
-            each would overload the store.
+            Whether this rank is to call `collect`. Only a few ranks do, because a thousand ranks that read a thousand
+            reports each would overload the store.
         """
         number = self._connected().add("reports", 1)
         self._connected().set(f"report/{number}", json.dumps([self._rank, report]))
@@ -75,7 +78,7 @@ class HangReports:
         """Wait until all ranks have reported, but at most `seconds`.
 
         Returns:
-            the reports by rank; the nodes of the ranks that did not report, by rank (`an unknown node` if the rank never
+            The reports by rank; the nodes of the ranks that did not report, by rank (`an unknown node` if the rank never
             joined); and the lowest rank that collects, which is to print the summary.
         """
         found: dict[int, dict[str, Any]] = {}
@@ -94,15 +97,15 @@ class HangReports:
         return found, {rank: self._node(rank) for rank in range(self._size) if rank not in found}, writer
 
     def close_after_writing(self, others: int, seconds: float) -> None:
-        """Announce that the summary is printed, and wait until `others` ranks have seen this, at most `seconds`. When a
-        process exits, the launcher kills the rest, and rank 0 takes the store with it."""
+        """Announce that this rank has printed the summary, and wait, at most `seconds`, until `others` ranks have seen this.
+        When one process exits, the launcher kills the rest, and the store ends with rank 0."""
         store, end = self._connected(), time.monotonic() + seconds
         store.set("written", "1")
         while store.add("seen", 0) < others and time.monotonic() < end:
             time.sleep(0.1)
 
     def close(self, seconds: float) -> None:
-        """Wait until the summary is printed, at most `seconds`, and confirm that this rank has seen it."""
+        """Wait, at most `seconds`, until another rank has printed the summary, and confirm that this rank has seen it."""
         store, end = self._connected(), time.monotonic() + seconds
         while not store.check(["written"]) and time.monotonic() < end:
             time.sleep(0.5)  # a thousand ranks may ask

@@ -18,7 +18,7 @@ from esvit_scale.config import Optim
 from esvit_scale.errors import UserError
 from esvit_scale.parallel.zero import Partition
 
-# What each optimizer keeps per parameter, by its name in `optimizer.state` and in checkpoints.
+# Tensors that each optimizer keeps per parameter, by their names in `optimizer.state` and in checkpoints.
 MOMENTS: dict[str, tuple[str, ...]] = {
     "adamw": ("exp_avg", "exp_avg_sq"),
     "lamb": ("exp_avg", "exp_avg_sq"),
@@ -32,13 +32,13 @@ LAMB_EPS = 1e-6  # as apex's; AdamW's is 1e-8
 
 
 def build(config: Optim, groups: list[dict[str, Any]], flat: bool) -> torch.optim.Optimizer:
-    """Return the optimizer over param groups ({"name", "params"}); learning rate and weight decay are set at every step.
+    """Return the optimizer of `optim.name` for param groups {"name", "params"}; lr and weight decay are set at every step.
 
     Args:
-        flat: whether ZeRO gives it flat tensors that hold many parameters (`Layout.steps_flat_tensors`).
+        flat: whether ZeRO gives the optimizer flat tensors that hold many parameters (`Layout.steps_flat_tensors`).
 
     Raises:
-        UserError: apex is asked for and not installed, or its LAMB is, on flat tensors.
+        UserError: the optimizer is apex's, and apex is not installed; or it is apex's LAMB, and `flat` is true.
     """
     start: dict[str, Any] = {"lr": 0.0, "weight_decay": 0.0}
     if config.name == "adamw":
@@ -85,10 +85,11 @@ class LayerWise(torch.optim.Optimizer):
         self._index: dict[str, int] = {}
 
     def own(self, partitions: list[Partition], names: list[str], sum_over_ranks_: Callable[[Tensor], Tensor]) -> None:
-        """Set what the tensors to be stepped hold on this rank.
+        """Tell the optimizer which interval of which parameter lies where in the tensors that it steps on this rank.
 
         Args:
-            names: of all trainable parameters, in the same order on every rank.
+            partitions: the intervals that this rank owns.
+            names: names of all trainable parameters, in the same order on every rank.
             sum_over_ranks_: sums in place what each rank measured on its partitions (`Layout.sum_over_ranks_`).
         """
         self._index = {name: i for i, name in enumerate(names)}
@@ -127,7 +128,8 @@ class LayerWise(torch.optim.Optimizer):
         return (state["exp_avg"] / (1 - beta1**count)).div_(root).add_(flat, alpha=group["weight_decay"])
 
     def _trusts(self, stepped: list[tuple[dict[str, Any], Tensor]], updates: list[Tensor]) -> Tensor:
-        """Return ‖w‖/‖u‖ of every parameter in this call [parameters], times LARS' constant; 1 where either is zero."""
+        """Return the trust ratio ‖w‖/‖u‖ of every parameter in this step [parameters], for LARS times LARS_TRUST; 1 where
+        a norm is zero."""
         squares = torch.zeros(2, len(self._index), device=updates[0].device if updates else None)
         for (_, flat), update in zip(stepped, updates, strict=True):
             for p in self._by_flat[id(flat)]:

@@ -67,6 +67,6 @@ def _all_reduce_seconds(value: torch.Tensor, group: Any) -> float:
 
 
 def deepspeed_ops() -> dict[str, bool]:
-    """Return for each of DeepSpeed's compiled operators whether this machine has what it needs; nothing is built."""
+    """Map each of DeepSpeed's compiled operators to whether this machine has what building it needs; nothing is built."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         return {name: works for name, works in zero.deepspeed_ops().items() if "not_implemented" not in name}

@@ -1,5 +1,5 @@
-"""How long a rank computes before it waits for the others. A slow rank stands out by it; whole steps take all ranks equally
-long.
+"""A clock for the time that a rank computes before it waits for the others. This time shows which rank is slow; the time of
+whole steps does not, because collectives make it equal on all ranks.
 
 The clock runs from the beginning of a step to the end of the student's forward in the first micro-batch: augmentation, the
 teacher's forward, the student's forward. At ZeRO 0 to 2, ranks exchange nothing in this time. At ZeRO 3 they gather every
@@ -7,7 +7,7 @@ layer's parameters, where a fast rank waits for a slow one; the time in these ga
 out, because gradients are reduced at the same time.
 
 Objectives and trunks that communicate inside the forward (SimCLR, SwAV, Sinkhorn centring, batch norm) make all ranks wait
-for each other there, so that a slow rank stands out less. On a GPU, CUDA events measure the time of its queue (not tried
+for each other there, so that a slow rank stands out less. On a GPU, CUDA events measure the time on its stream (not tried
 with several GPUs: no such machine was available).
 """
 
@@ -18,7 +18,7 @@ import torch
 
 
 class StepClock:
-    """A clock for the steps in which `begin` was called."""
+    """A stopwatch for the compute time of a step; steps in which `begin` is not called are not timed."""
 
     def __init__(self, device: torch.device | None = None) -> None:
         self._cuda = device is not None and device.type == "cuda"
@@ -30,13 +30,13 @@ class StepClock:
         self._marks, self._running = [self._now()], True
 
     def end(self) -> None:
-        """Stop the clock, after the student's forward, if it runs."""
+        """Stop the clock, if it runs; called after the student's forward."""
         if self._running:
             self._marks.append(self._now())
             self._running = False
 
     def take(self) -> float:
-        """Return the seconds of the last timed step, 0.0 if there is none, and forget them."""
+        """Return, and forget, the compute time of the last timed step in seconds, without gathers; 0.0 if there is none."""
         marks, self._marks, self._running = self._marks, [], False
         if len(marks) < 2:
             return 0.0
@@ -44,7 +44,7 @@ class StepClock:
         return max(0.0, self._between(marks[0], marks[-1]) - gathers)
 
     def mark(self, *_: Any) -> None:
-        """Note the time, if the clock runs: a hook for before and after every gather (`Layout.hook_gathers`)."""
+        """Note the time, if the clock runs. `Layout.hook_gathers` calls this before and after every gather."""
         if self._running:
             self._marks.append(self._now())
 

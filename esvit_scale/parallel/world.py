@@ -1,6 +1,7 @@
-"""This process's rank among all ranks, and the process group: of one process, `torchrun`, or `srun` with a task per rank.
+"""This process's rank and device, and the process group of all ranks.
 
-Everything is read from the environment that the launcher sets; the user configures nothing.
+A job is a single process, or is started by `torchrun` or by `srun` with one task per rank. Everything is read from the
+environment that the launcher sets; the user configures nothing.
 """
 
 import atexit
@@ -138,7 +139,7 @@ def stop() -> None:
 
 
 def abandon() -> None:
-    """End a job that failed on this rank without waiting for the others, now or at exit: they may never come."""
+    """Keep this process, whose job failed, from waiting for the other ranks at exit: they may never come."""
     if collectives.world_size() > 1:
         atexit.unregister(dist.destroy_process_group)
 
@@ -182,9 +183,10 @@ def adopt_slurm_variables() -> None:
 
 
 def port_of_job() -> int:
-    """Return a port that all ranks of a job step derive alike, and other jobs, steps and restarts differently.
+    """Return a port computed from the numbers of the Slurm job, its step and its restart.
 
-    slurm/job.sh computes the same.
+    All ranks of a job step get the same port; other jobs, steps and restarts usually get another one. slurm/job.sh computes
+    the same port.
     """
     job, step, restart = (
         int(text) if text.isdecimal() else 0

@@ -76,10 +76,10 @@ class TeacherWeights(NamedTuple):
 
 
 class Layout(ABC):
-    """How one ZeRO stage stores a student, made from its DeepSpeed engine and the DeepSpeed config.
+    """The layout in which one ZeRO stage stores a student, made from the student's DeepSpeed engine and DeepSpeed config.
 
     Attributes:
-        partitions: what this rank owns of the trainable parameters, in the module's parameter order.
+        partitions: the intervals of the trainable parameters that this rank owns, in the module's parameter order.
     """
 
     deepspeed_clips_globally = True  # False: clipping by the global norm is left to the caller
@@ -92,11 +92,12 @@ class Layout(ABC):
 
     @staticmethod
     def build_module(build: Callable[[], M], ds: dict[str, Any]) -> M:
-        """Return the module that `build` makes, with parameters as `deepspeed.initialize` wants them at this stage."""
+        """Call `build` and return its module, with the parameters as `deepspeed.initialize` needs them at this stage."""
         return build()
 
     def frozen(self, module: nn.Module) -> list[Frozen]:
-        """Return this rank's intervals of the parameters without gradient of the student's or the teacher's module."""
+        """Return the intervals that this rank holds of the parameters without gradient of a module, the student's or the
+        teacher's."""
         return [Frozen(n, p.shape, 0, p.data.view(-1)) for n, p in module.named_parameters() if not p.requires_grad]
 
     @abstractmethod
@@ -122,13 +123,14 @@ class Layout(ABC):
         """Sum over ranks, in place, what every rank measured on its own partitions [n]; all ranks call it.
 
         Args:
-            per_rank: how many elements at the end of `measured` differ between ranks at stage 0, too, where all ranks
-                own, and measure, the same.
+            per_rank: number of elements at the end of `measured` that are summed at stage 0, too. The others are not summed
+                there, because all ranks own every parameter and measure the same.
         """
         return collectives.all_reduce_sum_(measured)
 
     def hook_gathers(self, networks: Sequence[nn.Module], hook: Callable[..., None]) -> None:
-        """Call `hook` before and after each gather of parameters in a forward of these networks, if there are any.
+        """Register `hook` to be called before and after each gather of parameters in a forward of these networks. Only
+        ZeRO 3 gathers there, so that at other stages this does nothing.
 
         Args:
             networks: the student's module and the teacher's network.
@@ -136,7 +138,7 @@ class Layout(ABC):
         return
 
     def keep_minimum_loss_scale(self) -> None:
-        """Let fp16's dynamic loss scaler stay at its minimum, where it would end the run with an exception."""
+        """Let fp16's dynamic loss scaler stay at its minimum, instead of raising an exception that ends the run."""
         self._zero.loss_scaler.raise_error_at_min_scale = False
 
     def loss_scale_can_fall(self) -> bool:
@@ -153,7 +155,7 @@ class Layout(ABC):
 
 
 class ReplicatedLayout(Layout):
-    """ZeRO 0: all ranks hold, and step, every parameter in fp32."""
+    """The layout of ZeRO 0: every rank holds, and steps, all parameters in fp32."""
 
     deepspeed_clips_globally = False
     steps_flat_tensors = False
@@ -162,27 +164,27 @@ class ReplicatedLayout(Layout):
         return [Partition(name, p.shape, 0, p.numel(), p, 0) for name, p in self._trainable()]
 
     def sync_working_weights(self) -> None:
-        """Do nothing: the forward uses the values that were written."""
+        """Do nothing: at ZeRO 0, the forward uses the fp32 values themselves."""
 
     def make_teacher(self, build: Callable[[], nn.Module]) -> TeacherWeights:
-        """Return a module whose parameters themselves are the fp32 EMA."""
+        """Return a teacher whose module's parameters are themselves the fp32 EMA."""
         module = _copy_of(self._student.module, build)
         own = dict(module.named_parameters())
         return TeacherWeights(module, module, [own[p.name].data.view(-1) for p in self.partitions], lambda: None)
 
     def pending_gradients(self) -> Iterator[Tensor]:
-        """Yield nothing: every gradient is in place when the optimizer steps."""
+        """Yield nothing: at ZeRO 0, the base optimizer has all gradients when it steps."""
         return iter(())
 
     def sum_over_ranks_(self, measured: Tensor, per_rank: int = 0) -> Tensor:
-        """Sum the last `per_rank` elements alone: of the rest, every rank has measured the whole."""
+        """Sum only the last `per_rank` elements over ranks; the others are the same on all ranks already."""
         if per_rank:
             collectives.all_reduce_sum_(measured[-per_rank:])
         return measured
 
 
 class FlatLayout(Layout):
-    """ZeRO 1 and 2: per parameter group, one flat buffer holds all parameters, and a rank owns an interval of it."""
+    """The layout of ZeRO 1 and 2: one flat buffer per parameter group holds its parameters, and a rank owns an interval."""
 
     def _find_partitions(self) -> list[Partition]:
         zero, named = self._zero, self._trainable()
@@ -198,11 +200,12 @@ class FlatLayout(Layout):
         return sorted(owned, key=lambda partition: order[partition.name])
 
     def sync_working_weights(self) -> None:
-        """Write the fp32 values into this rank's interval of every flat buffer, and gather the buffers."""
+        """Write the fp32 values into this rank's interval of every flat buffer, and all-gather the buffers."""
         self._zero.update_lp_params()
 
     def make_teacher(self, build: Callable[[], nn.Module]) -> TeacherWeights:
-        """Return a module on flat buffers that are laid out as the student's, and gathered as they are."""
+        """Return a teacher whose parameters are views of flat buffers with the same layout as the student's; its `sync`
+        all-gathers these buffers."""
         module = _copy_of(self._student.module, build)
         own = dict(module.named_parameters())
         names = {id(p): name for name, p in self._trainable()}
@@ -213,14 +216,14 @@ class FlatLayout(Layout):
         return TeacherWeights(module, module, values, lambda: self._gather(buffers, values))
 
     def _places(self) -> Iterator[tuple[int, Any, int]]:
-        """Yield the group of every trainable parameter, the parameter, and where it begins in the group's buffer."""
+        """Yield (number of its group, parameter, offset in the group's flat buffer) for every trainable parameter."""
         for group, params in enumerate(self._zero.bit16_groups):
             flat = self._zero.bit16_groups_flat[group]
             for p in params:
                 yield group, p, (p.data_ptr() - flat.data_ptr()) // flat.element_size()
 
     def _gather(self, buffers: list[Tensor], values: list[Tensor]) -> None:
-        """Copy `values` of this rank's partitions into its parts of `buffers`, and gather the other ranks' parts."""
+        """Copy `values`, one tensor per partition, into this rank's part of every buffer, and all-gather the buffers."""
         by_flat = {id(flat): group for group, flat in enumerate(self._zero.single_partition_of_fp32_groups)}
         parts = [buffer.chunk(dist.get_world_size())[dist.get_rank()] for buffer in buffers]
         for value, p in zip(values, self.partitions, strict=True):
@@ -231,11 +234,13 @@ class FlatLayout(Layout):
 
 
 class PartitionedLayout(Layout):
-    """ZeRO 3: a rank owns an equal part of every parameter, and a layer's parameters are whole only while it runs."""
+    """The layout of ZeRO 3: a rank owns an equal part of every parameter, and a layer's parameters are gathered only while
+    the layer runs."""
 
     @staticmethod
     def build_module(build: Callable[[], M], ds: dict[str, Any]) -> M:
-        """Return a module whose parameters were partitioned one by one while it was built, never whole together."""
+        """Call `build` and return its module. DeepSpeed partitions each parameter when it is created, so that no rank ever
+        holds the whole module."""
         import deepspeed
 
         with deepspeed.zero.Init(config_dict_or_path=ds):
@@ -251,7 +256,8 @@ class PartitionedLayout(Layout):
         return owned
 
     def frozen(self, module: nn.Module) -> list[Frozen]:
-        """Return this rank's intervals of the parameters without gradient of the student's or the teacher's module."""
+        """Return the intervals that this rank holds of the parameters without gradient of a module, the student's or the
+        teacher's."""
         found: list[Frozen] = []
         p: Any
         for name, p in module.named_parameters():
@@ -268,7 +274,8 @@ class PartitionedLayout(Layout):
         self._zero.invalidate_secondary_tensor()  # with zero_hpz_partition_size, each node keeps a copy of its own
 
     def make_teacher(self, build: Callable[[], nn.Module]) -> TeacherWeights:
-        """Return a ZeRO-3 engine without an optimizer: a rank keeps 1/world of the parameters, and gathers by layer."""
+        """Return a teacher that is a ZeRO-3 engine without an optimizer: a rank keeps 1/world of its parameters, and the
+        forward gathers them layer by layer."""
         import deepspeed
 
         ds = _teacher_config(self._ds)
@@ -284,7 +291,7 @@ class PartitionedLayout(Layout):
         return TeacherWeights(engine, engine.module, values, sync)
 
     def hook_gathers(self, networks: Sequence[nn.Module], hook: Callable[..., None]) -> None:
-        """Put `hook` before and after DeepSpeed's own forward hook of every layer, in which it gathers."""
+        """Register `hook` before and after DeepSpeed's own forward pre-hook of every layer, which gathers its parameters."""
         for network in networks:
             for layer in network.modules():
                 layer.register_forward_pre_hook(hook, prepend=True)
@@ -296,7 +303,8 @@ class PartitionedLayout(Layout):
         return start, max(0, min(p.ds_tensor.numel(), p.ds_numel - start))
 
     def _place(self, p: Any) -> tuple[Tensor, int, int]:
-        """Return the flat fp32 tensor with this rank's part of a parameter, where it begins, and its padded length."""
+        """Return the flat fp32 tensor that holds this rank's part of a parameter, the part's offset in it, and its padded
+        length."""
         group, offset, length = self._zero.grad_position[self._zero.get_param_id(p)]
         return self._zero.fp32_partitioned_groups_flat[group], offset, length
 
@@ -305,7 +313,7 @@ _LAYOUTS: dict[int, type[Layout]] = {0: ReplicatedLayout, 1: FlatLayout, 2: Flat
 
 
 def layout_type(ds: dict[str, Any]) -> type[Layout]:
-    """Return the layout of the ZeRO stage that a filled DeepSpeed config (`ds_config.fill`) runs."""
+    """Return the subclass of `Layout` for the ZeRO stage of a filled DeepSpeed config (`ds_config.fill`)."""
     return _LAYOUTS[ds_config.zero_stage(ds)]
 
 
@@ -315,20 +323,20 @@ def full_shape(parameter: Tensor) -> torch.Size:
 
 
 def local_tensors(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Return the tensors in which this rank keeps parameters between two steps: at ZeRO 3 its parts, else the wholes."""
+    """Return, for each parameter, the tensor that this rank keeps between steps: at ZeRO 3 its part, else the parameter."""
     return [getattr(p, "ds_tensor", p) for p in parameters]
 
 
 def deepspeed_ops() -> dict[str, bool]:
-    """Return DeepSpeed's own table of its compiled operators, and whether this machine can build each; writing False
-    keeps DeepSpeed from building one."""
+    """Return DeepSpeed's own dict of its compiled operators: name → whether this machine can build it. Setting an entry to
+    False keeps DeepSpeed from building that operator."""
     import deepspeed.ops
 
     return getattr(deepspeed.ops, "__compatible_ops__", {})
 
 
 def _copy_of(student: nn.Module, build: Callable[[], nn.Module]) -> nn.Module:
-    """Return a module with the student's parameters as values, their dtype and device, and without gradients."""
+    """Build a module without gradients, and give it the values, the dtype and the device of the student's parameters."""
     module = build().requires_grad_(False)
     like = dict(student.named_parameters())
     some = next(iter(like.values()))
