@@ -12,15 +12,15 @@ from esvit_scale.objective.two_views import TwoViews
 
 
 class BYOL(TwoViews):
-    """The objective: projector, predictor, teacher, and the squared distance of unit rows."""
+    """BYOL's objective: a projector, a predictor, and the squared distance of unit predictions from the teacher's."""
 
     def __init__(self, dim: int, config: configs.Objective) -> None:
-        """Args: dim: C of the trunk."""
+        """Build the projector and the predictor for trunk features of width `dim`."""
         hidden, width = config.head_hidden, config.bottleneck
         super().__init__(
             ProjectorMlp(dim, hidden, width), ProjectorMlp(width, config.predictor_hidden or hidden, width)
         )
 
     def compare(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Logs]:
-        """Return the loss of one order of the two views, and nothing to log."""
+        """Return the mean squared distance of unit rows `queries` and `keys`, both [B, D], and nothing to log."""
         return (2 - 2 * (queries * keys).sum(1)).mean(), {}

@@ -1,7 +1,7 @@
-"""The centre of the teacher's logits: what keeps all images from choosing the same prototypes (DINO, Caron et al. 2021).
+"""The centre of the teacher's logits, which keeps images from all choosing the same prototypes (Caron et al. 2021).
 
-c ← momentum·c + (1 − momentum)·mean of the teacher's logits over the global batch, once per applied optimizer step. The
-mean is linear in the bottleneck, mean(z Wᵀ) = mean(z) Wᵀ, so ranks exchange D numbers rather than K.
+c ← momentum·c + (1 − momentum)·mean of the teacher's logits over the global batch, once per applied optimizer step.
+With the bottleneck z [n, D] and the prototypes W [K, D], mean(z Wᵀ) = mean(z) Wᵀ, so ranks exchange D numbers, not K.
 """
 
 import torch
@@ -21,8 +21,8 @@ class Center:
     def __init__(self, momentum: float) -> None:
         self.momentum = momentum
         self._values: Tensor | None = None  # fp32 [K]
-        self._sum: Tensor | None = None  # [D] of the micro-batches' means since the last commit
-        self._rows: Tensor | None = None  # [K, D] the teacher's prototypes, the same for all of them
+        self._sum: Tensor | None = None  # [D] sum of the micro-batches' mean bottlenecks since the last commit
+        self._rows: Tensor | None = None  # [K, D] the teacher's prototypes, the same for all micro-batches
         self._count = 0
 
     def values(self, rows: Tensor) -> Tensor:
@@ -37,7 +37,12 @@ class Center:
 
     @torch.no_grad()
     def observe(self, mean_z: Tensor, rows: Tensor) -> None:
-        """Note a micro-batch: the mean of the teacher's bottleneck [D] and its prototypes [K, D]."""
+        """Take a micro-batch into account at the next `commit`.
+
+        Args:
+            mean_z: [D], the mean over the micro-batch of the teacher's bottleneck.
+            rows: [K, D], the teacher's prototypes.
+        """
         mean_z = mean_z.detach().to(torch.promote_types(mean_z.dtype, torch.float32))
         self._sum = mean_z.clone() if self._sum is None else self._sum + mean_z
         self._rows = rows.detach()
@@ -45,7 +50,7 @@ class Center:
 
     @torch.no_grad()
     def commit(self) -> None:
-        """Move the centre by what was observed, after an applied step. All ranks together."""
+        """Update the centre from the observed micro-batches, after an applied optimizer step. All ranks call it."""
         if self._sum is None or self._rows is None:
             raise RuntimeError("Center.commit: nothing was observed since the last commit or discard")
         mean_z = collectives.all_reduce_mean_(self._sum / self._count)
@@ -54,7 +59,7 @@ class Center:
         self.discard()
 
     def discard(self) -> None:
-        """Forget what was observed, after a skipped step."""
+        """Forget the observed micro-batches, after a skipped optimizer step."""
         self._sum = self._rows = None
         self._count = 0
 
@@ -63,6 +68,6 @@ class Center:
         return {} if self._values is None else {"values": self._values}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Restore the centre and forget what was observed."""
+        """Restore the centre from a checkpoint and forget the observed micro-batches."""
         self._values = state["values"].detach().clone() if "values" in state else None
         self.discard()

@@ -1,7 +1,7 @@
-"""What a run costs: parameters, FLOPs, and the activations that a backward needs; for every trunk and objective.
+"""Parameter counts, FLOPs and activation bytes of a training run, for every trunk and objective.
 
-A trunk or an objective that has formulas (`Trunk.formulas`, `Objective.formulas`) is asked for its costs; any other is run
-once on the meta device and counted (models/traced.py). `traced` tells which it was.
+The costs of a trunk or objective with formulas (`Trunk.formulas`, `Objective.formulas`) are computed from these; any
+other is run on the meta device and its costs are counted (models/traced.py). `traced` tells which of the two applies.
 """
 
 from collections.abc import Callable
@@ -21,33 +21,33 @@ from esvit_scale.objective.network import Network, StudentNetwork, build_network
 from esvit_scale.objective.objective import Objective
 from esvit_scale.objective.registry import build_objective
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of the working copies; fp32 otherwise
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of working parameters, by train.precision; else fp32
 TEACHER_VIEWS = 2  # the two global crops
-TEACHER_TEMP = 0.07  # any
+TEACHER_TEMP = 0.07  # any value: costs do not depend on it
 
 
 class Parameters(NamedTuple):
-    """Numbers of parameters."""
+    """The numbers of parameters of a network."""
 
     trunk: int
-    heads: int  # of all that the objective holds, prototypes and gains included
+    heads: int  # all parameters of the objective, prototypes and gains included
 
 
 def parameters(config: Config) -> Parameters:
-    """Return the numbers of parameters; raise UserError on a trunk or an objective that cannot be built."""
+    """Return the numbers of parameters of the config's network; raise UserError if it cannot be built."""
     network = _network(config)
     count: Callable[[nn.Module], int] = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
     return Parameters(count(network.trunk), count(network.objective))
 
 
 def traced(config: Config) -> bool:
-    """Return whether trunk or objective has no formulas, so that it is run to be counted."""
+    """Return whether the trunk or the objective has no formulas, so that costs are counted by running it."""
     network = _network(config)
     return None in (network.trunk.formulas(), network.objective.formulas())
 
 
 def _network(config: Config) -> Network:
-    """Return the config's network on the meta device, to be asked and not to be run."""
+    """Return the config's network on the meta device, for its parameters and formulas; it is cached and never run."""
     return _network_of(_key(config))
 
 
@@ -61,14 +61,14 @@ def _network_of(key: str) -> Network:
 
 
 def image_flops(config: Config, count: Count = "published") -> int:
-    """Return the FLOPs of one training step for each image: student's forward and backward, teacher, heads, loss.
+    """Return the FLOPs of a training step per image: student's forward and backward, teacher's forward, heads and loss.
 
-    Recomputation under activation checkpointing is not counted. Per-step costs that do not grow with the batch (V2's
-    position bias, the centre) are left out: they vanish beside an image.
+    Recomputation under activation checkpointing is not counted. Costs per step that do not grow with the batch (Swin
+    V2's position bias, the centre) are left out because they are negligible.
 
     Args:
-        count: one of three ways (models/descriptions.py); what is traced has one count, "executed", and a backward of two
-            forwards.
+        count: the way of counting (models/descriptions.py). A traced trunk or objective only has the count "executed",
+            and the backward of a traced trunk counts as two forwards.
     """
     objective = _network(config).objective
     crops = [_crop_cost(config, size, count) for size in config.crop_sizes]
@@ -94,7 +94,7 @@ def _crop_cost(config: Config, size: int, count: Count) -> CropCost:
 
 @lru_cache(maxsize=64)
 def _objective_flops(key: str) -> int:
-    """Return an objective's FLOPs for an image: the teacher's role, the student's, its backward."""
+    """Return the traced FLOPs of an objective per image: the teacher's targets, the student's loss and its backward."""
     config = Config.model_validate_json(key)
     grids = [_crop_cost(config, size, "executed").grid for size in config.crop_sizes]
     with models_traced.on_meta():
@@ -118,7 +118,7 @@ def _objective_step_flops(objective: Objective, grids: list[tuple[int, int]], im
 
 
 def _features(grids: list[tuple[int, int]], images: int, dim: int) -> Features:
-    """Return empty features of the shape that a trunk gives, crops of one size a group."""
+    """Return uninitialised features in the shapes that a trunk returns for `images` images, given each crop's grid."""
     tokens = images * sum(h * w for h, w in grids)
     groups = [(images * grids.count(grid), *grid) for grid in dict.fromkeys(grids)]
     view, regions = (torch.empty(n, dim, requires_grad=True) for n in (images * len(grids), tokens))
@@ -129,11 +129,11 @@ def _features(grids: list[tuple[int, int]], images: int, dim: int) -> Features:
 
 
 def activation_bytes(config: Config, checkpointing: bool | None = None) -> Activations:
-    """Return what the student's forward keeps for the backward, heads and loss included, at the run's precision.
+    """Return the bytes that the student's forward keeps for its backward, with heads and loss, at the run's precision.
 
     Args:
-        checkpointing: keep every block's input only, and one block's activations while it is recomputed; None: as the
-            config says.
+        checkpointing: whether activation checkpointing is on, so that only every block's input is kept, and the
+            activations of one block while it is recomputed; None: as the config says.
     """
     if checkpointing is None:
         checkpointing = config.train.activation_checkpointing != "none"
@@ -146,17 +146,17 @@ def activation_bytes(config: Config, checkpointing: bool | None = None) -> Activ
 
 
 def block_activation_bytes(config: Config) -> list[int]:
-    """Return what each call of a block keeps for one image, in the forward's order, without activation checkpointing."""
+    """Return the bytes per image that each call of a block keeps without activation checkpointing, in forward order."""
     return [block.per_image for block in kept(config).blocks]
 
 
 def block_input_bytes(config: Config) -> list[int]:
-    """Return what activation checkpointing keeps of each call for one image, in the forward's order."""
+    """Return the bytes per image that activation checkpointing keeps of each call's inputs, in forward order."""
     return [given.per_image for given in kept(config).inputs]
 
 
 def kept(config: Config) -> KeptActivations:
-    """Return what the student's forward keeps, call by call of the trunk's blocks, and outside them."""
+    """Return the bytes that the student's forward keeps for its backward, per block call and outside the blocks."""
     return _traced_kept(_key(config)) if traced(config) else _kept_by_formulas(config)
 
 
@@ -191,8 +191,12 @@ def _traced_kept(key: str) -> KeptActivations:
 def _traced_step(
     network: StudentNetwork, config: Config, images: int
 ) -> tuple[list[int], list[int], list[int], list[int]]:
-    """Run the student's forward on `images` images: the blocks called, bytes saved and given call by call, and [bytes
-    saved outside]."""
+    """Run the student's forward on `images` images and count the bytes that it keeps.
+
+    Returns:
+        For each call of a block, in order: the index of the block, the bytes it saves, the bytes of its inputs. Last,
+        in a list of one element: the bytes saved outside the blocks.
+    """
     sizes, dtype = config.crop_sizes, next(network.parameters()).dtype
     crops = [
         torch.empty(images * sizes.count(s), network.trunk.in_chans, s, s, dtype=dtype) for s in dict.fromkeys(sizes)
@@ -213,7 +217,7 @@ def _traced_step(
 
 
 def _key(config: Config) -> str:
-    """Return the part of the config that a network and its crops are made of, as a key of caches."""
+    """Return the part of the config that determines the network and its crops, as JSON; caches use it as their key."""
     return config.model_dump_json(
         include={
             "model": True,

@@ -1,4 +1,4 @@
-"""DINO's objective (Caron et al. 2021): EsViT's without regions."""
+"""DINO's objective (Caron et al. 2021): EsViT's without the region loss."""
 
 from esvit_scale import config as configs
 from esvit_scale.models.descriptions import ObjectiveCard
@@ -9,7 +9,7 @@ class DINO(EsViT):
     """EsViT's objective with the view loss alone."""
 
     def __init__(self, dim: int, config: configs.Objective) -> None:
-        """Args: dim: C of the trunk."""
+        """Build the view head for trunk features of width `dim`."""
         super().__init__(dim, config.model_copy(update={"regions": False}))
 
     def card(self) -> ObjectiveCard:

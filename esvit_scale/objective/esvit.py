@@ -4,8 +4,8 @@
         ½ · mean over images of CE(p_t, q_v)  +  ½ · mean over images and regions i of CE(p_t^{j*(i)}, q_v^i)
     j*(i) = argmax_j cos(f_v^i, f_t^j),   f the trunk's tokens after its final norm
 
-Without regions it is the first term alone, without its ½ (DINO's objective). The teacher's targets are centred by a moving
-mean of its logits, or by Sinkhorn-Knopp over the batch (`objective.centering`).
+Without regions, the loss is the first term without its ½ (DINO's objective). The teacher's targets are centred by a
+moving mean of its logits, or by Sinkhorn-Knopp over the batch (`objective.centering`).
 """
 
 from typing import NamedTuple
@@ -27,26 +27,26 @@ PAPER = "https://arxiv.org/abs/2106.09785"
 
 
 class HeadTargets(NamedTuple):
-    """One head's part of the teacher's targets."""
+    """The teacher's targets for one head."""
 
     z: Tensor  # [n, D] bottleneck, unit rows
-    rows: Tensor  # [K, D] its prototypes, in z's precision
+    rows: Tensor  # [K, D] the teacher's prototypes, in z's precision
 
 
 class Targets(NamedTuple):
-    """What the student's loss needs of the teacher: tensors only, so that the two may be separate engines."""
+    """The teacher's outputs that the student's loss needs: plain data, as the two may be separate engines."""
 
     view: HeadTargets  # n = 2B
     region: HeadTargets | None  # n = 2B·T
-    features: Tensor | None  # [2B, T, C] unit region features to match with
+    features: Tensor | None  # [2B, T, C] unit region features, with which student regions are matched
     images: int  # B
 
 
 class EsViT(Objective):
-    """The heads and centres of the objective; teacher and student each hold an instance."""
+    """EsViT's objective: heads, centres and loss. Teacher and student each hold an instance."""
 
     def __init__(self, dim: int, config: configs.Objective) -> None:
-        """Args: dim: C of the trunk."""
+        """Build the heads for trunk features of width `dim`."""
         super().__init__()
         self.needs_regions = config.regions
         self.student_temp = config.student_temp
@@ -58,7 +58,10 @@ class EsViT(Objective):
         self.region_center = Center(config.center_momentum)
 
     def targets(self, teacher: Features) -> Targets:
-        """Map features of the two global views to targets, as the teacher. Call it without gradient."""
+        """Return the targets from the teacher's features of the two global views; called on the teacher's instance.
+
+        Call it without gradient.
+        """
         crops = teacher.grids[0][0]
         view = HeadTargets(*_bottleneck_and_rows(self.view_head, teacher.view))
         if self.region_head is None:
@@ -68,14 +71,14 @@ class EsViT(Objective):
         return Targets(view, region, features, crops // TEACHER_VIEWS)
 
     def forward(self, student: Features, targets: Targets, teacher_temp: float) -> tuple[Tensor, Logs]:
-        """Return the student's loss.
+        """Return the student's loss over all crops, and scalars to log.
 
-        The centres observe the micro-batch; `commit` or `discard` them after the optimizer step.
+        The centres observe the micro-batch; call `commit` or `discard` after the optimizer step.
 
         Returns:
-            The loss (scalar) and detached scalars: loss_view, loss_region (each a mean cross-entropy without its ½),
-            and for either head teacher_entropy and student_entropy (nats) and prototypes_used, the effective number of
-            prototypes among this micro-batch's targets.
+            The loss (scalar) and detached scalars: loss_view and loss_region (each a mean cross-entropy without its
+            ½); and for each head ("…_view", "…_region") teacher_entropy and student_entropy in nats, and
+            prototypes_used, the effective number of prototypes among this micro-batch's targets.
         """
         views = len(student.view) // targets.images
         match, weight = view_pairs(views, targets.images, targets.view.rows)
@@ -93,33 +96,35 @@ class EsViT(Objective):
         return 0.5 * loss + 0.5 * region_loss, logs
 
     def commit(self) -> None:
-        """Move the centres by what they observed, after an applied step. All ranks together."""
+        """Update the centres from the observed micro-batches, after an applied optimizer step. All ranks call it."""
         for center in self._centers.values():
             center.commit()
 
     def discard(self) -> None:
-        """Forget what the centres observed, after a skipped step."""
+        """Let the centres forget the observed micro-batches, after a skipped optimizer step."""
         for center in self._centers.values():
             center.discard()
 
     def extra_state(self) -> dict[str, Tensor]:
-        """Return the centres, "view.values" and "region.values", fp32 [K]; none before the first forward, and with
-        Sinkhorn."""
+        """Return the centres, "view.values" and "region.values", fp32 [K].
+
+        There are none before the first forward, nor with Sinkhorn centring.
+        """
         states = {head: center.state_dict() for head, center in self._centers.items()}
         return {f"{head}.{name}": value for head, state in states.items() for name, value in state.items()}
 
     def empty_extra_state(self, device: torch.device) -> dict[str, Tensor]:
-        """Return zero centres of the shapes in a checkpoint, to be filled from it."""
+        """Return centres of zeros, with the names and shapes of a checkpoint's, to be filled from it."""
         return {f"{head}.values": torch.zeros(self.prototypes, device=device) for head in self._centers}
 
     def load_extra_state(self, extra_state: dict[str, Tensor]) -> None:
-        """Restore the centres."""
+        """Restore the centres from what `extra_state` returned."""
         for head, center in self._centers.items():
             prefix = f"{head}."
             center.load_state_dict({n.removeprefix(prefix): v for n, v in extra_state.items() if n.startswith(prefix)})
 
     def formulas(self) -> ObjectiveFormulas:
-        """Return the costs of heads, matching and loss in closed form."""
+        """Return the formulas for the FLOPs and activations of heads, region matching and loss."""
         return EsViTFormulas(self.view_head, self.region_head is not None)
 
     def card(self) -> ObjectiveCard:
@@ -170,9 +175,10 @@ def _logged(entropies: Entropies, part: str) -> dict[str, Tensor]:
 
 
 def view_pairs(views: int, images: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return teacher rows and weights [V·B, 2] of every crop: the same image's two globals, without the crop itself.
+    """Return for every student crop the two teacher rows that it is compared with and their weights, both [V·B, 2].
 
-    Everything is on the device of `like`; the weights are fp32 (fp64 for fp64).
+    The rows are the two global crops of the same image; a crop has weight 0 with itself. Both tensors are on the device
+    of `like`; the weights are fp32 (fp64 if `like` is).
     """
     device, dtype = like.device, torch.promote_types(like.dtype, torch.float32)
     crop = torch.arange(views, device=device)[:, None, None]
@@ -185,14 +191,15 @@ def view_pairs(views: int, images: int, like: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def region_pairs(student: Features, teacher: Tensor, images: int) -> tuple[Tensor, Tensor]:
-    """Return teacher rows and weights [ΣB·T, 2] of every student region.
+    """Return for every student region the two teacher rows that it is compared with and their weights, both [ΣB·T, 2].
 
-    The teacher rows are, in each global of the region's image, the most similar region.
+    The rows are the most similar region in either global crop of the same image; a region has weight 0 with regions of
+    its own crop.
 
     Args:
         student: features of V crops of each image.
-        teacher: [2B, T, C] unit region features of the globals.
-        images: B.
+        teacher: [2B, T, C] unit region features of the global crops.
+        images: B, the number of images.
     """
     regions = teacher.shape[1]
     first_row = torch.arange(TEACHER_VIEWS * images, device=teacher.device).view(TEACHER_VIEWS, 1, images, 1) * regions

@@ -1,4 +1,4 @@
-"""What EsViT's heads and its fused loss cost, in closed form. DINO's are the same without regions."""
+"""Closed-form FLOPs and activation bytes of EsViT's heads and fused loss; DINO's are those without regions."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ WIDE = 4  # bytes of a number in fp32
 
 
 class EsViTFormulas:
-    """The costs of heads, matching and loss.
+    """The FLOPs and activation bytes of EsViT's heads, region matching and loss.
 
     Args:
         head: the view head; the region head, where there is one, has the same sizes.
@@ -21,7 +21,10 @@ class EsViTFormulas:
         self.head, self.regions = head, regions
 
     def image_flops(self, grids: Sequence[tuple[int, int]], count: Count) -> int:
-        """Return the FLOPs of heads, matching and loss of both networks, forward and backward, for an image."""
+        """Return the FLOPs of heads, region matching and loss per image, of teacher and student, forward and backward.
+
+        `grids` are (H, W) of the region tokens of each crop, the two global crops first.
+        """
         head = self.head
         regions = [h * w for h, w in grids] if self.regions else []
         student_tokens = len(grids) + sum(regions)
@@ -32,15 +35,15 @@ class EsViTFormulas:
         match = 2 * TEACHER_VIEWS * regions[0] * head.dim * compared if regions else 0
         flops = (3 * student_tokens + teacher_tokens) * (mlp + logits) + match
         if count == "executed":
-            # The fused loss takes four products for a token of either network: the logits twice, the expected prototype,
+            # The fused loss takes four products per token of either network: the logits twice, the expected prototype
             # and the prototypes' gradient.
             flops += (3 * teacher_tokens + student_tokens) * logits
         return flops
 
     def kept(self, grids: Sequence[tuple[int, int]], element: int) -> Activations:
-        """Return the bytes that heads and loss keep for the backward."""
+        """Return the bytes that heads and loss keep for the backward, at `element` bytes per value."""
         head = self.head
-        # A head's token: the inputs of its layers and GELUs, the bottleneck with its length, the loss's gradient.
+        # Per token of a head: the inputs of its layers and GELUs, the bottleneck with its length, the loss's gradient.
         token = (head.dim + 4 * head.hidden + head.bottleneck) * element
         token += (head.bottleneck if element != WIDE else 0) * WIDE + 2 * WIDE
         token += head.bottleneck * (WIDE - element)  # the bottleneck is normalised in fp32

@@ -1,4 +1,4 @@
-"""MoCo v3 (Chen, Xie and He 2021): tell the other view of an image from the views of all others.
+"""MoCo v3 (Chen, Xie and He 2021): distinguish the other view of an image from the views of all other images.
 
 L = Σ over both orders of 2τ · mean_i CE(q_i · K/τ, i),   K the teacher's keys of all ranks, without a queue
 """
@@ -15,10 +15,10 @@ from esvit_scale.parallel import collectives
 
 
 class MoCoV3(TwoViews):
-    """The objective: projector, predictor, teacher, and the keys of all ranks."""
+    """MoCo v3's objective: a projector, a predictor, and a contrastive loss over the teacher's keys of all ranks."""
 
     def __init__(self, dim: int, config: configs.Objective) -> None:
-        """Args: dim: C of the trunk."""
+        """Build the projector and the predictor for trunk features of width `dim`."""
         hidden, width = config.head_hidden, config.bottleneck
         super().__init__(
             ProjectorMlp(dim, hidden, hidden, width, last_norm=True),
@@ -27,9 +27,9 @@ class MoCoV3(TwoViews):
         self.temp = config.student_temp
 
     def compare(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Logs]:
-        """Return the loss of one order of the two views.
+        """Return the contrastive loss of unit rows `queries` of one view and `keys` of the other, both [B, D].
 
-        It logs contrastive_accuracy, how often an image's own key is the nearest of the global batch.
+        It logs contrastive_accuracy: the fraction of queries whose nearest key, of all ranks', is their own image's.
         """
         logits = queries @ collectives.gather_rows(keys).t() / self.temp  # [B, world · B]
         own = torch.arange(len(queries), device=queries.device) + len(queries) * collectives.rank()

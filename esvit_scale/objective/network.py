@@ -1,4 +1,4 @@
-"""The modules that DeepSpeed wraps: a trunk and an objective in one, as student or as teacher."""
+"""The modules that DeepSpeed wraps: a trunk and an objective together, as student or as teacher."""
 
 from typing import Any
 
@@ -14,8 +14,8 @@ from esvit_scale.objective.registry import build_objective
 class Network(nn.Module):
     """A trunk and an objective, whose parameters are named `trunk.…` and `objective.<head>.…`.
 
-    Student and teacher have the same parameters. What they compute differs, and so each is a subclass with one forward,
-    because DeepSpeed must be called through the forward of what it wraps.
+    Student and teacher have parameters of the same names and shapes, but compute different things. Each is a subclass
+    with its own forward, because DeepSpeed runs a module only through its forward.
     """
 
     def __init__(self, trunk: Trunk, objective: Objective) -> None:
@@ -25,7 +25,7 @@ class Network(nn.Module):
 
 
 class StudentNetwork(Network):
-    """The network that is trained."""
+    """The network that is trained; its forward computes the loss."""
 
     def forward(
         self, crops: list[Tensor], targets: Any, drop_keys: Tensor | None, teacher_temp: float
@@ -45,7 +45,7 @@ class StudentNetwork(Network):
 
 
 class TeacherNetwork(Network):
-    """The network that gives the targets: the student's moving average. It drops no paths."""
+    """The network that computes the targets: a moving average of the student. It uses no drop path."""
 
     def forward(self, crops: list[Tensor]) -> Any:
         """Return the targets of the two global crops, [[2·B, channels, S, S]]. Call it without gradient."""
@@ -53,21 +53,21 @@ class TeacherNetwork(Network):
 
 
 def build_network(config: Config) -> Network:
-    """Build the network of a config, for its parameters, shapes and parts; it has no forward of its own.
+    """Build the trunk and objective of a config as one module without a forward, to look at parameters and shapes.
 
     Raises:
-        UserError: trunk and objective do not fit each other or the config; one line.
+        UserError: trunk and objective do not fit each other or the config; the message is one line.
     """
     return Network(*_trunk_and_objective(config))
 
 
 def build_student(config: Config) -> StudentNetwork:
-    """Build the student of a config. Raises as `build_network`."""
+    """Build the student network of a config; raises UserError in the same cases as `build_network`."""
     return StudentNetwork(*_trunk_and_objective(config))
 
 
 def build_teacher(config: Config) -> TeacherNetwork:
-    """Build the teacher of a config. Raises as `build_network`."""
+    """Build the teacher network of a config; raises UserError in the same cases as `build_network`."""
     return TeacherNetwork(*_trunk_and_objective(config))
 
 

@@ -1,6 +1,6 @@
-"""What every objective is: the contract between objective/ and the training step, which never asks which one it is.
+"""The base class of all objectives: the interface through which the training step uses any of them alike.
 
-Teacher and student each hold an instance with the same parameters; the teacher's are the student's moving average.
+Teacher and student each hold an instance; the teacher's parameters are a moving average of the student's.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -12,18 +12,19 @@ from torch import Tensor, nn
 from esvit_scale.models.descriptions import ObjectiveCard, ObjectiveFormulas
 from esvit_scale.models.trunk import Features
 
-Logs = dict[str, Tensor]  # detached scalars; `feature_std`, `loss_…` and whatever the objective finds worth watching
+Logs = dict[str, Tensor]  # detached scalars by name: `feature_std`, `loss_…` and an objective's own diagnostics
 
 
 class Objective(nn.Module):
     """The base class of all objectives: a loss with its heads.
 
     Attributes:
-        needs_regions: whether it reads `Features.regions`.
+        needs_regions: whether the objective reads `Features.regions`.
         multi_crop: whether it takes local crops beside the two global ones.
-        has_teacher: False: targets come from the student's own features, and the teacher is not run. A recipe of such
-            an objective sets `ema_momentum` to 0, so that the teacher, which is what evaluation reads, is the student.
-        images_at_least: images of a micro-batch on one rank, below which the loss is not defined.
+        has_teacher: whether a teacher computes targets. Without, targets come from the student's own features and the
+            teacher is not run. A recipe for such an objective sets `ema_momentum` to 0, so that the teacher's weights,
+            which evaluation reads, are the student's.
+        images_at_least: the smallest number of images per micro-batch and rank for which the loss is defined.
     """
 
     needs_regions = False
@@ -32,9 +33,10 @@ class Objective(nn.Module):
     images_at_least = 1
 
     def targets(self, teacher: Features) -> Any:
-        """Map the teacher's features of the two global views to what the student's loss needs, tensors only.
+        """Return the targets that the student's loss needs, from the teacher's features of the two global views.
 
-        Rows are crop 0 of all images, then crop 1 of all images. It is called without gradient.
+        The rows of the features are crop 0 of all images, then crop 1 of all images. Targets are plain data (tensors),
+        no modules. The method is called without gradient.
         """
         raise NotImplementedError
 
@@ -43,39 +45,43 @@ class Objective(nn.Module):
 
         Args:
             student: features of crop 0 of all images, crop 1 of all images, …
-            targets: what the teacher's `targets` gave; None without a teacher.
-            teacher_temp: τ_t at this step, for objectives that have one.
+            targets: what the teacher's `targets` returned; None without a teacher.
+            teacher_temp: the teacher's temperature at this step, for objectives that have one.
 
         Returns:
-            The loss (scalar; the mean over this rank's images), and scalars to log. Every trainable parameter takes
-            part at every call: ZeRO-3 would step a parameter that is not used by an old gradient.
+            The loss (scalar; the mean over this rank's images), and scalars to log. The loss must depend on every
+            trainable parameter at every call: ZeRO-3 would update an unused parameter by an old gradient.
         """
         raise NotImplementedError
 
     def commit(self) -> None:
-        """Let what was observed since the last step count, after an applied optimizer step. All ranks call it."""
+        """Update statistics (such as centres) from the observed micro-batches, after an applied optimizer step.
+
+        All ranks call it.
+        """
 
     def discard(self) -> None:
-        """Forget what was observed, after a skipped optimizer step."""
+        """Forget the micro-batches observed since the last optimizer step, after a skipped step."""
 
     def extra_state(self) -> dict[str, Tensor]:
-        """Return the student's state between steps beside parameters and buffers, for checkpoints.
+        """Return the student's state that checkpoints must hold beside parameters and buffers, by name.
 
-        It is the same on all ranks, in fp32. A name begins with the head that it belongs to: "view.values" to `view_head`.
+        It is the same on all ranks, in fp32. A name begins with the head that the tensor belongs to: "view.values"
+        belongs to `view_head`.
         """
         return {}
 
     def empty_extra_state(self, device: torch.device) -> dict[str, Tensor]:
-        """Return tensors of the names and shapes that `extra_state` has after a step, to be filled from a checkpoint."""
+        """Return tensors with the names and shapes of `extra_state` after a step, to be filled from a checkpoint."""
         return {}
 
     def load_extra_state(self, extra_state: dict[str, Tensor]) -> None:
-        """Restore what `extra_state` gave, all or a part of it."""
+        """Restore the state that `extra_state` returned, or a part of it."""
 
-    # --- what an objective says about itself; both have an answer for one that does not ------------------------------
+    # --- descriptions of the objective; both methods have a default --------------------------------------------------
 
     def formulas(self) -> ObjectiveFormulas | None:
-        """Return the objective's costs in closed form; None: they are counted by running it (costs.py)."""
+        """Return formulas for the objective's FLOPs and activations; None: these are traced instead (costs.py)."""
         return None
 
     def card(self) -> ObjectiveCard:
@@ -93,11 +99,13 @@ def spread(features: Tensor) -> Tensor:
 
 
 def unit(features: Tensor) -> Tensor:
-    """Scale rows to unit norm in fp32 or wider: an argmax must not depend on bf16 rounding."""
+    """Scale the rows of features [n, C] to unit norm, in fp32 or wider so that no argmax depends on bf16 rounding."""
     return nn.functional.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
 
 
 def fixed_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Return a context in which autocast changes nothing: precisions are chosen by hand. The meta device has no
-    autocast."""
+    """Return a context with autocast switched off, for code that chooses its precisions itself.
+
+    On the meta device, which has no autocast, the context does nothing.
+    """
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

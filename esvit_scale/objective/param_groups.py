@@ -1,4 +1,4 @@
-"""Which parameters decay, and which are frozen with the last layer."""
+"""Groups of parameters: the optimizer's, by weight decay and freezing, and the parts of the network for monitors."""
 
 import re
 from typing import Literal
@@ -12,12 +12,12 @@ def parameter_groups(module: nn.Module, decay: Literal["weights", "all"] = "weig
     """Return the optimizer group of every trainable parameter, by name.
 
     "no_decay": biases, 1-D tensors, and Swin V2's temperatures and position-bias network. "last_layer": the heads'
-    prototypes with their gains, which decay (the gains are 2-D) but are left alone during the first epochs. Bias
-    tables are 2-D and decay.
+    prototypes with their gains, which decay (the gains are 2-D) but are frozen during the first epochs. "decay": all
+    others, position-bias tables (2-D) included.
 
     Args:
-        module: with whole parameters, not as ZeRO 3 partitions them.
-        decay: "all": nothing is exempt (`optim.decay`).
+        module: a module whose parameters are not partitioned by ZeRO-3, because their shapes are read.
+        decay: `optim.decay`. With "all", the parameters of "no_decay" are in "decay".
     """
     groups = {name: _group(name, p) for name, p in module.named_parameters() if p.requires_grad}
     return {name: "decay" if decay == "all" and group == "no_decay" else group for name, group in groups.items()}
@@ -27,9 +27,10 @@ _LAYER = re.compile(r"(?:network\.)?(?:(layers|stages|stage|blocks)[._]?(\d+)|la
 
 
 def part_of(name: str) -> str:
-    """Return the part of the network that a parameter belongs to, as monitors name it: "patch_embed", "stage3", "view_head".
+    """Return the part of the network that a parameter belongs to, as monitors name it.
 
-    A trunk with stages has one part per stage, one without (a plain ViT) one part per block.
+    Examples are "patch_embed", "stage3" and "view_head". A trunk with stages has one part per stage, one without (a
+    plain ViT) one part per block.
     """
     owner, _, rest = name.partition(".")
     if owner not in ("trunk", "objective"):
@@ -41,7 +42,10 @@ def part_of(name: str) -> str:
 
 
 def largest_of_each_part(module: nn.Module) -> dict[str, str]:
-    """Map each part to the name of its largest trainable parameter, whose updates stand for the part."""
+    """Map each part to the name of its largest trainable parameter, whose updates monitors take for the whole part's.
+
+    The prototypes' directions (`weight_v`) are left out.
+    """
     sizes = {
         name: p.numel() for name, p in module.named_parameters() if p.requires_grad and not name.endswith(".weight_v")
     }

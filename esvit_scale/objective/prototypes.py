@@ -8,17 +8,17 @@ The slow algorithm, which the tests use as their oracle (all z unit rows [·, D]
             p = softmax((W_t @ z_t[match[s, m]] - c) / teacher_temp)          # [K]
             loss += weight[s, m] * -(p * q).sum()
 
-The fast one rests on  −Σ_k p_k log_softmax(W z/τ)_k = logsumexp(W z/τ) − (Wᵀp)·z/τ : the first term needs one pass per
-student token whatever the number of its teachers, the second only the teacher's expected prototype e = Wᵀp, D numbers
-per teacher token. The weights of the mean are known beforehand, so the gradients are too:
+The fast algorithm uses  −Σ_k p_k log_softmax(W z/τ)_k = logsumexp(W z/τ) − (Wᵀp)·z/τ : the first term needs one pass
+per student token, however many teacher tokens it has, the second only the teacher's expected prototype e = Wᵀp, D
+numbers per teacher token. The weights of the mean are known beforehand, so the forward can compute the gradients too:
 
     dz_s = m·(P W)/τ − Σ_m weight·e/τ          with P = softmax(W z/τ), m = Σ_m weight
     dW   = Pᵀ(m z)/τ − Σ_t p_tᵀ G_t/τ          with G_t = Σ over the (s, m) matched to t of weight·z_s
 
-It goes over the prototypes twice, in tiles that stay in the cache, for teacher and student tokens together: first for
-the log-sum-exps, then, with them, for the probabilities. The logits are so computed twice (4 matrix products where 3
-would do), and for it a tile's dW is complete when its turn is over: it is written once, in its final precision, and
-nothing larger than a tile passes through memory.
+It goes over the prototypes twice, in tiles that stay in the cache, for teacher and student tokens together: the first
+pass computes log-sum-exps, the second uses them to compute probabilities. The logits are thus computed twice (4 matrix
+products where 3 would do). In return, the dW of a tile is complete at the end of the tile's turn and is written once,
+in its final precision, and no intermediate is larger than a tile.
 """
 
 from collections.abc import Iterator
@@ -30,15 +30,15 @@ from torch.autograd.function import once_differentiable
 
 from esvit_scale.objective.objective import fixed_precision
 
-CPU_TILE_BYTES = 16 * 2**20  # of one tokens × tile matrix in fp32: what caches hold, by measurement
-GPU_TILE_SHARE = 128  # of the device's memory. Not of what is free: the tile decides the order of sums
+CPU_TILE_BYTES = 16 * 2**20  # size of a tokens × tile matrix in fp32 that caches hold, by measurement
+GPU_TILE_SHARE = 128  # a tile has 1/128 of all memory; not of free memory, as the tile decides the order of sums
 NARROWEST_TILE = 128  # prototypes; below it matrix products starve
 
 
 class Entropies(NamedTuple):
     """Entropies of the probabilities, in nats: scalars without gradient."""
 
-    teacher: Tensor  # mean over tokens of H(p_t): 0 single prototypes, ln K uniform
+    teacher: Tensor  # mean over tokens of H(p_t): 0 for one prototype per token, ln K for uniform
     student: Tensor  # mean over tokens of H(softmax(z_s))
     usage: Tensor  # H(mean over tokens of p_t): its exponential is the number of prototypes in use
 
@@ -55,10 +55,10 @@ def prototype_cross_entropy(
     teacher_temp: float,
     tile: int | None = None,
 ) -> tuple[Tensor, Entropies]:
-    """Return Σ over student tokens s and their teacher tokens t = match[s, m] of weight[s, m] · cross-entropy(p_t, q_s).
+    """Return Σ over student tokens s and teacher tokens t = match[s, m] of weight[s, m] · cross-entropy(p_t, q_s).
 
-    Matrix products run in z_s's dtype (bf16 for fp16); log-sum-exp, probabilities, centre and accumulations in fp32 (fp64
-    for fp64).
+    Matrix products run in z_s's dtype (bf16 for fp16); log-sum-exp, probabilities, centre and accumulations in fp32
+    (fp64 for fp64).
 
     Args:
         z_s: [N_s, D] the student's bottleneck, unit rows.
@@ -93,7 +93,7 @@ def tile_size(tokens: int, device: torch.device) -> int:
 
 
 class Side(NamedTuple):
-    """Tokens of one network and what turns them into logits (z Wᵀ − c)/τ."""
+    """The tokens z of one network, and the prototypes W, temperature τ and centre c of their logits (z Wᵀ − c)/τ."""
 
     z: Tensor  # [n, D]
     rows: Tensor  # [K, D]
@@ -137,7 +137,7 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
             for m in range(match.shape[1]):
                 grad_z.addcmul_(expected[match[:, m]], weight[:, m, None], value=-1)
             grad_z = grad_z.div_(student_temp).to(dtype)
-        # Kept as they are, not by save_for_backward: the backward scales them in place and gives them away.
+        # Attributes instead of save_for_backward, because the backward scales the gradients in place and returns them.
         ctx.gradients = grad_z, grad_rows.to(rows_s.dtype) if grad_rows is not None else None
         ctx.mark_non_differentiable(*entropies)
         return loss, *entropies
@@ -152,7 +152,7 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
 
 
 def log_sum_exp(side: Side, tile: int) -> Tensor:
-    """Return log Σ_k exp(logit_k) of every token, [n], tile by tile with a running maximum."""
+    """Return log Σ_k exp(logit_k) of every token, [n], computed tile by tile with a running maximum."""
     wide = torch.promote_types(side.z.dtype, torch.float32)
     top = side.z.new_full((len(side.z),), -torch.inf, dtype=wide)
     total = torch.zeros_like(top)
@@ -166,9 +166,10 @@ def log_sum_exp(side: Side, tile: int) -> Tensor:
 def _expectations(
     student: Side, teacher: Side, log_sums: Tensor, towards: Tensor, grad_rows: Tensor | None, tile: int
 ) -> tuple[Tensor, Entropies]:
-    """Return the student's prototypes as each token expects them, P W [N_s + N_t, D], and the entropies.
+    """Return P W and the entropies, where P are the probabilities of student and teacher tokens, [N_s + N_t, K].
 
-    Writes Pᵀ towards into grad_rows [K, D].
+    P W [N_s + N_t, D] is each token's expectation of the student's prototypes W. If `grad_rows` [K, D] is given, Pᵀ
+    times `towards` [N_s + N_t, D] is written into it.
     """
     n_s, n_t = len(student.z), len(teacher.z)
     mixed = torch.zeros_like(towards, dtype=log_sums.dtype)
@@ -195,9 +196,9 @@ def _expectations(
 
 
 def tiles(side: Side, tile: int) -> Iterator[tuple[slice, Tensor]]:
-    """Yield the prototypes of a tile and all tokens' logits for them [n, tile], in fp32 or wider.
+    """Yield, tile by tile, the slice of its prototypes and all tokens' logits for them [n, tile], in fp32 or wider.
 
-    Use them before the next tile: all tiles share one buffer.
+    Use the logits before asking for the next tile: all tiles share one buffer.
     """
     n, k = len(side.z), len(side.rows)
     wide = torch.promote_types(side.z.dtype, torch.float32)

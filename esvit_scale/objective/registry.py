@@ -1,4 +1,4 @@
-"""Objectives by name: one line each, and what each asks of the run's crops and trunk."""
+"""The registry of objectives by name, and the checks that an objective suits the run's trunk, crops and batch."""
 
 from collections.abc import Callable
 
@@ -29,10 +29,10 @@ OBJECTIVES: dict[str, Callable[[int, configs.Objective], Objective]] = {  # (C o
 
 
 def build_objective(trunk: Trunk, config: Config) -> Objective:
-    """Return the objective that `config.objective` names, for a trunk's features.
+    """Build the objective that `config.objective` names, for the features of `trunk`.
 
     Raises:
-        UserError: unknown name, or one that the trunk or the crops do not suit; one line.
+        UserError: the name is unknown, or the objective does not suit the trunk or the crops; the message is one line.
     """
     name = config.objective.name
     if name not in OBJECTIVES:
@@ -56,7 +56,7 @@ def build_objective(trunk: Trunk, config: Config) -> Objective:
 
 
 def check_local_batch(objective: Objective, config: Config, world_size: int) -> None:
-    """Raise UserError for fewer images on a rank than the objective's loss is defined for."""
+    """Raise UserError if micro-batches have fewer images per rank than the objective's loss needs."""
     images = config.train.global_batch // config.train.grad_accum // world_size
     if images < objective.images_at_least:
         whole = objective.images_at_least * config.train.grad_accum * world_size

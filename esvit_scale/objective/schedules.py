@@ -1,8 +1,8 @@
-"""What moves during a run, each a pure function of the optimizer step (0 is the first).
+"""The schedules of a run: pure functions of the optimizer step (from 0).
 
-lr, weight decay and EMA momentum move per step; the teacher's temperature and the last layer's freeze per epoch. The
-values of `optim.schedule: cosine` are those of the official code's tables. A run shorter than its warm-up stays in it: it is the beginning of the
-longer run.
+Learning rate, weight decay and EMA momentum change per step; the teacher's temperature and the freeze of the last layer
+change per epoch. With `optim.schedule: cosine`, values are those of the official code's tables. A run that is shorter
+than its warm-up ends within it, as the beginning of a longer run.
 """
 
 import math
@@ -24,13 +24,13 @@ class Schedules:
         return self.config.train.steps or self.config.train.epochs * self.steps_per_epoch
 
     def lr(self, step: int) -> float:
-        """Return the learning rate of a step."""
+        """Return the learning rate at a step."""
         optim = self.config.optim
         warmup = int(optim.warmup_epochs * self.steps_per_epoch)
         return self._move(step, self.config.peak_lr, optim.lr_end, warmup)
 
     def weight_decay(self, step: int) -> float:
-        """Return the weight decay of a step."""
+        """Return the weight decay at a step."""
         optim = self.config.optim
         return self._move(step, optim.weight_decay, optim.weight_decay_end)
 
@@ -61,8 +61,8 @@ class Schedules:
 def warmup_cosine(step: int, total: int, base: float, end: float, warmup: int = 0) -> float:
     """Return the value at `step` of a warm-up and half a cosine.
 
-    It rises linearly from 0 to `base` in `warmup` steps (the last of them is at `base`), then follows half a cosine towards
-    `end`, which would be reached at step `total`.
+    It rises linearly from 0 to `base` in `warmup` steps (the last of them is at `base`), then follows half a cosine
+    towards `end`, which would be reached at step `total`.
     """
     if step < warmup:
         return linspace(0.0, base, warmup, step)
@@ -82,7 +82,10 @@ def warmup_constant(step: int, total: int, base: float, end: float, start: int, 
 
 
 def cooldown_start(total: int, cooldown: float) -> int:
-    """Return the first step of the cooldown: until there, runs of any length are the same run."""
+    """Return the first step of the cooldown, which is the last `cooldown` (a fraction) of `total` steps.
+
+    Before it, the values do not depend on the length of the run.
+    """
     return total - round(cooldown * total)
 
 

@@ -2,7 +2,7 @@
 
     L = mean over the 2N views i of −log( exp(z_i·z_j/τ) / Σ_{l ≠ i} exp(z_i·z_l/τ) ),   j the other view of i's image
 
-The views of all ranks are gathered with their gradient: an image is pushed away by every rank's loss.
+The views of all ranks are gathered with their gradients, so the losses of all ranks contribute to a view's gradient.
 """
 
 import torch
@@ -17,13 +17,13 @@ from esvit_scale.parallel import collectives
 
 
 class SimCLR(Objective):
-    """The objective: a projector and the NT-Xent loss, without a teacher."""
+    """SimCLR's objective: a projector and the NT-Xent loss, without a teacher."""
 
     multi_crop = False
     has_teacher = False
 
     def __init__(self, dim: int, config: configs.Objective) -> None:
-        """Args: dim: C of the trunk."""
+        """Build the projector for trunk features of width `dim`."""
         super().__init__()
         self.projector = ProjectorMlp(dim, config.head_hidden, config.bottleneck, last_norm=True)
         self.temp = config.student_temp
@@ -31,8 +31,8 @@ class SimCLR(Objective):
     def forward(self, student: Features, targets: None, teacher_temp: float) -> tuple[Tensor, Logs]:
         """Return the loss of the student's two views.
 
-        It logs positive_similarity, the mean cosine of an image's two views; contrastive_accuracy, how often the other view is
-        the nearest of all; projection_std, the projections' spread (see `spread`).
+        It logs positive_similarity, the mean cosine of an image's two views; contrastive_accuracy, the fraction of
+        views whose nearest view, of all ranks', is the other of their image; projection_std, the projections' `spread`.
         """
         z = unit(self.projector(student.view))  # [2B, D]; both views are normalised together
         with fixed_precision(z.device):

@@ -12,12 +12,12 @@ from esvit_scale.objective.two_views import TwoViews
 
 
 class SimSiam(TwoViews):
-    """The objective: projector and predictor, without a teacher."""
+    """SimSiam's objective: a projector, a predictor and the negative cosine, without a teacher."""
 
     has_teacher = False
 
     def __init__(self, dim: int, config: configs.Objective) -> None:
-        """Args: dim: C of the trunk."""
+        """Build the projector and the predictor for trunk features of width `dim`."""
         hidden, width = config.head_hidden, config.bottleneck
         super().__init__(
             ProjectorMlp(dim, hidden, hidden, width, last_norm=True),
@@ -25,5 +25,5 @@ class SimSiam(TwoViews):
         )
 
     def compare(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Logs]:
-        """Return the loss of one order of the two views, and nothing to log."""
+        """Return −½ times the mean cosine of the unit rows `queries` and `keys`, both [B, D], and nothing to log."""
         return -(queries * keys).sum(1).mean() / 2, {}

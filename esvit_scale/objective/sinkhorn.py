@@ -8,10 +8,10 @@ tests use as their oracle (z of all ranks):
         p = p / p.sum(0)                      # every prototype: the same share
         p = p / p.sum(1)                      # every token: a distribution
 
-It only ever scales rows and columns: p_ik = u_i · exp(z_i·w_k/τ) · v_k. The last line is a softmax over k, so the
-columns' scales are all there is to know, and they are a centre: p = softmax((z Wᵀ − c)/τ) with c_k = −τ·log v_k. So
-the loss is the one of objective/prototypes.py, and here too no tokens × K matrix is stored: each half of an iteration
-is a pass of log-sum-exps over tiles of prototypes. Ranks exchange K numbers an iteration.
+The loop only scales rows and columns: p_ik = u_i · exp(z_i·w_k/τ) · v_k. Since its last line makes each row a softmax
+over k, the column scales v determine the result, and they act as a centre: p = softmax((z Wᵀ − c)/τ) with c_k =
+−τ·log v_k. The loss is therefore that of objective/prototypes.py, and no tokens × K matrix is stored here either: each
+half of an iteration is a pass of log-sum-exps over tiles of prototypes. Ranks exchange K numbers per iteration.
 """
 
 import torch
@@ -21,21 +21,21 @@ from esvit_scale.objective.objective import fixed_precision
 from esvit_scale.objective.prototypes import Side, log_sum_exp, tile_size, tiles
 from esvit_scale.parallel import collectives
 
-ITERATIONS = 3  # of all published recipes
+ITERATIONS = 3  # as in all published recipes
 
 
 @torch.no_grad()
 def sinkhorn_center(z: Tensor, rows: Tensor, temp: float, tile: int | None = None) -> Tensor:
-    """Return the centre that makes softmax((z Wᵀ − c)/temp) the Sinkhorn-Knopp targets. All ranks together.
+    """Return the centre c for which softmax((z Wᵀ − c)/temp) are the Sinkhorn-Knopp targets. All ranks must call it.
 
     Args:
-        z: [n, D] unit rows of this rank; n is the same on all.
-        rows: [K, D] prototypes.
-        temp: τ.
+        z: [n, D] unit rows of this rank; n is the same on all ranks.
+        rows: [K, D] prototypes W.
+        temp: temperature τ.
         tile: prototypes handled at once; None: as many as suit the device.
 
     Returns:
-        fp32 (fp64 for fp64) [K].
+        The centre [K], in fp32 (fp64 for fp64).
     """
     z = z.to(rows.dtype)
     tile = tile or tile_size(len(z), z.device)
@@ -50,7 +50,7 @@ def sinkhorn_center(z: Tensor, rows: Tensor, temp: float, tile: int | None = Non
 
 
 def _column_log_sums(side: Side, log_u: Tensor, tile: int) -> Tensor:
-    """Return log Σ_i u_i exp(logit_ik) over all ranks' tokens, [K]."""
+    """Return log Σ_i u_i exp(logit_ik) for each prototype k, over the tokens i of all ranks, [K]."""
     sums = log_u.new_empty(len(side.rows))
     for part, logits in tiles(side, tile):
         torch.logsumexp(logits.add_(log_u[:, None]), 0, out=sums[part])

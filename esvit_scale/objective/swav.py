@@ -22,22 +22,22 @@ VIEWS = 2  # the globals, which have codes
 
 
 class SwAV(Objective):
-    """The objective: a projector and prototypes whose codes Sinkhorn-Knopp makes, without a teacher."""
+    """SwAV's objective: a projector and prototypes, with codes by Sinkhorn-Knopp and without a teacher."""
 
     has_teacher = False
 
     def __init__(self, dim: int, config: configs.Objective) -> None:
-        """Args: dim: C of the trunk."""
+        """Build the projector and the prototypes for trunk features of width `dim`."""
         super().__init__()
         self.projector = ProjectorMlp(dim, config.head_hidden, config.bottleneck)
         self.last_layer = Prototypes(config.bottleneck, config.prototypes, norm_last_layer=True)
         self.temp, self.prototypes = config.student_temp, config.prototypes
 
     def forward(self, student: Features, targets: None, teacher_temp: float) -> tuple[Tensor, Logs]:
-        """Return the loss of the student's views.
+        """Return the loss of all of the student's crops.
 
         It logs teacher_entropy_view (of the codes), student_entropy_view and prototypes_used_view as EsViT does, and
-        projection_std, the projections' spread (see `spread`).
+        projection_std, the projections' `spread`.
         """
         projections = self.projector(student.view)  # [V·B, D]; crops of all sizes are normalised together
         images = student.grids[0][0] // VIEWS
@@ -57,7 +57,10 @@ class SwAV(Objective):
         return ObjectiveCard(rows=(("prototypes", f"{self.prototypes:,}"),))
 
     def _swapped(self, z: Tensor, rows: Tensor, images: int, epsilon: float) -> tuple[Tensor, Entropies]:
-        """Return the loss of all crops against both views' codes; each view's codes come from its own batch."""
+        """Return the loss of all crops against the codes of both global views, and the entropies.
+
+        The codes of a view are computed from the rows of that view alone, over all ranks.
+        """
         others = len(z) // images - 1
         match = torch.arange(images, device=z.device).repeat(others)[:, None]
         wide = torch.promote_types(z.dtype, torch.float32)

@@ -1,11 +1,12 @@
 """The truncated triplet (Wang et al. 2021, "Solving Inefficiency of Self-supervised Representation Learning").
 
 A prediction shall be nearer to the teacher's projection of its image's other view than to those of some hard negatives
-of the local batch; the hardest, which may be of the same kind, is left out. With D = −2·cos:
+from the local batch; the hardest, which may show the same kind of thing, is left out. With D = −2·cos:
 
     L = Σ over both orders of mean_i max(0, margin + 2·D_ii − mean of the 2nd to 10th smallest D_ij, j ≠ i)
 
-At the published margin of 100 the maximum is never 0 (the rest lies within ±6): the loss is linear, and begins near 200.
+At the published margin of 100 the maximum is never 0, because the other terms lie within ±6: the loss is linear. It
+begins near 200, as both orders have a margin.
 """
 
 import torch
@@ -17,22 +18,22 @@ from esvit_scale.objective.byol import BYOL
 from esvit_scale.objective.objective import Logs
 
 MARGIN = 100.0
-RANKS = slice(1, 10)  # of the negatives, the nearest first
+RANKS = slice(1, 10)  # the negatives that are used, in order of their distance: the 2nd to the 10th
 
 
 class Triplet(BYOL):
-    """BYOL's projector, predictor and teacher with another loss."""
+    """The truncated triplet's objective: BYOL's projector, predictor and teacher with another loss."""
 
     images_at_least = RANKS.stop + 1
 
     def __init__(self, dim: int, config: configs.Objective) -> None:
-        """Args: dim: C of the trunk."""
+        """Build the projector and the predictor for trunk features of width `dim`."""
         super().__init__(dim, config)
 
     def compare(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Logs]:
-        """Return the loss of one order of the two views.
+        """Return the triplet loss of unit rows `queries` of one view and `keys` of the other, both [B, D].
 
-        It logs negative_similarity, the mean cosine with the chosen negatives.
+        It logs negative_similarity, the mean cosine of queries and their chosen negatives.
         """
         distances = -2 * queries @ keys.t()  # [B, B]
         itself = torch.eye(len(queries), dtype=torch.bool, device=queries.device)

@@ -1,10 +1,11 @@
-"""What MoCo v3, BYOL, SimSiam and the truncated triplet share: from each of two views, predict the other's projection.
+"""The base class of MoCo v3, BYOL, SimSiam and the truncated triplet: predict each view's projection from the other.
 
     q = predictor(projector(f))     of the student, for both views
     k = projector(f)                of the teacher; without one, the student's own without gradient
     L = compare(q₁, k₂) + compare(q₂, k₁)
 
-Batch norm in projector and predictor sees one view of the images of all ranks at a time, as if each had its own forward.
+Batch norms in projector and predictor normalise one view of the images of all ranks at a time, as if each view had its
+own forward.
 """
 
 from torch import Tensor
@@ -27,8 +28,12 @@ class TwoViews(Objective):
         self.predictor = predictor
 
     def compare(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Logs]:
-        """Return the loss of one order and what to log of it, from unit rows [B, D] of one view and the other, in fp32
-        or wider."""
+        """Return the loss of predicting one view from the other, and scalars to log.
+
+        Args:
+            queries: [B, D], the student's predictions from one view: unit rows, in fp32 or wider.
+            keys: [B, D], the projections of the other view: unit rows in the same precision, without gradient.
+        """
         raise NotImplementedError
 
     def targets(self, teacher: Features) -> Tensor:
@@ -36,15 +41,15 @@ class TwoViews(Objective):
         return unit(self.projector(teacher.view, VIEWS))
 
     def forward(self, student: Features, targets: Tensor | None, teacher_temp: float) -> tuple[Tensor, Logs]:
-        """Return the sum of the losses of both orders.
+        """Return the sum of the losses of predicting view 2 from view 1 and view 1 from view 2.
 
-        It logs what `compare` gives, means over the two orders; positive_similarity, the mean cosine of prediction and target;
-        projection_std, the projections' spread (see `spread`).
+        It logs the scalars of `compare`, averaged over the two; positive_similarity, the mean cosine of predictions and
+        targets; projection_std, the projections' `spread`.
         """
         projections = self.projector(student.view, VIEWS)
         queries = unit(self.predictor(projections, VIEWS))
         keys = unit(projections.detach()) if targets is None else targets.to(queries.dtype)
-        keys = keys.roll(len(keys) // VIEWS, 0)  # of the other view
+        keys = keys.roll(len(keys) // VIEWS, 0)  # of the other view: swaps the two halves
         with fixed_precision(queries.device):
             orders = [self.compare(q, k) for q, k in zip(queries.chunk(VIEWS), keys.chunk(VIEWS), strict=True)]
         (first, logs), (second, others) = orders
