@@ -24,7 +24,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _let_go_of_full_consoles() -> None:
-    """Keep the exit code when the console is a file on a full disk; Python would replace it by 120."""
+    """Flush stdout and stderr; redirect a stream that fails to os.devnull.
+
+    Otherwise Python would replace the exit code by 120 when output goes to a file on a full disk.
+    """
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -42,7 +45,7 @@ def _run(arguments: list[str] | None) -> int:
         with translate_file_errors():
             code: int = parsed.run(parsed)
     except (UserError, Diverged) as error:
-        if rank() == "0":  # every rank comes to the same verdict
+        if rank() == "0":  # all ranks raise the same error, so one message is enough
             print_error(str(error))
         return error.exit_code
     except RestartCanHelp as error:

@@ -1,8 +1,8 @@
 """The run config: the one place that owns every number of a run.
 
-A config is YAML: the defaults below (EsViT's Swin-T recipe), under a preset or a file, under dotted `key=value`
-overrides. `resolve` returns the complete config or raises one clear error; `dump` writes the copy that reproduces the
-run. yaml_text.py reads the YAML, schema.py words the errors, overrides.py applies the overrides. None of them imports
+A config starts from the defaults below (EsViT's Swin-T recipe). A preset or YAML file replaces some of them, and dotted
+`key=value` overrides replace some of those. `resolve` returns the complete config or raises one clear error; `dump`
+writes the copy that reproduces the run. yaml_text.py reads the YAML, schema.py words the errors, overrides.py applies the overrides. None of them imports
 torch, so that they load at once on a login node.
 """
 
@@ -49,14 +49,14 @@ class LocalCrops(Section):
 
 
 class Mixed(Section):
-    """One of several sets that are mixed: either all are shard sets or all are plain tars."""
+    """One data set of a mix; the sets of a mix are either all shard sets or all plain tars."""
 
     urls: PathText  # as data.train
     weight: AboveZero = 1.0  # its number of samples relative to the other sets'
 
 
 class Data(Section):
-    """Where the images come from, how they are ordered, cropped and changed."""
+    """The data: where images come from, and how they are ordered, cropped and augmented."""
 
     # Folder of a shard set (with manifest.json), or plain WebDataset tars: a path or URL, {000..123} and pipe: allowed
     train: PathText = ""
@@ -122,8 +122,9 @@ class Objective(Section):
     @model_validator(mode="before")
     @classmethod
     def _regions_are_esvits(cls, values: Any) -> Any:
-        """Set the default of `regions` by the objective's name; the objective's registry checks whether a given value
-        fits.
+        """Make `regions` default to false for every objective but esvit.
+
+        objective/registry.py checks whether a value that the user gave fits the objective.
         """
         if isinstance(values, dict) and values.get("name", "esvit") != "esvit":
             return {"regions": False, **values}
@@ -180,7 +181,7 @@ class Train(Section):
 
 
 class Config(Section):
-    """A complete run. `resolve` makes one; every key's unit and meaning stand beside it above."""
+    """The complete config of a run, made by `resolve`; comments beside the keys above give their units and meanings."""
 
     format_version: Literal[1] = 1
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
@@ -206,8 +207,9 @@ class Config(Section):
 
     @property
     def slots(self) -> int:
-        """Return the number of canonical slots of the data order; it depends on the batch alone, never on the world
-        size.
+        """Return the number of canonical slots of the data order.
+
+        The default depends on the global batch alone, never on the world size.
         """
         return self.data.slots or largest_divisor(self.train.global_batch, 512)
 
@@ -300,12 +302,15 @@ def dump(config: Config) -> str:
 
 
 def validate(values: dict[str, Any], where: str, overrides: list[str] | None = None) -> Config:
-    """Return plain values as a Config; `where` names their source in errors, which `resolve` describes."""
+    """Convert plain values (nested dicts) to a Config.
+
+    Errors name `where` as the source of the values; they are those that `resolve` raises.
+    """
     return check(Config, values, where, overrides)
 
 
 def require_training_data(config: Config) -> None:
-    """Raise UserError when the config names no training data, which presets cannot know."""
+    """Raise UserError if the config names no training data; presets leave it to the user."""
     if not (config.data.train or config.data.mix):
         raise UserError(
             "data.train: not set; give a folder of shards, for example data.train=/data/my-shards"
@@ -335,7 +340,7 @@ def _read(config: str) -> dict[str, Any]:
 
 
 def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:
-    """Return dotted key → value, with sections and lists of sections opened."""
+    """Flatten nested sections, and lists of sections, to a dict of dotted key → value."""
     if isinstance(node, dict):
         items: Any = node.items()
     elif isinstance(node, list) and node and isinstance(node[0], dict):

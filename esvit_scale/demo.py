@@ -1,4 +1,4 @@
-"""`esvit-scale demo`: the whole journey on one small machine, in minutes and without a download.
+"""`esvit-scale demo`: the whole pipeline on one small machine, in minutes and without a download.
 
 Bundled photographs → patches → shards → k-NN of raw pixels and of the untrained teacher → pretraining with the view and
 the region loss → k-NN of the trained teacher → report.html. A patch's class is the photograph it was cut from; training
@@ -25,7 +25,7 @@ from esvit_scale.train import pretraining
 from esvit_scale.train.run_dir import open_run, read_summary
 
 LOOKED_AT = 100  # test patches for the figures of correspondences
-K = 10  # the k whose accuracy is quoted: the first of the protocol, whichever k is best
+K = 10  # the k whose accuracy is quoted: fixed in advance, not the k with the best accuracy
 SAMPLES_PER_SHARD = 250
 NAMES = ("raw pixels", "untrained teacher", "trained teacher")
 
@@ -33,8 +33,9 @@ Json = dict[str, Any]
 
 
 def run(out: Path) -> int:
-    """Run the demo in the run dir `out` and print its results; return the exit code. A finished demo is only read
-    again.
+    """Run the demo in the run dir `out` and print its results; return the exit code.
+
+    When the demo in `out` has finished before, only print its results again.
 
     Raises:
         UserError: `out` holds something else.
@@ -84,7 +85,7 @@ def look(out: Path, config: Config) -> None:
 
 
 def demo_config(out: Path, seed: int) -> Config:
-    """Return the preset `demo` with run dir `out`, in the precision that is fast on this machine."""
+    """Return the config of the preset `demo` with run dir `out`: in bf16 where the hardware computes it, else fp32."""
     values = configs.resolve("demo").model_dump(mode="json") | {"run_dir": str(out), "seed": seed}
     values["data"]["train"] = str(out / "shards" / "train")
     values["train"]["precision"] = "bf16" if has_fast_bf16() else "fp32"
@@ -95,7 +96,7 @@ def has_fast_bf16() -> bool:
     """Return whether bf16 arithmetic is done in hardware: by the GPU, or by a CPU's AVX512-BF16 or AMX."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
-    ask = getattr(torch.cpu, "get_capabilities", None)  # older torch does not tell: fp32 is right everywhere
+    ask = getattr(torch.cpu, "get_capabilities", None)  # missing in older torch; then fp32 is the safe choice
     capabilities = ask() if ask else {}
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
@@ -127,7 +128,7 @@ def pixels_result(config: Config, train: Path, test: Path) -> Json:
 
 
 def untrained_result(config: Config, train: Path, test: Path) -> Json:
-    """Return the k-NN result of the teacher before training: the same initial values by name and seed."""
+    """Return the k-NN result of the untrained teacher, rebuilt with the initial weights that this config's seed gives."""
     network = build_network(config)
     initialize(network, config.seed)
     return _row(1, 0, train, test) | _evaluate(network.trunk, config, train, test)

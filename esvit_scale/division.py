@@ -1,4 +1,4 @@
-"""Integer arithmetic of dividing: a batch into ranks and micro-batches, rows into ranks' shares."""
+"""Integer arithmetic for dividing a batch into micro-batches of ranks, and rows into one share per rank."""
 
 import math
 
@@ -14,7 +14,7 @@ def nearest_multiple(n: int, of: int) -> int:
 
 
 def share(n: int, part: int, parts: int) -> slice:
-    """Return the slice of `n` items that belongs to part number `part` (from 0) of `parts`.
+    """Return the slice of range(n) that part number `part` (counted from 0) of `parts` parts owns.
 
     The slices are contiguous, cover every item once and differ in length by at most one.
     """
@@ -22,10 +22,12 @@ def share(n: int, part: int, parts: int) -> slice:
 
 
 def batch_problem(global_batch: int, grad_accum: int, ranks: int = 1, unit: str = "ranks") -> str | None:
-    """Return why a global batch does not divide into equal micro-batches, with the nearest that does; None if it does.
+    """Return an error message if a global batch does not divide into equal micro-batches, else None.
+
+    The message names the nearest global batch that does.
 
     Args:
-        unit: what the ranks are called in the message, "ranks" or "GPUs".
+        unit: the word for ranks in the message, "ranks" or "GPUs".
     """
     parts = ranks * grad_accum
     if global_batch % parts == 0:

@@ -94,7 +94,7 @@ def _deepspeed_ops() -> CheckRow:
 
 
 def collective_row(backend: Literal["gloo", "nccl"], required: bool) -> CheckRow:
-    """Return the row of a communication backend: whether an all-reduce of this one process works."""
+    """Check a communication backend with an all-reduce in a process group of this one process; return the row."""
     from esvit_scale.parallel.probe import all_reduce_works
 
     try:

@@ -44,13 +44,13 @@ def driver_problem(driver: str, cuda_build: str | None) -> str | None:
 
 
 def parse_driver(text: str) -> str | None:
-    """Return the version in the text of /proc/driver/nvidia/version."""
+    """Extract the driver's version from the text of /proc/driver/nvidia/version."""
     found = re.search(r"NVRM version:.*?\s(\d{3,}\.\d+(?:\.\d+)?)\s", text)
     return found[1] if found else None
 
 
 def gpu_rows() -> Iterator[CheckRow]:
-    """Yield one row per GPU that torch sees; without any, one row that says why."""
+    """Yield one row per GPU that torch sees; if it sees none, yield one row that says why."""
     import torch
 
     if torch_sees_gpu():
@@ -131,7 +131,7 @@ def cuda_build_of_torch() -> str | None:
 
 
 def bf16_row() -> CheckRow:
-    """Return the row of bf16: computed in hardware or emulated."""
+    """Return the row that says whether bf16 is computed in hardware or emulated."""
     import torch
 
     if torch_sees_gpu():

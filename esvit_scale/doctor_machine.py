@@ -15,7 +15,7 @@ GIB = 2**30
 
 
 def slurm_row() -> CheckRow:
-    """Return the row of Slurm's commands."""
+    """Return the row that says whether Slurm's commands are available."""
     said = [command_output(command, "--version") for command in ("sinfo", "srun")]
     if not any(said):
         return CheckRow("Slurm", "absent", "sinfo and srun are not installed")
@@ -25,7 +25,7 @@ def slurm_row() -> CheckRow:
 
 
 def compiler_row() -> CheckRow:
-    """Return the row of the compilers."""
+    """Return the row about the installed compilers."""
     found = [f"{name} ({path})" for name in ("c++", "nvcc") if (path := shutil.which(name))]
     if not found:
         return CheckRow("compiler", "absent", "no c++ compiler; only DeepSpeed's optional ops would need one")
@@ -33,14 +33,14 @@ def compiler_row() -> CheckRow:
 
 
 def cores_row() -> CheckRow:
-    """Return the row of the CPU cores that this process may use."""
+    """Return the row with the number of CPU cores that this process may use."""
     quota = machine.cpu_quota()
     limit = "" if quota is None else f", limited to {quota:.1f} by a control group"
     return CheckRow("cores", "ok", f"{machine.affinity_cpus()}{limit}")
 
 
 def memory_row() -> CheckRow:
-    """Return the row of the memory that this process may use."""
+    """Return the row with the amount of memory that this process may use."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     usable = min(total, machine.memory_limit() or total)
     low = usable < 4 * GIB
@@ -50,8 +50,9 @@ def memory_row() -> CheckRow:
 
 
 def limit_rows() -> Iterator[CheckRow]:
-    """Yield the rows of the limits that a node may set for a job; every node of a job is checked for them before it
-    starts (preflight.py).
+    """Yield the rows about resource limits that may differ between nodes: shared memory, open files, locked memory.
+
+    preflight.py checks them on every node of a job before training starts.
     """
     yield from shared_memory_rows()
     yield open_files_row()
@@ -59,7 +60,7 @@ def limit_rows() -> Iterator[CheckRow]:
 
 
 def shared_memory_rows() -> Iterator[CheckRow]:
-    """Yield the row of /dev/shm, in which loader processes hand over batches; none where it does not exist."""
+    """Yield the row about free space in /dev/shm, through which loader processes pass batches; nothing without it."""
     if not Path("/dev/shm").is_dir():
         return
     usage = shutil.disk_usage("/dev/shm")
@@ -71,7 +72,7 @@ def shared_memory_rows() -> Iterator[CheckRow]:
 
 
 def open_files_row() -> CheckRow:
-    """Return the row of the open-file limit that a run gets; a run raises its own soft limit to the hard one."""
+    """Return the row about the hard limit of open files, to which a run raises its soft limit."""
     files = limits.reachable_files()
     workers = limits.workers_served(files)
     detail = f"{files} for each process of a run: enough for data.workers up to {workers}"
@@ -84,9 +85,7 @@ def open_files_row() -> CheckRow:
 
 
 def _locked_memory() -> CheckRow:
-    """Return the row of the locked-memory limit; InfiniBand adapters read and write memory that must not be swapped
-    out.
-    """
+    """Return the row about the limit of locked memory, which InfiniBand needs for its buffers."""
     limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     shown = "unlimited" if limit == resource.RLIM_INFINITY else f"{limit / GIB:.2f} GiB"
     if limit != resource.RLIM_INFINITY and Path("/sys/class/infiniband").is_dir():
@@ -95,7 +94,7 @@ def _locked_memory() -> CheckRow:
 
 
 def disk_row() -> CheckRow:
-    """Return the row of the free space in the current folder."""
+    """Return the row with the free disk space in the current folder."""
     free = shutil.disk_usage(".").free
     low = free < 5 * GIB
     return CheckRow(

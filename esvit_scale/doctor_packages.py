@@ -13,7 +13,7 @@ State = Literal["ok", "warning", "absent", "problem"]
 
 
 class CheckRow(NamedTuple):
-    """One line of doctor's table, and what to do about it."""
+    """One line of doctor's table: what was checked, its state, and advice if something is wrong."""
 
     name: str
     state: State
@@ -37,7 +37,8 @@ class Extra(NamedTuple):
     only_tests: tuple[str, ...] = ()  # packages of the extra that nothing but tests needs
 
 
-# Of every direct dependency: constraints/oldest.txt and newest.txt, which are not in the wheel (a test compares them).
+# The tested range of every direct dependency, copied from constraints/oldest.txt and newest.txt because the wheel does
+# not contain those files (a test compares them).
 TESTED = {
     "torch": Range("2.7.0", "2.14.1"),
     "torchvision": Range("0.22.0", "0.29.1"),
@@ -79,7 +80,7 @@ EXTRAS = {
     "tiff": Extra(("tifffile", "imagecodecs"), "TIFF other than 8-bit RGB"),
     "browser": Extra(("playwright",), "the test that opens a report in Chromium (also: playwright install chromium)"),
 }
-# The distributions that bring the same module; a machine has one of them.
+# Other distributions that provide the same module, of which one is installed in place of the first.
 SAME_MODULE = {
     "opencv-python-headless": ("opencv-python", "opencv-contrib-python-headless", "opencv-contrib-python"),
 }
@@ -88,7 +89,12 @@ INSTALL = "make venv installs it; pip install -e . in your own environment"
 
 
 def required(name: str, also: str = "", advice: str = INSTALL) -> CheckRow:
-    """Return the row of a required package after importing it: an installed package may still not load."""
+    """Import a required package and return its row; importing is the check, because an installed one may not load.
+
+    Args:
+        also: text to add to the version.
+        advice: what to do if the import fails.
+    """
     try:
         module = importlib.import_module(name)
     except Exception as error:
@@ -99,7 +105,9 @@ def required(name: str, also: str = "", advice: str = INSTALL) -> CheckRow:
 
 
 def others() -> Iterator[CheckRow]:
-    """Yield a row for each other required package that is missing or outside its tested range, and one for the rest."""
+    """Yield rows about the required packages that are not in IMPORTED: one for each that is missing or outside its
+    tested range, and one for all the rest.
+    """
     optional = {package for extra in EXTRAS.values() for package in extra.packages}
     fine = []
     for name in TESTED:
@@ -137,7 +145,7 @@ def extras() -> Iterator[CheckRow]:
 
 
 def apex(spec: "importlib.machinery.ModuleSpec | None") -> CheckRow:
-    """Return the row of NVIDIA's apex, known by apex.optimizers; the public index has another package of that name."""
+    """Return the row of NVIDIA's apex, recognised by its module apex.optimizers: PyPI's package apex is another one."""
     if spec is None:
         detail = "not installed: needed for optim.name=apex_adam and apex_lamb (adamw and lamb need nothing)"
         return CheckRow("apex", "absent", detail, "NVIDIA's is built from its repository, not by pip install apex")
@@ -152,7 +160,7 @@ def apex(spec: "importlib.machinery.ModuleSpec | None") -> CheckRow:
 
 
 def compared(package: str, version: str) -> tuple[State, str, str]:
-    """Return the state, text and advice for a version of a package, by the range in TESTED."""
+    """Compare a package's version with its range in TESTED; return the state, text and advice of its row."""
     oldest, newest = TESTED[package]
     advice = f"tested with {oldest}" + (f" to {newest}" if newest != oldest else "")
     try:
@@ -167,13 +175,13 @@ def compared(package: str, version: str) -> tuple[State, str, str]:
 
 
 def sort_key(version: str) -> tuple[tuple[int, ...], int]:
-    """Return a key that orders a version against final releases as PEP 440 does.
+    """Return a sort key that orders a version relative to final releases as PEP 440 does.
 
-    The numbers of the release without trailing zeros, then -1 for a pre-release, 0, or 1 for a post-release. A local
-    suffix (+cu130) does not count. Written out because doctor must run where `packaging` is missing too.
+    The key holds the release numbers without trailing zeros, then -1 for a pre-release, 0 for a final release or 1 for
+    a post-release. A local suffix (+cu130) is ignored. `packaging` is not used, because doctor must run without it.
 
     Raises:
-        ValueError: the text is no version.
+        ValueError: the text is not a version.
     """
     found = VERSION.fullmatch(version)
     if found is None:

@@ -30,7 +30,7 @@ class RestartCanHelp(Exception):
     exit_code = 75
 
 
-# What storage answers when it is full, gone or broken, rather than asked for the wrong thing. A restart can help.
+# The errnos of storage that is full, gone or broken, as opposed to a wrong request. A restart can help.
 MACHINE_ERRNOS = frozenset(
     {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EAGAIN, errno.EREMOTEIO, errno.ENETDOWN}
     | {errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENOSPC, errno.EDQUOT, errno.EROFS}
@@ -43,7 +43,7 @@ def is_machine_fault(error: BaseException) -> bool:
 
 
 def in_words(error: OSError) -> str:
-    """Return a file system error in one line: which file, and what the system says."""
+    """Return the one-line message of a file system error: the file, and the system's own words."""
     what = error.strerror or " ".join(str(error).split()) or type(error).__name__
     return f"{os.fsdecode(error.filename)}: {what}" if isinstance(error.filename, str | bytes | os.PathLike) else what
 
@@ -61,7 +61,7 @@ def _as_os_error(error: Exception) -> OSError | None:
 
 @contextmanager
 def translate_file_errors() -> Iterator[None]:
-    """Turn a file system error that leaves the block into one line with the exit code that fits it.
+    """Convert file system errors raised in the `with` block to exceptions with a one-line message and an exit code.
 
     Raises:
         RestartCanHelp: storage that is full, gone or broken.
@@ -85,7 +85,7 @@ def translate_file_errors() -> Iterator[None]:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return the end of an error line: `; did you mean 'x'?`, or the list of known words when none is close."""
+    """Return a hint to append to an error message: `; did you mean 'x'?`, or the known words when none is close."""
     known = sorted(known)
     close = get_close_matches(word, known, n=1, cutoff=0.6)
     if close:

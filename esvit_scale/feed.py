@@ -19,7 +19,7 @@ from esvit_scale.errors import UserError
 from esvit_scale.machine import usable_cpus
 from esvit_scale.train.mfu import ideal_images_per_s
 
-SECONDS = 6.0  # of measuring each rate
+SECONDS = 6.0  # duration of each measurement
 USUAL_MFU = 0.4  # fraction of the rate of large matrix products that a training step reaches when data is no limit
 LARGE = 1_000_000  # pixels of an image above which decoding is the main cost
 
@@ -33,8 +33,8 @@ class Supply(NamedTuple):
 
 
 def run(config: Config) -> int:
-    """Print the rates of the storage, of one loader process and of all, what the GPUs need, and what to change; return
-    0.
+    """Measure and print the images/s of the storage, of one loader process and of all of them, the images/s that the
+    GPUs need, and what to change; return 0.
     """
     data = stream.open_data(config)
     cores = usable_cpus()
@@ -84,7 +84,7 @@ def advice(config: Config, supply: Supply, demand: float, gpus: int, pixels: flo
 
 
 def _rate(config: Config, data: stream.TrainingData, workers: int) -> float:
-    """Return the images/s of `workers` loader processes after their start-up."""
+    """Measure the images/s of `workers` loader processes together, without their start-up."""
     batch = min(16 * workers, data.samples)
     if batch < workers:
         raise UserError(f"{config.data.train}: {data.samples} samples are too few to measure {workers} processes")
@@ -96,7 +96,7 @@ def _rate(config: Config, data: stream.TrainingData, workers: int) -> float:
         }
     )
     batches = stream.batches(smaller, data, 0, 1, 0, 10**6)
-    for _ in islice(batches, 4):  # start-up, and what was made ahead
+    for _ in islice(batches, 4):  # skip the start-up and the prefetched batches
         pass
     began, images = time.monotonic(), 0
     while time.monotonic() - began < SECONDS:
@@ -105,7 +105,7 @@ def _rate(config: Config, data: stream.TrainingData, workers: int) -> float:
 
 
 def _storage(data: Manifest) -> str:
-    """Return the row of the storage: read samples for a while, each at most once, one shard after the other."""
+    """Measure how fast samples are read, shard after shard and each at most once; return the row of the table."""
     reader, read, count, began = ShardReader(data), 0, 0, time.monotonic()
     for shard, i in ((s, i) for s, shape in enumerate(data.shards) for i in range(shape.samples)):
         with suppress(BadImage, OSError):
@@ -119,7 +119,7 @@ def _storage(data: Manifest) -> str:
 
 
 def _pixels(data: Manifest) -> float:
-    """Return the median number of pixels of a few images."""
+    """Return the median number of pixels (height × width) of a few images of the set."""
     reader = ShardReader(data)
     shard = max(range(len(data.shards)), key=lambda s: data.shards[s].samples)
     found = []

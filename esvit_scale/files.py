@@ -34,7 +34,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file atomically: readers, and whoever comes after a crash, see the old file or the new one.
+    """Write a file atomically: at any time, also after a crash, `path` holds the whole old or the whole new content.
 
     When the write fails (on a full disk, say), the old file is untouched and nothing else is left.
     """
@@ -52,7 +52,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Make the renames inside a folder survive a power failure."""
+    """Sync a folder (fsync), so that renames inside it survive a power failure."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -83,7 +83,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def commit_folder(tmp: Path, path: Path, replace: bool = False) -> None:
-    """Rename a filled temporary folder to `path` so that a crash leaves the old or the new folder, never a part.
+    """Rename the finished temporary folder `tmp` to `path`, so that a crash leaves the old or the new folder, not a part.
 
     Args:
         replace: a folder that is at `path` is replaced as a whole; otherwise it is an error.

@@ -1,7 +1,7 @@
-"""Submission of Slurm jobs: fills the shipped batch scripts and gives them to sbatch.
+"""Submission of Slurm jobs: fills in the shipped batch scripts and passes them to sbatch.
 
-The scripts in slurm/ launch the ranks; nothing here starts one. `submit` writes a copy of a script into the folder of
-the job's records, with the #SBATCH lines that were asked for, so that what ran can be read later.
+The scripts in slurm/ launch the ranks; this module starts none. `submit` writes a copy of a script, with the #SBATCH
+lines of this job, to the folder of the job's records, so that one can read later what ran.
 """
 
 import math
@@ -18,8 +18,8 @@ from esvit_scale import files
 from esvit_scale.errors import UserError
 from esvit_scale.resources import shipped_folder
 
-SHORT_OPTIONS = {"N": "nodes", "n": "ntasks", "t": "time"}  # of sbatch
-ANSWER_S = 30  # seconds; Slurm's commands hang when its controller is away
+SHORT_OPTIONS = {"N": "nodes", "n": "ntasks", "t": "time"}  # sbatch's short options → long names
+ANSWER_S = 30  # timeout of Slurm's commands in seconds; they hang when the controller is down
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,17 @@ class Resources:
 
     nodes: int | None = None
     gpus_per_node: int | None = None
-    tasks_per_node: int | None = None  # ranks; None: one a GPU
+    tasks_per_node: int | None = None  # ranks; None: one per GPU
     cpus_per_task: int | None = None
     time: str | None = None
     partition: str | None = None
     signal_lead: int | None = None  # seconds before the time limit at which the job is told to save
     array: str | None = None
-    after: str | None = None  # job id that must end well first
-    more: tuple[str, ...] = ()  # further options of sbatch, `--account=…`
+    after: str | None = None  # id of a job that must succeed before this one starts
+    more: tuple[str, ...] = ()  # further sbatch options, such as `--account=…`
 
     def header(self) -> dict[str, str | None]:
-        """Return option → value of the #SBATCH lines to write; None removes a line."""
+        """Return the #SBATCH lines to set, as option → value; the value None removes the script's line."""
         tasks = self.tasks_per_node or (self.gpus_per_node or None)
         lines = {
             "nodes": self.nodes,
@@ -50,7 +50,7 @@ class Resources:
             "signal": f"B:USR1@{self.signal_lead}" if self.signal_lead else None,
             "array": self.array,
             "dependency": f"afterok:{self.after}" if self.after else None,
-            "kill-on-invalid-dep": "yes" if self.after else None,  # otherwise it would wait for ever after a failed job
+            "kill-on-invalid-dep": "yes" if self.after else None,  # otherwise it would wait forever if that job fails
         }
         header: dict[str, str | None] = {name: str(value) for name, value in lines.items() if value is not None}
         if self.gpus_per_node == 0:
@@ -59,8 +59,8 @@ class Resources:
 
 
 def seconds_of_time(text: str) -> int | None:
-    """Return the seconds of a time limit as sbatch reads it (`30`, `30:00`, `12:00:00`, `2-00`, `2-00:00:00`); None for
-    no limit.
+    """Convert a time limit in sbatch's notation (`30`, `30:00`, `12:00:00`, `2-00`, `2-00:00:00`) to seconds; return None
+    for no limit.
 
     Raises:
         UserError: the text is none of these.
@@ -79,7 +79,7 @@ def seconds_of_time(text: str) -> int | None:
 
 @dataclass(frozen=True)
 class Job:
-    """A filled script and the way to submit it."""
+    """A filled-in batch script, and the arguments and options with which sbatch submits it."""
 
     script: Path
     text: str
@@ -100,11 +100,11 @@ def prepare(
     site: Path | None = None,
     saved_as: str | None = None,
 ) -> Job:
-    """Return the shipped script `name`.sbatch, filled, to be saved as `saved_as`.sbatch; nothing is written yet.
+    """Fill in the shipped script `name`.sbatch and return it as a Job; write nothing yet.
 
     Args:
         arguments: arguments of the script.
-        records: folder for the filled script and the job's console; made when the job is submitted.
+        records: folder for the filled-in script and the job's console output; `submit` creates it.
         site: an env.sh to use instead of the shipped one.
 
     Raises:
@@ -152,7 +152,7 @@ def ranks(name: str, resources: Resources) -> int:
 
 
 def options_of(more: Sequence[str]) -> dict[str, str]:
-    """Return option → value of sbatch's own arguments (`--nodes=4`, `-N4`), which outweigh the script's #SBATCH lines."""
+    """Parse sbatch's command-line options (`--nodes=4`, `-N4`), which override #SBATCH lines, to option → value."""
     found = {}
     for option in more:
         name, _, value = option[2:].partition("=") if option.startswith("--") else (option[1:2], "", option[2:])
@@ -161,12 +161,11 @@ def options_of(more: Sequence[str]) -> dict[str, str]:
 
 
 def _lead_that_fits(shipped: str, resources: Resources) -> int | None:
-    """Return how many seconds before the time limit the job must save, when the script's own lead is too long for the
-    limit; None when it fits.
+    """Return a shorter signal lead (seconds before the time limit at which the job saves) if the script's own is more
+    than half the limit; None to keep the lead.
 
     Raises:
-        UserError: the lead that was asked for is as long as the limit; the job would requeue itself at once, again and
-            again.
+        UserError: the user asked for a lead as long as the limit; the job would requeue itself at once, forever.
     """
     given, more = directives(shipped), options_of(resources.more)
     limit = seconds_of_time(more.get("time") or resources.time or given["time"])
@@ -185,12 +184,12 @@ def _lead_that_fits(shipped: str, resources: Resources) -> int | None:
 
 
 def directives(script: str) -> dict[str, str]:
-    """Return option → value of a batch script's #SBATCH lines."""
+    """Parse a batch script's #SBATCH lines to a dict of option → value."""
     return dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", script, re.MULTILINE))
 
 
 def _output(stem: Path, console: str) -> str:
-    """Return the value of #SBATCH --output for a path that may hold spaces, quotes, # or %."""
+    """Return the value of #SBATCH --output, `stem`-`console`, escaped: the path may hold spaces, quotes, # or %."""
     text = str(stem).replace("%", "%%") + f"-{console}"
     if text == shlex.quote(text):
         return text
@@ -199,9 +198,9 @@ def _output(stem: Path, console: str) -> str:
 
 
 def fill(script: str, header: Mapping[str, str | None], lines: list[str]) -> str:
-    """Return a batch script with other #SBATCH values, and `lines` after the last of them.
+    """Return a batch script with the #SBATCH options of `header` set, and `lines` inserted after the last #SBATCH line.
 
-    A value None removes the line; an option that the script lacks is added.
+    The value None removes an option's line; an option that the script lacks is added.
     """
     before, block, after = _split(script)
     rest = dict(header)
@@ -224,7 +223,9 @@ def _split(script: str) -> tuple[list[str], list[str], list[str]]:
 
 
 def submit(job: Job) -> str:
-    """Write the filled script and give it to sbatch; return the job id. A refusal leaves the disk as it was.
+    """Write the filled-in script and submit it with sbatch; return the job id.
+
+    If sbatch refuses the job, restore the files on disk as they were.
 
     Raises:
         UserError: sbatch is missing or refuses the job.
@@ -241,7 +242,7 @@ def submit(job: Job) -> str:
         else:
             files.write_text(job.script, before)
         for folder in made:
-            with suppress(OSError):  # somebody else's file is in it by now
+            with suppress(OSError):  # another process may have put a file into it by now
                 folder.rmdir()
         raise
 
@@ -265,5 +266,5 @@ def cancel(job: str) -> None:
 
 
 def show(job: Job) -> str:
-    """Return what `--dry-run` prints: the script, and the command that would submit it."""
+    """Return the text that `--dry-run` prints: the script, and the command that would submit it."""
     return f"# {job.script}\n{job.text}\n# {shlex.join(job.command)}"

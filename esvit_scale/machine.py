@@ -1,7 +1,7 @@
-"""What this process may use of the machine: CPU cores and memory, less what affinity and control groups take away.
+"""CPU cores and memory that this process may use, limited by its CPU affinity and control groups (cgroups).
 
-Control groups (cgroups) are read in version 2, one tree under /sys/fs/cgroup, and in version 1, one tree for each
-controller. A limit of the process's own group holds, and so does that of every group above it.
+Both versions of cgroups are read: version 2, one tree under /sys/fs/cgroup, and version 1, one tree per controller. The
+limits of the process's own group and of every group above it apply.
 """
 
 import math
@@ -14,7 +14,7 @@ OWN_GROUPS = Path("/proc/self/cgroup")
 
 
 def usable_cpus() -> int:
-    """Return how many CPU cores' worth of work this process can do at once, at least 1.
+    """Return the number of CPU cores that this process can keep busy at the same time, at least 1.
 
     These are the cores of its affinity (`taskset`, Slurm's --cpus-per-task), or fewer where a control group's quota
     (`docker run --cpus`, Kubernetes limits) allows less; a quota is rounded down.
@@ -24,18 +24,18 @@ def usable_cpus() -> int:
 
 
 def affinity_cpus() -> int:
-    """Return the number of CPU cores that this process may run on, whatever share of them it gets."""
+    """Return the number of CPU cores that this process may run on, without regard to control groups' quotas."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_quota() -> float | None:
-    """Return the CPU cores' worth of time that control groups grant this process, None without a limit."""
+    """Return the smallest CPU quota of this process's control groups, in cores; None without a limit."""
     quotas = [quota for folder in _folders("cpu") if (quota := _quota_of(folder)) is not None]
     return min(quotas, default=None)
 
 
 def memory_limit() -> int | None:
-    """Return the bytes of memory that control groups grant this process, None without a limit."""
+    """Return the smallest memory limit of this process's control groups, in bytes; None without a limit."""
     values = (_text(folder / name) for folder in _folders("memory") for name in ("memory.max", "memory.limit_in_bytes"))
     return min((int(value) for value in values if value.isdecimal() and int(value) < 1 << 60), default=None)
 
@@ -51,8 +51,8 @@ def _quota_of(folder: Path) -> float | None:
 def _folders(controller: str) -> Iterator[Path]:
     """Yield the folders of the process's control group for a controller and of all groups above it.
 
-    Inside a container /proc/self/cgroup may name the group as the host sees it, of which only the topmost folder is
-    here; that folder is then the container's own group, and the others are missing.
+    Inside a container, /proc/self/cgroup may give the group's path on the host, of which only the root folder exists
+    here. That root is then the container's own group, and folders that do not exist are skipped.
     """
     for line in _text(OWN_GROUPS).splitlines() or ["0::/"]:
         _, _, rest = line.partition(":")

@@ -1,4 +1,4 @@
-"""Overrides from the command line: `key=value` with a dotted key, applied to the plain data of a config file."""
+"""Overrides from the command line: `key=value` with a dotted key, applied to the parsed YAML of a config file."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from esvit_scale.yaml_text import show
 
 
 def apply_override(values: dict[str, Any], override: str, schema: type[Section]) -> None:
-    """Set the key that `override` (`key=value`) names in `values`, the plain data of a `schema`.
+    """Apply `override` (`key=value` with a dotted key) in place to `values`, the nested dicts of a `schema` config.
 
     Raises:
         UserError: the override is not `key=value`, or its key passes through a value or beyond a list.
@@ -34,9 +34,9 @@ def apply_override(values: dict[str, Any], override: str, schema: type[Section])
 
 
 def _override_value(path: list[str], text: str, override: str, schema: type[Section]) -> Any:
-    """Return an override's value: the text as it stands where the schema declares text, elsewhere parsed as YAML.
+    """Return the value of an override: parsed as YAML, except that unquoted text of a text key is taken literally.
 
-    Text in quotes is parsed too. Paths may hold any character, and a name may look like a number.
+    It is taken literally because paths may hold any character, and a name may look like a number.
     """
     if declared(path, schema) is not str or (text[:1] in ("'", '"') and text[-1:] == text[:1]):
         return yaml_text.value_of(text, show(override))
@@ -44,7 +44,7 @@ def _override_value(path: list[str], text: str, override: str, schema: type[Sect
 
 
 def _index(node: list[Any], index: str, override: str) -> int:
-    """Return an override's list index as a number."""
+    """Convert a list index in an override's key to an integer; raise UserError if the list `node` has no such item."""
     if not index.isdecimal() or int(index) >= len(node):
         known = f"use 0 to {len(node) - 1}" if node else "give the whole list"
         raise UserError(f"{show(override)}: {index!r} is not an item of a list of {len(node)}; {known}")
@@ -52,8 +52,9 @@ def _index(node: list[Any], index: str, override: str) -> int:
 
 
 def _default_at(path: list[str], schema: type[Section]) -> Any:
-    """Return the default value, as plain data, of a list or section that the file left out, so that its items can be
-    set.
+    """Return the schema's default of a list at a dotted path, as plain data, or an empty dict for a section.
+
+    An override needs it to set an item of a list or a key of a section that the config file leaves out.
     """
     node: Any = schema().model_dump(mode="json")
     for part in path:

@@ -1,8 +1,8 @@
 """`esvit-scale slurm preflight`: checks every node of a job before they work together, and names the bad ones.
 
-The batch scripts run it under srun, one process a rank. It checks GPUs, limits, clocks, renames in the shared folder,
-and all-reduces inside each node and between neighbouring nodes. A node that does not answer at all has left no file in
-DIR/preflight, by which the batch scripts name it.
+The batch scripts run it under srun, one process per rank. It checks GPUs, limits, clocks, renames in the shared folder,
+and all-reduces inside each node and between neighbouring nodes. Every node first writes a file to DIR/preflight; when the
+check fails, the batch scripts name the nodes whose file is missing.
 """
 
 import os
@@ -21,8 +21,8 @@ from esvit_scale.parallel import collectives, probe
 from esvit_scale.parallel import world as worlds
 from esvit_scale.parallel.world import World
 
-CLOCK_S = 5.0  # apart: the run dir's lock lives by heartbeats, and logs of nodes are read side by side
-SLOW = 0.5  # of the median rate
+CLOCK_S = 5.0  # largest clock difference in seconds: the run dir's lock relies on time stamps of heartbeats, and people compare logs
+SLOW = 0.5  # a rate below this fraction of the median is reported
 WHERE = {"inside": "inside the node", "between": "between nodes"}
 NBYTES = {"cuda": 256 << 20, "cpu": 4 << 20}
 
@@ -32,9 +32,9 @@ class Report(NamedTuple):
 
     node: str
     problems: tuple[str, ...]
-    clock: float  # seconds, all ranks having just left one barrier
-    inside: float | None  # GB/s between the ranks of the node
-    between: float | None  # GB/s with a neighbouring node, the better of two
+    clock: float  # time.time() right after a barrier of all ranks
+    inside: float | None  # all-reduce rate in GB/s between the ranks of the node
+    between: float | None  # the same with a neighbouring node, the better of two
 
 
 def run(shared: Path) -> int:
@@ -44,7 +44,7 @@ def run(shared: Path) -> int:
     token = f"{os.environ.get('SLURM_JOB_ID', '')} {os.environ.get('SLURM_RESTART_COUNT', '0')}\n"
     problems = [*_gpu_problems(), *(f"{row.name}: {row.detail}: {row.advice}" for row in _bad_limits())]
     folder.mkdir(parents=True, exist_ok=True)
-    files.write_text(_answer(folder, node), token)  # by a rename over the last start's file
+    files.write_text(_answer(folder, node), token)  # replaces the previous start's file by a rename
     world = worlds.start()
     try:
         with worlds.translate_comm_errors():
@@ -60,7 +60,7 @@ def run(shared: Path) -> int:
 
 def _report(world: World, node: str, folder: Path, token: str, problems: list[str]) -> Report:
     nodes = collectives.gather_objects(node)
-    clock = time.time()  # all ranks come out of that exchange together
+    clock = time.time()  # all ranks leave the gather above at about the same time, so their clocks can be compared
     members: dict[str, list[int]] = {}
     for rank, name in enumerate(nodes):
         members.setdefault(name, []).append(rank)
@@ -74,8 +74,9 @@ def _report(world: World, node: str, folder: Path, token: str, problems: list[st
 
 
 def _neighbours(nodes: list[list[int]]) -> Iterator[list[list[int]]]:
-    """Yield two rounds of node pairs, so that every node is measured with two neighbours and one bad node does not make
-    both look bad.
+    """Yield two rounds of neighbouring node pairs, each pair as the list of both nodes' ranks.
+
+    An inner node is so measured with two neighbours, and a bad node does not make a good neighbour look bad.
     """
     for first in (0, 1):
         pairs = [nodes[i] + nodes[i + 1] for i in range(first, len(nodes) - 1, 2)]
@@ -84,7 +85,7 @@ def _neighbours(nodes: list[list[int]]) -> Iterator[list[list[int]]]:
 
 
 def bad(reports: list[Report]) -> dict[str, list[str]]:
-    """Return the problems of each node."""
+    """Compare the ranks' reports; return node → its problems, an empty list for a good node."""
     found: dict[str, list[str]] = {report.node: [] for report in reports}
     clock = median(report.clock for report in reports)
     for kind in ("inside", "between"):
@@ -103,7 +104,7 @@ def bad(reports: list[Report]) -> dict[str, list[str]]:
 
 
 def lines(reports: list[Report]) -> list[str]:
-    """Return the lines of the table, and how to exclude the bad nodes."""
+    """Return the lines to print: one per node, its problems, and the sbatch option that excludes the bad nodes."""
     problems = bad(reports)
     said = []
     for node, found in problems.items():
@@ -142,7 +143,7 @@ def _answer(folder: Path, node: str) -> Path:
 
 
 def _sees(path: Path, token: str) -> bool:
-    """Return whether a file shows `token` within ten seconds; network file systems may show old entries for a while."""
+    """Return whether a file's content becomes `token` within ten seconds; network file systems may lag that long."""
     for _ in range(20):
         try:
             if path.read_text() == token:

@@ -1,4 +1,4 @@
-"""Progress of long work on stderr: a bar with rate and time left on a terminal, elsewhere a line every ten seconds."""
+"""Display of progress on stderr: on a terminal a bar with rate and time left, elsewhere a line every ten seconds."""
 
 import sys
 import time

@@ -8,15 +8,13 @@ _PACKAGE = Path(__file__).parent
 
 
 def shipped_folder(name: str) -> Path:
-    """Return the folder `ds_configs` or `slurm`: the wheel's copy, or the repository's when the code runs from a
-    checkout.
-    """
+    """Return the path of the shipped folder `name` (ds_configs or slurm): in the installed wheel, or in the checkout."""
     packaged = _PACKAGE / name
     return packaged if packaged.is_dir() else _PACKAGE.parent / name
 
 
 def ds_config_path(name_or_path: str) -> Path:
-    """Return the DeepSpeed JSON that `train.ds_config` names: a path that ends in .json, or the name of a shipped file.
+    """Return the path of the DeepSpeed JSON for a value of `train.ds_config`: a path ending in .json or a shipped name.
 
     Raises:
         UserError: there is no such file, or no shipped config of that name (the error gives the nearest).

@@ -13,7 +13,7 @@ from esvit_scale.yaml_text import show
 
 
 class Section(BaseModel):
-    """A group of keys; unknown keys and values of another type are errors."""
+    """Base class of config sections; unknown keys and values of another type are errors."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -24,7 +24,15 @@ AnySection = TypeVar("AnySection", bound=Section)
 def check(
     schema: type[AnySection], values: dict[str, Any], where: str, overrides: list[str] | None = None
 ) -> AnySection:
-    """Return plain values as an instance of `schema`; raise UserError as `config.resolve` describes."""
+    """Convert plain values (nested dicts) to an instance of `schema`.
+
+    Args:
+        where: the source of the values, for errors.
+        overrides: `key=value` overrides that are already applied, named in errors as the source of their keys.
+
+    Raises:
+        UserError: the values do not fit the schema; one line per problem, as `config.resolve` describes.
+    """
     try:
         return schema.model_validate(values)
     except ValidationError as error:
@@ -53,7 +61,7 @@ def _is_section(node: Any) -> bool:
 
 
 def _bare(annotation: Any) -> Any:
-    """Return the type without Annotated and without `| None`."""
+    """Return a declared type stripped of Annotated and of `| None`."""
     while get_origin(annotation) in (Annotated, Union, types.UnionType):
         annotation = next(arg for arg in get_args(annotation) if arg is not type(None))
     return annotation
@@ -70,7 +78,7 @@ def optional(path: list[str], schema: Any) -> bool:
 
 
 def _keys(section: Any, prefix: str = "") -> Iterator[str]:
-    """Yield every dotted key of the schema, sections and leaves; a list of sections shows its item 0."""
+    """Yield every dotted key of the schema, of sections and leaves; keys in a list of sections have the index 0."""
     for name in section.model_fields:
         yield prefix + name
         kind = _bare(section.model_fields[name].annotation)
@@ -98,7 +106,7 @@ _EXPECTED = {
 
 
 def _origin(loc: tuple[int | str, ...], where: str, overrides: list[str]) -> str:
-    """Return where the mistake stands: the last override that set this key, else the file."""
+    """Return the source of the wrong value at `loc`: the last override that set this key, else `where` (the file)."""
     key = _dotted(loc) + "."
     for override in reversed(overrides):
         overridden = override.partition("=")[0].strip() + "."
@@ -108,7 +116,7 @@ def _origin(loc: tuple[int | str, ...], where: str, overrides: list[str]) -> str
 
 
 def _explain(error: Any, where: str, schema: Any) -> str:
-    """Return one pydantic error in one line."""
+    """Return the message of one pydantic error, normally one line: source, key, what is wrong and a valid value."""
     kind, loc, value = error["type"], _dotted(error["loc"]), error["input"]
     if kind == "value_error":
         return "\n".join(f"{where}: {line}" for line in str(error["ctx"]["error"]).splitlines())
@@ -133,7 +141,7 @@ def _explain(error: Any, where: str, schema: Any) -> str:
 
 
 def _as_written(kind: str, value: Any) -> str:
-    """Return the end of an error line that shows how to write the value."""
+    """Return a hint to append to an error message on how to write the value correctly; empty if there is none."""
     if kind == "int_type" and isinstance(value, float) and value.is_integer():
         return f"; write {int(value)}"
     if kind == "string_type" and not isinstance(value, list | dict):
@@ -148,8 +156,8 @@ def _dotted(loc: tuple[int | str, ...]) -> str:
 
 
 def _nearest_key(loc: str, schema: Any) -> str:
-    """Return the end of an error line: the sibling key that was meant, else the key of that name in another section,
-    else the known siblings.
+    """Return a hint to append to the error about an unknown key: the sibling key with a similar name, else the similar
+    key of another section, else a list of the siblings.
     """
     parent, _, leaf = loc.rpartition(".")
     section = declared(parent.split("."), schema) if parent else schema

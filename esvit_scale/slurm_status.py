@@ -1,4 +1,4 @@
-"""`esvit-scale slurm status`: how far a run under Slurm is, by Slurm's answer and by the records in the run dir."""
+"""`esvit-scale slurm status`: the progress of a run under Slurm, from Slurm and from the records in the run dir."""
 
 import re
 import subprocess
@@ -19,12 +19,12 @@ LAST_JOBS = 5  # how many of a run's jobs Slurm is asked about
 
 
 class Status(NamedTuple):
-    """How far a run under Slurm is. Rates are those of the last logged row."""
+    """State and progress of a run under Slurm; images_per_s and eta_s come from the last row of metrics.jsonl."""
 
     state: str  # Slurm's own word while it knows the job, else what the run dir shows
     reason: str
     job: str
-    starts: int  # by all its jobs together
+    starts: int  # of all the run's jobs together
     failures: int
     step: int
     total_steps: int | None
@@ -34,7 +34,7 @@ class Status(NamedTuple):
 
 
 def status(run: Path) -> Status:
-    """Return how far a run is, from its run dir and from Slurm.
+    """Return state and progress of the run in a run dir, from its files and from Slurm.
 
     Raises:
         UserError: there is no such folder, or no job has started in it.
@@ -78,8 +78,9 @@ def status_lines(found: Status) -> list[str]:
 
 
 def job_fields(job: str) -> dict[str, str]:
-    """Return what Slurm says about a job (`JobState`, `Reason`, …); empty when it no longer knows the job, or is not
-    available.
+    """Return the fields of a job that scontrol shows (`JobState`, `Reason`, …).
+
+    The dict is empty if Slurm is not available or no longer knows the job.
     """
     command = ["scontrol", "show", "job", "-o", job]
     try:
@@ -93,10 +94,12 @@ def job_fields(job: str) -> dict[str, str]:
 
 
 def _job_that_matters(run: Path, started: list[str]) -> tuple[str, dict[str, str], str]:
-    """Return the job that works on a run, or did: not one that was refused because the run was in use or finished.
+    """Choose the job to show: one that is queued or running, else the newest that worked on the run.
+
+    A job that was refused, because the run was in use or finished, has not worked on it.
 
     Returns:
-        its id, what Slurm says about it, and the state to show.
+        The job's id, its fields from Slurm, and the state to show.
     """
     jobs = list(dict.fromkeys(reversed(started)))[:LAST_JOBS]
     said = {job: job_fields(job) for job in jobs}
@@ -115,7 +118,7 @@ def _job_that_matters(run: Path, started: list[str]) -> tuple[str, dict[str, str
 
 
 def _refused(run: Path) -> set[str]:
-    """Return the jobs that ended with a mistake of the user and so did not work on the run."""
+    """Return the ids of the jobs that ended with exit code 2 (a user's error) and so did not work on the run."""
     return {job for _, job, code in _records(run, "ended.tsv") if code == "2"}
 
 
@@ -145,6 +148,6 @@ def _total_steps(run: Path) -> int | None:
 
 
 def _records(run: Path, name: str) -> list[list[str]]:
-    """Return the rows of a file of the job's records."""
+    """Return the tab-separated rows of the file slurm/`name` in the run dir; none if the file does not exist."""
     path = run / "slurm" / name
     return [line.split("\t") for line in path.read_text().splitlines()] if path.exists() else []

@@ -1,6 +1,4 @@
-"""YAML of configs and sweep files, read and written: safe, with the scalars of YAML 1.2, and one clear line for an
-error.
-"""
+"""Reading and writing of YAML (configs, sweep files): safe loader, YAML 1.2 scalars, and one-line errors."""
 
 import re
 from pathlib import Path
@@ -14,7 +12,7 @@ _FLOAT = re.compile(r"^[-+]?(\d+\.\d*|\.\d+)([eE][-+]?\d+)?$|^[-+]?\d+[eE][-+]?\
 
 
 class _Loader(yaml.SafeLoader):
-    """A safe YAML loader with the scalars of YAML 1.2, to which a repeated key is an error.
+    """A safe YAML loader that reads scalars as YAML 1.2 does and refuses repeated keys.
 
     YAML 1.1, PyYAML's default, reads 1e-3 as text, 010 as 8, 1:30 as 90, `no` as false and 2024-01-01 as a date.
     """
