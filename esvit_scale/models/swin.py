@@ -123,7 +123,7 @@ class Swin(Trunk):
         return PlainSwin(self, size)
 
     def timm_form(self, size: int) -> TimmForm:
-        """Describe the trunk as a timm network.
+        """Return a description of the trunk as a timm network.
 
         Raises:
             UserError: at `size` pixels a window needs padding, which timm does differently.
@@ -131,7 +131,7 @@ class Swin(Trunk):
         return swin_forms.timm_v1(self, size)
 
     def huggingface_form(self, size: int) -> HuggingFaceForm:
-        """Describe the trunk as a transformers model.
+        """Return a description of the trunk as a transformers model.
 
         Raises:
             UserError: at `size` pixels a window needs padding, or a map is smaller than `window`; transformers does
@@ -287,7 +287,7 @@ class WindowAttention(nn.Module):
         return q * q.shape[-1] ** -0.5, k
 
     def position_bias(self, device: torch.device) -> Tensor:
-        """Return the relative position bias, [heads, L, L]."""
+        """Return the relative position bias, [heads, L, L] with L = window²."""
         length, index = self.window**2, relative_position_index(self.window, device)
         return self.relative_position_bias_table.index_select(0, index).view(length, length, -1).permute(2, 0, 1)
 

@@ -33,7 +33,7 @@ class StageMap(NamedTuple):
 
 
 class SwinFormulas:
-    """The FLOPs and activation memory of a Swin V1."""
+    """Formulas for the FLOPs and activation memory of a Swin V1."""
 
     def __init__(self, trunk: "Swin") -> None:
         self.trunk = trunk
@@ -145,7 +145,7 @@ class SwinFormulas:
 
 
 class SwinV2Formulas(SwinFormulas):
-    """The FLOPs and activation memory of a Swin V2, which differs in attention, norms and position-bias networks."""
+    """Formulas for the FLOPs and activation memory of a Swin V2; attention, norms and position bias differ from V1."""
 
     def _flops_per_forward(self) -> int:
         """Return the FLOPs of the position-bias networks, which run once per forward whatever the number of crops."""

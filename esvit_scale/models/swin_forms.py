@@ -72,7 +72,7 @@ def card(trunk: "Swin", family: str) -> TrunkCard:
 
 
 def timm_v1(trunk: "Swin", size: int) -> TimmForm:
-    """Describe a Swin V1 as a timm network with norms of eps 1e-6, which is not timm's default.
+    """Return a description of a Swin V1 as a timm network with norms of eps 1e-6, which is not timm's default.
 
     Raises:
         UserError: at `size` pixels a window needs padding, which timm does differently.
@@ -82,7 +82,7 @@ def timm_v1(trunk: "Swin", size: int) -> TimmForm:
 
 
 def timm_v2(trunk: "SwinV2", size: int) -> TimmForm:
-    """Describe a Swin V2 as a timm network.
+    """Return a description of a Swin V2 as a timm network.
 
     Raises:
         UserError: the trunk has extra norms, which timm lacks, or a window needs padding, which timm does differently.
@@ -126,7 +126,9 @@ def _timm_tensors(trunk: Tensors) -> Tensors:
 
 
 def huggingface_v1(trunk: "Swin", size: int) -> HuggingFaceForm:
-    """Describe a Swin V1 as a transformers model, with the published checkpoints' names, which all versions can load.
+    """Return a description of a Swin V1 as a transformers model.
+
+    Tensors get the names of the published checkpoints, which every version of transformers can load.
 
     Some norms of transformers' Swin have a fixed eps of 1e-5, EsViT's have 1e-6. The norm of √10·x with eps 1e-5 equals
     that of x with eps 1e-6, so the config sets 1e-5 for all norms, and the weights of all layers whose outputs go into
@@ -150,7 +152,7 @@ def huggingface_v1(trunk: "Swin", size: int) -> HuggingFaceForm:
 
 
 def huggingface_v2(trunk: "SwinV2", size: int) -> HuggingFaceForm:
-    """Describe a Swin V2 as a transformers model.
+    """Return a description of a Swin V2 as a transformers model.
 
     Raises:
         UserError: the trunk has extra norms, which transformers lacks, or a window needs padding, which it does

@@ -84,7 +84,7 @@ class SwinV2(Swin):
         return swin_forms.card(self, "Swin V2")
 
     def timm_form(self, size: int) -> TimmForm:
-        """Describe the trunk as a timm network.
+        """Return a description of the trunk as a timm network.
 
         Raises:
             UserError: the trunk has extra norms, or a window needs padding at `size` pixels; timm differs in both.
@@ -92,7 +92,7 @@ class SwinV2(Swin):
         return swin_forms.timm_v2(self, size)
 
     def huggingface_form(self, size: int) -> HuggingFaceForm:
-        """Describe the trunk as a transformers model; raises UserError in the same cases as `timm_form`."""
+        """Return a description of the trunk as a transformers model; raises UserError as `timm_form` does."""
         return swin_forms.huggingface_v2(self, size)
 
 
@@ -176,7 +176,7 @@ class WindowAttentionV2(nn.Module):
         return self.logit_scale.to(wide).clamp(max=LOGIT_SCALE_MAX).exp().flatten()
 
     def position_bias(self, device: torch.device) -> Tensor:
-        """Return the position bias, [heads, L, L], in fp32 or wider."""
+        """Return the position bias, [heads, L, L] with L = window², in fp32 or wider."""
         length = self.window**2
         table = BIAS_MAX * torch.sigmoid(self.cpb_mlp(relative_distances(self.window, device)))  # [(2w−1)², heads]
         index = relative_position_index(self.window, device)

@@ -92,7 +92,7 @@ def looked_at(candidate: Probe, sizes: tuple[int, ...]) -> Probe:
 
 
 def outputs(network: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the view features [B, C] of images x, and their cells in the layout of timm's `forward_features`.
+    """Return view features [B, C] of images x, and cells (spatial features) in the layout of timm's `forward_features`.
 
     If the network's head has a norm after its pooling (ConvNeXt, DaViT), the cells go through that norm too.
     """

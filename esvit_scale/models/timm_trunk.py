@@ -77,7 +77,7 @@ class TimmTrunk(Trunk):
         )
 
     def timm_form(self, size: int) -> TimmForm:
-        """Describe the wrapped network by its own timm name and constructor arguments."""
+        """Return a description of the wrapped network by its own timm name and constructor arguments."""
         theirs = cast(dict[str, Any], self.network.pretrained_cfg)
         return TimmForm(
             self.probe.name,
@@ -185,7 +185,7 @@ def _by_timms_names(trunk: Tensors) -> Tensors:
 
 
 class _Drawn:
-    """The initial values that timm draws for a network from a seed; a call returns a parameter's value and drops it."""
+    """The initial values that timm draws for a network from a seed; a call returns a parameter's value and frees it."""
 
     def __init__(self, probe: Probe) -> None:
         self.probe, self.seed = probe, -1
@@ -277,5 +277,5 @@ def _joined(groups: Iterable[TokenMap]) -> tuple[Tensor, Tensor, list[Grid]]:
 
 
 def _pixels(maps: Tensor) -> Tensor:
-    """Map maps [B, C, H, W] to rows [B·H·W, C]."""
+    """Reshape maps [B, C, H, W] to one row per pixel, [B·H·W, C]."""
     return maps.permute(0, 2, 3, 1).flatten(0, 2)

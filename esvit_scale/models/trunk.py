@@ -38,7 +38,7 @@ class Trunk(nn.Module):
     """The base class of all trunks.
 
     A trunk calls each of its layers once per forward, with all crops, because ZeRO-3 gathers a layer at every call and
-    reentrant activation checkpointing allows only one call. The exception are timm networks, which run once per
+    reentrant activation checkpointing allows only one call. timm networks are the exception: they run once per
     resolution.
 
     Attributes:
@@ -127,7 +127,7 @@ class Trunk(nn.Module):
         return PlainTrunk(self, size)
 
     def timm_form(self, size: int) -> TimmForm | None:
-        """Describe the trunk as a timm network for images of `size` pixels; None if timm has no such network.
+        """Return a description of the trunk as a timm network for images of `size` pixels; None if timm lacks it.
 
         Raises:
             UserError: timm's network would give other features than this trunk; the message is a clause that says why.
@@ -135,7 +135,9 @@ class Trunk(nn.Module):
         return None
 
     def huggingface_form(self, size: int) -> HuggingFaceForm | None:
-        """Describe the trunk as a transformers model for images of `size` pixels; None if this is not implemented.
+        """Return a description of the trunk as a transformers model for images of `size` pixels.
+
+        It is None where no such export is implemented.
 
         Raises:
             UserError: transformers' model would give other features than this trunk; the message is a clause that says

@@ -153,7 +153,7 @@ class PatchEmbed(nn.Module):
         return {"cls_token": normal(0.02)} if self.cls_token is not None else {}
 
     def forward(self, maps: list[Tensor]) -> tuple[Tensor, list[Grid]]:
-        """Map maps, [N_g, channels, H, W] per resolution, to tokens [N, C] (with global tokens) and grids."""
+        """Embed maps, [N_g, channels, H, W] per resolution; return tokens [N, C], global ones included, and grids."""
         patch = self.proj.stride[0]
         grids = [(x.shape[0], x.shape[2] // patch, x.shape[3] // patch) for x in maps]
         cells = [_patches(x.to(self.proj.weight.dtype), patch) for x in maps]
@@ -199,7 +199,10 @@ class Block(nn.Module):
 
 
 def sampled_neighbours(drop_keys: Tensor, block: int) -> Tensor:
-    """Return one of the eight windows around a query's own for every crop, drawn uniformly: int64 [ΣB] in 0 … 8."""
+    """Return the index of a neighbouring window for every crop: int64 [ΣB], in 0 … 8 but never `OWN`.
+
+    It is drawn uniformly, by a hash of the crop's drop key and the block.
+    """
     drawn = draw_of(drop_keys, block, AROUND - 1)
     return drawn + (drawn >= OWN)
 

@@ -64,7 +64,7 @@ class LongAttention(nn.Module):
         return self.proj(torch.cat(mixed))
 
     def window_bias(self) -> Tensor:
-        """Return the bias of every query of a window and every key of the nine windows, [heads, L, 9, L]."""
+        """Return the bias of every query of a window and every key of the nine, [heads, L, 9, L], L = window²."""
         length, index = self.window**2, around_index(self.window, self.query.weight.device)
         rows = _wide(self.local_relative_position_bias_table).index_select(0, index)
         return rows.view(length, AROUND, length, self.heads).permute(3, 0, 1, 2)
@@ -203,7 +203,7 @@ def neighbourhood(h: int, w: int, window: int, device: torch.device) -> Neighbou
 def around_index(window: int, device: torch.device) -> Tensor:
     """Return the row of the bias table for each (query, one of the nine windows, key in it): int64 [L·9·L].
 
-    The row is (Δy + 2w−1)·(4w−1) + Δx + 2w−1.
+    The row is (Δy + 2w−1)·(4w−1) + Δx + 2w−1, for a query that is (Δy, Δx) away from the key; w = `window`, L = w².
     """
     y, x = np.divmod(np.arange(window * window), window)
     dy, dx = np.divmod(np.arange(AROUND), 3)

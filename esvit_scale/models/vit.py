@@ -76,7 +76,9 @@ class ViT(Trunk):
         return {"cls_token": normal(0.02), "pos_embed": normal(0.02)}
 
     def timm_form(self, size: int) -> TimmForm:
-        """Describe the trunk as a timm network whose position embeddings are resized for crops of `size` pixels.
+        """Return a description of the trunk as a timm network.
+
+        Its position embeddings are resized for crops of `size` pixels.
 
         Raises:
             UserError: `size` is no multiple of 16, and timm does not pad crops.
@@ -155,8 +157,8 @@ class ViT(Trunk):
 class MoCoViT(ViT):
     """MoCo v3's vision transformer.
 
-    Its position embeddings are fixed sines and cosines, computed for each map (zero for the class token). Weights start
-    with Xavier's values, those of queries, keys and values as three separate matrices.
+    Its position embeddings are fixed sines and cosines, computed for each map (zero for the class token). Weights are
+    initialised by Xavier's rule, those of queries, keys and values as three separate matrices.
     """
 
     learns_positions = False

@@ -223,7 +223,10 @@ def _storage(h: int, w: int, window: int) -> np.ndarray:
 
 
 def _repeat(cells: np.ndarray, n: int, tokens: int, first: int) -> np.ndarray:
-    """Repeat a map's slots, `cells` (−1: a pad), for n crops of `tokens` tokens each, the first of them at `first`."""
+    """Return the tokens in the slots of n crops, from those of one map, `cells` (−1: a pad).
+
+    Crops have `tokens` tokens each and lie one after the other in the packed batch, from token `first` on.
+    """
     starts = first + tokens * np.arange(n).reshape(-1, *[1] * cells.ndim)
     return np.where(cells >= 0, cells + starts, -1).reshape(-1, *cells.shape[1:])
 

@@ -37,7 +37,7 @@ class Center:
 
     @torch.no_grad()
     def observe(self, mean_z: Tensor, rows: Tensor) -> None:
-        """Take a micro-batch into account at the next `commit`.
+        """Accumulate the statistics of a micro-batch for the next `commit`.
 
         Args:
             mean_z: [D], the mean over the micro-batch of the teacher's bottleneck.

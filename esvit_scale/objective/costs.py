@@ -174,7 +174,7 @@ def _kept_by_formulas(config: Config) -> KeptActivations:
 
 @lru_cache(maxsize=64)
 def _traced_kept(key: str) -> KeptActivations:
-    """Trace the student's forward at two batch sizes to separate per-image from fixed memory."""
+    """Return the bytes that the student's forward keeps, traced at two batch sizes to separate the per-image part."""
     config = Config.model_validate_json(key)
     with models_traced.on_meta():
         network = build_student(config).to(DTYPES.get(config.train.precision, torch.float32))

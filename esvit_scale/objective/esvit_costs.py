@@ -10,7 +10,7 @@ WIDE = 4  # bytes of a number in fp32
 
 
 class EsViTFormulas:
-    """The FLOPs and activation bytes of EsViT's heads, region matching and loss.
+    """Formulas for the FLOPs and activation bytes of EsViT's heads, region matching and loss.
 
     Args:
         head: the view head; the region head, where there is one, has the same sizes.

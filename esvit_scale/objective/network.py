@@ -48,7 +48,10 @@ class TeacherNetwork(Network):
     """The network that computes the targets: a moving average of the student. It uses no drop path."""
 
     def forward(self, crops: list[Tensor]) -> Any:
-        """Return the targets of the two global crops, [[2·B, channels, S, S]]. Call it without gradient."""
+        """Return the targets of the two global crops; call it without gradient.
+
+        `crops` has a single tensor, [2·B, channels, S, S].
+        """
         return self.objective.targets(self.trunk(crops, None))
 
 

@@ -21,7 +21,7 @@ class Objective(nn.Module):
     Attributes:
         needs_regions: whether the objective reads `Features.regions`.
         multi_crop: whether it takes local crops beside the two global ones.
-        has_teacher: whether a teacher computes targets. Without, targets come from the student's own features and the
+        has_teacher: whether a teacher computes targets. If not, targets come from the student's own features and the
             teacher is not run. A recipe for such an objective sets `ema_momentum` to 0, so that the teacher's weights,
             which evaluation reads, are the student's.
         images_at_least: the smallest number of images per micro-batch and rank for which the loss is defined.

@@ -42,7 +42,7 @@ def part_of(name: str) -> str:
 
 
 def largest_of_each_part(module: nn.Module) -> dict[str, str]:
-    """Map each part to the name of its largest trainable parameter, whose updates monitors take for the whole part's.
+    """Map each part of the network to the name of its largest trainable parameter, which represents it in monitors.
 
     The prototypes' directions (`weight_v`) are left out.
     """

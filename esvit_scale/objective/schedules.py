@@ -82,7 +82,7 @@ def warmup_constant(step: int, total: int, base: float, end: float, start: int, 
 
 
 def cooldown_start(total: int, cooldown: float) -> int:
-    """Return the first step of the cooldown, which is the last `cooldown` (a fraction) of `total` steps.
+    """Return the first step of the cooldown, which takes the last fraction `cooldown` of the `total` steps.
 
     Before it, the values do not depend on the length of the run.
     """

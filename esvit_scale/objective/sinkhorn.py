@@ -1,4 +1,4 @@
-"""Sinkhorn-Knopp centring (SwAV, Caron et al. 2020; as a teacher's centring in iBOT's and DINO's successors).
+"""Sinkhorn-Knopp centring (SwAV, Caron et al. 2020; successors of DINO and iBOT centre their teacher with it).
 
 Targets are made so that over the batch of all ranks every prototype gets the same share. The slow algorithm, which the
 tests use as their oracle (z of all ranks):
