@@ -170,7 +170,7 @@ class SwinV2Formulas(SwinFormulas):
         """Return the bytes that each block's position-bias network saves."""
         found, hidden = [], self._bias_hidden()
         for m in self._maps(self.trunk.reductions[0]):
-            weights = 0 if element == WIDE else hidden * m.heads  # an fp32 copy of its last layer's
+            weights = 0 if element == WIDE else hidden * m.heads  # its last layer's, copied to fp32
             rows = (2 * m.window - 1) ** 2
             found += [rows * (2 + hidden + m.heads) * WIDE + weights * WIDE] * m.depth
         return found

@@ -175,7 +175,7 @@ def _logged(entropies: Entropies, part: str) -> dict[str, Tensor]:
 
 
 def view_pairs(views: int, images: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return for every student crop the two teacher rows that it is compared with and their weights, both [V·B, 2].
+    """Return the indices of the two teacher rows that each student crop is compared with, and weights; both [V·B, 2].
 
     The rows are the two global crops of the same image; a crop has weight 0 with itself. Both tensors are on the device
     of `like`; the weights are fp32 (fp64 if `like` is).
@@ -191,7 +191,7 @@ def view_pairs(views: int, images: int, like: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def region_pairs(student: Features, teacher: Tensor, images: int) -> tuple[Tensor, Tensor]:
-    """Return for every student region the two teacher rows that it is compared with and their weights, both [ΣB·T, 2].
+    """Return the indices of the two teacher rows that each student region is compared with, and weights; [ΣB·T, 2].
 
     The rows are the most similar region in either global crop of the same image; a region has weight 0 with regions of
     its own crop.
