@@ -29,8 +29,8 @@ log = logging.getLogger("esvit_scale")
 
 HEARTBEAT_S = 10
 STALE_S = 60
-LEAVE_S = 5  # the end waits so long for the heartbeat's thread, which may hang on storage that does not answer
-WATCH_S = 25  # how long a record of unknown age is watched; a living holder writes within this time
+LEAVE_S = 5  # leaving the lock waits so long for the heartbeat thread, which may hang on storage that does not answer
+WATCH_S = 25  # a record of unknown age is watched so long; a living holder writes a heartbeat within this time
 RECORD_BYTES = 512  # every record is padded to this length, so that a heartbeat needs no space on a full disk
 
 
@@ -46,7 +46,7 @@ class Record(NamedTuple):
     age_s: float | None
 
     def in_words(self) -> str:
-        """Describe the holder for a message."""
+        """Return a description of the lock's holder for messages: process, host, Slurm job and age of the heartbeat."""
         job = f", Slurm job {self.slurm_job}" if self.slurm_job else ""
         age = "a heartbeat in the future" if self.age_s is None else f"heartbeat {self.age_s:.0f} s ago"
         return f"process {self.pid} on {self.host}{job} ({age})"
@@ -55,7 +55,7 @@ class Record(NamedTuple):
 class Lock:
     """The lock of a run dir, a context manager that all ranks enter together; rank 0 holds the lock.
 
-    Leaving it removes a run dir to which nothing was written.
+    Leaving it removes the run dir, too, if nothing was written there.
 
     Raises:
         UserError: on entering, when another process holds the lock.
@@ -91,7 +91,7 @@ class Lock:
                 self._path.unlink(missing_ok=True)
         if (
             not self._thread.is_alive()
-        ):  # else it may still write to the file, whose number must not get another meaning
+        ):  # else it may still write to the file descriptor, whose number must not be given to another file
             with suppress(OSError):
                 os.close(self._file)
         self._file = None
@@ -155,7 +155,7 @@ class Lock:
         self._thread.start()
 
     def _create(self) -> bool:
-        """Create the lock and return True, or return False when there is one."""
+        """Create the lock file and return True, or return False when it exists already."""
         tmp, handle = self._temporary()
         try:
             os.link(tmp, self._path)
@@ -175,7 +175,7 @@ class Lock:
         return True
 
     def _create_exclusively(self) -> bool:
-        """Do as `_create` on storage without hard links, where others may see the file empty for a moment."""
+        """Do the same as `_create`, on storage without hard links; others may see the file empty for a moment."""
         try:
             handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         except FileExistsError:
@@ -316,7 +316,7 @@ def _is_local(holder: Record, me: dict[str, Any]) -> bool:
 
 
 def _is_alive(holder: Record) -> bool:
-    """Return whether a holder on this host still runs, and not another process that got its pid later."""
+    """Return whether a holder on this host still runs: its pid exists, and not because a later process got it again."""
     began = _start_of(holder.pid)
     return began is not None and holder.started in ("", began)
 

@@ -1,4 +1,4 @@
-"""The records of a run in training: metrics.jsonl, quarantine.jsonl, TensorBoard, log.txt and the console.
+"""The records that a run writes during training: metrics.jsonl, quarantine.jsonl, TensorBoard, log.txt and the console.
 
 metrics.jsonl has one JSON object per logged step. A resume removes the rows after its checkpoint, so that an interrupted
 run leaves the same file as an undisturbed one, except for TIME_FIELDS.
@@ -33,7 +33,8 @@ TIME_FIELDS = frozenset(
 
 
 def cut(path: Path, last_step: int) -> None:
-    """Remove the rows after `last_step`, which a resumed run writes again, except those that a roll-back left behind."""
+    """Remove the rows after `last_step` from a file, because a resumed run writes them again; keep rows of steps that were
+    rolled back."""
     row_file.cut(path, lambda row: row["step"] <= last_step or bool(row.get("rolled_back")))
 
 
@@ -44,7 +45,7 @@ class MetricLogger:
     of rank 0 is raised on every rank.
 
     Attributes:
-        bad: samples that were replaced since the run began.
+        bad: number of samples that were replaced since the run began.
     """
 
     def __init__(self, run: Path, total_steps: int, active: bool) -> None:
@@ -86,7 +87,7 @@ class MetricLogger:
         """Record the samples of a skipped step in quarantine.jsonl; training may see them again.
 
         Args:
-            keys: of the samples.
+            keys: keys of the samples.
             what: "the loss was" or "gradients were", as the beginning of "… not finite".
         """
         if not self._active:
@@ -135,7 +136,7 @@ class MetricLogger:
 
 
 class _Console:
-    """A progress bar on a terminal, plain lines in a log file."""
+    """The progress display: a progress bar if stderr is a terminal, else a log line per row."""
 
     def __init__(self, total_steps: int, step: int) -> None:
         self._total, self._start, self._began = total_steps, step, time.monotonic()
@@ -170,7 +171,7 @@ def _duration(seconds: float) -> str:
 
 
 class TensorBoard:
-    """The rows as scalars of TensorBoard. If they cannot be written, TensorBoard loses them and training goes on."""
+    """A writer of rows as TensorBoard scalars. Rows that cannot be written are missing there, and training goes on."""
 
     def __init__(self, folder: Path, step: int) -> None:
         self._folder = folder
@@ -274,7 +275,7 @@ def start_logging(run: Path, active: bool) -> None:
 
 @contextmanager
 def log_file_errors() -> Iterator[None]:
-    """Log an error of the file system, instead of raising it, while writing what the run can do without."""
+    """Log an OSError raised in this context instead of passing it on; for writing files that the run can do without."""
     try:
         yield
     except OSError as error:

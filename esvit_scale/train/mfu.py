@@ -14,19 +14,19 @@ import torch
 from esvit_scale.config import Config
 from esvit_scale.objective.costs import image_flops
 
-SECONDS = 0.3  # for which products are timed
+SECONDS = 0.3  # products are timed for at least this long
 SIDE = {"cuda": 8192, "cpu": 1024}  # rows and columns of the matrices
 
 
 def ideal_images_per_s(config: Config, device: torch.device, world_size: int) -> float:
-    """Return the images/s of an MFU of 1, for `world_size` devices like this one; MFU is images/s divided by it."""
+    """Return the images/s at which MFU is 1 for `world_size` devices like this one; MFU is a run's images/s over these."""
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     return world_size * matmul_rate(device, dtype) / image_flops(config, "useful")
 
 
 @lru_cache
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the FLOP/s of the fastest of some square matrix products; measured once per process, in under a second."""
+    """Measure the FLOP/s of large square matrix products, of which the fastest counts; once per process, in under 1 s."""
     side = SIDE.get(device.type, SIDE["cpu"])
     # Random values, because a GPU multiplies constants faster than a model's numbers.
     a = torch.randn(side, side, generator=torch.Generator(device), device=device, dtype=dtype)
@@ -40,7 +40,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def elapsed_seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Return how many seconds `work` takes, including what it queued on the device."""
+    """Run `work` and return how many seconds it takes, including the operations that it queues on the device."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     start = time.perf_counter()

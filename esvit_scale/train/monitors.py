@@ -19,7 +19,7 @@ SPIKE = 10.0  # a spike is this many times the median gradient norm
 FEW_PROTOTYPES = 2.0  # bound of the effective number of prototypes among a micro-batch's targets
 MANY_IMAGES = 8  # in smaller micro-batches all images may well share a target
 LOW_RANK = 2.0  # bound of the features' effective rank
-DIP = 0.05  # k-NN accuracy below the best so far; over three standard errors of 1,024 images
+DIP = 0.05  # a dip is a k-NN accuracy this far below the best so far; over three standard errors with 1,024 images
 
 
 class Monitors:
@@ -28,9 +28,9 @@ class Monitors:
     def __init__(self, prototypes: int, images: int, frozen: bool = False) -> None:
         """
         Args:
-            prototypes: K.
-            images: in a micro-batch of one rank, over which the use of prototypes is measured.
-            frozen: the patch projection is frozen already, so that the warnings do not advise it.
+            prototypes: K, the number of prototypes.
+            images: number of images in a micro-batch of one rank, over which the use of prototypes is measured.
+            frozen: whether the patch projection is frozen already, so that the warnings do not advise to freeze it.
         """
         self._or_freeze = "" if frozen else ", or model.freeze_patch_embed=true"
         self._images = images
@@ -42,7 +42,7 @@ class Monitors:
         self._best_knn, self._in_dip = 0.0, False
 
     def observe(self, row: Row) -> list[str]:
-        """Return the warnings after this row, most often none."""
+        """Take in a row and return the warnings that it gives reason for, most often none."""
         states = dict(self._states(row))
         warnings = [self._begun(name, text, row["step"]) for name, text in states.items()]
         warnings += [self._ended(name, row["step"]) for name in list(self._since) if name not in states]
@@ -113,7 +113,7 @@ class Monitors:
         return None
 
     def _dip(self, row: Row) -> str | None:
-        """Return a warning when the k-NN accuracy falls: MoCo v3's sign of an instability that the loss does not show."""
+        """Return a warning when the k-NN accuracy begins a dip (MoCo v3's sign of an instability that the loss hides)."""
         accuracy = row.get("knn_top1")
         if accuracy is None:
             return None

@@ -1,4 +1,6 @@
-"""The teacher's k-NN accuracy on a few labelled images during training. In an unstable run it falls first."""
+"""The teacher's k-NN accuracy on a few labelled images during training. In an unstable run, it falls before the loss shows
+anything.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,7 +63,7 @@ class OnlineKnn:
         parts = collectives.gather_objects((mine.cpu(), self._labels))
         features, labels = (torch.cat(part) for part in zip(*parts, strict=True))
         similarity, rows = nearest_neighbours(features, features, NEIGHBOURS + 1, self._world.device)
-        similarity[rows == torch.arange(len(rows))[:, None]] = -torch.inf  # itself
+        similarity[rows == torch.arange(len(rows))[:, None]] = -torch.inf  # an image is no neighbour of itself
         votes = (similarity / TEMPERATURE).exp()
         right = count_true_class_ranks(labels[rows], votes, labels, [NEIGHBOURS + 1], int(labels.max()) + 1, 1)
         return right.item() / len(labels)

@@ -25,7 +25,7 @@ log = logging.getLogger("esvit_scale")
 
 
 def pretrain(config: Config) -> int:
-    """Run or resume the run of a config, as one of its ranks, and return the exit code: 0, or 130 after ctrl-C.
+    """Start or resume the run of a config, as one of its ranks, and return the exit code: 0, or 130 after ctrl-C.
 
     Raises:
         UserError: data, batch, run dir or checkpoint do not fit (before any training), or too much of the data is bad.
@@ -47,7 +47,7 @@ def pretrain(config: Config) -> int:
 
 
 def open_and_train(config: Config, world: World, watchdog: Watchdog) -> int:
-    """Run or resume the run of a config in the process group that was started; return 0, or 130 after ctrl-C."""
+    """Start or resume the run of a config in the process group of `world`; return the exit code: 0, or 130 after ctrl-C."""
     collectives.run_on_rank0_and_broadcast(
         lambda: stream.check_pixels(config)
     )  # before a run dir records a config that cannot be run

@@ -6,7 +6,7 @@ from typing import Any
 
 MAX_SHARE = 0.05  # above it the run would learn from other data than its config names
 MIN_REPLACED = 4  # fewer never stop a run: one bad file of a tiny set is no reason
-WINDOW = 10_000  # images of which the share is computed; it is judged from this many, or one epoch, on
+WINDOW = 10_000  # the share is that of the last so many images; it is judged once this many, or one epoch, are seen
 
 
 class ReplacedShare:
@@ -37,7 +37,7 @@ class ReplacedShare:
             self._replaced.popleft()
 
     def problem(self) -> str:
-        """Return what is wrong with the data, as text for its owner; empty while the share is acceptable."""
+        """Return a message that says why too many images were replaced; empty while the share is acceptable."""
         number = sum(images for _, images in self._replaced)
         images = min(self._seen, self._window) * self._batch
         if self._seen < self._judged_from or number < MIN_REPLACED or number <= MAX_SHARE * images:

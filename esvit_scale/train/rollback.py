@@ -1,4 +1,4 @@
-"""When a run goes back to its last good checkpoint, and when it gives up."""
+"""The rules by which a run goes back to its last good checkpoint after too many skipped steps, or gives up."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ class Rollbacks:
         self.skipped = self.done = 0
 
     def note_applied(self) -> None:
-        """Count a step whose update was applied."""
+        """Note a step whose update was applied: the next skipped step is the first in a row."""
         self.skipped = 0
 
     def note_skipped(self) -> bool:
@@ -34,6 +34,10 @@ class Rollbacks:
 
     def target(self, reason: str, step: int) -> Path:
         """Return the folder of the checkpoint to go back to.
+
+        Args:
+            reason: why the run goes back, for the message of Diverged.
+            step: the step at which this was found, for the same message.
 
         Raises:
             Diverged: there is none, or `train.rollbacks` roll-backs were made already.

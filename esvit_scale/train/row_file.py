@@ -21,7 +21,7 @@ MAX_LINE = 1 << 20  # bytes; a longer line is not a row
 
 
 class Line(NamedTuple):
-    """One line of such a file."""
+    """One line of a file of rows."""
 
     end: int  # offset of the next line
     text: bytes  # the row as it was written, with a newline; empty if the line is damaged
@@ -105,7 +105,7 @@ def _next_line(file: BinaryIO) -> bytes | None:
 
 
 def _parse(text: bytes) -> tuple[Row | None, bytes]:
-    """Return the row of a line and its text, or None and an empty text."""
+    """Return the row that ends a line, and the row's text; None and an empty text if there is none."""
     for start in dict.fromkeys((0, max(text.rfind(b'{"step"'), 0))):
         try:
             row = json.loads(text[start:])
@@ -127,7 +127,7 @@ class RowFile:
         self._is_failing = False
 
     def append(self, row: Row) -> None:
-        """Append a row, after those that still wait."""
+        """Write a row behind those that still wait in memory; if the disk does not take them, this row waits, too."""
         self._waiting.append(json.dumps(row).encode() + b"\n")
         self._write_waiting()
 

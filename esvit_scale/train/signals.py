@@ -1,4 +1,4 @@
-"""What ranks are told from outside, by signals, and what they tell each other after every step.
+"""Signals that ask a run to save and end, and flags that the ranks exchange after every step.
 
 No torch here: the handlers must be installed before the heavy imports, or a signal in the first seconds kills the run.
 """
@@ -9,13 +9,13 @@ from types import FrameType
 
 
 class Flag(IntFlag):
-    """What a rank tells the others after a step. A flag that one rank sets counts for all."""
+    """Flags that a rank sends to the others after a step. A flag that one rank sets counts for all."""
 
     REQUEUE = 1  # SIGUSR1 or SIGTERM came: save, and ask to be started again
     INTERRUPT = 2  # ctrl-C came: save and end
     BAD_SAMPLES = 4  # images of the batch were replaced
     SAVE_NOW = 8  # train.checkpoint_minutes have passed
-    LOSS_NOT_FINITE = 16  # and therefore the step was skipped
+    LOSS_NOT_FINITE = 16  # the loss was not finite, and therefore the step was skipped
     TAKEN_OVER = 32  # another process holds the run's lock
 
 
@@ -32,9 +32,9 @@ def install() -> None:
 
 
 def request() -> Flag:
-    """Return what signals asked of this rank so far: REQUEUE, INTERRUPT or nothing.
+    """Return the flag that signals have set on this rank so far: REQUEUE, INTERRUPT or none.
 
-    Ranks get signals at different steps, so they must agree before they act.
+    Ranks get signals at different steps, so they must combine these flags before they act.
     """
     return _request
 

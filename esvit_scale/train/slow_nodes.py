@@ -1,7 +1,7 @@
 """Detection of a node that is slow all the time.
 
-Because of collectives every rank's step takes as long as the slowest rank's, so only the time before the first collective
-tells which rank is slow.
+Because ranks wait for each other in collectives, every rank's step takes as long as the slowest rank's. Only the time before
+the first collective tells which rank is slow.
 """
 
 import os
@@ -10,13 +10,13 @@ import statistics
 
 from esvit_scale.parallel import collectives
 
-SLOWER = 1.2  # times the median of all ranks
+SLOWER = 1.2  # a rank is slow if it computes for this many times the median of all ranks
 FOR_STEPS = 100
 BLOCK = 10  # steps whose sum is compared, at least: a single step varies
 
 
 class SlowNodes:
-    """A comparison of the ranks' own compute times, from row to row. All ranks make the same calls."""
+    """A comparison of the ranks' compute times, updated at every row of the metrics. All ranks make the same calls."""
 
     def __init__(self) -> None:
         self._nodes: list[str] = []

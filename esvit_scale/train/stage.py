@@ -10,7 +10,7 @@ from esvit_scale.errors import UserError
 from esvit_scale.parallel import collectives
 from esvit_scale.train.watchdog import Watchdog
 
-WAIT_S = 24 * 3600.0  # how long a rank may wait for others that copy; the one that copies reports progress
+WAIT_S = 24 * 3600.0  # a rank may wait so long for others that copy; the one that copies reports progress
 
 
 def on_every_node(data: TrainingData, folder: str, watchdog: Watchdog) -> TrainingData:

@@ -1,4 +1,4 @@
-"""Rows of metrics.jsonl: what is measured of a step beside its loss, and of the time since the row before."""
+"""The rows of metrics.jsonl: measurements of one step (loss, norms, …), and rates over the time since the row before."""
 
 import time
 from collections import defaultdict
@@ -27,7 +27,7 @@ RANK_ME_ROWS = 256  # features from which the effective rank is computed
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step returns."""
+    """The result of one optimizer step (`Trainer.train_step`)."""
 
     applied: bool  # False: the loss or a gradient was not finite on some rank, and nothing moved
     logs: dict[str, Tensor]  # scalars on the device, means over this rank's micro-batches; not yet over ranks
@@ -37,7 +37,7 @@ class StepResult:
 
 
 class StepMetrics:
-    """The measurements of a run between two rows, and the rows made from them. All ranks make the same calls."""
+    """A collector of the measurements between two rows, which makes the rows. All ranks make the same calls."""
 
     def __init__(
         self, config: Config, world: World, schedules: Schedules, engines: Engines, knn: OnlineKnn | None
@@ -59,15 +59,15 @@ class StepMetrics:
         self.restart_window(step)
 
     def restart_window(self, step: int) -> None:
-        """Begin to measure the next row's rates; `step` steps are done."""
+        """Begin to measure the next row's rates, when `step` steps are done."""
         self._window_began, self._window_step, self._wait_s = time.monotonic(), step, 0.0
 
     def add_wait(self, seconds: float) -> None:
-        """Add the time that a step waited for its batch."""
+        """Add the seconds that a step waited for its batch."""
         self._wait_s += seconds
 
     def add_worker_rates(self, rates: tuple[float, ...]) -> None:
-        """Add the rates at which the loader processes made a batch."""
+        """Add the rates (images/s) at which the loader's processes produced a batch, one per process."""
         self._workers.add(rates)
 
     def row(
@@ -84,10 +84,10 @@ class StepMetrics:
 
         Args:
             step: number of steps that are done.
-            result: of the last of them.
-            images_of_sets: images seen of each set of a mix.
-            skipped_steps: steps of the run whose update was not applied.
-            bad_samples: images that were replaced since the run began.
+            result: the result of the last of these steps.
+            images_of_sets: number of images seen of each set of a mix, by the set's name; empty without a mix.
+            skipped_steps: number of the run's steps whose update was not applied.
+            bad_samples: number of images that were replaced since the run began.
             compute_s: seconds that this rank computed in the last step before it waited for others.
         """
         names = list(result.logs)
@@ -122,7 +122,7 @@ class StepMetrics:
         return row, [sentence for sentence in (*self._monitors.observe(row), slow_worker, slow_node) if sentence]
 
     def summary(self, step: int) -> dict[str, Any]:
-        """Return the fields of summary.json that are measured: time and rate since the start, and the last row."""
+        """Return the measured fields of summary.json: seconds and images/s since the start, and the last row."""
         seconds = time.monotonic() - self._began
         return {
             "seconds_since_start": seconds,
@@ -152,7 +152,8 @@ class StepMetrics:
 
 
 def gradient_norms(squares: Tensor, names: Sequence[str]) -> dict[str, float]:
-    """Return the norm of the whole gradient and of each part of the network, from squared norms [parameters]."""
+    """Return the gradient norm of the whole network and of each part, given the squared norms of the gradients of all
+    parameters [parameters] and the parameters' names."""
     of_part: dict[str, float] = defaultdict(float)
     values = squares.tolist()
     for name, square in zip(names, values, strict=True):
@@ -161,18 +162,19 @@ def gradient_norms(squares: Tensor, names: Sequence[str]) -> dict[str, float]:
 
 
 def update_ratios(squares: Tensor, names: Sequence[str]) -> dict[str, float]:
-    """Return ‖Δw‖/‖w‖ of the parameter that stands for each part, from squared norms of Δw and w [parameters, 2]."""
+    """Return ‖Δw‖/‖w‖ of the watched parameter of each part of the network, given the squared norms of Δw and w [watched
+    parameters, 2] and the parameters' names."""
     pairs = zip(names, squares.sqrt().tolist(), strict=True)
     return {f"update_ratio_{part_of(name)}": change / size for name, (change, size) in pairs if size > 0}
 
 
 def center_norms(centers: dict[str, Tensor]) -> dict[str, float]:
-    """Return the Euclidean norm of each head's centre [K]."""
+    """Return the Euclidean norm of the centre [K] of each head, as fields of a row."""
     return {f"center_norm_{name.partition('.')[0]}": center.norm().item() for name, center in centers.items()}
 
 
 def effective_rank(features: Tensor) -> float:
-    """Return how many dimensions the features [n, C] use (RankMe, Garrido et al. 2023).
+    """Return the effective rank of the features [n, C], that is, how many dimensions they use (RankMe, Garrido et al. 2023).
 
     It is exp of the entropy of the normalised singular values of at most RANK_ME_ROWS rows, and cannot exceed
     min(rows, C). It is NaN when a feature is not finite.

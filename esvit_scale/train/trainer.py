@@ -46,7 +46,7 @@ INTERRUPTED = 130  # exit code after ctrl-C
 
 @dataclass(frozen=True)
 class RunResources:
-    """What the loop reads from, writes to and is watched by; pretraining.py opens it."""
+    """The opened data, files and guards of a run, with which `Trainer.train` works; pretraining.py opens them."""
 
     path: Path  # the run dir
     lock: Lock
@@ -58,11 +58,11 @@ class RunResources:
 
 
 class Trainer:
-    """Trains the student of a config. All ranks make the same calls; rank 0 writes the records.
+    """The training of a config's student and teacher. All ranks make the same calls; rank 0 writes the records.
 
     Attributes:
-        step: steps done, each with one global batch; the schedules are functions of it.
-        optimizer_step: steps whose update was applied, as all are whose loss and gradients are finite.
+        step: number of steps done, each with one global batch; the schedules are functions of it.
+        optimizer_step: number of these steps whose update was applied, because loss and gradients were finite.
         data_offset: the next step trains on batch `step + data_offset` of the data order. A roll-back goes back in steps
             and not in data, so it raises the offset.
     """
@@ -71,7 +71,8 @@ class Trainer:
         """Build and initialise student and teacher (parallel/engine.py says in which order and why).
 
         Args:
-            fresh: the initial values count. False: a checkpoint will replace them, and `model.init_from` is not read.
+            fresh: whether training starts from the initial values. False: a checkpoint will replace them, so
+                `model.init_from` is not read.
 
         Raises:
             UserError: trunk, objective, crops and batch do not fit each other, or `model.init_from` does not fit them.
@@ -92,10 +93,12 @@ class Trainer:
     # --- one step ----------------------------------------------------------------------------------------------------
 
     def train_step(self, micro_batches: list[MicroBatch], measure_updates: bool = False) -> StepResult:
-        """Train on this rank's part of a global batch. Nothing moves if a loss or gradient of any rank is not finite.
+        """Do one step on this rank's part of a global batch: forward, backward, optimizer, EMA.
+
+        If a loss or gradient of any rank is not finite, the step is counted as skipped and no weight changes.
 
         Args:
-            micro_batches: `train.grad_accum` of them.
+            micro_batches: the parts into which this rank's part is split, `train.grad_accum` of them.
             measure_updates: also measure how far the step moves the weights.
         """
         config, schedules, step = self.config, self.schedules, self.step
@@ -146,7 +149,8 @@ class Trainer:
 
     @torch.no_grad()
     def _teacher_targets(self, globals_: list[Tensor]) -> Any:
-        """Return what the loss needs of the teacher, given [[2·B, channels, S, S]]; None for an objective without one."""
+        """Return the teacher's outputs that the loss needs, for the global crops [[2·B, channels, S, S]]; None if the
+        objective has no teacher."""
         if not self.objective.has_teacher:
             return None
         with engine.autocast(self.config, self.world.device):
@@ -186,7 +190,7 @@ class Trainer:
         return bool(self._flags & STOP)
 
     def _open(self, run: RunResources) -> None:
-        """Open the run's records, and restore its checkpoint."""
+        """Restore the checkpoint, if there is one, and open the run's records at its step."""
         self._run = run
         self._saver = Saver(run.path, self.config, run.identity, run.lock.check_held)
         self._metrics = StepMetrics(self.config, self.world, self.schedules, self.engines, run.knn)
@@ -205,7 +209,8 @@ class Trainer:
         self._saved_at = time.monotonic()
 
     def _batches(self) -> Iterator[Batch]:
-        """Yield this rank's part of every batch from the cursor on; after a roll-back, from the cursor's new place."""
+        """Yield this rank's part of every batch that is left, from `step + data_offset` on; after a roll-back, go on from
+        their new values."""
         config, world, data = self.config, self.world, self._run.data
         self._images_of_sets: Callable[[int], dict[str, int]] = stream.images_of_sets(config, data)
         while self.step < self.last_step:
@@ -225,7 +230,7 @@ class Trainer:
         return step % self.config.train.log_every == 0 or step == self.last_step
 
     def _record(self, batch: Batch, result: StepResult) -> None:
-        """Combine all ranks' flags, write the records of the step that was done, and act on a step that was skipped."""
+        """Combine all ranks' flags, write the records of the last step, and act on it if it was skipped."""
         self._run.watchdog.beat(self.step)
         self._metrics.add_worker_rates(batch.worker_rates)
         mine = self._flags_of_rank(batch, result)
@@ -260,7 +265,7 @@ class Trainer:
         return signals.request() | Flag(sum(flag for flag, is_set in flags.items() if is_set))
 
     def _log_row(self, result: StepResult) -> None:
-        """Write a row of metrics.jsonl, and log what it shows to be wrong."""
+        """Write a row of metrics.jsonl, and log the warnings that it gives reason for."""
         row, warnings = self._metrics.row(
             self.step,
             result,
@@ -274,13 +279,13 @@ class Trainer:
             self._log(logging.WARNING, "%s", warning)
 
     def _note_skipped(self, batch: Batch, mine: Flag) -> None:
-        """Record a step in which nothing moved, and roll back when there were too many in a row.
+        """Record a skipped step, and roll back when there were too many in a row.
 
-        The samples of a rank are named if its own loss was not finite, or if all losses were finite and a gradient was not.
+        This rank's samples are recorded if its own loss was not finite, or if all losses were finite but a gradient was not.
         """
         loss = self._flags & Flag.LOSS_NOT_FINITE
         if engine.loss_scale_can_fall(self.engines) and not loss:
-            return  # an overflow of fp16, which the loss scaler answers with a smaller scale
+            return  # an overflow of fp16, after which the loss scaler lowers the scale
         is_named = bool(mine & Flag.LOSS_NOT_FINITE) or not loss
         keys = [key for keys in collectives.gather_objects(batch.keys if is_named else []) for key in keys]
         self._logger.not_finite(self.step, keys, "the loss was" if loss else "gradients were")
@@ -288,7 +293,7 @@ class Trainer:
             self._roll_back(f"loss or gradients were not finite for {self._rollbacks.skipped} steps in a row")
 
     def _roll_back(self, reason: str) -> None:
-        """Go back to the last good checkpoint, and on from there with the data that follows.
+        """Restore the last good checkpoint, and continue from its step with the batches after those already used.
 
         Raises:
             Diverged: there is none, or the run went back `train.rollbacks` times already.
@@ -328,11 +333,12 @@ class Trainer:
     def _save_if_due(self) -> None:
         due = self.step % self.config.train.checkpoint_every == 0 or self._flags & Flag.SAVE_NOW
         must = self.stop_requested() or self.step == self.last_step
-        if must or (due and not self._rollbacks.skipped):  # a roll-back must not end among skipped steps
+        # No regular save right after a skipped step: a roll-back must not lead back into a series of skipped steps.
+        if must or (due and not self._rollbacks.skipped):
             self._save()
 
     def _save(self) -> None:
-        """Begin to save the state, unless it is saved; a state that is not finite is rolled back instead."""
+        """Begin to save the state, unless this step is saved already. If the state is not finite, roll back instead."""
         if self._saved_step == self.step:
             return
         collectives.run_on_rank0_and_broadcast(self._run.lock.check_held)
@@ -370,7 +376,8 @@ class Trainer:
         self._log(logging.INFO, "finished: %d steps, %s", self.step, self._run.path)
 
     def _stop(self, problem: str) -> NoReturn:
-        """Save the run and raise UserError because of its data, on all ranks at the same step."""
+        """End the run because of its data, on all ranks at the same step: save it, unless the last step was skipped, and
+        raise UserError."""
         if not self._rollbacks.skipped:
             self._save()
         self._saver.wait()
@@ -394,6 +401,6 @@ class Trainer:
         files.write_json(self._run.path / "summary.json", summary)
 
     def _log(self, level: int, text: str, *values: Any) -> None:
-        """Log on rank 0 what all ranks know."""
+        """Log a message on rank 0 alone, so that it does not appear once per rank."""
         if self.world.rank == 0:
             log.log(level, text, *values)

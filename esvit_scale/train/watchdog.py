@@ -23,7 +23,7 @@ from esvit_scale.parallel import hang_reports
 from esvit_scale.parallel.world import World
 
 START_S = 600.0  # the shortest deadline before the first step is done: compiling, reading a checkpoint
-TELL_S = 10.0  # how long reporting may take, which can block itself: a dead file system, a stopped host
+TELL_S = 10.0  # how long a report may take; it can hang as well, on a dead file system or a stopped host
 _PACKAGE = str(Path(__file__).resolve().parents[1])
 _COMMUNICATION = ("/torch/distributed/", "/deepspeed/")
 
@@ -36,7 +36,12 @@ class Watchdog:
     """
 
     def __init__(self, world: World, seconds: float, run: Path) -> None:
-        """`run`: the run dir. The stacks of a hang are written to its folder ranks/, under Slurm beside the ranks' logs."""
+        """Set up the watchdog of a rank; it starts on entering.
+
+        Args:
+            seconds: time without progress after which it ends the process.
+            run: the run dir. The stacks of a hang are written to its folder ranks/, under Slurm beside the ranks' logs.
+        """
         self._rank, self._seconds = world.rank, seconds
         self._logs = Path(os.environ.get("ESVIT_RANK_LOGS") or run / "ranks")
         self._main = threading.main_thread().ident
@@ -106,7 +111,7 @@ class Watchdog:
                     return
 
     def _has_joined(self) -> bool:
-        """Connect to the other ranks, unless that is done; return whether it is."""
+        """Connect to the store through which ranks report, unless connected; return whether this rank is connected."""
         assert self._reports is not None
         with suppress(RuntimeError):  # the store may be busy with a thousand ranks
             if not self._reports.is_joined:
@@ -114,7 +119,7 @@ class Watchdog:
         return self._reports.is_joined
 
     def deadline(self) -> float:
-        """Return how many seconds without progress are allowed now."""
+        """Return how many seconds without progress are allowed at present."""
         least = 0.0 if self._has_trained else START_S
         return max(self._seconds, least, self._granted_s)
 
@@ -225,7 +230,7 @@ def _leave_traces(folder: Path, rank: int) -> None:
 
 
 def _where(thread: int | None) -> tuple[str | None, str]:
-    """Return the collective in which the main thread waits, or None, and the place in this package that led there."""
+    """Return the collective in which a thread waits (None if it does not), and the place in this package that led there."""
     frames = sys._current_frames()
     frame = frames.get(thread or 0)
     if frame is not None and "/torch/autograd/" in frame.f_code.co_filename:
