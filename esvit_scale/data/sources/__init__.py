@@ -48,12 +48,12 @@ class SourceOptions:
 
 
 def source_record(options: SourceOptions) -> dict[str, Any]:
-    """Return the options for the manifest, as a repair needs them."""
+    """Return the options as plain values for the manifest, from which a repair of the shards reads the source again."""
     return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
 
 
 def open_source(where: str, options: SourceOptions) -> dict[str, Source]:
-    """Return the source's splits by name; a source without splits is under the empty name.
+    """Open a source of images. Return its splits by name, such as `train` and `val`; without splits, under the name "".
 
     Raises:
         UserError: the source is missing, of an unknown kind, or not readable as the kind that it is.
@@ -118,7 +118,7 @@ def _single(kind: str, where: str, path: Path, options: SourceOptions, classes: 
 
 
 def _count_beside_set(folder: Path, left: LeftOut) -> None:
-    """Count what a shard set's folder holds besides the set."""
+    """Count, in `left`, the files in a shard set's folder that do not belong to the set."""
     shards = [shard.name for shard in manifests.load(folder).shards]
     own = {*SET_FILES, *shards, *(Path(name).with_suffix(".index.jsonl").name for name in shards)}
     count_beside(folder, left, BESIDE_ARCHIVES, own)

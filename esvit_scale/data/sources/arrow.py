@@ -50,7 +50,7 @@ def rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 def plain(kind: Any) -> Any:
-    """Return the Arrow type of the values themselves, without dictionary encoding and extension types."""
+    """Return the Arrow type of the values themselves: the type without dictionary encoding and extension types around it."""
     while True:
         if isinstance(kind, pyarrow().BaseExtensionType):
             kind = kind.storage_type
@@ -102,12 +102,12 @@ def class_names(path: Path, column: str) -> tuple[str, ...] | None:
 
 
 def class_label_columns(path: Path) -> list[str]:
-    """Return the columns that Hugging Face's metadata in the schema declare as ClassLabel."""
+    """Return the names of the columns that Hugging Face's metadata in the schema declare as ClassLabel."""
     return list(_class_labels(open_file(path).schema_arrow))
 
 
 def _class_labels(schema: Any) -> dict[str, Any]:
-    """Return the unchecked names of each ClassLabel column."""
+    """Map each ClassLabel column to its class names as the schema's Hugging Face metadata give them, unchecked."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"].items()
     except (KeyError, TypeError, ValueError, RecursionError, AttributeError):
@@ -120,7 +120,7 @@ def _class_labels(schema: Any) -> dict[str, Any]:
 
 
 def label_text(value: Any) -> str | None:
-    """Return a label as text, as other sources have it; None for null and NaN."""
+    """Return a label value as text, as `Labels.append` takes it; None for null and NaN."""
     if value is None or value != value:  # NaN
         return None
     return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
@@ -132,5 +132,6 @@ def one_line(error: Exception) -> str:
 
 
 def _is(types: Any, kind: Any, *names: str) -> bool:
-    """Return whether a type is one of those named; names that an older pyarrow does not know (the views) are skipped."""
+    """Return whether an Arrow type is one of those named, such as `binary` (pyarrow's `is_binary`); names that an older
+    pyarrow does not know (the views) are skipped."""
     return any(check(kind) for name in names if (check := getattr(types, f"is_{name}", None)))

@@ -27,22 +27,22 @@ MAX_EXTRA = 1 << 20  # bytes; a larger text or json is left out
 
 
 class Item(NamedTuple):
-    """One sample as a source gives it."""
+    """One sample, as `Source.read` returns it."""
 
     data: bytes  # the image file
     label: int | None = None  # class number
-    extras: Mapping[str, bytes] = {}  # members of EXTRAS by extension
+    extras: Mapping[str, bytes] = {}  # metadata and caption files, by their extension in EXTRAS
 
 
 class Source(ABC):
-    """Samples 0..N-1 in an order that depends on the source's content alone.
+    """A source of images: samples 0 … N−1, in an order that depends on the source's content alone.
 
     A source holds about 8 bytes per sample in memory and its rows in an unlinked temporary file. It can be read from forked
     processes.
     """
 
     classes: tuple[str, ...] = ()  # empty: no labels
-    blocks: NDArray[np.int64] | None = None  # first samples of runs that are read together; None: read in any order
+    blocks: NDArray[np.int64] | None = None  # first samples of runs to be read in sequence; None: any order is as fast
     root: Path  # the file or folder that must exist for any sample to be read
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, i: int) -> Item:
-        """Read the sample. Raises BadImage or OSError."""
+        """Read sample i: its image file, class number and extras. Raises BadImage or OSError."""
 
     @abstractmethod
     def size(self, i: int) -> int:
@@ -75,7 +75,7 @@ class Source(ABC):
 
     @abstractmethod
     def fingerprint(self) -> bytes:
-        """Return bytes that change when other samples, or samples of other (known) sizes, would be written."""
+        """Return bytes that identify the content: they change if the samples, or their sizes (where known), change."""
 
 
 _encode = json.JSONEncoder(separators=(",", ":")).encode  # made once, which saves two thirds of the time of a long list
@@ -83,7 +83,7 @@ _decode = json.JSONDecoder().decode
 
 
 class Rows:
-    """A list of JSON values in an unlinked temporary file, with 8 bytes each in memory; reading is safe after a fork."""
+    """A list of JSON values in an unlinked temporary file; each takes 8 bytes in memory. Forked processes can read it."""
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(prefix="esvit-scale-")  # noqa: SIM115 (lives as long as the rows)
@@ -109,7 +109,7 @@ class Rows:
 
 
 class Labels:
-    """The label column of a source: it takes texts, gives class numbers, and holds 4 bytes per sample."""
+    """The labels of a source's samples: added as texts, returned as class numbers; 4 bytes of memory per sample."""
 
     NONE, UNKNOWN = NO_LABEL, UNKNOWN
 
@@ -132,8 +132,10 @@ class Labels:
     ) -> tuple[tuple[str, ...], NDArray[np.int32]]:
         """Return the class names, and each sample's class number (NONE without a label, UNKNOWN for one not in `classes`).
 
-        Labels are looked up in given classes by `class_names.numbered_as`, or with `by_number` by the classes' numbers alone;
-        without classes they are numbered by `class_names.numbered`.
+        Args:
+            classes: class names in the order of their numbers, among which `class_names.numbered_as` finds the labels; None:
+                `class_names.numbered` makes the classes from the labels.
+            by_number: the labels are numbers of `classes`, not names.
 
         Raises:
             UserError: all labels are whole numbers, and one is below -1.
@@ -150,7 +152,7 @@ class Labels:
 
 
 def labelled(source: Source, labels: NDArray[np.int32], i: int) -> int | None:
-    """Return the class of sample i, None in a source without classes. Raises BadImage for a sample without a valid label."""
+    """Return the class number of sample i; None in a source without classes. Raises BadImage if it has no valid label."""
     if not source.classes:
         return None
     label = int(labels[i])
@@ -178,9 +180,9 @@ def parent_label(path: str) -> str | None:
 
 
 def visible_files(root: Path, suffixes: tuple[str, ...], left: LeftOut) -> list[Path]:
-    """Return the files below `root` with one of these endings, sorted, through links to folders.
+    """Return the files below `root` with one of these endings, sorted; links to folders are followed.
 
-    All others are counted in `left`, except a shard set's own manifest, indexes and quarantine.
+    All other files are counted in `left`, except a shard set's own manifest, indexes and quarantine.
     """
     found = []
     for path in walk(root, left):
@@ -193,14 +195,14 @@ def visible_files(root: Path, suffixes: tuple[str, ...], left: LeftOut) -> list[
 
 
 def what_file(path: str) -> str:
-    """Return what a file that is left out is counted as: IMAGES, ARCHIVES or FILES."""
+    """Return the kind as which a left-out file is counted: IMAGES, ARCHIVES or FILES."""
     if is_image(path):
         return IMAGES
     return ARCHIVES if extension(path) in ("tar", "zip", "parquet", "pq") else FILES
 
 
 def count_beside(root: Path, left: LeftOut, why: str, skip: Collection[str]) -> None:
-    """Count all files below `root` except the paths in `skip` (relative, as in `image_folder.walk`) as left out."""
+    """Count all files below `root` in `left`, for the reason `why`, except the paths in `skip` (relative to `root`)."""
     for path in walk(root, left, skip):
         left.add(what_file(path), why, printable(path))
 

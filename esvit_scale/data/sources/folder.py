@@ -15,7 +15,7 @@ from esvit_scale.errors import UserError
 
 
 class FolderSource(Source):
-    """The image files of a folder.
+    """A source of the image files below a folder.
 
     Args:
         label: as in `list_images`.
@@ -61,23 +61,23 @@ class FolderSource(Source):
         return path
 
     def read(self, i: int) -> Item:
-        """Read the image file and the files that go with it. Raises BadImage or OSError."""
+        """Read the image file, and the caption and metadata beside it. Raises BadImage or OSError."""
         path = self.name(i)
         data = read_file(self.root / path)
         extras = {ext: (self.root / extra).read_bytes() for ext, extra in self._extras(path).items()}
         return Item(data, labelled(self, self._labels, i), extras)
 
     def beside(self, i: int) -> int:
-        """Return the number of captions and metadata files that go with an image."""
+        """Return the number of caption and metadata files that go with image i."""
         return len(self._extras(self.name(i)))
 
     def _extras(self, path: str) -> dict[str, str]:
-        """Return the files that go with an image, by their endings."""
+        """Return the paths of the caption and metadata files that go with the image `path`, by their extension."""
         stem = path.rpartition(".")[0]
         return {ext: self._extra_files[f"{stem}.{ext}"] for ext in EXTRAS if f"{stem}.{ext}" in self._extra_files}
 
     def _sort_out(self, folder: ImageFolder) -> dict[str, str]:
-        """Return the captions and metadata of images (name with a lower-case ending → path), and count the others."""
+        """Return the caption and metadata files of images (name with a lower-case ending → path); count others as left out."""
         stems, found = {file.path.rpartition(".")[0] for file in folder.files}, {}
         for path in folder.beside:
             stem, _, ending = path.rpartition(".")

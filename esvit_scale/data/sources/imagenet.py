@@ -16,7 +16,8 @@ KAGGLE_ANSWERS = "LOC_val_solution.csv"  # ImageId, "wnid x y x y …"
 
 
 def imagenet_sources(root: Path, label: str | None, classes: Sequence[str] | None) -> dict[str, Source]:
-    """Return the sources `train` and `val`, both with train's classes (none with label `none`); count files elsewhere.
+    """Return the sources `train` and `val`, both with train's classes (none with label `none`); count other files as left
+    out.
 
     Raises:
         UserError: train/ or val/ is missing, or val/ is flat and no file says its classes.
@@ -36,7 +37,7 @@ def imagenet_sources(root: Path, label: str | None, classes: Sequence[str] | Non
 def _splits(
     root: Path, base: Path, label: str | None, classes: Sequence[str] | None
 ) -> tuple[dict[str, Source], Path | None]:
-    """Return the sources below `base`, and the file that says the classes of a flat val/, if it is used."""
+    """Return the sources `train` and `val` below `base`, and the file with the classes of a flat val/ if it is used."""
     if label == "none":
         return {part: FolderSource(base / part, "none") for part in ("train", "val")}, None
     train = FolderSource(base / "train", label, classes)
@@ -54,7 +55,7 @@ def _splits(
 
 
 def _flat(val: Path, answers: Path, classes: Sequence[str]) -> PathSource:
-    """Return the images of a flat val/ that the file of answers names, and count the others."""
+    """Return a source of those images in a flat val/ that the file `answers` names, and count the others as left out."""
     rows_left = LeftOut()
     files = {path.rpartition(".")[0]: path for path in sorted(walk(val, LeftOut())) if is_image(path)}
     source = PathSource(_answers(answers, files, rows_left), val, classes)
@@ -65,7 +66,12 @@ def _flat(val: Path, answers: Path, classes: Sequence[str]) -> PathSource:
 
 
 def _answers(path: Path, files: Mapping[str, str], left: LeftOut) -> Iterator[list[str | None]]:
-    """Yield [path, label, caption] of each row; `files` are those of val/ by their names without ending."""
+    """Yield [path in val/, class name, None] for each row of the file of answers at `path`.
+
+    Args:
+        files: the image files of val/ by their names without extension.
+        left: counts rows without a name or class.
+    """
     with path.open(encoding="utf-8-sig", newline="") as file:
         numbered = [(row, number) for number, row in enumerate(csv.reader(file), 1) if row and row[0] != "ImageId"]
     for row, number in sorted(numbered):

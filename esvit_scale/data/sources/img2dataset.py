@@ -20,13 +20,13 @@ def is_img2dataset(root: Path) -> bool:
 
 
 def _complete(root: Path) -> set[str]:
-    """Return the names of the parts that img2dataset has recorded as finished."""
+    """Return the names of the parts (tars or folders) that img2dataset has recorded as finished: NAME of NAME_stats.json."""
     found = {p.name.removesuffix("_stats.json") for p in root.glob("*_stats.json") if not p.name.startswith(".")}
     return found - {""}
 
 
 def img2dataset_source(root: Path, label: str | None, classes: Sequence[str] | None) -> Source:
-    """Return the images of the output formats `webdataset` and `files`, with their captions and metadata.
+    """Return a source of the images in img2dataset's output, with captions and metadata; formats `webdataset` and `files`.
 
     Parts that img2dataset has not finished are left out and reported.
 
@@ -60,7 +60,7 @@ def img2dataset_source(root: Path, label: str | None, classes: Sequence[str] | N
 
 
 def _count_others(root: Path, left: LeftOut, used: Collection[str], parts: Iterable[str]) -> None:
-    """Count all files except those used, and the statistics and tables of the tars or folders `parts`."""
+    """Count the files below `root` as left out, except those in `used` and each part's NAME_stats.json and NAME.parquet."""
     skip = {*used, *(f"{part}{ending}" for part in parts for ending in ("_stats.json", ".parquet"))}
     for path in walk(root, left, skip):
         unfinished = path.partition("/")[0].isdecimal() and "/" in path

@@ -1,4 +1,4 @@
-"""Samples of tars whose members do not lie side by side: members are joined by their key.
+"""Samples of tars in which the members of one key do not lie side by side: they are joined by their key.
 
 Runs of members are written to a temporary file as they are read, with two hashes of each run in memory; runs that belong
 together are then found by sorting the hashes. So a tar takes about 40 bytes of memory per run, whatever its order (200 if
@@ -19,12 +19,13 @@ from esvit_scale.data.tar_names import base_key, chosen_images, companion
 
 
 def joined(runs: Iterable[tuple[int, Entry]]) -> Iterator[Entry]:
-    """Yield the entries of a tar with all members of their key, in the order in which the keys first occur.
+    """Yield one entry per sample of a tar, with all members of its key, in the order in which the keys first occur.
 
     A key that occurs again with a member of the same extension (`tar --append`) is another sample; members that lie apart
     then go to the first sample of the key that lacks them. Members without an image of their own, such as `x.json`, belong to
-    every image whose name continues their key: `x.0.jpg`, `x.1.jpg`. Archives that are joined in one file are each joined
-    separately first, so that a label goes to an image of the same key in another archive only if its own image is missing.
+    every image whose name continues their key: `x.0.jpg`, `x.1.jpg`. If the file is several tar archives one after the other,
+    members are joined within each archive first, so that a label goes to an image of the same key in another archive only if
+    its own image is missing.
 
     Args:
         runs: runs of members of one key, each with the number of its archive, ascending.
@@ -62,7 +63,7 @@ def _entry(rows: Rows | Sequence[Any], i: int) -> Entry:
 
 
 def _of_one_base(rows: Rows | Sequence[Any], numbers: NDArray[np.int64], by_key: NDArray[np.uint64]) -> Iterator[Entry]:
-    """Yield the entries among rows whose keys agree up to their first dot."""
+    """Yield the entries that the rows `numbers` make, whose keys agree up to their first dot."""
     groups = _groups(numbers, by_key[numbers])
     shared = _shared(rows, groups) if len(groups) > 1 else None
     used: set[str] = set()
@@ -79,7 +80,7 @@ def _of_one_base(rows: Rows | Sequence[Any], numbers: NDArray[np.int64], by_key:
 
 
 def _takes(entry: Entry, ext: str) -> bool:
-    """Return whether `ext` is a label, caption or metadata that an image of the entry lacks."""
+    """Return whether a member with the extension `ext` is a label, caption or metadata that an image of the entry lacks."""
     if ext in entry.members or ext not in (*EXTRAS, "cls"):
         return False
     return any(companion([*entry.members, ext], image, ext) == ext for image in chosen_images(entry.members))
@@ -94,7 +95,11 @@ def _groups(numbers: NDArray[np.int64], keys: NDArray[np.uint64]) -> list[list[i
 
 
 def _shared(rows: Rows | Sequence[Any], groups: list[list[int]]) -> Entry | None:
-    """Return the members of the key that the other keys continue, if that key has no image of its own, else None."""
+    """Return the entry whose key the other keys continue (`x` of `x.0` and `x.1`), if it has no image of its own, else None.
+
+    Args:
+        groups: row numbers by key; all keys agree up to their first dot.
+    """
     for group in groups:
         first = _entry(rows, group[0])
         if first.key == base_key(first.key):

@@ -14,11 +14,12 @@ ARCHIVES = {".tar": "tars", ".zip": "zips", ".parquet": "parquet", ".pq": "parqu
 def folder_kind(root: Path, archives_meant: bool) -> tuple[str, str]:
     """Return the kind of source that a folder is, and a line for the user if it holds files of other kinds too, or "".
 
-    Tars, zips or parquet files directly in the folder decide its kind, unless its image files hold more than half as many
-    bytes as they do: then they are an archive beside its unpacked images, or a table beside the images that it describes.
+    Tars, zips or parquet files directly in the folder decide its kind, unless the folder's image files have more than half as
+    many bytes as these. Then it is a folder of images, beside the archive that they came from or the table that describes
+    them.
 
     Args:
-        archives_meant: whether options were given that only archives and tables have.
+        archives_meant: whether options were given that only archives and tables have, so that these decide in any case.
     """
     if (root / "Data" / "CLS-LOC").is_dir() or ((root / "train").is_dir() and (root / "val").is_dir()):
         return "imagenet", ""
@@ -51,7 +52,7 @@ def folder_kind(root: Path, archives_meant: bool) -> tuple[str, str]:
 
 
 def _images(root: Path) -> tuple[int, int]:
-    """Return the number of image files in a folder, and the sum of their bytes."""
+    """Return the number of image files below a folder, and the sum of their sizes in bytes."""
     number = held = 0
     for path in walk(root, LeftOut()):
         if is_image(path) and (root / path).is_file():

@@ -17,10 +17,10 @@ MAX_LINE = 1 << 16  # bytes; a longer line is not a path
 
 
 class PathSource(Source):
-    """Image files that rows of [path, label, caption] name, as lists and tables do.
+    """A source of the image files that the rows of a list or table name.
 
     Args:
-        rows: [path, label text or None, caption or None]; relative paths start at `root`.
+        rows: yields [path, label text or None, caption or None]; relative paths start at `root`.
         by_number: labels are numbers of `classes`, even if the class names look like other numbers.
     """
 
@@ -73,7 +73,7 @@ class PathSource(Source):
 
 
 def list_source(where: str, root: Path | None, label: str | None, classes: Sequence[str] | None) -> PathSource:
-    """Read a list of image paths.
+    """Read a list of image paths and return it as a source.
 
     Args:
         where: a file, or `-` for stdin.

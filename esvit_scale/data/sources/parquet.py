@@ -36,7 +36,7 @@ def parquet_source(
     caption: str | None,
     classes: Sequence[str] | None,
 ) -> Source:
-    """Return the rows of one or more files as a source, in the order given.
+    """Return the rows of one or more parquet files as a source, in the order of `paths`.
 
     Args:
         root: folder at which relative paths start; None: the first file's folder.
@@ -80,7 +80,7 @@ def parquet_source(
 
 
 def _check_files(paths: Sequence[Path], chosen: Chosen) -> None:
-    """Raise UserError for a file without the chosen columns, a label column of lists or structs, and files without rows."""
+    """Raise UserError if a file lacks a chosen column, if its label column holds lists or structs, or if no file has rows."""
     total = 0
     for path in paths:
         file = arrow.open_file(path)
@@ -103,7 +103,8 @@ def _holds_images(kind: Any) -> bool:
 
 
 def _given(paths: Sequence[Path], chosen: Chosen, classes: Sequence[str] | None) -> Sequence[str] | None:
-    """Return the class names that were given, else those in the files. Raises UserError when files have different ones."""
+    """Return `classes` if given, else the class names in the files' metadata (None without). Raises UserError when files
+    have different ones."""
     if classes is not None or chosen.label is None:
         return classes
     found = {arrow.class_names(path, chosen.label): path for path in paths}
@@ -116,7 +117,7 @@ def _given(paths: Sequence[Path], chosen: Chosen, classes: Sequence[str] | None)
 
 
 class BytesSource(Source):
-    """Image files inside a column. Its blocks are row groups, which are read from front to back, one batch at a time.
+    """A source of image files stored in a column. Its blocks are row groups, each read from front to back in batches.
 
     The image of a row whose bytes are null is read from the row's path.
     """
@@ -163,7 +164,7 @@ class BytesSource(Source):
         return int(self._starts[-1])
 
     def name(self, i: int) -> str:
-        """Return the file, row group and row of a sample."""
+        """Return the file's name without ending, the row group and the row of sample i: `train/0002-000017`."""
         block = self._block(i)
         file, group = self._groups[block]
         stem = self._paths[file].name.rpartition(".")[0]
@@ -259,7 +260,7 @@ def _batch_rows(group: Any, image: str) -> int:
 
 
 def _path_rows(paths: Sequence[Path], chosen: Chosen, left: LeftOut) -> Iterator[list[str | None]]:
-    """Yield [path, label, caption] of every row that names an image, and count the others."""
+    """Yield [path, label, caption] of every row that names an image, and count the other rows in `left`."""
     for file in paths:
         for number, row in enumerate(arrow.rows(file, [c for c in chosen if c]), 1):
             path, label, words = (row[c] if c else None for c in chosen)

@@ -32,13 +32,13 @@ LABEL_COLUMNS = frozenset(
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
 WORKBOOKS = {b"PK\x03\x04": "this is an Excel workbook (zip)", b"\xd0\xcf\x11\xe0": "this is an Excel workbook"}
-SEPARATOR_LINE = re.compile(r'"?sep=([^"\w])"?', re.IGNORECASE)  # Excel's own first line
+SEPARATOR_LINE = re.compile(r'"?sep=([^"\w])"?', re.IGNORECASE)  # a first line that tells Excel the separator
 DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
 UTF8_ADVICE = "save the table as UTF-8 (Excel: 'CSV UTF-8'; iconv -f latin1 -t utf-8)"
 
 
 class TableColumns:
-    """The numbers of the columns that hold image paths, labels and captions.
+    """The indices of the columns that hold image paths, labels and captions; None for a column that is not used.
 
     Raises:
         UserError: the table has no such column, or two of that name.
@@ -59,7 +59,7 @@ class TableColumns:
         self.caption = self._at(caption, "--caption") if caption else None
 
     def label_unused(self, label: str | None, others: Iterable[str] = ()) -> str:
-        """Return a line for the user when --label is not given but a column is named like one, else "".
+        """Return a line for the user if --label is not given although a column seems to hold labels, else "".
 
         Args:
             label: the value of --label.
@@ -123,7 +123,8 @@ def table_source(
     caption: str | None,
     classes: Sequence[str] | None,
 ) -> PathSource:
-    """Read a table whose first row names the columns; relative paths start at `root`, by default the table's folder.
+    """Read a table whose first row names the columns, and return it as a source. Relative paths start at `root`, by default
+    at the table's folder.
 
     Raises:
         UserError: the table cannot be read, has no header or no rows, lacks a column, is not UTF-8, or has a row with too few
@@ -211,7 +212,7 @@ def _rows(
     left: LeftOut,
     notes: list[str],
 ) -> Iterator[list[str | None]]:
-    """Yield [path, label, caption] of every row that names an image, and count the others."""
+    """Yield [path, label, caption] of every row that names an image, and count the other rows in `left`."""
     commas = False
     for line, row in rows:
         if not row or (len(row) == 1 and not row[0].strip()):  # an empty line

@@ -44,12 +44,12 @@ MAX_LABEL = 256  # bytes of a `.cls` member
 
 
 class TarSource(Source):
-    """Every image of the tars, by the rules of tar_names.py, with its label and its `.txt` and `.json` members.
+    """A source of every image in some tars, with its label and its `.txt` and `.json` members, by the rules of tar_names.py.
 
     The members of a key may lie anywhere in their tar. Members that belong to no sample are left out and counted by kind.
 
     Args:
-        root: folder from which the names of tars in messages start.
+        root: folder below which the tars lie; messages name them relative to it.
         label: where classes come from: None: the `.cls` member; `parent`: the folder in the tar; `archive`: the tar's name;
             `none`: no classes.
         names: for a shard set, the class names of the numbers in its `.cls` members.
@@ -77,7 +77,7 @@ class TarSource(Source):
         self._rows, self._digest = Rows(), hashlib.sha256(repr((label, classes or names)).encode())
         labels = Labels()
         self._has_cls = bytearray()  # of every sample, whether a `.cls` member goes with it
-        self._several = Counter[str]()  # keys with several samples, by the extensions
+        self._several = Counter[str]()  # number of keys with several samples, by the samples' extensions
         for number, tar in enumerate(self._tars):
             try:
                 self._add(number, tar, labels)
@@ -137,7 +137,7 @@ class TarSource(Source):
             offset, size = entry.members[cls]
             text = os.pread(handle, min(size, MAX_LABEL), offset).decode("utf-8", "backslashreplace").strip()
             if self._names and text.isdecimal() and int(text) < len(self._names):
-                return self._names[int(text)]  # to be found among other classes by name
+                return self._names[int(text)]  # the name, which is then looked up in the classes given
             return text
         return None
 
@@ -154,12 +154,12 @@ class TarSource(Source):
         return f"{self._tar_name(number)}/{key}.{ext}"
 
     def path(self, i: int) -> str:
-        """Return the sample's key with the last part of its extension."""
+        """Return the sample's key with the last part of its extension: `a/x.png` for `a/x.seg.png`."""
         _, key, ext, _, _, _, *sample = self._rows[i]
         return f"{sample[0] if sample else key}.{ext.rpartition('.')[2]}"
 
     def read(self, i: int) -> Item:
-        """Read the image and the members that go with it. Raises BadImage or OSError."""
+        """Read the image and its `.txt` and `.json` members. Raises BadImage or OSError."""
         number, _, _, offset, size, extras, *_ = self._rows[i]
         with self._tars[number].open("rb") as file:
             data = _pread(file.fileno(), offset, size)
@@ -170,7 +170,7 @@ class TarSource(Source):
             )
 
     def beside(self, i: int) -> int:
-        """Return the number of members that go with an image."""
+        """Return the number of members that go with image i: label, caption, metadata."""
         return len(self._rows[i][5]) + self._has_cls[i]
 
     def size(self, i: int) -> int:
@@ -228,9 +228,11 @@ def _classes_of_sets(where: Path, folders: set[Path]) -> Sequence[str] | None:
 
 
 def _samples(number: int, entry: Entry) -> Iterator[tuple[list[Any], dict[str, str]]]:
-    """Yield a row for each sample of one key, and the extensions of its label, caption and metadata by their kind.
+    """Yield (row, members) for each sample among the members of one key.
 
-    The row ends with the sample's key if that differs from the members' key.
+    The row is [number of the tar, key of the members, extension, offset and size of the image, extras]; if the sample's key
+    differs from that of the members, it follows as the last value. `members` maps `cls`, `json` and `txt`, where the sample
+    has them, to the extensions of these members.
     """
     chosen = chosen_images(entry.members)
     for image in chosen:
@@ -263,7 +265,8 @@ def _why(extension: str, entry: Entry, has_sample: bool) -> str:
 
 
 def _spelled(handle: int, entry: Entry, extension: str) -> str:
-    """Return the name of a member as its header spells it, if the block before its bytes holds the whole name."""
+    """Return the name of a member as its header spells it if the block before its bytes holds the whole name, else its key
+    and extension."""
     start = entry.members[extension][0] - BLOCK
     written = os.pread(handle, 100, start) if start >= 0 else b""
     name = written.partition(b"\0")[0].decode("utf-8", "surrogateescape")

@@ -36,10 +36,10 @@ LOCAL_HEADER = 30  # bytes before the member's name
 
 
 class ZipSource(Source):
-    """Every image of the zips.
+    """A source of every image in some zip files.
 
     Args:
-        root: folder from which the names of zips in messages start.
+        root: folder below which the zips lie; messages name them relative to it.
         label: where classes come from: `parent`: the folder in the zip; `archive`: the zip's name; None or `none`: no
             classes.
 
@@ -87,7 +87,7 @@ class ZipSource(Source):
         return len(self._rows)
 
     def _usable(self, zip_file: Path, member: str, arrays: bool) -> bool:
-        """Return whether a member is used as an image (a `.npy` file only with `arrays`), and count it if not."""
+        """Return whether a member is used as an image (a `.npy` file only with `arrays`); if not, count it as left out."""
         why = no_sample(member)
         if (is_image(member) or (arrays and extension(member) == ARRAY)) and not why:
             return True
@@ -97,7 +97,7 @@ class ZipSource(Source):
         return False
 
     def name(self, i: int) -> str:
-        """Return the zip's name and the member's."""
+        """Return the zip's path relative to `root`, followed by the member's name in the zip."""
         number, member, *_ = self._rows[i]
         path = self._zips[number]
         return f"{path.relative_to(self.root).as_posix() if path != self.root else path.name}/{member}"
