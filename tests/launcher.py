@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).parent.parent
 CLI = ("-m", "esvit_scale")
@@ -63,6 +64,6 @@ def start_ranks(size: int, *program: object) -> "list[subprocess.Popen[str]]":
 
 
 def _start(command: list[str], variables: dict[str, str]) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=variables, cwd=REPOSITORY
-    )
+    # Tests that watch a run read its output at the end; a full pipe (64 KiB by default, 200 logged steps) would stop it.
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "pipesize": 1 << 20}
+    return subprocess.Popen(command, text=True, env=variables, cwd=REPOSITORY, **pipes)

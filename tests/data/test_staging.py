@@ -92,7 +92,7 @@ def test_run_reads_the_copy_and_resumes_without_it(tmp_path: Path, shards: manif
     assert tiny.rows(tmp_path / "staged") == tiny.rows(tmp_path / "plain")
     assert len(list(disk.iterdir())) == 1
     plain = tiny.write_config(tmp_path / "again.yaml", tiny.config(tmp_path / "staged", shards.root, train__steps=4))
-    assert launcher.start_cli("pretrain", str(plain)).wait(timeout=120) == 0
+    launcher.run(*launcher.CLI, "pretrain", str(plain), timeout=120)
 
 
 def test_every_copied_piece_counts_as_progress(tmp_path: Path, shards: manifests.Manifest, monkeypatch) -> None:

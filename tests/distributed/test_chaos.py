@@ -50,8 +50,7 @@ def test_run_under_random_kills_equals_undisturbed_run(tmp_path: Path) -> None:
     data = tiny.shards(tmp_path / "shards")
     settings = {"train__steps": STEPS, "train__checkpoint_every": 4, "train__ds_config": "zero2"}
     calm = tiny.write_config(tmp_path / "calm.yaml", tiny.config(tmp_path / "calm", data, **settings))
-    undisturbed = launcher.start_cli("pretrain", str(calm), ranks=2)
-    assert undisturbed.wait(timeout=200) == 0
+    launcher.run(*launcher.CLI, "pretrain", calm, ranks=2, timeout=400)
     run = tmp_path / "chaos"
     path = tiny.write_config(tmp_path / "chaos.yaml", tiny.config(run, data, **settings))
     done: list[str] = []

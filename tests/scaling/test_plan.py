@@ -101,7 +101,7 @@ def test_plan_of_swin_t_has_expected_costs():
 def test_checkpoint_on_disk_has_the_planned_size(tmp_path):
     config = tiny_config(tmp_path / "run", train__steps=1, data__train=str(tiny.shards(tmp_path / "shards")))
     tiny.write_config(tmp_path / "c.yaml", config)
-    assert launcher.start_cli("pretrain", str(tmp_path / "c.yaml")).wait(timeout=120) == 0
+    launcher.run(*launcher.CLI, "pretrain", str(tmp_path / "c.yaml"), timeout=120)
     files = (tmp_path / "run" / "checkpoints").glob("step-*/*")
     tensors = sum(f.stat().st_size for f in files if f.suffix == ".distcp")
     planned = memory.checkpoint_bytes(memory.network_of(config))

@@ -158,7 +158,7 @@ def test_branched_run_equals_the_uninterrupted_run(tmp_path):
     assert start("submit", "--local", str(path)).wait(timeout=200) == 0
     alone = tmp_path / "alone.yaml"
     alone.write_text(configs.dump(long.config).replace(str(long.path), str(tmp_path / "alone")))
-    assert launcher.start_cli("pretrain", str(alone)).wait(timeout=120) == 0
+    launcher.run(*launcher.CLI, "pretrain", str(alone), timeout=120)
     branched, whole = tiny.rows(long.path), tiny.rows(tmp_path / "alone")
     assert len(branched) == long.steps - long.parent.branch_step
     assert branched == whole[-len(branched) :]
