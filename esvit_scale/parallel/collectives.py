@@ -66,7 +66,7 @@ def all_reduce_mean_(tensor: Tensor) -> Tensor:
 
 
 def log_add_exp_(tensor: Tensor) -> Tensor:
-    """Replace every element x of a tensor, in place, by log Σ exp(x), summed over ranks."""
+    """Replace every element x of a tensor, in place, by log Σ exp(x), where the sum runs over ranks."""
     if world_size() > 1:
         top = tensor.clone()
         dist.all_reduce(top, dist.ReduceOp.MAX)

@@ -1,4 +1,4 @@
-"""The DeepSpeed config of a run: the JSON file of `train.ds_config`, checked, with the run config's values for "auto"."""
+"""The DeepSpeed config of a run: the JSON file that `train.ds_config` names, checked and completed from the run config."""
 
 import json
 import logging
@@ -70,7 +70,7 @@ def fill(config: Config, world_size: int) -> dict[str, Any]:
     # Both are needed for right numbers: the memory-efficient linear replaces F.linear in the whole process, and parameters
     # that stay gathered (below, at stage 3) would keep the teacher's values of before an EMA update.
     values["zero_optimization"]["memory_efficient_linear"] = False
-    # DeepSpeed calls optimizers that it did not make untested; ours are tested at every stage.
+    # DeepSpeed treats optimizers that it did not make as "untested"; ours are tested at every stage.
     values["zero_allow_untested_optimizer"] = True
     values["zero_force_ds_cpu_optimizer"] = False
     if stage == 3:
@@ -103,7 +103,8 @@ def _stage(values: dict[str, Any]) -> int | None:
 
 
 def _dtype(value: Any) -> Any:
-    """Return a dtype's short name for any spelling that DeepSpeed accepts, and any other value as it is."""
+    """Return the short name of a dtype, such as `bf16`, for any spelling that DeepSpeed accepts; return other text in lower
+    case, and other values as they are."""
     return _DTYPES.get(value.lower(), value.lower()) if isinstance(value, str) else value
 
 
@@ -131,7 +132,8 @@ def _stage_problems(config: Config, stage: int) -> list[str]:
 
 
 def accumulates_in_fp32(config: Config) -> bool:
-    """Return whether the run sums bf16 or fp16 gradients in fp32, because a step has several micro-batches."""
+    """Return whether gradients must be summed in fp32 although the run trains in bf16 or fp16: if a step has several
+    micro-batches."""
     return config.train.precision in ("bf16", "fp16") and config.train.grad_accum > 1
 
 
@@ -176,7 +178,8 @@ def _owned_numbers(config: Config, world_size: int, stage: int) -> dict[str, Any
 
 
 def _fill_holes(values: dict[str, Any], owned: dict[str, Any]) -> list[str]:
-    """Write `owned` (dotted key → value) into the config; return a message for every key that has another value there."""
+    """Write the values `owned` (dotted key → value) into the config. Return a message for every key for which the file has
+    another value that is not "auto"."""
     problems = []
     for key, number in owned.items():
         *sections, leaf = key.split(".")

@@ -110,7 +110,8 @@ def _models() -> dict[str, Any]:
 
 
 def _of_model(model: Any, value: dict[str, Any], where: str) -> Iterator[str]:
-    """Check the section `where` by its pydantic model; yield a message per unknown key, at any depth, and wrong value."""
+    """Check the section `where` by its pydantic model: yield a message for each unknown key, at any depth, and for each
+    value of a wrong type."""
     from pydantic import ValidationError
 
     names = {**model.model_fields, **{f.alias: f for f in model.model_fields.values() if f.alias}}

@@ -90,14 +90,14 @@ def build(config: Config, world: World, given: dict[str, Tensor]) -> Engines:
 
 
 def set_lr_and_weight_decay(engines: Engines, lr: float, weight_decay: float) -> None:
-    """Set the learning rate of all parameter groups, and the weight decay of those that decay, for the next step."""
+    """Set the learning rate of all parameter groups, and the weight decay of the groups that decay, for the next step."""
     for group in engines.student.optimizer.param_groups:
         group["lr"] = lr
         group["weight_decay"] = 0.0 if group["name"] == "no_decay" else weight_decay
 
 
 def take_step(engines: Engines, loss: Tensor, *, freeze_last_layer: bool, measure_updates: bool) -> bool:
-    """Call this after every micro-batch: it steps the optimizer after the last one of a step, and only counts before.
+    """Step the optimizer if the backward before was that of a step's last micro-batch; call it after every backward.
 
     Args:
         loss: this rank's loss, summed over the micro-batches so far.

@@ -30,7 +30,7 @@ class HangReports:
     """
 
     def __init__(self, rank: int, size: int) -> None:
-        """Prepare the access of rank `rank` among `size` ranks; `join` connects it."""
+        """Prepare the access of one of `size` ranks; `join` connects it to the store."""
         self._rank, self._size = rank, size
         self._prefix = f"esvit-hang-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}-{next(_boards)}"
         self._board: Any = None

@@ -15,8 +15,8 @@ from esvit_scale.parallel import zero
 def all_reduce_works(backend: str) -> None:
     """Run an all-reduce of one number in a process group of this process alone.
 
-    Even so, gloo resolves the host's name and opens a socket, and NCCL loads its library and uses the GPU. If the process
-    has a default group, it stays as it is; only the group made here is destroyed.
+    Even with one process, gloo resolves the host's name and opens a socket, and NCCL loads its library and uses the GPU. If
+    the process has a default group, it stays as it is; only the group made here is destroyed.
 
     Raises:
         Exception: whatever the backend raises, or RuntimeError for a wrong sum.

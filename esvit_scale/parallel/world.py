@@ -170,8 +170,8 @@ def translate_comm_errors() -> Iterator[None]:
 
 
 def adopt_slurm_variables() -> None:
-    """Set torchrun's environment variables from srun's, in a job step. A batch shell is not one: it has no
-    SLURM_STEP_NUM_TASKS."""
+    """Set torchrun's environment variables from srun's, if srun started this process. In the shell of a batch script, which
+    has no SLURM_STEP_NUM_TASKS, nothing is set."""
     if "RANK" in os.environ or "SLURM_STEP_NUM_TASKS" not in os.environ or "SLURM_PROCID" not in os.environ:
         return
     nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]

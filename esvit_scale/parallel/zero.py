@@ -96,8 +96,8 @@ class Layout(ABC):
         return build()
 
     def frozen(self, module: nn.Module) -> list[Frozen]:
-        """Return the intervals that this rank holds of the parameters without gradient of a module, the student's or the
-        teacher's."""
+        """Return the parameters without gradient of `module`, the student's or the teacher's, each with the interval that
+        this rank holds."""
         return [Frozen(n, p.shape, 0, p.data.view(-1)) for n, p in module.named_parameters() if not p.requires_grad]
 
     @abstractmethod
@@ -184,7 +184,8 @@ class ReplicatedLayout(Layout):
 
 
 class FlatLayout(Layout):
-    """The layout of ZeRO 1 and 2: one flat buffer per parameter group holds its parameters, and a rank owns an interval."""
+    """The layout of ZeRO 1 and 2: one flat buffer per parameter group holds all its parameters, and each rank owns an
+    interval of every buffer."""
 
     def _find_partitions(self) -> list[Partition]:
         zero, named = self._zero, self._trainable()
@@ -256,8 +257,8 @@ class PartitionedLayout(Layout):
         return owned
 
     def frozen(self, module: nn.Module) -> list[Frozen]:
-        """Return the intervals that this rank holds of the parameters without gradient of a module, the student's or the
-        teacher's."""
+        """Return the parameters without gradient of `module`, the student's or the teacher's, each with the interval that
+        this rank holds."""
         found: list[Frozen] = []
         p: Any
         for name, p in module.named_parameters():

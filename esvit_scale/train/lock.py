@@ -316,7 +316,7 @@ def _is_local(holder: Record, me: dict[str, Any]) -> bool:
 
 
 def _is_alive(holder: Record) -> bool:
-    """Return whether a holder on this host still runs: its pid exists, and not because a later process got it again."""
+    """Return whether a holder on this host still runs: a process with its pid exists and started when the holder did."""
     began = _start_of(holder.pid)
     return began is not None and holder.started in ("", began)
 

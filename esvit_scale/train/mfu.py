@@ -19,14 +19,15 @@ SIDE = {"cuda": 8192, "cpu": 1024}  # rows and columns of the matrices
 
 
 def ideal_images_per_s(config: Config, device: torch.device, world_size: int) -> float:
-    """Return the images/s at which MFU is 1 for `world_size` devices like this one; MFU is a run's images/s over these."""
+    """Return the images/s at which MFU is 1, for `world_size` devices like this one. A run's MFU is its images/s divided by
+    this."""
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     return world_size * matmul_rate(device, dtype) / image_flops(config, "useful")
 
 
 @lru_cache
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure the FLOP/s of large square matrix products, of which the fastest counts; once per process, in under 1 s."""
+    """Return the FLOP/s of a large square matrix product, the fastest of several; measured once per process, in under 1 s."""
     side = SIDE.get(device.type, SIDE["cpu"])
     # Random values, because a GPU multiplies constants faster than a model's numbers.
     a = torch.randn(side, side, generator=torch.Generator(device), device=device, dtype=dtype)

@@ -42,7 +42,7 @@ class Monitors:
         self._best_knn, self._in_dip = 0.0, False
 
     def observe(self, row: Row) -> list[str]:
-        """Take in a row and return the warnings that it gives reason for, most often none."""
+        """Add a row, and return the warnings about what began or ended with it, most often none."""
         states = dict(self._states(row))
         warnings = [self._begun(name, text, row["step"]) for name, text in states.items()]
         warnings += [self._ended(name, row["step"]) for name in list(self._since) if name not in states]

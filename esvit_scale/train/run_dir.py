@@ -129,7 +129,7 @@ def _load_whole(path: Path) -> Config:
 
 
 def _differences(saved: Config, config: Config) -> list[str]:
-    """Return the differences that change results, each as `key: saved → given`."""
+    """Return the differences between two configs that can change results, each as `key: saved → given`."""
     return [d for d in configs.differences(saved, config) if d.split(":")[0] not in MAY_DIFFER]
 
 

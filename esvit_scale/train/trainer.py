@@ -265,7 +265,7 @@ class Trainer:
         return signals.request() | Flag(sum(flag for flag, is_set in flags.items() if is_set))
 
     def _log_row(self, result: StepResult) -> None:
-        """Write a row of metrics.jsonl, and log the warnings that it gives reason for."""
+        """Write a row of metrics.jsonl, and log the warnings about it."""
         row, warnings = self._metrics.row(
             self.step,
             result,

@@ -27,7 +27,7 @@ def pyarrow() -> Any:
 
 
 def open_file(path: Path) -> Any:
-    """Open a ParquetFile that streams its columns. Raises UserError.
+    """Open a parquet file so that its columns are streamed. Raises UserError when it cannot be read.
 
     Without pre_buffer=False, pyarrow would hold a row group's whole column in memory, whatever the size of the batch.
     """
@@ -41,7 +41,7 @@ def open_file(path: Path) -> Any:
 
 
 def rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yield the values of some columns, row by row. Raises UserError."""
+    """Yield each row as a dict with the values of the given columns. Raises UserError when the file cannot be read."""
     try:
         for batch in open_file(path).iter_batches(BATCH, columns=list(columns), use_threads=False):
             yield from batch.to_pylist()
@@ -75,13 +75,13 @@ def kind_of(kind: Any) -> str:
 
 
 def fields(kind: Any) -> dict[str, str]:
-    """Return the kinds of a struct's fields by name."""
+    """Map the name of each field of a struct type to the kind of its values (`kind_of`)."""
     kind = plain(kind)
     return {kind.field(at).name: kind_of(kind.field(at).type) for at in range(kind.num_fields)}
 
 
 def is_label(kind: Any) -> bool:
-    """Return whether a column holds one label per row: numbers, text or booleans, but no lists or structs."""
+    """Return whether a column of this Arrow type can hold labels: single values per row, not lists or structs."""
     types, kind = pyarrow().types, plain(kind)
     return not types.is_nested(kind)
 

@@ -90,7 +90,7 @@ class Rows:
         self._ends = array("q", [0])
 
     def append(self, value: Any) -> None:
-        """Add a value; print a line for every SAY_AFTER values."""
+        """Add a value; print a progress line after every SAY_AFTER values."""
         if len(self._ends) % SAY_AFTER == 0:
             say(f"{len(self._ends):,} samples listed, continuing")
         self._ends.append(self._ends[-1] + self._file.write(_encode(value).encode()))
@@ -195,7 +195,7 @@ def visible_files(root: Path, suffixes: tuple[str, ...], left: LeftOut) -> list[
 
 
 def what_file(path: str) -> str:
-    """Return the kind as which a left-out file is counted: IMAGES, ARCHIVES or FILES."""
+    """Return the kind under which a left-out file is counted: IMAGES, ARCHIVES or FILES."""
     if is_image(path):
         return IMAGES
     return ARCHIVES if extension(path) in ("tar", "zip", "parquet", "pq") else FILES

@@ -1,4 +1,4 @@
-"""Samples of tars in which the members of one key do not lie side by side: they are joined by their key.
+"""Joining of tar members into samples by their keys, where the members of one key do not lie side by side.
 
 Runs of members are written to a temporary file as they are read, with two hashes of each run in memory; runs that belong
 together are then found by sorting the hashes. So a tar takes about 40 bytes of memory per run, whatever its order (200 if
@@ -28,7 +28,7 @@ def joined(runs: Iterable[tuple[int, Entry]]) -> Iterator[Entry]:
     its own image is missing.
 
     Args:
-        runs: runs of members of one key, each with the number of its archive, ascending.
+        runs: (number of the archive, neighbouring members of one key), in the order of the archives.
     """
     rows, keys, bases, archives = Rows(), array("Q"), array("Q"), array("I")
     for archive, entry in runs:
@@ -63,7 +63,7 @@ def _entry(rows: Rows | Sequence[Any], i: int) -> Entry:
 
 
 def _of_one_base(rows: Rows | Sequence[Any], numbers: NDArray[np.int64], by_key: NDArray[np.uint64]) -> Iterator[Entry]:
-    """Yield the entries that the rows `numbers` make, whose keys agree up to their first dot."""
+    """Join the rows `numbers`, whose keys agree up to their first dot, and yield the resulting entries."""
     groups = _groups(numbers, by_key[numbers])
     shared = _shared(rows, groups) if len(groups) > 1 else None
     used: set[str] = set()

@@ -103,8 +103,8 @@ def _holds_images(kind: Any) -> bool:
 
 
 def _given(paths: Sequence[Path], chosen: Chosen, classes: Sequence[str] | None) -> Sequence[str] | None:
-    """Return `classes` if given, else the class names in the files' metadata (None without). Raises UserError when files
-    have different ones."""
+    """Return `classes` if given, else the label column's class names from the files' metadata, or None. Raises UserError
+    when files have different ones."""
     if classes is not None or chosen.label is None:
         return classes
     found = {arrow.class_names(path, chosen.label): path for path in paths}
@@ -183,7 +183,7 @@ class BytesSource(Source):
 
     def size(self, i: int) -> int:
         """Return 0: sizes are known only by reading the column."""
-        return 0  # known only by reading the column
+        return 0
 
     def fingerprint(self) -> bytes:
         """Return the files' names and sizes, the columns and the classes."""

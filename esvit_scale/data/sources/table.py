@@ -158,7 +158,7 @@ def table_source(
 def _columns(
     path: Path, header: Sequence[str], dialect: Dialect, image: str | None, label: str | None, caption: str | None
 ) -> TableColumns:
-    """Return the columns of a header. Raises UserError as TableColumns, and for a header that is quoted or not UTF-8."""
+    """Return the columns of a header. Raises UserError as `TableColumns` does, and if the header is quoted or not UTF-8."""
     if not dialect.quoted:
         for name in header:
             _check_unquoted(path, dialect.above + 1, name)

@@ -44,7 +44,7 @@ MAX_LABEL = 256  # bytes of a `.cls` member
 
 
 class TarSource(Source):
-    """A source of every image in some tars, with its label and its `.txt` and `.json` members, by the rules of tar_names.py.
+    """A source of all images in a list of tars, with their labels and their `.txt` and `.json` members (rules: tar_names.py).
 
     The members of a key may lie anywhere in their tar. Members that belong to no sample are left out and counted by kind.
 
@@ -188,7 +188,7 @@ def tar_source(where: Path, label: str | None, classes: Sequence[str] | None) ->
     For a shard set, the shards and classes are those of its manifest; a folder of shard sets gives the shards of all.
 
     Raises:
-        UserError: there is no tar, or a compressed one, or as TarSource.
+        UserError: there is no tar, a tar is compressed, or `TarSource` raises it.
     """
     if where.is_file():
         return TarSource([where], where, label, classes)
@@ -212,7 +212,8 @@ def tar_source(where: Path, label: str | None, classes: Sequence[str] | None) ->
 
 
 def _classes_of_sets(where: Path, folders: set[Path]) -> Sequence[str] | None:
-    """Return the class names of a folder of shard sets; None when not all of its tars belong to sets."""
+    """Return the class names that all sets in a folder of shard sets have in common; None when they have none, or when not
+    all tars belong to sets. Raise UserError when sets have different classes."""
     if not all(manifests.is_shard_set(folder) for folder in folders):
         return None
     found: dict[tuple[str, ...], Path] = {}

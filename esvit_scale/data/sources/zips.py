@@ -36,7 +36,7 @@ LOCAL_HEADER = 30  # bytes before the member's name
 
 
 class ZipSource(Source):
-    """A source of every image in some zip files.
+    """A source of all images in a list of zip files.
 
     Args:
         root: folder below which the zips lie; messages name them relative to it.
@@ -126,7 +126,7 @@ def zip_source(where: Path, label: str | None, classes: Sequence[str] | None) ->
     """Return a zip, or the zips of a folder in the order of their names, as a source.
 
     Raises:
-        UserError: there is no zip, or as ZipSource.
+        UserError: there is no zip, or `ZipSource` raises it.
     """
     if where.is_file():
         return ZipSource([where], where, label, classes)
