@@ -21,9 +21,9 @@ The pipeline, one line per stage. B images, V crops, T tokens, C width, K protot
     → report             report/html.py, report/evaluation_figures.py         one self-contained report.html
     → scaling            scaling/plan.py, scaling/cells.py, scaling/fit.py  what a run needs; sizes × budgets → a law with intervals
 
-Other modules: config.py (every number of a run), models/traced.py and objective/costs.py (what a run costs), cli.py and
-commands/ (the command line), doctor.py (what works on this machine), feed.py (whether the machine loads data fast enough
-for its GPUs), launch.py and slurm_status.py (jobs under Slurm).
+Other modules: config.py (every number of a run), models/traced.py and objective/costs.py (what a run costs), cli.py
+and commands/ (the command line), doctor.py (what works on this machine), feed.py (whether the machine loads data fast
+enough for its GPUs), launch.py and slurm_status.py (jobs under Slurm).
 """
 
 from importlib import import_module
@@ -33,7 +33,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Import `load_backbone` (checkpoint/backbone.py) on first use, so that importing the package does not load torch."""
+    """Import `load_backbone` (checkpoint/backbone.py) on first use: importing the package must not load torch."""
     if name == "load_backbone":
         return import_module("esvit_scale.checkpoint.backbone").load_backbone
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

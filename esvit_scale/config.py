@@ -2,8 +2,8 @@
 
 A config starts from the defaults below (EsViT's Swin-T recipe). A preset or YAML file replaces some of them, and dotted
 `key=value` overrides replace some of those. `resolve` returns the complete config or raises one clear error; `dump`
-writes the copy that reproduces the run. yaml_text.py reads the YAML, schema.py words the errors, overrides.py applies the overrides. None of them imports
-torch, so that they load at once on a login node.
+writes the copy that reproduces the run. yaml_text.py reads the YAML, schema.py words the errors, overrides.py applies
+the overrides. None of them imports torch, so that they load at once on a login node.
 """
 
 import os

@@ -128,7 +128,7 @@ def pixels_result(config: Config, train: Path, test: Path) -> Json:
 
 
 def untrained_result(config: Config, train: Path, test: Path) -> Json:
-    """Return the k-NN result of the untrained teacher, rebuilt with the initial weights that this config's seed gives."""
+    """Return the k-NN result of the untrained teacher, rebuilt with the initial weights that `config.seed` gives."""
     network = build_network(config)
     initialize(network, config.seed)
     return _row(1, 0, train, test) | _evaluate(network.trunk, config, train, test)

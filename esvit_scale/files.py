@@ -83,7 +83,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def commit_folder(tmp: Path, path: Path, replace: bool = False) -> None:
-    """Rename the finished temporary folder `tmp` to `path`, so that a crash leaves the old or the new folder, not a part.
+    """Rename the finished folder `tmp` to `path`, so that a crash leaves the old or the new folder, never a part.
 
     Args:
         replace: a folder that is at `path` is replaced as a whole; otherwise it is an error.

@@ -59,8 +59,8 @@ class Resources:
 
 
 def seconds_of_time(text: str) -> int | None:
-    """Convert a time limit in sbatch's notation (`30`, `30:00`, `12:00:00`, `2-00`, `2-00:00:00`) to seconds; return None
-    for no limit.
+    """Convert a time limit in sbatch's notation (`30`, `30:00`, `12:00:00`, `2-00`, `2-00:00:00`) to seconds; None: no
+    limit.
 
     Raises:
         UserError: the text is none of these.

@@ -1,8 +1,8 @@
 """`esvit-scale slurm preflight`: checks every node of a job before they work together, and names the bad ones.
 
 The batch scripts run it under srun, one process per rank. It checks GPUs, limits, clocks, renames in the shared folder,
-and all-reduces inside each node and between neighbouring nodes. Every node first writes a file to DIR/preflight; when the
-check fails, the batch scripts name the nodes whose file is missing.
+and all-reduces inside each node and between neighbouring nodes. Every node first writes a file to DIR/preflight; when
+the check fails, the batch scripts name the nodes whose file is missing.
 """
 
 import os
@@ -21,7 +21,8 @@ from esvit_scale.parallel import collectives, probe
 from esvit_scale.parallel import world as worlds
 from esvit_scale.parallel.world import World
 
-CLOCK_S = 5.0  # largest clock difference in seconds: the run dir's lock relies on time stamps of heartbeats, and people compare logs
+# Largest clock difference in seconds: the run dir's lock relies on time stamps of heartbeats, and people compare logs.
+CLOCK_S = 5.0
 SLOW = 0.5  # a rate below this fraction of the median is reported
 WHERE = {"inside": "inside the node", "between": "between nodes"}
 NBYTES = {"cuda": 256 << 20, "cpu": 4 << 20}

@@ -8,7 +8,7 @@ _PACKAGE = Path(__file__).parent
 
 
 def shipped_folder(name: str) -> Path:
-    """Return the path of the shipped folder `name` (ds_configs or slurm): in the installed wheel, or in the checkout."""
+    """Return the path of the shipped folder `name` (ds_configs or slurm) in the installed wheel or the checkout."""
     packaged = _PACKAGE / name
     return packaged if packaged.is_dir() else _PACKAGE.parent / name
 

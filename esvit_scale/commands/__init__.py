@@ -1,4 +1,4 @@
-"""The commands, one module a group: `add(commands)` declares them, and one private function runs each.
+"""The commands, one module per group: `add(commands)` declares them, and one private function runs each.
 
 Heavy modules are imported inside those functions, so that `--help` and a mistyped command do not wait for torch.
 """

@@ -1,4 +1,4 @@
-"""The `convert` command: weights from one file format into another."""
+"""The `convert` command: converts weights between file formats."""
 
 import argparse
 from pathlib import Path

@@ -152,7 +152,7 @@ def _add_features(parser: argparse.ArgumentParser) -> None:
 
 
 def _extraction_options(o: argparse.Namespace, folder: Path) -> Any:
-    """Return the values of the `_add_features` options; without --cache, features are kept in `folder`/features."""
+    """Return the values of the options that `_add_features` adds; without --cache, features go to `folder`/features."""
     from esvit_scale.evaluate.features import ExtractionOptions
 
     return ExtractionOptions(o.batch, o.workers, None, o.precision, o.stored, o.cache or folder / "features")

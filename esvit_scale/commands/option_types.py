@@ -1,4 +1,4 @@
-"""Conversions of the shard commands' option values; the error of each shows a valid value."""
+"""Argparse types of the shard commands' options: each converts a text, or raises an error that shows a valid value."""
 
 import argparse
 import re
@@ -14,7 +14,7 @@ def size(text: str) -> int:
 
 
 def part(text: str) -> tuple[int, int]:
-    """Convert I/N, part I of N, to two integers."""
+    """Convert I/N (part I of N parts) to two integers."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise argparse.ArgumentTypeError(f"expected I/N with 1 ≤ I ≤ N (the first of four parts is 1/4), got {text!r}")
@@ -40,7 +40,7 @@ def quality(text: str) -> int:
 
 
 def distance(text: str) -> int:
-    """Convert a distance of 0 to 7 bits to an integer."""
+    """Convert a Hamming distance of 0 to 7 bits between image hashes to an integer."""
     if not text.isdecimal() or int(text) > 7:
         raise argparse.ArgumentTypeError(f"expected 0..7 bits, got {text!r}")
     return int(text)

@@ -1,4 +1,4 @@
-"""Code that all command modules share: one-line errors, number types, and options that several commands have."""
+"""Code that the command modules share: the parser with one-line errors, number types, and common options."""
 
 import argparse
 import os
@@ -101,7 +101,7 @@ def _whole(text: str, least: int) -> int:
 
 
 def on_all_ranks(evaluate: Callable[[], object]) -> None:
-    """Call `evaluate`, under torchrun or srun on every rank and inside a process group, so that ranks share the work."""
+    """Call `evaluate`; under torchrun or srun, first start a process group, so that all ranks share the work."""
     if max(int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS")) == 1:
         evaluate()
         return

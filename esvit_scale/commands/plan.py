@@ -1,4 +1,4 @@
-"""The `plan` command: what a config needs in memory for each ZeRO stage, FLOPs, time and disk."""
+"""The `plan` command: estimates a config's memory at each ZeRO stage, its FLOPs, time and disk space."""
 
 import argparse
 import re
@@ -8,7 +8,7 @@ from esvit_scale.commands.parser import add_overrides, command, positive
 from esvit_scale.errors import UserError
 
 UNITS = {"": 2**30, "G": 2**30, "GB": 2**30, "GIB": 2**30, "M": 2**20, "MB": 2**20, "MIB": 2**20}
-TRAINING_MFU = 0.35  # what is assumed unless --mfu says otherwise
+TRAINING_MFU = 0.35  # assumed MFU without --mfu
 
 
 def add(commands: Any) -> None:
@@ -64,7 +64,7 @@ def _images(config: Any) -> int | None:
 
 
 def speed_of(config: Any, tflops: float | None, mfu: float) -> Any:
-    """Return the speed to estimate times from; without `tflops` this machine's device is measured."""
+    """Return the Speed from which times are estimated; without `tflops`, measure the rate of this machine's device."""
     from esvit_scale.scaling.plan import Speed
 
     if tflops is not None:

@@ -1,4 +1,4 @@
-"""Options that several `shards` commands share: the source and the number of processes."""
+"""Options that several `shards` commands share: the source of images and the number of worker processes."""
 
 import argparse
 from pathlib import Path
@@ -62,7 +62,7 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
 
 
 def source_options(options: argparse.Namespace) -> "SourceOptions":
-    """Return the options of `add_source` as the sources take them."""
+    """Return the values of the options that `add_source` adds, as SourceOptions."""
     from esvit_scale.data.sources import SourceOptions
 
     return SourceOptions(
@@ -77,5 +77,5 @@ def source_options(options: argparse.Namespace) -> "SourceOptions":
 
 
 def workers(options: argparse.Namespace) -> int:
-    """Return the number of worker processes."""
+    """Return the number of worker processes: --workers, or one per usable CPU core."""
     return int(options.workers or usable_cpus())

@@ -1,4 +1,4 @@
-"""The `shards` commands that write a set: create, merge, split."""
+"""The `shards` commands that write shard sets: create, merge, split."""
 
 import argparse
 from collections.abc import Mapping
@@ -200,7 +200,7 @@ def _split(options: argparse.Namespace) -> int:
     from esvit_scale.data.shard_plan import Recipe
     from esvit_scale.data.sources import SourceOptions
 
-    found = manifests.load(Path(options.source))  # raises UserError for what is no shard set
+    found = manifests.load(Path(options.source))  # raises UserError if it is not a shard set
     recipe = Recipe(
         samples_per_shard=options.samples_per_shard,
         seed=options.seed,
@@ -251,7 +251,10 @@ def _types(formats: "Mapping[str, int]") -> str:
 
 
 def _say_sets(destination: Path, sets: "Mapping[str, Manifest]") -> None:
-    """Print what each set holds, and one table of what was left out of all of them; warn of lost images."""
+    """Print samples, shards and classes of each set, and one table of the images left out, with a warning if many are.
+
+    Also warn of mixed file formats, and of classes that only one of the sets has.
+    """
     from esvit_scale.data.left_out import LeftOut
     from esvit_scale.progress import say
 
@@ -271,7 +274,10 @@ def _say_sets(destination: Path, sets: "Mapping[str, Manifest]") -> None:
 
 
 def _say_classes_of_one_part(destination: Path, sets: "Mapping[str, Manifest]") -> None:
-    """Tell the user how many classes have samples only in train, where they cannot be measured, or only in val."""
+    """Report on stderr how many classes have samples in only one of the sets (train or val), if any.
+
+    Accuracy on a class cannot be measured if its samples are only in train.
+    """
     from esvit_scale.data.evaluation import Items
     from esvit_scale.progress import say
 

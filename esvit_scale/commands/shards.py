@@ -1,4 +1,4 @@
-"""Shards of images: write, check, describe and show them."""
+"""The `shards` commands: write, check, describe and show shards of images."""
 
 import argparse
 from pathlib import Path
@@ -10,7 +10,7 @@ from esvit_scale.errors import UserError
 
 
 def add(commands: Any) -> None:
-    """Declare `shards` and its commands."""
+    """Declare `shards` and its subcommands."""
     shards = group(commands, "shards", "write, check, describe and show shards of images")
     shard_writing.add_create(shards)
     shard_writing.add_merge(shards)

@@ -107,13 +107,13 @@ def _submit_pretrain(o: argparse.Namespace) -> int:
     configs.require_training_data(config)
     from esvit_scale import launch
 
-    with redirect_stdout(sys.stderr):  # DeepSpeed binds its log to stdout when the check imports it
+    with redirect_stdout(sys.stderr):  # the check imports DeepSpeed, whose log keeps the stdout of that moment
         _check_pretrain(config, launch.ranks("pretrain", _resources(o, None, None)), data=not o.dry_run)
     return _submit(o, "pretrain", [o.config, *o.overrides], config.run_path / "slurm")
 
 
 def _check_pretrain(config: "Config", ranks: int, data: bool) -> None:
-    """Check, before a job waits in the queue for hours, what can be known about its run.
+    """Check a run's config before its job is submitted, so that mistakes do not first show after hours in the queue.
 
     Args:
         data: also look at the shards (a dry run does not need them).
@@ -131,7 +131,7 @@ def _check_pretrain(config: "Config", ranks: int, data: bool) -> None:
 
 
 def _check_there(o: argparse.Namespace, *paths: str) -> None:
-    """Raise UserError when a path is missing; a dry run does not need it."""
+    """Raise UserError if one of `paths` does not exist; do nothing in a dry run."""
     for path in paths:
         if not o.dry_run and "://" not in path and not Path(path).expanduser().exists():
             raise UserError(f"{path}: no such file or folder")
@@ -189,7 +189,7 @@ def _job_id(
     after: str | None = None,
     saved_as: str | None = None,
 ) -> str:
-    """Submit one job, or print it in a dry run; print and return its id."""
+    """Submit one job, print its id and return it; in a dry run only print the script and the command."""
     from esvit_scale import launch
 
     job = launch.prepare(name, arguments, records, _resources(o, array, after), o.env, saved_as or name)

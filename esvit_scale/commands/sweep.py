@@ -1,4 +1,4 @@
-"""The `sweep` commands: plan and run a sweep, fit a scaling law to it and predict."""
+"""The `sweep` commands: plan and run a sweep, fit a scaling law to its results, and predict larger runs."""
 
 import argparse
 from pathlib import Path
@@ -88,8 +88,9 @@ def _add_running(sweep: Any) -> None:
 
 
 def _cells(path: Path, measure: bool = False) -> Any:
-    """Return the sweep and its cells; unless `measure` is set, this machine's rate is not measured, and the costs in
-    hours mean nothing.
+    """Read a sweep file; return the sweep and its cells.
+
+    The cells' GPU hours are meaningful only with `measure`, which measures this machine's rate if the sweep gives none.
     """
     from esvit_scale import config as configs
     from esvit_scale.commands.plan import speed_of

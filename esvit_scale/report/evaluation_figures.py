@@ -18,13 +18,17 @@ from esvit_scale.report.plots import GREY, blank_figure, png
 
 GOOD, BAD = "#34d399", "#fb7185"
 GAP = 0.06  # space between two views, as a fraction of their height
-BULGE = 0.05  # bulge of a line, as a fraction of its length
+BULGE = 0.05  # height of the bulge of a connecting line, as a fraction of its length
 HEADS_SHOWN = 8  # largest number of heads that are drawn
 WIDTH = 10.4  # inches
 
 
 def correspondences(cases: Sequence[ViewPair], shown: int = TOP) -> bytes:
-    """Draw the views of each pair side by side, with lines between the most similar tokens: green if right, else red."""
+    """Draw the views of each pair side by side, with lines between matched tokens: green if right, else red.
+
+    Args:
+        shown: number of matches to draw of each pair; see `_spread`.
+    """
     shapes = [_pair_shape(case) for case in cases]
     width = sum(w / h for h, w in shapes)
     height = WIDTH / width
@@ -141,7 +145,10 @@ def _arcs(start: NDArray, end: NDArray) -> list[NDArray]:
 
 
 def _spread(n: int, shown: int) -> NDArray[np.int64]:
-    """Return the numbers of the pairs to draw: the most similar, or, if more than TOP are shown, evenly spaced ones."""
+    """Return the indices of at most `shown` of `n` matches (sorted by similarity) to draw.
+
+    They are the most similar ones, or evenly spaced ones if `shown` is more than TOP.
+    """
     return (
         np.arange(min(n, shown))
         if shown <= TOP

@@ -8,7 +8,7 @@ from PIL import Image
 
 from esvit_scale.errors import UserError
 
-STRETCH = (2, 98)  # percentiles that become black and white, since 16-bit sensors use a small part of their range
+STRETCH = (2, 98)  # percentiles that become black and white, because 16-bit sensors use a small part of their range
 
 
 def composite(pixels: NDArray[np.generic], bands: Sequence[int] | None = None, stretch: bool = True) -> Image.Image:

@@ -15,7 +15,7 @@ NAME = "report.html"
 
 
 def write_report(run_dirs: Path | Sequence[Path], out: Path | None = None) -> Path:
-    """Write one page about a run, or about several side by side, that also lists what is missing; return its path.
+    """Write one HTML page about a run, or about several side by side; return its path. It also lists missing files.
 
     The page is made from config.yaml, metrics.jsonl, summary.json and environment.json, and from the results of
     `esvit-scale evaluate` in the run dir or one folder below (knn*.json, linear*.json, transfer*.json,
@@ -43,7 +43,7 @@ def write_report(run_dirs: Path | Sequence[Path], out: Path | None = None) -> Pa
 
 
 def _contents(runs: list[RunFiles]) -> Json:
-    """Return everything that template.html.j2 shows."""
+    """Return the variables of template.html.j2, by name."""
     several = len(runs) > 1
     names = run_files.unique_names(runs)
     labels = names if several else [""]
@@ -80,7 +80,10 @@ def _contents(runs: list[RunFiles]) -> Json:
 
 
 def _pictures(of: RunFiles, label: str) -> Json:
-    """Return a run's images: crops, neighbours, and the pictures of `evaluate correspondence` and `evaluate attention`."""
+    """Return the images that the page shows of a run, and their captions.
+
+    They are crops, neighbours, and the pictures of `evaluate correspondence` and `evaluate attention`.
+    """
     latest = next((r for r in reversed(of.results["knn"]) if r.get("examples")), None)
     config = of.config
     crops = (

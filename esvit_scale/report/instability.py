@@ -1,4 +1,4 @@
-"""The figure that shows when training was unstable and in which layer it began: k-NN accuracy above all gradients.
+"""The figure that shows when training was unstable and in which layer that began: accuracy above a map of gradients.
 
 MoCo v3 (Chen et al. 2021) found that accuracy can dip for a while although the loss looks fine, and that the gradient
 spikes behind such a dip begin in the first layer and reach the last one some steps later.
@@ -26,7 +26,9 @@ def layers(metrics: Metrics) -> list[str]:
 
 
 def heat_map(metrics: Metrics, titles: dict[str, str]) -> bytes | None:
-    """Return the figure as PNG; None for a run that logged no gradient norms by layer.
+    """Draw the figure of one run as PNG: k-NN accuracy above a heat map of gradient norms (layers × steps).
+
+    Return None for a run that logged no gradient norms by layer.
 
     Args:
         titles: layer → its name on the figure.
@@ -52,7 +54,10 @@ def heat_map(metrics: Metrics, titles: dict[str, str]) -> bytes | None:
 
 
 def over_median(norms: np.ndarray) -> np.ndarray:
-    """Divide every value by the median of the finite ones among the 50 before it; 1 for the first, infinity for NaN."""
+    """Divide every norm by the median of the finite ones among the 50 before it, to make spikes visible.
+
+    The first norm becomes 1; a norm that is not finite becomes infinity.
+    """
     ratios = np.ones(len(norms))
     for i in range(1, len(norms)):
         before = norms[max(0, i - WINDOW) : i]
@@ -63,7 +68,10 @@ def over_median(norms: np.ndarray) -> np.ndarray:
 
 
 def dips(knn: np.ndarray) -> np.ndarray:
-    """Return where an accuracy (0 to 1) is at least five points below the best before it; False where it is NaN."""
+    """Return a mask of the accuracies (0 to 1) that are more than five points below the best before them.
+
+    It is False where the accuracy is NaN.
+    """
     best = np.fmax.accumulate(np.where(np.isfinite(knn), knn, -np.inf))
     with np.errstate(invalid="ignore"):
         return np.isfinite(knn) & (knn < best - DIP)

@@ -1,4 +1,4 @@
-"""The curves of the report, in groups: a small figure for each column of metrics.jsonl, with all runs in it."""
+"""The curves of the report, in groups: one small figure per column of metrics.jsonl, with a curve for every run."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -121,9 +121,12 @@ SAME_SCALE = ({"loss", "loss_view", "loss_region"}, {"teacher_entropy_view", "te
 
 
 def groups(runs: Sequence[RunFiles], names: Sequence[str], missing: list[str]) -> list[dict[str, Any]]:
-    """Return, for the template, title, caption and figures of every group of which a run logged a column.
+    """Return the groups of figures for the template: title, caption and figures, without groups that no run logged.
 
     A column that is in no group is drawn under "Other". A column of EXPECTED that no run logged is noted in `missing`.
+
+    Args:
+        names: the runs' names on the page, in the order of `runs`.
     """
     logged = {name: None for run in runs for name, values in run.columns.items() if np.isfinite(values).any()}
     by_part = [_group_of_parts(prefix, *words, logged) for prefix, words in BY_PART.items()]
@@ -154,7 +157,11 @@ def groups(runs: Sequence[RunFiles], names: Sequence[str], missing: list[str]) -
 
 
 def by_layer(runs: Sequence[RunFiles], names: Sequence[str]) -> list[tuple[str, str]]:
-    """Return the name and the figure (instability.py) of every run that logged gradient norms by layer."""
+    """Draw the instability figure (instability.py) of every run that logged gradient norms by layer.
+
+    Returns:
+        Pairs of a run's name and its figure as a data URI.
+    """
     found = []
     for run, name in zip(runs, names, strict=True):
         titles = {part: part_in_words(part) for part in instability.layers(run.columns)}
@@ -174,7 +181,7 @@ def _group_of_parts(prefix: str, title: str, caption: str, colour: str, logged: 
 
 
 def colours(runs: Sequence[RunFiles]) -> list[str]:
-    """Return a colour for each run."""
+    """Return one colour per run; colours repeat when there are many runs."""
     return [RUN_COLOURS[i % len(RUN_COLOURS)] for i in range(len(runs))]
 
 
@@ -201,7 +208,7 @@ def _figure(runs: Sequence[RunFiles], names: Sequence[str], column: str, colour:
 
 
 def _range(runs: Sequence[RunFiles], column: str) -> tuple[float, float] | None:
-    """Return the limits of the y axis for a column that shares it with others (SAME_SCALE); None for other columns."""
+    """Return the limits of a column's y axis, common to the columns of its family in SAME_SCALE; None without one."""
     family = next((f for f in SAME_SCALE if column in f), None)
     if family is None:
         return None

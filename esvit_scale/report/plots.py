@@ -26,7 +26,7 @@ LOG_FROM = 20.0  # ratio of largest to smallest gradient norm above which the ax
 
 
 class Curve(NamedTuple):
-    """One run's values."""
+    """One run's curve in a small figure."""
 
     label: str
     metrics: Metrics
@@ -34,7 +34,7 @@ class Curve(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """What one small figure shows, and how."""
+    """The settings of one small figure: the column it shows, and how it is drawn."""
 
     column: str
     x: str = "step"  # column of the x axis: step or images_seen
@@ -124,7 +124,7 @@ def style(axes: Axes) -> None:
 
 
 def _draw(axes: Axes, curve: Curve, panel: Panel) -> None:
-    """Draw the logged values; a noisy curve of a long run is drawn thin, with its running mean over it."""
+    """Draw a curve; if it is noisy and long, draw its values thin and their running mean on top."""
     x, values = _x(curve.metrics, panel.x), curve.metrics[panel.column]
     finite = np.isfinite(values) & np.isfinite(x)
     x, values = x[finite], values[finite]

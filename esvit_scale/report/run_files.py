@@ -71,7 +71,10 @@ def read(path: Path) -> RunFiles:
 
 
 def try_or_note(what: str, missing: list[str], make: Callable[[], T]) -> T | None:
-    """Return what `make` returns; if it fails, return None and note why in `missing`, so that the rest can be shown."""
+    """Call `make` and return its result; if it fails, return None and add the reason to `missing`.
+
+    The rest of the page can then still be shown. `what` names the part that `make` makes.
+    """
     try:
         return make()
     except (UserError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:

@@ -71,7 +71,7 @@ def crop_grid(config: Config) -> CropGrid:
 
 
 def neighbour_rows(result: Mapping[str, Any]) -> list[Query]:
-    """Return the examples that a knn.json recorded, with their images.
+    """Return the test samples that a knn.json recorded as examples, and their nearest neighbours, with the images.
 
     Raises:
         UserError: one of its two sets no longer exists, or does not hold a recorded sample.
@@ -137,7 +137,7 @@ def data_uri(content: bytes, mime: str) -> str:
 
 
 def _picture(data: bytes) -> Image.Image:
-    """Return any image file as an RGB picture; a raster of other channels or bits in false colours."""
+    """Decode an image file to an RGB picture; images that are not 8-bit RGB are shown in false colours."""
     try:
         return decode.decode(data)
     except decode.BadImage:
@@ -147,7 +147,7 @@ def _picture(data: bytes) -> Image.Image:
 
 
 def _unnormalized(image: Tensor, pixels: PixelFormat) -> Image.Image:
-    """Return a normalised tensor [C, S, S] as a picture."""
+    """Undo the normalisation of a crop [C, S, S] and return it as a picture."""
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (pixels.mean, pixels.std))
     values = (image.cpu() * std + mean).clamp(0, 1).permute(1, 2, 0)  # [S, S, C]
     if not pixels.is_rgb8:

@@ -31,7 +31,7 @@ BRIGHT, DARK = 0.85, 0.1  # part of a colour map that is visible on white and on
 
 
 class RenderedFigure(NamedTuple):
-    """A figure in both formats."""
+    """A figure, rendered as PNG and as SVG."""
 
     png: bytes
     svg: bytes
@@ -58,7 +58,11 @@ class Section(NamedTuple):
 def curve(
     compute: Array, y: Array, sizes: Array | None, band: Band, predicted: Band, x_label: str, y_label: str
 ) -> RenderedFigure:
-    """Draw measurements over compute, with the fit; with model sizes [n], the fit is the compute-optimal frontier."""
+    """Draw measurements over compute with the fitted curve and its predictions.
+
+    With two inputs, `sizes` [n] are the model sizes, which colour the dots, and the curve is the compute-optimal
+    frontier; with one input, `sizes` is None.
+    """
     figure = _figure(WIDE, TALL)
     axes = figure.subplots()
     _style(axes, x_label, y_label)
@@ -102,7 +106,12 @@ def isoflop(budgets: Sequence[dict[str, Any]], n_label: str, y_label: str) -> Re
 def frontier(
     n: Band, d: Band, measured: float, minima: tuple[Array, Array], n_label: str, d_label: str, x_label: str
 ) -> RenderedFigure:
-    """Draw the best model size and amount of data for a compute budget; stars are minima of the isoFLOP parabolas."""
+    """Draw the best model size and amount of data over compute; stars are the minima of the isoFLOP parabolas.
+
+    Args:
+        measured: largest measured compute, beyond which lines are dashed.
+        minima: compute and best size of each parabola.
+    """
     figure = _figure(WIDE, 3.8)
     left, right = figure.subplots(1, 2)
     for axes, band, colour, label in ((left, n, BLUE, n_label), (right, d, GREEN, d_label)):

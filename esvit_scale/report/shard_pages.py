@@ -35,7 +35,7 @@ class ShownSample(NamedTuple):
 
 
 def overview(stats: Stats) -> bytes:
-    """Draw the sizes of files, the short sides of images, and the samples per class (per shard without classes), as PNG."""
+    """Draw a set's statistics as PNG: file sizes, short sides of images, samples per class (else per shard)."""
     figure = Figure(figsize=(10.4, 2.8), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     left, middle, right = figure.subplots(1, 3)
@@ -51,7 +51,7 @@ def overview(stats: Stats) -> bytes:
 
 
 def draw_samples(manifest: Manifest, count: int, seed: int, bands: Sequence[int] | None = None) -> list[ShownSample]:
-    """Return `count` random samples of a set, or all of a smaller one. For `bands` see `composite`."""
+    """Return `count` random samples of a set, or all if it has fewer. `bands` is as in `false_colour.composite`."""
     starts = np.cumsum([0, *(shard.samples for shard in manifest.shards)])
     reader, shown = ShardReader(manifest), []
     try:
@@ -86,7 +86,7 @@ def contact_sheet(shown: Sequence[ShownSample], columns: int = 8) -> bytes:
 
 
 def contact_page(shown: Sequence[ShownSample], title: str) -> str:
-    """Return the same contact sheet as a self-contained HTML page."""
+    """Return a contact sheet as a self-contained HTML page: thumbnails with key and class under each."""
     cells = "\n".join(
         f"<figure>{_img(sample)}<figcaption>{html.escape(sample.key)}<br><b>{html.escape(sample.label)}</b></figcaption></figure>"
         for sample in shown

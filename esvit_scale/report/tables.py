@@ -37,7 +37,10 @@ class Table(NamedTuple):
 
 
 def evaluations(runs: Sequence[NamedRun], missing: list[str]) -> list[Table]:
-    """Return a table for every evaluation that any run has. A file in an unexpected form costs only its own table."""
+    """Return a table for every kind of evaluation that any run has.
+
+    When a result file has an unexpected form, only its table is left out, with a note in `missing`.
+    """
     makers = (knn, few_shot, linear, transfer, correspondence)
     made = (try_or_note(f"{make.__name__.replace('_', '-')} table", missing, lambda m=make: m(runs)) for make in makers)  # type: ignore[misc]
     return [table for table in made if table is not None and table.rows]
@@ -183,7 +186,7 @@ def config_differences(runs: Sequence[NamedRun], missing: list[str]) -> Table | 
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Return nested mappings, and lists of mappings, as pairs of dotted key and value as text."""
+    """Flatten nested mappings, and lists of mappings, to a dict of dotted key → value as text."""
     found = []
     for key, value in values.items():
         if isinstance(value, list) and value and isinstance(value[0], Mapping):
@@ -198,7 +201,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]
 
 
 def result_name(result: Json) -> str:
-    """Return what to call the features of a k-NN result: its own name, or the teacher at its training step."""
+    """Return the label of a k-NN result: the name it holds (baselines), or "teacher at step …"."""
     if result.get("name"):
         return str(result["name"])
     return f"teacher at {_step(result)}" if result.get("step") is not None else "teacher"
@@ -235,7 +238,7 @@ def _ranked(name: str, scores: Iterable[float | None]) -> Row:
 
 
 def median_rate(run: RunFiles) -> str:
-    """Return a run's median images per second as text."""
+    """Return the median of a run's images per second, as text."""
     found = run.columns.get("images_per_s")
     values = sorted(found[found == found].tolist()) if found is not None else []
     return f"{values[len(values) // 2]:,.0f}" if values else NO_VALUE

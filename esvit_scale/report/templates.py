@@ -6,7 +6,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 
 def render(template: str, **contents: Any) -> str:
-    """Return a template of this folder as HTML text. A name that the template uses and `contents` lacks raises an error."""
+    """Render a template of this folder to HTML. A name that the template uses and `contents` lacks raises an error."""
     environment = Environment(
         loader=PackageLoader("esvit_scale.report", "."),
         autoescape=True,

@@ -18,23 +18,23 @@ from esvit_scale.scaling.plan import GIB, Plan, Speed
 from esvit_scale.scaling.shapes import Shape
 from esvit_scale.scaling.sweep_file import Sweep
 
-SAVE_MINUTES = 30.0  # of runs that save at a branch point and at their end
+SAVE_MINUTES = 30.0  # checkpoint_minutes of runs that otherwise save only at a branch point and at the end
 WARM_UP_SHARE = 0.5  # largest fraction of a run that may be warm-up
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a sweep."""
+    """One run of a sweep: its config, its cost, and the reasons to refuse it."""
 
     index: int
     name: str
     config: Config
     shape: Shape
     budget: float  # FLOPs asked for
-    flops: float  # FLOPs of the whole number of steps
+    flops: float  # FLOPs of the run: the budget rounded to whole steps
     unique_images: int
     plan: Plan
-    parent: "Cell | None" = None  # the run whose constant part this one continues
+    parent: "Cell | None" = None  # the shorter run from whose checkpoint this one continues
     problems: list[str] = field(default_factory=list)  # not empty: refused
 
     @property
@@ -66,13 +66,18 @@ class Cell:
 
     @property
     def epochs(self) -> float:
-        """Return how often training sees each unique image."""
+        """Return how many times training sees each unique image."""
         return self.images_seen / self.unique_images
 
 
 def cells(sweep: Sweep, where: str, speed: Speed) -> list[Cell]:
-    """Return the cells of a sweep, ordered by size, budget, unique images and seed, so that an index names the same
-    cell as long as the file does not change.
+    """Return all cells of a sweep, ordered by size, budget, unique images and seed.
+
+    The order is fixed, so that an index names the same cell as long as the sweep file does not change.
+
+    Args:
+        where: path of the sweep file, for errors.
+        speed: the rate from which GPU hours are estimated.
 
     Raises:
         UserError: a size, the base config or its data do not fit, or two cells are the same run.
@@ -95,7 +100,7 @@ def cells(sweep: Sweep, where: str, speed: Speed) -> list[Cell]:
 
 
 def _with_parents(found: list[Cell]) -> list[Cell]:
-    """Return the cells in the same order, each with the next shorter run of its size, data and seed as its parent."""
+    """Return the cells in the same order, each with its parent: the next shorter run of equal size, data and seed."""
     made: dict[int, Cell] = {}
     for cell in sorted(found, key=lambda c: c.budget):
         same = [
@@ -154,14 +159,17 @@ def _cell(
 
 
 def _rate(sweep: Sweep, base: Config, params: int) -> float:
-    """Return the learning rate of a cell by the sweep's rule."""
+    """Return the learning rate that the sweep's rule gives a cell with `params` trunk parameters."""
     rule = sweep.lr
     value = base.optim.lr if rule.value is None else rule.value
     return value * (params / rule.at_params) ** rule.exponent if rule.at_params else value
 
 
 def _scale_horizon(values: dict[str, Any], base: Config, data: Manifest, images: int, steps: int) -> None:
-    """Scale the epoch-based settings of a cell (warm-ups, last-layer freeze) to the length of its run."""
+    """Scale the epoch-based settings in `values` (warm-ups, last-layer freeze) to a run of `steps` on `images` images.
+
+    Each setting then covers the same fraction of that run as of the base config's run.
+    """
     base_epochs = (
         base.train.epochs if base.train.steps is None else base.train.steps / _steps_an_epoch(base, data.samples)
     )

@@ -11,13 +11,13 @@ from esvit_scale.scaling import solver
 from esvit_scale.scaling.forms import FORMS, Array, Form, Points, evaluate, points, predict, to_parameters
 from esvit_scale.scaling.table import Measurements
 
-HELD_OUT = 0.25  # share of the points, those of the largest compute
+HELD_OUT = 0.25  # fraction of the points that are held out: those with the largest compute
 TIGHT = 3.0  # an exponent whose interval spans more than this factor is not determined
 TOGETHER = 0.98  # correlation of log N and log D above which the data cannot tell them apart
 
 
 class Score(NamedTuple):
-    """The prediction error of one form that was fitted to the smaller runs, on the larger runs."""
+    """The hold-out error of one form: fitted to the smaller runs, tested on the larger ones."""
 
     form: str
     error: float  # mean |log ŷ − log y| of the points held out
@@ -27,10 +27,10 @@ class Score(NamedTuple):
 
 
 def bootstrap(form: Form, data: Points, groups: NDArray[np.int64], theta: Array, resamples: int, seed: int) -> Array:
-    """Refit the form to runs drawn with replacement; return the parameters [resamples, p].
+    """Bootstrap the fit: refit the form to runs drawn with replacement; return the parameters [resamples, p].
 
-    Whole groups (runs) are drawn, because several checkpoints of one run are not independent measurements. Every
-    resample starts from the fit of all points, and all resamples are minimised together.
+    Whole groups (runs) are drawn, because several checkpoints of one run are not independent measurements. Every refit
+    starts at `theta`, the fit of all points, and all refits are minimised together.
     """
     generator = np.random.default_rng(seed)
     total = int(groups.max()) + 1
@@ -41,7 +41,7 @@ def bootstrap(form: Form, data: Points, groups: NDArray[np.int64], theta: Array,
 
 
 def interval(samples: Array) -> list[float]:
-    """Return the middle 95 % of the values; NaN when more than 5 % of them are not finite."""
+    """Return the 2.5 % and 97.5 % quantiles of the finite values; both NaN if more than 5 % of them are not finite."""
     finite = samples[np.isfinite(samples)]
     if len(finite) < 0.95 * len(samples) or not len(finite):
         return [float("nan")] * 2
@@ -60,8 +60,10 @@ def can_fit(form: Form, data: Measurements) -> str | None:
 
 
 def hold_out(data: Measurements) -> list[Score]:
-    """Fit every form with this number of inputs without the points of the largest budgets; return the scores on those
-    points, best first. Forms that cannot be fitted are left out.
+    """Compare forms by hold-out: fit each without the points of the largest compute and predict those.
+
+    Returns:
+        The scores, best first, of the forms that have the data's number of inputs and can be fitted.
     """
     threshold = np.quantile(data.compute, 1 - HELD_OUT)
     small = data.compute < threshold * (1 - 1e-9)
@@ -81,13 +83,13 @@ def hold_out(data: Measurements) -> list[Score]:
 
 
 def choose(scores: list[Score]) -> str:
-    """Return the simplest form whose held-out error is within one standard error of the best."""
+    """Return the name of the simplest form whose held-out error is within one standard error of the best form's."""
     limit = scores[0].error + scores[0].standard_error
     return min((s for s in scores if s.error <= limit), key=lambda s: FORMS[s.form].size).form
 
 
 def drop_worst(form: Form, data: Points, theta: Array, most: int) -> list[dict[str, Any]]:
-    """Refit without the 1, 2, … `most` points that fit worst; return the parameters of each refit."""
+    """Refit without the worst-fitting 1, 2, … `most` points; return the dropped points and parameters of each refit."""
     residual = np.abs(evaluate(form, theta[None], data.logs)[0][0] - data.log_y)
     order, found = np.argsort(-residual, kind="stable"), []
     for k in range(1, most + 1):
@@ -103,7 +105,7 @@ def drop_worst(form: Form, data: Points, theta: Array, most: int) -> list[dict[s
 def warnings(
     form: Form, data: Measurements, parameters: Array, ci95: dict[str, list[float]], second: dict[str, float]
 ) -> list[str]:
-    """Return one sentence for each thing that these points do not determine."""
+    """Return a warning sentence for every parameter or question that these measurements do not determine."""
     found = []
     if form.constant:
         low, high = ci95["E"]

@@ -1,4 +1,4 @@
-"""`sweep collect`: the finished cells as runs.csv, one row for each cell."""
+"""`sweep collect`: writes the results of the finished cells to runs.csv, one row per cell."""
 
 import csv
 import io
@@ -22,7 +22,7 @@ COLUMNS = (
 
 
 def collect(found: list[Cell], sweep: Sweep, out: Path) -> list[dict[str, Any]]:
-    """Write the rows of the finished cells to `out` and return them. Columns that a cell did not measure stay empty."""
+    """Write one CSV row per finished cell to `out` and return the rows; values that were not measured are empty."""
     rows = [_row(cell, sweep) for cell in found if runner.state(cell, sweep).word == "finished"]
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
@@ -59,7 +59,7 @@ def _row(cell: Cell, sweep: Sweep) -> dict[str, Any]:
 
 
 def _knn_error(cell: Cell, sweep: Sweep) -> float | str:
-    """Return the k-NN error in percent at the sweep's k, or at the size of the training set where that is smaller."""
+    """Return the k-NN error in percent, at the sweep's k or at the size of the training set if that is smaller."""
     path = cell.path / "knn.json"
     if sweep.evaluate is None or not path.is_file():
         return ""
@@ -69,7 +69,7 @@ def _knn_error(cell: Cell, sweep: Sweep) -> float | str:
 
 
 def _linear_error(cell: Cell) -> float | str:
-    """Return the error in percent of the logistic regression on the last checkpoint's features."""
+    """Return the error, in percent, of logistic regression on the features of the cell's last checkpoint."""
     path = cell.path / "linear.json"
     found = json.loads(path.read_text())["results"].get("logistic") if path.is_file() else None
     return "" if found is None else 100 - float(found["top1"])

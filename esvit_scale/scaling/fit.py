@@ -16,7 +16,7 @@ from esvit_scale.scaling.forms import FORMS, Array, Form, points, predict, to_pa
 from esvit_scale.scaling.table import Columns, Measurements, best_of_each_budget, read
 
 FORMAT_VERSION = 1
-FARTHEST = 10.0  # × the largest compute that was measured
+FARTHEST = 10.0  # predictions may go up to this multiple of the largest measured compute
 DROPPED = 3
 FRONTIER_POINTS = 25
 
@@ -28,17 +28,19 @@ class Options:
     form: str = "auto"  # power, power_constant, two_power, chinchilla; auto: see `_choose_form`
     resamples: int = 1000
     seed: int = 0
-    predict: tuple[float, ...] = ()  # budgets in FLOPs (with one input: values of x)
+    predict: tuple[float, ...] = ()  # where to predict: budgets in FLOPs (with one input: values of x)
     force: bool = False
-    best: bool = False  # fit the best point of each budget alone: the frontier
+    best: bool = False  # fit only the best point of each budget (the frontier)
 
 
 def run(path: Path, columns: Columns, out: Path, options: Options) -> dict[str, Any]:
-    """Fit the table; write fit.json and resamples.csv (the parameters of the bootstrap) into `out`; return fit.json's
-    content.
+    """Fit a law to the CSV at `path`, write the result to the folder `out`, and return the content of fit.json.
+
+    `out` also gets resamples.csv, the parameters of every bootstrap resample.
 
     Raises:
-        UserError: the table or the form does not fit, or a prediction lies more than 10 times beyond the data.
+        UserError: the CSV is not valid, the form does not suit its columns, or a prediction is asked for at more than
+            10 times the largest measured compute.
     """
     data, columns = read(path, columns)
     _check_reach(data, options)
@@ -62,7 +64,7 @@ def run(path: Path, columns: Columns, out: Path, options: Options) -> dict[str, 
 
 
 def fit(data: Measurements, options: Options) -> tuple[dict[str, Any], Array]:
-    """Return fit.json's content (without the columns' names) and the resampled parameters [R, p]."""
+    """Fit a law; return the content of fit.json (without column names) and the bootstrap's parameters [R, p]."""
     scores = checks.hold_out(data)
     form, why = _choose_form(data, options.form, scores)
     if problem := checks.can_fit(form, data):
@@ -95,8 +97,10 @@ def fit(data: Measurements, options: Options) -> tuple[dict[str, Any], Array]:
 
 
 def _choose_form(data: Measurements, name: str, scores: list[checks.Score]) -> tuple[Form, str]:
-    """Return the form to fit: with N and D the law E + A/N^α + B/D^β unless another is asked for; with one input the
-    one that hold-out selects.
+    """Return the form to fit, and why it was chosen.
+
+    `name` is a form or "auto". Auto means E + A/N^α + B/D^β with the inputs N and D, and the form that hold-out selects
+    with one input.
     """
     inputs = data.x.shape[1]
     allowed = [form.name for form in FORMS.values() if form.inputs == inputs]
@@ -131,7 +135,11 @@ def _points(form: Form, parameters: Array, data: Measurements) -> list[dict[str,
 
 
 def _beyond(form: Form, parameters: Array, samples: Array, data: Measurements, options: Options) -> dict[str, Any]:
-    """Return the predictions and, with N and D, the compute-optimal frontier, its exponent and the isoFLOP parabolas."""
+    """Return the parts of fit.json that the fitted law predicts.
+
+    These are the curve and the predictions; with N and D the compute-optimal frontier replaces the curve, and the
+    exponents of its sizes and the isoFLOP parabolas are added.
+    """
     low, high = float(data.compute.min()), float(data.compute.max())
     grid = np.geomspace(low, FARTHEST * high, FRONTIER_POINTS)
     asked = np.array(options.predict, dtype=np.float64)
@@ -175,7 +183,10 @@ def _frontier(form: Form, parameters: Array, samples: Array, cost: optimum.Cost,
 
 
 def _isoflop_exponent(found: list[optimum.Parabola]) -> float | None:
-    """Return the exponent of N* over the budgets whose parabola has its minimum inside the measured range."""
+    """Return the exponent a of N* ∝ C^a, fitted to the minima of the isoFLOP parabolas; None with fewer than two.
+
+    Only minima that lie between the measured sizes count.
+    """
     inside = [p for p in found if p.inside]
     if len(inside) < 2:
         return None
@@ -188,7 +199,7 @@ def _named(form: Form, parameters: Array) -> dict[str, float]:
 
 
 def _without_nan(value: Any) -> Any:
-    """Return the values with null for NaN and infinity, which JSON does not have."""
+    """Replace NaN and infinity by None in nested values, because JSON has neither."""
     if isinstance(value, dict):
         return {k: _without_nan(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

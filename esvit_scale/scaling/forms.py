@@ -1,13 +1,13 @@
-"""The laws that may be fitted, all of one kind: a sum of power terms, some with a constant below.
+"""The laws that can be fitted: sums of power terms, some with a constant E.
 
     power            y = A/x^α
     power_constant   y = E + A/x^α
     two_power        y = A/N^α + B/D^β
     chinchilla       y = E + A/N^α + B/D^β      (Hoffmann et al. 2022, approach 3)
 
-They are fitted as log y = logsumexp(e, a − α·u, b − β·v) with u, v the logs of the inputs about their means: every
-coefficient is positive by construction, and a, b say how large a term is in the middle of the data rather than at
-x = 1, where nothing was measured, so that the unknowns hardly depend on each other.
+They are fitted as log y = logsumexp(e, a − α·u, b − β·v), where u and v are the logs of the inputs minus their means.
+Every coefficient is then positive by construction. Because of the centring, a and b are the logs of the terms in the
+middle of the data rather than at x = 1, where nothing was measured, so that the unknowns hardly depend on each other.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 COEFFICIENTS, EXPONENTS = ("A", "B"), ("alpha", "beta")
-LEAST_TERM = 1e-12  # of the smallest y: a term below it is nothing
+LEAST_TERM = 1e-12  # lower bound of a term, as a fraction of the smallest y: practically zero
 STEEPEST = 10.0  # exponents lie in [0, 10]
 
 
@@ -54,25 +54,30 @@ FORMS = {
 
 
 class Points(NamedTuple):
-    """Measurements as the solver takes them: logs of the inputs about their means, and logs of y."""
+    """Measurements in the form that the solver takes: centred logs of the inputs, and logs of y."""
 
-    logs: Array  # [n, inputs] log inputs about their means
-    means: Array  # [inputs]
+    logs: Array  # [n, inputs] logs of the inputs minus `means`
+    means: Array  # [inputs] means of the logs of the inputs
     log_y: Array  # [n]
 
     def take(self, rows: NDArray[np.integer] | NDArray[np.bool_]) -> "Points":
-        """Return some of the points, still about the means of all points, so that parameters keep their meaning."""
+        """Select points by index or mask; they stay centred on the means of all points, so theta keeps its meaning."""
         return Points(self.logs[rows], self.means, self.log_y[rows])
 
 
 def points(x: Array, y: Array) -> Points:
-    """Prepare x [n, inputs] and y [n], all above 0, for the solver."""
+    """Convert x [n, inputs] and y [n], all above 0, to Points."""
     logs = np.log(x)
     return Points(logs - logs.mean(0), logs.mean(0), np.log(y))
 
 
 def evaluate(form: Form, theta: Array, logs: Array) -> tuple[Array, Array]:
-    """Return log ŷ [R, n] for parameter rows theta [R, p] and its derivatives [R, n, p]; p counts (e), a, b, α, β."""
+    """Evaluate the form at centred logs [n, inputs] for rows of solver parameters theta [R, p].
+
+    Returns:
+        log ŷ [R, n] and its derivatives by theta [R, n, p]. The p parameters are e (if the form has a constant), then
+        a, α with one input or a, b, α, β with two.
+    """
     first = int(form.constant)
     a, exponents = theta[:, first : first + form.inputs], theta[:, first + form.inputs :]
     terms = a[:, None, :] - exponents[:, None, :] * logs  # [R, n, inputs]
@@ -87,14 +92,17 @@ def evaluate(form: Form, theta: Array, logs: Array) -> tuple[Array, Array]:
 
 
 def bounds(form: Form, data: Points) -> tuple[Array, Array]:
-    """Return the lowest and the highest allowed parameters, [p] each."""
+    """Return the lower and the upper bounds of the solver's parameters theta, [p] each."""
     low, high = data.log_y.min() + np.log(LEAST_TERM), data.log_y.max() + 30
     terms = form.constant + form.inputs
     return np.array([low] * terms + [0.0] * form.inputs), np.array([high] * terms + [STEEPEST] * form.inputs)
 
 
 def to_parameters(form: Form, theta: Array, means: Array) -> Array:
-    """Convert solver rows to rows [R, p] in the order of `form.names`, with A and B at x = 1."""
+    """Convert solver parameters theta [R, p] to the law's parameters [R, p], in the order of `form.names`.
+
+    The solver's a and b are logs of terms at `means`; A and B are coefficients as in the formulas above.
+    """
     first = int(form.constant)
     exponents = theta[:, first + form.inputs :]
     coefficients = np.exp(theta[:, first : first + form.inputs] + exponents * means)
@@ -102,7 +110,7 @@ def to_parameters(form: Form, theta: Array, means: Array) -> Array:
 
 
 def predict(form: Form, parameters: Array, x: Array) -> Array:
-    """Return y [R, n] for parameters [R, p] (in the order of `form.names`) at x [n, inputs]."""
+    """Evaluate the law for parameters [R, p] (in the order of `form.names`) at x [n, inputs]; return y [R, n]."""
     first = int(form.constant)
     coefficients = parameters[:, first : first + form.inputs]
     exponents = parameters[:, first + form.inputs :]

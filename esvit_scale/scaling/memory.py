@@ -1,19 +1,19 @@
-"""What a rank keeps in memory, part by part, at each ZeRO stage: arithmetic on the config, checked against real steps.
+"""Estimate of a rank's memory, part by part, at each ZeRO stage: computed from the config, checked against real steps.
 
-State (parallel/zero.py and ema.py say how it is stored; P parameters of trunk and heads, padded as ZeRO
-pads them, e = 2 bytes in bf16 and 4 in fp32, W ranks; bytes):
+The state in bytes, with P parameters of trunk and heads (padded as ZeRO pads them), e = 2 bytes in bf16 and 4 in fp32,
+and W ranks (parallel/zero.py and ema.py say how it is stored):
 
     stage      parameters   masters    moments    EMA       teacher    gradients
     0 (fp32)   4P           –          8P         4P        the EMA    4P
     1, 2       eP           4P/W       8P/W       4P/W      eP         eP/W
     3          eP/W         4P/W       8P/W       4P/W      eP/W       eP/W
 
-Gradients of bf16 and fp16 that several micro-batches add up are kept in fp32, 4P/W at stages 1 to 3 (where stage 1 runs
-as stage 2; parallel/ds_config.py says why).
+With gradient accumulation, bf16 and fp16 gradients are summed in fp32, 4P/W at stages 1 to 3 (stage 1 then runs as
+stage 2; parallel/ds_config.py says why).
 
-The moments come with the first step. On top of the state comes the larger of two phases: the backward (gradients,
-activations, loss workspace, the reduction bucket, gathered parameters) and the optimizer's step (the gradient of one
-parameter group flattened, and once more in fp32). benchmarks/plan.py measures the sum.
+The moments are allocated in the first step. The peak is the state plus the largest of three phases: the forward
+(activations, loss workspace), the backward (activations, gradients, the reduction bucket, gathered parameters) and the
+optimizer's step (the flattened gradient of one parameter group and its fp32 copy). benchmarks/plan.py measures the sum.
 """
 
 from collections.abc import Callable
@@ -29,18 +29,18 @@ from esvit_scale.objective.param_groups import parameter_groups
 from esvit_scale.objective.prototypes import CPU_TILE_BYTES, GPU_TILE_SHARE
 from esvit_scale.parallel.ds_config import accumulates_in_fp32
 
-BUCKET = 500_000_000  # elements that DeepSpeed reduces at a time (its default), reserved whole at stages 1–3
+BUCKET = 500_000_000  # elements of DeepSpeed's reduction bucket (its default), allocated in full at stages 1–3
 LIVE = 1_000_000_000  # parameters that stage 3 keeps gathered (its default)
-START_ALIGNMENT = 2  # stages 1 and 2 pad a group to this many elements a rank
+START_ALIGNMENT = 2  # stages 1 and 2 pad a group to a multiple of this many elements per rank
 
 
 class ElementCounts(NamedTuple):
-    """Numbers of trainable elements, by parameter group, block and head."""
+    """Numbers of trainable elements of the student, by parameter group, block and head."""
 
-    groups: dict[str, list[int]]  # of every parameter, by parameter group
-    blocks: list[int]  # of every block of the trunk
+    groups: dict[str, list[int]]  # parameter group → the number of elements of each of its parameters
+    blocks: list[int]  # number of elements of each block of the trunk
     heads: int
-    prototypes: list[int]  # of every head that has some
+    prototypes: list[int]  # number of elements of each prototype layer
 
     @property
     def total(self) -> int:
@@ -49,17 +49,17 @@ class ElementCounts(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Bytes on one rank: first the parts that last, then the temporary ones, then the sums of the phases of a step."""
+    """Bytes on one rank: first the lasting parts, then the temporary ones, then the sum of each phase of a step."""
 
     parameters: int
     masters: int
     moments: int
     ema: int
-    teacher: int  # its working copy
-    gradients: int  # this rank's, from the backward to the step
-    buckets: int  # in which gradients are reduced
-    gathered: int  # parameters that are whole for a while (stage 3)
-    activations: int  # kept for the backward, with the crops themselves
+    teacher: int  # the teacher's working copy of its weights
+    gradients: int  # this rank's gradients, kept from the backward to the step
+    buckets: int  # buffers in which gradients are reduced
+    gathered: int  # parameters that are temporarily gathered (stage 3)
+    activations: int  # kept for the backward, including the crops
     loss: int  # workspace of the fused cross-entropy
     forward_phase: int
     backward_phase: int
@@ -67,22 +67,22 @@ class Memory(NamedTuple):
 
     @property
     def state(self) -> int:
-        """Return the bytes that stay between two steps, without stage 3's reduction bucket and gradients."""
+        """Return the bytes that stay allocated between steps, except stage 3's gradients and reduction bucket."""
         return self.parameters + self.masters + self.moments + self.ema + self.teacher
 
     @property
     def at_start(self) -> int:
-        """Return the bytes of the state once everything is built, before the first step."""
+        """Return the bytes of the state before the first step, which allocates the moments."""
         return self.state - self.moments
 
     @property
     def peak(self) -> int:
-        """Return the largest sum of bytes that a step reaches."""
+        """Return the peak bytes of a step: the state plus the largest phase."""
         return self.state + max(self.forward_phase, self.backward_phase, self.step_phase)
 
 
 def network_of(config: Config) -> ElementCounts:
-    """Count the elements of a config's network; it is built on the meta device and takes no memory.
+    """Count the trainable elements of a config's network, built on the meta device without memory.
 
     Raises:
         UserError: a trunk that cannot be built.
@@ -100,37 +100,43 @@ def network_of(config: Config) -> ElementCounts:
 
 
 class _Demand(NamedTuple):
-    """What memory depends on at every stage; sizes are bytes on one rank."""
+    """The inputs that the memory estimate needs at every ZeRO stage; sizes are bytes on one rank."""
 
     network: ElementCounts
     ranks: int
-    element: int  # a working weight, an activation or a gradient
-    summed_element: int  # a gradient between the backward and the step
+    element: int  # bytes of one working weight, activation or gradient
+    summed_element: int  # bytes of one gradient element between the backward and the step
     on_cpu: bool
-    pixels: int  # crops
-    activations: int  # kept for the backward, with the crops
+    pixels: int  # bytes of the crops
+    activations: int  # kept for the backward, including the crops
     loss: int  # workspace of the fused cross-entropy
-    early: int  # highest sum of activations over the backward
-    late: int  # the same with the gradients that are already there
+    early: int  # peak of the activations during the backward
+    late: int  # peak of the activations plus the gradients computed so far
 
     @property
     def bucket(self) -> int:
-        """Bytes of a bucket that are written."""
+        """Return the bytes of the reduction bucket that are really written."""
         return self.element * min(self.network.total, BUCKET)
 
     @property
     def reserved_bucket(self) -> int:
-        """Bytes of a bucket as stages 1 to 3 allocate it; on a CPU, only what is written counts."""
+        """Return the bytes of the bucket that stages 1 to 3 allocate; on a CPU, only its written part is resident."""
         return self.bucket if self.on_cpu else self.element * BUCKET
 
     @property
     def left_at_reduction(self) -> int:
-        """Bytes of activations and crops that are left at the last reduction of the backward, or at the first when the
-        gradients fill more than one bucket."""
+        """Return the bytes of activations and crops that are still allocated while gradients are reduced.
+
+        If all gradients fit into one bucket, it is reduced at the end of the backward, when only the crops are left;
+        otherwise the first reduction comes early, and all activations are counted.
+        """
         return self.activations if self.network.total > BUCKET else self.pixels
 
     def flattened(self, largest: int) -> int:
-        """Bytes of one parameter group's gradient in the step (`largest` elements): flat, and once more in fp32."""
+        """Return the bytes of the optimizer step's copies of the gradient of one parameter group of `largest` elements.
+
+        They are a flat copy in the gradient's dtype, if that is not fp32, and one in fp32.
+        """
         return (self.summed_element if self.summed_element < 4 else 0) * largest + 4 * largest
 
 
@@ -143,13 +149,14 @@ def memory(
     on_cpu: bool = False,
     capacity: int = 80 * 10**9,
 ) -> Memory:
-    """Return the bytes of each part on one rank at a ZeRO stage.
+    """Return the bytes of each part of memory on one rank at a ZeRO stage.
 
     Args:
-        checkpointing: recompute activations in the backward.
-        on_cpu: count resident memory with gloo: only the written part of a reserved bucket, and the copies that gloo
-            makes of what it scatters.
-        capacity: bytes of one GPU; the loss works in a fraction of them.
+        network: the numbers of elements, from `network_of`.
+        checkpointing: recompute activations in the backward (activation checkpointing).
+        on_cpu: estimate resident memory on a CPU with gloo: only the written part of a bucket counts, and gloo copies
+            what it scatters.
+        capacity: bytes of one GPU; the loss takes a fraction of them as workspace.
     """
     e = 2 if config.train.precision in ("bf16", "fp16") else 4
     images = config.train.global_batch // ranks // config.train.grad_accum
@@ -162,7 +169,10 @@ def memory(
 
 
 def _replicated(d: _Demand) -> Memory:
-    """Stage 0: the teacher works on the EMA itself; gradients are reduced in flat copies after the backward."""
+    """Return the memory at stage 0: everything is fp32 and whole on every rank.
+
+    The EMA weights are the teacher's, without another copy; gradients are reduced in flat copies after the backward.
+    """
     whole, bucket = d.network.total, 4 * min(d.network.total, BUCKET)
     return Memory(
         *(4 * whole, 0, 8 * whole, 4 * whole, 0, 4 * whole, bucket, 0, d.activations, d.loss),
@@ -173,7 +183,10 @@ def _replicated(d: _Demand) -> Memory:
 
 
 def _flat(d: _Demand) -> Memory:
-    """Stages 1 and 2: working weights are whole; the rest is divided over ranks, in flat buffers with padding."""
+    """Return the memory at stages 1 and 2: every rank has all working weights of student and teacher.
+
+    The rest is partitioned over the ranks in flat buffers with padding.
+    """
     multiple = START_ALIGNMENT * d.ranks
     groups = [-(-sum(sizes) // multiple) * multiple for sizes in d.network.groups.values()]
     whole, part, largest = sum(groups), sum(groups) // d.ranks, max(groups) // d.ranks
@@ -189,18 +202,18 @@ def _flat(d: _Demand) -> Memory:
 
 
 def _partitioned(d: _Demand) -> Memory:
-    """Stage 3: everything is divided over ranks, parameter by parameter, and weights are gathered where they are used."""
+    """Return the memory at stage 3: every parameter is partitioned over the ranks and gathered where it is used."""
     groups = [sum(-(-size // d.ranks) for size in sizes) for sizes in d.network.groups.values()]
     part, gradients = sum(groups), d.summed_element * sum(groups)
     gathered = d.element * min(d.network.total, LIVE) if d.ranks > 1 else 0
-    scattered = d.bucket * (2 if d.on_cpu else 1)  # the bucket once more, in the order of its owners
+    scattered = d.bucket * (2 if d.on_cpu else 1)  # a copy of the bucket, ordered by the rank that owns each part
     lasting = gradients + d.reserved_bucket  # both are kept from step to step
     left = d.left_at_reduction + (gathered if d.network.total > BUCKET else 0)
     return Memory(
         *(d.element * part, 4 * part, 8 * part, 4 * part, d.element * part, gradients),
         *(d.reserved_bucket + scattered, gathered, d.activations, d.loss),
         forward_phase=lasting + gathered + d.activations + d.loss,
-        # Parameters that the backward is done with are let go, so that none is left for the last reduction.
+        # The backward frees gathered parameters once it is done with them, so none is left at the last reduction.
         backward_phase=lasting + max(d.early + gathered, scattered + left),
         step_phase=lasting + d.flattened(max(groups)),
     )
@@ -212,11 +225,14 @@ _AT_STAGE: dict[int, Callable[[_Demand], Memory]] = {0: _replicated, 1: _flat, 2
 def backward_peaks(
     config: Config, network: ElementCounts, images: int, checkpointing: bool, pixels: int, e: int
 ) -> tuple[int, int]:
-    """Return the largest sums over the backward: of the activations that are left, and of those with the gradients so
-    far.
+    """Return two peaks of the backward in bytes: of activations alone, and of activations plus gradients so far.
 
-    The backward goes from the last call of a block to the first. A gradient element takes e bytes; a block that is
-    called for several crop sizes has its gradient from its last call on.
+    The backward goes from the last call of a block to the first and frees activations on the way. A gradient element
+    takes `e` bytes. A block that is called once per crop size has its gradient from its first backward on.
+
+    Args:
+        images: number of images of a micro-batch on one rank.
+        pixels: bytes of the crops.
     """
     blocks = [images * b for b in costs.block_activation_bytes(config)]
     kept = [images * b for b in costs.block_input_bytes(config)] if checkpointing else blocks
@@ -234,18 +250,19 @@ def backward_peaks(
 
 
 def _pixel_bytes(config: Config, images: int, e: int) -> int:
-    """Return the bytes of the crops as they arrive (uint8), while they are augmented (fp32), and as the trunk reads
-    them.
+    """Return the bytes of the crops of `images` images in all three copies.
+
+    The copies are uint8 as loaded, fp32 for the augmentations, and `e` bytes per value as the trunk's input.
     """
     return images * sum(3 * size**2 for size in config.crop_sizes) * (1 + 4 + e)
 
 
 def _loss_workspace(network: ElementCounts, e: int, tile: int) -> int:
-    """Return the bytes that the fused cross-entropy works in.
+    """Return the bytes of the fused cross-entropy's workspace.
 
-    They are the normalised prototypes of the teacher's heads and of one of the student's, and for a tile (`tile` bytes
-    of fp32 logits) the logits, the probabilities of the student's part (at least half), and both once more in the
-    products' narrower dtype.
+    It holds the normalised prototypes of all the teacher's heads and of the student's largest one, and for one tile of
+    logits (`tile` bytes in fp32) the logits, the student's probabilities (counted as a whole tile), and in bf16 and
+    fp16 a copy of both in that dtype.
     """
     if not network.prototypes:
         return 0
@@ -254,6 +271,7 @@ def _loss_workspace(network: ElementCounts, e: int, tile: int) -> int:
 
 def checkpoint_bytes(network: ElementCounts) -> int:
     """Return the bytes of a checkpoint on disk: student, EMA and both moments of every trainable parameter in fp32.
-    Centres and JSON are negligible.
+
+    Centres and JSON files are so small that they are not counted.
     """
     return 16 * network.total

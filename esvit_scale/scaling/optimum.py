@@ -1,11 +1,11 @@
 """The best split of a budget between size and data: from a fitted law, and from isoFLOP parabolas.
 
-With a budget C = k·N^κ·D the law E + A/N^α + B/D^β has its minimum at
+Under the budget C = k·N^κ·D, the law E + A/N^α + B/D^β has its minimum at
 
     N*(C) = (αA / κβB · (C/k)^β)^(1/(α + κβ)),      D*(C) = C / (k·N*^κ)
 
-k and κ are fitted to the data's own costs: for C = 6ND they are 6 and 1; a vision trunk with its heads, teacher and
-padding has another k and a κ that is not quite 1.
+k and κ are fitted to the costs in the measurements. For C = 6ND they are 6 and 1; a vision trunk with its heads,
+teacher and padding has another k and a κ that is not quite 1.
 """
 
 from typing import NamedTuple
@@ -15,31 +15,31 @@ import numpy as np
 from esvit_scale.scaling.forms import Array, Form, predict
 from esvit_scale.scaling.table import SAME_BUDGET, Measurements
 
-FLAT = 1e-3  # an exponent below it is none: 1,000 times the compute would gain less than a percent
+FLAT = 1e-3  # a smaller exponent counts as 0: 1,000 times the compute would gain less than a percent
 
 
 class Cost(NamedTuple):
-    """The cost of a run, C ≈ k·N^kappa·D."""
+    """A fitted rule C ≈ k·N^kappa·D for the cost of a run in FLOPs."""
 
     k: float
     kappa: float
-    worst: float  # largest |log| disagreement with the data's costs
+    worst: float  # largest |log(rule / measured cost)|
 
 
 class Parabola(NamedTuple):
     """A parabola of log y over log N through the points of one budget."""
 
-    compute: float  # geometric mean
+    compute: float  # the budget: geometric mean of the points' FLOPs
     n_opt: float
     y_opt: float
-    curve: tuple[float, float, float]  # highest power first
+    curve: tuple[float, float, float]  # coefficients of log y as a polynomial in log N, highest power first
     points: int
     inside: bool  # the minimum lies between the sizes that were measured
-    law_bias: float | None  # N* of the same parabola through the law's own values, over the law's N*
+    law_bias: float | None  # bias factor: minimum of a parabola through the law's values over the law's N*
 
 
 def cost_rule(data: Measurements) -> Cost:
-    """Fit k and kappa to the data's own costs."""
+    """Fit k and kappa of the rule C = k·N^kappa·D to the measured costs."""
     size, per_item = np.log(data.x[:, 0]), np.log(data.compute / data.x[:, 1])
     if np.ptp(size) < 1e-9:
         return Cost(float(np.exp((per_item - size).mean())), 1.0, float(np.ptp(per_item)))
@@ -49,8 +49,9 @@ def cost_rule(data: Measurements) -> Cost:
 
 
 def optimal_split(form: Form, parameters: Array, cost: Cost, compute: Array) -> tuple[Array, Array, Array]:
-    """Return N* [R, m], D* [R, m] and y* [R, m] of parameter rows [R, p] at budgets [m]; NaN where a row has no
-    optimum, because size or data do not help.
+    """Return the compute-optimal N*, D* and y*, each [R, m], for parameter rows [R, p] at budgets [m].
+
+    They are NaN for rows without an optimum, in which more size or more data does not help.
     """
     columns = dict(zip(form.names, parameters.T[:, :, None], strict=True))
     a, b, alpha, beta = (columns[name] for name in ("A", "B", "alpha", "beta"))
@@ -67,7 +68,7 @@ def optimal_split(form: Form, parameters: Array, cost: Cost, compute: Array) -> 
 
 
 def size_exponent(form: Form, parameters: Array, cost: Cost) -> Array:
-    """Return the exponent [R] of N* as a power of C; NaN where there is no optimum."""
+    """Return the exponent a of N* ∝ C^a for each parameter row [R]; NaN for rows without an optimum."""
     alpha, beta = parameters[:, form.names.index("alpha")], parameters[:, form.names.index("beta")]
     with np.errstate(divide="ignore", invalid="ignore"):
         result: Array = np.where((alpha > FLAT) & (beta > FLAT), beta / (alpha + cost.kappa * beta), np.nan)
@@ -75,10 +76,10 @@ def size_exponent(form: Form, parameters: Array, cost: Cost) -> Array:
 
 
 def parabolas(data: Measurements, form: Form, parameters: Array, cost: Cost) -> list[Parabola]:
-    """Return a parabola for every budget that has at least 3 sizes and a minimum.
+    """Fit a parabola of log y over log N to every budget with at least 3 sizes; return those that have a minimum.
 
-    A parabola is symmetric and the true curve is not, so its minimum is biased unless the sizes straddle the optimum
-    closely and evenly. `law_bias` is that bias at these sizes if the law (parameters [p]) is exact.
+    A parabola is symmetric and the true curve is not, so its minimum is biased unless the sizes lie close to the
+    optimum and evenly on both sides. `law_bias` is the bias at these sizes if the law with `parameters` [p] is exact.
     """
     found = []
     order = np.argsort(data.compute, kind="stable")
@@ -101,7 +102,10 @@ def parabolas(data: Measurements, form: Form, parameters: Array, cost: Cost) -> 
 
 
 def _parabola(sizes: Array, y: Array) -> Array:
-    """Return the coefficients of log y over log N, centred for numerical accuracy."""
+    """Fit log y as a quadratic in log N; return the coefficients, highest power first.
+
+    The fit itself uses centred logs, for numerical accuracy.
+    """
     middle = np.log(sizes).mean()
     a, b, c = np.polyfit(np.log(sizes) - middle, np.log(y), 2)
     return np.array([a, b - 2 * a * middle, c - b * middle + a * middle**2])

@@ -1,4 +1,4 @@
-"""`sweep report`: fit.json as figures and an HTML page (report/scaling_figures.py draws them)."""
+"""`sweep report`: turns fit.json into figures and an HTML page (report/scaling_figures.py draws them)."""
 
 import json
 from pathlib import Path
@@ -24,8 +24,13 @@ Json = dict[str, Any]
 
 
 def write(where: Path, out: Path | None, tflops: float | None, mfu: float) -> Path:
-    """Write the page of a fit.json, or of the folder that holds one, with its figures as PNG and SVG beside it; return
-    its path.
+    """Write the HTML page of a fit and its figures (PNG and SVG); return the page's path.
+
+    Args:
+        where: a fit.json, or the folder that holds one.
+        out: folder to write to; None: the folder of fit.json.
+        tflops: TFLOP/s of one GPU, to convert FLOPs to GPU hours; None leaves these out.
+        mfu: fraction of `tflops` that training reaches.
 
     Raises:
         UserError: there is no fit.json, or it has another format version.
@@ -154,7 +159,7 @@ def _facts(fit: Json, tflops: float | None, mfu: float) -> Json:
 
 
 def _next(fit: Json, tflops: float | None, mfu: float) -> list[str]:
-    """Return the budgets that were asked for; without any, 10 times the largest measured one."""
+    """Return a sentence for each prediction that was asked for; without any, one at 10 times the largest compute."""
     rows = fit["predictions"] or [(fit.get("frontier") or fit["curve"])[-1]]
     largest = fit["compute_range"][1]
     return [_prediction(row, fit["columns"], largest, tflops, mfu) for row in rows]

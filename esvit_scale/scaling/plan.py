@@ -1,7 +1,7 @@
-"""`esvit-scale plan`: what a config needs on a number of GPUs, and the smallest setting that fits. Nothing is built.
+"""`esvit-scale plan`: estimates memory, time and disk of a config on a number of GPUs, and finds a setting that fits.
 
-The state is exact; the peak is the state and the larger phase of a step (memory.py). The time is an estimate from a
-rate that is printed beside it.
+No weights are allocated. The state is exact; the peak is the state plus the largest phase of a step (memory.py). The
+time is estimated from an assumed rate, which is printed beside it.
 """
 
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from esvit_scale.parallel.ds_config import offered_stages
 from esvit_scale.scaling import memory
 from esvit_scale.scaling.memory import ElementCounts, Memory
 
-HEADROOM = 0.92  # of the GPU's memory; the rest is the driver's context, the allocator's gaps and kernels' scratch
+HEADROOM = 0.92  # usable fraction of a GPU's memory; the driver, allocator's gaps and kernels' scratch take the rest
 IMAGENET = 1_281_167
 PARTS = (
     "parameters",
@@ -46,28 +46,28 @@ class Setting(NamedTuple):
 
 
 class Speed(NamedTuple):
-    """The rate that the times are estimated from."""
+    """The rate from which times are estimated."""
 
-    tflops: float  # of one GPU on large products
-    mfu: float  # the share of it that training is taken to reach
+    tflops: float  # TFLOP/s of one GPU on large matrix products
+    mfu: float  # fraction of `tflops` that training is assumed to reach
     source: str  # where the two come from, in words
 
 
 class Plan(NamedTuple):
-    """What a config needs: memory by setting, the smallest setting that fits, and costs."""
+    """The plan of a config: memory of each setting, the cheapest setting that fits, and costs."""
 
     settings: list[Setting]  # cheapest first: least recomputation, least communication
     fits: Setting | None
-    capacity: int  # bytes
+    capacity: int  # bytes of one GPU
     numbers: dict[str, Any]
 
 
 def plan(config: Config, gpus: int, capacity: int, images: int | None, speed: Speed) -> Plan:
-    """Return what a config needs on `gpus` GPUs.
+    """Estimate the memory, time and disk that a config needs on `gpus` GPUs.
 
     Args:
         capacity: bytes of one GPU.
-        images: number of images in the training set, for the length of an epoch; None: ImageNet-1K's.
+        images: number of images in the training set, for the length of an epoch; None: as in ImageNet-1K.
 
     Raises:
         UserError: the batch does not divide over the GPUs, or the trunk cannot be built.
@@ -87,7 +87,12 @@ def plan(config: Config, gpus: int, capacity: int, images: int | None, speed: Sp
 
 
 def refusal(found: Plan, config: Config, gpus: int, limit: int = 4096) -> str | None:
-    """Return why no setting fits and what would; None when one fits."""
+    """Return a message that no setting fits and what would fit instead (more GPUs, accumulation or memory); None if one
+    fits.
+
+    Args:
+        limit: largest number of GPUs to suggest.
+    """
     if found.fits:
         return None
     least = min(found.settings, key=lambda s: s.memory.peak)
@@ -103,8 +108,9 @@ def refusal(found: Plan, config: Config, gpus: int, limit: int = 4096) -> str | 
 
 
 def _enough_gpus(config: Config, gpus: int, capacity: int, limit: int) -> int | None:
-    """Return the number of GPUs, doubled until the config fits with the same batch; None when no such number is
-    allowed.
+    """Double the number of GPUs until the config fits with the same batch; return it.
+
+    Return None if it exceeds `limit`, or the batch does not divide over it, before the config fits.
     """
     network, more = memory.network_of(config), 2 * gpus
     while more <= limit and config.train.global_batch % (more * config.train.grad_accum) == 0:
@@ -115,7 +121,7 @@ def _enough_gpus(config: Config, gpus: int, capacity: int, limit: int) -> int | 
 
 
 def _enough_accumulation(config: Config, gpus: int, capacity: int) -> int | None:
-    """Return the smallest train.grad_accum with which the config fits on these GPUs; None when there is none."""
+    """Return the smallest larger train.grad_accum with which the config fits on these GPUs; None if there is none."""
     network, per_gpu = memory.network_of(config), config.train.global_batch // gpus
     for accum in (a for a in range(config.train.grad_accum + 1, per_gpu + 1) if per_gpu % a == 0):
         smaller = config.model_copy(update={"train": config.train.model_copy(update={"grad_accum": accum})})
@@ -127,14 +133,16 @@ def _enough_accumulation(config: Config, gpus: int, capacity: int) -> int | None
 def _numbers(
     config: Config, network: ElementCounts, gpus: int, images: int | None, speed: Speed, recompute: bool
 ) -> dict[str, Any]:
-    """Return the costs that do not depend on the ZeRO stage. The time counts useful FLOPs, as MFU does, and no
-    recomputation.
+    """Return the costs that do not depend on the ZeRO stage: parameters, FLOPs, time and checkpoint size.
+
+    Time is useful FLOPs (as MFU counts them) over the rate; with `recompute` (activation checkpointing) the rate is
+    reduced to 3/4.
     """
     per_image = costs.image_flops(config, "useful")
     trunk, heads = costs.parameters(config)
     rate = gpus * speed.tflops * TERA * speed.mfu / per_image
     if recompute:
-        rate *= 3 / 4  # a student's forward more, of about four passes
+        rate *= 3 / 4  # recomputing adds a student forward: about four passes instead of three
     count = images or IMAGENET
     steps_per_epoch = max(1, count // config.train.global_batch)
     steps = config.train.steps or config.train.epochs * steps_per_epoch
@@ -158,7 +166,7 @@ def _numbers(
         "hours": seen / rate / 3600,
         "gpu_hours": gpus * seen / rate / 3600,
         "checkpoint_bytes": checkpoint,
-        "checkpoints_disk_bytes": checkpoint * (config.train.keep_checkpoints + 1),  # one more while it is written
+        "checkpoints_disk_bytes": checkpoint * (config.train.keep_checkpoints + 1),  # plus the one being written
     }
 
 
@@ -182,7 +190,7 @@ def as_json(found: Plan, gpus: int) -> dict[str, Any]:
 
 
 def table(found: Plan, config: Config, gpus: int) -> str:
-    """Return the table that `plan` prints: GiB on a GPU, part by part, and the costs below."""
+    """Return the table that `plan` prints: GiB per GPU of each part of memory, with the costs below it."""
     names = [f"zero{s.stage}" + ("+ckpt" if s.checkpointing else "") for s in found.settings]
     lines = [f"GiB on each of {gpus} GPUs" + "".join(f"{name:>12s}" for name in names)]
     width = len(lines[0]) - 12 * len(names)
@@ -219,7 +227,7 @@ def _setting_keys(setting: Setting) -> str:
 
 
 def gib(count: float) -> str:
-    """Return a number of bytes as text in GiB."""
+    """Format a number of bytes in GiB."""
     return f"{count / GIB:.2f} GiB"
 
 

@@ -1,8 +1,8 @@
-"""Runs the cells of a sweep, here one after the other or as a Slurm array, and tells how far each is.
+"""Running the cells of a sweep, on this machine one after the other or as a Slurm array, and the state of each cell.
 
-A cell is an ordinary run with its run dir under <out>/cells. It is finished when its training is and, where the sweep
-evaluates, when its last checkpoint has a knn.json; a finished cell is never run again. A cell that fails leaves its
-reason in <out>/failed, and the sweep goes on with the next.
+A cell is an ordinary run with its run dir under <out>/cells. It is finished when training has finished and, if the
+sweep evaluates, its last checkpoint has a knn.json; a finished cell is never run again. When a cell fails, the reason
+is recorded in <out>/failed, and the sweep continues with the next cell.
 """
 
 import json
@@ -29,11 +29,11 @@ from esvit_scale.train.row_file import read_rows
 from esvit_scale.train.run_dir import read_summary
 
 INTERRUPTED = 130
-LAST_LINES = 20  # end of a failed cell's log in which the reason is looked for
+LAST_LINES = 20  # lines at the end of a failed cell's log in which the reason is searched
 
 
 class CellState(NamedTuple):
-    """How far a cell is."""
+    """The state of a cell: a word, its last step, and details such as the reason of a failure."""
 
     word: str  # refused, waiting, started, trained, finished, failed
     step: int
@@ -41,7 +41,7 @@ class CellState(NamedTuple):
 
 
 def state(cell: Cell, sweep: Sweep) -> CellState:
-    """Return how far a cell is, as its run dir and its Slurm records show it."""
+    """Return the state of a cell, read from its run dir and its Slurm records."""
     if cell.problems:
         return CellState("refused", 0, cell.problems[0])
     rows, summary = read_rows(cell.path / "metrics.jsonl"), read_summary(cell.path)
@@ -52,7 +52,7 @@ def state(cell: Cell, sweep: Sweep) -> CellState:
         word = "trained"
     else:
         word = "started" if rows else "waiting"
-    if is_running(cell.path):  # a job that was refused because of that is no failure of the cell
+    if is_running(cell.path):  # another job may have been refused because of that, which is no failure of the cell
         return CellState(word if rows else "started", step)
     failure = _failure_path(cell, sweep)
     if failure.exists():
@@ -63,8 +63,9 @@ def state(cell: Cell, sweep: Sweep) -> CellState:
 
 
 def _failed_job(cell: Cell) -> str:
-    """Return how the cell's last Slurm job failed, as its script recorded it (slurm/job.sh); empty when it did not
-    fail, or when a later job has started.
+    """Return how the cell's last Slurm job failed, as slurm/job.sh recorded it.
+
+    The text is empty if the job did not fail or a later one has started.
     """
     records = cell.path / "slurm"
     ended, started = (
@@ -77,14 +78,15 @@ def _failed_job(cell: Cell) -> str:
 
 
 def prepare(cell: Cell, sweep: Sweep, source: Path) -> None:
-    """Make the shard set of a cell that trains on only part of the sweep's images."""
+    """Create the shard set of a cell that trains on only some of the images in `source`."""
     if Path(cell.config.data.train) == subset.path_of(sweep, cell.unique_images):
         subset.make(sweep, cell.unique_images, source)
 
 
 def branch(cell: Cell) -> None:
-    """Create the run dir of a cell that continues its parent, from the checkpoint at the parent's branch point. Do
-    nothing when the cell has checkpoints already.
+    """Create the run dir of a cell that continues its parent: copy the parent's checkpoint at its branch point.
+
+    Do nothing if the cell has checkpoints already.
 
     Raises:
         UserError: the parent has no checkpoint at that step yet.
@@ -104,9 +106,9 @@ def branch(cell: Cell) -> None:
 
 
 def submit_local(sweep_file: Path, sweep: Sweep, found: list[Cell]) -> int:
-    """Run the unfinished cells in order of cost, each in a process of its own; return the exit code.
+    """Run the unfinished cells on this machine, cheapest first, each in its own process; return the exit code.
 
-    Ctrl-C and termination stop the sweep after the running cell has saved; the same command continues it.
+    Ctrl-C and SIGTERM stop the sweep after the running cell has saved; the same command continues it.
     """
     todo = [c for c in found if state(c, sweep).word not in ("finished", "refused")]
     for number, cell in enumerate(sorted(todo, key=lambda c: c.flops), 1):
@@ -153,7 +155,7 @@ def forget_failure(cell: Cell, sweep: Sweep) -> None:
 
 
 def _reason(log: Path, code: int) -> str:
-    """Return the error line of a log, or its last line when it has none."""
+    """Return the error line at the end of a failed cell's log, or its last line if there is none."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()][-LAST_LINES:]
     errors = [line for line in lines if line.startswith("esvit-scale: error: ")]
     said = errors[-1].removeprefix("esvit-scale: error: ") if errors else (lines[-1] if lines else "it printed nothing")
@@ -162,10 +164,11 @@ def _reason(log: Path, code: int) -> str:
 
 
 def submit_slurm(sweep_file: Path, sweep: Sweep, found: list[Cell]) -> str:
-    """Submit one array job with the unfinished cells; return what sbatch prints.
+    """Submit the unfinished cells as one Slurm array job; return what sbatch prints.
 
     Raises:
-        UserError: there is no script or no sbatch, or sbatch refuses the job.
+        UserError: cells continue each other (`horizon: branches`), there is no script or no sbatch, or sbatch refuses
+            the job.
     """
     if sweep.horizon == "branches":
         raise UserError(
@@ -188,7 +191,7 @@ def submit_slurm(sweep_file: Path, sweep: Sweep, found: list[Cell]) -> str:
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """Return indices as sbatch's --array takes them, for example "0-3,7"."""
+    """Format indices for sbatch's --array option, for example "0-3,7"."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][1] + 1:
@@ -199,7 +202,7 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 def run_cell(cell: Cell, sweep: Sweep, source: Path) -> int:
-    """Train a cell, or continue it, and evaluate it, on every rank; return the exit code of the training."""
+    """Train or continue a cell and then evaluate it; every rank calls this. Return the exit code of the training."""
     from esvit_scale.parallel import collectives
     from esvit_scale.train import pretraining
 
@@ -256,11 +259,11 @@ def status_table(found: list[Cell], sweep: Sweep) -> str:
 
 
 def source_of(sweep: Sweep) -> Path:
-    """Return the folder of the whole shard set that the base config trains on."""
+    """Return the folder of the shard set that the sweep's base config trains on."""
     return manifests.load(Path(configs.resolve(sweep.base, list(sweep.overrides)).data.train)).root
 
 
 def as_json(found: list[Cell], sweep: Sweep) -> list[dict[str, Any]]:
-    """Return how far each cell is as plain values, for `sweep status --json`."""
+    """Return the state of every cell as plain values, for `sweep status --json`."""
     states = ((cell, state(cell, sweep)) for cell in found)
     return [{"index": c.index, "name": c.name, "steps": c.steps, **s._asdict()} for c, s in states]

@@ -1,9 +1,9 @@
-"""A ladder of trunk shapes between the named sizes, all with head dim 32 and most of their depth in stage 3.
+"""A ladder of trunk shapes that interpolates the named Swin sizes, with head dim 32 and most blocks in stage 3.
 
-The named sizes first grow in stage 3 (Swin-T → S: 6 → 18 blocks at width 96), then in width at depths 2-2-18-2 (B, L,
-H, 1B), then in stage 3 again (G: 42 at width 512). The ladder fills in the steps: widths are multiples of 32, and where
-the depth grows it grows by 2 (by 4 at width 512), because blocks come in pairs, one with plain and one with shifted
-windows.
+The named sizes first grow in depth of stage 3 (Swin-T → S: 6 → 18 blocks at width 96), then in width at depths 2-2-18-2
+(B, L, H, 1B), then in stage 3 again (G: 42 blocks at width 512). The ladder adds the sizes between them: widths are
+multiples of 32, and the depth grows by 2 (by 4 at width 512), because blocks come in pairs, one with plain and one with
+shifted windows. The rows below are the width of stage 1 and the possible numbers of blocks in stage 3.
 
     width      32       64         96          128 … 480    512
     stage 3    2, 4     2, 4, 6    6, 8 … 18   18           18, 22 … 42
@@ -23,13 +23,13 @@ from esvit_scale.objective import costs
 from esvit_scale.scaling.sweep_file import Size
 
 HEAD_DIM = 32
-OFF = 1.25  # a target may be this factor from the nearest step of the ladder
+OFF = 1.25  # largest factor between a requested number of parameters and that of the nearest shape
 STAGE_3 = {32: (2, 4), 64: (2, 4, 6), 96: (6, 8, 10, 12, 14, 16, 18), 512: range(18, 43, 4)}
 WIDEST = 512
 
 
 class Shape(NamedTuple):
-    """Width and depths of a trunk."""
+    """The shape of a trunk: width of the first stage and number of blocks of each stage."""
 
     embed_dim: int
     depths: tuple[int, ...]
@@ -41,22 +41,23 @@ class Shape(NamedTuple):
 
     @property
     def overrides(self) -> dict[str, object]:
-        """Return the values of the run config's model section that give this shape."""
+        """Return this shape as values of the run config's `model` section."""
         return {"embed_dim": self.embed_dim, "depths": list(self.depths), "heads": list(self.heads)}
 
 
 def ladder() -> Iterator[Shape]:
-    """Yield every shape of the ladder."""
+    """Yield every shape of the ladder, narrow ones first."""
     for width in range(HEAD_DIM, WIDEST + 1, HEAD_DIM):
         for depth in STAGE_3.get(width, (18,)):
             yield Shape(width, (2, 2, depth, 2))
 
 
 def shape_of(size: Size, base: Config) -> Shape:
-    """Return the shape that an entry of the sweep's `sizes` asks for.
+    """Return the shape for an entry of the sweep's `sizes`: a named trunk, a width, or a number of parameters.
 
     Raises:
-        UserError: an unknown trunk, a width that is no multiple of 32, or a number of parameters far from the ladder.
+        UserError: an unknown trunk, a width that is not a multiple of 32, or a number of parameters far from every
+            shape of the ladder.
     """
     if size.trunk is not None:
         named = _named(size.trunk, base)
@@ -76,7 +77,7 @@ def shape_of(size: Size, base: Config) -> Shape:
 
 
 def _named(name: str, base: Config) -> Trunk:
-    """Return the trunk of this name with its own sizes, for the base's window and global crops."""
+    """Build a named trunk in its own size on the meta device, with the base config's window and global crop size."""
     values = {"trunk": name, "window": base.model.window}
     config = Config.model_validate({"model": values, "data": {"global_crops": {"size": base.data.global_crops.size}}})
     try:
@@ -91,7 +92,7 @@ def _on_meta(config: Config) -> Trunk:
 
 
 def _nearest(target: float, base: Config) -> Shape:
-    """Return the shape of the ladder whose trunk has about `target` parameters."""
+    """Return the shape of the ladder whose number of trunk parameters is nearest to `target`, by ratio."""
     steps = ladder_with_counts(base.model.trunk, base.model.window, base.data.global_crops.size)
     shape, count = min(steps, key=lambda step: max(step[1] / target, target / step[1]))
     if not 1 / OFF <= count / target <= OFF:
@@ -104,7 +105,12 @@ def _nearest(target: float, base: Config) -> Shape:
 
 @lru_cache
 def ladder_with_counts(trunk: str, window: int, side: int) -> list[tuple[Shape, int]]:
-    """Return the shapes of the ladder with their numbers of trunk parameters."""
+    """Return every shape of the ladder with its number of trunk parameters.
+
+    Args:
+        trunk: name of the trunk family's base, as in `model.trunk`.
+        side: size of the global crops in pixels.
+    """
     found = []
     for shape in ladder():
         model = {"trunk": trunk, "window": window} | shape.overrides

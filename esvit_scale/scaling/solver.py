@@ -1,13 +1,13 @@
-"""Huber loss on log residuals, minimised from many starts, and for many resamplings of the data, at once.
+"""Minimisation of the Huber loss on log residuals, from many starts or for many bootstrap resamples at once.
 
-    f(θ) = Σ_i n_i · huber_δ(log ŷ_i − log y_i) / δ²,   δ = 1e-3;   n_i: how often the point i counts
+    f(θ) = Σ_i n_i · huber_δ(log ŷ_i − log y_i) / δ²,   δ = 1e-3;   n_i: weight of point i (its count in a resample)
 
-The sum is over points, in units of δ². Published fits have averaged the bare Huber loss instead: with δ = 1e-3 that is
-about 1e-6, its gradient lies below an optimiser's default tolerance, and the optimiser returns its start as the answer
+Dividing by δ² matters. Published fits have averaged the Huber loss without it: with δ = 1e-3 that is about 1e-6, its
+gradient lies below an optimiser's default tolerance, and the optimiser returns its start as the answer
 (tests/scaling/test_solver.py shows it).
 
-`descend` is iteratively reweighted Levenberg-Marquardt over rows of parameters: every row has its own start, weights
-and damping, and all rows share the matrix products. Each step is taken only where it lowers that row's loss.
+`descend` runs iteratively reweighted Levenberg-Marquardt on a batch of parameter rows: every row has its own start,
+weights and damping, and a row takes a step only if that lowers its loss.
 """
 
 from itertools import product
@@ -19,22 +19,22 @@ from scipy.optimize import minimize
 from esvit_scale.scaling.forms import Array, Form, Points, bounds, evaluate
 
 DELTA = 1e-3
-CONSTANT_SHARES = (1e-3, 0.3, 0.7, 0.95)  # starts: E as a share of the smallest y
-TERM_SHARES = (0.2, 0.5, 0.8)  # how the first term shares the rest with the second
+CONSTANT_SHARES = (1e-3, 0.3, 0.7, 0.95)  # in the starts: E as a fraction of the smallest y
+TERM_SHARES = (0.2, 0.5, 0.8)  # in the starts: the first term as a fraction of y − E
 START_EXPONENTS = (0.05, 0.2, 0.5, 1.0, 2.0)
-AT_ONCE = 1_000_000  # rows × points, so that memory does not grow with the table
-WIDE_DELTA, KEPT_STARTS = 0.1, 12  # all starts are judged with a Huber loss that is nearly quadratic
+AT_ONCE = 1_000_000  # rows × points that are processed together, to bound the memory
+WIDE_DELTA, KEPT_STARTS = 0.1, 12  # starts are ranked with a wide, nearly quadratic Huber loss; the best go on
 
 
 class Solution(NamedTuple):
-    """The minimum that was found: parameters and loss."""
+    """The minimum that `solve` found: parameters and loss."""
 
     theta: Array  # [p]
     loss: float  # Σ huber_δ, not divided by δ²
 
 
 def solve(form: Form, data: Points) -> Solution:
-    """Return the best minimum from a deterministic grid of starts."""
+    """Fit the form to the data from a deterministic grid of starts; return the best minimum."""
     theta = starts(form, data)
     theta, loss = descend(form, data, theta, delta=WIDE_DELTA, iterations=40)
     theta = theta[np.argsort(loss, kind="stable")[:KEPT_STARTS]]
@@ -44,8 +44,9 @@ def solve(form: Form, data: Points) -> Solution:
 
 
 def starts(form: Form, data: Points) -> Array:
-    """Return starting points [S, p]: a grid of constants, shares and exponents whose curves all pass through the middle
-    of the data.
+    """Return starting points theta [S, p]: a grid of constants, sizes of the terms, and exponents.
+
+    All their curves pass through the middle of the data.
     """
     middle, least = np.exp(np.median(data.log_y)), np.exp(data.log_y.min())
     rows = []
@@ -68,10 +69,13 @@ def descend(
     iterations: int = 400,
     tolerance: float = 1e-10,
 ) -> tuple[Array, Array]:
-    """Minimise every row of theta [R, p] independently; counts [R, n] weigh the points, by default 1 each.
+    """Minimise the loss from every row of theta [R, p] independently.
+
+    Args:
+        counts: weights of the points for each row [R, n]; None: 1 each.
 
     Returns:
-        theta [R, p], and the loss Σ counts·huber_δ / δ² of each row [R].
+        The minima theta [R, p], and the loss Σ counts·huber_δ / δ² of each row [R].
     """
     counts = np.ones((len(theta), len(data.log_y))) if counts is None else counts
     at_once = max(1, AT_ONCE // len(data.log_y))
@@ -91,7 +95,7 @@ def _descend(
     fitted, slopes = evaluate(form, theta, data.logs)
     residual = fitted - data.log_y
     loss = _huber(residual, counts, delta)
-    at, here = theta.copy(), loss.copy()  # of the live rows
+    at, here = theta.copy(), loss.copy()  # parameters and loss of the rows that are still being minimised
     for _ in range(iterations):
         step = _step(at, residual, slopes, counts[live], damping, delta, low, high)
         trial = np.clip(at - step, low, high)
@@ -125,12 +129,15 @@ def _step(
     low: Array,
     high: Array,
 ) -> Array:
-    """Return the damped Gauss-Newton step on the quadratic that touches the Huber loss from above at theta."""
-    weight = counts / np.maximum(np.abs(residual), delta)  # [R, n], of huber'(r) = weight·r·δ
+    """Return the damped Gauss-Newton step [R, p], to be subtracted from theta.
+
+    It minimises the quadratic that is nowhere below the Huber loss and touches it at theta (iterative reweighting).
+    """
+    weight = counts / np.maximum(np.abs(residual), delta)  # [R, n]; huber'(r) = weight·r·δ for counts of 1
     weighted = slopes * weight[:, :, None]
     normal = np.matmul(weighted.transpose(0, 2, 1), slopes)  # [R, p, p]
     gradient = np.matmul(weighted.transpose(0, 2, 1), residual[:, :, None])[:, :, 0]
-    # A parameter that a bound holds back takes no part.
+    # A parameter at a bound, whose step would leave the allowed range, stays fixed.
     held = ((theta <= low) & (gradient > 0)) | ((theta >= high) & (gradient < 0))
     free = ~held
     normal *= free[:, :, None] & free[:, None, :]
@@ -144,20 +151,20 @@ def _step(
 
 
 def _huber(residual: Array, counts: Array, delta: float) -> Array:
-    """Return Σ counts·huber_δ / δ² over the last axis."""
+    """Return the loss Σ counts·huber_δ(residual) / δ², summed over the last axis (points)."""
     size = np.abs(residual) / delta
     total: Array = (counts * np.where(size <= 1, 0.5 * size**2, size - 0.5)).sum(-1)
     return total
 
 
 def huber_sum(form: Form, data: Points, theta: Array, delta: float = DELTA) -> float:
-    """Return Σ huber_δ(log ŷ − log y) of one parameter row [p]."""
+    """Return the loss Σ huber_δ(log ŷ − log y), not divided by δ², of one parameter row theta [p]."""
     fitted, _ = evaluate(form, theta[None], data.logs)
     return float(_huber(fitted - data.log_y, np.ones(len(data.log_y)), delta)[0] * delta**2)
 
 
 def objective(form: Form, data: Points, theta: Array, delta: float = DELTA) -> tuple[float, Array]:
-    """Return f(θ) and its gradient [p]."""
+    """Return f(θ) of one parameter row theta [p], with all n_i = 1, and its gradient [p]."""
     fitted, slopes = evaluate(form, theta[None], data.logs)
     residual = fitted[0] - data.log_y
     gradient = slopes[0].T @ np.clip(residual / delta, -1, 1) / delta
@@ -165,7 +172,7 @@ def objective(form: Form, data: Points, theta: Array, delta: float = DELTA) -> t
 
 
 def _polish(form: Form, data: Points, theta: Array) -> Solution:
-    """Minimise f by L-BFGS-B from a good start, for the cases where reweighting only creeps along an edge of the loss."""
+    """Minimise f by L-BFGS-B from a good start, because reweighting can converge slowly along an edge of the loss."""
     found = minimize(
         lambda t: objective(form, data, t),
         theta,

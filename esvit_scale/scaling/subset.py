@@ -9,12 +9,12 @@ from esvit_scale.scaling.sweep_file import Sweep
 
 
 def path_of(sweep: Sweep, unique: int) -> Path:
-    """Return the folder of the shard set of the first `unique` images."""
+    """Return the folder for the sweep's shard set of the first `unique` images."""
     return sweep.folder / "data" / f"first-{unique}"
 
 
 def make(sweep: Sweep, unique: int, source: Path) -> None:
-    """Make a shard set of the first `unique` images: links to the first shards, and a manifest of its own."""
+    """Create a shard set of the first `unique` images of `source`: links to its first shards, and a new manifest."""
     data, folder = manifests.load(source), path_of(sweep, unique)
     if manifests.is_shard_set(folder):
         return
@@ -30,7 +30,7 @@ def make(sweep: Sweep, unique: int, source: Path) -> None:
 
 
 def sums(data: Manifest) -> list[int]:
-    """Return the number of images in the first 1, 2, … shards."""
+    """Return the cumulative numbers of images in the first 1, 2, … shards."""
     totals, total = [], 0
     for shard in data.shards:
         total += shard.samples

@@ -1,5 +1,6 @@
-"""The schema of SWEEP.yaml: sizes × budgets × unique images × seeds on top of a run config, read as strictly as a run
-config.
+"""The schema of SWEEP.yaml, a grid of sizes × budgets × unique images × seeds on top of a run config.
+
+It is read as strictly as a run config.
 """
 
 from pathlib import Path
@@ -13,11 +14,11 @@ from esvit_scale.schema import Section, check
 
 
 class Size(Section):
-    """One trunk, given by exactly one of `trunk`, `params` and `embed_dim`."""
+    """The size of one trunk, given by exactly one of `trunk`, `params` and `embed_dim`."""
 
     trunk: str | None = None  # a name of models/registry.py
-    params: AboveZero | None = None  # the nearest shape of the rule in scaling/shapes.py
-    embed_dim: Positive | None = None  # a multiple of 32; depths by the same rule unless they are given
+    params: AboveZero | None = None  # number of parameters; selects the nearest shape of scaling/shapes.py
+    embed_dim: Positive | None = None  # a multiple of 32; depths as in scaling/shapes.py unless they are given
     depths: Annotated[list[Positive], Field(min_length=1)] | None = None
 
     @model_validator(mode="after")
@@ -33,7 +34,7 @@ class Size(Section):
 class LearningRate(Section):
     """The rule of the learning rate: optim.lr of a cell = value · (trunk parameters / at_params)^exponent."""
 
-    value: AboveZero | None = None  # null: the base config's
+    value: AboveZero | None = None  # null: optim.lr of the base config
     exponent: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] = 0.0  # 0: one rate for all sizes, as EsViT
     at_params: AboveZero | None = None
 
@@ -47,18 +48,18 @@ class LearningRate(Section):
 class Evaluate(Section):
     """The evaluation of every finished cell: k-NN and a linear probe."""
 
-    train: PathText  # labelled shards or class folders that vote
+    train: PathText  # labelled shards or class folders: the training set of k-NN and probe
     test: PathText
-    linear: bool = True  # also a logistic regression on kept features, for linear_error
-    k: Positive = 20  # whose error is collected: one k for all cells, not the best of each
+    linear: bool = True  # also fit a logistic regression to the features, for linear_error
+    k: Positive = 20  # the k whose error is collected: the same for all cells, not the best of each
 
 
 class Machine(Section):
-    """The machine that a cell runs on, for the cost column and for what fits."""
+    """The machine that a cell runs on, to estimate GPU hours and check that the cell fits into memory."""
 
     gpus: Positive = 1
-    gpu_memory: AboveZero = 80.0  # GiB of one
-    tflops: AboveZero | None = None  # of one on large products; null: measured here
+    gpu_memory: AboveZero = 80.0  # GiB of one GPU
+    tflops: AboveZero | None = None  # TFLOP/s of one GPU on large matrix products; null: measured on this machine
     mfu: Annotated[Fraction, Field(gt=0)] = 0.35
 
 
@@ -75,10 +76,10 @@ class Sweep(Section):
     format_version: Literal[1] = 1
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "sweep"
     out: PathText | None = None  # null: runs/sweeps/<name>
-    base: str  # a preset's name or a YAML file: everything that a cell does not say
+    base: str  # a preset's name or a YAML file: all values of the runs that the sweep does not set
     overrides: list[str] = Field(default=[])  # key=value on top of the base
     sizes: Annotated[list[Size], Field(min_length=1)]
-    budgets: Annotated[list[AboveZero], Field(min_length=1)]  # FLOPs of a run, heads, teacher and padding included
+    budgets: Annotated[list[AboveZero], Field(min_length=1)]  # FLOPs of a run, including heads, teacher and padding
     seeds: list[Seed] = Field(default=[0], min_length=1)
     unique_images: list[Positive | None] = Field(default=[None], min_length=1)  # null: the whole set
     lr: LearningRate = LearningRate()

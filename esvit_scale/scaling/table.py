@@ -1,6 +1,4 @@
-"""Measurements from a CSV file: named columns of numbers above 0, or a one-line error that names the cell that is
-wrong.
-"""
+"""Reading of measurements from a CSV file: named columns of numbers above 0; errors name the wrong cell in one line."""
 
 import csv
 import math
@@ -13,7 +11,7 @@ from numpy.typing import NDArray
 from esvit_scale.errors import UserError, nearest
 from esvit_scale.scaling.forms import Array
 
-SAME_BUDGET = 1.25  # costs within this factor of the next are one budget
+SAME_BUDGET = 1.25  # sorted by cost, neighbours within this factor belong to the same budget
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Measurements:
-    """The measurements of a CSV."""
+    """The measurements of a CSV as arrays, one entry per row."""
 
     x: Array  # [n, inputs]
     y: Array  # [n]
@@ -38,12 +36,12 @@ class Measurements:
     groups: NDArray[np.int64]  # [n] 0 … G−1
 
     def take(self, rows: NDArray[np.bool_]) -> "Measurements":
-        """Return the measurements of some rows."""
+        """Select rows by a boolean mask [n]."""
         return Measurements(self.x[rows], self.y[rows], self.compute[rows], self.groups[rows])
 
 
 def read(path: Path, columns: Columns) -> tuple[Measurements, Columns]:
-    """Read the CSV; return the measurements and the columns that were used.
+    """Read a CSV; return the measurements, and `columns` with the defaults filled in by the columns that were used.
 
     Raises:
         UserError: there is no such file or column, a value is not a number above 0, or there are fewer than 4 rows.
@@ -70,7 +68,10 @@ def read(path: Path, columns: Columns) -> tuple[Measurements, Columns]:
 
 
 def best_of_each_budget(data: Measurements) -> Measurements:
-    """Return the point with the smallest y of each budget; costs within a factor 1.25 of the next are one budget."""
+    """Keep only the point with the smallest y of each budget.
+
+    Points sorted by cost belong to the same budget as long as each costs at most 1.25 times its predecessor.
+    """
     order = np.argsort(data.compute, kind="stable")
     edges = np.flatnonzero(np.diff(np.log(data.compute[order])) > np.log(SAME_BUDGET)) + 1
     best = np.array([rows[np.argmin(data.y[rows])] for rows in np.split(order, edges)])

@@ -1,9 +1,9 @@
-"""The second fitting method, variable projection: for given exponents the best coefficients are a linear problem.
+"""Variable projection, the second fitting method: searches the exponents and solves for the coefficients exactly.
 
-For fixed exponents y = E + A·x^-α + … is linear in E, A, B ≥ 0, and non-negative least squares on the relative
+For fixed exponents, y = E + A·x^-α + … is linear in E, A, B ≥ 0, and non-negative least squares on the relative
 residuals (ŷ − y)/y solves it exactly. Only the exponents are searched, on a grid and then by Nelder-Mead. The method
-shares neither the loss (squares instead of Huber, so outliers pull) nor the optimizer with solver.py; where both agree,
-the answer is not an artefact of either.
+shares neither the loss (squares instead of Huber, so outliers weigh more) nor the optimizer with solver.py; if both
+agree, the answer is not an artefact of either.
 """
 
 from itertools import product
@@ -17,7 +17,7 @@ EXPONENTS = np.geomspace(0.02, 4, 16)
 
 
 def solve(form: Form, x: Array, y: Array) -> Array:
-    """Return the parameters [p] in the order of `form.names`, fitted to x [n, inputs] and y [n]."""
+    """Fit the form to x [n, inputs] and y [n]; return the parameters [p] in the order of `form.names`."""
     middle = np.exp(np.log(x).mean(0))
     scaled = x / middle
 
@@ -36,7 +36,12 @@ def solve(form: Form, x: Array, y: Array) -> Array:
 
 
 def _coefficients(form: Form, x: Array, y: Array, exponents: Array) -> tuple[Array, float]:
-    """Return (E), A, B ≥ 0 and the norm of the relative residuals."""
+    """Solve for the coefficients ≥ 0 at fixed exponents.
+
+    Returns:
+        The coefficients (E if the form has a constant, A, and B with two inputs), and the norm of the relative
+        residuals.
+    """
     columns = [x[:, i] ** -exponents[i] / y for i in range(form.inputs)]
     if form.constant:
         columns = [1 / y, *columns]
