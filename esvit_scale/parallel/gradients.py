@@ -127,10 +127,10 @@ class GradientClipper:
         self._before = []
 
     def _tensor_squares(self, owned: list[Partition], first: bool) -> tuple[Tensor, Tensor]:
-        """Return two results, both over all ranks.
+        """Return the squared gradient norms over all ranks, and a scalar that tells whether the rest of the step is finite.
 
         The first is the squared gradient norm of every parameter [number of parameters], zero for parameters that this call
-        does not step. The second is a scalar that is not finite if a loss or a gradient for a later call is not; it is
+        does not step. The scalar is not finite if some rank's loss, or a gradient that a later call steps, is not; it is
         computed in the `first` call of a step, and 0 otherwise.
         """
         squares = torch.zeros(len(self._index) + 1, device=self.device)

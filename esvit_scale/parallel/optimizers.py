@@ -85,7 +85,7 @@ class LayerWise(torch.optim.Optimizer):
         self._index: dict[str, int] = {}
 
     def own(self, partitions: list[Partition], names: list[str], sum_over_ranks_: Callable[[Tensor], Tensor]) -> None:
-        """Tell the optimizer which interval of which parameter lies where in the tensors that it steps on this rank.
+        """Set which intervals of which parameters the tensors that this rank steps consist of.
 
         Args:
             partitions: the intervals that this rank owns.

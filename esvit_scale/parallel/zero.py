@@ -67,7 +67,7 @@ class Frozen(NamedTuple):
 
 
 class TeacherWeights(NamedTuple):
-    """A teacher as a layout makes it: a copy of the student's architecture, without gradients."""
+    """The teacher that `Layout.make_teacher` returns: a copy of the student without gradients, and its fp32 EMA values."""
 
     network: Any  # the module or engine whose forward gives the targets
     module: nn.Module  # the module inside `network`

@@ -316,7 +316,8 @@ def _is_local(holder: Record, me: dict[str, Any]) -> bool:
 
 
 def _is_alive(holder: Record) -> bool:
-    """Return whether a holder on this host still runs: a process with its pid exists and started when the holder did."""
+    """Return whether a holder on this host still runs: a process with its pid exists, and started when the record says (old
+    records do not say it)."""
     began = _start_of(holder.pid)
     return began is not None and holder.started in ("", began)
 

@@ -113,7 +113,8 @@ class Monitors:
         return None
 
     def _dip(self, row: Row) -> str | None:
-        """Return a warning when the k-NN accuracy begins a dip (MoCo v3's sign of an instability that the loss hides)."""
+        """Return a warning when the k-NN accuracy falls more than DIP below its best; in MoCo v3, such dips showed an
+        instability that the loss did not show."""
         accuracy = row.get("knn_top1")
         if accuracy is None:
             return None

@@ -150,7 +150,8 @@ def _matches_checkpoint(path: Path, config: Config, problem: str) -> bool:
 
 
 def _saved_state(path: Path) -> dict[str, Any] | None:
-    """Return the state.json of the first checkpoint, in the order in which a resume tries them, that can be read."""
+    """Return the first state.json that can be read, of the checkpoints in the order in which a resume tries them; else
+    None."""
     for folder in step_folders.candidates(path):
         try:
             return state_file.read_state(folder)
