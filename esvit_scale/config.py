@@ -326,7 +326,7 @@ def differences(a: Config, b: Config) -> list[str]:
 
 
 def _read(config: str) -> dict[str, Any]:
-    """Return the values of a config file or preset."""
+    """Read the YAML of a config file or preset and return its values, without the defaults."""
     path = Path(config).expanduser()
     if path.is_file():
         return yaml_text.parse(yaml_text.text_of(path), config)

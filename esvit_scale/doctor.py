@@ -20,7 +20,7 @@ from esvit_scale.doctor_packages import CheckRow
 
 
 def run() -> int:
-    """Print the table; return 1 when a required row is a problem, else 0."""
+    """Run all checks and print their table; return 1 when a required row is a problem, else 0."""
     warnings.simplefilter("ignore")
     os.environ.setdefault("DS_LOG_LEVEL", "error")
     print(f"esvit-scale {esvit_scale.__version__} on {platform.platform()}\n")

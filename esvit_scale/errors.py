@@ -19,7 +19,7 @@ class UserError(Exception):
 
 
 class Diverged(Exception):
-    """Training diverged; the message says since which step and what to try."""
+    """The error of a run that diverged; the message says since which step and what to try."""
 
     exit_code = 3
 

@@ -50,7 +50,7 @@ class Parser(argparse.ArgumentParser):
 def command(
     commands: Any, name: str, run: Callable[[argparse.Namespace], int], summary: str
 ) -> argparse.ArgumentParser:
-    """Add a command that calls `run` with its options; return its parser. `summary` is its help text."""
+    """Add a command that calls `run` with the parsed options; return its parser. `summary` is its help text."""
     parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
     parser.set_defaults(run=run)
     return parser

@@ -189,7 +189,10 @@ def _job_id(
     after: str | None = None,
     saved_as: str | None = None,
 ) -> str:
-    """Submit one job, print its id and return it; in a dry run only print the script and the command."""
+    """Submit one job, print its id and return it.
+
+    A dry run only prints the script and the command, and returns "JOB" in place of an id.
+    """
     from esvit_scale import launch
 
     job = launch.prepare(name, arguments, records, _resources(o, array, after), o.env, saved_as or name)

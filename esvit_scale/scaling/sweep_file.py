@@ -71,7 +71,7 @@ class Limits(Section):
 
 
 class Sweep(Section):
-    """A complete sweep file."""
+    """The content of a complete sweep file: the base config, and the grid of values that its runs vary."""
 
     format_version: Literal[1] = 1
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "sweep"
@@ -93,7 +93,7 @@ class Sweep(Section):
 
     @property
     def folder(self) -> Path:
-        """Return the folder of the sweep."""
+        """Return the sweep's output folder: `out`, or runs/sweeps/<name>."""
         return Path(self.out) if self.out else Path("runs") / "sweeps" / self.name
 
 

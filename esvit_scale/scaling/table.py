@@ -16,13 +16,13 @@ SAME_BUDGET = 1.25  # sorted by cost, neighbours within this factor belong to th
 
 @dataclass(frozen=True)
 class Columns:
-    """The roles of the CSV's columns."""
+    """The roles of a CSV's columns: inputs, measured y, cost, and grouping into runs."""
 
     inputs: tuple[str, ...]  # (x,) or (N, D)
     y: str
     compute: str | None = None  # FLOPs; None: x itself with one input; with two the column flops, or 6·N·D
     group: str | None = (
-        None  # rows with one value here are measurements of one run; None: the column cell, or every row
+        None  # rows with equal values here are of one run; None: the column cell, or each row its own run
     )
 
 
