@@ -1,9 +1,9 @@
 """Activation checkpointing: recompute a block's activations in the backward instead of keeping them.
 
-`train.activation_checkpointing` chooses one of three implementations. torch's (non-reentrant) is the usual choice; at ZeRO
-1–3, training gives the same numbers with it as without checkpointing. DeepSpeed's and fairscale's are reentrant, and correct
-only if each block is called once per forward, with all crops packed into this call. Batch norms inside the blocks update
-their running statistics only once, in the first forward or in its recomputation.
+`train.activation_checkpointing` chooses one of three implementations. torch's (non-reentrant) is the usual choice; at
+ZeRO 1–3, training gives the same numbers with it as without checkpointing. DeepSpeed's and fairscale's are reentrant,
+and correct only if each block is called once per forward, with all crops packed into this call. Batch norms inside the
+blocks update their running statistics only once, in the first forward or in its recomputation.
 """
 
 from collections.abc import Callable
@@ -64,7 +64,7 @@ def _run_with_deepspeed(block: Callable[..., Any], tokens: Tensor, plan: Any, *k
 
 
 def _wrap_with_fairscale(trunk: Any) -> None:
-    """Wrap every block in place with fairscale's wrapper; on a GPU machine, it offloads the saved block inputs to the CPU."""
+    """Wrap every block in place by fairscale's wrapper; with a GPU, it offloads the saved block inputs to the CPU."""
     from fairscale.nn import checkpoint_wrapper
 
     for block in trunk.blocks:

@@ -1,4 +1,4 @@
-"""Access to a module's floating-point buffers, such as a batch norm's running statistics. No ZeRO stage partitions them."""
+"""Access to floating-point buffers, such as a batch norm's running statistics. No ZeRO stage partitions them."""
 
 from torch import Tensor, nn
 

@@ -80,8 +80,8 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def gather_rows(tensor: Tensor) -> Tensor:
-    """Concatenate all ranks' tensors [n, …] in rank order to one tensor [world · n, …], differentiably; n must be the same
-    on all ranks."""
+    """Concatenate all ranks' tensors [n, …] in rank order to one tensor [world · n, …], differentiably; n must be the
+    same on all ranks."""
     return _Gather.apply(tensor) if world_size() > 1 else tensor
 
 
@@ -141,7 +141,8 @@ def barrier() -> None:
 
 
 def control_group() -> Any:
-    """Return the gloo group for flags and small objects. The first call creates it, so all ranks must take part in it."""
+    """Return the gloo group for flags and small objects. All ranks must take part in the first call, which creates
+    it."""
     global _control_group
     if (own := getattr(_thread_state, "group", None)) is not None:
         return own
@@ -151,7 +152,7 @@ def control_group() -> Any:
 
 
 def second_group() -> Any:
-    """Return a new gloo group, with which a second thread can communicate; None for a single process. All ranks call it."""
+    """Return a new gloo group for communication of a second thread; None for a single process. All ranks call it."""
     return dist.new_group(backend="gloo") if world_size() > 1 else None
 
 

@@ -1,8 +1,8 @@
 """Compilation of a trunk's blocks with torch.compile (`train.compile`).
 
-Each block is compiled by itself. In this way, blocks of one shape share their code between student and teacher, and nothing
-depends on how ZeRO wraps the network. Compilation fuses norms, GELU and residuals into one pass; custom autograd functions
-stay as they are.
+Each block is compiled by itself. In this way, blocks of one shape share their code between student and teacher, and
+nothing depends on how ZeRO wraps the network. Compilation fuses norms, GELU and residuals into one pass; custom
+autograd functions stay as they are.
 """
 
 import shutil

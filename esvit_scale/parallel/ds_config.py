@@ -1,4 +1,4 @@
-"""The DeepSpeed config of a run: the JSON file that `train.ds_config` names, checked and completed from the run config."""
+"""The DeepSpeed config of a run: the JSON file of `train.ds_config`, checked and completed from the run config."""
 
 import json
 import logging
@@ -21,8 +21,8 @@ _OWNED_ELSEWHERE = {
     "data_types.param_dtype": "train.precision",
     "activation_checkpointing": "train.activation_checkpointing",
 }
-# Settings that are the same in every run: DeepSpeed looks for NaN (in addition to parallel/gradients.py), averages gradients
-# over ranks and micro-batches, and keeps the optimizer's parameters and moments in fp32.
+# Settings that are the same in every run: DeepSpeed looks for NaN (in addition to parallel/gradients.py), averages
+# gradients over ranks and micro-batches, and keeps the optimizer's parameters and moments in fp32.
 _FIXED = {
     "bf16.check_grad_overflow": True,
     "bf16.bf16_master_weights_and_grads": False,
@@ -37,11 +37,11 @@ _DTYPES |= {"float32": "fp32", "torch.float32": "fp32", "float": "fp32"}
 
 
 def fill(config: Config, world_size: int) -> dict[str, Any]:
-    """Read a run's DeepSpeed config file, and return its content with the values that the run config determines filled in.
+    """Read a run's DeepSpeed config file, and return its content with the values that the run config determines.
 
     Raises:
-        UserError: the file is missing, is not JSON, or has keys or types that DeepSpeed does not know; the batch does not
-            divide over the ranks; or values contradict the run config. The message has one line per problem.
+        UserError: the file is missing, is not JSON, or has keys or types that DeepSpeed does not know; the batch does
+            not divide over the ranks; or values contradict the run config. The message has one line per problem.
     """
     path = ds_config_path(config.train.ds_config)
     values = ds_keys.read(path)
@@ -67,8 +67,8 @@ def fill(config: Config, world_size: int) -> dict[str, Any]:
         problems += _fill_holes(values, owned)
     if problems:
         raise UserError("\n".join(f"{path.name}: {problem}" for problem in problems))
-    # Both are needed for right numbers: the memory-efficient linear replaces F.linear in the whole process, and parameters
-    # that stay gathered (below, at stage 3) would keep the teacher's values of before an EMA update.
+    # Both are needed for right numbers: the memory-efficient linear replaces F.linear in the whole process, and
+    # parameters that stay gathered (below, at stage 3) would keep the teacher's values of before an EMA update.
     values["zero_optimization"]["memory_efficient_linear"] = False
     # DeepSpeed treats optimizers that it did not make as "untested"; ours are tested at every stage.
     values["zero_allow_untested_optimizer"] = True
@@ -84,8 +84,8 @@ def zero_stage(values: dict[str, Any]) -> int:
 
 
 def offered_stages(precision: str) -> tuple[int, ...]:
-    """Return the ZeRO stages at which a run can train in this precision (`train.precision`). Stage 0 is not offered in bf16
-    and fp16, where DeepSpeed's optimizer takes one step at start-up."""
+    """Return the ZeRO stages at which a run can train in this precision (`train.precision`). Stage 0 is not offered in
+    bf16 and fp16, where DeepSpeed's optimizer takes one step at start-up."""
     return (1, 2, 3) if precision in ("bf16", "fp16") else (0, 1, 2, 3)
 
 
@@ -103,8 +103,8 @@ def _stage(values: dict[str, Any]) -> int | None:
 
 
 def _dtype(value: Any) -> Any:
-    """Return the short name of a dtype, such as `bf16`, for any spelling that DeepSpeed accepts; return other text in lower
-    case, and other values as they are."""
+    """Return the short name of a dtype, such as `bf16`, for any spelling that DeepSpeed accepts; return other text in
+    lower case, and other values as they are."""
     return _DTYPES.get(value.lower(), value.lower()) if isinstance(value, str) else value
 
 
@@ -178,8 +178,8 @@ def _owned_numbers(config: Config, world_size: int, stage: int) -> dict[str, Any
 
 
 def _fill_holes(values: dict[str, Any], owned: dict[str, Any]) -> list[str]:
-    """Write the values `owned` (dotted key → value) into the config. Return a message for every key for which the file has
-    another value that is not "auto"."""
+    """Write the values `owned` (dotted key → value) into the config. Return a message for every key for which the file
+    has another value that is not "auto"."""
     problems = []
     for key, number in owned.items():
         *sections, leaf = key.split(".")

@@ -1,7 +1,8 @@
 """The keys that a DeepSpeed config may have. DeepSpeed itself ignores a misspelt top-level key and uses the default.
 
-DeepSpeed's own pydantic models check names and types in the sections that have one. The other keys are listed here, from
-DeepSpeed 0.19.8; tests/parallel/test_ds_config.py compares the list with the keys that the installed DeepSpeed reads.
+DeepSpeed's own pydantic models check names and types in the sections that have one. The other keys are listed here,
+from DeepSpeed 0.19.8; tests/parallel/test_ds_config.py compares the list with the keys that the installed DeepSpeed
+reads.
 """
 
 import json
@@ -132,7 +133,7 @@ def _of_model(model: Any, value: dict[str, Any], where: str) -> Iterator[str]:
 
 
 def _model_in(field: Any) -> Any:
-    """Return the pydantic model of a field declared as `Model` or `Optional[Model]`; None for a field of plain values."""
+    """Return the pydantic model of a field declared as `Model` or `Optional[Model]`; None for a plain field."""
     for kind in (field.annotation, *get_args(field.annotation)):
         if hasattr(kind, "model_fields"):
             return kind

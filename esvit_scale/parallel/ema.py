@@ -54,7 +54,7 @@ class Teacher:
 
     @torch.no_grad()
     def sync_buffers(self) -> None:
-        """Copy running statistics from the student; call it after every step if the teacher runs no forward of its own."""
+        """Copy running statistics from the student; call it after every step if the teacher runs no forward."""
         own = persistent_buffers(self.module)
         for name, buffer in persistent_buffers(self._student).items():
             own[name].copy_(buffer)

@@ -2,8 +2,9 @@
 
 1. Activation checkpointing is set up on the plain trunk, because its wrappers must be inside what ZeRO partitions.
 2. DeepSpeed wraps the student (`deepspeed.initialize`): ZeRO, and the training precision with fp32 masters.
-3. Initial values are written, parameter by parameter. What initialisers write while ZeRO 3 builds a module would be lost
-   silently. The values depend on (name, shape, seed) alone, so they are the same at every stage, world size and precision.
+3. Initial values are written, parameter by parameter. What initialisers write while ZeRO 3 builds a module would be
+   lost silently. The values depend on (name, shape, seed) alone, so they are the same at every stage, world size and
+   precision.
 4. The teacher is made as a copy of the student, because both must start equal.
 """
 
@@ -90,7 +91,7 @@ def build(config: Config, world: World, given: dict[str, Tensor]) -> Engines:
 
 
 def set_lr_and_weight_decay(engines: Engines, lr: float, weight_decay: float) -> None:
-    """Set the learning rate of all parameter groups, and the weight decay of the groups that decay, for the next step."""
+    """Set the learning rate of all parameter groups, and the weight decay of those that decay, for the next step."""
     for group in engines.student.optimizer.param_groups:
         group["lr"] = lr
         group["weight_decay"] = 0.0 if group["name"] == "no_decay" else weight_decay
@@ -113,7 +114,7 @@ def take_step(engines: Engines, loss: Tensor, *, freeze_last_layer: bool, measur
 
 
 def loss_scale_can_fall(engines: Engines) -> bool:
-    """Return whether a skipped step lowers the fp16 loss scale, in which case the run need not react to it otherwise."""
+    """Return whether a skipped step lowers the fp16 loss scale, in which case the run need not react to the skip."""
     return engines.layout.loss_scale_can_fall()
 
 
@@ -124,8 +125,8 @@ def autocast(config: Config, device: torch.device) -> torch.autocast:
 
 
 def _network_on_meta(config: Config, world_size: int) -> Network:
-    """Build the network on the meta device, where it occupies no memory and shows the full parameter shapes, which ZeRO 3
-    hides in the student. Raise UserError if the batch does not fit the objective."""
+    """Build the network on the meta device, where it occupies no memory and shows the full parameter shapes, which ZeRO
+    3 hides in the student. Raise UserError if the batch does not fit the objective."""
     with torch.device("meta"):
         network = build_network(config)
     check_local_batch(network.objective, config, world_size)
@@ -147,8 +148,8 @@ def _param_groups(module: nn.Module, groups: dict[str, list[str]]) -> list[dict[
 def _initialise(
     student: nn.Module, layout: Layout, seed: int, initializers: dict[str, Initializer], given: dict[str, Tensor]
 ) -> None:
-    """Write initial values into this rank's intervals of the parameters and into the running statistics: those `given` by
-    name, else those that the initializers draw."""
+    """Write initial values into this rank's intervals of the parameters and into the running statistics: those `given`
+    by name, else those that the initializers draw."""
 
     def value(name: str, shape: torch.Size) -> Tensor:
         return (given[name] if name in given else initial_value(name, initializers[name], shape, seed)).view(-1)

@@ -1,14 +1,14 @@
-"""Hooks between ZeRO's reduction of gradients and the optimizer's step: they clip gradients, freeze the last layer, and skip
-a step whose loss or gradients are not finite.
+"""Hooks between ZeRO's reduction of gradients and the optimizer's step: they clip gradients, freeze the last layer, and
+skip a step whose loss or gradients are not finite.
 
-They are step hooks of the base optimizer (`register_step_pre_hook`), the one place that sees exact gradients at every ZeRO
-stage. The last layer is frozen by hiding its gradients from the optimizer, because with lr = 0 its moments would still
-change, and changes of `requires_grad` confuse ZeRO's buckets.
+They are step hooks of the base optimizer (`register_step_pre_hook`), the one place that sees exact gradients at every
+ZeRO stage. The last layer is frozen by hiding its gradients from the optimizer, because with lr = 0 its moments would
+still change, and changes of `requires_grad` confuse ZeRO's buckets.
 
-The first hook call of a step decides whether the step happens, from the loss and the gradients of *all* parameter groups:
-ZeRO 1–3 step one group after the other, and if a later group has a NaN, the first must not have moved. Depending on its
-version, the stage, the precision and settings, DeepSpeed checks for NaN earlier and may skip a step as well (with fp16 this
-drives the loss scale); nothing here relies on its checks.
+The first hook call of a step decides whether the step happens, from the loss and the gradients of *all* parameter
+groups: ZeRO 1–3 step one group after the other, and if a later group has a NaN, the first must not have moved.
+Depending on its version, the stage, the precision and settings, DeepSpeed checks for NaN earlier and may skip a step as
+well (with fp16 this drives the loss scale); nothing here relies on its checks.
 """
 
 from collections import defaultdict
@@ -23,10 +23,10 @@ FREEZABLE = "last_layer"  # the `name` of the parameter group that `prepare` can
 
 
 class GradientClipper:
-    """The hooks around an optimizer step, with their measurements: gradient norms, update sizes, whether all was finite.
+    """The hooks around an optimizer step, with what they measure: gradient norms, update sizes, whether all is finite.
 
-    ZeRO 1–3 step one parameter group at a time, so that the hooks run several times per step; each call handles the groups
-    that are about to be stepped.
+    ZeRO 1–3 step one parameter group at a time, so that the hooks run several times per step; each call handles the
+    groups that are about to be stepped.
 
     Attributes:
         names: names of all trainable parameters.
@@ -44,8 +44,8 @@ class GradientClipper:
         clip_by: Literal["tensor", "global"],
         device: torch.device,
     ) -> None:
-        """Register the hooks on the base optimizer. They scale gradients down to a norm of at most `clip`, of each parameter
-        or of all together; None: no clipping."""
+        """Register the hooks on the base optimizer. They scale gradients down to a norm of at most `clip`, of each
+        parameter or of all together; None: no clipping."""
         self._loss: Tensor | None = None
         self._freeze = self._measure = False
         self.names, self.watched, self.device = names, watched, device
@@ -86,8 +86,8 @@ class GradientClipper:
         return self._layout.sum_over_ranks_(changes)
 
     def take_finite(self) -> bool:
-        """Return, and forget, whether loss and gradients of the last step were finite on all ranks; if not, the hooks skipped
-        the step."""
+        """Return, and forget, whether loss and gradients of the last step were finite on all ranks; if not, the hooks
+        skipped the step."""
         finite, self._finite = self._finite, True
         return finite
 
@@ -116,8 +116,8 @@ class GradientClipper:
             flat.grad = None
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """Put hidden gradients back (with offloading, ZeRO writes the next ones into the same tensors), and measure how far
-        the watched parameters moved."""
+        """Put hidden gradients back (with offloading, ZeRO writes the next ones into the same tensors), and measure how
+        far the watched parameters moved."""
         for flat, grad in self._withheld:
             flat.grad = grad
         self._withheld.clear()
@@ -127,11 +127,11 @@ class GradientClipper:
         self._before = []
 
     def _tensor_squares(self, owned: list[Partition], first: bool) -> tuple[Tensor, Tensor]:
-        """Return the squared gradient norms over all ranks, and a scalar that tells whether the rest of the step is finite.
+        """Return the squared gradient norms over all ranks, and a scalar that tells if the rest of the step is finite.
 
-        The first is the squared gradient norm of every parameter [number of parameters], zero for parameters that this call
-        does not step. The scalar is not finite if some rank's loss, or a gradient that a later call steps, is not; it is
-        computed in the `first` call of a step, and 0 otherwise.
+        There is one norm for every parameter [number of parameters], zero for parameters that this call does not step.
+        The scalar is not finite if some rank's loss, or a gradient that a later call steps, is not;
+        it is computed in the `first` call of a step, and 0 otherwise.
         """
         squares = torch.zeros(len(self._index) + 1, device=self.device)
         if owned:
@@ -144,8 +144,8 @@ class GradientClipper:
         return squares[:-1], squares[-1]
 
     def _others(self) -> Tensor:
-        """Return the sum of the squared norms of all this rank's gradients, in place and pending; NaN when its loss is not
-        finite."""
+        """Return the sum of the squared norms of all gradients of this rank, in place and pending; NaN when this rank's
+        loss is not finite."""
         in_place = (p.grad for partitions in self._by_flat.values() for p in partitions if p.grad is not None)
         gradients = [*self._layout.pending_gradients(), *in_place]
         total = torch.zeros((), device=self.device)

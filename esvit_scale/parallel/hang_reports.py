@@ -1,8 +1,8 @@
-"""Reports that ranks exchange when one of them hangs: in which collective each rank waits, and which rank does not answer.
+"""Reports that ranks exchange when one of them hangs: in which collective each waits, and which ranks do not answer.
 
-The process groups hang as well, so reports go through torch's store at MASTER_ADDR:MASTER_PORT, to which each rank opens a
-separate connection. If the store's host is stopped, every call here blocks: call them in a thread, and `join` it with a
-time limit.
+The process groups hang as well, so reports go through torch's store at MASTER_ADDR:MASTER_PORT, to which each rank
+opens a separate connection. If the store's host is stopped, every call here blocks: call them in a thread, and `join`
+it with a time limit.
 """
 
 import itertools
@@ -78,8 +78,8 @@ class HangReports:
         """Wait until all ranks have reported, but at most `seconds`.
 
         Returns:
-            The reports by rank; the nodes of the ranks that did not report, by rank (`an unknown node` if the rank never
-            joined); and the lowest rank that collects, which is to print the summary.
+            The reports by rank; the nodes of the ranks that did not report, by rank (`an unknown node` if the rank
+            never joined); and the lowest rank that collects, which is to print the summary.
         """
         found: dict[int, dict[str, Any]] = {}
         writer, read, store = self._size, 0, self._connected()
@@ -97,15 +97,15 @@ class HangReports:
         return found, {rank: self._node(rank) for rank in range(self._size) if rank not in found}, writer
 
     def close_after_writing(self, others: int, seconds: float) -> None:
-        """Announce that this rank has printed the summary, and wait, at most `seconds`, until `others` ranks have seen this.
-        When one process exits, the launcher kills the rest, and the store ends with rank 0."""
+        """Announce that this rank has printed the summary, and wait, at most `seconds`, until `others` ranks have seen
+        this. When one process exits, the launcher kills the rest, and the store ends with rank 0."""
         store, end = self._connected(), time.monotonic() + seconds
         store.set("written", "1")
         while store.add("seen", 0) < others and time.monotonic() < end:
             time.sleep(0.1)
 
     def close(self, seconds: float) -> None:
-        """Wait, at most `seconds`, until another rank has printed the summary, and confirm that this rank has seen it."""
+        """Wait, at most `seconds`, until another rank has printed the summary, and confirm that this rank knows it."""
         store, end = self._connected(), time.monotonic() + seconds
         while not store.check(["written"]) and time.monotonic() < end:
             time.sleep(0.5)  # a thousand ranks may ask
@@ -130,12 +130,12 @@ def pending_collective() -> str | None:
 
 
 def dump_collectives(path: Path) -> None:
-    """Write the flight recorder's last collectives to a file that `torchfrtrace` reads, if this torch has a recorder."""
+    """Write the flight recorder's last collectives to a file for `torchfrtrace`, if this torch has a recorder."""
     dump = getattr(_distributed_c10d, f"_dump_{_recorder()}_trace", None)
     if dump is not None:
         path.write_bytes(dump())
 
 
 def _recorder() -> str:
-    """Return the name of the backend's flight recorder in torch: NCCL has its own, others share one (not in old torch)."""
+    """Return the name of the backend's flight recorder in torch: NCCL has its own; others share one, in new torch."""
     return "nccl" if dist.get_backend() == "nccl" else "fr"

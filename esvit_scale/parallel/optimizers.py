@@ -1,9 +1,9 @@
 """The optimizer that ZeRO steps: AdamW, SGD, the layer-wise LAMB and LARS, and NVIDIA apex's fused ones.
 
-At stages 1 to 3, ZeRO hands an optimizer flat tensors that hold many parameters end to end. AdamW and SGD work element by
-element, so that this changes nothing for them. LAMB and LARS scale the update of every parameter by its own norms: they
-compute these by partition, with one all-reduce, and do the same at every stage. apex's LAMB takes the norms of the tensors
-that it is given, which would be whole buffers: it is refused at stages 1 to 3.
+At stages 1 to 3, ZeRO hands an optimizer flat tensors that hold many parameters end to end. AdamW and SGD work element
+by element, so that this changes nothing for them. LAMB and LARS scale the update of every parameter by its own norms:
+they compute these by partition, with one all-reduce, and do the same at every stage. apex's LAMB takes the norms of the
+tensors that it is given, which would be whole buffers: it is refused at stages 1 to 3.
 """
 
 import importlib
@@ -32,7 +32,7 @@ LAMB_EPS = 1e-6  # as apex's; AdamW's is 1e-8
 
 
 def build(config: Optim, groups: list[dict[str, Any]], flat: bool) -> torch.optim.Optimizer:
-    """Return the optimizer of `optim.name` for param groups {"name", "params"}; lr and weight decay are set at every step.
+    """Return the optimizer of `optim.name`, given param groups {"name", "params"}; every step sets lr and weight decay.
 
     Args:
         flat: whether ZeRO gives the optimizer flat tensors that hold many parameters (`Layout.steps_flat_tensors`).
@@ -128,8 +128,8 @@ class LayerWise(torch.optim.Optimizer):
         return (state["exp_avg"] / (1 - beta1**count)).div_(root).add_(flat, alpha=group["weight_decay"])
 
     def _trusts(self, stepped: list[tuple[dict[str, Any], Tensor]], updates: list[Tensor]) -> Tensor:
-        """Return the trust ratio ‖w‖/‖u‖ of every parameter in this step [parameters], for LARS times LARS_TRUST; 1 where
-        a norm is zero."""
+        """Return the trust ratio ‖w‖/‖u‖ of every parameter in this step [parameters], for LARS times LARS_TRUST; 1
+        where a norm is zero."""
         squares = torch.zeros(2, len(self._index), device=updates[0].device if updates else None)
         for (_, flat), update in zip(stepped, updates, strict=True):
             for p in self._by_flat[id(flat)]:

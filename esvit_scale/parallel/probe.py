@@ -15,8 +15,8 @@ from esvit_scale.parallel import zero
 def all_reduce_works(backend: str) -> None:
     """Run an all-reduce of one number in a process group of this process alone.
 
-    Even with one process, gloo resolves the host's name and opens a socket, and NCCL loads its library and uses the GPU. If
-    the process has a default group, it stays as it is; only the group made here is destroyed.
+    Even with one process, gloo resolves the host's name and opens a socket, and NCCL loads its library and uses the
+    GPU. If the process has a default group, it stays as it is; only the group made here is destroyed.
 
     Raises:
         Exception: whatever the backend raises, or RuntimeError for a wrong sum.
@@ -38,8 +38,8 @@ def all_reduce_works(backend: str) -> None:
 def all_reduce_rate(groups: Sequence[Sequence[int]], device: torch.device, nbytes: int) -> float | None:
     """Return the bandwidth in GB/s of an all-reduce inside this rank's group, while all groups do the same.
 
-    It is the "bus bandwidth": each rank sends and receives 2(n-1)/n times the tensor, so that groups of different sizes n
-    can be compared. All ranks call it.
+    It is the "bus bandwidth": each rank sends and receives 2(n-1)/n times the tensor, so that groups of different sizes
+    n can be compared. All ranks call it.
 
     Args:
         groups: disjoint lists of ranks. A rank in no group, or in a group of its own, gets None.
@@ -67,6 +67,6 @@ def _all_reduce_seconds(value: torch.Tensor, group: Any) -> float:
 
 
 def deepspeed_ops() -> dict[str, bool]:
-    """Map each of DeepSpeed's compiled operators to whether this machine has what building it needs; nothing is built."""
+    """Map each of DeepSpeed's compiled operators to whether this machine could build it; nothing is built."""
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         return {name: works for name, works in zero.deepspeed_ops().items() if "not_implemented" not in name}

@@ -1,14 +1,14 @@
-"""A clock for the time that a rank computes before it waits for the others. This time shows which rank is slow; the time of
-whole steps does not, because collectives make it equal on all ranks.
+"""A clock for the time that a rank computes before it waits for the others. This time shows which rank is slow; the
+time of whole steps does not, because collectives make it equal on all ranks.
 
-The clock runs from the beginning of a step to the end of the student's forward in the first micro-batch: augmentation, the
-teacher's forward, the student's forward. At ZeRO 0 to 2, ranks exchange nothing in this time. At ZeRO 3 they gather every
-layer's parameters, where a fast rank waits for a slow one; the time in these gathers is subtracted. The backward is left
-out, because gradients are reduced at the same time.
+The clock runs from the beginning of a step to the end of the student's forward in the first micro-batch: augmentation,
+the teacher's forward, the student's forward. At ZeRO 0 to 2, ranks exchange nothing in this time. At ZeRO 3 they gather
+every layer's parameters, where a fast rank waits for a slow one; the time in these gathers is subtracted. The backward
+is left out, because gradients are reduced at the same time.
 
-Objectives and trunks that communicate inside the forward (SimCLR, SwAV, Sinkhorn centring, batch norm) make all ranks wait
-for each other there, so that a slow rank stands out less. On a GPU, CUDA events measure the time on its stream (not tried
-with several GPUs: no such machine was available).
+Objectives and trunks that communicate inside the forward (SimCLR, SwAV, Sinkhorn centring, batch norm) make all ranks
+wait for each other there, so that a slow rank stands out less. On a GPU, CUDA events measure the time on its stream
+(not tried with several GPUs: no such machine was available).
 """
 
 import time
@@ -36,7 +36,7 @@ class StepClock:
             self._running = False
 
     def take(self) -> float:
-        """Return, and forget, the compute time of the last timed step in seconds, without gathers; 0.0 if there is none."""
+        """Return, and forget, the seconds that the last timed step computed, without gathers; 0.0 if there is none."""
         marks, self._marks, self._running = self._marks, [], False
         if len(marks) < 2:
             return 0.0

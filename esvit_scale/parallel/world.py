@@ -104,9 +104,10 @@ def _set_default_timeouts(hang_minutes: float) -> None:
 
 
 def _enable_flight_recorder() -> None:
-    """Let NCCL's flight recorder keep the last 2,000 collectives, and write them beside the rank's log at an NCCL timeout.
+    """Let NCCL's flight recorder keep the last 2,000 collectives; at an NCCL timeout, it writes them beside the log.
 
-    Environment variables that are set already stay as they are. The watchdog writes a dump of its own (train/watchdog.py).
+    Environment variables that are set already stay as they are. The watchdog writes a dump of its own
+    (train/watchdog.py).
     """
     renamed = hasattr(_distributed_c10d, "_dump_fr_trace")  # torch warns about the older names
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE" if renamed else "TORCH_NCCL_TRACE_BUFFER_SIZE", "2000")
@@ -126,7 +127,7 @@ def _init_process_group(backend: str, rank: int, size: int) -> None:
 
 
 def stop() -> None:
-    """Wait for all ranks at the end of a job that succeeded, so that none exits while another still communicates with it.
+    """Wait for all ranks at the end of a job that succeeded, so that none exits while another still needs it.
 
     The process group stays until the process ends (DeepSpeed keeps references to it), so that a process can train and
     evaluate several times.
@@ -149,8 +150,8 @@ def translate_comm_errors() -> Iterator[None]:
     """Translate errors of communication, which a restart can cure, into errors of one line.
 
     Raises:
-        RestartCanHelp: in place of an error of gloo, NCCL or torch's store, when a rank is gone, the network is lost, or
-            another program uses the port.
+        RestartCanHelp: in place of an error of gloo, NCCL or torch's store, when a rank is gone, the network is lost,
+            or another program uses the port.
     """
     try:
         yield
@@ -170,8 +171,8 @@ def translate_comm_errors() -> Iterator[None]:
 
 
 def adopt_slurm_variables() -> None:
-    """Set torchrun's environment variables from srun's, if srun started this process. In the shell of a batch script, which
-    has no SLURM_STEP_NUM_TASKS, nothing is set."""
+    """Set torchrun's environment variables from srun's, if srun started this process. In the shell of a batch script,
+    which has no SLURM_STEP_NUM_TASKS, nothing is set."""
     if "RANK" in os.environ or "SLURM_STEP_NUM_TASKS" not in os.environ or "SLURM_PROCID" not in os.environ:
         return
     nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]
@@ -185,8 +186,8 @@ def adopt_slurm_variables() -> None:
 def port_of_job() -> int:
     """Return a port computed from the numbers of the Slurm job, its step and its restart.
 
-    All ranks of a job step get the same port; other jobs, steps and restarts usually get another one. slurm/job.sh computes
-    the same port.
+    All ranks of a job step get the same port; other jobs, steps and restarts usually get another one. slurm/job.sh
+    computes the same port.
     """
     job, step, restart = (
         int(text) if text.isdecimal() else 0

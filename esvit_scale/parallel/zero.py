@@ -9,9 +9,9 @@ One subclass of `Layout` per kind of stage says who owns which values:
     3       an equal part of every parameter     parameters gathered one layer     a ZeRO-3 engine without an optimizer
                                                  at a time
 
-At every stage, a rank owns an interval of a flattened parameter, and the fp32 values of this interval are an interval of
-a tensor that the base optimizer steps (`Partition`). Initialisation, the optimizers, clipping, the EMA and checkpoints
-work on partitions and are the same at every stage.
+At every stage, a rank owns an interval of a flattened parameter, and the fp32 values of this interval are an interval
+of a tensor that the base optimizer steps (`Partition`). Initialisation, the optimizers, clipping, the EMA and
+checkpoints work on partitions and are the same at every stage.
 
 Review this file when DeepSpeed is upgraded. tests/parallel/test_zero.py checks that the installed DeepSpeed has the
 attributes that are used here, that no other file uses one, and that no other file has a branch on the stage.
@@ -67,7 +67,7 @@ class Frozen(NamedTuple):
 
 
 class TeacherWeights(NamedTuple):
-    """The teacher that `Layout.make_teacher` returns: a copy of the student without gradients, and its fp32 EMA values."""
+    """The result of `Layout.make_teacher`: a copy of the student without gradients, and the fp32 EMA values."""
 
     network: Any  # the module or engine whose forward gives the targets
     module: nn.Module  # the module inside `network`
@@ -76,7 +76,7 @@ class TeacherWeights(NamedTuple):
 
 
 class Layout(ABC):
-    """The layout in which one ZeRO stage stores a student, made from the student's DeepSpeed engine and DeepSpeed config.
+    """The layout in which one ZeRO stage stores a student, made from the student's DeepSpeed engine and its config.
 
     Attributes:
         partitions: the intervals of the trainable parameters that this rank owns, in the module's parameter order.
@@ -92,12 +92,12 @@ class Layout(ABC):
 
     @staticmethod
     def build_module(build: Callable[[], M], ds: dict[str, Any]) -> M:
-        """Call `build` and return its module, with the parameters as `deepspeed.initialize` needs them at this stage."""
+        """Call `build` and return its module, with parameters as `deepspeed.initialize` needs them at this stage."""
         return build()
 
     def frozen(self, module: nn.Module) -> list[Frozen]:
-        """Return the parameters without gradient of `module`, the student's or the teacher's, each with the interval that
-        this rank holds."""
+        """Return the parameters without gradient of `module`, the student's or the teacher's, each with the interval
+        that this rank holds."""
         return [Frozen(n, p.shape, 0, p.data.view(-1)) for n, p in module.named_parameters() if not p.requires_grad]
 
     @abstractmethod
@@ -114,8 +114,8 @@ class Layout(ABC):
         """
 
     def pending_gradients(self) -> Iterator[Tensor]:
-        """Yield this rank's reduced gradients that DeepSpeed has not yet handed to the base optimizer, which it does one
-        parameter group at a time. None are pending at stage 0, or where the optimizer is offloaded."""
+        """Yield this rank's reduced gradients that DeepSpeed has not yet handed to the base optimizer, which it does
+        one parameter group at a time. None are pending at stage 0, or where the optimizer is offloaded."""
         for group in self._zero.averaged_gradients.values():
             yield from () if group is None else group
 
@@ -123,8 +123,8 @@ class Layout(ABC):
         """Sum over ranks, in place, what every rank measured on its own partitions [n]; all ranks call it.
 
         Args:
-            per_rank: number of elements at the end of `measured` that are summed at stage 0, too. The others are not summed
-                there, because all ranks own every parameter and measure the same.
+            per_rank: number of elements at the end of `measured` that are summed at stage 0, too. The others are not
+                summed there, because all ranks own every parameter and measure the same.
         """
         return collectives.all_reduce_sum_(measured)
 
@@ -224,7 +224,7 @@ class FlatLayout(Layout):
                 yield group, p, (p.data_ptr() - flat.data_ptr()) // flat.element_size()
 
     def _gather(self, buffers: list[Tensor], values: list[Tensor]) -> None:
-        """Copy `values`, one tensor per partition, into this rank's part of every buffer, and all-gather the buffers."""
+        """Copy `values`, one tensor per partition, into this rank's parts of the buffers, and all-gather these."""
         by_flat = {id(flat): group for group, flat in enumerate(self._zero.single_partition_of_fp32_groups)}
         parts = [buffer.chunk(dist.get_world_size())[dist.get_rank()] for buffer in buffers]
         for value, p in zip(values, self.partitions, strict=True):
@@ -235,13 +235,13 @@ class FlatLayout(Layout):
 
 
 class PartitionedLayout(Layout):
-    """The layout of ZeRO 3: a rank owns an equal part of every parameter, and a layer's parameters are gathered only while
-    the layer runs."""
+    """The layout of ZeRO 3: a rank owns an equal part of every parameter, and a layer's parameters are gathered only
+    while the layer runs."""
 
     @staticmethod
     def build_module(build: Callable[[], M], ds: dict[str, Any]) -> M:
-        """Call `build` and return its module. DeepSpeed partitions each parameter when it is created, so that no rank ever
-        holds the whole module."""
+        """Call `build` and return its module. DeepSpeed partitions each parameter when it is created, so that no rank
+        ever holds the whole module."""
         import deepspeed
 
         with deepspeed.zero.Init(config_dict_or_path=ds):
@@ -257,8 +257,8 @@ class PartitionedLayout(Layout):
         return owned
 
     def frozen(self, module: nn.Module) -> list[Frozen]:
-        """Return the parameters without gradient of `module`, the student's or the teacher's, each with the interval that
-        this rank holds."""
+        """Return the parameters without gradient of `module`, the student's or the teacher's, each with the interval
+        that this rank holds."""
         found: list[Frozen] = []
         p: Any
         for name, p in module.named_parameters():
@@ -275,8 +275,8 @@ class PartitionedLayout(Layout):
         self._zero.invalidate_secondary_tensor()  # with zero_hpz_partition_size, each node keeps a copy of its own
 
     def make_teacher(self, build: Callable[[], nn.Module]) -> TeacherWeights:
-        """Return a teacher that is a ZeRO-3 engine without an optimizer: a rank keeps 1/world of its parameters, and the
-        forward gathers them layer by layer."""
+        """Return a teacher that is a ZeRO-3 engine without an optimizer: a rank keeps 1/world of its parameters, and
+        the forward gathers them layer by layer."""
         import deepspeed
 
         ds = _teacher_config(self._ds)
@@ -292,19 +292,20 @@ class PartitionedLayout(Layout):
         return TeacherWeights(engine, engine.module, values, sync)
 
     def hook_gathers(self, networks: Sequence[nn.Module], hook: Callable[..., None]) -> None:
-        """Register `hook` before and after DeepSpeed's own forward pre-hook of every layer, which gathers its parameters."""
+        """Register `hook` before and after DeepSpeed's own forward pre-hook of every layer, in which it gathers."""
         for network in networks:
             for layer in network.modules():
                 layer.register_forward_pre_hook(hook, prepend=True)
                 layer.register_forward_pre_hook(hook)
 
     def _interval(self, p: Any) -> tuple[int, int]:
-        """Return start and length of this rank's part of a flattened parameter; the last parts can be short or empty."""
+        """Return start and length of this rank's part of a flattened parameter; the last ranks' can be short or
+        empty."""
         start = dist.get_rank(self._zero.dp_process_group) * p.ds_tensor.numel()
         return start, max(0, min(p.ds_tensor.numel(), p.ds_numel - start))
 
     def _place(self, p: Any) -> tuple[Tensor, int, int]:
-        """Return the flat fp32 tensor that holds this rank's part of a parameter, the part's offset in it, and its padded
+        """Return the flat fp32 tensor with this rank's part of a parameter, the part's offset, and its padded
         length."""
         group, offset, length = self._zero.grad_position[self._zero.get_param_id(p)]
         return self._zero.fp32_partitioned_groups_flat[group], offset, length
@@ -324,20 +325,20 @@ def full_shape(parameter: Tensor) -> torch.Size:
 
 
 def local_tensors(parameters: Iterable[Tensor]) -> list[Tensor]:
-    """Return, for each parameter, the tensor that this rank keeps between steps: at ZeRO 3 its part, else the parameter."""
+    """Return the tensor of each parameter that this rank keeps between steps: at ZeRO 3 its part, else the whole."""
     return [getattr(p, "ds_tensor", p) for p in parameters]
 
 
 def deepspeed_ops() -> dict[str, bool]:
-    """Return DeepSpeed's own dict of its compiled operators: name → whether this machine can build it. Setting an entry to
-    False keeps DeepSpeed from building that operator."""
+    """Return DeepSpeed's own dict of its compiled operators: name → whether this machine can build it. Setting an entry
+    to False keeps DeepSpeed from building that operator."""
     import deepspeed.ops
 
     return getattr(deepspeed.ops, "__compatible_ops__", {})
 
 
 def _copy_of(student: nn.Module, build: Callable[[], nn.Module]) -> nn.Module:
-    """Build a module without gradients, and give it the values, the dtype and the device of the student's parameters."""
+    """Build a module without gradients, with the values, the dtype and the device of the student's parameters."""
     module = build().requires_grad_(False)
     like = dict(student.named_parameters())
     some = next(iter(like.values()))

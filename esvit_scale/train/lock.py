@@ -1,11 +1,11 @@
 """The lock of a run dir, lock.json, which lets one process at a time write there.
 
 The file holds host, pid, Slurm job and a heartbeat. It is made with `link`, which is atomic on NFS, too, so that one of
-several starts gets it. Another process takes it over when its holder has ended on this host, when its holder ran on another
-host or in another container of the same Slurm job (a requeue), or when the heartbeat is older than 60 s. To do so, it first
-creates a claim file named after the hash of the old record, which only one process can, and goes on only if the lock still
-holds that record. A holder writes heartbeats only into the file that it made itself, so that a process that was suspended
-for an hour cannot take the run back.
+several starts gets it. Another process takes it over when its holder has ended on this host, when its holder ran on
+another host or in another container of the same Slurm job (a requeue), or when the heartbeat is older than 60 s. To do
+so, it first creates a claim file named after the hash of the old record, which only one process can, and goes on only
+if the lock still holds that record. A holder writes heartbeats only into the file that it made itself, so that a
+process that was suspended for an hour cannot take the run back.
 """
 
 import hashlib
@@ -310,14 +310,14 @@ def _is_unchanged(path: Path, content: bytes) -> bool:
 
 
 def _is_local(holder: Record, me: dict[str, Any]) -> bool:
-    """Return whether a holder's process id is valid here: same host and same pid namespace, because containers may share a
-    host name. Old records do not name the namespace."""
+    """Return whether a holder's process id is valid here: same host and same pid namespace, because containers may
+    share a host name. Old records do not name the namespace."""
     return holder.host == me["host"] and holder.pid_namespace in ("", me["pid_namespace"])
 
 
 def _is_alive(holder: Record) -> bool:
-    """Return whether a holder on this host still runs: a process with its pid exists, and started when the record says (old
-    records do not say it)."""
+    """Return whether a holder on this host still runs: a process with its pid exists, and started when the record says
+    (old records do not say it)."""
     began = _start_of(holder.pid)
     return began is not None and holder.started in ("", began)
 

@@ -1,7 +1,7 @@
 """The records that a run writes during training: metrics.jsonl, quarantine.jsonl, TensorBoard, log.txt and the console.
 
-metrics.jsonl has one JSON object per logged step. A resume removes the rows after its checkpoint, so that an interrupted
-run leaves the same file as an undisturbed one, except for TIME_FIELDS.
+metrics.jsonl has one JSON object per logged step. A resume removes the rows after its checkpoint, so that an
+interrupted run leaves the same file as an undisturbed one, except for TIME_FIELDS.
 """
 
 import json
@@ -33,16 +33,16 @@ TIME_FIELDS = frozenset(
 
 
 def cut(path: Path, last_step: int) -> None:
-    """Remove the rows after `last_step` from a file, because a resumed run writes them again; keep rows of steps that were
-    rolled back."""
+    """Remove the rows after `last_step` from a file, because a resumed run writes them again; keep rows of steps that
+    were rolled back."""
     row_file.cut(path, lambda row: row["step"] <= last_step or bool(row.get("rolled_back")))
 
 
 class MetricLogger:
     """The writer of a run's records. On ranks other than 0 (`active=False`) it does nothing.
 
-    `open` and `rewind` change existing files. Call them through `collectives.run_on_rank0_and_broadcast`, so that an error
-    of rank 0 is raised on every rank.
+    `open` and `rewind` change existing files. Call them through `collectives.run_on_rank0_and_broadcast`, so that an
+    error of rank 0 is raised on every rank.
 
     Attributes:
         bad: number of samples that were replaced since the run began.
@@ -71,7 +71,8 @@ class MetricLogger:
         self._console = _Console(self._total, step)
 
     def rewind(self, step: int) -> None:
-        """Go back to `step` for a roll-back, but keep the quarantined samples of the steps since then. Raises as `open`."""
+        """Go back to `step` for a roll-back, but keep the quarantined samples of the steps since then. Raises the same
+        errors as `open`."""
         if not self._active:
             return
         self.close()
@@ -227,7 +228,7 @@ class TensorBoard:
 
 
 def _silence_tensorboard_threads() -> None:
-    """Keep tracebacks of TensorBoard's writing thread off the console, because `TensorBoard.add` gets the same error."""
+    """Keep tracebacks of TensorBoard's writing thread off the console; `TensorBoard.add` gets the same error."""
     default = threading.excepthook
     if getattr(default, "__name__", "") == "_without_tensorboard":
         return

@@ -1,8 +1,8 @@
 """Model FLOPs utilisation (MFU): the fraction of the devices' matrix-product rate that training reaches.
 
-It is useful FLOPs per second (objective/costs.py: no recomputation and, for Swin, no padding tokens) divided by the rate of
-a large matrix product on the same device, in the same process and precision. The peak rate of a data sheet would compare
-machines, not code.
+It is useful FLOPs per second (objective/costs.py: no recomputation and, for Swin, no padding tokens) divided by the
+rate of a large matrix product on the same device, in the same process and precision. The peak rate of a data sheet
+would compare machines, not code.
 """
 
 import time
@@ -19,15 +19,15 @@ SIDE = {"cuda": 8192, "cpu": 1024}  # rows and columns of the matrices
 
 
 def ideal_images_per_s(config: Config, device: torch.device, world_size: int) -> float:
-    """Return the images/s at which MFU is 1, for `world_size` devices like this one. A run's MFU is its images/s divided by
-    this."""
+    """Return the images/s at which MFU is 1, for `world_size` devices like this one. A run's MFU is its images/s
+    divided by this."""
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     return world_size * matmul_rate(device, dtype) / image_flops(config, "useful")
 
 
 @lru_cache
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the FLOP/s of a large square matrix product, the fastest of several; measured once per process, in under 1 s."""
+    """Return the FLOP/s of a large square matrix product, the fastest of several; measured once per process."""
     side = SIDE.get(device.type, SIDE["cpu"])
     # Random values, because a GPU multiplies constants faster than a model's numbers.
     a = torch.randn(side, side, generator=torch.Generator(device), device=device, dtype=dtype)

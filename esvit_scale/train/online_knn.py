@@ -1,5 +1,5 @@
-"""The teacher's k-NN accuracy on a few labelled images during training. In an unstable run, it falls before the loss shows
-anything.
+"""The teacher's k-NN accuracy on a few labelled images during training. In an unstable run, it falls before the loss
+shows anything.
 """
 
 from collections.abc import Iterator
@@ -27,8 +27,8 @@ BATCH = 32  # images per forward
 class OnlineKnn:
     """A leave-one-out k-NN test: every image is classified by its nearest neighbours among the others.
 
-    Each rank keeps its share of the images in host memory (bf16; 300 MB for all of them at 224 pixels). All ranks run the
-    same number of forwards, as ZeRO 3 requires.
+    Each rank keeps its share of the images in host memory (bf16; 300 MB for all of them at 224 pixels). All ranks run
+    the same number of forwards, as ZeRO 3 requires.
     """
 
     def __init__(self, config: Config, world: World) -> None:

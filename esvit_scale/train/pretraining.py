@@ -47,7 +47,7 @@ def pretrain(config: Config) -> int:
 
 
 def open_and_train(config: Config, world: World, watchdog: Watchdog) -> int:
-    """Start or resume the run of a config in the process group of `world`; return the exit code: 0, or 130 after ctrl-C."""
+    """Start or resume the run of a config in the process group of `world`; return 0, or 130 after ctrl-C."""
     collectives.run_on_rank0_and_broadcast(
         lambda: stream.check_pixels(config)
     )  # before a run dir records a config that cannot be run

@@ -37,8 +37,9 @@ def read_rows(path: Path) -> list[Row]:
 def read_lines(path: Path) -> Iterator[Line]:
     """Yield every line of a file. A row is a JSON object with an integer "step".
 
-    NULs before a row (a power failure leaves blocks empty) and an unfinished row before it on the same line are removed.
-    Blank lines, and an unfinished last line, which a killed process leaves, are skipped and not reported as damage.
+    NULs before a row (a power failure leaves blocks empty) and an unfinished row before it on the same line are
+    removed. Blank lines, and an unfinished last line, which a killed process leaves, are skipped and not reported as
+    damage.
 
     Raises:
         UserError: the path is a folder, or must not be read.
@@ -91,7 +92,8 @@ def cut(path: Path, is_kept: Callable[[Row], bool]) -> None:
 def _next_line(file: BinaryIO) -> bytes | None:
     """Return the next line with its newline, and None at the end of the file.
 
-    A line longer than MAX_LINE is returned without its leading NULs. If it is still too long, a damaged line is returned.
+    A line longer than MAX_LINE is returned without its leading NULs. If it is still too long, a damaged line is
+    returned.
     """
     line = file.readline(MAX_LINE)
     if len(line) < MAX_LINE or line.endswith(b"\n"):

@@ -25,7 +25,8 @@ _request = Flag(0)
 
 
 def install() -> None:
-    """Let SIGUSR1 and SIGTERM ask for a checkpoint and a requeue, and ctrl-C for a checkpoint; a second ctrl-C ends at once."""
+    """Let SIGUSR1 and SIGTERM ask for a checkpoint and a requeue, and ctrl-C for a checkpoint and the end. A second
+    ctrl-C ends the process at once."""
     signal.signal(signal.SIGUSR1, _on_requeue)
     signal.signal(signal.SIGTERM, _on_requeue)
     signal.signal(signal.SIGINT, _on_interrupt)

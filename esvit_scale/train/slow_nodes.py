@@ -1,7 +1,7 @@
 """Detection of a node that is slow all the time.
 
-Because ranks wait for each other in collectives, every rank's step takes as long as the slowest rank's. Only the time before
-the first collective tells which rank is slow.
+Because ranks wait for each other in collectives, every rank's step takes as long as the slowest rank's. Only the time
+before the first collective tells which rank is slow.
 """
 
 import os
@@ -29,9 +29,10 @@ class SlowNodes:
         """Compare the seconds that each rank computed in step `step`.
 
         Returns:
-            The fields of the row: `compute_s_max` with its `slowest_node`, and `compute_s_median` (for an even number of
-            ranks the lower of the middle two, so that two ranks are compared with each other). And a warning when one node
-            was at least 20 % above the median for 100 steps in a row, once for each node; otherwise an empty string.
+            The fields of the row: `compute_s_max` with its `slowest_node`, and `compute_s_median` (for an even number
+            of ranks the lower of the middle two, so that two ranks are compared with each other). And a warning when
+            one node was at least 20 % above the median for 100 steps in a row, once for each node; otherwise an empty
+            string.
         """
         if not self._nodes:
             self._nodes = collectives.gather_objects(os.environ.get("SLURMD_NODENAME") or socket.gethostname())

@@ -1,4 +1,4 @@
-"""The rows of metrics.jsonl: measurements of one step (loss, norms, …), and rates over the time since the row before."""
+"""The rows of metrics.jsonl: measurements of one step (loss, norms, …), and rates since the row before."""
 
 import time
 from collections import defaultdict
@@ -162,8 +162,8 @@ def gradient_norms(squares: Tensor, names: Sequence[str]) -> dict[str, float]:
 
 
 def update_ratios(squares: Tensor, names: Sequence[str]) -> dict[str, float]:
-    """Return ‖Δw‖/‖w‖ of the watched parameter of each part of the network, given the squared norms of Δw and w [watched
-    parameters, 2] and the parameters' names."""
+    """Return ‖Δw‖/‖w‖ of the watched parameter of each part of the network, given the squared norms of Δw and w
+    [watched parameters, 2] and the parameters' names."""
     pairs = zip(names, squares.sqrt().tolist(), strict=True)
     return {f"update_ratio_{part_of(name)}": change / size for name, (change, size) in pairs if size > 0}
 
@@ -174,7 +174,7 @@ def center_norms(centers: dict[str, Tensor]) -> dict[str, float]:
 
 
 def effective_rank(features: Tensor) -> float:
-    """Return the effective rank of the features [n, C], that is, how many dimensions they use (RankMe, Garrido et al. 2023).
+    """Return the effective rank of the features [n, C]: how many dimensions they use (RankMe, Garrido et al. 2023).
 
     It is exp of the entropy of the normalised singular values of at most RANK_ME_ROWS rows, and cannot exceed
     min(rows, C). It is NaN when a feature is not finite.

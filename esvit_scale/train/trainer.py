@@ -1,7 +1,7 @@
 """The trainer: one optimizer step, and the loop that repeats it.
 
-`Trainer.train_step` is the step, in the order in which things happen. `Trainer.train` is the loop: for every batch a step,
-a row of metrics and a checkpoint when they are due, and an early end when a signal asks for it.
+`Trainer.train_step` is the step, in the order in which things happen. `Trainer.train` is the loop: for every batch a
+step, a row of metrics and a checkpoint when they are due, and an early end when a signal asks for it.
 """
 
 import logging
@@ -63,8 +63,8 @@ class Trainer:
     Attributes:
         step: number of steps done, each with one global batch; the schedules are functions of it.
         optimizer_step: number of these steps whose update was applied, because loss and gradients were finite.
-        data_offset: the next step trains on batch `step + data_offset` of the data order. A roll-back goes back in steps
-            and not in data, so it raises the offset.
+        data_offset: the next step trains on batch `step + data_offset` of the data order. A roll-back goes back in
+            steps and not in data, so it raises the offset.
     """
 
     def __init__(self, config: Config, world: World, schedules: Schedules, fresh: bool = True) -> None:
@@ -209,8 +209,8 @@ class Trainer:
         self._saved_at = time.monotonic()
 
     def _batches(self) -> Iterator[Batch]:
-        """Yield this rank's part of every batch that is left, from `step + data_offset` on; after a roll-back, go on from
-        their new values."""
+        """Yield this rank's part of every batch that is left, from `step + data_offset` on; after a roll-back, go on
+        from their new values."""
         config, world, data = self.config, self.world, self._run.data
         self._images_of_sets: Callable[[int], dict[str, int]] = stream.images_of_sets(config, data)
         while self.step < self.last_step:
@@ -281,7 +281,8 @@ class Trainer:
     def _note_skipped(self, batch: Batch, mine: Flag) -> None:
         """Record a skipped step, and roll back when there were too many in a row.
 
-        This rank's samples are recorded if its own loss was not finite, or if all losses were finite but a gradient was not.
+        This rank's samples are recorded if its own loss was not finite, or if all losses were finite but a gradient was
+        not.
         """
         loss = self._flags & Flag.LOSS_NOT_FINITE
         if engine.loss_scale_can_fall(self.engines) and not loss:
@@ -376,8 +377,8 @@ class Trainer:
         self._log(logging.INFO, "finished: %d steps, %s", self.step, self._run.path)
 
     def _stop(self, problem: str) -> NoReturn:
-        """End the run because of its data, on all ranks at the same step: save it, unless the last step was skipped, and
-        raise UserError."""
+        """End the run because of its data, on all ranks at the same step: save it, unless the last step was skipped,
+        and raise UserError."""
         if not self._rollbacks.skipped:
             self._save()
         self._saver.wait()

@@ -1,9 +1,10 @@
 """The watchdog, which ends a job in which a rank hangs. Without it, collectives would wait for ever.
 
-Every rank watches its own progress. When a deadline passes, the first rank that notices asks all others where they are. A
-rank that hangs in Python (in a read, say) still answers, from its watchdog's thread. A rank that was stopped, or whose node
-is gone, does not answer, and is reported as such. One of the ranks that answered writes one line about all ranks. Then each
-rank writes the stacks of all its threads beside its log and ends with exit code 75, and the launcher ends the job.
+Every rank watches its own progress. When a deadline passes, the first rank that notices asks all others where they are.
+A rank that hangs in Python (in a read, say) still answers, from its watchdog's thread. A rank that was stopped, or
+whose node is gone, does not answer, and is reported as such. One of the ranks that answered writes one line about all
+ranks. Then each rank writes the stacks of all its threads beside its log and ends with exit code 75, and the launcher
+ends the job.
 """
 
 import faulthandler
@@ -230,7 +231,7 @@ def _leave_traces(folder: Path, rank: int) -> None:
 
 
 def _where(thread: int | None) -> tuple[str | None, str]:
-    """Return the collective in which a thread waits (None if it does not), and the place in this package that led there."""
+    """Return the collective in which a thread waits (else None), and the place in this package that led there."""
     frames = sys._current_frames()
     frame = frames.get(thread or 0)
     if frame is not None and "/torch/autograd/" in frame.f_code.co_filename:
@@ -266,7 +267,8 @@ def _on_gpu() -> bool:
 
 
 def _innermost_of_ours(frame: FrameType | None) -> str:
-    """Return this package's deepest frame and the frame it led to: `data/stream.py:120 in batches < threading.py:320 in wait`."""
+    """Return this package's deepest frame and the frame it led to, such as
+    `data/stream.py:120 in batches < threading.py:320 in wait`."""
     deepest = frame
     while frame is not None and not frame.f_code.co_filename.startswith(_PACKAGE):
         frame = frame.f_back

@@ -50,7 +50,7 @@ def rows(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 def plain(kind: Any) -> Any:
-    """Return the Arrow type of the values themselves: the type without dictionary encoding and extension types around it."""
+    """Return the Arrow type of the values themselves: the type without dictionary encoding and extension types."""
     while True:
         if isinstance(kind, pyarrow().BaseExtensionType):
             kind = kind.storage_type

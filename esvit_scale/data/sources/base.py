@@ -37,8 +37,8 @@ class Item(NamedTuple):
 class Source(ABC):
     """A source of images: samples 0 … N−1, in an order that depends on the source's content alone.
 
-    A source holds about 8 bytes per sample in memory and its rows in an unlinked temporary file. It can be read from forked
-    processes.
+    A source holds about 8 bytes per sample in memory and its rows in an unlinked temporary file. It can be read from
+    forked processes.
     """
 
     classes: tuple[str, ...] = ()  # empty: no labels
@@ -83,7 +83,8 @@ _decode = json.JSONDecoder().decode
 
 
 class Rows:
-    """A list of JSON values in an unlinked temporary file; each takes 8 bytes in memory. Forked processes can read it."""
+    """A list of JSON values in an unlinked temporary file, with 8 bytes each in memory; forked processes can read
+    it."""
 
     def __init__(self) -> None:
         self._file = tempfile.TemporaryFile(prefix="esvit-scale-")  # noqa: SIM115 (lives as long as the rows)
@@ -130,11 +131,11 @@ class Labels:
     def finish(
         self, classes: Iterable[str] | None = None, by_number: bool = False
     ) -> tuple[tuple[str, ...], NDArray[np.int32]]:
-        """Return the class names, and each sample's class number (NONE without a label, UNKNOWN for one not in `classes`).
+        """Return the class names, and each sample's class number: NONE without a label, UNKNOWN if not in `classes`.
 
         Args:
-            classes: class names in the order of their numbers, among which `class_names.numbered_as` finds the labels; None:
-                `class_names.numbered` makes the classes from the labels.
+            classes: class names in the order of their numbers, among which `class_names.numbered_as` finds the labels;
+                None: `class_names.numbered` makes the classes from the labels.
             by_number: the labels are numbers of `classes`, not names.
 
         Raises:
@@ -152,7 +153,7 @@ class Labels:
 
 
 def labelled(source: Source, labels: NDArray[np.int32], i: int) -> int | None:
-    """Return the class number of sample i; None in a source without classes. Raises BadImage if it has no valid label."""
+    """Return the class number of sample i; None in a source without classes. Raises BadImage without a valid label."""
     if not source.classes:
         return None
     label = int(labels[i])

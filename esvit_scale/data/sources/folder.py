@@ -77,7 +77,8 @@ class FolderSource(Source):
         return {ext: self._extra_files[f"{stem}.{ext}"] for ext in EXTRAS if f"{stem}.{ext}" in self._extra_files}
 
     def _sort_out(self, folder: ImageFolder) -> dict[str, str]:
-        """Return the caption and metadata files of images (name with a lower-case ending → path); count others as left out."""
+        """Map the names of images' caption and metadata files, with a lower-case ending, to their paths; count other
+        captions and metadata as left out."""
         stems, found = {file.path.rpartition(".")[0] for file in folder.files}, {}
         for path in folder.beside:
             stem, _, ending = path.rpartition(".")

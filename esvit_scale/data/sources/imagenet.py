@@ -16,8 +16,9 @@ KAGGLE_ANSWERS = "LOC_val_solution.csv"  # ImageId, "wnid x y x y …"
 
 
 def imagenet_sources(root: Path, label: str | None, classes: Sequence[str] | None) -> dict[str, Source]:
-    """Return the sources `train` and `val`, both with train's classes (none with label `none`); count other files as left
-    out.
+    """Return the sources `train` and `val`, both with train's classes (none with label `none`).
+
+    Files outside train/ and val/ are counted as left out.
 
     Raises:
         UserError: train/ or val/ is missing, or val/ is flat and no file says its classes.
@@ -55,7 +56,7 @@ def _splits(
 
 
 def _flat(val: Path, answers: Path, classes: Sequence[str]) -> PathSource:
-    """Return a source of those images in a flat val/ that the file `answers` names, and count the others as left out."""
+    """Return a source of the images in a flat val/ that the file `answers` names; count the others as left out."""
     rows_left = LeftOut()
     files = {path.rpartition(".")[0]: path for path in sorted(walk(val, LeftOut())) if is_image(path)}
     source = PathSource(_answers(answers, files, rows_left), val, classes)

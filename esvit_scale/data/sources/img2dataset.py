@@ -20,15 +20,16 @@ def is_img2dataset(root: Path) -> bool:
 
 
 def _complete(root: Path) -> set[str]:
-    """Return the names of the parts (tars or folders) that img2dataset has recorded as finished: NAME of NAME_stats.json."""
+    """Return NAME of each NAME_stats.json: the names of the tars or folders that img2dataset has finished."""
     found = {p.name.removesuffix("_stats.json") for p in root.glob("*_stats.json") if not p.name.startswith(".")}
     return found - {""}
 
 
 def img2dataset_source(root: Path, label: str | None, classes: Sequence[str] | None) -> Source:
-    """Return a source of the images in img2dataset's output, with captions and metadata; formats `webdataset` and `files`.
+    """Return a source of the images in img2dataset's output, with their captions and metadata.
 
-    Parts that img2dataset has not finished are left out and reported.
+    The output formats `webdataset` and `files` can be read. Parts that img2dataset has not finished are left out and
+    reported.
 
     Raises:
         UserError: no part is complete, or the output format is another one.
@@ -60,7 +61,8 @@ def img2dataset_source(root: Path, label: str | None, classes: Sequence[str] | N
 
 
 def _count_others(root: Path, left: LeftOut, used: Collection[str], parts: Iterable[str]) -> None:
-    """Count the files below `root` as left out, except those in `used` and each part's NAME_stats.json and NAME.parquet."""
+    """Count the files below `root` as left out, except those in `used` and the NAME_stats.json and NAME.parquet of each
+    part NAME."""
     skip = {*used, *(f"{part}{ending}" for part in parts for ending in ("_stats.json", ".parquet"))}
     for path in walk(root, left, skip):
         unfinished = path.partition("/")[0].isdecimal() and "/" in path

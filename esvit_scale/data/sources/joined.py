@@ -1,8 +1,8 @@
 """Joining of tar members into samples by their keys, where the members of one key do not lie side by side.
 
-Runs of members are written to a temporary file as they are read, with two hashes of each run in memory; runs that belong
-together are then found by sorting the hashes. So a tar takes about 40 bytes of memory per run, whatever its order (200 if
-all keys are the same up to their first dot), and the samples of a tar that is in order are unchanged.
+Runs of members are written to a temporary file as they are read, with two hashes of each run in memory; runs that
+belong together are then found by sorting the hashes. So a tar takes about 40 bytes of memory per run, whatever its
+order (200 if all keys are the same up to their first dot), and the samples of a tar that is in order are unchanged.
 """
 
 from array import array
@@ -21,11 +21,11 @@ from esvit_scale.data.tar_names import base_key, chosen_images, companion
 def joined(runs: Iterable[tuple[int, Entry]]) -> Iterator[Entry]:
     """Yield one entry per sample of a tar, with all members of its key, in the order in which the keys first occur.
 
-    A key that occurs again with a member of the same extension (`tar --append`) is another sample; members that lie apart
-    then go to the first sample of the key that lacks them. Members without an image of their own, such as `x.json`, belong to
-    every image whose name continues their key: `x.0.jpg`, `x.1.jpg`. If the file is several tar archives one after the other,
-    members are joined within each archive first, so that a label goes to an image of the same key in another archive only if
-    its own image is missing.
+    A key that occurs again with a member of the same extension (`tar --append`) is another sample; members that lie
+    apart then go to the first sample of the key that lacks them. Members without an image of their own, such as
+    `x.json`, belong to every image whose name continues their key: `x.0.jpg`, `x.1.jpg`. If the file is several tar
+    archives one after the other, members are joined within each archive first, so that a label goes to an image of the
+    same key in another archive only if its own image is missing.
 
     Args:
         runs: (number of the archive, neighbouring members of one key), in the order of the archives.
@@ -80,7 +80,7 @@ def _of_one_base(rows: Rows | Sequence[Any], numbers: NDArray[np.int64], by_key:
 
 
 def _takes(entry: Entry, ext: str) -> bool:
-    """Return whether a member with the extension `ext` is a label, caption or metadata that an image of the entry lacks."""
+    """Return whether a member with extension `ext` is a label, caption or metadata that an image of the entry lacks."""
     if ext in entry.members or ext not in (*EXTRAS, "cls"):
         return False
     return any(companion([*entry.members, ext], image, ext) == ext for image in chosen_images(entry.members))
@@ -95,7 +95,7 @@ def _groups(numbers: NDArray[np.int64], keys: NDArray[np.uint64]) -> list[list[i
 
 
 def _shared(rows: Rows | Sequence[Any], groups: list[list[int]]) -> Entry | None:
-    """Return the entry whose key the other keys continue (`x` of `x.0` and `x.1`), if it has no image of its own, else None.
+    """Return the entry whose key the others continue (`x` of `x.0` and `x.1`); None if it has an image of its own.
 
     Args:
         groups: row numbers by key; all keys agree up to their first dot.
@@ -111,8 +111,8 @@ def _shared(rows: Rows | Sequence[Any], groups: list[list[int]]) -> Entry | None
 def _merged(runs: list[Entry]) -> list[Entry]:
     """Join runs of one key into entries.
 
-    A run that fits into no entry as a whole begins another entry if it holds an image; otherwise each of its members goes
-    into an entry that lacks it.
+    A run that fits into no entry as a whole begins another entry if it holds an image; otherwise each of its members
+    goes into an entry that lacks it.
     """
     found: list[Entry] = []
     for key, members in runs:

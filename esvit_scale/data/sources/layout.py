@@ -14,9 +14,9 @@ ARCHIVES = {".tar": "tars", ".zip": "zips", ".parquet": "parquet", ".pq": "parqu
 def folder_kind(root: Path, archives_meant: bool) -> tuple[str, str]:
     """Return the kind of source that a folder is, and a line for the user if it holds files of other kinds too, or "".
 
-    Tars, zips or parquet files directly in the folder decide its kind, unless the folder's image files have more than half as
-    many bytes as these. Then it is a folder of images, beside the archive that they came from or the table that describes
-    them.
+    Tars, zips or parquet files directly in the folder decide its kind, unless the folder's image files have more than
+    half as many bytes as these. Then it is a folder of images, beside the archive that they came from or the table that
+    describes them.
 
     Args:
         archives_meant: whether options were given that only archives and tables have, so that these decide in any case.

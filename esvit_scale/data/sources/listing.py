@@ -78,7 +78,8 @@ def list_source(where: str, root: Path | None, label: str | None, classes: Seque
     Args:
         where: a file, or `-` for stdin.
         root: folder at which relative paths start; None: the list's folder, or the current one for stdin.
-        label: `parent`: the class is the folder that holds the image; `last`: it is the line's last word; None: no classes.
+        label: where classes come from: `parent`: the folder that holds the image; `last`: the line's last word; None or
+            `none`: no classes.
 
     Raises:
         UserError: the list cannot be read, or holds no path.

@@ -1,4 +1,5 @@
-"""Parquet files as a source: with a column of image paths, or of image files (bytes, or Hugging Face's {bytes, path})."""
+"""Parquet files as a source, with a column of image paths or of image files (bytes, or Hugging Face's {bytes,
+path})."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -42,7 +43,8 @@ def parquet_source(
         root: folder at which relative paths start; None: the first file's folder.
 
     Raises:
-        UserError: pyarrow is missing, a file cannot be read, a column is missing or of another type, or there are no rows.
+        UserError: pyarrow is missing, a file cannot be read, a column is missing or of another type, or there are no
+            rows.
     """
     first = arrow.open_file(paths[0])
     names = first.schema_arrow.names
@@ -80,7 +82,8 @@ def parquet_source(
 
 
 def _check_files(paths: Sequence[Path], chosen: Chosen) -> None:
-    """Raise UserError if a file lacks a chosen column, if its label column holds lists or structs, or if no file has rows."""
+    """Raise UserError if a file lacks a chosen column or has a label column of lists or structs, or if no file has
+    rows."""
     total = 0
     for path in paths:
         file = arrow.open_file(path)
@@ -103,8 +106,8 @@ def _holds_images(kind: Any) -> bool:
 
 
 def _given(paths: Sequence[Path], chosen: Chosen, classes: Sequence[str] | None) -> Sequence[str] | None:
-    """Return `classes` if given, else the label column's class names from the files' metadata, or None. Raises UserError
-    when files have different ones."""
+    """Return `classes` if given, else the label column's class names from the files' metadata, or None. Raises
+    UserError when files have different ones."""
     if classes is not None or chosen.label is None:
         return classes
     found = {arrow.class_names(path, chosen.label): path for path in paths}
@@ -193,7 +196,7 @@ class BytesSource(Source):
         return int(np.searchsorted(self._starts, i, side="right")) - 1
 
     def _row(self, block: int, row: int) -> tuple[Any, Any]:
-        """Return (image, caption) of a row; the row group is read again from its front if the row was passed already."""
+        """Return (image, caption) of a row; the row group is read again from its front if it is past the row."""
         file, group = self._groups[block]
         try:
             if self._stream is None or not self._stream.reaches(block, row):

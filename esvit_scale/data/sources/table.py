@@ -123,12 +123,12 @@ def table_source(
     caption: str | None,
     classes: Sequence[str] | None,
 ) -> PathSource:
-    """Read a table whose first row names the columns, and return it as a source. Relative paths start at `root`, by default
-    at the table's folder.
+    """Read a table whose first row names the columns, and return it as a source. Relative paths start at `root`, by
+    default at the table's folder.
 
     Raises:
-        UserError: the table cannot be read, has no header or no rows, lacks a column, is not UTF-8, or has a row with too few
-            or too many columns or an unclosed quote.
+        UserError: the table cannot be read, has no header or no rows, lacks a column, is not UTF-8, or has a row with
+            too few or too many columns or an unclosed quote.
     """
     csv.field_size_limit(1 << 20)
     notes: list[str] = []
@@ -158,7 +158,7 @@ def table_source(
 def _columns(
     path: Path, header: Sequence[str], dialect: Dialect, image: str | None, label: str | None, caption: str | None
 ) -> TableColumns:
-    """Return the columns of a header. Raises UserError as `TableColumns` does, and if the header is quoted or not UTF-8."""
+    """Return the columns of a header. Raises UserError as `TableColumns` does, and for a quoted or not UTF-8 header."""
     if not dialect.quoted:
         for name in header:
             _check_unquoted(path, dialect.above + 1, name)

@@ -1,4 +1,4 @@
-"""Tars as a source: in the WebDataset convention, or plain tars of images; one tar or a folder of them, not extracted."""
+"""Tars as a source, in the WebDataset convention or of plain images: one tar or a folder of them, not extracted."""
 
 import hashlib
 import json
@@ -44,14 +44,15 @@ MAX_LABEL = 256  # bytes of a `.cls` member
 
 
 class TarSource(Source):
-    """A source of all images in a list of tars, with their labels and their `.txt` and `.json` members (rules: tar_names.py).
+    """A source of all images in a list of tars, with their labels and their `.txt` and `.json` members.
 
-    The members of a key may lie anywhere in their tar. Members that belong to no sample are left out and counted by kind.
+    Members are grouped into samples by the rules of tar_names.py, and may lie anywhere in their tar. Members that
+    belong to no sample are left out and counted by kind.
 
     Args:
         root: folder below which the tars lie; messages name them relative to it.
-        label: where classes come from: None: the `.cls` member; `parent`: the folder in the tar; `archive`: the tar's name;
-            `none`: no classes.
+        label: where classes come from: None: the `.cls` member; `parent`: the folder in the tar; `archive`: the tar's
+            name; `none`: no classes.
         names: for a shard set, the class names of the numbers in its `.cls` members.
 
     Raises:
@@ -212,8 +213,8 @@ def tar_source(where: Path, label: str | None, classes: Sequence[str] | None) ->
 
 
 def _classes_of_sets(where: Path, folders: set[Path]) -> Sequence[str] | None:
-    """Return the class names that all sets in a folder of shard sets have in common; None when they have none, or when not
-    all tars belong to sets. Raise UserError when sets have different classes."""
+    """Return the class names that all sets in a folder of shard sets have in common; None when they have none, or when
+    not all tars belong to sets. Raise UserError when sets have different classes."""
     if not all(manifests.is_shard_set(folder) for folder in folders):
         return None
     found: dict[tuple[str, ...], Path] = {}
@@ -231,9 +232,9 @@ def _classes_of_sets(where: Path, folders: set[Path]) -> Sequence[str] | None:
 def _samples(number: int, entry: Entry) -> Iterator[tuple[list[Any], dict[str, str]]]:
     """Yield (row, members) for each sample among the members of one key.
 
-    The row is [number of the tar, key of the members, extension, offset and size of the image, extras]; if the sample's key
-    differs from that of the members, it follows as the last value. `members` maps `cls`, `json` and `txt`, where the sample
-    has them, to the extensions of these members.
+    The row is [number of the tar, key of the members, extension, offset and size of the image, extras]; if the sample's
+    key differs from that of the members, it follows as the last value. `members` maps `cls`, `json` and `txt`, where
+    the sample has them, to the extensions of these members.
     """
     chosen = chosen_images(entry.members)
     for image in chosen:
@@ -266,8 +267,8 @@ def _why(extension: str, entry: Entry, has_sample: bool) -> str:
 
 
 def _spelled(handle: int, entry: Entry, extension: str) -> str:
-    """Return the name of a member as its header spells it if the block before its bytes holds the whole name, else its key
-    and extension."""
+    """Return the name of a member as its header spells it if the block before its bytes holds the whole name, else its
+    key and extension."""
     start = entry.members[extension][0] - BLOCK
     written = os.pread(handle, 100, start) if start >= 0 else b""
     name = written.partition(b"\0")[0].decode("utf-8", "surrogateescape")

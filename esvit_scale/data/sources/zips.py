@@ -1,7 +1,7 @@
 """Zip files of images as a source: one zip or a folder of them, not extracted.
 
-Python's zipfile reads the table of contents once; members are then read by their offsets, so that worker processes share
-nothing, and a member is inflated up to its recorded size only.
+Python's zipfile reads the table of contents once; members are then read by their offsets, so that worker processes
+share nothing, and a member is inflated up to its recorded size only.
 """
 
 import hashlib
@@ -87,7 +87,8 @@ class ZipSource(Source):
         return len(self._rows)
 
     def _usable(self, zip_file: Path, member: str, arrays: bool) -> bool:
-        """Return whether a member is used as an image (a `.npy` file only with `arrays`); if not, count it as left out."""
+        """Return whether a member is used as an image (a `.npy` file only with `arrays`); count it as left out if
+        not."""
         why = no_sample(member)
         if (is_image(member) or (arrays and extension(member) == ARRAY)) and not why:
             return True
