@@ -140,10 +140,7 @@ class Swin(Trunk):
         return swin_forms.huggingface_v1(self, size)
 
     def forward(self, crops: list[Tensor], drop_keys: Tensor | None = None) -> Features:
-        """Compute the features of all crops (`Trunk.forward`).
-
-        Crops whose sides are no multiples of 4 are padded with zeros on the right and at the bottom.
-        """
+        """Compute `Trunk.forward`; crops whose sides are no multiples of 4 are padded with zeros on the right and below."""
         *_, (tokens, grids, window) = self._block_outputs(crops, drop_keys)
         regions = window_reverse(self.norm(tokens), storage_plan(grids, window, tokens.device))  # [ΣB·T, C]
         return Features(crop_means(regions, grids), regions, list(grids))

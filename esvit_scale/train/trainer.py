@@ -71,8 +71,7 @@ class Trainer:
         """Build and initialise student and teacher (parallel/engine.py says in which order and why).
 
         Args:
-            fresh: whether training starts from the initial values. False: a checkpoint will replace them, so
-                `model.init_from` is not read.
+            fresh: False when a checkpoint will replace the initial values; `model.init_from` is then not read.
 
         Raises:
             UserError: trunk, objective, crops and batch do not fit each other, or `model.init_from` does not fit them.
@@ -93,9 +92,7 @@ class Trainer:
     # --- one step ----------------------------------------------------------------------------------------------------
 
     def train_step(self, micro_batches: list[MicroBatch], measure_updates: bool = False) -> StepResult:
-        """Do one step on this rank's part of a global batch: forward, backward, optimizer, EMA.
-
-        If a loss or gradient of any rank is not finite, the step is counted as skipped and no weight changes.
+        """Train on this rank's part of a global batch; no weight moves if a loss or gradient of any rank is not finite.
 
         Args:
             micro_batches: the parts into which this rank's part is split, `train.grad_accum` of them.
@@ -149,8 +146,7 @@ class Trainer:
 
     @torch.no_grad()
     def _teacher_targets(self, globals_: list[Tensor]) -> Any:
-        """Return the teacher's outputs that the loss needs, for the global crops [[2·B, channels, S, S]]; None if the
-        objective has no teacher."""
+        """Return the teacher's outputs for global crops [[2·B, channels, S, S]]; None if the objective has no teacher."""
         if not self.objective.has_teacher:
             return None
         with engine.autocast(self.config, self.world.device):
@@ -209,8 +205,7 @@ class Trainer:
         self._saved_at = time.monotonic()
 
     def _batches(self) -> Iterator[Batch]:
-        """Yield this rank's part of every batch that is left, from `step + data_offset` on; after a roll-back, go on
-        from their new values."""
+        """Yield this rank's part of every batch from `step + data_offset` on, which a roll-back changes."""
         config, world, data = self.config, self.world, self._run.data
         self._images_of_sets: Callable[[int], dict[str, int]] = stream.images_of_sets(config, data)
         while self.step < self.last_step:
@@ -281,8 +276,7 @@ class Trainer:
     def _note_skipped(self, batch: Batch, mine: Flag) -> None:
         """Record a skipped step, and roll back when there were too many in a row.
 
-        This rank's samples are recorded if its own loss was not finite, or if all losses were finite but a gradient was
-        not.
+        This rank's samples are recorded if its own loss was not finite, or if only gradients were not.
         """
         loss = self._flags & Flag.LOSS_NOT_FINITE
         if engine.loss_scale_can_fall(self.engines) and not loss:
@@ -377,8 +371,7 @@ class Trainer:
         self._log(logging.INFO, "finished: %d steps, %s", self.step, self._run.path)
 
     def _stop(self, problem: str) -> NoReturn:
-        """End the run because of its data, on all ranks at the same step: save it, unless the last step was skipped,
-        and raise UserError."""
+        """Save the run, unless the last step was skipped, and raise UserError on all ranks because of its data."""
         if not self._rollbacks.skipped:
             self._save()
         self._saver.wait()
