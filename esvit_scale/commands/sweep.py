@@ -22,7 +22,9 @@ def add(commands: Any) -> None:
     fit.add_argument("--d", metavar="COL", help="column of data, for example images_seen")
     fit.add_argument("--loss", metavar="COL", help="column that falls with --n and --d")
     fit.add_argument(
-        "--compute", metavar="COL", help="column of FLOPs (default: that of --x; with --n and --d flops, or 6·N·D)"
+        "--compute",
+        metavar="COL",
+        help="column of FLOPs (default: the column of --x; with --n and --d: the column flops, else 6·N·D)",
     )
     fit.add_argument(
         "--group",

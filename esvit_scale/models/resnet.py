@@ -97,7 +97,7 @@ class ResNet(Trunk):
         return (TokenMap(tokens, grids) for tokens, grids in self._block_outputs(crops, None))
 
     def _block_outputs(self, crops: list[Tensor], drop_keys: Tensor | None) -> Iterator[tuple[Tensor, list[Grid]]]:
-        """Yield the pixels [N, C] of all crops and their grids after each block."""
+        """Yield, after each block, the feature vectors [N, C] of all crops' positions and the sizes of the crops' maps."""
         grids = [(x.shape[0], x.shape[-2], x.shape[-1]) for x in crops]
         pixels = torch.cat([x.to(self.conv1.weight.dtype).permute(0, 2, 3, 1).flatten(0, 2) for x in crops])
         tokens = self.bn1(self.conv1(pixels, grids), grids := strided(grids, 2)).relu_()
