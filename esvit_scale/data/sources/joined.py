@@ -21,11 +21,11 @@ from esvit_scale.data.tar_names import base_key, chosen_images, companion
 def joined(runs: Iterable[tuple[int, Entry]]) -> Iterator[Entry]:
     """Yield one entry per sample of a tar, with all members of its key, in the order in which the keys first occur.
 
-    If an extension repeats under a key (`tar --append`), a new sample begins. A member that is not next to the others of
-    its key goes to the first sample of that key that has no member of its extension yet. Members without an image of their own, such as
-    `x.json`, belong to every image whose name continues their key: `x.0.jpg`, `x.1.jpg`. If the file is several tar
-    archives one after the other, members are joined within each archive first, so that a label goes to an
-    image of the same key in another archive only if its own archive has no image of that key.
+    If an extension repeats under a key (`tar --append`), a new sample begins. A member that is not next to the others
+    of its key goes to the first sample of that key that has no member of its extension yet. Members without an image of
+    their own, such as `x.json`, belong to every image whose name continues their key: `x.0.jpg`, `x.1.jpg`. If the file
+    is several tar archives one after the other, members are joined within each archive first, so that a label goes to
+    an image of the same key in another archive only if its own archive has no image of that key.
 
     Args:
         runs: (number of the archive, neighbouring members of one key), in the order of the archives.
