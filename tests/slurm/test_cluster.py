@@ -95,7 +95,7 @@ class Site:
     def until_training(self, name: str, job: str) -> None:
         self.until(lambda: tiny.rows(self.folder / name), f"{name} trains", job)
 
-    def until_ended(self, job: str, state: str = "COMPLETED", timeout: float = 120) -> None:
+    def until_ended(self, job: str, state: str = "COMPLETED", timeout: float = 240) -> None:
         ends = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
         assert self.cluster.wait_state(job, *ends, timeout=timeout) == state, self.console(job) + self.cluster.logs()
 
