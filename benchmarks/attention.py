@@ -41,7 +41,7 @@ def main() -> None:
     grids = tuple((config.crop_sizes.count(s) * options.batch, -(-s // 4), -(-s // 4)) for s in sizes)
     print("| stage | shift | windows | heads | precision | ours, ms | SDPA, ms | SDPA / ours | largest difference |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for number, stage in enumerate(trunk.stages, start=1):
+    for number, stage in enumerate(trunk.stages, start=1):  # type: ignore[arg-type]
         attention = stage.blocks[0].attn
         assert isinstance(attention, WindowAttention)
         for shift in dict.fromkeys(stage.shifts):
@@ -82,7 +82,7 @@ def row(
     times: dict[Callable[[], Tensor], list[float]] = {ours: [], sdpa: []}
     for _ in range(rounds + 1):
         for function, found in times.items():
-            found.append(seconds(lambda f=function: f().backward(grad), device))
+            found.append(seconds(lambda f=function: f().backward(grad), device))  # type: ignore[misc]
     mine, torchs = (1e3 * statistics.median(found[1:]) for found in times.values())
     shape = f"| {stage} | {shift} | {slots // length} | {attention.heads} | {precision} "
     print(f"{shape}| {mine:.1f} | {torchs:.1f} | {torchs / mine:.2f} | {difference:.1e} |", flush=True)

@@ -240,7 +240,7 @@ def checksums(folder: Path) -> dict[str, str]:
     import torch.distributed.checkpoint as dcp
 
     stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()}
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in stored.items()}  # type: ignore[union-attr]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that one process reads alone
         dcp.load(tensors, checkpoint_id=folder, no_dist=True)

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -105,7 +105,7 @@ def measure(method: str, folder: Path) -> dict[str, Any]:
     knn(warm, torch.arange(300) % 2, warm, torch.arange(300) % 2, KS, device="cpu")
     before = resident_mb()
     start, cpu = time.perf_counter(), time.process_time()
-    mode = "c" if method == "ours" else None
+    mode: Literal["c"] | None = "c" if method == "ours" else None
     train, test = (torch.from_numpy(np.load(folder / f"{n}.npy", mmap_mode=mode)) for n in ("train", "test"))
     labels, truth = (torch.from_numpy(np.load(folder / f"{n}-labels.npy")) for n in ("train", "test"))
     if method == "ours":

@@ -17,6 +17,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from esvit_scale.config import Config
 
 SHAPES = {  # trunk and heads together 309 and 310 million parameters: between Swin-L and SwinV2-H; and a smaller one
     "swin_138m": {"trunk": "swin_l", "embed_dim": 160, "heads": [5, 10, 20, 40]},
@@ -35,7 +39,7 @@ CASES = [  # what decides the peak: the optimizer's step, or the activations of 
 STEPS = 3  # stage 3 learns its order of gathering in the first
 
 
-def config_of(case):
+def config_of(case: str) -> "Config":
     from esvit_scale import config as configs
 
     shape, ds_config, precision, _, batch, *recompute = case.split(":")
@@ -56,7 +60,7 @@ def config_of(case):
     return configs.validate(values, where=case)
 
 
-def plan(case):
+def plan(case: str) -> float:
     """Bytes of the peak above what is there after building; stage 3 has its gradients' buffer by then."""
     from esvit_scale.scaling import memory
 
@@ -66,13 +70,13 @@ def plan(case):
     return m.peak - m.at_start - (m.gradients if stage == 3 else 0)
 
 
-def status(name):
+def status(name: str) -> float:
     """A line of /proc/self/status in bytes."""
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name + ":"))
     return int(line.split()[1]) * 1024
 
 
-def measure(case, out):
+def measure(case: str, out: str) -> None:
     """One rank: baseline and peak in bytes, written to out.rank."""
     import torch
 
@@ -99,7 +103,7 @@ def measure(case, out):
     worlds.stop()
 
 
-def run(case):
+def run(case: str) -> list[dict[str, float]]:
     ranks = int(case.split(":")[3])
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "measured"
@@ -111,7 +115,7 @@ def run(case):
         return [json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(ranks)]
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", default=CASES)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -165,7 +166,7 @@ def test_exit_code_of_a_command_is_returned(monkeypatch):
 def test_overrides_reach_the_config(monkeypatch):
     from esvit_scale.train import pretraining, signals
 
-    seen = []
+    seen: list[Any] = []
     monkeypatch.setattr(signals, "install", lambda: seen.append("signals"))
     monkeypatch.setattr(pretraining, "pretrain", lambda config: seen.append(config) or 0)
     assert cli.main(["pretrain", "swin_s", "data.train=x", "seed=-0", "optim.lr=1e-3"]) == 0

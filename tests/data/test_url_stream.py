@@ -132,7 +132,7 @@ def test_missing_tars_are_one_error_line(tars: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises((RestartCanHelp, UserError), match="none of this worker's 4 tars gave a sample"):
         stream(config, 0, 1)
     source = open_data(config_of(train=f"{tars}/a-{{0..1}}.tar"))
-    moved = url_stream.UrlSets((source.sets[0]._replace(urls=("/no/such/0.tar", "/no/such/1.tar")),), 80)  # type: ignore[union-attr]
+    moved = url_stream.UrlSets((source.sets[0]._replace(urls=("/no/such/0.tar", "/no/such/1.tar")),), 80)  # type: ignore[union-attr, call-arg]
     with pytest.raises(RestartCanHelp, match="No such file"):
         next(batches(config, moved, 0, 1, 0, 1))
 

@@ -40,7 +40,7 @@ def digits_task(recipe: ProbeSettings, train: int = 1200) -> linear.ProbeData:
     sets = [
         LabelledSet(FeatureSet(f, [""] * len(f), t), names) for f, t in ((x[:train], y[:train]), (x[train:], y[train:]))
     ]
-    return make_probe_data(*sets, recipe, ImageSource(FrozenTrunk(nn.Identity(), 8, None), Path(), LOADING))
+    return make_probe_data(*sets, recipe, ImageSource(FrozenTrunk(nn.Identity(), 8, None), Path(), LOADING))  # type: ignore[call-arg]
 
 
 def test_all_three_protocols_separate_colours(checkpoint: Path, photos: Path, tmp_path: Path, capsys: Any) -> None:
@@ -138,7 +138,7 @@ def test_nan_features_are_an_error() -> None:
     task.train[3] = math.nan
     sets = [LabelledSet(FeatureSet(x, [], y), ()) for x, y in ((task.train, task.labels), (task.test, task.truth))]
     with pytest.raises(UserError, match="train set: 1 of 1200 feature vectors hold NaN"):
-        make_probe_data(*sets, ProbeSettings(), task.images)
+        make_probe_data(*sets, ProbeSettings(), task.images)  # type: ignore[call-arg]
 
 
 def test_two_ranks_match_one(checkpoint: Path, photos: Path, tmp_path: Path) -> None:

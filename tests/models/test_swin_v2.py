@@ -113,8 +113,8 @@ def slow_attention(p, name, x, heads, window, shift):
                 part = slice(head * c // heads, (head + 1) * c // heads)
                 scores = scale[head] * F.normalize(q[..., part], dim=-1) @ F.normalize(k[..., part], dim=-1).mT
                 mixed.append((scores + bias[..., head] + mask).softmax(-1) @ v[..., part])
-            mixed = F.linear(torch.cat(mixed, -1), p[f"{name}.proj.weight"], p[f"{name}.proj.bias"])
-            out[:, y : y + window, z : z + window] = mixed.unflatten(1, (window, window))
+            joined = F.linear(torch.cat(mixed, -1), p[f"{name}.proj.weight"], p[f"{name}.proj.bias"])
+            out[:, y : y + window, z : z + window] = joined.unflatten(1, (window, window))
     return out.roll((shift, shift), (1, 2))[:, :h, :w]
 
 

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from esvit_scale import config as configs
 from esvit_scale.models import registry as trunks
 from esvit_scale.models import traced as models_traced
+from esvit_scale.models.descriptions import CropCost
 from esvit_scale.parallel import collectives
 from tests.models import toy_trunk
 
@@ -41,8 +42,8 @@ def test_traced_costs_equal_cpu_counts(toy, size):
     # Before torch 2.15 the counter has no formula for the CPU's flash attention, and counts it as nothing.
     with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         features = trunks.build_trunk(toy)([torch.randn(1, 3, size, size)])
-    cost = models_traced.crop_cost(toy, size)
-    assert cost == (counter.get_total_flops(), counter.get_total_flops(), 0, features.grids[0][1:], 0)
+    cost: CropCost = models_traced.crop_cost(toy, size)
+    assert tuple(cost) == (counter.get_total_flops(), counter.get_total_flops(), 0, features.grids[0][1:], 0)
     tokens = (size // 8) ** 2  # 12 C² a token and block, and the scores twice
     by_hand = 2 * tokens * (3 * 64 * 16 + toy_trunk.DEPTH * (12 * 16**2 + 2 * tokens * 16))
     assert cost.flops == by_hand

@@ -109,7 +109,7 @@ def part_of(f: Features, images: int, part: slice) -> Features:
 def step(case: str, given: Inputs, features: Features, teacher_features: Features) -> Result:
     """What the package computes."""
     student, teacher = module(case, given.student), module(case, given.teacher)
-    leaf = Features(*(x.clone().requires_grad_() for x in features[:2]), features.grids)
+    leaf = Features(*(x.clone().requires_grad_() for x in features[:2]), features.grids)  # type: ignore[call-arg]
     with torch.no_grad():
         targets = teacher.targets(teacher_features) if teacher.has_teacher else None
     loss, logs = student(leaf, targets, TEMP)

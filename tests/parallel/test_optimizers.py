@@ -10,7 +10,7 @@ from esvit_scale.errors import UserError
 from esvit_scale.parallel import optimizers
 from esvit_scale.parallel.zero import Partition
 
-SHAPES = {"decay": [(4, 5), (3, 2)], "no_decay": [(7,), (2,)]}
+SHAPES: dict[str, list[tuple[int, ...]]] = {"decay": [(4, 5), (3, 2)], "no_decay": [(7,), (2,)]}
 LR, DECAY, STEPS = 0.1, 0.3, 4
 
 
@@ -27,7 +27,8 @@ def slow(
     for group, tensors in values.items():
         decay = DECAY if group == "decay" else 0.0
         for i, start in enumerate(tensors):
-            w, m, v, b = start.clone(), 0.0, 0.0, 0.0
+            w = start.clone()
+            m, v, b = (torch.zeros_like(start) for _ in range(3))
             for t, of_step in enumerate(gradients, start=1):
                 g = of_step[group][i]
                 if name == "lamb":
@@ -45,7 +46,9 @@ def slow(
 
 @pytest.mark.parametrize("name", ["lamb", "lars"])
 def test_layer_wise_updates_equal_the_published_ones(name: str) -> None:
-    random = lambda: {g: [torch.randn(s, dtype=torch.float64) for s in shapes] for g, shapes in SHAPES.items()}  # noqa: E731
+    def random() -> dict[str, list[Tensor]]:
+        return {g: [torch.randn(s, dtype=torch.float64) for s in shapes] for g, shapes in SHAPES.items()}
+
     values, gradients = random(), [random() for _ in range(STEPS)]
     flats, partitions = {}, []
     for group, tensors in values.items():

@@ -58,7 +58,9 @@ def full(run: Path) -> Path:
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     trunk = Swin(8, (1, 1, 2), (1, 2, 4), window=4, size=64)
     picture = rng.integers(0, 255, (64, 96, 3), dtype=np.uint8)
-    case = correspondence.mirrored(trunk, correspondence.extract_view(trunk, picture), "a/rather/long/name/of/a/picture.jpeg")
+    case = correspondence.mirrored(
+        trunk, correspondence.extract_view(trunk, picture), "a/rather/long/name/of/a/picture.jpeg"
+    )
     evaluation_figures.write_correspondences(
         CorrespondenceResult({}, [case] * 3, [case] * 3, correspondence.stereo(trunk)), run
     )
