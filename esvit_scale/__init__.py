@@ -21,7 +21,7 @@ The pipeline, one line per stage. B images, V crops, T tokens, C width, K protot
     → report             report/html.py, report/evaluation_figures.py         one self-contained report.html
     → scaling            scaling/plan.py, scaling/cells.py, scaling/fit.py  what a run needs; sizes × budgets → a law with intervals
 
-Other modules: config.py (every number of a run), models/traced.py and objective/costs.py (what a run costs), cli.py
+Other modules: config.py and run_keys.py (every number of a run), models/traced.py and objective/costs.py (what a run costs), cli.py
 and commands/ (the command line), doctor.py (what works on this machine), feed.py (whether the machine loads data fast
 enough for its GPUs), launch.py and slurm_status.py (jobs under Slurm).
 """

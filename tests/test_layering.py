@@ -21,7 +21,7 @@ ORDER = [
     {"division", "files", "machine", "progress", "resources"},
     {"yaml_text"},
     {"schema"},
-    {"overrides"},
+    {"overrides", "run_keys"},
     {"config"},
     {"data", "models"},
     {"objective"},

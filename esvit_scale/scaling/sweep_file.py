@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from esvit_scale import yaml_text
-from esvit_scale.config import AboveZero, Fraction, PathText, Positive, Seed
+from esvit_scale.run_keys import AboveZero, Fraction, PathText, Positive, Seed
 from esvit_scale.schema import Section, check
 
 

@@ -1,0 +1,232 @@
+"""The keys of the run config: a class for every section, with each key's type, default, unit and meaning.
+
+The text below a key is its description. It begins with the unit in brackets where the value is a number, and
+`esvit-scale config` and docs/config.md show it (key_texts.py reads it). config.py joins the sections and checks values
+that must fit together.
+"""
+
+import os
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from esvit_scale.schema import Section
+
+Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Count = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Beta = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Minutes = Annotated[float, Field(gt=0)]
+Scale = Annotated[tuple[Fraction, Fraction], Field(strict=False)]
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]
+
+
+class GlobalCrops(Section):
+    """The two views that the teacher sees."""
+
+    size: Positive = 224
+    """[pixels] Side of a crop. It also fixes the trunk's windows and shifts (models/swin.py)."""
+    scale: Scale = (0.4, 1.0)
+    """[fraction of the image's area] Smallest and largest area that a crop is cut from."""
+
+
+class LocalCrops(Section):
+    """One group of small views that only the student sees."""
+
+    size: Positive = 96
+    """[pixels] Side of a crop."""
+    count: Positive = 8
+    """[crops per image] Number of views in the group."""
+    scale: Scale = (0.05, 0.4)
+    """[fraction of the image's area] Smallest and largest area that a crop is cut from."""
+
+
+class Mixed(Section):
+    """One data set of a mix; the sets of a mix are either all shard sets or all plain tars."""
+
+    urls: PathText
+    """The set's place, written as data.train."""
+    weight: AboveZero = 1.0
+    """[ratio] Number of its samples in an epoch, relative to the other sets'."""
+
+
+class Data(Section):
+    """The data: where images come from, and how they are ordered, cropped and augmented."""
+
+    train: PathText = ""
+    """Training images: the folder of a shard set (with manifest.json), or plain WebDataset tars, as a path or URL in which
+    {000..123} and pipe: are allowed. Every run needs this key or data.mix."""
+    mix: list[Mixed] = Field(default_factory=list)
+    """Several sets in the place of data.train, each with urls and weight."""
+    epoch_samples: Positive | None = None
+    """[images] Samples of one epoch. Plain tars need it, since their number of samples is not known; null: all images."""
+    held_out: PathText = ""
+    """Labelled shards or class folders on which train.knn_every measures; they are never trained on."""
+    workers: Count = 4
+    """[processes per rank] Loader processes; 0 decodes in the training process."""
+    stage: PathText | None = None
+    """Folder on each node's own disk to which shards are copied before training; it may contain the node's $VARIABLES.
+    null: no copy."""
+    slots: Positive | None = None
+    """[slots] Canonical slots of the data order (docs/data.md); null: the largest divisor of train.global_batch ≤ 512."""
+    shuffle_window: Positive = 8
+    """[shards] Number of shards whose samples are shuffled together."""
+    global_crops: GlobalCrops = GlobalCrops()
+    local_crops: list[LocalCrops] = Field(default_factory=lambda: [LocalCrops()])
+    photometric: Literal["device", "workers"] = "device"
+    """What computes colour, blur and solarisation: the training device or the loader processes."""
+    channels: Annotated[int, Field(ge=1, le=16)] = 3
+    """[channels] Channels of an image; 3 channels of 8 bits are RGB, to which photographs are converted."""
+    bits: Literal[8, 16] = 8
+    """[bits] Bits of a channel; 16 bits are kept until the crop."""
+    mean: Annotated[list[Finite], Field(min_length=1)] | None = None
+    """[fraction of the largest pixel value] Mean of each channel, subtracted from the pixels; null: ImageNet's."""
+    std: Annotated[list[AboveZero], Field(min_length=1)] | None = None
+    """[fraction of the largest pixel value] Standard deviation of each channel, by which pixels are divided; null:
+    ImageNet's."""
+
+
+class Model(Section):
+    """The trunk and its initial values."""
+
+    trunk: str = "swin_t"
+    """Name of the trunk: one of docs/trunks.md, or timm:NAME for one of timm's."""
+    window: Positive = 7
+    """[tokens] Side of an attention window."""
+    drop_path: Fraction = 0.1
+    """[probability] Stochastic depth: the rate at which the last block is skipped; it grows linearly from 0 with depth."""
+    embed_dim: Positive | None = None
+    """[channels] Width of the first stage; null: the trunk's own."""
+    depths: Annotated[list[Positive], Field(min_length=1)] | None = None
+    """[blocks] Blocks of each stage; null: the trunk's own."""
+    heads: Annotated[list[Positive], Field(min_length=1)] | None = None
+    """[heads] Attention heads of each stage; null: the trunk's own."""
+    freeze_patch_embed: bool = False
+    """Whether the patch projection keeps its random values (MoCo v3's cure for instability)."""
+    init_from: PathText | None = None
+    """Weights from which a new run starts: a run dir, step folder, .safetensors file or official .pth; null: random."""
+
+
+class Objective(Section):
+    """The loss, its heads and the teacher's schedule."""
+
+    name: str = "esvit"
+    """Name of the objective: one of docs/objectives.md."""
+    regions: bool = True
+    """Whether EsViT's region loss is added to the view loss. Its default is false with every other objective than esvit."""
+    prototypes: Positive = 65536
+    """[prototypes] K, the number of outputs of a head."""
+    head_hidden: Positive = 2048
+    """[channels] Width inside the head."""
+    bottleneck: Positive = 256
+    """[channels] Width of the head's last hidden layer, before the prototypes."""
+    predictor_hidden: Positive | None = None
+    """[channels] Width inside the predictor, for objectives that have one; null: head_hidden."""
+    norm_last_layer: bool = False
+    """Whether the prototypes keep unit norm."""
+    student_temp: AboveZero = 0.1
+    """[temperature] Temperature of the student's softmax."""
+    teacher_temp: AboveZero = 0.04
+    """[temperature] Temperature of the teacher's softmax at the start; it changes once an epoch."""
+    teacher_temp_end: AboveZero = 0.07
+    """[temperature] Temperature of the teacher's softmax after its warm-up."""
+    teacher_temp_warmup_epochs: Count = 30
+    """[epochs] Length of the linear way from teacher_temp to teacher_temp_end."""
+    centering: Literal["center", "sinkhorn"] = "center"
+    """How the teacher's outputs are balanced, for esvit and dino; sinkhorn works on each batch alone."""
+    center_momentum: Fraction = 0.9
+    """[fraction] Weight of the old centre in its moving average."""
+    ema_momentum: Fraction = 0.996
+    """[fraction] Weight of the teacher's old values in its moving average, at the first step."""
+    ema_momentum_end: Fraction = 1.0
+    """[fraction] The same at the last step; the way there is a cosine."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _regions_are_esvits(cls, values: Any) -> Any:
+        """Make `regions` default to false for every objective but esvit.
+
+        objective/registry.py checks whether a value that the user gave fits the objective.
+        """
+        if isinstance(values, dict) and values.get("name", "esvit") != "esvit":
+            return {"regions": False, **values}
+        return values
+
+
+class Optim(Section):
+    """The optimizer, its schedules and the gradient clipping."""
+
+    name: Literal["adamw", "sgd", "lamb", "lars", "apex_adam", "apex_lamb"] = "adamw"
+    """The optimizer."""
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
+    """[fraction] Decay of the averages of the gradient and of its square, for the adam and lamb optimizers."""
+    momentum: Beta = 0.9
+    """[fraction] Momentum of sgd and lars."""
+    lr: Rate = 5e-4
+    """[per 256 images] Learning rate after the warm-up: the peak is lr · train.global_batch / 256."""
+    lr_end: Rate = 1e-6
+    """[learning rate] Learning rate at the last step, not scaled with the batch."""
+    warmup_epochs: Rate = 10
+    """[epochs] Length of the linear way from 0 to the peak learning rate."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """cosine: learning rate, weight decay and EMA momentum follow a cosine over the whole run. constant: they keep their
+    first values and go linearly to their last ones in the final fraction `cooldown` of the run, so that a longer run begins
+    like a shorter one."""
+    cooldown: Fraction = 0.2
+    """[fraction of the run] Length of the end of the constant schedule."""
+    weight_decay: Rate = 0.04
+    """[1] Weight decay at the first step."""
+    weight_decay_end: Rate = 0.4
+    """[1] Weight decay at the last step."""
+    decay: Literal["weights", "all"] = "weights"
+    """What decays; all: biases and norms too (MoCo v3, SimSiam)."""
+    clip: AboveZero | None = 3.0
+    """[gradient norm] Largest gradient norm; null: no clipping."""
+    clip_by: Literal["tensor", "global"] = "tensor"
+    """Whose norm is clipped: each parameter's own, as in the official code, or that of all together."""
+    freeze_last_layer_epochs: Count = 1
+    """[epochs] Time at the start in which the prototypes do not change."""
+
+
+class Train(Section):
+    """The length of the run, its batch, precision, checkpoints and logging."""
+
+    epochs: Positive = 300
+    """[epochs] Length of the run and of its schedules."""
+    steps: Positive | None = None
+    """[steps] Length of the run and of its schedules in the place of train.epochs; null: train.epochs."""
+    global_batch: Positive = 512
+    """[images per step] Images of an optimizer step, over all ranks and micro-batches."""
+    grad_accum: Positive = 1
+    """[micro-batches per step] Parts in which a rank computes its share of the batch, to save memory."""
+    precision: Literal["fp32", "bf16", "fp16", "autocast"] = "bf16"
+    """bf16, fp16: weights in that type, with fp32 masters (fp16: dynamic loss scaling, GPU only); autocast: fp32 weights,
+    matrix products in bf16."""
+    ds_config: str = "zero1"
+    """DeepSpeed configuration, which gives the ZeRO stage: a name in ds_configs/, or a path to a .json file."""
+    activation_checkpointing: Literal["none", "torch", "deepspeed", "fairscale"] = "none"
+    """Which implementation computes activations again in the backward pass, to save memory."""
+    compile: bool = False
+    """Whether torch.compile compiles the blocks (ZeRO 0–2); the first step then takes minutes."""
+    log_every: Positive = 10
+    """[steps] Distance between rows of metrics.jsonl."""
+    checkpoint_every: Positive = 500
+    """[steps] Distance between checkpoints."""
+    checkpoint_minutes: Minutes | None = None
+    """[minutes] Time after which a checkpoint is also saved; null: steps alone decide."""
+    keep_checkpoints: Positive = 3
+    """[checkpoints] Number of newest checkpoints that are kept."""
+    keep_every: Positive | None = None
+    """[steps] Distance between checkpoints that are never removed; null: none."""
+    knn_every: Positive | None = None
+    """[steps] Distance between k-NN accuracies of the teacher on data.held_out; null: none."""
+    skips_before_rollback: Positive = 10
+    """[steps] Consecutive steps without finite gradients before the run goes back to its last checkpoint."""
+    rollbacks: Count = 2
+    """[rollbacks] How often a run may go back, each time continuing with other data; then it stops (exit 3)."""
+    hang_minutes: Minutes = 30.0
+    """[minutes] Time without progress after which a rank ends the job (exit 75)."""
