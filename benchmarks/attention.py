@@ -22,7 +22,8 @@ from torch.nn import functional as F
 
 from esvit_scale import config as configs
 from esvit_scale.models.registry import build_trunk
-from esvit_scale.models.swin import Attention, WindowAttention
+from esvit_scale.models.swin import WindowAttention
+from esvit_scale.models.window_attention import Attention
 from esvit_scale.models.windows import WindowPlan, merged, window_plan
 
 

@@ -22,8 +22,9 @@ from esvit_scale.models.block_parts import GeluMlp, add_branch
 from esvit_scale.models.descriptions import HuggingFaceForm, TimmForm, TrunkCard, TrunkFormulas
 from esvit_scale.models.distributions import Initializer, constant
 from esvit_scale.models.layer_norm import LayerNorm
-from esvit_scale.models.swin import Attend, Attention, Swin
+from esvit_scale.models.swin import Attend, Swin
 from esvit_scale.models.swin_costs import SwinV2Formulas
+from esvit_scale.models.window_attention import Attention
 from esvit_scale.models.windows import (
     Permutation,
     WindowPlan,

@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from esvit_scale.models.drop_path import drop_keys
 from esvit_scale.models.initialize import initialize
-from esvit_scale.models.swin import Attention, Block, Swin
+from esvit_scale.models.swin import Block, Swin
+from esvit_scale.models.window_attention import Attention
 from tests.models.rule import by_hash, by_rule, fill
 
 SHAPES = {  # window 3 pads and shifts everywhere; window 14 is clipped in stage 2
