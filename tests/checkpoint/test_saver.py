@@ -42,6 +42,7 @@ def test_full_disk_costs_one_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_disk_that_stays_full_exits_with_75_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exit code 75: nothing that was saved is lost, and the same command goes on from there."""
     config = tiny.config(tmp_path / "run", tiny.shards(tmp_path / "shards"))

@@ -35,6 +35,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize("kind", ["shard set", "plain tars"])
 def test_eio_on_every_read_exits_75_after_one_round_of_delays(
     library: Path, shards: Path, tmp_path: Path, kind: str
@@ -71,6 +72,7 @@ def test_eio_on_every_read_exits_75_after_one_round_of_delays(
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_start_on_failing_disk_ends_with_one_line(library: Path, shards: Path, tmp_path: Path) -> None:
     (tmp_path / "now").touch()
     path = tiny.write_config(tmp_path / "c.yaml", tiny.config(tmp_path / "run", shards))
@@ -88,6 +90,7 @@ def test_start_on_failing_disk_ends_with_one_line(library: Path, shards: Path, t
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_one_damaged_shard_among_good_ones_is_replaced(library: Path, shards: Path, tmp_path: Path) -> None:
     """A disk's bad sector stays; the run waits for it once and goes on with other samples, until an epoch shows that
     it is half of the images: such a run is stopped with the reason."""

@@ -62,6 +62,7 @@ def test_limits_of_node_are_checked_before_workers_start(limit: str, said: str) 
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_run_whose_shared_memory_is_full_ends_with_one_line(tmp_path: Path) -> None:
     shards = tiny.shards(tmp_path / "shards")
     config = tiny.config(tmp_path / "run", shards, data__workers=2, data__global_crops__size=128)

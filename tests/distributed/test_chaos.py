@@ -44,6 +44,7 @@ def steps_done(run: Path) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.timeout(1500)
 def test_run_under_random_kills_equals_undisturbed_run(tmp_path: Path) -> None:
     generator = random.Random(0)

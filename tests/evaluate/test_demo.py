@@ -64,6 +64,7 @@ def test_finished_demo_is_read_not_repeated(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_labels_do_not_influence_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shortened(monkeypatch)
     losses = []
@@ -89,6 +90,7 @@ def test_folder_with_other_files_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.timeout(1500)
 def test_demo_training_gains_eight_points(tmp_path: Path) -> None:
     """k-NN top-1 at k = 10 of the trained over the untrained teacher; seeds 0, 1 and 2 gained 11.3, 13.8 and 11.5."""

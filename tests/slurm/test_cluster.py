@@ -21,6 +21,7 @@ from tests.slurm.cluster import Cluster, why_not
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.alone,
     pytest.mark.timeout(400),
     pytest.mark.skipif(bool(reason := why_not()), reason=reason or ""),
 ]

@@ -109,6 +109,7 @@ def test_disk_full_for_a_while_costs_only_saves(
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_disk_that_stays_full_exits_with_75_and_resumes(
     disk: Disk, shards: Path, straight: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,6 +125,7 @@ def test_disk_that_stays_full_exits_with_75_and_resumes(
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_undeletable_old_checkpoint_does_not_end_the_run(
     disk: Disk, shards: Path, straight: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

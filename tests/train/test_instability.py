@@ -31,6 +31,7 @@ TOO_HIGH = ["optim.lr=0.15", "optim.warmup_epochs=7", "train.steps=260"]
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.timeout(1200)
 def test_too_high_learning_rate_gives_an_accuracy_dip_warning(tmp_path: Path) -> None:
     train, test = demo.write_shards(tmp_path / "shards", configs.resolve("demo"))

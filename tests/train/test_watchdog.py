@@ -92,7 +92,9 @@ def start_ranks(folder: Path, size: int, *arguments: object) -> "list[subprocess
     return launcher.start_ranks(size, folder / "ranks.py", folder, *arguments)
 
 
-@pytest.mark.parametrize(("size", "stopped", "asleep"), [(2, 0, -1), pytest.param(4, 2, 3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("size", "stopped", "asleep"), [(2, 0, -1), pytest.param(4, 2, 3, marks=[pytest.mark.slow, pytest.mark.alone])]
+)
 def test_stopped_rank_is_named(tmp_path: Path, size: int, stopped: int, asleep: int) -> None:
     """The stopped rank may hold the store; the others must report it all the same."""
     ranks = start_ranks(tmp_path, size, stopped, asleep)
@@ -110,6 +112,7 @@ def test_stopped_rank_is_named(tmp_path: Path, size: int, stopped: int, asleep: 
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_suspended_time_does_not_count(tmp_path: Path) -> None:
     (process,) = start_ranks(tmp_path, 1, -1, 0)
     end = time.monotonic() + 60
