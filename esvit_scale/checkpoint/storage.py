@@ -74,7 +74,7 @@ def save(folder: Path, intervals: dict[str, Interval]) -> None:
     All ranks call it.
     """
     group = collectives.control_group() if collectives.world_size() > 1 else None
-    with _without_single_process_warning():
+    with _without_warnings():
         dcp.save(intervals, checkpoint_id=folder, planner=_SavePlanner(), process_group=group, no_dist=group is None)
 
 
@@ -93,7 +93,7 @@ def load(folder: Path, intervals: dict[str, Interval], single_process: bool = Fa
     no_dist = single_process or collectives.world_size() == 1
     group = None if no_dist else collectives.control_group()
     try:
-        with _without_single_process_warning():
+        with _without_warnings():
             dcp.load(
                 intervals,
                 storage_reader=_SafeReader(folder),
@@ -158,10 +158,11 @@ def tensor_sizes(folder: Path) -> dict[str, int]:
 
 
 @contextmanager
-def _without_single_process_warning() -> Iterator[None]:
-    """Silence torch's warning that a checkpoint is saved or loaded by a single process, which is normal here."""
+def _without_warnings() -> Iterator[None]:
+    """Silence what torch says of a save or load by a single process, which is normal here, and of its own old code."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        warnings.filterwarnings("ignore", message="TypedStorage is deprecated", category=UserWarning)  # torch 2.7
         yield
 
 

@@ -323,7 +323,7 @@ def test_status_names_the_rank_that_failed_first(tmp_path: Path, codes: list[tup
     assert list(tmp_path.glob("exit-*")) == []
 
 
-@pytest.mark.parametrize(("began", "ends", "shortened"), [(-1, 5, True), (-1, 9000, False), (-600, 250, False)])
+@pytest.mark.parametrize(("began", "ends", "shortened"), [(-1, 9, True), (-1, 9000, False), (-600, 250, False)])
 def test_signal_at_the_start_of_a_short_job_is_delayed(tmp_path: Path, began: int, ends: int, shortened: bool) -> None:
     """Seconds from now at which the job began and ends; the lead is 300 s. What is far from the limit was sent by hand."""
     now = int(time.time())
