@@ -6,16 +6,16 @@ writes the copy that reproduces the run. yaml_text.py reads the YAML, schema.py 
 the overrides. None of them imports torch, so that they load at once on a login node.
 """
 
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from esvit_scale import yaml_text
+from esvit_scale import presets, yaml_text
 from esvit_scale.division import batch_problem, largest_divisor, nearest_multiple
 from esvit_scale.errors import UserError, nearest
 from esvit_scale.overrides import apply_override
+from esvit_scale.presets import names as preset_names
 from esvit_scale.run_keys import Data, Model, Objective, Optim, PathText, Seed, Train
 from esvit_scale.schema import Section, check
 
@@ -32,7 +32,7 @@ class Config(Section):
     run_dir: PathText | None = None
     """Folder of the run's files; null: runs/<name>."""
     seed: Seed = 0
-    """[1] Random seed of initial weights, data order and crops."""
+    """[no unit] Random seed of initial weights, data order and crops."""
     data: Data = Data()
     model: Model = Model()
     objective: Objective = Objective()
@@ -79,11 +79,14 @@ def _cross_field_problems(c: Config) -> list[str]:
         problems.append(
             f"data.slots: {c.data.slots} does not divide train.global_batch={batch}; nearest: {largest_divisor(batch, c.data.slots)}"
         )
-    for where, (low, high) in [("data.global_crops.scale", c.data.global_crops.scale)] + [
-        (f"data.local_crops.{i}.scale", g.scale) for i, g in enumerate(c.data.local_crops)
-    ]:
+    groups = {f"local_crops.{i}": group for i, group in enumerate(c.data.local_crops)}
+    for where, crops in {"global_crops": c.data.global_crops, **groups}.items():
+        low, high = crops.scale
         if not 0 < low <= high:
-            problems.append(f"{where}: needs 0 < low <= high, got [{low}, {high}]")
+            problems.append(f"data.{where}.scale: needs 0 < low <= high, got [{low}, {high}]")
+        low, high = crops.augment.blur_radius
+        if low > high:
+            problems.append(f"data.{where}.augment.blur_radius: needs low <= high, got [{low}, {high}]")
     problems += _pixel_problems(c.data)
     if c.train.knn_every and not c.data.held_out:
         problems.append("train.knn_every: needs data.held_out, labelled shards or class folders to measure on")
@@ -117,12 +120,6 @@ def _pixel_problems(data: Data) -> list[str]:
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
-def preset_names() -> list[str]:
-    """Return the names of the shipped presets, sorted."""
-    folder = resources.files("esvit_scale") / "configs"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-
-
 def resolve(config: str, overrides: list[str] | None = None) -> Config:
     """Return the complete config of a preset's name or a YAML file, with dotted `key=value` overrides on top.
 
@@ -135,6 +132,17 @@ def resolve(config: str, overrides: list[str] | None = None) -> Config:
     for override in overrides or []:
         apply_override(values, override, Config)
     return validate(values, where=config, overrides=overrides)
+
+
+def sources(config: str, overrides: list[str]) -> dict[str, str]:
+    """Return where each value that is no default comes from: dotted key → "preset swin_t", a file's name or an override."""
+    label = config if Path(config).expanduser().is_file() else f"preset {config}"
+    found = dict.fromkeys(_flatten(_read(config)), label)
+    whole = _flatten(resolve(config, overrides).model_dump(mode="json"))
+    for override in overrides:
+        changed = override.partition("=")[0].strip()
+        found |= dict.fromkeys((key for key in whole if f"{key}.".startswith(f"{changed}.")), "command line")
+    return found
 
 
 def load(path: Path) -> Config:
@@ -172,7 +180,9 @@ def differences(a: Config, b: Config) -> list[str]:
 
 
 def _read(config: str) -> dict[str, Any]:
-    """Read the YAML of a config file or preset and return its values, without the defaults."""
+    """Read the YAML of a config file or preset and return its values, without the defaults; "" names the defaults."""
+    if not config:
+        return {}
     path = Path(config).expanduser()
     if path.is_file():
         return yaml_text.parse(yaml_text.text_of(path), config)
@@ -182,7 +192,7 @@ def _read(config: str) -> dict[str, Any]:
         raise UserError(f"{config}: no such config file{nearest(path.stem, preset_names())}")
     if config not in preset_names():
         raise UserError(f"{config}: neither a file nor a preset{nearest(config, preset_names())}")
-    return yaml_text.parse((resources.files("esvit_scale") / "configs" / f"{config}.yaml").read_text("utf-8"), config)
+    return yaml_text.parse(presets.text(config), config)
 
 
 def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:

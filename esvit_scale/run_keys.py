@@ -22,7 +22,48 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 AboveZero = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Minutes = Annotated[float, Field(gt=0)]
 Scale = Annotated[tuple[Fraction, Fraction], Field(strict=False)]
+BlurRadii = Annotated[
+    tuple[Annotated[float, Field(ge=0, le=2)], Annotated[float, Field(ge=0, le=2)]], Field(strict=False)
+]
+PerGlobal = Annotated[tuple[Fraction, Fraction], Field(strict=False)]  # for the first and the second global crop
 PathText = Annotated[str, AfterValidator(os.path.expanduser)]
+
+
+class Augment(Section):
+    """What global and local crops have in common: how often and how strongly colours change, and the blur's strength."""
+
+    jitter: Fraction = 0.8
+    """[probability] How often brightness, contrast, saturation and hue of a crop change, in a random order."""
+    brightness: Fraction = 0.4
+    """[largest change] Brightness is multiplied by a factor from 1 - this to 1 + this."""
+    contrast: Fraction = 0.4
+    """[largest change] Contrast is multiplied by a factor from 1 - this to 1 + this."""
+    saturation: Fraction = 0.2
+    """[largest change] Saturation is multiplied by a factor from 1 - this to 1 + this."""
+    hue: Annotated[float, Field(ge=0, le=0.5, allow_inf_nan=False)] = 0.1
+    """[turns of the colour circle] Hue is shifted by up to this much in either direction."""
+    grayscale: Fraction = 0.2
+    """[probability] How often a crop becomes grey."""
+    blur_radius: BlurRadii = (0.1, 2.0)
+    """[pixels of the crop] Smallest and largest radius of a Gaussian blur."""
+
+
+class GlobalAugment(Augment):
+    """Photometric augmentation of the two global crops; the defaults are EsViT's."""
+
+    blur: PerGlobal = (1.0, 0.1)
+    """[probability] How often the first and the second global crop are blurred."""
+    solarize: PerGlobal = (0.0, 0.2)
+    """[probability] How often bright pixels of the first and the second global crop are inverted."""
+
+
+class LocalAugment(Augment):
+    """Photometric augmentation of the local crops; the defaults are EsViT's."""
+
+    blur: Fraction = 0.5
+    """[probability] How often a crop is blurred."""
+    solarize: Fraction = 0.0
+    """[probability] How often bright pixels of a crop are inverted."""
 
 
 class GlobalCrops(Section):
@@ -32,6 +73,7 @@ class GlobalCrops(Section):
     """[pixels] Side of a crop. It also fixes the trunk's windows and shifts (models/swin.py)."""
     scale: Scale = (0.4, 1.0)
     """[fraction of the image's area] Smallest and largest area that a crop is cut from."""
+    augment: GlobalAugment = GlobalAugment()
 
 
 class LocalCrops(Section):
@@ -43,6 +85,7 @@ class LocalCrops(Section):
     """[crops per image] Number of views in the group."""
     scale: Scale = (0.05, 0.4)
     """[fraction of the image's area] Smallest and largest area that a crop is cut from."""
+    augment: LocalAugment = LocalAugment()
 
 
 class Mixed(Section):
@@ -77,6 +120,12 @@ class Data(Section):
     """[shards] Number of shards whose samples are shuffled together."""
     global_crops: GlobalCrops = GlobalCrops()
     local_crops: list[LocalCrops] = Field(default_factory=lambda: [LocalCrops()])
+    """Groups of small views, numbered from 0; an empty list where an objective compares the two global crops alone."""
+    flip: Fraction = 0.5
+    """[probability] How often a crop is mirrored left to right; 0 where that changes what an image means (digits, text,
+    organs)."""
+    flip_vertical: Fraction = 0.0
+    """[probability] How often a crop is mirrored top to bottom, for images without an upper side (from above, of cells)."""
     photometric: Literal["device", "workers"] = "device"
     """What computes colour, blur and solarisation: the training device or the loader processes."""
     channels: Annotated[int, Field(ge=1, le=16)] = 3
@@ -179,9 +228,9 @@ class Optim(Section):
     cooldown: Fraction = 0.2
     """[fraction of the run] Length of the end of the constant schedule."""
     weight_decay: Rate = 0.04
-    """[1] Weight decay at the first step."""
+    """[no unit] Weight decay at the first step."""
     weight_decay_end: Rate = 0.4
-    """[1] Weight decay at the last step."""
+    """[no unit] Weight decay at the last step."""
     decay: Literal["weights", "all"] = "weights"
     """What decays; all: biases and norms too (MoCo v3, SimSiam)."""
     clip: AboveZero | None = 3.0
@@ -230,3 +279,24 @@ class Train(Section):
     """[rollbacks] How often a run may go back, each time continuing with other data; then it stops (exit 3)."""
     hang_minutes: Minutes = 30.0
     """[minutes] Time without progress after which a rank ends the job (exit 75)."""
+
+
+# Keys whose values may change between two starts of a run, because they do not change its results.
+MAY_DIFFER = (
+    "run_dir",
+    "data.stage",
+    "data.workers",
+    "data.held_out",
+    "train.ds_config",
+    "train.activation_checkpointing",
+    "train.compile",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.checkpoint_minutes",
+    "train.keep_checkpoints",
+    "train.keep_every",
+    "train.hang_minutes",
+    "train.knn_every",
+    "train.skips_before_rollback",
+    "train.rollbacks",
+)

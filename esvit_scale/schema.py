@@ -77,13 +77,19 @@ def optional(path: list[str], schema: Any) -> bool:
     return type(None) in get_args(annotation(path, schema))
 
 
+def item_section(kind: Any) -> Any:
+    """Return the Section class that a declared type is, or is a list of; None for other types."""
+    kind = _bare(kind)
+    item = _bare(get_args(kind)[0]) if get_origin(kind) is list else kind
+    return item if _is_section(item) else None
+
+
 def _keys(section: Any, prefix: str = "") -> Iterator[str]:
     """Yield every dotted key of the schema, of sections and leaves; keys in a list of sections have the index 0."""
     for name in section.model_fields:
         yield prefix + name
         kind = _bare(section.model_fields[name].annotation)
-        item = get_args(kind)[0] if get_origin(kind) is list else kind
-        if _is_section(item):
+        if item := item_section(kind):
             yield from _keys(item, f"{prefix}{name}." if item is kind else f"{prefix}{name}.0.")
 
 

@@ -21,7 +21,7 @@ ORDER = [
     {"division", "files", "machine", "progress", "resources"},
     {"yaml_text"},
     {"schema"},
-    {"overrides", "run_keys"},
+    {"overrides", "key_table", "presets", "run_keys"},
     {"config"},
     {"data", "models"},
     {"objective"},

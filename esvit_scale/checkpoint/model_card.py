@@ -10,6 +10,7 @@ from esvit_scale import __version__
 from esvit_scale.checkpoint import card_results, libraries
 from esvit_scale.checkpoint.weights import Weights
 from esvit_scale.config import Config
+from esvit_scale.data.pixel_format import pixel_format
 from esvit_scale.models.trunk import Trunk
 from esvit_scale.objective.network import build_network
 
@@ -63,7 +64,7 @@ def _safetensors_code(config: Config, trunk: Trunk, name: str) -> tuple[str, str
     pyramid = "; model.pyramid(images) gives a map a stage" if trunk.reductions else ""
     return (
         f'from esvit_scale import load_backbone\n\nmodel = load_backbone("{name}")\n'
-        f"features = model(images)  # [B, 3, H, W] → [B, C]{pyramid}",
+        f"features = model(images)  # [B, {config.data.channels}, H, W] → [B, C]{pyramid}",
         "",
     )
 
@@ -76,7 +77,7 @@ def _timm_code(config: Config, trunk: Trunk, name: str) -> tuple[str, str]:
         norm = f", norm_layer=partial(nn.LayerNorm, eps={form.norm_eps})"
     return (
         f'{imports}\nmodel = timm.create_model("local-dir:{name}", pretrained=True{norm}).eval()\n'
-        f"features = model(images)  # [B, 3, {size}, {size}] → [B, C]",
+        f"features = model(images)  # [B, {config.data.channels}, {size}, {size}] → [B, C]",
         form.note,
     )
 
@@ -94,7 +95,7 @@ def _onnx_code(config: Config, trunk: Trunk, name: str) -> tuple[str, str]:
     outputs, shapes = ("features, regions", "[B, C], [B, T, C]") if trunk.has_regions else ("[features]", "[B, C]")
     return (
         f'import onnxruntime\n\nsession = onnxruntime.InferenceSession("{name}/model.onnx")\n'
-        f'{outputs} = session.run(None, {{"images": images}})  # float32 [B, 3, S, S] → {shapes}',
+        f'{outputs} = session.run(None, {{"images": images}})  # float32 [B, {config.data.channels}, S, S] → {shapes}',
         "",
     )
 
@@ -120,9 +121,11 @@ def _input(config: Config, form: str, other_sizes: str) -> str:
             " Where the resized side less the crop is odd, transformers may crop one pixel beside; it neither turns pictures "
             "by their EXIF orientation nor takes 16-bit ones (it clips them): hand it 8-bit, upright pictures."
         )
+    pixels = pixel_format(config.data)
+    mean, std = (", ".join(f"{value:g}" for value in values) for values in (pixels.mean, pixels.std))
     return (
-        f"RGB, short side resized to {round(size * 256 / 224)} pixels (bicubic), centre crop of {size}, divided by 255, "
-        f"then mean (0.485, 0.456, 0.406) and standard deviation (0.229, 0.224, 0.225). {only}"
+        f"{'RGB' if pixels.is_rgb8 else pixels}, short side resized to {round(size * 256 / 224)} pixels (bicubic), centre crop "
+        f"of {size}, divided by {pixels.largest}, then mean ({mean}) and standard deviation ({std}). {only}"
     ).rstrip()
 
 

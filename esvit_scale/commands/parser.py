@@ -3,7 +3,7 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -120,6 +120,12 @@ def on_all_ranks(evaluate: Callable[[], object]) -> None:
 def rank() -> str:
     """Return this process's rank as torchrun or srun gives it; "0" without a launcher."""
     return os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0"
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Print lines; stop without an error when their reader (`| head`, `| less`) has seen enough."""
+    with suppress(BrokenPipeError):
+        print("\n".join(lines))
 
 
 def print_error(text: str) -> None:

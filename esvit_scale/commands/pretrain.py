@@ -2,9 +2,13 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from esvit_scale.commands.parser import add_overrides, command
+from esvit_scale.commands.parser import add_overrides, command, rank
+from esvit_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from esvit_scale.config import Config
 
 
 def add(commands: Any) -> None:
@@ -19,6 +23,12 @@ def add(commands: Any) -> None:
     )
     pretrain.add_argument("config", metavar="CONFIG", help="name of a preset, or a YAML file")
     add_overrides(pretrain, "config values to change, for example train.global_batch=64 data.train=/data/shards")
+    pretrain.add_argument(
+        "--show-crops",
+        type=Path,
+        metavar="PNG",
+        help="only draw the crops of some training images to this file, as the model will see them, and train nothing",
+    )
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -38,6 +48,20 @@ def _pretrain(options: argparse.Namespace) -> int:
 
     config = configs.resolve(options.config, options.overrides)
     configs.require_training_data(config)
+    if options.show_crops:
+        return _show_crops(config, options.show_crops) if rank() == "0" else 0
     from esvit_scale.train import pretraining
 
     return pretraining.pretrain(config)
+
+
+def _show_crops(config: "Config", path: Path) -> int:
+    if path.suffix != ".png":
+        raise UserError(f"--show-crops {path}: must end in .png")
+    from esvit_scale import files
+    from esvit_scale.report import sample_images
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_bytes(path, sample_images.crop_sheet(config))
+    print(path)
+    return 0

@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from esvit_scale.config import Data
+from esvit_scale.data.photometric import Strengths, strengths
 from esvit_scale.data.picture import Pixels
 
 RATIO = (3 / 4, 4 / 3)  # width / height
@@ -57,17 +58,19 @@ def crop_box(rng: np.random.Generator, width: int, height: int, scale: tuple[flo
 
 
 class CropGroup(NamedTuple):
-    """The crops of one resolution: their size in pixels, their number per image and their range of areas."""
+    """The crops of one resolution: their size, their number per image, their range of areas and their augmentation."""
 
     size: int  # pixels on a side
     views: int  # crops per image
     scale: tuple[float, float]  # smallest and largest area, as fractions of the image's
+    augment: list[Strengths]  # of each view
 
 
 def crop_groups(data: Data) -> list[CropGroup]:
     """Return the groups of crops that a config asks for, the two global crops first."""
-    local = [CropGroup(g.size, g.count, g.scale) for g in data.local_crops]
-    return [CropGroup(data.global_crops.size, 2, data.global_crops.scale), *local]
+    local = [CropGroup(g.size, g.count, g.scale, strengths(g.augment) * g.count) for g in data.local_crops]
+    both = data.global_crops
+    return [CropGroup(both.size, 2, both.scale, strengths(both.augment)), *local]
 
 
 # --- pixels ----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 The recipe is DINO's, which EsViT uses (its `DataAugmentationDINO`): colour jitter (.4, .4, .2, .1) with p .8 in a random
 order of its four operations, grayscale p .2, Gaussian blur of radius U(.1, 2) (p 1 for the first global crop, .1 for
 the second, .5 for local crops), solarisation p .2 (second global only), then mean and standard deviation.
+These are the defaults of the keys `data.global_crops.augment` and `data.local_crops.N.augment`.
 Parameters are drawn for each crop from its sample's key, so a sample's pixels do not depend on the rest of its batch.
 
 The official Pillow pipeline rounds to 8 bits after every operation; the values here differ from its by that rounding only.
@@ -19,13 +20,33 @@ from torch import Tensor
 from esvit_scale.data.pixel_format import MEAN as MEAN
 from esvit_scale.data.pixel_format import RGB8, PixelFormat
 from esvit_scale.data.pixel_format import STD as STD
+from esvit_scale.run_keys import GlobalAugment, LocalAugment
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, Pillow's grey
-BLUR_RATE = (1.0, 0.1, 0.5)  # probability of a blur for the first global, the second global and local crops
-BLUR_RADIUS = (0.1, 2.0)  # pixels: smallest and largest
-JITTER = (0.4, 0.4, 0.2, 0.1)  # largest change of brightness, contrast, saturation and hue
 ORDERS = tuple(permutations(range(4)))  # the orders of the four jitter operations
-BOX_REACH = 2  # pixels on either side that one box pass of the largest radius reaches
+BOX_REACH = 2  # pixels on either side that one box pass of the largest radius that the config takes (2) reaches
+
+
+class Strengths(NamedTuple):
+    """How often and how strongly one crop is augmented: what its parameters are drawn from."""
+
+    jitter: float  # probability
+    reach: tuple[float, float, float, float]  # largest change of brightness, contrast, saturation and hue
+    grayscale: float  # probability
+    blur: float  # probability
+    radius: tuple[float, float]  # pixels: smallest and largest blur
+    solarize: float  # probability
+
+
+def strengths(augment: GlobalAugment | LocalAugment) -> list[Strengths]:
+    """Return the strengths that a config section describes: of both global crops, or of one local crop."""
+    a = augment
+    blur, solarize = (a.blur, a.solarize) if isinstance(a, GlobalAugment) else ((a.blur,), (a.solarize,))
+    reach = (a.brightness, a.contrast, a.saturation, a.hue)
+    return [Strengths(a.jitter, reach, a.grayscale, b, a.blur_radius, s) for b, s in zip(blur, solarize, strict=True)]
+
+
+ESVIT = [*strengths(GlobalAugment()), *strengths(LocalAugment())]  # first global, second global, local crops
 
 
 class BatchAugmentationParams(NamedTuple):
@@ -56,18 +77,17 @@ class AugmentationParams(NamedTuple):
     solarize: bool
 
 
-def draw_params(rng: np.random.Generator, crop: int) -> AugmentationParams:
-    """Draw the parameters of crop number `crop` of a sample (0 and 1 are the global crops) from the crop's generator."""
+def draw_params(rng: np.random.Generator, strengths: Strengths) -> AugmentationParams:
+    """Draw the parameters of one crop from the crop's generator; the same ten numbers whatever the strengths are."""
     u = rng.random(10)
-    b, c, s, h = ((2 * float(v) - 1) * reach for v, reach in zip(u[2:6], JITTER, strict=True))
+    b, c, s, h = ((2 * float(v) - 1) * reach for v, reach in zip(u[2:6], strengths.reach, strict=True))
+    low, high = strengths.radius
     return AugmentationParams(
-        order=int(u[1] * len(ORDERS)) if u[0] < 0.8 else -1,
+        order=int(u[1] * len(ORDERS)) if u[0] < strengths.jitter else -1,
         factors=(1 + b, 1 + c, 1 + s, h),
-        grayscale=bool(u[6] < 0.2),
-        radius=BLUR_RADIUS[0] + (BLUR_RADIUS[1] - BLUR_RADIUS[0]) * float(u[8])
-        if u[7] < BLUR_RATE[min(crop, 2)]
-        else 0.0,
-        solarize=bool(crop == 1 and u[9] < 0.2),
+        grayscale=bool(u[6] < strengths.grayscale),
+        radius=low + (high - low) * float(u[8]) if u[7] < strengths.blur else 0.0,
+        solarize=bool(u[9] < strengths.solarize),
     )
 
 
@@ -204,7 +224,7 @@ def box_taps(radius: Tensor) -> Tensor:
     The box has a fractional width, so that the three variances add up to radius² (Gwosdek et al., extended box filters).
 
     Args:
-        radius: [n], at most BLUR_RADIUS[1].
+        radius: [n], at most 2 pixels.
     """
     variance = radius.double().unsqueeze(1) ** 2 / 3  # of one pass
     whole = ((12 * variance + 1).sqrt().sub(1) / 2).floor()

@@ -27,7 +27,8 @@ class PlacedCrop(NamedTuple):
     """The random choices for one crop of one sample: its box, whether it is mirrored, and its augmentation."""
 
     box: Box
-    flip: bool
+    flip: bool  # left to right
+    flip_vertical: bool  # top to bottom
     params: AugmentationParams
 
 
@@ -63,12 +64,13 @@ def place_crops(config: Config, epoch: int, key: str, width: int, height: int) -
     """Draw the crops of a sample whose image has width × height pixels: a pure function of seed, epoch and key."""
     placed: list[PlacedCrop] = []
     for group in crop_groups(config.data):
-        for _ in range(group.views):
-            number = len(placed)
-            rng = keyed_generator(config.seed, epoch, key, number)
+        for strengths in group.augment:
+            rng = keyed_generator(config.seed, epoch, key, len(placed))
             box = crop_box(rng, width, height, group.scale)
-            flip = rng.random() < 0.5
-            placed.append(PlacedCrop(box, flip, photometric.draw_params(rng, number)))
+            flip = rng.random() < config.data.flip
+            params = photometric.draw_params(rng, strengths)
+            # Drawn last: the numbers of the others are those of versions that had no vertical flip.
+            placed.append(PlacedCrop(box, flip, rng.random() < config.data.flip_vertical, params))
     return placed
 
 
@@ -104,6 +106,8 @@ def make_worker_batch(config: Config, batch_index: int, samples: Iterable[Decode
         places = (array[v, b] for array in arrays for v in range(len(array)))
         for number, (crop, reduction, out) in enumerate(zip(sample.crops, sample.reductions, places, strict=True)):
             sample.pyramid.cut(crop.box, reduction, crop.flip, out)
+            if crop.flip_vertical:
+                out[:] = out[::-1].copy()
             if in_worker:
                 photometric_8bit.apply(out, crop.params)
             params[number].append(photometric_8bit.IDENTITY if in_worker else crop.params)

@@ -197,7 +197,9 @@ def jitter_and_grey(pixels: np.ndarray, key: str, seed: int = 0) -> np.ndarray:
 
     The jitter is a function of (seed, key).
     """
-    draw = photometric.draw_params(crops.keyed_generator(seed, 0, key, 0), 0)._replace(grayscale=True, radius=0.0)
+    draw = photometric.draw_params(crops.keyed_generator(seed, 0, key, 0), photometric.ESVIT[0])._replace(
+        grayscale=True, radius=0.0
+    )
     image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))[None]
     x = photometric.apply(image, photometric.stack([[draw]]).crops(0, 1))[0]
     return _to_uint8(x)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from esvit_scale.config import Config
@@ -18,7 +18,9 @@ from esvit_scale.data.pixel_format import PixelFormat, pixel_format
 from esvit_scale.errors import UserError
 from esvit_scale.report.false_colour import composite
 
-CROPPED_IMAGES = 5  # number of images whose crops are shown
+CROPPED_IMAGES = 5  # number of images whose crops a report shows
+SHEET_IMAGES = 8  # number of images whose crops `pretrain --show-crops` draws
+CELL_SIDE = 224  # pixels of the largest crop on that sheet
 THUMBNAIL_SIDE = 208  # pixels of a thumbnail's longer side, twice its size on the page
 
 
@@ -52,7 +54,37 @@ def crop_grid(config: Config) -> CropGrid:
     Raises:
         UserError: the training set no longer exists.
     """
-    train = config.train.model_copy(update={"global_batch": CROPPED_IMAGES, "grad_accum": 1})
+    columns = [[thumbnail(image) for image in column] for column in _augmented_crops(config, CROPPED_IMAGES)]
+    return CropGrid(_crop_names(len(columns)), [list(row) for row in zip(*columns, strict=True)])
+
+
+def crop_sheet(config: Config, images: int = SHEET_IMAGES) -> bytes:
+    """Return a PNG of the crops that the first step trains on: a row for each of some images, with mean and std undone.
+
+    Raises:
+        UserError: the training data cannot be read.
+    """
+    columns = _augmented_crops(config, images)
+    widths = [max(CELL_SIDE // 4, min(CELL_SIDE, column[0].width)) for column in columns]
+    sheet = Image.new("RGB", (sum(widths) + 8 * (len(widths) + 1), 24 + (max(widths) + 8) * len(columns[0])), "white")
+    draw, x = ImageDraw.Draw(sheet), 8
+    for name, column, width in zip(_crop_names(len(columns)), columns, widths, strict=True):
+        draw.text((x, 6), name, fill="black")
+        for row, image in enumerate(column):
+            sheet.paste(image.resize((width, width), Image.Resampling.BICUBIC), (x, 24 + row * (max(widths) + 8)))
+        x += width + 8
+    out = io.BytesIO()
+    sheet.save(out, "PNG")
+    return out.getvalue()
+
+
+def _crop_names(crops: int) -> list[str]:
+    return ["global 1", "global 2", *(f"local {i + 1}" for i in range(crops - 2))]
+
+
+def _augmented_crops(config: Config, images: int) -> list[list[Image.Image]]:
+    """Return the augmented crops of the first `images` samples of training as pictures: a list for each crop."""
+    train = config.train.model_copy(update={"global_batch": images, "grad_accum": 1})
     data = config.data.model_copy(update={"workers": 0, "slots": None})
     small = config.model_copy(update={"train": train, "data": data})
     batch = next(iter(stream.batches(small, stream.open_data(config), 0, 1, 0, 1)))
@@ -62,12 +94,10 @@ def crop_grid(config: Config) -> CropGrid:
         views = len(group)
         augmented = photometric.apply(group.flatten(0, 1), batch.photometric.crops(first, first + views), pixels)
         columns += [
-            [thumbnail(_unnormalized(image, pixels)) for image in view]
-            for view in augmented.unflatten(0, group.shape[:2])
+            [_unnormalized(image, pixels) for image in view] for view in augmented.unflatten(0, group.shape[:2])
         ]
         first += views
-    names = ["global 1", "global 2", *(f"local {i + 1}" for i in range(len(columns) - 2))]
-    return CropGrid(names, [list(row) for row in zip(*columns, strict=True)])
+    return columns
 
 
 def neighbour_rows(result: Mapping[str, Any]) -> list[Query]:

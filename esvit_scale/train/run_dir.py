@@ -19,29 +19,9 @@ from esvit_scale.checkpoint import state_file, step_folders
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
 from esvit_scale.machine import usable_cpus
+from esvit_scale.run_keys import MAY_DIFFER
 
 log = logging.getLogger("esvit_scale")
-
-# Keys whose values may change between two starts of a run, because they do not change its results.
-MAY_DIFFER = (
-    "run_dir",
-    "data.stage",
-    "data.workers",
-    "data.held_out",
-    "train.ds_config",
-    "train.activation_checkpointing",
-    "train.compile",
-    "train.log_every",
-    "train.checkpoint_every",
-    "train.checkpoint_minutes",
-    "train.keep_checkpoints",
-    "train.keep_every",
-    "train.hang_minutes",
-    "train.knn_every",
-    "train.skips_before_rollback",
-    "train.rollbacks",
-)
-
 
 # The paths of the data may change, too, if the checkpoint records the identity of the data, which is then compared.
 DATA_KEYS = ("data.train", "data.mix")

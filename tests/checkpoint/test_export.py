@@ -302,6 +302,20 @@ def test_torch_hub_loads_backbone_and_trunk(step: Path, monkeypatch: pytest.Monk
     assert untrained(images(1, 64)).shape == (1, untrained.dim)
 
 
+def test_model_card_states_the_runs_own_pixels(tmp_path: Path) -> None:
+    own = {"channels": 4, "bits": 16, "mean": [0.1, 0.2, 0.3, 0.4], "std": [0.5, 0.5, 0.25, 0.125]}
+    weights = weights_of(tmp_path / "set", AT_224)
+    data = weights.config.data
+    card = export.model_card.text(weights, "teacher", "safetensors", tmp_path, "w")
+    assert "RGB, short side" in card
+    assert "divided by 255, then mean (0.485, 0.456, 0.406) and standard deviation (0.229, 0.224, 0.225)" in card
+    config = weights.config.model_copy(update={"data": data.model_copy(update=own)})
+    card = export.model_card.text(weights._replace(config=config), "teacher", "safetensors", tmp_path, "w")
+    assert "4 channels of 16 bits, short side" in card
+    assert "divided by 65535, then mean (0.1, 0.2, 0.3, 0.4) and standard deviation (0.5, 0.5, 0.25, 0.125)" in card
+    assert "[B, 4, H, W]" in card
+
+
 def test_model_card_is_filled_from_the_run(tmp_path: Path) -> None:
     weights = weights_of(tmp_path / "my-shards", AT_224)
     run = tmp_path / "run"

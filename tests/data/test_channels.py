@@ -315,7 +315,7 @@ def test_batches_are_equal_for_workers_ranks_and_plain_tars(tile_set: manifests.
 def test_augmentations_match_their_definition_for_channels() -> None:
     pixels = PixelFormat(5, 16, (0.3,) * 5, (0.1,) * 5)
     x = torch.from_numpy(np.stack([bands(i, 5, 16, 24, 24) for i in range(40)])).permute(0, 3, 1, 2)
-    draws = [photometric.draw_params(np.random.default_rng(i), 1) for i in range(40)]
+    draws = [photometric.draw_params(np.random.default_rng(i), photometric.ESVIT[1]) for i in range(40)]
     params = photometric.stack([draws]).crops(0, 1)
     found = photometric.apply(x, params, pixels) * 0.1 + 0.3
     for i, draw in enumerate(draws):

@@ -118,7 +118,12 @@ def official(image: Image.Image, p: photometric.BatchAugmentationParams, i: int)
 
 def drawn(n: int, crop: int, seed: int = 0) -> photometric.BatchAugmentationParams:
     return photometric.stack(
-        [[photometric.draw_params(keyed_generator(seed, 0, str(i), crop), crop) for i in range(n)]]
+        [
+            [
+                photometric.draw_params(keyed_generator(seed, 0, str(i), crop), photometric.ESVIT[min(crop, 2)])
+                for i in range(n)
+            ]
+        ]
     ).crops(0, 1)
 
 
@@ -182,7 +187,13 @@ def test_draws_of_fields_are_independent() -> None:
 
 def test_flattened_parameters_match_flattened_crops() -> None:
     p = photometric.stack(
-        [[photometric.draw_params(keyed_generator(0, 0, f"{v}/{b}", v), v) for b in range(3)] for v in range(4)]
+        [
+            [
+                photometric.draw_params(keyed_generator(0, 0, f"{v}/{b}", v), photometric.ESVIT[min(v, 2)])
+                for b in range(3)
+            ]
+            for v in range(4)
+        ]
     )
     assert p.order.shape == (4, 3)
     assert p.factors.shape == (4, 3, 4)

@@ -22,7 +22,7 @@ def test_values_equal_the_device_path_up_to_rounding(crop: int) -> None:
     expected = unit(photometric.apply(x, drawn(60, crop))).permute(0, 2, 3, 1).numpy() * 255
     errors = []
     for i in range(60):
-        draw = photometric.draw_params(keyed_generator(0, 0, str(i), crop), crop)
+        draw = photometric.draw_params(keyed_generator(0, 0, str(i), crop), photometric.ESVIT[min(crop, 2)])
         pixels = x[i].permute(1, 2, 0).numpy().copy()
         photometric_8bit.apply(pixels, draw)
         if not draw.solarize:  # a rounding at the threshold inverts a pixel
