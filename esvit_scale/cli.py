@@ -6,7 +6,20 @@ import sys
 from contextlib import suppress
 
 import esvit_scale
-from esvit_scale.commands import convert, doctor, evaluate, keys, plan, pretrain, report, shards, slurm, sweep
+from esvit_scale.commands import (
+    completion,
+    convert,
+    doctor,
+    evaluate,
+    keys,
+    plan,
+    pretrain,
+    report,
+    shards,
+    slurm,
+    status,
+    sweep,
+)
 from esvit_scale.commands.parser import Parser, print_error, rank
 from esvit_scale.errors import Diverged, RestartCanHelp, UserError, translate_file_errors
 
@@ -67,6 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     root.add_argument("--version", action="version", version=f"esvit-scale {esvit_scale.__version__}")
     commands = root.add_subparsers(metavar="COMMAND", required=True)
-    for station in (pretrain, keys, shards, evaluate, convert, plan, sweep, slurm, report, doctor):
+    for station in (pretrain, keys, status, shards, evaluate, convert, plan, sweep, slurm, report, doctor):
         station.add(commands)
+    completion.add(commands, build_parser)
     return root

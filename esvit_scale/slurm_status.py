@@ -4,7 +4,7 @@ import re
 import subprocess
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from esvit_scale import config as configs
 from esvit_scale.data import mix
@@ -44,22 +44,24 @@ def status(run: Path) -> Status:
         known = [path.parent.parent.name for path in run.parent.glob("*/slurm/starts.tsv")]
         raise UserError(f"{run}: no job has started here{nearest(run.name, known)}")
     job, fields, state = _job_that_matters(run, [start[1] for start in starts])
-    rows = read_rows(run / "metrics.jsonl")
-    row = rows[-1] if rows else {}
-    total, step = _total_steps(run), row.get("step", 0)
-    left = None if total is None or "step_s" not in row else (total - step) * row["step_s"]
     return Status(
+        **progress(run),
         state=state,
         reason="" if fields.get("Reason") in (None, "None") else fields["Reason"],
         job=job,
         starts=max(1, sum(start[1] not in _refused(run) for start in starts)),
         failures=len(_records(run, "failures.tsv")),
-        step=step,
-        total_steps=total,
-        images_per_s=row.get("images_per_s"),
-        eta_s=left,
         console=fields.get("StdOut", ""),
     )
+
+
+def progress(run: Path) -> dict[str, Any]:
+    """Return the fields of a Status that come from metrics.jsonl: step, total_steps, images_per_s and eta_s."""
+    rows = read_rows(run / "metrics.jsonl")
+    row = rows[-1] if rows else {}
+    total, step = _total_steps(run), row.get("step", 0)
+    left = None if total is None or "step_s" not in row else (total - step) * row["step_s"]
+    return {"step": step, "total_steps": total, "images_per_s": row.get("images_per_s"), "eta_s": left}
 
 
 def status_lines(found: Status) -> list[str]:
@@ -107,7 +109,7 @@ def _job_that_matters(run: Path, started: list[str]) -> tuple[str, dict[str, str
     for job in jobs:
         if (state := said[job].get("JobState", "")) in GOING_ON:
             return job, said[job], state
-    by_files = _state_by_files(run)
+    by_files = state_by_files(run)
     worked = [job for job in jobs if job not in refused] or jobs
     if by_files == "FINISHED":
         done = [job for job in jobs if said[job].get("JobState") == "COMPLETED"]
@@ -122,7 +124,7 @@ def _refused(run: Path) -> set[str]:
     return {job for _, job, code in _records(run, "ended.tsv") if code == "2"}
 
 
-def _state_by_files(run: Path) -> str:
+def state_by_files(run: Path) -> str:
     """Return the state of a run that Slurm no longer knows, from its run dir."""
     if read_summary(run).get("finished"):
         return "FINISHED"

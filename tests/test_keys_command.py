@@ -11,7 +11,7 @@ import pytest
 
 from esvit_scale import cli, key_table, presets
 from esvit_scale import config as configs
-from esvit_scale.commands import keys as keys_command
+from esvit_scale.commands import keys
 from esvit_scale.config import Config
 from esvit_scale.schema import declared
 
@@ -65,7 +65,7 @@ def test_defaults_and_allowed_values_are_what_the_schema_takes() -> None:
 
 def test_config_page_is_current() -> None:
     page = (ROOT / "docs" / "config.md").read_text()
-    assert page == keys_command.markdown(), "run: esvit-scale config --markdown > docs/config.md"
+    assert page == keys.markdown(), "run: esvit-scale config --markdown > docs/config.md"
     assert all(f"| `{key.name}` |" in page for key in KEYS)
 
 

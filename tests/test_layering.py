@@ -36,6 +36,7 @@ ORDER = [
     {"doctor_gpu"},
     {"demo", "doctor", "feed", "launch"},
     {"slurm_status"},
+    {"run_status"},
     {"preflight"},
     {"commands"},
     {"cli"},

@@ -16,7 +16,9 @@ def add(commands: Any) -> None:
         "check what works on this machine; with --data, whether it loads data fast enough for its GPUs",
     )
     doctor.add_argument(
-        "--data", metavar="SHARDS", help="shard set on which to measure the loading of data; takes about 15 s"
+        "--data",
+        metavar="SHARDS",
+        help="shard set on which to measure the loading of data, 15 s (default: not measured)",
     )
     doctor.add_argument(
         "config", nargs="?", metavar="CONFIG", help="with --data: preset or YAML file of the run (default: swin_t)"

@@ -25,7 +25,9 @@ def _add_knn(evaluate: Any) -> None:
     knn.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write knn.json to")
     ks = "numbers of neighbours that vote (default: 10 20 100 200)"
     knn.add_argument("--k", type=positive, nargs="+", metavar="K", help=ks)
-    shots = "for each N, also report the accuracy with only N training samples of each class"
+    shots = (
+        "for each N, also report the accuracy with only N training samples of each class (default: all samples only)"
+    )
     knn.add_argument("--shots", type=positive, nargs="+", default=[], metavar="N", help=shots)
     tries = "random draws of the --shots samples to average over (default: 5)"
     knn.add_argument("--tries", type=positive, default=5, metavar="T", help=tries)
@@ -76,7 +78,10 @@ def _add_transfer(evaluate: Any) -> None:
         "--root", type=Path, metavar="DIR", help="folder that the list's relative paths start at (default: the list's)"
     )
     transfer.add_argument(
-        "--baseline", type=Path, metavar="F.json", help="transfer.json of another checkpoint to compare with"
+        "--baseline",
+        type=Path,
+        metavar="F.json",
+        help="transfer.json of another checkpoint to compare with (default: none)",
     )
     _add_features(transfer)
 

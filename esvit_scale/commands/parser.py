@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from esvit_scale.commands.examples import EXAMPLES
 from esvit_scale.errors import UserError, nearest
 
 
@@ -50,8 +51,18 @@ class Parser(argparse.ArgumentParser):
 def command(
     commands: Any, name: str, run: Callable[[argparse.Namespace], int], summary: str
 ) -> argparse.ArgumentParser:
-    """Add a command that calls `run` with the parsed options; return its parser. `summary` is its help text."""
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+    """Add a command that calls `run` with the parsed options; return its parser. `summary` is its help text, and its
+    example comes from examples.py.
+    """
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    path = parser.prog.partition(" ")[2]
+    parser.epilog = f"example:\n  {parser.prog} {EXAMPLES[path]}"
     parser.set_defaults(run=run)
     return parser
 

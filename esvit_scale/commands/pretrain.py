@@ -1,9 +1,11 @@
 """The commands `demo` (pretraining on bundled images) and `pretrain` (on the user's)."""
 
 import argparse
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from esvit_scale import presets
 from esvit_scale.commands.parser import add_overrides, command, rank
 from esvit_scale.errors import UserError
 
@@ -23,11 +25,15 @@ def add(commands: Any) -> None:
     )
     pretrain.add_argument("config", metavar="CONFIG", help="name of a preset, or a YAML file")
     add_overrides(pretrain, "config values to change, for example train.global_batch=64 data.train=/data/shards")
+    pretrain.epilog = (
+        f"{pretrain.epilog}\n\n{textwrap.fill('presets: ' + ', '.join(presets.names()), 110, subsequent_indent='  ')}\n"
+        "  `esvit-scale presets` says what each suits. `esvit-scale config swin_t` lists every key with value, unit and meaning."
+    )
     pretrain.add_argument(
         "--show-crops",
         type=Path,
         metavar="PNG",
-        help="only draw the crops of some training images to this file, as the model will see them, and train nothing",
+        help="only draw the crops of some training images to this file, as the model will see them (default: train)",
     )
 
 

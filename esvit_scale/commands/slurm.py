@@ -28,7 +28,12 @@ def add(commands: Any) -> None:
         "--shared", type=Path, required=True, metavar="DIR", help="folder on a file system that all nodes share"
     )
     run_dir = command(slurm, "run-dir", _run_dir, "print the run dir of a config (the batch scripts use it)")
-    run_dir.add_argument("--cell", type=count, metavar="INDEX", help="index of a cell; CONFIG is then a sweep file")
+    run_dir.add_argument(
+        "--cell",
+        type=count,
+        metavar="INDEX",
+        help="index of a cell; CONFIG is then a sweep file (default: CONFIG is a run)",
+    )
     run_dir.add_argument("config", metavar="CONFIG", help="name of a preset, or a YAML file")
     add_overrides(run_dir, "config values to change")
 

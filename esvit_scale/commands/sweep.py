@@ -16,11 +16,13 @@ def add(commands: Any) -> None:
     fit.add_argument(
         "table", type=Path, metavar="CSV", help="measurements: runs.csv of `sweep collect`, or any other CSV"
     )
-    fit.add_argument("--x", metavar="COL", help="column of the one input, for example flops; goes with --y")
-    fit.add_argument("--y", metavar="COL", help="column that falls with --x, for example knn_error")
-    fit.add_argument("--n", metavar="COL", help="column of parameters; goes with --d and --loss")
-    fit.add_argument("--d", metavar="COL", help="column of data, for example images_seen")
-    fit.add_argument("--loss", metavar="COL", help="column that falls with --n and --d")
+    fit.add_argument(
+        "--x", metavar="COL", help="column of the one input, for example flops; goes with --y (default: none)"
+    )
+    fit.add_argument("--y", metavar="COL", help="column that falls with --x, for example knn_error (default: none)")
+    fit.add_argument("--n", metavar="COL", help="column of parameters; goes with --d and --loss (default: none)")
+    fit.add_argument("--d", metavar="COL", help="column of data, for example images_seen (default: none)")
+    fit.add_argument("--loss", metavar="COL", help="column that falls with --n and --d (default: none)")
     fit.add_argument(
         "--compute",
         metavar="COL",
@@ -43,7 +45,12 @@ def add(commands: Any) -> None:
     )
     fit.add_argument("--seed", type=count, default=0, metavar="N", help="random seed of the bootstrap (default: 0)")
     fit.add_argument(
-        "--predict", type=_above_zero, nargs="+", default=[], metavar="FLOPS", help="budgets, in FLOPs, to predict at"
+        "--predict",
+        type=_above_zero,
+        nargs="+",
+        default=[],
+        metavar="FLOPS",
+        help="budgets, in FLOPs, to predict at (default: none)",
     )
     fit.add_argument(
         "--force", action="store_true", help="allow predictions beyond 10 times the largest measured compute"
@@ -55,7 +62,9 @@ def add(commands: Any) -> None:
     report.add_argument(
         "--out", type=Path, metavar="DIR", help="folder for the page and figures (default: the folder of fit.json)"
     )
-    report.add_argument("--tflops", type=_above_zero, metavar="T", help="TFLOP/s of one GPU, to price the next size")
+    report.add_argument(
+        "--tflops", type=_above_zero, metavar="T", help="TFLOP/s of one GPU, to price the next size (default: no price)"
+    )
     report.add_argument(
         "--mfu",
         type=_above_zero,

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from esvit_scale import files
 from esvit_scale.errors import in_words
 from esvit_scale.train import row_file
+from esvit_scale.train.log_format import FileFormatter
 from esvit_scale.train.row_file import RowFile, read_rows
 
 log = logging.getLogger("esvit_scale")
@@ -270,7 +271,8 @@ def start_logging(run: Path, active: bool) -> None:
     if active:
         handlers.append(_LogFile(run / "log.txt", delay=True))
     for handler in handlers:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        plain = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
+        handler.setFormatter(FileFormatter() if isinstance(handler, _LogFile) else plain)
         log.addHandler(handler)
 
 

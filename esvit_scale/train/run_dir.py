@@ -60,21 +60,30 @@ def _is_ours_before_config(name: str) -> bool:
 def record_start(path: Path, config: Config) -> None:
     """Write the resolved config and the environment of this start. Call it while holding the lock."""
     files.write_text(path / "config.yaml", configs.dump(config))
-    files.write_json(path / "environment.json", _environment())
+    before = read_environment(path)
+    starts = before.get("starts", 1 if before else 0)  # environment.json of older versions does not count the starts
+    files.write_json(path / "environment.json", {**_environment(), "starts": starts + 1})
 
 
 def read_summary(path: Path) -> dict[str, Any]:
     """Return the content of summary.json; empty if it is missing or damaged (the end of the run writes it again)."""
+    return _read_json(path / "summary.json")
+
+
+def read_environment(path: Path) -> dict[str, Any]:
+    """Return the content of environment.json, of the last start; empty if it is missing or damaged."""
+    return _read_json(path / "environment.json")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        summary = json.loads((path / "summary.json").read_bytes())
+        content = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
-        log.warning(
-            "%s: cannot be read: %s; continuing without it", path / "summary.json", " ".join(str(error).split())
-        )
+        log.warning("%s: cannot be read: %s; continuing without it", path, " ".join(str(error).split()))
         return {}
-    return summary if isinstance(summary, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _check_same(path: Path, config: Config) -> None:
