@@ -23,7 +23,8 @@ The pipeline, one line per stage. B images, V crops, T tokens, C width, K protot
 
 Other modules: config.py and run_keys.py (every number of a run), models/traced.py and objective/costs.py (what a run costs), cli.py
 and commands/ (the command line), doctor.py (what works on this machine), feed.py (whether the machine loads data fast
-enough for its GPUs), launch.py and slurm_status.py (jobs under Slurm).
+enough for its GPUs), launch.py and slurm_status.py (jobs under Slurm), api.py and
+shards.py (the commands as Python functions).
 """
 
 from importlib import import_module
@@ -32,8 +33,21 @@ from typing import Any
 __version__ = "0.1.0"
 
 
+# Name → module that has it; imported on first use, since importing the package must not load torch.
+_LAZY = {
+    "load_backbone": "esvit_scale.checkpoint.backbone",
+    "pretrain": "esvit_scale.api",
+    "embed": "esvit_scale.api",
+    "evaluate_knn": "esvit_scale.api",
+    "plan": "esvit_scale.api",
+    "Embeddings": "esvit_scale.api",
+}
+
+
 def __getattr__(name: str) -> Any:
-    """Import `load_backbone` (checkpoint/backbone.py) on first use: importing the package must not load torch."""
-    if name == "load_backbone":
-        return import_module("esvit_scale.checkpoint.backbone").load_backbone
+    """Import a name of the Python API on first use: a function, or the module `shards`."""
+    if name == "shards":
+        return import_module("esvit_scale.shards")
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -39,6 +39,7 @@ ORDER = [
     {"run_status"},
     {"preflight"},
     {"commands"},
+    {"api", "shards"},
     {"cli"},
     {"__main__"},
 ]

@@ -4,6 +4,9 @@ No torch here: the handlers must be installed before the heavy imports, or a sig
 """
 
 import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import IntFlag
 from types import FrameType
 
@@ -51,3 +54,20 @@ def _on_interrupt(number: int, frame: FrameType | None) -> None:
     if _request == Flag.INTERRUPT:
         raise KeyboardInterrupt
     _request = Flag.INTERRUPT
+
+
+@contextmanager
+def installed() -> Iterator[None]:
+    """Install the handlers for a block, and put back what was there before; without effect outside the main thread."""
+    global _request
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)}
+    install()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _request = Flag(0)
