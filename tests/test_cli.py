@@ -81,6 +81,7 @@ MISTAKES = {
     "demo --ot x": "unrecognized arguments: --ot x",
     "shards create a b --samples-per-shard 0": "--samples-per-shard: expected a whole number ≥ 1, got '0'",
     "embed --checkpoint a --data b --out c --workers -1": "--workers: expected",
+    "embed --checkpoint a --data b --out f.npy": "--out f.npy: must end in .npz; the file holds several arrays",
     "pretrain swint": "swint: neither a file nor a preset; did you mean 'swin_t'?",
     "pretrain no/such.yaml": "no/such.yaml: no such config file",
     "pretrain swin_t train.epoch=3": "unknown key train.epoch; did you mean 'train.epochs'?",
@@ -108,6 +109,18 @@ def test_user_error_prints_one_line_and_exits_with_2(line, tmp_path, monkeypatch
     assert code == 2
     assert_one_error(line, *capsys.readouterr())
     assert not list(tmp_path.iterdir()), "a mistake leaves nothing behind"
+
+
+def test_convert_says_at_once_that_the_destination_exists(tmp_path):
+    (tmp_path / "there").mkdir()
+    code = (
+        "import sys; from esvit_scale.cli import main\n"
+        "assert main(sys.argv[1:]) == 2\n"
+        "assert not {'torch', 'numpy', 'deepspeed'} & set(sys.modules)"
+    )
+    words = ["convert", "run", str(tmp_path / "there"), "--from", "esvit-scale", "--to", "timm"]
+    ended = subprocess.run([sys.executable, "-c", code, *words], check=True, capture_output=True, text=True, timeout=60)
+    assert ended.stderr.endswith("there: exists already; choose another name or remove it\n")
 
 
 # One that answers before torch is imported and one after DeepSpeed: no library adds a line of its own.

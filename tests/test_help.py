@@ -35,7 +35,7 @@ def test_every_option_has_a_help_text_with_its_default(path: str) -> None:
     for action in parser._actions:
         where = f"{path} {action.option_strings or action.dest}"
         text = action.help or ""
-        assert len(text.split()) > 1 or action.dest in ("help", "image", "run", "runs", "sweep"), where
+        assert len(text.split()) > 1 or action.dest in ("help", "image", "path", "runs", "sweep"), where
         takes_value = action.option_strings and action.nargs != 0
         if takes_value and not action.required:
             assert "default" in text or "repeatable" in text or "default" in groups[id(action)], where

@@ -24,7 +24,7 @@ def run(tmp_path: Path) -> Path:
     rows = [{"step": step, "images_per_s": 4.0 * step, "step_s": 2.0} for step in (10, 20, 30)]
     rows[1]["knn_top1"] = 0.525
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (run / "lock.json").write_text(json.dumps({"heartbeat": time.time()}))
+    (run / "lock.json").write_text(json.dumps({"pid": 1, "heartbeat": time.time()}))
     return run
 
 

@@ -20,6 +20,10 @@ def add(commands: Any, build_parser: Callable[[], argparse.ArgumentParser]) -> N
     """Declare `completion`; `build_parser` returns the parser of the whole command line."""
     completion = command(commands, "completion", _completion, "print a script that completes commands in a shell")
     completion.add_argument("shell", choices=("bash", "zsh", "fish"), metavar="SHELL", help="bash, zsh or fish")
+    completion.epilog = (
+        f"{completion.epilog}\n  esvit-scale completion zsh > ~/.esvit-scale.zsh    and in ~/.zshrc: source ~/.esvit-scale.zsh\n"
+        "  esvit-scale completion fish > ~/.config/fish/completions/esvit-scale.fish"
+    )
     completion.set_defaults(build_parser=build_parser)
 
 
@@ -54,22 +58,22 @@ def words_of(parser: argparse.ArgumentParser, path: str = "") -> Iterator[Words]
 def _bash(commands: list[Words], presets: list[str], keys: list[str]) -> Iterator[str]:
     yield "# Completion of esvit-scale for bash; made by `esvit-scale completion bash`."
     yield "_esvit_scale() {"
-    yield '  local word path="" words="" current="${COMP_WORDS[COMP_CWORD]}" previous="${COMP_WORDS[COMP_CWORD-1]}"'
-    yield '  for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do'
-    yield f'    case "${{path:+$path }}$word" in {"|".join(_quoted(c.path) for c in commands if c.path)}) path="${{path:+$path }}$word" ;; esac'
+    yield '  local word at="" found="" current="${COMP_WORDS[COMP_CWORD]}" previous="${COMP_WORDS[COMP_CWORD-1]}"'
+    yield '  for word in "${COMP_WORDS[@]:1:$((COMP_CWORD-1))}"; do'
+    yield f'    case "${{at:+$at }}$word" in {"|".join(_quoted(c.path) for c in commands if c.path)}) at="${{at:+$at }}$word" ;; esac'
     yield "  done"
-    yield '  case "$path $previous" in'
+    yield '  case "$at $previous" in'
     for c in commands:
         for option, (_, choices) in c.options.items():
             if choices:
-                yield f'    {_quoted(f"{c.path} {option}")}) words="{" ".join(choices)}" ;;'
+                yield f'    {_quoted(f"{c.path} {option}")}) found="{" ".join(choices)}" ;;'
     yield "  esac"
-    yield '  [[ -n $words ]] || case "$path" in'
+    yield '  [[ -n $found ]] || case "$at" in'
     for c in commands:
         more = " $_esvit_scale_presets $_esvit_scale_keys" if c.config else ""
-        yield f'    {_quoted(c.path)}) words="{" ".join([*c.subcommands, *c.options])}{more}" ;;'
+        yield f'    {_quoted(c.path)}) found="{" ".join([*c.subcommands, *c.options])}{more}" ;;'
     yield "  esac"
-    yield '  COMPREPLY=($(compgen -W "$words" -- "$current"))'
+    yield '  COMPREPLY=($(compgen -W "$found" -- "$current"))'
     yield "  [[ ${#COMPREPLY[@]} -eq 1 && ${COMPREPLY[0]} == *= ]] && compopt -o nospace 2> /dev/null"
     yield "}"
     yield f'_esvit_scale_presets="{" ".join(presets)}"'

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from esvit_scale.commands.parser import command
+from esvit_scale.errors import UserError
 
 
 def add(commands: Any) -> None:
@@ -47,6 +48,8 @@ def add(commands: Any) -> None:
 
 
 def _convert(o: argparse.Namespace) -> int:
+    if o.destination.exists():  # asked again below, but only after seconds of imports
+        raise UserError(f"{o.destination}: exists already; choose another name or remove it")
     from esvit_scale.checkpoint import convert
 
     print(convert.convert(o.source, o.destination, o.source_format, o.target_format, o.network, o.heads))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from esvit_scale.commands.parser import add_checkpoint, add_loading, command, count, group, on_all_ranks, positive
+from esvit_scale.errors import UserError
 
 
 def add(commands: Any) -> None:
@@ -126,7 +127,7 @@ def _add_embed(commands: Any) -> None:
         metavar="F.npz",
         help="file to write; its arrays are features, keys, labels and classes",
     )
-    _add_features(embed)
+    _add_features(embed, "none")
 
 
 def _add_sets(parser: argparse.ArgumentParser) -> None:
@@ -140,7 +141,7 @@ def _add_sets(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def _add_features(parser: argparse.ArgumentParser) -> None:
+def _add_features(parser: argparse.ArgumentParser, cache: str = "features/ beside the output") -> None:
     add_loading(parser)
     parser.add_argument(
         "--precision", choices=("fp32", "bf16"), default="fp32", help="precision that the trunk runs in (default: fp32)"
@@ -152,15 +153,19 @@ def _add_features(parser: argparse.ArgumentParser) -> None:
         "--cache",
         type=Path,
         metavar="DIR",
-        help="folder that keeps features for the next evaluation (default: features/ beside the output)",
+        help=f"folder that keeps features for the next evaluation (default: {cache})",
     )
 
 
-def _extraction_options(o: argparse.Namespace, folder: Path) -> Any:
-    """Return the values of the options that `_add_features` adds; without --cache, features go to `folder`/features."""
+def _extraction_options(o: argparse.Namespace, folder: Path | None) -> Any:
+    """Return the values of the options that `_add_features` adds.
+
+    Without --cache, features are kept in `folder`/features, or nowhere if `folder` is None.
+    """
     from esvit_scale.evaluate.features import ExtractionOptions
 
-    return ExtractionOptions(o.batch, o.workers, None, o.precision, o.stored, o.cache or folder / "features")
+    cache = o.cache or (folder / "features" if folder else None)
+    return ExtractionOptions(o.batch, o.workers, None, o.precision, o.stored, cache)
 
 
 def _knn(o: argparse.Namespace) -> int:
@@ -210,7 +215,11 @@ def _correspondence(o: argparse.Namespace) -> int:
 
 
 def _embed(o: argparse.Namespace) -> int:
+    if o.out.suffix not in (".npz", "") and not o.out.is_dir():
+        raise UserError(
+            f"--out {o.out}: must end in .npz; the file holds several arrays: features, keys, labels, classes"
+        )
     from esvit_scale.evaluate import features
 
-    on_all_ranks(lambda: features.run_embed(o.checkpoint, o.data, o.out, _extraction_options(o, o.out.parent)))
+    on_all_ranks(lambda: features.run_embed(o.checkpoint, o.data, o.out, _extraction_options(o, None)))
     return 0

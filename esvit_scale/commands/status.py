@@ -16,7 +16,7 @@ def add(commands: Any) -> None:
     summary = "show how far a run is: state, step, images/s, ETA, last k-NN, restarts, warnings"
     status = command(commands, "status", _status, summary)
     status.add_argument(
-        "run", type=Path, nargs="?", metavar="RUN", help="run dir (default: a line for each run in runs/)"
+        "path", type=Path, nargs="?", metavar="RUN", help="run dir (default: a line for each run in runs/)"
     )
     status.add_argument("--json", action="store_true", help="print JSON instead of lines")
 
@@ -24,13 +24,13 @@ def add(commands: Any) -> None:
 def _status(options: argparse.Namespace) -> int:
     from esvit_scale import run_status
 
-    runs = [options.run] if options.run else run_status.runs_in(RUNS)
+    runs = [options.path] if options.path else run_status.runs_in(RUNS)
     if not runs:
         raise UserError(f"{RUNS}/: holds no run; name one: esvit-scale status RUN")
     found = [run_status.status(run) for run in runs]
     if options.json:
         listed = [one._asdict() for one in found]
-        print_lines([json.dumps(listed[0] if options.run else listed, indent=2)])
+        print_lines([json.dumps(listed[0] if options.path else listed, indent=2)])
     else:
-        print_lines(run_status.status_lines(found[0]) if options.run else run_status.table(found))
+        print_lines(run_status.status_lines(found[0]) if options.path else run_status.table(found))
     return 0

@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
@@ -103,8 +104,9 @@ def run_stages(stages: list[Callable[..., Any]], workers: int) -> Iterator[Any]:
     """
     check_node(workers)
     pipeline = wds.DataPipeline(*stages, _tell_failure)
-    return _parts(
-        wds.WebLoader(
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # more processes than cores: the user's choice
+        loader = wds.WebLoader(
             pipeline,
             batch_size=None,
             collate_fn=_as_it_is,
@@ -113,7 +115,7 @@ def run_stages(stages: list[Callable[..., Any]], workers: int) -> Iterator[Any]:
             worker_init_fn=partial(_start_worker, os.getpid()),
             generator=torch.Generator(),  # the loader draws a seed that nothing uses; keep the global generator untouched
         )
-    )
+    return _parts(loader)
 
 
 @contextmanager

@@ -88,7 +88,7 @@ def test_global_crops_have_chances_of_their_own_and_strengths_in_common() -> Non
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("data.flip=2", "data.flip: must be ≤ 1, got 2; nearest: 1.0"),
+        ("data.flip=2", "data.flip: must be ≤ 1.0, got 2; nearest: 1.0"),
         ("data.global_crops.augment.hue=0.7", "data.global_crops.augment.hue: must be ≤ 0.5"),
         ("data.global_crops.augment.blur=0.5", "data.global_crops.augment.blur: expected a list of two numbers"),
         ("data.local_crops.0.augment.blur_radius=[1,3]", "data.local_crops.0.augment.blur_radius.1: must be ≤ 2"),
