@@ -8,3 +8,4 @@ from esvit_scale.api import pretrain as pretrain
 from esvit_scale.checkpoint.backbone import load_backbone as load_backbone
 
 __version__: str
+_LAZY: dict[str, str]

@@ -126,11 +126,11 @@ def evaluate_knn(
         UserError: weights or sets do not exist, or have no labels.
     """
     options = ExtractionOptions(batch, workers)
-    paths = [Path(path).expanduser() for path in (weights, train, test)]
+    of, there, other = (Path(path).expanduser() for path in (weights, train, test))
     if out is not None:
-        return knn.run_knn(*paths, Path(out).expanduser(), options, ks)
+        return knn.run_knn(of, there, other, Path(out).expanduser(), options, ks)
     with TemporaryDirectory() as folder, Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
-        return knn.run_knn(*paths, Path(folder), options, ks)
+        return knn.run_knn(of, there, other, Path(folder), options, ks)
 
 
 def plan(

@@ -16,7 +16,7 @@ from esvit_scale.division import batch_problem, largest_divisor, nearest_multipl
 from esvit_scale.errors import UserError, nearest
 from esvit_scale.overrides import apply_override
 from esvit_scale.presets import names as preset_names
-from esvit_scale.run_keys import Data, Model, Objective, Optim, PathText, Seed, Train
+from esvit_scale.run_keys import Data, GlobalCrops, LocalCrops, Model, Objective, Optim, PathText, Seed, Train
 from esvit_scale.schema import Section, check
 
 FORMAT_VERSION = 1
@@ -79,8 +79,9 @@ def _cross_field_problems(c: Config) -> list[str]:
         problems.append(
             f"data.slots: {c.data.slots} does not divide train.global_batch={batch}; nearest: {largest_divisor(batch, c.data.slots)}"
         )
-    groups = {f"local_crops.{i}": group for i, group in enumerate(c.data.local_crops)}
-    for where, crops in {"global_crops": c.data.global_crops, **groups}.items():
+    groups: list[tuple[str, GlobalCrops | LocalCrops]] = [("global_crops", c.data.global_crops)]
+    groups += [(f"local_crops.{i}", group) for i, group in enumerate(c.data.local_crops)]
+    for where, crops in groups:
         low, high = crops.scale
         if not 0 < low <= high:
             problems.append(f"data.{where}.scale: needs 0 < low <= high, got [{low}, {high}]")

@@ -22,7 +22,7 @@ from esvit_scale.evaluate.neighbours import nearest_neighbours
 from esvit_scale.evaluate.overlap import check_train_and_test
 from esvit_scale.parallel import collectives
 
-KS = (10, 20, 100, 200)
+KS: tuple[int, ...] = (10, 20, 100, 200)
 TEMPERATURE = 0.07
 VOTES_AT_ONCE = 2**24  # largest number of elements of the vote matrix [queries, classes], 64 MB
 EXAMPLES, EXAMPLE_NEIGHBOURS = 10, 5  # for the report: test samples in knn.json, and neighbours of each
