@@ -7,9 +7,13 @@ These are the defaults of the keys `data.global_crops.augment` and `data.local_c
 Parameters are drawn for each crop from its sample's key, so a sample's pixels do not depend on the rest of its batch.
 
 The official Pillow pipeline rounds to 8 bits after every operation; the values here differ from its by that rounding only.
+
+Which crops an operation changes is decided on the host (`plan`), so that nothing waits for the device. `send_together`
+copies the indices and parameters of all operations to the device in one transfer, and `run` applies them there.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import permutations
 from typing import NamedTuple
 
@@ -58,13 +62,26 @@ class BatchAugmentationParams(NamedTuple):
     radius: Tensor  # float32: blur radius in pixels, 0: no blur
     solarize: Tensor  # bool
 
-    def to(self, device: torch.device | str) -> "BatchAugmentationParams":
-        """Return the parameters on a device."""
-        return BatchAugmentationParams(*(field.to(device, non_blocking=True) for field in self))
-
     def crops(self, start: int, stop: int) -> "BatchAugmentationParams":
         """Return the parameters of crops start..stop-1 of every image, flattened to [(stop-start)·B] as the crops are."""
         return BatchAugmentationParams(*(field[start:stop].flatten(0, 1) for field in self))
+
+
+class PlannedOperation(NamedTuple):
+    """One operation on some of the crops, in the order in which they are applied."""
+
+    function: Callable[..., Tensor]
+    has_parameter: bool
+    first: int  # its crops are rows[first : first + crops] of the plan
+    crops: int  # their number
+
+
+class Plan(NamedTuple):
+    """All operations on a group of crops, with the two tensors that they need on the device."""
+
+    operations: list[PlannedOperation]
+    rows: Tensor  # int64 [n]: indices of crops
+    values: Tensor  # float32 [n]: the operation's parameter for each of them, 0 without one
 
 
 class AugmentationParams(NamedTuple):
@@ -111,25 +128,67 @@ def apply(crops: Tensor, params: BatchAugmentationParams, pixels: PixelFormat = 
 
     Args:
         crops: uint8 or uint16 [N, C, S, S].
-        params: parameters of these N crops, on the host, so that choosing the crops for an operation never waits for
-            the device.
+        params: parameters of these N crops, on the host.
 
     Returns:
         float32 [N, C, S, S], normalised with the format's mean and standard deviation, on the crops' device.
     """
-    x = unit(crops, pixels)
+    planned = plan(params, pixels)
+    rows, values = send_together([planned.rows, planned.values], crops.device)
+    return run(crops, planned._replace(rows=rows, values=values), pixels)
+
+
+def plan(params: BatchAugmentationParams, pixels: PixelFormat = RGB8) -> Plan:
+    """Return the operations on N crops, given their parameters on the host."""
     colour = pixels.channels == 3
     jitter = (_brightness, _contrast, _saturation, _hue) if colour else (_brightness, _contrast_of_channels)
-    orders = torch.tensor([*ORDERS, (-1,) * 4], device=params.order.device)[params.order]  # [N, 4]
-    for place in range(4):
-        for operation, function in enumerate(jitter):
-            _on_rows(x, orders[:, place] == operation, function, params.factors[:, operation])
-    if colour:
-        _on_rows(x, params.grayscale, _grayscale)
-    _on_rows(x, params.radius > 0, _blur, params.radius)
-    if colour:
-        _on_rows(x, params.solarize, _solarize)
+    orders = torch.tensor([*ORDERS, (-1,) * 4])[params.order]  # [N, 4]
+    wanted: list[tuple[Callable[..., Tensor], Tensor, Tensor | None]] = [
+        (function, orders[:, place] == operation, params.factors[:, operation])
+        for place in range(4)
+        for operation, function in enumerate(jitter)
+    ]
+    wanted += [(_grayscale, params.grayscale, None)] if colour else []
+    wanted += [(_blur, params.radius > 0, params.radius)]
+    wanted += [(_solarize, params.solarize, None)] if colour else []
+    operations, rows, values, first = [], [], [], 0
+    for function, chosen, parameter in wanted:
+        at = chosen.nonzero().flatten()
+        rows.append(at)
+        values.append(torch.zeros(len(at)) if parameter is None else parameter[at])
+        if len(at):
+            operations.append(PlannedOperation(function, parameter is not None, first, len(at)))
+        first += len(at)
+    return Plan(operations, torch.cat(rows), torch.cat(values))
+
+
+def run(crops: Tensor, planned: Plan, pixels: PixelFormat = RGB8) -> Tensor:
+    """Augment and normalise crops [N, C, S, S] as `apply` does, by a plan whose tensors are on the crops' device."""
+    x = unit(crops, pixels)
+    for function, has_parameter, first, count in planned.operations:
+        rows = planned.rows.narrow(0, first, count)
+        parameters = [planned.values.narrow(0, first, count).view(-1, 1, 1, 1)] if has_parameter else []
+        x.index_copy_(0, rows, function(x.index_select(0, rows), *parameters))
     return normalize_(x, pixels)
+
+
+def send_together(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Return copies of small host tensors on a device, which share one transfer; on a CPU, return the tensors.
+
+    For a GPU they go through page-locked memory, so that the host does not wait for the copy.
+    """
+    if device.type == "cpu":
+        return list(tensors)
+    spaces = [-(-t.numel() * t.element_size() // 8) * 8 for t in tensors]  # bytes; all begin at a multiple of 8
+    packed = torch.empty(sum(spaces), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    for tensor, place in zip(tensors, packed.split(spaces), strict=True):
+        content = tensor.contiguous().view(-1).view(torch.uint8)
+        place[: len(content)].copy_(content)
+    there = packed.to(device, non_blocking=True)
+    return [
+        place[: t.numel() * t.element_size()].view(t.dtype).view(t.shape)
+        for t, place in zip(tensors, there.split(spaces), strict=True)
+    ]
 
 
 def unit(crops: Tensor, pixels: PixelFormat = RGB8) -> Tensor:
@@ -139,17 +198,13 @@ def unit(crops: Tensor, pixels: PixelFormat = RGB8) -> Tensor:
 
 def normalize_(x: Tensor, pixels: PixelFormat = RGB8) -> Tensor:
     """Normalise pixels [N, C, S, S] in 0..1 with the format's mean and standard deviation, in place."""
-    mean, std = (torch.tensor(v, device=x.device).view(-1, 1, 1) for v in (pixels.mean, pixels.std))
-    return x.sub_(mean).div_(std)
+    return x.sub_(_constant(tuple(pixels.mean), x.device)).div_(_constant(tuple(pixels.std), x.device))
 
 
-def _on_rows(x: Tensor, chosen: Tensor, function: Callable[..., Tensor], *parameters: Tensor) -> None:
-    """Replace the chosen rows of `x` by `function(rows of x, *rows of the parameters)`, in place."""
-    rows = chosen.nonzero().flatten()
-    if len(rows):
-        arguments = [p[rows].to(x.device, non_blocking=True).view(-1, 1, 1, 1) for p in parameters]
-        rows = rows.to(x.device, non_blocking=True)
-        x.index_copy_(0, rows, function(x.index_select(0, rows), *arguments))
+@cache
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return numbers as a tensor [n, 1, 1] on a device, the same tensor at every call: it is copied there once."""
+    return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 def _grey(x: Tensor) -> Tensor:
@@ -189,7 +244,7 @@ def _hue(x: Tensor, shift: Tensor) -> Tensor:
     is_r, is_g = r == highest.squeeze(1), g == highest.squeeze(1)
     sixths = torch.where(is_r, (g - b) * inverse, torch.where(is_g, (b - r) * inverse + 2, (r - g) * inverse + 4))
     sixths = sixths.add_(6 * shift.squeeze(1)).unsqueeze(1)  # 6h, [N, 1, S, S]
-    k = (sixths + torch.tensor([5.0, 3.0, 1.0], device=x.device).view(3, 1, 1)).remainder_(6)
+    k = (sixths + _constant((5.0, 3.0, 1.0), x.device)).remainder_(6)
     return torch.addcmul(highest, torch.minimum(k, 4 - k).clamp_(0, 1), chroma, value=-1)
 
 

@@ -200,18 +200,24 @@ def batches(config: Config, data: TrainingData, rank: int, world_size: int, star
 
 
 def micro_batches(config: Config, batch: Batch, device: torch.device, dtype: torch.dtype) -> list[MicroBatch]:
-    """Move a batch to the device, augment it, and cut it into `train.grad_accum` equal parts, in the order of positions."""
-    crops, first = [], 0
+    """Move a batch to the device, augment it, and cut it into `train.grad_accum` equal parts, in the order of positions.
+
+    There is one transfer for each resolution, and one for positions and augmentation parameters together.
+    """
+    pixels, plans, first = pixel_format(config.data), [], 0
     for group in batch.crops:
-        views, images = group.shape[:2]
-        params = batch.photometric.crops(first, first + views)
-        pixels = group.to(device, non_blocking=True).flatten(0, 1)  # [V_g·B, channels, S_g, S_g]
-        augmented = photometric.apply(pixels, params, pixel_format(config.data)).to(dtype)
-        crops.append(augmented.unflatten(0, (views, images)))
-        first += views
+        plans.append(photometric.plan(batch.photometric.crops(first, first + len(group)), pixels))
+        first += len(group)
+    small = [tensor for planned in plans for tensor in (planned.rows, planned.values)]
+    there, *small = photometric.send_together([batch.positions, *small], device)
+    crops = []
+    for group, planned, rows, values in zip(batch.crops, plans, small[::2], small[1::2], strict=True):
+        stored = group.to(device, non_blocking=True).flatten(0, 1)  # [V_g·B, channels, S_g, S_g]
+        augmented = photometric.run(stored, planned._replace(rows=rows, values=values), pixels).to(dtype)
+        crops.append(augmented.unflatten(0, group.shape[:2]))
     accum = config.train.grad_accum
     parts = zip(*(group.chunk(accum, dim=1) for group in crops), strict=True)
-    positions = batch.positions.to(device).chunk(accum)
+    positions = there.chunk(accum)
     return [
         MicroBatch([group.flatten(0, 1) for group in groups], position)
         for groups, position in zip(parts, positions, strict=True)
