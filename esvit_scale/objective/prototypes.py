@@ -208,7 +208,7 @@ def tiles(side: Side, tile: int) -> Iterator[tuple[slice, Tensor]]:
         part = slice(start, min(start + tile, k))
         logits, product = (m[: n * (part.stop - start)].view(n, -1) for m in (memory, narrow))
         torch.addmm(product, side.z, side.rows[part].t(), beta=0, alpha=1 / side.temp, out=product)
-        if product is not logits:
+        if narrow is not memory:
             logits.copy_(product)
         if side.center is not None:
             logits.sub_(side.center[part] / side.temp)
