@@ -260,7 +260,7 @@ class Train(Section):
     activation_checkpointing: Literal["none", "torch", "deepspeed", "fairscale"] = "none"
     """Which implementation computes activations again in the backward pass, to save memory."""
     compile: bool = False
-    """Whether torch.compile compiles the blocks (ZeRO 0–2); the first step then takes minutes."""
+    """Whether torch.compile compiles the blocks; the first step then takes minutes."""
     log_every: Positive = 10
     """[steps] Distance between rows of metrics.jsonl."""
     checkpoint_every: Positive = 500

@@ -3,6 +3,9 @@
 Each block is compiled by itself. In this way, blocks of one shape share their code between student and teacher, and
 nothing depends on how ZeRO wraps the network. Compilation fuses norms, GELU and residuals into one pass; custom
 autograd functions stay as they are.
+
+The block's forward is compiled, and not its call, so that hooks of the block stay outside. At ZeRO 3 these gather its
+parameters: of the whole block at once (`ds_config.gather_whole`), as hooks inside would break the compiled code apart.
 """
 
 import shutil
@@ -15,6 +18,7 @@ from esvit_scale.errors import UserError
 # Limit of compiled variants per block: stages of the trunk × crop sizes × with or without drop path × training or not.
 # With torch's default limit of 8, it would silently run further variants without compilation.
 VARIANTS = 64
+BACKEND = "inductor"  # torch.compile's own; tests take a faster one that generates no code
 
 
 def apply(trunk: nn.Module, device: torch.device) -> None:
@@ -30,4 +34,4 @@ def apply(trunk: nn.Module, device: torch.device) -> None:
     limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
     setattr(torch._dynamo.config, limit, max(VARIANTS, getattr(torch._dynamo.config, limit)))
     for block in trunk.blocks:  # type: ignore[union-attr]
-        block.compile(dynamic=False)
+        block.forward = torch.compile(block.forward, dynamic=False, backend=BACKEND)

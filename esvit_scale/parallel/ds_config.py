@@ -21,7 +21,7 @@ _OWNED_ELSEWHERE = {
     "data_types.param_dtype": "train.precision",
     "activation_checkpointing": "train.activation_checkpointing",
 }
-# Settings that are the same in every run: DeepSpeed looks for NaN (in addition to parallel/gradients.py), averages
+# Settings that are the same in every run: DeepSpeed looks for NaN (zero.py stops it where parallel/gradients.py does), averages
 # gradients over ranks and micro-batches, and keeps the optimizer's parameters and moments in fp32.
 _FIXED = {
     "bf16.check_grad_overflow": True,
@@ -32,6 +32,7 @@ _FIXED = {
     "gradient_allreduce_op": "mean",
     "managed_gradient_accumulation": True,
 }
+BUCKET = 500_000_000  # elements of DeepSpeed's reduction bucket if the config does not say
 _DTYPES = {"bfloat16": "bf16", "torch.bfloat16": "bf16", "float16": "fp16", "torch.float16": "fp16", "half": "fp16"}
 _DTYPES |= {"float32": "fp32", "torch.float32": "fp32", "float": "fp32"}
 
@@ -78,6 +79,46 @@ def fill(config: Config, world_size: int) -> dict[str, Any]:
     return values
 
 
+def fit_reduction_bucket(values: dict[str, Any], elements: int) -> None:
+    """Set the size of the buffer in which gradients are reduced, in a filled DeepSpeed config that leaves it open.
+
+    DeepSpeed allocates the buffer in full, whatever the network needs; here it holds what the network has. No number
+    changes: at either size, all gradients of a network with fewer than BUCKET elements are reduced together.
+
+    Args:
+        elements: number of trainable elements of the network.
+    """
+    section = values["zero_optimization"]
+    if section.get("reduce_bucket_size", "auto") == "auto":
+        section["reduce_bucket_size"] = bucket_elements(elements)
+
+
+def bucket_elements(elements: int) -> int:
+    """Return the number of elements in the reduction bucket for a network of so many trainable elements."""
+    return max(1, min(elements, BUCKET))
+
+
+def offloads_optimizer(values: dict[str, Any]) -> bool:
+    """Return whether a filled DeepSpeed config keeps the optimizer's state outside the GPU."""
+    section = values["zero_optimization"]
+    given = section.get("offload_optimizer") or {}
+    return bool(section.get("cpu_offload")) or given.get("device", "none") != "none"
+
+
+def gather_whole(values: dict[str, Any], modules: list[str]) -> None:
+    """Let ZeRO 3 gather all parameters of each of these modules at once, before its forward and its backward, and have
+    no hooks inside; at other stages, do nothing.
+
+    Args:
+        values: a filled DeepSpeed config.
+        modules: names of modules of the network.
+    """
+    if zero_stage(values) == 3:
+        leaf = values["zero_optimization"].setdefault("leaf_module", {})
+        given = leaf.get("names", [])
+        leaf["names"] = [*([given] if isinstance(given, str) else given), *modules]
+
+
 def zero_stage(values: dict[str, Any]) -> int:
     """Return the ZeRO stage that a filled DeepSpeed config runs."""
     return int(values["zero_optimization"]["stage"])
@@ -122,11 +163,6 @@ def _stage_problems(config: Config, stage: int) -> list[str]:
         problems.append(
             "train.precision: ZeRO stage 0 is offered in fp32 and autocast only (in bf16 and fp16, its optimizer takes one "
             "step at start-up); use train.ds_config=zero1, which also runs on one process, or train.precision=fp32"
-        )
-    if stage == 3 and config.train.compile:
-        problems.append(
-            "train.compile: not possible at ZeRO 3, which gathers parameters inside the blocks; use ZeRO 0–2 or "
-            "train.compile=false"
         )
     return problems
 

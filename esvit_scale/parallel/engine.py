@@ -61,6 +61,9 @@ def build(config: Config, world: World, given: dict[str, Tensor]) -> Engines:
 
     meta = _network_on_meta(config, world.size)
     ds = ds_config.fill(config, world.size)
+    ds_config.fit_reduction_bucket(ds, sum(p.numel() for p in meta.parameters() if p.requires_grad))
+    if config.train.compile:
+        ds_config.gather_whole(ds, [name for name, m in meta.named_modules() if any(m is b for b in meta.trunk.blocks)])
     if config.train.precision == "fp16" and world.device.type == "cpu":
         raise UserError("train.precision=fp16: needs a GPU; on a CPU use bf16 or fp32")
     layout_type = zero.layout_type(ds)
@@ -73,6 +76,8 @@ def build(config: Config, world: World, given: dict[str, Tensor]) -> Engines:
     layout = layout_type(student, ds)
     if config.train.precision == "fp16":
         layout.keep_minimum_loss_scale()
+    elif not ds["gradient_clipping"]:
+        layout.leave_finite_check_to_hooks()
     _initialise(student.module, layout, config.seed, initial_values(meta), given)
     names = [name for name, p in module.named_parameters() if p.requires_grad]
     if isinstance(optimizer, optimizers.LayerWise):
@@ -97,18 +102,21 @@ def set_lr_and_weight_decay(engines: Engines, lr: float, weight_decay: float) ->
         group["weight_decay"] = 0.0 if group["name"] == "no_decay" else weight_decay
 
 
-def take_step(engines: Engines, loss: Tensor, *, freeze_last_layer: bool, measure_updates: bool) -> bool:
+def take_step(
+    engines: Engines, loss: Tensor, *, freeze_last_layer: bool, measure_updates: bool, flags: int = 0
+) -> bool:
     """Step the optimizer if the backward before was that of a step's last micro-batch; call it after every backward.
 
     Args:
         loss: this rank's loss, summed over the micro-batches so far.
         freeze_last_layer: keep the prototypes and their optimizer state as they are.
         measure_updates: measure how far the weights move (`GradientClipper.take_changes`).
+        flags: this rank's flags for all ranks (`GradientClipper.take_flags`).
 
     Returns:
         True when the weights moved: the loss and all gradients were finite on every rank.
     """
-    engines.clipper.prepare(loss, freeze_last_layer, measure_updates)
+    engines.clipper.prepare(loss, freeze_last_layer, measure_updates, flags)
     engines.student.step()
     return bool(engines.student.was_step_applied()) and engines.clipper.take_finite()
 

@@ -9,6 +9,9 @@ The first hook call of a step decides whether the step happens, from the loss an
 groups: ZeRO 1–3 step one group after the other, and if a later group has a NaN, the first must not have moved.
 Depending on its version, the stage, the precision and settings, DeepSpeed checks for NaN earlier and may skip a step as
 well (with fp16 this drives the loss scale); nothing here relies on its checks.
+
+This decision is the one point of a step at which the host waits for the GPU: the optimizer is called by the host, so it
+must know. The same reduction and the same read carry the flags that ranks tell each other (train/signals.py).
 """
 
 from collections import defaultdict
@@ -20,6 +23,7 @@ from torch import Tensor
 from esvit_scale.parallel.zero import Layout, Partition
 
 FREEZABLE = "last_layer"  # the `name` of the parameter group that `prepare` can freeze
+FLAGS = 8  # bits of the flags that ranks exchange
 
 
 class GradientClipper:
@@ -48,6 +52,8 @@ class GradientClipper:
         parameter or of all together; None: no clipping."""
         self._loss: Tensor | None = None
         self._freeze = self._measure = False
+        self._own_flags = 0
+        self._flags: int | None = None  # of all ranks
         self.names, self.watched, self.device = names, watched, device
         self._index = {name: i for i, name in enumerate(names)}
         self._watched = {name: i for i, name in enumerate(watched)}
@@ -58,20 +64,23 @@ class GradientClipper:
         self._finite = True
         self._squares: list[Tensor] = []  # one [number of parameters] per call of the hook in the step under way
         self._changes = torch.zeros(len(watched), 2, device=device)
+        self._places: dict[tuple[int, ...], Tensor] = {}  # see `_places_of`
         self._before: list[tuple[Partition, Tensor]] = []
         self._withheld: list[tuple[Tensor, Tensor | None]] = []
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
 
-    def prepare(self, loss: Tensor, freeze_last_layer: bool, measure_updates: bool) -> None:
+    def prepare(self, loss: Tensor, freeze_last_layer: bool, measure_updates: bool, flags: int = 0) -> None:
         """Set what the hooks do in the next step of the optimizer.
 
         Args:
             loss: this rank's loss; the step is skipped if it is not finite on some rank.
             freeze_last_layer: keep values and optimizer state of the group FREEZABLE as they are.
             measure_updates: measure the updates of the watched parameters, for `take_changes`.
+            flags: this rank's flags for all ranks, up to FLAGS bits.
         """
         self._loss, self._freeze, self._measure = loss, freeze_last_layer, measure_updates
+        self._own_flags = flags
 
     def take_squares(self) -> Tensor:
         """Return, and forget, the last step's squared gradient norm of every parameter [number of parameters], before
@@ -91,14 +100,22 @@ class GradientClipper:
         finite, self._finite = self._finite, True
         return finite
 
+    def take_flags(self) -> int | None:
+        """Return, and forget, the bitwise OR of all ranks' flags; None on all ranks when ZeRO skipped the step before
+        the hooks ran, so that nothing was exchanged."""
+        flags, self._flags = self._flags, None
+        return flags
+
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         flats = [flat for group in optimizer.param_groups for flat in group["params"]]
         owned = [p for flat in flats if flat.grad is not None for p in self._by_flat[id(flat)]]
         first = not self._squares
-        squares, others = self._tensor_squares(owned, first)  # [number of parameters], scalar
+        squares, others, flags = self._tensor_squares(owned, first)  # [number of parameters], scalar, [FLAGS]
         self._squares.append(squares)
         if first:
-            self._finite = bool(torch.isfinite(squares.sum() + others))
+            finite = torch.isfinite(squares.sum() + others)
+            is_finite, *counts = torch.cat([finite[None].float(), flags]).tolist()  # the step's one wait for the device
+            self._finite, self._flags = bool(is_finite), sum(1 << i for i, count in enumerate(counts) if count)
         if not self._finite:
             self._withhold(flats)
             return
@@ -126,22 +143,35 @@ class GradientClipper:
             self._changes[self._watched[p.name]] += pair.to(self.device)
         self._before = []
 
-    def _tensor_squares(self, owned: list[Partition], first: bool) -> tuple[Tensor, Tensor]:
-        """Return the squared gradient norms over all ranks, and a scalar that tells if the rest of the step is finite.
+    def _tensor_squares(self, owned: list[Partition], first: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the squared gradient norms over all ranks, a scalar that tells if the rest of the step is finite, and
+        for every flag the number of ranks that set it.
 
         There is one norm for every parameter [number of parameters], zero for parameters that this call does not step.
         The scalar is not finite if some rank's loss, or a gradient that a later call steps, is not;
-        it is computed in the `first` call of a step, and 0 otherwise.
+        it and the flags are filled in the `first` call of a step, and are 0 otherwise.
         """
-        squares = torch.zeros(len(self._index) + 1, device=self.device)
+        count = len(self._index)
+        squares = torch.zeros(count + 1 + FLAGS, device=self.device)
         if owned:
             mine = torch.stack([p.grad.norm() for p in owned if p.grad is not None]).square()
-            at = torch.tensor([self._index[p.name] for p in owned], device=self.device)
-            squares[at] = mine.float().to(self.device)
+            squares.index_copy_(0, self._places_of(owned), mine.float().to(self.device))
         if first:
-            squares[-1] = self._others()
-        self._layout.sum_over_ranks_(squares, per_rank=1)  # the losses differ between ranks at every stage
-        return squares[:-1], squares[-1]
+            squares[count] = self._others()
+            for i in range(FLAGS):
+                if self._own_flags >> i & 1:
+                    squares[count + 1 + i].fill_(1)
+        # The losses and flags differ between ranks at every stage.
+        self._layout.sum_over_ranks_(squares, per_rank=1 + FLAGS)
+        return squares[:count], squares[count], squares[count + 1 :]
+
+    def _places_of(self, owned: list[Partition]) -> Tensor:
+        """Return the indices of the partitions' parameters in `names`, on the device: kept from step to step, since the
+        host would wait for the GPU to copy them."""
+        key = tuple(map(id, owned))
+        if key not in self._places:
+            self._places[key] = torch.tensor([self._index[p.name] for p in owned], device=self.device)
+        return self._places[key]
 
     def _others(self) -> Tensor:
         """Return the sum of the squared norms of all gradients of this rank, in place and pending; NaN when this rank's

@@ -137,6 +137,11 @@ class Layout(ABC):
         """
         return
 
+    def leave_finite_check_to_hooks(self) -> None:
+        """Switch off DeepSpeed's own search for NaN, which parallel/gradients.py repeats; not for fp16, nor when DeepSpeed
+        clips. It reads all gradients once or twice, and makes the host wait for the GPU four or five times a step."""
+        return
+
     def keep_minimum_loss_scale(self) -> None:
         """Let fp16's dynamic loss scaler stay at its minimum, instead of raising an exception that ends the run."""
         self._zero.loss_scaler.raise_error_at_min_scale = False
@@ -216,6 +221,11 @@ class FlatLayout(Layout):
         values = [p.master.clone() for p in self.partitions]
         return TeacherWeights(module, module, values, lambda: self._gather(buffers, values))
 
+    def leave_finite_check_to_hooks(self) -> None:
+        """Switch off DeepSpeed's search for NaN and its global norm, unless the optimizer is offloaded."""
+        if not ds_config.offloads_optimizer(self._ds):
+            self._zero.check_grad_overflow = self._zero.compute_grad_norm = False
+
     def _places(self) -> Iterator[tuple[int, Any, int]]:
         """Yield (number of its group, parameter, offset in the group's flat buffer) for every trainable parameter."""
         for group, params in enumerate(self._zero.bit16_groups):
@@ -294,9 +304,16 @@ class PartitionedLayout(Layout):
     def hook_gathers(self, networks: Sequence[nn.Module], hook: Callable[..., None]) -> None:
         """Register `hook` before and after DeepSpeed's own forward pre-hook of every layer, in which it gathers."""
         for network in networks:
-            for layer in network.modules():
+            for layer in _layers_that_gather(network):
                 layer.register_forward_pre_hook(hook, prepend=True)
                 layer.register_forward_pre_hook(hook)
+
+    def leave_finite_check_to_hooks(self) -> None:
+        """Let DeepSpeed take the global norm of nothing, which is 0 on the host, unless the optimizer is offloaded. At
+        stage 3 it has no switch for this."""
+        if not ds_config.offloads_optimizer(self._ds):
+            nothing = torch.zeros(())
+            self._zero._get_norm_groups = lambda: [nothing]
 
     def _interval(self, p: Any) -> tuple[int, int]:
         """Return start and length of this rank's part of a flattened parameter; the last ranks' can be short or
@@ -312,6 +329,17 @@ class PartitionedLayout(Layout):
 
 
 _LAYOUTS: dict[int, type[Layout]] = {0: ReplicatedLayout, 1: FlatLayout, 2: FlatLayout, 3: PartitionedLayout}
+
+
+def _layers_that_gather(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield a module and those inside it for which ZeRO 3 gathers parameters: not what is inside a "leaf module", whose
+    parameters are gathered at once."""
+    from deepspeed.utils import z3_leaf_module
+
+    yield module
+    if not z3_leaf_module(module):
+        for child in module.children():
+            yield from _layers_that_gather(child)
 
 
 def layout_type(ds: dict[str, Any]) -> type[Layout]:

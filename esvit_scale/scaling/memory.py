@@ -27,9 +27,8 @@ from esvit_scale.objective import costs
 from esvit_scale.objective.network import build_network
 from esvit_scale.objective.param_groups import parameter_groups
 from esvit_scale.objective.prototypes import CPU_TILE_BYTES, GPU_TILE_SHARE
-from esvit_scale.parallel.ds_config import accumulates_in_fp32
+from esvit_scale.parallel.ds_config import BUCKET, accumulates_in_fp32, bucket_elements
 
-BUCKET = 500_000_000  # elements of DeepSpeed's reduction bucket (its default), allocated in full at stages 1–3
 LIVE = 1_000_000_000  # parameters that stage 3 keeps gathered (its default)
 START_ALIGNMENT = 2  # stages 1 and 2 pad a group to a multiple of this many elements per rank
 
@@ -115,13 +114,8 @@ class _Demand(NamedTuple):
 
     @property
     def bucket(self) -> int:
-        """Return the bytes of the reduction bucket that are really written."""
-        return self.element * min(self.network.total, BUCKET)
-
-    @property
-    def reserved_bucket(self) -> int:
-        """Return the bytes of the bucket that stages 1 to 3 allocate; on a CPU, only its written part is resident."""
-        return self.bucket if self.on_cpu else self.element * BUCKET
+        """Return the bytes of the reduction bucket: that of DeepSpeed's default size, or smaller where the network is."""
+        return self.element * bucket_elements(self.network.total)
 
     @property
     def left_at_reduction(self) -> int:
@@ -154,8 +148,8 @@ def memory(
     Args:
         network: the numbers of elements, from `network_of`.
         checkpointing: recompute activations in the backward (activation checkpointing).
-        on_cpu: estimate resident memory on a CPU with gloo: only the written part of a bucket counts, and gloo copies
-            what it scatters.
+        on_cpu: estimate resident memory on a CPU with gloo: a bucket counts as far as it is written, and gloo copies what
+            it scatters.
         capacity: bytes of one GPU; the loss takes a fraction of them as workspace.
     """
     e = 2 if config.train.precision in ("bf16", "fp16") else 4
@@ -191,12 +185,12 @@ def _flat(d: _Demand) -> Memory:
     groups = [-(-sum(sizes) // multiple) * multiple for sizes in d.network.groups.values()]
     whole, part, largest = sum(groups), sum(groups) // d.ranks, max(groups) // d.ranks
     gradients = d.summed_element * part
-    growing = max(d.early, d.late) if d.on_cpu else d.early + d.reserved_bucket
+    growing = max(d.early, d.late) if d.on_cpu else d.early + d.bucket
     return Memory(
-        *(d.element * whole, 4 * part, 8 * part, 4 * part, d.element * whole, gradients, d.reserved_bucket, 0),
+        *(d.element * whole, 4 * part, 8 * part, 4 * part, d.element * whole, gradients, d.bucket, 0),
         *(d.activations, d.loss),
         forward_phase=d.activations + d.loss,
-        backward_phase=max(growing, d.reserved_bucket + gradients + d.left_at_reduction),
+        backward_phase=max(growing, d.bucket + gradients + d.left_at_reduction),
         step_phase=gradients + d.flattened(largest),
     )
 
@@ -207,11 +201,11 @@ def _partitioned(d: _Demand) -> Memory:
     part, gradients = sum(groups), d.summed_element * sum(groups)
     gathered = d.element * min(d.network.total, LIVE) if d.ranks > 1 else 0
     scattered = d.bucket * (2 if d.on_cpu else 1)  # a copy of the bucket, ordered by the rank that owns each part
-    lasting = gradients + d.reserved_bucket  # both are kept from step to step
+    lasting = gradients + d.bucket  # both are kept from step to step
     left = d.left_at_reduction + (gathered if d.network.total > BUCKET else 0)
     return Memory(
         *(d.element * part, 4 * part, 8 * part, 4 * part, d.element * part, gradients),
-        *(d.reserved_bucket + scattered, gathered, d.activations, d.loss),
+        *(d.bucket + scattered, gathered, d.activations, d.loss),
         forward_phase=lasting + gathered + d.activations + d.loss,
         # The backward frees gathered parameters once it is done with them, so none is left at the last reduction.
         backward_phase=lasting + max(d.early + gathered, scattered + left),

@@ -18,7 +18,8 @@ from esvit_scale.parallel.world import World
 from esvit_scale.train import metrics, run_dir, stage
 from esvit_scale.train.lock import Lock
 from esvit_scale.train.online_knn import OnlineKnn
-from esvit_scale.train.trainer import RunResources, Trainer
+from esvit_scale.train.run_resources import RunResources
+from esvit_scale.train.trainer import Trainer
 from esvit_scale.train.watchdog import Watchdog
 
 log = logging.getLogger("esvit_scale")

@@ -1,4 +1,4 @@
-"""Signals that ask a run to save and end, and flags that the ranks exchange after every step.
+"""Signals that ask a run to save and end, and flags that the ranks exchange in every step.
 
 No torch here: the handlers must be installed before the heavy imports, or a signal in the first seconds kills the run.
 """
@@ -12,7 +12,9 @@ from types import FrameType
 
 
 class Flag(IntFlag):
-    """Flags that a rank sends to the others after a step. A flag that one rank sets counts for all."""
+    """Flags that a rank sends to the others in a step, with its gradients' norms (parallel/gradients.py). A flag that one
+    rank sets counts for all. What happens after that, such as a signal during the optimizer's step, is sent in the next
+    step."""
 
     REQUEUE = 1  # SIGUSR1 or SIGTERM came: save, and ask to be started again
     INTERRUPT = 2  # ctrl-C came: save and end

@@ -1,4 +1,8 @@
-"""The rows of metrics.jsonl: measurements of one step (loss, norms, …), and rates since the row before."""
+"""The rows of metrics.jsonl: measurements of one step (loss, norms, …), and rates since the row before.
+
+A row is made in two parts, so that the host need not wait for a GPU: `StepMetrics.begin_row` starts to copy the
+measurements to the host, and `finish_row`, called one step later, reads them.
+"""
 
 import time
 from collections import defaultdict
@@ -34,6 +38,40 @@ class StepResult:
     grad_squares: Tensor  # [trainable parameters] squared norms of the gradients, before the clip
     update_squares: Tensor | None  # [watched parameters, 2] squared norms of updates and values, if they were measured
     features: Tensor  # [n, C] the student's view features of the last micro-batch
+    flags: int | None = None  # all ranks' flags (train/signals.py); None: this step exchanged none
+
+
+class HostCopy:
+    """A copy of a tensor to the host that is under way until it is read."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._copied: torch.cuda.Event | None = None
+        self._host = values
+        if values.is_cuda:
+            self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._host.copy_(values, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    def read(self) -> Tensor:
+        """Return the copy; wait for it if it is not complete yet."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._host
+
+
+@dataclass(frozen=True)
+class _BegunRow:
+    """A row whose measurements are on their way to the host."""
+
+    step: int
+    head: dict[str, Any]  # fields before the measurements
+    tail: dict[str, Any]  # fields after them
+    parts: dict[str, list[str]]  # what `values` holds one after the other, with the names of its elements
+    values: HostCopy
+    features: HostCopy
+    compute_s: float  # seconds that this rank computed before it waited for others
+    slow_worker: str | None  # warning about a loader process
 
 
 class StepMetrics:
@@ -52,6 +90,7 @@ class StepMetrics:
         self._monitors = Monitors(config.objective.prototypes, images, config.model.freeze_patch_embed)
         self._workers, self._slow_nodes = WorkerRates(), SlowNodes()
         self._last_row: dict[str, Any] = {}
+        self._begun: _BegunRow | None = None
 
     def start(self, step: int) -> None:
         """Begin to measure a run, at its first step or where it is resumed."""
@@ -70,7 +109,7 @@ class StepMetrics:
         """Add the rates (images/s) at which the loader's processes produced a batch, one per process."""
         self._workers.add(rates)
 
-    def row(
+    def begin_row(
         self,
         step: int,
         result: StepResult,
@@ -79,8 +118,8 @@ class StepMetrics:
         skipped_steps: int,
         bad_samples: int,
         compute_s: float,
-    ) -> tuple[dict[str, Any], list[str]]:
-        """Return a row of metrics.jsonl, and warnings about what it shows. All ranks call it.
+    ) -> None:
+        """Begin a row of metrics.jsonl, which `finish_row` returns. All ranks call it.
 
         Args:
             step: number of steps that are done.
@@ -90,19 +129,16 @@ class StepMetrics:
             bad_samples: number of images that were replaced since the run began.
             compute_s: seconds that this rank computed in the last step before it waited for others.
         """
-        names = list(result.logs)
-        logs = torch.stack([result.logs[name].float() for name in names])
-        means = collectives.all_reduce_mean_(logs).tolist()
         now, schedules, done = time.monotonic(), self._schedules, step - 1
         elapsed, steps = now - self._window_began, step - self._window_step
         worker_fields, slow_worker = self._workers.take()
-        node_fields, slow_node = self._slow_nodes.observe(step, compute_s + self._wait_s / steps)
-        row = {
+        head = {
             "step": step,
             "images_seen": step * self._batch,
             **{f"images_seen_{name}": images for name, images in images_of_sets.items()},
-            **dict(zip(names, means, strict=True)),
-            **self._measurements(step, result),
+        }
+        tail = {
+            **self._knn_accuracy(step),
             "lr": schedules.lr(done),
             "wd": schedules.weight_decay(done),
             "momentum": schedules.ema_momentum(done),
@@ -113,35 +149,66 @@ class StepMetrics:
             "step_s": elapsed / steps,
             "data_wait_s": self._wait_s / steps,
             **worker_fields,
-            **node_fields,
             "bad_samples": bad_samples,
             "time": time.time(),
         }
+        parts, values = self._measured(result)
+        features = HostCopy(result.features[:RANK_ME_ROWS])
+        compute_s += self._wait_s / steps
+        self._begun = _BegunRow(step, head, tail, parts, HostCopy(values), features, compute_s, slow_worker)
         self._window_began, self._window_step, self._wait_s = now, step, 0.0
+
+    def finish_row(self) -> tuple[dict[str, Any], list[str]] | None:
+        """Return the row that was begun, and warnings about what it shows; None if none was begun since the last call.
+        All ranks call it, after the same steps."""
+        begun, self._begun = self._begun, None
+        if begun is None:
+            return None
+        values, found = begun.values.read(), {}
+        for part, names in begun.parts.items():
+            found[part], values = values[: len(names)], values[len(names) :]
+        ranks = collectives.gather_objects(effective_rank(begun.features.read()))
+        node_fields, slow_node = self._slow_nodes.observe(begun.step, begun.compute_s)
+        row = {
+            **begun.head,
+            **dict(zip(begun.parts["logs"], found["logs"].tolist(), strict=True)),
+            **gradient_norms(found["gradients"], begun.parts["gradients"]),
+            **update_ratios(found["updates"].view(-1, 2), begun.parts["updates"][::2]),
+            **dict(zip(begun.parts["centers"], found["centers"].tolist(), strict=True)),
+            "rank_me": sum(ranks) / len(ranks),
+            **begun.tail,
+            **node_fields,
+        }
         self._last_row = row
-        return row, [sentence for sentence in (*self._monitors.observe(row), slow_worker, slow_node) if sentence]
+        warnings = (*self._monitors.observe(row), begun.slow_worker, slow_node)
+        return row, [sentence for sentence in warnings if sentence]
+
+    def _measured(self, result: StepResult) -> tuple[dict[str, list[str]], Tensor]:
+        """Return the names of the step's measurements, in parts, and their values in one tensor on the device."""
+        clipper, centers = self._engines.clipper, self._engines.student.module.objective.extra_state()
+        logs = collectives.all_reduce_mean_(torch.stack([value.float() for value in result.logs.values()]))
+        updates = result.update_squares
+        parts = {
+            "logs": list(result.logs),
+            "gradients": clipper.names,
+            "updates": [] if updates is None else [name for name in clipper.watched for _ in range(2)],
+            "centers": [f"center_norm_{name.partition('.')[0]}" for name in centers],
+        }
+        norms = [center.norm()[None].float() for center in centers.values()]
+        of_updates = [] if updates is None else [updates.flatten()]
+        device = logs.device
+        values = [logs, result.grad_squares, *of_updates, *norms]
+        return parts, torch.cat([value.to(device, torch.float32, non_blocking=True) for value in values])
 
     def summary(self, step: int) -> dict[str, Any]:
-        """Return the measured fields of summary.json: seconds and images/s since the start, and the last row."""
+        """Return fields of summary.json: images seen, ranks, seconds and images/s since the start, and the last row."""
         seconds = time.monotonic() - self._began
         return {
+            "images_seen": step * self._batch,
+            "world_size": self._world.size,
             "seconds_since_start": seconds,
             "images_per_s": (step - self._first_step) * self._batch / seconds,
             "last": {k: v for k, v in self._last_row.items() if k not in TIME_FIELDS},
-        }
-
-    def _measurements(self, step: int, result: StepResult) -> dict[str, float]:
-        engines = self._engines
-        clipper, centers = engines.clipper, engines.student.module.objective.extra_state()
-        mine = torch.tensor([effective_rank(result.features)], device=clipper.device)
-        (rank_me,) = collectives.all_reduce_mean_(mine)
-        updates = {} if result.update_squares is None else update_ratios(result.update_squares, clipper.watched)
-        return {
-            **gradient_norms(result.grad_squares, clipper.names),
-            **updates,
-            **center_norms(centers),
-            "rank_me": rank_me.item(),
-            **self._knn_accuracy(step),
         }
 
     def _knn_accuracy(self, step: int) -> dict[str, float]:
@@ -166,11 +233,6 @@ def update_ratios(squares: Tensor, names: Sequence[str]) -> dict[str, float]:
     [watched parameters, 2] and the parameters' names."""
     pairs = zip(names, squares.sqrt().tolist(), strict=True)
     return {f"update_ratio_{part_of(name)}": change / size for name, (change, size) in pairs if size > 0}
-
-
-def center_norms(centers: dict[str, Tensor]) -> dict[str, float]:
-    """Return the Euclidean norm of the centre [K] of each head, as fields of a row."""
-    return {f"center_norm_{name.partition('.')[0]}": center.norm().item() for name, center in centers.items()}
 
 
 def effective_rank(features: Tensor) -> float:

@@ -8,7 +8,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,8 +21,7 @@ from esvit_scale.checkpoint.initial_weights import NO_INITIAL_WEIGHTS, load_init
 from esvit_scale.checkpoint.saver import Saver
 from esvit_scale.config import Config
 from esvit_scale.data import stream
-from esvit_scale.data.identity import Identity
-from esvit_scale.data.stream import Batch, MicroBatch, TrainingData
+from esvit_scale.data.stream import Batch, MicroBatch
 from esvit_scale.errors import Diverged, UserError
 from esvit_scale.models.drop_path import drop_keys
 from esvit_scale.objective.schedules import Schedules
@@ -30,31 +29,16 @@ from esvit_scale.parallel import collectives, engine
 from esvit_scale.parallel.step_clock import StepClock
 from esvit_scale.parallel.world import World
 from esvit_scale.train import run_dir, signals
-from esvit_scale.train.lock import Lock
 from esvit_scale.train.metrics import MetricLogger, log_file_errors
-from esvit_scale.train.online_knn import OnlineKnn
 from esvit_scale.train.replaced import ReplacedShare
 from esvit_scale.train.rollback import Rollbacks
+from esvit_scale.train.run_resources import RunResources
 from esvit_scale.train.signals import STOP, Flag
 from esvit_scale.train.step_metrics import StepMetrics, StepResult
-from esvit_scale.train.watchdog import Watchdog
 
 log = logging.getLogger("esvit_scale")
 
 INTERRUPTED = 130  # exit code after ctrl-C
-
-
-@dataclass(frozen=True)
-class RunResources:
-    """The opened data, files and guards of a run, with which `Trainer.train` works; pretraining.py opens them."""
-
-    path: Path  # the run dir
-    lock: Lock
-    watchdog: Watchdog
-    data: TrainingData
-    identity: Identity  # of `data`, for checkpoints
-    checkpoint: Path | None  # step folder to resume from
-    knn: OnlineKnn | None
 
 
 class Trainer:
@@ -91,12 +75,18 @@ class Trainer:
 
     # --- one step ----------------------------------------------------------------------------------------------------
 
-    def train_step(self, micro_batches: list[MicroBatch], measure_updates: bool = False) -> StepResult:
+    def train_step(
+        self,
+        micro_batches: list[MicroBatch],
+        measure_updates: bool = False,
+        flags: Callable[[], Flag] = lambda: Flag(0),
+    ) -> StepResult:
         """Train on this rank's part of a global batch; no weight moves if a loss or gradient of any rank is not finite.
 
         Args:
             micro_batches: the parts into which this rank's part is split, `train.grad_accum` of them.
             measure_updates: also measure how far the step moves the weights.
+            flags: returns this rank's flags for all ranks; called as late as it can be for this step.
         """
         config, schedules, step = self.config, self.schedules, self.step
         student, teacher, objective = self.engines.student, self.engines.teacher, self.objective
@@ -124,6 +114,7 @@ class Trainer:
                 sums["loss"],
                 freeze_last_layer=schedules.last_layer_frozen(step),
                 measure_updates=measure_updates,
+                flags=flags(),
             )
 
         if applied:
@@ -142,7 +133,7 @@ class Trainer:
         clipper = self.engines.clipper
         means = {name: value / config.train.grad_accum for name, value in sums.items()}
         updates = clipper.take_changes() if measure_updates else None
-        return StepResult(applied, means, clipper.take_squares(), updates, features)
+        return StepResult(applied, means, clipper.take_squares(), updates, features, clipper.take_flags())
 
     @torch.no_grad()
     def _teacher_targets(self, globals_: list[Tensor]) -> Any:
@@ -173,7 +164,7 @@ class Trainer:
                 if row_is_due:
                     self.clock.begin()
                 micro_batches = stream.micro_batches(self.config, batch, self.world.device, self.engines.dtype)
-                result = self.train_step(micro_batches, measure_updates=row_is_due)
+                result = self.train_step(micro_batches, row_is_due, partial(self._flags_of_rank, batch))
                 self._record(batch, result)
                 self._save_if_due()
                 if self.stop_requested():
@@ -225,21 +216,25 @@ class Trainer:
         return step % self.config.train.log_every == 0 or step == self.last_step
 
     def _record(self, batch: Batch, result: StepResult) -> None:
-        """Combine all ranks' flags, write the records of the last step, and act on it if it was skipped."""
+        """Take all ranks' flags, write the records of the last step, and act on it if it was skipped."""
         self._run.watchdog.beat(self.step)
+        self._write_row()
         self._metrics.add_worker_rates(batch.worker_rates)
-        mine = self._flags_of_rank(batch, result)
-        self._flags = Flag(collectives.all_reduce_flags(mine))
+        lost = not result.applied and not bool(torch.isfinite(result.logs["loss"]))
+        mine = Flag.LOSS_NOT_FINITE if lost else Flag(0)
+        self._flags = Flag(result.flags or 0)
+        if not result.applied:
+            mine |= self._flags_of_rank(batch) if result.flags is None else Flag(0)
+            self._flags |= Flag(collectives.all_reduce_flags(mine))
         if self._flags & Flag.TAKEN_OVER:
             raise self._run.lock.taken_over()
-        bad: list[dict[str, Any]] = []
-        if self._flags & Flag.BAD_SAMPLES:
-            bad = [sample for samples in collectives.gather_objects(batch.bad) for sample in samples]
+        of_ranks = collectives.gather_objects(batch.bad) if self._flags & Flag.BAD_SAMPLES else []
+        bad = [sample for samples in of_ranks for sample in samples]
         self._logger.bad_samples(self.step, bad)
         self._replaced.add(bad)
         self._logger.advance(self.step)
         if self._row_is_due(self.step):
-            self._log_row(result)
+            self._begin_row(result)
         if result.applied:
             self._rollbacks.note_applied()
         else:
@@ -247,21 +242,20 @@ class Trainer:
         if problem := self._replaced.problem():
             self._stop(problem)
 
-    def _flags_of_rank(self, batch: Batch, result: StepResult) -> Flag:
+    def _flags_of_rank(self, batch: Batch) -> Flag:
         minutes = self.config.train.checkpoint_minutes
         # Rank 0's clock decides for all.
         save_now = self.world.rank == 0 and minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
         flags = {
             Flag.BAD_SAMPLES: bool(batch.bad),
             Flag.SAVE_NOW: save_now,
-            Flag.LOSS_NOT_FINITE: not result.applied and not bool(torch.isfinite(result.logs["loss"])),
             Flag.TAKEN_OVER: self._run.lock.lost(),
         }
         return signals.request() | Flag(sum(flag for flag, is_set in flags.items() if is_set))
 
-    def _log_row(self, result: StepResult) -> None:
-        """Write a row of metrics.jsonl, and log the warnings about it."""
-        row, warnings = self._metrics.row(
+    def _begin_row(self, result: StepResult) -> None:
+        """Measure a row of metrics.jsonl, without waiting for the device; `_write_row` writes it one step later."""
+        self._metrics.begin_row(
             self.step,
             result,
             images_of_sets=self._images_of_sets(self.step + self.data_offset),
@@ -269,9 +263,14 @@ class Trainer:
             bad_samples=self._logger.bad,
             compute_s=self.clock.take(),
         )
-        self._logger.row(row)
-        for warning in warnings:
-            self._log(logging.WARNING, "%s", warning)
+
+    def _write_row(self) -> None:
+        """Write the row that was begun, if there is one, and log the warnings about it. All ranks call it."""
+        if found := self._metrics.finish_row():
+            row, warnings = found
+            self._logger.row(row)
+            for warning in warnings:
+                self._log(logging.WARNING, "%s", warning)
 
     def _note_skipped(self, batch: Batch, mine: Flag) -> None:
         """Record a skipped step, and roll back when there were too many in a row.
@@ -293,6 +292,7 @@ class Trainer:
         Raises:
             Diverged: there is none, or the run went back `train.rollbacks` times already.
         """
+        self._write_row()
         with suppress(state.NotSaved):  # logged; the checkpoint before it serves as well
             self._saver.wait()
         try:
@@ -334,6 +334,7 @@ class Trainer:
 
     def _save(self) -> None:
         """Begin to save the state, unless this step is saved already. If the state is not finite, roll back instead."""
+        self._write_row()  # a resume from here must find it
         if self._saved_step == self.step:
             return
         collectives.run_on_rank0_and_broadcast(self._run.lock.check_held)
@@ -372,6 +373,7 @@ class Trainer:
 
     def _stop(self, problem: str) -> NoReturn:
         """Save the run, unless the last step was skipped, and raise UserError on all ranks because of its data."""
+        self._write_row()
         if not self._rollbacks.skipped:
             self._save()
         self._saver.wait()
@@ -386,10 +388,8 @@ class Trainer:
             "finished": finished,
             "step": self.step,
             "optimizer_step": self.optimizer_step,
-            "images_seen": self.step * self.config.train.global_batch,
             "data_offset": self.data_offset,
             "rollbacks": self._rollbacks.done,
-            "world_size": self.world.size,
             **self._metrics.summary(self.step),
         }
         files.write_json(self._run.path / "summary.json", summary)

@@ -1,4 +1,5 @@
-"""Run under torchrun by test_not_finite.py: a NaN on the last rank alone refuses the step on every rank."""
+"""Run under torchrun by test_not_finite.py: a NaN on the last rank alone refuses the step on every rank, and the flags of
+each rank reach all, also in a refused step."""
 
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from esvit_scale.parallel import world as worlds
+from esvit_scale.train.signals import Flag
 from tests.train.test_not_finite import FAULTS, blind_deepspeed, everything, inject, one_step, trainer_of
 
 
@@ -16,10 +18,15 @@ def main(folder: str) -> None:
         trainer = trainer_of(Path(folder), train__ds_config=ds_config, train__precision=precision)
         blind_deepspeed(trainer, pytest.MonkeyPatch())
         for step, (fault, (where, value)) in enumerate(FAULTS.items()):
-            assert one_step(trainer, 4 + 2 * step).applied
+            own, everyones = Flag(1 << world.rank), Flag((1 << world.size) - 1)
+            result = one_step(trainer, 4 + 2 * step, own)
+            assert result.applied
+            assert result.flags == everyones
             before = everything(trainer)
             remove = inject(trainer, where, value) if world.rank == world.size - 1 else lambda: None
-            assert not one_step(trainer, 5 + 2 * step).applied, (ds_config, fault)
+            refused = one_step(trainer, 5 + 2 * step, own)
+            assert not refused.applied, (ds_config, fault)
+            assert refused.flags == everyones
             remove()
             same = (torch.equal(a, b) for a, b in zip(before, everything(trainer), strict=True))
             assert all(same), (ds_config, fault)

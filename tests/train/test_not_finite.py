@@ -15,6 +15,7 @@ from esvit_scale.objective.schedules import Schedules
 from esvit_scale.parallel import engine
 from esvit_scale.parallel import world as worlds
 from esvit_scale.parallel.zero import local_tensors
+from esvit_scale.train.signals import Flag
 from esvit_scale.train.step_metrics import StepResult
 from esvit_scale.train.trainer import Trainer
 from tests import tiny
@@ -34,8 +35,8 @@ def trainer_of(tmp_path: Path, **overrides: Any) -> Trainer:
     return Trainer(config, worlds.start(), Schedules(config, steps_per_epoch=4))
 
 
-def one_step(trainer: Trainer, step: int) -> StepResult:
-    """Take a step on noise, which depends only on step and rank."""
+def one_step(trainer: Trainer, step: int, flags: int = 0) -> StepResult:
+    """Take a step on noise, which depends only on step and rank; `flags` are this rank's."""
     generator, accum = torch.Generator().manual_seed(step + 1000 * trainer.world.rank), trainer.config.train.grad_accum
     images = trainer.config.train.global_batch // accum // trainer.world.size
     micro = [
@@ -49,7 +50,7 @@ def one_step(trainer: Trainer, step: int) -> StepResult:
         for i in range(accum)
     ]
     trainer.step = step
-    return trainer.train_step(micro)
+    return trainer.train_step(micro, flags=lambda: Flag(flags))
 
 
 def everything(trainer: Trainer) -> list[Tensor]:

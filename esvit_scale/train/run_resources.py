@@ -1,0 +1,23 @@
+"""The opened data, files and guards of a run, with which `Trainer.train` works; pretraining.py opens them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from esvit_scale.data.identity import Identity
+from esvit_scale.data.stream import TrainingData
+from esvit_scale.train.lock import Lock
+from esvit_scale.train.online_knn import OnlineKnn
+from esvit_scale.train.watchdog import Watchdog
+
+
+@dataclass(frozen=True)
+class RunResources:
+    """The resources of one run."""
+
+    path: Path  # the run dir
+    lock: Lock
+    watchdog: Watchdog
+    data: TrainingData
+    identity: Identity  # of `data`, for checkpoints
+    checkpoint: Path | None  # step folder to resume from
+    knn: OnlineKnn | None
