@@ -176,7 +176,7 @@ def augmentation_error(device: Any) -> float:
     from esvit_scale.data.crops import keyed_generator
 
     pixels = torch.randint(0, 256, (32, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    draws = [[photometric.draw_params(keyed_generator(0, 0, str(i), 1), 1) for i in range(32)]]
+    draws = [[photometric.draw_params(keyed_generator(0, 0, str(i), 1), photometric.ESVIT[1]) for i in range(32)]]
     params = photometric.stack(draws).crops(0, 1)
     there, here = photometric.apply(pixels.to(device), params).cpu(), photometric.apply(pixels, params)
     return float((there - here).abs().max())

@@ -50,7 +50,10 @@ def batch_of(config: Config, count: int) -> Batch:
     ]
     params = photometric.stack(
         [
-            [photometric.draw_params(keyed_generator(0, 0, str(i), v), v) for i in range(count)]
+            [
+                photometric.draw_params(keyed_generator(0, 0, str(i), v), photometric.ESVIT[min(v, 2)])
+                for i in range(count)
+            ]
             for v in range(sum(views))
         ]
     )
