@@ -15,7 +15,8 @@ from torch.utils.data import get_worker_info
 from esvit_scale.data import photometric
 from esvit_scale.data.crops import crop_box, keyed_generator, resized
 from esvit_scale.data.decode import BadImage
-from esvit_scale.data.evaluation import Items, items_of, opened
+from esvit_scale.data.evaluation import Items, items_of
+from esvit_scale.data.evaluation_crop import opened
 from esvit_scale.data.loader import run_stages
 from esvit_scale.data.pixel_format import RGB8, PixelFormat
 

@@ -179,9 +179,9 @@ def open_header(data: bytes) -> Image.Image:
 
 def check_scans(data: bytes) -> None:
     """Raise BadImage for a progressive JPEG of more than MAX_SCANS scans; other files pass."""
-    if data[:2] != b"\xff\xd8" or data.count(b"\xff\xda") <= MAX_SCANS:
+    if data[:2] != b"\xff\xd8" or not PROGRESSIVE & {marker for marker, _ in jpeg_segments(data)}:
         return
-    if PROGRESSIVE & {marker for marker, _ in jpeg_segments(data)}:
+    if data.count(b"\xff\xda") > MAX_SCANS:
         raise BadImage(f"a JPEG of more than {MAX_SCANS} scans (decompression bomb?)")
 
 

@@ -8,25 +8,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data import photometric
-from esvit_scale.data.crops import resized
-from esvit_scale.data.decode import BadImage, decode, decode_as_stored
+from esvit_scale.data.decode import BadImage
+from esvit_scale.data.evaluation_crop import decode_centre_crop
 from esvit_scale.data.image_folder import ImageFolder, list_images, printable, read_file
-from esvit_scale.data.loader import reason, run_stages
+from esvit_scale.data.loader import reason, run_stages, shared_pixels
 from esvit_scale.data.manifest import Entry, Manifest, image_member
 from esvit_scale.data.pixel_format import RGB8, PixelFormat
 from esvit_scale.data.reader import ShardReader
 from esvit_scale.division import share
 
 log = logging.getLogger(__name__)
-
-LONG_SIDE = 8192  # pixels; of an image that resizing would make longer, only the middle is resized
 
 
 class EvaluationBatch(NamedTuple):
@@ -50,7 +46,7 @@ def evaluation_batches(
 ) -> Iterator[EvaluationBatch]:
     """Yield this rank's share of the images of a shard set (manifest order) or image folder (path order), each once.
 
-    The short side is resized to size·256/224 (bicubic), the centre cropped and the crop normalised. Rank r takes the r-th
+    The crops are those of evaluation_crop.py, normalised. Rank r takes the r-th
     of `world_size` contiguous parts, so the ranks' outputs in rank order are in the source's order. Labels are class numbers
     (subfolders by name), -1 without classes. Bad images are left out and counted in a warning.
 
@@ -169,7 +165,7 @@ def items_of(source: Path, notes: bool = True, pixels: PixelFormat | None = None
 
 
 class _EvaluationPart(NamedTuple):
-    images: Tensor  # uint8 or uint16 [B, C, S, S]
+    images: Tensor  # uint8 or uint16 [B, C, S, S], channels last
     keys: list[str]
     labels: list[int]
     numbers: list[int]
@@ -182,19 +178,20 @@ def _evaluation_parts(
     info = get_worker_info()
     worker, workers = (info.id, info.num_workers) if info else (0, 1)
     for start in range(worker * batch, len(numbers), workers * batch):
-        images, keys, labels, good, bad = [], [], [], [], []
+        dtype = torch.uint8 if pixels.bits == 8 else torch.uint16
+        crops = shared_pixels(dtype, min(batch, len(numbers) - start), size, size, pixels.channels)
+        rows, keys, labels, good, bad = crops.numpy(), [], [], [], []
         for number in numbers[start : start + batch]:
             try:
                 key, label, data = items.read(number)
-                images.append(centre_crop(opened(data, pixels), size))
+                rows[len(good)] = decode_centre_crop(data, size, pixels)
             except (BadImage, OSError) as error:
                 bad.append(f"{items.name(number)}: {reason(error)}")
             else:
                 keys.append(key)
                 labels.append(label)
                 good.append(number)
-        crops = np.stack(images) if images else np.empty((0, pixels.channels, size, size), pixels.dtype)
-        yield _EvaluationPart(torch.from_numpy(crops), keys, labels, good, bad)
+        yield _EvaluationPart(crops[: len(good)].permute(0, 3, 1, 2), keys, labels, good, bad)
 
 
 def _evaluation_joined(parts: Iterator[Any], source: str, total: int, pixels: PixelFormat) -> Iterator[EvaluationBatch]:
@@ -206,53 +203,3 @@ def _evaluation_joined(parts: Iterator[Any], source: str, total: int, pixels: Pi
             yield EvaluationBatch(images, part.keys, torch.tensor(part.labels), torch.tensor(part.numbers))
     if bad:
         log.warning("%s: left out %d bad images of %d (first: %s)", source, len(bad), total, bad[0])
-
-
-def evaluation_side(size: int) -> int:
-    """Return the length in pixels to which evaluation resizes the short side before it crops `size` × `size` pixels."""
-    return round(size * 256 / 224)
-
-
-def opened(data: bytes, pixels: PixelFormat) -> Image.Image | NDArray[Any]:
-    """Return the upright image in `data`: a Pillow RGB image, or an array [H, W, C] of any other format. Raises BadImage."""
-    return decode(data) if pixels.is_rgb8 else decode_as_stored(data, pixels.channels, pixels.bits)
-
-
-def centre_crop(image: Image.Image | NDArray[Any], size: int) -> NDArray[Any]:
-    """Return the centre of an image as [C, S, S]: the short side resized to size·256/224 (bicubic), then cropped.
-
-    This is torchvision's `Resize` and `CenterCrop`. If the resized image would be more than LONG_SIDE pixels long, only
-    its central square is computed, so that memory stays in proportion to the output: an image of 65000x8 pixels would
-    be 2.1 million pixels long at a short side of 256. The result then differs from a crop of the whole resized image
-    only because Pillow chooses the order of its two passes by size: by less than 0.5/255 on average, and by up to
-    25/255 in single pixels of pure noise.
-    """
-    short = evaluation_side(size)
-    if not isinstance(image, Image.Image):
-        return _centre_crop_of_array(image, size, short)
-    width, height = image.size
-    if width <= height:
-        whole = (short, int(short * height / width))
-    else:
-        whole = (int(short * width / height), short)
-    left, top = round((whole[0] - size) / 2), round((whole[1] - size) / 2)
-    if max(whole) > LONG_SIDE:
-        x, y = width / whole[0], height / whole[1]
-        box = (left * x, top * y, (left + size) * x, (top + size) * y)
-        square = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    else:
-        square = image.resize(whole, Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
-    return np.asarray(square).transpose(2, 0, 1)
-
-
-def _centre_crop_of_array(pixels: NDArray[Any], size: int, short: int) -> NDArray[Any]:
-    """Return the `centre_crop` of an array [H, W, C]; a very long one is first cut to its middle, at whole pixels."""
-    most = max(LONG_SIDE // short, 2) * min(pixels.shape[:2])
-    for axis in (0, 1):
-        if (over := pixels.shape[axis] - most) > 0:
-            pixels = pixels.take(range(over // 2, over // 2 + most), axis)
-    height, width = pixels.shape[:2]
-    whole = (int(short * height / width), short) if width <= height else (short, int(short * width / height))
-    pixels = pixels if whole == (height, width) else resized(pixels, *whole)
-    top, left = round((whole[0] - size) / 2), round((whole[1] - size) / 2)
-    return pixels[top : top + size, left : left + size].transpose(2, 0, 1)

@@ -6,6 +6,7 @@ the order of positions.
 """
 
 import ctypes
+import math
 import os
 import re
 import signal
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 import webdataset as wds
+from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from esvit_scale.config import Config
@@ -132,6 +134,17 @@ def translate_worker_errors() -> Iterator[None]:
         if died is None or "Bus error" in str(error):  # that one is about /dev/shm, see limits.py
             raise
         raise RestartCanHelp(_DIED.format(f" (pid {died[1]})")) from None
+
+
+def shared_pixels(dtype: torch.dtype, *shape: int) -> Tensor:
+    """Return memory for pixels; in a loader process it is shared with the parent, so that sending it copies nothing.
+
+    It is made as shared memory at once, as torch's default collate function does: `share_memory_` would copy it there.
+    """
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=dtype)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
+    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
 
 
 def reason(error: Exception) -> str:

@@ -51,7 +51,8 @@ from esvit_scale.config import Config
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data import mix, photometric, photometric_8bit
 from esvit_scale.data import order as orders
-from esvit_scale.data.evaluation import EvaluationBatch, centre_crop, evaluation_batches, evaluation_side
+from esvit_scale.data.evaluation import EvaluationBatch, evaluation_batches
+from esvit_scale.data.evaluation_crop import centre_crop, evaluation_side
 from esvit_scale.data.loader import LoaderAssignment, check_division, run_stages, translate_worker_errors
 from esvit_scale.data.manifest import Manifest
 from esvit_scale.data.mix import MixedSets

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
 from esvit_scale.config import Config
 from esvit_scale.data import photometric, photometric_8bit
 from esvit_scale.data.crops import Box, ImagePyramid, choose_reductions, crop_box, crop_groups, keyed_generator
+from esvit_scale.data.loader import shared_pixels
 from esvit_scale.data.photometric import AugmentationParams
 from esvit_scale.data.picture import open_picture
 from esvit_scale.data.pixel_format import pixel_format
@@ -96,7 +96,7 @@ def make_worker_batch(config: Config, batch_index: int, samples: Iterable[Decode
     began = time.monotonic()
     groups, in_worker = crop_groups(config.data), config.data.photometric == "workers"
     dtype = torch.uint8 if config.data.bits == 8 else torch.uint16
-    pixels = [_empty(dtype, g.views, size, g.size, g.size, config.data.channels) for g in groups]
+    pixels = [shared_pixels(dtype, g.views, size, g.size, g.size, config.data.channels) for g in groups]
     arrays = [p.numpy() for p in pixels]
     params: list[list[AugmentationParams]] = [[] for _ in config.crop_sizes]  # [V][B]
     positions, labels = np.empty(size, np.int64), np.empty(size, np.int64)
@@ -116,9 +116,3 @@ def make_worker_batch(config: Config, batch_index: int, samples: Iterable[Decode
         bad.extend(sample.bad)
     fields = tuple(field.numpy() for field in photometric.stack(params))
     return WorkerBatch(pixels, fields, positions, keys, labels, bad, batch_index, time.monotonic() - began)
-
-
-def _empty(dtype: torch.dtype, *shape: int) -> Tensor:
-    """Return memory for pixels; in a loader process it is shared with the parent, so that sending it copies nothing."""
-    empty = torch.empty(shape, dtype=dtype)
-    return empty.share_memory_() if get_worker_info() else empty

@@ -26,7 +26,8 @@ from esvit_scale.parallel import collectives
 
 Kind = Literal["view", "blocks"]
 LAST_BLOCKS = 4
-TRANSFORM = "short side to size*256/224 (bicubic), centre crop"
+TRANSFORM = "short side to size*256/224 (bicubic), centre crop; large JPEGs decoded at a reduced size"
+CPU_BATCH = 4  # images of a forward pass on a CPU: their activations stay in its caches
 
 
 class SourceInfo(NamedTuple):
@@ -89,8 +90,7 @@ def extract(
     encoder = {"view": _view, "blocks": last_blocks}[kind]
 
     def encode(images: Tensor) -> Tensor:
-        with torch.autocast(chosen.type, torch.bfloat16, enabled=precision == "bf16"):
-            return encoder(trunk, images.to(chosen, non_blocking=True)).float()
+        return encode_batch(lambda x: encoder(trunk, x), images, chosen, precision)
 
     def compute() -> Iterator[FeatureBatch]:
         was_training = trunk.training
@@ -106,6 +106,16 @@ def extract(
     if pixels != RGB8:
         key["pixels"] = list(pixels)
     return _cached_or_temporary(cache, key, source, images, compute)
+
+
+def encode_batch(encoder: Callable[[Tensor], Tensor], images: Tensor, device: torch.device, precision: str) -> Tensor:
+    """Return the float32 features that `encoder` computes of a batch [B, C, S, S], on `device` in fp32 or bf16.
+
+    A CPU runs it on CPU_BATCH images at a time.
+    """
+    parts = images.split(CPU_BATCH) if device.type == "cpu" else (images,)
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        return torch.cat([encoder(part.to(device, non_blocking=True)).float() for part in parts])
 
 
 def raw_pixels(source: Path, size: int, batch: int = 64, workers: int = 4) -> FeatureSet:

@@ -18,7 +18,8 @@ from esvit_scale.data import manifest as manifests
 from esvit_scale.data import photometric, raster, shard_stats
 from esvit_scale.data.bad_image import BadImage
 from esvit_scale.data.decode import decode, decode_as_stored
-from esvit_scale.data.evaluation import centre_crop, evaluation_batches
+from esvit_scale.data.evaluation import evaluation_batches
+from esvit_scale.data.evaluation_crop import centre_crop
 from esvit_scale.data.pixel_format import PixelFormat, pixel_format
 from esvit_scale.data.stream import batches, open_data
 from esvit_scale.data.worker_batch import place_crops

@@ -332,7 +332,8 @@ def test_evaluation_transform_equals_torchvision(tmp_path: Path, width: int, hei
             v2.Normalize(photometric.MEAN, photometric.STD),
         ]
     )
-    torch.testing.assert_close(collect(tmp_path)[0][0], torch.Tensor(transform(image)), atol=1e-5, rtol=0)
+    level = 1.01 / 255 / min(photometric.STD)  # of 8-bit pixels: the resize rounds its weights (evaluation_crop.py)
+    torch.testing.assert_close(collect(tmp_path)[0][0], torch.Tensor(transform(image)), atol=level, rtol=0)
 
 
 @pytest.mark.parametrize(("width", "height"), [(65000, 8), (8, 65000), (4, 30000), (20000, 20), (1200, 30)])
