@@ -136,12 +136,15 @@ def translate_worker_errors() -> Iterator[None]:
         raise RestartCanHelp(_DIED.format(f" (pid {died[1]})")) from None
 
 
-def shared_pixels(dtype: torch.dtype, *shape: int) -> Tensor:
+def shared_pixels(dtype: torch.dtype, *shape: int, shared: bool | None = None) -> Tensor:
     """Return memory for pixels; in a loader process it is shared with the parent, so that sending it copies nothing.
 
     It is made as shared memory at once, as torch's default collate function does: `share_memory_` would copy it there.
+
+    Args:
+        shared: whether the memory is shared between processes; None: only in a loader process.
     """
-    if get_worker_info() is None:
+    if not (get_worker_info() if shared is None else shared):
         return torch.empty(shape, dtype=dtype)
     storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
     return torch.empty(0, dtype=dtype).set_(storage, 0, shape)

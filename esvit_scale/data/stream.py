@@ -51,6 +51,7 @@ from esvit_scale.config import Config
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data import mix, photometric, photometric_8bit
 from esvit_scale.data import order as orders
+from esvit_scale.data.batch_memory import BatchMemory
 from esvit_scale.data.evaluation import EvaluationBatch, evaluation_batches
 from esvit_scale.data.evaluation_crop import centre_crop, evaluation_side
 from esvit_scale.data.loader import LoaderAssignment, check_division, run_stages, translate_worker_errors
@@ -60,7 +61,7 @@ from esvit_scale.data.photometric import BatchAugmentationParams
 from esvit_scale.data.pixel_format import pixel_format
 from esvit_scale.data.shard_stream import ShardSamples
 from esvit_scale.data.url_stream import UrlSamples, UrlSets
-from esvit_scale.data.worker_batch import DecodedSample, WorkerBatch, make_worker_batch
+from esvit_scale.data.worker_batch import DecodedSample, WorkerBatch, crop_shapes, make_worker_batch, pixel_dtype
 from esvit_scale.errors import UserError
 
 __all__ = [
@@ -197,7 +198,9 @@ def batches(config: Config, data: TrainingData, rank: int, world_size: int, star
         if isinstance(data, MixedSets):
             mix.order_of(config, data)  # raises UserError at once if the mix does not fit the config
         samples = ShardSamples(assignment, data)
-    return _join_workers(run_stages([samples, partial(_make_worker_batches, assignment)], workers), max(workers, 1))
+    memory = _batch_memory(assignment) if workers else None
+    stages = [samples, partial(_make_worker_batches, assignment, memory)]
+    return _join_workers(run_stages(stages, workers), max(workers, 1), memory)
 
 
 def micro_batches(config: Config, batch: Batch, device: torch.device, dtype: torch.dtype) -> list[MicroBatch]:
@@ -225,13 +228,26 @@ def micro_batches(config: Config, batch: Batch, device: torch.device, dtype: tor
     ]
 
 
-def _make_worker_batches(assignment: LoaderAssignment, samples: Iterable[DecodedSample]) -> Iterator[WorkerBatch]:
+def _batch_memory(assignment: LoaderAssignment) -> BatchMemory | None:
+    """Return memory for this rank's batches; None where there is too little for it, and processes send what they make."""
+    config, images = assignment.config, len(assignment.slots_of_rank) * assignment.images_per_slot
+    try:
+        return BatchMemory(crop_shapes(config, images), pixel_dtype(config))
+    except RuntimeError:
+        return None
+
+
+def _make_worker_batches(
+    assignment: LoaderAssignment, memory: BatchMemory | None, samples: Iterable[DecodedSample]
+) -> Iterator[WorkerBatch]:
     samples, size = iter(samples), assignment.images_per_batch
+    first = (assignment.slots_of_worker().start - assignment.slots_of_rank.start) * assignment.images_per_slot
     for batch_index in range(assignment.start, assignment.stop):
-        yield make_worker_batch(assignment.config, batch_index, islice(samples, size), size)
+        rows = memory.claim(batch_index, slice(first, first + size)) if memory else None
+        yield make_worker_batch(assignment.config, batch_index, islice(samples, size), size, rows)
 
 
-def _join_workers(worker_batches: Iterator[WorkerBatch], workers: int) -> Iterator[Batch]:
+def _join_workers(worker_batches: Iterator[WorkerBatch], workers: int, memory: BatchMemory | None) -> Iterator[Batch]:
     """Yield the rank's batches, each joined from one part per worker: the loader yields the workers' parts in turn."""
     pin = torch.cuda.is_available()  # page-locked memory is copied to the device while it computes
     while True:
@@ -239,15 +255,15 @@ def _join_workers(worker_batches: Iterator[WorkerBatch], workers: int) -> Iterat
             parts = list(islice(worker_batches, workers))
             if not parts:
                 return
-            batch = _join(parts, pin)
+            batch = _join(parts, pin, memory)
         yield batch
+        del batch, parts  # so that their memory is free as soon as training has used them
 
 
-def _join(parts: list[WorkerBatch], pin: bool) -> Batch:
+def _join(parts: list[WorkerBatch], pin: bool, memory: BatchMemory | None) -> Batch:
     params = [BatchAugmentationParams(*map(torch.from_numpy, part.photometric)) for part in parts]
-    crops = zip(*(part.crops for part in parts), strict=True)
     return Batch(
-        crops=[_concatenate(group, pin).permute(0, 1, 4, 2, 3) for group in crops],
+        crops=[group.permute(0, 1, 4, 2, 3) for group in _join_crops(parts, pin, memory)],
         photometric=photometric.concatenate(params, 1),
         positions=torch.from_numpy(np.concatenate([part.positions for part in parts])),
         keys=[key for part in parts for key in part.keys],
@@ -256,6 +272,18 @@ def _join(parts: list[WorkerBatch], pin: bool) -> Batch:
         batch_index=parts[0].batch_index,
         worker_rates=tuple(len(part.keys) / max(part.seconds, 1e-9) for part in parts),
     )
+
+
+def _join_crops(parts: list[WorkerBatch], pin: bool, memory: BatchMemory | None) -> list[Tensor]:
+    """Return the crops of all workers, per resolution group [V, B, S, S, C], in page-locked memory if `pin`."""
+    if memory is not None and not pin and not any(part.crops for part in parts):
+        return memory.take(parts[0].batch_index)
+    found, first = [], 0
+    for part in parts:
+        rows = slice(first, first + len(part.keys))
+        found.append(part.crops or (memory.rows(part.batch_index, rows) if memory else []))
+        first = rows.stop
+    return [_concatenate(group, pin) for group in zip(*found, strict=True)]
 
 
 def _concatenate(parts: tuple[Tensor, ...], pin: bool) -> Tensor:

@@ -23,6 +23,16 @@ from esvit_scale.data.pixel_format import pixel_format
 SLOW_SECONDS = 20.0  # a sample that takes at least this long to read and decode is reported
 
 
+def crop_shapes(config: Config, images: int) -> list[tuple[int, ...]]:
+    """Return the shapes of a batch's crops before they are augmented, per resolution group: [V_g, B, S_g, S_g, channels]."""
+    return [(g.views, images, g.size, g.size, config.data.channels) for g in crop_groups(config.data)]
+
+
+def pixel_dtype(config: Config) -> torch.dtype:
+    """Return the type of a stored pixel."""
+    return torch.uint8 if config.data.bits == 8 else torch.uint16
+
+
 class PlacedCrop(NamedTuple):
     """The random choices for one crop of one sample: its box, whether it is mirrored, and its augmentation."""
 
@@ -50,7 +60,7 @@ class WorkerBatch(NamedTuple):
     Small arrays are sent between processes as NumPy arrays, since each tensor would need a shared-memory file.
     """
 
-    crops: list[Tensor]  # per resolution group: uint8 or uint16 [V_g, B, S_g, S_g, channels]
+    crops: list[Tensor]  # per resolution group: uint8 or uint16 [V_g, B, S_g, S_g, channels]; empty: in the BatchMemory
     photometric: tuple[NDArray[Any], ...]  # the fields of BatchAugmentationParams, leading shape [V, B]
     positions: NDArray[np.int64]  # [B], in the global batch
     keys: list[str]
@@ -91,12 +101,17 @@ def decode_for_crops(
     return placed, reductions, ImagePyramid(*picture.pixels(min(reductions)))
 
 
-def make_worker_batch(config: Config, batch_index: int, samples: Iterable[DecodedSample], size: int) -> WorkerBatch:
-    """Cut the crops of `size` samples straight into the batch's arrays, with one decoded image in memory at a time."""
+def make_worker_batch(
+    config: Config, batch_index: int, samples: Iterable[DecodedSample], size: int, memory: list[Tensor] | None = None
+) -> WorkerBatch:
+    """Cut the crops of `size` samples straight into the batch's arrays, with one decoded image in memory at a time.
+
+    Args:
+        memory: the process's rows of a BatchMemory to write the crops to; None: into new arrays, which are sent.
+    """
     began = time.monotonic()
-    groups, in_worker = crop_groups(config.data), config.data.photometric == "workers"
-    dtype = torch.uint8 if config.data.bits == 8 else torch.uint16
-    pixels = [shared_pixels(dtype, g.views, size, g.size, g.size, config.data.channels) for g in groups]
+    in_worker = config.data.photometric == "workers"
+    pixels = memory or [shared_pixels(pixel_dtype(config), *shape) for shape in crop_shapes(config, size)]
     arrays = [p.numpy() for p in pixels]
     params: list[list[AugmentationParams]] = [[] for _ in config.crop_sizes]  # [V][B]
     positions, labels = np.empty(size, np.int64), np.empty(size, np.int64)
@@ -115,4 +130,5 @@ def make_worker_batch(config: Config, batch_index: int, samples: Iterable[Decode
         keys.append(sample.key)
         bad.extend(sample.bad)
     fields = tuple(field.numpy() for field in photometric.stack(params))
-    return WorkerBatch(pixels, fields, positions, keys, labels, bad, batch_index, time.monotonic() - began)
+    crops = [] if memory else pixels
+    return WorkerBatch(crops, fields, positions, keys, labels, bad, batch_index, time.monotonic() - began)
