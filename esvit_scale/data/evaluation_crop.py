@@ -55,9 +55,18 @@ def decode_centre_crop(data: bytes, size: int, pixels: PixelFormat) -> NDArray[A
     left, top = round((width - size) / 2), round((height - size) / 2)
     lines = math.ceil((top + size) / scale[0] + BICUBIC_SUPPORT * max(1 / scale[0], 1)) + 1  # that the crop depends on
     x = torch.from_numpy(source[:lines]).permute(2, 0, 1)[None]
-    y = torch.empty(1, 3, top + size, left + size, dtype=torch.uint8, memory_format=torch.channels_last)
-    torch.ops.aten._upsample_bicubic2d_aa.out(x, y.shape[2:], False, *scale, out=y)
-    return y[0, :, top:, left:].permute(1, 2, 0).numpy()
+    shape = _computed(top + size, x.shape[2], height), _computed(left + size, x.shape[3], width)
+    y = torch.empty(1, 3, *shape, dtype=torch.uint8, memory_format=torch.channels_last)
+    torch.ops.aten._upsample_bicubic2d_aa.out(x, shape, False, *scale, out=y)
+    return y[0, :, top : top + size, left : left + size].permute(1, 2, 0).numpy()
+
+
+def _computed(end: int, source: int, whole: int) -> int:
+    """Return how many lines of a resized image to compute along an axis, of which the first `end` are needed.
+
+    One more where the source has just as many lines: torch's kernel takes equal lengths for "nothing to resize".
+    """
+    return end + 1 if end == source and end < whole else end
 
 
 def centre_crop(image: Image.Image | NDArray[Any], size: int) -> NDArray[Any]:

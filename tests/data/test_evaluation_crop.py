@@ -60,6 +60,14 @@ def test_crops_of_small_and_long_images_are_near_the_exact_ones(shape: tuple[int
     assert np.abs(fast - exact).mean() < 0.5  # Pillow's two passes have another order in a long image of noise
 
 
+@pytest.mark.parametrize("shape", [(16, n) for n in range(10, 30)] + [(n, 15) for n in range(10, 30)], ids=str)
+def test_crops_are_right_at_every_ratio_of_sides(shape: tuple[int, int]) -> None:
+    """Among them are those of which the crop needs as many source lines as it has."""
+    noise = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    exact, fast = crops(encoded(Image.fromarray(noise)), 14)
+    assert np.abs(fast - exact).mean() < 0.5
+
+
 @pytest.mark.parametrize("mode", ["L", "CMYK"])
 def test_crops_of_other_colour_modes_are_near_the_exact_ones(mode: str) -> None:
     exact, fast = crops(encoded(photograph("chelsea", 600).convert(mode), "JPEG", quality=92))
