@@ -68,11 +68,13 @@ TESTED = {
     "tifffile": Range("2025.5.10", "2026.3.3"),
     "imagecodecs": Range("2025.3.30", "2026.3.6"),
     "playwright": Range("1.45.0", "1.65.2"),
+    "wandb": Range("0.31.0", "0.31.0"),
 }
 IMPORTED = ("torch", "torchvision", "timm", "deepspeed", "fairscale", "webdataset")  # each has a row of its own
 EXTRAS = {
     "parquet": Extra(("pyarrow",), "shards create from parquet files"),
     "tracking": Extra(("tensorboard",), "TensorBoard curves; without it metrics go to metrics.jsonl alone"),
+    "wandb": Extra(("wandb",), "train.wandb: a record at Weights & Biases"),
     "export": Extra(
         ("onnx", "onnxscript", "onnxruntime", "transformers"), "convert --to onnx", ("onnxruntime", "transformers")
     ),

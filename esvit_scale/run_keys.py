@@ -273,6 +273,8 @@ class Train(Section):
     """[steps] Distance between checkpoints that are never removed; null: none."""
     knn_every: Positive | None = None
     """[steps] Distance between k-NN accuracies of the teacher on data.held_out; null: none."""
+    wandb: Annotated[str, Field(min_length=1)] | None = None
+    """Project at Weights & Biases in which rank 0 also records the metrics (docs/tracking.md); null: none."""
     skips_before_rollback: Positive = 10
     """[steps] Consecutive steps without finite gradients before the run goes back to its last checkpoint."""
     rollbacks: Count = 2
@@ -297,6 +299,7 @@ MAY_DIFFER = (
     "train.keep_every",
     "train.hang_minutes",
     "train.knn_every",
+    "train.wandb",
     "train.skips_before_rollback",
     "train.rollbacks",
 )

@@ -67,7 +67,7 @@ def status_lines(found: RunStatus) -> list[str]:
         ("job", found.job),
         ("step", _steps(found)),
         ("images/s", "" if found.images_per_s is None else f"{found.images_per_s:.1f}"),
-        ("ETA", "" if found.eta_s is None else f"{timedelta(seconds=round(found.eta_s))} of training"),
+        ("ETA", f"{timedelta(seconds=round(found.eta_s))} of training" if found.eta_s else ""),
         ("k-NN", _knn(found, f" at step {found.knn_step}")),
         ("restarts", restarts),
         ("warnings", f"{found.warnings}; the last: {found.last_warning}" if found.warnings else "0"),

@@ -30,7 +30,7 @@ def requirements():
 
 def test_pyproject_dependencies_are_parsed():
     assert {"torch", "deepspeed", "pyarrow", "onnxscript", "playwright", "types-PyYAML"} <= set(requirements())
-    assert len(requirements()) == 36
+    assert len(requirements()) == 37
 
 
 @pytest.mark.parametrize("stack", STACKS)
@@ -129,8 +129,8 @@ def test_this_environment_matches_the_recorded_stack():
     note = Path(sys.prefix, ".stack")
     if not note.is_file() or (named := re.search(r"constraints/([\w.-]+)\.txt$", note.read_text().strip())) is None:
         pytest.skip("not installed by constraints/install.py as a whole stack")
-    have = {name: metadata.version(name).split("+")[0] for name in install.pins(named[1])}
-    assert have == install.pins(named[1])
+    wanted = {name: pin for name, pin in install.pins(named[1]).items() if name != "wandb"}  # make does not install it
+    assert {name: metadata.version(name).split("+")[0] for name in wanted} == wanted
 
 
 def test_python_without_a_stack_is_told_what_to_do(monkeypatch):

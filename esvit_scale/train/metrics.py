@@ -17,8 +17,9 @@ from typing import Any
 from tqdm import tqdm
 
 from esvit_scale import files
+from esvit_scale.config import Config
 from esvit_scale.errors import in_words
-from esvit_scale.train import row_file
+from esvit_scale.train import row_file, tracking
 from esvit_scale.train.log_format import FileFormatter
 from esvit_scale.train.row_file import RowFile, read_rows
 
@@ -49,8 +50,13 @@ class MetricLogger:
         bad: number of samples that were replaced since the run began.
     """
 
-    def __init__(self, run: Path, total_steps: int, active: bool) -> None:
-        self._active = active
+    def __init__(self, run: Path, total_steps: int, active: bool, config: Config | None = None) -> None:
+        """
+        Args:
+            active: whether this is rank 0.
+            config: the run's, for a record at W&B if it asks for one; None: no such record.
+        """
+        self._active, self._config = active, config
         self.bad = 0
         self._run, self._total = run, total_steps
 
@@ -69,6 +75,7 @@ class MetricLogger:
         self._metrics = RowFile(self._run / "metrics.jsonl")
         self._quarantine = RowFile(self._run / "quarantine.jsonl")
         self._board = TensorBoard(self._run / "tensorboard", step)
+        self._wandb = tracking.Wandb(self._run, self._config) if self._config and self._config.train.wandb else None
         self._console = _Console(self._total, step)
 
     def rewind(self, step: int) -> None:
@@ -107,6 +114,8 @@ class MetricLogger:
             return
         self._metrics.append(row)
         self._board.add(row)
+        if self._wandb:
+            self._wandb.add(row)
         self._console.row(row)
 
     def bad_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
@@ -134,6 +143,8 @@ class MetricLogger:
         self._metrics.close()
         self._quarantine.close()
         self._board.close()
+        if self._wandb:
+            self._wandb.close()
         self._console.close()
 
 

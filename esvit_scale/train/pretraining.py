@@ -15,7 +15,7 @@ from esvit_scale.objective.schedules import Schedules
 from esvit_scale.parallel import collectives
 from esvit_scale.parallel import world as worlds
 from esvit_scale.parallel.world import World
-from esvit_scale.train import metrics, run_dir, stage
+from esvit_scale.train import metrics, run_dir, stage, tracking
 from esvit_scale.train.lock import Lock
 from esvit_scale.train.online_knn import OnlineKnn
 from esvit_scale.train.run_resources import RunResources
@@ -49,9 +49,9 @@ def pretrain(config: Config) -> int:
 
 def open_and_train(config: Config, world: World, watchdog: Watchdog) -> int:
     """Start or resume the run of a config in the process group of `world`; return 0, or 130 after ctrl-C."""
-    collectives.run_on_rank0_and_broadcast(
-        lambda: stream.check_pixels(config)
-    )  # before a run dir records a config that cannot be run
+    # Before a run dir records a config that cannot be run.
+    collectives.run_on_rank0_and_broadcast(lambda: stream.check_pixels(config))
+    collectives.run_on_rank0_and_broadcast(lambda: tracking.require(config))
     path, finished = collectives.run_on_rank0_and_broadcast(lambda: run_dir.open_run(config))
     if finished:
         if world.rank == 0:

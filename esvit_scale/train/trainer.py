@@ -190,7 +190,7 @@ class Trainer:
             self._log(logging.INFO, "starts from the %s", self._origin)
         collectives.run_on_rank0_and_broadcast(lambda: run_dir.record_start(run.path, self.config))
         run.watchdog.beat(self.step)
-        self._logger = MetricLogger(run.path, self.last_step, active=self.world.rank == 0)
+        self._logger = MetricLogger(run.path, self.last_step, self.world.rank == 0, self.config)
         collectives.run_on_rank0_and_broadcast(lambda: self._logger.open(self.step))
         self._metrics.start(self.step)
         self._saved_at = time.monotonic()
