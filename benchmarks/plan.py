@@ -62,11 +62,12 @@ def config_of(case: str) -> "Config":
 
 def plan(case: str) -> float:
     """Bytes of the peak above what is there after building; stage 3 has its gradients' buffer by then."""
+    from esvit_scale.objective import costs
     from esvit_scale.scaling import memory
 
     config, stage = config_of(case), int(case.split(":")[1][-1])
-    ranks, recompute = int(case.split(":")[3]), config.train.activation_checkpointing != "none"
-    m = memory.memory(config, memory.network_of(config), stage, ranks, recompute, on_cpu=True)
+    ranks, kept = int(case.split(":")[3]), costs.checkpointing_of(config)
+    m = memory.memory(config, memory.network_of(config), stage, ranks, kept, on_cpu=True)
     return m.peak - m.at_start - (m.gradients if stage == 3 else 0)
 
 

@@ -32,7 +32,7 @@ def main() -> None:
     )
     parser.add_argument("--batch", type=int, nargs="+", default=[4], help="images a step on this device")
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
-    implementations = ("none", "torch", "deepspeed", "fairscale")
+    implementations = ("none", "selective", "torch", "deepspeed", "fairscale")
     parser.add_argument("--activation-checkpointing", nargs="+", choices=implementations, default=["none"])
     parser.add_argument("--official", type=Path, help="a clone of the official EsViT repository")
     parser.add_argument("--official-precision", choices=("fp32", "bf16", "fp16"), help="default: the row's")

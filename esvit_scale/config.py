@@ -96,6 +96,11 @@ def _cross_field_problems(c: Config) -> list[str]:
             f"train.knn_every: {c.train.knn_every} is no multiple of train.log_every={c.train.log_every}; "
             f"nearest: {nearest_multiple(c.train.knn_every, c.train.log_every)}"
         )
+    if c.train.compile and c.train.activation_checkpointing == "selective":
+        problems.append(
+            "train.compile: not possible with train.activation_checkpointing=selective, which sees single operations; "
+            "nearest: torch"
+        )
     if c.model.depths and c.model.heads and len(c.model.depths) != len(c.model.heads):
         problems.append(
             f"model.heads: {len(c.model.heads)} stages, but model.depths has {len(c.model.depths)}; give one number a stage in both"

@@ -257,8 +257,9 @@ class Train(Section):
     matrix products in bf16."""
     ds_config: str = "zero1"
     """DeepSpeed configuration, which gives the ZeRO stage: a name in ds_configs/, or a path to a .json file."""
-    activation_checkpointing: Literal["none", "torch", "deepspeed", "fairscale"] = "none"
-    """Which implementation computes activations again in the backward pass, to save memory."""
+    activation_checkpointing: Literal["none", "selective", "torch", "deepspeed", "fairscale"] = "none"
+    """What computes activations again in the backward pass, to save memory: selective keeps the products that are dear to
+    compute, the others keep the inputs of blocks alone."""
     compile: bool = False
     """Whether torch.compile compiles the blocks; the first step then takes minutes."""
     log_every: Positive = 10

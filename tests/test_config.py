@@ -354,3 +354,9 @@ def test_slots_depend_only_on_the_global_batch():
 def test_config_imports_no_torch():
     code = "import esvit_scale.config, sys; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_compile_with_selective_checkpointing_is_refused():
+    line = error_of("swin_t", "train.compile=true", "train.activation_checkpointing=selective")
+    assert "train.compile: not possible with train.activation_checkpointing=selective" in line
+    assert "nearest: torch" in line

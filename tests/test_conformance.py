@@ -25,8 +25,14 @@ from esvit_scale.train import pretraining
 from tests import tiny
 
 # ZeRO stage and implementation of activation checkpointing, for trunks that are called once a forward, and once a crop size.
-ONCE = [("zero3", "torch"), ("zero1", "deepspeed"), ("zero3", "deepspeed"), ("zero1", "fairscale")]
-ONCE_A_SIZE = [("zero3", "torch"), ("zero3", "none"), ("zero1", "torch")]
+ONCE = [
+    ("zero3", "selective"),
+    ("zero3", "torch"),
+    ("zero1", "deepspeed"),
+    ("zero3", "deepspeed"),
+    ("zero1", "fairscale"),
+]
+ONCE_A_SIZE = [("zero3", "selective"), ("zero3", "torch"), ("zero3", "none"), ("zero1", "torch")]
 IMAGES = 12  # the truncated triplet loss needs 11
 # How to make a trunk small; one that is not named here is built as it is.
 SMALL: dict[str, dict[str, Any]] = {

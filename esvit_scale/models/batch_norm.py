@@ -6,27 +6,11 @@ but not when activation checkpointing recomputes the call, and not with a batch 
 running statistics stay fp32 when the engine casts the parameters.
 """
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 
+from esvit_scale.models.recomputation import is_recomputing
 from esvit_scale.parallel import collectives
-
-_state = threading.local()
-
-
-@contextmanager
-def recomputing() -> Iterator[None]:
-    """Keep batch norms from updating their running statistics within this context, in which a forward is recomputed."""
-    before = getattr(_state, "recomputing", False)
-    _state.recomputing = True
-    try:
-        yield
-    finally:
-        _state.recomputing = before
 
 
 def moves_without_gradient(module: nn.Module) -> None:
@@ -85,7 +69,7 @@ class BatchNorm(nn.Module):
         mean = collectives.all_reduce_sum(x.sum(dims)) / count
         centred = x - mean.view(1, -1, *[1] * (x.dim() - 2))
         var = collectives.all_reduce_sum(centred.square().sum(dims)) / count
-        again = getattr(_state, "recomputing", False) or (torch.is_grad_enabled() and not self.first_pass_has_gradient)
+        again = is_recomputing() or (torch.is_grad_enabled() and not self.first_pass_has_gradient)
         if not again:
             self._move(mean.detach(), var.detach() * (count / max(count - 1, 1)))
         return mean, var

@@ -7,14 +7,21 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from esvit_scale.models.recomputation import last_of_block
+
 
 class GeluMlp(nn.Module):
-    """The MLP of a block: a linear layer from C to 4C, GELU, and a linear layer from 4C to C."""
+    """The MLP of a block: a linear layer from C to 4C, GELU, and a linear layer from 4C to C.
 
-    def __init__(self, dim: int) -> None:
+    Args:
+        ends_block: whether the block only adds the output to its residual stream, without a norm or a learned scale.
+    """
+
+    def __init__(self, dim: int, ends_block: bool = False) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, 4 * dim)
         self.fc2 = GeluLinear(4 * dim, dim)
+        self.fc2.ends_block = ends_block
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens [N, C] to [N, C]."""
@@ -27,16 +34,21 @@ class GeluLinear(nn.Linear):
     GELU(x) would be a quarter of a block's saved activations; recomputing it in the backward takes 1 % of a step.
     """
 
+    ends_block = False
+
     def forward(self, x: Tensor) -> Tensor:
         """Map x […, 4C] to linear(GELU(x)) […, C]; a backward needs x to be [N, 4C]."""
-        return _GeluLinear.apply(x, self.weight, self.bias)
+        return _GeluLinear.apply(x, self.weight, self.bias, self.ends_block)
 
 
 class _GeluLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, ends_block: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return F.linear(F.gelu(x), weight, bias)
+        product = lambda: F.linear(F.gelu(x), weight, bias)  # noqa: E731
+        if not ends_block or torch.compiler.is_compiling():
+            return product()
+        return last_of_block(product, (*x.shape[:-1], len(weight)), x)
 
     @staticmethod
     @once_differentiable
@@ -45,8 +57,10 @@ class _GeluLinear(torch.autograd.Function):
         hidden = F.gelu(x) if ctx.needs_input_grad[1] else None
         grad_weight = (grad.t() @ hidden.to(grad.dtype)).to(weight.dtype) if hidden is not None else None
         grad_bias = grad.sum(0).to(weight.dtype) if ctx.needs_input_grad[2] else None
-        grad_x = torch.ops.aten.gelu_backward((grad @ weight.to(grad.dtype)).to(x.dtype), x)
-        return grad_x, grad_weight, grad_bias
+        del hidden  # the largest temporary of a block: freed before the next of its size
+        grad_x = (grad @ weight.to(grad.dtype)).to(x.dtype)
+        torch.ops.aten.gelu_backward(grad_x, x, grad_input=grad_x)
+        return grad_x, grad_weight, grad_bias, None
 
 
 def add_branch(tokens: Tensor, branch: Tensor, keep: Tensor | None) -> Tensor:

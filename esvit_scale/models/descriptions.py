@@ -49,6 +49,7 @@ class KeptActivations(NamedTuple):
     called: list[int]  # for each call, the index of its block in `Trunk.blocks`
     blocks: list[Activations]  # for each call, what it keeps without activation checkpointing
     inputs: list[Activations]  # for each call, what it keeps with activation checkpointing: the block's inputs
+    products: list[Activations]  # for each call, what it keeps on top of its inputs with selective checkpointing
     outside: Activations  # all other layers: patch embedding, merging, norms, heads, loss
 
 

@@ -188,7 +188,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim)
         self.attn = FocalAttention(dim, heads, window, expand, focal)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = GeluMlp(dim)
+        self.mlp = GeluMlp(dim, ends_block=True)
 
     def forward(self, tokens: Tensor, grids: Grids, keep_attn: Tensor | None, keep_mlp: Tensor | None) -> Tensor:
         """Map tokens [N, C] to [N, C]; keep_* [N, 1] are the branches' drop-path factors (0: dropped), None is 1."""

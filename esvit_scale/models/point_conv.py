@@ -49,5 +49,7 @@ class _QuickGeluLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         gate = torch.sigmoid(QUICK * x)
-        grad_x = (grad @ weight) * (gate + QUICK * x * gate * (1 - gate))
-        return grad_x, grad.t() @ (x * gate), grad.sum(0)
+        # In autocast, the gradient is bf16 while weights, and perhaps x, are fp32.
+        grad_x = (grad @ weight.to(grad.dtype)).to(x.dtype) * (gate + QUICK * x * gate * (1 - gate))
+        grad_weight = (grad.t() @ (x * gate).to(grad.dtype)).to(weight.dtype)
+        return grad_x, grad_weight, grad.sum(0).to(weight.dtype)

@@ -237,7 +237,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.attn = WindowAttention(dim, heads, window)
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.mlp = GeluMlp(dim)
+        self.mlp = GeluMlp(dim, ends_block=True)
 
     def forward(self, tokens: Tensor, plan: WindowPlan, keep_attn: Tensor | None, keep_mlp: Tensor | None) -> Tensor:
         """Map tokens [N, C] to [N, C]; keep_attn and keep_mlp [N, 1] scale the two branches (0: dropped, None: 1)."""

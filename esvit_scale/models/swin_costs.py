@@ -11,6 +11,7 @@ Forward multiply-adds ("published") of a crop of S pixels, H = ⌈S/4⌉ tokens 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from esvit_scale.models import recomputation
 from esvit_scale.models.descriptions import Activations, Count, CropCost, KeptActivations
 
 if TYPE_CHECKING:
@@ -66,10 +67,12 @@ class SwinFormulas:
         """
         blocks = [sum(column) for column in zip(*(self._kept_by_blocks(sizes, s, element) for s in sizes), strict=True)]
         inputs = [sum(column) for column in zip(*(self._block_inputs(s, element) for s in sizes), strict=True)]
+        products = [sum(column) for column in zip(*(self._kept_products(s, element) for s in sizes), strict=True)]
         return KeptActivations(
             list(range(len(blocks))),
             [Activations(*both) for both in zip(blocks, self._kept_by_position_bias(element), strict=True)],
             [Activations(given, 0) for given in inputs],
+            [Activations(*both) for both in zip(products, self._position_bias_product(), strict=True)],
             Activations(sum(self._kept_outside_blocks(size, element) for size in sizes), 0),
         )
 
@@ -101,6 +104,25 @@ class SwinFormulas:
             for m in self._maps(size)
             for i in range(m.depth)
         ]
+
+    def _kept_products(self, size: int, element: int) -> list[int]:
+        """Return the bytes of each block's products that selective checkpointing keeps, for one crop."""
+        return [
+            self._values_of_products(m.width) * m.side**2 * m.width * element
+            for m in self._maps(size)
+            for _ in range(m.depth)
+        ]
+
+    def _values_of_products(self, width: int) -> int:
+        """Return how many times C values per token are kept: 3 of qkv, 1 of proj and 4 of fc1, or none.
+
+        The last product of V1, that of fc2, is only added to the residual stream.
+        """
+        return 8 if width >= recomputation.DEAR else 0
+
+    def _position_bias_product(self) -> list[int]:
+        """Return the bytes that selective checkpointing keeps of each block's position-bias network: V1 has none."""
+        return [0] * sum(self.trunk.depths)
 
     def _keep_factors(self, m: StageMap, index: int, element: int) -> int:
         """Return the bytes of the drop factors of a block's two branches for one crop; 0 if its drop rate is 0."""
@@ -161,6 +183,17 @@ class SwinV2Formulas(SwinFormulas):
         if self.trunk.stages[m.stage].blocks[index].extra_norm is not None:
             kept += m.side**2 * m.width * element + 2 * m.side**2 * WIDE
         return kept
+
+    def _values_of_products(self, width: int) -> int:
+        """Return V1's values and the output of fc2, whose inner dimension is 4C, because a norm reads it."""
+        return super()._values_of_products(width) + (4 * width >= recomputation.DEAR)
+
+    def _position_bias_product(self) -> list[int]:
+        """Return the bytes of the last layer's output: one fp32 value per head and distance."""
+        if self._bias_hidden() < recomputation.DEAR:
+            return super()._position_bias_product()
+        maps = self._maps(self.trunk.reductions[0])
+        return [(2 * m.window - 1) ** 2 * m.heads * WIDE for m in maps for _ in range(m.depth)]
 
     def _kept_by_merging(self, width: int) -> int:
         """Return how many values are saved per merged token: the inputs of the reduction, 4C, and of the norm, 2C."""

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from esvit_scale.config import Config
+from esvit_scale.models import recomputation
 from esvit_scale.models.descriptions import CropCost
 from esvit_scale.models.drop_path import drop_keys
 from esvit_scale.models.registry import build_trunk
@@ -155,15 +156,18 @@ class KeptByBlocks:
         self.called: list[int] = []  # index of the block in the trunk
         self.saved: list[int] = []  # bytes saved for the backward
         self.inputs: list[int] = []  # bytes of inputs that activation checkpointing keeps
+        self.products: list[int] = []  # bytes of results that selective checkpointing keeps on top of the inputs
 
     def __call__(self, block: Callable[..., Any], tokens: Any, *others: Any) -> Any:
         """Run the block, record the bytes that it saved and was given, and return its output."""
         before = self.kept.bytes
-        result = block(tokens, *others)
+        with recomputation.Kept() as kept:
+            result = block(tokens, *others)
         self.called.append(self.index[id(getattr(block, "__self__", block))])  # a block itself, or its bound method
         self.saved.append(self.kept.bytes - before)
         given = [x for x in tree_leaves((tokens, others[1:])) if isinstance(x, Tensor) and x.is_floating_point()]
-        self.inputs.append(sum({_identity(x): x.untyped_storage().nbytes() for x in given}.values()))
+        for counts, tensors in ((self.inputs, given), (self.products, kept.tensors)):
+            counts.append(sum({_identity(x): x.untyped_storage().nbytes() for x in tensors}.values()))
         return result
 
 

@@ -178,7 +178,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.attn = LongAttention(dim, heads, globals_, reach) if long else FullAttention(dim, heads, globals_, reach)
         self.norm2 = nn.LayerNorm(dim, eps=NORM_EPS)
-        self.mlp = GeluMlp(dim)
+        self.mlp = GeluMlp(dim, ends_block=True)
 
     def forward(
         self,

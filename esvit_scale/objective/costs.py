@@ -6,7 +6,7 @@ other is run on the meta device and its costs are counted (models/traced.py). `t
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -21,6 +21,9 @@ from esvit_scale.objective.network import Network, StudentNetwork, build_network
 from esvit_scale.objective.objective import Objective
 from esvit_scale.objective.registry import build_objective
 
+# What activation checkpointing keeps of a block for its backward: everything that autograd saves; the block's inputs and
+# its dear products (models/recomputation.py); the inputs alone.
+Checkpointing = Literal["none", "selective", "full"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of working parameters, by train.precision; else fp32
 TEACHER_VIEWS = 2  # the two global crops
 TEACHER_TEMP = 0.07  # any value: costs do not depend on it
@@ -128,31 +131,35 @@ def _features(grids: list[tuple[int, int]], images: int, dim: int) -> Features:
 # --- activations -----------------------------------------------------------------------------------------------------
 
 
-def activation_bytes(config: Config, checkpointing: bool | None = None) -> Activations:
+def checkpointing_of(config: Config) -> Checkpointing:
+    """Return what the config's activation checkpointing keeps."""
+    implementation = config.train.activation_checkpointing
+    return implementation if implementation in ("none", "selective") else "full"
+
+
+def activation_bytes(config: Config, checkpointing: Checkpointing | None = None) -> Activations:
     """Return the bytes that the student's forward keeps for its backward, with heads and loss, at the run's precision.
 
     Args:
-        checkpointing: whether activation checkpointing is on, so that only every block's input is kept, and the
-            activations of one block while it is recomputed; None: as the config says.
+        checkpointing: what activation checkpointing keeps, on top of which the activations of one block are counted
+            while it is recomputed; None: as the config says.
     """
-    if checkpointing is None:
-        checkpointing = config.train.activation_checkpointing != "none"
-    _, blocks, inputs, outside = kept(config)
-    parts = [outside, *inputs] if checkpointing else [outside, *blocks]
-    per_image, per_step = (sum(column) for column in zip(*parts, strict=True))
-    if checkpointing:
+    checkpointing = checkpointing or checkpointing_of(config)
+    _, blocks, inputs, products, outside = kept(config)
+    parts = {"none": blocks, "selective": [*inputs, *products], "full": inputs}[checkpointing]
+    per_image, per_step = (sum(column) for column in zip(outside, *parts, strict=True))
+    if checkpointing != "none":
         per_image, per_step = per_image + max(b.per_image for b in blocks), per_step + max(b.per_step for b in blocks)
     return Activations(per_image, per_step)
 
 
-def block_activation_bytes(config: Config) -> list[int]:
-    """Return the bytes per image that each call of a block keeps without activation checkpointing, in forward order."""
-    return [block.per_image for block in kept(config).blocks]
-
-
-def block_input_bytes(config: Config) -> list[int]:
-    """Return the bytes per image that activation checkpointing keeps of each call's inputs, in forward order."""
-    return [given.per_image for given in kept(config).inputs]
+def block_activation_bytes(config: Config, checkpointing: Checkpointing = "none") -> list[int]:
+    """Return the bytes per image that each call of a block keeps until its backward begins, in forward order."""
+    _, blocks, inputs, products, _ = kept(config)
+    if checkpointing == "none":
+        return [block.per_image for block in blocks]
+    taken = [product.per_image for product in products] if checkpointing == "selective" else [0] * len(inputs)
+    return [given.per_image + product for given, product in zip(inputs, taken, strict=True)]
 
 
 def kept(config: Config) -> KeptActivations:
@@ -185,17 +192,18 @@ def _traced_kept(key: str) -> KeptActivations:
         return Activations(b - a, max(0, a - least * (b - a)))
 
     columns = [[each(*pair) for pair in zip(*pairs, strict=True)] for pairs in zip(fewer, more, strict=True)]
-    return KeptActivations(called, columns[0], columns[1], columns[2][0])
+    return KeptActivations(called, *columns[:3], columns[3][0])
 
 
 def _traced_step(
     network: StudentNetwork, config: Config, images: int
-) -> tuple[list[int], list[int], list[int], list[int]]:
+) -> tuple[list[int], list[int], list[int], list[int], list[int]]:
     """Run the student's forward on `images` images and count the bytes that it keeps.
 
     Returns:
-        For each call of a block, in order: the index of the block, the bytes it saves, the bytes of its inputs. Last,
-        in a list of one element: the bytes saved outside the blocks.
+        For each call of a block, in order: the index of the block, the bytes it saves, the bytes of its inputs, and
+        those of the products that selective checkpointing keeps. Last, in a list of one element: the bytes saved
+        outside the blocks.
     """
     sizes, dtype = config.crop_sizes, next(network.parameters()).dtype
     crops = [
@@ -213,7 +221,7 @@ def _traced_step(
         loss, *_ = network(crops, targets, keys, TEACHER_TEMP)
     network.trunk.run_block = call
     noted.note_attributes(loss.grad_fn)
-    return blocks.called, blocks.saved, blocks.inputs, [noted.bytes - sum(blocks.saved)]
+    return blocks.called, blocks.saved, blocks.inputs, blocks.products, [noted.bytes - sum(blocks.saved)]
 
 
 def _key(config: Config) -> str:

@@ -1,7 +1,8 @@
 """Activation checkpointing: recompute a block's activations in the backward instead of keeping them.
 
-`train.activation_checkpointing` chooses one of three implementations. torch's (non-reentrant) is the usual choice; at
-ZeRO 1–3, training gives the same numbers with it as without checkpointing. DeepSpeed's and fairscale's are reentrant,
+`train.activation_checkpointing` chooses one of four implementations. torch's (non-reentrant) keeps the inputs of blocks
+alone, `selective` (built on it) also the products that are dear to compute (models/recomputation.py). At ZeRO 0–3,
+training gives the same numbers with both as without checkpointing. DeepSpeed's and fairscale's are reentrant,
 and correct only if each block is called once per forward, with all crops packed into this call. Batch norms inside the
 blocks update their running statistics only once, in the first forward or in its recomputation.
 """
@@ -15,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-from esvit_scale.models import batch_norm
+from esvit_scale.models import batch_norm, recomputation
 
-Implementation = Literal["none", "torch", "deepspeed", "fairscale"]
+Implementation = Literal["none", "selective", "torch", "deepspeed", "fairscale"]
 
 
 def apply(trunk: Any, implementation: Implementation, autocast: str | None = None) -> None:
@@ -34,6 +35,8 @@ def apply(trunk: Any, implementation: Implementation, autocast: str | None = Non
                 block.__class__ = _in_autocast(type(block), autocast)  # type: ignore[arg-type]
     if implementation == "torch":
         trunk.run_block = _run_with_torch
+    elif implementation == "selective":
+        trunk.run_block = _run_selectively
     elif implementation == "deepspeed":
         trunk.run_block = _run_with_deepspeed
     elif implementation == "fairscale":
@@ -52,7 +55,15 @@ def _in_autocast(kind: type[nn.Module], device_type: str) -> type[nn.Module]:
 
 
 def _run_with_torch(block: Callable[..., Any], *inputs: Any) -> Any:
-    contexts = lambda: (nullcontext(), batch_norm.recomputing())  # noqa: E731
+    contexts = lambda: (nullcontext(), recomputation.recomputing())  # noqa: E731
+    return torch_checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+
+def _run_selectively(block: Callable[..., Any], *inputs: Any) -> Any:
+    def contexts() -> tuple[Any, Any]:
+        kept = recomputation.Kept()
+        return kept, kept.reused()
+
     return torch_checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 

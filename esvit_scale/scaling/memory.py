@@ -24,6 +24,7 @@ import torch
 from esvit_scale.config import Config
 from esvit_scale.models.heads import Prototypes
 from esvit_scale.objective import costs
+from esvit_scale.objective.costs import Checkpointing
 from esvit_scale.objective.network import build_network
 from esvit_scale.objective.param_groups import parameter_groups
 from esvit_scale.objective.prototypes import CPU_TILE_BYTES, GPU_TILE_SHARE
@@ -139,7 +140,7 @@ def memory(
     network: ElementCounts,
     stage: int,
     ranks: int,
-    checkpointing: bool,
+    checkpointing: Checkpointing,
     on_cpu: bool = False,
     capacity: int = 80 * 10**9,
 ) -> Memory:
@@ -147,7 +148,7 @@ def memory(
 
     Args:
         network: the numbers of elements, from `network_of`.
-        checkpointing: recompute activations in the backward (activation checkpointing).
+        checkpointing: what activation checkpointing keeps.
         on_cpu: estimate resident memory on a CPU with gloo: a bucket counts as far as it is written, and gloo copies what
             it scatters.
         capacity: bytes of one GPU; the loss takes a fraction of them as workspace.
@@ -217,7 +218,7 @@ _AT_STAGE: dict[int, Callable[[_Demand], Memory]] = {0: _replicated, 1: _flat, 2
 
 
 def backward_peaks(
-    config: Config, network: ElementCounts, images: int, checkpointing: bool, pixels: int, e: int
+    config: Config, network: ElementCounts, images: int, checkpointing: Checkpointing, pixels: int, e: int
 ) -> tuple[int, int]:
     """Return two peaks of the backward in bytes: of activations alone, and of activations plus gradients so far.
 
@@ -229,14 +230,15 @@ def backward_peaks(
         pixels: bytes of the crops.
     """
     blocks = [images * b for b in costs.block_activation_bytes(config)]
-    kept = [images * b for b in costs.block_input_bytes(config)] if checkpointing else blocks
+    kept = [images * b for b in costs.block_activation_bytes(config, checkpointing)]
+    recomputed = [0] * len(blocks) if checkpointing == "none" else blocks
     outside = costs.activation_bytes(config, checkpointing).total(images) + pixels - sum(kept)
-    outside -= max(blocks) if checkpointing else 0
+    outside -= max(recomputed)
     left, done = outside + sum(kept), e * network.heads
     early = late = left
     waiting = dict(enumerate(network.blocks))
     for i, block in reversed(list(enumerate(costs.kept(config).called))):
-        now = left + (blocks[i] if checkpointing else 0)
+        now = left + recomputed[i]
         done += e * waiting.pop(block, 0)
         early, late = max(early, now), max(late, now + done)
         left -= kept[i]

@@ -10,6 +10,7 @@ from esvit_scale.config import Config
 from esvit_scale.division import batch_problem
 from esvit_scale.errors import UserError
 from esvit_scale.objective import costs
+from esvit_scale.objective.costs import Checkpointing
 from esvit_scale.parallel.ds_config import offered_stages
 from esvit_scale.scaling import memory
 from esvit_scale.scaling.memory import ElementCounts, Memory
@@ -29,20 +30,33 @@ PARTS = (
     "loss",
 )
 GIB, TERA = 2**30, 1e12
+CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "selective", "full")
+RECOMPUTING = {"none": 0.0, "selective": 0.1, "full": 0.25}  # fraction of a step that computes activations again
 CLOSED_FORM, TRACED = "in closed form", "traced on the meta device"
 
 
 class Setting(NamedTuple):
-    """One column of the table: a ZeRO stage, with or without activation checkpointing."""
+    """One column of the table: a ZeRO stage, and what activation checkpointing keeps."""
 
     stage: int
-    checkpointing: bool
+    checkpointing: Checkpointing
     memory: Memory
 
     @property
     def name(self) -> str:
         """Return the setting's name, such as "zero3 + activation checkpointing"."""
-        return f"zero{self.stage}" + (" + activation checkpointing" if self.checkpointing else "")
+        kinds = {
+            "none": "",
+            "selective": " + selective activation checkpointing",
+            "full": " + activation checkpointing",
+        }
+        return f"zero{self.stage}{kinds[self.checkpointing]}"
+
+    @property
+    def keys(self) -> str:
+        """Return the keys of the config that choose the setting."""
+        implementation = "torch" if self.checkpointing == "full" else self.checkpointing
+        return f"train.ds_config=zero{self.stage} train.activation_checkpointing={implementation}"
 
 
 class Speed(NamedTuple):
@@ -76,13 +90,16 @@ def plan(config: Config, gpus: int, capacity: int, images: int | None, speed: Sp
         raise UserError(problem)
     network = memory.network_of(config)
     settings = [
-        Setting(stage, recompute, memory.memory(config, network, stage, gpus, recompute, capacity=capacity))
-        for recompute in (False, True)
+        Setting(stage, kept, memory.memory(config, network, stage, gpus, kept, capacity=capacity))
+        for kept in CHECKPOINTING
         for stage in offered_stages(config.train.precision)
     ]
     fits = next((s for s in settings if s.memory.peak <= HEADROOM * capacity), None)
     return Plan(
-        settings, fits, capacity, _numbers(config, network, gpus, images, speed, bool(fits and fits.checkpointing))
+        settings,
+        fits,
+        capacity,
+        _numbers(config, network, gpus, images, speed, fits.checkpointing if fits else "none"),
     )
 
 
@@ -114,7 +131,7 @@ def _enough_gpus(config: Config, gpus: int, capacity: int, limit: int) -> int | 
     """
     network, more = memory.network_of(config), 2 * gpus
     while more <= limit and config.train.global_batch % (more * config.train.grad_accum) == 0:
-        if memory.memory(config, network, 3, more, True).peak <= HEADROOM * capacity:
+        if memory.memory(config, network, 3, more, "full").peak <= HEADROOM * capacity:
             return more
         more *= 2
     return None
@@ -125,24 +142,22 @@ def _enough_accumulation(config: Config, gpus: int, capacity: int) -> int | None
     network, per_gpu = memory.network_of(config), config.train.global_batch // gpus
     for accum in (a for a in range(config.train.grad_accum + 1, per_gpu + 1) if per_gpu % a == 0):
         smaller = config.model_copy(update={"train": config.train.model_copy(update={"grad_accum": accum})})
-        if memory.memory(smaller, network, 3, gpus, True).peak <= HEADROOM * capacity:
+        if memory.memory(smaller, network, 3, gpus, "full").peak <= HEADROOM * capacity:
             return accum
     return None
 
 
 def _numbers(
-    config: Config, network: ElementCounts, gpus: int, images: int | None, speed: Speed, recompute: bool
+    config: Config, network: ElementCounts, gpus: int, images: int | None, speed: Speed, checkpointing: Checkpointing
 ) -> dict[str, Any]:
     """Return the costs that do not depend on the ZeRO stage: parameters, FLOPs, time and checkpoint size.
 
-    Time is useful FLOPs (as MFU counts them) over the rate; with `recompute` (activation checkpointing) the rate is
-    reduced to 3/4.
+    Time is useful FLOPs (as MFU counts them) over the rate, of which activation checkpointing takes its fraction.
     """
     per_image = costs.image_flops(config, "useful")
     trunk, heads = costs.parameters(config)
     rate = gpus * speed.tflops * TERA * speed.mfu / per_image
-    if recompute:
-        rate *= 3 / 4  # recomputing adds a student forward: about four passes instead of three
+    rate *= 1 - RECOMPUTING[checkpointing]
     count = images or IMAGENET
     steps_per_epoch = max(1, count // config.train.global_batch)
     steps = config.train.steps or config.train.epochs * steps_per_epoch
@@ -160,7 +175,7 @@ def _numbers(
         "images_seen": seen,
         "total_flops": costs.image_flops(config) * seen,
         "speed": speed._asdict(),
-        "recomputes": recompute,
+        "recomputes": checkpointing != "none",
         "images_per_s": rate,
         "hours_per_epoch": count / rate / 3600,
         "hours": seen / rate / 3600,
@@ -175,7 +190,8 @@ def as_json(found: Plan, gpus: int) -> dict[str, Any]:
     rows = [
         {
             "zero_stage": s.stage,
-            "activation_checkpointing": s.checkpointing,
+            "activation_checkpointing": s.checkpointing != "none",
+            "keys": s.keys,
             "fits": s.memory.peak <= HEADROOM * found.capacity,
             "bytes": {part: getattr(s.memory, part) for part in PARTS}
             | {"state": s.memory.state, "peak": s.memory.peak},
@@ -184,46 +200,43 @@ def as_json(found: Plan, gpus: int) -> dict[str, Any]:
     ]
     smallest = found.fits and {
         "zero_stage": found.fits.stage,
-        "activation_checkpointing": found.fits.checkpointing,
+        "activation_checkpointing": found.fits.checkpointing != "none",
+        "keys": found.fits.keys,
     }
     return {"gpus": gpus, "gpu_memory_bytes": found.capacity, "settings": rows, "smallest": smallest} | found.numbers
 
 
 def table(found: Plan, config: Config, gpus: int) -> str:
     """Return the table that `plan` prints: GiB per GPU of each part of memory, with the costs below it."""
-    names = [f"zero{s.stage}" + ("+ckpt" if s.checkpointing else "") for s in found.settings]
-    lines = [f"GiB on each of {gpus} GPUs" + "".join(f"{name:>12s}" for name in names)]
-    width = len(lines[0]) - 12 * len(names)
+    suffixes = {"none": "", "selective": "+sel", "full": "+ckpt"}
+    names = [f"zero{s.stage}{suffixes[s.checkpointing]}" for s in found.settings]
+    lines = [f"GiB on each of {gpus} GPUs" + "".join(f"{name:>11s}" for name in names)]
+    width = len(lines[0]) - 11 * len(names)
     for part in PARTS:
         values = [getattr(s.memory, part) for s in found.settings]
-        lines.append(f"{part:{width}s}" + "".join(f"{v / GIB:12.2f}" for v in values))
-    lines.append(f"{'peak':{width}s}" + "".join(f"{s.memory.peak / GIB:12.2f}" for s in found.settings))
+        lines.append(f"{part:{width}s}" + "".join(f"{v / GIB:11.2f}" for v in values))
+    lines.append(f"{'peak':{width}s}" + "".join(f"{s.memory.peak / GIB:11.2f}" for s in found.settings))
     usable = HEADROOM * found.capacity
     lines.append(
         f"{f'fits in {usable / GIB:.1f}':{width}s}"
-        + "".join(f"{'yes' if s.memory.peak <= usable else 'no':>12s}" for s in found.settings)
+        + "".join(f"{'yes' if s.memory.peak <= usable else 'no':>11s}" for s in found.settings)
     )
     n = found.numbers
     assumed = " (ImageNet-1K's; the shards are not given)" if n["images_assumed"] else ""
     lines += [
         "",
-        *([f"smallest that fits  {found.fits.name}: {_setting_keys(found.fits)}"] if found.fits else []),
+        *([f"smallest that fits  {found.fits.name}: {found.fits.keys}"] if found.fits else []),
         f"parameters          {n['trunk_params']:,} trunk + {n['head_params']:,} heads",
         f"FLOPs               {n['gflops_per_image']:,.1f} G an image, {n['total_flops']:.3g} in all, {n['steps']:,} steps",
         f"                    FLOPs and activations {n['counted']}",
         f"time (estimate)     {_hours(n['hours_per_epoch'])} an epoch of {n['images_per_epoch']:,} images{assumed}, "
         f"{_hours(n['hours'])} in all, {n['gpu_hours']:,.1f} GPU hours",
         f"                    at {n['images_per_s']:,.0f} images/s: {n['speed']['source']}"
-        + ("; a quarter of it recomputes" if n["recomputes"] else ""),
+        + (f"; {RECOMPUTING[found.fits.checkpointing]:.0%} of it recomputes" if found.fits and n["recomputes"] else ""),
         f"checkpoint          {gib(n['checkpoint_bytes'])} each, {gib(n['checkpoints_disk_bytes'])} on disk at "
         f"train.keep_checkpoints={config.train.keep_checkpoints}",
     ]
     return "\n".join(lines)
-
-
-def _setting_keys(setting: Setting) -> str:
-    implementation = "torch" if setting.checkpointing else "none"
-    return f"train.ds_config=zero{setting.stage} train.activation_checkpointing={implementation}"
 
 
 def gib(count: float) -> str:

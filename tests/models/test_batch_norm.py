@@ -92,7 +92,7 @@ def _without_plan(block: nn.Module) -> Any:
     return lambda x, plan: block(x)
 
 
-@pytest.mark.parametrize("implementation", ["none", "torch", "deepspeed", "fairscale"])
+@pytest.mark.parametrize("implementation", ["none", "selective", "torch", "deepspeed", "fairscale"])
 def test_recomputation_updates_statistics_once(implementation: activation_checkpointing.Implementation) -> None:
     torch.manual_seed(0)
     trunk, x = OneBlock(), torch.randn(8, 3)

@@ -10,11 +10,11 @@ from torch.utils.checkpoint import checkpoint
 
 from esvit_scale import config as configs
 from esvit_scale.errors import UserError
-from esvit_scale.models.batch_norm import recomputing
 from esvit_scale.models.cvt import CvT
 from esvit_scale.models.drop_path import drop_keys
 from esvit_scale.models.initialize import initial_values, initialize
 from esvit_scale.models.pyramid import Pyramid
+from esvit_scale.models.recomputation import recomputing
 from esvit_scale.models.registry import build_trunk
 from tests.models.rule import by_hash, fill
 

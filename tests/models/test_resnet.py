@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from esvit_scale.errors import UserError
-from esvit_scale.models import batch_norm
+from esvit_scale.models import recomputation
 from esvit_scale.models.drop_path import drop_keys
 from esvit_scale.models.initialize import initial_value, initial_values
 from esvit_scale.models.registry import build_trunk
@@ -125,7 +125,7 @@ def test_checkpointing_and_stochastic_depth_match_reference():
     crops, keys, gradients, statistics = crops_of(), drop_keys(0, 1, torch.arange(3), 3), [], []
 
     def run(block, *args):
-        contexts = lambda: (nullcontext(), batch_norm.recomputing())  # noqa: E731
+        contexts = lambda: (nullcontext(), recomputation.recomputing())  # noqa: E731
         return checkpoint(block, *args, use_reentrant=False, context_fn=contexts)
 
     for wrapped in (False, True):

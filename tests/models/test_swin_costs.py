@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from esvit_scale import config as configs
+from esvit_scale.models import recomputation
 from esvit_scale.models.drop_path import drop_keys
 from esvit_scale.models.initialize import initialize
 from esvit_scale.models.registry import build_trunk
@@ -99,9 +100,10 @@ def inplace_addmm_flop(total, a, b, **_):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("trunk", ["swin_t", "swinv2_t"])
-def test_activation_bytes_are_autograds(trunk, checkpointing, precision):
+def test_activation_bytes_are_autograds(trunk, checkpointing, precision, monkeypatch):
+    monkeypatch.setattr(recomputation, "DEAR", 64)  # the width of the second of three stages
     config = small(trunk, precision=precision, embed_dim=32)
     student, crops = network_of(config), crops_of(config)
     with torch.no_grad():
@@ -109,7 +111,8 @@ def test_activation_bytes_are_autograds(trunk, checkpointing, precision):
         targets = teacher.objective.targets(teacher.trunk(crops[:1]))
     keys = drop_keys(0, 0, torch.arange(IMAGES), len(config.crop_sizes))
     kept = Kept(student)
-    if checkpointing:
+    kept.selective = checkpointing == "selective"
+    if checkpointing != "none":
         student.trunk.run_block = kept.checkpointed
     with saved_tensors_hooks(kept.note, lambda x: x):
         loss, *_ = student(crops, targets, keys, 0.04)
@@ -127,6 +130,7 @@ class Kept:
         self.seen = {p.untyped_storage().data_ptr(): p for p in module.parameters()}
         self.storages = {}
         self.largest_block = 0
+        self.selective = False
 
     @property
     def bytes(self):
@@ -160,4 +164,11 @@ class Kept:
             result = block(tokens, plan, *keep)
         self.largest_block = max(self.largest_block, alone.bytes)
         del result
-        return checkpoint(block, tokens, plan, *keep, use_reentrant=False)
+        if not self.selective:
+            return checkpoint(block, tokens, plan, *keep, use_reentrant=False)
+        kept = recomputation.Kept()
+        contexts = lambda: (kept, kept.reused())  # noqa: E731
+        result = checkpoint(block, tokens, plan, *keep, use_reentrant=False, context_fn=contexts)
+        for x in kept.tensors:
+            self.note(x)
+        return result

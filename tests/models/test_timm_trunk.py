@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from esvit_scale.config import validate
 from esvit_scale.errors import UserError
-from esvit_scale.models import batch_norm, timm_probe
+from esvit_scale.models import batch_norm, recomputation, timm_probe
 from esvit_scale.models.drop_path import drop_keys, keep_scales
 from esvit_scale.models.initialize import initialize
 from esvit_scale.models.layer_norm import LayerNorm
@@ -90,7 +90,7 @@ def test_recomputation_drops_the_same_branches(name):
     """Two resolutions, and the backward comes after both: a block must know whose drop factors are its own."""
 
     def run(block, *args):
-        contexts = lambda: (nullcontext(), batch_norm.recomputing())  # noqa: E731
+        contexts = lambda: (nullcontext(), recomputation.recomputing())  # noqa: E731
         return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
     crops, keys, gradients, buffers = crops_of(), drop_keys(0, 1, torch.arange(5), 1), [], []

@@ -132,18 +132,19 @@ def test_activation_bytes_equal_those_saved_by_autograd(case, precision, monkeyp
     with torch.autograd.graph.saved_tensors_hooks(kept.note, lambda x: x):
         loss = step(network, config, IMAGES)
     kept.note_gradients(loss)
-    assert costs.activation_bytes(config, False).total(IMAGES) == pytest.approx(kept.bytes, rel=0.01)
+    assert costs.activation_bytes(config, "none").total(IMAGES) == pytest.approx(kept.bytes, rel=0.01)
     blocks, each_block = costs.block_activation_bytes(config), list(range(len(network.trunk.blocks)))
     assert costs.kept(config).called == each_block * (2 if case in TIMM else 1)
     assert 0 < sum(blocks) < kept.bytes / IMAGES
-    recomputing = costs.activation_bytes(config, True).per_image
-    outside = costs.activation_bytes(config, False).per_image - sum(blocks)
-    assert recomputing == outside + sum(costs.block_input_bytes(config)) + max(blocks)
+    recomputing = costs.activation_bytes(config, "full").per_image
+    outside = costs.activation_bytes(config, "none").per_image - sum(blocks)
+    assert recomputing == outside + sum(costs.block_activation_bytes(config, "full")) + max(blocks)
+    assert recomputing < costs.activation_bytes(config, "selective").per_image
     del loss
 
 
 @pytest.mark.parametrize("trunk", ["swin_t", "swinv2_t"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_trace_equals_closed_form(trunk, checkpointing, monkeypatch):
     config = configs.resolve(trunk)
     closed = costs.activation_bytes(config, checkpointing)
