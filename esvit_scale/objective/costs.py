@@ -192,7 +192,7 @@ def _traced_kept(key: str) -> KeptActivations:
         return Activations(b - a, max(0, a - least * (b - a)))
 
     columns = [[each(*pair) for pair in zip(*pairs, strict=True)] for pairs in zip(fewer, more, strict=True)]
-    return KeptActivations(called, *columns[:3], columns[3][0])
+    return KeptActivations(called, columns[0], columns[1], columns[2], columns[3][0])
 
 
 def _traced_step(
