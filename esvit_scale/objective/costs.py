@@ -145,12 +145,18 @@ def activation_bytes(config: Config, checkpointing: Checkpointing | None = None)
             while it is recomputed; None: as the config says.
     """
     checkpointing = checkpointing or checkpointing_of(config)
+    held = bytes_after_forward(config, checkpointing)
+    if checkpointing == "none":
+        return held
+    of_a_block = (max(column) for column in zip(*kept(config).blocks, strict=True))
+    return Activations(*(a + b for a, b in zip(held, of_a_block, strict=True)))
+
+
+def bytes_after_forward(config: Config, checkpointing: Checkpointing) -> Activations:
+    """Return the bytes that are kept at the end of the student's forward, when no block is being recomputed."""
     _, blocks, inputs, products, outside = kept(config)
     parts = {"none": blocks, "selective": [*inputs, *products], "full": inputs}[checkpointing]
-    per_image, per_step = (sum(column) for column in zip(outside, *parts, strict=True))
-    if checkpointing != "none":
-        per_image, per_step = per_image + max(b.per_image for b in blocks), per_step + max(b.per_step for b in blocks)
-    return Activations(per_image, per_step)
+    return Activations(*(sum(column) for column in zip(outside, *parts, strict=True)))
 
 
 def block_activation_bytes(config: Config, checkpointing: Checkpointing = "none") -> list[int]:

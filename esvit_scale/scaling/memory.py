@@ -108,7 +108,8 @@ class _Demand(NamedTuple):
     summed_element: int  # bytes of one gradient element between the backward and the step
     on_cpu: bool
     pixels: int  # bytes of the crops
-    activations: int  # kept for the backward, including the crops
+    activations: int  # kept for the backward, including the crops, and what a block keeps while it is recomputed
+    held: int  # the part of them that is there at the end of the forward
     loss: int  # workspace of the fused cross-entropy
     early: int  # peak of the activations during the backward
     late: int  # peak of the activations plus the gradients computed so far
@@ -157,10 +158,11 @@ def memory(
     images = config.train.global_batch // ranks // config.train.grad_accum
     pixels = _pixel_bytes(config, images, e)
     activations = costs.activation_bytes(config, checkpointing).total(images) + pixels
+    held = costs.bytes_after_forward(config, checkpointing).total(images) + pixels
     loss = _loss_workspace(network, e, CPU_TILE_BYTES if on_cpu else capacity // GPU_TILE_SHARE)
     early, late = backward_peaks(config, network, images, checkpointing, pixels, e)
     summed = 4 if accumulates_in_fp32(config) else e
-    return _AT_STAGE[stage](_Demand(network, ranks, e, summed, on_cpu, pixels, activations, loss, early, late))
+    return _AT_STAGE[stage](_Demand(network, ranks, e, summed, on_cpu, pixels, activations, held, loss, early, late))
 
 
 def _replicated(d: _Demand) -> Memory:
@@ -171,7 +173,7 @@ def _replicated(d: _Demand) -> Memory:
     whole, bucket = d.network.total, 4 * min(d.network.total, BUCKET)
     return Memory(
         *(4 * whole, 0, 8 * whole, 4 * whole, 0, 4 * whole, bucket, 0, d.activations, d.loss),
-        forward_phase=d.activations + d.loss,
+        forward_phase=d.held + d.loss,
         backward_phase=max(d.early, d.late),
         step_phase=4 * whole + bucket,
     )
@@ -190,7 +192,7 @@ def _flat(d: _Demand) -> Memory:
     return Memory(
         *(d.element * whole, 4 * part, 8 * part, 4 * part, d.element * whole, gradients, d.bucket, 0),
         *(d.activations, d.loss),
-        forward_phase=d.activations + d.loss,
+        forward_phase=d.held + d.loss,
         backward_phase=max(growing, d.bucket + gradients + d.left_at_reduction),
         step_phase=gradients + d.flattened(largest),
     )
@@ -207,7 +209,7 @@ def _partitioned(d: _Demand) -> Memory:
     return Memory(
         *(d.element * part, 4 * part, 8 * part, 4 * part, d.element * part, gradients),
         *(d.bucket + scattered, gathered, d.activations, d.loss),
-        forward_phase=lasting + gathered + d.activations + d.loss,
+        forward_phase=lasting + gathered + d.held + d.loss,
         # The backward frees gathered parameters once it is done with them, so none is left at the last reduction.
         backward_phase=lasting + max(d.early + gathered, scattered + left),
         step_phase=lasting + d.flattened(max(groups)),
@@ -232,8 +234,7 @@ def backward_peaks(
     blocks = [images * b for b in costs.block_activation_bytes(config)]
     kept = [images * b for b in costs.block_activation_bytes(config, checkpointing)]
     recomputed = [0] * len(blocks) if checkpointing == "none" else blocks
-    outside = costs.activation_bytes(config, checkpointing).total(images) + pixels - sum(kept)
-    outside -= max(recomputed)
+    outside = costs.bytes_after_forward(config, checkpointing).total(images) + pixels - sum(kept)
     left, done = outside + sum(kept), e * network.heads
     early = late = left
     waiting = dict(enumerate(network.blocks))
