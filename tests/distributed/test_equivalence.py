@@ -24,7 +24,7 @@ TWO_RANKS: dict[str, dict[str, Any]] = {
     "zero2-workers": {"train__ds_config": "zero2", "data__workers": 1},
     **{
         f"{stage}-selective": {"train__ds_config": stage, "train__activation_checkpointing": "selective"}
-        for stage in ("zero0", "zero1", "zero2", "zero3")
+        for stage in ("zero0", "zero2", "zero3")
     },
     "zero3-torch": {"train__ds_config": "zero3", "train__activation_checkpointing": "torch"},
     "zero3-deepspeed": {"train__ds_config": "zero3", "train__activation_checkpointing": "deepspeed"},
