@@ -139,7 +139,7 @@ def test_activation_bytes_equal_those_saved_by_autograd(case, precision, monkeyp
     recomputing = costs.activation_bytes(config, "full").per_image
     outside = costs.activation_bytes(config, "none").per_image - sum(blocks)
     assert recomputing == outside + sum(costs.block_activation_bytes(config, "full")) + max(blocks)
-    assert recomputing < costs.activation_bytes(config, "selective").per_image
+    assert recomputing <= costs.activation_bytes(config, "selective").per_image
     del loss
 
 
