@@ -82,6 +82,7 @@ def whole(files: list[bytes], rounds: int, precision: str) -> dict[str, Any]:
     trunk = build_trunk(configs.resolve("swin_t")).eval()
     initialize(trunk, 0)
     form = trunk.timm_form(SIZE)
+    assert form is not None
     norm = partial(torch.nn.LayerNorm, eps=float(form.norm_eps))
     reference = timm.create_model(form.architecture, num_classes=0, norm_layer=norm, **form.arguments).eval()
     reference.load_state_dict(form.tensors(trunk.state_dict()), strict=False)

@@ -180,7 +180,11 @@ def _evaluation_parts(
     for start in range(worker * batch, len(numbers), workers * batch):
         dtype = torch.uint8 if pixels.bits == 8 else torch.uint16
         crops = shared_pixels(dtype, min(batch, len(numbers) - start), size, size, pixels.channels)
-        rows, keys, labels, good, bad = crops.numpy(), [], [], [], []
+        keys: list[str] = []
+        labels: list[int] = []
+        good: list[int] = []
+        bad: list[str] = []
+        rows = crops.numpy()
         for number in numbers[start : start + batch]:
             try:
                 key, label, data = items.read(number)

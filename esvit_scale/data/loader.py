@@ -147,7 +147,7 @@ def shared_pixels(dtype: torch.dtype, *shape: int, shared: bool | None = None) -
     if not (get_worker_info() if shared is None else shared):
         return torch.empty(shape, dtype=dtype)
     storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
-    return torch.empty(0, dtype=dtype).set_(storage, 0, shape)
+    return torch.empty(0, dtype=dtype).set_(storage).view(shape)
 
 
 def reason(error: Exception) -> str:

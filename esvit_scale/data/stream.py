@@ -199,7 +199,7 @@ def batches(config: Config, data: TrainingData, rank: int, world_size: int, star
             mix.order_of(config, data)  # raises UserError at once if the mix does not fit the config
         samples = ShardSamples(assignment, data)
     memory = _batch_memory(assignment) if workers else None
-    stages = [samples, partial(_make_worker_batches, assignment, memory)]
+    stages: list[Callable[..., Any]] = [samples, partial(_make_worker_batches, assignment, memory)]
     return _join_workers(run_stages(stages, workers), max(workers, 1), memory)
 
 
