@@ -154,6 +154,8 @@ class Model(Section):
     """[blocks] Blocks of each stage; null: the trunk's own."""
     heads: Annotated[list[Positive], Field(min_length=1)] | None = None
     """[heads] Attention heads of each stage; null: the trunk's own."""
+    attention: Literal["auto", "math", "sdpa", "flex", "triton"] = "auto"
+    """Implementation of window attention (docs/window_attention.md); auto: on a GPU the fastest that is accurate."""
     freeze_patch_embed: bool = False
     """Whether the patch projection keeps its random values (MoCo v3's cure for instability)."""
     init_from: PathText | None = None
@@ -290,6 +292,7 @@ MAY_DIFFER = (
     "data.stage",
     "data.workers",
     "data.held_out",
+    "model.attention",
     "train.ds_config",
     "train.activation_checkpointing",
     "train.compile",

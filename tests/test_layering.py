@@ -59,6 +59,7 @@ ONLY_IN = {
     "onnx": {"checkpoint"},
     "onnxscript": {"checkpoint"},
     "transformers": set(),
+    "triton": {"models"},
 }
 UNPICKLE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 

@@ -7,7 +7,7 @@ share one attention call. The results equal those of one pass per resolution, an
 Parameter names are the official ones, so checkpoints map by name.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from esvit_scale.models import swin_forms
+from esvit_scale.models.attention_choice import WindowLayout
 from esvit_scale.models.attention_maps import BlockAttention
 from esvit_scale.models.block_parts import GeluMlp, add_branch
 from esvit_scale.models.descriptions import HuggingFaceForm, TimmForm, TrunkCard, TrunkFormulas
@@ -26,14 +27,14 @@ from esvit_scale.models.swin_costs import SwinFormulas
 from esvit_scale.models.swin_plain import PlainSwin
 from esvit_scale.models.tokens import crop_means, split
 from esvit_scale.models.trunk import Features, TokenMap, Trunk
-from esvit_scale.models.window_attention import Attention, attend
+from esvit_scale.models.window_attention import attend, attend_math, bias_of_pairs
+from esvit_scale.models.window_attention_forms import AttendWindows
 from esvit_scale.models.windows import (
     Grids,
     Permutation,
     WindowPlan,
     merge_plan,
     merged,
-    relative_position_index,
     storage_plan,
     total_tokens,
     window_partition,
@@ -138,6 +139,22 @@ class Swin(Trunk):
                 both differently.
         """
         return swin_forms.huggingface_v1(self, size)
+
+    def use_attention(self, attend: AttendWindows) -> None:
+        """Let every block compute its window attention with this implementation (window_attention_forms.py)."""
+        for block in self.blocks:
+            cast(WindowAttention, block.attn).attend = attend
+
+    def window_layouts(self, crops: Sequence[tuple[int, int]], device: torch.device) -> list[WindowLayout]:
+        """Return the layout of the windows of every stage and shift, for a batch of (number, side in pixels) crops."""
+        grids: Grids = tuple((n, -(-size // PATCH), -(-size // PATCH)) for n, size in crops)
+        found = []
+        for width, heads, stage in zip(self.channels, self.heads, self.stages, strict=True):
+            for shift in dict.fromkeys(stage.shifts):
+                plan = window_plan(grids, stage.window, shift, device)
+                found.append(WindowLayout(plan, heads, width // heads, stage.shifts.count(shift)))
+            grids = merged(grids)
+        return found
 
     def forward(self, crops: list[Tensor], drop_keys: Tensor | None = None) -> Features:
         """Compute `Trunk.forward`; crops whose sides are no multiples of 4 are padded with zeros on the right and below."""
@@ -258,13 +275,14 @@ class WindowAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.window = window
+        self.attend: AttendWindows = attend_math  # `Swin.use_attention` replaces it
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
         self.qkv = SlotLinear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, tokens: Tensor, plan: WindowPlan) -> Tensor:  # [N, C] → [N, C]
         """Map tokens [N, C] to [N, C]."""
-        mixed = Attention.apply(*self.operands(tokens, plan), plan.masks)  # [slots, C]
+        mixed = self.attend(self.qkv(tokens, plan.slots), self.bias_table(tokens.device), plan)  # [slots, C]
         return self.proj(window_reverse(mixed, plan.slots))
 
     def initial_values(self) -> dict[str, Initializer]:
@@ -272,7 +290,7 @@ class WindowAttention(nn.Module):
         return {"relative_position_bias_table": normal(0.02)}
 
     def operands(self, tokens: Tensor, plan: WindowPlan) -> tuple[Tensor, Tensor]:
-        """Return the inputs of `Attention`: qkv [slots, 3C] and the position bias [heads, L, L], L = window²."""
+        """Return the inputs of `window_attention.attend`: qkv [slots, 3C] and the position bias [heads, L, L]."""
         return self.qkv(tokens, plan.slots), self.position_bias(tokens.device)
 
     def qkv_bias(self) -> Tensor:
@@ -285,8 +303,11 @@ class WindowAttention(nn.Module):
 
     def position_bias(self, device: torch.device) -> Tensor:
         """Return the relative position bias, [heads, L, L] with L = window²."""
-        length, index = self.window**2, relative_position_index(self.window, device)
-        return self.relative_position_bias_table.index_select(0, index).view(length, length, -1).permute(2, 0, 1)
+        return bias_of_pairs(self.bias_table(device), self.window)
+
+    def bias_table(self, device: torch.device) -> Tensor:
+        """Return the position bias of every relative distance, [(2·window − 1)², heads]."""
+        return self.relative_position_bias_table
 
 
 class SlotLinear(nn.Linear):

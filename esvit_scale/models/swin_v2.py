@@ -24,11 +24,11 @@ from esvit_scale.models.distributions import Initializer, constant
 from esvit_scale.models.layer_norm import LayerNorm
 from esvit_scale.models.swin import Attend, Swin
 from esvit_scale.models.swin_costs import SwinV2Formulas
-from esvit_scale.models.window_attention import Attention
+from esvit_scale.models.window_attention import attend_math, bias_of_pairs
+from esvit_scale.models.window_attention_forms import AttendWindows
 from esvit_scale.models.windows import (
     Permutation,
     WindowPlan,
-    relative_position_index,
     window_partition,
     window_reverse,
 )
@@ -139,6 +139,7 @@ class WindowAttentionV2(nn.Module):
         super().__init__()
         self.heads = heads
         self.window = window
+        self.attend: AttendWindows = attend_math  # `Swin.use_attention` replaces it
         self.logit_scale = nn.Parameter(torch.full((heads, 1, 1), math.log(10.0)))  # −log τ
         self.cpb_mlp = nn.Sequential(WideLinear(2, BIAS_HIDDEN), nn.ReLU(), WideLinear(BIAS_HIDDEN, heads, bias=False))
         self.qkv = SlotProjection(dim, 3 * dim, bias=False)
@@ -148,7 +149,7 @@ class WindowAttentionV2(nn.Module):
 
     def forward(self, tokens: Tensor, plan: WindowPlan) -> Tensor:  # [N, C] → [N, C]
         """Map tokens [N, C] to [N, C]."""
-        mixed = Attention.apply(*self.operands(tokens, plan), plan.masks)  # [slots, C]
+        mixed = self.attend(self.scaled_qkv(tokens, plan), self.bias_table(tokens.device), plan)  # [slots, C]
         return self.proj(window_reverse(mixed, plan.slots))
 
     def initial_values(self) -> dict[str, Initializer]:
@@ -156,12 +157,12 @@ class WindowAttentionV2(nn.Module):
         return {"logit_scale": constant(math.log(10.0)), "q_bias": constant(0.0), "v_bias": constant(0.0)}
 
     def operands(self, tokens: Tensor, plan: WindowPlan) -> tuple[Tensor, Tensor]:
-        """Return the inputs of `Attention`: qkv [slots, 3C], with scaled queries and keys, and the position bias.
+        """Return the inputs of `window_attention.attend`: qkv [slots, 3C] and the position bias [heads, L, L]."""
+        return self.scaled_qkv(tokens, plan), self.position_bias(tokens.device)
 
-        The position bias is [heads, L, L] with L = window².
-        """
-        qkv = self.qkv(tokens, plan.slots, self.qkv_bias())
-        return UnitQueriesKeys.apply(qkv, self.scale()), self.position_bias(tokens.device)
+    def scaled_qkv(self, tokens: Tensor, plan: WindowPlan) -> Tensor:
+        """Return qkv of every slot, [slots, 3C], with queries and keys scaled."""
+        return UnitQueriesKeys.apply(self.qkv(tokens, plan.slots, self.qkv_bias()), self.scale())
 
     def qkv_bias(self) -> Tensor:
         """Return the bias of queries, keys (zeros) and values, [3C]."""
@@ -178,10 +179,11 @@ class WindowAttentionV2(nn.Module):
 
     def position_bias(self, device: torch.device) -> Tensor:
         """Return the position bias, [heads, L, L] with L = window², in fp32 or wider."""
-        length = self.window**2
-        table = BIAS_MAX * torch.sigmoid(self.cpb_mlp(relative_distances(self.window, device)))  # [(2w−1)², heads]
-        index = relative_position_index(self.window, device)
-        return table.index_select(0, index).view(length, length, -1).permute(2, 0, 1)
+        return bias_of_pairs(self.bias_table(device), self.window)
+
+    def bias_table(self, device: torch.device) -> Tensor:
+        """Return the position bias of every relative distance, [(2·window − 1)², heads], in fp32 or wider."""
+        return BIAS_MAX * torch.sigmoid(self.cpb_mlp(relative_distances(self.window, device)))
 
 
 class WideLinear(nn.Linear):

@@ -5,15 +5,18 @@ exporters and evaluations need to know. The base class has a default for each of
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from esvit_scale.errors import UserError
+from esvit_scale.models.attention_choice import WindowLayout
 from esvit_scale.models.attention_maps import BlockAttention
 from esvit_scale.models.descriptions import HuggingFaceForm, TimmForm, TrunkCard, TrunkFormulas
 from esvit_scale.models.plain import PlainTrunk
+from esvit_scale.models.window_attention_forms import AttendWindows
 
 Grid = tuple[int, int, int]  # (crops, H, W)
 
@@ -92,6 +95,16 @@ class Trunk(nn.Module):
     def block_maps(self, crops: list[Tensor]) -> Iterator[TokenMap]:
         """Yield the token map of every block, in order, before the final norm."""
         raise NotImplementedError
+
+    # --- window attention that has several implementations -----------------------------------------------------------
+
+    def use_attention(self, attend: AttendWindows) -> None:
+        """Compute window attention with this implementation; trunks without `window_layouts` have nothing to change."""
+
+    def window_layouts(self, crops: Sequence[tuple[int, int]], device: torch.device) -> list[WindowLayout]:
+        """Return the layouts of the windows whose attention `use_attention` exchanges, for (number, side in pixels)
+        crops; empty: there are none."""
+        return []
 
     # --- token maps for probes and pyramids --------------------------------------------------------------------------
 

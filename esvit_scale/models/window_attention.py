@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from esvit_scale.models.windows import WindowPlan, relative_position_index
+
 
 class Attention(torch.autograd.Function):
     """softmax(QKᵀ/√d + bias + mask) V in every window: qkv [slots, 3C], bias [heads, L, L] → [slots, C].
@@ -47,6 +49,26 @@ class Attention(torch.autograd.Function):
         torch.matmul(grad_scores, k, out=grad_packed[0])
         torch.matmul(grad_scores.transpose(-2, -1), q, out=grad_packed[1])
         return grad_packed.permute(1, 3, 0, 2, 4).reshape(windows * length, -1), grad_bias, None
+
+
+def attend_math(qkv: Tensor, table: Tensor, plan: WindowPlan) -> Tensor:
+    """Return the attention output of every slot, [slots, C].
+
+    Args:
+        qkv: [slots, 3C].
+        table: the position bias of every relative distance, [(2·window − 1)², heads].
+        plan: the windows, their shift and masks.
+    """
+    return Attention.apply(qkv, bias_of_pairs(table, plan.window), plan.masks)
+
+
+def bias_of_pairs(table: Tensor, window: int) -> Tensor:
+    """Return the position bias of every (query, key) of a window, [heads, L, L] with L = window².
+
+    `table` is [(2·window − 1)², heads].
+    """
+    index = relative_position_index(window, table.device)
+    return table.index_select(0, index).view(window**2, window**2, -1).permute(2, 0, 1)
 
 
 def attend(qkv: Tensor, bias: Tensor, masks: tuple[tuple[int, int, Tensor], ...]) -> tuple[Tensor, Tensor]:

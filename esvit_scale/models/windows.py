@@ -35,6 +35,10 @@ class WindowPlan(NamedTuple):
     slots: Permutation  # tokens to slots, window after window; slots = windows · window²
     window: int  # tokens along a side
     masks: tuple[tuple[int, int, Tensor], ...]  # (first window, end, mask: float32 [window², window²])
+    shift: int  # tokens
+    kind_starts: tuple[
+        int, int, int
+    ]  # first window of the last column, the last row and the corner (or of what follows)
 
 
 class _Permute(torch.autograd.Function):
@@ -116,7 +120,8 @@ def window_plan(grids: Grids, window: int, shift: int, device: torch.device) -> 
             for k in (1, 2, 3)
             if ends[k] > ends[k - 1]
         )
-        return WindowPlan(_permutation(np.concatenate(slots)[order], first, device), window, masks)
+        starts = (int(ends[0]), int(ends[1]), int(ends[2]))
+        return WindowPlan(_permutation(np.concatenate(slots)[order], first, device), window, masks, shift, starts)
 
 
 @lru_cache(maxsize=256)

@@ -17,6 +17,7 @@ from esvit_scale.config import Config
 from esvit_scale.errors import UserError
 from esvit_scale.models.distributions import Initializer
 from esvit_scale.models.initialize import initial_value, initial_values
+from esvit_scale.models.window_attention_forms import implementation
 from esvit_scale.objective.network import Network, build_network, build_student, build_teacher
 from esvit_scale.objective.param_groups import largest_of_each_part, parameter_groups
 from esvit_scale.objective.registry import check_local_batch
@@ -93,6 +94,12 @@ def build(config: Config, world: World, given: dict[str, Tensor]) -> Engines:
     group_of = {name: group for group, members in groups.items() for name in members}
     moments = optimizers.MOMENTS[config.optim.name]
     return Engines(student, optimizer, group_of, teacher, clipper, layout, dtype, moments)
+
+
+def use_attention(engines: Engines, name: str) -> None:
+    """Let student and teacher compute window attention with the implementation of this name."""
+    for network in (engines.student.module, engines.teacher.network):
+        network.trunk.use_attention(implementation(name))
 
 
 def set_lr_and_weight_decay(engines: Engines, lr: float, weight_decay: float) -> None:

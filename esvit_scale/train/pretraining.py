@@ -12,10 +12,10 @@ from esvit_scale.data.limits import translate_limits
 from esvit_scale.data.loader import translate_worker_errors
 from esvit_scale.errors import translate_file_errors
 from esvit_scale.objective.schedules import Schedules
-from esvit_scale.parallel import collectives
+from esvit_scale.parallel import collectives, engine
 from esvit_scale.parallel import world as worlds
 from esvit_scale.parallel.world import World
-from esvit_scale.train import metrics, run_dir, stage, tracking
+from esvit_scale.train import attention, metrics, run_dir, stage, tracking
 from esvit_scale.train.lock import Lock
 from esvit_scale.train.online_knn import OnlineKnn
 from esvit_scale.train.run_resources import RunResources
@@ -52,6 +52,7 @@ def open_and_train(config: Config, world: World, watchdog: Watchdog) -> int:
     # Before a run dir records a config that cannot be run.
     collectives.run_on_rank0_and_broadcast(lambda: stream.check_pixels(config))
     collectives.run_on_rank0_and_broadcast(lambda: tracking.require(config))
+    collectives.run_on_rank0_and_broadcast(lambda: attention.check(config, world.device))
     path, finished = collectives.run_on_rank0_and_broadcast(lambda: run_dir.open_run(config))
     if finished:
         if world.rank == 0:
@@ -69,7 +70,13 @@ def open_and_train(config: Config, world: World, watchdog: Watchdog) -> int:
         identity = collectives.run_on_rank0_and_broadcast(lambda: _checked_identity(config, data, checkpoint))
         knn = OnlineKnn(config, world) if config.train.knn_every else None
         watchdog.progress()
+        # Before the networks are built, because the timing needs memory.
+        attends = collectives.run_on_rank0_and_broadcast(
+            lambda: attention.choose_for_run(config, world, path, resumed=checkpoint is not None)
+        )
+        watchdog.progress()
         trainer = Trainer(config, world, schedules, fresh=checkpoint is None)
+        engine.use_attention(trainer.engines, attends)
         watchdog.progress()
         return trainer.train(RunResources(path, lock, watchdog, data, identity, checkpoint, knn))
 

@@ -53,8 +53,8 @@ def open_run(config: Config) -> tuple[Path, bool]:
 
 def _is_ours_before_config(name: str) -> bool:
     """Return whether a start may leave a file of this name before it writes config.yaml."""
-    made = ("lock.json", "log.txt", "ranks", "shards", "slurm", "requeue")
-    return name in made or name.startswith((".lock.json.", ".config.yaml.", ".environment.json."))
+    made = ("lock.json", "log.txt", "ranks", "shards", "slurm", "requeue", "attention.json")
+    return name in made or name.startswith((".lock.json.", ".config.yaml.", ".environment.json.", ".attention.json."))
 
 
 def record_start(path: Path, config: Config) -> None:

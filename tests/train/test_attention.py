@@ -1,0 +1,132 @@
+"""`model.attention` in a run: what is refused, chosen, recorded, and kept on resume."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from esvit_scale.errors import UserError
+from esvit_scale.models import attention_choice
+from esvit_scale.models.attention_choice import Outcome
+from esvit_scale.parallel.world import World
+from esvit_scale.train import attention, pretraining
+from tests import launcher, tiny
+
+CPU = torch.device("cpu")
+WORLD = World(0, 1, 0, CPU)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Let `attention` believe that the CPU is a GPU named A; choices come from `outcomes`."""
+    names = {"name": "A"}
+    monkeypatch.setattr(attention, "_device_name", lambda device: names["name"])
+    monkeypatch.setattr(attention, "_on_cpu", lambda device: False)
+    monkeypatch.setattr(attention, "unavailable", lambda name, device: None)
+    outcome = Outcome("sdpa", {"sdpa": 1.0, "math": 2.5}, {"flex": "RuntimeError: none"})
+    monkeypatch.setattr(attention_choice, "choose", lambda *_: outcome)
+    return names
+
+
+@pytest.mark.parametrize("name", ["flex", "triton"])
+def test_gpu_implementations_are_refused_on_a_cpu(name, tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    config = tiny.config(tmp_path / "run", tmp_path, model__attention=name)
+    with pytest.raises(UserError) as error:
+        attention.check(config, CPU)
+    message = str(error.value)
+    assert message.startswith(f"model.attention={name}: needs ")
+    assert message.endswith("; nearest: math")
+    assert "\n" not in message
+
+
+def test_trunks_without_window_attention_have_no_choice(tmp_path):
+    shape = dict.fromkeys(("model__embed_dim", "model__depths", "model__heads"))
+    config = tiny.config(tmp_path, tmp_path, model__trunk="deit_s", model__attention="sdpa", **shape)
+    with pytest.raises(UserError, match=r"deit_s has no window attention of ours; nearest: auto"):
+        attention.check(config, CPU)
+
+
+def test_auto_on_a_cpu_is_math_without_a_record(tmp_path):
+    config = tiny.config(tmp_path, tmp_path)
+    assert attention.choose_for_run(config, WORLD, tmp_path, resumed=False) == "math"
+    assert not (tmp_path / attention.FILE).exists()
+
+
+def test_the_choice_is_logged_recorded_and_kept(tmp_path, gpu, monkeypatch, caplog):
+    config = tiny.config(tmp_path, tmp_path)
+    with caplog.at_level(logging.INFO, "esvit_scale"):
+        assert attention.choose_for_run(config, WORLD, tmp_path, resumed=False) == "sdpa"
+    [record] = caplog.records
+    assert record.message == (
+        "window attention: sdpa (of a micro-batch: sdpa 1.0 ms, math 2.5 ms; flex not used: RuntimeError: none)"
+    )
+    written = json.loads((tmp_path / attention.FILE).read_text())
+    assert (written["attention"], written["device"]) == ("sdpa", "A")
+    monkeypatch.setattr(attention_choice, "choose", lambda *_: pytest.fail("chosen again"))
+    caplog.clear()
+    assert attention.choose_for_run(config, WORLD, tmp_path, resumed=True) == "sdpa"
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+    gpu["name"] = "B"
+    assert attention.choose_for_run(config, WORLD, tmp_path, resumed=True) == "sdpa"
+    assert "this run was on A and continues on B: its numbers change" in caplog.text
+
+
+def test_a_run_from_before_the_record_keeps_math(tmp_path, gpu):
+    config = tiny.config(tmp_path, tmp_path)
+    assert attention.choose_for_run(config, WORLD, tmp_path, resumed=True) == "math"
+
+
+def test_a_damaged_record_is_chosen_again(tmp_path, gpu, caplog):
+    (tmp_path / attention.FILE).write_text('{"attention": "fast"}')
+    config = tiny.config(tmp_path, tmp_path)
+    assert attention.choose_for_run(config, WORLD, tmp_path, resumed=False) == "sdpa"
+    assert "cannot be read; window attention is chosen again" in caplog.text
+
+
+def test_a_named_implementation_that_is_wrong_is_refused(tmp_path, gpu, monkeypatch):
+    config = tiny.config(tmp_path, tmp_path, model__attention="sdpa")
+    monkeypatch.setattr(attention_choice, "inaccuracy", lambda *_: "its output is off by 1.0e+00")
+    with pytest.raises(
+        UserError, match=r"model\.attention=sdpa: cannot be used here: its output is off.*nearest: auto"
+    ):
+        attention.choose_for_run(config, WORLD, tmp_path, resumed=False)
+
+
+@pytest.mark.slow
+def test_a_run_with_sdpa_has_the_losses_of_math(tmp_path):
+    shards = tiny.shards(tmp_path / "shards")
+    for name in ("auto", "sdpa"):
+        values = {"model__attention": name, "model__drop_path": 0.2, "train__steps": 4, "train__ds_config": "zero3"}
+        config = tiny.config(tmp_path / name, shards, train__activation_checkpointing="torch", **values)
+        assert pretraining.pretrain(config) == 0
+    for row, expected in zip(tiny.rows(tmp_path / "sdpa"), tiny.rows(tmp_path / "auto"), strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+        assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+    assert json.loads((tmp_path / "sdpa" / attention.FILE).read_text())["attention"] == "sdpa"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not find_spec("triton"), reason="triton is not installed")
+@pytest.mark.parametrize("trunk", ["swin_t", "swinv2_t"])
+def test_a_run_with_interpreted_kernels_has_the_losses_of_math(trunk, tmp_path):
+    """At ZeRO 3, with activation checkpointing and stochastic depth: the whole way of the kernels into a run."""
+    shards = tiny.shards(tmp_path / "shards")
+    small = {"train__steps": 2, "train__global_batch": 2, "model__depths": [1, 2], "model__heads": [1, 2]}
+    for name in ("math", "triton"):
+        values = {**small, "model__attention": name, "model__trunk": trunk, "model__drop_path": 0.2}
+        config = tiny.config(tmp_path / name, shards, train__ds_config="zero3", **values)
+        (tmp_path / f"{name}.yaml").write_text(pretraining.run_dir.configs.dump(config))
+        command = [sys.executable, "-m", "esvit_scale", "pretrain", str(tmp_path / f"{name}.yaml")]
+        environment = os.environ | {"TRITON_INTERPRET": "1"}
+        command += ["train.activation_checkpointing=torch"]
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=launcher.REPOSITORY)
+        assert ran.returncode == 0, ran.stderr[-3000:]
+    for row, expected in zip(tiny.rows(tmp_path / "triton"), tiny.rows(tmp_path / "math"), strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+        assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
