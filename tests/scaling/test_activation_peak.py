@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from esvit_scale import config as configs
 from esvit_scale.config import Config
-from esvit_scale.models import traced
+from esvit_scale.models import traced as models_traced
 from esvit_scale.models.drop_path import drop_keys
 from esvit_scale.objective.costs import Checkpointing
 from esvit_scale.objective.network import StudentNetwork, build_student
@@ -67,7 +67,7 @@ def peak(network: StudentNetwork, config: Config, images: int) -> int:
 def test_growth_of_the_peak_with_the_batch(checkpointing: Checkpointing) -> None:
     """Swin-T in bf16: temporaries inside of a block, which `plan` does not count, are at most 10 %."""
     config = configs.resolve("swin_t", ["train.precision=bf16", "objective.prototypes=64"])
-    with traced.on_meta():
+    with models_traced.on_meta():
         network = build_student(config).to(torch.bfloat16)
         implementation: Any = "torch" if checkpointing == "full" else checkpointing
         activation_checkpointing.apply(network.trunk, implementation)
