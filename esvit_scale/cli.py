@@ -65,6 +65,10 @@ def _run(arguments: list[str] | None) -> int:
         print_error(f"rank {rank()}: {error}")
         return error.exit_code
     except KeyboardInterrupt:
+        if rank() == "0":
+            kept = parsed.kept() if "kept" in parsed else "files that were complete are kept, half-written ones are not"
+            with suppress(OSError):
+                print(f"\nesvit-scale: ended by ctrl-C; {kept}", file=sys.stderr)
         return 130
     return code
 

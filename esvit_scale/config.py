@@ -91,6 +91,9 @@ def _cross_field_problems(c: Config) -> list[str]:
     problems += _pixel_problems(c.data)
     if c.train.knn_every and not c.data.held_out:
         problems.append("train.knn_every: needs data.held_out, labelled shards or class folders to measure on")
+    for key in ("keep_best", "patience"):
+        if getattr(c.train, key) and not c.train.knn_every:
+            problems.append(f"train.{key}: needs train.knn_every, the steps between two k-NN accuracies")
     if c.train.knn_every and c.train.knn_every % c.train.log_every:
         problems.append(
             f"train.knn_every: {c.train.knn_every} is no multiple of train.log_every={c.train.log_every}; "

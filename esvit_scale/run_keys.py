@@ -275,7 +275,11 @@ class Train(Section):
     keep_every: Positive | None = None
     """[steps] Distance between checkpoints that are never removed; null: none."""
     knn_every: Positive | None = None
-    """[steps] Distance between k-NN accuracies of the teacher on data.held_out; null: none."""
+    """[steps] Distance between k-NN accuracies of the teacher on data.held_out, from step 0 on; null: none."""
+    keep_best: bool = False
+    """Also save at every new best k-NN accuracy; checkpoints/best names that checkpoint, which is never removed."""
+    patience: Positive | None = None
+    """[measurements] k-NN accuracies in a row without a new best after which the run ends early; null: never."""
     wandb: Annotated[str, Field(min_length=1)] | None = None
     """Project at Weights & Biases in which rank 0 also records the metrics (docs/tracking.md); null: none."""
     skips_before_rollback: Positive = 10
@@ -303,6 +307,8 @@ MAY_DIFFER = (
     "train.keep_every",
     "train.hang_minutes",
     "train.knn_every",
+    "train.keep_best",
+    "train.patience",
     "train.wandb",
     "train.skips_before_rollback",
     "train.rollbacks",

@@ -30,6 +30,7 @@ def _rows(path: Path, read: Callable[[Json], Iterator[Row]]) -> list[Row]:
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         at = f", step {result['step']}" if result["step"] is not None else ""
+        at += f", {result['name']}" if result.get("name") else ""  # a baseline beside the checkpoint's own results
         return [(measure + at, figure, data) for measure, figure, data in read(result)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []

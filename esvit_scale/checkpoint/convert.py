@@ -77,6 +77,7 @@ def read(path: Path) -> Weights:
     Raises:
         UserError: `path` does not exist, is damaged, or holds no weights that can be read; the message says what it is.
     """
+    path = step_folders.follow_pointer(path)
     if path.exists() and not path.is_dir() and not _is_our_file(path):
         return official.read(path)
     return read_ours(path)
@@ -101,6 +102,7 @@ def load_trunk(path: Path) -> tuple[Trunk, Config]:
     Raises:
         UserError: as `read`.
     """
+    path = step_folders.follow_pointer(path)
     if not path.exists() or (path.is_dir() and not exported_folder.is_exported(path)):
         return state.load_teacher(step_folders.resolve(path))
     found = read(path)

@@ -29,21 +29,29 @@ class Saver:
         config: Config,
         data: dict[str, str] | None = None,
         check_ownership: Callable[[], None] = lambda: None,
+        on_saved: Callable[[Path], None] = lambda folder: None,
     ) -> None:
         """
         Args:
             data: what identifies the run's training data; it is recorded in state.json.
             check_ownership: function that rank 0 calls before it renames a finished checkpoint into place; it raises
                 RestartCanHelp if another process has taken over the run.
+            on_saved: function that gets the folder of every checkpoint that is complete, in the saving thread.
         """
         self._run, self._config = run, config
-        self._data, self._check_ownership = data, check_ownership
+        self._data, self._check_ownership, self._on_saved = data, check_ownership, on_saved
         self._group = collectives.second_group()
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
 
-    def start(self, engines: Engines, centers: dict[str, Tensor], cursor: dict[str, int]) -> None:
-        """Wait for the previous save, copy the state at step `cursor["step"]` to host memory and start to write it."""
+    def start(
+        self, engines: Engines, centers: dict[str, Tensor], cursor: dict[str, int], is_best: bool = False
+    ) -> None:
+        """Wait for the previous save, copy the state at step `cursor["step"]` to host memory and start to write it.
+
+        Args:
+            is_best: also make checkpoints/best name it.
+        """
         self._join()
         if self._failure is not None and not isinstance(self._failure, NotSaved):
             raise self._failure
@@ -51,7 +59,7 @@ class Saver:
         extra = {} if self._data is None else {"data": self._data}
         snapshot = Snapshot(storage.copy_to_cpu(snapshot.intervals), snapshot.state | extra)
         self._failure = None
-        self._thread = threading.Thread(target=self._write, args=(snapshot,), name="saver")
+        self._thread = threading.Thread(target=self._write, args=(snapshot, is_best), name="saver")
         self._thread.start()
 
     def wait(self) -> None:
@@ -69,10 +77,11 @@ class Saver:
             self._thread.join()
             self._thread = None
 
-    def _write(self, snapshot: Snapshot) -> None:
+    def _write(self, snapshot: Snapshot, is_best: bool) -> None:
         try:
             with collectives.through(self._group):
-                state.write(self._run, self._config, snapshot, self._check_ownership)
+                folder = state.write(self._run, self._config, snapshot, self._check_ownership, is_best)
+            self._on_saved(folder)
         except NotSaved as error:
             self._failure = error
             if collectives.rank() == 0:

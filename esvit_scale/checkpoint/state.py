@@ -73,7 +73,13 @@ def save(run: Path, config: Config, engines: Engines, centers: dict[str, Tensor]
 
 
 @signal_lead.warn_if_longer()
-def write(run: Path, config: Config, snapshot: Snapshot, check_ownership: Callable[[], None] = lambda: None) -> Path:
+def write(
+    run: Path,
+    config: Config,
+    snapshot: Snapshot,
+    check_ownership: Callable[[], None] = lambda: None,
+    is_best: bool = False,
+) -> Path:
     """Write a snapshot as a step folder, remove old ones (`step_folders.prune`), and return the new folder.
 
     All ranks call it; it may run in a background thread.
@@ -81,6 +87,7 @@ def write(run: Path, config: Config, snapshot: Snapshot, check_ownership: Callab
     Args:
         check_ownership: function that rank 0 calls before it renames the finished folder into place; it raises
             RestartCanHelp if another process has taken over the run.
+        is_best: also make checkpoints/best name the new folder.
 
     Raises:
         NotSaved: as `save`.
@@ -92,7 +99,7 @@ def write(run: Path, config: Config, snapshot: Snapshot, check_ownership: Callab
     written = _run_on_all_ranks(folder, lambda: storage.checksums(tmp, collectives.rank()))
     recorded = {name: checksum for files_of_rank in written for name, checksum in files_of_rank.items()}
     _on_rank_0(folder, check_ownership)
-    _on_rank_0(folder, lambda: _commit(tmp, folder, snapshot.state | {"files": recorded}))
+    _on_rank_0(folder, lambda: _commit(tmp, folder, snapshot.state | {"files": recorded}, is_best))
     collectives.run_on_rank0_and_broadcast(lambda: step_folders.prune(folder, config))
     return folder
 
@@ -317,6 +324,8 @@ def _make_empty(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _commit(tmp: Path, folder: Path, state: dict[str, Any]) -> None:
+def _commit(tmp: Path, folder: Path, state: dict[str, Any], is_best: bool) -> None:
     state_file.commit(tmp, folder, state)
     step_folders.write_latest(folder)
+    if is_best:
+        step_folders.write_best(folder)

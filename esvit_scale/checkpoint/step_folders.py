@@ -23,6 +23,7 @@ from esvit_scale.parallel import collectives
 log = logging.getLogger("esvit_scale")
 
 RETRY_DELAYS = (1, 3, 6)  # seconds between attempts to read a file: network storage often recovers
+LATEST, BEST = "latest", "best"  # files that name a step folder
 _STEP = re.compile(r"step-(\d{8,})")
 
 
@@ -169,16 +170,45 @@ def write_latest(folder: Path) -> None:
             log.warning("%s: could not be removed either", pointer)
 
 
+def write_best(folder: Path) -> None:
+    """Write the name of `folder` into checkpoints/best; if that fails, log a warning."""
+    try:
+        files.write_text(folder.parent / BEST, folder.name + "\n")
+    except OSError as error:
+        log.warning("%s: could not be written: %s", folder.parent / BEST, error.strerror or error)
+
+
+def best(run: Path) -> Path | None:
+    """Return the step folder that checkpoints/best names; None if there is none."""
+    return _read_pointer(run / "checkpoints" / BEST, list_step_folders(run))[0]
+
+
+def follow_pointer(checkpoint: Path) -> Path:
+    """Return the step folder that a path to checkpoints/best or checkpoints/latest names; any other path as it is.
+
+    Raises:
+        UserError: the file names no step folder that is there.
+    """
+    if checkpoint.name not in (BEST, LATEST) or not checkpoint.is_file():
+        return checkpoint
+    named, problem = _read_pointer(checkpoint, list_step_folders(checkpoint.absolute().parent.parent))
+    if named is None:
+        raise UserError(f"{checkpoint}: {problem}; give a run dir or one of its step folders")
+    return named
+
+
 def prune(newest: Path, config: Config) -> None:
-    """Remove checkpoints before `newest`, except the last `train.keep_checkpoints` and multiples of `train.keep_every`.
+    """Remove checkpoints before `newest`, except the last `train.keep_checkpoints`, multiples of `train.keep_every` and
+    the one that checkpoints/best names.
 
     Checkpoints of later steps than `newest` are not removed: the run was resumed from an older checkpoint and will
     write those steps again. A checkpoint that cannot be removed is only logged, since it costs no more than disk space.
     """
     keep_every, last = config.train.keep_every, step_of(newest) or 0
+    kept = (newest, best(newest.parent.parent))
     folders = [(step_of(folder) or 0, folder) for folder in list_step_folders(newest.parent.parent)]
     for step, old in [(step, folder) for step, folder in folders if step <= last][: -config.train.keep_checkpoints]:
-        if old == newest or (keep_every and step % keep_every == 0):
+        if old in kept or (keep_every and step % keep_every == 0):
             continue
         removed = old.with_name(f".{old.name}.removed.partial")  # readers must not see it half removed
         try:

@@ -82,11 +82,18 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """Add the required option `--checkpoint`."""
     parser.add_argument(
         "--checkpoint",
-        type=Path,
+        type=_checkpoint,
         required=True,
         metavar="C",
-        help="weights to evaluate: a run dir or step dir (its teacher), an exported folder, a .safetensors file or an official .pth",
+        help="weights to evaluate: a run dir or step dir (its teacher), an exported folder, a .safetensors file or an official .pth; "
+        "or a baseline: untrained:CONFIG (the trunk of a preset, YAML file or run dir as it is before training), or pixels",
     )
+
+
+def _checkpoint(text: str) -> Path:
+    """Convert the value of --checkpoint to a path; `./pixels` is the file of that name, and `pixels` the baseline."""
+    path = Path(text)
+    return path if str(path) == text else path.absolute() if text.startswith("./") else path
 
 
 def add_loading(parser: argparse.ArgumentParser) -> None:

@@ -18,11 +18,13 @@ def add(commands: Any) -> None:
     demo = command(
         commands, "demo", _demo, "run everything on bundled photographs: shards, a tiny pretraining, k-NN, report"
     )
+    demo.set_defaults(kept=lambda: _kept() or "training had not begun; what is complete is used by the next start")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="run dir (default: runs/demo)")
 
     pretrain = command(
         commands, "pretrain", _pretrain, "start or continue a run, in one process or under torchrun or srun"
     )
+    pretrain.set_defaults(kept=lambda: _kept() or "nothing was trained in this start, and nothing was changed")
     pretrain.add_argument("config", metavar="CONFIG", help="name of a preset, or a YAML file")
     add_overrides(pretrain, "config values to change, for example train.global_batch=64 data.train=/data/shards")
     pretrain.epilog = (
@@ -41,6 +43,9 @@ def _demo(options: argparse.Namespace) -> int:
     from esvit_scale.train import signals
 
     signals.install()
+    from esvit_scale.train import header
+
+    header.say(header.IMPORTING)
     from esvit_scale import demo
 
     return demo.run(options.out)
@@ -56,6 +61,9 @@ def _pretrain(options: argparse.Namespace) -> int:
     configs.require_training_data(config)
     if options.show_crops:
         return _show_crops(config, options.show_crops) if rank() == "0" else 0
+    from esvit_scale.train import header
+
+    header.show(config, " ".join([options.config, *options.overrides]))
     from esvit_scale.train import pretraining
 
     return pretraining.pretrain(config)
@@ -71,3 +79,10 @@ def _show_crops(config: "Config", path: Path) -> int:
     files.write_bytes(path, sample_images.crop_sheet(config))
     print(path)
     return 0
+
+
+def _kept() -> str:
+    """Return what a run has on disk after ctrl-C ended it at once; "" if it had not begun."""
+    from esvit_scale.train import signals
+
+    return signals.kept()

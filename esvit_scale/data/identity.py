@@ -85,6 +85,10 @@ def check_unchanged(data: TrainingData, checkpoint: Path, written_ns: int) -> No
     if not changed:
         return
     every = max(1, -(-sum(shard.bytes for _, shard in changed) // MOST_BYTES))
+    read = sum(shard.bytes for _, shard in changed[::every])
+    log.info(
+        "comparing %.1f GB of shard files with the manifest, because they are newer than %s …", read / 1e9, checkpoint
+    )
     for path, shard in changed[::every]:
         if (found := sha256(path)) != shard.sha256:
             raise UserError(

@@ -136,9 +136,10 @@ def extract_view(trunk: nn.Module, pixels: np.ndarray) -> View:
     Raises:
         UserError: the trunk gives no region tokens on a grid.
     """
-    features = trunk([to_trunk(pixels)[None].to(next(trunk.parameters()).device)])
+    weights = next(trunk.parameters(), torch.empty(0))
+    features = trunk([to_trunk(pixels)[None].to(weights.device)])
     grids = list(getattr(features, "grids", ()))
-    if len(grids) != 1 or math.prod(grids[0]) != len(features.regions):
+    if len(grids) != 1 or not len(features.regions) or math.prod(grids[0]) != len(features.regions):
         raise UserError(f"correspondence needs region tokens on a grid; the trunk {type(trunk).__name__} gives none")
     return View(pixels, F.normalize(features.regions.float().cpu(), dim=1), grids[0][1:])
 
@@ -262,8 +263,7 @@ def run_correspondence(
     pair = stereo(trunk)
     means = {name: _mean([row[name] for row in rows if name in row]) for name in ("mirrored", "cropped")}
     summary = {
-        "checkpoint": str(checkpoint),
-        "step": teacher.step,
+        **teacher.origin(checkpoint),
         "data": str(data),
         "images": len(rows),
         "size": teacher.size,

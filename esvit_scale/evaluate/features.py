@@ -18,7 +18,7 @@ from esvit_scale.data import manifest as manifests
 from esvit_scale.data.pixel_format import RGB8, PixelFormat, pixel_format
 from esvit_scale.data.stream import EvaluationBatch
 from esvit_scale.errors import UserError
-from esvit_scale.evaluate import feature_cache
+from esvit_scale.evaluate import baselines, feature_cache
 from esvit_scale.evaluate.feature_cache import FeatureBatch, FeatureSet
 from esvit_scale.evaluate.progress import progress
 from esvit_scale.models.trunk import Trunk
@@ -44,6 +44,11 @@ class FrozenTrunk(NamedTuple):
     size: int  # side in pixels of the evaluation crop: the global crop size of its pretraining
     step: int | None  # training step of the checkpoint; None for a file that does not record it
     pixels: PixelFormat = RGB8  # channels and bits of the images in its pretraining
+    name: str | None = None  # of a baseline (baselines.py), for tables and reports
+
+    def origin(self, checkpoint: Path) -> dict[str, Any]:
+        """Return the fields of a result file that say which weights were evaluated."""
+        return {"checkpoint": str(checkpoint), "step": self.step, **({"name": self.name} if self.name else {})}
 
 
 class ExtractionOptions(NamedTuple):
@@ -154,13 +159,17 @@ def save(found: FeatureSet, path: Path, classes: Sequence[str] = ()) -> None:
 
 
 def load_frozen_trunk(checkpoint: Path) -> FrozenTrunk:
-    """Load the trunk to evaluate, on the CPU, from any path that `load_backbone` accepts.
+    """Load the trunk to evaluate, on the CPU, from any path that `load_backbone` accepts, or the baseline that it names.
 
     A run dir or step folder gives the teacher's trunk.
 
     Raises:
         UserError: the path does not exist, is damaged, or holds no weights.
     """
+    if baselines.is_baseline(str(checkpoint)):
+        found = baselines.load(str(checkpoint))
+        return FrozenTrunk(found.trunk, found.size, found.step, found.pixels, found.name)
+    checkpoint = step_folders.follow_pointer(checkpoint)
     if checkpoint.is_file() or exported_folder.is_exported(checkpoint):
         trunk, config = convert.load_trunk(checkpoint)
         return FrozenTrunk(trunk, config.data.global_crops.size, None, pixel_format(config.data))

@@ -161,7 +161,7 @@ def run_knn(
         with_class_names(extract(teacher.trunk, s, teacher.size, **options._asdict(), pixels=teacher.pixels), s)
         for s in (train, test)
     ]
-    row = {"checkpoint": str(checkpoint), "step": teacher.step, "train": str(train), "test": str(test)}
+    row = teacher.origin(checkpoint) | {"train": str(train), "test": str(test)}
     result = row | evaluate(sets[0], sets[1], ks)  # computed on every rank, so that an error ends all ranks
     if shots:
         result["few_shot"] = few_shot(sets[0], sets[1], shots, tries, ks)
@@ -204,13 +204,15 @@ def table(rows: Sequence[dict[str, Any]], names: Sequence[str] | None = None) ->
     """Format several results (contents of knn.json) as a text table: a line per result, a column of top-1 per k.
 
     Args:
-        names: names of the lines; None takes the training step of each result, or its checkpoint.
+        names: names of the lines; None takes the name of a baseline, the training step of a result, or its checkpoint.
     """
     ks = sorted({int(k) for row in rows for k in row["results"]})
     names = (
         list(names)
         if names
-        else [f"step {row['step']}" if row["step"] is not None else row["checkpoint"] for row in rows]
+        else [
+            row.get("name") or (f"step {row['step']}" if row["step"] is not None else row["checkpoint"]) for row in rows
+        ]
     )
     width = max(24, *map(len, names))
     lines = [f"{'k-NN top-1, %':<{width}}" + "".join(f"{f'k={k}':>8}" for k in ks) + f"{'dim':>8}"]

@@ -108,7 +108,7 @@ def run_linear(
         for s in (train, test)
     ]
     data = make_probe_data(sets[0], sets[1], settings, ImageSource(teacher, train, options))
-    row: Json = {"checkpoint": str(checkpoint), "step": teacher.step, "train": str(train), "test": str(test)}
+    row: Json = teacher.origin(checkpoint) | {"train": str(train), "test": str(test)}
     row |= {
         "n_train": len(data.rows),
         "n_test": len(data.truth),

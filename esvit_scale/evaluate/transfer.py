@@ -92,7 +92,7 @@ def run_transfer(
             row = done.get(dataset.name)
             outcome = f"{row['metric']} {row['score']:.1f}" if row else f"failed: {failed[dataset.name]}"
             print(f"[{number}/{len(datasets)}] {dataset.name}: {outcome}", flush=True)
-    result: Json = {"checkpoint": str(checkpoint), "step": teacher.step, "list": str(source)}
+    result: Json = teacher.origin(checkpoint) | {"list": str(source)}
     result |= {"mean": _mean(done), "datasets": done, "failed": failed}
     if other is not None:
         result["baseline"] = compare(done, other) | {"file": str(baseline), "checkpoint": other["checkpoint"]}

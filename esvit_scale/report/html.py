@@ -7,7 +7,7 @@ from typing import Any
 from esvit_scale import __version__, files
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
-from esvit_scale.report import metric_groups, run_files, sample_images, tables
+from esvit_scale.report import baselines, metric_groups, run_files, sample_images, tables
 from esvit_scale.report.run_files import Json, RunFiles, try_or_note
 from esvit_scale.report.templates import render
 
@@ -50,7 +50,8 @@ def _contents(runs: list[RunFiles]) -> Json:
     named = list(zip(labels, runs, strict=True))
     missing: list[str] = []
     differences = tables.config_differences(named, missing) if several else None
-    evaluations = tables.evaluations(named, missing)
+    learning = try_or_note("table of baselines", missing, lambda: baselines.learning(named))
+    evaluations = [*([learning] if learning else []), *tables.evaluations(named, missing)]
     groups = metric_groups.groups(runs, names, missing)
     parts = [_pictures(r, label) for label, r in named]
     return {

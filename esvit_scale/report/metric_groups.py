@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from esvit_scale.report import instability, plots, sample_images
+from esvit_scale.report import baselines, instability, plots, sample_images
 from esvit_scale.report.plots import BLUE, GREEN, GREY, ORANGE, VIOLET, Curve, Panel
 from esvit_scale.report.run_files import RunFiles
 
 RUN_COLOURS = (BLUE, ORANGE, GREEN, VIOLET, "#ec4899", "#14b8a6", "#ca8a04", "#ef4444")
-NOT_DRAWN = ("step", "images_seen", "time")
+NOT_DRAWN = ("step", "images_seen", "time", "knn_top1_pixels")  # the last is a line in the figure of knn_top1
 
 
 class Group(NamedTuple):
@@ -28,6 +28,12 @@ PARTS = {"patch_embed": "patch embedding", "norm": "final norm"}  # titles of pa
 # Columns that every run logs; others depend on the objective and the config.
 EXPECTED = {"loss", "grad_norm", "feature_std", "rank_me", "images_per_s", "data_wait_s", "lr", "wd", "momentum"}
 GROUPS = (
+    Group(
+        "Quality",
+        "Accuracy of a k-NN vote with the teacher's features on held-out images, from 0 to 1; dashed: the untrained trunk and "
+        "raw pixels on the same images. A fall while the loss looks well is the first sign of an instability.",
+        {"knn_top1": ("k-NN on held-out images", GREEN)},
+    ),
     Group(
         "Loss",
         "The loss that training minimises. EsViT's is the cross-entropy between the student's predictions and the teacher's "
@@ -67,7 +73,6 @@ GROUPS = (
             "grad_norm": ("gradient norm", VIOLET),
             "feature_std": ("spread of the features", BLUE),
             "rank_me": ("effective rank of the features", BLUE),
-            "knn_top1": ("k-NN on held-out images", GREEN),
             "skipped_steps": ("skipped steps", GREY),
             "bad_samples": ("bad samples", GREY),
         },
@@ -81,6 +86,10 @@ GROUPS = (
             "data_wait_s": ("wait for data, seconds per step", ORANGE),
             "mfu": ("MFU", BLUE),
             "step_s": ("seconds per step", VIOLET),
+            "compute_s_max": ("seconds of computing, slowest rank", VIOLET),
+            "compute_s_median": ("seconds of computing, median rank", VIOLET),
+            "worker_images_per_s": ("images per second of a loader process", ORANGE),
+            "worker_images_per_s_min": ("… of the slowest loader process", ORANGE),
         },
     ),
     Group(
@@ -133,9 +142,9 @@ def groups(runs: Sequence[RunFiles], names: Sequence[str], missing: list[str]) -
     known = {column for group in (*GROUPS, *by_part) for column in group.columns}
     others = sorted(logged.keys() - known - set(NOT_DRAWN))
     all_groups = [
-        *GROUPS[:3],
+        *GROUPS[:4],
         *by_part,
-        *GROUPS[3:],
+        *GROUPS[4:],
         Group(
             "Other", "Columns of metrics.jsonl that belong to none of the groups above.", {o: (o, GREY) for o in others}
         ),
@@ -203,6 +212,7 @@ def _figure(runs: Sequence[RunFiles], names: Sequence[str], column: str, colour:
         limits=_range(runs, column),
         prototypes=min(limits, default=None),
         in_a_row=in_a_row,
+        marks=baselines.marks(runs) if column == "knn_top1" else (),
     )
     return sample_images.data_uri(plots.panel(curves, panel), "image/png")
 

@@ -43,6 +43,7 @@ class Panel(NamedTuple):
     limits: tuple[float, float] | None = None  # of the y axis; None fits it to the values
     prototypes: int | None = None  # K, to mark ln K in the figure of an entropy
     in_a_row: int = 3
+    marks: tuple[tuple[str, float], ...] = ()  # names and values of dashed lines
 
 
 def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
@@ -63,7 +64,11 @@ def panel(curves: Sequence[Curve], panel: Panel) -> bytes:
     if panel.prototypes:
         _mark_uniform(axes, panel.prototypes)
     if panel.from_zero:
-        axes.set_ylim(0, 1.08 * max(_finite(curves, panel.column).max(), 0) or 1)
+        highest = max(_finite(curves, panel.column).max(), 0, *(value for _, value in panel.marks))
+        axes.set_ylim(0, 1.08 * highest or 1)
+    for i, (name, value) in enumerate(sorted(panel.marks, key=lambda mark: mark[1])):
+        axes.axhline(value, color=GREY, linestyle=(0, (4, 3)), linewidth=1.2)
+        _label(axes, f"{name} {value:.3f}", value, below=not i and len(panel.marks) > 1)
     if panel.column == "grad_norm" and _is_wide(curves, panel.column):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -78,14 +83,19 @@ def _mark_uniform(axes: Axes, prototypes: int) -> None:
     axes.axhline(limit, color=GREY, linestyle=(0, (4, 3)), linewidth=1.2)
     low, high = axes.get_ylim()
     axes.set_ylim(low, max(high, limit + 0.12 * (limit - low)))
+    _label(axes, f"ln K = {limit:.2f}", limit)
+
+
+def _label(axes: Axes, text: str, value: float, below: bool = False) -> None:
+    """Write a text at the right end of a horizontal line, above or below it."""
     axes.annotate(
-        f"ln K = {limit:.2f}",
-        (0.99, limit),
+        text,
+        (0.99, value),
         xycoords=("axes fraction", "data"),
-        xytext=(0, 2),
+        xytext=(0, -2 if below else 2),
         textcoords="offset points",
         ha="right",
-        va="bottom",
+        va="top" if below else "bottom",
         color=GREY,
         fontsize=8,
     )

@@ -55,6 +55,11 @@ def read(path: Path) -> RunFiles:
     results = {kind: _results(path, kind, missing) for kind in EVALUATIONS}
     if not results["knn"]:
         missing.append("k-NN: no knn*.json; `esvit-scale evaluate knn … --out` the run dir adds it")
+    elif not any(result.get("name") for result in results["knn"]):
+        missing.append(
+            "k-NN of baselines: not there; `esvit-scale evaluate knn --checkpoint untrained:RUN … --out RUN/knn-untrained`, and "
+            "the same with `--checkpoint pixels`, show what training gained"
+        )
     return RunFiles(
         path,
         config.name if config else path.resolve().name,

@@ -48,7 +48,7 @@ def evaluations(runs: Sequence[NamedRun], missing: list[str]) -> list[Table]:
 
 def knn(runs: Sequence[NamedRun]) -> Table | None:
     """Return the table of k-NN accuracies; None without results."""
-    found = [(_join(name, result_name(r)), r) for name, run in runs for r in run.results["knn"] if "results" in r]
+    found = [(join(name, result_name(r)), r) for name, run in runs for r in run.results["knn"] if "results" in r]
     if not found:
         return None
     ks = sorted({int(k) for _, r in found for k in r["results"]})
@@ -78,7 +78,7 @@ def few_shot(runs: Sequence[NamedRun]) -> Table | None:
         return None
     ks = sorted({int(k) for _, few, _ in found for row in few["results"].values() for k in row})
     rows = [
-        Row(_join(name, result_name(r), f"{shots} of each class"), [_with_margin(row.get(str(k))) for k in ks])
+        Row(join(name, result_name(r), f"{shots} of each class"), [_with_margin(row.get(str(k))) for k in ks])
         for name, few, r in found
         for shots, row in few["results"].items()
     ]
@@ -88,10 +88,10 @@ def few_shot(runs: Sequence[NamedRun]) -> Table | None:
 
 def linear(runs: Sequence[NamedRun]) -> Table | None:
     """Return the table of linear probes; it has no rows without results."""
-    found = [(_join(name, _step(r)), r) for name, run in runs for r in run.results["linear"]]
+    found = [(join(name, _step(r)), r) for name, run in runs for r in run.results["linear"]]
     rows = [
         Row(
-            _join(name, protocol),
+            join(name, protocol),
             [Cell(f"{row['top1']:.1f}"), Cell(_interval(row)), _score(row, "top5"), Cell(f"{r['n_train']:,}")],
             row["top1"],
         )
@@ -107,13 +107,13 @@ def linear(runs: Sequence[NamedRun]) -> Table | None:
 
 def transfer(runs: Sequence[NamedRun]) -> Table | None:
     """Return the table of transfer to other data sets; None without results."""
-    found = [(_join(name, _step(r)) or "score", r) for name, run in runs for r in run.results["transfer"]]
+    found = [(join(name, _step(r)) or "score", r) for name, run in runs for r in run.results["transfer"]]
     if not found:
         return None
     metric = {data: row["metric"] for _, r in found for data, row in r["datasets"].items()}
     columns = [(name, {data: row["score"] for data, row in r["datasets"].items()}) for name, r in found]
     columns += [
-        (_join(name if len(found) > 1 else "", "baseline"), r["baseline"]["scores"])
+        (join(name if len(found) > 1 else "", "baseline"), r["baseline"]["scores"])
         for name, r in found
         if "baseline" in r
     ]
@@ -134,10 +134,10 @@ def transfer(runs: Sequence[NamedRun]) -> Table | None:
 
 def correspondence(runs: Sequence[NamedRun]) -> Table | None:
     """Return the table of correspondences between two views; it has no rows without results."""
-    found = [(_join(name, _step(r)), r) for name, run in runs for r in run.results["correspondence"]]
+    found = [(join(name, _step(r)), r) for name, run in runs for r in run.results["correspondence"]]
     rows = [
         Row(
-            _join(name, MEASURES.get(measure, measure)),
+            join(name, MEASURES.get(measure, measure)),
             [Cell(f"{m[key]:.1f}") for key in ("top_accuracy", "top_distance_px", "accuracy", "distance_px", "chance")],
             m["top_accuracy"],
         )
@@ -208,10 +208,13 @@ def result_name(result: Json) -> str:
 
 
 def _step(result: Json) -> str:
+    if result.get("name"):
+        return str(result["name"])
     return f"step {result['step']}" if result.get("step") is not None else Path(str(result.get("checkpoint", ""))).name
 
 
-def _join(*parts: str) -> str:
+def join(*parts: str) -> str:
+    """Return the parts of a label that are not empty, separated by dots."""
     return " · ".join(part for part in parts if part)
 
 

@@ -14,12 +14,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from esvit_scale import files
 from esvit_scale.config import Config
 from esvit_scale.errors import in_words
 from esvit_scale.train import row_file, tracking
+from esvit_scale.train.console import Console, ConsoleHandler
 from esvit_scale.train.log_format import FileFormatter
 from esvit_scale.train.row_file import RowFile, read_rows
 
@@ -69,14 +68,14 @@ class MetricLogger:
         """
         if not self._active:
             return
-        cut(self._run / "metrics.jsonl", step)
+        cut(self._run / "metrics.jsonl", step or -1)  # a new start measures step 0 again
         cut(self._run / "quarantine.jsonl", step)
         self.bad = sum(not row.get("used") for row in read_rows(self._run / "quarantine.jsonl"))
         self._metrics = RowFile(self._run / "metrics.jsonl")
         self._quarantine = RowFile(self._run / "quarantine.jsonl")
         self._board = TensorBoard(self._run / "tensorboard", step)
         self._wandb = tracking.Wandb(self._run, self._config) if self._config and self._config.train.wandb else None
-        self._console = _Console(self._total, step)
+        self._console = Console(self._total, step)
 
     def rewind(self, step: int) -> None:
         """Go back to `step` for a roll-back, but keep the quarantined samples of the steps since then. Raises the same
@@ -146,41 +145,6 @@ class MetricLogger:
         if self._wandb:
             self._wandb.close()
         self._console.close()
-
-
-class _Console:
-    """The progress display: a progress bar if stderr is a terminal, else a log line per row."""
-
-    def __init__(self, total_steps: int, step: int) -> None:
-        self._total, self._start, self._began = total_steps, step, time.monotonic()
-        terminal = sys.stderr.isatty()
-        self._bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True) if terminal else None
-
-    def advance(self, step: int) -> None:
-        """Move the progress bar to `step`."""
-        if self._bar is not None:
-            self._bar.update(step - self._bar.n)
-
-    def row(self, row: dict[str, Any]) -> None:
-        parts = [f"loss {row['loss']:.4f}"]
-        parts += [f"{part} {row[f'loss_{part}']:.4f}" for part in ("view", "region") if f"loss_{part}" in row]
-        parts += [f"{row['images_per_s']:.1f} images/s"]
-        if self._bar is not None:
-            self._bar.set_postfix_str(" · ".join(parts))
-            return
-        done = row["step"] - self._start
-        left = (time.monotonic() - self._began) / max(1, done) * (self._total - row["step"])
-        log.info("step %d/%d · %s · ETA %s", row["step"], self._total, " · ".join(parts), _duration(left))
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-
-def _duration(seconds: float) -> str:
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02d}:{s:02d}"
 
 
 class TensorBoard:
@@ -253,15 +217,27 @@ def _silence_tensorboard_threads() -> None:
 
 
 class _LogFile(logging.FileHandler):
-    """The handler of log.txt. When the file cannot be written, the console says so once and still has every line."""
+    """The handler of log.txt. When the file cannot be written, the console says so once and still has every line.
+
+    A start that fails leaves no file: until the run dir has its config.yaml, records below a warning wait in memory.
+    """
 
     _has_said = False
 
+    def __init__(self, run: Path) -> None:
+        super().__init__(run / "log.txt", delay=True)
+        self._config, self._waiting = run / "config.yaml", list[logging.LogRecord]()
+
     def emit(self, record: logging.LogRecord) -> None:
-        try:
-            super().emit(record)
-        except OSError:  # the file could not be made
-            self.handleError(record)
+        self._waiting.append(record)
+        if self.stream is None and record.levelno < logging.WARNING and not self._config.exists():
+            return
+        waiting, self._waiting = self._waiting, []
+        for one in waiting:
+            try:
+                super().emit(one)
+            except OSError:  # the file could not be made
+                self.handleError(one)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         error = sys.exc_info()[1]
@@ -278,9 +254,9 @@ def start_logging(run: Path, active: bool) -> None:
     log.handlers.clear()
     log.propagate = False
     log.setLevel(logging.INFO if active else logging.WARNING)
-    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    handlers: list[logging.Handler] = [ConsoleHandler()]
     if active:
-        handlers.append(_LogFile(run / "log.txt", delay=True))
+        handlers.append(_LogFile(run))
     for handler in handlers:
         plain = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
         handler.setFormatter(FileFormatter() if isinstance(handler, _LogFile) else plain)

@@ -15,6 +15,7 @@ from esvit_scale.data.pixel_format import pixel_format
 from esvit_scale.errors import UserError
 from esvit_scale.evaluate.knn import TEMPERATURE, count_true_class_ranks
 from esvit_scale.evaluate.neighbours import nearest_neighbours
+from esvit_scale.evaluate.pixels import small_pixels
 from esvit_scale.parallel import collectives
 from esvit_scale.parallel.engine import Engines
 from esvit_scale.parallel.world import World
@@ -29,6 +30,9 @@ class OnlineKnn:
 
     Each rank keeps its share of the images in host memory (bf16; 300 MB for all of them at 224 pixels). All ranks run
     the same number of forwards, as ZeRO 3 requires.
+
+    Attributes:
+        images: number of images of all ranks together.
     """
 
     def __init__(self, config: Config, world: World) -> None:
@@ -54,19 +58,29 @@ class OnlineKnn:
                 "(class subfolders, or shards made from them)"
             )
         self._images, self._labels = torch.cat(images)[:count], own[:count]
+        self.images = count * world.size
 
     @torch.no_grad()
     def accuracy(self, engines: Engines, autocast: torch.autocast) -> float:
         """Return the fraction of images that the vote of their neighbours classifies correctly. All ranks call it."""
         with autocast:
             mine = torch.cat([features.float() for features in self._features(engines)])  # [n, C]
+        return self._accuracy_of(mine)
+
+    def pixels_accuracy(self) -> float:
+        """Return the accuracy of raw pixels instead of features. All ranks call it."""
+        return self._accuracy_of(torch.cat([small_pixels(images.float()) for images in self._images.split(BATCH)]))
+
+    def _accuracy_of(self, mine: Tensor) -> float:
+        """Return the accuracy with this rank's features [n, C]."""
         parts = collectives.gather_objects((mine.cpu(), self._labels))
         features, labels = (torch.cat(part) for part in zip(*parts, strict=True))
         similarity, rows = nearest_neighbours(features, features, NEIGHBOURS + 1, self._world.device)
         similarity[rows == torch.arange(len(rows))[:, None]] = -torch.inf  # an image is no neighbour of itself
         votes = (similarity / TEMPERATURE).exp()
         right = count_true_class_ranks(labels[rows], votes, labels, [NEIGHBOURS + 1], int(labels.max()) + 1, 1)
-        return right.item() / len(labels)
+        # Rank 0's count for all: ranks act on it together, and GPUs may differ in a vote that is nearly a tie.
+        return collectives.run_on_rank0_and_broadcast(lambda: right.item() / len(labels))
 
     def _features(self, engines: Engines) -> Iterator[Tensor]:
         trunk = cast(nn.Module, engines.teacher.module.trunk)

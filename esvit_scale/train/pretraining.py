@@ -15,7 +15,7 @@ from esvit_scale.objective.schedules import Schedules
 from esvit_scale.parallel import collectives, engine
 from esvit_scale.parallel import world as worlds
 from esvit_scale.parallel.world import World
-from esvit_scale.train import attention, metrics, run_dir, stage, tracking
+from esvit_scale.train import attention, header, metrics, run_dir, signals, stage, tracking
 from esvit_scale.train.lock import Lock
 from esvit_scale.train.online_knn import OnlineKnn
 from esvit_scale.train.run_resources import RunResources
@@ -34,6 +34,7 @@ def pretrain(config: Config) -> int:
         Diverged: loss or gradients were not finite for many steps in a row.
     """
     require_training_data(config)
+    signals.begin_work()
     world = worlds.start(config.train.hang_minutes)
     # The watchdog covers everything from the first file that is opened to the last barrier.
     with Watchdog(world, 60 * config.train.hang_minutes, config.run_path) as watchdog:
@@ -64,10 +65,17 @@ def open_and_train(config: Config, world: World, watchdog: Watchdog) -> int:
         data = stage.on_every_node(data, config.data.stage, watchdog)
     with Lock(path) as lock:
         metrics.start_logging(path, active=world.rank == 0)
+        if world.rank == 0:
+            header.record(config)
         schedules = Schedules(config, stream.steps_per_epoch(config, data))
         collectives.run_on_rank0_and_broadcast(lambda: step_folders.remove_unfinished(path))
+        if world.rank == 0 and step_folders.has_checkpoints(path):
+            log.info("comparing the newest checkpoint with its checksums …")
         checkpoint = step_folders.newest_valid(path)
         identity = collectives.run_on_rank0_and_broadcast(lambda: _checked_identity(config, data, checkpoint))
+        if world.rank == 0:
+            also = f"reading images of {config.data.held_out}, then " if config.train.knn_every else ""
+            log.info("%sbuilding student and teacher …", also)
         knn = OnlineKnn(config, world) if config.train.knn_every else None
         watchdog.progress()
         # Before the networks are built, because the timing needs memory.

@@ -23,6 +23,9 @@ from esvit_scale.run_keys import MAY_DIFFER
 
 log = logging.getLogger("esvit_scale")
 
+# Keys that say how long a run is. Their values may grow: the run then goes on from its last checkpoint.
+LENGTH_KEYS = ("train.epochs", "train.steps")
+
 # The paths of the data may change, too, if the checkpoint records the identity of the data, which is then compared.
 DATA_KEYS = ("data.train", "data.mix")
 
@@ -39,8 +42,9 @@ def open_run(config: Config) -> tuple[Path, bool]:
     path = config.run_path
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file; set run_dir or name to a folder that may be created")
+    is_longer = False
     if (path / "config.yaml").exists():
-        _check_same(path, config)
+        is_longer = _check_same(path, config)
     elif path.is_dir() and any(not _is_ours_before_config(entry.name) for entry in path.iterdir()):
         if _matches_checkpoint(path, config, "is missing"):
             return path, False
@@ -48,7 +52,7 @@ def open_run(config: Config) -> tuple[Path, bool]:
             f"{path}: exists but is no run dir, because it has no config.yaml; set name or run_dir to a new folder"
         )
     (path / "requeue").unlink(missing_ok=True)
-    return path, bool(read_summary(path).get("finished"))
+    return path, bool(read_summary(path).get("finished")) and not is_longer
 
 
 def _is_ours_before_config(name: str) -> bool:
@@ -57,12 +61,45 @@ def _is_ours_before_config(name: str) -> bool:
     return name in made or name.startswith((".lock.json.", ".config.yaml.", ".environment.json.", ".attention.json."))
 
 
-def record_start(path: Path, config: Config) -> None:
-    """Write the resolved config and the environment of this start. Call it while holding the lock."""
+def record_start(path: Path, config: Config, step: int = 0) -> Config | None:
+    """Write the resolved config and the environment of this start, at step `step`. Call it while holding the lock.
+
+    When the run goes on longer than it was planned, also add a line to lengthened.jsonl.
+
+    Returns:
+        The config of the shorter run; None when the run has the length that it had.
+    """
+    shorter = _shorter_config(path, config)
+    summary = read_summary(path)
+    if summary.get("finished"):  # before config.yaml, so that no start in between takes the longer run for finished
+        files.write_json(path / "summary.json", summary | {"finished": False})
+    if shorter is not None:
+        lengths = [{"steps": c.train.steps} if c.train.steps else {"epochs": c.train.epochs} for c in (shorter, config)]
+        with (path / "lengthened.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, "from": lengths[0], "to": lengths[1]}) + "\n")
     files.write_text(path / "config.yaml", configs.dump(config))
     before = read_environment(path)
     starts = before.get("starts", 1 if before else 0)  # environment.json of older versions does not count the starts
     files.write_json(path / "environment.json", {**_environment(), "starts": starts + 1})
+    return shorter
+
+
+def _shorter_config(path: Path, config: Config) -> Config | None:
+    """Return the config in the run dir, if the given one makes the run longer."""
+    try:
+        saved = _load_whole(path / "config.yaml")
+    except (OSError, UserError):
+        return None
+    return saved if is_longer(saved, config) else None
+
+
+def is_longer(saved: Config, config: Config) -> bool:
+    """Return whether `config` makes the run of the config `saved` longer: more epochs, or more steps where it counts
+    steps."""
+    old, new = saved.train, config.train
+    if old.steps is None and new.steps is None:
+        return new.epochs > old.epochs
+    return old.steps is not None and new.steps is not None and new.steps > old.steps and new.epochs >= old.epochs
 
 
 def read_summary(path: Path) -> dict[str, Any]:
@@ -86,23 +123,33 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _check_same(path: Path, config: Config) -> None:
+def _check_same(path: Path, config: Config) -> bool:
+    """Raise UserError when the run dir holds a run of another config; return whether `config` makes the run longer."""
     try:
-        matter = _differences(_load_whole(path / "config.yaml"), config)
+        saved_config = _load_whole(path / "config.yaml")
+        matter = _differences(saved_config, config)
     except UserError as error:
         if _matches_checkpoint(path, config, "is damaged"):
-            return
+            return False
         raise UserError(
             f"{error}; a run cannot resume without its config: restore the file, or set name= or run_dir= to start a new run"
         ) from None
-    if matter and all(difference.split(":")[0] in DATA_KEYS for difference in matter):
+    longer = is_longer(saved_config, config)
+    others = [d for d in matter if not (longer and d.split(":")[0] in LENGTH_KEYS)]
+    if others and all(difference.split(":")[0] in DATA_KEYS for difference in others):
         saved = _saved_state(path)
         if saved is not None and "data" in saved:
-            return  # the same data may lie elsewhere: its identity is compared when it is open
-    if matter:
+            return longer  # the same data may lie elsewhere: its identity is compared when it is open
+    if others:
+        hint = "; a run can be made longer, not shorter" if _names(others) <= {*LENGTH_KEYS} else ""
         raise UserError(
-            f"{path}: holds a run of another config ({'; '.join(matter)}); set name= or run_dir= to start a new run"
+            f"{path}: holds a run of another config ({'; '.join(matter)}); set name= or run_dir= to start a new run{hint}"
         )
+    return longer
+
+
+def _names(differences: list[str]) -> set[str]:
+    return {difference.split(":")[0] for difference in differences}
 
 
 def _load_whole(path: Path) -> Config:

@@ -3,10 +3,12 @@
 No torch here: the handlers must be installed before the heavy imports, or a signal in the first seconds kills the run.
 """
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import IntFlag
 from types import FrameType
 
@@ -27,14 +29,35 @@ class Flag(IntFlag):
 STOP = Flag.REQUEUE | Flag.INTERRUPT
 
 _request = Flag(0)
+_is_working = False  # the ranks work together: a rank that left at once would let the others wait
+_kept = ""  # the newest complete checkpoint
 
 
 def install() -> None:
     """Let SIGUSR1 and SIGTERM ask for a checkpoint and a requeue, and ctrl-C for a checkpoint and the end. A second
-    ctrl-C ends the process at once."""
+    ctrl-C ends the process at once, as does the first one before `begin_work`."""
     signal.signal(signal.SIGUSR1, _on_requeue)
     signal.signal(signal.SIGTERM, _on_requeue)
     signal.signal(signal.SIGINT, _on_interrupt)
+
+
+def begin_work() -> None:
+    """Let ctrl-C end the run after a step from now on, with a checkpoint, because the ranks begin to work together."""
+    global _is_working
+    _is_working = True
+
+
+def set_kept(checkpoint: object) -> None:
+    """Note the newest complete checkpoint, for `kept` and the message at ctrl-C."""
+    global _kept
+    _kept = str(checkpoint)
+
+
+def kept() -> str:
+    """Return what a run has on disk if it ends at once, in words; "" before `begin_work`."""
+    if not _is_working:
+        return ""
+    return f"kept: {_kept}; the same command goes on from there" if _kept else "no checkpoint was written yet"
 
 
 def request() -> Flag:
@@ -53,15 +76,20 @@ def _on_requeue(number: int, frame: FrameType | None) -> None:
 
 def _on_interrupt(number: int, frame: FrameType | None) -> None:
     global _request
-    if _request == Flag.INTERRUPT:
+    if _request == Flag.INTERRUPT or not _is_working:
         raise KeyboardInterrupt
     _request = Flag.INTERRUPT
+    if (os.environ.get("RANK") or "0") == "0":
+        # Straight to the file: the handler may have interrupted a print.
+        text = f"\nctrl-C: the run saves after this step and ends; ctrl-C again ends it at once ({kept()})\n"
+        with suppress(OSError):
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
 
 
 @contextmanager
 def installed() -> Iterator[None]:
     """Install the handlers for a block, and put back what was there before; without effect outside the main thread."""
-    global _request
+    global _request, _is_working, _kept
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -72,4 +100,4 @@ def installed() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        _request = Flag(0)
+        _request, _is_working, _kept = Flag(0), False, ""

@@ -7,7 +7,8 @@ measurements to the host, and `finish_row`, called one step later, reads them.
 import time
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from esvit_scale.objective.schedules import Schedules
 from esvit_scale.parallel import collectives
 from esvit_scale.parallel.engine import Engines, autocast
 from esvit_scale.parallel.world import World
-from esvit_scale.train import mfu
+from esvit_scale.train import learning, mfu
+from esvit_scale.train.learning import KnnHistory, RunFacts
 from esvit_scale.train.metrics import TIME_FIELDS
 from esvit_scale.train.monitors import Monitors
 from esvit_scale.train.online_knn import OnlineKnn
@@ -81,7 +83,7 @@ class StepMetrics:
         self, config: Config, world: World, schedules: Schedules, engines: Engines, knn: OnlineKnn | None
     ) -> None:
         self._config, self._world, self._schedules = config, world, schedules
-        self._engines, self._knn = engines, knn
+        self._engines, self._knn, self.knn = engines, knn, KnnHistory()
         self._ideal_rate = collectives.run_on_rank0_and_broadcast(
             lambda: mfu.ideal_images_per_s(config, world.device, world.size)
         )
@@ -92,13 +94,30 @@ class StepMetrics:
         self._last_row: dict[str, Any] = {}
         self._begun: _BegunRow | None = None
 
-    def start(self, step: int) -> None:
-        """Begin to measure a run, at its first step or where it is resumed."""
+    def start(self, facts: RunFacts, run: Path) -> dict[str, Any] | None:
+        """Begin to measure a run, at its first step or where it is resumed. All ranks call it.
+
+        Args:
+            facts: what is known about the run; `facts.steps` are done.
+            run: the run dir, whose rows hold the k-NN accuracies up to this step.
+
+        Returns:
+            The row of step 0, with the k-NN accuracies of the untrained trunk and of raw pixels; None if there is none.
+        """
+        self._facts, step = facts, facts.steps
+        row: dict[str, Any] | None = None
+        self.knn = collectives.run_on_rank0_and_broadcast(lambda: learning.read_history(run, step))
+        if self._knn is not None:
+            self.knn.images, self.knn.pixels = self._knn.images, self._knn.pixels_accuracy()
+            if step == 0:
+                row = {"step": 0, "images_seen": 0, "knn_top1_pixels": self.knn.pixels, **self._knn_accuracy(0)}
         self._began, self._first_step = time.monotonic(), step
         self.restart_window(step)
+        return row and row | {"time": time.time()}
 
     def restart_window(self, step: int) -> None:
-        """Begin to measure the next row's rates, when `step` steps are done."""
+        """Begin to measure the next row's rates, when `step` steps are done; forget what was measured after it."""
+        self.knn.cut(step)
         self._window_began, self._window_step, self._wait_s = time.monotonic(), step, 0.0
 
     def add_wait(self, seconds: float) -> None:
@@ -209,13 +228,31 @@ class StepMetrics:
             "seconds_since_start": seconds,
             "images_per_s": (step - self._first_step) * self._batch / seconds,
             "last": {k: v for k, v in self._last_row.items() if k not in TIME_FIELDS},
+            **({"knn": self.knn.summary()} if self.knn.measured else {}),
+            "verdict": learning.verdict(self._config, self.knn, replace(self._facts, steps=step)),
         }
 
     def _knn_accuracy(self, step: int) -> dict[str, float]:
         every = self._config.train.knn_every
-        if self._knn is None or not every or step % every:
+        if self._knn is None or not every or (step % every and step != self._schedules.total_steps):
             return {}
-        return {"knn_top1": self._knn.accuracy(self._engines, autocast(self._config, self._world.device))}
+        accuracy = self._knn.accuracy(self._engines, autocast(self._config, self._world.device))
+        self.knn.add(step, accuracy)
+        return {"knn_top1": accuracy}
+
+    def is_best(self, step: int) -> bool:
+        """Return whether checkpoints/best is to name `step`: its k-NN accuracy was measured and is the best so far."""
+        return self._config.train.keep_best and self.knn.is_best(step)
+
+    def last_lines(self, step: int) -> list[str]:
+        """Return the lines with which a run that is finished at `step` ends."""
+        facts = replace(self._facts, steps=step)
+        return learning.last_lines(self._config, self.knn, facts, self._schedules.total_steps)
+
+    def has_stalled(self) -> bool:
+        """Return whether `train.patience` measurements of the k-NN accuracy in a row were no better than the best."""
+        patience = self._config.train.patience
+        return patience is not None and self.knn.since_best() >= patience
 
 
 def gradient_norms(squares: Tensor, names: Sequence[str]) -> dict[str, float]:

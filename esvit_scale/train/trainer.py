@@ -28,7 +28,7 @@ from esvit_scale.objective.schedules import Schedules
 from esvit_scale.parallel import collectives, engine
 from esvit_scale.parallel.step_clock import StepClock
 from esvit_scale.parallel.world import World
-from esvit_scale.train import run_dir, signals
+from esvit_scale.train import run_dir, signals, startup
 from esvit_scale.train.metrics import MetricLogger, log_file_errors
 from esvit_scale.train.replaced import ReplacedShare
 from esvit_scale.train.rollback import Rollbacks
@@ -62,7 +62,7 @@ class Trainer:
         """
         self.config, self.world, self.schedules = config, world, schedules
         initial = load_initial_weights(config) if fresh else NO_INITIAL_WEIGHTS
-        self._origin = initial.note
+        self._origin = initial.note and f"starts from the {initial.note}"
         self.engines = engine.build(config, world, initial.values)
         self.objective = self.engines.student.module.objective
         self.objective.load_extra_state(initial.centers)
@@ -169,6 +169,8 @@ class Trainer:
                 self._save_if_due()
                 if self.stop_requested():
                     return self._leave()
+                if self._metrics.has_stalled():
+                    break
             self._finish()
         return 0
 
@@ -179,20 +181,22 @@ class Trainer:
     def _open(self, run: RunResources) -> None:
         """Restore the checkpoint, if there is one, and open the run's records at its step."""
         self._run = run
-        self._saver = Saver(run.path, self.config, run.identity, run.lock.check_held)
+        self._saver = Saver(run.path, self.config, run.identity, run.lock.check_held, signals.set_kept)
         self._metrics = StepMetrics(self.config, self.world, self.schedules, self.engines, run.knn)
         self._replaced = ReplacedShare(self.config.train.global_batch, self.schedules.steps_per_epoch)
         self._rollbacks = Rollbacks(run.path, self.config.train)
         if run.checkpoint is not None:
             self._restore(run.checkpoint)
-            self._log(logging.INFO, "resumed from %s at step %d", run.checkpoint, self.step)
-        elif self._origin:
-            self._log(logging.INFO, "starts from the %s", self._origin)
-        collectives.run_on_rank0_and_broadcast(lambda: run_dir.record_start(run.path, self.config))
-        run.watchdog.beat(self.step)
+            self._origin = f"resumed from {run.checkpoint} at step {self.step}"
+        shorter = collectives.run_on_rank0_and_broadcast(lambda: run_dir.record_start(run.path, self.config, self.step))
+        facts = startup.run_facts(self.engines, self.schedules, self.step, run.data.samples)
+        for line in startup.lines(self.config, self.engines, self.world, facts, self._origin, shorter):
+            self._log(logging.INFO, "%s", line)
         self._logger = MetricLogger(run.path, self.last_step, self.world.rank == 0, self.config)
         collectives.run_on_rank0_and_broadcast(lambda: self._logger.open(self.step))
-        self._metrics.start(self.step)
+        if row := self._metrics.start(facts, run.path):
+            self._logger.row(row)
+        run.watchdog.beat(self.step)
         self._saved_at = time.monotonic()
 
     def _batches(self) -> Iterator[Batch]:
@@ -320,13 +324,14 @@ class Trainer:
         extra_state = self.objective.empty_extra_state(self.world.device)
         cursor = state.restore(folder, self.engines, extra_state)
         self.objective.load_extra_state(extra_state)
-        self.step, self.optimizer_step, self.data_offset = (
-            cursor[name] for name in ("step", "optimizer_step", "data_offset")
-        )
+        self.step, self.optimizer_step = cursor["step"], cursor["optimizer_step"]
+        self.data_offset = cursor["data_offset"]
         self._saved_step = self.step
+        signals.set_kept(folder)
 
     def _save_if_due(self) -> None:
         due = self.step % self.config.train.checkpoint_every == 0 or self._flags & Flag.SAVE_NOW
+        due = due or self._metrics.is_best(self.step)
         must = self.stop_requested() or self.step == self.last_step
         # No regular save right after a skipped step: a roll-back must not lead back into a series of skipped steps.
         if must or (due and not self._rollbacks.skipped):
@@ -348,7 +353,7 @@ class Trainer:
             "data_offset": self.data_offset,
             "images_seen": self.step * self.config.train.global_batch,
         }
-        self._saver.start(self.engines, self.objective.extra_state(), cursor)
+        self._saver.start(self.engines, self.objective.extra_state(), cursor, self._metrics.is_best(self.step))
         self._saved_step, self._saved_at = self.step, time.monotonic()
         self._run.watchdog.beat(self.step)
 
@@ -369,7 +374,8 @@ class Trainer:
         self._save()
         self._saver.wait()
         collectives.run_on_rank0_and_broadcast(lambda: self._write_summary(finished=True))
-        self._log(logging.INFO, "finished: %d steps, %s", self.step, self._run.path)
+        for line in self._metrics.last_lines(self.step):
+            self._log(logging.INFO, "%s", line)
 
     def _stop(self, problem: str) -> NoReturn:
         """Save the run, unless the last step was skipped, and raise UserError on all ranks because of its data."""
@@ -384,15 +390,9 @@ class Trainer:
     def _write_summary(self, finished: bool) -> None:
         if self.world.rank != 0:
             return
-        summary = {
-            "finished": finished,
-            "step": self.step,
-            "optimizer_step": self.optimizer_step,
-            "data_offset": self.data_offset,
-            "rollbacks": self._rollbacks.done,
-            **self._metrics.summary(self.step),
-        }
-        files.write_json(self._run.path / "summary.json", summary)
+        numbers = {"finished": finished, "step": self.step, "optimizer_step": self.optimizer_step}
+        numbers |= {"data_offset": self.data_offset, "rollbacks": self._rollbacks.done}
+        files.write_json(self._run.path / "summary.json", numbers | self._metrics.summary(self.step))
 
     def _log(self, level: int, text: str, *values: Any) -> None:
         """Log a message on rank 0 alone, so that it does not appear once per rank."""

@@ -72,7 +72,9 @@ def test_metrics_match_at_every_zero_stage(runs: dict[str, list[dict[str, Any]]]
 
 
 def test_rows_hold_the_documented_metrics(runs: dict[str, list[dict[str, Any]]]) -> None:
-    rows = runs["zero1"]
+    first, *rows = runs["zero1"]
+    assert first.keys() == {"step", "images_seen", "knn_top1", "knn_top1_pixels"}
+    assert first["step"] == first["images_seen"] == 0
     parts = {"patch_embed", "stage1", "stage2", "stage3", "norm", "view_head", "region_head"}
     for row in rows:
         assert {k.removeprefix("grad_norm_") for k in row if k.startswith("grad_norm_")} == parts
@@ -85,7 +87,7 @@ def test_rows_hold_the_documented_metrics(runs: dict[str, list[dict[str, Any]]])
     assert rows[0]["update_ratio_stage1"] == 0
     assert 1e-4 < rows[-1]["update_ratio_stage1"] < 1
     assert [row["step"] for row in rows if "knn_top1" in row] == [3, 6]
-    assert all(0 <= row["knn_top1"] <= 1 for row in rows if "knn_top1" in row)
+    assert all(0 <= row["knn_top1"] <= 1 for row in (first, *rows) if "knn_top1" in row)
 
 
 def test_held_out_set_without_labels_is_refused(tmp_path: Path) -> None:

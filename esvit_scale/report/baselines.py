@@ -1,0 +1,72 @@
+"""The part of the report that answers whether a run learns: its k-NN during training beside the baselines."""
+
+from collections.abc import Sequence
+
+from esvit_scale.report.run_files import RunFiles
+from esvit_scale.report.tables import Cell, NamedRun, Row, Table, join
+from esvit_scale.train.learning import KnnHistory
+
+NOTE = (
+    "Top-1 of a leave-one-out k-NN vote on held-out images, measured during training (train.knn_every), beside the same "
+    "trunk before training and the pixels themselves. Features below raw pixels are of no use yet."
+)
+
+
+def learning(runs: Sequence[NamedRun]) -> Table | None:
+    """Return the table of k-NN accuracies measured during training; None if no run measured any."""
+    rows, said = [], []
+    for name, run in runs:
+        found = history(run)
+        if found.best is None:
+            continue
+        values = [("raw pixels", found.pixels), ("untrained", found.untrained)]
+        values += [(f"trained, step {step}", accuracy) for step, accuracy in _shown(found)]
+        rows += [
+            Row(join(name, label), [Cell(f"{100 * value:.1f} %", value == found.best[1])], 100 * value)
+            for label, value in values
+            if value is not None
+        ]
+        if text := prose((run.summary or {}).get("verdict")):
+            said.append(f"{name}: {text}" if name else text)
+    note = " ".join([NOTE, *said])
+    return Table("learning", "Is it learning?", note, ["features", "k-NN"], rows) if rows else None
+
+
+def prose(verdict: object) -> str:
+    """Return a run's verdict (`train.learning.verdict`) as sentences, without its first line, whose figures the table has.
+
+    It is empty when the run gained something.
+    """
+    if not isinstance(verdict, list) or len(verdict) < 2:
+        return ""
+    lines = [str(line) for line in verdict[1:]]
+    said = [line.removesuffix(":") for line in lines if not line.startswith("- ")]
+    why = [f"({i}) {line[2:]}" for i, line in enumerate((line for line in lines if line.startswith("- ")), 1)]
+    sentences = [f"{line[:1].upper()}{line[1:]}" for line in said]
+    return ". ".join(sentences) + (f": {'; '.join(why)}." if why else ".")
+
+
+def history(run: RunFiles) -> KnnHistory:
+    """Return the k-NN accuracies in a run's rows, with those of raw pixels on the same images."""
+    measured = [
+        (row["step"], row["knn_top1"])
+        for row in run.rows
+        if isinstance(row.get("knn_top1"), float) and isinstance(row.get("step"), int)
+    ]
+    pixels = [value for row in run.rows if isinstance(value := row.get("knn_top1_pixels"), float)]
+    return KnnHistory(measured, pixels[0] if pixels else None)
+
+
+def marks(runs: Sequence[RunFiles]) -> tuple[tuple[str, float], ...]:
+    """Return the lines that the figure of a single run's k-NN shows: name and accuracy of every baseline."""
+    if len(runs) > 1:
+        return ()
+    found = history(runs[0])
+    named = (("untrained", found.untrained), ("raw pixels", found.pixels))
+    return tuple((name, value) for name, value in named if value is not None)
+
+
+def _shown(found: KnnHistory) -> list[tuple[int, float]]:
+    """Return the best and the last measurement, or one if they are the same."""
+    assert found.best is not None
+    return [found.best] if found.best[0] == found.trained[-1][0] else [found.best, found.trained[-1]]

@@ -1,0 +1,206 @@
+"""Whether a run learns: its k-NN accuracies beside those of the untrained trunk and of raw pixels, and advice.
+
+Everything here is text and numbers, without torch, so that the report can use it, too.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from esvit_scale.config import Config
+from esvit_scale.train.row_file import read_rows
+
+FEW_STEPS = 5_000  # no published recipe is shorter than this, and most are a hundred times longer
+SMALL_IMAGE = 96  # pixels; below it the default scales of local crops leave few real pixels
+LONG_MEMORY = 0.1  # a teacher that averages over more than this fraction of the run hardly moves
+
+
+@dataclass
+class KnnHistory:
+    """The k-NN accuracies of a run on its held-out images, in the order of their steps.
+
+    Attributes:
+        measured: pairs of a step and the accuracy at it, from 0 to 1; step 0 is the untrained trunk.
+        pixels: the accuracy of raw pixels on the same images; None if it is not known.
+        images: number of held-out images; 0 if it is not known.
+    """
+
+    measured: list[tuple[int, float]] = field(default_factory=list)
+    pixels: float | None = None
+    images: int = 0
+
+    @property
+    def untrained(self) -> float | None:
+        """The accuracy at step 0."""
+        return next((accuracy for step, accuracy in self.measured if step == 0), None)
+
+    @property
+    def trained(self) -> list[tuple[int, float]]:
+        """The measurements after step 0."""
+        return [(step, accuracy) for step, accuracy in self.measured if step > 0]
+
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """The first step after 0 with the best accuracy, and the accuracy."""
+        return max(self.trained, key=lambda found: found[1], default=None)
+
+    def add(self, step: int, accuracy: float) -> None:
+        """Add the accuracy at a step."""
+        self.measured.append((step, accuracy))
+
+    def cut(self, step: int) -> None:
+        """Forget the measurements after `step`."""
+        self.measured = [found for found in self.measured if found[0] <= step]
+
+    def is_best(self, step: int) -> bool:
+        """Return whether the best accuracy so far is that of `step`."""
+        return self.best is not None and self.best[0] == step
+
+    def since_best(self) -> int:
+        """Return how many measurements came after the best one."""
+        return 0 if self.best is None else sum(step > self.best[0] for step, _ in self.trained)
+
+    def margin(self) -> float:
+        """Return two standard errors of an accuracy on these images; differences below it may be chance."""
+        if not self.images or self.best is None:
+            return 0.0
+        return 2 * math.sqrt(self.best[1] * (1 - self.best[1]) / self.images)
+
+    def summary(self) -> dict[str, Any]:
+        """Return the part "knn" of summary.json."""
+        best, last = self.best, self.trained[-1] if self.trained else None
+        return {
+            "images": self.images,
+            "pixels": self.pixels,
+            "untrained": self.untrained,
+            "last": {"step": last[0], "top1": last[1]} if last else None,
+            "best": {"step": best[0], "top1": best[1]} if best else None,
+        }
+
+
+def read_history(run: Path, step: int) -> KnnHistory:
+    """Return the k-NN accuracies in the metrics.jsonl of a run, up to `step`; none at step 0, where a run begins."""
+    if step == 0:
+        return KnnHistory()
+    rows = [row for row in read_rows(run / "metrics.jsonl") if "knn_top1" in row and row["step"] <= step]
+    return KnnHistory([(row["step"], row["knn_top1"]) for row in rows])
+
+
+def verdict(config: Config, history: KnnHistory, run: "RunFacts") -> list[str]:
+    """Return lines that compare the trained trunk with the untrained one and with raw pixels.
+
+    When nothing was gained, they give the likeliest reasons. Without measurements, they say how to get some.
+    """
+    if not history.trained or history.best is None:
+        return [
+            f"is it good? esvit-scale evaluate knn --checkpoint {config.run_path} --train LABELLED --test LABELLED; the same",
+            "with --checkpoint untrained:… and --checkpoint pixels for comparison; train.knn_every measures during training",
+        ]
+    step, accuracy = history.trained[-1]
+    best_step, best = history.best
+    parts = [f"{100 * accuracy:.1f} % trained (step {step})"]
+    parts += [f"{100 * best:.1f} % at best (step {best_step})"] if best_step != step else []
+    parts += [f"{100 * value:.1f} % {name}" for name, value in _baselines(history)]
+    found = [f"k-NN on {history.images:,} held-out images: {', '.join(parts)}"]
+    untrained = history.untrained
+    if untrained is None:
+        return found
+    gain, margin = best - untrained, history.margin()
+    if gain > margin and (history.pixels is None or best > history.pixels):
+        return found
+    if gain <= margin:
+        found.append(
+            f"nothing was gained: {100 * gain:+.1f} points over the untrained trunk at best, and {history.images:,} images "
+            f"tell differences above {100 * margin:.1f} points"
+        )
+    if history.pixels is not None and best <= history.pixels:
+        found.append(
+            f"raw pixels do as well or better ({100 * history.pixels:.1f} %): these features are not worth using yet"
+        )
+    return [*found, "the likeliest reasons:", *(f"- {reason}" for reason in reasons(config, run))]
+
+
+def last_lines(config: Config, history: KnnHistory, run: "RunFacts", total_steps: int) -> list[str]:
+    """Return the lines with which a finished run ends: its verdict, how long it was, and where it is."""
+    early = f", {config.train.patience} k-NN accuracies without a new best" if run.steps < total_steps else ""
+    end = f"finished: {run.steps} steps{early}, {config.run_path}"
+    return [*verdict(config, history, run), end]
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What advice about a run needs beside its config."""
+
+    steps: int  # done
+    steps_per_epoch: int
+    images: int  # in the data set
+    tokens: dict[int, int]  # size of a crop in pixels → its region tokens; empty for a trunk without regions
+
+
+def reasons(config: Config, run: RunFacts) -> list[str]:
+    """Return the likeliest reasons for a run that gained nothing, each with what to try, the likeliest first."""
+    found = list(_settings_that_cannot_work(config, run))
+    seen = run.steps * config.train.global_batch
+    if run.steps < FEW_STEPS:
+        epochs = run.steps / max(run.steps_per_epoch, 1)
+        found.append(
+            f"too few steps: {run.steps:,} ({seen:,} images, {epochs:.3g} epochs), where published recipes take hundreds of "
+            "thousands; raise train.epochs or train.steps, which continues this run"
+        )
+    horizon = 1 / max(1 - config.objective.ema_momentum, 1e-9)
+    if horizon > LONG_MEMORY * run.steps:
+        found.append(
+            f"the teacher averages over about {horizon:,.0f} of {run.steps:,} steps (objective.ema_momentum "
+            f"{config.objective.ema_momentum:g}); try {max(0.9, 1 - 10 / max(run.steps, 1)):.3g}"
+        )
+    found.append(
+        f"the learning rate (peak {config.peak_lr:.2g}): try optim.lr={3 * config.optim.lr:.2g} and {config.optim.lr / 3:.2g}"
+    )
+    if config.data.local_crops and config.data.global_crops.size <= SMALL_IMAGE:
+        low = min(group.scale[0] for group in config.data.local_crops)
+        found.append(
+            f"crop scales: local crops begin at {low:.0%} of the image's area, which is little of a small picture; try "
+            "data.local_crops.0.scale=[0.2,0.6]"
+        )
+    return found
+
+
+def notes_at_start(config: Config, run: RunFacts) -> list[str]:
+    """Return what is to be said before the first step about settings that hardly work."""
+    return list(_settings_that_cannot_work(config, run))
+
+
+def _settings_that_cannot_work(config: Config, run: RunFacts) -> Iterator[str]:
+    sizes = _sizes_with_one_token(config, run)
+    if sizes and config.objective.regions:
+        whole = config.data.global_crops.size in sizes
+        cost = (
+            "so the region loss has nothing to match; use larger crops, or objective.regions=false"
+            if whole
+            else "which the region loss can match in one way only; larger local crops give it more to learn from"
+        )
+        yield f"crops of {' and '.join(map(str, sizes))} pixels have one region token each, {cost}"
+    prototypes = config.objective.prototypes
+    if config.objective.name in ("esvit", "dino") and prototypes > 2 * run.images:
+        yield (
+            f"{prototypes:,} prototypes for {run.images:,} images: most will never be a target; try "
+            f"objective.prototypes={max(64, 2 ** ((run.images // 2).bit_length() - 1))}"
+        )
+    total = config.train.steps or config.train.epochs * run.steps_per_epoch
+    warmup = int(config.optim.warmup_epochs * run.steps_per_epoch)
+    if 2 * warmup > total:
+        yield (
+            f"the warm-up takes {min(warmup, total):,} of {total:,} steps; try "
+            f"optim.warmup_epochs={0.1 * total / max(run.steps_per_epoch, 1):.2g}"
+        )
+
+
+def _sizes_with_one_token(config: Config, run: RunFacts) -> list[int]:
+    return [size for size in sorted(set(config.crop_sizes), reverse=True) if run.tokens.get(size) == 1]
+
+
+def _baselines(history: KnnHistory) -> Sequence[tuple[str, float]]:
+    named = (("untrained", history.untrained), ("raw pixels", history.pixels))
+    return [(name, value) for name, value in named if value is not None]

@@ -1,0 +1,83 @@
+"""What is known about a run once student and teacher are built: their sizes, the devices, and the crops' region tokens."""
+
+import torch
+from torch import nn
+
+from esvit_scale.config import Config
+from esvit_scale.machine import usable_cpus
+from esvit_scale.objective.schedules import Schedules
+from esvit_scale.parallel.engine import Engines
+from esvit_scale.parallel.world import World
+from esvit_scale.parallel.zero import full_shape
+from esvit_scale.train import learning
+from esvit_scale.train.learning import RunFacts
+
+
+def lines(
+    config: Config, engines: Engines, world: World, facts: RunFacts, origin: str, shorter: Config | None
+) -> list[str]:
+    """Return what the log says before the first step: the model, notes about the settings, and what takes long.
+
+    Args:
+        origin: where the weights come from, or "".
+        shorter: the config that the run had so far, if it is now made longer.
+    """
+    found = [*([origin] if origin else []), model_line(engines, world)]
+    if shorter is not None:
+        found.append(
+            lengthening(
+                Schedules(shorter, facts.steps_per_epoch), Schedules(config, facts.steps_per_epoch), facts.steps
+            )
+        )
+    found += [f"{'note':<10} {note}" for note in learning.notes_at_start(config, facts)]
+    if config.train.compile:
+        found.append("train.compile: the first step compiles the trunk's blocks, which takes minutes")
+    if config.train.knn_every and not facts.steps:
+        found.append("measuring k-NN with the untrained trunk and with raw pixels …")
+    return found
+
+
+def lengthening(before: Schedules, now: Schedules, step: int) -> str:
+    """Return the message that a run goes on longer than planned, and with which learning rate."""
+    return (
+        f"lengthened from {before.total_steps:,} to {now.total_steps:,} steps at step {step:,}: from here on every schedule "
+        f"is that of a run planned with {now.total_steps:,} steps; the learning rate goes from "
+        f"{before.lr(max(step - 1, 0)):.3g} to {now.lr(step):.3g}"
+    )
+
+
+def model_line(engines: Engines, world: World) -> str:
+    """Return a line with the parameters of trunk and heads, and the devices."""
+    module = engines.student.module
+    trunk, whole = parameters(module.trunk), parameters(module)
+    return f"{'model':<10} trunk {_millions(trunk)}, heads {_millions(whole - trunk)} parameters, on {devices(world)}"
+
+
+def devices(world: World) -> str:
+    """Return what the run trains on, in words, such as "8 × NVIDIA H200" or "CPU, 1 rank of 2 threads (2 cores here)"."""
+    if world.device.type == "cuda":
+        return f"{world.size} × {torch.cuda.get_device_name(world.device)}"
+    ranks = f"{world.size} rank{'s' if world.size > 1 else ''}"
+    return f"CPU, {ranks} of {torch.get_num_threads()} threads ({usable_cpus()} cores here)"
+
+
+def parameters(module: nn.Module) -> int:
+    """Return the number of parameters of a module, partitioned or not."""
+    return sum(full_shape(p).numel() for p in module.parameters())
+
+
+def run_facts(engines: Engines, schedules: Schedules, steps: int, images: int) -> RunFacts:
+    """Return what advice about a run needs.
+
+    Args:
+        steps: number of steps that are done.
+        images: number of images in the data set.
+    """
+    trunk = engines.student.module.trunk
+    cell = trunk.reductions[-1] if trunk.has_regions and trunk.reductions else None
+    tokens = {size: (-(-size // cell)) ** 2 for size in set(schedules.config.crop_sizes)} if cell else {}
+    return RunFacts(steps, schedules.steps_per_epoch, images, tokens)
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count:,}"

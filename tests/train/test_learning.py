@@ -1,0 +1,195 @@
+"""Whether a run says that it learned nothing, and why; the checkpoint with the best k-NN; the early end; a longer run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from esvit_scale.checkpoint import convert, step_folders
+from esvit_scale.errors import UserError
+from esvit_scale.evaluate.features import load_frozen_trunk
+from esvit_scale.train import learning, pretraining, run_dir
+from esvit_scale.train.learning import KnnHistory, RunFacts
+from esvit_scale.train.online_knn import OnlineKnn
+from tests import launcher, tiny
+
+FACTS = RunFacts(steps=400, steps_per_epoch=40, images=2_600, tokens={64: 4, 32: 1})
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.shards(tmp_path_factory.mktemp("data") / "shards")
+
+
+def history(*accuracies: float, pixels: float | None = 0.3, images: int = 1024) -> KnnHistory:
+    return KnnHistory([(100 * i, accuracy) for i, accuracy in enumerate(accuracies)], pixels, images)
+
+
+def said(found: KnnHistory, facts: RunFacts = FACTS, **changes: Any) -> str:
+    return "\n".join(learning.verdict(tiny.config(Path("run"), Path("shards"), **changes), found, facts))
+
+
+def test_a_gain_is_reported_beside_both_baselines_without_reasons() -> None:
+    text = said(history(0.40, 0.55, 0.52))
+    assert text == (
+        "k-NN on 1,024 held-out images: 52.0 % trained (step 200), 55.0 % at best (step 100), 40.0 % untrained, "
+        "30.0 % raw pixels"
+    )
+
+
+def test_no_gain_is_said_with_its_likeliest_reasons() -> None:
+    text = said(history(0.40, 0.41, 0.42), objective__prototypes=65536, objective__ema_momentum=0.996)
+    assert "nothing was gained: +2.0 points over the untrained trunk at best" in text
+    assert "above 3.1 points" in text  # two standard errors of 42 % on 1,024 images
+    assert "65,536 prototypes for 2,600 images" in text
+    assert "objective.prototypes=1024" in text
+    assert "too few steps: 400 (3,200 images, 10 epochs)" in text
+    assert "averages over about 250 of 400 steps" in text
+    assert "the learning rate" in text
+    assert "crop scales" in text
+
+
+def test_features_below_raw_pixels_are_said_to_be_useless() -> None:
+    text = said(history(0.40, 0.55, pixels=0.6))
+    assert "nothing was gained" not in text
+    assert "raw pixels do as well or better (60.0 %)" in text
+    assert "the likeliest reasons:" in text
+
+
+def test_a_run_without_measurements_is_told_how_to_measure() -> None:
+    assert "--checkpoint pixels" in said(KnnHistory())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "regions", "expected"),
+    [
+        ({32: 1, 16: 1}, True, "so the region loss has nothing to match"),
+        ({32: 4, 16: 1}, True, "crops of 16 pixels have one region token each, which"),
+        ({32: 4, 16: 4}, True, None),
+        ({32: 1, 16: 1}, False, None),
+        ({}, True, None),
+    ],
+)
+def test_one_region_token_per_crop_is_noted_at_the_start(
+    tokens: dict[int, int], regions: bool, expected: str | None
+) -> None:
+    config = tiny.config(Path("run"), Path("shards"), objective__regions=regions)
+    notes = learning.notes_at_start(config, RunFacts(0, 4, 36, tokens))
+    assert len(notes) == (expected is not None)
+    assert expected is None or expected in notes[0]
+
+
+def test_history_knows_best_patience_and_roll_back() -> None:
+    found = history(0.9, 0.4, 0.6, 0.6, 0.5)  # step 0 is no training result
+    assert found.best == (200, 0.6)
+    assert found.is_best(200)
+    assert not found.is_best(300)
+    assert found.since_best() == 2
+    found.cut(100)
+    assert found.best == (100, 0.4)
+    assert found.since_best() == 0
+    assert found.untrained == 0.9
+
+
+class Script:
+    """Stands in for the measured accuracies."""
+
+    values = (0.1, 0.2, 0.5, 0.3, 0.4, 0.2)  # at steps 0, 2, 4, …
+
+    @classmethod
+    def install(cls, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls = iter(cls.values)
+        monkeypatch.setattr(OnlineKnn, "accuracy", lambda *_: next(calls))
+
+
+SETTINGS = {"train__knn_every": 2, "train__log_every": 2, "train__keep_best": True, "train__keep_checkpoints": 1}
+
+
+def test_best_checkpoint_is_kept_and_patience_ends_the_run(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Script.install(monkeypatch)
+    run = tmp_path / "run"
+    config = tiny.config(run, data, data__held_out=str(data), train__patience=3, **SETTINGS)
+    assert pretraining.pretrain(config) == 0
+    assert [row["knn_top1"] for row in tiny.rows(run)] == list(Script.values)
+    assert tiny.rows(run)[-1]["step"] == 10  # of 20
+    assert (run / "checkpoints" / "best").read_text() == "step-00000004\n"
+    assert [folder.name for folder in step_folders.list_step_folders(run)] == ["step-00000004", "step-00000010"]
+    summary = run_dir.read_summary(run)
+    assert summary["finished"]
+    assert summary["knn"]["best"] == {"step": 4, "top1": 0.5}
+    assert summary["knn"]["untrained"] == 0.1
+    assert summary["knn"]["images"] == 36
+    assert "finished: 10 steps, 3 k-NN accuracies without a new best" in (run / "log.txt").read_text()
+    # The pointer can be given where a checkpoint is asked for.
+    assert load_frozen_trunk(run / "checkpoints" / "best").step == 4
+    assert load_frozen_trunk(run / "checkpoints" / "latest").step == 10
+    assert convert.read(run / "checkpoints" / "best").config == config
+    (run / "checkpoints" / "best").write_text("step-00000099\n")
+    with pytest.raises(UserError, match="names step-00000099, which is not there"):
+        load_frozen_trunk(run / "checkpoints" / "best")
+
+
+def test_k_nn_is_measured_again_by_a_start_without_a_checkpoint(data: Path, tmp_path: Path) -> None:
+    config = tiny.config(tmp_path / "run", data, data__held_out=str(data), train__steps=4, **SETTINGS)
+    path = tmp_path / "run"
+    path.mkdir()
+    run_dir.record_start(path, config)
+    (path / "metrics.jsonl").write_text(json.dumps({"step": 0, "images_seen": 0, "knn_top1": 0.0}) + "\n")
+    assert pretraining.pretrain(config) == 0
+    assert [row["step"] for row in tiny.rows(path)] == [0, 2, 4]
+
+
+def test_longer_run_goes_on_as_if_planned_so_where_schedules_do_not_depend_on_it(data: Path, tmp_path: Path) -> None:
+    same = {"optim__schedule": "constant", "optim__cooldown": 0.0, "data__held_out": str(data), "train__knn_every": 4}
+    assert pretraining.pretrain(tiny.config(tmp_path / "long", data, train__steps=16, **same)) == 0
+    run = tmp_path / "run"
+    assert pretraining.pretrain(tiny.config(run, data, train__steps=8, **same)) == 0
+    assert pretraining.pretrain(tiny.config(run, data, train__steps=16, **same)) == 0
+    assert tiny.rows(run) == tiny.rows(tmp_path / "long")
+    assert json.loads((run / "lengthened.jsonl").read_text()) == {"step": 8, "from": {"steps": 8}, "to": {"steps": 16}}
+    assert "lengthened from 8 to 16 steps at step 8" in (run / "log.txt").read_text()
+    assert run_dir.read_summary(run)["finished"]
+    assert run_dir.read_summary(run)["knn"]["untrained"] is not None
+
+
+def opened(run: Path, data: Path, **overrides: Any) -> bool:
+    """Start a run as far as its files; return whether it is finished."""
+    config = tiny.config(run, data, **overrides)
+    path, finished = run_dir.open_run(config)
+    path.mkdir(exist_ok=True)
+    run_dir.record_start(path, config)
+    return finished
+
+
+def test_finished_run_can_be_made_longer_but_not_shorter(tmp_path: Path) -> None:
+    run, epochs = tmp_path / "run", {"train__steps": None}
+    opened(run, tmp_path, train__epochs=2, **epochs)
+    (run / "summary.json").write_text('{"finished": true}')
+    assert not opened(run, tmp_path, train__epochs=3, **epochs)
+    # A start that is killed before it writes its own summary leaves a run that is not finished.
+    assert not opened(run, tmp_path, train__epochs=3, **epochs)
+    with pytest.raises(UserError, match=r"train\.epochs: 3 → 2.*; a run can be made longer, not shorter"):
+        opened(run, tmp_path, train__epochs=2, **epochs)
+    with pytest.raises(UserError, match=r"train\.steps: None → 400"):
+        opened(run, tmp_path, train__epochs=3, train__steps=400)
+    with pytest.raises(UserError, match="seed: 0 → 1"):
+        opened(run, tmp_path, train__epochs=4, seed=1, **epochs)
+
+
+@pytest.mark.slow
+def test_two_ranks_agree_on_the_best_checkpoint_and_on_the_end(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = SETTINGS | {"train__patience": 2, "train__steps": 60, "train__ds_config": "zero3"}
+    config = tiny.config(run, data, data__held_out=str(data), **settings)
+    done = launcher.run(*launcher.CLI, "pretrain", tiny.write_config(tmp_path / "c.yaml", config), ranks=2)
+    summary, rows = run_dir.read_summary(run), tiny.rows(run)
+    best = summary["knn"]["best"]["step"]
+    assert summary["finished"]
+    assert rows[-1]["step"] == min(60, best + 4)  # two measurements, two steps apart, after the best
+    assert (run / "checkpoints" / "best").read_text() == f"step-{best:08d}\n"
+    assert (run / "checkpoints" / f"step-{best:08d}").is_dir()
+    for line in ("importing PyTorch and DeepSpeed", "building student and teacher", "with the untrained trunk;"):
+        assert done.stderr.count(line) == 1, done.stderr
