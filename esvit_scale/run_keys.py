@@ -279,7 +279,7 @@ class Train(Section):
     keep_best: bool = False
     """Also save at every new best k-NN accuracy; checkpoints/best names that checkpoint, which is never removed."""
     patience: Positive | None = None
-    """[measurements] k-NN accuracies in a row without a new best after which the run ends early; null: never."""
+    """[measurements] Number of k-NN accuracies in a row without a new best after which the run ends early; null: never."""
     wandb: Annotated[str, Field(min_length=1)] | None = None
     """Project at Weights & Biases in which rank 0 also records the metrics (docs/tracking.md); null: none."""
     skips_before_rollback: Positive = 10
