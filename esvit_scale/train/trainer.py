@@ -330,8 +330,8 @@ class Trainer:
         signals.set_kept(folder)
 
     def _save_if_due(self) -> None:
-        due = self.step % self.config.train.checkpoint_every == 0 or self._flags & Flag.SAVE_NOW
-        due = due or self._metrics.is_best(self.step)
+        every, save_now = self.config.train.checkpoint_every, bool(self._flags & Flag.SAVE_NOW)
+        due = save_now or self.step % every == 0 or self._metrics.is_best(self.step)
         must = self.stop_requested() or self.step == self.last_step
         # No regular save right after a skipped step: a roll-back must not lead back into a series of skipped steps.
         if must or (due and not self._rollbacks.skipped):
