@@ -63,8 +63,10 @@ def test_page_goes_from_images_to_features(there: Path, capsys: pytest.CaptureFi
     )
     whole = api.embed("runs/photos", "photos", workers=0)
     at = [whole.keys.index(key) for key in ("cat/0.png", "dog/0.png")]
-    # The same images in batches of 1 and 32: equal to the rounding of float32 sums.
-    np.testing.assert_allclose(each.features, whole.features[at], atol=1e-4)
+    # The same images, but files and images in memory are resized by kernels that round some pixels to another level: features,
+    # of the order of 1, differ by some thousandths; those of another image would differ by some tenths.
+    np.testing.assert_allclose(each.features, whole.features[at], atol=0.03)
+    assert np.abs(each.features - whole.features[at[::-1]]).max() > 0.1
     assert (each.keys, whole.labels[at].tolist(), each.labels.tolist()) == (["0", "1"], [0, 1], [-1, -1])
 
     words = ["embed", "--checkpoint", "runs/photos", "--data", "photos", "--out", "f.npz", "--workers", "0"]
