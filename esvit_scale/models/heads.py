@@ -71,41 +71,47 @@ class Prototypes(nn.Module):
 class _WeightNorm(torch.autograd.Function):
     """Weight normalisation w_k = g_k · v_k / ‖v_k‖, computed in fp32 or wider and returned in a given precision.
 
-    It is computed for a block of rows at a time, so that intermediate values stay in the cache and the result is the
-    only tensor of size K × D that is allocated.
+    torch's fused operator reads and writes every number once. Where the result has another precision than the
+    parameters, it runs on a block of rows at a time, so that only the result is a new tensor of size K × D.
     """
 
     @staticmethod
     def forward(ctx: Any, v: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
-        rows = torch.empty_like(v, dtype=dtype)
-        for out, v_block, g_block in _blocks(rows, v, g):
-            v_block = _wide(v_block)
-            out.copy_(v_block * (_wide(g_block) / torch.linalg.vector_norm(v_block, dim=1, keepdim=True)))
-        ctx.save_for_backward(v, g)
+        if v.dtype == g.dtype == dtype:
+            rows, norms = _normalise(v, g, 0)
+        else:
+            wide = torch.promote_types(v.dtype, torch.float32)
+            rows, norms = torch.empty_like(v, dtype=dtype), torch.empty_like(g, dtype=wide)
+            for out, out_norms, v_block, g_block in _blocks(rows, norms, v, g):
+                block, block_norms = _normalise(v_block.to(wide), g_block.to(wide), 0)
+                out.copy_(block)
+                out_norms.copy_(block_norms)
+        ctx.save_for_backward(v, g, norms)
         return rows
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
-        v, g = ctx.saved_tensors
-        grad_v, grad_g = torch.empty_like(v), torch.empty_like(g)
-        for out_v, out_g, v_block, g_block, grad in _blocks(grad_v, grad_g, v, g, grad_rows):
-            v_block, grad = _wide(v_block), _wide(grad)
-            norm = torch.linalg.vector_norm(v_block, dim=1, keepdim=True)
-            unit = v_block / norm
-            along = (unit * grad).sum(1, keepdim=True)  # dL/dg
-            out_g.copy_(along)
-            out_v.copy_((grad - unit.mul_(along)).mul_(_wide(g_block) / norm))
+        v, g, norms = ctx.saved_tensors
+        if v.dtype == g.dtype == grad_rows.dtype:
+            grad_v, grad_g = _normalise_backward(grad_rows.contiguous(), v, g, norms, 0)
+        else:
+            grad_v, grad_g = torch.empty_like(v), torch.empty_like(g)
+            for out_v, out_g, grad, v_block, g_block, of_block in _blocks(grad_v, grad_g, grad_rows, v, g, norms):
+                wide = (x.to(norms.dtype) for x in (grad, v_block, g_block))
+                for out, block in zip((out_v, out_g), _normalise_backward(*wide, of_block, 0), strict=True):
+                    out.copy_(block)
         return grad_v if ctx.needs_input_grad[0] else None, grad_g if ctx.needs_input_grad[1] else None, None
+
+
+# Both compute in fp32 or wider, and take the dimension that is kept as their last argument.
+_normalise = torch.ops.aten._weight_norm_interface  # v, g → w, ‖v‖
+_normalise_backward = torch.ops.aten._weight_norm_interface_backward  # dL/dw, v, g, ‖v‖ → dL/dv, dL/dg
 
 
 def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(x.split(ROWS_AT_ONCE) for x in tensors), strict=True)
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def _unit(x: Tensor) -> Tensor:
-    return F.normalize(_wide(x), dim=-1).to(x.dtype)
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1).to(x.dtype)

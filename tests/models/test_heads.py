@@ -4,7 +4,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 
-from esvit_scale.models.heads import ProjectionHead, Prototypes
+from esvit_scale.models.heads import ROWS_AT_ONCE, ProjectionHead, Prototypes
 
 
 def test_last_layer_equals_torch_weight_norm():
@@ -23,6 +23,33 @@ def test_bf16_weights_are_normalised_in_fp32():
     norms = prototypes(torch.zeros(1, 64), lambda _, rows: rows).norm(dim=1)
     assert norms.dtype == torch.float32
     torch.testing.assert_close(norms, torch.ones(32), rtol=0, atol=1e-6)
+
+
+# Tolerances: a few roundings of the narrowest precision involved.
+@pytest.mark.parametrize(
+    ("of_parameters", "of_rows", "tolerance"),
+    [
+        (torch.float64, torch.float64, 1e-12),
+        (torch.float32, torch.float32, 1e-6),
+        (torch.bfloat16, torch.bfloat16, 1e-2),
+        (torch.float32, torch.bfloat16, 1e-2),
+        (torch.float16, torch.bfloat16, 1e-2),
+    ],
+)
+def test_weight_norm_and_its_gradients_equal_the_formula_in_float64(of_parameters, of_rows, tolerance):
+    prototypes = Prototypes(32, ROWS_AT_ONCE + 100, norm_last_layer=False)  # more than one block of rows
+    torch.nn.init.uniform_(prototypes.weight_g, 0.5, 2)
+    prototypes.to(of_parameters)
+    v, g = (p.detach().double().requires_grad_() for p in (prototypes.weight_v, prototypes.weight_g))
+    slow = g * v / v.norm(dim=1, keepdim=True)
+    rows = prototypes(torch.zeros(1, dtype=of_rows), lambda _, rows: rows)
+    assert rows.dtype == of_rows
+    torch.testing.assert_close(rows.double(), slow, rtol=tolerance, atol=tolerance)
+    grad = torch.randn(slow.shape).to(of_rows)
+    rows.backward(grad)
+    slow.backward(grad.double())
+    for mine, theirs in ((prototypes.weight_v.grad, v.grad), (prototypes.weight_g.grad, g.grad)):
+        assert (mine - theirs).norm() < tolerance * theirs.norm()
 
 
 def test_parameter_names_and_shapes_match_official_head():
