@@ -4,13 +4,17 @@
                               [--official PATH_TO_A_CLONE] [--steps 3] [--json]
 
 Every row runs in a fresh process, because a process does not give back its peak. With --official, the official modules
-and ours take turns in one process on the same crops, so that a machine whose speed drifts does not favour either: the
-ratio is that of the median steps. Peaks are those of a process that ran one of the two alone. Crops are random pixels:
+have a process of their own, in which nothing of this package's settings applies, and the two take turns, step by step, so
+that a machine whose speed drifts does not favour either: the ratio is that of the median steps. Crops are random pixels:
 neither decoding nor augmentation is timed.
+
+On a CPU, training lets glibc keep freed memory (parallel/allocator.py). ESVIT_MALLOC=system measures without that, and
+LD_PRELOAD=…/libtcmalloc_minimal.so.4 with tcmalloc on both sides.
 """
 
 import argparse
 import json
+import os
 import platform
 import resource
 import statistics
@@ -20,6 +24,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+ANSWER = "step.py: "  # begins the lines that a side's process prints for its parent
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
@@ -41,7 +47,7 @@ def main() -> None:
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.cell:
-        print(json.dumps(run_cell(json.loads(options.cell))))
+        run_cell(json.loads(options.cell))
         return
     cells = [
         {
@@ -58,30 +64,71 @@ def main() -> None:
         for precision in options.precision
         for implementation in options.activation_checkpointing
     ]
+    before = machine()
     rows = [measure(cell) for cell in cells]
-    print(json.dumps({"machine": machine(), "rows": rows}, indent=2) if options.json else table(rows))
+    print(json.dumps({"machine": before, "rows": rows}, indent=2) if options.json else table(rows))
 
 
 def measure(cell: dict[str, Any]) -> dict[str, Any]:
-    """Times with both sides in one process, peaks from a process for each."""
-    row = cell | child(cell | {"sides": ["ours", "official"] if cell["official"] else ["ours"]})
-    if cell["official"]:
-        for side in ("ours", "official"):
-            row[f"{side}_peak_mb"] = child(cell | {"sides": [side], "steps": 1})[f"{side}_peak_mb"]
+    """Return the cell with the rate and the peak of each side, and ours in MFU."""
+    sides = ["ours", "official"] if cell["official"] else ["ours"]
+    processes = {side: Side(cell | {"side": side}) for side in sides}
+    times: dict[str, list[float]] = {side: [] for side in sides}
+    for _ in range(cell["steps"] + 1):
+        for side, process in processes.items():
+            times[side].append(process.step())
+    row = dict(cell)
+    for side, process in processes.items():
+        row |= process.finish()
+        row[f"{side}_images_per_s"] = cell["batch"] / statistics.median(times[side][1:])
+        row[f"{side}_seconds"] = times[side][1:]
+    row["mfu"] = row["ours_images_per_s"] / row.pop("ideal_images_per_s")
     return row
 
 
-def child(cell: dict[str, Any], script: str = __file__) -> dict[str, Any]:
+class Side:
+    """A process that runs optimizer steps of one of the two sides, one at a time."""
+
+    def __init__(self, cell: dict[str, Any]) -> None:
+        command = [sys.executable, __file__, "--cell", json.dumps(cell)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def step(self) -> float:
+        """Return the seconds of one step."""
+        self._tell("step")
+        return float(self._answer())
+
+    def finish(self) -> dict[str, Any]:
+        """End the process, and return what it measured beside the times."""
+        self._tell("end")
+        found = json.loads(self._answer())
+        self._process.communicate()
+        return found
+
+    def _tell(self, word: str) -> None:
+        assert self._process.stdin is not None
+        print(word, file=self._process.stdin, flush=True)
+
+    def _answer(self) -> str:
+        """Return the text of the process's next answer; libraries print lines of their own."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(ANSWER):
+                return line.removeprefix(ANSWER)
+        raise SystemExit("step.py: the process of one side ended; its error stands above")
+
+
+def child(cell: dict[str, Any], script: str) -> dict[str, Any]:
     """What `script --cell …` prints, from a process of its own."""
     command = [sys.executable, script, "--cell", json.dumps(cell)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run_cell(cell: dict[str, Any]) -> dict[str, Any]:
+def run_cell(cell: dict[str, Any]) -> None:
+    """Run one step of the cell's side for every line `step` of stdin; at `end`, print what else was measured."""
     from esvit_scale import config as configs
     from esvit_scale.parallel import world as worlds
-    from esvit_scale.train import mfu
 
     overrides = [
         *cell["overrides"],
@@ -90,30 +137,31 @@ def run_cell(cell: dict[str, Any]) -> dict[str, Any]:
         f"train.activation_checkpointing={cell['checkpointing']}",
     ]
     config = configs.resolve(cell["preset"], overrides)
-    world = worlds.start()
-    device = world.device
-    crops = random_crops(config, cell["batch"], device)
-    sides: dict[str, Callable[[], object]] = {}
-    if "ours" in cell["sides"]:
-        sides["ours"] = our_step(config, world, crops)
-    if "official" in cell["sides"]:
+    step: Callable[[], object]
+    if cell["side"] == "ours":
+        world = worlds.start()
+        device = world.device
+        step = our_step(config, world, random_crops(config, cell["batch"], device))
+    else:
+        import torch
         from official import OfficialStep
 
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         official = OfficialStep(Path(cell["official"]), config, device, cell["official_precision"])
+        crops = random_crops(config, cell["batch"], device)
         views = [view for group in crops for view in group.chunk(len(group) // cell["batch"])]
-        sides["official"] = lambda: official(views)
-    row: dict[str, Any] = {}
-    times: dict[str, list[float]] = {side: [] for side in sides}
-    for _ in range(cell["steps"] + 1):
-        for side, step in sides.items():
-            times[side].append(seconds(step, device))
-    for side in sides:
-        row[f"{side}_images_per_s"] = cell["batch"] / statistics.median(times[side][1:])
-        row[f"{side}_peak_mb"] = peak_mb(device)
-    if "ours" in sides:
-        row["mfu"] = row["ours_images_per_s"] / mfu.ideal_images_per_s(config, device, 1)
-    worlds.stop()
-    return row
+        step = lambda: official(views)  # noqa: E731
+    for line in sys.stdin:
+        if line.strip() == "end":
+            break
+        print(f"{ANSWER}{seconds(step, device)}", flush=True)
+    found = {f"{cell['side']}_peak_mb": peak_mb(device)}
+    if cell["side"] == "ours":
+        from esvit_scale.train import mfu
+
+        found["ideal_images_per_s"] = mfu.ideal_images_per_s(config, device, 1)
+        worlds.stop()
+    print(f"{ANSWER}{json.dumps(found)}", flush=True)
 
 
 def random_crops(config: Any, images: int, device: Any) -> list[Any]:
@@ -165,7 +213,12 @@ def machine() -> str:
 
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    allocator = (
+        Path(os.environ.get("LD_PRELOAD", "")).name or f"glibc, ESVIT_MALLOC={os.environ.get('ESVIT_MALLOC', '')}"
+    )
+    processor = platform.processor() or platform.machine()
+    threads, load = torch.get_num_threads(), os.getloadavg()[0]
+    return f"{processor}, {threads} threads, torch {torch.__version__}, allocator {allocator}, load {load:.1f}"
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -65,7 +65,7 @@ class SwinFormulas:
 
         `element` is the number of bytes of a value in the run's precision.
         """
-        blocks = [sum(column) for column in zip(*(self._kept_by_blocks(sizes, s, element) for s in sizes), strict=True)]
+        blocks = [sum(column) for column in zip(*(self._kept_by_blocks(s, element) for s in sizes), strict=True)]
         inputs = [sum(column) for column in zip(*(self._block_inputs(s, element) for s in sizes), strict=True)]
         products = [sum(column) for column in zip(*(self._kept_products(s, element) for s in sizes), strict=True)]
         return KeptActivations(
@@ -76,18 +76,14 @@ class SwinFormulas:
             Activations(sum(self._kept_outside_blocks(size, element) for size in sizes), 0),
         )
 
-    def _kept_by_blocks(self, sizes: Sequence[int], size: int, element: int) -> list[int]:
-        """Return the bytes that each block saves, in order, for one crop of `size` pixels.
-
-        `sizes` are those of all crops in the batch: they decide which blocks must copy tokens into windows.
-        """
+    def _kept_by_blocks(self, size: int, element: int) -> list[int]:
+        """Return the bytes that each block saves, in order, for one crop of `size` pixels."""
         found = []
         for m in self._maps(size):
             n, s, c = m.side**2, m.padded**2, m.width
             for i in range(m.depth):
-                attention = s * (4 * c + m.window**2 * m.heads) * element  # q, k, v, the output and the probabilities
-                if not self._windows_are_views(sizes, m.stage, i):
-                    attention += n * c * element  # proj reads a copy of the output
+                # q, k, v and the probabilities in window slots, and proj's input
+                attention = (s * (3 * c + m.window**2 * m.heads) + n * c) * element
                 stats = 2 * 2 * n * WIDE  # mean and 1/σ of two norms
                 # inputs of two norms, qkv and fc1 (C each) and of GELU (4C)
                 own = attention + 8 * n * c * element + stats + self._kept_by_version(m, i, element)
@@ -159,11 +155,6 @@ class SwinFormulas:
             padded = -(-side // stage.window) * stage.window
             yield StageMap(s, trunk.channels[s], trunk.depths[s], trunk.heads[s], stage.window, side, padded, s == last)
             side = _half(side)
-
-    def _windows_are_views(self, sizes: Sequence[int], stage: int, index: int) -> bool:
-        """Return whether a block's windows need no copy of the tokens: no shift, and no crop's map needs padding."""
-        maps = [list(self._maps(size))[stage] for size in set(sizes)]
-        return not self.trunk.stages[stage].shifts[index] and all(m.side == m.padded for m in maps)
 
 
 class SwinV2Formulas(SwinFormulas):

@@ -16,7 +16,8 @@ class Attention(torch.autograd.Function):
     """softmax(QKᵀ/√d + bias + mask) V in every window: qkv [slots, 3C], bias [heads, L, L] → [slots, C].
 
     The backward is written by hand because autograd would save and copy more: this saves one packed copy of q, k and v,
-    the probabilities and the output. Products run in qkv's precision, softmax and the bias's gradient in fp32 or wider.
+    and the probabilities. Scores and probabilities are stored in qkv's precision; each operator (product, softmax, sum)
+    computes in fp32 or wider and rounds its result once.
     """
 
     @staticmethod
@@ -24,30 +25,28 @@ class Attention(torch.autograd.Function):
         """Return the attention output of every slot, [slots, C]."""
         ctx.bias_dtype = bias.dtype
         packed, probabilities = attend(qkv, bias, masks)
-        attention = probabilities.to(qkv.dtype)
-        _, _, v = packed
-        mixed = (attention @ v).transpose(1, 2).reshape(len(qkv), -1)  # [slots, C]
-        ctx.save_for_backward(packed, attention, mixed)
-        return mixed
+        ctx.save_for_backward(packed, probabilities)
+        return (probabilities @ packed[2]).transpose(1, 2).reshape(len(qkv), -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of qkv and bias."""
-        packed, attention, mixed = ctx.saved_tensors
-        q, k, v = packed
-        windows, heads, length, depth = q.shape
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        # The inner sum of the softmax's gradient is Σ_j P_ij dP_ij = dO_i·O_i: d terms per token instead of L.
-        inner = (grad * mixed).view(windows, length, heads, depth).sum(-1, dtype=wide).transpose(1, 2).unsqueeze(-1)
-        grad = grad.reshape(windows, length, heads, depth).transpose(1, 2).contiguous()
+        packed, probabilities = ctx.saved_tensors
+        _, windows, heads, length, depth = packed.shape
+        grad = grad.reshape(windows, length, heads, depth).transpose(1, 2).reshape(-1, length, depth)
+        # From here on, windows and heads are one dimension of the batched products.
+        p, (q, k, v) = probabilities.flatten(0, 1), packed.flatten(1, 2)
         grad_packed = torch.empty_like(packed)
-        torch.matmul(attention.transpose(-2, -1), grad, out=grad_packed[2])
-        grad_scores = torch.sub(grad @ v.transpose(-2, -1), inner).mul_(attention)  # [windows, heads, L, L]
-        grad_bias = grad_scores.sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[1] else None
-        grad_scores = grad_scores.mul_(depth**-0.5).to(grad.dtype)
-        torch.matmul(grad_scores, k, out=grad_packed[0])
-        torch.matmul(grad_scores.transpose(-2, -1), q, out=grad_packed[1])
+        grad_q, grad_k, grad_v = grad_packed.flatten(1, 2)
+        torch.bmm(p.transpose(1, 2), grad, out=grad_v)
+        grad_scores = torch._softmax_backward_data(torch.bmm(grad, v.transpose(1, 2)), p, -1, p.dtype)
+        scale = depth**-0.5
+        torch.baddbmm(grad_q, grad_scores, k, beta=0, alpha=scale, out=grad_q)
+        torch.baddbmm(grad_k, grad_scores.transpose(1, 2), q, beta=0, alpha=scale, out=grad_k)
+        grad_bias = None
+        if ctx.needs_input_grad[1]:
+            grad_bias = grad_scores.view(windows, heads, length, length).sum(0).to(ctx.bias_dtype)
         return grad_packed.permute(1, 3, 0, 2, 4).reshape(windows * length, -1), grad_bias, None
 
 
@@ -74,7 +73,7 @@ def bias_of_pairs(table: Tensor, window: int) -> Tensor:
 def attend(qkv: Tensor, bias: Tensor, masks: tuple[tuple[int, int, Tensor], ...]) -> tuple[Tensor, Tensor]:
     """Return packed q, k, v [3, windows, heads, L, d] and the attention probabilities [windows, heads, L, L].
 
-    A row of the probabilities is one query's distribution over the slots of its window, in fp32 or wider.
+    A row of the probabilities is one query's distribution over the slots of its window. Both are in qkv's precision.
 
     Args:
         qkv: [slots, 3C].
@@ -84,9 +83,17 @@ def attend(qkv: Tensor, bias: Tensor, masks: tuple[tuple[int, int, Tensor], ...]
     """
     heads, length, _ = bias.shape
     packed = qkv.view(-1, length, 3, heads, qkv.shape[1] // (3 * heads)).permute(2, 0, 3, 1, 4).contiguous()
-    q, k, _ = packed  # each [windows, heads, L, d]
-    wide = torch.promote_types(qkv.dtype, torch.float32)
-    scores = torch.add(bias.to(wide), q @ k.transpose(-2, -1), alpha=q.shape[-1] ** -0.5)
+    q, k, _ = packed.flatten(1, 2)  # each [windows · heads, L, d]
+    scores = qkv.new_empty(packed.shape[1], heads, length, length)
+    # A row's mean changes no probability, but the narrow sums below would be less exact with it.
+    bias = bias - bias.mean(-1, keepdim=True)
+    unmasked = bias.to(qkv.dtype).contiguous()
+    done = 0
     for first, end, mask in masks:
-        scores[first:end].add_(mask)
+        scores[done:first] = unmasked
+        scores[first:end] = (bias + mask).to(qkv.dtype)
+        done = end
+    scores[done:] = unmasked
+    flat = scores.flatten(0, 1)  # the product is added to bias and mask, in one pass
+    torch.baddbmm(flat, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5, out=flat)
     return packed, scores.softmax(-1)

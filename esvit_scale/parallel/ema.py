@@ -41,8 +41,8 @@ class Teacher:
     @torch.no_grad()
     def update(self, momentum: float) -> None:
         """Update the EMA with the student's values; call it once per applied optimizer step, on all ranks."""
-        for value, partition in zip(self.values, self._layout.partitions, strict=True):
-            value.mul_(momentum).add_(partition.master, alpha=1 - momentum)
+        # In one pass: e + (1 − m)·(s − e).
+        torch._foreach_lerp_(self.values, [partition.master for partition in self._layout.partitions], 1 - momentum)
         self.sync_working_weights()
 
     @torch.no_grad()

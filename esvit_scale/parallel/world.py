@@ -20,7 +20,7 @@ from torch._C import _distributed_c10d
 from torch.distributed import distributed_c10d
 
 from esvit_scale.errors import RestartCanHelp, UserError
-from esvit_scale.parallel import collectives, zero
+from esvit_scale.parallel import allocator, collectives, zero
 
 # Texts in errors of gloo and TCP when a peer is lost. NCCL and torch's store raise subclasses of DistError instead.
 LOST_PEER = (
@@ -78,6 +78,8 @@ def start(hang_minutes: float | None = None) -> World:
     device = torch.device("cuda", local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    else:
+        allocator.keep_freed_memory()
     # DeepSpeed reads these when it is imported or asks for its backend.
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ["LOCAL_RANK"] = str(local_rank)

@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from esvit_scale.models.drop_path import drop_keys
 from esvit_scale.models.initialize import initialize
 from esvit_scale.models.swin import Block, Swin
-from esvit_scale.models.window_attention import Attention
+from esvit_scale.models.window_attention import Attention, attend
+from esvit_scale.models.windows import window_plan
 from tests.models.rule import by_hash, by_rule, fill
 
 SHAPES = {  # window 3 pads and shifts everywhere; window 14 is clipped in stage 2
@@ -208,6 +209,36 @@ def test_attention_gradients_pass_gradcheck():
     bias = torch.randn(heads, length, length, dtype=torch.float64, requires_grad=True)
     mask = torch.where(torch.eye(length) > 0, 0.0, -2.0)
     assert torch.autograd.gradcheck(lambda a, b: Attention.apply(a, b, ((1, 3, mask),)), (qkv, bias))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_masked_probabilities_are_zero_and_not_subnormal(dtype):
+    plan = window_plan(((2, 8, 8),), 4, 2, torch.device("cpu"))
+    qkv, bias = torch.randn(len(plan.slots.tokens), 3 * 8).to(dtype), torch.randn(2, 16, 16).to(dtype)
+    _, probabilities = attend(qkv, bias, plan.masks)  # [windows, heads, L, L]
+    apart = 0
+    for first, end, mask in plan.masks:
+        hidden = probabilities[first:end].masked_select(mask < 0)
+        assert (hidden == 0).all()
+        apart += len(hidden)
+    assert apart > 100
+    torch.testing.assert_close(probabilities.sum(-1), torch.ones_like(probabilities[..., 0]), rtol=0, atol=0.02)
+
+
+def test_attention_gradients_are_those_of_the_formula_when_the_bias_is_far_from_zero():
+    """A constant in the bias changes nothing, and must not cost the precision of the scores either (Swin V2: about 8)."""
+    windows, length, heads, depth = 6, 49, 2, 32
+    qkv = torch.randn(windows * length, 3 * heads * depth).bfloat16().requires_grad_()
+    small = torch.randn(heads, length, length).bfloat16().float()
+    grad = torch.randn(windows * length, heads * depth).bfloat16()
+    errors = []
+    for constant in (0.0, 64.0):
+        bias = (small + constant).requires_grad_()
+        wide = [x.detach().double().requires_grad_() for x in (qkv, bias)]
+        exact = torch.autograd.grad(Attention.apply(*wide, ()), wide, grad.double())
+        found = torch.autograd.grad(Attention.apply(qkv, bias, ()), (qkv, bias), grad)
+        errors += [((a - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
+    assert max(errors) < 0.01  # a few roundings to bf16, each of 2⁻⁹
 
 
 def test_bf16_follows_fp32():
