@@ -154,10 +154,10 @@ class GradientClipper:
         count = len(self._index)
         squares = torch.zeros(count + 1 + FLAGS, device=self.device)
         if owned:
-            mine = torch.stack(torch._foreach_norm([p.grad for p in owned if p.grad is not None])).square()
+            mine = torch.stack([p.grad.norm() for p in owned if p.grad is not None]).square()
             squares.index_copy_(0, self._places_of(owned), mine.float().to(self.device))
         if first:
-            squares[count] = self._others({p.name for p in owned})
+            squares[count] = self._others()
             for i in range(FLAGS):
                 if self._own_flags >> i & 1:
                     squares[count + 1 + i].fill_(1)
@@ -173,11 +173,11 @@ class GradientClipper:
             self._places[key] = torch.tensor([self._index[p.name] for p in owned], device=self.device)
         return self._places[key]
 
-    def _others(self, stepped: set[str]) -> Tensor:
-        """Return the sum of the squared norms of this rank's gradients, in place and pending, except of the parameters
-        `stepped`; NaN when this rank's loss is not finite."""
-        of_others = (p for partitions in self._by_flat.values() for p in partitions if p.name not in stepped)
-        gradients = [*self._layout.pending_gradients(), *(p.grad for p in of_others if p.grad is not None)]
+    def _others(self) -> Tensor:
+        """Return the sum of the squared norms of all gradients of this rank, in place and pending; NaN when this rank's
+        loss is not finite."""
+        in_place = (p.grad for partitions in self._by_flat.values() for p in partitions if p.grad is not None)
+        gradients = [*self._layout.pending_gradients(), *in_place]
         total = torch.zeros((), device=self.device)
         if gradients:
             norms = torch._foreach_norm(gradients, 2, torch.float32)  # fp16 norms would overflow
