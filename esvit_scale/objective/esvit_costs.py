@@ -49,4 +49,5 @@ class EsViTFormulas:
         token += head.bottleneck * (WIDE - element)  # the bottleneck is normalised in fp32
         tokens = sum(1 + (h * w if self.regions else 0) for h, w in grids)
         heads = 2 if self.regions else 1
-        return Activations(tokens * token, heads * head.prototypes * head.bottleneck * element)
+        prototypes = head.prototypes * (head.bottleneck * element + WIDE)  # the loss's gradient, and the lengths
+        return Activations(tokens * token, heads * prototypes)
