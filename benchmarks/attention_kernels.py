@@ -93,7 +93,7 @@ def needs(
         ptx = Path(folder) / "kernel.ptx"
         ptx.write_text(compiled.asm["ptx"])
         architecture = "sm_90a" if target == 90 else f"sm_{target}"
-        command = [PTXAS, "-v", f"-arch={architecture}", ptx, "-o", Path(folder) / "kernel.cubin"]
+        command = [str(PTXAS), "-v", f"-arch={architecture}", str(ptx), "-o", f"{folder}/kernel.cubin"]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers = re.search(r"Used (\d+) registers", said)
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)

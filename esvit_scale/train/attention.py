@@ -5,7 +5,7 @@ Rank 0 calls this module and broadcasts the result. On a GPU, the choice stands 
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from esvit_scale.errors import UserError
 from esvit_scale.models import attention_choice
 from esvit_scale.models.attention_choice import Outcome, WindowLayout
 from esvit_scale.models.registry import build_trunk
-from esvit_scale.models.window_attention_forms import NAMES, implementation, unavailable
+from esvit_scale.models.window_attention_forms import NAMES, AttendWindows, implementation, unavailable
 from esvit_scale.parallel.world import World
 
 log = logging.getLogger("esvit_scale")
@@ -94,7 +94,9 @@ def _choice(
     if _on_cpu(device):
         return "math", "on a CPU"
     refused = {name: problem for name in NAMES if (problem := unavailable(name, device))}
-    candidates = {name: partial(implementation, name) for name in NAMES if name not in refused}
+    candidates: dict[str, Callable[[], AttendWindows]] = {
+        name: partial(implementation, name) for name in NAMES if name not in refused
+    }
     outcome = attention_choice.choose(candidates, small, real, dtype, device)
     return outcome.chosen, describe(outcome._replace(refused=refused | outcome.refused))
 

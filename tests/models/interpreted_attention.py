@@ -9,7 +9,7 @@ import sys
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from esvit_scale.models import window_attention_triton as kernels
+from esvit_scale.models import window_attention_triton
 from esvit_scale.models.window_attention import attend_math
 from esvit_scale.models.windows import window_plan
 from tests.models.test_window_attention import CASES, CPU, GRIDS, results
@@ -27,9 +27,9 @@ def compositions() -> dict[str, list[float]]:
     """Differences of compiled and checkpointed attention from plain one, and what is saved; raises if opcheck does."""
     errors = {}
     few = {"heads": 1, "depth": 16, "grids": ((1, 3, 6),)}
-    plain = results(kernels.attend, 3, 1, torch.float32, **few)
-    compiled = torch.compile(kernels.attend, backend="aot_eager", fullgraph=True, dynamic=False)
-    checkpointed = lambda *inputs: checkpoint(kernels.attend, *inputs, use_reentrant=False)  # noqa: E731
+    plain = results(window_attention_triton.attend, 3, 1, torch.float32, **few)
+    compiled = torch.compile(window_attention_triton.attend, backend="aot_eager", fullgraph=True, dynamic=False)
+    checkpointed = lambda *inputs: checkpoint(window_attention_triton.attend, *inputs, use_reentrant=False)  # noqa: E731
     for name, attend in (("compiled", compiled), ("checkpointed", checkpointed)):
         found = results(attend, 3, 1, torch.float32, **few)
         errors[name] = [float((a - b).abs().max()) for a, b in zip(found, plain, strict=True)]
@@ -43,7 +43,7 @@ def compositions() -> dict[str, list[float]]:
 
 def relative_errors(window, shift, dtype, heads, depth, grids):
     narrow = getattr(torch, dtype)
-    found = results(kernels.attend, window, shift, narrow, heads, depth, grids)
+    found = results(window_attention_triton.attend, window, shift, narrow, heads, depth, grids)
     exact = results(attend_math, window, shift, torch.float64, heads, depth, grids, inputs=narrow)
     return [float((a.double() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
 
@@ -53,7 +53,7 @@ def saved_per_slot() -> float:
     plan, saved = window_plan(GRIDS, 3, 1, CPU), []
     slots = len(plan.slots.tokens)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
-        kernels.attend(torch.randn(slots, 48, requires_grad=True), torch.randn(25, 1), plan)
+        window_attention_triton.attend(torch.randn(slots, 48, requires_grad=True), torch.randn(25, 1), plan)
     return (sum(saved) - 25) / slots
 
 
