@@ -137,18 +137,18 @@ def run_cell(cell: dict[str, Any]) -> None:
         f"train.activation_checkpointing={cell['checkpointing']}",
     ]
     config = configs.resolve(cell["preset"], overrides)
+    if cell["side"] == "official":
+        os.environ["ESVIT_MALLOC"] = "system"  # nothing of this package's settings there
+    world = worlds.start()  # the official loss needs a process group, too
+    device = world.device
+    crops = random_crops(config, cell["batch"], device)
     step: Callable[[], object]
     if cell["side"] == "ours":
-        world = worlds.start()
-        device = world.device
-        step = our_step(config, world, random_crops(config, cell["batch"], device))
+        step = our_step(config, world, crops)
     else:
-        import torch
         from official import OfficialStep
 
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         official = OfficialStep(Path(cell["official"]), config, device, cell["official_precision"])
-        crops = random_crops(config, cell["batch"], device)
         views = [view for group in crops for view in group.chunk(len(group) // cell["batch"])]
         step = lambda: official(views)  # noqa: E731
     for line in sys.stdin:
@@ -160,7 +160,7 @@ def run_cell(cell: dict[str, Any]) -> None:
         from esvit_scale.train import mfu
 
         found["ideal_images_per_s"] = mfu.ideal_images_per_s(config, device, 1)
-        worlds.stop()
+    worlds.stop()
     print(f"{ANSWER}{json.dumps(found)}", flush=True)
 
 
