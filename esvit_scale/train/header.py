@@ -39,7 +39,7 @@ def record(config: Config) -> None:
 def lines(config: Config, given: str) -> list[str]:
     """Return the header as lines of text.
 
-    Where the data cannot be read so early, only its path is given; the run itself then says what is wrong.
+    Where the storage fails, only the data's path is given; the run itself then says what is wrong.
     """
     data, model, train = config.data, config.model, config.train
     crops = " + ".join([f"2×{data.global_crops.size}", *(f"{g.count}×{g.size}" for g in data.local_crops)])
@@ -82,11 +82,15 @@ def _length(config: Config, images: int | None) -> str:
 
 
 def _images(config: Config) -> int | None:
-    """Return the number of images in an epoch; None if it cannot be told at once."""
+    """Return the number of images in an epoch; None if it cannot be told at once.
+
+    Raises:
+        UserError: a set is not there, or is none; so it is said in the first second.
+    """
     from esvit_scale.data import mix
 
     folders = [Path(config.data.train), *(Path(mixed.urls) for mixed in config.data.mix)]
-    with suppress(OSError, UserError):
+    with suppress(OSError):
         sizes = [path.stat().st_size for folder in folders if (path := folder / "manifest.json").is_file()]
         return mix.epoch_samples(config.data) if sum(sizes) <= LARGEST_MANIFEST else None
     return None
@@ -106,9 +110,8 @@ def _run_state(run: Path) -> str:
 
 
 def _losses(config: Config) -> str:
-    if config.objective.name != "esvit":
-        return f"{config.optim.name} with peak lr {config.peak_lr:.3g}"
-    return f"{'view and region loss' if config.objective.regions else 'view loss'}, peak lr {config.peak_lr:.3g}"
+    losses = "view and region loss, " if config.objective.regions else ""
+    return f"{losses}{config.optim.name} with peak lr {config.peak_lr:.3g}"
 
 
 def _zero_stage(config: Config) -> str:

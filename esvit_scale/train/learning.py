@@ -137,6 +137,7 @@ class RunFacts:
     steps_per_epoch: int
     images: int  # in the data set
     tokens: dict[int, int]  # size of a crop in pixels → its region tokens; empty for a trunk without regions
+    prototypes: int = 0  # of a head; 0 for an objective without prototypes
 
 
 def reasons(config: Config, run: RunFacts) -> list[str]:
@@ -182,10 +183,9 @@ def _settings_that_cannot_work(config: Config, run: RunFacts) -> Iterator[str]:
             else "which the region loss can match in one way only; larger local crops give it more to learn from"
         )
         yield f"crops of {' and '.join(map(str, sizes))} pixels have one region token each, {cost}"
-    prototypes = config.objective.prototypes
-    if config.objective.name in ("esvit", "dino") and prototypes > 2 * run.images:
+    if run.prototypes > 2 * run.images:
         yield (
-            f"{prototypes:,} prototypes for {run.images:,} images: most will never be a target; try "
+            f"{run.prototypes:,} prototypes for {run.images:,} images: most will never be a target; try "
             f"objective.prototypes={max(64, 2 ** ((run.images // 2).bit_length() - 1))}"
         )
     total = config.train.steps or config.train.epochs * run.steps_per_epoch

@@ -76,7 +76,8 @@ def run_facts(engines: Engines, schedules: Schedules, steps: int, images: int) -
     trunk = engines.student.module.trunk
     cell = trunk.reductions[-1] if trunk.has_regions and trunk.reductions else None
     tokens = {size: (-(-size // cell)) ** 2 for size in set(schedules.config.crop_sizes)} if cell else {}
-    return RunFacts(steps, schedules.steps_per_epoch, images, tokens)
+    prototypes = getattr(engines.student.module.objective, "prototypes", 0)
+    return RunFacts(steps, schedules.steps_per_epoch, images, tokens, prototypes)
 
 
 def _millions(count: int) -> str:

@@ -28,7 +28,7 @@ def test_no_buffer_is_larger_than_the_network(tmp_path: Path, stage: int) -> Non
         gc.collect()
         sizes = [t.numel() for t in gc.get_objects() if type(t) is torch.Tensor and t.dtype == torch.bfloat16]
         assert max(sizes) <= network.total + 64  # ZeRO's padding
-        planned = memory.memory(trainer.config, network, stage, 1, False)
+        planned = memory.memory(trainer.config, network, stage, 1, "none")
         assert planned.buckets == 2 * network.total * (2 if stage == 3 else 1)  # at stage 3 with what it scatters
     finally:
         worlds.stop()
