@@ -141,6 +141,7 @@ def test_nan_features_are_an_error() -> None:
         make_probe_data(*sets, ProbeSettings(), task.images)  # type: ignore[call-arg]
 
 
+@pytest.mark.slow
 def test_two_ranks_match_one(checkpoint: Path, photos: Path, tmp_path: Path) -> None:
     """Files and keys byte for byte, features to fp32 rounding (a matrix product's sums depend on how many rows it has);
     k-NN and the probes' results, over kept features and over images."""

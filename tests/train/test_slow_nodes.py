@@ -25,7 +25,9 @@ sys.exit(cli.main(["pretrain", *sys.argv[1:]]))
 """
 
 
-@pytest.mark.parametrize("stage", [pytest.param("zero1", marks=[pytest.mark.slow, pytest.mark.alone]), "zero3"])
+@pytest.mark.slow
+@pytest.mark.alone
+@pytest.mark.parametrize("stage", ["zero1", "zero3"])
 def test_rows_name_the_slowest_node(tmp_path: Path, stage: str) -> None:
     (tmp_path / "slow.py").write_text(SLOW_RUN)
     shards = tiny.shards(tmp_path / "shards")

@@ -37,6 +37,8 @@ sys.exit(cli.main(["pretrain", *sys.argv[1:]]))
 """
 
 
+@pytest.mark.slow
+@pytest.mark.alone
 def test_hanging_rank_ends_the_job_and_is_named(tmp_path: Path) -> None:
     (tmp_path / "stuck.py").write_text(HUNG_RUN)
     shards = tiny.shards(tmp_path / "shards")
