@@ -162,7 +162,7 @@ def plan(
 
 
 def _written(value: Any) -> str:
-    """Return a value as an override has it: JSON, which is YAML."""
+    """Return a value as the text after `=` in an override KEY=VALUE: as JSON, which the YAML parser of overrides reads."""
     return json.dumps(str(value) if isinstance(value, Path) else value)
 
 

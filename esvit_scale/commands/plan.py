@@ -16,7 +16,7 @@ def add(commands: Any) -> None:
     plan = command(commands, "plan", _plan, "what a config needs: memory at each ZeRO stage, FLOPs, time and disk")
     plan.add_argument("config", metavar="CONFIG", help="name of a preset, or a YAML file")
     add_overrides(plan, "config values to change, for example train.global_batch=1024")
-    plan.add_argument("--gpus", type=positive, required=True, metavar="N", help="number of GPUs")
+    plan.add_argument("--gpus", type=positive, required=True, metavar="N", help="number of GPUs, over all nodes")
     plan.add_argument("--gpu-memory", type=memory_bytes, required=True, metavar="80G", help="memory of one GPU")
     plan.add_argument(
         "--images",

@@ -37,7 +37,10 @@ def noted(metadata: bytes | None) -> int:
 
 
 def oriented(data: bytes, orientation: int) -> bytes:
-    """Return a JPEG, PNG or WebP file with an orientation tag added; other files, and those that have a tag, unchanged.
+    """Return the bytes of an image file with the EXIF tag for an orientation that its source noted elsewhere.
+
+    The tag is added to JPEG, PNG and WebP; pixels are not encoded anew. Other formats, and files that already have the
+    tag, come back unchanged.
 
     Raises:
         BadImage: the header cannot be read.

@@ -1,6 +1,6 @@
 """The operations of photometric.py on one 8-bit crop, with OpenCV, in a loader process (`data.photometric: workers`).
 
-Use it where there is no GPU, which would be faster. Each operation rounds to 8 bits, as the official Pillow
+Use it where there is no GPU; on a GPU, photometric.py is faster. Each operation rounds to 8 bits, as the official Pillow
 pipeline does.
 """
 

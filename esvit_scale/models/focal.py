@@ -60,8 +60,8 @@ def build(config: Config) -> Trunk:
         )
     if window < EXPAND and size // PATCH > window:
         raise UserError(
-            f"model.window: {window} is less than the ring of {EXPAND} tokens around a window of {config.model.trunk}; "
-            f"at least {EXPAND}"
+            f"model.window: {window} is too small: {config.model.trunk} attends to a ring {EXPAND} tokens wide around each "
+            f"window, which must be at least as wide; set model.window to {EXPAND} or more"
         )
     return Focal(shape.embed_dim, shape.depths, shape.heads, window, size, config.model.drop_path)
 

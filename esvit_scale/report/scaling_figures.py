@@ -138,7 +138,11 @@ def residuals(compute: Array, percent: Array, sizes: Array | None, x_label: str)
 
 
 def write(folder: Path, name: str, title: str, facts: dict[str, Any], sections: Sequence[Section]) -> Path:
-    """Write `folder`/`name`.html, self-contained, and each figure beside it as NAME-SECTION.png and .svg; return the page."""
+    """Write a self-contained page and its figures, and return the page's path.
+
+    The page is `folder`/`name`.html. The figure of each section stands beside it as NAME-SECTION.png and .svg, where NAME
+    is `name` and SECTION the section's name.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for section in sections:
         for kind, content in section.picture._asdict().items():

@@ -99,8 +99,8 @@ def fit(data: Measurements, options: Options) -> tuple[dict[str, Any], Array]:
 def _choose_form(data: Measurements, name: str, scores: list[checks.Score]) -> tuple[Form, str]:
     """Return the form to fit, and why it was chosen.
 
-    `name` is a form or "auto". Auto means E + A/N^α + B/D^β with the inputs N and D, and the form that hold-out selects
-    with one input.
+    `name` is a form or "auto". Auto means: with two inputs, N and D, the form E + A/N^α + B/D^β; with one input, the form
+    that predicts held-out points best.
     """
     inputs = data.x.shape[1]
     allowed = [form.name for form in FORMS.values() if form.inputs == inputs]

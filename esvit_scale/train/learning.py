@@ -47,7 +47,7 @@ class KnnHistory:
         return max(self.trained, key=lambda found: found[1], default=None)
 
     def add(self, step: int, accuracy: float) -> None:
-        """Add the accuracy at a step."""
+        """Append the k-NN accuracy, a fraction, that was measured at a step."""
         self.measured.append((step, accuracy))
 
     def cut(self, step: int) -> None:
