@@ -212,7 +212,7 @@ def test_initial_values_match_published_code():
     ("size", "model", "words"),
     [
         (16, {}, ["data.global_crops.size", "16 pixels", "at least 32"]),
-        (224, {"window": 2}, ["model.window", "2 is less than", "at least 3"]),
+        (224, {"window": 2}, ["model.window", "2 is too small", "to 3 or more"]),
         (224, {"embed_dim": 64}, ["model.heads.0", "64 channels"]),
     ],
 )
