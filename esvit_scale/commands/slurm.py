@@ -64,7 +64,9 @@ def _add_submit(slurm: Any) -> None:
     _add_option(evaluate, "both evaluations, for example --option=--batch=256")
 
     sweep = command(submit, "sweep", _submit_sweep, "submit the unfinished cells of a sweep, one array element each")
-    sweep.add_argument("sweep", type=Path, metavar="SWEEP.yaml", help="YAML file that describes the sweep (docs/scaling.md)")
+    sweep.add_argument(
+        "sweep", type=Path, metavar="SWEEP.yaml", help="YAML file that describes the sweep (docs/scaling.md)"
+    )
     for parser in (pretrain, shards, evaluate, sweep):
         _add_resources(parser, gpus=parser is not shards)
 

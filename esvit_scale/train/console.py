@@ -17,6 +17,7 @@ log = logging.getLogger("esvit_scale")
 
 FIRST_STEPS = 3  # steps after the first, which is slower, over which the duration of the run is estimated
 FIRST_SECONDS = 2.0  # … and at least this long
+WAITING = "waiting for the first step …"
 UNKNOWN_SIZE = {"ncols": 100, "nrows": 20}  # of a terminal that does not tell its own, as under `script`
 ONLY_IN_FILE = {"only_in_file": True}  # `extra` of log records that the console does not show
 
@@ -54,12 +55,14 @@ class Console:
             width: dict[str, Any] = {"dynamic_ncols": True} if _columns() else UNKNOWN_SIZE
             self._bar = tqdm(total=total_steps, initial=step, unit="step", smoothing=0.05, **width)
             self._figures = tqdm(total=0, position=1, bar_format="{desc}", leave=False, **width)
-            self._figures.set_description_str("waiting for the first step …")
+            self._figures.set_description_str(WAITING)
 
     def advance(self, step: int) -> None:
         """Note that `step` steps are done."""
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
+            if self._figures is not None and self._figures.desc == WAITING:
+                self._figures.set_description_str("the loss follows with the first logged step …")
         if not self._has_estimated:
             self._estimate(step)
 

@@ -49,6 +49,7 @@ def test_log_file_has_every_row(is_terminal: bool, tmp_path: Path, monkeypatch: 
     assert "a warning" in said
     assert (f"step 2/10 · {row}" in said) == (not is_terminal)  # the bar has the step
     assert ("2/10 [" in said) == is_terminal
+    assert ("the loss follows with the first logged step" in said) == is_terminal
 
 
 def test_duration_is_estimated_after_the_first_steps(
