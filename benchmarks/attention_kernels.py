@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from esvit_scale.models import window_attention_kernels as kernels
@@ -28,7 +29,6 @@ from esvit_scale.models.window_attention import Attention
 from esvit_scale.models.windows import window_plan
 
 WINDOWS, DEPTHS, TARGETS = (7, 12, 14), (32, 64), (80, 90)
-PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 
 
 class Needs(NamedTuple):
@@ -69,6 +69,12 @@ def kernels_of(window: int) -> list[Any]:
     return [kernels.forward, kernels.backward_queries, kernels.backward_keys, kernels.backward_table]
 
 
+def ptxas(target: int) -> str:
+    """Return the path of the assembler that Triton takes for sm_`target`: since 3.9 it is not `ptxas` from sm_90 on."""
+    found: Any = get_ptxas(target)
+    return str(getattr(found, "path", None) or found[0])
+
+
 def needs(
     kernel: Any,
     window: int,
@@ -93,7 +99,7 @@ def needs(
         ptx = Path(folder) / "kernel.ptx"
         ptx.write_text(compiled.asm["ptx"])
         architecture = "sm_90a" if target == 90 else f"sm_{target}"
-        command = [str(PTXAS), "-v", f"-arch={architecture}", str(ptx), "-o", f"{folder}/kernel.cubin"]
+        command = [ptxas(target), "-v", f"-arch={architecture}", str(ptx), "-o", f"{folder}/kernel.cubin"]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers = re.search(r"Used (\d+) registers", said)
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)

@@ -2,8 +2,10 @@
 
 import re
 from importlib import resources
-from importlib.abc import Traversable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable  # Python 3.10 does not have it
 
 
 class Preset(NamedTuple):
@@ -56,5 +58,5 @@ def published(preset: Preset, measure: str) -> str:
     return found[1] if found else "–"
 
 
-def _folder() -> Traversable:
+def _folder() -> "Traversable":
     return resources.files("esvit_scale") / "configs"
