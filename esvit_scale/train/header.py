@@ -97,13 +97,21 @@ def _images(config: Config) -> int | None:
 
 
 def _run_state(run: Path) -> str:
-    """Return what a start in this run dir will do, in a few words."""
-    with suppress(OSError, ValueError):
+    """Return what a start in this run dir will do, in a few words.
+
+    The files may be damaged: what reads them for the start itself finds that out and says it.
+    """
+    with suppress(OSError, ValueError, AttributeError):
         summary = json.loads((run / "summary.json").read_bytes())
         if summary.get("finished"):
             return f"finished at step {summary.get('step')}"
-    with suppress(OSError):
-        return f"continues from {(run / 'checkpoints' / 'latest').read_text().strip()}"
+    checkpoints = run / "checkpoints"
+    with suppress(OSError, ValueError):
+        latest = (checkpoints / "latest").read_text().strip()
+        if latest.startswith("step-") and (checkpoints / latest).is_dir():
+            return f"continues from {latest}"
+    if any(checkpoints.glob("step-*")):
+        return "continues from its newest good checkpoint"
     return (
         "starts a run" if not (run / "config.yaml").exists() else "starts at step 0, because there is no checkpoint yet"
     )

@@ -85,6 +85,17 @@ def test_header_says_what_is_trained(tmp_path: Path) -> None:
         header.lines(missing, "x")
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"a\0b", b"[1]", b"step-00000009"])
+def test_header_of_a_damaged_run_dir_leaves_the_finding_to_the_start(tmp_path: Path, content: bytes) -> None:
+    config = tiny.config(tmp_path / "run", tiny.shards(tmp_path / "shards"))
+    (tmp_path / "run/checkpoints/step-00000004").mkdir(parents=True)
+    for name in ("summary.json", "config.yaml", "environment.json", "checkpoints/latest"):
+        (tmp_path / "run" / name).write_bytes(content)
+    assert "continues from its newest good checkpoint" in header.lines(config, "x")[1]
+    (tmp_path / "run/checkpoints/latest").write_text("step-00000004\n")
+    assert "continues from step-00000004" in header.lines(config, "x")[1]
+
+
 def test_header_needs_no_torch() -> None:
     check = "import sys; from esvit_scale.train import header; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", check], check=True, env=launcher.environment())
