@@ -105,8 +105,9 @@ def _of_files(run: Path) -> dict[str, Any]:
     """Return the fields of a run without Slurm jobs that slurm_status gives for one with them."""
     progress = slurm_status.progress(run)
     state = slurm_status.state_by_files(run)
-    starts = int(read_environment(run).get("starts", 1))
-    return {**progress, "state": state, "reason": "", "job": "", "starts": starts, "failures": 0, "console": ""}
+    starts = read_environment(run).get("starts")
+    found = starts if isinstance(starts, int) else 1
+    return {**progress, "state": state, "reason": "", "job": "", "starts": found, "failures": 0, "console": ""}
 
 
 def _steps(found: RunStatus) -> str:
