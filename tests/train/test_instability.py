@@ -26,8 +26,9 @@ SMALL = [
     "train.log_every=2",
     "train.knn_every=10",
 ]
-# A warm-up to a rate that is far too high: through good ones first, where accuracy rises, and then out of them.
-TOO_HIGH = ["optim.lr=0.15", "optim.warmup_epochs=7", "train.steps=260"]
+# A warm-up to a rate that is absurdly high: k-NN falls by 16 points, three times what is a dip. At rates that are only too
+# high (0.15), whether and when it falls depends on the rounding of a machine and of a version.
+TOO_HIGH = ["optim.lr=10", "optim.warmup_epochs=7", "train.steps=90"]
 
 
 @pytest.mark.slow
