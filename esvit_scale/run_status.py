@@ -9,7 +9,7 @@ from esvit_scale import slurm_status
 from esvit_scale.errors import UserError, nearest
 from esvit_scale.train.log_format import WARNING
 from esvit_scale.train.row_file import read_rows
-from esvit_scale.train.run_dir import read_environment
+from esvit_scale.train.run_dir import read_environment, starts_of
 
 
 class RunStatus(NamedTuple):
@@ -105,9 +105,8 @@ def _of_files(run: Path) -> dict[str, Any]:
     """Return the fields of a run without Slurm jobs that slurm_status gives for one with them."""
     progress = slurm_status.progress(run)
     state = slurm_status.state_by_files(run)
-    starts = read_environment(run).get("starts")
-    found = starts if isinstance(starts, int) else 1
-    return {**progress, "state": state, "reason": "", "job": "", "starts": found, "failures": 0, "console": ""}
+    starts = max(1, starts_of(read_environment(run)))
+    return {**progress, "state": state, "reason": "", "job": "", "starts": starts, "failures": 0, "console": ""}
 
 
 def _steps(found: RunStatus) -> str:

@@ -78,8 +78,7 @@ def record_start(path: Path, config: Config, step: int = 0) -> Config | None:
         with (path / "lengthened.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, "from": lengths[0], "to": lengths[1]}) + "\n")
     files.write_text(path / "config.yaml", configs.dump(config))
-    before = read_environment(path)
-    starts = before.get("starts", 1 if before else 0)  # environment.json of older versions does not count the starts
+    starts = starts_of(read_environment(path))
     files.write_json(path / "environment.json", {**_environment(), "starts": starts + 1})
     return shorter
 
@@ -110,6 +109,13 @@ def read_summary(path: Path) -> dict[str, Any]:
 def read_environment(path: Path) -> dict[str, Any]:
     """Return the content of environment.json, of the last start; empty if it is missing or damaged."""
     return _read_json(path / "environment.json")
+
+
+def starts_of(environment: dict[str, Any]) -> int:
+    """Return how often a run was started, given its environment.json: 0 if there is none, and 1 if it does not say,
+    because an older version wrote it or it is damaged."""
+    found = environment.get("starts")
+    return found if type(found) is int else min(len(environment), 1)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

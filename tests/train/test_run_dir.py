@@ -58,6 +58,20 @@ def test_next_start_removes_the_requeue_marker(tmp_path: Path) -> None:
     assert not (path / "requeue").exists()
 
 
+@pytest.mark.parametrize(
+    ("content", "starts"),
+    [(None, 1), ("{}", 1), ('{"starts": 4}', 5)]
+    + [(f'{{"starts": {value}}}', 2) for value in ("null", '"3"', "[1]", "true", "2.5")],
+)
+def test_start_counts_on_from_whatever_environment_json_holds(tmp_path: Path, content: str | None, starts: int) -> None:
+    path = opened(tmp_path)
+    (path / "environment.json").unlink()
+    if content is not None:
+        (path / "environment.json").write_text(content)
+    opened(tmp_path)
+    assert run_dir.read_environment(path)["starts"] == starts
+
+
 def holder(path: Path, pid: int, heartbeat: float, host: str | None = None, job: str = "") -> None:
     lock = {"host": host or os.uname().nodename, "pid": pid, "slurm_job": job, "heartbeat": heartbeat}
     (path / "lock.json").write_text(json.dumps(lock))
