@@ -164,7 +164,12 @@ def open_header(data: bytes) -> Image.Image:
     """Open an image file without decoding a pixel. Raises BadImage."""
     if not data:
         raise BadImage("empty file", EMPTY)
-    check_scans(data)
+    check_scans(data, jpeg_markers(data))
+    return open_checked(data)
+
+
+def open_checked(data: bytes) -> Image.Image:
+    """Open an image file that `check_scans` has passed, without decoding a pixel. Raises BadImage."""
     try:
         return Image.open(io.BytesIO(data))
     except MemoryError:
@@ -177,12 +182,19 @@ def open_header(data: bytes) -> Image.Image:
         raise BadImage(one_line(error)) from None
 
 
-def check_scans(data: bytes) -> None:
-    """Raise BadImage for a progressive JPEG of more than MAX_SCANS scans; other files pass."""
-    if data[:2] != b"\xff\xd8" or not PROGRESSIVE & {marker for marker, _ in jpeg_segments(data)}:
-        return
-    if data.count(b"\xff\xda") > MAX_SCANS:
+def check_scans(data: bytes, markers: set[int]) -> None:
+    """Raise BadImage for a progressive JPEG of more than MAX_SCANS scans; other files pass.
+
+    Args:
+        markers: the `jpeg_markers` of the file.
+    """
+    if PROGRESSIVE & markers and data.count(b"\xff\xda") > MAX_SCANS:
         raise BadImage(f"a JPEG of more than {MAX_SCANS} scans (decompression bomb?)")
+
+
+def jpeg_markers(data: bytes) -> set[int]:
+    """Return the markers of a JPEG's segments before its first scan; none for a file of another format."""
+    return {marker for marker, _ in jpeg_segments(data)} if data[:2] == b"\xff\xd8" else set()
 
 
 def jpeg_segments(data: bytes) -> Iterator[tuple[int, int]]:

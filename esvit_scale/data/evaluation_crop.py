@@ -14,7 +14,7 @@ from PIL import Image
 
 from esvit_scale.data.crops import REDUCTIONS, resized
 from esvit_scale.data.decode import decode, decode_as_stored
-from esvit_scale.data.picture import open_picture
+from esvit_scale.data.picture import Picture, open_picture
 from esvit_scale.data.pixel_format import PixelFormat
 
 LONG_SIDE = 8192  # pixels; of an image that resizing would make longer, only the middle is resized
@@ -37,7 +37,7 @@ def opened(data: bytes, pixels: PixelFormat) -> Image.Image | NDArray[Any]:
 def decode_centre_crop(data: bytes, size: int, pixels: PixelFormat) -> NDArray[Any]:
     """Decode an image file and return its evaluation crop [S, S, C], close to `centre_crop` of the whole image.
 
-    A JPEG is decoded at the smallest reduction that keeps SPARE pixels per resized pixel, and 8-bit RGB is resized by
+    A JPEG is decoded at the largest reduction that keeps SPARE pixels per resized pixel, and 8-bit RGB is resized by
     torch's vectorised kernel, which computes no row or column past the crop.
 
     Raises:
@@ -49,8 +49,7 @@ def decode_centre_crop(data: bytes, size: int, pixels: PixelFormat) -> NDArray[A
     width, height = _resized_size(picture.width, picture.height, short)
     if max(width, height) > LONG_SIDE:
         return centre_crop(Image.fromarray(picture.pixels()[0]), size).transpose(1, 2, 0)
-    spare = min(picture.width, picture.height) / short
-    source, reduction = picture.pixels(max(r for r in REDUCTIONS if r == 1 or spare >= SPARE * r))
+    source, reduction = picture.pixels(max(r for r in REDUCTIONS if r == 1 or _may_reduce(picture, r, short)))
     scale = height * reduction / picture.height, width * reduction / picture.width  # resized pixels per source pixel
     left, top = round((width - size) / 2), round((height - size) / 2)
     lines = math.ceil((top + size) / scale[0] + BICUBIC_SUPPORT * max(1 / scale[0], 1)) + 1  # that the crop depends on
@@ -59,6 +58,15 @@ def decode_centre_crop(data: bytes, size: int, pixels: PixelFormat) -> NDArray[A
     y = torch.empty(1, 3, *shape, dtype=torch.uint8, memory_format=torch.channels_last)
     torch.ops.aten._upsample_bicubic2d_aa.out(x, shape, False, *scale, out=y)
     return y[0, :, top : top + size, left : left + size].permute(1, 2, 0).numpy()
+
+
+def _may_reduce(picture: Picture, reduction: int, short: int) -> bool:
+    """Return whether the crop may be cut from the image at 1/`reduction` of its size: sharp enough, and not shifted.
+
+    Pixel 0 of a reduced image must cover `reduction` whole pixels, which a turned one has only if they divide its sides.
+    """
+    whole = not picture.turned or picture.width % reduction == picture.height % reduction == 0
+    return whole and min(picture.width, picture.height) >= SPARE * reduction * short
 
 
 def _computed(end: int, source: int, whole: int) -> int:

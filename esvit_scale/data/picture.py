@@ -18,8 +18,9 @@ from esvit_scale.data.decode import (
     decode,
     decode_as_stored,
     exif_orientation,
-    jpeg_segments,
+    jpeg_markers,
     load,
+    open_checked,
     open_header,
 )
 from esvit_scale.data.pixel_format import RGB8, PixelFormat
@@ -46,10 +47,16 @@ _UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {  # EXIF orientation → the 
 
 
 class Picture:
-    """An upright image of known `width` × `height`, which the method `pixels` decodes."""
+    """An upright image of known `width` × `height`, which the method `pixels` decodes.
 
-    def __init__(self, width: int, height: int, decoded: Callable[[int], tuple[Pixels, int]]) -> None:
-        self.width, self.height = width, height
+    `turned` says that the file stores it mirrored or turned. A reduction that does not divide a side of such an image may
+    put the partial row or column, which libjpeg fills up at the end of the stored image, at the beginning of this one.
+    """
+
+    def __init__(
+        self, width: int, height: int, decoded: Callable[[int], tuple[Pixels, int]], turned: bool = False
+    ) -> None:
+        self.width, self.height, self.turned = width, height, turned
         self._decoded = decoded
 
     def pixels(self, reduction: int = 1) -> tuple[Pixels, int]:
@@ -79,12 +86,13 @@ def open_picture(data: bytes, pixel_format: PixelFormat = RGB8) -> Picture:
     if data[:2] == b"\xff\xd8" and (header := _jpeg_header(data)) is not None:
         width, height = header
         check_size(width, height)
-        check_scans(data)
-        segments = {marker for marker, _ in jpeg_segments(data)}
-        orientation = exif_orientation(open_header(data)) if EXIF in segments else 1
+        markers = jpeg_markers(data)
+        check_scans(data, markers)
+        orientation = exif_orientation(open_checked(data)) if EXIF in markers else 1
         if orientation > 4:
             width, height = height, width
-        return Picture(width, height, partial(_jpeg_pixels, data, orientation, LOSSLESS not in segments))
+        decoded = partial(_jpeg_pixels, data, orientation, LOSSLESS not in markers)
+        return Picture(width, height, decoded, turned=orientation != 1)
     pixels = np.array(decode(data))
     return Picture(pixels.shape[1], pixels.shape[0], lambda reduction: (pixels, 1))
 
