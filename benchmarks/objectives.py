@@ -21,7 +21,7 @@ from esvit_scale import config as configs  # noqa: E402
 from esvit_scale import demo  # noqa: E402
 from esvit_scale.config import Config  # noqa: E402
 from esvit_scale.train import pretraining  # noqa: E402
-from esvit_scale.train.run_dir import read_summary  # noqa: E402
+from esvit_scale.train.run_records import read_summary  # noqa: E402
 
 TWO_VIEWS = ["data.local_crops=[]", "data.global_crops.scale=[0.2, 1.0]", "objective.bottleneck=128"]
 NO_TEACHER = ["objective.ema_momentum=0", "objective.ema_momentum_end=0"]

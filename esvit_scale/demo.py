@@ -22,7 +22,8 @@ from esvit_scale.objective.network import build_network
 from esvit_scale.report import evaluation_figures
 from esvit_scale.report.html import write_report
 from esvit_scale.train import pretraining
-from esvit_scale.train.run_dir import open_run, read_summary
+from esvit_scale.train.run_dir import open_run
+from esvit_scale.train.run_records import read_summary
 
 LOOKED_AT = 100  # test patches for the figures of correspondences
 K = 10  # the k whose accuracy is quoted: fixed in advance, not the k with the best accuracy

@@ -9,7 +9,7 @@ from esvit_scale import slurm_status
 from esvit_scale.errors import UserError, nearest
 from esvit_scale.train.log_format import WARNING
 from esvit_scale.train.row_file import read_rows
-from esvit_scale.train.run_dir import read_environment, starts_of
+from esvit_scale.train.run_records import read_environment, starts_of
 
 
 class RunStatus(NamedTuple):

@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from esvit_scale import config as configs
-from esvit_scale.data import mix
 from esvit_scale.errors import UserError, nearest
 from esvit_scale.launch import ANSWER_S
-from esvit_scale.train.lock import is_running
 from esvit_scale.train.row_file import read_rows
-from esvit_scale.train.run_dir import read_summary
+from esvit_scale.train.run_records import is_running, read_summary
 
 GOING_ON = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "CONFIGURING", "PENDING", "REQUEUED", "REQUEUE_HOLD")
 LAST_JOBS = 5  # how many of a run's jobs Slurm is asked about
@@ -143,6 +141,8 @@ def _total_steps(run: Path) -> int | None:
     config = configs.load(path)
     if config.train.steps:
         return config.train.steps
+    from esvit_scale.data import mix  # imports numpy, which takes a while
+
     try:
         return config.train.epochs * (mix.epoch_samples(config.data) // config.train.global_batch)
     except UserError:

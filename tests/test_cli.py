@@ -33,7 +33,9 @@ def test_help_lists_commands_and_exit_codes():
     assert run("--version").stdout == f"esvit-scale {__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["pretrain", "--help"], ["pretran"], ["pretrain", "nowhere"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["pretrain", "--help"], ["pretran"], ["pretrain", "nowhere"], ["status"]]
+)
 def test_help_and_mistakes_import_no_torch(arguments):
     code = (
         "import sys; from esvit_scale.cli import main\n"

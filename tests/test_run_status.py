@@ -2,6 +2,8 @@
 
 import json
 import logging
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 from esvit_scale import cli, run_status
 from esvit_scale import config as configs
 from esvit_scale.errors import UserError
-from esvit_scale.train import metrics, run_dir
+from esvit_scale.train import metrics, run_dir, run_records
 
 
 @pytest.fixture
@@ -50,6 +52,15 @@ def test_status_of_a_run_without_slurm(run: Path, capsys: pytest.CaptureFixture[
     assert shown(capsys, str(run))["state"] == "FINISHED"
 
 
+def test_status_imports_no_torch(run: Path) -> None:
+    code = (
+        "import sys; from esvit_scale.cli import main; main(sys.argv[1:]); print({'torch', 'numpy'} & set(sys.modules))"
+    )
+    command = [sys.executable, "-c", code, "status", str(run)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert ended.stdout.splitlines()[-1] == "set()"
+
+
 def test_status_of_a_run_under_slurm(run: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")  # no scontrol
     (run / "slurm").mkdir()
@@ -87,7 +98,7 @@ def test_status_of_no_run_is_one_line(run: Path, tmp_path: Path, capsys, monkeyp
 def test_starts_of_a_run_of_an_older_version_are_counted_from_one(tmp_path: Path) -> None:
     (tmp_path / "environment.json").write_text('{"host": "old"}')
     run_dir.record_start(tmp_path, configs.resolve("demo"))
-    assert run_dir.read_environment(tmp_path)["starts"] == 2
+    assert run_records.read_environment(tmp_path)["starts"] == 2
 
 
 def test_log_file_marks_warnings(tmp_path: Path) -> None:

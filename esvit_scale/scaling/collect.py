@@ -12,7 +12,7 @@ from esvit_scale.scaling import runner
 from esvit_scale.scaling.cells import Cell
 from esvit_scale.scaling.sweep_file import Sweep
 from esvit_scale.train.row_file import read_rows
-from esvit_scale.train.run_dir import read_summary
+from esvit_scale.train.run_records import read_summary
 
 COLUMNS = (
     *("cell", "params", "head_params", "budget", "flops", "useful_flops", "images_seen", "unique_images", "epochs"),

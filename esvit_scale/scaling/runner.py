@@ -24,9 +24,8 @@ from esvit_scale.resources import shipped_folder
 from esvit_scale.scaling import subset
 from esvit_scale.scaling.cells import Cell
 from esvit_scale.scaling.sweep_file import Sweep
-from esvit_scale.train.lock import is_running
 from esvit_scale.train.row_file import read_rows
-from esvit_scale.train.run_dir import read_summary
+from esvit_scale.train.run_records import is_running, read_summary
 
 INTERRUPTED = 130
 LAST_LINES = 20  # lines at the end of a failed cell's log in which the reason is searched

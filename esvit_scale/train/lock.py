@@ -11,7 +11,6 @@ process that was suspended for an hour cannot take the run back.
 import hashlib
 import json
 import logging
-import math
 import os
 import socket
 import threading
@@ -19,37 +18,19 @@ import time
 import uuid
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from esvit_scale import files
 from esvit_scale.errors import RestartCanHelp, UserError
 from esvit_scale.parallel import collectives
+from esvit_scale.train.run_records import STALE_S, LockRecord, parse_lock
 
 log = logging.getLogger("esvit_scale")
 
 HEARTBEAT_S = 10
-STALE_S = 60
 LEAVE_S = 5  # leaving the lock waits so long for the heartbeat thread, which may hang on storage that does not answer
 WATCH_S = 25  # a record of unknown age is watched so long; a living holder writes a heartbeat within this time
 RECORD_BYTES = 512  # every record is padded to this length, so that a heartbeat needs no space on a full disk
-
-
-class Record(NamedTuple):
-    """The content of lock.json. `age_s` is None when the heartbeat is unreadable or in the future."""
-
-    host: str
-    pid: int
-    slurm_job: str
-    pid_namespace: str
-    token: str
-    started: str
-    age_s: float | None
-
-    def in_words(self) -> str:
-        """Return a description of the lock's holder for messages: process, host, Slurm job and age of the heartbeat."""
-        job = f", Slurm job {self.slurm_job}" if self.slurm_job else ""
-        age = "a heartbeat in the future" if self.age_s is None else f"heartbeat {self.age_s:.0f} s ago"
-        return f"process {self.pid} on {self.host}{job} ({age})"
 
 
 class Lock:
@@ -105,7 +86,7 @@ class Lock:
         if self._file is None:
             return False
         try:
-            record, mine = _parse(self._path.read_bytes()), os.fstat(self._file)
+            record, mine = parse_lock(self._path.read_bytes()), os.fstat(self._file)
             if record is None:  # damaged, or read while being written: compare the file instead
                 self._lost = not os.path.samestat(self._path.stat(), mine)
             else:
@@ -219,7 +200,7 @@ class Lock:
 
     def _may_take_over(self, found: bytes) -> bool:
         """Return whether the holder of the record `found` has ended; otherwise raise UserError."""
-        holder = _parse(found)
+        holder = parse_lock(found)
         if holder is not None:
             if _is_local(holder, self._me):
                 if not _is_alive(holder):
@@ -262,31 +243,8 @@ class Lock:
         return text.ljust(RECORD_BYTES - 1).encode() + b"\n"
 
 
-def is_running(run: Path) -> bool:
-    """Return whether a process holds the lock of a run dir and wrote a heartbeat in the last minute."""
-    try:
-        record = _parse((run / "lock.json").read_bytes())
-    except OSError:
-        return False
-    return record is not None and record.age_s is not None and record.age_s < STALE_S
-
-
-def _parse(content: bytes) -> Record | None:
-    """Return the record in the content of lock.json, or None when it is damaged."""
-    try:
-        found = json.loads(content)
-        pid, beat = int(found["pid"]), float(found["heartbeat"])
-        words = [str(found.get(key, "")) for key in ("host", "slurm_job", "pid_namespace", "token", "started")]
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
-        return None
-    age = time.time() - beat
-    known = math.isfinite(age) and age >= -STALE_S
-    host, job, namespace, token, started = words
-    return Record(host, pid, job, namespace, token, started, max(age, 0.0) if known else None)
-
-
 def _in_words(content: bytes) -> str:
-    record = _parse(content)
+    record = parse_lock(content)
     return record.in_words() if record else "damaged"
 
 
@@ -309,13 +267,13 @@ def _is_unchanged(path: Path, content: bytes) -> bool:
     return True
 
 
-def _is_local(holder: Record, me: dict[str, Any]) -> bool:
+def _is_local(holder: LockRecord, me: dict[str, Any]) -> bool:
     """Return whether a holder's process id is valid here: same host and same pid namespace, because containers may
     share a host name. Old records do not name the namespace."""
     return holder.host == me["host"] and holder.pid_namespace in ("", me["pid_namespace"])
 
 
-def _is_alive(holder: Record) -> bool:
+def _is_alive(holder: LockRecord) -> bool:
     """Return whether a holder on this host still runs: a process with its pid exists, and started when the record says
     (old records do not say it)."""
     began = _start_of(holder.pid)

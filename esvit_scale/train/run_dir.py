@@ -20,6 +20,7 @@ from esvit_scale.config import Config
 from esvit_scale.errors import UserError
 from esvit_scale.machine import usable_cpus
 from esvit_scale.run_keys import MAY_DIFFER
+from esvit_scale.train.run_records import read_environment, read_summary, starts_of
 
 log = logging.getLogger("esvit_scale")
 
@@ -99,34 +100,6 @@ def is_longer(saved: Config, config: Config) -> bool:
     if old.steps is None and new.steps is None:
         return new.epochs > old.epochs
     return old.steps is not None and new.steps is not None and new.steps > old.steps and new.epochs >= old.epochs
-
-
-def read_summary(path: Path) -> dict[str, Any]:
-    """Return the content of summary.json; empty if it is missing or damaged (the end of the run writes it again)."""
-    return _read_json(path / "summary.json")
-
-
-def read_environment(path: Path) -> dict[str, Any]:
-    """Return the content of environment.json, of the last start; empty if it is missing or damaged."""
-    return _read_json(path / "environment.json")
-
-
-def starts_of(environment: dict[str, Any]) -> int:
-    """Return how often a run was started, given its environment.json: 0 if there is none, and 1 if it does not say,
-    because an older version wrote it or it is damaged."""
-    found = environment.get("starts")
-    return found if type(found) is int else min(len(environment), 1)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        log.warning("%s: cannot be read: %s; continuing without it", path, " ".join(str(error).split()))
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _check_same(path: Path, config: Config) -> bool:

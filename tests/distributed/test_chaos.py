@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from esvit_scale.train import run_dir
+from esvit_scale.train import run_records
 from tests import launcher, tiny
 
 STEPS, DISTURBANCES = 200, 20
@@ -67,10 +67,10 @@ def test_run_under_random_kills_equals_undisturbed_run(tmp_path: Path) -> None:
         if process.poll() is None:
             done.append(disturb(process, generator))
         process.communicate(timeout=120)
-        if run_dir.read_summary(run).get("finished"):
+        if run_records.read_summary(run).get("finished"):
             break
     print(f"{len(done)} disturbances: {done}")
     assert len(done) >= DISTURBANCES // 2
-    assert run_dir.read_summary(run)["finished"]
+    assert run_records.read_summary(run)["finished"]
     assert tiny.rows(run) == tiny.rows(tmp_path / "calm")
     assert [row["step"] for row in tiny.rows(run)] == list(range(1, STEPS + 1))

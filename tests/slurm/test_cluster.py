@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 from esvit_scale.data import manifest as manifests
-from esvit_scale.train.run_dir import read_summary
+from esvit_scale.train.run_records import read_summary
 from tests import launcher, tiny
 from tests.slurm.cluster import Cluster, why_not
 

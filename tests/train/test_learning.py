@@ -10,7 +10,7 @@ import pytest
 from esvit_scale.checkpoint import convert, step_folders
 from esvit_scale.errors import UserError
 from esvit_scale.evaluate.features import load_frozen_trunk
-from esvit_scale.train import learning, pretraining, run_dir
+from esvit_scale.train import learning, pretraining, run_dir, run_records
 from esvit_scale.train.learning import KnnHistory, RunFacts
 from esvit_scale.train.online_knn import OnlineKnn
 from tests import launcher, tiny
@@ -119,7 +119,7 @@ def test_best_checkpoint_is_kept_and_patience_ends_the_run(
     assert tiny.rows(run)[-1]["step"] == 10  # of 20
     assert (run / "checkpoints" / "best").read_text() == "step-00000004\n"
     assert [folder.name for folder in step_folders.list_step_folders(run)] == ["step-00000004", "step-00000010"]
-    summary = run_dir.read_summary(run)
+    summary = run_records.read_summary(run)
     assert summary["finished"]
     assert summary["knn"]["best"] == {"step": 4, "top1": 0.5}
     assert summary["knn"]["untrained"] == 0.1
@@ -153,8 +153,8 @@ def test_longer_run_goes_on_as_if_planned_so_where_schedules_do_not_depend_on_it
     assert tiny.rows(run) == tiny.rows(tmp_path / "long")
     assert json.loads((run / "lengthened.jsonl").read_text()) == {"step": 8, "from": {"steps": 8}, "to": {"steps": 16}}
     assert "lengthened from 8 to 16 steps at step 8" in (run / "log.txt").read_text()
-    assert run_dir.read_summary(run)["finished"]
-    assert run_dir.read_summary(run)["knn"]["untrained"] is not None
+    assert run_records.read_summary(run)["finished"]
+    assert run_records.read_summary(run)["knn"]["untrained"] is not None
 
 
 def opened(run: Path, data: Path, **overrides: Any) -> bool:
@@ -187,7 +187,7 @@ def test_two_ranks_agree_on_the_best_checkpoint_and_on_the_end(data: Path, tmp_p
     settings = SETTINGS | {"train__patience": 2, "train__steps": 60, "train__ds_config": "zero3"}
     config = tiny.config(run, data, data__held_out=str(data), **settings)
     done = launcher.run(*launcher.CLI, "pretrain", tiny.write_config(tmp_path / "c.yaml", config), ranks=2)
-    summary, rows = run_dir.read_summary(run), tiny.rows(run)
+    summary, rows = run_records.read_summary(run), tiny.rows(run)
     best = summary["knn"]["best"]["step"]
     assert summary["finished"]
     assert rows[-1]["step"] == min(60, best + 4)  # two measurements, two steps apart, after the best

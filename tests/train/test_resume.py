@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from esvit_scale.train import pretraining, run_dir
+from esvit_scale.train import pretraining, run_dir, run_records
 from tests import launcher, tiny
 
 
@@ -65,7 +65,7 @@ def test_signal_saves_and_same_command_resumes(
     assert len(tiny.rows(run)) == saved
     assert (run / "requeue").exists() == (code == 0)
     assert not (run / "lock.json").exists()
-    assert run_dir.read_summary(run)["finished"] is False
+    assert run_records.read_summary(run)["finished"] is False
     assert "the same command continues" in errors
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from esvit_scale.errors import UserError
-from esvit_scale.train import metrics, pretraining, run_dir
+from esvit_scale.train import metrics, pretraining, run_dir, run_records
 from esvit_scale.train.lock import Lock
 from tests import tiny
 
@@ -69,7 +69,7 @@ def test_start_counts_on_from_whatever_environment_json_holds(tmp_path: Path, co
     if content is not None:
         (path / "environment.json").write_text(content)
     opened(tmp_path)
-    assert run_dir.read_environment(path)["starts"] == starts
+    assert run_records.read_environment(path)["starts"] == starts
 
 
 def holder(path: Path, pid: int, heartbeat: float, host: str | None = None, job: str = "") -> None:
