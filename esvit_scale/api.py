@@ -148,7 +148,8 @@ def plan(
     Args:
         gpu_memory: memory of one GPU.
         images: images in the training set; None: those of data.train, or ImageNet-1K's.
-        tflops: TFLOP/s of one GPU on large matrix products; None: measured on this machine.
+        tflops: TFLOP/s of one GPU on large matrix products; None: measured on this machine's GPU; without
+            one the times are None.
         mfu: fraction of `tflops` that training reaches.
 
     Raises:

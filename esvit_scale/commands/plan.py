@@ -28,7 +28,8 @@ def add(commands: Any) -> None:
         "--tflops",
         type=float,
         metavar="T",
-        help="TFLOP/s of one GPU on large matrix products (default: measured on this machine)",
+        help="TFLOP/s of one GPU on large matrix products (default: measured on this machine's GPU; without a "
+        "GPU there are FLOPs and no time)",
     )
     plan.add_argument(
         "--mfu",
@@ -64,20 +65,24 @@ def _images(config: Any) -> int | None:
 
 
 def speed_of(config: Any, tflops: float | None, mfu: float) -> Any:
-    """Return the Speed from which times are estimated; without `tflops`, measure the rate of this machine's device."""
+    """Return the Speed from which times are estimated; None without `tflops` on a machine without a GPU.
+
+    Without `tflops` it is the rate of this machine's GPU. The rate of a CPU would say nothing about the GPUs to plan for.
+    """
     from esvit_scale.scaling.plan import Speed
 
     if tflops is not None:
         return Speed(tflops, mfu, f"{tflops:g} TFLOP/s for each GPU as given, MFU {mfu:g} assumed")
     import torch
 
+    if not torch.cuda.is_available():
+        return None
     from esvit_scale.train.mfu import matmul_rate
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    rate = matmul_rate(device, dtype) / 1e12
-    what = torch.cuda.get_device_name() if device.type == "cuda" else "this CPU (give --tflops for your GPU)"
-    return Speed(rate, mfu, f"{rate:.3g} TFLOP/s for each GPU as measured on {what}, MFU {mfu:g} assumed")
+    rate = matmul_rate(torch.device("cuda"), dtype) / 1e12
+    on = torch.cuda.get_device_name()
+    return Speed(rate, mfu, f"{rate:.3g} TFLOP/s for each GPU as measured on {on}, MFU {mfu:g} assumed")
 
 
 def memory_bytes(text: str) -> int:

@@ -101,16 +101,16 @@ def _add_running(sweep: Any) -> None:
 def _cells(path: Path, measure: bool = False) -> Any:
     """Read a sweep file; return the sweep and its cells.
 
-    The cells' GPU hours are meaningful only with `measure`, which measures this machine's rate if the sweep gives none.
+    The cells have GPU hours if the sweep file gives machine.tflops, or with `measure` the rate of this machine's GPU.
     """
     from esvit_scale import config as configs
     from esvit_scale.commands.plan import speed_of
     from esvit_scale.scaling import cells, sweep_file
 
     sweep = sweep_file.read(path)
-    base = configs.resolve(sweep.base, list(sweep.overrides))
-    tflops = sweep.machine.tflops or (None if measure else 1.0)
-    return sweep, cells.cells(sweep, str(path), speed_of(base, tflops, sweep.machine.mfu))
+    base, tflops = configs.resolve(sweep.base, list(sweep.overrides)), sweep.machine.tflops
+    speed = speed_of(base, tflops, sweep.machine.mfu) if tflops or measure else None
+    return sweep, cells.cells(sweep, str(path), speed)
 
 
 def _plan(options: argparse.Namespace) -> int:

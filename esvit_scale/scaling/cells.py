@@ -54,10 +54,10 @@ class Cell:
         return cooldown_start(self.steps, self.config.optim.cooldown)
 
     @property
-    def gpu_hours(self) -> float:
-        """Return the GPU hours of the steps that this cell trains itself, without those of its parent."""
-        own = self.steps - (self.parent.branch_step if self.parent else 0)
-        return float(self.plan.numbers["gpu_hours"]) * own / self.steps
+    def gpu_hours(self) -> float | None:
+        """Return the GPU hours of the steps that this cell trains itself, without its parent's; None: no known rate."""
+        own, hours = self.steps - (self.parent.branch_step if self.parent else 0), self.plan.numbers["gpu_hours"]
+        return None if hours is None else float(hours) * own / self.steps
 
     @property
     def images_seen(self) -> int:
@@ -70,14 +70,14 @@ class Cell:
         return self.images_seen / self.unique_images
 
 
-def cells(sweep: Sweep, where: str, speed: Speed) -> list[Cell]:
+def cells(sweep: Sweep, where: str, speed: Speed | None) -> list[Cell]:
     """Return all cells of a sweep, ordered by size, budget, unique images and seed.
 
     The order is fixed, so that an index names the same cell as long as the sweep file does not change.
 
     Args:
         where: path of the sweep file, for errors.
-        speed: the rate from which GPU hours are estimated.
+        speed: the rate from which GPU hours are estimated; None: the cells have none.
 
     Raises:
         UserError: a size, the base config or its data do not fit, or two cells are the same run.
@@ -121,7 +121,7 @@ def _cell(
     where: str,
     base: Config,
     data: Manifest,
-    speed: Speed,
+    speed: Speed | None,
     shape: Shape,
     budget: float,
     unique: int | None,
@@ -229,21 +229,30 @@ def table(found: list[Cell], sweep: Sweep) -> str:
         )
         lines += [f"       {problem}" for problem in cell.problems]
     good = [cell for cell in found if not cell.problems]
-    hours = sum(cell.gpu_hours for cell in good)
     rule = f"lr = {sweep.lr.value or 'the base config’s'}"
     if sweep.lr.exponent:
         rule += f" · (trunk parameters / {sweep.lr.at_params:g})^{sweep.lr.exponent:g}"
-    source = f", at {good[0].plan.numbers['speed']['source']}" if good else ""
     refused = f", {len(found) - len(good)} refused" if len(good) < len(found) else ""
     lines += [
         "",
-        f"{len(good)} cells{refused}; {_cost(hours)} GPU hours on {sweep.machine.gpus} GPU(s) a cell (estimate{source})",
+        f"{len(good)} cells{refused}; {_total_cost(good, sweep)}",
         f"learning rate: {rule}, per 256 images; horizon: {sweep.horizon}",
     ]
     return "\n".join(lines)
 
 
-def _cost(hours: float) -> str:
+def _total_cost(good: list[Cell], sweep: Sweep) -> str:
+    """Return what the cells cost together: GPU hours, or FLOPs where no rate is known."""
+    hours = [cell.gpu_hours for cell in good if cell.gpu_hours is not None]
+    if not hours:
+        return f"{sum(cell.flops for cell in good):.3g} FLOPs; give machine.tflops in the sweep file for GPU hours"
+    source = good[0].plan.numbers["speed"]["source"]
+    return f"{_cost(sum(hours))} GPU hours on {sweep.machine.gpus} GPU(s) a cell (estimate, at {source})"
+
+
+def _cost(hours: float | None) -> str:
+    if hours is None:
+        return "–"
     return f"{hours:.2g}" if hours < 10 else f"{hours:,.0f}"
 
 

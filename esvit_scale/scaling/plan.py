@@ -1,9 +1,10 @@
 """`esvit-scale plan`: estimates memory, time and disk of a config on a number of GPUs, and finds a setting that fits.
 
 No weights are allocated. The state is exact; the peak is the state plus the largest phase of a step (memory.py). The
-time is estimated from an assumed rate, which is printed beside it.
+time is estimated from a rate, which is printed beside it; without one there are FLOPs and no time.
 """
 
+from textwrap import wrap
 from typing import Any, NamedTuple
 
 from esvit_scale.config import Config
@@ -17,18 +18,20 @@ from esvit_scale.scaling.memory import ElementCounts, Memory
 
 HEADROOM = 0.92  # usable fraction of a GPU's memory; the driver, allocator's gaps and kernels' scratch take the rest
 IMAGENET = 1_281_167
-PARTS = (
-    "parameters",
-    "masters",
-    "moments",
-    "ema",
-    "teacher",
-    "gradients",
-    "buckets",
-    "gathered",
-    "activations",
-    "loss",
-)
+ROWS = {  # the parts of a rank's memory, each with the sentence that explains its row of the table
+    "parameters": "the student's weights, in the precision of the run",
+    "masters": "fp32 weights, which the optimizer changes (zero0: the parameters are fp32 themselves)",
+    "moments": "the optimizer's two averages of each gradient, in fp32",
+    "ema": "the teacher's weights in fp32, an average of the student's",
+    "teacher": "the teacher's weights, in the precision of the run",
+    "gradients": "this GPU's part, kept from the backward to the optimizer's step",
+    "buckets": "buffers in which gradients are summed over GPUs",
+    "gathered": "weights that zero3 puts together while a layer uses them",
+    "activations": "crops, and what the forward keeps for the backward",
+    "loss": "workspace of the cross-entropy over the prototypes",
+}
+PARTS = tuple(ROWS)
+ASK_FOR_RATE = "give --tflops RATE for a time: what one of your GPUs reaches on large matrix products, for example 400"
 GIB, TERA = 2**30, 1e12
 CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "selective", "full")
 RECOMPUTING = {"none": 0.0, "selective": 0.1, "full": 0.25}  # fraction of a step that computes activations again
@@ -76,12 +79,13 @@ class Plan(NamedTuple):
     numbers: dict[str, Any]
 
 
-def plan(config: Config, gpus: int, capacity: int, images: int | None, speed: Speed) -> Plan:
+def plan(config: Config, gpus: int, capacity: int, images: int | None, speed: Speed | None) -> Plan:
     """Estimate the memory, time and disk that a config needs on `gpus` GPUs.
 
     Args:
         capacity: bytes of one GPU.
         images: number of images in the training set, for the length of an epoch; None: as in ImageNet-1K.
+        speed: the rate from which the time is estimated; None: no time.
 
     Raises:
         UserError: the batch does not divide over the GPUs, or the trunk cannot be built.
@@ -148,40 +152,54 @@ def _enough_accumulation(config: Config, gpus: int, capacity: int) -> int | None
 
 
 def _numbers(
-    config: Config, network: ElementCounts, gpus: int, images: int | None, speed: Speed, checkpointing: Checkpointing
+    config: Config,
+    network: ElementCounts,
+    gpus: int,
+    images: int | None,
+    speed: Speed | None,
+    checkpointing: Checkpointing,
 ) -> dict[str, Any]:
-    """Return the costs that do not depend on the ZeRO stage: parameters, FLOPs, time and checkpoint size.
-
-    Time is useful FLOPs (as MFU counts them) over the rate, of which activation checkpointing takes its fraction.
-    """
-    per_image = costs.image_flops(config, "useful")
+    """Return the costs that do not depend on the ZeRO stage: parameters, FLOPs, time and checkpoint size."""
     trunk, heads = costs.parameters(config)
-    rate = gpus * speed.tflops * TERA * speed.mfu / per_image
-    rate *= 1 - RECOMPUTING[checkpointing]
-    count = images or IMAGENET
-    steps_per_epoch = max(1, count // config.train.global_batch)
-    steps = config.train.steps or config.train.epochs * steps_per_epoch
-    seen = steps * config.train.global_batch
+    count, batch = images or IMAGENET, config.train.global_batch
+    steps = config.train.steps or config.train.epochs * max(1, count // batch)
     checkpoint = memory.checkpoint_bytes(network)
+    per_image, useful = costs.image_flops(config), costs.image_flops(config, "useful")
     return {
         "trunk_params": trunk,
         "head_params": heads,
         "counted": TRACED if costs.traced(config) else CLOSED_FORM,
-        "gflops_per_image": costs.image_flops(config) / 1e9,
-        "useful_gflops_per_image": per_image / 1e9,
+        "gflops_per_image": per_image / 1e9,
+        "useful_gflops_per_image": useful / 1e9,
+        "flops_per_step": per_image * batch,
         "images_per_epoch": count,
         "images_assumed": images is None,
         "steps": steps,
-        "images_seen": seen,
-        "total_flops": costs.image_flops(config) * seen,
-        "speed": speed._asdict(),
+        "images_seen": steps * batch,
+        "total_flops": per_image * steps * batch,
+        "speed": speed and speed._asdict(),
         "recomputes": checkpointing != "none",
-        "images_per_s": rate,
-        "hours_per_epoch": count / rate / 3600,
-        "hours": seen / rate / 3600,
-        "gpu_hours": gpus * seen / rate / 3600,
+        **_times(gpus, useful, count, steps * batch, speed, checkpointing),
         "checkpoint_bytes": checkpoint,
         "checkpoints_disk_bytes": checkpoint * (config.train.keep_checkpoints + 1),  # plus the one being written
+    }
+
+
+def _times(
+    gpus: int, useful: float, images: int, seen: int, speed: Speed | None, checkpointing: Checkpointing
+) -> dict[str, float | None]:
+    """Return images per second and hours, each None without a speed.
+
+    Time is useful FLOPs (as MFU counts them) over the rate, of which activation checkpointing takes its fraction.
+    """
+    if speed is None:
+        return dict.fromkeys(("images_per_s", "hours_per_epoch", "hours", "gpu_hours"))
+    rate = gpus * speed.tflops * TERA * speed.mfu / useful * (1 - RECOMPUTING[checkpointing])
+    return {
+        "images_per_s": rate,
+        "hours_per_epoch": images / rate / 3600,
+        "hours": seen / rate / 3600,
+        "gpu_hours": gpus * seen / rate / 3600,
     }
 
 
@@ -221,22 +239,58 @@ def table(found: Plan, config: Config, gpus: int) -> str:
         f"{f'fits in {usable / GIB:.1f}':{width}s}"
         + "".join(f"{'yes' if s.memory.peak <= usable else 'no':>11s}" for s in found.settings)
     )
+    lines += ["", *_explained(found.capacity), ""]
+    if found.fits:
+        lines.append(f"smallest that fits  {found.fits.name}: {found.fits.keys}")
+    return "\n".join([*lines, *_costs(found, config)])
+
+
+def _explained(capacity: int) -> list[str]:
+    """Return the lines that explain the table's rows and columns."""
+    notes = ROWS | {
+        "peak": "the first five rows, which stay, and what the largest of forward, backward and the optimizer's step "
+        "needs; the other rows are not all there at once, so the sum of the rows is not the peak",
+        "fits in": f"{HEADROOM:.0%} of {gib(capacity)}: {1 - HEADROOM:.0%} are left for the driver, gaps between the "
+        "allocator's blocks and scratch space of kernels",
+        "+sel, +ckpt": "train.activation_checkpointing=selective and =torch: fewer activations, more computing",
+    }
+    lines = ["What the rows are:"]
+    for name, note in notes.items():
+        lines += wrap(note, 118, initial_indent=f"  {name:14s}", subsequent_indent=16 * " ")
+    return lines
+
+
+def _costs(found: Plan, config: Config) -> list[str]:
+    """Return the lines below the table: parameters, FLOPs, time and size of a checkpoint."""
     n = found.numbers
     assumed = " (ImageNet-1K's; the shards are not given)" if n["images_assumed"] else ""
-    lines += [
-        "",
-        *([f"smallest that fits  {found.fits.name}: {found.fits.keys}"] if found.fits else []),
+    lines = [
         f"parameters          {n['trunk_params']:,} trunk + {n['head_params']:,} heads",
-        f"FLOPs               {n['gflops_per_image']:,.1f} G an image, {n['total_flops']:.3g} in all, {n['steps']:,} steps",
+        f"FLOPs               {n['gflops_per_image']:,.1f} G an image, {n['flops_per_step']:.3g} a step of "
+        f"{config.train.global_batch:,} images, {n['total_flops']:.3g} in all {n['steps']:,} steps",
         f"                    FLOPs and activations {n['counted']}",
-        f"time (estimate)     {_hours(n['hours_per_epoch'])} an epoch of {n['images_per_epoch']:,} images{assumed}, "
-        f"{_hours(n['hours'])} in all, {n['gpu_hours']:,.1f} GPU hours",
-        f"                    at {n['images_per_s']:,.0f} images/s: {n['speed']['source']}"
-        + (f"; {RECOMPUTING[found.fits.checkpointing]:.0%} of it recomputes" if found.fits and n["recomputes"] else ""),
-        f"checkpoint          {gib(n['checkpoint_bytes'])} each, {gib(n['checkpoints_disk_bytes'])} on disk at "
-        f"train.keep_checkpoints={config.train.keep_checkpoints}",
     ]
-    return "\n".join(lines)
+    if n["speed"]:
+        lines += [
+            f"time (estimate)     {_hours(n['hours_per_epoch'])} an epoch of {n['images_per_epoch']:,} images{assumed}, "
+            f"{_hours(n['hours'])} in all, {n['gpu_hours']:,.1f} GPU hours",
+            f"                    at {n['images_per_s']:,.0f} images/s: {n['speed']['source']}"
+            + (
+                f"; {RECOMPUTING[found.fits.checkpointing]:.0%} of it recomputes"
+                if found.fits and n["recomputes"]
+                else ""
+            ),
+        ]
+    else:
+        lines += [
+            f"epoch               {n['images_per_epoch']:,} images{assumed}",
+            f"time                {ASK_FOR_RATE}",
+        ]
+    lines.append(
+        f"checkpoint          {gib(n['checkpoint_bytes'])} each, {gib(n['checkpoints_disk_bytes'])} on disk at "
+        f"train.keep_checkpoints={config.train.keep_checkpoints}"
+    )
+    return lines
 
 
 def gib(count: float) -> str:

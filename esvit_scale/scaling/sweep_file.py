@@ -59,7 +59,7 @@ class Machine(Section):
 
     gpus: Positive = 1
     gpu_memory: AboveZero = 80.0  # GiB of one GPU
-    tflops: AboveZero | None = None  # TFLOP/s of one GPU on large matrix products; null: measured on this machine
+    tflops: AboveZero | None = None  # TFLOP/s of one GPU on large matrix products; null: this machine's GPU is measured
     mfu: Annotated[Fraction, Field(gt=0)] = 0.35
 
 

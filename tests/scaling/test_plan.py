@@ -156,3 +156,28 @@ def test_plan_command_prints_table_json_and_refusal(capsys):
     }
     assert cli.main(["plan", "swinv2_g", "--gpus", "1", "--gpu-memory", "24G", "--tflops", "400"]) == 2
     assert "would fit" in capsys.readouterr().err
+
+
+def test_plan_explains_every_row(capsys):
+    assert cli.main(["plan", "demo", "--gpus", "2", "--gpu-memory", "16G", "--tflops", "400"]) == 0
+    table, _, below = capsys.readouterr().out.partition("What the rows are:\n")
+    rows = [line.split("  ")[0] for line in table.splitlines()[1:] if line]
+    assert rows[-2:] == ["peak", "fits in 14.7"]
+    for row in rows:
+        assert f"\n  {row.removesuffix(' 14.7')}  " in f"\n{below}", row
+    assert "92% of 16.00 GiB: 8% are left for the driver" in below
+
+
+def test_plan_without_a_known_rate_asks_for_it_and_guesses_no_time(capsys, monkeypatch):
+    """On a machine without a GPU the rate of GPUs is unknown; the CPU's own would give thousands of days."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    line = ["plan", "swin_t", "--gpus", "8", "--gpu-memory", "80G"]
+    assert cli.main(line) == 0
+    text = capsys.readouterr().out
+    assert "give --tflops RATE for a time" in text
+    assert "7.91e+13 a step of 512 images, 5.93e+19 in all 750,600 steps" in text
+    assert not any(word in text for word in ("days", " h in all", "GPU hours", "images/s", "MFU"))
+    assert cli.main([*line, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [found[key] for key in ("speed", "images_per_s", "hours_per_epoch", "hours", "gpu_hours")] == [None] * 5
+    assert found["flops_per_step"] * found["steps"] == pytest.approx(found["total_flops"])

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -205,10 +206,17 @@ def test_unique_images_limit_the_data_not_the_steps(tmp_path):
 
 
 def test_sweep_plan_prints_costs(tmp_path, capsys):
+    assert cli.main(["sweep", "plan", str(write(tmp_path, machine={"gpu_memory": 16, "tflops": 100}))]) == 0
+    assert re.search(r"4 cells; \S+ GPU hours on 1 GPU\(s\) a cell \(estimate, at 100 TFLOP/s", capsys.readouterr().out)
+
+
+def test_sweep_plan_without_a_known_rate_asks_for_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert cli.main(["sweep", "plan", str(write(tmp_path))]) == 0
     text = capsys.readouterr().out
-    assert "4 cells" in text
-    assert "GPU hours" in text
+    assert re.search(r"4 cells; \S+ FLOPs; give machine.tflops in the sweep file for GPU hours", text)
+    assert cli.main(["sweep", "plan", str(write(tmp_path)), "--json"]) == 0
+    assert {cell["gpu_hours"] for cell in json.loads(capsys.readouterr().out)} == {None}
 
 
 @pytest.mark.parametrize("sbatch", [None, "#!/bin/sh\necho noise >&2; echo 'sbatch: fatal: no cluster' >&2; exit 1\n"])
