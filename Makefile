@@ -1,4 +1,4 @@
-# make demo | test | test-slow | lint | venv | slurm-tools | clean
+# make demo | test | test-slow | lint | docs | venv | slurm-tools | clean
 #
 # STACK=oldest         the versions of constraints/oldest.txt, in a folder of their own, .venv-oldest; without it the
 #                      newest tested versions that pip can install, in .venv
@@ -26,7 +26,7 @@ HAVE_INDEX := $(shell cat $(VENV)/.torch-index 2>/dev/null)
 INDEX := $(or $(TORCH_INDEX),$(HAVE_INDEX))
 STALE := $(if $(filter-out $(HAVE_INDEX),$(INDEX)),yes) $(shell $(RUN) -c '' 2>/dev/null || echo yes)
 
-.PHONY: help demo test test-slow lint venv slurm-tools clean FORCE
+.PHONY: help demo test test-slow lint docs venv slurm-tools clean FORCE
 
 help:
 	@sed -n '1,9s/^# \{0,1\}//p' Makefile
@@ -52,6 +52,11 @@ lint: venv
 	@$(RUN) -m ruff format --check
 	@$(RUN) -m mypy
 
+# A page that docs/README.md does not list, or a dead link, is an error.
+docs: venv
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+	@echo "The documentation: $(CURDIR)/site/index.html"
+
 # What tests/slurm needs (Debian, Ubuntu; as root). Without it these tests are skipped.
 slurm-tools:
 	@for tool in slurmctld slurmd sbatch munged shellcheck ip; do command -v $$tool >/dev/null || missing=1; done; \
@@ -76,10 +81,10 @@ $(STAMP): pyproject.toml $(wildcard constraints/*) $(if $(strip $(STALE)),FORCE)
 	fi; \
 	touch $(VENV)/.installing
 	@[ -z "$(INDEX)" ] || echo "$(INDEX)" > $(VENV)/.torch-index
-	@$(RUN) constraints/install.py $(STACK) dev,tracking,export,opencv,browser,tiff $(INDEX) || { \
+	@$(RUN) constraints/install.py $(STACK) dev,tracking,export,opencv,browser,tiff,docs $(INDEX) || { \
 	  [ -z "$(INDEX)" ] || echo "torch was asked from TORCH_INDEX=$(INDEX); give another, or 'make clean' forgets it" >&2; \
 	  echo "The installation failed; the lines above say why. 'make venv' starts it again." >&2; exit 1; }
 	@rm $(VENV)/.installing; touch $(STAMP)
 
 clean:
-	rm -rf .venv .venv-* .mypy_cache .ruff_cache .pytest_cache build dist *.egg-info
+	rm -rf .venv .venv-* .mypy_cache .ruff_cache .pytest_cache build dist site *.egg-info

@@ -69,6 +69,8 @@ TESTED = {
     "imagecodecs": Range("2025.3.30", "2026.3.6"),
     "playwright": Range("1.45.0", "1.65.2"),
     "wandb": Range("0.31.0", "0.31.0"),
+    "mkdocs": Range("1.6.1", "1.6.1"),
+    "mkdocs-material": Range("9.6.1", "9.8.2"),
 }
 IMPORTED = ("torch", "torchvision", "timm", "deepspeed", "fairscale", "webdataset")  # each has a row of its own
 EXTRAS = {
@@ -80,7 +82,10 @@ EXTRAS = {
     ),
     "opencv": Extra(("opencv-python-headless",), "data.photometric: workers"),
     "tiff": Extra(("tifffile", "imagecodecs"), "TIFF other than 8-bit RGB"),
-    "browser": Extra(("playwright",), "the test that opens a report in Chromium (also: playwright install chromium)"),
+    "docs": Extra(("mkdocs", "mkdocs-material"), "make docs: the documentation as a site"),
+    "browser": Extra(
+        ("playwright",), "the tests that open reports and the site in Chromium (also: playwright install chromium)"
+    ),
 }
 # Other distributions that provide the same module, of which one is installed in place of the first.
 SAME_MODULE = {

@@ -2,7 +2,9 @@
 
 import logging
 import os
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -68,3 +70,18 @@ def _free_engines() -> Iterator[None]:
     engine.build = build
     for engines in built:
         engines.student.destroy()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium: the one that playwright installed, else one of the system's."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (the extra `browser`)")
+    system = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    with sync_api.sync_playwright() as playwright:
+        own = Path(playwright.chromium.executable_path)
+        if not own.exists() and system is None:
+            pytest.skip("no browser: `playwright install chromium`, or a chromium of the system")
+        path = {} if own.exists() else {"executable_path": system}
+        opened = playwright.chromium.launch(args=["--no-sandbox"], **path)
+        yield opened
+        opened.close()

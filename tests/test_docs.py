@@ -166,6 +166,21 @@ def test_links_lead_to_a_file_and_a_heading(page: str) -> None:
     assert wrong == []
 
 
+def test_every_page_is_listed_once_in_the_index() -> None:
+    """The site takes its navigation from there."""
+    rows = re.findall(r"^\| (\[.*?) \|", (ROOT / "docs" / "README.md").read_text(), re.MULTILINE)
+    listed = [link for row in rows for link in re.findall(r"\]\(([\w.]+\.md)\)", row)]
+    assert sorted(listed) == sorted(p.name for p in (ROOT / "docs").glob("*.md") if p.name != "README.md")
+
+
+def test_no_page_has_a_drawing_that_needs_the_network() -> None:
+    """Pages are also read as a site without a network, where no script draws Mermaid."""
+    drawn = [
+        page for page in PAGES if any(language == "mermaid" for _, language, _ in fenced((ROOT / page).read_text()))
+    ]
+    assert drawn == []
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_and_their_options_exist(page: str, every_option: set[str]) -> None:
     text = (ROOT / page).read_text()

@@ -2,8 +2,6 @@
 
 import io
 import json
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +20,6 @@ from esvit_scale.report.html import write_report
 
 pytestmark = pytest.mark.slow
 SCREENS = {"desk": (1280, "light"), "dark desk": (1280, "dark"), "phone": (390, "dark")}
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Chromium: the one that playwright installed, else one of the system's."""
-    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (the extra `browser`)")
-    system = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    with sync_api.sync_playwright() as playwright:
-        own = Path(playwright.chromium.executable_path)
-        if not own.exists() and system is None:
-            pytest.skip("no browser: `playwright install chromium`, or a chromium of the system")
-        path = {} if own.exists() else {"executable_path": system}
-        opened = playwright.chromium.launch(args=["--no-sandbox"], **path)
-        yield opened
-        opened.close()
 
 
 @pytest.fixture
