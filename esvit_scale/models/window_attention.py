@@ -96,4 +96,4 @@ def attend(qkv: Tensor, bias: Tensor, masks: tuple[tuple[int, int, Tensor], ...]
     scores[done:] = unmasked
     flat = scores.flatten(0, 1)  # the product is added to bias and mask, in one pass
     torch.baddbmm(flat, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5, out=flat)
-    return packed, scores.softmax(-1)
+    return packed, scores.softmax(-1, dtype=scores.dtype)  # autocast on a GPU would widen it

@@ -222,7 +222,6 @@ class Trainer:
     def _record(self, batch: Batch, result: StepResult) -> None:
         """Take all ranks' flags, write the records of the last step, and act on it if it was skipped."""
         self._run.watchdog.beat(self.step)
-        self._write_row()
         self._metrics.add_worker_rates(batch.worker_rates)
         lost = not result.applied and not bool(torch.isfinite(result.logs["loss"]))
         mine = Flag.LOSS_NOT_FINITE if lost else Flag(0)
@@ -232,6 +231,7 @@ class Trainer:
             self._flags |= Flag(collectives.all_reduce_flags(mine))
         if self._flags & Flag.TAKEN_OVER:
             raise self._run.lock.taken_over()
+        self._write_row()
         of_ranks = collectives.gather_objects(batch.bad) if self._flags & Flag.BAD_SAMPLES else []
         bad = [sample for samples in of_ranks for sample in samples]
         self._logger.bad_samples(self.step, bad)
@@ -339,10 +339,10 @@ class Trainer:
 
     def _save(self) -> None:
         """Begin to save the state, unless this step is saved already. If the state is not finite, roll back instead."""
+        collectives.run_on_rank0_and_broadcast(self._run.lock.check_held)
         self._write_row()  # a resume from here must find it
         if self._saved_step == self.step:
             return
-        collectives.run_on_rank0_and_broadcast(self._run.lock.check_held)
         if bad := state.find_nonfinite(self.engines, self.objective.extra_state()):
             self._roll_back(f"the state is not finite ({', '.join(bad[:3])}) and was not saved")
             return

@@ -244,17 +244,21 @@ def test_stale_claim_does_not_block_a_takeover(tmp_path: Path) -> None:
     assert not claim.exists()
 
 
-def test_run_that_was_taken_over_exits_with_75(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("noticed_by", "last_row"), [("heartbeat", 4), ("save", 9)])
+def test_run_that_was_taken_over_exits_with_75(tmp_path: Path, noticed_by: str, last_row: int) -> None:
+    """It writes no row after it has noticed, not even one that was begun: metrics.jsonl is the other process's now."""
     from esvit_scale.train import pretraining
     from esvit_scale.train.trainer import Trainer
     from tests import tiny
 
-    config = tiny.config(tmp_path / "run", tiny.shards(tmp_path / "shards"))
+    config = tiny.config(tmp_path / "run", tiny.shards(tmp_path / "shards"), train__log_every=1)
     real = Trainer.train_step
 
     def train_step(trainer: Trainer, *arguments: Any, **options: Any) -> Any:
         if trainer.step == 5:
             files.write_json(tmp_path / "run/lock.json", STALE | {"heartbeat": time.time(), "token": "other"})
+            if noticed_by == "heartbeat":
+                assert not trainer._run.lock.held()
         return real(trainer, *arguments, **options)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -263,3 +267,4 @@ def test_run_that_was_taken_over_exits_with_75(tmp_path: Path) -> None:
             pretraining.pretrain(config)
     assert not (tmp_path / "run" / "checkpoints").exists()
     assert json.loads((tmp_path / "run/lock.json").read_text())["token"] == "other"
+    assert tiny.rows(tmp_path / "run")[-1]["step"] == last_row
