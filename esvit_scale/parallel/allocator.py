@@ -7,13 +7,14 @@ its peak, and spends up to a quarter of its time there. tcmalloc and jemalloc ke
 
 import ctypes
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 KEY = "ESVIT_MALLOC"  # environment variable; `system` leaves the allocator as it is
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of mallopt(3)
 _LARGEST_INT = 2**31 - 1
 _LARGEST_KEPT = 2**30  # bytes; larger blocks are still unmapped when they are freed
+_LARGEST_KEPT_OLD = 32 * 2**20  # the most that glibc before 2.35 accepts
 
 
 def keep_freed_memory(environment: Mapping[str, str] = os.environ) -> bool:
@@ -27,9 +28,13 @@ def keep_freed_memory(environment: Mapping[str, str] = os.environ) -> bool:
     )
     if own or environment.get(KEY) == "system" or not _malloc_is_from_glibc():
         return False
-    mallopt = ctypes.CDLL(None).mallopt
-    # mallopt returns 1 for any parameter, so its result says nothing.
-    mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT)
+    return set_thresholds(ctypes.CDLL(None).mallopt)
+
+
+def set_thresholds(mallopt: Callable[[int, int], int]) -> bool:
+    """Set from which size on mallopt(3) unmaps freed blocks, as high as it accepts, and return whether it is set."""
+    if not (mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT) or mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT_OLD)):
+        return False  # then the other threshold must not be set: it would fix this one at 128 KiB
     mallopt(_TRIM_THRESHOLD, _LARGEST_INT)
     return True
 

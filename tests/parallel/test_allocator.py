@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from esvit_scale.parallel import allocator
+
 SCRIPT = """
 import resource
 from esvit_scale.parallel import allocator
@@ -50,3 +52,22 @@ def test_allocator_is_left_alone_when_the_environment_says_so(variables):
 def test_another_allocator_is_left_alone():
     is_set, _ = run(LD_PRELOAD=str(TCMALLOC))
     assert not is_set
+
+
+@pytest.mark.parametrize(
+    ("largest", "mapped_from", "is_set"),
+    [(2**31, 2**30, True), (2**25, 2**25, True), (2**20, 2**17, False)],
+    ids=["glibc 2.35", "older", "none is accepted"],
+)
+def test_threshold_is_the_highest_that_glibc_accepts(largest: int, mapped_from: int, is_set: bool) -> None:
+    """glibc before 2.35 refuses thresholds above 32 MiB; with only the trim threshold set, 128 KiB would stay for good."""
+    thresholds = {-3: 2**17, -1: 2**17}  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD as they are in a new process
+
+    def mallopt(parameter: int, value: int) -> int:
+        if parameter == -3 and value > largest:
+            return 0
+        thresholds[parameter] = value
+        return 1
+
+    assert allocator.set_thresholds(mallopt) is is_set
+    assert thresholds == {-3: mapped_from, -1: 2**31 - 1 if is_set else 2**17}
