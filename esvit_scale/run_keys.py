@@ -260,8 +260,8 @@ class Train(Section):
     ds_config: str = "zero1"
     """DeepSpeed configuration, which gives the ZeRO stage: a name in ds_configs/, or a path to a .json file."""
     activation_checkpointing: Literal["none", "selective", "torch", "deepspeed", "fairscale"] = "none"
-    """What computes activations again in the backward pass, to save memory: selective keeps the products that are dear to
-    compute, the others keep the inputs of blocks alone."""
+    """What computes activations again in the backward pass, to save memory: selective keeps the products that are
+    expensive to compute, the others keep the inputs of blocks alone."""
     compile: bool = False
     """Whether torch.compile compiles the blocks; the first step then takes minutes."""
     log_every: Positive = 10

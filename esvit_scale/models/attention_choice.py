@@ -12,23 +12,14 @@ import torch
 from torch import Tensor
 
 from esvit_scale.models.window_attention import attend_math
-from esvit_scale.models.window_attention_forms import AttendWindows
-from esvit_scale.models.windows import WindowPlan
+from esvit_scale.models.window_attention_implementations import AttendWindows
+from esvit_scale.models.windows import WindowLayout, WindowPlan
 
 # A candidate's error may be this many times that of the written-out attention in the run's precision …
 ERROR_RATIO = 2.0
 # … or this, whichever is larger: relative error of fp32 sums over 10⁵ terms in another order. tf32 has 3e-4.
 ERROR_FLOOR = 2e-5
 WARM_UPS, ROUNDS = 2, 5
-
-
-class WindowLayout(NamedTuple):
-    """The windows of the blocks of one stage with one shift, for a batch of crops."""
-
-    plan: WindowPlan
-    heads: int
-    depth: int  # values of a head
-    blocks: int  # number of blocks with this layout
 
 
 class Outcome(NamedTuple):

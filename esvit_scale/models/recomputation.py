@@ -1,13 +1,14 @@
-"""Selective activation checkpointing: what a block keeps from its forward, and what its backward computes again.
+"""Selective activation checkpointing: what a block keeps from its forward, and what its backward recomputes.
 
-A block is checkpointed as a whole, but products that are dear to compute are taken from the forward when the rest is
-computed again. Keeping a value costs two or four bytes, whatever it is; computing it again costs as many multiply-adds
-as the product's inner dimension: C for queries, keys, values and the first layer of an MLP, 4C for its second layer,
-but only d or L (32 or 49 in Swin) for the two products of window attention. So products are kept from an inner
-dimension of `DEAR` on. In Swin-T these are those of the third and fourth stage, which have two thirds of the work and a
-third of the bytes. Norms, softmax, GELU, window partition and window attention are always computed again.
+A block is checkpointed as a whole, but products that are expensive to compute are taken from the forward when the rest
+is recomputed. Keeping a value costs two or four bytes, whatever it is; recomputing it costs as many multiply-adds as
+the product's inner dimension: C for queries, keys, values and the first layer of an MLP, 4C for its second layer, but
+only d or L (32 or 49 in Swin) for the two products of window attention. So products are kept from an inner dimension of
+`MIN_INNER_DIMENSION` on. In Swin-T these are those of the third and fourth stage, which have two thirds of the work and
+a third of the bytes. Norms, softmax, GELU, window partition and window attention are always recomputed
+(of model.attention=sdpa only in windows of fewer than 128 tokens, because 2L multiply-adds make one of its values).
 
-Results of random operations are never kept: those that are computed again then draw the numbers of the forward
+Results of random operations are never kept: those that are recomputed then draw the numbers of the forward
 (findings/selective_checkpointing_random_ops.sh). Stochastic depth is a hash of keys and draws nothing.
 """
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-DEAR = 256  # multiply-adds per value of a product, from which on it is kept
+MIN_INNER_DIMENSION = 256  # a product is kept if each of its values takes at least so many multiply-adds
 
 _state = threading.local()
 _aten = torch.ops.aten
@@ -30,7 +31,7 @@ _aten = torch.ops.aten
 
 @contextmanager
 def recomputing() -> Iterator[None]:
-    """Mark this context as one in which a forward is computed again for its backward."""
+    """Mark this context as one in which a forward is recomputed for its backward."""
     before = is_recomputing()
     _state.recomputing = True
     try:
@@ -40,15 +41,15 @@ def recomputing() -> Iterator[None]:
 
 
 def is_recomputing() -> bool:
-    """Return whether this thread computes a forward again for its backward (with torch's checkpointing)."""
+    """Return whether this thread recomputes a forward for its backward (with torch's checkpointing)."""
     return getattr(_state, "recomputing", False)
 
 
 def last_of_block(product: Callable[[], Tensor], shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Return the product that ends a block, where its result is only added to the residual stream.
 
-    No gradient needs the result. So it is not kept, and when the block is computed again, zeros (of the `shape`, and of
-    the type of `like`) take its place, which need no memory.
+    No gradient needs the result. So it is not kept, and when the block is recomputed, zeros (of the `shape`, and of the
+    type of `like`) take its place, which need no memory.
     """
     if is_recomputing():
         return like.new_zeros(()).expand(shape)
@@ -62,15 +63,15 @@ def last_of_block(product: Callable[[], Tensor], shape: tuple[int, ...], like: T
 def is_kept(operation: Any, args: tuple[Any, ...]) -> bool:
     """Return whether the result of an aten operation with these arguments is kept from the forward."""
     if operation in _LINEAR:
-        return bool(args[_LINEAR[operation]].shape[0] >= DEAR)
+        return bool(args[_LINEAR[operation]].shape[0] >= MIN_INNER_DIMENSION)
     if operation is _aten.convolution.default:
         weight, transposed = args[1], args[6]
-        return bool(not transposed and weight[0].numel() >= DEAR)
-    return operation in _ATTENTION
+        return bool(not transposed and weight[0].numel() >= MIN_INNER_DIMENSION)
+    return operation in _ATTENTION and bool(2 * args[1].shape[-2] >= MIN_INNER_DIMENSION)  # keys [n, heads, L, d]
 
 
 _LINEAR = {_aten.mm.default: 1, _aten.addmm.default: 2}  # position of the weight [inner, outer]
-_ATTENTION = {  # fused kernels over whole sequences: 2L multiply-adds per value
+_ATTENTION = {  # fused kernels: 2L multiply-adds per value
     getattr(_aten, name).default
     for name in (
         "_scaled_dot_product_flash_attention",
@@ -82,11 +83,11 @@ _ATTENTION = {  # fused kernels over whole sequences: 2L multiply-adds per value
 }
 
 
-class Kept(TorchDispatchMode):
+class KeepResults(TorchDispatchMode):
     """A mode that keeps the results of a forward for which `is_kept` holds, in order.
 
-    Under `reused` the same forward, when it is computed again, takes them instead of computing them. Each is given away
-    once, so that its memory is free as soon as the backward is done with it.
+    Under `reused` the same forward, when it is recomputed, takes them instead of computing them. Each is given away once,
+    so that its memory is free as soon as the backward is done with it.
     """
 
     def __init__(self) -> None:
@@ -103,7 +104,7 @@ class Kept(TorchDispatchMode):
 
     @contextmanager
     def reused(self) -> Iterator[None]:
-        """Within the context, compute the forward again and take what was kept."""
+        """Within the context, recompute the forward and take what was kept."""
         with recomputing(), _Reused(self.results):
             yield
 

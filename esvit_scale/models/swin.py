@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from esvit_scale.models import swin_forms
-from esvit_scale.models.attention_choice import WindowLayout
 from esvit_scale.models.attention_maps import BlockAttention
 from esvit_scale.models.block_parts import GeluMlp, add_branch
 from esvit_scale.models.descriptions import HuggingFaceForm, TimmForm, TrunkCard, TrunkFormulas
@@ -27,11 +26,12 @@ from esvit_scale.models.swin_costs import SwinFormulas
 from esvit_scale.models.swin_plain import PlainSwin
 from esvit_scale.models.tokens import crop_means, split
 from esvit_scale.models.trunk import Features, TokenMap, Trunk
-from esvit_scale.models.window_attention import attend, attend_math, bias_of_pairs
-from esvit_scale.models.window_attention_forms import AttendWindows
+from esvit_scale.models.window_attention import attend_math, attention_probabilities, bias_of_pairs
+from esvit_scale.models.window_attention_implementations import AttendWindows
 from esvit_scale.models.windows import (
     Grids,
     Permutation,
+    WindowLayout,
     WindowPlan,
     merge_plan,
     merged,
@@ -141,7 +141,7 @@ class Swin(Trunk):
         return swin_forms.huggingface_v1(self, size)
 
     def use_attention(self, attend: AttendWindows) -> None:
-        """Let every block compute its window attention with this implementation (window_attention_forms.py)."""
+        """Let every block compute its window attention with this implementation (window_attention_implementations.py)."""
         for block in self.blocks:
             cast(WindowAttention, block.attn).attend = attend
 
@@ -181,7 +181,7 @@ class Swin(Trunk):
             tokens, plan = inputs
             s, i, grids, window = layout[len(found)]
             qkv, bias = module.operands(tokens, plan)
-            _, probabilities = attend(qkv, bias, plan.masks)
+            _, probabilities = attention_probabilities(qkv, bias, plan.masks)
             cells = storage_plan(grids, window, tokens.device).tokens[plan.slots.tokens]
             cells[plan.slots.pads] = -1
             _, h, w = grids[0]
@@ -290,7 +290,7 @@ class WindowAttention(nn.Module):
         return {"relative_position_bias_table": normal(0.02)}
 
     def operands(self, tokens: Tensor, plan: WindowPlan) -> tuple[Tensor, Tensor]:
-        """Return the inputs of `window_attention.attend`: qkv [slots, 3C] and the position bias [heads, L, L]."""
+        """Return the inputs of `attention_probabilities`: qkv [slots, 3C] and the position bias [heads, L, L]."""
         return self.qkv(tokens, plan.slots), self.position_bias(tokens.device)
 
     def qkv_bias(self) -> Tensor:

@@ -114,7 +114,7 @@ class SwinFormulas:
 
         The last product of V1, that of fc2, is only added to the residual stream.
         """
-        return 8 if width >= recomputation.DEAR else 0
+        return 8 if width >= recomputation.MIN_INNER_DIMENSION else 0
 
     def _position_bias_product(self) -> list[int]:
         """Return the bytes that selective checkpointing keeps of each block's position-bias network: V1 has none."""
@@ -177,11 +177,11 @@ class SwinV2Formulas(SwinFormulas):
 
     def _values_of_products(self, width: int) -> int:
         """Return V1's values and the output of fc2, whose inner dimension is 4C, because a norm reads it."""
-        return super()._values_of_products(width) + (4 * width >= recomputation.DEAR)
+        return super()._values_of_products(width) + (4 * width >= recomputation.MIN_INNER_DIMENSION)
 
     def _position_bias_product(self) -> list[int]:
         """Return the bytes of the last layer's output: one fp32 value per head and distance."""
-        if self._bias_hidden() < recomputation.DEAR:
+        if self._bias_hidden() < recomputation.MIN_INNER_DIMENSION:
             return super()._position_bias_product()
         maps = self._maps(self.trunk.reductions[0])
         return [(2 * m.window - 1) ** 2 * m.heads * WIDE for m in maps for _ in range(m.depth)]

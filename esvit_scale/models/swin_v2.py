@@ -25,7 +25,7 @@ from esvit_scale.models.layer_norm import LayerNorm
 from esvit_scale.models.swin import Attend, Swin
 from esvit_scale.models.swin_costs import SwinV2Formulas
 from esvit_scale.models.window_attention import attend_math, bias_of_pairs
-from esvit_scale.models.window_attention_forms import AttendWindows
+from esvit_scale.models.window_attention_implementations import AttendWindows
 from esvit_scale.models.windows import (
     Permutation,
     WindowPlan,
@@ -157,7 +157,7 @@ class WindowAttentionV2(nn.Module):
         return {"logit_scale": constant(math.log(10.0)), "q_bias": constant(0.0), "v_bias": constant(0.0)}
 
     def operands(self, tokens: Tensor, plan: WindowPlan) -> tuple[Tensor, Tensor]:
-        """Return the inputs of `window_attention.attend`: qkv [slots, 3C] and the position bias [heads, L, L]."""
+        """Return the inputs of `attention_probabilities`: qkv [slots, 3C] and the position bias [heads, L, L]."""
         return self.scaled_qkv(tokens, plan), self.position_bias(tokens.device)
 
     def scaled_qkv(self, tokens: Tensor, plan: WindowPlan) -> Tensor:

@@ -161,7 +161,7 @@ class KeptByBlocks:
     def __call__(self, block: Callable[..., Any], tokens: Any, *others: Any) -> Any:
         """Run the block, record the bytes that it saved and was given, and return its output."""
         before = self.kept.bytes
-        with recomputation.Kept() as kept:
+        with recomputation.KeepResults() as kept:
             result = block(tokens, *others)
         self.called.append(self.index[id(getattr(block, "__self__", block))])  # a block itself, or its bound method
         self.saved.append(self.kept.bytes - before)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from esvit_scale.errors import UserError
-from esvit_scale.models.attention_choice import WindowLayout
 from esvit_scale.models.attention_maps import BlockAttention
 from esvit_scale.models.descriptions import HuggingFaceForm, TimmForm, TrunkCard, TrunkFormulas
 from esvit_scale.models.plain import PlainTrunk
-from esvit_scale.models.window_attention_forms import AttendWindows
+from esvit_scale.models.window_attention_implementations import AttendWindows
+from esvit_scale.models.windows import WindowLayout
 
 Grid = tuple[int, int, int]  # (crops, H, W)
 

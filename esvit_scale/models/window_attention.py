@@ -24,7 +24,7 @@ class Attention(torch.autograd.Function):
     def forward(ctx: Any, qkv: Tensor, bias: Tensor, masks: tuple[tuple[int, int, Tensor], ...]) -> Tensor:
         """Return the attention output of every slot, [slots, C]."""
         ctx.bias_dtype = bias.dtype
-        packed, probabilities = attend(qkv, bias, masks)
+        packed, probabilities = attention_probabilities(qkv, bias, masks)
         ctx.save_for_backward(packed, probabilities)
         return (probabilities @ packed[2]).transpose(1, 2).reshape(len(qkv), -1)
 
@@ -70,7 +70,9 @@ def bias_of_pairs(table: Tensor, window: int) -> Tensor:
     return table.index_select(0, index).view(window**2, window**2, -1).permute(2, 0, 1)
 
 
-def attend(qkv: Tensor, bias: Tensor, masks: tuple[tuple[int, int, Tensor], ...]) -> tuple[Tensor, Tensor]:
+def attention_probabilities(
+    qkv: Tensor, bias: Tensor, masks: tuple[tuple[int, int, Tensor], ...]
+) -> tuple[Tensor, Tensor]:
     """Return packed q, k, v [3, windows, heads, L, d] and the attention probabilities [windows, heads, L, L].
 
     A row of the probabilities is one query's distribution over the slots of its window. Both are in qkv's precision.

@@ -30,6 +30,18 @@ def tile_side(window: int) -> int:
 
 
 @triton.jit
+def _at(pointer, window, head, stride, L: tl.constexpr, D: tl.constexpr):
+    """Return where the values of one head begin, in the first slot of a window."""
+    return pointer + window * tl.full((), L, tl.int64) * stride + head * D
+
+
+@triton.jit
+def _rowwise_at(pointer, window, slots, head, heads, L: tl.constexpr):
+    """Return where the two numbers of one head begin, for some slots of a window."""
+    return pointer + ((window * tl.full((), L, tl.int64) + slots) * heads + head) * 2
+
+
+@triton.jit
 def _load(pointer, slots, stride, L: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr):
     """Load the values [S, D] of one head at some slots of a window; zeros beyond the window."""
     values = tl.load(pointer + slots[:, None] * stride + tl.arange(0, D)[None, :], mask=slots[:, None] < L, other=0.0)
@@ -98,9 +110,8 @@ def forward(
     rows = tl.program_id(2) * S + tl.arange(0, S)
     if WHOLE:
         bias = _bias(table, head, heads, rows[:, None], tl.arange(0, S)[None, :], WINDOW)
-    slots = tl.full((), L, tl.int64)
     for window in range(tl.program_id(0), windows, tl.num_programs(0)):
-        base = qkv + window * slots * (3 * width) + head * D
+        base = _at(qkv, window, head, 3 * width, L, D)
         q = _load(base, rows, 3 * width, L, D, WIDE)
         of_rows = _region(rows, window, start1, start2, start3, WINDOW, SHIFT)
         top = tl.full((S,), -float("inf"), tl.float32)
@@ -120,9 +131,9 @@ def forward(
             total = total * shrink + tl.sum(weights, 1)
             mixed = mixed * shrink[:, None] + _dot(weights.to(v.dtype), v)
             top = higher
-        _store(out + window * slots * width + head * D, rows, width, mixed / total[:, None], L, D)
+        _store(_at(out, window, head, width, L, D), rows, width, mixed / total[:, None], L, D)
         if not WHOLE:
-            tl.store(rowwise + ((window * slots + rows) * heads + head) * 2, top + tl.log(total), mask=rows < L)
+            tl.store(_rowwise_at(rowwise, window, rows, head, heads, L), top + tl.log(total), mask=rows < L)
 
 
 @triton.jit
@@ -139,17 +150,16 @@ def backward_whole(
     rows = tl.arange(0, S)
     bias = _bias(table, head, heads, rows[:, None], rows[None, :], WINDOW)
     grad_bias = tl.zeros((S, S), tl.float32)
-    slots = tl.full((), L, tl.int64)
     for window in range(tl.program_id(0), windows, tl.num_programs(0)):
-        base = qkv + window * slots * (3 * width) + head * D
+        base = _at(qkv, window, head, 3 * width, L, D)
         q = _load(base, rows, 3 * width, L, D, WIDE)
         k = _load(base + width, rows, 3 * width, L, D, WIDE)
         regions = _region(rows, window, start1, start2, start3, WINDOW, SHIFT)
         scores = _scores(q, k, scale, bias, regions, regions, SHIFT)
         weights = tl.exp(scores - tl.max(scores, 1)[:, None])
         weights = weights / tl.sum(weights, 1)[:, None]
-        of_output = _load(grad + window * slots * width + head * D, rows, width, L, D, WIDE)
-        base_grad = grad_qkv + window * slots * (3 * width) + head * D
+        of_output = _load(_at(grad, window, head, width, L, D), rows, width, L, D, WIDE)
+        base_grad = _at(grad_qkv, window, head, 3 * width, L, D)
         grad_v = _dot(tl.trans(weights.to(of_output.dtype)), of_output)
         _store(base_grad + 2 * width, rows, 3 * width, grad_v, L, D)
         v = _load(base + 2 * width, rows, 3 * width, L, D, WIDE)
@@ -175,14 +185,13 @@ def backward_queries(
     L: tl.constexpr = WINDOW * WINDOW
     head, width = tl.program_id(1), heads * D
     rows = tl.program_id(2) * S + tl.arange(0, S)
-    slots = tl.full((), L, tl.int64)
     for window in range(tl.program_id(0), windows, tl.num_programs(0)):
-        base = qkv + window * slots * (3 * width) + head * D
+        base = _at(qkv, window, head, 3 * width, L, D)
         q = _load(base, rows, 3 * width, L, D, WIDE)
-        of_output = _load(grad + window * slots * width + head * D, rows, width, L, D, WIDE)
-        mixed = _load(out + window * slots * width + head * D, rows, width, L, D, WIDE)
+        of_output = _load(_at(grad, window, head, width, L, D), rows, width, L, D, WIDE)
+        mixed = _load(_at(out, window, head, width, L, D), rows, width, L, D, WIDE)
         inner = tl.sum(mixed.to(tl.float32) * of_output.to(tl.float32), 1)
-        where = rowwise + ((window * slots + rows) * heads + head) * 2
+        where = _rowwise_at(rowwise, window, rows, head, heads, L)
         log_total = tl.load(where, mask=rows < L, other=0.0)
         tl.store(where + 1, inner, mask=rows < L)
         of_rows = _region(rows, window, start1, start2, start3, WINDOW, SHIFT)
@@ -196,7 +205,7 @@ def backward_queries(
             weights = tl.exp(_scores(q, k, scale, bias, of_rows, of_columns, SHIFT) - log_total[:, None])
             grad_weights = _dot(of_output, tl.trans(v))
             grad_q += _dot((weights * (grad_weights - inner[:, None]) * scale).to(k.dtype), k)
-        _store(grad_qkv + window * slots * (3 * width) + head * D, rows, 3 * width, grad_q, L, D)
+        _store(_at(grad_qkv, window, head, 3 * width, L, D), rows, 3 * width, grad_q, L, D)
 
 
 @triton.jit
@@ -211,9 +220,8 @@ def backward_keys(
     L: tl.constexpr = WINDOW * WINDOW
     head, width = tl.program_id(1), heads * D
     rows = tl.program_id(2) * S + tl.arange(0, S)
-    slots = tl.full((), L, tl.int64)
     for window in range(tl.program_id(0), windows, tl.num_programs(0)):
-        base = qkv + window * slots * (3 * width) + head * D
+        base = _at(qkv, window, head, 3 * width, L, D)
         k = _load(base + width, rows, 3 * width, L, D, WIDE)
         v = _load(base + 2 * width, rows, 3 * width, L, D, WIDE)
         of_rows = _region(rows, window, start1, start2, start3, WINDOW, SHIFT)
@@ -223,8 +231,8 @@ def backward_keys(
             columns = first + tl.arange(0, S)
             bias = _bias(table, head, heads, columns[None, :], rows[:, None], WINDOW)
             q = _load(base, columns, 3 * width, L, D, WIDE)
-            of_output = _load(grad + window * slots * width + head * D, columns, width, L, D, WIDE)
-            where = rowwise + ((window * slots + columns) * heads + head) * 2
+            of_output = _load(_at(grad, window, head, width, L, D), columns, width, L, D, WIDE)
+            where = _rowwise_at(rowwise, window, columns, head, heads, L)
             log_total = tl.load(where, mask=columns < L, other=0.0)
             inner = tl.load(where + 1, mask=columns < L, other=0.0)
             of_columns = _region(columns, window, start1, start2, start3, WINDOW, SHIFT)
@@ -232,7 +240,7 @@ def backward_keys(
             grad_v += _dot(weights.to(v.dtype), of_output)
             grad_weights = _dot(v, tl.trans(of_output))
             grad_k += _dot((weights * (grad_weights - inner[None, :]) * scale).to(k.dtype), q)
-        base_grad = grad_qkv + window * slots * (3 * width) + head * D
+        base_grad = _at(grad_qkv, window, head, 3 * width, L, D)
         _store(base_grad + width, rows, 3 * width, grad_k, L, D)
         _store(base_grad + 2 * width, rows, 3 * width, grad_v, L, D)
 
@@ -251,14 +259,13 @@ def backward_table(
     columns = first + tl.arange(0, S)
     bias = _bias(table, head, heads, rows[:, None], columns[None, :], WINDOW)
     grad_bias = tl.zeros((S, S), tl.float32)
-    slots = tl.full((), L, tl.int64)
     for window in range(tl.program_id(0), windows, tl.num_programs(0)):
-        base = qkv + window * slots * (3 * width) + head * D
+        base = _at(qkv, window, head, 3 * width, L, D)
         q = _load(base, rows, 3 * width, L, D, WIDE)
         k = _load(base + width, columns, 3 * width, L, D, WIDE)
         v = _load(base + 2 * width, columns, 3 * width, L, D, WIDE)
-        of_output = _load(grad + window * slots * width + head * D, rows, width, L, D, WIDE)
-        where = rowwise + ((window * slots + rows) * heads + head) * 2
+        of_output = _load(_at(grad, window, head, width, L, D), rows, width, L, D, WIDE)
+        where = _rowwise_at(rowwise, window, rows, head, heads, L)
         log_total = tl.load(where, mask=rows < L, other=0.0)
         inner = tl.load(where + 1, mask=rows < L, other=0.0)
         of_rows = _region(rows, window, start1, start2, start3, WINDOW, SHIFT)

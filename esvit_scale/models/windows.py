@@ -39,9 +39,17 @@ class WindowPlan(NamedTuple):
     window: int  # tokens along a side
     masks: tuple[tuple[int, int, Tensor], ...]  # (first window, end, mask: float32 [window², window²])
     shift: int  # tokens
-    kind_starts: tuple[
-        int, int, int
-    ]  # first window of the last column, the last row and the corner (or of what follows)
+    # First window of the last column, of the last row and of the corner, or of what follows where there is none.
+    kind_starts: tuple[int, int, int]
+
+
+class WindowLayout(NamedTuple):
+    """The windows of the blocks of one stage with one shift, for a batch of crops."""
+
+    plan: WindowPlan
+    heads: int
+    depth: int  # values of a head
+    blocks: int  # number of blocks with this layout
 
 
 class _Permute(torch.autograd.Function):

@@ -22,7 +22,7 @@ from esvit_scale.objective.objective import Objective
 from esvit_scale.objective.registry import build_objective
 
 # What activation checkpointing keeps of a block for its backward: everything that autograd saves; the block's inputs and
-# its dear products (models/recomputation.py); the inputs alone.
+# its expensive products (models/recomputation.py); the inputs alone.
 Checkpointing = Literal["none", "selective", "full"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of working parameters, by train.precision; else fp32
 TEACHER_VIEWS = 2  # the two global crops

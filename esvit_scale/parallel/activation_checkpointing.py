@@ -1,7 +1,7 @@
 """Activation checkpointing: recompute a block's activations in the backward instead of keeping them.
 
 `train.activation_checkpointing` chooses one of four implementations. torch's (non-reentrant) keeps the inputs of blocks
-alone, `selective` (built on it) also the products that are dear to compute (models/recomputation.py). At ZeRO 0–3,
+alone, `selective` (built on it) also the products that are expensive to compute (models/recomputation.py). At ZeRO 0–3,
 training gives the same numbers with both as without checkpointing. DeepSpeed's and fairscale's are reentrant,
 and correct only if each block is called once per forward, with all crops packed into this call. Batch norms inside the
 blocks update their running statistics only once, in the first forward or in its recomputation.
@@ -61,7 +61,7 @@ def _run_with_torch(block: Callable[..., Any], *inputs: Any) -> Any:
 
 def _run_selectively(block: Callable[..., Any], *inputs: Any) -> Any:
     def contexts() -> tuple[Any, Any]:
-        kept = recomputation.Kept()
+        kept = recomputation.KeepResults()
         return kept, kept.reused()
 
     return torch_checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)

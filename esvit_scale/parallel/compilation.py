@@ -14,10 +14,8 @@ import torch
 from torch import nn
 
 from esvit_scale.errors import UserError
+from esvit_scale.models.recompile_limit import raise_recompile_limit
 
-# Limit of compiled variants per block: stages of the trunk × crop sizes × with or without drop path × training or not.
-# With torch's default limit of 8, it would silently run further variants without compilation.
-VARIANTS = 64
 BACKEND = "inductor"  # torch.compile's own; tests take a faster one that generates no code
 
 
@@ -31,7 +29,6 @@ def apply(trunk: nn.Module, device: torch.device) -> None:
         raise UserError(
             "train.compile=true: needs a C++ compiler on a CPU, and g++ is not in PATH; install it or set train.compile=false"
         )
-    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
-    setattr(torch._dynamo.config, limit, max(VARIANTS, getattr(torch._dynamo.config, limit)))
+    raise_recompile_limit()
     for block in trunk.blocks:  # type: ignore[union-attr]
         block.forward = torch.compile(block.forward, dynamic=False, backend=BACKEND)

@@ -17,7 +17,7 @@ from esvit_scale.config import Config
 from esvit_scale.errors import UserError
 from esvit_scale.models.distributions import Initializer
 from esvit_scale.models.initialize import initial_value, initial_values
-from esvit_scale.models.window_attention_forms import implementation
+from esvit_scale.models.window_attention_implementations import implementation
 from esvit_scale.objective.network import Network, build_network, build_student, build_teacher
 from esvit_scale.objective.param_groups import largest_of_each_part, parameter_groups
 from esvit_scale.objective.registry import check_local_batch

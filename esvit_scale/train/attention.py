@@ -16,9 +16,10 @@ from esvit_scale import files
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
 from esvit_scale.models import attention_choice
-from esvit_scale.models.attention_choice import Outcome, WindowLayout
+from esvit_scale.models.attention_choice import Outcome
 from esvit_scale.models.registry import build_trunk
-from esvit_scale.models.window_attention_forms import NAMES, AttendWindows, implementation, unavailable
+from esvit_scale.models.window_attention_implementations import NAMES, AttendWindows, implementation, unavailable
+from esvit_scale.models.windows import WindowLayout
 from esvit_scale.parallel.world import World
 
 log = logging.getLogger("esvit_scale")

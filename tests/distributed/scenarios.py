@@ -11,7 +11,7 @@ from esvit_scale.train import pretraining
 from esvit_scale.train.watchdog import Watchdog
 
 HANG_S = 1800.0
-recomputation.DEAR = 32  # selective checkpointing of the tiny trunk keeps the products of its last two stages
+recomputation.MIN_INNER_DIMENSION = 32  # so the tiny trunk keeps the products of its last two stages
 
 
 def main(paths: list[str]) -> None:

@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from esvit_scale.models import attention_choice
-from esvit_scale.models.attention_choice import WindowLayout
 from esvit_scale.models.window_attention import attend_math
-from esvit_scale.models.window_attention_forms import implementation
-from esvit_scale.models.windows import window_plan
+from esvit_scale.models.window_attention_implementations import implementation
+from esvit_scale.models.windows import WindowLayout, window_plan
 
 CPU = torch.device("cpu")
 LAYOUTS = [WindowLayout(window_plan(((2, 8, 8),), 4, shift, CPU), 2, 16, 1) for shift in (0, 2)]

@@ -13,7 +13,7 @@ from esvit_scale.config import Config
 from esvit_scale.models import recomputation
 from esvit_scale.models.drop_path import drop_keys
 from esvit_scale.models.initialize import initialize
-from esvit_scale.models.recomputation import DEAR, Kept, is_kept
+from esvit_scale.models.recomputation import MIN_INNER_DIMENSION, KeepResults, is_kept
 from esvit_scale.models.registry import build_trunk
 from esvit_scale.models.trunk import Trunk
 from esvit_scale.parallel import activation_checkpointing
@@ -23,9 +23,9 @@ IMAGES = 3
 
 
 @pytest.fixture
-def dear(monkeypatch: pytest.MonkeyPatch) -> None:
+def few_channels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let trunks of few channels keep some of their products, and compute others again."""
-    monkeypatch.setattr(recomputation, "DEAR", 16)
+    monkeypatch.setattr(recomputation, "MIN_INNER_DIMENSION", 16)
 
 
 def built(config: Config, implementation: activation_checkpointing.Implementation) -> Trunk:
@@ -51,7 +51,9 @@ def outputs_and_gradients(trunk: Trunk, config: Config, precision: str) -> dict[
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
 @pytest.mark.parametrize("trunk", FAMILIES)
-def test_selective_checkpointing_has_the_same_outputs_and_gradients(trunk: str, precision: str, dear: None) -> None:
+def test_selective_checkpointing_has_the_same_outputs_and_gradients(
+    trunk: str, precision: str, few_channels: None
+) -> None:
     """Bit for bit, with stochastic depth: a product that is kept is the one of the forward."""
     config = config_of(trunk, "esvit", model__drop_path=0.5)
     plain, selective = (
@@ -79,7 +81,7 @@ class Products(TorchDispatchMode):
 @pytest.mark.parametrize(("trunk", "again"), [("swin_t", 3), ("swinv2_t", 3 + 4)])
 def test_backward_computes_only_cheap_products_again(trunk: str, again: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stages of width 8, 16 and 32: qkv, proj and fc1 of the first stage, and V2's first layer of the position bias."""
-    monkeypatch.setattr(recomputation, "DEAR", 16)
+    monkeypatch.setattr(recomputation, "MIN_INNER_DIMENSION", 16)
     config = config_of(trunk, "esvit")
     counts = {}
     for implementation in ("none", "selective", "torch"):
@@ -95,7 +97,7 @@ def test_backward_computes_only_cheap_products_again(trunk: str, again: int, mon
     assert counts["torch"] > counts["selective"]
 
 
-def gradients(function: Any, x: Tensor, kept: Kept | None) -> tuple[Tensor, Tensor]:
+def gradients(function: Any, x: Tensor, kept: KeepResults | None) -> tuple[Tensor, Tensor]:
     x = x.clone().requires_grad_()
     if kept is None:
         out = function(x)
@@ -105,7 +107,7 @@ def gradients(function: Any, x: Tensor, kept: Kept | None) -> tuple[Tensor, Tens
     return out.detach(), x.grad
 
 
-def test_products_changed_in_place_are_computed_again(dear: None) -> None:
+def test_products_changed_in_place_are_computed_again(few_channels: None) -> None:
     """The same product, changed by the forward after it was kept, is not what the recomputation needs."""
     torch.manual_seed(0)
     a, b = (torch.randn(16, 16, dtype=torch.float64) for _ in range(2))
@@ -113,12 +115,12 @@ def test_products_changed_in_place_are_computed_again(dear: None) -> None:
     def block(x: Tensor) -> Tensor:
         return torch.tanh((x @ a).relu_() @ b)
 
-    x, kept = torch.randn(4, 16, dtype=torch.float64), Kept()
+    x, kept = torch.randn(4, 16, dtype=torch.float64), KeepResults()
     for got, expected in zip(gradients(block, x, kept), gradients(block, x, None), strict=True):
         assert torch.equal(got, expected)
 
 
-def test_random_operations_around_a_kept_product_draw_the_same(dear: None) -> None:
+def test_random_operations_around_a_kept_product_draw_the_same(few_channels: None) -> None:
     """Nothing random is kept, so that the restored generator gives every operation the numbers of the forward."""
     torch.manual_seed(0)
     a = torch.randn(16, 16, dtype=torch.float64)
@@ -127,14 +129,14 @@ def test_random_operations_around_a_kept_product_draw_the_same(dear: None) -> No
         return torch.tanh((x * torch.rand_like(x)) @ a) * torch.randn_like(x)
 
     x, found = torch.randn(4, 16, dtype=torch.float64), []
-    for kept in (None, Kept()):
+    for kept in (None, KeepResults()):
         torch.manual_seed(1)
         found.append(gradients(block, x, kept))
     for got, expected in zip(found[1], found[0], strict=True):
         assert torch.equal(got, expected)
 
 
-def test_recomputation_with_other_products_is_an_error(dear: None) -> None:
+def test_recomputation_with_other_products_is_an_error(few_channels: None) -> None:
     layer, calls = nn.Linear(16, 16), []
 
     def block(x: Tensor) -> Tensor:
@@ -144,14 +146,14 @@ def test_recomputation_with_other_products_is_an_error(dear: None) -> None:
             layer(x) if len(calls) == 1 else nn.functional.conv1d(x[None], torch.ones(3, 3, 16), padding=8)[0, :, :16]
         ).sin()
 
-    kept, x = Kept(), torch.randn(3, 16, requires_grad=True)
+    kept, x = KeepResults(), torch.randn(3, 16, requires_grad=True)
     out = checkpoint(block, x, use_reentrant=False, context_fn=lambda: (kept, kept.reused()))
     with pytest.raises(RuntimeError, match="must compute the same products again"):
         out.sum().backward()
 
 
-def test_backward_gives_away_what_was_kept(dear: None) -> None:
-    layer, kept = nn.Linear(16, 16), Kept()
+def test_backward_gives_away_what_was_kept(few_channels: None) -> None:
+    layer, kept = nn.Linear(16, 16), KeepResults()
     x = torch.randn(3, 16, requires_grad=True)
     out = checkpoint(lambda x: layer(x).sin(), x, use_reentrant=False, context_fn=lambda: (kept, kept.reused()))
     assert [x.shape for x in kept.tensors] == [(3, 16)]
@@ -160,12 +162,16 @@ def test_backward_gives_away_what_was_kept(dear: None) -> None:
 
 
 def test_which_products_are_kept() -> None:
-    aten, few, many = torch.ops.aten, DEAR // 2, DEAR
+    aten, few, many = torch.ops.aten, MIN_INNER_DIMENSION // 2, MIN_INNER_DIMENSION
     for inner, kept in ((few, False), (many, True)):
         x, weight, bias = torch.empty(7, inner), torch.empty(inner, 24), torch.empty(24)
         assert is_kept(aten.mm.default, (x, weight)) is kept
         assert is_kept(aten.addmm.default, (bias, x, weight)) is kept
     assert not is_kept(aten.bmm.default, (torch.empty(2, 3, many), torch.empty(2, many, 3)))
+    fused = aten._scaled_dot_product_flash_attention_for_cpu.default
+    for length, kept in ((few // 2, False), (many // 2, True)):  # of 2 · length multiply-adds per value
+        q, k = torch.empty(2, 3, many, 32), torch.empty(2, 3, length, 32)
+        assert is_kept(fused, (q, k, k)) is kept
     assert not is_kept(aten.bernoulli.default, (torch.empty(many),))
     for groups, kept in ((1, True), (few, False)):  # a depthwise convolution is cheap
         weight = torch.empty(few, few // groups, 3, 3)

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from esvit_scale.models.drop_path import drop_keys
 from esvit_scale.models.initialize import initialize
 from esvit_scale.models.swin import Block, Swin
-from esvit_scale.models.window_attention import Attention, attend
+from esvit_scale.models.window_attention import Attention, attention_probabilities
 from esvit_scale.models.windows import window_plan
 from tests.models.rule import by_hash, by_rule, fill
 
@@ -215,7 +215,7 @@ def test_attention_gradients_pass_gradcheck():
 def test_masked_probabilities_are_zero_and_not_subnormal(dtype):
     plan = window_plan(((2, 8, 8),), 4, 2, torch.device("cpu"))
     qkv, bias = torch.randn(len(plan.slots.tokens), 3 * 8).to(dtype), torch.randn(2, 16, 16).to(dtype)
-    _, probabilities = attend(qkv, bias, plan.masks)  # [windows, heads, L, L]
+    _, probabilities = attention_probabilities(qkv, bias, plan.masks)  # [windows, heads, L, L]
     apart = 0
     for first, end, mask in plan.masks:
         hidden = probabilities[first:end].masked_select(mask < 0)

@@ -103,7 +103,7 @@ def inplace_addmm_flop(total, a, b, **_):
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("trunk", ["swin_t", "swinv2_t"])
 def test_activation_bytes_are_autograds(trunk, checkpointing, precision, monkeypatch):
-    monkeypatch.setattr(recomputation, "DEAR", 64)  # the width of the second of three stages
+    monkeypatch.setattr(recomputation, "MIN_INNER_DIMENSION", 64)  # the width of the second of three stages
     config = small(trunk, precision=precision, embed_dim=32)
     student, crops = network_of(config), crops_of(config)
     with torch.no_grad():
@@ -166,7 +166,7 @@ class Kept:
         del result
         if not self.selective:
             return checkpoint(block, tokens, plan, *keep, use_reentrant=False)
-        kept = recomputation.Kept()
+        kept = recomputation.KeepResults()
         contexts = lambda: (kept, kept.reused())  # noqa: E731
         result = checkpoint(block, tokens, plan, *keep, use_reentrant=False, context_fn=contexts)
         for x in kept.tensors:

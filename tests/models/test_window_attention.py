@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
-from esvit_scale.models import window_attention_forms as forms
+from esvit_scale.models import window_attention_implementations
 from esvit_scale.models.swin import Swin
 from esvit_scale.models.swin_v2 import SwinV2
 from esvit_scale.models.window_attention import attend_math
@@ -66,7 +66,9 @@ def results(attend, window, shift, dtype, heads=2, depth=8, grids=GRIDS, inputs=
 @pytest.mark.parametrize("shift", [0, 1])
 def test_sdpa_equals_math(shift):
     for found, expected in zip(
-        results(forms.attend_sdpa, 3, shift, torch.float64), results(attend_math, 3, shift, torch.float64), strict=True
+        results(window_attention_implementations.attend_sdpa, 3, shift, torch.float64),
+        results(attend_math, 3, shift, torch.float64),
+        strict=True,
     ):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
@@ -77,7 +79,10 @@ def test_output_of_flex_equals_math(shift):
     """torch has no backward of FlexAttention on a CPU; on a GPU the check at a run's start compares gradients."""
     plan = window_plan(GRIDS, 3, shift, CPU)
     qkv, table = torch.randn(len(plan.slots.tokens), 3 * 32), torch.randn(25, 2)
-    found, expected = forms.flex(flex_attention, qkv, table, plan), attend_math(qkv, table, plan)
+    found, expected = (
+        window_attention_implementations.flex(flex_attention, qkv, table, plan),
+        attend_math(qkv, table, plan),
+    )
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -89,7 +94,7 @@ def test_a_trunk_uses_the_implementation_it_is_given(make):
 
     def sdpa(qkv, table, plan):
         seen.append(plan.shift)
-        return forms.attend_sdpa(qkv, table, plan)
+        return window_attention_implementations.attend_sdpa(qkv, table, plan)
 
     trunk.use_attention(sdpa)
     found = trunk(crops)

@@ -22,7 +22,7 @@ def losses(tmp_path: Path, steps: int = 3, **overrides: Any) -> list[float]:
 @pytest.fixture(autouse=True)
 def products_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let selective checkpointing of the tiny trunk keep the products of its last two stages."""
-    monkeypatch.setattr(recomputation, "DEAR", 32)
+    monkeypatch.setattr(recomputation, "MIN_INNER_DIMENSION", 32)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from esvit_scale.models.recompile_limit import raise_recompile_limit
 from esvit_scale.models.window_attention import attend_math, bias_of_pairs
 from esvit_scale.models.windows import MASKED, WindowPlan
 
@@ -25,9 +26,6 @@ AttendWindows = Callable[[Tensor, Tensor, WindowPlan], Tensor]
 
 NAMES = ("math", "sdpa", "flex", "triton")
 OLDEST_GPU = (8, 0)  # compute capability
-# Compiled variants of FlexAttention: layouts of windows, with and without gradients. Beyond torch's default limit of 8,
-# it would silently run without compilation.
-VARIANTS = 64
 
 
 def implementation(name: str) -> AttendWindows:
@@ -106,6 +104,5 @@ def flex(flex_attention: Callable[..., Any], qkv: Tensor, table: Tensor, plan: W
 def _compiled_flex_attention() -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"
-    setattr(torch._dynamo.config, limit, max(VARIANTS, getattr(torch._dynamo.config, limit)))
+    raise_recompile_limit()
     return torch.compile(flex_attention, dynamic=False)
