@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from esvit_scale import presets, yaml_text
+from esvit_scale import presets, store_urls, yaml_text
 from esvit_scale.division import batch_problem, largest_divisor, nearest_multiple
 from esvit_scale.errors import UserError, nearest
 from esvit_scale.overrides import apply_override
@@ -89,6 +89,7 @@ def _cross_field_problems(c: Config) -> list[str]:
         if low > high:
             problems.append(f"data.{where}.augment.blur_radius: needs low <= high, got [{low}, {high}]")
     problems += _pixel_problems(c.data)
+    problems += _secret_problems(c.data)
     if c.train.knn_every and not c.data.held_out:
         problems.append("train.knn_every: needs data.held_out, labelled shards or class folders to measure on")
     for key in ("keep_best", "patience"):
@@ -109,6 +110,14 @@ def _cross_field_problems(c: Config) -> list[str]:
             f"model.heads: {len(c.model.heads)} stages, but model.depths has {len(c.model.depths)}; give one number a stage in both"
         )
     return problems
+
+
+def _secret_problems(data: Data) -> list[str]:
+    places = {"data.train": data.train, "data.held_out": data.held_out}
+    places |= {f"data.mix.{i}.urls": mixed.urls for i, mixed in enumerate(data.mix)}
+    found = {key: store_urls.secret_in_url(place) for key, place in places.items()}
+    found["data.storage_options"] = store_urls.secret_in_options(data.storage_options, list(places.values()))
+    return [f"{key}: {problem}" for key, problem in found.items() if problem]
 
 
 def _pixel_problems(data: Data) -> list[str]:

@@ -14,6 +14,7 @@ from esvit_scale.data.decode import BadImage
 from esvit_scale.data.manifest import Manifest
 from esvit_scale.data.picture import open_picture
 from esvit_scale.data.reader import ShardReader
+from esvit_scale.data.remote import working_set
 from esvit_scale.division import largest_divisor
 from esvit_scale.errors import UserError
 from esvit_scale.machine import usable_cpus
@@ -38,6 +39,8 @@ def run(config: Config) -> int:
     """
     data = stream.open_data(config)
     cores = usable_cpus()
+    for line in working_set.check(config, data, max(torch.cuda.device_count(), 1)):
+        print(line)
     if isinstance(data, Manifest):
         print(_row("storage", _storage(data)))
     supply = Supply(_rate(config, data, 1), _rate(config, data, cores), cores)

@@ -101,8 +101,8 @@ class Data(Section):
     """The data: where images come from, and how they are ordered, cropped and augmented."""
 
     train: PathText = ""
-    """Training images: the folder of a shard set (with manifest.json), or plain WebDataset tars, as a path or URL in which
-    {000..123} and pipe: are allowed. Every run needs this key or data.mix."""
+    """Training images: the folder of a shard set (with manifest.json) as a path or URL (s3://bucket/set), or plain
+    WebDataset tars, as a path or URL in which {000..123} and pipe: are allowed. Every run needs this key or data.mix."""
     mix: list[Mixed] = Field(default_factory=list)
     """Several sets in the place of data.train, each with urls and weight."""
     epoch_samples: Positive | None = None
@@ -114,6 +114,14 @@ class Data(Section):
     stage: PathText | None = None
     """Folder on each node's own disk to which shards are copied before training; it may contain the node's $VARIABLES.
     null: no copy."""
+    cache_dir: PathText | None = None
+    """Folder on each node's own disk for shards of sets in object stores; it may contain the node's $VARIABLES and is kept
+    for later runs. null: esvit-scale-USER in the folder for temporary files."""
+    cache_gb: AboveZero | None = None
+    """[GB] Most that data.cache_dir may take on a node; null: 80 % of what its disk has left for it."""
+    storage_options: dict[str, Any] = Field(default_factory=dict)
+    """What the library of data.train's URL takes, such as {endpoint_url: https://…}; secrets are refused, since every run
+    records them: libraries read those from the environment (docs/object_stores.md)."""
     slots: Positive | None = None
     """[slots] Canonical slots of the data order (docs/data.md); null: the largest divisor of train.global_batch ≤ 512."""
     shuffle_window: Positive = 8
@@ -294,6 +302,9 @@ class Train(Section):
 MAY_DIFFER = (
     "run_dir",
     "data.stage",
+    "data.cache_dir",
+    "data.cache_gb",
+    "data.storage_options",
     "data.workers",
     "data.held_out",
     "model.attention",

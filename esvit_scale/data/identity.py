@@ -78,6 +78,7 @@ def check_unchanged(data: TrainingData, checkpoint: Path, written_ns: int) -> No
     manifests = [data] if isinstance(data, Manifest) else []
     if isinstance(data, MixedSets):
         manifests = [one.manifest for one in data.sets]
+    manifests = [manifest for manifest in manifests if not manifest.remote]  # whose shards are compared when fetched
     shards = [(manifest.root / shard.name, shard) for manifest in manifests for shard in manifest.shards]
     with ThreadPoolExecutor(STAT_THREADS) as pool:  # a stat costs a round trip on network storage
         stats = list(pool.map(lambda place: place[0].stat(), shards))

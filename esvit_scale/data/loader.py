@@ -6,6 +6,7 @@ the order of positions.
 """
 
 import ctypes
+import gc
 import math
 import os
 import re
@@ -25,7 +26,6 @@ from torch.utils.data import get_worker_info
 
 from esvit_scale.config import Config
 from esvit_scale.data.limits import check_node, translate_limits
-from esvit_scale.data.reader import StorageGone
 from esvit_scale.division import batch_problem, share
 from esvit_scale.errors import RestartCanHelp, UserError
 
@@ -100,8 +100,8 @@ def run_stages(stages: list[Callable[..., Any]], workers: int) -> Iterator[Any]:
     The first stage is called without arguments, each other stage with the iterable that the stage before it returned.
 
     Raises:
-        UserError: a stage raised NoValidSamples.
-        RestartCanHelp: a stage raised StorageGone, a process died, or the node allows too few open files or has too little
+        UserError: a stage raised it, or NoValidSamples.
+        RestartCanHelp: a stage raised it, a process died, or the node allows too few open files or has too little
             shared memory for so many processes.
     """
     check_node(workers)
@@ -158,8 +158,8 @@ def reason(error: Exception) -> str:
 def _tell_failure(parts: Iterable[Any]) -> Iterator[Any]:
     try:
         yield from parts
-    except (NoValidSamples, StorageGone) as error:
-        yield _Failure(str(error), isinstance(error, StorageGone))
+    except (NoValidSamples, UserError, RestartCanHelp) as error:
+        yield _Failure(str(error), isinstance(error, RestartCanHelp))
 
 
 def _as_it_is(part: T) -> T:
@@ -190,6 +190,7 @@ def _start_worker(parent: int, worker: int) -> None:
 
     Ctrl-C and the scheduler signal the whole process group; a worker ends when its parent asks it to, or dies with it.
     """
+    gc.freeze()  # what the parent left for its collector is the parent's: connections to a store must not be closed here
     for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -6,7 +6,7 @@ offsets are checked against the tar when it is read.
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from esvit_scale.errors import UserError, is_machine_fault
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
+REMOTE = ".remote.json"  # in a set's folder in the cache: the fields of Remote
 
 
 class Shard(NamedTuple):
@@ -32,11 +33,19 @@ class Shard(NamedTuple):
     sha256: str
 
 
+class Remote(NamedTuple):
+    """The place of a set in an object store, whose shards are fetched into a cache when they are read (data/remote/)."""
+
+    url: str  # of the set's folder
+    options: dict[str, Any]  # data.storage_options
+    limit: int | None  # bytes that the cache of a node may take; None: a share of its disk
+
+
 @dataclass(frozen=True)
 class Manifest:
     """The contents of a shard set: its shards, classes and pixel format."""
 
-    root: Path  # the set's folder
+    root: Path  # the set's folder; of a remote set, its folder in the cache
     shards: tuple[Shard, ...]
     classes: tuple[str, ...] = ()  # names; empty when samples have no class
     source: str = ""  # fingerprint of the source and options that it was written from, see shard_plan.py
@@ -46,6 +55,7 @@ class Manifest:
     formats: Mapping[str, int] = field(
         default_factory=dict, compare=False
     )  # number of images by extension; empty: unknown
+    remote: Remote | None = field(default=None, compare=False)  # None: the shards lie in `root`
 
     @property
     def samples(self) -> int:
@@ -93,7 +103,7 @@ def load(root: Path) -> Manifest:
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: this version of esvit-scale reads format_version {FORMAT_VERSION}, not {version!r}")
     try:
-        return _parse(root, raw)
+        return replace(_parse(root, raw), remote=_remote(root))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: not a well-formed manifest ({error})") from None
 
@@ -101,11 +111,13 @@ def load(root: Path) -> Manifest:
 def check_sizes(manifest: Manifest) -> None:
     """Compare the file size of every shard with the manifest's, without reading a shard.
 
+    The shards of a remote set are compared when they are fetched.
+
     Raises:
         UserError: a shard is missing or has another size; the first is named and the others are counted.
         OSError: the storage does not answer.
     """
-    problems = list(size_problems(manifest))
+    problems = [] if manifest.remote else list(size_problems(manifest))
     if problems:
         _raise_machine_faults(manifest)
         more = f" (and {len(problems) - 1} more shards)" if len(problems) > 1 else ""
@@ -192,6 +204,14 @@ def _parse(root: Path, raw: dict[str, Any]) -> Manifest:
         raise ValueError(f"channels {channels!r} of {bits!r} bits")
     classes, source = tuple(str(c) for c in raw["classes"]), str(raw.get("source", ""))
     return Manifest(root, shards, classes, source, left_out, int(channels), int(bits), formats)
+
+
+def _remote(root: Path) -> Remote | None:
+    """Return the place that a set's folder in the cache stands for; None for a set whose shards lie in the folder."""
+    if not (root / REMOTE).is_file():
+        return None
+    raw = json.loads((root / REMOTE).read_bytes())
+    return Remote(str(raw["url"]), dict(raw["options"]), raw["limit"])
 
 
 def _file_name(name: Any) -> str:

@@ -34,8 +34,10 @@ from esvit_scale.data import manifest as manifests
 from esvit_scale.data.hashing import derive_seed
 from esvit_scale.data.manifest import Manifest
 from esvit_scale.data.order import Order, SampleAddress, permutation, steps_per_epoch
+from esvit_scale.data.remote import place
 from esvit_scale.data.tar_names import TAR
 from esvit_scale.errors import UserError
+from esvit_scale.store_urls import is_set_url
 
 CACHED_SHARDS = 1 << 20  # shards whose permutations are cached, over all epochs of all sets
 
@@ -71,11 +73,11 @@ class MixedSets:
             raise UserError("data.mix: data.train is set too; list every set in data.mix, or give data.train alone")
         found: list[MixedSet] = []
         for mixed in data.mix:
-            manifest = manifests.load(Path(mixed.urls))
+            manifest = place.open_set(mixed.urls, data)
             manifests.check_sizes(manifest)
             if not manifest.samples:
                 raise UserError(f"data.mix: {manifest.root} holds no samples; leave it out")
-            name, taken = manifest.root.resolve().name or "set", {one.name for one in found}
+            name, taken = _name(mixed.urls) or "set", {one.name for one in found}
             unique = next(n for n in chain([name], (f"{name}-{i}" for i in count(2))) if n not in taken)
             found.append(MixedSet(unique, manifest, Fraction(repr(mixed.weight))))
         return MixedSets(tuple(found), data.epoch_samples or sum(one.manifest.samples for one in found))
@@ -85,7 +87,13 @@ class MixedSets:
         return replace(self, sets=tuple(one._replace(manifest=move(one.manifest)) for one in self.sets))
 
 
+def _name(urls: str) -> str:
+    return urls.rstrip("/").rpartition("/")[2] if is_set_url(urls) else Path(urls).resolve().name
+
+
 def _names_tars(urls: str) -> bool:
+    if is_set_url(urls):
+        return False
     folder = Path(urls)
     if folder.is_dir():
         return not manifests.is_shard_set(folder) and any(folder.glob("*.tar"))
@@ -100,8 +108,8 @@ def epoch_samples(data: Data) -> int:
     """
     if MixedSets.wanted(data):
         return MixedSets.open(data).samples
-    if manifests.is_shard_set(Path(data.train)) or data.epoch_samples is None:
-        return manifests.load(Path(data.train)).samples
+    if is_set_url(data.train) or manifests.is_shard_set(Path(data.train)) or data.epoch_samples is None:
+        return place.open_set(data.train, data).samples
     return data.epoch_samples
 
 
@@ -173,6 +181,15 @@ class MixedOrder:
         return [
             epochs * whole + sum(part) for whole, part in zip(self.an_epoch, zip(*of_slots, strict=True), strict=True)
         ]
+
+    def draws(self, epoch: int, slot: int, number: int) -> range:
+        """Return the draws from set `number` that a slot makes in an epoch of the mix, numbered over the whole run."""
+        first = epoch * self.an_epoch[number] + self._starts[slot][number]
+        return range(first, first + self._drawn(slot, self._steps * self._per_slot)[number])
+
+    def order(self, number: int, epoch: int) -> Order:
+        """Return the order of one of a set's own epochs."""
+        return self._order(number, epoch)
 
     def _drawn(self, slot: int, u: int) -> list[int]:
         """Return how many of the first `u` images of a slot in an epoch come from each set."""

@@ -12,7 +12,7 @@ between releases.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -60,6 +60,7 @@ class Order:
         self._slot_length = self.steps * self._per_slot  # L
         self._shards = permutation(len(counts), seed, epoch, "shards")
         self._starts = np.concatenate([[0], np.cumsum(counts[self._shards])])  # first position of each shard
+        self._shuffle_window = shuffle_window
         self._window_starts = np.append(self._starts[:-1:shuffle_window], self.samples)
         self._chunks = OrderedDict() if chunks is None else chunks
 
@@ -76,6 +77,20 @@ class Order:
         shuffled = start + self._shuffle(window, position - start)
         shard = int(np.searchsorted(self._starts, shuffled, side="right")) - 1
         return int(self._shards[shard]), shuffled - int(self._starts[shard])
+
+    def windows(self, positions: range) -> Iterator[tuple[int, range]]:
+        """Yield the shuffle windows of a range of positions: each window's number, and its part of the range."""
+        first, last = np.searchsorted(self._window_starts, [positions.start, positions.stop - 1], side="right") - 1
+        for window in range(int(first), int(last) + 1):
+            start, stop = self._window_starts[window : window + 2].tolist()
+            if start < stop and positions:
+                yield window, range(max(start, positions.start), min(stop, positions.stop))
+
+    def shards_of_window(self, window: int) -> list[int]:
+        """Return the numbers of the shards whose samples a window shuffles."""
+        first = window * self._shuffle_window
+        found: list[int] = self._shards[first : first + self._shuffle_window].tolist()
+        return found
 
     def substitute(self, position: int, attempt: int) -> int:
         """Return the position of the sample that replaces the bad one at `position`.

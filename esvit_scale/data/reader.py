@@ -5,7 +5,8 @@ import os
 import resource
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from esvit_scale.data.decode import BadImage
@@ -18,6 +19,7 @@ from esvit_scale.data.manifest import (
     parse_label,
     read_index,
 )
+from esvit_scale.data.remote.shard_cache import ShardCache, ShardFiles
 from esvit_scale.data.tar_names import MAX_MEMBER
 from esvit_scale.errors import RestartCanHelp, is_machine_fault
 
@@ -73,6 +75,7 @@ class ShardReader:
 
     Args:
         readers: number of readers in this process, which share the bounds.
+        cache: where the shards of a remote set lie, from its ReadAhead; None: a cache that keeps the last shards read.
 
     A read that fails with an error from which storage may recover is tried again with growing delays, a minute in all. If
     it still fails, the shard counts as damaged if other shards can be read, and the storage as gone if not.
@@ -83,8 +86,9 @@ class ShardReader:
         StorageGone: nothing of the set can be read.
     """
 
-    def __init__(self, manifest: Manifest, readers: int = 1) -> None:
+    def __init__(self, manifest: Manifest, readers: int = 1, cache: ShardCache | None = None) -> None:
         self.manifest, self._readers = manifest, readers
+        self._shards = ShardFiles(manifest, cache)
         self._files: OrderedDict[int, tuple[int, int]] = OrderedDict()  # shard → (file descriptor, size)
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         most = OPEN_FILES if limit == resource.RLIM_INFINITY else min(OPEN_FILES, limit // 2)
@@ -118,8 +122,12 @@ class ShardReader:
 
     def close(self) -> None:
         """Close all open files; a later read opens them again."""
-        while self._files:
-            os.close(self._files.popitem()[1][0])
+        self.close_shards(set(self._files))
+
+    def close_shards(self, shards: Iterable[int]) -> None:
+        """Close the files of some shards; a later read opens them again."""
+        for shard in shards:
+            self._forget(shard)
 
     def _read_with_retries(self, shard: int, read: Callable[[], T]) -> T:
         path = self.manifest.root / self.manifest.shards[shard].name
@@ -144,7 +152,7 @@ class ShardReader:
 
     def _is_gone(self) -> bool:
         try:
-            return not (self.manifest.root / MANIFEST).is_file()
+            return not self.manifest.remote and not (self.manifest.root / MANIFEST).is_file()
         except OSError:
             return True
 
@@ -197,16 +205,22 @@ class ShardReader:
         if found is None:
             while len(self._files) >= self._most_files:
                 os.close(self._files.popitem(last=False)[1][0])
-            handle = os.open(self.manifest.root / self.manifest.shards[shard].name, os.O_RDONLY | os.O_CLOEXEC)
+            handle = os.open(self._path(shard), os.O_RDONLY | os.O_CLOEXEC)
             found = self._files[shard] = (handle, os.fstat(handle).st_size)
         else:
             self._files.move_to_end(shard)
         return found
 
+    def _path(self, shard: int) -> Path:
+        """Return where a shard lies on this node; a remote one is fetched first."""
+        path, gone = self._shards.path(shard)
+        self.close_shards(gone)
+        return path
+
     def _index(self, shard: int) -> Index:
         found = self._indexes.get(shard)
         if found is None:
-            found = self._indexes[shard] = read_index(self.manifest.root / self.manifest.shards[shard].name)
+            found = self._indexes[shard] = read_index(self._path(shard))
             self._index_bytes += found.nbytes
             while self._index_bytes > INDEX_BYTES // self._readers and len(self._indexes) > 1:
                 self._index_bytes -= self._indexes.popitem(last=False)[1].nbytes

@@ -5,7 +5,9 @@ Samples are read by their number, so that starting at any batch costs nothing.
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 from esvit_scale.data.bad_image import BadImage
@@ -14,9 +16,11 @@ from esvit_scale.data.manifest import Manifest
 from esvit_scale.data.mix import MixedSets, order_of
 from esvit_scale.data.order import Order, SampleAddress
 from esvit_scale.data.reader import ShardReader, StorageGone
+from esvit_scale.data.remote.ahead import ReadAhead
 from esvit_scale.data.worker_batch import SLOW_SECONDS, DecodedSample, decode_for_crops
 from esvit_scale.errors import is_machine_fault
 
+FIRST_BATCHES = 2  # whose shards are fetched before those that come later
 SUBSTITUTES = 16  # samples tried in turn in place of a bad one before the run stops
 
 
@@ -39,14 +43,39 @@ class ShardSamples:
         else:
             sets = [(f"{one.name}/", one.manifest) for one in self.source.sets]
             address_of = order_of(self.assignment.config, self.source).address
-        readers = [ShardReader(manifest, len(sets)) for _, manifest in sets]
         slots, images = self.assignment.slots_of_worker(), self.assignment.images_per_slot
-        for batch_index in range(self.assignment.start, self.assignment.stop):
-            for slot in slots:
-                for i in range(images):
-                    address = address_of(batch_index, slot, i)
-                    prefix, _ = sets[address.set]
-                    yield self._read_good(readers[address.set], prefix, address, batch_index, slot * images + i)
+        with self._read_ahead(address_of, [manifest for _, manifest in sets]) as ahead:
+            caches = ahead.caches if ahead else [None] * len(sets)
+            readers = [ShardReader(m, len(sets), cache) for (_, m), cache in zip(sets, caches, strict=True)]
+            for batch_index in range(self.assignment.start, self.assignment.stop):
+                for reader, gone in zip(readers, ahead.at(batch_index) if ahead else (), strict=False):
+                    reader.close_shards(gone)
+                for slot in slots:
+                    for i in range(images):
+                        address = address_of(batch_index, slot, i)
+                        prefix, _ = sets[address.set]
+                        yield self._read_good(readers[address.set], prefix, address, batch_index, slot * images + i)
+
+    @contextmanager
+    def _read_ahead(
+        self, address_of: Callable[[int, int, int], SampleAddress], sets: list[Manifest]
+    ) -> Iterator[ReadAhead | None]:
+        """Yield what fetches the shards of remote sets ahead of need, beginning with the first batches'; None for local sets."""
+        if not any(manifest.remote for manifest in sets):
+            yield None
+            return
+        assignment = self.assignment
+        first = range(assignment.start, min(assignment.start + FIRST_BATCHES, assignment.stop))
+        wanted = []
+        for batch_index, slot in product(first, assignment.slots_of_worker()):
+            for i in range(assignment.images_per_slot):
+                address = address_of(batch_index, slot, i)
+                wanted.append((address.set, address.order.locate(address.position)[0]))
+        ahead = ReadAhead(assignment, self.source, wanted)
+        try:
+            yield ahead
+        finally:
+            ahead.close()
 
     def _addresses(self, manifest: Manifest) -> Callable[[int, int, int], SampleAddress]:
         """Return a function (batch index, slot, image of the slot) → address in a single set; it caches one order."""

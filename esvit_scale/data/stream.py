@@ -59,10 +59,12 @@ from esvit_scale.data.manifest import Manifest
 from esvit_scale.data.mix import MixedSets
 from esvit_scale.data.photometric import BatchAugmentationParams
 from esvit_scale.data.pixel_format import pixel_format
+from esvit_scale.data.remote import place
 from esvit_scale.data.shard_stream import ShardSamples
 from esvit_scale.data.url_stream import UrlSamples, UrlSets
 from esvit_scale.data.worker_batch import DecodedSample, WorkerBatch, crop_shapes, make_worker_batch, pixel_dtype
 from esvit_scale.errors import UserError
+from esvit_scale.store_urls import is_set_url
 
 __all__ = [
     "Batch",
@@ -123,13 +125,13 @@ def open_data(config: Config) -> TrainingData:
                 urls,
             )
         return UrlSets.open(config.data)
-    if glob.has_magic(config.data.train) and not Path(config.data.train).exists():
+    if not is_set_url(config.data.train) and glob.has_magic(config.data.train) and not Path(config.data.train).exists():
         raise UserError(
             f"data.train: {config.data.train}: a pattern can name tars (…/*.tar) but not shard sets; give the folder of one "
             "set, or make one set of several: `esvit-scale shards create --from tars FOLDER_OF_SETS DST`"
         )
     check_pixels(config)
-    manifest = manifests.load(Path(config.data.train))
+    manifest = place.open_set(config.data.train, config.data)
     manifests.check_sizes(manifest)
     return manifest
 
@@ -138,8 +140,9 @@ def check_pixels(config: Config) -> None:
     """Raise UserError when a shard set has other channels or bits than the config, or `data.mean` and `data.std` are missing."""
     pixels = pixel_format(config.data)
     for train in (config.data.train, *(mixed.urls for mixed in config.data.mix)):
-        if train and manifests.is_shard_set(Path(train)):
-            manifests.check_pixels(manifests.load(Path(train)), pixels)
+        folder = place.local_folder(train, config.data)
+        if train and manifests.is_shard_set(folder):
+            manifests.check_pixels(manifests.load(folder), pixels)
 
 
 def steps_per_epoch(config: Config, data: TrainingData) -> int:
@@ -197,7 +200,8 @@ def batches(config: Config, data: TrainingData, rank: int, world_size: int, star
     else:
         if isinstance(data, MixedSets):
             mix.order_of(config, data)  # raises UserError at once if the mix does not fit the config
-        samples = ShardSamples(assignment, data)
+        of_node = partial(place.of_node, cache_dir=config.data.cache_dir)
+        samples = ShardSamples(assignment, of_node(data) if isinstance(data, Manifest) else data.moved(of_node))
     memory = _batch_memory(assignment) if workers else None
     stages: list[Callable[..., Any]] = [samples, partial(_make_worker_batches, assignment, memory)]
     return _join_workers(run_stages(stages, workers), max(workers, 1), memory)

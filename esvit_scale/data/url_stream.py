@@ -31,6 +31,7 @@ from esvit_scale.data.tar_reader import NO_ZSTD, open_zstd
 from esvit_scale.data.tar_stream import Raw, TarSamples
 from esvit_scale.data.worker_batch import SLOW_SECONDS, DecodedSample, decode_for_crops
 from esvit_scale.errors import UserError
+from esvit_scale.store_urls import is_set_url
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,8 @@ class UrlSets:
     @staticmethod
     def wanted(data: Data) -> bool:
         """Return whether `data` names tars rather than the folder of an indexed set; True for any mix."""
+        if is_set_url(data.train):
+            return False
         url = data.train.startswith("pipe:") or "://" in data.train or TAR.search(data.train)
         return bool(data.mix) or (bool(url or "{" in data.train) and not Path(data.train).is_dir())
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from esvit_scale import config as configs
 from esvit_scale.config import Config
-from esvit_scale.data import manifest as manifests
 from esvit_scale.data.manifest import Manifest
+from esvit_scale.data.remote import place
 from esvit_scale.errors import UserError
 from esvit_scale.objective import costs
 from esvit_scale.objective.schedules import cooldown_start
@@ -86,7 +86,7 @@ def cells(sweep: Sweep, where: str, speed: Speed | None) -> list[Cell]:
     configs.require_training_data(base)
     if base.data.mix:
         raise UserError(f"{where}: {sweep.base}: data.mix: a sweep needs one shard set; set data.train instead")
-    data = manifests.load(Path(base.data.train))
+    data = place.open_set(base.data.train, base.data)
     for source in (sweep.evaluate.train, sweep.evaluate.test) if sweep.evaluate else ():
         if not Path(source).is_dir():
             raise UserError(f"{where}: evaluate: {source}: no such folder")

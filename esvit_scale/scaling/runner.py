@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from esvit_scale import config as configs
 from esvit_scale import files
 from esvit_scale.checkpoint import step_folders
-from esvit_scale.data import manifest as manifests
+from esvit_scale.data.remote import place
 from esvit_scale.errors import Diverged, UserError
 from esvit_scale.resources import shipped_folder
 from esvit_scale.scaling import subset
@@ -259,7 +259,8 @@ def status_table(found: list[Cell], sweep: Sweep) -> str:
 
 def source_of(sweep: Sweep) -> Path:
     """Return the folder of the shard set that the sweep's base config trains on."""
-    return manifests.load(Path(configs.resolve(sweep.base, list(sweep.overrides)).data.train)).root
+    base = configs.resolve(sweep.base, list(sweep.overrides))
+    return place.open_set(base.data.train, base.data).root
 
 
 def as_json(found: list[Cell], sweep: Sweep) -> list[dict[str, Any]]:

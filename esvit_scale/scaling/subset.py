@@ -5,6 +5,7 @@ from pathlib import Path
 from esvit_scale import files
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data.manifest import Manifest
+from esvit_scale.errors import UserError
 from esvit_scale.scaling.sweep_file import Sweep
 
 
@@ -16,6 +17,8 @@ def path_of(sweep: Sweep, unique: int) -> Path:
 def make(sweep: Sweep, unique: int, source: Path) -> None:
     """Create a shard set of the first `unique` images of `source`: links to its first shards, and a new manifest."""
     data, folder = manifests.load(source), path_of(sweep, unique)
+    if data.remote:
+        raise UserError(f"{data.remote.url}: unique_images needs a set on a file system; copy the set first")
     if manifests.is_shard_set(folder):
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,6 @@ shows anything.
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import cast
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from esvit_scale.config import Config
 from esvit_scale.data.evaluation import evaluation_batches
 from esvit_scale.data.pixel_format import pixel_format
+from esvit_scale.data.remote import place
 from esvit_scale.errors import UserError
 from esvit_scale.evaluate.knn import TEMPERATURE, count_true_class_ranks
 from esvit_scale.evaluate.neighbours import nearest_neighbours
@@ -42,7 +42,7 @@ class OnlineKnn:
             UserError: the held-out set cannot be read, has no labels, or too few images.
         """
         self._world = world
-        size, source = config.data.global_crops.size, Path(config.data.held_out)
+        size, source = config.data.global_crops.size, place.local_folder(config.data.held_out, config.data)
         pixels, share = pixel_format(config.data), {"rank": world.rank, "world_size": world.size}
         images = [torch.empty(0, pixels.channels, size, size, dtype=torch.bfloat16)]
         labels = [torch.empty(0, dtype=torch.int64)]

@@ -10,6 +10,7 @@ from esvit_scale.data import stream
 from esvit_scale.data.identity import Identity
 from esvit_scale.data.limits import translate_limits
 from esvit_scale.data.loader import translate_worker_errors
+from esvit_scale.data.remote import working_set
 from esvit_scale.errors import translate_file_errors
 from esvit_scale.objective.schedules import Schedules
 from esvit_scale.parallel import collectives, engine
@@ -60,6 +61,7 @@ def open_and_train(config: Config, world: World, watchdog: Watchdog) -> int:
             log.warning("%s: this run is finished; nothing to do", path)
         return 0
     data = collectives.run_on_rank0_and_broadcast(lambda: stream.open_data(config))
+    room = collectives.run_on_rank0_and_broadcast(lambda: working_set.check(config, data, world.size))
     watchdog.progress()
     if config.data.stage:
         data = stage.on_every_node(data, config.data.stage, watchdog)
@@ -67,6 +69,8 @@ def open_and_train(config: Config, world: World, watchdog: Watchdog) -> int:
         metrics.start_logging(path, active=world.rank == 0)
         if world.rank == 0:
             header.record(config)
+            for line in room:
+                log.info(line)
         schedules = Schedules(config, stream.steps_per_epoch(config, data))
         collectives.run_on_rank0_and_broadcast(lambda: step_folders.remove_unfinished(path))
         if world.rank == 0 and step_folders.has_checkpoints(path):

@@ -25,6 +25,10 @@ def on_every_node(data: TrainingData, folder: str, watchdog: Watchdog) -> Traini
         )
 
     def staged(manifest: Manifest) -> Manifest:
+        if manifest.remote:
+            raise UserError(
+                f"data.stage: {manifest.remote.url} is fetched into data.cache_dir already; remove data.stage"
+            )
         watchdog.grant(WAIT_S)
         return staging.staged(manifest, folder, watchdog.progress)
 

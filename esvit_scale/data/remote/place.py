@@ -1,0 +1,127 @@
+"""Opening of a shard set by its URL: its manifest is fetched into the set's folder in the cache.
+
+That folder holds what a set's folder holds, as far as it has been fetched, and a file that says where the rest is. So a
+path to it can be given to whatever reads shard sets. A set that is written again under its URL gets another folder.
+"""
+
+import getpass
+import hashlib
+import json
+import os
+import re
+import tempfile
+from contextlib import closing
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+from esvit_scale import files, store_urls
+from esvit_scale.config import Data
+from esvit_scale.data.manifest import MANIFEST, REMOTE, Manifest, Remote, load
+from esvit_scale.data.remote.store import Denied, Missing, Store
+from esvit_scale.errors import UserError
+
+MANIFESTS = ".manifests"  # the newest manifest of every set, by its URL, with the version of its object
+GB = 10**9
+
+
+def open_set(place: str, data: Data | None = None) -> Manifest:
+    """Read the manifest of the set that a path or URL names; of a URL, it is fetched if it is not in the cache yet.
+
+    Raises:
+        UserError: there is no set, or the store denies access.
+        StoreUnreachable: the store does not answer.
+    """
+    return load(local_folder(place, data))
+
+
+def local_folder(place: str, data: Data | None = None) -> Path:
+    """Return the folder of a set: the path itself, or, for a URL, the set's folder in the cache.
+
+    Args:
+        data: the keys of the config that say where the cache is, how large, and what the URL's library takes; None:
+            their defaults.
+
+    Raises:
+        UserError, StoreUnreachable: as `open_set`.
+    """
+    if not store_urls.is_set_url(place):
+        return Path(place)
+    if problem := store_urls.secret_in_url(place):
+        raise UserError(f"{place.partition('://')[0]}://…: {problem}")
+    data = data or Data()
+    limit = None if data.cache_gb is None else int(data.cache_gb * GB)
+    return _attached(place.rstrip("/"), str(cache_folder(data.cache_dir)), limit, json.dumps(data.storage_options))
+
+
+def of_node(manifest: Manifest, cache_dir: str | None) -> Manifest:
+    """Return a manifest with the set's folder on this node, if it is remote: variables in `cache_dir` may differ."""
+    if manifest.remote is None:
+        return manifest
+    return replace(manifest, root=cache_folder(cache_dir) / manifest.root.name)
+
+
+def cache_folder(cache_dir: str | None) -> Path:
+    """Return the cache's folder on this node.
+
+    Raises:
+        UserError: a variable in its name is not set on this node.
+    """
+    if cache_dir is None:
+        return Path(tempfile.gettempdir()) / f"esvit-scale-{_user()}"
+    path = os.path.expanduser(os.path.expandvars(cache_dir))
+    if unset := re.search(r"\$\w+|\$\{\w+\}", path):
+        raise UserError(f"data.cache_dir: {cache_dir}: {unset[0]} is not set on this node")
+    return Path(path).absolute()
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        return str(os.getuid())
+
+
+@lru_cache  # one look at the store per process and set
+def _attached(url: str, cache: str, limit: int | None, options: str) -> Path:
+    try:
+        (Path(cache) / MANIFESTS).mkdir(parents=True, exist_ok=True)
+        with closing(Store(url, json.loads(options), Path(cache))) as store:
+            manifest = _manifest_bytes(url, Path(cache) / MANIFESTS, store)
+        folder = Path(cache) / _folder_name(url, manifest)
+        folder.mkdir(exist_ok=True)
+        files.write_bytes(folder / MANIFEST, manifest)
+        files.write_json(folder / REMOTE, Remote(url, json.loads(options), limit)._asdict())
+    except Missing:
+        raise UserError(
+            f"{url}: not a finished shard set (no {MANIFEST}); write a set with `esvit-scale shards create SRC DST` and "
+            f"upload its folder, {MANIFEST} last"
+        ) from None
+    except Denied as error:
+        raise UserError(f"{error}; set {_credentials(url)}") from None
+    except OSError as error:
+        raise UserError(f"data.cache_dir: {cache}: {error.strerror or error}") from None
+    return folder
+
+
+def _manifest_bytes(url: str, folder: Path, store: Store) -> bytes:
+    """Return the bytes of a set's manifest; they are fetched unless the version in `folder` is that of the store still."""
+    name = hashlib.sha256(url.encode()).hexdigest()[:16]
+    content, recorded = folder / f"{name}.json", folder / f"{name}.version"
+    version = store.version(MANIFEST)
+    if content.is_file() and recorded.is_file() and recorded.read_text() == version:
+        return content.read_bytes()
+    recorded.unlink(missing_ok=True)
+    files.write_bytes(content, store.read(MANIFEST, at_start=True))
+    files.write_text(recorded, version)
+    return content.read_bytes()
+
+
+def _folder_name(url: str, manifest: bytes) -> str:
+    """Return the name of a set's folder in the cache: readable, and different for another URL or another manifest."""
+    last = re.sub(r"[^A-Za-z0-9._-]+", "-", url.rpartition("/")[2])[:60] or "set"
+    return f"{last}-{hashlib.sha256(url.encode() + manifest).hexdigest()[:16]}"
+
+
+def _credentials(url: str) -> str:
+    return store_urls.WHERE.get(store_urls.protocol(url), "its credentials as its library takes them")

@@ -1,0 +1,231 @@
+"""The cache of one remote shard set on a node's disk, as one process uses it.
+
+A shard is fetched once for all processes of the node: whoever wants it takes its exclusive lock, writes it to a
+temporary file, compares length and sha256 with the manifest, makes its index, and renames both. A process keeps a
+shared lock on every shard that it uses; a shard with a lock is never removed. Locks end with their process, and what a
+killed process left behind is removed by the next one.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from esvit_scale import files, store_urls
+from esvit_scale.data import manifest as manifests
+from esvit_scale.data.manifest import Manifest, Shard
+from esvit_scale.data.remote.room import NEVER, Room, cost, number_of
+from esvit_scale.data.remote.store import Denied, Missing, Store, StoreUnreachable
+from esvit_scale.errors import UserError
+
+log = logging.getLogger("esvit_scale")
+
+CHANGED_ATTEMPTS = 3  # transfers of another length or sha256 before the object, not the transfer, is blamed
+LAST_SHARDS = 2  # that a reader without a schedule keeps
+POLL_S = 0.02
+WAIT_S = 1800.0  # seconds to wait for another process that fetches a shard, or for room
+
+
+class ShardCache:
+    """The cached shards of one set; make one per process.
+
+    Args:
+        manifest: of the set, with `remote`.
+        next_use: returns when a shard of this cache, by its path, is needed next; without it, shards leave the cache
+            in the order of their last use.
+    """
+
+    def __init__(self, manifest: Manifest, next_use: Callable[[Path], float] = lambda path: NEVER) -> None:
+        assert manifest.remote is not None
+        self.manifest, self.folder, remote = manifest, manifest.root, manifest.remote
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._room = Room(self.folder.parent, remote.limit)
+        self._locks = self._room.locks(self.folder)
+        self._store: Store | None = None
+        self._next_use = next_use
+        self._changed, self._opening = threading.Condition(), threading.Lock()
+        self._held: set[int] = set()  # shards with a shared lock
+        self._fetching: set[int] = set()
+        self._paths = {shard.name: number for number, shard in enumerate(manifest.shards)}
+        self.fetched = 0  # shards that this process has fetched
+
+    def path(self, number: int) -> Path:
+        """Return a shard's path, after fetching it if it is not there; it stays until `keep` leaves it out.
+
+        Raises:
+            UserError: the object is not what the manifest says, is missing, or there is no room for it.
+            StoreUnreachable: the store does not serve it.
+        """
+        shard, began = self.manifest.shards[number], time.monotonic()
+        while not self._take(number):
+            if self._fetch(number, first_use=-1.0, urgent=True):
+                continue
+            if time.monotonic() - began > WAIT_S:
+                raise UserError(
+                    f"data.cache_gb: no room for {shard.name} in {self.folder.parent} for {WAIT_S / 60:.0f} minutes: other "
+                    "runs use the cache; give it more room, or this run a data.cache_dir of its own"
+                )
+            time.sleep(POLL_S)
+        return self.folder / shard.name
+
+    def fetch_ahead(self, number: int, first_use: float) -> bool:
+        """Fetch a shard that will be needed at batch `first_use`; return False where there is no room for it yet."""
+        return self._is_there(number) or self._fetch(number, first_use, urgent=False) or self._is_there(number)
+
+    def keep(self, numbers: set[int]) -> set[int]:
+        """Let go of all shards but `numbers`, and return those that may leave the cache now."""
+        with self._changed:
+            gone = self._held - numbers
+            for number in gone:
+                self._locks.unlock(self._byte(number))
+            self._held -= gone
+        return gone
+
+    def close(self) -> None:
+        """Let go of all shards and close the connections, once the transfers under way have ended."""
+        self.keep(set())
+        if self._store is not None:
+            self._store.close()
+
+    def _byte(self, number: int) -> int:
+        return number_of(self.manifest.shards[number].name)
+
+    def _is_there(self, number: int) -> bool:
+        shard = self.manifest.shards[number]
+        with suppress(OSError):
+            return (self.folder / shard.name).stat().st_size == shard.bytes
+        return False
+
+    def _take(self, number: int) -> bool:
+        """Lock a shard that lies in the cache against its removal; return False where it does not, or is being fetched."""
+        with self._changed:
+            if number in self._held:
+                if self._is_there(number):
+                    return True
+                self._held.discard(number)  # somebody removed the file by hand
+                self._locks.unlock(self._byte(number))
+            if number in self._fetching:
+                self._changed.wait(POLL_S)
+                return False
+            if not self._is_there(number) or not self._locks.try_shared(self._byte(number)):
+                return False
+            if not self._is_there(number):
+                self._locks.unlock(self._byte(number))
+                return False
+            self._held.add(number)
+        with suppress(OSError):
+            os.utime(self.folder / self.manifest.shards[number].name)
+        return True
+
+    def _fetch(self, number: int, first_use: float, urgent: bool) -> bool:
+        """Fetch a shard; return False where another process does, or where there is no room."""
+        shard, byte = self.manifest.shards[number], self._byte(number)
+        with self._changed:
+            if number in self._fetching or number in self._held or not self._locks.try_exclusive(byte):
+                return False
+            self._fetching.add(number)
+        reserved = False
+        try:
+            if self._is_there(number):
+                return True
+            reserved = self._room.reserve(self.folder, shard, first_use, self._next_use, self._is_mine)
+            if reserved:
+                self._transfer(shard, urgent)
+                self.fetched += 1
+            return reserved
+        finally:
+            with self._changed:
+                if reserved:
+                    self._room.cancel(self.folder, shard)
+                self._fetching.discard(number)
+                self._locks.unlock(byte)
+                self._changed.notify_all()
+
+    def _is_mine(self, path: Path) -> bool:
+        number = self._paths.get(path.name) if path.parent == self.folder else None
+        with self._changed:
+            return number is not None and (number in self._held or number in self._fetching)
+
+    def _transfer(self, shard: Shard, urgent: bool) -> None:
+        """Fetch a shard's object, compare it with the manifest, and give tar and index their names, the tar last."""
+        store = self._opened_store()
+        tmp = self.folder / f".{shard.name}.{os.getpid()}.{threading.get_ident()}.partial"
+        url = store_urls.join(self._remote.url, shard.name)
+        try:
+            for attempt in range(CHANGED_ATTEMPTS):
+                store.fetch(shard.name, tmp, urgent=urgent)
+                problem = _difference(tmp, shard)
+                if problem is None:
+                    break
+                log.warning("%s: %s (attempt %d)", url, problem, attempt + 1)
+                time.sleep(0.2 * attempt)
+            else:
+                raise UserError(
+                    f"{url}: {problem}: the object was replaced or is damaged; upload the shard again, or start another run"
+                )
+            self._write_index(shard, tmp)
+            tmp.replace(self.folder / shard.name)
+        except (Missing, Denied) as error:
+            raise UserError(f"{error}; the manifest lists it: upload the shard again") from None
+        except OSError as error:
+            raise StoreUnreachable(f"{self.folder}: {error.strerror or error}; the cache's disk is full or broken") from None
+        finally:
+            tmp.unlink(missing_ok=True)
+
+    def _opened_store(self) -> Store:
+        with self._opening:
+            if self._store is None:
+                self._store = Store(self._remote.url, self._remote.options, self.folder.parent)
+            return self._store
+
+    def _write_index(self, shard: Shard, tar: Path) -> None:
+        """Write the index of a verified tar from its headers: the index in the store is covered by no checksum."""
+        index = manifests.dump_index(shard.name, manifests.scan(tar))
+        if shard.bytes + len(index) <= cost(shard):  # otherwise readers scan the headers themselves
+            files.write_bytes(manifests.index_path(self.folder / shard.name), index)
+
+    @property
+    def _remote(self) -> "manifests.Remote":
+        assert self.manifest.remote is not None
+        return self.manifest.remote
+
+
+class ShardFiles:
+    """Where the shards of a set lie on this node; those of a remote set are fetched when they are asked for.
+
+    Args:
+        manifest: of the set.
+        cache: of a remote set, kept up to date by its owner; None: one that keeps the last LAST_SHARDS shards asked for. It
+            is made by the process that asks, which may be a fork of the one that made this object.
+    """
+
+    def __init__(self, manifest: Manifest, cache: ShardCache | None = None) -> None:
+        self._manifest, self._given = manifest, cache
+        self._own: ShardCache | None = None
+        self._pid, self._last = 0, [-1] * LAST_SHARDS
+
+    def path(self, number: int) -> tuple[Path, set[int]]:
+        """Return a shard's path and the shards that may leave the cache now; the errors are those of ShardCache.path."""
+        if self._manifest.remote is None:
+            return self._manifest.root / self._manifest.shards[number].name, set()
+        if self._given is not None:
+            return self._given.path(number), set()
+        if self._own is None or self._pid != os.getpid():
+            self._own, self._pid = ShardCache(self._manifest), os.getpid()
+        gone: set[int] = set()
+        if number not in self._last:
+            self._last = [*self._last[1:], number]
+            gone = self._own.keep(set(self._last))
+        return self._own.path(number), gone
+
+
+def _difference(path: Path, shard: Shard) -> str | None:
+    """Return how a file differs from what the manifest says, in words; None if it does not."""
+    size = path.stat().st_size
+    if size != shard.bytes:
+        return f"{size} bytes came; the manifest says {shard.bytes}"
+    found = files.sha256(path)
+    return None if found == shard.sha256 else f"sha256 {found[:12]}… came; the manifest says {shard.sha256[:12]}…"

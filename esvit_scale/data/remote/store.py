@@ -1,0 +1,256 @@
+"""Access to the objects of one shard set in a store, through fsspec: every request is bounded, paced and retried.
+
+The libraries below retry each in its own way, hand out fragments of a broken transfer, and some replace an object's tail
+by that of another version. So an object is written to a temporary file, and shard_cache.py compares it with the
+manifest before it gets its name.
+"""
+
+import asyncio
+import errno
+import fcntl
+import importlib
+import logging
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from esvit_scale import store_urls
+from esvit_scale.data.remote.locks import ByteLocks
+from esvit_scale.errors import RestartCanHelp, UserError
+
+T = TypeVar("T")
+
+log = logging.getLogger("esvit_scale")
+
+CONNECTIONS = 16  # transfers at a time on a node
+RESERVED = 4  # of these, for shards that a process waits for
+REQUESTS_PER_SECOND = 100  # at most, on a node
+BUDGET_S = 300.0  # seconds of waiting before a transfer that keeps failing ends the job
+FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 30.0
+EXTRAS = {"s3": "s3", "gs": "gs", "az": "az", "hf": "hf", "https": "http"}  # protocol → extra of pyproject.toml
+# Our own retries take the place of the libraries', which multiply (25 requests for one of s3fs) and ignore Retry-After.
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "s3": {
+        "config_kwargs": {"retries": {"total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": 60},
+        "max_concurrency": 1,  # connections of one transfer
+    },
+}
+DENIED, MISSING = (401, 403), (404, 410)  # HTTP status
+LIBRARIES = ("aiohttp", "botocore", "aiobotocore", "s3fs", "gcsfs", "google", "azure", "huggingface_hub", "requests")
+NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "ProfileNotFound")
+
+
+class StoreUnreachable(RestartCanHelp):
+    """Error for a store that did not serve a request within the budget of retries."""
+
+
+class Denied(Exception):
+    """Error for an object that the store refuses to give to these credentials."""
+
+
+class Missing(Exception):
+    """Error for an object that is not there."""
+
+
+class Store:
+    """The objects below one URL. Make one per process: fsspec's file systems do not survive a fork.
+
+    Args:
+        url: the folder's address.
+        options: what the URL's library takes (data.storage_options), without secrets.
+        folder: the cache's folder on this node, whose lock files bound the requests of all processes.
+    """
+
+    def __init__(self, url: str, options: Mapping[str, Any], folder: Path) -> None:
+        self.url, self._folder = url, folder
+        self._fs, self._root = _file_system(url, options)
+        self._locks = ByteLocks(folder / ".connections")  # byte i: connection i
+        self._mutex, self._closed = threading.Lock(), threading.Event()
+        self._in_use: set[int] = set()  # connections of this process: its locks do not exclude each other
+
+    def close(self) -> None:
+        """Close the connections and end the retries; call it before a fork, which would share open connections."""
+        self._closed.set()
+        session = next((s for name in ("_s3creator", "_session") if (s := getattr(self._fs, name, None))), None)
+        if session is not None:
+            with suppress(Exception):
+                self._fs.close_session(self._fs.loop, session)
+
+    def read(self, name: str, *, at_start: bool = False) -> bytes:
+        """Return the bytes of a small object; the errors are those of `fetch`."""
+        data: bytes = self._retried(name, lambda: self._fs.cat_file(f"{self._root}/{name}"), True, at_start)
+        return data
+
+    def version(self, name: str) -> str:
+        """Return a text that changes when an object is replaced (ETag, or time and size); the errors are those of `fetch`."""
+        found = self._retried(name, lambda: self._fs.info(f"{self._root}/{name}"), True, True)
+        keys = ("ETag", "etag", "md5Hash", "generation", "LastModified", "last_modified", "mtime", "created", "size")
+        return " ".join(str(found[key]) for key in keys if found.get(key) is not None)
+
+    def fetch(self, name: str, target: Path, *, urgent: bool) -> None:
+        """Write an object to the file `target`; nothing is said about what arrived, which may be a fragment.
+
+        Args:
+            urgent: whether a process waits for the object; transfers ahead of need leave some connections free.
+
+        Raises:
+            Missing: the object is not there.
+            StoreUnreachable: the store does not serve it, after BUDGET_S of retries.
+        """
+        self._retried(name, lambda: self._fs.get_file(f"{self._root}/{name}", str(target)), urgent, False)
+
+    def _retried(self, name: str, request: Callable[[], T], urgent: bool, at_start: bool) -> T:
+        """Return the result of a request, repeated while its failure may pass.
+
+        Args:
+            at_start: raise Denied at once; later it may be an expired credential, which is worth the budget.
+        """
+        url, waited, attempt = store_urls.join(self.url, name), 0.0, 0
+        while True:
+            try:
+                with self._connection(urgent):
+                    return request()
+            except Exception as error:
+                kind = _kind(error)
+                if kind is Missing:
+                    raise Missing(f"{url}: no such object") from None
+                if kind is Denied and at_start:
+                    raise Denied(f"{url}: access denied ({_words(error)})") from None
+                if kind is None:
+                    raise
+                delay = max(_delay(attempt), _retry_after(error))
+                attempt, waited = attempt + 1, waited + delay
+                if waited > BUDGET_S or self._closed.is_set():
+                    raise StoreUnreachable(
+                        f"{url}: {_words(error)}, after {attempt} attempts; nothing that was saved is lost; the same "
+                        "command continues when the store answers"
+                    ) from None
+                log.log(
+                    logging.WARNING if attempt > 2 else logging.DEBUG,
+                    "%s: %s; trying again in %.1f s (attempt %d)",
+                    *(url, _words(error), delay, attempt + 1),
+                )
+                self._closed.wait(delay)
+
+    @contextmanager
+    def _connection(self, urgent: bool) -> Iterator[None]:
+        """Hold one of the node's connections during the block, and start it no faster than the node's rate."""
+        while (number := self._free_connection(CONNECTIONS if urgent else CONNECTIONS - RESERVED)) is None:
+            time.sleep(0.01)
+        try:
+            _pace(self._folder / ".pace")
+            yield
+        finally:
+            with self._mutex:
+                self._in_use.discard(number)
+                self._locks.unlock(number)
+
+    def _free_connection(self, count: int) -> int | None:
+        with self._mutex:
+            for number in random.sample(range(count), count):
+                if number not in self._in_use and self._locks.try_exclusive(number):
+                    self._in_use.add(number)
+                    return number
+        return None
+
+
+def _pace(path: Path) -> None:
+    """Wait for this request's turn: the file holds the time at which the node's next request may start."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        now = time.time()
+        with suppress(ValueError):
+            turn = float(os.pread(handle, 32, 0) or b"0")
+            now = turn if now < turn < now + 60 else now  # a clock that was set back does not stop the node
+        os.pwrite(handle, b"%-31.6f\n" % (now + 1 / REQUESTS_PER_SECOND), 0)
+    finally:
+        os.close(handle)
+    time.sleep(max(now - time.time(), 0))
+
+
+def _file_system(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
+    """Return the fsspec file system of a URL and the folder's path in it.
+
+    Raises:
+        UserError: its library is not installed, or does not take the options.
+    """
+    kind = store_urls.protocol(url)
+    extra = EXTRAS.get(kind)
+    install = f"pip install 'esvit-scale[{extra}]'" if extra else "install the library that fsspec names"
+    try:
+        url_to_fs = importlib.import_module("fsspec.core").url_to_fs
+        # Listings are not cached: another process may have replaced what they say. Nor are file systems: a fork would
+        # inherit their connections.
+        uncached = {"use_listings_cache": False, "skip_instance_cache": True}
+        merged = {**uncached, **DEFAULTS.get(kind, {}), **options}
+        fs, root = url_to_fs(url, **merged)
+    except ImportError as error:
+        raise UserError(f"{url}: {' '.join(str(error).split())}; {install}") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{url}: data.storage_options: {' '.join(str(error).split())}") from None
+    if hasattr(fs, "retries"):
+        fs.retries = 1
+    return fs, str(root).rstrip("/")
+
+
+def _kind(error: BaseException) -> type[Exception] | None:
+    """Return Missing, Denied, StoreUnreachable for a failure that may pass, or None for anything else."""
+    statuses = {status for each in _chain(error) if (status := _status(each)) is not None}
+    if statuses & set(MISSING) or isinstance(error, FileNotFoundError):
+        return Missing
+    if statuses & set(DENIED) or isinstance(error, PermissionError) or type(error).__name__ in NO_CREDENTIALS:
+        return Denied
+    if isinstance(error, OSError | asyncio.TimeoutError | TimeoutError):
+        return None if _is_local(error) else StoreUnreachable
+    return StoreUnreachable if type(error).__module__.partition(".")[0] in LIBRARIES else None
+
+
+def _is_local(error: BaseException) -> bool:
+    """Return whether an OSError is about a file of this machine, such as a full disk, rather than about the store."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EMFILE)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _status(error: BaseException) -> int | None:
+    """Return the HTTP status that an error of a library carries, or None."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):
+        found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    else:
+        found = next((getattr(error, n) for n in ("status", "status_code", "code") if hasattr(error, n)), None)
+    return found if isinstance(found, int) else None
+
+
+def _retry_after(error: BaseException) -> float:
+    """Return the seconds that the server asked to wait (Retry-After), at most a minute; 0 if it did not."""
+    for each in _chain(error):
+        response = getattr(each, "response", None)
+        headers = getattr(each, "headers", None) or getattr(response, "headers", None)
+        if isinstance(response, dict):
+            headers = response.get("ResponseMetadata", {}).get("HTTPHeaders")
+        for name in ("Retry-After", "retry-after"):
+            with suppress(TypeError, ValueError, AttributeError):
+                return min(max(float(headers.get(name)), 0.0), 60.0)  # type: ignore[union-attr]
+    return 0.0
+
+
+def _delay(attempt: int) -> float:
+    """Return the back-off before attempt `attempt` + 2: it doubles, and is spread so that processes do not return at once."""
+    return min(FIRST_DELAY_S * 2**attempt, LONGEST_DELAY_S) * random.uniform(0.5, 1.0)
+
+
+def _words(error: BaseException) -> str:
+    status = next((s for each in _chain(error) if (s := _status(each)) is not None), None)
+    text = " ".join(str(error).split())[:160] or type(error).__name__
+    return f"HTTP {status}: {text}" if status and str(status) not in text else text
