@@ -116,7 +116,7 @@ def _secret_problems(data: Data) -> list[str]:
     places = {"data.train": data.train, "data.held_out": data.held_out}
     places |= {f"data.mix.{i}.urls": mixed.urls for i, mixed in enumerate(data.mix)}
     found = {key: store_urls.secret_in_url(place) for key, place in places.items()}
-    found["data.storage_options"] = store_urls.secret_in_options(data.storage_options, list(places.values()))
+    found["data.storage_options"] = store_urls.secret_in_options(data.storage_options or {}, list(places.values()))
     return [f"{key}: {problem}" for key, problem in found.items() if problem]
 
 

@@ -71,6 +71,7 @@ TESTED = {
     "wandb": Range("0.31.0", "0.31.0"),
     "mkdocs": Range("1.6.1", "1.6.1"),
     "mkdocs-material": Range("9.6.1", "9.8.2"),
+    "s3fs": Range("2026.9.0", "2026.9.0"),
 }
 IMPORTED = ("torch", "torchvision", "timm", "deepspeed", "fairscale", "webdataset")  # each has a row of its own
 EXTRAS = {
@@ -81,6 +82,7 @@ EXTRAS = {
         ("onnx", "onnxscript", "onnxruntime", "transformers"), "convert --to onnx", ("onnxruntime", "transformers")
     ),
     "opencv": Extra(("opencv-python-headless",), "data.photometric: workers"),
+    "s3": Extra(("s3fs",), "data.train=s3://…"),
     "tiff": Extra(("tifffile", "imagecodecs"), "TIFF other than 8-bit RGB"),
     "docs": Extra(("mkdocs", "mkdocs-material"), "make docs: the documentation as a site"),
     "browser": Extra(

@@ -113,6 +113,8 @@ def _allowed(annotation: Any, metadata: list[Any]) -> str:
         return f"list of two, each a {_allowed(arguments[0], [])}"
     if origin is list:
         return "list of sections" if item_section(annotation) else f"list, each a {_allowed(arguments[0], [])}"
+    if origin is dict:
+        return "mapping"
     if annotation is bool:
         return "true or false"
     if annotation in (int, float):

@@ -119,9 +119,9 @@ class Data(Section):
     for later runs. null: esvit-scale-USER in the folder for temporary files."""
     cache_gb: AboveZero | None = None
     """[GB] Most that data.cache_dir may take on a node; null: 80 % of what its disk has left for it."""
-    storage_options: dict[str, Any] = Field(default_factory=dict)
+    storage_options: dict[str, Any] | None = None
     """What the library of data.train's URL takes, such as {endpoint_url: https://…}; secrets are refused, since every run
-    records them: libraries read those from the environment (docs/object_stores.md)."""
+    records them: libraries read those from the environment (docs/object_stores.md). null: the library's defaults."""
     slots: Positive | None = None
     """[slots] Canonical slots of the data order (docs/data.md); null: the largest divisor of train.global_batch ≤ 512."""
     shuffle_window: Positive = 8

@@ -20,7 +20,7 @@ WHERE = {  # protocol → where its library looks for credentials
     "gs": "GOOGLE_APPLICATION_CREDENTIALS",
     "az": "AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
     "hf": "HF_TOKEN",
-    "https": "FSSPEC_HTTPS, such as FSSPEC_HTTPS='{\"client_kwargs\": {\"headers\": {…}}}'",
+    "https": 'FSSPEC_HTTPS, such as FSSPEC_HTTPS=\'{"client_kwargs": {"headers": {…}}}\'',
 }
 SAME_AS = {"s3a": "s3", "gcs": "gs", "abfs": "az", "abfss": "az", "adl": "az", "http": "https"}
 

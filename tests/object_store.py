@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -62,10 +62,8 @@ def s3_server(folder: Path) -> Iterator[int]:
     try:
         yield ports[0]
     finally:
-        process.terminate()
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(5)
         process.kill()
+        process.wait()
 
 
 def upload(port: int, folder: Path, bucket: str, name: str = "set") -> str:
@@ -127,7 +125,9 @@ class Proxy:
 
     def gets(self, suffix: str = ".tar") -> Counter[str]:
         """Return the number of GETs by file name, of those with a suffix."""
-        return Counter(path.rpartition("/")[2] for method, path, _ in self.log if method == "GET" and path.endswith(suffix))
+        return Counter(
+            path.rpartition("/")[2] for method, path, _ in self.log if method == "GET" and path.endswith(suffix)
+        )
 
     def bytes_of(self, suffix: str = ".tar") -> int:
         """Return the bytes of bodies sent for GETs of names with a suffix."""

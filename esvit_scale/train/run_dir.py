@@ -145,7 +145,8 @@ def _load_whole(path: Path) -> Config:
 
 def _differences(saved: Config, config: Config) -> list[str]:
     """Return the differences between two configs that can change results, each as `key: saved → given`."""
-    return [d for d in configs.differences(saved, config) if d.split(":")[0] not in MAY_DIFFER]
+    found = configs.differences(saved, config)
+    return [d for d in found if not any(f"{d.split(':')[0]}.".startswith(f"{key}.") for key in MAY_DIFFER)]
 
 
 def _matches_checkpoint(path: Path, config: Config, problem: str) -> bool:

@@ -131,9 +131,8 @@ class ReadAhead:
             try:
                 if cache.fetch_ahead(shard[1], first):
                     return
-            except (UserError, RestartCanHelp) as error:  # whoever reads the shard meets it again
+            except (UserError, RestartCanHelp, OSError) as error:  # whoever reads the shard meets it again
                 log.debug("%s", error)
                 return
             with self._changed:
                 self._changed.wait(AGAIN_S)
-

@@ -51,7 +51,9 @@ def local_folder(place: str, data: Data | None = None) -> Path:
         raise UserError(f"{place.partition('://')[0]}://…: {problem}")
     data = data or Data()
     limit = None if data.cache_gb is None else int(data.cache_gb * GB)
-    return _attached(place.rstrip("/"), str(cache_folder(data.cache_dir)), limit, json.dumps(data.storage_options))
+    return _attached(
+        place.rstrip("/"), str(cache_folder(data.cache_dir)), limit, json.dumps(data.storage_options or {})
+    )
 
 
 def of_node(manifest: Manifest, cache_dir: str | None) -> Manifest:
@@ -69,10 +71,10 @@ def cache_folder(cache_dir: str | None) -> Path:
     """
     if cache_dir is None:
         return Path(tempfile.gettempdir()) / f"esvit-scale-{_user()}"
-    path = os.path.expanduser(os.path.expandvars(cache_dir))
+    path = os.path.expandvars(cache_dir)
     if unset := re.search(r"\$\w+|\$\{\w+\}", path):
         raise UserError(f"data.cache_dir: {cache_dir}: {unset[0]} is not set on this node")
-    return Path(path).absolute()
+    return Path(path).expanduser().absolute()
 
 
 def _user() -> str:

@@ -4,8 +4,8 @@ A slot (order.py) reads a stretch of an epoch's order, hence the shuffle windows
 `Use` is one of them: the batches in which one slot may read any of one window's shards. Windows that reach from one slot
 into the next are used twice in an epoch, by the first slot at its end and by the second at its start.
 
-Of a mix, a slot's draws from one set are a stretch of that set's order, read at an even rate; a use then begins and ends
-one batch too wide.
+Of a mix, a slot's draws from one set are a stretch of that set's order, read at an even rate, up to two draws; a use is
+so much wider.
 """
 
 from collections import defaultdict
@@ -39,7 +39,8 @@ class Stretch(NamedTuple):
     order: Order
     positions: range
     first: float  # batch index at its first position
-    last: float  # at its last
+    last: float  # after its last
+    slack: float = 0.0  # batches by which a position between them may be read earlier or later
 
 
 class Schedule:
@@ -120,7 +121,7 @@ class Schedule:
             rate, begin = self.steps / len(draws), epoch * self.steps
             positions = range(part.start - set_epoch * samples, part.stop - set_epoch * samples)
             first, last = ((at - draws.start) * rate + begin for at in (part.start, part.stop))
-            yield Stretch(number, mixed.order(number, set_epoch), positions, first - 1, last + 1)
+            yield Stretch(number, mixed.order(number, set_epoch), positions, first, last, 1 + 2 * rate)
 
 
 @lru_cache(4)
@@ -135,7 +136,7 @@ def _uses(stretch: Stretch) -> Iterator[Use]:
             stretch.first + (at - positions.start) * length / len(positions) for at in (part.start, part.stop - 1)
         )
         shards = tuple((stretch.set, shard) for shard in stretch.order.shards_of_window(window))
-        yield Use(max(int(first), 0), int(last), shards)
+        yield Use(max(int(first - stretch.slack), 0), int(last + stretch.slack), shards)
 
 
 def _merged(times: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -24,6 +24,7 @@ from esvit_scale.errors import UserError
 log = logging.getLogger("esvit_scale")
 
 CHANGED_ATTEMPTS = 3  # transfers of another length or sha256 before the object, not the transfer, is blamed
+CHANGED_DELAY_S = 0.5  # longer before every further one
 LAST_SHARDS = 2  # that a reader without a schedule keeps
 POLL_S = 0.02
 WAIT_S = 1800.0  # seconds to wait for another process that fetches a shard, or for room
@@ -154,6 +155,8 @@ class ShardCache:
         store = self._opened_store()
         tmp = self.folder / f".{shard.name}.{os.getpid()}.{threading.get_ident()}.partial"
         url = store_urls.join(self._remote.url, shard.name)
+        for fragment in self.folder.glob(f".{shard.name}.*.partial"):  # of a process that was killed: its lock is ours
+            fragment.unlink(missing_ok=True)
         try:
             for attempt in range(CHANGED_ATTEMPTS):
                 store.fetch(shard.name, tmp, urgent=urgent)
@@ -161,7 +164,7 @@ class ShardCache:
                 if problem is None:
                     break
                 log.warning("%s: %s (attempt %d)", url, problem, attempt + 1)
-                time.sleep(0.2 * attempt)
+                time.sleep(CHANGED_DELAY_S * attempt)
             else:
                 raise UserError(
                     f"{url}: {problem}: the object was replaced or is damaged; upload the shard again, or start another run"
@@ -171,7 +174,9 @@ class ShardCache:
         except (Missing, Denied) as error:
             raise UserError(f"{error}; the manifest lists it: upload the shard again") from None
         except OSError as error:
-            raise StoreUnreachable(f"{self.folder}: {error.strerror or error}; the cache's disk is full or broken") from None
+            raise StoreUnreachable(
+                f"{self.folder}: {error.strerror or error}; the cache's disk is full or broken"
+            ) from None
         finally:
             tmp.unlink(missing_ok=True)
 

@@ -32,7 +32,13 @@ RESERVED = 4  # of these, for shards that a process waits for
 REQUESTS_PER_SECOND = 100  # at most, on a node
 BUDGET_S = 300.0  # seconds of waiting before a transfer that keeps failing ends the job
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 30.0
-EXTRAS = {"s3": "s3", "gs": "gs", "az": "az", "hf": "hf", "https": "http"}  # protocol → extra of pyproject.toml
+INSTALL = {  # protocol → what to install for it
+    "s3": "'esvit-scale[s3]'",
+    "gs": "gcsfs",
+    "az": "adlfs",
+    "hf": "huggingface_hub",
+    "https": "aiohttp",
+}
 # Our own retries take the place of the libraries', which multiply (25 requests for one of s3fs) and ignore Retry-After.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "s3": {
@@ -181,8 +187,7 @@ def _file_system(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
         UserError: its library is not installed, or does not take the options.
     """
     kind = store_urls.protocol(url)
-    extra = EXTRAS.get(kind)
-    install = f"pip install 'esvit-scale[{extra}]'" if extra else "install the library that fsspec names"
+    install = f"pip install {INSTALL[kind]}" if kind in INSTALL else "install the library that fsspec names"
     try:
         url_to_fs = importlib.import_module("fsspec.core").url_to_fs
         # Listings are not cached: another process may have replaced what they say. Nor are file systems: a fork would

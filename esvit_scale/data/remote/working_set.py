@@ -10,7 +10,7 @@ from esvit_scale.data.manifest import Manifest
 from esvit_scale.data.mix import MixedSets
 from esvit_scale.data.order import steps_per_epoch
 from esvit_scale.data.remote.ahead import node_slots, ranks_per_node
-from esvit_scale.data.remote.place import GB, cache_folder
+from esvit_scale.data.remote.place import cache_folder
 from esvit_scale.data.remote.room import DEFAULT_SHARE, Room, cost
 from esvit_scale.data.remote.schedule import Schedule
 from esvit_scale.errors import UserError
@@ -78,7 +78,8 @@ def working_set(config: Config, data: Manifest | MixedSets, world_size: int) -> 
         schedule = Schedule(config, data, slots)
         shards = {shard for use in schedule.uses(0) for shard in use.shards if shard in everything}
         least, once = (
-            min(int(MARGIN * schedule.peak_bytes(everything, only)) + spare, sum(everything.values())) for only in (False, True)
+            min(int(MARGIN * schedule.peak_bytes(everything, only)) + spare, sum(everything.values()))
+            for only in (False, True)
         )
         fetched = sum(everything[shard] for shard in shards)
         nodes.append(WorkingSet(len(slots), least, once, sum(everything.values()), fetched, len(shards)))
