@@ -92,7 +92,7 @@ def test_search_works_without_a_server(browser: Any, site: Path) -> None:
 
 
 def test_links_out_of_docs_lead_to_pages_of_the_site(site: Path) -> None:
-    assert 'href="source/esvit_scale/__init__.py.html"' in (site / "index.html").read_text()
+    assert 'href="source/esvit_scale/__init__.py.html"' in (site / "pages.html").read_text()
     assert "_LAZY" in (site / "source/esvit_scale/__init__.py.html").read_text()
     assert 'href="slurm_scripts.html"' in (site / "slurm.html").read_text()
 
