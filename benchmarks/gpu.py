@@ -4,10 +4,11 @@
 
 The parts, each in a process of its own that is ended when its share of the time is over:
 
-    checks      the fused loss and the augmentation on the device against float64 and the CPU; host waits in a step
+    checks      the fused loss and the augmentation on the device against float64 and the CPU; window attention against
+                fp32; a step in autocast; host waits in a step
     <preset>    whole optimizer steps in bf16 at doubling batches, up to the largest that fits: images/s, MFU, peak memory
     compile     Swin-T with and without train.compile
-    attention   Swin-T with every value of model.attention, where this version has that key
+    attention   Swin-T with every implementation of window attention
     official    Swin-T and Swin-B beside the official modules, in turns (with --official)
 
 Results are printed as a table and written to benchmarks/results/gpu-NAME.json as they come, so that a run that is ended
@@ -25,7 +26,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
@@ -125,7 +126,10 @@ def checks(options: Any) -> Iterator[Row]:
     for dtype in (torch.float32, torch.bfloat16):
         yield {"what": f"fused loss, {str(dtype)[6:]}, against float64", "error": loss_error(device, dtype)}
     yield {"what": "augmentation against the CPU's", "error": augmentation_error(device)}
+    yield from attention_problems(device)
     world = worlds.start()
+    a_step(config_of(options, "swin_t", 4, ("train.precision=autocast", "model.attention=math")), world)(4)
+    yield {"what": "a step in autocast with model.attention=math", "note": "runs"}
     step = a_step(config_of(options, "swin_t", 4), world)
     for _ in range(3):
         step(4)
@@ -139,6 +143,34 @@ def checks(options: Any) -> Iterator[Row]:
         torch.cuda.set_sync_debug_mode("default")
         yield {"what": "host waits in a step", "count": sum("synchronizing" in str(w.message) for w in said)}
     worlds.stop()
+
+
+def attention_problems(device: Any) -> Iterator[Row]:
+    """Yield for every implementation of window attention how it differs from fp32 by more than it may."""
+    import torch
+
+    from esvit_scale.errors import first_line
+    from esvit_scale.models import attention_choice
+    from esvit_scale.models.window_attention_implementations import NAMES, implementation, unavailable
+    from esvit_scale.models.windows import WindowLayout, window_plan
+
+    layouts = [
+        WindowLayout(window_plan(((4, 2 * side, 2 * side),), side, shift, device), 3, 32, 1)
+        for side in (7, 14)
+        for shift in (0, side // 2)
+    ]
+    for name in NAMES:
+        for dtype in (torch.float32, torch.bfloat16):
+            try:
+                problem = unavailable(name, device) or attention_choice.inaccuracy(
+                    implementation(name), layouts, dtype, device
+                )
+            except Exception as error:
+                problem = f"{type(error).__name__}: {first_line(error)}"
+            yield {
+                "what": f"window attention by {name}, {str(dtype)[6:]}",
+                "note": problem or "as accurate as it must be",
+            }
 
 
 def loss_error(device: Any, dtype: Any) -> float:
@@ -212,18 +244,14 @@ def compare_compile(options: Any) -> Iterator[Row]:
 
 def compare_attention(options: Any) -> Iterator[Row]:
     """Yield the times of Swin-T's step with every implementation of window attention."""
-    from esvit_scale.config import Config
+    from esvit_scale.models.window_attention_implementations import NAMES
 
-    field = Config.model_fields["model"].annotation.model_fields.get("attention")  # type: ignore[union-attr]
-    if field is None:
-        yield {"what": "model.attention", "note": "this version has no such key"}
-        return
-    values = [value for value in get_args(field.annotation) if value not in ("auto", None)]
-    yield from variants(options, {f"model.attention={v}": (f"model.attention={v}",) for v in values})
+    yield from variants(options, {f"model.attention={name}": (f"model.attention={name}",) for name in NAMES})
 
 
 def variants(options: Any, overrides: dict[str, tuple[str, ...]]) -> Iterator[Row]:
     """Yield the times of Swin-T's step with each set of overrides, one after the other in one process."""
+    from esvit_scale.errors import first_line
     from esvit_scale.parallel import world as worlds
 
     batch = 2 if options.quick else MIDDLE
@@ -234,7 +262,7 @@ def variants(options: Any, overrides: dict[str, tuple[str, ...]]) -> Iterator[Ro
             timed_step = timed(a_step(config, world), batch, config, world.device, options.quick)
             yield {"what": name, "batch": batch, **timed_step}
         except Exception as error:  # a candidate that does not run here must not hide the others
-            yield {"what": name, "batch": batch, "note": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+            yield {"what": name, "batch": batch, "note": f"{type(error).__name__}: {first_line(error)}"}
         worlds.stop()
 
 
@@ -293,9 +321,11 @@ def a_step(config: Any, world: Any) -> Callable[[int], object]:
 
     from esvit_scale.data.stream import MicroBatch
     from esvit_scale.objective.schedules import Schedules
+    from esvit_scale.train import attention
     from esvit_scale.train.trainer import Trainer
 
-    trainer = Trainer(config, world, Schedules(config, steps_per_epoch=1))
+    attends = attention.choose(config, world)  # before the networks are built, as in a run
+    trainer = Trainer(config, world, Schedules(config, steps_per_epoch=1), attention=attends)
     kept: dict[int, MicroBatch] = {}
 
     def step(images: int) -> object:

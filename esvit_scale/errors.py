@@ -48,6 +48,11 @@ def in_words(error: OSError) -> str:
     return f"{os.fsdecode(error.filename)}: {what}" if isinstance(error.filename, str | bytes | os.PathLike) else what
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, at most 200 characters, or the name of its type if it has no text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 def _as_os_error(error: Exception) -> OSError | None:
     """Return a file system error as Python's OSError, or None for any other error.
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from esvit_scale.errors import first_line
 from esvit_scale.models.window_attention import attend_math
 from esvit_scale.models.window_attention_implementations import AttendWindows
 from esvit_scale.models.windows import WindowLayout, WindowPlan
@@ -56,7 +57,7 @@ def choose(
                     layout.blocks * _milliseconds(attend, layout, dtype, device) for layout in real
                 )
         except Exception as error:  # whatever a library raises on this machine rules its candidate out
-            refused[name] = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}"
+            refused[name] = f"{type(error).__name__}: {first_line(error)}"
     chosen = min(milliseconds, key=milliseconds.__getitem__) if milliseconds else "math"
     return Outcome(chosen, milliseconds, refused)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from esvit_scale.config import Config
-from esvit_scale.errors import UserError
+from esvit_scale.errors import UserError, first_line
 from esvit_scale.models import timm_probe
 from esvit_scale.models.batch_norm import BatchNorm
 from esvit_scale.models.descriptions import Tensors, TimmForm, TrunkCard
@@ -229,11 +229,11 @@ def _probed(name: str, drop_path: float, sizes: tuple[int, ...], in_chans: int) 
                 return timm_probe.on_meta(partial(_tried, candidate, drop_path, sizes))
         except TypeError as error:
             if "unexpected keyword" not in str(error):
-                refused = refused or _in_a_line(error)
+                refused = refused or first_line(error)
         except UserError:
             raise
         except Exception as error:  # whatever the network raises for sizes that it does not take
-            refused = refused or _in_a_line(error)
+            refused = refused or first_line(error)
     if not refused:
         raise UserError(f"model.drop_path: {PREFIX}{name} has no stochastic depth; set model.drop_path=0")
     shown = ", ".join(map(str, sizes))
@@ -256,10 +256,6 @@ def _tried(candidate: Probe, drop_path: float, sizes: tuple[int, ...]) -> Probe:
             "ZeRO-3 cannot train what is not used; take another network"
         )
     return probe
-
-
-def _in_a_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _norms(network: nn.Module) -> Iterable[nn.LayerNorm]:

@@ -37,6 +37,11 @@ def implementation(name: str) -> AttendWindows:
     return {"math": attend_math, "sdpa": attend_sdpa, "flex": attend_flex}[name]
 
 
+def interpreted() -> bool:
+    """Return whether Triton interprets kernels on the CPU (TRITON_INTERPRET=1, set before triton is imported)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def unavailable(name: str, device: torch.device) -> str | None:
     """Return why an implementation cannot run on a device, as a clause; None when it may."""
     if name in ("math", "sdpa"):
@@ -44,7 +49,7 @@ def unavailable(name: str, device: torch.device) -> str | None:
     if name == "triton" and find_spec("triton") is None:
         return "needs the package triton, which is not installed"
     if device.type != "cuda":
-        if name == "triton" and os.environ.get("TRITON_INTERPRET") == "1":  # kernels run on the CPU, slowly: for tests
+        if name == "triton" and interpreted():  # slowly: for tests
             return None
         return f"needs a CUDA GPU, and this process runs on a {device.type.upper()}"
     if torch.cuda.get_device_capability(device) < OLDEST_GPU:

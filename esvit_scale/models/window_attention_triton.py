@@ -6,24 +6,19 @@ table, which are summed in a fixed order. So results do not depend on timing, an
 torch.compile and activation checkpointing see as a whole.
 """
 
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from esvit_scale.models import window_attention_kernels as kernels
+from esvit_scale.models.window_attention_implementations import interpreted
 from esvit_scale.models.windows import WindowPlan
 
 DEPTHS = (16, 32, 64)  # C / heads
 LARGEST_WINDOW = 32  # tokens along a side
 PROGRAMS_PER_MULTIPROCESSOR = 8
 PROGRAMS_INTERPRETED = 6  # few, so that programs have several windows each in tests
-
-
-def interpreted() -> bool:
-    """Return whether Triton interprets kernels on the CPU (TRITON_INTERPRET=1, set before triton is imported)."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def unsupported(window: int, depth: int) -> str | None:

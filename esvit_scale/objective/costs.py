@@ -24,7 +24,6 @@ from esvit_scale.objective.registry import build_objective
 # What activation checkpointing keeps of a block for its backward: everything that autograd saves; the block's inputs and
 # its expensive products (models/recomputation.py); the inputs alone.
 Checkpointing = Literal["none", "selective", "full"]
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # of working parameters, by train.precision; else fp32
 TEACHER_VIEWS = 2  # the two global crops
 TEACHER_TEMP = 0.07  # any value: costs do not depend on it
 
@@ -41,6 +40,11 @@ def parameters(config: Config) -> Parameters:
     network = _network(config)
     count: Callable[[nn.Module], int] = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
     return Parameters(count(network.trunk), count(network.objective))
+
+
+def weight_dtype(config: Config) -> torch.dtype:
+    """Return the type of the weights that a forward uses (fp32 in autocast, which casts them at each product)."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision, torch.float32)
 
 
 def traced(config: Config) -> bool:
@@ -178,7 +182,7 @@ def _kept_by_formulas(config: Config) -> KeptActivations:
     of_trunk, of_objective = network.trunk.formulas(), network.objective.formulas()
     assert of_trunk is not None
     assert of_objective is not None
-    element = DTYPES.get(config.train.precision, torch.float32).itemsize
+    element = weight_dtype(config).itemsize
     found = of_trunk.kept(sizes, element)
     heads = of_objective.kept([of_trunk.crop_cost(size, "executed").grid for size in sizes], element)
     outside = Activations(found.outside.per_image + heads.per_image, found.outside.per_step + heads.per_step)
@@ -190,7 +194,7 @@ def _traced_kept(key: str) -> KeptActivations:
     """Return the bytes that the student's forward keeps, traced at two batch sizes to separate the per-image part."""
     config = Config.model_validate_json(key)
     with models_traced.on_meta():
-        network = build_student(config).to(DTYPES.get(config.train.precision, torch.float32))
+        network = build_student(config).to(weight_dtype(config))
         least = max(2, network.objective.images_at_least)
         (called, *fewer), (_, *more) = (_traced_step(network, config, images) for images in (least, least + 1))
 

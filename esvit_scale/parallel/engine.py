@@ -18,6 +18,7 @@ from esvit_scale.errors import UserError
 from esvit_scale.models.distributions import Initializer
 from esvit_scale.models.initialize import initial_value, initial_values
 from esvit_scale.models.window_attention_implementations import implementation
+from esvit_scale.objective.costs import weight_dtype
 from esvit_scale.objective.network import Network, build_network, build_student, build_teacher
 from esvit_scale.objective.param_groups import largest_of_each_part, parameter_groups
 from esvit_scale.objective.registry import check_local_batch
@@ -90,10 +91,9 @@ def build(config: Config, world: World, given: dict[str, Tensor]) -> Engines:
     if config.train.compile:
         for network in (student.module, teacher.network):
             compilation.apply(network.trunk, world.device)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.train.precision, torch.float32)
     group_of = {name: group for group, members in groups.items() for name in members}
     moments = optimizers.MOMENTS[config.optim.name]
-    return Engines(student, optimizer, group_of, teacher, clipper, layout, dtype, moments)
+    return Engines(student, optimizer, group_of, teacher, clipper, layout, weight_dtype(config), moments)
 
 
 def use_attention(engines: Engines, name: str) -> None:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch._C import _distributed_c10d
 from torch.distributed import distributed_c10d
 
-from esvit_scale.errors import RestartCanHelp, UserError
+from esvit_scale.errors import RestartCanHelp, UserError, first_line
 from esvit_scale.parallel import allocator, collectives, zero
 
 # Texts in errors of gloo and TCP when a peer is lost. NCCL and torch's store raise subclasses of DistError instead.
@@ -158,8 +158,7 @@ def translate_comm_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        text = str(error).strip()
-        first = text.splitlines()[0] if text else type(error).__name__
+        text = str(error)
         if any(words in text for words in PORT_IN_USE):
             raise RestartCanHelp(
                 f"MASTER_PORT={os.environ.get('MASTER_PORT')} on {os.environ.get('MASTER_ADDR')} is in use by another program; "
@@ -167,7 +166,7 @@ def translate_comm_errors() -> Iterator[None]:
             ) from error
         if isinstance(error, dist.DistError) or any(words in text for words in LOST_PEER):
             raise RestartCanHelp(
-                f"another rank is gone, or cannot be reached ({first[:200]}); see that rank's log"
+                f"another rank is gone, or cannot be reached ({first_line(error)}); see that rank's log"
             ) from error
         raise
 

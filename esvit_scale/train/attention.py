@@ -14,18 +14,20 @@ import torch
 
 from esvit_scale import files
 from esvit_scale.config import Config
-from esvit_scale.errors import UserError
+from esvit_scale.errors import UserError, first_line
 from esvit_scale.models import attention_choice
 from esvit_scale.models.attention_choice import Outcome
 from esvit_scale.models.registry import build_trunk
+from esvit_scale.models.trunk import Trunk
 from esvit_scale.models.window_attention_implementations import NAMES, AttendWindows, implementation, unavailable
 from esvit_scale.models.windows import WindowLayout
+from esvit_scale.objective.costs import weight_dtype
 from esvit_scale.parallel.world import World
 
 log = logging.getLogger("esvit_scale")
 
 FILE = "attention.json"
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "autocast": torch.bfloat16}
+NONE_TO_CHOOSE = ("math", "the trunk has no window attention of ours")
 
 
 def check(config: Config, device: torch.device) -> None:
@@ -36,29 +38,38 @@ def check(config: Config, device: torch.device) -> None:
     if problem := unavailable(asked, device):
         nearest = "auto" if device.type == "cuda" else "math"
         raise UserError(f"model.attention={asked}: {problem}; nearest: {nearest}")
-    if not _layouts(config, 1, device):
+    if not _layouts(_trunk(config), config, 1, device):
         raise UserError(f"model.attention={asked}: {config.model.trunk} has no window attention of ours; nearest: auto")
+
+
+def choose(config: Config, world: World) -> str:
+    """Return the implementation that a new run of a config has on this machine.
+
+    Raises:
+        UserError: the implementation that `model.attention` names cannot be used, is not accurate here, or raises.
+    """
+    check(config, world.device)
+    return _choice(config, world, None, resumed=False)[0]
 
 
 def choose_for_run(config: Config, world: World, path: Path, resumed: bool) -> str:
     """Return the implementation for this start of a run, and record it in the run dir.
 
-    `auto` keeps what is recorded. Without a record, it is `math` on a CPU and for a run that is resumed (it began with
-    math), and otherwise the outcome of `attention_choice.choose`.
+    `auto` keeps what is recorded, if it is still accurate on another device or with another torch. Without a record, it
+    is `math` on a CPU and for a run that is resumed (it began with math), and otherwise the outcome of
+    `attention_choice.choose`.
 
     Raises:
         UserError: the implementation that `model.attention` names is not accurate here, or raises.
     """
-    device, asked = world.device, config.model.attention
     record = _read(path / FILE)
-    if record is None and asked == "auto" and _on_cpu(device):
+    if record is None and config.model.attention == "auto" and _on_cpu(world.device):
         return "math"
-    layouts = _layouts(config, 1, device)
-    if not layouts:
+    choice = _choice(config, world, record, resumed)
+    if choice == NONE_TO_CHOOSE:
         return "math"
-    real = _layouts(config, config.train.global_batch // (world.size * config.train.grad_accum), device)
-    name, why = _choice(config, record, resumed, device, layouts, real)
-    now = _device_name(device)
+    name, why = choice
+    now = _device_name(world.device)
     if record is not None and record["device"] != now:
         log.warning(
             "window attention: this run was on %s and continues on %s: its numbers change by rounding",
@@ -70,26 +81,29 @@ def choose_for_run(config: Config, world: World, path: Path, resumed: bool) -> s
             *(record["attention"], name),
         )
     log.info("window attention: %s (%s)", name, why)
+    if record is not None and record["attention"] == name:
+        why = record.get("why", why)  # the times by which it was chosen
     files.write_json(path / FILE, {"attention": name, "device": now, "torch": torch.__version__, "why": why})
     return name
 
 
-def _choice(
-    config: Config,
-    record: dict[str, Any] | None,
-    resumed: bool,
-    device: torch.device,
-    small: Sequence[WindowLayout],
-    real: Sequence[WindowLayout],
-) -> tuple[str, str]:
+def _choice(config: Config, world: World, record: dict[str, Any] | None, resumed: bool) -> tuple[str, str]:
     """Return the implementation and why it is used."""
-    asked, dtype = config.model.attention, DTYPES[config.train.precision]
+    device, asked = world.device, config.model.attention
+    micro_batch = config.train.global_batch // (world.size * config.train.grad_accum)
+    trunk = _trunk(config)
+    small, real = (_layouts(trunk, config, images, device) for images in (1, micro_batch))
+    if not small:
+        return NONE_TO_CHOOSE
+    dtype = torch.bfloat16 if config.train.precision == "autocast" else weight_dtype(config)
     if asked != "auto":
-        if asked != "math":
-            _require_accurate(asked, small, dtype, device)
+        if asked != "math" and (problem := _problem(asked, small, dtype, device)):
+            raise UserError(f"model.attention={asked}: cannot be used here: {problem}; nearest: auto")
         return asked, "model.attention names it"
     if record is not None and not unavailable(record["attention"], device):
-        return record["attention"], "as this run began"
+        same_machine = record["device"] == _device_name(device) and record.get("torch") == torch.__version__
+        if same_machine or not _problem(record["attention"], small, dtype, device):
+            return record["attention"], "as this run began"
     if record is None and resumed:
         return "math", "as this run began"
     if _on_cpu(device):
@@ -105,25 +119,29 @@ def _choice(
 def describe(outcome: Outcome) -> str:
     """Return the times of an outcome, and what was refused and why, in one line."""
     times = sorted(outcome.milliseconds.items(), key=lambda item: item[1])
-    parts = ["of a micro-batch: " + ", ".join(f"{name} {ms:.1f} ms" for name, ms in times)] * bool(times)
-    return "; ".join([*parts, *(f"{name} not used: {problem}" for name, problem in outcome.refused.items())])
+    parts = [f"{name} not used: {problem}" for name, problem in outcome.refused.items()]
+    if times:
+        parts.insert(0, "of a micro-batch: " + ", ".join(f"{name} {ms:.1f} ms" for name, ms in times))
+    return "; ".join(parts)
 
 
-def _require_accurate(name: str, layouts: Sequence[WindowLayout], dtype: torch.dtype, device: torch.device) -> None:
+def _problem(name: str, layouts: Sequence[WindowLayout], dtype: torch.dtype, device: torch.device) -> str | None:
+    """Return why an implementation cannot be used on this machine; None when it is accurate."""
     try:
-        problem = attention_choice.inaccuracy(implementation(name), layouts, dtype, device)
+        return attention_choice.inaccuracy(implementation(name), layouts, dtype, device)
     except Exception as error:  # whatever a library raises on this machine
-        problem = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}"
-    if problem:
-        raise UserError(f"model.attention={name}: cannot be used here: {problem}; nearest: auto")
+        return f"{type(error).__name__}: {first_line(error)}"
 
 
-def _layouts(config: Config, batch: int, device: torch.device) -> list[WindowLayout]:
-    """Return the layouts of the trunk's windows for a micro-batch of `batch` images."""
+def _trunk(config: Config) -> Trunk:
     with torch.device("meta"):
-        trunk = build_trunk(config)
+        return build_trunk(config)
+
+
+def _layouts(trunk: Trunk, config: Config, images: int, device: torch.device) -> list[WindowLayout]:
+    """Return the layouts of the trunk's windows for a micro-batch of so many images; empty: it has none of ours."""
     data = config.data
-    crops = [(2 * batch, data.global_crops.size), *((g.count * batch, g.size) for g in data.local_crops)]
+    crops = [(2 * images, data.global_crops.size), *((g.count * images, g.size) for g in data.local_crops)]
     return trunk.window_layouts(crops, device)
 
 

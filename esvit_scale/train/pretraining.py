@@ -13,7 +13,7 @@ from esvit_scale.data.loader import translate_worker_errors
 from esvit_scale.data.remote import working_set
 from esvit_scale.errors import translate_file_errors
 from esvit_scale.objective.schedules import Schedules
-from esvit_scale.parallel import collectives, engine
+from esvit_scale.parallel import collectives
 from esvit_scale.parallel import world as worlds
 from esvit_scale.parallel.world import World
 from esvit_scale.train import attention, header, metrics, run_dir, signals, stage, tracking
@@ -87,8 +87,7 @@ def open_and_train(config: Config, world: World, watchdog: Watchdog) -> int:
             lambda: attention.choose_for_run(config, world, path, resumed=checkpoint is not None)
         )
         watchdog.progress()
-        trainer = Trainer(config, world, schedules, fresh=checkpoint is None)
-        engine.use_attention(trainer.engines, attends)
+        trainer = Trainer(config, world, schedules, checkpoint is None, attends)
         watchdog.progress()
         return trainer.train(RunResources(path, lock, watchdog, data, identity, checkpoint, knn))
 

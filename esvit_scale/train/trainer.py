@@ -51,11 +51,14 @@ class Trainer:
             steps and not in data, so it raises the offset.
     """
 
-    def __init__(self, config: Config, world: World, schedules: Schedules, fresh: bool = True) -> None:
+    def __init__(
+        self, config: Config, world: World, schedules: Schedules, fresh: bool = True, attention: str = "math"
+    ) -> None:
         """Build and initialise student and teacher (parallel/engine.py says in which order and why).
 
         Args:
             fresh: False when a checkpoint will replace the initial values; `model.init_from` is then not read.
+            attention: the implementation of window attention (train/attention.py chooses it).
 
         Raises:
             UserError: trunk, objective, crops and batch do not fit each other, or `model.init_from` does not fit them.
@@ -64,6 +67,7 @@ class Trainer:
         initial = load_initial_weights(config) if fresh else NO_INITIAL_WEIGHTS
         self._origin = initial.note and f"starts from the {initial.note}"
         self.engines = engine.build(config, world, initial.values)
+        engine.use_attention(self.engines, attention)
         self.objective = self.engines.student.module.objective
         self.objective.load_extra_state(initial.centers)
         self.clock = StepClock(world.device)
@@ -250,11 +254,7 @@ class Trainer:
         minutes = self.config.train.checkpoint_minutes
         # Rank 0's clock decides for all.
         save_now = self.world.rank == 0 and minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
-        flags = {
-            Flag.BAD_SAMPLES: bool(batch.bad),
-            Flag.SAVE_NOW: save_now,
-            Flag.TAKEN_OVER: self._run.lock.lost(),
-        }
+        flags = {Flag.BAD_SAMPLES: bool(batch.bad), Flag.SAVE_NOW: save_now, Flag.TAKEN_OVER: self._run.lock.lost()}
         return signals.request() | Flag(sum(flag for flag, is_set in flags.items() if is_set))
 
     def _begin_row(self, result: StepResult) -> None:

@@ -1,5 +1,6 @@
 """`model.attention` in a run: what is refused, chosen, recorded, and kept on resume."""
 
+import importlib
 import json
 import logging
 import os
@@ -11,8 +12,9 @@ import pytest
 import torch
 
 from esvit_scale.errors import UserError
-from esvit_scale.models import attention_choice
+from esvit_scale.models import attention_choice, window_attention_implementations
 from esvit_scale.models.attention_choice import Outcome
+from esvit_scale.parallel import world as worlds
 from esvit_scale.parallel.world import World
 from esvit_scale.train import attention, pretraining
 from tests import launcher, tiny
@@ -75,6 +77,31 @@ def test_the_choice_is_logged_recorded_and_kept(tmp_path, gpu, monkeypatch, capl
     gpu["name"] = "B"
     assert attention.choose_for_run(config, WORLD, tmp_path, resumed=True) == "sdpa"
     assert "this run was on A and continues on B: its numbers change" in caplog.text
+
+
+@pytest.mark.parametrize("changed", ["device", "torch"])
+@pytest.mark.parametrize(("problem", "expected"), [(None, "flex"), ("its output is off", "sdpa")])
+def test_a_recorded_choice_is_checked_again_on_another_machine(changed, problem, expected, tmp_path, gpu, monkeypatch):
+    record = {"attention": "flex", "device": "A", "torch": torch.__version__, "why": "flex 1.0 ms"}
+    (tmp_path / attention.FILE).write_text(json.dumps(record | {changed: "another"}))
+    monkeypatch.setattr(attention_choice, "inaccuracy", lambda *_: problem)
+    config = tiny.config(tmp_path, tmp_path)
+    assert attention.choose_for_run(config, WORLD, tmp_path, resumed=True) == expected
+    written = json.loads((tmp_path / attention.FILE).read_text())
+    assert written["device"] == "A"
+    assert written["attention"] == expected
+    assert (written == record) is (problem is None)  # the times by which it was chosen are kept
+
+
+def test_step_of_the_benchmarks_uses_the_implementation_of_its_config(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(launcher.REPOSITORY / "benchmarks")
+    step, calls, sdpa = importlib.import_module("step"), [], window_attention_implementations.attend_sdpa
+    spy = lambda *inputs: calls.append(inputs) or sdpa(*inputs)  # noqa: E731
+    monkeypatch.setattr(window_attention_implementations, "attend_sdpa", spy)
+    config = tiny.config(tmp_path, tmp_path, model__attention="sdpa")
+    world = worlds.start()
+    step.our_step(config, world, step.random_crops(config, 8, world.device))()
+    assert len(calls) == 2 * 4  # four blocks of teacher and student, each for both resolutions
 
 
 def test_a_run_from_before_the_record_keeps_math(tmp_path, gpu):
