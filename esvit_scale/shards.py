@@ -55,7 +55,8 @@ def create(
         The manifests by name of the split: "train" and "val" with `val_fraction`, else "".
 
     Raises:
-        UserError: the source is missing or has no usable images, or the destination holds something else.
+        UserError: a value is out of its range or does not go with another one, the source is missing or has no usable
+            images, or the destination holds something else.
     """
     recipe = Recipe(
         samples_per_shard=samples_per_shard,

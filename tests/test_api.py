@@ -113,6 +113,23 @@ def test_package_names_are_the_functions() -> None:
     assert set(esvit_scale._LAZY) | {"shards"} == set(re.findall(r" as (\w+)$", stub, re.MULTILINE))
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"samples_per_shard": 0}, r"--samples-per-shard: expected a whole number ≥ 1, got 0"),
+        ({"val_fraction": 1.5}, r"--val-fraction: expected 0, or a fraction between 0 and 1, got 1\.5"),
+        ({"format": "png", "quality": 90}, r"--quality: PNG is lossless"),
+        ({"channels": 13, "short_side": 256}, r"--short-side, --quality and --format write 8-bit RGB, not 13 channels"),
+        ({"channels": 17}, r"--channels: expected 1\.\.16 channels, got 17"),
+        ({"format": "jpg"}, r"--format: expected jpeg, png or webp, got 'jpg'"),
+    ],
+)
+def test_shards_create_refuses_what_the_command_refuses(there: Path, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        esvit_scale.shards.create("photos", "refused", workers=1, **values)
+    assert not (there / "refused").exists()
+
+
 def test_shards_create_is_the_command(there: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = esvit_scale.shards.create("photos", "by_call", val_fraction=0.25, samples_per_shard=8, workers=1)
     words = "shards create photos by_command --val-fraction 0.25 --samples-per-shard 8 --workers 1"

@@ -167,8 +167,6 @@ def _create(options: argparse.Namespace) -> int:
     from esvit_scale.data.reencode import CHOICES, Reencode
     from esvit_scale.data.shard_plan import Recipe
 
-    if options.format == "png" and options.quality:
-        raise UserError("--quality: PNG is lossless and has none; leave it out, or choose --format jpg or webp")
     if options.rotate_as_noted and options.kind != "img2dataset":
         raise UserError(
             "--rotate-as-noted: reads the json that img2dataset writes; name the source: --from img2dataset"
@@ -187,10 +185,6 @@ def _create(options: argparse.Namespace) -> int:
         bits=options.bits,
         rotate_as_noted=options.rotate_as_noted,
     )
-    if recipe.reencode and not recipe.pixels.is_rgb8:
-        raise UserError(
-            f"--short-side, --quality and --format write 8-bit RGB, not {recipe.pixels}; without them files keep their bytes"
-        )
     source = shard_options.source_options(options)
     return _write(options.source, options, source, recipe, options.shard_range, options.strict)
 

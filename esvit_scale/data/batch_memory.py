@@ -1,7 +1,8 @@
 """Shared memory for the crops of a few batches, which the loader processes of a rank fill side by side.
 
 Each loader process writes its rows of a batch straight into the batch's place, so that the parent joins them without a
-copy. A place is used again once nothing in the parent refers to the batch any more.
+copy on a CPU; with a GPU they are copied once, into page-locked memory. A place is used again once nothing in the parent
+refers to the batch any more.
 """
 
 import os
@@ -13,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from esvit_scale.data.loader import PREFETCH, shared_pixels
+from esvit_scale.data.loader import PREFETCH, pixel_memory
 
 # A loader process starts a batch when the one PREFETCH before it was fetched, so batches that are this far apart never
 # meet in a place; the two more are the batch that trains and the one that is being joined.
@@ -34,8 +35,8 @@ class BatchMemory:
     """
 
     def __init__(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> None:
-        self._places = [[shared_pixels(dtype, *shape, shared=True) for shape in shapes] for _ in range(PLACES)]
-        self._held = shared_pixels(torch.uint8, PLACES, len(shapes), shared=True).zero_()  # 1: the parent still uses it
+        self._places = [[pixel_memory(dtype, *shape, shared=True) for shape in shapes] for _ in range(PLACES)]
+        self._held = pixel_memory(torch.uint8, PLACES, len(shapes), shared=True).zero_()  # 1: the parent still uses it
 
     def claim(self, batch_index: int, rows: slice) -> list[Tensor] | None:
         """Return a loader process's rows of a batch to write to, per group; None while the place is in use."""

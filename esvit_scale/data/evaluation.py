@@ -16,7 +16,7 @@ from esvit_scale.data import photometric
 from esvit_scale.data.decode import BadImage
 from esvit_scale.data.evaluation_crop import decode_centre_crop
 from esvit_scale.data.image_folder import ImageFolder, list_images, printable, read_file
-from esvit_scale.data.loader import reason, run_stages, shared_pixels
+from esvit_scale.data.loader import pixel_dtype, pixel_memory, reason, run_stages
 from esvit_scale.data.manifest import Entry, Manifest, image_member
 from esvit_scale.data.pixel_format import RGB8, PixelFormat
 from esvit_scale.data.reader import ShardReader
@@ -46,9 +46,9 @@ def evaluation_batches(
 ) -> Iterator[EvaluationBatch]:
     """Yield this rank's share of the images of a shard set (manifest order) or image folder (path order), each once.
 
-    The crops are those of evaluation_crop.py, normalised. Rank r takes the r-th
-    of `world_size` contiguous parts, so the ranks' outputs in rank order are in the source's order. Labels are class numbers
-    (subfolders by name), -1 without classes. Bad images are left out and counted in a warning.
+    The crops are those of evaluation_crop.py, normalised. Rank r takes the r-th of `world_size` contiguous parts, so the
+    ranks' outputs in rank order are in the source's order. Labels are class numbers (subfolders by name), -1 without
+    classes. Bad images are left out and counted in a warning.
 
     Args:
         size: pixels on a side of the crop.
@@ -178,8 +178,8 @@ def _evaluation_parts(
     info = get_worker_info()
     worker, workers = (info.id, info.num_workers) if info else (0, 1)
     for start in range(worker * batch, len(numbers), workers * batch):
-        dtype = torch.uint8 if pixels.bits == 8 else torch.uint16
-        crops = shared_pixels(dtype, min(batch, len(numbers) - start), size, size, pixels.channels)
+        shape = (min(batch, len(numbers) - start), size, size, pixels.channels)
+        crops = pixel_memory(pixel_dtype(pixels.bits), *shape, shared=info is not None)
         keys: list[str] = []
         labels: list[int] = []
         good: list[int] = []

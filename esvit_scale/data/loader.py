@@ -31,6 +31,9 @@ from esvit_scale.errors import RestartCanHelp, UserError
 
 T = TypeVar("T")
 
+# More processes than cores are the user's choice. Torch says so twice, the second time when the processes start.
+warnings.filterwarnings("ignore", "This DataLoader will create")
+
 PREFETCH = 2  # results that every worker prepares ahead
 _DIED = "a loader process died{}: killed, or out of memory (fewer data.workers need less of it)"
 
@@ -106,17 +109,15 @@ def run_stages(stages: list[Callable[..., Any]], workers: int) -> Iterator[Any]:
     """
     check_node(workers)
     pipeline = wds.DataPipeline(*stages, _tell_failure)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "This DataLoader will create")  # more processes than cores: the user's choice
-        loader = wds.WebLoader(
-            pipeline,
-            batch_size=None,
-            collate_fn=_as_it_is,
-            num_workers=workers,
-            prefetch_factor=PREFETCH if workers else None,
-            worker_init_fn=partial(_start_worker, os.getpid()),
-            generator=torch.Generator(),  # the loader draws a seed that nothing uses; keep the global generator untouched
-        )
+    loader = wds.WebLoader(
+        pipeline,
+        batch_size=None,
+        collate_fn=_as_it_is,
+        num_workers=workers,
+        prefetch_factor=PREFETCH if workers else None,
+        worker_init_fn=partial(_start_worker, os.getpid()),
+        generator=torch.Generator(),  # the loader draws a seed that nothing uses; keep the global generator untouched
+    )
     return _parts(loader)
 
 
@@ -136,15 +137,17 @@ def translate_worker_errors() -> Iterator[None]:
         raise RestartCanHelp(_DIED.format(f" (pid {died[1]})")) from None
 
 
-def shared_pixels(dtype: torch.dtype, *shape: int, shared: bool | None = None) -> Tensor:
-    """Return memory for pixels; in a loader process it is shared with the parent, so that sending it copies nothing.
+def pixel_dtype(bits: int) -> torch.dtype:
+    """Return the type of a stored pixel value of 8 or 16 bits."""
+    return torch.uint8 if bits == 8 else torch.uint16
+
+
+def pixel_memory(dtype: torch.dtype, *shape: int, shared: bool) -> Tensor:
+    """Return memory for pixels; a loader process sends them to its parent without a copy if it is `shared`.
 
     It is made as shared memory at once, as torch's default collate function does: `share_memory_` would copy it there.
-
-    Args:
-        shared: whether the memory is shared between processes; None: only in a loader process.
     """
-    if not (get_worker_info() if shared is None else shared):
+    if not shared:
         return torch.empty(shape, dtype=dtype)
     storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
     return torch.empty(0, dtype=dtype).set_(storage).view(shape)

@@ -94,17 +94,17 @@ class AugmentationParams(NamedTuple):
     solarize: bool
 
 
-def draw_params(rng: np.random.Generator, strengths: Strengths) -> AugmentationParams:
+def draw_params(rng: np.random.Generator, strength: Strengths) -> AugmentationParams:
     """Draw the parameters of one crop from the crop's generator; the same ten numbers whatever the strengths are."""
     u = rng.random(10)
-    b, c, s, h = ((2 * float(v) - 1) * reach for v, reach in zip(u[2:6], strengths.reach, strict=True))
-    low, high = strengths.radius
+    b, c, s, h = ((2 * float(v) - 1) * reach for v, reach in zip(u[2:6], strength.reach, strict=True))
+    low, high = strength.radius
     return AugmentationParams(
-        order=int(u[1] * len(ORDERS)) if u[0] < strengths.jitter else -1,
+        order=int(u[1] * len(ORDERS)) if u[0] < strength.jitter else -1,
         factors=(1 + b, 1 + c, 1 + s, h),
-        grayscale=bool(u[6] < strengths.grayscale),
-        radius=low + (high - low) * float(u[8]) if u[7] < strengths.blur else 0.0,
-        solarize=bool(u[9] < strengths.solarize),
+        grayscale=bool(u[6] < strength.grayscale),
+        radius=low + (high - low) * float(u[8]) if u[7] < strength.blur else 0.0,
+        solarize=bool(u[9] < strength.solarize),
     )
 
 

@@ -18,7 +18,7 @@ from esvit_scale.data.image_folder import printable
 from esvit_scale.data.keys import Keys
 from esvit_scale.data.order import permutation
 from esvit_scale.data.pixel_format import RGB8, PixelFormat
-from esvit_scale.data.reencode import KEEP_BYTES, Reencode
+from esvit_scale.data.reencode import KEEP_BYTES, PILLOW, Reencode
 from esvit_scale.data.sources.base import Source
 from esvit_scale.errors import UserError
 from esvit_scale.progress import say
@@ -48,6 +48,28 @@ class Recipe:
     def pixels(self) -> PixelFormat:
         """Return the pixel format of the images."""
         return PixelFormat(self.channels, self.bits)
+
+    def check(self) -> None:
+        """Raise UserError if an option is out of its range, or does not go with another one."""
+        encoding = self.reencode
+        allowed = (
+            ("--samples-per-shard", self.samples_per_shard, "a whole number ≥ 1", self.samples_per_shard >= 1),
+            ("--val-fraction", self.val_fraction, "0, or a fraction between 0 and 1", 0 <= self.val_fraction < 1),
+            ("--channels", self.channels, "1..16 channels", 1 <= self.channels <= 16),
+            ("--bits", self.bits, "8 or 16", self.bits in (8, 16)),
+            ("--short-side", encoding.short_side, "a whole number ≥ 1", (encoding.short_side or 1) >= 1),
+            ("--quality", encoding.quality, "a quality of 1..100", 1 <= (encoding.quality or 90) <= 100),
+            ("--format", encoding.format, "jpeg, png or webp", encoding.format in (None, *PILLOW)),
+        )
+        for option, value, expected, holds in allowed:
+            if not holds:
+                raise UserError(f"{option}: expected {expected}, got {value!r}")
+        if encoding.format == "png" and encoding.quality:
+            raise UserError("--quality: PNG is lossless and has none; leave it out, or choose --format jpg or webp")
+        if encoding and not self.pixels.is_rgb8:
+            raise UserError(
+                f"--short-side, --quality and --format write 8-bit RGB, not {self.pixels}; without them files keep their bytes"
+            )
 
     def record(self) -> dict[str, Any]:
         """Return the options as the manifest records them for repairs.

@@ -80,9 +80,11 @@ def write_source(
         The manifests by name of the split ("" for a single set); none after a part.
 
     Raises:
-        UserError: the source is missing or has no usable images, or the destination is in use or holds something else.
+        UserError: the recipe contradicts itself, the source is missing or has no usable images, or the destination is in
+            use or holds something else.
         RestartCanHelp: the source's file system does not answer, or a worker process was killed.
     """
+    recipe.check()
     sets = planned_sets(where, options, recipe)
     if strict:
         refuse([planned.left_out for planned in sets.values()], where)

@@ -51,10 +51,17 @@ from esvit_scale.config import Config
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data import mix, photometric, photometric_8bit
 from esvit_scale.data import order as orders
-from esvit_scale.data.batch_memory import BatchMemory
+from esvit_scale.data.batch_memory import PLACES, BatchMemory
 from esvit_scale.data.evaluation import EvaluationBatch, evaluation_batches
 from esvit_scale.data.evaluation_crop import centre_crop, evaluation_side
-from esvit_scale.data.loader import LoaderAssignment, check_division, run_stages, translate_worker_errors
+from esvit_scale.data.loader import (
+    LoaderAssignment,
+    check_division,
+    pixel_dtype,
+    reason,
+    run_stages,
+    translate_worker_errors,
+)
 from esvit_scale.data.manifest import Manifest
 from esvit_scale.data.mix import MixedSets
 from esvit_scale.data.photometric import BatchAugmentationParams
@@ -62,7 +69,7 @@ from esvit_scale.data.pixel_format import pixel_format
 from esvit_scale.data.remote import place
 from esvit_scale.data.shard_stream import ShardSamples
 from esvit_scale.data.url_stream import UrlSamples, UrlSets
-from esvit_scale.data.worker_batch import DecodedSample, WorkerBatch, crop_shapes, make_worker_batch, pixel_dtype
+from esvit_scale.data.worker_batch import DecodedSample, WorkerBatch, crop_shapes, make_worker_batch
 from esvit_scale.errors import UserError
 from esvit_scale.store_urls import is_set_url
 
@@ -236,8 +243,12 @@ def _batch_memory(assignment: LoaderAssignment) -> BatchMemory | None:
     """Return memory for this rank's batches; None where there is too little for it, and processes send what they make."""
     config, images = assignment.config, len(assignment.slots_of_rank) * assignment.images_per_slot
     try:
-        return BatchMemory(crop_shapes(config, images), pixel_dtype(config))
-    except RuntimeError:
+        return BatchMemory(crop_shapes(config, images), pixel_dtype(config.data.bits))
+    except RuntimeError as error:
+        if assignment.rank == 0:
+            log.info(
+                "data: no shared memory for %d batches (%s); they are sent and copied instead", PLACES, reason(error)
+            )
         return None
 
 
@@ -285,7 +296,7 @@ def _join_crops(parts: list[WorkerBatch], pin: bool, memory: BatchMemory | None)
     found, first = [], 0
     for part in parts:
         rows = slice(first, first + len(part.keys))
-        found.append(part.crops or (memory.rows(part.batch_index, rows) if memory else []))
+        found.append(part.crops if part.crops or memory is None else memory.rows(part.batch_index, rows))
         first = rows.stop
     return [_concatenate(group, pin) for group in zip(*found, strict=True)]
 

@@ -8,14 +8,14 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from esvit_scale.config import Config
 from esvit_scale.data import photometric, photometric_8bit
 from esvit_scale.data.crops import Box, ImagePyramid, choose_reductions, crop_box, crop_groups, keyed_generator
-from esvit_scale.data.loader import shared_pixels
+from esvit_scale.data.loader import pixel_dtype, pixel_memory
 from esvit_scale.data.photometric import AugmentationParams
 from esvit_scale.data.picture import open_picture
 from esvit_scale.data.pixel_format import pixel_format
@@ -26,11 +26,6 @@ SLOW_SECONDS = 20.0  # a sample that takes at least this long to read and decode
 def crop_shapes(config: Config, images: int) -> list[tuple[int, ...]]:
     """Return the shapes of a batch's crops before they are augmented, per resolution group: [V_g, B, S_g, S_g, channels]."""
     return [(g.views, images, g.size, g.size, config.data.channels) for g in crop_groups(config.data)]
-
-
-def pixel_dtype(config: Config) -> torch.dtype:
-    """Return the type of a stored pixel."""
-    return torch.uint8 if config.data.bits == 8 else torch.uint16
 
 
 class PlacedCrop(NamedTuple):
@@ -74,11 +69,11 @@ def place_crops(config: Config, epoch: int, key: str, width: int, height: int) -
     """Draw the crops of a sample whose image has width × height pixels: a pure function of seed, epoch and key."""
     placed: list[PlacedCrop] = []
     for group in crop_groups(config.data):
-        for strengths in group.augment:
+        for strength in group.augment:
             rng = keyed_generator(config.seed, epoch, key, len(placed))
             box = crop_box(rng, width, height, group.scale)
             flip = rng.random() < config.data.flip
-            params = photometric.draw_params(rng, strengths)
+            params = photometric.draw_params(rng, strength)
             # Drawn last: the numbers of the others are those of versions that had no vertical flip.
             placed.append(PlacedCrop(box, flip, rng.random() < config.data.flip_vertical, params))
     return placed
@@ -111,7 +106,8 @@ def make_worker_batch(
     """
     began = time.monotonic()
     in_worker = config.data.photometric == "workers"
-    pixels = memory or [shared_pixels(pixel_dtype(config), *shape) for shape in crop_shapes(config, size)]
+    dtype, shared = pixel_dtype(config.data.bits), get_worker_info() is not None
+    pixels = memory or [pixel_memory(dtype, *shape, shared=shared) for shape in crop_shapes(config, size)]
     arrays = [p.numpy() for p in pixels]
     params: list[list[AugmentationParams]] = [[] for _ in config.crop_sizes]  # [V][B]
     positions, labels = np.empty(size, np.int64), np.empty(size, np.int64)

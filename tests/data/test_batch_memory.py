@@ -1,10 +1,12 @@
 """The shared memory that loader processes write batches to: equal batches, no copy, and no batch overwritten in use."""
 
 import gc
+import logging
 import os
 
 import pytest
 import torch
+from torch.utils.data import get_worker_info
 
 from esvit_scale.data import stream
 from esvit_scale.data.batch_memory import PLACES, BatchMemory
@@ -23,6 +25,7 @@ def crops(batch: Batch) -> list[torch.Tensor]:
 def test_batches_in_shared_memory_equal_sent_ones(
     shard_set: Manifest, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # as in a run on a CPU, where batches are not copied
     config = config_with(workers=workers, slots=8)
     expected = [crops(batch) for batch in batches(config_with(slots=8), shard_set, 0, 1, 2, 2 + STEPS)]
     taken: list[int] = []
@@ -30,6 +33,27 @@ def test_batches_in_shared_memory_equal_sent_ones(
     monkeypatch.setattr(BatchMemory, "take", lambda self, index: taken.append(index) or take(self, index))
     found = [crops(batch) for batch in batches(config, shard_set, 0, 1, 2, 2 + STEPS)]
     assert taken == list(range(2, 2 + STEPS))  # every batch was written in place by all processes
+    for a, b in zip(found, expected, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("sent_by", [None, 0], ids=["in place", "one part is sent"])
+def test_batches_for_a_gpu_are_copied_from_shared_memory(
+    shard_set: Manifest, workers: int, sent_by: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a GPU the processes' rows are joined into page-locked memory, which a machine without one does not have."""
+    expected = [crops(batch) for batch in batches(config_with(slots=8), shard_set, 0, 1, 2, 2 + STEPS)]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(stream, "_concatenate", lambda parts, pin: torch.cat(parts, 1))
+    claim, sources = BatchMemory.claim, set()
+    refuses = lambda: (info := get_worker_info()) is not None and info.id == sent_by  # noqa: E731
+    monkeypatch.setattr(BatchMemory, "claim", lambda self, *which: None if refuses() else claim(self, *which))
+    join = stream._join_crops
+    note = lambda parts, *rest: sources.update(bool(part.crops) for part in parts) or join(parts, *rest)  # noqa: E731
+    monkeypatch.setattr(stream, "_join_crops", note)
+    found = [crops(batch) for batch in batches(config_with(workers=workers, slots=8), shard_set, 0, 1, 2, 2 + STEPS)]
+    assert sources == ({False} if sent_by is None else {True} if workers == 1 else {True, False})
     for a, b in zip(found, expected, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
@@ -67,7 +91,12 @@ def test_a_place_is_free_when_no_tensor_uses_its_memory() -> None:
     assert memory.take(1)[0][:, 1:3].eq(7).all()
 
 
-def test_without_room_for_the_memory_batches_are_sent(shard_set: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_room_for_the_memory_batches_are_sent(
+    shard_set: Manifest, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log of rank 0 says why."""
+    caplog.set_level(logging.INFO, "esvit_scale")
+
     def full(*args: object) -> BatchMemory:
         raise RuntimeError("unable to allocate shared memory(shm)")
 
@@ -76,3 +105,5 @@ def test_without_room_for_the_memory_batches_are_sent(shard_set: Manifest, monke
     found = [crops(batch) for batch in batches(config_with(workers=2, slots=8), shard_set, 0, 1, 0, 4)]
     for a, b in zip(found, expected, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    messages = [record.getMessage() for record in caplog.records]
+    assert [m for m in messages if "(unable to allocate shared memory(shm))" in m and "sent and copied instead" in m]

@@ -3,6 +3,8 @@
 import gc
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -88,3 +90,18 @@ def test_worker_memory_does_not_grow(tmp_path: Path) -> None:
         next(stream)
     assert resident_mb(worker) < early + 12, (early, resident_mb(worker))
     stream.close()  # type: ignore[attr-defined]
+
+
+MANY_PROCESSES = """
+from esvit_scale.data.loader import run_stages
+from esvit_scale.machine import usable_cpus
+
+workers = usable_cpus() + 1
+assert sum(run_stages([lambda: iter([1])], workers)) == workers
+"""
+
+
+def test_more_processes_than_cores_print_no_advice() -> None:
+    """In a process of its own, because pytest has filters of its own for warnings."""
+    ran = subprocess.run([sys.executable, "-c", MANY_PROCESSES], capture_output=True, text=True, check=True)
+    assert (ran.stdout, ran.stderr) == ("", "")
