@@ -84,6 +84,9 @@ def embed(
 ) -> Embeddings:
     """Return the features of images.
 
+    A folder's crops are those of the evaluations, which resize faster, and a sequence's those of the backbone's
+    `preprocess`; pixels differ by about a level (docs/evaluation.md).
+
     Args:
         weights: whatever `load_backbone` takes: a run dir, an exported folder, a weight file.
         images: a shard set or folder of images; or a sequence of PIL images, arrays [H, W, C] or paths of image files.

@@ -34,7 +34,9 @@ PARTS = tuple(ROWS)
 ASK_FOR_RATE = "give --tflops RATE for a time: what one of your GPUs reaches on large matrix products, for example 400"
 GIB, TERA = 2**30, 1e12
 CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "selective", "full")
-RECOMPUTING = {"none": 0.0, "selective": 0.1, "full": 0.25}  # fraction of a step that computes activations again
+# Assumed fraction of a step that computes activations again: full, one of the student's four passes (forward, backward of
+# two, and the forward again); selective, some of that, because it leaves the expensive products out.
+RECOMPUTING = {"none": 0.0, "selective": 0.1, "full": 0.25}
 CLOSED_FORM, TRACED = "in closed form", "traced on the meta device"
 
 
@@ -209,6 +211,7 @@ def as_json(found: Plan, gpus: int) -> dict[str, Any]:
         {
             "zero_stage": s.stage,
             "activation_checkpointing": s.checkpointing != "none",
+            "checkpointing": s.checkpointing,
             "keys": s.keys,
             "fits": s.memory.peak <= HEADROOM * found.capacity,
             "bytes": {part: getattr(s.memory, part) for part in PARTS}
@@ -219,6 +222,7 @@ def as_json(found: Plan, gpus: int) -> dict[str, Any]:
     smallest = found.fits and {
         "zero_stage": found.fits.stage,
         "activation_checkpointing": found.fits.checkpointing != "none",
+        "checkpointing": found.fits.checkpointing,
         "keys": found.fits.keys,
     }
     return {"gpus": gpus, "gpu_memory_bytes": found.capacity, "settings": rows, "smallest": smallest} | found.numbers
@@ -276,7 +280,7 @@ def _costs(found: Plan, config: Config) -> list[str]:
             f"{_hours(n['hours'])} in all, {n['gpu_hours']:,.1f} GPU hours",
             f"                    at {n['images_per_s']:,.0f} images/s: {n['speed']['source']}"
             + (
-                f"; {RECOMPUTING[found.fits.checkpointing]:.0%} of it recomputes"
+                f"; assumes that {RECOMPUTING[found.fits.checkpointing]:.0%} of it recomputes"
                 if found.fits and n["recomputes"]
                 else ""
             ),

@@ -122,6 +122,7 @@ def test_plan_supports_trunks_that_run_once_per_crop_size(trunk, capsys):
     assert planned["smallest"] == {
         "zero_stage": 1,
         "activation_checkpointing": False,
+        "checkpointing": "none",
         "keys": "train.ds_config=zero1 train.activation_checkpointing=none",
     }
 
@@ -149,9 +150,12 @@ def test_plan_command_prints_table_json_and_refusal(capsys):
     assert "smallest that fits" in text
     assert "GPU hours" in text
     assert cli.main(["plan", "swin_t", "--gpus", "8", "--gpu-memory", "80G", "--tflops", "400", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["smallest"] == {
+    planned = json.loads(capsys.readouterr().out)
+    assert {row["checkpointing"] for row in planned["settings"]} == {"none", "selective", "full"}
+    assert planned["smallest"] == {
         "zero_stage": 1,
         "activation_checkpointing": False,
+        "checkpointing": "none",
         "keys": "train.ds_config=zero1 train.activation_checkpointing=none",
     }
     assert cli.main(["plan", "swinv2_g", "--gpus", "1", "--gpu-memory", "24G", "--tflops", "400"]) == 2
