@@ -33,6 +33,12 @@ def test_the_gpu_benchmark_runs_on_a_cpu(tmp_path: Path) -> None:
     assert [error < bound for error, bound in zip(errors, (1e-4, 3e-2, 1e-6), strict=True)] == [True] * 3, errors
     assert [row["batch"] for row in rows["swin_t"]] == [2, 4]
     assert all(float(str(row["images_per_s"])) > 0 for row in rows["swin_t"])
+    timed = {str(row["what"]).removeprefix("model.attention=") for row in rows["attention"] if "images_per_s" in row}
+    assert timed == {"math", "sdpa"}  # flex and triton need a GPU
+    notes = {row["what"]: row.get("note") for row in rows["checks"]}
+    for name in timed:
+        assert notes[f"window attention by {name}, bfloat16"] == "as accurate as it must be"
+    assert notes["a step in autocast with model.attention=math"] == "runs"
 
 
 @pytest.mark.slow
