@@ -1,7 +1,7 @@
 """The keys of the run config: a class for every section, with each key's type, default, unit and meaning.
 
 The text below a key is its description. It begins with the unit in brackets where the value is a number, and
-`esvit-scale config` and docs/config.md show it (key_texts.py reads it). config.py joins the sections and checks values
+`esvit-scale config` and docs/config.md show it (key_table.py reads it). config.py joins the sections and checks values
 that must fit together.
 """
 
@@ -298,7 +298,8 @@ class Train(Section):
     """[minutes] Time without progress after which a rank ends the job (exit 75)."""
 
 
-# Keys whose values may change between two starts of a run, because they do not change its results.
+# Keys whose values may change between two starts of a run, because they do not change what a step computes.
+# train.patience and train.knn_every decide when a run ends.
 MAY_DIFFER = (
     "run_dir",
     "data.stage",
@@ -324,3 +325,6 @@ MAY_DIFFER = (
     "train.skips_before_rollback",
     "train.rollbacks",
 )
+
+# Keys that say how long a run is. Their values may grow: the run then goes on from its last checkpoint.
+LENGTH_KEYS = ("train.epochs", "train.steps")

@@ -33,17 +33,33 @@ def test_help_lists_commands_and_exit_codes():
     assert run("--version").stdout == f"esvit-scale {__version__}\n"
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--help"], ["pretrain", "--help"], ["pretran"], ["pretrain", "nowhere"], ["status"]]
-)
-def test_help_and_mistakes_import_no_torch(arguments):
+def run_without_torch(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in a process of its own, which must not import torch or numpy."""
     code = (
         "import sys; from esvit_scale.cli import main\n"
         "try: main(sys.argv[1:])\n"
         "except SystemExit: pass\n"
         "assert not {'torch', 'numpy', 'deepspeed'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, timeout=60)
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--help",
+        "pretrain --help",
+        "pretran",
+        "pretrain nowhere",
+        "status",
+        "presets",
+        "config swin_t",
+        "config --markdown",
+    ],
+)
+def test_quick_answers_import_no_torch(line):
+    run_without_torch(*line.split())
 
 
 # Positional arguments and options of one line, in every order.
@@ -115,13 +131,7 @@ def test_user_error_prints_one_line_and_exits_with_2(line, tmp_path, monkeypatch
 
 def test_convert_says_at_once_that_the_destination_exists(tmp_path):
     (tmp_path / "there").mkdir()
-    code = (
-        "import sys; from esvit_scale.cli import main\n"
-        "assert main(sys.argv[1:]) == 2\n"
-        "assert not {'torch', 'numpy', 'deepspeed'} & set(sys.modules)"
-    )
-    words = ["convert", "run", str(tmp_path / "there"), "--from", "esvit-scale", "--to", "timm"]
-    ended = subprocess.run([sys.executable, "-c", code, *words], check=True, capture_output=True, text=True, timeout=60)
+    ended = run_without_torch("convert", "run", str(tmp_path / "there"), "--from", "esvit-scale", "--to", "timm")
     assert ended.stderr.endswith("there: exists already; choose another name or remove it\n")
 
 

@@ -38,7 +38,11 @@ def add(commands: Any) -> None:
         "config", nargs="?", metavar="PRESET", help="name of a preset, or a YAML file (default: the defaults)"
     )
     add_overrides(config, "config values to change, for example train.global_batch=64")
-    config.add_argument("--find", metavar="TEXT", help="list only keys whose name or meaning holds TEXT (default: all)")
+    config.add_argument(
+        "--find",
+        metavar="TEXT",
+        help="list only keys whose name or meaning holds TEXT, also with --json (default: all)",
+    )
     form = config.add_mutually_exclusive_group()
     form.add_argument(
         "--yaml", action="store_true", help="print the values as YAML, to start a config file of your own"
@@ -84,6 +88,10 @@ def _config(options: argparse.Namespace) -> int:
     if options.config and "=" in options.config:  # `config train.epochs=3`: overrides of the defaults
         options.overrides.insert(0, options.config)
         options.config = None
+    if options.find and (options.yaml or options.markdown):
+        raise UserError("--find: chooses lines of the list; leave out --yaml and --markdown, or --find")
+    if options.markdown and (options.config or options.overrides):
+        raise UserError("--markdown: prints the page of all keys with their defaults; leave out PRESET and key=value")
     if options.markdown:
         print_lines(markdown().splitlines())
         return 0
@@ -167,17 +175,18 @@ def markdown() -> str:
     """Return the page docs/config.md, which lists every key."""
     from esvit_scale import config as configs
     from esvit_scale import key_table
-    from esvit_scale.run_keys import MAY_DIFFER
+    from esvit_scale.run_keys import LENGTH_KEYS, MAY_DIFFER
 
+    may = dict.fromkeys(MAY_DIFFER, " May differ between starts.")
+    may |= dict.fromkeys(LENGTH_KEYS, " May be raised between starts.")
     lines, section = [_INTRODUCTION], None
     for key in key_table.keys(configs.Config):
         parent, _, _ = key.name.rpartition(".")
         if parent != section:
             section = parent
             lines += [f"\n## {section or 'The run'}\n\n{_section_meaning(section)}\n", *_TABLE_HEAD]
-        may = " May differ between starts." if key.name in MAY_DIFFER else ""
         default = f"`{key_table.value_text(key.default)}`"
-        cells = (f"`{key.name}`", default, key.unit, key.allowed, key.meaning + may)
+        cells = (f"`{key.name}`", default, key.unit, key.allowed, key.meaning + may.get(key.name, ""))
         lines.append(f"| {' | '.join(cell.replace('<', '&lt;') for cell in cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -205,6 +214,6 @@ esvit-scale config --find crop                     # only keys whose name or mea
 esvit-scale config swin_t --yaml > mine.yaml       # the start of a config file of your own
 ```
 
-A run dir belongs to one config. Repeating a start with another value is an error that names the difference, except for keys that do not change results: they say "May differ between starts". `data.train` and `data.mix` may name another place of the same data.
+A run dir belongs to one config. Repeating a start with another value is an error that names the difference, except for keys that say "May differ between starts", because they do not change what a step computes. The length of the run may grow ([how](runs.md#making-a-run-longer)): its keys say "May be raised between starts". `data.train` and `data.mix` may name another place of the same data.
 
 This page is made from the code: `esvit-scale config --markdown > docs/config.md`."""

@@ -86,6 +86,8 @@ def cells(sweep: Sweep, where: str, speed: Speed | None) -> list[Cell]:
     configs.require_training_data(base)
     if base.data.mix:
         raise UserError(f"{where}: {sweep.base}: data.mix: a sweep needs one shard set; set data.train instead")
+    if base.train.patience:
+        raise UserError(f"{where}: {sweep.base}: train.patience: a sweep needs runs of their full length; leave it out")
     data = place.open_set(base.data.train, base.data)
     for source in (sweep.evaluate.train, sweep.evaluate.test) if sweep.evaluate else ():
         if not Path(source).is_dir():

@@ -100,6 +100,9 @@ def test_impossible_sizes_are_refused(size, message):
 # --- the file and its cells ------------------------------------------------------------------------------------------
 
 
+PATIENT = ["train.patience=3", "train.knn_every=1", "data.held_out=x"]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -110,6 +113,7 @@ def test_impossible_sizes_are_refused(size, message):
         ({"machine": {"gpu": 2}}, "unknown key machine.gpu"),
         ({"seeds": [0, 0]}, "two cells are the same run"),
         ({"evaluate": {"train": "nowhere", "test": "nowhere"}}, "nowhere: no such folder"),
+        ({"overrides": PATIENT}, "train.patience: a sweep needs runs of their full length"),
     ],
 )
 def test_bad_sweep_file_is_one_line(tmp_path, values, message):
