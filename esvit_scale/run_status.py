@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from esvit_scale import slurm_status
-from esvit_scale.errors import UserError, nearest
+from esvit_scale.errors import UserError, in_words, nearest
 from esvit_scale.train.log_format import WARNING
 from esvit_scale.train.row_file import read_rows
 from esvit_scale.train.run_records import read_environment, starts_of
+
+UNREADABLE = "UNREADABLE"  # state of a run whose files cannot be read
 
 
 class RunStatus(NamedTuple):
@@ -18,18 +20,18 @@ class RunStatus(NamedTuple):
     run: str
     state: str
     reason: str
-    job: str  # "" where no Slurm job worked on the run
-    step: int
-    total_steps: int | None
-    images_per_s: float | None
-    eta_s: float | None  # of training; None where it is not known or the run is finished
-    knn_top1: float | None  # fraction
-    knn_step: int | None
-    starts: int
-    failures: int
-    warnings: int  # number of warnings in log.txt
-    last_warning: str
-    console: str  # file with the job's output
+    job: str = ""  # "" where no Slurm job worked on the run
+    step: int = 0
+    total_steps: int | None = None
+    images_per_s: float | None = None
+    eta_s: float | None = None  # of training; None where it is not known or the run is finished
+    knn_top1: float | None = None  # fraction
+    knn_step: int | None = None
+    starts: int = 1
+    failures: int = 0
+    warnings: int = 0  # number of warnings in log.txt
+    last_warning: str = ""
+    console: str = ""  # file with the job's output
 
 
 def status(run: Path) -> RunStatus:
@@ -58,6 +60,15 @@ def status(run: Path) -> RunStatus:
     )
 
 
+def status_or_reason(run: Path) -> RunStatus:
+    """Return state and progress of a run; where its files cannot be read, the state is UNREADABLE, with the reason."""
+    try:
+        return status(run)
+    except (UserError, OSError) as error:
+        reason = in_words(error) if isinstance(error, OSError) else "; ".join(str(error).splitlines())
+        return RunStatus(str(run), UNREADABLE, reason)
+
+
 def status_lines(found: RunStatus) -> list[str]:
     """Return the lines that `status RUN` prints."""
     restarts = f"{found.starts - 1}" + (f", {found.failures} after a failure" if found.failures else "")
@@ -81,6 +92,9 @@ def table(found: list[RunStatus]) -> list[str]:
     width = max(len(one.run) for one in found) + 2
     lines = [f"{'run':<{width}}{'state':<24}{'step':>16}{'images/s':>10}{'k-NN':>9}{'warnings':>10}"]
     for one in found:
+        if one.state == UNREADABLE:
+            lines.append(f"{one.run:<{width}}{one.state}: {one.reason}")
+            continue
         rate = "" if one.images_per_s is None else f"{one.images_per_s:.1f}"
         lines.append(f"{one.run:<{width}}{one.state:<24}{_steps(one):>16}{rate:>10}{_knn(one):>9}{one.warnings:>10}")
     return lines

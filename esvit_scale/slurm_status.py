@@ -58,7 +58,8 @@ def progress(run: Path) -> dict[str, Any]:
     rows = read_rows(run / "metrics.jsonl")
     row = rows[-1] if rows else {}
     total, step = _total_steps(run), row.get("step", 0)
-    left = None if total is None or "step_s" not in row else (total - step) * row["step_s"]
+    is_over = bool(read_summary(run, warn=False).get("finished"))
+    left = None if is_over or total is None or "step_s" not in row else (total - step) * row["step_s"]
     return {"step": step, "total_steps": total, "images_per_s": row.get("images_per_s"), "eta_s": left}
 
 

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -49,7 +51,8 @@ def test_status_of_a_run_without_slurm(run: Path, capsys: pytest.CaptureFixture[
     }
     (run / "lock.json").unlink()
     (run / "summary.json").write_text('{"finished": true}')
-    assert shown(capsys, str(run))["state"] == "FINISHED"
+    found = shown(capsys, str(run))
+    assert (found["state"], found["step"], "ETA" in found) == ("FINISHED", "30 of 50", False)  # it ended early
 
 
 def test_status_imports_no_torch(run: Path) -> None:
@@ -78,13 +81,46 @@ def test_status_without_a_run_lists_all(run: Path, capsys, monkeypatch: pytest.M
     new = run.parent / "new"
     new.mkdir()
     run_dir.record_start(new, configs.resolve("demo"))
+    os.utime(new / "config.yaml", (1, 1))
     assert cli.main(["status"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["run", "state", "step", "images/s", "k-NN", "warnings"]
-    assert sorted(line.split() for line in lines[1:]) == [
-        ["runs/new", "STOPPED", "0", "of", "400", "0"],
+    assert [line.split() for line in lines[1:]] == [  # the one that was written to last first
         ["runs/photos", "RUNNING", "30", "of", "50", "120.0", "52.5", "%", "0"],
+        ["runs/new", "STOPPED", "0", "of", "400", "0"],
     ]
+
+
+def damage(run: Path, name: str) -> None:
+    """Copy a run beside itself, with one of its files damaged: `name` says how."""
+    bad = shutil.copytree(run, run.parent / name)
+    if name == "rows":
+        (bad / "metrics.jsonl").unlink()
+        (bad / "metrics.jsonl").mkdir()
+    elif name == "starts":
+        (bad / "slurm").mkdir()
+        (bad / "slurm/starts.tsv").touch()
+    else:
+        (bad / "config.yaml").write_text("train: {epoch: 3}\nseed: x\n")
+
+
+def test_runs_that_cannot_be_read_are_rows_of_the_table(run: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run.parents[1])
+    reasons = {"rows": "metrics.jsonl: cannot be read", "starts": "no job has started here", "config": "train.epoch"}
+    for name in reasons:
+        damage(run, name)
+    assert cli.main(["status"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()[1:]}
+    assert lines["runs/photos"].split()[1:] == ["RUNNING", "30", "of", "50", "120.0", "52.5", "%", "0"]
+    assert len(lines) == 1 + len(reasons)
+    for name, reason in reasons.items():
+        assert lines[f"runs/{name}"].split()[1] == "UNREADABLE:"
+        assert reason in lines[f"runs/{name}"]
+        assert cli.main(["status", f"runs/{name}"]) == 2
+    capsys.readouterr()
+    assert cli.main(["status", "--json"]) == 0
+    states = [one["state"] for one in json.loads(capsys.readouterr().out)]
+    assert sorted(states) == ["RUNNING", *["UNREADABLE"] * len(reasons)]
 
 
 def test_status_of_no_run_is_one_line(run: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,10 +24,10 @@ def add(commands: Any) -> None:
 def _status(options: argparse.Namespace) -> int:
     from esvit_scale import run_status
 
-    runs = [options.path] if options.path else run_status.runs_in(RUNS)
-    if not runs:
+    runs = run_status.runs_in(RUNS)
+    if not options.path and not runs:
         raise UserError(f"{RUNS}/: holds no run; name one: esvit-scale status RUN")
-    found = [run_status.status(run) for run in runs]
+    found = [run_status.status(options.path)] if options.path else [run_status.status_or_reason(run) for run in runs]
     if options.json:
         listed = [one._asdict() for one in found]
         print_lines([json.dumps(listed[0] if options.path else listed, indent=2)])

@@ -34,9 +34,9 @@ class LockRecord(NamedTuple):
         return f"process {self.pid} on {self.host}{job} ({age})"
 
 
-def read_summary(path: Path) -> dict[str, Any]:
+def read_summary(path: Path, warn: bool = True) -> dict[str, Any]:
     """Return the content of summary.json; empty if it is missing or damaged (the end of the run writes it again)."""
-    return _read_json(path / "summary.json")
+    return _read_json(path / "summary.json", warn)
 
 
 def read_environment(path: Path) -> dict[str, Any]:
@@ -74,12 +74,13 @@ def parse_lock(content: bytes) -> LockRecord | None:
     return LockRecord(host, pid, job, namespace, token, started, max(age, 0.0) if known else None)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, warn: bool = True) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RecursionError) as error:
-        log.warning("%s: cannot be read: %s; continuing without it", path, " ".join(str(error).split()))
+        if warn:
+            log.warning("%s: cannot be read: %s; continuing without it", path, " ".join(str(error).split()))
         return {}
     return content if isinstance(content, dict) else {}
