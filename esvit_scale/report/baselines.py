@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from esvit_scale.report.run_files import RunFiles
 from esvit_scale.report.tables import Cell, NamedRun, Row, Table, join
-from esvit_scale.train.learning import KnnHistory
+from esvit_scale.train.learning import KnnHistory, history_of
 
 NOTE = (
     "Top-1 of a leave-one-out k-NN vote on held-out images, measured during training (train.knn_every), beside the same "
@@ -48,13 +48,7 @@ def prose(verdict: object) -> str:
 
 def history(run: RunFiles) -> KnnHistory:
     """Return the k-NN accuracies in a run's rows, with those of raw pixels on the same images."""
-    measured = [
-        (row["step"], row["knn_top1"])
-        for row in run.rows
-        if isinstance(row.get("knn_top1"), float) and isinstance(row.get("step"), int)
-    ]
-    pixels = [value for row in run.rows if isinstance(value := row.get("knn_top1_pixels"), float)]
-    return KnnHistory(measured, pixels[0] if pixels else None)
+    return history_of(run.rows)
 
 
 def marks(runs: Sequence[RunFiles]) -> tuple[tuple[str, float], ...]:

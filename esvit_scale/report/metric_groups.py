@@ -11,7 +11,8 @@ from esvit_scale.report.plots import BLUE, GREEN, GREY, ORANGE, VIOLET, Curve, P
 from esvit_scale.report.run_files import RunFiles
 
 RUN_COLOURS = (BLUE, ORANGE, GREEN, VIOLET, "#ec4899", "#14b8a6", "#ca8a04", "#ef4444")
-NOT_DRAWN = ("step", "images_seen", "time", "knn_top1_pixels")  # the last is a line in the figure of knn_top1
+# Columns without a figure of their own; knn_top1_pixels is a line in that of knn_top1.
+NOT_DRAWN = ("step", "images_seen", "time", "knn_top1_pixels", "knn_images", "knn_held_out")
 
 
 class Group(NamedTuple):

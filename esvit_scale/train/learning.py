@@ -4,8 +4,9 @@ Everything here is text and numbers, without torch, so that the report can use i
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from esvit_scale.train.row_file import read_rows
 
 FEW_STEPS = 5_000  # no published recipe is shorter than this, and most are a hundred times longer
 SMALL_IMAGE = 96  # pixels; below it the default scales of local crops leave few real pixels
+LOCAL_SCALE = (0.2, 0.6)  # of the image's area, for local crops of small images
 LONG_MEMORY = 0.1  # a teacher that averages over more than this fraction of the run hardly moves
 
 
@@ -25,11 +27,15 @@ class KnnHistory:
         measured: pairs of a step and the accuracy at it, from 0 to 1; step 0 is the untrained trunk.
         pixels: the accuracy of raw pixels on the same images; None if it is not known.
         images: number of held-out images; 0 if it is not known.
+        held_out: where these images lie; "" if it is not known.
+        counts_from: step at which the run was last made longer; `train.patience` counts later measurements alone.
     """
 
     measured: list[tuple[int, float]] = field(default_factory=list)
     pixels: float | None = None
     images: int = 0
+    held_out: str = ""
+    counts_from: int = 0
 
     @property
     def untrained(self) -> float | None:
@@ -59,8 +65,24 @@ class KnnHistory:
         return self.best is not None and self.best[0] == step
 
     def since_best(self) -> int:
-        """Return how many measurements came after the best one."""
-        return 0 if self.best is None else sum(step > self.best[0] for step, _ in self.trained)
+        """Return how many measurements came after the best one, and after the run was last made longer."""
+        return 0 if self.best is None else sum(step > max(self.best[0], self.counts_from) for step, _ in self.trained)
+
+    def on(self, held_out: str, images: int, pixels: float) -> "KnnHistory":
+        """Return the history of a run that measures on the given images from now on: an empty one if they are others.
+
+        They count as the same ones where they lie in the same place, or are as many, with the same accuracy of raw pixels.
+        """
+        is_same = not self.held_out or self.held_out == held_out or (self.images, self.pixels) == (images, pixels)
+        measured = self.measured if is_same else []
+        return replace(self, measured=measured, held_out=held_out, images=images, pixels=pixels)
+
+    def fields(self, step: int) -> dict[str, Any]:
+        """Return the fields of the row of `step`, which was just measured. The first row names the images."""
+        found: dict[str, Any] = {"knn_top1": dict(self.measured)[step]}
+        if len(self.measured) > 1:
+            return found
+        return found | {"knn_top1_pixels": self.pixels, "knn_images": self.images, "knn_held_out": self.held_out}
 
     def margin(self) -> float:
         """Return two standard errors of an accuracy on these images; differences below it may be chance."""
@@ -72,7 +94,7 @@ class KnnHistory:
         """Return the part "knn" of summary.json."""
         best, last = self.best, self.trained[-1] if self.trained else None
         return {
-            "images": self.images,
+            "images": self.images or None,
             "pixels": self.pixels,
             "untrained": self.untrained,
             "last": {"step": last[0], "top1": last[1]} if last else None,
@@ -84,8 +106,22 @@ def read_history(run: Path, step: int) -> KnnHistory:
     """Return the k-NN accuracies in the metrics.jsonl of a run, up to `step`; none at step 0, where a run begins."""
     if step == 0:
         return KnnHistory()
-    rows = [row for row in read_rows(run / "metrics.jsonl") if "knn_top1" in row and row["step"] <= step]
-    return KnnHistory([(row["step"], row["knn_top1"]) for row in rows])
+    found = history_of(row for row in read_rows(run / "metrics.jsonl") if row["step"] <= step)
+    found.counts_from = max((row["step"] for row in read_rows(run / "lengthened.jsonl")), default=0)
+    return found
+
+
+def history_of(rows: Iterable[Mapping[str, Any]]) -> KnnHistory:
+    """Return the k-NN accuracies in rows of metrics.jsonl: those on the images that were measured last."""
+    found = KnnHistory()
+    for row in rows:
+        if "knn_held_out" in row:
+            found = KnnHistory(images=row.get("knn_images", 0), held_out=row["knn_held_out"])
+        if isinstance(pixels := row.get("knn_top1_pixels"), float):
+            found.pixels = pixels
+        if isinstance(accuracy := row.get("knn_top1"), float):
+            found.add(row["step"], accuracy)
+    return found
 
 
 def verdict(config: Config, history: KnnHistory, run: "RunFacts") -> list[str]:
@@ -94,16 +130,21 @@ def verdict(config: Config, history: KnnHistory, run: "RunFacts") -> list[str]:
     When nothing was gained, they give the likeliest reasons. Without measurements, they say how to get some.
     """
     if not history.trained or history.best is None:
+        run_path = shlex.quote(str(config.run_path))
+        sets = "--train LABELLED --test LABELLED --out"
         return [
-            f"is it good? esvit-scale evaluate knn --checkpoint {config.run_path} --train LABELLED --test LABELLED; the same",
-            "with --checkpoint untrained:… and --checkpoint pixels for comparison; train.knn_every measures during training",
+            f"is it good? esvit-scale evaluate knn --checkpoint {run_path} {sets} {run_path}/knn",
+            f"untrained: esvit-scale evaluate knn --checkpoint untrained:{run_path} {sets} {run_path}/knn-untrained",
+            f"raw pixels: esvit-scale evaluate knn --checkpoint pixels {sets} {run_path}/knn-pixels",
+            "train.knn_every=500 with data.held_out=LABELLED measures all three during training",
         ]
     step, accuracy = history.trained[-1]
     best_step, best = history.best
     parts = [f"{100 * accuracy:.1f} % trained (step {step})"]
     parts += [f"{100 * best:.1f} % at best (step {best_step})"] if best_step != step else []
     parts += [f"{100 * value:.1f} % {name}" for name, value in _baselines(history)]
-    found = [f"k-NN on {history.images:,} held-out images: {', '.join(parts)}"]
+    images = f"{history.images:,} held-out images" if history.images else "held-out images"
+    found = [f"k-NN on {images}: {', '.join(parts)}"]
     untrained = history.untrained
     if untrained is None:
         return found
@@ -111,10 +152,8 @@ def verdict(config: Config, history: KnnHistory, run: "RunFacts") -> list[str]:
     if gain > margin and (history.pixels is None or best > history.pixels):
         return found
     if gain <= margin:
-        found.append(
-            f"nothing was gained: {100 * gain:+.1f} points over the untrained trunk at best, and {history.images:,} images "
-            f"tell differences above {100 * margin:.1f} points"
-        )
+        told = f", and {history.images:,} images tell differences above {100 * margin:.1f} points" if margin else ""
+        found.append(f"nothing was gained: {100 * gain:+.1f} points over the untrained trunk at best{told}")
     if history.pixels is not None and best <= history.pixels:
         found.append(
             f"raw pixels do as well or better ({100 * history.pixels:.1f} %): these features are not worth using yet"
@@ -148,24 +187,31 @@ def reasons(config: Config, run: RunFacts) -> list[str]:
         epochs = run.steps / max(run.steps_per_epoch, 1)
         found.append(
             f"too few steps: {run.steps:,} ({seen:,} images, {epochs:.3g} epochs), where published recipes take hundreds of "
-            "thousands; raise train.epochs or train.steps, which continues this run"
+            f"thousands; raise train.{'steps' if config.train.steps else 'epochs'}, which continues this run"
         )
-    horizon = 1 / max(1 - config.objective.ema_momentum, 1e-9)
-    if horizon > LONG_MEMORY * run.steps:
+    momentum = config.objective.ema_momentum
+    horizon, shorter = 1 / max(1 - momentum, 1e-9), _momentum_for(run.steps)
+    if horizon > LONG_MEMORY * run.steps and shorter < momentum:
         found.append(
             f"the teacher averages over about {horizon:,.0f} of {run.steps:,} steps (objective.ema_momentum "
-            f"{config.objective.ema_momentum:g}); try {max(0.9, 1 - 10 / max(run.steps, 1)):.3g}"
+            f"{momentum:g}); try {shorter:g}"
         )
     found.append(
         f"the learning rate (peak {config.peak_lr:.2g}): try optim.lr={3 * config.optim.lr:.2g} and {config.optim.lr / 3:.2g}"
     )
-    if config.data.local_crops and config.data.global_crops.size <= SMALL_IMAGE:
-        low = min(group.scale[0] for group in config.data.local_crops)
+    scales = [group.scale for group in config.data.local_crops]
+    low, high = min(scales, default=(1.0, 1.0))
+    if low < LOCAL_SCALE[0] and config.data.global_crops.size <= SMALL_IMAGE:
         found.append(
             f"crop scales: local crops begin at {low:.0%} of the image's area, which is little of a small picture; try "
-            "data.local_crops.0.scale=[0.2,0.6]"
+            f"data.local_crops.{scales.index((low, high))}.scale=[{LOCAL_SCALE[0]:g},{max(high, LOCAL_SCALE[1]):g}]"
         )
     return found
+
+
+def _momentum_for(steps: int) -> float:
+    """Return an EMA momentum whose teacher averages over a tenth of this many steps, but 0.9 at least."""
+    return 1 - min(0.1, float(f"{10 / max(steps, 1):.2g}"))
 
 
 def notes_at_start(config: Config, run: RunFacts) -> list[str]:
@@ -184,10 +230,9 @@ def _settings_that_cannot_work(config: Config, run: RunFacts) -> Iterator[str]:
         )
         yield f"crops of {' and '.join(map(str, sizes))} pixels have one region token each, {cost}"
     if run.prototypes > 2 * run.images:
-        yield (
-            f"{run.prototypes:,} prototypes for {run.images:,} images: most will never be a target; try "
-            f"objective.prototypes={max(64, 2 ** ((run.images // 2).bit_length() - 1))}"
-        )
+        fewer = max(64, 2 ** ((run.images // 2).bit_length() - 1))
+        cure = f"try objective.prototypes={fewer}" if fewer < run.prototypes else "more images would help"
+        yield f"{run.prototypes:,} prototypes for {run.images:,} images: most will never be a target; {cure}"
     total = config.train.steps or config.train.epochs * run.steps_per_epoch
     warmup = int(config.optim.warmup_epochs * run.steps_per_epoch)
     if 2 * warmup > total:

@@ -19,13 +19,10 @@ from esvit_scale.checkpoint import state_file, step_folders
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
 from esvit_scale.machine import usable_cpus
-from esvit_scale.run_keys import MAY_DIFFER
+from esvit_scale.run_keys import LENGTH_KEYS, MAY_DIFFER
 from esvit_scale.train.run_records import read_environment, read_summary, starts_of
 
 log = logging.getLogger("esvit_scale")
-
-# Keys that say how long a run is. Their values may grow: the run then goes on from its last checkpoint.
-LENGTH_KEYS = ("train.epochs", "train.steps")
 
 # The paths of the data may change, too, if the checkpoint records the identity of the data, which is then compared.
 DATA_KEYS = ("data.train", "data.mix")
@@ -35,7 +32,7 @@ def open_run(config: Config) -> tuple[Path, bool]:
     """Check the run dir of a config, and remove its requeue marker.
 
     Returns:
-        The path, which may not exist yet, and whether its run is finished.
+        The path, which may not exist yet, and whether its run is finished and the config does not continue it.
 
     Raises:
         UserError: the folder holds the run of another config, or is no run dir.
@@ -43,9 +40,9 @@ def open_run(config: Config) -> tuple[Path, bool]:
     path = config.run_path
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file; set run_dir or name to a folder that may be created")
-    is_longer = False
+    goes_on = False
     if (path / "config.yaml").exists():
-        is_longer = _check_same(path, config)
+        goes_on = _check_same(path, config)
     elif path.is_dir() and any(not _is_ours_before_config(entry.name) for entry in path.iterdir()):
         if _matches_checkpoint(path, config, "is missing"):
             return path, False
@@ -53,7 +50,7 @@ def open_run(config: Config) -> tuple[Path, bool]:
             f"{path}: exists but is no run dir, because it has no config.yaml; set name or run_dir to a new folder"
         )
     (path / "requeue").unlink(missing_ok=True)
-    return path, bool(read_summary(path).get("finished")) and not is_longer
+    return path, bool(read_summary(path).get("finished")) and not goes_on
 
 
 def _is_ours_before_config(name: str) -> bool:
@@ -102,8 +99,17 @@ def is_longer(saved: Config, config: Config) -> bool:
     return old.steps is not None and new.steps is not None and new.steps > old.steps and new.epochs >= old.epochs
 
 
+def _may_wait_longer(path: Path, saved: Config, config: Config) -> bool:
+    """Return whether the run in a run dir ended early, and `config` has more patience than its config `saved`."""
+    summary, before, now = read_summary(path), saved.train.patience, config.train.patience
+    step, total = summary.get("step"), summary.get("total_steps")
+    ended_early = isinstance(step, int) and isinstance(total, int) and step < total
+    return ended_early and before is not None and (now is None or now > before)
+
+
 def _check_same(path: Path, config: Config) -> bool:
-    """Raise UserError when the run dir holds a run of another config; return whether `config` makes the run longer."""
+    """Raise UserError when the run dir holds a run of another config; return whether `config` continues a finished run:
+    it makes the run longer, or has more patience than one that ended early."""
     try:
         saved_config = _load_whole(path / "config.yaml")
         matter = _differences(saved_config, config)
@@ -114,17 +120,21 @@ def _check_same(path: Path, config: Config) -> bool:
             f"{error}; a run cannot resume without its config: restore the file, or set name= or run_dir= to start a new run"
         ) from None
     longer = is_longer(saved_config, config)
+    goes_on = longer or _may_wait_longer(path, saved_config, config)
     others = [d for d in matter if not (longer and d.split(":")[0] in LENGTH_KEYS)]
     if others and all(difference.split(":")[0] in DATA_KEYS for difference in others):
         saved = _saved_state(path)
         if saved is not None and "data" in saved:
-            return longer  # the same data may lie elsewhere: its identity is compared when it is open
+            return goes_on  # the same data may lie elsewhere: its identity is compared when it is open
     if others:
-        hint = "; a run can be made longer, not shorter" if _names(others) <= {*LENGTH_KEYS} else ""
+        lengths = (
+            "; a run can be made longer, not shorter: raise train.steps if the run counts steps, else train.epochs"
+        )
+        hint = lengths if _names(others) <= {*LENGTH_KEYS} else ""
         raise UserError(
             f"{path}: holds a run of another config ({'; '.join(matter)}); set name= or run_dir= to start a new run{hint}"
         )
-    return longer
+    return goes_on
 
 
 def _names(differences: list[str]) -> set[str]:

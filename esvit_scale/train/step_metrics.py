@@ -108,9 +108,9 @@ class StepMetrics:
         row: dict[str, Any] | None = None
         self.knn = collectives.run_on_rank0_and_broadcast(lambda: learning.read_history(run, step))
         if self._knn is not None:
-            self.knn.images, self.knn.pixels = self._knn.images, self._knn.pixels_accuracy()
+            self.knn = self.knn.on(self._config.data.held_out, self._knn.images, self._knn.pixels_accuracy())
             if step == 0:
-                row = {"step": 0, "images_seen": 0, "knn_top1_pixels": self.knn.pixels, **self._knn_accuracy(0)}
+                row = {"step": 0, "images_seen": 0, **self._knn_accuracy(0)}
         self._began, self._first_step = time.monotonic(), step
         self.restart_window(step)
         return row and row | {"time": time.time()}
@@ -220,9 +220,11 @@ class StepMetrics:
         return parts, torch.cat([value.to(device, torch.float32, non_blocking=True) for value in values])
 
     def summary(self, step: int) -> dict[str, Any]:
-        """Return fields of summary.json: images seen, ranks, seconds and images/s since the start, and the last row."""
+        """Return fields of summary.json: the planned length, images seen, ranks, seconds and images/s since the start, and
+        the last row."""
         seconds = time.monotonic() - self._began
         return {
+            "total_steps": self._schedules.total_steps,
             "images_seen": step * self._batch,
             "world_size": self._world.size,
             "seconds_since_start": seconds,
@@ -232,13 +234,13 @@ class StepMetrics:
             "verdict": learning.verdict(self._config, self.knn, replace(self._facts, steps=step)),
         }
 
-    def _knn_accuracy(self, step: int) -> dict[str, float]:
+    def _knn_accuracy(self, step: int) -> dict[str, Any]:
         every = self._config.train.knn_every
         if self._knn is None or not every or (step % every and step != self._schedules.total_steps):
             return {}
         accuracy = self._knn.accuracy(self._engines, autocast(self._config, self._world.device))
         self.knn.add(step, accuracy)
-        return {"knn_top1": accuracy}
+        return self.knn.fields(step)
 
     def is_best(self, step: int) -> bool:
         """Return whether checkpoints/best is to name `step`: its k-NN accuracy was measured and is the best so far."""

@@ -1,12 +1,15 @@
 """Whether a run says that it learned nothing, and why; the checkpoint with the best k-NN; the early end; a longer run."""
 
 import json
+import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from esvit_scale import cli
 from esvit_scale.checkpoint import convert, step_folders
 from esvit_scale.errors import UserError
 from esvit_scale.evaluate.features import load_frozen_trunk
@@ -59,8 +62,43 @@ def test_features_below_raw_pixels_are_said_to_be_useless() -> None:
     assert "the likeliest reasons:" in text
 
 
-def test_a_run_without_measurements_is_told_how_to_measure() -> None:
-    assert "--checkpoint pixels" in said(KnnHistory())
+def test_run_without_measurements_is_told_commands_that_parse() -> None:
+    lines = said(KnnHistory()).splitlines()
+    commands = [line.partition("esvit-scale ")[2] for line in lines if "esvit-scale " in line]
+    parsed = [cli.build_parser().parse_args(shlex.split(command)) for command in commands]
+    assert [str(one.checkpoint) for one in parsed] == ["run", "untrained:run", "pixels"]
+    assert len({one.out for one in parsed}) == 3
+    assert "train.knn_every=500 with data.held_out=LABELLED" in lines[-1]
+
+
+def test_number_of_images_and_margin_are_left_out_when_unknown() -> None:
+    text = said(history(0.40, 0.39, images=0))
+    assert text.startswith("k-NN on held-out images: 39.0 % trained")
+    assert "nothing was gained: -1.0 points over the untrained trunk at best\n" in text
+    assert KnnHistory([(0, 0.4)]).summary()["images"] is None
+
+
+@pytest.mark.parametrize(("momentum", "tried"), [(0.9, None), (0.996, "try 0.9"), (0.5, None)])
+def test_advice_on_momentum_lowers_it(momentum: float, tried: str | None) -> None:
+    text = said(history(0.4, 0.4), replace(FACTS, steps=50), objective__ema_momentum=momentum)
+    assert ("the teacher averages over" in text) == (tried is not None)
+    assert tried is None or tried in text
+
+
+@pytest.mark.parametrize(
+    ("scales", "tried"),
+    [
+        ([(0.05, 0.4)], "data.local_crops.0.scale=[0.2,0.6]"),
+        ([(0.3, 0.6), (0.1, 0.9)], "data.local_crops.1.scale=[0.2,0.9]"),
+        ([(0.3, 0.6)], None),
+        ([], None),
+    ],
+)
+def test_advice_on_crop_scales_raises_the_lowest(scales: list[tuple[float, float]], tried: str | None) -> None:
+    crops = [{"size": 16, "count": 1, "scale": scale} for scale in scales]
+    text = said(history(0.4, 0.4), data__local_crops=crops)
+    assert ("crop scales" in text) == (tried is not None)
+    assert tried is None or tried in text
 
 
 @pytest.mark.parametrize(
@@ -88,6 +126,8 @@ def test_history_knows_best_patience_and_roll_back() -> None:
     assert found.is_best(200)
     assert not found.is_best(300)
     assert found.since_best() == 2
+    found.counts_from = 300  # where the run was made longer
+    assert found.since_best() == 1
     found.cut(100)
     assert found.best == (100, 0.4)
     assert found.since_best() == 0
@@ -134,6 +174,51 @@ def test_best_checkpoint_is_kept_and_patience_ends_the_run(
         load_frozen_trunk(run / "checkpoints" / "best")
 
 
+def test_run_that_ended_early_goes_on_when_longer_or_more_patient(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = SETTINGS | {"train__steps": 10, "train__patience": 1, "data__held_out": str(data)}
+    measured = iter((0.9, 0.5))  # at steps 0 and 2, and 0.4 after them
+    monkeypatch.setattr(OnlineKnn, "accuracy", lambda *_: next(measured, 0.4))
+
+    def last_step(**changes: Any) -> int:
+        assert pretraining.pretrain(tiny.config(tmp_path / "run", data, **settings | changes)) == 0
+        assert run_records.read_summary(tmp_path / "run")["finished"]
+        return tiny.rows(tmp_path / "run")[-1]["step"]
+
+    assert last_step() == 4
+    assert last_step() == 4  # finished
+    assert last_step(train__steps=14) == 6  # one measurement more, since the run was made longer
+    assert last_step(train__steps=14, train__patience=2) == 8
+    assert last_step(train__steps=14, train__patience=None, train__knn_every=7, train__log_every=7) == 14
+
+
+def test_history_survives_a_start_that_does_not_measure_and_begins_anew_on_other_images(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(OnlineKnn, "accuracy", lambda self, *_: 0.9 if self.images == 36 else 0.5)
+    run, other = tmp_path / "run", tiny.shards(tmp_path / "other", samples=28)
+
+    def knn(steps: int, held_out: Path | str, every: int | None) -> dict[str, Any]:
+        settings = {"train__steps": steps, "train__knn_every": every, "data__held_out": str(held_out)}
+        assert pretraining.pretrain(tiny.config(run, data, **settings)) == 0
+        return run_records.read_summary(run)["knn"]
+
+    first = knn(2, data, 1)
+    assert (first["images"], first["untrained"], first["best"]) == (36, 0.9, {"step": 1, "top1": 0.9})
+    assert knn(3, data, None) == first
+    assert (
+        "k-NN on 36 held-out images"
+        in (run / "log.txt").read_text().rpartition("nothing was gained")[0].splitlines()[-2]
+    )
+    moved = shutil.copytree(data, tmp_path / "moved")
+    assert knn(4, moved, 1) == first | {"last": {"step": 4, "top1": 0.9}}
+    found = knn(5, other, 10)  # measured at the last step
+    assert (found["images"], found["untrained"], found["best"]) == (28, None, {"step": 5, "top1": 0.5})
+    assert knn(6, other, 10)["best"] == {"step": 5, "top1": 0.5}
+    assert knn(7, other, None)["images"] == 28
+
+
 def test_k_nn_is_measured_again_by_a_start_without_a_checkpoint(data: Path, tmp_path: Path) -> None:
     config = tiny.config(tmp_path / "run", data, data__held_out=str(data), train__steps=4, **SETTINGS)
     path = tmp_path / "run"
@@ -175,7 +260,9 @@ def test_finished_run_can_be_made_longer_but_not_shorter(tmp_path: Path) -> None
     assert not opened(run, tmp_path, train__epochs=3, **epochs)
     with pytest.raises(UserError, match=r"train\.epochs: 3 → 2.*; a run can be made longer, not shorter"):
         opened(run, tmp_path, train__epochs=2, **epochs)
-    with pytest.raises(UserError, match=r"train\.steps: None → 400"):
+    with pytest.raises(
+        UserError, match=r"train\.steps: None → 400.*raise train\.steps if the run counts steps, else train\."
+    ):
         opened(run, tmp_path, train__epochs=3, train__steps=400)
     with pytest.raises(UserError, match="seed: 0 → 1"):
         opened(run, tmp_path, train__epochs=4, seed=1, **epochs)
