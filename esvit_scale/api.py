@@ -22,10 +22,13 @@ from esvit_scale.checkpoint.backbone import Backbone, load_backbone
 from esvit_scale.commands.plan import memory_bytes, speed_of
 from esvit_scale.config import Config
 from esvit_scale.data import mix
+from esvit_scale.errors import RestartCanHelp
 from esvit_scale.evaluate import features, knn
 from esvit_scale.evaluate.features import ExtractionOptions
+from esvit_scale.overrides import apply_override
 from esvit_scale.scaling import plan as plans
 from esvit_scale.train import pretraining, signals
+from esvit_scale.train.run_records import read_summary
 
 Picture = Image.Image | NDArray[Any] | str | Path  # an image, or the path of its file
 
@@ -51,10 +54,10 @@ def config(name: str | Path | Config, changes: Mapping[str, Any] | None = None) 
     overrides = [f"{key}={_written(value)}" for key, value in (changes or {}).items()]
     if not isinstance(name, Config):
         return configs.resolve(str(name), overrides)
-    with TemporaryDirectory() as folder:
-        file = Path(folder) / "config.yaml"
-        file.write_text(configs.dump(name))
-        return configs.resolve(str(file), overrides)
+    values = name.model_dump(mode="json")
+    for override in overrides:
+        apply_override(values, override, Config)
+    return configs.validate(values, where=name.name, overrides=overrides)
 
 
 def pretrain(name: str | Path | Config, changes: Mapping[str, Any] | None = None) -> Path:
@@ -65,12 +68,15 @@ def pretrain(name: str | Path | Config, changes: Mapping[str, Any] | None = None
     Raises:
         UserError: the config, the data or the run dir do not fit.
         KeyboardInterrupt: ctrl-C; the run is saved, and the same call continues it.
-        RestartCanHelp, Diverged: as the command's exit codes 75 and 3.
+        RestartCanHelp: SIGTERM or SIGUSR1, after which the run is saved, too; or as the command's exit code 75.
+        Diverged: as the command's exit code 3.
     """
     of_run = config(name, changes)
     with signals.installed():
         if pretraining.pretrain(of_run):
             raise KeyboardInterrupt
+    if not read_summary(of_run.run_path).get("finished"):
+        raise RestartCanHelp(f"{of_run.run_path}: saved after a signal; the same call continues it")
     return of_run.run_path
 
 

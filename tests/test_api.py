@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from PIL import Image
 
 import esvit_scale
 from esvit_scale import api, cli
-from esvit_scale.errors import UserError
-from tests import launcher
+from esvit_scale.errors import RestartCanHelp, UserError
+from esvit_scale.train.trainer import Trainer
+from tests import launcher, tiny
 
 PAGE = launcher.REPOSITORY / "docs" / "python_api.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
@@ -103,6 +105,33 @@ def test_config_takes_presets_files_and_configs(there: Path, capsys: pytest.Capt
     assert api.config(made, {"train.epochs": 6}).train.epochs == 6
     with pytest.raises(UserError, match=r"did you mean 'train\.epochs'"):
         api.config("swin_t", {"train.epoch": 3})
+
+
+def test_pretrain_that_a_signal_ended_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny.config(tmp_path / "run", tiny.shards(tmp_path / "shards"), train__steps=4)
+    record = Trainer._record
+
+    def stopped_at_step_2(trainer: Trainer, *arguments: Any) -> None:
+        record(trainer, *arguments)
+        if trainer.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "_record", stopped_at_step_2)
+    with pytest.raises(RestartCanHelp, match="the same call continues it"):
+        api.pretrain(config)
+    assert (tmp_path / "run/requeue").exists()
+
+
+def test_problems_of_a_changed_config_name_the_change(there: Path) -> None:
+    made = api.config("demo", {"name": "mine"})
+    with pytest.raises(UserError) as raised:
+        api.config(made, {"train.epochs": 0})
+    assert "train.epochs" in str(raised.value)
+    assert "config.yaml" not in str(raised.value)
+    assert tempfile.gettempdir() not in str(raised.value)
+    unfit = made.model_copy(update={"seed": -1})
+    with pytest.raises(UserError, match=r"^mine: seed"):
+        api.config(unfit)
 
 
 def test_package_names_are_the_functions() -> None:

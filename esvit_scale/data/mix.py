@@ -107,7 +107,7 @@ def epoch_samples(data: Data) -> int:
         UserError: a manifest cannot be read, or plain tars are named without data.epoch_samples.
     """
     if MixedSets.wanted(data):
-        return MixedSets.open(data).samples
+        return data.epoch_samples or sum(place.open_set(mixed.urls, data).samples for mixed in data.mix)
     if is_set_url(data.train) or manifests.is_shard_set(Path(data.train)) or data.epoch_samples is None:
         return place.open_set(data.train, data).samples
     return data.epoch_samples

@@ -11,9 +11,11 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from esvit_scale import store_urls
 from esvit_scale.config import Config
-from esvit_scale.errors import UserError
+from esvit_scale.errors import RestartCanHelp, UserError
 from esvit_scale.resources import ds_config_path
+from esvit_scale.train.run_records import read_summary
 
 log = logging.getLogger("esvit_scale")
 
@@ -23,9 +25,15 @@ _printed: list[str] = []  # by `show`, for log.txt
 
 
 def show(config: Config, given: str) -> None:
-    """Print the header on the console. `given` is the preset or file that the user named."""
-    _printed[:] = lines(config, given)
-    say(*_printed, IMPORTING)
+    """Print the header on the console of rank 0. `given` is the preset or file that the user named.
+
+    Raises:
+        UserError: on every rank, if a set is not there, or is none; so it is said in the first second.
+    """
+    _check_sets(config)
+    if _is_rank0():
+        _printed[:] = lines(config, given)
+        say(*_printed, IMPORTING)
 
 
 def record(config: Config) -> None:
@@ -39,15 +47,15 @@ def record(config: Config) -> None:
 def lines(config: Config, given: str) -> list[str]:
     """Return the header as lines of text.
 
-    Where the storage fails, only the data's path is given; the run itself then says what is wrong.
+    They show what the user chose: a value that is the default may not concern this trunk or objective. Where the data
+    cannot be read, only their path is given; the run itself then says what is wrong.
     """
     data, model, train = config.data, config.model, config.train
     crops = " + ".join([f"2×{data.global_crops.size}", *(f"{g.count}×{g.size}" for g in data.local_crops)])
-    shape = [f"window {model.window}"]
-    shape += [
+    shape = [
         f"{name} {value if isinstance(value, int) else '-'.join(map(str, value))}"
-        for name in ("embed_dim", "depths", "heads")
-        if (value := getattr(model, name)) is not None
+        for name in ("window", "embed_dim", "depths", "heads")
+        if (value := getattr(model, name)) != type(model).model_fields[name].default
     ]
     images = _images(config)
     source = data.train or ", ".join(mixed.urls for mixed in data.mix)
@@ -56,8 +64,8 @@ def lines(config: Config, given: str) -> list[str]:
         ("run dir", f"{config.run_path}: {_run_state(config.run_path)}"),
         ("data", source + (f": {images:,} images" if images else "")),
         ("crops", f"{crops} pixels"),
-        ("trunk", f"{model.trunk}, {', '.join(shape)}"),
-        ("objective", f"{config.objective.name}, {_losses(config)}, {config.objective.prototypes:,} prototypes"),
+        ("trunk", ", ".join([model.trunk, *shape])),
+        ("objective", f"{config.objective.name}, {_losses(config)}"),
         ("length", _length(config, images)),
         ("numbers", f"{train.precision}, {train.ds_config}{_zero_stage(config)}"),
         (
@@ -82,18 +90,29 @@ def _length(config: Config, images: int | None) -> str:
 
 
 def _images(config: Config) -> int | None:
-    """Return the number of images in an epoch; None if it cannot be told at once.
-
-    Raises:
-        UserError: a set is not there, or is none; so it is said in the first second.
-    """
+    """Return the number of images in an epoch; None if it cannot be told at once."""
     from esvit_scale.data import mix
 
     folders = [Path(config.data.train), *(Path(mixed.urls) for mixed in config.data.mix)]
-    with suppress(OSError):
+    with suppress(OSError, UserError, RestartCanHelp):
         sizes = [path.stat().st_size for folder in folders if (path := folder / "manifest.json").is_file()]
         return mix.epoch_samples(config.data) if sum(sizes) <= LARGEST_MANIFEST else None
     return None
+
+
+def _check_sets(config: Config) -> None:
+    """Raise UserError if a folder is not there, or is no set. This reads no manifest, because every rank does it."""
+    from esvit_scale.data import manifest as manifests
+    from esvit_scale.data import mix
+
+    data = config.data
+    folders = [mixed.urls for mixed in data.mix] if mix.MixedSets.wanted(data) else []
+    if not folders and data.epoch_samples is None:
+        folders = [data.train]
+    with suppress(OSError):
+        for folder in folders:
+            if not store_urls.is_set_url(folder) and not manifests.is_shard_set(Path(folder)):
+                manifests.load(Path(folder))  # says what is missing
 
 
 def _run_state(run: Path) -> str:
@@ -101,10 +120,9 @@ def _run_state(run: Path) -> str:
 
     The files may be damaged: what reads them for the start itself finds that out and says it.
     """
-    with suppress(OSError, ValueError, AttributeError):
-        summary = json.loads((run / "summary.json").read_bytes())
-        if summary.get("finished"):
-            return f"finished at step {summary.get('step')}"
+    summary = read_summary(run, warn=False)
+    if summary.get("finished"):
+        return f"finished at step {summary.get('step')}; a larger length continues it"
     checkpoints = run / "checkpoints"
     with suppress(OSError, ValueError):
         latest = (checkpoints / "latest").read_text().strip()
@@ -129,9 +147,13 @@ def _zero_stage(config: Config) -> str:
     return ""
 
 
+def _is_rank0() -> bool:
+    return (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") == "0"
+
+
 def say(*found: str) -> None:
     """Print lines to stderr on rank 0."""
-    if (os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or "0") != "0":
+    if not _is_rank0():
         return
     with suppress(OSError):  # the console may be a file on a full disk
         print("\n".join(found), file=sys.stderr, flush=True)

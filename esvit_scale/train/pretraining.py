@@ -43,6 +43,7 @@ def pretrain(config: Config) -> int:
             with translate_limits(), translate_worker_errors(), worlds.translate_comm_errors(), translate_file_errors():
                 code = open_and_train(config, world, watchdog)
             worlds.stop()
+            signals.end_work()  # not after an error: what ends the process then is that error
         except BaseException:
             worlds.abandon()
             raise
@@ -76,6 +77,7 @@ def open_and_train(config: Config, world: World, watchdog: Watchdog) -> int:
         if world.rank == 0 and step_folders.has_checkpoints(path):
             log.info("comparing the newest checkpoint with its checksums …")
         checkpoint = step_folders.newest_valid(path)
+        signals.set_kept(checkpoint)
         identity = collectives.run_on_rank0_and_broadcast(lambda: _checked_identity(config, data, checkpoint))
         if world.rank == 0:
             also = f"reading images of {config.data.held_out}, then " if config.train.knn_every else ""

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from enum import IntFlag
+from pathlib import Path
 from types import FrameType
 
 
@@ -30,12 +31,12 @@ STOP = Flag.REQUEUE | Flag.INTERRUPT
 
 _request = Flag(0)
 _is_working = False  # the ranks work together: a rank that left at once would let the others wait
-_kept = ""  # the newest complete checkpoint
+_kept = ""  # what the run has on disk if it ends at once, in words; "" before `begin_work`
 
 
 def install() -> None:
     """Let SIGUSR1 and SIGTERM ask for a checkpoint and a requeue, and ctrl-C for a checkpoint and the end. A second
-    ctrl-C ends the process at once, as does the first one before `begin_work`."""
+    ctrl-C ends the process at once, as does the first one before `begin_work` and after `end_work`."""
     signal.signal(signal.SIGUSR1, _on_requeue)
     signal.signal(signal.SIGTERM, _on_requeue)
     signal.signal(signal.SIGINT, _on_interrupt)
@@ -43,21 +44,26 @@ def install() -> None:
 
 def begin_work() -> None:
     """Let ctrl-C end the run after a step from now on, with a checkpoint, because the ranks begin to work together."""
+    global _is_working, _kept
+    _is_working, _kept = True, "nothing was trained in this start, and checkpoints are as they were"
+
+
+def end_work() -> None:
+    """Let ctrl-C end the process at once again, because training is over; what follows has no steps."""
     global _is_working
-    _is_working = True
+    _is_working = False
 
 
-def set_kept(checkpoint: object) -> None:
-    """Note the newest complete checkpoint, for `kept` and the message at ctrl-C."""
+def set_kept(checkpoint: Path | None) -> None:
+    """Note the newest complete checkpoint, or that there is none, for `kept` and the message at ctrl-C."""
     global _kept
-    _kept = str(checkpoint)
+    there = f"kept: {checkpoint}; the same command goes on from there"
+    _kept = "no checkpoint was written yet" if checkpoint is None else there
 
 
 def kept() -> str:
     """Return what a run has on disk if it ends at once, in words; "" before `begin_work`."""
-    if not _is_working:
-        return ""
-    return f"kept: {_kept}; the same command goes on from there" if _kept else "no checkpoint was written yet"
+    return _kept
 
 
 def request() -> Flag:

@@ -22,7 +22,7 @@ def lines(
         origin: where the weights come from, or "".
         shorter: the config that the run had so far, if it is now made longer.
     """
-    found = [*([origin] if origin else []), model_line(engines, world)]
+    found = [*([origin] if origin else []), model_line(engines, world, facts.prototypes)]
     if shorter is not None:
         found.append(
             lengthening(
@@ -46,11 +46,13 @@ def lengthening(before: Schedules, now: Schedules, step: int) -> str:
     )
 
 
-def model_line(engines: Engines, world: World) -> str:
-    """Return a line with the parameters of trunk and heads, and the devices."""
+def model_line(engines: Engines, world: World, prototypes: int) -> str:
+    """Return a line with the parameters of trunk and heads, the number of prototypes (0: none), and the devices."""
     module = engines.student.module
     trunk, whole = parameters(module.trunk), parameters(module)
-    return f"{'model':<10} trunk {_millions(trunk)}, heads {_millions(whole - trunk)} parameters, on {devices(world)}"
+    sizes = f"trunk {_millions(trunk)}, heads {_millions(whole - trunk)} parameters"
+    sizes += f", {prototypes:,} prototypes" if prototypes else ""
+    return f"{'model':<10} {sizes}, on {devices(world)}"
 
 
 def devices(world: World) -> str:

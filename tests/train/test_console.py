@@ -13,8 +13,11 @@ from typing import Any
 
 import pytest
 
+from esvit_scale import config as configs
+from esvit_scale.data import manifest as manifests
 from esvit_scale.errors import UserError
-from esvit_scale.train import console, header, metrics, signals
+from esvit_scale.train import console, header, metrics, pretraining, signals
+from esvit_scale.train.trainer import Trainer
 from tests import launcher, tiny
 
 ROW: dict[str, Any] = {"step": 2, "loss": 5.0, "loss_view": 4.0, "loss_region": 6.0, "images_per_s": 12.5}
@@ -80,9 +83,51 @@ def test_header_says_what_is_trained(tmp_path: Path) -> None:
         "fp32, zero1 (ZeRO stage 1)",
     ):
         assert part in said
-    missing = tiny.config(tmp_path / "run", tmp_path / "nowhere")
-    with pytest.raises(UserError, match="no such shard folder"):  # in the first second
-        header.lines(missing, "x")
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize(
+    "keys", [["data.train=nowhere"], ["data.mix=[{urls: nowhere}]"], ["data.train=runs"], ["data.train=a.tar"]]
+)
+def test_header_says_on_every_rank_that_a_set_is_missing(
+    keys: list[str], rank: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RANK", rank)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(UserError, match=r"no such shard folder|not a finished shard set"):
+        header.show(configs.resolve("swin_t", keys), "x")
+
+
+def test_only_rank_0_reads_manifests_for_the_header_and_nobody_looks_at_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = [tiny.shards(tmp_path / name) for name in ("a", "b")]
+    config = configs.resolve("demo", [f"data.mix=[{{urls: {sets[0]}}}, {{urls: {sets[1]}}}]"])
+    monkeypatch.setattr(manifests, "check_sizes", None)
+    header.show(config, "x")
+    assert ": 72 images" in capsys.readouterr().err
+    monkeypatch.setattr(manifests, "load", None)
+    monkeypatch.setenv("RANK", "1")
+    header.show(config, "x")
+    assert capsys.readouterr().err == ""
+
+
+def test_header_shows_only_what_concerns_the_run(tmp_path: Path) -> None:
+    data = f"data.train={tiny.shards(tmp_path / 'shards')}"
+    byol = "\n".join(header.lines(configs.resolve("byol_resnet50", [data]), "x"))
+    assert "trunk      resnet50\n" in byol
+    assert "prototypes" not in byol
+    config = tiny.config(tmp_path / "run", tmp_path / "shards")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/summary.json").write_text('{"finished": true, "step": 20}')
+    assert "finished at step 20; a larger length continues it" in header.lines(config, "x")[1]
+
+
+def test_model_line_has_the_prototypes_of_objectives_that_have_some(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert pretraining.pretrain(tiny.config(run, tiny.shards(tmp_path / "shards"), train__steps=1)) == 0
+    assert " parameters, 64 prototypes, on CPU" in (run / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"a\0b", b"[1]", b"step-00000009"])
@@ -119,9 +164,31 @@ def test_kept_names_the_newest_checkpoint(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(signals, "_kept", "")
     assert not signals.kept()
     signals.begin_work()
+    assert "checkpoints are as they were" in signals.kept()  # which are there, is found out later
+    signals.set_kept(None)
     assert signals.kept() == "no checkpoint was written yet"
     signals.set_kept(Path("runs/x/checkpoints/step-00000004"))
     assert "step-00000004; the same command goes on from there" in signals.kept()
+
+
+def test_ctrl_c_names_the_checkpoint_while_it_is_still_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, seen = tiny.shards(tmp_path / "shards"), list[str]()
+    assert pretraining.pretrain(tiny.config(tmp_path / "run", data, train__steps=2)) == 0
+    monkeypatch.setattr(Trainer, "train", lambda *_: seen.append(signals.kept()) or 0)
+    with signals.installed():
+        assert pretraining.pretrain(tiny.config(tmp_path / "run", data, train__steps=4)) == 0
+        assert pretraining.pretrain(tiny.config(tmp_path / "new", data, train__steps=4)) == 0
+    assert "kept: " in seen[0]
+    assert "step-00000002;" in seen[0]
+    assert seen[1] == "no checkpoint was written yet"
+
+
+def test_first_ctrl_c_after_training_ends_at_once(tmp_path: Path) -> None:
+    with signals.installed():
+        assert pretraining.pretrain(tiny.config(tmp_path / "run", tiny.shards(tmp_path / "data"), train__steps=1)) == 0
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert "step-00000001" in signals.kept()
 
 
 @pytest.mark.slow
