@@ -27,7 +27,9 @@ from typing import Any
 
 ANSWER = "step.py: "  # begins the lines that a side's process prints for its parent
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 
 def main() -> None:
@@ -44,6 +46,7 @@ def main() -> None:
     parser.add_argument("--official-precision", choices=("fp32", "bf16", "fp16"), help="default: the row's")
     parser.add_argument("--steps", type=int, default=3, help="timed, after one that is not")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
+    parser.add_argument("--save", metavar="NAME", help="also write the JSON object to benchmarks/results/NAME.json")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.cell:
@@ -64,9 +67,13 @@ def main() -> None:
         for precision in options.precision
         for implementation in options.activation_checkpointing
     ]
-    before = machine()
-    rows = [measure(cell) for cell in cells]
-    print(json.dumps({"machine": before, "rows": rows}, indent=2) if options.json else table(rows))
+    found: dict[str, Any] = {"machine": machine(), "where": where(), "command": " ".join(sys.argv[1:]), "rows": []}
+    for cell in cells:
+        found["rows"].append(measure(cell))
+        if options.save:
+            RESULTS.mkdir(exist_ok=True)
+            (RESULTS / f"{options.save}.json").write_text(json.dumps(found, indent=2) + "\n")
+    print(json.dumps(found, indent=2) if options.json else table(found["rows"]))
 
 
 def measure(cell: dict[str, Any]) -> dict[str, Any]:
@@ -208,6 +215,27 @@ def peak_mb(device: Any) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def where() -> dict[str, Any]:
+    """Return what figures depend on: processor, threads, torch, allocator, load before the first step, and commit."""
+    import torch
+
+    from esvit_scale.models import products
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
+    return {
+        "processor": names[0] if names else platform.machine(),
+        "flags": [flag for flag in ("avx512_bf16", "amx_bf16") if any(flag in line.split() for line in lines)],
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "allocator": Path(os.environ.get("LD_PRELOAD", "")).name or "glibc",
+        "products_of_bf16": "fp32" if products.fp32_is_faster() else "bf16",
+        "load": round(os.getloadavg()[0], 1),
+        "commit": os.environ.get("COMMIT") or commit.stdout.strip(),
+    }
 
 
 def machine() -> str:

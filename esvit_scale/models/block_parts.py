@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from esvit_scale.models.products import is_wide, wide_linear, wide_linear_backward
 from esvit_scale.models.recomputation import last_of_block
 
 
@@ -45,7 +46,11 @@ class _GeluLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, ends_block: bool) -> Tensor:
         ctx.save_for_backward(x, weight)
-        product = lambda: F.linear(F.gelu(x), weight, bias)  # noqa: E731
+        ctx.wide = is_wide(x, weight)
+        if ctx.wide:
+            product = lambda: wide_linear(x, weight, bias, gelu=True)  # noqa: E731
+        else:
+            product = lambda: F.linear(F.gelu(x), weight, bias)  # noqa: E731
         if not ends_block or torch.compiler.is_compiling():
             return product()
         return last_of_block(product, (*x.shape[:-1], len(weight)), x)
@@ -54,6 +59,8 @@ class _GeluLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
+        if ctx.wide:
+            return *wide_linear_backward(grad, x, weight, ctx.needs_input_grad[:3], gelu=True), None
         hidden = F.gelu(x) if ctx.needs_input_grad[1] else None
         grad_weight = (grad.t() @ hidden.to(grad.dtype)).to(weight.dtype) if hidden is not None else None
         grad_bias = grad.sum(0).to(weight.dtype) if ctx.needs_input_grad[2] else None

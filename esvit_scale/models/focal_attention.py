@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from esvit_scale.models.distributions import Initializer, constant, normal
 from esvit_scale.models.focal_windows import FocalTables, focal_tables, pooled_position_index, slots_of_rows
+from esvit_scale.models.products import Linear
 from esvit_scale.models.tokens import as_maps
 from esvit_scale.models.windows import Grids, relative_position_index
 
@@ -84,7 +85,7 @@ class FocalAttention(nn.Module):
         return torch.cat([own.permute(2, 0, 1), *ring, to_windows], -1)
 
 
-class RowsLinear(nn.Linear):
+class RowsLinear(Linear):
     """The qkv projection of tokens, pooled windows and a pad (a zero token, whose qkv is the bias)."""
 
     def forward(self, tokens: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]

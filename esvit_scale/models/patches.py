@@ -3,6 +3,8 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from esvit_scale.models.products import linear
+
 
 class PatchProjection(nn.Conv2d):
     """The patch projection of vision transformers, as a linear layer on patches that are rows.
@@ -19,7 +21,7 @@ class PatchProjection(nn.Conv2d):
 
     def forward(self, patches: Tensor) -> Tensor:
         """Map patches [N, channels · patch²] to tokens [N, C]."""
-        return F.linear(patches, self.weight.flatten(1), self.bias)
+        return linear(patches, self.weight.flatten(1), self.bias)
 
 
 def pixel_rows(crop: Tensor, patch: int) -> Tensor:

@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from esvit_scale.models.distributions import Initializer, constant, normal
+from esvit_scale.models.products import linear
 
 QUICK = 1.702  # factor of "quick GELU", x·σ(1.702 x), which approximates GELU
 
@@ -24,7 +25,7 @@ class PointConv(nn.Conv2d):
 
     def forward(self, rows: Tensor) -> Tensor:  # [N, C] → [N, C']
         """Map rows [N, C] to [N, C']."""
-        return F.linear(rows, self.weight.flatten(1), self.bias)
+        return linear(rows, self.weight.flatten(1), self.bias)
 
 
 class QuickGeluConv(PointConv):

@@ -23,6 +23,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from esvit_scale.models import products  # noqa: F401  # defines wide_linear
+
 MIN_INNER_DIMENSION = 256  # a product is kept if each of its values takes at least so many multiply-adds
 
 _state = threading.local()
@@ -62,15 +64,19 @@ def last_of_block(product: Callable[[], Tensor], shape: tuple[int, ...], like: T
 
 def is_kept(operation: Any, args: tuple[Any, ...]) -> bool:
     """Return whether the result of an aten operation with these arguments is kept from the forward."""
-    if operation in _LINEAR:
-        return bool(args[_LINEAR[operation]].shape[0] >= MIN_INNER_DIMENSION)
+    if operation in _INNER:
+        return bool(_INNER[operation](args) >= MIN_INNER_DIMENSION)
     if operation is _aten.convolution.default:
         weight, transposed = args[1], args[6]
         return bool(not transposed and weight[0].numel() >= MIN_INNER_DIMENSION)
     return operation in _ATTENTION and bool(2 * args[1].shape[-2] >= MIN_INNER_DIMENSION)  # keys [n, heads, L, d]
 
 
-_LINEAR = {_aten.mm.default: 1, _aten.addmm.default: 2}  # position of the weight [inner, outer]
+_INNER: dict[Any, Callable[[tuple[Any, ...]], int]] = {  # a product's multiply-adds per value
+    _aten.mm.default: lambda args: args[1].shape[0],
+    _aten.addmm.default: lambda args: args[2].shape[0],
+    torch.ops.esvit_scale.wide_linear.default: lambda args: args[1].shape[1],
+}
 _ATTENTION = {  # fused kernels: 2L multiply-adds per value
     getattr(_aten, name).default
     for name in (

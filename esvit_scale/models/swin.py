@@ -22,6 +22,7 @@ from esvit_scale.models.descriptions import HuggingFaceForm, TimmForm, TrunkCard
 from esvit_scale.models.distributions import Initializer, normal
 from esvit_scale.models.drop_path import keep_scales, linear_rates, token_factors
 from esvit_scale.models.patches import PatchProjection
+from esvit_scale.models.products import Linear
 from esvit_scale.models.swin_costs import SwinFormulas
 from esvit_scale.models.swin_plain import PlainSwin
 from esvit_scale.models.tokens import crop_means, split
@@ -310,7 +311,7 @@ class WindowAttention(nn.Module):
         return self.relative_position_bias_table
 
 
-class SlotLinear(nn.Linear):
+class SlotLinear(Linear):
     """A linear layer that runs on real tokens only and puts its outputs into window slots.
 
     Swin pads with zero tokens, for which the layer's output is its bias: the slots of pads are filled with that.

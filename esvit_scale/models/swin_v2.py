@@ -22,6 +22,7 @@ from esvit_scale.models.block_parts import GeluMlp, add_branch
 from esvit_scale.models.descriptions import HuggingFaceForm, TimmForm, TrunkCard, TrunkFormulas
 from esvit_scale.models.distributions import Initializer, constant
 from esvit_scale.models.layer_norm import LayerNorm
+from esvit_scale.models.products import linear
 from esvit_scale.models.swin import Attend, Swin
 from esvit_scale.models.swin_costs import SwinV2Formulas
 from esvit_scale.models.window_attention import attend_math, bias_of_pairs
@@ -206,7 +207,7 @@ class SlotProjection(nn.Linear):
 
     def forward(self, tokens: Tensor, plan: Permutation, bias: Tensor) -> Tensor:  # type: ignore[override]
         """Map tokens [N, C] to window slots [slots, 3C]."""
-        return window_partition(F.linear(tokens, self.weight, bias), plan, fill=bias)  # [N, C] → [slots, 3C]
+        return window_partition(linear(tokens, self.weight, bias), plan, fill=bias)  # [N, C] → [slots, 3C]
 
 
 class UnitQueriesKeys(torch.autograd.Function):

@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from esvit_scale.config import Config
+from esvit_scale.models import products
 from esvit_scale.models.registry import build_trunk
 from esvit_scale.models.trunk import Trunk
 from esvit_scale.objective.objective import Logs, Objective, spread
@@ -78,4 +79,7 @@ def _trunk_and_objective(config: Config) -> tuple[Trunk, Objective]:
     trunk = build_trunk(config)
     if config.model.freeze_patch_embed:
         trunk.patch_projection.requires_grad_(False)
-    return trunk, build_objective(trunk, config)
+    objective = build_objective(trunk, config)
+    for part in (trunk, objective):
+        products.replace(part)
+    return trunk, objective

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from esvit_scale.models.products import is_wide
 from esvit_scale.objective.objective import fixed_precision
 
 CPU_TILE_BYTES = 16 * 2**20  # size of a tokens × tile matrix in fp32 that caches hold, by measurement
@@ -57,7 +58,7 @@ def prototype_cross_entropy(
 ) -> tuple[Tensor, Entropies]:
     """Return Σ over student tokens s and teacher tokens t = match[s, m] of weight[s, m] · cross-entropy(p_t, q_s).
 
-    Matrix products run in z_s's dtype (bf16 for fp16); log-sum-exp, probabilities, centre and accumulations in fp32
+    Matrix products run in z_s's dtype (bf16 for fp16; fp32 for bf16 on a CPU that prefers it, models/products.py); log-sum-exp, probabilities, centre and accumulations in fp32
     (fp64 for fp64).
 
     Args:
@@ -174,25 +175,42 @@ def _expectations(
     n_s, n_t = len(student.z), len(teacher.z)
     mixed = torch.zeros_like(towards, dtype=log_sums.dtype)
     negative_t, negative_s, negative_mean = log_sums.new_zeros(3)  # Σ p log p
-    p = student.z.new_empty((n_s + n_t) * tile)
-    spare = log_sums.new_empty(max(n_s, n_t) * tile)
+    dtype = _dtype_of_products(student.z)
+    towards = towards.to(dtype)
+    p = student.z.new_empty((n_s + n_t) * tile, dtype=dtype)
+    spare = log_sums.new_empty(max(n_s, n_t) * tile if dtype != log_sums.dtype else 0)
     for (part, s), (_, t) in zip(tiles(student, tile), tiles(teacher, tile), strict=True):
         both = p[: (n_s + n_t) * s.shape[1]].view(n_s + n_t, -1)
-        probabilities = torch.exp(s.sub_(log_sums[:n_s, None]), out=spare[: s.numel()].view_as(s))
-        both[:n_s].copy_(probabilities)
+        probabilities = _exp_into(s.sub_(log_sums[:n_s, None]), both[:n_s], spare)
         negative_s += torch.dot(probabilities.view(-1), s.view(-1))
-        probabilities = torch.exp(t.sub_(log_sums[n_s:, None]), out=spare[: t.numel()].view_as(t))
-        both[n_s:].copy_(probabilities)
+        probabilities = _exp_into(t.sub_(log_sums[n_s:, None]), both[n_s:], spare)
         negative_t += torch.dot(probabilities.view(-1), t.view(-1))
         mean = probabilities.mean(0)
         negative_mean += torch.special.xlogy(mean, mean).sum()
-        if mixed.dtype == both.dtype:
-            mixed.addmm_(both, student.rows[part])
+        if mixed.dtype == dtype:
+            mixed.addmm_(both, student.rows[part].to(dtype))
         else:
             mixed.add_(both @ student.rows[part])
         if grad_rows is not None:
-            torch.mm(both.t(), towards, out=grad_rows[part])
+            if grad_rows.dtype == dtype:
+                torch.mm(both.t(), towards, out=grad_rows[part])
+            else:
+                grad_rows[part] = both.t() @ towards
     return mixed, Entropies(-negative_t / n_t, -negative_s / n_s, -negative_mean)
+
+
+def _exp_into(x: Tensor, out: Tensor, spare: Tensor) -> Tensor:
+    """Write exp(x) to `out`, and return it in x's precision, in the memory of `spare` if `out` has another."""
+    if out.dtype == x.dtype:
+        return torch.exp(x, out=out)
+    values = torch.exp(x, out=spare[: x.numel()].view_as(x))
+    out.copy_(values)
+    return values
+
+
+def _dtype_of_products(z: Tensor) -> torch.dtype:
+    """Return the precision in which products of these tokens are computed: z's, or fp32 where a CPU prefers that."""
+    return torch.float32 if is_wide(z, z) else z.dtype
 
 
 def tiles(side: Side, tile: int) -> Iterator[tuple[slice, Tensor]]:
@@ -202,12 +220,13 @@ def tiles(side: Side, tile: int) -> Iterator[tuple[slice, Tensor]]:
     """
     n, k = len(side.z), len(side.rows)
     wide = torch.promote_types(side.z.dtype, torch.float32)
-    memory = side.z.new_empty(n * min(tile, k), dtype=wide)
-    narrow = memory if side.z.dtype == wide else side.z.new_empty(n * min(tile, k))
+    z = side.z.to(_dtype_of_products(side.z))
+    memory = z.new_empty(n * min(tile, k), dtype=wide)
+    narrow = memory if z.dtype == wide else z.new_empty(n * min(tile, k))
     for start in range(0, k, tile):
         part = slice(start, min(start + tile, k))
         logits, product = (m[: n * (part.stop - start)].view(n, -1) for m in (memory, narrow))
-        torch.addmm(product, side.z, side.rows[part].t(), beta=0, alpha=1 / side.temp, out=product)
+        torch.addmm(product, z, side.rows[part].to(z.dtype).t(), beta=0, alpha=1 / side.temp, out=product)
         if narrow is not memory:
             logits.copy_(product)
         if side.center is not None:

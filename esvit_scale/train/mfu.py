@@ -1,7 +1,7 @@
 """Model FLOPs utilisation (MFU): the fraction of the devices' matrix-product rate that training reaches.
 
 It is useful FLOPs per second (objective/costs.py: no recomputation and, for Swin, no padding tokens) divided by the
-rate of a large matrix product on the same device, in the same process and precision. The peak rate of a data sheet
+rate of a large matrix product on the same device, in the same process and the precision of its products. The peak rate of a data sheet
 would compare machines, not code.
 """
 
@@ -12,6 +12,7 @@ from functools import lru_cache
 import torch
 
 from esvit_scale.config import Config
+from esvit_scale.models import products
 from esvit_scale.objective.costs import image_flops
 
 SECONDS = 0.3  # products are timed for at least this long
@@ -21,7 +22,8 @@ SIDE = {"cuda": 8192, "cpu": 1024}  # rows and columns of the matrices
 def ideal_images_per_s(config: Config, device: torch.device, world_size: int) -> float:
     """Return the images/s at which MFU is 1, for `world_size` devices like this one. A run's MFU is its images/s
     divided by this."""
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    wide = device.type == "cpu" and products.fp32_is_faster()
+    dtype = torch.bfloat16 if config.train.precision == "bf16" and not wide else torch.float32
     return world_size * matmul_rate(device, dtype) / image_flops(config, "useful")
 
 
