@@ -58,8 +58,8 @@ def prototype_cross_entropy(
 ) -> tuple[Tensor, Entropies]:
     """Return Σ over student tokens s and teacher tokens t = match[s, m] of weight[s, m] · cross-entropy(p_t, q_s).
 
-    Matrix products run in z_s's dtype (bf16 for fp16; fp32 for bf16 on a CPU that prefers it, models/products.py); log-sum-exp, probabilities, centre and accumulations in fp32
-    (fp64 for fp64).
+    Matrix products run in z_s's dtype (bf16 for fp16; for bf16 in fp32 on some CPUs, models/products.py); log-sum-exp,
+    probabilities, centre and accumulations in fp32 (fp64 for fp64).
 
     Args:
         z_s: [N_s, D] the student's bottleneck, unit rows.
@@ -126,7 +126,9 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         teacher = Side(z_t.to(dtype), rows_t.to(dtype), teacher_temp, center.to(wide))
         log_sums = torch.cat([log_sum_exp(student, tile), log_sum_exp(teacher, tile)])
 
-        towards = torch.cat([z_s * mass[:, None], -pull]).div_(student_temp).to(dtype)  # [N_s + N_t, D]
+        towards = (
+            torch.cat([z_s * mass[:, None], -pull]).div_(student_temp).to(_dtype_of_products(z_s))
+        )  # [N_s + N_t, D]
         grad_rows = torch.empty_like(student.rows) if ctx.needs_input_grad[1] else None
         mixed, entropies = _expectations(student, teacher, log_sums, towards, grad_rows, tile)
         expected = mixed[len(z_s) :]  # e [N_t, D]
@@ -175,8 +177,7 @@ def _expectations(
     n_s, n_t = len(student.z), len(teacher.z)
     mixed = torch.zeros_like(towards, dtype=log_sums.dtype)
     negative_t, negative_s, negative_mean = log_sums.new_zeros(3)  # Σ p log p
-    dtype = _dtype_of_products(student.z)
-    towards = towards.to(dtype)
+    dtype = towards.dtype
     p = student.z.new_empty((n_s + n_t) * tile, dtype=dtype)
     spare = log_sums.new_empty(max(n_s, n_t) * tile if dtype != log_sums.dtype else 0)
     for (part, s), (_, t) in zip(tiles(student, tile), tiles(teacher, tile), strict=True):
