@@ -31,6 +31,16 @@ class OfficialStep:
     """
 
     def __init__(self, clone: Path, config: Config, device: torch.device, precision: str) -> None:
+        self._student, self._teacher, self._loss = self.modules(clone, config, device)
+        self._teacher.load_state_dict(self._student.state_dict())
+        self._teacher.requires_grad_(False)
+        self._optimizer = torch.optim.AdamW(self._student.parameters(), lr=1e-4, weight_decay=0.04)
+        self._device, self._precision = device, precision
+        self._scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+
+    @staticmethod
+    def modules(clone: Path, config: Config, device: torch.device) -> tuple[Any, Any, Any]:
+        """Return student, teacher and loss."""
         swin = _swin(clone)
         head = _definitions(clone / "models/vision_transformer.py", {"DINOHead"}, {"trunc_normal_": trunc_normal_})
         loss = _definitions(clone / "main_esvit.py", {"DDINOLoss"}, {"np": np, "F": F, "dist": dist})
@@ -52,14 +62,8 @@ class OfficialStep:
                 setattr(trunk, name, head["DINOHead"](trunk.num_features, objective.prototypes, norm_last_layer=False))
             return trunk.to(device)
 
-        self._student, self._teacher = network(), network()
-        self._teacher.load_state_dict(self._student.state_dict())
-        self._teacher.requires_grad_(False)
         views = len(config.crop_sizes)
-        self._loss = loss["DDINOLoss"](objective.prototypes, views, 0.04, 0.07, 30, 300).to(device)
-        self._optimizer = torch.optim.AdamW(self._student.parameters(), lr=1e-4, weight_decay=0.04)
-        self._device, self._precision = device, precision
-        self._scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        return network(), network(), loss["DDINOLoss"](objective.prototypes, views, 0.04, 0.07, 30, 300).to(device)
 
     def __call__(self, crops: list[Tensor]) -> None:
         """`crops`: one tensor per view, as the official loader gives them."""

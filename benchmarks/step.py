@@ -1,11 +1,12 @@
 """Images per second, peak memory and MFU of whole optimizer steps: teacher, student, loss, backward, clip, AdamW, EMA.
 
     python benchmarks/step.py [--preset swin_t] [--batch 4] [--precision fp32 bf16] [--activation-checkpointing none torch]
-                              [--official PATH_TO_A_CLONE] [--steps 3] [--json]
+                              [--official PATH_TO_A_CLONE | timm] [--steps 3] [--json] [--save NAME]
 
 Every row runs in a fresh process, because a process does not give back its peak. With --official, the official modules
 have a process of their own, in which nothing of this package's settings applies, and the two take turns, step by step, so
-that a machine whose speed drifts does not favour either: the ratio is that of the median steps. Crops are random pixels:
+that a machine whose speed drifts does not favour either: the ratio is that of the median steps. --official timm compares
+with a plain step of timm's modules instead, which need no clone. Crops are random pixels:
 neither decoding nor augmentation is timed.
 
 On a CPU, training lets glibc keep freed memory (parallel/allocator.py). ESVIT_MALLOC=system measures without that, and
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--precision", nargs="+", choices=("fp32", "bf16"), default=["fp32", "bf16"])
     implementations = ("none", "selective", "torch", "deepspeed", "fairscale")
     parser.add_argument("--activation-checkpointing", nargs="+", choices=implementations, default=["none"])
-    parser.add_argument("--official", type=Path, help="a clone of the official EsViT repository")
+    parser.add_argument("--official", type=Path, help="a clone of the official EsViT repository, or timm (plain.py)")
     parser.add_argument("--official-precision", choices=("fp32", "bf16", "fp16"), help="default: the row's")
     parser.add_argument("--steps", type=int, default=3, help="timed, after one that is not")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
@@ -154,8 +155,10 @@ def run_cell(cell: dict[str, Any]) -> None:
         step = our_step(config, world, crops)
     else:
         from official import OfficialStep
+        from plain import TimmStep
 
-        official = OfficialStep(Path(cell["official"]), config, device, cell["official_precision"])
+        kind = TimmStep if cell["official"] == "timm" else OfficialStep
+        official = kind(Path(cell["official"]), config, device, cell["official_precision"])
         views = [view for group in crops for view in group.chunk(len(group) // cell["batch"])]
         step = lambda: official(views)  # noqa: E731
     for line in sys.stdin:
