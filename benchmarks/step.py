@@ -26,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+CLOCK_HELP = "processor: one thread's time on its core, on which other work of a shared machine has less influence"
 ANSWER = "step.py: "  # begins the lines that a side's process prints for its parent
 
 HERE = Path(__file__).resolve().parent
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--official", type=Path, help="a clone of the official EsViT repository, or timm (plain.py)")
     parser.add_argument("--official-precision", choices=("fp32", "bf16", "fp16"), help="default: the row's")
     parser.add_argument("--steps", type=int, default=3, help="timed, after one that is not")
+    parser.add_argument("--clock", choices=("wall", "processor"), default="wall", help=CLOCK_HELP)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     parser.add_argument("--save", metavar="NAME", help="also write the JSON object to benchmarks/results/NAME.json")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
@@ -63,12 +65,15 @@ def main() -> None:
             "official": str(options.official) if options.official else None,
             "official_precision": options.official_precision or precision,
             "steps": options.steps,
+            "clock": options.clock,
         }
         for batch in options.batch
         for precision in options.precision
         for implementation in options.activation_checkpointing
     ]
     found: dict[str, Any] = {"machine": machine(), "where": where(), "command": " ".join(sys.argv[1:]), "rows": []}
+    if options.clock == "processor":
+        found["where"]["threads"] = 1
     for cell in cells:
         found["rows"].append(measure(cell))
         if options.save:
@@ -135,6 +140,8 @@ def child(cell: dict[str, Any], script: str) -> dict[str, Any]:
 
 def run_cell(cell: dict[str, Any]) -> None:
     """Run one step of the cell's side for every line `step` of stdin; at `end`, print what else was measured."""
+    import torch
+
     from esvit_scale import config as configs
     from esvit_scale.parallel import world as worlds
 
@@ -148,6 +155,10 @@ def run_cell(cell: dict[str, Any]) -> None:
     if cell["side"] == "official":
         os.environ["ESVIT_MALLOC"] = "system"  # nothing of this package's settings there
     world = worlds.start()  # the official loss needs a process group, too
+    clock = time.perf_counter
+    if cell["clock"] == "processor":
+        torch.set_num_threads(1)
+        clock = time.process_time
     device = world.device
     crops = random_crops(config, cell["batch"], device)
     step: Callable[[], object]
@@ -164,7 +175,7 @@ def run_cell(cell: dict[str, Any]) -> None:
     for line in sys.stdin:
         if line.strip() == "end":
             break
-        print(f"{ANSWER}{seconds(step, device)}", flush=True)
+        print(f"{ANSWER}{seconds(step, device, clock)}", flush=True)
     found = {f"{cell['side']}_peak_mb": peak_mb(device)}
     if cell["side"] == "ours":
         from esvit_scale.train import mfu
@@ -200,15 +211,15 @@ def our_step(config: Any, world: Any, crops: list[Any]) -> Callable[[], object]:
     return lambda: trainer.train_step([micro])
 
 
-def seconds(step: Callable[[], object], device: Any) -> float:
+def seconds(step: Callable[[], object], device: Any, clock: Callable[[], float] = time.perf_counter) -> float:
     import torch
 
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
-    began = time.perf_counter()
+    began = clock()
     step()
     wait()
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def peak_mb(device: Any) -> float:
