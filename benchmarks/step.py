@@ -71,7 +71,7 @@ def main() -> None:
         for precision in options.precision
         for implementation in options.activation_checkpointing
     ]
-    found: dict[str, Any] = {"machine": machine(), "where": where(), "command": " ".join(sys.argv[1:]), "rows": []}
+    found: dict[str, Any] = {"machine": machine(), "where": where(), "command": command(options), "rows": []}
     if options.clock == "processor":
         found["where"]["threads"] = 1
     for cell in cells:
@@ -80,6 +80,12 @@ def main() -> None:
             RESULTS.mkdir(exist_ok=True)
             (RESULTS / f"{options.save}.json").write_text(json.dumps(found, indent=2) + "\n")
     print(json.dumps(found, indent=2) if options.json else table(found["rows"]))
+
+
+def command(options: argparse.Namespace) -> str:
+    """Return the arguments that decide what is measured, with a clone's path as CLONE."""
+    words = [word for word in sys.argv[1:] if word not in ("--json", "--save", options.save)]
+    return " ".join("CLONE" if word == str(options.official) != "timm" else word for word in words)
 
 
 def measure(cell: dict[str, Any]) -> dict[str, Any]:
@@ -91,6 +97,8 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
         for side, process in processes.items():
             times[side].append(process.step())
     row = dict(cell)
+    if cell["official"] not in (None, "timm"):
+        row["official"] = "clone"
     for side, process in processes.items():
         row |= process.finish()
         row[f"{side}_images_per_s"] = cell["batch"] / statistics.median(times[side][1:])

@@ -1,5 +1,6 @@
 import torch
 
+from esvit_scale.models import products
 from esvit_scale.objective import costs
 from esvit_scale.train import metrics, mfu, pretraining
 from esvit_scale.train.row_file import read_rows
@@ -14,7 +15,9 @@ def test_mfu_is_useful_flops_divided_by_matmul_rate(tmp_path, monkeypatch):
     flops = costs.image_flops(config, "useful")
     assert mfu.ideal_images_per_s(config, CPU, 3) == 3 * 5e9 / flops
     half = tiny.config(tmp_path / "run", tmp_path, train__precision="bf16")
-    assert mfu.ideal_images_per_s(half, CPU, 1) == 9e9 / flops
+    for wide, rate in ((False, 9e9), (True, 5e9)):  # where products of bf16 are computed in fp32, it is fp32's rate
+        monkeypatch.setattr(products, "fp32_is_faster", lambda wide=wide: wide)
+        assert mfu.ideal_images_per_s(half, CPU, 1) == rate / flops
 
 
 def test_matmul_rate_is_measured_once_and_fast():
