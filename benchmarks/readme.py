@@ -75,9 +75,13 @@ def places(rows: list[Row]) -> str:
     for row in rows:
         where = row["where"]
         flags = f" ({', '.join(where['flags'])})" if where["flags"] else ""
-        place = f"{where['threads']} cores of an {where['processor']}{flags}, torch {where['torch'].partition('+')[0]}"
+        cores = "one core" if where["threads"] == 1 else f"{where['threads']} cores"
+        clock = "processor" if row.get("clock") == "processor" else "wall"
+        place = (
+            f"in {clock} time on {cores} of an {where['processor']}{flags}, torch {where['torch'].partition('+')[0]}"
+        )
         seen[f"{place}, bf16 products computed in {where['products_of_bf16']}"] = None
-    return f"Measured by `benchmarks/step.py` on {'; '.join(seen)}; both sides in turns, medians."
+    return f"Measured by `benchmarks/step.py` {'; '.join(seen)}; both sides in turns, medians."
 
 
 if __name__ == "__main__":
