@@ -77,6 +77,8 @@ class Head(nn.Module):
 class PlainLoss(nn.Module):
     """The view and region losses, pair of views by pair of views, with centred teachers."""
 
+    centers: Tensor  # [2, K]
+
     def __init__(self, prototypes: int) -> None:
         super().__init__()
         self.register_buffer("centers", torch.zeros(2, prototypes))

@@ -71,7 +71,7 @@ def line(row: Row, full: bool) -> list[str]:
 
 def places(rows: list[Row]) -> str:
     """Return a sentence for every kind of machine and torch on which the rows were measured."""
-    seen = {}
+    seen: dict[str, None] = {}
     for row in rows:
         where = row["where"]
         flags = f" ({', '.join(where['flags'])})" if where["flags"] else ""

@@ -75,7 +75,8 @@ class _WideLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return wide_linear_backward(grad, *ctx.saved_tensors, ctx.needs_input_grad[:3])
+        x, weight = ctx.saved_tensors
+        return wide_linear_backward(grad, x, weight, ctx.needs_input_grad[:3])
 
 
 def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -> Tensor:
