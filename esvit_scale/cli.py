@@ -20,6 +20,7 @@ from esvit_scale.commands import (
     status,
     sweep,
 )
+from esvit_scale.commands.option_types import SetUrl
 from esvit_scale.commands.parser import Parser, print_error, rank
 from esvit_scale.errors import Diverged, RestartCanHelp, UserError, translate_file_errors
 
@@ -56,6 +57,7 @@ def _run(arguments: list[str] | None) -> int:
     parsed = build_parser().parse_args(arguments)
     try:
         with translate_file_errors():
+            _open_remote_sets(parsed)
             code: int = parsed.run(parsed)
     except (UserError, Diverged) as error:
         if rank() == "0":  # all ranks raise the same error, so one message is enough
@@ -71,6 +73,15 @@ def _run(arguments: list[str] | None) -> int:
                 print(f"\nesvit-scale: ended by ctrl-C; {kept}", file=sys.stderr)
         return 130
     return code
+
+
+def _open_remote_sets(parsed: argparse.Namespace) -> None:
+    """Replace the URLs of shard sets among the options by the sets' folders in the cache, which are read like others."""
+    for name, value in vars(parsed).items():
+        if isinstance(value, SetUrl):
+            from esvit_scale.data.remote import place
+
+            setattr(parsed, name, place.local_folder(value))
 
 
 def build_parser() -> argparse.ArgumentParser:

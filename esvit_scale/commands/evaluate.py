@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from esvit_scale.commands.option_types import images
 from esvit_scale.commands.parser import add_checkpoint, add_loading, command, count, group, on_all_ranks, positive
 from esvit_scale.errors import UserError
 
@@ -103,7 +104,11 @@ def _add_correspondence(evaluate: Any) -> None:
     correspondence = command(evaluate, "correspondence", _correspondence, summary)
     add_checkpoint(correspondence)
     correspondence.add_argument(
-        "--data", type=Path, required=True, metavar="D", help="shards, a folder of images, or one image"
+        "--data",
+        type=images,
+        required=True,
+        metavar="D",
+        help="shards (folder or URL), a folder of images, or one image",
     )
     correspondence.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder to write correspondence.json and pictures to"
@@ -119,7 +124,9 @@ def _add_correspondence(evaluate: Any) -> None:
 def _add_embed(commands: Any) -> None:
     embed = command(commands, "embed", _embed, "write the features of images as arrays")
     add_checkpoint(embed)
-    embed.add_argument("--data", type=Path, required=True, metavar="D", help="shards, or a folder of images")
+    embed.add_argument(
+        "--data", type=images, required=True, metavar="D", help="shards (folder or URL), or a folder of images"
+    )
     embed.add_argument(
         "--out",
         type=Path,
@@ -134,10 +141,10 @@ def _add_sets(parser: argparse.ArgumentParser) -> None:
     for name, metavar, use in (("--train", "T", "learn from"), ("--test", "V", "classify")):
         parser.add_argument(
             name,
-            type=Path,
+            type=images,
             required=True,
             metavar=metavar,
-            help=f"labelled shards, or a folder with one subfolder for each class, to {use}",
+            help=f"labelled shards (folder or URL), or a folder with one subfolder for each class, to {use}",
         )
 
 

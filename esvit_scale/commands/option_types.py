@@ -1,7 +1,26 @@
-"""Argparse types of the shard commands' options: each converts a text, or raises an error that shows a valid value."""
+"""Argparse types of options: each converts a text, or raises an error that shows a valid value."""
 
 import argparse
 import re
+from pathlib import Path
+
+from esvit_scale.store_urls import is_set_url
+
+
+class SetUrl(str):
+    """The URL of a shard set in an object store; cli.py replaces it by the set's folder in the node's cache."""
+
+
+def images(text: str) -> "Path | SetUrl":
+    """Convert the place of a shard set or folder of images, a path or the URL of a set."""
+    return SetUrl(text) if is_set_url(text) else Path(text)
+
+
+def local_folder(text: str) -> Path:
+    """Convert a folder to write to; the address of a store is refused."""
+    if is_set_url(text):
+        raise argparse.ArgumentTypeError(f"{text}: write to a folder, then `esvit-scale shards upload FOLDER {text}`")
+    return Path(text)
 
 
 def size(text: str) -> int:

@@ -24,7 +24,9 @@ def add_create(shards: Any) -> None:
         shards, "create", _create, "write images as tar shards with a manifest; an interrupted run continues"
     )
     shard_options.add_source(create)
-    create.add_argument("destination", type=Path, metavar="DST", help="folder to write the shard set to")
+    create.add_argument(
+        "destination", type=option_types.local_folder, metavar="DST", help="folder to write the shard set to"
+    )
     size = create.add_mutually_exclusive_group()
     size.add_argument(
         "--samples-per-shard", type=positive, default=1000, metavar="N", help="images per tar (default: 1000)"
@@ -135,7 +137,9 @@ def _add_rotation(create: argparse.ArgumentParser) -> None:
 def add_merge(shards: Any) -> None:
     """Declare `shards merge`."""
     merge = command(shards, "merge", _merge, "finish a set whose parts were written with --shard-range")
-    merge.add_argument("destination", type=Path, metavar="DST", help="folder that the parts were written to")
+    merge.add_argument(
+        "destination", type=option_types.local_folder, metavar="DST", help="folder that the parts were written to"
+    )
     merge.add_argument("--strict", action="store_true", help=STRICT)
 
 
@@ -148,7 +152,9 @@ def add_split(shards: Any) -> None:
         "divide a shard set into DST/train and DST/val by seed and key; images keep their bytes",
     )
     split.add_argument("source", metavar="SET", help="folder of the shard set")
-    split.add_argument("destination", type=Path, metavar="DST", help="folder to write train/ and val/ to")
+    split.add_argument(
+        "destination", type=option_types.local_folder, metavar="DST", help="folder to write train/ and val/ to"
+    )
     split.add_argument(
         "--val-fraction",
         type=option_types.fraction,

@@ -7,6 +7,7 @@ from typing import Any
 from esvit_scale.commands import option_types, shard_options, shard_writing
 from esvit_scale.commands.parser import command, group, positive
 from esvit_scale.errors import UserError
+from esvit_scale.store_urls import is_set_url
 
 
 def add(commands: Any) -> None:
@@ -19,6 +20,7 @@ def add(commands: Any) -> None:
     _add_verify(shards)
     _add_stats(shards)
     _add_show(shards)
+    _add_upload(shards)
 
 
 def _add_duplicates(shards: Any) -> None:
@@ -43,7 +45,7 @@ def _add_duplicates(shards: Any) -> None:
 
 def _add_verify(shards: Any) -> None:
     verify = command(shards, "verify", _verify, "check sizes, sha256, counts and that every image decodes")
-    verify.add_argument("root", type=Path, metavar="DST", help="folder of the shard set")
+    verify.add_argument("root", type=option_types.images, metavar="DST", help="folder or URL of the shard set")
     verify.add_argument(
         "--repair",
         nargs="?",
@@ -56,7 +58,7 @@ def _add_verify(shards: Any) -> None:
 
 def _add_stats(shards: Any) -> None:
     stats = command(shards, "stats", _stats, "print sizes, bytes, classes, and mean and std of the pixels of a set")
-    stats.add_argument("root", type=Path, metavar="DST", help="folder of the shard set")
+    stats.add_argument("root", type=option_types.images, metavar="DST", help="folder or URL of the shard set")
     stats.add_argument("--plot", type=Path, metavar="PNG", help="image file to draw the statistics to (default: none)")
     stats.add_argument(
         "--json", action="store_true", help="print JSON with the number of samples of every class (default: a table)"
@@ -66,7 +68,7 @@ def _add_stats(shards: Any) -> None:
 
 def _add_show(shards: Any) -> None:
     show = command(shards, "show", _show, "write a contact sheet of random images of a set")
-    show.add_argument("root", type=Path, metavar="DST", help="folder of the shard set")
+    show.add_argument("root", type=option_types.images, metavar="DST", help="folder or URL of the shard set")
     show.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write, ending in .png or .html")
     show.add_argument("--count", type=positive, default=64, metavar="N", help="images on the sheet (default: 64)")
     show.add_argument(
@@ -76,6 +78,22 @@ def _add_show(shards: Any) -> None:
         help="numbers of the channels to show, from 1: three as red, green and blue, or one as grey (default: the first)",
     )
     show.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of the choice (default: 0)")
+
+
+def _add_upload(shards: Any) -> None:
+    upload = command(shards, "upload", _upload, "copy a finished set to an object store; an interrupted run continues")
+    upload.add_argument("root", type=Path, metavar="SET", help="folder of the shard set")
+    upload.add_argument("url", metavar="URL", help="address of the set's folder, such as s3://bucket/photos")
+
+
+def _upload(options: argparse.Namespace) -> int:
+    from esvit_scale.data.remote import upload
+
+    if not is_set_url(options.url):
+        raise UserError(f"{options.url}: not the address of a folder in a store, such as s3://bucket/photos")
+    sent = upload.upload(options.root, options.url)
+    print(f"{options.url}: complete ({sent} shards sent now); train with data.train={options.url}")
+    return 0
 
 
 def _duplicates(options: argparse.Namespace) -> int:

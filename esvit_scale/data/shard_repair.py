@@ -36,6 +36,8 @@ def repair(root: Path, where: str, workers: int = 1) -> list[str]:
         UserError: the source is needed but not given, or is not the one that the set was written from.
     """
     manifest = manifests.load(root)
+    if manifest.remote:
+        raise UserError(f"{manifest.remote.url}: a set in a store cannot be repaired in place; upload its shards again")
     with set_folder.held(root):
         checked = check_shards(manifest, workers)
         done = []

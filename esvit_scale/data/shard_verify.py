@@ -17,6 +17,8 @@ from esvit_scale.data.image_folder import printable
 from esvit_scale.data.manifest import Manifest
 from esvit_scale.data.picture import check_decodes
 from esvit_scale.data.pixel_format import PixelFormat
+from esvit_scale.data.remote.shard_cache import ShardFiles
+from esvit_scale.errors import UserError
 from esvit_scale.files import sha256
 
 
@@ -65,15 +67,18 @@ def _repeated_keys(manifest: Manifest, checked: list[Checked]) -> Iterator[str]:
     starts = np.cumsum([0, *(len(c.keys) for c in checked)])
     for at in repeated_indices(np.concatenate([c.keys for c in checked])).tolist() if checked else []:
         number = int(np.searchsorted(starts, at, side="right")) - 1
-        path = manifest.root / manifest.shards[number].name
+        path, _ = ShardFiles(manifest).path(number)
         entry = manifests.scan(path)[at - int(starts[number])]
         yield f"{path}: {printable(entry.key)}: this key is in the set twice"
 
 
 def _check(manifest: Manifest, number: int, tick: Callable[[], None]) -> Checked:
     shard = manifest.shards[number]
-    path = manifest.root / shard.name
     none = np.empty(0, np.uint64)
+    try:
+        path, _ = ShardFiles(manifest).path(number)  # a remote shard is kept while it is checked
+    except UserError as error:  # its object is not what the manifest says
+        return Checked([str(error)], [], none)
     problems = list(manifests.size_problems(Manifest(manifest.root, (shard,))))
     if not path.is_file():
         return Checked(problems, [], none)

@@ -15,6 +15,7 @@ from esvit_scale.config import Config
 from esvit_scale.data import decode, image_folder, photometric, raster, stream
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data.pixel_format import PixelFormat, pixel_format
+from esvit_scale.data.remote.shard_cache import ShardFiles
 from esvit_scale.errors import UserError
 from esvit_scale.report.false_colour import composite
 
@@ -141,8 +142,10 @@ def _encoded(source: Path, keys: set[str]) -> Iterable[tuple[str, bytes]]:
             if image_folder.printable(file.path) in keys:
                 yield image_folder.printable(file.path), (source / file.path).read_bytes()
         return
-    for shard in manifests.load(source).shards:
-        path = source / shard.name
+    manifest = manifests.load(source)
+    shards = ShardFiles(manifest)
+    for number in range(len(manifest.shards)):
+        path, _ = shards.path(number)
         wanted = [entry for entry in manifests.read_index(path) if entry.key in keys]
         with path.open("rb") as tar:
             for entry in wanted:

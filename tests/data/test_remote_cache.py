@@ -14,15 +14,15 @@ from typing import Any
 import pytest
 import torch
 
+from esvit_scale import cli, store_urls
 from esvit_scale import config as configs
-from esvit_scale import store_urls
 from esvit_scale.config import Config
+from esvit_scale.data import evaluation, mix, stream
 from esvit_scale.data import manifest as manifests
-from esvit_scale.data import mix, stream
 from esvit_scale.data.loader import LoaderAssignment
 from esvit_scale.data.manifest import Manifest
 from esvit_scale.data.order import Order
-from esvit_scale.data.remote import ahead, place, room, shard_cache, store, working_set
+from esvit_scale.data.remote import ahead, place, room, shard_cache, store, upload, working_set
 from esvit_scale.data.remote.locks import ByteLocks
 from esvit_scale.data.remote.schedule import Schedule
 from esvit_scale.data.remote.shard_cache import ShardCache
@@ -496,3 +496,85 @@ def test_urls_of_sets_and_of_plain_tars() -> None:
         "https://h/x.tgz",
     ]
     assert not any(map(store_urls.is_set_url, plain))
+
+
+# --- commands ------------------------------------------------------------------------------------------------------
+
+
+def test_commands_read_a_remote_set_like_a_local_one(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    told = []
+    for place_ in (str(shards), f"file://{shards}"):
+        assert cli.main(["shards", "stats", place_, "--json", "--workers", "2"]) == 0
+        told.append(capsys.readouterr().out)
+        assert cli.main(["shards", "show", place_, "--out", str(tmp_path / f"{len(told)}.png"), "--count", "9"]) == 0
+        assert cli.main(["shards", "verify", place_, "--workers", "2"]) == 0
+        capsys.readouterr()
+    assert told[0] == told[1]
+    assert (tmp_path / "1.png").read_bytes() == (tmp_path / "2.png").read_bytes()
+    batches = [
+        list(evaluation.evaluation_batches(source, 32, 7, workers=workers))
+        for source, workers in ((shards, 0), (place.local_folder(f"file://{shards}"), 2))
+    ]
+    assert [b.keys for b in batches[0]] == [b.keys for b in batches[1]]
+    assert all(torch.equal(a.images, b.images) for a, b in zip(*batches, strict=True))
+
+
+def test_verify_names_every_changed_object(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    bucket = remote_copy(shards, tmp_path)
+    for name in ("shard-000002.tar", "shard-000005.tar"):
+        (bucket / name).write_bytes((bucket / name).read_bytes()[:-1024])
+    assert cli.main(["shards", "verify", f"file://{bucket}"]) == 2
+    told = capsys.readouterr().err
+    assert all(f"file://{bucket}/{name}: " in told for name in ("shard-000002.tar", "shard-000005.tar"))
+    assert cli.main(["shards", "verify", f"file://{bucket}", "--repair"]) == 2
+    assert "cannot be repaired in place" in capsys.readouterr().err
+
+
+def test_upload_sends_the_manifest_last_and_continues(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local, bucket, sent = remote_copy(shards, tmp_path), tmp_path / "store", []
+    bucket.mkdir()
+    put = Store.put
+
+    def failing(self: Store, path: Path) -> None:
+        if len(sent) == 9:
+            raise StoreUnreachable("gone")
+        sent.append(path.name)
+        put(self, path)
+
+    monkeypatch.setattr(Store, "put", failing)
+    with pytest.raises(StoreUnreachable):
+        upload.upload(local, f"file://{bucket}")
+    assert not (bucket / "manifest.json").exists()
+    there = [name for name in sent if name.endswith(".tar")]
+    monkeypatch.setattr(Store, "put", lambda self, path: (sent.append(path.name), put(self, path))[1])
+    assert upload.upload(local, f"file://{bucket}") >= 10 - len(there)
+    assert sent[-1] == "manifest.json"
+    assert len(sent) < 2 * 21
+    for path in [*shards.glob("*.tar"), *shards.glob("*.json*")]:
+        if path.name != "quarantine.jsonl":
+            assert (bucket / path.name).read_bytes() == path.read_bytes()
+    (bucket / "shard-000004.tar").write_bytes(b"other")
+    assert upload.upload(local, f"file://{bucket}") == 1
+    assert (bucket / "shard-000004.tar").read_bytes() == (shards / "shard-000004.tar").read_bytes()
+    content = bytearray((local / "shard-000001.tar").read_bytes())
+    content[700] ^= 1
+    (local / "shard-000001.tar").write_bytes(content)
+    with pytest.raises(UserError, match="no such bucket"):
+        upload.upload(shards, f"file://{tmp_path}/store2")
+    (tmp_path / "store2").mkdir()
+    with pytest.raises(UserError, match="sha256 differs"):
+        upload.upload(local, f"file://{tmp_path}/store2")
+
+
+def test_writing_commands_refuse_addresses(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["shards", "create", str(shards), "s3://bucket/set"])
+    assert "shards upload FOLDER s3://bucket/set" in capsys.readouterr().err

@@ -101,7 +101,7 @@ def test_start_needs_no_request_per_shard(bucket: Bucket, tmp_path: Path) -> Non
     bucket.proxy.reset(latency=0.2)
     next(batches)
     assert len(bucket.proxy.gets()) <= 12  # of 20: those of the first window, and what 4 threads fetched meanwhile
-    batches.close()
+    del batches
 
 
 WORKER = """
@@ -198,3 +198,23 @@ def test_small_cache_in_two_workers(bucket: Bucket, tmp_path: Path) -> None:
         assert a.keys == b.keys
         assert not b.bad
     assert sum(room.Room(tmp_path, None)._sizes()) <= limit * 1e9
+
+
+def test_commands_upload_and_verify_with_options_from_the_environment(bucket: Bucket, tmp_path: Path) -> None:
+    environment = {
+        **os.environ,
+        "AWS_ENDPOINT_URL": bucket.proxy.url,
+        "FSSPEC_S3_ANON": "true",
+        "TMPDIR": str(tmp_path),
+    }
+    bucket.proxy.reset(share=0.1, seed=1, kinds=("503", "reset"))
+    for command, place_ in (("upload", [str(bucket.local)]), ("verify", ["--workers=2"])):
+        told = subprocess.run(
+            [sys.executable, "-m", "esvit_scale", "shards", command, *place_, "s3://bucket/again"],
+            env=environment, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert told.returncode == 0, told.stderr
+    assert "every shard agrees with the manifest" in told.stdout
+    puts = [path.rpartition("/")[2] for method, path, _ in bucket.proxy.log if method == "PUT"]
+    assert puts[-1] == "manifest.json"
+    assert len(set(puts)) == 2 * len(names(bucket)) + 1

@@ -7,6 +7,8 @@
     shard_cache.py fetches a shard, compares it with the manifest's sha256, and keeps it while it is needed
     schedule.py    when the order of the data needs which shard on a node, and how much room that takes
     ahead.py       fetches shards before they are needed
+    working_set.py the room that a run needs, said before it starts
+    upload.py      sends a finished set to a store, its manifest last
 
 A shard set's files in the cache have the names that they have in the store, so that everything that reads a folder of
 shards reads the cache. Nothing else in the package knows URLs of stores.

@@ -3,6 +3,7 @@
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from heapq import heappop, heappush
 from pathlib import Path
@@ -20,7 +21,8 @@ log = logging.getLogger("esvit_scale")
 
 THREADS = 4  # transfers at a time of one process
 JOIN_S = 5.0  # seconds to wait for a transfer under way at the end
-AGAIN_S = 0.25  # seconds until a shard for which there was no room, or which another process fetches, is tried again
+AGAIN_S = 0.1  # seconds until a thread looks again for a shard to fetch, and for room
+BUSY_S = 0.5  # seconds until a shard that another process fetches is looked at again
 
 
 def node_slots(assignment: LoaderAssignment) -> range:
@@ -57,8 +59,8 @@ class ReadAhead:
         self._live: list[tuple[int, tuple[ShardId, ...]]] = []  # heap of (last batch, shards) of current uses
         self._coming = (use for epoch in self._epochs() for use in self._mine.uses(epoch))
         self._upcoming = next(self._coming, None)
-        self._queue, self._changed, self._stopped = self._wanted(list(first)), threading.Condition(), False
-        self._queue_lock = threading.Lock()
+        self._first, self._changed, self._stopped = list(dict.fromkeys(first)), threading.Condition(), False
+        self._looking, self._busy = threading.Lock(), dict[ShardId, float]()  # busy: until when a shard is left alone
         self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(THREADS)]
         for thread in self._threads:
             thread.start()
@@ -101,38 +103,64 @@ class ReadAhead:
         shard = self._ids.get(path)
         return NEVER if shard is None else self._node.next_use(shard, self._batch_index)
 
-    def _wanted(self, first: list[ShardId]) -> Iterator[tuple[ShardId, int, int]]:
-        """Yield (shard, first batch, last batch) in the order of need, up to the end of the next epoch."""
-        start, steps = self._assignment.start, self._mine.steps
-        for shard in dict.fromkeys(first):
-            yield shard, -1, start
-        worker = self._assignment.worker()[0]
-        for epoch in self._epochs():
-            with self._changed:
-                self._changed.wait_for(lambda e=epoch: self._stopped or e * steps <= self._batch_index + steps)
-            for use in self._mine.uses(epoch):
-                turn = worker % len(use.shards)  # processes that share a window begin with different shards
-                for shard in use.shards[turn:] + use.shards[:turn]:
-                    if use.last >= start and use.first < self._assignment.stop:
-                        yield shard, use.first, use.last
-
     def _run(self) -> None:
         while not self._stopped:
-            with self._queue_lock:
-                shard, first, last = next(self._queue, ((-1, -1), 0, 0))
-            if shard[0] < 0:
-                return
-            self._fetch(shard, first, last)
+            if not self._fetch_next():
+                with self._changed:
+                    self._changed.wait(AGAIN_S)
 
-    def _fetch(self, shard: ShardId, first: int, last: int) -> None:
-        """Fetch a shard as soon as there is room for it, unless its use is over before."""
-        cache = self.caches[shard[0]]
-        while cache is not None and not self._stopped and last >= self._batch_index:
-            try:
-                if cache.fetch_ahead(shard[1], first):
-                    return
-            except (UserError, RestartCanHelp, OSError) as error:  # whoever reads the shard meets it again
-                log.debug("%s", error)
-                return
-            with self._changed:
-                self._changed.wait(AGAIN_S)
+    def _fetch_next(self) -> bool:
+        """Fetch the missing shard that is needed first; return False where there is none, or no room for it yet.
+
+        One thread at a time looks for a shard and for room, so that room goes to the shard that is needed first.
+        """
+        self._looking.acquire()
+        looking = [self._looking]
+
+        def admit() -> None:
+            if looking:
+                looking.pop().release()
+
+        shard, first = (0, 0), -1
+        try:
+            found = next(self._missing(), None)
+            if found is None:
+                return False
+            shard, first = found
+            self._busy[shard] = time.monotonic() + BUSY_S
+            cache = self.caches[shard[0]]
+            assert cache is not None
+            there = cache.fetch_ahead(shard[1], first, admit)
+            if there is False:  # no room: what is needed later has to wait, too
+                self._busy.pop(shard, None)
+            return there is not False
+        except (UserError, RestartCanHelp, OSError) as error:  # whoever reads the shard meets it again
+            log.debug("%s", error)
+            return True
+        finally:
+            admit()
+
+    def _missing(self) -> Iterator[tuple[ShardId, int]]:
+        """Yield (shard, first batch) for the shards that are not there, in the order of need, up to the next epoch's end.
+
+        Left out for BUSY_S are those that this process or another one is fetching.
+        """
+        seen: set[ShardId] = set()
+        now = time.monotonic()
+        for shard, first in self._wanted():
+            cache = self.caches[shard[0]]
+            new = shard not in seen and cache is not None and not cache.is_there(shard[1])
+            seen.add(shard)
+            if new and self._busy.get(shard, 0.0) < now:
+                yield shard, first
+
+    def _wanted(self) -> Iterator[tuple[ShardId, int]]:
+        current, steps = self._batch_index, self._mine.steps
+        if current <= self._assignment.start + 1:
+            yield from ((shard, -1) for shard in self._first)
+        worker = self._assignment.worker()[0]
+        for epoch in (current // steps, current // steps + 1):
+            for use in self._mine.uses(epoch):
+                turn = worker % len(use.shards)  # processes that share a window begin with different shards
+                if use.last >= current and use.first < self._assignment.stop:
+                    yield from ((shard, use.first) for shard in use.shards[turn:] + use.shards[:turn])

@@ -72,9 +72,16 @@ class ShardCache:
             time.sleep(POLL_S)
         return self.folder / shard.name
 
-    def fetch_ahead(self, number: int, first_use: float) -> bool:
-        """Fetch a shard that will be needed at batch `first_use`; return False where there is no room for it yet."""
-        return self._is_there(number) or self._fetch(number, first_use, urgent=False) or self._is_there(number)
+    def fetch_ahead(self, number: int, first_use: float, admit: Callable[[], None] = lambda: None) -> bool | None:
+        """Fetch a shard that will be needed at batch `first_use`.
+
+        Args:
+            admit: called once there is room, before the transfer.
+
+        Returns:
+            True if it lies in the cache now, False if there is no room for it yet, None if it is being fetched already.
+        """
+        return self.is_there(number) or self._fetch(number, first_use, False, admit)
 
     def keep(self, numbers: set[int]) -> set[int]:
         """Let go of all shards but `numbers`, and return those that may leave the cache now."""
@@ -94,7 +101,8 @@ class ShardCache:
     def _byte(self, number: int) -> int:
         return number_of(self.manifest.shards[number].name)
 
-    def _is_there(self, number: int) -> bool:
+    def is_there(self, number: int) -> bool:
+        """Return whether a shard lies in the cache."""
         shard = self.manifest.shards[number]
         with suppress(OSError):
             return (self.folder / shard.name).stat().st_size == shard.bytes
@@ -104,16 +112,16 @@ class ShardCache:
         """Lock a shard that lies in the cache against its removal; return False where it does not, or is being fetched."""
         with self._changed:
             if number in self._held:
-                if self._is_there(number):
+                if self.is_there(number):
                     return True
                 self._held.discard(number)  # somebody removed the file by hand
                 self._locks.unlock(self._byte(number))
             if number in self._fetching:
                 self._changed.wait(POLL_S)
                 return False
-            if not self._is_there(number) or not self._locks.try_shared(self._byte(number)):
+            if not self.is_there(number) or not self._locks.try_shared(self._byte(number)):
                 return False
-            if not self._is_there(number):
+            if not self.is_there(number):
                 self._locks.unlock(self._byte(number))
                 return False
             self._held.add(number)
@@ -121,19 +129,22 @@ class ShardCache:
             os.utime(self.folder / self.manifest.shards[number].name)
         return True
 
-    def _fetch(self, number: int, first_use: float, urgent: bool) -> bool:
-        """Fetch a shard; return False where another process does, or where there is no room."""
+    def _fetch(
+        self, number: int, first_use: float, urgent: bool, admit: Callable[[], None] = lambda: None
+    ) -> bool | None:
+        """Fetch a shard, with the results of `fetch_ahead`."""
         shard, byte = self.manifest.shards[number], self._byte(number)
         with self._changed:
             if number in self._fetching or number in self._held or not self._locks.try_exclusive(byte):
-                return False
+                return None
             self._fetching.add(number)
         reserved = False
         try:
-            if self._is_there(number):
+            if self.is_there(number):
                 return True
             reserved = self._room.reserve(self.folder, shard, first_use, self._next_use, self._is_mine)
             if reserved:
+                admit()
                 self._transfer(shard, urgent)
                 self.fetched += 1
             return reserved
@@ -198,19 +209,23 @@ class ShardCache:
         return self.manifest.remote
 
 
+# A process's caches without a schedule, by its id and the set's folder. A fork keeps those that it inherits and never uses
+# them: freed there, they would close connections of the process that it was forked from.
+_caches: dict[tuple[int, Path], ShardCache] = {}
+
+
 class ShardFiles:
     """Where the shards of a set lie on this node; those of a remote set are fetched when they are asked for.
 
     Args:
         manifest: of the set.
-        cache: of a remote set, kept up to date by its owner; None: one that keeps the last LAST_SHARDS shards asked for. It
-            is made by the process that asks, which may be a fork of the one that made this object.
+        cache: of a remote set, kept up to date by its owner; None: the process's own, which keeps the last LAST_SHARDS
+            shards that were asked for here.
     """
 
     def __init__(self, manifest: Manifest, cache: ShardCache | None = None) -> None:
         self._manifest, self._given = manifest, cache
-        self._own: ShardCache | None = None
-        self._pid, self._last = 0, [-1] * LAST_SHARDS
+        self._last = [-1] * LAST_SHARDS
 
     def path(self, number: int) -> tuple[Path, set[int]]:
         """Return a shard's path and the shards that may leave the cache now; the errors are those of ShardCache.path."""
@@ -218,13 +233,13 @@ class ShardFiles:
             return self._manifest.root / self._manifest.shards[number].name, set()
         if self._given is not None:
             return self._given.path(number), set()
-        if self._own is None or self._pid != os.getpid():
-            self._own, self._pid = ShardCache(self._manifest), os.getpid()
+        key = (os.getpid(), self._manifest.root)
+        cache = _caches.get(key) or _caches.setdefault(key, ShardCache(self._manifest))
         gone: set[int] = set()
         if number not in self._last:
             self._last = [*self._last[1:], number]
-            gone = self._own.keep(set(self._last))
-        return self._own.path(number), gone
+            gone = cache.keep(set(self._last))
+        return cache.path(number), gone
 
 
 def _difference(path: Path, shard: Shard) -> str | None:

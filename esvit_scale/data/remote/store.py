@@ -98,6 +98,23 @@ class Store:
         keys = ("ETag", "etag", "md5Hash", "generation", "LastModified", "last_modified", "mtime", "created", "size")
         return " ".join(str(found[key]) for key in keys if found.get(key) is not None)
 
+    def put(self, path: Path) -> None:
+        """Upload a file under its name. The libraries send large files in parts that appear together, or not at all.
+
+        Raises:
+            Denied: the store refuses it.
+            StoreUnreachable: the store does not take it, after BUDGET_S of retries.
+        """
+        self._retried(path.name, lambda: self._fs.put_file(str(path), f"{self._root}/{path.name}"), True, True)
+
+    def holds(self, name: str, size: int) -> bool:
+        """Return whether there is an object of this name and size."""
+        try:
+            found = self._retried(name, lambda: self._fs.info(f"{self._root}/{name}"), True, True)
+        except Missing:
+            return False
+        return bool(found.get("size") == size)
+
     def fetch(self, name: str, target: Path, *, urgent: bool) -> None:
         """Write an object to the file `target`; nothing is said about what arrived, which may be a fragment.
 
