@@ -4,6 +4,7 @@ The pipeline, one line per stage. B images, V crops, T tokens, C width, K protot
 
     images               data/sources/, data/shard_plan.py           folders, lists, tables, archives, in a stable order
     → tar shard          data/shard_writer.py, data/manifest.py     name.tar + manifest.json
+                         data/remote/                               the same set in an object store, through a cache on the node
     → order              data/order.py                              (seed, epoch, step) → which samples, at any world size
     → decoded image      data/picture.py, data/decode.py            bytes → uint8 [H, W, 3], no larger than the crops need
     → crops              data/crops.py, data/worker_batch.py, data/photometric.py  one tensor per resolution: [V_g, B, 3, S_g, S_g]
@@ -14,6 +15,7 @@ The pipeline, one line per stage. B images, V crops, T tokens, C width, K protot
                          objective/prototypes.py                    no [T, K] is ever stored
     → sharded step       train/trainer.py, parallel/zero.py         one optimizer update of the partitions, then EMA, then centre
     → checkpoint         checkpoint/saver.py, checkpoint/state.py   student, teacher, optimizer, centres, cursor: step-00000100/
+                         checkpoint/mirror.py                       a copy in an object store
                          checkpoint/convert.py, checkpoint/export.py  official EsViT, safetensors, timm, Hugging Face, ONNX
     → evaluation         evaluate/features.py, evaluate/feature_cache.py    images → features [N, C], once
                          evaluate/knn.py, evaluate/linear.py, evaluate/transfer.py  accuracy with intervals

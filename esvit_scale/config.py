@@ -89,7 +89,7 @@ def _cross_field_problems(c: Config) -> list[str]:
         if low > high:
             problems.append(f"data.{where}.augment.blur_radius: needs low <= high, got [{low}, {high}]")
     problems += _pixel_problems(c.data)
-    problems += _secret_problems(c.data)
+    problems += _secret_problems(c.data, c.train)
     if c.train.knn_every and not c.data.held_out:
         problems.append("train.knn_every: needs data.held_out, labelled shards or class folders to measure on")
     for key in ("keep_best", "patience"):
@@ -112,12 +112,16 @@ def _cross_field_problems(c: Config) -> list[str]:
     return problems
 
 
-def _secret_problems(data: Data) -> list[str]:
+def _secret_problems(data: Data, train: Train) -> list[str]:
     places = {"data.train": data.train, "data.held_out": data.held_out}
+    places |= {"train.mirror": train.mirror or ""}
     places |= {f"data.mix.{i}.urls": mixed.urls for i, mixed in enumerate(data.mix)}
     found = {key: store_urls.secret_in_url(place) for key, place in places.items()}
     found["data.storage_options"] = store_urls.secret_in_options(data.storage_options or {}, list(places.values()))
-    return [f"{key}: {problem}" for key, problem in found.items() if problem]
+    problems = [f"{key}: {problem}" for key, problem in found.items() if problem]
+    if train.mirror and not store_urls.is_set_url(train.mirror):
+        problems.append(f"train.mirror: {train.mirror} is no address of a folder in a store, such as s3://bucket/runs")
+    return problems
 
 
 def _pixel_problems(data: Data) -> list[str]:

@@ -288,6 +288,9 @@ class Train(Section):
     """Also save at every new best k-NN accuracy; checkpoints/best names that checkpoint, which is never removed."""
     patience: Positive | None = None
     """[measurements] Number of k-NN accuracies in a row without a new best after which the run ends early; null: never."""
+    mirror: Annotated[str, Field(min_length=1)] | None = None
+    """Folder in an object store, such as s3://bucket/runs, to which checkpoints are copied in the background, and from which
+    a start without a run dir resumes (docs/object_stores.md); null: none."""
     wandb: Annotated[str, Field(min_length=1)] | None = None
     """Project at Weights & Biases in which rank 0 also records the metrics (docs/tracking.md); null: none."""
     skips_before_rollback: Positive = 10
@@ -321,6 +324,7 @@ MAY_DIFFER = (
     "train.knn_every",
     "train.keep_best",
     "train.patience",
+    "train.mirror",
     "train.wandb",
     "train.skips_before_rollback",
     "train.rollbacks",

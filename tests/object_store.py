@@ -73,11 +73,11 @@ def upload(port: int, folder: Path, bucket: str, name: str = "set") -> str:
     options = {"anon": True, "endpoint_url": f"http://127.0.0.1:{port}"}
     fs = s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True, **options)
     paths = sorted(path for path in folder.iterdir() if path.suffix in (".tar", ".json", ".jsonl"))
+    made = False
     for path in paths:
         for _ in range(READY_S * 5):
             try:
-                if not fs.exists(bucket):
-                    fs.mkdir(bucket)
+                made = made or fs.exists(bucket) or not fs.mkdir(bucket)
                 fs.pipe_file(f"{bucket}/{name}/{path.name}", path.read_bytes())
                 break
             except Exception:

@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from esvit_scale.checkpoint import state_file, step_folders
+from esvit_scale.checkpoint import mirror, state_file, step_folders
 from esvit_scale.config import Config, require_training_data
 from esvit_scale.data import identity as identities
 from esvit_scale.data import stream
@@ -56,6 +56,7 @@ def open_and_train(config: Config, world: World, watchdog: Watchdog) -> int:
     collectives.run_on_rank0_and_broadcast(lambda: stream.check_pixels(config))
     collectives.run_on_rank0_and_broadcast(lambda: tracking.require(config))
     collectives.run_on_rank0_and_broadcast(lambda: attention.check(config, world.device))
+    collectives.run_on_rank0_and_broadcast(lambda: mirror.restore(config))
     path, finished = collectives.run_on_rank0_and_broadcast(lambda: run_dir.open_run(config))
     if finished:
         if world.rank == 0:
@@ -91,7 +92,13 @@ def open_and_train(config: Config, world: World, watchdog: Watchdog) -> int:
         watchdog.progress()
         trainer = Trainer(config, world, schedules, checkpoint is None, attends)
         watchdog.progress()
-        return trainer.train(RunResources(path, lock, watchdog, data, identity, checkpoint, knn))
+        with mirror.sending(config, active=world.rank == 0) as send:
+
+            def on_saved(folder: Path) -> None:
+                signals.set_kept(folder)
+                send(folder)
+
+            return trainer.train(RunResources(path, lock, watchdog, data, identity, checkpoint, knn, on_saved))
 
 
 def _checked_identity(config: Config, data: stream.TrainingData, checkpoint: Path | None) -> Identity:

