@@ -50,7 +50,7 @@ def results() -> list[Row]:
 def text(rows: list[Row], full: bool) -> str:
     """Return the table and the line below it; `full` adds what one figure depends on."""
     head = ["step", "images/s", "compared with", "its images/s", "× as fast", "of its memory"]
-    head += ["load", "commit"] if full else []
+    head += ["steps", "load", "commit"] if full else []
     lines = [head, ["---"] * len(head), *(line(row, full) for row in rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + f"\n\n{places(rows)}\n"
 
@@ -66,7 +66,8 @@ def line(row: Row, full: bool) -> list[str]:
     other = "timm's modules" if row["official"] == "timm" else "official modules"
     memory = row["ours_peak_mb"] / row["official_peak_mb"]
     cells = [step, f"{rates[0]:.2f}", other, f"{rates[1]:.2f}", f"{rates[0] / rates[1]:.2f}", f"{memory:.2f}"]
-    return cells + ([str(row["where"]["load"]), row["where"]["commit"]] if full else [])
+    steps, where = len(row["ours_seconds"]), row["where"]
+    return cells + ([str(steps), str(where["load"]), where["commit"]] if full else [])
 
 
 def places(rows: list[Row]) -> str:
