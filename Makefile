@@ -55,9 +55,9 @@ lint: venv
 	@$(RUN) -m ruff format --check
 	@$(RUN) -m mypy
 
-# A page that docs/README.md does not list, or a dead link, is an error.
+# A page that docs/README.md does not list, or a dead link, is an error (with --quiet it would not be).
 docs: venv
-	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 	@echo "The documentation: $(CURDIR)/site/index.html"
 
 # What tests/slurm needs (Debian, Ubuntu; as root). Without it these tests are skipped.

@@ -27,7 +27,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if importlib.util.find_spec("material") is None or importlib.util.find_spec("mkdocs") is None:
         pytest.skip("mkdocs-material is not installed (the extra `docs`)")
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -77,6 +77,14 @@ def test_navigation_leads_from_first_steps_to_reference(browser: Any, site: Path
     sections = page.locator(".md-nav--primary > .md-nav__list > .md-nav__item--section > label").all_inner_texts()
     assert sections[0] == "First steps"
     assert sections[-1] == "Reference"
+
+
+def test_code_inside_a_numbered_list_stays_in_its_item(browser: Any, site: Path) -> None:
+    """Python-Markdown wants it indented by four spaces, CommonMark by three."""
+    page, _ = opened(browser, site)
+    page.goto((site / "slurm.html").as_uri())
+    assert page.locator("ol > li:has-text('Write shards') pre").count() == 1
+    assert page.locator(".md-content ol").first.locator("> li").count() == 7
 
 
 def test_search_works_without_a_server(browser: Any, site: Path) -> None:
