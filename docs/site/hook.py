@@ -6,6 +6,7 @@
 - Lists are written as CommonMark has them, and reindented for Python-Markdown.
 """
 
+import json
 import os
 import re
 from pathlib import Path, PurePosixPath
@@ -78,7 +79,7 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
 
     if place.startswith("source/") or source == "CHANGELOG.md":
         page.meta["search"] = {"exclude": True}
-    if place.startswith("source/"):
+    if place.startswith("source/") and not source.endswith(".ipynb"):
         return markdown
     parts = CODE.split(markdown)  # code at the odd places
     return _reindented("".join(part if i % 2 else LINK.sub(moved, part) for i, part in enumerate(parts)))
@@ -107,7 +108,15 @@ def _shown(target: str) -> str:
         return (
             f"# {target}/\n\nA folder of the repository, with\n\n" + "\n".join(f"- `{name}`" for name in names) + "\n"
         )
-    return f"# {path.name}\n\n`{target}`\n\n````{LANGUAGES.get(path.suffix, 'text')}\n{path.read_text()}\n````\n"
+    if path.suffix == ".ipynb":
+        return f"# {path.name}\n\nThe cells of the notebook `{target}`; their output is in the file.\n\n{_cells(path)}"
+    return f"# {path.name}\n\n`{target}`\n\n````{LANGUAGES.get(path.suffix, 'text')}\n{path.read_text(errors='replace')}\n````\n"
+
+
+def _cells(notebook: Path) -> str:
+    """Return the cells of a notebook, without their output."""
+    cells = [(cell["cell_type"], "".join(cell["source"])) for cell in json.loads(notebook.read_text())["cells"]]
+    return "\n\n".join(text if kind == "markdown" else f"```python\n{text}\n```" for kind, text in cells) + "\n"
 
 
 def _reindented(markdown: str) -> str:
