@@ -6,6 +6,10 @@ limits of the process's own group and of every group above it apply.
 
 import math
 import os
+import platform
+import re
+import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -38,6 +42,18 @@ def memory_limit() -> int | None:
     """Return the smallest memory limit of this process's control groups, in bytes; None without a limit."""
     values = (_text(folder / name) for folder in _folders("memory") for name in ("memory.max", "memory.limit_in_bytes"))
     return min((int(value) for value in values if value.isdecimal() and int(value) < 1 << 60), default=None)
+
+
+def processor() -> str:
+    """Return the name of the processor, as /proc/cpuinfo or Python gives it; "" where it is unknown."""
+    found = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", _text(Path("/proc/cpuinfo")), re.MULTILINE)
+    return found[1].strip() if found else platform.processor()
+
+
+def peak_resident_bytes() -> int:
+    """Return the largest resident memory that this process had so far, in bytes, without that of its children."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def _quota_of(folder: Path) -> float | None:

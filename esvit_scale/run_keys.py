@@ -293,6 +293,9 @@ class Train(Section):
     a start without a run dir resumes (docs/object_stores.md); null: none."""
     wandb: Annotated[str, Field(min_length=1)] | None = None
     """Project at Weights & Biases in which rank 0 also records the metrics (docs/tracking.md); null: none."""
+    profile: Positive | None = None
+    """[steps] Number of steps that rank 0 traces after the first 5 of a start, to profile/ (docs/profiling.md); null:
+    none."""
     skips_before_rollback: Positive = 10
     """[steps] Consecutive steps without finite gradients before the run goes back to its last checkpoint."""
     rollbacks: Count = 2
@@ -326,6 +329,7 @@ MAY_DIFFER = (
     "train.patience",
     "train.mirror",
     "train.wandb",
+    "train.profile",
     "train.skips_before_rollback",
     "train.rollbacks",
 )

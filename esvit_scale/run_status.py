@@ -1,13 +1,12 @@
 """`esvit-scale status`: the progress of a run, on this machine or under Slurm, from its run dir and from Slurm."""
 
-import re
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from esvit_scale import slurm_status
 from esvit_scale.errors import UserError, in_words, nearest
-from esvit_scale.train.log_format import WARNING
+from esvit_scale.train.log_format import read_warnings
 from esvit_scale.train.row_file import read_rows
 from esvit_scale.train.run_records import read_environment, starts_of
 
@@ -49,7 +48,7 @@ def status(run: Path) -> RunStatus:
         of_job = _of_files(run)
     rows = [row for row in read_rows(run / "metrics.jsonl") if "knn_top1" in row]
     last = rows[-1] if rows else {}
-    warnings = _warnings(run / "log.txt")
+    warnings = read_warnings(run / "log.txt")
     return RunStatus(
         run=str(run),
         knn_top1=last.get("knn_top1"),
@@ -129,11 +128,3 @@ def _steps(found: RunStatus) -> str:
 
 def _knn(found: RunStatus, where: str = "") -> str:
     return "" if found.knn_top1 is None else f"{100 * found.knn_top1:.1f} %{where}"
-
-
-def _warnings(log: Path) -> list[str]:
-    try:
-        lines = log.read_text(errors="replace").splitlines()
-    except FileNotFoundError:
-        return []
-    return [line[9:].removeprefix(WARNING) for line in lines if re.match(rf"\d\d:\d\d:\d\d {re.escape(WARNING)}", line)]

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "esvit_scale"
 # know each other.
 ORDER = [
     {"errors", "__init__"},
-    {"division", "files", "machine", "progress", "resources", "store_urls"},
+    {"division", "files", "machine", "progress", "ranges", "resources", "store_urls"},
     {"yaml_text"},
     {"schema"},
     {"overrides", "key_table", "presets", "run_keys"},

@@ -2,11 +2,13 @@
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
 
+from esvit_scale import ranges
 from esvit_scale.checkpoint import state, storage
 from esvit_scale.checkpoint.state import NotSaved, Snapshot
 from esvit_scale.config import Config
@@ -21,6 +23,9 @@ class Saver:
 
     If the storage makes a save fail, the error is logged, training continues, and the next save tries again; only
     `wait` raises the error.
+
+    Attributes:
+        stopped_s: seconds that training stood still in `start`, so far.
     """
 
     def __init__(
@@ -43,7 +48,9 @@ class Saver:
         self._group = collectives.second_group()
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self.stopped_s = 0.0
 
+    @ranges.named("copy for the checkpoint")
     def start(
         self, engines: Engines, centers: dict[str, Tensor], cursor: dict[str, int], is_best: bool = False
     ) -> None:
@@ -52,6 +59,7 @@ class Saver:
         Args:
             is_best: also make checkpoints/best name it.
         """
+        began = time.monotonic()
         self._join()
         if self._failure is not None and not isinstance(self._failure, NotSaved):
             raise self._failure
@@ -61,6 +69,7 @@ class Saver:
         self._failure = None
         self._thread = threading.Thread(target=self._write, args=(snapshot, is_best), name="saver")
         self._thread.start()
+        self.stopped_s += time.monotonic() - began
 
     def wait(self) -> None:
         """Wait until the save in progress is on disk.

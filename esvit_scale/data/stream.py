@@ -47,6 +47,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from esvit_scale import ranges
 from esvit_scale.config import Config
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data import mix, photometric, photometric_8bit
@@ -214,6 +215,7 @@ def batches(config: Config, data: TrainingData, rank: int, world_size: int, star
     return _join_workers(run_stages(stages, workers), max(workers, 1), memory)
 
 
+@ranges.named("crops to the device")
 def micro_batches(config: Config, batch: Batch, device: torch.device, dtype: torch.dtype) -> list[MicroBatch]:
     """Move a batch to the device, augment it, and cut it into `train.grad_accum` equal parts, in the order of positions.
 

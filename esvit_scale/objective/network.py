@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from esvit_scale import ranges
 from esvit_scale.config import Config
 from esvit_scale.models import products
 from esvit_scale.models.registry import build_trunk
@@ -28,6 +29,7 @@ class Network(nn.Module):
 class StudentNetwork(Network):
     """The network that is trained; its forward computes the loss."""
 
+    @ranges.named("student forward")
     def forward(
         self, crops: list[Tensor], targets: Any, drop_keys: Tensor | None, teacher_temp: float
     ) -> tuple[Tensor, Logs, Tensor]:
@@ -48,6 +50,7 @@ class StudentNetwork(Network):
 class TeacherNetwork(Network):
     """The network that computes the targets: a moving average of the student. It uses no drop path."""
 
+    @ranges.named("teacher forward")
     def forward(self, crops: list[Tensor]) -> Any:
         """Return the targets of the two global crops; call it without gradient.
 

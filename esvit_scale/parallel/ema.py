@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from esvit_scale import ranges
 from esvit_scale.parallel.buffers import cast_buffers_to_fp32, persistent_buffers
 from esvit_scale.parallel.zero import Layout
 
@@ -38,6 +39,7 @@ class Teacher:
         self.sync_buffers()
         self.sync_working_weights()
 
+    @ranges.named("teacher update")
     @torch.no_grad()
     def update(self, momentum: float) -> None:
         """Update the EMA with the student's values; call it once per applied optimizer step, on all ranks."""

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from esvit_scale import ranges
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
 from esvit_scale.models.distributions import Initializer
@@ -109,6 +110,7 @@ def set_lr_and_weight_decay(engines: Engines, lr: float, weight_decay: float) ->
         group["weight_decay"] = 0.0 if group["name"] == "no_decay" else weight_decay
 
 
+@ranges.named("optimizer step")
 def take_step(
     engines: Engines, loss: Tensor, *, freeze_last_layer: bool, measure_updates: bool, flags: int = 0
 ) -> bool:

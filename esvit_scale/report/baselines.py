@@ -1,6 +1,8 @@
 """The part of the report that answers whether a run learns: its k-NN during training beside the baselines."""
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 from esvit_scale.report.run_files import RunFiles
 from esvit_scale.report.tables import Cell, NamedRun, Row, Table, join
@@ -30,6 +32,45 @@ def learning(runs: Sequence[NamedRun]) -> Table | None:
             said.append(f"{name}: {text}" if name else text)
     note = " ".join([NOTE, *said])
     return Table("learning", "Is it learning?", note, ["features", "k-NN"], rows) if rows else None
+
+
+def verdict(of: RunFiles) -> list[str]:
+    """Return sentences that say what training gained: by its k-NN during training, and by `evaluate knn` afterwards."""
+    measured = (of.summary or {}).get("verdict")
+    found = []
+    if history(of).best is not None and isinstance(measured, list):
+        found = [str(line) for line in measured if not str(line).startswith(("- ", "the likeliest reasons"))]
+    gained = gain(of.results["knn"])
+    return [
+        f"{line[:1].upper() if line[:4] != 'k-NN' else 'k'}{line[1:]}.".replace(" %", "\u00a0%")
+        for line in [*found, *([gained] if gained else [])]
+    ]
+
+
+def gain(results: Sequence[dict[str, Any]]) -> str:
+    """Return a sentence that compares the last trained result of `evaluate knn` with its baselines at the same k.
+
+    It is empty without a trained result and a baseline on the same test images.
+    """
+    trained = [r for r in results if r.get("step") and isinstance(r.get("best"), dict)]
+    if not trained:
+        return ""
+    last = trained[-1]
+    k, top1, images = last["best"]["k"], last["best"]["top1"], last["n_test"]
+    margin = 200 * math.sqrt(top1 / 100 * (1 - top1 / 100) / images)
+    gains = {
+        str(r["name"]): top1 - r["results"][str(k)]["top1"]
+        for r in results
+        if r.get("name") and not r.get("step") and r.get("test") == last.get("test") and str(k) in r["results"]
+    }
+    if not gains:
+        return ""
+    over = " and ".join(f"{points:+.1f} points over {name}" for name, points in gains.items())
+    said = f"k-NN with k = {k} on {images:,} test images: {top1:.1f} % trained (step {last['step']:,}), {over}"
+    weak = [name for name, points in gains.items() if points <= margin]
+    if weak:
+        said += f"; {images:,} images tell differences above {margin:.1f} points, so nothing was gained over {' and '.join(weak)}"
+    return said
 
 
 def prose(verdict: object) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from esvit_scale import __version__, files
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
-from esvit_scale.report import baselines, metric_groups, run_files, sample_images, tables
+from esvit_scale.report import about_run, baselines, metric_groups, run_files, sample_images, tables
 from esvit_scale.report.run_files import Json, RunFiles, try_or_note
 from esvit_scale.report.templates import render
 
@@ -60,6 +60,8 @@ def _contents(runs: list[RunFiles]) -> Json:
         "subtitle": "" if several else _subtitle(runs[0]),
         "legend": list(zip(names, metric_groups.colours(runs), map(_subtitle, runs), strict=True)) if several else [],
         "tiles": [] if several else _tiles(runs[0]),
+        "verdict": [] if several else try_or_note("verdict", missing, lambda: baselines.verdict(runs[0])) or [],
+        "about": None if several else try_or_note("about this run", missing, lambda: about_run.about(runs[0])),
         "overview": tables.overview(named) if several else None,
         "differences": differences,
         "evaluations": evaluations,
@@ -98,7 +100,13 @@ def _pictures(of: RunFiles, label: str) -> Json:
             of.missing.append(
                 f"{kind} pictures: not there; `esvit-scale evaluate {command} … --out` a folder in the run dir adds them"
             )
-    return {"name": label, "crops": crops, "neighbours": neighbours} | of.pictures
+    measures = "".join(
+        f"; {tables.MEASURES.get(name, name)}: {found['top_accuracy']:.1f} % of the 10 most similar are right"
+        for result in of.results["correspondence"][-1:]
+        for name, found in result.get("measures", {}).items()
+        if isinstance(found, dict) and isinstance(found.get("top_accuracy"), float)
+    )
+    return {"name": label, "crops": crops, "neighbours": neighbours, "measures": measures} | of.pictures
 
 
 def _neighbours(result: Json) -> Json:

@@ -4,6 +4,8 @@ MoCo v3 (Chen et al. 2021) found that accuracy can dip for a while although the 
 spikes behind such a dip begin in the first layer and reach the last one some steps later.
 """
 
+import re
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
@@ -22,7 +24,17 @@ RED = "#dc2626"
 
 def layers(metrics: Metrics) -> list[str]:
     """Return the parts of the network whose gradient norms were logged, from input to output."""
-    return [name.removeprefix(PREFIX) for name in metrics if name.startswith(PREFIX)]
+    return sorted((name.removeprefix(PREFIX) for name in metrics if name.startswith(PREFIX)), key=place)
+
+
+def place(part: str) -> tuple[int, int]:
+    """Return the place of a part in the network, to sort by: patch embedding, stages by number, final norm, heads."""
+    number = re.search(r"\d+", part)
+    if part == "patch_embed":
+        return 0, 0
+    if number and part.startswith("stage"):
+        return 1, int(number[0])
+    return (2, 0) if part == "norm" else (3, 0)
 
 
 def heat_map(metrics: Metrics, titles: dict[str, str]) -> bytes | None:
@@ -51,6 +63,17 @@ def heat_map(metrics: Metrics, titles: dict[str, str]) -> bytes | None:
     bar.ax.tick_params(which="both", colors=GREY, labelsize=8)
     bar.set_label("times the median before", color=GREY, fontsize=8.5)
     return plots.png(figure)
+
+
+def in_words(metrics: Metrics, titles: dict[str, str]) -> str:
+    """Return the largest jump that the figure shows, in words."""
+    steps, names = metrics["step"], layers(metrics)
+    jumps = np.array([over_median(metrics[PREFIX + name]) for name in names])
+    layer, row = np.unravel_index(jumps.argmax(), jumps.shape)
+    return (
+        f"gradient norms of {len(names)} layers over {len(steps):,} logged steps; the largest is {jumps.max():.3g} times the "
+        f"median before, in {titles.get(names[layer], names[layer])} at step {steps[row]:,.0f}"
+    )
 
 
 def over_median(norms: np.ndarray) -> np.ndarray:

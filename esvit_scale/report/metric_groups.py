@@ -80,13 +80,15 @@ GROUPS = (
     ),
     Group(
         "Speed",
-        "MFU (model FLOPs utilisation) is the fraction of the device's peak matrix-product rate that training reached. The "
-        "wait for data is the time in a step during which the device had no batch to work on.",
+        "MFU (model FLOPs utilisation) is the fraction of the device's rate on large matrix products that training reached. "
+        "The wait for data is the time in a step during which the device had no batch to work on.",
         {
             "images_per_s": ("images per second", GREEN),
             "data_wait_s": ("wait for data, seconds per step", ORANGE),
             "mfu": ("MFU", BLUE),
             "step_s": ("seconds per step", VIOLET),
+            "save_s": ("seconds stopped for checkpoints", GREY),
+            "peak_memory_gib": ("peak memory of a rank, GiB", BLUE),
             "compute_s_max": ("seconds of computing, slowest rank", VIOLET),
             "compute_s_median": ("seconds of computing, median rank", VIOLET),
             "worker_images_per_s": ("images per second of a loader process", ORANGE),
@@ -118,7 +120,18 @@ BY_PART = {  # prefix of column names → title, caption and colour of the group
         BLUE,
     ),
 }
-FROM_ZERO = {"images_per_s", "data_wait_s", "mfu", "step_s", "skipped_steps", "feature_std", "rank_me", "knn_top1"}
+FROM_ZERO = {
+    "images_per_s",
+    "data_wait_s",
+    "mfu",
+    "step_s",
+    "save_s",
+    "peak_memory_gib",
+    "skipped_steps",
+    "feature_std",
+    "rank_me",
+    "knn_top1",
+}
 PLANNED = {
     "lr",
     "wd",
@@ -146,16 +159,19 @@ def groups(runs: Sequence[RunFiles], names: Sequence[str], missing: list[str]) -
         *GROUPS[:4],
         *by_part,
         *GROUPS[4:],
-        Group(
-            "Other", "Columns of metrics.jsonl that belong to none of the groups above.", {o: (o, GREY) for o in others}
-        ),
+        Group("Other", "More columns of metrics.jsonl, by their names there.", {o: (o, GREY) for o in others}),
     ]
     shown = []
     for group in all_groups:
         there = {column: title for column, title in group.columns.items() if column in logged}
         in_a_row = 4 if len(there) == 4 else 3
         figures = [
-            {"title": title, "column": column, "image": _figure(runs, names, column, colour, in_a_row)}
+            {
+                "title": title,
+                "column": column,
+                "image": _figure(runs, names, column, colour, in_a_row),
+                "alt": f"{title} against the step: {_described(runs, names, column)}",
+            }
             for column, (title, colour) in there.items()
         ]
         if figures:
@@ -166,17 +182,17 @@ def groups(runs: Sequence[RunFiles], names: Sequence[str], missing: list[str]) -
     return shown
 
 
-def by_layer(runs: Sequence[RunFiles], names: Sequence[str]) -> list[tuple[str, str]]:
+def by_layer(runs: Sequence[RunFiles], names: Sequence[str]) -> list[tuple[str, str, str]]:
     """Draw the instability figure (instability.py) of every run that logged gradient norms by layer.
 
     Returns:
-        Pairs of a run's name and its figure as a data URI.
+        The runs' names, figures as data URIs, and texts for readers who cannot see the figures.
     """
     found = []
     for run, name in zip(runs, names, strict=True):
         titles = {part: part_in_words(part) for part in instability.layers(run.columns)}
         if (png := instability.heat_map(run.columns, titles)) is not None:
-            found.append((name, sample_images.data_uri(png, "image/png")))
+            found.append((name, sample_images.data_uri(png, "image/png"), instability.in_words(run.columns, titles)))
     return found
 
 
@@ -186,13 +202,36 @@ def part_in_words(part: str) -> str:
 
 
 def _group_of_parts(prefix: str, title: str, caption: str, colour: str, logged: Iterable[str]) -> Group:
-    parts = {name: part_in_words(name.removeprefix(prefix)) for name in logged if name.startswith(prefix)}
+    names = sorted(
+        (name for name in logged if name.startswith(prefix)), key=lambda n: instability.place(n.removeprefix(prefix))
+    )
+    parts = {name: part_in_words(name.removeprefix(prefix)) for name in names}
     return Group(title, caption, {name: (words, colour) for name, words in parts.items()})
 
 
 def colours(runs: Sequence[RunFiles]) -> list[str]:
     """Return one colour per run; colours repeat when there are many runs."""
     return [RUN_COLOURS[i % len(RUN_COLOURS)] for i in range(len(runs))]
+
+
+def _described(runs: Sequence[RunFiles], names: Sequence[str], column: str) -> str:
+    """Return the first, last, smallest and largest values of a curve in words; of several curves, the last values."""
+    parts = []
+    for run, name in zip(runs, names, strict=True):
+        values = run.columns.get(column, np.empty(0))
+        there = np.flatnonzero(np.isfinite(values))
+        if not len(there):
+            continue
+        steps = run.columns.get("step", np.arange(1.0, len(values) + 1))
+        last = f"{values[there[-1]]:.4g} at step {steps[there[-1]]:,.0f}"
+        if len(runs) > 1:
+            parts.append(f"{name} {last}")
+            continue
+        known = values[there]
+        parts += [f"{known[0]:.4g} at step {steps[there[0]]:,.0f}", last]
+        parts += [f"smallest {known.min():.4g}", f"largest {known.max():.4g}"]
+    marks = baselines.marks(runs) if column == "knn_top1" else ()
+    return ", ".join([*parts, *(f"{name} {value:.4g}" for name, value in marks)])
 
 
 def _figure(runs: Sequence[RunFiles], names: Sequence[str], column: str, colour: str, in_a_row: int) -> str:

@@ -23,19 +23,28 @@ CROPPED_IMAGES = 5  # number of images whose crops a report shows
 SHEET_IMAGES = 8  # number of images whose crops `pretrain --show-crops` draws
 CELL_SIDE = 224  # pixels of the largest crop on that sheet
 THUMBNAIL_SIDE = 208  # pixels of a thumbnail's longer side, twice its size on the page
+SMALL_SIDE = 64  # pictures up to this size are shown pixel by pixel, enlarged by a whole factor
+
+
+class Thumbnail(NamedTuple):
+    """A picture of the page. A small one is shown pixel by pixel, at a width that is a multiple of its own."""
+
+    uri: str  # data URI
+    size: str  # of the original, such as "28 × 28 pixels"
+    width: int | None = None  # in pixels of the page; None: it fills its place
 
 
 class CropGrid(NamedTuple):
     """Crops of a few images, a row for each image."""
 
     columns: list[str]
-    rows: list[list[str]]  # data URIs: a row for each image, a column for each crop
+    rows: list[list[Thumbnail]]  # a row for each image, a column for each crop
 
 
 class Neighbour(NamedTuple):
     """A training sample near a test sample."""
 
-    image: str  # data URI
+    image: Thumbnail
     label: str
     similarity: float
     right: bool  # whether it is of the query's class
@@ -44,7 +53,7 @@ class Neighbour(NamedTuple):
 class Query(NamedTuple):
     """A test sample and its nearest training samples."""
 
-    image: str  # data URI
+    image: Thumbnail
     label: str
     neighbours: list[Neighbour]
 
@@ -55,7 +64,7 @@ def crop_grid(config: Config) -> CropGrid:
     Raises:
         UserError: the training set no longer exists.
     """
-    columns = [[thumbnail(image) for image in column] for column in _augmented_crops(config, CROPPED_IMAGES)]
+    columns = [[thumbnail(image, 128) for image in column] for column in _augmented_crops(config, CROPPED_IMAGES)]
     return CropGrid(_crop_names(len(columns)), [list(row) for row in zip(*columns, strict=True)])
 
 
@@ -66,17 +75,30 @@ def crop_sheet(config: Config, images: int = SHEET_IMAGES) -> bytes:
         UserError: the training data cannot be read.
     """
     columns = _augmented_crops(config, images)
-    widths = [max(CELL_SIDE // 4, min(CELL_SIDE, column[0].width)) for column in columns]
+    widths = _sheet_widths([column[0].width for column in columns])
     sheet = Image.new("RGB", (sum(widths) + 8 * (len(widths) + 1), 24 + (max(widths) + 8) * len(columns[0])), "white")
     draw, x = ImageDraw.Draw(sheet), 8
     for name, column, width in zip(_crop_names(len(columns)), columns, widths, strict=True):
         draw.text((x, 6), name, fill="black")
         for row, image in enumerate(column):
-            sheet.paste(image.resize((width, width), Image.Resampling.BICUBIC), (x, 24 + row * (max(widths) + 8)))
+            sheet.paste(_resized(image, width), (x, 24 + row * (max(widths) + 8)))
         x += width + 8
     out = io.BytesIO()
     sheet.save(out, "PNG")
     return out.getvalue()
+
+
+def _sheet_widths(sides: list[int]) -> list[int]:
+    """Return the widths at which crops of these sides are drawn: small ones are all enlarged by the same whole factor."""
+    small = [side for side in sides if side <= SMALL_SIDE]
+    cell = CELL_SIDE if len(small) == len(sides) else min(CELL_SIDE, max(sides))
+    factor = max(1, cell // max(small, default=cell))
+    return [side * factor if side in small else min(CELL_SIDE, side) for side in sides]
+
+
+def _resized(image: Image.Image, width: int) -> Image.Image:
+    how = Image.Resampling.NEAREST if width % image.width == 0 else Image.Resampling.BICUBIC
+    return image.resize((width, width), how)
 
 
 def _crop_names(crops: int) -> list[str]:
@@ -155,13 +177,31 @@ def _encoded(source: Path, keys: set[str]) -> Iterable[tuple[str, bytes]]:
                     yield entry.key, tar.read(place[1])
 
 
-def thumbnail(image: Image.Image) -> str:
-    """Return an image as the data URI of a JPEG thumbnail; small images keep their size."""
+def enlarged(image: Image.Image, side: int) -> Image.Image:
+    """Return a small picture enlarged by the largest whole factor at which it fits `side`, without interpolation; others
+    as they are."""
+    longest = max(image.size)
+    factor = side // longest if longest <= SMALL_SIDE else 1
+    size = (image.width * factor, image.height * factor)
+    return image.resize(size, Image.Resampling.NEAREST) if factor > 1 else image
+
+
+def thumbnail(image: Image.Image, most: int = 88) -> Thumbnail:
+    """Return a picture for the page: a small one as it is (PNG), others as JPEG of at most THUMBNAIL_SIDE pixels.
+
+    Args:
+        most: largest width of a small one on the page.
+    """
+    size, longest = f"{image.width} × {image.height} pixels", max(image.size)
+    if longest <= SMALL_SIDE:
+        buffer = io.BytesIO()
+        image.convert("RGB").save(buffer, format="PNG", optimize=True)
+        return Thumbnail(data_uri(buffer.getvalue(), "image/png"), size, image.width * max(1, most // longest))
     image = image.copy()
     image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=90, subsampling=0)
-    return data_uri(buffer.getvalue(), "image/jpeg")
+    return Thumbnail(data_uri(buffer.getvalue(), "image/jpeg"), size)
 
 
 def data_uri(content: bytes, mime: str) -> str:

@@ -12,11 +12,21 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogFormatterSciNotation, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.text import Text
+from matplotlib.ticker import (
+    FixedLocator,
+    FuncFormatter,
+    LogFormatterSciNotation,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+)
+from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
 from esvit_scale import __version__, files
@@ -26,6 +36,7 @@ from esvit_scale.report.templates import render
 
 Array = NDArray[np.float64]
 WIDE, TALL = 9.6, 4.2
+LABEL_GAP = 2  # pixels of a figure that stay free around the label of a tick
 SIZES, BUDGETS = colormaps["viridis"], colormaps["plasma"]
 BRIGHT, DARK = 0.85, 0.1  # part of a colour map that is visible on white and on black
 
@@ -187,6 +198,31 @@ def _ticks_in_a_decade(axes: Axes) -> None:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.3g}"))
 
 
+def _label_without_overlap(axis: Axis) -> None:
+    """Leave out labels of a drawn axis that would touch another: the roundest numbers keep theirs."""
+    ticks = [tick for tick in [*axis.get_major_ticks(), *axis.get_minor_ticks()] if _is_shown(tick.label1, axis)]
+    kept: list[Bbox] = []
+    for tick in sorted(ticks, key=lambda t: _roundness(float(t.get_loc()))):
+        box = tick.label1.get_window_extent().padded(LABEL_GAP)
+        if any(box.overlaps(other) for other in kept):
+            axis.set_major_locator(FixedLocator([v for v in axis.get_majorticklocs() if v != tick.get_loc()]))
+            axis.set_minor_locator(FixedLocator([v for v in axis.get_minorticklocs() if v != tick.get_loc()]))
+        else:
+            kept.append(box)
+
+
+def _is_shown(label: Text, axis: Axis) -> bool:
+    low, high = sorted(axis.get_view_interval())
+    place = label.get_position()[axis.axis_name == "y"]
+    return bool(label.get_text()) and low <= place <= high
+
+
+def _roundness(value: float) -> tuple[int, float]:
+    """Return a key that sorts powers of ten before 2 and 5 times a power, and these before other numbers."""
+    digit = f"{abs(value):.3e}"[:5]
+    return ({"1.000": 0, "0.000": 0, "5.000": 1, "2.000": 1}.get(digit, 2), abs(value))
+
+
 def _log_y(axes: Axes, y: Array) -> None:
     """Make the y axis logarithmic, with plain numbers as labels, also over less than a power of ten."""
     axes.set_yscale("log")
@@ -225,6 +261,10 @@ def _save(figure: Figure) -> RenderedFigure:
     for axes in figure.axes:
         if axes.get_xscale() == "log":
             _ticks_in_a_decade(axes)
+    figure.canvas.draw()  # places the labels
+    for axes in figure.axes:
+        _label_without_overlap(axes.xaxis)
+        _label_without_overlap(axes.yaxis)
     for kind in ("png", "svg"):
         buffer = io.BytesIO()
         figure.savefig(buffer, format=kind, metadata={"Date": None} if kind == "svg" else None)

@@ -20,7 +20,7 @@ from esvit_scale.data.pixel_format import PixelFormat
 from esvit_scale.data.reader import ShardReader
 from esvit_scale.data.shard_stats import Stats
 from esvit_scale.report.false_colour import composite
-from esvit_scale.report.sample_images import thumbnail
+from esvit_scale.report.sample_images import enlarged, thumbnail
 
 SIDE, MARGIN, CAPTION = 160, 8, 26  # pixels of a contact sheet's cell
 BLUE, GREY = "#3b82f6", "#80868f"
@@ -75,7 +75,7 @@ def contact_sheet(shown: Sequence[ShownSample], columns: int = 8) -> bytes:
         if sample.image is None:
             draw.rectangle((x, y, x + SIDE, y + SIDE), outline="red")
         else:
-            small = sample.image.copy()
+            small = enlarged(sample.image, SIDE).copy()
             small.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
             sheet.paste(small, (x + (SIDE - small.width) // 2, y + (SIDE - small.height) // 2))
         for line, text in enumerate((sample.key[-26:], sample.label)):
@@ -94,13 +94,17 @@ def contact_page(shown: Sequence[ShownSample], title: str) -> str:
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
         "<style>body{font:13px system-ui;margin:1.5em}main{display:flex;flex-wrap:wrap;gap:.7em}"
-        "figure{margin:0;width:208px;overflow-wrap:anywhere}img{max-width:100%}</style>"
+        "figure{margin:0;width:208px;overflow-wrap:anywhere}img{max-width:100%}img.small{image-rendering:pixelated}</style>"
         f"<h1>{html.escape(title)}</h1><main>\n{cells}\n</main></html>\n"
     )
 
 
 def _img(sample: ShownSample) -> str:
-    return f'<img src="{thumbnail(sample.image)}" alt="">' if sample.image else "<p>does not decode</p>"
+    if sample.image is None:
+        return "<p>does not decode</p>"
+    shown = thumbnail(sample.image, SIDE)
+    small = f' class="small" style="width: {shown.width}px"' if shown.width else ""
+    return f'<img{small} src="{shown.uri}" alt="{html.escape(sample.key)}, {shown.size}">'
 
 
 def _shown(manifest: Manifest, reader: ShardReader, shard: int, i: int, bands: Sequence[int] | None) -> ShownSample:

@@ -18,7 +18,7 @@ from esvit_scale import files, yaml_text
 from esvit_scale.checkpoint import state_file, step_folders
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
-from esvit_scale.machine import usable_cpus
+from esvit_scale.machine import processor, usable_cpus
 from esvit_scale.run_keys import LENGTH_KEYS, MAY_DIFFER
 from esvit_scale.train.run_records import read_environment, read_summary, starts_of
 
@@ -187,6 +187,8 @@ def _saved_state(path: Path) -> dict[str, Any] | None:
 
 
 def _environment() -> dict[str, Any]:
+    import torch  # the header reads this module before torch is loaded
+
     packages = {}
     for package in ("esvit-scale", "torch", "torchvision", "timm", "deepspeed", "fairscale", "webdataset", "numpy"):
         try:
@@ -198,6 +200,8 @@ def _environment() -> dict[str, Any]:
         "host": socket.gethostname(),
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "processor": processor(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpus": usable_cpus(),
         "world_size": int(os.environ.get("WORLD_SIZE", 1)),
         "packages": packages,

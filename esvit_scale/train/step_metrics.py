@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from esvit_scale import machine
+from esvit_scale.checkpoint.saver import Saver
 from esvit_scale.config import Config
 from esvit_scale.data.worker_rates import WorkerRates
 from esvit_scale.objective.param_groups import part_of
@@ -28,6 +30,7 @@ from esvit_scale.train.monitors import Monitors
 from esvit_scale.train.online_knn import OnlineKnn
 from esvit_scale.train.slow_nodes import SlowNodes
 
+GIB = 2**30
 RANK_ME_ROWS = 256  # features from which the effective rank is computed
 
 
@@ -80,14 +83,20 @@ class StepMetrics:
     """A collector of the measurements between two rows, which makes the rows. All ranks make the same calls."""
 
     def __init__(
-        self, config: Config, world: World, schedules: Schedules, engines: Engines, knn: OnlineKnn | None
+        self,
+        config: Config,
+        world: World,
+        schedules: Schedules,
+        engines: Engines,
+        knn: OnlineKnn | None,
+        saver: Saver,
     ) -> None:
         self._config, self._world, self._schedules = config, world, schedules
         self._engines, self._knn, self.knn = engines, knn, KnnHistory()
         self._ideal_rate = collectives.run_on_rank0_and_broadcast(
             lambda: mfu.ideal_images_per_s(config, world.device, world.size)
         )
-        self._batch = config.train.global_batch
+        self._batch, self._saver = config.train.global_batch, saver
         images = self._batch // world.size // config.train.grad_accum
         self._monitors = Monitors(config.objective.prototypes, images, config.model.freeze_patch_embed)
         self._workers, self._slow_nodes = WorkerRates(), SlowNodes()
@@ -119,6 +128,7 @@ class StepMetrics:
         """Begin to measure the next row's rates, when `step` steps are done; forget what was measured after it."""
         self.knn.cut(step)
         self._window_began, self._window_step, self._wait_s = time.monotonic(), step, 0.0
+        self._window_stopped_s = self._saver.stopped_s
 
     def add_wait(self, seconds: float) -> None:
         """Add the seconds that a step waited for its batch."""
@@ -167,6 +177,7 @@ class StepMetrics:
             "mfu": steps * self._batch / elapsed / self._ideal_rate,
             "step_s": elapsed / steps,
             "data_wait_s": self._wait_s / steps,
+            "save_s": self._saver.stopped_s - self._window_stopped_s,
             **worker_fields,
             "bad_samples": bad_samples,
             "time": time.time(),
@@ -176,6 +187,7 @@ class StepMetrics:
         compute_s += self._wait_s / steps
         self._begun = _BegunRow(step, head, tail, parts, HostCopy(values), features, compute_s, slow_worker)
         self._window_began, self._window_step, self._wait_s = now, step, 0.0
+        self._window_stopped_s = self._saver.stopped_s
 
     def finish_row(self) -> tuple[dict[str, Any], list[str]] | None:
         """Return the row that was begun, and warnings about what it shows; None if none was begun since the last call.
@@ -186,7 +198,8 @@ class StepMetrics:
         values, found = begun.values.read(), {}
         for part, names in begun.parts.items():
             found[part], values = values[: len(names)], values[len(names) :]
-        ranks = collectives.gather_objects(effective_rank(begun.features.read()))
+        measured = (effective_rank(begun.features.read()), peak_memory_gib(self._world.device))
+        ranks, peaks = zip(*collectives.gather_objects(measured), strict=True)
         node_fields, slow_node = self._slow_nodes.observe(begun.step, begun.compute_s)
         row = {
             **begun.head,
@@ -196,6 +209,7 @@ class StepMetrics:
             **dict(zip(begun.parts["centers"], found["centers"].tolist(), strict=True)),
             "rank_me": sum(ranks) / len(ranks),
             **begun.tail,
+            "peak_memory_gib": max(peaks),
             **node_fields,
         }
         self._last_row = row
@@ -220,8 +234,8 @@ class StepMetrics:
         return parts, torch.cat([value.to(device, torch.float32, non_blocking=True) for value in values])
 
     def summary(self, step: int) -> dict[str, Any]:
-        """Return fields of summary.json: the planned length, images seen, ranks, seconds and images/s since the start, and
-        the last row."""
+        """Return fields of summary.json: the planned length, images seen, ranks, what was measured since the start, and the
+        last row."""
         seconds = time.monotonic() - self._began
         return {
             "total_steps": self._schedules.total_steps,
@@ -229,6 +243,7 @@ class StepMetrics:
             "world_size": self._world.size,
             "seconds_since_start": seconds,
             "images_per_s": (step - self._first_step) * self._batch / seconds,
+            "save_s": self._saver.stopped_s,
             "last": {k: v for k, v in self._last_row.items() if k not in TIME_FIELDS},
             **({"knn": self.knn.summary()} if self.knn.measured else {}),
             "verdict": learning.verdict(self._config, self.knn, replace(self._facts, steps=step)),
@@ -255,6 +270,13 @@ class StepMetrics:
         """Return whether `train.patience` measurements of the k-NN accuracy in a row were no better than the best."""
         patience = self._config.train.patience
         return patience is not None and self.knn.since_best() >= patience
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Return the largest memory of this process so far: what torch allocated on the GPU, or on a CPU the resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    return machine.peak_resident_bytes() / GIB
 
 
 def gradient_norms(squares: Tensor, names: Sequence[str]) -> dict[str, float]:

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from esvit_scale import files
+from esvit_scale import files, ranges
 from esvit_scale.checkpoint import state
 from esvit_scale.checkpoint.initial_weights import NO_INITIAL_WEIGHTS, load_initial_weights
 from esvit_scale.checkpoint.saver import Saver
@@ -28,7 +28,7 @@ from esvit_scale.objective.schedules import Schedules
 from esvit_scale.parallel import collectives, engine
 from esvit_scale.parallel.step_clock import StepClock
 from esvit_scale.parallel.world import World
-from esvit_scale.train import run_dir, signals, startup
+from esvit_scale.train import profiling, run_dir, signals, startup
 from esvit_scale.train.metrics import MetricLogger, log_file_errors
 from esvit_scale.train.replaced import ReplacedShare
 from esvit_scale.train.rollback import Rollbacks
@@ -74,8 +74,7 @@ class Trainer:
         self.engines.layout.hook_gathers((self.engines.student.module, self.engines.teacher.network), self.clock.mark)
         self.last_step = schedules.total_steps
         self.step = self.optimizer_step = self.data_offset = 0
-        self._flags = Flag(0)
-        self._saved_step = -1
+        self._flags, self._saved_step = Flag(0), -1
 
     # --- one step ----------------------------------------------------------------------------------------------------
 
@@ -107,7 +106,8 @@ class Trainer:
             self.clock.end()
 
             # Backward.
-            student.backward(loss)
+            with ranges.named("backward"):
+                student.backward(loss)
             for name, value in {"loss": loss.detach(), **logs}.items():
                 sums[name] = sums[name] + value if name in sums else value
             del targets, loss  # frees the graph before the optimizer needs memory
@@ -163,7 +163,7 @@ class Trainer:
         """
         self._open(run)
         with closing(self._logger):
-            for batch in self._batches():
+            for batch in profiling.profiled(self._batches(), run.path, self.config, self.world):
                 row_is_due = self._row_is_due(self.step + 1)
                 if row_is_due:
                     self.clock.begin()
@@ -186,7 +186,7 @@ class Trainer:
         """Restore the checkpoint, if there is one, and open the run's records at its step."""
         self._run = run
         self._saver = Saver(run.path, self.config, run.identity, run.lock.check_held, run.on_saved)
-        self._metrics = StepMetrics(self.config, self.world, self.schedules, self.engines, run.knn)
+        self._metrics = StepMetrics(self.config, self.world, self.schedules, self.engines, run.knn, self._saver)
         self._replaced = ReplacedShare(self.config.train.global_batch, self.schedules.steps_per_epoch)
         self._rollbacks = Rollbacks(run.path, self.config.train)
         if run.checkpoint is not None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from esvit_scale.report import evaluation_figures
 from esvit_scale.report.html import write_report
 
 pytestmark = pytest.mark.slow
-SCREENS = {"desk": (1280, "light"), "dark desk": (1280, "dark"), "phone": (390, "dark")}
+SCREENS = {"desk": (1400, "light"), "dark desk": (1400, "dark"), "phone": (390, "dark")}
 
 
 @pytest.fixture
@@ -39,6 +40,11 @@ def full(run: Path) -> Path:
     )
     rows = [{"step": i, **dict(zip(names, (1 + rng.random(9)).tolist(), strict=True))} for i in range(600)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (run / "log.txt").write_text("10:00:00 warning: " + "a_long_word_" * 30 + "\n10:00:01 warning: step 7: a spike\n")
+    bad = [{"step": 3, "key": f"a/folder/image-{i}.jpeg", "reason": "x" * 200} for i in range(9)]
+    (run / "quarantine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in bad))
+    environment = {"host": "h" * 80, "starts": 3, "packages": {f"package{i}": "1.2.3+cu128" for i in range(20)}}
+    (run / "environment.json").write_text(json.dumps(environment))
     trunk = Swin(8, (1, 1, 2), (1, 2, 4), window=4, size=64)
     picture = rng.integers(0, 255, (64, 96, 3), dtype=np.uint8)
     case = correspondence.mirrored(
@@ -73,6 +79,15 @@ def examine(page: Any, scheme: str) -> None:
     assert images
     assert all(complete and natural > 0 and shown > 0 for complete, natural, shown in images)
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "the page scrolls sideways"
+    alts = page.evaluate("[...document.images].map(i => i.alt)")
+    assert [alt for alt in alts if not re.search(r"\d", alt)] == []
+    # A table that is wider than the page scrolls in its box, as far as its end.
+    tables = page.evaluate("""() => [...document.querySelectorAll('table')].filter(t => t.clientWidth).map(t => {
+        const box = t.closest('.scroll'), inside = box && box.getBoundingClientRect().right <= innerWidth;
+        if (inside) box.scrollLeft = 1e6;
+        return inside && t.getBoundingClientRect().right <= box.getBoundingClientRect().right + 1;
+    })""")
+    assert all(tables)
     # No text sticks out of its box, none lies over another: captions, tiles, links and headings.
     overlaps = page.evaluate("""() => {
         const boxes = [...document.querySelectorAll('h1, h2, h3, nav a, figcaption, .tile b, .tile span, .legend span, .head')]
@@ -91,7 +106,9 @@ def examine(page: Any, scheme: str) -> None:
 def test_page_of_one_run_renders(browser: Any, full: Path, screen: str) -> None:
     page, events = look(browser, write_report(full), *SCREENS[screen])
     examine(page, SCREENS[screen][1])
-    for words in ("Correspondences", "Attention", "Components of the tokens", "Other"):
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    examine(page, SCREENS[screen][1])
+    for words in ("About this run", "Config", "Correspondences", "Attention", "Components of the tokens", "Other"):
         assert page.get_by_role("heading", name=words, exact=True).is_visible()
     assert events == []
 

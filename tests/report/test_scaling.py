@@ -3,10 +3,13 @@
 import io
 import re
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from esvit_scale import cli
+from esvit_scale.report import scaling_figures
 from esvit_scale.scaling import fit
 from esvit_scale.scaling.table import Columns
 from tests.scaling import laws
@@ -45,3 +48,25 @@ def test_report_of_a_one_input_fit(tmp_path):
 def test_missing_fit_is_one_line(tmp_path, capsys):
     assert cli.main(["sweep", "report", str(tmp_path)]) == 2
     assert "`sweep fit` makes it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("ratio", [1.3, 3.9, 29, 1e7])
+def test_labels_of_ticks_do_not_overlap(monkeypatch: pytest.MonkeyPatch, ratio: float) -> None:
+    """Every drawn label of every axis, over ranges from a third of a decade to seven."""
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: drawn.append(figure))
+    compute = np.geomspace(4e18, 4e18 * ratio, 12)
+    error = compute**-0.1
+    band = scaling_figures.Band(compute, error, error * 0.9, error * 1.1)
+    scaling_figures.curve(compute, error, np.geomspace(3.1e6, 3.1e6 * ratio, 12), band, band, "FLOPs", "error")
+    scaling_figures.frontier(band, band, compute.max(), (compute[:3], error[:3]), "N", "D", "FLOPs")
+    labels = 0
+    for figure in drawn[::2]:
+        figure.canvas.draw()
+        for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+            low, high = sorted(axis.get_view_interval())
+            ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+            boxes = [t.label1.get_window_extent() for t in ticks if t.label1.get_text() and low <= t.get_loc() <= high]
+            labels += len(boxes)
+            assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
+    assert labels >= 10
