@@ -9,6 +9,7 @@ What is substituted, and nothing else:
 import contextlib
 import gzip
 import io
+import json
 import re
 import runpy
 import shlex
@@ -27,6 +28,7 @@ from esvit_scale import cli
 from esvit_scale import config as configs
 from tests.test_docs import ROOT, fenced
 
+NOTEBOOK = ROOT / "examples" / "first_backbone.ipynb"
 ELSEWHERE = ("make", "source", "sudo", "apt-get", "dpkg", "cd", "pip", "tensorboard", "torchrun", "sbatch")
 TINY = (  # of every pretraining
     *("data.workers=0", "train.global_batch=8", "train.log_every=1", "train.precision=fp32", "model.embed_dim=16"),
@@ -34,7 +36,7 @@ TINY = (  # of every pretraining
 )
 TINY_PRESET = (  # of presets for pictures of 224 pixels
     *("model.depths=[1,1,1,1]", "model.heads=[1,1,2,2]", "model.window=2", "data.global_crops.size=64"),
-    *("data.local_crops=[{size: 32, count: 2}]", "train.steps=3"),
+    "train.steps=3",
 )
 STEPS = 400  # this many steps of a page are one here
 FASHION = "fashion/usr/share/datasets/fashion-mnist"
@@ -117,7 +119,8 @@ def short_command(words: list[str]) -> list[str]:
             values = yaml.safe_load(Path(words[1]).read_text())
             found = [(f"train.{key}", str(value)) for key, value in values["train"].items()]
             return [*own[:2], *(shortened(*pair) for pair in found if pair[1].isdigit()), *own[2:], *TINY]
-        return [*own, *TINY, *TINY_PRESET]
+        local = [] if "data.local_crops=[]" in words else ["data.local_crops=[{size: 32, count: 2}]"]
+        return [*own, *TINY, *TINY_PRESET, *local]
     if words[0] in ("embed", "evaluate") and words[1] != "attention":
         return [*words, "--workers", "0"]
     return [*words, "--workers", "1"] if words[:2] == ["shards", "create"] else words
@@ -168,3 +171,46 @@ def test_using_weights_with_the_run_of_readme(weights: Path, there: Path, monkey
         words = ["pretrain", "swin_t", "data.train=shards/train", f"name={name}", "train.steps=3"]
         assert cli.main(short_command(words)) == 0
     Page("docs/using_weights.md").follow()
+
+
+@pytest.mark.slow
+def test_tutorial_prints_what_it_shows(there: Path) -> None:
+    fashion(there / FASHION)
+    page = Page("docs/tutorial.md")
+    page.follow()
+    # Figures differ in a run of a few steps, and so do sentences about them. But a word that the tutorial shows and that
+    # neither was printed nor stands in the code is an output of long ago.
+    code = "\n".join(path.read_text() for path in (ROOT / "esvit_scale").rglob("*.py"))
+    known = set(re.findall(r"[A-Za-z]{4,}", code + page.printed))
+    shown = "\n".join(block for _, language, block in page.blocks if language == "text")
+    assert sorted(set(re.findall(r"[A-Za-z]{4,}", shown)) - known) == []
+
+
+@pytest.mark.slow
+def test_recipes_with_pictures(there: Path) -> None:
+    pictures(there, tuple(f"photos/{name}/{i}.png" for i in range(60) for name in ("cat", "dog")))
+    Page("docs/recipes.md").follow()
+
+
+def cells() -> list[dict[str, Any]]:
+    return [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
+
+
+def test_notebook_was_executed_from_top_to_bottom() -> None:
+    assert [cell["execution_count"] for cell in cells()] == list(range(1, len(cells()) + 1))
+    outputs = [output for cell in cells() for output in cell["outputs"]]
+    assert outputs
+    assert not [output for output in outputs if output["output_type"] == "error"]
+    assert not re.search(r"/(?:tmp|home|root|work)/", json.dumps(outputs)), "a path of the machine that ran it"
+
+
+@pytest.mark.slow
+def test_notebook_runs(there: Path) -> None:
+    names: dict[str, Any] = {}
+    steps = 0
+    for cell in cells():
+        source, found = re.subn(r"(\"train\.(?:steps|knn_every)\": )(\d+)", r"\g<1>10", "".join(cell["source"]))
+        steps += found
+        source = source.replace(":middle], 150)", ":middle], 20)")  # fewer patches
+        exec(compile(source, str(NOTEBOOK), "exec"), names)
+    assert steps, "nothing made the training short"

@@ -44,7 +44,12 @@ FOREIGN_FILES = {"models/swin_transformer.py", "main_esvit.py"}  # of the offici
 # Of what load_backbone returns, called `model` in examples.
 BACKBONE_ATTRIBUTES = {f"model.{name}" for name in ("channels", "config", "dim", "reductions", "size")}
 # Files of a user's project in examples.
-EXAMPLE_FILES = {"esvit_scale/models/poolformer.py", "esvit_scale/objective/barlow_twins.py"}
+EXAMPLE_FILES = {
+    "esvit_scale/models/poolformer.py",
+    "esvit_scale/objective/barlow_twins.py",
+    "pictures.py",
+    "fashion.yaml",
+}
 
 
 class Command(NamedTuple):
@@ -123,7 +128,7 @@ def problem_of(command: Command) -> str | None:
         with redirect_stderr(io.StringIO()) as said:
             try:
                 arguments = build_parser().parse_args(list(command.words))
-                if path == ("pretrain",):
+                if path == ("pretrain",) and arguments.config not in EXAMPLE_FILES:
                     configs.resolve(arguments.config, arguments.overrides)
             except (SystemExit, UserError) as error:
                 return said.getvalue() or str(error)
@@ -229,7 +234,9 @@ def test_files_and_tests_named_in_the_text_exist(page: str) -> None:
             wrong.append(name)
     modules = {path.name for folder in CODE for path in (ROOT / folder).rglob("*.py")}
     wrong += [
-        name for _, name in inline(text) if re.fullmatch(r"\w+\.py", name) and name not in modules | FOREIGN_FILES
+        name
+        for _, name in inline(text)
+        if re.fullmatch(r"\w+\.py", name) and name not in modules | FOREIGN_FILES | EXAMPLE_FILES
     ]
     for file, test in re.findall(r"(tests/[\w/]+\.py)::(\w+)", text):
         if f"def {test}(" not in (ROOT / file).read_text():
