@@ -28,7 +28,7 @@ class Sentence(NamedTuple):
     """A warning, and how often the run gave it with other numbers."""
 
     text: str
-    count: int
+    times: int
 
 
 class AboutRun(NamedTuple):
@@ -186,7 +186,7 @@ def _sentences(warnings: Iterable[str]) -> list[Sentence]:
     found: dict[str, Sentence] = {}
     for text in warnings:
         kind = re.sub(r"\d[\d.,]*", "0", text)
-        found[kind] = Sentence(found[kind].text, found[kind].count + 1) if kind in found else Sentence(text, 1)
+        found[kind] = Sentence(found[kind].text, found[kind].times + 1) if kind in found else Sentence(text, 1)
     return list(found.values())
 
 

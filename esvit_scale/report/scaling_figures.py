@@ -213,7 +213,7 @@ def _label_without_overlap(axis: Axis) -> None:
 
 def _is_shown(label: Text, axis: Axis) -> bool:
     low, high = sorted(axis.get_view_interval())
-    place = label.get_position()[axis.axis_name == "y"]
+    place = label.get_position()[axis is axis.axes.yaxis]
     return bool(label.get_text()) and low <= place <= high
 
 
