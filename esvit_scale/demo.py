@@ -15,6 +15,7 @@ import torch
 from esvit_scale import config as configs
 from esvit_scale.config import Config
 from esvit_scale.data import samples, shard_writer, stream
+from esvit_scale.errors import RestartCanHelp
 from esvit_scale.evaluate import attention, correspondence, knn
 from esvit_scale.evaluate.features import extract, load_frozen_trunk, raw_pixels
 from esvit_scale.models.initialize import initialize
@@ -55,7 +56,11 @@ def run(out: Path) -> int:
 
 
 def pretrain_and_compare(out: Path, seed: int) -> tuple[int, list[Json]]:
-    """Pretrain in `out`; return the exit code and, when it is 0, the k-NN results in the order of NAMES."""
+    """Pretrain in `out`; return the exit code and, when it is 0, the k-NN results in the order of NAMES.
+
+    Raises:
+        RestartCanHelp: SIGTERM or SIGUSR1 ended the training, after a checkpoint.
+    """
     config = demo_config(out, seed)
     paths = [out / f"knn-{name.replace(' ', '-')}.json" for name in NAMES]
     _, finished = open_run(config)
@@ -68,6 +73,8 @@ def pretrain_and_compare(out: Path, seed: int) -> tuple[int, list[Json]]:
     code = pretraining.pretrain(config)
     if code:
         return code, []
+    if not read_summary(out).get("finished"):
+        raise RestartCanHelp(f"{out}: saved after a signal; the same command continues it")
     results = [*baselines, trained_result(out, config, train, test)]
     for path, result in zip(paths, results, strict=True):  # not before training: a run dir is the training's to create
         knn.write_result(result, path)

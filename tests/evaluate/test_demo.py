@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,17 +14,19 @@ from esvit_scale import config as configs
 from esvit_scale import demo
 from esvit_scale.config import Config, validate
 from esvit_scale.data import samples, shard_writer
-from esvit_scale.errors import UserError
+from esvit_scale.errors import RestartCanHelp, UserError
+from esvit_scale.train import signals
+from esvit_scale.train.trainer import Trainer
 
 
-def shortened(monkeypatch: pytest.MonkeyPatch, **objective: float) -> None:
-    """Two steps on four patches a photograph."""
+def shortened(monkeypatch: pytest.MonkeyPatch, steps: int = 2, **objective: float) -> None:
+    """Few steps on four patches a photograph."""
     real_config, real_samples = demo.demo_config, samples.demo_samples
 
     def config(out: Path, seed: int) -> Config:
         values = real_config(out, seed).model_dump(mode="json")
         values["objective"] |= objective
-        values["train"] |= {"steps": 2, "global_batch": 16, "log_every": 1}
+        values["train"] |= {"steps": steps, "global_batch": 16, "log_every": 1}
         values["data"] |= {"workers": 0}
         return validate(values, "test")
 
@@ -80,6 +84,21 @@ def test_labels_do_not_influence_training(tmp_path: Path, monkeypatch: pytest.Mo
         losses.append([json.loads(row)["loss"] for row in rows])
     assert len(losses[0]) == 2
     assert losses[0] == losses[1]
+
+
+def test_demo_that_a_signal_ended_is_not_evaluated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shortened(monkeypatch, steps=4)
+    record = Trainer._record
+
+    def stopped_early(trainer: Trainer, *arguments: Any) -> None:
+        record(trainer, *arguments)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Trainer, "_record", stopped_early)
+    monkeypatch.setattr(demo, "trained_result", None)  # must not be called
+    with signals.installed(), pytest.raises(RestartCanHelp, match="the same command continues it"):
+        demo.run(tmp_path / "demo")
+    assert (tmp_path / "demo/checkpoints/latest").exists()
 
 
 def test_folder_with_other_files_is_refused(tmp_path: Path) -> None:
