@@ -102,7 +102,7 @@ def _starts(of: RunFiles) -> str:
         if starts
         else []
     )
-    parts += [f"{rollbacks} roll-backs to a checkpoint"] if rollbacks else []
+    parts += [f"{rollbacks} roll-back{'s' if rollbacks > 1 else ''} to a checkpoint"] if rollbacks else []
     parts += [f"made longer {lengthened} times" if lengthened > 1 else "made longer once"] if lengthened else []
     return ", ".join(parts)
 
@@ -128,7 +128,8 @@ def _set_in_words(place: str) -> str:
         manifest = manifests.load(Path(place))
     except UserError as error:
         return str(error)
-    numbers = f"{manifest.samples:,} images in {len(manifest.shards):,} shards, {_classes(manifest)}"
+    shards = len(manifest.shards)
+    numbers = f"{manifest.samples:,} images in {shards:,} shard{'s' if shards != 1 else ''}, {_classes(manifest)}"
     return f"{_name_of_set(manifest)}: {numbers}, id {identities.identity(manifest)['sha256'][:12]} ({place})"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from esvit_scale import ranges
+from esvit_scale.parallel import compilation
 from esvit_scale.train import pretraining, profiling
 from esvit_scale.train.row_file import read_rows
 from esvit_scale.train.run_records import read_summary
@@ -44,6 +45,7 @@ def test_trace_names_the_parts_of_the_traced_steps(tmp_path, monkeypatch, stage,
     tracing = []
     forward = profiling.ranges.trace
     monkeypatch.setattr(ranges, "trace", lambda on: (tracing.append(on), forward(on)))
+    monkeypatch.setattr(compilation, "BACKEND", "aot_eager")  # which generates no code, a matter of minutes
     found = run(tmp_path, train__ds_config=stage, train__compile=compiled)
     assert tracing == [True, False]
     names = [event["name"] for event in trace_of(found) if event.get("cat") == "user_annotation"]
