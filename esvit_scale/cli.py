@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import select
 import sys
 from contextlib import suppress
 
@@ -29,12 +30,28 @@ exit codes: 0 finished, or saved and asking for a requeue; 130 ctrl-C (pretrain 
             3 diverged; 75 the machine failed and the same command again can go on; doctor: 1 something required is broken"""
 
 
+READER_IS_GONE = 128 + 13  # what a shell reports of a program that SIGPIPE ended
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; return its exit code (argparse itself exits with 0 after --help and 2 after a mistake)."""
     try:
         return _run(arguments)
+    except BrokenPipeError:
+        if not _reader_is_gone():  # another pipe, such as one to a worker process
+            raise
+        return READER_IS_GONE
     finally:
         _let_go_of_full_consoles()
+
+
+def _reader_is_gone() -> bool:
+    """Return whether stdout or stderr is a pipe whose reader has ended, as in `esvit-scale plan … | head -1`."""
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # a stream without a descriptor, or a closed one
+            poll.register(stream.fileno(), 0)  # errors are reported without being asked for
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _let_go_of_full_consoles() -> None:

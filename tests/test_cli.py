@@ -179,6 +179,28 @@ def test_error_types_map_to_exit_codes(error, code, monkeypatch, capsys):
         assert [line[:20] for line in lines] == ["esvit-scale: error: "] * 2
 
 
+@pytest.mark.parametrize(("line", "code"), [("config --json", 141), ("pretrain nowhere", 2)])
+def test_a_reader_that_is_gone_ends_a_command_quietly(line, code):
+    """`| head` closes the pipe when it has read enough: then a write fails, and the answer is no traceback."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "esvit_scale", *line.split()]
+    ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    os.close(writing)
+    assert ended.returncode == code
+    assert "Traceback" not in ended.stderr
+    assert "BrokenPipe" not in ended.stderr
+
+
+def test_a_broken_pipe_elsewhere_keeps_its_traceback(monkeypatch):
+    def fail():
+        raise BrokenPipeError
+
+    monkeypatch.setattr(doctor, "run", fail)
+    with pytest.raises(BrokenPipeError):
+        cli.main(["doctor"])
+
+
 def test_unexpected_error_keeps_its_traceback(monkeypatch):
     def fail():
         raise ZeroDivisionError

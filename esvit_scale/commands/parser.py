@@ -141,9 +141,8 @@ def rank() -> str:
 
 
 def print_lines(lines: Iterable[str]) -> None:
-    """Print lines; stop without an error when their reader (`| head`, `| less`) has seen enough."""
-    with suppress(BrokenPipeError):
-        print("\n".join(lines))
+    """Print lines, each ended by a line break."""
+    print("\n".join(lines))
 
 
 def print_error(text: str) -> None:

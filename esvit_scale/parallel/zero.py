@@ -17,6 +17,8 @@ Review this file when DeepSpeed is upgraded. tests/parallel/test_zero.py checks 
 attributes that are used here, that no other file uses one, and that no other file has a branch on the stage.
 """
 
+import contextlib
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -362,7 +364,10 @@ def deepspeed_ops() -> dict[str, bool]:
     to False keeps DeepSpeed from building that operator."""
     import deepspeed.ops
 
-    return getattr(deepspeed.ops, "__compatible_ops__", {})
+    # At first use DeepSpeed compiles test programs, and hides the linker's messages by redirecting the descriptor of
+    # sys.stderr. In a notebook this is not the descriptor that the linker writes to; sys.__stderr__ has that one.
+    with contextlib.redirect_stderr(sys.__stderr__ or sys.stderr):
+        return getattr(deepspeed.ops, "__compatible_ops__", {})
 
 
 def _copy_of(student: nn.Module, build: Callable[[], nn.Module]) -> nn.Module:
