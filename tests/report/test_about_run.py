@@ -47,8 +47,8 @@ def test_facts_of_a_run(told: Path) -> None:
     facts = dict(found.facts)
     assert facts["state"] == "finished, step 3,600"
     assert facts["duration"] == "2 h of training, spread over 1 day 2 h"
-    assert facts["starts"] == "2 restarts, 1 roll-backs to a checkpoint"
-    assert "16 images in 1 shards, 2 classes (" in facts["data"]
+    assert facts["starts"] == "2 restarts, 1 roll-back to a checkpoint"
+    assert "16 images in 1 shard, 2 classes (" in facts["data"]
     assert "id " in facts["data"]
     assert facts["machine"] == "4 × NVIDIA H200, EPYC, 8 CPU cores for a process, 4 ranks, host node7, Slurm job 77"
     assert facts["versions"] == "torch 2.14.1, Python 3.12.1"
