@@ -51,7 +51,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def is_wide(x: Tensor, weight: Tensor) -> bool:
     """Return whether products of these bf16 tensors are computed in fp32."""
     in_bf16 = x.dtype == weight.dtype == torch.bfloat16 and x.device.type == "cpu"
-    return in_bf16 and fp32_is_faster() and not torch.compiler.is_compiling()
+    # While compiling, fp32_is_faster must not be called: it would be traced down to the reading of /proc/cpuinfo.
+    return in_bf16 and not torch.compiler.is_compiling() and fp32_is_faster()
 
 
 @cache

@@ -121,3 +121,12 @@ def test_cpus_are_told_apart_by_their_flags(tmp_path, monkeypatch, cpuinfo, wide
     for asked in ("bf16", "fp32"):
         monkeypatch.setenv(products.KEY, asked)
         assert products.fp32_is_faster.__wrapped__() is (asked == "fp32")
+
+
+def test_compiled_layers_are_one_graph(monkeypatch):
+    monkeypatch.delenv(products.KEY, raising=False)
+    products.fp32_is_faster.cache_clear()
+    layer = products.Linear(8, 4).bfloat16()
+    x = bf16(3, 8)
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")  # raises an error where a graph would break
+    assert torch.equal(compiled(x), F.linear(x, layer.weight, layer.bias))
