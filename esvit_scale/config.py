@@ -6,6 +6,7 @@ writes the copy that reproduces the run. yaml_text.py reads the YAML, schema.py 
 the overrides. None of them imports torch, so that they load at once on a login node.
 """
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -89,7 +90,10 @@ def _cross_field_problems(c: Config) -> list[str]:
         if low > high:
             problems.append(f"data.{where}.augment.blur_radius: needs low <= high, got [{low}, {high}]")
     problems += _pixel_problems(c.data)
-    problems += _secret_problems(c.data, c.train)
+    if c.train.mirror and not store_urls.is_set_url(c.train.mirror):
+        problems.append(
+            f"train.mirror: {c.train.mirror} is no address of a folder in a store, such as s3://bucket/runs"
+        )
     if c.train.knn_every and not c.data.held_out:
         problems.append("train.knn_every: needs data.held_out, labelled shards or class folders to measure on")
     for key in ("keep_best", "patience"):
@@ -109,18 +113,6 @@ def _cross_field_problems(c: Config) -> list[str]:
         problems.append(
             f"model.heads: {len(c.model.heads)} stages, but model.depths has {len(c.model.depths)}; give one number a stage in both"
         )
-    return problems
-
-
-def _secret_problems(data: Data, train: Train) -> list[str]:
-    places = {"data.train": data.train, "data.held_out": data.held_out}
-    places |= {"train.mirror": train.mirror or ""}
-    places |= {f"data.mix.{i}.urls": mixed.urls for i, mixed in enumerate(data.mix)}
-    found = {key: store_urls.secret_in_url(place) for key, place in places.items()}
-    found["data.storage_options"] = store_urls.secret_in_options(data.storage_options or {}, list(places.values()))
-    problems = [f"{key}: {problem}" for key, problem in found.items() if problem]
-    if train.mirror and not store_urls.is_set_url(train.mirror):
-        problems.append(f"train.mirror: {train.mirror} is no address of a folder in a store, such as s3://bucket/runs")
     return problems
 
 
@@ -186,12 +178,34 @@ def validate(values: dict[str, Any], where: str, overrides: list[str] | None = N
 
 
 def require_training_data(config: Config) -> None:
-    """Raise UserError if the config names no training data; presets leave it to the user."""
+    """Raise UserError if a run of this config cannot start: it names no training data, or would record a secret.
+
+    Presets leave the data to the user. A run whose config.yaml has the secret already goes on.
+    """
     if not (config.data.train or config.data.mix):
         raise UserError(
             "data.train: not set; give a folder of shards, for example data.train=/data/my-shards"
             " (`esvit-scale shards create IMAGES /data/my-shards` makes one)"
         )
+    problems = _secret_problems(config)
+    if problems and not set(problems) <= set(_recorded_problems(config.run_path / "config.yaml")):
+        raise UserError("\n".join(problems))
+
+
+def _recorded_problems(path: Path) -> list[str]:
+    """Return the secrets in the config.yaml of a run dir; none if it cannot be read."""
+    with suppress(UserError, OSError):
+        return _secret_problems(load(path)) if path.is_file() else []
+    return []
+
+
+def _secret_problems(config: Config) -> list[str]:
+    data, mirror = config.data, config.train.mirror or ""
+    places = {"data.train": data.train, "data.held_out": data.held_out, "train.mirror": mirror}
+    places |= {f"data.mix.{i}.urls": mixed.urls for i, mixed in enumerate(data.mix)}
+    found = {key: store_urls.secret_in_url(place) for key, place in places.items()}
+    found["data.storage_options"] = store_urls.secret_in_options(data.storage_options or {}, list(places.values()))
+    return [f"{key}: {problem}" for key, problem in found.items() if problem]
 
 
 def differences(a: Config, b: Config) -> list[str]:

@@ -7,14 +7,15 @@ must not be in them. The libraries that speak to the stores read credentials fro
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl
 
-TAR_OR_PATTERN = re.compile(r"[{}]|\.tar(\.(gz|bz2|xz|zst))?$|\.tgz$", re.IGNORECASE)
+TAR = re.compile(r"\.(tar(\.(gz|bz2|xz|zst))?|tgz)$", re.IGNORECASE)
 SECRET = re.compile(
-    r"secret|token|password|passwd|signature|credential|authorization|connection_?string|cookie|sas\b|api_?key"
-    r"|(^|[_-])(key|keys|sig|auth|pass|pat)$|^(account|access|shared)_?key",
+    r"secret|token|password|passwd|credential|authorization|connection_?string|cookie|sas\b|api_?key"
+    r"|(^|[_-])(key|keys|sig|signature|auth|pass|pat)$|^(account|access|shared)_?key",
     re.IGNORECASE,
 )
+SECRET_VALUE = re.compile(r"(bearer|basic)\s", re.IGNORECASE)  # of an Authorization header, wherever it stands
 WHERE = {  # protocol → where its library looks for credentials
     "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN, or name a profile in AWS_PROFILE",
     "gs": "GOOGLE_APPLICATION_CREDENTIALS",
@@ -33,7 +34,9 @@ def protocol(place: str) -> str:
 
 def is_set_url(place: str) -> bool:
     """Return whether `place` is the URL of a folder, hence of an indexed shard set, rather than of plain tars or a path."""
-    return bool(protocol(place)) and not TAR_OR_PATTERN.search(place)
+    if not protocol(place) or "{" in place or "}" in place:
+        return False
+    return not (TAR.search(place) or TAR.search(re.split("[?#]", place)[0]))
 
 
 def join(url: str, name: str) -> str:
@@ -41,40 +44,70 @@ def join(url: str, name: str) -> str:
     return f"{url.rstrip('/')}/{name}"
 
 
+def credentials(url: str) -> str:
+    """Return where the library of a URL's protocol looks for credentials, as the end of an error message."""
+    kind = protocol(url)
+    return WHERE.get(kind, f"the environment variable FSSPEC_{kind.upper()} (a JSON object)")
+
+
 def secret_in_url(place: str) -> str | None:
-    """Return an error message if a URL holds a password or a signed query, else None; the message does not repeat it."""
+    """Return an error message if a URL holds a password or a signed query, else None; the message does not repeat it.
+
+    A user name alone is a secret in https, where it is a token in most cases, and none in other protocols.
+    """
     kind = protocol(place)
     if not kind:
         return None
-    parts = urlsplit(place)
-    signed = next((name for name, _ in parse_qsl(parts.query, True) if _is_secret(name)), None)
-    if "@" in parts.netloc and (":" in parts.netloc.rpartition("@")[0] or kind not in ("az", "hf")):
-        return _refusal("the URL holds a user name or password", kind)
-    return _refusal(f"the URL's query holds a secret ({signed})", kind) if signed else None
+    address, _, query = place.partition("://")[2].partition("#")[0].partition("?")
+    user, at, _ = address.partition("/")[0].rpartition("@")
+    if at and (":" in user or kind == "https"):
+        return _refusal("the URL holds a user name or password", place, 'curl -fsSL --netrc "URL"')
+    signed = next((name for name, _ in parse_qsl(query, True) if _is_secret(name)), None)
+    command = f'curl -fsSL "URL?{signed}=$SECRET"'
+    return _refusal(f"the URL's query holds a secret ({signed})", place, command) if signed else None
 
 
 def secret_in_options(options: Mapping[str, Any], places: list[str]) -> str | None:
-    """Return an error message if storage options hold a secret, else None.
+    """Return an error message if storage options hold a secret, by a name or as a part of a value, else None.
 
     Args:
         places: the addresses that the options are used for; the message names the environment variable of the first.
     """
-    found = next((name for name in _names(options) if _is_secret(name)), None)
-    kind = next((k for place in places if (k := protocol(place))), "s3")
-    return _refusal(f"{found} is a secret", kind) if found else None
+    found = next((name for name, value in _items(options) if _is_secret(name) or _holds_secret(value)), None)
+    place = next((place for place in places if protocol(place)), "s3://")
+    return _refusal(f"{found} {'is' if _is_secret(found) else 'holds'} a secret", place) if found else None
 
 
-def _names(options: Any, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted names of all values in nested dicts."""
-    for name, value in options.items() if isinstance(options, Mapping) else ():
-        yield f"{prefix}{name}"
-        yield from _names(value, f"{prefix}{name}.")
+def _items(options: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield dotted name and value of all items in nested dicts and lists; of a list of pairs, as of a dict."""
+    if isinstance(options, Mapping):
+        pairs = list(options.items())
+    elif isinstance(options, list | tuple):
+        is_pair = [isinstance(one, list | tuple) and len(one) == 2 and isinstance(one[0], str) for one in options]
+        pairs = [tuple(one) if pair else (i, one) for i, (one, pair) in enumerate(zip(options, is_pair, strict=True))]
+    else:
+        return
+    for name, value in pairs:
+        yield f"{prefix}{name}", value
+        yield from _items(value, f"{prefix}{name}.")
 
 
 def _is_secret(name: str) -> bool:
     return SECRET.search(name.rpartition(".")[2]) is not None
 
 
-def _refusal(what: str, kind: str) -> str:
-    place = WHERE.get(kind, f"the environment variable FSSPEC_{kind.upper()} (a JSON object)")
-    return f"{what}, which configs and logs would record; remove it and set {place}"
+def _holds_secret(value: Any) -> bool:
+    return isinstance(value, str) and (secret_in_url(value) is not None or SECRET_VALUE.match(value) is not None)
+
+
+def _refusal(what: str, place: str, command: str = "") -> str:
+    """Return an error message about a secret, with what to do.
+
+    Args:
+        place: the address that the secret is for.
+        command: one that reads plain tars of that address, which no library with credentials of its own does.
+    """
+    start = f"{what}, which configs and logs would record; remove it and"
+    if command and not is_set_url(place):
+        return f"{start} read the tars by a command that knows it, such as data.train='pipe:{command}'"
+    return f"{start} set {credentials(place)}"

@@ -56,20 +56,26 @@ class UrlSets:
     @staticmethod
     def wanted(data: Data) -> bool:
         """Return whether `data` names tars rather than the folder of an indexed set; True for any mix."""
-        if is_set_url(data.train):
-            return False
+        if data.mix or is_set_url(data.train):
+            return bool(data.mix)
         url = data.train.startswith("pipe:") or "://" in data.train or TAR.search(data.train)
-        return bool(data.mix) or (bool(url or "{" in data.train) and not Path(data.train).is_dir())
+        return bool(url or "{" in data.train) and not Path(data.train).is_dir()
 
     @staticmethod
     def open(data: Data) -> "UrlSets":
         """Expand braces and patterns and check that local files exist; no tar is opened.
 
         Raises:
-            UserError: data.epoch_samples is not set, data.train and data.mix are both set, or a local tar is missing.
+            UserError: data.epoch_samples is not set, data.train and data.mix are both set, a local tar is missing, or a
+                set in a store is mixed with tars.
         """
         if data.mix and data.train:
             raise UserError("data.mix: data.train is set too; list every set in data.mix, or give data.train alone")
+        if remote := next((mixed.urls for mixed in data.mix if is_set_url(mixed.urls)), None):
+            raise UserError(
+                f"data.mix: {remote} is a shard set in a store and cannot be mixed with plain tars; make a set of the tars "
+                "with `esvit-scale shards create --from tars`, or leave one of the two out"
+            )
         if data.epoch_samples is None:
             named = [mixed.urls for mixed in data.mix] or [data.train]
             squeezed = next((urls for urls in named if TAR.search(urls) and not urls.lower().endswith(".tar")), None)

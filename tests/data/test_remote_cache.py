@@ -1,6 +1,5 @@
 """The shard cache of a node without a network: fsspec's local file system stands for the store."""
 
-import json
 import os
 import signal
 import subprocess
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from esvit_scale import cli, store_urls
+from esvit_scale import cli
 from esvit_scale import config as configs
 from esvit_scale.config import Config
 from esvit_scale.data import evaluation, mix, stream
@@ -454,48 +453,6 @@ def test_too_small_cache_is_an_error_before_the_run_with_the_number_that_works(s
     assert "1 slots on a node read from" in line
     assert len(list(read(c))) == 24
     assert working_set.check(config(shards, tmp_path), stream.open_data(config(shards, tmp_path)), 1) == []
-
-
-# --- secrets -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("data", "variable"),
-    [
-        ({"train": "s3://b/s", "storage_options": {"key": "A", "secret": "hush"}}, "AWS_SECRET_ACCESS_KEY"),
-        ({"train": "s3://b/s", "storage_options": {"client_kwargs": {"aws_secret_access_key": "hush"}}}, "AWS_"),
-        ({"train": "az://b/s", "storage_options": {"account_key": "hush"}}, "AZURE_STORAGE_CONNECTION_STRING"),
-        ({"train": "gs://b/s", "storage_options": {"token": "hush"}}, "GOOGLE_APPLICATION_CREDENTIALS"),
-        ({"train": "hf://datasets/a/b", "storage_options": {"token": "hush"}}, "HF_TOKEN"),
-        ({"train": "https://u:hush@host/set"}, "FSSPEC_HTTPS"),
-        ({"train": "https://host/set?X-Amz-Signature=hush"}, "FSSPEC_HTTPS"),
-        ({"mix": [{"urls": "https://host/set?sig=hush"}]}, "FSSPEC_HTTPS"),
-    ],
-)
-def test_secrets_are_refused_and_not_repeated(data: dict[str, Any], variable: str) -> None:
-    with pytest.raises(UserError, match=variable) as caught:
-        configs.validate({"data": data}, where="test")
-    assert "hush" not in str(caught.value)
-
-
-def test_options_without_secrets_are_taken(tmp_path: Path) -> None:
-    options = {"anon": True, "endpoint_url": "http://127.0.0.1:1", "profile": "lab", "requester_pays": True}
-    assert store_urls.secret_in_options(options, ["s3://b/s"]) is None
-    c = configs.validate({"data": {"train": "s3://b/s", "storage_options": options}}, where="test")
-    assert configs.validate(json.loads(c.model_dump_json()), where="again").data.storage_options == options
-
-
-def test_urls_of_sets_and_of_plain_tars() -> None:
-    assert all(map(store_urls.is_set_url, ["s3://b/set", "https://h/a/set/", "hf://datasets/u/n", "memory://x"]))
-    plain = [
-        "s3://b/{000..123}.tar",
-        "https://h/x.tar",
-        "pipe:aws s3 cp s3://b/x.tar -",
-        "/data/set",
-        "set",
-        "https://h/x.tgz",
-    ]
-    assert not any(map(store_urls.is_set_url, plain))
 
 
 # --- commands ------------------------------------------------------------------------------------------------------
