@@ -5,6 +5,7 @@ offsets are checked against the tar when it is read.
 """
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from esvit_scale.errors import UserError, is_machine_fault
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-REMOTE = ".remote.json"  # in a set's folder in the cache: the fields of Remote
+REMOTE = ".remote.json"  # in a set's folder in the cache: the fields of Remote, and the folder's path
 
 
 class Shard(NamedTuple):
@@ -207,10 +208,15 @@ def _parse(root: Path, raw: dict[str, Any]) -> Manifest:
 
 
 def _remote(root: Path) -> Remote | None:
-    """Return the place that a set's folder in the cache stands for; None for a set whose shards lie in the folder."""
+    """Return the place that a set's folder in the cache stands for; None for a set whose shards lie in the folder.
+
+    A copy of a cache's folder elsewhere is a set of its own, to which nobody may fetch, and from which nobody may remove.
+    """
     if not (root / REMOTE).is_file():
         return None
     raw = json.loads((root / REMOTE).read_bytes())
+    if raw.get("folder", os.path.realpath(root)) != os.path.realpath(root):
+        return None
     return Remote(str(raw["url"]), dict(raw["options"]), raw["limit"])
 
 

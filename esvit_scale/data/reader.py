@@ -205,7 +205,7 @@ class ShardReader:
         if found is None:
             while len(self._files) >= self._most_files:
                 os.close(self._files.popitem(last=False)[1][0])
-            handle = os.open(self._path(shard), os.O_RDONLY | os.O_CLOEXEC)
+            handle = self._at_path(shard, lambda path: os.open(path, os.O_RDONLY | os.O_CLOEXEC))
             found = self._files[shard] = (handle, os.fstat(handle).st_size)
         else:
             self._files.move_to_end(shard)
@@ -217,10 +217,19 @@ class ShardReader:
         self.close_shards(gone)
         return path
 
+    def _at_path(self, shard: int, read: Callable[[Path], T]) -> T:
+        """Return the result of `read` with a shard's path; a remote shard that somebody removed is fetched once more."""
+        try:
+            return read(self._path(shard))
+        except FileNotFoundError:
+            if self.manifest.remote is None:
+                raise
+            return read(self._path(shard))
+
     def _index(self, shard: int) -> Index:
         found = self._indexes.get(shard)
         if found is None:
-            found = self._indexes[shard] = read_index(self._path(shard))
+            found = self._indexes[shard] = self._at_path(shard, read_index)
             self._index_bytes += found.nbytes
             while self._index_bytes > INDEX_BYTES // self._readers and len(self._indexes) > 1:
                 self._index_bytes -= self._indexes.popitem(last=False)[1].nbytes

@@ -1,12 +1,14 @@
 """The shard cache of a node without a network: fsspec's local file system stands for the store."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import torch
 from esvit_scale import cli
 from esvit_scale import config as configs
 from esvit_scale.config import Config
-from esvit_scale.data import evaluation, mix, stream
+from esvit_scale.data import evaluation, mix, reader, stream
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data.loader import LoaderAssignment
 from esvit_scale.data.manifest import Manifest
@@ -75,7 +77,7 @@ class Counted:
 
 
 def cached_bytes(cache: Path) -> int:
-    return sum(room.Room(cache, None)._sizes())
+    return room.Room(cache, None).held()
 
 
 # --- the same batches, each shard once -----------------------------------------------------------------------------
@@ -114,7 +116,7 @@ def test_small_cache_stays_within_its_limit_and_gives_the_same_batches(
 
     def watched(self: room.Room, *args: Any) -> bool:
         got = reserve(self, *args)
-        most[0] = max(most[0], sum(self._sizes()))
+        most[0] = max(most[0], self.held())
         return got
 
     monkeypatch.setattr(room.Room, "reserve", watched)
@@ -330,6 +332,153 @@ def test_threads_and_processes_fetch_a_shard_once(
     for thread in threads:
         thread.join(30)
     assert sorted(counted.names) == [shard.name for shard in manifest.shards]
+
+
+def test_only_folders_of_the_cache_count_and_lose_shards(shards: Path, tmp_path: Path) -> None:
+    """Foreign tars below data.cache_dir stay, as do those of a copy of a cache's folder."""
+    manifest = small(shards, tmp_path, 2)
+    cache = ShardCache(manifest)
+    cache.path(0)
+    (tmp_path / "imagenet").mkdir()
+    foreign = [tmp_path / "imagenet" / "0.tar", tmp_path / "1.tar"]
+    for path in foreign:
+        path.write_bytes(bytes(10 * manifest.shards[0].bytes))
+    copy = shutil.copytree(manifest.root, tmp_path / "copy")
+    for number in (1, 2, 3, 4):
+        cache.keep(set())
+        cache.path(number)
+    assert all(path.stat().st_size == 10 * manifest.shards[0].bytes for path in foreign)
+    assert (copy / manifest.shards[0].name).is_file()
+    assert not (manifest.root / manifest.shards[0].name).exists()
+    assert not (tmp_path / "imagenet" / room.LOCKS).exists()
+    assert manifests.load(manifest.root).remote is not None
+    assert manifests.load(copy).remote is None  # a set of its own, from which nobody removes shards
+
+
+def test_shard_taken_after_it_was_chosen_is_not_removed(shards: Path, tmp_path: Path) -> None:
+    """The thread that makes room and the one that reads are in one process, whose locks must exclude each other."""
+    manifest = small(shards, tmp_path, 2)
+    cache = ShardCache(manifest)
+    cache.path(0)
+    cache.keep(set())
+    [chosen] = cache._room._contents()[1]
+    cache.path(0)
+    assert cache._room._remove(chosen) == 0
+    assert chosen.path.is_file()
+    cache.keep(set())
+    assert cache._room._remove(chosen) >= chosen.bytes
+
+
+def test_reservation_and_its_tar_count_once(shards: Path, tmp_path: Path) -> None:
+    manifest = small(shards, tmp_path, 2)
+    cache = ShardCache(manifest)
+    path = cache.path(0)
+    held, files = cache._room.held(), path.stat().st_size + manifests.index_path(path).stat().st_size
+    room.reservation(manifest.root, path.name).write_bytes(bytes(room.cost(manifest.shards[0])))
+    assert cache._room.held() == held - files + room.cost(manifest.shards[0])
+
+
+def test_failing_cache_disk_is_no_damaged_sample(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = small(shards, tmp_path, 2)
+
+    def broken(*_: object) -> bool:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(room.Room, "reserve", broken)
+    with pytest.raises(StoreUnreachable, match="Input/output error; the cache's disk"):
+        reader.ShardReader(manifest).entry(0, 0)
+
+
+def test_shard_removed_by_hand_before_it_is_opened_is_fetched_again(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, removed = shard_cache.ShardCache.path, []
+
+    def path_of_removed(self: ShardCache, number: int) -> Path:
+        found = path(self, number)
+        if number not in removed:
+            removed.append(number)
+            found.unlink()
+            manifests.index_path(found).unlink()
+        return found
+
+    local = list(read(config(shards, tmp_path), epochs=1))
+    monkeypatch.setattr(ShardCache, "path", path_of_removed)
+    assert same(local, list(read(config(f"file://{shards}", tmp_path / "cache"), epochs=1)))
+    assert len(removed) == 10
+
+
+def test_index_of_long_keys_is_kept_where_there_is_room(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_cache, "cost", lambda shard: shard.bytes)  # as if the index took more than expected
+    manifest = small(shards, tmp_path, 1.5)
+    cache = ShardCache(manifest)
+    assert manifests.index_path(cache.path(0)).is_file()
+    cache.keep(set())
+    assert manifests.index_path(cache.path(1)).is_file()
+    assert cache._room.held() <= cache._room.limit
+    tight = ShardCache(small(shards, tmp_path / "tight", 1))
+    tight._room._limit = tight._room.held() + manifest.shards[0].bytes
+    assert not manifests.index_path(tight.path(0)).is_file()
+
+
+def test_default_cache_is_the_users_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = place.cache_folder(None)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o755)
+    assert place.cache_folder(None).stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o770)
+    with pytest.raises(UserError, match=r"data\.cache_dir: the default, .* only you may write"):
+        place.cache_folder(None)
+    folder.rmdir()
+    (tmp_path / "elsewhere").mkdir()
+    folder.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="only you may write"):
+        place.cache_folder(None)
+    folder.unlink()
+    folder.mkdir(mode=0o700)
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    with pytest.raises(UserError, match="only you may write"):
+        place.cache_folder(None)
+
+
+def test_symbolic_links_in_the_cache_are_not_followed(shards: Path, tmp_path: Path) -> None:
+    manifest, mine = small(shards, tmp_path / "cache", 5), tmp_path / "thesis.tex"
+    mine.write_text("precious")
+    reserved = room.reservation(manifest.root, manifest.shards[0].name)
+    reserved.symlink_to(mine)
+    with suppress(StoreUnreachable):  # or the link is removed as a killed process's reservation
+        ShardCache(manifest).path(0)
+    (tmp_path / "cache" / "locks").symlink_to(mine)
+    with pytest.raises(OSError, match="symbolic"):
+        ByteLocks(tmp_path / "cache" / "locks")
+    assert mine.read_text() == "precious"
+
+
+def test_set_is_opened_while_another_rank_records_a_new_version(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The manifest and its version are one file at every time, so that no rank finds one without the other."""
+    manifest, data = small(shards, tmp_path, 5), config("", tmp_path).data
+    [recorded] = [path for path in (tmp_path / place.MANIFESTS).iterdir() if path.name != room.MARKER]
+    recorded.write_bytes(b"old version\n" + recorded.read_bytes().partition(b"\n")[2])
+    read_bytes = Path.read_bytes
+
+    def vanishes(self: Path) -> bytes:
+        if self == recorded:
+            raise FileNotFoundError
+        return read_bytes(self)
+
+    monkeypatch.setattr(Path, "read_bytes", vanishes)
+    place._attached.cache_clear()
+    assert place.open_set(f"file://{shards}", data).shards == manifest.shards
+    monkeypatch.undo()
+    place._attached.cache_clear()
+    assert recorded.read_bytes().partition(b"\n")[2] == (shards / "manifest.json").read_bytes()
+    monkeypatch.setattr(Store, "read", lambda *_, **__: pytest.fail("the version is that of the store"))
+    assert place.open_set(f"file://{shards}", data).root == manifest.root
 
 
 def test_locks_of_two_processes_exclude_each_other(tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ def test_small_cache_in_two_workers(bucket: Bucket, tmp_path: Path) -> None:
     for a, b in zip(local, read(c), strict=True):
         assert a.keys == b.keys
         assert not b.bad
-    assert sum(room.Room(tmp_path, None)._sizes()) <= limit * 1e9
+    assert room.Room(tmp_path, None).held() <= limit * 1e9
 
 
 def test_commands_upload_and_verify_with_options_from_the_environment(bucket: Bucket, tmp_path: Path) -> None:

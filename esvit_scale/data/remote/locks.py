@@ -1,7 +1,8 @@
 """Locks on single shards of a cached set, shared by all processes of a node; they end with the process that holds them.
 
-Each shard has its byte in one lock file (room.number_of), so that thousands of locks need one open file. The locks are Linux's "open
-file description" locks: closing another handle of the file does not lose them, as it would lose POSIX locks.
+Each shard has its byte in one lock file (room.number_of), so that thousands of locks need one open file. The locks are
+Linux's "open file description" locks: closing another handle of the file does not lose them, as it would lose POSIX locks.
+They exclude other handles, also of the same process, but not the threads that share one.
 """
 
 import errno
@@ -16,18 +17,23 @@ _FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length,
 _BUSY = (errno.EAGAIN, errno.EACCES)
 
 
+def open_own(path: str | Path, flags: int) -> int:
+    """Open a file of the cache, but none that a symbolic link names: whoever made the link may mean another file."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+
 class ByteLocks:
-    """The locks of one process on the bytes of a file. A forked process must open its own."""
+    """The locks of one handle on the bytes of a file. A forked process must open its own."""
 
     def __init__(self, path: Path) -> None:
-        self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._handle = open_own(path, os.O_RDWR | os.O_CREAT)
 
     def try_shared(self, byte: int) -> bool:
-        """Take a shared lock, or turn this process's exclusive lock into one; return False where another is exclusive."""
+        """Take a shared lock, or turn this handle's exclusive lock into one; return False where another is exclusive."""
         return self._set(byte, fcntl.F_RDLCK)
 
     def try_exclusive(self, byte: int) -> bool:
-        """Take an exclusive lock; return False where another process has any lock on the byte."""
+        """Take an exclusive lock; return False where another handle has any lock on the byte."""
         return self._set(byte, fcntl.F_WRLCK)
 
     def unlock(self, byte: int) -> None:

@@ -9,8 +9,9 @@ import hashlib
 import json
 import os
 import re
+import stat
 import tempfile
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from pathlib import Path
 from esvit_scale import files, store_urls
 from esvit_scale.config import Data
 from esvit_scale.data.manifest import MANIFEST, REMOTE, Manifest, Remote, load
+from esvit_scale.data.remote.room import make_folder
 from esvit_scale.data.remote.store import Denied, Missing, Store
 from esvit_scale.errors import UserError
 
@@ -67,14 +69,35 @@ def cache_folder(cache_dir: str | None) -> Path:
     """Return the cache's folder on this node.
 
     Raises:
-        UserError: a variable in its name is not set on this node.
+        UserError: a variable in its name is not set on this node, or the default folder is not the user's alone.
     """
     if cache_dir is None:
-        return Path(tempfile.gettempdir()) / f"esvit-scale-{_user()}"
+        return _private_folder()
     path = os.path.expandvars(cache_dir)
     if unset := re.search(r"\$\w+|\$\{\w+\}", path):
         raise UserError(f"data.cache_dir: {cache_dir}: {unset[0]} is not set on this node")
     return Path(path).expanduser().absolute()
+
+
+def _private_folder() -> Path:
+    """Return the user's folder below that for temporary files, which anybody may write; it is made if it is not there."""
+    folder = Path(tempfile.gettempdir()) / f"esvit-scale-{_user()}"
+    try:
+        with suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        status = folder.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o022:
+            raise UserError(
+                f"data.cache_dir: the default, {folder}, is not a folder that only you may write: remove it, or name a "
+                "folder of yours"
+            )
+        if status.st_mode & 0o077:  # made by an earlier version; private data sets are nobody else's to read
+            folder.chmod(0o700)
+    except OSError as error:
+        raise UserError(
+            f"data.cache_dir: the default, {folder}: {error.strerror or error}; name another folder"
+        ) from None
+    return folder
 
 
 def _user() -> str:
@@ -87,13 +110,14 @@ def _user() -> str:
 @lru_cache  # one look at the store per process and set
 def _attached(url: str, cache: str, limit: int | None, options: str) -> Path:
     try:
-        (Path(cache) / MANIFESTS).mkdir(parents=True, exist_ok=True)
+        make_folder(Path(cache) / MANIFESTS)
         with closing(Store(url, json.loads(options), Path(cache))) as store:
             manifest = _manifest_bytes(url, Path(cache) / MANIFESTS, store)
         folder = Path(cache) / _folder_name(url, manifest)
-        folder.mkdir(exist_ok=True)
+        make_folder(folder)
         files.write_bytes(folder / MANIFEST, manifest)
-        files.write_json(folder / REMOTE, Remote(url, json.loads(options), limit)._asdict())
+        recorded = Remote(url, json.loads(options), limit)._asdict() | {"folder": os.path.realpath(folder)}
+        files.write_json(folder / REMOTE, recorded)
     except Missing:
         raise UserError(
             f"{url}: not a finished shard set (no {MANIFEST}); write a set with `esvit-scale shards create SRC DST` and "
@@ -108,15 +132,16 @@ def _attached(url: str, cache: str, limit: int | None, options: str) -> Path:
 
 def _manifest_bytes(url: str, folder: Path, store: Store) -> bytes:
     """Return the bytes of a set's manifest; they are fetched unless the version in `folder` is that of the store still."""
-    name = hashlib.sha256(url.encode()).hexdigest()[:16]
-    content, recorded = folder / f"{name}.json", folder / f"{name}.version"
-    version = store.version(MANIFEST)
-    if content.is_file() and recorded.is_file() and recorded.read_text() == version:
-        return content.read_bytes()
-    recorded.unlink(missing_ok=True)
-    files.write_bytes(content, store.read(MANIFEST, at_start=True))
-    files.write_text(recorded, version)
-    return content.read_bytes()
+    # One file, replaced in one step: the ranks of a node open a set at the same time.
+    cached = folder / hashlib.sha256(url.encode()).hexdigest()[:16]  # the version in the first line, then the manifest
+    version = " ".join(store.version(MANIFEST).split()).encode()
+    with suppress(FileNotFoundError):
+        recorded, _, content = cached.read_bytes().partition(b"\n")
+        if recorded == version:
+            return content
+    content = store.read(MANIFEST, at_start=True)
+    files.write_bytes(cached, version + b"\n" + content)
+    return content
 
 
 def _folder_name(url: str, manifest: bytes) -> str:

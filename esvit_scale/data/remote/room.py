@@ -3,22 +3,31 @@
 All processes of a node share the folder. Whoever wants to fetch a shard takes a lock, adds up the files and
 reservations, removes shards that nobody has locked if it must, and leaves a reservation: an empty file of the shard's
 size. So the cache never exceeds its limit, whatever the processes fetch at the same time.
+
+Other files may lie beside the cache's folders. Each of its own folders holds a marker with the folder's name; nothing else
+counts, and nothing else is ever removed.
 """
 
 import fcntl
 import hashlib
 import os
+import random
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 from esvit_scale.data.manifest import Shard, index_path
-from esvit_scale.data.remote.locks import ByteLocks
+from esvit_scale.data.remote.locks import ByteLocks, open_own
 
 LOCKS = ".locks"  # of the shards of one set
 RESERVED = ".reserved"
+MARKER = (
+    ".esvit-cache"  # in every folder of a cache; holds its name, so that a copy of the folder is no part of a cache
+)
+TURN_S = 1.0  # seconds that a process without need waits for its turn to make room
 INDEX_BYTES = 160  # of one sample, reserved for its line in the index
 DEFAULT_SHARE = 0.8  # of the disk's free space, without data.cache_gb
 NEVER = float("inf")
@@ -55,8 +64,11 @@ class Room:
         self._folder, self._limit = folder, limit
         self._locks: dict[Path, ByteLocks] = {}
 
-    def locks(self, folder: Path) -> ByteLocks:
-        """Return this process's locks of a set's folder."""
+    def _locks_of(self, folder: Path) -> ByteLocks:
+        """Return the locks with which shards of a set are removed.
+
+        They exclude the threads that use the shards, because these have another handle (ShardCache).
+        """
         if folder not in self._locks:
             self._locks[folder] = ByteLocks(folder / LOCKS)
         return self._locks[folder]
@@ -64,77 +76,98 @@ class Room:
     @property
     def limit(self) -> int:
         """Return the limit in bytes."""
+        return self._limit_of(self.held() if self._limit is None else 0)
+
+    def held(self) -> int:
+        """Return the bytes of all files and reservations; what is being fetched counts by its reservation."""
+        return self._contents()[0]
+
+    def _limit_of(self, held: int) -> int:
         if self._limit is not None:
             return self._limit
-        held = sum(self._sizes())
         return int(DEFAULT_SHARE * (held + shutil.disk_usage(self._folder).free))
 
     def reserve(
         self,
-        folder: Path,
-        shard: Shard,
+        reserved: Path,
+        size: int,
         first_use: float,
         next_use: Callable[[Path], float],
-        mine: Callable[[Path], bool],
+        urgent: bool = True,
     ) -> bool:
         """Make room for a shard by removing others, and reserve it; return False where there is none.
 
         Args:
-            folder: of the shard's set; this process holds the shard's exclusive lock.
+            reserved: the shard's `reservation`, which is replaced if it is there; the caller holds the shard's exclusive
+                lock.
+            size: bytes to reserve.
             first_use: when the shard is needed (a batch index); shards needed no later than that stay.
             next_use: returns when a shard that lies in the cache is needed next; NEVER if it is not known to be.
-            mine: whether this process uses or fetches a shard.
+            urgent: whether a process waits for the shard; others look for room only while nobody else does.
         """
-        with self._exclusive():
-            self._remove_abandoned(mine)
-            need = sum(self._sizes()) + cost(shard) - self.limit
+        with self._turn(urgent) as has_turn:
+            if not has_turn:
+                return False
+            self._remove_abandoned()
+            held, stored = self._contents(reserved)
+            need = held + size - self._limit_of(held)
             if need > 0:
-                stored = [(next_use(one.path), one) for one in self._stored() if not mine(one.path)]
-                for use, one in sorted(stored, key=lambda each: (-each[0], each[1].used)):
+                uses = [(next_use(one.path), one) for one in stored]
+                for use, one in sorted(uses, key=lambda each: (-each[0], each[1].used)):
                     if need <= 0 or use <= first_use:
                         break
                     need -= self._remove(one)
             if need > 0:
                 return False
-            with reservation(folder, shard.name).open("wb") as file:
-                file.truncate(cost(shard))
+            with open(reserved, "wb", opener=open_own) as file:
+                file.truncate(size)
             return True
 
-    def cancel(self, folder: Path, shard: Shard) -> None:
-        """End a shard's reservation: its files are there, or will not come."""
-        reservation(folder, shard.name).unlink(missing_ok=True)
-
     @contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        handle = os.open(self._folder / ".room", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    def _turn(self, urgent: bool) -> Iterator[bool]:
+        """Let one process of the node at a time make room; yield False to one without need whose turn does not come."""
+        handle, began = open_own(self._folder / ".room", os.O_RDWR | os.O_CREAT), time.monotonic()
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
+            has_turn = False
+            while not has_turn and (urgent or time.monotonic() - began < TURN_S):
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | (0 if urgent else fcntl.LOCK_NB))
+                    has_turn = True
+                except BlockingIOError:  # whoever waits in flock goes first
+                    time.sleep(random.uniform(0.005, 0.02))
+            yield has_turn
         finally:
             os.close(handle)
 
     def _files(self) -> Iterator[os.DirEntry[str]]:
-        for folder in os.scandir(self._folder):
-            if folder.is_dir():
-                yield from os.scandir(folder.path)
+        """Yield the files in the folders of the cache, and none in folders that are not its own."""
+        for folder in _scan(self._folder):
+            if folder.is_dir() and _is_own(Path(folder.path)):
+                yield from _scan(folder.path)
 
-    def _sizes(self) -> Iterator[int]:
-        """Yield the size of every file and reservation; what is being fetched counts by its reservation."""
+    def _contents(self, without: Path | None = None) -> tuple[int, list[Stored]]:
+        """Return the bytes of all files and reservations but `without`, and the shards.
+
+        What has a reservation counts by that alone: its tar may have its name already.
+        """
+        sizes: dict[str, int] = {}
+        stored = []
         for entry in self._files():
             if not entry.name.endswith(".partial"):
                 with suppress(FileNotFoundError):
-                    yield entry.stat().st_size
-
-    def _stored(self) -> Iterator[Stored]:
-        for entry in self._files():
-            if entry.name.endswith(".tar"):
-                with suppress(FileNotFoundError):
-                    status = entry.stat()
-                    yield Stored(Path(entry.path), status.st_size, status.st_mtime, number_of(entry.name))
+                    status = entry.stat(follow_symlinks=False)
+                    sizes[entry.path] = status.st_size
+                    if entry.name.endswith(".tar"):
+                        stored.append(Stored(Path(entry.path), status.st_size, status.st_mtime, number_of(entry.name)))
+        for path in [path for path in sizes if path.endswith(RESERVED)]:
+            tar = _reserved_tar(Path(path))
+            for covered in (tar, index_path(tar)):
+                sizes.pop(str(covered), None)
+        return sum(sizes.values()) - sizes.get(str(without), 0), stored
 
     def _remove(self, one: Stored) -> int:
         """Remove a shard that no process has locked; return the bytes that this frees."""
-        locks = self.locks(one.path.parent)
+        locks = self._locks_of(one.path.parent)
         if not locks.try_exclusive(one.number):
             return 0
         try:
@@ -147,13 +180,13 @@ class Room:
         finally:
             locks.unlock(one.number)
 
-    def _remove_abandoned(self, mine: Callable[[Path], bool]) -> None:
+    def _remove_abandoned(self) -> None:
         """Remove the reservations and fragments of processes that were killed: their locks are free."""
         for entry in [entry for entry in self._files() if entry.name.endswith(RESERVED)]:
             path = Path(entry.path)
-            tar = path.with_name(path.name[1 : -len(RESERVED)])
-            locks, number = self.locks(path.parent), number_of(tar.name)
-            if mine(tar) or not locks.try_exclusive(number):
+            tar = _reserved_tar(path)
+            locks, number = self._locks_of(path.parent), number_of(tar.name)
+            if not locks.try_exclusive(number):
                 continue
             try:
                 for fragment in path.parent.glob(f".{tar.name}.*.partial"):
@@ -163,6 +196,30 @@ class Room:
                 locks.unlock(number)
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder of the cache, and mark it as one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not _is_own(folder):
+        (folder / MARKER).write_text(folder.name)
+
+
+def _is_own(folder: Path) -> bool:
+    try:
+        return (folder / MARKER).read_bytes() == os.fsencode(folder.name)
+    except OSError:
+        return False
+
+
+def _scan(folder: str | Path) -> Iterator[os.DirEntry[str]]:
+    """Yield the entries of a folder; none of one that somebody removes."""
+    with suppress(FileNotFoundError), os.scandir(folder) as entries:
+        yield from entries
+
+
 def reservation(folder: Path, name: str) -> Path:
     """Return the file that reserves room for a shard."""
     return folder / f".{name}{RESERVED}"
+
+
+def _reserved_tar(path: Path) -> Path:
+    return path.with_name(path.name[1 : -len(RESERVED)])

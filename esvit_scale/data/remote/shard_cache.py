@@ -17,7 +17,8 @@ from pathlib import Path
 from esvit_scale import files, store_urls
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data.manifest import Manifest, Shard
-from esvit_scale.data.remote.room import NEVER, Room, cost, number_of
+from esvit_scale.data.remote.locks import ByteLocks
+from esvit_scale.data.remote.room import LOCKS, NEVER, Room, cost, make_folder, number_of, reservation
 from esvit_scale.data.remote.store import Denied, Missing, Store, StoreUnreachable
 from esvit_scale.errors import UserError
 
@@ -27,6 +28,7 @@ CHANGED_ATTEMPTS = 3  # transfers of another length or sha256 before the object,
 CHANGED_DELAY_S = 0.5  # longer before every further one
 LAST_SHARDS = 2  # that a reader without a schedule keeps
 POLL_S = 0.02
+NO_ROOM_S = 0.5  # at most between two attempts to find room
 WAIT_S = 1800.0  # seconds to wait for another process that fetches a shard, or for room
 
 
@@ -42,15 +44,14 @@ class ShardCache:
     def __init__(self, manifest: Manifest, next_use: Callable[[Path], float] = lambda path: NEVER) -> None:
         assert manifest.remote is not None
         self.manifest, self.folder, remote = manifest, manifest.root, manifest.remote
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         self._room = Room(self.folder.parent, remote.limit)
-        self._locks = self._room.locks(self.folder)
+        self._locks = ByteLocks(self.folder / LOCKS)  # not those with which `_room` removes shards: these exclude them
         self._store: Store | None = None
         self._next_use = next_use
         self._changed, self._opening = threading.Condition(), threading.Lock()
         self._held: set[int] = set()  # shards with a shared lock
         self._fetching: set[int] = set()
-        self._paths = {shard.name: number for number, shard in enumerate(manifest.shards)}
         self.fetched = 0  # shards that this process has fetched
 
     def path(self, number: int) -> Path:
@@ -58,18 +59,28 @@ class ShardCache:
 
         Raises:
             UserError: the object is not what the manifest says, is missing, or there is no room for it.
-            StoreUnreachable: the store does not serve it.
+            StoreUnreachable: the store does not serve it, or the cache's disk is full or broken.
         """
-        shard, began = self.manifest.shards[number], time.monotonic()
+        try:
+            return self._path(number)
+        except OSError as error:  # of the cache: a reader would take it for a damaged sample
+            raise StoreUnreachable(
+                f"{self.folder}: {error.strerror or error}; the cache's disk is full or broken"
+            ) from None
+
+    def _path(self, number: int) -> Path:
+        shard, began, delay = self.manifest.shards[number], time.monotonic(), POLL_S
         while not self._take(number):
-            if self._fetch(number, first_use=-1.0, urgent=True):
+            there = self._fetch(number, first_use=-1.0, urgent=True)
+            if there:
                 continue
+            delay = min(2 * delay, NO_ROOM_S) if there is False else POLL_S
             if time.monotonic() - began > WAIT_S:
                 raise UserError(
                     f"data.cache_gb: no room for {shard.name} in {self.folder.parent} for {WAIT_S / 60:.0f} minutes: other "
                     "runs use the cache; give it more room, or this run a data.cache_dir of its own"
                 )
-            time.sleep(POLL_S)
+            time.sleep(delay)
         return self.folder / shard.name
 
     def fetch_ahead(self, number: int, first_use: float, admit: Callable[[], None] = lambda: None) -> bool | None:
@@ -142,26 +153,26 @@ class ShardCache:
         try:
             if self.is_there(number):
                 return True
-            reserved = self._room.reserve(self.folder, shard, first_use, self._next_use, self._is_mine)
+            reserved = self._reserve(shard, cost(shard), first_use, urgent)
             if reserved:
                 admit()
-                self._transfer(shard, urgent)
+                self._transfer(shard, urgent, first_use)
                 self.fetched += 1
             return reserved
         finally:
             with self._changed:
                 if reserved:
-                    self._room.cancel(self.folder, shard)
+                    reservation(self.folder, shard.name).unlink(
+                        missing_ok=True
+                    )  # the files are there, or will not come
                 self._fetching.discard(number)
                 self._locks.unlock(byte)
                 self._changed.notify_all()
 
-    def _is_mine(self, path: Path) -> bool:
-        number = self._paths.get(path.name) if path.parent == self.folder else None
-        with self._changed:
-            return number is not None and (number in self._held or number in self._fetching)
+    def _reserve(self, shard: Shard, size: int, first_use: float, urgent: bool) -> bool:
+        return self._room.reserve(reservation(self.folder, shard.name), size, first_use, self._next_use, urgent)
 
-    def _transfer(self, shard: Shard, urgent: bool) -> None:
+    def _transfer(self, shard: Shard, urgent: bool, first_use: float) -> None:
         """Fetch a shard's object, compare it with the manifest, and give tar and index their names, the tar last."""
         store = self._opened_store()
         tmp = self.folder / f".{shard.name}.{os.getpid()}.{threading.get_ident()}.partial"
@@ -180,14 +191,10 @@ class ShardCache:
                 raise UserError(
                     f"{url}: {problem}: the object was replaced or is damaged; upload the shard again, or start another run"
                 )
-            self._write_index(shard, tmp)
+            self._write_index(shard, tmp, first_use)
             tmp.replace(self.folder / shard.name)
         except (Missing, Denied) as error:
             raise UserError(f"{error}; the manifest lists it: upload the shard again") from None
-        except OSError as error:
-            raise StoreUnreachable(
-                f"{self.folder}: {error.strerror or error}; the cache's disk is full or broken"
-            ) from None
         finally:
             tmp.unlink(missing_ok=True)
 
@@ -197,10 +204,14 @@ class ShardCache:
                 self._store = Store(self._remote.url, self._remote.options, self.folder.parent)
             return self._store
 
-    def _write_index(self, shard: Shard, tar: Path) -> None:
-        """Write the index of a verified tar from its headers: the index in the store is covered by no checksum."""
+    def _write_index(self, shard: Shard, tar: Path, first_use: float) -> None:
+        """Write the index of a verified tar from its headers: the index in the store is covered by no checksum.
+
+        Where there is no room for an index of unusually long keys, readers scan the headers themselves.
+        """
         index = manifests.dump_index(shard.name, manifests.scan(tar))
-        if shard.bytes + len(index) <= cost(shard):  # otherwise readers scan the headers themselves
+        size = shard.bytes + len(index)
+        if size <= cost(shard) or self._reserve(shard, size, first_use, urgent=True):
             files.write_bytes(manifests.index_path(self.folder / shard.name), index)
 
     @property

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from esvit_scale import store_urls
-from esvit_scale.data.remote.locks import ByteLocks
+from esvit_scale.data.remote.locks import ByteLocks, open_own
 from esvit_scale.errors import RestartCanHelp, UserError
 
 T = TypeVar("T")
@@ -207,7 +207,7 @@ class Store:
 
 def _pace(path: Path) -> None:
     """Wait for this request's turn: the file holds the time at which the node's next request may start."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    handle = open_own(path, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         now = time.time()

@@ -53,7 +53,7 @@ def check(config: Config, data: object, world_size: int) -> list[str]:
             f"{_gb(found.least)} or more ({_gb(found.once)}: no shard is fetched twice in an epoch), on a disk that has it "
             "(data.cache_dir), or use more nodes, a smaller data.shuffle_window or smaller shards"
         )
-    free = shutil.disk_usage(folder).free + sum(Room(folder, None)._sizes())
+    free = shutil.disk_usage(folder).free + Room(folder, None).held()
     if limit > free:
         raise UserError(
             f"data.cache_gb: {_gb(limit)} GB, but {folder} has {_gb(free)} GB; set data.cache_gb={_gb(found.least)} to "
