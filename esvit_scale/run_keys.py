@@ -108,7 +108,8 @@ class Data(Section):
     epoch_samples: Positive | None = None
     """[images] Samples of one epoch. Plain tars need it, since their number of samples is not known; null: all images."""
     held_out: PathText = ""
-    """Labelled shards or class folders on which train.knn_every measures; they are never trained on."""
+    """Labelled shards or class folders on which train.knn_every measures and which are never trained on: give the set val
+    of shards create --val-fraction, not the folder from which data.train was made."""
     workers: Count = 4
     """[processes per rank] Loader processes; 0 decodes in the training process."""
     stage: PathText | None = None

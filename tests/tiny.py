@@ -30,11 +30,11 @@ VALUES: dict[str, Any] = {
 }
 
 
-def shards(folder: Path, samples: int = 36) -> Path:
-    """A shard set of coloured noise, 36 images: 4 steps an epoch at batch 8, and 4 samples dropped."""
+def shards(folder: Path, samples: int = 36, first: int = 0) -> Path:
+    """A shard set of coloured noise, 36 images: 4 steps an epoch at batch 8, and 4 samples dropped. Another `first` gives other images."""
     images = []
     for i in range(samples):
-        generator = np.random.default_rng(i)
+        generator = np.random.default_rng(first + i)
         coarse = Image.fromarray(generator.integers(0, 255, (6, 6, 3), dtype=np.uint8)).resize((40, 40))
         buffer = io.BytesIO()
         coarse.save(buffer, "PNG")

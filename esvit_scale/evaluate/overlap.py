@@ -5,6 +5,9 @@ import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
 
 from esvit_scale.data.bad_image import BadImage
 from esvit_scale.data.evaluation import Items, items_of
@@ -17,6 +20,22 @@ from esvit_scale.parallel import collectives
 log = logging.getLogger(__name__)
 
 COMPARED = 500  # number of test images, evenly spaced, that are looked for in the training set
+BLOCK = 500  # consecutive training images that are read together where only some of them are looked through
+
+
+class Shared(NamedTuple):
+    """The images of a test set that were found in a training set, byte by byte the same."""
+
+    images: int
+    compared: int  # images of the test set that were looked for
+    total: int  # images of the test set
+    example: str  # where the first of them lies in the test set; "" if there is none
+
+    def in_words(self) -> str:
+        """Return how many images are shared, such as "371 of 500 compared images (of 714)"."""
+        if self.compared == self.total:
+            return f"{self.images:,} of {self.total:,} images"
+        return f"{self.images:,} of {self.compared:,} compared images (of {self.total:,})"
 
 
 def check_train_and_test(train: Sequence[Path], test: Path, what: str, classes: bool = True) -> None:
@@ -67,23 +86,47 @@ def _classes_of(source: Path, what: str) -> list[str]:
 
 def _warn_of_shared(train: Path, test: Path) -> None:
     """Log a warning if any of up to COMPARED test images has the same bytes as a training image."""
+    if (shared := find_shared(train, test)).images:
+        log.warning(
+            "%s: %s have the same bytes as one of %s, for example %s, so the result partly measures memory",
+            *(test, shared.in_words(), train, shared.example),
+        )
+
+
+def find_shared(train: Path, test: Path, most: int | None = None) -> Shared:
+    """Look for up to COMPARED images of a test set, evenly spaced, in a training set.
+
+    Args:
+        train, test: image folders or shard sets.
+        most: look through about this many training images, in evenly spaced blocks; None: through all.
+
+    Raises:
+        UserError: a set cannot be read.
+    """
     test_items, train_items = items_of(test, notes=False), items_of(train, notes=False)
-    step = max(1, len(test_items) // COMPARED)
-    compared = range(0, len(test_items), step)[:COMPARED]
+    compared = _evenly_spaced(len(test_items), COMPARED)
     by_size = defaultdict(list)
-    sizes = {size: number for number in compared if (size := test_items.size(number)) is not None}
-    for number in range(len(train_items)):
+    sizes = {size for number in compared if (size := test_items.size(number)) is not None}
+    for number in _in_blocks(len(train_items), most):
         if (size := train_items.size(number)) in sizes:
             by_size[size].append(number)
     digests = {_digest(train_items, number) for numbers in by_size.values() for number in numbers} - {None}
     shared = [n for n in compared if test_items.size(n) in by_size and _digest(test_items, n) in digests]
-    if shared:
-        of = f"all {len(test_items)}" if step == 1 else f"{len(compared)} compared of {len(test_items)}"
-        log.warning(
-            "%s: %d images (%s test images) have the same bytes as one of %s, for example %s, so the result partly "
-            "measures memory",
-            *(test, len(shared), of, train, test_items.name(shared[0])),
-        )
+    example = test_items.name(shared[0]) if shared else ""
+    return Shared(len(shared), len(compared), len(test_items), example)
+
+
+def _evenly_spaced(n: int, most: int) -> list[int]:
+    """Return up to `most` of the numbers 0 … n - 1, evenly spaced."""
+    return sorted(set(np.linspace(0, n - 1, min(n, most)).round().astype(int).tolist())) if n else []
+
+
+def _in_blocks(n: int, most: int | None) -> list[int]:
+    """Return all numbers 0 … n - 1, or about `most` of them in evenly spaced blocks of consecutive ones."""
+    if most is None or n <= most:
+        return list(range(n))
+    starts = _evenly_spaced(n - BLOCK + 1, max(1, most // BLOCK))
+    return sorted({number for start in starts for number in range(start, start + BLOCK)})
 
 
 def _digest(items: Items, number: int) -> bytes | None:

@@ -16,7 +16,7 @@ from esvit_scale.objective.schedules import Schedules
 from esvit_scale.parallel import collectives
 from esvit_scale.parallel import world as worlds
 from esvit_scale.parallel.world import World
-from esvit_scale.train import attention, header, metrics, run_dir, signals, stage, tracking
+from esvit_scale.train import attention, header, held_out, metrics, run_dir, signals, stage, tracking
 from esvit_scale.train.lock import Lock
 from esvit_scale.train.online_knn import OnlineKnn
 from esvit_scale.train.run_resources import RunResources
@@ -80,6 +80,9 @@ def open_and_train(config: Config, world: World, watchdog: Watchdog) -> int:
         checkpoint = step_folders.newest_valid(path)
         signals.set_kept(checkpoint)
         identity = collectives.run_on_rank0_and_broadcast(lambda: _checked_identity(config, data, checkpoint))
+        if config.train.knn_every:
+            collectives.run_on_rank0_and_broadcast(lambda: held_out.check(config, resumed=checkpoint is not None))
+            watchdog.progress()
         if world.rank == 0:
             also = f"reading images of {config.data.held_out}, then " if config.train.knn_every else ""
             log.info("%sbuilding student and teacher …", also)

@@ -10,7 +10,8 @@ from PIL import Image
 
 from esvit_scale import cli
 from esvit_scale.errors import UserError
-from esvit_scale.evaluate.overlap import check_train_and_test
+from esvit_scale.evaluate import overlap
+from esvit_scale.evaluate.overlap import check_train_and_test, find_shared
 from esvit_scale.evaluate.transfer_list import read_labels
 
 
@@ -75,14 +76,26 @@ def test_identical_sets_and_shared_images_are_reported(one_each: Path, caplog: p
     for c in (3, 7):
         shutil.copy(train / f"c{c:02d}" / "0.png", test / f"c{c:02d}" / "other name.png")
     check_train_and_test([train], test, "k-NN")
-    assert (
-        f"{test}: 2 images (all 14 test images) have the same bytes as one of {train}, for example c03/other"
-        in caplog.text
-    )
+    assert f"{test}: 2 of 14 images have the same bytes as one of {train}, for example c03/other" in caplog.text
     caplog.clear()
     created(train, one_each / "shards")
     check_train_and_test([one_each / "shards"], train, "k-NN")
-    assert "12 images (all 12 test images) have the same bytes" in caplog.text
+    assert "12 of 12 images have the same bytes" in caplog.text
+
+
+def test_compared_images_are_spread_over_the_whole_test_set(one_each: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """714 images, of which 500 are compared: the first 500 were taken, and "all 714" reported."""
+    monkeypatch.setattr(overlap, "COMPARED", 8)
+    shutil.copy(one_each / "train" / "c11" / "0.png", one_each / "test" / "c11" / "0.png")
+    found = find_shared(one_each / "train", one_each / "test")
+    assert found == (1, 8, 12, "c11/0.png")
+    assert found.in_words() == "1 of 8 compared images (of 12)"
+
+
+def test_blocks_of_a_large_training_set_are_looked_through(one_each: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overlap, "BLOCK", 2)
+    assert find_shared(one_each / "train", one_each / "train", most=4).images == 4
+    assert find_shared(one_each / "train", one_each / "train", most=12).images == 12
 
 
 def test_commands_check_the_sets_before_reading_weights(one_each: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,6 +26,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.shards(tmp_path_factory.mktemp("data") / "shards")
 
 
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.shards(tmp_path_factory.mktemp("data") / "held-out", first=100)
+
+
 def history(*accuracies: float, pixels: float | None = 0.3, images: int = 1024) -> KnnHistory:
     return KnnHistory([(100 * i, accuracy) for i, accuracy in enumerate(accuracies)], pixels, images)
 
@@ -149,11 +154,11 @@ SETTINGS = {"train__knn_every": 2, "train__log_every": 2, "train__keep_best": Tr
 
 
 def test_best_checkpoint_is_kept_and_patience_ends_the_run(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, held_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Script.install(monkeypatch)
     run = tmp_path / "run"
-    config = tiny.config(run, data, data__held_out=str(data), train__patience=3, **SETTINGS)
+    config = tiny.config(run, data, data__held_out=str(held_out), train__patience=3, **SETTINGS)
     assert pretraining.pretrain(config) == 0
     assert [row["knn_top1"] for row in tiny.rows(run)] == list(Script.values)
     assert tiny.rows(run)[-1]["step"] == 10  # of 20
@@ -175,9 +180,9 @@ def test_best_checkpoint_is_kept_and_patience_ends_the_run(
 
 
 def test_run_that_ended_early_goes_on_when_longer_or_more_patient(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, held_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = SETTINGS | {"train__steps": 10, "train__patience": 1, "data__held_out": str(data)}
+    settings = SETTINGS | {"train__steps": 10, "train__patience": 1, "data__held_out": str(held_out)}
     measured = iter((0.9, 0.5))  # at steps 0 and 2, and 0.4 after them
     monkeypatch.setattr(OnlineKnn, "accuracy", lambda *_: next(measured, 0.4))
 
@@ -195,32 +200,32 @@ def test_run_that_ended_early_goes_on_when_longer_or_more_patient(
 
 
 def test_history_survives_a_start_that_does_not_measure_and_begins_anew_on_other_images(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, held_out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(OnlineKnn, "accuracy", lambda self, *_: 0.9 if self.images == 36 else 0.5)
-    run, other = tmp_path / "run", tiny.shards(tmp_path / "other", samples=28)
+    run, other = tmp_path / "run", tiny.shards(tmp_path / "other", samples=28, first=200)
 
-    def knn(steps: int, held_out: Path | str, every: int | None) -> dict[str, Any]:
-        settings = {"train__steps": steps, "train__knn_every": every, "data__held_out": str(held_out)}
+    def knn(steps: int, labelled: Path, every: int | None) -> dict[str, Any]:
+        settings = {"train__steps": steps, "train__knn_every": every, "data__held_out": str(labelled)}
         assert pretraining.pretrain(tiny.config(run, data, **settings)) == 0
         return run_records.read_summary(run)["knn"]
 
-    first = knn(2, data, 1)
+    first = knn(2, held_out, 1)
     assert (first["images"], first["untrained"], first["best"]) == (36, 0.9, {"step": 1, "top1": 0.9})
-    assert knn(3, data, None) == first
+    assert knn(3, held_out, None) == first
     assert (
         "k-NN on 36 held-out images"
         in (run / "log.txt").read_text().rpartition("nothing was gained")[0].splitlines()[-2]
     )
-    moved = shutil.copytree(data, tmp_path / "moved")
+    moved = shutil.copytree(held_out, tmp_path / "moved")
     assert knn(4, moved, 1) == first | {"last": {"step": 4, "top1": 0.9}}
     found = knn(5, other, 10)  # measured at the last step
     assert (found["images"], found["untrained"], found["best"]) == (28, None, {"step": 5, "top1": 0.5})
     assert knn(6, other, None) == found
 
 
-def test_k_nn_is_measured_again_by_a_start_without_a_checkpoint(data: Path, tmp_path: Path) -> None:
-    config = tiny.config(tmp_path / "run", data, data__held_out=str(data), train__steps=4, **SETTINGS)
+def test_k_nn_is_measured_again_by_a_start_without_a_checkpoint(data: Path, held_out: Path, tmp_path: Path) -> None:
+    config = tiny.config(tmp_path / "run", data, data__held_out=str(held_out), train__steps=4, **SETTINGS)
     path = tmp_path / "run"
     path.mkdir()
     run_dir.record_start(path, config)
@@ -229,8 +234,15 @@ def test_k_nn_is_measured_again_by_a_start_without_a_checkpoint(data: Path, tmp_
     assert [row["step"] for row in tiny.rows(path)] == [0, 2, 4]
 
 
-def test_longer_run_goes_on_as_if_planned_so_where_schedules_do_not_depend_on_it(data: Path, tmp_path: Path) -> None:
-    same = {"optim__schedule": "constant", "optim__cooldown": 0.0, "data__held_out": str(data), "train__knn_every": 4}
+def test_longer_run_goes_on_as_if_planned_so_where_schedules_do_not_depend_on_it(
+    data: Path, held_out: Path, tmp_path: Path
+) -> None:
+    same = {
+        "optim__schedule": "constant",
+        "optim__cooldown": 0.0,
+        "data__held_out": str(held_out),
+        "train__knn_every": 4,
+    }
     assert pretraining.pretrain(tiny.config(tmp_path / "long", data, train__steps=16, **same)) == 0
     run = tmp_path / "run"
     assert pretraining.pretrain(tiny.config(run, data, train__steps=8, **same)) == 0
@@ -269,10 +281,10 @@ def test_finished_run_can_be_made_longer_but_not_shorter(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_two_ranks_agree_on_the_best_checkpoint_and_on_the_end(data: Path, tmp_path: Path) -> None:
+def test_two_ranks_agree_on_the_best_checkpoint_and_on_the_end(data: Path, held_out: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = SETTINGS | {"train__patience": 2, "train__steps": 60, "train__ds_config": "zero3"}
-    config = tiny.config(run, data, data__held_out=str(data), **settings)
+    config = tiny.config(run, data, data__held_out=str(held_out), **settings)
     done = launcher.run(*launcher.CLI, "pretrain", tiny.write_config(tmp_path / "c.yaml", config), ranks=2)
     summary, rows = run_records.read_summary(run), tiny.rows(run)
     best = summary["knn"]["best"]["step"]

@@ -48,14 +48,15 @@ def test_effective_rank_of_known_matrices() -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("gauges")
-    shards, found = tiny.shards(folder / "shards"), {}
+    shards, held_out = tiny.shards(folder / "shards"), tiny.shards(folder / "held-out", first=100)
+    found = {}
     for stage in STAGES:
         config = tiny.config(
             folder / stage,
             shards,
             train__ds_config=stage,
             train__steps=6,
-            data__held_out=str(shards),
+            data__held_out=str(held_out),
             train__knn_every=3,
         )
         assert pretraining.pretrain(config) == 0

@@ -1,0 +1,54 @@
+"""The check, at a start, that the images on which a run measures its k-NN accuracy are not those that it trains on."""
+
+import logging
+from contextlib import suppress
+from pathlib import Path
+
+from esvit_scale import store_urls
+from esvit_scale.config import Config
+from esvit_scale.data.manifest import is_shard_set
+from esvit_scale.errors import UserError
+from esvit_scale.evaluate.overlap import find_shared
+
+log = logging.getLogger("esvit_scale")
+
+LOOKED_THROUGH = 10_000  # training images of a set among which held-out ones are looked for: seconds at most
+REMEDY = "give images that are never trained on, such as the set val of `esvit-scale shards create --val-fraction`"
+
+
+def check(config: Config, resumed: bool) -> None:
+    """Compare data.held_out with the training sets, and log a warning if images are in both. Rank 0 calls it.
+
+    Contents are compared where both sets are folders that can be read: 500 held-out images with up to LOOKED_THROUGH
+    images of each training set.
+
+    Args:
+        resumed: whether the run has a checkpoint. The run then goes on with a warning even if the sets are the same.
+
+    Raises:
+        UserError: data.held_out is a training set itself, and the run begins.
+    """
+    held_out = config.data.held_out
+    for train in [mixed.urls for mixed in config.data.mix] or [config.data.train]:
+        if _place(train) == _place(held_out):
+            problem = f"data.held_out: {held_out}: is the training set, so k-NN would measure memory; {REMEDY}"
+            if not resumed:
+                raise UserError(problem)
+            log.warning("%s", problem)
+        elif not (store_urls.is_set_url(held_out) or store_urls.is_set_url(train)) and is_shard_set(Path(train)):
+            with suppress(UserError, OSError):  # whoever reads these sets next says what is wrong
+                _warn_of_shared(Path(train), Path(held_out))
+
+
+def _place(name: str) -> str:
+    """Return one spelling of the place that a path or URL names."""
+    return name.rstrip("/") if store_urls.is_set_url(name) else str(Path(name).resolve())
+
+
+def _warn_of_shared(train: Path, held_out: Path) -> None:
+    shared = find_shared(train, held_out, LOOKED_THROUGH)
+    if shared.images:
+        log.warning(
+            "data.held_out: %s: %s have the same bytes as one of %s, for example %s, so k-NN partly measures memory; %s",
+            *(held_out, shared.in_words(), train, shared.example, REMEDY),
+        )
