@@ -7,6 +7,7 @@ offsets are checked against the tar when it is read.
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,6 +80,14 @@ def index_path(shard: Path) -> Path:
 def is_shard_set(root: Path) -> bool:
     """Return whether a folder holds a finished shard set, by its manifest.json."""
     return (root / MANIFEST).is_file()
+
+
+def address(source: Path) -> str:
+    """Return what names a data set for good: the URL of a remote set, whose folder in the cache may leave, or the path."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        if remote := _remote(source):
+            return remote.url
+    return str(source)
 
 
 def load(root: Path) -> Manifest:
@@ -289,11 +298,22 @@ def read_side_car(shard: Path) -> Index:
         OSError: the file cannot be read.
         ValueError: it is not an index of this tar, or is cut short.
     """
-    lines = index_path(shard).read_bytes()
+    return parse_index(index_path(shard).read_bytes(), shard.name)
+
+
+def parse_index(lines: bytes, name: str) -> Index:
+    """Return the index that the bytes of an index file hold.
+
+    Args:
+        name: of the tar.
+
+    Raises:
+        ValueError: it is not an index of this tar, or is cut short.
+    """
     header = json.loads(lines[: lines.find(b"\n") + 1])
     if not isinstance(header, dict) or header.get("format_version") != FORMAT_VERSION:
         raise ValueError("not an index of this format version")
-    if header.get("shard") != shard.name or not lines.endswith(b"\n"):
+    if header.get("shard") != name or not lines.endswith(b"\n"):
         raise ValueError("of another shard, or cut short")
     return Index(lines)
 

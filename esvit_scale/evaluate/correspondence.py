@@ -264,7 +264,7 @@ def run_correspondence(
     means = {name: _mean([row[name] for row in rows if name in row]) for name in ("mirrored", "cropped")}
     summary = {
         **teacher.origin(checkpoint),
-        "data": str(data),
+        "data": manifests.address(data),
         "images": len(rows),
         "size": teacher.size,
         "measures": {**means, "stereo": measure(pair.pairs)},

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from esvit_scale import files
+from esvit_scale.data import manifest as manifests
 from esvit_scale.division import share
 from esvit_scale.errors import UserError
 from esvit_scale.evaluate.features import ExtractionOptions, default_device, extract, load_frozen_trunk
@@ -161,7 +162,7 @@ def run_knn(
         with_class_names(extract(teacher.trunk, s, teacher.size, **options._asdict(), pixels=teacher.pixels), s)
         for s in (train, test)
     ]
-    row = teacher.origin(checkpoint) | {"train": str(train), "test": str(test)}
+    row = teacher.origin(checkpoint) | {"train": manifests.address(train), "test": manifests.address(test)}
     result = row | evaluate(sets[0], sets[1], ks)  # computed on every rank, so that an error ends all ranks
     if shots:
         result["few_shot"] = few_shot(sets[0], sets[1], shots, tries, ks)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from esvit_scale.data import augmented
+from esvit_scale.data import manifest as manifests
 from esvit_scale.division import share
 from esvit_scale.errors import UserError
 from esvit_scale.evaluate import linear_heads, logistic
@@ -108,7 +109,7 @@ def run_linear(
         for s in (train, test)
     ]
     data = make_probe_data(sets[0], sets[1], settings, ImageSource(teacher, train, options))
-    row: Json = teacher.origin(checkpoint) | {"train": str(train), "test": str(test)}
+    row: Json = teacher.origin(checkpoint) | {"train": manifests.address(train), "test": manifests.address(test)}
     row |= {
         "n_train": len(data.rows),
         "n_test": len(data.truth),

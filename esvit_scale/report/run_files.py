@@ -9,7 +9,7 @@ import numpy as np
 
 from esvit_scale import config as configs
 from esvit_scale.config import Config
-from esvit_scale.errors import UserError
+from esvit_scale.errors import RestartCanHelp, UserError
 from esvit_scale.report import plots, sample_images
 from esvit_scale.train import row_file
 
@@ -82,8 +82,12 @@ def try_or_note(what: str, missing: list[str], make: Callable[[], T]) -> T | Non
     """
     try:
         return make()
-    except (UserError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-        says = str(error) if isinstance(error, UserError | OSError) else f"not in the form expected ({error!r})"
+    except (UserError, RestartCanHelp, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        says = (
+            str(error)
+            if isinstance(error, UserError | RestartCanHelp | OSError)
+            else f"not in the form expected ({error!r})"
+        )
         missing.append(f"{what}: {' '.join(says.split())}")
         return None
 

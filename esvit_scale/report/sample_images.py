@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,8 @@ from esvit_scale.config import Config
 from esvit_scale.data import decode, image_folder, photometric, raster, stream
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data.pixel_format import PixelFormat, pixel_format
-from esvit_scale.data.remote.shard_cache import ShardFiles
+from esvit_scale.data.remote import place
+from esvit_scale.data.remote.few_images import encoded_images
 from esvit_scale.errors import UserError
 from esvit_scale.report.false_colour import composite
 
@@ -63,6 +64,7 @@ def crop_grid(config: Config) -> CropGrid:
 
     Raises:
         UserError: the training set no longer exists.
+        StoreUnreachable: it lies in a store that does not answer.
     """
     columns = [[thumbnail(image, 128) for image in column] for column in _augmented_crops(config, CROPPED_IMAGES)]
     return CropGrid(_crop_names(len(columns)), [list(row) for row in zip(*columns, strict=True)])
@@ -128,10 +130,12 @@ def neighbour_rows(result: Mapping[str, Any]) -> list[Query]:
 
     Raises:
         UserError: one of its two sets no longer exists, or does not hold a recorded sample.
+        StoreUnreachable: one of them lies in a store that does not answer.
     """
     examples = result["examples"]
-    queries = images_by_key(Path(result["test"]), {e["key"] for e in examples})
-    bank = images_by_key(Path(result["train"]), {n["key"] for e in examples for n in e["neighbours"]})
+    test, train = (place.local_folder(result[name]) for name in ("test", "train"))
+    queries = images_by_key(test, {e["key"] for e in examples})
+    bank = images_by_key(train, {n["key"] for e in examples for n in e["neighbours"]})
     return [
         Query(
             thumbnail(queries[e["key"]]),
@@ -151,30 +155,18 @@ def images_by_key(source: Path, keys: set[str]) -> dict[str, Image.Image]:
     Raises:
         UserError: the set does not exist, or does not hold one of the samples.
     """
-    found = {key: _picture(data) for key, data in _encoded(source, keys)}
+    found = {key: _picture(data) for key, data in _encoded(source, keys).items()}
     missing = sorted(keys - found.keys())
     if missing:
         raise UserError(f"{source}: holds no sample {missing[0]!r}")
     return found
 
 
-def _encoded(source: Path, keys: set[str]) -> Iterable[tuple[str, bytes]]:
-    if not manifests.is_shard_set(source):
-        for file in image_folder.list_images(source).files:
-            if image_folder.printable(file.path) in keys:
-                yield image_folder.printable(file.path), (source / file.path).read_bytes()
-        return
-    manifest = manifests.load(source)
-    shards = ShardFiles(manifest)
-    for number in range(len(manifest.shards)):
-        path, _ = shards.path(number)
-        wanted = [entry for entry in manifests.read_index(path) if entry.key in keys]
-        with path.open("rb") as tar:
-            for entry in wanted:
-                place = manifests.image_member(entry)
-                if place:
-                    tar.seek(place[0])
-                    yield entry.key, tar.read(place[1])
+def _encoded(source: Path, keys: set[str]) -> dict[str, bytes]:
+    if manifests.is_shard_set(source):
+        return encoded_images(manifests.load(source), keys)
+    names = {image_folder.printable(file.path): file.path for file in image_folder.list_images(source).files}
+    return {key: (source / names[key]).read_bytes() for key in keys & names.keys()}
 
 
 def enlarged(image: Image.Image, side: int) -> Image.Image:

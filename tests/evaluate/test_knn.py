@@ -9,6 +9,7 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
+from esvit_scale.data.manifest import REMOTE
 from esvit_scale.errors import UserError
 from esvit_scale.evaluate import labels as labels_module
 from esvit_scale.evaluate import neighbours
@@ -147,6 +148,8 @@ def test_command_writes_stable_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("esvit_scale.evaluate.knn.check_train_and_test", lambda *_: None)
     monkeypatch.setattr("esvit_scale.evaluate.knn.load_frozen_trunk", lambda path: FrozenTrunk(nn.Identity(), 64, 400))
     monkeypatch.setattr("esvit_scale.evaluate.knn.extract", lambda trunk, source, *_, **__: sets[source.name])
+    (tmp_path / "train").mkdir()  # the folder of a remote set in the cache
+    (tmp_path / "train" / REMOTE).write_text(json.dumps({"url": "s3://bucket/train", "options": {}, "limit": None}))
     result = run_knn(
         tmp_path / "run", tmp_path / "train", tmp_path / "test", tmp_path / "out", ExtractionOptions(), ks=(10, 20)
     )
@@ -155,6 +158,7 @@ def test_command_writes_stable_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert list(written) == [
         *("checkpoint", "step", "train", "test", "n_train", "n_test", "feature_dim", "results", "best", "examples")
     ]
+    assert (written["train"], written["test"]) == ("s3://bucket/train", str(tmp_path / "test"))
     assert set(written["results"]["10"]) == {"top1", "top5", "interval"}
     assert written["best"]["top1"] == max(r["top1"] for r in written["results"].values())
     assert [len(e["neighbours"]) for e in written["examples"]] == [5] * 10

@@ -9,8 +9,10 @@ import pytest
 from PIL import Image
 
 from esvit_scale import config as configs
+from esvit_scale.data.remote.store import StoreUnreachable
 from esvit_scale.errors import UserError
 from esvit_scale.report.html import write_report
+from esvit_scale.report.run_files import try_or_note
 from tests.report.runs import EVIL
 
 VOID = {"meta", "link", "img", "br"}
@@ -247,3 +249,12 @@ def test_contradictory_arguments_are_refused(run: Path) -> None:
         write_report([run, run.parent / "run"])
     with pytest.raises(UserError, match="is a folder, but --out must name a file"):
         write_report(run, run.parent)
+
+
+def test_store_that_does_not_answer_is_a_note() -> None:
+    def unreachable() -> None:
+        raise StoreUnreachable("s3://b/set/manifest.json: no route to host, after 9 attempts")
+
+    missing: list[str] = []
+    assert try_or_note("crops", missing, unreachable) is None
+    assert missing == ["crops: s3://b/set/manifest.json: no route to host, after 9 attempts"]

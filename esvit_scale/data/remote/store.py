@@ -87,9 +87,10 @@ class Store:
             with suppress(Exception):
                 self._fs.close_session(self._fs.loop, session)
 
-    def read(self, name: str, *, at_start: bool = False) -> bytes:
-        """Return the bytes of a small object; the errors are those of `fetch`."""
-        data: bytes = self._retried(name, lambda: self._fs.cat_file(f"{self._root}/{name}"), True, at_start)
+    def read(self, name: str, *, at_start: bool = False, start: int | None = None, stop: int | None = None) -> bytes:
+        """Return the bytes of a small object, or bytes start..stop-1 of any; the errors are those of `fetch`."""
+        path = f"{self._root}/{name}"
+        data: bytes = self._retried(name, lambda: self._fs.cat_file(path, start, stop), True, at_start)
         return data
 
     def version(self, name: str) -> str:
