@@ -37,7 +37,7 @@ STEPS, MIDDLE = 100, 50  # a resumed run is killed once its checkpoint of step M
 TIME_LIMIT = 3600  # seconds for one command
 # Fields of metrics.jsonl that depend on the clock.
 TIME_FIELDS = {"time", "step_s", "images_per_s", "mfu", "data_wait_s", "worker_images_per_s", "worker_images_per_s_min"}
-TIME_FIELDS |= {"compute_s_max", "compute_s_median", "slowest_node", "save_s", "peak_memory_gib"}
+TIME_FIELDS |= {"compute_s_max", "compute_s_median", "slowest_node", "save_s", "mirror_lag_steps", "peak_memory_gib"}
 
 CONFIG: dict[str, Any] = {
     "name": "exact",

@@ -1,32 +1,55 @@
-"""Copies of checkpoints in an object store (`train.mirror`), from which a run resumes where its run dir is gone.
+"""Copies of checkpoints in an object store (`train.mirror`): where they lie, whose they are, and how a run is restored.
 
-Checkpoints are written to the run dir as always. Afterwards a thread of rank 0 sends the newest one: its files, the run's
-records, a list of them all with sizes and sha256, and last `latest`, which names the step folder. So whatever `latest`
-names is complete. A mirror that fails is a warning; the next checkpoint is sent anew.
+s3://bucket/runs/NAME/
+  owner.json                      the run that may write here; its id is in mirror.json of the run dir, too
+  latest, best                    names of step folders, as in checkpoints/ of the run dir
+  checkpoints/step-00000100/…     the files of a checkpoint, and last files.json: their sizes and sha256
+  checkpoints/step-00000100.log.txt, …   the run's records (RECORDS) when that checkpoint was sent
+
+A step folder with files.json is complete. mirror_sender.py writes all this.
 """
 
+import getpass
 import json
 import logging
-import threading
+import socket
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
-from esvit_scale import files, store_urls
+from esvit_scale import config as configs
+from esvit_scale import files, store_urls, yaml_text
 from esvit_scale.checkpoint import step_folders
 from esvit_scale.config import Config
 from esvit_scale.data.remote.store import Denied, Missing, Store
-from esvit_scale.errors import RestartCanHelp, UserError
+from esvit_scale.errors import RestartCanHelp, UserError, first_line
+from esvit_scale.run_keys import LENGTH_KEYS, MAY_DIFFER
 
 log = logging.getLogger("esvit_scale")
 
-RECORDS = ("config.yaml", "metrics.jsonl", "environment.json", "log.txt", "lengthened.jsonl")  # beside checkpoints/
-LATEST = "latest"
+RECORDS = (  # of a run dir, beside checkpoints/; config.yaml last, because with it a folder is a run dir
+    *("metrics.jsonl", "quarantine.jsonl", "summary.json", "environment.json", "attention.json"),
+    *("lengthened.jsonl", "log.txt", "config.yaml"),
+)
 LISTED = "files.json"  # of a step folder in the store: name → [bytes, sha256]
-WAIT_S = 60.0  # seconds that the end of a run waits for the newest checkpoint to be sent
-WAIT_AFTER_ERROR_S = 5.0
+OWNER = "owner.json"
+ID = "mirror.json"  # in the run dir
+ATTEMPTS = 3  # transfers of a file that arrives damaged
+SLOWEST = 1e6  # bytes/s; a slower transfer counts as a hang
+# The data may lie elsewhere, and a run may be longer: train/run_dir.py compares these once the run dir is there.
+COMPARED_LATER = (*MAY_DIFFER, *LENGTH_KEYS, "data.train", "data.mix")
+
+
+class Damaged(Exception):
+    """Error for a checkpoint in a mirror that cannot be restored."""
+
+
+class NotOurs(UserError):
+    """Error for a mirror that holds the checkpoints of another run."""
 
 
 def url_of(config: Config) -> str:
@@ -35,138 +58,282 @@ def url_of(config: Config) -> str:
 
 
 @contextmanager
-def sending(config: Config, active: bool) -> Iterator[Callable[[Path], None]]:
-    """Yield a function that sends a step folder to the mirror in the background; it does nothing without train.mirror.
-
-    When the block ends, wait up to WAIT_S for the newest checkpoint.
-
-    Args:
-        active: whether this process sends; one of a run does.
-    """
-    if config.train.mirror is None or not active:
-        yield lambda folder: None
-        return
-    sender = _Sender(config)
-    try:
-        yield sender.send
-    except BaseException:
-        sender.close(WAIT_AFTER_ERROR_S)
-        raise
-    sender.close(WAIT_S)
-
-
-def restore(config: Config) -> None:
-    """Fetch the newest checkpoint of a run from its mirror, if the run dir has none and the mirror has one.
-
-    Raises:
-        UserError: the store denies access, or an object is damaged.
-        StoreUnreachable: the store does not answer.
-    """
-    run = config.run_path
-    if config.train.mirror is None or step_folders.has_checkpoints(run) or (run / "config.yaml").exists():
-        return
-    url = url_of(config)
-    try:
-        with _opened(config) as store:
-            name = store.read(LATEST, at_start=True).decode().strip()
-            log.warning("%s: fetching %s from %s …", run, name, url)
-            _fetch(store, run, Path(name).name)
-    except Missing:
-        return
-    except Denied as error:
-        raise UserError(f"{error}; set {store_urls.WHERE.get(store_urls.protocol(url), 'its credentials')}") from None
-
-
-@contextmanager
-def _opened(config: Config) -> Iterator[Store]:
+def opened(config: Config) -> Iterator[Store]:
     """Yield the store of a run's mirror; data.storage_options are for it, too, if data.train has its protocol."""
     url = url_of(config)
-    same = store_urls.protocol(url) == store_urls.protocol(config.data.train)
+    same = store_urls.protocol(url) == store_urls.protocol(config.data.train or "")
     options = (config.data.storage_options or {}) if same else {}
     with TemporaryDirectory() as locks, closing(Store(url, options, Path(locks))) as store:
         yield store
 
 
-def _fetch(store: Store, run: Path, name: str) -> None:
-    """Fetch a step folder and the run's records; the step folder appears when all of its files agree with their list."""
+# --- whose mirror it is ----------------------------------------------------------------------------------------------
+
+
+def claim(config: Config) -> int:
+    """Make the mirror this run's, which shows that it can be written, and return the step of its newest checkpoint.
+
+    Call it on rank 0 while holding the run's lock. Where a run is resumed, a mirror that fails is only a warning.
+
+    Raises:
+        UserError: the mirror holds another run's checkpoints; or, at the beginning of a run, it cannot be written.
+        StoreUnreachable: at the beginning of a run, the store does not answer.
+    """
+    if config.train.mirror is None:
+        return 0
+    try:
+        with opened(config) as store:
+            own(store, config.run_path)
+            return step_folders.step_of(Path(_latest(store) or "")) or 0
+    except NotOurs:
+        raise
+    except Exception as error:
+        problem = f"train.mirror: {url_of(config)} cannot be written: {first_line(error)}"
+        if step_folders.has_checkpoints(config.run_path):
+            log.warning("%s; the run goes on, and every checkpoint is tried anew", problem)
+            return 0
+        if isinstance(error, RestartCanHelp):
+            raise
+        raise UserError(f"{problem}; {_hint(config, error)}") from None
+
+
+def own(store: Store, run: Path) -> None:
+    """Write a run's id into its mirror, also into one without a checkpoint, of a run that this user began.
+
+    Raises:
+        NotOurs: the mirror is another run's.
+    """
+    ours, there = _id_of(run), _owner(store)
+    if there is None or there["id"] != ours:
+        if there is not None and (ours is not None or not _is_mine(there) or _latest(store) is not None):
+            raise _not_ours(store, there)
+        began = time.strftime("%Y-%m-%d %H:%M:%S")
+        there = {"id": ours or uuid.uuid4().hex, "user": _user(), "host": socket.gethostname(), "began": began}
+    if ours is None:
+        files.write_json(run / ID, {"id": there["id"]})
+    store.write(OWNER, json.dumps(there).encode())
+
+
+def _owner(store: Store) -> dict[str, Any] | None:
+    with suppress(Missing, ValueError):
+        found = json.loads(store.read(OWNER, at_start=True))
+        if isinstance(found, dict) and found.get("id"):
+            return found
+    return None
+
+
+def _id_of(run: Path) -> str | None:
+    with suppress(FileNotFoundError, ValueError, AttributeError):
+        return json.loads((run / ID).read_bytes()).get("id")
+    return None
+
+
+def _is_mine(owner: dict[str, Any]) -> bool:
+    return owner.get("user") == _user()
+
+
+def _not_ours(store: Store, owner: dict[str, Any]) -> NotOurs:
+    who, host, began = (owner.get(key, "?") for key in ("user", "host", "began"))
+    return NotOurs(
+        f"train.mirror: {store.url} holds the checkpoints of another run (of {who}, begun on {host} at {began}); set "
+        "name= or train.mirror= to another place; to continue that run here, remove "
+        f"{store_urls.join(store.url, OWNER)}"
+    )
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a user without a name, as in some containers
+        return "?"
+
+
+def _hint(config: Config, error: Exception) -> str:
+    kind = store_urls.protocol(url_of(config))
+    if isinstance(error, Denied):
+        return f"set {store_urls.WHERE.get(kind, 'its credentials')}"
+    return "correct the address, or make the bucket; train.mirror=null does without"
+
+
+# --- restore ---------------------------------------------------------------------------------------------------------
+
+
+def restore(config: Config, grant: Callable[[float], None] = lambda seconds: None) -> None:
+    """Fetch the newest complete checkpoint of a run from its mirror, if the run dir has none and the mirror has one.
+
+    The one that `latest` names is tried first, then earlier ones, then later ones. The one that `best` names is also
+    fetched.
+
+    Args:
+        grant: gets, before each transfer, the seconds that it may take.
+
+    Raises:
+        UserError: the mirror is another run's, the store denies access, or no checkpoint there can be used.
+        StoreUnreachable: the store does not answer.
+    """
+    run = config.run_path
+    if config.train.mirror is None or step_folders.has_checkpoints(run) or (run / "config.yaml").exists():
+        return
+    try:
+        with opened(config) as store:
+            names = _candidates(store)
+            if not names:
+                return
+            owner = _owner(store)
+            if owner is not None and not _is_mine(owner):
+                raise _not_ours(store, owner)
+            name = _fetch_first(store, config, names, grant)
+            if name is None:
+                return
+            _fetch_best(store, run, name, grant)
+            step_folders.write_latest(run / "checkpoints" / name)
+    except Denied as error:
+        raise UserError(f"{error}; {_hint(config, error)}") from None
+
+
+def is_complete(store: Store, name: str) -> bool:
+    """Return whether a mirror has all of a step folder."""
+    try:
+        store.version(f"checkpoints/{name}/{LISTED}")
+    except Missing:
+        return False
+    return True
+
+
+def _latest(store: Store) -> str | None:
+    return _pointer(store, step_folders.LATEST)
+
+
+def _pointer(store: Store, pointer: str) -> str | None:
+    """Return the name of the step folder that an object names; None if there is no such object, or it names none."""
+    with suppress(Missing):
+        name = store.read(pointer, at_start=True)[:200].decode("ascii", "replace").strip()
+        return name if step_folders.step_of(Path(name)) is not None else None
+    return None
+
+
+def _candidates(store: Store) -> list[str]:
+    """Return the names of a mirror's step folders, in the order in which a restore tries them."""
+    found, latest = set[str](), _latest(store)
+    with suppress(Missing):
+        found = {name for name in store.names("checkpoints") if step_folders.step_of(Path(name)) is not None}
+    ordered = sorted(found, key=lambda name: step_folders.step_of(Path(name)) or 0, reverse=True)
+    if latest is None:
+        return ordered
+    newest = step_folders.step_of(Path(latest)) or 0
+    later = [name for name in ordered if (step_folders.step_of(Path(name)) or 0) > newest]
+    return [latest, *(name for name in ordered if name != latest and name not in later), *later]
+
+
+def _fetch_first(store: Store, config: Config, names: list[str], grant: Callable[[float], None]) -> str | None:
+    """Fetch the first of the step folders that can be used, with the run's records, and return its name.
+
+    Returns:
+        None if no checkpoint of the mirror was ever complete: the run was ended before its first was sent.
+
+    Raises:
+        UserError: none can be used, or the mirror holds a run of another config.
+    """
+    run, latest, problems = config.run_path, _latest(store), list[str]()
+    for name in names:
+        if name != latest and not is_complete(store, name):
+            continue  # was being sent, or removed
+        log.warning("%s: fetching %s from %s …", run, name, store.url)
+        try:
+            _check_config(store, name, config)
+            run.mkdir(parents=True, exist_ok=True)
+            with _fetched(store, run, name, grant):
+                for record in RECORDS[:-1]:  # before the folder has its name, with which a next start resumes
+                    _fetch_record(store, run, name, record)
+                if owner := _owner(store):
+                    files.write_json(run / ID, {"id": owner["id"]})
+            _fetch_record(store, run, name, RECORDS[-1])
+        except (Damaged, Missing) as error:
+            problems.append(str(error))
+            log.warning("%s; trying another checkpoint", error)
+        else:
+            return name
+    for folder in (run / "checkpoints", run):
+        with suppress(OSError):
+            folder.rmdir()
+    if problems:
+        raise UserError(
+            f"{store.url}: no checkpoint there can be used ({len(problems)} tried; {problems[0]}); repair it, or set "
+            "name= to start another run from step 0"
+        )
+    log.warning("%s: has no complete checkpoint; %s starts from step 0", store.url, run)
+    return None
+
+
+@contextmanager
+def _fetched(store: Store, run: Path, name: str, grant: Callable[[float], None]) -> Iterator[None]:
+    """Fetch a step folder, run the block, and then give the folder its name.
+
+    Raises:
+        Damaged: a file is not what was sent, ATTEMPTS times, or the list of them is unreadable.
+        Missing: a file is not there.
+    """
     prefix = f"checkpoints/{name}"
-    listed = json.loads(store.read(f"{prefix}/{LISTED}", at_start=True))
-    run.mkdir(parents=True, exist_ok=True)
     with files.new_folder(run / prefix) as tmp:
-        for relative, (size, sha256) in listed.items():
-            target = tmp / relative
+        for relative, (size, sha256) in _listed(store, prefix).items():
+            target, url = tmp / relative, store_urls.join(store.url, f"{prefix}/{relative}")
             if not target.resolve().is_relative_to(tmp.resolve()):
-                raise UserError(f"{store.url}/{prefix}/{LISTED}: {relative!r} is no file of this folder")
+                raise Damaged(f"{store.url}/{prefix}/{LISTED}: {relative!r} is no file of this folder")
             target.parent.mkdir(parents=True, exist_ok=True)
-            store.fetch(f"{prefix}/{relative}", target, urgent=True)
-            if target.stat().st_size != size or files.sha256(target) != sha256:
-                raise UserError(f"{store.url}/{prefix}/{relative}: is not what was sent; remove {store.url}/{LATEST}")
-        for record in (*RECORDS[1:], RECORDS[0]):  # config.yaml last: with it the folder is a run dir
-            with suppress(Missing):
-                store.fetch(f"{prefix}.{record}", tmp.parent / f".{record}.partial", urgent=True)
-                (tmp.parent / f".{record}.partial").replace(run / record)
-    step_folders.write_latest(run / prefix)
+            for attempt in range(ATTEMPTS):
+                grant(size / SLOWEST)
+                store.fetch(f"{prefix}/{relative}", target, urgent=True)
+                if target.stat().st_size == size and files.sha256(target) == sha256:
+                    break
+                log.warning("%s: is not what was sent (attempt %d)", url, attempt + 1)
+            else:
+                raise Damaged(f"{url}: is not what was sent")
+        yield
 
 
-class _Sender:
-    """A thread that sends the newest checkpoint; those that are replaced while it is busy are left out."""
-
-    def __init__(self, config: Config) -> None:
-        self._config, self._url = config, url_of(config)
-        self._changed = threading.Condition()
-        self._wanted: Path | None = None
-        self._busy = self._closed = False
-        threading.Thread(target=self._work, name="mirror", daemon=True).start()
-
-    def send(self, folder: Path) -> None:
-        """Send a step folder after the one that is being sent now."""
-        with self._changed:
-            self._wanted = folder
-            self._changed.notify_all()
-
-    def close(self, seconds: float) -> None:
-        """Wait for the newest checkpoint, at most so many seconds."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-            if not self._changed.wait_for(lambda: not self._busy and self._wanted is None, seconds):
-                log.warning("train.mirror: the newest checkpoint is not in %s yet; the run dir has it", self._url)
-
-    def _work(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._wanted is not None or self._closed)
-                if self._wanted is None:
-                    return
-                folder, self._wanted, self._busy = self._wanted, None, True
-            try:
-                began = time.monotonic()
-                _send(self._config, folder)
-                log.info("mirrored %s to %s in %.0f s", folder.name, self._url, time.monotonic() - began)
-            except Missing:
-                log.info("train.mirror: %s was removed before it was sent; the next checkpoint is sent", folder.name)
-            except (Denied, UserError, RestartCanHelp, OSError) as error:
-                log.warning("train.mirror: %s; the run goes on, and the next checkpoint is sent anew", error)
-            finally:
-                with self._changed:
-                    self._busy = False
-                    self._changed.notify_all()
-
-
-def _send(config: Config, folder: Path) -> None:
-    prefix, run = f"checkpoints/{folder.name}", config.run_path
-    with _opened(config) as store:
+def _listed(store: Store, prefix: str) -> dict[str, tuple[int, str]]:
+    try:
+        found = json.loads(store.read(f"{prefix}/{LISTED}", at_start=True))
+        listed = {str(name): (int(size), str(sha256)) for name, (size, sha256) in found.items()}
+    except (ValueError, TypeError, AttributeError):
         listed = {}
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            relative = path.relative_to(folder).as_posix()
-            listed[relative] = [path.stat().st_size, files.sha256(path)]
-            store.put(path, f"{prefix}/{relative}")
-        for record in RECORDS:
-            if (run / record).is_file():
-                store.put(run / record, f"{prefix}.{record}")
-        store.write(f"{prefix}/{LISTED}", json.dumps(listed).encode())
-        store.write(LATEST, f"{folder.name}\n".encode())
-        kept = {path.name for path in step_folders.list_step_folders(run)} | {folder.name}
-        for name in store.names("checkpoints"):
-            if name.partition(".")[0] not in kept:
-                store.remove(f"checkpoints/{name}")
+    if not listed:
+        raise Damaged(f"{store.url}/{prefix}/{LISTED}: is no list of files")
+    return listed
+
+
+def _fetch_record(store: Store, run: Path, name: str, record: str) -> None:
+    with suppress(Missing):
+        files.write_bytes(run / record, store.read(f"checkpoints/{name}.{record}"))
+
+
+def _fetch_best(store: Store, run: Path, newest: str, grant: Callable[[float], None]) -> None:
+    """Fetch the step folder that the mirror's `best` names, if it is of an earlier step; a failure is a warning."""
+    best = _pointer(store, step_folders.BEST)
+    if best is None or (step_folders.step_of(Path(best)) or 0) > (step_folders.step_of(Path(newest)) or 0):
+        return
+    try:
+        if best != newest:
+            with _fetched(store, run, best, grant):
+                pass
+    except (Damaged, Missing) as error:
+        log.warning("%s; the run goes on without checkpoints/%s", error, step_folders.BEST)
+    else:
+        step_folders.write_best(run / "checkpoints" / best)
+
+
+def _check_config(store: Store, name: str, config: Config) -> None:
+    """Raise UserError when the checkpoint's config differs from the given one so that no run may continue it."""
+    url = f"{store.url}/checkpoints/{name}.config.yaml"
+    try:
+        text = store.read(f"checkpoints/{name}.config.yaml", at_start=True).decode()
+        saved = configs.validate(yaml_text.parse(text, url), where=url)
+    except (Missing, UnicodeError, UserError):
+        return  # the run dir's checks decide, which also read the checkpoint's own config
+    keys = [(d, d.split(":")[0]) for d in configs.differences(saved, config)]
+    differ = [d for d, key in keys if not any(f"{key}.".startswith(f"{same}.") for same in COMPARED_LATER)]
+    if differ:
+        raise NotOurs(
+            f"train.mirror: {store.url} holds a run of another config ({'; '.join(differ)}); set name= or train.mirror= "
+            "to another place"
+        )

@@ -9,8 +9,10 @@ import logging
 import os
 import re
 import shutil
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ log = logging.getLogger("esvit_scale")
 RETRY_DELAYS = (1, 3, 6)  # seconds between attempts to read a file: network storage often recovers
 LATEST, BEST = "latest", "best"  # files that name a step folder
 _STEP = re.compile(r"step-(\d{8,})")
+_held: list[Path] = []  # step folders that `prune` leaves, because this process reads them
+_pruning = threading.Lock()
 
 
 def step_of(folder: Path) -> int | None:
@@ -197,9 +201,21 @@ def follow_pointer(checkpoint: Path) -> Path:
     return named
 
 
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep `prune` from removing a step folder during the block; a later call removes it."""
+    with _pruning:
+        _held.append(folder)
+    try:
+        yield
+    finally:
+        with _pruning:
+            _held.remove(folder)
+
+
 def prune(newest: Path, config: Config) -> None:
-    """Remove checkpoints before `newest`, except the last `train.keep_checkpoints`, multiples of `train.keep_every` and
-    the one that checkpoints/best names.
+    """Remove checkpoints before `newest`, except the last `train.keep_checkpoints`, multiples of `train.keep_every`, the
+    one that checkpoints/best names, and those that are `held`.
 
     Checkpoints of later steps than `newest` are not removed: the run was resumed from an older checkpoint and will
     write those steps again. A checkpoint that cannot be removed is only logged, since it costs no more than disk space.
@@ -213,7 +229,10 @@ def prune(newest: Path, config: Config) -> None:
         removed = old.with_name(f".{old.name}.removed.partial")  # readers must not see it half removed
         try:
             shutil.rmtree(removed, ignore_errors=True)
-            old.rename(removed)
+            with _pruning:
+                if old in _held:
+                    continue
+                old.rename(removed)
             shutil.rmtree(removed)
         except OSError as error:
             left = old if old.exists() else removed
@@ -228,6 +247,7 @@ def remove_unfinished(run: Path) -> None:
     checkpoints = run / "checkpoints"
     saves = sorted(checkpoints.glob(".*.partial")) if checkpoints.is_dir() else []
     ours = ("config.yaml", "environment.json", "summary.json", "metrics.jsonl", "quarantine.jsonl", "requeue")
+    ours += ("mirror.json",)
     left = [*saves, *(path for name in ours for path in run.glob(f".{name}.*.partial"))]
     for path in left:
         try:

@@ -29,7 +29,7 @@ RETRY_S = 60  # seconds after which writing TensorBoard's files is tried again
 # Fields that differ between two runs of the same config, because a clock measured them.
 TIME_FIELDS = frozenset(
     {"images_per_s", "mfu", "data_wait_s", "worker_images_per_s", "worker_images_per_s_min", "step_s", "time"}
-    | {"compute_s_max", "compute_s_median", "slowest_node", "save_s", "peak_memory_gib"}
+    | {"compute_s_max", "compute_s_median", "slowest_node", "save_s", "mirror_lag_steps", "peak_memory_gib"}
 )
 
 

@@ -1,9 +1,10 @@
 """`esvit-scale pretrain`: start the process group, open the run dir and the data, and hand them to the trainer."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
-from esvit_scale.checkpoint import mirror, state_file, step_folders
+from esvit_scale.checkpoint import mirror, mirror_sender, state_file, step_folders
 from esvit_scale.config import Config, require_training_data
 from esvit_scale.data import identity as identities
 from esvit_scale.data import stream
@@ -24,6 +25,8 @@ from esvit_scale.train.trainer import Trainer
 from esvit_scale.train.watchdog import Watchdog
 
 log = logging.getLogger("esvit_scale")
+
+RESTORE_S = 24 * 3600.0  # other ranks may wait so long for rank 0, whose own watchdog looks at every transfer
 
 
 def pretrain(config: Config) -> int:
@@ -56,7 +59,9 @@ def open_and_train(config: Config, world: World, watchdog: Watchdog) -> int:
     collectives.run_on_rank0_and_broadcast(lambda: stream.check_pixels(config))
     collectives.run_on_rank0_and_broadcast(lambda: tracking.require(config))
     collectives.run_on_rank0_and_broadcast(lambda: attention.check(config, world.device))
-    collectives.run_on_rank0_and_broadcast(lambda: mirror.restore(config))
+    watchdog.grant(RESTORE_S)
+    collectives.run_on_rank0_and_broadcast(lambda: mirror.restore(config, watchdog.grant))
+    watchdog.progress()
     path, finished = collectives.run_on_rank0_and_broadcast(lambda: run_dir.open_run(config))
     if finished:
         if world.rank == 0:
@@ -73,6 +78,7 @@ def open_and_train(config: Config, world: World, watchdog: Watchdog) -> int:
             header.record(config)
             for line in room:
                 log.info(line)
+        mirrored = collectives.run_on_rank0_and_broadcast(lambda: mirror.claim(config))
         schedules = Schedules(config, stream.steps_per_epoch(config, data))
         collectives.run_on_rank0_and_broadcast(lambda: step_folders.remove_unfinished(path))
         if world.rank == 0 and step_folders.has_checkpoints(path):
@@ -95,13 +101,15 @@ def open_and_train(config: Config, world: World, watchdog: Watchdog) -> int:
         watchdog.progress()
         trainer = Trainer(config, world, schedules, checkpoint is None, attends)
         watchdog.progress()
-        with mirror.sending(config, active=world.rank == 0) as send:
+        with mirror_sender.sending(config, world.rank == 0, mirrored) as sender:
 
             def on_saved(folder: Path) -> None:
                 signals.set_kept(folder)
-                send(folder)
+                if sender:
+                    sender.send(folder)
 
-            return trainer.train(RunResources(path, lock, watchdog, data, identity, checkpoint, knn, on_saved))
+            run = RunResources(path, lock, watchdog, data, identity, checkpoint, knn, on_saved)
+            return trainer.train(replace(run, mirrored_step=sender.mirrored_step) if sender else run)
 
 
 def _checked_identity(config: Config, data: stream.TrainingData, checkpoint: Path | None) -> Identity:

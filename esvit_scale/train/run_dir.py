@@ -55,8 +55,9 @@ def open_run(config: Config) -> tuple[Path, bool]:
 
 def _is_ours_before_config(name: str) -> bool:
     """Return whether a start may leave a file of this name before it writes config.yaml."""
-    made = ("lock.json", "log.txt", "ranks", "shards", "slurm", "requeue", "attention.json")
-    return name in made or name.startswith((".lock.json.", ".config.yaml.", ".environment.json.", ".attention.json."))
+    made = ("lock.json", "log.txt", "ranks", "shards", "slurm", "requeue", "attention.json", "mirror.json")
+    partial = (".lock.json.", ".config.yaml.", ".environment.json.", ".attention.json.", ".mirror.json.")
+    return name in made or name.startswith(partial)
 
 
 def record_start(path: Path, config: Config, step: int = 0) -> Config | None:

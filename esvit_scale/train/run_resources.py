@@ -23,3 +23,4 @@ class RunResources:
     checkpoint: Path | None  # step folder to resume from
     knn: OnlineKnn | None
     on_saved: Callable[[Path], None]  # gets the folder of every checkpoint that is complete, in the saving thread
+    mirrored_step: Callable[[], int] | None = None  # the step of the newest checkpoint in train.mirror, on rank 0

@@ -6,7 +6,7 @@ measurements to the host, and `finish_row`, called one step later, reads them.
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -103,17 +103,20 @@ class StepMetrics:
         self._last_row: dict[str, Any] = {}
         self._begun: _BegunRow | None = None
 
-    def start(self, facts: RunFacts, run: Path) -> dict[str, Any] | None:
+    def start(
+        self, facts: RunFacts, run: Path, mirrored_step: Callable[[], int] | None = None
+    ) -> dict[str, Any] | None:
         """Begin to measure a run, at its first step or where it is resumed. All ranks call it.
 
         Args:
             facts: what is known about the run; `facts.steps` are done.
             run: the run dir, whose rows hold the k-NN accuracies up to this step.
+            mirrored_step: returns the step of the newest checkpoint in train.mirror; None without a mirror.
 
         Returns:
             The row of step 0, with the k-NN accuracies of the untrained trunk and of raw pixels; None if there is none.
         """
-        self._facts, step = facts, facts.steps
+        self._facts, step, self._mirrored_step = facts, facts.steps, mirrored_step
         row: dict[str, Any] | None = None
         self.knn = collectives.run_on_rank0_and_broadcast(lambda: learning.read_history(run, step))
         if self._knn is not None:
@@ -178,6 +181,7 @@ class StepMetrics:
             "step_s": elapsed / steps,
             "data_wait_s": self._wait_s / steps,
             "save_s": self._saver.stopped_s - self._window_stopped_s,
+            **({"mirror_lag_steps": max(step - self._mirrored_step(), 0)} if self._mirrored_step else {}),
             **worker_fields,
             "bad_samples": bad_samples,
             "time": time.time(),

@@ -198,7 +198,7 @@ class Trainer:
             self._log(logging.INFO, "%s", line)
         self._logger = MetricLogger(run.path, self.last_step, self.world.rank == 0, self.config)
         collectives.run_on_rank0_and_broadcast(lambda: self._logger.open(self.step))
-        if row := self._metrics.start(facts, run.path):
+        if row := self._metrics.start(facts, run.path, run.mirrored_step):
             self._logger.row(row)
         run.watchdog.beat(self.step)
         self._saved_at = time.monotonic()
