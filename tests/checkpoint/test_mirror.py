@@ -359,7 +359,7 @@ def mirror_address(
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "any")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "any")
-        with pytest.raises(UserError, match="train.mirror: s3://no-such-bucket/run cannot be written"):
+        with pytest.raises(UserError, match=r"train\.mirror: s3://no-such-bucket/run cannot be written"):
             mirror.claim(config(tmp_path, train__mirror="s3://no-such-bucket"))
         with mirror.opened(config(tmp_path, train__mirror="s3://bucket/runs")) as store:
             yield "s3://bucket/runs", lambda name: store.write("latest", name.encode())
