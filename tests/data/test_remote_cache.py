@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ import torch
 from esvit_scale import cli
 from esvit_scale import config as configs
 from esvit_scale.config import Config
-from esvit_scale.data import evaluation, mix, reader, stream
+from esvit_scale.data import evaluation, mix, stream
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data.loader import LoaderAssignment
 from esvit_scale.data.manifest import Manifest
 from esvit_scale.data.order import Order
+from esvit_scale.data.reader import ShardReader
 from esvit_scale.data.remote import ahead, place, room, shard_cache, store, upload, working_set
 from esvit_scale.data.remote.locks import ByteLocks
 from esvit_scale.data.remote.schedule import Schedule
@@ -386,7 +387,7 @@ def test_failing_cache_disk_is_no_damaged_sample(shards: Path, tmp_path: Path, m
 
     monkeypatch.setattr(room.Room, "reserve", broken)
     with pytest.raises(StoreUnreachable, match="Input/output error; the cache's disk"):
-        reader.ShardReader(manifest).entry(0, 0)
+        ShardReader(manifest).entry(0, 0)
 
 
 def test_shard_removed_by_hand_before_it_is_opened_is_fetched_again(
@@ -576,6 +577,108 @@ def test_schedule_of_a_mix_covers_every_read(shards: Path, tmp_path: Path) -> No
                 for i in range(2):
                     address = order.address(batch, slot, i)
                     assert (address.set, address.order.locate(address.position)[0]) in live
+
+
+# --- reading ahead -------------------------------------------------------------------------------------------------
+
+
+def read_ahead(c: Config) -> tuple[ahead.ReadAhead, Manifest]:
+    """Read-ahead of two epochs whose first batch is not asked for yet."""
+    data = stream.open_data(c)
+    assert isinstance(data, Manifest)
+    steps = stream.steps_per_epoch(c, data)
+    return ahead.ReadAhead(LoaderAssignment(c, 0, 1, 0, 2 * steps, steps), data, []), data
+
+
+def eventually(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def cached(manifest: Manifest) -> set[int]:
+    return {int(path.stem[-6:]) for path in manifest.root.glob("*.tar")}
+
+
+def test_missing_object_is_asked_for_once_before_it_is_needed(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    bucket, counted = remote_copy(shards, tmp_path), Counted(monkeypatch)
+    (bucket / "shard-000003.tar").unlink()
+    monkeypatch.setattr(ahead, "BUSY_S", 0.05)
+    monkeypatch.setattr(ahead, "QUIET_S", 0.05)
+    running, manifest = read_ahead(config(f"file://{bucket}", tmp_path / "cache"))
+    eventually(lambda: cached(manifest) == set(range(10)) - {3} and "shard-000003.tar" in counted.names)
+    time.sleep(0.6)
+    running.close()
+    assert counted.names.count("shard-000003.tar") == 1
+    assert [line for line in caplog.messages if "shard-000003.tar: no such object" in line]
+
+
+def test_error_of_an_unknown_kind_does_not_end_reading_ahead(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fetch, failed = Store.fetch, []
+
+    def failing(self: Store, name: str, target: Path, *, urgent: bool) -> None:
+        if len(failed) < 6:  # more than there are threads
+            failed.append(name)
+            raise NotImplementedError("this file system cannot")
+        fetch(self, name, target, urgent=urgent)
+
+    monkeypatch.setattr(Store, "fetch", failing)
+    monkeypatch.setattr(ahead, "FAILED_S", 0.1)
+    monkeypatch.setattr(ahead, "QUIET_S", 0.05)
+    running, manifest = read_ahead(config(f"file://{shards}", tmp_path))
+    eventually(lambda: cached(manifest) == set(range(10)))
+    running.close()
+    assert any("not fetched ahead of need: this file system cannot" in line for line in caplog.messages)
+
+
+def test_idle_read_ahead_asks_for_little(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With all shards there, or a full cache, the threads look for nothing ten times a second."""
+    calls, is_there, reserve = {"is_there": 0, "reserve": 0}, ShardCache.is_there, room.Room.reserve
+
+    def counted(name: str, call: Callable[..., bool]) -> Callable[..., bool]:
+        def inner(*args: Any) -> bool:
+            calls[name] += 1
+            return call(*args)
+
+        return inner
+
+    monkeypatch.setattr(ShardCache, "is_there", counted("is_there", is_there))
+    monkeypatch.setattr(room.Room, "reserve", counted("reserve", reserve))
+    running, manifest = read_ahead(config(f"file://{shards}", tmp_path / "all"))
+    eventually(lambda: cached(manifest) == set(range(10)))
+    calls["is_there"] = 0
+    time.sleep(0.6)
+    running.close()
+    assert calls["is_there"] <= 2 * 10
+    full = 5 * max(map(room.cost, manifest.shards)) / 1e9
+    running, manifest = read_ahead(config(f"file://{shards}", tmp_path / "full", cache_gb=full, slots=1))
+    eventually(lambda: len(cached(manifest)) >= 4)
+    time.sleep(0.2)
+    calls["reserve"] = 0
+    time.sleep(0.6)
+    running.close()
+    assert calls["reserve"] <= 2
+
+
+def test_look_for_room_is_left_to_processes_that_wait(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = small(shards, tmp_path, 5)
+    cache, other = ShardCache(manifest), room.Room(tmp_path, None)
+    monkeypatch.setattr(room, "TURN_S", 0.1)
+    with other._turn(urgent=True):
+        assert cache.fetch_ahead(1, 0) is False
+        waiting = threading.Thread(target=cache.path, args=(0,))
+        waiting.start()
+        time.sleep(0.1)
+        assert cached(manifest) == set()
+    waiting.join(20)
+    assert cached(manifest) == {0}
 
 
 def test_slots_of_a_node(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

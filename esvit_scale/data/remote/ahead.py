@@ -1,6 +1,7 @@
 """Fetching of shards ahead of need, and letting go of those that are not needed any more, in one loader process."""
 
 import logging
+import math
 import os
 import threading
 import time
@@ -15,14 +16,18 @@ from esvit_scale.data.remote.room import NEVER
 from esvit_scale.data.remote.schedule import Schedule, ShardId
 from esvit_scale.data.remote.shard_cache import ShardCache
 from esvit_scale.division import share
-from esvit_scale.errors import RestartCanHelp, UserError
+from esvit_scale.errors import RestartCanHelp, UserError, first_line
 
 log = logging.getLogger("esvit_scale")
 
 THREADS = 4  # transfers at a time of one process
 JOIN_S = 5.0  # seconds to wait for a transfer under way at the end
-AGAIN_S = 0.1  # seconds until a thread looks again for a shard to fetch, and for room
+AGAIN_S = 0.1  # seconds until a thread asks again whether it should look for a shard to fetch
 BUSY_S = 0.5  # seconds until a shard that another process fetches is looked at again
+THERE_S = 5.0  # seconds for which a shard that lies in the cache is taken to lie there
+QUIET_S = 2.0  # seconds until the next look after one that found nothing to fetch
+ROOM_S, LONGEST_ROOM_S = 1.0, 4.0  # the same after one that found no room; it doubles
+FAILED_S = 30.0  # seconds until a shard whose transfer failed is fetched ahead again
 
 
 def node_slots(assignment: LoaderAssignment) -> range:
@@ -61,6 +66,8 @@ class ReadAhead:
         self._upcoming = next(self._coming, None)
         self._first, self._changed, self._stopped = list(dict.fromkeys(first)), threading.Condition(), False
         self._looking, self._busy = threading.Lock(), dict[ShardId, float]()  # busy: until when a shard is left alone
+        self._there: dict[ShardId, float] = {}  # until when a shard is taken to lie in the cache
+        self._quiet_until, self._room_delay, self._changes = 0.0, ROOM_S, 0
         self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(THREADS)]
         for thread in self._threads:
             thread.start()
@@ -74,14 +81,18 @@ class ReadAhead:
             self._upcoming = next(self._coming, None)
         while self._live and self._live[0][0] < batch_index:
             heappop(self._live)
-        with self._changed:
-            self._batch_index = batch_index
-            self._changed.notify_all()
+        is_new_epoch = batch_index // self._mine.steps != self._batch_index // self._mine.steps
+        self._batch_index = batch_index
         needed = {shard for _, shards in self._live for shard in shards}
-        return [
+        gone = [
             cache.keep({i for number, i in needed if number == of}) if cache else set()
             for of, cache in enumerate(self.caches)
         ]
+        if is_new_epoch or any(gone):
+            with self._changed:
+                self._quiet_until, self._room_delay, self._changes = 0.0, ROOM_S, self._changes + 1
+                self._changed.notify_all()
+        return gone
 
     def close(self) -> None:
         """End the transfers that have not begun, and let go of all shards."""
@@ -112,7 +123,8 @@ class ReadAhead:
     def _fetch_next(self) -> bool:
         """Fetch the missing shard that is needed first; return False where there is none, or no room for it yet.
 
-        One thread at a time looks for a shard and for room, so that room goes to the shard that is needed first.
+        After that nothing is looked for until a shard is not needed any more, or some time has passed: a look costs a
+        system call for every shard, and one for room a listing of the cache that the whole node waits for. One thread at a time looks for a shard and for room, so that room goes to the shard that is needed first.
         """
         self._looking.acquire()
         looking = [self._looking]
@@ -121,10 +133,14 @@ class ReadAhead:
             if looking:
                 looking.pop().release()
 
-        shard, first = (0, 0), -1
+        shard = None
         try:
+            changes = self._changes
+            if time.monotonic() < self._quiet_until:
+                return False
             found = next(self._missing(), None)
             if found is None:
+                self._be_quiet(QUIET_S, changes)
                 return False
             shard, first = found
             self._busy[shard] = time.monotonic() + BUSY_S
@@ -133,25 +149,52 @@ class ReadAhead:
             there = cache.fetch_ahead(shard[1], first, admit)
             if there is False:  # no room: what is needed later has to wait, too
                 self._busy.pop(shard, None)
+                self._be_quiet(self._room_delay, changes)
+                self._room_delay = min(2 * self._room_delay, LONGEST_ROOM_S)
             return there is not False
-        except (UserError, RestartCanHelp, OSError) as error:  # whoever reads the shard meets it again
-            log.debug("%s", error)
-            return True
+        except Exception as error:
+            self._leave_alone(shard, error)
+            return False
         finally:
             admit()
+
+    def _be_quiet(self, seconds: float, changes: int) -> None:
+        """Look for nothing for some seconds, unless something changed since the look that found nothing began."""
+        with self._changed:
+            if changes == self._changes:
+                self._quiet_until = time.monotonic() + seconds
+
+    def _leave_alone(self, shard: ShardId | None, error: Exception) -> None:
+        """Leave a shard that could not be fetched to whoever reads it: that one fetches it again and meets the error.
+
+        Args:
+            shard: None: the error came before one was found.
+        """
+        until = math.inf if isinstance(error, UserError) else time.monotonic() + FAILED_S
+        if shard is None:
+            self._quiet_until = until
+        else:
+            self._busy[shard] = until
+        passes = isinstance(error, RestartCanHelp | OSError)
+        log.log(logging.DEBUG if passes else logging.WARNING, "not fetched ahead of need: %s", first_line(error))
 
     def _missing(self) -> Iterator[tuple[ShardId, int]]:
         """Yield (shard, first batch) for the shards that are not there, in the order of need, up to the next epoch's end.
 
-        Left out for BUSY_S are those that this process or another one is fetching.
+        Left out for BUSY_S are those that this process or another one is fetching, and longer those that failed.
         """
         seen: set[ShardId] = set()
         now = time.monotonic()
         for shard, first in self._wanted():
             cache = self.caches[shard[0]]
-            new = shard not in seen and cache is not None and not cache.is_there(shard[1])
+            if shard in seen or cache is None:
+                continue
             seen.add(shard)
-            if new and self._busy.get(shard, 0.0) < now:
+            if self._busy.get(shard, 0.0) >= now or self._there.get(shard, 0.0) >= now:
+                continue
+            if cache.is_there(shard[1]):
+                self._there[shard] = now + THERE_S
+            else:
                 yield shard, first
 
     def _wanted(self) -> Iterator[tuple[ShardId, int]]:
