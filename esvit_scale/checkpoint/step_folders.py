@@ -246,8 +246,8 @@ def remove_unfinished(run: Path) -> None:
     """
     checkpoints = run / "checkpoints"
     saves = sorted(checkpoints.glob(".*.partial")) if checkpoints.is_dir() else []
-    ours = ("config.yaml", "environment.json", "summary.json", "metrics.jsonl", "quarantine.jsonl", "requeue")
-    ours += ("mirror.json",)
+    ours = ["config.yaml", "environment.json", "summary.json", "metrics.jsonl", "quarantine.jsonl", "requeue"]
+    ours += ["mirror.json"]
     left = [*saves, *(path for name in ours for path in run.glob(f".{name}.*.partial"))]
     for path in left:
         try:
