@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from esvit_scale.report.run_files import RunFiles
-from esvit_scale.report.tables import Cell, NamedRun, Row, Table, join
-from esvit_scale.train.learning import KnnHistory, history_of
+from esvit_scale.report.tables import Cell, NamedRun, Remark, Row, Table, join, not_comparable, quoted
+from esvit_scale.train.learning import KnnHistory, history_of, points_in_words
 
 NOTE = (
     "Top-1 of a leave-one-out k-NN vote on held-out images, measured during training (train.knn_every), beside the same "
@@ -16,7 +16,7 @@ NOTE = (
 
 def learning(runs: Sequence[NamedRun]) -> Table | None:
     """Return the table of k-NN accuracies measured during training; None if no run measured any."""
-    rows, said = [], []
+    rows, remarks = [], []
     for name, run in runs:
         found = history(run)
         if found.best is None:
@@ -28,10 +28,11 @@ def learning(runs: Sequence[NamedRun]) -> Table | None:
             for label, value in values
             if value is not None
         ]
-        if text := prose((run.summary or {}).get("verdict")):
-            said.append(f"{name}: {text}" if name else text)
-    note = " ".join([NOTE, *said])
-    return Table("learning", "Is it learning?", note, ["features", "k-NN"], rows) if rows else None
+        if found_remark := remark(name, (run.summary or {}).get("verdict")):
+            remarks.append(found_remark)
+    if not rows:
+        return None
+    return Table("learning", "Is it learning?", NOTE, ["features", "k-NN"], rows, different_images(runs), remarks)
 
 
 def verdict(of: RunFiles) -> list[str]:
@@ -52,11 +53,11 @@ def gain(results: Sequence[dict[str, Any]]) -> str:
 
     It is empty without a trained result and a baseline on the same test images.
     """
-    trained = [r for r in results if r.get("step") and isinstance(r.get("best"), dict)]
+    trained = [r for r in results if r.get("step") and isinstance(r.get("results"), dict)]
     if not trained:
         return ""
     last = trained[-1]
-    k, top1, images = last["best"]["k"], last["best"]["top1"], last["n_test"]
+    (k, top1), images = quoted(last), last["n_test"]
     margin = 200 * math.sqrt(top1 / 100 * (1 - top1 / 100) / images)
     gains = {
         str(r["name"]): top1 - r["results"][str(k)]["top1"]
@@ -65,26 +66,44 @@ def gain(results: Sequence[dict[str, Any]]) -> str:
     }
     if not gains:
         return ""
-    over = " and ".join(f"{points:+.1f} points over {name}" for name, points in gains.items())
-    said = f"k-NN with k = {k} on {images:,} test images: {top1:.1f} % trained (step {last['step']:,}), {over}"
-    weak = [name for name, points in gains.items() if points <= margin]
-    if weak:
-        said += f"; {images:,} images tell differences above {margin:.1f} points, so nothing was gained over {' and '.join(weak)}"
+    over = "; ".join(
+        points_in_words(points, name) + (", which may be chance" if 0.05 <= abs(points) <= margin else "")
+        for name, points in gains.items()
+    )
+    said = f"k-NN with k = {k} on {images:,} test images: {top1:.1f} % trained (step {last['step']:,}); {over}"
+    if any(abs(points) <= margin for points in gains.values()):
+        said += f" ({images:,} images tell differences above {margin:.1f} points)"
     return said
 
 
-def prose(verdict: object) -> str:
-    """Return a run's verdict (`train.learning.verdict`) as sentences, without its first line, whose figures the table has.
+def remark(name: str, verdict: object) -> Remark | None:
+    """Return what a run's verdict (`train.learning.verdict`) says below its first line, whose figures the table has.
 
-    It is empty when the run gained something.
+    It is None when the run gained something.
     """
     if not isinstance(verdict, list) or len(verdict) < 2:
-        return ""
+        return None
     lines = [str(line) for line in verdict[1:]]
-    said = [line.removesuffix(":") for line in lines if not line.startswith("- ")]
-    why = [f"({i}) {line[2:]}" for i, line in enumerate((line for line in lines if line.startswith("- ")), 1)]
-    sentences = [f"{line[:1].upper()}{line[1:]}" for line in said]
-    return ". ".join(sentences) + (f": {'; '.join(why)}." if why else ".")
+    said = [f"{line[:1].upper()}{line[1:]}" for line in lines if not line.startswith("- ")]
+    sentences = [line if line.endswith(":") else f"{line}." for line in said]
+    return Remark(name, sentences, [line[2:] for line in lines if line.startswith("- ")])
+
+
+def different_images(runs: Sequence[NamedRun]) -> str:
+    """Return a sentence if k-NN during training was measured on different held-out images, by one run or by several."""
+    sets: list[tuple[KnnHistory, str]] = []
+    for name, run in runs:
+        for row in run.rows:
+            images = history_of([row])
+            if images.held_out and not any(_is_same(images, known) for known, _ in sets):
+                words = f"on {images.images:,} of {images.held_out} from step {row['step']:,}"
+                sets.append((images, f"{name} {words}".strip()))
+    return not_comparable([words for _, words in sets])
+
+
+def _is_same(a: KnnHistory, b: KnnHistory) -> bool:
+    """Return whether two measurements are on the same images: as many in the same place, or of the same raw pixels."""
+    return a.images == b.images and (a.held_out == b.held_out or a.pixels == b.pixels)
 
 
 def history(run: RunFiles) -> KnnHistory:

@@ -1,8 +1,8 @@
 """report.html: one self-contained page about a run, or about several side by side."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from esvit_scale import __version__, files
 from esvit_scale.config import Config
@@ -143,9 +143,9 @@ def _tiles(of: RunFiles) -> list[tuple[str, str]]:
     """Return the key figures of a run, each with its label."""
     tiles = []
     for result in of.results["knn"][-3:]:
-        best: Any = result.get("best")
-        if isinstance(best, dict) and isinstance(best.get("top1"), float):
-            tiles.append((f"{best['top1']:.1f} %", f"k-NN, {tables.result_name(result)}"))
+        with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):  # the table's note tells of the file
+            k, top1 = tables.quoted(result)
+            tiles.append((f"{top1:.1f} %", f"k-NN (k = {k}), {tables.result_name(result)}"))
     if of.rows:
         last = of.rows[-1]
         if isinstance(last.get("images_seen"), int):

@@ -177,7 +177,9 @@ def groups(runs: Sequence[RunFiles], names: Sequence[str], missing: list[str]) -
             for column, (title, colour) in there.items()
         ]
         if figures:
-            shown.append({"title": group.title, "caption": group.caption, "figures": figures, "in_a_row": in_a_row})
+            warning = baselines.different_images(list(zip(names, runs, strict=True))) if "knn_top1" in there else ""
+            fields = {"title": group.title, "caption": group.caption, "warning": warning}
+            shown.append({**fields, "figures": figures, "in_a_row": in_a_row})
         absent = [t for column, (t, _) in group.columns.items() if column in EXPECTED - logged.keys()]
         if absent and logged:
             missing.append(f"{group.title}: not logged in metrics.jsonl: {', '.join(absent)}")

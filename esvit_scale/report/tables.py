@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from esvit_scale.checkpoint.card_results import quoted_k
 from esvit_scale.report.run_files import Json, RunFiles, try_or_note
 
 NO_VALUE = "–"
@@ -26,6 +27,14 @@ class Row(NamedTuple):
     bar: float | None = None  # length of the bar in percent; None draws none
 
 
+class Remark(NamedTuple):
+    """What is said of one run below a table: sentences, and the reasons that they introduce."""
+
+    run: str  # its name; "" if it is the only run
+    sentences: list[str]
+    reasons: list[str]
+
+
 class Table(NamedTuple):
     """A table of the report; `id` is its anchor on the page."""
 
@@ -34,6 +43,8 @@ class Table(NamedTuple):
     note: str
     head: list[str]
     rows: list[Row]
+    warning: str = ""  # what keeps the rows from being compared
+    remarks: Sequence["Remark"] = ()
 
 
 def evaluations(runs: Sequence[NamedRun], missing: list[str]) -> list[Table]:
@@ -55,8 +66,9 @@ def knn(runs: Sequence[NamedRun]) -> Table | None:
     rows = [
         Row(
             name,
-            [_score(r["results"].get(str(k)), "top1", k == r["best"]["k"]) for k in ks] + [Cell(str(r["feature_dim"]))],
-            r["best"]["top1"],
+            [_score(r["results"].get(str(k)), "top1", k == quoted_k(r["results"])) for k in ks]
+            + [Cell(str(r["feature_dim"]))],
+            quoted(r)[1],
         )
         for name, r in found
     ]
@@ -64,9 +76,32 @@ def knn(runs: Sequence[NamedRun]) -> Table | None:
     over = " or ".join(f"{test:,} test images, by a vote of the k most similar of {train:,}" for test, train in sizes)
     note = (
         f"Top-1 in percent on {over} training images (weight exp(s / 0.07) at cosine similarity s). Pretraining uses no "
-        "labels. In bold: the best k of each row."
+        "labels. In bold, and drawn as a bar: the k to quote, 10 where it was measured. It is fixed beforehand, because the "
+        "best k of a row would be chosen on the test images."
     )
-    return Table("knn", "k-NN accuracy", note, ["features", *(f"k = {k}" for k in ks), "dimensions"], rows)
+    head = ["features", *(f"k = {k}" for k in ks), "dimensions"]
+    return Table("knn", "k-NN accuracy", note, head, rows, _different_sets(found))
+
+
+def quoted(result: Json) -> tuple[int, float]:
+    """Return the number of neighbours for which a k-NN result is quoted, and its top-1 in percent."""
+    k = quoted_k(result["results"])
+    return k, result["results"][str(k)]["top1"]
+
+
+def _different_sets(results: Sequence[tuple[str, Json]]) -> str:
+    """Return a sentence if k-NN results are of different images; the same ones may lie in another folder."""
+    sets: dict[tuple[object, ...], str] = {}
+    for name, r in results:
+        paths = [Path(str(r.get(split, ""))) for split in ("train", "test")]
+        words = f"{name} on {r['n_test']:,} images of {paths[1]}, by {r['n_train']:,} of {paths[0]}"
+        sets.setdefault((r["n_test"], r["n_train"], *(path.name for path in paths)), words)
+    return not_comparable(list(sets.values()))
+
+
+def not_comparable(images: Sequence[str]) -> str:
+    """Return a sentence if k-NN accuracies are on different images, which are described in words; "" for one set."""
+    return f"k-NN is on different images: not comparable ({'; '.join(images)})." if len(images) > 1 else ""
 
 
 def few_shot(runs: Sequence[NamedRun]) -> Table | None:
@@ -154,11 +189,11 @@ def correspondence(runs: Sequence[NamedRun]) -> Table | None:
 
 
 def overview(runs: Sequence[NamedRun]) -> Table:
-    """Return the table with one row per run: its progress, its last loss and its best k-NN accuracy."""
+    """Return the table with one row per run: its progress, its last loss and its k-NN accuracy."""
     rows = []
     for name, run in runs:
         last = run.rows[-1] if run.rows else {}
-        best = [r["best"]["top1"] for r in run.results["knn"] if r.get("step") and isinstance(r.get("best"), Mapping)]
+        knns = [quoted(r) for r in run.results["knn"] if r.get("step") and isinstance(r.get("results"), Mapping)]
         state = "finished" if (run.summary or {}).get("finished") else "not finished"
         cells = [
             state,
@@ -167,8 +202,10 @@ def overview(runs: Sequence[NamedRun]) -> Table:
             median_rate(run),
             _short(last.get("loss")),
         ]
-        rows.append(Row(name, [Cell(c) for c in [*cells, f"{best[-1]:.1f} %" if best else NO_VALUE]]))
-    head = ["run", "state", "step", "images seen", "images/s (median)", "last loss", "k-NN, best k"]
+        rows.append(
+            Row(name, [Cell(c) for c in [*cells, f"{knns[-1][1]:.1f} % (k = {knns[-1][0]})" if knns else NO_VALUE]])
+        )
+    head = ["run", "state", "step", "images seen", "images/s (median)", "last loss", "k-NN"]
     return Table("runs", "Runs", "", head, rows)
 
 

@@ -152,13 +152,22 @@ def verdict(config: Config, history: KnnHistory, run: "RunFacts") -> list[str]:
     if gain > margin and (history.pixels is None or best > history.pixels):
         return found
     if gain <= margin:
-        told = f", and {history.images:,} images tell differences above {100 * margin:.1f} points" if margin else ""
-        found.append(f"nothing was gained: {100 * gain:+.1f} points over the untrained trunk at best{told}")
+        compared = points_in_words(100 * gain, "the untrained trunk")
+        told = f": {history.images:,} images tell differences above {100 * margin:.1f} points" if margin else ""
+        chance, nothing = f"{compared} at best, which may be chance{told}", f"nothing was gained: {compared} at best"
+        found.append(chance if 100 * gain >= 0.05 else nothing)
     if history.pixels is not None and best <= history.pixels:
         found.append(
             f"raw pixels do as well or better ({100 * history.pixels:.1f} %): these features are not worth using yet"
         )
     return [*found, "the likeliest reasons:", *(f"- {reason}" for reason in reasons(config, run))]
+
+
+def points_in_words(points: float, name: str) -> str:
+    """Return how far an accuracy is from that of `name`, such as "1.1 points below raw pixels"."""
+    if round(abs(points), 1) == 0:
+        return f"as good as {name}"
+    return f"{abs(points):.1f} points {'above' if points > 0 else 'below'} {name}"
 
 
 def last_lines(config: Config, history: KnnHistory, run: "RunFacts", total_steps: int) -> list[str]:

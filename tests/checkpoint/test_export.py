@@ -324,8 +324,8 @@ def test_model_card_is_filled_from_the_run(tmp_path: Path) -> None:
     (run / "config.yaml").write_text(configs.dump(weights.config))
     (run / "summary.json").write_text(json.dumps({"images_seen": 123456}))
     (run / "knn").mkdir()
-    best = {"k": 20, "top1": 61.25}
-    (run / "knn" / "knn.json").write_text(json.dumps({"best": best, "step": 9, "train": "/x/tr", "test": "/x/va"}))
+    knn = {"results": {"10": {"top1": 61.25, "interval": [60.0, 62.5]}, "20": {"top1": 64.0}}, "step": 9}
+    (run / "knn" / "knn.json").write_text(json.dumps({**knn, "train": "/x/tr", "test": "/x/va"}))
     results = {
         "official": {"top1": 70.04, "interval": [65.0, 75.0], "top5": 90.0},
         "logistic": {"top1": 71.5, "interval": [66.0, 76.0]},
@@ -344,7 +344,7 @@ def test_model_card_is_filled_from_the_run(tmp_path: Path) -> None:
     (run / "linear" / "linear-damaged.json").write_text('{"step": 9')
     (run / "linear" / "linear-of-others.json").write_text("[1]")
     rows = (
-        "| k-NN, k = 20, step 9 | 61.2 % | tr → va |",
+        "| k-NN, k = 10, step 9 | 61.2 % (60.0 – 62.5) | tr → va |",
         "| linear probe, official, step 9 | 70.0 % (65.0 – 75.0) | tr → va |",
         "| linear probe, logistic, step 9 | 71.5 % (66.0 – 76.0) | tr → va |",
         "| linear probe, official, 1 % of the labels, step 9 | 70.0 % (65.0 – 75.0) | tr → va |",

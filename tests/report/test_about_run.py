@@ -106,15 +106,26 @@ def test_times_in_words(seconds: float, words: str) -> None:
 
 
 def result(top1: float, **more: Any) -> dict[str, Any]:
-    return {"best": {"k": 10, "top1": top1}, "results": {"10": {"top1": top1}}, "n_test": 400, "test": "t", **more}
+    """A result whose best k on the test images is not the one to quote."""
+    ks = {"10": {"top1": top1}, "20": {"top1": top1 + 9}}
+    return {"best": {"k": 20, "top1": top1 + 9}, "results": ks, "n_test": 400, "test": "t", **more}
 
 
-def test_gain_is_measured_at_the_k_of_the_trained_result() -> None:
+def test_gain_is_measured_at_the_k_to_quote() -> None:
     pixels, untrained = result(30.0, name="raw pixels", step=None), result(41.0, name="untrained x", step=0)
     said = baselines.gain([pixels, untrained, result(60.0, step=100)])
-    assert said.endswith("60.0 % trained (step 100), +30.0 points over raw pixels and +19.0 points over untrained x")
+    assert said == (
+        "k-NN with k = 10 on 400 test images: 60.0 % trained (step 100); 30.0 points above raw pixels; "
+        "19.0 points above untrained x"
+    )
     weak = baselines.gain([pixels, untrained, result(42.0, step=100)])
-    assert "400 images tell differences above 4.9 points, so nothing was gained over untrained x" in weak
+    assert weak.endswith(
+        "12.0 points above raw pixels; 1.0 points above untrained x, which may be chance "
+        "(400 images tell differences above 4.9 points)"
+    )
+    worse = baselines.gain([pixels | {"results": {"10": {"top1": 53.25}}}, untrained, result(41.0, step=100)])
+    assert "12.2 points below raw pixels; as good as untrained x" in worse
+    assert "chance" not in worse
     assert baselines.gain([result(60.0, step=100)]) == ""
     assert baselines.gain([pixels | {"test": "other"}, result(60.0, step=100)]) == ""
 

@@ -49,15 +49,25 @@ def test_a_gain_is_reported_beside_both_baselines_without_reasons() -> None:
 
 def test_no_gain_is_said_with_its_likeliest_reasons() -> None:
     facts = replace(FACTS, prototypes=65_536)
-    text = said(history(0.40, 0.41, 0.42), facts, objective__ema_momentum=0.996)
-    assert "nothing was gained: +2.0 points over the untrained trunk at best" in text
-    assert "above 3.1 points" in text  # two standard errors of 42 % on 1,024 images
+    text = said(history(0.40, 0.37, 0.38), facts, objective__ema_momentum=0.996)
+    assert "nothing was gained: 2.0 points below the untrained trunk at best" in text
     assert "65,536 prototypes for 2,600 images" in text
     assert "objective.prototypes=1024" in text
     assert "too few steps: 400 (3,200 images, 10 epochs)" in text
     assert "averages over about 250 of 400 steps" in text
     assert "the learning rate" in text
     assert "crop scales" in text
+
+
+def test_a_gain_within_chance_is_called_so() -> None:
+    text = said(history(0.40, 0.41, 0.42))
+    assert "nothing was gained" not in text
+    assert (
+        "\n2.0 points above the untrained trunk at best, which may be chance: 1,024 images tell differences above 3.1 "
+        "points\n"  # two standard errors of 42 % on 1,024 images
+    ) in text
+    assert "the likeliest reasons:" in text
+    assert "\nnothing was gained: as good as the untrained trunk at best\n" in said(history(0.40, 0.40))
 
 
 def test_features_below_raw_pixels_are_said_to_be_useless() -> None:
@@ -79,7 +89,7 @@ def test_run_without_measurements_is_told_commands_that_parse() -> None:
 def test_number_of_images_and_margin_are_left_out_when_unknown() -> None:
     text = said(history(0.40, 0.39, images=0))
     assert text.startswith("k-NN on held-out images: 39.0 % trained")
-    assert "nothing was gained: -1.0 points over the untrained trunk at best\n" in text
+    assert "nothing was gained: 1.0 points below the untrained trunk at best\n" in text
     assert KnnHistory([(0, 0.4)]).summary()["images"] is None
 
 
