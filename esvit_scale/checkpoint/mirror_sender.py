@@ -39,13 +39,15 @@ def sending(config: Config, active: bool, mirrored_step: int = 0) -> Iterator["S
     if config.train.mirror is None or not active:
         yield None
         return
-    sender = Sender(config, mirrored_step)
+    sender, wait_s = Sender(config, mirrored_step), WAIT_AFTER_ERROR_S
     try:
         yield sender
-    except BaseException:
-        sender.close(WAIT_AFTER_ERROR_S)
-        raise
-    sender.close(WAIT_S)
+        wait_s = WAIT_S
+    finally:
+        if not sender.close(wait_s):
+            log.warning(
+                "train.mirror: the newest checkpoint is not in %s yet; the run dir has it", mirror.url_of(config)
+            )
 
 
 class Sender:
@@ -85,14 +87,20 @@ class Sender:
                 *(self._unsent, self._mirrored_step, self._url),
             )
 
-    def close(self, seconds: float) -> None:
-        """Wait for the newest checkpoint and the last records, at most so many seconds."""
+    def close(self, seconds: float) -> bool:
+        """Take no more checkpoints, and wait for the newest and the last records, at most so many seconds.
+
+        Returns:
+            Whether nothing is left to do; otherwise it may be called again.
+        """
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._thread.join(seconds)
-        if self._thread.is_alive():
-            log.warning("train.mirror: the newest checkpoint is not in %s yet; the run dir has it", self._url)
+        self._thread.join(min(seconds, 1.0))
+        if self._thread.is_alive() and seconds > 1:
+            log.info("waiting for the newest checkpoint to arrive in %s, at most %.0f s …", self._url, seconds)
+            self._thread.join(seconds - 1)
+        return not self._thread.is_alive()
 
     def _work(self) -> None:
         while (folder := self._next()) is not None:

@@ -109,7 +109,10 @@ def open_and_train(config: Config, world: World, watchdog: Watchdog) -> int:
                     sender.send(folder)
 
             run = RunResources(path, lock, watchdog, data, identity, checkpoint, knn, on_saved)
-            return trainer.train(replace(run, mirrored_step=sender.mirrored_step) if sender else run)
+            code = trainer.train(replace(run, mirrored_step=sender.mirrored_step) if sender else run)
+            if sender and not trainer.stop_requested():
+                sender.close(60 * config.train.hang_minutes / 2)  # half of what the others' watchdogs allow
+            return code
 
 
 def _checked_identity(config: Config, data: stream.TrainingData, checkpoint: Path | None) -> Identity:

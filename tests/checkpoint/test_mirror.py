@@ -262,7 +262,9 @@ def test_slow_mirror_gets_whole_checkpoints_and_skips_to_the_newest(
             assert waits.wait(20)
             assert sender.mirrored_step() == 0
         assert [each.name for each in step_folders.list_step_folders(c.run_path)] == ["step-00000010", folder.name]
+        assert not sender.close(0.01)
         go_on()
+        assert sender.close(20)
     assert sender.mirrored_step() == 50
     assert in_mirror(tmp_path) == ["step-00000010", "step-00000050"]  # those in between were left out
     assert "train.mirror: 4 checkpoints were written since step 0" in caplog.text
