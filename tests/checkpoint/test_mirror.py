@@ -317,10 +317,10 @@ def test_mirror_that_cannot_be_written_ends_a_new_run_and_warns_a_resumed_one(
     assert "the run goes on" in caplog.text
 
 
-def test_mirror_must_be_an_address_without_secrets() -> None:
-    for place, why in (("/data/mirror", "no address"), ("https://u:hush@h/x", "user name or password")):
+def test_mirror_must_be_an_address_without_secrets(tmp_path: Path) -> None:
+    for place, why in (("/data/mirror", "no address"), ("https://u:hush@h/x", "password")):
         with pytest.raises(UserError, match=rf"train\.mirror: .*{why}"):
-            configs.validate({"train": {"mirror": place}}, where="test")
+            configs.require_training_data(config(tmp_path, train__mirror=place))
 
 
 @pytest.mark.slow
