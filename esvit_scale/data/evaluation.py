@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,6 +91,11 @@ class Items:
         shard, entry = self._entry(number)
         return entry.key, self._reader.label(shard, entry), self._reader.image(shard, entry)
 
+    def close(self) -> None:
+        """Close all open files, and let go of remote shards; a later read opens them again."""
+        if self._reader is not None:
+            self._reader.close()
+
     def key(self, number: int) -> str:
         """Return an image's key without reading it. Raises BadImage or OSError."""
         if isinstance(self._source, ImageFolder):
@@ -177,25 +183,26 @@ def _evaluation_parts(
 ) -> Iterator[_EvaluationPart]:
     info = get_worker_info()
     worker, workers = (info.id, info.num_workers) if info else (0, 1)
-    for start in range(worker * batch, len(numbers), workers * batch):
-        shape = (min(batch, len(numbers) - start), size, size, pixels.channels)
-        crops = pixel_memory(pixel_dtype(pixels.bits), *shape, shared=info is not None)
-        keys: list[str] = []
-        labels: list[int] = []
-        good: list[int] = []
-        bad: list[str] = []
-        rows = crops.numpy()
-        for number in numbers[start : start + batch]:
-            try:
-                key, label, data = items.read(number)
-                rows[len(good)] = decode_centre_crop(data, size, pixels)
-            except (BadImage, OSError) as error:
-                bad.append(f"{items.name(number)}: {reason(error)}")
-            else:
-                keys.append(key)
-                labels.append(label)
-                good.append(number)
-        yield _EvaluationPart(crops[: len(good)].permute(0, 3, 1, 2), keys, labels, good, bad)
+    with closing(items):
+        for start in range(worker * batch, len(numbers), workers * batch):
+            shape = (min(batch, len(numbers) - start), size, size, pixels.channels)
+            crops = pixel_memory(pixel_dtype(pixels.bits), *shape, shared=info is not None)
+            keys: list[str] = []
+            labels: list[int] = []
+            good: list[int] = []
+            bad: list[str] = []
+            rows = crops.numpy()
+            for number in numbers[start : start + batch]:
+                try:
+                    key, label, data = items.read(number)
+                    rows[len(good)] = decode_centre_crop(data, size, pixels)
+                except (BadImage, OSError) as error:
+                    bad.append(f"{items.name(number)}: {reason(error)}")
+                else:
+                    keys.append(key)
+                    labels.append(label)
+                    good.append(number)
+            yield _EvaluationPart(crops[: len(good)].permute(0, 3, 1, 2), keys, labels, good, bad)
 
 
 def _evaluation_joined(parts: Iterator[Any], source: str, total: int, pixels: PixelFormat) -> Iterator[EvaluationBatch]:

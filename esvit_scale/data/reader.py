@@ -97,6 +97,7 @@ class ShardReader:
         self._retries = RetryBudget(RETRY_DELAYS)
         self._damaged: set[int] = set()  # shards that failed while others could be read: not retried again
         self._index_bytes = 0
+        self.waited_s = 0.0  # seconds for remote shards
 
     def entry(self, shard: int, i: int) -> Entry:
         """Return the index entry of sample `i` of a shard."""
@@ -121,8 +122,9 @@ class ShardReader:
         return parse_label(self._read_with_retries(shard, lambda: self._pread(shard, *entry.members["cls"])))
 
     def close(self) -> None:
-        """Close all open files; a later read opens them again."""
+        """Close all open files, and let go of remote shards; a later read opens them again."""
         self.close_shards(set(self._files))
+        self._shards.close()
 
     def close_shards(self, shards: Iterable[int]) -> None:
         """Close the files of some shards; a later read opens them again."""
@@ -213,7 +215,11 @@ class ShardReader:
 
     def _path(self, shard: int) -> Path:
         """Return where a shard lies on this node; a remote one is fetched first."""
-        path, gone = self._shards.path(shard)
+        began = time.monotonic()
+        try:
+            path, gone = self._shards.path(shard)
+        finally:
+            self.waited_s += time.monotonic() - began
         self.close_shards(gone)
         return path
 

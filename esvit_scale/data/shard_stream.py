@@ -101,7 +101,7 @@ class ShardSamples:
         position, faults = address.position, 0
         for attempt in range(SUBSTITUTES + 1):
             shard, i = order.locate(position)
-            key, began = f"#{i}", time.monotonic()
+            key, began = f"#{i}", time.monotonic() - reader.waited_s
             where = {"shard": prefix + manifest.shards[shard].name, "epoch": address.epoch, "position": position}
             try:
                 entry = reader.entry(shard, i)
@@ -113,7 +113,8 @@ class ShardSamples:
                 bad.append({**where, "key": key, "reason": reason(error), **stand_in})
                 faults += is_machine_fault(error)
             else:
-                if (took := time.monotonic() - began) > SLOW_SECONDS:
+                # Waiting for a store is no fault of the sample.
+                if (took := time.monotonic() - reader.waited_s - began) > SLOW_SECONDS:
                     bad.append({**where, "key": key, "reason": f"slow: {took:.0f} s to read and decode", "used": True})
                 return sample
             position = order.substitute(address.position, attempt)

@@ -95,7 +95,9 @@ def _check(manifest: Manifest, number: int, tick: Callable[[], None]) -> Checked
                 problems += [f"{path}: {printable(entry.key)}: {problem}" for problem in found]
     except OSError as error:
         return Checked([*problems, f"{path}: {error.strerror or error}"], [], none)
-    return Checked(problems, list(_index_problems(path, entries)), hash_all((e.key for e in entries), len(entries)))
+    # The index of a remote shard was made here, from the tar, where the cache had room for it.
+    indexes = [] if manifest.remote else list(_index_problems(path, entries))
+    return Checked(problems, indexes, hash_all((e.key for e in entries), len(entries)))
 
 
 def _index_problems(path: Path, entries: list[manifests.Entry]) -> Iterator[str]:

@@ -7,18 +7,20 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import fsspec.config
 import pytest
 import torch
 
 from esvit_scale import cli
 from esvit_scale import config as configs
 from esvit_scale.config import Config
-from esvit_scale.data import evaluation, mix, stream
+from esvit_scale.data import evaluation, mix, shard_stream, shard_verify, stream
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data.loader import LoaderAssignment
 from esvit_scale.data.manifest import Manifest
@@ -223,6 +225,24 @@ def test_retry_after_is_obeyed_and_status_decides() -> None:
     assert store._kind(wrapped) is StoreUnreachable
     assert store._kind(KeyError("x")) is None
     assert store._kind(OSError(28, "No space left on device")) is None
+
+
+def test_options_of_ours_the_environment_and_the_user_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    addressing = {"addressing_style": "path"}
+    joined = store._joined_options("s3", {"anon": True, "config_kwargs": {"s3": addressing, "read_timeout": 5}})
+    assert joined["config_kwargs"] == {
+        "retries": {"total_max_attempts": 1},
+        "connect_timeout": 10,
+        "read_timeout": 5,
+        "s3": addressing,
+    }
+    assert joined["anon"]
+    assert joined["max_concurrency"] == 1
+    monkeypatch.setitem(sys.modules, "aiohttp", types.SimpleNamespace(ClientTimeout=lambda **limits: limits))
+    monkeypatch.setitem(fsspec.config.conf, "https", {"client_kwargs": {"headers": {"x": "y"}}})
+    joined = store._joined_options("https", {"block_size": 0})
+    assert joined["client_kwargs"]["headers"] == {"x": "y"}
+    assert joined["client_kwargs"]["timeout"]["total"] is None  # otherwise every transfer ends after 5 minutes
 
 
 def test_missing_set_ends_the_start_at_once(shards: Path, tmp_path: Path) -> None:
@@ -681,6 +701,39 @@ def test_look_for_room_is_left_to_processes_that_wait(
     assert cached(manifest) == {0}
 
 
+def test_waiting_for_a_shard_is_no_slow_sample(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fetch = Store.fetch
+
+    def slow(self: Store, name: str, target: Path, *, urgent: bool) -> None:
+        time.sleep(0.6 if name == "shard-000003.tar" else 0)
+        fetch(self, name, target, urgent=urgent)
+
+    monkeypatch.setattr(Store, "fetch", slow)
+    monkeypatch.setattr(ahead.ReadAhead, "_fetch_next", lambda self: False)
+    monkeypatch.setattr(shard_stream, "SLOW_SECONDS", 0.5)
+    monkeypatch.setattr(shard_cache, "LONG_WAIT_S", 0.5)
+    caplog.set_level("INFO")
+    assert not [row for batch in read(config(f"file://{shards}", tmp_path), epochs=1) for row in batch.bad]
+    assert [line for line in caplog.messages if line.startswith("waited 1 s for") and "shard-000003.tar" in line]
+
+
+def test_held_out_shards_are_let_go_and_have_room(shards: Path, tmp_path: Path) -> None:
+    url = f"file://{tiny.shards(tmp_path / 'held', samples=40)}"
+    held = place.open_set(url, config("", tmp_path / "cache").data)
+    list(evaluation.evaluation_batches(held.root, 32, 7))
+    assert cached(held)
+    others = ByteLocks(held.root / room.LOCKS)
+    assert all(others.try_exclusive(room.number_of(shard.name)) for shard in held.shards)
+    c = config(f"file://{shards}", tmp_path / "cache", held_out=url)
+    data, without = stream.open_data(c), working_set.working_set(c, stream.open_data(c), 1)
+    assert isinstance(data, Manifest)
+    c = c.model_copy(update={"train": c.train.model_copy(update={"knn_every": 5})})
+    most = sorted(map(room.cost, held.shards))[-2:]
+    assert working_set.working_set(c, data, 1).least == without.least + sum(most)
+
+
 def test_slots_of_a_node(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     c = config("x", tmp_path)
     found = {}
@@ -743,6 +796,11 @@ def test_verify_names_every_changed_object(
     assert all(f"file://{bucket}/{name}: " in told for name in ("shard-000002.tar", "shard-000005.tar"))
     assert cli.main(["shards", "verify", f"file://{bucket}", "--repair"]) == 2
     assert "cannot be repaired in place" in capsys.readouterr().err
+
+
+def test_verify_needs_no_index_of_a_remote_shard(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ShardCache, "_write_index", lambda *_: None)  # as if the cache had no room for it
+    assert shard_verify.verify(small(shards, tmp_path, 20).root) == []
 
 
 def test_upload_sends_the_manifest_last_and_continues(

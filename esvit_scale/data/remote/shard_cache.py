@@ -28,6 +28,7 @@ CHANGED_ATTEMPTS = 3  # transfers of another length or sha256 before the object,
 CHANGED_DELAY_S = 0.5  # longer before every further one
 LAST_SHARDS = 2  # that a reader without a schedule keeps
 POLL_S = 0.02
+LONG_WAIT_S = 20.0  # seconds for a shard that are mentioned in the log
 NO_ROOM_S = 0.5  # at most between two attempts to find room
 WAIT_S = 1800.0  # seconds to wait for another process that fetches a shard, or for room
 
@@ -81,6 +82,8 @@ class ShardCache:
                     "runs use the cache; give it more room, or this run a data.cache_dir of its own"
                 )
             time.sleep(delay)
+        if (waited := time.monotonic() - began) > LONG_WAIT_S:
+            log.info("waited %.0f s for %s", waited, store_urls.join(self._remote.url, shard.name))
         return self.folder / shard.name
 
     def fetch_ahead(self, number: int, first_use: float, admit: Callable[[], None] = lambda: None) -> bool | None:
@@ -251,6 +254,12 @@ class ShardFiles:
             self._last = [*self._last[1:], number]
             gone = cache.keep(set(self._last))
         return cache.path(number), gone
+
+    def close(self) -> None:
+        """Let go of the shards that the process's own cache keeps; those of a given cache are its owner's."""
+        if self._given is None and (cache := _caches.get((os.getpid(), self._manifest.root))):
+            cache.keep(set())
+        self._last = [-1] * LAST_SHARDS
 
 
 def _difference(path: Path, shard: Shard) -> str | None:

@@ -46,6 +46,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "max_concurrency": 1,  # connections of one transfer
     },
 }
+# Listings are not cached: another process may have replaced what they say. Nor are file systems: a fork would inherit
+# their connections.
+UNCACHED = {"use_listings_cache": False, "skip_instance_cache": True}
 DENIED, MISSING = (401, 403), (404, 410)  # HTTP status
 LIBRARIES = ("aiohttp", "botocore", "aiobotocore", "s3fs", "gcsfs", "google", "azure", "huggingface_hub", "requests")
 NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "ProfileNotFound")
@@ -231,11 +234,7 @@ def _file_system(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
     install = f"pip install {INSTALL[kind]}" if kind in INSTALL else "install the library that fsspec names"
     try:
         url_to_fs = importlib.import_module("fsspec.core").url_to_fs
-        # Listings are not cached: another process may have replaced what they say. Nor are file systems: a fork would
-        # inherit their connections.
-        uncached = {"use_listings_cache": False, "skip_instance_cache": True}
-        merged = {**uncached, **DEFAULTS.get(kind, {}), **options}
-        fs, root = url_to_fs(url, **merged)
+        fs, root = url_to_fs(url, **_joined_options(kind, options))
     except ImportError as error:
         raise UserError(f"{url}: {' '.join(str(error).split())}; {install}") from None
     except (TypeError, ValueError) as error:
@@ -243,6 +242,32 @@ def _file_system(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
     if hasattr(fs, "retries"):
         fs.retries = 1
     return fs, str(root).rstrip("/")
+
+
+def _joined_options(kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a protocol's library: ours, then those that fsspec takes from the environment, then those given.
+
+    Options that are mappings are joined: `config_kwargs` of the user would otherwise take away our time-outs, and ours the
+    headers in FSSPEC_HTTPS.
+    """
+    of_environment = importlib.import_module("fsspec.config").conf
+    names = (kind, *(alias for alias, usual in store_urls.SAME_AS.items() if usual == kind))
+    joined: dict[str, Any] = {}
+    for part in (UNCACHED, _defaults(kind), *(of_environment.get(name, {}) for name in names), given):
+        for key, value in part.items():
+            before = joined.get(key)
+            both = isinstance(before, Mapping) and isinstance(value, Mapping)
+            joined[key] = {**before, **value} if both else value
+    return joined
+
+
+def _defaults(kind: str) -> Mapping[str, Any]:
+    if kind == "https":
+        with suppress(ImportError):
+            aiohttp = importlib.import_module("aiohttp")
+            # Its own time-out, 5 minutes for all of a transfer, would end every transfer of a large shard.
+            return {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=60)}}
+    return DEFAULTS.get(kind, {})
 
 
 def _kind(error: BaseException) -> type[Exception] | None:

@@ -4,15 +4,17 @@ import math
 import shutil
 from typing import NamedTuple
 
+from esvit_scale import store_urls
 from esvit_scale.config import Config
 from esvit_scale.data.loader import LoaderAssignment
 from esvit_scale.data.manifest import Manifest
 from esvit_scale.data.mix import MixedSets
 from esvit_scale.data.order import steps_per_epoch
 from esvit_scale.data.remote.ahead import node_slots, ranks_per_node
-from esvit_scale.data.remote.place import cache_folder
+from esvit_scale.data.remote.place import cache_folder, open_set
 from esvit_scale.data.remote.room import DEFAULT_SHARE, Room, cost
 from esvit_scale.data.remote.schedule import Schedule
+from esvit_scale.data.remote.shard_cache import LAST_SHARDS
 from esvit_scale.errors import UserError
 
 SPARE_SHARDS = 2  # that each loader process may hold beside its slots': in the place of bad samples
@@ -71,6 +73,7 @@ def working_set(config: Config, data: Manifest | MixedSets, world_size: int) -> 
     manifests = [data] if isinstance(data, Manifest) else [one.manifest for one in data.sets]
     steps, local = steps_per_epoch(data.samples, config.train.global_batch), ranks_per_node(world_size)
     everything = {(n, i): cost(shard) for n, m in enumerate(manifests) if m.remote for i, shard in enumerate(m.shards)}
+    held_out = _held_out(config, local)
     spare = SPARE_SHARDS * local * max(config.data.workers, 1) * max(everything.values(), default=0)
     nodes = []
     for rank in range(0, world_size, local):
@@ -78,12 +81,21 @@ def working_set(config: Config, data: Manifest | MixedSets, world_size: int) -> 
         schedule = Schedule(config, data, slots)
         shards = {shard for use in schedule.uses(0) for shard in use.shards if shard in everything}
         least, once = (
-            min(int(MARGIN * schedule.peak_bytes(everything, only)) + spare, sum(everything.values()))
+            min(int(MARGIN * schedule.peak_bytes(everything, only)) + spare, sum(everything.values())) + held_out
             for only in (False, True)
         )
         fetched = sum(everything[shard] for shard in shards)
         nodes.append(WorkingSet(len(slots), least, once, sum(everything.values()), fetched, len(shards)))
     return max(nodes, key=lambda node: node.least)
+
+
+def _held_out(config: Config, ranks: int) -> int:
+    """Return the bytes of the shards that a node's ranks hold while they read the held-out images of train.knn_every."""
+    place = config.data.held_out
+    if not config.train.knn_every or not store_urls.is_set_url(place):
+        return 0
+    costs = sorted(map(cost, open_set(place, config.data).shards), reverse=True)
+    return sum(costs[: LAST_SHARDS * ranks])
 
 
 def _gb(size: int) -> str:
