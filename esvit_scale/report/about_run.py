@@ -95,13 +95,14 @@ def in_words(seconds: float) -> str:
 
 
 def _starts(of: RunFiles) -> str:
+    """Return how often the run was started again, and why; a restart is a start that neither a stop nor a new length explains."""
     starts, rollbacks = starts_of(of.environment or {}), (of.summary or {}).get("rollbacks", 0)
     lengthened = len(read_rows(of.path / "lengthened.jsonl"))
-    parts = (
-        ["started once, no restart" if starts == 1 else f"{starts - 1} restart{'s' if starts > 2 else ''}"]
-        if starts
-        else []
-    )
+    resumed = max(0, min(log_format.count_stops(of.path / "log.txt"), starts - 1))
+    restarts = starts - 1 - resumed - lengthened
+    parts = ["started once, no restart"] if starts == 1 else []
+    parts += [f"{restarts} restart{'s' if restarts > 1 else ''}"] if restarts > 0 else []
+    parts += [f"stopped and resumed {f'{resumed} times' if resumed > 1 else 'once'}"] if resumed else []
     parts += [f"{rollbacks} roll-back{'s' if rollbacks > 1 else ''} to a checkpoint"] if rollbacks else []
     parts += [f"made longer {lengthened} times" if lengthened > 1 else "made longer once"] if lengthened else []
     return ", ".join(parts)

@@ -5,6 +5,8 @@ import re
 from pathlib import Path
 
 WARNING = "warning: "  # stands before the text of a warning
+STOPPED = "stopped at step %d/%d and saved; the same command continues"  # the format of a message, which is no defect
+_STOPPED = re.compile(re.escape(STOPPED).replace("%d", r"\d+"))
 
 
 class FileFormatter(logging.Formatter):
@@ -21,11 +23,24 @@ class FileFormatter(logging.Formatter):
 
 
 def read_warnings(log: Path, notes: bool = False) -> list[str]:
-    """Return the texts of the warnings in a log.txt; with `notes`, also what a start says about unsuitable settings."""
+    """Return the texts of the warnings in a log.txt; with `notes`, also what a start says about unsuitable settings.
+
+    That ctrl-C or a time limit stopped the run is no warning; `count_stops` counts these.
+    """
+    marks = re.escape(WARNING) + (r"|note {7}" if notes else "")
+    return [text for text in _texts(log, marks) if not _STOPPED.match(text)]
+
+
+def count_stops(log: Path) -> int:
+    """Return how often ctrl-C, a time limit or another signal stopped the run of a log.txt, which was then saved."""
+    return sum(bool(_STOPPED.match(text)) for text in _texts(log, re.escape(WARNING)))
+
+
+def _texts(log: Path, marks: str) -> list[str]:
+    """Return what follows one of the marks (a regular expression) in the lines of a log.txt."""
     try:
         lines = log.read_text(errors="replace").splitlines()
     except FileNotFoundError:
         return []
-    marks = re.escape(WARNING) + (r"|note {7}" if notes else "")
     found = (re.match(rf"\d\d:\d\d:\d\d (?:{marks})(.*)", line) for line in lines)
     return [match[1] for match in found if match]

@@ -29,6 +29,7 @@ from esvit_scale.parallel import collectives, engine
 from esvit_scale.parallel.step_clock import StepClock
 from esvit_scale.parallel.world import World
 from esvit_scale.train import profiling, run_dir, signals, startup
+from esvit_scale.train.log_format import STOPPED
 from esvit_scale.train.metrics import MetricLogger, log_file_errors
 from esvit_scale.train.replaced import ReplacedShare
 from esvit_scale.train.rollback import Rollbacks
@@ -364,7 +365,7 @@ class Trainer:
             self._write_summary(finished=self.step == self.last_step)
         interrupted = self._flags & Flag.INTERRUPT
         if self.world.rank == 0:
-            log.warning("stopped at step %d/%d and saved; the same command continues", self.step, self.last_step)
+            log.warning(STOPPED, self.step, self.last_step)
             if not interrupted and self.step < self.last_step:
                 # On a full disk this ends with exit code 75, which asks for a requeue as well.
                 files.write_text(self._run.path / "requeue", f"{self.step}\n")

@@ -11,6 +11,7 @@ from esvit_scale import config as configs
 from esvit_scale.checkpoint import state_file
 from esvit_scale.report import about_run, baselines, run_files, sample_images
 from esvit_scale.report.html import write_report
+from esvit_scale.train import log_format
 
 
 @pytest.fixture
@@ -69,6 +70,33 @@ def test_facts_of_a_run(told: Path) -> None:
         ("data.global_crops.size", ["32", "224"]),
         ("data.local_crops.0.count", ["3", "8"]),
     ]
+
+
+STOP = f"10:00:04 {log_format.WARNING}{log_format.STOPPED % (19, 80)}\n"
+
+
+@pytest.mark.parametrize(
+    ("starts", "stops", "lengthened", "words"),
+    [
+        (1, 0, 0, "started once, no restart"),
+        (1, 1, 0, "started once, no restart"),  # not yet resumed
+        (2, 1, 0, "stopped and resumed once"),
+        (2, 0, 1, "made longer once"),
+        (2, 1, 1, "stopped and resumed once, made longer once"),  # by the same start
+        (6, 2, 1, "2 restarts, stopped and resumed 2 times, made longer once"),
+        (3, 0, 0, "2 restarts"),
+    ],
+)
+def test_stop_or_new_length_is_no_restart_and_no_warning(
+    tmp_path: Path, starts: int, stops: int, lengthened: int, words: str
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "loss": 2.5}\n')
+    (tmp_path / "environment.json").write_text(json.dumps({"starts": starts}))
+    (tmp_path / "log.txt").write_text(stops * STOP + "10:00:05 warning: gradient spike\n")
+    (tmp_path / "lengthened.jsonl").write_text(lengthened * '{"step": 3}\n')
+    found = about_run.about(run_files.read(tmp_path))
+    assert dict(found.facts)["starts"] == words
+    assert [sentence.text for sentence in found.warnings] == ["gradient spike"]
 
 
 def test_page_has_the_section_and_escapes_warnings(told: Path) -> None:
