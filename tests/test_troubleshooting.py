@@ -99,7 +99,7 @@ def test_every_reason_for_having_learned_nothing_is_on_the_page() -> None:
     functions = [
         n
         for n in ast.walk(tree)
-        if isinstance(n, ast.FunctionDef) and n.name in ("reasons", "_settings_that_cannot_work")
+        if isinstance(n, ast.FunctionDef) and n.name in ("reasons", "_settings_that_cannot_work", "_momentum_too_high")
     ]
     calls = [
         n.args[0]

@@ -78,6 +78,13 @@ def _show_crops(config: "Config", path: Path) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_bytes(path, sample_images.crop_sheet(config))
     print(path)
+    from esvit_scale.train import header, startup
+
+    try:
+        notes = startup.notes(config, startup.planned_facts(config))
+    except UserError as error:
+        notes = [f"{'note':<10} training would not begin: {error}"]
+    header.say(*notes)
     return 0
 
 

@@ -168,7 +168,7 @@ def run_knn(
         result["few_shot"] = few_shot(sets[0], sets[1], shots, tries, ks)
     if collectives.rank() == 0:
         write_result(result, out / "knn.json")
-        print(table([result]))
+        print("\n".join([table([result]), *notes(result)]))
         if shots:
             print(few_shot_table(result["few_shot"]))
     return result
@@ -185,12 +185,17 @@ def evaluate(train: LabelledSet, test: LabelledSet, ks: Sequence[int] = KS) -> d
     if max(ks) > n and collectives.rank() == 0:
         print(f"k-NN: k is clipped to {n}, the number of training samples")
     best = max(found, key=lambda k: found[k].top1)
+    largest = int(train.samples.labels.bincount().argmax())
     return {
         "n_train": n,
         "n_test": len(test.samples.keys),
         "feature_dim": train.samples.features.shape[1],
         "results": {str(k): a._asdict() | {"interval": wilson_interval(a.top1, len(labels))} for k, a in found.items()},
         "best": {"k": best, **found[best]._asdict()},
+        "largest_class": {
+            "class": _class_name(train, largest),
+            "top1": 100 * float((labels == largest).double().mean()),
+        },
         "examples": _examples(train, test),
     }
 
@@ -225,6 +230,16 @@ def table(rows: Sequence[dict[str, Any]], names: Sequence[str] | None = None) ->
     return "\n".join(lines)
 
 
+def notes(result: dict[str, Any]) -> list[str]:
+    """Return lines below the table of one result: the intervals, and how often guessing the largest class is right."""
+    intervals = ", ".join(f"k={k} {a['interval'][0]:.1f}–{a['interval'][1]:.1f}" for k, a in result["results"].items())
+    largest = result["largest_class"]
+    return [
+        f"95 % intervals, %: {intervals}",
+        f"always guessing the largest class of the training set, {largest['class']}: {largest['top1']:.1f} %",
+    ]
+
+
 def few_shot_table(result: dict[str, Any]) -> str:
     """Format the result of `few_shot` as a text table: a line per number of samples, a column per k."""
     ks = sorted({int(k) for row in result["results"].values() for k in row})
@@ -254,5 +269,8 @@ def _examples(train: LabelledSet, test: LabelledSet) -> list[dict[str, Any]]:
 
 
 def _sample_row(of: LabelledSet, i: int) -> dict[str, Any]:
-    label = int(of.samples.labels[i])
-    return {"key": of.samples.keys[i], "class": of.classes[label] if of.classes else str(label)}
+    return {"key": of.samples.keys[i], "class": _class_name(of, int(of.samples.labels[i]))}
+
+
+def _class_name(of: LabelledSet, label: int) -> str:
+    return of.classes[label] if of.classes else str(label)

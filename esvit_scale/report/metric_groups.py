@@ -12,7 +12,7 @@ from esvit_scale.report.run_files import RunFiles
 
 RUN_COLOURS = (BLUE, ORANGE, GREEN, VIOLET, "#ec4899", "#14b8a6", "#ca8a04", "#ef4444")
 # Columns without a figure of their own; knn_top1_pixels is a line in that of knn_top1.
-NOT_DRAWN = ("step", "images_seen", "time", "knn_top1_pixels", "knn_images", "knn_held_out")
+NOT_DRAWN = ("step", "images_seen", "time", "knn_top1_pixels", "knn_largest_class", "knn_images", "knn_held_out")
 
 
 class Group(NamedTuple):

@@ -38,16 +38,17 @@ class ConsoleHandler(logging.StreamHandler[Any]):
 class Console:
     """The progress display of rank 0."""
 
-    def __init__(self, total_steps: int, step: int) -> None:
+    def __init__(self, total_steps: int, step: int, knn: float | None = None) -> None:
         """
         Args:
             total_steps: number of steps of the run.
             step: number of steps that are done.
+            knn: the k-NN accuracy that was measured last; None if none was.
         """
         self._total, self._start, self._began = total_steps, step, time.monotonic()
         self._first_done: tuple[int, float] | None = None  # the first step of this start, and when it was done
         self._has_estimated = False
-        self._knn = ""
+        self._knn = "" if knn is None else _knn_text(knn)
         self._bar = self._figures = None
         if sys.stderr.isatty():
             tqdm.monitor_interval = 0  # no thread: loader processes are forked while the bar is there
@@ -69,7 +70,7 @@ class Console:
     def row(self, row: dict[str, Any]) -> None:
         """Show a row of metrics.jsonl: its k-NN accuracy in a line of its own, and its loss and rates."""
         if "knn_top1" in row:
-            self._knn = f"k-NN {100 * row['knn_top1']:.1f} %"
+            self._knn = _knn_text(row["knn_top1"])
             pixels = row.get("knn_top1_pixels")
             note = "" if row["step"] else " with the untrained trunk"
             note += f"; {100 * pixels:.1f} % with raw pixels" if pixels is not None else ""
@@ -112,6 +113,10 @@ class Console:
             self._total - step,
             end,
         )
+
+
+def _knn_text(accuracy: float) -> str:
+    return f"k-NN {100 * accuracy:.1f} %"
 
 
 def _columns() -> int:

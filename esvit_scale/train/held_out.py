@@ -9,6 +9,8 @@ from esvit_scale.config import Config
 from esvit_scale.data.manifest import is_shard_set
 from esvit_scale.errors import UserError
 from esvit_scale.evaluate.overlap import find_shared
+from esvit_scale.train.learning import history_of
+from esvit_scale.train.row_file import read_rows
 
 log = logging.getLogger("esvit_scale")
 
@@ -38,6 +40,14 @@ def check(config: Config, resumed: bool) -> None:
         elif not (store_urls.is_set_url(held_out) or store_urls.is_set_url(train)) and is_shard_set(Path(train)):
             with suppress(UserError, OSError):  # whoever reads these sets next says what is wrong
                 _warn_of_shared(Path(train), Path(held_out))
+
+
+def other_images(config: Config, run: Path) -> str:
+    """Return a message if the k-NN accuracies of a finished run are of other images than the config names; else ""."""
+    held_out, measured = config.data.held_out, history_of(read_rows(run / "metrics.jsonl")).held_out
+    if not held_out or not measured or _place(measured) == _place(held_out):
+        return ""
+    return f"its k-NN accuracies are of {measured}, not of data.held_out={held_out}"
 
 
 def _place(name: str) -> str:

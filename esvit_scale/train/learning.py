@@ -27,6 +27,7 @@ class KnnHistory:
         measured: pairs of a step and the accuracy at it, from 0 to 1; step 0 is the untrained trunk.
         pixels: the accuracy of raw pixels on the same images; None if it is not known.
         images: number of held-out images; 0 if it is not known.
+        largest_class: the fraction of them that is of the most frequent class; None if it is not known.
         held_out: where these images lie; "" if it is not known.
         counts_from: step at which the run was last made longer; `train.patience` counts later measurements alone.
     """
@@ -36,6 +37,7 @@ class KnnHistory:
     images: int = 0
     held_out: str = ""
     counts_from: int = 0
+    largest_class: float | None = None
 
     @property
     def untrained(self) -> float | None:
@@ -68,21 +70,24 @@ class KnnHistory:
         """Return how many measurements came after the best one, and after the run was last made longer."""
         return 0 if self.best is None else sum(step > max(self.best[0], self.counts_from) for step, _ in self.trained)
 
-    def on(self, held_out: str, images: int, pixels: float) -> "KnnHistory":
+    def on(self, held_out: str, images: int, pixels: float, largest_class: float) -> "KnnHistory":
         """Return the history of a run that measures on the given images from now on: an empty one if they are others.
 
         They count as the same ones where they lie in the same place, or are as many, with the same accuracy of raw pixels.
         """
         is_same = not self.held_out or self.held_out == held_out or (self.images, self.pixels) == (images, pixels)
         measured = self.measured if is_same else []
-        return replace(self, measured=measured, held_out=held_out, images=images, pixels=pixels)
+        return replace(
+            self, measured=measured, held_out=held_out, images=images, pixels=pixels, largest_class=largest_class
+        )
 
     def fields(self, step: int) -> dict[str, Any]:
         """Return the fields of the row of `step`, which was just measured. The first row names the images."""
         found: dict[str, Any] = {"knn_top1": dict(self.measured)[step]}
         if len(self.measured) > 1:
             return found
-        return found | {"knn_top1_pixels": self.pixels, "knn_images": self.images, "knn_held_out": self.held_out}
+        about = {"knn_top1_pixels": self.pixels, "knn_largest_class": self.largest_class}
+        return found | about | {"knn_images": self.images, "knn_held_out": self.held_out}
 
     def margin(self) -> float:
         """Return two standard errors of an accuracy on these images; differences below it may be chance."""
@@ -96,6 +101,7 @@ class KnnHistory:
         return {
             "images": self.images or None,
             "pixels": self.pixels,
+            "largest_class": self.largest_class,
             "untrained": self.untrained,
             "last": {"step": last[0], "top1": last[1]} if last else None,
             "best": {"step": best[0], "top1": best[1]} if best else None,
@@ -119,6 +125,8 @@ def history_of(rows: Iterable[Mapping[str, Any]]) -> KnnHistory:
             found = KnnHistory(images=row.get("knn_images", 0), held_out=row["knn_held_out"])
         if isinstance(pixels := row.get("knn_top1_pixels"), float):
             found.pixels = pixels
+        if isinstance(largest_class := row.get("knn_largest_class"), float):
+            found.largest_class = largest_class
         if isinstance(accuracy := row.get("knn_top1"), float):
             found.add(row["step"], accuracy)
     return found
@@ -143,24 +151,27 @@ def verdict(config: Config, history: KnnHistory, run: "RunFacts") -> list[str]:
     parts = [f"{100 * accuracy:.1f} % trained (step {step})"]
     parts += [f"{100 * best:.1f} % at best (step {best_step})"] if best_step != step else []
     parts += [f"{100 * value:.1f} % {name}" for name, value in _baselines(history)]
+    parts += ["untrained not measured on these images"] if history.untrained is None else []
     images = f"{history.images:,} held-out images" if history.images else "held-out images"
     found = [f"k-NN on {images}: {', '.join(parts)}"]
-    untrained = history.untrained
-    if untrained is None:
+    problems = list(_nothing_gained(history, best))
+    if not problems:
         return found
-    gain, margin = best - untrained, history.margin()
-    if gain > margin and (history.pixels is None or best > history.pixels):
-        return found
-    if gain <= margin:
+    return [*found, *problems, "the likeliest reasons:", *(f"- {reason}" for reason in reasons(config, run))]
+
+
+def _nothing_gained(history: KnnHistory, best: float) -> Iterator[str]:
+    """Yield a line for every baseline that the best accuracy of a run does not exceed."""
+    margin = history.margin()
+    if history.untrained is not None and (gain := best - history.untrained) <= margin:
         compared = points_in_words(100 * gain, "the untrained trunk")
         told = f": {history.images:,} images tell differences above {100 * margin:.1f} points" if margin else ""
         chance, nothing = f"{compared} at best, which may be chance{told}", f"nothing was gained: {compared} at best"
-        found.append(chance if 100 * gain >= 0.05 else nothing)
+        yield chance if 100 * gain >= 0.05 else nothing
     if history.pixels is not None and best <= history.pixels:
-        found.append(
-            f"raw pixels do as well or better ({100 * history.pixels:.1f} %): these features are not worth using yet"
-        )
-    return [*found, "the likeliest reasons:", *(f"- {reason}" for reason in reasons(config, run))]
+        yield f"raw pixels do as well or better ({100 * history.pixels:.1f} %): these features are not worth using yet"
+    if history.largest_class is not None and best <= history.largest_class:
+        yield f"always guessing the largest class does as well or better ({100 * history.largest_class:.1f} %)"
 
 
 def points_in_words(points: float, name: str) -> str:
@@ -198,13 +209,7 @@ def reasons(config: Config, run: RunFacts) -> list[str]:
             f"too few steps: {run.steps:,} ({seen:,} images, {epochs:.3g} epochs), where published recipes take hundreds of "
             f"thousands; raise train.{'steps' if config.train.steps else 'epochs'}, which continues this run"
         )
-    momentum = config.objective.ema_momentum
-    horizon, shorter = 1 / max(1 - momentum, 1e-9), _momentum_for(run.steps)
-    if horizon > LONG_MEMORY * run.steps and shorter < momentum:
-        found.append(
-            f"the teacher averages over about {horizon:,.0f} of {run.steps:,} steps (objective.ema_momentum "
-            f"{momentum:g}); try {shorter:g}"
-        )
+    found += _momentum_too_high(config, run.steps)
     found.append(
         f"the learning rate (peak {config.peak_lr:.2g}): try optim.lr={3 * config.optim.lr:.2g} and {config.optim.lr / 3:.2g}"
     )
@@ -218,6 +223,17 @@ def reasons(config: Config, run: RunFacts) -> list[str]:
     return found
 
 
+def _momentum_too_high(config: Config, steps: int) -> Iterator[str]:
+    """Yield a note if the teacher averages over much of a run of this many steps."""
+    momentum = config.objective.ema_momentum
+    horizon, shorter = 1 / max(1 - momentum, 1e-9), _momentum_for(steps)
+    if horizon > LONG_MEMORY * steps and shorter < momentum:
+        yield (
+            f"the teacher averages over about {horizon:,.0f} of {steps:,} steps (objective.ema_momentum "
+            f"{momentum:g}); try {shorter:g}"
+        )
+
+
 def _momentum_for(steps: int) -> float:
     """Return an EMA momentum whose teacher averages over a tenth of this many steps, but 0.9 at least."""
     return 1 - min(0.1, float(f"{10 / max(steps, 1):.2g}"))
@@ -225,7 +241,8 @@ def _momentum_for(steps: int) -> float:
 
 def notes_at_start(config: Config, run: RunFacts) -> list[str]:
     """Return what is to be said before the first step about settings that hardly work."""
-    return list(_settings_that_cannot_work(config, run))
+    total = config.train.steps or config.train.epochs * run.steps_per_epoch
+    return [*_settings_that_cannot_work(config, run), *_momentum_too_high(config, total)]
 
 
 def _settings_that_cannot_work(config: Config, run: RunFacts) -> Iterator[str]:
@@ -256,5 +273,9 @@ def _sizes_with_one_token(config: Config, run: RunFacts) -> list[int]:
 
 
 def _baselines(history: KnnHistory) -> Sequence[tuple[str, float]]:
-    named = (("untrained", history.untrained), ("raw pixels", history.pixels))
+    named = (
+        ("untrained", history.untrained),
+        ("raw pixels", history.pixels),
+        ("always guessing the largest class", history.largest_class),
+    )
     return [(name, value) for name, value in named if value is not None]

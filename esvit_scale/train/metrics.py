@@ -17,7 +17,7 @@ from typing import Any
 from esvit_scale import files
 from esvit_scale.config import Config
 from esvit_scale.errors import in_words
-from esvit_scale.train import row_file, tracking
+from esvit_scale.train import learning, row_file, tracking
 from esvit_scale.train.console import Console, ConsoleHandler
 from esvit_scale.train.log_format import FileFormatter
 from esvit_scale.train.row_file import RowFile, read_rows
@@ -75,7 +75,15 @@ class MetricLogger:
         self._quarantine = RowFile(self._run / "quarantine.jsonl")
         self._board = TensorBoard(self._run / "tensorboard", step)
         self._wandb = tracking.Wandb(self._run, self._config) if self._config and self._config.train.wandb else None
-        self._console = Console(self._total, step)
+        self._console = Console(self._total, step, self._last_knn())
+
+    def _last_knn(self) -> float | None:
+        """Return the k-NN accuracy that was measured last; None if this start measures none, or on other images."""
+        if self._config is None or not self._config.train.knn_every:
+            return None
+        found = learning.history_of(read_rows(self._run / "metrics.jsonl"))
+        is_same = found.held_out in ("", self._config.data.held_out)
+        return found.measured[-1][1] if found.measured and is_same else None
 
     def rewind(self, step: int) -> None:
         """Go back to `step` for a roll-back, but keep the quarantined samples of the steps since then. Raises the same

@@ -33,6 +33,7 @@ class OnlineKnn:
 
     Attributes:
         images: number of images of all ranks together.
+        largest_class: the fraction of them that is of the most frequent class.
     """
 
     def __init__(self, config: Config, world: World) -> None:
@@ -59,6 +60,8 @@ class OnlineKnn:
             )
         self._images, self._labels = torch.cat(images)[:count], own[:count]
         self.images = count * world.size
+        of_all = torch.cat(collectives.gather_objects(self._labels))
+        self.largest_class = of_all.bincount().max().item() / len(of_all)
 
     @torch.no_grad()
     def accuracy(self, engines: Engines, autocast: torch.autocast) -> float:

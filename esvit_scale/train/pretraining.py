@@ -66,6 +66,8 @@ def open_and_train(config: Config, world: World, watchdog: Watchdog) -> int:
     if finished:
         if world.rank == 0:
             log.warning("%s: this run is finished; nothing to do", path)
+            if other := held_out.other_images(config, path):
+                log.warning("%s: %s", path, other)
         return 0
     data = collectives.run_on_rank0_and_broadcast(lambda: stream.open_data(config))
     room = collectives.run_on_rank0_and_broadcast(lambda: working_set.check(config, data, world.size))

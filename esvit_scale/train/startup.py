@@ -4,7 +4,9 @@ import torch
 from torch import nn
 
 from esvit_scale.config import Config
+from esvit_scale.data import stream
 from esvit_scale.machine import usable_cpus
+from esvit_scale.objective.network import Network, build_network
 from esvit_scale.objective.schedules import Schedules
 from esvit_scale.parallel.engine import Engines
 from esvit_scale.parallel.world import World
@@ -29,12 +31,17 @@ def lines(
                 Schedules(shorter, facts.steps_per_epoch), Schedules(config, facts.steps_per_epoch), facts.steps
             )
         )
-    found += [f"{'note':<10} {note}" for note in learning.notes_at_start(config, facts)]
+    found += notes(config, facts)
     if config.train.compile:
         found.append("train.compile: the first step compiles the trunk's blocks, which takes minutes")
     if config.train.knn_every and not facts.steps:
         found.append("measuring k-NN with the untrained trunk and with raw pixels …")
     return found
+
+
+def notes(config: Config, facts: RunFacts) -> list[str]:
+    """Return the lines about settings that hardly work."""
+    return [f"{'note':<10} {note}" for note in learning.notes_at_start(config, facts)]
 
 
 def lengthening(before: Schedules, now: Schedules, step: int) -> str:
@@ -75,10 +82,26 @@ def run_facts(engines: Engines, schedules: Schedules, steps: int, images: int) -
         steps: number of steps that are done.
         images: number of images in the data set.
     """
-    trunk = engines.student.module.trunk
+    return _facts(engines.student.module, schedules, steps, images)
+
+
+def planned_facts(config: Config) -> RunFacts:
+    """Return the same facts about a run that has not begun, without memory for its weights.
+
+    Raises:
+        UserError: the network cannot be built, or the training data cannot be read.
+    """
+    with torch.device("meta"):
+        network = build_network(config)
+    data = stream.open_data(config)
+    return _facts(network, Schedules(config, stream.steps_per_epoch(config, data)), 0, data.samples)
+
+
+def _facts(network: Network, schedules: Schedules, steps: int, images: int) -> RunFacts:
+    trunk = network.trunk
     cell = trunk.reductions[-1] if trunk.has_regions and trunk.reductions else None
     tokens = {size: (-(-size // cell)) ** 2 for size in set(schedules.config.crop_sizes)} if cell else {}
-    prototypes = getattr(engines.student.module.objective, "prototypes", 0)
+    prototypes = getattr(network.objective, "prototypes", 0)
     return RunFacts(steps, schedules.steps_per_epoch, images, tokens, prototypes)
 
 

@@ -120,7 +120,8 @@ class StepMetrics:
         row: dict[str, Any] | None = None
         self.knn = collectives.run_on_rank0_and_broadcast(lambda: learning.read_history(run, step))
         if self._knn is not None:
-            self.knn = self.knn.on(self._config.data.held_out, self._knn.images, self._knn.pixels_accuracy())
+            pixels, largest_class = self._knn.pixels_accuracy(), self._knn.largest_class
+            self.knn = self.knn.on(self._config.data.held_out, self._knn.images, pixels, largest_class)
             if step == 0:
                 row = {"step": 0, "images_seen": 0, **self._knn_accuracy(0)}
         self._began, self._first_step = time.monotonic(), step

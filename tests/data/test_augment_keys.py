@@ -109,7 +109,11 @@ def test_show_crops_draws_a_sheet_and_trains_nothing(
     monkeypatch.chdir(tmp_path)
     line = f"pretrain demo data.train={shard_set.root} data.flip=0 --show-crops out/crops.png"
     assert cli.main(line.split()) == 0
-    assert capsys.readouterr().out == "out/crops.png\n"
+    said = capsys.readouterr()
+    assert said.out == "out/crops.png\n"
+    assert "note       training would not begin: train.global_batch: 64 images, but the set holds" in said.err
+    assert cli.main([*line.split(), "train.global_batch=8"]) == 0
+    assert "note       crops of 32 pixels have one region token each" in capsys.readouterr().err
     with Image.open("out/crops.png") as sheet:
         assert sheet.width > 2 * 64 + 4 * 32
         assert sheet.height > 8 * 64

@@ -156,14 +156,28 @@ def test_command_writes_stable_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     written = json.loads((tmp_path / "out" / "knn.json").read_text())
     assert written == result
     assert list(written) == [
-        *("checkpoint", "step", "train", "test", "n_train", "n_test", "feature_dim", "results", "best", "examples")
+        *("checkpoint", "step", "train", "test", "n_train", "n_test", "feature_dim", "results", "best"),
+        *("largest_class", "examples"),
     ]
     assert (written["train"], written["test"]) == ("s3://bucket/train", str(tmp_path / "test"))
     assert set(written["results"]["10"]) == {"top1", "top5", "interval"}
     assert written["best"]["top1"] == max(r["top1"] for r in written["results"].values())
     assert [len(e["neighbours"]) for e in written["examples"]] == [5] * 10
-    assert "step 400" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "step 400" in shown
+    low, high = written["results"]["10"]["interval"]
+    assert f"95 % intervals, %: k=10 {low:.1f}–{high:.1f}, k=20 " in shown
+    assert f"always guessing the largest class of the training set, {written['largest_class']['class']}: " in shown
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["knn.json"]
+
+
+def test_largest_class_of_the_training_set_is_guessed_for_the_test_set() -> None:
+    def labelled(*labels: int) -> LabelledSet:
+        samples = FeatureSet(torch.randn(len(labels), 4), [str(i) for i in range(len(labels))], torch.tensor(labels))
+        return LabelledSet(samples, ("a", "b", "c"))
+
+    result = evaluate(labelled(0, 1, 1, 2), labelled(1, 0, 0, 0), ks=(1,))
+    assert result["largest_class"] == {"class": "b", "top1": 25.0}
 
 
 def test_table_lines_up_results_of_different_k() -> None:

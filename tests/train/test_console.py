@@ -1,5 +1,6 @@
 """What a run shows: the header before torch, a line per row in log.txt everywhere, a bar on a terminal, and ctrl-C."""
 
+import json
 import logging
 import os
 import pty
@@ -37,6 +38,23 @@ def shown_on(run: Path, is_terminal: bool, monkeypatch: pytest.MonkeyPatch) -> t
     display.close()
     file.flush()
     return (run / "console").read_text(), (run / "log.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("held_out", "every", "expected"), [("val", 2, True), ("other", 2, False), ("val", None, False)]
+)
+def test_rows_after_a_resume_show_the_last_accuracy(
+    held_out: str, every: int | None, expected: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = tiny.config(tmp_path, tmp_path, data__held_out=held_out, train__knn_every=every)
+    rows = [{"step": 0, "knn_top1": 0.25, "knn_held_out": "val"}, ROW | {"knn_top1": 0.375}, ROW | {"step": 3}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    logger = metrics.MetricLogger(tmp_path, 10, True, config)
+    logger.open(3)
+    with caplog.at_level(logging.INFO, logger="esvit_scale"):
+        logger.row(ROW | {"step": 4})
+    logger.close()
+    assert ("· k-NN 37.5 % ·" in caplog.text) == expected
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])

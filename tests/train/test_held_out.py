@@ -55,6 +55,16 @@ def test_held_out_images_that_are_trained_on_are_counted(
     assert "10 of 36 images have the same bytes" in caplog.text
 
 
+def test_finished_run_says_on_which_images_it_was_measured(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 0, "knn_top1": 0.5, "knn_images": 40, "knn_held_out": "photos"}\n'
+    )
+    said = held_out.other_images(config(data, Path("shards/val")), tmp_path)
+    assert said == "its k-NN accuracies are of photos, not of data.held_out=shards/val"
+    assert not held_out.other_images(config(data, Path("photos").absolute()), tmp_path)
+    assert not held_out.other_images(config(data, Path("photos")), tmp_path / "no rows")
+
+
 def test_other_images_and_sets_that_cannot_be_read_pass(
     data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -70,6 +70,34 @@ def test_a_gain_within_chance_is_called_so() -> None:
     assert "\nnothing was gained: as good as the untrained trunk at best\n" in said(history(0.40, 0.40))
 
 
+def test_features_below_the_largest_class_are_said_to_be_useless() -> None:
+    """Unequal classes: 29.8 % with the untrained trunk was less than always guessing the largest class, unnoticed."""
+    text = said(replace(history(0.2, 0.3), largest_class=0.35))
+    assert "30.0 % raw pixels, 35.0 % always guessing the largest class" in text
+    assert "always guessing the largest class does as well or better (35.0 %)" in text
+    assert "does as well or better" not in said(replace(history(0.2, 0.5), largest_class=0.35))
+
+
+def test_verdict_on_other_images_compares_with_raw_pixels() -> None:
+    """A run that goes on with another data.held_out has no accuracy of its untrained trunk on it."""
+    found = history(0.4, 0.382, pixels=0.393)
+    found.measured = found.trained
+    text = said(found)
+    assert "39.3 % raw pixels, untrained not measured on these images" in text
+    assert "raw pixels do as well or better (39.3 %)" in text
+    assert "nothing was gained" not in text
+    assert "the likeliest reasons:" in text
+
+
+@pytest.mark.parametrize(("momentum", "noted"), [(0.996, True), (0.9, False)])
+def test_teacher_that_averages_over_much_of_the_planned_run_is_noted_at_the_start(momentum: float, noted: bool) -> None:
+    config = tiny.config(Path("run"), Path("shards"), objective__ema_momentum=momentum, train__steps=400)
+    notes = learning.notes_at_start(config, RunFacts(0, 4, 36, {}))
+    assert (
+        notes == ["the teacher averages over about 250 of 400 steps (objective.ema_momentum 0.996); try 0.975"] * noted
+    )
+
+
 def test_features_below_raw_pixels_are_said_to_be_useless() -> None:
     text = said(history(0.40, 0.55, pixels=0.6))
     assert "nothing was gained" not in text
@@ -129,7 +157,7 @@ def test_advice_on_crop_scales_raises_the_lowest(scales: list[tuple[float, float
 def test_one_region_token_per_crop_is_noted_at_the_start(
     tokens: dict[int, int], regions: bool, expected: str | None
 ) -> None:
-    config = tiny.config(Path("run"), Path("shards"), objective__regions=regions)
+    config = tiny.config(Path("run"), Path("shards"), objective__regions=regions, objective__ema_momentum=0.5)
     notes = learning.notes_at_start(config, RunFacts(0, 4, 36, tokens))
     assert len(notes) == (expected is not None)
     assert expected is None or expected in notes[0]

@@ -75,7 +75,9 @@ def test_metrics_match_at_every_zero_stage(runs: dict[str, list[dict[str, Any]]]
 
 def test_rows_hold_the_documented_metrics(runs: dict[str, list[dict[str, Any]]]) -> None:
     first, *rows = runs["zero1"]
-    assert first.keys() == {"step", "images_seen", "knn_top1", "knn_top1_pixels", "knn_images", "knn_held_out"}
+    about = {"knn_top1_pixels", "knn_largest_class", "knn_images", "knn_held_out"}
+    assert first.keys() == {"step", "images_seen", "knn_top1"} | about
+    assert first["knn_largest_class"] == pytest.approx(1 / 3)
     assert first["step"] == first["images_seen"] == 0
     parts = {"patch_embed", "stage1", "stage2", "stage3", "norm", "view_head", "region_head"}
     for row in rows:
