@@ -125,7 +125,9 @@ class Sender:
                 log.info("train.mirror: %s was removed before it was sent; the next checkpoint is sent", folder.name)
                 return
             is_ours = isinstance(error, UserError | RestartCanHelp | Denied | Missing)
-            text = str(error) if is_ours else f"{type(error).__name__}: {first_line(error)}"
+            text = (
+                str(error).removeprefix("train.mirror: ") if is_ours else f"{type(error).__name__}: {first_line(error)}"
+            )
             log.warning("train.mirror: %s; the run goes on, and the next checkpoint is sent anew", text)
 
     def _send(self, folder: Path) -> None:

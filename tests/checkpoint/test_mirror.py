@@ -54,6 +54,14 @@ def send(c: Config, *steps: int) -> None:
             sender.send(folder)
 
 
+def until(is_so: Callable[[], bool]) -> None:
+    for _ in range(2000):
+        if is_so():
+            return
+        time.sleep(0.01)
+    raise AssertionError("waited in vain")
+
+
 @contextmanager
 def slow_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event, Callable[[], None]]]:
     """Let transfers of tensors wait; yield an event, set when one waits, and a function that lets it go on."""
@@ -92,8 +100,7 @@ def test_records_are_sent_once_more_at_the_end_and_restored(tmp_path: Path) -> N
     with mirror_sender.sending(c, True, mirror.claim(c)) as sender:
         assert sender
         sender.send(folder)
-        while sender.mirrored_step() != 10:
-            time.sleep(0.01)
+        until(lambda: sender.mirrored_step() == 10)
         for name in records:
             (tmp_path / "run" / name).write_text(f"last {name}")
     shutil.rmtree(tmp_path / "run")
@@ -291,8 +298,7 @@ def test_failing_mirror_is_a_warning_and_the_next_checkpoint_is_sent(
     with mirror_sender.sending(c, True, mirror.claim(c)) as sender:
         assert sender
         sender.send(step_folder(c, 10))
-        while not any("the run goes on" in record.message for record in caplog.records):
-            time.sleep(0.01)
+        until(lambda: any("the run goes on" in record.message for record in caplog.records))
         assert str(error) in caplog.records[-1].message
         assert caplog.records[-1].levelname == "WARNING"
         sender.send(step_folder(c, 20))
