@@ -243,13 +243,13 @@ def where() -> dict[str, Any]:
     """Return what figures depend on: processor, threads, torch, allocator, load before the first step, and commit."""
     import torch
 
+    from esvit_scale.machine import processor
     from esvit_scale.models import products
 
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
     return {
-        "processor": names[0] if names else platform.machine(),
+        "processor": processor() or platform.machine(),
         "flags": [flag for flag in ("avx512_bf16", "amx_bf16") if any(flag in line.split() for line in lines)],
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -93,7 +93,7 @@ def _run(arguments: list[str] | None) -> int:
 
 
 def _open_remote_sets(parsed: argparse.Namespace) -> None:
-    """Replace the URLs of shard sets among the options by the sets' folders in the cache, which are read like others."""
+    """Replace URLs of shard sets among the options by the sets' folders in the cache, which are read like others."""
     for name, value in vars(parsed).items():
         if isinstance(value, SetUrl):
             from esvit_scale.data.remote import place

@@ -33,7 +33,7 @@ def protocol(place: str) -> str:
 
 
 def is_set_url(place: str) -> bool:
-    """Return whether `place` is the URL of a folder, hence of an indexed shard set, rather than of plain tars or a path."""
+    """Return whether `place` is the URL of a folder, hence of an indexed shard set, and not of plain tars or a path."""
     if not protocol(place) or "{" in place or "}" in place:
         return False
     return not (TAR.search(place) or TAR.search(re.split("[?#]", place)[0]))

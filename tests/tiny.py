@@ -31,7 +31,10 @@ VALUES: dict[str, Any] = {
 
 
 def shards(folder: Path, samples: int = 36, first: int = 0) -> Path:
-    """A shard set of coloured noise, 36 images: 4 steps an epoch at batch 8, and 4 samples dropped. Another `first` gives other images."""
+    """A shard set of coloured noise, 36 images: 4 steps an epoch at batch 8, and 4 samples dropped.
+
+    Another `first` gives other images.
+    """
     images = []
     for i in range(samples):
         generator = np.random.default_rng(first + i)

@@ -1,7 +1,7 @@
 """What mkdocs needs to build a site from pages that are written for GitHub.
 
 - README.md is the first page, and the pages beside docs/ (of slurm/, benchmarks/, …) belong to the site.
-- The navigation has the sections and pages of docs/README.md, in its order; a page that is not listed there fails the build.
+- The navigation has the sections and pages of docs/README.md, in its order; a page not listed there fails the build.
 - A link to a file or folder of the repository leads to a page that shows it.
 - Lists are written as CommonMark has them, and reindented for Python-Markdown.
 """

@@ -149,9 +149,8 @@ def _user() -> str:
 
 
 def _hint(config: Config, error: Exception) -> str:
-    kind = store_urls.protocol(url_of(config))
     if isinstance(error, Denied):
-        return f"set {store_urls.WHERE.get(kind, 'its credentials')}"
+        return f"set {store_urls.credentials(url_of(config))}"
     return "correct the address, or make the bucket; train.mirror=null does without"
 
 

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from esvit_scale.commands.option_types import images
+from esvit_scale.commands.option_types import set_or_folder
 from esvit_scale.commands.parser import add_checkpoint, add_loading, command, count, group, on_all_ranks, positive
 from esvit_scale.errors import UserError
 
@@ -105,7 +105,7 @@ def _add_correspondence(evaluate: Any) -> None:
     add_checkpoint(correspondence)
     correspondence.add_argument(
         "--data",
-        type=images,
+        type=set_or_folder,
         required=True,
         metavar="D",
         help="shards (folder or URL), a folder of images, or one image",
@@ -125,7 +125,7 @@ def _add_embed(commands: Any) -> None:
     embed = command(commands, "embed", _embed, "write the features of images as arrays")
     add_checkpoint(embed)
     embed.add_argument(
-        "--data", type=images, required=True, metavar="D", help="shards (folder or URL), or a folder of images"
+        "--data", type=set_or_folder, required=True, metavar="D", help="shards (folder or URL), or a folder of images"
     )
     embed.add_argument(
         "--out",
@@ -141,7 +141,7 @@ def _add_sets(parser: argparse.ArgumentParser) -> None:
     for name, metavar, use in (("--train", "T", "learn from"), ("--test", "V", "classify")):
         parser.add_argument(
             name,
-            type=images,
+            type=set_or_folder,
             required=True,
             metavar=metavar,
             help=f"labelled shards (folder or URL), or a folder with one subfolder for each class, to {use}",

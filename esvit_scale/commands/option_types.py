@@ -11,7 +11,7 @@ class SetUrl(str):
     """The URL of a shard set in an object store; cli.py replaces it by the set's folder in the node's cache."""
 
 
-def images(text: str) -> "Path | SetUrl":
+def set_or_folder(text: str) -> "Path | SetUrl":
     """Convert the place of a shard set or folder of images, a path or the URL of a set."""
     return SetUrl(text) if is_set_url(text) else Path(text)
 

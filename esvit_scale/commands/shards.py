@@ -45,7 +45,7 @@ def _add_duplicates(shards: Any) -> None:
 
 def _add_verify(shards: Any) -> None:
     verify = command(shards, "verify", _verify, "check sizes, sha256, counts and that every image decodes")
-    verify.add_argument("root", type=option_types.images, metavar="DST", help="folder or URL of the shard set")
+    verify.add_argument("root", type=option_types.set_or_folder, metavar="DST", help="folder or URL of the shard set")
     verify.add_argument(
         "--repair",
         nargs="?",
@@ -58,7 +58,7 @@ def _add_verify(shards: Any) -> None:
 
 def _add_stats(shards: Any) -> None:
     stats = command(shards, "stats", _stats, "print sizes, bytes, classes, and mean and std of the pixels of a set")
-    stats.add_argument("root", type=option_types.images, metavar="DST", help="folder or URL of the shard set")
+    stats.add_argument("root", type=option_types.set_or_folder, metavar="DST", help="folder or URL of the shard set")
     stats.add_argument("--plot", type=Path, metavar="PNG", help="image file to draw the statistics to (default: none)")
     stats.add_argument(
         "--json", action="store_true", help="print JSON with the number of samples of every class (default: a table)"
@@ -68,7 +68,7 @@ def _add_stats(shards: Any) -> None:
 
 def _add_show(shards: Any) -> None:
     show = command(shards, "show", _show, "write a contact sheet of random images of a set")
-    show.add_argument("root", type=option_types.images, metavar="DST", help="folder or URL of the shard set")
+    show.add_argument("root", type=option_types.set_or_folder, metavar="DST", help="folder or URL of the shard set")
     show.add_argument("--out", type=Path, required=True, metavar="FILE", help="file to write, ending in .png or .html")
     show.add_argument("--count", type=positive, default=64, metavar="N", help="images on the sheet (default: 64)")
     show.add_argument(

@@ -83,7 +83,7 @@ def is_shard_set(root: Path) -> bool:
 
 
 def address(source: Path) -> str:
-    """Return what names a data set for good: the URL of a remote set, whose folder in the cache may leave, or the path."""
+    """Return what names a data set for good: the URL of a remote set, whose folder in the cache may go, or the path."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         if remote := _remote(source):
             return remote.url

@@ -73,8 +73,8 @@ class UrlSets:
             raise UserError("data.mix: data.train is set too; list every set in data.mix, or give data.train alone")
         if remote := next((mixed.urls for mixed in data.mix if is_set_url(mixed.urls)), None):
             raise UserError(
-                f"data.mix: {remote} is a shard set in a store and cannot be mixed with plain tars; make a set of the tars "
-                "with `esvit-scale shards create --from tars`, or leave one of the two out"
+                f"data.mix: {remote} is a shard set in a store and cannot be mixed with plain tars; make a set of the "
+                "tars with `esvit-scale shards create --from tars`, or leave one of the two out"
             )
         if data.epoch_samples is None:
             named = [mixed.urls for mixed in data.mix] or [data.train]

@@ -1,9 +1,10 @@
 """Linear layers in bf16, whose products a CPU computes in fp32 where that is faster.
 
-CPUs with AMX, and AMD's with AVX512-BF16, multiply bf16 faster than fp32. Others do not: Intel's AVX512-BF16 without AMX
-reaches 0.6 of the rate of fp32, and without any bf16 instructions it is less. There, a linear layer widens its operands to
-fp32, multiplies, and rounds the result once to bf16. It does so for some rows at a time, so that the wide numbers stay in
-the caches, and GELU before the layer, the sum of the bias's gradient and the rounding take no passes of their own.
+CPUs with AMX, and AMD's with AVX512-BF16, multiply bf16 faster than fp32. Others do not: Intel's AVX512-BF16 without
+AMX reaches 0.6 of the rate of fp32, and without any bf16 instructions it is less. There, a linear layer widens its
+operands to fp32, multiplies, and rounds the result once to bf16. It does so for some rows at a time, so that the wide
+numbers stay in the caches, and GELU before the layer, the sum of the bias's gradient and the rounding take no passes of
+their own.
 
 ESVIT_PRODUCTS=bf16 or fp32 in the environment overrules the choice.
 """

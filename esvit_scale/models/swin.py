@@ -142,7 +142,7 @@ class Swin(Trunk):
         return swin_forms.huggingface_v1(self, size)
 
     def use_attention(self, attend: AttendWindows) -> None:
-        """Let every block compute its window attention with this implementation (window_attention_implementations.py)."""
+        """Let every block compute its window attention with this one of window_attention_implementations.py."""
         for block in self.blocks:
             cast(WindowAttention, block.attn).attend = attend
 

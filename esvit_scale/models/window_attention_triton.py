@@ -2,8 +2,8 @@
 
 Memory holds qkv, the output, their gradients, of large windows two numbers per query, and partial gradients of the bias
 table, which are summed in a fixed order. So results do not depend on timing, and nothing of size windows × L × L is in
-memory (L = window²). window_attention_kernels.py has the kernels, and this module their launches, as operators of torch that
-torch.compile and activation checkpointing see as a whole.
+memory (L = window²). window_attention_kernels.py has the kernels, and this module their launches, as operators of torch
+that torch.compile and activation checkpointing see as a whole.
 """
 
 from typing import Any

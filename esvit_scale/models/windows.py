@@ -19,7 +19,8 @@ Grids = tuple[tuple[int, int, int], ...]  # (crops, H, W) of each resolution gro
 
 # Added to the attention score of two tokens that are in one window only because of the cyclic shift. The published code
 # adds −100, which leaves probabilities of about exp(−100). They change no result, but in fp32 they are subnormal numbers,
-# on which CPUs compute many times more slowly (findings/swin_mask_subnormals.sh). At −10⁴, which fp16 can represent, they are exactly zero.
+# on which CPUs compute many times more slowly (findings/swin_mask_subnormals.sh). At −10⁴, which fp16 can represent, they
+# are exactly zero.
 MASKED = -1e4
 
 

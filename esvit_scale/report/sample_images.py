@@ -91,7 +91,7 @@ def crop_sheet(config: Config, images: int = SHEET_IMAGES) -> bytes:
 
 
 def _sheet_widths(sides: list[int]) -> list[int]:
-    """Return the widths at which crops of these sides are drawn: small ones are all enlarged by the same whole factor."""
+    """Return the widths at which crops of these sides are drawn: all small ones are enlarged by one whole factor."""
     small = [side for side in sides if side <= SMALL_SIDE]
     cell = CELL_SIDE if len(small) == len(sides) else min(CELL_SIDE, max(sides))
     factor = max(1, cell // max(small, default=cell))
@@ -170,8 +170,10 @@ def _encoded(source: Path, keys: set[str]) -> dict[str, bytes]:
 
 
 def enlarged(image: Image.Image, side: int) -> Image.Image:
-    """Return a small picture enlarged by the largest whole factor at which it fits `side`, without interpolation; others
-    as they are."""
+    """Return a small picture enlarged by the largest whole factor at which it fits `side`, without interpolation.
+
+    Others are returned as they are.
+    """
     longest = max(image.size)
     factor = side // longest if longest <= SMALL_SIDE else 1
     size = (image.width * factor, image.height * factor)

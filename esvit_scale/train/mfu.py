@@ -1,8 +1,8 @@
 """Model FLOPs utilisation (MFU): the fraction of the devices' matrix-product rate that training reaches.
 
 It is useful FLOPs per second (objective/costs.py: no recomputation and, for Swin, no padding tokens) divided by the
-rate of a large matrix product on the same device, in the same process and the precision of its products. The peak rate of a data sheet
-would compare machines, not code.
+rate of a large matrix product on the same device, in the same process and the precision of its products. The peak rate
+of a data sheet would compare machines, not code.
 """
 
 import time

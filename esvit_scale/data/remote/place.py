@@ -124,7 +124,7 @@ def _attached(url: str, cache: str, limit: int | None, options: str) -> Path:
             f"upload its folder, {MANIFEST} last"
         ) from None
     except Denied as error:
-        raise UserError(f"{error}; set {_credentials(url)}") from None
+        raise UserError(f"{error}; set {store_urls.credentials(url)}") from None
     except OSError as error:
         raise UserError(f"data.cache_dir: {cache}: {error.strerror or error}") from None
     return folder
@@ -148,7 +148,3 @@ def _folder_name(url: str, manifest: bytes) -> str:
     """Return the name of a set's folder in the cache: readable, and different for another URL or another manifest."""
     last = re.sub(r"[^A-Za-z0-9._-]+", "-", url.rpartition("/")[2])[:60] or "set"
     return f"{last}-{hashlib.sha256(url.encode() + manifest).hexdigest()[:16]}"
-
-
-def _credentials(url: str) -> str:
-    return store_urls.WHERE.get(store_urls.protocol(url), "its credentials as its library takes them")

@@ -1,19 +1,21 @@
 """Upload of a finished shard set to a store: shards and indexes first, the manifest last.
 
-So nothing in the store looks like a set until all of it is there. What was uploaded is recorded beside the set with the
-version that the store gave it, so that an interrupted upload continues.
+So nothing in the store looks like a set until all of it is there. What was uploaded is recorded beside the set, a line for
+each shard with the version that the store gave it, so that an interrupted upload continues.
 """
 
 import hashlib
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from esvit_scale import files, store_urls
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data.manifest import MANIFEST, Manifest, Shard, index_path
+from esvit_scale.data.remote import place
 from esvit_scale.data.remote.store import Denied, Missing, Store
 from esvit_scale.errors import RestartCanHelp, UserError
 from esvit_scale.progress import Progress
@@ -33,33 +35,59 @@ def upload(root: Path, url: str) -> int:
         raise UserError(f"{url.partition('://')[0]}://…: {problem}")
     manifest = manifests.load(root)
     manifests.check_sizes(manifest)
-    record = root / f".uploaded-{hashlib.sha256(url.rstrip('/').encode()).hexdigest()[:16]}.json"
-    sent: dict[str, str] = json.loads(record.read_bytes()) if record.is_file() else {}
+    record = _record_path(root, url.rstrip("/"))
     try:
         with TemporaryDirectory() as locks, closing(Store(url.rstrip("/"), {}, Path(locks))) as store:
-            number = _send_shards(manifest, store, sent, record)
+            number = _send_shards(manifest, store, record)
             store.put(root / MANIFEST)
     except Denied as error:
-        place = store_urls.WHERE.get(store_urls.protocol(url), "its credentials")
-        raise UserError(f"{error}; set {place}") from None
+        raise UserError(f"{error}; set {store_urls.credentials(url)}") from None
     except Missing:
         raise UserError(f"{url}: there is no such bucket or folder; make it first") from None
     return number
 
 
-def _send_shards(manifest: Manifest, store: Store, sent: dict[str, str], record: Path) -> int:
-    """Send the shards that are not recorded in `sent` as the store has them; return their number."""
-    number = 0
-    with ThreadPoolExecutor(THREADS) as pool, Progress(len(manifest.shards), "shards uploaded") as shown:
+def _record_path(root: Path, url: str) -> Path:
+    """Return the file that records an upload: beside the set, or in the cache's default folder where that is read-only."""
+    if os.access(root, os.W_OK):
+        return root / f".uploaded-{_digest(url)}.jsonl"
+    folder = place.cache_folder(None)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder / f".uploaded-{_digest(f'{root.resolve()} {url}')}.jsonl"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _read_record(record: Path) -> dict[str, str]:
+    """Return what was sent, by the shards' names; a line that an interruption cut short is left out."""
+    sent = {}
+    for line in record.read_text().splitlines() if record.is_file() else ():
+        with suppress(ValueError):
+            name, version = json.loads(line)
+            sent[name] = version
+    return sent
+
+
+def _send_shards(manifest: Manifest, store: Store, record: Path) -> int:
+    """Send the shards that are not recorded as the store has them; return their number."""
+    number, sent = 0, _read_record(record)
+    with (
+        ThreadPoolExecutor(THREADS) as pool,
+        Progress(len(manifest.shards), "shards uploaded") as shown,
+        record.open("a", buffering=1) as lines,
+    ):
+        lines.write("\n")  # ends a line that was cut short
         jobs = {
             pool.submit(_send, manifest.root, shard, store, sent.get(shard.name)): shard for shard in manifest.shards
         }
         try:
             for done, job in enumerate(as_completed(jobs), 1):
                 version, was_sent = job.result()
-                number += was_sent
-                sent[jobs[job].name] = version
-                files.write_json(record, sent)
+                if was_sent:
+                    number += 1
+                    lines.write(json.dumps([jobs[job].name, version]) + "\n")
                 shown.to(done)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
