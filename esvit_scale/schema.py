@@ -171,8 +171,8 @@ def _nearest_key(loc: str, schema: Any) -> str:
     elsewhere: dict[str, str] = {}
     for key in _keys(schema):
         elsewhere.setdefault(key.rpartition(".")[2], key)
-    if close := get_close_matches(leaf, siblings, n=1):
+    if close := get_close_matches(leaf.lower(), siblings, n=1):
         return f"; did you mean {f'{parent}.{close[0]}'.lstrip('.')!r}?"
-    if close := get_close_matches(leaf, elsewhere, n=1, cutoff=0.8):
+    if close := get_close_matches(leaf.lower(), elsewhere, n=1, cutoff=0.8):
         return f"; did you mean {elsewhere[close[0]]!r}?"
     return f"; known: {', '.join(siblings)}"

@@ -251,6 +251,7 @@ def test_error_in_a_file_names_file_key_and_nearest_value(text, write):
 
 ON_THE_COMMAND_LINE = {
     "train.epoch=3": "unknown key train.epoch; did you mean 'train.epochs'?",
+    "optim.Lr=3": "unknown key optim.Lr; did you mean 'optim.lr'?",
     "train.epochs=three": "'train.epochs=three': train.epochs: expected a whole number, got 'three'",
     "train.epochs=": "train.epochs: expected a whole number, got nothing",
     "train.epochs": "overrides are written key=value",
