@@ -256,8 +256,9 @@ def _joined_options(kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
     for part in (UNCACHED, _defaults(kind), *(of_environment.get(name, {}) for name in names), given):
         for key, value in part.items():
             before = joined.get(key)
-            both = isinstance(before, Mapping) and isinstance(value, Mapping)
-            joined[key] = {**before, **value} if both else value
+            if isinstance(before, Mapping) and isinstance(value, Mapping):
+                value = {**before, **value}
+            joined[key] = value
     return joined
 
 
