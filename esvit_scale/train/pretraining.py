@@ -65,9 +65,7 @@ def open_and_train(config: Config, world: World, watchdog: Watchdog) -> int:
     path, finished = collectives.run_on_rank0_and_broadcast(lambda: run_dir.open_run(config))
     if finished:
         if world.rank == 0:
-            log.warning("%s: this run is finished; nothing to do", path)
-            if other := held_out.other_images(config, path):
-                log.warning("%s: %s", path, other)
+            _warn_finished(config, path)
         return 0
     data = collectives.run_on_rank0_and_broadcast(lambda: stream.open_data(config))
     room = collectives.run_on_rank0_and_broadcast(lambda: working_set.check(config, data, world.size))
@@ -115,6 +113,13 @@ def open_and_train(config: Config, world: World, watchdog: Watchdog) -> int:
             if sender and not trainer.stop_requested():
                 sender.close(60 * config.train.hang_minutes / 2)  # half of what the others' watchdogs allow
             return code
+
+
+def _warn_finished(config: Config, path: Path) -> None:
+    """Log that a finished run has nothing to do, and whether its k-NN accuracies are of other images than the config's."""
+    log.warning("%s: this run is finished; nothing to do", path)
+    if other := held_out.other_images(config, path):
+        log.warning("%s: %s", path, other)
 
 
 def _checked_identity(config: Config, data: stream.TrainingData, checkpoint: Path | None) -> Identity:
