@@ -15,7 +15,7 @@ from esvit_scale.report.html import write_report
 from esvit_scale.report.run_files import try_or_note
 from tests.report.runs import EVIL
 
-VOID = {"meta", "link", "img", "br"}
+VOID = {"meta", "link", "img", "br", "wbr"}
 
 
 class Page(HTMLParser):
@@ -234,6 +234,14 @@ def test_runs_with_equal_names_are_labelled_by_folder(run: Path) -> None:
     assert "other" in text
     assert "named-run" not in text.split("Config differences")[0]
     assert "run: " in text
+
+
+def test_narrow_screens_break_keys_at_dots_and_give_names_of_classes_room(run: Path) -> None:
+    page = write_report(run).read_text()
+    assert "<th>data.<wbr>local_<wbr>crops.<wbr>0.<wbr>count</th>" in page
+    narrow = page.split("@media (max-width: 560px)")[1].split("@media")[0]
+    assert ".query { grid-template-columns: repeat(3, 1fr) !important; }" in narrow
+    assert ".differences td { min-width: 72px; }" in narrow
 
 
 def test_folder_that_is_no_run_dir_is_an_error(tmp_path: Path) -> None:
