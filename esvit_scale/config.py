@@ -7,6 +7,7 @@ the overrides. None of them imports torch, so that they load at once on a login 
 """
 
 from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -225,10 +226,22 @@ def _read(config: str) -> dict[str, Any]:
     if (path / "config.yaml").is_file():
         raise UserError(f"{config}: is a run dir; its config is {path / 'config.yaml'}")
     if path.suffix in (".yaml", ".yml"):
-        raise UserError(f"{config}: no such config file{nearest(path.stem, preset_names())}")
+        raise UserError(f"{config}: no such config file{_nearest_config(path)}")
     if config not in preset_names():
-        raise UserError(f"{config}: neither a file nor a preset{nearest(config, preset_names())}")
+        raise UserError(f"{config}: neither a file nor a preset{_nearest_config(path)}")
     return yaml_text.parse(presets.text(config), config)
+
+
+def _nearest_config(path: Path) -> str:
+    """Return a hint for a config that is not there: the YAML file or run dir beside it, or the preset, of a like name."""
+    beside: list[str] = []
+    if path.suffix or len(path.parts) > 1:
+        with suppress(OSError):
+            found = sorted(path.parent.iterdir())
+            beside = [p.name for p in found if p.suffix in (".yaml", ".yml") or (p / "config.yaml").is_file()]
+    if close := get_close_matches(path.name, beside, n=1, cutoff=0.6):
+        return f"; did you mean '{path.parent / close[0]}'?"
+    return nearest(path.stem, preset_names())
 
 
 def _flatten(node: Any, prefix: str = "") -> dict[str, Any]:

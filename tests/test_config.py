@@ -290,6 +290,11 @@ def test_each_error_gets_its_own_line(write):
 def test_missing_file_or_preset_is_an_error(tmp_path, write):
     assert "neither a file nor a preset; did you mean 'swin_t'?" in error_of("swint")
     assert "no such config file; did you mean 'swin_t'?" in error_of(str(tmp_path / "swint.yaml"))
+    (tmp_path / "stamps.yaml").write_text("name: stamps\n")
+    assert f"did you mean '{tmp_path / 'stamps.yaml'}'?" in error_of(str(tmp_path / "stampz.yaml"))
+    (tmp_path / "runs/stamps").mkdir(parents=True)
+    (tmp_path / "runs/stamps/config.yaml").write_text("name: stamps\n")
+    assert f"did you mean '{tmp_path / 'runs/stamps'}'?" in error_of(str(tmp_path / "runs/stampz"))
     write("")
     (tmp_path / "run.yaml").rename(tmp_path / "config.yaml")
     assert str(tmp_path / "config.yaml") in error_of(str(tmp_path))

@@ -169,6 +169,11 @@ def load_frozen_trunk(checkpoint: Path) -> FrozenTrunk:
     if baselines.is_baseline(str(checkpoint)):
         found = baselines.load(str(checkpoint))
         return FrozenTrunk(found.trunk, found.size, found.step, found.pixels, found.name)
+    if not checkpoint.exists():
+        raise UserError(
+            f"{checkpoint}: no such checkpoint; give a run dir or one of its step folders, or a baseline: "
+            f"{baselines.PIXELS} or {baselines.UNTRAINED}CONFIG"
+        )
     checkpoint = step_folders.follow_pointer(checkpoint)
     if checkpoint.is_file() or exported_folder.is_exported(checkpoint):
         trunk, config = convert.load_trunk(checkpoint)

@@ -82,3 +82,8 @@ def test_evaluations_of_tokens_refuse_pixels(photos: Path, tmp_path: Path, capsy
         arguments = [*command, str(image), "--checkpoint", "pixels", "--out", str(tmp_path)]
         assert cli.main(["evaluate", *arguments]) == 2
         assert "Traceback" not in capsys.readouterr().err
+
+
+def test_mistyped_baseline_is_told_what_there_is(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="or a baseline: pixels or untrained:CONFIG"):
+        load_frozen_trunk(tmp_path / "pixel")
