@@ -10,7 +10,7 @@ from esvit_scale import config as configs
 from esvit_scale.errors import UserError, nearest
 from esvit_scale.launch import ANSWER_S
 from esvit_scale.train.row_file import read_rows
-from esvit_scale.train.run_records import is_running, read_summary
+from esvit_scale.train.run_records import is_running, latest_checkpoint, read_summary
 
 GOING_ON = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "CONFIGURING", "PENDING", "REQUEUED", "REQUEUE_HOLD")
 LAST_JOBS = 5  # how many of a run's jobs Slurm is asked about
@@ -54,10 +54,11 @@ def status(run: Path) -> Status:
 
 
 def progress(run: Path) -> dict[str, Any]:
-    """Return the fields of a Status that come from metrics.jsonl: step, total_steps, images_per_s and eta_s."""
-    rows = read_rows(run / "metrics.jsonl")
+    """Return the progress of a run by its newest row and checkpoint: step, total_steps, images_per_s and eta_s."""
+    rows, saved = read_rows(run / "metrics.jsonl"), latest_checkpoint(run)
     row = rows[-1] if rows else {}
-    total, step = _total_steps(run), row.get("step", 0)
+    total = _total_steps(run)
+    step = max(row.get("step", 0), int(saved.name.removeprefix("step-")) if saved else 0)  # a stop saves between rows
     is_over = bool(read_summary(run, warn=False).get("finished"))
     left = None if is_over or total is None or "step_s" not in row else (total - step) * row["step_s"]
     return {"step": step, "total_steps": total, "images_per_s": row.get("images_per_s"), "eta_s": left}

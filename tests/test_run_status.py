@@ -55,6 +55,19 @@ def test_status_of_a_run_without_slurm(run: Path, capsys: pytest.CaptureFixture[
     assert (found["state"], found["step"], "ETA" in found) == ("FINISHED", "30 of 50", False)  # it ended early
 
 
+@pytest.mark.parametrize(
+    ("latest", "step", "eta"),
+    [("step-00000034", "34", "0:00:32"), ("step-00000099", "30", "0:00:40"), ("step-x", "30", "0:00:40")],
+)
+def test_step_is_the_saved_one_where_a_stop_came_between_rows(
+    run: Path, capsys: pytest.CaptureFixture[str], latest: str, step: str, eta: str
+) -> None:
+    (run / "checkpoints" / "step-00000034").mkdir(parents=True)
+    (run / "checkpoints" / "latest").write_text(f"{latest}\n")
+    found = shown(capsys, str(run))
+    assert (found["step"], found["ETA"]) == (f"{step} of 50", f"{eta} of training")
+
+
 def test_status_imports_no_torch(run: Path) -> None:
     code = (
         "import sys; from esvit_scale.cli import main; main(sys.argv[1:]); print({'torch', 'numpy'} & set(sys.modules))"

@@ -15,7 +15,7 @@ from esvit_scale import store_urls
 from esvit_scale.config import Config
 from esvit_scale.errors import RestartCanHelp, UserError
 from esvit_scale.resources import ds_config_path
-from esvit_scale.train.run_records import read_summary
+from esvit_scale.train.run_records import latest_checkpoint, read_summary
 
 log = logging.getLogger("esvit_scale")
 
@@ -124,10 +124,8 @@ def _run_state(run: Path) -> str:
     if summary.get("finished"):
         return f"finished at step {summary.get('step')}; a larger length continues it"
     checkpoints = run / "checkpoints"
-    with suppress(OSError, ValueError):
-        latest = (checkpoints / "latest").read_text().strip()
-        if latest.startswith("step-") and (checkpoints / latest).is_dir():
-            return f"continues from {latest}"
+    if latest := latest_checkpoint(run):
+        return f"continues from {latest.name}"
     if any(checkpoints.glob("step-*")):
         return "continues from its newest good checkpoint"
     return (

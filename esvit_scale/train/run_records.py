@@ -7,7 +7,9 @@ once.
 import json
 import logging
 import math
+import re
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +51,19 @@ def starts_of(environment: dict[str, Any]) -> int:
     because an older version wrote it or it is damaged."""
     found = environment.get("starts")
     return found if type(found) is int else min(len(environment), 1)
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """Return the step folder that checkpoints/latest of a run dir names; None if it names none that exists.
+
+    Nothing in the folder is read; resolve it with step_folders.py before use.
+    """
+    checkpoints = run / "checkpoints"
+    with suppress(OSError, ValueError):
+        name = (checkpoints / "latest").read_text().strip()
+        if re.fullmatch(r"step-\d+", name) and (checkpoints / name).is_dir():
+            return checkpoints / name
+    return None
 
 
 def is_running(run: Path) -> bool:
