@@ -24,6 +24,20 @@ from esvit_scale.models.swin_variants import swin_shape
 Namespace = dict[str, Any]
 
 
+def swin_arguments(config: Config) -> dict[str, Any]:
+    """Return the sizes of the config's Swin by their names in the official code, which are timm's too."""
+    shape = swin_shape(config)
+    return {
+        "img_size": config.data.global_crops.size,
+        "embed_dim": shape.embed_dim,
+        "depths": list(shape.depths),
+        "num_heads": list(shape.heads),
+        "window_size": config.model.window,
+        "drop_path_rate": config.model.drop_path,
+        "num_classes": 0,
+    }
+
+
 class OfficialStep:
     """Teacher, student, loss and optimizer of the official trainer; call it with the crops for one optimizer step.
 
@@ -44,19 +58,11 @@ class OfficialStep:
         swin = _swin(clone)
         head = _definitions(clone / "models/vision_transformer.py", {"DINOHead"}, {"trunc_normal_": trunc_normal_})
         loss = _definitions(clone / "main_esvit.py", {"DDINOLoss"}, {"np": np, "F": F, "dist": dist})
-        shape, objective = swin_shape(config), config.objective
+        objective = config.objective
 
         def network() -> Any:
             trunk = swin.SwinTransformer(
-                img_size=config.data.global_crops.size,
-                embed_dim=shape.embed_dim,
-                depths=list(shape.depths),
-                num_heads=list(shape.heads),
-                window_size=config.model.window,
-                drop_path_rate=config.model.drop_path,
-                num_classes=0,
-                norm_layer=partial(nn.LayerNorm, eps=1e-6),
-                use_dense_prediction=True,
+                **swin_arguments(config), norm_layer=partial(nn.LayerNorm, eps=1e-6), use_dense_prediction=True
             )
             for name in ("head", "head_dense"):
                 setattr(trunk, name, head["DINOHead"](trunk.num_features, objective.prototypes, norm_last_layer=False))

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from official import OfficialStep
+from official import OfficialStep, swin_arguments
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from esvit_scale.config import Config
-from esvit_scale.models.swin_variants import swin_shape
 
 Outputs = tuple[Tensor, Tensor, Tensor, list[int]]  # view logits, region logits, regions, tokens of a crop of each view
 
@@ -35,18 +34,8 @@ class TimmNetwork(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        shape = swin_shape(config)
         kind: Any = SwinTransformerV2 if config.model.trunk.startswith("swinv2") else SwinTransformer
-        self.trunk = kind(
-            img_size=config.data.global_crops.size,
-            embed_dim=shape.embed_dim,
-            depths=tuple(shape.depths),
-            num_heads=tuple(shape.heads),
-            window_size=config.model.window,
-            drop_path_rate=config.model.drop_path,
-            num_classes=0,
-            strict_img_size=False,
-        )
+        self.trunk = kind(**swin_arguments(config), strict_img_size=False)
         self.heads = nn.ModuleList(Head(self.trunk.num_features, config.objective.prototypes) for _ in range(2))
 
     def forward(self, crops: list[Tensor]) -> Outputs:

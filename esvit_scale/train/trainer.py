@@ -325,9 +325,8 @@ class Trainer:
         extra_state = self.objective.empty_extra_state(self.world.device)
         cursor = state.restore(folder, self.engines, extra_state)
         self.objective.load_extra_state(extra_state)
-        self.step, self.optimizer_step = cursor["step"], cursor["optimizer_step"]
-        self.data_offset = cursor["data_offset"]
-        self._saved_step = self.step
+        self.step = self._saved_step = cursor["step"]
+        self.optimizer_step, self.data_offset = cursor["optimizer_step"], cursor["data_offset"]
         signals.set_kept(folder)
 
     def _save_if_due(self) -> None:
