@@ -146,7 +146,7 @@ def checks(options: Any) -> Iterator[Row]:
 
 
 def attention_problems(device: Any) -> Iterator[Row]:
-    """Yield for every implementation of window attention how it differs from fp32 by more than it may."""
+    """Yield a row for every implementation of window attention and type, whose note says why it cannot be used, if so."""
     import torch
 
     from esvit_scale.errors import first_line
@@ -174,7 +174,7 @@ def attention_problems(device: Any) -> Iterator[Row]:
 
 
 def loss_error(device: Any, dtype: Any) -> float:
-    """The largest error of loss and gradients, relative to the largest value of the reference."""
+    """Return the largest error of loss and gradients, relative to the largest value of the reference."""
     import torch
 
     from esvit_scale.objective.prototypes import prototype_cross_entropy

@@ -54,7 +54,7 @@ class OfficialStep:
 
     @staticmethod
     def modules(clone: Path, config: Config, device: torch.device) -> tuple[Any, Any, Any]:
-        """Return student, teacher and loss."""
+        """Return student, teacher and loss of the official `clone`, built for `config` and moved to `device`."""
         swin = _swin(clone)
         head = _definitions(clone / "models/vision_transformer.py", {"DINOHead"}, {"trunc_normal_": trunc_normal_})
         loss = _definitions(clone / "main_esvit.py", {"DDINOLoss"}, {"np": np, "F": F, "dist": dist})
@@ -72,7 +72,7 @@ class OfficialStep:
         return network(), network(), loss["DDINOLoss"](objective.prototypes, views, 0.04, 0.07, 30, 300).to(device)
 
     def __call__(self, crops: list[Tensor]) -> None:
-        """`crops`: one tensor per view, as the official loader gives them."""
+        """Make one optimizer step on `crops`: one tensor [B, 3, S, S] per view, as the official loader gives them."""
         with self._autocast():
             targets = self._teacher(crops[:2])
             loss = self._loss(self._student(crops), targets, 0, None)

@@ -24,7 +24,7 @@ class TimmStep(OfficialStep):
 
     @staticmethod
     def modules(clone: Path, config: Config, device: torch.device) -> tuple[Any, Any, Any]:
-        """Return student, teacher and loss; `clone` is not used."""
+        """Return student, teacher and loss for `config` on `device`; `clone` is not used."""
         network = lambda: TimmNetwork(config).to(device)  # noqa: E731
         return network(), network(), PlainLoss(config.objective.prototypes).to(device)
 
@@ -39,7 +39,7 @@ class TimmNetwork(nn.Module):
         self.heads = nn.ModuleList(Head(self.trunk.num_features, config.objective.prototypes) for _ in range(2))
 
     def forward(self, crops: list[Tensor]) -> Outputs:
-        """Return logits and regions of crops [B, 3, S, S], those of one size in one forward pass."""
+        """Return the `Outputs` of crops, each [B, 3, S, S]; crops of one size share a forward pass."""
         maps: list[Tensor] = []
         for size in dict.fromkeys(crop.shape[-1] for crop in crops):
             same = [crop for crop in crops if crop.shape[-1] == size]

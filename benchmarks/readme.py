@@ -14,7 +14,10 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 BEGIN, END = "<!-- step figures, written by benchmarks/readme.py -->\n", "<!-- end of step figures -->\n"
-PAGES = {HERE.parent / "README.md": False, HERE / "README.md": True}  # page → whether it has every column
+PAGES = {
+    HERE.parent / "README.md": False,
+    HERE / "README.md": True,
+}  # page → whether its table has the columns steps, load and commit
 
 Row = dict[str, Any]
 
@@ -32,14 +35,14 @@ def main() -> int:
 
 
 def written(page: Path) -> str:
-    """Return the page's text with the table of today's results."""
+    """Return the page's text with its table written again from the results."""
     before, rest = page.read_text().split(BEGIN)
     _, after = rest.split(END)
     return f"{before}{BEGIN}\n{text(results(), PAGES[page])}\n{END}{after}"
 
 
 def results() -> list[Row]:
-    """Return the measured rows that have another side, each with the place where it was measured."""
+    """Return the saved rows in which two implementations were compared, each with its machine under "where"."""
     files = [json.loads(path.read_text()) for path in sorted((HERE / "results").glob("step-*.json"))]
     rows = [row | {"where": found["where"]} for found in files for row in found["rows"] if row["official"]]
     order = ["fp32", "bf16"]
@@ -48,7 +51,7 @@ def results() -> list[Row]:
 
 
 def text(rows: list[Row], full: bool) -> str:
-    """Return the table and the line below it; `full` adds what one figure depends on."""
+    """Return the table and the line below it; `full` adds the columns steps, load and commit."""
     head = ["step", "images/s", "compared with", "its images/s", "× as fast", "of its memory"]
     head += ["steps", "load", "commit"] if full else []
     lines = [head, ["---"] * len(head), *(line(row, full) for row in rows)]
@@ -56,7 +59,7 @@ def text(rows: list[Row], full: bool) -> str:
 
 
 def line(row: Row, full: bool) -> list[str]:
-    """Return the cells of a row."""
+    """Return the cells of one row of the table as text."""
     rates = row["ours_images_per_s"], row["official_images_per_s"]
     step = f"`{row['preset']}`, {row['precision']}, {row['batch']} images"
     if row["checkpointing"] != "none":
@@ -71,7 +74,7 @@ def line(row: Row, full: bool) -> list[str]:
 
 
 def places(rows: list[Row]) -> str:
-    """Return a sentence for every kind of machine and torch on which the rows were measured."""
+    """Return a sentence that names every machine and version of torch on which the rows were measured."""
     seen: dict[str, None] = {}
     for row in rows:
         where = row["where"]

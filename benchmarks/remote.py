@@ -80,6 +80,7 @@ def jpegs(count: int) -> Iterator[Sample]:
 
 
 def measure(options: argparse.Namespace, root: Path, url: str, proxy: object_store.Proxy) -> dict[str, float]:
+    """Return all figures by name; `root` holds the local set and the caches, `url` names the same set behind `proxy`."""
     of = partial(config, options.workers, proxy)
     result: dict[str, float] = {}
     cold = of(url, root / "cold")
@@ -119,12 +120,15 @@ def measure(options: argparse.Namespace, root: Path, url: str, proxy: object_sto
 
 
 def config(workers: int, proxy: object_store.Proxy, train: str, cache: Path) -> Config:
+    """Return the config of a run that reads `train`, a path or URL, with its cache in the folder `cache`."""
     data = {"train": train, "workers": workers, "cache_dir": str(cache)}
     data |= {"storage_options": {"anon": True, "endpoint_url": proxy.url}}
     return configs.validate({"data": data, "train": {"global_batch": BATCH}}, where="benchmark")
 
 
 def ours(c: Config, start: int = 0) -> Callable[[], Iterator[stream.Batch]]:
+    """Return a function that opens the data anew and yields its batches from batch `start` to the end of the epoch."""
+
     def batches() -> Iterator[stream.Batch]:
         place._attached.cache_clear()
         data = stream.open_data(c)
@@ -134,7 +138,10 @@ def ours(c: Config, start: int = 0) -> Callable[[], Iterator[stream.Batch]]:
 
 
 def plain(c: Config, proxy: object_store.Proxy, url: str, options: argparse.Namespace) -> Iterator[Any]:
-    """A pipeline as the webdataset documentation shows it: shuffled tars by `pipe:curl`, a shuffle buffer, our crops."""
+    """Yield the batches of the pipeline that webdataset's documentation shows: tars by `pipe:curl`, a shuffle buffer.
+
+    The crops are made by our own functions, so that only the reading differs.
+    """
     base = f"pipe:curl -s {proxy.url}/{url.removeprefix('s3://')}"
     urls = [f"{base}/shard-{number:06d}.tar" for number in range(options.shards)]
 

@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def command(options: argparse.Namespace) -> str:
-    """Return the arguments that decide what is measured, with a clone's path as CLONE."""
+    """Return the command line's arguments without --json and --save, with the path of the clone replaced by CLONE."""
     words = [word for word in sys.argv[1:] if word not in ("--json", "--save", options.save)]
     return " ".join("CLONE" if word == str(options.official) != "timm" else word for word in words)
 
@@ -231,7 +231,7 @@ def seconds(step: Callable[[], object], device: Any, clock: Callable[[], float] 
 
 
 def peak_mb(device: Any) -> float:
-    """Of the whole process on a CPU, of the allocator on a GPU."""
+    """Return the peak memory in MB: of the whole process on a CPU, of torch's allocator on a GPU."""
     import torch
 
     if device.type == "cuda":

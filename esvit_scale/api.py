@@ -90,8 +90,8 @@ def embed(
 ) -> Embeddings:
     """Return the features of images.
 
-    A folder's crops are those of the evaluations, which resize faster, and a sequence's those of the backbone's
-    `preprocess`; pixels differ by about a level (docs/evaluation.md).
+    Images of a folder or shard set are resized and cropped as by `esvit-scale evaluate`, those of a sequence by the
+    backbone's `preprocess`, which is slower; pixel values differ by about 1 of 255 levels (docs/evaluation.md).
 
     Args:
         weights: whatever `load_backbone` takes: a run dir, an exported folder, a weight file.

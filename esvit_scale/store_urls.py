@@ -79,7 +79,7 @@ def secret_in_options(options: Mapping[str, Any], places: list[str]) -> str | No
 
 
 def _items(options: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield dotted name and value of all items in nested dicts and lists; of a list of pairs, as of a dict."""
+    """Yield dotted name and value of all items in nested dicts and lists; a list of (name, value) pairs counts as a dict."""
     if isinstance(options, Mapping):
         pairs = list(options.items())
     elif isinstance(options, list | tuple):
@@ -101,11 +101,12 @@ def _holds_secret(value: Any) -> bool:
 
 
 def _refusal(what: str, place: str, command: str = "") -> str:
-    """Return an error message about a secret, with what to do.
+    """Return an error message about a secret, with what to do instead.
 
     Args:
+        what: says which secret was found, and where.
         place: the address that the secret is for.
-        command: one that reads plain tars of that address, which no library with credentials of its own does.
+        command: a shell command that reads plain tars at that address, which no library with credentials does.
     """
     start = f"{what}, which configs and logs would record; remove it and"
     if command and not is_set_url(place):

@@ -1,10 +1,10 @@
 """Copies of checkpoints in an object store (`train.mirror`): where they lie, whose they are, and how a run is restored.
 
 s3://bucket/runs/NAME/
-  owner.json                      the run that may write here; its id is in mirror.json of the run dir, too
+  owner.json                      the id of the run that may write here, which mirror.json in its run dir repeats
   latest, best                    names of step folders, as in checkpoints/ of the run dir
   checkpoints/step-00000100/…     the files of a checkpoint, and last files.json: their sizes and sha256
-  checkpoints/step-00000100.log.txt, …   the run's records (RECORDS) when that checkpoint was sent
+  checkpoints/step-00000100.log.txt, …   the run's records (RECORDS), as they were when it was sent
 
 A step folder with files.json is complete. mirror_sender.py writes all this.
 """
@@ -35,12 +35,13 @@ RECORDS = (  # of a run dir, beside checkpoints/; config.yaml last, because with
     *("metrics.jsonl", "quarantine.jsonl", "summary.json", "environment.json", "attention.json"),
     *("lengthened.jsonl", "log.txt", "config.yaml"),
 )
-LISTED = "files.json"  # of a step folder in the store: name → [bytes, sha256]
-OWNER = "owner.json"
-ID = "mirror.json"  # in the run dir
-ATTEMPTS = 3  # transfers of a file that arrives damaged
+LISTED = "files.json"  # in each step folder of the store: name → [bytes, sha256]
+OWNER = "owner.json"  # in the store: id, user, host and time of the run's first start
+ID = "mirror.json"  # in the run dir: the id that owner.json has
+ATTEMPTS = 3  # number of transfers of a file that arrives damaged each time
 SLOWEST = 1e6  # bytes/s; a slower transfer counts as a hang
-# The data may lie elsewhere, and a run may be longer: train/run_dir.py compares these once the run dir is there.
+# Keys that a restore does not compare: the data may have moved and the run may be made longer, which
+# train/run_dir.py checks once the run dir is there.
 COMPARED_LATER = (*MAY_DIFFER, *LENGTH_KEYS, "data.train", "data.mix")
 
 
@@ -59,7 +60,7 @@ def url_of(config: Config) -> str:
 
 @contextmanager
 def opened(config: Config) -> Iterator[Store]:
-    """Yield the store of a run's mirror; data.storage_options are for it, too, if data.train has its protocol."""
+    """Yield the store of a run's mirror, opened with data.storage_options if data.train has the same protocol."""
     url = url_of(config)
     same = store_urls.protocol(url) == store_urls.protocol(config.data.train or "")
     options = (config.data.storage_options or {}) if same else {}
@@ -71,9 +72,10 @@ def opened(config: Config) -> Iterator[Store]:
 
 
 def claim(config: Config) -> int:
-    """Make the mirror this run's, which shows that it can be written, and return the step of its newest checkpoint.
+    """Write this run's id into its mirror, as a test that it can be written; return the step of its newest checkpoint.
 
-    Call it on rank 0 while holding the run's lock. Where a run is resumed, a mirror that fails is only a warning.
+    The step is 0 if there is no checkpoint or no mirror. Call it on rank 0 while holding the run's lock. If the run is
+    resumed, a mirror that fails is only logged as a warning.
 
     Raises:
         UserError: the mirror holds another run's checkpoints; or, at the beginning of a run, it cannot be written.
@@ -98,7 +100,10 @@ def claim(config: Config) -> int:
 
 
 def own(store: Store, run: Path) -> None:
-    """Write a run's id into its mirror, also into one without a checkpoint, of a run that this user began.
+    """Write a run's id into its mirror.
+
+    A mirror with another id is taken over only if it has no checkpoint, the same user began it, and this run dir has
+    no id yet.
 
     Raises:
         NotOurs: the mirror is another run's.
@@ -204,7 +209,7 @@ def _latest(store: Store) -> str | None:
 
 
 def _pointer(store: Store, pointer: str) -> str | None:
-    """Return the name of the step folder that an object names; None if there is no such object, or it names none."""
+    """Return the name of the step folder that the object `pointer` (latest or best) holds; None without a valid one."""
     with suppress(Missing):
         name = store.read(pointer, at_start=True)[:200].decode("ascii", "replace").strip()
         return name if step_folders.step_of(Path(name)) is not None else None
@@ -212,7 +217,10 @@ def _pointer(store: Store, pointer: str) -> str | None:
 
 
 def _candidates(store: Store) -> list[str]:
-    """Return the names of a mirror's step folders, in the order in which a restore tries them."""
+    """Return the names of a mirror's step folders in the order in which a restore tries them.
+
+    First the one that `latest` names, then earlier ones from the newest down, then later ones, which may be incomplete.
+    """
     found, latest = set[str](), _latest(store)
     with suppress(Missing):
         found = {name for name in store.names("checkpoints") if step_folders.step_of(Path(name)) is not None}
@@ -236,13 +244,13 @@ def _fetch_first(store: Store, config: Config, names: list[str], grant: Callable
     run, latest, problems = config.run_path, _latest(store), list[str]()
     for name in names:
         if name != latest and not is_complete(store, name):
-            continue  # was being sent, or removed
+            continue  # its upload or removal was interrupted
         log.warning("%s: fetching %s from %s …", run, name, store.url)
         try:
             _check_config(store, name, config)
             run.mkdir(parents=True, exist_ok=True)
             with _fetched(store, run, name, grant):
-                for record in RECORDS[:-1]:  # before the folder has its name, with which a next start resumes
+                for record in RECORDS[:-1]:  # before the folder is renamed: a start that finds it resumes
                     _fetch_record(store, run, name, record)
                 if owner := _owner(store):
                     files.write_json(run / ID, {"id": owner["id"]})
@@ -266,10 +274,10 @@ def _fetch_first(store: Store, config: Config, names: list[str], grant: Callable
 
 @contextmanager
 def _fetched(store: Store, run: Path, name: str, grant: Callable[[float], None]) -> Iterator[None]:
-    """Fetch a step folder, run the block, and then give the folder its name.
+    """Fetch a step folder under a temporary name, run the block, and then rename the folder to `name`.
 
     Raises:
-        Damaged: a file is not what was sent, ATTEMPTS times, or the list of them is unreadable.
+        Damaged: a file arrived with another size or sha256 than listed ATTEMPTS times, or the list is unreadable.
         Missing: a file is not there.
     """
     prefix = f"checkpoints/{name}"
@@ -322,7 +330,7 @@ def _fetch_best(store: Store, run: Path, newest: str, grant: Callable[[float], N
 
 
 def _check_config(store: Store, name: str, config: Config) -> None:
-    """Raise UserError when the checkpoint's config differs from the given one so that no run may continue it."""
+    """Raise NotOurs when a mirrored checkpoint's config differs from the given one in a key that a run must keep."""
     url = f"{store.url}/checkpoints/{name}.config.yaml"
     try:
         text = store.read(f"checkpoints/{name}.config.yaml", at_start=True).decode()

@@ -1,8 +1,8 @@
 """Sending of checkpoints to a run's mirror (mirror.py), in a thread of rank 0.
 
 Checkpoints are written to the run dir as always. Afterwards the thread sends the newest one: its files, the run's
-records, the list of files, and last `latest`, which names the step folder. So whatever `latest` names is complete. A
-mirror that fails is a warning; the next checkpoint is sent anew.
+records, the list of files, and last `latest`, which names the step folder. So whatever `latest` names is complete. If
+the mirror fails, a warning is logged, training goes on, and the next checkpoint is sent.
 """
 
 import json
@@ -22,8 +22,8 @@ from esvit_scale.errors import RestartCanHelp, UserError, first_line
 log = logging.getLogger("esvit_scale")
 
 WAIT_S = 60.0  # seconds that the end of a run waits for the newest checkpoint to be sent
-WAIT_AFTER_ERROR_S = 5.0
-BEHIND = 4  # checkpoints written since the last one that arrived; the log says so then, and each time it doubles
+WAIT_AFTER_ERROR_S = 5.0  # the same where the run ends with an error
+BEHIND = 4  # a warning is logged when so many checkpoints in a row did not arrive, and each time the number doubles
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def sending(config: Config, active: bool, mirrored_step: int = 0) -> Iterator["S
     When the block ends, wait up to WAIT_S for the newest checkpoint.
 
     Args:
-        active: whether this process sends; one of a run does.
+        active: whether this process sends the checkpoints; only rank 0 does.
         mirrored_step: the step of the newest checkpoint in the mirror, from `mirror.claim`.
     """
     if config.train.mirror is None or not active:
@@ -51,10 +51,10 @@ def sending(config: Config, active: bool, mirrored_step: int = 0) -> Iterator["S
 
 
 class Sender:
-    """A thread that sends the newest checkpoint; those that are replaced while it is busy are left out.
+    """A thread that sends the newest checkpoint; while it is busy, a newer checkpoint replaces one that waits.
 
-    The step folder that is being sent is not pruned, so a mirror that is slower than the saves still gets whole
-    checkpoints, and falls behind by no more than the time of two transfers.
+    The step folder that is being sent is not pruned. So a mirror that is slower than the saves still gets complete
+    checkpoints, and is behind by the time of two transfers at most.
     """
 
     def __init__(self, config: Config, mirrored_step: int = 0) -> None:
@@ -76,7 +76,7 @@ class Sender:
         return self._mirrored_step
 
     def send(self, folder: Path) -> None:
-        """Send a step folder after the one that is being sent now."""
+        """Let the thread send a step folder after the one that it is sending now; return at once."""
         with self._changed:
             self._wanted, self._unsent = folder, self._unsent + 1
             self._changed.notify_all()
@@ -117,7 +117,7 @@ class Sender:
             return folder
 
     def _attempt(self, folder: Path, send: Callable[[], None]) -> None:
-        """Run a function that sends; whatever error it raises is logged."""
+        """Call `send` for a step folder, and log any error that it raises as a warning."""
         try:
             send()
         except Exception as error:
@@ -150,7 +150,7 @@ class Sender:
 
     def _send_folder(self, store: Store, folder: Path) -> None:
         prefix, listed = f"checkpoints/{folder.name}", {}
-        with suppress(Missing):  # of a step that is written again: while it is sent, it is not complete
+        with suppress(Missing):  # a step that is saved again is incomplete while it is sent
             store.remove(f"{prefix}/{mirror.LISTED}")
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             relative = path.relative_to(folder).as_posix()

@@ -63,7 +63,8 @@ def decode_centre_crop(data: bytes, size: int, pixels: PixelFormat) -> NDArray[A
 def _may_reduce(picture: Picture, reduction: int, short: int) -> bool:
     """Return whether the crop may be cut from the image at 1/`reduction` of its size: sharp enough, and not shifted.
 
-    Pixel 0 of a reduced image must cover `reduction` whole pixels, which a turned one has only if they divide its sides.
+    Pixel 0 of a reduced image must cover `reduction` whole pixels. In an image that EXIF turns this holds only if
+    `reduction` divides both sides.
     """
     whole = not picture.turned or picture.width % reduction == picture.height % reduction == 0
     return whole and min(picture.width, picture.height) >= SPARE * reduction * short

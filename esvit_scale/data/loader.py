@@ -193,7 +193,7 @@ def _start_worker(parent: int, worker: int) -> None:
 
     Ctrl-C and the scheduler signal the whole process group; a worker ends when its parent asks it to, or dies with it.
     """
-    gc.freeze()  # what the parent left for its collector is the parent's: connections to a store must not close here
+    gc.freeze()  # never collect the parent's objects here: that would close its connections to a store
     for name in ("SIGINT", "SIGUSR1", "SIGUSR2"):
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

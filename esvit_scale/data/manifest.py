@@ -83,7 +83,7 @@ def is_shard_set(root: Path) -> bool:
 
 
 def address(source: Path) -> str:
-    """Return what names a data set for good: the URL of a remote set, whose folder in the cache may go, or the path."""
+    """Return the lasting name of a data set: a remote set's URL, since its folder in the cache may be removed, or the path."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         if remote := _remote(source):
             return remote.url
@@ -217,9 +217,9 @@ def _parse(root: Path, raw: dict[str, Any]) -> Manifest:
 
 
 def _remote(root: Path) -> Remote | None:
-    """Return the place that a set's folder in the cache stands for; None for a set whose shards lie in the folder.
+    """Return where the shards of a set's folder in the cache come from; None for a set whose shards lie in the folder.
 
-    A copy of a cache's folder elsewhere is a set of its own, to which nobody may fetch, and from which nobody may remove.
+    A copy of a cache's folder in another place counts as a local set: no shard is fetched to it or removed from it.
     """
     if not (root / REMOTE).is_file():
         return None

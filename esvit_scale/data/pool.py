@@ -94,7 +94,7 @@ def _forked(
 def _start(work: Callable[..., Any], counter: Any, parent: int) -> None:
     """Prepare a new worker process: it ignores ctrl-C, which the parent handles, and dies with the parent."""
     global _work, _done
-    gc.freeze()  # what the parent left for its collector is the parent's: connections to a store must not close here
+    gc.freeze()  # never collect the parent's objects here: that would close its connections to a store
     _work, _done = work, counter
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with suppress(OSError, AttributeError):

@@ -97,7 +97,7 @@ class ShardReader:
         self._retries = RetryBudget(RETRY_DELAYS)
         self._damaged: set[int] = set()  # shards that failed while others could be read: not retried again
         self._index_bytes = 0
-        self.waited_s = 0.0  # seconds for remote shards
+        self.waited_s = 0.0  # seconds of waiting for remote shards so far
 
     def entry(self, shard: int, i: int) -> Entry:
         """Return the index entry of sample `i` of a shard."""

@@ -20,7 +20,7 @@ from esvit_scale.parallel import collectives
 log = logging.getLogger(__name__)
 
 COMPARED = 500  # number of test images, evenly spaced, that are looked for in the training set
-BLOCK = 500  # consecutive training images that are read together where only some of them are looked through
+BLOCK = 500  # number of consecutive training images in a block where only some blocks are looked through
 
 
 class Shared(NamedTuple):

@@ -1,12 +1,12 @@
 """Linear layers in bf16, whose products a CPU computes in fp32 where that is faster.
 
 CPUs with AMX, and AMD's with AVX512-BF16, multiply bf16 faster than fp32. Others do not: Intel's AVX512-BF16 without
-AMX reaches 0.6 of the rate of fp32, and without any bf16 instructions it is less. There, a linear layer widens its
-operands to fp32, multiplies, and rounds the result once to bf16. It does so for some rows at a time, so that the wide
-numbers stay in the caches, and GELU before the layer, the sum of the bias's gradient and the rounding take no passes of
-their own.
+AMX reaches 0.6 of the rate of fp32 (benchmarks/README.md), and CPUs without bf16 instructions less. There, a linear
+layer widens its operands to fp32, multiplies, and rounds the result once to bf16. It does so for ROWS_AT_ONCE rows at a
+time, so that the fp32 numbers stay in the caches; GELU before the layer, the sum of the bias's gradient and the rounding
+are done on the same rows, without further passes over memory.
 
-ESVIT_PRODUCTS=bf16 or fp32 in the environment overrules the choice.
+The environment variable ESVIT_PRODUCTS (bf16 or fp32) overrides the choice.
 """
 
 import os
@@ -50,7 +50,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def is_wide(x: Tensor, weight: Tensor) -> bool:
-    """Return whether products of these bf16 tensors are computed in fp32."""
+    """Return whether products of these two tensors are computed in fp32: both are bf16, on a CPU where fp32 is faster."""
     in_bf16 = x.dtype == weight.dtype == torch.bfloat16 and x.device.type == "cpu"
     # While compiling, fp32_is_faster must not be called: it would be traced down to the reading of /proc/cpuinfo.
     return in_bf16 and not torch.compiler.is_compiling() and fp32_is_faster()
@@ -126,4 +126,5 @@ def wide_linear_backward(
 
 
 def _row_blocks(*tensors: Tensor) -> Any:
+    """Yield blocks of ROWS_AT_ONCE rows of each tensor, seen as a matrix [rows, last dimension]."""
     return zip(*(x.reshape(-1, x.shape[-1]).split(ROWS_AT_ONCE) for x in tensors), strict=True)

@@ -6,7 +6,7 @@ the product's inner dimension: C for queries, keys, values and the first layer o
 only d or L (32 or 49 in Swin) for the two products of window attention. So products are kept from an inner dimension of
 `MIN_INNER_DIMENSION` on. In Swin-T these are those of the third and fourth stage, which have two thirds of the work and
 a third of the bytes. Norms, softmax, GELU, window partition and window attention are always recomputed
-(of model.attention=sdpa only in windows of fewer than 128 tokens, because 2L multiply-adds make one of its values).
+(with model.attention=sdpa, window attention is kept for windows of L ≥ 128 tokens, at 2L multiply-adds per value).
 
 Results of random operations are never kept: those that are recomputed then draw the numbers of the forward
 (findings/selective_checkpointing_random_ops.sh). Stochastic depth is a hash of keys and draws nothing.
@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from esvit_scale.models import products  # noqa: F401  # defines wide_linear
 
-MIN_INNER_DIMENSION = 256  # a product is kept if each of its values takes at least so many multiply-adds
+MIN_INNER_DIMENSION = 256  # multiply-adds per value from which on a product is kept
 
 _state = threading.local()
 _aten = torch.ops.aten

@@ -201,7 +201,7 @@ def _expectations(
 
 
 def _exp_into(x: Tensor, out: Tensor, spare: Tensor) -> Tensor:
-    """Write exp(x) to `out`, and return it in x's precision, in the memory of `spare` if `out` has another."""
+    """Write exp(x) to `out`, and return it in x's precision: `out` itself, or a part of `spare` if `out` is narrower."""
     if out.dtype == x.dtype:
         return torch.exp(x, out=out)
     values = torch.exp(x, out=spare[: x.numel()].view_as(x))
@@ -210,7 +210,7 @@ def _exp_into(x: Tensor, out: Tensor, spare: Tensor) -> Tensor:
 
 
 def _dtype_of_products(z: Tensor) -> torch.dtype:
-    """Return the precision in which products of these tokens are computed: z's, or fp32 where a CPU prefers that."""
+    """Return the type in which products of tokens z are computed: z's, or fp32 for bf16 on a CPU where that is faster."""
     return torch.float32 if is_wide(z, z) else z.dtype
 
 

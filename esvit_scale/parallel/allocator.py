@@ -32,9 +32,13 @@ def keep_freed_memory(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def set_thresholds(mallopt: Callable[[int, int], int]) -> bool:
-    """Set from which size on mallopt(3) unmaps freed blocks, as high as it accepts, and return whether it is set."""
+    """Raise glibc's thresholds for unmapping and trimming freed memory as far as mallopt(3) accepts.
+
+    Returns:
+        Whether they were raised; False: nothing has changed.
+    """
     if not (mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT) or mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT_OLD)):
-        return False  # then the other threshold must not be set: it would fix this one at 128 KiB
+        return False  # setting only the trim threshold would fix the mmap threshold at 128 KiB
     mallopt(_TRIM_THRESHOLD, _LARGEST_INT)
     return True
 

@@ -19,7 +19,13 @@ from esvit_scale.train import log_format
 from esvit_scale.train.row_file import read_rows
 from esvit_scale.train.run_records import starts_of
 
-OWN_KEYS = ("name", "run_dir", "data.train", "data.held_out", "data.mix")  # every run has its own; "data" names them
+OWN_KEYS = (
+    "name",
+    "run_dir",
+    "data.train",
+    "data.held_out",
+    "data.mix",
+)  # differ in every run; the line `data` of the section names the sets
 DEFAULTS = "the defaults"
 NAMES_SHOWN, CLASSES_SHOWN, SENTENCES_SHOWN = 5, 6, 12
 
@@ -36,7 +42,7 @@ class AboutRun(NamedTuple):
 
     facts: list[tuple[str, str]]
     warnings: list[Sentence]
-    more_warnings: int  # number of kinds that are not in `warnings`
+    more_warnings: int  # number of further kinds of warnings
     quarantine: list[str]
     changed: Table | None  # the keys of the config that differ from the nearest preset
 
@@ -184,7 +190,7 @@ def _versions(environment: Mapping[str, object]) -> str:
 
 
 def _sentences(warnings: Iterable[str]) -> list[Sentence]:
-    """Return the warnings in their order, those that differ in numbers alone once."""
+    """Return the warnings in their order; those that differ only in numbers are one `Sentence`, with their count."""
     found: dict[str, Sentence] = {}
     for text in warnings:
         kind = re.sub(r"\d[\d.,]*", "0", text)
@@ -216,7 +222,9 @@ def _quarantine(rows: list[Json]) -> list[str]:
 def changed_keys(config: Config) -> Table:
     """Return the table of keys that differ from the preset that is nearest to the config, or from the defaults."""
     own = dict(flatten(config.model_dump(mode="json")))
-    bases = {name: configs.resolve(name) for name in presets.names()} | {DEFAULTS: Config()}  # a preset where equal
+    bases = {name: configs.resolve(name) for name in presets.names()} | {
+        DEFAULTS: Config()
+    }  # the presets first: they win a tie
     flat = {name: dict(flatten(base.model_dump(mode="json"))) for name, base in bases.items()}
     differ = {
         name: [key for key in dict.fromkeys([*own, *base]) if key not in OWN_KEYS and own.get(key) != base.get(key)]

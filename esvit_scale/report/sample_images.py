@@ -91,7 +91,7 @@ def crop_sheet(config: Config, images: int = SHEET_IMAGES) -> bytes:
 
 
 def _sheet_widths(sides: list[int]) -> list[int]:
-    """Return the widths at which crops of these sides are drawn: all small ones are enlarged by one whole factor."""
+    """Return the widths in pixels at which crops of these sides are drawn: small ones are all enlarged by one factor."""
     small = [side for side in sides if side <= SMALL_SIDE]
     cell = CELL_SIDE if len(small) == len(sides) else min(CELL_SIDE, max(sides))
     factor = max(1, cell // max(small, default=cell))

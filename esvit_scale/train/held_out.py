@@ -14,15 +14,15 @@ from esvit_scale.train.row_file import read_rows
 
 log = logging.getLogger("esvit_scale")
 
-LOOKED_THROUGH = 10_000  # training images of a set among which held-out ones are looked for: seconds at most
+LOOKED_THROUGH = 10_000  # training images of a set that are compared with the held-out ones, in some seconds
 REMEDY = "give images that are never trained on, such as the set val of `esvit-scale shards create --val-fraction`"
 
 
 def check(config: Config, resumed: bool) -> None:
     """Compare data.held_out with the training sets, and log a warning if images are in both. Rank 0 calls it.
 
-    Contents are compared where both sets are folders that can be read: 500 held-out images with up to LOOKED_THROUGH
-    images of each training set.
+    If both sets are folders that can be read, the bytes of 500 held-out images are compared with those of up to
+    LOOKED_THROUGH images of each training set.
 
     Args:
         resumed: whether the run has a checkpoint. The run then goes on with a warning even if the sets are the same.
@@ -43,7 +43,7 @@ def check(config: Config, resumed: bool) -> None:
 
 
 def other_images(config: Config, run: Path) -> str:
-    """Return a message if the k-NN accuracies of a finished run are of other images than the config names; else ""."""
+    """Return a message if a finished run measured k-NN on other images than those of data.held_out; else ""."""
     held_out, measured = config.data.held_out, history_of(read_rows(run / "metrics.jsonl")).held_out
     if not held_out or not measured or _place(measured) == _place(held_out):
         return ""

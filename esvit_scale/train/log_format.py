@@ -5,7 +5,9 @@ import re
 from pathlib import Path
 
 WARNING = "warning: "  # stands before the text of a warning
-STOPPED = "stopped at step %d/%d and saved; the same command continues"  # the format of a message, which is no defect
+STOPPED = (
+    "stopped at step %d/%d and saved; the same command continues"  # format of the message after ctrl-C or a signal
+)
 _STOPPED = re.compile(re.escape(STOPPED).replace("%d", r"\d+"))
 
 
@@ -25,7 +27,7 @@ class FileFormatter(logging.Formatter):
 def read_warnings(log: Path, notes: bool = False) -> list[str]:
     """Return the texts of the warnings in a log.txt; with `notes`, also what a start says about unsuitable settings.
 
-    That ctrl-C or a time limit stopped the run is no warning; `count_stops` counts these.
+    The message that ctrl-C or a signal stopped the run is left out; `count_stops` counts it.
     """
     marks = re.escape(WARNING) + (r"|note {7}" if notes else "")
     return [text for text in _texts(log, marks) if not _STOPPED.match(text)]

@@ -26,7 +26,7 @@ from esvit_scale.train.watchdog import Watchdog
 
 log = logging.getLogger("esvit_scale")
 
-RESTORE_S = 24 * 3600.0  # other ranks may wait so long for rank 0, whose own watchdog looks at every transfer
+RESTORE_S = 24 * 3600.0  # seconds that other ranks may wait for rank 0, whose own watchdog bounds every transfer
 
 
 def pretrain(config: Config) -> int:
@@ -46,7 +46,7 @@ def pretrain(config: Config) -> int:
             with translate_limits(), translate_worker_errors(), worlds.translate_comm_errors(), translate_file_errors():
                 code = open_and_train(config, world, watchdog)
             worlds.stop()
-            signals.end_work()  # not after an error: what ends the process then is that error
+            signals.end_work()  # not after an error, which ends the process anyway
         except BaseException:
             worlds.abandon()
             raise

@@ -2,7 +2,7 @@
 
 Rank 0 traces STEPS steps after the first WARM_UP of a start, in which caches fill and kernels are compiled, and writes
 trace.json.gz (for Perfetto or chrome://tracing) and operators.txt (where the time went). All other steps run without a
-profiler. A trace that cannot be written costs the trace and not the run. docs/profiling.md shows how to read both.
+profiler. If the trace cannot be written, a warning is logged and training goes on. docs/profiling.md shows how to read both.
 """
 
 import gzip
@@ -24,9 +24,9 @@ log = logging.getLogger("esvit_scale")
 
 FOLDER, TRACE, TABLE = "profile", "trace.json.gz", "operators.txt"
 WARM_UP = 5  # steps of a start that are not traced
-PREPARING = 1  # of these the steps in which the profiler runs already, because its own first step is slow
+PREPARING = 1  # the last of these steps, in which the profiler runs already, because its own first step is slow
 OPERATORS = 25  # rows of the table
-RANGES = (
+RANGES = (  # names of a step's parts, in the order of the table
     "wait for the batch",
     "crops to the device",
     "teacher forward",
@@ -39,7 +39,7 @@ RANGES = (
 
 
 def profiled(batches: Iterator[Batch], run: Path, config: Config, world: World) -> Iterator[Batch]:
-    """Yield the batches; on rank 0, trace the steps that are made of some of them if `train.profile` asks for it."""
+    """Yield the batches; on rank 0, if `train.profile` is set, trace the training steps that use some of them."""
     steps = config.train.profile if world.rank == 0 else None
     trace = run / FOLDER / TRACE
     if steps and trace.exists():

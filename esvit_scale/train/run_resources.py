@@ -22,5 +22,5 @@ class RunResources:
     identity: Identity  # of `data`, for checkpoints
     checkpoint: Path | None  # step folder to resume from
     knn: OnlineKnn | None
-    on_saved: Callable[[Path], None]  # gets the folder of every checkpoint that is complete, in the saving thread
+    on_saved: Callable[[Path], None]  # is called in the saving thread with the folder of each complete checkpoint
     mirrored_step: Callable[[], int] | None = None  # the step of the newest checkpoint in train.mirror, on rank 0

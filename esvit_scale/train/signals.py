@@ -30,7 +30,7 @@ class Flag(IntFlag):
 STOP = Flag.REQUEUE | Flag.INTERRUPT
 
 _request = Flag(0)
-_is_working = False  # the ranks work together: a rank that left at once would let the others wait
+_is_working = False  # whether the ranks work together, so that one that left at once would keep the others waiting
 _kept = ""  # what the run has on disk if it ends at once, in words; "" before `begin_work`
 
 

@@ -278,7 +278,7 @@ class StepMetrics:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Return the largest memory of this process so far: what torch allocated on the GPU, or on a CPU the resident set."""
+    """Return the peak memory of this process in GiB: what torch allocated on the GPU, or on a CPU the resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     return machine.peak_resident_bytes() / GIB

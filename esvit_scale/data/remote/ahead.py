@@ -1,4 +1,4 @@
-"""Fetching of shards ahead of need, and letting go of those that are not needed any more, in one loader process."""
+"""Background threads of a loader process that fetch remote shards ahead of need, and release those no longer needed."""
 
 import logging
 import math
@@ -22,9 +22,9 @@ log = logging.getLogger("esvit_scale")
 
 THREADS = 4  # transfers at a time of one process
 JOIN_S = 5.0  # seconds to wait for a transfer under way at the end
-AGAIN_S = 0.1  # seconds until a thread asks again whether it should look for a shard to fetch
+AGAIN_S = 0.1  # seconds that an idle thread sleeps
 BUSY_S = 0.5  # seconds until a shard that another process fetches is looked at again
-THERE_S = 5.0  # seconds for which a shard that lies in the cache is taken to lie there
+THERE_S = 5.0  # seconds for which a shard that was found in the cache is not looked for again
 QUIET_S = 2.0  # seconds until the next look after one that found nothing to fetch
 ROOM_S, LONGEST_ROOM_S = 1.0, 4.0  # the same after one that found no room; it doubles
 FAILED_S = 30.0  # seconds until a shard whose transfer failed is fetched ahead again
@@ -40,13 +40,13 @@ def node_slots(assignment: LoaderAssignment) -> range:
 
 
 def ranks_per_node(world_size: int) -> int:
-    """Return the number of ranks on a node, as torchrun or srun say it; 1 where nobody says it."""
+    """Return the number of ranks on a node, from the environment of torchrun or srun; 1 without either."""
     told = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or ""
     return max(min(int(told) if told.isdecimal() else 1, world_size), 1)
 
 
 class ReadAhead:
-    """The remote shards of one loader process: it fetches them before the order needs them.
+    """A reader ahead for one loader process: it fetches remote shards before the order of the data needs them.
 
     Args:
         assignment: of the process.
@@ -65,15 +65,18 @@ class ReadAhead:
         self._coming = (use for epoch in self._epochs() for use in self._mine.uses(epoch))
         self._upcoming = next(self._coming, None)
         self._first, self._changed, self._stopped = list(dict.fromkeys(first)), threading.Condition(), False
-        self._looking, self._busy = threading.Lock(), dict[ShardId, float]()  # busy: until when a shard is left alone
-        self._there: dict[ShardId, float] = {}  # until when a shard is taken to lie in the cache
+        self._looking, self._busy = (
+            threading.Lock(),
+            dict[ShardId, float](),
+        )  # _busy: time until which a shard is left alone
+        self._there: dict[ShardId, float] = {}  # time until which a shard counts as cached
         self._quiet_until, self._room_delay, self._changes = 0.0, ROOM_S, 0
         self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(THREADS)]
         for thread in self._threads:
             thread.start()
 
     def at(self, batch_index: int) -> Sequence[set[int]]:
-        """Say that `batch_index` is made next; return for every set the shards that it may close now."""
+        """Note that batch `batch_index` is made next; return for every set the shards whose files may be closed now."""
         if batch_index == self._batch_index and self._live:
             return ()
         while self._upcoming is not None and self._upcoming.first <= batch_index:
@@ -121,10 +124,11 @@ class ReadAhead:
                     self._changed.wait(AGAIN_S)
 
     def _fetch_next(self) -> bool:
-        """Fetch the missing shard that is needed first; return False where there is none, or no room for it yet.
+        """Fetch the missing shard that is needed first; return False if there is none, or no room for it yet.
 
-        After that nothing is looked for until a shard is not needed any more, or some time has passed: a look costs a
-        system call for every shard, and one for room a listing of the cache that the whole node waits for. One thread at a time looks for a shard and for room, so that room goes to the shard that is needed first.
+        After False, no thread looks again until a shard is released or some time has passed: looking for a missing shard
+        costs a system call for every shard, and looking for room a listing of the cache during which the whole node
+        waits. One thread at a time looks, so that room goes to the shard that is needed first.
         """
         self._looking.acquire()
         looking = [self._looking]
@@ -147,7 +151,7 @@ class ReadAhead:
             cache = self.caches[shard[0]]
             assert cache is not None
             there = cache.fetch_ahead(shard[1], first, admit)
-            if there is False:  # no room: what is needed later has to wait, too
+            if there is False:  # no room, so shards that are needed later have to wait, too
                 self._busy.pop(shard, None)
                 self._be_quiet(self._room_delay, changes)
                 self._room_delay = min(2 * self._room_delay, LONGEST_ROOM_S)
@@ -159,16 +163,16 @@ class ReadAhead:
             admit()
 
     def _be_quiet(self, seconds: float, changes: int) -> None:
-        """Look for nothing for some seconds, unless something changed since the look that found nothing began."""
+        """Stop looking for some seconds, unless a shard was released since `changes` was read."""
         with self._changed:
             if changes == self._changes:
                 self._quiet_until = time.monotonic() + seconds
 
     def _leave_alone(self, shard: ShardId | None, error: Exception) -> None:
-        """Leave a shard that could not be fetched to whoever reads it: that one fetches it again and meets the error.
+        """Stop fetching a shard ahead after an error: its reader fetches it again, and raises the error if it recurs.
 
         Args:
-            shard: None: the error came before one was found.
+            shard: the shard; None if the error came before one was chosen.
         """
         until = math.inf if isinstance(error, UserError) else time.monotonic() + FAILED_S
         if shard is None:

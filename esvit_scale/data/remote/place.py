@@ -59,7 +59,10 @@ def local_folder(place: str, data: Data | None = None) -> Path:
 
 
 def of_node(manifest: Manifest, cache_dir: str | None) -> Manifest:
-    """Return a manifest with the set's folder on this node, if it is remote: variables in `cache_dir` may differ."""
+    """Return a manifest whose `root` is the set's folder on this node: variables in `cache_dir` differ between nodes.
+
+    A manifest of a local set is returned unchanged.
+    """
     if manifest.remote is None:
         return manifest
     return replace(manifest, root=cache_folder(cache_dir) / manifest.root.name)
@@ -80,7 +83,11 @@ def cache_folder(cache_dir: str | None) -> Path:
 
 
 def _private_folder() -> Path:
-    """Return the user's folder below that for temporary files, which anybody may write; it is made if it is not there."""
+    """Return the user's own folder in the folder for temporary files, which all users share; create it if needed.
+
+    Raises:
+        UserError: the folder is not the user's alone, or cannot be made.
+    """
     folder = Path(tempfile.gettempdir()) / f"esvit-scale-{_user()}"
     try:
         with suppress(FileExistsError):
@@ -131,7 +138,7 @@ def _attached(url: str, cache: str, limit: int | None, options: str) -> Path:
 
 
 def _manifest_bytes(url: str, folder: Path, store: Store) -> bytes:
-    """Return the bytes of a set's manifest; they are fetched unless the version in `folder` is that of the store still."""
+    """Return the bytes of a set's manifest; fetch them only if the store has another version than `folder`."""
     # One file, replaced in one step: the ranks of a node open a set at the same time.
     cached = folder / hashlib.sha256(url.encode()).hexdigest()[:16]  # the version in the first line, then the manifest
     version = " ".join(store.version(MANIFEST).split()).encode()

@@ -24,12 +24,11 @@ from esvit_scale.data.remote.locks import ByteLocks, open_own
 
 LOCKS = ".locks"  # of the shards of one set
 RESERVED = ".reserved"
-MARKER = (
-    ".esvit-cache"  # in every folder of a cache; holds its name, so that a copy of the folder is no part of a cache
-)
-TURN_S = 1.0  # seconds that a process without need waits for its turn to make room
-INDEX_BYTES = 160  # of one sample, reserved for its line in the index
-DEFAULT_SHARE = 0.8  # of the disk's free space, without data.cache_gb
+# A file in each of a cache's own folders. It holds the folder's name, so that a renamed copy does not count as a cache.
+MARKER = ".esvit-cache"
+TURN_S = 1.0  # seconds that a process which fetches ahead waits for its turn to make room
+INDEX_BYTES = 160  # bytes that are reserved for the index line of a sample
+DEFAULT_SHARE = 0.8  # fraction of the disk's free space that the cache takes without data.cache_gb
 NEVER = float("inf")
 
 
@@ -48,7 +47,7 @@ def cost(shard: Shard) -> int:
 
 
 def number_of(name: str) -> int:
-    """Return the byte that stands for a shard, by its file name, in the lock file of its set."""
+    """Return the offset of a shard's byte in the lock file of its set: a hash of its file name."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
 
 
@@ -101,7 +100,7 @@ class Room:
             reserved: the shard's `reservation`, which is replaced if it is there; the caller holds the shard's exclusive
                 lock.
             size: bytes to reserve.
-            first_use: when the shard is needed (a batch index); shards needed no later than that stay.
+            first_use: index of the batch that needs the shard, -1: now; shards needed no later than that stay.
             next_use: returns when a shard that lies in the cache is needed next; NEVER if it is not known to be.
             urgent: whether a process waits for the shard; others look for room only while nobody else does.
         """
@@ -125,7 +124,7 @@ class Room:
 
     @contextmanager
     def _turn(self, urgent: bool) -> Iterator[bool]:
-        """Let one process of the node at a time make room; yield False to one without need whose turn does not come."""
+        """Let one process of the node at a time make room; yield False if not `urgent` and no turn comes within TURN_S."""
         handle, began = open_own(self._folder / ".room", os.O_RDWR | os.O_CREAT), time.monotonic()
         try:
             has_turn = False
@@ -148,7 +147,7 @@ class Room:
     def _contents(self, without: Path | None = None) -> tuple[int, list[Stored]]:
         """Return the bytes of all files and reservations but `without`, and the shards.
 
-        What has a reservation counts by that alone: its tar may have its name already.
+        A shard with a reservation counts by the reservation alone, because its tar may have been renamed already.
         """
         sizes: dict[str, int] = {}
         stored = []
@@ -211,7 +210,7 @@ def _is_own(folder: Path) -> bool:
 
 
 def _scan(folder: str | Path) -> Iterator[os.DirEntry[str]]:
-    """Yield the entries of a folder; none of one that somebody removes."""
+    """Yield the entries of a folder; none if another process has removed it."""
     with suppress(FileNotFoundError), os.scandir(folder) as entries:
         yield from entries
 

@@ -4,8 +4,8 @@ A slot (order.py) reads a stretch of an epoch's order, hence the shuffle windows
 `Use` is one of them: the batches in which one slot may read any of one window's shards. Windows that reach from one slot
 into the next are used twice in an epoch, by the first slot at its end and by the second at its start.
 
-Of a mix, a slot's draws from one set are a stretch of that set's order, read at an even rate, up to two draws; a use is
-so much wider.
+In a mix, a slot's draws from one set are a stretch of that set's order. They are read at an even rate but for up to two
+draws, by which each use is widened.
 """
 
 from collections import defaultdict
@@ -19,7 +19,7 @@ from esvit_scale.data.mix import MixedOrder, MixedSets, order_of
 from esvit_scale.data.order import Order, steps_per_epoch
 from esvit_scale.data.remote.room import NEVER
 
-SLACK = 8  # batches by which the processes of a node may be apart
+SLACK = 8  # number of batches by which the processes of a node may differ in progress
 
 ShardId = tuple[int, int]  # number of the set in a mix (0 for a single set), number of the shard
 
@@ -28,7 +28,7 @@ class Use(NamedTuple):
     """The batches in which one slot reads from one shuffle window."""
 
     first: int  # batch index
-    last: int
+    last: int  # batch index, inclusive
     shards: tuple[ShardId, ...]
 
 
@@ -39,7 +39,7 @@ class Stretch(NamedTuple):
     order: Order
     positions: range
     first: float  # batch index at its first position
-    last: float  # after its last
+    last: float  # batch index after its last position
     slack: float = 0.0  # batches by which a position between them may be read earlier or later
 
 

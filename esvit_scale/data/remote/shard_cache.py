@@ -24,11 +24,11 @@ from esvit_scale.errors import UserError
 
 log = logging.getLogger("esvit_scale")
 
-CHANGED_ATTEMPTS = 3  # transfers of another length or sha256 before the object, not the transfer, is blamed
-CHANGED_DELAY_S = 0.5  # longer before every further one
-LAST_SHARDS = 2  # that a reader without a schedule keeps
-POLL_S = 0.02
-LONG_WAIT_S = 20.0  # seconds for a shard that are mentioned in the log
+CHANGED_ATTEMPTS = 3  # transfers with another length or sha256 after which the object counts as changed
+CHANGED_DELAY_S = 0.5  # seconds by which the wait before each further transfer grows
+LAST_SHARDS = 2  # number of shards that a reader without a schedule (an evaluation) keeps
+POLL_S = 0.02  # seconds until a shard that another process or thread fetches is looked at again
+LONG_WAIT_S = 20.0  # a longer wait for a shard, in seconds, is logged
 NO_ROOM_S = 0.5  # at most between two attempts to find room
 WAIT_S = 1800.0  # seconds to wait for another process that fetches a shard, or for room
 
@@ -56,7 +56,7 @@ class ShardCache:
         self.fetched = 0  # shards that this process has fetched
 
     def path(self, number: int) -> Path:
-        """Return a shard's path, after fetching it if it is not there; it stays until `keep` leaves it out.
+        """Return a shard's path, after fetching it if it is not there; it stays until `keep` is called without it.
 
         Raises:
             UserError: the object is not what the manifest says, is missing, or there is no room for it.
@@ -165,9 +165,8 @@ class ShardCache:
         finally:
             with self._changed:
                 if reserved:
-                    reservation(self.folder, shard.name).unlink(
-                        missing_ok=True
-                    )  # the files are there, or will not come
+                    # The shard's files are there now, or the transfer has failed.
+                    reservation(self.folder, shard.name).unlink(missing_ok=True)
                 self._fetching.discard(number)
                 self._locks.unlock(byte)
                 self._changed.notify_all()

@@ -28,10 +28,10 @@ T = TypeVar("T")
 log = logging.getLogger("esvit_scale")
 
 CONNECTIONS = 16  # transfers at a time on a node
-RESERVED = 4  # of these, for shards that a process waits for
+RESERVED = 4  # of these, kept free for shards that a process waits for
 REQUESTS_PER_SECOND = 100  # at most, on a node
-BUDGET_S = 300.0  # seconds of waiting before a transfer that keeps failing ends the job
-FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 30.0
+BUDGET_S = 300.0  # seconds of waiting between attempts, after which a request that keeps failing ends the job
+FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 30.0  # seconds between two attempts
 INSTALL = {  # protocol → what to install for it
     "s3": "'esvit-scale[s3]'",
     "gs": "gcsfs",
@@ -80,7 +80,7 @@ class Store:
         self._fs, self._root = _file_system(url, options)
         self._locks = ByteLocks(folder / ".connections")  # byte i: connection i
         self._mutex, self._closed = threading.Lock(), threading.Event()
-        self._in_use: set[int] = set()  # connections of this process: its locks do not exclude each other
+        self._in_use: set[int] = set()  # this process's connections, whose locks do not exclude each other
 
     def close(self) -> None:
         """Close the connections and end the retries; call it before a fork, which would share open connections."""
@@ -91,13 +91,26 @@ class Store:
                 self._fs.close_session(self._fs.loop, session)
 
     def read(self, name: str, *, at_start: bool = False, start: int | None = None, stop: int | None = None) -> bytes:
-        """Return the bytes of a small object, or bytes start..stop-1 of any; the errors are those of `fetch`."""
+        """Return the bytes of a small object, or bytes start..stop-1 of any object.
+
+        Args:
+            at_start: whether a run is starting: access that is denied is then an error at once and not retried.
+
+        Raises:
+            Denied: the store refuses access, and `at_start` is set.
+            Missing, StoreUnreachable: as `fetch`.
+        """
         path = f"{self._root}/{name}"
         data: bytes = self._retried(name, lambda: self._fs.cat_file(path, start, stop), True, at_start)
         return data
 
     def version(self, name: str) -> str:
-        """Return a text that changes when an object is replaced (ETag, or time and size); the errors are those of `fetch`."""
+        """Return a text that changes when an object is replaced (its ETag, or time and size).
+
+        Raises:
+            Denied: the store refuses access.
+            Missing, StoreUnreachable: as `fetch`.
+        """
         found = self._retried(name, lambda: self._fs.info(f"{self._root}/{name}"), True, True)
         keys = ("ETag", "etag", "md5Hash", "generation", "LastModified", "last_modified", "mtime", "created", "size")
         return " ".join(str(found[key]) for key in keys if found.get(key) is not None)
@@ -122,12 +135,12 @@ class Store:
         self._retried(name, lambda: self._fs.pipe_file(f"{self._root}/{name}", data), True, True)
 
     def names(self, folder: str) -> list[str]:
-        """Return the names of the objects and folders in a folder."""
+        """Return the names of the objects and folders in a folder; the errors are those of `version`."""
         found = self._retried(folder, lambda: self._fs.ls(f"{self._root}/{folder}", detail=False), True, True)
         return [str(path).rstrip("/").rpartition("/")[2] for path in found]
 
     def remove(self, name: str) -> None:
-        """Remove an object, or a folder and all in it."""
+        """Remove an object, or a folder and all in it; the errors are those of `version`."""
         self._retried(name, lambda: self._fs.rm(f"{self._root}/{name}", recursive=True), True, True)
 
     def _make_folder(self, name: str) -> None:
@@ -135,7 +148,11 @@ class Store:
             self._fs.makedirs(f"{self._root}/{name}".rpartition("/")[0], exist_ok=True)
 
     def holds(self, name: str, size: int) -> bool:
-        """Return whether there is an object of this name and size."""
+        """Return whether there is an object of this name with `size` bytes.
+
+        Raises:
+            Denied, StoreUnreachable: as `version`.
+        """
         try:
             found = self._retried(name, lambda: self._fs.info(f"{self._root}/{name}"), True, True)
         except Missing:
@@ -143,7 +160,7 @@ class Store:
         return bool(found.get("size") == size)
 
     def fetch(self, name: str, target: Path, *, urgent: bool) -> None:
-        """Write an object to the file `target`; nothing is said about what arrived, which may be a fragment.
+        """Write an object to the file `target`. The caller must compare what arrived, which may be a fragment.
 
         Args:
             urgent: whether a process waits for the object; transfers ahead of need leave some connections free.
@@ -155,10 +172,12 @@ class Store:
         self._retried(name, lambda: self._fs.get_file(f"{self._root}/{name}", str(target)), urgent, False)
 
     def _retried(self, name: str, request: Callable[[], T], urgent: bool, at_start: bool) -> T:
-        """Return the result of a request, repeated while its failure may pass.
+        """Return the result of a request, which is repeated for up to BUDGET_S while its failure may be temporary.
 
         Args:
-            at_start: raise Denied at once; later it may be an expired credential, which is worth the budget.
+            urgent: whether a process waits for the result.
+            at_start: raise Denied at once. Later, access may be denied because a credential has expired and will be
+                renewed, so the request is repeated.
         """
         url, waited, attempt = store_urls.join(self.url, name), 0.0, 0
         while True:
@@ -189,7 +208,7 @@ class Store:
 
     @contextmanager
     def _connection(self, urgent: bool) -> Iterator[None]:
-        """Hold one of the node's connections during the block, and start it no faster than the node's rate."""
+        """Hold one of the node's connections during the block, which starts when the node's request rate allows it."""
         while (number := self._free_connection(CONNECTIONS if urgent else CONNECTIONS - RESERVED)) is None:
             time.sleep(0.01)
         try:
@@ -247,8 +266,8 @@ def _file_system(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
 def _joined_options(kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a protocol's library: ours, then those that fsspec takes from the environment, then those given.
 
-    Options that are mappings are joined: `config_kwargs` of the user would otherwise take away our time-outs, and ours the
-    headers in FSSPEC_HTTPS.
+    Later ones win. Options that are mappings are joined key by key: otherwise the user's `config_kwargs` would remove our
+    time-outs, and our defaults the headers in FSSPEC_HTTPS.
     """
     of_environment = importlib.import_module("fsspec.config").conf
     names = (kind, *(alias for alias, usual in store_urls.SAME_AS.items() if usual == kind))
@@ -272,7 +291,7 @@ def _defaults(kind: str) -> Mapping[str, Any]:
 
 
 def _kind(error: BaseException) -> type[Exception] | None:
-    """Return Missing, Denied, StoreUnreachable for a failure that may pass, or None for anything else."""
+    """Return the class of a library's error: Missing, Denied, StoreUnreachable (may be temporary), or None: neither."""
     statuses = {status for each in _chain(error) if (status := _status(each)) is not None}
     if statuses & set(MISSING) or isinstance(error, FileNotFoundError):
         return Missing
@@ -318,7 +337,8 @@ def _retry_after(error: BaseException) -> float:
 
 
 def _delay(attempt: int) -> float:
-    """Return the back-off before attempt `attempt` + 2: it doubles, and is spread so that processes do not return at once."""
+    """Return the seconds to wait after failed attempt `attempt` (from 0): doubling, and randomised by up to a half so that
+    processes do not all return at the same time."""
     return min(FIRST_DELAY_S * 2**attempt, LONGEST_DELAY_S) * random.uniform(0.5, 1.0)
 
 

@@ -17,8 +17,8 @@ from esvit_scale.data.remote.schedule import Schedule
 from esvit_scale.data.remote.shard_cache import LAST_SHARDS
 from esvit_scale.errors import UserError
 
-SPARE_SHARDS = 2  # that each loader process may hold beside its slots': in the place of bad samples
-MARGIN = 1.05
+SPARE_SHARDS = 2  # shards that a loader process may hold for substitutes of bad samples, beside those of its slots
+MARGIN = 1.05  # factor on the bytes that the schedule needs at a time
 
 
 class WorkingSet(NamedTuple):
@@ -33,7 +33,10 @@ class WorkingSet(NamedTuple):
 
 
 def check(config: Config, data: object, world_size: int) -> list[str]:
-    """Compare the room for remote shards with what the run needs; return lines that say both, none for local data.
+    """Check that the cache has room for the remote shards that the run needs at a time.
+
+    Returns:
+        The lines that a start prints about room and need; none for local data.
 
     Raises:
         UserError: data.cache_gb, or the disk without it, is too small; the message has the number that works.
