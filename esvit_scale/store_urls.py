@@ -15,6 +15,8 @@ SECRET = re.compile(
     r"|(^|[_-])(key|keys|sig|signature|auth|pass|pat)$|^(account|access|shared)_?key",
     re.IGNORECASE,
 )
+# Values under such a name that are none: gcsfs's `token` names a way to log in.
+NO_SECRETS = (None, True, False, "anon", "browser", "cache", "cloud", "google_default")
 SECRET_VALUE = re.compile(r"(bearer|basic)\s", re.IGNORECASE)  # of an Authorization header, wherever it stands
 WHERE = {  # protocol → where its library looks for credentials
     "s3": "AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN, or name a profile in AWS_PROFILE",
@@ -73,7 +75,8 @@ def secret_in_options(options: Mapping[str, Any], places: list[str]) -> str | No
     Args:
         places: the addresses that the options are used for; the message names the environment variable of the first.
     """
-    found = next((name for name, value in _items(options) if _is_secret(name) or _holds_secret(value)), None)
+    named = ((name, value) for name, value in _items(options) if value not in NO_SECRETS)
+    found = next((name for name, value in named if _is_secret(name) or _holds_secret(value)), None)
     place = next((place for place in places if protocol(place)), "s3://")
     return _refusal(f"{found} {'is' if _is_secret(found) else 'holds'} a secret", place) if found else None
 

@@ -66,6 +66,9 @@ def test_options_without_secrets_are_taken(tmp_path: Path) -> None:
         "proxies": ["http://p:8"],
     }
     assert store_urls.secret_in_options(options, ["s3://b/s"]) is None
+    for token in ("anon", "google_default", False, None):
+        assert store_urls.secret_in_options({"token": token}, ["gs://b/s"]) is None
+    assert store_urls.secret_in_options({"token": "ya29.hush"}, ["gs://b/s"]) is not None
     c = configs.validate({"data": {"train": "s3://b/s", "storage_options": options}}, where="test")
     assert configs.validate(json.loads(c.model_dump_json()), where="again").data.storage_options == options
 

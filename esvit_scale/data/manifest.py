@@ -4,6 +4,7 @@ docs/shard_format.md specifies both. Neither is trusted: names must be plain fil
 offsets are checked against the tar when it is read.
 """
 
+import errno
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -78,8 +79,13 @@ def index_path(shard: Path) -> Path:
 
 
 def is_shard_set(root: Path) -> bool:
-    """Return whether a folder holds a finished shard set, by its manifest.json."""
-    return (root / MANIFEST).is_file()
+    """Return whether a folder holds a finished shard set, by its manifest.json; a long pattern is no folder."""
+    try:
+        return (root / MANIFEST).is_file()
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return False
 
 
 def address(source: Path) -> str:

@@ -6,6 +6,7 @@ epoch starts from the beginning of its tars, so a resume reads again, without de
 the same number of ranks and workers the batches are then the same bit for bit.
 """
 
+import errno
 import glob
 import io
 import itertools
@@ -59,7 +60,7 @@ class UrlSets:
         if data.mix or is_set_url(data.train):
             return bool(data.mix)
         url = data.train.startswith("pipe:") or "://" in data.train or TAR.search(data.train)
-        return bool(url or "{" in data.train) and not Path(data.train).is_dir()
+        return bool(url or "{" in data.train) and not _is_dir(data.train)
 
     @staticmethod
     def open(data: Data) -> "UrlSets":
@@ -98,10 +99,19 @@ class UrlSets:
                 )
 
 
+def _is_dir(place: str) -> bool:
+    """Return whether a path, pattern, URL or command is a folder; a long pattern is no valid path."""
+    try:
+        return Path(place).is_dir()
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return False
+
+
 def _expanded(spec: str) -> list[str]:
-    folder = Path(spec)
-    if folder.is_dir():
-        urls = sorted(map(str, folder.glob("*.tar")))
+    if _is_dir(spec):
+        urls = sorted(map(str, Path(spec).glob("*.tar")))
     else:
         urls = [match for url in shardlists.expand_urls(spec) for match in _matches(url)]
     local = [Path(url) for url in urls if not url.startswith("pipe:") and "://" not in url]

@@ -59,7 +59,8 @@ def open_and_train(config: Config, world: World, watchdog: Watchdog) -> int:
     collectives.run_on_rank0_and_broadcast(lambda: stream.check_pixels(config))
     collectives.run_on_rank0_and_broadcast(lambda: tracking.require(config))
     collectives.run_on_rank0_and_broadcast(lambda: attention.check(config, world.device))
-    watchdog.grant(RESTORE_S)
+    if world.rank > 0:
+        watchdog.grant(RESTORE_S)
     collectives.run_on_rank0_and_broadcast(lambda: mirror.restore(config, watchdog.grant))
     watchdog.progress()
     path, finished = collectives.run_on_rank0_and_broadcast(lambda: run_dir.open_run(config))

@@ -12,6 +12,7 @@ import torch
 
 from esvit_scale.config import Config, validate
 from esvit_scale.data import left_out, tar_stream, url_stream
+from esvit_scale.data.manifest import is_shard_set
 from esvit_scale.data.stream import Batch, batches, open_data, steps_per_epoch
 from esvit_scale.data.url_stream import UrlSets
 from esvit_scale.errors import RestartCanHelp, UserError
@@ -178,6 +179,10 @@ def test_patterns_in_data_train_expand_or_are_errors(tmp_path: Path) -> None:
 
     assert [Path(url).name for url in opened(f"{tmp_path}/x-*.tar")] == ["x-0.tar", "x-1.tar"]
     assert [Path(url).name for url in opened(f"{tmp_path}/{{x-?,y}}.tar")] == ["x-0.tar", "x-1.tar", "y.tar"]
+    names = ["x-0", "x-1", "y"]
+    several = f"{tmp_path}/{{{','.join(names * 40)}}}.tar"  # longer than the name of a file may be
+    assert [Path(url).stem for url in opened(several)] == names * 40
+    assert not is_shard_set(Path(several))
     with pytest.raises(UserError, match="no file matches this pattern"):
         opened(f"{tmp_path}/z*.tar")
     with pytest.raises(UserError, match="a pattern can name tars"):

@@ -51,6 +51,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 UNCACHED = {"use_listings_cache": False, "skip_instance_cache": True}
 DENIED, MISSING = (401, 403), (404, 410)  # HTTP status
 LIBRARIES = ("aiohttp", "botocore", "aiobotocore", "s3fs", "gcsfs", "google", "azure", "huggingface_hub", "requests")
+MISTAKES = ("ParamValidationError", "InvalidS3AddressingStyleError")  # of a library, about an address or an option
 NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "ProfileNotFound")
 
 
@@ -167,6 +168,7 @@ class Store:
 
         Raises:
             Missing: the object is not there.
+            UserError: the library does not take the address or an option.
             StoreUnreachable: the store does not serve it, after BUDGET_S of retries.
         """
         self._retried(name, lambda: self._fs.get_file(f"{self._root}/{name}", str(target)), urgent, False)
@@ -190,6 +192,8 @@ class Store:
                     raise Missing(f"{url}: no such object") from None
                 if kind is Denied and at_start:
                     raise Denied(f"{url}: access denied ({_words(error)})") from None
+                if kind is UserError:
+                    raise UserError(f"{url}: {_words(error)}; correct the address or data.storage_options") from None
                 if kind is None:
                     raise
                 delay = max(_delay(attempt), _retry_after(error))
@@ -291,7 +295,10 @@ def _defaults(kind: str) -> Mapping[str, Any]:
 
 
 def _kind(error: BaseException) -> type[Exception] | None:
-    """Return the class of a library's error: Missing, Denied, StoreUnreachable (may be temporary), or None: neither."""
+    """Return the class of a library's error.
+
+    Missing, Denied, UserError (an option or the address), StoreUnreachable (may be temporary), or None: none of them.
+    """
     statuses = {status for each in _chain(error) if (status := _status(each)) is not None}
     if statuses & set(MISSING) or isinstance(error, FileNotFoundError):
         return Missing
@@ -299,6 +306,9 @@ def _kind(error: BaseException) -> type[Exception] | None:
         return Denied
     if isinstance(error, OSError | asyncio.TimeoutError | TimeoutError):
         return None if _is_local(error) else StoreUnreachable
+    # Some libraries look at options and addresses only when they make the first request.
+    if isinstance(error, TypeError | ValueError | NotImplementedError) or type(error).__name__ in MISTAKES:
+        return UserError
     return StoreUnreachable if type(error).__module__.partition(".")[0] in LIBRARIES else None
 
 
