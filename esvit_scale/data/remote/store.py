@@ -6,6 +6,7 @@ manifest before it gets its name.
 """
 
 import asyncio
+import copy
 import errno
 import fcntl
 import importlib
@@ -271,7 +272,8 @@ def _joined_options(kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a protocol's library: ours, then those that fsspec takes from the environment, then those given.
 
     Later ones win. Options that are mappings are joined key by key: otherwise the user's `config_kwargs` would remove our
-    time-outs, and our defaults the headers in FSSPEC_HTTPS.
+    time-outs, and our defaults the headers in FSSPEC_HTTPS. All is copied, because botocore writes into the options that it
+    is given.
     """
     of_environment = importlib.import_module("fsspec.config").conf
     names = (kind, *(alias for alias, usual in store_urls.SAME_AS.items() if usual == kind))
@@ -281,7 +283,7 @@ def _joined_options(kind: str, given: Mapping[str, Any]) -> dict[str, Any]:
             before = joined.get(key)
             if isinstance(before, Mapping) and isinstance(value, Mapping):
                 value = {**before, **value}
-            joined[key] = value
+            joined[key] = copy.deepcopy(value)
     return joined
 
 

@@ -78,6 +78,8 @@ def test_options_of_ours_the_environment_and_the_user_are_joined(monkeypatch: py
     }
     assert joined["anon"]
     assert joined["max_concurrency"] == 1
+    joined["config_kwargs"]["retries"]["mode"] = "legacy"  # as botocore does with what it is given
+    assert store._joined_options("s3", {})["config_kwargs"]["retries"] == {"total_max_attempts": 1}
     monkeypatch.setitem(sys.modules, "aiohttp", types.SimpleNamespace(ClientTimeout=lambda **limits: limits))
     monkeypatch.setitem(fsspec.config.conf, "https", {"client_kwargs": {"headers": {"x": "y"}}})
     joined = store._joined_options("https", {"block_size": 0})
