@@ -3,9 +3,9 @@
 #
 # Expected: one version of the object or an error. S3 replaces objects atomically, and a file that the same library's
 # open() has opened sends If-Match with every range: it raises FileExpired when the object has been replaced.
-# Observed: an object above one block (50 MiB by default) is fetched in ranges, ten at a time, without If-Match. If it is
-# replaced between two of them, the local file has the old head and the new tail. Its length is right, so a comparison
-# of sizes finds nothing.
+# Observed: an object above one block (50 MiB by default) is fetched in ranges, ten at a time, without If-Match. If it
+# is replaced between two of them, the local file has the old head and the new tail. Its length is right, so comparing
+# sizes finds nothing.
 #
 # Here blocks are of 1 MiB, two at a time. get_file's own progress callback, which the library calls when a block has
 # arrived, stands for another client that uploads. The server is SeaweedFS.
