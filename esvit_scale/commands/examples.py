@@ -13,6 +13,7 @@ EXAMPLES = {
     "shards duplicates": "photos/ --out keep.txt --near",
     "shards verify": "shards/photos",
     "shards stats": "shards/photos --plot stats.png",
+    "shards index": "shards/photos",
     "shards upload": "shards/photos s3://bucket/photos",
     "shards show": "shards/photos --out sheet.png",
     "evaluate knn": "--checkpoint runs/photos --train shards/train --test shards/val --out runs/photos/knn",

@@ -21,6 +21,7 @@ def add(commands: Any) -> None:
     _add_stats(shards)
     _add_show(shards)
     _add_upload(shards)
+    _add_index(shards)
 
 
 def _add_duplicates(shards: Any) -> None:
@@ -84,6 +85,25 @@ def _add_upload(shards: Any) -> None:
     upload = command(shards, "upload", _upload, "copy a finished set to an object store; an interrupted run continues")
     upload.add_argument("root", type=Path, metavar="SET", help="folder of the shard set")
     upload.add_argument("url", metavar="URL", help="address of the set's folder, such as s3://bucket/photos")
+
+
+def _add_index(shards: Any) -> None:
+    index = command(
+        shards, "index", _index, "write the indexes of a set of an older version anew, with a checksum of every image"
+    )
+    index.add_argument("root", type=Path, metavar="SET", help="folder of the shard set")
+    shard_options.add_workers(index)
+
+
+def _index(options: argparse.Namespace) -> int:
+    from esvit_scale.data import checksums
+
+    try:
+        added = checksums.add(options.root, shard_options.workers(options))
+    except OSError as error:
+        raise UserError(f"{error.filename or options.root}: {error.strerror or error}") from None
+    print(f"{options.root}: {'checksums were added to its indexes' if added else 'its indexes have checksums already'}")
+    return 0
 
 
 def _upload(options: argparse.Namespace) -> int:

@@ -23,6 +23,7 @@ from esvit_scale.data.tar_reader import Member, TarReader
 from esvit_scale.errors import UserError, is_machine_fault
 
 FORMAT_VERSION = 1
+INDEX_VERSION = 2  # of indexes with checksums; sets of older versions have indexes of version 1, without them
 MANIFEST = "manifest.json"
 REMOTE = ".remote.json"  # in a set's folder in the cache: the fields of Remote, and the folder's path
 
@@ -34,6 +35,7 @@ class Shard(NamedTuple):
     samples: int
     bytes: int
     sha256: str
+    index_sha256: str = ""  # of its index, which has checksums (INDEX_VERSION); "" where it has none
 
 
 class Remote(NamedTuple):
@@ -65,12 +67,18 @@ class Manifest:
         """Return the number of samples in all shards."""
         return sum(shard.samples for shard in self.shards)
 
+    @property
+    def has_checksums(self) -> bool:
+        """Return whether the indexes have a checksum of every member, so that single samples can be verified."""
+        return all(shard.index_sha256 for shard in self.shards)
+
 
 class Entry(NamedTuple):
     """The members of one sample in a tar."""
 
     key: str
     members: dict[str, tuple[int, int]]  # extension → (offset, size) of its bytes in the tar
+    checksums: Mapping[str, int] = {}  # extension → CRC-32 of its bytes; empty in an index of version 1
 
 
 def index_path(shard: Path) -> Path:
@@ -196,20 +204,20 @@ def dump(
         "formats": dict(sorted((formats or {}).items())),
         "left_out": list(left_out),
         "classes": list(classes),
-        "shards": [s._asdict() for s in shards],
+        **({"index_version": INDEX_VERSION} if all(s.index_sha256 for s in shards) else {}),
+        "shards": [{key: value for key, value in s._asdict().items() if value != ""} for s in shards],
     }
     return (json.dumps(content, indent=1) + "\n").encode()
 
 
-def options(root: Path) -> dict[str, Any]:
-    """Return the options that a set was written with, as its manifest records them; empty when it records none."""
-    recorded = json.loads((root / MANIFEST).read_bytes()).get("options")
-    return recorded if isinstance(recorded, dict) else {}
-
-
 def _parse(root: Path, raw: dict[str, Any]) -> Manifest:
+    checked = raw.get("index_version") == INDEX_VERSION  # others have no checksums that this version can read
     shards = tuple(
-        Shard(_file_name(s["name"]), _count(s["samples"]), _count(s["bytes"]), str(s["sha256"])) for s in raw["shards"]
+        Shard(
+            *(_file_name(s["name"]), _count(s["samples"]), _count(s["bytes"]), str(s["sha256"])),
+            str(s.get("index_sha256", "")) if checked else "",
+        )
+        for s in raw["shards"]
     )
     if len({s.name for s in shards}) != len(shards):
         raise ValueError("a shard is listed twice")
@@ -277,7 +285,10 @@ class Index(Sequence[Entry]):
         if not 0 <= i < len(self):
             raise IndexError(i)
         key, members = json.loads(self._lines[self._ends[i] + 1 : self._ends[i + 1]])
-        return Entry(str(key), {str(ext): (_count(at), _count(size)) for ext, (at, size) in members.items()})
+        places = {str(ext): (_count(at), _count(size)) for ext, (at, size, *_) in members.items()}
+        return Entry(
+            str(key), places, {str(ext): _count(crc) for ext, (_, _, *rest) in members.items() for crc in rest}
+        )
 
     @property
     def nbytes(self) -> int:
@@ -317,7 +328,7 @@ def parse_index(lines: bytes, name: str) -> Index:
         ValueError: it is not an index of this tar, or is cut short.
     """
     header = json.loads(lines[: lines.find(b"\n") + 1])
-    if not isinstance(header, dict) or header.get("format_version") != FORMAT_VERSION:
+    if not isinstance(header, dict) or header.get("format_version") not in (FORMAT_VERSION, INDEX_VERSION):
         raise ValueError("not an index of this format version")
     if header.get("shard") != name or not lines.endswith(b"\n"):
         raise ValueError("of another shard, or cut short")
@@ -325,9 +336,16 @@ def parse_index(lines: bytes, name: str) -> Index:
 
 
 def dump_index(name: str, entries: Iterable[Entry]) -> bytes:
-    """Return the bytes of an index file: a header line, then one line per sample."""
-    lines = [json.dumps({"format_version": FORMAT_VERSION, "shard": name})]
-    lines += [json.dumps(entry, separators=(",", ":")) for entry in entries]
+    """Return the bytes of an index file: a header line, then one line per sample.
+
+    Its version is INDEX_VERSION where every member has a checksum (checksums.py).
+    """
+    entries = list(entries)
+    checked = all(entry.checksums.keys() == entry.members.keys() for entry in entries)
+    lines = [json.dumps({"format_version": INDEX_VERSION if checked else FORMAT_VERSION, "shard": name})]
+    for key, members, crcs in entries:
+        row = {ext: [*place, crcs[ext]] for ext, place in members.items()} if checked else members
+        lines.append(json.dumps([key, row], separators=(",", ":")))
     return "".join(line + "\n" for line in lines).encode("ascii")
 
 
@@ -375,11 +393,3 @@ def numbered_runs(members: Iterable[Member]) -> Iterator[tuple[int, Entry]]:
 def image_member(entry: Entry) -> tuple[int, int] | None:
     """Return (offset, size) of a sample's image, the first of `chosen_images`; None for a sample without one."""
     return next((entry.members[extension] for extension in chosen_images(entry.members)), None)
-
-
-def parse_label(text: bytes) -> int:
-    """Return the class number that a `.cls` member holds; -1 when it holds none."""
-    try:
-        return int(text[:20])
-    except ValueError:
-        return -1

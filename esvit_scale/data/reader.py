@@ -16,11 +16,10 @@ from esvit_scale.data.manifest import (
     Index,
     Manifest,
     image_member,
-    parse_label,
     read_index,
 )
 from esvit_scale.data.remote.shard_cache import ShardCache, ShardFiles
-from esvit_scale.data.tar_names import MAX_MEMBER
+from esvit_scale.data.tar_names import MAX_MEMBER, parse_label
 from esvit_scale.errors import RestartCanHelp, is_machine_fault
 
 T = TypeVar("T")

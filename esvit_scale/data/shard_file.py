@@ -8,6 +8,7 @@ from typing import Any, BinaryIO, NamedTuple
 import webdataset as wds
 
 from esvit_scale import files
+from esvit_scale.data import checksums
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data.decode import EXTENSIONS
 from esvit_scale.data.keys import SAFE_KEY
@@ -46,11 +47,12 @@ def write_shard(path: Path, samples: Iterable[Sample], keys: set[str]) -> Shard:
                 for sample in samples:
                     tar.write(_members(sample, keys))
                     written += 1
-        entries = manifests.scan(tmp)
+        entries = checksums.scan(tmp)
         if len(entries) != written:
             raise RuntimeError(f"{path}: {written} samples written, {len(entries)} found")
-        files.write_bytes(manifests.index_path(path), manifests.dump_index(path.name, entries))
-    return Shard(path.name, written, hashed.bytes, hashed.sha256.hexdigest())
+        index = manifests.dump_index(path.name, entries)
+        files.write_bytes(manifests.index_path(path), index)
+    return Shard(path.name, written, hashed.bytes, hashed.sha256.hexdigest(), hashlib.sha256(index).hexdigest())
 
 
 def _members(sample: Sample, keys: set[str]) -> dict[str, Any]:

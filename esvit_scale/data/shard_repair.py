@@ -1,12 +1,13 @@
 """Repair of shard sets: damaged tars and indexes are written again, and nothing else is touched."""
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from esvit_scale import files
+from esvit_scale.data import checksums, pool, set_folder
 from esvit_scale.data import manifest as manifests
-from esvit_scale.data import pool, set_folder
 from esvit_scale.data.manifest import Manifest
 from esvit_scale.data.planned_sets import plan_of, planned_sets
 from esvit_scale.data.planned_shard import write_planned
@@ -43,7 +44,7 @@ def repair(root: Path, where: str, workers: int = 1) -> list[str]:
         done = []
         for shard, state in zip(manifest.shards, checked, strict=True):
             if state.side_car and not state.tar:
-                done.append(_index_again(root / shard.name))
+                done.append(_index_again(root / shard.name, bool(shard.index_sha256)))
         bad = [number for number, state in enumerate(checked) if state.tar]
         if bad and not where:
             raise UserError(f"{checked[bad[0]].tar[0]}; give the source to write the tar again: --repair SRC")
@@ -52,9 +53,9 @@ def repair(root: Path, where: str, workers: int = 1) -> list[str]:
     return done
 
 
-def _index_again(tar: Path) -> str:
-    index = manifests.index_path(tar)
-    files.write_bytes(index, manifests.dump_index(tar.name, manifests.scan(tar)))
+def _index_again(tar: Path, with_checksums: bool) -> str:
+    index, scan = manifests.index_path(tar), checksums.scan if with_checksums else manifests.scan
+    files.write_bytes(index, manifests.dump_index(tar.name, scan(tar)))
     return f"{index}: made from its tar"
 
 
@@ -87,7 +88,7 @@ def _tars_again(manifest: Manifest, bad: list[int], where: str, workers: int) ->
 
 
 def _plan(manifest: Manifest, where: str, workers: int) -> ShardPlan:
-    recorded = manifests.options(manifest.root)
+    recorded = recorded_options(manifest.root)
     try:
         options = SourceOptions(**_with_paths(recorded["source"]))
         values = _with_paths(recorded["recipe"])
@@ -99,6 +100,12 @@ def _plan(manifest: Manifest, where: str, workers: int) -> ShardPlan:
     if planned is None or fingerprint(planned.source, recipe, planned.chosen) != manifest.source:
         raise UserError(f"{where}: not what {manifest.root} was written from (other files, sizes or lists)")
     return plan_of(planned, recipe, workers)[0]
+
+
+def recorded_options(root: Path) -> dict[str, Any]:
+    """Return the options that a set was written with, as its manifest records them; empty when it records none."""
+    recorded = json.loads((root / manifests.MANIFEST).read_bytes()).get("options")
+    return recorded if isinstance(recorded, dict) else {}
 
 
 def _with_paths(values: dict[str, Any]) -> dict[str, Any]:

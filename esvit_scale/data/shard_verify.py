@@ -9,8 +9,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from esvit_scale.data import checksums, pool
 from esvit_scale.data import manifest as manifests
-from esvit_scale.data import pool
 from esvit_scale.data.decode import BadImage
 from esvit_scale.data.hashing import hash_all, repeated_indices
 from esvit_scale.data.image_folder import printable
@@ -18,6 +18,7 @@ from esvit_scale.data.manifest import Manifest
 from esvit_scale.data.picture import check_decodes
 from esvit_scale.data.pixel_format import PixelFormat
 from esvit_scale.data.remote.shard_cache import ShardFiles
+from esvit_scale.data.tar_names import parse_label
 from esvit_scale.errors import UserError
 from esvit_scale.files import sha256
 
@@ -85,7 +86,7 @@ def _check(manifest: Manifest, number: int, tick: Callable[[], None]) -> Checked
     try:
         if not problems and sha256(path) != shard.sha256:
             problems.append(f"{path}: its sha256 differs from the manifest's")
-        entries = manifests.scan(path)
+        entries = (checksums.scan if shard.index_sha256 else manifests.scan)(path)
         if len(entries) != shard.samples:
             problems.append(f"{path}: holds {len(entries)} samples; the manifest says {shard.samples}")
         with path.open("rb") as file:
@@ -96,14 +97,16 @@ def _check(manifest: Manifest, number: int, tick: Callable[[], None]) -> Checked
     except OSError as error:
         return Checked([*problems, f"{path}: {error.strerror or error}"], [], none)
     # The index of a remote shard was made here, from the tar, where the cache had room for it.
-    indexes = [] if manifest.remote else list(_index_problems(path, entries))
+    indexes = [] if manifest.remote else list(_index_problems(path, entries, shard.index_sha256))
     return Checked(problems, indexes, hash_all((e.key for e in entries), len(entries)))
 
 
-def _index_problems(path: Path, entries: list[manifests.Entry]) -> Iterator[str]:
+def _index_problems(path: Path, entries: list[manifests.Entry], recorded: str) -> Iterator[str]:
+    """Yield the problems of a tar's index; `recorded` is its sha256 in the manifest, "" where that has none."""
     index = manifests.index_path(path)
     try:
-        if list(manifests.read_side_car(path)) != entries:
+        found = [entry if recorded else entry._replace(checksums={}) for entry in manifests.read_side_car(path)]
+        if found != entries or (recorded and sha256(index) != recorded):
             yield f"{index}: does not agree with the tar"
     except FileNotFoundError:
         yield f"{index}: missing"
@@ -121,7 +124,7 @@ def _sample_problems(file: BinaryIO, entry: manifests.Entry, manifest: Manifest)
             check_decodes(_pread(file, *image), PixelFormat(manifest.channels, manifest.bits))
         except BadImage as error:
             yield str(error)
-    label = manifests.parse_label(_pread(file, *entry.members["cls"])) if "cls" in entry.members else -1
+    label = parse_label(_pread(file, *entry.members["cls"])) if "cls" in entry.members else -1
     if classes and not 0 <= label < classes:
         yield f"label {label} is not one of {classes} classes"
 

@@ -124,3 +124,11 @@ def sample_key(key: str, image: str, chosen: Iterable[str]) -> str:
     if len(others) == 1 or (not middle and image == others[0]):
         return key
     return f"{key}.{middle or image}"
+
+
+def parse_label(text: bytes) -> int:
+    """Return the class number that a `.cls` member holds; -1 when it holds none."""
+    try:
+        return int(text[:20])
+    except ValueError:
+        return -1

@@ -24,10 +24,9 @@ from esvit_scale.config import Data
 from esvit_scale.data.decode import BadImage
 from esvit_scale.data.hashing import derive_seed
 from esvit_scale.data.loader import LoaderAssignment, NoValidSamples, reason
-from esvit_scale.data.manifest import parse_label
 from esvit_scale.data.order import permutation
 from esvit_scale.data.reader import StorageGone
-from esvit_scale.data.tar_names import TAR
+from esvit_scale.data.tar_names import TAR, parse_label
 from esvit_scale.data.tar_reader import NO_ZSTD, open_zstd
 from esvit_scale.data.tar_stream import Raw, TarSamples
 from esvit_scale.data.worker_batch import SLOW_SECONDS, DecodedSample, decode_for_crops

@@ -155,11 +155,12 @@ def test_unusable_index_is_rebuilt_from_the_tar(shard_set: Manifest, tmp_path: P
         "cut": index[:-30],
         "garbage": "\0\0\0",
         "other shard": index.replace(name, "y.tar"),
-        "other version": index.replace('"format_version": 1', '"format_version": 2'),
+        "other version": index.replace('"format_version": 2', '"format_version": 3'),
     }
     if damage != "absent":
         manifests.index_path(tmp_path / name).write_text(texts[damage])
-    assert list(manifests.read_index(tmp_path / name)) == list(manifests.read_index(source))
+    places = [(entry.key, entry.members) for entry in manifests.read_index(source)]
+    assert [(entry.key, entry.members) for entry in manifests.read_index(tmp_path / name)] == places
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from esvit_scale import cli
-from esvit_scale.data import manifest as manifests
+from esvit_scale.data import shard_repair
 from esvit_scale.data.decode import decode
 from esvit_scale.data.evaluation import items_of
 from esvit_scale.data.noted_orientation import noted, oriented
@@ -70,7 +70,7 @@ def test_rotated_images_of_a_source_are_counted(tmp_path: Path, capsys: pytest.C
     options = ["--rotate-as-noted", "--workers", "1"]
     assert cli.main(["shards", "create", str(source), str(tmp_path / "a"), "--from", "img2dataset", *options]) == 0
     assert "turned 4 images to the orientation that their json records" in capsys.readouterr().err
-    assert manifests.options(tmp_path / "a")["recipe"]["rotate_as_noted"] is True
+    assert shard_repair.recorded_options(tmp_path / "a")["recipe"]["rotate_as_noted"] is True
     items = items_of(tmp_path / "a")
     for number in range(6):
         key, _, data = items.read(number)
@@ -80,4 +80,4 @@ def test_rotated_images_of_a_source_are_counted(tmp_path: Path, capsys: pytest.C
     assert cli.main(["shards", "create", str(source), str(tmp_path / "b"), *options]) == 2
     assert "--from img2dataset" in capsys.readouterr().err
     assert cli.main(["shards", "create", str(source), str(tmp_path / "b"), "--workers", "1"]) == 0
-    assert "rotate_as_noted" not in manifests.options(tmp_path / "b")["recipe"]
+    assert "rotate_as_noted" not in shard_repair.recorded_options(tmp_path / "b")["recipe"]

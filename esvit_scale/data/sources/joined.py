@@ -58,7 +58,7 @@ def joined(runs: Iterable[tuple[int, Entry]]) -> Iterator[Entry]:
 
 
 def _entry(rows: Rows | Sequence[Any], i: int) -> Entry:
-    key, members = rows[i]
+    key, members, *_ = rows[i]
     return Entry(key, {ext: (place[0], place[1]) for ext, place in members.items()})
 
 
@@ -115,7 +115,7 @@ def _merged(runs: list[Entry]) -> list[Entry]:
     goes into an entry that lacks it.
     """
     found: list[Entry] = []
-    for key, members in runs:
+    for key, members, *_ in runs:
         same = [entry for entry in found if entry.key == key]
         whole = bool(chosen_images(members)) or _lacking(same, members) is not None
         for part in [members] if whole else [{ext: place} for ext, place in members.items()]:

@@ -72,7 +72,7 @@ def remote_copy(shards: Path, tmp_path: Path) -> Path:
 
 def small(shards: Path, cache: Path, count: float) -> Manifest:
     """The set's manifest with a cache that has room for `count` shards."""
-    limit = count * max(map(room.cost, manifests.load(shards).shards)) / 1e9
+    limit = (count * max(map(room.cost, manifests.load(shards).shards)) + 2048) / 1e9  # the manifest counts, too
     return place.open_set(f"file://{shards}", config("", cache, cache_gb=limit).data)
 
 
