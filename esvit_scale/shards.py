@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
+from esvit_scale.commands import option_types
 from esvit_scale.data import shard_writer
 from esvit_scale.data.manifest import Manifest
 from esvit_scale.data.reencode import Reencode
@@ -30,12 +31,13 @@ def create(
     channels: int = 3,
     bits: int = 8,
     workers: int | None = None,
+    work_dir: str | Path | None = None,
 ) -> dict[str, Manifest]:
     """Write images as tar shards with a manifest, and return the manifests; an interrupted call continues.
 
     Args:
         source: folder, list, table, tar, zip, … of images.
-        destination: folder to write the shard set to.
+        destination: folder or URL (s3://…) to write the shard set to.
         kind: kind of source (`--from` of the command); None: detected.
         label: where classes come from (`--label`); None: depends on the source.
         root: folder at which relative paths of a list or table start; None: that of the list or table.
@@ -50,6 +52,7 @@ def create(
         val_fraction: fraction of samples for destination/val; the rest goes to destination/train.
         channels, bits: of every image.
         workers: worker processes; None: one per CPU core.
+        work_dir: folder for shards on their way to a URL; None: below that of temporary files.
 
     Returns:
         The manifests by name of the split: "train" and "val" with `val_fraction`, else "".
@@ -70,4 +73,11 @@ def create(
         bits=bits,
     )
     options = SourceOptions(kind=kind, root=Path(root) if root else None, label=label)
-    return shard_writer.write_source(str(source), Path(destination), options, recipe, workers or usable_cpus())
+    return shard_writer.write_source(
+        str(source),
+        option_types.destination(str(destination)),
+        options,
+        recipe,
+        workers or usable_cpus(),
+        work_dir=Path(work_dir) if work_dir else None,
+    )

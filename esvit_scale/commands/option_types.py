@@ -16,11 +16,9 @@ def set_or_folder(text: str) -> "Path | SetUrl":
     return SetUrl(text) if is_set_url(text) else Path(text)
 
 
-def local_folder(text: str) -> Path:
-    """Convert a folder to write to; the address of a store is refused."""
-    if is_set_url(text):
-        raise argparse.ArgumentTypeError(f"{text}: write to a folder, then `esvit-scale shards upload FOLDER {text}`")
-    return Path(text)
+def destination(text: str) -> Path | str:
+    """Convert the place to write a shard set to: a folder's path, or its URL in a store, which stays a text."""
+    return text.rstrip("/") if is_set_url(text) else Path(text)
 
 
 def size(text: str) -> int:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from esvit_scale import store_urls
 from esvit_scale.commands import option_types, shard_options
 from esvit_scale.commands.parser import command, positive
 from esvit_scale.errors import UserError
@@ -25,7 +26,10 @@ def add_create(shards: Any) -> None:
     )
     shard_options.add_source(create)
     create.add_argument(
-        "destination", type=option_types.local_folder, metavar="DST", help="folder to write the shard set to"
+        "destination",
+        type=option_types.destination,
+        metavar="DST",
+        help="folder or URL (s3://…) to write the shard set to",
     )
     size = create.add_mutually_exclusive_group()
     size.add_argument(
@@ -63,6 +67,16 @@ def add_create(shards: Any) -> None:
         type=option_types.part,
         metavar="I/N",
         help="write only part I of N (from 1); `shards merge` finishes the set (default: write all)",
+    )
+    _add_work_dir(create)
+
+
+def _add_work_dir(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--work-dir",
+        type=Path,
+        metavar="DIR",
+        help="folder for shards on their way to a URL, a few at a time (default: below that of temporary files, TMPDIR)",
     )
 
 
@@ -138,9 +152,10 @@ def add_merge(shards: Any) -> None:
     """Declare `shards merge`."""
     merge = command(shards, "merge", _merge, "finish a set whose parts were written with --shard-range")
     merge.add_argument(
-        "destination", type=option_types.local_folder, metavar="DST", help="folder that the parts were written to"
+        "destination", type=option_types.destination, metavar="DST", help="folder or URL that the parts were written to"
     )
     merge.add_argument("--strict", action="store_true", help=STRICT)
+    _add_work_dir(merge)
 
 
 def add_split(shards: Any) -> None:
@@ -153,7 +168,7 @@ def add_split(shards: Any) -> None:
     )
     split.add_argument("source", metavar="SET", help="folder of the shard set")
     split.add_argument(
-        "destination", type=option_types.local_folder, metavar="DST", help="folder to write train/ and val/ to"
+        "destination", type=option_types.destination, metavar="DST", help="folder or URL to write train/ and val/ to"
     )
     split.add_argument(
         "--val-fraction",
@@ -167,6 +182,7 @@ def add_split(shards: Any) -> None:
     )
     split.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of the split (default: 0)")
     shard_options.add_workers(split)
+    _add_work_dir(split)
 
 
 def _create(options: argparse.Namespace) -> int:
@@ -223,7 +239,9 @@ def _write(
 
     chosen = shard_writer.Part(*part) if part else None
     workers = shard_options.workers(options)
-    sets = shard_writer.write_source(source, options.destination, source_options, recipe, workers, chosen, strict)
+    sets = shard_writer.write_source(
+        source, options.destination, source_options, recipe, workers, chosen, strict, options.work_dir
+    )
     if part:
         print(
             f"{options.destination}: part {part[0]} of {part[1]} is written; when all are, run `esvit-scale shards merge "
@@ -236,7 +254,7 @@ def _write(
 def _merge(options: argparse.Namespace) -> int:
     from esvit_scale.data import shard_writer
 
-    _say_sets(options.destination, shard_writer.merge(options.destination, options.strict))
+    _say_sets(options.destination, shard_writer.merge(options.destination, options.strict, options.work_dir))
     return 0
 
 
@@ -250,7 +268,7 @@ def _types(formats: "Mapping[str, int]") -> str:
     return ", ".join(f"{number:,} .{ext}" for ext, number in sorted(formats.items(), key=lambda item: -item[1]))
 
 
-def _say_sets(destination: Path, sets: "Mapping[str, Manifest]") -> None:
+def _say_sets(destination: Path | str, sets: "Mapping[str, Manifest]") -> None:
     """Print samples, shards and classes of each set, and one table of the images left out, with a warning if many are.
 
     Also warn of mixed file formats, and of classes that only one of the sets has.
@@ -260,12 +278,13 @@ def _say_sets(destination: Path, sets: "Mapping[str, Manifest]") -> None:
 
     left = LeftOut()
     for name, manifest in sets.items():
+        place = destination / name if isinstance(destination, Path) else store_urls.join(destination, name).rstrip("/")
         classes = f", {len(manifest.classes)} classes" if manifest.classes else ""
-        print(f"{destination / name}: {manifest.samples} samples in {len(manifest.shards)} shards{classes}")
+        print(f"{place}: {manifest.samples} samples in {len(manifest.shards)} shards{classes}")
         left.update(LeftOut(manifest.left_out))
         if len(manifest.formats) > 1:
-            say(f"{destination / name}: {_MIXED.format(_types(manifest.formats))}")
-    if len(sets) > 1:
+            say(f"{place}: {_MIXED.format(_types(manifest.formats))}")
+    if len(sets) > 1 and isinstance(destination, Path):  # a store would be asked for every index
         _say_classes_of_one_part(destination, sets)
     if left:
         print(left.table())

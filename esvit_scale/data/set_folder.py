@@ -155,11 +155,18 @@ def read_intent(destination: Path) -> Intent | None:
 
 def write_record(partial: Path, number: int, written: Written) -> None:
     """Write the record which says that shard `number` is complete."""
+    files.write_json(partial / record_name(number), record(written))
+
+
+def record(written: Written) -> dict[str, Any]:
+    """Return the content of the record of a complete shard."""
     shard = written.shard._asdict() if written.shard else None
-    files.write_json(
-        partial / f"shard-{number:06d}.json",
-        {"shard": shard, "bad": written.bad, "formats": dict(written.formats), "turned": written.turned},
-    )
+    return {"shard": shard, "bad": written.bad, "formats": dict(written.formats), "turned": written.turned}
+
+
+def record_name(number: int) -> str:
+    """Return the name of the record of shard `number`."""
+    return f"shard-{number:06d}.json"
 
 
 def records(partial: Path) -> list[int]:
@@ -177,7 +184,7 @@ def clear_asides(partial: Path, numbers: Iterable[int]) -> None:
 
 def read_record(partial: Path, number: int) -> Written:
     """Read the record of a shard. Raises OSError or ValueError."""
-    raw = json.loads((partial / f"shard-{number:06d}.json").read_bytes())
+    raw = json.loads((partial / record_name(number)).read_bytes())
     return Written(
         Shard(**raw["shard"]) if raw["shard"] else None, raw["bad"], raw.get("formats", {}), raw.get("turned", 0)
     )

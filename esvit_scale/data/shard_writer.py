@@ -15,6 +15,7 @@ from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from esvit_scale import store_urls
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data import pool, set_folder
 from esvit_scale.data.image_folder import printable
@@ -23,6 +24,8 @@ from esvit_scale.data.left_out import ARCHIVES, CUT, LeftOut, of_bad, refuse
 from esvit_scale.data.manifest import MANIFEST, Manifest, Shard
 from esvit_scale.data.planned_sets import PlannedSet, plan_of, planned_sets
 from esvit_scale.data.planned_shard import shard_name, write_planned
+from esvit_scale.data.remote import outbox as outboxes
+from esvit_scale.data.remote.outbox import Outbox
 from esvit_scale.data.set_folder import PARTIAL, Intent, NoSamples
 from esvit_scale.data.shard_file import Sample, write_shard
 from esvit_scale.data.shard_plan import SAMPLES_PER_SHARD, Recipe, ShardPlan, fingerprint
@@ -48,6 +51,23 @@ class Part(NamedTuple):
         return range(shards)[share(shards, self.i - 1, self.n)]
 
 
+class Writing(NamedTuple):
+    """One set that is to be written, and how."""
+
+    planned: PlannedSet
+    where: str  # the source, for messages
+    recipe: Recipe
+    options: dict[str, Any]  # for the manifest
+    workers: int
+    part: Part | None
+    strict: bool
+
+    @property
+    def identity(self) -> str:
+        """Return the hash that identifies the set before it is written."""
+        return fingerprint(self.planned.source, self.recipe, self.planned.chosen)
+
+
 def create(source: Path, destination: Path, samples_per_shard: int = SAMPLES_PER_SHARD, seed: int = 0) -> Manifest:
     """Write a folder of images as one shard set; other options have the defaults of `esvit-scale shards create`."""
     if samples_per_shard < 1:
@@ -58,12 +78,13 @@ def create(source: Path, destination: Path, samples_per_shard: int = SAMPLES_PER
 
 def write_source(
     where: str,
-    destination: Path,
+    destination: Path | str,
     options: SourceOptions,
     recipe: Recipe,
     workers: int = 1,
     part: Part | None = None,
     strict: bool = False,
+    work_dir: Path | None = None,
 ) -> dict[str, Manifest]:
     """Write a source as one shard set, or as the sets `train` and `val` in folders of these names.
 
@@ -72,9 +93,11 @@ def write_source(
 
     Args:
         where: path of the source, or `-` for a list on stdin.
+        destination: a folder, or its URL in a store, to which each shard is sent as soon as it is written.
         part: write only this part of every set's shards, and leave the manifest to `merge`.
         strict: raise UserError when anything is left out that the recipe does not ask to leave out: before anything is
             written if the source's listing leaves it out, at the end if it is an unusable image.
+        work_dir: folder for shards on their way to a store; None: the cache's default folder.
 
     Returns:
         The manifests by name of the split ("" for a single set); none after a part.
@@ -82,9 +105,11 @@ def write_source(
     Raises:
         UserError: the recipe contradicts itself, the source is missing or has no usable images, or the destination is in
             use or holds something else.
-        RestartCanHelp: the source's file system does not answer, or a worker process was killed.
+        RestartCanHelp: the source's file system or the store does not answer, or a worker process was killed.
     """
     recipe.check()
+    if isinstance(destination, str):
+        outboxes.check_writable(destination)
     sets = planned_sets(where, options, recipe)
     if strict:
         refuse([planned.left_out for planned in sets.values()], where)
@@ -93,11 +118,18 @@ def write_source(
             "--drop-duplicates: with --shard-range every part would read the whole source; run "
             f"`esvit-scale shards duplicates {where} --out keep.txt` first, and give every part --keep keep.txt instead"
         )
-    _refuse_nested(destination, list(sets))
+    if isinstance(destination, str):
+        outboxes.refuse_nested(destination, list(sets))
+    else:
+        _refuse_nested(destination, list(sets))
     finished = {}
     for name, planned in sets.items():
         record = {"source": source_record(options), "recipe": recipe.record(), "split": name}
-        manifest = _write_set(planned, destination / name, where, recipe, record, workers, part, strict)
+        writing = Writing(planned, where, recipe, record, workers, part, strict)
+        if isinstance(destination, str):
+            manifest = _write_remote(writing, store_urls.join(destination, name).rstrip("/"), work_dir)
+        else:
+            manifest = _write_set(writing, destination / name)
         if manifest is not None:
             finished[name] = manifest
     return finished
@@ -118,12 +150,14 @@ def _refuse_nested(destination: Path, names: list[str]) -> None:
         )
 
 
-def merge(destination: Path, strict: bool = False) -> dict[str, Manifest]:
+def merge(destination: Path | str, strict: bool = False, work_dir: Path | None = None) -> dict[str, Manifest]:
     """Finish a set (or `train` and `val`) whose parts are all written: write its manifest and move its files into place.
 
     Raises:
         UserError: parts are missing, or there is nothing to finish; with `strict`, something was left out.
     """
+    if isinstance(destination, str):
+        return _merge_remote(destination, strict, work_dir)
     folders = [f for f in (destination, destination / "train", destination / "val") if f.is_dir()]
     unfinished = [f for f in folders if (f / PARTIAL).is_dir()]
     if not unfinished:
@@ -146,6 +180,27 @@ def merge(destination: Path, strict: bool = False) -> dict[str, Manifest]:
                 raise UserError(f"{folder}: it holds no plan of a shard set; run its parts again")
             else:
                 finished[_split_name(folder, destination)] = _finished(folder, intent, str(folder), strict)
+    return finished
+
+
+def _merge_remote(destination: str, strict: bool, work_dir: Path | None) -> dict[str, Manifest]:
+    """Finish the set, or `train` and `val`, whose parts were written to a store."""
+    finished = {}
+    for name, intent in outboxes.unfinished(destination).items():
+        url = store_urls.join(destination, name).rstrip("/")
+        outbox = Outbox(url, work_dir, intent.fingerprint if intent else None)
+        try:
+            with set_folder.held(outbox.folder):
+                found = outbox.settle()
+                if found is None and intent is not None:
+                    found = _finished(outbox.folder, intent, url, strict)
+                    outbox.publish()
+            if found is not None:
+                finished[name] = found
+        except UserError as error:
+            raise UserError(str(error).replace(str(outbox.folder), url)) from None
+        finally:
+            outbox.close()
     return finished
 
 
@@ -182,42 +237,27 @@ def write_samples(
     return manifests.load(destination)
 
 
-def _write_set(
-    planned: PlannedSet,
-    destination: Path,
-    where: str,
-    recipe: Recipe,
-    options: dict[str, Any],
-    workers: int,
-    part: Part | None,
-    strict: bool,
-) -> Manifest | None:
-    source = planned.source
-    identity = fingerprint(source, recipe, planned.chosen)
-    partial = destination / PARTIAL
+def _write_set(writing: Writing, destination: Path, outbox: Outbox | None = None) -> Manifest | None:
+    """Write a set into a folder, or through it to a store; return its manifest, or None after a part."""
+    planned, where, recipe, options, workers, part, strict = writing
+    source, identity, partial = planned.source, writing.identity, destination / PARTIAL
     try:
         with set_folder.held(destination, f"part-{part.i}-of-{part.n}" if part else ""):
-            set_folder.settle(destination, identity, shared=part is not None)
-            if manifests.is_shard_set(destination):
-                found = set_folder.existing(destination, identity)
+            found = outbox.settle(part.of if part else range) if outbox else _settled(destination, identity, part)
+            if found is not None:
                 if strict:
                     refuse([LeftOut(found.left_out)], str(destination))
                 return found
-            with _removed_on_failure(partial, keep_records=True, shared=part is not None):
+            with _removed_on_failure(partial, keep_records=True, shared=part is not None, outbox=outbox):
                 partial.mkdir(exist_ok=True)
                 plan, known = plan_of(planned, recipe, workers, partial / "duplicates.npy")
                 known += [_archive_row(file, reason) for file, reason in source.damaged]
                 listed = planned.left_out.rows()
                 intent = Intent(identity, plan.shards, plan.samples, source.classes, options, known, listed)
-                begun = set_folder.read_intent(destination)
-                if begun is None:
-                    set_folder.write_intent(destination, intent)
-                elif begun.classes != source.classes:
-                    raise UserError(
-                        f"{destination}: was begun by a version of esvit-scale that numbered the classes differently; delete "
-                        f"{partial} to begin again"
-                    )
-                _write_shards(plan, partial, part, workers)
+                _begin(destination, intent)
+                if outbox:
+                    outbox.begin()
+                _write_shards(plan, partial, part, workers, outbox)
                 if part:
                     if strict:
                         written = part.of(plan.shards)
@@ -231,22 +271,65 @@ def _write_set(
         raise UserError(f"{error.filename or destination}: {error.strerror or error}") from error
 
 
-def _write_shards(plan: ShardPlan, partial: Path, part: Part | None, workers: int) -> None:
+def _write_remote(writing: Writing, url: str, work_dir: Path | None) -> Manifest | None:
+    """Write a set to a store; return its manifest, or None after a part. Raises errors as `write_source`."""
+    outbox = Outbox(url, work_dir, writing.identity)
+    try:
+        manifest = _write_set(writing, outbox.folder, outbox)
+        if manifest is not None and manifests.is_shard_set(outbox.folder):
+            outbox.publish()
+        return manifest
+    except UserError as error:
+        if isinstance(error.__cause__, OSError):
+            raise UserError(
+                f"{error}; shards lie in this folder until {url} has them, up to {outboxes.UPLOADS + 2 * writing.workers} at "
+                "a time: name a larger one with --work-dir"
+            ) from None
+        raise UserError(str(error).replace(str(outbox.folder), url)) from None
+    finally:
+        outbox.close()
+
+
+def _settled(destination: Path, identity: str, part: Part | None) -> Manifest | None:
+    """Finish or remove what an interrupted run left in a folder; return the manifest if it holds the finished set."""
+    set_folder.settle(destination, identity, shared=part is not None)
+    return set_folder.existing(destination, identity) if manifests.is_shard_set(destination) else None
+
+
+def _begin(destination: Path, intent: Intent) -> None:
+    """Write the plan of a set into its folder. Raises UserError if another version of this package began it."""
+    begun = set_folder.read_intent(destination)
+    if begun is None:
+        set_folder.write_intent(destination, intent)
+    elif begun.classes != intent.classes:
+        raise UserError(
+            f"{destination}: was begun by a version of esvit-scale that numbered the classes differently; delete "
+            f"{destination / PARTIAL} to begin again"
+        )
+
+
+def _write_shards(plan: ShardPlan, partial: Path, part: Part | None, workers: int, outbox: Outbox | None) -> None:
     ours = part.of(plan.shards) if part else range(plan.shards)
     done = set(set_folder.records(partial))
     left = [number for number in ours if number not in done]
     if len(left) < len(ours):
-        say(f"{partial.parent}: {len(ours) - len(left)} of {len(ours)} shards are written; continuing with the rest")
+        where = outbox.url if outbox else partial.parent
+        say(f"{where}: {len(ours) - len(left)} of {len(ours)} shards are written; continuing with the rest")
     set_folder.clear_asides(partial, left)
     samples = sum(plan.count(range(number, number + 1)) for number in left)
     said = 0
     try:
         for number, written in pool.each(bind(write_planned, plan, partial), left, workers, samples, "images"):
-            set_folder.write_record(partial, number, written)
+            if outbox:
+                outbox.send(number, written)
+            else:
+                set_folder.write_record(partial, number, written)
             for row in written.bad:
                 said += 1
                 if said <= SAID:
                     say(f"{row['file']}: left out: {row['reason']}")
+        if outbox:
+            outbox.wait()
     finally:
         if said > SAID:
             say(f"{said - SAID} more images left out; {set_folder.QUARANTINE} names all of them")
@@ -266,7 +349,9 @@ def _finished(destination: Path, intent: Intent, where: str, strict: bool) -> Ma
 
 
 @contextmanager
-def _removed_on_failure(partial: Path, keep_records: bool = False, shared: bool = False) -> Iterator[None]:
+def _removed_on_failure(
+    partial: Path, keep_records: bool = False, shared: bool = False, outbox: Outbox | None = None
+) -> Iterator[None]:
     """Remove `.partial` when an error ends the block, unless another run can use it.
 
     It stays when other parts share it, when it holds a finished set that only has to be moved into place, and, with
@@ -277,9 +362,12 @@ def _removed_on_failure(partial: Path, keep_records: bool = False, shared: bool 
     except BaseException:
         done = set_folder.records(partial) if keep_records else []
         if done:
-            say(f"{partial.parent}: stopped with {len(done)} shards written; run the same command again to continue")
+            where = outbox.url if outbox else partial.parent
+            say(f"{where}: stopped with {len(done)} shards written; run the same command again to continue")
         elif partial.exists() and not shared and not (partial / MANIFEST).exists():
             shutil.rmtree(partial, ignore_errors=True)
+            if outbox:
+                outbox.discard()
         raise
 
 

@@ -9,6 +9,7 @@
     ahead.py       fetches shards before they are needed
     working_set.py the room that a run needs, said before it starts
     upload.py      sends a finished set to a store, its manifest last
+    outbox.py      sends the shards of a set while it is written, which any machine can continue
 
 A shard set's files in the cache have the names that they have in the store, so that everything that reads a folder of
 shards reads the cache. Nothing else in the package knows URLs of stores.

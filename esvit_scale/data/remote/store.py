@@ -113,7 +113,7 @@ class Store:
             Denied: the store refuses access.
             Missing, StoreUnreachable: as `fetch`.
         """
-        found = self._retried(name, lambda: self._fs.info(f"{self._root}/{name}"), True, True)
+        found = self.info(name)
         keys = ("ETag", "etag", "md5Hash", "generation", "LastModified", "last_modified", "mtime", "created", "size")
         return " ".join(str(found[key]) for key in keys if found.get(key) is not None)
 
@@ -138,8 +138,19 @@ class Store:
 
     def names(self, folder: str) -> list[str]:
         """Return the names of the objects and folders in a folder; the errors are those of `version`."""
-        found = self._retried(folder, lambda: self._fs.ls(f"{self._root}/{folder}", detail=False), True, True)
-        return [str(path).rstrip("/").rpartition("/")[2] for path in found]
+        return list(self.infos(folder))
+
+    def infos(self, folder: str) -> dict[str, dict[str, Any]]:
+        """Return what the store says of the objects and folders in a folder ("size", …) by name; errors as `version`."""
+        path = f"{self._root}/{folder}".rstrip("/")
+        found = self._retried(folder, lambda: self._fs.ls(path, detail=True), True, True)
+        named = {str(one["name"]).rstrip("/").rpartition("/")[2]: one for one in found}
+        return {name: one for name, one in named.items() if name}
+
+    def info(self, name: str) -> dict[str, Any]:
+        """Return what the store says of an object ("size", perhaps "ETag", …); the errors are those of `version`."""
+        found: dict[str, Any] = self._retried(name, lambda: self._fs.info(f"{self._root}/{name}"), True, True)
+        return found
 
     def remove(self, name: str) -> None:
         """Remove an object, or a folder and all in it; the errors are those of `version`."""
@@ -156,10 +167,9 @@ class Store:
             Denied, StoreUnreachable: as `version`.
         """
         try:
-            found = self._retried(name, lambda: self._fs.info(f"{self._root}/{name}"), True, True)
+            return bool(self.info(name).get("size") == size)
         except Missing:
             return False
-        return bool(found.get("size") == size)
 
     def fetch(self, name: str, target: Path, *, urgent: bool) -> None:
         """Write an object to the file `target`. The caller must compare what arrived, which may be a fragment.

@@ -7,10 +7,13 @@ each shard with the version that the store gave it, so that an interrupted uploa
 import hashlib
 import json
 import os
+import re
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from esvit_scale import files, store_urls
 from esvit_scale.data import manifest as manifests
@@ -21,6 +24,8 @@ from esvit_scale.errors import RestartCanHelp, UserError
 from esvit_scale.progress import Progress
 
 THREADS = 8
+ATTEMPTS = 3  # uploads of a file whose bytes did not arrive as they were sent
+PART = 50 << 20  # bytes of the parts in which s3fs sends files of more than two
 
 
 def upload(root: Path, url: str) -> int:
@@ -108,7 +113,60 @@ def _send(root: Path, shard: Shard, store: Store, recorded: str | None) -> tuple
         raise UserError(f"{path}: its sha256 differs from the manifest's; run `esvit-scale shards verify {root}`")
     if index_path(path).is_file():
         store.put(index_path(path))
-    store.put(path)
-    if not store.holds(shard.name, shard.bytes):
-        raise RestartCanHelp(f"{store_urls.join(store.url, shard.name)}: not there after its upload; upload again")
+    send_verified(store, path, shard.sha256)
     return f"{shard.sha256} {store.version(shard.name)}", True
+
+
+def send_verified(store: Store, path: Path, sha256: str) -> None:
+    """Upload a file, and compare what the store then has with its sha256.
+
+    An ETag that is the MD5 of the file, or of the MD5s of its parts, says so. Any other (of encrypted objects, or of other
+    stores) says nothing, so the object is read back.
+
+    Raises:
+        RestartCanHelp: it arrived damaged ATTEMPTS times.
+        Denied, Missing, StoreUnreachable: as `Store.put`.
+    """
+    for _ in range(ATTEMPTS):
+        store.put(path)
+        with suppress(Missing):
+            found = store.info(path.name)
+            if found.get("size") == path.stat().st_size and (
+                _etag_fits(found, path) or _read_back(store, path) == sha256
+            ):
+                return
+    raise RestartCanHelp(
+        f"{store_urls.join(store.url, path.name)}: not as it was sent, {ATTEMPTS} times; run the same command again"
+    )
+
+
+def _etag_fits(found: Mapping[str, Any], path: Path) -> bool:
+    """Return whether an object's ETag shows that its bytes are those of the file."""
+    whole, _, parts = str(found.get("ETag", "")).strip('"').partition("-")
+    if not re.fullmatch("[0-9a-f]{32}", whole):
+        return False
+    if not parts:
+        return _md5_of_pieces(path)[0] == whole
+    return parts == str(-(-path.stat().st_size // PART)) and _md5_of_pieces(path)[1] == whole
+
+
+def _md5_of_pieces(path: Path) -> tuple[str, str]:
+    """Return the MD5 of a file, and that of the MD5s of its parts of PART bytes."""
+    whole, parts = _md5(), _md5()
+    with path.open("rb") as file:
+        while piece := file.read(PART):
+            whole.update(piece)
+            parts.update(_md5(piece).digest())
+    return whole.hexdigest(), parts.hexdigest()
+
+
+def _md5(data: bytes = b"") -> Any:
+    return hashlib.md5(data, usedforsecurity=False)
+
+
+def _read_back(store: Store, path: Path) -> str:
+    """Return the sha256 of the object with a file's name, of which there is a copy beside the file meanwhile."""
+    with TemporaryDirectory(dir=path.parent if os.access(path.parent, os.W_OK) else None) as folder:
+        copy = Path(folder) / path.name
+        store.fetch(path.name, copy, urgent=True)
+        return files.sha256(copy)

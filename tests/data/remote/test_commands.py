@@ -50,9 +50,3 @@ def test_verify_names_every_changed_object(
 def test_verify_needs_no_index_of_a_remote_shard(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ShardCache, "_write_index", lambda *_: None)  # as if the cache had no room for it
     assert shard_verify.verify(small(shards, tmp_path, 20).root) == []
-
-
-def test_writing_commands_refuse_addresses(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        cli.main(["shards", "create", str(shards), "s3://bucket/set"])
-    assert "shards upload FOLDER s3://bucket/set" in capsys.readouterr().err
