@@ -1,8 +1,10 @@
-"""Memory per rank and time per step of ZeRO 0–3 at 1, 2 and 4 processes of this machine.
+"""Memory per rank and time per step of ZeRO 0–3 at 1, 2 and 4 processes of this machine, and of several optimizers.
 
     python benchmarks/zero.py [--preset demo] [--override KEY=VALUE …] [--processes 1 2 4] [--stages zero0 zero1 …]
+        [--optimizers adamw muon …]
 
-The global batch is the same in every row, so the losses are too; the table shows the last one. State is what stays
+The global batch is the same in every row, so the losses of an optimizer are too; the table shows the last one. The
+optimizer's seconds are its update of the fp32 values, without clipping, and with Muon's exchange of matrices. State is what stays
 between steps (parameters, masters, moments, teacher), counted tensor by tensor; the peak is of the whole process on a
 CPU and of the allocator on a GPU, the largest of the ranks. Processes share this machine's cores: their times compare
 within one number of processes.
@@ -29,6 +31,7 @@ def main() -> None:
     parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="repeatable")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--stages", nargs="+", default=["zero0", "zero1", "zero2", "zero3"])
+    parser.add_argument("--optimizers", nargs="+", default=["adamw"], metavar="NAME", help="values of optim.name")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -38,8 +41,10 @@ def main() -> None:
     rows = []
     for processes in options.processes:
         for stage in options.stages:
-            cell = {"preset": options.preset, "overrides": options.override, "processes": processes, "stage": stage}
-            rows.append(cell | measured(cell))
+            for optimizer in options.optimizers:
+                overrides = [*options.override, f"optim.name={optimizer}"]
+                cell = {"preset": options.preset, "overrides": overrides, "processes": processes, "stage": stage}
+                rows.append(cell | {"optimizer": optimizer} | measured(cell))
     print(json.dumps(rows, indent=2) if options.json else table(rows))
 
 
@@ -85,8 +90,10 @@ def run_cell(cell: dict[str, Any]) -> None:
         crops.append(pixels.to(world.device, trainer.engines.dtype))
     micro = MicroBatch(crops, torch.arange(batch, device=world.device)[mine])
     seconds, loss = [], torch.zeros(())
+    of_optimizer = time_optimizer(trainer.engines.optimizer)
     for _ in range(STEPS + 2):
         collectives.barrier()
+        of_optimizer.append(0.0)
         began = time.perf_counter()
         loss = trainer.train_step([micro]).logs["loss"]
         if world.device.type == "cuda":
@@ -96,12 +103,38 @@ def run_cell(cell: dict[str, Any]) -> None:
         "state_mb": state_bytes(trainer.engines) / 1e6,
         "peak_mb": step_benchmark.peak_mb(world.device),
         "step_s": statistics.median(seconds[2:]),
+        "optimizer_s": statistics.median(of_optimizer[2:]),
         "loss": collectives.all_reduce_mean_(loss.float()).item(),
     }
     ranks = collectives.gather_objects(answer)
     if world.rank == 0:
         print(json.dumps({key: max(rank[key] for rank in ranks) for key in answer}), flush=True)
     worlds.stop()
+
+
+def time_optimizer(optimizer: Any) -> list[float]:
+    """Add the seconds that an optimizer takes to the last element of the list that is returned.
+
+    ZeRO calls an optimizer once for every parameter group.
+    """
+    import torch
+
+    seconds: list[float] = []
+
+    def now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def begin(*_: Any) -> None:
+        seconds[-1] -= now()
+
+    def end(*_: Any) -> None:
+        seconds[-1] += now()
+
+    optimizer.register_step_pre_hook(begin)  # after the gradient clipper's, and its post-hook before `end`
+    optimizer.register_step_post_hook(end)
+    return seconds
 
 
 def state_bytes(engines: Any) -> int:
@@ -124,11 +157,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         machine(),
         "",
-        "| processes | config | state, MB a rank | peak, MB a rank | seconds a step | loss |",
-        "|---|---|---|---|---|---|",
+        "| processes | config | optimizer | state, MB a rank | peak, MB a rank | seconds a step | of the optimizer | loss |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {r['processes']} | {r['stage']} | {r['state_mb']:.1f} | {r['peak_mb']:.0f} | {r['step_s']:.2f} | {r['loss']:.6f} |"
+        f"| {r['processes']} | {r['stage']} | {r['optimizer']} | {r['state_mb']:.1f} | {r['peak_mb']:.0f} | "
+        f"{r['step_s']:.2f} | {r['optimizer_s']:.3f} | {r['loss']:.6f} |"
         for r in rows
     ]
     return "\n".join(lines)

@@ -220,12 +220,15 @@ class Objective(Section):
 class Optim(Section):
     """The optimizer, its schedules and the gradient clipping."""
 
-    name: Literal["adamw", "sgd", "lamb", "lars", "apex_adam", "apex_lamb"] = "adamw"
-    """The optimizer."""
+    name: Literal["adamw", "sgd", "lamb", "lars", "muon", "apex_adam", "apex_lamb"] = "adamw"
+    """The optimizer. muon: the matrices of hidden layers by Muon, everything else by AdamW, all with AdamW's `lr`."""
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
-    """[fraction] Decay of the averages of the gradient and of its square, for the adam and lamb optimizers."""
+    """[fraction] Decay of the averages of the gradient and of its square, for the adam and lamb optimizers, and for what muon
+    leaves to AdamW."""
     momentum: Beta = 0.9
     """[fraction] Momentum of sgd and lars."""
+    muon_momentum: Beta = 0.95
+    """[fraction] Nesterov momentum of muon."""
     lr: Rate = 5e-4
     """[per 256 images] Learning rate after the warm-up: the peak is lr · train.global_batch / 256."""
     lr_end: Rate = 1e-6

@@ -14,7 +14,7 @@ from esvit_scale.data.pixel_format import pixel_format
 from esvit_scale.models.trunk import Trunk
 from esvit_scale.objective.network import build_network
 
-_OPTIMIZER = {"adamw": "AdamW", "sgd": "SGD", "lamb": "LAMB", "lars": "LARS"}
+_OPTIMIZER = {"adamw": "AdamW", "sgd": "SGD", "lamb": "LAMB", "lars": "LARS", "muon": "Muon"}
 _LIBRARY = {"timm": "timm", "huggingface": "transformers", "onnx": "onnx", "safetensors": "esvit-scale"}
 
 

@@ -25,6 +25,7 @@ from esvit_scale.config import Config
 from esvit_scale.errors import RestartCanHelp, UserError
 from esvit_scale.models.registry import build_trunk
 from esvit_scale.models.trunk import Trunk
+from esvit_scale.objective.param_groups import MATRICES
 from esvit_scale.parallel import collectives
 from esvit_scale.parallel.buffers import persistent_buffers
 from esvit_scale.parallel.engine import Engines
@@ -151,11 +152,11 @@ def restore(folder: Path, engines: Engines, centers: dict[str, Tensor]) -> dict[
     shapes = shapes_of(engines.student.module)
     old = set() if state["shapes"].keys() >= shapes.keys() else {f.name for f in _frozen_parameters(engines)}
     check_shapes(folder, state["shapes"], {name: shape for name, shape in shapes.items() if name not in old})
+    _check_optimizer_kind(folder, engines, state["optimizer_steps"])
     if missing := set(engines.group_of.values()) - state["optimizer_steps"].keys():
         raise UserError(
             f"{folder}: does not record the optimizer's step count of the parameter groups {', '.join(sorted(missing))}"
         )
-    _check_optimizer_kind(folder, engines, state["optimizer_steps"])
     _prepare_optimizer_state(engines, state["optimizer_steps"])
     intervals = _intervals(engines, state["optimizer_steps"], centers)
     storage.load(folder, {key: i for key, i in intervals.items() if key.partition("/")[2] not in old})
@@ -259,7 +260,7 @@ def _intervals(engines: Engines, optimizer_steps: dict[str, int], centers: dict[
         intervals[f"ema/{p.name}"] = Interval(ema, p.start, total)
         if optimizer_steps[engines.group_of[p.name]] > 0:
             moments = engines.optimizer.state[p.flat]
-            for key in engines.moments:
+            for key in engines.moments[engines.group_of[p.name]]:
                 intervals[f"{key}/{p.name}"] = Interval(p.within(moments[key]), p.start, total)
     for prefix, network in zip(
         NETWORK_PREFIXES.values(), (engines.student.module, engines.teacher.module), strict=True
@@ -297,7 +298,7 @@ def _prepare_optimizer_state(engines: Engines, optimizer_steps: dict[str, int]) 
         elif p.flat not in engines.optimizer.state:
             counter = torch.tensor(float(step), device=p.flat.device)  # fused AdamW needs the counter on this device
             engines.optimizer.state[p.flat] = {"step": counter} | {
-                key: torch.zeros_like(p.flat) for key in engines.moments
+                key: torch.zeros_like(p.flat) for key in engines.moments[engines.group_of[p.name]]
             }
     for group in engines.optimizer.param_groups:
         if "step" in group:
@@ -305,12 +306,15 @@ def _prepare_optimizer_state(engines: Engines, optimizer_steps: dict[str, int]) 
 
 
 def _check_optimizer_kind(folder: Path, engines: Engines, optimizer_steps: dict[str, int]) -> None:
-    """Raise UserError if the checkpoint lacks a state tensor that this run's optimizer needs."""
+    """Raise UserError if the checkpoint lacks a state tensor that this run's optimizer needs, or if one of them was
+    saved with Muon's group of matrices and the other has none."""
     stored = {name.partition("/")[0] for name in storage.tensor_sizes(folder)}
-    missing = set(engines.moments) - stored
-    if missing and any(optimizer_steps.values()):
+    missing = {key for keys in engines.moments.values() for key in keys} - stored
+    without = MATRICES in optimizer_steps and MATRICES not in engines.moments
+    if (missing or without) and any(optimizer_steps.values()):
+        holds = f"it holds no {', '.join(sorted(missing))}" if missing else "Muon"
         raise UserError(
-            f"{folder}: was saved by another kind of optimizer (it holds no {', '.join(sorted(missing))}); continue with "
+            f"{folder}: was saved by another kind of optimizer ({holds}); continue with "
             f"the same optim.name, or start a new run with model.init_from={folder}"
         )
 

@@ -1,14 +1,30 @@
 """Groups of parameters: the optimizer's, by weight decay and freezing, and the parts of the network for monitors."""
 
+import math
 import re
-from typing import Literal
+from collections.abc import Collection
+from typing import Literal, NamedTuple
 
 from torch import nn
 
-Group = Literal["decay", "no_decay", "last_layer"]
+from esvit_scale.models.trunk import Trunk
+
+Group = Literal["decay", "no_decay", "last_layer", "matrices"]
+MATRICES: Group = "matrices"  # the group that the optimizer Muon steps; other optimizers have no such group
 
 
-def parameter_groups(module: nn.Module, decay: Literal["weights", "all"] = "weights") -> dict[str, Group]:
+class Matrix(NamedTuple):
+    """A matrix [rows, columns] of a hidden layer: an interval of a flattened parameter, or all of it."""
+
+    name: str  # of the parameter
+    start: int  # where the matrix begins in the flattened parameter
+    rows: int
+    columns: int
+
+
+def parameter_groups(
+    module: nn.Module, decay: Literal["weights", "all"] = "weights", matrices: Collection[str] = ()
+) -> dict[str, Group]:
     """Return the optimizer group of every trainable parameter, by name.
 
     "no_decay": biases, 1-D tensors, and Swin V2's temperatures and position-bias network. "last_layer": the heads'
@@ -18,9 +34,38 @@ def parameter_groups(module: nn.Module, decay: Literal["weights", "all"] = "weig
     Args:
         module: a module whose parameters are not partitioned by ZeRO-3, because their shapes are read.
         decay: `optim.decay`. With "all", the parameters of "no_decay" are in "decay".
+        matrices: names of the parameters of "decay" that are in "matrices" instead.
     """
     groups = {name: _group(name, p) for name, p in module.named_parameters() if p.requires_grad}
+    groups |= dict.fromkeys(matrices, MATRICES)
     return {name: "decay" if decay == "all" and group == "no_decay" else group for name, group in groups.items()}
+
+
+def hidden_matrices(trunk: Trunk, network: nn.Module) -> list[Matrix]:
+    """Return the matrices that Muon orthogonalises: the weights of linear layers and convolutions, of trunk and heads.
+
+    Left out, as its author advises, are the first layer, whose input is pixels, and the prototypes, which are an output
+    layer; also norms, biases, tokens and tables of positions, which are no matrices of a layer; grouped convolutions and
+    layers with one output, whose weights are vectors; and Swin V2's network of position biases, which makes a table.
+    The weight of a convolution is the matrix [outputs, inputs · height · width]. A weight that holds the matrices of
+    queries, keys and values is three matrices, one of keys and values two.
+
+    Args:
+        network: the module that holds the trunk and the objective, with whole parameters (not partitioned by ZeRO 3).
+    """
+    first = {id(p) for p in trunk.patch_projection.parameters()}
+    found = []
+    for path, module in network.named_modules():
+        if not isinstance(module, nn.Linear | nn.Conv2d) or getattr(module, "groups", 1) > 1:
+            continue
+        name, weight = f"{path}.weight", module.weight
+        if id(weight) in first or not weight.requires_grad or _group(name, weight) != "decay":
+            continue
+        count = _stacked(path)
+        rows, columns = len(weight) // count, math.prod(weight.shape[1:])
+        if len(weight) % count == 0 and min(rows, columns) > 1:
+            found += [Matrix(name, i * rows * columns, rows, columns) for i in range(count)]
+    return found
 
 
 _LAYER = re.compile(r"(?:network\.)?(?:(layers|stages|stage|blocks)[._]?(\d+)|layer(\d))")
@@ -50,6 +95,12 @@ def largest_of_each_part(module: nn.Module) -> dict[str, str]:
         name: p.numel() for name, p in module.named_parameters() if p.requires_grad and not name.endswith(".weight_v")
     }
     return {part_of(name): name for name in sorted(sizes, key=sizes.__getitem__)}
+
+
+def _stacked(path: str) -> int:
+    """Return how many matrices the weight of a layer with this path holds, one below the other."""
+    last = path.split(".")[-2:]
+    return 3 if "qkv" in last else 2 if last[-1] == "kv" else 1
 
 
 def _group(name: str, parameter: nn.Parameter) -> Group:

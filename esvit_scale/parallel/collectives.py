@@ -102,6 +102,21 @@ def all_gather_flat(gathered: Tensor, part: Tensor) -> None:
     gather(gathered, part)
 
 
+def exchange(parts: list[Tensor], lengths: list[int]) -> list[Tensor]:
+    """Send a 1-D tensor to every rank, and return the tensors that came from every rank, in rank order.
+
+    Args:
+        parts: one tensor for each rank, in rank order; they may be empty, and have one dtype and device.
+        lengths: number of elements that come from each rank.
+    """
+    if world_size() == 1:
+        return parts
+    sent = torch.cat(parts)
+    received = sent.new_empty(sum(lengths))
+    dist.all_to_all_single(received, sent, lengths, [len(part) for part in parts])
+    return list(received.split(lengths))
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:

@@ -119,6 +119,24 @@ def gather_whole(values: dict[str, Any], modules: list[str]) -> None:
         leaf["names"] = [*([given] if isinstance(given, str) else given), *modules]
 
 
+def without_optimizer(ds: dict[str, Any]) -> dict[str, Any]:
+    """Return the sections of a filled DeepSpeed config that an engine without an optimizer (the teacher) needs: precision
+    and partitions."""
+    kept = {
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "bf16",
+        "fp16",
+        "torch_autocast",
+        "zero_optimization",
+    }
+    config = {key: value for key, value in ds.items() if key in kept}
+    # A copy of the parameters in each node would serve the gathers of a backward, and the teacher has none.
+    config["zero_optimization"] = {k: v for k, v in ds["zero_optimization"].items() if k != "zero_hpz_partition_size"}
+    return config
+
+
 def zero_stage(values: dict[str, Any]) -> int:
     """Return the ZeRO stage that a filled DeepSpeed config runs."""
     return int(values["zero_optimization"]["stage"])

@@ -21,12 +21,13 @@ from esvit_scale.models.initialize import initial_value, initial_values
 from esvit_scale.models.window_attention_implementations import implementation
 from esvit_scale.objective.costs import weight_dtype
 from esvit_scale.objective.network import Network, build_network, build_student, build_teacher
-from esvit_scale.objective.param_groups import largest_of_each_part, parameter_groups
+from esvit_scale.objective.param_groups import MATRICES, Matrix, hidden_matrices, largest_of_each_part, parameter_groups
 from esvit_scale.objective.registry import check_local_batch
 from esvit_scale.parallel import activation_checkpointing, compilation, ds_config, optimizers, zero
 from esvit_scale.parallel.buffers import cast_buffers_to_fp32, persistent_buffers
 from esvit_scale.parallel.ema import Teacher
 from esvit_scale.parallel.gradients import GradientClipper
+from esvit_scale.parallel.muon import Muon
 from esvit_scale.parallel.world import World
 from esvit_scale.parallel.zero import Layout, Partition
 
@@ -41,7 +42,7 @@ class Engines(NamedTuple):
     clipper: GradientClipper
     layout: Layout  # of the student, at the run's ZeRO stage
     dtype: torch.dtype  # of the weights that the forward uses
-    moments: tuple[str, ...]  # names of the tensors that the optimizer keeps per parameter, such as `exp_avg`
+    moments: dict[str, tuple[str, ...]]  # group → names of the tensors kept per parameter, such as `exp_avg`
 
     @property
     def partitions(self) -> list[Partition]:
@@ -73,7 +74,8 @@ def build(config: Config, world: World, given: dict[str, Tensor]) -> Engines:
     module = layout_type.build_module(lambda: build_student(config), ds)
     in_autocast = world.device.type if config.train.precision == "autocast" else None
     activation_checkpointing.apply(module.trunk, config.train.activation_checkpointing, in_autocast)
-    groups = _names_of_groups(config, meta)
+    matrices = hidden_matrices(meta.trunk, meta) if config.optim.name == "muon" else []
+    groups = _names_of_groups(config, meta, matrices)
     optimizer = optimizers.build(config.optim, _param_groups(module, groups), layout_type.steps_flat_tensors)
     student, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds, dist_init_required=False)
     layout = layout_type(student, ds)
@@ -85,6 +87,8 @@ def build(config: Config, world: World, given: dict[str, Tensor]) -> Engines:
     names = [name for name, p in module.named_parameters() if p.requires_grad]
     if isinstance(optimizer, optimizers.LayerWise):
         optimizer.own(layout.partitions, names, layout.sum_over_ranks_)
+    if isinstance(optimizer, Muon):
+        optimizer.own(matrices, layout.partitions, layout.stepped_tensors(), world.device)
     watched = list(largest_of_each_part(meta).values())
     clip, clip_by = config.optim.clip, config.optim.clip_by
     clipper = GradientClipper(optimizer, layout, names, watched, clip, clip_by, world.device)
@@ -93,7 +97,7 @@ def build(config: Config, world: World, given: dict[str, Tensor]) -> Engines:
         for network in (student.module, teacher.network):
             compilation.apply(network.trunk, world.device)
     group_of = {name: group for group, members in groups.items() for name in members}
-    moments = optimizers.MOMENTS[config.optim.name]
+    moments = {group: optimizers.moments(config.optim.name, group) for group in groups}
     return Engines(student, optimizer, group_of, teacher, clipper, layout, weight_dtype(config), moments)
 
 
@@ -150,10 +154,11 @@ def _network_on_meta(config: Config, world_size: int) -> Network:
     return network
 
 
-def _names_of_groups(config: Config, module: nn.Module) -> dict[str, list[str]]:
+def _names_of_groups(config: Config, module: nn.Module, matrices: list[Matrix]) -> dict[str, list[str]]:
     """Return the names of the trainable parameters of each optimizer group."""
-    group_of = parameter_groups(module, config.optim.decay)
-    return {group: [n for n, g in group_of.items() if g == group] for group in ("decay", "no_decay", "last_layer")}
+    group_of = parameter_groups(module, config.optim.decay, {m.name for m in matrices})
+    groups = ("decay", "no_decay", "last_layer", *([MATRICES] if matrices else []))
+    return {group: [n for n, g in group_of.items() if g == group] for group in groups}
 
 
 def _param_groups(module: nn.Module, groups: dict[str, list[str]]) -> list[dict[str, Any]]:

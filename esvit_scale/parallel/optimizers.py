@@ -1,8 +1,9 @@
-"""The optimizer that ZeRO steps: AdamW, SGD, the layer-wise LAMB and LARS, and NVIDIA apex's fused ones.
+"""The optimizer that ZeRO steps: AdamW, SGD, the layer-wise LAMB and LARS, Muon, and NVIDIA apex's fused ones.
 
 At stages 1 to 3, ZeRO hands an optimizer flat tensors that hold many parameters end to end. AdamW and SGD work element
 by element, so that this changes nothing for them. LAMB and LARS scale the update of every parameter by its own norms:
-they compute these by partition, with one all-reduce, and do the same at every stage. apex's LAMB takes the norms of the
+they compute these by partition, with one all-reduce, and do the same at every stage. Muon's update of a matrix needs the
+whole matrix, which ranks send to its owner (parallel/muon.py). apex's LAMB takes the norms of the
 tensors that it is given, which would be whole buffers: it is refused at stages 1 to 3.
 """
 
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from esvit_scale.config import Optim
 from esvit_scale.errors import UserError
+from esvit_scale.objective.param_groups import MATRICES
+from esvit_scale.parallel.muon import Muon
 from esvit_scale.parallel.zero import Partition
 
 # Tensors that each optimizer keeps per parameter, by their names in `optimizer.state` and in checkpoints.
@@ -24,11 +27,18 @@ MOMENTS: dict[str, tuple[str, ...]] = {
     "lamb": ("exp_avg", "exp_avg_sq"),
     "apex_adam": ("exp_avg", "exp_avg_sq"),
     "apex_lamb": ("exp_avg", "exp_avg_sq"),
+    "muon": ("exp_avg", "exp_avg_sq"),  # of the parameters that it leaves to AdamW
     "sgd": ("momentum_buffer",),
     "lars": ("momentum_buffer",),
 }
+_MOMENTS_OF_MATRICES = ("momentum_buffer",)  # of Muon
 LARS_TRUST = 1e-3
 LAMB_EPS = 1e-6  # as apex's; AdamW's is 1e-8
+
+
+def moments(name: str, group: str) -> tuple[str, ...]:
+    """Return the names of the tensors that the optimizer `name` keeps for each parameter of a parameter group."""
+    return _MOMENTS_OF_MATRICES if group == MATRICES else MOMENTS[name]
 
 
 def build(config: Optim, groups: list[dict[str, Any]], flat: bool) -> torch.optim.Optimizer:
@@ -48,6 +58,8 @@ def build(config: Optim, groups: list[dict[str, Any]], flat: bool) -> torch.opti
         return torch.optim.SGD(groups, momentum=config.momentum, **start)
     if config.name in ("lamb", "lars"):
         return LayerWise(groups, config)
+    if config.name == "muon":
+        return Muon(groups, config)
     apex = _apex(config.name)
     if config.name == "apex_adam":
         return apex.FusedAdam(groups, betas=config.betas, adam_w_mode=True, **start)

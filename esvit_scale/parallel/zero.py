@@ -155,6 +155,11 @@ class Layout(ABC):
         return bool(getattr(scaler, "dynamic", False)) and scaler.cur_scale > scaler.min_scale  # type: ignore[union-attr]
 
     @abstractmethod
+    def stepped_tensors(self) -> dict[str, Tensor]:
+        """Return the tensor that the base optimizer steps for every trainable parameter, by name. It is there for
+        parameters of which this rank owns nothing, too: all ranks step the tensors of the same parameters at once."""
+
+    @abstractmethod
     def _find_partitions(self) -> list[Partition]: ...
 
     def _trainable(self) -> list[tuple[str, Any]]:
@@ -169,6 +174,10 @@ class ReplicatedLayout(Layout):
 
     def _find_partitions(self) -> list[Partition]:
         return [Partition(name, p.shape, 0, p.numel(), p, 0) for name, p in self._trainable()]
+
+    def stepped_tensors(self) -> dict[str, Tensor]:
+        """Return the parameters themselves, by name."""
+        return dict(self._trainable())
 
     def sync_working_weights(self) -> None:
         """Do nothing: at ZeRO 0, the forward uses the fp32 values themselves."""
@@ -206,6 +215,11 @@ class FlatLayout(Layout):
             if first < last:
                 owned.append(Partition(names[id(p)], p.shape, first - begin, last - first, flat, first - low))
         return sorted(owned, key=lambda partition: order[partition.name])
+
+    def stepped_tensors(self) -> dict[str, Tensor]:
+        """Return this rank's fp32 part of the flat buffer in which each trainable parameter lies, by name."""
+        names = {id(p): name for name, p in self._trainable()}
+        return {names[id(p)]: self._zero.single_partition_of_fp32_groups[group] for group, p, _ in self._places()}
 
     def sync_working_weights(self) -> None:
         """Write the fp32 values into this rank's interval of every flat buffer, and all-gather the buffers."""
@@ -279,6 +293,10 @@ class PartitionedLayout(Layout):
                 found.append(Frozen(name, p.ds_shape, start, p.ds_tensor.data[:length]))
         return found
 
+    def stepped_tensors(self) -> dict[str, Tensor]:
+        """Return the flat fp32 tensor that holds this rank's part of each trainable parameter, by name."""
+        return {name: self._place(p)[0] for name, p in self._trainable()}
+
     def sync_working_weights(self) -> None:
         """Copy the fp32 values into this rank's part of every trainable parameter."""
         for _, p in self._trainable():
@@ -291,7 +309,7 @@ class PartitionedLayout(Layout):
         the forward gathers them layer by layer."""
         import deepspeed
 
-        ds = _teacher_config(self._ds)
+        ds = ds_config.without_optimizer(self._ds)
         module = self.build_module(build, ds).requires_grad_(False)
         engine, *_ = deepspeed.initialize(model=module, config=ds)
         own: dict[str, Any] = dict(engine.module.named_parameters())
@@ -379,20 +397,3 @@ def _copy_of(student: nn.Module, build: Callable[[], nn.Module]) -> nn.Module:
     for name, p in module.named_parameters():
         p.data.copy_(like[name].data)
     return module
-
-
-def _teacher_config(ds: dict[str, Any]) -> dict[str, Any]:
-    """Return the sections of a DeepSpeed config that an engine without an optimizer needs: precision and partitions."""
-    kept = {
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "gradient_accumulation_steps",
-        "bf16",
-        "fp16",
-        "torch_autocast",
-        "zero_optimization",
-    }
-    config = {key: value for key, value in ds.items() if key in kept}
-    # A copy of the parameters in each node would serve the gathers of a backward, and the teacher has none.
-    config["zero_optimization"] = {k: v for k, v in ds["zero_optimization"].items() if k != "zero_hpz_partition_size"}
-    return config

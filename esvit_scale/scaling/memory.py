@@ -11,7 +11,8 @@ and W ranks (parallel/zero.py and ema.py say how it is stored):
 With gradient accumulation, bf16 and fp16 gradients are summed in fp32, 4P/W at stages 1 to 3 (stage 1 then runs as
 stage 2; parallel/ds_config.py says why).
 
-The moments are allocated in the first step. The peak is the state plus the largest of three phases: the forward
+The moments are AdamW's; Muon keeps 4P/W for its matrices, and so do SGD and LARS for everything. They are allocated in
+the first step. The peak is the state plus the largest of three phases: the forward
 (activations, loss workspace), the backward (activations, gradients, the reduction bucket, gathered parameters) and the
 optimizer's step (the flattened gradient of one parameter group and its fp32 copy). benchmarks/plan.py measures the sum.
 """
@@ -26,8 +27,9 @@ from esvit_scale.models.heads import Prototypes
 from esvit_scale.objective import costs
 from esvit_scale.objective.costs import Checkpointing
 from esvit_scale.objective.network import build_network
-from esvit_scale.objective.param_groups import parameter_groups
+from esvit_scale.objective.param_groups import MATRICES, hidden_matrices, parameter_groups
 from esvit_scale.objective.prototypes import CPU_TILE_BYTES, GPU_TILE_SHARE
+from esvit_scale.parallel import optimizers
 from esvit_scale.parallel.ds_config import BUCKET, accumulates_in_fp32, bucket_elements
 
 LIVE = 1_000_000_000  # parameters that stage 3 keeps gathered (its default)
@@ -38,6 +40,7 @@ class ElementCounts(NamedTuple):
     """Numbers of trainable elements of the student, by parameter group, block and head."""
 
     groups: dict[str, list[int]]  # parameter group → the number of elements of each of its parameters
+    moments: dict[str, int]  # parameter group → how many tensors of a parameter's size the optimizer keeps
     blocks: list[int]  # number of elements of each block of the trunk
     heads: int
     prototypes: list[int]  # number of elements of each prototype layer
@@ -46,6 +49,11 @@ class ElementCounts(NamedTuple):
     def total(self) -> int:
         """Return the number of all trainable elements."""
         return sum(sum(sizes) for sizes in self.groups.values())
+
+    @property
+    def matrices(self) -> int:
+        """Return the number of elements of the matrices that Muon orthogonalises, 0 for other optimizers."""
+        return sum(self.groups.get(MATRICES, []))
 
 
 class Memory(NamedTuple):
@@ -89,14 +97,18 @@ def network_of(config: Config) -> ElementCounts:
     """
     with torch.device("meta"):
         network = build_network(config)
-    group_of = parameter_groups(network)
+    muon = config.optim.name == "muon"
+    matrices = {m.name for m in hidden_matrices(network.trunk, network)} if muon else set()
+    group_of = parameter_groups(network, matrices=matrices)
     sizes: dict[str, list[int]] = {}
     for name, parameter in network.named_parameters():
         if name in group_of:
             sizes.setdefault(group_of[name], []).append(parameter.numel())
     count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
     prototypes = [m.weight_v.numel() for m in network.objective.modules() if isinstance(m, Prototypes)]
-    return ElementCounts(sizes, [count(block) for block in network.trunk.blocks], count(network.objective), prototypes)
+    moments = {group: len(optimizers.moments(config.optim.name, group)) for group in sizes}
+    blocks = [count(block) for block in network.trunk.blocks]
+    return ElementCounts(sizes, moments, blocks, count(network.objective), prototypes)
 
 
 class _Demand(NamedTuple):
@@ -127,6 +139,15 @@ class _Demand(NamedTuple):
         otherwise the first reduction comes early, and all activations are counted.
         """
         return self.activations if self.network.total > BUCKET else self.pixels
+
+    def moments(self, groups: dict[str, int]) -> int:
+        """Return the bytes of the optimizer's averages of the gradients, for parameter groups of so many elements."""
+        return 4 * sum(self.network.moments[name] * elements for name, elements in groups.items())
+
+    @property
+    def exchanged(self) -> int:
+        """Return the bytes in which Muon sends and receives intervals of matrices, and of the matrices that a rank owns."""
+        return 12 * -(-self.network.matrices // self.ranks)
 
     def flattened(self, largest: int) -> int:
         """Return the bytes of the optimizer step's copies of the gradient of one parameter group of `largest` elements.
@@ -171,11 +192,12 @@ def _replicated(d: _Demand) -> Memory:
     The EMA weights are the teacher's, without another copy; gradients are reduced in flat copies after the backward.
     """
     whole, bucket = d.network.total, 4 * min(d.network.total, BUCKET)
+    moments = d.moments({name: sum(sizes) for name, sizes in d.network.groups.items()})
     return Memory(
-        *(4 * whole, 0, 8 * whole, 4 * whole, 0, 4 * whole, bucket, 0, d.activations, d.loss),
+        *(4 * whole, 0, moments, 4 * whole, 0, 4 * whole, bucket, 0, d.activations, d.loss),
         forward_phase=d.held + d.loss,
         backward_phase=max(d.early, d.late),
-        step_phase=4 * whole + bucket,
+        step_phase=4 * whole + bucket + d.exchanged + 8 * d.network.matrices,
     )
 
 
@@ -185,34 +207,36 @@ def _flat(d: _Demand) -> Memory:
     The rest is partitioned over the ranks in flat buffers with padding.
     """
     multiple = START_ALIGNMENT * d.ranks
-    groups = [-(-sum(sizes) // multiple) * multiple for sizes in d.network.groups.values()]
-    whole, part, largest = sum(groups), sum(groups) // d.ranks, max(groups) // d.ranks
+    groups = {name: -(-sum(sizes) // multiple) * multiple // d.ranks for name, sizes in d.network.groups.items()}
+    part, largest = sum(groups.values()), max(groups.values())
+    whole = part * d.ranks
     gradients = d.summed_element * part
     growing = max(d.early, d.late) if d.on_cpu else d.early + d.bucket
     return Memory(
-        *(d.element * whole, 4 * part, 8 * part, 4 * part, d.element * whole, gradients, d.bucket, 0),
+        *(d.element * whole, 4 * part, d.moments(groups), 4 * part, d.element * whole, gradients, d.bucket, 0),
         *(d.activations, d.loss),
         forward_phase=d.held + d.loss,
         backward_phase=max(growing, d.bucket + gradients + d.left_at_reduction),
-        step_phase=gradients + d.flattened(largest),
+        step_phase=gradients + d.flattened(largest) + d.exchanged,
     )
 
 
 def _partitioned(d: _Demand) -> Memory:
     """Return the memory at stage 3: every parameter is partitioned over the ranks and gathered where it is used."""
-    groups = [sum(-(-size // d.ranks) for size in sizes) for sizes in d.network.groups.values()]
-    part, gradients = sum(groups), d.summed_element * sum(groups)
+    groups = {name: sum(-(-size // d.ranks) for size in sizes) for name, sizes in d.network.groups.items()}
+    part = sum(groups.values())
+    gradients = d.summed_element * part
     gathered = d.element * min(d.network.total, LIVE) if d.ranks > 1 else 0
     scattered = d.bucket * (2 if d.on_cpu else 1)  # a copy of the bucket, ordered by the rank that owns each part
     lasting = gradients + d.bucket  # both are kept from step to step
     left = d.left_at_reduction + (gathered if d.network.total > BUCKET else 0)
     return Memory(
-        *(d.element * part, 4 * part, 8 * part, 4 * part, d.element * part, gradients),
+        *(d.element * part, 4 * part, d.moments(groups), 4 * part, d.element * part, gradients),
         *(d.bucket + scattered, gathered, d.activations, d.loss),
         forward_phase=lasting + gathered + d.held + d.loss,
         # The backward frees gathered parameters once it is done with them, so none is left at the last reduction.
         backward_phase=lasting + max(d.early + gathered, scattered + left),
-        step_phase=lasting + d.flattened(max(groups)),
+        step_phase=lasting + d.flattened(max(groups.values())) + d.exchanged,
     )
 
 
@@ -267,8 +291,8 @@ def _loss_workspace(network: ElementCounts, e: int, tile: int) -> int:
 
 
 def checkpoint_bytes(network: ElementCounts) -> int:
-    """Return the bytes of a checkpoint on disk: student, EMA and both moments of every trainable parameter in fp32.
+    """Return the bytes of a checkpoint on disk: student, EMA and moments of every trainable parameter in fp32.
 
     Centres and JSON files are so small that they are not counted.
     """
-    return 16 * network.total
+    return 8 * network.total + 4 * sum(network.moments[name] * sum(sizes) for name, sizes in network.groups.items())

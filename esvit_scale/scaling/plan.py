@@ -21,7 +21,7 @@ IMAGENET = 1_281_167
 ROWS = {  # the parts of a rank's memory, each with the sentence that explains its row of the table
     "parameters": "the student's weights, in the precision of the run",
     "masters": "fp32 weights, which the optimizer changes (zero0: the parameters are fp32 themselves)",
-    "moments": "the optimizer's two averages of each gradient, in fp32",
+    "moments": "the optimizer's averages of each gradient, in fp32 (AdamW has two)",
     "ema": "the teacher's weights in fp32, an average of the student's",
     "teacher": "the teacher's weights, in the precision of the run",
     "gradients": "this GPU's part, kept from the backward to the optimizer's step",

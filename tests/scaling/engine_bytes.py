@@ -24,7 +24,7 @@ def storages(tensors, counted):
 
 def held(engines):
     counted = set()
-    moments = [state[key] for state in engines.optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
+    moments = [value for state in engines.optimizer.state.values() for key, value in state.items() if key != "step"]
     parts = {
         "parameters": local_tensors(engines.student.module.parameters()),
         "masters": [p.flat for p in engines.partitions],  # at stage 0, the parameters themselves

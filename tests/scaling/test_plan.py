@@ -26,9 +26,13 @@ def tiny_config(tmp_path, **overrides):
 def test_planned_state_bytes_equal_those_of_real_engines(tmp_path):
     """Two ranks, one step, every stage: each part of rank 0 to the byte, padding included; rank 1 pads, so has no more."""
     cases = {"zero0": "fp32", "zero1": "bf16", "zero2": "bf16", "zero3": "bf16", "zero3-fp32": "fp32"}
+    cases |= {"zero1-muon": "bf16", "zero3-muon": "bf16"}
     made = {}
     for name, precision in cases.items():
-        made[name] = tiny_config(tmp_path / name, train__ds_config=name[:5], train__precision=precision)
+        optimizer = "muon" if "muon" in name else "adamw"
+        made[name] = tiny_config(
+            tmp_path / name, train__ds_config=name[:5], train__precision=precision, optim__name=optimizer
+        )
         tiny.write_config(tmp_path / f"{name}.yaml", made[name])
     files = [tmp_path / f"{name}.yaml" for name in cases]
     launcher.run(Path(__file__).with_name("engine_bytes.py"), tmp_path / "bytes", *files, ranks=2)

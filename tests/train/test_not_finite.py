@@ -124,6 +124,25 @@ def test_nonfinite_loss_or_gradient_changes_no_state(
         worlds.stop()
 
 
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(3, "bf16"), *[pytest.param(s, "fp32", marks=pytest.mark.slow) for s in range(3)]]
+)
+def test_nonfinite_gradient_changes_no_state_of_muon(tmp_path: Path, stage: int, precision: str) -> None:
+    trainer = trainer_of(tmp_path, optim__name="muon", train__ds_config=f"zero{stage}", train__precision=precision)
+    try:
+        assert one_step(trainer, 4).applied
+        before = everything(trainer)
+        for name in ("trunk.layers.0.blocks.0.attn.qkv.weight", "trunk.patch_embed.proj.weight"):  # Muon's, AdamW's
+            remove = inject(trainer, name, float("nan"))
+            assert not one_step(trainer, 5).applied, name
+            remove()
+            assert all(torch.equal(a, b) for a, b in zip(before, everything(trainer), strict=True)), name
+        assert one_step(trainer, 6).applied
+        assert all(torch.isfinite(t).all() for t in everything(trainer))
+    finally:
+        worlds.stop()
+
+
 def test_loss_scale_can_fall_for_each_scaler(tmp_path: Path) -> None:
     """The scalers of bf16 and fp16: dynamic, at its minimum, static. (fp16 itself does not run on a CPU.)"""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
