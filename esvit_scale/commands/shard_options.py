@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from esvit_scale.commands import option_types
 from esvit_scale.commands.parser import positive
 from esvit_scale.machine import usable_cpus
 
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
 def add_source(parser: argparse.ArgumentParser) -> None:
     """Add the argument SRC and the options that say how to read it."""
     parser.add_argument(
-        "source", metavar="SRC", help="source of the images: folder, list, table, tar, zip, …; - for a list on stdin"
+        "source",
+        metavar="SRC",
+        help="source of the images: folder, list, table, tar, zip, …, or the URL of one; - for a list on stdin",
     )
     source = parser.add_argument_group("source")
     source.add_argument(
@@ -25,9 +28,9 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     )
     source.add_argument(
         "--root",
-        type=Path,
+        type=option_types.destination,
         metavar="DIR",
-        help="folder at which relative paths of a list or table start (default: that of the list or table)",
+        help="folder or URL at which relative paths of a list or table start (default: that of the list or table)",
     )
     source.add_argument(
         "--image-column",
@@ -61,6 +64,16 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=positive, metavar="N", help="worker processes (default: one per CPU core)")
 
 
+def add_work_dir(parser: argparse.ArgumentParser) -> None:
+    """Add the option --work-dir."""
+    parser.add_argument(
+        "--work-dir",
+        type=Path,
+        metavar="DIR",
+        help="folder for shards on their way to a URL, and for a source in a store (default: below that of temporary files)",
+    )
+
+
 def source_options(options: argparse.Namespace) -> "SourceOptions":
     """Return the values of the options that `add_source` adds, as SourceOptions."""
     from esvit_scale.data.sources import SourceOptions
@@ -73,6 +86,7 @@ def source_options(options: argparse.Namespace) -> "SourceOptions":
         options.caption,
         options.classes,
         options.quoted,
+        options.work_dir,
     )
 
 

@@ -68,16 +68,7 @@ def add_create(shards: Any) -> None:
         metavar="I/N",
         help="write only part I of N (from 1); `shards merge` finishes the set (default: write all)",
     )
-    _add_work_dir(create)
-
-
-def _add_work_dir(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--work-dir",
-        type=Path,
-        metavar="DIR",
-        help="folder for shards on their way to a URL, a few at a time (default: below that of temporary files, TMPDIR)",
-    )
+    shard_options.add_work_dir(create)
 
 
 def _add_selection(create: argparse.ArgumentParser) -> None:
@@ -155,7 +146,7 @@ def add_merge(shards: Any) -> None:
         "destination", type=option_types.destination, metavar="DST", help="folder or URL that the parts were written to"
     )
     merge.add_argument("--strict", action="store_true", help=STRICT)
-    _add_work_dir(merge)
+    shard_options.add_work_dir(merge)
 
 
 def add_split(shards: Any) -> None:
@@ -166,7 +157,7 @@ def add_split(shards: Any) -> None:
         _split,
         "divide a shard set into DST/train and DST/val by seed and key; images keep their bytes",
     )
-    split.add_argument("source", metavar="SET", help="folder of the shard set")
+    split.add_argument("source", metavar="SET", help="folder or URL of the shard set")
     split.add_argument(
         "destination", type=option_types.destination, metavar="DST", help="folder or URL to write train/ and val/ to"
     )
@@ -182,7 +173,7 @@ def add_split(shards: Any) -> None:
     )
     split.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of the split (default: 0)")
     shard_options.add_workers(split)
-    _add_work_dir(split)
+    shard_options.add_work_dir(split)
 
 
 def _create(options: argparse.Namespace) -> int:
@@ -212,11 +203,12 @@ def _create(options: argparse.Namespace) -> int:
 
 
 def _split(options: argparse.Namespace) -> int:
-    from esvit_scale.data import manifest as manifests
+    from esvit_scale.data.remote import place
     from esvit_scale.data.shard_plan import Recipe
     from esvit_scale.data.sources import SourceOptions
 
-    found = manifests.load(Path(options.source))  # raises UserError if it is not a shard set
+    # Raises UserError if it is not a shard set
+    found = place.open_set(options.source)
     recipe = Recipe(
         samples_per_shard=options.samples_per_shard,
         seed=options.seed,
@@ -224,7 +216,7 @@ def _split(options: argparse.Namespace) -> int:
         channels=found.channels,
         bits=found.bits,
     )
-    return _write(options.source, options, SourceOptions(kind="tars"), recipe, None)
+    return _write(options.source, options, SourceOptions(kind="tars", work_dir=options.work_dir), recipe, None)
 
 
 def _write(

@@ -42,6 +42,7 @@ def _add_duplicates(shards: Any) -> None:
         ),
     )
     shard_options.add_workers(duplicates)
+    shard_options.add_work_dir(duplicates)
 
 
 def _add_verify(shards: Any) -> None:
@@ -118,6 +119,7 @@ def _upload(options: argparse.Namespace) -> int:
 
 def _duplicates(options: argparse.Namespace) -> int:
     from esvit_scale.data import duplicates, sources
+    from esvit_scale.data.remote import source_files
     from esvit_scale.progress import say
 
     splits = sources.open_source(options.source, shard_options.source_options(options))
@@ -130,6 +132,7 @@ def _duplicates(options: argparse.Namespace) -> int:
         say(note)
     dropped = duplicates.find(source, options.near, shard_options.workers(options))
     duplicates.write_lists(source, dropped, options.out)
+    source_files.discard_if_remote(options.source, options.work_dir)
     kept = len(source) - len(dropped)
     print(
         f"{options.out}: keeps {kept} of {len(source)} images; {options.out}.dropped.tsv names the other {len(dropped)}"

@@ -3,8 +3,10 @@
 import errno
 import os
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
@@ -83,10 +85,10 @@ def _samples(
 ) -> Iterator[Sample]:
     """Yield the valid samples of a shard; add rows about others to `bad`, and numbers of turned images to `turned`."""
     missing = 0
-    for i in plan.members(number):
+    for i, read in _readers(plan.source, plan.members(number)):
         tick()
         try:
-            item = load(plan.source, i)
+            item = read()
             missing = 0
             upright = item.data
             if plan.recipe.rotate_as_noted and (orientation := noted(item.extras.get("json"))) != 1:
@@ -96,9 +98,11 @@ def _samples(
             missing = missing + 1 if isinstance(error, OSError) else 0
             reason, kind = os_reason(error) if isinstance(error, OSError) else (str(error), error.kind)
             if missing >= MISSING_IN_A_ROW:
+                ask = f"is {plan.source.root} the folder that the paths start at, and is its file system mounted?"
+                if plan.source.together > 1:
+                    ask = "do these URLs begin where the files are, and may these credentials read them?"
                 raise UserError(
-                    f"{printable(plan.source.name(i))}: {reason}, like the {missing - 1} files before it; "
-                    f"is {plan.source.root} the folder that the paths start at, and is its file system mounted?"
+                    f"{printable(plan.source.name(i))}: {reason}, like the {missing - 1} files before it; {ask}"
                 ) from None
             row: Bad = {"file": printable(plan.source.name(i)), "reason": reason, "kind": kind}
             bad.append(row | {"beside": count} if (count := plan.source.beside(i)) else row)
@@ -106,6 +110,28 @@ def _samples(
         if upright is not item.data:
             turned.append(i)
         yield Sample(plan.keys[i], item.label, ext, data, item.extras)
+
+
+def _readers(source: Source, members: list[int]) -> Iterator[tuple[int, Callable[[], Item]]]:
+    """Yield each sample's number and a function that returns it or raises its error, in order.
+
+    Of a source with `together` above 1, so many samples are read ahead by threads.
+    """
+    if source.together <= 1:
+        yield from ((i, partial(load, source, i)) for i in members)
+        return
+    with ThreadPoolExecutor(source.together) as pool:
+        waiting = deque[tuple[int, Future[Item]]]()
+        try:
+            for i in members:
+                waiting.append((i, pool.submit(load, source, i)))
+                if len(waiting) > source.together:
+                    at, job = waiting.popleft()
+                    yield at, job.result
+            for at, job in waiting:
+                yield at, job.result
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _checked(plan: ShardPlan, i: int, data: bytes) -> tuple[bytes, str]:

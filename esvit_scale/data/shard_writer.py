@@ -25,6 +25,7 @@ from esvit_scale.data.manifest import MANIFEST, Manifest, Shard
 from esvit_scale.data.planned_sets import PlannedSet, plan_of, planned_sets
 from esvit_scale.data.planned_shard import shard_name, write_planned
 from esvit_scale.data.remote import outbox as outboxes
+from esvit_scale.data.remote import source_files
 from esvit_scale.data.remote.outbox import Outbox
 from esvit_scale.data.set_folder import PARTIAL, Intent, NoSamples
 from esvit_scale.data.shard_file import Sample, write_shard
@@ -92,7 +93,7 @@ def write_source(
     same source and options is left as it is; one that holds part of it is completed.
 
     Args:
-        where: path of the source, or `-` for a list on stdin.
+        where: path or URL of the source, or `-` for a list on stdin.
         destination: a folder, or its URL in a store, to which each shard is sent as soon as it is written.
         part: write only this part of every set's shards, and leave the manifest to `merge`.
         strict: raise UserError when anything is left out that the recipe does not ask to leave out: before anything is
@@ -132,6 +133,8 @@ def write_source(
             manifest = _write_set(writing, destination / name)
         if manifest is not None:
             finished[name] = manifest
+    if not part:  # another part may need what was fetched
+        source_files.discard_if_remote(where, options.work_dir)
     return finished
 
 

@@ -10,6 +10,8 @@
     working_set.py the room that a run needs, said before it starts
     upload.py      sends a finished set to a store, its manifest last
     outbox.py      sends the shards of a set while it is written, which any machine can continue
+    source_files.py  archives and tables that a shard set is made of, fetched to this machine once
+    url_files.py   single images that a list or table names by URL
 
 A shard set's files in the cache have the names that they have in the store, so that everything that reads a folder of
 shards reads the cache. Nothing else in the package knows URLs of stores.

@@ -1,12 +1,14 @@
 """Sources of images: one module per kind of source; each gives numbered samples that are read on demand (base.py)."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from esvit_scale import store_urls
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data.image_folder import list_images
 from esvit_scale.data.left_out import BESIDE_ARCHIVES, LeftOut
+from esvit_scale.data.remote import source_files
 from esvit_scale.data.sources.base import SET_FILES, Source, count_beside, is_image, read_classes, visible_files
 from esvit_scale.data.sources.folder import FolderSource
 from esvit_scale.data.sources.imagenet import imagenet_sources
@@ -39,17 +41,22 @@ class SourceOptions:
     """The options of `esvit-scale shards create` that say how a source is read."""
 
     kind: str | None = None  # one of KINDS; None: detected
-    root: Path | None = None  # where relative paths of lists and tables start
+    root: Path | str | None = None  # folder or URL where relative paths of lists and tables start
     image_column: str | None = None  # of a table
     label: str | None = None  # a column of a table; for other sources `parent`, `archive`, `last` or `none`
     caption: str | None = None  # a column of a table
     classes: Path | None = None  # file of class names, one per line
     quoted: bool = False  # whether fields of a TSV may be quoted, as those of a CSV are
+    work_dir: Path | None = None  # folder for what is fetched of a source in a store; not recorded
 
 
 def source_record(options: SourceOptions) -> dict[str, Any]:
     """Return the options as plain values for the manifest, from which a repair of the shards reads the source again."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()}
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in asdict(options).items()
+        if name != "work_dir"
+    }
 
 
 def open_source(where: str, options: SourceOptions) -> dict[str, Source]:
@@ -65,6 +72,9 @@ def open_source(where: str, options: SourceOptions) -> dict[str, Source]:
 
 
 def _open(where: str, options: SourceOptions) -> dict[str, Source]:
+    if store_urls.protocol(where):
+        options = replace(options, root=_start_of(where, options))
+        where = str(source_files.fetch(where, options.work_dir))
     path = Path(where)
     kind, note = (options.kind, "") if options.kind else _kind(where, options)
     if kind not in KINDS:
@@ -87,6 +97,13 @@ def _open(where: str, options: SourceOptions) -> dict[str, Source]:
     if options.label not in (None, "none") and not source.classes:
         raise UserError(f"{where}: --label {options.label}: none of its {len(source)} images has a class")
     return {"": source}
+
+
+def _start_of(url: str, options: SourceOptions) -> Path | str | None:
+    """Return where relative paths start of a list or table in a store: by default at its folder there."""
+    if options.root is not None or not url.lower().endswith(tuple(BY_SUFFIX)):
+        return options.root
+    return url.rpartition("/")[0]
 
 
 def _single(kind: str, where: str, path: Path, options: SourceOptions, classes: tuple[str, ...] | None) -> Source:

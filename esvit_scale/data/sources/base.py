@@ -44,6 +44,7 @@ class Source(ABC):
     classes: tuple[str, ...] = ()  # empty: no labels
     blocks: NDArray[np.int64] | None = None  # first samples of runs to be read in sequence; None: any order is as fast
     root: Path  # the file or folder that must exist for any sample to be read
+    together: int = 1  # samples of a shard that are read at the same time, by threads: more than 1 for slow stores
 
     def __init__(self) -> None:
         self.notes: list[str] = []  # lines for the user about the whole source

@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from esvit_scale import store_urls
 from esvit_scale.data.decode import BadImage
 from esvit_scale.data.image_folder import SPLIT, read_file
 from esvit_scale.data.left_out import EMPTY, NO_PATH, ROWS, UNREADABLE, LeftOut
+from esvit_scale.data.remote import url_files
 from esvit_scale.data.sources import arrow
 from esvit_scale.data.sources.base import Item, Labels, Source, labelled
 from esvit_scale.data.sources.listing import PathSource
@@ -31,7 +33,7 @@ class Chosen(NamedTuple):
 
 def parquet_source(
     paths: Sequence[Path],
-    root: Path | None,
+    root: Path | str | None,
     image: str | None,
     label: str | None,
     caption: str | None,
@@ -125,7 +127,7 @@ class BytesSource(Source):
     The image of a row whose bytes are null is read from the row's path.
     """
 
-    def __init__(self, paths: Sequence[Path], start: Path, chosen: Chosen, classes: Sequence[str] | None) -> None:
+    def __init__(self, paths: Sequence[Path], start: Path | str, chosen: Chosen, classes: Sequence[str] | None) -> None:
         super().__init__()
         self.root = paths[0].parent
         self._paths, self._start, self._chosen = list(paths), start, chosen
@@ -216,6 +218,8 @@ class BytesSource(Source):
         inside = os.path.normpath(path)
         if inside == ".." or inside.startswith("../"):
             raise BadImage(f"no bytes in this row, and its path leads out of {self._start}: {path[:100]}", UNREADABLE)
+        if isinstance(self._start, str):
+            return url_files.read(store_urls.join(self._start, inside))
         return read_file(self._start / inside)
 
 

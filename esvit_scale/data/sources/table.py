@@ -117,7 +117,7 @@ def table_source(
     path: Path,
     separator: str,
     quoted: bool,
-    root: Path | None,
+    root: Path | str | None,
     image: str | None,
     label: str | None,
     caption: str | None,

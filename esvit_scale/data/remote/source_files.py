@@ -1,0 +1,183 @@
+"""Sources of images in a store: their archives and tables are fetched to this machine, each once, and read as local ones.
+
+So a source in a bucket gives the same set, byte for byte, as a local copy of it. A copy is kept until the set is written,
+so that an interrupted run continues. Image files that a list names by URL are not fetched before: url_files.py.
+"""
+
+import fcntl
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+import webdataset as wds
+
+from esvit_scale import files, store_urls
+from esvit_scale.data.manifest import MANIFEST, index_path
+from esvit_scale.data.remote import place
+from esvit_scale.data.remote.store import Denied, Missing, Store
+from esvit_scale.errors import RestartCanHelp, UserError
+from esvit_scale.progress import Progress
+
+READ = (".tar", ".zip", ".parquet", ".pq", ".csv", ".tsv", ".txt", ".lst", ".list", ".mds", ".mds.zstd")
+BESIDE = ("index.json", "_stats.json")  # files that say something about archives
+ATTEMPTS = 3  # of a file that changes while it is fetched
+THREADS = 8
+SPARE = 1 << 30  # bytes that must stay free on the disk
+
+
+def fetch(url: str, work_dir: Path | None = None) -> Path:
+    """Fetch a source from a store, as far as it is not here yet; return its file or folder on this machine.
+
+    Args:
+        url: of an archive, table, list or MDS file, tars with braces, a shard set, or a folder of such files.
+        work_dir: folder in which it is kept; None: the cache's default folder.
+
+    Raises:
+        UserError: there is no such source, access is denied, or the disk has too little room.
+        RestartCanHelp: a file kept changing; StoreUnreachable: the store does not answer.
+    """
+    if problem := store_urls.secret_in_url(url):
+        raise UserError(f"{url.partition('://')[0]}://…: {problem}")
+    folder, names = _parts(url.rstrip("/"))
+    here = _kept(url, work_dir)
+    here.mkdir(parents=True, exist_ok=True)
+    root = here / (re.sub(r"[^A-Za-z0-9._-]+", "-", folder.rpartition("/")[2]) or "source")
+    try:
+        with (here / "lock").open("w") as lock, closing(Store(folder, {}, here.parent)) as store:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            found = _wanted(store, names)
+            if not found:
+                raise UserError(
+                    f"{url}: holds no {', '.join(READ)} files; a folder of single images is read by a list of URLs"
+                )
+            _fetch_all(store, found, root, here / "versions")
+    except Denied as error:
+        raise UserError(f"{error}; set {store_urls.credentials(url)}") from None
+    except Missing as error:
+        raise UserError(str(error)) from None
+    return root / names[0] if names and "{" not in url else root
+
+
+def discard_if_remote(url: str, work_dir: Path | None = None) -> None:
+    """Remove what was fetched of a source; a local source stays."""
+    if store_urls.protocol(url):
+        shutil.rmtree(_kept(url, work_dir), ignore_errors=True)
+
+
+def _kept(url: str, work_dir: Path | None) -> Path:
+    above = work_dir if work_dir is not None else place.cache_folder(None)
+    return above / f".reading-{hashlib.sha256(url.rstrip('/').encode()).hexdigest()[:16]}"
+
+
+def _parts(url: str) -> tuple[str, list[str]]:
+    """Return the URL of a folder, and the names of the files in it that are meant; none: all."""
+    if "{" not in url and not url.lower().endswith(READ):
+        return url, []
+    urls = wds.shardlists.expand_urls(url)
+    folders = {one.rpartition("/")[0] for one in urls}
+    if len(folders) > 1:
+        raise UserError(f"{url}: its tars lie in {len(folders)} folders; give one, or a list of the tars' images")
+    return next(iter(folders)), [one.rpartition("/")[2] for one in urls]
+
+
+def _wanted(store: Store, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Return what the store says of every file that is to be fetched, by its path below the folder."""
+    if names:
+        return {name: store.info(name) for name in names}
+    found = dict(_below(store, ""))
+    if MANIFEST in found:
+        return _of_set(store, found)
+    return {name: info for name, info in found.items() if name.lower().endswith((*READ, *BESIDE))}
+
+
+def _below(store: Store, folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, info in sorted(store.infos(folder).items()):
+        path = f"{folder}/{name}" if folder else name
+        if name.startswith("."):
+            continue
+        if info.get("type") == "directory":
+            yield from _below(store, path)
+        else:
+            yield path, info
+
+
+def _of_set(store: Store, found: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the files of a shard set, with the sha256 of every shard; the manifest comes last."""
+    shards = {str(s["name"]): s for s in _json(store.read(MANIFEST, at_start=True))["shards"]}
+    wanted = {}
+    for name, shard in shards.items():
+        if name not in found:
+            raise UserError(f"{store_urls.join(store.url, name)}: not there; the manifest lists it")
+        wanted[name] = found[name] | {"sha256": shard["sha256"]}
+        index = index_path(Path(name)).name
+        if index in found:
+            wanted[index] = found[index]
+    return wanted | {MANIFEST: found[MANIFEST]}
+
+
+def _json(data: bytes) -> dict[str, Any]:
+    try:
+        raw: dict[str, Any] = json.loads(data)
+        return raw
+    except ValueError:
+        raise UserError(f"{MANIFEST}: not valid JSON") from None
+
+
+def _fetch_all(store: Store, found: Mapping[str, dict[str, Any]], root: Path, versions: Path) -> None:
+    missing = {name: info for name, info in found.items() if not _is_here(name, info, root, versions)}
+    need = sum(int(info.get("size") or 0) for info in missing.values())
+    root.mkdir(exist_ok=True)
+    free = shutil.disk_usage(root).free
+    if need > free - SPARE:
+        raise UserError(
+            f"{store.url}: its {len(missing)} files need {need / 1e9:.1f} GB on this machine while the set is written, and "
+            f"{root.parent.parent} has {free / 1e9:.1f} GB: name a larger disk with --work-dir (or TMPDIR)"
+        )
+    with ThreadPoolExecutor(THREADS) as pool, Progress(len(missing), "files fetched") as shown:
+        jobs = [pool.submit(_fetch_one, store, name, info, root, versions) for name, info in missing.items()]
+        try:
+            for number, job in enumerate(as_completed(jobs), 1):
+                job.result()
+                shown.to(number)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _version(info: Mapping[str, Any]) -> str:
+    return f"{info.get('size')} {info.get('ETag') or info.get('etag') or info.get('mtime') or ''}"
+
+
+def _recorded(name: str, versions: Path) -> Path:
+    return versions / hashlib.sha256(name.encode()).hexdigest()[:32]
+
+
+def _is_here(name: str, info: Mapping[str, Any], root: Path, versions: Path) -> bool:
+    with suppress(OSError):
+        return (root / name).is_file() and _recorded(name, versions).read_text() == _version(info)
+    return False
+
+
+def _fetch_one(store: Store, name: str, info: Mapping[str, Any], root: Path, versions: Path) -> None:
+    """Fetch a file that is the same object, of the same length, before and after the transfer."""
+    for _ in range(ATTEMPTS):
+        with files.replacing(root / name) as tmp:
+            store.fetch(name, tmp, urgent=True)
+            size, after = tmp.stat().st_size, store.info(name)
+            whole = info.get("size") in (None, size) and _version(after) == _version(info)
+            if whole and "sha256" in info and files.sha256(tmp) != info["sha256"]:
+                raise UserError(f"{store_urls.join(store.url, name)}: its sha256 differs from the manifest's")
+        if whole:
+            versions.mkdir(exist_ok=True)
+            files.write_text(_recorded(name, versions), _version(info))
+            return
+        info = after | {key: info[key] for key in ("sha256",) if key in info}
+    raise RestartCanHelp(
+        f"{store_urls.join(store.url, name)}: changed during {ATTEMPTS} transfers; run the command again"
+    )
