@@ -204,6 +204,10 @@ class Objective(Section):
     """[fraction] Weight of the teacher's old values in its moving average, at the first step."""
     ema_momentum_end: Fraction = 1.0
     """[fraction] The same at the last step; the way there is a cosine."""
+    koleo_weight: Rate = 0.0
+    """[no unit] Weight of KoLeo, which keeps the view features of different images apart (docs/objectives.md); 0: without."""
+    koleo_across_ranks: bool = False
+    """Whether KoLeo compares an image with those of all ranks; false: with its own rank's."""
 
     @model_validator(mode="before")
     @classmethod

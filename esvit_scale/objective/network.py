@@ -9,6 +9,7 @@ from esvit_scale.config import Config
 from esvit_scale.models import products
 from esvit_scale.models.registry import build_trunk
 from esvit_scale.models.trunk import Trunk
+from esvit_scale.objective.koleo import CROPS, koleo
 from esvit_scale.objective.objective import Logs, Objective, spread
 from esvit_scale.objective.registry import build_objective
 
@@ -27,7 +28,15 @@ class Network(nn.Module):
 
 
 class StudentNetwork(Network):
-    """The network that is trained; its forward computes the loss."""
+    """The network that is trained; its forward computes the loss.
+
+    Attributes:
+        koleo_weight: weight of the KoLeo loss of the view features, beside the objective's loss.
+        koleo_across_ranks: whether KoLeo compares with the images of all ranks.
+    """
+
+    koleo_weight = 0.0
+    koleo_across_ranks = False
 
     @ranges.named("student forward")
     def forward(
@@ -44,6 +53,9 @@ class StudentNetwork(Network):
         features = self.trunk(crops, drop_keys)
         view = features.view.detach()
         loss, logs = self.objective(features, targets, teacher_temp)
+        if self.koleo_weight:
+            term = koleo(features.view, features.grids[0][0] // CROPS, self.koleo_across_ranks)
+            loss, logs = loss + self.koleo_weight * term, {**logs, "loss_koleo": term.detach()}
         return loss, {**logs, "feature_std": spread(view)}, view
 
 
@@ -70,7 +82,10 @@ def build_network(config: Config) -> Network:
 
 def build_student(config: Config) -> StudentNetwork:
     """Build the student network of a config; raises UserError in the same cases as `build_network`."""
-    return StudentNetwork(*_trunk_and_objective(config))
+    student = StudentNetwork(*_trunk_and_objective(config))
+    student.koleo_weight = config.objective.koleo_weight
+    student.koleo_across_ranks = config.objective.koleo_across_ranks
+    return student
 
 
 def build_teacher(config: Config) -> TeacherNetwork:

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from esvit_scale.models.trunk import Features
+from esvit_scale.objective.koleo import koleo
 from tests.objective import cases
 from tests.objective.cases import Inputs
 
@@ -29,10 +30,24 @@ def main(folder: Path) -> None:
         of_ranks = [None] * world
         dist.all_gather_object(of_ranks, of_features)
         results[case] = (*found, of_ranks)
+        if case == "dino":
+            results["koleo"] = koleo_of(own[0], (part.stop - part.start), world)
     if rank == 0:
         torch.save(results, folder / "results.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def koleo_of(features: Features, images: int, world: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean loss over ranks, and its gradient of the global crops of all images, crop after crop."""
+    view = features.view.clone().requires_grad_()
+    loss = koleo(view, images, across_ranks=True)
+    (gradient,) = torch.autograd.grad(loss, view)
+    mean = loss.detach() / world
+    dist.all_reduce(mean)
+    of_ranks = [None] * world
+    dist.all_gather_object(of_ranks, gradient[: 2 * images].view(2, images, -1) / world)
+    return mean, torch.cat(of_ranks, 1).flatten(0, 1)
 
 
 if __name__ == "__main__":

@@ -154,6 +154,18 @@ def test_trace_equals_closed_form(trunk, checkpointing, monkeypatch):
     assert traced.per_step == pytest.approx(closed.per_step, rel=0.001)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_koleo_keeps_what_its_formula_says(precision, monkeypatch):
+    with_it, without = (
+        configs.resolve("swin_t", [f"train.precision={precision}", f"objective.koleo_weight={weight}"])
+        for weight in (0.1, 0.0)
+    )
+    closed = costs.activation_bytes(with_it, "none").per_image - costs.activation_bytes(without, "none").per_image
+    monkeypatch.setattr(costs, "traced", lambda config: True)
+    traced = costs.activation_bytes(with_it, "none").per_image - costs.activation_bytes(without, "none").per_image
+    assert closed == traced > 0
+
+
 def test_parameter_counts_equal_the_network():
     trunk, heads = costs.parameters(config_of("toy, contrast"))
     assert trunk == sum(p.numel() for p in toy_trunk.ToyTrunk(32).parameters())
