@@ -5,7 +5,7 @@ import re
 from collections.abc import Collection
 from typing import Literal, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from esvit_scale.models.trunk import Trunk
 
@@ -103,7 +103,7 @@ def _stacked(path: str) -> int:
     return 3 if "qkv" in last else 2 if last[-1] == "kv" else 1
 
 
-def _group(name: str, parameter: nn.Parameter) -> Group:
+def _group(name: str, parameter: Tensor) -> Group:
     if ".last_layer." in f".{name}":
         return "last_layer"
     dimensions = parameter.ndim
