@@ -24,7 +24,7 @@ def add_source(parser: argparse.ArgumentParser) -> None:
         "--from",
         dest="kind",
         metavar="KIND",
-        help="kind of source: folder, imagenet, img2dataset, list, csv, tsv, parquet, tars or zips (default: detected)",
+        help="kind of source: folder, imagenet, img2dataset, mds, list, csv, tsv, parquet, tars or zips (default: detected)",
     )
     source.add_argument(
         "--root",

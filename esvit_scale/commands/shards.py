@@ -93,13 +93,30 @@ def _add_index(shards: Any) -> None:
         shards, "index", _index, "write the indexes of a set of an older version anew, with a checksum of every image"
     )
     index.add_argument("root", type=Path, metavar="SET", help="folder of the shard set")
+    index.add_argument(
+        "--format",
+        choices=("checksums", "dali"),
+        default="checksums",
+        help="dali: write NAME.idx for NVIDIA DALI instead, and leave the set's own indexes (default: checksums)",
+    )
+    index.add_argument(
+        "--out", type=Path, metavar="DIR", help="with dali: folder for NAME.idx (default: beside the tars)"
+    )
     shard_options.add_workers(index)
 
 
 def _index(options: argparse.Namespace) -> int:
-    from esvit_scale.data import checksums
+    from esvit_scale.data import checksums, dali_index
+    from esvit_scale.data import manifest as manifests
 
+    if options.out and options.format != "dali":
+        raise UserError("--out: only with --format dali; the set's own indexes lie beside its tars")
     try:
+        if options.format == "dali":
+            found, folder = manifests.load(options.root), options.out or options.root
+            dali_index.write(found, folder)
+            print(f"{folder}: {len(found.shards)} indexes for DALI (fn.readers.webdataset)")
+            return 0
         added = checksums.add(options.root, shard_options.workers(options))
     except OSError as error:
         raise UserError(f"{error.filename or options.root}: {error.strerror or error}") from None

@@ -24,7 +24,7 @@ from esvit_scale.data.remote.store import Denied, Missing, Store
 from esvit_scale.errors import RestartCanHelp, UserError
 from esvit_scale.progress import Progress
 
-READ = (".tar", ".zip", ".parquet", ".pq", ".csv", ".tsv", ".txt", ".lst", ".list", ".mds", ".mds.zstd")
+READ = (".tar", ".zip", ".parquet", ".pq", ".csv", ".tsv", ".txt", ".lst", ".list", ".mds")
 BESIDE = ("index.json", "_stats.json")  # files that say something about archives
 ATTEMPTS = 3  # of a file that changes while it is fetched
 THREADS = 8

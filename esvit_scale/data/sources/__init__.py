@@ -15,6 +15,7 @@ from esvit_scale.data.sources.imagenet import imagenet_sources
 from esvit_scale.data.sources.img2dataset import img2dataset_source
 from esvit_scale.data.sources.layout import folder_kind
 from esvit_scale.data.sources.listing import list_source
+from esvit_scale.data.sources.mds import MdsSource
 from esvit_scale.data.sources.parquet import parquet_source
 from esvit_scale.data.sources.table import table_source
 from esvit_scale.data.sources.tars import tar_source
@@ -33,7 +34,7 @@ BY_SUFFIX = {
     ".lst": "list",
     ".list": "list",
 }
-KINDS = ("folder", "imagenet", "img2dataset", *dict.fromkeys(BY_SUFFIX.values()))
+KINDS = ("folder", "imagenet", "img2dataset", "mds", *dict.fromkeys(BY_SUFFIX.values()))
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,8 @@ def _single(kind: str, where: str, path: Path, options: SourceOptions, classes: 
         return FolderSource(path, _folder_label(options.label), classes)
     if kind == "img2dataset":
         return img2dataset_source(path, options.label, classes)
+    if kind == "mds":
+        return MdsSource(path, options.image_column, options.label, options.caption, classes)
     if kind == "list":
         return list_source(where, options.root, options.label, classes)
     if kind in ("csv", "tsv"):

@@ -7,6 +7,8 @@ from esvit_scale.data.image_folder import printable, walk
 from esvit_scale.data.left_out import LeftOut
 from esvit_scale.data.sources.base import is_image
 from esvit_scale.data.sources.img2dataset import is_img2dataset
+from esvit_scale.data.sources.mds import is_mds
+from esvit_scale.errors import UserError
 
 ARCHIVES = {".tar": "tars", ".zip": "zips", ".parquet": "parquet", ".pq": "parquet"}
 
@@ -21,6 +23,10 @@ def folder_kind(root: Path, archives_meant: bool) -> tuple[str, str]:
     Args:
         archives_meant: whether options were given that only archives and tables have, so that these decide in any case.
     """
+    if is_mds(root):
+        return "mds", ""
+    if splits := [part for part in ("train", "val") if is_mds(root / part)]:
+        raise UserError(f"{root}: holds MDS data sets in folders; give one of them, such as {root / splits[0]}")
     if (root / "Data" / "CLS-LOC").is_dir() or ((root / "train").is_dir() and (root / "val").is_dir()):
         return "imagenet", ""
     if manifests.is_shard_set(root):
@@ -28,9 +34,10 @@ def folder_kind(root: Path, archives_meant: bool) -> tuple[str, str]:
     if is_img2dataset(root):
         return "img2dataset", ""
     found: dict[str, list[Path]] = {}
-    for path in sorted(root.iterdir()):
-        if path.suffix.lower() in ARCHIVES and not path.name.startswith(".") and path.is_file():
-            found.setdefault(ARCHIVES[path.suffix.lower()], []).append(path)
+    for folder in (root, root / "data"):  # data/ is where the repositories of Hugging Face have their files
+        for path in sorted(folder.iterdir()) if folder.is_dir() and not found else ():
+            if path.suffix.lower() in ARCHIVES and not path.name.startswith(".") and path.is_file():
+                found.setdefault(ARCHIVES[path.suffix.lower()], []).append(path)
     kind = next((kind for kind in dict.fromkeys(ARCHIVES.values()) if kind in found), None)
     if kind is None:
         return "folder", ""

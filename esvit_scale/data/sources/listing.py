@@ -35,11 +35,12 @@ class PathSource(Source):
         self.root = root if isinstance(root, Path) else Path("/")
         self._rows, labels = Rows(), Labels()
         digest = hashlib.sha256(repr((str(root), classes)).encode())
+        elsewhere = isinstance(root, str)
         for path, label, caption in rows:
             digest.update(repr((path, label, caption)).encode())
             self._rows.append([path, caption] if caption else [path])
             labels.append(label)
-            if path is not None and isinstance(place := self._place(path), str):
+            if (elsewhere or "://" in (path or "")) and isinstance(place := self._place(path or ""), str):
                 self.together = TOGETHER
                 if problem := store_urls.secret_in_url(place):
                     raise UserError(f"row {len(self._rows)} of the list or table: {problem}")
