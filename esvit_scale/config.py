@@ -90,6 +90,9 @@ def _cross_field_problems(c: Config) -> list[str]:
         low, high = crops.augment.blur_radius
         if low > high:
             problems.append(f"data.{where}.augment.blur_radius: needs low <= high, got [{low}, {high}]")
+    low, high = c.objective.mask_ratio
+    if low > high:
+        problems.append(f"objective.mask_ratio: needs low <= high, got [{low}, {high}]")
     problems += _pixel_problems(c.data)
     if c.train.mirror and not store_urls.is_set_url(c.train.mirror):
         problems.append(

@@ -204,6 +204,12 @@ class Objective(Section):
     """[fraction] Weight of the teacher's old values in its moving average, at the first step."""
     ema_momentum_end: Fraction = 1.0
     """[fraction] The same at the last step; the way there is a cosine."""
+    mask_weight: Rate = 0.0
+    """[no unit] Weight of the loss of masked regions, for esvit with regions (docs/objectives.md); 0: nothing is masked."""
+    mask_crops: Fraction = 0.5
+    """[probability] How often a global crop of the student is masked."""
+    mask_ratio: Scale = (0.1, 0.5)
+    """[fraction of the regions] Smallest and largest part of a masked crop that is hidden."""
     koleo_weight: Rate = 0.0
     """[no unit] Weight of KoLeo, which keeps the view features of different images apart (docs/objectives.md); 0: without."""
     koleo_across_ranks: bool = False

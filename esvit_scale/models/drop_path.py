@@ -98,7 +98,7 @@ def token_factors(
     return attention, mlp
 
 
-def draw_of(keys: Tensor, block: int, choices: int) -> Tensor:
+def draw_of(keys: Tensor, block: int | Tensor, choices: int) -> Tensor:
     """Draw a uniform integer from 0 to choices − 1 for each key, int64 [n], independent of stochastic depth.
 
     It is computed by a hash of (key, block). The distribution is exactly uniform if `choices` is a power of two.

@@ -28,11 +28,12 @@ from esvit_scale.errors import UserError
 from esvit_scale.models.block_parts import GeluMlp, add_branch
 from esvit_scale.models.drop_path import keep_scales, linear_rates, token_factors
 from esvit_scale.models.focal_attention import FocalAttention, WindowPool, as_windows
+from esvit_scale.models.masking import Mask
 from esvit_scale.models.patches import PatchProjection, pixel_rows
 from esvit_scale.models.shape import Shape, overridden
 from esvit_scale.models.swin import PATCH, stage_window
 from esvit_scale.models.tokens import as_maps, crop_means
-from esvit_scale.models.trunk import Features, TokenMap, Trunk
+from esvit_scale.models.trunk import Features, MaskGeometry, TokenMap, Trunk
 from esvit_scale.models.windows import Grids, merged
 
 EXPAND = 3  # tokens: width of the ring
@@ -106,13 +107,18 @@ class Focal(Trunk):
         return [block for stage in self.stages for block in stage.blocks]
 
     @property
+    def mask_geometry(self) -> MaskGeometry:
+        """The geometry of masks, whose tokens `forward` replaces after the patch embedding."""
+        return MaskGeometry(self.channels[0], PATCH, 2 ** (len(self.depths) - 1))
+
+    @property
     def patch_projection(self) -> nn.Module:
         """The first layer, which `model.freeze_patch_embed` keeps at its random values."""
         return self.patch_embed.proj
 
-    def forward(self, crops: list[Tensor], drop_keys: Tensor | None = None) -> Features:
+    def forward(self, crops: list[Tensor], drop_keys: Tensor | None = None, mask: Mask | None = None) -> Features:
         """Compute the features of all crops, as in `Trunk.forward`; the view is the mean of a crop's region tokens."""
-        *_, (tokens, grids) = self._block_outputs(crops, drop_keys)
+        *_, (tokens, grids) = self._block_outputs(crops, drop_keys, mask)
         regions = self.norm(tokens)
         return Features(crop_means(regions, grids), regions, list(grids))
 
@@ -120,12 +126,14 @@ class Focal(Trunk):
         """Yield the token map of every block, in order, before the final norm."""
         return (TokenMap(tokens, list(grids)) for tokens, grids in self._block_outputs(crops, None))
 
-    def _block_outputs(self, crops: list[Tensor], drop_keys: Tensor | None) -> Any:
+    def _block_outputs(self, crops: list[Tensor], drop_keys: Tensor | None, mask: Mask | None = None) -> Any:
         """Yield the tokens [N, C] of all crops (row-major within each crop) and their grids after each block."""
         scales = keep_scales(drop_keys, torch.tensor(self.drop_rates)) if drop_keys is not None else None
         grids: Grids = tuple((x.shape[0], -(-x.shape[-2] // PATCH), -(-x.shape[-1] // PATCH)) for x in crops)
         dtype = self.patch_embed.proj.weight.dtype
         tokens = self.patch_embed(torch.cat([pixel_rows(x.to(dtype), PATCH) for x in crops]))  # [N, C]
+        if mask is not None:
+            tokens = mask.hide(tokens, grids, self.mask_geometry.patches)
         i = 0
         for stage in self.stages:
             for block in stage.blocks:

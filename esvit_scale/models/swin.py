@@ -21,12 +21,13 @@ from esvit_scale.models.block_parts import GeluMlp, add_branch
 from esvit_scale.models.descriptions import HuggingFaceForm, TimmForm, TrunkCard, TrunkFormulas
 from esvit_scale.models.distributions import Initializer, normal
 from esvit_scale.models.drop_path import keep_scales, linear_rates, token_factors
+from esvit_scale.models.masking import Mask
 from esvit_scale.models.patches import PatchProjection
 from esvit_scale.models.products import Linear
 from esvit_scale.models.swin_costs import SwinFormulas
 from esvit_scale.models.swin_plain import PlainSwin
 from esvit_scale.models.tokens import crop_means, split
-from esvit_scale.models.trunk import Features, TokenMap, Trunk
+from esvit_scale.models.trunk import Features, MaskGeometry, TokenMap, Trunk
 from esvit_scale.models.window_attention import attend_math, attention_probabilities, bias_of_pairs
 from esvit_scale.models.window_attention_implementations import AttendWindows
 from esvit_scale.models.windows import (
@@ -108,6 +109,11 @@ class Swin(Trunk):
         return [block for stage in self.stages for block in stage.blocks]
 
     @property
+    def mask_geometry(self) -> MaskGeometry:
+        """The geometry of masks, whose tokens `forward` replaces after the patch embedding."""
+        return MaskGeometry(self.embed_dim, PATCH, 2 ** (len(self.depths) - 1))
+
+    @property
     def patch_projection(self) -> nn.Module:
         """The first layer, which `model.freeze_patch_embed` keeps at its random values."""
         return self.patch_embed.proj
@@ -157,9 +163,9 @@ class Swin(Trunk):
             grids = merged(grids)
         return found
 
-    def forward(self, crops: list[Tensor], drop_keys: Tensor | None = None) -> Features:
+    def forward(self, crops: list[Tensor], drop_keys: Tensor | None = None, mask: Mask | None = None) -> Features:
         """Compute `Trunk.forward`; crops whose sides are no multiples of 4 are padded with zeros on the right and below."""
-        *_, (tokens, grids, window) = self._block_outputs(crops, drop_keys)
+        *_, (tokens, grids, window) = self._block_outputs(crops, drop_keys, mask)
         regions = window_reverse(self.norm(tokens), storage_plan(grids, window, tokens.device))  # [ΣB·T, C]
         return Features(crop_means(regions, grids), regions, list(grids))
 
@@ -192,13 +198,16 @@ class Swin(Trunk):
             self([image[None]])
         return found
 
-    def _block_outputs(self, crops: list[Tensor], drop_keys: Tensor | None) -> Any:
+    def _block_outputs(self, crops: list[Tensor], drop_keys: Tensor | None, mask: Mask | None = None) -> Any:
         """Yield (tokens, grids, window) after each block; tokens [N, C] are in the stage's storage order."""
         grids: Grids = tuple((len(x), -(-x.shape[-2] // PATCH), -(-x.shape[-1] // PATCH)) for x in crops)
         windows = [stage.window for stage in self.stages]
         device = crops[0].device
         scales = keep_scales(drop_keys, torch.tensor(self.drop_rates)) if drop_keys is not None else None
-        tokens = self.patch_embed(crops, grids, storage_plan(grids, windows[0], device))  # [N, C]
+        order = storage_plan(grids, windows[0], device)
+        tokens = self.patch_embed(crops, grids, order)  # [N, C]
+        if mask is not None:
+            tokens = mask.hide(tokens, grids, self.mask_geometry.patches, order)
         i = 0
         for s, stage in enumerate(self.stages):
             plans = [window_plan(grids, stage.window, shift, device) for shift in stage.shifts]

@@ -37,6 +37,15 @@ class TokenMap(NamedTuple):
     view: Tensor | None = None  # [ΣB, C] one feature per crop; None: take the mean of its tokens
 
 
+class MaskGeometry(NamedTuple):
+    """How the cells of the last stage lie on the patches of a trunk whose crops can be masked (models/masking.py)."""
+
+    width: int  # C of the tokens after the patch embedding
+    patch: int  # pixels along a patch's side
+    patches: int  # patches along a cell's side
+    cuts_remainder: bool = False  # whether a crop's last pixels are cut off and not padded to a whole cell
+
+
 class Trunk(nn.Module):
     """The base class of all trunks.
 
@@ -77,6 +86,11 @@ class Trunk(nn.Module):
     def blocks(self) -> list[nn.Module]:
         """The blocks in the order in which they run: the units of activation checkpointing and compilation."""
         raise NotImplementedError
+
+    @property
+    def mask_geometry(self) -> MaskGeometry | None:
+        """The geometry of masks; None: `forward` takes none, because no token is made of a patch of its own."""
+        return None
 
     @property
     def patch_projection(self) -> nn.Module:

@@ -13,6 +13,7 @@ evaluation mode, so it draws too, which makes its targets noisy.)
 If the side of a stage's input is no multiple of the patch size, the remainder is cut off, as in the official code.
 """
 
+import math
 from collections.abc import Iterator
 from typing import cast
 
@@ -24,10 +25,11 @@ from esvit_scale.errors import UserError
 from esvit_scale.models.block_parts import GeluMlp, add_branch
 from esvit_scale.models.distributions import Initializer, normal
 from esvit_scale.models.drop_path import draw_of, keep_scales, linear_rates, token_factors
+from esvit_scale.models.masking import Mask
 from esvit_scale.models.patches import PatchProjection
 from esvit_scale.models.shape import Shape, overridden
 from esvit_scale.models.tokens import crop_means
-from esvit_scale.models.trunk import Features, Grid, TokenMap, Trunk
+from esvit_scale.models.trunk import Features, Grid, MaskGeometry, TokenMap, Trunk
 from esvit_scale.models.vil_attention import AROUND, OWN, FullAttention, LongAttention
 
 VIL_2262 = Shape(96, (2, 2, 6, 2), (3, 6, 12, 24), growth=(1, 2, 4, 8))
@@ -99,13 +101,18 @@ class ViL(Trunk):
         return [block for stage in self.stages for block in stage.blocks]
 
     @property
+    def mask_geometry(self) -> MaskGeometry:
+        """The geometry of masks, whose tokens `forward` replaces after the patch embedding."""
+        return MaskGeometry(self.channels[0], PATCHES[0], math.prod(PATCHES[1:]), cuts_remainder=True)
+
+    @property
     def patch_projection(self) -> nn.Module:
         """The first layer, which `model.freeze_patch_embed` keeps at its random values."""
         return self.stages[0].patch_embed.proj
 
-    def forward(self, crops: list[Tensor], drop_keys: Tensor | None = None) -> Features:
+    def forward(self, crops: list[Tensor], drop_keys: Tensor | None = None, mask: Mask | None = None) -> Features:
         """Compute the features of all crops (`Trunk.forward`); a crop's view is the mean of its regions."""
-        *_, (tokens, grids, _) = self._block_outputs(crops, drop_keys)
+        *_, (tokens, grids, _) = self._block_outputs(crops, drop_keys, mask)
         regions = self.norm(tokens)
         return Features(crop_means(regions, grids), regions, grids)
 
@@ -113,12 +120,14 @@ class ViL(Trunk):
         """Yield the token map of every block; the view of a crop in stages 1 to 3 is its global token."""
         return (_token_map(*output) for output in self._block_outputs(crops, None))
 
-    def _block_outputs(self, crops: list[Tensor], drop_keys: Tensor | None) -> Iterator[tuple[Tensor, list[Grid], int]]:
+    def _block_outputs(
+        self, crops: list[Tensor], drop_keys: Tensor | None, mask: Mask | None = None
+    ) -> Iterator[tuple[Tensor, list[Grid], int]]:
         """Yield (tokens, grids, g) after each block: tokens [N, C], where each crop's g global tokens come first."""
         scales = keep_scales(drop_keys, torch.tensor(self.drop_rates)) if drop_keys is not None else None
         maps, i = crops, 0
         for s, (stage, g) in enumerate(zip(self.stages, GLOBALS, strict=True)):
-            tokens, grids = stage.patch_embed(maps)
+            tokens, grids = stage.patch_embed(maps, mask if s == 0 else None, self.mask_geometry.patches)
             for block in stage.blocks:
                 sequences = [(n, 1, g + h * w) for n, h, w in grids]
                 keep = token_factors(scales, self.drop_rates, i, sequences, tokens.dtype)
@@ -152,12 +161,17 @@ class PatchEmbed(nn.Module):
         """Return the initialisers of the module's own parameters, by name (models/initialize.py)."""
         return {"cls_token": normal(0.02)} if self.cls_token is not None else {}
 
-    def forward(self, maps: list[Tensor]) -> tuple[Tensor, list[Grid]]:
-        """Embed maps, [N_g, channels, H, W] per resolution; return tokens [N, C], global ones included, and grids."""
+    def forward(self, maps: list[Tensor], mask: Mask | None = None, cell: int = 1) -> tuple[Tensor, list[Grid]]:
+        """Embed maps, [N_g, channels, H, W] per resolution; return tokens [N, C], global ones included, and grids.
+
+        Patches that `mask` hides, with `cell` patches along a cell's side, become its token.
+        """
         patch = self.proj.stride[0]
         grids = [(x.shape[0], x.shape[2] // patch, x.shape[3] // patch) for x in maps]
         cells = [_patches(x.to(self.proj.weight.dtype), patch) for x in maps]
         tokens = self.norm_embed(self.proj(torch.cat(cells)))
+        if mask is not None:
+            tokens = mask.hide(tokens, grids, cell)
         if self.cls_token is None:
             return tokens, grids
         crops = [

@@ -25,11 +25,12 @@ from esvit_scale.models.block_parts import GeluMlp, add_branch
 from esvit_scale.models.descriptions import Tensors, TimmForm
 from esvit_scale.models.distributions import Initializer, constant, normal, uniform
 from esvit_scale.models.drop_path import keep_scales, linear_rates, token_factors
+from esvit_scale.models.masking import Mask
 from esvit_scale.models.patches import PatchProjection, pixel_rows
 from esvit_scale.models.shape import Shape, overridden
 from esvit_scale.models.tables import kept
 from esvit_scale.models.tokens import groups
-from esvit_scale.models.trunk import Features, Grid, TokenMap, Trunk
+from esvit_scale.models.trunk import Features, Grid, MaskGeometry, TokenMap, Trunk
 from esvit_scale.models.windows import Grids
 
 PATCH = 16  # pixels
@@ -65,6 +66,11 @@ class ViT(Trunk):
         return cast(
             list[nn.Module], self._modules["blocks"]
         )  # the ModuleList itself, because torch.export looks up a submodule of this name
+
+    @property
+    def mask_geometry(self) -> MaskGeometry:
+        """The geometry of masks, whose tokens `forward` replaces after the patch embedding."""
+        return MaskGeometry(self.dim, PATCH, 1)
 
     @property
     def patch_projection(self) -> nn.Module:
@@ -110,9 +116,9 @@ class ViT(Trunk):
         """
         return resized(trunk["pos_embed"][0], side, side)
 
-    def forward(self, crops: list[Tensor], drop_keys: Tensor | None = None) -> Features:
+    def forward(self, crops: list[Tensor], drop_keys: Tensor | None = None, mask: Mask | None = None) -> Features:
         """Compute the features of all crops (`Trunk.forward`), of any size."""
-        *_, (tokens, grids) = self._block_outputs(crops, drop_keys)
+        *_, (tokens, grids) = self._block_outputs(crops, drop_keys, mask)
         regions, _, view = self._token_map(self.norm(tokens), grids)
         return Features(cast(Tensor, view), regions, grids)
 
@@ -124,20 +130,24 @@ class ViT(Trunk):
         """Return the position embeddings of class token and h × w patches, [1 + h·w, C], in fp32 or wider."""
         return resized(cast(Tensor, self.pos_embed)[0], h, w)
 
-    def _block_outputs(self, crops: list[Tensor], drop_keys: Tensor | None) -> Iterator[tuple[Tensor, list[Grid]]]:
+    def _block_outputs(
+        self, crops: list[Tensor], drop_keys: Tensor | None, mask: Mask | None = None
+    ) -> Iterator[tuple[Tensor, list[Grid]]]:
         """Yield (tokens, grids) after each block: tokens [N, C], where each crop's class token comes first."""
         grids = [(x.shape[0], -(-x.shape[-2] // PATCH), -(-x.shape[-1] // PATCH)) for x in crops]
         sequences: Grids = tuple((n, 1, 1 + h * w) for n, h, w in grids)
-        tokens = self._embed(crops, grids)
+        tokens = self._embed(crops, grids, mask)
         scales = keep_scales(drop_keys, torch.tensor(self.drop_rates)) if drop_keys is not None else None
         for i, block in enumerate(self.blocks):
             keep = token_factors(scales, self.drop_rates, i, sequences, tokens.dtype)
             tokens = self.run_block(block, tokens, sequences, *keep)
             yield tokens, grids
 
-    def _embed(self, crops: list[Tensor], grids: list[Grid]) -> Tensor:
+    def _embed(self, crops: list[Tensor], grids: list[Grid], mask: Mask | None) -> Tensor:
         """Map crops [N_g, channels, S_g, S_g] to tokens [N, C], with class tokens and position embeddings added."""
         patches = self.patch_embed(crops)
+        if mask is not None:
+            patches = mask.hide(patches, grids, self.mask_geometry.patches)
         sequences = []
         for group, (n, h, w) in groups(patches, grids):
             tokens = torch.cat([self.cls_token.expand(n, 1, -1), group.view(n, h * w, -1)], 1)

@@ -33,14 +33,14 @@ class Parameters(NamedTuple):
     """The numbers of parameters of a network."""
 
     trunk: int
-    heads: int  # all parameters of the objective, prototypes and gains included
+    heads: int  # all parameters of the objective, prototypes and gains included, and the mask token
 
 
 def parameters(config: Config) -> Parameters:
     """Return the numbers of parameters of the config's network; raise UserError if it cannot be built."""
     network = _network(config)
     count: Callable[[nn.Module], int] = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
-    return Parameters(count(network.trunk), count(network.objective))
+    return Parameters(count(network.trunk), count(network) - count(network.trunk))
 
 
 def weight_dtype(config: Config) -> torch.dtype:
@@ -74,6 +74,7 @@ def image_flops(config: Config, count: Count = "published") -> int:
     Recomputation under activation checkpointing is not counted. Costs per step that do not grow with the batch (Swin
     V2's position bias, the centre) are left out because they are negligible, and so is KoLeo's comparison of view
     features: 4 · C per image that an image is compared with, 13 MFLOP for Swin-T and 4,096 images, of 154 GFLOP.
+    Masks of regions add no product: hidden tokens pass through the network like others, and their targets are there.
 
     Args:
         count: the way of counting (models/descriptions.py). A traced trunk or objective only has the count "executed",

@@ -6,6 +6,13 @@
 
 Without regions, the loss is the first term without its ½ (DINO's objective). The teacher's targets are centred by a
 moving mean of its logits, or by Sinkhorn-Knopp over the batch (`objective.centering`).
+
+With `objective.mask_weight` λ > 0, some global crops v of the student are masked (models/masking.py), and the loss has
+a third term, the masked-image modelling of iBOT (Zhou et al. 2022) in EsViT's own region head:
+
+    L + λ · mean over the 2 globals v and images of [ mean over hidden regions i of CE(p_v^i, q_v^i); 0 if none is ]
+
+p_v^i is the teacher's distribution at the same region of the same crop, which the teacher sees whole.
 """
 
 from typing import NamedTuple
@@ -49,6 +56,8 @@ class EsViT(Objective):
         """Build the heads for trunk features of width `dim`."""
         super().__init__()
         self.needs_regions = config.regions
+        self.takes_masks = config.regions
+        self.mask_weight = config.mask_weight
         self.student_temp = config.student_temp
         self.prototypes = config.prototypes
         self.view_head = _head(dim, config)
@@ -70,14 +79,16 @@ class EsViT(Objective):
         features = unit(teacher.regions.detach()).view(crops, -1, teacher.regions.shape[1])
         return Targets(view, region, features, crops // TEACHER_VIEWS)
 
-    def forward(self, student: Features, targets: Targets, teacher_temp: float) -> tuple[Tensor, Logs]:
+    def forward(
+        self, student: Features, targets: Targets, teacher_temp: float, hidden: Tensor | None = None
+    ) -> tuple[Tensor, Logs]:
         """Return the student's loss over all crops, and scalars to log.
 
         The centres observe the micro-batch; call `commit` or `discard` after the optimizer step.
 
         Returns:
             The loss (scalar) and detached scalars: loss_view and loss_region (each a mean cross-entropy without its
-            ½); and for each head ("…_view", "…_region") teacher_entropy and student_entropy in nats, and
+            ½); loss_masked, without λ, if crops are masked; and for each head ("…_view", "…_region") teacher_entropy and student_entropy in nats, and
             prototypes_used, the effective number of prototypes among this micro-batch's targets.
         """
         views = len(student.view) // targets.images
@@ -89,10 +100,15 @@ class EsViT(Objective):
         if self.region_head is None or targets.region is None or targets.features is None:
             return loss, logs
         match, weight = region_pairs(student, targets.features, targets.images)
+        if hidden is not None:
+            match, weight = with_hidden(match, weight, hidden, TEACHER_VIEWS * targets.images, self.mask_weight)
         region_loss, entropies = self._term(
             self.region_head, self.region_center, student.regions, targets.region, match, weight, teacher_temp
         )
         logs |= {"loss_region": region_loss.detach(), **_logged(entropies, "region")}
+        if hidden is not None:
+            of_pairs, of_hidden = entropies.columns[:TEACHER_VIEWS].sum(), entropies.columns[-1]
+            logs |= {"loss_region": of_pairs, "loss_masked": 0.5 * of_hidden / self.mask_weight}
         return 0.5 * loss + 0.5 * region_loss, logs
 
     def commit(self) -> None:
@@ -216,6 +232,24 @@ def region_pairs(student: Features, teacher: Tensor, images: int) -> tuple[Tenso
         weights.append(other.reshape(-1, TEACHER_VIEWS).to(teacher.dtype) / (_pairs(views) * images * h * w))
         first += n // images
     return torch.cat(matches), torch.cat(weights)
+
+
+@torch.no_grad()
+def with_hidden(match: Tensor, weight: Tensor, hidden: Tensor, crops: int, mask_weight: float) -> tuple[Tensor, Tensor]:
+    """Return match and weight [ΣB·T, 3] with a third column: every hidden region with the same region of the teacher.
+
+    Args:
+        match, weight: of the region loss (`region_pairs`), [ΣB·T, 2].
+        hidden: bool [2B·T], the hidden regions of the global crops, which come first.
+        crops: 2B.
+        mask_weight: λ, the weight of the hidden regions beside the region loss, which itself has the weight ½.
+    """
+    of_crops = hidden.view(crops, -1).to(weight.dtype)
+    shares = of_crops / of_crops.sum(1, keepdim=True).clamp_min(1)  # 1/n at the n hidden regions of a crop
+    own, column = match.new_zeros(len(match), 1), weight.new_zeros(len(weight), 1)
+    own[: len(hidden), 0] = torch.arange(len(hidden), device=match.device)
+    column[: len(hidden), 0] = shares.flatten() * (2 * mask_weight / crops)
+    return torch.cat([match, own], 1), torch.cat([weight, column], 1)
 
 
 def _pairs(views: int) -> int:

@@ -1,17 +1,20 @@
 """The modules that DeepSpeed wraps: a trunk and an objective together, as student or as teacher."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from esvit_scale import ranges
 from esvit_scale.config import Config
 from esvit_scale.models import products
+from esvit_scale.models.masking import Mask, MaskToken, cells_of, draw_cells
 from esvit_scale.models.registry import build_trunk
 from esvit_scale.models.trunk import Trunk
 from esvit_scale.objective.koleo import CROPS, koleo
 from esvit_scale.objective.objective import Logs, Objective, spread
 from esvit_scale.objective.registry import build_objective
+
+AnyNetwork = TypeVar("AnyNetwork", bound="Network")
 
 
 class Network(nn.Module):
@@ -25,6 +28,7 @@ class Network(nn.Module):
         super().__init__()
         self.trunk = trunk
         self.objective = objective
+        self.mask_token: MaskToken | None = None  # beside the trunk, because trained weights are used without it
 
 
 class StudentNetwork(Network):
@@ -33,10 +37,13 @@ class StudentNetwork(Network):
     Attributes:
         koleo_weight: weight of the KoLeo loss of the view features, beside the objective's loss.
         koleo_across_ranks: whether KoLeo compares with the images of all ranks.
+        mask_share, mask_ratio: how many global crops are masked, and how much of them (`masking.draw_cells`).
     """
 
     koleo_weight = 0.0
     koleo_across_ranks = False
+    mask_share = 0.0
+    mask_ratio = (0.0, 0.0)
 
     @ranges.named("student forward")
     def forward(
@@ -47,16 +54,26 @@ class StudentNetwork(Network):
         Args:
             crops: one tensor per resolution group, [V_g·B, channels, S_g, S_g], the two globals first.
             targets: what the teacher returned for the globals; None for an objective without a teacher.
-            drop_keys: int64 [ΣB], one key per crop image for drop path; None keeps every branch.
+            drop_keys: int64 [ΣB], one key per crop image for drop path and masks; None drops and masks nothing.
             teacher_temp: temperature of the teacher's softmax at this step.
         """
-        features = self.trunk(crops, drop_keys)
+        mask = None if drop_keys is None else self._mask(crops[0], drop_keys)
+        features = self.trunk(crops, drop_keys, *([] if mask is None else [mask]))
         view = features.view.detach()
-        loss, logs = self.objective(features, targets, teacher_temp)
+        hidden = [] if mask is None else [mask.cells.flatten()]
+        loss, logs = self.objective(features, targets, teacher_temp, *hidden)
         if self.koleo_weight:
             term = koleo(features.view, features.grids[0][0] // CROPS, self.koleo_across_ranks)
             loss, logs = loss + self.koleo_weight * term, {**logs, "loss_koleo": term.detach()}
         return loss, {**logs, "feature_std": spread(view)}, view
+
+    def _mask(self, globals_: Tensor, drop_keys: Tensor) -> Mask | None:
+        """Return the mask of global crops [2B, channels, S, S]; None if the run masks none."""
+        if self.mask_token is None or self.trunk.mask_geometry is None:
+            return None
+        h, w = (cells_of(self.trunk.mask_geometry, side) for side in globals_.shape[-2:])
+        cells = draw_cells(drop_keys[: len(globals_)], h, w, self.mask_share, self.mask_ratio)
+        return Mask(cells, self.mask_token)
 
 
 class TeacherNetwork(Network):
@@ -77,27 +94,31 @@ def build_network(config: Config) -> Network:
     Raises:
         UserError: trunk and objective do not fit each other or the config; the message is one line.
     """
-    return Network(*_trunk_and_objective(config))
+    return _build(Network, config)
 
 
 def build_student(config: Config) -> StudentNetwork:
     """Build the student network of a config; raises UserError in the same cases as `build_network`."""
-    student = StudentNetwork(*_trunk_and_objective(config))
+    student = _build(StudentNetwork, config)
     student.koleo_weight = config.objective.koleo_weight
     student.koleo_across_ranks = config.objective.koleo_across_ranks
+    student.mask_share, student.mask_ratio = config.objective.mask_crops, config.objective.mask_ratio
     return student
 
 
 def build_teacher(config: Config) -> TeacherNetwork:
     """Build the teacher network of a config; raises UserError in the same cases as `build_network`."""
-    return TeacherNetwork(*_trunk_and_objective(config))
+    return _build(TeacherNetwork, config)
 
 
-def _trunk_and_objective(config: Config) -> tuple[Trunk, Objective]:
+def _build(kind: type[AnyNetwork], config: Config) -> AnyNetwork:
     trunk = build_trunk(config)
     if config.model.freeze_patch_embed:
         trunk.patch_projection.requires_grad_(False)
     objective = build_objective(trunk, config)
     for part in (trunk, objective):
         products.replace(part)
-    return trunk, objective
+    network = kind(trunk, objective)
+    if config.objective.mask_weight and trunk.mask_geometry is not None:
+        network.mask_token = MaskToken(trunk.mask_geometry.width)
+    return network

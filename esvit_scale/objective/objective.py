@@ -24,12 +24,15 @@ class Objective(nn.Module):
         has_teacher: whether a teacher computes targets. If not, targets come from the student's own features and the
             teacher is not run. A recipe for such an objective sets `ema_momentum` to 0, so that the teacher's weights,
             which evaluation reads, are the student's.
+        takes_masks: whether the loss has a term for hidden regions. `forward` then takes, as a fourth argument, which
+            regions of the global crops are hidden, bool [2B·T], or None.
         images_at_least: the smallest number of images per micro-batch and rank for which the loss is defined.
     """
 
     needs_regions = False
     multi_crop = True
     has_teacher = True
+    takes_masks = False
     images_at_least = 1
 
     def targets(self, teacher: Features) -> Any:

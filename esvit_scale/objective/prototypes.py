@@ -37,11 +37,12 @@ NARROWEST_TILE = 128  # prototypes; below it matrix products starve
 
 
 class Entropies(NamedTuple):
-    """Entropies of the probabilities, in nats: scalars without gradient."""
+    """Entropies of the probabilities, in nats, and the loss in parts; without gradient."""
 
     teacher: Tensor  # mean over tokens of H(p_t): 0 for one prototype per token, ln K for uniform
     student: Tensor  # mean over tokens of H(softmax(z_s))
     usage: Tensor  # H(mean over tokens of p_t): its exponential is the number of prototypes in use
+    columns: Tensor  # [M], the loss of each column of `match`; their sum is the loss
 
 
 def prototype_cross_entropy(
@@ -73,7 +74,7 @@ def prototype_cross_entropy(
         tile: prototypes handled at once; None: as many as the device's caches (CPU) or memory (GPU) suggest.
 
     Returns:
-        The loss (scalar) and the entropies of teacher and student.
+        The loss (scalar), and the entropies of teacher and student with the loss of each column.
     """
     if z_s.dtype == torch.float16:  # P ~ 1/K and its products are below what fp16 resolves
         z_s = z_s.bfloat16()
@@ -130,16 +131,20 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
             torch.cat([z_s * mass[:, None], -pull]).div_(student_temp).to(_dtype_of_products(z_s))
         )  # [N_s + N_t, D]
         grad_rows = torch.empty_like(student.rows) if ctx.needs_input_grad[1] else None
-        mixed, entropies = _expectations(student, teacher, log_sums, towards, grad_rows, tile)
+        mixed, *entropies = _expectations(student, teacher, log_sums, towards, grad_rows, tile)
         expected = mixed[len(z_s) :]  # e [N_t, D]
         loss = torch.dot(mass, log_sums[: len(z_s)]) - (expected * pull).sum() / student_temp
 
-        grad_z = None
-        if ctx.needs_input_grad[0]:
-            grad_z = mixed[: len(z_s)] * mass[:, None]
-            for m in range(match.shape[1]):
-                grad_z.addcmul_(expected[match[:, m]], weight[:, m, None], value=-1)
+        grad_z = mixed[: len(z_s)] * mass[:, None] if ctx.needs_input_grad[0] else None
+        columns = []
+        for m in range(match.shape[1]):
+            own = expected[match[:, m]]  # [N_s, D]
+            if grad_z is not None:
+                grad_z.addcmul_(own, weight[:, m, None], value=-1)
+            columns.append(torch.dot(weight[:, m], log_sums[: len(z_s)] - (own * z_s).sum(1) / student_temp))
+        if grad_z is not None:
             grad_z = grad_z.div_(student_temp).to(dtype)
+        entropies.append(torch.stack(columns))
         # Attributes instead of save_for_backward, because the backward scales the gradients in place and returns them.
         ctx.gradients = grad_z, grad_rows.to(rows_s.dtype) if grad_rows is not None else None
         ctx.mark_non_differentiable(*entropies)
@@ -168,8 +173,8 @@ def log_sum_exp(side: Side, tile: int) -> Tensor:
 
 def _expectations(
     student: Side, teacher: Side, log_sums: Tensor, towards: Tensor, grad_rows: Tensor | None, tile: int
-) -> tuple[Tensor, Entropies]:
-    """Return P W and the entropies, where P are the probabilities of student and teacher tokens, [N_s + N_t, K].
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return P W and the entropies of teacher, student and usage, where P are the probabilities of student and teacher tokens, [N_s + N_t, K].
 
     P W [N_s + N_t, D] is each token's expectation of the student's prototypes W. If `grad_rows` [K, D] is given, Pᵀ
     times `towards` [N_s + N_t, D] is written into it.
@@ -197,7 +202,7 @@ def _expectations(
                 torch.mm(both.t(), towards, out=grad_rows[part])
             else:
                 grad_rows[part] = both.t() @ towards
-    return mixed, Entropies(-negative_t / n_t, -negative_s / n_s, -negative_mean)
+    return mixed, -negative_t / n_t, -negative_s / n_s, -negative_mean
 
 
 def _exp_into(x: Tensor, out: Tensor, spare: Tensor) -> Tensor:

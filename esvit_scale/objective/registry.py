@@ -5,6 +5,7 @@ from collections.abc import Callable
 from esvit_scale import config as configs
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError, nearest
+from esvit_scale.models.masking import cells_of
 from esvit_scale.models.trunk import Trunk
 from esvit_scale.objective.byol import BYOL
 from esvit_scale.objective.dino import DINO
@@ -45,6 +46,8 @@ def build_objective(trunk: Trunk, config: Config) -> Objective:
         )
     if config.objective.regions and not objective.needs_regions:
         raise UserError(f"objective.regions: {name} has no region loss; leave it out, or take objective.name=esvit")
+    if config.objective.mask_weight:
+        _check_masks(trunk, objective, config)
     if not objective.has_teacher and (config.objective.ema_momentum or config.objective.ema_momentum_end):
         raise UserError(
             f"objective.ema_momentum: {name} has no teacher, whose weights are what evaluation reads; set "
@@ -53,6 +56,27 @@ def build_objective(trunk: Trunk, config: Config) -> Objective:
     if config.data.local_crops and not objective.multi_crop:
         raise UserError(f"data.local_crops: {name} compares the two global crops alone; set data.local_crops=[]")
     return objective
+
+
+def _check_masks(trunk: Trunk, objective: Objective, config: Config) -> None:
+    """Raise UserError if the objective has no masked term, or the trunk's crops cannot be masked."""
+    if not objective.takes_masks:
+        raise UserError(
+            f"objective.mask_weight: {config.objective.name} with objective.regions={str(config.objective.regions).lower()} "
+            "has no loss of masked regions; set objective.mask_weight=0, or take objective.name=esvit with regions"
+        )
+    geometry, size = trunk.mask_geometry, config.data.global_crops.size
+    if geometry is None:
+        raise UserError(
+            f"objective.mask_weight: {config.model.trunk} cannot be masked, since its tokens are not made of patches of "
+            "their own; set objective.mask_weight=0, or take a Swin, Focal, ViL or plain vision transformer of this package"
+        )
+    if cells_of(geometry, size) < 2:
+        pixels = geometry.patch * geometry.patches
+        raise UserError(
+            f"objective.mask_weight: global crops of {size} pixels have one region of {pixels} pixels, so that nothing would "
+            f"be left to see; at least data.global_crops.size={2 * pixels}"
+        )
 
 
 def check_local_batch(objective: Objective, config: Config, world_size: int) -> None:

@@ -44,6 +44,7 @@ GROUPS = (
             "loss": ("total", BLUE),
             "loss_view": ("view (V)", ORANGE),
             "loss_region": ("region (R)", GREEN),
+            "loss_masked": ("masked regions, before their weight", VIOLET),
             "loss_koleo": ("KoLeo, before its weight", VIOLET),
         },
     ),

@@ -47,6 +47,11 @@ OTHERS: dict[str, dict[str, Any]] = {  # each against its own reference: one pro
     "lars": {"optim__name": "lars", "optim__lr": 10.0},
     "sgd": {"optim__name": "sgd"},
     "frozen": {"model__freeze_patch_embed": True},
+    "masked": {
+        "objective__mask_weight": 1.0,
+        "objective__koleo_weight": 0.1,
+        "objective__koleo_across_ranks": True,
+    },
 }
 ONE_RANK: dict[str, dict[str, Any]] = {
     "zero1": {"train__ds_config": "zero1"},
