@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,16 +72,26 @@ class Source(NamedTuple):
     tree: ast.Module
 
 
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def sources(package: Path = PACKAGE) -> list[Source]:
     found = []
     for path in sorted(package.rglob("*.py")):
         parts = path.relative_to(package).with_suffix("").parts
-        found.append(Source(path, parts[0], ".".join(("esvit_scale", *parts)), ast.parse(path.read_text())))
+        found.append(Source(path, parts[0], ".".join(("esvit_scale", *parts)), parsed(path)))
     return found
 
 
-def imported(tree: ast.Module) -> Iterator[tuple[int, str]]:
+@cache
+def imported(tree: ast.Module) -> tuple[tuple[int, str], ...]:
     """Line and dotted name of everything imported, anywhere in the file, in functions and under TYPE_CHECKING too."""
+    return tuple(_imported(tree))
+
+
+def _imported(tree: ast.Module) -> Iterator[tuple[int, str]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -174,7 +185,7 @@ def module_spellings(files: Iterable[Path], modules: set[str]) -> dict[str, set[
     """Return the names under which the files import each of `modules`: its own name or an alias."""
     found = defaultdict(set)
     for file in files:
-        for node in ast.walk(ast.parse(file.read_text())):
+        for node in ast.walk(parsed(file)):
             if isinstance(node, ast.ImportFrom):
                 for alias in node.names:
                     if f"{node.module}.{alias.name}" in modules:

@@ -48,15 +48,30 @@ def test_every_preset_fits_every_deepspeed_config() -> None:
     assert not failures, "\n".join(failures)
 
 
-@pytest.mark.parametrize("preset", [name for name in configs.preset_names() if name != "demo"])
-def test_preset_header_states_the_computed_cost(preset: str) -> None:
-    config = configs.resolve(preset)
-    header = (resources.files("esvit_scale") / "configs" / f"{preset}.yaml").read_text().split("\n\n")[0]
-    assert f"({costs.parameters(config).trunk:,} parameters without" in header
-    stated = re.search(r"Cost: ([\d,.]+) GFLOPs per image", header)
-    assert stated
-    stated_flops = stated[1].replace(",", "")
-    digits = len(stated_flops.partition(".")[2])
-    assert f"{costs.image_flops(config) / 1e9:.{digits}f}" == stated_flops
+PRESETS = [name for name in configs.preset_names() if name != "demo"]
+# Those whose FLOPs are counted by running the network, for seconds; deit_s and simsiam_resnet50 stay among the fast ones.
+TRACED = {
+    *("cvt_s1", "focal_t", "vil_2262", "byol_resnet50", "dino_resnet50", "swav_resnet50"),
+    *("moco_v3_vit_s", "stability_frozen", "stability_trained"),
+}
+
+
+def header_of(preset: str) -> str:
+    return (resources.files("esvit_scale") / "configs" / f"{preset}.yaml").read_text().split("\n\n")[0]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_preset_header_states_source_size_and_result(preset: str) -> None:
+    header = header_of(preset)
+    assert f"({costs.parameters(configs.resolve(preset)).trunk:,} parameters without" in header
     assert re.search(r"Expected[,:]", header)
     assert "Source:" in header
+
+
+@pytest.mark.parametrize("preset", [pytest.param(p, marks=pytest.mark.slow) if p in TRACED else p for p in PRESETS])
+def test_preset_header_states_the_computed_cost(preset: str) -> None:
+    stated = re.search(r"Cost: ([\d,.]+) GFLOPs per image", header_of(preset))
+    assert stated
+    flops = stated[1].replace(",", "")
+    digits = len(flops.partition(".")[2])
+    assert f"{costs.image_flops(configs.resolve(preset)) / 1e9:.{digits}f}" == flops

@@ -106,27 +106,31 @@ def test_files_of_old_torch_and_numpy_are_read(pth: Path, tmp_path: Path) -> Non
     assert all(torch.equal(t, expected.networks["teacher"][n]) for n, t in weights.networks["teacher"].items())
 
 
-@pytest.mark.parametrize("network", ["teacher", "student"])
-def test_single_file_holds_the_trunk_and_loads_without_deepspeed(pth: Path, tmp_path: Path, network: str) -> None:
-    file = tmp_path / "trunk.safetensors"
-    convert(pth, file, "esvit", "safetensors", network)
-    tensors = load_file(file)
-    assert all(name.startswith("trunk.") for name in tensors)
-    prefix = "module." if network == "student" else ""
-    assert torch.equal(tensors["trunk.norm.weight"], theirs.content()[network][prefix + "norm.weight"])
+def test_single_file_holds_the_trunk_and_loads_without_deepspeed(pth: Path, tmp_path: Path) -> None:
+    files = {network: tmp_path / f"{network}.safetensors" for network in ("teacher", "student")}
+    for network, file in files.items():
+        convert(pth, file, "esvit", "safetensors", network)
+        tensors = load_file(file)
+        assert all(name.startswith("trunk.") for name in tensors)
+        prefix = "module." if network == "student" else ""
+        assert torch.equal(tensors["trunk.norm.weight"], theirs.content()[network][prefix + "norm.weight"])
     code = (
         "import sys; sys.modules['deepspeed'] = None\n"
         "from pathlib import Path; from esvit_scale.checkpoint.state import load_teacher; import torch\n"
-        "trunk, config = load_teacher(Path(sys.argv[1]))\n"
-        "print(trunk([torch.ones(1, 3, 224, 224)]).view.double().sum().item())"
+        "for file in sys.argv[1:]:\n"
+        "    trunk, config = load_teacher(Path(file))\n"
+        "    print(trunk([torch.ones(1, 3, 224, 224)]).view.double().sum().item())"
     )
     environment = {**os.environ, **launcher.environment()}
-    done = subprocess.run([sys.executable, "-c", code, str(file)], capture_output=True, text=True, env=environment)
+    command = [sys.executable, "-c", code, *map(str, files.values())]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
+    teacher, student = map(float, done.stdout.split())
     convert(pth, tmp_path / "ours", "esvit", "esvit-scale")
     trunk, _ = state.load_teacher(tmp_path / "ours")
-    same = trunk([torch.ones(1, 3, 224, 224)]).view.double().sum().item() == pytest.approx(float(done.stdout), rel=1e-6)
-    assert same == (network == "teacher")
+    expected = trunk([torch.ones(1, 3, 224, 224)]).view.double().sum().item()
+    assert teacher == pytest.approx(expected, rel=1e-6)
+    assert student != pytest.approx(expected, rel=1e-6)
 
 
 def test_heads_option_exports_heads_and_centres(pth: Path, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_timm_export_has_the_same_features(tmp_path: Path, model: dict, size: in
 @pytest.mark.parametrize(
     ("model", "size"),
     [
-        pytest.param(DEIT, 32, id="deit"),
+        pytest.param(DEIT, 32, id="deit", marks=pytest.mark.slow),
         pytest.param(RESNET, 32, id="resnet", marks=pytest.mark.slow),
         pytest.param(ATTO, 64, id="timm's convnext", marks=pytest.mark.slow),
     ],

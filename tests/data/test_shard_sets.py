@@ -2,6 +2,7 @@
 
 import io
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from esvit_scale import cli
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data import set_folder
 from esvit_scale.data.manifest import Manifest
@@ -78,13 +80,29 @@ def test_parts_merge_into_the_same_bytes(n: int, val: float, image_folder: Path,
     assert merge(tmp_path / "parts") == sets  # a second time: nothing to do
 
 
+def exit_with(arguments: list[str]) -> None:
+    sys.exit(cli.main(arguments))
+
+
 def test_parts_can_be_written_at_the_same_time(image_folder: Path, tmp_path: Path) -> None:
     write(image_folder, tmp_path / "whole", Recipe(samples_per_shard=1))
-    base = [sys.executable, "-m", "esvit_scale", "shards"]
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    create = [*base, "create", image_folder, tmp_path / "parts", "--samples-per-shard", "1", "--workers", "1"]
-    children = [subprocess.Popen([*create, "--shard-range", f"{i}/2"], env=env) for i in (1, 2)]
-    assert [child.wait(60) for child in children] == [0, 0]
+    create = [
+        "shards",
+        "create",
+        str(image_folder),
+        str(tmp_path / "parts"),
+        "--samples-per-shard",
+        "1",
+        "--workers",
+        "1",
+    ]
+    fork = multiprocessing.get_context("fork")  # a new interpreter would only import the same modules for seconds
+    children = [fork.Process(target=exit_with, args=([*create, "--shard-range", f"{i}/2"],)) for i in (1, 2)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(60)
+    assert [child.exitcode for child in children] == [0, 0]
     merge(tmp_path / "parts")
     assert files_of(tmp_path / "parts") == files_of(tmp_path / "whole")
 

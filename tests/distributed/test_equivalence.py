@@ -7,31 +7,36 @@ from typing import Any
 
 import pytest
 
+from esvit_scale.config import Config
 from esvit_scale.train import pretraining
 from tests import launcher, tiny
 
-# fp32 sums of a few hundred terms in another order: 1e-7 each, grown by 20 steps of training at a high rate.
+STEPS = 8  # two epochs; the last layer is frozen in the first
+SAVE = 5  # in the second
+# fp32 sums of a few hundred terms in another order: 1e-7 each, grown by STEPS steps of training at a high rate.
 TOLERANCE = 1e-5
 pytestmark = pytest.mark.timeout(900)  # all runs of the two ranks are one fixture, and other work may share the cores
 
 TWO_RANKS: dict[str, dict[str, Any]] = {
-    "zero0": {"train__ds_config": "zero0"},
-    "zero1": {"train__ds_config": "zero1"},
-    "zero2": {"train__ds_config": "zero2"},
-    "zero3": {"train__ds_config": "zero3"},
+    **{s: {"train__ds_config": s, "train__checkpoint_every": SAVE} for s in ("zero1", "zero2", "zero3")},
     "zero1-accumulate": {"train__ds_config": "zero1", "train__grad_accum": 2},
-    "zero3-accumulate": {"train__ds_config": "zero3", "train__grad_accum": 2},
-    "zero2-workers": {"train__ds_config": "zero2", "data__workers": 1},
-    **{
-        f"{stage}-selective": {"train__ds_config": stage, "train__activation_checkpointing": "selective"}
-        for stage in ("zero0", "zero2", "zero3")
+    "zero0-selective": {"train__ds_config": "zero0", "train__activation_checkpointing": "selective"},
+    "zero2-selective-workers": {
+        "train__ds_config": "zero2",
+        "train__activation_checkpointing": "selective",
+        "data__workers": 1,
+    },
+    "zero3-selective-accumulate": {
+        "train__ds_config": "zero3",
+        "train__activation_checkpointing": "selective",
+        "train__grad_accum": 2,
     },
     "zero3-torch": {"train__ds_config": "zero3", "train__activation_checkpointing": "torch"},
     "zero3-deepspeed": {"train__ds_config": "zero3", "train__activation_checkpointing": "deepspeed"},
     "zero3-fairscale": {"train__ds_config": "zero3", "train__activation_checkpointing": "fairscale"},
 }
 # Beside them: offloading, a partition inside each node (here two "nodes" of two ranks), layer-wise norms by segment,
-# a frozen patch embedding, and one run that a single process saved at step 10.
+# a frozen patch embedding, and one run that a single process saved at step SAVE.
 FOUR_RANKS: dict[str, dict[str, Any]] = {
     "zero0": {"train__ds_config": "zero0"},
     "zero1": {"train__ds_config": "zero1"},
@@ -73,7 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reference(folder: Path) -> list[dict[str, Any]]:
     """One process, ZeRO 0, no accumulation."""
-    assert pretraining.pretrain(tiny.config(folder / "reference", folder / "shards", train__ds_config="zero0")) == 0
+    assert train_alone(folder / "reference", folder, train__ds_config="zero0", train__checkpoint_every=SAVE) == 0
     return tiny.rows(folder / "reference")
 
 
@@ -92,7 +97,7 @@ def four_ranks(folder: Path, reference: list[dict[str, Any]]) -> Path:
     (folder / "hierarchical.json").write_text(json.dumps(values))
     for name in FOUR_RANKS:
         if name.endswith("-elastic"):
-            back_to_step_10(folder / "reference", folder / f"four-{name}")
+            back_to_the_save(folder / "reference", folder / f"four-{name}")
     runs = {f"four-{name}": overrides for name, overrides in FOUR_RANKS.items()}
     runs["four-zero3_hierarchical"] = {"train__ds_config": str(folder / "hierarchical.json")}
     runs |= {f"four-{name}-zero2": o | {"train__ds_config": "zero2"} for name, o in OTHERS.items()}
@@ -101,26 +106,35 @@ def four_ranks(folder: Path, reference: list[dict[str, Any]]) -> Path:
     return folder
 
 
+def config_of(run: Path, folder: Path, **overrides: Any) -> Config:
+    """Return the config of a run on the module's shards that saves only at its end, unless `overrides` say else."""
+    values = {"train__steps": STEPS, "train__checkpoint_every": STEPS} | overrides
+    return tiny.config(run, folder / "shards", **values)
+
+
+def train_alone(run: Path, folder: Path, **overrides: Any) -> int:
+    return pretraining.pretrain(config_of(run, folder, **overrides))
+
+
 def train_on(ranks: int, runs: dict[str, dict[str, Any]], folder: Path, timeout: float = 850) -> None:
     paths = []
     for name, overrides in runs.items():
-        config = tiny.config(folder / name, folder / "shards", **overrides)
-        paths.append(tiny.write_config(folder / f"{name}.yaml", config))
+        paths.append(tiny.write_config(folder / f"{name}.yaml", config_of(folder / name, folder, **overrides)))
     launcher.run(Path(__file__).with_name("scenarios.py"), *paths, ranks=ranks, timeout=timeout)
 
 
-def back_to_step_10(source: Path, run: Path) -> None:
-    """A copy of a finished run as it was after its save at step 10."""
+def back_to_the_save(source: Path, run: Path) -> None:
+    """A copy of a finished run as it was after its save at step SAVE."""
     shutil.copytree(source, run)
     kept = sorted(folder.name for folder in (run / "checkpoints").glob("step-*"))
-    assert kept == ["step-00000010", "step-00000020"]
-    shutil.rmtree(run / "checkpoints" / "step-00000020")
-    (run / "checkpoints" / "latest").write_text("step-00000010\n")
+    assert kept == [f"step-{step:08d}" for step in (SAVE, STEPS)]
+    shutil.rmtree(run / "checkpoints" / kept[1])
+    (run / "checkpoints" / "latest").write_text(f"{kept[0]}\n")
     (run / "summary.json").unlink()
 
 
 def assert_same(rows: list[dict[str, Any]], reference: list[dict[str, Any]]) -> None:
-    assert [row["step"] for row in rows] == [row["step"] for row in reference] == list(range(1, 21))
+    assert [row["step"] for row in rows] == [row["step"] for row in reference] == list(range(1, STEPS + 1))
     for row, expected in zip(rows, reference, strict=True):
         for key in ("loss", "loss_view", "loss_region", "teacher_entropy_view", "teacher_entropy_region"):
             assert row[key] == pytest.approx(expected[key], abs=TOLERANCE), (row["step"], key)
@@ -143,23 +157,22 @@ def test_four_ranks_match_one_process(four_ranks: Path, reference: list[dict[str
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_optimizers_and_frozen_parameters_match_at_every_stage(four_ranks: Path, folder: Path, name: str) -> None:
-    config = tiny.config(folder / f"one-{name}", folder / "shards", **OTHERS[name], train__ds_config="zero0")
-    assert pretraining.pretrain(config) == 0
+    assert train_alone(folder / f"one-{name}", folder, **OTHERS[name], train__ds_config="zero0") == 0
     own = tiny.rows(folder / f"one-{name}")
-    assert own[-1]["loss"] < own[0]["loss"] - 0.3
+    assert min(row["loss"] for row in own) < own[0]["loss"] - 0.3
     for stage in ("zero2", "zero3"):
         assert_same(tiny.rows(four_ranks / f"four-{name}-{stage}"), own)
 
 
 @pytest.mark.parametrize("name", ONE_RANK)
 def test_one_rank_matches_zero_0(folder: Path, reference: list[dict[str, Any]], name: str) -> None:
-    assert pretraining.pretrain(tiny.config(folder / f"one-{name}", folder / "shards", **ONE_RANK[name])) == 0
+    assert train_alone(folder / f"one-{name}", folder, **ONE_RANK[name]) == 0
     assert_same(tiny.rows(folder / f"one-{name}"), reference)
 
 
 def test_reference_loss_falls_and_no_step_is_skipped(reference: list[dict[str, Any]]) -> None:
     """The comparison above means something only if training changes the numbers."""
-    assert reference[-1]["loss"] < reference[0]["loss"] - 1
+    assert min(row["loss"] for row in reference) < reference[0]["loss"] - 0.9
     assert all(row["skipped_steps"] == 0 for row in reference)
 
 
@@ -167,9 +180,8 @@ def test_reference_loss_falls_and_no_step_is_skipped(reference: list[dict[str, A
 def test_resume_at_another_world_size_and_stage_matches(
     two_ranks: Path, folder: Path, reference: list[dict[str, Any]], tmp_path: Path, saved_by: str, resumed_with: str
 ) -> None:
-    """Two ranks save at step 10 at one ZeRO stage, one process goes on at another: the same losses."""
+    """Two ranks save at step SAVE at one ZeRO stage, one process goes on at another: the same losses."""
     run = tmp_path / "run"
-    back_to_step_10(two_ranks / f"two-{saved_by}", run)
-    config = tiny.config(run, folder / "shards", train__ds_config=resumed_with, train__checkpoint_every=10)
-    assert pretraining.pretrain(config) == 0
+    back_to_the_save(two_ranks / f"two-{saved_by}", run)
+    assert train_alone(run, folder, train__ds_config=resumed_with) == 0
     assert_same(tiny.rows(run), reference)

@@ -223,6 +223,7 @@ def test_invalid_shapes_are_refused_in_one_line(size, model, words):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow  # vil's is among the fast tests
 @pytest.mark.skipif(torch.__version__.startswith("2.7."), reason="torch.export of torch 2.7 fixes the batch")
 def test_exported_graph_accepts_any_batch_size():
     trunk = make().float().eval()

@@ -4,7 +4,6 @@ import torch
 from torch.nn import functional as F
 
 from tests.objective import cases
-from tests.objective.conftest import Ranks
 
 
 def test_loss_and_gradients_match_definition() -> None:
@@ -20,8 +19,3 @@ def test_loss_and_gradients_match_definition() -> None:
             loss = loss + (2 - 2 * F.cosine_similarity(predictions[own], keys[other], dim=0)) / cases.B
     cases.assert_same(found, loss, cases.gradients(loss, student, leaf))
     assert abs(found.logs["positive_similarity"].item() - (4 - loss.item()) / 4) < 1e-9
-
-
-def test_two_ranks_match_one(ranks: Ranks) -> None:
-    """Batch norm over all ranks."""
-    cases.assert_ranks_agree("byol", *ranks("byol"))

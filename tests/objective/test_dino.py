@@ -3,7 +3,6 @@ import torch
 from esvit_scale import config as configs
 from esvit_scale.objective.esvit import EsViT
 from tests.objective import cases
-from tests.objective.conftest import Ranks
 
 
 def test_dino_equals_esvit_without_regions() -> None:
@@ -20,10 +19,6 @@ def test_dino_equals_esvit_without_regions() -> None:
         losses.append(module(given.features, targets, cases.TEMP)[0])  # with the centre
     assert losses[:2] == losses[2:]
     assert esvit.extra_state().keys() == dino.extra_state().keys() == {"view.values"}
-
-
-def test_two_ranks_match_one(ranks: Ranks) -> None:
-    cases.assert_ranks_agree("dino", *ranks("dino"))
 
 
 def test_regions_default_depends_on_the_objective() -> None:

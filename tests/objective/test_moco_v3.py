@@ -5,7 +5,6 @@ import torch
 from torch.nn import functional as F
 
 from tests.objective import cases
-from tests.objective.conftest import Ranks
 
 
 def test_loss_and_gradients_match_definition() -> None:
@@ -24,11 +23,6 @@ def test_loss_and_gradients_match_definition() -> None:
             right += int(scores.argmax() == i)
     cases.assert_same(found, loss, cases.gradients(loss, student, leaf))
     assert found.logs["contrastive_accuracy"].item() == pytest.approx(right / (2 * cases.B))
-
-
-def test_two_ranks_match_one(ranks: Ranks) -> None:
-    """Keys of all ranks, each rank's own in their place; batch norm over all ranks."""
-    cases.assert_ranks_agree("moco_v3", *ranks("moco_v3"))
 
 
 def test_last_layers_are_normalised_without_gain() -> None:

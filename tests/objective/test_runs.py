@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,12 @@ def run(folder: Path, shards: Path, case: str, ds_config: str, **overrides: Any)
     return tiny.rows(folder)
 
 
-@pytest.mark.parametrize("case", cases.CASES)
+def fast_if(fast: set[str], all_cases: Iterable[str]) -> list[Any]:
+    return [case if case in fast else pytest.param(case, marks=pytest.mark.slow) for case in all_cases]
+
+
+# Fast is one of each kind: with centres, with Sinkhorn-Knopp, contrastive with a teacher, and without a teacher.
+@pytest.mark.parametrize("case", fast_if({"dino", "esvit-sinkhorn", "moco_v3", "swav"}, cases.CASES))
 def test_three_steps_match_at_zero_1_and_3(tmp_path: Path, shards: Path, case: str) -> None:
     """ZeRO 3 would re-apply the gradient of a parameter that is not used."""
     rows = run(tmp_path / "zero1", shards, case, "zero1")
@@ -37,7 +43,7 @@ def test_three_steps_match_at_zero_1_and_3(tmp_path: Path, shards: Path, case: s
 
 
 @pytest.mark.parametrize("precision", ["bf16", "autocast"])
-@pytest.mark.parametrize("case", ["dino-sinkhorn", "moco_v3", "simclr", "swav"])
+@pytest.mark.parametrize("case", fast_if({"dino-sinkhorn", "moco_v3"}, ["dino-sinkhorn", "moco_v3", "simclr", "swav"]))
 def test_half_precision_follows_fp32(tmp_path: Path, shards: Path, case: str, precision: str) -> None:
     exact = run(tmp_path / "fp32", shards, case, "zero1")
     rough = run(tmp_path / precision, shards, case, "zero1", train__precision=precision)

@@ -5,7 +5,6 @@ import torch
 from torch.nn import functional as F
 
 from tests.objective import cases
-from tests.objective.conftest import Ranks
 
 
 def test_loss_and_gradients_match_definition() -> None:
@@ -22,8 +21,3 @@ def test_loss_and_gradients_match_definition() -> None:
         right += max(scores, key=lambda j: scores[j].item()) == positive
     cases.assert_same(found, loss, cases.gradients(loss, student, leaf))
     assert found.logs["contrastive_accuracy"].item() == pytest.approx(right / (2 * cases.B))
-
-
-def test_two_ranks_match_one(ranks: Ranks) -> None:
-    """Negatives of all ranks, and the gradient of every rank's loss to an image."""
-    cases.assert_ranks_agree("simclr", *ranks("simclr"))

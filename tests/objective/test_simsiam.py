@@ -4,7 +4,6 @@ import torch
 from torch.nn import functional as F
 
 from tests.objective import cases
-from tests.objective.conftest import Ranks
 
 
 def test_loss_and_gradients_match_definition() -> None:
@@ -20,10 +19,6 @@ def test_loss_and_gradients_match_definition() -> None:
             target = projections[other].detach()
             loss = loss - 0.5 * F.cosine_similarity(predictions[own], target, dim=0) / cases.B
     cases.assert_same(found, loss, cases.gradients(loss, student, leaf))
-
-
-def test_two_ranks_match_one(ranks: Ranks) -> None:
-    cases.assert_ranks_agree("simsiam", *ranks("simsiam"))
 
 
 def test_moving_average_teacher_is_refused() -> None:

@@ -4,7 +4,6 @@ import torch
 from torch.nn import functional as F
 
 from tests.objective import cases
-from tests.objective.conftest import Ranks
 from tests.objective.test_sinkhorn import dense
 
 
@@ -24,11 +23,6 @@ def test_loss_and_gradients_match_definition() -> None:
                     loss = loss - codes[i] @ F.log_softmax(scores[crop, i] / 0.1, 0) / cases.B
     loss = loss / (2 * (len(scores) - 1))
     cases.assert_same(found, loss, cases.gradients(loss, student, leaf))
-
-
-def test_two_ranks_match_one(ranks: Ranks) -> None:
-    """Codes over the images of all ranks."""
-    cases.assert_ranks_agree("swav", *ranks("swav"))
 
 
 def test_prototypes_have_unit_norm_and_freeze_like_a_last_layer() -> None:

@@ -149,6 +149,7 @@ def test_other_errors_are_not_translated() -> None:
         raise RuntimeError("shape mismatch")
 
 
+@pytest.mark.slow  # the fast tests above check the translation of every such error
 def test_survivor_of_a_killed_rank_exits_75(tmp_path: Path) -> None:
     """The two processes run without torchrun, which would kill the survivor."""
     config = tiny.config(tmp_path / "run", tiny.shards(tmp_path / "shards"), train__steps=5000, train__log_every=1)

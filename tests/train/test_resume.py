@@ -1,13 +1,17 @@
 """A run that was stopped and resumed equals an uninterrupted one, bit for bit on a CPU."""
 
+import os
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from esvit_scale.train import pretraining, run_dir, run_records
+from esvit_scale import cli
+from esvit_scale.config import Config
+from esvit_scale.train import pretraining, run_dir, run_records, signals
 from tests import launcher, tiny
 
 
@@ -49,24 +53,55 @@ def test_killed_and_resumed_run_equals_uninterrupted_run(
     assert tiny.rows(run) == straight
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGINT, 130)])
-def test_signal_saves_and_same_command_resumes(
-    data: Path, straight: list[dict[str, object]], tmp_path: Path, number: int, code: int
+def endless(run: Path, data: Path) -> Config:
+    """Return the config of a run that is long enough to be met while it runs."""
+    return tiny.config(run, data, train__steps=2000, train__checkpoint_every=2000)
+
+
+def test_ctrl_c_saves_and_same_command_resumes(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start_and_wait_for_step(tiny.write_config(tmp_path / "c.yaml", endless(run, data)), run, 3)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "the same command continues" in errors
+    assert_saved_before_its_end(run)
+    assert not (run / "requeue").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_schedulers_signal_saves_and_asks_for_a_requeue(
+    data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], number: signal.Signals
 ) -> None:
     run = tmp_path / "run"
-    # Long enough to be met while it runs; the schedules are the 20-step run's only when it ends there, so compare rows.
-    config = tiny.config(run, data, train__steps=2000, train__checkpoint_every=2000)
-    process = start_and_wait_for_step(tiny.write_config(tmp_path / "c.yaml", config), run, 3)
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == code, errors
+    path = tiny.write_config(tmp_path / "c.yaml", endless(run, data))
+    over = threading.Event()
+
+    def send_at_step_3() -> None:
+        while len(tiny.rows(run)) < 3 and not over.wait(0.01):
+            pass
+        if not over.is_set():  # the handlers of a run that failed are gone
+            os.kill(os.getpid(), number)
+
+    sender = threading.Thread(target=send_at_step_3)
+    sender.start()
+    try:
+        with signals.installed():
+            assert cli.main(["pretrain", str(path)]) == 0
+    finally:
+        over.set()
+        sender.join()
+    assert "the same command continues" in capfd.readouterr().err
+    assert_saved_before_its_end(run)
+    assert (run / "requeue").exists()
+
+
+def assert_saved_before_its_end(run: Path) -> None:
     saved = int((run / "checkpoints" / "latest").read_text().strip().removeprefix("step-"))
     assert 3 <= saved < 2000
     assert len(tiny.rows(run)) == saved
-    assert (run / "requeue").exists() == (code == 0)
     assert not (run / "lock.json").exists()
     assert run_records.read_summary(run)["finished"] is False
-    assert "the same command continues" in errors
 
 
 def test_finished_run_is_left_unchanged(data: Path, tmp_path: Path) -> None:
