@@ -4,6 +4,7 @@ python -m tests.data.mds_fixture DIR
 """
 
 import base64
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -47,9 +48,8 @@ COLUMNS = {"picture": "png", "pixels": "pil", "kind": "str", "number": "int", "s
 
 def write(folder: Path, **more: Any) -> None:
     """Write the rows with the real library."""
-    from streaming.base.format.mds.writer import MDSWriter
-
-    with MDSWriter(out=str(folder), columns=COLUMNS, size_limit=2000, progress_bar=False, **more) as out:
+    writer = importlib.import_module("streaming.base.format.mds.writer")
+    with writer.MDSWriter(out=str(folder), columns=COLUMNS, size_limit=2000, progress_bar=False, **more) as out:
         for row in rows():
             out.write(row)
 

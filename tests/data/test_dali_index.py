@@ -1,5 +1,6 @@
 """Indexes in DALI's format, compared with one that is made from the tars' headers by DALI's rules, and with its reader."""
 
+import importlib
 import tarfile
 from pathlib import Path
 
@@ -51,13 +52,13 @@ def test_index_is_the_one_that_dali_makes(labelled: Path, tmp_path: Path, capsys
 
 @pytest.mark.slow
 def test_dali_reads_the_set(labelled: Path) -> None:
-    pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed (pip install nvidia-dali-cuda120)")
-    from nvidia.dali import fn, pipeline_def
+    dali = pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed (pip install nvidia-dali-cuda120)")
+    fn = importlib.import_module("nvidia.dali.fn")
 
     assert cli.main(["shards", "index", str(labelled), "--format", "dali"]) == 0
     tars = sorted(map(str, labelled.glob("*.tar")))
 
-    @pipeline_def(batch_size=8, num_threads=1, device_id=None)
+    @dali.pipeline_def(batch_size=8, num_threads=1, device_id=None)
     def pipeline():  # type: ignore[no-untyped-def]
         return fn.readers.webdataset(paths=tars, index_paths=[tar[:-3] + "idx" for tar in tars], ext=["png", "cls"])
 

@@ -87,12 +87,12 @@ def _parts(url: str) -> tuple[str, list[str]]:
 
 
 def _wanted(store: Store, names: list[str]) -> dict[str, dict[str, Any]]:
-    """Return what the store says of every file that is to be fetched, by its path below the folder."""
+    """Return what is known of every file that is to be fetched ("size", "sha256", …), by its path below the folder."""
     if names:
         return {name: store.info(name) for name in names}
+    with suppress(Missing):
+        return _of_set(store)
     found = dict(_below(store, ""))
-    if MANIFEST in found:
-        return _of_set(store, found)
     return {name: info for name, info in found.items() if name.lower().endswith((*READ, *BESIDE))}
 
 
@@ -107,18 +107,17 @@ def _below(store: Store, folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield path, info
 
 
-def _of_set(store: Store, found: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return the files of a shard set, with the sha256 of every shard; the manifest comes last."""
-    shards = {str(s["name"]): s for s in _json(store.read(MANIFEST, at_start=True))["shards"]}
-    wanted = {}
-    for name, shard in shards.items():
-        if name not in found:
-            raise UserError(f"{store_urls.join(store.url, name)}: not there; the manifest lists it")
-        wanted[name] = found[name] | {"sha256": shard["sha256"]}
-        index = index_path(Path(name)).name
-        if index in found:
-            wanted[index] = found[index]
-    return wanted | {MANIFEST: found[MANIFEST]}
+def _of_set(store: Store) -> dict[str, dict[str, Any]]:
+    """Return the files of a shard set as its manifest lists them, which needs no listing of the folder; Missing: no set."""
+    wanted: dict[str, dict[str, Any]] = {}
+    for shard in _json(store.read(MANIFEST, at_start=True))["shards"]:
+        name = str(shard["name"])
+        if "/" in name or not name.endswith(".tar"):
+            raise UserError(f"{store_urls.join(store.url, MANIFEST)}: {name[:80]!r} is not the name of a tar beside it")
+        if digest := shard.get("index_sha256"):
+            wanted[index_path(Path(name)).name] = {"sha256": digest}
+        wanted[name] = {"size": shard["bytes"], "sha256": shard["sha256"]}
+    return wanted | {MANIFEST: store.info(MANIFEST)}
 
 
 def _json(data: bytes) -> dict[str, Any]:
@@ -151,7 +150,8 @@ def _fetch_all(store: Store, found: Mapping[str, dict[str, Any]], root: Path, ve
 
 
 def _version(info: Mapping[str, Any]) -> str:
-    return f"{info.get('size')} {info.get('ETag') or info.get('etag') or info.get('mtime') or ''}"
+    keys = ("sha256", "ETag", "etag", "mtime")
+    return f"{info.get('size')} {next((info[key] for key in keys if info.get(key)), '')}"
 
 
 def _recorded(name: str, versions: Path) -> Path:
@@ -165,19 +165,25 @@ def _is_here(name: str, info: Mapping[str, Any], root: Path, versions: Path) -> 
 
 
 def _fetch_one(store: Store, name: str, info: Mapping[str, Any], root: Path, versions: Path) -> None:
-    """Fetch a file that is the same object, of the same length, before and after the transfer."""
+    """Fetch a file that has the manifest's sha256, or is the same object before and after the transfer, of its length."""
+    if "sha256" not in info and info.get("size") is None:  # listed by a web server
+        info = store.info(name)
     for _ in range(ATTEMPTS):
         with files.replacing(root / name) as tmp:
             store.fetch(name, tmp, urgent=True)
-            size, after = tmp.stat().st_size, store.info(name)
-            whole = info.get("size") in (None, size) and _version(after) == _version(info)
-            if whole and "sha256" in info and files.sha256(tmp) != info["sha256"]:
-                raise UserError(f"{store_urls.join(store.url, name)}: its sha256 differs from the manifest's")
+            size = tmp.stat().st_size
+            if "sha256" in info:
+                if files.sha256(tmp) != info["sha256"]:
+                    raise UserError(f"{store_urls.join(store.url, name)}: its sha256 differs from the manifest's")
+                after = info
+            else:
+                after = store.info(name)
+            whole = after.get("size") in (None, size) and _version(after) == _version(info)
         if whole:
             versions.mkdir(exist_ok=True)
             files.write_text(_recorded(name, versions), _version(info))
             return
-        info = after | {key: info[key] for key in ("sha256",) if key in info}
+        info = after
     raise RestartCanHelp(
         f"{store_urls.join(store.url, name)}: changed during {ATTEMPTS} transfers; run the command again"
     )

@@ -50,7 +50,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 # Listings are not cached: another process may have replaced what they say. Nor are file systems: a fork would inherit
 # their connections.
 UNCACHED = {"use_listings_cache": False, "skip_instance_cache": True}
-DENIED, MISSING = (401, 403), (404, 410)  # HTTP status
+DENIED, MISSING, REFUSED = (401, 403), (404, 410), (405, 501)  # HTTP status; the last: a server cannot do it, ever
 LIBRARIES = ("aiohttp", "botocore", "aiobotocore", "s3fs", "gcsfs", "google", "azure", "huggingface_hub", "requests")
 MISTAKES = ("ParamValidationError", "InvalidS3AddressingStyleError")  # of a library, about an address or an option
 NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "ProfileNotFound")
@@ -142,7 +142,7 @@ class Store:
 
     def infos(self, folder: str) -> dict[str, dict[str, Any]]:
         """Return what the store says of the objects and folders in a folder ("size", …) by name; errors as `version`."""
-        path = f"{self._root}/{folder}".rstrip("/")
+        path = f"{self._root}/{folder}".rstrip("/") + ("/" if "http" in self._fs.protocol else "")
         found = self._retried(folder, lambda: self._fs.ls(path, detail=True), True, True)
         named = {str(one["name"]).rstrip("/").rpartition("/")[2]: one for one in found}
         return {name: one for name, one in named.items() if name}
@@ -316,6 +316,8 @@ def _kind(error: BaseException) -> type[Exception] | None:
         return Missing
     if statuses & set(DENIED) or isinstance(error, PermissionError) or type(error).__name__ in NO_CREDENTIALS:
         return Denied
+    if statuses & set(REFUSED):
+        return UserError
     if isinstance(error, OSError | asyncio.TimeoutError | TimeoutError):
         return None if _is_local(error) else StoreUnreachable
     # Some libraries look at options and addresses only when they make the first request.

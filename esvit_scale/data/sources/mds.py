@@ -79,8 +79,9 @@ class MdsSource(Source):
         labels = Labels()
         if self._label is None:
             labels.extend_without(len(self))
-        for i in range(len(self) if self._label is not None else 0):
-            labels.append(self._text(i, self._label))
+        else:
+            for i in range(len(self)):
+                labels.append(self._text(i, self._label))
         self.classes, self._labels = labels.finish(classes)
         self.notes += [*filter(None, [columns.label_unused(label)]), *labels.notes]
         digest = hashlib.sha256(repr((self._image, self._label, self._caption, self.classes)).encode())
