@@ -41,7 +41,7 @@ def puts(server: object_store.Proxy, suffix: str) -> list[str]:
 
 
 def test_created_in_the_bucket_with_faults_and_read_back(server: object_store.Proxy, tmp_path: Path) -> None:
-    images = classes(tmp_path / "images", ["a", "b"], n=20)
+    images = classes(tmp_path / "images", ["a", "b"], n=8)
     assert cli.main(["shards", "create", str(images), str(tmp_path / "local"), "--samples-per-shard", "7"]) == 0
     server.reset(share=0.1, seed=3, kinds=("503", "reset"))
     arguments = ["shards", "create", str(images), "s3://bucket/made", "--samples-per-shard", "7"]
@@ -57,6 +57,26 @@ def test_created_in_the_bucket_with_faults_and_read_back(server: object_store.Pr
     for path in (tmp_path / "local").iterdir():
         assert with_records.read(path.name) == path.read_bytes()
     with_records.close()
+
+
+def test_sources_in_the_bucket_are_written_to_the_bucket(server: object_store.Proxy, tmp_path: Path) -> None:
+    images = classes(tmp_path / "images", ["a", "b"], n=8)
+    to = Store("s3://bucket/images", {}, tmp_path)
+    for path in images.rglob("*.png"):
+        to.put(path, path.relative_to(images).as_posix())
+    to.close()
+    names = [path.relative_to(images).as_posix() for path in sorted(images.rglob("*.png"))]
+    (tmp_path / "list.txt").write_text("".join(f"{name}\n" for name in names))
+    split, two = ["--val-fraction", "0.3"], ["--workers", "2", "--samples-per-shard", "7"]
+    for root, where in ((str(images), str(tmp_path / "local")), ("s3://bucket/images", "s3://bucket/listed")):
+        create = ["shards", "create", str(tmp_path / "list.txt"), where, "--root", root, "--label", "parent", *two]
+        assert cli.main(create) == 0
+        assert cli.main(["shards", "split", where, f"{where}-divided", *split, *two]) == 0
+    for name in ("", "-divided/train", "-divided/val"):
+        there = Store(f"s3://bucket/listed{name}", {}, tmp_path)
+        for path in (tmp_path / f"local{name}").glob("*.tar"):
+            assert there.read(path.name) == path.read_bytes()
+        there.close()
 
 
 def test_damage_on_the_way_of_a_file_in_parts_is_seen_by_its_etag(server: object_store.Proxy, tmp_path: Path) -> None:
