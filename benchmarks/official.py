@@ -59,17 +59,21 @@ class OfficialStep:
         head = _definitions(clone / "models/vision_transformer.py", {"DINOHead"}, {"trunc_normal_": trunc_normal_})
         loss = _definitions(clone / "main_esvit.py", {"DDINOLoss"}, {"np": np, "F": F, "dist": dist})
         objective = config.objective
+        sizes = {"hidden_dim": objective.head_hidden, "bottleneck_dim": objective.bottleneck, "norm_last_layer": False}
 
         def network() -> Any:
             trunk = swin.SwinTransformer(
                 **swin_arguments(config), norm_layer=partial(nn.LayerNorm, eps=1e-6), use_dense_prediction=True
             )
             for name in ("head", "head_dense"):
-                setattr(trunk, name, head["DINOHead"](trunk.num_features, objective.prototypes, norm_last_layer=False))
+                setattr(trunk, name, head["DINOHead"](trunk.num_features, objective.prototypes, **sizes))
             return trunk.to(device)
 
         views = len(config.crop_sizes)
-        return network(), network(), loss["DDINOLoss"](objective.prototypes, views, 0.04, 0.07, 30, 300).to(device)
+        warmup = objective.teacher_temp_warmup_epochs
+        temps = (objective.teacher_temp, objective.teacher_temp_end, warmup, max(config.train.epochs, warmup + 1))
+        criterion = loss["DDINOLoss"](objective.prototypes, views, *temps, objective.student_temp).to(device)
+        return network(), network(), criterion
 
     def __call__(self, crops: list[Tensor]) -> None:
         """Make one optimizer step on `crops`: one tensor [B, 3, S, S] per view, as the official loader gives them."""
