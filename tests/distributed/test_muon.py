@@ -15,9 +15,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # two cores take min
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 RUNS: dict[int, dict[str, dict[str, Any]]] = {
     1: {stage: {"train__ds_config": stage} for stage in STAGES[1:]},
-    2: {stage: {"train__ds_config": stage} for stage in ("zero0", "zero1", "zero2_offload", "zero3_offload")}
+    2: {stage: {"train__ds_config": stage} for stage in ("zero1", "zero3_offload")}
     | {"zero3-accumulate": {"train__ds_config": "zero3", "train__grad_accum": 2}},
-    4: {stage: {"train__ds_config": stage} for stage in STAGES} | {"zero3-elastic": {"train__ds_config": "zero3"}},
+    4: {stage: {"train__ds_config": stage} for stage in ("zero0", "zero2", "zero3")}
+    | {"zero1-elastic": {"train__ds_config": "zero1"}},  # one process saved it at step 4
 }
 # In epoch 0, which has 4 steps, the last layer is frozen.
 MUON: dict[str, Any] = {"optim__name": "muon", "train__steps": 8, "train__checkpoint_every": 4}
@@ -46,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.shards(folder / "shards")
     config = tiny.config(folder / "reference", folder / "shards", train__ds_config="zero0", **MUON)
     assert pretraining.pretrain(config) == 0
-    back_to_step_4(folder / "reference", folder / "4-zero3-elastic")
+    back_to_step_4(folder / "reference", folder / "4-zero1-elastic")
     for name, overrides in RUNS[1].items():
         assert pretraining.pretrain(tiny.config(folder / f"1-{name}", folder / "shards", **MUON, **overrides)) == 0
     for ranks in (2, 4):
@@ -76,7 +77,7 @@ def test_resume_at_another_world_size_and_stage_matches(
 
 def test_bf16_runs_are_the_same_at_every_stage(tmp_path: Path, folder: Path) -> None:
     rows = {}
-    for stage in STAGES[1:]:
+    for stage in ("zero1", "zero3"):
         config = tiny.config(
             tmp_path / stage,
             folder / "shards",
@@ -86,6 +87,5 @@ def test_bf16_runs_are_the_same_at_every_stage(tmp_path: Path, folder: Path) -> 
         )
         assert pretraining.pretrain(config) == 0
         rows[stage] = tiny.rows(tmp_path / stage)
-    for stage in STAGES[2:]:
-        for row, expected in zip(rows[stage], rows["zero1"], strict=True):
-            assert row["loss"] == pytest.approx(expected["loss"], abs=1e-5), (stage, row["step"])
+    for row, expected in zip(rows["zero3"], rows["zero1"], strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], abs=TOLERANCE), row["step"]
