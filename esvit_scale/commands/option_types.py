@@ -21,6 +21,16 @@ def destination(text: str) -> Path | str:
     return text.rstrip("/") if is_set_url(text) else Path(text)
 
 
+def local_folder(text: str) -> Path:
+    """Convert a folder that batch jobs write to; the address of a store is refused."""
+    if is_set_url(text):
+        raise argparse.ArgumentTypeError(
+            f"{text}: the shipped script writes to a folder; for a store run `esvit-scale shards create … {text} "
+            "--shard-range I/N` in jobs of your own, then `esvit-scale shards merge`"
+        )
+    return Path(text)
+
+
 def size(text: str) -> int:
     """Convert a size such as 500M or 2G (powers of 1000) to bytes."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B?", text.upper())

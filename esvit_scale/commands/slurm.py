@@ -6,6 +6,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from esvit_scale.commands import option_types
 from esvit_scale.commands.parser import add_overrides, command, count, group, positive
 from esvit_scale.errors import UserError
 
@@ -47,7 +48,7 @@ def _add_submit(slurm: Any) -> None:
 
     shards = command(submit, "shards", _submit_shards, "write one shard set with many jobs, then merge their parts")
     shards.add_argument("source", metavar="SRC", help="images, as for `shards create`")
-    shards.add_argument("destination", type=Path, metavar="DST", help="folder of the shard set")
+    shards.add_argument("destination", type=option_types.local_folder, metavar="DST", help="folder of the shard set")
     shards.add_argument(
         "--parts", type=positive, default=16, metavar="N", help="number of jobs that write (default: 16)"
     )

@@ -50,3 +50,9 @@ def test_verify_names_every_changed_object(
 def test_verify_needs_no_index_of_a_remote_shard(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ShardCache, "_write_index", lambda *_: None)  # as if the cache had no room for it
     assert shard_verify.verify(small(shards, tmp_path, 20).root) == []
+
+
+def test_batch_script_refuses_an_address(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["slurm", "submit", "shards", "photos", "s3://bucket/set", "--dry-run"])
+    assert "shards create … s3://bucket/set --shard-range I/N" in capsys.readouterr().err
