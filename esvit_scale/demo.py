@@ -6,7 +6,10 @@ never sees classes. Train and test patches come from disjoint halves of the phot
 """
 
 import json
+import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from esvit_scale.models.initialize import initialize
 from esvit_scale.objective.network import build_network
 from esvit_scale.report import evaluation_figures
 from esvit_scale.report.html import write_report
-from esvit_scale.train import pretraining
+from esvit_scale.train import learning, pretraining
 from esvit_scale.train.run_dir import open_run
 from esvit_scale.train.run_records import read_summary
 
@@ -70,7 +73,8 @@ def pretrain_and_compare(out: Path, seed: int) -> tuple[int, list[Json]]:
     train, test = write_shards(out / "shards", config)
     baselines = [pixels_result(config, train, test), untrained_result(config, train, test)]
     print(knn.table(baselines, NAMES[:2]))
-    code = pretraining.pretrain(config)
+    with not_logged(learning.how_to_measure(config)):  # the demo measures it itself
+        code = pretraining.pretrain(config)
     if code:
         return code, []
     if not read_summary(out).get("finished"):
@@ -79,6 +83,21 @@ def pretrain_and_compare(out: Path, seed: int) -> tuple[int, list[Json]]:
     for path, result in zip(paths, results, strict=True):  # not before training: a run dir is the training's to create
         knn.write_result(result, path)
     return 0, results
+
+
+@contextmanager
+def not_logged(lines: list[str]) -> Iterator[None]:
+    """Keep log lines with exactly these texts from the console and the log file within a block."""
+    log = logging.getLogger("esvit_scale")
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return record.getMessage() not in lines
+
+    log.addFilter(is_other)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_other)
 
 
 def look(out: Path, config: Config) -> None:

@@ -2,7 +2,7 @@
 
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
@@ -127,7 +127,7 @@ def _explain(error: Any, where: str, schema: Any) -> str:
     if kind == "value_error":
         return "\n".join(f"{where}: {line}" for line in str(error["ctx"]["error"]).splitlines())
     if kind == "extra_forbidden":
-        return f"{where}: unknown key {loc}{_nearest_key(loc, schema)}"
+        return f"{where}: {_unknown_key(loc, value, schema)}"
     if kind == "string_pattern_mismatch":
         return f"{where}: {loc}: letters, digits, '.', '_' and '-', beginning with a letter or digit; got {show(value)}"
     if kind == "literal_error":
@@ -161,18 +161,36 @@ def _dotted(loc: tuple[int | str, ...]) -> str:
     return ".".join(str(part) for part in loc)
 
 
-def _nearest_key(loc: str, schema: Any) -> str:
-    """Return a hint to append to the error about an unknown key: the sibling key with a similar name, else the similar
-    key of another section, else a list of the siblings.
+def _unknown_key(loc: str, value: Any, schema: Any) -> str:
+    """Return the message about an unknown key, with the most similar known one, else a list of its siblings.
+
+    Where a misspelt section holds a single key, as from an override, the message is about that key.
     """
-    parent, _, leaf = loc.rpartition(".")
+    similar = _similar_key(loc, schema)
+    if not similar:
+        return f"unknown key {loc}; known: {', '.join(_siblings(loc, schema))}"
+    if isinstance(value, Mapping) and len(value) == 1 and _is_section(declared(similar.split("."), schema)):
+        (name,) = value
+        if key := _similar_key(f"{similar}.{name}", schema):
+            return f"unknown key {loc}.{name}; did you mean {key!r}?"
+    return f"unknown key {loc}; did you mean {similar!r}?"
+
+
+def _siblings(loc: str, schema: Any) -> list[str]:
+    """Return the keys of the section that `loc` is in."""
+    parent = loc.rpartition(".")[0]
     section = declared(parent.split("."), schema) if parent else schema
-    siblings = list(section.model_fields)
+    return list(section.model_fields)
+
+
+def _similar_key(loc: str, schema: Any) -> str | None:
+    """Return the sibling of an unknown key that has a similar name, else the similar key of another section, if any."""
+    parent, _, leaf = loc.rpartition(".")
     elsewhere: dict[str, str] = {}
     for key in _keys(schema):
         elsewhere.setdefault(key.rpartition(".")[2], key)
-    if close := get_close_matches(leaf.lower(), siblings, n=1):
-        return f"; did you mean {f'{parent}.{close[0]}'.lstrip('.')!r}?"
+    if close := get_close_matches(leaf.lower(), _siblings(loc, schema), n=1):
+        return f"{parent}.{close[0]}".lstrip(".")
     if close := get_close_matches(leaf.lower(), elsewhere, n=1, cutoff=0.8):
-        return f"; did you mean {elsewhere[close[0]]!r}?"
-    return f"; known: {', '.join(siblings)}"
+        return elsewhere[close[0]]
+    return None

@@ -189,6 +189,7 @@ def test_empty_list_of_local_crops_is_valid():
 IN_A_FILE = {
     "train: {epoch: 3}": "unknown key train.epoch; did you mean 'train.epochs'?",
     "epochs: 3": "unknown key epochs; did you mean 'train.epochs'?",
+    "trian: {steps: 3, epochs: 2}": "unknown key trian; did you mean 'train'?",
     "objectve: {}": "unknown key objectve; did you mean 'objective'?",
     "data: {local_crops: [{}, {sise: 3}]}": "unknown key data.local_crops.1.sise; did you mean 'data.local_crops.1.size'?",
     "zzzz: 3": "unknown key zzzz; known: format_version, name, run_dir, seed, data, model, objective, optim, train",
@@ -252,6 +253,10 @@ def test_error_in_a_file_names_file_key_and_nearest_value(text, write):
 ON_THE_COMMAND_LINE = {
     "train.epoch=3": "unknown key train.epoch; did you mean 'train.epochs'?",
     "optim.Lr=3": "unknown key optim.Lr; did you mean 'optim.lr'?",
+    "trian.steps=3": "unknown key trian.steps; did you mean 'train.steps'?",
+    "trian.step=3": "unknown key trian.step; did you mean 'train.steps'?",
+    "data.globl_crops.size=3": "unknown key data.globl_crops.size; did you mean 'data.global_crops.size'?",
+    "trian.zzzz=3": "unknown key trian; did you mean 'train'?",
     "train.epochs=three": "'train.epochs=three': train.epochs: expected a whole number, got 'three'",
     "train.epochs=": "train.epochs: expected a whole number, got nothing",
     "train.epochs": "overrides are written key=value",

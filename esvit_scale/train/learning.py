@@ -132,20 +132,25 @@ def history_of(rows: Iterable[Mapping[str, Any]]) -> KnnHistory:
     return found
 
 
+def how_to_measure(config: Config) -> list[str]:
+    """Return lines with the commands that measure the k-NN accuracy of a run, of its untrained trunk and of pixels."""
+    run_path = shlex.quote(str(config.run_path))
+    sets = "--train LABELLED --test LABELLED --out"
+    return [
+        f"is it good? esvit-scale evaluate knn --checkpoint {run_path} {sets} {run_path}/knn",
+        f"untrained: esvit-scale evaluate knn --checkpoint untrained:{run_path} {sets} {run_path}/knn-untrained",
+        f"raw pixels: esvit-scale evaluate knn --checkpoint pixels {sets} {run_path}/knn-pixels",
+        "train.knn_every=500 with data.held_out=LABELLED measures all three during training",
+    ]
+
+
 def verdict(config: Config, history: KnnHistory, run: "RunFacts") -> list[str]:
     """Return lines that compare the trained trunk with the untrained one and with raw pixels.
 
     When nothing was gained, they give the likeliest reasons. Without measurements, they say how to get some.
     """
     if not history.trained or history.best is None:
-        run_path = shlex.quote(str(config.run_path))
-        sets = "--train LABELLED --test LABELLED --out"
-        return [
-            f"is it good? esvit-scale evaluate knn --checkpoint {run_path} {sets} {run_path}/knn",
-            f"untrained: esvit-scale evaluate knn --checkpoint untrained:{run_path} {sets} {run_path}/knn-untrained",
-            f"raw pixels: esvit-scale evaluate knn --checkpoint pixels {sets} {run_path}/knn-pixels",
-            "train.knn_every=500 with data.held_out=LABELLED measures all three during training",
-        ]
+        return how_to_measure(config)
     step, accuracy = history.trained[-1]
     best_step, best = history.best
     parts = [f"{100 * accuracy:.1f} % trained (step {step})"]

@@ -56,6 +56,9 @@ def test_finished_demo_is_read_not_repeated(tmp_path: Path, monkeypatch: pytest.
     assert trained["examples"] == untrained["examples"]
     assert (pixels["step"], untrained["step"], trained["step"]) == (None, 0, 2)
     assert "2 steps, 32 images" in first
+    said = (out / "log.txt").read_text()
+    assert "finished: 2 steps" in said
+    assert "is it good?" not in said  # the demo itself says it
     page = (out / "report.html").read_text()
     assert all(name in page for name in demo.NAMES)
     assert "Not in this report" not in page
