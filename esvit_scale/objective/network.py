@@ -20,6 +20,8 @@ AnyNetwork = TypeVar("AnyNetwork", bound="Network")
 class Network(nn.Module):
     """A trunk and an objective, whose parameters are named `trunk.…` and `objective.<head>.…`.
 
+    Where crops are masked, `mask_token.values` is a parameter too.
+
     Student and teacher have parameters of the same names and shapes, but compute different things. Each is a subclass
     with its own forward, because DeepSpeed runs a module only through its forward.
     """
