@@ -35,7 +35,7 @@ from official import OfficialStep  # noqa: E402
 from step import where  # noqa: E402
 
 from esvit_scale import config as configs  # noqa: E402
-from esvit_scale.checkpoint import official as official_files  # noqa: E402
+from esvit_scale.checkpoint import official  # noqa: E402
 from esvit_scale.checkpoint.weights import Weights  # noqa: E402
 from esvit_scale.config import Config  # noqa: E402
 from esvit_scale.data import stream  # noqa: E402
@@ -197,7 +197,7 @@ class OfficialSide:
         tensors = {name: p.detach() for name, p in network.named_parameters()}
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "initial.pth"
-            official_files.write(file, Weights(config, {"student": tensors, "teacher": tensors}, {}))
+            official.write(file, Weights(config, {"student": tensors, "teacher": tensors}, {}))
             theirs = torch.load(file, weights_only=True)["teacher"]
         for module in (self.student, self.teacher):
             module.load_state_dict(theirs, strict=False)  # indices and masks are computed
@@ -243,7 +243,7 @@ class OfficialSide:
 
     def trunk(self) -> torch.nn.Module:
         """Return the teacher's trunk as one of ours, with the official weights."""
-        trunk, _ = official_files.to_our_names(self.teacher.state_dict())
+        trunk, _ = official.to_our_names(self.teacher.state_dict())
         ours = build_trunk(self.config)
         ours.load_state_dict(trunk)
         return ours
