@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,8 +135,8 @@ def measure(options: argparse.Namespace, out: Path, sets: tuple[Path, Path], wor
             config = recipe(name, options.set, seed, options.steps, sets[0], options.override)
             if pixels is None:
                 pixels = {"side": "raw pixels", "recipe": "", "seed": 0}
-                found = [raw_pixels(path, config.data.global_crops.size, workers=0) for path in sets]
-                yield pixels | {"points": [{"step": 0, "images": 0} | scores(*found)]}
+                train, test = (raw_pixels(path, config.data.global_crops.size, workers=0) for path in sets)
+                yield pixels | {"points": [{"step": 0, "images": 0} | scores(train, test)]}
             for side in sides:
                 if side == "official" and config.objective.name != "esvit":
                     continue
@@ -205,7 +206,8 @@ class OfficialSide:
         named = [(name, p) for name, p in self.student.named_parameters() if p.requires_grad]
         bare = [p for name, p in named if name.endswith(".bias") or p.ndim == 1]
         decaying = [p for name, p in named if not (name.endswith(".bias") or p.ndim == 1)]
-        self.optimizer = torch.optim.AdamW([{"params": decaying}, {"params": bare, "weight_decay": 0.0}])
+        groups: list[Json] = [{"params": decaying}, {"params": bare, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups)
         self.done = 0
 
     def step(self, micro: stream.MicroBatch) -> float:
@@ -269,7 +271,7 @@ def curve(side: Any, config: Config, sets: tuple[Path, Path], points: int) -> It
             losses.clear()
         if done < steps:
             micro = stream.micro_batches(config, next(ahead), torch.device("cpu"), torch.float32)[0]
-            losses.append(timed(lambda micro=micro: side.step(micro), spent))
+            losses.append(timed(partial(side.step, micro), spent))
 
 
 def timed(step: Callable[[], float], spent: Json) -> float:
@@ -285,7 +287,8 @@ def of_trunk(trunk: torch.nn.Module, size: int, sets: tuple[Path, Path], probed:
     """Return the scores of a trunk's view features, with the logistic probe if `probed`."""
     was = trunk.training
     trunk.eval()
-    found = scores(*(extract(trunk, path, size, batch=BATCH_OF_EVALUATION, workers=0) for path in sets), probed=probed)
+    train, test = (extract(trunk, path, size, batch=BATCH_OF_EVALUATION, workers=0) for path in sets)
+    found = scores(train, test, probed)
     trunk.train(was)
     return found
 

@@ -118,7 +118,8 @@ def _stamps(half: str, source: Path) -> Halves:
     counts = Counter(topics.values())
     classes = sorted(topic for topic, count in counts.items() if count >= TOPIC_AT_LEAST)
     wanted = (8, 9) if half == "test" else (6, 7)
-    train, held_out = [], []
+    train: list[Sample] = []
+    held_out: list[Sample] = []
     for path in files:
         if topics[path] in classes:
             tenth = tenth_of(topics[path], path.stem)
@@ -126,7 +127,9 @@ def _stamps(half: str, source: Path) -> Halves:
             if to is not None:
                 to.append(_sample(path.relative_to(roots[0]).as_posix(), classes.index(topics[path]), square(path)))
     # Interleaved by hash, so that --most and a shard hold every topic.
-    return Halves(*(sorted(part, key=lambda s: _digest(s.key)) for part in (train, held_out)), classes)
+    train.sort(key=lambda sample: _digest(sample.key))
+    held_out.sort(key=lambda sample: _digest(sample.key))
+    return Halves(train, held_out, classes)
 
 
 def subject(stem: str) -> str:
