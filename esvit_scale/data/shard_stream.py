@@ -17,6 +17,8 @@ from esvit_scale.data.mix import MixedSets, order_of
 from esvit_scale.data.order import Order, SampleAddress
 from esvit_scale.data.reader import ShardReader, StorageGone
 from esvit_scale.data.remote.ahead import ReadAhead
+from esvit_scale.data.remote.range_ahead import RangeAhead
+from esvit_scale.data.remote.range_reader import RangeReader
 from esvit_scale.data.worker_batch import SLOW_SECONDS, DecodedSample, decode_for_crops
 from esvit_scale.errors import is_machine_fault
 
@@ -30,6 +32,9 @@ class ShardSamples:
 
     assignment: LoaderAssignment
     source: Manifest | MixedSets
+    ring: int | None = (
+        None  # bytes of the process's ring, where samples of remote sets are read by ranges; None: whole shards
+    )
 
     def __call__(self) -> Iterator[DecodedSample]:
         """Yield the decoded samples, batch by batch and slot by slot.
@@ -38,16 +43,23 @@ class ShardSamples:
             NoValidSamples: a sample and all its substitutes are bad.
             StorageGone: the storage does not answer.
         """
+        address_of = self._addresses()
         if isinstance(self.source, Manifest):
-            sets, address_of = [("", self.source)], self._addresses(self.source)
+            sets = [("", self.source)]
         else:
             sets = [(f"{one.name}/", one.manifest) for one in self.source.sets]
-            address_of = order_of(self.assignment.config, self.source).address
         slots, images = self.assignment.slots_of_worker(), self.assignment.images_per_slot
-        with self._read_ahead(address_of, [manifest for _, manifest in sets]) as ahead:
+        with self._read_ahead([manifest for _, manifest in sets]) as (ahead, ranges):
             caches = ahead.caches if ahead else [None] * len(sets)
-            readers = [ShardReader(m, len(sets), cache) for (_, m), cache in zip(sets, caches, strict=True)]
+            readers: list[ShardReader | RangeReader] = [
+                RangeReader(m, n, cache, ranges)
+                if ranges and cache and cache.by_ranges
+                else ShardReader(m, len(sets), cache)
+                for n, ((_, m), cache) in enumerate(zip(sets, caches, strict=True))
+            ]
             for batch_index in range(self.assignment.start, self.assignment.stop):
+                if ranges:
+                    ranges.at(batch_index)
                 for reader, gone in zip(readers, ahead.at(batch_index) if ahead else (), strict=False):
                     reader.close_shards(gone)
                 for slot in slots:
@@ -57,30 +69,48 @@ class ShardSamples:
                         yield self._read_good(readers[address.set], prefix, address, batch_index, slot * images + i)
 
     @contextmanager
-    def _read_ahead(
-        self, address_of: Callable[[int, int, int], SampleAddress], sets: list[Manifest]
-    ) -> Iterator[ReadAhead | None]:
-        """Yield what fetches the shards of remote sets ahead of need, beginning with the first batches'; None for local sets."""
+    def _read_ahead(self, sets: list[Manifest]) -> Iterator[tuple[ReadAhead | None, RangeAhead | None]]:
+        """Yield what fetches the shards of remote sets ahead of need, beginning with the first batches', and what fetches
+        their samples where these are read by ranges; None for what is not needed.
+        """
         if not any(manifest.remote for manifest in sets):
-            yield None
+            yield None, None
             return
         assignment = self.assignment
         first = range(assignment.start, min(assignment.start + FIRST_BATCHES, assignment.stop))
-        wanted = []
-        for batch_index, slot in product(first, assignment.slots_of_worker()):
-            for i in range(assignment.images_per_slot):
-                address = address_of(batch_index, slot, i)
-                wanted.append((address.set, address.order.locate(address.position)[0]))
-        ahead = ReadAhead(assignment, self.source, wanted)
+        samples_of = self._samples_of(self._addresses())
+        wanted = [(number, shard) for batch_index in first for number, shard, _ in samples_of(batch_index)]
+        ahead, ranges = ReadAhead(assignment, self.source, wanted, by_ranges=self.ring is not None), None
         try:
-            yield ahead
+            if self.ring is not None and any(cache and cache.by_ranges for cache in ahead.caches):
+                # In another thread, hence with addresses of its own: they cache what they computed last.
+                ranges = RangeAhead(assignment, self._samples_of(self._addresses()), ahead.caches, self.ring)
+            yield ahead, ranges
         finally:
+            if ranges:
+                ranges.stop()
             ahead.close()
+            if ranges:
+                ranges.close()
 
-    def _addresses(self, manifest: Manifest) -> Callable[[int, int, int], SampleAddress]:
-        """Return a function (batch index, slot, image of the slot) → address in a single set; it caches one order."""
+    def _samples_of(
+        self, address_of: Callable[[int, int, int], SampleAddress]
+    ) -> Callable[[int], list[tuple[int, int, int]]]:
+        """Return a function: batch index → (set, shard, number in the shard) of the calling process's samples, in order."""
+        slots, images = self.assignment.slots_of_worker(), self.assignment.images_per_slot
+
+        def samples(batch_index: int) -> list[tuple[int, int, int]]:
+            found = (address_of(batch_index, slot, i) for slot, i in product(slots, range(images)))
+            return [(address.set, *address.order.locate(address.position)) for address in found]
+
+        return samples
+
+    def _addresses(self) -> Callable[[int, int, int], SampleAddress]:
+        """Return a function (batch index, slot, image of the slot) → address, which only one thread may call."""
         c, steps = self.assignment.config, self.assignment.steps_per_epoch
-        counts = [shard.samples for shard in manifest.shards]
+        if isinstance(self.source, MixedSets):
+            return order_of(c, self.source).address
+        counts = [shard.samples for shard in self.source.shards]
         orders: dict[int, Order] = {}
 
         def address_of(batch_index: int, slot: int, i: int) -> SampleAddress:
@@ -93,7 +123,12 @@ class ShardSamples:
         return address_of
 
     def _read_good(
-        self, reader: ShardReader, prefix: str, address: SampleAddress, batch_index: int, batch_position: int
+        self,
+        reader: ShardReader | RangeReader,
+        prefix: str,
+        address: SampleAddress,
+        batch_index: int,
+        batch_position: int,
     ) -> DecodedSample:
         """Read and decode the sample at an address, or, if it is bad, its first good substitute from the same set."""
         manifest, order = reader.manifest, address.order

@@ -67,7 +67,7 @@ from esvit_scale.data.manifest import Manifest
 from esvit_scale.data.mix import MixedSets
 from esvit_scale.data.photometric import BatchAugmentationParams
 from esvit_scale.data.pixel_format import pixel_format
-from esvit_scale.data.remote import place
+from esvit_scale.data.remote import place, working_set
 from esvit_scale.data.shard_stream import ShardSamples
 from esvit_scale.data.url_stream import UrlSamples, UrlSets
 from esvit_scale.data.worker_batch import DecodedSample, WorkerBatch, crop_shapes, make_worker_batch
@@ -209,7 +209,8 @@ def batches(config: Config, data: TrainingData, rank: int, world_size: int, star
         if isinstance(data, MixedSets):
             mix.order_of(config, data)  # raises UserError at once if the mix does not fit the config
         of_node = partial(place.of_node, cache_dir=config.data.cache_dir)
-        samples = ShardSamples(assignment, of_node(data) if isinstance(data, Manifest) else data.moved(of_node))
+        ring = working_set.ring_bytes(config, data, rank, world_size)
+        samples = ShardSamples(assignment, of_node(data) if isinstance(data, Manifest) else data.moved(of_node), ring)
     memory = _batch_memory(assignment) if workers else None
     stages: list[Callable[..., Any]] = [samples, partial(_make_worker_batches, assignment, memory)]
     return _join_workers(run_stages(stages, workers), max(workers, 1), memory)

@@ -17,7 +17,7 @@ from esvit_scale import config as configs
 from esvit_scale.config import Config
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data import stream
-from esvit_scale.data.remote import place, room, shard_cache, store
+from esvit_scale.data.remote import place, room, shard_cache, store, working_set
 from esvit_scale.errors import RestartCanHelp, UserError
 from esvit_scale.train import pretraining, row_file
 from tests import object_store, tiny
@@ -198,6 +198,25 @@ def test_small_cache_in_two_workers(bucket: Bucket, tmp_path: Path) -> None:
         assert a.keys == b.keys
         assert not b.bad
     assert room.Room(tmp_path, None).held() <= limit * 1e9
+
+
+def test_ranges_are_fetched_once_and_failures_change_nothing(bucket: Bucket, tmp_path: Path) -> None:
+    """A cache without room for the shards: single images, counted at the proxy, then with one in five requests failing."""
+    wide = bucket.config(cache=tmp_path / "a")
+    least = working_set.working_set(wide, stream.open_data(wide), 1).least_by_ranges  # type: ignore[arg-type]
+    for cache in ("a", "b"):
+        faults = {"share": 0.2, "seed": 3, "kinds": ("503", "reset", "short", "flip")} if cache == "b" else {}
+        bucket.proxy.reset(**faults)
+        bucket.check(read(bucket.config(cache=tmp_path / cache, cache_gb=least / 1e9)))
+        assert room.Room(tmp_path / cache, None).held() <= least
+        if cache == "b":
+            assert sum(bucket.proxy.errors.values()) >= 10
+            continue
+        indexes = bucket.proxy.gets(".index.jsonl")
+        assert indexes == dict.fromkeys((manifests.index_path(Path(name)).name for name in names(bucket)), 1)
+        # Two epochs of 25 batches of 8; less than all bytes of the tars, whose padding is left out.
+        assert sum(bucket.proxy.gets().values()) <= 2 * SAMPLES
+        assert bucket.proxy.bytes_of() <= 2 * sum(shard.bytes for shard in manifests.load(bucket.local).shards)
 
 
 def test_commands_upload_and_verify_with_options_from_the_environment(bucket: Bucket, tmp_path: Path) -> None:

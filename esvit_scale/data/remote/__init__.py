@@ -8,6 +8,8 @@
     schedule.py    when the order of the data needs which shard on a node, and how much room that takes
     ahead.py       fetches shards before they are needed
     working_set.py the room that a run needs, said before it starts
+    ranges.py, range_ahead.py, range_reader.py, ring.py
+                   where the cache has no room for whole shards: single samples, verified one by one
     upload.py      sends a finished set to a store, its manifest last
     outbox.py      sends the shards of a set while it is written, which any machine can continue
     source_files.py  archives and tables that a shard set is made of, fetched to this machine once

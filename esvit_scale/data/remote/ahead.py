@@ -27,7 +27,13 @@ BUSY_S = 0.5  # seconds until a shard that another process fetches is looked at 
 THERE_S = 5.0  # seconds for which a shard that was found in the cache is not looked for again
 QUIET_S = 2.0  # seconds until the next look after one that found nothing to fetch
 ROOM_S, LONGEST_ROOM_S = 1.0, 4.0  # the same after one that found no room; it doubles
+RANGES_PER_SECOND = 2000  # requests of all nodes of a run together at most, where samples are read by ranges
 FAILED_S = 30.0  # seconds until a shard whose transfer failed is fetched ahead again
+
+
+def nodes(world_size: int) -> int:
+    """Return the number of nodes of a run."""
+    return -(-world_size // min(ranks_per_node(world_size), world_size))
 
 
 def node_slots(assignment: LoaderAssignment) -> range:
@@ -52,15 +58,31 @@ class ReadAhead:
         assignment: of the process.
         data: its shard set or mix.
         first: the shards of the first batches, in the order in which they are read; they are fetched before others.
+        by_ranges: whether samples are read by ranges (ranges.py) where a set has checksums: then the indexes of its shards
+            are fetched in their place.
     """
 
-    def __init__(self, assignment: LoaderAssignment, data: Manifest | MixedSets, first: Iterable[ShardId]) -> None:
+    def __init__(
+        self,
+        assignment: LoaderAssignment,
+        data: Manifest | MixedSets,
+        first: Iterable[ShardId],
+        by_ranges: bool = False,
+    ) -> None:
         self._assignment, self._batch_index = assignment, assignment.start
         sets = [data] if isinstance(data, Manifest) else [one.manifest for one in data.sets]
         self._node = Schedule(assignment.config, data, node_slots(assignment))
         self._mine = Schedule(assignment.config, data, assignment.slots_of_worker())
-        self._ids = {m.root / shard.name: (n, i) for n, m in enumerate(sets) for i, shard in enumerate(m.shards)}
-        self.caches = [ShardCache(manifest, self._next_use) if manifest.remote else None for manifest in sets]
+        self.caches = [
+            ShardCache(manifest, self._next_use, by_ranges and manifest.has_checksums) if manifest.remote else None
+            for manifest in sets
+        ]
+        for cache in filter(None, self.caches):
+            if cache.by_ranges:
+                cache.requests_per_second = RANGES_PER_SECOND / nodes(assignment.world_size)
+        self._ids = {
+            cache.target(i): (n, i) for n, cache in enumerate(self.caches) if cache for i in range(len(sets[n].shards))
+        }
         self._live: list[tuple[int, tuple[ShardId, ...]]] = []  # heap of (last batch, shards) of current uses
         self._coming = (use for epoch in self._epochs() for use in self._mine.uses(epoch))
         self._upcoming = next(self._coming, None)

@@ -24,6 +24,7 @@ from esvit_scale.data.remote.locks import ByteLocks, open_own
 
 LOCKS = ".locks"  # of the shards of one set
 RESERVED = ".reserved"
+CHECKSUMS = ".checksums.jsonl"  # ending of a verified index whose tar is read by ranges
 # A file in each of a cache's own folders. It holds the folder's name, so that a renamed copy does not count as a cache.
 MARKER = ".esvit-cache"
 TURN_S = 1.0  # seconds that a process which fetches ahead waits for its turn to make room
@@ -33,7 +34,7 @@ NEVER = float("inf")
 
 
 class Stored(NamedTuple):
-    """A shard that lies in the cache."""
+    """A shard that lies in the cache, or the index of one that is read by ranges."""
 
     path: Path
     bytes: int
@@ -44,6 +45,11 @@ class Stored(NamedTuple):
 def cost(shard: Shard) -> int:
     """Return the bytes that a shard and its index take in the cache."""
     return shard.bytes + INDEX_BYTES * shard.samples + 4096
+
+
+def index_cost(shard: Shard) -> int:
+    """Return the bytes that are reserved for the index of a shard that is read by ranges."""
+    return INDEX_BYTES * shard.samples + 4096
 
 
 def number_of(name: str) -> int:
@@ -156,11 +162,12 @@ class Room:
                 with suppress(FileNotFoundError):
                     status = entry.stat(follow_symlinks=False)
                     sizes[entry.path] = status.st_size
-                    if entry.name.endswith(".tar"):
-                        stored.append(Stored(Path(entry.path), status.st_size, status.st_mtime, number_of(entry.name)))
+                    if entry.name.endswith((".tar", CHECKSUMS)):
+                        name = entry.name.removesuffix(CHECKSUMS).removesuffix(".tar") + ".tar"
+                        stored.append(Stored(Path(entry.path), status.st_size, status.st_mtime, number_of(name)))
         for path in [path for path in sizes if path.endswith(RESERVED)]:
             tar = _reserved_tar(Path(path))
-            for covered in (tar, index_path(tar)):
+            for covered in (tar, index_path(tar), tar.with_suffix(CHECKSUMS)):
                 sizes.pop(str(covered), None)
         return sum(sizes.values()) - sizes.get(str(without), 0), stored
 

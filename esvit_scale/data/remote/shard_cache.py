@@ -18,7 +18,17 @@ from esvit_scale import files, store_urls
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data.manifest import Manifest, Shard
 from esvit_scale.data.remote.locks import ByteLocks
-from esvit_scale.data.remote.room import LOCKS, NEVER, Room, cost, make_folder, number_of, reservation
+from esvit_scale.data.remote.room import (
+    CHECKSUMS,
+    LOCKS,
+    NEVER,
+    Room,
+    cost,
+    index_cost,
+    make_folder,
+    number_of,
+    reservation,
+)
 from esvit_scale.data.remote.store import Denied, Missing, Store, StoreUnreachable
 from esvit_scale.errors import UserError
 
@@ -30,6 +40,8 @@ LAST_SHARDS = 2  # number of shards that a reader without a schedule (an evaluat
 POLL_S = 0.02  # seconds until a shard that another process or thread fetches is looked at again
 LONG_WAIT_S = 20.0  # a longer wait for a shard, in seconds, is logged
 NO_ROOM_S = 0.5  # at most between two attempts to find room
+REPLACED = "the object was replaced or is damaged; upload the shard again, or start another run"
+LISTED = "the manifest lists it: upload the shard again"
 WAIT_S = 1800.0  # seconds to wait for another process that fetches a shard, or for room
 
 
@@ -40,11 +52,16 @@ class ShardCache:
         manifest: of the set, with `remote`.
         next_use: returns when a shard of this cache, by its path, is needed next; without it, shards leave the cache
             in the order of their last use.
+        by_ranges: keep the verified indexes of the shards in the place of the shards, whose samples are read by ranges
+            (ranges.py).
     """
 
-    def __init__(self, manifest: Manifest, next_use: Callable[[Path], float] = lambda path: NEVER) -> None:
+    def __init__(
+        self, manifest: Manifest, next_use: Callable[[Path], float] = lambda path: NEVER, by_ranges: bool = False
+    ) -> None:
         assert manifest.remote is not None
         self.manifest, self.folder, remote = manifest, manifest.root, manifest.remote
+        self.by_ranges, self.requests_per_second = by_ranges, 0.0
         make_folder(self.folder)
         self._room = Room(self.folder.parent, remote.limit)
         self._locks = ByteLocks(self.folder / LOCKS)  # not those with which `_room` removes shards: these exclude them
@@ -57,6 +74,8 @@ class ShardCache:
 
     def path(self, number: int) -> Path:
         """Return a shard's path, after fetching it if it is not there; it stays until `keep` is called without it.
+
+        With `by_ranges` it is the path of the shard's index.
 
         Raises:
             UserError: the object is not what the manifest says, is missing, or there is no room for it.
@@ -84,7 +103,16 @@ class ShardCache:
             time.sleep(delay)
         if (waited := time.monotonic() - began) > LONG_WAIT_S:
             log.info("waited %.0f s for %s", waited, store_urls.join(self._remote.url, shard.name))
-        return self.folder / shard.name
+        return self.target(number)
+
+    def target(self, number: int) -> Path:
+        """Return where a shard, or with `by_ranges` its index, lies in the cache, or will."""
+        path = self.folder / self.manifest.shards[number].name
+        return path.with_suffix(CHECKSUMS) if self.by_ranges else path
+
+    def address(self, number: int) -> str:
+        """Return the URL of a shard."""
+        return store_urls.join(self._remote.url, self.manifest.shards[number].name)
 
     def fetch_ahead(self, number: int, first_use: float, admit: Callable[[], None] = lambda: None) -> bool | None:
         """Fetch a shard that will be needed at batch `first_use`.
@@ -117,9 +145,9 @@ class ShardCache:
 
     def is_there(self, number: int) -> bool:
         """Return whether a shard lies in the cache."""
-        shard = self.manifest.shards[number]
         with suppress(OSError):
-            return (self.folder / shard.name).stat().st_size == shard.bytes
+            size = self.target(number).stat().st_size
+            return self.by_ranges or size == self.manifest.shards[number].bytes
         return False
 
     def _take(self, number: int) -> bool:
@@ -140,7 +168,7 @@ class ShardCache:
                 return False
             self._held.add(number)
         with suppress(OSError):
-            os.utime(self.folder / self.manifest.shards[number].name)
+            os.utime(self.target(number))
         return True
 
     def _fetch(
@@ -156,10 +184,11 @@ class ShardCache:
         try:
             if self.is_there(number):
                 return True
-            reserved = self._reserve(shard, cost(shard), first_use, urgent)
+            size = index_cost(shard) if self.by_ranges else cost(shard)
+            reserved = self._reserve(shard, size, first_use, urgent)
             if reserved:
                 admit()
-                self._transfer(shard, urgent, first_use)
+                self._transfer(number, urgent, first_use)
                 self.fetched += 1
             return reserved
         finally:
@@ -174,36 +203,43 @@ class ShardCache:
     def _reserve(self, shard: Shard, size: int, first_use: float, urgent: bool) -> bool:
         return self._room.reserve(reservation(self.folder, shard.name), size, first_use, self._next_use, urgent)
 
-    def _transfer(self, shard: Shard, urgent: bool, first_use: float) -> None:
-        """Fetch a shard's object, compare it with the manifest, and give tar and index their names, the tar last."""
-        store = self._opened_store()
+    def _transfer(self, number: int, urgent: bool, first_use: float) -> None:
+        """Fetch a shard's object, compare it with the manifest, and give tar and index their names, the tar last.
+
+        With `by_ranges` the object is the shard's index.
+        """
+        store, shard = self.store(), self.manifest.shards[number]
         tmp = self.folder / f".{shard.name}.{os.getpid()}.{threading.get_ident()}.partial"
-        url = store_urls.join(self._remote.url, shard.name)
+        name = manifests.index_path(self.folder / shard.name).name if self.by_ranges else shard.name
+        url = store_urls.join(self._remote.url, name)
         for fragment in self.folder.glob(f".{shard.name}.*.partial"):  # of a process that was killed: its lock is ours
             fragment.unlink(missing_ok=True)
         try:
             for attempt in range(CHANGED_ATTEMPTS):
-                store.fetch(shard.name, tmp, urgent=urgent)
-                problem = _difference(tmp, shard)
+                store.fetch(name, tmp, urgent=urgent)
+                problem = _difference(tmp, shard, self.by_ranges)
                 if problem is None:
                     break
                 log.warning("%s: %s (attempt %d)", url, problem, attempt + 1)
                 time.sleep(CHANGED_DELAY_S * attempt)
             else:
-                raise UserError(
-                    f"{url}: {problem}: the object was replaced or is damaged; upload the shard again, or start another run"
-                )
-            self._write_index(shard, tmp, first_use)
-            tmp.replace(self.folder / shard.name)
+                raise UserError(f"{url}: {problem}: {REPLACED}")
+            if not self.by_ranges:
+                self._write_index(shard, tmp, first_use)
+            elif tmp.stat().st_size > index_cost(shard):
+                self._reserve(shard, tmp.stat().st_size, first_use, urgent=True)
+            tmp.replace(self.target(number))
         except (Missing, Denied) as error:
-            raise UserError(f"{error}; the manifest lists it: upload the shard again") from None
+            raise UserError(f"{error}; {LISTED}") from None
         finally:
             tmp.unlink(missing_ok=True)
 
-    def _opened_store(self) -> Store:
+    def store(self) -> Store:
+        """Return the store, which this process opens once."""
         with self._opening:
             if self._store is None:
                 self._store = Store(self._remote.url, self._remote.options, self.folder.parent)
+                self._store.requests_per_second = self.requests_per_second
             return self._store
 
     def _write_index(self, shard: Shard, tar: Path, first_use: float) -> None:
@@ -261,10 +297,10 @@ class ShardFiles:
         self._last = [-1] * LAST_SHARDS
 
 
-def _difference(path: Path, shard: Shard) -> str | None:
-    """Return how a file differs from what the manifest says, in words; None if it does not."""
-    size = path.stat().st_size
-    if size != shard.bytes:
+def _difference(path: Path, shard: Shard, is_index: bool) -> str | None:
+    """Return how a shard's tar or index differs from what the manifest says, in words; None if it does not."""
+    size, expected = path.stat().st_size, shard.index_sha256 if is_index else shard.sha256
+    if not is_index and size != shard.bytes:
         return f"{size} bytes came; the manifest says {shard.bytes}"
     found = files.sha256(path)
-    return None if found == shard.sha256 else f"sha256 {found[:12]}… came; the manifest says {shard.sha256[:12]}…"
+    return None if found == expected else f"sha256 {found[:12]}… came; the manifest says {expected[:12]}…"

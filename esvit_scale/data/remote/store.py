@@ -79,6 +79,7 @@ class Store:
 
     def __init__(self, url: str, options: Mapping[str, Any], folder: Path) -> None:
         self.url, self._folder = url, folder
+        self.requests_per_second = 0.0  # of the node; REQUESTS_PER_SECOND where that is more
         self._fs, self._root = _file_system(url, options)
         self._locks = ByteLocks(folder / ".connections")  # byte i: connection i
         self._mutex, self._closed = threading.Lock(), threading.Event()
@@ -92,18 +93,27 @@ class Store:
             with suppress(Exception):
                 self._fs.close_session(self._fs.loop, session)
 
-    def read(self, name: str, *, at_start: bool = False, start: int | None = None, stop: int | None = None) -> bytes:
+    def read(
+        self,
+        name: str,
+        *,
+        at_start: bool = False,
+        start: int | None = None,
+        stop: int | None = None,
+        urgent: bool = True,
+    ) -> bytes:
         """Return the bytes of a small object, or bytes start..stop-1 of any object.
 
         Args:
             at_start: whether a run is starting: access that is denied is then an error at once and not retried.
+            urgent: whether a process waits for the bytes.
 
         Raises:
             Denied: the store refuses access, and `at_start` is set.
             Missing, StoreUnreachable: as `fetch`.
         """
         path = f"{self._root}/{name}"
-        data: bytes = self._retried(name, lambda: self._fs.cat_file(path, start, stop), True, at_start)
+        data: bytes = self._retried(name, lambda: self._fs.cat_file(path, start, stop), urgent, at_start)
         return data
 
     def version(self, name: str) -> str:
@@ -227,7 +237,7 @@ class Store:
         while (number := self._free_connection(CONNECTIONS if urgent else CONNECTIONS - RESERVED)) is None:
             time.sleep(0.01)
         try:
-            _pace(self._folder / ".pace")
+            _pace(self._folder / ".pace", max(self.requests_per_second, REQUESTS_PER_SECOND))
             yield
         finally:
             with self._mutex:
@@ -243,8 +253,12 @@ class Store:
         return None
 
 
-def _pace(path: Path) -> None:
-    """Wait for this request's turn: the file holds the time at which the node's next request may start."""
+def _pace(path: Path, rate: float) -> None:
+    """Wait for this request's turn: the file holds the time at which the node's next request may start.
+
+    Args:
+        rate: requests per second.
+    """
     handle = open_own(path, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -252,7 +266,7 @@ def _pace(path: Path) -> None:
         with suppress(ValueError):
             turn = float(os.pread(handle, 32, 0) or b"0")
             now = turn if now < turn < now + 60 else now  # a clock that was set back does not stop the node
-        os.pwrite(handle, b"%-31.6f\n" % (now + 1 / REQUESTS_PER_SECOND), 0)
+        os.pwrite(handle, b"%-31.6f\n" % (now + 1 / rate), 0)
     finally:
         os.close(handle)
     time.sleep(max(now - time.time(), 0))

@@ -102,19 +102,23 @@ def _send_shards(manifest: Manifest, store: Store, record: Path) -> int:
 
 def _send(root: Path, shard: Shard, store: Store, recorded: str | None) -> tuple[str, bool]:
     """Send a shard and its index; return the record of what the store now has, and whether anything was sent."""
+    path, has_tar = root / shard.name, False
+    content = f"{shard.sha256} {shard.index_sha256}".strip()
     if recorded is not None:
         try:
-            if recorded == f"{shard.sha256} {store.version(shard.name)}":
+            version = store.version(shard.name)
+            if recorded == f"{content} {version}":
                 return recorded, False
+            has_tar = recorded == f"{shard.sha256} {version}"  # sent before `shards index` wrote its index anew
         except Missing:
             pass
-    path = root / shard.name
     if files.sha256(path) != shard.sha256:
         raise UserError(f"{path}: its sha256 differs from the manifest's; run `esvit-scale shards verify {root}`")
     if index_path(path).is_file():
         store.put(index_path(path))
-    send_verified(store, path, shard.sha256)
-    return f"{shard.sha256} {store.version(shard.name)}", True
+    if not has_tar:
+        send_verified(store, path, shard.sha256)
+    return f"{content} {store.version(shard.name)}", True
 
 
 def send_verified(store: Store, path: Path, sha256: str) -> None:

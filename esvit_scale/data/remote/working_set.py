@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from pathlib import Path
 from typing import NamedTuple
 
 from esvit_scale import store_urls
@@ -11,13 +12,16 @@ from esvit_scale.data.manifest import Manifest
 from esvit_scale.data.mix import MixedSets
 from esvit_scale.data.order import steps_per_epoch
 from esvit_scale.data.remote.ahead import node_slots, ranks_per_node
-from esvit_scale.data.remote.place import cache_folder, open_set
-from esvit_scale.data.remote.room import DEFAULT_SHARE, Room, cost
-from esvit_scale.data.remote.schedule import Schedule
+from esvit_scale.data.remote.place import GB, cache_folder, open_set
+from esvit_scale.data.remote.ring import LEAST
+from esvit_scale.data.remote.room import DEFAULT_SHARE, Room, cost, index_cost
+from esvit_scale.data.remote.schedule import Schedule, ShardId
 from esvit_scale.data.remote.shard_cache import LAST_SHARDS
 from esvit_scale.errors import UserError
 
 SPARE_SHARDS = 2  # shards that a loader process may hold for substitutes of bad samples, beside those of its slots
+RING_BATCHES = 4  # number of batches of average images for which the rings of a node have room at least
+INDEX_HINT = "`esvit-scale shards index SET` and an upload let it read single images by ranges"
 MARGIN = 1.05  # factor on the bytes that the schedule needs at a time
 
 
@@ -25,71 +29,151 @@ class WorkingSet(NamedTuple):
     """Bytes of the remote shards of a run, of the node that needs most."""
 
     slots: int  # data slots of a node
-    least: int  # below this the run cannot work
+    least: int  # below this the run cannot work with whole shards
     once: int  # with this no shard is fetched twice in an epoch
     all: int  # of all shards
     fetched: int  # in an epoch, with `once`
     shards_fetched: int
+    least_by_ranges: int  # below this the run cannot work at all; as `least` for sets without checksums
+    fixed_by_ranges: int  # of these, what is no ring of a process: indexes, and shards of sets without checksums
+    processes: int  # loader processes of a node
+    images: int  # samples that its slots read in an epoch
 
 
 def check(config: Config, data: object, world_size: int) -> list[str]:
-    """Check that the cache has room for the remote shards that the run needs at a time.
+    """Check that the cache has room for the remote shards that the run needs at a time, those of data.held_out included.
 
     Returns:
-        The lines that a start prints about room and need; none for local data.
+        The lines that a start prints about room and need; none if all data is local.
 
     Raises:
         UserError: data.cache_gb, or the disk without it, is too small; the message has the number that works.
     """
-    if not isinstance(data, Manifest | MixedSets):
+    folder, room = cache_folder(config.data.cache_dir), _room(config, data)
+    if room is None:
         return []
-    manifests = [data] if isinstance(data, Manifest) else [one.manifest for one in data.sets]
-    remote = [manifest for manifest in manifests if manifest.remote]
-    if not remote:
-        return []
-    found = working_set(config, data, world_size)
-    folder = cache_folder(config.data.cache_dir)
-    limit = Room(folder, remote[0].remote.limit if remote[0].remote else None).limit
+    limit = room.limit
     given = "data.cache_gb" if config.data.cache_gb is not None else f"{folder}: {DEFAULT_SHARE:.0%} of its free space"
-    if limit < found.least:
+    if not _remote(data):
+        least = _held_out(config, ranks_per_node(world_size))
+        if limit < least:
+            raise UserError(
+                f"{given}: {_gb(limit)} GB, but the ranks of a node read from {_gb(least)} GB of data.held_out at a time: set "
+                f"data.cache_gb={_gb(least)} or more, on a disk that has it (data.cache_dir)"
+            )
+        _disk(folder, limit, least)
+        return [f"{'cache':<10} {folder}: at most {_gb(limit)} GB, for data.held_out"]
+    assert isinstance(data, Manifest | MixedSets)
+    found = working_set(config, data, world_size)
+    if limit < found.least_by_ranges:
+        by_ranges = f"; single images can be read by ranges from data.cache_gb={_gb(found.least_by_ranges)} on"
         raise UserError(
             f"{given}: {_gb(limit)} GB, but {found.slots} data slots on a node × data.shuffle_window="
             f"{config.data.shuffle_window} shards read from {_gb(found.least)} GB at a time: set data.cache_gb="
             f"{_gb(found.least)} or more ({_gb(found.once)}: no shard is fetched twice in an epoch), on a disk that has it "
             "(data.cache_dir), or use more nodes, a smaller data.shuffle_window or smaller shards"
+            + (by_ranges if found.least_by_ranges < found.least else "; " + INDEX_HINT)
         )
-    free = shutil.disk_usage(folder).free + Room(folder, None).held()
-    if limit > free:
-        raise UserError(
-            f"data.cache_gb: {_gb(limit)} GB, but {folder} has {_gb(free)} GB; set data.cache_gb={_gb(found.least)} to "
-            f"{_gb(int(free * 0.95))}, or name a folder on a larger disk in data.cache_dir"
-        )
-    again = "" if limit >= found.once else f"; data.cache_gb={_gb(found.once)} would fetch no shard twice in an epoch"
+    _disk(folder, limit, found.least_by_ranges)
     return [
         f"{'cache':<10} {folder}: at most {_gb(limit)} GB; {found.slots} slots on a node read from {_gb(found.least)} GB at a "
-        f"time, and need {found.shards_fetched:,} shards ({_gb(found.fetched)} GB) of {_gb(found.all)} GB an epoch{again}"
+        f"time, and need {found.shards_fetched:,} shards ({_gb(found.fetched)} GB) of {_gb(found.all)} GB an epoch"
+        + _advice(found, limit)
     ]
+
+
+def _advice(found: WorkingSet, limit: int) -> str:
+    """Return what a start adds about a cache that does not hold all that is needed."""
+    if limit < found.least:
+        return (
+            f"; below that single images are read by ranges, up to {found.images:,} requests an epoch: "
+            f"data.cache_gb={_gb(found.least)} would fetch whole shards"
+        )
+    return "" if limit >= found.once else f"; data.cache_gb={_gb(found.once)} would fetch no shard twice in an epoch"
+
+
+def ring_bytes(config: Config, data: Manifest | MixedSets, rank: int, world_size: int) -> int | None:
+    """Return the bytes in which each loader process of a rank's node keeps ranges; None where whole shards are fetched.
+
+    Ranges are read where the cache has no room for the shards that the node's slots read from at a time.
+    """
+    room = _room(config, data) if any(manifest.has_checksums for manifest in _remote(data)) else None
+    if room is None:
+        return None
+    limit, local = room.limit, ranks_per_node(world_size)
+    found = _of_node(config, data, rank // local * local, world_size, _held_out(config, local))
+    if limit >= found.least:
+        return None
+    return max(limit - found.fixed_by_ranges, 0) // found.processes
 
 
 def working_set(config: Config, data: Manifest | MixedSets, world_size: int) -> WorkingSet:
     """Return the room that the remote shards of a run need on the node that needs most, in its first epoch."""
+    local = ranks_per_node(world_size)
+    held_out = _held_out(config, local)
+    ranks = range(0, world_size, local)
+    return max((_of_node(config, data, rank, world_size, held_out) for rank in ranks), key=lambda node: node.least)
+
+
+def _of_node(config: Config, data: Manifest | MixedSets, rank: int, world_size: int, held_out: int) -> WorkingSet:
+    """Return the working set of the node whose first rank is `rank`."""
     manifests = [data] if isinstance(data, Manifest) else [one.manifest for one in data.sets]
     steps, local = steps_per_epoch(data.samples, config.train.global_batch), ranks_per_node(world_size)
-    everything = {(n, i): cost(shard) for n, m in enumerate(manifests) if m.remote for i, shard in enumerate(m.shards)}
-    held_out = _held_out(config, local)
-    spare = SPARE_SHARDS * local * max(config.data.workers, 1) * max(everything.values(), default=0)
-    nodes = []
-    for rank in range(0, world_size, local):
-        slots = node_slots(LoaderAssignment(config, rank, world_size, 0, steps, steps))
-        schedule = Schedule(config, data, slots)
-        shards = {shard for use in schedule.uses(0) for shard in use.shards if shard in everything}
-        least, once = (
-            min(int(MARGIN * schedule.peak_bytes(everything, only)) + spare, sum(everything.values())) + held_out
-            for only in (False, True)
+    shards = {(n, i): shard for n, m in enumerate(manifests) if m.remote for i, shard in enumerate(m.shards)}
+    whole = {number: cost(shard) for number, shard in shards.items()}
+    slots = node_slots(LoaderAssignment(config, rank, world_size, 0, steps, steps))
+    schedule = Schedule(config, data, slots)
+    used = {shard for use in schedule.uses(0) for shard in use.shards if shard in whole}
+    processes = min(local, world_size) * max(min(config.data.workers, len(slots) // local), 1)
+
+    def need(sizes: dict[ShardId, int], once: bool) -> int:
+        spare = SPARE_SHARDS * processes * max(sizes.values(), default=0)
+        return min(int(MARGIN * schedule.peak_bytes(sizes, once)) + spare, sum(sizes.values()))
+
+    # By ranges: the indexes in the place of the shards, and a ring for each process.
+    checked = {number: index_cost(shards[number]) for number in shards if manifests[number[0]].has_checksums}
+    fixed = need({number: size for number, size in whole.items() if number not in checked}, False) + held_out
+    fixed += need(checked, True)
+    images = len(slots) * config.train.global_batch // config.slots  # of a batch
+    average = sum(whole[number] for number in checked) / max(sum(shards[number].samples for number in checked), 1)
+    rings = processes * max(int(RING_BATCHES * images * average / processes), LEAST) if checked else 0
+    least = need(whole, False) + held_out
+    return WorkingSet(
+        slots=len(slots),
+        least=least,
+        once=need(whole, True) + held_out,
+        all=sum(whole.values()),
+        fetched=sum(whole[shard] for shard in used),
+        shards_fetched=len(used),
+        least_by_ranges=min(fixed + rings, least) if checked else least,
+        fixed_by_ranges=fixed,
+        processes=processes,
+        images=steps * images,
+    )
+
+
+def _remote(data: object) -> list[Manifest]:
+    """Return the remote shard sets of a run's data."""
+    manifests = [one.manifest for one in data.sets] if isinstance(data, MixedSets) else [data]
+    return [manifest for manifest in manifests if isinstance(manifest, Manifest) and manifest.remote]
+
+
+def _room(config: Config, data: object) -> Room | None:
+    """Return the room of the cache that a run uses on this node; None if it needs none."""
+    if not _remote(data) and not (config.train.knn_every and store_urls.is_set_url(config.data.held_out)):
+        return None
+    limit = None if config.data.cache_gb is None else int(config.data.cache_gb * GB)
+    return Room(cache_folder(config.data.cache_dir), limit)
+
+
+def _disk(folder: Path, limit: int, least: int) -> None:
+    """Raise UserError if the cache's disk has less than the limit."""
+    free = shutil.disk_usage(folder).free + Room(folder, None).held()
+    if limit > free:
+        raise UserError(
+            f"data.cache_gb: {_gb(limit)} GB, but {folder} has {_gb(free)} GB; set data.cache_gb={_gb(least)} to "
+            f"{_gb(int(free * 0.95))}, or name a folder on a larger disk in data.cache_dir"
         )
-        fetched = sum(everything[shard] for shard in shards)
-        nodes.append(WorkingSet(len(slots), least, once, sum(everything.values()), fetched, len(shards)))
-    return max(nodes, key=lambda node: node.least)
 
 
 def _held_out(config: Config, ranks: int) -> int:

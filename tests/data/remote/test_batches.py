@@ -54,6 +54,7 @@ def test_small_cache_stays_within_its_limit_and_gives_the_same_batches(
         return got
 
     monkeypatch.setattr(room.Room, "reserve", watched)
+    monkeypatch.setattr(working_set, "ring_bytes", lambda *_: None)  # as a set without checksums
     counted, remote = Counted(monkeypatch), []
     for batch in read(c, epochs=2):
         remote.append(batch)

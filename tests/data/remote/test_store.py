@@ -118,5 +118,5 @@ def test_requests_of_a_node_are_paced(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(store, "REQUESTS_PER_SECOND", 50)
     began = time.monotonic()
     for _ in range(11):
-        store._pace(tmp_path / ".pace")
+        store._pace(tmp_path / ".pace", store.REQUESTS_PER_SECOND)
     assert 0.19 < time.monotonic() - began < 1

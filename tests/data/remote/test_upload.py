@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from esvit_scale.data import checksums
+from esvit_scale.data import manifest as manifests
 from esvit_scale.data.remote import store, upload
 from esvit_scale.data.remote.store import Store, StoreUnreachable
 from esvit_scale.errors import UserError
 from tests import tiny
 from tests.data.remote.conftest import remote_copy
+from tests.data.test_checksums import without_checksums
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +90,17 @@ def test_upload_sends_the_manifest_last_and_continues(
     (local / "shard-000001.tar").write_bytes(content)
     with pytest.raises(UserError, match="sha256 differs"):
         upload.upload(local, f"file://{tmp_path}/store2")
+
+
+def test_checksums_that_are_added_later_send_the_indexes_only(
+    three_shards: Path, bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = shutil.copytree(three_shards, tmp_path / "set")
+    without_checksums(local)
+    upload.upload(local, f"file://{bucket}")
+    checksums.add(local)
+    sent, put = [], Store.put
+    monkeypatch.setattr(Store, "put", lambda self, path, name=None: (sent.append(path.name), put(self, path, name))[1])
+    assert upload.upload(local, f"file://{bucket}") == 3
+    assert sorted(sent) == ["manifest.json", *(f"shard-00000{i}.index.jsonl" for i in range(3))]
+    assert manifests.load(bucket).has_checksums
