@@ -113,7 +113,7 @@ class Store:
             Missing, StoreUnreachable: as `fetch`.
         """
         path = f"{self._root}/{name}"
-        data: bytes = self._retried(name, lambda: self._fs.cat_file(path, start, stop), urgent, at_start)
+        data: bytes = self._retried(name, lambda: self._fs.cat_file(path, start=start, end=stop), urgent, at_start)
         return data
 
     def version(self, name: str) -> str:

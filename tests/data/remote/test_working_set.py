@@ -41,3 +41,14 @@ def test_too_small_cache_is_an_error_before_the_run_with_the_number_that_works(s
     assert "1 slots on a node read from" in line
     assert len(list(read(c))) == 24
     assert working_set.check(config(shards, tmp_path), stream.open_data(config(shards, tmp_path)), 1) == []
+
+
+def test_remote_held_out_images_beside_local_data_need_room(shards: Path, tmp_path: Path) -> None:
+    held = f"file://{tiny.shards(tmp_path / 'held', samples=40)}"
+    c = config(shards, tmp_path / "cache", held_out=held, cache_gb=1e-5)
+    c = c.model_copy(update={"train": c.train.model_copy(update={"knn_every": 5})})
+    with pytest.raises(UserError, match=r"of data\.held_out at a time: set data\.cache_gb=0\.\d+ or more"):
+        working_set.check(c, stream.open_data(c), 1)
+    wide = c.model_copy(update={"data": c.data.model_copy(update={"cache_gb": 0.001})})
+    [line] = working_set.check(wide, stream.open_data(wide), 1)
+    assert line.endswith("at most 0.001 GB, for data.held_out")
