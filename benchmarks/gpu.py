@@ -280,6 +280,7 @@ def beside_official(options: Any) -> Iterator[Row]:
             "checkpointing": "none",
             "official": str(options.official),
             "steps": 1 if options.quick else 6,
+            "warm_up": 1,
         }
         row = step.measure(cell)
         ratio = row["ours_images_per_s"] / row["official_images_per_s"]

@@ -52,7 +52,7 @@ def results() -> list[Row]:
 
 def text(rows: list[Row], full: bool) -> str:
     """Return the table and the line below it; `full` adds the columns steps, load and commit."""
-    head = ["step", "images/s", "compared with", "its images/s", "× as fast", "of its memory"]
+    head = ["step", "images/s", "compared with", "its images/s", "× as fast", "fastest steps", "of its memory"]
     head += ["steps", "load", "commit"] if full else []
     lines = [head, ["---"] * len(head), *(line(row, full) for row in rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + f"\n\n{places(rows)}\n"
@@ -67,8 +67,9 @@ def line(row: Row, full: bool) -> list[str]:
     if row["where"]["allocator"] != "glibc":
         step += f", {row['where']['allocator'].removeprefix('lib').partition('.')[0]} for both"
     other = "timm's modules" if row["official"] == "timm" else "official modules"
+    ratios = rates[0] / rates[1], min(row["official_seconds"]) / min(row["ours_seconds"])
     memory = row["ours_peak_mb"] / row["official_peak_mb"]
-    cells = [step, f"{rates[0]:.2f}", other, f"{rates[1]:.2f}", f"{rates[0] / rates[1]:.2f}", f"{memory:.2f}"]
+    cells = [step, f"{rates[0]:.2f}", other, f"{rates[1]:.2f}", *(f"{x:.2f}" for x in (*ratios, memory))]
     steps, where = len(row["ours_seconds"]), row["where"]
     return cells + ([str(steps), str(where["load"]), where["commit"]] if full else [])
 
@@ -85,7 +86,7 @@ def places(rows: list[Row]) -> str:
             f"in {clock} time on {cores} of an {where['processor']}{flags}, torch {where['torch'].partition('+')[0]}"
         )
         seen[f"{place}, bf16 products computed in {where['products_of_bf16']}"] = None
-    return f"Measured by `benchmarks/step.py` {'; '.join(seen)}; both sides in turns, medians."
+    return f"Measured by `benchmarks/step.py` {'; '.join(seen)}; both sides in turns, medians; *fastest steps* is the ratio of the fastest step of each side."
 
 
 if __name__ == "__main__":

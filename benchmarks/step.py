@@ -1,11 +1,12 @@
 """Images per second, peak memory and MFU of whole optimizer steps: teacher, student, loss, backward, clip, AdamW, EMA.
 
     python benchmarks/step.py [--preset swin_t] [--batch 4] [--precision fp32 bf16] [--activation-checkpointing none torch]
-                              [--official PATH_TO_A_CLONE | timm] [--steps 3] [--json] [--save NAME]
+                              [--official PATH_TO_A_CLONE | timm] [--steps 3] [--warm-up 1] [--json] [--save NAME]
 
 Every row runs in a fresh process, because a process does not give back its peak. With --official, the official modules
 have a process of their own, in which nothing of this package's settings applies, and the two take turns, step by step, so
-that a machine whose speed drifts does not favour either: the ratio is that of the median steps. --official timm compares
+that a machine whose speed drifts does not favour either: the ratio is that of the median steps. Either side may need
+several steps until its heap has grown (--warm-up). --official timm compares
 with a plain step of timm's modules instead, which need no clone. Crops are random pixels:
 neither decoding nor augmentation is timed.
 
@@ -46,7 +47,10 @@ def main() -> None:
     parser.add_argument("--activation-checkpointing", nargs="+", choices=implementations, default=["none"])
     parser.add_argument("--official", type=Path, help="a clone of the official EsViT repository, or timm (plain.py)")
     parser.add_argument("--official-precision", choices=("fp32", "bf16", "fp16"), help="default: the row's")
-    parser.add_argument("--steps", type=int, default=3, help="timed, after one that is not")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps")
+    parser.add_argument(
+        "--warm-up", type=int, default=1, help="steps before them that are not timed; the heap grows in them"
+    )
     parser.add_argument("--clock", choices=("wall", "processor"), default="wall", help=CLOCK_HELP)
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     parser.add_argument("--save", metavar="NAME", help="also write the JSON object to benchmarks/results/NAME.json")
@@ -65,6 +69,7 @@ def main() -> None:
             "official": str(options.official) if options.official else None,
             "official_precision": options.official_precision or precision,
             "steps": options.steps,
+            "warm_up": options.warm_up,
             "clock": options.clock,
         }
         for batch in options.batch
@@ -93,7 +98,7 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
     sides = ["ours", "official"] if cell["official"] else ["ours"]
     processes = {side: Side(cell | {"side": side}) for side in sides}
     times: dict[str, list[float]] = {side: [] for side in sides}
-    for _ in range(cell["steps"] + 1):
+    for _ in range(cell["warm_up"] + cell["steps"]):
         for side, process in processes.items():
             times[side].append(process.step())
     row = dict(cell)
@@ -101,8 +106,9 @@ def measure(cell: dict[str, Any]) -> dict[str, Any]:
         row["official"] = "clone"
     for side, process in processes.items():
         row |= process.finish()
-        row[f"{side}_images_per_s"] = cell["batch"] / statistics.median(times[side][1:])
-        row[f"{side}_seconds"] = times[side][1:]
+        timed = times[side][cell["warm_up"] :]
+        row[f"{side}_images_per_s"] = cell["batch"] / statistics.median(timed)
+        row[f"{side}_seconds"] = timed
     row["mfu"] = row["ours_images_per_s"] / row.pop("ideal_images_per_s")
     return row
 
