@@ -6,9 +6,8 @@
 Every row runs in a fresh process, because a process does not give back its peak. With --official, the official modules
 have a process of their own, in which nothing of this package's settings applies, and the two take turns, step by step, so
 that a machine whose speed drifts does not favour either: the ratio is that of the median steps. Either side may need
-several steps until its heap has grown (--warm-up). --official timm compares
-with a plain step of timm's modules instead, which need no clone. Crops are random pixels:
-neither decoding nor augmentation is timed.
+several steps until its heap has grown (--warm-up). --official timm compares with a plain step of timm's modules instead,
+which need no clone. Crops are random pixels: neither decoding nor augmentation is timed.
 
 On a CPU, training lets glibc keep freed memory (parallel/allocator.py). ESVIT_MALLOC=system measures without that, and
 LD_PRELOAD=…/libtcmalloc_minimal.so.4 with tcmalloc on both sides.
