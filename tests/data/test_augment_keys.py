@@ -93,7 +93,7 @@ def test_global_crops_have_chances_of_their_own_and_strengths_in_common() -> Non
         ("data.global_crops.augment.blur=0.5", "data.global_crops.augment.blur: expected a list of two numbers"),
         ("data.local_crops.0.augment.blur_radius=[1,3]", "data.local_crops.0.augment.blur_radius.1: must be ≤ 2"),
         ("data.local_crops.0.augment.blur_radius=[2,1]", "data.local_crops.0.augment.blur_radius: needs low <= high"),
-        ("data.augment.flip=0", "unknown key data.augment; did you mean"),
+        ("data.augment.flip=0", "unknown key data.augment.flip; did you mean 'data.flip'?"),
     ],
 )
 def test_wrong_values_are_one_clear_line(override: str, says: str) -> None:

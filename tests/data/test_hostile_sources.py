@@ -43,7 +43,7 @@ def test_links_and_climbing_names_in_tars_are_harmless(tmp_path: Path) -> None:
     assert manifest.samples == 3
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "secret.png", "x.tar"]
     entries = manifests.read_index(tmp_path / "out" / "set" / "shard-000000.tar")
-    assert all(not key.startswith("/") and ".." not in key for key, _ in entries)
+    assert all(not entry.key.startswith("/") and ".." not in entry.key for entry in entries)
 
 
 def test_truncated_tar_gives_its_whole_members(images: dict[str, bytes], tmp_path: Path) -> None:

@@ -224,7 +224,7 @@ def images_of(manifest: manifests.Manifest) -> Wanted:
     found: Wanted = {}
     for shard in manifest.shards:
         data = (manifest.root / shard.name).read_bytes()
-        for _, members in manifests.read_index(manifest.root / shard.name):
+        for _, members, _ in manifests.read_index(manifest.root / shard.name):
             read = {ext: data[at : at + size] for ext, (at, size) in members.items()}
             found[IMAGES.index(read["png"])] = int(read["cls"]) if "cls" in read else None
     return found

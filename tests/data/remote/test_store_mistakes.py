@@ -15,7 +15,7 @@ from esvit_scale.errors import UserError
 def test_error_about_an_option_is_a_users_error_and_is_not_repeated(tmp_path: Path, kind: type[Exception]) -> None:
     asked = list[str]()
 
-    def fail(path: str, *rest: Any) -> None:
+    def fail(path: str, **rest: Any) -> None:
         asked.append(path)
         raise kind("unexpected keyword argument 'endpont_url'")
 
