@@ -94,10 +94,7 @@ def _cross_field_problems(c: Config) -> list[str]:
     if low > high:
         problems.append(f"objective.mask_ratio: needs low <= high, got [{low}, {high}]")
     problems += _pixel_problems(c.data)
-    if c.train.mirror and not store_urls.is_set_url(c.train.mirror):
-        problems.append(
-            f"train.mirror: {c.train.mirror} is no address of a folder in a store, such as s3://bucket/runs"
-        )
+    problems += _address_problems(c)
     if c.train.knn_every and not c.data.held_out:
         problems.append("train.knn_every: needs data.held_out, labelled shards or class folders to measure on")
     for key in ("keep_best", "patience"):
@@ -117,6 +114,24 @@ def _cross_field_problems(c: Config) -> list[str]:
         problems.append(
             f"model.heads: {len(c.model.heads)} stages, but model.depths has {len(c.model.depths)}; give one number a stage in both"
         )
+    return problems
+
+
+def _address_problems(c: Config) -> list[str]:
+    """Return the problems of keys that take an address, and of folders for which one is given: it would be made here."""
+    problems = []
+    places = {"data.train": c.data.train, "data.held_out": c.data.held_out, "train.mirror": c.train.mirror or ""}
+    for key, place in places.items():
+        if meant := store_urls.address_meant(place):
+            problems.append(f"{key}: {place}: did you mean {meant}?")
+    if c.train.mirror and not problems and not store_urls.is_set_url(c.train.mirror):
+        problems.append(
+            f"train.mirror: {c.train.mirror} is no address of a folder in a store, such as s3://bucket/runs"
+        )
+    for key, folder in {"run_dir": c.run_dir, "data.stage": c.data.stage, "data.cache_dir": c.data.cache_dir}.items():
+        if folder and (store_urls.protocol(folder) or store_urls.address_meant(folder)):
+            hint = "; train.mirror copies checkpoints to a store" if key == "run_dir" else ""
+            problems.append(f"{key}: {folder} is an address, and a folder on this machine is needed{hint}")
     return problems
 
 

@@ -25,6 +25,7 @@ WHERE = {  # protocol → where its library looks for credentials
     "hf": "HF_TOKEN",
     "https": 'FSSPEC_HTTPS, such as FSSPEC_HTTPS=\'{"client_kwargs": {"headers": {…}}}\'',
 }
+ADDRESS = re.compile(r"(s3a?|gs|gcs|az|abfss?|adl|hf|https?):/*([^/].*)", re.IGNORECASE)
 SAME_AS = {"s3a": "s3", "gcs": "gs", "abfs": "az", "abfss": "az", "adl": "az", "http": "https"}
 
 
@@ -39,6 +40,13 @@ def is_set_url(place: str) -> bool:
     if not protocol(place) or "{" in place or "}" in place:
         return False
     return not (TAR.search(place) or TAR.search(re.split("[?#]", place)[0]))
+
+
+def address_meant(place: str) -> str | None:
+    """Return the address that a text such as `s3:/bucket/set` or `S3://bucket/set` was probably meant to be, else None."""
+    match = ADDRESS.fullmatch(place)
+    meant = f"{match[1].lower()}://{match[2]}" if match else place
+    return meant if meant != place else None
 
 
 def join(url: str, name: str) -> str:

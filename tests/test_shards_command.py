@@ -61,6 +61,10 @@ def test_create_verify_stats_and_show_work_on_one_set(
 
 
 MISTAKES = {
+    "create . s3:/b/set": "s3:/b/set: did you mean s3://b/set? A path of this name is ./s3:/b/set",
+    "create . S3://b/set": "did you mean s3://b/set?",
+    "verify gs:b/set": "did you mean gs://b/set?",
+    "duplicates . --out s3://b/keep.txt": "s3://b/keep.txt: not an address but a path is needed",
     "create a b --shard-range 0/4": "expected I/N with 1 ≤ I ≤ N (the first of four parts is 1/4), got '0/4'",
     "create a b --shard-range 5/4": "expected I/N",
     "create a b --bytes-per-shard 5X": "expected a size such as 500M or 2G, got '5X'",

@@ -53,6 +53,27 @@ def test_configs_of_old_runs_with_secrets_are_read_and_continued(tmp_path: Path)
         configs.require_training_data(configs.validate(old | {"data": with_more}, where="test"))
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ({"run_dir": "s3://b/run"}, r"run_dir: s3://b/run is an address.*train\.mirror"),
+        ({"run_dir": "s3:/b/run"}, "run_dir: s3:/b/run is an address"),
+        ({"data": {"cache_dir": "gs://b/cache"}}, "data.cache_dir: gs://b/cache is an address"),
+        ({"data": {"train": "s3:/b/set"}}, r"data.train: s3:/b/set: did you mean s3://b/set\?"),
+        ({"train": {"mirror": "S3://b/runs"}}, r"train.mirror: S3://b/runs: did you mean s3://b/runs\?"),
+    ],
+)
+def test_addresses_at_the_wrong_place_or_mistyped_are_refused(override: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        configs.validate(override, where="test")
+
+
+def test_what_an_address_was_meant_to_be() -> None:
+    for place in ("s3://b/set", "pipe:aws s3 cp s3://b/x.tar -", "photos/train", "s3", "hf://datasets/u/n", "./s3:/b"):
+        assert store_urls.address_meant(place) is None
+    assert store_urls.address_meant("HF:/datasets/u/n") == "hf://datasets/u/n"
+
+
 def test_user_names_without_passwords_are_taken() -> None:
     for url in ("sftp://alice@h/x.tar", "hdfs://alice@nn/set", "az://container@account.blob/set", "s3://[broken/x@y:z"):
         assert store_urls.secret_in_url(url) is None

@@ -4,7 +4,7 @@ import argparse
 import re
 from pathlib import Path
 
-from esvit_scale.store_urls import is_set_url
+from esvit_scale.store_urls import address_meant, is_set_url, protocol
 
 
 class SetUrl(str):
@@ -13,17 +13,33 @@ class SetUrl(str):
 
 def set_or_folder(text: str) -> "Path | SetUrl":
     """Convert the place of a shard set or folder of images, a path or the URL of a set."""
-    return SetUrl(text) if is_set_url(text) else Path(text)
+    return SetUrl(text) if is_set_url(_as_typed(text)) else Path(text)
 
 
 def destination(text: str) -> Path | str:
     """Convert the place to write a shard set to: a folder's path, or its URL in a store, which stays a text."""
-    return text.rstrip("/") if is_set_url(text) else Path(text)
+    return text.rstrip("/") if is_set_url(_as_typed(text)) else Path(text)
+
+
+def local_path(text: str) -> Path:
+    """Convert the path of a file or folder; the address of a store, which would become a folder `s3:`, is refused."""
+    if protocol(_as_typed(text)):
+        raise argparse.ArgumentTypeError(
+            f"{text}: not an address but a path is needed; a folder of this name would be ./{text}"
+        )
+    return Path(text)
+
+
+def _as_typed(text: str) -> str:
+    """Return the text, or refuse a mistyped address, which would otherwise become a folder of that name."""
+    if meant := address_meant(text):
+        raise argparse.ArgumentTypeError(f"{text}: did you mean {meant}? A path of this name is ./{text}")
+    return text
 
 
 def local_folder(text: str) -> Path:
     """Convert a folder that batch jobs write to; the address of a store is refused."""
-    if is_set_url(text):
+    if is_set_url(_as_typed(text)):
         raise argparse.ArgumentTypeError(
             f"{text}: the shipped script writes to a folder; for a store run `esvit-scale shards create … {text} "
             "--shard-range I/N` in jobs of your own, then `esvit-scale shards merge`"

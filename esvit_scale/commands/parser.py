@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from esvit_scale.commands import option_types
 from esvit_scale.commands.examples import EXAMPLES
 from esvit_scale.errors import UserError, nearest
 
@@ -19,6 +20,10 @@ class Parser(argparse.ArgumentParser):
     """
 
     _intermixing = False
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.register("type", Path, option_types.local_path)  # what `type=Path` means in every command
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse the options first, then all positional arguments, with `parse_known_intermixed_args`.
