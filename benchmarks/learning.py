@@ -5,8 +5,8 @@
 
 For every recipe and seed, the official modules and ours start from the same weights and see the same crops in the same
 order. At --points steps along the way k-NN (k = 10) on the teacher's view features is measured, at the first and the last
-also a logistic probe; at the end a table and curves are written: against images seen, FLOPs and time. Time is the training steps' own:
-neither loading of crops, which both sides share, nor evaluation. Run it with OMP_NUM_THREADS=1 and read processor time on
+also a logistic probe. At the end a table is printed, and with --out curves are drawn against images seen, FLOPs and time.
+The time is that of the training steps, without the loading of crops, which both sides share, and without evaluation. Run it with OMP_NUM_THREADS=1 and read processor time on
 a machine that others use.
 
 A finished curve is a file in --out, so the same command goes on where it was stopped. learning_sets.py has the sets.
@@ -102,8 +102,14 @@ def main() -> None:
     parser.add_argument("--source", type=Path, help="folder in which the set's Debian package was unpacked")
     parser.add_argument("--half", choices=("validation", "test"), default="test", help="what is measured on")
     parser.add_argument("--official", type=Path, help="a clone of the official EsViT repository")
-    parser.add_argument("--recipe", nargs="+", default=["tutorial"], help="of RECIPES, presets, or YAML files")
-    parser.add_argument("--override", action="append", default=[], metavar="KEY=VALUE", help="of all recipes")
+    parser.add_argument("--recipe", nargs="+", default=["tutorial"], help="names of RECIPES, presets or YAML files")
+    parser.add_argument(
+        "--override",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="config value to change in all recipes; repeatable",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--points", type=int, default=6, help="measurements along a run, beside that at step 0")

@@ -1,4 +1,4 @@
-"""Four labelled image sets that need no download, for learning.py: clothes, stamps, patches of photographs and digits.
+"""Four labelled image sets for learning.py: clothes and stamps from Debian packages, patches of photographs and digits.
 
 | set | where it comes from | training images | test images |
 |---|---|---|---|

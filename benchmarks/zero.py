@@ -4,7 +4,7 @@
         [--optimizers adamw muon …]
 
 The global batch is the same in every row, so the losses of an optimizer are too; the table shows the last one. The
-optimizer's seconds are its update of the fp32 values, without clipping, and with Muon's exchange of matrices. State is what stays
+optimizer's seconds are those of its update of the fp32 values, without clipping, and with Muon's exchange of matrices. State is what stays
 between steps (parameters, masters, moments, teacher), counted tensor by tensor; the peak is of the whole process on a
 CPU and of the allocator on a GPU, the largest of the ranks. Processes share this machine's cores: their times compare
 within one number of processes.

@@ -90,14 +90,18 @@ def _add_upload(shards: Any) -> None:
 
 def _add_index(shards: Any) -> None:
     index = command(
-        shards, "index", _index, "write the indexes of a set of an older version anew, with a checksum of every image"
+        shards,
+        "index",
+        _index,
+        "add checksums to the indexes of a set of an older version, or write those of NVIDIA DALI",
     )
     index.add_argument("root", type=Path, metavar="SET", help="folder of the shard set")
     index.add_argument(
         "--format",
         choices=("checksums", "dali"),
         default="checksums",
-        help="dali: write NAME.idx for NVIDIA DALI instead, and leave the set's own indexes (default: checksums)",
+        help="checksums: add one of every image to the set's indexes; dali: write NAME.idx instead, for NVIDIA DALI (default: "
+        "checksums)",
     )
     index.add_argument(
         "--out", type=Path, metavar="DIR", help="with dali: folder for NAME.idx (default: beside the tars)"

@@ -19,8 +19,8 @@ from esvit_scale.models.tables import kept
 from esvit_scale.models.trunk import Grid, MaskGeometry
 from esvit_scale.models.windows import Permutation
 
-BLOCKS = 12  # blocks that are laid until enough cells are hidden; single cells fill what little may still be missing
-SMALLEST_BLOCK = 4  # cells, as in BEiT and iBOT
+BLOCKS = 12  # largest number of blocks that are laid; single cells are added if these hide too few
+SMALLEST_BLOCK = 4  # number of cells, as in BEiT and iBOT
 ASPECTS = np.exp(np.linspace(np.log(0.3), np.log(1 / 0.3), 16))  # height by width of a block
 _FIRST_DRAW = 1 << 16  # of `draw_of`, above the indices of all blocks of a network
 _NOISE = 1 << 12  # of the draws for single cells, above those for blocks

@@ -54,4 +54,4 @@ def kept_bytes(dim: int, element: int) -> int:
     """Return the bytes per image that the loss keeps for its backward, for features of width `dim` and `element` bytes."""
     wide = torch.float32.itemsize
     rows = 1 if element == wide else 2  # the difference to the neighbour, and the features if they were cast
-    return CROPS * (rows * dim + 4) * wide  # and, before and after their bounds, length and distance
+    return CROPS * (rows * dim + 4) * wide  # 4: a row's length and distance, each before and after it is clamped

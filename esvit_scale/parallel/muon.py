@@ -10,9 +10,9 @@ the weight decay and the scale of Moonlight (Liu et al. 2025, arXiv 2502.16982, 
 The scale gives the update the root mean square that AdamW's updates have, 0.2, so that both take the same lr and weight
 decay: one that was found for AdamW can be kept.
 
-O depends on the whole matrix, and a rank owns intervals of flat tensors. So every matrix has one owner, by its cost in
-turn the rank with the least to do: the ranks send it their intervals, it orthogonalises the matrix, and sends the
-intervals of the result back, in one exchange before and one after. The numbers are those of one process. At ZeRO 0,
+O depends on the whole matrix, and a rank owns intervals of flat tensors. So every matrix has one owner; the costly ones
+are given away first, each to the rank with the least to do. The ranks send the owner their intervals, it orthogonalises
+the matrix, and it sends the intervals of the result back, in one exchange before and one after. The numbers are those of one process. At ZeRO 0,
 where all ranks have the whole matrix, only the results travel.
 
 Everything is computed in fp32: 5 iterations cost about 20·min(m, n) FLOPs per element, divided over the ranks, which is
@@ -64,7 +64,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, groups: list[dict[str, Any]], config: Optim) -> None:
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0})
         others = [group for group in self.param_groups if group["name"] != MATRICES]
-        # It shares the groups, and so their tensors, lr and weight decay, and below the state.
+        # AdamW shares these groups, and so their tensors, lr and weight decay; `step` gives it the state, too.
         self._adamw = torch.optim.AdamW(others, lr=0.0, betas=config.betas, fused=True) if others else None
         self._momentum = config.muon_momentum
         self._exchanges: dict[frozenset[int], _Exchange] = {}

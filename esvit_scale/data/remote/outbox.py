@@ -35,7 +35,7 @@ from esvit_scale.progress import say
 
 log = logging.getLogger("esvit_scale")
 
-UPLOADS = 4  # shards sent at a time; as many and those being written lie on this machine's disk
+UPLOADS = 4  # shards sent at a time; this machine's disk holds them and the shards that are being written
 READERS = 8  # records read at a time
 
 

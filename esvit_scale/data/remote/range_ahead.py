@@ -27,7 +27,7 @@ from esvit_scale.errors import RestartCanHelp, UserError, first_line
 
 log = logging.getLogger("esvit_scale")
 
-MOST_IMAGES = 32_768  # of a block, whose index entries are held in memory
+MOST_IMAGES = 32_768  # largest number of images in a block, because their index entries are held in memory
 THREADS = 4  # ranges that one process fetches at a time
 JOIN_S = 5.0  # seconds to wait for a request under way at the end
 WAIT_S = 0.5  # seconds after which a waiting thread looks again whether it has to end
@@ -66,10 +66,10 @@ class RangeAhead:
     """The threads of a loader process that plan blocks, and fetch their ranges into its ring.
 
     Args:
-        assignment: of the process.
+        assignment: which part of the data the process loads.
         samples_of: returns the samples of the process in a batch, in order; called in another thread.
-        caches: of every set, from ReadAhead; sets whose cache is not by ranges are left out.
-        size: bytes of the ring.
+        caches: the cache of every set, from ReadAhead; sets whose cache does not read by ranges are left out.
+        size: size of the ring in bytes.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class RangeAhead:
                 return []
             index = manifests.parse_index(cache.path(shard).read_bytes(), cache.manifest.shards[shard].name)
             return [(i, index[i]) for i in samples if i < len(index)]
-        except (UserError, RestartCanHelp, OSError, ValueError) as error:  # who reads the sample meets it again
+        except (UserError, RestartCanHelp, OSError, ValueError) as error:  # the sample's reader meets the error again
             log.debug("not planned: %s", first_line(error))
             return []
 
@@ -249,7 +249,7 @@ class RangeAhead:
                 assert cache is not None
                 self._ring.write(fetched.offset, read_verified(cache, fetched.shard, fetched.members, urgent=False))
                 state = "done"
-            except Exception as error:  # who reads the samples fetches them again, and raises the error if it recurs
+            except Exception as error:  # the reader fetches the samples again, and raises the error if it recurs
                 passes = isinstance(error, RestartCanHelp | OSError)
                 log.log(logging.DEBUG if passes else logging.WARNING, "not fetched ahead: %s", first_line(error))
             finally:
