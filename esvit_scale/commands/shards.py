@@ -124,7 +124,7 @@ def _index(options: argparse.Namespace) -> int:
         added = checksums.add(options.root, shard_options.workers(options))
     except OSError as error:
         raise UserError(f"{error.filename or options.root}: {error.strerror or error}") from None
-    print(f"{options.root}: {'checksums were added to its indexes' if added else 'its indexes have checksums already'}")
+    print(f"{options.root}: {'indexes with checksums were written' if added else 'its indexes have checksums already'}")
     return 0
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from esvit_scale import files
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data import pool
-from esvit_scale.data.manifest import INDEX_VERSION, MANIFEST, Entry, Manifest
+from esvit_scale.data.manifest import INDEX_VERSION, MANIFEST, Entry, Manifest, Shard
 from esvit_scale.errors import UserError
 
 PIECE = 1 << 20  # bytes read at a time
@@ -51,7 +51,9 @@ def _crc(tar: Any, offset: int, size: int) -> int:
 
 
 def add(root: Path, workers: int = 1) -> bool:
-    """Write the indexes of a set anew, with checksums, and record them in its manifest; return False if it has them.
+    """Write the indexes of a set that have no checksums, or are missing or damaged, and record them in its manifest.
+
+    Return False if there are none.
 
     Every tar is compared with its sha256 first. The tars and the order of the samples stay, so that runs and checkpoints of
     the set go on. An interrupted call leaves a set that can be used and is completed by the next one.
@@ -63,18 +65,25 @@ def add(root: Path, workers: int = 1) -> bool:
     manifest = manifests.load(root)
     if manifest.remote:
         raise UserError(f"{manifest.remote.url}: add checksums to the set in a folder, and upload it again")
-    if manifest.has_checksums:
-        return False
     manifests.check_sizes(manifest)
-    sha256s: dict[int, str] = {}
-    jobs = range(len(manifest.shards))
-    for number, found in pool.each(partial(_write_index, manifest), jobs, workers, manifest.samples, "images"):
+    sha256s = {number: shard.index_sha256 for number, shard in enumerate(manifest.shards) if has_index(root, shard)}
+    jobs = [number for number in range(len(manifest.shards)) if number not in sha256s]
+    if not jobs:
+        return False
+    samples = sum(manifest.shards[number].samples for number in jobs)
+    for number, found in pool.each(partial(_write_index, manifest), jobs, workers, samples, "images"):
         sha256s[number] = found
     raw = json.loads((root / MANIFEST).read_bytes())
     shards = [row | {"index_sha256": sha256s[number]} for number, row in enumerate(raw.pop("shards"))]
     raw |= {"index_version": INDEX_VERSION, "shards": shards}
     files.write_bytes(root / MANIFEST, (json.dumps(raw, indent=1) + "\n").encode())
     return True
+
+
+def has_index(root: Path, shard: Shard) -> bool:
+    """Return whether the index of a shard is there, with checksums, and as the manifest says."""
+    path = manifests.index_path(root / shard.name)
+    return bool(shard.index_sha256) and path.is_file() and files.sha256(path) == shard.index_sha256
 
 
 def _write_index(manifest: Manifest, number: int, tick: Callable[[], None]) -> str:

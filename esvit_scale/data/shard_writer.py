@@ -367,7 +367,7 @@ def _removed_on_failure(
         if done:
             where = outbox.url if outbox else partial.parent
             say(f"{where}: stopped with {len(done)} shards written; run the same command again to continue")
-        elif partial.exists() and not shared and not (partial / MANIFEST).exists():
+        elif not shared and not (partial / MANIFEST).exists():
             shutil.rmtree(partial, ignore_errors=True)
             if outbox:
                 outbox.discard()

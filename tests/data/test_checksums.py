@@ -72,3 +72,20 @@ def test_damaged_shard_gets_no_checksums(tmp_path: Path, capsys: pytest.CaptureF
     tar.write_bytes(content)
     assert cli.main(["shards", "index", str(root), "--workers", "1"]) == 2
     assert "its sha256 differs from the manifest's" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", [b"", b"x", None])
+def test_damaged_or_missing_index_is_written_anew(damage: bytes | None, tmp_path: Path) -> None:
+    root = tiny.shards(tmp_path / "set", samples=12)
+    before = {path.name: path.read_bytes() for path in root.iterdir()}
+    index = manifests.index_path(root / "shard-000001.tar")
+    index.unlink() if damage is None else index.write_bytes(damage)
+    assert cli.main(["shards", "index", str(root), "--workers", "1"]) == 0
+    assert {path.name: path.read_bytes() for path in root.iterdir()} == before
+
+
+def test_set_without_a_tar_is_not_called_complete(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tiny.shards(tmp_path / "set", samples=12)
+    (root / "shard-000001.tar").unlink()
+    assert cli.main(["shards", "index", str(root), "--workers", "1"]) == 2
+    assert "shard-000001.tar: No such file" in capsys.readouterr().err

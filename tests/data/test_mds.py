@@ -111,3 +111,32 @@ def test_library_writes_what_is_committed(mds: Path, tmp_path: Path) -> None:
     mds_fixture.write(tmp_path / "packed", compression="zstd")
     with pytest.raises(UserError, match=r"is compressed \(zstd"):
         open_source(str(tmp_path / "packed"), SourceOptions(image_column="picture"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "match"),
+    [
+        ("samples", -1, "no room for -1 samples"),
+        ("samples", 10**9, "no room for 1000000000 samples"),
+        ("samples", "7", "no room for '7' samples"),
+        ("column_sizes", ["x"] * 6, "column_sizes"),
+        ("column_sizes", [None], "column_sizes"),
+        ("column_encodings", [1] * 6, "its columns are no texts"),
+        ("raw_data", [], "not the index"),
+        ("column_names", None, "not the index"),
+    ],
+)
+def test_index_is_not_trusted(key: str, value: object, match: str, mds: Path) -> None:
+    index = json.loads((mds / "index.json").read_text())
+    index["shards"][0][key] = value
+    (mds / "index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=match):
+        open_source(str(mds), SourceOptions(image_column="picture", label="kind"))
+
+
+def test_deeply_nested_index_is_an_error(mds: Path) -> None:
+    (mds / "index.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="not the index of an MDS data set"):
+        open_source(str(mds), SourceOptions(kind="mds"))
+    with pytest.raises(UserError):
+        open_source(str(mds), SourceOptions())

@@ -57,6 +57,7 @@ class Outbox:
         self._store: Store | None = None
         self._pool = ThreadPoolExecutor(UPLOADS)
         self._jobs: set[Future[None]] = set()
+        self._has_sent = False  # whether a shard may have arrived
 
     def settle(self, numbers: Callable[[int], range] = range) -> Manifest | None:
         """Look at what the store holds; return the set's manifest if it is finished.
@@ -105,6 +106,7 @@ class Outbox:
         if self._store is None:  # made here, since the processes that write shards were forked before
             self._store = Store(self.url, {}, self._locks())
         self._wait(UPLOADS - 1)
+        self._has_sent |= written.shard is not None
         self._jobs.add(self._pool.submit(self._send, self._store, number, written))
 
     def wait(self) -> None:
@@ -135,9 +137,10 @@ class Outbox:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def discard(self) -> None:
-        """Remove the plan and the records from the store, when nothing of the set is worth keeping."""
+        """Remove the plan and the records from the store, unless a shard may lie there: the next run knows it by them."""
         with suppress(Exception), self._looking() as store:
-            store.remove(PARTIAL)
+            if not self._has_sent and all(name.startswith(".") for name in _infos(store, "")):
+                store.remove(PARTIAL)
 
     def close(self) -> None:
         """End the transfers."""

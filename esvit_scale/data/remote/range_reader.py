@@ -1,7 +1,8 @@
 """Reader of single samples of a remote set, from the ranges that were fetched ahead or else from the store."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data.bad_image import BadImage
@@ -28,22 +29,16 @@ class RangeReader:
 
     def entry(self, shard: int, i: int) -> Entry:
         """Return the index entry of sample `i` of a shard."""
-        began = time.monotonic()
         try:
-            if (found := self._ahead.entry((self._number, shard, i))) is not None:
-                return found
-            path = self._cache.path(shard)
-            return manifests.parse_index(path.read_bytes(), self.manifest.shards[shard].name)[i]
+            with self._waiting():
+                if (found := self._ahead.entry((self._number, shard, i))) is not None:
+                    return found
+                path = self._cache.path(shard)
+                return manifests.parse_index(path.read_bytes(), self.manifest.shards[shard].name)[i]
         except IndexError:
             raise BadImage(f"sample {i} is not in the shard") from None
         except (ValueError, TypeError):
             raise BadImage(f"the index line of sample {i} is corrupt") from None
-        except OSError as error:
-            raise StoreUnreachable(
-                f"{self._cache.folder}: {error.strerror or error}; the cache's disk is broken"
-            ) from None
-        finally:
-            self.waited_s += time.monotonic() - began
 
     def image(self, shard: int, entry: Entry) -> bytes:
         """Return the bytes of the sample's image file."""
@@ -62,8 +57,9 @@ class RangeReader:
         """Do nothing: no file of a shard is open."""
 
     def _bytes(self, shard: int, entry: Entry, start: int, size: int) -> bytes:
-        began = time.monotonic()
-        try:
+        if not size:
+            return b""
+        with self._waiting():
             found = self._ahead.bytes_at((self._number, shard, start), size)
             if found is not None and len(found) == size:
                 return found
@@ -71,6 +67,13 @@ class RangeReader:
             if not wanted:
                 raise BadImage("its index has no checksum of it")
             return read_verified(self._cache, shard, wanted, urgent=True)
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Count the time of the block as waiting, and take an OSError for one of the cache's disk."""
+        began = time.monotonic()
+        try:
+            yield
         except OSError as error:
             raise StoreUnreachable(
                 f"{self._cache.folder}: {error.strerror or error}; the cache's disk is broken"

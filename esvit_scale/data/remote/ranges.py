@@ -81,8 +81,8 @@ def read_verified(cache: ShardCache, shard: int, members: Sequence[Member], urge
 
 
 def members_of(entry: Entry, sample: int, turn: int = 0) -> list[Member]:
-    """Return what training reads of a sample: its image, and its label if it has one."""
+    """Return what training reads of a sample: its image, and its label if it has one; nothing that is empty."""
     image = image_member(entry)
-    wanted = [place for place in (image, entry.members.get("cls")) if place is not None and place[1] <= MAX_MEMBER]
+    wanted = [place for place in (image, entry.members.get("cls")) if place is not None and 0 < place[1] <= MAX_MEMBER]
     found = {entry.members[ext]: crc for ext, crc in entry.checksums.items()}
     return [Member(sample, at, at + size, found[at, size], turn) for at, size in wanted if (at, size) in found]

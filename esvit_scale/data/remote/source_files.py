@@ -6,20 +6,22 @@ so that an interrupted run continues. Image files that a list names by URL are n
 
 import fcntl
 import hashlib
-import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import webdataset as wds
 
 from esvit_scale import files, store_urls
+from esvit_scale.data import manifest as manifests
 from esvit_scale.data.manifest import MANIFEST, index_path
 from esvit_scale.data.remote import place
+from esvit_scale.data.remote.shard_cache import REPLACED
 from esvit_scale.data.remote.store import Denied, Missing, Store
 from esvit_scale.errors import RestartCanHelp, UserError
 from esvit_scale.progress import Progress
@@ -110,22 +112,17 @@ def _below(store: Store, folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
 def _of_set(store: Store) -> dict[str, dict[str, Any]]:
     """Return the files of a shard set as its manifest lists them, which needs no listing of the folder; Missing: no set."""
     wanted: dict[str, dict[str, Any]] = {}
-    for shard in _json(store.read(MANIFEST, at_start=True))["shards"]:
-        name = str(shard["name"])
-        if "/" in name or not name.endswith(".tar"):
-            raise UserError(f"{store_urls.join(store.url, MANIFEST)}: {name[:80]!r} is not the name of a tar beside it")
-        if digest := shard.get("index_sha256"):
-            wanted[index_path(Path(name)).name] = {"sha256": digest}
-        wanted[name] = {"size": shard["bytes"], "sha256": shard["sha256"]}
+    with TemporaryDirectory() as folder:
+        files.write_bytes(Path(folder) / MANIFEST, store.read(MANIFEST, at_start=True))
+        try:
+            shards = manifests.load(Path(folder)).shards
+        except UserError as error:
+            raise UserError(str(error).replace(folder, store.url)) from None
+    for shard in shards:
+        if shard.index_sha256:
+            wanted[index_path(Path(shard.name)).name] = {"sha256": shard.index_sha256}
+        wanted[shard.name] = {"size": shard.bytes, "sha256": shard.sha256}
     return wanted | {MANIFEST: store.info(MANIFEST)}
-
-
-def _json(data: bytes) -> dict[str, Any]:
-    try:
-        raw: dict[str, Any] = json.loads(data)
-        return raw
-    except ValueError:
-        raise UserError(f"{MANIFEST}: not valid JSON") from None
 
 
 def _fetch_all(store: Store, found: Mapping[str, dict[str, Any]], root: Path, versions: Path) -> None:
@@ -173,17 +170,17 @@ def _fetch_one(store: Store, name: str, info: Mapping[str, Any], root: Path, ver
             store.fetch(name, tmp, urgent=True)
             size = tmp.stat().st_size
             if "sha256" in info:
-                if files.sha256(tmp) != info["sha256"]:
-                    raise UserError(f"{store_urls.join(store.url, name)}: its sha256 differs from the manifest's")
-                after = info
+                after, whole = info, files.sha256(tmp) == info["sha256"]
             else:
                 after = store.info(name)
-            whole = after.get("size") in (None, size) and _version(after) == _version(info)
+                whole = after.get("size") in (None, size) and _version(after) == _version(info)
         if whole:
             versions.mkdir(exist_ok=True)
             files.write_text(_recorded(name, versions), _version(info))
             return
         info = after
+    if "sha256" in info:
+        raise UserError(f"{store_urls.join(store.url, name)}: its sha256 differs from the manifest's: {REPLACED}")
     raise RestartCanHelp(
         f"{store_urls.join(store.url, name)}: changed during {ATTEMPTS} transfers; run the command again"
     )

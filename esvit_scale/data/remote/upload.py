@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from esvit_scale import files, store_urls
+from esvit_scale.data import checksums
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data.manifest import MANIFEST, Manifest, Shard, index_path
 from esvit_scale.data.remote import place
@@ -114,6 +115,10 @@ def _send(root: Path, shard: Shard, store: Store, recorded: str | None) -> tuple
             pass
     if files.sha256(path) != shard.sha256:
         raise UserError(f"{path}: its sha256 differs from the manifest's; run `esvit-scale shards verify {root}`")
+    if shard.index_sha256 and not checksums.has_index(root, shard):
+        raise UserError(
+            f"{index_path(path)}: missing, or not what the manifest says; run `esvit-scale shards index {root}`"
+        )
     if index_path(path).is_file():
         store.put(index_path(path))
     if not has_tar:

@@ -47,7 +47,7 @@ def is_mds(root: Path) -> bool:
     try:
         shards = json.loads((root / INDEX).read_bytes())["shards"]
         return bool(shards) and all(shard["format"] == "mds" for shard in shards)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
@@ -185,7 +185,7 @@ def _shards(root: Path) -> list[Shard]:
         found = [_shard(root, one) for one in listed]
     except OSError as error:
         raise UserError(f"{root / INDEX}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{root / INDEX}: not the index of an MDS data set ({error})") from None
     if not sum(shard.samples for shard in found):
         raise UserError(f"{root / INDEX}: lists no samples")
@@ -212,7 +212,18 @@ def _shard(root: Path, one: dict[str, Any]) -> Shard:
     if (size := (root / path).stat().st_size) != raw["bytes"]:
         raise UserError(f"{root / path}: {size} bytes; the index says {raw['bytes']}; copy it again")
     encodings = dict(zip(one["column_names"], one["column_encodings"], strict=True))
-    return Shard(path.as_posix(), int(one["samples"]), encodings, tuple(one["column_sizes"]))
+    samples, sizes = one["samples"], tuple(one["column_sizes"])
+    if not all(isinstance(text, str) for pair in encodings.items() for text in pair):
+        raise ValueError(f"{path}: its columns are no texts")
+    if len(sizes) != len(encodings) or not all(value is None or _is_count(value) for value in sizes):
+        raise ValueError(f"{path}: its column_sizes are not a number or null for each of its columns")
+    if not _is_count(samples) or 4 * (samples + 2) > size:  # numbers before the first sample
+        raise ValueError(f"{path}: has no room for {samples!r} samples")
+    return Shard(path.as_posix(), samples, encodings, sizes)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
 
 
 def _image_column(root: Path, shard: Shard) -> str:

@@ -47,6 +47,14 @@ def same(a: list[stream.Batch], b: list[stream.Batch]) -> bool:
     )
 
 
+def check_joined(whole: list[stream.Batch], ranks: list[list[stream.Batch]]) -> None:
+    """Check that the batches of several ranks together are those of a single one."""
+    for one, *parts in zip(whole, *ranks, strict=True):
+        assert one.keys == [key for part in parts for key in part.keys]
+        for group, *shares in zip(one.crops, *(part.crops for part in parts), strict=True):
+            assert torch.equal(group, torch.cat(shares, 1))
+
+
 class Counted:
     """The transfers of this process, counted by name."""
 

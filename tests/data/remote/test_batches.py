@@ -4,13 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data import stream
 from esvit_scale.data.remote import place, room, working_set
 from tests import tiny
-from tests.data.remote.conftest import Counted, config, read, same
+from tests.data.remote.conftest import Counted, check_joined, config, read, same
 
 
 def cached_bytes(cache: Path) -> int:
@@ -76,7 +75,4 @@ def test_mix_of_a_remote_and_a_local_set(shards: Path, tmp_path: Path) -> None:
 def test_resume_at_another_world_size_with_an_empty_cache(shards: Path, tmp_path: Path) -> None:
     local = list(read(config(shards, tmp_path), start=7))
     ranks = [list(read(config(f"file://{shards}", tmp_path / f"cache{r}"), r, 2, start=7)) for r in range(2)]
-    for whole, *parts in zip(local, *ranks, strict=True):
-        assert whole.keys == [key for part in parts for key in part.keys]
-        for group, *halves in zip(whole.crops, *(part.crops for part in parts), strict=True):
-            assert torch.equal(group, torch.cat(halves, 1))
+    check_joined(local, ranks)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import threading
 from collections import Counter
 from pathlib import Path
@@ -237,6 +238,7 @@ def test_upload_that_arrives_damaged_is_sent_again(
             there.write_bytes(there.read_bytes()[:-1] + b"x")
 
     monkeypatch.setattr(Store, "put", flipping)
+    local = shutil.copytree(local, tmp_path / "set")  # an upload leaves its record beside the set
     limit = 2
     upload.upload(local, url)
     assert damaged["times"] == 2
@@ -268,3 +270,27 @@ def test_record_that_cannot_be_read_ends_in_one_line(images: Path, url: str) -> 
     copy.unlink()
     with pytest.raises(RestartCanHelp, match="a record cannot be read"):
         write(images, url)
+
+
+def test_shard_without_a_record_is_continued_after_an_error(
+    images: Path, local: Path, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(self: Store, name: str, data: bytes) -> None:
+        raise Denied(f"{name}: access denied")
+
+    for _ in range(2):  # the second finds the first one's shard
+        with monkeypatch.context() as patched:
+            patched.setattr(Store, "write", failing)
+            with pytest.raises(UserError, match="access denied"):
+                write(images, url)
+        assert (place_of(url) / ".partial" / "plan.json").exists()
+    write(images, url)
+    assert files_of(place_of(url)) == files_of(local)
+
+
+def test_nothing_stays_of_a_set_without_usable_images(url: str, tmp_path: Path) -> None:
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "0.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="none of its 1 image files can be used"):
+        write(tmp_path / "bad", url)
+    assert not files_of(place_of(url))

@@ -10,14 +10,15 @@ import torch
 from esvit_scale.config import Config
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data import stream
-from esvit_scale.data.manifest import Manifest
-from esvit_scale.data.remote import place, range_ahead, ranges, room, working_set
+from esvit_scale.data.manifest import Entry, Manifest
+from esvit_scale.data.remote import place, range_ahead, ranges, room, shard_cache, working_set
+from esvit_scale.data.remote.range_reader import RangeReader
 from esvit_scale.data.remote.ranges import Member
 from esvit_scale.data.remote.ring import LEAST, Ring
 from esvit_scale.data.remote.store import Store
 from esvit_scale.errors import UserError
 from tests import tiny
-from tests.data.remote.conftest import Counted, config, read, remote_copy, same
+from tests.data.remote.conftest import Counted, check_joined, config, read, remote_copy, same, small
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +82,7 @@ def test_no_byte_is_fetched_twice_in_an_epoch(many: Path, tmp_path: Path, monkey
 def test_resume_at_another_world_size_with_an_empty_cache(many: Path, tmp_path: Path) -> None:
     local = list(read(config(many, tmp_path), start=11))
     ranks = [list(read(narrow(f"file://{many}", tmp_path / f"cache{r}"), r, 2, start=11)) for r in range(2)]
-    for whole, *parts in zip(local, *ranks, strict=True):
-        assert whole.keys == [key for part in parts for key in part.keys]
-        for group, *halves in zip(whole.crops, *(part.crops for part in parts), strict=True):
-            assert torch.equal(group, torch.cat(halves, 1))
+    check_joined(local, ranks)
 
 
 def test_mix_with_a_set_without_checksums(many: Path, shards: Path, tmp_path: Path) -> None:
@@ -183,3 +181,14 @@ def test_ring_gives_no_byte_to_two_blocks(many: Path, tmp_path: Path) -> None:
     assert room.Room(tmp_path, None).held() >= LEAST
     ring.close()
     assert room.Room(tmp_path, None).held() < LEAST
+
+
+def test_empty_members_need_no_request(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = Entry("k", {"jpg": (512, 0), "cls": (1024, 1)}, {"jpg": 0, "cls": 7})
+    assert [(m.start, m.stop) for m in ranges.members_of(entry, 0)] == [(1024, 1025)]
+    manifest = small(many, tmp_path, 3)
+    cache = shard_cache.ShardCache(manifest, by_ranges=True)
+    found = read_ranges(monkeypatch)
+    assert RangeReader(manifest, 0, cache, None).image(0, entry) == b""  # type: ignore[arg-type]
+    assert not found
+    cache.close()

@@ -150,3 +150,33 @@ def test_sources_that_cannot_be_fetched_end_in_one_line(
     monkeypatch.setattr(source_files, "SPARE", 1 << 60)
     with pytest.raises(UserError, match="name a larger disk with --work-dir"):
         source_files.fetch(f"file://{where}", tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{", '{"shards": [{"name": "a.tar"}]}', '{"format_version": 1, "shards": [{"name": "../a.tar"}]}']
+)
+def test_manifest_of_a_set_in_a_store_is_not_trusted(text: str, bucket: Path) -> None:
+    (bucket / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match=f"^file://{bucket}/manifest.json: "):
+        open_source(f"file://{bucket}", SourceOptions())
+
+
+def test_shard_that_is_cut_on_its_way_is_fetched_again(
+    shards: Path, bucket: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch, cuts = Store.fetch, list[str]()
+
+    def cutting(self: Store, name: str, target: Path, *, urgent: bool) -> None:
+        fetch(self, name, target, urgent=urgent)
+        if name == "shard-000001.tar" and len(cuts) < most:
+            cuts.append(name)
+            target.write_bytes(target.read_bytes()[:700])
+
+    monkeypatch.setattr(Store, "fetch", cutting)
+    most = 2
+    here = source_files.fetch(f"file://{shards}", bucket)
+    assert (here / "shard-000001.tar").read_bytes() == (shards / "shard-000001.tar").read_bytes()
+    assert len(cuts) == 2
+    most = 99
+    with pytest.raises(UserError, match="its sha256 differs from the manifest's"):
+        source_files.fetch(f"file://{shards}", bucket / "other")

@@ -104,3 +104,16 @@ def test_checksums_that_are_added_later_send_the_indexes_only(
     assert upload.upload(local, f"file://{bucket}") == 3
     assert sorted(sent) == ["manifest.json", *(f"shard-00000{i}.index.jsonl" for i in range(3))]
     assert manifests.load(bucket).has_checksums
+
+
+def test_index_without_its_checksums_is_not_uploaded(three_shards: Path, bucket: Path, tmp_path: Path) -> None:
+    local = shutil.copytree(three_shards, tmp_path / "set")
+    index = manifests.index_path(local / "shard-000001.tar")
+    for damage in (lambda: index.write_bytes(b"x"), index.unlink):
+        damage()
+        with pytest.raises(UserError, match=r"000001\.index\.jsonl: missing, or not .*run `esvit-scale shards index"):
+            upload.upload(local, f"file://{bucket}")
+    assert not (bucket / "manifest.json").exists()
+    checksums.add(local)
+    upload.upload(local, f"file://{bucket}")
+    assert (bucket / index.name).read_bytes() == index.read_bytes()
