@@ -174,9 +174,10 @@ def log_sum_exp(side: Side, tile: int) -> Tensor:
 def _expectations(
     student: Side, teacher: Side, log_sums: Tensor, towards: Tensor, grad_rows: Tensor | None, tile: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return P W and the entropies of teacher, student and usage, where P are the probabilities of student and teacher tokens, [N_s + N_t, K].
+    """Return P W and the entropies of teacher, student and usage.
 
-    P W [N_s + N_t, D] is each token's expectation of the student's prototypes W. If `grad_rows` [K, D] is given, Pᵀ
+    P [N_s + N_t, K] are the probabilities of student and teacher tokens, and P W [N_s + N_t, D] is each token's
+    expectation of the student's prototypes W. If `grad_rows` [K, D] is given, Pᵀ
     times `towards` [N_s + N_t, D] is written into it.
     """
     n_s, n_t = len(student.z), len(teacher.z)

@@ -55,7 +55,7 @@ class ReadAhead:
     """A reader ahead for one loader process: it fetches remote shards before the order of the data needs them.
 
     Args:
-        assignment: of the process.
+        assignment: which part of the data the process loads.
         data: its shard set or mix.
         first: the shards of the first batches, in the order in which they are read; they are fetched before others.
         by_ranges: whether samples are read by ranges (ranges.py) where a set has checksums: then the indexes of its shards

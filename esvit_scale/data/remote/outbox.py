@@ -43,9 +43,9 @@ class Outbox:
     """A set in a store while it is written, and the folder on this machine through which its shards go.
 
     Args:
-        url: of the set.
-        work_dir: below which the folder lies; None: the cache's default folder.
-        fingerprint: identifies the set to be written; None: whatever the store holds the plan of.
+        url: URL of the set's folder in the store.
+        work_dir: folder in which this one is made; None: the cache's default folder.
+        fingerprint: identifies the set to be written; None: the set whose plan the store holds.
     """
 
     def __init__(self, url: str, work_dir: Path | None, fingerprint: str | None) -> None:
@@ -65,7 +65,7 @@ class Outbox:
         Otherwise the records in the folder are afterwards those of the shards that have arrived.
 
         Args:
-            numbers: returns those of the shards that matter, of so many.
+            numbers: given how many shards the set has, returns the numbers of those that matter here.
 
         Raises:
             UserError: the store holds something else there, or denies access.

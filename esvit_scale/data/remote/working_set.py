@@ -29,13 +29,13 @@ class WorkingSet(NamedTuple):
     """Bytes of the remote shards of a run, of the node that needs most."""
 
     slots: int  # data slots of a node
-    least: int  # below this the run cannot work with whole shards
+    least: int  # bytes of the cache without which the run cannot read whole shards
     once: int  # with this no shard is fetched twice in an epoch
     all: int  # of all shards
     fetched: int  # in an epoch, with `once`
     shards_fetched: int
-    least_by_ranges: int  # below this the run cannot work at all; as `least` for sets without checksums
-    fixed_by_ranges: int  # of these, what is no ring of a process: indexes, and shards of sets without checksums
+    least_by_ranges: int  # bytes without which the run cannot work at all; equal to `least` for sets without checksums
+    fixed_by_ranges: int  # bytes of these that are in no ring: indexes, and shards of sets without checksums
     processes: int  # loader processes of a node
     images: int  # samples that its slots read in an epoch
 
@@ -86,8 +86,8 @@ def _advice(found: WorkingSet, limit: int) -> str:
     """Return what a start adds about a cache that does not hold all that is needed."""
     if limit < found.least:
         return (
-            f"; below that single images are read by ranges, up to {found.images:,} requests an epoch: "
-            f"data.cache_gb={_gb(found.least)} would fetch whole shards"
+            f"; the limit is too small for whole shards, so single images are read by ranges, with up to {found.images:,} requests "
+            f"an epoch; data.cache_gb={_gb(found.least)} would fetch whole shards"
         )
     return "" if limit >= found.once else f"; data.cache_gb={_gb(found.once)} would fetch no shard twice in an epoch"
 

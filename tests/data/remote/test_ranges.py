@@ -129,7 +129,7 @@ def test_number_in_the_message_works(many: Path, tmp_path: Path) -> None:
     assert "single images" not in line  # there is room for the shards
     least = working_set.working_set(c, open_data(c), 1).least_by_ranges
     [line] = working_set.check(c, open_data(c), 1)
-    assert "below that single images are read by ranges, up to 120 requests an epoch" in line
+    assert "so single images are read by ranges, with up to 120 requests an epoch" in line
     low = c.model_copy(update={"data": c.data.model_copy(update={"cache_gb": (least - 1) / 1e9})})
     with pytest.raises(
         UserError, match=rf"can be read by ranges from data\.cache_gb={least / 1e6:.0f}|cache_gb=0\.001 on"
