@@ -177,8 +177,8 @@ def _expectations(
     """Return P W and the entropies of teacher, student and usage.
 
     P [N_s + N_t, K] are the probabilities of student and teacher tokens, and P W [N_s + N_t, D] is each token's
-    expectation of the student's prototypes W. If `grad_rows` [K, D] is given, Pᵀ
-    times `towards` [N_s + N_t, D] is written into it.
+    expectation of the student's prototypes W. If `grad_rows` [K, D] is given, Pᵀ times `towards` [N_s + N_t, D] is
+    written into it.
     """
     n_s, n_t = len(student.z), len(teacher.z)
     mixed = torch.zeros_like(towards, dtype=log_sums.dtype)
