@@ -52,7 +52,7 @@ def create(
         val_fraction: fraction of samples for destination/val; the rest goes to destination/train.
         channels, bits: of every image.
         workers: worker processes; None: one per CPU core.
-        work_dir: folder for what is fetched from or sent to a store meanwhile; None: below that of temporary files.
+        work_dir: folder for files on their way from or to a store; None: below that of temporary files.
 
     Returns:
         The manifests by name of the split: "train" and "val" with `val_fraction`, else "".

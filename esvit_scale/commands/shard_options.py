@@ -70,7 +70,7 @@ def add_work_dir(parser: argparse.ArgumentParser) -> None:
         "--work-dir",
         type=Path,
         metavar="DIR",
-        help="folder for what is fetched from or sent to a store meanwhile (default: below that of temporary files)",
+        help="folder for files on their way from or to a store (default: below that of temporary files)",
     )
 
 

@@ -98,7 +98,7 @@ def write_source(
         part: write only this part of every set's shards, and leave the manifest to `merge`.
         strict: raise UserError when anything is left out that the recipe does not ask to leave out: before anything is
             written if the source's listing leaves it out, at the end if it is an unusable image.
-        work_dir: folder for shards on their way to a store; None: the cache's default folder.
+        work_dir: folder for files on their way from or to a store; None: the cache's default folder.
 
     Returns:
         The manifests by name of the split ("" for a single set); none after a part.
