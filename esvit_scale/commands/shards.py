@@ -93,7 +93,7 @@ def _add_index(shards: Any) -> None:
         shards,
         "index",
         _index,
-        "add checksums to the indexes of a set of an older version, or write those of NVIDIA DALI",
+        "write old, missing or damaged indexes of a set anew, with checksums; or write those of NVIDIA DALI",
     )
     index.add_argument("root", type=Path, metavar="SET", help="folder of the shard set")
     index.add_argument(
