@@ -80,11 +80,18 @@ def _check_masks(trunk: Trunk, objective: Objective, config: Config) -> None:
 
 
 def check_local_batch(objective: Objective, config: Config, world_size: int) -> None:
-    """Raise UserError if micro-batches have fewer images per rank than the objective's loss needs."""
+    """Raise UserError if micro-batches have fewer images per rank than the objective's loss, or KoLeo, needs."""
     images = config.train.global_batch // config.train.grad_accum // world_size
     if images < objective.images_at_least:
         whole = objective.images_at_least * config.train.grad_accum * world_size
         raise UserError(
             f"train.global_batch: {config.train.global_batch} gives {images} images to a rank at a time, and "
             f"{config.objective.name} needs {objective.images_at_least}; at least train.global_batch={whole}"
+        )
+    compared = images * (world_size if config.objective.koleo_across_ranks else 1)
+    if config.objective.koleo_weight and compared < 2:
+        whole = 2 * config.train.grad_accum * (1 if config.objective.koleo_across_ranks else world_size)
+        raise UserError(
+            "objective.koleo_weight: KoLeo compares an image with others, and a rank has 1 image at a time; "
+            f"at least train.global_batch={whole}"
         )

@@ -61,7 +61,7 @@ def fill(config: Config, world_size: int) -> dict[str, Any]:
         )
     if stage is not None and _is_sound(values):
         values.setdefault("zero_optimization", {})
-        problems += _stage_problems(config, stage)
+        problems += _stage_problems(config, stage) + _offload_problems(values["zero_optimization"])
         accumulation, stage = _accumulation(config, stage, values)
         values["zero_optimization"]["stage"] = stage
         owned = {**_owned_numbers(config, world_size, stage), "data_types.grad_accum_dtype": accumulation, **_FIXED}
@@ -181,6 +181,24 @@ def _stage_problems(config: Config, stage: int) -> list[str]:
         problems.append(
             "train.precision: ZeRO stage 0 is offered in fp32 and autocast only (in bf16 and fp16, its optimizer takes one "
             "step at start-up); use train.ds_config=zero1, which also runs on one process, or train.precision=fp32"
+        )
+    return problems
+
+
+def _offload_problems(section: dict[str, Any]) -> list[str]:
+    """Return the problems of kinds of offloading that DeepSpeed offers with its own optimizer alone."""
+    given = {name: section.get(name) for name in ("offload_optimizer", "offload_param")}
+    problems = [
+        f'zero_optimization.{name}.device: "nvme" is not offered, since the teacher\'s average and checkpoints read fp32 '
+        'weights and moments in memory; use "cpu"'
+        for name, values in given.items()
+        if isinstance(values, dict) and values.get("device") == "nvme"
+    ]
+    optimizer = given["offload_optimizer"]
+    if isinstance(optimizer, dict) and optimizer.get("ratio", 1) != 1:
+        problems.append(
+            f"zero_optimization.offload_optimizer.ratio: must be 1, got {json.dumps(optimizer['ratio'])}; DeepSpeed "
+            "offloads a part with its own Adam alone"
         )
     return problems
 

@@ -1,15 +1,18 @@
 """KoLeo against loops over its formula in float64, at its edges, in every objective, and over two ranks."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from esvit_scale.errors import UserError
 from esvit_scale.objective.koleo import koleo
 from esvit_scale.objective.network import build_student
-from esvit_scale.objective.registry import OBJECTIVES
+from esvit_scale.objective.registry import OBJECTIVES, check_local_batch
 from tests import test_conformance as conformance
+from tests import tiny
 from tests.objective.conftest import Ranks
 
 B, C = 7, 5
@@ -52,6 +55,20 @@ def test_equal_images_have_a_finite_loss_and_no_gradient() -> None:
 
 def test_one_image_has_no_loss() -> None:
     assert koleo(torch.randn(2, C), 1, across_ranks=False) == 0
+
+
+@pytest.mark.parametrize(("batch", "accum", "world", "across"), [(4, 1, 2, False), (8, 2, 2, False), (4, 2, 2, True)])
+def test_ranks_that_have_nothing_to_compare_with_are_refused(
+    tmp_path: Path, batch: int, accum: int, world: int, across: bool
+) -> None:
+    own = {"train__grad_accum": accum, "objective__koleo_weight": 0.1, "objective__koleo_across_ranks": across}
+    config = tiny.config(tmp_path, tmp_path, train__global_batch=batch, **own)
+    objective = build_student(config).objective
+    check_local_batch(objective, config, world)
+    alone = 1 if across else world
+    small = tiny.config(tmp_path, tmp_path, train__global_batch=accum * alone, **own)
+    with pytest.raises(UserError, match=rf"^objective.koleo_weight: .* at least .*={2 * accum * alone}$"):
+        check_local_batch(objective, small, alone)
 
 
 def test_bf16_features_are_compared_in_fp32() -> None:

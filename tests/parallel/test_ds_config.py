@@ -77,6 +77,18 @@ def test_batch_that_does_not_divide_over_the_ranks_is_refused(tmp_path: Path) ->
         ({"zero_optimization": 3}, r"zero_optimization: must be an object, got 3"),
         ({"bf16": True}, r"bf16: must be an object, got true"),
         ({"bfloat16": {"enabled": True}}, r'bfloat16: owned by train\.precision; the section is named "bf16"'),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}},
+            r'offload_optimizer\.device: "nvme" is not offered, .*; use "cpu"$',
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/x"}}},
+            r'offload_param\.device: "nvme" is not offered, .*; use "cpu"$',
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.3}}},
+            r"offload_optimizer\.ratio: must be 1, got 0\.3",
+        ),
         ({"sparse_gradients": True}, r"sparse_gradients: this DeepSpeed has removed it"),
     ],
 )
