@@ -357,14 +357,14 @@ def _removed_on_failure(
 ) -> Iterator[None]:
     """Remove `.partial` when an error ends the block, unless another run can use it.
 
-    It stays when other parts share it, when it holds a finished set that only has to be moved into place, and, with
-    `keep_records`, when it holds a complete shard.
+    It stays when other parts share it, when it holds a finished set that only has to be moved into place, when shards
+    have been sent from it, and, with `keep_records`, when it holds a complete shard.
     """
     try:
         yield
     except BaseException:
         done = set_folder.records(partial) if keep_records else []
-        if done:
+        if done or (outbox and outbox.has_sent):  # what is on its way arrives
             where = outbox.url if outbox else partial.parent
             say(f"{where}: stopped with {len(done)} shards written; run the same command again to continue")
         elif not shared and not (partial / MANIFEST).exists():

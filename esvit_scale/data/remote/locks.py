@@ -9,6 +9,7 @@ import errno
 import fcntl
 import os
 import struct
+import weakref
 from pathlib import Path
 
 from esvit_scale.errors import UserError
@@ -27,6 +28,10 @@ class ByteLocks:
 
     def __init__(self, path: Path) -> None:
         self._handle = open_own(path, os.O_RDWR | os.O_CREAT)
+        self._close = weakref.finalize(
+            self, os.close, self._handle
+        )  # of a store that is forgotten while it is read from
+        self._close.atexit = False
 
     def try_shared(self, byte: int) -> bool:
         """Take a shared lock, or turn this handle's exclusive lock into one; return False where another is exclusive."""
@@ -41,8 +46,8 @@ class ByteLocks:
         self._set(byte, fcntl.F_UNLCK)
 
     def close(self) -> None:
-        """Let go of all locks."""
-        os.close(self._handle)
+        """Let go of all locks, as also happens when the object is collected."""
+        self._close()
 
     def _set(self, byte: int, kind: int) -> bool:
         wanted = struct.pack(_FLOCK, kind, os.SEEK_SET, byte, 1, 0)

@@ -57,7 +57,7 @@ class Outbox:
         self._store: Store | None = None
         self._pool = ThreadPoolExecutor(UPLOADS)
         self._jobs: set[Future[None]] = set()
-        self._has_sent = False  # whether a shard may have arrived
+        self.has_sent = False  # whether a shard may have arrived
 
     def settle(self, numbers: Callable[[int], range] = range) -> Manifest | None:
         """Look at what the store holds; return the set's manifest if it is finished.
@@ -106,7 +106,7 @@ class Outbox:
         if self._store is None:  # made here, since the processes that write shards were forked before
             self._store = Store(self.url, {}, self._locks())
         self._wait(UPLOADS - 1)
-        self._has_sent |= written.shard is not None
+        self.has_sent |= written.shard is not None
         self._jobs.add(self._pool.submit(self._send, self._store, number, written))
 
     def wait(self) -> None:
@@ -139,7 +139,7 @@ class Outbox:
     def discard(self) -> None:
         """Remove the plan and the records from the store, unless a shard may lie there: the next run knows it by them."""
         with suppress(Exception), self._looking() as store:
-            if not self._has_sent and all(name.startswith(".") for name in _infos(store, "")):
+            if not self.has_sent and all(name.startswith(".") for name in _infos(store, "")):
                 store.remove(PARTIAL)
 
     def close(self) -> None:

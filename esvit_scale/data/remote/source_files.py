@@ -6,6 +6,7 @@ so that an interrupted run continues. Image files that a list names by URL are n
 
 import fcntl
 import hashlib
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -32,6 +33,8 @@ ATTEMPTS = 3  # of a file that changes while it is fetched
 THREADS = 8
 SPARE = 1 << 30  # bytes that must stay free on the disk
 
+_in_use: dict[Path, int] = {}  # handles with this process's locks on what it has fetched
+
 
 def fetch(url: str, work_dir: Path | None = None) -> Path:
     """Fetch a source from a store, as far as it is not here yet; return its file or folder on this machine.
@@ -48,7 +51,8 @@ def fetch(url: str, work_dir: Path | None = None) -> Path:
         raise UserError(f"{url.partition('://')[0]}://…: {problem}")
     folder, names = _parts(url.rstrip("/"))
     here = _kept(url, work_dir)
-    here.mkdir(parents=True, exist_ok=True)
+    if here not in _in_use:
+        _in_use[here] = _held(here)
     root = here / (re.sub(r"[^A-Za-z0-9._-]+", "-", folder.rpartition("/")[2]) or "source")
     try:
         with (here / "lock").open("w") as lock, closing(Store(folder, {}, here.parent)) as store:
@@ -67,9 +71,30 @@ def fetch(url: str, work_dir: Path | None = None) -> Path:
 
 
 def discard_if_remote(url: str, work_dir: Path | None = None) -> None:
-    """Remove what was fetched of a source; a local source stays."""
-    if store_urls.protocol(url):
-        shutil.rmtree(_kept(url, work_dir), ignore_errors=True)
+    """Remove what was fetched of a source, unless another run on this machine reads it; a local source stays."""
+    if not store_urls.protocol(url):
+        return
+    here = _kept(url, work_dir)
+    handle = _in_use.pop(here, None) or _held(here)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(here, ignore_errors=True)
+    except BlockingIOError:
+        pass  # the last of the runs removes it
+    finally:
+        os.close(handle)
+
+
+def _held(here: Path) -> int:
+    """Make the folder of a source, and return a handle with a shared lock, which keeps other runs from removing it."""
+    while True:
+        here.mkdir(parents=True, exist_ok=True)
+        handle = os.open(here / "in-use", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        fcntl.flock(handle, fcntl.LOCK_SH)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), (here / "in-use").stat()):
+                return handle
+        os.close(handle)  # it was removed meanwhile
 
 
 def _kept(url: str, work_dir: Path | None) -> Path:

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from esvit_scale import store_urls
 from esvit_scale.data.remote.locks import ByteLocks, open_own
-from esvit_scale.errors import RestartCanHelp, UserError
+from esvit_scale.errors import RestartCanHelp, UserError, nearest
 
 T = TypeVar("T")
 
@@ -286,6 +286,9 @@ def _file_system(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
     except ImportError as error:
         raise UserError(f"{url}: {' '.join(str(error).split())}; {install}") from None
     except (TypeError, ValueError) as error:
+        if "Protocol not known" in str(error):
+            near = nearest(url.partition("://")[0], (*store_urls.WHERE, *store_urls.SAME_AS))
+            raise UserError(f"{url}: no library knows this protocol{near}") from None
         raise UserError(f"{url}: data.storage_options: {' '.join(str(error).split())}") from None
     if hasattr(fs, "retries"):
         fs.retries = 1

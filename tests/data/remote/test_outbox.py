@@ -294,3 +294,23 @@ def test_nothing_stays_of_a_set_without_usable_images(url: str, tmp_path: Path) 
     with pytest.raises(UserError, match="none of its 1 image files can be used"):
         write(tmp_path / "bad", url)
     assert not files_of(place_of(url))
+
+
+def test_shards_on_their_way_arrive_after_ctrl_c(images: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    send, is_stopped, has_arrived = outboxes.Outbox._send, threading.Event(), threading.Event()
+
+    def slow(self: outboxes.Outbox, *arguments: object) -> None:
+        assert is_stopped.wait(10)
+        send(self, *arguments)  # type: ignore[arg-type]
+        has_arrived.set()
+
+    def interrupted(self: outboxes.Outbox) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(outboxes.Outbox, "_send", slow)
+    monkeypatch.setattr(outboxes.Outbox, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write(images, url)
+    is_stopped.set()
+    assert has_arrived.wait(10)
+    assert list((place_of(url) / ".partial").glob("shard-*.json"))

@@ -1,5 +1,6 @@
 """Sources in a store give the same shard sets, byte for byte, as local copies of them."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -180,3 +181,27 @@ def test_shard_that_is_cut_on_its_way_is_fetched_again(
     most = 99
     with pytest.raises(UserError, match="its sha256 differs from the manifest's"):
         source_files.fetch(f"file://{shards}", bucket / "other")
+
+
+def test_stores_of_many_hosts_leave_no_open_files(bucket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(url_files, "MOST_STORES", 1)
+    names = [f"file://{bucket}/images/{kind}/0.png" for kind in "ab"]
+    opened = []
+    for _ in range(3):
+        for name in names:
+            assert url_files.read(name)
+        opened.append(len(list(Path("/proc/self/fd").iterdir())))
+    assert opened[-1] == opened[0]
+
+
+def test_fetched_files_stay_while_another_run_reads_them(bucket: Path, tmp_path: Path) -> None:
+    where, _ = as_tars(IMAGES, bucket)
+    url = f"file://{where}"
+    here = source_files.fetch(url)
+    other = source_files._held(source_files._kept(url, None))
+    source_files.discard_if_remote(url)
+    assert here.is_dir()
+    os.close(other)
+    source_files.discard_if_remote(url)
+    assert not here.exists()
+    assert source_files.fetch(url).is_dir()

@@ -48,3 +48,8 @@ def test_mistyped_options_of_s3_are_a_users_error(
         monkeypatch.setenv(name, "unused")
     with pytest.raises(UserError, match=word):
         place.local_folder(url, Data(storage_options=options))
+
+
+def test_unknown_protocol_is_named_with_one_that_is_like_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^sss3://b/set: no library knows this protocol; did you mean 's3'\?$"):
+        Store("sss3://b/set", {}, tmp_path)
