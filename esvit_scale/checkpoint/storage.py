@@ -173,10 +173,12 @@ class _SavePlanner(DefaultSavePlanner):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
 
     def create_local_plan(self) -> SavePlan:
+        """Return the plan of what this rank writes: its `Interval`s in place of the tensors and objects of DefaultSavePlanner."""
         self.plan = SavePlan([_write_item(name, interval) for name, interval in self.state_dict.items()])
         return self.plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
+        """Return the values to write for an item, which DefaultSavePlanner looks for in a plain state dict."""
         return self.state_dict[write_item.index.fqn].values.detach()
 
 
@@ -195,9 +197,11 @@ class _LoadPlanner(DefaultLoadPlanner):
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
+        """Keep the arguments as they are; DefaultLoadPlanner would flatten the state dict."""
         self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
 
     def create_local_plan(self) -> LoadPlan:
+        """Return the plan of what this rank reads: the stored pieces that cover its `Interval`s, at any world size."""
         assert self.metadata is not None
         stored = self.metadata.state_dict_metadata
         items: list[ReadItem] = []
@@ -206,6 +210,7 @@ class _LoadPlanner(DefaultLoadPlanner):
         return LoadPlan(items)
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        """Return the tensor that an item is read into, which DefaultLoadPlanner looks for in a plain state dict."""
         return self.state_dict[index.fqn].values
 
 
@@ -213,6 +218,7 @@ class _SafeReader(dcp.FileSystemReader):
     """A storage reader for torch.distributed.checkpoint that unpickles the index with an allow-list of classes."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Read the index; FileSystemReader would unpickle any class. A missing or damaged index is a UserError."""
         path = Path(self.path) / INDEX_FILE
         try:
             metadata = _IndexUnpickler(io.BytesIO(path.read_bytes())).load()
@@ -244,6 +250,7 @@ class _IndexUnpickler(pickle.Unpickler):
     )
 
     def find_class(self, module: str, name: str) -> Any:
+        """Return a class of the allow-list; Unpickler would import any. Others raise UnpicklingError."""
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if "." not in name and (module in self._MODULES and name[:1] in "_ABCDEFGHIJKLMNOPQRSTUVWXYZ"):
             found = super().find_class(module, name)

@@ -74,6 +74,7 @@ class _Hashed:
         self.bytes = 0
 
     def write(self, data: bytes) -> int:
+        """Write bytes to the file, add them to the hash and the length, and return how many the file took."""
         self.sha256.update(data)
         self.bytes += len(data)
         return self._file.write(data)

@@ -139,6 +139,7 @@ class _Places:
         self._found: dict[int, tuple[int, int]] = {}
 
     def add(self, name: str, place: tuple[int, int]) -> None:
+        """Add a member by its name and its place (offset, size)."""
         self._new.extend((self._hash(name), *place))
 
     def of(self, name: str) -> tuple[int, int] | None:
@@ -250,6 +251,7 @@ class _Joined:
         self._head, self._rest = head, rest
 
     def read(self, size: int = -1) -> bytes:
+        """Return at most `size` bytes, or all that are left if it is negative; fewer do not mean the end of the stream."""
         if not self._head:
             return bytes(self._rest.read(size))
         head, self._head = (self._head, b"") if size < 0 else (self._head[:size], self._head[size:])

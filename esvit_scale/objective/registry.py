@@ -68,8 +68,8 @@ def _check_masks(trunk: Trunk, objective: Objective, config: Config) -> None:
     geometry, size = trunk.mask_geometry, config.data.global_crops.size
     if geometry is None:
         raise UserError(
-            f"objective.mask_weight: {config.model.trunk} cannot be masked, since its tokens are not made of patches of "
-            "their own; set objective.mask_weight=0, or take a Swin, Focal, ViL or plain vision transformer of this package"
+            f"objective.mask_weight: {config.model.trunk} cannot be masked, which only the Swin, Focal, ViL and plain "
+            "vision transformers of this package can; set objective.mask_weight=0, or take one of them"
         )
     if cells_of(geometry, size) < 2:
         pixels = geometry.patch * geometry.patches

@@ -237,6 +237,7 @@ class _LogFile(logging.FileHandler):
         self._config, self._waiting = run / "config.yaml", list[logging.LogRecord]()
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Write a record and those that waited, or keep it while a start may still fail; FileHandler would make the file."""
         self._waiting.append(record)
         if self.stream is None and record.levelno < logging.WARNING and not self._config.exists():
             return
@@ -248,6 +249,7 @@ class _LogFile(logging.FileHandler):
                 self.handleError(one)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Say once on the console that the file cannot be written, where FileHandler would print a traceback each time."""
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             super().handleError(record)
