@@ -30,7 +30,7 @@ from esvit_scale.data.remote import place
 from esvit_scale.data.remote.store import Denied, Missing, Store
 from esvit_scale.data.remote.upload import send_verified
 from esvit_scale.data.set_folder import PARTIAL, PLAN, QUARANTINE, Intent
-from esvit_scale.errors import RestartCanHelp, UserError
+from esvit_scale.errors import UserError
 from esvit_scale.progress import say
 
 log = logging.getLogger("esvit_scale")
@@ -247,8 +247,11 @@ class Outbox:
             raise UserError(f"{error}; set {store_urls.credentials(self.url)}") from None
         except Missing as error:
             raise UserError(f"{error}; is there such a bucket? Make it first") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise RestartCanHelp(f"{self.url}/{PARTIAL}: a record cannot be read ({error})") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(
+                f"{self.url}/{PARTIAL}: the plan or a record is damaged ({error}); remove all that lies in {self.url}, "
+                "and run the same command again"
+            ) from None
 
 
 def check_writable(url: str) -> None:

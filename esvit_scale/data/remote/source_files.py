@@ -32,6 +32,7 @@ BESIDE = ("index.json", "_stats.json")  # files that say something about archive
 ATTEMPTS = 3  # of a file that changes while it is fetched
 THREADS = 8
 SPARE = 1 << 30  # bytes that must stay free on the disk
+DEEPEST = 64  # folders below each other in a source
 
 _in_use: dict[Path, int] = {}  # handles with this process's locks on what it has fetched
 
@@ -124,6 +125,9 @@ def _wanted(store: Store, names: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def _below(store: Store, folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (path, info) of the files below a folder; UserError: deeper than any real source, as in a folder that lists itself."""
+    if folder.count("/") > DEEPEST:
+        raise UserError(f"{store.url}: more than {DEEPEST} folders below each other ({folder[:60]}…)")
     for name, info in sorted(store.infos(folder).items()):
         path = f"{folder}/{name}" if folder else name
         if name.startswith("."):

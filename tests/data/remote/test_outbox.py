@@ -268,7 +268,15 @@ def test_record_that_cannot_be_read_ends_in_one_line(images: Path, url: str) -> 
     record.write_text(json.dumps({"shard": 1}))
     [copy] = place_of(url).parent.parent.glob(f"esvit-scale-*/.writing-*/.partial/{record.name}")
     copy.unlink()
-    with pytest.raises(RestartCanHelp, match="a record cannot be read"):
+    with pytest.raises(UserError, match=r"a record is damaged.*remove all"):
+        write(images, url)
+
+
+@pytest.mark.parametrize("plan", ["[]", '{"shards": {}}', "[" * 100_000, "{"])
+def test_damaged_plan_ends_in_one_line(plan: str, images: Path, url: str) -> None:
+    (place_of(url) / ".partial").mkdir(parents=True)
+    (place_of(url) / ".partial" / "plan.json").write_text(plan)
+    with pytest.raises(UserError, match="the plan or a record is damaged"):
         write(images, url)
 
 

@@ -205,3 +205,11 @@ def test_fetched_files_stay_while_another_run_reads_them(bucket: Path, tmp_path:
     source_files.discard_if_remote(url)
     assert not here.exists()
     assert source_files.fetch(url).is_dir()
+
+
+def test_folder_that_lists_itself_ends_in_one_line(
+    bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Store, "infos", lambda self, folder: {"x": {"type": "directory"}})
+    with pytest.raises(UserError, match="more than 64 folders below each other"):
+        list(source_files._below(Store(f"file://{bucket}", {}, tmp_path), ""))
