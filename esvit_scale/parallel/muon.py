@@ -32,7 +32,7 @@ from esvit_scale.objective.param_groups import MATRICES, Matrix
 from esvit_scale.parallel import collectives
 from esvit_scale.parallel.zero import Partition
 
-# Jordan's quintic polynomial and number of iterations: it brings singular values from 0.01 to 1 to between 0.7 and 1.2.
+# Jordan's quintic polynomial and number of iterations: it brings singular values from 0.01 to 1 to between about 0.7 and 1.15.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 EPS = 1e-7  # a smaller norm than this is rounding noise, and is not scaled up to 1
@@ -41,7 +41,7 @@ BATCH = 2**24  # elements of the matrices that are orthogonalised at once
 
 
 def newton_schulz(matrices: Tensor) -> Tensor:
-    """Return matrices [N, m, n] with the same singular vectors and all singular values near 1 (0.7 to 1.2).
+    """Return matrices [N, m, n] with the same singular vectors and all singular values near 1 (about 0.7 to 1.15).
 
     Every matrix X, divided by its norm, goes through X ← a X + (b X Xᵀ + c (X Xᵀ)²) X. A matrix of zeros stays one.
     """
