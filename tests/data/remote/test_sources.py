@@ -190,8 +190,11 @@ def test_stores_of_many_hosts_leave_no_open_files(bucket: Path, monkeypatch: pyt
     for _ in range(3):
         for name in names:
             assert url_files.read(name)
-        opened.append(len(list(Path("/proc/self/fd").iterdir())))
-    assert opened[-1] == opened[0]
+        # Not all open files of the process: earlier tests' garbage may be collected meanwhile.
+        opened.append(
+            sum(os.path.realpath(file).startswith(f"{bucket.parent}/") for file in Path("/proc/self/fd").iterdir())
+        )
+    assert opened[-1] == opened[0] > 0
 
 
 def test_fetched_files_stay_while_another_run_reads_them(bucket: Path, tmp_path: Path) -> None:
