@@ -9,6 +9,8 @@ import subprocess
 import sysconfig
 import threading
 import time
+import urllib.error
+import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -55,35 +57,56 @@ def s3_server(folder: Path) -> Iterator[int]:
         *(weed() or "weed", "server", f"-dir={folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3"),
         *(f"-{name}={port}" for name, port in zip(names, ports, strict=False)),
         *("-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false"),
-        *("-volume.max=20", "-master.volumeSizeLimitMB=64"),
+        # By default a disk with less than 1 % free takes no writes, which on a large disk is much room.
+        *("-volume.max=40", "-master.volumeSizeLimitMB=64", "-volume.minFreeSpace=10MiB"),
     ]
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
     try:
+        _wait_for_writes(process, ports[0], folder / "log")
         yield ports[0]
     finally:
         process.kill()
         process.wait()
 
 
+def _wait_for_writes(process: "subprocess.Popen[bytes]", port: int, log: Path) -> None:
+    """Wait until the server stores an object, which a fresh one refuses for a few seconds.
+
+    Raises:
+        RuntimeError: it ended, or took no write within READY_S seconds; with the last lines of its log.
+    """
+    answer, end = "", time.monotonic() + READY_S
+    while process.poll() is None and time.monotonic() < end:
+        try:
+            _put(f"http://127.0.0.1:{port}/ready-bucket")
+            _put(f"http://127.0.0.1:{port}/ready-bucket/object")
+            return
+        except OSError as error:  # refused connections, time-outs, status 500
+            answer = str(error)
+            time.sleep(0.2)
+    tail = "".join(log.read_text(errors="replace").splitlines(keepends=True)[-20:])
+    raise RuntimeError(f"the S3 server takes no writes ({answer}). Its log ends with:\n{tail}")
+
+
+def _put(url: str) -> None:
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, data=b"ready", method="PUT"), timeout=5).close()
+    except urllib.error.HTTPError as error:
+        if error.code != http.HTTPStatus.CONFLICT:  # the bucket is there already
+            raise
+
+
 def upload(port: int, folder: Path, bucket: str, name: str = "set") -> str:
-    """Copy the files of a set to the server and return the set's URL; a fresh server refuses writes for a few seconds."""
+    """Copy the files of a set to the server, into a new bucket where it has none, and return the set's URL."""
     import s3fs
 
     options = {"anon": True, "endpoint_url": f"http://127.0.0.1:{port}"}
     fs = s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True, **options)
-    paths = sorted(path for path in folder.iterdir() if path.suffix in (".tar", ".json", ".jsonl"))
-    made = False
-    for path in paths:
-        for _ in range(READY_S * 5):
-            try:
-                made = made or fs.exists(bucket) or not fs.mkdir(bucket)
-                fs.pipe_file(f"{bucket}/{name}/{path.name}", path.read_bytes())
-                break
-            except Exception:
-                time.sleep(0.2)
-        else:
-            raise RuntimeError("the S3 server does not take writes")
+    if not fs.exists(bucket):
+        fs.mkdir(bucket)
+    for path in sorted(path for path in folder.iterdir() if path.suffix in (".tar", ".json", ".jsonl")):
+        fs.pipe_file(f"{bucket}/{name}/{path.name}", path.read_bytes())
     return f"s3://{bucket}/{name}"
 
 

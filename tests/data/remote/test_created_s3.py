@@ -21,7 +21,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object_store.Pr
     seed = tmp_path_factory.mktemp("seed")
     (seed / "x.json").write_text("{}")
     with object_store.s3_server(tmp_path_factory.mktemp("server")) as port:
-        object_store.upload(port, seed, "bucket", "seed")  # waits until the server takes writes
+        object_store.upload(port, seed, "bucket", "seed")
         proxy = object_store.Proxy(port)
         yield proxy
         proxy.close()
