@@ -1,4 +1,4 @@
-# make demo | test | test-slow | lint | docs | venv | slurm-tools | clean
+# make demo | test | test-slow | test-long | lint | docs | venv | slurm-tools | clean
 #
 # STACK=oldest         the versions of constraints/oldest.txt, in a folder of their own, .venv-oldest; without it the
 #                      newest tested versions that pip can install, in .venv
@@ -26,7 +26,7 @@ HAVE_INDEX := $(shell cat $(VENV)/.torch-index 2>/dev/null)
 INDEX := $(or $(TORCH_INDEX),$(HAVE_INDEX))
 STALE := $(if $(filter-out $(HAVE_INDEX),$(INDEX)),yes) $(shell $(RUN) -c '' 2>/dev/null || echo yes)
 
-.PHONY: help demo test test-slow lint docs venv slurm-tools clean FORCE
+.PHONY: help demo test test-slow test-long lint docs venv slurm-tools clean FORCE
 
 help:
 	@sed -n '1,9s/^# \{0,1\}//p' Makefile
@@ -45,10 +45,14 @@ test: venv
 # Exit status 5: none of the chosen TESTS is of that kind, which is an error only if it is so for both kinds.
 test-slow: venv
 	@together=0; alone=0; \
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "slow and not alone" -n $(JOBS) --dist loadfile --durations=15 $(TESTS) || together=$$?; \
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m "slow and not alone and not long" -n $(JOBS) --dist loadfile --durations=15 $(TESTS) || together=$$?; \
 	[ $$together = 0 ] || [ $$together = 5 ] || exit $$together; \
-	$(RUN) -m pytest -m "slow and alone" --durations=15 $(TESTS) || alone=$$?; \
+	$(RUN) -m pytest -m "slow and alone and not long" --durations=15 $(TESTS) || alone=$$?; \
 	[ $$alone = 0 ] || { [ $$alone = 5 ] && [ $$together = 0 ]; } || exit $$alone
+
+# Trainings that take many minutes each; not part of .ci/run.
+test-long: venv
+	@$(RUN) -m pytest -m "slow and long" --durations=15 $(TESTS)
 
 lint: venv
 	@$(RUN) -m ruff check

@@ -113,6 +113,7 @@ def test_folder_with_other_files_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.alone
+@pytest.mark.long
 @pytest.mark.timeout(1500)
 def test_demo_training_gains_eight_points(tmp_path: Path) -> None:
     """k-NN top-1 at k = 10 of the trained over the untrained teacher; seeds 0, 1 and 2 gained 11.3, 13.8 and 11.5."""

@@ -36,6 +36,7 @@ def test_every_objective_builds_at_demo_scale(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.alone
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_two_hundred_steps_beat_the_untrained_trunk() -> None:
     """Of one objective; the whole table is the script's."""

@@ -33,6 +33,7 @@ TOO_HIGH = ["optim.lr=10", "optim.warmup_epochs=7", "train.steps=90"]
 
 @pytest.mark.slow
 @pytest.mark.alone
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_too_high_learning_rate_gives_an_accuracy_dip_warning(tmp_path: Path) -> None:
     train, test = demo.write_shards(tmp_path / "shards", configs.resolve("demo"))
