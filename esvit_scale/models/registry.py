@@ -9,7 +9,7 @@ from importlib import import_module
 
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError, nearest
-from esvit_scale.models import cvt, focal, layer_norm, resnet, swin_variants, vil, vit
+from esvit_scale.models import convolution, cvt, focal, layer_norm, resnet, swin_variants, vil, vit
 from esvit_scale.models.channels import take_channels
 from esvit_scale.models.trunk import Trunk
 
@@ -39,6 +39,7 @@ def build_trunk(config: Config) -> Trunk:
     elif name in TRUNKS:
         trunk = take_channels(TRUNKS[name](config), config.data.channels)
         layer_norm.replace(trunk)
+        convolution.replace(trunk)
     else:
         raise UserError(f"model.trunk: unknown trunk {name!r}{nearest(name, TRUNKS)}")
     trunk.name = name

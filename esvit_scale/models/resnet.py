@@ -20,6 +20,7 @@ from esvit_scale.config import Config
 from esvit_scale.errors import UserError
 from esvit_scale.models.batch_norm import BatchNorm
 from esvit_scale.models.block_parts import add_branch
+from esvit_scale.models.convolution import Conv2d
 from esvit_scale.models.descriptions import TimmForm
 from esvit_scale.models.distributions import Initializer, normal
 from esvit_scale.models.drop_path import keep_scales, linear_rates, token_factors
@@ -142,7 +143,7 @@ class Bottleneck(nn.Module):
         return add_branch(tokens, branch, keep).relu_()
 
 
-class Conv(nn.Conv2d):
+class Conv(Conv2d):
     """A convolution without bias on the pixels [N, C] of all crops, padded so that only the stride shrinks a map."""
 
     def __init__(self, channels: int, out: int, kernel: int = 1, stride: int = 1) -> None:

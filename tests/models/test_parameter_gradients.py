@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from esvit_scale.models import convolution
 from esvit_scale.models.drop_path import drop_keys
 from esvit_scale.models.heads import ProjectionHead
 from esvit_scale.models.layer_norm import LayerNorm, layer_norm
@@ -54,6 +55,28 @@ def test_layer_norm_gradients_are_accurate_at_100_000_tokens() -> None:
     plain = F.layer_norm(x, (96,), weight, bias, 1e-6)
     assert torch.equal(layer_norm(x, weight, bias, 1e-6), plain)  # without gradient: torch's
     assert torch.equal(made[torch.bfloat16][0], plain)
+
+
+@pytest.mark.filterwarnings("ignore:TF32")
+@pytest.mark.parametrize("autocast", [False, True])
+def test_convolution_gradients_are_accurate_without_onednn(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU without AVX-512, where torch's own kernel, which takes one image after the other, is 1 % off here."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    x, weight, grad = draw(200, 8, 6, 6).bfloat16(), draw(8, 1, 3, 3).bfloat16(), (draw(200, 8, 6, 6) + 0.5).bfloat16()
+    errors = {}
+    for kind in (nn.Conv2d, convolution.Conv2d):
+        module = kind(8, 8, 3, padding=1, groups=8, bias=False)
+        module.weight = nn.Parameter(weight.to(torch.float32 if autocast else torch.bfloat16))
+        monkeypatch.setattr(convolution, "ONEDNN_HAS_BF16", False)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.backends.mkldnn.flags(enabled=False):
+            out = module(x.float() if autocast else x)
+            assert out.dtype == torch.bfloat16
+            out.backward(grad)
+        true = torch.nn.grad.conv2d_weight(x.double(), weight.shape, grad.double(), padding=1, groups=8)
+        errors[kind] = relative(module.weight.grad, true)
+    assert errors[nn.Conv2d] > 2 * BOUND
+    assert errors[convolution.Conv2d] < BOUND
 
 
 def test_layer_norm_outputs_equal_torch() -> None:
@@ -147,9 +170,9 @@ def test_parameter_gradients_of_every_trunk_are_accurate(name: str, images: int,
 def _bound(parameter: str, images: int) -> float:
     if parameter.startswith("."):  # class token and positions: the replay is the whole network, whose roundings add up
         return 2 * BOUND
-    # One number a head, whose terms cancel: with few tokens it is what is left of bf16 products.
+    # One number a head, whose terms cancel: the error is what is left of bf16 products, and falls with the tokens.
     of_a_head = parameter.endswith(("logit_scale", "g2l_relative_position_bias"))
-    return 40 * BOUND if of_a_head and images < 100 else BOUND
+    return (40 if images < 100 else 4) * BOUND if of_a_head else BOUND
 
 
 def test_parameter_gradients_of_the_heads_are_accurate() -> None:
