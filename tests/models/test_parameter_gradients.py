@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_weight
 
 from esvit_scale.models import convolution
 from esvit_scale.models.drop_path import drop_keys
@@ -73,7 +74,7 @@ def test_convolution_gradients_are_accurate_without_onednn(autocast: bool, monke
             out = module(x.float() if autocast else x)
             assert out.dtype == torch.bfloat16
             out.backward(grad)
-        true = torch.nn.grad.conv2d_weight(x.double(), weight.shape, grad.double(), padding=1, groups=8)
+        true = conv2d_weight(x.double(), weight.shape, grad.double(), padding=1, groups=8)
         errors[kind] = relative(module.weight.grad, true)
     assert errors[nn.Conv2d] > 2 * BOUND
     assert errors[convolution.Conv2d] < BOUND
