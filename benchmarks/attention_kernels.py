@@ -89,6 +89,18 @@ def needs(
     meta = {"WINDOW": window, "SHIFT": window // 2, "D": depth, "S": side, "WIDE": False}
     types = dict.fromkeys(("qkv", "out", "grad", "grad_qkv"), f"*{dtype}")
     types |= {"table": "*fp32", "partials": "*fp32", "rowwise": "*fp32", "scale": "fp32"}
+    return compiled_needs(kernel, meta, types, target, warps, stages)
+
+
+def compiled_needs(
+    kernel: Any, meta: dict[str, Any], types: dict[str, str], target: int, warps: int, stages: int
+) -> Needs:
+    """Compile a kernel for sm_`target` and return what it needs.
+
+    Args:
+        meta: values of its compile-time arguments.
+        types: Triton's types of its other arguments; those that are not named are i32.
+    """
     names = kernel.arg_names
     signature = {name: "constexpr" if name in meta else types.get(name, "i32") for name in names}
     aligned: Any = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}

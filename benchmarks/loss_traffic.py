@@ -5,19 +5,24 @@
 One logit is one (token, prototype) pair; student and teacher tokens are counted apart, by running the loss with many of
 the one and few of the other. Only tensors of the size of a tile of logits are counted, each time an operation reads or
 writes them: this is what passes through memory on a GPU, whose caches hold no tile. On a CPU a tile stays in the caches.
-The count includes the matrix products' reading and writing of tiles, and not that of tokens and prototypes.
+The count includes the matrix products' reading and writing of tiles, and not that of tokens and prototypes. Products in
+bf16 are counted as a GPU computes them, also on a CPU that would compute them in fp32.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+os.environ["ESVIT_PRODUCTS"] = "bf16"
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from esvit_scale.objective.prototype_tiles import TilePasses
 from esvit_scale.objective.prototypes import prototype_cross_entropy
 
 D, K, TILE = 16, 1024, 256
@@ -41,7 +46,9 @@ def bytes_per_logit(dtype: torch.dtype, students: int, teachers: int) -> tuple[f
     z_t, rows_t = torch.randn(teachers, D, dtype=dtype), torch.randn(K, D, dtype=dtype)
     match, weight = torch.zeros(students, 1, dtype=torch.int64), torch.full((students, 1), 1 / students)
     with Traffic(at_least=max(students, teachers) * TILE) as traffic:
-        loss, _ = prototype_cross_entropy(z_s, rows_s, z_t, rows_t, torch.zeros(K), match, weight, 0.1, 0.04, tile=TILE)
+        loss, _ = prototype_cross_entropy(
+            z_s, rows_s, z_t, rows_t, torch.zeros(K), match, weight, 0.1, 0.04, TilePasses(TILE)
+        )
         loss.backward()
     logits = max(students, teachers) * K
     return traffic.read / logits, traffic.written / logits

@@ -8,16 +8,15 @@ All have the signature of `window_attention.attend_math` and its result, up to r
 - triton: fused kernels (window_attention_triton.py); CUDA.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from esvit_scale.models import triton_support
 from esvit_scale.models.recompile_limit import raise_recompile_limit
 from esvit_scale.models.window_attention import attend_math, bias_of_pairs
 from esvit_scale.models.windows import MASKED, WindowPlan
@@ -25,7 +24,6 @@ from esvit_scale.models.windows import MASKED, WindowPlan
 AttendWindows = Callable[[Tensor, Tensor, WindowPlan], Tensor]
 
 NAMES = ("math", "sdpa", "flex", "triton")
-OLDEST_GPU = (8, 0)  # compute capability
 
 
 def implementation(name: str) -> AttendWindows:
@@ -37,24 +35,11 @@ def implementation(name: str) -> AttendWindows:
     return {"math": attend_math, "sdpa": attend_sdpa, "flex": attend_flex}[name]
 
 
-def interpreted() -> bool:
-    """Return whether Triton interprets kernels on the CPU (TRITON_INTERPRET=1, set before triton is imported)."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def unavailable(name: str, device: torch.device) -> str | None:
     """Return why an implementation cannot run on a device, as a clause; None when it may."""
     if name in ("math", "sdpa"):
         return None
-    if name == "triton" and find_spec("triton") is None:
-        return "needs the package triton, which is not installed"
-    if device.type != "cuda":
-        if name == "triton" and interpreted():  # slowly: for tests
-            return None
-        return f"needs a CUDA GPU, and this process runs on a {device.type.upper()}"
-    if torch.cuda.get_device_capability(device) < OLDEST_GPU:
-        return f"needs a GPU of compute capability {OLDEST_GPU[0]}.{OLDEST_GPU[1]} or newer"
-    return None
+    return triton_support.unavailable(device) if name == "triton" else triton_support.unsuitable_gpu(device)
 
 
 def attend_sdpa(qkv: Tensor, table: Tensor, plan: WindowPlan) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from esvit_scale.models import window_attention_kernels as kernels
-from esvit_scale.models.window_attention_implementations import interpreted
+from esvit_scale.models.triton_support import interpreted
 from esvit_scale.models.windows import WindowPlan
 
 DEPTHS = (16, 32, 64)  # C / heads

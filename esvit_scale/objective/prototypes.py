@@ -15,25 +15,21 @@ numbers per teacher token. The weights of the mean are known beforehand, so the 
     dz_s = m·(P W)/τ − Σ_m weight·e/τ          with P = softmax(W z/τ), m = Σ_m weight
     dW   = Pᵀ(m z)/τ − Σ_t p_tᵀ G_t/τ          with G_t = Σ over the (s, m) matched to t of weight·z_s
 
-It goes over the prototypes twice, in tiles that stay in the cache, for teacher and student tokens together: the first
-pass computes log-sum-exps, the second uses them to compute probabilities. The logits are thus computed twice (4 matrix
-products where 3 would do). In return, the dW of a tile is complete at the end of the tile's turn and is written once,
-in its final precision, and no intermediate is larger than a tile.
+The passes over all logits have two implementations (prototype_passes.py). Both compute the logits twice, for
+log-sum-exps first and for probabilities then (4 matrix products where 3 would do): in return, the dW of a tile of
+prototypes is complete at the end of the tile's turn and is written once, in its final precision, and nothing larger than
+a tile is stored.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from esvit_scale.models.products import is_wide
 from esvit_scale.objective.objective import fixed_precision
-
-CPU_TILE_BYTES = 16 * 2**20  # size of a tokens × tile matrix in fp32 that caches hold, by measurement
-GPU_TILE_SHARE = 128  # a tile has 1/128 of all memory; not of free memory, as the tile decides the order of sums
-NARROWEST_TILE = 128  # prototypes; below it matrix products starve
+from esvit_scale.objective.prototype_passes import Passes, Side
+from esvit_scale.objective.prototype_tiles import TilePasses
 
 
 class Entropies(NamedTuple):
@@ -55,7 +51,7 @@ def prototype_cross_entropy(
     weight: Tensor,
     student_temp: float,
     teacher_temp: float,
-    tile: int | None = None,
+    passes: Passes | None = None,
 ) -> tuple[Tensor, Entropies]:
     """Return Σ over student tokens s and teacher tokens t = match[s, m] of weight[s, m] · cross-entropy(p_t, q_s).
 
@@ -71,36 +67,19 @@ def prototype_cross_entropy(
         match: int64 [N_s, M] rows of z_t.
         weight: [N_s, M]; 0 leaves a pair out.
         student_temp, teacher_temp: τ.
-        tile: prototypes handled at once; None: as many as the device's caches (CPU) or memory (GPU) suggest.
+        passes: the implementation of the passes over all logits; None: `TilePasses`.
 
     Returns:
         The loss (scalar), and the entropies of teacher and student with the loss of each column.
     """
     if z_s.dtype == torch.float16:  # P ~ 1/K and its products are below what fp16 resolves
         z_s = z_s.bfloat16()
-    tile = tile or tile_size(len(z_s) + len(z_t), z_s.device)
+    passes = passes or TilePasses()
     with fixed_precision(z_s.device):
         loss, *entropies = _PrototypeCrossEntropy.apply(
-            z_s, rows_s, z_t, rows_t, center, match, weight, student_temp, teacher_temp, tile
+            z_s, rows_s, z_t, rows_t, center, match, weight, student_temp, teacher_temp, passes
         )
     return loss, Entropies(*entropies)
-
-
-def tile_size(tokens: int, device: torch.device) -> int:
-    """Return the number of prototypes per tile for so many teacher and student tokens together."""
-    budget = CPU_TILE_BYTES
-    if device.type == "cuda":
-        budget = torch.cuda.get_device_properties(device).total_memory // GPU_TILE_SHARE
-    return max(budget // (4 * tokens) // NARROWEST_TILE, 1) * NARROWEST_TILE
-
-
-class Side(NamedTuple):
-    """The tokens z of one network, and the prototypes W, temperature τ and centre c of their logits (z Wᵀ − c)/τ."""
-
-    z: Tensor  # [n, D]
-    rows: Tensor  # [K, D]
-    temp: float
-    center: Tensor | None  # [K]
 
 
 class _PrototypeCrossEntropy(torch.autograd.Function):
@@ -116,7 +95,7 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         student_temp: float,
         teacher_temp: float,
-        tile: int,
+        passes: Passes,
     ) -> tuple[Tensor, ...]:
         dtype = z_s.dtype
         wide = torch.promote_types(dtype, torch.float32)
@@ -125,28 +104,23 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         pull = _matched_sum(z_s.to(wide), match, weight, len(z_t))  # G [N_t, D]
         student = Side(z_s, rows_s.to(dtype), student_temp, None)
         teacher = Side(z_t.to(dtype), rows_t.to(dtype), teacher_temp, center.to(wide))
-        log_sums = torch.cat([log_sum_exp(student, tile), log_sum_exp(teacher, tile)])
+        towards = torch.cat([z_s * mass[:, None], -pull]).div_(student_temp)  # [N_s + N_t, D]
+        found = passes.expectations(student, teacher, towards, ctx.needs_input_grad[1])
+        loss = torch.dot(mass, found.log_sums) - (found.teacher_means * pull).sum() / student_temp
 
-        towards = (
-            torch.cat([z_s * mass[:, None], -pull]).div_(student_temp).to(_dtype_of_products(z_s))
-        )  # [N_s + N_t, D]
-        grad_rows = torch.empty_like(student.rows) if ctx.needs_input_grad[1] else None
-        mixed, *entropies = _expectations(student, teacher, log_sums, towards, grad_rows, tile)
-        expected = mixed[len(z_s) :]  # e [N_t, D]
-        loss = torch.dot(mass, log_sums[: len(z_s)]) - (expected * pull).sum() / student_temp
-
-        grad_z = mixed[: len(z_s)] * mass[:, None] if ctx.needs_input_grad[0] else None
+        grad_z = found.student_means * mass[:, None] if ctx.needs_input_grad[0] else None
         columns = []
         for m in range(match.shape[1]):
-            own = expected[match[:, m]]  # [N_s, D]
+            mean = found.teacher_means[match[:, m]]  # e of each pair, [N_s, D]
             if grad_z is not None:
-                grad_z.addcmul_(own, weight[:, m, None], value=-1)
-            columns.append(torch.dot(weight[:, m], log_sums[: len(z_s)] - (own * z_s).sum(1) / student_temp))
+                grad_z.addcmul_(mean, weight[:, m, None], value=-1)
+            columns.append(torch.dot(weight[:, m], found.log_sums - (mean * z_s).sum(1) / student_temp))
         if grad_z is not None:
             grad_z = grad_z.div_(student_temp).to(dtype)
-        entropies.append(torch.stack(columns))
+        entropies = found.teacher_entropy, found.student_entropy, found.usage_entropy, torch.stack(columns)
+        grad_rows = None if found.grad_rows is None else found.grad_rows.to(rows_s.dtype)
         # Attributes instead of save_for_backward, because the backward scales the gradients in place and returns them.
-        ctx.gradients = grad_z, grad_rows.to(rows_s.dtype) if grad_rows is not None else None
+        ctx.gradients = grad_z, grad_rows
         ctx.mark_non_differentiable(*entropies)
         return loss, *entropies
 
@@ -157,88 +131,6 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
             raise RuntimeError("prototype_cross_entropy: its backward can run once; compute the loss again")
         gradients, ctx.gradients = ctx.gradients, None
         return *(g.mul_(grad_loss) if g is not None else None for g in gradients), *[None] * 8
-
-
-def log_sum_exp(side: Side, tile: int) -> Tensor:
-    """Return log Σ_k exp(logit_k) of every token, [n], computed tile by tile with a running maximum."""
-    wide = torch.promote_types(side.z.dtype, torch.float32)
-    top = side.z.new_full((len(side.z),), -torch.inf, dtype=wide)
-    total = torch.zeros_like(top)
-    for _, logits in tiles(side, tile):
-        new = torch.maximum(top, logits.amax(1))
-        total = total * (top - new).exp_() + logits.sub_(new[:, None]).exp_().sum(1)
-        top = new
-    return top + total.log()
-
-
-def _expectations(
-    student: Side, teacher: Side, log_sums: Tensor, towards: Tensor, grad_rows: Tensor | None, tile: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return P W and the entropies of teacher, student and usage.
-
-    P [N_s + N_t, K] are the probabilities of student and teacher tokens, and P W [N_s + N_t, D] is each token's
-    expectation of the student's prototypes W. If `grad_rows` [K, D] is given, Pᵀ times `towards` [N_s + N_t, D] is
-    written into it.
-    """
-    n_s, n_t = len(student.z), len(teacher.z)
-    mixed = torch.zeros_like(towards, dtype=log_sums.dtype)
-    negative_t, negative_s, negative_mean = log_sums.new_zeros(3)  # Σ p log p
-    dtype = towards.dtype
-    p = student.z.new_empty((n_s + n_t) * tile, dtype=dtype)
-    spare = log_sums.new_empty(max(n_s, n_t) * tile if dtype != log_sums.dtype else 0)
-    for (part, s), (_, t) in zip(tiles(student, tile), tiles(teacher, tile), strict=True):
-        both = p[: (n_s + n_t) * s.shape[1]].view(n_s + n_t, -1)
-        probabilities = _exp_into(s.sub_(log_sums[:n_s, None]), both[:n_s], spare)
-        negative_s += torch.dot(probabilities.view(-1), s.view(-1))
-        probabilities = _exp_into(t.sub_(log_sums[n_s:, None]), both[n_s:], spare)
-        negative_t += torch.dot(probabilities.view(-1), t.view(-1))
-        mean = probabilities.mean(0)
-        negative_mean += torch.special.xlogy(mean, mean).sum()
-        if mixed.dtype == dtype:
-            mixed.addmm_(both, student.rows[part].to(dtype))
-        else:
-            mixed.add_(both @ student.rows[part])
-        if grad_rows is not None:
-            if grad_rows.dtype == dtype:
-                torch.mm(both.t(), towards, out=grad_rows[part])
-            else:
-                grad_rows[part] = both.t() @ towards
-    return mixed, -negative_t / n_t, -negative_s / n_s, -negative_mean
-
-
-def _exp_into(x: Tensor, out: Tensor, spare: Tensor) -> Tensor:
-    """Write exp(x) to `out`, and return it in x's precision: `out` itself, or a part of `spare` if `out` is narrower."""
-    if out.dtype == x.dtype:
-        return torch.exp(x, out=out)
-    values = torch.exp(x, out=spare[: x.numel()].view_as(x))
-    out.copy_(values)
-    return values
-
-
-def _dtype_of_products(z: Tensor) -> torch.dtype:
-    """Return the type in which products of tokens z are computed: z's, or fp32 for bf16 on a CPU where that is faster."""
-    return torch.float32 if is_wide(z, z) else z.dtype
-
-
-def tiles(side: Side, tile: int) -> Iterator[tuple[slice, Tensor]]:
-    """Yield, tile by tile, the slice of its prototypes and all tokens' logits for them [n, tile], in fp32 or wider.
-
-    Use the logits before asking for the next tile: all tiles share one buffer.
-    """
-    n, k = len(side.z), len(side.rows)
-    wide = torch.promote_types(side.z.dtype, torch.float32)
-    z = side.z.to(_dtype_of_products(side.z))
-    memory = z.new_empty(n * min(tile, k), dtype=wide)
-    narrow = memory if z.dtype == wide else z.new_empty(n * min(tile, k))
-    for start in range(0, k, tile):
-        part = slice(start, min(start + tile, k))
-        logits, product = (m[: n * (part.stop - start)].view(n, -1) for m in (memory, narrow))
-        torch.addmm(product, z, side.rows[part].to(z.dtype).t(), beta=0, alpha=1 / side.temp, out=product)
-        if narrow is not memory:
-            logits.copy_(product)
-        if side.center is not None:
-            logits.sub_(side.center[part] / side.temp)
-        yield part, logits
 
 
 def _matched_sum(z: Tensor, match: Tensor, weight: Tensor, teachers: int) -> Tensor:

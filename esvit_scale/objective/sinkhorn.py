@@ -18,40 +18,38 @@ import torch
 from torch import Tensor
 
 from esvit_scale.objective.objective import fixed_precision
-from esvit_scale.objective.prototypes import Side, log_sum_exp, tile_size, tiles
+from esvit_scale.objective.prototype_passes import Passes, Side
+from esvit_scale.objective.prototype_tiles import TilePasses
 from esvit_scale.parallel import collectives
 
 ITERATIONS = 3  # as in all published recipes
 
 
 @torch.no_grad()
-def sinkhorn_center(z: Tensor, rows: Tensor, temp: float, tile: int | None = None) -> Tensor:
+def sinkhorn_center(z: Tensor, rows: Tensor, temp: float, passes: Passes | None = None) -> Tensor:
     """Return the centre c for which softmax((z Wᵀ − c)/temp) are the Sinkhorn-Knopp targets. All ranks must call it.
 
     Args:
         z: [n, D] unit rows of this rank; n is the same on all ranks.
         rows: [K, D] prototypes W.
         temp: temperature τ.
-        tile: prototypes handled at once; None: as many as suit the device.
+        passes: the implementation of the passes over all logits; None: `TilePasses`.
 
     Returns:
         The centre [K], in fp32 (fp64 for fp64).
     """
     z = z.to(rows.dtype)
-    tile = tile or tile_size(len(z), z.device)
+    passes = passes or TilePasses()
     with fixed_precision(z.device):
         side = Side(z, rows, temp, None)
         log_u = z.new_zeros(len(z), dtype=torch.promote_types(z.dtype, torch.float32))
-        center = temp * _column_log_sums(side, log_u, tile)
+        center = temp * _column_log_sums(side, log_u, passes)
         for _ in range(ITERATIONS - 1):
-            log_u = -log_sum_exp(side._replace(center=center), tile)
-            center = temp * _column_log_sums(side, log_u, tile)
+            log_u = -passes.log_sum_exp(side._replace(center=center))
+            center = temp * _column_log_sums(side, log_u, passes)
     return center
 
 
-def _column_log_sums(side: Side, log_u: Tensor, tile: int) -> Tensor:
+def _column_log_sums(side: Side, log_u: Tensor, passes: Passes) -> Tensor:
     """Return log Σ_i u_i exp(logit_ik) for each prototype k, over the tokens i of all ranks, [K]."""
-    sums = log_u.new_empty(len(side.rows))
-    for part, logits in tiles(side, tile):
-        torch.logsumexp(logits.add_(log_u[:, None]), 0, out=sums[part])
-    return collectives.log_add_exp_(sums)
+    return collectives.log_add_exp_(passes.column_log_sum_exp(side, log_u))

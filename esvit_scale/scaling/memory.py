@@ -28,7 +28,7 @@ from esvit_scale.objective import costs
 from esvit_scale.objective.costs import Checkpointing
 from esvit_scale.objective.network import build_network
 from esvit_scale.objective.param_groups import MATRICES, hidden_matrices, parameter_groups
-from esvit_scale.objective.prototypes import CPU_TILE_BYTES, GPU_TILE_SHARE
+from esvit_scale.objective.prototype_tiles import CPU_TILE_BYTES, GPU_TILE_SHARE
 from esvit_scale.parallel import optimizers
 from esvit_scale.parallel.ds_config import BUCKET, accumulates_in_fp32, bucket_elements
 

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from esvit_scale.models import products
 from esvit_scale.models.block_parts import GeluMlp
+from esvit_scale.objective.prototype_tiles import TilePasses
 from esvit_scale.objective.prototypes import prototype_cross_entropy
 from esvit_scale.parallel import activation_checkpointing
 
@@ -75,11 +76,18 @@ def test_prototype_loss_multiplies_in_fp32(fp32_products):
     torch.manual_seed(0)
     unit = lambda *shape: F.normalize(torch.randn(*shape), dim=-1).bfloat16()  # noqa: E731
     z_s, rows_s, z_t, rows_t = unit(50, 16), unit(300, 16), unit(20, 16), unit(300, 16)
-    rest: Any = torch.randn(300) * 0.1, torch.randint(20, (50, 2)), torch.full((50, 2), 0.01), 0.1, 0.04
+    rest: Any = (
+        torch.randn(300) * 0.1,
+        torch.randint(20, (50, 2)),
+        torch.full((50, 2), 0.01),
+        0.1,
+        0.04,
+        TilePasses(128),
+    )
     gradients = []
     for dtype in (torch.bfloat16, torch.float64):
         student = [t.detach().to(dtype).requires_grad_() for t in (z_s, rows_s)]
-        loss, _ = prototype_cross_entropy(student[0], student[1], z_t.to(dtype), rows_t.to(dtype), *rest, tile=128)
+        loss, _ = prototype_cross_entropy(student[0], student[1], z_t.to(dtype), rows_t.to(dtype), *rest)
         gradients.append(torch.autograd.grad(loss, student))
     assert max(relative(found, true) for found, true in zip(*gradients, strict=True)) < ROUNDING
 

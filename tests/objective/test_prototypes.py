@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from esvit_scale.models.heads import ProjectionHead
-from esvit_scale.objective import prototypes
+from esvit_scale.objective import prototype_tiles
+from esvit_scale.objective.prototype_tiles import TilePasses
 from esvit_scale.objective.prototypes import prototype_cross_entropy
 
 STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.04
@@ -34,7 +35,7 @@ def slow(z_s, rows_s, z_t, rows_t, center, match, weight):
 
 
 def fused(*given, tile=None):
-    return prototype_cross_entropy(*given, STUDENT_TEMP, TEACHER_TEMP, tile=tile)  # type: ignore[call-arg]
+    return prototype_cross_entropy(*given, STUDENT_TEMP, TEACHER_TEMP, TilePasses(tile))  # type: ignore[call-arg]
 
 
 def with_gradient(given):
@@ -173,7 +174,7 @@ def test_second_backward_is_refused():
 
 @pytest.mark.parametrize("tokens", [1, 70, 1072, 10**7])
 def test_tile_size_stays_within_its_budget(tokens):
-    tile = prototypes.tile_size(tokens, torch.device("cpu"))
-    assert tile % prototypes.NARROWEST_TILE == 0
-    assert tile == prototypes.NARROWEST_TILE or 4 * tokens * tile <= prototypes.CPU_TILE_BYTES
-    assert 4 * tokens * (tile + prototypes.NARROWEST_TILE) > prototypes.CPU_TILE_BYTES
+    tile = prototype_tiles.tile_size(tokens, torch.device("cpu"))
+    assert tile % prototype_tiles.NARROWEST_TILE == 0
+    assert tile == prototype_tiles.NARROWEST_TILE or 4 * tokens * tile <= prototype_tiles.CPU_TILE_BYTES
+    assert 4 * tokens * (tile + prototype_tiles.NARROWEST_TILE) > prototype_tiles.CPU_TILE_BYTES

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from esvit_scale.objective.esvit import region_pairs, view_pairs
 from esvit_scale.objective.objective import unit
+from esvit_scale.objective.prototype_tiles import TilePasses
 from esvit_scale.objective.sinkhorn import sinkhorn_center
 from tests.objective import cases
 
@@ -22,7 +23,7 @@ def dense(logits: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("tile", [1, 7, 64, None])
 def test_targets_match_dense_sinkhorn(tile: int | None) -> None:
     z, rows = unit(torch.randn(30, 8, dtype=torch.float64)), torch.randn(64, 8, dtype=torch.float64)
-    center = sinkhorn_center(z, rows, 0.05, tile)
+    center = sinkhorn_center(z, rows, 0.05, TilePasses(tile))
     assert center.dtype == torch.float64
     logits = z @ rows.T
     torch.testing.assert_close(torch.softmax((logits - center) / 0.05, 1), dense(logits / 0.05), rtol=0, atol=1e-12)
