@@ -163,6 +163,8 @@ class Model(Section):
     """[blocks] Blocks of each stage; null: the trunk's own."""
     heads: Annotated[list[Positive], Field(min_length=1)] | None = None
     """[heads] Attention heads of each stage; null: the trunk's own."""
+    registers: Annotated[int, Field(ge=0, le=64)] = 0
+    """[tokens] Register tokens of a plain vision transformer (docs/trunks.md): learned, without position, in no feature."""
     attention: Literal["auto", "math", "sdpa", "flex", "triton"] = "auto"
     """Implementation of window attention (docs/window_attention.md); auto: on a GPU the fastest that is accurate."""
     freeze_patch_embed: bool = False

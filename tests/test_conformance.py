@@ -41,6 +41,7 @@ SMALL: dict[str, dict[str, Any]] = {
         name: {"embed_dim": 32, "depths": [2], "heads": [4]}
         for name in ("deit_s", "deit_b", "vit_s_moco", "vit_b_moco")
     },
+    "vit_s_moco": {"embed_dim": 32, "depths": [2], "heads": [4], "registers": 3},
     "resnet50": {"embed_dim": 8, "depths": [1, 1, 2, 1]},
     "cvt_s1": {"embed_dim": 8, "depths": [1, 1, 2, 1], "heads": [1, 1, 2, 4]},
     **{

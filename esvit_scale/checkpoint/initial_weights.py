@@ -30,6 +30,7 @@ class InitialWeights(NamedTuple):
     note: str  # for the log: which parts of the source were used
 
 
+REGISTERS = f"{TRUNK}reg_token"  # models/vit.py
 NO_INITIAL_WEIGHTS = InitialWeights({}, {}, "")
 
 
@@ -39,7 +40,8 @@ def load_initial_weights(config: Config) -> InitialWeights:
     Student and teacher both start from the source's teacher, or from its student if the source has no teacher. Every
     tensor of the trunk must fit the run's trunk, except that position tables of another window or resolution are
     resized (positions.py). A head that source and run both have is loaded with its centre, and must fit. A head that
-    only the run has is initialised at random; a head that only the source has is ignored. The gains (weight_g) of a
+    only the run has is initialised at random; a head that only the source has is ignored. Registers are initialised at
+    random if the source has none. The gains (weight_g) of a
     head's last layer are not loaded when `norm_last_layer` fixes them at 1.
 
     Raises:
@@ -84,10 +86,14 @@ def _select(source: Path, weights: Weights, config: Config) -> InitialWeights:
     network = "teacher" if "teacher" in weights.networks else next(iter(weights.networks))
     tensors = weights.networks[network]
     trunk = {name: tensor for name, tensor in tensors.items() if name.startswith(TRUNK)}
-    trunk, resized = positions.resize_to_fit(f"model.init_from: {source}", trunk, _part(wanted, TRUNK))
+    fresh = _check_registers(source, weights.config.model.registers, config.model.registers)
+    fitting = {name: shape for name, shape in _part(wanted, TRUNK).items() if not (fresh and name == REGISTERS)}
+    trunk, resized = positions.resize_to_fit(f"model.init_from: {source}", trunk, fitting)
     tensors = tensors | trunk
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     taken, notes = [TRUNK], ["trunk" + (f" ({resized})" if resized else "")]
+    if fresh:
+        notes.append("registers not in the source: initialised at random")
     theirs, ours = heads_in(tensors), heads_in(wanted)
     for head in dict.fromkeys([*ours, *theirs]):
         prefix, words = head_prefix(head), head_titles([head])
@@ -103,6 +109,19 @@ def _select(source: Path, weights: Weights, config: Config) -> InitialWeights:
     values = {n: t for n, t in tensors.items() if n.startswith(tuple(taken)) and not n.endswith(left)}
     centers = {n: c for n, c in weights.centers.items() if head_prefix(head_of_center(n)) in taken}
     return InitialWeights(values, centers, f"{network} of {source}: {', '.join(notes)}")
+
+
+def _check_registers(source: Path, theirs: int, ours: int) -> bool:
+    """Return whether the run's registers start from random values, because the source has none.
+
+    Raises:
+        UserError: the source has registers, and the run another number of them.
+    """
+    if theirs and theirs != ours:
+        raise UserError(
+            f"model.init_from: {source}: has {theirs} registers, but model.registers={ours}; set model.registers={theirs}"
+        )
+    return ours > theirs
 
 
 def _check_head(source: Path, head: str, stored: Shapes, wanted: Shapes) -> None:

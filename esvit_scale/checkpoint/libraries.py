@@ -107,7 +107,7 @@ def timm_tensors(trunk: Tensors, config: Config) -> Tensors:
 
 
 def from_timm(theirs: Tensors, trunk: Mapping[str, list[int]], config: Config) -> Tensors:
-    """Return tensors with timm's names under our names: the exact inverse of `timm_tensors`.
+    """Return tensors with timm's names under our names: the inverse of `timm_tensors`, exact in the features they give.
 
     Args:
         theirs: tensors under timm's names.
@@ -117,6 +117,7 @@ def from_timm(theirs: Tensors, trunk: Mapping[str, list[int]], config: Config) -
         KeyError: a tensor is missing.
         UserError: a tensor has another shape, because its position embeddings were resized for timm.
     """
+    theirs = timm_form(config).from_tensors(theirs)
     blank = {name: torch.empty(shape, device="meta") for name, shape in trunk.items()}
     their_name = {id(tensor): name for name, tensor in timm_tensors(blank, config).items()}
     ours = {}

@@ -96,6 +96,8 @@ def write(path: Path, weights: Weights) -> None:
     family = official_trunks.family_of(weights.config.model.trunk)
     if family is None:
         raise UserError(f"{path}: the official code has no trunk {weights.config.model.trunk}; use --to safetensors")
+    if weights.config.model.registers:
+        raise UserError(f"{path}: the official code has no registers; use --to safetensors or timm")
     content: dict[str, Any] = {}
     for name, prefix in NETWORKS.items():
         tensors = _to_official_names(family, weights.networks[name])

@@ -38,7 +38,7 @@ from esvit_scale.errors import UserError
 from esvit_scale.models.cvt import S1
 from esvit_scale.models.swin import PATCH
 from esvit_scale.models.swin_variants import SHAPES
-from esvit_scale.models.vit import SIDE
+from esvit_scale.models.vit import SIDE, with_class_position
 
 log = logging.getLogger(__name__)
 
@@ -159,13 +159,14 @@ def deit_config(tensors: Tensors) -> ConfigValues:
     """Return the `model` section that is derived from the shapes of a DeiT's tensors."""
     width, blocks = tensors["pos_embed"].shape[-1], group_by_stage(tensors, r"blocks\.(\d+)\.attn\.qkv\.weight")
     trunk, heads = ("deit_b", 12) if width == 768 else ("deit_s", 6)
-    return {
-        "model": model_values(trunk, (width, (len(blocks),), (max(width // 64, 1),)), (heads * 64, (12,), (heads,)))
-    }
+    shape, registers = (width, (len(blocks),), (max(width // 64, 1),)), tensors.get("reg_token")
+    found = model_values(trunk, shape, (heads * 64, (12,), (heads,)))
+    return {"model": found | ({} if registers is None else {"registers": registers.shape[1]})}
 
 
 def _deit_from_official(official: Tensors) -> Tensors:
     """Resize position embeddings of a map other than 14×14 (DeiT at 384 pixels) to 14×14; keep all other tensors."""
+    official = with_class_position(official)
     positions = official["pos_embed"]  # [1, 1 + side², C]
     side = math.isqrt(max(positions.shape[1] - 1, 0))
     if side in (0, SIDE) or side**2 + 1 != positions.shape[1]:

@@ -118,6 +118,7 @@ class TimmForm(NamedTuple):
     norm_eps: str = ""  # eps of the norms as a Python literal; empty: timm's default
     size_note: str = ""  # sentences for the model card about image sizes
     note: str = ""  # sentences for the model card about the code that loads the export
+    from_tensors: Callable[[Tensors], Tensors] = lambda theirs: theirs  # undoes what `tensors` did to shapes
 
 
 class HuggingFaceForm(NamedTuple):

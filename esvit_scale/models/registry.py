@@ -42,5 +42,9 @@ def build_trunk(config: Config) -> Trunk:
         convolution.replace(trunk)
     else:
         raise UserError(f"model.trunk: unknown trunk {name!r}{nearest(name, TRUNKS)}")
+    if trunk.registers != config.model.registers:
+        raise UserError(
+            f"model.registers: {name} takes none; set model.registers=0, or take one of {', '.join(vit.VARIANTS)}"
+        )
     trunk.name = name
     return trunk

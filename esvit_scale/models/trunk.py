@@ -60,6 +60,7 @@ class Trunk(nn.Module):
         depths: blocks per stage.
         channels, reductions: per stage, the width of its map and the pixels along a cell's side; empty: no pyramid.
         has_regions: whether `Features.regions` has any rows.
+        registers: the number of register tokens, `model.registers`; 0 in a trunk that takes none.
         norm: the final norm, of tokens [n, C]; an identity where there is none.
         has_attention_maps: whether `attention_maps` is implemented.
         run_block: the function through which blocks are called; parallel.activation_checkpointing replaces it. The
@@ -73,6 +74,7 @@ class Trunk(nn.Module):
     channels: tuple[int, ...] = ()
     reductions: tuple[int, ...] = ()
     has_regions = True
+    registers: int = 0
     has_attention_maps = False
 
     def __init__(self) -> None:
@@ -142,7 +144,8 @@ class Trunk(nn.Module):
     def card(self) -> TrunkCard:
         """Return what a model card says about the trunk."""
         depths = "-".join(map(str, self.depths))
-        description = f"{self.name} (features of width {self.dim}, {depths} blocks)"
+        registers = f", {self.registers} registers" if self.registers else ""
+        description = f"{self.name} (features of width {self.dim}, {depths} blocks{registers})"
         return TrunkCard(self.name, description, "Any other size works too.")
 
     def plain(self, size: int) -> nn.Module:

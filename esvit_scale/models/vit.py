@@ -4,10 +4,13 @@ DeiT (Touvron et al. 2021): the class token is the crop's view feature, and the 
 map, are resized bicubically to each crop's map. MoCo v3 (Chen, Xie and He 2021): sine-cosine position embeddings,
 another initialisation, and a patch projection that the run freezes (`model.freeze_patch_embed`).
 
-The tokens of all crops form one list [N, C], each crop's class token before its patches, row-major: norms, projections
-and MLPs run once over it, attention once per resolution. Crops whose sides are no multiple of 16 are padded right and
-bottom with zeros, as in our Swin (the official code cuts the remainder off). Parameter names are the official ones,
-which timm has too.
+The tokens of all crops form one list [N, C], each crop's class token and registers before its patches, row-major:
+norms, projections and MLPs run once over it, attention once per resolution. Crops whose sides are no multiple of 16 are
+padded right and bottom with zeros, as in our Swin (the official code cuts the remainder off). Parameter names are the
+official ones, which timm has too.
+
+Registers (Darcet et al. 2024) are `model.registers` additional learned tokens without positions, which attend and are
+attended to in every block, and which no feature contains.
 """
 
 import math
@@ -45,14 +48,16 @@ class ViT(Trunk):
         embed_dim: C.
         depth, heads: number of blocks, and of attention heads in each of them.
         drop_path: stochastic-depth rate of the last block; rates grow linearly from 0.
+        registers: number of register tokens.
     """
 
-    def __init__(self, embed_dim: int, depth: int, heads: int, drop_path: float = 0.0) -> None:
+    def __init__(self, embed_dim: int, depth: int, heads: int, drop_path: float = 0.0, registers: int = 0) -> None:
         super().__init__()
-        self.dim, self.depths = embed_dim, (depth,)
+        self.dim, self.depths, self.registers = embed_dim, (depth,), registers
         self.drop_rates = linear_rates(drop_path, depth)
         self.patch_embed = PatchEmbed(embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.reg_token = nn.Parameter(torch.zeros(1, registers, embed_dim)) if registers else None
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + SIDE**2, embed_dim)) if self.learns_positions else None
         self._modules["blocks"] = nn.ModuleList(Block(embed_dim, heads) for _ in range(depth))  # `blocks` is a property
         self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
@@ -78,8 +83,8 @@ class ViT(Trunk):
         return self.patch_embed.proj
 
     def initial_values(self) -> dict[str, Initializer]:
-        """Return the initialisers of the class token and the position embeddings."""
-        return {"cls_token": normal(0.02), "pos_embed": normal(0.02)}
+        """Return the initialisers of the class token, the registers (DINOv3's) and the position embeddings."""
+        return {"cls_token": normal(0.02), "reg_token": normal(0.02), "pos_embed": normal(0.02)}
 
     def timm_form(self, size: int) -> TimmForm:
         """Return a description of the trunk as a timm network.
@@ -95,11 +100,18 @@ class ViT(Trunk):
         side = size // PATCH
 
         def tensors(trunk: Tensors) -> Tensors:
-            return trunk | {"pos_embed": self.positions_for(trunk, side)[None]}
+            positions = self.positions_for(trunk, side)
+            if not self.registers:
+                return trunk | {"pos_embed": positions[None]}
+            # timm's networks with registers have positions of patches alone
+            return trunk | {"cls_token": trunk["cls_token"] + positions[0], "pos_embed": positions[None, 1:]}
 
+        arguments = {"img_size": size, "embed_dim": self.dim, "depth": self.depths[0], "num_heads": heads}
+        if self.registers:
+            arguments |= {"reg_tokens": self.registers, "no_embed_class": True}
         return TimmForm(
             self.timm_name,
-            {"img_size": size, "embed_dim": self.dim, "depth": self.depths[0], "num_heads": heads},
+            arguments,
             width=self.dim,
             reduction=PATCH,
             pool="token",
@@ -107,6 +119,7 @@ class ViT(Trunk):
             classifier="head",
             tensors=tensors,
             fixed_size=True,
+            from_tensors=with_class_position,
         )
 
     def positions_for(self, trunk: Tensors, side: int) -> Tensor:
@@ -133,9 +146,9 @@ class ViT(Trunk):
     def _block_outputs(
         self, crops: list[Tensor], drop_keys: Tensor | None, mask: Mask | None = None
     ) -> Iterator[tuple[Tensor, list[Grid]]]:
-        """Yield (tokens, grids) after each block: tokens [N, C], where each crop's class token comes first."""
+        """Yield (tokens, grids) after each block: tokens [N, C], of each crop the class token, registers and patches."""
         grids = [(x.shape[0], -(-x.shape[-2] // PATCH), -(-x.shape[-1] // PATCH)) for x in crops]
-        sequences: Grids = tuple((n, 1, 1 + h * w) for n, h, w in grids)
+        sequences: Grids = tuple((n, 1, 1 + self.registers + h * w) for n, h, w in grids)
         tokens = self._embed(crops, grids, mask)
         scales = keep_scales(drop_keys, torch.tensor(self.drop_rates)) if drop_keys is not None else None
         for i, block in enumerate(self.blocks):
@@ -144,7 +157,7 @@ class ViT(Trunk):
             yield tokens, grids
 
     def _embed(self, crops: list[Tensor], grids: list[Grid], mask: Mask | None) -> Tensor:
-        """Map crops [N_g, channels, S_g, S_g] to tokens [N, C], with class tokens and position embeddings added."""
+        """Map crops [N_g, channels, S_g, S_g] to tokens [N, C], with class tokens, registers and position embeddings."""
         patches = self.patch_embed(crops)
         if mask is not None:
             patches = mask.hide(patches, grids, self.mask_geometry.patches)
@@ -152,15 +165,18 @@ class ViT(Trunk):
         for group, (n, h, w) in groups(patches, grids):
             tokens = torch.cat([self.cls_token.expand(n, 1, -1), group.view(n, h * w, -1)], 1)
             tokens = tokens + self.position(h, w, tokens.device).to(tokens.dtype)
+            if self.reg_token is not None:
+                tokens = torch.cat([tokens[:, :1], self.reg_token.expand(n, -1, -1), tokens[:, 1:]], 1)
             sequences.append(tokens.flatten(0, 1))
         return torch.cat(sequences)
 
     def _token_map(self, tokens: Tensor, grids: list[Grid]) -> TokenMap:
-        regions, views = [], []
-        for group, (n, h, w) in zip(tokens.split([n * (1 + h * w) for n, h, w in grids]), grids, strict=True):
-            sequence = group.view(n, 1 + h * w, -1)
+        """Return the patch tokens of all crops as regions and the class tokens as views, without the registers."""
+        regions, views, before = [], [], 1 + self.registers
+        for group, (n, h, w) in zip(tokens.split([n * (before + h * w) for n, h, w in grids]), grids, strict=True):
+            sequence = group.view(n, before + h * w, -1)
             views.append(sequence[:, 0])
-            regions.append(sequence[:, 1:].flatten(0, 1))
+            regions.append(sequence[:, before:].flatten(0, 1))
         return TokenMap(torch.cat(regions), grids, torch.cat(views))
 
 
@@ -183,8 +199,8 @@ class MoCoViT(ViT):
         return sine_cosine(side, side, trunk["cls_token"].shape[-1], torch.device("cpu"))
 
     def initial_values(self) -> dict[str, Initializer]:
-        """Return the initialisers of the class token, the weights of all linear layers, and the patch projection."""
-        found = {"cls_token": normal(1e-6)}
+        """Return the initialisers of class token and registers, of the weights of all linear layers, and the patch projection."""
+        found = {"cls_token": normal(1e-6), "reg_token": normal(0.02)}
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 fan_out = module.out_features // (3 if name.endswith(".qkv") else 1)
@@ -242,6 +258,17 @@ class Attention(nn.Module):
             q, k, v = qkv.view(n, length, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
             mixed.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n * length, dim))
         return self.proj(torch.cat(mixed))
+
+
+def with_class_position(tensors: Tensors) -> Tensors:
+    """Give position embeddings of patches alone, [1, side², C], a class token's position of zeros in front.
+
+    timm's networks with registers store the class token with its position added. Other tensors are returned unchanged.
+    """
+    positions = tensors.get("pos_embed")
+    if positions is None or positions.ndim != 3 or math.isqrt(positions.shape[1]) ** 2 != positions.shape[1]:
+        return tensors
+    return tensors | {"pos_embed": torch.cat([torch.zeros_like(positions[:, :1]), positions], 1)}
 
 
 def resized(learned: Tensor, h: int, w: int) -> Tensor:
@@ -319,6 +346,7 @@ def build(config: Config) -> ViT:
         raise UserError(
             f"model.embed_dim: sine-cosine positions need a multiple of 4, got {shape.embed_dim}; nearest: {near}"
         )
-    trunk = variant.kind(shape.embed_dim, shape.depths[0], shape.heads[0], config.model.drop_path)
+    model = config.model
+    trunk = variant.kind(shape.embed_dim, shape.depths[0], shape.heads[0], model.drop_path, model.registers)
     trunk.timm_name = variant.timm_name
     return trunk
