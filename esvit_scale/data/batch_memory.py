@@ -16,39 +16,52 @@ from torch import Tensor
 
 from esvit_scale.data.loader import PREFETCH, pixel_memory
 
-# A loader process starts a batch when the one PREFETCH before it was fetched, so batches that are this far apart never
-# meet in a place; the two more are the batch that trains and the one that is being joined.
-PLACES = PREFETCH + 2
+
+def places_for(workers: int, parts: int) -> int:
+    """Return how many batches must have a place, so that no two meet in one.
+
+    A loader process starts a part when the one PREFETCH before its own was fetched, hence PREFETCH · workers parts after
+    one that was; the two more are the batch that trains and the one that is being joined.
+
+    Args:
+        workers: number of loader processes of a rank.
+        parts: number of parts of a batch; fewer than workers where these take turns.
+    """
+    return -(-PREFETCH * workers // parts) + 2
 
 
 class BatchMemory:
-    """PLACES places for batches in shared memory; batch b has place b modulo PLACES.
+    """Places for batches in shared memory; batch b has place b modulo their number.
 
     Build it before the loader processes start: they inherit it.
 
     Args:
         shapes: of a whole batch's crops, per resolution group: [V_g, B, S_g, S_g, channels].
         dtype: of a pixel.
+        places: how many batches have a place.
 
     Raises:
         RuntimeError: there is too little shared memory.
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> None:
-        self._places = [[pixel_memory(dtype, *shape, shared=True) for shape in shapes] for _ in range(PLACES)]
-        self._held = pixel_memory(torch.uint8, PLACES, len(shapes), shared=True).zero_()  # 1: the parent still uses it
+    def __init__(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, places: int) -> None:
+        self._places = [[pixel_memory(dtype, *shape, shared=True) for shape in shapes] for _ in range(places)]
+        self._held = pixel_memory(torch.uint8, places, len(shapes), shared=True).zero_()  # 1: the parent still uses it
+
+    def _place(self, batch_index: int) -> int:
+        return batch_index % len(self._places)
 
     def claim(self, batch_index: int, rows: slice) -> list[Tensor] | None:
         """Return a loader process's rows of a batch to write to, per group; None while the place is in use."""
-        return None if self._held[batch_index % PLACES].any() else self.rows(batch_index, rows)
+        return None if self._held[self._place(batch_index)].any() else self.rows(batch_index, rows)
 
     def rows(self, batch_index: int, rows: slice) -> list[Tensor]:
         """Return rows of the batch in a place, per group [V_g, rows, S_g, S_g, channels]."""
-        return [group[:, rows] for group in self._places[batch_index % PLACES]]
+        return [group[:, rows] for group in self._places[self._place(batch_index)]]
 
     def take(self, batch_index: int) -> list[Tensor]:
         """Return a whole batch in its place, which is free again when no tensor refers to its memory any more."""
-        place, held = self._places[batch_index % PLACES], self._held[batch_index % PLACES].numpy()
+        place, held = self._places[self._place(batch_index)], self._held[self._place(batch_index)].numpy()
         held[:] = 1
         taken = []
         for group, pixels in enumerate(place):

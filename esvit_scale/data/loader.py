@@ -1,8 +1,12 @@
 """Loader processes: which part of every batch each of them makes, and how its results and failures reach training.
 
-The slots of the global batch (order.py) are dealt out to ranks, and a rank's slots to its loader processes (workers).
-Each gets a contiguous run of whole slots, so that the workers' parts, joined in worker order, are the rank's batch in
-the order of positions.
+The images of a global batch (order.py) are dealt out to ranks, and a rank's images to its loader processes (workers), in
+contiguous runs, so that the parts, joined in order, are the rank's batch in the order of positions. Where a rank has fewer
+images of a batch than workers, a part is one image, and the workers take turns:
+
+    6 images, 3 workers: worker 0 makes images 0 1 of every batch, worker 1 makes 2 3, worker 2 makes 4 5
+    2 images, 3 workers: worker 0 makes image 0 of batch 0, worker 1 image 1 of batch 0, worker 2 image 0 of batch 1,
+                         worker 0 image 1 of batch 1, …
 """
 
 import ctypes
@@ -40,7 +44,10 @@ _DIED = "a loader process died{}: killed, or out of memory (fewer data.workers n
 
 @dataclass(frozen=True)
 class LoaderAssignment:
-    """What the loader processes of one rank make: a range of batches, and of each batch the slots of every process."""
+    """What the loader processes of one rank make: a range of batches, and of each batch the images of every process.
+
+    An image is named by its place in the global batch, 0..B-1: image `i` of a slot is at slot · images_per_slot + i.
+    """
 
     config: Config
     rank: int
@@ -48,42 +55,68 @@ class LoaderAssignment:
     start: int  # index of the first batch
     stop: int  # index after the last batch
     steps_per_epoch: int
-
-    @property
-    def slots_of_rank(self) -> range:
-        """Return the data slots of this rank."""
-        slots = self.config.slots
-        return range(slots)[share(slots, self.rank, self.world_size)]
+    whole_slots: bool = False  # keep the images of a slot in one process, as the order of plain tars needs it
 
     @property
     def images_per_slot(self) -> int:
         """Return how many images of every batch one slot holds."""
         return self.config.train.global_batch // self.config.slots
 
+    @property
+    def images_of_rank(self) -> range:
+        """Return the places in the global batch of this rank's images."""
+        batch = self.config.train.global_batch
+        return range(batch)[share(batch, self.rank, self.world_size)]
+
+    @property
+    def most_parts(self) -> int:
+        """Return the largest number of parts into which a batch of this rank can be divided."""
+        return len(self.images_of_rank) // self._unit
+
+    @property
+    def _unit(self) -> int:
+        """Return the number of neighbouring images that are never divided."""
+        return self.images_per_slot if self.whole_slots and self.config.slots % self.world_size == 0 else 1
+
     def worker(self) -> tuple[int, int]:
         """Return the number of the calling process among its rank's workers, and how many workers there are."""
         info = get_worker_info()
         return (info.id, info.num_workers) if info else (0, 1)
 
-    def slots_of_worker(self) -> range:
-        """Return the data slots of the calling process."""
-        return self.slots_of_rank[share(len(self.slots_of_rank), *self.worker())]
+    def images_of_worker(self, batch_index: int) -> range:
+        """Return the places in a global batch of the images that the calling process makes; empty if it is not its turn.
 
-    @property
-    def images_per_batch(self) -> int:
-        """Return how many images of every batch the calling process makes."""
-        return len(self.slots_of_worker()) * self.images_per_slot
+        Parts are counted over all batches from the first; worker w of n makes the parts w, w + n, w + 2n, …
+        """
+        (worker, workers), of_rank = self.worker(), self.images_of_rank
+        parts = min(workers, self.most_parts)
+        part = (worker - (batch_index - self.start) * parts) % workers
+        if part >= parts:
+            return of_rank[:0]
+        units = share(self.most_parts, part, parts)
+        return of_rank[units.start * self._unit : units.stop * self._unit]
+
+    def parts_of_worker(self) -> Iterator[tuple[int, range]]:
+        """Yield the parts that the calling process makes, in order: batch index, and places in the global batch."""
+        for batch_index in range(self.start, self.stop):
+            if images := self.images_of_worker(batch_index):
+                yield batch_index, images
+
+    def slots_of_worker(self) -> range:
+        """Return the data slots of which the calling process makes images, in whatever batch."""
+        _, workers = self.worker()
+        takes_turns = workers > self.most_parts
+        return self.slots_of(self.images_of_rank if takes_turns else self.images_of_worker(self.start))
+
+    def slots_of(self, images: range) -> range:
+        """Return the data slots to which neighbouring images of a global batch belong."""
+        return range(images.start // self.images_per_slot, -(-images.stop // self.images_per_slot))
 
 
 def check_division(config: Config, world_size: int) -> None:
-    """Raise UserError when the global batch or its slots do not divide over the ranks."""
-    batch, slots = config.train.global_batch, config.slots
-    if problem := batch_problem(batch, config.train.grad_accum, world_size):
+    """Raise UserError when the global batch does not divide over the ranks."""
+    if problem := batch_problem(config.train.global_batch, config.train.grad_accum, world_size):
         raise UserError(problem)
-    if slots % world_size:
-        valid = [s for s in range(world_size, batch + 1, world_size) if batch % s == 0]
-        best = min(valid, key=lambda s: abs(s - slots))
-        raise UserError(f"data.slots: {slots} slots do not divide over {world_size} ranks; nearest: {best}")
 
 
 class NoValidSamples(Exception):

@@ -3,8 +3,9 @@
 An epoch's order is the shards permuted, then the samples shuffled within windows of `shuffle_window` consecutive
 shards, so that a reader touches few shards at a time. Of its N positions the first T·B are used (T = ⌊N/B⌋ steps of B
 images); the last N mod B are dropped. Slot s of S reads the contiguous positions [s·L, (s+1)·L) with L = T·B/S, and the
-global batch of step t holds positions s·L + t·(B/S) + i of every slot s. Each rank and each loader worker owns whole
-slots: their number decides who reads a sample, never which samples a batch holds. stream.py shows an example.
+global batch of step t holds positions s·L + t·(B/S) + i of every slot s, in the order of (s, i). Ranks and loader workers
+divide this list of B images (loader.py): their number decides who reads a sample, never which samples a batch holds.
+stream.py shows an example.
 
 This module imports numpy only. Its state is O(shards), plus a bounded cache of chunks of window permutations. Random
 numbers are raw bits of a numpy bit generator, whose streams numpy guarantees; numpy's `Generator` methods may change

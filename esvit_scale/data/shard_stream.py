@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import product
 from typing import Any
 
 from esvit_scale.data.bad_image import BadImage
@@ -37,7 +36,7 @@ class ShardSamples:
     )
 
     def __call__(self) -> Iterator[DecodedSample]:
-        """Yield the decoded samples, batch by batch and slot by slot.
+        """Yield the decoded samples, batch by batch, in the order of their places in the batch.
 
         Raises:
             NoValidSamples: a sample and all its substitutes are bad.
@@ -48,7 +47,6 @@ class ShardSamples:
             sets = [("", self.source)]
         else:
             sets = [(f"{one.name}/", one.manifest) for one in self.source.sets]
-        slots, images = self.assignment.slots_of_worker(), self.assignment.images_per_slot
         with self._read_ahead([manifest for _, manifest in sets]) as (ahead, ranges):
             caches = ahead.caches if ahead else [None] * len(sets)
             readers: list[ShardReader | RangeReader] = [
@@ -57,16 +55,15 @@ class ShardSamples:
                 else ShardReader(m, len(sets), cache)
                 for n, ((_, m), cache) in enumerate(zip(sets, caches, strict=True))
             ]
-            for batch_index in range(self.assignment.start, self.assignment.stop):
+            for batch_index, images in self.assignment.parts_of_worker():
                 if ranges:
                     ranges.at(batch_index)
                 for reader, gone in zip(readers, ahead.at(batch_index) if ahead else (), strict=False):
                     reader.close_shards(gone)
-                for slot in slots:
-                    for i in range(images):
-                        address = address_of(batch_index, slot, i)
-                        prefix, _ = sets[address.set]
-                        yield self._read_good(readers[address.set], prefix, address, batch_index, slot * images + i)
+                for image in images:
+                    address = address_of(batch_index, *divmod(image, self.assignment.images_per_slot))
+                    prefix, _ = sets[address.set]
+                    yield self._read_good(readers[address.set], prefix, address, batch_index, image)
 
     @contextmanager
     def _read_ahead(self, sets: list[Manifest]) -> Iterator[tuple[ReadAhead | None, RangeAhead | None]]:
@@ -97,10 +94,10 @@ class ShardSamples:
         self, address_of: Callable[[int, int, int], SampleAddress]
     ) -> Callable[[int], list[tuple[int, int, int]]]:
         """Return a function: batch index → (set, shard, number in the shard) of the calling process's samples, in order."""
-        slots, images = self.assignment.slots_of_worker(), self.assignment.images_per_slot
+        per_slot, images_of = self.assignment.images_per_slot, self.assignment.images_of_worker
 
         def samples(batch_index: int) -> list[tuple[int, int, int]]:
-            found = (address_of(batch_index, slot, i) for slot, i in product(slots, range(images)))
+            found = (address_of(batch_index, *divmod(image, per_slot)) for image in images_of(batch_index))
             return [(address.set, *address.order.locate(address.position)) for address in found]
 
         return samples

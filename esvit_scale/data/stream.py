@@ -16,7 +16,8 @@ stretch of the result, and a batch takes an equal share of every slot; the last 
     batch 0   1/0      1/2      2/0      0/3
     batch 1       1/1      2/1      1/3      0/1
 
-loader.py (`LoaderAssignment`) deals out slots: 0 and 1 to rank 0, of which worker 1 gets slot 1. In batch 0 it makes:
+loader.py (`LoaderAssignment`) deals out the images of a batch: the first two to rank 0, of which worker 1 gets the second,
+that of slot 1. In batch 0 it makes:
 
     file               makes                     of sample 1/2
     shard_stream.py    SampleAddress             epoch 0, position 2
@@ -37,7 +38,7 @@ url_stream.py in the place of shard_stream.py; their batches are the same only a
 
 import glob
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -52,7 +53,7 @@ from esvit_scale.config import Config
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data import mix, photometric, photometric_8bit
 from esvit_scale.data import order as orders
-from esvit_scale.data.batch_memory import PLACES, BatchMemory
+from esvit_scale.data.batch_memory import BatchMemory, places_for
 from esvit_scale.data.evaluation import EvaluationBatch, evaluation_batches
 from esvit_scale.data.evaluation_crop import centre_crop, evaluation_side
 from esvit_scale.data.loader import (
@@ -105,7 +106,7 @@ class Batch(NamedTuple):
     labels: Tensor  # int64 [B], -1 without a class; for inspection, never for training
     bad: list[dict[str, Any]]  # quarantine rows from making this batch: shard, key, reason, epoch, position
     batch_index: int  # epoch · steps per epoch + step
-    worker_rates: tuple[float, ...] = ()  # images/s of each worker while it made its part
+    worker_rates: Mapping[int, float] = {}  # loader process → images/s while it made its part
 
 
 class MicroBatch(NamedTuple):
@@ -192,13 +193,16 @@ def batches(config: Config, data: TrainingData, rank: int, world_size: int, star
         )
     if config.data.photometric == "workers":
         photometric_8bit.require()
-    assignment = LoaderAssignment(config, rank, world_size, start, stop, steps_per_epoch(config, data))
-    workers = min(config.data.workers, len(assignment.slots_of_rank))
-    if workers < config.data.workers:
+    assignment = LoaderAssignment(
+        config, rank, world_size, start, stop, steps_per_epoch(config, data), isinstance(data, UrlSets)
+    )
+    workers = config.data.workers
+    if isinstance(data, UrlSets) and workers > assignment.most_parts:
+        workers = assignment.most_parts  # as many as ever, because the order of plain tars depends on their number
         log.warning(
-            "data.workers: %d is more than the %d data slots of a rank; using %d workers",
+            "data.workers: %d is more than the %d parts into which a rank's batch of plain tars can be divided; using %d workers",
             config.data.workers,
-            len(assignment.slots_of_rank),
+            workers,
             workers,
         )
     samples: ShardSamples | UrlSamples
@@ -211,9 +215,10 @@ def batches(config: Config, data: TrainingData, rank: int, world_size: int, star
         of_node = partial(place.of_node, cache_dir=config.data.cache_dir)
         ring = working_set.ring_bytes(config, data, rank, world_size)
         samples = ShardSamples(assignment, of_node(data) if isinstance(data, Manifest) else data.moved(of_node), ring)
-    memory = _batch_memory(assignment) if workers else None
+    parts = min(max(workers, 1), assignment.most_parts)  # of a batch
+    memory = _batch_memory(assignment, places_for(workers, parts)) if workers else None
     stages: list[Callable[..., Any]] = [samples, partial(_make_worker_batches, assignment, memory)]
-    return _join_workers(run_stages(stages, workers), max(workers, 1), memory)
+    return _join_parts(run_stages(stages, workers), parts, memory)
 
 
 @ranges.named("crops to the device")
@@ -242,15 +247,15 @@ def micro_batches(config: Config, batch: Batch, device: torch.device, dtype: tor
     ]
 
 
-def _batch_memory(assignment: LoaderAssignment) -> BatchMemory | None:
+def _batch_memory(assignment: LoaderAssignment, places: int) -> BatchMemory | None:
     """Return memory for this rank's batches; None where there is too little for it, and processes send what they make."""
-    config, images = assignment.config, len(assignment.slots_of_rank) * assignment.images_per_slot
+    config, images = assignment.config, len(assignment.images_of_rank)
     try:
-        return BatchMemory(crop_shapes(config, images), pixel_dtype(config.data.bits))
+        return BatchMemory(crop_shapes(config, images), pixel_dtype(config.data.bits), places)
     except RuntimeError as error:
         if assignment.rank == 0:
             log.info(
-                "data: no shared memory for %d batches (%s); they are sent and copied instead", PLACES, reason(error)
+                "data: no shared memory for %d batches (%s); they are sent and copied instead", places, reason(error)
             )
         return None
 
@@ -258,19 +263,19 @@ def _batch_memory(assignment: LoaderAssignment) -> BatchMemory | None:
 def _make_worker_batches(
     assignment: LoaderAssignment, memory: BatchMemory | None, samples: Iterable[DecodedSample]
 ) -> Iterator[WorkerBatch]:
-    samples, size = iter(samples), assignment.images_per_batch
-    first = (assignment.slots_of_worker().start - assignment.slots_of_rank.start) * assignment.images_per_slot
-    for batch_index in range(assignment.start, assignment.stop):
+    samples = iter(samples)
+    for batch_index, images in assignment.parts_of_worker():
+        first, size = images.start - assignment.images_of_rank.start, len(images)
         rows = memory.claim(batch_index, slice(first, first + size)) if memory else None
         yield make_worker_batch(assignment.config, batch_index, islice(samples, size), size, rows)
 
 
-def _join_workers(worker_batches: Iterator[WorkerBatch], workers: int, memory: BatchMemory | None) -> Iterator[Batch]:
-    """Yield the rank's batches, each joined from one part per worker: the loader yields the workers' parts in turn."""
+def _join_parts(worker_batches: Iterator[WorkerBatch], count: int, memory: BatchMemory | None) -> Iterator[Batch]:
+    """Yield the rank's batches, each joined from `count` parts: the loader yields one of every worker in turn."""
     pin = torch.cuda.is_available()  # page-locked memory is copied to the device while it computes
     while True:
         with translate_worker_errors():
-            parts = list(islice(worker_batches, workers))
+            parts = list(islice(worker_batches, count))
             if not parts:
                 return
             batch = _join(parts, pin, memory)
@@ -288,7 +293,7 @@ def _join(parts: list[WorkerBatch], pin: bool, memory: BatchMemory | None) -> Ba
         labels=torch.from_numpy(np.concatenate([part.labels for part in parts])),
         bad=[row for part in parts for row in part.bad],
         batch_index=parts[0].batch_index,
-        worker_rates=tuple(len(part.keys) / max(part.seconds, 1e-9) for part in parts),
+        worker_rates={part.worker: len(part.keys) / max(part.seconds, 1e-9) for part in parts},
     )
 
 

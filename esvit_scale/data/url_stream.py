@@ -178,11 +178,7 @@ class UrlSamples:
             bad: quarantine rows about tars: reading adds to them, and the next sample takes them with it.
         """
         assignment = self.assignment
-        positions = [
-            slot * assignment.images_per_slot + i
-            for slot in assignment.slots_of_worker()
-            for i in range(assignment.images_per_slot)
-        ]
+        positions = assignment.images_of_worker(assignment.start)  # those of every batch
         stream = self._raw(tars, epoch, bad)
         reserves = list(itertools.islice(stream, RESERVES))
         stream = itertools.chain(reserves, stream)

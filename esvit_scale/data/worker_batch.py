@@ -63,6 +63,7 @@ class WorkerBatch(NamedTuple):
     bad: list[dict[str, Any]]  # quarantine rows
     batch_index: int
     seconds: float  # that the loader process took to make it
+    worker: int  # number of the loader process
 
 
 def place_crops(config: Config, epoch: int, key: str, width: int, height: int) -> list[PlacedCrop]:
@@ -106,8 +107,8 @@ def make_worker_batch(
     """
     began = time.monotonic()
     in_worker = config.data.photometric == "workers"
-    dtype, shared = pixel_dtype(config.data.bits), get_worker_info() is not None
-    pixels = memory or [pixel_memory(dtype, *shape, shared=shared) for shape in crop_shapes(config, size)]
+    dtype, process = pixel_dtype(config.data.bits), get_worker_info()
+    pixels = memory or [pixel_memory(dtype, *shape, shared=process is not None) for shape in crop_shapes(config, size)]
     arrays = [p.numpy() for p in pixels]
     params: list[list[AugmentationParams]] = [[] for _ in config.crop_sizes]  # [V][B]
     positions, labels = np.empty(size, np.int64), np.empty(size, np.int64)
@@ -127,4 +128,5 @@ def make_worker_batch(
         bad.extend(sample.bad)
     fields = tuple(field.numpy() for field in photometric.stack(params))
     crops = [] if memory else pixels
-    return WorkerBatch(crops, fields, positions, keys, labels, bad, batch_index, time.monotonic() - began)
+    seconds, worker = time.monotonic() - began, process.id if process else 0
+    return WorkerBatch(crops, fields, positions, keys, labels, bad, batch_index, seconds, worker)

@@ -1,6 +1,8 @@
 """Monitoring of a rank's loader processes: images/s of each, and a warning about one that is much slower."""
 
 import statistics
+from collections import defaultdict
+from collections.abc import Mapping
 
 SLOW = 0.25  # a process below this fraction of the median rate holds every batch up
 
@@ -9,20 +11,22 @@ class WorkerRates:
     """An accumulator of `Batch.worker_rates` between two rows of the metrics."""
 
     def __init__(self) -> None:
-        self._batches: list[tuple[float, ...]] = []
+        self._rates: dict[int, list[float]] = defaultdict(list)
 
-    def add(self, rates: tuple[float, ...]) -> None:
-        """Add the rates (images/s) of one batch's workers."""
-        self._batches.append(rates)
+    def add(self, rates: Mapping[int, float]) -> None:
+        """Add the rates (worker → images/s) of those workers that made parts of one batch."""
+        for worker, rate in rates.items():
+            self._rates[worker].append(rate)
 
     def take(self) -> tuple[dict[str, float], str]:
         """Return fields for a row of the metrics and a warning about a much slower process ("" if none), and reset."""
-        workers = [1 / statistics.fmean(1 / rate for rate in own) for own in zip(*self._batches, strict=True)]
-        self._batches = []
+        workers = {worker: statistics.harmonic_mean(own) for worker, own in self._rates.items()}
+        self._rates.clear()
         if not workers:
             return {}, ""
-        fields = {"worker_images_per_s": statistics.fmean(workers), "worker_images_per_s_min": min(workers)}
-        median, slowest = statistics.median(workers), workers.index(min(workers))
+        rates = workers.values()
+        fields = {"worker_images_per_s": statistics.fmean(rates), "worker_images_per_s_min": min(rates)}
+        median, slowest = statistics.median(rates), min(workers, key=workers.__getitem__)
         if len(workers) < 3 or workers[slowest] > SLOW * median:
             return fields, ""
         return fields, (

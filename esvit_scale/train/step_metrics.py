@@ -6,7 +6,7 @@ measurements to the host, and `finish_row`, called one step later, reads them.
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -138,8 +138,8 @@ class StepMetrics:
         """Add the seconds that a step waited for its batch."""
         self._wait_s += seconds
 
-    def add_worker_rates(self, rates: tuple[float, ...]) -> None:
-        """Add the rates (images/s) at which the loader's processes produced a batch, one per process."""
+    def add_worker_rates(self, rates: Mapping[int, float]) -> None:
+        """Add the rates (images/s) at which loader processes produced parts of a batch, by process."""
         self._workers.add(rates)
 
     def begin_row(

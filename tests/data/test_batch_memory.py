@@ -9,11 +9,12 @@ import torch
 from torch.utils.data import get_worker_info
 
 from esvit_scale.data import stream
-from esvit_scale.data.batch_memory import PLACES, BatchMemory
+from esvit_scale.data.batch_memory import BatchMemory, places_for
 from esvit_scale.data.manifest import Manifest
 from esvit_scale.data.stream import Batch, batches
 from tests.data.conftest import config_with
 
+PLACES = places_for(1, 1)
 STEPS = 3 * PLACES
 
 
@@ -70,7 +71,7 @@ def test_batches_that_are_kept_are_not_overwritten(shard_set: Manifest) -> None:
 
 
 def test_a_place_is_free_when_no_tensor_uses_its_memory() -> None:
-    memory = BatchMemory([(2, 4, 6, 6, 3), (1, 4, 3, 3, 3)], torch.uint8)
+    memory = BatchMemory([(2, 4, 6, 6, 3), (1, 4, 3, 3, 3)], torch.uint8, PLACES)
     first, second = memory.take(PLACES + 1)
     view = first.permute(0, 1, 4, 2, 3)[:1]
     assert memory.claim(1, slice(0, 2)) is None

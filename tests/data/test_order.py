@@ -2,6 +2,8 @@
 
 import time
 import tracemalloc
+from collections import Counter
+from itertools import zip_longest
 from pathlib import Path
 from unittest.mock import patch
 
@@ -143,12 +145,12 @@ def test_sequential_reads_compute_each_window_once_per_chunk(monkeypatch: pytest
     assert len(made) <= 3 * 512
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     counts=st.lists(st.integers(1, 40), min_size=1, max_size=8),
-    slots=st.sampled_from([1, 2, 4, 8]),
-    world=st.sampled_from([1, 2, 4, 8]),
-    workers=st.integers(1, 5),
+    slots=st.sampled_from([1, 2, 3, 4, 6, 12]),
+    world=st.sampled_from([1, 2, 3, 4, 6, 12]),
+    workers=st.integers(1, 7),
     seed=st.integers(0, 2**40),
     epoch=st.integers(0, 50),
     data=st.data(),
@@ -156,30 +158,53 @@ def test_sequential_reads_compute_each_window_once_per_chunk(monkeypatch: pytest
 def test_batches_are_equal_for_any_ranks_workers_and_start(
     counts: list[int], slots: int, world: int, workers: int, seed: int, epoch: int, data: st.DataObject
 ) -> None:
-    """The parts of every (rank, worker), as the stream deals out slots, against the global batch; the run is cut at a
-    random step and goes on at another world size."""
-    batch = 8
-    if sum(counts) < batch or slots % world:
+    """The parts of every (rank, worker), joined as the loader yields them, against the global batches; the run is cut at
+    a random step and goes on at another world size."""
+    batch = 12
+    if sum(counts) < batch:
         return
     order = Order(seed, epoch, counts, batch, slots, 2)
     whole = [global_batch_at(order, t, batch, slots) for t in range(order.steps)]
     start = data.draw(st.integers(0, order.steps - 1))
-    config = config_with(seed=seed, slots=slots, workers=workers)
+    config = config_with(seed=seed, slots=slots, workers=workers, batch=batch)
     again = Order(seed, epoch, counts, batch, slots, 2)
-    for t in range(start, order.steps):
-        parts = []
-        for rank in range(world):
-            assignment = LoaderAssignment(config, rank, world, t, t + 1, order.steps)
-            n = min(workers, len(assignment.slots_of_rank))
-            for worker in range(n):
-                with patch.object(LoaderAssignment, "worker", lambda self, w=worker, n=n: (w, n)):
-                    assert assignment.images_per_batch == len(assignment.slots_of_worker()) * assignment.images_per_slot
-                    parts += [
-                        again.locate(again.position(t, s, i))
-                        for s in assignment.slots_of_worker()
-                        for i in range(assignment.images_per_slot)
-                    ]
-        assert parts == whole[t]
+    found: list[list[tuple[int, int]]] = [[] for _ in whole]
+    for rank in range(world):
+        assignment = LoaderAssignment(config, rank, world, start, order.steps, order.steps)
+        for t, images in joined(assignment, workers):
+            found[t] += [again.locate(again.position(t, *divmod(n, batch // slots))) for n in images]
+    assert found[start:] == whole[start:]
+
+
+def joined(assignment: LoaderAssignment, workers: int) -> list[tuple[int, range]]:
+    """The parts of all workers of a rank, one of each in turn, as a loader yields them."""
+    made = []
+    for worker in range(workers):
+        with patch.object(LoaderAssignment, "worker", lambda self: (worker, workers)):  # noqa: B023 (called here)
+            made.append(list(assignment.parts_of_worker()))
+            used = {slot for _, images in made[-1] for slot in assignment.slots_of(images)}
+            assert used <= set(assignment.slots_of_worker())
+    return [part for turn in zip_longest(*made) for part in turn if part is not None]
+
+
+@pytest.mark.parametrize(
+    ("world", "batch"), [(8, 512), (64, 512), (512, 512), (512, 4096), (4096, 4096), (4096, 32768)]
+)
+@pytest.mark.parametrize("workers", [1, 8, 12])
+def test_every_requested_worker_is_used(world: int, batch: int, workers: int) -> None:
+    """With default slots, which are at most 512: all workers make images, and equally many, over some batches."""
+    config, batches = config_with(batch=batch, workers=workers), 24
+    assert config.slots == 512
+    for rank in (0, world // 3, world - 1):
+        assignment = LoaderAssignment(config, rank, world, 7, 7 + batches, 10**6)
+        made = Counter[int]()
+        for worker in range(workers):
+            with patch.object(LoaderAssignment, "worker", lambda self: (worker, workers)):  # noqa: B023 (called here)
+                made[worker] = sum(len(images) for _, images in assignment.parts_of_worker())
+        assert sum(made.values()) == batches * batch // world
+        per_batch = batch // world / workers  # of a worker, on average
+        assert all(abs(images / batches - per_batch) < 1 for images in made.values())
+        assert min(made.values()) > 0
 
 
 def test_example_in_stream_docstring_is_true() -> None:

@@ -1,6 +1,5 @@
 """The stream: the same global batch at any world size and worker count, exact resume, substitution, failures."""
 
-import logging
 import os
 import shutil
 import signal
@@ -74,6 +73,20 @@ def test_the_global_batch_is_the_same_at_any_world_size(shard_set: Manifest, slo
     reference = stream(shard_set, 0, 13, slots=slots)
     for world in (w for w in (2, 4, 8) if slots % w == 0):
         assert_equal(stream(shard_set, 0, 13, world, slots=slots), reference)
+
+
+@pytest.mark.parametrize(("world", "slots"), [(4, 2), (8, 2), (8, 1)])
+def test_ranks_and_workers_share_slots(shard_set: Manifest, world: int, slots: int) -> None:
+    """More ranks than slots, and more workers than images of a rank's batch, which take turns: the same batches."""
+    reference = stream(shard_set, 3, 14, slots=slots)
+    ranks = [list(batches(config_with(slots=slots), shard_set, rank, world, 3, 14)) for rank in range(world)]
+    ranks[-1] = list(batches(config_with(slots=slots, workers=3), shard_set, world - 1, world, 3, 14))
+    assert_equal([whole(list(parts)) for parts in zip(*ranks, strict=True)], reference)
+    made = [set(batch.worker_rates) for batch in ranks[-1]]
+    if world == 8:  # one image of each batch
+        assert made == [{batch % 3} for batch in range(11)]
+    else:
+        assert made == [{0, 1}, {2, 0}, {1, 2}] * 3 + [{0, 1}, {2, 0}]
 
 
 def test_slots_change_the_order(shard_set: Manifest) -> None:
@@ -211,7 +224,7 @@ def test_missing_storage_is_one_error_line(
     assert "\n" not in str(error.value)
 
 
-def test_invalid_batch_or_slots_are_errors_with_nearest_value(shard_set: Manifest) -> None:
+def test_invalid_batch_is_an_error_with_nearest_value(shard_set: Manifest) -> None:
     def check(world: int, says: str, **config: Any) -> None:
         with pytest.raises(UserError, match=says):
             batches(config_with(**config), shard_set, 0, world, 0, 1)  # before any iteration
@@ -219,15 +232,6 @@ def test_invalid_batch_or_slots_are_errors_with_nearest_value(shard_set: Manifes
     check(1, r"train\.global_batch: 64 images, but the set holds 53 samples; set train\.global_batch=53", batch=64)
     check(3, r"8 does not divide over 3 ranks × train.grad_accum=1; nearest: 9")
     check(2, r"8 does not divide over 2 ranks × train.grad_accum=8; nearest: 16", accum=8)
-    check(4, r"data\.slots: 2 slots do not divide over 4 ranks; nearest: 4", slots=2)
-
-
-def test_more_workers_than_slots_are_logged_once(shard_set: Manifest, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        stream(shard_set, 0, 3, workers=3, slots=2)
-    assert [r.getMessage() for r in caplog.records] == [
-        "data.workers: 3 is more than the 2 data slots of a rank; using 2 workers"
-    ]
 
 
 ABANDONED = """

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from heapq import heappop, heappush
 from pathlib import Path
 
@@ -15,7 +16,6 @@ from esvit_scale.data.mix import MixedSets
 from esvit_scale.data.remote.room import NEVER
 from esvit_scale.data.remote.schedule import Schedule, ShardId
 from esvit_scale.data.remote.shard_cache import ShardCache
-from esvit_scale.division import share
 from esvit_scale.errors import RestartCanHelp, UserError, first_line
 
 log = logging.getLogger("esvit_scale")
@@ -36,13 +36,18 @@ def nodes(world_size: int) -> int:
     return -(-world_size // min(ranks_per_node(world_size), world_size))
 
 
+def images_of_node(assignment: LoaderAssignment) -> range:
+    """Return the places in a global batch of the images of all ranks on this process's node, which share its cache."""
+    local = min(ranks_per_node(assignment.world_size), assignment.world_size)
+    first = assignment.rank // local * local
+    last = min(first + local, assignment.world_size) - 1
+    of = [replace(assignment, rank=rank).images_of_rank for rank in (first, last)]
+    return range(of[0].start, of[1].stop)
+
+
 def node_slots(assignment: LoaderAssignment) -> range:
-    """Return the data slots of all ranks on this process's node, which share its cache."""
-    size, slots = assignment.world_size, assignment.config.slots
-    local = min(ranks_per_node(size), size)
-    node = assignment.rank // local
-    parts = [range(slots)[share(slots, rank, size)] for rank in range(node * local, min((node + 1) * local, size))]
-    return range(parts[0].start, parts[-1].stop)
+    """Return the data slots of which this process's node reads images, perhaps beside other nodes."""
+    return assignment.slots_of(images_of_node(assignment))
 
 
 def ranks_per_node(world_size: int) -> int:

@@ -86,8 +86,8 @@ class RangeAhead:
         self._ring = Ring(manifest.root, size, manifest.remote.limit)
         shards = [shard for cache in ranged for shard in cache.manifest.shards]
         image = sum(shard.bytes for shard in shards) / max(sum(shard.samples for shard in shards), 1)
-        images = assignment.images_per_batch
-        self._largest = max(min(int(self._ring.size / 2 / (image * images + 1)), MOST_IMAGES // images), 1)  # batches
+        images = len(assignment.images_of_rank) / assignment.worker()[1]  # of the process in a batch, on average
+        self._largest = max(int(min(self._ring.size / 2 / (image * images + 1), MOST_IMAGES / images)), 1)  # batches
         self._changed, self._stopped = threading.Condition(), False
         self._batch_index, self._planned = (
             assignment.start,

@@ -11,7 +11,7 @@ from esvit_scale.data.loader import LoaderAssignment
 from esvit_scale.data.manifest import Manifest
 from esvit_scale.data.mix import MixedSets
 from esvit_scale.data.order import steps_per_epoch
-from esvit_scale.data.remote.ahead import node_slots, ranks_per_node
+from esvit_scale.data.remote.ahead import images_of_node, ranks_per_node
 from esvit_scale.data.remote.place import GB, cache_folder, open_set
 from esvit_scale.data.remote.ring import LEAST
 from esvit_scale.data.remote.room import DEFAULT_SHARE, Room, cost, index_cost
@@ -19,8 +19,10 @@ from esvit_scale.data.remote.schedule import Schedule, ShardId
 from esvit_scale.data.remote.shard_cache import LAST_SHARDS
 from esvit_scale.errors import UserError
 
-SPARE_SHARDS = 2  # shards that a loader process may hold for substitutes of bad samples, beside those of its slots
-RING_BATCHES = 4  # number of batches of average images for which the rings of a node have room at least
+SPARE_SHARDS = (
+    2  # shards held for substitutes of bad samples by a loader process, or by those that divide a slot together
+)
+RING_BATCHES = 4  # average images of a process in a batch, at least one, for which its ring has room at least
 INDEX_HINT = "`esvit-scale shards index SET` and an upload let it read single images by ranges"
 MARGIN = 1.05  # factor on the bytes that the schedule needs at a time
 
@@ -37,7 +39,7 @@ class WorkingSet(NamedTuple):
     least_by_ranges: int  # bytes without which the run cannot work at all; equal to `least` for sets without checksums
     fixed_by_ranges: int  # bytes of these that are in no ring: indexes, and shards of sets without checksums
     processes: int  # loader processes of a node
-    images: int  # samples that its slots read in an epoch
+    images: int  # samples that its processes read in an epoch
 
 
 def check(config: Config, data: object, world_size: int) -> list[str]:
@@ -121,22 +123,25 @@ def _of_node(config: Config, data: Manifest | MixedSets, rank: int, world_size: 
     steps, local = steps_per_epoch(data.samples, config.train.global_batch), ranks_per_node(world_size)
     shards = {(n, i): shard for n, m in enumerate(manifests) if m.remote for i, shard in enumerate(m.shards)}
     whole = {number: cost(shard) for number, shard in shards.items()}
-    slots = node_slots(LoaderAssignment(config, rank, world_size, 0, steps, steps))
+    assignment = LoaderAssignment(config, rank, world_size, 0, steps, steps)
+    images = images_of_node(assignment)  # of a batch
+    slots = assignment.slots_of(images)
     schedule = Schedule(config, data, slots)
     used = {shard for use in schedule.uses(0) for shard in use.shards if shard in whole}
-    processes = min(local, world_size) * max(min(config.data.workers, len(slots) // local), 1)
+    processes = local * max(config.data.workers, 1)
+    # Processes that divide a slot need no more substitutes in a batch together than one process would need.
+    holders = local * max(min(config.data.workers, len(slots) // local), 1)
 
     def need(sizes: dict[ShardId, int], once: bool) -> int:
-        spare = SPARE_SHARDS * processes * max(sizes.values(), default=0)
+        spare = SPARE_SHARDS * holders * max(sizes.values(), default=0)
         return min(int(MARGIN * schedule.peak_bytes(sizes, once)) + spare, sum(sizes.values()))
 
     # By ranges: the indexes in the place of the shards, and a ring for each process.
     checked = {number: index_cost(shards[number]) for number in shards if manifests[number[0]].has_checksums}
     fixed = need({number: size for number, size in whole.items() if number not in checked}, False) + held_out
     fixed += need(checked, True)
-    images = len(slots) * config.train.global_batch // config.slots  # of a batch
     average = sum(whole[number] for number in checked) / max(sum(shards[number].samples for number in checked), 1)
-    rings = processes * max(int(RING_BATCHES * images * average / processes), LEAST) if checked else 0
+    rings = processes * max(int(RING_BATCHES * max(len(images) / processes, 1) * average), LEAST) if checked else 0
     least = need(whole, False) + held_out
     return WorkingSet(
         slots=len(slots),
@@ -148,7 +153,7 @@ def _of_node(config: Config, data: Manifest | MixedSets, rank: int, world_size: 
         least_by_ranges=min(fixed + rings, least) if checked else least,
         fixed_by_ranges=fixed,
         processes=processes,
-        images=steps * images,
+        images=steps * len(images),
     )
 
 
