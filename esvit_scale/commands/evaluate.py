@@ -5,16 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from esvit_scale.commands.option_types import set_or_folder
-from esvit_scale.commands.parser import add_checkpoint, add_loading, command, count, group, on_all_ranks, positive
+from esvit_scale.commands.parser import add_checkpoint, add_loading, command, count, group, on_all_ranks, positive, rank
 from esvit_scale.errors import UserError
 
 
 def add(commands: Any) -> None:
-    """Declare `evaluate knn`, `linear`, `transfer`, `attention` and `correspondence`, and `embed`."""
+    """Declare `evaluate knn`, `linear`, `transfer`, `retrieval`, `attention` and `correspondence`, and `embed`."""
     evaluate = group(commands, "evaluate", "evaluate frozen features")
     _add_knn(evaluate)
     _add_linear(evaluate)
     _add_transfer(evaluate)
+    _add_retrieval(evaluate)
     _add_attention(evaluate)
     _add_correspondence(evaluate)
     _add_embed(commands)
@@ -86,6 +87,33 @@ def _add_transfer(evaluate: Any) -> None:
         help="transfer.json of another checkpoint to compare with (default: none)",
     )
     _add_features(transfer)
+
+
+def _add_retrieval(evaluate: Any) -> None:
+    retrieval = command(evaluate, "retrieval", _retrieval, "how well similar features find images of the same class")
+    add_checkpoint(retrieval)
+    retrieval.add_argument(
+        "--data",
+        type=set_or_folder,
+        required=True,
+        metavar="D",
+        help="images to search: labelled shards (folder or URL), a folder with one subfolder for each class, or a folder of the "
+        "revisited Oxford or Paris set (jpg/ and gnd_*.json)",
+    )
+    retrieval.add_argument(
+        "--queries",
+        type=set_or_folder,
+        metavar="Q",
+        help="labelled set whose images are the queries (default: every image of --data queries all others)",
+    )
+    retrieval.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder to write retrieval.json and a picture to"
+    )
+    ks = "numbers of nearest images for R@k of labelled sets (default: 1 2 4 8)"
+    retrieval.add_argument("--k", type=positive, nargs="+", metavar="K", help=ks)
+    size = "revisited sets: pixels to which a longer side above it is reduced (default: the size of the run's crops)"
+    retrieval.add_argument("--size", type=positive, metavar="N", help=size)
+    _add_features(retrieval)
 
 
 def _add_attention(evaluate: Any) -> None:
@@ -197,6 +225,21 @@ def _transfer(o: argparse.Namespace) -> int:
 
     options = _extraction_options(o, o.out)
     on_all_ranks(lambda: transfer.run_transfer(o.list, o.checkpoint, o.out, options, o.root, o.baseline))
+    return 0
+
+
+def _retrieval(o: argparse.Namespace) -> int:
+    from esvit_scale.evaluate import retrieval
+    from esvit_scale.report import retrieval_figure
+
+    ks, options = sorted(set(o.k or retrieval.KS)), _extraction_options(o, o.out)
+
+    def run() -> None:
+        result = retrieval.run_retrieval(o.checkpoint, o.data, o.out, options, ks, o.queries, o.size)
+        if rank() == "0":
+            print(retrieval_figure.write(result, o.data, o.queries, o.out))
+
+    on_all_ranks(run)
     return 0
 
 

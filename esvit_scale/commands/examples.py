@@ -19,6 +19,7 @@ EXAMPLES = {
     "evaluate knn": "--checkpoint runs/photos --train shards/train --test shards/val --out runs/photos/knn",
     "evaluate linear": "--checkpoint runs/photos --train shards/train --test shards/val --out runs/photos/linear",
     "evaluate transfer": "elevater --checkpoint runs/photos --root data/ --out runs/photos/transfer",
+    "evaluate retrieval": "--checkpoint runs/photos --data shards/val --out runs/photos/retrieval",
     "evaluate attention": "photo.jpg --checkpoint runs/photos --out runs/photos/attention",
     "evaluate correspondence": "--checkpoint runs/photos --data shards/val --out runs/photos/correspondence",
     "embed": "--checkpoint runs/photos --data photos/ --out photos.npz",

@@ -110,7 +110,7 @@ def extract(
     key |= {"transform": TRANSFORM, "kind": kind, "precision": precision, "stored": stored}
     if pixels != RGB8:
         key["pixels"] = list(pixels)
-    return _cached_or_temporary(cache, key, source, images, compute)
+    return cached_or_temporary(cache, key, source, images, compute)
 
 
 def encode_batch(encoder: Callable[[Tensor], Tensor], images: Tensor, device: torch.device, precision: str) -> Tensor:
@@ -127,7 +127,7 @@ def raw_pixels(source: Path, size: int, batch: int = 64, workers: int = 4) -> Fe
     """Return every image's normalised pixels as features [N, 3·size²]: a baseline without a network, for small sets."""
     images = source_info(source).images
     key = {"kind": "pixels"}
-    return _cached_or_temporary(
+    return cached_or_temporary(
         None, key, source, images, lambda: _feature_batches(lambda x: x.flatten(1), source, size, batch, workers)
     )
 
@@ -226,9 +226,10 @@ def _view(trunk: nn.Module, images: Tensor) -> Tensor:
     return view
 
 
-def _cached_or_temporary(
+def cached_or_temporary(
     cache: Path | None, key: dict[str, Any], source: Path, images: int, compute: Callable[[], Iterable[FeatureBatch]]
 ) -> FeatureSet:
+    """Return features as `feature_cache.load_or_compute` does; without a cache, from a folder that is removed again."""
     if cache is not None:
         return feature_cache.load_or_compute(cache, key, source, images, compute)
     folder = collectives.run_on_rank0_and_broadcast(lambda: Path(tempfile.mkdtemp(prefix="esvit-scale-features-")))

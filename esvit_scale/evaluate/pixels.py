@@ -12,7 +12,8 @@ SIDE = 32  # pixels; 3 · 32² = 3,072 numbers an image, so that large sets fit 
 def small_pixels(images: Tensor, side: int = SIDE) -> Tensor:
     """Return the pixels of images [N, channels, S, S] as features [N, channels · min(S, side)²].
 
-    Larger images are reduced by averaging areas.
+    Larger images, and all that are not square, are brought to `side` × `side` by averaging areas.
     """
-    small = F.adaptive_avg_pool2d(images, side) if images.shape[-1] > side else images
+    height, width = images.shape[-2:]
+    small = F.adaptive_avg_pool2d(images, side) if width > side or width != height else images
     return small.flatten(1)

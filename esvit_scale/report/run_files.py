@@ -16,7 +16,8 @@ from esvit_scale.train import row_file
 Json = dict[str, Any]
 T = TypeVar("T")
 
-EVALUATIONS = ("knn", "linear", "transfer", "correspondence")
+EVALUATIONS = ("knn", "linear", "transfer", "retrieval", "correspondence")
+PICTURES = ("correspondence", "attention", "components", "retrieval")
 
 
 class RunFiles(NamedTuple):
@@ -31,7 +32,7 @@ class RunFiles(NamedTuple):
     summary: Json | None
     environment: Json | None
     results: dict[str, list[Json]]  # evaluation → the content of its JSON files, in the order of training steps
-    pictures: dict[str, list[str]]  # "correspondence", "attention", "components" → PNGs as data URIs
+    pictures: dict[str, list[str]]  # one of PICTURES → PNGs as data URIs
     missing: list[str]  # what is missing or damaged, a sentence each
 
 
@@ -70,7 +71,7 @@ def read(path: Path) -> RunFiles:
         summary,
         environment,
         results,
-        {kind: _pictures(path, kind) for kind in ("correspondence", "attention", "components")},
+        {kind: _pictures(path, kind) for kind in PICTURES},
         missing,
     )
 

@@ -52,7 +52,7 @@ def evaluations(runs: Sequence[NamedRun], missing: list[str]) -> list[Table]:
 
     When a result file has an unexpected form, only its table is left out, with a note in `missing`.
     """
-    makers = (knn, few_shot, linear, transfer, correspondence)
+    makers = (knn, few_shot, linear, transfer, retrieval, revisited, correspondence)
     made = (try_or_note(f"{make.__name__.replace('_', '-')} table", missing, lambda m=make: m(runs)) for make in makers)  # type: ignore[misc]
     return [table for table in made if table is not None and table.rows]
 
@@ -165,6 +165,60 @@ def transfer(runs: Sequence[NamedRun]) -> Table | None:
     notes += [f"Against the baseline: {'; '.join(wins)}."] if wins else []
     notes += [f"Failed: {', '.join(failed)}."] if failed else []
     return Table("transfer", "Transfer", " ".join(notes), ["data set", *(name for name, _ in columns)], rows)
+
+
+def retrieval(runs: Sequence[NamedRun]) -> Table | None:
+    """Return the table of retrieval in labelled sets; None without results."""
+    found = [(join(name, result_name(r)), r) for name, r in _retrievals(runs, "labelled")]
+    if not found:
+        return None
+    ks = sorted({int(k) for _, r in found for k in r["results"]["recall"]})
+    rows = [
+        Row(
+            name,
+            [
+                *(_score(r["results"]["recall"].get(str(k)), "value") for k in ks),
+                Cell(f"{r['results']['map']['value']:.1f}"),
+                Cell(_interval(r["results"]["map"])),
+                Cell(f"{r['mean_per_class']['map']:.1f}"),
+                Cell(f"{r['n_queries']:,} in {r['n_bank']:,}"),
+            ],
+            r["results"]["map"]["value"],
+        )
+        for name, r in found
+    ]
+    note = (
+        "Images of the query's class are relevant. R@k: percentage of queries with a relevant image among the k nearest; "
+        "mAP: mean average precision over the whole ranking, with its 95 % bootstrap interval over queries, and its mean "
+        "over classes. Nothing is trained."
+    )
+    head = ["features", *(f"R@{k}" for k in ks), "mAP", "95 %", "mAP by class", "queries"]
+    return Table("retrieval", "Retrieval", note, head, rows)
+
+
+def revisited(runs: Sequence[NamedRun]) -> Table | None:
+    """Return the table of retrieval in the revisited Oxford and Paris sets; None without results."""
+    found = [(join(name, result_name(r)), r) for name, r in _retrievals(runs, "revisited")]
+    if not found:
+        return None
+    rows = [
+        Row(
+            join(name, r["ground_truth"], setting),
+            [_score(row, "map"), Cell(_interval(row)), Cell(str(row["queries"]))],
+        )
+        for name, r in found
+        for setting, row in r["results"].items()
+    ]
+    sides = sorted({r["protocol"]["largest_side"] for _, r in found})
+    note = (
+        f"mAP in percent with its 95 % bootstrap interval over queries; images at most {' or '.join(map(str, sides))} pixels "
+        "long, one scale, queries cropped to their boxes."
+    )
+    return Table("revisited", "Retrieval, revisited sets", note, ["setting", "mAP", "95 %", "queries"], rows)
+
+
+def _retrievals(runs: Sequence[NamedRun], kind: str) -> list[tuple[str, Json]]:
+    return [(name, r) for name, run in runs for r in run.results["retrieval"] if r.get("kind") == kind]
 
 
 def correspondence(runs: Sequence[NamedRun]) -> Table | None:

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from esvit_scale.commands.parser import on_all_ranks
-from esvit_scale.evaluate import knn, linear
+from esvit_scale.evaluate import knn, linear, retrieval
 from esvit_scale.evaluate.features import ExtractionOptions
 from esvit_scale.evaluate.linear import ProbeSettings
 
@@ -19,6 +19,7 @@ def main(checkpoint: Path, photos: Path, out: Path) -> None:
     over_images = ProbeSettings(("official",), epochs=2, batch=15, augment=True)
     knn.run_knn(checkpoint, train, test, out, loading, ks=(5,), shots=(3,))
     linear.run_linear(checkpoint, train, test, out, recipe, loading)
+    retrieval.run_retrieval(checkpoint, test, out, loading)
     linear.run_linear(checkpoint, train, test, out / "images", over_images, loading)
 
 

@@ -141,6 +141,29 @@ def test_report_of_a_run_without_rows(tmp_path: Path) -> None:
     assert "config.yaml: " in parse(write_report(tmp_path)).text
 
 
+def test_retrieval_results_have_tables_and_a_picture(run: Path) -> None:
+    score = {"value": 41.25, "interval": [37.5, 44.75]}
+    labelled = {"kind": "labelled", "step": 8, "n_queries": 20, "n_bank": 30, "mean_per_class": {"map": 11.5}}
+    labelled["results"] = {"recall": {"1": score}, "map": {"value": 20.5, "interval": [19.5, 21.5]}}
+    revisited = {
+        "kind": "revisited",
+        "step": 8,
+        "ground_truth": "gnd_roxford5k.json",
+        "protocol": {"largest_side": 224},
+    }
+    revisited["results"] = {
+        "easy": {"map": 33.25, "interval": [30.0, 36.5], "queries": 68},
+        "hard": {"map": None, "interval": None, "queries": 0},
+    }
+    (run / "retrieval.json").write_text(json.dumps(labelled))
+    (run / "oxford").mkdir()
+    (run / "oxford" / "retrieval.json").write_text(json.dumps(revisited))
+    Image.new("RGB", (8, 8)).save(run / "oxford" / "retrieval.png")
+    text = parse(write_report(run)).text
+    for words in ("R@1", "41.2", "19.5 – 21.5", "20 in 30", "gnd_roxford5k.json · easy", "33.2", "Retrieved images"):
+        assert words in text
+
+
 LINEAR = {
     "step": 8,
     "n_train": 1000,
