@@ -217,8 +217,8 @@ def test_damaged_transfer_is_repeated_and_each_is_granted_time(tmp_path: Path, m
     shutil.rmtree(tmp_path / "run")
     fetch, damaged, granted = Store.fetch, list[str](), list[float]()
 
-    def damaging(self: Store, name: str, target: Path, *, urgent: bool) -> None:
-        fetch(self, name, target, urgent=urgent)
+    def damaging(self: Store, name: str, target: Path, *, urgent: bool, most: int | None = None) -> None:
+        fetch(self, name, target, urgent=urgent, most=most)
         if damaged.count(name) < mirror.ATTEMPTS - 1:
             damaged.append(name)
             target.write_bytes(b"x")

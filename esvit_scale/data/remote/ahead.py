@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from heapq import heappop, heappush
-from pathlib import Path
 
 from esvit_scale.data.loader import LoaderAssignment
 from esvit_scale.data.manifest import Manifest
@@ -26,7 +25,8 @@ AGAIN_S = 0.1  # seconds that an idle thread sleeps
 BUSY_S = 0.5  # seconds until a shard that another process fetches is looked at again
 THERE_S = 5.0  # seconds for which a shard that was found in the cache is not looked for again
 QUIET_S = 2.0  # seconds until the next look after one that found nothing to fetch
-ROOM_S, LONGEST_ROOM_S = 1.0, 4.0  # the same after one that found no room; it doubles
+ROOM_S, LONGEST_ROOM_S = 1.0, 4.0  # the same after one that found no room, unless a shard is released; it doubles
+LOOK_SHARE = 0.05  # most of its time for which a process looks for room
 RANGES_PER_SECOND = 2000  # requests of all nodes of a run together at most, where samples are read by ranges
 FAILED_S = 30.0  # seconds until a shard whose transfer failed is fetched ahead again
 
@@ -86,7 +86,10 @@ class ReadAhead:
             if cache.by_ranges:
                 cache.requests_per_second = RANGES_PER_SECOND / nodes(assignment.world_size)
         self._ids = {
-            cache.target(i): (n, i) for n, cache in enumerate(self.caches) if cache for i in range(len(sets[n].shards))
+            str(cache.target(i)): (n, i)
+            for n, cache in enumerate(self.caches)
+            if cache
+            for i in range(len(sets[n].shards))
         }
         self._live: list[tuple[int, tuple[ShardId, ...]]] = []  # heap of (last batch, shards) of current uses
         self._coming = (use for epoch in self._epochs() for use in self._mine.uses(epoch))
@@ -98,6 +101,9 @@ class ReadAhead:
         )  # _busy: time until which a shard is left alone
         self._there: dict[ShardId, float] = {}  # time until which a shard counts as cached
         self._quiet_until, self._room_delay, self._changes = 0.0, ROOM_S, 0
+        # After a look that found no room: the last release before it, and the time until which no other ends the quiet.
+        self._released: bytes | None = None
+        self._deaf_until = 0.0
         self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(THREADS)]
         for thread in self._threads:
             thread.start()
@@ -140,7 +146,7 @@ class ReadAhead:
             yield epoch
             epoch += 1
 
-    def _next_use(self, path: Path) -> float:
+    def _next_use(self, path: str) -> float:
         shard = self._ids.get(path)
         return NEVER if shard is None else self._node.next_use(shard, self._batch_index)
 
@@ -153,9 +159,9 @@ class ReadAhead:
     def _fetch_next(self) -> bool:
         """Fetch the missing shard that is needed first; return False if there is none, or no room for it yet.
 
-        After False, no thread looks again until a shard is released or some time has passed: looking for a missing shard
-        costs a system call for every shard, and looking for room a listing of the cache during which the whole node
-        waits. One thread at a time looks, so that room goes to the shard that is needed first.
+        After False, no thread looks again until a process of the node releases a shard or some time has passed: looking
+        for a missing shard costs a system call for every shard, and looking for room a listing of the cache during which
+        the whole node waits. One thread at a time looks, so that room goes to the shard that is needed first.
         """
         self._looking.acquire()
         looking = [self._looking]
@@ -167,19 +173,23 @@ class ReadAhead:
         shard = None
         try:
             changes = self._changes
-            if time.monotonic() < self._quiet_until:
+            if self._is_quiet():
                 return False
             found = next(self._missing(), None)
             if found is None:
+                self._released = None
                 self._be_quiet(QUIET_S, changes)
                 return False
             shard, first = found
             self._busy[shard] = time.monotonic() + BUSY_S
             cache = self.caches[shard[0]]
             assert cache is not None
+            began, released = time.monotonic(), cache.room.last_release()
             there = cache.fetch_ahead(shard[1], first, admit)
             if there is False:  # no room, so shards that are needed later have to wait, too
                 self._busy.pop(shard, None)
+                now = time.monotonic()
+                self._released, self._deaf_until = released, now + (now - began) / LOOK_SHARE
                 self._be_quiet(self._room_delay, changes)
                 self._room_delay = min(2 * self._room_delay, LONGEST_ROOM_S)
             return there is not False
@@ -188,6 +198,14 @@ class ReadAhead:
             return False
         finally:
             admit()
+
+    def _is_quiet(self) -> bool:
+        """Return whether no thread should look now."""
+        now = time.monotonic()
+        if now >= self._quiet_until or now < self._deaf_until or self._released is None:
+            return now < self._quiet_until
+        room = next(cache.room for cache in self.caches if cache)  # the caches of a node's sets share one folder
+        return room.last_release() == self._released
 
     def _be_quiet(self, seconds: float, changes: int) -> None:
         """Stop looking for some seconds, unless a shard was released since `changes` was read."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from esvit_scale import files, store_urls
 from esvit_scale.config import Data
 from esvit_scale.data.manifest import MANIFEST, REMOTE, Manifest, Remote, load
-from esvit_scale.data.remote.room import make_folder
+from esvit_scale.data.remote.room import Room, make_folder
 from esvit_scale.data.remote.store import Denied, Missing, Store
 from esvit_scale.errors import UserError
 
@@ -125,6 +125,7 @@ def _attached(url: str, cache: str, limit: int | None, options: str) -> Path:
         files.write_bytes(folder / MANIFEST, manifest)
         recorded = Remote(url, json.loads(options), limit)._asdict() | {"folder": os.path.realpath(folder)}
         files.write_json(folder / REMOTE, recorded)
+        Room(Path(cache), limit).forget()  # the manifests count, too
     except Missing:
         raise UserError(
             f"{url}: not a finished shard set (no {MANIFEST}); write a set with `esvit-scale shards create SRC DST` and "

@@ -29,7 +29,7 @@ from esvit_scale.data.remote.room import (
     number_of,
     reservation,
 )
-from esvit_scale.data.remote.store import Denied, Missing, Store, StoreUnreachable
+from esvit_scale.data.remote.store import Denied, Missing, Store, StoreUnreachable, TooLong
 from esvit_scale.errors import UserError
 
 log = logging.getLogger("esvit_scale")
@@ -57,14 +57,14 @@ class ShardCache:
     """
 
     def __init__(
-        self, manifest: Manifest, next_use: Callable[[Path], float] = lambda path: NEVER, by_ranges: bool = False
+        self, manifest: Manifest, next_use: Callable[[str], float] = lambda path: NEVER, by_ranges: bool = False
     ) -> None:
         assert manifest.remote is not None
         self.manifest, self.folder, remote = manifest, manifest.root, manifest.remote
         self.by_ranges, self.requests_per_second = by_ranges, 0.0
         make_folder(self.folder)
-        self._room = Room(self.folder.parent, remote.limit)
-        self._locks = ByteLocks(self.folder / LOCKS)  # not those with which `_room` removes shards: these exclude them
+        self.room = Room(self.folder.parent, remote.limit)
+        self._locks = ByteLocks(self.folder / LOCKS)  # not those with which `room` removes shards: these exclude them
         self._store: Store | None = None
         self._next_use = next_use
         self._changed, self._opening = threading.Condition(), threading.Lock()
@@ -132,6 +132,8 @@ class ShardCache:
             for number in gone:
                 self._locks.unlock(self._byte(number))
             self._held -= gone
+        if gone:
+            self.room.note_release()
         return gone
 
     def close(self) -> None:
@@ -184,6 +186,9 @@ class ShardCache:
         try:
             if self.is_there(number):
                 return True
+            if reservation(self.folder, shard.name).exists():  # of a process that was killed: its lock is ours now
+                for fragment in self.folder.glob(f".{shard.name}.*.partial"):
+                    fragment.unlink(missing_ok=True)
             size = index_cost(shard) if self.by_ranges else cost(shard)
             reserved = self._reserve(shard, size, first_use, urgent)
             if reserved:
@@ -201,23 +206,20 @@ class ShardCache:
                 self._changed.notify_all()
 
     def _reserve(self, shard: Shard, size: int, first_use: float, urgent: bool) -> bool:
-        return self._room.reserve(reservation(self.folder, shard.name), size, first_use, self._next_use, urgent)
+        return self.room.reserve(reservation(self.folder, shard.name), size, first_use, self._next_use, urgent)
 
     def _transfer(self, number: int, urgent: bool, first_use: float) -> None:
         """Fetch a shard's object, compare it with the manifest, and give tar and index their names, the tar last.
 
         With `by_ranges` the object is the shard's index.
         """
-        store, shard = self.store(), self.manifest.shards[number]
+        shard = self.manifest.shards[number]
         tmp = self.folder / f".{shard.name}.{os.getpid()}.{threading.get_ident()}.partial"
         name = manifests.index_path(self.folder / shard.name).name if self.by_ranges else shard.name
         url = store_urls.join(self._remote.url, name)
-        for fragment in self.folder.glob(f".{shard.name}.*.partial"):  # of a process that was killed: its lock is ours
-            fragment.unlink(missing_ok=True)
         try:
             for attempt in range(CHANGED_ATTEMPTS):
-                store.fetch(name, tmp, urgent=urgent)
-                problem = _difference(tmp, shard, self.by_ranges)
+                problem = self._fetched(name, tmp, shard, urgent, first_use)
                 if problem is None:
                     break
                 log.warning("%s: %s (attempt %d)", url, problem, attempt + 1)
@@ -226,13 +228,34 @@ class ShardCache:
                 raise UserError(f"{url}: {problem}: {REPLACED}")
             if not self.by_ranges:
                 self._write_index(shard, tmp, first_use)
-            elif tmp.stat().st_size > index_cost(shard):
-                self._reserve(shard, tmp.stat().st_size, first_use, urgent=True)
             tmp.replace(self.target(number))
         except (Missing, Denied) as error:
             raise UserError(f"{error}; {LISTED}") from None
         finally:
             tmp.unlink(missing_ok=True)
+
+    def _fetched(self, name: str, tmp: Path, shard: Shard, urgent: bool, first_use: float) -> str | None:
+        """Fetch an object to the file `tmp`; return how it differs from what the manifest says, in words, None if it does not.
+
+        No more than was reserved is written, but for the last piece of a transfer. The manifest does not say how long
+        an index is, so that for a longer one more is reserved.
+        """
+        try:
+            try:
+                self.store().fetch(name, tmp, urgent=urgent, most=index_cost(shard) if self.by_ranges else shard.bytes)
+            except TooLong as error:
+                if (
+                    not self.by_ranges
+                    or error.size is None
+                    or not self._reserve(shard, error.size, first_use, urgent=True)
+                ):
+                    raise
+                self.store().fetch(name, tmp, urgent=urgent, most=error.size)
+        except TooLong as error:
+            return (
+                f"{error}; the manifest says {shard.bytes}" if not self.by_ranges else f"{error}, and there is no room"
+            )
+        return _difference(tmp, shard, self.by_ranges)
 
     def store(self) -> Store:
         """Return the store, which this process opens once."""

@@ -68,6 +68,14 @@ class Missing(Exception):
     """Error for an object that is not there."""
 
 
+class TooLong(Exception):
+    """Error for an object of more bytes than a transfer may write; `size` is its length if the store said it."""
+
+    def __init__(self, size: int | None, most: int) -> None:
+        super().__init__(f"{size or f'more than {most}'} bytes came")
+        self.size = size
+
+
 class Store:
     """The objects below one URL. Make one per process: fsspec's file systems do not survive a fork.
 
@@ -181,18 +189,22 @@ class Store:
         except Missing:
             return False
 
-    def fetch(self, name: str, target: Path, *, urgent: bool) -> None:
+    def fetch(self, name: str, target: Path, *, urgent: bool, most: int | None = None) -> None:
         """Write an object to the file `target`. The caller must compare what arrived, which may be a fragment.
 
         Args:
             urgent: whether a process waits for the object; transfers ahead of need leave some connections free.
+            most: bytes; a longer object ends the transfer after the piece that exceeds them (64 KiB of s3, 5 MiB of http),
+                or after the first one if the store says its length.
 
         Raises:
+            TooLong: the object is longer than `most`.
             Missing: the object is not there.
             UserError: the library does not take the address or an option.
             StoreUnreachable: the store does not serve it, after BUDGET_S of retries.
         """
-        self._retried(name, lambda: self._fs.get_file(f"{self._root}/{name}", str(target)), urgent, False)
+        path = f"{self._root}/{name}"
+        self._retried(name, lambda: self._fs.get_file(path, str(target), callback=_bounded_by(most)), urgent, False)
 
     def _retried(self, name: str, request: Callable[[], T], urgent: bool, at_start: bool) -> T:
         """Return the result of a request, which is repeated for up to BUDGET_S while its failure may be temporary.
@@ -251,6 +263,16 @@ class Store:
                     self._in_use.add(number)
                     return number
         return None
+
+
+def _bounded_by(most: int | None) -> Any:
+    """Return an fsspec callback that raises TooLong in a transfer of more than `most` bytes."""
+
+    def check(size: int | None, value: int, **_: Any) -> None:
+        if most is not None and value and max(size or 0, value) > most:
+            raise TooLong(size, most)
+
+    return importlib.import_module("fsspec.callbacks").Callback(hooks={"bound": check})
 
 
 def _pace(path: Path, rate: float) -> None:

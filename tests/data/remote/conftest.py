@@ -62,9 +62,9 @@ class Counted:
         self.names: list[str] = []
         fetch = Store.fetch
 
-        def counted(of: Store, name: str, target: Path, *, urgent: bool) -> None:
+        def counted(of: Store, name: str, target: Path, *, urgent: bool, most: int | None = None) -> None:
             self.names.append(name)
-            fetch(of, name, target, urgent=urgent)
+            fetch(of, name, target, urgent=urgent, most=most)
 
         monkeypatch.setattr(Store, "fetch", counted)
 

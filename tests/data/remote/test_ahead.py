@@ -11,7 +11,7 @@ from esvit_scale.config import Config
 from esvit_scale.data import stream
 from esvit_scale.data.loader import LoaderAssignment
 from esvit_scale.data.manifest import Manifest
-from esvit_scale.data.remote import ahead, room
+from esvit_scale.data.remote import ahead, place, room
 from esvit_scale.data.remote.shard_cache import ShardCache
 from esvit_scale.data.remote.store import Store
 from tests.data.remote.conftest import Counted, cached, config, remote_copy
@@ -52,11 +52,11 @@ def test_error_of_an_unknown_kind_does_not_end_reading_ahead(
 ) -> None:
     fetch, failed = Store.fetch, []
 
-    def failing(self: Store, name: str, target: Path, *, urgent: bool) -> None:
+    def failing(self: Store, name: str, target: Path, *, urgent: bool, most: int | None = None) -> None:
         if len(failed) < 6:  # more than there are threads
             failed.append(name)
             raise NotImplementedError("this file system cannot")
-        fetch(self, name, target, urgent=urgent)
+        fetch(self, name, target, urgent=urgent, most=most)
 
     monkeypatch.setattr(Store, "fetch", failing)
     monkeypatch.setattr(ahead, "FAILED_S", 0.1)
@@ -94,6 +94,26 @@ def test_idle_read_ahead_asks_for_little(shards: Path, tmp_path: Path, monkeypat
     time.sleep(0.6)
     running.close()
     assert calls["reserve"] <= 2
+
+
+def test_room_that_another_process_releases_is_used_at_once(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ahead, "ROOM_S", 60.0)
+    monkeypatch.setattr(ahead, "LONGEST_ROOM_S", 60.0)
+    full = 3.5 * max(map(room.cost, place.open_set(f"file://{shards}", config("", tmp_path).data).shards)) / 1e9
+    c = config(f"file://{shards}", tmp_path / "cache", cache_gb=full, slots=1)
+    elsewhere = ShardCache(place.open_set(c.data.train, c.data))
+    for number in range(3):
+        elsewhere.path(number)
+    running, manifest = read_ahead(c)
+    eventually(lambda: running._released is not None)  # it has found no room
+    assert cached(manifest) == {0, 1, 2}
+    elsewhere.keep(set())
+    began = time.monotonic()
+    eventually(lambda: cached(manifest) != {0, 1, 2})
+    assert time.monotonic() - began < 10
+    running.close()
 
 
 def test_slots_of_a_node(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from esvit_scale.data.remote import shard_cache
 from esvit_scale.data.remote.store import Store
 cache = shard_cache.ShardCache(load(Path(sys.argv[1])))
 if sys.argv[2] == "fetch":
-    Store.fetch = lambda self, name, target, urgent: (target.write_bytes(b"half"), print("ready", flush=True), time.sleep(60))
+    Store.fetch = lambda self, name, target, urgent, most: (target.write_bytes(b"half"), print("ready", flush=True), time.sleep(60))
 cache.path(int(sys.argv[3]))
 print("ready", flush=True)
 time.sleep(60)

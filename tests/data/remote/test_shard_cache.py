@@ -81,9 +81,9 @@ def test_index_of_long_keys_is_kept_where_there_is_room(
     assert manifests.index_path(cache.path(0)).is_file()
     cache.keep(set())
     assert manifests.index_path(cache.path(1)).is_file()
-    assert cache._room.held() <= cache._room.limit
+    assert cache.room.held() <= cache.room.limit
     tight = ShardCache(small(shards, tmp_path / "tight", 1))
-    tight._room._limit = tight._room.held() + manifest.shards[0].bytes
+    tight.room._limit = tight.room.held() + manifest.shards[0].bytes
     assert not manifests.index_path(tight.path(0)).is_file()
 
 
@@ -92,9 +92,9 @@ def test_waiting_for_a_shard_is_no_slow_sample(
 ) -> None:
     fetch = Store.fetch
 
-    def slow(self: Store, name: str, target: Path, *, urgent: bool) -> None:
+    def slow(self: Store, name: str, target: Path, *, urgent: bool, most: int | None = None) -> None:
         time.sleep(0.6 if name == "shard-000003.tar" else 0)
-        fetch(self, name, target, urgent=urgent)
+        fetch(self, name, target, urgent=urgent, most=most)
 
     monkeypatch.setattr(Store, "fetch", slow)
     monkeypatch.setattr(ahead.ReadAhead, "_fetch_next", lambda self: False)

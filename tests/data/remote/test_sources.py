@@ -139,8 +139,8 @@ def test_sources_that_cannot_be_fetched_end_in_one_line(
     where, _ = as_tars(IMAGES, bucket)
     fetch = Store.fetch
 
-    def growing(self: Store, name: str, target: Path, *, urgent: bool) -> None:
-        fetch(self, name, target, urgent=urgent)
+    def growing(self: Store, name: str, target: Path, *, urgent: bool, most: int | None = None) -> None:
+        fetch(self, name, target, urgent=urgent, most=most)
         with (where / name).open("ab") as file:
             file.write(b"\0" * 512)
 
@@ -167,18 +167,18 @@ def test_shard_that_is_cut_on_its_way_is_fetched_again(
 ) -> None:
     fetch, cuts = Store.fetch, list[str]()
 
-    def cutting(self: Store, name: str, target: Path, *, urgent: bool) -> None:
-        fetch(self, name, target, urgent=urgent)
-        if name == "shard-000001.tar" and len(cuts) < most:
+    def cutting(self: Store, name: str, target: Path, *, urgent: bool, most: int | None = None) -> None:
+        fetch(self, name, target, urgent=urgent, most=most)
+        if name == "shard-000001.tar" and len(cuts) < times:
             cuts.append(name)
             target.write_bytes(target.read_bytes()[:700])
 
     monkeypatch.setattr(Store, "fetch", cutting)
-    most = 2
+    times = 2
     here = source_files.fetch(f"file://{shards}", bucket)
     assert (here / "shard-000001.tar").read_bytes() == (shards / "shard-000001.tar").read_bytes()
     assert len(cuts) == 2
-    most = 99
+    times = 99
     with pytest.raises(UserError, match="its sha256 differs from the manifest's"):
         source_files.fetch(f"file://{shards}", bucket / "other")
 

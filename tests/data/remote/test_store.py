@@ -23,7 +23,7 @@ def test_transient_failures_are_retried_within_a_budget(
     failures: list[Exception] = [OSError(5, "Input/output error"), TimeoutError(), ConnectionResetError(104, "reset")]
     get_file = opened._fs.get_file
 
-    def flaky(source: str, target: str) -> None:
+    def flaky(source: str, target: str, callback: object) -> None:
         if failures:
             raise failures.pop()
         get_file(source, target)
@@ -93,7 +93,7 @@ def test_connections_of_a_node_are_bounded(shards: Path, tmp_path: Path, monkeyp
     stores, now, most = [Store(f"file://{shards}", {}, tmp_path) for _ in range(4)], [0], [0]
     mutex = threading.Lock()
 
-    def slow(source: str, target: str) -> None:
+    def slow(source: str, target: str, callback: object) -> None:
         with mutex:
             now[0] += 1
             most[0] = max(most[0], now[0])
