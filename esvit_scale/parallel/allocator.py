@@ -1,8 +1,12 @@
-"""Settings of glibc's allocator for training on a CPU: memory of freed tensors stays in the process and is used again.
+"""Settings of the allocator for training on a CPU: memory of freed tensors stays in the process and is used again.
 
 By default, glibc maps every block above a few MB from the system and unmaps it when it is freed. Each new tensor of that
 size then costs a page fault per 4 kB, in which the kernel fills the page with zeros: a training step allocates many times
-its peak, and spends up to a quarter of its time there. tcmalloc and jemalloc keep such memory by themselves.
+its peak, and spends up to a quarter of its time there.
+
+A preloaded tcmalloc (gperftools) keeps such memory, but now and then returns a block of it. From then on it keeps two kinds
+of free memory that it does not join, so that a large tensor may fit in neither; whenever it therefore has to grow, it
+returns all its free memory at once. Without the first return, none of this happens. jemalloc is left as it is.
 """
 
 import ctypes
@@ -18,17 +22,18 @@ _LARGEST_KEPT_OLD = 32 * 2**20  # the most that glibc before 2.35 accepts
 
 
 def keep_freed_memory(environment: Mapping[str, str] = os.environ) -> bool:
-    """Let glibc keep freed memory, and return whether it does.
+    """Let glibc or tcmalloc keep freed memory, and return whether it was told to.
 
-    Nothing is set, and False returned, if malloc is another library's (preloaded tcmalloc, musl, macOS), or if the
-    environment has settings for glibc's malloc or says ESVIT_MALLOC=system.
+    Nothing is set, and False returned, if malloc is another library's (jemalloc, musl, macOS), or if the environment has
+    settings for this malloc (MALLOC_… and GLIBC_TUNABLES, or TCMALLOC_RELEASE_RATE) or says ESVIT_MALLOC=system.
     """
-    own = any(name.startswith("MALLOC_") for name in environment) or "glibc.malloc" in environment.get(
-        "GLIBC_TUNABLES", ""
-    )
-    if own or environment.get(KEY) == "system" or not _malloc_is_from_glibc():
+    if environment.get(KEY) == "system":
         return False
-    return set_thresholds(ctypes.CDLL(None).mallopt)
+    if not _malloc_is_from_glibc():
+        return "TCMALLOC_RELEASE_RATE" not in environment and _stop_releases_of_tcmalloc()
+    own = any(name.startswith("MALLOC_") for name in environment)
+    own |= "glibc.malloc" in environment.get("GLIBC_TUNABLES", "")
+    return not own and set_thresholds(ctypes.CDLL(None).mallopt)
 
 
 def set_thresholds(mallopt: Callable[[int, int], int]) -> bool:
@@ -40,6 +45,21 @@ def set_thresholds(mallopt: Callable[[int, int], int]) -> bool:
     if not (mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT) or mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT_OLD)):
         return False  # setting only the trim threshold would fix the mmap threshold at 128 KiB
     mallopt(_TRIM_THRESHOLD, _LARGEST_INT)
+    return True
+
+
+def _stop_releases_of_tcmalloc() -> bool:
+    """Set the release rate of the process's tcmalloc to 0, and return whether there is a tcmalloc."""
+    process = ctypes.CDLL(None)
+    try:
+        # MallocExtension::instance() and TCMallocImplementation::SetMemoryReleaseRate(double); there is no C function.
+        instance = process._ZN15MallocExtension8instanceEv
+        set_rate = process._ZN22TCMallocImplementation20SetMemoryReleaseRateEd
+    except AttributeError:
+        return False
+    instance.restype = ctypes.c_void_p
+    set_rate.restype, set_rate.argtypes = None, (ctypes.c_void_p, ctypes.c_double)
+    set_rate(instance(), 0.0)
     return True
 
 

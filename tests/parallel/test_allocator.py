@@ -10,22 +10,25 @@ import pytest
 from esvit_scale.parallel import allocator
 
 SCRIPT = """
-import resource
+import resource, sys
 from esvit_scale.parallel import allocator
 print(allocator.keep_freed_memory())
-for _ in range(2):  # the second block can be the first one again
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+bytearray(200 << 20)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(int(sys.argv[1])):  # each block can be the first one again
     bytearray(200 << 20)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 TCMALLOC = Path("/usr/lib/x86_64-linux-gnu/libtcmalloc_minimal.so.4")
 
 
-def run(**variables: str) -> tuple[bool, int]:
-    """Return whether the allocator was set, and the page faults of a block of 200 MB that was freed before."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_", "ESVIT_", "LD_PRELOAD"))}
+def run(blocks: int = 1, **variables: str) -> tuple[bool, int]:
+    """Return whether the allocator was set, and the page faults of blocks of 200 MB, after one that was freed."""
+    kept = {
+        k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_", "TCMALLOC_", "ESVIT_", "LD_"))
+    }
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT], env=kept | variables, stdout=subprocess.PIPE, text=True, check=True
+        [sys.executable, "-c", SCRIPT, str(blocks)], env=kept | variables, stdout=subprocess.PIPE, text=True, check=True
     )
     answer, faults = done.stdout.split()
     return answer == "True", int(faults)
@@ -49,9 +52,11 @@ def test_allocator_is_left_alone_when_the_environment_says_so(variables):
 
 
 @pytest.mark.skipif(not TCMALLOC.exists(), reason="needs libtcmalloc-minimal4")
-def test_another_allocator_is_left_alone():
-    is_set, _ = run(LD_PRELOAD=str(TCMALLOC))
-    assert not is_set
+@pytest.mark.parametrize("variables", [{}, {"ESVIT_MALLOC": "system"}, {"TCMALLOC_RELEASE_RATE": "1"}], ids=str)
+def test_tcmalloc_keeps_freed_memory_unless_the_environment_says_otherwise(variables):
+    is_set, faults = run(20, LD_PRELOAD=str(TCMALLOC), **variables)  # it returns a block after 2 GB were freed
+    assert is_set is not bool(variables)
+    assert (faults < 100) is is_set
 
 
 @pytest.mark.parametrize(
