@@ -51,42 +51,47 @@ def results() -> list[Row]:
 
 
 def text(rows: list[Row], full: bool) -> str:
-    """Return the table and the line below it; `full` adds the columns steps, load and commit."""
+    """Return the table and the line below it; `full` adds the columns steps, load and commit, and several machines a column
+    with their numbers."""
+    numbers = {place: i for i, place in enumerate(dict.fromkeys(map(place_of, rows)), 1)}
     head = ["step", "images/s", "compared with", "its images/s", "× as fast", "fastest steps", "of its memory"]
+    head += ["machine"] if len(numbers) > 1 else []
     head += ["steps", "load", "commit"] if full else []
-    lines = [head, ["---"] * len(head), *(line(row, full) for row in rows)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + f"\n\n{places(rows)}\n"
+    lines = [head, ["---"] * len(head)]
+    for row in rows:
+        machine = [str(numbers[place_of(row)])] if len(numbers) > 1 else []
+        where = row["where"]
+        facts = [str(len(row["ours_seconds"])), str(where["load"]), where["commit"]] if full else []
+        lines.append([*cells(row), *machine, *facts])
+    marked = [f"({i}) {place}" if len(numbers) > 1 else place for place, i in numbers.items()]
+    measured = f"Measured by `benchmarks/step.py` {'; '.join(marked)}; both sides in turns, medians; *fastest steps* is the ratio of the fastest step of each side."
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{measured}\n"
 
 
-def line(row: Row, full: bool) -> list[str]:
-    """Return the cells of one row of the table as text."""
+def cells(row: Row) -> list[str]:
+    """Return the cells of one row of the table that say what was measured and found."""
     rates = row["ours_images_per_s"], row["official_images_per_s"]
     step = f"`{row['preset']}`, {row['precision']}, {row['batch']} images"
     if row["checkpointing"] != "none":
         step += f", checkpointing {row['checkpointing']}"
     if row["where"]["allocator"] != "glibc":
         step += f", {row['where']['allocator'].removeprefix('lib').partition('.')[0]} for both"
+    if row.get("warm_up", 1) > 1:
+        step += f", after {row['warm_up']} steps"
     other = "timm's modules" if row["official"] == "timm" else "official modules"
     ratios = rates[0] / rates[1], min(row["official_seconds"]) / min(row["ours_seconds"])
     memory = row["ours_peak_mb"] / row["official_peak_mb"]
-    cells = [step, f"{rates[0]:.2f}", other, f"{rates[1]:.2f}", *(f"{x:.2f}" for x in (*ratios, memory))]
-    steps, where = len(row["ours_seconds"]), row["where"]
-    return cells + ([str(steps), str(where["load"]), where["commit"]] if full else [])
+    return [step, f"{rates[0]:.2f}", other, f"{rates[1]:.2f}", *(f"{x:.2f}" for x in (*ratios, memory))]
 
 
-def places(rows: list[Row]) -> str:
-    """Return a sentence that names every machine and version of torch on which the rows were measured."""
-    seen: dict[str, None] = {}
-    for row in rows:
-        where = row["where"]
-        flags = f" ({', '.join(where['flags'])})" if where["flags"] else ""
-        cores = "one core" if where["threads"] == 1 else f"{where['threads']} cores"
-        clock = "processor" if row.get("clock") == "processor" else "wall"
-        place = (
-            f"in {clock} time on {cores} of an {where['processor']}{flags}, torch {where['torch'].partition('+')[0]}"
-        )
-        seen[f"{place}, bf16 products computed in {where['products_of_bf16']}"] = None
-    return f"Measured by `benchmarks/step.py` {'; '.join(seen)}; both sides in turns, medians; *fastest steps* is the ratio of the fastest step of each side."
+def place_of(row: Row) -> str:
+    """Return the words for the machine, clock and version of torch with which a row was measured."""
+    where = row["where"]
+    flags = f" ({', '.join(where['flags'])})" if where["flags"] else ""
+    cores = "one core" if where["threads"] == 1 else f"{where['threads']} cores"
+    clock = "processor" if row.get("clock") == "processor" else "wall"
+    torch = where["torch"].partition("+")[0]
+    return f"in {clock} time on {cores} of an {where['processor']}{flags}, torch {torch}, bf16 products computed in {where['products_of_bf16']}"
 
 
 if __name__ == "__main__":
