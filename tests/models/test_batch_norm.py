@@ -61,6 +61,14 @@ def test_half_precision_statistics_are_fp32() -> None:
     torch.testing.assert_close(norm.running_var.double(), 0.9 + 0.1 * exact.var(0), rtol=1e-4, atol=0)
 
 
+def test_variance_of_a_constant_channel_is_not_negative() -> None:
+    norm = BatchNorm(64, eps=1e-3).train()
+    norm.running_var.zero_()
+    norm(torch.randn(64).expand(8, 64))
+    assert norm.running_var.min() >= 0
+    assert norm.running_var.max() <= 1e-9  # rounding of 1/√eps squared, relative 1e-7
+
+
 def test_nonfinite_batch_does_not_change_the_statistics() -> None:
     norm = BatchNorm(3).train()
     norm(torch.randn(4, 3))
