@@ -19,9 +19,8 @@ from esvit_scale.data.remote.schedule import Schedule, ShardId
 from esvit_scale.data.remote.shard_cache import LAST_SHARDS
 from esvit_scale.errors import UserError
 
-SPARE_SHARDS = (
-    2  # shards held for substitutes of bad samples by a loader process, or by those that divide a slot together
-)
+# Shards held for substitutes of bad samples by a loader process, or by those that divide a slot together.
+SPARE_SHARDS = 2
 RING_BATCHES = 4  # average images of a process in a batch, at least one, for which its ring has room at least
 INDEX_HINT = "`esvit-scale shards index SET` and an upload let it read single images by ranges"
 MARGIN = 1.05  # factor on the bytes that the schedule needs at a time
