@@ -18,7 +18,8 @@ from typing import Any
 from esvit_scale import files
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data import pool
-from esvit_scale.data.manifest import INDEX_VERSION, MANIFEST, Entry, Manifest, Shard
+from esvit_scale.data.manifest import INDEX_VERSION, MANIFEST, Entry, Manifest
+from esvit_scale.data.shard_table import Shard
 from esvit_scale.errors import UserError
 
 PIECE = 1 << 20  # bytes read at a time

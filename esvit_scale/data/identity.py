@@ -7,13 +7,12 @@ different one.
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from esvit_scale.data.manifest import MANIFEST, Manifest
+from esvit_scale.data.manifest import MANIFEST, Manifest, stats
 from esvit_scale.data.mix import MixedSets
+from esvit_scale.data.shard_table import BLOCK
 from esvit_scale.data.stream import TrainingData
 from esvit_scale.data.url_stream import UrlSets
 from esvit_scale.errors import UserError
@@ -22,7 +21,6 @@ from esvit_scale.files import sha256
 log = logging.getLogger("esvit_scale")
 
 MOST_BYTES = 4 << 30  # bytes of changed shards that a resume reads at most; this takes some seconds
-STAT_THREADS = 16
 Identity = dict[str, str]  # "what": a description; "sha256": equal for the same data
 
 
@@ -79,18 +77,23 @@ def check_unchanged(data: TrainingData, checkpoint: Path, written_ns: int) -> No
     if isinstance(data, MixedSets):
         manifests = [one.manifest for one in data.sets]
     manifests = [manifest for manifest in manifests if not manifest.remote]  # whose shards are compared when fetched
-    shards = [(manifest.root / shard.name, shard) for manifest in manifests for shard in manifest.shards]
-    with ThreadPoolExecutor(STAT_THREADS) as pool:  # a stat costs a round trip on network storage
-        stats = list(pool.map(lambda place: place[0].stat(), shards))
-    changed = [place for place, stat in zip(shards, stats, strict=True) if stat.st_ctime_ns > written_ns]
+    changed: list[tuple[Manifest, int]] = []
+    for manifest in manifests:
+        for number, status in stats(manifest):
+            if isinstance(status, OSError):
+                raise status
+            if status.st_ctime_ns > written_ns:
+                changed.append((manifest, number))
     if not changed:
         return
-    every = max(1, -(-sum(shard.bytes for _, shard in changed) // MOST_BYTES))
-    read = sum(shard.bytes for _, shard in changed[::every])
+    every = max(1, -(-sum(int(manifest.shards.bytes[number]) for manifest, number in changed) // MOST_BYTES))
+    read = sum(int(manifest.shards.bytes[number]) for manifest, number in changed[::every])
     log.info(
         "comparing %.1f GB of shard files with the manifest, because they are newer than %s …", read / 1e9, checkpoint
     )
-    for path, shard in changed[::every]:
+    for manifest, number in changed[::every]:
+        shard = manifest.shards[number]
+        path = manifest.root / shard.name
         if (found := sha256(path)) != shard.sha256:
             raise UserError(
                 f"{path}: changed after {checkpoint} was written, and is not what {MANIFEST} says (sha256 {found[:12]}… "
@@ -104,9 +107,15 @@ def check_unchanged(data: TrainingData, checkpoint: Path, written_ns: int) -> No
 
 
 def _shard_set(manifest: Manifest) -> Identity:
-    content: Iterable[Any] = [[shard.samples, shard.bytes, shard.sha256] for shard in manifest.shards]
-    what = f"{len(manifest.shards)} shards, {manifest.samples} samples"
-    return {"what": what, "sha256": _digest(list(content))}
+    """Return the identity of a set: the digest of a JSON list of its shards, which is not in memory as a whole."""
+    shards, digest = manifest.shards, hashlib.sha256(b"[")
+    for first in range(0, len(shards), BLOCK):
+        block = range(first, min(first + BLOCK, len(shards)))
+        numbers = (column[first : block.stop].tolist() for column in (shards.samples, shards.bytes))
+        rows = json.dumps(list(zip(*numbers, map(shards.sha256.__getitem__, block), strict=True)))
+        digest.update((", " * (first > 0) + rows[1:-1]).encode())
+    digest.update(b"]")
+    return {"what": f"{len(shards)} shards, {manifest.samples} samples", "sha256": digest.hexdigest()}
 
 
 def _tar(url: str) -> list[Any]:

@@ -7,17 +7,21 @@ offsets are checked against the tar when it is read.
 import errno
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from operator import lt
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from esvit_scale.data.left_out import LeftOut
 from esvit_scale.data.pixel_format import RGB8, PixelFormat
 from esvit_scale.data.raster import MAX_CHANNELS
+from esvit_scale.data.shard_table import Shard, ShardTable
 from esvit_scale.data.tar_names import chosen_images, split_name
 from esvit_scale.data.tar_reader import Member, TarReader
 from esvit_scale.errors import UserError, is_machine_fault
@@ -25,17 +29,12 @@ from esvit_scale.errors import UserError, is_machine_fault
 FORMAT_VERSION = 1
 INDEX_VERSION = 2  # of indexes with checksums; sets of older versions have indexes of version 1, without them
 MANIFEST = "manifest.json"
+TAR_NAME = re.compile(r"(?!\.)[^/\\\0]*\.tar")
+# Where the rows of the shards begin, divide and end in the layout of `dump`
+FIRST_ROW, NEXT_ROW, LAST_ROW = b'\n "shards": [\n  {\n', b"\n  },\n  {\n", b"\n  }\n ]\n}\n"
+STAT_THREADS, STATS = 16, 256  # threads that ask for the status of files, and files that one asks for in turn
+PIECE = 1 << 18  # bytes of a manifest that are read at a time
 REMOTE = ".remote.json"  # in a set's folder in the cache: the fields of Remote, and the folder's path
-
-
-class Shard(NamedTuple):
-    """One tar of a set, as the manifest describes it."""
-
-    name: str  # file name in the set's folder
-    samples: int
-    bytes: int
-    sha256: str
-    index_sha256: str = ""  # of its index, which has checksums (INDEX_VERSION); "" where it has none
 
 
 class Remote(NamedTuple):
@@ -51,7 +50,7 @@ class Manifest:
     """The contents of a shard set: its shards, classes and pixel format."""
 
     root: Path  # the set's folder; of a remote set, its folder in the cache
-    shards: tuple[Shard, ...]
+    shards: ShardTable
     classes: tuple[str, ...] = ()  # names; empty when samples have no class
     source: str = ""  # fingerprint of the source and options that it was written from, see shard_plan.py
     left_out: Sequence[dict[str, Any]] = field(default=(), compare=False)  # rows of left_out.LeftOut
@@ -65,12 +64,12 @@ class Manifest:
     @property
     def samples(self) -> int:
         """Return the number of samples in all shards."""
-        return sum(shard.samples for shard in self.shards)
+        return int(self.shards.samples.sum())
 
     @property
     def has_checksums(self) -> bool:
         """Return whether the indexes have a checksum of every member, so that single samples can be verified."""
-        return all(shard.index_sha256 for shard in self.shards)
+        return not self.shards.index_sha256.has_empty
 
 
 class Entry(NamedTuple):
@@ -120,16 +119,9 @@ def load(root: Path) -> Manifest:
         hint = _nearest_set(root / "x") or "; write a set with `esvit-scale shards create SRC DST`"
         raise UserError(f"{root}: not a finished shard set ({what}){hint}")
     try:
-        raw = json.loads(path.read_bytes())
-    except (ValueError, RecursionError):
-        raise UserError(f"{path}: not valid JSON; copy the file again, or write the set again") from None
-    version = raw.get("format_version") if isinstance(raw, dict) else None
-    if version != FORMAT_VERSION:
-        raise UserError(f"{path}: this version of esvit-scale reads format_version {FORMAT_VERSION}, not {version!r}")
-    try:
-        return replace(_parse(root, raw), remote=_remote(root))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: not a well-formed manifest ({error})") from None
+        return _by_pieces(root, path)
+    except _OtherLayout:
+        return _at_once(root, path)
 
 
 def check_sizes(manifest: Manifest) -> None:
@@ -141,35 +133,54 @@ def check_sizes(manifest: Manifest) -> None:
         UserError: a shard is missing or has another size; the first is named and the others are counted.
         OSError: the storage does not answer.
     """
-    problems = [] if manifest.remote else list(size_problems(manifest))
-    if problems:
+    first, count = "", 0
+    for problem in () if manifest.remote else size_problems(manifest):
+        first, count = first or problem, count + 1
+    if count:
         _raise_machine_faults(manifest)
-        more = f" (and {len(problems) - 1} more shards)" if len(problems) > 1 else ""
-        raise UserError(f"{problems[0]}{more}; copy it again, or write the set again")
+        more = f" (and {count - 1} more shards)" if count > 1 else ""
+        raise UserError(f"{first}{more}; copy it again, or write the set again")
 
 
 def _raise_machine_faults(manifest: Manifest) -> None:
     """Raise a shard's OSError if it means that the storage does not answer; ignore others, such as a missing file."""
-    for shard in manifest.shards:
-        try:
-            (manifest.root / shard.name).stat()
-        except OSError as error:
-            if is_machine_fault(error):
-                raise
+    for _, status in stats(manifest):
+        if isinstance(status, OSError) and is_machine_fault(status):
+            raise status
 
 
 def size_problems(manifest: Manifest) -> Iterator[str]:
     """Yield one line for each shard that is missing or has another size than the manifest says."""
-    for shard in manifest.shards:
-        path = manifest.root / shard.name
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            yield f"{path}: {error.strerror}"
-            continue
-        if size != shard.bytes:
-            kind = "truncated" if size < shard.bytes else "too long"
-            yield f"{path}: {kind}: {size} bytes; the manifest says {shard.bytes}"
+    for number, status in stats(manifest):
+        size = int(manifest.shards.bytes[number])
+        if isinstance(status, OSError):
+            yield f"{manifest.root / manifest.shards.names[number]}: {status.strerror}"
+        elif status.st_size != size:
+            kind = "truncated" if status.st_size < size else "too long"
+            path = manifest.root / manifest.shards.names[number]
+            yield f"{path}: {kind}: {status.st_size} bytes; the manifest says {size}"
+
+
+def stats(manifest: Manifest) -> Iterator[tuple[int, os.stat_result | OSError]]:
+    """Yield every shard's number and the status of its file, or the error of asking for it.
+
+    Several threads ask, because each question costs a round trip on network storage.
+    """
+
+    def ask(numbers: range) -> list[os.stat_result | OSError]:
+        found: list[os.stat_result | OSError] = []
+        for number in numbers:
+            try:
+                found.append(os.stat(f"{manifest.root}/{manifest.shards.names[number]}"))  # noqa: PTH116 (five times as fast)
+            except OSError as error:
+                found.append(error)
+        return found
+
+    blocks = [range(n, min(n + STATS, len(manifest.shards))) for n in range(0, len(manifest.shards), STATS)]
+    with ThreadPoolExecutor(STAT_THREADS) as pool:
+        for wave in (blocks[n : n + STAT_THREADS] for n in range(0, len(blocks), STAT_THREADS)):
+            for numbers, found in zip(wave, pool.map(ask, wave), strict=True):
+                yield from zip(numbers, found, strict=True)
 
 
 def check_pixels(manifest: Manifest, pixels: PixelFormat) -> None:
@@ -210,16 +221,82 @@ def dump(
     return (json.dumps(content, indent=1) + "\n").encode()
 
 
-def _parse(root: Path, raw: dict[str, Any]) -> Manifest:
+class _OtherLayout(Exception):
+    """Error for a manifest that is not laid out as `dump` writes it, or is no JSON: it has to be parsed at once."""
+
+
+def _by_pieces(root: Path, path: Path) -> Manifest:
+    """Read a manifest as `dump` lays it out, a few thousand shards at a time: whole, 500,000 of them take over 400 MB.
+
+    Raises:
+        UserError: as `load`.
+        _OtherLayout: the file is laid out in another way.
+    """
+    with path.open("rb") as file:
+        head = b""
+        while FIRST_ROW not in head:
+            if not (piece := file.read(PIECE)):
+                raise _OtherLayout
+            head += piece
+        head, _, rest = head.partition(FIRST_ROW)
+        return _checked(root, path, _loads(head + b' "shards": []}'), _row_blocks(file, rest))
+
+
+def _row_blocks(file: BinaryIO, rest: bytes) -> Iterator[list[Any]]:
+    """Yield the rows of the shards, some thousands at a time; strings in JSON hold no line ends, so these divide rows.
+
+    Args:
+        rest: what was read of the first rows; `file` has what follows.
+    """
+    while piece := file.read(PIECE):
+        rest += piece
+        rows, between, rest_of_it = rest.rpartition(NEXT_ROW)
+        if between:
+            yield _loads(b"[{" + rows + b"}]")
+            rest = rest_of_it
+    if not rest.endswith(LAST_ROW):
+        raise _OtherLayout
+    yield _loads(b"[{" + rest[: -len(LAST_ROW)] + b"}]")
+
+
+def _loads(text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise _OtherLayout from None
+
+
+def _at_once(root: Path, path: Path) -> Manifest:
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: not valid JSON; copy the file again, or write the set again") from None
+    return _checked(root, path, content)
+
+
+def _checked(root: Path, path: Path, raw: Any, blocks: Iterable[list[Any]] | None = None) -> Manifest:
+    """Return the manifest with the content `raw`.
+
+    Args:
+        blocks: the rows of its shards; None: they are in `raw`.
+    """
+    version = raw.get("format_version") if isinstance(raw, dict) else None
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path}: this version of esvit-scale reads format_version {FORMAT_VERSION}, not {version!r}")
+    try:
+        return replace(_parse(root, raw, [raw["shards"]] if blocks is None else blocks), remote=_remote(root))
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise UserError(f"{path}: not a well-formed manifest ({error})") from None
+
+
+def _parse(root: Path, raw: dict[str, Any], blocks: Iterable[list[Any]]) -> Manifest:
     checked = raw.get("index_version") == INDEX_VERSION  # others have no checksums that this version can read
-    shards = tuple(
-        Shard(
-            *(_file_name(s["name"]), _count(s["samples"]), _count(s["bytes"]), str(s["sha256"])),
-            str(s.get("index_sha256", "")) if checked else "",
-        )
-        for s in raw["shards"]
-    )
-    if len({s.name for s in shards}) != len(shards):
+    shards, in_order, last = ShardTable(), True, ""
+    for rows in blocks:
+        names = [_file_name(row["name"]) for row in rows]
+        in_order, last = in_order and all(map(lt, [last, *names], names)), names[-1] if names else last
+        _append(shards, names, rows, checked)
+    if not in_order and len(set(shards.names)) != len(shards):
         raise ValueError("a shard is listed twice")
     left_out = LeftOut(raw.get("left_out", ())).rows()
     formats = {str(ext): _count(number) for ext, number in raw.get("formats", {}).items()}
@@ -228,6 +305,17 @@ def _parse(root: Path, raw: dict[str, Any]) -> Manifest:
         raise ValueError(f"channels {channels!r} of {bits!r} bits")
     classes, source = tuple(str(c) for c in raw["classes"]), str(raw.get("source", ""))
     return Manifest(root, shards, classes, source, left_out, int(channels), int(bits), formats)
+
+
+def _append(table: ShardTable, names: list[str], rows: list[Any], checked: bool) -> None:
+    """Append the shards of a manifest's rows to a table."""
+    table.extend(
+        names=names,
+        samples=[_count(row["samples"]) for row in rows],
+        bytes=[_count(row["bytes"]) for row in rows],
+        sha256=[str(row["sha256"]) for row in rows],
+        index_sha256=[str(row.get("index_sha256", "")) if checked else "" for row in rows],
+    )
 
 
 def _remote(root: Path) -> Remote | None:
@@ -244,7 +332,7 @@ def _remote(root: Path) -> Remote | None:
 
 
 def _file_name(name: Any) -> str:
-    if not isinstance(name, str) or not name.endswith(".tar") or name.startswith(".") or set(name) & set("/\\\0"):
+    if not isinstance(name, str) or not TAR_NAME.fullmatch(name):
         raise ValueError(f"{name!r} is not the name of a tar in this folder")
     return name
 

@@ -119,7 +119,7 @@ def order_of(config: Config, data: MixedSets) -> "MixedOrder":
     Raises:
         UserError: no image of a set would ever be drawn, or the mix is smaller than a batch.
     """
-    sets = [(one.weight, [shard.samples for shard in one.manifest.shards]) for one in data.sets]
+    sets = [(one.weight, one.manifest.shards.samples) for one in data.sets]
     batch = config.train.global_batch
     steps = steps_per_epoch(data.samples, batch)
     order = MixedOrder(config.seed, sets, steps, batch, config.slots, config.data.shuffle_window)
@@ -146,7 +146,7 @@ class MixedOrder:
     def __init__(
         self,
         seed: int,
-        sets: Sequence[tuple[Fraction, Sequence[int]]],
+        sets: "Sequence[tuple[Fraction, Sequence[int] | NDArray[np.int64]]]",
         steps: int,
         global_batch: int,
         slots: int,

@@ -87,6 +87,11 @@ class Order:
             if start < stop and positions:
                 yield window, range(max(start, positions.start), min(stop, positions.stop))
 
+    def shuffled(self, window: int) -> NDArray[np.int64]:
+        """Return a window's permutation: at each offset from its first position, the offset of a sample in its shards."""
+        size = int(self._window_starts[window + 1] - self._window_starts[window])
+        return permutation(size, self._seed, self._epoch, "window", window)
+
     def shards_of_window(self, window: int) -> list[int]:
         """Return the numbers of the shards whose samples a window shuffles."""
         first = window * self._shuffle_window
@@ -113,9 +118,7 @@ class Order:
         key = (self._seed, self._epoch, window, chunk)
         found = self._chunks.get(key)
         if found is None:
-            size = int(self._window_starts[window + 1] - self._window_starts[window])
-            whole = permutation(size, self._seed, self._epoch, "window", window)
-            found = self._chunks[key] = whole[chunk * CHUNK : (chunk + 1) * CHUNK].copy()
+            found = self._chunks[key] = self.shuffled(window)[chunk * CHUNK : (chunk + 1) * CHUNK].copy()
             if len(self._chunks) > CACHED_CHUNKS:
                 self._chunks.popitem(last=False)
         else:

@@ -16,10 +16,10 @@ from esvit_scale.data import raster
 from esvit_scale.data.decode import EXTENSIONS, BadImage, decode, decode_as_stored
 from esvit_scale.data.image_folder import os_reason, printable
 from esvit_scale.data.left_out import UNDER_MIN_SIDE
-from esvit_scale.data.manifest import Shard
 from esvit_scale.data.noted_orientation import noted, oriented
 from esvit_scale.data.shard_file import Sample, write_shard
 from esvit_scale.data.shard_plan import ShardPlan
+from esvit_scale.data.shard_table import Shard
 from esvit_scale.data.sources.base import Item, Source, extension
 from esvit_scale.errors import RestartCanHelp, UserError
 

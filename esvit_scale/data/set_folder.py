@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 from esvit_scale import files
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data.left_out import LeftOut, of_bad, refuse
-from esvit_scale.data.manifest import MANIFEST, Manifest, Shard
+from esvit_scale.data.manifest import MANIFEST, Manifest
 from esvit_scale.data.planned_shard import Bad, Written, shard_name
+from esvit_scale.data.shard_table import Shard
 from esvit_scale.errors import UserError
 from esvit_scale.progress import say
 

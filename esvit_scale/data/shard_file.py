@@ -12,8 +12,8 @@ from esvit_scale.data import checksums
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data.decode import EXTENSIONS
 from esvit_scale.data.keys import SAFE_KEY
-from esvit_scale.data.manifest import Shard
 from esvit_scale.data.raster import ARRAY
+from esvit_scale.data.shard_table import Shard
 from esvit_scale.data.sources.base import EXTRAS
 
 

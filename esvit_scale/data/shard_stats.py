@@ -101,8 +101,8 @@ def gather(root: Path, workers: int = 1) -> Stats:
     return Stats(
         root,
         manifest.classes,
-        np.array([shard.samples for shard in manifest.shards], np.int64),
-        np.array([shard.bytes for shard in manifest.shards], np.int64),
+        manifest.shards.samples,
+        manifest.shards.bytes,
         _joined(parts[number][0] for number in numbers),
         _joined(parts[number][1] for number in numbers).reshape(-1, 2),
         np.bincount(labels[labels >= 0], minlength=len(manifest.classes))[: len(manifest.classes)],

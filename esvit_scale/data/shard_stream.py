@@ -107,7 +107,7 @@ class ShardSamples:
         c, steps = self.assignment.config, self.assignment.steps_per_epoch
         if isinstance(self.source, MixedSets):
             return order_of(c, self.source).address
-        counts = [shard.samples for shard in self.source.shards]
+        counts = self.source.shards.samples
         orders: dict[int, Order] = {}
 
         def address_of(batch_index: int, slot: int, i: int) -> SampleAddress:

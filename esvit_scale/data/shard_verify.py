@@ -18,6 +18,7 @@ from esvit_scale.data.manifest import Manifest
 from esvit_scale.data.picture import check_decodes
 from esvit_scale.data.pixel_format import PixelFormat
 from esvit_scale.data.remote.shard_cache import ShardFiles
+from esvit_scale.data.shard_table import ShardTable
 from esvit_scale.data.tar_names import parse_label
 from esvit_scale.errors import UserError
 from esvit_scale.files import sha256
@@ -80,7 +81,7 @@ def _check(manifest: Manifest, number: int, tick: Callable[[], None]) -> Checked
         path, _ = ShardFiles(manifest).path(number)  # a remote shard is kept while it is checked
     except UserError as error:  # its object is not what the manifest says
         return Checked([str(error)], [], none)
-    problems = list(manifests.size_problems(Manifest(manifest.root, (shard,))))
+    problems = list(manifests.size_problems(Manifest(manifest.root, ShardTable([shard]))))
     if not path.is_file():
         return Checked(problems, [], none)
     try:

@@ -21,7 +21,7 @@ from esvit_scale.data import pool, set_folder
 from esvit_scale.data.image_folder import printable
 from esvit_scale.data.keys import keys_of
 from esvit_scale.data.left_out import ARCHIVES, CUT, LeftOut, of_bad, refuse
-from esvit_scale.data.manifest import MANIFEST, Manifest, Shard
+from esvit_scale.data.manifest import MANIFEST, Manifest
 from esvit_scale.data.planned_sets import PlannedSet, plan_of, planned_sets
 from esvit_scale.data.planned_shard import shard_name, write_planned
 from esvit_scale.data.remote import outbox as outboxes
@@ -30,6 +30,7 @@ from esvit_scale.data.remote.outbox import Outbox
 from esvit_scale.data.set_folder import PARTIAL, Intent, NoSamples
 from esvit_scale.data.shard_file import Sample, write_shard
 from esvit_scale.data.shard_plan import SAMPLES_PER_SHARD, Recipe, ShardPlan, fingerprint
+from esvit_scale.data.shard_table import Shard
 from esvit_scale.data.shard_verify import verify
 from esvit_scale.data.sources import SourceOptions, source_record
 from esvit_scale.division import share

@@ -18,7 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
-from esvit_scale.data.manifest import MANIFEST, Manifest, Shard, index_path
+from esvit_scale.data.manifest import MANIFEST, Manifest, index_path
+from esvit_scale.data.shard_table import Shard
 from esvit_scale.errors import UserError
 from esvit_scale.progress import Progress
 

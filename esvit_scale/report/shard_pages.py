@@ -52,7 +52,7 @@ def overview(stats: Stats) -> bytes:
 
 def draw_samples(manifest: Manifest, count: int, seed: int, bands: Sequence[int] | None = None) -> list[ShownSample]:
     """Return `count` random samples of a set, or all if it has fewer. `bands` is as in `false_colour.composite`."""
-    starts = np.cumsum([0, *(shard.samples for shard in manifest.shards)])
+    starts = np.cumsum([0, *manifest.shards.samples])
     reader, shown = ShardReader(manifest), []
     try:
         for number in permutation(manifest.samples, seed, "show")[:count].tolist():

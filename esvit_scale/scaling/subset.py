@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from esvit_scale import files
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data.manifest import Manifest
@@ -34,8 +36,5 @@ def make(sweep: Sweep, unique: int, source: Path) -> None:
 
 def sums(data: Manifest) -> list[int]:
     """Return the cumulative numbers of images in the first 1, 2, … shards."""
-    totals, total = [], 0
-    for shard in data.shards:
-        total += shard.samples
-        totals.append(total)
+    totals: list[int] = np.cumsum(data.shards.samples).tolist()
     return totals

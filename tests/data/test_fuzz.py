@@ -9,8 +9,9 @@ from PIL import Image
 
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data.decode import BadImage
-from esvit_scale.data.manifest import Manifest, Shard
+from esvit_scale.data.manifest import Manifest
 from esvit_scale.data.reader import ShardReader
+from esvit_scale.data.shard_table import Shard, ShardTable
 from esvit_scale.data.shard_writer import Sample, write_samples
 from esvit_scale.data.tar_stream import TarSamples
 from esvit_scale.data.worker_batch import decode_for_crops
@@ -82,7 +83,7 @@ def tar(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, bytes]:
 
 def read_all(root: Path, name: str) -> tuple[int, int]:
     """Good and bad samples of an indexed shard."""
-    reader, good = ShardReader(Manifest(root, (Shard(name, SAMPLES, 0, ""),))), 0
+    reader, good = ShardReader(Manifest(root, ShardTable([Shard(name, SAMPLES, 0, "")]))), 0
     bad = 0
     for i in range(SAMPLES):
         try:

@@ -9,8 +9,9 @@ import pytest
 
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data.decode import BadImage
-from esvit_scale.data.manifest import Manifest, Shard
+from esvit_scale.data.manifest import Manifest
 from esvit_scale.data.reader import OPEN_FILES, ShardReader
+from esvit_scale.data.shard_table import Shard, ShardTable
 from esvit_scale.errors import UserError
 from tests.data.conftest import encoded, picture
 
@@ -33,7 +34,7 @@ def write(root: Path, **changes: Any) -> Path:
 
 def test_manifest_of_the_first_release_loads(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(GOLDEN)
-    expected = Manifest(tmp_path, (Shard("shard-000000.tar", 3, 10240, "00"),), ("a", "b"))
+    expected = Manifest(tmp_path, ShardTable([Shard("shard-000000.tar", 3, 10240, "00")]), ("a", "b"))
     assert manifests.load(tmp_path) == expected
 
 
@@ -112,7 +113,7 @@ def test_hostile_tar_members_are_only_bytes_at_offsets(tmp_path: Path) -> None:
     entries = list(manifests.read_index(tmp_path / "x.tar"))
     assert [e.key for e in entries] == ["good", "hard", "climbs", "pickled"]
     size = (tmp_path / "x.tar").stat().st_size
-    reader = ShardReader(Manifest(tmp_path, (Shard("x.tar", 4, size, ""),)))
+    reader = ShardReader(Manifest(tmp_path, ShardTable([Shard("x.tar", 4, size, "")])))
     assert reader.image(0, entries[0]) == reader.image(0, entries[1]) == encoded(picture(0))
     assert reader.label(0, entries[0]) == 4
     assert reader.image(0, entries[2]) == encoded(picture(1))

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from heapq import heappop, heappush
 
 from esvit_scale.data.loader import LoaderAssignment
@@ -85,12 +86,7 @@ class ReadAhead:
         for cache in filter(None, self.caches):
             if cache.by_ranges:
                 cache.requests_per_second = RANGES_PER_SECOND / nodes(assignment.world_size)
-        self._ids = {
-            str(cache.target(i)): (n, i)
-            for n, cache in enumerate(self.caches)
-            if cache
-            for i in range(len(sets[n].shards))
-        }
+        self._ids = lru_cache(2)(self._ids_of)
         self._live: list[tuple[int, tuple[ShardId, ...]]] = []  # heap of (last batch, shards) of current uses
         self._coming = (use for epoch in self._epochs() for use in self._mine.uses(epoch))
         self._upcoming = next(self._coming, None)
@@ -147,8 +143,14 @@ class ReadAhead:
             epoch += 1
 
     def _next_use(self, path: str) -> float:
-        shard = self._ids.get(path)
+        epoch = self._batch_index // self._node.steps
+        shard = self._ids(epoch).get(path) or self._ids(epoch + 1).get(path)
         return NEVER if shard is None else self._node.next_use(shard, self._batch_index)
+
+    def _ids_of(self, epoch: int) -> dict[str, ShardId]:
+        """Return the shards that the node reads in an epoch, by their paths in the cache; large sets have many others."""
+        shards = {shard for use in self._node.uses(epoch) for shard in use.shards}
+        return {str(cache.target(number)): (of, number) for of, number in shards if (cache := self.caches[of])}
 
     def _run(self) -> None:
         while not self._stopped:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from esvit_scale import store_urls
 from esvit_scale.data import manifest as manifests
-from esvit_scale.data.manifest import Index, Manifest, Shard
+from esvit_scale.data.manifest import Index, Manifest
 from esvit_scale.data.remote.shard_cache import ShardFiles
 from esvit_scale.data.remote.store import Denied, Missing, Store
+from esvit_scale.data.shard_table import Shard
 from esvit_scale.errors import UserError
 
 THREADS = 8

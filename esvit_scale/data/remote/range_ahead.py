@@ -84,8 +84,8 @@ class RangeAhead:
         manifest = ranged[0].manifest
         assert manifest.remote is not None
         self._ring = Ring(manifest.root, size, manifest.remote.limit)
-        shards = [shard for cache in ranged for shard in cache.manifest.shards]
-        image = sum(shard.bytes for shard in shards) / max(sum(shard.samples for shard in shards), 1)
+        sets = [cache.manifest for cache in ranged]
+        image = sum(int(each.shards.bytes.sum()) for each in sets) / max(sum(each.samples for each in sets), 1)
         images = len(assignment.images_of_rank) / assignment.worker()[1]  # of the process in a batch, on average
         self._largest = max(int(min(self._ring.size / 2 / (image * images + 1), MOST_IMAGES / images)), 1)  # batches
         self._changed, self._stopped = threading.Condition(), False

@@ -22,8 +22,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from esvit_scale.data.manifest import Shard, index_path
+import numpy as np
+from numpy.typing import NDArray
+
+from esvit_scale.data.manifest import index_path
 from esvit_scale.data.remote.locks import ByteLocks, open_own
+from esvit_scale.data.shard_table import Shard, ShardTable
 
 LOCKS = ".locks"  # of the shards of one set
 RESERVED = ".reserved"
@@ -51,12 +55,22 @@ class Stored(NamedTuple):
 
 def cost(shard: Shard) -> int:
     """Return the bytes that a shard and its index take in the cache."""
-    return shard.bytes + INDEX_BYTES * shard.samples + 4096
+    return shard.bytes + index_cost(shard)
 
 
 def index_cost(shard: Shard) -> int:
     """Return the bytes that are reserved for the index of a shard that is read by ranges."""
     return INDEX_BYTES * shard.samples + 4096
+
+
+def costs(shards: ShardTable) -> NDArray[np.int64]:
+    """Return the `cost` of every shard [N]."""
+    return shards.bytes + index_costs(shards)
+
+
+def index_costs(shards: ShardTable) -> NDArray[np.int64]:
+    """Return the `index_cost` of every shard [N]."""
+    return INDEX_BYTES * shards.samples + 4096
 
 
 def number_of(name: str) -> int:

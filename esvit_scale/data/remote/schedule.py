@@ -9,9 +9,12 @@ draws, by which each use is widened.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from esvit_scale.config import Config
 from esvit_scale.data.manifest import Manifest
@@ -55,7 +58,6 @@ class Schedule:
     def __init__(self, config: Config, data: Manifest | MixedSets, slots: Sequence[int]) -> None:
         self._config, self._slots = config, slots
         self._sets = [data] if isinstance(data, Manifest) else [one.manifest for one in data.sets]
-        self._counts = tuple(shard.samples for shard in self._sets[0].shards)
         self.steps = steps_per_epoch(data.samples, config.train.global_batch)
         self._mixed = order_of(config, data) if isinstance(data, MixedSets) else None
         self._uses = lru_cache(3)(self._uses_of)
@@ -74,17 +76,17 @@ class Schedule:
                     return max(first, batch_index)
         return NEVER
 
-    def peak_bytes(self, sizes: Mapping[ShardId, int], once: bool, epoch: int = 0) -> int:
+    def peak_bytes(self, sizes: "Sequence[NDArray[np.int64]]", once: bool, epoch: int = 0) -> int:
         """Return the most bytes of shards that are needed at one time in an epoch.
 
         Args:
-            sizes: bytes of the shards that count.
+            sizes: for every set, the bytes of each of its shards; 0 for those that do not count.
             once: count a shard from its first use to its last, so that none is fetched twice; otherwise during its uses.
         """
         spans: list[tuple[int, int, int]] = []  # first, last, bytes
         for shard, times in self._times(epoch).items():
             merged = [(times[0][0], max(last for _, last in times))] if once else _merged(times)
-            spans += [(first, last, sizes.get(shard, 0)) for first, last in merged]
+            spans += [(first, last, int(sizes[shard[0]][shard[1]])) for first, last in merged]
         changes = sorted([(first, size) for first, _, size in spans] + [(last + 1, -size) for _, last, size in spans])
         most = held = 0
         for _, change in changes:
@@ -110,7 +112,7 @@ class Schedule:
                 yield from self._mixed_stretches(self._mixed, epoch, slot, number)
             return
         c = self._config
-        order = _order(c.seed, epoch, self._counts, c.train.global_batch, c.slots, c.data.shuffle_window)
+        order = _order(c.seed, epoch, self._sets[0], c.train.global_batch, c.slots, c.data.shuffle_window)
         start, stop = order.position(0, slot, 0), order.position(self.steps, slot, 0)
         yield Stretch(0, order, range(start, stop), first, first + self.steps)
 
@@ -125,8 +127,8 @@ class Schedule:
 
 
 @lru_cache(4)
-def _order(seed: int, epoch: int, counts: tuple[int, ...], global_batch: int, slots: int, window: int) -> Order:
-    return Order(seed, epoch, counts, global_batch, slots, window)
+def _order(seed: int, epoch: int, manifest: Manifest, global_batch: int, slots: int, window: int) -> Order:
+    return Order(seed, epoch, manifest.shards.samples, global_batch, slots, window)
 
 
 def _uses(stretch: Stretch) -> Iterator[Use]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from esvit_scale import files, store_urls
 from esvit_scale.data import manifest as manifests
-from esvit_scale.data.manifest import Manifest, Shard
+from esvit_scale.data.manifest import Manifest
 from esvit_scale.data.remote.locks import ByteLocks
 from esvit_scale.data.remote.room import (
     CHECKSUMS,
@@ -30,6 +30,7 @@ from esvit_scale.data.remote.room import (
     reservation,
 )
 from esvit_scale.data.remote.store import Denied, Missing, Store, StoreUnreachable, TooLong
+from esvit_scale.data.shard_table import Shard
 from esvit_scale.errors import UserError
 
 log = logging.getLogger("esvit_scale")

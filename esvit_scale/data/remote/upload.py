@@ -18,9 +18,10 @@ from typing import Any
 from esvit_scale import files, store_urls
 from esvit_scale.data import checksums
 from esvit_scale.data import manifest as manifests
-from esvit_scale.data.manifest import MANIFEST, Manifest, Shard, index_path
+from esvit_scale.data.manifest import MANIFEST, Manifest, index_path
 from esvit_scale.data.remote import place
 from esvit_scale.data.remote.store import Denied, Missing, Store
+from esvit_scale.data.shard_table import Shard
 from esvit_scale.errors import RestartCanHelp, UserError
 from esvit_scale.progress import Progress
 

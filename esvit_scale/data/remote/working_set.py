@@ -2,8 +2,12 @@
 
 import math
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from esvit_scale import store_urls
 from esvit_scale.config import Config
@@ -14,8 +18,8 @@ from esvit_scale.data.order import steps_per_epoch
 from esvit_scale.data.remote.ahead import images_of_node, ranks_per_node
 from esvit_scale.data.remote.place import GB, cache_folder, open_set
 from esvit_scale.data.remote.ring import LEAST
-from esvit_scale.data.remote.room import DEFAULT_SHARE, Room, cost, index_cost
-from esvit_scale.data.remote.schedule import Schedule, ShardId
+from esvit_scale.data.remote.room import DEFAULT_SHARE, Room, costs, index_costs
+from esvit_scale.data.remote.schedule import Schedule
 from esvit_scale.data.remote.shard_cache import LAST_SHARDS
 from esvit_scale.errors import UserError
 
@@ -120,40 +124,45 @@ def _of_node(config: Config, data: Manifest | MixedSets, rank: int, world_size: 
     """Return the working set of the node whose first rank is `rank`."""
     manifests = [data] if isinstance(data, Manifest) else [one.manifest for one in data.sets]
     steps, local = steps_per_epoch(data.samples, config.train.global_batch), ranks_per_node(world_size)
-    shards = {(n, i): shard for n, m in enumerate(manifests) if m.remote for i, shard in enumerate(m.shards)}
-    whole = {number: cost(shard) for number, shard in shards.items()}
+    # Bytes of the shards of every set, by their numbers; 0 for what takes no room
+    whole = [costs(m.shards) * bool(m.remote) for m in manifests]
+    checked = [bool(m.remote) and m.has_checksums for m in manifests]
     assignment = LoaderAssignment(config, rank, world_size, 0, steps, steps)
     images = images_of_node(assignment)  # of a batch
     slots = assignment.slots_of(images)
     schedule = Schedule(config, data, slots)
-    used = {shard for use in schedule.uses(0) for shard in use.shards if shard in whole}
+    used = {shard for use in schedule.uses(0) for shard in use.shards if manifests[shard[0]].remote}
     processes = local * max(config.data.workers, 1)
     # Processes that divide a slot need no more substitutes in a batch together than one process would need.
     holders = local * max(min(config.data.workers, len(slots) // local), 1)
 
-    def need(sizes: dict[ShardId, int], once: bool) -> int:
-        spare = SPARE_SHARDS * holders * max(sizes.values(), default=0)
-        return min(int(MARGIN * schedule.peak_bytes(sizes, once)) + spare, sum(sizes.values()))
+    def need(sizes: list[NDArray[np.int64]], once: bool) -> int:
+        spare = SPARE_SHARDS * holders * max(int(each.max(initial=0)) for each in sizes)
+        return min(int(MARGIN * schedule.peak_bytes(sizes, once)) + spare, _total(sizes))
 
     # By ranges: the indexes in the place of the shards, and a ring for each process.
-    checked = {number: index_cost(shards[number]) for number in shards if manifests[number[0]].has_checksums}
-    fixed = need({number: size for number, size in whole.items() if number not in checked}, False) + held_out
-    fixed += need(checked, True)
-    average = sum(whole[number] for number in checked) / max(sum(shards[number].samples for number in checked), 1)
-    rings = processes * max(int(RING_BATCHES * max(len(images) / processes, 1) * average), LEAST) if checked else 0
+    fixed = need([size * (not by) for size, by in zip(whole, checked, strict=True)], False) + held_out
+    fixed += need([index_costs(m.shards) * by for m, by in zip(manifests, checked, strict=True)], True)
+    samples = sum(m.samples for m, by in zip(manifests, checked, strict=True) if by)
+    average = _total([size * by for size, by in zip(whole, checked, strict=True)]) / max(samples, 1)
+    rings = processes * max(int(RING_BATCHES * max(len(images) / processes, 1) * average), LEAST) if any(checked) else 0
     least = need(whole, False) + held_out
     return WorkingSet(
         slots=len(slots),
         least=least,
         once=need(whole, True) + held_out,
-        all=sum(whole.values()),
-        fetched=sum(whole[shard] for shard in used),
+        all=_total(whole),
+        fetched=sum(int(whole[number][shard]) for number, shard in used),
         shards_fetched=len(used),
-        least_by_ranges=min(fixed + rings, least) if checked else least,
+        least_by_ranges=min(fixed + rings, least) if any(checked) else least,
         fixed_by_ranges=fixed,
         processes=processes,
         images=steps * len(images),
     )
+
+
+def _total(sizes: Iterable[NDArray[np.int64]]) -> int:
+    return sum(int(each.sum()) for each in sizes)
 
 
 def _remote(data: object) -> list[Manifest]:
@@ -185,8 +194,7 @@ def _held_out(config: Config, ranks: int) -> int:
     place = config.data.held_out
     if not config.train.knn_every or not store_urls.is_set_url(place):
         return 0
-    costs = sorted(map(cost, open_set(place, config.data).shards), reverse=True)
-    return sum(costs[: LAST_SHARDS * ranks])
+    return int(np.sort(costs(open_set(place, config.data).shards))[-LAST_SHARDS * ranks :].sum())
 
 
 def _gb(size: int) -> str:
