@@ -18,8 +18,10 @@ from torchvision.transforms import v2
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data import photometric
 from esvit_scale.data import reader as readers
+from esvit_scale.data.loader import LoaderAssignment
 from esvit_scale.data.manifest import Manifest
 from esvit_scale.data.order import Order
+from esvit_scale.data.shard_stream import ShardSamples
 from esvit_scale.data.shard_writer import Sample, create, write_samples
 from esvit_scale.data.stream import Batch, batches, centre_crop, evaluation_batches, steps_per_epoch
 from esvit_scale.errors import RestartCanHelp, UserError
@@ -87,6 +89,27 @@ def test_ranks_and_workers_share_slots(shard_set: Manifest, world: int, slots: i
         assert made == [{batch % 3} for batch in range(11)]
     else:
         assert made == [{0, 1}, {2, 0}, {1, 2}] * 3 + [{0, 1}, {2, 0}]
+
+
+def test_processes_that_share_a_slot_read_every_image_once(
+    shard_set: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An epoch of one slot: of images the same bytes by 1 and by 4 processes, of indexes up to as many times as processes."""
+    pread, read_index = os.pread, readers.read_index
+
+    def bytes_read(workers: int) -> tuple[int, int]:
+        images, indexes = [], []
+        monkeypatch.setattr(os, "pread", lambda file, size, at: images.append(size) or pread(file, size, at))
+        size = lambda path: manifests.index_path(path).stat().st_size  # noqa: E731
+        monkeypatch.setattr(readers, "read_index", lambda path: indexes.append(size(path)) or read_index(path))
+        for worker in range(workers):
+            monkeypatch.setattr(LoaderAssignment, "worker", lambda self, worker=worker: (worker, workers))
+            list(ShardSamples(LoaderAssignment(config_with(slots=1), 0, 1, 0, 6, 6), shard_set)())
+        return sum(images), sum(indexes)
+
+    alone, shared = bytes_read(1), bytes_read(4)
+    assert shared[0] == alone[0] > 0
+    assert alone[1] < shared[1] <= 4 * alone[1]
 
 
 def test_slots_change_the_order(shard_set: Manifest) -> None:
