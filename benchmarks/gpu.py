@@ -4,11 +4,12 @@
 
 The parts, each in a process of its own that is ended when its share of the time is over:
 
-    checks      the fused loss and the augmentation on the device against float64 and the CPU; window attention against
-                fp32; a step in autocast; host waits in a step
+    checks      the fused loss and the augmentation on the device against float64 and the CPU; window attention and passes
+                over prototypes against fp32; a step in autocast; host waits in a step
     <preset>    whole optimizer steps in bf16 at doubling batches, up to the largest that fits: images/s, MFU, peak memory
     compile     Swin-T with and without train.compile
     attention   Swin-T with every implementation of window attention
+    prototypes  Swin-T with every implementation of the loss over prototypes
     official    Swin-T and Swin-B beside the official modules, in turns (with --official)
 
 Results are printed as a table and written to benchmarks/results/gpu-NAME.json as they come, so that a run that is ended
@@ -37,7 +38,13 @@ PRESETS = ("swin_t", "swin_b", "swinv2_b", "swinv2_1b")
 FIRST_BATCH = {"swin_t": 16, "swin_b": 8, "swinv2_b": 8, "swinv2_1b": 2}
 MIDDLE = 32  # images a step of Swin-T in the parts that compare two versions of it
 OFFICIAL = {"swin_t": 32, "swin_b": 16}  # images a step beside the official modules, with both in memory
-SHARES = {"checks": 2.0, "compile": 3.0, "attention": 3.0, "official": 3.0}  # of the time; 2.0 for each preset
+SHARES = {
+    "checks": 2.0,
+    "compile": 3.0,
+    "attention": 3.0,
+    "prototypes": 2.0,
+    "official": 3.0,
+}  # of the time; 2.0 for each preset
 LARGEST = 4096  # images a step at which a sweep ends
 TINY = (
     "data.global_crops.size=32",
@@ -127,6 +134,7 @@ def checks(options: Any) -> Iterator[Row]:
         yield {"what": f"fused loss, {str(dtype)[6:]}, against float64", "error": loss_error(device, dtype)}
     yield {"what": "augmentation against the CPU's", "error": augmentation_error(device)}
     yield from attention_problems(device)
+    yield from prototype_problems(device)
     world = worlds.start()
     a_step(config_of(options, "swin_t", 4, ("train.precision=autocast", "model.attention=math")), world)(4)
     yield {"what": "a step in autocast with model.attention=math", "note": "runs"}
@@ -171,6 +179,23 @@ def attention_problems(device: Any) -> Iterator[Row]:
                 "what": f"window attention by {name}, {str(dtype)[6:]}",
                 "note": problem or "as accurate as it must be",
             }
+
+
+def prototype_problems(device: Any) -> Iterator[Row]:
+    """Yield a row for every implementation of the loss over prototypes, whose note says why it cannot be used, if so."""
+    import torch
+
+    from esvit_scale.errors import first_line
+    from esvit_scale.objective.prototype_choice import inaccuracy
+    from esvit_scale.objective.prototype_passes import NAMES, implementation, unavailable
+
+    for name in NAMES:
+        try:
+            problem = unavailable(name, device, torch.bfloat16, 256)
+            problem = problem or inaccuracy(implementation(name), 256, torch.bfloat16, device)
+        except Exception as error:
+            problem = f"{type(error).__name__}: {first_line(error)}"
+        yield {"what": f"prototype loss by {name}, bfloat16", "note": problem or "as accurate as it must be"}
 
 
 def loss_error(device: Any, dtype: Any) -> float:
@@ -249,6 +274,14 @@ def compare_attention(options: Any) -> Iterator[Row]:
     yield from variants(options, {f"model.attention={name}": (f"model.attention={name}",) for name in NAMES})
 
 
+def compare_prototypes(options: Any) -> Iterator[Row]:
+    """Yield the times of Swin-T's step with every implementation of the loss over prototypes."""
+    from esvit_scale.objective.prototype_passes import NAMES
+
+    key = "objective.prototype_loss"
+    yield from variants(options, {f"{key}={name}": (f"{key}={name}",) for name in NAMES})
+
+
 def variants(options: Any, overrides: dict[str, tuple[str, ...]]) -> Iterator[Row]:
     """Yield the times of Swin-T's step with each set of overrides, one after the other in one process."""
     from esvit_scale.errors import first_line
@@ -301,6 +334,7 @@ PARTS: dict[str, Callable[[Any], Iterator[Row]]] = {
     **{preset: sweep(preset) for preset in PRESETS},
     "compile": compare_compile,
     "attention": compare_attention,
+    "prototypes": compare_prototypes,
     "official": beside_official,
 }
 
@@ -322,11 +356,11 @@ def a_step(config: Any, world: Any) -> Callable[[int], object]:
 
     from esvit_scale.data.stream import MicroBatch
     from esvit_scale.objective.schedules import Schedules
-    from esvit_scale.train import attention
+    from esvit_scale.train import implementations
     from esvit_scale.train.trainer import Trainer
 
-    attends = attention.choose(config, world)  # before the networks are built, as in a run
-    trainer = Trainer(config, world, Schedules(config, steps_per_epoch=1), attention=attends)
+    chosen = implementations.choose(config, world)  # before the networks are built, as in a run
+    trainer = Trainer(config, world, Schedules(config, steps_per_epoch=1), chosen=chosen)
     kept: dict[int, MicroBatch] = {}
 
     def step(images: int) -> object:

@@ -212,11 +212,11 @@ def our_step(config: Any, world: Any, crops: list[Any]) -> Callable[[], object]:
 
     from esvit_scale.data.stream import MicroBatch
     from esvit_scale.objective.schedules import Schedules
-    from esvit_scale.train import attention
+    from esvit_scale.train import implementations
     from esvit_scale.train.trainer import Trainer
 
-    attends = attention.choose(config, world)  # before the networks are built, as in a run
-    trainer = Trainer(config, world, Schedules(config, steps_per_epoch=1), attention=attends)
+    chosen = implementations.choose(config, world)  # before the networks are built, as in a run
+    trainer = Trainer(config, world, Schedules(config, steps_per_epoch=1), chosen=chosen)
     dtype = trainer.engines.dtype
     micro = MicroBatch(
         [group.to(dtype) for group in crops], torch.arange(config.train.global_batch, device=world.device)

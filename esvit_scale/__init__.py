@@ -12,7 +12,7 @@ The pipeline, one line per stage. B images, V crops, T tokens, C width, K protot
     → tokens             models/registry.py, models/swin.py, …      view [V·B, C], regions [V·B·T, C], all crops in one pass
     → student/teacher    parallel/engine.py, parallel/ema.py        one forward of each; the teacher sees the 2 globals
     → loss               objective/registry.py, objective/esvit.py, …  view and region cross-entropies, or another objective's
-                         objective/prototypes.py                    no [T, K] is ever stored
+                         objective/prototypes.py, objective/prototype_tiles.py, objective/prototype_triton.py  no [T, K] is ever stored
     → sharded step       train/trainer.py, parallel/zero.py         one optimizer update of the partitions, then EMA, then centre
     → checkpoint         checkpoint/saver.py, checkpoint/state.py   student, teacher, optimizer, centres, cursor: step-00000100/
                          checkpoint/mirror.py                       a copy in an object store

@@ -198,6 +198,8 @@ class Objective(Section):
     """[temperature] Temperature of the teacher's softmax after its warm-up."""
     teacher_temp_warmup_epochs: Count = 30
     """[epochs] Length of the linear way from teacher_temp to teacher_temp_end."""
+    prototype_loss: Literal["auto", "tiles", "triton"] = "auto"
+    """Implementation of the loss over prototypes (docs/prototype_loss.md); auto: on a GPU the fastest that is accurate."""
     centering: Literal["center", "sinkhorn"] = "center"
     """How the teacher's outputs are balanced, for esvit and dino; sinkhorn works on each batch alone."""
     center_momentum: Fraction = 0.9
@@ -331,6 +333,7 @@ MAY_DIFFER = (
     "data.workers",
     "data.held_out",
     "model.attention",
+    "objective.prototype_loss",
     "train.ds_config",
     "train.activation_checkpointing",
     "train.compile",

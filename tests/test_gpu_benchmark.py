@@ -38,6 +38,7 @@ def test_the_gpu_benchmark_runs_on_a_cpu(tmp_path: Path) -> None:
     notes = {row["what"]: row.get("note") for row in rows["checks"]}
     for name in timed:
         assert notes[f"window attention by {name}, bfloat16"] == "as accurate as it must be"
+    assert notes["prototype loss by tiles, bfloat16"] == "as accurate as it must be"
     assert notes["a step in autocast with model.attention=math"] == "runs"
 
 

@@ -33,7 +33,7 @@ log = logging.getLogger("esvit_scale")
 
 RECORDS = (  # of a run dir, beside checkpoints/; config.yaml last, because with it a folder is a run dir
     *("metrics.jsonl", "quarantine.jsonl", "summary.json", "environment.json", "attention.json"),
-    *("lengthened.jsonl", "log.txt", "config.yaml"),
+    *("prototype_loss.json", "lengthened.jsonl", "log.txt", "config.yaml"),
 )
 LISTED = "files.json"  # in each step folder of the store: name → [bytes, sha256]
 OWNER = "owner.json"  # in the store: id, user, host and time of the run's first start

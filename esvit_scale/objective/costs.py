@@ -92,6 +92,11 @@ def image_flops(config: Config, count: Count = "published") -> int:
     return 3 * student + teacher + of_objective - pixels
 
 
+def region_grids(config: Config) -> list[tuple[int, int]]:
+    """Return (H, W) of the region tokens of every crop of an image, the two global crops first."""
+    return [_crop_cost(config, size, "executed").grid for size in config.crop_sizes]
+
+
 def crop_flops(config: Config, size: int, count: Count = "published") -> int:
     """Return the forward FLOPs of the trunk on one crop of `size` pixels."""
     return _crop_cost(config, size, count).flops

@@ -27,6 +27,7 @@ from esvit_scale.models.trunk import Features
 from esvit_scale.objective.center import Center
 from esvit_scale.objective.esvit_costs import TEACHER_VIEWS, EsViTFormulas
 from esvit_scale.objective.objective import Logs, Objective, unit
+from esvit_scale.objective.prototype_tiles import TilePasses
 from esvit_scale.objective.prototypes import Entropies, prototype_cross_entropy
 from esvit_scale.objective.sinkhorn import sinkhorn_center
 
@@ -59,6 +60,7 @@ class EsViT(Objective):
         self.takes_masks = config.regions
         self.mask_weight = config.mask_weight
         self.student_temp = config.student_temp
+        self.passes = TilePasses()
         self.prototypes = config.prototypes
         self.view_head = _head(dim, config)
         self.region_head = _head(dim, config) if config.regions else None
@@ -170,14 +172,15 @@ class EsViT(Objective):
         teacher_temp: float,
     ) -> tuple[Tensor, Entropies]:
         if self.sinkhorn:
-            center_values = sinkhorn_center(targets.z, targets.rows, teacher_temp)
+            center_values = sinkhorn_center(targets.z, targets.rows, teacher_temp, self.passes)
         else:
             center_values = center.values(targets.rows)
             center.observe(targets.z.mean(0, dtype=torch.promote_types(targets.z.dtype, torch.float32)), targets.rows)
         return head.last_layer(
             head(features),
             lambda z, rows: prototype_cross_entropy(
-                z, rows, targets.z, targets.rows, center_values, match, weight, self.student_temp, teacher_temp
+                *(z, rows, targets.z, targets.rows, center_values, match, weight),
+                *(self.student_temp, teacher_temp, self.passes),
             ),
         )
 

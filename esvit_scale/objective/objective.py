@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from esvit_scale.models.descriptions import ObjectiveCard, ObjectiveFormulas
 from esvit_scale.models.trunk import Features
+from esvit_scale.objective.prototype_passes import Passes
 
 Logs = dict[str, Tensor]  # detached scalars by name: `feature_std`, `loss_…` and an objective's own diagnostics
 
@@ -27,6 +28,7 @@ class Objective(nn.Module):
         takes_masks: whether the loss has a term for hidden regions. `forward` then takes, as a fourth argument, which
             regions of the global crops are hidden, bool [2B·T], or None.
         images_at_least: the smallest number of images per micro-batch and rank for which the loss is defined.
+        passes: the implementation of the passes of a loss over prototypes; None for objectives without such a loss.
     """
 
     needs_regions = False
@@ -34,6 +36,7 @@ class Objective(nn.Module):
     has_teacher = True
     takes_masks = False
     images_at_least = 1
+    passes: Passes | None = None
 
     def targets(self, teacher: Features) -> Any:
         """Return the targets that the student's loss needs, from the teacher's features of the two global views.

@@ -15,6 +15,7 @@ from esvit_scale.models.heads import Prototypes
 from esvit_scale.models.mlp import ProjectorMlp
 from esvit_scale.models.trunk import Features
 from esvit_scale.objective.objective import Logs, Objective, spread, unit
+from esvit_scale.objective.prototype_tiles import TilePasses
 from esvit_scale.objective.prototypes import Entropies, prototype_cross_entropy
 from esvit_scale.objective.sinkhorn import sinkhorn_center
 
@@ -32,6 +33,7 @@ class SwAV(Objective):
         self.projector = ProjectorMlp(dim, config.head_hidden, config.bottleneck)
         self.last_layer = Prototypes(config.bottleneck, config.prototypes, norm_last_layer=True)
         self.temp, self.prototypes = config.student_temp, config.prototypes
+        self.passes = TilePasses()
 
     def forward(self, student: Features, targets: None, teacher_temp: float) -> tuple[Tensor, Logs]:
         """Return the loss of all of the student's crops.
@@ -69,8 +71,9 @@ class SwAV(Objective):
         for view in range(VIEWS):
             own = slice(view * images, (view + 1) * images)
             codes, fixed = z[own].detach(), rows.detach()
-            center = sinkhorn_center(codes, fixed, epsilon)
+            center = sinkhorn_center(codes, fixed, epsilon, self.passes)
             rest = torch.cat([z[: own.start], z[own.stop :]])
-            terms.append(prototype_cross_entropy(rest, rows, codes, fixed, center, match, weight, self.temp, epsilon))
+            inputs = rest, rows, codes, fixed, center, match, weight
+            terms.append(prototype_cross_entropy(*inputs, self.temp, epsilon, self.passes))
         (first, entropies), (second, other_entropies) = terms
         return first + second, Entropies(*((a + b) / VIEWS for a, b in zip(entropies, other_entropies, strict=True)))

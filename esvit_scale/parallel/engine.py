@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from esvit_scale import ranges
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
+from esvit_scale.models import window_attention_implementations
 from esvit_scale.models.distributions import Initializer
 from esvit_scale.models.initialize import initial_value, initial_values
-from esvit_scale.models.window_attention_implementations import implementation
+from esvit_scale.objective import prototype_passes
 from esvit_scale.objective.costs import weight_dtype
 from esvit_scale.objective.network import Network, build_network, build_student, build_teacher
 from esvit_scale.objective.param_groups import MATRICES, Matrix, hidden_matrices, largest_of_each_part, parameter_groups
@@ -101,10 +102,13 @@ def build(config: Config, world: World, given: dict[str, Tensor]) -> Engines:
     return Engines(student, optimizer, group_of, teacher, clipper, layout, weight_dtype(config), moments)
 
 
-def use_attention(engines: Engines, name: str) -> None:
-    """Let student and teacher compute window attention with the implementation of this name."""
+def use_implementations(engines: Engines, attention: str, prototype_loss: str) -> None:
+    """Let the networks compute window attention and the loss over prototypes with the implementations of these names."""
     for network in (engines.student.module, engines.teacher.network):
-        network.trunk.use_attention(implementation(name))
+        network.trunk.use_attention(window_attention_implementations.implementation(attention))
+    objective = engines.student.module.objective
+    if objective.passes is not None:
+        objective.passes = prototype_passes.implementation(prototype_loss)
 
 
 def set_lr_and_weight_decay(engines: Engines, lr: float, weight_decay: float) -> None:

@@ -17,7 +17,7 @@ from esvit_scale.objective.schedules import Schedules
 from esvit_scale.parallel import collectives
 from esvit_scale.parallel import world as worlds
 from esvit_scale.parallel.world import World
-from esvit_scale.train import attention, header, held_out, metrics, run_dir, signals, stage, tracking
+from esvit_scale.train import header, held_out, implementations, metrics, run_dir, signals, stage, tracking
 from esvit_scale.train.lock import Lock
 from esvit_scale.train.online_knn import OnlineKnn
 from esvit_scale.train.run_resources import RunResources
@@ -58,7 +58,7 @@ def open_and_train(config: Config, world: World, watchdog: Watchdog) -> int:
     # Before a run dir records a config that cannot be run.
     collectives.run_on_rank0_and_broadcast(lambda: stream.check_pixels(config))
     collectives.run_on_rank0_and_broadcast(lambda: tracking.require(config))
-    collectives.run_on_rank0_and_broadcast(lambda: attention.check(config, world.device))
+    collectives.run_on_rank0_and_broadcast(lambda: implementations.check(config, world))
     if world.rank > 0:
         watchdog.grant(RESTORE_S)
     collectives.run_on_rank0_and_broadcast(lambda: mirror.restore(config, watchdog.grant))
@@ -96,11 +96,11 @@ def open_and_train(config: Config, world: World, watchdog: Watchdog) -> int:
         knn = OnlineKnn(config, world) if config.train.knn_every else None
         watchdog.progress()
         # Before the networks are built, because the timing needs memory.
-        attends = collectives.run_on_rank0_and_broadcast(
-            lambda: attention.choose_for_run(config, world, path, resumed=checkpoint is not None)
+        chosen = collectives.run_on_rank0_and_broadcast(
+            lambda: implementations.choose_for_run(config, world, path, resumed=checkpoint is not None)
         )
         watchdog.progress()
-        trainer = Trainer(config, world, schedules, checkpoint is None, attends)
+        trainer = Trainer(config, world, schedules, checkpoint is None, chosen)
         watchdog.progress()
         with mirror_sender.sending(config, world.rank == 0, mirrored) as sender:
 

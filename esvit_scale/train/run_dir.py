@@ -55,8 +55,9 @@ def open_run(config: Config) -> tuple[Path, bool]:
 
 def _is_ours_before_config(name: str) -> bool:
     """Return whether a start may leave a file of this name before it writes config.yaml."""
-    made = ("lock.json", "log.txt", "ranks", "shards", "slurm", "requeue", "attention.json", "mirror.json")
-    partial = (".lock.json.", ".config.yaml.", ".environment.json.", ".attention.json.", ".mirror.json.")
+    written_whole = ("lock.json", "attention.json", "prototype_loss.json", "mirror.json")  # through a partial file
+    made = (*written_whole, "log.txt", "ranks", "shards", "slurm", "requeue")
+    partial = tuple(f".{name}." for name in (*written_whole, "config.yaml", "environment.json"))
     return name in made or name.startswith(partial)
 
 

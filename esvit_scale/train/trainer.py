@@ -29,6 +29,7 @@ from esvit_scale.parallel import collectives, engine
 from esvit_scale.parallel.step_clock import StepClock
 from esvit_scale.parallel.world import World
 from esvit_scale.train import profiling, run_dir, signals, startup
+from esvit_scale.train.implementations import PLAIN, Implementations
 from esvit_scale.train.log_format import STOPPED
 from esvit_scale.train.metrics import MetricLogger, log_file_errors
 from esvit_scale.train.replaced import ReplacedShare
@@ -53,13 +54,13 @@ class Trainer:
     """
 
     def __init__(
-        self, config: Config, world: World, schedules: Schedules, fresh: bool = True, attention: str = "math"
+        self, config: Config, world: World, schedules: Schedules, fresh: bool = True, chosen: Implementations = PLAIN
     ) -> None:
         """Build and initialise student and teacher (parallel/engine.py says in which order and why).
 
         Args:
             fresh: False when a checkpoint will replace the initial values; `model.init_from` is then not read.
-            attention: the implementation of window attention (train/attention.py chooses it).
+            chosen: the implementations of parts of the step (train/implementations.py chooses them).
 
         Raises:
             UserError: trunk, objective, crops and batch do not fit each other, or `model.init_from` does not fit them.
@@ -68,7 +69,7 @@ class Trainer:
         initial = load_initial_weights(config) if fresh else NO_INITIAL_WEIGHTS
         self._origin = initial.note and f"starts from the {initial.note}"
         self.engines = engine.build(config, world, initial.values)
-        engine.use_attention(self.engines, attention)
+        engine.use_implementations(self.engines, *chosen)
         self.objective = self.engines.student.module.objective
         self.objective.load_extra_state(initial.centers)
         self.clock = StepClock(world.device)

@@ -13,10 +13,11 @@ import torch
 
 from esvit_scale.errors import UserError
 from esvit_scale.models import attention_choice, window_attention_implementations
-from esvit_scale.models.attention_choice import Outcome
+from esvit_scale.models.implementation_choice import Outcome
 from esvit_scale.parallel import world as worlds
 from esvit_scale.parallel.world import World
-from esvit_scale.train import attention, pretraining
+from esvit_scale.train import attention, pretraining, recorded_choice
+from esvit_scale.train.attention import AttentionChoice
 from tests import launcher, tiny
 
 CPU = torch.device("cpu")
@@ -27,8 +28,8 @@ WORLD = World(0, 1, 0, CPU)
 def gpu(monkeypatch):
     """Let `attention` believe that the CPU is a GPU named A; choices come from `outcomes`."""
     names = {"name": "A"}
-    monkeypatch.setattr(attention, "_device_name", lambda device: names["name"])
-    monkeypatch.setattr(attention, "_on_cpu", lambda device: False)
+    monkeypatch.setattr(recorded_choice, "device_name", lambda device: names["name"])
+    monkeypatch.setattr(recorded_choice, "on_cpu", lambda device: False)
     monkeypatch.setattr(attention, "unavailable", lambda name, device: None)
     outcome = Outcome("sdpa", {"sdpa": 1.0, "math": 2.5}, {"flex": "RuntimeError: none"})
     monkeypatch.setattr(attention_choice, "choose", lambda *_: outcome)
@@ -40,7 +41,7 @@ def test_gpu_implementations_are_refused_on_a_cpu(name, tmp_path, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     config = tiny.config(tmp_path / "run", tmp_path, model__attention=name)
     with pytest.raises(UserError) as error:
-        attention.check(config, CPU)
+        AttentionChoice(config, WORLD).check()
     message = str(error.value)
     assert message.startswith(f"model.attention={name}: needs ")
     assert message.endswith("; nearest: math")
@@ -51,31 +52,31 @@ def test_trunks_without_window_attention_have_no_choice(tmp_path):
     shape = dict.fromkeys(("model__embed_dim", "model__depths", "model__heads"))
     config = tiny.config(tmp_path, tmp_path, model__trunk="deit_s", model__attention="sdpa", **shape)
     with pytest.raises(UserError, match=r"deit_s has no window attention of ours; nearest: auto"):
-        attention.check(config, CPU)
+        AttentionChoice(config, WORLD).check()
 
 
 def test_auto_on_a_cpu_is_math_without_a_record(tmp_path):
     config = tiny.config(tmp_path, tmp_path)
-    assert attention.choose_for_run(config, WORLD, tmp_path, resumed=False) == "math"
-    assert not (tmp_path / attention.FILE).exists()
+    assert AttentionChoice(config, WORLD).choose_for_run(tmp_path, resumed=False) == "math"
+    assert not (tmp_path / AttentionChoice.file).exists()
 
 
 def test_the_choice_is_logged_recorded_and_kept(tmp_path, gpu, monkeypatch, caplog):
     config = tiny.config(tmp_path, tmp_path)
     with caplog.at_level(logging.INFO, "esvit_scale"):
-        assert attention.choose_for_run(config, WORLD, tmp_path, resumed=False) == "sdpa"
+        assert AttentionChoice(config, WORLD).choose_for_run(tmp_path, resumed=False) == "sdpa"
     [record] = caplog.records
     assert record.message == (
         "window attention: sdpa (of a micro-batch: sdpa 1.0 ms, math 2.5 ms; flex not used: RuntimeError: none)"
     )
-    written = json.loads((tmp_path / attention.FILE).read_text())
+    written = json.loads((tmp_path / AttentionChoice.file).read_text())
     assert (written["attention"], written["device"]) == ("sdpa", "A")
     monkeypatch.setattr(attention_choice, "choose", lambda *_: pytest.fail("chosen again"))
     caplog.clear()
-    assert attention.choose_for_run(config, WORLD, tmp_path, resumed=True) == "sdpa"
+    assert AttentionChoice(config, WORLD).choose_for_run(tmp_path, resumed=True) == "sdpa"
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
     gpu["name"] = "B"
-    assert attention.choose_for_run(config, WORLD, tmp_path, resumed=True) == "sdpa"
+    assert AttentionChoice(config, WORLD).choose_for_run(tmp_path, resumed=True) == "sdpa"
     assert "this run was on A and continues on B: its numbers change" in caplog.text
 
 
@@ -83,11 +84,11 @@ def test_the_choice_is_logged_recorded_and_kept(tmp_path, gpu, monkeypatch, capl
 @pytest.mark.parametrize(("problem", "expected"), [(None, "flex"), ("its output is off", "sdpa")])
 def test_a_recorded_choice_is_checked_again_on_another_machine(changed, problem, expected, tmp_path, gpu, monkeypatch):
     record = {"attention": "flex", "device": "A", "torch": torch.__version__, "why": "flex 1.0 ms"}
-    (tmp_path / attention.FILE).write_text(json.dumps(record | {changed: "another"}))
+    (tmp_path / AttentionChoice.file).write_text(json.dumps(record | {changed: "another"}))
     monkeypatch.setattr(attention_choice, "inaccuracy", lambda *_: problem)
     config = tiny.config(tmp_path, tmp_path)
-    assert attention.choose_for_run(config, WORLD, tmp_path, resumed=True) == expected
-    written = json.loads((tmp_path / attention.FILE).read_text())
+    assert AttentionChoice(config, WORLD).choose_for_run(tmp_path, resumed=True) == expected
+    written = json.loads((tmp_path / AttentionChoice.file).read_text())
     assert written["device"] == "A"
     assert written["attention"] == expected
     assert (written == record) is (problem is None)  # the times by which it was chosen are kept
@@ -107,13 +108,13 @@ def test_step_of_the_benchmarks_uses_the_implementation_of_its_config(tmp_path, 
 
 def test_a_run_from_before_the_record_keeps_math(tmp_path, gpu):
     config = tiny.config(tmp_path, tmp_path)
-    assert attention.choose_for_run(config, WORLD, tmp_path, resumed=True) == "math"
+    assert AttentionChoice(config, WORLD).choose_for_run(tmp_path, resumed=True) == "math"
 
 
 def test_a_damaged_record_is_chosen_again(tmp_path, gpu, caplog):
-    (tmp_path / attention.FILE).write_text('{"attention": "fast"}')
+    (tmp_path / AttentionChoice.file).write_text('{"attention": "fast"}')
     config = tiny.config(tmp_path, tmp_path)
-    assert attention.choose_for_run(config, WORLD, tmp_path, resumed=False) == "sdpa"
+    assert AttentionChoice(config, WORLD).choose_for_run(tmp_path, resumed=False) == "sdpa"
     assert "cannot be read; window attention is chosen again" in caplog.text
 
 
@@ -123,7 +124,7 @@ def test_a_named_implementation_that_is_wrong_is_refused(tmp_path, gpu, monkeypa
     with pytest.raises(
         UserError, match=r"model\.attention=sdpa: cannot be used here: its output is off.*nearest: auto"
     ):
-        attention.choose_for_run(config, WORLD, tmp_path, resumed=False)
+        AttentionChoice(config, WORLD).choose_for_run(tmp_path, resumed=False)
 
 
 @pytest.mark.slow
@@ -136,7 +137,7 @@ def test_a_run_with_sdpa_has_the_losses_of_math(tmp_path):
     for row, expected in zip(tiny.rows(tmp_path / "sdpa"), tiny.rows(tmp_path / "auto"), strict=True):
         assert row["loss"] == pytest.approx(expected["loss"], abs=1e-5)
         assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
-    assert json.loads((tmp_path / "sdpa" / attention.FILE).read_text())["attention"] == "sdpa"
+    assert json.loads((tmp_path / "sdpa" / AttentionChoice.file).read_text())["attention"] == "sdpa"
 
 
 @pytest.mark.slow
