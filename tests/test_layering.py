@@ -60,7 +60,7 @@ ONLY_IN = {
     "onnx": {"checkpoint"},
     "onnxscript": {"checkpoint"},
     "transformers": set(),
-    "triton": {"models"},
+    "triton": {"models", "objective"},
 }
 UNPICKLE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 

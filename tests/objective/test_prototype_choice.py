@@ -29,7 +29,7 @@ class OverFewerTokens(TilePasses):
 
 
 class Raising(TilePasses):
-    def expectations(self, *inputs):
+    def expectations(self, student, teacher, towards, with_grad_rows):
         raise RuntimeError("out of resource: shared memory\nand a long trace")
 
 
