@@ -4,18 +4,19 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from esvit_scale.commands.option_types import set_or_folder
+from esvit_scale.commands.option_types import local_path, set_or_folder
 from esvit_scale.commands.parser import add_checkpoint, add_loading, command, count, group, on_all_ranks, positive, rank
 from esvit_scale.errors import UserError
 
 
 def add(commands: Any) -> None:
-    """Declare `evaluate knn`, `linear`, `transfer`, `retrieval`, `attention` and `correspondence`, and `embed`."""
+    """Declare `evaluate knn`, `linear`, `transfer`, `retrieval`, `segmentation`, `attention` and `correspondence`, and `embed`."""
     evaluate = group(commands, "evaluate", "evaluate frozen features")
     _add_knn(evaluate)
     _add_linear(evaluate)
     _add_transfer(evaluate)
     _add_retrieval(evaluate)
+    _add_segmentation(evaluate)
     _add_attention(evaluate)
     _add_correspondence(evaluate)
     _add_embed(commands)
@@ -114,6 +115,45 @@ def _add_retrieval(evaluate: Any) -> None:
     size = "revisited sets: pixels to which a longer side above it is reduced (default: the size of the run's crops)"
     retrieval.add_argument("--size", type=positive, metavar="N", help=size)
     _add_features(retrieval)
+
+
+def _add_segmentation(evaluate: Any) -> None:
+    summary = "mean IoU of linear and k-NN heads on frozen stage maps"
+    segmentation = command(evaluate, "segmentation", _segmentation, summary)
+    add_checkpoint(segmentation)
+    for name, metavar, use in (("--train", "T", "learn from"), ("--test", "V", "segment")):
+        segmentation.add_argument(
+            name,
+            type=local_path,
+            required=True,
+            metavar=metavar,
+            help=f"images with masks to {use}: a folder with images/ and masks/, or a split of ADE20K, Cityscapes or VOC",
+        )
+    segmentation.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder to write segmentation.json and a picture to"
+    )
+    heads = ("linear", "knn")
+    segmentation.add_argument("--head", nargs="+", choices=heads, default=heads, help="heads (default: both)")
+    size = "pixels to resize an image's short side to (default: the size of the run's global crops)"
+    segmentation.add_argument("--size", type=positive, metavar="N", help=size)
+    crop = "side in pixels of the windows that cover an image (default: --size)"
+    segmentation.add_argument("--crop", type=positive, metavar="N", help=crop)
+    stride = "pixels between windows (default: two thirds of --crop)"
+    segmentation.add_argument("--stride", type=positive, metavar="N", help=stride)
+    ignore = "number in masks that does not count (default: 255)"
+    segmentation.add_argument("--ignore", type=count, default=255, metavar="N", help=ignore)
+    pixels = "pixels of every training image to learn from (default: 64)"
+    segmentation.add_argument("--pixels", type=positive, default=64, metavar="N", help=pixels)
+    iterations = "iterations of SGD of the linear head (default: 2000)"
+    segmentation.add_argument("--iterations", type=positive, default=2000, metavar="N", help=iterations)
+    batch = "images in a batch of SGD (default: 16)"
+    segmentation.add_argument("--sgd-batch", type=positive, default=16, metavar="N", help=batch)
+    segmentation.add_argument("--k", type=positive, default=30, metavar="K", help="neighbours that vote (default: 30)")
+    bank = "largest number of training pixels that neighbours are searched in (default: 32768)"
+    segmentation.add_argument("--bank", type=positive, default=2**15, metavar="N", help=bank)
+    seed = "random seed of pixels, held-out images, order and bootstrap (default: 0)"
+    segmentation.add_argument("--seed", type=count, default=0, metavar="S", help=seed)
+    _add_features(segmentation)
 
 
 def _add_attention(evaluate: Any) -> None:
@@ -238,6 +278,23 @@ def _retrieval(o: argparse.Namespace) -> int:
         result = retrieval.run_retrieval(o.checkpoint, o.data, o.out, options, ks, o.queries, o.size)
         if rank() == "0":
             print(retrieval_figure.write(result, o.data, o.queries, o.out))
+
+    on_all_ranks(run)
+    return 0
+
+
+def _segmentation(o: argparse.Namespace) -> int:
+    from esvit_scale.evaluate import segmentation
+    from esvit_scale.report import segmentation_figure
+
+    sizes = (o.size, o.crop, o.stride, o.ignore, o.pixels, o.iterations, o.sgd_batch, o.k, o.bank, o.seed)
+    settings = segmentation.SegmentationSettings(o.head, *sizes)
+    options = _extraction_options(o, o.out)
+
+    def run() -> None:
+        result = segmentation.run_segmentation(o.checkpoint, o.train, o.test, o.out, settings, options)
+        if rank() == "0":
+            print(segmentation_figure.write(result, o.out))
 
     on_all_ranks(run)
     return 0

@@ -1,6 +1,6 @@
 """An on-disk cache of features: computed once for a trunk, a data set and a transform, then memory-mapped.
 
-The folder DIR/<key>/ holds features.npy [N, …], labels.npy and numbers.npy (int64 [N]), keys.jsonl (one JSON string per
+The folder DIR/<key>/ holds features.npy [N, …], labels.npy (int64 [N], or [N, P] for pixels), numbers.npy (int64 [N]), keys.jsonl (one JSON string per
 line) and about.json with the values that were hashed to <key>. Every rank writes its part sequentially; rank 0 joins
 the parts and renames the folder into place. Therefore a folder that exists is complete. If two processes compute the
 same features, those of the first are kept. Ranks on several nodes need DIR on a shared file system.
@@ -37,7 +37,7 @@ class FeatureSet(NamedTuple):
 
     features: Tensor  # float32 or float16 [N, …] on the CPU; mapped copy-on-write when it comes from a cache
     keys: list[str]  # N keys of the samples
-    labels: Tensor  # int64 [N]; −1 for an image without a label
+    labels: Tensor  # int64 [N], or [N, P] for P pixels of every image; −1 without a label
     numbers: Tensor | None = None  # int64 [N], each image's index in the source
     left_out: int = 0  # number of images of the source that could not be read
 
@@ -122,6 +122,15 @@ def source_digest(source: Path) -> str:
     return found.hexdigest()
 
 
+def files_digest(paths: Iterable[Path]) -> str:
+    """Return a hash of the paths, sizes and modification times of files."""
+    found = hashlib.sha256()
+    for path in paths:
+        status = path.stat()
+        found.update(os.fsencode(path) + f"\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    return found.hexdigest()
+
+
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
@@ -132,14 +141,14 @@ def _fill(folder: Path, about: dict[str, Any], images: int, rows: Iterable[Featu
             raise UserError(
                 f"{folder.parent}: not visible to every rank; --cache must name a folder on a shared file system"
             )
-        _run_on_all_ranks(lambda: _write_part(tmp / f"part-{collectives.rank():05d}", rows), about["source"])
+        run_on_all_ranks(lambda: _write_part(tmp / f"part-{collectives.rank():05d}", rows), about["source"])
         collectives.run_on_rank0_and_broadcast(lambda: _commit(tmp, folder, about, images))
     finally:
         if collectives.rank() == 0:
             shutil.rmtree(tmp, ignore_errors=True)
 
 
-def _run_on_all_ranks(work: Callable[[], None], source: str) -> None:
+def run_on_all_ranks(work: Callable[[], None], source: str) -> None:
     """Call `work` on every rank; if it fails on any rank, raise an error on all, so that no rank waits for another."""
     problem: Exception | None = None
     try:
@@ -169,18 +178,19 @@ def _write_part(part: Path, rows: Iterable[FeatureBatch]) -> None:
     Args:
         part: path of the files without suffix.
     """
-    count, shape, dtype = 0, [0], "float32"
+    count, shape, dtype, of_labels = 0, [0], "float32", [0]
     names = ("features", "labels", "numbers", "keys")
     features, labels, numbers, keys = (part.with_suffix(f".{name}").open("wb") for name in names)
     with features, labels, numbers, keys:
         for some in rows:
             array = some.features.numpy()
             count, shape, dtype = count + len(array), list(array.shape[1:]), array.dtype.name
+            of_labels = list(some.labels.shape[1:])
             features.write(np.ascontiguousarray(array).data)
             labels.write(some.labels.numpy().astype(np.int64).data)
             numbers.write(some.numbers.numpy().astype(np.int64).data)
             keys.write("".join(json.dumps(key) + "\n" for key in some.keys).encode("ascii"))
-    files.write_json(part.with_suffix(".json"), {"rows": count, "shape": shape, "dtype": dtype})
+    files.write_json(part.with_suffix(".json"), {"rows": count, "shape": shape, "dtype": dtype, "labels": of_labels})
 
 
 def _commit(tmp: Path, folder: Path, about: dict[str, Any], images: int) -> None:
@@ -193,7 +203,7 @@ def _commit(tmp: Path, folder: Path, about: dict[str, Any], images: int) -> None
     shape, dtype = tuple(parts[0][1]["shape"]), np.dtype(parts[0][1]["dtype"])
     for name, row, kind in (
         ("features", shape, dtype),
-        ("labels", (), np.dtype("int64")),
+        ("labels", tuple(parts[0][1]["labels"]), np.dtype("int64")),
         ("numbers", (), np.dtype("int64")),
     ):
         _join(tmp / f"{name}.npy", [path.with_suffix(f".{name}") for path, _ in parts], (n, *row), kind)

@@ -21,35 +21,39 @@ class Tile(NamedTuple):
     frame: str | None = None  # colour
 
 
-def draw(rows: Sequence[Sequence[Tile]], side: int = 150) -> bytes:
+def draw(rows: Sequence[Sequence[Tile]], side: int = 150, heights: Sequence[int] | None = None) -> bytes:
     """Return a PNG of the tiles, each fitted into a square of `side` pixels; small pictures are enlarged pixel by pixel.
 
     The background is transparent.
+
+    Args:
+        heights: height in pixels of every row's tiles; None: `side`.
     """
-    columns = max(map(len, rows))
-    width, height = columns * (side + GAP) + GAP, len(rows) * (side + TITLE + GAP) + GAP
+    columns, heights = max(map(len, rows)), heights or [side] * len(rows)
+    width, height = columns * (side + GAP) + GAP, sum(heights) + len(rows) * (TITLE + GAP) + GAP
     sheet = Image.new("RGBA", (width, height), (0, 0, 0, 0))
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(TITLE_SIZE)
-    for y, row in enumerate(rows):
+    top = GAP
+    for row, tall in zip(rows, heights, strict=True):
         for x, tile in enumerate(row):
-            left, top = GAP + x * (side + GAP), GAP + y * (side + TITLE + GAP)
+            left = GAP + x * (side + GAP)
             pen.text((left, top), _fitted(tile.title, font, side), fill=GREY, font=font)
-            picture = _fit(tile.image.convert("RGBA"), side - 2 * FRAME)
-            at = left + (side - picture.width) // 2, top + TITLE + (side - picture.height) // 2
+            picture = _fit(tile.image.convert("RGBA"), side - 2 * FRAME, tall - 2 * FRAME)
+            at = left + (side - picture.width) // 2, top + TITLE + (tall - picture.height) // 2
             if tile.frame is not None:
                 box = (at[0] - FRAME, at[1] - FRAME, at[0] + picture.width + FRAME, at[1] + picture.height + FRAME)
                 pen.rectangle(box, fill=tile.frame)
             sheet.paste(picture, at)
+        top += tall + TITLE + GAP
     out = io.BytesIO()
     sheet.save(out, "PNG")
     return out.getvalue()
 
 
-def _fit(image: Image.Image, side: int) -> Image.Image:
-    scale = side / max(image.size)
+def _fit(image: Image.Image, width: int, height: int) -> Image.Image:
+    scale = min(width / image.width, height / image.height)
     if max(image.size) <= SMALL_SIDE and scale >= 1:
-        factor = max(1, int(scale))
-        return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+        return image.resize((image.width * int(scale), image.height * int(scale)), Image.Resampling.NEAREST)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     return image.resize(size, Image.Resampling.BICUBIC)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from esvit_scale.checkpoint.card_results import quoted_k
+from esvit_scale.evaluate.segmentation import protocol_in_words
 from esvit_scale.report.run_files import Json, RunFiles, try_or_note
 
 NO_VALUE = "–"
@@ -52,7 +53,7 @@ def evaluations(runs: Sequence[NamedRun], missing: list[str]) -> list[Table]:
 
     When a result file has an unexpected form, only its table is left out, with a note in `missing`.
     """
-    makers = (knn, few_shot, linear, transfer, retrieval, revisited, correspondence)
+    makers = (knn, few_shot, linear, transfer, retrieval, revisited, segmentation, segmented_classes, correspondence)
     made = (try_or_note(f"{make.__name__.replace('_', '-')} table", missing, lambda m=make: m(runs)) for make in makers)  # type: ignore[misc]
     return [table for table in made if table is not None and table.rows]
 
@@ -219,6 +220,63 @@ def revisited(runs: Sequence[NamedRun]) -> Table | None:
 
 def _retrievals(runs: Sequence[NamedRun], kind: str) -> list[tuple[str, Json]]:
     return [(name, r) for name, run in runs for r in run.results["retrieval"] if r.get("kind") == kind]
+
+
+def segmentation(runs: Sequence[NamedRun]) -> Table | None:
+    """Return the table of segmentation, with the protocol of every result; None without results."""
+    found = [(join(name, result_name(r)), r) for name, run in runs for r in run.results["segmentation"]]
+    if not found:
+        return None
+    rows = [
+        Row(
+            join(name, head),
+            [
+                Cell(f"{row['miou']:.1f}"),
+                Cell(_interval(row)),
+                Cell(f"{row['pixel_accuracy']:.1f}"),
+                Cell(f"{row['mean_accuracy']:.1f}"),
+            ],
+            row["miou"],
+        )
+        for name, r in found
+        for head, row in r["results"].items()
+    ]
+    guessed: dict[str, tuple[float, float]] = {
+        f"always {r['largest_class']['class']}": (r["largest_class"]["miou"], r["largest_class"]["pixel_accuracy"])
+        for _, r in found
+    }
+    rows += [
+        Row(name, [Cell(f"{miou:.1f}"), Cell(NO_VALUE), Cell(f"{share:.1f}"), Cell(NO_VALUE)], miou)
+        for name, (miou, share) in guessed.items()
+    ]
+    protocols = list(dict.fromkeys(protocol_in_words(r) for _, r in found))
+    note = (
+        "Heads on frozen stage maps. In percent: mean IoU over the classes with its 95 % bootstrap interval over images, "
+        "pixel accuracy, and the mean accuracy of the classes."
+    )
+    remarks = [Remark("", ["Protocol, without which the figures cannot be compared:"], protocols)]
+    warning = "The protocols differ: not comparable." if len(protocols) > 1 else ""
+    head = ["features and head", "mIoU", "95 %", "pixels", "classes"]
+    return Table("segmentation", "Segmentation", note, head, rows, warning, remarks)
+
+
+def segmented_classes(runs: Sequence[NamedRun]) -> Table | None:
+    """Return the table of the IoU of every class; None without results."""
+    found = [
+        (join(name, result_name(r), head), {row["class"]: row for row in result["per_class"]})
+        for name, run in runs
+        for r in run.results["segmentation"]
+        for head, result in r["results"].items()
+    ]
+    if not found:
+        return None
+    classes = dict.fromkeys(name for _, rows in found for name in rows)
+    rows = [
+        Row(name, [Cell(NO_VALUE) if not (of := columns.get(name)) else _score(of, "iou") for _, columns in found])
+        for name in classes
+    ]
+    note = "IoU in percent; – for a class that is neither in the masks nor predicted."
+    return Table("segmented-classes", "Segmentation, class by class", note, ["class", *(n for n, _ in found)], rows)
 
 
 def correspondence(runs: Sequence[NamedRun]) -> Table | None:

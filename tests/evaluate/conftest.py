@@ -42,3 +42,23 @@ def paint(folder: Path, count: int, seed: int, colours: dict[str, tuple[int, int
         for i in range(count):
             pixels = np.clip(colour + generator.normal(0, 60, (37, 41, 3)), 0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{i:02d}.png")
+
+
+def paint_masked(root: Path, n: int, seed: int) -> Path:
+    """Images of several shapes with a red square on blue noise; the pixels around the square are ignored."""
+    rng = np.random.default_rng(seed)
+    for i in range(n):
+        height, width = 40 + 4 * (i % 3), 48 + 7 * (i % 2)
+        pixels = np.clip(np.array((40, 60, 200)) + rng.normal(0, 30, (height, width, 3)), 0, 255)
+        y, x, side = rng.integers(2, height - 22), rng.integers(2, width - 22), 20
+        pixels[y : y + side, x : x + side] = np.clip(
+            np.array((210, 50, 40)) + rng.normal(0, 30, (side, side, 3)), 0, 255
+        )
+        mask = np.zeros((height, width), np.uint8)
+        mask[y - 1 : y + side + 1, x - 1 : x + side + 1] = 255
+        mask[y : y + side, x : x + side] = 1
+        for kind, values in (("images", pixels.astype(np.uint8)), ("masks", mask)):
+            (root / kind).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(values).save(root / kind / f"{i:02d}.png")
+    (root / "classes.txt").write_text("ground\nsquare\n")
+    return root

@@ -164,6 +164,26 @@ def test_retrieval_results_have_tables_and_a_picture(run: Path) -> None:
         assert words in text
 
 
+def test_segmentation_is_shown_with_its_protocol(run: Path) -> None:
+    score = {"miou": 52.25, "interval": [45.75, 58.25], "pixel_accuracy": 69.5, "mean_accuracy": 61.5}
+    score["per_class"] = [{"class": EVIL, "iou": 33.25}, {"class": "absent", "iou": None}]
+    protocol = {"layout": "ADE20K", "size": 512, "crop": 512, "stride": 341, "ignored": "0", "pixels_per_image": 64}
+    protocol["linear"] = {"iterations": 2000, "batch": 16, "lr": 0.01, "rates": [1, 2], "held_out_images": 9}
+    result = {"step": 8, "n_test": 20, "n_train": 90, "protocol": protocol, "results": {"linear": score}}
+    result["largest_class"] = {"class": "sky", "miou": 1.5, "pixel_accuracy": 17.5}
+    (run / "segmentation.json").write_text(json.dumps(result))
+    Image.new("RGB", (8, 8)).save(run / "segmentation.png")
+    text = parse(write_report(run)).text
+    for words in ("52.2", "45.8 – 58.2", "always sky", "17.5", EVIL, "33.2", "Segmented images"):
+        assert words in text
+    assert "windows of 512 every 341, masks at their own resolution, 0 ignored" in text
+    assert "2,000 iterations of 16 images, learning rate 0.01, selected of 2" in text
+    assert "not comparable" not in text
+    (run / "other").mkdir()
+    (run / "other" / "segmentation.json").write_text(json.dumps(result | {"protocol": protocol | {"size": 640}}))
+    assert "The protocols differ: not comparable." in parse(write_report(run)).text
+
+
 LINEAR = {
     "step": 8,
     "n_train": 1000,
