@@ -93,6 +93,11 @@ def _cross_field_problems(c: Config) -> list[str]:
     low, high = c.objective.mask_ratio
     if low > high:
         problems.append(f"objective.mask_ratio: needs low <= high, got [{low}, {high}]")
+    if c.objective.gram_weight and c.objective.gram_start is None:
+        problems.append(
+            "objective.gram_weight: needs objective.gram_start, the steps after which Gram anchoring begins; the features "
+            "must be good by then (docs/objectives.md)"
+        )
     problems += _pixel_problems(c.data)
     problems += _address_problems(c)
     if c.train.knn_every and not c.data.held_out:

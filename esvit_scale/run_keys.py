@@ -219,6 +219,14 @@ class Objective(Section):
     koleo_across_ranks: bool = False
     """Whether KoLeo compares an image with those of all ranks; false: with its own rank's."""
 
+    gram_weight: Rate = 0.0
+    """[no unit] Weight of Gram anchoring, which keeps the similarities between an image's regions as an earlier teacher had
+    them (docs/objectives.md); 0: without."""
+    gram_start: Count | None = None
+    """[steps] Steps after which Gram anchoring begins, to the teacher of that step. Gram anchoring needs it."""
+    gram_every: Positive = 10_000
+    """[steps] Distance at which the teacher of that step takes the earlier one's place in Gram anchoring."""
+
     @model_validator(mode="before")
     @classmethod
     def _regions_are_esvits(cls, values: Any) -> Any:

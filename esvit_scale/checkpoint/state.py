@@ -37,6 +37,7 @@ T = TypeVar("T")
 
 NETWORK_PREFIXES = {"student": "student/", "teacher": "ema/"}  # network → prefix of its tensors' names in storage
 CENTER = "center/"
+GRAM = "gram/"  # prefix of the Gram teacher's tensors
 
 
 class NotSaved(RestartCanHelp):
@@ -59,7 +60,7 @@ def take_snapshot(config: Config, engines: Engines, centers: dict[str, Tensor], 
         "shapes": shapes_of(engines.student.module),
         "config": config.model_dump(mode="json"),
     }
-    return Snapshot(_intervals(engines, optimizer_steps, centers), state)
+    return Snapshot(_intervals(engines, optimizer_steps, centers) | _gram_intervals(engines, cursor["step"]), state)
 
 
 def save(run: Path, config: Config, engines: Engines, centers: dict[str, Tensor], cursor: dict[str, int]) -> Path:
@@ -131,6 +132,19 @@ def _run_on_all_ranks(folder: Path, work: Callable[[], T]) -> list[T]:
     return [result for result, _ in answers]
 
 
+def _gram_intervals(engines: Engines, step: int) -> dict[str, Interval]:
+    """Return this rank's part of the Gram teacher's tensors, as views; none if there is none after `step` steps.
+
+    Frozen parameters are the student's. Which earlier teacher it is follows from the step (parallel/gram.py).
+    """
+    gram = engines.gram
+    if gram is None or not gram.is_on(step):
+        return {}
+    pairs = zip(gram.partitions, gram.values, strict=True)
+    intervals = {f"{GRAM}{p.name}": Interval(values, p.start, p.shape.numel()) for p, values in pairs}
+    return intervals | {f"{GRAM}{n}": whole_interval(buffer) for n, buffer in persistent_buffers(gram.module).items()}
+
+
 def find_nonfinite(engines: Engines, centers: dict[str, Tensor]) -> list[str]:
     """Return the sorted names of the state's tensors that hold NaN or infinity on any rank. All ranks call it."""
     intervals = _intervals(engines, _optimizer_steps(engines), centers)
@@ -159,10 +173,13 @@ def restore(folder: Path, engines: Engines, centers: dict[str, Tensor]) -> dict[
         )
     _prepare_optimizer_state(engines, state["optimizer_steps"])
     intervals = _intervals(engines, state["optimizer_steps"], centers)
+    intervals |= _gram_intervals(engines, state["cursor"]["step"])
     storage.load(folder, {key: i for key, i in intervals.items() if key.partition("/")[2] not in old})
     engines.layout.sync_working_weights()
     engines.teacher.sync_frozen()
     engines.teacher.sync_working_weights()
+    if engines.gram is not None:
+        engines.gram.sync_after_restore()
     if bad := find_nonfinite(engines, centers):
         raise UserError(
             f"{folder}: holds NaN or infinite values ({', '.join(bad[:3])}); remove this folder to resume from the "

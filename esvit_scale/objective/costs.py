@@ -17,7 +17,7 @@ from esvit_scale.models.descriptions import Activations, Count, CropCost, KeptAc
 from esvit_scale.models.drop_path import drop_keys
 from esvit_scale.models.registry import build_trunk
 from esvit_scale.models.trunk import Features, call
-from esvit_scale.objective.koleo import kept_bytes
+from esvit_scale.objective import gram, koleo
 from esvit_scale.objective.network import Network, StudentNetwork, build_network, build_student
 from esvit_scale.objective.objective import Objective
 from esvit_scale.objective.registry import build_objective
@@ -75,6 +75,7 @@ def image_flops(config: Config, count: Count = "published") -> int:
     V2's position bias, the centre) are left out because they are negligible, and so is KoLeo's comparison of view
     features: 4 · C per image that an image is compared with, 13 MFLOP for Swin-T and 4,096 images, of 154 GFLOP.
     Masks of regions add no product: hidden tokens pass through the network like others, and their targets are there.
+    Gram anchoring is counted as at its steps, from `objective.gram_start` on: a second teacher's forward and the cosines.
 
     Args:
         count: the way of counting (models/descriptions.py). A traced trunk or objective only has the count "executed",
@@ -88,6 +89,9 @@ def image_flops(config: Config, count: Count = "published") -> int:
     )
     student = sum(crop.flops_with_keys for crop in crops)
     teacher = sum(crop.flops for crop in crops[:TEACHER_VIEWS]) if objective.has_teacher else 0
+    if config.objective.gram_weight:
+        dim = _network(config).trunk.dim
+        teacher += sum(crop.flops + gram.flops(crop.grid, dim) for crop in crops[:TEACHER_VIEWS])
     pixels = sum(crop.pixel_flops for crop in crops) if count == "executed" else 0  # pixels need no gradient
     return 3 * student + teacher + of_objective - pixels
 
@@ -193,7 +197,10 @@ def _kept_by_formulas(config: Config) -> KeptActivations:
     element = weight_dtype(config).itemsize
     found = of_trunk.kept(sizes, element)
     heads = of_objective.kept([of_trunk.crop_cost(size, "executed").grid for size in sizes], element)
-    others = kept_bytes(network.trunk.dim, element) if config.objective.koleo_weight else 0
+    others = koleo.kept_bytes(network.trunk.dim, element) if config.objective.koleo_weight else 0
+    if config.objective.gram_weight:
+        grid = of_trunk.crop_cost(sizes[0], "executed").grid
+        others += TEACHER_VIEWS * gram.kept_bytes(grid, network.trunk.dim, element)
     per_image = found.outside.per_image + heads.per_image + others
     outside = Activations(per_image, found.outside.per_step + heads.per_step)
     return found._replace(outside=outside)
@@ -236,9 +243,13 @@ def _traced_step(
     noted = models_traced.Kept(network)
     blocks = models_traced.KeptByBlocks(noted, network.trunk.blocks)
     network.trunk.run_block = blocks
+    anchors = None
+    if config.objective.gram_weight:
+        with torch.no_grad():
+            anchors = network.trunk(crops[:1]).regions
     keys = drop_keys(0, 0, torch.arange(images), len(sizes))
     with noted.hooks(), models_traced.FusedAttention():
-        loss, *_ = network(crops, targets, keys, TEACHER_TEMP)
+        loss, *_ = network(crops, targets, keys, TEACHER_TEMP, anchors)
     network.trunk.run_block = call
     noted.note_attributes(loss.grad_fn)
     return blocks.called, blocks.saved, blocks.inputs, blocks.products, [noted.bytes - sum(blocks.saved)]

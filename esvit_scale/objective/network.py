@@ -1,4 +1,4 @@
-"""The modules that DeepSpeed wraps: a trunk and an objective together, as student or as teacher."""
+"""The modules that DeepSpeed wraps: a trunk and an objective together, as student or as teacher; and the Gram teacher."""
 
 from typing import Any, TypeVar
 
@@ -10,6 +10,7 @@ from esvit_scale.models import products
 from esvit_scale.models.masking import Mask, MaskToken, cells_of, draw_cells
 from esvit_scale.models.registry import build_trunk
 from esvit_scale.models.trunk import Trunk
+from esvit_scale.objective.gram import gram_loss
 from esvit_scale.objective.koleo import CROPS, koleo
 from esvit_scale.objective.objective import Logs, Objective, spread
 from esvit_scale.objective.registry import build_objective
@@ -39,9 +40,11 @@ class StudentNetwork(Network):
     Attributes:
         koleo_weight: weight of the KoLeo loss of the view features, beside the objective's loss.
         koleo_across_ranks: whether KoLeo compares with the images of all ranks.
+        gram_weight: weight of the Gram loss of the region features, at steps at which the Gram teacher is on.
         mask_share, mask_ratio: how many global crops are masked, and how much of them (`masking.draw_cells`).
     """
 
+    gram_weight = 0.0
     koleo_weight = 0.0
     koleo_across_ranks = False
     mask_share = 0.0
@@ -49,7 +52,12 @@ class StudentNetwork(Network):
 
     @ranges.named("student forward")
     def forward(
-        self, crops: list[Tensor], targets: Any, drop_keys: Tensor | None, teacher_temp: float
+        self,
+        crops: list[Tensor],
+        targets: Any,
+        drop_keys: Tensor | None,
+        teacher_temp: float,
+        anchors: Tensor | None = None,
     ) -> tuple[Tensor, Logs, Tensor]:
         """Return the loss of all crops, scalars to log, and the detached view features [ΣB, C].
 
@@ -58,6 +66,7 @@ class StudentNetwork(Network):
             targets: what the teacher returned for the globals; None for an objective without a teacher.
             drop_keys: int64 [ΣB], one key per crop image for drop path and masks; None drops and masks nothing.
             teacher_temp: temperature of the teacher's softmax at this step.
+            anchors: what the Gram teacher returned for the globals; None while it is off.
         """
         mask = None if drop_keys is None else self._mask(crops[0], drop_keys)
         features = self.trunk(crops, drop_keys, *([] if mask is None else [mask]))
@@ -67,6 +76,9 @@ class StudentNetwork(Network):
         if self.koleo_weight:
             term = koleo(features.view, features.grids[0][0] // CROPS, self.koleo_across_ranks)
             loss, logs = loss + self.koleo_weight * term, {**logs, "loss_koleo": term.detach()}
+        if anchors is not None:
+            term = gram_loss(features.regions, anchors, features.grids[0])
+            loss, logs = loss + self.gram_weight * term, {**logs, "loss_gram": term.detach()}
         return loss, {**logs, "feature_std": spread(view)}, view
 
     def _mask(self, globals_: Tensor, drop_keys: Tensor) -> Mask | None:
@@ -90,6 +102,26 @@ class TeacherNetwork(Network):
         return self.objective.targets(self.trunk(crops, None))
 
 
+class GramNetwork(nn.Module):
+    """The trunk of an earlier teacher, to whose region features the student's are anchored; it has no objective.
+
+    Its parameters have the names of the student's, `trunk.…`.
+    """
+
+    def __init__(self, trunk: Trunk) -> None:
+        super().__init__()
+        self.trunk = trunk
+
+    @ranges.named("Gram teacher forward")
+    def forward(self, crops: list[Tensor]) -> Tensor:
+        """Return the region features of the two global crops, [2·B·T, C]; call it without gradient.
+
+        `crops` has a single tensor, [2·B, channels, S, S].
+        """
+        regions: Tensor = self.trunk(crops, None).regions
+        return regions
+
+
 def build_network(config: Config) -> Network:
     """Build the trunk and objective of a config as one module without a forward, to look at parameters and shapes.
 
@@ -104,6 +136,7 @@ def build_student(config: Config) -> StudentNetwork:
     student = _build(StudentNetwork, config)
     student.koleo_weight = config.objective.koleo_weight
     student.koleo_across_ranks = config.objective.koleo_across_ranks
+    student.gram_weight = config.objective.gram_weight
     student.mask_share, student.mask_ratio = config.objective.mask_crops, config.objective.mask_ratio
     return student
 
@@ -111,6 +144,13 @@ def build_student(config: Config) -> StudentNetwork:
 def build_teacher(config: Config) -> TeacherNetwork:
     """Build the teacher network of a config; raises UserError in the same cases as `build_network`."""
     return _build(TeacherNetwork, config)
+
+
+def build_gram_network(config: Config) -> GramNetwork:
+    """Build the Gram teacher's network of a config."""
+    trunk = build_trunk(config)
+    products.replace(trunk)
+    return GramNetwork(trunk)
 
 
 def _build(kind: type[AnyNetwork], config: Config) -> AnyNetwork:

@@ -48,6 +48,11 @@ def build_objective(trunk: Trunk, config: Config) -> Objective:
         raise UserError(f"objective.regions: {name} has no region loss; leave it out, or take objective.name=esvit")
     if config.objective.mask_weight:
         _check_masks(trunk, objective, config)
+    if config.objective.gram_weight and not trunk.has_regions:
+        raise UserError(
+            f"objective.gram_weight: {config.model.trunk} gives no region tokens to compare; set objective.gram_weight=0, or "
+            "take a trunk with a grid of tokens"
+        )
     if not objective.has_teacher and (config.objective.ema_momentum or config.objective.ema_momentum_end):
         raise UserError(
             f"objective.ema_momentum: {name} has no teacher, whose weights are what evaluation reads; set "

@@ -33,7 +33,7 @@ class Teacher:
             build: makes a module of the student's architecture.
         """
         self._student, self._layout = student, layout
-        self.network, self.module, self.values, self._sync = layout.make_teacher(build)
+        self.network, self.module, _, self.values, self._sync = layout.make_teacher(build)
         self.sync_frozen()
         cast_buffers_to_fp32(self.module)
         self.sync_buffers()

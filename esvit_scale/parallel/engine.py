@@ -5,10 +5,11 @@
 3. Initial values are written, parameter by parameter. What initialisers write while ZeRO 3 builds a module would be
    lost silently. The values depend on (name, shape, seed) alone, so they are the same at every stage, world size and
    precision.
-4. The teacher is made as a copy of the student, because both must start equal.
+4. The teacher is made as a copy of the student, because both must start equal; the Gram teacher (parallel/gram.py), if
+   there is one, as a copy of the teacher.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +20,17 @@ from esvit_scale.errors import UserError
 from esvit_scale.models import window_attention_implementations
 from esvit_scale.models.distributions import Initializer
 from esvit_scale.models.initialize import initial_value, initial_values
+from esvit_scale.models.trunk import Trunk
 from esvit_scale.objective import prototype_passes
 from esvit_scale.objective.costs import weight_dtype
-from esvit_scale.objective.network import Network, build_network, build_student, build_teacher
+from esvit_scale.objective.network import Network, build_gram_network, build_network, build_student, build_teacher
 from esvit_scale.objective.param_groups import MATRICES, Matrix, hidden_matrices, largest_of_each_part, parameter_groups
 from esvit_scale.objective.registry import check_local_batch
 from esvit_scale.parallel import activation_checkpointing, compilation, ds_config, optimizers, zero
 from esvit_scale.parallel.buffers import cast_buffers_to_fp32, persistent_buffers
 from esvit_scale.parallel.ema import Teacher
 from esvit_scale.parallel.gradients import GradientClipper
+from esvit_scale.parallel.gram import GramTeacher
 from esvit_scale.parallel.muon import Muon
 from esvit_scale.parallel.world import World
 from esvit_scale.parallel.zero import Layout, Partition
@@ -40,6 +43,7 @@ class Engines(NamedTuple):
     optimizer: torch.optim.Optimizer  # the base optimizer, which ZeRO steps
     group_of: dict[str, str]  # trainable parameter → its group's name
     teacher: Teacher
+    gram: GramTeacher | None  # None without Gram anchoring
     clipper: GradientClipper
     layout: Layout  # of the student, at the run's ZeRO stage
     dtype: torch.dtype  # of the weights that the forward uses
@@ -49,6 +53,11 @@ class Engines(NamedTuple):
     def partitions(self) -> list[Partition]:
         """The intervals of the student's trainable parameters that this rank owns, in the module's parameter order."""
         return self.layout.partitions
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The student's module, and the networks whose forwards give it targets."""
+        return [self.student.module, self.teacher.network, *([] if self.gram is None else [self.gram.network])]
 
 
 def build(config: Config, world: World, given: dict[str, Tensor]) -> Engines:
@@ -94,18 +103,23 @@ def build(config: Config, world: World, given: dict[str, Tensor]) -> Engines:
     clip, clip_by = config.optim.clip, config.optim.clip_by
     clipper = GradientClipper(optimizer, layout, names, watched, clip, clip_by, world.device)
     teacher = Teacher(student.module, layout, lambda: build_teacher(config))
-    if config.train.compile:
-        for network in (student.module, teacher.network):
-            compilation.apply(network.trunk, world.device)
+    gram, start = None, config.objective.gram_start
+    if config.objective.gram_weight and start is not None:
+        make = lambda: build_gram_network(config)  # noqa: E731
+        gram = GramTeacher(student.module, teacher, layout, make, start, config.objective.gram_every)
     group_of = {name: group for group, members in groups.items() for name in members}
     moments = {group: optimizers.moments(config.optim.name, group) for group in groups}
-    return Engines(student, optimizer, group_of, teacher, clipper, layout, weight_dtype(config), moments)
+    engines = Engines(student, optimizer, group_of, teacher, gram, clipper, layout, weight_dtype(config), moments)
+    if config.train.compile:
+        for network in engines.networks:
+            compilation.apply(cast(Trunk, network.trunk), world.device)
+    return engines
 
 
 def use_implementations(engines: Engines, attention: str, prototype_loss: str) -> None:
     """Let the networks compute window attention and the loss over prototypes with the implementations of these names."""
-    for network in (engines.student.module, engines.teacher.network):
-        network.trunk.use_attention(window_attention_implementations.implementation(attention))
+    for network in engines.networks:
+        cast(Trunk, network.trunk).use_attention(window_attention_implementations.implementation(attention))
     objective = engines.student.module.objective
     if objective.passes is not None:
         objective.passes = prototype_passes.implementation(prototype_loss)
@@ -144,7 +158,7 @@ def loss_scale_can_fall(engines: Engines) -> bool:
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:
-    """Return the bf16 autocast context for the teacher's forward (disabled unless `train.precision` is autocast);
+    """Return the bf16 autocast context for a teacher's forward (disabled unless `train.precision` is autocast);
     DeepSpeed enters one for the student's forward itself."""
     return torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "autocast")
 

@@ -69,11 +69,13 @@ class Frozen(NamedTuple):
 
 
 class TeacherWeights(NamedTuple):
-    """The result of `Layout.make_teacher`: a copy of the student without gradients, and the fp32 EMA values."""
+    """The result of `Layout.make_teacher`: a copy of the student, or of a part of it, without gradients; and the fp32
+    values that are averaged or replaced."""
 
     network: Any  # the module or engine whose forward gives the targets
     module: nn.Module  # the module inside `network`
-    values: list[Tensor]  # the fp32 EMA [length] of each of the student's partitions
+    partitions: list[Partition]  # the student's partitions of the module's parameters
+    values: list[Tensor]  # the fp32 values [length] of each of these partitions
     sync: Callable[[], None]  # copies `values` into the weights that the forward uses; all ranks call it
 
 
@@ -112,7 +114,7 @@ class Layout(ABC):
         """Return a teacher whose trainable parameters equal the student's. All ranks call it.
 
         Args:
-            build: makes a module of the student's architecture.
+            build: makes a module of the student's architecture, or one that has some of its parameters, by their names.
         """
 
     def pending_gradients(self) -> Iterator[Tensor]:
@@ -162,6 +164,9 @@ class Layout(ABC):
     @abstractmethod
     def _find_partitions(self) -> list[Partition]: ...
 
+    def _partitions_of(self, parameters: dict[str, Any]) -> list[Partition]:
+        return [p for p in self.partitions if p.name in parameters]
+
     def _trainable(self) -> list[tuple[str, Any]]:
         return [(name, p) for name, p in self._student.module.named_parameters() if p.requires_grad]
 
@@ -186,7 +191,8 @@ class ReplicatedLayout(Layout):
         """Return a teacher whose module's parameters are themselves the fp32 EMA."""
         module = _copy_of(self._student.module, build)
         own = dict(module.named_parameters())
-        return TeacherWeights(module, module, [own[p.name].data.view(-1) for p in self.partitions], lambda: None)
+        partitions = self._partitions_of(own)
+        return TeacherWeights(module, module, partitions, [own[p.name].data.view(-1) for p in partitions], lambda: None)
 
     def pending_gradients(self) -> Iterator[Tensor]:
         """Yield nothing: at ZeRO 0, the base optimizer has all gradients when it steps."""
@@ -227,15 +233,20 @@ class FlatLayout(Layout):
 
     def make_teacher(self, build: Callable[[], nn.Module]) -> TeacherWeights:
         """Return a teacher whose parameters are views of flat buffers with the same layout as the student's; its `sync`
-        all-gathers these buffers."""
+        all-gathers these buffers. A teacher with a part of the student's parameters has parameters of its own, and its
+        `sync` gathers one group after the other in a buffer that it frees again."""
         module = _copy_of(self._student.module, build)
-        own = dict(module.named_parameters())
+        own: dict[str, Any] = dict(module.named_parameters())
+        partitions = self._partitions_of(own)
+        values = [p.master.clone() for p in partitions]
         names = {id(p): name for name, p in self._trainable()}
+        if any(name not in own for name in names.values()):
+            return TeacherWeights(module, module, partitions, values, lambda: self._gather_part(own, values))
         buffers = [flat.clone() for flat in self._zero.bit16_groups_flat]
         for group, p, begin in self._places():
             own[names[id(p)]].data = buffers[group].narrow(0, begin, p.numel()).view(p.shape)
-        values = [p.master.clone() for p in self.partitions]
-        return TeacherWeights(module, module, values, lambda: self._gather(buffers, values))
+        groups = dict(enumerate(buffers))
+        return TeacherWeights(module, module, partitions, values, lambda: self._gather(groups, partitions, values))
 
     def leave_finite_check_to_hooks(self) -> None:
         """Switch off DeepSpeed's search for NaN and its global norm, unless the optimizer is offloaded."""
@@ -249,15 +260,32 @@ class FlatLayout(Layout):
             for p in params:
                 yield group, p, (p.data_ptr() - flat.data_ptr()) // flat.element_size()
 
-    def _gather(self, buffers: list[Tensor], values: list[Tensor]) -> None:
-        """Copy `values`, one tensor per partition, into this rank's parts of the buffers, and all-gather these."""
+    def _gather(self, buffers: dict[int, Tensor], partitions: list[Partition], values: list[Tensor]) -> None:
+        """Copy `values`, one tensor per partition, into this rank's parts of the groups' buffers, and all-gather these.
+
+        Partitions of other groups are skipped.
+        """
         by_flat = {id(flat): group for group, flat in enumerate(self._zero.single_partition_of_fp32_groups)}
-        parts = [buffer.chunk(dist.get_world_size())[dist.get_rank()] for buffer in buffers]
-        for value, p in zip(values, self.partitions, strict=True):
-            parts[by_flat[id(p.flat)]].narrow(0, p.offset, p.length).copy_(value)
-        if dist.get_world_size() > 1:
-            for buffer, part in zip(buffers, parts, strict=True):
-                collectives.all_gather_flat(buffer, part.clone())
+        world, rank = dist.get_world_size(), dist.get_rank()
+        parts = {group: buffer.chunk(world)[rank] for group, buffer in buffers.items()}
+        for value, p in zip(values, partitions, strict=True):
+            if (group := by_flat[id(p.flat)]) in parts:
+                parts[group].narrow(0, p.offset, p.length).copy_(value)
+        if world > 1:
+            for group, buffer in buffers.items():
+                collectives.all_gather_flat(buffer, parts[group].clone())
+
+    def _gather_part(self, own: dict[str, Any], values: list[Tensor]) -> None:
+        """Copy `values`, one tensor for each partition of the parameters `own`, from all ranks into these parameters."""
+        names = {id(p): name for name, p in self._trainable()}
+        partitions = self._partitions_of(own)
+        found = [(group, own[names[id(p)]], begin) for group, p, begin in self._places() if names[id(p)] in own]
+        for group in sorted({group for group, *_ in found}):
+            buffer = torch.empty_like(self._zero.bit16_groups_flat[group])
+            self._gather({group: buffer}, partitions, values)
+            for of_group, parameter, begin in found:
+                if of_group == group:
+                    parameter.data.view(-1).copy_(buffer.narrow(0, begin, parameter.numel()))
 
 
 class PartitionedLayout(Layout):
@@ -313,13 +341,14 @@ class PartitionedLayout(Layout):
         module = self.build_module(build, ds).requires_grad_(False)
         engine, *_ = deepspeed.initialize(model=module, config=ds)
         own: dict[str, Any] = dict(engine.module.named_parameters())
-        values = [p.master.clone() for p in self.partitions]
+        partitions = self._partitions_of(own)
+        values = [p.master.clone() for p in partitions]
 
         def sync() -> None:
-            for value, p in zip(values, self.partitions, strict=True):
+            for value, p in zip(values, partitions, strict=True):
                 own[p.name].ds_tensor.data[: p.length].copy_(value)
 
-        return TeacherWeights(engine, engine.module, values, sync)
+        return TeacherWeights(engine, engine.module, partitions, values, sync)
 
     def hook_gathers(self, networks: Sequence[nn.Module], hook: Callable[..., None]) -> None:
         """Register `hook` before and after DeepSpeed's own forward pre-hook of every layer, in which it gathers."""

@@ -46,6 +46,7 @@ GROUPS = (
             "loss_region": ("region (R)", GREEN),
             "loss_masked": ("masked regions, before their weight", VIOLET),
             "loss_koleo": ("KoLeo, before its weight", VIOLET),
+            "loss_gram": ("Gram anchoring, before its weight", ORANGE),
         },
     ),
     Group(

@@ -168,7 +168,7 @@ def _rate(sweep: Sweep, base: Config, params: int) -> float:
 
 
 def _scale_horizon(values: dict[str, Any], base: Config, data: Manifest, images: int, steps: int) -> None:
-    """Scale the epoch-based settings in `values` (warm-ups, last-layer freeze) to a run of `steps` on `images` images.
+    """Scale the horizons in `values` (warm-ups, last-layer freeze, Gram teachers) to a run of `steps` on `images` images.
 
     Each setting then covers the same fraction of that run as of the base config's run.
     """
@@ -179,6 +179,10 @@ def _scale_horizon(values: dict[str, Any], base: Config, data: Manifest, images:
     values["optim"]["warmup_epochs"] = base.optim.warmup_epochs * ratio
     values["optim"]["freeze_last_layer_epochs"] = round(base.optim.freeze_last_layer_epochs * ratio)
     values["objective"]["teacher_temp_warmup_epochs"] = round(base.objective.teacher_temp_warmup_epochs * ratio)
+    if base.objective.gram_start is not None:
+        of_steps = steps / (base_epochs * _steps_an_epoch(base, data.samples))
+        values["objective"]["gram_start"] = round(base.objective.gram_start * of_steps)
+        values["objective"]["gram_every"] = max(1, round(base.objective.gram_every * of_steps))
 
 
 def _steps_an_epoch(base: Config, images: int) -> int:

@@ -8,6 +8,9 @@ and W ranks (parallel/zero.py and ema.py say how it is stored):
     1, 2       eP           4P/W       8P/W       4P/W      eP         eP/W
     3          eP/W         4P/W       8P/W       4P/W      eP/W       eP/W
 
+Gram anchoring adds a second teacher, of the trunk alone, with T parameters: 4T at stage 0, eT + 4·min(T, P/W) at stages
+1 and 2, where the first ranks own the trunk, and (e + 4)T/W at stage 3.
+
 With gradient accumulation, bf16 and fp16 gradients are summed in fp32, 4P/W at stages 1 to 3 (stage 1 then runs as
 stage 2; parallel/ds_config.py says why).
 
@@ -41,6 +44,7 @@ class ElementCounts(NamedTuple):
 
     groups: dict[str, list[int]]  # parameter group → the number of elements of each of its parameters
     moments: dict[str, int]  # parameter group → how many tensors of a parameter's size the optimizer keeps
+    trunk: dict[str, list[int]]  # `groups` of the trunk alone
     blocks: list[int]  # number of elements of each block of the trunk
     heads: int
     prototypes: list[int]  # number of elements of each prototype layer
@@ -64,6 +68,7 @@ class Memory(NamedTuple):
     moments: int
     ema: int
     teacher: int  # the teacher's working copy of its weights
+    gram: int  # the Gram teacher's fp32 values and working copy; 0 without Gram anchoring
     gradients: int  # this rank's gradients, kept from the backward to the step
     buckets: int  # buffers in which gradients are reduced
     gathered: int  # parameters that are temporarily gathered (stage 3)
@@ -76,7 +81,7 @@ class Memory(NamedTuple):
     @property
     def state(self) -> int:
         """Return the bytes that stay allocated between steps, except stage 3's gradients and reduction bucket."""
-        return self.parameters + self.masters + self.moments + self.ema + self.teacher
+        return self.parameters + self.masters + self.moments + self.ema + self.teacher + self.gram
 
     @property
     def at_start(self) -> int:
@@ -101,14 +106,16 @@ def network_of(config: Config) -> ElementCounts:
     matrices = {m.name for m in hidden_matrices(network.trunk, network)} if muon else set()
     group_of = parameter_groups(network, matrices=matrices)
     sizes: dict[str, list[int]] = {}
+    trunk: dict[str, list[int]] = {}
     for name, parameter in network.named_parameters():
         if name in group_of:
-            sizes.setdefault(group_of[name], []).append(parameter.numel())
+            for of_part in (sizes, trunk) if name.startswith("trunk.") else (sizes,):
+                of_part.setdefault(group_of[name], []).append(parameter.numel())
     count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
     prototypes = [m.weight_v.numel() for m in network.objective.modules() if isinstance(m, Prototypes)]
     moments = {group: len(optimizers.moments(config.optim.name, group)) for group in sizes}
     blocks = [count(block) for block in network.trunk.blocks]
-    return ElementCounts(sizes, moments, blocks, count(network.objective), prototypes)
+    return ElementCounts(sizes, moments, trunk, blocks, count(network.objective), prototypes)
 
 
 class _Demand(NamedTuple):
@@ -125,6 +132,7 @@ class _Demand(NamedTuple):
     loss: int  # workspace of the fused cross-entropy
     early: int  # peak of the activations during the backward
     late: int  # peak of the activations plus the gradients computed so far
+    gram: dict[str, list[int]]  # parameter group → the number of elements of each parameter of the Gram teacher
 
     @property
     def bucket(self) -> int:
@@ -183,7 +191,10 @@ def memory(
     loss = _loss_workspace(network, e, CPU_TILE_BYTES if on_cpu else capacity // GPU_TILE_SHARE)
     early, late = backward_peaks(config, network, images, checkpointing, pixels, e)
     summed = 4 if accumulates_in_fp32(config) else e
-    return _AT_STAGE[stage](_Demand(network, ranks, e, summed, on_cpu, pixels, activations, held, loss, early, late))
+    gram = network.trunk if config.objective.gram_weight else {}
+    return _AT_STAGE[stage](
+        _Demand(network, ranks, e, summed, on_cpu, pixels, activations, held, loss, early, late, gram)
+    )
 
 
 def _replicated(d: _Demand) -> Memory:
@@ -194,7 +205,8 @@ def _replicated(d: _Demand) -> Memory:
     whole, bucket = d.network.total, 4 * min(d.network.total, BUCKET)
     moments = d.moments({name: sum(sizes) for name, sizes in d.network.groups.items()})
     return Memory(
-        *(4 * whole, 0, moments, 4 * whole, 0, 4 * whole, bucket, 0, d.activations, d.loss),
+        *(4 * whole, 0, moments, 4 * whole, 0, 4 * sum(map(sum, d.gram.values()))),
+        *(4 * whole, bucket, 0, d.activations, d.loss),
         forward_phase=d.held + d.loss,
         backward_phase=max(d.early, d.late),
         step_phase=4 * whole + bucket + d.exchanged + 8 * d.network.matrices,
@@ -211,13 +223,16 @@ def _flat(d: _Demand) -> Memory:
     part, largest = sum(groups.values()), max(groups.values())
     whole = part * d.ranks
     gradients = d.summed_element * part
+    # The trunk comes first in a group's buffer, so that the first ranks own its fp32 values.
+    of_gram = sum(d.element * sum(sizes) + 4 * min(sum(sizes), groups[name]) for name, sizes in d.gram.items())
+    refresh = d.element * (d.ranks + 1) * max((groups[name] for name in d.gram), default=0)
     growing = max(d.early, d.late) if d.on_cpu else d.early + d.bucket
     return Memory(
-        *(d.element * whole, 4 * part, d.moments(groups), 4 * part, d.element * whole, gradients, d.bucket, 0),
-        *(d.activations, d.loss),
+        *(d.element * whole, 4 * part, d.moments(groups), 4 * part, d.element * whole),
+        *(of_gram, gradients, d.bucket, 0, d.activations, d.loss),
         forward_phase=d.held + d.loss,
         backward_phase=max(growing, d.bucket + gradients + d.left_at_reduction),
-        step_phase=gradients + d.flattened(largest) + d.exchanged,
+        step_phase=max(gradients + d.flattened(largest) + d.exchanged, refresh),
     )
 
 
@@ -226,12 +241,13 @@ def _partitioned(d: _Demand) -> Memory:
     groups = {name: sum(-(-size // d.ranks) for size in sizes) for name, sizes in d.network.groups.items()}
     part = sum(groups.values())
     gradients = d.summed_element * part
+    of_gram = (d.element + 4) * sum(-(-size // d.ranks) for sizes in d.gram.values() for size in sizes)
     gathered = d.element * min(d.network.total, LIVE) if d.ranks > 1 else 0
     scattered = d.bucket * (2 if d.on_cpu else 1)  # a copy of the bucket, ordered by the rank that owns each part
     lasting = gradients + d.bucket  # both are kept from step to step
     left = d.left_at_reduction + (gathered if d.network.total > BUCKET else 0)
     return Memory(
-        *(d.element * part, 4 * part, d.moments(groups), 4 * part, d.element * part, gradients),
+        *(d.element * part, 4 * part, d.moments(groups), 4 * part, d.element * part, of_gram, gradients),
         *(d.bucket + scattered, gathered, d.activations, d.loss),
         forward_phase=lasting + gathered + d.held + d.loss,
         # The backward frees gathered parameters once it is done with them, so none is left at the last reduction.
@@ -290,9 +306,15 @@ def _loss_workspace(network: ElementCounts, e: int, tile: int) -> int:
     return e * (sum(network.prototypes) + max(network.prototypes)) + tile * (2 if e == 4 else 3)
 
 
-def checkpoint_bytes(network: ElementCounts) -> int:
+def checkpoint_bytes(network: ElementCounts, anchored: bool = False) -> int:
     """Return the bytes of a checkpoint on disk: student, EMA and moments of every trainable parameter in fp32.
 
     Centres and JSON files are so small that they are not counted.
+
+    Args:
+        anchored: whether it holds a Gram teacher.
     """
-    return 8 * network.total + 4 * sum(network.moments[name] * sum(sizes) for name, sizes in network.groups.items())
+    gram = 4 * sum(map(sum, network.trunk.values())) if anchored else 0
+    return (
+        gram + 8 * network.total + 4 * sum(network.moments[name] * sum(sizes) for name, sizes in network.groups.items())
+    )

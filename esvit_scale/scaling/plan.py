@@ -24,6 +24,7 @@ ROWS = {  # the parts of a rank's memory, each with the sentence that explains i
     "moments": "the optimizer's averages of each gradient, in fp32 (AdamW has two)",
     "ema": "the teacher's weights in fp32, an average of the student's",
     "teacher": "the teacher's weights, in the precision of the run",
+    "gram": "the earlier teacher of Gram anchoring, its trunk alone",
     "gradients": "this GPU's part, kept from the backward to the optimizer's step",
     "buckets": "buffers in which gradients are summed over GPUs",
     "gathered": "weights that zero3 puts together while a layer uses them",
@@ -165,7 +166,7 @@ def _numbers(
     trunk, heads = costs.parameters(config)
     count, batch = images or IMAGENET, config.train.global_batch
     steps = config.train.steps or config.train.epochs * max(1, count // batch)
-    checkpoint = memory.checkpoint_bytes(network)
+    checkpoint = memory.checkpoint_bytes(network, anchored=config.objective.gram_weight > 0)
     per_image, useful = costs.image_flops(config), costs.image_flops(config, "useful")
     return {
         "trunk_params": trunk,
@@ -234,7 +235,7 @@ def table(found: Plan, config: Config, gpus: int) -> str:
     names = [f"zero{s.stage}{suffixes[s.checkpointing]}" for s in found.settings]
     lines = [f"GiB on each of {gpus} GPUs" + "".join(f"{name:>11s}" for name in names)]
     width = len(lines[0]) - 11 * len(names)
-    for part in PARTS:
+    for part in _shown(found):
         values = [getattr(s.memory, part) for s in found.settings]
         lines.append(f"{part:{width}s}" + "".join(f"{v / GIB:11.2f}" for v in values))
     lines.append(f"{'peak':{width}s}" + "".join(f"{s.memory.peak / GIB:11.2f}" for s in found.settings))
@@ -243,18 +244,25 @@ def table(found: Plan, config: Config, gpus: int) -> str:
         f"{f'fits in {usable / GIB:.1f}':{width}s}"
         + "".join(f"{'yes' if s.memory.peak <= usable else 'no':>11s}" for s in found.settings)
     )
-    lines += ["", *_explained(found.capacity), ""]
+    lines += ["", *_explained(found), ""]
     if found.fits:
         lines.append(f"smallest that fits  {found.fits.name}: {found.fits.keys}")
     return "\n".join([*lines, *_costs(found, config)])
 
 
-def _explained(capacity: int) -> list[str]:
+def _shown(found: Plan) -> list[str]:
+    """Return the parts of memory that have a row: all, but the Gram teacher's only where there is one."""
+    return [part for part in PARTS if part != "gram" or any(s.memory.gram for s in found.settings)]
+
+
+def _explained(found: Plan) -> list[str]:
     """Return the lines that explain the table's rows and columns."""
-    notes = ROWS | {
-        "peak": "the first five rows, which stay, and what the largest of forward, backward and the optimizer's step "
+    shown = _shown(found)
+    lasting = "six" if "gram" in shown else "five"
+    notes = {part: ROWS[part] for part in shown} | {
+        "peak": f"the first {lasting} rows, which stay, and what the largest of forward, backward and the optimizer's step "
         "needs; the other rows are not all there at once, so the sum of the rows is not the peak",
-        "fits in": f"{HEADROOM:.0%} of {gib(capacity)}: {1 - HEADROOM:.0%} are left for the driver, gaps between the "
+        "fits in": f"{HEADROOM:.0%} of {gib(found.capacity)}: {1 - HEADROOM:.0%} are left for the driver, gaps between the "
         "allocator's blocks and scratch space of kernels",
         "+sel, +ckpt": "train.activation_checkpointing=selective and =torch: fewer activations, more computing",
     }

@@ -265,6 +265,12 @@ def _settings_that_cannot_work(config: Config, run: RunFacts) -> Iterator[str]:
         cure = f"try objective.prototypes={fewer}" if fewer < run.prototypes else "more images would help"
         yield f"{run.prototypes:,} prototypes for {run.images:,} images: most will never be a target; {cure}"
     total = config.train.steps or config.train.epochs * run.steps_per_epoch
+    gram, start = config.objective.gram_weight, config.objective.gram_start
+    if gram and start is not None and start >= total:
+        yield f"Gram anchoring begins after {start:,} of {total:,} steps, so never; set a smaller objective.gram_start"
+    global_size = config.data.global_crops.size
+    if gram and run.tokens.get(global_size) == 1:
+        yield f"global crops of {global_size} pixels have one region each, so Gram anchoring has no pairs; use larger crops"
     warmup = int(config.optim.warmup_epochs * run.steps_per_epoch)
     if 2 * warmup > total:
         yield (

@@ -30,10 +30,12 @@ RANGES = (  # names of a step's parts, in the order of the table
     "wait for the batch",
     "crops to the device",
     "teacher forward",
+    "Gram teacher forward",
     "student forward",
     "backward",
     "optimizer step",
     "teacher update",
+    "Gram teacher refresh",
     "copy for the checkpoint",
 )
 

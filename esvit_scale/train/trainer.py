@@ -73,7 +73,7 @@ class Trainer:
         self.objective = self.engines.student.module.objective
         self.objective.load_extra_state(initial.centers)
         self.clock = StepClock(world.device)
-        self.engines.layout.hook_gathers((self.engines.student.module, self.engines.teacher.network), self.clock.mark)
+        self.engines.layout.hook_gathers(self.engines.networks, self.clock.mark)
         self.last_step = schedules.total_steps
         self.step = self.optimizer_step = self.data_offset = 0
         self._flags, self._saved_step = Flag(0), -1
@@ -101,10 +101,11 @@ class Trainer:
         for micro_batch in micro_batches:
             # Teacher targets, from the two global crops.
             targets = self._teacher_targets(micro_batch.crops[:1])
+            anchors = self._gram_anchors(micro_batch.crops[:1])
 
             # Student forward on all crops, and loss.
             keys = drop_keys(config.seed, step, micro_batch.positions, len(config.crop_sizes))
-            loss, logs, features = student(micro_batch.crops, targets, keys, schedules.teacher_temp(step))
+            loss, logs, features = student(micro_batch.crops, targets, keys, schedules.teacher_temp(step), anchors)
             self.clock.end()
 
             # Backward.
@@ -112,7 +113,7 @@ class Trainer:
                 student.backward(loss)
             for name, value in {"loss": loss.detach(), **logs}.items():
                 sums[name] = sums[name] + value if name in sums else value
-            del targets, loss  # frees the graph before the optimizer needs memory
+            del targets, anchors, loss  # frees the graph before the optimizer needs memory
 
             # Gradients and optimizer step, at the last micro-batch: norms → all finite? → clip → freeze → AdamW.
             applied = engine.take_step(
@@ -133,6 +134,10 @@ class Trainer:
         else:
             objective.discard()
 
+        # Gram teacher, a copy of the teacher every some steps.
+        if self.engines.gram is not None:
+            self.engines.gram.refresh_if_due(step + 1)
+
         # Metrics.
         self.step += 1
         self.optimizer_step += applied
@@ -148,6 +153,16 @@ class Trainer:
             return None
         with engine.autocast(self.config, self.world.device):
             return self.engines.teacher.network(globals_)
+
+    @torch.no_grad()
+    def _gram_anchors(self, globals_: list[Tensor]) -> Tensor | None:
+        """Return the Gram teacher's region features of global crops [[2·B, channels, S, S]]; None if it is not on."""
+        gram = self.engines.gram
+        if gram is None or not gram.is_on(self.step):
+            return None
+        with engine.autocast(self.config, self.world.device):
+            anchors: Tensor = gram.network(globals_)
+        return anchors
 
     # --- the loop ----------------------------------------------------------------------------------------------------
 

@@ -32,6 +32,8 @@ def held(engines):
         "ema": engines.teacher.values,
         "teacher": local_tensors(engines.teacher.module.parameters()),  # at stage 0, the EMA itself
     }
+    if engines.gram is not None:
+        parts["gram"] = [*engines.gram.values, *local_tensors(engines.gram.module.parameters())]
     return {name: storages(tensors, counted) for name, tensors in parts.items()}
 
 
