@@ -61,14 +61,15 @@ def bucket(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     binary = shutil.which(found.program, path=places)
     if binary is None:
         pytest.skip(f"{found.program} is not installed ({found.install})")
-    pytest.importorskip(found.library, reason=f"{found.library} is not installed (pip install {found.library})")
     [port], work = free_ports(1), tmp_path_factory.mktemp("work")
     filled = [each.format(port=port, work=work) for each in found.arguments]
-    with (work / "log").open("wb") as log:
-        process = subprocess.Popen([binary, *filled], stdout=log, stderr=log)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in found.environment.items():
             patch.setenv(name, value.format(port=port))
+        # gcsfs reads the environment when it is imported.
+        pytest.importorskip(found.library, reason=f"{found.library} is not installed (pip install {found.library})")
+        with (work / "log").open("wb") as log:
+            process = subprocess.Popen([binary, *filled], stdout=log, stderr=log)
         if found.options:
             patch.setenv("FSSPEC_GS_TOKEN", found.options["token"])
             importlib.import_module("fsspec.config").set_conf_env(importlib.import_module("fsspec.config").conf)
