@@ -135,7 +135,7 @@ def measure(options: argparse.Namespace, root: Path, url: str, proxy: object_sto
 def digest(batch: stream.Batch) -> list[int]:
     """Return checksums of a batch's keys and crops."""
     pixels = [group.permute(0, 1, 3, 4, 2).contiguous().numpy() for group in batch.crops]
-    return [zlib.crc32(data) for data in ("\n".join(batch.keys).encode(), *pixels)]
+    return [zlib.crc32("\n".join(batch.keys).encode()), *(zlib.crc32(group.data) for group in pixels)]
 
 
 def config(workers: int, proxy: object_store.Proxy, train: str, cache: Path) -> Config:
