@@ -20,7 +20,7 @@ The pipeline, one line per stage. B images, V crops, T tokens, C width, K protot
     → evaluation         evaluate/features.py, evaluate/feature_cache.py    images → features [N, C], once
                          evaluate/knn.py, evaluate/linear.py, evaluate/transfer.py  accuracy with intervals
                          evaluate/retrieval.py, evaluate/revisited.py    what a query finds, mAP
-                         evaluate/segmentation.py, stage_features.py, pixel_heads.py  stage maps → classes [H, W], mIoU
+                         evaluate/segmentation.py, evaluate/stage_features.py, evaluate/pixel_heads.py  masks [H, W], mIoU
                          evaluate/correspondence.py, evaluate/attention.py  what the tokens see
     → report             report/html.py, report/evaluation_figures.py         one self-contained report.html
     → scaling            scaling/plan.py, scaling/cells.py, scaling/fit.py  what a run needs; sizes × budgets → a law with intervals

@@ -95,7 +95,9 @@ def features_at(windows: list[Window], crop: int, y: Tensor, x: Tensor) -> Tenso
     """
     corners = torch.tensor([[w.top, w.left] for w in windows], dtype=torch.float32)
     places = torch.stack([y, x], 1).float()  # [n, 2]
-    nearest = (places[:, None] - corners - crop / 2).abs().amax(2).argmin(1)  # of [n, windows]
+    nearest = (
+        (places[:, None] - corners - crop / 2).square().sum(2).argmin(1)
+    )  # of [n, windows]; nearest along both axes
     found = torch.empty(len(y), sum(m.values.shape[2] for m in windows[0].maps))
     for i in nearest.unique().tolist():
         mine, parts = nearest == i, []

@@ -101,7 +101,7 @@ def pixel_samples(n: int = 12, pixels: int = 10, classes: int = 3) -> PixelSampl
     rng = torch.Generator().manual_seed(0)
     labels = torch.randint(-1, classes, (n, pixels), generator=rng)
     centres = torch.randn(classes + 1, 6, generator=rng)
-    features = 5 + 3 * (centres[labels] + 0.7 * torch.randn(n, pixels, 6, generator=rng))
+    features = 5 + 3 * (centres[labels] + 2 * torch.randn(n, pixels, 6, generator=rng))
     return PixelSamples(features, labels, classes)
 
 
@@ -142,7 +142,7 @@ def test_linear_head_is_that_of_plain_sgd() -> None:
     expected = layer((x.double() - moments.mean) / moments.scale)
     # float32 sums over 25 steps, whose rounding errors momentum adds up
     torch.testing.assert_close(F.linear(x, found.weight, found.bias).double(), expected, rtol=0, atol=1e-4)
-    assert found.held_out == pytest.approx(float(loss(held_out)), abs=1e-5)
+    assert found.held_out == pytest.approx(loss(held_out).item(), abs=1e-5)
 
 
 def test_learning_rate_is_selected_on_held_out_images() -> None:
@@ -281,7 +281,7 @@ def test_command(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert "its masks hold only one class" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("model", [{"trunk": "deit", "patch": 8, "embed_dim": 24, "depths": [2], "heads": [2]}, {}])
+@pytest.mark.parametrize("model", [{"trunk": "deit_s"}, {}])
 def test_stage_maps_of_a_trunk(model: dict) -> None:
     from esvit_scale.models.registry import build_trunk
 
