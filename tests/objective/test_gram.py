@@ -179,7 +179,7 @@ def test_zero_stages_and_accumulation_give_the_same_losses(
     straight: tuple[Path, list[dict[str, Any]]], data: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     for row, expected in zip(run(tmp_path / "run", data, **changes), straight[1], strict=True):
-        for key in ("loss", "loss_region", *(["loss_gram"] if expected["step"] > 3 else [])):
+        for key in ("loss", "loss_region", *(["loss_gram"] if "loss_gram" in expected else [])):
             assert row[key] == pytest.approx(expected[key], rel=2e-5), key  # fp32 sums in another order, over 7 steps
 
 
@@ -224,7 +224,8 @@ def test_two_ranks_match_one_and_resume_as_one(
 ) -> None:
     """ZeRO 1 and 3 on two ranks, batch norms' running statistics, and one process that goes on at another stage."""
     norms = {"model__trunk": "resnet50", "model__embed_dim": 8, "model__depths": [1, 1, 1, 1], "model__heads": None}
-    norms |= {"data__global_crops__size": 64, "train__steps": 4}
+    norms |= {"data__global_crops__size": 64, "train__steps": 4, "objective__gram_start": 1}
+    norms["optim__lr"] = 1e-4  # at the others' rate, rounding alone moves gradients of this trunk by 1e-4 at step 4
     runs = {"zero1": {}, "zero3": {"train__ds_config": "zero3"}, "norms": norms | {"train__ds_config": "zero3"}}
     paths = []
     for name, changes in runs.items():
@@ -239,7 +240,7 @@ def test_two_ranks_match_one_and_resume_as_one(
     expected = {"norms": tiny.rows(tmp_path / "one")}
     for name in ("zero1", "zero3", "elastic", "norms"):
         for row, want in zip(tiny.rows(tmp_path / name), expected.get(name, straight[1]), strict=True):
-            for key in ("loss", "loss_region", *(["loss_gram"] if want["step"] > 3 else [])):
+            for key in ("loss", "loss_region", *(["loss_gram"] if "loss_gram" in want else [])):
                 assert row[key] == pytest.approx(want[key], rel=5e-5), (name, key)
 
 
