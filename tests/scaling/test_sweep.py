@@ -298,7 +298,7 @@ def test_killed_sweep_resumes_and_is_fitted(tmp_path):
     shutil.copy(tmp_path / "base.yaml", spoilt.path / "config.yaml")
 
     process = start("submit", "--local", str(path))
-    second, deadline = ordered[1], time.monotonic() + 120
+    second, deadline = ordered[1], time.monotonic() + 400
     while len(read_rows(second.path / "metrics.jsonl")) < 7:
         assert time.monotonic() < deadline
         assert process.poll() is None, process.stdout.read()
