@@ -76,7 +76,7 @@ def config_of(options: argparse.Namespace, train: Path | str = "") -> Any:
 
 
 def write(folder: Path, options: argparse.Namespace) -> None:
-    from esvit_scale.data import manifest
+    from esvit_scale.data import manifest as manifests
     from esvit_scale.data.shard_table import Shard
 
     def digest(text: str) -> str:
@@ -86,7 +86,7 @@ def write(folder: Path, options: argparse.Namespace) -> None:
     shards = [
         Shard(f"shard-{i:06d}.tar", n, 55_000 * n, digest(f"t{i}"), digest(f"i{i}")) for i, n in enumerate(counts)
     ]
-    (folder / manifest.MANIFEST).write_bytes(manifest.dump(shards, (), "", "benchmark"))
+    (folder / manifests.MANIFEST).write_bytes(manifests.dump(shards, (), "", "benchmark"))
     for shard in shards if options.files else ():
         with (folder / shard.name).open("wb") as file:
             file.truncate(shard.bytes)  # takes no room
@@ -94,12 +94,13 @@ def write(folder: Path, options: argparse.Namespace) -> None:
 
 def start(options: argparse.Namespace) -> dict[str, Any]:
     """What a loader process of the last rank does before its first read, in a process without other work."""
-    from esvit_scale.data import identity, manifest, stream  # noqa: F401 (imported before the clock starts)
+    from esvit_scale.data import identity as identities
+    from esvit_scale.data import manifest as manifests
     from esvit_scale.data.loader import LoaderAssignment
     from esvit_scale.data.shard_stream import ShardSamples
 
     config, before, began = config_of(options, options.start), peak_mb(), time.process_time()
-    loaded = manifest.load(options.start)
+    loaded = manifests.load(options.start)
     result: dict[str, Any] = {"manifest": f"{time.process_time() - began:.2f} s, peak +{peak_mb() - before:.0f} MB"}
     steps = loaded.samples // options.batch
     assignment = LoaderAssignment(config, options.ranks - 1, options.ranks, steps + 7, steps + 9, steps)
@@ -110,11 +111,11 @@ def start(options: argparse.Namespace) -> dict[str, Any]:
     result["start"] = f"{seconds:.2f} s, peak +{peak:.0f} MB, to {sum(map(len, found))} samples of two batches"
     result["start_s"], result["start_mb"] = seconds, peak
     began = time.process_time()
-    identity.identity(loaded)
+    identities.identity(loaded)
     result["identity (rank 0)"] = f"{time.process_time() - began:.2f} s, peak +{peak_mb() - before:.0f} MB"
     if options.files:
         began, wall = time.process_time(), time.monotonic()
-        manifest.check_sizes(loaded)
+        manifests.check_sizes(loaded)
         result["sizes (rank 0)"] = (
             f"{time.process_time() - began:.2f} s of processor time, {time.monotonic() - wall:.2f} s"
         )

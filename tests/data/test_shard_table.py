@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from esvit_scale.data import identity, manifest
+from esvit_scale.data import identity as identities
+from esvit_scale.data import manifest as manifests
 from esvit_scale.data.manifest import MANIFEST, Manifest
 from esvit_scale.data.shard_table import BLOCK, Shard, ShardTable, Texts
 from esvit_scale.errors import UserError
@@ -71,10 +72,10 @@ def test_manifests_are_the_same_in_pieces_and_at_once(
     tmp_path: Path, piece: int, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the layout is, and wherever a piece ends; a line end in a string is written as two characters."""
-    monkeypatch.setattr(manifest, "PIECE", piece)
+    monkeypatch.setattr(manifests, "PIECE", piece)
     classes = ["a", '\\n "shards": [\\n  {\\n', "\n  },\n  {\n"]
     options = {"shards": [{}], "recipe": {}}
-    content = manifest.dump(rows(count), classes, "source", "test", options)
+    content = manifests.dump(rows(count), classes, "source", "test", options)
     expected = Manifest(tmp_path, ShardTable(rows(count)), tuple(classes), "source")
     for layout in (
         content,
@@ -83,8 +84,8 @@ def test_manifests_are_the_same_in_pieces_and_at_once(
         json.dumps(json.loads(content), indent=1, sort_keys=True).encode() + b"\n",  # shards before source
     ):
         (tmp_path / MANIFEST).write_bytes(layout)
-        assert manifest.load(tmp_path) == expected
-        assert manifest.load(tmp_path).has_checksums
+        assert manifests.load(tmp_path) == expected
+        assert manifests.load(tmp_path).has_checksums
 
 
 @pytest.mark.parametrize(
@@ -102,12 +103,12 @@ def test_manifests_are_the_same_in_pieces_and_at_once(
 def test_damage_behind_the_first_piece_is_found(
     tmp_path: Path, old: str, new: str, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(manifest, "PIECE", 500)
-    text = manifest.dump(rows(9), (), "", "test").decode()
+    monkeypatch.setattr(manifests, "PIECE", 500)
+    text = manifests.dump(rows(9), (), "", "test").decode()
     assert old in text
     (tmp_path / MANIFEST).write_text(text.replace(old, new))
     with pytest.raises(UserError, match=says):
-        manifest.load(tmp_path)
+        manifests.load(tmp_path)
 
 
 def test_the_identity_of_a_set_is_that_of_earlier_versions(tmp_path: Path) -> None:
@@ -115,7 +116,7 @@ def test_the_identity_of_a_set_is_that_of_earlier_versions(tmp_path: Path) -> No
     for count in (0, 1, BLOCK, BLOCK + 2):
         shards = rows(count)
         expected = hashlib.sha256(json.dumps([[s.samples, s.bytes, s.sha256] for s in shards]).encode()).hexdigest()
-        found = identity.identity(Manifest(tmp_path, ShardTable(shards)))
+        found = identities.identity(Manifest(tmp_path, ShardTable(shards)))
         assert found["sha256"] == expected
         assert found["what"] == f"{count} shards, {sum(s.samples for s in shards)} samples"
 
@@ -123,10 +124,10 @@ def test_the_identity_of_a_set_is_that_of_earlier_versions(tmp_path: Path) -> No
 def test_large_manifests_take_little_memory(tmp_path: Path) -> None:
     """130 bytes a shard, with a margin, and some MB for the pieces: as objects they took 670."""
     count = 20_000
-    (tmp_path / MANIFEST).write_bytes(manifest.dump(rows(count), (), "", "test"))
+    (tmp_path / MANIFEST).write_bytes(manifests.dump(rows(count), (), "", "test"))
     gc.collect()
     tracemalloc.start()
-    loaded = manifest.load(tmp_path)
+    loaded = manifests.load(tmp_path)
     kept, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert loaded.samples == int(np.sum(loaded.shards.samples))

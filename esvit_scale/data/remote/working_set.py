@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,6 +43,29 @@ class WorkingSet(NamedTuple):
     fixed_by_ranges: int  # bytes of these that are in no ring: indexes, and shards of sets without checksums
     processes: int  # loader processes of a node
     images: int  # samples that its processes read in an epoch
+
+
+class _Sizes:
+    """The bytes of every shard of every set, 0 for those that do not count, with their sum and the largest."""
+
+    def __init__(self, of_sets: Sequence[NDArray[np.int64]]) -> None:
+        self.of_sets = of_sets
+        self.total = sum(int(sizes.sum()) for sizes in of_sets)
+        self.largest = max(int(sizes.max(initial=0)) for sizes in of_sets)
+
+
+class _DataSizes:
+    """What the working set of every node is computed from, since it takes a look at all shards."""
+
+    def __init__(self, data: Manifest | MixedSets) -> None:
+        self.manifests = [data] if isinstance(data, Manifest) else [one.manifest for one in data.sets]
+        checked = [bool(m.remote) and m.has_checksums for m in self.manifests]
+        self.any_checked = any(checked)
+        self.whole = _Sizes([costs(m.shards) * bool(m.remote) for m in self.manifests])
+        self.unchecked = _Sizes([s * (not by) for s, by in zip(self.whole.of_sets, checked, strict=True)])
+        self.indexes = _Sizes([index_costs(m.shards) * by for m, by in zip(self.manifests, checked, strict=True)])
+        samples = sum(m.samples for m, by in zip(self.manifests, checked, strict=True) if by)
+        self.image = (self.whole.total - self.unchecked.total) / max(samples, 1)  # average of sets with checksums
 
 
 def check(config: Config, data: object, world_size: int) -> list[str]:
@@ -106,7 +129,7 @@ def ring_bytes(config: Config, data: Manifest | MixedSets, rank: int, world_size
     if room is None:
         return None
     limit, local = room.limit, ranks_per_node(world_size)
-    found = _of_node(config, data, rank // local * local, world_size, _held_out(config, local))
+    found = _of_node(config, data, _DataSizes(data), rank // local * local, world_size, _held_out(config, local))
     if limit >= found.least:
         return None
     return max(limit - found.fixed_by_ranges, 0) // found.processes
@@ -115,54 +138,47 @@ def ring_bytes(config: Config, data: Manifest | MixedSets, rank: int, world_size
 def working_set(config: Config, data: Manifest | MixedSets, world_size: int) -> WorkingSet:
     """Return the room that the remote shards of a run need on the node that needs most, in its first epoch."""
     local = ranks_per_node(world_size)
-    held_out = _held_out(config, local)
+    held_out, sizes = _held_out(config, local), _DataSizes(data)
     ranks = range(0, world_size, local)
-    return max((_of_node(config, data, rank, world_size, held_out) for rank in ranks), key=lambda node: node.least)
+    return max(
+        (_of_node(config, data, sizes, rank, world_size, held_out) for rank in ranks), key=lambda node: node.least
+    )
 
 
-def _of_node(config: Config, data: Manifest | MixedSets, rank: int, world_size: int, held_out: int) -> WorkingSet:
+def _of_node(
+    config: Config, data: Manifest | MixedSets, sizes: _DataSizes, rank: int, world_size: int, held_out: int
+) -> WorkingSet:
     """Return the working set of the node whose first rank is `rank`."""
-    manifests = [data] if isinstance(data, Manifest) else [one.manifest for one in data.sets]
     steps, local = steps_per_epoch(data.samples, config.train.global_batch), ranks_per_node(world_size)
-    # Bytes of the shards of every set, by their numbers; 0 for what takes no room
-    whole = [costs(m.shards) * bool(m.remote) for m in manifests]
-    checked = [bool(m.remote) and m.has_checksums for m in manifests]
     assignment = LoaderAssignment(config, rank, world_size, 0, steps, steps)
     images = images_of_node(assignment)  # of a batch
     slots = assignment.slots_of(images)
     schedule = Schedule(config, data, slots)
-    used = {shard for use in schedule.uses(0) for shard in use.shards if manifests[shard[0]].remote}
+    used = {shard for use in schedule.uses(0) for shard in use.shards if sizes.manifests[shard[0]].remote}
     processes = local * max(config.data.workers, 1)
     # Processes that divide a slot need no more substitutes in a batch together than one process would need.
     holders = local * max(min(config.data.workers, len(slots) // local), 1)
 
-    def need(sizes: list[NDArray[np.int64]], once: bool) -> int:
-        spare = SPARE_SHARDS * holders * max(int(each.max(initial=0)) for each in sizes)
-        return min(int(MARGIN * schedule.peak_bytes(sizes, once)) + spare, _total(sizes))
+    def need(counted: _Sizes, once: bool) -> int:
+        spare = SPARE_SHARDS * holders * counted.largest
+        return min(int(MARGIN * schedule.peak_bytes(counted.of_sets, once)) + spare, counted.total)
 
     # By ranges: the indexes in the place of the shards, and a ring for each process.
-    fixed = need([size * (not by) for size, by in zip(whole, checked, strict=True)], False) + held_out
-    fixed += need([index_costs(m.shards) * by for m, by in zip(manifests, checked, strict=True)], True)
-    samples = sum(m.samples for m, by in zip(manifests, checked, strict=True) if by)
-    average = _total([size * by for size, by in zip(whole, checked, strict=True)]) / max(samples, 1)
-    rings = processes * max(int(RING_BATCHES * max(len(images) / processes, 1) * average), LEAST) if any(checked) else 0
-    least = need(whole, False) + held_out
+    fixed = need(sizes.unchecked, False) + held_out + need(sizes.indexes, True)
+    ring = max(int(RING_BATCHES * max(len(images) / processes, 1) * sizes.image), LEAST)
+    least = need(sizes.whole, False) + held_out
     return WorkingSet(
         slots=len(slots),
         least=least,
-        once=need(whole, True) + held_out,
-        all=_total(whole),
-        fetched=sum(int(whole[number][shard]) for number, shard in used),
+        once=need(sizes.whole, True) + held_out,
+        all=sizes.whole.total,
+        fetched=sum(int(sizes.whole.of_sets[number][shard]) for number, shard in used),
         shards_fetched=len(used),
-        least_by_ranges=min(fixed + rings, least) if any(checked) else least,
+        least_by_ranges=min(fixed + processes * ring, least) if sizes.any_checked else least,
         fixed_by_ranges=fixed,
         processes=processes,
         images=steps * len(images),
     )
-
-
-def _total(sizes: Iterable[NDArray[np.int64]]) -> int:
-    return sum(int(each.sum()) for each in sizes)
 
 
 def _remote(data: object) -> list[Manifest]:
