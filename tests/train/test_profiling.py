@@ -49,12 +49,13 @@ def test_trace_names_the_parts_of_the_traced_steps(tmp_path, monkeypatch, stage,
     found = run(tmp_path, train__ds_config=stage, train__compile=compiled)
     assert tracing == [True, False]
     names = [event["name"] for event in trace_of(found) if event.get("cat") == "user_annotation"]
-    for name in profiling.RANGES:
+    of_every_run = [name for name in profiling.RANGES if not name.startswith("Gram")]
+    for name in of_every_run:
         assert names.count(name) == (1 if name == "copy for the checkpoint" else 2), name
     table = (found / "profile" / "operators.txt").read_text()
     assert table.startswith("2 steps; milliseconds per step")
     parts, _, operators = table.partition("operator, ")
-    assert [name for name in profiling.RANGES if name not in parts] == []
+    assert [name for name in of_every_run if name not in parts] == []
     assert "aten::" in operators
     assert len(operators.splitlines()) == 1 + profiling.OPERATORS
     assert {path.name for path in (found / "profile").iterdir()} == {"trace.json.gz", "operators.txt"}
