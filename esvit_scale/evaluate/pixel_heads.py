@@ -193,5 +193,5 @@ def _losses(
     labelled = labels >= 0
     x = standardize(samples.features[rows].to(weight.device)[labelled])  # [n, D]
     scores = F.linear(x, weight, bias).view(len(x), heads, -1)
-    targets = labels[labelled, None].expand(-1, heads)
+    targets = labels[labelled].unsqueeze(-1).expand(-1, heads)
     return F.cross_entropy(scores.flatten(0, 1), targets.flatten(), reduction="none").view(-1, heads).sum(0)
