@@ -75,20 +75,20 @@ def evaluate(form: Form, theta: Array, logs: Array) -> tuple[Array, Array]:
     """Evaluate the form at centred logs [n, inputs] for rows of solver parameters theta [R, p].
 
     Returns:
-        log ŷ [R, n] and its derivatives by theta [R, n, p]. The p parameters are e (if the form has a constant), then
+        log ŷ [R, n] and its derivatives by theta [R, p, n]. The p parameters are e (if the form has a constant), then
         a, α with one input or a, b, α, β with two.
     """
-    first = int(form.constant)
-    a, exponents = theta[:, first : first + form.inputs], theta[:, first + form.inputs :]
-    terms = a[:, None, :] - exponents[:, None, :] * logs  # [R, n, inputs]
-    if form.constant:
-        terms = np.concatenate([np.broadcast_to(theta[:, None, :1], (*terms.shape[:2], 1)), terms], axis=2)
-    largest = terms.max(2, keepdims=True)
-    shares = np.exp(terms - largest)
-    total = shares.sum(2, keepdims=True)
-    shares /= total
-    slopes = -shares[:, :, first:] * logs
-    return (largest + np.log(total))[:, :, 0], np.concatenate([shares, slopes], axis=2)
+    first, columns = int(form.constant), np.ascontiguousarray(logs.T)
+    terms = np.empty((len(theta), first + form.inputs, len(logs)))
+    terms[:, :first] = theta[:, :first, None]
+    terms[:, first:] = theta[:, first : first + form.inputs, None] - theta[:, first + form.inputs :, None] * columns
+    largest = terms.max(1)
+    shares = np.exp(terms - largest[:, None])
+    total = shares.sum(1)
+    slopes = np.empty((len(theta), form.size, len(logs)))
+    np.divide(shares, total[:, None], out=slopes[:, : first + form.inputs])
+    np.multiply(slopes[:, first : first + form.inputs], -columns, out=slopes[:, first + form.inputs :])
+    return largest + np.log(total), slopes
 
 
 def bounds(form: Form, data: Points) -> tuple[Array, Array]:

@@ -6,14 +6,17 @@ Dividing by δ² matters. Published fits have averaged the Huber loss without it
 gradient lies below an optimiser's default tolerance, and the optimiser returns its start as the answer
 (tests/scaling/test_solver.py shows it).
 
-`descend` runs iteratively reweighted Levenberg-Marquardt on a batch of parameter rows: every row has its own start,
-weights and damping, and a row takes a step only if that lowers its loss.
+`descend` runs Levenberg-Marquardt on a batch of parameter rows: every row has its own start, weights and damping, and a
+row takes a step only if that lowers its loss. A step is Newton's, with the curvature that the loss has between its kinks,
+where enough points lie there; otherwise, or where that fails, it is that of iterative reweighting, which is slower but never
+overshoots.
 """
 
 from itertools import product
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.optimize import minimize
 
 from esvit_scale.scaling.forms import Array, Form, Points, bounds, evaluate
@@ -22,8 +25,10 @@ DELTA = 1e-3
 CONSTANT_SHARES = (1e-3, 0.3, 0.7, 0.95)  # in the starts: E as a fraction of the smallest y
 TERM_SHARES = (0.2, 0.5, 0.8)  # in the starts: the first term as a fraction of y − E
 START_EXPONENTS = (0.05, 0.2, 0.5, 1.0, 2.0)
-AT_ONCE = 1_000_000  # rows × points that are processed together, to bound the memory
+AT_ONCE = 60_000  # rows × points that are processed together: arrays that the processor's caches hold
 WIDE_DELTA, KEPT_STARTS = 0.1, 12  # starts are ranked with a wide, nearly quadratic Huber loss; the best go on
+ENOUGH = 50  # points within ±δ, from which their curvature stands for that of the loss
+FEW, FINALISTS = 1000, 3  # of more points, this many random ones choose among the starts; these go on with all points
 
 
 class Solution(NamedTuple):
@@ -35,10 +40,15 @@ class Solution(NamedTuple):
 
 def solve(form: Form, data: Points) -> Solution:
     """Fit the form to the data from a deterministic grid of starts; return the best minimum."""
-    theta = starts(form, data)
-    theta, loss = descend(form, data, theta, delta=WIDE_DELTA, iterations=40)
+    few = data
+    if len(data.log_y) > FEW:
+        few = data.take(np.random.default_rng(0).choice(len(data.log_y), FEW, replace=False))
+    theta = starts(form, few)
+    theta, loss = descend(form, few, theta, delta=WIDE_DELTA, iterations=40)
     theta = theta[np.argsort(loss, kind="stable")[:KEPT_STARTS]]
-    theta, _ = descend(form, data, theta, delta=10 * DELTA, iterations=100)
+    theta, loss = descend(form, few, theta, delta=10 * DELTA, iterations=100)
+    if few is not data:
+        theta = theta[np.argsort(loss, kind="stable")[:FINALISTS]]
     theta, loss = descend(form, data, theta)
     return _polish(form, data, theta[np.argmin(loss)])
 
@@ -92,12 +102,14 @@ def _descend(
     low, high = bounds(form, data)
     theta = np.clip(theta, low, high)
     live, damping, stalled = np.arange(len(theta)), np.full(len(theta), 1e-3), np.zeros(len(theta), int)
+    newton = np.ones(len(theta), bool)  # whether a row's next step is Newton's
     fitted, slopes = evaluate(form, theta, data.logs)
     residual = fitted - data.log_y
     loss = _huber(residual, counts, delta)
     at, here = theta.copy(), loss.copy()  # parameters and loss of the rows that are still being minimised
     for _ in range(iterations):
-        step = _step(at, residual, slopes, counts[live], damping, delta, low, high)
+        curvature = _curvature(residual, counts[live], delta, newton)
+        step, expected = _step(at, residual, slopes, counts[live], curvature, damping, delta, low, high)
         trial = np.clip(at - step, low, high)
         fitted, trial_slopes = evaluate(form, trial, data.logs)
         trial_residual = fitted - data.log_y
@@ -107,11 +119,15 @@ def _descend(
         stalled = np.where(gain > tolerance * np.maximum(here, 1e-30), 0, stalled + 1)
         at[better], here[better] = trial[better], trial_loss[better]
         residual[better], slopes[better] = trial_residual[better], trial_slopes[better]
-        damping = np.clip(np.where(better, damping / 4, damping * 6), 1e-12, 1e8)
-        go_on = (stalled < 8) & (here > 1e-22)
+        # A Newton step that fails is replaced by a majorizing one with the same damping.
+        damping = np.clip(np.where(better, damping / 4, np.where(newton, damping, damping * 6)), 1e-12, 1e8)
+        newton = better | ~newton
+        done = (expected < 1e-3 * tolerance * here) & (damping <= 1e-3)
+        go_on = (stalled < 8) & (here > 1e-22) & ~done
         if not go_on.all():
             theta[live], loss[live] = at, here
             live, at, here, damping, stalled = live[go_on], at[go_on], here[go_on], damping[go_on], stalled[go_on]
+            newton = newton[go_on]
             residual, slopes = residual[go_on], slopes[go_on]
             if not len(live):
                 break
@@ -124,19 +140,24 @@ def _step(
     residual: Array,
     slopes: Array,
     counts: Array,
+    curvature: Array,
     damping: Array,
     delta: float,
     low: Array,
     high: Array,
-) -> Array:
-    """Return the damped Gauss-Newton step [R, p], to be subtracted from theta.
+) -> tuple[Array, Array]:
+    """Return the damped step [R, p], to be subtracted from theta, and by how much it should lower the loss [R].
 
-    It minimises the quadratic that is nowhere below the Huber loss and touches it at theta (iterative reweighting).
+    Args:
+        residual: log ŷ − log y [R, n].
+        slopes: its derivatives by theta [R, p, n].
+        counts: weights of the points in the loss [R, n].
+        curvature: of the loss by the residual [R, n], times δ.
+        damping: of each row [R].
     """
-    weight = counts / np.maximum(np.abs(residual), delta)  # [R, n]; huber'(r) = weight·r·δ for counts of 1
-    weighted = slopes * weight[:, :, None]
-    normal = np.matmul(weighted.transpose(0, 2, 1), slopes)  # [R, p, p]
-    gradient = np.matmul(weighted.transpose(0, 2, 1), residual[:, :, None])[:, :, 0]
+    normal = np.matmul(slopes * curvature[:, None], slopes.transpose(0, 2, 1))  # [R, p, p]
+    pull = counts * np.clip(residual / delta, -1, 1)  # [R, n]
+    gradient = np.matmul(slopes, pull[:, :, None])[:, :, 0]
     # A parameter at a bound, whose step would leave the allowed range, stays fixed.
     held = ((theta <= low) & (gradient > 0)) | ((theta >= high) & (gradient < 0))
     free = ~held
@@ -146,8 +167,20 @@ def _step(
     add = np.where(held, 1.0, damping[:, None] * np.maximum(diagonal, floor) + floor)
     index = np.arange(normal.shape[1])
     normal[:, index, index] += add
-    solved: Array = np.linalg.solve(normal, (gradient * free)[:, :, None])[:, :, 0]
-    return solved
+    step: Array = np.linalg.solve(normal, (gradient * free)[:, :, None])[:, :, 0]
+    return step, 0.5 / delta * (gradient * free * step).sum(1)
+
+
+def _curvature(residual: Array, counts: Array, delta: float, newton: NDArray[np.bool_]) -> Array:
+    """Return the curvature of the loss by the residual [R, n], times δ.
+
+    For rows where `newton` holds and enough points lie within ±δ, this is the second derivative: 0 beyond ±δ. For the
+    others it is that of the quadratic which is nowhere below the loss and touches it at the residual.
+    """
+    size = np.abs(residual)
+    inside = size <= delta
+    second = newton & (inside.sum(1) >= ENOUGH)
+    return counts * np.where(second[:, None], inside / delta, 1 / np.maximum(size, delta))
 
 
 def _huber(residual: Array, counts: Array, delta: float) -> Array:
@@ -167,7 +200,7 @@ def objective(form: Form, data: Points, theta: Array, delta: float = DELTA) -> t
     """Return f(θ) of one parameter row theta [p], with all n_i = 1, and its gradient [p]."""
     fitted, slopes = evaluate(form, theta[None], data.logs)
     residual = fitted[0] - data.log_y
-    gradient = slopes[0].T @ np.clip(residual / delta, -1, 1) / delta
+    gradient = slopes[0] @ np.clip(residual / delta, -1, 1) / delta
     return float(_huber(residual, np.ones(len(residual)), delta)), gradient
 
 

@@ -46,7 +46,7 @@ def steps_done(run: Path) -> int:
 @pytest.mark.slow
 @pytest.mark.alone
 @pytest.mark.timeout(1500)
-@pytest.mark.parametrize("disturbances", [8, pytest.param(20, marks=pytest.mark.long)])
+@pytest.mark.parametrize("disturbances", [5, pytest.param(20, marks=pytest.mark.long)])
 def test_run_under_random_kills_equals_undisturbed_run(disturbances: int, tmp_path: Path) -> None:
     generator, steps = random.Random(0), STEPS_BETWEEN * disturbances
     data = tiny.shards(tmp_path / "shards")

@@ -32,7 +32,7 @@ CONNECTIONS = 16  # transfers at a time on a node
 RESERVED = 4  # of these, kept free for shards that a process waits for
 REQUESTS_PER_SECOND = 100  # at most, on a node
 BUDGET_S = 300.0  # seconds of waiting between attempts, after which a request that keeps failing ends the job
-FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 30.0  # seconds between two attempts
+FIRST_DELAY_S, LONGEST_DELAY_S = 0.1, 30.0  # seconds between two attempts
 INSTALL = {  # protocol → what to install for it
     "s3": "'esvit-scale[s3]'",
     "gs": "gcsfs",
