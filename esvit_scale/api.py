@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from esvit_scale import config as configs
+from esvit_scale.checkpoint import frozen_teacher
 from esvit_scale.checkpoint.backbone import Backbone, load_backbone
 from esvit_scale.commands.plan import memory_bytes, speed_of
 from esvit_scale.config import Config
@@ -164,7 +165,7 @@ def plan(
     Raises:
         UserError: the config is wrong, or its batch does not divide over the GPUs.
     """
-    of_run = config(name, changes)
+    of_run = frozen_teacher.described_in(config(name, changes))
     if images is None and (of_run.data.train or of_run.data.mix):
         images = mix.epoch_samples(of_run.data)
     found = plans.plan(of_run, gpus, memory_bytes(gpu_memory), images, speed_of(of_run, tflops, mfu))

@@ -180,6 +180,14 @@ class Objective(Section):
     """Name of the objective: one of docs/objectives.md."""
     regions: bool = True
     """Whether EsViT's region loss is added to the view loss. Its default is false with every other objective than esvit."""
+    teacher: PathText | None = None
+    """Weights of the frozen teacher that distill needs: a run dir, step folder, exported folder, .safetensors file or .pth,
+    or timm:NAME for timm's own."""
+    teacher_config: dict[str, Any] | None = None
+    """What the teacher is and the checksum of its weights; leave it out: a start reads it from the weights and records it."""
+    targets: Literal["prototypes", "cosine"] = "prototypes"
+    """What distill's student learns from the teacher; prototypes: the distribution over the prototypes of the teacher's heads;
+    cosine: the direction of its features, for a teacher without heads."""
     prototypes: Positive = 65536
     """[prototypes] K, the number of outputs of a head."""
     head_hidden: Positive = 2048
@@ -331,7 +339,8 @@ class Train(Section):
 
 
 # Keys whose values may change between two starts of a run, because they do not change what a step computes.
-# train.patience and train.knn_every decide when a run ends.
+# train.patience and train.knn_every decide when a run ends. The weights of objective.teacher are compared by the checksum in
+# objective.teacher_config.
 MAY_DIFFER = (
     "run_dir",
     "data.stage",
@@ -342,6 +351,7 @@ MAY_DIFFER = (
     "data.held_out",
     "model.attention",
     "objective.prototype_loss",
+    "objective.teacher",
     "train.ds_config",
     "train.activation_checkpointing",
     "train.compile",

@@ -17,7 +17,13 @@ from esvit_scale.models.drop_path import drop_keys
 from esvit_scale.models.initialize import initialize
 from esvit_scale.models.registry import TRUNKS, build_trunk
 from esvit_scale.models.swin_variants import SHAPES
-from esvit_scale.objective.network import StudentNetwork, TeacherNetwork, build_student, build_teacher
+from esvit_scale.objective.network import (
+    StudentNetwork,
+    TeacherNetwork,
+    build_frozen_teacher,
+    build_student,
+    build_teacher,
+)
 from esvit_scale.objective.param_groups import parameter_groups
 from esvit_scale.objective.registry import OBJECTIVES
 from esvit_scale.parallel.buffers import persistent_buffers
@@ -64,8 +70,10 @@ def config_of(trunk: str, objective: str, **changes: Any) -> Config:
     values["objective"] |= {"name": objective}
     if not OBJECTIVES_OF[objective].multi_crop:
         values["data"]["local_crops"] = []
-    if not OBJECTIVES_OF[objective].has_teacher:
+    if not (OBJECTIVES_OF[objective].has_teacher or OBJECTIVES_OF[objective].has_frozen_teacher):
         values["objective"] |= {"ema_momentum": 0.0, "ema_momentum_end": 0.0}
+    if OBJECTIVES_OF[objective].has_frozen_teacher:
+        values["objective"] |= FROZEN_TEACHER
     for key, value in changes.items():
         section, leaf = key.split("__")
         values[section][leaf] = value
@@ -77,8 +85,23 @@ OBJECTIVES_OF = {
 }
 
 
+# A Swin of another width, with the prototypes of tiny.VALUES.
+FROZEN_TEACHER = {
+    "teacher": "teacher.safetensors",
+    "teacher_config": {
+        "checksum": "none",
+        "data": {"global_crops": {"size": 64}},
+        "model": {"trunk": "swin_t", "embed_dim": 12, "depths": [1, 1, 1], "heads": [1, 2, 4], "window": 4},
+        "objective": {"prototypes": 64, "head_hidden": 24, "bottleneck": 16, "regions": False},
+    },
+}
+
+
 def networks(config: Config) -> tuple[StudentNetwork, TeacherNetwork]:
-    student, teacher = build_student(config), build_teacher(config)
+    """The student, and the teacher that computes its targets."""
+    student = build_student(config)
+    frozen = student.objective.has_frozen_teacher
+    teacher = build_frozen_teacher(config, student.objective) if frozen else build_teacher(config)
     for network in (student, teacher):
         initialize(network, 3)
     return student, teacher
@@ -91,14 +114,19 @@ def crops_of(config: Config, seed: int = 0) -> list[torch.Tensor]:
     return [torch.randn(n * IMAGES, 3, size, size, generator=generator) for n, size in groups]
 
 
+def targets_of(student: StudentNetwork, teacher: TeacherNetwork, crops: list[torch.Tensor]) -> Any:
+    """The teacher's targets; None for an objective without a teacher."""
+    if not (student.objective.has_teacher or student.objective.has_frozen_teacher):
+        return None
+    with torch.no_grad():
+        return teacher(crops[:1])
+
+
 def train_once(config: Config) -> tuple[StudentNetwork, torch.Tensor, dict[str, torch.Tensor]]:
     """The student after one forward and backward, its loss and its logs."""
     student, teacher = networks(config)
     crops = crops_of(config)
-    targets = None
-    if student.objective.has_teacher:
-        with torch.no_grad():
-            targets = teacher(crops[:1])
+    targets = targets_of(student, teacher, crops)
     keys = drop_keys(0, 0, torch.arange(IMAGES), len(config.crop_sizes))
     loss, logs, features = student(crops, targets, keys, 0.05)
     loss.backward()

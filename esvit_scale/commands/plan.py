@@ -45,10 +45,11 @@ def _plan(options: argparse.Namespace) -> int:
     import json
 
     from esvit_scale import config as configs
+    from esvit_scale.checkpoint import frozen_teacher
     from esvit_scale.scaling import plan as plans
 
     o = options
-    config = configs.resolve(o.config, o.overrides)
+    config = frozen_teacher.described_in(configs.resolve(o.config, o.overrides))
     if (o.tflops is not None and not 0 < o.tflops < 1e6) or not 0 < o.mfu <= 1:
         raise UserError("plan: --tflops must be above 0, and --mfu above 0 and at most 1")
     found = plans.plan(config, o.gpus, o.gpu_memory, o.images or _images(config), speed_of(config, o.tflops, o.mfu))

@@ -103,6 +103,14 @@ class ObjectiveCard(NamedTuple):
     citation: str = ""  # the paper, in Markdown
 
 
+class PublishedWeights(NamedTuple):
+    """The weights that the makers of a trunk published under its name."""
+
+    tensors: Tensors  # by their names within the trunk; others may be there, too
+    mean: tuple[float, ...]  # by which images are normalised, for each channel
+    std: tuple[float, ...]
+
+
 class TimmForm(NamedTuple):
     """How a trunk is exported as a network of the timm library."""
 

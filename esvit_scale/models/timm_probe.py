@@ -30,8 +30,8 @@ class Probe(NamedTuple):
     reductions: tuple[int, ...] = ()  # pixels along a side of a cell of these maps
     in_chans: int = 3
 
-    def create(self) -> nn.Module:
-        """Return the network on the default device, without pretrained weights.
+    def create(self, pretrained: bool = False) -> nn.Module:
+        """Return the network on the default device, with random or with timm's pretrained weights.
 
         Raises:
             TypeError: the network does not take one of the arguments.
@@ -41,7 +41,9 @@ class Probe(NamedTuple):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             channels = {} if self.in_chans == 3 else {"in_chans": self.in_chans}
-            return timm.create_model(self.name, pretrained=False, num_classes=0, **channels, **dict(self.arguments))
+            return timm.create_model(
+                self.name, pretrained=pretrained, num_classes=0, **channels, **dict(self.arguments)
+            )
 
     def images(self, network: nn.Module, n: int, size: int) -> Tensor:
         """Return n images of zeros, [n, in_chans, size, size], on the network's device."""

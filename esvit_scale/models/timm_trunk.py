@@ -23,7 +23,7 @@ from esvit_scale.config import Config
 from esvit_scale.errors import UserError, first_line
 from esvit_scale.models import timm_probe
 from esvit_scale.models.batch_norm import BatchNorm
-from esvit_scale.models.descriptions import Tensors, TimmForm, TrunkCard
+from esvit_scale.models.descriptions import PublishedWeights, Tensors, TimmForm, TrunkCard
 from esvit_scale.models.distributions import Initializer, OfSeed
 from esvit_scale.models.drop_path import drop_keys as keys_of
 from esvit_scale.models.drop_path import keep_scales
@@ -67,6 +67,22 @@ class TimmTrunk(Trunk):
         """Return an initialiser of every parameter that gives the value timm draws for it from the run's seed."""
         drawn = _Drawn(self.probe)
         return {f"network.{name}": OfSeed(partial(drawn, name)) for name, _ in self.network.named_parameters()}
+
+    def published(self) -> PublishedWeights:
+        """Return timm's pretrained weights, from its cache or, where there is a network, from its hub.
+
+        Raises:
+            UserError: timm has none, or cannot load them here.
+        """
+        try:
+            theirs = self.probe.create(pretrained=True)
+        except Exception as error:  # whatever timm and the hub's client raise
+            raise UserError(
+                f"{PREFIX}{self.probe.name}: timm has no pretrained weights at hand: {first_line(error)}"
+            ) from None
+        settings = cast(dict[str, Any], theirs.pretrained_cfg)
+        tensors = {f"network.{name}": tensor for name, tensor in theirs.state_dict().items()}
+        return PublishedWeights(tensors, tuple(settings["mean"]), tuple(settings["std"]))
 
     def card(self) -> TrunkCard:
         """Return what a model card says about the trunk."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from esvit_scale.errors import UserError
 from esvit_scale.models.attention_maps import BlockAttention
-from esvit_scale.models.descriptions import HuggingFaceForm, TimmForm, TrunkCard, TrunkFormulas
+from esvit_scale.models.descriptions import HuggingFaceForm, PublishedWeights, TimmForm, TrunkCard, TrunkFormulas
 from esvit_scale.models.plain import PlainTrunk
 from esvit_scale.models.window_attention_implementations import AttendWindows
 from esvit_scale.models.windows import WindowLayout
@@ -147,6 +147,14 @@ class Trunk(nn.Module):
         registers = f", {self.registers} registers" if self.registers else ""
         description = f"{self.name} (features of width {self.dim}, {depths} blocks{registers})"
         return TrunkCard(self.name, description, "Any other size works too.")
+
+    def published(self) -> PublishedWeights:
+        """Return the weights that were published under the trunk's name and come without a file.
+
+        Raises:
+            UserError: there are none.
+        """
+        raise UserError(f"{self.name} comes without weights; name a file or folder")
 
     def plain(self, size: int) -> nn.Module:
         """Return a module for exporters that shares the trunk's weights, for inference on images of one size.

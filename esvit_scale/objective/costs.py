@@ -17,7 +17,7 @@ from esvit_scale.models.descriptions import Activations, Count, CropCost, KeptAc
 from esvit_scale.models.drop_path import drop_keys
 from esvit_scale.models.registry import build_trunk
 from esvit_scale.models.trunk import Features, call
-from esvit_scale.objective import gram, koleo
+from esvit_scale.objective import frozen, gram, koleo
 from esvit_scale.objective.network import Network, StudentNetwork, build_network, build_student
 from esvit_scale.objective.objective import Objective
 from esvit_scale.objective.registry import build_objective
@@ -71,6 +71,8 @@ def _network_of(key: str) -> Network:
 def image_flops(config: Config, count: Count = "published") -> int:
     """Return the FLOPs of a training step per image: student's forward and backward, teacher's forward, heads and loss.
 
+    A frozen teacher's forward takes the place of the teacher's.
+
     Recomputation under activation checkpointing is not counted. Costs per step that do not grow with the batch (Swin
     V2's position bias, the centre) are left out because they are negligible, and so is KoLeo's comparison of view
     features: 4 · C per image that an image is compared with, 13 MFLOP for Swin-T and 4,096 images, of 154 GFLOP.
@@ -89,6 +91,9 @@ def image_flops(config: Config, count: Count = "published") -> int:
     )
     student = sum(crop.flops_with_keys for crop in crops)
     teacher = sum(crop.flops for crop in crops[:TEACHER_VIEWS]) if objective.has_teacher else 0
+    if objective.has_frozen_teacher:
+        of_teacher = frozen.teacher_config(config.objective)
+        teacher = TEACHER_VIEWS * _crop_cost(of_teacher, config.data.global_crops.size, count).flops
     if config.objective.gram_weight:
         dim = _network(config).trunk.dim
         teacher += sum(crop.flops + gram.flops(crop.grid, dim) for crop in crops[:TEACHER_VIEWS])
@@ -98,7 +103,12 @@ def image_flops(config: Config, count: Count = "published") -> int:
 
 def region_grids(config: Config) -> list[tuple[int, int]]:
     """Return (H, W) of the region tokens of every crop of an image, the two global crops first."""
-    return [_crop_cost(config, size, "executed").grid for size in config.crop_sizes]
+    return [region_grid(config, size) for size in config.crop_sizes]
+
+
+def region_grid(config: Config, size: int) -> tuple[int, int]:
+    """Return (H, W) of the region tokens of a crop of `size` pixels; (0, 0) from a trunk without regions."""
+    return _crop_cost(config, size, "executed").grid
 
 
 def crop_flops(config: Config, size: int, count: Count = "published") -> int:
@@ -115,23 +125,43 @@ def _crop_cost(config: Config, size: int, count: Count) -> CropCost:
 def _objective_flops(key: str) -> int:
     """Return the traced FLOPs of an objective per image: the teacher's targets, the student's loss and its backward."""
     config = Config.model_validate_json(key)
-    grids = [_crop_cost(config, size, "executed").grid for size in config.crop_sizes]
+    grids = region_grids(config)
     with models_traced.on_meta():
         trunk = build_trunk(config)
         objective = build_objective(trunk, config)
+        of_teacher = _of_teacher(config, objective, trunk.dim)
         least = max(2, objective.images_at_least)
-        fewer, more = (_objective_step_flops(objective, grids, images, trunk.dim) for images in (least, least + 1))
+        fewer, more = (
+            _objective_step_flops(objective, of_teacher, grids, images, trunk.dim) for images in (least, least + 1)
+        )
     return more - fewer
 
 
-def _objective_step_flops(objective: Objective, grids: list[tuple[int, int]], images: int, dim: int) -> int:
-    teacher = _features(grids[:TEACHER_VIEWS], images, dim)
+class _OfTeacher(NamedTuple):
+    """The instance of an objective whose `targets` the student's loss takes, and the width of the features it takes."""
+
+    objective: Objective
+    dim: int
+
+
+def _of_teacher(config: Config, objective: Objective, dim: int) -> _OfTeacher | None:
+    """Return the teacher's side of the student's `objective` for features of width `dim`; None if it has no teacher."""
+    if objective.has_frozen_teacher:
+        width = frozen.teacher_dim(config.objective)
+        theirs = frozen.teacher_config(config.objective).objective
+        return _OfTeacher(objective.of_frozen_teacher(width, theirs), width)
+    return _OfTeacher(objective, dim) if objective.has_teacher else None
+
+
+def _objective_step_flops(
+    objective: Objective, of_teacher: _OfTeacher | None, grids: list[tuple[int, int]], images: int, dim: int
+) -> int:
     student = _features(grids, images, dim)
     with models_traced.flop_counter() as counter:
         targets = None
-        if objective.has_teacher:
+        if of_teacher is not None:
             with torch.no_grad():
-                targets = objective.targets(teacher)
+                targets = of_teacher.objective.targets(_features(grids[:TEACHER_VIEWS], images, of_teacher.dim))
         objective(student, targets, TEACHER_TEMP)[0].backward()
     return counter.get_total_flops()
 
@@ -240,6 +270,11 @@ def _traced_step(
     if network.objective.has_teacher:
         with torch.no_grad():
             targets = network.objective.targets(network.trunk(crops[:1]))
+    elif of_teacher := _of_teacher(config, network.objective, network.trunk.dim):
+        view, regions, grids = _features(region_grids(config)[:TEACHER_VIEWS], images, of_teacher.dim)
+        with torch.no_grad():
+            network.trunk(crops[:1])  # makes the tables that trunks keep, which are not part of a step
+            targets = of_teacher.objective.to(dtype).targets(Features(view.to(dtype), regions.to(dtype), grids))
     noted = models_traced.Kept(network)
     blocks = models_traced.KeptByBlocks(noted, network.trunk.blocks)
     network.trunk.run_block = blocks

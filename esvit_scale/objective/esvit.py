@@ -51,7 +51,14 @@ class Targets(NamedTuple):
 
 
 class EsViT(Objective):
-    """EsViT's objective: heads, centres and loss. Teacher and student each hold an instance."""
+    """EsViT's objective: heads, centres and loss. Teacher and student each hold an instance.
+
+    Attributes:
+        with_own_crop: whether a global crop is also compared with itself as the teacher sees it, each region with the
+            region at its own place.
+    """
+
+    with_own_crop = False
 
     def __init__(self, dim: int, config: configs.Objective) -> None:
         """Build the heads for trunk features of width `dim`."""
@@ -94,14 +101,16 @@ class EsViT(Objective):
             prototypes_used, the effective number of prototypes among this micro-batch's targets.
         """
         views = len(student.view) // targets.images
-        match, weight = view_pairs(views, targets.images, targets.view.rows)
+        match, weight = view_pairs(views, targets.images, targets.view.rows, self.with_own_crop)
         loss, entropies = self._term(
             self.view_head, self.view_center, student.view, targets.view, match, weight, teacher_temp
         )
         logs = {"loss_view": loss.detach(), **_logged(entropies, "view")}
         if self.region_head is None or targets.region is None or targets.features is None:
             return loss, logs
-        match, weight = region_pairs(student, targets.features, targets.images)
+        match, weight = region_pairs(
+            student, self._matched_with(student, targets.features), targets.images, self.with_own_crop
+        )
         if hidden is not None:
             match, weight = with_hidden(match, weight, hidden, TEACHER_VIEWS * targets.images, self.mask_weight)
         region_loss, entropies = self._term(
@@ -154,6 +163,10 @@ class EsViT(Objective):
             "Li et al., *Efficient Self-supervised Vision Transformers for Representation Learning*, ICLR 2022.",
         )
 
+    def _matched_with(self, student: Features, teacher: Tensor) -> Tensor:
+        """Return the unit region features of the globals, [2B, T, C], with which student regions are matched."""
+        return teacher
+
     @property
     def _centers(self) -> dict[str, Center]:
         if self.sinkhorn:
@@ -193,27 +206,27 @@ def _logged(entropies: Entropies, part: str) -> dict[str, Tensor]:
     }
 
 
-def view_pairs(views: int, images: int, like: Tensor) -> tuple[Tensor, Tensor]:
+def view_pairs(views: int, images: int, like: Tensor, with_own_crop: bool = False) -> tuple[Tensor, Tensor]:
     """Return the indices of the two teacher rows that each student crop is compared with, and weights; both [V·B, 2].
 
-    The rows are the two global crops of the same image; a crop has weight 0 with itself. Both tensors are on the device
-    of `like`; the weights are fp32 (fp64 if `like` is).
+    The rows are the two global crops of the same image; a crop has weight 0 with itself unless `with_own_crop`. Both
+    tensors are on the device of `like`; the weights are fp32 (fp64 if `like` is).
     """
     device, dtype = like.device, torch.promote_types(like.dtype, torch.float32)
     crop = torch.arange(views, device=device)[:, None, None]
     image = torch.arange(images, device=device)[None, :, None]
     teacher = torch.arange(TEACHER_VIEWS, device=device)[None, None, :]
     match = (teacher * images + image).expand(views, images, TEACHER_VIEWS)
-    weight = (crop != teacher).to(dtype).expand_as(match) / (_pairs(views) * images)
+    weight = (with_own_crop | (crop != teacher)).to(dtype).expand_as(match) / (_pairs(views, with_own_crop) * images)
     return match.reshape(-1, TEACHER_VIEWS), weight.reshape(-1, TEACHER_VIEWS)
 
 
 @torch.no_grad()
-def region_pairs(student: Features, teacher: Tensor, images: int) -> tuple[Tensor, Tensor]:
+def region_pairs(student: Features, teacher: Tensor, images: int, with_own_crop: bool = False) -> tuple[Tensor, Tensor]:
     """Return the indices of the two teacher rows that each student region is compared with, and weights; [ΣB·T, 2].
 
-    The rows are the most similar region in either global crop of the same image; a region has weight 0 with regions of
-    its own crop.
+    The rows are the most similar region in either global crop of the same image. A region has weight 0 with its own
+    crop; `with_own_crop`, it is compared with the region at its own place there.
 
     Args:
         student: features of V crops of each image.
@@ -231,8 +244,13 @@ def region_pairs(student: Features, teacher: Tensor, images: int) -> tuple[Tenso
         nearest = torch.stack([(features @ view).argmax(-1) for view in maps])  # [2, V_g, B, T_g]
         crop = torch.arange(first, first + n // images, device=teacher.device)[:, None, None, None]
         other = (crop != torch.arange(TEACHER_VIEWS, device=teacher.device)).expand(*nearest.shape[1:], -1)
+        if with_own_crop:
+            own_place = torch.arange(h * w, device=teacher.device)
+            nearest = torch.where(other.permute(3, 0, 1, 2), nearest, own_place)
+            other = torch.ones_like(other)
         matches.append((first_row + nearest).permute(1, 2, 3, 0).reshape(-1, TEACHER_VIEWS))
-        weights.append(other.reshape(-1, TEACHER_VIEWS).to(teacher.dtype) / (_pairs(views) * images * h * w))
+        pairs = _pairs(views, with_own_crop)
+        weights.append(other.reshape(-1, TEACHER_VIEWS).to(teacher.dtype) / (pairs * images * h * w))
         first += n // images
     return torch.cat(matches), torch.cat(weights)
 
@@ -255,8 +273,8 @@ def with_hidden(match: Tensor, weight: Tensor, hidden: Tensor, crops: int, mask_
     return torch.cat([match, own], 1), torch.cat([weight, column], 1)
 
 
-def _pairs(views: int) -> int:
-    return TEACHER_VIEWS * (views - 1)
+def _pairs(views: int, with_own_crop: bool) -> int:
+    return TEACHER_VIEWS * (views if with_own_crop else views - 1)
 
 
 def _head(dim: int, config: configs.Objective) -> ProjectionHead:

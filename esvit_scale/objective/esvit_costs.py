@@ -15,10 +15,11 @@ class EsViTFormulas:
     Args:
         head: the view head; the region head, where there is one, has the same sizes.
         regions: whether there is a region head.
+        teacher: the view head of a teacher with other sizes (K and the bottleneck are the same); None: as `head`.
     """
 
-    def __init__(self, head: ProjectionHead, regions: bool) -> None:
-        self.head, self.regions = head, regions
+    def __init__(self, head: ProjectionHead, regions: bool, teacher: ProjectionHead | None = None) -> None:
+        self.head, self.regions, self.teacher = head, regions, teacher or head
 
     def image_flops(self, grids: Sequence[tuple[int, int]], count: Count) -> int:
         """Return the FLOPs of heads, region matching and loss per image, of teacher and student, forward and backward.
@@ -29,11 +30,11 @@ class EsViTFormulas:
         regions = [h * w for h, w in grids] if self.regions else []
         student_tokens = len(grids) + sum(regions)
         teacher_tokens = TEACHER_VIEWS + sum(regions[:TEACHER_VIEWS])
-        mlp = 2 * (head.dim * head.hidden + head.hidden**2 + head.hidden * head.bottleneck)
+        mlp, of_teacher = (2 * (h.dim * h.hidden + h.hidden**2 + h.hidden * h.bottleneck) for h in (head, self.teacher))
         logits = 2 * head.bottleneck * head.prototypes
         compared = sum(regions) if count == "executed" else sum(regions[1:])  # with either teacher view
         match = 2 * TEACHER_VIEWS * regions[0] * head.dim * compared if regions else 0
-        flops = (3 * student_tokens + teacher_tokens) * (mlp + logits) + match
+        flops = 3 * student_tokens * (mlp + logits) + teacher_tokens * (of_teacher + logits) + match
         if count == "executed":
             # The fused loss takes four products per token of either network: the logits twice, the expected prototype
             # and the prototypes' gradient.

@@ -1,4 +1,4 @@
-"""The modules that DeepSpeed wraps: a trunk and an objective together, as student or as teacher; and the Gram teacher."""
+"""The modules that DeepSpeed wraps: a trunk and an objective together, as student or as teacher; and other teachers."""
 
 from typing import Any, TypeVar
 
@@ -10,6 +10,7 @@ from esvit_scale.models import products
 from esvit_scale.models.masking import Mask, MaskToken, cells_of, draw_cells
 from esvit_scale.models.registry import build_trunk
 from esvit_scale.models.trunk import Trunk
+from esvit_scale.objective import frozen
 from esvit_scale.objective.gram import gram_loss
 from esvit_scale.objective.koleo import CROPS, koleo
 from esvit_scale.objective.objective import Logs, Objective, spread
@@ -63,7 +64,7 @@ class StudentNetwork(Network):
 
         Args:
             crops: one tensor per resolution group, [V_g·B, channels, S_g, S_g], the two globals first.
-            targets: what the teacher returned for the globals; None for an objective without a teacher.
+            targets: what the teacher, or the frozen teacher, returned for the globals; None for an objective without one.
             drop_keys: int64 [ΣB], one key per crop image for drop path and masks; None drops and masks nothing.
             teacher_temp: temperature of the teacher's softmax at this step.
             anchors: what the Gram teacher returned for the globals; None while it is off.
@@ -91,7 +92,7 @@ class StudentNetwork(Network):
 
 
 class TeacherNetwork(Network):
-    """The network that computes the targets: a moving average of the student. It uses no drop path."""
+    """The network that computes the targets: a moving average of the student, or frozen. It uses no drop path."""
 
     @ranges.named("teacher forward")
     def forward(self, crops: list[Tensor]) -> Any:
@@ -151,6 +152,23 @@ def build_gram_network(config: Config) -> GramNetwork:
     trunk = build_trunk(config)
     products.replace(trunk)
     return GramNetwork(trunk)
+
+
+def build_frozen_teacher(config: Config, objective: Objective) -> TeacherNetwork:
+    """Build the frozen teacher's network: the trunk that `objective.teacher_config` describes, and its part of `objective`.
+
+    Args:
+        objective: the objective of the config, from any of its networks; only what it was built with is used.
+
+    Raises:
+        UserError: the config does not describe the teacher, or its heads do not fit the student's.
+    """
+    theirs = frozen.teacher_config(config.objective)
+    trunk = build_trunk(theirs)
+    of_teacher = objective.of_frozen_teacher(trunk.dim, theirs.objective)
+    for part in (trunk, of_teacher):
+        products.replace(part)
+    return TeacherNetwork(trunk, of_teacher)
 
 
 def _build(kind: type[AnyNetwork], config: Config) -> AnyNetwork:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from esvit_scale import config as configs
 from esvit_scale.models.descriptions import ObjectiveCard, ObjectiveFormulas
 from esvit_scale.models.trunk import Features
 from esvit_scale.objective.prototype_passes import Passes
@@ -22,9 +23,10 @@ class Objective(nn.Module):
     Attributes:
         needs_regions: whether the objective reads `Features.regions`.
         multi_crop: whether it takes local crops beside the two global ones.
-        has_teacher: whether a teacher computes targets. If not, targets come from the student's own features and the
-            teacher is not run. A recipe for such an objective sets `ema_momentum` to 0, so that the teacher's weights,
-            which evaluation reads, are the student's.
+        has_teacher: whether the moving average of the student computes targets. If not, targets come from the student's
+            own features, or from a frozen teacher, and the average is not run. Without any teacher, a recipe sets
+            `ema_momentum` to 0, so that the average, which evaluation reads, is the student itself.
+        has_frozen_teacher: whether a frozen teacher, `objective.teacher`, computes targets.
         takes_masks: whether the loss has a term for hidden regions. `forward` then takes, as a fourth argument, which
             regions of the global crops are hidden, bool [2B·T], or None.
         images_at_least: the smallest number of images per micro-batch and rank for which the loss is defined.
@@ -34,6 +36,7 @@ class Objective(nn.Module):
     needs_regions = False
     multi_crop = True
     has_teacher = True
+    has_frozen_teacher = False
     takes_masks = False
     images_at_least = 1
     passes: Passes | None = None
@@ -43,6 +46,15 @@ class Objective(nn.Module):
 
         The rows of the features are crop 0 of all images, then crop 1 of all images. Targets are plain data (tensors),
         no modules. The method is called without gradient.
+        """
+        raise NotImplementedError
+
+    def of_frozen_teacher(self, dim: int, config: configs.Objective) -> "Objective":
+        """Return the objective whose `targets` a frozen teacher computes; only if `has_frozen_teacher`.
+
+        Args:
+            dim: C of the teacher's features.
+            config: the section `objective` of the teacher's own config.
         """
         raise NotImplementedError
 

@@ -7,6 +7,7 @@ from esvit_scale.config import Config
 from esvit_scale.errors import UserError, nearest
 from esvit_scale.models.masking import cells_of
 from esvit_scale.models.trunk import Trunk
+from esvit_scale.objective import distill
 from esvit_scale.objective.byol import BYOL
 from esvit_scale.objective.dino import DINO
 from esvit_scale.objective.esvit import EsViT
@@ -20,6 +21,7 @@ from esvit_scale.objective.triplet import Triplet
 OBJECTIVES: dict[str, Callable[[int, configs.Objective], Objective]] = {  # (C of the trunk, config.objective)
     "byol": BYOL,
     "dino": DINO,
+    "distill": distill.build,
     "esvit": EsViT,
     "moco_v3": MoCoV3,
     "simclr": SimCLR,
@@ -39,6 +41,7 @@ def build_objective(trunk: Trunk, config: Config) -> Objective:
     if name not in OBJECTIVES:
         raise UserError(f"objective.name: unknown objective {name!r}{nearest(name, OBJECTIVES)}")
     objective = OBJECTIVES[name](trunk.dim, config.objective)
+    _check_frozen_teacher(objective, config)
     if objective.needs_regions and not trunk.has_regions:
         raise UserError(
             f"model.trunk: {config.model.trunk} gives no region tokens, which {name} with objective.regions=true needs; "
@@ -53,7 +56,9 @@ def build_objective(trunk: Trunk, config: Config) -> Objective:
             f"objective.gram_weight: {config.model.trunk} gives no region tokens to compare; set objective.gram_weight=0, or "
             "take a trunk with a grid of tokens"
         )
-    if not objective.has_teacher and (config.objective.ema_momentum or config.objective.ema_momentum_end):
+    if not (objective.has_teacher or objective.has_frozen_teacher) and (
+        config.objective.ema_momentum or config.objective.ema_momentum_end
+    ):
         raise UserError(
             f"objective.ema_momentum: {name} has no teacher, whose weights are what evaluation reads; set "
             "objective.ema_momentum=0 and objective.ema_momentum_end=0, and they are the student's"
@@ -61,6 +66,19 @@ def build_objective(trunk: Trunk, config: Config) -> Objective:
     if config.data.local_crops and not objective.multi_crop:
         raise UserError(f"data.local_crops: {name} compares the two global crops alone; set data.local_crops=[]")
     return objective
+
+
+def _check_frozen_teacher(objective: Objective, config: Config) -> None:
+    """Raise UserError if the objective needs a frozen teacher and the config names none, or the other way round."""
+    name, teacher = config.objective.name, config.objective.teacher
+    if objective.has_frozen_teacher and teacher is None:
+        raise UserError(
+            f"objective.teacher: {name} needs the weights of a teacher, such as objective.teacher=runs/large"
+        )
+    if teacher is not None and not objective.has_frozen_teacher:
+        raise UserError(
+            f"objective.teacher: {name} has no frozen teacher; leave it out, or take objective.name=distill"
+        )
 
 
 def _check_masks(trunk: Trunk, objective: Objective, config: Config) -> None:

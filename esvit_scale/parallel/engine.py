@@ -6,7 +6,7 @@
    lost silently. The values depend on (name, shape, seed) alone, so they are the same at every stage, world size and
    precision.
 4. The teacher is made as a copy of the student, because both must start equal; the Gram teacher (parallel/gram.py), if
-   there is one, as a copy of the teacher.
+   there is one, as a copy of the teacher. A frozen teacher (parallel/frozen_teacher.py) has weights of its own.
 """
 
 from typing import Any, NamedTuple, cast
@@ -23,12 +23,20 @@ from esvit_scale.models.initialize import initial_value, initial_values
 from esvit_scale.models.trunk import Trunk
 from esvit_scale.objective import prototype_passes
 from esvit_scale.objective.costs import weight_dtype
-from esvit_scale.objective.network import Network, build_gram_network, build_network, build_student, build_teacher
+from esvit_scale.objective.network import (
+    Network,
+    build_frozen_teacher,
+    build_gram_network,
+    build_network,
+    build_student,
+    build_teacher,
+)
 from esvit_scale.objective.param_groups import MATRICES, Matrix, hidden_matrices, largest_of_each_part, parameter_groups
 from esvit_scale.objective.registry import check_local_batch
 from esvit_scale.parallel import activation_checkpointing, compilation, ds_config, optimizers, zero
 from esvit_scale.parallel.buffers import cast_buffers_to_fp32, persistent_buffers
 from esvit_scale.parallel.ema import Teacher
+from esvit_scale.parallel.frozen_teacher import FrozenTeacher
 from esvit_scale.parallel.gradients import GradientClipper
 from esvit_scale.parallel.gram import GramTeacher
 from esvit_scale.parallel.muon import Muon
@@ -44,6 +52,7 @@ class Engines(NamedTuple):
     group_of: dict[str, str]  # trainable parameter → its group's name
     teacher: Teacher
     gram: GramTeacher | None  # None without Gram anchoring
+    frozen: FrozenTeacher | None  # None unless the objective distils
     clipper: GradientClipper
     layout: Layout  # of the student, at the run's ZeRO stage
     dtype: torch.dtype  # of the weights that the forward uses
@@ -57,15 +66,17 @@ class Engines(NamedTuple):
     @property
     def networks(self) -> list[nn.Module]:
         """The student's module, and the networks whose forwards give it targets."""
-        return [self.student.module, self.teacher.network, *([] if self.gram is None else [self.gram.network])]
+        others = [teacher.network for teacher in (self.gram, self.frozen) if teacher is not None]
+        return [self.student.module, self.teacher.network, *others]
 
 
-def build(config: Config, world: World, given: dict[str, Tensor]) -> Engines:
+def build(config: Config, world: World, given: dict[str, Tensor], of_teacher: dict[str, Tensor]) -> Engines:
     """Build student, teacher and optimizer, wrap them in DeepSpeed and write their initial values.
 
     Args:
         given: fp32 values to start from, by the name of a parameter or running statistic; those that are not named are
             drawn by the initialisers of models/initialize.py.
+        of_teacher: fp32 values of the frozen teacher, by name; empty without one.
 
     Raises:
         UserError: trunk, objective, crops and batch do not fit each other, the DeepSpeed config contradicts the run
@@ -107,11 +118,16 @@ def build(config: Config, world: World, given: dict[str, Tensor]) -> Engines:
     if config.objective.gram_weight and start is not None:
         make = lambda: build_gram_network(config)  # noqa: E731
         gram = GramTeacher(student.module, teacher, layout, make, start, config.objective.gram_every)
+    frozen = None
+    if meta.objective.has_frozen_teacher:
+        frozen = FrozenTeacher(layout, lambda: build_frozen_teacher(config, meta.objective), of_teacher)
     group_of = {name: group for group, members in groups.items() for name in members}
     moments = {group: optimizers.moments(config.optim.name, group) for group in groups}
-    engines = Engines(student, optimizer, group_of, teacher, gram, clipper, layout, weight_dtype(config), moments)
+    engines = Engines(
+        student, optimizer, group_of, teacher, gram, frozen, clipper, layout, weight_dtype(config), moments
+    )
     if config.train.compile:
-        for network in engines.networks:
+        for network in engines._replace(frozen=None).networks:  # its blocks are not those that ZeRO 3 gathers whole
             compilation.apply(cast(Trunk, network.trunk), world.device)
     return engines
 

@@ -117,6 +117,17 @@ class Layout(ABC):
             build: makes a module of the student's architecture, or one that has some of its parameters, by their names.
         """
 
+    def make_frozen(self, build: Callable[[], nn.Module]) -> tuple[Any, nn.Module]:
+        """Return a network without gradients of any architecture, and the module inside it, in the student's precision and
+        on its device; its values are to be written into `frozen(module)`. All ranks call it.
+
+        Args:
+            build: makes the module.
+        """
+        module = build().requires_grad_(False)
+        some = next(self._student.module.parameters())
+        return module, module.to(device=some.device, dtype=some.dtype)
+
     def pending_gradients(self) -> Iterator[Tensor]:
         """Yield this rank's reduced gradients that DeepSpeed has not yet handed to the base optimizer, which it does
         one parameter group at a time. None are pending at stage 0, or where the optimizer is offloaded."""
@@ -335,12 +346,8 @@ class PartitionedLayout(Layout):
     def make_teacher(self, build: Callable[[], nn.Module]) -> TeacherWeights:
         """Return a teacher that is a ZeRO-3 engine without an optimizer: a rank keeps 1/world of its parameters, and
         the forward gathers them layer by layer."""
-        import deepspeed
-
-        ds = ds_config.without_optimizer(self._ds)
-        module = self.build_module(build, ds).requires_grad_(False)
-        engine, *_ = deepspeed.initialize(model=module, config=ds)
-        own: dict[str, Any] = dict(engine.module.named_parameters())
+        engine, module = self.make_frozen(build)
+        own: dict[str, Any] = dict(module.named_parameters())
         partitions = self._partitions_of(own)
         values = [p.master.clone() for p in partitions]
 
@@ -348,7 +355,16 @@ class PartitionedLayout(Layout):
             for value, p in zip(values, partitions, strict=True):
                 own[p.name].ds_tensor.data[: p.length].copy_(value)
 
-        return TeacherWeights(engine, engine.module, partitions, values, sync)
+        return TeacherWeights(engine, module, partitions, values, sync)
+
+    def make_frozen(self, build: Callable[[], nn.Module]) -> tuple[Any, nn.Module]:
+        """Return a ZeRO-3 engine without an optimizer, in which a rank keeps 1/world of the parameters, and its module."""
+        import deepspeed
+
+        ds = ds_config.without_optimizer(self._ds)
+        module = self.build_module(build, ds).requires_grad_(False)
+        engine, *_ = deepspeed.initialize(model=module, config=ds)
+        return engine, engine.module
 
     def hook_gathers(self, networks: Sequence[nn.Module], hook: Callable[..., None]) -> None:
         """Register `hook` before and after DeepSpeed's own forward pre-hook of every layer, in which it gathers."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from esvit_scale import config as configs
+from esvit_scale.checkpoint import frozen_teacher
 from esvit_scale.config import Config
 from esvit_scale.data.manifest import Manifest
 from esvit_scale.data.remote import place
@@ -82,7 +83,7 @@ def cells(sweep: Sweep, where: str, speed: Speed | None) -> list[Cell]:
     Raises:
         UserError: a size, the base config or its data do not fit, or two cells are the same run.
     """
-    base = configs.resolve(sweep.base, list(sweep.overrides))
+    base = frozen_teacher.described_in(configs.resolve(sweep.base, list(sweep.overrides)))
     configs.require_training_data(base)
     if base.data.mix:
         raise UserError(f"{where}: {sweep.base}: data.mix: a sweep needs one shard set; set data.train instead")

@@ -9,7 +9,8 @@ and W ranks (parallel/zero.py and ema.py say how it is stored):
     3          eP/W         4P/W       8P/W       4P/W      eP/W       eP/W
 
 Gram anchoring adds a second teacher, of the trunk alone, with T parameters: 4T at stage 0, eT + 4·min(T, P/W) at stages
-1 and 2, where the first ranks own the trunk, and (e + 4)T/W at stage 3.
+1 and 2, where the first ranks own the trunk, and (e + 4)T/W at stage 3. A frozen teacher of F parameters takes eF at
+stages 0 to 2 and eF/W at stage 3.
 
 With gradient accumulation, bf16 and fp16 gradients are summed in fp32, 4P/W at stages 1 to 3 (stage 1 then runs as
 stage 2; parallel/ds_config.py says why).
@@ -29,7 +30,7 @@ from esvit_scale.config import Config
 from esvit_scale.models.heads import Prototypes
 from esvit_scale.objective import costs
 from esvit_scale.objective.costs import Checkpointing
-from esvit_scale.objective.network import build_network
+from esvit_scale.objective.network import Network, build_frozen_teacher, build_network
 from esvit_scale.objective.param_groups import MATRICES, hidden_matrices, parameter_groups
 from esvit_scale.objective.prototype_tiles import CPU_TILE_BYTES, GPU_TILE_SHARE
 from esvit_scale.parallel import optimizers
@@ -48,6 +49,7 @@ class ElementCounts(NamedTuple):
     blocks: list[int]  # number of elements of each block of the trunk
     heads: int
     prototypes: list[int]  # number of elements of each prototype layer
+    frozen: list[int]  # number of elements of each parameter of a frozen teacher
 
     @property
     def total(self) -> int:
@@ -69,6 +71,7 @@ class Memory(NamedTuple):
     ema: int
     teacher: int  # the teacher's working copy of its weights
     gram: int  # the Gram teacher's fp32 values and working copy; 0 without Gram anchoring
+    frozen: int  # the weights of a frozen teacher; 0 without one
     gradients: int  # this rank's gradients, kept from the backward to the step
     buckets: int  # buffers in which gradients are reduced
     gathered: int  # parameters that are temporarily gathered (stage 3)
@@ -81,7 +84,7 @@ class Memory(NamedTuple):
     @property
     def state(self) -> int:
         """Return the bytes that stay allocated between steps, except stage 3's gradients and reduction bucket."""
-        return self.parameters + self.masters + self.moments + self.ema + self.teacher + self.gram
+        return self.parameters + self.masters + self.moments + self.ema + self.teacher + self.gram + self.frozen
 
     @property
     def at_start(self) -> int:
@@ -115,7 +118,17 @@ def network_of(config: Config) -> ElementCounts:
     prototypes = [m.weight_v.numel() for m in network.objective.modules() if isinstance(m, Prototypes)]
     moments = {group: len(optimizers.moments(config.optim.name, group)) for group in sizes}
     blocks = [count(block) for block in network.trunk.blocks]
-    return ElementCounts(sizes, moments, trunk, blocks, count(network.objective), prototypes)
+    return ElementCounts(
+        sizes, moments, trunk, blocks, count(network.objective), prototypes, _of_frozen(config, network)
+    )
+
+
+def _of_frozen(config: Config, network: Network) -> list[int]:
+    """Return the number of elements of each parameter of the config's frozen teacher; empty without one."""
+    if not network.objective.has_frozen_teacher:
+        return []
+    with torch.device("meta"):
+        return [p.numel() for p in build_frozen_teacher(config, network.objective).parameters()]
 
 
 class _Demand(NamedTuple):
@@ -205,7 +218,7 @@ def _replicated(d: _Demand) -> Memory:
     whole, bucket = d.network.total, 4 * min(d.network.total, BUCKET)
     moments = d.moments({name: sum(sizes) for name, sizes in d.network.groups.items()})
     return Memory(
-        *(4 * whole, 0, moments, 4 * whole, 0, 4 * sum(map(sum, d.gram.values()))),
+        *(4 * whole, 0, moments, 4 * whole, 0, 4 * sum(map(sum, d.gram.values())), 4 * sum(d.network.frozen)),
         *(4 * whole, bucket, 0, d.activations, d.loss),
         forward_phase=d.held + d.loss,
         backward_phase=max(d.early, d.late),
@@ -229,7 +242,7 @@ def _flat(d: _Demand) -> Memory:
     growing = max(d.early, d.late) if d.on_cpu else d.early + d.bucket
     return Memory(
         *(d.element * whole, 4 * part, d.moments(groups), 4 * part, d.element * whole),
-        *(of_gram, gradients, d.bucket, 0, d.activations, d.loss),
+        *(of_gram, d.element * sum(d.network.frozen), gradients, d.bucket, 0, d.activations, d.loss),
         forward_phase=d.held + d.loss,
         backward_phase=max(growing, d.bucket + gradients + d.left_at_reduction),
         step_phase=max(gradients + d.flattened(largest) + d.exchanged, refresh),
@@ -242,14 +255,16 @@ def _partitioned(d: _Demand) -> Memory:
     part = sum(groups.values())
     gradients = d.summed_element * part
     of_gram = (d.element + 4) * sum(-(-size // d.ranks) for sizes in d.gram.values() for size in sizes)
+    of_frozen = d.element * sum(-(-size // d.ranks) for size in d.network.frozen)
     gathered = d.element * min(d.network.total, LIVE) if d.ranks > 1 else 0
+    of_teacher = d.element * min(sum(d.network.frozen), LIVE) if d.ranks > 1 else 0  # gathered in its forward
     scattered = d.bucket * (2 if d.on_cpu else 1)  # a copy of the bucket, ordered by the rank that owns each part
     lasting = gradients + d.bucket  # both are kept from step to step
     left = d.left_at_reduction + (gathered if d.network.total > BUCKET else 0)
     return Memory(
-        *(d.element * part, 4 * part, d.moments(groups), 4 * part, d.element * part, of_gram, gradients),
+        *(d.element * part, 4 * part, d.moments(groups), 4 * part, d.element * part, of_gram, of_frozen, gradients),
         *(d.bucket + scattered, gathered, d.activations, d.loss),
-        forward_phase=lasting + gathered + d.held + d.loss,
+        forward_phase=lasting + max(gathered + d.held + d.loss, of_teacher + d.pixels),
         # The backward frees gathered parameters once it is done with them, so none is left at the last reduction.
         backward_phase=lasting + max(d.early + gathered, scattered + left),
         step_phase=lasting + d.flattened(max(groups.values())) + d.exchanged,

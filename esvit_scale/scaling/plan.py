@@ -25,6 +25,7 @@ ROWS = {  # the parts of a rank's memory, each with the sentence that explains i
     "ema": "the teacher's weights in fp32, an average of the student's",
     "teacher": "the teacher's weights, in the precision of the run",
     "gram": "the earlier teacher of Gram anchoring, its trunk alone",
+    "frozen": "the frozen teacher of a distillation, in the precision of the run",
     "gradients": "this GPU's part, kept from the backward to the optimizer's step",
     "buckets": "buffers in which gradients are summed over GPUs",
     "gathered": "weights that zero3 puts together while a layer uses them",
@@ -32,6 +33,7 @@ ROWS = {  # the parts of a rank's memory, each with the sentence that explains i
     "loss": "workspace of the cross-entropy over the prototypes",
 }
 PARTS = tuple(ROWS)
+FURTHER = ("gram", "frozen")  # parts that most runs do not have
 ASK_FOR_RATE = "give --tflops RATE for a time: what one of your GPUs reaches on large matrix products, for example 400"
 GIB, TERA = 2**30, 1e12
 CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "selective", "full")
@@ -251,14 +253,14 @@ def table(found: Plan, config: Config, gpus: int) -> str:
 
 
 def _shown(found: Plan) -> list[str]:
-    """Return the parts of memory that have a row: all, but the Gram teacher's only where there is one."""
-    return [part for part in PARTS if part != "gram" or any(s.memory.gram for s in found.settings)]
+    """Return the parts of memory that have a row: all, but those of further teachers only where there are any."""
+    return [part for part in PARTS if part not in FURTHER or any(getattr(s.memory, part) for s in found.settings)]
 
 
 def _explained(found: Plan) -> list[str]:
     """Return the lines that explain the table's rows and columns."""
     shown = _shown(found)
-    lasting = "six" if "gram" in shown else "five"
+    lasting = ("five", "six", "seven")[sum(part in shown for part in FURTHER)]
     notes = {part: ROWS[part] for part in shown} | {
         "peak": f"the first {lasting} rows, which stay, and what the largest of forward, backward and the optimizer's step "
         "needs; the other rows are not all there at once, so the sum of the rows is not the peak",

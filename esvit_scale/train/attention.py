@@ -10,6 +10,7 @@ from esvit_scale.models.implementation_choice import Outcome
 from esvit_scale.models.registry import build_trunk
 from esvit_scale.models.window_attention_implementations import NAMES, AttendWindows, implementation, unavailable
 from esvit_scale.models.windows import WindowLayout
+from esvit_scale.objective import frozen
 from esvit_scale.train.recorded_choice import RecordedChoice
 
 
@@ -43,9 +44,12 @@ class AttentionChoice(RecordedChoice):
         return attention_choice.choose(candidates, small, real, self.dtype, self.device)
 
     def _layouts(self, images: int) -> list[WindowLayout]:
-        """Return the layouts of the trunk's windows for a micro-batch of so many images; empty: it has none of ours."""
-        with torch.device("meta"):
-            trunk = build_trunk(self.config)
+        """Return the layouts of the windows of the trunk, and of a frozen teacher's, for a micro-batch of so many images;
+        empty: they have none of ours."""
         data = self.config.data
         crops = [(2 * images, data.global_crops.size), *((g.count * images, g.size) for g in data.local_crops)]
-        return trunk.window_layouts(crops, self.device)
+        with torch.device("meta"):
+            trunks = [(build_trunk(self.config), crops)]
+            if self.config.objective.teacher_config is not None:
+                trunks.append((build_trunk(frozen.teacher_config(self.config.objective)), crops[:1]))
+        return [layout for trunk, of_trunk in trunks for layout in trunk.window_layouts(of_trunk, self.device)]

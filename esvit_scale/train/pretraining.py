@@ -4,7 +4,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from esvit_scale.checkpoint import mirror, mirror_sender, state_file, step_folders
+from esvit_scale.checkpoint import frozen_teacher, mirror, mirror_sender, state_file, step_folders
 from esvit_scale.config import Config, require_training_data
 from esvit_scale.data import identity as identities
 from esvit_scale.data import stream
@@ -55,6 +55,8 @@ def pretrain(config: Config) -> int:
 
 def open_and_train(config: Config, world: World, watchdog: Watchdog) -> int:
     """Start or resume the run of a config in the process group of `world`; return 0, or 130 after ctrl-C."""
+    given = config
+    config = collectives.run_on_rank0_and_broadcast(lambda: frozen_teacher.described_in(given))
     # Before a run dir records a config that cannot be run.
     collectives.run_on_rank0_and_broadcast(lambda: stream.check_pixels(config))
     collectives.run_on_rank0_and_broadcast(lambda: tracking.require(config))

@@ -3,12 +3,15 @@
 import torch
 from torch import nn
 
+from esvit_scale.checkpoint import frozen_teacher
 from esvit_scale.config import Config
 from esvit_scale.data import stream
 from esvit_scale.machine import usable_cpus
+from esvit_scale.objective import frozen
 from esvit_scale.objective.network import Network, build_network
 from esvit_scale.objective.schedules import Schedules
 from esvit_scale.parallel.engine import Engines
+from esvit_scale.parallel.frozen_teacher import FrozenTeacher
 from esvit_scale.parallel.world import World
 from esvit_scale.parallel.zero import full_shape
 from esvit_scale.train import learning
@@ -25,6 +28,8 @@ def lines(
         shorter: the config that the run had so far, if it is now made longer.
     """
     found = [*([origin] if origin else []), model_line(engines, world, facts.prototypes)]
+    if engines.frozen is not None:
+        found.append(frozen_teacher_line(config, engines.frozen))
     if shorter is not None:
         found.append(
             lengthening(
@@ -62,6 +67,16 @@ def model_line(engines: Engines, world: World, prototypes: int) -> str:
     return f"{'model':<10} {sizes}, on {devices(world)}"
 
 
+def frozen_teacher_line(config: Config, teacher: FrozenTeacher) -> str:
+    """Return a line with the frozen teacher's trunk, its parameters, and what the student learns from it."""
+    name, learned = frozen.teacher_name(config.objective), config.objective.targets
+    what = "its prototypes" if learned == "prototypes" else "the direction of its features"
+    return (
+        f"{'teacher':<10} {config.objective.teacher}: {name}, {_millions(parameters(teacher.module))} parameters, frozen; "
+        f"the student learns {what}"
+    )
+
+
 def devices(world: World) -> str:
     """Return what the run trains on, in words, such as "8 × NVIDIA H200" or "CPU, 1 rank of 2 threads (2 cores here)"."""
     if world.device.type == "cuda":
@@ -91,6 +106,7 @@ def planned_facts(config: Config) -> RunFacts:
     Raises:
         UserError: the network cannot be built, or the training data cannot be read.
     """
+    config = frozen_teacher.described_in(config)
     with torch.device("meta"):
         network = build_network(config)
     data = stream.open_data(config)

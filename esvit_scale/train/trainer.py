@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from esvit_scale import files, ranges
-from esvit_scale.checkpoint import state
+from esvit_scale.checkpoint import frozen_teacher, state
 from esvit_scale.checkpoint.initial_weights import NO_INITIAL_WEIGHTS, load_initial_weights
 from esvit_scale.checkpoint.saver import Saver
 from esvit_scale.config import Config
@@ -68,10 +68,11 @@ class Trainer:
         self.config, self.world, self.schedules = config, world, schedules
         initial = load_initial_weights(config) if fresh else NO_INITIAL_WEIGHTS
         self._origin = initial.note and f"starts from the {initial.note}"
-        self.engines = engine.build(config, world, initial.values)
+        frozen = frozen_teacher.load(config)
+        self.engines = engine.build(config, world, initial.values, frozen.values)
         engine.use_implementations(self.engines, *chosen)
         self.objective = self.engines.student.module.objective
-        self.objective.load_extra_state(initial.centers)
+        self.objective.load_extra_state(frozen.centers or initial.centers)
         self.clock = StepClock(world.device)
         self.engines.layout.hook_gathers(self.engines.networks, self.clock.mark)
         self.last_step = schedules.total_steps
@@ -99,7 +100,7 @@ class Trainer:
         sums: dict[str, Tensor] = {}
         applied = False
         for micro_batch in micro_batches:
-            # Teacher targets, from the two global crops.
+            # Targets of the teacher or the frozen teacher, from the two global crops.
             targets = self._teacher_targets(micro_batch.crops[:1])
             anchors = self._gram_anchors(micro_batch.crops[:1])
 
@@ -149,10 +150,11 @@ class Trainer:
     @torch.no_grad()
     def _teacher_targets(self, globals_: list[Tensor]) -> Any:
         """Return the teacher's outputs for global crops [[2·B, channels, S, S]]; None if the objective has no teacher."""
-        if not self.objective.has_teacher:
+        frozen = self.engines.frozen
+        if frozen is None and not self.objective.has_teacher:
             return None
         with engine.autocast(self.config, self.world.device):
-            return self.engines.teacher.network(globals_)
+            return (self.engines.teacher if frozen is None else frozen).network(globals_)
 
     @torch.no_grad()
     def _gram_anchors(self, globals_: list[Tensor]) -> Tensor | None:

@@ -88,8 +88,8 @@ def test_every_objective_takes_it(objective: str) -> None:
     student, teacher = conformance.networks(config)
     crops = conformance.crops_of(config)
     with torch.no_grad():
-        targets = teacher(crops[:1]) if student.objective.has_teacher else None
-        anchors = torch.randn_like(teacher.trunk(crops[:1]).regions)
+        targets = conformance.targets_of(student, teacher, crops)
+        anchors = torch.randn_like(student.trunk(crops[:1]).regions)
         loss, logs, _ = student(crops, targets, None, 0.05)
         both, logs_of_both, _ = student(crops, targets, None, 0.05, anchors)
     assert logs_of_both.keys() - logs.keys() == {"loss_gram"}

@@ -54,7 +54,7 @@ def test_half_precision_follows_fp32(tmp_path: Path, shards: Path, case: str, pr
 def test_decay_of_all_reaches_the_optimizer(tmp_path: Path, shards: Path) -> None:
     for decay, groups in (("weights", {"decay", "no_decay", "last_layer"}), ("all", {"decay", "last_layer"})):
         config = tiny.config(tmp_path, shards, optim__decay=decay)
-        engines = engine.build(config, worlds.start(), {})
+        engines = engine.build(config, worlds.start(), {}, {})
         assert {group["name"] for group in engines.optimizer.param_groups} == groups
 
 

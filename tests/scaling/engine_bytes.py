@@ -34,6 +34,8 @@ def held(engines):
     }
     if engines.gram is not None:
         parts["gram"] = [*engines.gram.values, *local_tensors(engines.gram.module.parameters())]
+    if engines.frozen is not None:
+        parts["frozen"] = local_tensors(engines.frozen.module.parameters())
     return {name: storages(tensors, counted) for name, tensors in parts.items()}
 
 

@@ -7,11 +7,13 @@ import pytest
 
 from esvit_scale import cli
 from esvit_scale import config as configs
+from esvit_scale.checkpoint import frozen_teacher
 from esvit_scale.errors import UserError
 from esvit_scale.objective import costs
 from esvit_scale.scaling import memory
 from esvit_scale.scaling import plan as plans
 from tests import launcher, tiny
+from tests.objective.test_distill import write_teacher
 
 SPEED = plans.Speed(100, 0.4, "given")
 G80 = 80 * 2**30
@@ -27,12 +29,18 @@ def test_planned_state_bytes_equal_those_of_real_engines(tmp_path):
     """Two ranks, one step, every stage: each part of rank 0 to the byte, padding included; rank 1 pads, so has no more."""
     cases = {"zero0": "fp32", "zero1": "bf16", "zero2": "bf16", "zero3": "bf16", "zero3-fp32": "fp32"}
     cases |= {"zero1-muon": "bf16", "zero3-muon": "bf16"}
+    cases |= {"zero1-distill": "bf16", "zero3-distill": "bf16"}
+    teacher = write_teacher(tmp_path / "teacher.safetensors", heads=False)
     made = {}
     for name, precision in cases.items():
         optimizer = "muon" if "muon" in name else "adamw"
-        gram = {"objective__gram_weight": 1.0, "objective__gram_start": 1} if "muon" not in name else {}
-        made[name] = tiny_config(
-            tmp_path / name, train__ds_config=name[:5], train__precision=precision, optim__name=optimizer, **gram
+        further = {"objective__gram_weight": 1.0, "objective__gram_start": 1} if "muon" not in name else {}
+        if "distill" in name:
+            further = {"objective__name": "distill", "objective__targets": "cosine", "objective__teacher": str(teacher)}
+        made[name] = frozen_teacher.described_in(
+            tiny_config(
+                tmp_path / name, train__ds_config=name[:5], train__precision=precision, optim__name=optimizer, **further
+            )
         )
         tiny.write_config(tmp_path / f"{name}.yaml", made[name])
     files = [tmp_path / f"{name}.yaml" for name in cases]
