@@ -71,7 +71,8 @@ def open_and_train(config: Config, world: World, watchdog: Watchdog) -> int:
             _warn_finished(config, path)
         return 0
     data = collectives.run_on_rank0_and_broadcast(lambda: stream.open_data(config))
-    room = collectives.run_on_rank0_and_broadcast(lambda: working_set.check(config, data, world.size))
+    needs = collectives.gather_objects(working_set.of_own_node(config, data, world.rank, world.size))
+    room = collectives.run_on_rank0_and_broadcast(lambda: working_set.check(config, data, world.size, needs))
     watchdog.progress()
     if config.data.stage:
         data = stage.on_every_node(data, config.data.stage, watchdog)

@@ -68,8 +68,13 @@ class _DataSizes:
         self.image = (self.whole.total - self.unchecked.total) / max(samples, 1)  # average of sets with checksums
 
 
-def check(config: Config, data: object, world_size: int) -> list[str]:
+def check(
+    config: Config, data: object, world_size: int, nodes: "Sequence[WorkingSet | None] | None" = None
+) -> list[str]:
     """Check that the cache has room for the remote shards that the run needs at a time, those of data.held_out included.
+
+    Args:
+        nodes: what `of_own_node` returned on every rank; None: computed here, for one node after the other.
 
     Returns:
         The lines that a start prints about room and need; none if all data is local.
@@ -92,7 +97,8 @@ def check(config: Config, data: object, world_size: int) -> list[str]:
         _disk(folder, limit, least)
         return [f"{'cache':<10} {folder}: at most {_gb(limit)} GB, for data.held_out"]
     assert isinstance(data, Manifest | MixedSets)
-    found = working_set(config, data, world_size)
+    known = [node for node in nodes or () if node is not None]
+    found = max(known, key=lambda node: node.least) if known else working_set(config, data, world_size)
     if limit < found.least_by_ranges:
         by_ranges = f"; single images can be read by ranges from data.cache_gb={_gb(found.least_by_ranges)} on"
         raise UserError(
@@ -143,6 +149,17 @@ def working_set(config: Config, data: Manifest | MixedSets, world_size: int) -> 
     return max(
         (_of_node(config, data, sizes, rank, world_size, held_out) for rank in ranks), key=lambda node: node.least
     )
+
+
+def of_own_node(config: Config, data: object, rank: int, world_size: int) -> WorkingSet | None:
+    """Return the working set of the node whose first rank is `rank`; None on its other ranks and for local data.
+
+    All ranks of a large job compute theirs at the same time, because one after the other takes minutes.
+    """
+    if rank % ranks_per_node(world_size) or not _remote(data):
+        return None
+    assert isinstance(data, Manifest | MixedSets)
+    return _of_node(config, data, _DataSizes(data), rank, world_size, _held_out(config, ranks_per_node(world_size)))
 
 
 def _of_node(

@@ -52,3 +52,18 @@ def test_remote_held_out_images_beside_local_data_need_room(shards: Path, tmp_pa
     wide = c.model_copy(update={"data": c.data.model_copy(update={"cache_gb": 0.001})})
     [line] = working_set.check(wide, stream.open_data(wide), 1)
     assert line.endswith("at most 0.001 GB, for data.held_out")
+
+
+def test_nodes_that_compute_their_own_need_find_the_largest(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four ranks on two nodes, whose slots read from different numbers of shards."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    c = config(f"file://{shards}", tmp_path, slots=4)
+    data = stream.open_data(c)
+    nodes = [working_set.of_own_node(c, data, rank, 4) for rank in range(4)]
+    assert [node is None for node in nodes] == [False, True, False, True]
+    assert isinstance(data, Manifest)
+    assert max(node.least for node in nodes if node) == working_set.working_set(c, data, 4).least
+    assert working_set.check(c, data, 4, nodes) == working_set.check(c, data, 4)
+    assert working_set.of_own_node(c, stream.open_data(config(shards, tmp_path)), 0, 4) is None
