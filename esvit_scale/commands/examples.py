@@ -27,6 +27,7 @@ EXAMPLES = {
     "convert": "runs/photos weights/photos --from esvit-scale --to timm",
     "plan": "swin_b --gpus 8 --gpu-memory 80G --tflops 400",
     "sweep plan": "sweep.yaml",
+    "sweep power": "sweep.yaml --error 25 18 --test-images 10000",
     "sweep submit": "sweep.yaml --local",
     "sweep status": "sweep.yaml",
     "sweep collect": "sweep.yaml",

@@ -64,12 +64,12 @@ def _add_submit(slurm: Any) -> None:
         evaluate.add_argument(name, required=True, metavar=metavar, help=text)
     _add_option(evaluate, "both evaluations, for example --option=--batch=256")
 
-    sweep = command(submit, "sweep", _submit_sweep, "submit the unfinished cells of a sweep, one array element each")
+    sweep = command(submit, "sweep", submit_sweep, "submit the unfinished cells of a sweep, one array element each")
     sweep.add_argument(
         "sweep", type=Path, metavar="SWEEP.yaml", help="YAML file that describes the sweep (docs/scaling.md)"
     )
     for parser in (pretrain, shards, evaluate, sweep):
-        _add_resources(parser, gpus=parser is not shards)
+        add_resources(parser, gpus=parser is not shards)
 
 
 def _add_option(parser: argparse.ArgumentParser, of: str) -> None:
@@ -78,7 +78,8 @@ def _add_option(parser: argparse.ArgumentParser, of: str) -> None:
     )
 
 
-def _add_resources(parser: argparse.ArgumentParser, gpus: bool) -> None:
+def add_resources(parser: argparse.ArgumentParser, gpus: bool) -> None:
+    """Add the options for a job's resources; those for nodes and GPUs only with `gpus`."""
     asked = parser.add_argument_group("resources (default: as in the shipped batch script)")
     if gpus:
         asked.add_argument("--nodes", type=positive, metavar="N", help="number of nodes")
@@ -166,7 +167,8 @@ def _submit_evaluate(o: argparse.Namespace) -> int:
     return _submit(o, "evaluate", [*arguments, *o.option], Path(o.out) / "slurm")
 
 
-def _submit_sweep(o: argparse.Namespace) -> int:
+def submit_sweep(o: argparse.Namespace) -> int:
+    """Submit the unfinished cells of a sweep, one array element each; return 0."""
     from esvit_scale.commands.sweep import _cells
     from esvit_scale.scaling import runner
 

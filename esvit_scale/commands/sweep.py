@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from esvit_scale.commands import slurm
 from esvit_scale.commands.parser import command, count, group, positive
 from esvit_scale.errors import UserError
 
@@ -86,8 +87,28 @@ def _add_running(sweep: Any) -> None:
         "show the cells (sizes × budgets × seeds), their cost and what fits; refuse those that make no sense",
     )
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    power = one("power", _power, "say before a sweep how well it will know the exponent of its law")
+    power.add_argument(
+        "--error",
+        type=_above_zero,
+        nargs=2,
+        required=True,
+        metavar=("CHEAP", "DEAR"),
+        help="error in percent expected at the smallest and at the largest budget",
+    )
+    power.add_argument(
+        "--test-images", type=positive, metavar="N", help="test images (default: those of evaluate.test, a shard set)"
+    )
+    power.add_argument(
+        "--seed-spread",
+        type=_above_zero,
+        default=0.3,
+        metavar="P",
+        help="standard deviation of the error between seeds in points (default: 0.3)",
+    )
     submit = one("submit", _submit, "run the unfinished cells, as a Slurm array or on this machine")
     submit.add_argument("--local", action="store_true", help="run on this machine, one cell after the other")
+    slurm.add_resources(submit, gpus=True)
     status = one("status", _status, "show how far each cell is, and why cells failed")
     status.add_argument("--json", action="store_true", help="print JSON instead of a table")
     collect = one("collect", _collect, "write the results of the finished cells to runs.csv")
@@ -125,16 +146,35 @@ def _plan(options: argparse.Namespace) -> int:
     return 0
 
 
+def _power(options: argparse.Namespace) -> int:
+    from esvit_scale.data import manifest as manifests
+    from esvit_scale.scaling import power, sweep_file
+
+    sweep, images = sweep_file.read(options.sweep), options.test_images
+    if images is None:
+        if sweep.evaluate is None or not manifests.is_shard_set(Path(sweep.evaluate.test)):
+            raise UserError(
+                f"{options.sweep}: evaluate.test is no shard set; say how many images there are: --test-images N"
+            )
+        images = manifests.load(Path(sweep.evaluate.test)).samples
+    errors = (options.error[0], options.error[1])
+    found = power.power(sweep.budgets, errors, images, len(sweep.seeds), options.seed_spread)
+    print("\n".join(power.lines(found, len(set(sweep.budgets)), errors)))
+    return 0
+
+
 def _submit(options: argparse.Namespace) -> int:
     from esvit_scale.scaling import runner
 
+    if not options.local:
+        try:
+            return slurm.submit_sweep(options)
+        except UserError as error:
+            raise UserError(f"{error}; `sweep submit --local` runs the cells on this machine") from None
     sweep, found = _cells(options.sweep)
     if all(cell.problems for cell in found):
         raise UserError(f"{options.sweep}: every cell is refused; `sweep plan` shows why")
-    if options.local:
-        return runner.submit_local(options.sweep, sweep, found)
-    print(runner.submit_slurm(options.sweep, sweep, found))
-    return 0
+    return runner.submit_local(options.sweep, sweep, found)
 
 
 def _status(options: argparse.Namespace) -> int:

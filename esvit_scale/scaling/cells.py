@@ -16,7 +16,7 @@ from esvit_scale.objective.schedules import cooldown_start
 from esvit_scale.scaling import plan as plans
 from esvit_scale.scaling import shapes, subset
 from esvit_scale.scaling.plan import GIB, Plan, Speed
-from esvit_scale.scaling.shapes import Shape
+from esvit_scale.scaling.shapes import Shape, Values
 from esvit_scale.scaling.sweep_file import Sweep
 
 SAVE_MINUTES = 30.0  # checkpoint_minutes of runs that otherwise save only at a branch point and at the end
@@ -30,7 +30,7 @@ class Cell:
     index: int
     name: str
     config: Config
-    shape: Shape
+    shape: Shape | Values
     budget: float  # FLOPs asked for
     flops: float  # FLOPs of the run: the budget rounded to whole steps
     unique_images: int
@@ -125,7 +125,7 @@ def _cell(
     base: Config,
     data: Manifest,
     speed: Speed | None,
-    shape: Shape,
+    shape: Shape | Values,
     budget: float,
     unique: int | None,
     seed: int,
@@ -227,10 +227,11 @@ def table(found: list[Cell], sweep: Sweep) -> str:
     lines = [header]
     for cell in found:
         n = cell.plan.numbers
-        depths = "-".join(map(str, cell.shape.depths))
+        model = cell.config.model
+        width, depths = str(model.embed_dim or "–"), "-".join(map(str, model.depths)) if model.depths else "–"
         fits = "refused" if cell.problems else (cell.plan.fits.name if cell.plan.fits else "")
         lines.append(
-            f"{cell.index:4d} {cell.name:28s} {_short(n['trunk_params']):>8s} {cell.shape.embed_dim:5d} {depths:>10s} "
+            f"{cell.index:4d} {cell.name:28s} {_short(n['trunk_params']):>8s} {width:>5s} {depths:>10s} "
             f"{cell.steps:8,d} {_short(cell.images_seen):>8s} {cell.epochs:7.1f} {_short(cell.flops):>8s} "
             f"{cell.config.optim.lr:8.2g} {_cost(cell.gpu_hours):>8s}  {fits}"
         )

@@ -20,7 +20,6 @@ from esvit_scale import files
 from esvit_scale.checkpoint import step_folders
 from esvit_scale.data.remote import place
 from esvit_scale.errors import Diverged, UserError
-from esvit_scale.resources import shipped_folder
 from esvit_scale.scaling import subset
 from esvit_scale.scaling.cells import Cell
 from esvit_scale.scaling.sweep_file import Sweep
@@ -160,33 +159,6 @@ def _reason(log: Path, code: int) -> str:
     said = errors[-1].removeprefix("esvit-scale: error: ") if errors else (lines[-1] if lines else "it printed nothing")
     how = f"signal {-code}" if code < 0 else f"exit code {code}"
     return f"{said} ({how}; {log})"
-
-
-def submit_slurm(sweep_file: Path, sweep: Sweep, found: list[Cell]) -> str:
-    """Submit the unfinished cells as one Slurm array job; return what sbatch prints.
-
-    Raises:
-        UserError: cells continue each other (`horizon: branches`), there is no script or no sbatch, or sbatch refuses
-            the job.
-    """
-    if sweep.horizon == "branches":
-        raise UserError(
-            "horizon: branches: runs wait for each other, which array jobs cannot do; use --local, or horizon: scale"
-        )
-    script = shipped_folder("slurm") / "sweep.sbatch"
-    if not script.is_file():
-        raise UserError(f"{script}: no such file; `sweep submit --local` runs the cells on this machine")
-    if not shutil.which("sbatch"):
-        raise UserError("sbatch: not found; submit on a login node of the cluster, or use --local")
-    todo = [c.index for c in found if state(c, sweep).word not in ("finished", "refused")]
-    if not todo:
-        return "every cell is finished"
-    command = ["sbatch", f"--array={ranges(todo)}", str(script), str(sweep_file)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()
-        raise UserError(f"sbatch refused ({said[-1]}); --local runs the cells on this machine")
-    return done.stdout.strip()
 
 
 def ranges(numbers: Iterable[int]) -> str:

@@ -9,6 +9,7 @@ shifted windows. The rows below are the width of stage 1 and the possible number
     stage 3    2, 4     2, 4, 6    6, 8 … 18   18           18, 22 … 42
 """
 
+import json
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
@@ -18,6 +19,7 @@ import torch
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
 from esvit_scale.models.registry import build_trunk
+from esvit_scale.models.swin import Swin
 from esvit_scale.models.trunk import Trunk
 from esvit_scale.objective import costs
 from esvit_scale.scaling.sweep_file import Size
@@ -45,6 +47,18 @@ class Shape(NamedTuple):
         return {"embed_dim": self.embed_dim, "depths": list(self.depths), "heads": list(self.heads)}
 
 
+class Values(NamedTuple):
+    """Keys of the run config's `model` section that the sweep file gives for a size."""
+
+    text: str  # as JSON, so that equal sizes compare equal
+
+    @property
+    def overrides(self) -> dict[str, object]:
+        """Return the keys with their values."""
+        found: dict[str, object] = json.loads(self.text)
+        return found
+
+
 def ladder() -> Iterator[Shape]:
     """Yield every shape of the ladder, narrow ones first."""
     for width in range(HEAD_DIM, WIDEST + 1, HEAD_DIM):
@@ -52,13 +66,20 @@ def ladder() -> Iterator[Shape]:
             yield Shape(width, (2, 2, depth, 2))
 
 
-def shape_of(size: Size, base: Config) -> Shape:
-    """Return the shape for an entry of the sweep's `sizes`: a named trunk, a width, or a number of parameters.
+def shape_of(size: Size, base: Config) -> Shape | Values:
+    """Return the shape for an entry of the sweep's `sizes`: a named trunk, a width, a number of parameters, or any values.
 
     Raises:
-        UserError: an unknown trunk, a width that is not a multiple of 32, or a number of parameters far from every
-            shape of the ladder.
+        UserError: an unknown trunk, a width that is not a multiple of 32, a number of parameters far from every shape of
+            the ladder, or a ladder for a trunk that has none.
     """
+    if size.model is not None:
+        return Values(json.dumps(size.model, sort_keys=True))
+    if size.trunk is None and not isinstance(_on_meta(base), Swin):
+        raise UserError(
+            f"sizes: {base.model.trunk} is no Swin, and only Swins have shapes for params and embed_dim; give model: "
+            "{…} with the keys of its size"
+        )
     if size.trunk is not None:
         named = _named(size.trunk, base)
         if type(named) is not type(_on_meta(base)):

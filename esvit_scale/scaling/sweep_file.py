@@ -4,7 +4,7 @@ It is read as strictly as a run config.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -14,18 +14,21 @@ from esvit_scale.schema import Section, check
 
 
 class Size(Section):
-    """The size of one trunk, given by exactly one of `trunk`, `params` and `embed_dim`."""
+    """The size of one trunk, given by exactly one of `trunk`, `params`, `embed_dim` and `model`."""
 
     trunk: str | None = None  # a name of models/registry.py
     params: AboveZero | None = None  # number of parameters; selects the nearest shape of scaling/shapes.py
     embed_dim: Positive | None = None  # a multiple of 32; depths as in scaling/shapes.py unless they are given
     depths: Annotated[list[Positive], Field(min_length=1)] | None = None
+    model: Annotated[dict[str, Any], Field(min_length=1)] | None = None  # keys of the run's section model; any trunk
 
     @model_validator(mode="after")
     def _one_way(self) -> "Size":
-        given = [name for name in ("trunk", "params", "embed_dim") if getattr(self, name) is not None]
+        given = [name for name in ("trunk", "params", "embed_dim", "model") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"sizes: give one of trunk, params and embed_dim, got {' and '.join(given) or 'none'}")
+            raise ValueError(
+                f"sizes: give one of trunk, params, embed_dim and model, got {' and '.join(given) or 'none'}"
+            )
         if self.depths and self.embed_dim is None:
             raise ValueError("sizes: depths go with embed_dim")
         return self

@@ -108,11 +108,15 @@ PATIENT = ["train.patience=3", "train.knn_every=1", "data.held_out=x"]
     [
         ({"budget": [1e9]}, "unknown key budget; did you mean 'budgets'"),
         ({"budgets": []}, "budgets: expected at least one number"),
-        ({"sizes": [{"params": 1e6, "embed_dim": 32}]}, "give one of trunk, params and embed_dim, got params and"),
+        (
+            {"sizes": [{"params": 1e6, "embed_dim": 32}]},
+            "give one of trunk, params, embed_dim and model, got params and",
+        ),
         ({"lr": {"exponent": -0.2}}, "an exponent needs at_params"),
         ({"machine": {"gpu": 2}}, "unknown key machine.gpu"),
         ({"seeds": [0, 0]}, "two cells are the same run"),
         ({"evaluate": {"train": "nowhere", "test": "nowhere"}}, "nowhere: no such folder"),
+        ({"sizes": [{"model": {"embed_dims": 32}}]}, "unknown key model.embed_dims; did you mean 'model.embed_dim"),
         ({"overrides": PATIENT}, "train.patience: a sweep needs runs of their full length"),
     ],
 )
@@ -120,6 +124,18 @@ def test_bad_sweep_file_is_one_line(tmp_path, values, message):
     with pytest.raises(UserError, match=message) as error:
         cells_of(write(tmp_path, **values))
     assert "\n" not in str(error.value)
+
+
+def test_any_trunk_can_be_swept(tmp_path):
+    """A ladder exists for Swins alone; other trunks take keys of `model`."""
+    sizes = [{"model": {"embed_dim": width, "depths": [1, 1, 1]}} for width in (8, 16)]
+    resnet = ["model.trunk=resnet50", "model.window=7", "model.heads=null"]
+    _, found = cells_of(write(tmp_path, sizes=sizes, overrides=resnet, budgets=[4e9]))
+    small, large = (cell.plan.numbers["trunk_params"] for cell in found)
+    assert 0 < small < large / 3
+    assert " 8" in cells.table(found, sweep_file.read(tmp_path / "sweep.yaml"))
+    with pytest.raises(UserError, match="resnet50 is no Swin"):
+        cells_of(write(tmp_path, sizes=[{"params": 1e6}], overrides=resnet))
 
 
 def test_cells_use_their_flop_budgets(tmp_path):
