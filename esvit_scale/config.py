@@ -115,9 +115,15 @@ def _cross_field_problems(c: Config) -> list[str]:
             "train.compile: not possible with train.activation_checkpointing=selective, which sees single operations; "
             "nearest: torch"
         )
-    if c.model.depths and c.model.heads and len(c.model.depths) != len(c.model.heads):
+    further = {f"objective.students.{i}": student for i, student in enumerate(c.objective.students)}
+    for where, model in {"model": c.model, **further}.items():
+        if model.depths and model.heads and len(model.depths) != len(model.heads):
+            problems.append(
+                f"{where}.heads: {len(model.heads)} stages, but {where}.depths has {len(model.depths)}; give one number a stage in both"
+            )
+    if c.objective.students and c.optim.clip and c.optim.clip_by == "global":
         problems.append(
-            f"model.heads: {len(c.model.heads)} stages, but model.depths has {len(c.model.depths)}; give one number a stage in both"
+            "objective.students: one norm of all gradients would let students change each other; set optim.clip_by=tensor"
         )
     return problems
 

@@ -148,8 +148,8 @@ class Data(Section):
     ImageNet's."""
 
 
-class Model(Section):
-    """The trunk and its initial values."""
+class Architecture(Section):
+    """A trunk and its sizes."""
 
     trunk: str = "swin_t"
     """Name of the trunk: one of docs/trunks.md, or timm:NAME for one of timm's."""
@@ -165,6 +165,11 @@ class Model(Section):
     """[heads] Attention heads of each stage; null: the trunk's own."""
     registers: Annotated[int, Field(ge=0, le=64)] = 0
     """[tokens] Register tokens of a plain vision transformer (docs/trunks.md): learned, without position, in no feature."""
+
+
+class Model(Architecture):
+    """The trunk and its initial values."""
+
     attention: Literal["auto", "math", "sdpa", "flex", "triton"] = "auto"
     """Implementation of window attention (docs/window_attention.md); auto: on a GPU the fastest that is accurate."""
     freeze_patch_embed: bool = False
@@ -188,6 +193,8 @@ class Objective(Section):
     targets: Literal["prototypes", "cosine"] = "prototypes"
     """What distill's student learns from the teacher; prototypes: the distribution over the prototypes of the teacher's heads;
     cosine: the direction of its features, for a teacher without heads."""
+    students: list[Architecture] = Field(default_factory=list)
+    """Further students of distill, which learn from the same forward of the teacher; numbered from 0."""
     prototypes: Positive = 65536
     """[prototypes] K, the number of outputs of a head."""
     head_hidden: Positive = 2048

@@ -29,6 +29,7 @@ from esvit_scale.config import Config
 from esvit_scale.errors import UserError
 from esvit_scale.models.registry import build_trunk
 from esvit_scale.models.trunk import Trunk
+from esvit_scale.objective.network import configs_of_students
 
 SINGLE_NETWORK_FORMATS = ("safetensors", *export.FOLDER_FORMATS)
 
@@ -40,6 +41,7 @@ def convert(
     target_format: str,
     network: str | None = None,
     heads: bool = False,
+    student: int | None = None,
 ) -> str:
     """Write the weights of `source` to `destination` atomically, and return a one-line summary of what was written.
 
@@ -51,12 +53,13 @@ def convert(
             or "onnx" (folders, see export.py) for the trunk of one network.
         network: "teacher" (the default) or "student", for the formats that hold one network.
         heads: for "safetensors": also write the heads and centres, to continue pretraining from.
+        student: the number of a further student of a distillation (`objective.students`); None: the first, of `model`.
 
     Raises:
         UserError: the source cannot be read or lacks what the target format needs, or the destination exists.
     """
     _check_request(destination, source_format, target_format, network, heads)
-    weights = official.read(source) if source_format == "esvit" else read_ours(source)
+    weights = _of_student(source, official.read(source) if source_format == "esvit" else read_ours(source), student)
     if target_format in SINGLE_NETWORK_FORMATS:
         weights = _select_network(source, weights, network, heads)
         name = next(iter(weights.networks))
@@ -142,6 +145,28 @@ def _check_request(destination: Path, source_format: str, target_format: str, ne
         raise UserError(f"{destination}: --to {target_format} writes a folder; nearest: {destination.with_suffix('')}")
     if destination.exists():
         raise UserError(f"{destination}: exists already; choose another name or remove it")
+
+
+def _of_student(source: Path, weights: Weights, number: int | None) -> Weights:
+    """Return the weights of one student, as if it had been trained alone: of the first for None."""
+    each = configs_of_students(weights.config)
+    if number is not None and not 0 <= number < len(each) - 1:
+        there = f"0 to {len(each) - 2}" if len(each) > 1 else "none"
+        raise UserError(
+            f"--student {number}: {source} has no such further student (objective.students); there: {there}"
+        )
+    if len(each) == 1:
+        return weights
+    prefix = "" if number is None else f"students.{number}."
+    networks = {
+        role: {
+            name.removeprefix(prefix): tensor
+            for name, tensor in tensors.items()
+            if name.startswith(prefix or (TRUNK, OBJECTIVE))
+        }
+        for role, tensors in weights.networks.items()
+    }
+    return Weights(each[0 if number is None else number + 1], networks, weights.centers)
 
 
 def _select_network(source: Path, weights: Weights, network: str | None, heads: bool) -> Weights:

@@ -28,7 +28,12 @@ from esvit_scale.data.pixel_format import pixel_format
 from esvit_scale.errors import UserError, first_line
 from esvit_scale.models.registry import build_trunk
 from esvit_scale.objective import costs, frozen
-from esvit_scale.objective.network import TeacherNetwork, build_frozen_teacher, build_network
+from esvit_scale.objective.network import (
+    TeacherNetwork,
+    build_frozen_teacher,
+    build_network,
+    configs_of_students,
+)
 
 
 class FrozenWeights(NamedTuple):
@@ -156,7 +161,7 @@ def _check_tensors(source: str, values: dict[str, Tensor], network: TeacherNetwo
 
 
 def _check_grid(source: str, config: Config) -> None:
-    """Raise UserError unless the teacher takes global crops and, for regions, cuts them into the student's grid."""
+    """Raise UserError unless the teacher takes global crops and, for regions, cuts them into the grid of every student."""
     teacher, size = frozen.teacher_config(config.objective), config.data.global_crops.size
     try:
         theirs = costs.region_grid(teacher, size)
@@ -167,12 +172,14 @@ def _check_grid(source: str, config: Config) -> None:
             f"objective.teacher: {source}: takes no crops of {size} pixels ({first_line(error)}); set "
             f"data.global_crops.size={teacher.data.global_crops.size}"
         ) from None
-    ours = costs.region_grid(config, size)
-    if config.objective.regions and theirs != ours:
-        raise UserError(
-            f"objective.teacher: {source}: makes {_text(theirs)} regions of a crop of {size} pixels, and the student "
-            f"{_text(ours)}; name a teacher with the student's patch size, or set objective.regions=false"
-        )
+    for student in configs_of_students(config) if config.objective.regions else []:
+        ours = costs.region_grid(student, size)
+        if theirs != ours:
+            raise UserError(
+                f"objective.teacher: {source}: makes {_text(theirs)} regions of a crop of {size} pixels, and the student "
+                f"{student.model.trunk} {_text(ours)}; name a teacher with the student's patch size, or set "
+                "objective.regions=false"
+            )
 
 
 def _text(grid: tuple[int, int]) -> str:

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from esvit_scale.commands.parser import command
+from esvit_scale.commands.parser import command, count
 from esvit_scale.errors import UserError
 
 
@@ -45,6 +45,12 @@ def add(commands: Any) -> None:
     convert.add_argument(
         "--heads", action="store_true", help="for safetensors: also write the heads and centres of the objective"
     )
+    convert.add_argument(
+        "--student",
+        type=count,
+        metavar="N",
+        help="number of a further student of a distillation, from 0 (objective.students; default: the student of model)",
+    )
 
 
 def _convert(o: argparse.Namespace) -> int:
@@ -52,5 +58,5 @@ def _convert(o: argparse.Namespace) -> int:
         raise UserError(f"{o.destination}: exists already; choose another name or remove it")
     from esvit_scale.checkpoint import convert
 
-    print(convert.convert(o.source, o.destination, o.source_format, o.target_format, o.network, o.heads))
+    print(convert.convert(o.source, o.destination, o.source_format, o.target_format, o.network, o.heads, o.student))
     return 0

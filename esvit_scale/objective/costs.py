@@ -6,6 +6,7 @@ other is run on the meta device and its costs are counted (models/traced.py). `t
 
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import accumulate
 from typing import Literal, NamedTuple
 
 import torch
@@ -18,7 +19,13 @@ from esvit_scale.models.drop_path import drop_keys
 from esvit_scale.models.registry import build_trunk
 from esvit_scale.models.trunk import Features, call
 from esvit_scale.objective import frozen, gram, koleo
-from esvit_scale.objective.network import Network, StudentNetwork, build_network, build_student
+from esvit_scale.objective.network import (
+    Network,
+    StudentNetwork,
+    build_network,
+    build_student,
+    configs_of_students,
+)
 from esvit_scale.objective.objective import Objective
 from esvit_scale.objective.registry import build_objective
 
@@ -40,7 +47,8 @@ def parameters(config: Config) -> Parameters:
     """Return the numbers of parameters of the config's network; raise UserError if it cannot be built."""
     network = _network(config)
     count: Callable[[nn.Module], int] = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
-    return Parameters(count(network.trunk), count(network) - count(network.trunk))
+    trunks = sum(map(count, network.trunks))
+    return Parameters(trunks, count(network) - trunks)
 
 
 def weight_dtype(config: Config) -> torch.dtype:
@@ -50,8 +58,7 @@ def weight_dtype(config: Config) -> torch.dtype:
 
 def traced(config: Config) -> bool:
     """Return whether the trunk or the objective has no formulas, so that costs are counted by running it."""
-    network = _network(config)
-    return None in (network.trunk.formulas(), network.objective.formulas())
+    return any(None in (n.trunk.formulas(), n.objective.formulas()) for n in _network(config).networks)
 
 
 def _network(config: Config) -> Network:
@@ -71,7 +78,8 @@ def _network_of(key: str) -> Network:
 def image_flops(config: Config, count: Count = "published") -> int:
     """Return the FLOPs of a training step per image: student's forward and backward, teacher's forward, heads and loss.
 
-    A frozen teacher's forward takes the place of the teacher's.
+    A frozen teacher's forward takes the place of the teacher's. Of several students everything is counted but the
+    teacher's trunk, which runs once; its heads, 2 % of Swin-T's step, are counted once a student.
 
     Recomputation under activation checkpointing is not counted. Costs per step that do not grow with the batch (Swin
     V2's position bias, the centre) are left out because they are negligible, and so is KoLeo's comparison of view
@@ -83,6 +91,20 @@ def image_flops(config: Config, count: Count = "published") -> int:
         count: the way of counting (models/descriptions.py). A traced trunk or objective only has the count "executed",
             and the backward of a traced trunk counts as two forwards.
     """
+    first, *further = configs_of_students(config)
+    own = _student_flops(first, count) + sum(_student_flops(one, count) for one in further)
+    objective, size = _network(first).objective, config.data.global_crops.size
+    if objective.has_frozen_teacher:
+        return own + TEACHER_VIEWS * _crop_cost(frozen.teacher_config(config.objective), size, count).flops
+    crop = _crop_cost(first, size, count)
+    teacher = TEACHER_VIEWS * crop.flops if objective.has_teacher else 0
+    if config.objective.gram_weight:
+        teacher += TEACHER_VIEWS * (crop.flops + gram.flops(crop.grid, _network(first).trunk.dim))
+    return own + teacher
+
+
+def _student_flops(config: Config, count: Count) -> int:
+    """Return the FLOPs per image of a student's forward and backward, and of both networks' heads and the loss."""
     objective = _network(config).objective
     crops = [_crop_cost(config, size, count) for size in config.crop_sizes]
     formulas = objective.formulas()
@@ -90,15 +112,8 @@ def image_flops(config: Config, count: Count = "published") -> int:
         _objective_flops(_key(config)) if formulas is None else formulas.image_flops([c.grid for c in crops], count)
     )
     student = sum(crop.flops_with_keys for crop in crops)
-    teacher = sum(crop.flops for crop in crops[:TEACHER_VIEWS]) if objective.has_teacher else 0
-    if objective.has_frozen_teacher:
-        of_teacher = frozen.teacher_config(config.objective)
-        teacher = TEACHER_VIEWS * _crop_cost(of_teacher, config.data.global_crops.size, count).flops
-    if config.objective.gram_weight:
-        dim = _network(config).trunk.dim
-        teacher += sum(crop.flops + gram.flops(crop.grid, dim) for crop in crops[:TEACHER_VIEWS])
     pixels = sum(crop.pixel_flops for crop in crops) if count == "executed" else 0  # pixels need no gradient
-    return 3 * student + teacher + of_objective - pixels
+    return 3 * student + of_objective - pixels
 
 
 def region_grids(config: Config) -> list[tuple[int, int]]:
@@ -215,8 +230,19 @@ def block_activation_bytes(config: Config, checkpointing: Checkpointing = "none"
 
 
 def kept(config: Config) -> KeptActivations:
-    """Return the bytes that the student's forward keeps for its backward, per block call and outside the blocks."""
-    return _traced_kept(_key(config)) if traced(config) else _kept_by_formulas(config)
+    """Return the bytes that the students' forward keeps for its backward, per block call and outside the blocks.
+
+    Blocks of further students are numbered after those of the first.
+    """
+    each = configs_of_students(config)
+    found = [_traced_kept(_key(one)) if traced(one) else _kept_by_formulas(one) for one in each]
+    before = [0, *accumulate(len(_network(one).trunk.blocks) for one in each)]
+    called = [first + block for first, of in zip(before, found, strict=False) for block in of.called]
+    blocks, inputs, products = (
+        [x for of in found for x in getattr(of, name)] for name in ("blocks", "inputs", "products")
+    )
+    outside = Activations(*(sum(column) for column in zip(*(of.outside for of in found), strict=True)))
+    return KeptActivations(called, blocks, inputs, products, outside)
 
 
 def _kept_by_formulas(config: Config) -> KeptActivations:

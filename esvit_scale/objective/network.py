@@ -22,7 +22,8 @@ AnyNetwork = TypeVar("AnyNetwork", bound="Network")
 class Network(nn.Module):
     """A trunk and an objective, whose parameters are named `trunk.…` and `objective.<head>.…`.
 
-    Where crops are masked, `mask_token.values` is a parameter too.
+    Where crops are masked, `mask_token.values` is a parameter too. Further students of a distillation are networks inside
+    this one, whose parameters are named `students.<number>.trunk.…` and `students.<number>.objective.…`.
 
     Student and teacher have parameters of the same names and shapes, but compute different things. Each is a subclass
     with its own forward, because DeepSpeed runs a module only through its forward.
@@ -33,6 +34,22 @@ class Network(nn.Module):
         self.trunk = trunk
         self.objective = objective
         self.mask_token: MaskToken | None = None  # beside the trunk, because trained weights are used without it
+        self.students = nn.ModuleList()
+
+    @property
+    def networks(self) -> list["Network"]:
+        """This network, and the further students inside it."""
+        return [self, *(student for student in self.students if isinstance(student, Network))]
+
+    @property
+    def trunks(self) -> list[Trunk]:
+        """The trunks of `networks`."""
+        return [network.trunk for network in self.networks]
+
+    @property
+    def objectives(self) -> list[Objective]:
+        """The objectives of `networks`."""
+        return [network.objective for network in self.networks]
 
 
 class StudentNetwork(Network):
@@ -74,6 +91,12 @@ class StudentNetwork(Network):
         view = features.view.detach()
         hidden = [] if mask is None else [mask.cells.flatten()]
         loss, logs = self.objective(features, targets, teacher_temp, *hidden)
+        for number, student in enumerate(self.networks[1:]):
+            its_loss, its_logs = student.objective(student.trunk(crops, drop_keys), targets, teacher_temp)
+            loss = loss + its_loss
+            logs |= {
+                f"{name}_student{number}": value for name, value in {"loss": its_loss.detach(), **its_logs}.items()
+            }
         if self.koleo_weight:
             term = koleo(features.view, features.grids[0][0] // CROPS, self.koleo_across_ranks)
             loss, logs = loss + self.koleo_weight * term, {**logs, "loss_koleo": term.detach()}
@@ -112,6 +135,11 @@ class GramNetwork(nn.Module):
     def __init__(self, trunk: Trunk) -> None:
         super().__init__()
         self.trunk = trunk
+
+    @property
+    def trunks(self) -> list[Trunk]:
+        """The trunk, as `Network.trunks` has it."""
+        return [self.trunk]
 
     @ranges.named("Gram teacher forward")
     def forward(self, crops: list[Tensor]) -> Tensor:
@@ -181,4 +209,20 @@ def _build(kind: type[AnyNetwork], config: Config) -> AnyNetwork:
     network = kind(trunk, objective)
     if config.objective.mask_weight and trunk.mask_geometry is not None:
         network.mask_token = MaskToken(trunk.mask_geometry.width)
+    network.students.extend(_build(Network, alone) for alone in configs_of_students(config)[1:])
     return network
+
+
+def configs_of_students(config: Config) -> list[Config]:
+    """Return for every student of a run the config that trains it alone: that of `model`, then `objective.students`.
+
+    KoLeo and Gram anchoring are the first student's.
+    """
+    first = config.objective.model_copy(update={"students": []})
+    found = [config.model_copy(update={"objective": first})]
+    for student in config.objective.students:
+        own = {**student.model_dump(), "init_from": None, "freeze_patch_embed": False}
+        objective = first.model_copy(update={"koleo_weight": 0.0, "gram_weight": 0.0})
+        model = config.model.model_copy(update=own)
+        found.append(config.model_copy(update={"model": model, "objective": objective}))
+    return found

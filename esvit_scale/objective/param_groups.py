@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
@@ -41,8 +41,8 @@ def parameter_groups(
     return {name: "decay" if decay == "all" and group == "no_decay" else group for name, group in groups.items()}
 
 
-def hidden_matrices(trunk: Trunk, network: nn.Module) -> list[Matrix]:
-    """Return the matrices that Muon orthogonalises: the weights of linear layers and convolutions, of trunk and heads.
+def hidden_matrices(trunks: Sequence[Trunk], network: nn.Module) -> list[Matrix]:
+    """Return the matrices that Muon orthogonalises: the weights of linear layers and convolutions, of trunks and heads.
 
     Left out, as its author advises, are the first layer, whose input is pixels, and the prototypes, which are an output
     layer; also norms, biases, tokens and tables of positions, which are no matrices of a layer; grouped convolutions and
@@ -51,9 +51,9 @@ def hidden_matrices(trunk: Trunk, network: nn.Module) -> list[Matrix]:
     queries, keys and values is three matrices, one of keys and values two.
 
     Args:
-        network: the module that holds the trunk and the objective, with whole parameters (not partitioned by ZeRO 3).
+        network: the module that holds the trunks and the objectives, with whole parameters (not partitioned by ZeRO 3).
     """
-    first = {id(p) for p in trunk.patch_projection.parameters()}
+    first = {id(p) for trunk in trunks for p in trunk.patch_projection.parameters()}
     found = []
     for path, module in network.named_modules():
         if not isinstance(module, nn.Linear | nn.Conv2d) or getattr(module, "groups", 1) > 1:

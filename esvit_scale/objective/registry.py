@@ -75,6 +75,8 @@ def _check_frozen_teacher(objective: Objective, config: Config) -> None:
         raise UserError(
             f"objective.teacher: {name} needs the weights of a teacher, such as objective.teacher=runs/large"
         )
+    if config.objective.students and not objective.has_frozen_teacher:
+        raise UserError(f"objective.students: {name} trains one student; leave it out, or take objective.name=distill")
     if teacher is not None and not objective.has_frozen_teacher:
         raise UserError(
             f"objective.teacher: {name} has no frozen teacher; leave it out, or take objective.name=distill"

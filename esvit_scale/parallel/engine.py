@@ -88,14 +88,16 @@ def build(config: Config, world: World, given: dict[str, Tensor], of_teacher: di
     ds = ds_config.fill(config, world.size)
     ds_config.fit_reduction_bucket(ds, sum(p.numel() for p in meta.parameters() if p.requires_grad))
     if config.train.compile:
-        ds_config.gather_whole(ds, [name for name, m in meta.named_modules() if any(m is b for b in meta.trunk.blocks)])
+        blocks = [block for trunk in meta.trunks for block in trunk.blocks]
+        ds_config.gather_whole(ds, [name for name, m in meta.named_modules() if any(m is b for b in blocks)])
     if config.train.precision == "fp16" and world.device.type == "cpu":
         raise UserError("train.precision=fp16: needs a GPU; on a CPU use bf16 or fp32")
     layout_type = zero.layout_type(ds)
     module = layout_type.build_module(lambda: build_student(config), ds)
     in_autocast = world.device.type if config.train.precision == "autocast" else None
-    activation_checkpointing.apply(module.trunk, config.train.activation_checkpointing, in_autocast)
-    matrices = hidden_matrices(meta.trunk, meta) if config.optim.name == "muon" else []
+    for trunk in module.trunks:
+        activation_checkpointing.apply(trunk, config.train.activation_checkpointing, in_autocast)
+    matrices = hidden_matrices(meta.trunks, meta) if config.optim.name == "muon" else []
     groups = _names_of_groups(config, meta, matrices)
     optimizer = optimizers.build(config.optim, _param_groups(module, groups), layout_type.steps_flat_tensors)
     student, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds, dist_init_required=False)
@@ -128,17 +130,23 @@ def build(config: Config, world: World, given: dict[str, Tensor], of_teacher: di
     )
     if config.train.compile:
         for network in engines._replace(frozen=None).networks:  # its blocks are not those that ZeRO 3 gathers whole
-            compilation.apply(cast(Trunk, network.trunk), world.device)
+            for trunk in _trunks(network):
+                compilation.apply(trunk, world.device)
     return engines
 
 
 def use_implementations(engines: Engines, attention: str, prototype_loss: str) -> None:
     """Let the networks compute window attention and the loss over prototypes with the implementations of these names."""
     for network in engines.networks:
-        cast(Trunk, network.trunk).use_attention(window_attention_implementations.implementation(attention))
-    objective = engines.student.module.objective
-    if objective.passes is not None:
-        objective.passes = prototype_passes.implementation(prototype_loss)
+        for trunk in _trunks(network):
+            trunk.use_attention(window_attention_implementations.implementation(attention))
+    for objective in engines.student.module.objectives:
+        if objective.passes is not None:
+            objective.passes = prototype_passes.implementation(prototype_loss)
+
+
+def _trunks(network: nn.Module) -> list[Trunk]:
+    return cast(list[Trunk], network.trunks)
 
 
 def set_lr_and_weight_decay(engines: Engines, lr: float, weight_decay: float) -> None:

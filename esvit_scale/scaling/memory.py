@@ -46,7 +46,7 @@ class ElementCounts(NamedTuple):
     groups: dict[str, list[int]]  # parameter group → the number of elements of each of its parameters
     moments: dict[str, int]  # parameter group → how many tensors of a parameter's size the optimizer keeps
     trunk: dict[str, list[int]]  # `groups` of the trunk alone
-    blocks: list[int]  # number of elements of each block of the trunk
+    blocks: list[int]  # number of elements of each block of the trunks
     heads: int
     prototypes: list[int]  # number of elements of each prototype layer
     frozen: list[int]  # number of elements of each parameter of a frozen teacher
@@ -106,7 +106,7 @@ def network_of(config: Config) -> ElementCounts:
     with torch.device("meta"):
         network = build_network(config)
     muon = config.optim.name == "muon"
-    matrices = {m.name for m in hidden_matrices(network.trunk, network)} if muon else set()
+    matrices = {m.name for m in hidden_matrices(network.trunks, network)} if muon else set()
     group_of = parameter_groups(network, matrices=matrices)
     sizes: dict[str, list[int]] = {}
     trunk: dict[str, list[int]] = {}
@@ -115,11 +115,12 @@ def network_of(config: Config) -> ElementCounts:
             for of_part in (sizes, trunk) if name.startswith("trunk.") else (sizes,):
                 of_part.setdefault(group_of[name], []).append(parameter.numel())
     count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
-    prototypes = [m.weight_v.numel() for m in network.objective.modules() if isinstance(m, Prototypes)]
+    prototypes = [m.weight_v.numel() for o in network.objectives for m in o.modules() if isinstance(m, Prototypes)]
     moments = {group: len(optimizers.moments(config.optim.name, group)) for group in sizes}
-    blocks = [count(block) for block in network.trunk.blocks]
+    blocks = [count(block) for trunk in network.trunks for block in trunk.blocks]
     return ElementCounts(
-        sizes, moments, trunk, blocks, count(network.objective), prototypes, _of_frozen(config, network)
+        *(sizes, moments, trunk, blocks, sum(map(count, network.objectives)), prototypes),
+        _of_frozen(config, network),
     )
 
 

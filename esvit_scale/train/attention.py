@@ -11,6 +11,7 @@ from esvit_scale.models.registry import build_trunk
 from esvit_scale.models.window_attention_implementations import NAMES, AttendWindows, implementation, unavailable
 from esvit_scale.models.windows import WindowLayout
 from esvit_scale.objective import frozen
+from esvit_scale.objective.network import configs_of_students
 from esvit_scale.train.recorded_choice import RecordedChoice
 
 
@@ -44,12 +45,12 @@ class AttentionChoice(RecordedChoice):
         return attention_choice.choose(candidates, small, real, self.dtype, self.device)
 
     def _layouts(self, images: int) -> list[WindowLayout]:
-        """Return the layouts of the windows of the trunk, and of a frozen teacher's, for a micro-batch of so many images;
+        """Return the layouts of the windows of the trunks, and of a frozen teacher's, for a micro-batch of so many images;
         empty: they have none of ours."""
         data = self.config.data
         crops = [(2 * images, data.global_crops.size), *((g.count * images, g.size) for g in data.local_crops)]
         with torch.device("meta"):
-            trunks = [(build_trunk(self.config), crops)]
+            trunks = [(build_trunk(of_student), crops) for of_student in configs_of_students(self.config)]
             if self.config.objective.teacher_config is not None:
                 trunks.append((build_trunk(frozen.teacher_config(self.config.objective)), crops[:1]))
         return [layout for trunk, of_trunk in trunks for layout in trunk.window_layouts(of_trunk, self.device)]

@@ -61,8 +61,9 @@ def lengthening(before: Schedules, now: Schedules, step: int) -> str:
 def model_line(engines: Engines, world: World, prototypes: int) -> str:
     """Return a line with the parameters of trunk and heads, the number of prototypes (0: none), and the devices."""
     module = engines.student.module
-    trunk, whole = parameters(module.trunk), parameters(module)
-    sizes = f"trunk {_millions(trunk)}, heads {_millions(whole - trunk)} parameters"
+    trunk, whole = sum(map(parameters, module.trunks)), parameters(module)
+    few = "trunk" if len(module.trunks) == 1 else f"{len(module.trunks)} students: trunks"
+    sizes = f"{few} {_millions(trunk)}, heads {_millions(whole - trunk)} parameters"
     sizes += f", {prototypes:,} prototypes" if prototypes else ""
     return f"{'model':<10} {sizes}, on {devices(world)}"
 

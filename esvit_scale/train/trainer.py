@@ -72,7 +72,7 @@ class Trainer:
         self.engines = engine.build(config, world, initial.values, frozen.values)
         engine.use_implementations(self.engines, *chosen)
         self.objective = self.engines.student.module.objective
-        self.objective.load_extra_state(frozen.centers or initial.centers)
+        self._load_extra_state(frozen.centers or initial.centers)
         self.clock = StepClock(world.device)
         self.engines.layout.hook_gathers(self.engines.networks, self.clock.mark)
         self.last_step = schedules.total_steps
@@ -95,7 +95,11 @@ class Trainer:
             flags: returns this rank's flags for all ranks; called as late as it can be for this step.
         """
         config, schedules, step = self.config, self.schedules, self.step
-        student, teacher, objective = self.engines.student, self.engines.teacher, self.objective
+        student, teacher, objectives = (
+            self.engines.student,
+            self.engines.teacher,
+            self.engines.student.module.objectives,
+        )
         engine.set_lr_and_weight_decay(self.engines, schedules.lr(step), schedules.weight_decay(step))
         sums: dict[str, Tensor] = {}
         applied = False
@@ -128,12 +132,14 @@ class Trainer:
         if applied:
             # EMA of the student, in the teacher.
             teacher.update(schedules.ema_momentum(step))
-            if not objective.has_teacher:
+            if not self.objective.has_teacher:
                 teacher.sync_buffers()
             # Centres of the teacher's logits.
-            objective.commit()
+            for objective in objectives:
+                objective.commit()
         else:
-            objective.discard()
+            for objective in objectives:
+                objective.discard()
 
         # Gram teacher, a copy of the teacher every some steps.
         if self.engines.gram is not None:
@@ -342,10 +348,15 @@ class Trainer:
     def _restore(self, folder: Path) -> None:
         extra_state = self.objective.empty_extra_state(self.world.device)
         cursor = state.restore(folder, self.engines, extra_state)
-        self.objective.load_extra_state(extra_state)
+        self._load_extra_state(extra_state)
         self.step = self._saved_step = cursor["step"]
         self.optimizer_step, self.data_offset = cursor["optimizer_step"], cursor["data_offset"]
         signals.set_kept(folder)
+
+    def _load_extra_state(self, extra_state: dict[str, Tensor]) -> None:
+        """Restore what the first objective's `extra_state` returned, in all: students of one teacher have equal centres."""
+        for objective in self.engines.student.module.objectives:
+            objective.load_extra_state(extra_state)
 
     def _save_if_due(self) -> None:
         every, save_now = self.config.train.checkpoint_every, bool(self._flags & Flag.SAVE_NOW)

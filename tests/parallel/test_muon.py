@@ -257,7 +257,7 @@ CASES: dict[str, tuple[dict[str, int], set[str]]] = {
 def test_matrices_of_hidden_layers_are_muons(preset: str) -> None:
     with torch.device("meta"):
         network = build_network(configs.resolve(preset, ["data.train=/x"]))
-    found = hidden_matrices(network.trunk, network)
+    found = hidden_matrices([network.trunk], network)
     parameters = dict(network.named_parameters())
     counts = {name: [m.name for m in found].count(name) for name in parameters}
     expected, others = CASES[preset]

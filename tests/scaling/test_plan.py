@@ -37,6 +37,7 @@ def test_planned_state_bytes_equal_those_of_real_engines(tmp_path):
         further = {"objective__gram_weight": 1.0, "objective__gram_start": 1} if "muon" not in name else {}
         if "distill" in name:
             further = {"objective__name": "distill", "objective__targets": "cosine", "objective__teacher": str(teacher)}
+            further["objective__students"] = [{"trunk": "swin_t", "embed_dim": 9, "depths": [1, 1], "heads": [1, 3]}]
         made[name] = frozen_teacher.described_in(
             tiny_config(
                 tmp_path / name, train__ds_config=name[:5], train__precision=precision, optim__name=optimizer, **further
