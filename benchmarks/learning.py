@@ -54,6 +54,7 @@ from esvit_scale.train.trainer import Trainer  # noqa: E402
 
 Json = dict[str, Any]
 K = 10  # fixed in advance
+KS = (3, 5, K, 20)  # all are recorded, so that both sides can be compared at the best
 BATCH_OF_EVALUATION = 64
 
 # The trunk and the crops that the recipes share. Mean and deviation are those of `shards stats`; a picture that has
@@ -114,6 +115,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--points", type=int, default=6, help="measurements along a run, beside that at step 0")
     parser.add_argument("--most", type=int, help="largest number of images of a half, for trying the script out")
+    parser.add_argument("--whole", action="store_true", help="measure on whole pictures instead of the centre crop")
+    parser.add_argument("--sides", nargs="+", choices=("ours", "official"), default=["ours", "official"])
     parser.add_argument("--out", type=Path, help="keeps sets and curves; the same command goes on with them")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     options = parser.parse_args()
@@ -134,23 +137,26 @@ def main() -> None:
 
 def measure(options: argparse.Namespace, out: Path, sets: tuple[Path, Path], world: Any) -> Iterator[Json]:
     """Yield the curve of every recipe, seed and side; those that --out has are read, not made again."""
-    sides = ["ours", *(["official"] if options.official else [])]
+    sides = [side for side in options.sides if side == "ours" or options.official]
     pixels: Json | None = None
     for name in options.recipe:
         for seed in options.seeds:
             config = recipe(name, options.set, seed, options.steps, sets[0], options.override)
             if pixels is None:
                 pixels = {"side": "raw pixels", "recipe": "", "seed": 0}
-                train, test = (raw_pixels(path, config.data.global_crops.size, workers=0) for path in sets)
+                train, test = (
+                    raw_pixels(path, config.data.global_crops.size, workers=0, whole=options.whole) for path in sets
+                )
                 yield pixels | {"points": [{"step": 0, "images": 0} | scores(train, test)]}
             for side in sides:
                 if side == "official" and config.objective.name != "esvit":
                     continue
-                points = f"-{options.most}-{options.steps}-{options.points}.json"
+                crop = "-whole" if options.whole else ""
+                points = f"-{options.most}-{options.steps}-{options.points}{crop}.json"
                 path = out / f"{options.set}-{options.half}-{Path(name).stem}-{seed}-{side}{points}"
                 if not resumable(path, config):
                     step = OurSide(config, world) if side == "ours" else OfficialSide(options.official, config)
-                    points_of_curve = list(curve(step, config, sets, options.points))
+                    points_of_curve = list(curve(step, config, sets, options.points, options.whole))
                     whole = {"side": side, "recipe": name, "seed": seed, "config": configs.dump(config)}
                     path.write_text(json.dumps(whole | {"points": points_of_curve}, indent=1) + "\n")
                 yield json.loads(path.read_text())
@@ -260,12 +266,15 @@ class OfficialSide:
 # --- curves ----------------------------------------------------------------------------------------------------------
 
 
-def curve(side: Any, config: Config, sets: tuple[Path, Path], points: int) -> Iterator[Json]:
-    """Train, and yield what is measured at step 0 and at `points` steps to the last."""
+def curve(side: Any, config: Config, sets: tuple[Path, Path], points: int, whole: bool = False) -> Iterator[Json]:
+    """Train, and yield what is measured at step 0 and at `points` steps to the last.
+
+    Seconds are those of the steps; `all_cpu_seconds` has the loading of crops, too.
+    """
     steps, batch = config.train.steps or 0, config.train.global_batch
     due = {round(steps * i / points) for i in range(points + 1)}
     flops = costs.image_flops(config)
-    spent = {"seconds": 0.0, "cpu_seconds": 0.0}
+    spent = {"seconds": 0.0, "cpu_seconds": 0.0, "all_cpu_seconds": 0.0}
     losses: list[float] = []
     ahead = stream.batches(config, stream.open_data(config), 0, 1, 0, steps)
     for done in range(steps + 1):
@@ -273,11 +282,13 @@ def curve(side: Any, config: Config, sets: tuple[Path, Path], points: int) -> It
             row = {"step": done, "images": done * batch, "flops": done * batch * flops, **spent}
             loss = {"loss": float(np.mean(losses))} if losses else {}
             probed = done in (0, steps)
-            yield row | loss | of_trunk(side.trunk(), config.data.global_crops.size, sets, probed)
+            yield row | loss | of_trunk(side.trunk(), config.data.global_crops.size, sets, probed, whole)
             losses.clear()
         if done < steps:
+            cpu = time.process_time()
             micro = stream.micro_batches(config, next(ahead), torch.device("cpu"), torch.float32)[0]
             losses.append(timed(partial(side.step, micro), spent))
+            spent["all_cpu_seconds"] += time.process_time() - cpu
 
 
 def timed(step: Callable[[], float], spent: Json) -> float:
@@ -289,11 +300,11 @@ def timed(step: Callable[[], float], spent: Json) -> float:
     return loss
 
 
-def of_trunk(trunk: torch.nn.Module, size: int, sets: tuple[Path, Path], probed: bool) -> Json:
+def of_trunk(trunk: torch.nn.Module, size: int, sets: tuple[Path, Path], probed: bool, whole: bool = False) -> Json:
     """Return the scores of a trunk's view features, with the logistic probe if `probed`."""
     was = trunk.training
     trunk.eval()
-    train, test = (extract(trunk, path, size, batch=BATCH_OF_EVALUATION, workers=0) for path in sets)
+    train, test = (extract(trunk, path, size, batch=BATCH_OF_EVALUATION, workers=0, whole=whole) for path in sets)
     found = scores(train, test, probed)
     trunk.train(was)
     return found
@@ -301,7 +312,8 @@ def of_trunk(trunk: torch.nn.Module, size: int, sets: tuple[Path, Path], probed:
 
 def scores(train: Any, test: Any, probed: bool = True) -> Json:
     """Return k-NN, the logistic probe (if `probed`) and the effective rank of features, accuracies in % with 95 % intervals."""
-    near = knn.knn(train.features, train.labels, test.features, test.labels, ks=(K,))[K].top1
+    nearest = knn.knn(train.features, train.labels, test.features, test.labels, ks=KS)
+    near = nearest[K].top1
     n = len(test.labels)
     found: Json = {}
     if probed:
@@ -310,6 +322,7 @@ def scores(train: Any, test: Any, probed: bool = True) -> Json:
     return found | {
         "knn": near,
         "knn_interval": wilson_interval(near, n),
+        "knn_by_k": {str(k): nearest[k].top1 for k in KS},
         "rank": effective_rank(test.features),
         "majority": 100 * float(torch.bincount(test.labels).max()) / n,
     }

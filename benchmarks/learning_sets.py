@@ -7,20 +7,28 @@
 | demo | the photographs of the demo | patches of one half of each | patches of the other half |
 | digits | scikit-learn's digits | the first 1,000 | the last 397 |
 
+    python benchmarks/learning_sets.py NAME [--source FOLDER] [--half test] --out shards
+
+writes the training images and one half of the others as shard sets, OUT/NAME-train and OUT/NAME-HALF.
+
 A setting is chosen on the *validation* half and measured once on the *test* half; the two have no image in common. For
 stamps, variants of one drawing (same name but for a number) are on one side. Digits and patches are smoke tests.
 """
 
+import argparse
 import gzip
 import hashlib
 import io
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from esvit_scale.data import samples, shard_writer
 from esvit_scale.data.shard_file import Sample
@@ -30,6 +38,16 @@ FASHION = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt",
 TOPIC_AT_LEAST = 20  # pictures
 STAMP_SIDE = 64  # pixels: stamps are reduced to squares of this size
 SAMPLES_PER_SHARD = 500
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=NAMES)
+    parser.add_argument("--source", type=Path, help="folder in which the set's Debian package was unpacked")
+    parser.add_argument("--half", choices=("validation", "test"), default="test", help="the other images to write")
+    parser.add_argument("--out", type=Path, default=Path("shards"), help="folder for the sets (default: shards)")
+    options = parser.parse_args()
+    print(*shards(options.name, options.half, options.source, options.out), sep="\n")
 
 
 class Halves(NamedTuple):
@@ -52,11 +70,12 @@ def shards(name: str, half: str, source: Path | None, folder: Path, most: int | 
     Raises:
         SystemExit: the source or the half is missing.
     """
-    sets = (folder / f"{name}-train-{most}", folder / f"{name}-{half}-{most}")
+    part = "" if most is None else f"-{most}"
+    sets = (folder / f"{name}-train{part}", folder / f"{name}-{half}{part}")
     if not all((path / "manifest.json").is_file() for path in sets):
         halves = read(name, half, source)
         for path, found in zip(sets, (halves.train, halves.held_out), strict=True):
-            shard_writer.write_samples(found[:most], path, halves.classes, SAMPLES_PER_SHARD, f"{name} {half} {most}")
+            shard_writer.write_samples(found[:most], path, halves.classes, SAMPLES_PER_SHARD, path.name)
     return sets
 
 
@@ -160,3 +179,7 @@ def _sample(key: str, label: int, pixels: Any) -> Sample:
     png = io.BytesIO()
     Image.fromarray(pixels).save(png, "PNG")
     return Sample(key.removesuffix(".png"), label, "png", png.getvalue())
+
+
+if __name__ == "__main__":
+    main()

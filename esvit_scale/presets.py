@@ -8,6 +8,12 @@ if TYPE_CHECKING:
     from importlib.resources.abc import Traversable  # Python 3.10 does not have it
 
 
+# Up to how many images, and to what side of the global crops in pixels, `small` is the recipe; docs/recipes.md has the
+# measurements. `swin_t` and its relatives were published for ImageNet-1K.
+SMALL_IMAGES, SMALL_CROP = 100_000, 40
+IMAGENET_IMAGES, IMAGENET_CROP = 1_000_000, 160
+
+
 class Preset(NamedTuple):
     """One shipped preset, as the comment at the head of its file describes it."""
 
@@ -54,6 +60,21 @@ def published(preset: Preset, measure: str) -> str:
     result = preset.expected if preset.expected.startswith("ImageNet-1K") else ""
     found = re.search(rf"{measure} ([\d.]+) %", result)
     return found[1] if found else "–"
+
+
+def recipe_for(images: int, crop: int) -> str:
+    """Return in words which preset fits a training set, or that none was measured on its like.
+
+    Args:
+        images: number of images in the set.
+        crop: side in pixels of the global crops.
+    """
+    data = f"{images:,} images in crops of {crop} pixels"
+    if images <= SMALL_IMAGES and crop <= SMALL_CROP:
+        return f"preset small fits {data} (docs/recipes.md)"
+    if images >= IMAGENET_IMAGES and crop >= IMAGENET_CROP:
+        return f"presets swin_t to swin_l fit {data}, as published"
+    return f"no preset was measured on {data}; docs/recipes.md has rules"
 
 
 def _folder() -> "Traversable":

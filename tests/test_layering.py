@@ -291,7 +291,7 @@ def test_package_docstring_names_existing_files():
 def test_pyproject_lists_every_package():
     tomllib = pytest.importorskip("tomllib")
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    folders = {path.parent for path in PACKAGE.rglob("*.py")} | {PACKAGE / "configs"}
+    folders = {path.parent for path in PACKAGE.rglob("*.py")} | {PACKAGE / "configs", PACKAGE / "zoo"}
     packages = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
     assert set(listed["packages"]) == packages | set(listed["package-dir"])
     assert all((ROOT / folder).is_dir() for folder in listed["package-dir"].values())

@@ -59,10 +59,11 @@ class Backbone(nn.Module):
         """
         return Pyramid(self.trunk)(images)
 
-    def preprocess(self, image: Image.Image | NDArray[Any]) -> Tensor:
+    def preprocess(self, image: Image.Image | NDArray[Any], whole: bool = False) -> Tensor:
         """Apply the evaluation transform to one image and return a normalised tensor [channels, S, S], with S = `size`.
 
-        The short side is resized to S·256/224 and the centre cropped. A PIL image is turned upright by its EXIF
+        The short side is resized to S·256/224 and the centre cropped; with `whole`, the whole image is resized to the
+        square instead. A PIL image is turned upright by its EXIF
         orientation, and its transparent pixels become white.
 
         Args:
@@ -79,7 +80,7 @@ class Backbone(nn.Module):
             shown: Image.Image | NDArray[Any] = decode.load(ImageOps.exif_transpose(image))
         else:
             shown = _array_of(np.asarray(image), wanted)
-        pixels = torch.from_numpy(stream.centre_crop(shown, self.size).copy())
+        pixels = torch.from_numpy((stream.whole_image if whole else stream.centre_crop)(shown, self.size).copy())
         return photometric.normalize_(photometric.unit(pixels[None], wanted), wanted)[0]
 
 
@@ -103,7 +104,8 @@ def load_backbone(weights: str | Path) -> Backbone:
 
     Args:
         weights: a run dir or a step folder (its teacher is used), an exported folder (safetensors, timm, huggingface),
-            a .safetensors file, an official EsViT .pth, or a file of a trunk that Swin, DeiT, DINO or timm published.
+            a .safetensors file, an official EsViT .pth, a file of a trunk that Swin, DeiT, DINO or timm published, or
+            zoo:NAME, a backbone that ships with the package.
 
     Raises:
         UserError: the weights do not exist, are damaged, or are of an architecture that esvit-scale does not support.

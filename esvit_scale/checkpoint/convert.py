@@ -87,7 +87,8 @@ def read(path: Path) -> Weights:
 
 
 def read_ours(path: Path) -> Weights:
-    """Return the weights of a run dir, step folder, exported folder or safetensors file that esvit-scale wrote."""
+    """Return the weights of a run dir, step folder, exported folder, safetensors file or zoo:NAME of esvit-scale."""
+    path = step_folders.follow_pointer(path)
     if path.is_dir() and exported_folder.is_exported(path):
         return exported_folder.read(path)
     if path.is_file() and weight_file.detect_format(path) == "safetensors":

@@ -58,9 +58,9 @@ def load_initial_weights(config: Config) -> InitialWeights:
 
 
 def _resolve_source(path: Path) -> Path:
+    path = step_folders.follow_pointer(path)
     if not path.exists():
         raise UserError(f"model.init_from: {path}: no such file or folder")
-    path = step_folders.follow_pointer(path)
     if not path.is_dir() or exported_folder.is_exported(path):
         return path
     folder = step_folders.resolve(path)

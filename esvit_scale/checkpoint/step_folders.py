@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from esvit_scale import files
-from esvit_scale.checkpoint import safetensors_file, state_file, storage
+from esvit_scale.checkpoint import safetensors_file, state_file, storage, zoo
 from esvit_scale.config import Config
 from esvit_scale.errors import RestartCanHelp, UserError, is_machine_fault
 from esvit_scale.parallel import collectives
@@ -188,11 +188,13 @@ def best(run: Path) -> Path | None:
 
 
 def follow_pointer(checkpoint: Path) -> Path:
-    """Return the step folder that a path to checkpoints/best or checkpoints/latest names; any other path as it is.
+    """Return the step folder that a path to checkpoints/best or checkpoints/latest names, or the shipped folder of
+    `zoo:NAME`; any other path as it is.
 
     Raises:
-        UserError: the file names no step folder that is there.
+        UserError: the file names no step folder that is there, or the zoo has no backbone of this name.
     """
+    checkpoint = zoo.located(checkpoint)
     if checkpoint.name not in (BEST, LATEST) or not checkpoint.is_file():
         return checkpoint
     named, problem = _read_pointer(checkpoint, list_step_folders(checkpoint.absolute().parent.parent))

@@ -35,6 +35,7 @@ def _add_knn(evaluate: Any) -> None:
     knn.add_argument("--shots", type=positive, nargs="+", default=[], metavar="N", help=shots)
     tries = "random draws of the --shots samples to average over (default: 5)"
     knn.add_argument("--tries", type=positive, default=5, metavar="T", help=tries)
+    _add_whole(knn)
     _add_features(knn)
 
 
@@ -65,6 +66,7 @@ def _add_linear(evaluate: Any) -> None:
     linear.add_argument("--fraction", type=float, default=1.0, metavar="F", help=fraction)
     seed = "random seed of the held-out split, the order of samples and the initial weights (default: 0)"
     linear.add_argument("--seed", type=count, default=0, metavar="S", help=seed)
+    _add_whole(linear)
     _add_features(linear)
 
 
@@ -202,6 +204,7 @@ def _add_embed(commands: Any) -> None:
         metavar="F.npz",
         help="file to write; its arrays are features, keys, labels and classes",
     )
+    _add_whole(embed)
     _add_features(embed, "none")
 
 
@@ -214,6 +217,14 @@ def _add_sets(parser: argparse.ArgumentParser) -> None:
             metavar=metavar,
             help=f"labelled shards (folder or URL), or a folder with one subfolder for each class, to {use}",
         )
+
+
+def _add_whole(parser: argparse.ArgumentParser) -> None:
+    whole = (
+        "resize the whole image to the crop's square, for small pictures that fill their frame; others are distorted "
+        "(default: resize the short side to 256/224 of the crop and cut out the centre)"
+    )
+    parser.add_argument("--whole", action="store_true", help=whole)
 
 
 def _add_features(parser: argparse.ArgumentParser, cache: str = "features/ beside the output") -> None:
@@ -240,7 +251,7 @@ def _extraction_options(o: argparse.Namespace, folder: Path | None) -> Any:
     from esvit_scale.evaluate.features import ExtractionOptions
 
     cache = o.cache or (folder / "features" if folder else None)
-    return ExtractionOptions(o.batch, o.workers, None, o.precision, o.stored, cache)
+    return ExtractionOptions(o.batch, o.workers, None, o.precision, o.stored, cache, getattr(o, "whole", False))
 
 
 def _knn(o: argparse.Namespace) -> int:

@@ -95,8 +95,8 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
         type=_checkpoint,
         required=True,
         metavar="C",
-        help="weights to evaluate: a run dir or step dir (its teacher), an exported folder, a .safetensors file or an official .pth; "
-        "or a baseline: untrained:CONFIG (the trunk of a preset, YAML file or run dir as it is before training), or pixels",
+        help="weights to evaluate: a run dir or step dir (its teacher), an exported folder, a .safetensors file, an official .pth "
+        "or zoo:NAME (a backbone that ships with the package); or a baseline: untrained:CONFIG (the trunk of a preset, YAML file or run dir as it is before training), or pixels",
     )
 
 

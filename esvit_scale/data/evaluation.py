@@ -15,7 +15,7 @@ from torch.utils.data import get_worker_info
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data import photometric
 from esvit_scale.data.decode import BadImage
-from esvit_scale.data.evaluation_crop import decode_centre_crop
+from esvit_scale.data.evaluation_crop import decode_centre_crop, decode_whole
 from esvit_scale.data.image_folder import ImageFolder, list_images, printable, read_file
 from esvit_scale.data.loader import pixel_dtype, pixel_memory, reason, run_stages
 from esvit_scale.data.manifest import Entry, Manifest, image_member
@@ -44,6 +44,7 @@ def evaluation_batches(
     world_size: int = 1,
     most: int | None = None,
     pixels: PixelFormat = RGB8,
+    whole: bool = False,
 ) -> Iterator[EvaluationBatch]:
     """Yield this rank's share of the images of a shard set (manifest order) or image folder (path order), each once.
 
@@ -55,6 +56,7 @@ def evaluation_batches(
         size: pixels on a side of the crop.
         batch: images per batch.
         most: read at most this many images, spread evenly over the source; None: all.
+        whole: resize the whole image to the crop's square, instead of its short side, and crop nothing.
 
     Raises:
         UserError: the source is neither a shard set nor a folder with images, or a shard is missing or truncated.
@@ -65,7 +67,8 @@ def evaluation_batches(
         everything = np.linspace(0, len(items) - 1, most).round().astype(int).tolist()
     numbers = everything[share(len(everything), rank, world_size)]
     parts = run_stages(
-        [partial(_evaluation_parts, items, numbers, size, batch, pixels)], min(workers, -(-len(numbers) // batch))
+        [partial(_evaluation_parts, items, numbers, size, batch, pixels, whole)],
+        min(workers, -(-len(numbers) // batch)),
     )
     return _evaluation_joined(parts, str(source), len(numbers), pixels)
 
@@ -179,8 +182,9 @@ class _EvaluationPart(NamedTuple):
 
 
 def _evaluation_parts(
-    items: Items, numbers: Sequence[int], size: int, batch: int, pixels: PixelFormat
+    items: Items, numbers: Sequence[int], size: int, batch: int, pixels: PixelFormat, whole: bool
 ) -> Iterator[_EvaluationPart]:
+    decode_crop = decode_whole if whole else decode_centre_crop
     info = get_worker_info()
     worker, workers = (info.id, info.num_workers) if info else (0, 1)
     with closing(items):
@@ -195,7 +199,7 @@ def _evaluation_parts(
             for number in numbers[start : start + batch]:
                 try:
                     key, label, data = items.read(number)
-                    rows[len(good)] = decode_centre_crop(data, size, pixels)
+                    rows[len(good)] = decode_crop(data, size, pixels)
                 except (BadImage, OSError) as error:
                     bad.append(f"{items.name(number)}: {reason(error)}")
                 else:

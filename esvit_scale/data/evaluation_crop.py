@@ -2,6 +2,7 @@
 
 `centre_crop` is torchvision's `Resize` and `CenterCrop`, to the last bit. `decode_centre_crop` gives the same crop of an
 image file up to rounding and the JPEG decoder's own scaling, several times as fast; the evaluations use it.
+`decode_whole` resizes the whole picture instead, for pictures that fill their frame.
 """
 
 import math
@@ -58,6 +59,29 @@ def decode_centre_crop(data: bytes, size: int, pixels: PixelFormat) -> NDArray[A
     y = torch.empty(1, 3, *shape, dtype=torch.uint8, memory_format=torch.channels_last)
     torch.ops.aten._upsample_bicubic2d_aa.out(x, shape, False, *scale, out=y)
     return y[0, :, top : top + size, left : left + size].permute(1, 2, 0).numpy()
+
+
+def whole_image(image: Image.Image | NDArray[Any], size: int) -> NDArray[Any]:
+    """Return the whole image as [C, S, S], resized (bicubic) to a square; it is distorted unless it is square itself."""
+    if isinstance(image, Image.Image):
+        return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    return resized(image, size, size).transpose(2, 0, 1)
+
+
+def decode_whole(data: bytes, size: int, pixels: PixelFormat) -> NDArray[Any]:
+    """Decode an image file and return the whole image [S, S, C], close to `whole_image` of it.
+
+    A JPEG is decoded at the largest reduction that keeps SPARE pixels per resized pixel.
+
+    Raises:
+        BadImage: the file holds no usable image.
+    """
+    if not pixels.is_rgb8:
+        return whole_image(opened(data, pixels), size).transpose(1, 2, 0)
+    picture = open_picture(data)
+    source, reduction = picture.pixels(max(r for r in REDUCTIONS if r == 1 or _may_reduce(picture, r, size)))
+    box = (0, 0, picture.width / reduction, picture.height / reduction)  # a reduced image's last pixels may be partial
+    return np.asarray(Image.fromarray(source).resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
 def _may_reduce(picture: Picture, reduction: int, short: int) -> bool:

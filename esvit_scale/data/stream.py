@@ -55,7 +55,7 @@ from esvit_scale.data import mix, photometric, photometric_8bit
 from esvit_scale.data import order as orders
 from esvit_scale.data.batch_memory import BatchMemory, places_for
 from esvit_scale.data.evaluation import EvaluationBatch, evaluation_batches
-from esvit_scale.data.evaluation_crop import centre_crop, evaluation_side
+from esvit_scale.data.evaluation_crop import centre_crop, evaluation_side, whole_image
 from esvit_scale.data.loader import (
     LoaderAssignment,
     check_division,
@@ -87,6 +87,7 @@ __all__ = [
     "micro_batches",
     "open_data",
     "steps_per_epoch",
+    "whole_image",
 ]
 
 log = logging.getLogger(__name__)

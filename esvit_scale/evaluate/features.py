@@ -27,6 +27,7 @@ from esvit_scale.parallel import collectives
 Kind = Literal["view", "blocks"]
 LAST_BLOCKS = 4
 TRANSFORM = "short side to size*256/224 (bicubic), centre crop; large JPEGs decoded at a reduced size"
+WHOLE_TRANSFORM = "whole image to size*size (bicubic); large JPEGs decoded at a reduced size"
 CPU_BATCH = 4  # images of a forward pass on a CPU: their activations stay in its caches
 
 
@@ -60,6 +61,7 @@ class ExtractionOptions(NamedTuple):
     precision: str = "fp32"  # "fp32", or "bf16" to run the trunk under autocast
     stored: str = "fp32"  # number format of stored features; "fp16" halves the cache
     cache: Path | None = None  # folder that caches features; None caches nothing
+    whole: bool = False  # resize the whole image to the crop's square, instead of its short side, and crop nothing
 
 
 def extract(
@@ -72,13 +74,14 @@ def extract(
     precision: str = "fp32",
     stored: str = "fp32",
     cache: Path | None = None,
+    whole: bool = False,
     kind: Kind = "view",
     pixels: PixelFormat = RGB8,
 ) -> FeatureSet:
     """Return the trunk's features of every image in `source` (shards or an image folder), in the order of the source.
 
     The transform is that of the published k-NN protocol: resize the short side to size·256/224, then centre crop. Every
-    rank extracts its part of the images and returns the whole set. `ExtractionOptions` explains `batch` to `cache`.
+    rank extracts its part of the images and returns the whole set. `ExtractionOptions` explains `batch` to `whole`.
 
     Args:
         size: side in pixels of the crop that the trunk sees.
@@ -101,13 +104,18 @@ def extract(
         was_training = trunk.training
         trunk.to(chosen).eval()  # batch norm must use its running statistics
         try:
-            yield from _feature_batches(encode, source, size, batch, workers, stored, pixels)
+            yield from _feature_batches(encode, source, size, batch, workers, stored, pixels, whole)
         finally:
             trunk.train(was_training)
 
     images = source_info(source).images  # first, because it raises errors about the source
     key = {"trunk": feature_cache.trunk_digest(trunk), "data": feature_cache.source_digest(source), "size": size}
-    key |= {"transform": TRANSFORM, "kind": kind, "precision": precision, "stored": stored}
+    key |= {
+        "transform": WHOLE_TRANSFORM if whole else TRANSFORM,
+        "kind": kind,
+        "precision": precision,
+        "stored": stored,
+    }
     if pixels != RGB8:
         key["pixels"] = list(pixels)
     return cached_or_temporary(cache, key, source, images, compute)
@@ -123,13 +131,14 @@ def encode_batch(encoder: Callable[[Tensor], Tensor], images: Tensor, device: to
         return torch.cat([encoder(part.to(device, non_blocking=True)).float() for part in parts])
 
 
-def raw_pixels(source: Path, size: int, batch: int = 64, workers: int = 4) -> FeatureSet:
+def raw_pixels(source: Path, size: int, batch: int = 64, workers: int = 4, whole: bool = False) -> FeatureSet:
     """Return every image's normalised pixels as features [N, 3·size²]: a baseline without a network, for small sets."""
     images = source_info(source).images
-    key = {"kind": "pixels"}
-    return cached_or_temporary(
-        None, key, source, images, lambda: _feature_batches(lambda x: x.flatten(1), source, size, batch, workers)
-    )
+
+    def compute() -> Iterator[FeatureBatch]:
+        return _feature_batches(lambda x: x.flatten(1), source, size, batch, workers, whole=whole)
+
+    return cached_or_temporary(None, {"kind": "pixels"}, source, images, compute)
 
 
 def run_embed(checkpoint: Path, data: Path, out: Path, options: ExtractionOptions) -> FeatureSet:
@@ -169,12 +178,12 @@ def load_frozen_trunk(checkpoint: Path) -> FrozenTrunk:
     if baselines.is_baseline(str(checkpoint)):
         found = baselines.load(str(checkpoint))
         return FrozenTrunk(found.trunk, found.size, found.step, found.pixels, found.name)
+    checkpoint = step_folders.follow_pointer(checkpoint)
     if not checkpoint.exists():
         raise UserError(
             f"{checkpoint}: no such checkpoint; give a run dir or one of its step folders, or a baseline: "
             f"{baselines.PIXELS} or {baselines.UNTRAINED}CONFIG"
         )
-    checkpoint = step_folders.follow_pointer(checkpoint)
     if checkpoint.is_file() or exported_folder.is_exported(checkpoint):
         trunk, config = convert.load_trunk(checkpoint)
         return FrozenTrunk(trunk, config.data.global_crops.size, None, pixel_format(config.data))
@@ -251,11 +260,12 @@ def _feature_batches(
     workers: int,
     stored: str = "fp32",
     pixels: PixelFormat = RGB8,
+    whole: bool = False,
 ) -> Iterator[FeatureBatch]:
     """Yield the features, computed by `encode`, of this rank's part of the images in `source`, in batches."""
     rank, world = collectives.rank(), collectives.world_size()
     batches: Iterable[EvaluationBatch] = stream.evaluation_batches(
-        source, size, batch, workers, rank, world, pixels=pixels
+        source, size, batch, workers, rank, world, pixels=pixels, whole=whole
     )
     total = source_info(source).images // world
     for some in progress(batches, f"features of {source.name}", total, "images", lambda b: len(b.keys)):

@@ -163,6 +163,7 @@ def run_knn(
         for s in (train, test)
     ]
     row = teacher.origin(checkpoint) | {"train": manifests.address(train), "test": manifests.address(test)}
+    row |= {"whole_images": True} if options.whole else {}
     result = row | evaluate(sets[0], sets[1], ks)  # computed on every rank, so that an error ends all ranks
     if shots:
         result["few_shot"] = few_shot(sets[0], sets[1], shots, tries, ks)

@@ -110,6 +110,7 @@ def run_linear(
     ]
     data = make_probe_data(sets[0], sets[1], settings, ImageSource(teacher, train, options))
     row: Json = teacher.origin(checkpoint) | {"train": manifests.address(train), "test": manifests.address(test)}
+    row |= {"whole_images": True} if options.whole else {}
     row |= {
         "n_train": len(data.rows),
         "n_test": len(data.truth),

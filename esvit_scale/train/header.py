@@ -11,7 +11,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-from esvit_scale import store_urls
+from esvit_scale import presets, store_urls
 from esvit_scale.config import Config
 from esvit_scale.errors import RestartCanHelp, UserError
 from esvit_scale.resources import ds_config_path
@@ -64,6 +64,7 @@ def lines(config: Config, given: str) -> list[str]:
         ("run dir", f"{config.run_path}: {_run_state(config.run_path)}"),
         ("data", source + (f": {images:,} images" if images else "")),
         ("crops", f"{crops} pixels"),
+        *([("recipe", presets.recipe_for(images, data.global_crops.size))] if images else []),
         ("trunk", ", ".join([model.trunk, *shape])),
         ("objective", f"{config.objective.name}, {_losses(config)}"),
         ("length", _length(config, images)),

@@ -7,7 +7,7 @@ from PIL import Image
 
 from esvit_scale.data import evaluation_crop
 from esvit_scale.data.decode import BadImage, decode
-from esvit_scale.data.evaluation_crop import centre_crop, decode_centre_crop
+from esvit_scale.data.evaluation_crop import centre_crop, decode_centre_crop, decode_whole, whole_image
 from esvit_scale.data.picture import Picture, open_picture
 from esvit_scale.data.pixel_format import RGB8
 from tests.data.conftest import encoded
@@ -108,3 +108,25 @@ def test_damaged_files_are_bad_images() -> None:
     assert open_picture(data).height == 1100
     with pytest.raises(BadImage):
         decode_centre_crop(data[: len(data) // 2], 224, RGB8)
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG"])
+@pytest.mark.parametrize(("width", "height"), [(28, 28), (57, 31), (451, 601)])
+def test_whole_images_are_resized_to_the_square(width: int, height: int, form: str) -> None:
+    data = encoded(photograph("chelsea", 300).resize((width, height)), form)
+    exact = np.asarray(decode(data).resize((32, 32), Image.Resampling.BICUBIC)).astype(int)
+    fast = decode_whole(data, 32, RGB8).astype(int)
+    difference = np.abs(fast - exact)
+    # A large JPEG is decoded at an eighth, whose last pixels are cut where 8 does not divide the sides.
+    assert difference.mean() < (0.7 if form == "JPEG" and width > 400 else 1e-9)
+    assert (whole_image(decode(data), 32).transpose(1, 2, 0) == exact).all()
+
+
+def test_whole_arrays_are_resized_to_the_square() -> None:
+    halves = np.zeros((20, 50, 2), np.uint16)
+    halves[:, 25:, 1] = 1000
+    found = whole_image(halves, 10)
+    assert found.shape == (2, 10, 10)
+    assert (found[0] == 0).all()
+    assert (found[1, :, 0] == 0).all()
+    assert (found[1, :, -1] == 1000).all()

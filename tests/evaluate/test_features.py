@@ -80,6 +80,23 @@ def test_raw_pixels_equal_the_normalised_image(folder: Path) -> None:
     assert found.features[7].unflatten(0, (3, SIZE * SIZE))[2].allclose(torch.tensor((140 / 255 - 0.406) / 0.225))
 
 
+def test_whole_pictures_reach_the_trunk_and_have_features_of_their_own(tmp_path: Path) -> None:
+    """A frame of a picture's border is outside of the centre crop; the cache does not mix the two."""
+    pixels = np.full((28, 28, 3), 0, np.uint8)
+    pixels[[0, -1]] = pixels[:, [0, -1]] = 255
+    (tmp_path / "images").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "images" / "framed.png")
+    cropped, whole = (
+        extract(Mean(), tmp_path / "images", 28, workers=0, device="cpu", cache=tmp_path / "cache", whole=whole)
+        for whole in (False, True)
+    )
+    border = 1 - (26 / 28) ** 2  # of the area
+    assert whole.features[0, 0].item() == pytest.approx((border - 0.485) / 0.229, abs=1e-5)
+    assert cropped.features[0, 0] < whole.features[0, 0] - 0.1
+    pixels_of = raw_pixels(tmp_path / "images", 28, workers=0, whole=True)
+    assert pixels_of.features.max().item() == pytest.approx((1 - 0.406) / 0.225, abs=1e-5)
+
+
 def test_source_without_images_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no image files"):
         extract(Mean(), tmp_path, SIZE, workers=0, device="cpu")

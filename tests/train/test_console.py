@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from esvit_scale import config as configs
+from esvit_scale import presets
 from esvit_scale.data import manifest as manifests
 from esvit_scale.errors import UserError
 from esvit_scale.train import console, header, metrics, pretraining, signals
@@ -94,6 +95,7 @@ def test_header_says_what_is_trained(tmp_path: Path) -> None:
         "tiny.yaml seed=0",
         f"{tmp_path / 'run'}: starts a run",
         f"{data}: 36 images",
+        "recipe     preset small fits 36 images in crops of 32 pixels (docs/recipes.md)",
         "2×32 + 4×16 pixels",
         "swin_t, window 4, embed_dim 16, depths 1-1-2, heads 1-2-4",
         "view and region loss",
@@ -101,6 +103,19 @@ def test_header_says_what_is_trained(tmp_path: Path) -> None:
         "fp32, zero1 (ZeRO stage 1)",
     ):
         assert part in said
+
+
+@pytest.mark.parametrize(
+    ("images", "crop", "said"),
+    [
+        (100_000, 40, "preset small fits 100,000 images in crops of 40 pixels"),
+        (100_001, 40, "no preset was measured on 100,001 images in crops of 40 pixels"),
+        (5_000, 64, "no preset was measured on 5,000 images in crops of 64 pixels"),
+        (1_281_167, 224, "presets swin_t to swin_l fit 1,281,167 images in crops of 224 pixels, as published"),
+    ],
+)
+def test_recipe_follows_from_the_number_of_images_and_the_crops(images: int, crop: int, said: str) -> None:
+    assert presets.recipe_for(images, crop).startswith(said)
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
