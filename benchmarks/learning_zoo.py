@@ -31,9 +31,18 @@ Json = dict[str, Any]
 CURVE = ("step", "images_seen", "loss", "lr", "grad_norm", "knn_top1", "knn_top1_pixels")
 SOURCES = {
     "fashion": ("Fashion-MNIST (Zalando Research), from Debian's dataset-fashion-mnist", "MIT"),
-    "stamps": ("Tux Paint's stamps, from Debian's tuxpaint-stamps-default", "GPL-2.0-or-later and public domain"),
-    "digits": ("scikit-learn's load_digits (UCI optical recognition of handwritten digits)", "CC BY 4.0"),
-    "demo": ("patches of the photographs that scikit-image and scikit-learn bring", "those of the photographs"),
+    "stamps": (
+        "Tux Paint's stamps (2002-2022 Bill Kendrick and contributors), from Debian's tuxpaint-stamps-default",
+        "GPL-2",
+    ),
+    "digits": (
+        "scikit-learn's load_digits (UCI optical recognition of handwritten digits)",
+        "that of scikit-learn, BSD-3-Clause",
+    ),
+    "demo": (
+        "patches of the photographs that scikit-image and scikit-learn bring",
+        "as the two packages state for each: mostly public domain or CC0, scikit-learn's two CC BY 2.0",
+    ),
 }
 
 
