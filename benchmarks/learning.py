@@ -282,7 +282,7 @@ def curve(side: Any, config: Config, sets: tuple[Path, Path], points: int, whole
             row = {"step": done, "images": done * batch, "flops": done * batch * flops, **spent}
             loss = {"loss": float(np.mean(losses))} if losses else {}
             probed = done in (0, steps)
-            yield row | loss | of_trunk(side.trunk(), config.data.global_crops.size, sets, probed, whole)
+            yield row | loss | of_trunk(side.trunk(), config.data.global_crops.size, sets, probed, whole, done == steps)
             losses.clear()
         if done < steps:
             cpu = time.process_time()
@@ -300,20 +300,36 @@ def timed(step: Callable[[], float], spent: Json) -> float:
     return loss
 
 
-def of_trunk(trunk: torch.nn.Module, size: int, sets: tuple[Path, Path], probed: bool, whole: bool = False) -> Json:
-    """Return the scores of a trunk's view features, with the logistic probe if `probed`."""
+def of_trunk(
+    trunk: torch.nn.Module, size: int, sets: tuple[Path, Path], probed: bool, whole: bool = False, maps: bool = False
+) -> Json:
+    """Return the scores of a trunk's view features, with the logistic probe if `probed`, and k-NN on `maps` of stages."""
     was = trunk.training
     trunk.eval()
-    train, test = (extract(trunk, path, size, batch=BATCH_OF_EVALUATION, workers=0, whole=whole) for path in sets)
-    found = scores(train, test, probed)
+
+    def of_both(stage: int | None = None) -> Iterator[Any]:
+        return (
+            extract(trunk, path, size, batch=BATCH_OF_EVALUATION, workers=0, whole=whole, stage=stage) for path in sets
+        )
+
+    found = scores(*of_both(), probed)
+    if maps:
+        depths: tuple[int, ...] = trunk.depths  # type: ignore[assignment]
+        found["knn_by_stage"] = {str(s): by_k(*of_both(s)) for s in range(1, len(depths) + 1)}
     trunk.train(was)
     return found
 
 
+def by_k(train: Any, test: Any) -> dict[str, float]:
+    """Return the k-NN accuracy in % for every k of KS."""
+    found = knn.knn(train.features, train.labels, test.features, test.labels, ks=KS)
+    return {str(k): found[k].top1 for k in KS}
+
+
 def scores(train: Any, test: Any, probed: bool = True) -> Json:
     """Return k-NN, the logistic probe (if `probed`) and the effective rank of features, accuracies in % with 95 % intervals."""
-    nearest = knn.knn(train.features, train.labels, test.features, test.labels, ks=KS)
-    near = nearest[K].top1
+    nearest = by_k(train, test)
+    near = nearest[str(K)]
     n = len(test.labels)
     found: Json = {}
     if probed:
@@ -322,7 +338,7 @@ def scores(train: Any, test: Any, probed: bool = True) -> Json:
     return found | {
         "knn": near,
         "knn_interval": wilson_interval(near, n),
-        "knn_by_k": {str(k): nearest[k].top1 for k in KS},
+        "knn_by_k": nearest,
         "rank": effective_rank(test.features),
         "majority": 100 * float(torch.bincount(test.labels).max()) / n,
     }

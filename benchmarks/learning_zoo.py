@@ -83,8 +83,8 @@ def about(run: Path, name: str, shards: Path) -> Json:
         "licence_of_images": licence,
         "config": yaml.safe_load((run / "config.yaml").read_text()),
         "test": {
-            "trained": learning.of_trunk(frozen.trunk, frozen.size, sets, True, True),
-            "untrained": learning.of_trunk(untrained.trunk, frozen.size, sets, True, True),
+            "trained": learning.of_trunk(frozen.trunk, frozen.size, sets, True, True, True),
+            "untrained": learning.of_trunk(untrained.trunk, frozen.size, sets, True, True, True),
             "raw pixels": learning.scores(*pixels),
         },
         "features": of_pattern(frozen.trunk, frozen.size)[0, :8].tolist(),

@@ -36,6 +36,7 @@ def _add_knn(evaluate: Any) -> None:
     tries = "random draws of the --shots samples to average over (default: 5)"
     knn.add_argument("--tries", type=positive, default=5, metavar="T", help=tries)
     _add_whole(knn)
+    _add_stage(knn)
     _add_features(knn)
 
 
@@ -205,6 +206,7 @@ def _add_embed(commands: Any) -> None:
         help="file to write; its arrays are features, keys, labels and classes",
     )
     _add_whole(embed)
+    _add_stage(embed)
     _add_features(embed, "none")
 
 
@@ -225,6 +227,14 @@ def _add_whole(parser: argparse.ArgumentParser) -> None:
         "(default: resize the short side to 256/224 of the crop and cut out the centre)"
     )
     parser.add_argument("--whole", action="store_true", help=whole)
+
+
+def _add_stage(parser: argparse.ArgumentParser) -> None:
+    stage = (
+        "take all cells of the map of this stage, from 1, instead of their mean over the last stage, for pictures whose "
+        "parts keep their place (default: the mean)"
+    )
+    parser.add_argument("--stage", type=positive, metavar="N", help=stage)
 
 
 def _add_features(parser: argparse.ArgumentParser, cache: str = "features/ beside the output") -> None:
@@ -251,7 +261,8 @@ def _extraction_options(o: argparse.Namespace, folder: Path | None) -> Any:
     from esvit_scale.evaluate.features import ExtractionOptions
 
     cache = o.cache or (folder / "features" if folder else None)
-    return ExtractionOptions(o.batch, o.workers, None, o.precision, o.stored, cache, getattr(o, "whole", False))
+    whole, stage = getattr(o, "whole", False), getattr(o, "stage", None)  # not every evaluation has these two
+    return ExtractionOptions(o.batch, o.workers, None, o.precision, o.stored, cache, whole, stage)
 
 
 def _knn(o: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ import io
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -62,6 +63,7 @@ class ExtractionOptions(NamedTuple):
     stored: str = "fp32"  # number format of stored features; "fp16" halves the cache
     cache: Path | None = None  # folder that caches features; None caches nothing
     whole: bool = False  # resize the whole image to the crop's square, instead of its short side, and crop nothing
+    stage: int | None = None  # take all cells of this stage's map, from 1, instead of the view feature
 
 
 def extract(
@@ -75,27 +77,33 @@ def extract(
     stored: str = "fp32",
     cache: Path | None = None,
     whole: bool = False,
+    stage: int | None = None,
     kind: Kind = "view",
     pixels: PixelFormat = RGB8,
 ) -> FeatureSet:
     """Return the trunk's features of every image in `source` (shards or an image folder), in the order of the source.
 
     The transform is that of the published k-NN protocol: resize the short side to size·256/224, then centre crop. Every
-    rank extracts its part of the images and returns the whole set. `ExtractionOptions` explains `batch` to `whole`.
+    rank extracts its part of the images and returns the whole set. `ExtractionOptions` explains `batch` to `stage`.
 
     Args:
         size: side in pixels of the crop that the trunk sees.
         kind: "view" gives view features [N, C]. "blocks" gives [N, 2, D] for linear probes: row 0 has the mean over the
             tokens (or the class token) and row 1 the maximum, concatenated over the last four blocks in their order
-            (D = 2304 for Swin-T; the last C columns belong to the last block).
+            (D = 2304 for Swin-T; the last C columns belong to the last block). Only "view" takes a `stage`, which gives
+            [N, T·C] of its map.
         pixels: format of the images that the trunk was trained on.
 
     Raises:
-        UserError: `source` is missing, empty, or holds no readable image; or a feature to store as fp16 exceeds its
-            range.
+        UserError: `source` is missing, empty, or holds no readable image; a feature to store as fp16 exceeds its range;
+            or the trunk has no such stage.
     """
     chosen = torch.device(device) if device else default_device()
-    encoder = {"view": _view, "blocks": last_blocks}[kind]
+    encoder: Callable[[nn.Module, Tensor], Tensor] = {"view": _view, "blocks": last_blocks}[kind]
+    if stage is not None:
+        encoder, kind_of_key = partial(stage_cells, stage=stage), f"stage {stage}"
+    else:
+        kind_of_key = kind
 
     def encode(images: Tensor) -> Tensor:
         return encode_batch(lambda x: encoder(trunk, x), images, chosen, precision)
@@ -112,7 +120,7 @@ def extract(
     key = {"trunk": feature_cache.trunk_digest(trunk), "data": feature_cache.source_digest(source), "size": size}
     key |= {
         "transform": WHOLE_TRANSFORM if whole else TRANSFORM,
-        "kind": kind,
+        "kind": kind_of_key,
         "precision": precision,
         "stored": stored,
     }
@@ -228,6 +236,26 @@ def last_blocks(trunk: nn.Module, images: Tensor) -> Tensor:
         means.append(of_image.mean(1) if view is None else view)
         tops.append(of_image.amax(1) if of_image.shape[1] else means[-1])
     return torch.stack([torch.cat(means, 1), torch.cat(tops, 1)], 1)
+
+
+def stage_cells(trunk: nn.Module, images: Tensor, stage: int) -> Tensor:
+    """Return features [B, T·C] of images: all cells of a stage's map, row by row; the last stage's after the final norm.
+
+    They tell where in the picture something is, which the view feature, a mean over the cells, does not.
+
+    Args:
+        stage: number of the stage, from 1.
+
+    Raises:
+        UserError: the trunk has no such stage, or gives no tokens on a grid.
+    """
+    if not isinstance(trunk, Trunk) or not trunk.has_regions:
+        name = trunk.name if isinstance(trunk, Trunk) else type(trunk).__name__
+        raise UserError(f"--stage {stage}: {name} gives no tokens on a grid; leave the option out")
+    if not 1 <= stage <= len(trunk.depths):
+        raise UserError(f"--stage {stage}: the trunk {trunk.name} has the stages 1 to {len(trunk.depths)}")
+    tokens = trunk.stage_maps([images])[stage - 1].tokens
+    return (trunk.norm(tokens) if stage == len(trunk.depths) else tokens).reshape(len(images), -1)
 
 
 def _view(trunk: nn.Module, images: Tensor) -> Tensor:

@@ -164,6 +164,7 @@ def run_knn(
     ]
     row = teacher.origin(checkpoint) | {"train": manifests.address(train), "test": manifests.address(test)}
     row |= {"whole_images": True} if options.whole else {}
+    row |= {"stage": options.stage} if options.stage else {}
     result = row | evaluate(sets[0], sets[1], ks)  # computed on every rank, so that an error ends all ranks
     if shots:
         result["few_shot"] = few_shot(sets[0], sets[1], shots, tries, ks)

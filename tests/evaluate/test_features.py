@@ -97,6 +97,27 @@ def test_whole_pictures_reach_the_trunk_and_have_features_of_their_own(tmp_path:
     assert pixels_of.features.max().item() == pytest.approx((1 - 0.406) / 0.225, abs=1e-5)
 
 
+def test_stage_gives_all_cells_of_its_map(folder: Path, tmp_path: Path) -> None:
+    config = tiny.config(tmp_path / "run", tmp_path)
+    trunk = build_network(config).trunk
+    initialize(torch.nn.ModuleDict({"trunk": trunk}), 0)
+    images = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        first, second, last = (tokens for tokens, *_ in trunk.stage_maps([images]))
+        for stage, expected in ((1, first), (2, second), (3, trunk.norm(last))):
+            found = features.stage_cells(trunk, images, stage)
+            assert torch.equal(found, expected.view(3, -1, expected.shape[1]).flatten(1))
+    found = extract(trunk, folder, 32, workers=0, device="cpu", cache=tmp_path / "cache", stage=2)
+    view = extract(trunk, folder, 32, workers=0, device="cpu", cache=tmp_path / "cache")
+    assert found.features.shape == (10, 16 * trunk.channels[1])
+    assert view.features.shape == (10, trunk.dim)
+    for stage in (0, 4):
+        with pytest.raises(UserError, match=f"--stage {stage}: the trunk swin_t has the stages 1 to 3"):
+            features.stage_cells(trunk, images, stage)
+    with pytest.raises(UserError, match="Mean gives no tokens on a grid"):
+        extract(Mean(), folder, SIZE, workers=0, device="cpu", stage=1)
+
+
 def test_source_without_images_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no image files"):
         extract(Mean(), tmp_path, SIZE, workers=0, device="cpu")
