@@ -10,12 +10,13 @@ Accuracies are those of whole pictures (`--whole`), beside raw pixels and the un
 
 import argparse
 import json
+import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
@@ -71,8 +72,15 @@ def curve(run: Path) -> str:
     return "".join(json.dumps({key: row[key] for key in CURVE if key in row}) + "\n" for row in rows)
 
 
+def command(run: Path) -> str:
+    """Return the command that the header in the run's log.txt names."""
+    given = re.search(r"config {5}(.*)", (run / "log.txt").read_text())
+    assert given
+    return f"OMP_NUM_THREADS=1 esvit-scale pretrain {shlex.join(given[1].split())}"
+
+
 def about(run: Path, name: str, shards: Path) -> Json:
-    """Return what the images are, the command's overrides, accuracies, and features of a computed picture."""
+    """Return what the images are, the command, accuracies, and features of a computed picture."""
     sets = (shards / f"{name}-train", shards / f"{name}-test")
     frozen = features.load_frozen_trunk(run)
     untrained = features.load_frozen_trunk(Path(f"untrained:{run}"))
@@ -81,7 +89,7 @@ def about(run: Path, name: str, shards: Path) -> Json:
     return {
         "images": source,
         "licence_of_images": licence,
-        "config": yaml.safe_load((run / "config.yaml").read_text()),
+        "command": command(run),
         "test": {
             "trained": learning.of_trunk(frozen.trunk, frozen.size, sets, True, True, True),
             "untrained": learning.of_trunk(untrained.trunk, frozen.size, sets, True, True, True),

@@ -28,5 +28,5 @@ def located(weights: Path) -> Path:
         return weights
     name = text.removeprefix(PREFIX)
     if name not in names():
-        raise UserError(f"{text}: the zoo has {', '.join(names())}{nearest(name, names())}")
+        raise UserError(f"{text}: the zoo has no backbone of this name{nearest(name, names())}")
     return shipped_folder("zoo") / name
