@@ -155,7 +155,10 @@ def every_option() -> set[str]:
 def words_of_code() -> set[str]:
     """Every word that stands in a file of code, configuration or template."""
     files = (
-        path for folder in CODE for path in (ROOT / folder).rglob("*") if path.suffix not in (".pyc", ".md", ".png", ".safetensors")
+        path
+        for folder in CODE
+        for path in (ROOT / folder).rglob("*")
+        if path.suffix not in (".pyc", ".md", ".png", ".safetensors")
     )
     top = [ROOT / name for name in ("Makefile", "pyproject.toml", "hubconf.py")]
     return set(re.findall(r"\w+", "\n".join(path.read_text() for path in [*files, *top] if path.is_file())))
