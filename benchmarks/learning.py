@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,8 +40,9 @@ from esvit_scale.checkpoint import official  # noqa: E402
 from esvit_scale.checkpoint.weights import Weights  # noqa: E402
 from esvit_scale.config import Config  # noqa: E402
 from esvit_scale.data import stream  # noqa: E402
+from esvit_scale.data.evaluation import evaluation_batches  # noqa: E402
 from esvit_scale.evaluate import knn, logistic  # noqa: E402
-from esvit_scale.evaluate.features import extract, raw_pixels  # noqa: E402
+from esvit_scale.evaluate.features import raw_pixels, stage_cells  # noqa: E402
 from esvit_scale.evaluate.labels import split_held_out  # noqa: E402
 from esvit_scale.evaluate.metrics import accuracy, mean_interval, wilson_interval  # noqa: E402
 from esvit_scale.models.initialize import initialize  # noqa: E402
@@ -300,24 +301,37 @@ def timed(step: Callable[[], float], spent: Json) -> float:
     return loss
 
 
+class Measured(NamedTuple):
+    """Features [N, D] of a set and their labels [N]."""
+
+    features: Tensor
+    labels: Tensor
+
+
 def of_trunk(
-    trunk: torch.nn.Module, size: int, sets: tuple[Path, Path], probed: bool, whole: bool = False, maps: bool = False
+    trunk: Any, size: int, sets: tuple[Path, Path], probed: bool, whole: bool = False, maps: bool = False
 ) -> Json:
     """Return the scores of a trunk's view features, with the logistic probe if `probed`, and k-NN on `maps` of stages."""
     was = trunk.training
     trunk.eval()
-
-    def of_both(stage: int | None = None) -> Iterator[Any]:
-        return (
-            extract(trunk, path, size, batch=BATCH_OF_EVALUATION, workers=0, whole=whole, stage=stage) for path in sets
-        )
-
-    found = scores(*of_both(), probed)
-    if maps:
-        depths: tuple[int, ...] = trunk.depths  # type: ignore[assignment]
-        found["knn_by_stage"] = {str(s): by_k(*of_both(s)) for s in range(1, len(depths) + 1)}
+    train, test = (measured(trunk, path, size, whole, maps) for path in sets)
     trunk.train(was)
+    found = scores(train[0], test[0], probed)
+    if maps:
+        found["knn_by_stage"] = {str(s): by_k(train[s], test[s]) for s in range(1, len(train))}
     return found
+
+
+@torch.no_grad()
+def measured(trunk: Any, source: Path, size: int, whole: bool, maps: bool) -> list[Measured]:
+    """Return the view features of a set's images and, if wanted, the cells of every stage's map, in one pass."""
+    parts: list[list[Tensor]] = []
+    labels: list[Tensor] = []
+    for batch in evaluation_batches(source, size, BATCH_OF_EVALUATION, whole=whole):
+        stages = range(1, len(trunk.depths) + 1) if maps else ()
+        parts.append([trunk([batch.images]).view, *(stage_cells(trunk, batch.images, s) for s in stages)])
+        labels.append(batch.labels)
+    return [Measured(torch.cat(kind), torch.cat(labels)) for kind in zip(*parts, strict=True)]
 
 
 def by_k(train: Any, test: Any) -> dict[str, float]:

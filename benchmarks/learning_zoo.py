@@ -93,7 +93,7 @@ def about(run: Path, name: str, shards: Path) -> Json:
         "test": {
             "trained": learning.of_trunk(frozen.trunk, frozen.size, sets, True, True, True),
             "untrained": learning.of_trunk(untrained.trunk, frozen.size, sets, True, True, True),
-            "raw pixels": learning.scores(*pixels),
+            "raw pixels": learning.scores(*pixels, False),
         },
         "features": of_pattern(frozen.trunk, frozen.size)[0, :8].tolist(),
     }
