@@ -84,7 +84,7 @@ def about(run: Path, name: str, shards: Path) -> Json:
     sets = (shards / f"{name}-train", shards / f"{name}-test")
     frozen = features.load_frozen_trunk(run)
     untrained = features.load_frozen_trunk(Path(f"untrained:{run}"))
-    pixels = (features.raw_pixels(path, frozen.size, workers=0, whole=True) for path in sets)
+    pixels = [features.raw_pixels(path, frozen.size, workers=0, whole=True) for path in sets]
     source, licence = SOURCES[name]
     return {
         "images": source,
@@ -93,7 +93,7 @@ def about(run: Path, name: str, shards: Path) -> Json:
         "test": {
             "trained": learning.of_trunk(frozen.trunk, frozen.size, sets, True, True, True),
             "untrained": learning.of_trunk(untrained.trunk, frozen.size, sets, True, True, True),
-            "raw pixels": learning.scores(*pixels, False),
+            "raw pixels": learning.scores(pixels[0], pixels[1], False),
         },
         "features": of_pattern(frozen.trunk, frozen.size)[0, :8].tolist(),
     }

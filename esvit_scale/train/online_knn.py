@@ -44,10 +44,11 @@ class OnlineKnn:
         """
         self._world = world
         size, source = config.data.global_crops.size, place.local_folder(config.data.held_out, config.data)
-        pixels, share = pixel_format(config.data), {"rank": world.rank, "world_size": world.size}
+        pixels = pixel_format(config.data)
         images = [torch.empty(0, pixels.channels, size, size, dtype=torch.bfloat16)]
         labels = [torch.empty(0, dtype=torch.int64)]
-        for batch in evaluation_batches(source, size, BATCH, most=IMAGES, pixels=pixels, **share):
+        share = (world.rank, world.size)
+        for batch in evaluation_batches(source, size, BATCH, 0, *share, most=IMAGES, pixels=pixels):
             images.append(batch.images.to(torch.bfloat16))
             labels.append(batch.labels)
         own = torch.cat(labels)

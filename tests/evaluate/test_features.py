@@ -87,8 +87,8 @@ def test_whole_pictures_reach_the_trunk_and_have_features_of_their_own(tmp_path:
     (tmp_path / "images").mkdir()
     Image.fromarray(pixels).save(tmp_path / "images" / "framed.png")
     cropped, whole = (
-        extract(Mean(), tmp_path / "images", 28, workers=0, device="cpu", cache=tmp_path / "cache", whole=whole)
-        for whole in (False, True)
+        extract(Mean(), tmp_path / "images", 28, workers=0, device="cpu", cache=tmp_path / "cache", whole=choice)
+        for choice in (False, True)
     )
     border = 1 - (26 / 28) ** 2  # of the area
     assert whole.features[0, 0].item() == pytest.approx((border - 0.485) / 0.229, abs=1e-5)
