@@ -105,8 +105,8 @@ def test_stage_gives_all_cells_of_its_map(folder: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         first, second, last = (tokens for tokens, *_ in trunk.stage_maps([images]))
         for stage, expected in ((1, first), (2, second), (3, trunk.norm(last))):
-            found = features.stage_cells(trunk, images, stage)
-            assert torch.equal(found, expected.view(3, -1, expected.shape[1]).flatten(1))
+            cells = features.stage_cells(trunk, images, stage)
+            assert torch.equal(cells, expected.view(3, -1, expected.shape[1]).flatten(1))
     found = extract(trunk, folder, 32, workers=0, device="cpu", cache=tmp_path / "cache", stage=2)
     view = extract(trunk, folder, 32, workers=0, device="cpu", cache=tmp_path / "cache")
     assert found.features.shape == (10, 16 * trunk.channels[1])
