@@ -10,12 +10,13 @@ from esvit_scale.errors import UserError
 
 
 def add(commands: Any) -> None:
-    """Declare `evaluate knn`, `linear`, `transfer`, `retrieval`, `segmentation`, `attention` and `correspondence`, and `embed`."""
+    """Declare `evaluate knn`, `linear`, `transfer`, `retrieval`, `copies`, `segmentation`, `attention` and `correspondence`, and `embed`."""
     evaluate = group(commands, "evaluate", "evaluate frozen features")
     _add_knn(evaluate)
     _add_linear(evaluate)
     _add_transfer(evaluate)
     _add_retrieval(evaluate)
+    _add_copies(evaluate)
     _add_segmentation(evaluate)
     _add_attention(evaluate)
     _add_correspondence(evaluate)
@@ -118,6 +119,36 @@ def _add_retrieval(evaluate: Any) -> None:
     size = "revisited sets: pixels to which a longer side above it is reduced (default: the size of the run's crops)"
     retrieval.add_argument("--size", type=positive, metavar="N", help=size)
     _add_features(retrieval)
+
+
+def _add_copies(evaluate: Any) -> None:
+    copies = command(evaluate, "copies", _copies, "copy detection: finding the originals of distorted images, µAP")
+    add_checkpoint(copies)
+    copies.add_argument(
+        "--data",
+        type=set_or_folder,
+        required=True,
+        metavar="D",
+        help="images to search and to distort: shards (folder or URL), a folder of images, or a folder of Copydays "
+        "(original/ beside strong/, jpegqual/N/ or crops/N/)",
+    )
+    copies.add_argument(
+        "--distractors", type=set_or_folder, metavar="D", help="set of further images to search (default: none)"
+    )
+    copies.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder to write copies.json and a picture to"
+    )
+    attacks = ("crop", "jpeg", "strong")
+    copies.add_argument(
+        "--attack", nargs="+", choices=attacks, help="distortions of generated copies (default: all three)"
+    )
+    queries = "largest number of images to distort, evenly spaced (default: 1000)"
+    copies.add_argument("--queries", type=positive, default=1000, metavar="N", help=queries)
+    size = "side in pixels of the square to which whole images are resized (default: the size of the run's crops)"
+    copies.add_argument("--size", type=positive, metavar="N", help=size)
+    seed = "random seed of distortions and bootstrap (default: 0)"
+    copies.add_argument("--seed", type=count, default=0, metavar="S", help=seed)
+    _add_features(copies)
 
 
 def _add_segmentation(evaluate: Any) -> None:
@@ -300,6 +331,22 @@ def _retrieval(o: argparse.Namespace) -> int:
         result = retrieval.run_retrieval(o.checkpoint, o.data, o.out, options, ks, o.queries, o.size)
         if rank() == "0":
             print(retrieval_figure.write(result, o.data, o.queries, o.out))
+
+    on_all_ranks(run)
+    return 0
+
+
+def _copies(o: argparse.Namespace) -> int:
+    from esvit_scale.evaluate import copies
+    from esvit_scale.report import copies_figure
+
+    settings = copies.CopySettings(o.attack, o.queries, o.size, o.seed)
+    options = _extraction_options(o, o.out)
+
+    def run() -> None:
+        result = copies.run_copies(o.checkpoint, o.data, o.out, settings, options, o.distractors)
+        if rank() == "0":
+            print(copies_figure.write(result, o.out))
 
     on_all_ranks(run)
     return 0

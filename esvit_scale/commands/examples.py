@@ -20,6 +20,7 @@ EXAMPLES = {
     "evaluate linear": "--checkpoint runs/photos --train shards/train --test shards/val --out runs/photos/linear",
     "evaluate transfer": "elevater --checkpoint runs/photos --root data/ --out runs/photos/transfer",
     "evaluate retrieval": "--checkpoint runs/photos --data shards/val --out runs/photos/retrieval",
+    "evaluate copies": "--checkpoint runs/photos --data shards/val --out runs/photos/copies",
     "evaluate segmentation": "--checkpoint runs/photos --train seg/train --test seg/val --out runs/photos/segmentation",
     "evaluate attention": "photo.jpg --checkpoint runs/photos --out runs/photos/attention",
     "evaluate correspondence": "--checkpoint runs/photos --data shards/val --out runs/photos/correspondence",

@@ -19,8 +19,8 @@ def write_report(run_dirs: Path | Sequence[Path], out: Path | None = None) -> Pa
 
     The page is made from config.yaml, metrics.jsonl, summary.json and environment.json, and from the results of
     `esvit-scale evaluate` in the run dir or one folder below (knn*.json, linear*.json, transfer*.json,
-    retrieval*.json, segmentation*.json, correspondence*.json, and pictures). Crops and neighbours are drawn from the data sets that these name, if those still
-    exist.
+    retrieval*.json, copies*.json, segmentation*.json, correspondence*.json, and pictures). Crops and neighbours are drawn
+    from the data sets that these name, if those still exist.
 
     Args:
         out: the file to write; None writes report.html in the run dir, or for several runs in the folder that holds the
@@ -85,7 +85,7 @@ def _contents(runs: list[RunFiles]) -> Json:
 def _pictures(of: RunFiles, label: str) -> Json:
     """Return the images that the page shows of a run, and their captions.
 
-    They are crops, neighbours, and the pictures of `evaluate retrieval`, `segmentation`, `correspondence` and `attention`.
+    They are crops, neighbours, and the pictures of `evaluate retrieval`, `copies`, `segmentation`, `correspondence` and `attention`.
     """
     latest = next((r for r in reversed(of.results["knn"]) if r.get("examples")), None)
     config = of.config

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from esvit_scale.checkpoint.card_results import quoted_k
-from esvit_scale.evaluate.segmentation import protocol_in_words
+from esvit_scale.evaluate.copies import protocol_in_words as copies_protocol
+from esvit_scale.evaluate.segmentation import protocol_in_words as segmentation_protocol
 from esvit_scale.report.run_files import Json, RunFiles, try_or_note
 
 NO_VALUE = "–"
@@ -53,7 +54,8 @@ def evaluations(runs: Sequence[NamedRun], missing: list[str]) -> list[Table]:
 
     When a result file has an unexpected form, only its table is left out, with a note in `missing`.
     """
-    makers = (knn, few_shot, linear, transfer, retrieval, revisited, segmentation, segmented_classes, correspondence)
+    dense = (segmentation, segmented_classes)
+    makers = (knn, few_shot, linear, transfer, retrieval, revisited, copies, *dense, correspondence)
     made = (try_or_note(f"{make.__name__.replace('_', '-')} table", missing, lambda m=make: m(runs)) for make in makers)  # type: ignore[misc]
     return [table for table in made if table is not None and table.rows]
 
@@ -222,6 +224,42 @@ def _retrievals(runs: Sequence[NamedRun], kind: str) -> list[tuple[str, Json]]:
     return [(name, r) for name, run in runs for r in run.results["retrieval"] if r.get("kind") == kind]
 
 
+def copies(runs: Sequence[NamedRun]) -> Table | None:
+    """Return the table of copy detection, with the protocol of every result; None without results."""
+    found = [(join(name, result_name(r)), r) for name, run in runs for r in run.results["copies"]]
+    if not found:
+        return None
+    rows = [
+        Row(
+            join(name, attack),
+            [
+                Cell(f"{row['uap']:.1f}"),
+                Cell(_interval(row)),
+                Cell(f"{row['recall_at_p90']:.1f}"),
+                Cell(f"{row['map']:.1f}"),
+                Cell(f"{row['queries']:,} in {r['n_bank']:,}"),
+            ],
+            row["uap"],
+        )
+        for name, r in found
+        for attack, row in r["results"].items()
+    ]
+    note = (
+        "Originals of distorted images are searched; nothing is trained. In percent: micro average precision over all pairs "
+        "of copy and image with its 95 % bootstrap interval over copies, recall at a precision of 90 %, and the mean over "
+        "copies of the average precision."
+    )
+    head = ["features and attack", "µAP", "95 %", "recall at 90 %", "mAP", "copies"]
+    return Table("copies", "Copy detection", note, head, rows, *_protocols(copies_protocol, found))
+
+
+def _protocols(in_words: Callable[[Json], str], found: Sequence[tuple[str, Json]]) -> tuple[str, list[Remark]]:
+    """Return a warning if the protocols of results differ, and the remark that lists them."""
+    protocols = list(dict.fromkeys(in_words(r) for _, r in found))
+    warning = "The protocols differ: not comparable." if len(protocols) > 1 else ""
+    return warning, [Remark("", ["Protocol, without which the figures cannot be compared:"], protocols)]
+
+
 def segmentation(runs: Sequence[NamedRun]) -> Table | None:
     """Return the table of segmentation, with the protocol of every result; None without results."""
     found = [(join(name, result_name(r)), r) for name, run in runs for r in run.results["segmentation"]]
@@ -249,15 +287,13 @@ def segmentation(runs: Sequence[NamedRun]) -> Table | None:
         Row(name, [Cell(f"{miou:.1f}"), Cell(NO_VALUE), Cell(f"{share:.1f}"), Cell(NO_VALUE)], miou)
         for name, (miou, share) in guessed.items()
     ]
-    protocols = list(dict.fromkeys(protocol_in_words(r) for _, r in found))
     note = (
         "Heads on frozen stage maps. In percent: mean IoU over the classes with its 95 % bootstrap interval over images, "
         "pixel accuracy, and the mean accuracy of the classes."
     )
-    remarks = [Remark("", ["Protocol, without which the figures cannot be compared:"], protocols)]
-    warning = "The protocols differ: not comparable." if len(protocols) > 1 else ""
     head = ["features and head", "mIoU", "95 %", "pixels", "classes"]
-    return Table("segmentation", "Segmentation", note, head, rows, warning, remarks)
+    protocols = _protocols(segmentation_protocol, found)
+    return Table("segmentation", "Segmentation", note, head, rows, *protocols)
 
 
 def segmented_classes(runs: Sequence[NamedRun]) -> Table | None:

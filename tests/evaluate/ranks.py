@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from esvit_scale.commands.parser import on_all_ranks
-from esvit_scale.evaluate import knn, linear, retrieval, segmentation
+from esvit_scale.evaluate import copies, knn, linear, retrieval, segmentation
 from esvit_scale.evaluate.features import ExtractionOptions
 from esvit_scale.evaluate.linear import ProbeSettings
 
@@ -20,6 +20,9 @@ def main(checkpoint: Path, photos: Path, out: Path) -> None:
     knn.run_knn(checkpoint, train, test, out, loading, ks=(5,), shots=(3,))
     linear.run_linear(checkpoint, train, test, out, recipe, loading)
     retrieval.run_retrieval(checkpoint, test, out, loading)
+    copies.run_copies(
+        checkpoint, test, out, copies.CopySettings(queries=11), loading._replace(cache=out / "copied"), train
+    )
     settings = segmentation.SegmentationSettings(iterations=10, batch=4, pixels=16, k=5)
     masked = photos.parent / "masked"
     segmentation.run_segmentation(checkpoint, masked, masked, out, settings, loading._replace(cache=out / "pixels"))

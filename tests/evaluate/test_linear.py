@@ -149,7 +149,7 @@ def test_two_ranks_match_one(checkpoint: Path, photos: Path, tmp_path: Path) -> 
     for ranks in (1, 2):
         script = Path(__file__).with_name("ranks.py")
         launcher.run(script, checkpoint, photos, tmp_path / str(ranks), ranks=ranks)
-    for name in ("knn", "linear", "images/linear", "retrieval", "segmentation"):
+    for name in ("knn", "linear", "images/linear", "retrieval", "copies", "segmentation"):
         one, two = (json.loads((tmp_path / ranks / f"{name}.json").read_text()) for ranks in "12")
         assert_close(one, two)
     one, two = ({p.name: p for p in (tmp_path / ranks / "features").iterdir()} for ranks in "12")

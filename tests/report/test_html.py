@@ -164,6 +164,29 @@ def test_retrieval_results_have_tables_and_a_picture(run: Path) -> None:
         assert words in text
 
 
+def test_copy_detection_is_shown_with_its_protocol(run: Path) -> None:
+    score = {"uap": 52.25, "interval": [45.75, 58.25], "recall_at_p90": 33.5, "map": 61.5, "queries": 229}
+    protocol = {"layout": "Copydays", "size": 320, "seed": 0}
+    result = {"step": 8, "n_bank": 10157, "n_distractors": 10000, "protocol": protocol, "results": {"strong": score}}
+    (run / "copies.json").write_text(json.dumps(result))
+    Image.new("RGB", (8, 8)).save(run / "copies.png")
+    (run / "other").mkdir()
+    (run / "other" / "copies.json").write_text(json.dumps(result | {"protocol": protocol | {"size": 224}}))
+    text = parse(write_report(run)).text
+    for words in (
+        "Copy detection",
+        "52.2",
+        "45.8 – 58.2",
+        "33.5",
+        "61.5",
+        "229 in 10,157",
+        "Distorted images on the left",
+    ):
+        assert words in text
+    assert "copies of Copydays, searched in 10,157 images, of which 10,000 are distractors" in text
+    assert "The protocols differ: not comparable." in text
+
+
 def test_segmentation_is_shown_with_its_protocol(run: Path) -> None:
     score = {"miou": 52.25, "interval": [45.75, 58.25], "pixel_accuracy": 69.5, "mean_accuracy": 61.5}
     score["per_class"] = [{"class": EVIL, "iou": 33.25}, {"class": "absent", "iou": None}]
