@@ -41,6 +41,7 @@ __version__ = "0.1.0"
 # Name → module that has it; imported on first use, since importing the package must not load torch.
 _LAZY = {
     "load_backbone": "esvit_scale.checkpoint.backbone",
+    "load_classifier": "esvit_scale.checkpoint.classifier",
     "pretrain": "esvit_scale.api",
     "embed": "esvit_scale.api",
     "evaluate_knn": "esvit_scale.api",

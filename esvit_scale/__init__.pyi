@@ -6,6 +6,7 @@ from esvit_scale.api import evaluate_knn as evaluate_knn
 from esvit_scale.api import plan as plan
 from esvit_scale.api import pretrain as pretrain
 from esvit_scale.checkpoint.backbone import load_backbone as load_backbone
+from esvit_scale.checkpoint.classifier import load_classifier as load_classifier
 
 __version__: str
 _LAZY: dict[str, str]

@@ -63,8 +63,10 @@ class Config(Section):
 
     @property
     def crop_sizes(self) -> list[int]:
-        """Return the size in pixels of every crop, in the batch's order: the two global crops first."""
-        return [self.data.global_crops.size] * 2 + [g.size for g in self.data.local_crops for _ in range(g.count)]
+        """Return the size in pixels of every crop, in the batch's order: the global crops first."""
+        return [self.data.global_crops.size] * self.data.global_crops.count + [
+            g.size for g in self.data.local_crops for _ in range(g.count)
+        ]
 
     @property
     def peak_lr(self) -> float:
@@ -98,13 +100,23 @@ def _cross_field_problems(c: Config) -> list[str]:
             "objective.gram_weight: needs objective.gram_start, the steps after which Gram anchoring begins; the features "
             "must be good by then (docs/objectives.md)"
         )
+    if c.objective.class_names and len(c.objective.class_names) != c.objective.classes:
+        problems.append(
+            f"objective.class_names: {len(c.objective.class_names)} names for objective.classes={c.objective.classes}; give "
+            "one a class, or none"
+        )
+    if (c.data.mixup or c.data.cutmix) and not c.objective.classes:
+        problems.append("data.mixup and data.cutmix mix labels, too, so they need objective.name=classify")
     problems += _pixel_problems(c.data)
     problems += _address_problems(c)
     if c.train.knn_every and not c.data.held_out:
         problems.append("train.knn_every: needs data.held_out, labelled shards or class folders to measure on")
     for key in ("keep_best", "patience"):
-        if getattr(c.train, key) and not c.train.knn_every:
+        learns_labels = c.objective.classes or c.data.global_crops.count == 1
+        if getattr(c.train, key) and not c.train.knn_every and not learns_labels:
             problems.append(f"train.{key}: needs train.knn_every, the steps between two k-NN accuracies")
+        if getattr(c.train, key) and learns_labels and not c.data.held_out:
+            problems.append(f"train.{key}: needs data.held_out, labelled shards or class folders to measure on")
     if c.train.knn_every and c.train.knn_every % c.train.log_every:
         problems.append(
             f"train.knn_every: {c.train.knn_every} is no multiple of train.log_every={c.train.log_every}; "
@@ -164,8 +176,17 @@ def _pixel_problems(data: Data) -> list[str]:
 # --- reading -------------------------------------------------------------------------------------------------------
 
 
-def resolve(config: str, overrides: list[str] | None = None) -> Config:
+def resolve(
+    config: str,
+    overrides: list[str] | None = None,
+    below: dict[str, Any] | None = None,
+    above: dict[str, Any] | None = None,
+) -> Config:
     """Return the complete config of a preset's name or a YAML file, with dotted `key=value` overrides on top.
+
+    Args:
+        below: values, as nested dicts, that config and overrides replace.
+        above: values that replace those of config and overrides.
 
     Raises:
         UserError: file not found, YAML that does not parse, unknown key, wrong type, or numbers that do not fit
@@ -175,7 +196,14 @@ def resolve(config: str, overrides: list[str] | None = None) -> Config:
     values = _read(config)
     for override in overrides or []:
         apply_override(values, override, Config)
+    values = _merged(_merged(below or {}, values), above or {})
     return validate(values, where=config, overrides=overrides)
+
+
+def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Merge two configs as nested dicts; where both have a value, it is that of `over`."""
+    sections = [key for key, value in under.items() if isinstance(value, dict) and isinstance(over.get(key), dict)]
+    return under | over | {key: _merged(under[key], over[key]) for key in sections}
 
 
 def sources(config: str, overrides: list[str]) -> dict[str, str]:

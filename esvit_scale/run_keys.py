@@ -67,10 +67,12 @@ class LocalAugment(Augment):
 
 
 class GlobalCrops(Section):
-    """The two views that the teacher sees."""
+    """The two views that the teacher sees, or the one view that is classified."""
 
     size: Positive = 224
     """[pixels] Side of a crop. It also fixes the trunk's windows and shifts (models/swin.py)."""
+    count: Literal[1, 2] = 2
+    """[crops per image] Number of views: 1 to learn labels (objective.name=classify), else 2."""
     scale: Scale = (0.4, 1.0)
     """[fraction of the image's area] Smallest and largest area that a crop is cut from."""
     augment: GlobalAugment = GlobalAugment()
@@ -135,6 +137,12 @@ class Data(Section):
     organs)."""
     flip_vertical: Fraction = 0.0
     """[probability] How often a crop is mirrored top to bottom, for images without an upper side (from above, of cells)."""
+    mixup: Rate = 0.0
+    """[no unit] Strength α of mixup: two images of a batch are averaged, with weights from Beta(α, α), and so are their
+    labels (docs/finetuning.md); with data.cutmix, one of the two is drawn for each pair. 0: without."""
+    cutmix: Rate = 0.0
+    """[no unit] Strength α of CutMix: two images of a batch exchange a rectangle, whose area is from Beta(α, α), and the same
+    share of their labels. 0: without."""
     photometric: Literal["device", "workers"] = "device"
     """What computes colour, blur and solarisation: the training device or the loader processes."""
     channels: Annotated[int, Field(ge=1, le=16)] = 3
@@ -234,6 +242,13 @@ class Objective(Section):
     koleo_across_ranks: bool = False
     """Whether KoLeo compares an image with those of all ranks; false: with its own rank's."""
 
+    classes: Count = 0
+    """[classes] Number of classes that classify tells apart; `esvit-scale finetune` takes it from the training set. 0: the
+    objective learns without labels."""
+    class_names: list[str] = Field(default_factory=list)
+    """Names of the classes, in the order of their numbers; `esvit-scale finetune` takes them from the training set."""
+    label_smoothing: Beta = 0.0
+    """[fraction] Part of an image's label that is spread evenly over all classes, for classify."""
     gram_weight: Rate = 0.0
     """[no unit] Weight of Gram anchoring, which keeps the similarities between an image's regions as an earlier teacher had
     them (docs/objectives.md); 0: without."""
@@ -325,10 +340,13 @@ class Train(Section):
     """[steps] Distance between checkpoints that are never removed; null: none."""
     knn_every: Positive | None = None
     """[steps] Distance between k-NN accuracies of the teacher on data.held_out, from step 0 on; null: none."""
+    eval_every: Positive | None = None
+    """[steps] Distance between accuracies of classify on data.held_out; null: an epoch."""
     keep_best: bool = False
-    """Also save at every new best k-NN accuracy; checkpoints/best names that checkpoint, which is never removed."""
+    """Also save at every new best k-NN accuracy (with classify: accuracy of the classifier); checkpoints/best names that
+    checkpoint, which is never removed."""
     patience: Positive | None = None
-    """[measurements] Number of k-NN accuracies in a row without a new best after which the run ends early; null: never."""
+    """[measurements] Number of these accuracies in a row without a new best after which the run ends early; null: never."""
     mirror: Annotated[str, Field(min_length=1)] | None = None
     """Folder in an object store, such as s3://bucket/runs, to which checkpoints are copied in the background, and from which
     a start without a run dir resumes (docs/object_stores.md); null: none."""
@@ -369,6 +387,7 @@ MAY_DIFFER = (
     "train.keep_every",
     "train.hang_minutes",
     "train.knn_every",
+    "train.eval_every",
     "train.keep_best",
     "train.patience",
     "train.mirror",

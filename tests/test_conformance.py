@@ -13,6 +13,7 @@ from esvit_scale import config as configs
 from esvit_scale.checkpoint import convert, state, step_folders
 from esvit_scale.checkpoint.backbone import load_backbone
 from esvit_scale.config import Config
+from esvit_scale.data.mixing import mix_labels
 from esvit_scale.models.drop_path import drop_keys
 from esvit_scale.models.initialize import initialize
 from esvit_scale.models.registry import TRUNKS, build_trunk
@@ -74,6 +75,9 @@ def config_of(trunk: str, objective: str, **changes: Any) -> Config:
         values["objective"] |= {"ema_momentum": 0.0, "ema_momentum_end": 0.0}
     if OBJECTIVES_OF[objective].has_frozen_teacher:
         values["objective"] |= FROZEN_TEACHER
+    if OBJECTIVES_OF[objective].takes_labels:
+        values["objective"] |= {"classes": 3, "regions": False}
+        values["data"]["global_crops"]["count"] = 1
     for key, value in changes.items():
         section, leaf = key.split("__")
         values[section][leaf] = value
@@ -81,8 +85,10 @@ def config_of(trunk: str, objective: str, **changes: Any) -> Config:
 
 
 OBJECTIVES_OF = {
-    name: make(8, configs.Objective(prototypes=8, head_hidden=8, bottleneck=8)) for name, make in OBJECTIVES.items()
+    name: make(8, configs.Objective(prototypes=8, head_hidden=8, bottleneck=8, classes=3))
+    for name, make in OBJECTIVES.items()
 }
+SELF_SUPERVISED = [name for name, objective in OBJECTIVES_OF.items() if not objective.takes_labels]
 
 
 # A Swin of another width, with the prototypes of tiny.VALUES.
@@ -110,12 +116,15 @@ def networks(config: Config) -> tuple[StudentNetwork, TeacherNetwork]:
 def crops_of(config: Config, seed: int = 0) -> list[torch.Tensor]:
     """IMAGES random images; every call draws the same."""
     generator = torch.Generator().manual_seed(seed)
-    groups = [(2, config.data.global_crops.size), *((g.count, g.size) for g in config.data.local_crops)]
+    globals_ = config.data.global_crops
+    groups = [(globals_.count, globals_.size), *((g.count, g.size) for g in config.data.local_crops)]
     return [torch.randn(n * IMAGES, 3, size, size, generator=generator) for n, size in groups]
 
 
 def targets_of(student: StudentNetwork, teacher: TeacherNetwork, crops: list[torch.Tensor]) -> Any:
-    """The teacher's targets; None for an objective without a teacher."""
+    """The teacher's targets, or labels; None for an objective with neither."""
+    if student.objective.takes_labels:
+        return mix_labels(torch.arange(IMAGES) % 3, None)
     if not (student.objective.has_teacher or student.objective.has_frozen_teacher):
         return None
     with torch.no_grad():

@@ -39,7 +39,8 @@ def load_initial_weights(config: Config) -> InitialWeights:
 
     Student and teacher both start from the source's teacher, or from its student if the source has no teacher. Every
     tensor of the trunk must fit the run's trunk, except that position tables of another window or resolution are
-    resized (positions.py). A head that source and run both have is loaded with its centre, and must fit. A head that
+    resized (positions.py). A head that source and run both have is loaded with its centre, and must fit; a classifier of
+    other classes is initialised at random. A head that
     only the run has is initialised at random; a head that only the source has is ignored. Registers are initialised at
     random if the source has none. The gains (weight_g) of a
     head's last layer are not loaded when `norm_last_layer` fixes them at 1.
@@ -95,6 +96,8 @@ def _select(source: Path, weights: Weights, config: Config) -> InitialWeights:
     if fresh:
         notes.append("registers not in the source: initialised at random")
     theirs, ours = heads_in(tensors), heads_in(wanted)
+    if not _same_classes(weights.config, config):
+        theirs = [head for head in theirs if head not in ours]
     for head in dict.fromkeys([*ours, *theirs]):
         prefix, words = head_prefix(head), head_titles([head])
         if head in theirs and head in ours:
@@ -122,6 +125,12 @@ def _check_registers(source: Path, theirs: int, ours: int) -> bool:
             f"model.init_from: {source}: has {theirs} registers, but model.registers={ours}; set model.registers={theirs}"
         )
     return ours > theirs
+
+
+def _same_classes(theirs: Config, ours: Config) -> bool:
+    """Return whether heads for classes may be loaded: both configs have the same classes, or none."""
+    a, b = theirs.objective, ours.objective
+    return (a.classes, a.class_names) == (b.classes, b.class_names)
 
 
 def _check_head(source: Path, head: str, stored: Shapes, wanted: Shapes) -> None:

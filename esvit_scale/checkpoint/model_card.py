@@ -1,6 +1,7 @@
 """Writing the model card (README.md) of exported weights: description, code to load them, training and results."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 
 from esvit_scale import __version__
 from esvit_scale.checkpoint import card_results, libraries
-from esvit_scale.checkpoint.weights import Weights
+from esvit_scale.checkpoint.weights import OBJECTIVE, Weights
 from esvit_scale.config import Config
 from esvit_scale.data.pixel_format import pixel_format
 from esvit_scale.models.trunk import Trunk
@@ -31,9 +32,10 @@ def text(weights: Weights, network: str, form: str, source: Path, name: str) -> 
     parts = [
         _header(config, form, of_trunk.tag),
         f"# {name if config.name in ('run', 'converted') else config.name}",
-        f"A {of_trunk.description} backbone ({parameters:,} parameters), pretrained without labels by "
-        f"{of_objective.method or f'the objective {config.objective.name}'} with esvit-scale {__version__}. These are the {network}'s weights"
-        f"{' (an exponential moving average of the student)' if network == 'teacher' else ''}; there is no classifier.",
+        f"A {of_trunk.description} backbone ({parameters:,} parameters), {_learned(config, of_objective.method)} with "
+        f"esvit-scale {__version__}. These are the {network}'s weights"
+        f"{' (an exponential moving average of the student)' if network == 'teacher' else ''}; "
+        f"{_classifier(weights.networks[network])}.",
         "## Use\n\n" + _use(config, trunk, form, name),
         "## Input\n\n" + _input(config, form, of_trunk.input_sizes),
         "## Training\n\n" + _training(config, summary, source, of_objective.rows),
@@ -50,8 +52,22 @@ def text(weights: Weights, network: str, form: str, source: Path, name: str) -> 
     return "\n\n".join(parts) + "\n"
 
 
+def _learned(config: Config, method: str) -> str:
+    """Return how the weights were trained, as it follows "a backbone"."""
+    if classes := config.objective.classes:
+        return f"fine-tuned with labels of {classes:,} classes"
+    return f"pretrained without labels by {method or f'the objective {config.objective.name}'}"
+
+
+def _classifier(tensors: Collection[str]) -> str:
+    """Return whether weights with tensors of these names hold a classifier, as a clause."""
+    there = any(name.startswith(f"{OBJECTIVE}classifier.") for name in tensors)
+    return "`esvit_scale.load_classifier` also loads the classifier" if there else "there is no classifier"
+
+
 def _header(config: Config, form: str, kind: str) -> str:
-    tags = "\n".join(f"- {tag}" for tag in ("image-feature-extraction", "self-supervised", config.objective.name, kind))
+    learned = "fine-tuned" if config.objective.classes else "self-supervised"
+    tags = "\n".join(f"- {tag}" for tag in ("image-feature-extraction", learned, config.objective.name, kind))
     return f"---\nlibrary_name: {_LIBRARY[form]}\npipeline_tag: image-feature-extraction\ntags:\n{tags}\n---"
 
 
@@ -139,7 +155,10 @@ def _training(config: Config, summary: dict[str, Any], source: Path, of_objectiv
         return f"Converted from `{source.name}`; the file does not say how it was trained."
     train = config.train
     crops = " + ".join(
-        [f"2×{config.data.global_crops.size}", *(f"{g.count}×{g.size}" for g in config.data.local_crops)]
+        [
+            f"{config.data.global_crops.count}×{config.data.global_crops.size}",
+            *(f"{g.count}×{g.size}" for g in config.data.local_crops),
+        ]
     )
     rows = [
         ("data", _data(config)),

@@ -3,6 +3,7 @@
 EXAMPLES = {
     "demo": "--out runs/demo",
     "pretrain": "swin_t data.train=shards/photos name=photos train.epochs=100 train.global_batch=64",
+    "finetune": "classify model.init_from=runs/photos data.train=shards/train data.held_out=shards/val name=photos-classes",
     "presets": "swin_t",
     "config": "swin_t train.epochs=100 --find epochs",
     "status": "runs/photos",
@@ -10,6 +11,7 @@ EXAMPLES = {
     "shards create": "photos/ shards/photos --val-fraction 0.1",
     "shards merge": "shards/photos",
     "shards split": "shards/photos shards/divided --val-fraction 0.1",
+    "shards subset": "shards/train shards/train-1-percent --fraction 0.01",
     "shards duplicates": "photos/ --out keep.txt --near",
     "shards verify": "shards/photos",
     "shards stats": "shards/photos --plot stats.png",
@@ -36,6 +38,7 @@ EXAMPLES = {
     "sweep fit": "runs.csv --x flops --y knn_error --predict 1e21",
     "sweep report": "fit.json --tflops 400",
     "slurm submit pretrain": "swin_b data.train=/scratch/shards name=photos --nodes 4 --time 24:00:00",
+    "slurm submit finetune": "classify model.init_from=runs/photos data.train=/scratch/train name=classes --nodes 2",
     "slurm submit shards": "/data/photos /scratch/shards --parts 32",
     "slurm submit evaluate": "--checkpoint runs/photos --train shards/train --test shards/val --out runs/photos/evaluation",
     "slurm submit sweep": "sweep.yaml --gpus-per-node 8",

@@ -1,4 +1,4 @@
-"""The commands `demo` (pretraining on bundled images) and `pretrain` (on the user's)."""
+"""The commands `demo` (pretraining on bundled images), `pretrain` (on the user's) and `finetune` (with labels)."""
 
 import argparse
 import textwrap
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def add(commands: Any) -> None:
-    """Declare `demo` and `pretrain`."""
+    """Declare `demo`, `pretrain` and `finetune`."""
     demo = command(
         commands, "demo", _demo, "run everything on bundled photographs: shards, a tiny pretraining, k-NN, report"
     )
@@ -24,14 +24,26 @@ def add(commands: Any) -> None:
     pretrain = command(
         commands, "pretrain", _pretrain, "start or continue a run, in one process or under torchrun or srun"
     )
-    pretrain.set_defaults(kept=lambda: _kept() or "nothing was trained in this start, and nothing was changed")
-    pretrain.add_argument("config", metavar="CONFIG", help="name of a preset, or a YAML file")
-    add_overrides(pretrain, "config values to change, for example train.global_batch=64 data.train=/data/shards")
+    _add_run(pretrain, "train.global_batch=64 data.train=/data/shards")
     pretrain.epilog = (
         f"{pretrain.epilog}\n\n{textwrap.fill('presets: ' + ', '.join(presets.names()), 110, subsequent_indent='  ')}\n"
         "  `esvit-scale presets` says what each suits. `esvit-scale config swin_t` lists every key with value, unit and meaning."
     )
-    pretrain.add_argument(
+    finetune = command(
+        commands,
+        "finetune",
+        _finetune,
+        "train a pretrained trunk and a classifier on labelled shards, as pretrain does a run",
+    )
+    _add_run(finetune, "model.init_from=runs/photos data.train=/data/shards")
+
+
+def _add_run(parser: argparse.ArgumentParser, example: str) -> None:
+    """Add the arguments of a command that starts or continues a run."""
+    parser.set_defaults(kept=lambda: _kept() or "nothing was trained in this start, and nothing was changed")
+    parser.add_argument("config", metavar="CONFIG", help="name of a preset, or a YAML file")
+    add_overrides(parser, f"config values to change, for example {example}")
+    parser.add_argument(
         "--show-crops",
         type=Path,
         metavar="PNG",
@@ -59,6 +71,19 @@ def _pretrain(options: argparse.Namespace) -> int:
 
     config = configs.resolve(options.config, options.overrides)
     configs.require_training_data(config)
+    return _run(options, config)
+
+
+def _finetune(options: argparse.Namespace) -> int:
+    from esvit_scale.train import signals
+
+    signals.install()
+    from esvit_scale.train import finetuning
+
+    return _run(options, finetuning.resolve(options.config, options.overrides))
+
+
+def _run(options: argparse.Namespace, config: "Config") -> int:
     if options.show_crops:
         return _show_crops(config, options.show_crops) if rank() == "0" else 0
     from esvit_scale.train import header

@@ -176,6 +176,33 @@ def add_split(shards: Any) -> None:
     shard_options.add_work_dir(split)
 
 
+def add_subset(shards: Any) -> None:
+    """Declare `shards subset`."""
+    subset = command(
+        shards,
+        "subset",
+        _subset,
+        "write the same fraction of every class of a shard set as a set, by seed and key; images keep their bytes",
+    )
+    subset.add_argument("source", metavar="SET", help="folder or URL of the shard set, which has classes")
+    subset.add_argument(
+        "destination", type=option_types.destination, metavar="DST", help="folder or URL of the set to write"
+    )
+    subset.add_argument(
+        "--fraction",
+        type=option_types.fraction,
+        required=True,
+        metavar="F",
+        help="fraction of every class's samples, 0 < F < 1 (0.01 is 1 %%); at least one sample of a class is taken",
+    )
+    subset.add_argument(
+        "--samples-per-shard", type=positive, default=1000, metavar="N", help="images per tar (default: 1000)"
+    )
+    subset.add_argument("--seed", type=int, default=0, metavar="N", help="random seed of the choice (default: 0)")
+    shard_options.add_workers(subset)
+    shard_options.add_work_dir(subset)
+
+
 def _create(options: argparse.Namespace) -> int:
     from esvit_scale.data.reencode import CHOICES, Reencode
     from esvit_scale.data.shard_plan import Recipe
@@ -203,6 +230,15 @@ def _create(options: argparse.Namespace) -> int:
 
 
 def _split(options: argparse.Namespace) -> int:
+    return _write_part(options, val_fraction=options.val_fraction)
+
+
+def _subset(options: argparse.Namespace) -> int:
+    return _write_part(options, label_fraction=options.fraction)
+
+
+def _write_part(options: argparse.Namespace, val_fraction: float = 0.0, label_fraction: float = 1.0) -> int:
+    """Write a part of a shard set, or its two parts; the fractions are those of a recipe."""
     from esvit_scale.data.remote import place
     from esvit_scale.data.shard_plan import Recipe
     from esvit_scale.data.sources import SourceOptions
@@ -212,9 +248,10 @@ def _split(options: argparse.Namespace) -> int:
     recipe = Recipe(
         samples_per_shard=options.samples_per_shard,
         seed=options.seed,
-        val_fraction=options.val_fraction,
         channels=found.channels,
         bits=found.bits,
+        val_fraction=val_fraction,
+        label_fraction=label_fraction,
     )
     return _write(options.source, options, SourceOptions(kind="tars", work_dir=options.work_dir), recipe, None)
 

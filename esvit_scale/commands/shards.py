@@ -16,6 +16,7 @@ def add(commands: Any) -> None:
     shard_writing.add_create(shards)
     shard_writing.add_merge(shards)
     shard_writing.add_split(shards)
+    shard_writing.add_subset(shards)
     _add_duplicates(shards)
     _add_verify(shards)
     _add_stats(shards)

@@ -46,6 +46,12 @@ def _add_submit(slurm: Any) -> None:
     pretrain.add_argument("config", metavar="CONFIG", help="name of a preset, or a YAML file")
     add_overrides(pretrain, "config values to change")
 
+    finetune = command(
+        submit, "finetune", _submit_finetune, "submit a fine-tuning that requeues itself until it is finished"
+    )
+    finetune.add_argument("config", metavar="CONFIG", help="name of a preset, or a YAML file")
+    add_overrides(finetune, "config values to change")
+
     shards = command(submit, "shards", _submit_shards, "write one shard set with many jobs, then merge their parts")
     shards.add_argument("source", metavar="SRC", help="images, as for `shards create`")
     shards.add_argument("destination", type=option_types.local_folder, metavar="DST", help="folder of the shard set")
@@ -68,7 +74,7 @@ def _add_submit(slurm: Any) -> None:
     sweep.add_argument(
         "sweep", type=Path, metavar="SWEEP.yaml", help="YAML file that describes the sweep (docs/scaling.md)"
     )
-    for parser in (pretrain, shards, evaluate, sweep):
+    for parser in (pretrain, finetune, shards, evaluate, sweep):
         add_resources(parser, gpus=parser is not shards)
 
 
@@ -114,11 +120,21 @@ def _submit_pretrain(o: argparse.Namespace) -> int:
 
     config = configs.resolve(o.config, o.overrides)
     configs.require_training_data(config)
+    return _submit_run(o, "pretrain", config)
+
+
+def _submit_finetune(o: argparse.Namespace) -> int:
+    from esvit_scale.train import finetuning
+
+    return _submit_run(o, "finetune", finetuning.resolve(o.config, o.overrides))
+
+
+def _submit_run(o: argparse.Namespace, name: str, config: "Config") -> int:
     from esvit_scale import launch
 
     with redirect_stdout(sys.stderr):  # the check imports DeepSpeed, whose log keeps the stdout of that moment
-        _check_pretrain(config, launch.ranks("pretrain", _resources(o, None, None)), data=not o.dry_run)
-    return _submit(o, "pretrain", [o.config, *o.overrides], config.run_path / "slurm")
+        _check_pretrain(config, launch.ranks(name, _resources(o, None, None)), data=not o.dry_run)
+    return _submit(o, name, [o.config, *o.overrides], config.run_path / "slurm")
 
 
 def _check_pretrain(config: "Config", ranks: int, data: bool) -> None:

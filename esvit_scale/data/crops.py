@@ -29,7 +29,12 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 def keyed_generator(seed: int, epoch: int, key: str, crop: int) -> np.random.Generator:
     """Return the random generator of one crop of one sample. Use only its `random()`, whose values numpy keeps stable."""
-    digest = hashlib.blake2b(f"{seed}/{epoch}/{crop}/{key}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    return generator_of(f"{seed}/{epoch}/{crop}/{key}")
+
+
+def generator_of(text: str) -> np.random.Generator:
+    """Return a random generator that depends on a text alone. Use only its `random()`, whose values numpy keeps stable."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
     return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
 
 
@@ -67,10 +72,11 @@ class CropGroup(NamedTuple):
 
 
 def crop_groups(data: Data) -> list[CropGroup]:
-    """Return the groups of crops that a config asks for, the two global crops first."""
+    """Return the groups of crops that a config asks for, the global crops first."""
     local = [CropGroup(g.size, g.count, g.scale, strengths(g.augment) * g.count) for g in data.local_crops]
-    both = data.global_crops
-    return [CropGroup(both.size, 2, both.scale, strengths(both.augment)), *local]
+    globals_ = data.global_crops
+    augment = strengths(globals_.augment)[: globals_.count]
+    return [CropGroup(globals_.size, globals_.count, globals_.scale, augment), *local]
 
 
 # --- pixels ----------------------------------------------------------------------------------------------------------

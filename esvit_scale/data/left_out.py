@@ -42,6 +42,7 @@ EXTRA_TOO_LARGE = "text or metadata over 1 MiB"
 EMPTY_CLASS = "class folder without images"
 WENT_WITH = "went with an image that is left out"
 NOT_KEPT = "not on the keep-list"
+NOT_CHOSEN = "not in the fraction of its class"
 
 ASKED = frozenset([UNDER_MIN_SIDE, DUPLICATE, NOT_KEPT])  # left out because an option asks for it
 

@@ -12,9 +12,9 @@ from esvit_scale import files
 from esvit_scale.data.duplicates import duplicates
 from esvit_scale.data.image_folder import printable
 from esvit_scale.data.keys import Keys
-from esvit_scale.data.left_out import DUPLICATE, IMAGES, NOT_KEPT, LeftOut
+from esvit_scale.data.left_out import DUPLICATE, IMAGES, NOT_CHOSEN, NOT_KEPT, LeftOut
 from esvit_scale.data.planned_shard import Bad
-from esvit_scale.data.shard_plan import Recipe, ShardPlan, keep_listed, split
+from esvit_scale.data.shard_plan import Recipe, ShardPlan, balanced, keep_listed, split
 from esvit_scale.data.sources import SourceOptions, open_source
 from esvit_scale.data.sources.base import Source
 from esvit_scale.errors import UserError
@@ -47,11 +47,19 @@ def planned_sets(where: str, options: SourceOptions, recipe: Recipe) -> dict[str
     for name, source in sources.items():
         keys = Keys(len(source), source.path, source.name)
         chosen = keep_listed(source, recipe.keep, where) if recipe.keep else np.arange(len(source))
+        if recipe.label_fraction < 1 and (labels := source.labels()) is not None:
+            chosen = balanced(keys, labels, chosen, recipe)
         parts = split(keys, chosen, recipe) if recipe.val_fraction else {name: chosen}
         left = LeftOut(source.left_out.rows())
         if len(chosen) < len(source):
             first = int(np.setdiff1d(np.arange(len(source)), chosen, assume_unique=True)[0])
-            left.add(IMAGES, NOT_KEPT, printable(source.name(first)), len(source) - len(chosen), asked=True)
+            left.add(
+                IMAGES,
+                NOT_KEPT if recipe.keep else NOT_CHOSEN,
+                printable(source.name(first)),
+                len(source) - len(chosen),
+                asked=True,
+            )
         for part, numbers in parts.items():
             sets[part] = PlannedSet(source, keys, numbers, left)
             left = LeftOut()  # only the first set lists what the source leaves out

@@ -40,6 +40,7 @@ class Recipe:
     keep: Path | None = None  # a keep-list: the names of the samples to write
     drop_duplicates: bool = False
     val_fraction: float = 0.0  # fraction of the samples that go into `val`; 0: no split
+    label_fraction: float = 1.0  # fraction of every class's samples that is written; 1: all, unlabelled ones too
     channels: int = RGB8.channels  # of every image; an image with another number is left out
     bits: int = RGB8.bits  # per channel
     rotate_as_noted: bool = False  # img2dataset: turn images to the orientation that their json records
@@ -82,6 +83,8 @@ class Recipe:
             del values["channels"], values["bits"]
         if not self.rotate_as_noted:
             del values["rotate_as_noted"]
+        if self.label_fraction == 1:
+            del values["label_fraction"]
         return values
 
 
@@ -172,6 +175,27 @@ def split(keys: Keys, chosen: NDArray[np.int64], recipe: Recipe) -> dict[str, ND
             f"nearest: {0.5 if len(chosen) < 20 else 0.1}"
         )
     return parts
+
+
+def balanced(keys: Keys, labels: NDArray[np.int32], chosen: NDArray[np.int64], recipe: Recipe) -> NDArray[np.int64]:
+    """Return the same fraction of every class: its samples whose keys have the smallest hashes with the seed.
+
+    Of a class with n samples it is round(fraction · n), one at least; samples without a class are left out. A smaller
+    fraction is a part of a larger one.
+
+    Raises:
+        UserError: no sample has a class.
+    """
+    hashes = np.fromiter((hash64(f"{recipe.seed}/label/{keys[i]}") for i in chosen.tolist()), np.uint64, len(chosen))
+    of_chosen, parts = labels[chosen], []
+    for label in np.unique(of_chosen[of_chosen >= 0]).tolist():
+        own = np.flatnonzero(of_chosen == label)
+        count = max(1, round(recipe.label_fraction * len(own)))
+        parts.append(own[np.argsort(hashes[own], kind="stable")[:count]])
+    if not parts:
+        raise UserError("--fraction: no sample has a label, so that there are no classes to take a fraction of")
+    found: NDArray[np.int64] = np.sort(chosen[np.concatenate(parts)])
+    return found
 
 
 def _order(source: Source, recipe: Recipe, chosen: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -51,7 +51,7 @@ from torch import Tensor
 from esvit_scale import ranges
 from esvit_scale.config import Config
 from esvit_scale.data import manifest as manifests
-from esvit_scale.data import mix, photometric, photometric_8bit
+from esvit_scale.data import mix, mixing, photometric, photometric_8bit
 from esvit_scale.data import order as orders
 from esvit_scale.data.batch_memory import BatchMemory, places_for
 from esvit_scale.data.evaluation import EvaluationBatch, evaluation_batches
@@ -66,6 +66,7 @@ from esvit_scale.data.loader import (
 )
 from esvit_scale.data.manifest import Manifest
 from esvit_scale.data.mix import MixedSets
+from esvit_scale.data.mixing import Mixture, SoftLabels, mix_images, mix_labels
 from esvit_scale.data.photometric import BatchAugmentationParams
 from esvit_scale.data.pixel_format import pixel_format
 from esvit_scale.data.remote import place, working_set
@@ -104,7 +105,7 @@ class Batch(NamedTuple):
     photometric: BatchAugmentationParams  # of every crop, leading shape [V, B], on the host
     positions: Tensor  # int64 [B]: place in the global batch, 0..global_batch-1, the same at any world size
     keys: list[str]
-    labels: Tensor  # int64 [B], -1 without a class; for inspection, never for training
+    labels: Tensor  # int64 [B], -1 without a class; only an objective that takes labels learns from them
     bad: list[dict[str, Any]]  # quarantine rows from making this batch: shard, key, reason, epoch, position
     batch_index: int  # epoch · steps per epoch + step
     worker_rates: Mapping[int, float] = {}  # loader process → images/s while it made its part
@@ -115,6 +116,7 @@ class MicroBatch(NamedTuple):
 
     crops: list[Tensor]  # one [V_g·B, channels, S_g, S_g] per resolution group, the two globals first
     positions: Tensor  # int64 [B]: places in the global batch
+    labels: SoftLabels | None = None  # where the run learns labels (objective.classes)
 
 
 def open_data(config: Config) -> TrainingData:
@@ -233,19 +235,38 @@ def micro_batches(config: Config, batch: Batch, device: torch.device, dtype: tor
         plans.append(photometric.plan(batch.photometric.crops(first, first + len(group)), pixels))
         first += len(group)
     small = [tensor for planned in plans for tensor in (planned.rows, planned.values)]
-    there, *small = photometric.send_together([batch.positions, *small], device)
+    mixture = _mixture(config, batch)
+    there, labels, *small = photometric.send_together([batch.positions, batch.labels, *(mixture or ()), *small], device)
+    if mixture is not None:
+        mixture, small = Mixture(*small[:3]), small[3:]
     crops = []
     for group, planned, rows, values in zip(batch.crops, plans, small[::2], small[1::2], strict=True):
         stored = group.to(device, non_blocking=True).flatten(0, 1)  # [V_g·B, channels, S_g, S_g]
-        augmented = photometric.run(stored, planned._replace(rows=rows, values=values), pixels).to(dtype)
-        crops.append(augmented.unflatten(0, group.shape[:2]))
+        augmented = photometric.run(stored, planned._replace(rows=rows, values=values), pixels)
+        if mixture is not None:  # then there is one crop of an image
+            augmented = mix_images(augmented, mixture)
+        crops.append(augmented.to(dtype).unflatten(0, group.shape[:2]))
     accum = config.train.grad_accum
     parts = zip(*(group.chunk(accum, dim=1) for group in crops), strict=True)
     positions = there.chunk(accum)
+    of_parts: list[SoftLabels | None] = [None] * accum
+    if config.objective.classes:
+        valid = labels.clamp(0, config.objective.classes - 1)  # labels.py ends the run because of others
+        columns = (tensor.chunk(accum) for tensor in mix_labels(valid, mixture))
+        of_parts = [SoftLabels(*part) for part in zip(*columns, strict=True)]
     return [
-        MicroBatch([group.flatten(0, 1) for group in groups], position)
-        for groups, position in zip(parts, positions, strict=True)
+        MicroBatch([group.flatten(0, 1) for group in groups], position, of_part)
+        for groups, position, of_part in zip(parts, positions, of_parts, strict=True)
     ]
+
+
+def _mixture(config: Config, batch: Batch) -> Mixture | None:
+    """Draw how the images of a batch are mixed; None if they are not."""
+    data = config.data
+    if not (data.mixup or data.cutmix):
+        return None
+    size = data.global_crops.size
+    return mixing.draw(config.seed, batch.batch_index, batch.positions, size, data.mixup, data.cutmix)
 
 
 def _batch_memory(assignment: LoaderAssignment, places: int) -> BatchMemory | None:

@@ -7,12 +7,13 @@ other is run on the meta device and its costs are counted (models/traced.py). `t
 from collections.abc import Callable
 from functools import lru_cache
 from itertools import accumulate
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 
 from esvit_scale.config import Config
+from esvit_scale.data.mixing import mix_labels
 from esvit_scale.models import traced as models_traced
 from esvit_scale.models.descriptions import Activations, Count, CropCost, KeptActivations
 from esvit_scale.models.drop_path import drop_keys
@@ -292,7 +293,9 @@ def _traced_step(
     crops = [
         torch.empty(images * sizes.count(s), network.trunk.in_chans, s, s, dtype=dtype) for s in dict.fromkeys(sizes)
     ]
-    targets = None
+    targets: Any = None
+    if network.objective.takes_labels:
+        targets = mix_labels(torch.zeros(images, dtype=torch.int64), None)
     if network.objective.has_teacher:
         with torch.no_grad():
             targets = network.objective.targets(network.trunk(crops[:1]))

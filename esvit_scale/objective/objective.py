@@ -27,6 +27,8 @@ class Objective(nn.Module):
             own features, or from a frozen teacher, and the average is not run. Without any teacher, a recipe sets
             `ema_momentum` to 0, so that the average, which evaluation reads, is the student itself.
         has_frozen_teacher: whether a frozen teacher, `objective.teacher`, computes targets.
+        takes_labels: whether it learns labels of the images (data/mixing.SoftLabels), which `forward` then takes as its
+            targets. It has no teacher then, and sees one global crop of an image.
         takes_masks: whether the loss has a term for hidden regions. `forward` then takes, as a fourth argument, which
             regions of the global crops are hidden, bool [2B·T], or None.
         images_at_least: the smallest number of images per micro-batch and rank for which the loss is defined.
@@ -37,6 +39,7 @@ class Objective(nn.Module):
     multi_crop = True
     has_teacher = True
     has_frozen_teacher = False
+    takes_labels = False
     takes_masks = False
     images_at_least = 1
     passes: Passes | None = None

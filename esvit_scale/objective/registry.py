@@ -4,11 +4,13 @@ from collections.abc import Callable
 
 from esvit_scale import config as configs
 from esvit_scale.config import Config
+from esvit_scale.division import nearest_multiple
 from esvit_scale.errors import UserError, nearest
 from esvit_scale.models.masking import cells_of
 from esvit_scale.models.trunk import Trunk
 from esvit_scale.objective import distill
 from esvit_scale.objective.byol import BYOL
+from esvit_scale.objective.classify import Classify
 from esvit_scale.objective.dino import DINO
 from esvit_scale.objective.esvit import EsViT
 from esvit_scale.objective.moco_v3 import MoCoV3
@@ -20,6 +22,7 @@ from esvit_scale.objective.triplet import Triplet
 
 OBJECTIVES: dict[str, Callable[[int, configs.Objective], Objective]] = {  # (C of the trunk, config.objective)
     "byol": BYOL,
+    "classify": Classify,
     "dino": DINO,
     "distill": distill.build,
     "esvit": EsViT,
@@ -42,6 +45,7 @@ def build_objective(trunk: Trunk, config: Config) -> Objective:
         raise UserError(f"objective.name: unknown objective {name!r}{nearest(name, OBJECTIVES)}")
     objective = OBJECTIVES[name](trunk.dim, config.objective)
     _check_frozen_teacher(objective, config)
+    _check_labels(objective, config)
     if objective.needs_regions and not trunk.has_regions:
         raise UserError(
             f"model.trunk: {config.model.trunk} gives no region tokens, which {name} with objective.regions=true needs; "
@@ -56,7 +60,7 @@ def build_objective(trunk: Trunk, config: Config) -> Objective:
             f"objective.gram_weight: {config.model.trunk} gives no region tokens to compare; set objective.gram_weight=0, or "
             "take a trunk with a grid of tokens"
         )
-    if not (objective.has_teacher or objective.has_frozen_teacher) and (
+    if not (objective.has_teacher or objective.has_frozen_teacher or objective.takes_labels) and (
         config.objective.ema_momentum or config.objective.ema_momentum_end
     ):
         raise UserError(
@@ -64,7 +68,8 @@ def build_objective(trunk: Trunk, config: Config) -> Objective:
             "objective.ema_momentum=0 and objective.ema_momentum_end=0, and they are the student's"
         )
     if config.data.local_crops and not objective.multi_crop:
-        raise UserError(f"data.local_crops: {name} compares the two global crops alone; set data.local_crops=[]")
+        does = "sees one crop of an image" if objective.takes_labels else "compares the two global crops alone"
+        raise UserError(f"data.local_crops: {name} {does}; set data.local_crops=[]")
     return objective
 
 
@@ -81,6 +86,29 @@ def _check_frozen_teacher(objective: Objective, config: Config) -> None:
         raise UserError(
             f"objective.teacher: {name} has no frozen teacher; leave it out, or take objective.name=distill"
         )
+
+
+def _check_labels(objective: Objective, config: Config) -> None:
+    """Raise UserError if the objective learns labels and the config has none for it, or the other way round."""
+    name, classes, views = config.objective.name, config.objective.classes, config.data.global_crops.count
+    wanted = 1 if objective.takes_labels else 2
+    if views != wanted:
+        raise UserError(
+            f"data.global_crops.count: {name} needs {wanted} global crop{'s' * (wanted > 1)} of an image, got {views}; set "
+            f"data.global_crops.count={wanted}"
+        )
+    if not objective.takes_labels:
+        if classes:
+            raise UserError(f"objective.classes: {name} learns without labels; set objective.classes=0")
+        return
+    if classes < 2:
+        raise UserError(
+            f"objective.classes: {name} needs at least 2 classes, got {classes}; `esvit-scale finetune` takes their number "
+            "from the training set"
+        )
+    for key in ("koleo_weight", "gram_weight"):
+        if getattr(config.objective, key):
+            raise UserError(f"objective.{key}: not with {name}, which has no second view; set objective.{key}=0")
 
 
 def _check_masks(trunk: Trunk, objective: Objective, config: Config) -> None:
@@ -112,6 +140,12 @@ def check_local_batch(objective: Objective, config: Config, world_size: int) -> 
         raise UserError(
             f"train.global_batch: {config.train.global_batch} gives {images} images to a rank at a time, and "
             f"{config.objective.name} needs {objective.images_at_least}; at least train.global_batch={whole}"
+        )
+    if images % 2 and (config.data.mixup or config.data.cutmix):
+        whole = 2 * config.train.grad_accum * world_size
+        raise UserError(
+            f"train.global_batch: {config.train.global_batch} gives {images} images to a rank at a time, and data.mixup and "
+            f"data.cutmix mix pairs; nearest: train.global_batch={nearest_multiple(config.train.global_batch, whole)}"
         )
     compared = images * (world_size if config.objective.koleo_across_ranks else 1)
     if config.objective.koleo_weight and compared < 2:

@@ -5,7 +5,8 @@ values. No communication is needed. The average is in fp32 whatever the precisio
 update of (1 − m) ~ 5e-4 of the distance.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -65,3 +66,18 @@ class Teacher:
     def sync_working_weights(self) -> None:
         """Copy `values` into the weights that the forward uses; call it, on all ranks, after `values` were written."""
         self._sync()
+
+    @contextmanager
+    @torch.no_grad()
+    def as_student(self) -> Iterator[None]:
+        """Give the teacher's network the student's weights for a while, to evaluate them; all ranks enter and leave it."""
+        kept = [values.clone() for values in self.values]
+        for values, partition in zip(self.values, self._layout.partitions, strict=True):
+            values.copy_(partition.master)
+        self.sync_working_weights()
+        try:
+            yield
+        finally:
+            for values, old in zip(self.values, kept, strict=True):
+                values.copy_(old)
+            self.sync_working_weights()

@@ -129,7 +129,10 @@ def _subtitle(of: RunFiles) -> str:
 
 
 def _described(config: Config) -> list[str]:
-    sizes = [f"2×{config.data.global_crops.size}", *(f"{g.count}×{g.size}" for g in config.data.local_crops)]
+    sizes = [
+        f"{config.data.global_crops.count}×{config.data.global_crops.size}",
+        *(f"{g.count}×{g.size}" for g in config.data.local_crops),
+    ]
     return [
         f"{config.objective.name} ({'view + region' if config.objective.regions else 'view'})",
         f"trunk {config.model.trunk}, window {config.model.window}",

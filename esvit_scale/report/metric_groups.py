@@ -12,7 +12,18 @@ from esvit_scale.report.run_files import RunFiles
 
 RUN_COLOURS = (BLUE, ORANGE, GREEN, VIOLET, "#ec4899", "#14b8a6", "#ca8a04", "#ef4444")
 # Columns without a figure of their own; knn_top1_pixels is a line in that of knn_top1.
-NOT_DRAWN = ("step", "images_seen", "time", "knn_top1_pixels", "knn_largest_class", "knn_images", "knn_held_out")
+NOT_DRAWN = (
+    "step",
+    "images_seen",
+    "time",
+    "knn_top1_pixels",
+    "knn_largest_class",
+    "knn_images",
+    "knn_held_out",
+    "top1_low",
+    "top1_high",
+    "held_out_images",
+)
 
 
 class Group(NamedTuple):
@@ -34,6 +45,18 @@ GROUPS = (
         "Accuracy of a k-NN vote with the teacher's features on held-out images, from 0 to 1; dashed: the untrained trunk and "
         "raw pixels on the same images. A fall while the loss looks well is the first sign of an instability.",
         {"knn_top1": ("k-NN on held-out images", GREEN)},
+    ),
+    Group(
+        "Accuracy",
+        "Accuracy of the classifier on held-out images, from 0 to 1, with the averaged weights (EMA), which evaluation and "
+        "exports read, and with the student's own; and its accuracy on the mixed and augmented images that it learns from.",
+        {
+            "top1": ("top-1 on held-out images", GREEN),
+            "top5": ("top-5 on held-out images", GREEN),
+            "top1_student": ("top-1, student's own weights", BLUE),
+            "top5_student": ("top-5, student's own weights", BLUE),
+            "train_top1": ("top-1 while training", ORANGE),
+        },
     ),
     Group(
         "Loss",
@@ -161,9 +184,9 @@ def groups(runs: Sequence[RunFiles], names: Sequence[str], missing: list[str]) -
     known = {column for group in (*GROUPS, *by_part) for column in group.columns}
     others = sorted(logged.keys() - known - set(NOT_DRAWN))
     all_groups = [
-        *GROUPS[:4],
+        *GROUPS[:5],
         *by_part,
-        *GROUPS[4:],
+        *GROUPS[5:],
         Group("Other", "More columns of metrics.jsonl, by their names there.", {o: (o, GREY) for o in others}),
     ]
     shown = []

@@ -48,7 +48,8 @@ class AttentionChoice(RecordedChoice):
         """Return the layouts of the windows of the trunks, and of a frozen teacher's, for a micro-batch of so many images;
         empty: they have none of ours."""
         data = self.config.data
-        crops = [(2 * images, data.global_crops.size), *((g.count * images, g.size) for g in data.local_crops)]
+        globals_ = (data.global_crops.count * images, data.global_crops.size)
+        crops = [globals_, *((g.count * images, g.size) for g in data.local_crops)]
         with torch.device("meta"):
             trunks = [(build_trunk(of_student), crops) for of_student in configs_of_students(self.config)]
             if self.config.objective.teacher_config is not None:

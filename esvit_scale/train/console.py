@@ -13,6 +13,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from esvit_scale.train import accuracies
+
 log = logging.getLogger("esvit_scale")
 
 FIRST_STEPS = 3  # steps after the first, which is slower, over which the duration of the run is estimated
@@ -76,6 +78,9 @@ class Console:
             note += f"; {100 * pixels:.1f} % with raw pixels" if pixels is not None else ""
             if self._bar is not None or "loss" not in row:  # elsewhere, the line of the row has it
                 log.info("step %d/%d · %s on held-out images%s", row["step"], self._total, self._knn, note)
+        if "top1" in row:
+            self._knn = f"top-1 {100 * row['top1']:.1f} %"
+            log.info("step %d/%d · %s on held-out images", row["step"], self._total, accuracies.in_words(row))
         if "loss" not in row:
             return
         text = figures(row, self._knn)

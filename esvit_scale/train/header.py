@@ -51,7 +51,9 @@ def lines(config: Config, given: str) -> list[str]:
     cannot be read, only their path is given; the run itself then says what is wrong.
     """
     data, model, train = config.data, config.model, config.train
-    crops = " + ".join([f"2×{data.global_crops.size}", *(f"{g.count}×{g.size}" for g in data.local_crops)])
+    crops = " + ".join(
+        [f"{data.global_crops.count}×{data.global_crops.size}", *(f"{g.count}×{g.size}" for g in data.local_crops)]
+    )
     shape = [
         f"{name} {value if isinstance(value, int) else '-'.join(map(str, value))}"
         for name in ("window", "embed_dim", "depths", "heads")
@@ -69,14 +71,21 @@ def lines(config: Config, given: str) -> list[str]:
         ("objective", f"{config.objective.name}, {_losses(config)}"),
         ("length", _length(config, images)),
         ("numbers", f"{train.precision}, {train.ds_config}{_zero_stage(config)}"),
-        (
-            "k-NN",
-            f"every {train.knn_every} steps on {data.held_out}"
-            if train.knn_every
-            else "not measured; see train.knn_every",
-        ),
+        _measured(config),
     ]
     return [f"{name:<10} {text}" for name, text in rows]
+
+
+def _measured(config: Config) -> tuple[str, str]:
+    """Return the row about what is measured on held-out images, and when."""
+    train, held_out = config.train, config.data.held_out
+    if config.objective.classes:
+        every = f"{train.eval_every} steps" if train.eval_every else "epoch"
+        return "accuracy", f"every {every} on {held_out}" if held_out else "not measured; see data.held_out"
+    return (
+        "k-NN",
+        f"every {train.knn_every} steps on {held_out}" if train.knn_every else "not measured; see train.knn_every",
+    )
 
 
 def _length(config: Config, images: int | None) -> str:
@@ -136,6 +145,7 @@ def _run_state(run: Path) -> str:
 
 def _losses(config: Config) -> str:
     losses = "view and region loss, " if config.objective.regions else ""
+    losses += f"{config.objective.classes:,} classes, " if config.objective.classes else ""
     return f"{losses}{config.optim.name} with peak lr {config.peak_lr:.3g}"
 
 

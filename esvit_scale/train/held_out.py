@@ -1,4 +1,4 @@
-"""The check, at a start, that the images on which a run measures its k-NN accuracy are not those that it trains on."""
+"""The check, at a start, that the images on which a run measures its accuracy are not those that it trains on."""
 
 import logging
 from contextlib import suppress
@@ -33,13 +33,15 @@ def check(config: Config, resumed: bool) -> None:
     held_out = config.data.held_out
     for train in [mixed.urls for mixed in config.data.mix] or [config.data.train]:
         if _place(train) == _place(held_out):
-            problem = f"data.held_out: {held_out}: is the training set, so k-NN would measure memory; {REMEDY}"
+            problem = (
+                f"data.held_out: {held_out}: is the training set, so {_measured(config)} would measure memory; {REMEDY}"
+            )
             if not resumed:
                 raise UserError(problem)
             log.warning("%s", problem)
         elif not (store_urls.is_set_url(held_out) or store_urls.is_set_url(train)) and is_shard_set(Path(train)):
             with suppress(UserError, OSError):  # whoever reads these sets next says what is wrong
-                _warn_of_shared(Path(train), Path(held_out))
+                _warn_of_shared(Path(train), Path(held_out), _measured(config))
 
 
 def other_images(config: Config, run: Path) -> str:
@@ -55,10 +57,15 @@ def _place(name: str) -> str:
     return name.rstrip("/") if store_urls.is_set_url(name) else str(Path(name).resolve())
 
 
-def _warn_of_shared(train: Path, held_out: Path) -> None:
+def _measured(config: Config) -> str:
+    """Return the name of what a run measures on its held-out images."""
+    return "the accuracy" if config.objective.classes else "k-NN"
+
+
+def _warn_of_shared(train: Path, held_out: Path, measured: str) -> None:
     shared = find_shared(train, held_out, LOOKED_THROUGH)
     if shared.images:
         log.warning(
-            "data.held_out: %s: %s have the same bytes as one of %s, for example %s, so k-NN partly measures memory; %s",
-            *(held_out, shared.in_words(), train, shared.example, REMEDY),
+            "data.held_out: %s: %s have the same bytes as one of %s, for example %s, so %s partly measures memory; %s",
+            *(held_out, shared.in_words(), train, shared.example, measured, REMEDY),
         )

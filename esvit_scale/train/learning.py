@@ -20,29 +20,16 @@ LONG_MEMORY = 0.1  # a teacher that averages over more than this fraction of the
 
 
 @dataclass
-class KnnHistory:
-    """The k-NN accuracies of a run on its held-out images, in the order of their steps.
+class Measurements:
+    """The accuracies that a run measured on held-out images, in the order of their steps.
 
     Attributes:
-        measured: pairs of a step and the accuracy at it, from 0 to 1; step 0 is the untrained trunk.
-        pixels: the accuracy of raw pixels on the same images; None if it is not known.
-        images: number of held-out images; 0 if it is not known.
-        largest_class: the fraction of them that is of the most frequent class; None if it is not known.
-        held_out: where these images lie; "" if it is not known.
+        measured: pairs of a step and the accuracy at it, from 0 to 1; step 0 is before training.
         counts_from: step at which the run was last made longer; `train.patience` counts later measurements alone.
     """
 
     measured: list[tuple[int, float]] = field(default_factory=list)
-    pixels: float | None = None
-    images: int = 0
-    held_out: str = ""
-    counts_from: int = 0
-    largest_class: float | None = None
-
-    @property
-    def untrained(self) -> float | None:
-        """The accuracy at step 0."""
-        return next((accuracy for step, accuracy in self.measured if step == 0), None)
+    counts_from: int = field(default=0, kw_only=True)
 
     @property
     def trained(self) -> list[tuple[int, float]]:
@@ -55,7 +42,7 @@ class KnnHistory:
         return max(self.trained, key=lambda found: found[1], default=None)
 
     def add(self, step: int, accuracy: float) -> None:
-        """Append the k-NN accuracy, a fraction, that was measured at a step."""
+        """Append the accuracy, a fraction, that was measured at a step."""
         self.measured.append((step, accuracy))
 
     def cut(self, step: int) -> None:
@@ -69,6 +56,28 @@ class KnnHistory:
     def since_best(self) -> int:
         """Return how many measurements came after the best one, and after the run was last made longer."""
         return 0 if self.best is None else sum(step > max(self.best[0], self.counts_from) for step, _ in self.trained)
+
+
+@dataclass
+class KnnHistory(Measurements):
+    """The k-NN accuracies of a run on its held-out images; that of step 0 is the untrained trunk's.
+
+    Attributes:
+        pixels: the accuracy of raw pixels on the same images; None if it is not known.
+        images: number of held-out images; 0 if it is not known.
+        held_out: where these images lie; "" if it is not known.
+        largest_class: the fraction of them that is of the most frequent class; None if it is not known.
+    """
+
+    pixels: float | None = None
+    images: int = 0
+    held_out: str = ""
+    largest_class: float | None = None
+
+    @property
+    def untrained(self) -> float | None:
+        """The accuracy at step 0."""
+        return next((accuracy for step, accuracy in self.measured if step == 0), None)
 
     def on(self, held_out: str, images: int, pixels: float, largest_class: float) -> "KnnHistory":
         """Return the history of a run that measures on the given images from now on: an empty one if they are others.

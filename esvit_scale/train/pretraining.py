@@ -7,7 +7,7 @@ from pathlib import Path
 from esvit_scale.checkpoint import frozen_teacher, mirror, mirror_sender, state_file, step_folders
 from esvit_scale.config import Config, require_training_data
 from esvit_scale.data import identity as identities
-from esvit_scale.data import stream
+from esvit_scale.data import labels, stream
 from esvit_scale.data.identity import Identity
 from esvit_scale.data.limits import translate_limits
 from esvit_scale.data.loader import translate_worker_errors
@@ -19,6 +19,7 @@ from esvit_scale.parallel import world as worlds
 from esvit_scale.parallel.world import World
 from esvit_scale.train import header, held_out, implementations, metrics, run_dir, signals, stage, tracking
 from esvit_scale.train.lock import Lock
+from esvit_scale.train.online_accuracy import OnlineAccuracy
 from esvit_scale.train.online_knn import OnlineKnn
 from esvit_scale.train.run_resources import RunResources
 from esvit_scale.train.trainer import Trainer
@@ -71,6 +72,7 @@ def open_and_train(config: Config, world: World, watchdog: Watchdog) -> int:
             _warn_finished(config, path)
         return 0
     data = collectives.run_on_rank0_and_broadcast(lambda: stream.open_data(config))
+    collectives.run_on_rank0_and_broadcast(lambda: labels.check(config, data))
     needs = collectives.gather_objects(working_set.of_own_node(config, data, world.rank, world.size))
     room = collectives.run_on_rank0_and_broadcast(lambda: working_set.check(config, data, world.size, needs))
     watchdog.progress()
@@ -90,13 +92,15 @@ def open_and_train(config: Config, world: World, watchdog: Watchdog) -> int:
         checkpoint = step_folders.newest_valid(path)
         signals.set_kept(checkpoint)
         identity = collectives.run_on_rank0_and_broadcast(lambda: _checked_identity(config, data, checkpoint))
-        if config.train.knn_every:
+        learns_labels = bool(config.objective.classes and config.data.held_out)
+        if config.train.knn_every or learns_labels:
             collectives.run_on_rank0_and_broadcast(lambda: held_out.check(config, resumed=checkpoint is not None))
             watchdog.progress()
         if world.rank == 0:
             also = f"reading images of {config.data.held_out}, then " if config.train.knn_every else ""
             log.info("%sbuilding student and teacher …", also)
         knn = OnlineKnn(config, world) if config.train.knn_every else None
+        accuracy = OnlineAccuracy(config, world, watchdog.progress) if learns_labels else None
         watchdog.progress()
         # Before the networks are built, because the timing needs memory.
         chosen = collectives.run_on_rank0_and_broadcast(
@@ -112,7 +116,7 @@ def open_and_train(config: Config, world: World, watchdog: Watchdog) -> int:
                 if sender:
                     sender.send(folder)
 
-            run = RunResources(path, lock, watchdog, data, identity, checkpoint, knn, on_saved)
+            run = RunResources(path, lock, watchdog, data, identity, checkpoint, knn, accuracy, on_saved)
             code = trainer.train(replace(run, mirrored_step=sender.mirrored_step) if sender else run)
             if sender and not trainer.stop_requested():
                 sender.close(60 * config.train.hang_minutes / 2)  # half of what the others' watchdogs allow

@@ -7,6 +7,7 @@ from pathlib import Path
 from esvit_scale.data.identity import Identity
 from esvit_scale.data.stream import TrainingData
 from esvit_scale.train.lock import Lock
+from esvit_scale.train.online_accuracy import OnlineAccuracy
 from esvit_scale.train.online_knn import OnlineKnn
 from esvit_scale.train.watchdog import Watchdog
 
@@ -22,5 +23,6 @@ class RunResources:
     identity: Identity  # of `data`, for checkpoints
     checkpoint: Path | None  # step folder to resume from
     knn: OnlineKnn | None
+    accuracy: OnlineAccuracy | None  # where the run learns labels and has a held-out set
     on_saved: Callable[[Path], None]  # is called in the saving thread with the folder of each complete checkpoint
     mirrored_step: Callable[[], int] | None = None  # the step of the newest checkpoint in train.mirror, on rank 0

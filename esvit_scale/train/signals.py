@@ -25,6 +25,7 @@ class Flag(IntFlag):
     SAVE_NOW = 8  # train.checkpoint_minutes have passed
     LOSS_NOT_FINITE = 16  # the loss was not finite, and therefore the step was skipped
     TAKEN_OVER = 32  # another process holds the run's lock
+    BAD_LABELS = 64  # an image of the batch has no label, or one out of range
 
 
 STOP = Flag.REQUEUE | Flag.INTERRUPT

@@ -23,11 +23,12 @@ from esvit_scale.objective.schedules import Schedules
 from esvit_scale.parallel import collectives
 from esvit_scale.parallel.engine import Engines, autocast
 from esvit_scale.parallel.world import World
-from esvit_scale.train import learning, mfu
-from esvit_scale.train.learning import KnnHistory, RunFacts
+from esvit_scale.train import accuracies, learning, mfu
+from esvit_scale.train.accuracies import AccuracyHistory
+from esvit_scale.train.learning import KnnHistory, Measurements, RunFacts
 from esvit_scale.train.metrics import TIME_FIELDS
 from esvit_scale.train.monitors import Monitors
-from esvit_scale.train.online_knn import OnlineKnn
+from esvit_scale.train.run_resources import RunResources
 from esvit_scale.train.slow_nodes import SlowNodes
 
 GIB = 2**30
@@ -88,11 +89,12 @@ class StepMetrics:
         world: World,
         schedules: Schedules,
         engines: Engines,
-        knn: OnlineKnn | None,
+        run: RunResources,
         saver: Saver,
     ) -> None:
         self._config, self._world, self._schedules = config, world, schedules
-        self._engines, self._knn, self.knn = engines, knn, KnnHistory()
+        self._engines, self._knn, self._accuracy = engines, run.knn, run.accuracy
+        self.knn, self.accuracies = KnnHistory(), AccuracyHistory()
         self._ideal_rate = collectives.run_on_rank0_and_broadcast(
             lambda: mfu.ideal_images_per_s(config, world.device, world.size)
         )
@@ -119,6 +121,7 @@ class StepMetrics:
         self._facts, step, self._mirrored_step = facts, facts.steps, mirrored_step
         row: dict[str, Any] | None = None
         self.knn = collectives.run_on_rank0_and_broadcast(lambda: learning.read_history(run, step))
+        self.accuracies = collectives.run_on_rank0_and_broadcast(lambda: accuracies.read_history(run, step))
         if self._knn is not None:
             pixels, largest_class = self._knn.pixels_accuracy(), self._knn.largest_class
             self.knn = self.knn.on(self._config.data.held_out, self._knn.images, pixels, largest_class)
@@ -131,6 +134,7 @@ class StepMetrics:
     def restart_window(self, step: int) -> None:
         """Begin to measure the next row's rates, when `step` steps are done; forget what was measured after it."""
         self.knn.cut(step)
+        self.accuracies.cut(step)
         self._window_began, self._window_step, self._wait_s = time.monotonic(), step, 0.0
         self._window_stopped_s = self._saver.stopped_s
 
@@ -172,6 +176,7 @@ class StepMetrics:
         }
         tail = {
             **self._knn_accuracy(step),
+            **self._classifier_accuracy(step),
             "lr": schedules.lr(done),
             "wd": schedules.weight_decay(done),
             "momentum": schedules.ema_momentum(done),
@@ -251,8 +256,14 @@ class StepMetrics:
             "save_s": self._saver.stopped_s,
             "last": {k: v for k, v in self._last_row.items() if k not in TIME_FIELDS},
             **({"knn": self.knn.summary()} if self.knn.measured else {}),
-            "verdict": learning.verdict(self._config, self.knn, replace(self._facts, steps=step)),
+            **({"classifier": self.accuracies.summary()} if self.accuracies.measured else {}),
+            "verdict": self._verdict(step),
         }
+
+    def _verdict(self, step: int) -> list[str]:
+        if self._config.objective.classes:
+            return accuracies.verdict(self.accuracies)
+        return learning.verdict(self._config, self.knn, replace(self._facts, steps=step))
 
     def _knn_accuracy(self, step: int) -> dict[str, Any]:
         every = self._config.train.knn_every
@@ -262,19 +273,42 @@ class StepMetrics:
         self.knn.add(step, accuracy)
         return self.knn.fields(step)
 
+    def is_measured(self, step: int) -> bool:
+        """Return whether the accuracy of the classifier is measured at a step."""
+        every = self._config.train.eval_every or self._schedules.steps_per_epoch
+        return self._accuracy is not None and (step % every == 0 or step == self._schedules.total_steps)
+
+    def _classifier_accuracy(self, step: int) -> dict[str, Any]:
+        """Return the fields of the row of `step` about the classifier: of the EMA and, if that differs, of the student."""
+        if self._accuracy is None or not self.is_measured(step):
+            return {}
+        context, teacher = autocast(self._config, self._world.device), self._engines.teacher
+        averaged, student = self._accuracy.measure(self._engines, context), None
+        if self._config.objective.ema_momentum or self._config.objective.ema_momentum_end:
+            with teacher.as_student():
+                student = self._accuracy.measure(self._engines, context)
+        return self.accuracies.measure(step, averaged, student)
+
     def is_best(self, step: int) -> bool:
-        """Return whether checkpoints/best is to name `step`: its k-NN accuracy was measured and is the best so far."""
-        return self._config.train.keep_best and self.knn.is_best(step)
+        """Return whether checkpoints/best is to name `step`: its accuracy was measured and is the best so far."""
+        return self._config.train.keep_best and self._history.is_best(step)
+
+    @property
+    def _history(self) -> Measurements:
+        """The accuracies by which the best step is chosen: the classifier's where the run learns labels, else k-NN's."""
+        return self.accuracies if self._config.objective.classes else self.knn
 
     def last_lines(self, step: int) -> list[str]:
         """Return the lines with which a run that is finished at `step` ends."""
+        if self._config.objective.classes:
+            return accuracies.last_lines(self._config, self.accuracies, step, self._schedules.total_steps)
         facts = replace(self._facts, steps=step)
         return learning.last_lines(self._config, self.knn, facts, self._schedules.total_steps)
 
     def has_stalled(self) -> bool:
-        """Return whether `train.patience` measurements of the k-NN accuracy in a row were no better than the best."""
+        """Return whether `train.patience` measurements of the accuracy in a row were no better than the best."""
         patience = self._config.train.patience
-        return patience is not None and self.knn.since_best() >= patience
+        return patience is not None and self._history.since_best() >= patience
 
 
 def peak_memory_gib(device: torch.device) -> float:

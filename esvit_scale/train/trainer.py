@@ -20,7 +20,7 @@ from esvit_scale.checkpoint import frozen_teacher, state
 from esvit_scale.checkpoint.initial_weights import NO_INITIAL_WEIGHTS, load_initial_weights
 from esvit_scale.checkpoint.saver import Saver
 from esvit_scale.config import Config
-from esvit_scale.data import stream
+from esvit_scale.data import labels, stream
 from esvit_scale.data.stream import Batch, MicroBatch
 from esvit_scale.errors import Diverged, UserError
 from esvit_scale.models.drop_path import drop_keys
@@ -104,8 +104,8 @@ class Trainer:
         sums: dict[str, Tensor] = {}
         applied = False
         for micro_batch in micro_batches:
-            # Targets of the teacher or the frozen teacher, from the two global crops.
-            targets = self._teacher_targets(micro_batch.crops[:1])
+            # Labels, or targets of the teacher or the frozen teacher, from the two global crops.
+            targets = micro_batch.labels or self._teacher_targets(micro_batch.crops[:1])
             anchors = self._gram_anchors(micro_batch.crops[:1])
 
             # Student forward on all crops, and loss.
@@ -211,7 +211,7 @@ class Trainer:
         """Restore the checkpoint, if there is one, and open the run's records at its step."""
         self._run = run
         self._saver = Saver(run.path, self.config, run.identity, run.lock.check_held, run.on_saved)
-        self._metrics = StepMetrics(self.config, self.world, self.schedules, self.engines, run.knn, self._saver)
+        self._metrics = StepMetrics(self.config, self.world, self.schedules, self.engines, run, self._saver)
         self._replaced = ReplacedShare(self.config.train.global_batch, self.schedules.steps_per_epoch)
         self._rollbacks = Rollbacks(run.path, self.config.train)
         if run.checkpoint is not None:
@@ -246,7 +246,7 @@ class Trainer:
                     yield batch
 
     def _row_is_due(self, step: int) -> bool:
-        return step % self.config.train.log_every == 0 or step == self.last_step
+        return step % self.config.train.log_every == 0 or step == self.last_step or self._metrics.is_measured(step)
 
     def _record(self, batch: Batch, result: StepResult) -> None:
         """Take all ranks' flags, write the records of the last step, and act on it if it was skipped."""
@@ -260,6 +260,8 @@ class Trainer:
             self._flags |= Flag(collectives.all_reduce_flags(mine))
         if self._flags & Flag.TAKEN_OVER:
             raise self._run.lock.taken_over()
+        if self._flags & Flag.BAD_LABELS:
+            self._stop_because_of_labels(batch)
         self._write_row()
         of_ranks = collectives.gather_objects(batch.bad) if self._flags & Flag.BAD_SAMPLES else []
         bad = [sample for samples in of_ranks for sample in samples]
@@ -279,7 +281,12 @@ class Trainer:
         minutes = self.config.train.checkpoint_minutes
         # Rank 0's clock decides for all.
         save_now = self.world.rank == 0 and minutes is not None and time.monotonic() - self._saved_at > 60 * minutes
-        flags = {Flag.BAD_SAMPLES: bool(batch.bad), Flag.SAVE_NOW: save_now, Flag.TAKEN_OVER: self._run.lock.lost()}
+        flags = {
+            Flag.BAD_SAMPLES: bool(batch.bad),
+            Flag.SAVE_NOW: save_now,
+            Flag.TAKEN_OVER: self._run.lock.lost(),
+            Flag.BAD_LABELS: bool(labels.bad_keys(self.config, batch)),
+        }
         return signals.request() | Flag(sum(flag for flag, is_set in flags.items() if is_set))
 
     def _begin_row(self, result: StepResult) -> None:
@@ -415,6 +422,13 @@ class Trainer:
         with log_file_errors():
             self._write_summary(finished=False)
         raise UserError(f"stopped at step {self.step}: {problem}")
+
+    def _stop_because_of_labels(self, batch: Batch) -> NoReturn:
+        """Raise UserError on all ranks because of labels from which nothing can be learned; this step is not saved."""
+        of_ranks = collectives.gather_objects(labels.bad_keys(self.config, batch))
+        found = [sample for samples in of_ranks for sample in samples]
+        self._saver.wait()
+        raise UserError(f"stopped at step {self.step}: sample {found[0]}")
 
     def _write_summary(self, finished: bool) -> None:
         if self.world.rank != 0:

@@ -10,7 +10,7 @@ from torch import Tensor
 from esvit_scale.errors import UserError
 from esvit_scale.objective.koleo import koleo
 from esvit_scale.objective.network import build_student
-from esvit_scale.objective.registry import OBJECTIVES, check_local_batch
+from esvit_scale.objective.registry import check_local_batch
 from tests import test_conformance as conformance
 from tests import tiny
 from tests.objective.conftest import Ranks
@@ -96,7 +96,7 @@ def test_two_ranks_match_one(ranks: Ranks) -> None:
     assert abs(koleo(halves[0], images // 2, across_ranks=True) - expected) > 1e-3  # not what a rank finds alone
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", conformance.SELF_SUPERVISED)
 def test_every_objective_takes_it(objective: str) -> None:
     """The loss is the objective's and the weighted term's, and without a weight nothing is computed or logged."""
     changes: dict[str, Any] = {"objective__koleo_weight": 0.1}

@@ -137,7 +137,7 @@ def test_submit_prints_only_the_job_id_on_stdout(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "4711\n"), done.stderr
 
 
-@pytest.mark.parametrize("name", ["pretrain", "evaluate", "sweep"])
+@pytest.mark.parametrize("name", ["pretrain", "finetune", "evaluate", "sweep"])
 def test_shipped_header_requests_one_task_per_gpu(name: str) -> None:
     given = directives((SLURM / f"{name}.sbatch").read_text())
     assert given["ntasks-per-node"] == given["gpus-per-node"]

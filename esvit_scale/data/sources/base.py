@@ -70,6 +70,10 @@ class Source(ABC):
     def size(self, i: int) -> int:
         """Return the size of the image file in bytes; 0 when the source does not know it."""
 
+    def labels(self) -> NDArray[np.int32] | None:
+        """Return every sample's class number, negative without one; None where only reading a sample tells."""
+        return None
+
     def beside(self, i: int) -> int:
         """Return the number of members or files that go with the image of sample i: label, caption, metadata."""
         return 0

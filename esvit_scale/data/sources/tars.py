@@ -9,6 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+from numpy.typing import NDArray
+
 from esvit_scale.data import left_out
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data.decode import BadImage
@@ -169,6 +172,10 @@ class TarSource(Source):
                 labelled(self, self._labels, i),
                 {ext: _pread(file.fileno(), *at) for ext, at in extras.items()},
             )
+
+    def labels(self) -> NDArray[np.int32]:
+        """Return every sample's class number, negative without one."""
+        return self._labels
 
     def beside(self, i: int) -> int:
         """Return the number of members that go with image i: label, caption, metadata."""
