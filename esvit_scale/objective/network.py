@@ -81,7 +81,8 @@ class StudentNetwork(Network):
 
         Args:
             crops: one tensor per resolution group, [V_g·B, channels, S_g, S_g], the two globals first.
-            targets: what the teacher, or the frozen teacher, returned for the globals; None for an objective without one.
+            targets: what the teacher, or the frozen teacher, returned for the globals; or the labels; None for an objective
+                with none of them.
             drop_keys: int64 [ΣB], one key per crop image for drop path and masks; None drops and masks nothing.
             teacher_temp: temperature of the teacher's softmax at this step.
             anchors: what the Gram teacher returned for the globals; None while it is off.
