@@ -19,6 +19,7 @@ from PIL import Image
 from esvit_scale import cli
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data import set_folder
+from esvit_scale.data.evaluation import Items
 from esvit_scale.data.manifest import Manifest
 from esvit_scale.data.planned_shard import load
 from esvit_scale.data.reader import ShardReader
@@ -390,3 +391,23 @@ def test_set_is_not_written_inside_another(image_folder: Path, tmp_path: Path, c
     assert run_create(image_folder, tmp_path / "two", "--val-fraction", 0.5) == 0
     assert run_create(image_folder, tmp_path / "two") == 2
     assert "already holds the sets of a split" in capsys.readouterr().err
+
+
+def test_subset_has_the_same_fraction_of_every_class_whatever_the_shards(tmp_path: Path) -> None:
+    """round(F · n) of each class, at least one, nested; the same keys from another division into shards."""
+    images = [Sample(f"x{i:03d}", i % 2 if i < 40 else 2, "png", encoded(picture(i))) for i in range(43)]
+    write_samples(images, tmp_path / "set", ("a", "b", "c"), 7, "test")
+    write_samples(images[::-1], tmp_path / "other", ("a", "b", "c"), 20, "test")
+
+    def subset(source: str, fraction: float) -> dict[str, int]:
+        out = tmp_path / f"{source}-{fraction}"
+        command = ["shards", "subset", str(tmp_path / source), str(out), "--fraction", str(fraction), "--workers", "1"]
+        assert cli.main(command) == 0
+        items = Items(manifests.load(out))
+        return {key: label for key, label, _ in map(items.read, range(len(items)))}
+
+    tenth, half = subset("set", 0.1), subset("set", 0.5)
+    assert [list(tenth.values()).count(label) for label in range(3)] == [2, 2, 1]
+    assert [list(half.values()).count(label) for label in range(3)] == [10, 10, 2]
+    assert tenth.items() <= half.items()
+    assert subset("other", 0.1) == tenth
