@@ -69,10 +69,10 @@ def _of_weights(asked: Config) -> dict[str, Any]:
 
 def _config_of(weights: Path) -> Config:
     """Return the config of weights in any supported format."""
-    if not weights.exists():
-        raise UserError(f"model.init_from: {weights}: no such file or folder")
     try:
         path = step_folders.follow_pointer(weights)
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder")
         if not path.is_dir() or exported_folder.is_exported(path):
             return convert.read(path).config
         folder = step_folders.resolve(path)
