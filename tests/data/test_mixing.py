@@ -56,10 +56,10 @@ def test_parts_of_a_batch_are_mixed_as_the_whole_batch_is() -> None:
 
 def test_weights_and_boxes_have_the_distributions_of_the_papers() -> None:
     """Beta(α, α) has mean ½ and variance 1 / (4 (2α + 1)); half of the pairs get a box; a label has the share of the pixels."""
-    found = of_batch(8000)
+    found = of_batch(3000)
     is_box = found.boxes[:, 1] > found.boxes[:, 0]
     assert is_box.double().mean() == pytest.approx(0.5, abs=0.04)
-    blends = of_batch(8000, cutmix=0.0).blend[::2].double()
+    blends = of_batch(3000, cutmix=0.0).blend[::2].double()
     assert blends.mean() == pytest.approx(0.5, abs=0.03)
     assert blends.var() == pytest.approx(1 / (4 * 2.6), rel=0.1)
     top, bottom, left, right = found.boxes.unbind(1)

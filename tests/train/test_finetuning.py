@@ -151,6 +151,7 @@ def test_bad_label_that_comes_later_ends_the_run(
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_run_measures_and_records_its_accuracy(run: Path, folder: Path) -> None:
     rows = tiny.rows(run)
     assert [row["step"] for row in rows if "top1" in row] == [4, 8]
@@ -166,6 +167,7 @@ def test_run_measures_and_records_its_accuracy(run: Path, folder: Path) -> None:
     assert "with the student's own" in (run / "log.txt").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("network", "field"), [("teacher", "top1"), ("student", "top1_student")])
 def test_exported_classifier_has_the_accuracy_of_the_run(
     run: Path, folder: Path, tmp_path: Path, network: str, field: str
@@ -192,6 +194,7 @@ def test_exported_classifier_has_the_accuracy_of_the_run(
         esvit_scale.load_classifier(tmp_path / "trunk.safetensors")
 
 
+@pytest.mark.slow
 def test_classifier_of_the_same_classes_is_continued_and_of_others_drawn_anew(
     run: Path, folder: Path, tmp_path: Path
 ) -> None:
@@ -205,6 +208,7 @@ def test_classifier_of_the_same_classes_is_continued_and_of_others_drawn_anew(
     assert "classifier not in the source: initialised at random" in other.note
 
 
+@pytest.mark.slow
 def test_resumed_run_is_bit_for_bit_the_undisturbed_one(run: Path, folder: Path) -> None:
     resumed = folder / "resumed"
     shutil.copytree(run, resumed)
@@ -220,6 +224,7 @@ def test_resumed_run_is_bit_for_bit_the_undisturbed_one(run: Path, folder: Path)
     assert read_summary(resumed)["classifier"] == read_summary(run)["classifier"]
 
 
+@pytest.mark.slow
 def test_best_checkpoint_and_patience_follow_the_accuracy(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
