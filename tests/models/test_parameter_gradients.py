@@ -153,8 +153,15 @@ def narrow_trunk(name: str, tmp_path: Any) -> nn.Module:
     return trunk
 
 
-@pytest.mark.parametrize("images", [24, pytest.param(400, marks=pytest.mark.slow)])  # 400: 10⁵ tokens of 4 pixels
-@pytest.mark.parametrize("name", SHAPES)
+MANY = {"swin_t": pytest.mark.slow, "cvt_s1": pytest.mark.slow}  # the others with so many images: make test-long
+
+
+@pytest.mark.parametrize(
+    ("name", "images"),
+    [(name, 24) for name in SHAPES]
+    # 400: 10⁵ tokens of 4 pixels
+    + [pytest.param(name, 400, marks=[pytest.mark.slow, MANY.get(name, pytest.mark.long)]) for name in SHAPES],
+)
 def test_parameter_gradients_of_every_trunk_are_accurate(name: str, images: int, tmp_path: Any) -> None:
     trunk = narrow_trunk(name, tmp_path)
     recorder = Recorder(trunk)

@@ -142,7 +142,7 @@ def test_a_run_with_sdpa_has_the_losses_of_math(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not find_spec("triton"), reason="triton is not installed")
-@pytest.mark.parametrize("trunk", ["swin_t", "swinv2_t"])
+@pytest.mark.parametrize("trunk", ["swin_t", pytest.param("swinv2_t", marks=pytest.mark.long)])
 def test_a_run_with_interpreted_kernels_has_the_losses_of_math(trunk, tmp_path):
     """At ZeRO 3, with activation checkpointing and stochastic depth: the whole way of the kernels into a run."""
     shards = tiny.shards(tmp_path / "shards")
