@@ -15,7 +15,14 @@ from tests import launcher, tiny
 
 PAGE = launcher.REPOSITORY / "docs" / "using_weights.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-PRINTS = [r"", r"cosine similarity -?\d\.\d{3}", r"(stride \d+: \(1, \d+, \d+, \d+\)\n?){3}", r"loss \d\.\d{3}"]
+DETECTED = r"detections: \['boxes', 'labels', 'scores'\]"
+PRINTS = [
+    r"",
+    r"cosine similarity -?\d\.\d{3}",
+    r"(stride \d+: \(1, \d+, \d+, \d+\)\n?){3}",
+    DETECTED,
+    r"loss \d\.\d{3}",
+]
 
 
 @pytest.fixture(scope="module")

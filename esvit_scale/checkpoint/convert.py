@@ -31,7 +31,7 @@ from esvit_scale.models.registry import build_trunk
 from esvit_scale.models.trunk import Trunk
 from esvit_scale.objective.network import configs_of_students
 
-SINGLE_NETWORK_FORMATS = ("safetensors", *export.FOLDER_FORMATS)
+SINGLE_NETWORK_FORMATS = ("safetensors", *export.FOLDER_FORMATS, *export.DETECTORS)
 
 
 def convert(
@@ -50,7 +50,8 @@ def convert(
             folder, exported folder or .safetensors file).
         target_format: "esvit-scale" (a step folder) or "esvit" (an official .pth) for both networks and the centres;
             "safetensors" (a file, or a folder with a model card when the name has no suffix), "timm", "huggingface"
-            or "onnx" (folders, see export.py) for the trunk of one network.
+            or "onnx" (folders, see export.py), or "mmdet", "detectron2" or "torchvision" (.pth files with the names of
+            their Swin) for the trunk of one network.
         network: "teacher" (the default) or "student", for the formats that hold one network.
         heads: for "safetensors": also write the heads and centres, to continue pretraining from.
         student: the number of a further student of a distillation (`objective.students`); None: the first, of `model`.
@@ -63,7 +64,9 @@ def convert(
     if target_format in SINGLE_NETWORK_FORMATS:
         weights = _select_network(source, weights, network, heads)
         name = next(iter(weights.networks))
-        if destination.suffix == safetensors_file.SUFFIX:
+        if target_format in export.DETECTORS:
+            export.write_for_detector(destination, weights, name, target_format)
+        elif destination.suffix == safetensors_file.SUFFIX:
             safetensors_file.write(destination, weights, name)
         else:
             export.write(destination, weights, name, target_format, source)
@@ -144,6 +147,10 @@ def _check_request(destination: Path, source_format: str, target_format: str, ne
         ".bin",
     ):
         raise UserError(f"{destination}: --to {target_format} writes a folder; nearest: {destination.with_suffix('')}")
+    if target_format in export.DETECTORS and destination.suffix != ".pth":
+        raise UserError(
+            f"{destination}: --to {target_format} writes a .pth file; nearest: {destination.with_suffix('.pth')}"
+        )
     if destination.exists():
         raise UserError(f"{destination}: exists already; choose another name or remove it")
 

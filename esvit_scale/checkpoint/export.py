@@ -26,6 +26,7 @@ from esvit_scale.errors import UserError
 from esvit_scale.models.registry import build_trunk
 
 FOLDER_FORMATS = ("timm", "huggingface", "onnx")
+DETECTORS = ("mmdet", "detectron2", "torchvision")  # libraries whose Swin takes a .pth file
 MAX_BATCH = (
     2**31 - 1
 )  # torch 2.7 needs a bound to export DeiT: without one it takes the graph to differ at a batch of 2**63 - 1
@@ -54,6 +55,17 @@ def write(folder: Path, weights: Weights, network: str, form: str, source: Path)
         files.write_text(tmp / "README.md", model_card.text(weights, network, form, source, folder.name))
         for path in tmp.iterdir():  # the safetensors library lets only the owner read its files
             shutil.copymode(tmp / "README.md", path)
+
+
+def write_for_detector(path: Path, weights: Weights, network: str, library: str) -> None:
+    """Write one network's trunk to the .pth file `path` (atomically), under the names of a library of DETECTORS.
+
+    Raises:
+        UserError: the library lacks the trunk, or would compute other features with it.
+    """
+    content = libraries.detector_content(weights.config, library, _trunk(weights, network))
+    with files.replacing(path) as tmp, tmp.open("wb") as file:  # given a path, torch would write its name into the file
+        torch.save(content, file)
 
 
 def _write_safetensors(folder: Path, weights: Weights, network: str) -> None:

@@ -1,7 +1,8 @@
-"""Converting a trunk's tensors and config to and from the formats of timm and Hugging Face transformers.
+"""Converting a trunk's tensors and config to and from the formats of other libraries.
 
-How a trunk maps to a model of these libraries is defined by the trunk (`Trunk.timm_form`, `Trunk.huggingface_form`);
-this module holds the code that all trunks share. Neither library needs to be installed.
+How a trunk maps to a model of these libraries is defined by the trunk (`Trunk.timm_form`, `Trunk.huggingface_form`,
+`Trunk.detector_form`);
+this module holds the code that all trunks share. None of the libraries needs to be installed.
 """
 
 from collections.abc import Mapping
@@ -58,6 +59,23 @@ def huggingface_form(config: Config) -> HuggingFaceForm:
             f"--to huggingface: no form of {config.model.trunk} is written for transformers; {_takes_it(config)}"
         )
     return form
+
+
+def detector_content(config: Config, library: str, trunk: Tensors) -> dict[str, Any]:
+    """Return the content of a .pth file with which a detection library starts its Swin from a trunk.
+
+    Raises:
+        UserError: the library lacks the trunk, or would compute other features with it.
+    """
+    try:
+        form = _trunk(config).detector_form(library)
+    except UserError as error:
+        raise UserError(f"--to {library}: {error}; use load_backbone(…).pyramid as the backbone") from None
+    if form is None:
+        raise UserError(
+            f"--to {library}: no form of {config.model.trunk} is written for it; use load_backbone(…).pyramid as the backbone"
+        )
+    return form.content({name: tensor.contiguous() for name, tensor in form.tensors(trunk).items()})
 
 
 def _takes_it(config: Config) -> str:

@@ -30,11 +30,21 @@ def add(commands: Any) -> None:
         "--to",
         dest="target_format",
         required=True,
-        choices=["esvit-scale", "safetensors", "esvit", "timm", "huggingface", "onnx"],
+        choices=[
+            "esvit-scale",
+            "safetensors",
+            "esvit",
+            "timm",
+            "huggingface",
+            "onnx",
+            "mmdet",
+            "detectron2",
+            "torchvision",
+        ],
         metavar="FORMAT",
         help="format of DST. With student, teacher and centres: esvit-scale (a step dir) or esvit (a .pth for the "
-        "official code). With one network: safetensors (a file, or a folder with a model card), or timm, huggingface or "
-        "onnx (folders with a model card)",
+        "official code). With one network: safetensors (a file, or a folder with a model card), timm, huggingface or "
+        "onnx (folders with a model card), or mmdet, detectron2 or torchvision (a .pth with the names of their Swin)",
     )
     convert.add_argument(
         "--network",

@@ -137,3 +137,10 @@ class HuggingFaceForm(NamedTuple):
     scale: Callable[[str], float]  # our name of a tensor → the factor that it is multiplied by for the export
     size_note: str = ""  # sentences for the model card about image sizes
     note: str = ""  # sentences for the model card about the features
+
+
+class DetectorForm(NamedTuple):
+    """How a trunk's weights are written for the Swin of a detection library."""
+
+    tensors: Callable[[Tensors], Tensors]  # maps the trunk's tensors to the library's names and orders
+    content: Callable[[Tensors], dict[str, Any]]  # of the .pth file, as the library's loader expects it

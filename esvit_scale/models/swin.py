@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from esvit_scale.models import swin_forms
+from esvit_scale.models import swin_detectors, swin_forms
 from esvit_scale.models.attention_maps import BlockAttention
 from esvit_scale.models.block_parts import GeluMlp, add_branch
-from esvit_scale.models.descriptions import HuggingFaceForm, TimmForm, TrunkCard, TrunkFormulas
+from esvit_scale.models.descriptions import DetectorForm, HuggingFaceForm, TimmForm, TrunkCard, TrunkFormulas
 from esvit_scale.models.distributions import Initializer, normal
 from esvit_scale.models.drop_path import keep_scales, linear_rates, token_factors
 from esvit_scale.models.masking import Mask
@@ -146,6 +146,14 @@ class Swin(Trunk):
                 both differently.
         """
         return swin_forms.huggingface_v1(self, size)
+
+    def detector_form(self, library: str) -> DetectorForm:
+        """Return how the trunk's weights are written for mmdet, detectron2 or torchvision.
+
+        Raises:
+            UserError: a map of the global crops is smaller than `window`, or torchvision lacks the number of channels.
+        """
+        return swin_detectors.detector_v1(self, library)
 
     def use_attention(self, attend: AttendWindows) -> None:
         """Let every block compute its window attention with this one of window_attention_implementations.py."""

@@ -87,7 +87,7 @@ def timm_v2(trunk: "SwinV2", size: int) -> TimmForm:
     Raises:
         UserError: the trunk has extra norms, which timm lacks, or a window needs padding, which timm does differently.
     """
-    _refuse_extra_norms(trunk, "timm")
+    refuse_extra_norms(trunk, "timm")
     return _timm(trunk, size, TIMM_V2)
 
 
@@ -158,7 +158,7 @@ def huggingface_v2(trunk: "SwinV2", size: int) -> HuggingFaceForm:
         UserError: the trunk has extra norms, which transformers lacks, or a window needs padding, which it does
             differently.
     """
-    _refuse_extra_norms(trunk, "huggingface")
+    refuse_extra_norms(trunk, "huggingface")
     _refuse_padded_windows(trunk, size, "huggingface")
     return _huggingface(trunk, size, "swinv2", "Swinv2Model")
 
@@ -203,7 +203,8 @@ def _huggingface_names(name: str) -> list[str]:
 # --- what neither library supports -----------------------------------------------------------------------------------
 
 
-def _refuse_extra_norms(trunk: "SwinV2", library: str) -> None:
+def refuse_extra_norms(trunk: "SwinV2", library: str) -> None:
+    """Raise UserError for a Swin V2 with extra norms, which no library has."""
     if trunk.extra_norm_every:
         raise UserError(f"{library} has no {trunk.name} (its extra norms)")
 

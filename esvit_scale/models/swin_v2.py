@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from esvit_scale.models import swin_forms
+from esvit_scale.models import swin_detectors, swin_forms
 from esvit_scale.models.block_parts import GeluMlp, add_branch
-from esvit_scale.models.descriptions import HuggingFaceForm, TimmForm, TrunkCard, TrunkFormulas
+from esvit_scale.models.descriptions import DetectorForm, HuggingFaceForm, TimmForm, TrunkCard, TrunkFormulas
 from esvit_scale.models.distributions import Initializer, constant
 from esvit_scale.models.layer_norm import LayerNorm
 from esvit_scale.models.products import linear
@@ -96,6 +96,14 @@ class SwinV2(Swin):
     def huggingface_form(self, size: int) -> HuggingFaceForm:
         """Return a description of the trunk as a transformers model; raises UserError as `timm_form` does."""
         return swin_forms.huggingface_v2(self, size)
+
+    def detector_form(self, library: str) -> DetectorForm:
+        """Return how the trunk's weights are written for torchvision, the only one of the libraries that has a Swin V2.
+
+        Raises:
+            UserError: for other libraries; the trunk has extra norms; or as for a V1.
+        """
+        return swin_detectors.detector_v2(self, library)
 
 
 class BlockV2(nn.Module):

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from esvit_scale.errors import UserError
 from esvit_scale.models.attention_maps import BlockAttention
-from esvit_scale.models.descriptions import HuggingFaceForm, PublishedWeights, TimmForm, TrunkCard, TrunkFormulas
+from esvit_scale.models.descriptions import (
+    DetectorForm,
+    HuggingFaceForm,
+    PublishedWeights,
+    TimmForm,
+    TrunkCard,
+    TrunkFormulas,
+)
 from esvit_scale.models.plain import PlainTrunk
 from esvit_scale.models.window_attention_implementations import AttendWindows
 from esvit_scale.models.windows import WindowLayout
@@ -179,6 +186,18 @@ class Trunk(nn.Module):
 
         Raises:
             UserError: transformers' model would give other features than this trunk; the message is a clause that says
+                why.
+        """
+        return None
+
+    def detector_form(self, library: str) -> DetectorForm | None:
+        """Return how the trunk's weights are written for a detection library; None if the library lacks the trunk.
+
+        Args:
+            library: "mmdet", "detectron2" or "torchvision".
+
+        Raises:
+            UserError: the library's network would give other features than this trunk; the message is a clause that says
                 why.
         """
         return None
