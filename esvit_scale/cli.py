@@ -27,7 +27,8 @@ from esvit_scale.errors import Diverged, RestartCanHelp, UserError, translate_fi
 
 EXIT_CODES = """\
 exit codes: 0 finished, or saved and asking for a requeue; 130 ctrl-C (pretrain saves first); 2 a mistake in the input;
-            3 diverged; 75 the machine failed and the same command again can go on; doctor: 1 something required is broken"""
+            3 diverged, or ended by train.guard; 75 the machine failed and the same command again can go on; doctor: 1
+            something required is broken"""
 
 
 READER_IS_GONE = 128 + 13  # what a shell reports of a program that SIGPIPE ended

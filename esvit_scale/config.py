@@ -117,6 +117,11 @@ def _cross_field_problems(c: Config) -> list[str]:
             problems.append(f"train.{key}: needs train.knn_every, the steps between two k-NN accuracies")
         if getattr(c.train, key) and learns_labels and not c.data.held_out:
             problems.append(f"train.{key}: needs data.held_out, labelled shards or class folders to measure on")
+    for key in ("layer_decay", "freeze_trunk_steps"):
+        if c.objective.students and getattr(c.optim, key) != getattr(Optim(), key):
+            problems.append(f"optim.{key}: not offered with objective.students; train each student in a run of its own")
+    if c.train.guard != "off" and not c.train.knn_every:
+        problems.append("train.guard: needs train.knn_every, the steps between two measurements, and data.held_out")
     if c.train.knn_every and c.train.knn_every % c.train.log_every:
         problems.append(
             f"train.knn_every: {c.train.knn_every} is no multiple of train.log_every={c.train.log_every}; "

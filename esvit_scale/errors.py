@@ -1,6 +1,6 @@
 """Exceptions that end a command, each with the exit code that scripts and schedulers act on.
 
-0 finished, or saved and asking for a requeue; 130 ctrl-C (saved); 2 a mistake of the user; 3 diverged; 75 a restart can
+0 finished, or saved and asking for a requeue; 130 ctrl-C (saved); 2 a mistake of the user; 3 diverged, or ended by train.guard; 75 a restart can
 help.
 """
 
@@ -19,7 +19,7 @@ class UserError(Exception):
 
 
 class Diverged(Exception):
-    """The error of a run that diverged; the message says since which step and what to try."""
+    """The error of a run that diverged, or whose features `train.guard` found destroyed; the message says what to try."""
 
     exit_code = 3
 

@@ -111,7 +111,8 @@ class Data(Section):
     """[images] Samples of one epoch. Plain tars need it, since their number of samples is not known; null: all images."""
     held_out: PathText = ""
     """Labelled shards or class folders on which train.knn_every measures and which are never trained on: give the set val
-    of shards create --val-fraction, not the folder from which data.train was made."""
+    of shards create --val-fraction, not the folder from which data.train was made. train.guard also measures without
+    labels."""
     workers: Count = 4
     """[processes per rank] Loader processes; 0 decodes in the training process."""
     stage: PathText | None = None
@@ -305,6 +306,12 @@ class Optim(Section):
     """Whose norm is clipped: each parameter's own, as in the official code, or that of all together."""
     freeze_last_layer_epochs: Count = 1
     """[epochs] Time at the start in which the prototypes do not change."""
+    layer_decay: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
+    """[factor per block] Factor by which the learning rate of each block of the trunk is smaller than that of the block after
+    it (docs/training.md); 1: all blocks learn at the same rate. For runs that start from weights."""
+    freeze_trunk_steps: Count = 0
+    """[steps] Time at the start in which the trunk stands still while the heads learn; its learning rate then begins with a
+    warm-up of its own. For runs that start from a trunk's weights with new heads."""
 
 
 class Train(Section):
@@ -347,6 +354,15 @@ class Train(Section):
     checkpoint, which is never removed."""
     patience: Positive | None = None
     """[measurements] Number of these accuracies in a row without a new best after which the run ends early; null: never."""
+    guard: Literal["off", "warn", "stop"] = "off"
+    """What happens when features on data.held_out stay worse than at the start (docs/from_weights.md), measured every
+    train.knn_every steps, without labels too. warn: one line says so, and checkpoints/best is kept; stop: the run also ends
+    (exit 3)."""
+    guard_checks: Positive = 3
+    """[measurements] Number of measurements in a row that must be too low for train.guard."""
+    guard_fall: Fraction | None = None
+    """[fraction of the value at the start] Fall that train.guard tolerates; null: 0.05 for the k-NN accuracy, and without
+    labels 0.5 for the effective rank and 0.7 for the neighbours that are kept."""
     mirror: Annotated[str, Field(min_length=1)] | None = None
     """Folder in an object store, such as s3://bucket/runs, to which checkpoints are copied in the background, and from which
     a start without a run dir resumes (docs/object_stores.md); null: none."""
@@ -364,8 +380,8 @@ class Train(Section):
 
 
 # Keys whose values may change between two starts of a run, because they do not change what a step computes.
-# train.patience and train.knn_every decide when a run ends. The weights of objective.teacher are compared by the checksum in
-# objective.teacher_config.
+# train.patience, train.guard and train.knn_every decide when a run ends. The weights of objective.teacher are compared by
+# the checksum in objective.teacher_config.
 MAY_DIFFER = (
     "run_dir",
     "data.stage",
@@ -390,6 +406,9 @@ MAY_DIFFER = (
     "train.eval_every",
     "train.keep_best",
     "train.patience",
+    "train.guard",
+    "train.guard_checks",
+    "train.guard_fall",
     "train.mirror",
     "train.wandb",
     "train.profile",

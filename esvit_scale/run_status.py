@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from esvit_scale import slurm_status
 from esvit_scale.errors import UserError, in_words, nearest
+from esvit_scale.train.guard import BELOW
 from esvit_scale.train.log_format import read_warnings
 from esvit_scale.train.row_file import read_rows
 from esvit_scale.train.run_records import read_environment, starts_of
@@ -26,6 +27,7 @@ class RunStatus(NamedTuple):
     eta_s: float | None = None  # of training; None where it is not known or the run is finished
     knn_top1: float | None = None  # fraction
     knn_step: int | None = None
+    guard_below: int = 0  # measurements in a row below what train.guard tolerates, up to the last
     starts: int = 1
     failures: int = 0
     warnings: int = 0  # number of warnings in log.txt
@@ -46,13 +48,15 @@ def status(run: Path) -> RunStatus:
         of_job: dict[str, Any] = slurm_status.status(run)._asdict()
     else:
         of_job = _of_files(run)
-    rows = [row for row in read_rows(run / "metrics.jsonl") if "knn_top1" in row]
-    last = rows[-1] if rows else {}
+    rows = read_rows(run / "metrics.jsonl")
+    last: dict[str, Any] = next((row for row in reversed(rows) if "knn_top1" in row), {})
+    guarded: dict[str, Any] = next((row for row in reversed(rows) if BELOW in row), {})
     warnings = read_warnings(run / "log.txt")
     return RunStatus(
         run=str(run),
         knn_top1=last.get("knn_top1"),
         knn_step=last.get("step"),
+        guard_below=guarded.get(BELOW, 0),
         warnings=len(warnings),
         last_warning=warnings[-1] if warnings else "",
         **of_job,
@@ -79,6 +83,7 @@ def status_lines(found: RunStatus) -> list[str]:
         ("images/s", "" if found.images_per_s is None else f"{found.images_per_s:.1f}"),
         ("ETA", f"{timedelta(seconds=round(found.eta_s))} of training" if found.eta_s else ""),
         ("k-NN", _knn(found, f" at step {found.knn_step}")),
+        ("guard", f"{found.guard_below} measurements in a row worse than at the start" if found.guard_below else ""),
         ("restarts", restarts),
         ("warnings", f"{found.warnings}; the last: {found.last_warning}" if found.warnings else "0"),
         ("console", found.console),

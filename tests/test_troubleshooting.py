@@ -113,7 +113,7 @@ def test_every_reason_for_having_learned_nothing_is_on_the_page() -> None:
         for c in calls
         if isinstance(c, ast.JoinedStr)
     ]
-    assert len(told) == 9
+    assert len(told) == 10
     assert [text for text in told if not any(part in text for part in quoted)] == []
 
 

@@ -30,7 +30,7 @@ VALUES: dict[str, Any] = {
 }
 
 
-def shards(folder: Path, samples: int = 36, first: int = 0) -> Path:
+def shards(folder: Path, samples: int = 36, first: int = 0, labelled: bool = True) -> Path:
     """A shard set of coloured noise, 36 images: 4 steps an epoch at batch 8, and 4 samples dropped.
 
     Another `first` gives other images.
@@ -41,8 +41,8 @@ def shards(folder: Path, samples: int = 36, first: int = 0) -> Path:
         coarse = Image.fromarray(generator.integers(0, 255, (6, 6, 3), dtype=np.uint8)).resize((40, 40))
         buffer = io.BytesIO()
         coarse.save(buffer, "PNG")
-        images.append(Sample(f"image{i:03d}", i % 3, "png", buffer.getvalue()))
-    write_samples(images, folder, ("a", "b", "c"), 10, "tiny")
+        images.append(Sample(f"image{i:03d}", i % 3 if labelled else None, "png", buffer.getvalue()))
+    write_samples(images, folder, ("a", "b", "c") if labelled else (), 10, "tiny")
     return folder
 
 

@@ -25,7 +25,7 @@ from esvit_scale.config import Config
 from esvit_scale.errors import RestartCanHelp, UserError
 from esvit_scale.models.registry import build_trunk
 from esvit_scale.models.trunk import Trunk
-from esvit_scale.objective.param_groups import MATRICES
+from esvit_scale.objective.param_groups import MATRICES, kind_of
 from esvit_scale.parallel import collectives
 from esvit_scale.parallel.buffers import persistent_buffers
 from esvit_scale.parallel.engine import Engines
@@ -327,7 +327,7 @@ def _check_optimizer_kind(folder: Path, engines: Engines, optimizer_steps: dict[
     saved with Muon's group of matrices and the other has none."""
     stored = {name.partition("/")[0] for name in storage.tensor_sizes(folder)}
     missing = {key for keys in engines.moments.values() for key in keys} - stored
-    without = MATRICES in optimizer_steps and MATRICES not in engines.moments
+    without = MATRICES in map(kind_of, optimizer_steps) and MATRICES not in map(kind_of, engines.moments)
     if (missing or without) and any(optimizer_steps.values()):
         holds = f"it holds no {', '.join(sorted(missing))}" if missing else "Muon"
         raise UserError(

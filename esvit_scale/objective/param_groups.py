@@ -1,16 +1,23 @@
-"""Groups of parameters: the optimizer's, by weight decay and freezing, and the parts of the network for monitors."""
+"""Groups of parameters: the optimizer's, by weight decay, freezing and depth, and the parts of the network for monitors.
+
+The optimizer's groups are named "decay", "no_decay", "last_layer" and "matrices" after their kind. Where the trunk is
+treated differently from the heads, its groups are "trunk.decay" and so on, and with a rate for every depth of the trunk
+"trunk.3.decay" and so on.
+"""
 
 import math
 import re
 from collections.abc import Collection, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast, get_args
 
 from torch import Tensor, nn
 
+from esvit_scale.config import Optim
 from esvit_scale.models.trunk import Trunk
 
-Group = Literal["decay", "no_decay", "last_layer", "matrices"]
-MATRICES: Group = "matrices"  # the group that the optimizer Muon steps; other optimizers have no such group
+Kind = Literal["decay", "no_decay", "last_layer", "matrices"]
+MATRICES: Kind = "matrices"  # the kind of group that the optimizer Muon steps; other optimizers have no such group
+TRUNK = "trunk."  # prefix of the trunk's parameters, and of groups that hold nothing else
 
 
 class Matrix(NamedTuple):
@@ -24,8 +31,8 @@ class Matrix(NamedTuple):
 
 def parameter_groups(
     module: nn.Module, decay: Literal["weights", "all"] = "weights", matrices: Collection[str] = ()
-) -> dict[str, Group]:
-    """Return the optimizer group of every trainable parameter, by name.
+) -> dict[str, Kind]:
+    """Return the kind of optimizer group of every trainable parameter, by name.
 
     "no_decay": biases, 1-D tensors, and Swin V2's temperatures and position-bias network. "last_layer": the heads'
     prototypes with their gains, which decay (the gains are 2-D) but are frozen during the first epochs. "decay": all
@@ -36,9 +43,60 @@ def parameter_groups(
         decay: `optim.decay`. With "all", the parameters of "no_decay" are in "decay".
         matrices: names of the parameters of "decay" that are in "matrices" instead.
     """
-    groups = {name: _group(name, p) for name, p in module.named_parameters() if p.requires_grad}
-    groups |= dict.fromkeys(matrices, MATRICES)
-    return {name: "decay" if decay == "all" and group == "no_decay" else group for name, group in groups.items()}
+    kinds = {name: _kind(name, p) for name, p in module.named_parameters() if p.requires_grad}
+    kinds |= dict.fromkeys(matrices, MATRICES)
+    return {name: "decay" if decay == "all" and kind == "no_decay" else kind for name, kind in kinds.items()}
+
+
+def optimizer_groups(
+    network: nn.Module, trunk: Trunk, optim: Optim, matrices: Collection[str] = ()
+) -> dict[str, list[str]]:
+    """Return the names of the trainable parameters of each optimizer group, by the group's name.
+
+    Args:
+        network: the module that holds the trunk as `trunk`, with whole parameters (not partitioned by ZeRO 3).
+        matrices: names of the parameters that Muon steps.
+    """
+    depths, _ = trunk_depths(trunk)
+    groups: dict[str, list[str]] = {}
+    for name, kind in parameter_groups(network, optim.decay, matrices).items():
+        prefix = ""
+        if name.startswith(TRUNK) and (optim.layer_decay < 1 or optim.freeze_trunk_steps):
+            prefix = f"{TRUNK}{depths[name.removeprefix(TRUNK)]}." if optim.layer_decay < 1 else TRUNK
+        groups.setdefault(prefix + kind, []).append(name)
+    return dict(sorted(groups.items(), key=lambda item: get_args(Kind).index(kind_of(item[0]))))
+
+
+def kind_of(group: str) -> Kind:
+    """Return the kind of the optimizer group of this name."""
+    return cast(Kind, group.rpartition(".")[2])
+
+
+def lr_scale(group: str, trunk: Trunk, layer_decay: float) -> float:
+    """Return the factor of the learning rate of the optimizer group of this name: layer_decay^(n + 1 − depth) for
+    parameters of the trunk with n blocks, 1 for others."""
+    depth = group.split(".")[1] if group.startswith(TRUNK) else ""
+    if not depth.isdecimal():
+        return 1.0
+    _, deepest = trunk_depths(trunk)
+    return float(layer_decay ** (deepest - int(depth)))
+
+
+def trunk_depths(trunk: Trunk) -> tuple[dict[str, int], int]:
+    """Return the depth of every parameter of a trunk with n blocks, by its name within the trunk, and the largest, n + 1.
+
+    Parameters of the i-th block that runs have depth i, from 1. Others have the depth of the last block that is listed
+    before them: 0 for the patch embedding, positions and tokens, the depth of a stage's last block for the merging or
+    embedding that follows it, and n + 1 for the final norm.
+    """
+    of_block = {id(p): i for i, block in enumerate(trunk.blocks, start=1) for p in block.parameters()}
+    last = len(trunk.blocks)
+    depths, passed = {}, 0
+    for name, p in trunk.named_parameters():
+        own = of_block.get(id(p))
+        passed = max(passed, own or 0)
+        depths[name] = own if own is not None else passed if passed < last else last + 1
+    return depths, last + 1
 
 
 def hidden_matrices(trunks: Sequence[Trunk], network: nn.Module) -> list[Matrix]:
@@ -59,7 +117,7 @@ def hidden_matrices(trunks: Sequence[Trunk], network: nn.Module) -> list[Matrix]
         if not isinstance(module, nn.Linear | nn.Conv2d) or getattr(module, "groups", 1) > 1:
             continue
         name, weight = f"{path}.weight", module.weight
-        if id(weight) in first or not weight.requires_grad or _group(name, weight) != "decay":
+        if id(weight) in first or not weight.requires_grad or _kind(name, weight) != "decay":
             continue
         count = _stacked(path)
         rows, columns = len(weight) // count, math.prod(weight.shape[1:])
@@ -103,7 +161,7 @@ def _stacked(path: str) -> int:
     return 3 if "qkv" in last else 2 if last[-1] == "kv" else 1
 
 
-def _group(name: str, parameter: Tensor) -> Group:
+def _kind(name: str, parameter: Tensor) -> Kind:
     if ".last_layer." in f".{name}":
         return "last_layer"
     dimensions = parameter.ndim

@@ -29,6 +29,14 @@ class Schedules:
         warmup = int(optim.warmup_epochs * self.steps_per_epoch)
         return self._move(step, self.config.peak_lr, optim.lr_end, warmup)
 
+    def trunk_lr(self, step: int) -> float:
+        """Return the learning rate of the trunk at a step: `lr`, but at most that of a warm-up that begins when the trunk is
+        no longer frozen."""
+        optim = self.config.optim
+        warmup, since = int(optim.warmup_epochs * self.steps_per_epoch), step - optim.freeze_trunk_steps
+        lr = self.lr(step)
+        return min(lr, linspace(0.0, self.config.peak_lr, warmup, max(since, 0))) if since < warmup else lr
+
     def weight_decay(self, step: int) -> float:
         """Return the weight decay at a step."""
         optim = self.config.optim
@@ -56,6 +64,10 @@ class Schedules:
     def last_layer_frozen(self, step: int) -> bool:
         """Return whether the last layer is frozen at a step."""
         return step // self.steps_per_epoch < self.config.optim.freeze_last_layer_epochs
+
+    def trunk_frozen(self, step: int) -> bool:
+        """Return whether the trunk is frozen at a step."""
+        return step < self.config.optim.freeze_trunk_steps
 
 
 def warmup_cosine(step: int, total: int, base: float, end: float, warmup: int = 0) -> float:

@@ -31,7 +31,14 @@ from esvit_scale.objective.network import (
     build_student,
     build_teacher,
 )
-from esvit_scale.objective.param_groups import MATRICES, Matrix, hidden_matrices, largest_of_each_part, parameter_groups
+from esvit_scale.objective.param_groups import (
+    TRUNK,
+    hidden_matrices,
+    kind_of,
+    largest_of_each_part,
+    lr_scale,
+    optimizer_groups,
+)
 from esvit_scale.objective.registry import check_local_batch
 from esvit_scale.parallel import activation_checkpointing, compilation, ds_config, optimizers, zero
 from esvit_scale.parallel.buffers import cast_buffers_to_fp32, persistent_buffers
@@ -57,6 +64,7 @@ class Engines(NamedTuple):
     layout: Layout  # of the student, at the run's ZeRO stage
     dtype: torch.dtype  # of the weights that the forward uses
     moments: dict[str, tuple[str, ...]]  # group → names of the tensors kept per parameter, such as `exp_avg`
+    lr_scales: dict[str, float]  # group → factor of its learning rate (`optim.layer_decay`)
 
     @property
     def partitions(self) -> list[Partition]:
@@ -98,7 +106,7 @@ def build(config: Config, world: World, given: dict[str, Tensor], of_teacher: di
     for trunk in module.trunks:
         activation_checkpointing.apply(trunk, config.train.activation_checkpointing, in_autocast)
     matrices = hidden_matrices(meta.trunks, meta) if config.optim.name == "muon" else []
-    groups = _names_of_groups(config, meta, matrices)
+    groups = optimizer_groups(meta, meta.trunk, config.optim, {m.name for m in matrices})
     optimizer = optimizers.build(config.optim, _param_groups(module, groups), layout_type.steps_flat_tensors)
     student, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=ds, dist_init_required=False)
     layout = layout_type(student, ds)
@@ -125,8 +133,9 @@ def build(config: Config, world: World, given: dict[str, Tensor], of_teacher: di
         frozen = FrozenTeacher(layout, lambda: build_frozen_teacher(config, meta.objective), of_teacher)
     group_of = {name: group for group, members in groups.items() for name in members}
     moments = {group: optimizers.moments(config.optim.name, group) for group in groups}
+    scales = {group: lr_scale(group, meta.trunk, config.optim.layer_decay) for group in groups}
     engines = Engines(
-        student, optimizer, group_of, teacher, gram, frozen, clipper, layout, weight_dtype(config), moments
+        *(student, optimizer, group_of, teacher, gram, frozen, clipper, layout, weight_dtype(config), moments, scales)
     )
     if config.train.compile:
         for network in engines._replace(frozen=None).networks:  # its blocks are not those that ZeRO 3 gathers whole
@@ -149,16 +158,27 @@ def _trunks(network: nn.Module) -> list[Trunk]:
     return cast(list[Trunk], network.trunks)
 
 
-def set_lr_and_weight_decay(engines: Engines, lr: float, weight_decay: float) -> None:
-    """Set the learning rate of all parameter groups, and the weight decay of those that decay, for the next step."""
+def set_lr_and_weight_decay(engines: Engines, lr: float, trunk_lr: float, weight_decay: float) -> None:
+    """Set the learning rate of all parameter groups, and the weight decay of those that decay, for the next step.
+
+    Args:
+        trunk_lr: learning rate of the trunk, where it has groups of its own; each has it times its `lr_scales`.
+    """
     for group in engines.student.optimizer.param_groups:
-        group["lr"] = lr
-        group["weight_decay"] = 0.0 if group["name"] == "no_decay" else weight_decay
+        name = group["name"]
+        group["lr"] = (trunk_lr if name.startswith(TRUNK) else lr) * engines.lr_scales[name]
+        group["weight_decay"] = 0.0 if kind_of(name) == "no_decay" else weight_decay
 
 
 @ranges.named("optimizer step")
 def take_step(
-    engines: Engines, loss: Tensor, *, freeze_last_layer: bool, measure_updates: bool, flags: int = 0
+    engines: Engines,
+    loss: Tensor,
+    *,
+    freeze_last_layer: bool,
+    measure_updates: bool,
+    flags: int = 0,
+    freeze_trunk: bool = False,
 ) -> bool:
     """Step the optimizer if the backward before was that of a step's last micro-batch; call it after every backward.
 
@@ -167,11 +187,12 @@ def take_step(
         freeze_last_layer: keep the prototypes and their optimizer state as they are.
         measure_updates: measure how far the weights move (`GradientClipper.take_changes`).
         flags: this rank's flags for all ranks (`GradientClipper.take_flags`).
+        freeze_trunk: keep the trunk and its optimizer state as they are (`optim.freeze_trunk_steps`).
 
     Returns:
         True when the weights moved: the loss and all gradients were finite on every rank.
     """
-    engines.clipper.prepare(loss, freeze_last_layer, measure_updates, flags)
+    engines.clipper.prepare(loss, freeze_last_layer, measure_updates, flags, freeze_trunk)
     engines.student.step()
     return bool(engines.student.was_step_applied()) and engines.clipper.take_finite()
 
@@ -194,13 +215,6 @@ def _network_on_meta(config: Config, world_size: int) -> Network:
         network = build_network(config)
     check_local_batch(network.objective, config, world_size)
     return network
-
-
-def _names_of_groups(config: Config, module: nn.Module, matrices: list[Matrix]) -> dict[str, list[str]]:
-    """Return the names of the trainable parameters of each optimizer group."""
-    group_of = parameter_groups(module, config.optim.decay, {m.name for m in matrices})
-    groups = ("decay", "no_decay", "last_layer", *([MATRICES] if matrices else []))
-    return {group: [n for n, g in group_of.items() if g == group] for group in groups}
 
 
 def _param_groups(module: nn.Module, groups: dict[str, list[str]]) -> list[dict[str, Any]]:

@@ -1,8 +1,7 @@
-"""Hooks between ZeRO's reduction of gradients and the optimizer's step: they clip gradients, freeze the last layer, and
-skip a step whose loss or gradients are not finite.
+"""Hooks between ZeRO's reduction of gradients and the optimizer's step: they clip gradients, freeze parts, and skip a step whose loss or gradients are not finite.
 
 They are step hooks of the base optimizer (`register_step_pre_hook`), the one place that sees exact gradients at every
-ZeRO stage. The last layer is frozen by hiding its gradients from the optimizer, because with lr = 0 its moments would
+ZeRO stage. The last layer and the trunk are frozen by hiding their gradients from the optimizer, because with lr = 0 its moments would
 still change, and changes of `requires_grad` confuse ZeRO's buckets.
 
 The first hook call of a step decides whether the step happens, from the loss and the gradients of *all* parameter
@@ -20,9 +19,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from esvit_scale.objective.param_groups import TRUNK, kind_of
 from esvit_scale.parallel.zero import Layout, Partition
 
-FREEZABLE = "last_layer"  # the `name` of the parameter group that `prepare` can freeze
 FLAGS = 8  # bits of the flags that ranks exchange
 
 
@@ -51,7 +50,7 @@ class GradientClipper:
         """Register the hooks on the base optimizer. They scale gradients down to a norm of at most `clip`, of each
         parameter or of all together; None: no clipping."""
         self._loss: Tensor | None = None
-        self._freeze = self._measure = False
+        self._freeze_last_layer = self._freeze_trunk = self._measure = False
         self._own_flags = 0
         self._flags: int | None = None  # of all ranks
         self.names, self.watched, self.device = names, watched, device
@@ -70,17 +69,25 @@ class GradientClipper:
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
 
-    def prepare(self, loss: Tensor, freeze_last_layer: bool, measure_updates: bool, flags: int = 0) -> None:
+    def prepare(
+        self,
+        loss: Tensor,
+        freeze_last_layer: bool,
+        measure_updates: bool,
+        flags: int = 0,
+        freeze_trunk: bool = False,
+    ) -> None:
         """Set what the hooks do in the next step of the optimizer.
 
         Args:
             loss: this rank's loss; the step is skipped if it is not finite on some rank.
-            freeze_last_layer: keep values and optimizer state of the group FREEZABLE as they are.
+            freeze_last_layer: keep values and optimizer state of the prototypes as they are.
             measure_updates: measure the updates of the watched parameters, for `take_changes`.
             flags: this rank's flags for all ranks, up to FLAGS bits.
+            freeze_trunk: keep values and optimizer state of the trunk as they are; it needs parameter groups of its own.
         """
-        self._loss, self._freeze, self._measure = loss, freeze_last_layer, measure_updates
-        self._own_flags = flags
+        self._loss, self._measure, self._own_flags = loss, measure_updates, flags
+        self._freeze_last_layer, self._freeze_trunk = freeze_last_layer, freeze_trunk
 
     def take_squares(self) -> Tensor:
         """Return, and forget, the last step's squared gradient norm of every parameter [number of parameters], before
@@ -121,10 +128,16 @@ class GradientClipper:
             return
         self._scale(owned, squares.sqrt())
         for group in optimizer.param_groups:
-            if self._freeze and group["name"] == FREEZABLE:
+            if self._is_frozen(group["name"]):
                 self._withhold(group["params"])
         if self._measure:
             self._before = [(p, p.master.clone()) for p in owned if p.name in self._watched]
+
+    def _is_frozen(self, group: str) -> bool:
+        """Return whether the parameter group of this name does not move in this step."""
+        if self._freeze_trunk and group.startswith(TRUNK):
+            return True
+        return self._freeze_last_layer and kind_of(group) == "last_layer"
 
     def _withhold(self, flats: list[Tensor]) -> None:
         """Hide gradients from the optimizer, so that it changes neither values nor moments nor its step count."""

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from esvit_scale import ranges
 from esvit_scale.config import Optim
-from esvit_scale.objective.param_groups import MATRICES, Matrix
+from esvit_scale.objective.param_groups import MATRICES, Matrix, kind_of
 from esvit_scale.parallel import collectives
 from esvit_scale.parallel.zero import Partition
 
@@ -56,14 +56,14 @@ def newton_schulz(matrices: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for the parameter group MATRICES, and torch's fused AdamW for the other groups.
+    """Muon for the parameter groups of the kind MATRICES, and torch's fused AdamW for the other groups.
 
     Call `own` before the first step.
     """
 
     def __init__(self, groups: list[dict[str, Any]], config: Optim) -> None:
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0})
-        others = [group for group in self.param_groups if group["name"] != MATRICES]
+        others = [group for group in self.param_groups if kind_of(group["name"]) != MATRICES]
         # AdamW shares these groups, and so their tensors, lr and weight decay; `step` gives it the state, too.
         self._adamw = torch.optim.AdamW(others, lr=0.0, betas=config.betas, fused=True) if others else None
         self._momentum = config.muon_momentum
@@ -79,7 +79,7 @@ class Muon(torch.optim.Optimizer):
         """Set what the tensors that this rank steps consist of; all ranks call it.
 
         Args:
-            matrices: all matrices of the group MATRICES, in the same order on every rank.
+            matrices: all matrices of these groups, in the same order on every rank.
             partitions: the intervals of parameters that this rank owns.
             stepped: the tensor that is stepped for every parameter (`Layout.stepped_tensors`).
             device: where matrices are orthogonalised and exchanged.
@@ -95,9 +95,9 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update every tensor that has a gradient; all ranks call it. `closure` is not used."""
         for group in self.param_groups:
-            if group["name"] == MATRICES:
+            if kind_of(group["name"]) == MATRICES:
                 self._step_matrices(group, [flat for flat in group["params"] if flat.grad is not None])
-        others = [group for group in self.param_groups if group["name"] != MATRICES]
+        others = [group for group in self.param_groups if kind_of(group["name"]) != MATRICES]
         if self._adamw is not None and others:
             self._adamw.param_groups, self._adamw.state = others, self.state
             self._adamw.step()

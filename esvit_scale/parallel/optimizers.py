@@ -17,7 +17,7 @@ from torch import Tensor
 
 from esvit_scale.config import Optim
 from esvit_scale.errors import UserError
-from esvit_scale.objective.param_groups import MATRICES
+from esvit_scale.objective.param_groups import MATRICES, kind_of
 from esvit_scale.parallel.muon import Muon
 from esvit_scale.parallel.zero import Partition
 
@@ -38,7 +38,7 @@ LAMB_EPS = 1e-6  # as apex's; AdamW's is 1e-8
 
 def moments(name: str, group: str) -> tuple[str, ...]:
     """Return the names of the tensors that the optimizer `name` keeps for each parameter of a parameter group."""
-    return _MOMENTS_OF_MATRICES if group == MATRICES else MOMENTS[name]
+    return _MOMENTS_OF_MATRICES if kind_of(group) == MATRICES else MOMENTS[name]
 
 
 def build(config: Optim, groups: list[dict[str, Any]], flat: bool) -> torch.optim.Optimizer:
@@ -116,7 +116,7 @@ class LayerWise(torch.optim.Optimizer):
         updates = [self._update(flat, group) for group, flat in stepped]
         trusts = self._trusts(stepped, updates)
         for (group, flat), update in zip(stepped, updates, strict=True):
-            if group["name"] != "no_decay":
+            if kind_of(group["name"]) != "no_decay":
                 for p in self._by_flat[id(flat)]:
                     p.within(update).mul_(trusts[self._index[p.name]])
             if not self._lamb:

@@ -23,6 +23,7 @@ NOT_DRAWN = (
     "top1_low",
     "top1_high",
     "held_out_images",
+    "guard_below",
 )
 
 
@@ -44,7 +45,11 @@ GROUPS = (
         "Quality",
         "Accuracy of a k-NN vote with the teacher's features on held-out images, from 0 to 1; dashed: the untrained trunk and "
         "raw pixels on the same images. A fall while the loss looks well is the first sign of an instability.",
-        {"knn_top1": ("k-NN on held-out images", GREEN)},
+        {
+            "knn_top1": ("k-NN on held-out images", GREEN),
+            "held_out_rank": ("effective rank on held-out images", BLUE),
+            "neighbours_kept": ("neighbours kept from the start", VIOLET),
+        },
     ),
     Group(
         "Accuracy",

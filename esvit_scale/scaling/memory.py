@@ -31,7 +31,7 @@ from esvit_scale.models.heads import Prototypes
 from esvit_scale.objective import costs
 from esvit_scale.objective.costs import Checkpointing
 from esvit_scale.objective.network import Network, build_frozen_teacher, build_network
-from esvit_scale.objective.param_groups import MATRICES, hidden_matrices, parameter_groups
+from esvit_scale.objective.param_groups import MATRICES, TRUNK, hidden_matrices, kind_of, optimizer_groups
 from esvit_scale.objective.prototype_tiles import CPU_TILE_BYTES, GPU_TILE_SHARE
 from esvit_scale.parallel import optimizers
 from esvit_scale.parallel.ds_config import BUCKET, accumulates_in_fp32, bucket_elements
@@ -59,7 +59,7 @@ class ElementCounts(NamedTuple):
     @property
     def matrices(self) -> int:
         """Return the number of elements of the matrices that Muon orthogonalises, 0 for other optimizers."""
-        return sum(self.groups.get(MATRICES, []))
+        return sum(sum(sizes) for name, sizes in self.groups.items() if kind_of(name) == MATRICES)
 
 
 class Memory(NamedTuple):
@@ -107,13 +107,13 @@ def network_of(config: Config) -> ElementCounts:
         network = build_network(config)
     muon = config.optim.name == "muon"
     matrices = {m.name for m in hidden_matrices(network.trunks, network)} if muon else set()
-    group_of = parameter_groups(network, matrices=matrices)
+    parameters = dict(network.named_parameters())
     sizes: dict[str, list[int]] = {}
     trunk: dict[str, list[int]] = {}
-    for name, parameter in network.named_parameters():
-        if name in group_of:
-            for of_part in (sizes, trunk) if name.startswith("trunk.") else (sizes,):
-                of_part.setdefault(group_of[name], []).append(parameter.numel())
+    for group, names in optimizer_groups(network, network.trunk, config.optim, matrices).items():
+        sizes[group] = [parameters[name].numel() for name in names]
+        if of_trunk := [parameters[name].numel() for name in names if name.startswith(TRUNK)]:
+            trunk[group] = of_trunk
     count = lambda module: sum(p.numel() for p in module.parameters())  # noqa: E731
     prototypes = [m.weight_v.numel() for o in network.objectives for m in o.modules() if isinstance(m, Prototypes)]
     moments = {group: len(optimizers.moments(config.optim.name, group)) for group in sizes}

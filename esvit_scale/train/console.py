@@ -40,17 +40,19 @@ class ConsoleHandler(logging.StreamHandler[Any]):
 class Console:
     """The progress display of rank 0."""
 
-    def __init__(self, total_steps: int, step: int, knn: float | None = None) -> None:
+    def __init__(self, total_steps: int, step: int, knn: float | None = None, from_weights: bool = False) -> None:
         """
         Args:
             total_steps: number of steps of the run.
             step: number of steps that are done.
             knn: the k-NN accuracy that was measured last; None if none was.
+            from_weights: whether the run starts from weights, and not from an untrained trunk.
         """
         self._total, self._start, self._began = total_steps, step, time.monotonic()
         self._first_done: tuple[int, float] | None = None  # the first step of this start, and when it was done
         self._has_estimated = False
         self._knn = "" if knn is None else _knn_text(knn)
+        self._at_step_0 = "with the weights at the start" if from_weights else "with the untrained trunk"
         self._bar = self._figures = None
         if sys.stderr.isatty():
             tqdm.monitor_interval = 0  # no thread: loader processes are forked while the bar is there
@@ -74,13 +76,17 @@ class Console:
         if "knn_top1" in row:
             self._knn = _knn_text(row["knn_top1"])
             pixels = row.get("knn_top1_pixels")
-            note = "" if row["step"] else " with the untrained trunk"
+            note = "" if row["step"] else f" {self._at_step_0}"
             note += f"; {100 * pixels:.1f} % with raw pixels" if pixels is not None else ""
             if self._bar is not None or "loss" not in row:  # elsewhere, the line of the row has it
                 log.info("step %d/%d · %s on held-out images%s", row["step"], self._total, self._knn, note)
         if "top1" in row:
             self._knn = f"top-1 {100 * row['top1']:.1f} %"
             log.info("step %d/%d · %s on held-out images", row["step"], self._total, accuracies.in_words(row))
+        if "neighbours_kept" in row:
+            self._knn = f"rank {row['held_out_rank']:.1f} · {100 * row['neighbours_kept']:.0f} % of neighbours kept"
+            if self._bar is not None or "loss" not in row:
+                log.info("step %d/%d · %s on held-out images", row["step"], self._total, self._knn)
         if "loss" not in row:
             return
         text = figures(row, self._knn)

@@ -60,7 +60,8 @@ class Measurements:
 
 @dataclass
 class KnnHistory(Measurements):
-    """The k-NN accuracies of a run on its held-out images; that of step 0 is the untrained trunk's.
+    """The k-NN accuracies of a run on its held-out images; that of step 0 is the untrained trunk's, or that of the
+    weights from which the run starts.
 
     Attributes:
         pixels: the accuracy of raw pixels on the same images; None if it is not known.
@@ -79,7 +80,7 @@ class KnnHistory(Measurements):
         """The accuracy at step 0."""
         return next((accuracy for step, accuracy in self.measured if step == 0), None)
 
-    def on(self, held_out: str, images: int, pixels: float, largest_class: float) -> "KnnHistory":
+    def on(self, held_out: str, images: int, pixels: float | None, largest_class: float | None) -> "KnnHistory":
         """Return the history of a run that measures on the given images from now on: an empty one if they are others.
 
         They count as the same ones where they lie in the same place, or are as many, with the same accuracy of raw pixels.
@@ -164,21 +165,23 @@ def verdict(config: Config, history: KnnHistory, run: "RunFacts") -> list[str]:
     best_step, best = history.best
     parts = [f"{100 * accuracy:.1f} % trained (step {step})"]
     parts += [f"{100 * best:.1f} % at best (step {best_step})"] if best_step != step else []
-    parts += [f"{100 * value:.1f} % {name}" for name, value in _baselines(history)]
-    parts += ["untrained not measured on these images"] if history.untrained is None else []
+    parts += [f"{100 * value:.1f} % {name}" for name, value in _baselines(history, config)]
+    start = "start" if config.model.init_from else "untrained"
+    parts += [f"{start} not measured on these images"] if history.untrained is None else []
     images = f"{history.images:,} held-out images" if history.images else "held-out images"
     found = [f"k-NN on {images}: {', '.join(parts)}"]
-    problems = list(_nothing_gained(history, best))
+    trunk = "the weights at the start" if config.model.init_from else "the untrained trunk"
+    problems = list(_nothing_gained(history, best, trunk))
     if not problems:
         return found
     return [*found, *problems, "the likeliest reasons:", *(f"- {reason}" for reason in reasons(config, run))]
 
 
-def _nothing_gained(history: KnnHistory, best: float) -> Iterator[str]:
-    """Yield a line for every baseline that the best accuracy of a run does not exceed."""
+def _nothing_gained(history: KnnHistory, best: float, trunk: str) -> Iterator[str]:
+    """Yield a line for every baseline that the best accuracy of a run does not exceed; `trunk` names that of step 0."""
     margin = history.margin()
     if history.untrained is not None and (gain := best - history.untrained) <= margin:
-        compared = points_in_words(100 * gain, "the untrained trunk")
+        compared = points_in_words(100 * gain, trunk)
         told = f": {history.images:,} images tell differences above {100 * margin:.1f} points" if margin else ""
         chance, nothing = f"{compared} at best, which may be chance{told}", f"nothing was gained: {compared} at best"
         yield chance if 100 * gain >= 0.05 else nothing
@@ -274,6 +277,8 @@ def _settings_that_cannot_work(config: Config, run: RunFacts) -> Iterator[str]:
         cure = f"try objective.prototypes={fewer}" if fewer < run.prototypes else "more images would help"
         yield f"{run.prototypes:,} prototypes for {run.images:,} images: most will never be a target; {cure}"
     total = config.train.steps or config.train.epochs * run.steps_per_epoch
+    if total <= (still := config.optim.freeze_trunk_steps):
+        yield f"the trunk stands still for {still:,} of {total:,} steps, so never learns; set a smaller optim.freeze_trunk_steps"
     gram, start = config.objective.gram_weight, config.objective.gram_start
     if gram and start is not None and start >= total:
         yield f"Gram anchoring begins after {start:,} of {total:,} steps, so never; set a smaller objective.gram_start"
@@ -292,9 +297,9 @@ def _sizes_with_one_token(config: Config, run: RunFacts) -> list[int]:
     return [size for size in sorted(set(config.crop_sizes), reverse=True) if run.tokens.get(size) == 1]
 
 
-def _baselines(history: KnnHistory) -> Sequence[tuple[str, float]]:
+def _baselines(history: KnnHistory, config: Config) -> Sequence[tuple[str, float]]:
     named = (
-        ("untrained", history.untrained),
+        ("at the start" if config.model.init_from else "untrained", history.untrained),
         ("raw pixels", history.pixels),
         ("always guessing the largest class", history.largest_class),
     )

@@ -56,6 +56,7 @@ class MetricLogger:
             config: the run's, for a record at W&B if it asks for one; None: no such record.
         """
         self._active, self._config = active, config
+        self._from_weights = config is not None and config.model.init_from is not None
         self.bad = 0
         self._run, self._total = run, total_steps
 
@@ -75,7 +76,7 @@ class MetricLogger:
         self._quarantine = RowFile(self._run / "quarantine.jsonl")
         self._board = TensorBoard(self._run / "tensorboard", step)
         self._wandb = tracking.Wandb(self._run, self._config) if self._config and self._config.train.wandb else None
-        self._console = Console(self._total, step, self._last_knn())
+        self._console = Console(self._total, step, self._last_knn(), self._from_weights)
 
     def _last_knn(self) -> float | None:
         """Return the k-NN accuracy that was measured last; None if this start measures none, or on other images."""

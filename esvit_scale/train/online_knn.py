@@ -1,5 +1,5 @@
-"""The teacher's k-NN accuracy on a few labelled images during training. In an unstable run, it falls before the loss
-shows anything.
+"""Measurements with the teacher on a few held-out images during training: its k-NN accuracy, and without labels what
+train.guard compares. In an unstable run, they fall before the loss shows anything.
 """
 
 from collections.abc import Iterator
@@ -19,6 +19,7 @@ from esvit_scale.evaluate.pixels import small_pixels
 from esvit_scale.parallel import collectives
 from esvit_scale.parallel.engine import Engines
 from esvit_scale.parallel.world import World
+from esvit_scale.train.structure import effective_rank, neighbours_of
 
 IMAGES = 1024  # at most, spread evenly over the held-out set
 NEIGHBOURS = 10
@@ -33,7 +34,8 @@ class OnlineKnn:
 
     Attributes:
         images: number of images of all ranks together.
-        largest_class: the fraction of them that is of the most frequent class.
+        has_labels: whether they have labels; without, `train.guard` alone can measure on them.
+        largest_class: the fraction of them that is of the most frequent class; None without labels.
     """
 
     def __init__(self, config: Config, world: World) -> None:
@@ -54,26 +56,43 @@ class OnlineKnn:
         own = torch.cat(labels)
         count = min(collectives.gather_objects(len(own)))
         unlabelled = any(collectives.gather_objects(bool((own < 0).any())))
-        if count * world.size < 2 * NEIGHBOURS or unlabelled:
+        self.has_labels = not unlabelled
+        if count * world.size < 2 * NEIGHBOURS or (unlabelled and config.train.guard == "off"):
             raise UserError(
                 f"data.held_out: {source}: needs at least {2 * NEIGHBOURS} readable images with labels "
-                "(class subfolders, or shards made from them)"
+                "(class subfolders, or shards made from them); train.guard also measures without labels"
             )
         self._images, self._labels = torch.cat(images)[:count], own[:count]
         self.images = count * world.size
         of_all = torch.cat(collectives.gather_objects(self._labels))
-        self.largest_class = of_all.bincount().max().item() / len(of_all)
+        self.largest_class = of_all.bincount().max().item() / len(of_all) if self.has_labels else None
 
-    @torch.no_grad()
     def accuracy(self, engines: Engines, autocast: torch.autocast) -> float:
         """Return the fraction of images that the vote of their neighbours classifies correctly. All ranks call it."""
-        with autocast:
-            mine = torch.cat([features.float() for features in self._features(engines)])  # [n, C]
-        return self._accuracy_of(mine)
+        return self._accuracy_of(self._features_of_rank(engines, autocast))
 
-    def pixels_accuracy(self) -> float:
-        """Return the accuracy of raw pixels instead of features. All ranks call it."""
+    def structure(self, engines: Engines, autocast: torch.autocast) -> tuple[float, Tensor]:
+        """Return the effective rank of the features, and the nearest neighbours of each image among the others as numbers
+        of images [images, NEIGHBOURS]. All ranks call it, and have rank 0's."""
+        parts = collectives.gather_objects(self._features_of_rank(engines, autocast).cpu())
+
+        def measure() -> tuple[float, Tensor]:
+            features = torch.cat(parts)
+            return effective_rank(features), neighbours_of(features, NEIGHBOURS, self._world.device)
+
+        return collectives.run_on_rank0_and_broadcast(measure)
+
+    def pixels_accuracy(self) -> float | None:
+        """Return the accuracy of raw pixels instead of features; None without labels. All ranks call it."""
+        if not self.has_labels:
+            return None
         return self._accuracy_of(torch.cat([small_pixels(images.float()) for images in self._images.split(BATCH)]))
+
+    @torch.no_grad()
+    def _features_of_rank(self, engines: Engines, autocast: torch.autocast) -> Tensor:
+        """Return the teacher's features of this rank's images [n, C]."""
+        with autocast:
+            return torch.cat([features.float() for features in self._features(engines)])
 
     def _accuracy_of(self, mine: Tensor) -> float:
         """Return the accuracy with this rank's features [n, C]."""

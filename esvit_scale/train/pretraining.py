@@ -36,7 +36,7 @@ def pretrain(config: Config) -> int:
     Raises:
         UserError: data, batch, run dir or checkpoint do not fit (before any training), or too much of the data is bad.
         RestartCanHelp: a disk is full or does not answer, a rank is lost, or another process took the run over.
-        Diverged: loss or gradients were not finite for many steps in a row.
+        Diverged: loss or gradients were not finite for many steps in a row, or `train.guard` ended the run.
     """
     require_training_data(config)
     signals.begin_work()

@@ -40,7 +40,8 @@ def lines(
     if config.train.compile:
         found.append("train.compile: the first step compiles the trunk's blocks, which takes minutes")
     if config.train.knn_every and not facts.steps:
-        found.append("measuring k-NN with the untrained trunk and with raw pixels …")
+        what = "the weights at the start" if config.model.init_from else "the untrained trunk"
+        found.append(f"measuring k-NN with {what} and with raw pixels …")
     return found
 
 

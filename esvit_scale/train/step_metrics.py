@@ -8,6 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +24,20 @@ from esvit_scale.objective.schedules import Schedules
 from esvit_scale.parallel import collectives
 from esvit_scale.parallel.engine import Engines, autocast
 from esvit_scale.parallel.world import World
-from esvit_scale.train import accuracies, learning, mfu
+from esvit_scale.train import accuracies, guard, learning, mfu
 from esvit_scale.train.accuracies import AccuracyHistory
+from esvit_scale.train.guard import Guard
 from esvit_scale.train.learning import KnnHistory, Measurements, RunFacts
 from esvit_scale.train.metrics import TIME_FIELDS
 from esvit_scale.train.monitors import Monitors
+from esvit_scale.train.online_knn import OnlineKnn
+from esvit_scale.train.row_file import read_rows
 from esvit_scale.train.run_resources import RunResources
 from esvit_scale.train.slow_nodes import SlowNodes
+from esvit_scale.train.structure import effective_rank, kept, read_start, write_start
 
 GIB = 2**30
-RANK_ME_ROWS = 256  # features from which the effective rank is computed
+RANK_ME_ROWS = 256  # features of a step from which the effective rank is computed
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,7 @@ class StepMetrics:
     ) -> None:
         self._config, self._world, self._schedules = config, world, schedules
         self._engines, self._knn, self._accuracy = engines, run.knn, run.accuracy
-        self.knn, self.accuracies = KnnHistory(), AccuracyHistory()
+        self.knn, self.accuracies, self._guard = KnnHistory(), AccuracyHistory(), Guard(config.train)
         self._ideal_rate = collectives.run_on_rank0_and_broadcast(
             lambda: mfu.ideal_images_per_s(config, world.device, world.size)
         )
@@ -116,17 +121,18 @@ class StepMetrics:
             mirrored_step: returns the step of the newest checkpoint in train.mirror; None without a mirror.
 
         Returns:
-            The row of step 0, with the k-NN accuracies of the untrained trunk and of raw pixels; None if there is none.
+            The row of step 0, with what was measured on held-out images; None if there is none.
         """
-        self._facts, step, self._mirrored_step = facts, facts.steps, mirrored_step
+        self._facts, step, self._mirrored_step, self._run = facts, facts.steps, mirrored_step, run
         row: dict[str, Any] | None = None
         self.knn = collectives.run_on_rank0_and_broadcast(lambda: learning.read_history(run, step))
         self.accuracies = collectives.run_on_rank0_and_broadcast(lambda: accuracies.read_history(run, step))
         if self._knn is not None:
             pixels, largest_class = self._knn.pixels_accuracy(), self._knn.largest_class
             self.knn = self.knn.on(self._config.data.held_out, self._knn.images, pixels, largest_class)
+            self._guard = Guard(self._config.train, self._measured_before(self._knn, step))
             if step == 0:
-                row = {"step": 0, "images_seen": 0, **self._knn_accuracy(0)}
+                row = {"step": 0, "images_seen": 0, **self._on_held_out(0)}
         self._began, self._first_step = time.monotonic(), step
         self.restart_window(step)
         return row and row | {"time": time.time()}
@@ -135,6 +141,7 @@ class StepMetrics:
         """Begin to measure the next row's rates, when `step` steps are done; forget what was measured after it."""
         self.knn.cut(step)
         self.accuracies.cut(step)
+        self._guard.cut(step)
         self._window_began, self._window_step, self._wait_s = time.monotonic(), step, 0.0
         self._window_stopped_s = self._saver.stopped_s
 
@@ -175,7 +182,7 @@ class StepMetrics:
             **{f"images_seen_{name}": images for name, images in images_of_sets.items()},
         }
         tail = {
-            **self._knn_accuracy(step),
+            **self._on_held_out(step),
             **self._classifier_accuracy(step),
             "lr": schedules.lr(done),
             "wd": schedules.weight_decay(done),
@@ -223,7 +230,8 @@ class StepMetrics:
             **node_fields,
         }
         self._last_row = row
-        warnings = (*self._monitors.observe(row), begun.slow_worker, slow_node)
+        fallen = self._guard.begins() if guard.BELOW in row else None
+        warnings = (*self._monitors.observe(row), fallen, begun.slow_worker, slow_node)
         return row, [sentence for sentence in warnings if sentence]
 
     def _measured(self, result: StepResult) -> tuple[dict[str, list[str]], Tensor]:
@@ -265,13 +273,39 @@ class StepMetrics:
             return accuracies.verdict(self.accuracies)
         return learning.verdict(self._config, self.knn, replace(self._facts, steps=step))
 
-    def _knn_accuracy(self, step: int) -> dict[str, Any]:
+    def _measured_before(self, knn: OnlineKnn, step: int) -> list[guard.Measured]:
+        """Return what earlier starts measured on these images up to `step`, and find the neighbours at the first of them."""
+        if knn.has_labels:
+            return [(at, {"knn_top1": accuracy}) for at, accuracy in self.knn.measured]
+
+        def read() -> tuple[Tensor | None, list[guard.Measured]]:
+            start = read_start(self._run, self._config.data.held_out, knn.images, step)
+            rows = [row for row in read_rows(self._run / "metrics.jsonl") if row["step"] <= step]
+            return start, [] if start is None else guard.measured_in(rows)
+
+        self._start_neighbours, measured = collectives.run_on_rank0_and_broadcast(read)
+        return measured
+
+    def _on_held_out(self, step: int) -> dict[str, Any]:
+        """Measure on the held-out images if it is due at `step`, and return the fields for its row."""
         every = self._config.train.knn_every
         if self._knn is None or not every or (step % every and step != self._schedules.total_steps):
             return {}
-        accuracy = self._knn.accuracy(self._engines, autocast(self._config, self._world.device))
-        self.knn.add(step, accuracy)
-        return self.knn.fields(step)
+        context, fields, values = autocast(self._config, self._world.device), {}, {}
+        if self._knn.has_labels:
+            values = {"knn_top1": self._knn.accuracy(self._engines, context)}
+            self.knn.add(step, values["knn_top1"])
+            fields = self.knn.fields(step)
+        else:
+            rank, neighbours = self._knn.structure(self._engines, context)
+            held_out, start = self._config.data.held_out, self._start_neighbours
+            if start is None:
+                start = self._start_neighbours = neighbours
+                write = partial(write_start, self._run, held_out, step, neighbours)
+                collectives.run_on_rank0_and_broadcast(write)
+                fields = {"knn_images": self._knn.images, "knn_held_out": held_out}
+            values = {"held_out_rank": rank, "neighbours_kept": kept(neighbours, start)}
+        return fields | values | (self._guard.add(step, values) if self._config.train.guard != "off" else {})
 
     def is_measured(self, step: int) -> bool:
         """Return whether the accuracy of the classifier is measured at a step."""
@@ -290,8 +324,17 @@ class StepMetrics:
         return self.accuracies.measure(step, averaged, student)
 
     def is_best(self, step: int) -> bool:
-        """Return whether checkpoints/best is to name `step`: its accuracy was measured and is the best so far."""
-        return self._config.train.keep_best and self._history.is_best(step)
+        """Return whether checkpoints/best is to name `step`: its accuracy was measured and is the best so far, or, where the
+        guard measures without labels, nothing is too far below the start."""
+        is_guarded = self._config.train.guard != "off"
+        if self._knn is not None and not self._knn.has_labels:
+            return is_guarded and self._guard.holds_at(step)
+        return (self._config.train.keep_best or is_guarded) and self._history.is_best(step)
+
+    def guards_stop(self, step: int) -> str | None:
+        """Return why `train.guard` ends the run at `step`; None if it does not."""
+        stops = self._config.train.guard == "stop" and self._guard.has_fallen and self._guard.measured[-1][0] == step
+        return self._guard.sentence() if stops else None
 
     @property
     def _history(self) -> Measurements:
@@ -333,17 +376,3 @@ def update_ratios(squares: Tensor, names: Sequence[str]) -> dict[str, float]:
     [watched parameters, 2] and the parameters' names."""
     pairs = zip(names, squares.sqrt().tolist(), strict=True)
     return {f"update_ratio_{part_of(name)}": change / size for name, (change, size) in pairs if size > 0}
-
-
-def effective_rank(features: Tensor) -> float:
-    """Return the effective rank of the features [n, C]: how many dimensions they use (RankMe, Garrido et al. 2023).
-
-    It is exp of the entropy of the normalised singular values of at most RANK_ME_ROWS rows, and cannot exceed
-    min(rows, C). It is NaN when a feature is not finite.
-    """
-    some = features[:RANK_ME_ROWS].to("cpu", torch.float64)
-    if not torch.isfinite(some).all():
-        return float("nan")
-    values = torch.linalg.svdvals(some)
-    shares = values / values.sum().clamp_min(1e-12) + 1e-7
-    return float(torch.exp(-(shares * shares.log()).sum()))

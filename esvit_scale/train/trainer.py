@@ -100,7 +100,9 @@ class Trainer:
             self.engines.teacher,
             self.engines.student.module.objectives,
         )
-        engine.set_lr_and_weight_decay(self.engines, schedules.lr(step), schedules.weight_decay(step))
+        engine.set_lr_and_weight_decay(
+            self.engines, schedules.lr(step), schedules.trunk_lr(step), schedules.weight_decay(step)
+        )
         sums: dict[str, Tensor] = {}
         applied = False
         for micro_batch in micro_batches:
@@ -125,6 +127,7 @@ class Trainer:
                 self.engines,
                 sums["loss"],
                 freeze_last_layer=schedules.last_layer_frozen(step),
+                freeze_trunk=schedules.trunk_frozen(step),
                 measure_updates=measure_updates,
                 flags=flags(),
             )
@@ -182,7 +185,8 @@ class Trainer:
             dir (SIGUSR1, SIGTERM) or 130 (ctrl-C).
 
         Raises:
-            Diverged: loss or gradients stayed not finite, and going back to a checkpoint did not help.
+            Diverged: loss or gradients stayed not finite, and going back to a checkpoint did not help; or `train.guard`
+                ended the run.
             RestartCanHelp: a disk is full, or another process took the run over.
             UserError: too many images of the data cannot be used.
         """
@@ -198,6 +202,8 @@ class Trainer:
                 self._save_if_due()
                 if self.stop_requested():
                     return self._leave()
+                if problem := self._metrics.guards_stop(self.step):
+                    self._stop(Diverged(f"{self._run.path}: stopped at step {self.step}: {problem}"))
                 if self._metrics.has_stalled():
                     break
             self._finish()
@@ -275,7 +281,7 @@ class Trainer:
         else:
             self._note_skipped(batch, mine)
         if problem := self._replaced.problem():
-            self._stop(problem)
+            self._stop(UserError(f"stopped at step {self.step}: {problem}"))
 
     def _flags_of_rank(self, batch: Batch) -> Flag:
         minutes = self.config.train.checkpoint_minutes
@@ -413,15 +419,15 @@ class Trainer:
         for line in self._metrics.last_lines(self.step):
             self._log(logging.INFO, "%s", line)
 
-    def _stop(self, problem: str) -> NoReturn:
-        """Save the run, unless the last step was skipped, and raise UserError on all ranks because of its data."""
+    def _stop(self, error: UserError | Diverged) -> NoReturn:
+        """Save the run, unless the last step was skipped, and raise an error on all ranks because of its data or features."""
         self._write_row()
         if not self._rollbacks.skipped:
             self._save()
         self._saver.wait()
         with log_file_errors():
             self._write_summary(finished=False)
-        raise UserError(f"stopped at step {self.step}: {problem}")
+        raise error
 
     def _stop_because_of_labels(self, batch: Batch) -> NoReturn:
         """Raise UserError on all ranks because of labels from which nothing can be learned; this step is not saved."""

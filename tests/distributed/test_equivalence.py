@@ -36,7 +36,7 @@ TWO_RANKS: dict[str, dict[str, Any]] = {
     "zero3-fairscale": {"train__ds_config": "zero3", "train__activation_checkpointing": "fairscale"},
 }
 # Beside them: offloading, a partition inside each node (here two "nodes" of two ranks), layer-wise norms by segment,
-# a frozen patch embedding, and one run that a single process saved at step SAVE.
+# a frozen patch embedding with rates by depth and a trunk that waits, and one run that a single process saved at step SAVE.
 FOUR_RANKS: dict[str, dict[str, Any]] = {
     "zero0": {"train__ds_config": "zero0"},
     "zero1": {"train__ds_config": "zero1"},
@@ -51,7 +51,7 @@ OTHERS: dict[str, dict[str, Any]] = {  # each against its own reference: one pro
     "lamb": {"optim__name": "lamb"},
     "lars": {"optim__name": "lars", "optim__lr": 10.0},
     "sgd": {"optim__name": "sgd"},
-    "frozen": {"model__freeze_patch_embed": True},
+    "frozen": {"model__freeze_patch_embed": True, "optim__layer_decay": 0.7, "optim__freeze_trunk_steps": 3},
     "masked": {
         "objective__mask_weight": 1.0,
         "objective__koleo_weight": 0.1,

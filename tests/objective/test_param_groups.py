@@ -1,6 +1,19 @@
-from esvit_scale.config import validate
+from typing import Any
+
+import pytest
+import torch
+
+from esvit_scale.config import Optim, validate
+from esvit_scale.models.registry import TRUNKS
 from esvit_scale.objective.network import build_network
-from esvit_scale.objective.param_groups import parameter_groups, part_of
+from esvit_scale.objective.param_groups import (
+    hidden_matrices,
+    lr_scale,
+    optimizer_groups,
+    parameter_groups,
+    part_of,
+    trunk_depths,
+)
 
 SMALL = {
     "model": {"embed_dim": 8, "depths": [1, 1], "heads": [1, 2], "window": 4},
@@ -68,3 +81,49 @@ def test_parts_are_stages_or_blocks() -> None:
         "objective.view_head.mlp.0.weight": "view_head",
     }
     assert {name: part_of(name) for name in parts} == parts
+
+
+def on_meta(trunk: str) -> Any:
+    with torch.device("meta"):
+        return build_network(validate({"model": {"trunk": trunk}, "objective": {"prototypes": 16}}, where="test"))
+
+
+@pytest.mark.parametrize("name", [*TRUNKS, pytest.param("timm:convnext_atto", marks=pytest.mark.slow)])
+def test_depths_grow_from_the_patch_embedding_over_the_blocks_to_the_final_norm(name: str) -> None:
+    trunk = on_meta(name).trunk
+    depths, deepest = trunk_depths(trunk)
+    of = {id(p): depths[name] for name, p in trunk.named_parameters()}
+    assert depths.keys() == {name for name, _ in trunk.named_parameters()}
+    assert deepest == len(trunk.blocks) + 1 == sum(trunk.depths) + 1
+    assert {of[id(p)] for p in trunk.patch_projection.parameters()} == {0}
+    for i, block in enumerate(trunk.blocks, start=1):
+        assert {of[id(p)] for p in block.parameters()} == {i}
+    norm = getattr(trunk, "norm", None)  # timm's networks have theirs inside
+    assert all(of[id(p)] == deepest for p in (norm.parameters() if norm is not None else ()))
+    last_stage = sum(trunk.depths[:-1])  # what lies between stages learns no faster than the stage after it
+    assert all(d <= last_stage or d > deepest - 1 - trunk.depths[-1] for d in depths.values())
+
+
+def test_groups_have_one_rate_a_depth() -> None:
+    network = on_meta("swin_t")
+    trunk, decay = network.trunk, Optim(layer_decay=0.5)
+    matrices = {m.name for m in hidden_matrices([trunk], network)}
+    for muons in (set(), matrices):
+        groups = optimizer_groups(network, trunk, decay, muons)
+        names = [name for members in groups.values() for name in members]
+        assert sorted(names) == sorted(name for name, _ in network.named_parameters())  # each in one group
+        kinds = parameter_groups(network, matrices=muons)
+        rates = {name: lr_scale(group, trunk, 0.5) for group, members in groups.items() for name in members}
+        assert all(kinds[name] == group.split(".")[-1] for group, members in groups.items() for name in members)
+        assert rates["trunk.patch_embed.proj.weight"] == 0.5**13
+        assert (
+            rates["trunk.layers.1.blocks.1.attn.qkv.weight"] == rates["trunk.layers.1.downsample.norm.weight"] == 0.5**9
+        )
+        assert rates["trunk.norm.bias"] == rates["objective.view_head.mlp.0.weight"] == 1
+    for optim, expected in (
+        (Optim(), {"decay", "no_decay", "last_layer"}),
+        (Optim(freeze_trunk_steps=1), {"trunk.decay", "trunk.no_decay", "decay", "no_decay", "last_layer"}),
+    ):
+        groups = optimizer_groups(network, trunk, optim)
+        assert groups.keys() == expected
+        assert {lr_scale(group, trunk, 1.0) for group in groups} == {1.0}

@@ -81,3 +81,15 @@ def test_constant_schedules_agree_until_cooldown():
         assert a[40] == pytest.approx(end)
         assert a[35] == pytest.approx((a[5] + end) / 2)
         assert b[31:60] == [a[5]] * 29
+
+
+def test_trunk_warms_up_when_it_is_no_longer_frozen():
+    s = schedules(train={"steps": 70}, optim={"warmup_epochs": 2, "freeze_trunk_steps": 20})
+    assert [s.trunk_frozen(i) for i in range(70)] == [i < 20 for i in range(70)]
+    assert [s.trunk_lr(i) for i in range(20, 30)] == [s.lr(i - 20) for i in range(20, 30)]  # its beginning is the run's
+    assert s.lr(29) > s.trunk_lr(29) > 0.6 * s.config.peak_lr
+    assert [s.trunk_lr(i) for i in range(34, 70)] == [s.lr(i) for i in range(34, 70)]
+    assert all(s.trunk_lr(i) <= s.lr(i) for i in range(70))
+    plain = schedules(train={"steps": 70}, optim={"warmup_epochs": 2})
+    assert [plain.trunk_lr(i) for i in range(70)] == [plain.lr(i) for i in range(70)]
+    assert not plain.trunk_frozen(0)
