@@ -84,6 +84,8 @@ def read(path: Path) -> Weights:
         UserError: `path` does not exist, is damaged, or holds no weights that can be read; the message says what it is.
     """
     path = step_folders.follow_pointer(path)
+    if exported_folder.is_foreign(path):
+        return official.read(path / safetensors_file.FOLDER_WEIGHTS)
     if path.exists() and not path.is_dir() and not _is_our_file(path):
         return official.read(path)
     return read_ours(path)

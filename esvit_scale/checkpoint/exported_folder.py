@@ -34,6 +34,14 @@ def is_exported(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (safetensors_file.FOLDER_WEIGHTS, "model.onnx", ORIGIN_FILE))
 
 
+def is_foreign(folder: Path) -> bool:
+    """Return whether a folder has model.safetensors of another program, as repositories of Hugging Face do."""
+    path = folder / safetensors_file.FOLDER_WEIGHTS
+    if not path.is_file() or (folder / ORIGIN_FILE).exists():
+        return False
+    return not (weight_file.detect_format(path) == "safetensors" and safetensors_file.is_ours(path))
+
+
 def read(folder: Path) -> Weights:
     """Return the weights of an exported folder, which holds one network.
 

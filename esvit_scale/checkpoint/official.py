@@ -3,7 +3,7 @@
 A checkpoint is a pickle and is read with torch's `weights_only`. Objects other than tensors that the official trainer
 saves (its arguments, and numpy numbers in the optimizer's state) are ignored; a file that needs any other class is
 rejected. Files of a single trunk can be read too, as published by Swin, DeiT, DINO and timm, saved by torch or as
-safetensors; a classifier in such a file is dropped.
+safetensors, and Swin of Hugging Face transformers; a classifier in such a file is dropped.
 
 | official tensor name | our name |
 |---|---|
@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 NETWORKS = {"student": "module.", "teacher": ""}  # network → prefix of its tensors' names in an official checkpoint
 CENTERS = {"center": "view.values", "center_grid": "region.values"}
 _OFFICIAL_HEADS = {"head.": head_prefix("view_head"), "head_dense.": head_prefix("region_head")}
-_WRAPPERS = ("module.", "backbone.")
+_WRAPPERS = ("module.", "backbone.", "swin.")  # "swin.": of transformers' classifiers
 _SINGLE_NETWORK_KEYS = (
     "model",
     "state_dict",
@@ -226,7 +226,7 @@ def to_our_names(tensors: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[st
 
 
 def _strip_wrappers(name: str) -> str:
-    """Return a tensor's name without the prefixes of DDP and the multi-crop wrapper."""
+    """Return a tensor's name without the prefixes of DDP, of the multi-crop wrapper and of transformers' classifiers."""
     while name.startswith(_WRAPPERS):
         name = name.partition(".")[2]
     return name

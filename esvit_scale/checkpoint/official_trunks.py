@@ -2,7 +2,7 @@
 
 | family | our tensor names | assumed, because the shapes do not determine it |
 |---|---|---|
-| Swin | official (timm's can be read too) | crop size: 224 if that gives the same windows |
+| Swin | official (timm's and transformers' can be read too) | crop size: 224 if that gives the same windows |
 | CvT | official | heads 1, 3, 6, 12; window 7; crop size 224 |
 | ViL | see official_vil.py | crop size: 224 if that gives the same maps |
 | DeiT | official | heads of 64 channels |
@@ -35,6 +35,7 @@ from esvit_scale.checkpoint.official_shapes import (
 )
 from esvit_scale.checkpoint.positions import bicubic
 from esvit_scale.errors import UserError
+from esvit_scale.models import swin_forms
 from esvit_scale.models.cvt import S1
 from esvit_scale.models.swin import PATCH
 from esvit_scale.models.swin_variants import SHAPES
@@ -63,11 +64,14 @@ class Family(NamedTuple):
 
 
 def identify(path: Path, official: Tensors) -> tuple[Family, Tensors]:
-    """Return the family of a trunk whose tensors have official names, and these tensors under our names.
+    """Return the family of a trunk whose tensors have official names, or those of transformers' Swin, and these tensors
+    under our names.
 
     Raises:
         UserError: the trunk is of no known family; the message names the most similar one.
     """
+    if swin_forms.is_huggingface(official):
+        official = swin_forms.from_huggingface(official)
     found = next((family for family in FAMILIES if family.signature in official), None)
     if found is not None:
         return found, found.from_official(official)

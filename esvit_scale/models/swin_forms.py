@@ -14,7 +14,10 @@ Parameter names:
 """
 
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
+
+import torch
 
 from esvit_scale.errors import UserError
 from esvit_scale.models.descriptions import HuggingFaceForm, Tensors, TimmForm, TrunkCard
@@ -198,6 +201,29 @@ def _huggingface_names(name: str) -> list[str]:
     for ours, theirs in ((".self.q_bias", ".self.query.bias"), (".self.v_bias", ".self.value.bias")):
         name = name.replace(ours, theirs)
     return [name]
+
+
+def is_huggingface(names: Mapping[str, object]) -> bool:
+    """Return whether the names are those of transformers' Swin."""
+    return any(name.startswith("encoder.layers.0.blocks.0.attention.self.") for name in names)
+
+
+def from_huggingface(theirs: Tensors) -> Tensors:
+    """Return the tensors of a Swin V1 of transformers under our names.
+
+    Norms keep their weights: transformers' have an eps of 1e-5, ours of 1e-6.
+    """
+    ours: Tensors = {}
+    for name, tensor in theirs.items():
+        # Longest first, because one name can begin with another.
+        for pattern, replacement in sorted(_HUGGING_FACE, key=lambda pair: -len(pair[1])):
+            name = name.replace(replacement, pattern.replace("\\", "").removeprefix("^"))
+        ours[name] = tensor
+    for name in [name for name in ours if ".attn.query." in name]:
+        parts = [ours.pop(name.replace(".query.", f".{part}."), None) for part in ("query", "key", "value")]
+        if all(part is not None for part in parts):
+            ours[name.replace(".query.", ".qkv.")] = torch.cat(parts)  # type: ignore[arg-type]
+    return ours
 
 
 # --- what neither library supports -----------------------------------------------------------------------------------
