@@ -2,9 +2,9 @@
 
     python benchmarks/from_weights.py [--rows NAME …] [--steps 200] [--seed 0] [--without-labels] [--out DIR] [--json]
 
-The source is the teacher's trunk of the preset `demo`, as `esvit-scale demo` trains it. Each row continues from it with
-new heads on the demo's training patches and the overrides below; k-NN is measured on the demo's test patches, whose
-photographs' other halves the patches for training are from. The guard warns and does not end a run.
+The source is the teacher's trunk of the preset `demo` with SMALLER, which is trained first on the demo's training patches.
+Each row continues from it with new heads on the same patches and the overrides below; the guard measures on the demo's
+test patches, which are from the other halves of the photographs. It warns and does not end a run.
 """
 
 import argparse
@@ -25,6 +25,11 @@ from esvit_scale.data import samples, shard_writer, stream  # noqa: E402
 from esvit_scale.train import pretraining  # noqa: E402
 from esvit_scale.train.row_file import read_rows  # noqa: E402
 
+SMALLER = [
+    *("data.global_crops.size=32", "data.local_crops.0.size=16", "data.local_crops.0.count=2"),
+    *("model.depths=[1,1,2]", "model.heads=[1,2,4]"),
+]
+SOURCE_STEPS = 300
 ROWS: dict[str, list[str]] = {
     "plain": [],
     "lower rate": ["optim.lr=4e-4"],
@@ -53,8 +58,15 @@ def measure(
     out: Path, names: list[str], steps: int, seed: int, overrides: list[str], labels: bool = True
 ) -> list[dict[str, Any]]:
     """Train the source if it is not there, and continue from it; return one row per name and measure with its curve."""
-    config = demo.demo_config(out / "source", seed)
-    train, test = demo.write_shards(out / "source" / "shards", config)
+    precision = "bf16" if demo.has_fast_bf16() else "fp32"
+    common = [
+        f"seed={seed}",
+        f"train.precision={precision}",
+        *SMALLER,
+        f"data.train={out / 'source' / 'shards' / 'train'}",
+    ]
+    config = configs.resolve("demo", [*common, f"run_dir={out / 'source'}", f"train.steps={SOURCE_STEPS}"])
+    _, test = demo.write_shards(out / "source" / "shards", config)
     pretraining.pretrain(config)
     trunk = out / "trunk.safetensors"
     if not trunk.exists():
@@ -65,8 +77,8 @@ def measure(
     for name in names:
         run = out / (name.replace(" ", "-") + ("" if labels else "-without-labels"))
         given = [
-            *(f"run_dir={run}", f"seed={seed}", f"data.train={train}", f"data.held_out={test}"),
-            *(f"model.init_from={trunk}", f"train.precision={config.train.precision}", f"train.steps={steps}"),
+            *common,
+            *(f"run_dir={run}", f"data.held_out={test}", f"model.init_from={trunk}", f"train.steps={steps}"),
             *("train.knn_every=20", "train.guard=warn", *ROWS[name], *overrides),
         ]
         pretraining.pretrain(configs.resolve("demo", given))
