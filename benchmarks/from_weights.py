@@ -32,6 +32,7 @@ SMALLER = [
 SOURCE_STEPS = 300
 ROWS: dict[str, list[str]] = {
     "plain": [],
+    "ten times the rate": ["optim.lr=4e-2"],
     "lower rate": ["optim.lr=4e-4"],
     "frozen first": ["optim.freeze_trunk_steps=50"],
     "recipe": ["optim.lr=4e-4", "optim.layer_decay=0.75", "optim.freeze_trunk_steps=50"],
