@@ -81,6 +81,7 @@ EXTRAS = {
     "export": Extra(
         ("onnx", "onnxscript", "onnxruntime", "transformers"), "convert --to onnx", ("onnxruntime", "transformers")
     ),
+    "clip": Extra(("transformers",), "evaluate transfer: zero-shot by a CLIP's text tower"),
     "opencv": Extra(("opencv-python-headless",), "data.photometric: workers"),
     "s3": Extra(("s3fs",), "data.train=s3://…"),
     "tiff": Extra(("tifffile", "imagecodecs"), "TIFF other than 8-bit RGB"),

@@ -59,7 +59,8 @@ ONLY_IN = {
     "timm": {"models", "checkpoint"},
     "onnx": {"checkpoint"},
     "onnxscript": {"checkpoint"},
-    "transformers": set(),
+    "transformers": {"checkpoint"},
+    "huggingface_hub": {"checkpoint"},
     "triton": {"models", "objective"},
 }
 UNPICKLE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

@@ -9,6 +9,7 @@ from esvit_scale.checkpoint import (
     export,
     exported_folder,
     official,
+    outside,
     safetensors_file,
     state,
     state_file,
@@ -83,6 +84,8 @@ def read(path: Path) -> Weights:
     Raises:
         UserError: `path` does not exist, is damaged, or holds no weights that can be read; the message says what it is.
     """
+    if outside.is_outside(str(path)):
+        return outside.read(str(path))
     path = step_folders.follow_pointer(path)
     if exported_folder.is_foreign(path):
         return official.read(path / safetensors_file.FOLDER_WEIGHTS)
@@ -111,9 +114,10 @@ def load_trunk(path: Path) -> tuple[Trunk, Config]:
     Raises:
         UserError: as `read`.
     """
-    path = step_folders.follow_pointer(path)
-    if not path.exists() or (path.is_dir() and not exported_folder.is_exported(path)):
-        return state.load_teacher(step_folders.resolve(path))
+    if not outside.is_outside(str(path)):
+        path = step_folders.follow_pointer(path)
+        if not path.exists() or (path.is_dir() and not exported_folder.is_exported(path)):
+            return state.load_teacher(step_folders.resolve(path))
     found = read(path)
     tensors = found.networks.get("teacher") or next(iter(found.networks.values()))
     trunk = build_trunk(found.config)

@@ -82,6 +82,17 @@ def read(path: Path) -> Weights:
     return Weights(config, networks, _centers(path, content.get("dino_loss"), config, heads_in(networks[some])))
 
 
+def read_network(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file of one network under the names in the file, or the teacher's of several networks.
+
+    Raises:
+        UserError: as `read`, but of any architecture.
+    """
+    found = _networks(path, _load_file(path))
+    network = found.get("teacher") or next(iter(found.values()))
+    return {str(name): tensor for name, tensor in network.items() if isinstance(tensor, Tensor)}
+
+
 def write(path: Path, weights: Weights) -> None:
     """Write a checkpoint that the official scripts can load. It has no optimizer state, so they train from epoch 0.
 

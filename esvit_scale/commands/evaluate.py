@@ -91,6 +91,18 @@ def _add_transfer(evaluate: Any) -> None:
         metavar="F.json",
         help="transfer.json of another checkpoint to compare with (default: none)",
     )
+    backbone = (
+        "other weights to evaluate in the same way and compare with: timm:NAME@FILE (a network of timm and its file), "
+        "timm:NAME (from the Hugging Face cache), hf:FOLDER (of timm, or a CLIP of transformers), a .safetensors file or "
+        "anything else that --checkpoint takes; nothing is downloaded (default: none)"
+    )
+    transfer.add_argument("--backbone", nargs="+", default=[], metavar="B", help=backbone)
+    scores = "CSV file of published scores to show beside ours: model,dataset,setting,score,source (default: none)"
+    transfer.add_argument("--published", type=Path, metavar="F.csv", help=scores)
+    shots = "also learn from only N training images of each class, N at least 2, for each N (default: none)"
+    transfer.add_argument("--shots", type=positive, nargs="+", default=[], metavar="N", help=shots)
+    seeds = "random seeds that draw the --shots images and the held-out part, for a spread (default: 1)"
+    transfer.add_argument("--seeds", type=positive, default=1, metavar="S", help=seeds)
     _add_features(transfer)
 
 
@@ -316,8 +328,11 @@ def _linear(o: argparse.Namespace) -> int:
 def _transfer(o: argparse.Namespace) -> int:
     from esvit_scale.evaluate import transfer
 
-    options = _extraction_options(o, o.out)
-    on_all_ranks(lambda: transfer.run_transfer(o.list, o.checkpoint, o.out, options, o.root, o.baseline))
+    if 1 in o.shots:
+        raise UserError("--shots 1: one image of each class must be held out to select the penalty; nearest: --shots 2")
+    protocol, options = transfer.Protocol(o.seeds, tuple(sorted(set(o.shots)))), _extraction_options(o, o.out)
+    others = {"backbones": o.backbone, "published_scores": o.published, "protocol": protocol}
+    on_all_ranks(lambda: transfer.run_transfer(o.list, o.checkpoint, o.out, options, o.root, o.baseline, **others))
     return 0
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from esvit_scale import files
-from esvit_scale.checkpoint import convert, exported_folder, state, state_file, step_folders
+from esvit_scale.checkpoint import convert, exported_folder, outside, state, state_file, step_folders
 from esvit_scale.data import image_folder, stream
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data.pixel_format import RGB8, PixelFormat, pixel_format
@@ -186,6 +186,11 @@ def load_frozen_trunk(checkpoint: Path) -> FrozenTrunk:
     if baselines.is_baseline(str(checkpoint)):
         found = baselines.load(str(checkpoint))
         return FrozenTrunk(found.trunk, found.size, found.step, found.pixels, found.name)
+    if outside.is_outside(str(checkpoint)):
+        trunk, config = convert.load_trunk(checkpoint)
+        return FrozenTrunk(
+            trunk, config.data.global_crops.size, None, pixel_format(config.data), f"{config.model.trunk}, not ours"
+        )
     checkpoint = step_folders.follow_pointer(checkpoint)
     if not checkpoint.exists():
         raise UserError(

@@ -4,20 +4,28 @@ The protocol is ELEVATER's for frozen features (Li et al. 2022): a linear classi
 is searched from coarse to fine on the data set's `val` set, or on a fifth of `train` if there is none. Then the
 classifier is fitted to all of `train` and `val`, and scored once on `test`. The classifier is logistic regression,
 fitted to convergence, so that no learning rate or number of epochs needs to be searched.
+
+The same can be done with a few images of each class, and with other people's backbones beside the checkpoint
+(comparison.py), whose zero-shot accuracy is measured too where they have a text tower (zero_shot.py).
 """
 
 import hashlib
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from esvit_scale.checkpoint import outside
+from esvit_scale.checkpoint.text_tower import TextTower
 from esvit_scale.data.evaluation import items_of
+from esvit_scale.data.pixel_format import RGB8
 from esvit_scale.errors import RestartCanHelp, UserError
-from esvit_scale.evaluate import logistic
-from esvit_scale.evaluate.feature_cache import FeatureSet, source_digest, trunk_digest
+from esvit_scale.evaluate import comparison, logistic, published, zero_shot
+from esvit_scale.evaluate.feature_cache import FeatureSet, files_digest, source_digest, trunk_digest
 from esvit_scale.evaluate.features import ExtractionOptions, FrozenTrunk, extract, load_frozen_trunk
 from esvit_scale.evaluate.knn import write_result
 from esvit_scale.evaluate.labels import (
@@ -25,6 +33,7 @@ from esvit_scale.evaluate.labels import (
     check_finite,
     check_sets,
     match_classes,
+    sample_per_class,
     split_held_out,
     with_class_names,
 )
@@ -34,9 +43,28 @@ from esvit_scale.evaluate.transfer_list import Dataset, read_labels, read_list, 
 from esvit_scale.parallel import collectives
 
 HELD_OUT = 0.2
-SEED = 0
 
 Json = dict[str, Any]
+
+
+class Protocol(NamedTuple):
+    """What is measured on every data set besides the classifier of all training images."""
+
+    seeds: int = 1  # seeds 0 … seeds − 1 draw the images of `shots` and the part that is held out
+    shots: tuple[int, ...] = ()  # numbers of training images of each class; at least 2, of which one is held out
+
+
+PLAIN = Protocol()
+
+
+class Evaluated(NamedTuple):
+    """A model to evaluate on all data sets: a frozen trunk, the hash of its weights, and its text tower if it has one."""
+
+    trunk: FrozenTrunk
+    digest: str
+    out: Path  # folder for the results of the data sets
+    text: TextTower | None = None
+    text_digest: str | None = None
 
 
 class TransferData(NamedTuple):
@@ -44,11 +72,22 @@ class TransferData(NamedTuple):
 
     features: Tensor  # [N, C]
     targets: Tensor  # int64 [N] classes, or float32 [N, K] for several labels per image
-    fit: Tensor  # int64: rows to fit on while the penalty is searched
-    held_out: Tensor  # int64: rows on which the penalty is selected
+    val: int  # number of rows of val, the last ones; 0: a part of train is held out to select the penalty on
     test: Tensor
     truth: Tensor
+    names: tuple[str, ...]  # of the classes; empty if they have none
     classes: int
+
+    def split(self, seed: int) -> tuple[Tensor, Tensor]:
+        """Return the rows to fit on while the penalty is searched, and those to select it on.
+
+        They are train and val or, without val, two parts of train: class by class for one class per image.
+        """
+        n = len(self.features)
+        if self.val:
+            return torch.arange(n - self.val), torch.arange(n - self.val, n)
+        labels = self.targets if self.targets.dim() == 1 else torch.zeros(n, dtype=torch.int64)
+        return split_held_out(labels, seed, HELD_OUT)
 
 
 def run_transfer(
@@ -58,30 +97,90 @@ def run_transfer(
     options: ExtractionOptions,
     root: Path | None = None,
     baseline: Path | None = None,
+    backbones: Sequence[str] = (),
+    published_scores: Path | None = None,
+    protocol: Protocol = PLAIN,
 ) -> Json:
     """Run `esvit-scale evaluate transfer`: write `out`/transfer.json and return its content.
 
-    After each data set, its result is written to `out`/datasets/NAME.json. A data set is not evaluated again if this
-    file exists and is of the same trunk, data and settings.
+    After each data set, its result is written to `out`/datasets/NAME.json (for another backbone, below `out`/backbones).
+    A data set is not evaluated again if this file exists and is of the same trunk, data and settings.
 
     Args:
         source: a YAML file with the list of data sets, or the name of a shipped list.
         root: folder to which relative paths in the list refer.
         baseline: transfer.json of another checkpoint to compare with.
+        backbones: weights of other trunks to evaluate and compare with: `timm:NAME`, `timm:NAME@FILE`, `hf:FOLDER`, or
+            whatever `load_backbone` takes.
+        published_scores: CSV file of published scores to compare with.
 
     Raises:
-        UserError: the list or the baseline cannot be read (raised before any work), or a data set failed (raised after
-            all other data sets are evaluated and the results are written).
+        UserError: the list, the baseline, the published scores or a backbone cannot be read (raised before any work),
+            or a data set failed (raised after all other data sets are evaluated and the results are written).
     """
     datasets = read_list(source, root)
     other = read_baseline(baseline) if baseline else None
-    teacher = load_frozen_trunk(checkpoint)
-    digest = trunk_digest(teacher.trunk)
+    scores = published.read(published_scores, [d.name for d in datasets]) if published_scores else []
+    models = [_load(str(checkpoint), out), *(_load(b, out / "backbones" / _folder_name(b)) for b in backbones)]
+    (done, failed), *theirs = [_evaluate_all(datasets, model, options, protocol) for model in models]
+    result: Json = models[0].trunk.origin(checkpoint) | {"list": str(source)}
+    result |= {"mean": _mean(done), "datasets": done, "failed": failed}
+    if protocol != PLAIN:
+        result["protocol"] = protocol._asdict()
+    if other is not None:
+        result["baseline"] = compare(done, other) | {"file": str(baseline), "checkpoint": other["checkpoint"]}
+    if backbones:
+        result["backbones"] = [
+            {"name": name, "mean": _mean(their_done), "datasets": their_done, "failed": their_failed}
+            | {"comparison": comparison.compare_backbone(done, their_done)}
+            for name, (their_done, their_failed) in zip(backbones, theirs, strict=True)
+        ]
+    if scores:
+        names = dict.fromkeys(score.model for score in scores)
+        of_model = {name: [score for score in scores if score.model == name] for name in names}
+        result["published"] = [
+            {"name": name, "file": str(published_scores), "scores": [score._asdict() for score in found]}
+            | {"comparison": comparison.compare_published(done, found)}
+            for name, found in of_model.items()
+        ]
+    if collectives.rank() == 0:
+        write_result(result, out / "transfer.json")
+        print(table(result))
+        if protocol != PLAIN or backbones or scores:
+            print(comparison.win_table(result))
+    problems = [f"{name}: {message}" for name, message in failed.items()]
+    for backbone, (_, their_failed) in zip(backbones, theirs, strict=True):
+        problems += [f"{name} with {backbone}: {message}" for name, message in their_failed.items()]
+    if problems:
+        raise UserError(
+            f"{len(problems)} of {len(datasets) * len(models)} data sets failed; the results of the others are in "
+            f"{out / 'transfer.json'}, and running the command again repeats only these: {'; '.join(problems)}"
+        )
+    return result
+
+
+def _load(source: str, out: Path) -> Evaluated:
+    trunk = load_frozen_trunk(Path(source))
+    text = zero_shot.text_tower(source)
+    files = sorted(path for path in outside.folder_of(source).iterdir() if path.is_file()) if text else []
+    return Evaluated(trunk, trunk_digest(trunk.trunk), out, text, files_digest(files) if text else None)
+
+
+def _folder_name(backbone: str) -> str:
+    """Return a name for a backbone's folder of results, which differs for different sources."""
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", backbone)[-60:].strip("-.")
+    return f"{readable}-{hashlib.sha256(backbone.encode()).hexdigest()[:8]}"
+
+
+def _evaluate_all(
+    datasets: Sequence[Dataset], model: Evaluated, options: ExtractionOptions, protocol: Protocol
+) -> tuple[dict[str, Json], dict[str, str]]:
+    """Evaluate a model on all data sets; return the results and the reasons of failures, each by the data set's name."""
     done: dict[str, Json] = {}
     failed: dict[str, str] = {}
     for number, dataset in enumerate(datasets, 1):
         try:
-            done[dataset.name] = _cached_or_evaluated(dataset, teacher, digest, out, options)
+            done[dataset.name] = _cached_or_evaluated(dataset, model, options, protocol)
         except RestartCanHelp:
             raise
         except UserError as error:
@@ -92,23 +191,16 @@ def run_transfer(
             row = done.get(dataset.name)
             outcome = f"{row['metric']} {row['score']:.1f}" if row else f"failed: {failed[dataset.name]}"
             print(f"[{number}/{len(datasets)}] {dataset.name}: {outcome}", flush=True)
-    result: Json = teacher.origin(checkpoint) | {"list": str(source)}
-    result |= {"mean": _mean(done), "datasets": done, "failed": failed}
-    if other is not None:
-        result["baseline"] = compare(done, other) | {"file": str(baseline), "checkpoint": other["checkpoint"]}
-    if collectives.rank() == 0:
-        write_result(result, out / "transfer.json")
-        print(table(result))
-    if failed:
-        why = "; ".join(f"{name}: {message}" for name, message in failed.items())
-        raise UserError(
-            f"{len(failed)} of {len(datasets)} data sets failed; the results of the others are in {out / 'transfer.json'}, "
-            f"and running the command again repeats only these: {why}"
-        )
-    return result
+    return done, failed
 
 
-def evaluate(dataset: Dataset, teacher: FrozenTrunk, options: ExtractionOptions) -> Json:
+def evaluate(
+    dataset: Dataset,
+    teacher: FrozenTrunk,
+    options: ExtractionOptions,
+    protocol: Protocol = PLAIN,
+    text: TextTower | None = None,
+) -> Json:
     """Evaluate the trunk on one data set and return the result for transfer.json.
 
     Raises:
@@ -121,31 +213,75 @@ def evaluate(dataset: Dataset, teacher: FrozenTrunk, options: ExtractionOptions)
     found = [extract(teacher.trunk, s, teacher.size, **options._asdict(), pixels=teacher.pixels) for s in sources]
     sets = _multi_label_data(dataset, found) if dataset.labels else _single_label_data(sources, found)
     metric = METRICS[dataset.metric].score
-
-    def rows(some: Tensor) -> logistic.LabelledFeatures:
-        return logistic.LabelledFeatures(sets.features, some, sets.targets[some], sets.classes)
-
-    best, tried = logistic.search_penalty(rows(sets.fit), rows(sets.held_out))
-    final = logistic.fit(rows(torch.arange(len(sets.features))), best.l2)
+    every = torch.arange(len(sets.features))
+    fit, held_out = sets.split(0)
+    final, best, tried = _classifier(sets, fit, held_out, every)
     scores = final.scores(sets.test)
-    found_score = metric(scores, sets.truth)
+    runs = [metric(scores, sets.truth)]
     if metric is accuracy:
-        interval = wilson_interval(found_score, len(scores))
+        interval = wilson_interval(runs[0], len(scores))
     else:
         interval = bootstrap_interval(metric, scores, sets.truth)
-    return {
+    for seed in range(1, protocol.seeds):
+        # With a val set no seed has any influence.
+        again = scores if sets.val else _classifier(sets, *sets.split(seed), every)[0].scores(sets.test)
+        runs.append(metric(again, sets.truth))
+    result: Json = {
         "metric": dataset.metric,
-        "score": found_score,
+        "score": sum(runs) / len(runs),
         "interval": interval,
         "selected": best._asdict(),
         "path": [candidate._asdict() for candidate in tried],
         "n_train": len(sets.features),
-        "n_held_out": len(sets.held_out),
+        "n_held_out": len(held_out),
         "n_test": len(scores),
         "classes": sets.classes,
         "left_out": sum(f.left_out for f in found),
         "converged": final.converged,
     }
+    if protocol.seeds > 1:
+        result["runs"] = runs
+    if protocol.shots:
+        result["few_shot"] = {str(n): _few_shot(sets, n, protocol.seeds, dataset.metric) for n in protocol.shots}
+    if text is not None and sets.names:
+        classes = zero_shot.class_embeddings(text, sets.names, dataset.prompts or zero_shot.PROMPTS)
+        result["zero_shot"] = metric(zero_shot.scores(text, sets.test, classes), sets.truth)
+    return result
+
+
+def _classifier(
+    sets: TransferData, fit: Tensor, held_out: Tensor, every: Tensor
+) -> tuple[logistic.LogisticModel, logistic.Candidate, list[logistic.Candidate]]:
+    """Search the penalty with a fit on some rows, tested on the held-out ones; then fit to `every` row.
+
+    Return the classifier, the selected penalty and all that were tried.
+    """
+
+    def rows(some: Tensor) -> logistic.LabelledFeatures:
+        return logistic.LabelledFeatures(sets.features, some, sets.targets[some], sets.classes)
+
+    best, tried = logistic.search_penalty(rows(fit), rows(held_out))
+    return logistic.fit(rows(every), best.l2), best, tried
+
+
+def _few_shot(sets: TransferData, n: int, seeds: int, metric: str) -> Json:
+    """Return the scores with only n training images of each class, one for each seed, or the reason why there are none.
+
+    The images are drawn from train and val together, and a fifth of them (at least one of each class) selects the
+    penalty.
+    """
+    if METRICS[metric].multi_label:
+        return {"why_not": "the images have several labels, of which no number per class can be drawn"}
+    runs = []
+    for seed in range(seeds):
+        try:
+            drawn = sample_per_class(sets.targets, n, seed, sets.names)
+        except UserError as error:
+            return {"why_not": str(error)}
+        fit, held_out = split_held_out(sets.targets[drawn], seed, HELD_OUT)
+        model, _, _ = _classifier(sets, drawn[fit], drawn[held_out], drawn)
+        runs.append(METRICS[metric].score(model.scores(sets.test), sets.truth))
+    return {"score": sum(runs) / len(runs), "runs": runs}
 
 
 def read_baseline(path: Path) -> Json:
@@ -206,23 +342,25 @@ def table(result: Json) -> str:
     return "\n".join(lines)
 
 
-def _cached_or_evaluated(
-    dataset: Dataset, teacher: FrozenTrunk, digest: str, out: Path, options: ExtractionOptions
-) -> Json:
-    """Return the data set's result from `out`/datasets, or evaluate the data set and write its result there.
+def _cached_or_evaluated(dataset: Dataset, model: Evaluated, options: ExtractionOptions, protocol: Protocol) -> Json:
+    """Return the data set's result from the model's folder, or evaluate the data set and write its result there.
 
     A result that is there is used only if it is of the same trunk, data and settings.
-
-    Args:
-        digest: hash of the trunk.
     """
-    path = out / "datasets" / f"{dataset.name}.json"
+    teacher, path = model.trunk, model.out / "datasets" / f"{dataset.name}.json"
 
     def look_up() -> tuple[Json, Json | None]:
         sources = {str(s): source_digest(s) for s in (dataset.train, dataset.val, dataset.test) if s is not None}
         labels = dataset.labels.read_bytes() if dataset.labels and dataset.labels.is_file() else b""
-        identity: Json = {"trunk": digest, "size": teacher.size, "precision": options.precision, "data": sources}
+        identity: Json = {"trunk": model.digest, "size": teacher.size, "precision": options.precision, "data": sources}
         identity |= {"metric": dataset.metric, "labels": hashlib.sha256(labels).hexdigest()}
+        # What is as it always was is left out, so that results of earlier versions are found.
+        if teacher.pixels != RGB8:
+            identity["pixels"] = json.loads(json.dumps(teacher.pixels))
+        if protocol != PLAIN:
+            identity["protocol"] = {"seeds": protocol.seeds, "shots": list(protocol.shots)}
+        if model.text is not None:
+            identity["text"] = [model.text_digest, *(dataset.prompts or zero_shot.PROMPTS)]
         try:
             cached = json.loads(path.read_text())
         except (OSError, ValueError):
@@ -232,7 +370,7 @@ def _cached_or_evaluated(
     identity, cached = collectives.run_on_rank0_and_broadcast(look_up)
     if cached is not None:
         return cached
-    result = evaluate(dataset, teacher, options)
+    result = evaluate(dataset, teacher, options, protocol, model.text)
     if collectives.rank() == 0:
         write_result({"of": identity, "result": result}, path)
     return result
@@ -249,10 +387,9 @@ def _single_label_data(sources: list[Path], found: list[FeatureSet]) -> Transfer
         check_sets(
             train.samples.features, train.samples.labels, other.samples.features, labels, f"transfer ({name} set)"
         )
-    fit, held_out = _split(train.samples.labels, [len(t) for t in targets[:-1]])
     classes = max(len(train.classes), int(train.samples.labels.max()) + 1)
-    features, labels = _concatenated([train, *others[:-1]]), torch.cat(targets[:-1])
-    return TransferData(features, labels, fit, held_out, others[-1].samples.features, targets[-1], classes)
+    features, labels, val = _concatenated([train, *others[:-1]]), torch.cat(targets[:-1]), sum(map(len, targets[1:-1]))
+    return TransferData(features, labels, val, others[-1].samples.features, targets[-1], train.classes, classes)
 
 
 def _multi_label_data(dataset: Dataset, found: list[FeatureSet]) -> TransferData:
@@ -267,9 +404,9 @@ def _multi_label_data(dataset: Dataset, found: list[FeatureSet]) -> TransferData
     targets = [targets_of(f.keys, rows, dataset.labels, s) for f, s in zip(found, sources, strict=True)]
     for source, f in zip(sources, found, strict=True):
         check_finite(str(source), f.features)
-    fit, held_out = _split(torch.zeros(len(targets[0]), dtype=torch.int64), [len(t) for t in targets[:-1]])
-    features = _concatenated([LabelledSet(f, classes) for f in found[:-1]])
-    return TransferData(features, torch.cat(targets[:-1]), fit, held_out, found[-1].features, targets[-1], len(classes))
+    features, val = _concatenated([LabelledSet(f, classes) for f in found[:-1]]), sum(map(len, targets[1:-1]))
+    labels = torch.cat(targets[:-1])
+    return TransferData(features, labels, val, found[-1].features, targets[-1], classes, len(classes))
 
 
 def _check_labels(labels: Path, sources: list[Path]) -> None:
@@ -282,20 +419,6 @@ def _check_labels(labels: Path, sources: list[Path]) -> None:
             targets_of([items.key(number) for number in range(len(items))], rows, labels, source)
 
     collectives.run_on_rank0_and_broadcast(check)
-
-
-def _split(labels: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
-    """Return the rows to fit on and the rows to select the penalty on, as row numbers of train and val concatenated.
-
-    They are all rows of train and all rows of val or, if there is no val set, two parts of train.
-
-    Args:
-        labels: classes of the training samples, int64; the split of train is class by class.
-        sizes: number of samples of train and, if there is a val set, of val.
-    """
-    if len(sizes) == 2:
-        return torch.arange(sizes[0]), torch.arange(sizes[0], sum(sizes))
-    return split_held_out(labels, SEED, HELD_OUT)
 
 
 def _concatenated(sets: list[LabelledSet]) -> Tensor:

@@ -30,6 +30,7 @@ class Dataset(NamedTuple):
     metric: str  # a key of METRICS
     val: Path | None = None  # set on which the penalty is selected; None holds out a part of train
     labels: Path | None = None  # CSV file, for metrics of images with several labels
+    prompts: tuple[str, ...] = ()  # texts with {} in the place of a class's name, for zero-shot; empty: the usual one
 
 
 def read_list(source: Path, root: Path | None = None) -> list[Dataset]:
@@ -158,7 +159,7 @@ def _dataset(where: str, name: str, entry: Any, base: Path) -> Dataset:
         raise UserError(f"{where}: expected {{train: …, test: …, metric: …}}, got {entry!r}")
     if "/" in name or name.startswith("."):
         raise UserError(f"{where}: the name becomes the name of a file; use letters, digits, - and _")
-    _reject_unknown_keys(where, entry, (*PATHS, "metric"))
+    _reject_unknown_keys(where, entry, (*PATHS, "metric", "prompts"))
     missing = [key for key in ("train", "test", "metric") if not entry.get(key)]
     if missing:
         raise UserError(f"{where}: missing {' and '.join(missing)}")
@@ -169,7 +170,13 @@ def _dataset(where: str, name: str, entry: Any, base: Path) -> Dataset:
         what = "needs labels: FILE.csv" if METRICS[metric].multi_label else "takes its labels from the class folders"
         raise UserError(f"{where}: the metric {metric} {what}")
     paths = {key: base / str(entry[key]) for key in PATHS if entry.get(key)}
-    return Dataset(name, metric=metric, **paths)
+    prompts = entry.get("prompts", [])
+    wrong = [p for p in prompts if not isinstance(p, str) or "{}" not in p] if isinstance(prompts, list) else [prompts]
+    if wrong:
+        raise UserError(
+            f'{where}: prompts: expected a list of texts with {{}}, such as ["a photo of a {{}}."], got {wrong[0]!r}'
+        )
+    return Dataset(name, metric=metric, prompts=tuple(prompts), **paths)
 
 
 def _reject_unknown_keys(where: str, entry: dict[str, Any], known: tuple[str, ...]) -> None:
