@@ -64,6 +64,7 @@ class Swin(Trunk):
 
     norm_eps = NORM_EPS
     has_attention_maps = True
+    has_ladder = True
 
     def __init__(
         self,

@@ -70,6 +70,7 @@ class Trunk(nn.Module):
         registers: the number of register tokens, `model.registers`; 0 in a trunk that takes none.
         norm: the final norm, of tokens [n, C]; an identity where there is none.
         has_attention_maps: whether `attention_maps` is implemented.
+        has_ladder: whether the shapes of a sweep (scaling/shapes.py) are sizes of it.
         run_block: the function through which blocks are called; parallel.activation_checkpointing replaces it. The
             first argument after the block is the input that checkpointing keeps, a tensor or a tuple of tensors.
     """
@@ -83,6 +84,7 @@ class Trunk(nn.Module):
     has_regions = True
     registers: int = 0
     has_attention_maps = False
+    has_ladder = False
 
     def __init__(self) -> None:
         super().__init__()

@@ -19,7 +19,6 @@ import torch
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
 from esvit_scale.models.registry import build_trunk
-from esvit_scale.models.swin import Swin
 from esvit_scale.models.trunk import Trunk
 from esvit_scale.objective import costs
 from esvit_scale.scaling.sweep_file import Size
@@ -75,7 +74,7 @@ def shape_of(size: Size, base: Config) -> Shape | Values:
     """
     if size.model is not None:
         return Values(json.dumps(size.model, sort_keys=True))
-    if size.trunk is None and not isinstance(_on_meta(base), Swin):
+    if size.trunk is None and not _on_meta(base).has_ladder:
         raise UserError(
             f"sizes: {base.model.trunk} is no Swin, and only Swins have shapes for params and embed_dim; give model: "
             "{…} with the keys of its size"
