@@ -10,7 +10,7 @@ from esvit_scale.errors import UserError
 
 
 def add(commands: Any) -> None:
-    """Declare `evaluate knn`, `linear`, `transfer`, `retrieval`, `copies`, `segmentation`, `attention` and `correspondence`, and `embed`."""
+    """Declare `evaluate knn`, `linear`, `transfer`, `retrieval`, `copies`, `segmentation`, `depth`, `attention` and `correspondence`, and `embed`."""
     evaluate = group(commands, "evaluate", "evaluate frozen features")
     _add_knn(evaluate)
     _add_linear(evaluate)
@@ -18,6 +18,7 @@ def add(commands: Any) -> None:
     _add_retrieval(evaluate)
     _add_copies(evaluate)
     _add_segmentation(evaluate)
+    _add_depth(evaluate)
     _add_attention(evaluate)
     _add_correspondence(evaluate)
     _add_embed(commands)
@@ -180,12 +181,7 @@ def _add_segmentation(evaluate: Any) -> None:
     )
     heads = ("linear", "knn")
     segmentation.add_argument("--head", nargs="+", choices=heads, default=heads, help="heads (default: both)")
-    size = "pixels to resize an image's short side to (default: the size of the run's global crops)"
-    segmentation.add_argument("--size", type=positive, metavar="N", help=size)
-    crop = "side in pixels of the windows that cover an image (default: --size)"
-    segmentation.add_argument("--crop", type=positive, metavar="N", help=crop)
-    stride = "pixels between windows (default: two thirds of --crop)"
-    segmentation.add_argument("--stride", type=positive, metavar="N", help=stride)
+    _add_windows(segmentation)
     ignore = "number in masks that does not count (default: 255)"
     segmentation.add_argument("--ignore", type=count, default=255, metavar="N", help=ignore)
     pixels = "pixels of every training image to learn from (default: 64)"
@@ -200,6 +196,49 @@ def _add_segmentation(evaluate: Any) -> None:
     seed = "random seed of pixels, held-out images, order and bootstrap (default: 0)"
     segmentation.add_argument("--seed", type=count, default=0, metavar="S", help=seed)
     _add_features(segmentation)
+
+
+def _add_windows(parser: argparse.ArgumentParser) -> None:
+    size = "pixels to resize an image's short side to (default: the size of the run's global crops)"
+    parser.add_argument("--size", type=positive, metavar="N", help=size)
+    crop = "side in pixels of the windows that cover an image (default: --size)"
+    parser.add_argument("--crop", type=positive, metavar="N", help=crop)
+    stride = "pixels between windows (default: two thirds of --crop)"
+    parser.add_argument("--stride", type=positive, metavar="N", help=stride)
+
+
+def _add_depth(evaluate: Any) -> None:
+    depth = command(evaluate, "depth", _depth, "error of depth that a linear head on frozen stage maps predicts")
+    add_checkpoint(depth)
+    for name, metavar, use in (("--train", "T", "learn from"), ("--test", "V", "predict")):
+        depth.add_argument(
+            name,
+            type=local_path,
+            required=True,
+            metavar=metavar,
+            help=f"images with depth maps to {use}: a folder with images/ and depth/, or of NYU (rgb_* and sync_depth_*)",
+        )
+    depth.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder to write depth.json and a picture to"
+    )
+    _add_windows(depth)
+    scale = "values of a depth PNG that make a metre (default: 1000; .npy files are in metres)"
+    depth.add_argument("--depth-scale", type=float, default=1000.0, metavar="X", help=scale)
+    least = "smallest depth that counts, in metres (default: 0.001)"
+    depth.add_argument("--min-depth", type=float, default=1e-3, metavar="M", help=least)
+    most = "largest depth that counts, in metres (default: 10)"
+    depth.add_argument("--max-depth", type=float, default=10.0, metavar="M", help=most)
+    bins = "depths, evenly spread over the range, of which a pixel's depth is a mean (default: 256)"
+    depth.add_argument("--bins", type=positive, default=256, metavar="N", help=bins)
+    pixels = "pixels of every training image to learn from (default: 64)"
+    depth.add_argument("--pixels", type=positive, default=64, metavar="N", help=pixels)
+    iterations = "iterations of AdamW (default: 2000)"
+    depth.add_argument("--iterations", type=positive, default=2000, metavar="N", help=iterations)
+    batch = "images in a batch of AdamW (default: 16)"
+    depth.add_argument("--head-batch", type=positive, default=16, metavar="N", help=batch)
+    seed = "random seed of pixels, initial values, held-out images, order and bootstrap (default: 0)"
+    depth.add_argument("--seed", type=count, default=0, metavar="S", help=seed)
+    _add_features(depth)
 
 
 def _add_attention(evaluate: Any) -> None:
@@ -379,6 +418,24 @@ def _segmentation(o: argparse.Namespace) -> int:
         result = segmentation.run_segmentation(o.checkpoint, o.train, o.test, o.out, settings, options)
         if rank() == "0":
             print(segmentation_figure.write(result, o.out))
+
+    on_all_ranks(run)
+    return 0
+
+
+def _depth(o: argparse.Namespace) -> int:
+    from esvit_scale.evaluate import depth
+    from esvit_scale.report import depth_figure
+
+    span = (o.depth_scale, o.min_depth, o.max_depth)
+    head = (o.bins, o.pixels, o.iterations, o.head_batch, o.seed)
+    settings = depth.DepthSettings(o.size, o.crop, o.stride, *span, *head)
+    options = _extraction_options(o, o.out)
+
+    def run() -> None:
+        result = depth.run_depth(o.checkpoint, o.train, o.test, o.out, settings, options)
+        if rank() == "0":
+            print(depth_figure.write(result, o.out))
 
     on_all_ranks(run)
     return 0

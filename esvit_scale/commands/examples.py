@@ -24,6 +24,7 @@ EXAMPLES = {
     "evaluate retrieval": "--checkpoint runs/photos --data shards/val --out runs/photos/retrieval",
     "evaluate copies": "--checkpoint runs/photos --data shards/val --out runs/photos/copies",
     "evaluate segmentation": "--checkpoint runs/photos --train seg/train --test seg/val --out runs/photos/segmentation",
+    "evaluate depth": "--checkpoint runs/photos --train nyu/sync --test nyu/official_splits/test --out runs/photos/depth",
     "evaluate attention": "photo.jpg --checkpoint runs/photos --out runs/photos/attention",
     "evaluate correspondence": "--checkpoint runs/photos --data shards/val --out runs/photos/correspondence",
     "embed": "--checkpoint runs/photos --data photos/ --out photos.npz",

@@ -211,12 +211,7 @@ def _files(folder: Path) -> list[Path]:
 
 def _checked_counts(found: MaskedSet, number: int) -> NDArray[np.int64]:
     mask = read_mask(found, number)
-    path = found.images[number]
-    try:
-        with Image.open(path) as image:
-            width, height = image.size if exif_orientation(image) < 5 else image.size[::-1]
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())[:200]}") from None
+    height, width = upright_shape(found.images[number])
     if mask.shape != (height, width):
         raise UserError(
             f"{found.masks[number]}: {mask.shape[1]}×{mask.shape[0]} pixels, but its image has {width}×{height}"
@@ -228,11 +223,33 @@ def _read_part(found: MaskedSet, numbers: Sequence[int], size: int) -> Iterator[
     info = get_worker_info()
     worker, workers = (info.id, info.num_workers) if info else (0, 1)
     for number in numbers[worker::workers]:
-        try:
-            pixels = np.asarray(decode(image_folder.read_file(found.images[number])))
-        except (BadImage, OSError) as error:
-            raise UserError(f"{found.images[number]}: cannot be read: {reason(error)}") from None
-        height, width = pixels.shape[:2]
-        scale = size / min(height, width)
-        small = crops.resized(pixels, max(size, int(height * scale)), max(size, int(width * scale)))
-        yield MaskedImage(number, small, read_mask(found, number))
+        yield MaskedImage(number, read_resized(found.images[number], size), read_mask(found, number))
+
+
+def read_resized(path: Path, size: int) -> NDArray[np.uint8]:
+    """Return an image file upright, its short side resized to `size` pixels (bicubic): uint8 [H, W, 3].
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        pixels = np.asarray(decode(image_folder.read_file(path)))
+    except (BadImage, OSError) as error:
+        raise UserError(f"{path}: cannot be read: {reason(error)}") from None
+    height, width = pixels.shape[:2]
+    scale = size / min(height, width)
+    return crops.resized(pixels, max(size, int(height * scale)), max(size, int(width * scale)))
+
+
+def upright_shape(path: Path) -> tuple[int, int]:
+    """Return the height and width of an image file after its EXIF orientation is undone; no pixel is decoded.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size if exif_orientation(image) < 5 else image.size[::-1]
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())[:200]}") from None
+    return height, width

@@ -57,11 +57,7 @@ class LinearPixelHead(NamedTuple):
 
     def scores(self, window: Window) -> Window:
         """Return a window's class scores as one map for each stage, [h_s, w_s, K]; their sum is the score."""
-        weight = self.weight.to(window.maps[0].values.device)
-        parts = weight.split([m.values.shape[2] for m in window.maps], dim=1)
-        maps = [StageMap(F.linear(m.values, part), m.cell) for m, part in zip(window.maps, parts, strict=True)]
-        maps[0] = maps[0]._replace(values=maps[0].values + self.bias.to(weight.device))
-        return window._replace(maps=maps)
+        return linear_scores(self.weight, self.bias, window)
 
 
 class NearestPixelHead(NamedTuple):
@@ -83,6 +79,18 @@ class NearestPixelHead(NamedTuple):
         weights = (similarity / TEMPERATURE).softmax(1)
         votes = torch.zeros(len(features), self.classes).scatter_add_(1, self.labels[index], weights)
         return window._replace(maps=[StageMap(votes.view(cells, cells, -1).to(device), crop / cells)])
+
+
+def linear_scores(weight: Tensor, bias: Tensor, window: Window) -> Window:
+    """Return the scores of a linear layer, weight [K, D] and bias [K], as one map for each stage of a window.
+
+    The maps are [h_s, w_s, K]; their sum is the score.
+    """
+    weight = weight.to(window.maps[0].values.device)
+    parts = weight.split([m.values.shape[2] for m in window.maps], dim=1)
+    maps = [StageMap(F.linear(m.values, part), m.cell) for m, part in zip(window.maps, parts, strict=True)]
+    maps[0] = maps[0]._replace(values=maps[0].values + bias.to(weight.device))
+    return window._replace(maps=maps)
 
 
 def split_images(n: int, seed: int) -> tuple[Tensor, Tensor]:

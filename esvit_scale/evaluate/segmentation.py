@@ -19,9 +19,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from esvit_scale.data import masked_images, photometric
+from esvit_scale.data import masked_images
 from esvit_scale.data.masked_images import MaskedImage, MaskedSet
-from esvit_scale.data.pixel_format import RGB8
 from esvit_scale.division import share
 from esvit_scale.errors import UserError
 from esvit_scale.evaluate import feature_cache, pixel_heads
@@ -40,7 +39,7 @@ from esvit_scale.evaluate.labels import check_finite
 from esvit_scale.evaluate.metrics import RESAMPLES, Interval
 from esvit_scale.evaluate.pixel_heads import LinearPixelHead, NearestPixelHead, PixelSamples
 from esvit_scale.evaluate.progress import progress
-from esvit_scale.evaluate.stage_features import Window, features_at, predicted_classes, stage_maps, starts
+from esvit_scale.evaluate.stage_features import Window, features_at, predicted_classes, window_maps, window_sizes
 from esvit_scale.parallel import collectives
 
 HEADS = ("linear", "knn")
@@ -160,7 +159,9 @@ def run_segmentation(
     """
     teacher = load_frozen_trunk(checkpoint)
     require_pictures(teacher)
-    settings = with_defaults(settings, teacher.size)
+    size = settings.size or teacher.size
+    crop, stride = window_sizes(size, settings.crop, settings.stride)
+    settings = settings._replace(size=size, crop=crop, stride=stride)
     sets, counts = collectives.run_on_rank0_and_broadcast(
         lambda: _open(train, test, settings.ignore, max(1, options.workers))
     )
@@ -205,22 +206,6 @@ def run_segmentation(
         write_result(summary, out / "segmentation.json")
         print(table(summary))
     return SegmentationResult(summary, examples)
-
-
-def with_defaults(settings: SegmentationSettings, size: int) -> SegmentationSettings:
-    """Fill in sizes that are not set, from the size of the run's crops.
-
-    Raises:
-        UserError: a window is larger than the image, or the stride larger than the window.
-    """
-    size = settings.size or size
-    crop = settings.crop or size
-    stride = settings.stride or max(1, 2 * crop // 3)
-    if crop > size:
-        raise UserError(f"--crop {crop}: larger than the image's short side of {size} pixels; nearest: --crop {size}")
-    if stride > crop:
-        raise UserError(f"--stride {stride}: leaves gaps between windows of {crop} pixels; nearest: --stride {crop}")
-    return settings._replace(size=size, crop=crop, stride=stride)
 
 
 def table(summary: Json) -> str:
@@ -327,21 +312,7 @@ def _windows(
     images = masked_images.masked_images(found, numbers, size, options.workers)
     at_once = CPU_BATCH if device.type == "cpu" else options.batch
     for image in progress(images, f"features of {found.source.name}", len(numbers), "images"):
-        pixels = torch.from_numpy(image.pixels).permute(2, 0, 1)[None].float() / 255
-        normalised = photometric.normalize_(pixels, RGB8)[0]
-        corners = [
-            (top, left)
-            for top in starts(normalised.shape[1], crop, stride)
-            for left in starts(normalised.shape[2], crop, stride)
-        ]
-        windows: list[Window] = []
-        for start in range(0, len(corners), at_once):
-            some = corners[start : start + at_once]
-            batch = torch.stack([normalised[:, y : y + crop, x : x + crop] for y, x in some]).to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
-                maps = stage_maps(trunk, batch)
-            windows += [Window(y, x, of_window) for (y, x), of_window in zip(some, maps, strict=True)]
-        yield image, windows
+        yield image, window_maps(trunk, image.pixels, crop, stride, at_once, device, options.precision == "bf16")
 
 
 def _evaluate(

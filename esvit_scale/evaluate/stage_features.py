@@ -5,11 +5,16 @@ resized image, where the centre of pixel i is at i + 0.5. A linear classifier of
 interpolated score of the cells, so that heads compute scores cell by cell and only these are enlarged.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from esvit_scale.data import photometric
+from esvit_scale.data.pixel_format import RGB8
 from esvit_scale.errors import UserError
 from esvit_scale.models.trunk import Trunk
 
@@ -35,6 +40,23 @@ def starts(length: int, crop: int, stride: int) -> list[int]:
     """Return where windows of `crop` pixels begin on a side of `length` pixels; the last one ends at its end."""
     count = -(-(length - crop) // stride) + 1
     return [min(i * stride, length - crop) for i in range(count)]
+
+
+def window_sizes(size: int, crop: int | None, stride: int | None) -> tuple[int, int]:
+    """Return the side of windows and the pixels between them, for images whose short side has `size` pixels.
+
+    By default a window is as large as the short side, and the stride is two thirds of it.
+
+    Raises:
+        UserError: a window is larger than the image, or the stride larger than the window.
+    """
+    crop = crop or size
+    stride = stride or max(1, 2 * crop // 3)
+    if crop > size:
+        raise UserError(f"--crop {crop}: larger than the image's short side of {size} pixels; nearest: --crop {size}")
+    if stride > crop:
+        raise UserError(f"--stride {stride}: leaves gaps between windows of {crop} pixels; nearest: --stride {crop}")
+    return crop, stride
 
 
 def interpolation(places: Tensor, cell: float, cells: int) -> Tensor:
@@ -63,7 +85,7 @@ def stage_maps(trunk: nn.Module, images: Tensor) -> list[list[StageMap]]:
     """
     if not isinstance(trunk, Trunk) or not trunk.has_regions:
         name = trunk.name if isinstance(trunk, Trunk) else type(trunk).__name__
-        raise UserError(f"segmentation needs tokens on a grid; {name} gives none")
+        raise UserError(f"this evaluation needs tokens on a grid; {name} gives none")
     found = trunk.stage_maps([images])
     stages = []
     for s, (tokens, [(n, h, w)], _) in enumerate(found):
@@ -71,6 +93,38 @@ def stage_maps(trunk: nn.Module, images: Tensor) -> list[list[StageMap]]:
         cell = float(trunk.reductions[s]) if trunk.reductions else images.shape[-1] / h
         stages.append([StageMap(values, cell) for values in normed.float().view(n, h, w, -1)])
     return [list(of_window) for of_window in zip(*stages, strict=True)]
+
+
+@torch.no_grad()
+def window_maps(
+    trunk: nn.Module,
+    pixels: NDArray[np.uint8],
+    crop: int,
+    stride: int,
+    batch: int,
+    device: torch.device,
+    bf16: bool = False,
+) -> list[Window]:
+    """Return the windows that cover an RGB image [H, W, 3], with their stage maps.
+
+    Args:
+        trunk: in eval mode, on `device`.
+        crop, stride: side of a window and pixels between windows.
+        batch: windows of a forward pass.
+        bf16: run the trunk under autocast.
+    """
+    image = photometric.normalize_(torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 255, RGB8)[0]
+    corners = [
+        (top, left) for top in starts(image.shape[1], crop, stride) for left in starts(image.shape[2], crop, stride)
+    ]
+    windows: list[Window] = []
+    for start in range(0, len(corners), batch):
+        some = corners[start : start + batch]
+        batch_pixels = torch.stack([image[:, y : y + crop, x : x + crop] for y, x in some]).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            maps = stage_maps(trunk, batch_pixels)
+        windows += [Window(y, x, of_window) for (y, x), of_window in zip(some, maps, strict=True)]
+    return windows
 
 
 def grid_features(window: Window, y: Tensor, x: Tensor) -> Tensor:
@@ -111,7 +165,18 @@ def features_at(windows: list[Window], crop: int, y: Tensor, x: Tensor) -> Tenso
 
 
 def predicted_classes(windows: list[Window], crop: int, resized: tuple[int, int], shape: tuple[int, int]) -> Tensor:
-    """Return the class with the highest score for every pixel of a mask: int64 [H, W].
+    """Return the class with the highest score for every pixel of a mask: int64 [H, W]; arguments as `at_pixels`."""
+    return at_pixels(windows, crop, resized, shape, lambda scores: scores.argmax(2))
+
+
+def at_pixels(
+    windows: list[Window],
+    crop: int,
+    resized: tuple[int, int],
+    shape: tuple[int, int],
+    reduce: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Return what `reduce` makes of the scores of every pixel of a mask: [H, W].
 
     Scores are interpolated at the centres of the mask's own pixels, summed over stages, and averaged over the windows
     that cover a pixel. A band of rows is computed at a time, so that memory does not grow with the mask.
@@ -121,16 +186,18 @@ def predicted_classes(windows: list[Window], crop: int, resized: tuple[int, int]
         crop: side of a window in pixels.
         resized: height and width of the image that the windows lie on.
         shape: H and W of the mask.
+        reduce: maps scores [h, W, K] to values [h, W].
     """
     device, classes = windows[0].maps[0].values.device, windows[0].maps[0].values.shape[2]
     height, width = shape
     y = (torch.arange(height, device=device) + 0.5) * resized[0] / height
     x = (torch.arange(width, device=device) + 0.5) * resized[1] / width
-    found = torch.empty(shape, dtype=torch.int64)
+    found = []
     band = max(1, ELEMENTS_AT_ONCE // (classes * width))
     for start in range(0, height, band):
         rows = y[start : start + band]
         total = torch.zeros(len(rows), width, classes, device=device)
+        covered = torch.zeros(len(rows), width, 1, device=device)
         for window in windows:
             of_rows = (rows >= window.top) & (rows < window.top + crop)
             of_columns = (x >= window.left) & (x < window.left + crop)
@@ -139,8 +206,9 @@ def predicted_classes(windows: list[Window], crop: int, resized: tuple[int, int]
                 left, right = (int(i) for i in of_columns.nonzero()[[0, -1], 0])
                 scores = _summed_scores(window, rows[first : last + 1], x[left : right + 1])
                 total[first : last + 1, left : right + 1] += scores
-        found[start : start + band] = total.argmax(2).cpu()  # the sum over windows has the maximum of their mean
-    return found
+                covered[first : last + 1, left : right + 1] += 1
+        found.append(reduce(total.div_(covered)).cpu())
+    return torch.cat(found)
 
 
 def _summed_scores(window: Window, y: Tensor, x: Tensor) -> Tensor:

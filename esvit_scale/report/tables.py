@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from esvit_scale.checkpoint.card_results import quoted_k
 from esvit_scale.evaluate.copies import protocol_in_words as copies_protocol
+from esvit_scale.evaluate.depth import protocol_in_words as depth_protocol
 from esvit_scale.evaluate.segmentation import protocol_in_words as segmentation_protocol
 from esvit_scale.report.run_files import Json, RunFiles, try_or_note
 
@@ -54,7 +55,7 @@ def evaluations(runs: Sequence[NamedRun], missing: list[str]) -> list[Table]:
 
     When a result file has an unexpected form, only its table is left out, with a note in `missing`.
     """
-    dense = (segmentation, segmented_classes)
+    dense = (segmentation, segmented_classes, depth)
     makers = (knn, few_shot, linear, transfer, retrieval, revisited, copies, *dense, correspondence)
     made = (try_or_note(f"{make.__name__.replace('_', '-')} table", missing, lambda m=make: m(runs)) for make in makers)  # type: ignore[misc]
     return [table for table in made if table is not None and table.rows]
@@ -313,6 +314,33 @@ def segmented_classes(runs: Sequence[NamedRun]) -> Table | None:
     ]
     note = "IoU in percent; – for a class that is neither in the masks nor predicted."
     return Table("segmented-classes", "Segmentation, class by class", note, ["class", *(n for n, _ in found)], rows)
+
+
+def depth(runs: Sequence[NamedRun]) -> Table | None:
+    """Return the table of depth, with the protocol of every result; None without results."""
+    found = [(join(name, result_name(r)), r) for name, run in runs for r in run.results["depth"]]
+    if not found:
+        return None
+    rows = [
+        Row(
+            join(name, head) if head != "constant" else join(name, f"always {r['mean_depth']:.2f} m"),
+            [
+                Cell(f"{row['rmse']:.3f}"),
+                Cell("{:.3f} – {:.3f}".format(*row["interval"])),
+                Cell(f"{row['abs_rel']:.3f}"),
+                Cell(f"{row['delta1']:.1f}"),
+            ],
+            row["delta1"],
+        )
+        for name, r in found
+        for head, row in r["results"].items()
+    ]
+    note = (
+        "A linear head on frozen stage maps, means over images: root mean squared error in metres with its 95 % bootstrap "
+        "interval, absolute relative error, and the percentage of pixels within a factor of 1.25 of the truth (drawn as a bar)."
+    )
+    head = ["features and head", "RMSE, m", "95 %", "relative error", "δ1"]
+    return Table("depth", "Depth", note, head, rows, *_protocols(depth_protocol, found))
 
 
 def correspondence(runs: Sequence[NamedRun]) -> Table | None:

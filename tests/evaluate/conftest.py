@@ -62,3 +62,20 @@ def paint_masked(root: Path, n: int, seed: int) -> Path:
             Image.fromarray(values).save(root / kind / f"{i:02d}.png")
     (root / "classes.txt").write_text("ground\nsquare\n")
     return root
+
+
+def paint_depth(root: Path, n: int, seed: int) -> Path:
+    """Images with a ramp of brightness along the rows whose depth is 1 to 5 m with it; the first rows have no depth."""
+    rng = np.random.default_rng(seed)
+    for i in range(n):
+        height, width = 40 + 4 * (i % 3), 48 + 7 * (i % 2)
+        metres = np.broadcast_to(np.linspace(1, 5, height)[:, None], (height, width))
+        if i % 2:
+            metres = metres[::-1]
+        pixels = (40 * metres[..., None] + rng.normal(0, 10, (height, width, 3))).clip(0, 255).astype(np.uint8)
+        stored = (1000 * metres).astype(np.uint16)
+        stored[:4] = 0
+        for kind, values in (("images", pixels), ("depth", stored)):
+            (root / kind).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(values).save(root / kind / f"{i:02d}.png")
+    return root

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from esvit_scale.commands.parser import on_all_ranks
-from esvit_scale.evaluate import copies, knn, linear, retrieval, segmentation
+from esvit_scale.evaluate import copies, depth, knn, linear, retrieval, segmentation
 from esvit_scale.evaluate.features import ExtractionOptions
 from esvit_scale.evaluate.linear import ProbeSettings
 
@@ -26,6 +26,8 @@ def main(checkpoint: Path, photos: Path, out: Path) -> None:
     settings = segmentation.SegmentationSettings(iterations=10, batch=4, pixels=16, k=5)
     masked = photos.parent / "masked"
     segmentation.run_segmentation(checkpoint, masked, masked, out, settings, loading._replace(cache=out / "pixels"))
+    head, far = depth.DepthSettings(iterations=10, batch=4, pixels=16, bins=8), photos.parent / "far"
+    depth.run_depth(checkpoint, far, far, out, head, loading._replace(cache=out / "depths"))
     linear.run_linear(checkpoint, train, test, out / "images", over_images, loading)
 
 

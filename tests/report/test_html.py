@@ -207,6 +207,29 @@ def test_segmentation_is_shown_with_its_protocol(run: Path) -> None:
     assert "The protocols differ: not comparable." in parse(write_report(run)).text
 
 
+def test_depth_is_shown_with_its_protocol(run: Path) -> None:
+    score = {"rmse": 0.4525, "interval": [0.401, 0.502], "abs_rel": 0.1234, "delta1": 82.25}
+    protocol = {
+        "layout": "NYU Depth v2",
+        "size": 480,
+        "crop": 480,
+        "stride": 320,
+        "counted": "Eigen's crop",
+        "bins": 256,
+    }
+    protocol |= {"range": [0.001, 10], "pixels_per_image": 64, "iterations": 2000, "batch": 16, "lr": 0.001}
+    protocol |= {"rates": [1, 2], "held_out_images": 9}
+    result = {"step": 8, "n_test": 654, "n_train": 90, "mean_depth": 2.75, "protocol": protocol}
+    result["results"] = {"linear": score, "constant": score | {"rmse": 1.5, "delta1": 31.0}}
+    (run / "depth.json").write_text(json.dumps(result))
+    Image.new("RGB", (8, 8)).save(run / "depth.png")
+    text = parse(write_report(run)).text
+    for words in ("0.453", "0.401 – 0.502", "0.123", "82.2", "always 2.75 m", "1.500", "31.0", "Depth of images"):
+        assert words in text
+    assert "Eigen's crop, 0.001 to 10 m; 256 uniform bins" in text
+    assert "not comparable" not in text
+
+
 LINEAR = {
     "step": 8,
     "n_train": 1000,
