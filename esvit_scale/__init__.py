@@ -23,6 +23,7 @@ The pipeline, one line per stage. B images, V crops, T tokens, C width, K protot
                          evaluate/copies.py, evaluate/micro_precision.py  originals of distorted copies, µAP
                          evaluate/segmentation.py, evaluate/stage_features.py, evaluate/pixel_heads.py  masks [H, W], mIoU
                          evaluate/depth.py, evaluate/depth_head.py       stage maps → depth [H, W], RMSE, δ1
+                         evaluate/video.py, evaluate/propagation.py      masks of first frames → masks of all, J&F
                          evaluate/correspondence.py, evaluate/attention.py  what the tokens see
     → report             report/html.py, report/evaluation_figures.py         one self-contained report.html
     → scaling            scaling/plan.py, scaling/cells.py, scaling/fit.py  what a run needs; sizes × budgets → a law with intervals

@@ -5,12 +5,22 @@ from pathlib import Path
 from typing import Any
 
 from esvit_scale.commands.option_types import local_path, set_or_folder
-from esvit_scale.commands.parser import add_checkpoint, add_loading, command, count, group, on_all_ranks, positive, rank
+from esvit_scale.commands.parser import (
+    add_checkpoint,
+    add_loading,
+    add_workers,
+    command,
+    count,
+    group,
+    on_all_ranks,
+    positive,
+    rank,
+)
 from esvit_scale.errors import UserError
 
 
 def add(commands: Any) -> None:
-    """Declare `evaluate knn`, `linear`, `transfer`, `retrieval`, `copies`, `segmentation`, `depth`, `attention` and `correspondence`, and `embed`."""
+    """Declare `evaluate knn`, `linear`, `transfer`, `retrieval`, `copies`, `segmentation`, `depth`, `video`, `attention` and `correspondence`, and `embed`."""
     evaluate = group(commands, "evaluate", "evaluate frozen features")
     _add_knn(evaluate)
     _add_linear(evaluate)
@@ -19,6 +29,7 @@ def add(commands: Any) -> None:
     _add_copies(evaluate)
     _add_segmentation(evaluate)
     _add_depth(evaluate)
+    _add_video(evaluate)
     _add_attention(evaluate)
     _add_correspondence(evaluate)
     _add_embed(commands)
@@ -241,6 +252,36 @@ def _add_depth(evaluate: Any) -> None:
     _add_features(depth)
 
 
+def _add_video(evaluate: Any) -> None:
+    video = command(evaluate, "video", _video, "how well object masks follow videos by frozen features, J&F")
+    add_checkpoint(video)
+    video.add_argument(
+        "--data",
+        type=local_path,
+        required=True,
+        metavar="D",
+        help="videos as folders of frames with masks: a folder with JPEGImages/ and Annotations/, or a list of DAVIS "
+        "(ImageSets/2017/val.txt)",
+    )
+    video.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder to write video.json and a picture to"
+    )
+    size = "pixels to resize a frame's short side to (default: 480)"
+    video.add_argument("--size", type=positive, default=480, metavar="N", help=size)
+    stage = "stage whose map is used, from 1 (default: the last one with cells of at most 16 pixels)"
+    video.add_argument("--stage", type=positive, metavar="N", help=stage)
+    last = "frames before the current one that labels are taken from, besides the first (default: 7)"
+    video.add_argument("--last-frames", type=positive, default=7, metavar="N", help=last)
+    k = "most similar cells whose labels count (default: 5)"
+    video.add_argument("--k", type=positive, default=5, metavar="K", help=k)
+    radius = "cells along each axis within which they are searched (default: 12)"
+    video.add_argument("--radius", type=positive, default=12, metavar="N", help=radius)
+    seed = "random seed of the bootstrap (default: 0)"
+    video.add_argument("--seed", type=count, default=0, metavar="S", help=seed)
+    add_workers(video)
+    _add_precision(video)
+
+
 def _add_attention(evaluate: Any) -> None:
     attention = command(evaluate, "attention", _attention, "attention maps and token components of one image")
     attention.add_argument("image", type=Path, metavar="IMAGE", help="image file")
@@ -269,9 +310,7 @@ def _add_correspondence(evaluate: Any) -> None:
     correspondence.add_argument(
         "--images", type=positive, default=500, metavar="N", help="largest number of images to use (default: 500)"
     )
-    correspondence.add_argument(
-        "--workers", type=count, default=4, metavar="N", help="processes that load images (default: 4)"
-    )
+    add_workers(correspondence)
 
 
 def _add_embed(commands: Any) -> None:
@@ -321,9 +360,7 @@ def _add_stage(parser: argparse.ArgumentParser) -> None:
 
 def _add_features(parser: argparse.ArgumentParser, cache: str = "features/ beside the output") -> None:
     add_loading(parser)
-    parser.add_argument(
-        "--precision", choices=("fp32", "bf16"), default="fp32", help="precision that the trunk runs in (default: fp32)"
-    )
+    _add_precision(parser)
     parser.add_argument(
         "--stored", choices=("fp32", "fp16"), default="fp32", help="number format of stored features (default: fp32)"
     )
@@ -332,6 +369,12 @@ def _add_features(parser: argparse.ArgumentParser, cache: str = "features/ besid
         type=Path,
         metavar="DIR",
         help=f"folder that keeps features for the next evaluation (default: {cache})",
+    )
+
+
+def _add_precision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="precision that the trunk runs in (default: fp32)"
     )
 
 
@@ -436,6 +479,23 @@ def _depth(o: argparse.Namespace) -> int:
         result = depth.run_depth(o.checkpoint, o.train, o.test, o.out, settings, options)
         if rank() == "0":
             print(depth_figure.write(result, o.out))
+
+    on_all_ranks(run)
+    return 0
+
+
+def _video(o: argparse.Namespace) -> int:
+    from esvit_scale.evaluate import video
+    from esvit_scale.evaluate.features import ExtractionOptions
+    from esvit_scale.report import video_figure
+
+    settings = video.VideoSettings(o.size, o.stage, o.last_frames, o.k, o.radius, o.seed)
+    options = ExtractionOptions(workers=o.workers, precision=o.precision)
+
+    def run() -> None:
+        result = video.run_video(o.checkpoint, o.data, o.out, settings, options)
+        if rank() == "0":
+            print(video_figure.write(result, o.out))
 
     on_all_ranks(run)
     return 0

@@ -25,6 +25,7 @@ EXAMPLES = {
     "evaluate copies": "--checkpoint runs/photos --data shards/val --out runs/photos/copies",
     "evaluate segmentation": "--checkpoint runs/photos --train seg/train --test seg/val --out runs/photos/segmentation",
     "evaluate depth": "--checkpoint runs/photos --train nyu/sync --test nyu/official_splits/test --out runs/photos/depth",
+    "evaluate video": "--checkpoint runs/photos --data DAVIS/ImageSets/2017/val.txt --out runs/photos/video",
     "evaluate attention": "photo.jpg --checkpoint runs/photos --out runs/photos/attention",
     "evaluate correspondence": "--checkpoint runs/photos --data shards/val --out runs/photos/correspondence",
     "embed": "--checkpoint runs/photos --data photos/ --out photos.npz",

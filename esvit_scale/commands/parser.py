@@ -109,6 +109,11 @@ def _checkpoint(text: str) -> Path:
 def add_loading(parser: argparse.ArgumentParser) -> None:
     """Add the options `--batch` and `--workers`."""
     parser.add_argument("--batch", type=positive, default=64, metavar="N", help="images in a batch (default: 64)")
+    add_workers(parser)
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """Add the option `--workers`."""
     parser.add_argument("--workers", type=count, default=4, metavar="N", help="processes that load images (default: 4)")
 
 

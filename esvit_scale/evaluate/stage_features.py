@@ -76,6 +76,14 @@ def interpolation(places: Tensor, cell: float, cells: int) -> Tensor:
     return weights.scatter_add_(1, (low + 1).clamp(max=cells - 1)[:, None], part)
 
 
+def require_grid(trunk: nn.Module) -> Trunk:
+    """Return a trunk that gives tokens on a grid; raise UserError for any other."""
+    if not isinstance(trunk, Trunk) or not trunk.has_regions:
+        name = trunk.name if isinstance(trunk, Trunk) else type(trunk).__name__
+        raise UserError(f"this evaluation needs tokens on a grid; {name} gives none")
+    return trunk
+
+
 @torch.no_grad()
 def stage_maps(trunk: nn.Module, images: Tensor) -> list[list[StageMap]]:
     """Return the maps of all stages for every window of images [B, 3, S, S]; the last stage's after the final norm.
@@ -83,9 +91,7 @@ def stage_maps(trunk: nn.Module, images: Tensor) -> list[list[StageMap]]:
     Raises:
         UserError: the trunk gives no tokens on a grid.
     """
-    if not isinstance(trunk, Trunk) or not trunk.has_regions:
-        name = trunk.name if isinstance(trunk, Trunk) else type(trunk).__name__
-        raise UserError(f"this evaluation needs tokens on a grid; {name} gives none")
+    trunk = require_grid(trunk)
     found = trunk.stage_maps([images])
     stages = []
     for s, (tokens, [(n, h, w)], _) in enumerate(found):

@@ -19,7 +19,7 @@ def write_report(run_dirs: Path | Sequence[Path], out: Path | None = None) -> Pa
 
     The page is made from config.yaml, metrics.jsonl, summary.json and environment.json, and from the results of
     `esvit-scale evaluate` in the run dir or one folder below (knn*.json, linear*.json, transfer*.json,
-    retrieval*.json, copies*.json, segmentation*.json, depth*.json, correspondence*.json, and pictures). Crops and neighbours are drawn
+    retrieval*.json, copies*.json, segmentation*.json, depth*.json, video*.json, correspondence*.json, and pictures). Crops and neighbours are drawn
     from the data sets that these name, if those still exist.
 
     Args:
@@ -85,7 +85,7 @@ def _contents(runs: list[RunFiles]) -> Json:
 def _pictures(of: RunFiles, label: str) -> Json:
     """Return the images that the page shows of a run, and their captions.
 
-    They are crops, neighbours, and the pictures of `evaluate retrieval`, `copies`, `segmentation`, `depth`, `correspondence` and `attention`.
+    They are crops, neighbours, and the pictures of `evaluate retrieval`, `copies`, `segmentation`, `depth`, `video`, `correspondence` and `attention`.
     """
     latest = next((r for r in reversed(of.results["knn"]) if r.get("examples")), None)
     config = of.config

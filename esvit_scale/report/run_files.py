@@ -16,8 +16,8 @@ from esvit_scale.train import row_file
 Json = dict[str, Any]
 T = TypeVar("T")
 
-EVALUATIONS = ("knn", "linear", "transfer", "retrieval", "copies", "segmentation", "depth", "correspondence")
-PICTURES = ("correspondence", "attention", "components", "retrieval", "copies", "segmentation", "depth")
+EVALUATIONS = ("knn", "linear", "transfer", "retrieval", "copies", "segmentation", "depth", "video", "correspondence")
+PICTURES = ("correspondence", "attention", "components", "retrieval", "copies", "segmentation", "depth", "video")
 
 
 class RunFiles(NamedTuple):

@@ -8,6 +8,7 @@ from esvit_scale.checkpoint.card_results import quoted_k
 from esvit_scale.evaluate.copies import protocol_in_words as copies_protocol
 from esvit_scale.evaluate.depth import protocol_in_words as depth_protocol
 from esvit_scale.evaluate.segmentation import protocol_in_words as segmentation_protocol
+from esvit_scale.evaluate.video import protocol_in_words as video_protocol
 from esvit_scale.report.run_files import Json, RunFiles, try_or_note
 
 NO_VALUE = "–"
@@ -55,7 +56,7 @@ def evaluations(runs: Sequence[NamedRun], missing: list[str]) -> list[Table]:
 
     When a result file has an unexpected form, only its table is left out, with a note in `missing`.
     """
-    dense = (segmentation, segmented_classes, depth)
+    dense = (segmentation, segmented_classes, depth, video)
     makers = (knn, few_shot, linear, transfer, retrieval, revisited, copies, *dense, correspondence)
     made = (try_or_note(f"{make.__name__.replace('_', '-')} table", missing, lambda m=make: m(runs)) for make in makers)  # type: ignore[misc]
     return [table for table in made if table is not None and table.rows]
@@ -341,6 +342,34 @@ def depth(runs: Sequence[NamedRun]) -> Table | None:
     )
     head = ["features and head", "RMSE, m", "95 %", "relative error", "δ1"]
     return Table("depth", "Depth", note, head, rows, *_protocols(depth_protocol, found))
+
+
+def video(runs: Sequence[NamedRun]) -> Table | None:
+    """Return the table of label propagation, with the protocol of every result; None without results."""
+    found = [(join(name, result_name(r)), r) for name, run in runs for r in run.results["video"]]
+    if not found:
+        return None
+    rows = [
+        Row(
+            join(name, method) if method != "static" else join(name, "first mask kept"),
+            [
+                Cell(f"{row['jf']:.1f}"),
+                Cell(_interval(row) if row["interval"] else NO_VALUE),
+                Cell(f"{row['j']:.1f}"),
+                Cell(f"{row['f']:.1f}"),
+            ],
+            row["jf"],
+        )
+        for name, r in found
+        for method, row in r["results"].items()
+    ]
+    note = (
+        "Masks of the first frames are propagated by the similarity of frozen features; nothing is trained. In percent, over "
+        "all objects: region similarity J (intersection over union), boundary accuracy F, and their mean with its 95 % "
+        "bootstrap interval over videos."
+    )
+    head = ["features and method", "J&F", "95 %", "J", "F"]
+    return Table("video", "Label propagation", note, head, rows, *_protocols(video_protocol, found))
 
 
 def correspondence(runs: Sequence[NamedRun]) -> Table | None:

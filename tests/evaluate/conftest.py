@@ -79,3 +79,25 @@ def paint_depth(root: Path, n: int, seed: int) -> Path:
             (root / kind).mkdir(parents=True, exist_ok=True)
             Image.fromarray(values).save(root / kind / f"{i:02d}.png")
     return root
+
+
+def paint_videos(root: Path, videos: int, frames: int, seed: int) -> Path:
+    """Videos in the DAVIS layout of a red and a green square that move over blue noise; some pixels are void."""
+    rng = np.random.default_rng(seed)
+    for v in range(videos):
+        height, width = 64, 80 + 16 * (v % 2)
+        for kind in ("JPEGImages", "Annotations"):
+            (root / kind / "480p" / f"video{v}").mkdir(parents=True)
+        for i in range(frames):
+            pixels = np.array((40, 60, 200)) + rng.normal(0, 20, (height, width, 3))
+            mask = np.zeros((height, width), np.uint8)
+            for label, y, x, colour in ((1, 8, 4 + 6 * i, (210, 50, 40)), (2, 40 - 2 * i, 50, (50, 200, 60))):
+                pixels[y : y + 20, x : x + 20] = np.array(colour) + rng.normal(0, 20, (20, 20, 3))
+                mask[y : y + 20, x : x + 20] = label
+            mask[:2] = 255
+            name = f"480p/video{v}/{i:05d}"
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / "JPEGImages" / f"{name}.jpg", quality=95)
+            Image.fromarray(mask).save(root / "Annotations" / f"{name}.png")
+    (root / "ImageSets" / "2017").mkdir(parents=True)
+    (root / "ImageSets" / "2017" / "val.txt").write_text("".join(f"video{v}\n" for v in range(videos)))
+    return root

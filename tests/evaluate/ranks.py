@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from esvit_scale.commands.parser import on_all_ranks
-from esvit_scale.evaluate import copies, depth, knn, linear, retrieval, segmentation
+from esvit_scale.evaluate import copies, depth, knn, linear, retrieval, segmentation, video
 from esvit_scale.evaluate.features import ExtractionOptions
 from esvit_scale.evaluate.linear import ProbeSettings
 
@@ -28,6 +28,7 @@ def main(checkpoint: Path, photos: Path, out: Path) -> None:
     segmentation.run_segmentation(checkpoint, masked, masked, out, settings, loading._replace(cache=out / "pixels"))
     head, far = depth.DepthSettings(iterations=10, batch=4, pixels=16, bins=8), photos.parent / "far"
     depth.run_depth(checkpoint, far, far, out, head, loading._replace(cache=out / "depths"))
+    video.run_video(checkpoint, photos.parent / "videos", out, video.VideoSettings(64, 1, radius=3), loading)
     linear.run_linear(checkpoint, train, test, out / "images", over_images, loading)
 
 

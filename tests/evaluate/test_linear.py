@@ -21,7 +21,7 @@ from esvit_scale.evaluate.features import ExtractionOptions, FrozenTrunk
 from esvit_scale.evaluate.labels import LabelledSet
 from esvit_scale.evaluate.linear import ImageSource, ProbeSettings, make_probe_data, run_linear
 from tests import launcher
-from tests.evaluate.conftest import paint, paint_depth, paint_masked
+from tests.evaluate.conftest import paint, paint_depth, paint_masked, paint_videos
 
 LOADING = ExtractionOptions(batch=16, workers=0, device="cpu")
 FAST = ProbeSettings(epochs=10, batch=16)
@@ -147,10 +147,11 @@ def test_two_ranks_match_one(checkpoint: Path, photos: Path, tmp_path: Path) -> 
     k-NN and the probes' results, over kept features and over images."""
     paint_masked(photos.parent / "masked", 7, seed=0)
     paint_depth(photos.parent / "far", 7, seed=0)
+    paint_videos(photos.parent / "videos", 3, 4, seed=0)
     for ranks in (1, 2):
         script = Path(__file__).with_name("ranks.py")
         launcher.run(script, checkpoint, photos, tmp_path / str(ranks), ranks=ranks)
-    for name in ("knn", "linear", "images/linear", "retrieval", "copies", "segmentation", "depth"):
+    for name in ("knn", "linear", "images/linear", "retrieval", "copies", "segmentation", "depth", "video"):
         one, two = (json.loads((tmp_path / ranks / f"{name}.json").read_text()) for ranks in "12")
         assert_close(one, two)
     one, two = ({p.name: p for p in (tmp_path / ranks / "features").iterdir()} for ranks in "12")

@@ -230,6 +230,19 @@ def test_depth_is_shown_with_its_protocol(run: Path) -> None:
     assert "not comparable" not in text
 
 
+def test_label_propagation_is_shown_with_its_protocol(run: Path) -> None:
+    score = {"jf": 52.25, "interval": [45.75, 58.25], "j": 50.5, "f": 54.0}
+    protocol = {"size": 480, "stage": 3, "cell": 16, "k": 5, "radius": 12, "last_frames": 7}
+    result = {"step": 8, "n_videos": 30, "n_objects": 61, "protocol": protocol}
+    result["results"] = {"propagated": score, "static": score | {"jf": 21.5, "interval": None}}
+    (run / "video.json").write_text(json.dumps(result))
+    Image.new("RGB", (8, 8)).save(run / "video.png")
+    text = parse(write_report(run)).text
+    for words in ("52.2", "45.8 – 58.2", "50.5", "54.0", "first mask kept", "21.5", "Objects followed through videos"):
+        assert words in text
+    assert "61 objects of 30 videos, short side 480 pixels, stage 3 (cells of 16 pixels)" in text
+
+
 LINEAR = {
     "step": 8,
     "n_train": 1000,
