@@ -79,7 +79,8 @@ def files(*folders: str) -> list[Path]:
 
 
 def test_no_branch_on_a_zero_stage_outside_ds_config() -> None:
-    stages_of_trunks = [ROOT / "esvit_scale" / folder for folder in ("models", "evaluate")]  # trunks have stages as well
+    # Trunks have stages as well.
+    stages_of_trunks = [ROOT / "esvit_scale" / folder for folder in ("models", "evaluate")]
     found = {
         str(path.relative_to(ROOT)): branches
         for path in [*files("esvit_scale"), ZERO]
