@@ -595,5 +595,5 @@ def test_benchmark_rows_are_configs(tmp_path: Path) -> None:
     assert 3.5 < costs.parameters(module.recipe(tmp_path, "teacher", 0, 3, module.TEACHER)).trunk / trunk < 4.5
     for row, overrides in module.ROWS.items():
         config = module.recipe(tmp_path, row, 0, 3, overrides)
-        assert config.objective.teacher == (None if row == "alone" else str(tmp_path / "teacher"))
+        assert config.objective.teacher == (None if row == "alone" else str(tmp_path / module.TAKEN))
         assert config.objective.regions
