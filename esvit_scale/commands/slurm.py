@@ -115,6 +115,13 @@ def add_resources(parser: argparse.ArgumentParser, gpus: bool) -> None:
     asked.add_argument("--dry-run", action="store_true", help="print the script and the command without submitting")
 
 
+def given_resources(o: argparse.Namespace) -> str:
+    """Return the first option for a job's resources that the command line has; "" if it has none."""
+    names = ("nodes", "gpus_per_node", "tasks_per_node", "cpus_per_task", "time", "partition", "signal_lead", "after")
+    given = [n for n in (*names, "sbatch", "env", "dry_run") if getattr(o, n) not in (None, [], False)]
+    return f"--{given[0].replace('_', '-')}" if given else ""
+
+
 def _submit_pretrain(o: argparse.Namespace) -> int:
     from esvit_scale import config as configs
 
@@ -184,7 +191,11 @@ def _submit_evaluate(o: argparse.Namespace) -> int:
 
 
 def submit_sweep(o: argparse.Namespace) -> int:
-    """Submit the unfinished cells of a sweep, one array element each; return 0."""
+    """Submit the unfinished cells of a sweep, one array element each; return 0.
+
+    Raises:
+        UserError: cells continue each other (`horizon: branches`), all are refused, or the job cannot be submitted.
+    """
     from esvit_scale.commands.sweep import _cells
     from esvit_scale.scaling import runner
 
@@ -193,12 +204,19 @@ def submit_sweep(o: argparse.Namespace) -> int:
         raise UserError(
             "horizon: branches: runs wait for each other, which array jobs cannot do; use `sweep submit --local`"
         )
-    todo = [cell.index for cell in found if runner.state(cell, sweep).word not in ("finished", "refused")]
-    if not todo:
-        raise UserError(f"{o.sweep}: no cell is left to run; `sweep status` shows why")
+    states = {cell.index: runner.state(cell, sweep).word for cell in found}
+    todo = [index for index, word in states.items() if word not in ("finished", "refused")]
+    if not todo and "finished" not in states.values():
+        raise UserError(f"{o.sweep}: every cell is refused; `sweep plan` shows why")
+    if not todo:  # not on stdout, where a job id is expected
+        print(f"{o.sweep}: nothing to submit: every cell is finished or refused", file=sys.stderr)
+        return 0
     if not o.dry_run:
         runner.source_of(sweep)
-    return _submit(o, "sweep", [str(o.sweep)], sweep.folder / "slurm", array=runner.ranges(todo))
+    try:
+        return _submit(o, "sweep", [str(o.sweep)], sweep.folder / "slurm", array=runner.ranges(todo))
+    except UserError as error:
+        raise UserError(f"{error}; `sweep submit --local` runs the cells on this machine") from None
 
 
 def _submit(o: argparse.Namespace, name: str, arguments: list[str], records: Path, array: str | None = None) -> int:

@@ -167,10 +167,9 @@ def _submit(options: argparse.Namespace) -> int:
     from esvit_scale.scaling import runner
 
     if not options.local:
-        try:
-            return slurm.submit_sweep(options)
-        except UserError as error:
-            raise UserError(f"{error}; `sweep submit --local` runs the cells on this machine") from None
+        return slurm.submit_sweep(options)
+    if given := slurm.given_resources(options):
+        raise UserError(f"{given}: is for a Slurm job; leave it out with --local, or leave out --local")
     sweep, found = _cells(options.sweep)
     if all(cell.problems for cell in found):
         raise UserError(f"{options.sweep}: every cell is refused; `sweep plan` shows why")

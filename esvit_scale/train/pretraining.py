@@ -73,7 +73,8 @@ def open_and_train(config: Config, world: World, watchdog: Watchdog) -> int:
         return 0
     data = collectives.run_on_rank0_and_broadcast(lambda: stream.open_data(config))
     collectives.run_on_rank0_and_broadcast(lambda: labels.check(config, data))
-    needs = collectives.gather_objects(working_set.of_own_node(config, data, world.rank, world.size))
+    held = collectives.run_on_rank0_and_broadcast(lambda: working_set.held_out_bytes(config, world.size))
+    needs = collectives.gather_objects(working_set.of_own_node(config, data, world.rank, world.size, held))
     room = collectives.run_on_rank0_and_broadcast(lambda: working_set.check(config, data, world.size, needs))
     watchdog.progress()
     if config.data.stage:

@@ -252,6 +252,18 @@ def test_submit_without_slurm_is_one_line(tmp_path, capsys, monkeypatch, sbatch)
     assert not sbatch or "no cluster" in line
 
 
+def test_submit_says_what_is_wrong_and_nothing_else(tmp_path, capsys):
+    """The advice to run on this machine is for a job that cannot be submitted."""
+    path = str(write(tmp_path, budget=[1e9]))
+    assert cli.main(["sweep", "submit", path]) == 2
+    assert "--local" not in capsys.readouterr().err
+    assert cli.main(["sweep", "submit", str(write(tmp_path)), "--local", "--gpus-per-node", "8"]) == 2
+    assert "--gpus-per-node: is for a Slurm job" in capsys.readouterr().err
+    refused = str(write(tmp_path, limits={"min_steps": 10**6}))
+    assert cli.main(["sweep", "submit", refused]) == 2
+    assert "every cell is refused" in capsys.readouterr().err
+
+
 def test_state_of_a_failed_slurm_cell_is_failed(tmp_path, monkeypatch):
     """By what its script noted at the end, until a later job starts; by what the training said, where it could."""
     sweep, found = cells_of(write(tmp_path))

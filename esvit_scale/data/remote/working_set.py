@@ -88,7 +88,7 @@ def check(
     limit = room.limit
     given = "data.cache_gb" if config.data.cache_gb is not None else f"{folder}: {DEFAULT_SHARE:.0%} of its free space"
     if not _remote(data):
-        least = _held_out(config, ranks_per_node(world_size))
+        least = held_out_bytes(config, world_size)
         if limit < least:
             raise UserError(
                 f"{given}: {_gb(limit)} GB, but the ranks of a node read from {_gb(least)} GB of data.held_out at a time: set "
@@ -135,7 +135,9 @@ def ring_bytes(config: Config, data: Manifest | MixedSets, rank: int, world_size
     if room is None:
         return None
     limit, local = room.limit, ranks_per_node(world_size)
-    found = _of_node(config, data, _DataSizes(data), rank // local * local, world_size, _held_out(config, local))
+    found = _of_node(
+        config, data, _DataSizes(data), rank // local * local, world_size, held_out_bytes(config, world_size)
+    )
     if limit >= found.least:
         return None
     return max(limit - found.fixed_by_ranges, 0) // found.processes
@@ -144,22 +146,26 @@ def ring_bytes(config: Config, data: Manifest | MixedSets, rank: int, world_size
 def working_set(config: Config, data: Manifest | MixedSets, world_size: int) -> WorkingSet:
     """Return the room that the remote shards of a run need on the node that needs most, in its first epoch."""
     local = ranks_per_node(world_size)
-    held_out, sizes = _held_out(config, local), _DataSizes(data)
+    held_out, sizes = held_out_bytes(config, world_size), _DataSizes(data)
     ranks = range(0, world_size, local)
     return max(
         (_of_node(config, data, sizes, rank, world_size, held_out) for rank in ranks), key=lambda node: node.least
     )
 
 
-def of_own_node(config: Config, data: object, rank: int, world_size: int) -> WorkingSet | None:
+def of_own_node(config: Config, data: object, rank: int, world_size: int, held_out: int) -> WorkingSet | None:
     """Return the working set of the node whose first rank is `rank`; None on its other ranks and for local data.
 
-    All ranks of a large job compute theirs at the same time, because one after the other takes minutes.
+    All ranks of a large job compute theirs at the same time, because one after the other takes minutes. Nothing is asked
+    of a store here: if that failed on one rank, the others would wait for it.
+
+    Args:
+        held_out: what `held_out_bytes` returned on rank 0.
     """
     if rank % ranks_per_node(world_size) or not _remote(data):
         return None
     assert isinstance(data, Manifest | MixedSets)
-    return _of_node(config, data, _DataSizes(data), rank, world_size, _held_out(config, ranks_per_node(world_size)))
+    return _of_node(config, data, _DataSizes(data), rank, world_size, held_out)
 
 
 def _of_node(
@@ -222,9 +228,13 @@ def _disk(folder: Path, limit: int, least: int) -> None:
         )
 
 
-def _held_out(config: Config, ranks: int) -> int:
-    """Return the bytes of the shards that a node's ranks hold while they read the held-out images of train.knn_every."""
-    place = config.data.held_out
+def held_out_bytes(config: Config, world_size: int) -> int:
+    """Return the bytes of the shards that a node's ranks hold while they read the held-out images of train.knn_every.
+
+    Raises:
+        UserError, StoreUnreachable: the set cannot be opened.
+    """
+    ranks, place = ranks_per_node(world_size), config.data.held_out
     if not config.train.knn_every or not store_urls.is_set_url(place):
         return 0
     return int(np.sort(costs(open_set(place, config.data).shards))[-LAST_SHARDS * ranks :].sum())

@@ -61,9 +61,25 @@ def test_nodes_that_compute_their_own_need_find_the_largest(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     c = config(f"file://{shards}", tmp_path, slots=4)
     data = stream.open_data(c)
-    nodes = [working_set.of_own_node(c, data, rank, 4) for rank in range(4)]
+    nodes = [working_set.of_own_node(c, data, rank, 4, 0) for rank in range(4)]
     assert [node is None for node in nodes] == [False, True, False, True]
     assert isinstance(data, Manifest)
     assert max(node.least for node in nodes if node) == working_set.working_set(c, data, 4).least
     assert working_set.check(c, data, 4, nodes) == working_set.check(c, data, 4)
-    assert working_set.of_own_node(c, stream.open_data(config(shards, tmp_path)), 0, 4) is None
+    assert working_set.of_own_node(c, stream.open_data(config(shards, tmp_path)), 0, 4, 0) is None
+
+
+def test_a_node_asks_nothing_of_a_store(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store that answers one rank with an error would leave the others waiting."""
+    held = f"file://{tiny.shards(tmp_path / 'held', samples=40)}"
+    c = config(f"file://{shards}", tmp_path / "cache", held_out=held)
+    c = c.model_copy(update={"train": c.train.model_copy(update={"knn_every": 5})})
+    data, bytes_held = stream.open_data(c), working_set.held_out_bytes(c, 1)
+    assert bytes_held > 0
+    expected = working_set.working_set(c, data, 1)  # type: ignore[arg-type]
+
+    def refuse(*given: object) -> None:
+        raise AssertionError("opened a set")
+
+    monkeypatch.setattr(working_set, "open_set", refuse)
+    assert working_set.of_own_node(c, data, 0, 1, bytes_held) == expected
