@@ -20,14 +20,12 @@ from PIL import Image
 
 from esvit_scale.data import depth_maps
 from esvit_scale.data.depth_maps import Depth, DepthImage, DepthSet
-from esvit_scale.division import share
 from esvit_scale.errors import UserError
 from esvit_scale.evaluate import depth_head, feature_cache, pixel_heads
 from esvit_scale.evaluate.attention import require_pictures
 from esvit_scale.evaluate.depth_head import PER_METRE, DepthHead
 from esvit_scale.evaluate.feature_cache import FeatureBatch, FeatureSet
 from esvit_scale.evaluate.features import (
-    CPU_BATCH,
     ExtractionOptions,
     FrozenTrunk,
     cached_or_temporary,
@@ -38,9 +36,8 @@ from esvit_scale.evaluate.knn import write_result
 from esvit_scale.evaluate.labels import check_finite
 from esvit_scale.evaluate.metrics import RESAMPLES, Interval
 from esvit_scale.evaluate.pixel_heads import PixelSamples
-from esvit_scale.evaluate.progress import progress
 from esvit_scale.evaluate.segmentation import EXAMPLE_SIDE, EXAMPLES
-from esvit_scale.evaluate.stage_features import Window, at_pixels, features_at, window_maps, window_sizes
+from esvit_scale.evaluate.stage_features import Window, at_pixels, features_at, window_sizes, windows_of_set
 from esvit_scale.parallel import collectives
 
 MEASURES = ("rmse", "abs_rel", "delta1", "delta2", "delta3")
@@ -245,14 +242,10 @@ def _open(train: Path, test: Path, settings: DepthSettings, workers: int) -> lis
 def _windows(
     teacher: FrozenTrunk, found: DepthSet, settings: DepthSettings, options: ExtractionOptions, device: torch.device
 ) -> Iterator[tuple[DepthImage, list[Window]]]:
-    """Yield this rank's images of a set, each with its windows and their stage maps."""
+    """Return an iterator over this rank's images of a set, each with its windows and their stage maps."""
     size, crop, stride = settings.size or 0, settings.crop or 0, settings.stride or 0
-    trunk = teacher.trunk.to(device).eval()
-    numbers = range(len(found.keys))[share(len(found.keys), collectives.rank(), collectives.world_size())]
-    images = depth_maps.depth_images(found, numbers, size, options.workers)
-    at_once = CPU_BATCH if device.type == "cpu" else options.batch
-    for image in progress(images, f"features of {found.source.name}", len(numbers), "images"):
-        yield image, window_maps(trunk, image.pixels, crop, stride, at_once, device, options.precision == "bf16")
+    read = lambda numbers: depth_maps.depth_images(found, numbers, size, options.workers)  # noqa: E731
+    return windows_of_set(teacher, read, len(found.keys), found.source.name, crop, stride, options, device)
 
 
 def _evaluate(

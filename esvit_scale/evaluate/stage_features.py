@@ -5,8 +5,8 @@ resized image, where the centre of pixel i is at i + 0.5. A linear classifier of
 interpolated score of the cells, so that heads compute scores cell by cell and only these are enlarged.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -15,8 +15,12 @@ from torch import Tensor, nn
 
 from esvit_scale.data import photometric
 from esvit_scale.data.pixel_format import RGB8
+from esvit_scale.division import share
 from esvit_scale.errors import UserError
+from esvit_scale.evaluate.features import CPU_BATCH, ExtractionOptions, FrozenTrunk
+from esvit_scale.evaluate.progress import progress
 from esvit_scale.models.trunk import Trunk
+from esvit_scale.parallel import collectives
 
 ELEMENTS_AT_ONCE = 2**24  # scores of a band of rows: classes × rows × columns
 
@@ -34,6 +38,18 @@ class Window(NamedTuple):
     top: int
     left: int
     maps: list[StageMap]
+
+
+class HasPixels(Protocol):
+    """An image of an evaluation set."""
+
+    @property
+    def pixels(self) -> NDArray[np.uint8]:
+        """Return the resized RGB image [H, W, 3]."""
+        ...
+
+
+SetImage = TypeVar("SetImage", bound=HasPixels)
 
 
 def starts(length: int, crop: int, stride: int) -> list[int]:
@@ -99,6 +115,31 @@ def stage_maps(trunk: nn.Module, images: Tensor) -> list[list[StageMap]]:
         cell = float(trunk.reductions[s]) if trunk.reductions else images.shape[-1] / h
         stages.append([StageMap(values, cell) for values in normed.float().view(n, h, w, -1)])
     return [list(of_window) for of_window in zip(*stages, strict=True)]
+
+
+def windows_of_set(
+    teacher: FrozenTrunk,
+    read: Callable[[range], Iterator[SetImage]],
+    total: int,
+    name: str,
+    crop: int,
+    stride: int,
+    options: ExtractionOptions,
+    device: torch.device,
+) -> Iterator[tuple[SetImage, list[Window]]]:
+    """Yield this rank's images of a set, each with its windows and their stage maps.
+
+    Args:
+        read: returns the images with these numbers, in order.
+        total: number of images of the set.
+        name: of the set, for the progress line.
+        crop, stride: side of a window and pixels between windows.
+    """
+    trunk = teacher.trunk.to(device).eval()
+    numbers = range(total)[share(total, collectives.rank(), collectives.world_size())]
+    at_once = CPU_BATCH if device.type == "cpu" else options.batch
+    for image in progress(read(numbers), f"features of {name}", len(numbers), "images"):
+        yield image, window_maps(trunk, image.pixels, crop, stride, at_once, device, options.precision == "bf16")
 
 
 @torch.no_grad()
