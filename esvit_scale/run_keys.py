@@ -99,6 +99,43 @@ class Mixed(Section):
     """[ratio] Number of its samples in an epoch, relative to the other sets'."""
 
 
+class AudioViews(Section):
+    """The waveform of a sample beside its image, as mono (docs/modalities.md)."""
+
+    views: Annotated[int, Field(ge=0, le=16)] = 0
+    """[cuts per sample] Number of cuts, each with a random start and loudness; 0: not read."""
+    rate: Annotated[int, Field(ge=1000, le=192_000)] = 16_000
+    """[Hz] Rate to which every file is resampled."""
+    seconds: Annotated[float, Field(gt=0, le=60, allow_inf_nan=False)] = 2.0
+    """[seconds] Length of a cut; what is missing of a shorter file is zero."""
+
+
+class VideoViews(Section):
+    """The frames of a sample beside its image (docs/modalities.md)."""
+
+    views: Annotated[int, Field(ge=0, le=16)] = 0
+    """[cuts per sample] Number of cuts, each with a random start; 0: not read."""
+    frames: Annotated[int, Field(ge=1, le=256)] = 16
+    """[frames] Length of a cut; what is missing of a shorter file is zero."""
+    step: Annotated[int, Field(ge=1, le=64)] = 1
+    """[frames] Distance between two frames of a cut in the file."""
+    size: Annotated[int, Field(ge=4, le=512)] = 32
+    """[pixels] Side of a frame, the centre of the file's."""
+
+
+class TextViews(Section):
+    """The text of a sample beside its image (docs/modalities.md)."""
+
+    views: Annotated[int, Field(ge=0, le=16)] = 0
+    """[texts per sample] Number of views; 0: not read."""
+    length: Annotated[int, Field(ge=1, le=65_536)] = 64
+    """[tokens] Length of a view; the rest of a longer text is left out."""
+    vocabulary: Literal["bytes"] = "bytes"
+    """How text becomes tokens; bytes: those of its UTF-8, plus one, and 0 for what is missing of a shorter text."""
+    fields: list[str] = Field(default_factory=list)
+    """Keys of the sample's .json that hold texts, of which each view draws one; an empty list: the sample's .txt."""
+
+
 class Data(Section):
     """The data: where images come from, and how they are ordered, cropped and augmented."""
 
@@ -155,6 +192,9 @@ class Data(Section):
     std: Annotated[list[AboveZero], Field(min_length=1)] | None = None
     """[fraction of the largest pixel value] Standard deviation of each channel, by which pixels are divided; null:
     ImageNet's."""
+    audio: AudioViews = AudioViews()
+    video: VideoViews = VideoViews()
+    text: TextViews = TextViews()
 
 
 class Architecture(Section):

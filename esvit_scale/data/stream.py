@@ -71,6 +71,7 @@ from esvit_scale.data.photometric import BatchAugmentationParams
 from esvit_scale.data.pixel_format import pixel_format
 from esvit_scale.data.remote import place, working_set
 from esvit_scale.data.shard_stream import ShardSamples
+from esvit_scale.data.signals import Signal
 from esvit_scale.data.url_stream import UrlSamples, UrlSets
 from esvit_scale.data.worker_batch import DecodedSample, WorkerBatch, crop_shapes, make_worker_batch
 from esvit_scale.errors import UserError
@@ -117,6 +118,8 @@ class MicroBatch(NamedTuple):
     crops: list[Tensor]  # one [V_g·B, channels, S_g, S_g] per resolution group, the two globals first
     positions: Tensor  # int64 [B]: places in the global batch
     labels: SoftLabels | None = None  # where the run learns labels (objective.classes)
+    signals: Mapping[str, Signal] = {}  # by modality (`data.audio`, …); those of which the config reads views
+    has_image: Tensor | None = None  # bool [B]: the crops of a sample without an image are zeros; None: all have one
 
 
 def open_data(config: Config) -> TrainingData:
