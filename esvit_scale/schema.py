@@ -127,7 +127,7 @@ def _explain(error: Any, where: str, schema: Any) -> str:
     if kind == "value_error":
         return "\n".join(f"{where}: {line}" for line in str(error["ctx"]["error"]).splitlines())
     if kind == "extra_forbidden":
-        return f"{where}: {_unknown_key(loc, value, schema)}"
+        return f"{where}: {_unknown_key([str(part) for part in error['loc']], value, schema)}"
     if kind == "string_pattern_mismatch":
         return f"{where}: {loc}: letters, digits, '.', '_' and '-', beginning with a letter or digit; got {show(value)}"
     if kind == "literal_error":
@@ -161,36 +161,39 @@ def _dotted(loc: tuple[int | str, ...]) -> str:
     return ".".join(str(part) for part in loc)
 
 
-def _unknown_key(loc: str, value: Any, schema: Any) -> str:
+def _unknown_key(path: list[str], value: Any, schema: Any) -> str:
     """Return the message about an unknown key, with the most similar known one, else a list of its siblings.
 
-    Where a misspelt section holds a single key, as from an override, the message is about that key.
+    `path` has the names of the sections around it, and its own, which may hold anything, dots too. Where a misspelt
+    section holds a single key, as from an override, the message is about that key.
     """
-    similar = _similar_key(loc, schema)
+    loc, (name, colon, rest) = _dotted(tuple(path)), path[-1].partition(":")
+    if colon and value is None and name in _siblings(path, schema):
+        return f"unknown key {loc}; put a space behind the colon: {name}: {rest}"
+    similar = _similar_key(path, schema)
     if not similar:
-        return f"unknown key {loc}; known: {', '.join(_siblings(loc, schema))}"
+        return f"unknown key {loc}; known: {', '.join(_siblings(path, schema))}"
     if isinstance(value, Mapping) and len(value) == 1 and _is_section(declared(similar.split("."), schema)):
         (name,) = value
-        if key := _similar_key(f"{similar}.{name}", schema):
+        if key := _similar_key([*similar.split("."), str(name)], schema):
             return f"unknown key {loc}.{name}; did you mean {key!r}?"
     return f"unknown key {loc}; did you mean {similar!r}?"
 
 
-def _siblings(loc: str, schema: Any) -> list[str]:
-    """Return the keys of the section that `loc` is in."""
-    parent = loc.rpartition(".")[0]
-    section = declared(parent.split("."), schema) if parent else schema
+def _siblings(path: list[str], schema: Any) -> list[str]:
+    """Return the keys of the section that the key at `path` is in."""
+    section = declared(path[:-1], schema) if path[:-1] else schema
     return list(section.model_fields)
 
 
-def _similar_key(loc: str, schema: Any) -> str | None:
+def _similar_key(path: list[str], schema: Any) -> str | None:
     """Return the sibling of an unknown key that has a similar name, else the similar key of another section, if any."""
-    parent, _, leaf = loc.rpartition(".")
+    *parent, leaf = path
     elsewhere: dict[str, str] = {}
     for key in _keys(schema):
         elsewhere.setdefault(key.rpartition(".")[2], key)
-    if close := get_close_matches(leaf.lower(), _siblings(loc, schema), n=1):
-        return f"{parent}.{close[0]}".lstrip(".")
+    if close := get_close_matches(leaf.lower(), _siblings(path, schema), n=1):
+        return ".".join([*parent, close[0]])
     if close := get_close_matches(leaf.lower(), elsewhere, n=1, cutoff=0.8):
         return elsewhere[close[0]]
     return None

@@ -191,6 +191,9 @@ IN_A_FILE = {
     "epochs: 3": "unknown key epochs; did you mean 'train.epochs'?",
     "trian: {steps: 3, epochs: 2}": "unknown key trian; did you mean 'train'?",
     "objectve: {}": "unknown key objectve; did you mean 'objective'?",
+    "data: {global_crops: {augment: {jitter:1.0}}}": "unknown key data.global_crops.augment.jitter:1.0; put a space behind "
+    "the colon: jitter: 1.0",
+    "data: {global_crops: {augment: {x.y: 1}}}": "unknown key data.global_crops.augment.x.y; known: jitter, brightness",
     "data: {local_crops: [{}, {sise: 3}]}": "unknown key data.local_crops.1.sise; did you mean 'data.local_crops.1.size'?",
     "zzzz: 3": "unknown key zzzz; known: format_version, name, run_dir, seed, data, model, objective, optim, train",
     "train: {epochs: three}": "train.epochs: expected a whole number, got 'three'",
