@@ -57,6 +57,7 @@ Json = dict[str, Any]
 K = 10  # fixed in advance
 KS = (3, 5, K, 20)  # all are recorded, so that both sides can be compared at the best
 BATCH_OF_EVALUATION = 64
+SEARCHED_ON = 10_000  # training images at most that the probe's penalty is chosen on: ten fits
 
 # The trunk and the crops that the recipes share. Mean and deviation are those of `shards stats`; a picture that has
 # meaning left to right is not mirrored.
@@ -73,6 +74,7 @@ SMALL = [
 FASHION = ["data.flip=0", "data.mean=[0.292, 0.292, 0.292]", "data.std=[0.352, 0.352, 0.352]"]
 OF_SET = {
     "fashion": FASHION,
+    "fashion-all": FASHION,
     "digits": ["data.flip=0"],
     "stamps": ["data.global_crops.augment.hue=0.02", "data.local_crops.0.augment.hue=0.02"],
     "demo": [],
@@ -117,6 +119,7 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=6, help="measurements along a run, beside that at step 0")
     parser.add_argument("--most", type=int, help="largest number of images of a half, for trying the script out")
     parser.add_argument("--whole", action="store_true", help="measure on whole pictures instead of the centre crop")
+    parser.add_argument("--no-probe", action="store_true", help="k-NN alone, for a search: the probe takes minutes")
     parser.add_argument("--sides", nargs="+", choices=("ours", "official"), default=["ours", "official"])
     parser.add_argument("--out", type=Path, help="keeps sets and curves; the same command goes on with them")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
@@ -148,16 +151,16 @@ def measure(options: argparse.Namespace, out: Path, sets: tuple[Path, Path], wor
                 train, test = (
                     raw_pixels(path, config.data.global_crops.size, workers=0, whole=options.whole) for path in sets
                 )
-                yield pixels | {"points": [{"step": 0, "images": 0} | scores(train, test)]}
+                yield pixels | {"points": [{"step": 0, "images": 0} | scores(train, test, not options.no_probe)]}
             for side in sides:
                 if side == "official" and config.objective.name != "esvit":
                     continue
-                crop = "-whole" if options.whole else ""
-                points = f"-{options.most}-{options.steps}-{options.points}{crop}.json"
+                how = ("-whole" if options.whole else "") + ("-no-probe" if options.no_probe else "")
+                points = f"-{options.most}-{options.steps}-{options.points}{how}.json"
                 path = out / f"{options.set}-{options.half}-{Path(name).stem}-{seed}-{side}{points}"
                 if not resumable(path, config):
                     step = OurSide(config, world) if side == "ours" else OfficialSide(options.official, config)
-                    points_of_curve = list(curve(step, config, sets, options.points, options.whole))
+                    points_of_curve = list(curve(step, config, sets, options))
                     whole = {"side": side, "recipe": name, "seed": seed, "config": configs.dump(config)}
                     path.write_text(json.dumps(whole | {"points": points_of_curve}, indent=1) + "\n")
                 yield json.loads(path.read_text())
@@ -267,12 +270,12 @@ class OfficialSide:
 # --- curves ----------------------------------------------------------------------------------------------------------
 
 
-def curve(side: Any, config: Config, sets: tuple[Path, Path], points: int, whole: bool = False) -> Iterator[Json]:
-    """Train, and yield what is measured at step 0 and at `points` steps to the last.
+def curve(side: Any, config: Config, sets: tuple[Path, Path], options: argparse.Namespace) -> Iterator[Json]:
+    """Train, and yield what is measured at step 0 and at `options.points` steps to the last.
 
     Seconds are those of the steps; `all_cpu_seconds` has the loading of crops, too.
     """
-    steps, batch = config.train.steps or 0, config.train.global_batch
+    steps, batch, points, whole = config.train.steps or 0, config.train.global_batch, options.points, options.whole
     due = {round(steps * i / points) for i in range(points + 1)}
     flops = costs.image_flops(config)
     spent = {"seconds": 0.0, "cpu_seconds": 0.0, "all_cpu_seconds": 0.0}
@@ -282,7 +285,7 @@ def curve(side: Any, config: Config, sets: tuple[Path, Path], points: int, whole
         if done in due:
             row = {"step": done, "images": done * batch, "flops": done * batch * flops, **spent}
             loss = {"loss": float(np.mean(losses))} if losses else {}
-            probed = done in (0, steps)
+            probed = done in (0, steps) and not options.no_probe
             yield row | loss | of_trunk(side.trunk(), config.data.global_crops.size, sets, probed, whole, done == steps)
             losses.clear()
         if done < steps:
@@ -361,7 +364,7 @@ def scores(train: Any, test: Any, probed: bool = True) -> Json:
 def probe(train: Any, test: Any) -> float:
     """Return the accuracy of a logistic regression whose penalty is chosen on a part of the training images."""
     classes = int(train.labels.max()) + 1
-    fit, chosen_on = split_held_out(train.labels, 0)
+    fit, chosen_on = split_held_out(train.labels[:SEARCHED_ON], 0)
 
     def rows(which: Tensor) -> logistic.LabelledFeatures:
         return logistic.LabelledFeatures(train.features, which, train.labels[which], classes)
@@ -398,6 +401,9 @@ def table(curves: list[Json]) -> str:
             cells = [label, f"{p['images']:,}", f"{p.get('flops', 0) / 1e12:.1f}"]
             cells += [f"{np.mean([q.get(key, 0.0) for q in points]):.0f}" for key in ("seconds", "cpu_seconds")]
             for key in ("knn", "linear"):
+                if key not in p:  # --no-probe
+                    cells += ["–", "–"]
+                    continue
                 mean, interval = mean_interval([q[key] for q in points])
                 low, high = interval or p[f"{key}_interval"]
                 cells += [f"{mean:.1f}", f"{low:.1f} to {high:.1f}"]

@@ -3,6 +3,7 @@
 | set | where it comes from | training images | test images |
 |---|---|---|---|
 | fashion | Debian's dataset-fashion-mnist, unpacked (`dpkg -x`) | the first 7,000 | the first 3,000 of the test file |
+| fashion-all | the same | 60,000 (50,000 for the validation half) | the whole test file, 10,000 |
 | stamps | Debian's tuxpaint-stamps-default, unpacked | topics with 20 pictures or more, 6 in 10 subjects | 2 in 10 subjects |
 | demo | the photographs of the demo | patches of one half of each | patches of the other half |
 | digits | scikit-learn's digits | the first 1,000 | the last 397 |
@@ -33,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from esvit_scale.data import samples, shard_writer
 from esvit_scale.data.shard_file import Sample
 
-NAMES = ("fashion", "stamps", "demo", "digits")
+NAMES = ("fashion", "fashion-all", "stamps", "demo", "digits")
 FASHION = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot"]
 TOPIC_AT_LEAST = 20  # pictures
 STAMP_SIDE = 64  # pixels: stamps are reduced to squares of this size
@@ -71,7 +72,9 @@ def shards(name: str, half: str, source: Path | None, folder: Path, most: int | 
         SystemExit: the source or the half is missing.
     """
     part = "" if most is None else f"-{most}"
-    sets = (folder / f"{name}-train{part}", folder / f"{name}-{half}{part}")
+    # The larger set of clothes has so few others that its validation half is taken from the training images.
+    training = f"{name}-train-{half}" if name == "fashion-all" else f"{name}-train"
+    sets = (folder / f"{training}{part}", folder / f"{name}-{half}{part}")
     if not all((path / "manifest.json").is_file() for path in sets):
         halves = read(name, half, source)
         for path, found in zip(sets, (halves.train, halves.held_out), strict=True):
@@ -81,7 +84,7 @@ def shards(name: str, half: str, source: Path | None, folder: Path, most: int | 
 
 def read(name: str, half: str, source: Path | None) -> Halves:
     """Return the set's training images, and those of its validation or test half."""
-    if name in ("fashion", "stamps") and source is None:
+    if name in ("fashion", "fashion-all", "stamps") and source is None:
         raise SystemExit(f"learning.py: --source: the set {name} needs the folder in which its package was unpacked")
     if name == "demo":
         if half == "validation":
@@ -91,10 +94,10 @@ def read(name: str, half: str, source: Path | None) -> Halves:
     if name == "digits":
         return _digits(half)
     assert source is not None
-    return _fashion(half, source) if name == "fashion" else _stamps(half, source)
+    return _stamps(half, source) if name == "stamps" else _fashion(half, source, name == "fashion-all")
 
 
-def _fashion(half: str, source: Path) -> Halves:
+def _fashion(half: str, source: Path, every: bool) -> Halves:
     def part(file: str, rows: slice) -> list[Sample]:
         pixels = np.frombuffer(_unzipped(source, f"{file}-images-idx3-ubyte.gz"), np.uint8, offset=16)
         labels = np.frombuffer(_unzipped(source, f"{file}-labels-idx1-ubyte.gz"), np.uint8, offset=8)
@@ -104,6 +107,10 @@ def _fashion(half: str, source: Path) -> Halves:
             for i, (image, label) in enumerate(zip(images, labels[rows], strict=True))
         ]
 
+    if every:
+        cut = 50_000 if half == "validation" else 60_000
+        held_out = part("train", slice(cut, 60_000)) if half == "validation" else part("t10k", slice(0, 10_000))
+        return Halves(part("train", slice(0, cut)), held_out, FASHION)
     held_out = part("train", slice(7000, 10000)) if half == "validation" else part("t10k", slice(0, 3000))
     return Halves(part("train", slice(0, 7000)), held_out, FASHION)
 

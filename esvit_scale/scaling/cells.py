@@ -154,11 +154,27 @@ def _cell(
         values["optim"]["schedule"] = "constant"
         values["train"] |= {"checkpoint_every": branch, "keep_every": branch}
         values["train"]["checkpoint_minutes"] = base.train.checkpoint_minutes or SAVE_MINUTES
+    if sweep.evaluate and sweep.evaluate.checkpoints > 1:
+        every = evaluated_every(steps, sweep)
+        values["train"] |= {"checkpoint_every": every, "keep_every": every}
+        values["train"]["checkpoint_minutes"] = base.train.checkpoint_minutes or SAVE_MINUTES
     config = configs.validate(values, where)
     planned = plans.plan(config, sweep.machine.gpus, int(sweep.machine.gpu_memory * GIB), images, speed)
     cell = Cell(index, name, config, shape, budget, float(steps * per_step), images, planned)
     cell.problems.extend(_problems(cell, sweep, data, unique))
     return cell
+
+
+def evaluated_every(steps: int, sweep: Sweep) -> int:
+    """Return after how many steps each a run of `steps` has a checkpoint that is evaluated."""
+    return max(1, steps // sweep.evaluate.checkpoints) if sweep.evaluate else steps
+
+
+def evaluated_steps(cell: Cell, sweep: Sweep) -> list[int]:
+    """Return the steps whose checkpoints are evaluated; the last step of the run is the last of them."""
+    every = evaluated_every(cell.steps, sweep)
+    count = sweep.evaluate.checkpoints if sweep.evaluate else 1
+    return [*(step for i in range(1, count) if (step := i * every) < cell.steps), cell.steps]
 
 
 def _rate(sweep: Sweep, base: Config, params: int) -> float:

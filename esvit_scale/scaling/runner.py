@@ -21,7 +21,7 @@ from esvit_scale.checkpoint import step_folders
 from esvit_scale.data.remote import place
 from esvit_scale.errors import Diverged, UserError
 from esvit_scale.scaling import subset
-from esvit_scale.scaling.cells import Cell
+from esvit_scale.scaling.cells import Cell, evaluated_steps
 from esvit_scale.scaling.sweep_file import Sweep
 from esvit_scale.train.row_file import read_rows
 from esvit_scale.train.run_records import is_running, read_summary
@@ -203,9 +203,17 @@ def _evaluate(cell: Cell, sweep: Sweep) -> None:
     train, test = Path(sweep.evaluate.train), Path(sweep.evaluate.test)
     ks = (sweep.evaluate.k, *knn.KS)
     loading = features.ExtractionOptions(workers=cell.config.data.workers, cache=cell.path / "features")
-    if sweep.evaluate.linear:
-        linear.run_linear(cell.path, train, test, cell.path, linear.ProbeSettings(protocols=("logistic",)), loading)
-    knn.run_knn(cell.path, train, test, cell.path, loading, ks=ks)  # last, because its file marks the cell as evaluated
+    for step in evaluated_steps(cell, sweep):
+        weights = cell.path if step == cell.steps else cell.path / "checkpoints" / f"step-{step:08d}"
+        out = results_of(cell, step)
+        if sweep.evaluate.linear:
+            linear.run_linear(weights, train, test, out, linear.ProbeSettings(protocols=("logistic",)), loading)
+        knn.run_knn(weights, train, test, out, loading, ks=ks)  # last, because its file marks the cell as evaluated
+
+
+def results_of(cell: Cell, step: int) -> Path:
+    """Return the folder of the evaluations of a step's checkpoint: the run dir for the last step."""
+    return cell.path if step == cell.steps else cell.path / "evaluations" / f"step-{step:08d}"
 
 
 def _evaluated(cell: Cell) -> bool:

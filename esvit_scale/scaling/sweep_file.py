@@ -55,6 +55,7 @@ class Evaluate(Section):
     test: PathText
     linear: bool = True  # also fit a logistic regression to the features, for linear_error
     k: Positive = 20  # the k whose error is collected: the same for all cells, not the best of each
+    checkpoints: Positive = 1  # evaluated along each run, evenly spaced to its last step; each is a row of runs.csv
 
 
 class Machine(Section):
@@ -93,6 +94,15 @@ class Sweep(Section):
     evaluate: Evaluate | None = None
     machine: Machine = Machine()
     limits: Limits = Limits()
+
+    @model_validator(mode="after")
+    def _one_of_two_ways(self) -> "Sweep":
+        if self.horizon == "branches" and self.evaluate and self.evaluate.checkpoints > 1:
+            raise ValueError(
+                "evaluate: checkpoints goes with horizon scale or keep; with branches every budget has its own cooldown, "
+                "and thus its row"
+            )
+        return self
 
     @property
     def folder(self) -> Path:

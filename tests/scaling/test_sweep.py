@@ -316,18 +316,19 @@ def test_killed_sweep_resumes_and_is_fitted(tmp_path):
     path = write(
         tmp_path,
         budgets=[1.2e10, 2.4e10],
-        evaluate={"train": shards, "test": shards, "k": 5},
-        overrides=["train.checkpoint_every=5"],
+        evaluate={"train": shards, "test": shards, "k": 5, "checkpoints": 4},
     )
     sweep, found = cells_of(path)
     ordered = sorted(found, key=lambda c: c.flops)
+    assert all(cells.evaluated_steps(c, sweep)[1] <= 10 < c.steps for c in ordered)
     spoilt = ordered[-1]
     spoilt.path.mkdir(parents=True)
     shutil.copy(tmp_path / "base.yaml", spoilt.path / "config.yaml")
 
     process = start("submit", "--local", str(path))
     second, deadline = ordered[1], time.monotonic() + 400
-    while len(read_rows(second.path / "metrics.jsonl")) < 7:
+    first_of_four = cells.evaluated_steps(second, sweep)[0]
+    while len(read_rows(second.path / "metrics.jsonl")) < first_of_four + 2:
         assert time.monotonic() < deadline
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.05)
@@ -356,14 +357,20 @@ def test_killed_sweep_resumes_and_is_fitted(tmp_path):
     table = tmp_path / "out" / "runs.csv"
     with table.open() as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 4
-    for row, cell in zip(rows, found, strict=True):
-        assert int(row["params"]) == costs.parameters(cell.config).trunk
+    assert len(rows) == 16
+    assert len({row["loss"] for row in rows}) == 16  # each row has the loss of its own step
+    for i, cell in enumerate(found):
+        steps = cells.evaluated_steps(cell, sweep)
+        assert steps == [(i + 1) * (cell.steps // 4) for i in range(3)] + [cell.steps]
+        for row, step in zip(rows[4 * i : 4 * i + 4], steps, strict=True):
+            assert (row["cell"], int(row["step"]), int(row["steps"])) == (cell.name, step, cell.steps)
+            assert int(row["params"]) == costs.parameters(cell.config).trunk
+            assert float(row["flops"]) == pytest.approx(cell.flops * step / cell.steps, rel=1e-12)
+            assert int(row["images_seen"]) == step * cell.config.train.global_batch
+            assert 0 <= float(row["knn_error"]) <= 100
         assert float(row["flops"]) == cell.flops
-        assert int(row["images_seen"]) == cell.images_seen
-        assert 0 <= float(row["knn_error"]) <= 100
-        assert float(row["loss"]) > 0
     out = ["--out", str(tmp_path / "fit")]
     assert cli.main(["sweep", "fit", str(table), "--x", "flops", "--y", "loss", "--resamples", "50", *out]) == 0
     assert cli.main(["sweep", "report", str(tmp_path / "fit")]) == 0
     assert (tmp_path / "fit" / "scaling.html").stat().st_size > 20_000
+    assert json.loads((tmp_path / "fit" / "fit.json").read_text())["runs"] == 4
