@@ -19,7 +19,19 @@ from esvit_scale.train.run_records import read_summary
 
 COLUMNS = (
     *("cell", "params", "head_params", "budget", "flops", "useful_flops", "images_seen", "unique_images", "epochs"),
-    *("batch", "step", "steps", "seed", "lr", "knn_error", "linear_error", "loss", "loss_view", "loss_region", "rank_me"),
+    *(
+        "batch",
+        "step",
+        "steps",
+        "seed",
+        "lr",
+        "knn_error",
+        "linear_error",
+        "loss",
+        "loss_view",
+        "loss_region",
+        "rank_me",
+    ),
     *("feature_std", "images_per_s", "run_dir"),
 )
 
