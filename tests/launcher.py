@@ -1,19 +1,17 @@
 """The one place that starts Python programs as processes of their own: alone, under torchrun, or as srun starts ranks."""
 
-import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
+import time
 from typing import Any
 
-REPOSITORY = Path(__file__).parent.parent
+from tests.nursery import REPOSITORY, Nursery, Process, environment
+
+__all__ = ["CLI", "REPOSITORY", "environment", "fork", "run", "start", "start_cli", "start_ranks", "wait"]
+
 CLI = ("-m", "esvit_scale")
-
-
-def environment(**variables: str) -> dict[str, str]:
-    """Return the environment of a started program: this checkout's package, one thread, and `variables`."""
-    return {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **variables}
+_nursery = Nursery()
 
 
 def start(*program: object, ranks: int = 1) -> "subprocess.Popen[str]":
@@ -24,14 +22,35 @@ def start(*program: object, ranks: int = 1) -> "subprocess.Popen[str]":
     """
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     command = [sys.executable, *(torchrun if ranks > 1 else []), *map(str, program)]
-    return _start(command, environment())
+    return _start(command)
 
 
 def run(*program: object, ranks: int = 1, timeout: float = 200) -> "subprocess.CompletedProcess[str]":
-    """Run what `start` starts to its end, which must be exit code 0."""
-    done = wait(start(*program, ranks=ranks), timeout)
-    assert done.returncode == 0, done.stderr[-6000:]
-    return done
+    """Run `python PROGRAM…` on some ranks to its end, which must be exit code 0; return what all of them printed.
+
+    Unlike `start`, it does so without torchrun, and in forks of a process that has imported torch and DeepSpeed.
+    """
+    processes = start_ranks(ranks, *program)
+    end = time.monotonic() + timeout
+    try:
+        while (codes := [process.poll() for process in processes]) != [0] * ranks:
+            failed = [rank for rank, code in enumerate(codes) if code]
+            assert not failed, "\n".join(processes[rank].communicate()[1][-4000:] for rank in failed)
+            assert time.monotonic() < end, f"{program}: not within {timeout} s"
+            time.sleep(0.02)
+    finally:
+        for process in processes:
+            process.kill()
+    printed = [process.communicate() for process in processes]
+    return subprocess.CompletedProcess(program, 0, *map("".join, zip(*printed, strict=True)))
+
+
+def fork(*program: object) -> Process:
+    """Start `python PROGRAM…` as a fork of a process that has imported torch and DeepSpeed (tests/nursery.py).
+
+    It is for programs that import them anyway, and whose tests do not depend on a process's own import and end.
+    """
+    return _nursery.start(*program)
 
 
 def wait(process: "subprocess.Popen[str]", timeout: float) -> "subprocess.CompletedProcess[str]":
@@ -50,20 +69,19 @@ def start_cli(*arguments: str, ranks: int = 1) -> "subprocess.Popen[str]":
     return start(*CLI, *arguments, ranks=ranks)
 
 
-def start_ranks(size: int, *program: object) -> "list[subprocess.Popen[str]]":
+def start_ranks(size: int, *program: object) -> list[Process]:
     """Start `python PROGRAM…` once for every rank without torchrun, which would end the survivors of a lost rank itself.
 
-    As under srun, rank 0's own process keeps the store.
+    As under srun, rank 0's own process keeps the store. The processes are forks (tests/nursery.py).
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
-    command = [sys.executable, *map(str, program)]
-    return [_start(command, environment(**group, RANK=str(rank), LOCAL_RANK=str(rank))) for rank in range(size)]
+    return [_nursery.start(*program, **group, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(size)]
 
 
-def _start(command: list[str], variables: dict[str, str]) -> "subprocess.Popen[str]":
+def _start(command: list[str]) -> "subprocess.Popen[str]":
     # Tests that watch a run read its output at the end; a full pipe (64 KiB by default, 200 logged steps) would stop it.
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "pipesize": 1 << 20}
-    return subprocess.Popen(command, text=True, env=variables, cwd=REPOSITORY, **pipes)
+    return subprocess.Popen(command, text=True, env=environment(), cwd=REPOSITORY, **pipes)

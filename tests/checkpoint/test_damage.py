@@ -233,23 +233,27 @@ def test_config_yaml_is_restored_from_the_checkpoint(straight: Path, run: Path, 
 def test_all_ranks_fall_back_to_the_same_checkpoint(tmp_path: Path) -> None:
     config = tiny.config(tmp_path / "run", tiny.shards(tmp_path / "shards"), train__ds_config="zero2", **STEPS)
     path = str(tiny.write_config(tmp_path / "c.yaml", config))
-    first = launcher.start_cli("pretrain", path, ranks=2)
-    assert first.communicate(timeout=200) is not None
-    assert first.returncode == 0
+
+    def start() -> tuple[list[int], str]:
+        """Return both ranks' exit codes and all that they said."""
+        ranks = launcher.start_ranks(2, *launcher.CLI, "pretrain", path)
+        errors = "".join(rank.communicate(timeout=200)[1] for rank in ranks)
+        return [rank.wait() for rank in ranks], errors
+
+    codes, errors = start()
+    assert codes == [0, 0], errors
     straight = tiny.rows(tmp_path / "run")
     (tmp_path / "run" / "summary.json").unlink()
     (tmp_path / "run" / "checkpoints" / "latest").write_bytes(b"\xff")
     flip(step(tmp_path / "run", 6) / "__1_0.distcp")  # which rank 1 wrote
     (step(tmp_path / "run", 4) / "state.json").unlink()
-    second = launcher.start_cli("pretrain", path, ranks=2)
-    _, errors = second.communicate(timeout=200)
-    assert second.returncode == 0, errors
+    codes, errors = start()
+    assert codes == [0, 0], errors
     assert "step-00000002 at step 2" in errors
     assert tiny.rows(tmp_path / "run") == straight
     for number in (2, 4, 6):
         (step(tmp_path / "run", number) / ".metadata").unlink()
     (tmp_path / "run" / "summary.json").unlink()
-    third = launcher.start_cli("pretrain", path, ranks=2)
-    _, errors = third.communicate(timeout=200)
-    assert third.returncode != 0
+    codes, errors = start()
+    assert codes == [2, 2], errors
     assert errors.count("every checkpoint is damaged (3 tried") == 1, errors

@@ -30,6 +30,7 @@ from esvit_scale.data.shard_verify import verify
 from esvit_scale.data.shard_writer import Part, Sample, merge, write_samples, write_source
 from esvit_scale.data.sources import SourceOptions, open_source
 from esvit_scale.errors import RestartCanHelp, UserError
+from tests import launcher
 from tests.data.conftest import encoded, picture
 from tests.data.source_helpers import Capture, run_create
 
@@ -136,11 +137,11 @@ sys.exit(cli.main(["shards", "create", sys.argv[1], sys.argv[2], "--samples-per-
 
 
 def test_killed_worker_is_one_line_error_and_restart_finishes(image_folder: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", KILLS_ITSELF, image_folder, tmp_path / "set"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 75, done.stderr
-    assert "a worker process was killed" in done.stderr
-    assert "Traceback" not in done.stderr
+    child = launcher.fork("-c", KILLS_ITSELF, image_folder, tmp_path / "set")
+    _, errors = child.communicate(timeout=60)
+    assert child.returncode == 75, errors
+    assert "a worker process was killed" in errors
+    assert "Traceback" not in errors
     write(image_folder, tmp_path / "set")
     write(image_folder, tmp_path / "undisturbed")
     assert files_of(tmp_path / "set") == files_of(tmp_path / "undisturbed")

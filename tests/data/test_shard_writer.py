@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from esvit_scale.data import left_out, set_folder
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data.shard_writer import Sample, create, keys_of, verify, write_samples
 from esvit_scale.errors import UserError
+from tests import launcher
 from tests.data.conftest import encoded, picture
 
 
@@ -190,8 +189,7 @@ def test_interrupted_writing_leaves_no_set_and_resumes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     target = tmp_path / "set"
-    command = [sys.executable, "-c", SLOW, image_folder, target, str(workers)]
-    child = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    child = launcher.fork("-c", SLOW, image_folder, target, workers)
     deadline = time.monotonic() + 60
     while not (target / ".partial" / "shard-000001.json").exists():
         assert child.poll() is None

@@ -87,8 +87,7 @@ def test_run_reads_the_copy_and_resumes_without_it(tmp_path: Path, shards: manif
     for name, steps, stage in (("plain", 4, None), ("staged", 4, str(disk))):
         config = tiny.config(tmp_path / name, shards.root, data__stage=stage, train__steps=steps)
         path = tiny.write_config(tmp_path / f"{name}.yaml", config)
-        process = launcher.start_cli("pretrain", str(path))
-        assert process.wait(timeout=120) == 0, process.stderr.read() if process.stderr else ""
+        launcher.run(*launcher.CLI, "pretrain", path, timeout=120)
     assert tiny.rows(tmp_path / "staged") == tiny.rows(tmp_path / "plain")
     assert len(list(disk.iterdir())) == 1
     plain = tiny.write_config(tmp_path / "again.yaml", tiny.config(tmp_path / "staged", shards.root, train__steps=4))

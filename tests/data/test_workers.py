@@ -3,8 +3,6 @@
 import gc
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from esvit_scale.data.shard_writer import Sample, write_samples
 from esvit_scale.data.stream import batches
 from esvit_scale.data.worker_rates import WorkerRates
 from esvit_scale.errors import RestartCanHelp
+from tests import launcher
 from tests.data.conftest import config_with, encoded, picture
 
 
@@ -104,5 +103,6 @@ assert sum(run_stages([lambda: iter([1])], workers)) == workers
 
 def test_more_processes_than_cores_print_no_advice() -> None:
     """In a process of its own, because pytest has filters of its own for warnings."""
-    ran = subprocess.run([sys.executable, "-c", MANY_PROCESSES], capture_output=True, text=True, check=True)
-    assert (ran.stdout, ran.stderr) == ("", "")
+    child = launcher.fork("-c", MANY_PROCESSES)
+    assert child.communicate(timeout=60) == ("", "")
+    assert child.returncode == 0

@@ -1,4 +1,4 @@
-"""Run under torchrun by test_not_finite.py: a NaN on the last rank alone refuses the step on every rank, and the flags of
+"""Run on every rank by test_not_finite.py: a NaN on the last rank alone refuses the step on every rank, and the flags of
 each rank reach all, also in a refused step."""
 
 import sys

@@ -1,4 +1,4 @@
-"""Runs by torchrun: trains a list of configs one after the other in one process group (starting a group and importing
+"""Run on every rank: trains a list of configs one after the other in one process group (starting a group and importing
 DeepSpeed costs seconds, a tiny run does not)."""
 
 import sys

@@ -1,4 +1,4 @@
-"""Evaluations in one process group, by torchrun: importing torch and starting a group costs seconds, they do not."""
+"""Evaluations in one process group: importing torch and starting a group costs seconds, they do not."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Runs by torchrun: every case of tests/objective/cases.py on this rank's half of the images, averaged over ranks."""
+"""Run on every rank: every case of tests/objective/cases.py on this rank's half of the images, averaged over ranks."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Run under torchrun: bytes that the real engines hold on each rank, after one step; writes OUT.RANK as JSON."""
+"""Run on every rank: bytes that the real engines hold on each rank, after one step; writes OUT.RANK as JSON."""
 
 import json
 import sys

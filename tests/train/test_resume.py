@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import threading
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from esvit_scale import cli
 from esvit_scale.config import Config
 from esvit_scale.train import pretraining, run_dir, run_records, signals
 from tests import launcher, tiny
+from tests.nursery import Process
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +27,8 @@ def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[
     return tiny.rows(run)
 
 
-def start_and_wait_for_step(config_path: Path, run: Path, step: int) -> "subprocess.Popen[str]":
-    process = launcher.start_cli("pretrain", str(config_path))
+def start_and_wait_for_step(config_path: Path, run: Path, step: int) -> Process:
+    process = launcher.fork(*launcher.CLI, "pretrain", config_path)
     deadline = time.monotonic() + 120
     while len(tiny.rows(run)) < step:
         assert process.poll() is None, process.communicate()[1]

@@ -60,7 +60,7 @@ def test_hanging_rank_ends_the_job_and_is_named(tmp_path: Path) -> None:
     assert min(timeouts) > 86400 + 60 * config.train.hang_minutes
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == "step-00000004"
     # From outside, the same command goes on.
-    again = launcher.start_cli("pretrain", str(path))
+    again = launcher.fork(*launcher.CLI, "pretrain", path)
     _, errors = again.communicate(timeout=60)
     assert again.returncode == 0, errors
     assert len(tiny.rows(tmp_path / "run")) == 20
