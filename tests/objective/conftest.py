@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests import launcher, tiny
-from tests.objective import cases
+from tests.objective import cases, distillation
 
 Ranks = Callable[[str], tuple[cases.Inputs, tuple[Any, ...]]]
 
@@ -29,3 +29,9 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Ranks:
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.shards(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The file of a teacher for distillation."""
+    return distillation.write_teacher(tmp_path_factory.mktemp("teacher") / "teacher.safetensors")

@@ -13,7 +13,7 @@ from esvit_scale.objective import costs
 from esvit_scale.scaling import memory
 from esvit_scale.scaling import plan as plans
 from tests import launcher, tiny
-from tests.objective.test_distill import write_teacher
+from tests.objective.distillation import write_teacher
 
 SPEED = plans.Speed(100, 0.4, "given")
 G80 = 80 * 2**30
