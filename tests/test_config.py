@@ -84,7 +84,7 @@ def test_swin_presets_match_the_official_recipe(name):
 # --- reading and writing -------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)  # each reads and writes a whole config
 @given(
     st.fixed_dictionaries(
         {

@@ -3,6 +3,7 @@
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ ALLOWED = {
 ASKED = re.compile(r"\b(model|size)\.trunk\b|\bobjective\.name\b")
 
 
+@cache
 def own_modules() -> set[str]:
     """The modules that define a registered trunk or objective, with those of the same name and an ending."""
     builders = [*TRUNKS.values(), *OBJECTIVES.values()]

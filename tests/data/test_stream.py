@@ -260,9 +260,9 @@ def test_invalid_batch_is_an_error_with_nearest_value(shard_set: Manifest) -> No
 ABANDONED = """
 import os, sys, time
 from pathlib import Path
-from esvit_scale.data import manifest, stream
+from esvit_scale.data import manifest as manifests, stream
 from tests.data.conftest import config_with
-iterator = stream.batches(config_with(workers=2), manifest.load(Path(sys.argv[1])), 0, 1, 0, 10**6)
+iterator = stream.batches(config_with(workers=2), manifests.load(Path(sys.argv[1])), 0, 1, 0, 10**6)
 next(iterator)
 children = open(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read()
 print(children, flush=True)

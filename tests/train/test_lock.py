@@ -15,7 +15,7 @@ from esvit_scale.errors import RestartCanHelp, UserError
 from esvit_scale.train import lock as locks
 from esvit_scale.train.lock import Lock
 
-ROUNDS = 200
+ROUNDS = 100
 STALE = {"host": "elsewhere", "pid": 1, "slurm_job": "", "heartbeat": 1000.0}
 FORK = multiprocessing.get_context("fork")
 
