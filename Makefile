@@ -20,6 +20,8 @@ STAMP := $(VENV)/.installed
 
 # Nothing is compiled, at installation or later.
 export DS_BUILD_OPS := 0
+# Except by Python, for itself: hundreds of processes import the same modules, and read them faster so.
+export PYTHONDONTWRITEBYTECODE :=
 
 # .venv is made anew for another TORCH_INDEX and when its interpreter is gone; TORCH_INDEX not given keeps what is there.
 HAVE_INDEX := $(shell cat $(VENV)/.torch-index 2>/dev/null)
