@@ -39,6 +39,10 @@ ONCE = [
     ("zero3", "deepspeed"),
     ("zero1", "fairscale"),
 ]
+# Of trunks of one kind (neither windows nor running statistics are new): one implementation that runs inside autograd and
+# one that starts a backward of its own, as both of the libraries do.
+FEW = [("zero3", "selective"), ("zero3", "torch"), ("zero3", "deepspeed")]
+ALL = ("swin_t", "resnet50")
 ONCE_A_SIZE = [("zero3", "selective"), ("zero3", "torch"), ("zero3", "none"), ("zero1", "torch")]
 IMAGES = 12  # the truncated triplet loss needs 11
 # How to make a trunk small; one that is not named here is built as it is.
@@ -145,7 +149,10 @@ def train_once(config: Config) -> tuple[StudentNetwork, torch.Tensor, dict[str, 
 
 @pytest.mark.parametrize(("trunk", "objective"), list(product(FAMILIES, OBJECTIVES)))
 def test_training_step_is_finite_complete_and_reproducible(trunk: str, objective: str) -> None:
-    """Builds, is finite, uses every parameter, logs scalars, and does the same when done again."""
+    """Builds, is finite, uses every parameter, logs scalars, and does the same when done again.
+
+    Again: every trunk with EsViT, and every objective with a Swin. What differs is in one or the other.
+    """
     config = config_of(trunk, objective)
     student, loss, logs = train_once(config)
     assert loss.isfinite()
@@ -156,6 +163,8 @@ def test_training_step_is_finite_complete_and_reproducible(trunk: str, objective
             assert p.grad is not None, f"{name} takes no part in the loss"
             assert p.grad.isfinite().all(), name
     assert set(parameter_groups(student)) == {n for n, p in student.named_parameters() if p.requires_grad}
+    if trunk != "swin_t" and objective != "esvit":
+        return
     again, same_loss, _ = train_once(config)
     assert torch.equal(loss, same_loss)
     for (name, p), q in zip(student.named_parameters(), again.parameters(), strict=True):
@@ -230,7 +239,7 @@ def test_every_trunk_trains_resumes_and_exports(trunk: str, data: Path, tmp_path
     Exported and loaded again: the same features."""
     config = config_of(trunk, "esvit", objective__regions=build_trunk(config_of(trunk, "esvit")).has_regions)
     straight = pretrain(config, data, tmp_path / "straight")
-    for ds_config, implementation in ONCE_A_SIZE if trunk in LIBRARY else ONCE:
+    for ds_config, implementation in ONCE_A_SIZE if trunk in LIBRARY else ONCE if trunk in ALL else FEW:
         rows = pretrain(
             config,
             data,

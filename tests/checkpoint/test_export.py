@@ -241,7 +241,8 @@ def test_plain_trunk_equals_the_packed_one(version: type[Swin], size: int) -> No
     torch.testing.assert_close(regions.flatten(0, 1), expected.regions, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("trunk", ["swin_t", pytest.param("swinv2_t", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("trunk", ["swin_t", "swinv2_t"])
 def test_onnx_export_has_the_same_features_for_any_batch(tmp_path: Path, trunk: str) -> None:
     pytest.importorskip("onnxscript", reason="onnx and onnxscript are not installed (the extra `export`)")
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (the extra `export`)")
@@ -276,7 +277,7 @@ def test_missing_onnx_says_what_to_install(
 
 
 def test_importing_the_package_does_not_import_torch() -> None:
-    code = "import esvit_scale, sys; assert 'torch' not in sys.modules; esvit_scale.load_backbone; assert 'torch' in sys.modules"
+    code = "import esvit_scale, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, env=launcher.environment(), timeout=120)
     with pytest.raises(AttributeError, match="no attribute 'load_backbones'"):
         _ = esvit_scale.load_backbones  # type: ignore[attr-defined]

@@ -215,7 +215,7 @@ def test_prototype_gradients_are_accurate() -> None:
     assert relative(*grads) < BOUND
 
 
-@pytest.mark.parametrize("name", ["swin_t", "deit_s", "vil_2262"])
+@pytest.mark.parametrize("name", ["swin_t", "deit_s", pytest.param("vil_2262", marks=pytest.mark.slow)])
 def test_end_to_end_no_gradient_is_worse_than_with_fp32_sums(
     name: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

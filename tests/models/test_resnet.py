@@ -68,7 +68,7 @@ def same_as_torchvision(trunk, theirs, crops, tolerance):
         torch.testing.assert_close(buffer, statistics[name], rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_outputs_match_torchvision_resnet50(training):
     """What the official code trains, in float64; statistics per resolution in training."""
     models = pytest.importorskip("torchvision.models")

@@ -130,7 +130,7 @@ def slow_bias(p, name, window):
     ("ours", "theirs", "window"),
     [
         ("swinv2_t", "swinv2_tiny_window8_256", 8),
-        ("swinv2_t", "swinv2_tiny_window16_256", 16),
+        pytest.param("swinv2_t", "swinv2_tiny_window16_256", 16, marks=pytest.mark.slow),
         pytest.param("swinv2_s", "swinv2_small_window8_256", 8, marks=pytest.mark.slow),
         pytest.param("swinv2_b", "swinv2_base_window8_256", 8, marks=pytest.mark.slow),
     ],

@@ -226,6 +226,7 @@ def test_initial_values_match_official_distributions() -> None:
     assert trunk([torch.randn(2, 3, 32, 32)]).view.isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.__version__.startswith("2.7."), reason="torch.export of torch 2.7 fixes the batch")
 def test_exported_graph_accepts_any_batch_size_without_empty_tables() -> None:
     module = make(size=64).eval().float().plain(52)  # maps that no other test has

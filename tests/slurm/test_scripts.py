@@ -124,6 +124,7 @@ def test_submit_checks_the_config_before_calling_sbatch(
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_submit_prints_only_the_job_id_on_stdout(tmp_path: Path) -> None:
     """In a process of its own: DeepSpeed binds its log to whatever stdout is when it is first imported."""
     commands = _commands(tmp_path, {"sbatch": "echo 4711"})

@@ -87,9 +87,12 @@ def test_a_run_with_interpreted_kernels_has_the_losses_of_tiles(tmp_path):
     small |= {"objective__prototypes": 40, "objective__centering": "sinkhorn"}
     for name in ("tiles", "triton"):
         config = tiny.config(tmp_path / name, shards, **small, objective__prototype_loss=name)
-        (tmp_path / f"{name}.yaml").write_text(pretraining.run_dir.configs.dump(config))
-        command = [sys.executable, "-m", "esvit_scale", "pretrain", str(tmp_path / f"{name}.yaml")]
-        environment = os.environ | {"TRITON_INTERPRET": "1"}
+        if name == "tiles":
+            assert pretraining.pretrain(config) == 0
+            continue
+        path = tiny.write_config(tmp_path / "triton.yaml", config)
+        command = [sys.executable, "-m", "esvit_scale", "pretrain", str(path)]
+        environment = os.environ | {"TRITON_INTERPRET": "1"}  # which Triton reads when it is imported
         ran = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=launcher.REPOSITORY)
         assert ran.returncode == 0, ran.stderr[-3000:]
     for row, expected in zip(tiny.rows(tmp_path / "triton"), tiny.rows(tmp_path / "tiles"), strict=True):
