@@ -69,6 +69,12 @@ class Config(Section):
         ]
 
     @property
+    def signal_views(self) -> dict[str, int]:
+        """Return the number of views per sample of every modality beside the image that is read, in a fixed order."""
+        views = {"audio": self.data.audio.views, "video": self.data.video.views, "text": self.data.text.views}
+        return {name: count for name, count in views.items() if count}
+
+    @property
     def peak_lr(self) -> float:
         """Return the learning rate after the warm-up, `optim.lr` scaled to the global batch."""
         return self.optim.lr * self.train.global_batch / 256

@@ -216,6 +216,23 @@ class Architecture(Section):
     """[tokens] Register tokens of a plain vision transformer (docs/trunks.md): learned, without position, in no feature."""
 
 
+class Modalities(Section):
+    """How a trunk of several modalities sees them (docs/modalities.md)."""
+
+    backbone: Literal["shared", "separate"] = "shared"
+    """Whether all modalities have one transformer or each its own."""
+    patch: Positive = 16
+    """[pixels] Side of a patch of an image and of a tube of a video."""
+    audio: Literal["waveform", "spectrogram"] = "waveform"
+    """What a token of audio is made of; waveform: samples; spectrogram: 64 mel bands of 40 ms."""
+    waveform_patch: Positive = 128
+    """[samples] Length of the piece of a waveform that makes a token."""
+    drop_audio: Beta = 0.5
+    """[fraction of the tokens] Part of the audio tokens that the student does not see (DropToken)."""
+    drop_video: Beta = 0.5
+    """[fraction of the tokens] Part of the video tokens that the student does not see (DropToken)."""
+
+
 class Model(Architecture):
     """The trunk and its initial values."""
 
@@ -225,6 +242,7 @@ class Model(Architecture):
     """Whether the patch projection keeps its random values (MoCo v3's cure for instability)."""
     init_from: PathText | None = None
     """Weights from which a new run starts: a run dir, step folder, .safetensors file or official .pth; null: random."""
+    modalities: Modalities = Modalities()
 
 
 class Objective(Section):
@@ -250,6 +268,8 @@ class Objective(Section):
     """[channels] Width inside the head."""
     bottleneck: Positive = 256
     """[channels] Width of the head's last hidden layer, before the prototypes."""
+    pairs: list[str] = Field(default_factory=lambda: ["image-audio", "image-text"])
+    """Pairs of modalities that vatt brings together, such as image-audio, image-text, audio-text or video-audio."""
     predictor_hidden: Positive | None = None
     """[channels] Width inside the predictor, for objectives that have one; null: head_hidden."""
     norm_last_layer: bool = False

@@ -54,6 +54,10 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     "vit_s_moco": {"embed_dim": 32, "depths": [2], "heads": [4], "registers": 3},
     "resnet50": {"embed_dim": 8, "depths": [1, 1, 2, 1]},
+    **{
+        name: {"embed_dim": 16, "depths": [2], "heads": [2], "modalities": {"patch": 8}}
+        for name in ("modal_small", "modal_medium", "modal_large")
+    },
     "cvt_s1": {"embed_dim": 8, "depths": [1, 1, 2, 1], "heads": [1, 1, 2, 4]},
     **{
         name: {"embed_dim": 8, "depths": [1, 1, 2, 1], "heads": [1, 2, 4, 8]}
@@ -61,7 +65,7 @@ SMALL: dict[str, dict[str, Any]] = {
     },
 }
 LIBRARY = ["timm:test_convnext", "timm:test_resnet", "timm:test_vit"]  # the smallest of timm's
-VARIANTS = {*SHAPES, "deit_b", "vit_b_moco", "focal_s", "focal_b"} - {
+VARIANTS = {*SHAPES, "deit_b", "vit_b_moco", "focal_s", "focal_b", "modal_medium", "modal_large"} - {
     "swin_t",
     "swinv2_t",
 }  # another's class, other numbers
@@ -79,6 +83,8 @@ def config_of(trunk: str, objective: str, **changes: Any) -> Config:
         values["objective"] |= {"ema_momentum": 0.0, "ema_momentum_end": 0.0}
     if OBJECTIVES_OF[objective].has_frozen_teacher:
         values["objective"] |= FROZEN_TEACHER
+    if OBJECTIVES_OF[objective].takes_signals:
+        values["data"] |= SIGNALS
     if OBJECTIVES_OF[objective].takes_labels:
         values["objective"] |= {"classes": 3, "regions": False}
         values["data"]["global_crops"]["count"] = 1
@@ -92,7 +98,13 @@ OBJECTIVES_OF = {
     name: make(8, configs.Objective(prototypes=8, head_hidden=8, bottleneck=8, classes=3))
     for name, make in OBJECTIVES.items()
 }
-SELF_SUPERVISED = [name for name, objective in OBJECTIVES_OF.items() if not objective.takes_labels]
+SELF_SUPERVISED = [  # from images alone
+    name for name, objective in OBJECTIVES_OF.items() if not (objective.takes_labels or objective.takes_signals)
+]
+
+
+# What an objective of several modalities reads beside images.
+SIGNALS = {"audio": {"views": 1, "rate": 1000, "seconds": 0.3}, "text": {"views": 2, "length": 12}}
 
 
 # A Swin of another width, with the prototypes of tiny.VALUES.
@@ -125,29 +137,50 @@ def crops_of(config: Config, seed: int = 0) -> list[torch.Tensor]:
     return [torch.randn(n * IMAGES, 3, size, size, generator=generator) for n, size in groups]
 
 
-def targets_of(student: StudentNetwork, teacher: TeacherNetwork, crops: list[torch.Tensor]) -> Any:
+def signals_of(config: Config) -> list[Any]:
+    """Random signals, and which samples have an image; an empty list for a config that reads images alone."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"audio": (300,), "text": (12,)}
+    found = {}
+    for name, views in config.signal_views.items():
+        values = torch.randint(1, 200, (views * IMAGES, *shapes[name]), generator=generator)
+        lengths = torch.randint(0, shapes[name][0], (views * IMAGES,), generator=generator)
+        found[name] = (values if name == "text" else values / 200, lengths)
+    return [found, torch.arange(IMAGES) % 3 > 0] if found else []
+
+
+def targets_of(student: StudentNetwork, teacher: TeacherNetwork, crops: list[torch.Tensor], *beside: Any) -> Any:
     """The teacher's targets, or labels; None for an objective with neither."""
     if student.objective.takes_labels:
         return mix_labels(torch.arange(IMAGES) % 3, None)
     if not (student.objective.has_teacher or student.objective.has_frozen_teacher):
         return None
     with torch.no_grad():
-        return teacher(crops[:1])
+        return teacher(crops[:1], *beside)
 
 
 def train_once(config: Config) -> tuple[StudentNetwork, torch.Tensor, dict[str, torch.Tensor]]:
     """The student after one forward and backward, its loss and its logs."""
     student, teacher = networks(config)
     crops = crops_of(config)
-    targets = targets_of(student, teacher, crops)
-    keys = drop_keys(0, 0, torch.arange(IMAGES), len(config.crop_sizes))
-    loss, logs, features = student(crops, targets, keys, 0.05)
+    beside = signals_of(config)
+    targets = targets_of(student, teacher, crops, *beside)
+    keys = drop_keys(0, 0, torch.arange(IMAGES), len(config.crop_sizes) + sum(config.signal_views.values()))
+    loss, logs, features = student(crops, targets, keys, 0.05, None, *beside)
     loss.backward()
     assert features.shape == (IMAGES * len(config.crop_sizes), student.trunk.dim)
     return student, loss, logs
 
 
-@pytest.mark.parametrize(("trunk", "objective"), list(product(FAMILIES, OBJECTIVES)))
+MULTIMODAL = [name for name, objective in OBJECTIVES_OF.items() if objective.takes_signals]
+PAIRS = [
+    (trunk, objective)
+    for trunk, objective in product(FAMILIES, OBJECTIVES)
+    if objective not in MULTIMODAL or trunk.startswith("modal_")
+]
+
+
+@pytest.mark.parametrize(("trunk", "objective"), PAIRS)
 def test_training_step_is_finite_complete_and_reproducible(trunk: str, objective: str) -> None:
     """Builds, is finite, uses every parameter, logs scalars, and does the same when done again.
 

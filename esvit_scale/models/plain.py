@@ -25,5 +25,5 @@ class PlainTrunk(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Map images [B, channels, S, S] to the view [B, C] and, from a trunk that has them, the regions [B, T, C]."""
-        view, regions, _ = self.trunk([images])
+        view, regions, *_ = self.trunk([images])
         return (view, regions.view(images.shape[0], -1, regions.shape[1])) if self.trunk.has_regions else (view,)

@@ -9,7 +9,7 @@ from importlib import import_module
 
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError, nearest
-from esvit_scale.models import convolution, cvt, focal, layer_norm, resnet, swin_variants, vil, vit
+from esvit_scale.models import convolution, cvt, focal, layer_norm, modal, resnet, swin_variants, vil, vit
 from esvit_scale.models.channels import take_channels
 from esvit_scale.models.trunk import Trunk
 
@@ -20,6 +20,7 @@ TRUNKS: dict[str, Callable[[Config], Trunk]] = {
     "cvt_s1": cvt.build,
     "vil_2262": vil.build,
     **dict.fromkeys(focal.SHAPES, focal.build),
+    **dict.fromkeys(modal.SHAPES, modal.build),
 }
 
 

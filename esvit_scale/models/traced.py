@@ -34,8 +34,38 @@ def crop_cost(config: Config, size: int) -> CropCost:
     Raises:
         UserError: the trunk cannot be built.
     """
-    built_from = config.model_dump_json(include={"model": True, "data": {"global_crops", "local_crops", "channels"}})
-    return _crop_cost(built_from, size)
+    return _crop_cost(_built_from(config), size)
+
+
+def signals_cost(config: Config) -> tuple[int, int]:
+    """Return the traced forward FLOPs of the config's trunk for all signals of a sample, without and with drop keys.
+
+    Drop keys let DropToken shorten sequences, as in the student's forward.
+    """
+    return _signals_cost(_built_from(config))
+
+
+def example_signals(
+    config: Config, samples: int, dtype: torch.dtype = torch.float32
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return uninitialised signals (values and lengths) in the shapes that a config's batches of `samples` have."""
+    data, found = config.data, {}
+    for name, views in config.signal_views.items():
+        n = views * samples
+        if name == "audio":
+            values = torch.empty(n, round(data.audio.rate * data.audio.seconds), dtype=dtype)
+        elif name == "video":
+            values = torch.empty(n, 3, data.video.frames, data.video.size, data.video.size, dtype=dtype)
+        else:
+            values = torch.empty(n, data.text.length, dtype=torch.int64)
+        found[name] = (values, torch.empty(n, dtype=torch.int64))
+    return found
+
+
+def _built_from(config: Config) -> str:
+    """Return the part of the config that determines its trunk, as JSON; caches use it as their key."""
+    of_data = {"global_crops", "local_crops", "channels", "audio", "video", "text"}
+    return config.model_dump_json(include={"model": True, "data": of_data})
 
 
 @lru_cache(maxsize=256)
@@ -46,6 +76,25 @@ def _crop_cost(values: str, size: int) -> CropCost:
         grid = _features(trunk, size, 1, False).grids[0][1:]
     each = without[1] - without[0]
     return CropCost(each, keyed[1] - keyed[0], without[0] - 2 * each, grid)
+
+
+@lru_cache(maxsize=256)
+def _signals_cost(values: str) -> tuple[int, int]:
+    config = Config.model_validate_json(values)
+    if not config.signal_views:
+        return 0, 0
+    found = []
+    with on_meta():
+        trunk = build_trunk(config).eval()
+        for keyed in (False, True):
+            totals = []
+            for samples in (2, 3):
+                keys = drop_keys(0, 0, torch.arange(samples), sum(config.signal_views.values())) if keyed else None
+                with torch.no_grad(), flop_counter() as counter:
+                    trunk([], keys, example_signals(config, samples))
+                totals.append(counter.get_total_flops())
+            found.append(totals[1] - totals[0])
+    return found[0], found[1]
 
 
 def _forward_flops(trunk: Trunk, size: int, crops: int, keys: bool) -> int:

@@ -5,7 +5,7 @@ exporters and evaluations need to know. The base class has a default for each of
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,12 +28,23 @@ from esvit_scale.models.windows import WindowLayout
 Grid = tuple[int, int, int]  # (crops, H, W)
 
 
+class SignalFeatures(NamedTuple):
+    """The features of a modality beside the image: n sequences, view 0 of all samples, then view 1 of all samples, …"""
+
+    view: Tensor  # [n, C] pooled
+    tokens: Tensor  # [n, T, C] after the final norm
+    valid: Tensor  # bool [n, T], False for padding
+    present: Tensor  # bool [n], False where a sample lacks the modality
+
+
 class Features(NamedTuple):
     """The features that a trunk returns for a multi-crop batch."""
 
     view: Tensor  # [ΣB, C] pooled, crops in order
     regions: Tensor  # [ΣB·T, C] region tokens after the final norm, crops in order, each row-major
     grids: list[Grid]  # per resolution group; (crops, 0, 0) from a trunk without regions
+    signals: Mapping[str, SignalFeatures] = {}  # by modality; from a trunk with `modalities`
+    has_image: Tensor | None = None  # bool [B], in training with signals: which samples have an image
 
 
 class TokenMap(NamedTuple):
@@ -68,6 +79,7 @@ class Trunk(nn.Module):
         channels, reductions: per stage, the width of its map and the pixels along a cell's side; empty: no pyramid.
         has_regions: whether `Features.regions` has any rows.
         registers: the number of register tokens, `model.registers`; 0 in a trunk that takes none.
+        modalities: the modalities beside the image whose signals `forward` takes as a third argument.
         norm: the final norm, of tokens [n, C]; an identity where there is none.
         has_attention_maps: whether `attention_maps` is implemented.
         has_ladder: whether the shapes of a sweep (scaling/shapes.py) are sizes of it.
@@ -83,6 +95,7 @@ class Trunk(nn.Module):
     reductions: tuple[int, ...] = ()
     has_regions = True
     registers: int = 0
+    modalities: tuple[str, ...] = ()
     has_attention_maps = False
     has_ladder = False
 

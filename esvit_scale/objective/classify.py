@@ -26,6 +26,7 @@ class Classify(Objective):
     multi_crop = False
     has_teacher = False
     takes_labels = True
+    image_views = (1,)
 
     def __init__(self, dim: int, config: configs.Objective) -> None:
         """Build the classifier for trunk features of width `dim`."""

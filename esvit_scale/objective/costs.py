@@ -18,7 +18,7 @@ from esvit_scale.models import traced as models_traced
 from esvit_scale.models.descriptions import Activations, Count, CropCost, KeptActivations
 from esvit_scale.models.drop_path import drop_keys
 from esvit_scale.models.registry import build_trunk
-from esvit_scale.models.trunk import Features, call
+from esvit_scale.models.trunk import Features, SignalFeatures, Trunk, call
 from esvit_scale.objective import frozen, gram, koleo
 from esvit_scale.objective.network import (
     Network,
@@ -98,7 +98,7 @@ def image_flops(config: Config, count: Count = "published") -> int:
     if objective.has_frozen_teacher:
         return own + TEACHER_VIEWS * _crop_cost(frozen.teacher_config(config.objective), size, count).flops
     crop = _crop_cost(first, size, count)
-    teacher = TEACHER_VIEWS * crop.flops if objective.has_teacher else 0
+    teacher = TEACHER_VIEWS * crop.flops + models_traced.signals_cost(first)[0] if objective.has_teacher else 0
     if config.objective.gram_weight:
         teacher += TEACHER_VIEWS * (crop.flops + gram.flops(crop.grid, _network(first).trunk.dim))
     return own + teacher
@@ -112,7 +112,7 @@ def _student_flops(config: Config, count: Count) -> int:
     of_objective = (
         _objective_flops(_key(config)) if formulas is None else formulas.image_flops([c.grid for c in crops], count)
     )
-    student = sum(crop.flops_with_keys for crop in crops)
+    student = sum(crop.flops_with_keys for crop in crops) + models_traced.signals_cost(config)[1]
     pixels = sum(crop.pixel_flops for crop in crops) if count == "executed" else 0  # pixels need no gradient
     return 3 * student + of_objective - pixels
 
@@ -148,7 +148,7 @@ def _objective_flops(key: str) -> int:
         of_teacher = _of_teacher(config, objective, trunk.dim)
         least = max(2, objective.images_at_least)
         fewer, more = (
-            _objective_step_flops(objective, of_teacher, grids, images, trunk.dim) for images in (least, least + 1)
+            _objective_step_flops(objective, of_teacher, grids, images, trunk, config) for images in (least, least + 1)
         )
     return more - fewer
 
@@ -170,14 +170,20 @@ def _of_teacher(config: Config, objective: Objective, dim: int) -> _OfTeacher | 
 
 
 def _objective_step_flops(
-    objective: Objective, of_teacher: _OfTeacher | None, grids: list[tuple[int, int]], images: int, dim: int
+    objective: Objective,
+    of_teacher: _OfTeacher | None,
+    grids: list[tuple[int, int]],
+    images: int,
+    trunk: Trunk,
+    config: Config,
 ) -> int:
-    student = _features(grids, images, dim)
+    student = _with_signals(_features(grids, images, trunk.dim), trunk, config, images, keyed=True)
     with models_traced.flop_counter() as counter:
         targets = None
         if of_teacher is not None:
             with torch.no_grad():
-                targets = of_teacher.objective.targets(_features(grids[:TEACHER_VIEWS], images, of_teacher.dim))
+                seen = _features(grids[:TEACHER_VIEWS], images, of_teacher.dim)
+                targets = of_teacher.objective.targets(_with_signals(seen, trunk, config, images, keyed=False))
         objective(student, targets, TEACHER_TEMP)[0].backward()
     return counter.get_total_flops()
 
@@ -188,6 +194,19 @@ def _features(grids: list[tuple[int, int]], images: int, dim: int) -> Features:
     groups = [(images * grids.count(grid), *grid) for grid in dict.fromkeys(grids)]
     view, regions = (torch.empty(n, dim, requires_grad=True) for n in (images * len(grids), tokens))
     return Features(view, regions, groups)
+
+
+@torch.no_grad()
+def _with_signals(features: Features, trunk: Trunk, config: Config, samples: int, keyed: bool) -> Features:
+    """Return features with those of the signals of `samples` samples; without and with the tokens that DropToken drops."""
+    if not config.signal_views:
+        return features
+    keys = drop_keys(0, 0, torch.arange(samples), sum(config.signal_views.values())) if keyed else None
+    found = {
+        name: SignalFeatures(*(torch.empty_like(x, requires_grad=x.is_floating_point()) for x in signal))
+        for name, signal in trunk([], keys, models_traced.example_signals(config, samples)).signals.items()
+    }
+    return features._replace(signals=found, has_image=torch.empty(samples, dtype=torch.bool))
 
 
 # --- activations -----------------------------------------------------------------------------------------------------
@@ -294,16 +313,20 @@ def _traced_step(
         torch.empty(images * sizes.count(s), network.trunk.in_chans, s, s, dtype=dtype) for s in dict.fromkeys(sizes)
     ]
     targets: Any = None
+    signals = models_traced.example_signals(config, images)
+    beside: list[Any] = [signals, torch.empty(images, dtype=torch.bool)] if signals else []
     if network.objective.takes_labels:
         targets = mix_labels(torch.zeros(images, dtype=torch.int64), None)
     if network.objective.has_teacher:
         with torch.no_grad():
-            targets = network.objective.targets(network.trunk(crops[:1]))
+            targets = network.objective.targets(network.features(crops[:1], None, None, *beside))
     elif of_teacher := _of_teacher(config, network.objective, network.trunk.dim):
-        view, regions, grids = _features(region_grids(config)[:TEACHER_VIEWS], images, of_teacher.dim)
+        given = _features(region_grids(config)[:TEACHER_VIEWS], images, of_teacher.dim)
         with torch.no_grad():
             network.trunk(crops[:1])  # makes the tables that trunks keep, which are not part of a step
-            targets = of_teacher.objective.to(dtype).targets(Features(view.to(dtype), regions.to(dtype), grids))
+            targets = of_teacher.objective.to(dtype).targets(
+                given._replace(view=given.view.to(dtype), regions=given.regions.to(dtype))
+            )
     noted = models_traced.Kept(network)
     blocks = models_traced.KeptByBlocks(noted, network.trunk.blocks)
     network.trunk.run_block = blocks
@@ -311,9 +334,9 @@ def _traced_step(
     if config.objective.gram_weight:
         with torch.no_grad():
             anchors = network.trunk(crops[:1]).regions
-    keys = drop_keys(0, 0, torch.arange(images), len(sizes))
+    keys = drop_keys(0, 0, torch.arange(images), len(sizes) + sum(config.signal_views.values()))
     with noted.hooks(), models_traced.FusedAttention():
-        loss, *_ = network(crops, targets, keys, TEACHER_TEMP, anchors)
+        loss, *_ = network(crops, targets, keys, TEACHER_TEMP, anchors, *beside)
     network.trunk.run_block = call
     noted.note_attributes(loss.grad_fn)
     return blocks.called, blocks.saved, blocks.inputs, blocks.products, [noted.bytes - sum(blocks.saved)]
@@ -325,7 +348,7 @@ def _key(config: Config) -> str:
         include={
             "model": True,
             "objective": True,
-            "data": {"global_crops", "local_crops", "channels"},
+            "data": {"global_crops", "local_crops", "channels", "audio", "video", "text"},
             "train": {"precision"},
         }
     )

@@ -81,10 +81,10 @@ class EsViT(Objective):
         Call it without gradient.
         """
         crops = teacher.grids[0][0]
-        view = HeadTargets(*_bottleneck_and_rows(self.view_head, teacher.view))
+        view = HeadTargets(*bottleneck_and_rows(self.view_head, teacher.view))
         if self.region_head is None:
             return Targets(view, None, None, crops // TEACHER_VIEWS)
-        region = HeadTargets(*_bottleneck_and_rows(self.region_head, teacher.regions))
+        region = HeadTargets(*bottleneck_and_rows(self.region_head, teacher.regions))
         features = unit(teacher.regions.detach()).view(crops, -1, teacher.regions.shape[1])
         return Targets(view, region, features, crops // TEACHER_VIEWS)
 
@@ -105,7 +105,7 @@ class EsViT(Objective):
         loss, entropies = self._term(
             self.view_head, self.view_center, student.view, targets.view, match, weight, teacher_temp
         )
-        logs = {"loss_view": loss.detach(), **_logged(entropies, "view")}
+        logs = {"loss_view": loss.detach(), **logged(entropies, "view")}
         if self.region_head is None or targets.region is None or targets.features is None:
             return loss, logs
         match, weight = region_pairs(
@@ -116,7 +116,7 @@ class EsViT(Objective):
         region_loss, entropies = self._term(
             self.region_head, self.region_center, student.regions, targets.region, match, weight, teacher_temp
         )
-        logs |= {"loss_region": region_loss.detach(), **_logged(entropies, "region")}
+        logs |= {"loss_region": region_loss.detach(), **logged(entropies, "region")}
         if hidden is not None:
             of_pairs, of_hidden = entropies.columns[:TEACHER_VIEWS].sum(), entropies.columns[-1]
             logs |= {"loss_region": of_pairs, "loss_masked": 0.5 * of_hidden / self.mask_weight}
@@ -183,12 +183,16 @@ class EsViT(Objective):
         match: Tensor,
         weight: Tensor,
         teacher_temp: float,
+        mean: Tensor | None = None,
     ) -> tuple[Tensor, Entropies]:
+        """Return a head's loss; the centre observes `mean` [D], or the mean of the targets' bottleneck vectors."""
         if self.sinkhorn:
             center_values = sinkhorn_center(targets.z, targets.rows, teacher_temp, self.passes)
         else:
             center_values = center.values(targets.rows)
-            center.observe(targets.z.mean(0, dtype=torch.promote_types(targets.z.dtype, torch.float32)), targets.rows)
+            if mean is None:
+                mean = targets.z.mean(0, dtype=torch.promote_types(targets.z.dtype, torch.float32))
+            center.observe(mean, targets.rows)
         return head.last_layer(
             head(features),
             lambda z, rows: prototype_cross_entropy(
@@ -198,7 +202,8 @@ class EsViT(Objective):
         )
 
 
-def _logged(entropies: Entropies, part: str) -> dict[str, Tensor]:
+def logged(entropies: Entropies, part: str) -> dict[str, Tensor]:
+    """Return the scalars to log of a head's loss; `part` is "view" or "region"."""
     return {
         f"teacher_entropy_{part}": entropies.teacher,
         f"student_entropy_{part}": entropies.student,
@@ -281,5 +286,6 @@ def _head(dim: int, config: configs.Objective) -> ProjectionHead:
     return ProjectionHead(dim, config.head_hidden, config.bottleneck, config.prototypes, config.norm_last_layer)
 
 
-def _bottleneck_and_rows(head: ProjectionHead, features: Tensor) -> tuple[Tensor, Tensor]:
+def bottleneck_and_rows(head: ProjectionHead, features: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a head's bottleneck [n, D] of features [n, C] and its prototypes [K, D], without gradient."""
     return head.last_layer(head(features), lambda z, rows: (z.detach(), rows.detach()))

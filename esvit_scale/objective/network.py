@@ -1,5 +1,6 @@
 """The modules that DeepSpeed wraps: a trunk and an objective together, as student or as teacher; and other teachers."""
 
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from esvit_scale.config import Config
 from esvit_scale.models import products
 from esvit_scale.models.masking import Mask, MaskToken, cells_of, draw_cells
 from esvit_scale.models.registry import build_trunk
-from esvit_scale.models.trunk import Trunk
+from esvit_scale.models.trunk import Features, Trunk
 from esvit_scale.objective import frozen
 from esvit_scale.objective.gram import gram_loss
 from esvit_scale.objective.koleo import CROPS, koleo
@@ -17,6 +18,7 @@ from esvit_scale.objective.objective import Logs, Objective, spread
 from esvit_scale.objective.registry import build_objective
 
 AnyNetwork = TypeVar("AnyNetwork", bound="Network")
+Signals = Mapping[str, tuple[Tensor, Tensor]]  # by modality: values and lengths (data/signals.Signal)
 
 
 class Network(nn.Module):
@@ -51,6 +53,21 @@ class Network(nn.Module):
         """The objectives of `networks`."""
         return [network.objective for network in self.networks]
 
+    def features(
+        self,
+        crops: list[Tensor],
+        drop_keys: Tensor | None,
+        mask: Mask | None,
+        signals: Signals | None = None,
+        has_image: Tensor | None = None,
+    ) -> Features:
+        """Return the trunk's features of crops, some of them masked, and of the signals beside them."""
+        if signals:
+            features: Features = self.trunk(crops, drop_keys, signals)
+            return features._replace(has_image=has_image)
+        features = self.trunk(crops, drop_keys, *([] if mask is None else [mask]))
+        return features
+
 
 class StudentNetwork(Network):
     """The network that is trained; its forward computes the loss.
@@ -76,6 +93,8 @@ class StudentNetwork(Network):
         drop_keys: Tensor | None,
         teacher_temp: float,
         anchors: Tensor | None = None,
+        signals: Signals | None = None,
+        has_image: Tensor | None = None,
     ) -> tuple[Tensor, Logs, Tensor]:
         """Return the loss of all crops, scalars to log, and the detached view features [ΣB, C].
 
@@ -83,12 +102,15 @@ class StudentNetwork(Network):
             crops: one tensor per resolution group, [V_g·B, channels, S_g, S_g], the two globals first.
             targets: what the teacher, or the frozen teacher, returned for the globals; or the labels; None for an objective
                 with none of them.
-            drop_keys: int64 [ΣB], one key per crop image for drop path and masks; None drops and masks nothing.
+            drop_keys: int64 [ΣB], one key per crop image, and one per view of each signal, for drop path, DropToken and
+                masks; None drops and masks nothing.
             teacher_temp: temperature of the teacher's softmax at this step.
             anchors: what the Gram teacher returned for the globals; None while it is off.
+            signals: the other modalities of the same samples, in the order of `drop_keys`.
+            has_image: bool [B], which samples have an image; only with signals.
         """
         mask = None if drop_keys is None else self._mask(crops[0], drop_keys)
-        features = self.trunk(crops, drop_keys, *([] if mask is None else [mask]))
+        features = self.features(crops, drop_keys, mask, signals, has_image)
         view = features.view.detach()
         hidden = [] if mask is None else [mask.cells.flatten()]
         loss, logs = self.objective(features, targets, teacher_temp, *hidden)
@@ -119,12 +141,12 @@ class TeacherNetwork(Network):
     """The network that computes the targets: a moving average of the student, or frozen. It uses no drop path."""
 
     @ranges.named("teacher forward")
-    def forward(self, crops: list[Tensor]) -> Any:
-        """Return the targets of the two global crops; call it without gradient.
+    def forward(self, crops: list[Tensor], signals: Signals | None = None, has_image: Tensor | None = None) -> Any:
+        """Return the targets of the two global crops and of the signals beside them; call it without gradient.
 
-        `crops` has a single tensor, [2·B, channels, S, S].
+        `crops` has a single tensor, [2·B, channels, S, S]; `StudentNetwork.forward` explains the others.
         """
-        return self.objective.targets(self.trunk(crops, None))
+        return self.objective.targets(self.features(crops, None, None, signals, has_image))
 
 
 class GramNetwork(nn.Module):

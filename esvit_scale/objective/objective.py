@@ -31,6 +31,9 @@ class Objective(nn.Module):
             targets. It has no teacher then, and sees one global crop of an image.
         takes_masks: whether the loss has a term for hidden regions. `forward` then takes, as a fourth argument, which
             regions of the global crops are hidden, bool [2B·T], or None.
+        takes_signals: whether the loss compares modalities, `Features.signals`, which the config then has to read.
+        modalities: the modalities that it compares, if its config names them; empty: all that the config reads.
+        image_views: the numbers of global crops that it can have; an objective that takes labels sees one.
         images_at_least: the smallest number of images per micro-batch and rank for which the loss is defined.
         passes: the implementation of the passes of a loss over prototypes; None for objectives without such a loss.
     """
@@ -41,6 +44,9 @@ class Objective(nn.Module):
     has_frozen_teacher = False
     takes_labels = False
     takes_masks = False
+    takes_signals = False
+    modalities: tuple[str, ...] = ()
+    image_views: tuple[int, ...] = (2,)
     images_at_least = 1
     passes: Passes | None = None
 
@@ -72,6 +78,13 @@ class Objective(nn.Module):
         Returns:
             The loss (scalar; the mean over this rank's images), and scalars to log. The loss must depend on every
             trainable parameter at every call: ZeRO-3 would update an unused parameter by an old gradient.
+        """
+        raise NotImplementedError
+
+    def comparable(self, views: dict[str, Tensor], a: str, b: str) -> tuple[Tensor, Tensor] | None:
+        """Return unit vectors of modalities a and b that can be compared, [n, D] each, given view features [n, C].
+
+        Objectives with `takes_signals` define it. It is None if there is no common space of the two.
         """
         raise NotImplementedError
 

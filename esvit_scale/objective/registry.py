@@ -13,12 +13,14 @@ from esvit_scale.objective.byol import BYOL
 from esvit_scale.objective.classify import Classify
 from esvit_scale.objective.dino import DINO
 from esvit_scale.objective.esvit import EsViT
+from esvit_scale.objective.esvit_modalities import ModalEsViT
 from esvit_scale.objective.moco_v3 import MoCoV3
 from esvit_scale.objective.objective import Objective
 from esvit_scale.objective.simclr import SimCLR
 from esvit_scale.objective.simsiam import SimSiam
 from esvit_scale.objective.swav import SwAV
 from esvit_scale.objective.triplet import Triplet
+from esvit_scale.objective.vatt import VATT
 
 OBJECTIVES: dict[str, Callable[[int, configs.Objective], Objective]] = {  # (C of the trunk, config.objective)
     "byol": BYOL,
@@ -26,11 +28,13 @@ OBJECTIVES: dict[str, Callable[[int, configs.Objective], Objective]] = {  # (C o
     "dino": DINO,
     "distill": distill.build,
     "esvit": EsViT,
+    "esvit_modalities": ModalEsViT,
     "moco_v3": MoCoV3,
     "simclr": SimCLR,
     "simsiam": SimSiam,
     "swav": SwAV,
     "triplet": Triplet,
+    "vatt": VATT,
 }
 
 
@@ -46,6 +50,7 @@ def build_objective(trunk: Trunk, config: Config) -> Objective:
     objective = OBJECTIVES[name](trunk.dim, config.objective)
     _check_frozen_teacher(objective, config)
     _check_labels(objective, config)
+    _check_signals(trunk, objective, config)
     if objective.needs_regions and not trunk.has_regions:
         raise UserError(
             f"model.trunk: {config.model.trunk} gives no region tokens, which {name} with objective.regions=true needs; "
@@ -91,12 +96,16 @@ def _check_frozen_teacher(objective: Objective, config: Config) -> None:
 def _check_labels(objective: Objective, config: Config) -> None:
     """Raise UserError if the objective learns labels and the config has none for it, or the other way round."""
     name, classes, views = config.objective.name, config.objective.classes, config.data.global_crops.count
-    wanted = 1 if objective.takes_labels else 2
-    if views != wanted:
+    if views not in objective.image_views:
+        wanted = max(objective.image_views)
         raise UserError(
             f"data.global_crops.count: {name} needs {wanted} global crop{'s' * (wanted > 1)} of an image, got {views}; set "
             f"data.global_crops.count={wanted}"
         )
+    if views == 1:
+        for key in ("koleo_weight", "gram_weight"):
+            if getattr(config.objective, key):
+                raise UserError(f"objective.{key}: {name} has no second view of an image; set objective.{key}=0")
     if not objective.takes_labels:
         if classes:
             raise UserError(f"objective.classes: {name} learns without labels; set objective.classes=0")
@@ -106,9 +115,38 @@ def _check_labels(objective: Objective, config: Config) -> None:
             f"objective.classes: {name} needs at least 2 classes, got {classes}; `esvit-scale finetune` takes their number "
             "from the training set"
         )
-    for key in ("koleo_weight", "gram_weight"):
-        if getattr(config.objective, key):
-            raise UserError(f"objective.{key}: not with {name}, which has no second view; set objective.{key}=0")
+
+
+def _check_signals(trunk: Trunk, objective: Objective, config: Config) -> None:
+    """Raise UserError if the config reads other modalities beside the image than trunk and objective use."""
+    name, read = config.objective.name, tuple(config.signal_views)
+    if read and not objective.takes_signals:
+        raise UserError(
+            f"data.{read[0]}.views: {name} learns from images alone; set data.{read[0]}.views=0, or take objective.name=vatt"
+        )
+    if read and set(read) != set(trunk.modalities):
+        raise UserError(
+            f"data.{read[0]}.views: {config.model.trunk} sees images alone; set data.{read[0]}.views=0, or take "
+            "model.trunk=modal_small"
+        )
+    if not objective.takes_signals:
+        return
+    if not read:
+        raise UserError(
+            f"data.audio.views: {name} compares modalities, and the config reads none; set data.audio.views=1"
+        )
+    used = objective.modalities or ("image", *read)
+    for modality in used:
+        if modality != "image" and modality not in read:
+            raise UserError(f"data.{modality}.views: objective.pairs has {modality}, which is not read; set it to 1")
+    for modality in ("image", *read):
+        if modality not in used:
+            raise UserError(
+                f"objective.pairs: no pair has {modality}"
+                + ("" if modality == "image" else f"; add one, or set data.{modality}.views=0")
+            )
+    if config.objective.students:
+        raise UserError(f"objective.students: not with {name}")
 
 
 def _check_masks(trunk: Trunk, objective: Objective, config: Config) -> None:

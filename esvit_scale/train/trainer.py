@@ -107,12 +107,16 @@ class Trainer:
         applied = False
         for micro_batch in micro_batches:
             # Labels, or targets of the teacher or the frozen teacher, from the two global crops.
-            targets = micro_batch.labels or self._teacher_targets(micro_batch.crops[:1])
+            beside = (micro_batch.signals, micro_batch.has_image) if micro_batch.signals else ()
+            targets = micro_batch.labels or self._teacher_targets(micro_batch.crops[:1], *beside)
             anchors = self._gram_anchors(micro_batch.crops[:1])
 
             # Student forward on all crops, and loss.
-            keys = drop_keys(config.seed, step, micro_batch.positions, len(config.crop_sizes))
-            loss, logs, features = student(micro_batch.crops, targets, keys, schedules.teacher_temp(step), anchors)
+            views = len(config.crop_sizes) + sum(config.signal_views.values())
+            keys = drop_keys(config.seed, step, micro_batch.positions, views)
+            loss, logs, features = student(
+                micro_batch.crops, targets, keys, schedules.teacher_temp(step), anchors, *beside
+            )
             self.clock.end()
 
             # Backward.
@@ -157,13 +161,16 @@ class Trainer:
         return StepResult(applied, means, clipper.take_squares(), updates, features, clipper.take_flags())
 
     @torch.no_grad()
-    def _teacher_targets(self, globals_: list[Tensor]) -> Any:
-        """Return the teacher's outputs for global crops [[2·B, channels, S, S]]; None if the objective has no teacher."""
+    def _teacher_targets(self, globals_: list[Tensor], *beside: Any) -> Any:
+        """Return the teacher's outputs for global crops [[2·B, channels, S, S]]; None if the objective has no teacher.
+
+        `beside` are the signals of the same samples and which of these have an image, in a run that reads signals.
+        """
         frozen = self.engines.frozen
         if frozen is None and not self.objective.has_teacher:
             return None
         with engine.autocast(self.config, self.world.device):
-            return (self.engines.teacher if frozen is None else frozen).network(globals_)
+            return (self.engines.teacher if frozen is None else frozen).network(globals_, *beside)
 
     @torch.no_grad()
     def _gram_anchors(self, globals_: list[Tensor]) -> Tensor | None:

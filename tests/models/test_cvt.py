@@ -38,7 +38,7 @@ def official_case(case: dict, dtype: torch.dtype) -> tuple[CvT, list[Tensor], Te
     trunk = CvT(**{k: case.get(k, v) for k, v in named.items()}).to(dtype)
     fill(trunk, by_hash)
     crops = [by_hash(f"crop{s}", (n, 3, s, s), 1.5).to(dtype) for n, s in case["crops"]]
-    view, regions, _ = trunk(crops)
+    view, regions, *_ = trunk(crops)
     gradients = (by_hash(name, tuple(x.shape)).to(dtype) for name, x in (("gv", view), ("gr", regions)))
     sum((x * g).sum() for x, g in zip((view, regions), gradients, strict=True)).backward()
     return trunk, crops, view, regions
