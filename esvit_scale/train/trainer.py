@@ -103,6 +103,7 @@ class Trainer:
         engine.set_lr_and_weight_decay(
             self.engines, schedules.lr(step), schedules.trunk_lr(step), schedules.weight_decay(step)
         )
+        temp, views = schedules.teacher_temp(step), len(config.crop_sizes) + sum(config.signal_views.values())
         sums: dict[str, Tensor] = {}
         applied = False
         for micro_batch in micro_batches:
@@ -112,11 +113,8 @@ class Trainer:
             anchors = self._gram_anchors(micro_batch.crops[:1])
 
             # Student forward on all crops, and loss.
-            views = len(config.crop_sizes) + sum(config.signal_views.values())
             keys = drop_keys(config.seed, step, micro_batch.positions, views)
-            loss, logs, features = student(
-                micro_batch.crops, targets, keys, schedules.teacher_temp(step), anchors, *beside
-            )
+            loss, logs, features = student(micro_batch.crops, targets, keys, temp, anchors, *beside)
             self.clock.end()
 
             # Backward.
