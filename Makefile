@@ -90,7 +90,7 @@ $(STAMP): pyproject.toml $(wildcard constraints/*) $(if $(strip $(STALE)),FORCE)
 	fi; \
 	touch $(VENV)/.installing
 	@[ -z "$(INDEX)" ] || echo "$(INDEX)" > $(VENV)/.torch-index
-	@$(RUN) constraints/install.py $(STACK) dev,tracking,export,opencv,browser,tiff,s3,docs $(INDEX) || { \
+	@$(RUN) constraints/install.py $(STACK) dev,tracking,export,opencv,browser,tiff,modalities,s3,docs $(INDEX) || { \
 	  [ -z "$(INDEX)" ] || echo "torch was asked from TORCH_INDEX=$(INDEX); give another, or 'make clean' forgets it" >&2; \
 	  echo "The installation failed; the lines above say why. 'make venv' starts it again." >&2; exit 1; }
 	@rm $(VENV)/.installing; touch $(STAMP)

@@ -8,6 +8,7 @@ The pipeline, one line per stage. B images, V crops, T tokens, C width, K protot
     → order              data/order.py                              (seed, epoch, step) → which samples, at any world size
     → decoded image      data/picture.py, data/decode.py            bytes → uint8 [H, W, 3], no larger than the crops need
     → crops              data/crops.py, data/worker_batch.py, data/photometric.py  one tensor per resolution: [V_g, B, 3, S_g, S_g]
+                         data/signals.py, data/media.py             sound, video and text beside them: [V, B, …]
     → batches            data/stream.py, data/shard_stream.py, data/url_stream.py  this rank's part of a global batch
     → tokens             models/registry.py, models/swin.py, …      view [V·B, C], regions [V·B·T, C], all crops in one pass
     → student/teacher    parallel/engine.py, parallel/ema.py        one forward of each; the teacher sees the 2 globals

@@ -67,6 +67,8 @@ TESTED = {
     "opencv-python-headless": Range("4.8.0.74", "5.0.0.93"),
     "tifffile": Range("2025.5.10", "2026.3.3"),
     "imagecodecs": Range("2025.3.30", "2026.3.6"),
+    "soundfile": Range("0.13.0", "0.14.0"),
+    "av": Range("16.0.0", "18.1.0"),
     "playwright": Range("1.45.0", "1.65.2"),
     "wandb": Range("0.31.0", "0.31.0"),
     "mkdocs": Range("1.6.1", "1.6.1"),
@@ -85,6 +87,7 @@ EXTRAS = {
     "opencv": Extra(("opencv-python-headless",), "data.photometric: workers"),
     "s3": Extra(("s3fs",), "data.train=s3://…"),
     "tiff": Extra(("tifffile", "imagecodecs"), "TIFF other than 8-bit RGB"),
+    "modalities": Extra(("soundfile", "av"), "data.audio, data.video; shards create --members"),
     "docs": Extra(("mkdocs", "mkdocs-material"), "make docs: the documentation as a site"),
     "browser": Extra(
         ("playwright",), "the tests that open reports and the site in Chromium (also: playwright install chromium)"

@@ -47,6 +47,22 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     )
     source.add_argument("--caption", metavar="COLUMN", help="table column that holds captions (default: no captions)")
     source.add_argument(
+        "--members",
+        metavar="KINDS",
+        help="what belongs to a sample of a folder or tar beside its image, by name: some of audio,video,text (default: nothing)",
+    )
+    source.add_argument(
+        "--audio-column", metavar="COLUMN", help="table column that holds paths of sound (default: no sound)"
+    )
+    source.add_argument(
+        "--video-column",
+        metavar="COLUMN",
+        help="table column that holds paths of videos, or of folders of frames (default: no video)",
+    )
+    source.add_argument(
+        "--fields", metavar="COLUMNS", help="table columns that become fields of the sample's .json (default: none)"
+    )
+    source.add_argument(
         "--quoted",
         action="store_true",
         help="read fields of a TSV as quoted, like those of a CSV (default: not quoted)",
@@ -77,6 +93,7 @@ def add_work_dir(parser: argparse.ArgumentParser) -> None:
 def source_options(options: argparse.Namespace) -> "SourceOptions":
     """Return the values of the options that `add_source` adds, as SourceOptions."""
     from esvit_scale.data.sources import SourceOptions
+    from esvit_scale.data.sources.members import parse_members
 
     return SourceOptions(
         options.kind,
@@ -87,6 +104,10 @@ def source_options(options: argparse.Namespace) -> "SourceOptions":
         options.classes,
         options.quoted,
         options.work_dir,
+        parse_members(options.members or ""),
+        options.audio_column,
+        options.video_column,
+        tuple(filter(None, (name.strip() for name in (options.fields or "").split(",")))),
     )
 
 

@@ -18,6 +18,10 @@ class BadImage(Exception):
         self.kind = kind
 
 
+class BadMember(BadImage):
+    """Error for bytes that are not a usable recording, clip or text; a sample may do without."""
+
+
 def check_size(width: int, height: int) -> None:
     """Raise BadImage for an image too small to crop or too large to decode."""
     if min(width, height) < MIN_SIDE:

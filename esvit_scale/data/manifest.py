@@ -22,7 +22,8 @@ from esvit_scale.data.left_out import LeftOut
 from esvit_scale.data.pixel_format import RGB8, PixelFormat
 from esvit_scale.data.raster import MAX_CHANNELS
 from esvit_scale.data.shard_table import Shard, ShardTable
-from esvit_scale.data.tar_names import chosen_images, split_name
+from esvit_scale.data.signal_members import plain_image
+from esvit_scale.data.tar_names import split_name
 from esvit_scale.data.tar_reader import Member, TarReader
 from esvit_scale.errors import UserError, is_machine_fault
 
@@ -59,6 +60,9 @@ class Manifest:
     formats: Mapping[str, int] = field(
         default_factory=dict, compare=False
     )  # number of images by extension; empty: unknown
+    modalities: Mapping[str, int] = field(
+        default_factory=dict, compare=False
+    )  # samples by what they have (image, audio, video, text), of a set that was written with more than images
     remote: Remote | None = field(default=None, compare=False)  # None: the shards lie in `root`
 
     @property
@@ -201,6 +205,7 @@ def dump(
     options: dict[str, Any] | None = None,
     left_out: Sequence[dict[str, Any]] = (),
     formats: Mapping[str, int] | None = None,
+    modalities: Mapping[str, int] | None = None,
 ) -> bytes:
     """Return the bytes of a manifest.json, always the same for the same set."""
     recipe = (options or {}).get("recipe", {})  # records channels and bits unless they are those of 8-bit RGB
@@ -213,6 +218,7 @@ def dump(
         "options": options or {},
         **{key: recipe[key] for key in ("channels", "bits") if key in recipe},
         "formats": dict(sorted((formats or {}).items())),
+        **({"modalities": dict(sorted(modalities.items()))} if modalities else {}),
         "left_out": list(left_out),
         "classes": list(classes),
         **({"index_version": INDEX_VERSION} if all(s.index_sha256 for s in shards) else {}),
@@ -304,7 +310,8 @@ def _parse(root: Path, raw: dict[str, Any], blocks: Iterable[list[Any]]) -> Mani
     if channels not in range(1, MAX_CHANNELS + 1) or bits not in (8, 16):
         raise ValueError(f"channels {channels!r} of {bits!r} bits")
     classes, source = tuple(str(c) for c in raw["classes"]), str(raw.get("source", ""))
-    return Manifest(root, shards, classes, source, left_out, int(channels), int(bits), formats)
+    modalities = {str(name): _count(number) for name, number in raw.get("modalities", {}).items()}
+    return Manifest(root, shards, classes, source, left_out, int(channels), int(bits), formats, modalities)
 
 
 def _append(table: ShardTable, names: list[str], rows: list[Any], checked: bool) -> None:
@@ -479,5 +486,6 @@ def numbered_runs(members: Iterable[Member]) -> Iterator[tuple[int, Entry]]:
 
 
 def image_member(entry: Entry) -> tuple[int, int] | None:
-    """Return (offset, size) of a sample's image, the first of `chosen_images`; None for a sample without one."""
-    return next((entry.members[extension] for extension in chosen_images(entry.members)), None)
+    """Return (offset, size) of a sample's image (`signal_members.plain_image`); None for a sample without one."""
+    image = plain_image(entry.members)
+    return None if image is None else entry.members[image]

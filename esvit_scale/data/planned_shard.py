@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 from esvit_scale.data import raster
 from esvit_scale.data.decode import EXTENSIONS, BadImage, decode, decode_as_stored
 from esvit_scale.data.image_folder import os_reason, printable
-from esvit_scale.data.left_out import UNDER_MIN_SIDE
+from esvit_scale.data.left_out import EMPTY, MEMBERS, UNDER_MIN_SIDE
+from esvit_scale.data.member_check import checked_members
 from esvit_scale.data.noted_orientation import noted, oriented
-from esvit_scale.data.shard_file import Sample, write_shard
+from esvit_scale.data.shard_file import Sample, counted, write_shard
 from esvit_scale.data.shard_plan import ShardPlan
 from esvit_scale.data.shard_table import Shard
 from esvit_scale.data.sources.base import Item, Source, extension
@@ -47,6 +48,7 @@ class Written(NamedTuple):
     bad: list[Bad]
     formats: Mapping[str, int] = MappingProxyType({})  # number of images by extension
     turned: int = 0  # images that got the orientation which their json records
+    modalities: Mapping[str, int] = MappingProxyType({})  # samples by what they have, of a source of more than images
 
 
 def write_planned(plan: ShardPlan, folder: Path, number: int, tick: Callable[[], None]) -> Written:
@@ -64,15 +66,15 @@ def write_planned(plan: ShardPlan, folder: Path, number: int, tick: Callable[[],
     if first is None:
         return Written(None, bad)
 
-    formats = Counter[str]()
+    formats, modalities = Counter[str](), Counter[str]()
 
-    def counted() -> Iterator[Sample]:
+    def with_formats() -> Iterator[Sample]:
         for sample in chain([first], samples):
-            formats[sample.ext] += 1
+            formats.update([sample.ext] if sample.ext else [])
             yield sample
 
-    shard = write_shard(folder / shard_name(number), counted(), set())
-    return Written(shard, bad, dict(formats), len(turned))
+    shard = write_shard(folder / shard_name(number), counted(with_formats(), modalities), set())
+    return Written(shard, bad, dict(formats), len(turned), dict(modalities) if plan.source.modal else {})
 
 
 def shard_name(number: int) -> str:
@@ -93,7 +95,7 @@ def _samples(
             upright = item.data
             if plan.recipe.rotate_as_noted and (orientation := noted(item.extras.get("json"))) != 1:
                 upright = oriented(item.data, orientation)
-            data, ext = _checked(plan, i, upright)
+            data, ext, extras = _checked(plan, i, item._replace(data=upright), bad)
         except (BadImage, OSError) as error:
             missing = missing + 1 if isinstance(error, OSError) else 0
             reason, kind = os_reason(error) if isinstance(error, OSError) else (str(error), error.kind)
@@ -109,7 +111,7 @@ def _samples(
             continue
         if upright is not item.data:
             turned.append(i)
-        yield Sample(plan.keys[i], item.label, ext, data, item.extras)
+        yield Sample(plan.keys[i], item.label, ext, data, extras)
 
 
 def _readers(source: Source, members: list[int]) -> Iterator[tuple[int, Callable[[], Item]]]:
@@ -134,7 +136,32 @@ def _readers(source: Source, members: list[int]) -> Iterator[tuple[int, Callable
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _checked(plan: ShardPlan, i: int, data: bytes) -> tuple[bytes, str]:
+def _checked(plan: ShardPlan, i: int, item: Item, bad: list[Bad]) -> tuple[bytes, str, Mapping[str, bytes]]:
+    """Return a sample's image, with its extension, and its further members, as they are written. Raises BadImage.
+
+    Of a source of more than images, members that cannot be used are left out, with a row each in `bad`, and a sample is
+    bad if nothing is left of it.
+    """
+    if not plan.source.modal:
+        return *_checked_image(plan, i, item.data), item.extras
+    extras, problems = checked_members(item)
+    image = b"", ""
+    if item.data:
+        try:
+            image = _checked_image(plan, i, item.data)
+        except BadImage as error:
+            problems = {"image": error} | problems
+    if not image[0] and not extras:
+        raise BadImage("; ".join(f"{what}: {error}" for what, error in problems.items()) or "no member", EMPTY)
+    name = printable(plan.source.name(i))
+    bad += [
+        {"file": f"{name} ({what})", "reason": str(error), "kind": error.kind, "what": MEMBERS}
+        for what, error in problems.items()
+    ]
+    return *image, extras
+
+
+def _checked_image(plan: ShardPlan, i: int, data: bytes) -> tuple[bytes, str]:
     recipe = plan.recipe
     image = decode(data) if recipe.pixels.is_rgb8 else None
     height, width = decode_as_stored(data, *recipe.pixels[:2]).shape[:2] if image is None else image.size[::-1]

@@ -114,6 +114,10 @@ class ShardReader:
             raise BadImage(f"no image among its members ({', '.join(entry.members) or 'none'})")
         return self._read_with_retries(shard, lambda: self._pread(shard, *place))
 
+    def member(self, shard: int, entry: Entry, extension: str) -> bytes:
+        """Return the bytes of the sample's member of an extension."""
+        return self._read_with_retries(shard, lambda: self._pread(shard, *entry.members[extension]))
+
     def label(self, shard: int, entry: Entry) -> int:
         """Return the sample's class number, -1 without one."""
         if "cls" not in entry.members:

@@ -162,7 +162,8 @@ def write_record(partial: Path, number: int, written: Written) -> None:
 def record(written: Written) -> dict[str, Any]:
     """Return the content of the record of a complete shard."""
     shard = written.shard._asdict() if written.shard else None
-    return {"shard": shard, "bad": written.bad, "formats": dict(written.formats), "turned": written.turned}
+    found = {"shard": shard, "bad": written.bad, "formats": dict(written.formats), "turned": written.turned}
+    return found | ({"modalities": dict(written.modalities)} if written.modalities else {})
 
 
 def record_name(number: int) -> str:
@@ -187,7 +188,11 @@ def read_record(partial: Path, number: int) -> Written:
     """Read the record of a shard. Raises OSError or ValueError."""
     raw = json.loads((partial / record_name(number)).read_bytes())
     return Written(
-        Shard(**raw["shard"]) if raw["shard"] else None, raw["bad"], raw.get("formats", {}), raw.get("turned", 0)
+        Shard(**raw["shard"]) if raw["shard"] else None,
+        raw["bad"],
+        raw.get("formats", {}),
+        raw.get("turned", 0),
+        raw.get("modalities", {}),
     )
 
 
@@ -215,12 +220,13 @@ def finish(destination: Path, intent: Intent, strict: bool = False) -> Manifest:
     left.update(of_bad(bad))
     if strict:
         refuse([left], str(destination))
-    formats = Counter[str]()
+    formats, modalities = Counter[str](), Counter[str]()
     for w in written:
         formats.update(w.formats)
+        modalities.update(w.modalities)
     if turned := sum(w.turned for w in written):
         say(f"{destination}: turned {turned} images to the orientation that their json records")
-    publish(partial, shards, intent.classes, intent.fingerprint, intent.options, bad, left, formats)
+    publish(partial, shards, intent.classes, intent.fingerprint, intent.options, bad, left, formats, modalities)
     return manifests.load(destination)
 
 
@@ -233,12 +239,14 @@ def publish(
     bad: Sequence[Bad] = (),
     left_out: LeftOut | None = None,
     formats: Mapping[str, int] | None = None,
+    modalities: Mapping[str, int] | None = None,
 ) -> None:
     """Write the manifest, and the quarantine if there is one, and move the finished set into place."""
     if bad:
         files.write_bytes(partial / QUARANTINE, "".join(json.dumps(row) + "\n" for row in bad).encode())
     rows = left_out.rows() if left_out else []
-    files.write_bytes(partial / MANIFEST, manifests.dump(shards, classes, source, tool(), options, rows, formats))
+    content = manifests.dump(shards, classes, source, tool(), options, rows, formats, modalities)
+    files.write_bytes(partial / MANIFEST, content)
     commit(partial)
 
 

@@ -1,7 +1,8 @@
 """The writer of one tar of a shard set and its index; the same samples give the same bytes."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -14,17 +15,21 @@ from esvit_scale.data.decode import EXTENSIONS
 from esvit_scale.data.keys import SAFE_KEY
 from esvit_scale.data.raster import ARRAY
 from esvit_scale.data.shard_table import Shard
+from esvit_scale.data.signal_members import IMAGE, MODALITIES, is_member, member_of
 from esvit_scale.data.sources.base import EXTRAS
 
 
 class Sample(NamedTuple):
-    """A sample as it is written into a shard: an encoded image with its key and label."""
+    """A sample as it is written into a shard: an encoded image with its key and label, and further members.
+
+    A sample that has sound, video or text may lack the image; its `data` and `ext` are then empty.
+    """
 
     key: str  # unique in the set; letters, digits, `_`, `-`, and `/` between parts
     label: int | None  # class number
     ext: str  # extension of the image file: jpg, png, …
     data: bytes  # the image file
-    extras: Mapping[str, bytes] = {}  # further members by extension: txt, json
+    extras: Mapping[str, bytes] = {}  # further members by extension: txt, json, those of signals.py
 
 
 def write_shard(path: Path, samples: Iterable[Sample], keys: set[str]) -> Shard:
@@ -56,13 +61,23 @@ def write_shard(path: Path, samples: Iterable[Sample], keys: set[str]) -> Shard:
 
 
 def _members(sample: Sample, keys: set[str]) -> dict[str, Any]:
-    if sample.key in keys or not SAFE_KEY.fullmatch(sample.key) or sample.ext not in (*EXTENSIONS, ARRAY):
+    extras = {ext: data for ext, data in sample.extras.items() if ext in EXTRAS or is_member(ext)}
+    known = sample.ext in (*EXTENSIONS, ARRAY) if sample.ext else bool(extras)
+    if sample.key in keys or not SAFE_KEY.fullmatch(sample.key) or not known:
         raise ValueError(f"sample {sample.key!r}.{sample.ext}: the key is repeated or not safe, or no image's ending")
     keys.add(sample.key)
-    members: dict[str, Any] = {"__key__": sample.key, sample.ext: sample.data}
+    members: dict[str, Any] = {"__key__": sample.key, **({sample.ext: sample.data} if sample.ext else {})}
     if sample.label is not None:
         members["cls"] = b"%d" % sample.label
-    return members | {ext: data for ext, data in sample.extras.items() if ext in EXTRAS}
+    return members | extras
+
+
+def counted(samples: Iterable[Sample], found: Counter[str]) -> Iterator[Sample]:
+    """Yield the samples, and count in `found` how many have an image, audio, video and text."""
+    for sample in samples:
+        found[IMAGE] += bool(sample.ext)
+        found.update(modality for modality in MODALITIES if member_of(sample.extras, modality))
+        yield sample
 
 
 class _Hashed:

@@ -22,6 +22,7 @@ from esvit_scale.data.picture import open_picture
 from esvit_scale.data.pixel_format import PixelFormat
 from esvit_scale.data.reader import ShardReader
 from esvit_scale.data.set_folder import QUARANTINE
+from esvit_scale.data.signal_members import FRAME, IMAGE, MODALITIES, member_of
 
 MEASURED = 20_000  # images whose headers are read, evenly over the set
 DECODED = 256  # images whose pixels are read, evenly over the set
@@ -39,6 +40,7 @@ class Stats:
     sides: NDArray[np.int64]  # [M, 2]: width and height of the images whose headers were read
     class_counts: NDArray[np.int64]  # per class; empty without classes
     members: dict[str, int] = field(default_factory=dict)  # extension → number of members
+    modalities: dict[str, int] = field(default_factory=dict)  # samples that have sound, video, text, an image
     quarantined: int = 0  # files named in the quarantine
     channels: tuple[int, int] = (3, 8)  # of every image: number of channels, bits of each
     moments: NDArray[np.float64] = field(default_factory=lambda: np.zeros((3, 3)))  # [3, C]: pixels, Σx, Σx²; x in 0..1
@@ -68,6 +70,7 @@ class Stats:
             "short_side": _range(short),
             "images_measured": len(self.sides),
             "members": dict(sorted(self.members.items(), key=lambda item: -item[1])),
+            **({"modalities": self.modalities} if self.modalities else {}),
             "classes": len(self.classes),
             "samples_per_class": _range(self.class_counts),
             "empty_classes": int((self.class_counts == 0).sum()),
@@ -91,9 +94,10 @@ def gather(root: Path, workers: int = 1) -> Stats:
     numbers = range(len(manifest.shards))
     work = partial(_read, manifest, every, max(manifest.samples // DECODED, 1))
     parts = dict(pool.each(work, numbers, workers, manifest.samples, "images"))
-    members: Counter[str] = Counter()
+    members, modalities = Counter[str](), Counter[str]()
     for part in parts.values():
         members.update(part[3])
+        modalities.update(part[5])
     labels = _joined(parts[number][2] for number in numbers)
     rows = 0
     with suppress(OSError):
@@ -107,6 +111,7 @@ def gather(root: Path, workers: int = 1) -> Stats:
         _joined(parts[number][1] for number in numbers).reshape(-1, 2),
         np.bincount(labels[labels >= 0], minlength=len(manifest.classes))[: len(manifest.classes)],
         dict(members),
+        dict(modalities) if manifest.modalities else {},
         rows,
         (manifest.channels, manifest.bits),
         sum((part[4] for part in parts.values()), np.zeros((3, manifest.channels))),
@@ -123,6 +128,8 @@ def table(stats: Stats) -> str:
         ("short side", f"{_three(s['short_side'])} pixels (of {s['images_measured']:,} images)"),
         ("members", ", ".join(f"{n:,} .{ext}" for ext, n in s["members"].items())),
     ]
+    if stats.modalities:
+        rows.append(("samples with", ", ".join(f"{name} {n:,}" for name, n in sorted(stats.modalities.items()))))
     if stats.classes:
         empty = f"; {s['empty_classes']} have none" if s["empty_classes"] else ""
         rows.append(("classes", f"{s['classes']:,}, {_three(s['samples_per_class'])} samples each{empty}"))
@@ -139,11 +146,11 @@ def table(stats: Stats) -> str:
     return "\n".join(f"{name:<12}{text}" for name, text in rows)
 
 
-_Part = tuple[list[int], list[int], list[int], Counter[str], NDArray[np.float64]]
+_Part = tuple[list[int], list[int], list[int], Counter[str], NDArray[np.float64], Counter[str]]
 
 
 def _read(manifest: Manifest, every: int, decode_every: int, number: int, tick: Callable[[], None]) -> _Part:
-    """Return the image bytes, sides, labels, members (by extension) and pixel moments of a shard.
+    """Return the image bytes, sides, labels, members (by extension), pixel moments and modalities of a shard.
 
     The sides (width, height, width, …) are those of every `every`-th image, and the moments are summed over every
     `decode_every`-th image.
@@ -153,15 +160,18 @@ def _read(manifest: Manifest, every: int, decode_every: int, number: int, tick: 
     sizes: list[int] = []
     sides: list[int] = []
     labels: list[int] = []
-    members: Counter[str] = Counter()
+    members, modalities = Counter[str](), Counter[str]()
     try:
         for i in range(manifest.shards[number].samples):
             tick()
             with suppress(BadImage):
                 entry = reader.entry(number, i)
                 place = image_member(entry)
-                members.update(entry.members.keys())
-                sizes.append(place[1] if place else 0)
+                members.update("frame-*." + e.rpartition(".")[2] if FRAME.fullmatch(e) else e for e in entry.members)
+                modalities[IMAGE] += place is not None
+                modalities.update(m for m in MODALITIES if member_of(entry.members, m))
+                if place is not None or not manifest.modalities:
+                    sizes.append(place[1] if place else 0)
                 if manifest.classes:
                     labels.append(reader.label(number, entry))
                 if i % every == 0:
@@ -170,7 +180,7 @@ def _read(manifest: Manifest, every: int, decode_every: int, number: int, tick: 
                     moments += _moments(reader.image(number, entry), pixels)
     finally:
         reader.close()
-    return sizes, sides, labels, members, moments
+    return sizes, sides, labels, members, moments, modalities
 
 
 def _moments(data: bytes, pixels: PixelFormat) -> NDArray[np.float64]:

@@ -7,8 +7,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from esvit_scale.data import signals
 from esvit_scale.data.bad_image import BadImage
 from esvit_scale.data.loader import LoaderAssignment, NoValidSamples, reason
 from esvit_scale.data.manifest import Manifest
@@ -18,7 +20,7 @@ from esvit_scale.data.reader import ShardReader, StorageGone
 from esvit_scale.data.remote.ahead import ReadAhead
 from esvit_scale.data.remote.range_ahead import RangeAhead
 from esvit_scale.data.remote.range_reader import RangeReader
-from esvit_scale.data.worker_batch import SLOW_SECONDS, DecodedSample, decode_for_crops
+from esvit_scale.data.worker_batch import SLOW_SECONDS, DecodedSample, decode_for_crops, decode_modalities
 from esvit_scale.errors import is_machine_fault
 
 FIRST_BATCHES = 2  # whose shards are fetched before those that come later
@@ -128,7 +130,7 @@ class ShardSamples:
         batch_position: int,
     ) -> DecodedSample:
         """Read and decode the sample at an address, or, if it is bad, its first good substitute from the same set."""
-        manifest, order = reader.manifest, address.order
+        config, manifest, order = self.assignment.config, reader.manifest, address.order
         bad: list[dict[str, Any]] = []
         position, faults = address.position, 0
         for attempt in range(SUBSTITUTES + 1):
@@ -138,8 +140,14 @@ class ShardSamples:
             try:
                 entry = reader.entry(shard, i)
                 key = entry.key
-                decoded = decode_for_crops(self.assignment.config, address.epoch, key, reader.image(shard, entry))
-                sample = DecodedSample(batch_position, key, reader.label(shard, entry), *decoded, bad)
+                if signals.wanted(config.data):
+                    read = partial(reader.member, shard, entry)
+                    image, views, problems = decode_modalities(config, address.epoch, entry, read)
+                    bad += [{**where, "key": key, "reason": problem, "used": True} for problem in problems]
+                    sample = DecodedSample(batch_position, key, reader.label(shard, entry), *image, bad, views)
+                else:
+                    decoded = decode_for_crops(config, address.epoch, key, reader.image(shard, entry))
+                    sample = DecodedSample(batch_position, key, reader.label(shard, entry), *decoded, bad)
             except (BadImage, OSError) as error:
                 stand_in = {"stand_in": True} if attempt else {}  # was tried in place of another bad sample
                 bad.append({**where, "key": key, "reason": reason(error), **stand_in})

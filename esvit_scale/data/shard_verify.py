@@ -15,10 +15,12 @@ from esvit_scale.data.decode import BadImage
 from esvit_scale.data.hashing import hash_all, repeated_indices
 from esvit_scale.data.image_folder import printable
 from esvit_scale.data.manifest import Manifest
+from esvit_scale.data.member_check import problems
 from esvit_scale.data.picture import check_decodes
 from esvit_scale.data.pixel_format import PixelFormat
 from esvit_scale.data.remote.shard_cache import ShardFiles
 from esvit_scale.data.shard_table import ShardTable
+from esvit_scale.data.signal_members import TEXT, is_member
 from esvit_scale.data.tar_names import parse_label
 from esvit_scale.errors import UserError
 from esvit_scale.files import sha256
@@ -118,8 +120,13 @@ def _index_problems(path: Path, entries: list[manifests.Entry], recorded: str) -
 def _sample_problems(file: BinaryIO, entry: manifests.Entry, manifest: Manifest) -> Iterator[str]:
     classes = len(manifest.classes)
     image = manifests.image_member(entry)
+    beside = [
+        extension for extension in entry.members if is_member(extension) or (manifest.modalities and extension in TEXT)
+    ]
+    yield from problems({extension: _pread(file, *entry.members[extension]) for extension in beside})
     if image is None:
-        yield "no image"
+        if not beside:
+            yield "no image"
     else:
         try:
             check_decodes(_pread(file, *image), PixelFormat(manifest.channels, manifest.bits))

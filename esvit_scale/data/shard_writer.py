@@ -8,6 +8,7 @@ source and options give the same bytes.
 """
 
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial as bind
@@ -28,7 +29,7 @@ from esvit_scale.data.remote import outbox as outboxes
 from esvit_scale.data.remote import source_files
 from esvit_scale.data.remote.outbox import Outbox
 from esvit_scale.data.set_folder import PARTIAL, Intent, NoSamples
-from esvit_scale.data.shard_file import Sample, write_shard
+from esvit_scale.data.shard_file import Sample, counted, write_shard
 from esvit_scale.data.shard_plan import SAMPLES_PER_SHARD, Recipe, ShardPlan, fingerprint
 from esvit_scale.data.shard_table import Shard
 from esvit_scale.data.shard_verify import verify
@@ -110,6 +111,10 @@ def write_source(
         RestartCanHelp: the source's file system or the store does not answer, or a worker process was killed.
     """
     recipe.check()
+    if options.modal and recipe.drop_duplicates:
+        raise UserError(
+            "--drop-duplicates: compares images, and samples of several members may have none; leave it out"
+        )
     if isinstance(destination, str):
         outboxes.check_writable(destination)
     sets = planned_sets(where, options, recipe)
@@ -232,10 +237,11 @@ def write_samples(
                 return set_folder.existing(destination, source)
             partial.mkdir()
             with _removed_on_failure(partial):
-                shards = _stream(samples, partial, samples_per_shard)
+                modalities = Counter[str]()
+                shards = _stream(samples, partial, samples_per_shard, modalities)
                 if not shards:
                     raise UserError(f"{destination}: no samples to write")
-                set_folder.publish(partial, shards, classes, source, {})
+                set_folder.publish(partial, shards, classes, source, {}, modalities=modalities)
     except OSError as error:
         raise UserError(f"{error.filename or destination}: {error.strerror or error}") from error
     return manifests.load(destination)
@@ -375,16 +381,20 @@ def _removed_on_failure(
         raise
 
 
-def _stream(samples: Iterable[Sample], folder: Path, samples_per_shard: int) -> list[Shard]:
+def _stream(samples: Iterable[Sample], folder: Path, samples_per_shard: int, modalities: Counter[str]) -> list[Shard]:
+    """Write samples as shards; count in `modalities` what they have, if any of them has more than an image and a text."""
+    found = Counter[str]()
     shards: list[Shard] = []
     keys: set[str] = set()
-    stream = iter(samples)
+    stream = counted(samples, found)
     for number in count():
         first = next(stream, None)
         if first is None:
             break
         some = chain([first], islice(stream, samples_per_shard - 1))
         shards.append(write_shard(folder / shard_name(number), some, keys))
+    if found.keys() & {"audio", "video"} or found["image"] < len(keys):
+        modalities.update(found)
     return shards
 
 

@@ -51,7 +51,7 @@ from torch import Tensor
 from esvit_scale import ranges
 from esvit_scale.config import Config
 from esvit_scale.data import manifest as manifests
-from esvit_scale.data import mix, mixing, photometric, photometric_8bit
+from esvit_scale.data import mix, mixing, photometric, photometric_8bit, signals
 from esvit_scale.data import order as orders
 from esvit_scale.data.batch_memory import BatchMemory, places_for
 from esvit_scale.data.evaluation import EvaluationBatch, evaluation_batches
@@ -110,6 +110,8 @@ class Batch(NamedTuple):
     bad: list[dict[str, Any]]  # quarantine rows from making this batch: shard, key, reason, epoch, position
     batch_index: int  # epoch · steps per epoch + step
     worker_rates: Mapping[int, float] = {}  # loader process → images/s while it made its part
+    signals: Mapping[str, tuple[Tensor, Tensor]] = {}  # by modality, as signals.py sends it: [V, B, …], lengths [V, B]
+    has_image: Tensor | None = None  # bool [B]; None where no signals are read: all samples have one
 
 
 class MicroBatch(NamedTuple):
@@ -128,10 +130,16 @@ def open_data(config: Config) -> TrainingData:
     Raises:
         UserError: the data is missing, is damaged, or does not fit the config.
     """
+    signals.require(config.data)
     if MixedSets.wanted(config.data):
         check_pixels(config)
         return MixedSets.open(config.data)
     if UrlSets.wanted(config.data):
+        if read := signals.wanted(config.data):
+            raise UserError(
+                f"data.{read[0]}: read from shard sets only, not from plain tars; `esvit-scale shards create --from tars` "
+                "makes a set of them"
+            )
         for urls in (mixed.urls for mixed in config.data.mix if manifests.is_shard_set(Path(mixed.urls))):
             log.warning(
                 "data.mix: %s is a shard set, but it is mixed with plain tars and therefore streamed like them: a resume is "
@@ -242,13 +250,17 @@ def micro_batches(config: Config, batch: Batch, device: torch.device, dtype: tor
     there, labels, *small = photometric.send_together([batch.positions, batch.labels, *(mixture or ()), *small], device)
     if mixture is not None:
         mixture, small = Mixture(*small[:3]), small[3:]
+    has_image = None if batch.has_image is None else batch.has_image.to(device, non_blocking=True)
     crops = []
     for group, planned, rows, values in zip(batch.crops, plans, small[::2], small[1::2], strict=True):
         stored = group.to(device, non_blocking=True).flatten(0, 1)  # [V_g·B, channels, S_g, S_g]
         augmented = photometric.run(stored, planned._replace(rows=rows, values=values), pixels)
         if mixture is not None:  # then there is one crop of an image
             augmented = mix_images(augmented, mixture)
-        crops.append(augmented.to(dtype).unflatten(0, group.shape[:2]))
+        augmented = augmented.to(dtype).unflatten(0, group.shape[:2])
+        if has_image is not None:
+            augmented = augmented.masked_fill_(~has_image[None, :, None, None, None], 0)
+        crops.append(augmented)
     accum = config.train.grad_accum
     parts = zip(*(group.chunk(accum, dim=1) for group in crops), strict=True)
     positions = there.chunk(accum)
@@ -257,10 +269,25 @@ def micro_batches(config: Config, batch: Batch, device: torch.device, dtype: tor
         valid = labels.clamp(0, config.objective.classes - 1)  # labels.py ends the run because of others
         columns = (tensor.chunk(accum) for tensor in mix_labels(valid, mixture))
         of_parts = [SoftLabels(*part) for part in zip(*columns, strict=True)]
-    return [
+    found = [
         MicroBatch([group.flatten(0, 1) for group in groups], position, of_part)
         for groups, position, of_part in zip(parts, positions, of_parts, strict=True)
     ]
+    if has_image is None:
+        return found
+    beside = zip(_signals(config, batch, device), has_image.chunk(accum), strict=True)
+    return [micro._replace(signals=own, has_image=there) for micro, (own, there) in zip(found, beside, strict=True)]
+
+
+def _signals(config: Config, batch: Batch, device: torch.device) -> list[dict[str, Signal]]:
+    """Move a batch's signals to the device, and return those of each micro-batch."""
+    accum, pixels = config.train.grad_accum, signals.video_pixels(config.data)
+    found: list[dict[str, Signal]] = [{} for _ in range(accum)]
+    for modality, both in batch.signals.items():
+        values, lengths = (tensor.to(device, non_blocking=True).chunk(accum, dim=1) for tensor in both)
+        for own, value, length in zip(found, values, lengths, strict=True):
+            own[modality] = signals.finish(modality, value, length, pixels)
+    return found
 
 
 def _mixture(config: Config, batch: Batch) -> Mixture | None:
@@ -319,7 +346,15 @@ def _join(parts: list[WorkerBatch], pin: bool, memory: BatchMemory | None) -> Ba
         bad=[row for part in parts for row in part.bad],
         batch_index=parts[0].batch_index,
         worker_rates={part.worker: len(part.keys) / max(part.seconds, 1e-9) for part in parts},
+        signals={modality: _join_signals(parts, modality, pin) for modality in parts[0].signals},
+        has_image=None if not parts[0].signals else torch.cat([torch.from_numpy(p.has_image) for p in parts]),
     )
+
+
+def _join_signals(parts: list[WorkerBatch], modality: str, pin: bool) -> tuple[Tensor, Tensor]:
+    """Return a modality of all workers: values [V, B, …], in page-locked memory if `pin`, and lengths [V, B]."""
+    values = _concatenate(tuple(part.signals[modality][0] for part in parts), pin)
+    return values, torch.cat([torch.from_numpy(part.signals[modality][1]) for part in parts], 1)
 
 
 def _join_crops(parts: list[WorkerBatch], pin: bool, memory: BatchMemory | None) -> list[Tensor]:
@@ -335,7 +370,7 @@ def _join_crops(parts: list[WorkerBatch], pin: bool, memory: BatchMemory | None)
 
 
 def _concatenate(parts: tuple[Tensor, ...], pin: bool) -> Tensor:
-    """Concatenate the workers' crops along the batch axis to [V, B, S, S, C], in page-locked memory if `pin`."""
+    """Concatenate the workers' views along the batch axis to [V, B, …], in page-locked memory if `pin`."""
     if len(parts) == 1 and not pin:
         return parts[0]
     views, _, *rest = parts[0].shape

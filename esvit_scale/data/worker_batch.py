@@ -4,7 +4,7 @@ Both run in a loader process; stream.py shows an example.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,12 +13,16 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from esvit_scale.config import Config
-from esvit_scale.data import photometric, photometric_8bit
+from esvit_scale.data import photometric, photometric_8bit, signals
+from esvit_scale.data.bad_image import BadImage
 from esvit_scale.data.crops import Box, ImagePyramid, choose_reductions, crop_box, crop_groups, keyed_generator
 from esvit_scale.data.loader import pixel_dtype, pixel_memory
+from esvit_scale.data.manifest import Entry
 from esvit_scale.data.photometric import AugmentationParams
 from esvit_scale.data.picture import open_picture
 from esvit_scale.data.pixel_format import pixel_format
+from esvit_scale.data.signal_members import plain_image
+from esvit_scale.data.signals import Views
 
 SLOW_SECONDS = 20.0  # a sample that takes at least this long to read and decode is reported
 
@@ -45,8 +49,9 @@ class DecodedSample(NamedTuple):
     label: int  # class number, -1 without a class
     crops: list[PlacedCrop]
     reductions: list[int]  # of every crop, which is cut from the image at 1/reduction of its size
-    pyramid: ImagePyramid
+    pyramid: ImagePyramid | None  # None: the sample has no image, only signals
     bad: list[dict[str, Any]]  # quarantine rows of the samples that were tried before this one and failed
+    signals: Mapping[str, Views] = {}  # by modality (signals.py)
 
 
 class WorkerBatch(NamedTuple):
@@ -64,6 +69,8 @@ class WorkerBatch(NamedTuple):
     batch_index: int
     seconds: float  # that the loader process took to make it
     worker: int  # number of the loader process
+    signals: Mapping[str, tuple[Tensor, NDArray[np.int64]]] = {}  # by modality: values [V, B, …], lengths [V, B]
+    has_image: NDArray[np.bool_] | None = None  # [B]; None where no signals are read: all samples have one
 
 
 def place_crops(config: Config, epoch: int, key: str, width: int, height: int) -> list[PlacedCrop]:
@@ -97,6 +104,34 @@ def decode_for_crops(
     return placed, reductions, ImagePyramid(*picture.pixels(min(reductions)))
 
 
+def decode_modalities(
+    config: Config, epoch: int, entry: Entry, read: Callable[[str], bytes]
+) -> tuple[tuple[list[PlacedCrop], list[int], ImagePyramid | None], dict[str, Views], list[str]]:
+    """Decode what a sample has of an image and of the modalities that a config reads.
+
+    Args:
+        read: returns the bytes of the member of an extension, or raises BadImage.
+
+    Returns:
+        The three results of `decode_for_crops`, without crops and image where there is no usable one; the views by
+        modality; one line about each member that cannot be used.
+
+    Raises:
+        BadImage: no member can be used.
+    """
+    views, problems = signals.read_all(config, epoch, entry.key, list(entry.members), read)
+    image: tuple[list[PlacedCrop], list[int], ImagePyramid | None] = [], [], None
+    if chosen := plain_image(entry.members):
+        try:
+            image = decode_for_crops(config, epoch, entry.key, read(chosen))
+        except BadImage as error:
+            problems.insert(0, f"image: {error}")
+    if image[2] is None and not views:
+        held = ", ".join(entry.members) or "none"
+        raise BadImage("; ".join(problems) or f"nothing that the run reads among its members ({held})")
+    return image, views, problems
+
+
 def make_worker_batch(
     config: Config, batch_index: int, samples: Iterable[DecodedSample], size: int, memory: list[Tensor] | None = None
 ) -> WorkerBatch:
@@ -114,9 +149,16 @@ def make_worker_batch(
     positions, labels = np.empty(size, np.int64), np.empty(size, np.int64)
     keys: list[str] = []
     bad: list[dict[str, Any]] = []
+    sent, filled, has_image = _signal_arrays(config, size, process is not None)
     for b, sample in enumerate(samples):
         places = (array[v, b] for array in arrays for v in range(len(array)))
-        for number, (crop, reduction, out) in enumerate(zip(sample.crops, sample.reductions, places, strict=True)):
+        if sample.pyramid is None:
+            for of_view, out in zip(params, places, strict=True):
+                out[:] = 0
+                of_view.append(photometric_8bit.IDENTITY)
+        placed = zip(sample.crops, sample.reductions, places, strict=True) if sample.pyramid else ()
+        for number, (crop, reduction, out) in enumerate(placed):
+            assert sample.pyramid is not None
             sample.pyramid.cut(crop.box, reduction, crop.flip, out)
             if crop.flip_vertical:
                 out[:] = out[::-1].copy()
@@ -126,7 +168,27 @@ def make_worker_batch(
         positions[b], labels[b] = sample.batch_position, sample.label
         keys.append(sample.key)
         bad.extend(sample.bad)
+        signals.fill(sample.signals, filled, b)
+        if has_image is not None:
+            has_image[b] = sample.pyramid is not None
     fields = tuple(field.numpy() for field in photometric.stack(params))
     crops = [] if memory else pixels
     seconds, worker = time.monotonic() - began, process.id if process else 0
-    return WorkerBatch(crops, fields, positions, keys, labels, bad, batch_index, seconds, worker)
+    return WorkerBatch(crops, fields, positions, keys, labels, bad, batch_index, seconds, worker, sent, has_image)
+
+
+def _signal_arrays(
+    config: Config, size: int, shared: bool
+) -> tuple[
+    dict[str, tuple[Tensor, NDArray[np.int64]]],
+    dict[str, tuple[NDArray[Any], NDArray[np.int64]]],
+    NDArray[np.bool_] | None,
+]:
+    """Return memory for the signals of `size` samples, as it is sent and as it is filled, and for `has_image`."""
+    sent = {}
+    for modality in signals.wanted(config.data):
+        dtype, shape = signals.shape_of(config.data, modality)
+        views = getattr(config.data, modality).views
+        sent[modality] = pixel_memory(dtype, views, size, *shape, shared=shared), np.zeros((views, size), np.int64)
+    filled = {modality: (values.numpy(), lengths) for modality, (values, lengths) in sent.items()}
+    return sent, filled, np.ones(size, bool) if sent else None

@@ -16,8 +16,10 @@ import logging
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 
 from esvit_scale.data import manifest as manifests
+from esvit_scale.data import signal_members, signals
 from esvit_scale.data.loader import LoaderAssignment
 from esvit_scale.data.manifest import Entry
 from esvit_scale.data.remote.ranges import Member, coalesce, members_of, read_verified
@@ -80,6 +82,7 @@ class RangeAhead:
         size: int,
     ) -> None:
         self._assignment, self._samples_of, self._caches = assignment, samples_of, caches
+        self._modalities = signals.wanted(assignment.config.data)
         ranged = [cache for cache in caches if cache is not None and cache.by_ranges]
         manifest = ranged[0].manifest
         assert manifest.remote is not None
@@ -171,7 +174,8 @@ class RangeAhead:
             members: list[Member] = []
             for i, entry in self._entries_of(number, shard, samples):
                 entries[number, shard, i] = entry
-                members += members_of(entry, i, samples[i])
+                beside = (signal_members.members_of(entry.members, modality) for modality in self._modalities)
+                members += members_of(entry, i, samples[i], chain.from_iterable(beside))
             ranges += [Range((number, shard), group) for group in coalesce(members)]
         return Block(sorted(ranges, key=lambda each: each.turn), entries, stop)
 

@@ -49,6 +49,13 @@ class RangeReader:
             raise BadImage("is larger than an image may be")
         return self._bytes(shard, entry, *place)
 
+    def member(self, shard: int, entry: Entry, extension: str) -> bytes:
+        """Return the bytes of the sample's member of an extension."""
+        place = entry.members[extension]
+        if place[1] > MAX_MEMBER:
+            raise BadImage("is larger than a member may be")
+        return self._bytes(shard, entry, *place)
+
     def label(self, shard: int, entry: Entry) -> int:
         """Return the sample's class number, -1 without one."""
         return parse_label(self._bytes(shard, entry, *entry.members["cls"])) if "cls" in entry.members else -1
@@ -63,7 +70,9 @@ class RangeReader:
             found = self._ahead.bytes_at((self._number, shard, start), size)
             if found is not None and len(found) == size:
                 return found
-            wanted = [m for m in members_of(entry, 0) if (m.start, m.stop) == (start, start + size)]
+            wanted = [
+                m for m in members_of(entry, 0, among=entry.members) if (m.start, m.stop) == (start, start + size)
+            ]
             if not wanted:
                 raise BadImage("its index has no checksum of it")
             return read_verified(self._cache, shard, wanted, urgent=True)

@@ -80,9 +80,12 @@ def read_verified(cache: ShardCache, shard: int, members: Sequence[Member], urge
     raise UserError(f"{cache.address(shard)}: {problem}: {REPLACED}")
 
 
-def members_of(entry: Entry, sample: int, turn: int = 0) -> list[Member]:
-    """Return what training reads of a sample: its image, and its label if it has one; nothing that is empty."""
-    image = image_member(entry)
-    wanted = [place for place in (image, entry.members.get("cls")) if place is not None and 0 < place[1] <= MAX_MEMBER]
+def members_of(entry: Entry, sample: int, turn: int = 0, among: Iterable[str] = ()) -> list[Member]:
+    """Return what training reads of a sample: its image, its label, and the members of the extensions in `among`.
+
+    Members that the sample lacks, and empty ones, are left out.
+    """
+    places = [image_member(entry), *(entry.members.get(extension) for extension in ("cls", *among))]
+    wanted = [place for place in dict.fromkeys(places) if place is not None and 0 < place[1] <= MAX_MEMBER]
     found = {entry.members[ext]: crc for ext, crc in entry.checksums.items()}
     return [Member(sample, at, at + size, found[at, size], turn) for at, size in wanted if (at, size) in found]

@@ -1,5 +1,6 @@
 """Sources of images: one module per kind of source; each gives numbered samples that are read on demand (base.py)."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from esvit_scale.data.sources.img2dataset import img2dataset_source
 from esvit_scale.data.sources.layout import folder_kind
 from esvit_scale.data.sources.listing import list_source
 from esvit_scale.data.sources.mds import MdsSource
+from esvit_scale.data.sources.members import member_folder
 from esvit_scale.data.sources.parquet import parquet_source
-from esvit_scale.data.sources.table import table_source
+from esvit_scale.data.sources.table import member_table, table_source
 from esvit_scale.data.sources.tars import tar_source
 from esvit_scale.data.sources.zips import zip_source
 from esvit_scale.data.tar_names import COMPRESSED_TARS
@@ -49,14 +51,27 @@ class SourceOptions:
     classes: Path | None = None  # file of class names, one per line
     quoted: bool = False  # whether fields of a TSV may be quoted, as those of a CSV are
     work_dir: Path | None = None  # folder for what is fetched of a source in a store; not recorded
+    members: Sequence[str] = ()  # of a folder: what belongs to a sample beside its image, of audio, video and text
+    audio_column: str | None = None  # of a table
+    video_column: str | None = None  # of a table
+    fields: Sequence[str] = ()  # columns of a table that become fields of the sample's .json
+
+    @property
+    def modal(self) -> bool:
+        """Return whether samples are read that have more than an image and its caption."""
+        return bool(self.members or self.audio_column or self.video_column or self.fields)
 
 
 def source_record(options: SourceOptions) -> dict[str, Any]:
-    """Return the options as plain values for the manifest, from which a repair of the shards reads the source again."""
+    """Return the options as plain values for the manifest, from which a repair of the shards reads the source again.
+
+    Those about members are recorded only where they are given, so that the manifests of other sets stay the same.
+    """
+    modal = ("members", "audio_column", "video_column", "fields")
     return {
         name: str(value) if isinstance(value, Path) else value
         for name, value in asdict(options).items()
-        if name != "work_dir"
+        if name != "work_dir" and (value or name not in modal)
     }
 
 
@@ -108,6 +123,8 @@ def _start_of(url: str, options: SourceOptions) -> Path | str | None:
 
 
 def _single(kind: str, where: str, path: Path, options: SourceOptions, classes: tuple[str, ...] | None) -> Source:
+    if options.modal and not (kind == "tars" and options.members):
+        return _modal(kind, path, options, classes)
     if kind == "folder":
         return FolderSource(path, _folder_label(options.label), classes)
     if kind == "img2dataset":
@@ -130,11 +147,31 @@ def _single(kind: str, where: str, path: Path, options: SourceOptions, classes: 
         source.left_out.update(left)
         return source
     if kind == "tars":
-        source = tar_source(path, options.label, classes)
+        source = tar_source(path, options.label, classes, bool(options.members))
         if path.is_dir() and manifests.is_shard_set(path):
             _count_beside_set(path, source.left_out)
         return source
     return zip_source(path, options.label, classes)
+
+
+def _modal(kind: str, path: Path, options: SourceOptions, classes: tuple[str, ...] | None) -> Source:
+    """Open a source of samples of several members. Raises UserError for a kind of source that has none."""
+    if kind == "folder" and not (options.audio_column or options.video_column or options.fields):
+        return member_folder(path, options.members, _folder_label(options.label), classes)
+    if kind not in ("csv", "tsv") or options.members:
+        raise UserError(
+            f"{path}: taken for {kind}; --members reads a folder (--from folder) or tars, and --audio-column, --video-column and "
+            "--fields read a CSV or TSV table"
+        )
+    named = {
+        "image": options.image_column,
+        "audio": options.audio_column,
+        "video": options.video_column,
+        "label": options.label,
+        "caption": options.caption,
+    }
+    separator, quoted = ("\t", options.quoted) if kind == "tsv" else (",", True)
+    return member_table(path, separator, quoted, options.root, named, options.fields, classes)
 
 
 def _count_beside_set(folder: Path, left: LeftOut) -> None:

@@ -29,9 +29,12 @@ MAX_EXTRA = 1 << 20  # bytes; a larger text or json is left out
 class Item(NamedTuple):
     """One sample, as `Source.read` returns it."""
 
-    data: bytes  # the image file
+    data: bytes  # the image file; empty: the sample has none
     label: int | None = None  # class number
-    extras: Mapping[str, bytes] = {}  # metadata and caption files, by their extension in EXTRAS
+    extras: Mapping[
+        str, bytes
+    ] = {}  # metadata and caption files, by their extension in EXTRAS; those of signal_members.py
+    missing: Mapping[str, tuple[str, str]] = {}  # members that cannot be read: (message, reason in left_out.py)
 
 
 class Source(ABC):
@@ -44,6 +47,7 @@ class Source(ABC):
     classes: tuple[str, ...] = ()  # empty: no labels
     blocks: NDArray[np.int64] | None = None  # first samples of runs to be read in sequence; None: any order is as fast
     root: Path  # the file or folder that must exist for any sample to be read
+    modal: bool = False  # samples have sound, video or text of their own, and may lack an image
     together: int = 1  # samples of a shard that are read at the same time, by threads: more than 1 for slow stores
 
     def __init__(self) -> None:

@@ -2,7 +2,7 @@
 
 import csv
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +11,7 @@ from esvit_scale.data.image_folder import printable
 from esvit_scale.data.left_out import NO_PATH, ROWS, LeftOut
 from esvit_scale.data.sources.base import is_image
 from esvit_scale.data.sources.listing import PathSource
+from esvit_scale.data.sources.members import MemberColumns, MemberSource, member_rows
 from esvit_scale.errors import UserError, nearest
 
 IMAGE_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "image", "image_path", "img")
@@ -74,14 +75,17 @@ class TableColumns:
         )
 
     def _at(self, name: str, option: str) -> int:
-        if name not in self._names:
-            raise UserError(f"{self._where}: {option} {name}: no such column{nearest(name, self._names)}")
-        if self._names.count(name) > 1:
-            places = [str(at) for at, other in enumerate(self._names, 1) if other == name]
-            raise UserError(
-                f"{self._where}: line 1: columns {' and '.join(places)} are both named {name!r}; rename one of them"
-            )
-        return self._names.index(name)
+        return _at(self._where, self._names, name, option)
+
+
+def _at(where: str, names: Sequence[str], name: str, option: str) -> int:
+    """Return the index of a column. Raises UserError if there is none, or two, of that name."""
+    if name not in names:
+        raise UserError(f"{where}: {option} {name}: no such column{nearest(name, names)}")
+    if list(names).count(name) > 1:
+        places = [str(at) for at, other in enumerate(names, 1) if other == name]
+        raise UserError(f"{where}: line 1: columns {' and '.join(places)} are both named {name!r}; rename one of them")
+    return list(names).index(name)
 
 
 class Dialect(NamedTuple):
@@ -153,6 +157,71 @@ def table_source(
         raise UserError(f"{path}: no usable rows below its header{': ' + left.short() if left else ''}")
     source.notes, source.left_out = [*notes, *source.notes], left
     return source
+
+
+def member_table(
+    path: Path,
+    separator: str,
+    quoted: bool,
+    root: Path | str | None,
+    named: Mapping[str, str | None],
+    fields: Sequence[str],
+    classes: Sequence[str] | None,
+) -> MemberSource:
+    """Return a table as a source of samples of several members; no row needs an image.
+
+    Args:
+        named: the columns of `image`, `audio`, `video`, `label` and `caption`; None for one that is not named: then the
+            image's is looked for as in any table, and the others are not used.
+        fields: columns that become fields of the sample's .json.
+
+    Raises:
+        UserError: as `table_source`.
+    """
+    csv.field_size_limit(1 << 20)
+    notes: list[str] = []
+    left = LeftOut()
+    try:
+        dialect = _dialect(path, separator, quoted, notes)
+        with path.open(encoding=dialect.encoding, errors="surrogateescape", newline="") as file:
+            rows = dialect.rows(path, file)
+            header = [name.strip() for name in next(rows, (1, []))[1]]
+            found = {**named, "image": named["image"] or next((name for name in IMAGE_COLUMNS if name in header), None)}
+            options = {"image": "--image-column", "audio": "--audio-column", "video": "--video-column"}
+            at = {
+                kind: _at(str(path), header, name, options.get(kind, f"--{kind}")) if name and name != "none" else None
+                for kind, name in found.items()
+            }
+            columns = MemberColumns(**at, fields={name: _at(str(path), header, name, "--fields") for name in fields})
+            used = [number for number in (*at.values(), *columns.fields.values()) if number is not None]
+            start = root if root is not None else path.parent
+            checked = _whole_rows(path, rows, used, len(header))
+            source = MemberSource(member_rows(checked, columns, start, left), start, classes)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except UnicodeError as error:
+        raise UserError(f"{path}: not text in UTF-8: {error}") from None
+    if not len(source):
+        raise UserError(f"{path}: no usable rows below its header{': ' + left.short() if left else ''}")
+    source.notes, source.left_out = [*notes, *source.notes], left
+    return source
+
+
+def _whole_rows(
+    path: Path, rows: Iterable[tuple[int, list[str]]], used: Sequence[int], width: int
+) -> Iterator[tuple[int, list[str]]]:
+    """Yield the rows that are not empty. Raises UserError for one that is cut off, too long or not UTF-8."""
+    for line, row in rows:
+        if not row or (len(row) == 1 and not row[0].strip()):
+            continue
+        if max(used, default=0) >= len(row) or any(row[width:]):
+            raise UserError(
+                f"{path}: line {line} has {len(row)} columns, and the header has {width}; is it cut off or quoted wrongly?"
+            )
+        for field in (row[at] for at in used):
+            if "\0" in field or any("\udc80" <= letter <= "\udcff" for letter in field):
+                raise UserError(f"{path}: line {line}: {printable(field[:80])} is not UTF-8 (Latin-1?); {UTF8_ADVICE}")
+        yield line, row
 
 
 def _columns(

@@ -18,6 +18,7 @@ from esvit_scale.data.decode import BadImage
 from esvit_scale.data.image_folder import printable
 from esvit_scale.data.left_out import IMAGES, MEMBERS, LeftOut
 from esvit_scale.data.manifest import Entry
+from esvit_scale.data.signal_members import is_member, plain_image
 from esvit_scale.data.sources.base import (
     EXTRAS,
     MAX_EXTRA,
@@ -69,8 +70,10 @@ class TarSource(Source):
         label: str | None = None,
         classes: Sequence[str] | None = None,
         names: Sequence[str] | None = None,
+        modal: bool = False,
     ) -> None:
         super().__init__()
+        self.modal = modal
         if label not in HOW_LABELS:
             raise UserError(
                 f"--label {label}: for tars it can be 'parent' (the folder is the class), 'archive' (the tar's name is) or "
@@ -101,7 +104,7 @@ class TarSource(Source):
         self._digest.update(b"\0%s\0%d" % (os.fsencode(self._tar_name(number)), tar.stat().st_size))
         with tar.open("rb") as file:
             for entry in self._entries(number, tar, file):
-                used, samples = set(), list(_samples(number, entry))
+                used, samples = set(), list(_modal_samples(number, entry) if self.modal else _samples(number, entry))
                 if len(samples) > 1:
                     self._several[", ".join(sorted(f".{row[2]}" for row, _ in samples)[:4])] += 1
                 for row, members in samples:
@@ -155,18 +158,18 @@ class TarSource(Source):
     def name(self, i: int) -> str:
         """Return the tar's name and the member's key and extension."""
         number, key, ext, *_ = self._rows[i]
-        return f"{self._tar_name(number)}/{key}.{ext}"
+        return f"{self._tar_name(number)}/{key}.{ext}" if ext else f"{self._tar_name(number)}/{key}"
 
     def path(self, i: int) -> str:
         """Return the sample's key with the last part of its extension: `a/x.png` for `a/x.seg.png`."""
         _, key, ext, _, _, _, *sample = self._rows[i]
-        return f"{sample[0] if sample else key}.{ext.rpartition('.')[2]}"
+        return f"{sample[0] if sample else key}.{ext.rpartition('.')[2]}" if ext else str(key)
 
     def read(self, i: int) -> Item:
         """Read the image and its `.txt` and `.json` members. Raises BadImage or OSError."""
         number, _, _, offset, size, extras, *_ = self._rows[i]
         with self._tars[number].open("rb") as file:
-            data = _pread(file.fileno(), offset, size)
+            data = _pread(file.fileno(), offset, size) if size else b""
             return Item(
                 data,
                 labelled(self, self._labels, i),
@@ -190,23 +193,27 @@ class TarSource(Source):
         return self._digest.digest()
 
 
-def tar_source(where: Path, label: str | None, classes: Sequence[str] | None) -> TarSource:
+def tar_source(where: Path, label: str | None, classes: Sequence[str] | None, modal: bool = False) -> TarSource:
     """Return a tar, or the tars of a folder in the order of their names, as a source.
 
     For a shard set, the shards and classes are those of its manifest; a folder of shard sets gives the shards of all.
+
+    Args:
+        modal: keep sound and video, and samples without an image, as for a set whose manifest counts modalities.
 
     Raises:
         UserError: there is no tar, a tar is compressed, or `TarSource` raises it.
     """
     if where.is_file():
-        return TarSource([where], where, label, classes)
+        return TarSource([where], where, label, classes, modal=modal)
     if manifests.is_shard_set(where):
         manifest = manifests.load(where)
         manifests.check_sizes(manifest)
         shards = [where / shard.name for shard in manifest.shards]
+        modal = modal or bool(manifest.modalities)
         if label is None:
-            return TarSource(shards, where, label, classes, manifest.classes or None)
-        return TarSource(shards, where, label, classes or manifest.classes or None)
+            return TarSource(shards, where, label, classes, manifest.classes or None, modal)
+        return TarSource(shards, where, label, classes or manifest.classes or None, modal=modal)
     left = LeftOut()
     tars = visible_files(where, (".tar", *COMPRESSED_TARS), left)
     if compressed := [tar for tar in tars if tar.name.lower().endswith(COMPRESSED_TARS)]:
@@ -214,7 +221,7 @@ def tar_source(where: Path, label: str | None, classes: Sequence[str] | None) ->
     if not tars:
         raise UserError(f"{where}: holds no .tar files")
     names = _classes_of_sets(where, {tar.parent for tar in tars}) if label is None else None
-    source = TarSource(tars, where, label, classes, names)
+    source = TarSource(tars, where, label, classes, names, modal)
     source.left_out.update(left)
     return source
 
@@ -250,6 +257,18 @@ def _samples(number: int, entry: Entry) -> Iterator[tuple[list[Any], dict[str, s
         extras = {kind: entry.members[ext] for kind, ext in members.items() if kind in EXTRAS}
         key = sample_key(entry.key, image, chosen)
         yield [number, entry.key, image, *entry.members[image], extras, *([key] if key != entry.key else [])], members
+
+
+def _modal_samples(number: int, entry: Entry) -> Iterator[tuple[list[Any], dict[str, str]]]:
+    """Yield the one sample of a key, as `_samples`, with its sound, video and text; the image's extension may be empty."""
+    image = plain_image(entry.members)
+    texts = [ext for ext in EXTRAS if ext in entry.members and not _too_large(ext, entry)]
+    extras = [*(ext for ext in entry.members if is_member(ext)), *texts]
+    if image is None and not extras:
+        return
+    members = {ext: ext for ext in [*extras, "cls"] if ext in entry.members}
+    place = entry.members[image] if image else (0, 0)
+    yield [number, entry.key, image or "", *place, {ext: entry.members[ext] for ext in extras}], members
 
 
 def _too_large(extension: str, entry: Entry) -> bool:
