@@ -127,19 +127,9 @@ def test_table_to_set(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         ",a/p3.mp3,,y,,,\n"
     )
     out = tmp_path / "set"
-    create = (
-        "shards",
-        "create",
-        table,
-        out,
-        "--audio-column",
-        "speech",
-        "--video-column",
-        "film",
-        "--caption",
-        "caption",
-    )
-    assert run(*create, "--fields", "fr,en", "--label", "kind", "--no-shuffle", "--workers", 1) == 0
+    columns = "--audio-column speech --video-column film --caption caption --fields fr,en --label kind".split()
+    create = ("shards", "create", table, out)
+    assert run(*create, *columns, "--no-shuffle", "--workers", 1) == 0
     assert members(out) == {
         "a/p0": {"png", "ogg", "mp4", "txt", "json", "cls"},
         "a/p1": {"png", "json", "cls"},
@@ -153,7 +143,7 @@ def test_table_to_set(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert left["no audio by its name (.mp3)"] == "line 8"
     assert "a/missing (image)" in (out / "quarantine.jsonl").read_text()
     capsys.readouterr()
-    assert run(*create[:4], "--audio-column", "speach") == 2
+    assert run(*create, "--audio-column", "speach") == 2
     assert "did you mean 'speech'" in capsys.readouterr().err
     assert run("shards", "create", folder, tmp_path / "no", "--members", "sound") == 2
     assert "--members sound: expected some of audio, video, text" in capsys.readouterr().err

@@ -218,8 +218,8 @@ def member_rows(
         if not files and not texts:
             left.add(ROWS, NO_PATH, f"line {line}")
             continue
-        first = next(iter(files.values()), f"row-{line}")
-        name = first if first.startswith("row-") and not files else _without_ending(first)
+        place = next((cell[name] for name in ("image", "audio", "video") if cell.get(name)), "") if files else ""
+        name = _without_ending(place) if place else f"row-{line}"
         yield MemberRow(name, cell.get("label"), files, texts)
 
 
