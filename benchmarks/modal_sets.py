@@ -2,7 +2,7 @@
 
 | set | package | a sample | held out |
 |---|---|---|---|
-| stamps | tuxpaint-stamps-default | a stamp on white (PNG), its caption (.txt French; .json fields fr and en), its spoken French name | a fifth of the subjects |
+| stamps | tuxpaint-stamps-default | a stamp on white (PNG), its caption (.txt French; .json fields fr and en), its spoken French name; the class is its topic | a fifth of the subjects |
 | sounds | sonic-pi-samples | a recording; the class is the first part of its name, if five or more have it | a fifth of every class |
 
     apt-get download tuxpaint-stamps-default sonic-pi-samples; for p in *.deb; do dpkg -x $p unpacked; done
@@ -102,6 +102,11 @@ class Stamp(NamedTuple):
     picture: Path | None
     speech: Path | None
 
+    @property
+    def topic(self) -> str:
+        """Return the first folder of the stamp, which is its class."""
+        return self.stem.partition("/")[0]
+
 
 def stamps(root: Path) -> Halves:
     """Return the stamps, divided by subjects: a fifth of these, by a hash, is held out."""
@@ -109,11 +114,15 @@ def stamps(root: Path) -> Halves:
     parts: tuple[list[Stamp], list[Stamp]] = ([], [])
     for stamp, name in zip(found, subjects(found), strict=True):
         parts[_hash(name) % HELD_OUT == 0].append(stamp)
+    classes = sorted({stamp.topic for stamp in found})
     train, held_out = (
-        [_sample(stamp, key) for stamp, key in zip(part, keys_of([s.stem for s in part]), strict=True)]
+        [
+            _sample(stamp, key, classes.index(stamp.topic))
+            for stamp, key in zip(part, keys_of([s.stem for s in part]), strict=True)
+        ]
         for part in parts
     )
-    return Halves(sorted(train, key=lambda s: _hash(s.key)), sorted(held_out, key=lambda s: _hash(s.key)), [])
+    return Halves(sorted(train, key=lambda s: _hash(s.key)), sorted(held_out, key=lambda s: _hash(s.key)), classes)
 
 
 def _stamp(root: Path, path: Path) -> Stamp:
@@ -150,13 +159,13 @@ def subjects(found: list[Stamp]) -> list[str]:
     return [root_of(name) for name in names]
 
 
-def _sample(stamp: Stamp, key: str) -> Sample:
+def _sample(stamp: Stamp, key: str, label: int) -> Sample:
     extras = {"json": json.dumps(stamp.texts, ensure_ascii=False).encode()}
     if "fr" in stamp.texts:
         extras["txt"] = stamp.texts["fr"].encode()
     if stamp.speech:
         extras["ogg"] = stamp.speech.read_bytes()
-    return Sample(key, None, "png" if stamp.picture else "", _png(stamp.picture) if stamp.picture else b"", extras)
+    return Sample(key, label, "png" if stamp.picture else "", _png(stamp.picture) if stamp.picture else b"", extras)
 
 
 def _png(picture: Path) -> bytes:

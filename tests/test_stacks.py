@@ -30,7 +30,7 @@ def requirements():
 
 def test_pyproject_dependencies_are_parsed():
     assert {"torch", "deepspeed", "pyarrow", "onnxscript", "playwright", "types-PyYAML"} <= set(requirements())
-    assert len(requirements()) == 41
+    assert len(requirements()) == 43
 
 
 @pytest.mark.parametrize("stack", STACKS)

@@ -11,6 +11,9 @@ import torch
 
 from esvit_scale.data import media, signals
 from esvit_scale.data.manifest import Manifest
+from esvit_scale.data.remote import working_set
+from esvit_scale.data.remote.ring import LEAST
+from esvit_scale.data.remote.store import Store
 from esvit_scale.data.shard_writer import Sample
 from esvit_scale.data.stream import Batch, MicroBatch, batches, micro_batches, open_data
 from esvit_scale.errors import UserError
@@ -196,3 +199,24 @@ def test_opus_and_clip_in_one_sample(tmp_path: Path) -> None:
     assert not batch.has_image.any()
     assert batch.signals["video"][1].tolist() == [[1] * 8]
     assert (batch.signals["audio"][1] == 400).all()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_members_of_a_set_in_a_store_come_with_its_images(
+    mixed: Manifest, tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched, read = [], Store.read
+
+    def counted(self: Store, name: str, **options: Any) -> bytes:
+        fetched.append((options.get("urgent"), options.get("start")))
+        return read(self, name, **options)
+
+    monkeypatch.setattr(Store, "read", counted)
+    monkeypatch.setattr(working_set, "ring_bytes", lambda *arguments: LEAST)  # there is no room for whole shards
+    there = {"train": f"file://{mixed.root}", "cache_dir": str(tmp_path)}
+    config = modal_config(workers, **there)
+    remote = [([*b.keys], tensors([b])) for b in batches(config, open_data(config), 0, 1, 0, 4)]
+    assert_same(remote, stream(mixed, 0, 4))
+    assert not list(tmp_path.rglob("*.tar"))
+    if not workers:
+        assert [start for urgent, start in fetched if urgent and start is not None] == [], "all were fetched ahead"

@@ -127,7 +127,18 @@ def test_table_to_set(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         ",a/p3.mp3,,y,,,\n"
     )
     out = tmp_path / "set"
-    columns = "--audio-column speech --video-column film --caption caption --fields fr,en --label kind".split()
+    columns = [
+        "--audio-column",
+        "speech",
+        "--video-column",
+        "film",
+        "--caption",
+        "caption",
+        "--fields",
+        "fr,en",
+        "--label",
+        "kind",
+    ]
     create = ("shards", "create", table, out)
     assert run(*create, *columns, "--no-shuffle", "--workers", 1) == 0
     assert members(out) == {
