@@ -143,7 +143,10 @@ class ShardSamples:
                 if signals.wanted(config.data):
                     read = partial(reader.member, shard, entry)
                     image, views, problems = decode_modalities(config, address.epoch, entry, read)
-                    bad += [{**where, "key": key, "reason": problem, "used": True} for problem in problems]
+                    told = (
+                        {"reason": problem, "used": True, "member": problem.partition(":")[0]} for problem in problems
+                    )
+                    bad += [{**where, "key": key, **each} for each in told]
                     sample = DecodedSample(batch_position, key, reader.label(shard, entry), *image, bad, views)
                 else:
                     decoded = decode_for_crops(config, address.epoch, key, reader.image(shard, entry))

@@ -205,6 +205,8 @@ def _quarantine(rows: list[Json]) -> list[str]:
         reason = str(row.get("reason", ""))
         if "left_out" in row:
             kind = "left out while streaming"
+        elif row.get("member"):
+            kind = "used without a member that is damaged or too large"
         elif row.get("used"):
             kind = "slow to read, and used"
         elif "not finite" in reason:

@@ -137,6 +137,7 @@ class MetricLogger:
                 log.warning("step %d: %s: %s", step, sample["shard"], sample["reason"])
                 continue
             what = "a slow sample" if sample.get("used") else "replaced a bad sample"
+            what = "left out a bad member of" if sample.get("member") else what
             log.warning("step %d: %s: %s in %s: %s", step, what, sample["key"], sample["shard"], sample["reason"])
 
     def advance(self, step: int) -> None:

@@ -154,6 +154,7 @@ def test_a_bad_member_is_named_and_its_sample_stays(tmp_path: Path) -> None:
     assert reasons == {"audio", "text"}
     assert rows["sound_only"]["reason"].startswith("image: ")
     assert [row.get("used") for row in (rows["image_only"], rows["sound_only"], rows["nothing"])] == [True, True, None]
+    assert {row["member"] for row in batch.bad if "member" in row} == {"audio", "text", "image"}
     assert "nothing" not in batch.keys
     assert len(batch.keys) == 8
     at = {key: b for b, key in enumerate(batch.keys)}
