@@ -12,7 +12,6 @@ import torch
 from esvit_scale.data import media, signals
 from esvit_scale.data.manifest import Manifest
 from esvit_scale.data.remote import working_set
-from esvit_scale.data.remote.ring import LEAST
 from esvit_scale.data.remote.store import Store
 from esvit_scale.data.shard_writer import Sample
 from esvit_scale.data.stream import Batch, MicroBatch, batches, micro_batches, open_data
@@ -213,7 +212,7 @@ def test_members_of_a_set_in_a_store_come_with_its_images(
         return read(self, name, **options)
 
     monkeypatch.setattr(Store, "read", counted)
-    monkeypatch.setattr(working_set, "ring_bytes", lambda *arguments: LEAST)  # there is no room for whole shards
+    monkeypatch.setattr(working_set, "ring_bytes", lambda *arguments: 4 << 20)  # there is no room for whole shards
     there = {"train": f"file://{mixed.root}", "cache_dir": str(tmp_path)}
     config = modal_config(workers, **there)
     remote = [([*b.keys], tensors([b])) for b in batches(config, open_data(config), 0, 1, 0, 4)]
