@@ -21,6 +21,7 @@ The pipeline, one line per stage. B images, V crops, T tokens, C width, K protot
     → evaluation         evaluate/features.py, evaluate/feature_cache.py    images → features [N, C], once
                          evaluate/knn.py, evaluate/linear.py, evaluate/transfer.py  accuracy with intervals
                          evaluate/retrieval.py, evaluate/revisited.py    what a query finds, mAP
+                         evaluate/modalities.py                          what the modalities of a sample find of each other
                          evaluate/copies.py, evaluate/micro_precision.py  originals of distorted copies, µAP
                          evaluate/segmentation.py, evaluate/stage_features.py, evaluate/pixel_heads.py  masks [H, W], mIoU
                          evaluate/depth.py, evaluate/depth_head.py       stage maps → depth [H, W], RMSE, δ1

@@ -20,12 +20,13 @@ from esvit_scale.errors import UserError
 
 
 def add(commands: Any) -> None:
-    """Declare `evaluate knn`, `linear`, `transfer`, `retrieval`, `copies`, `segmentation`, `depth`, `video`, `attention` and `correspondence`, and `embed`."""
+    """Declare `evaluate knn`, `linear`, `transfer`, `retrieval`, `modalities`, `copies`, `segmentation`, `depth`, `video`, `attention` and `correspondence`, and `embed`."""
     evaluate = group(commands, "evaluate", "evaluate frozen features")
     _add_knn(evaluate)
     _add_linear(evaluate)
     _add_transfer(evaluate)
     _add_retrieval(evaluate)
+    _add_modalities(evaluate)
     _add_copies(evaluate)
     _add_segmentation(evaluate)
     _add_depth(evaluate)
@@ -143,6 +144,21 @@ def _add_retrieval(evaluate: Any) -> None:
     size = "revisited sets: pixels to which a longer side above it is reduced (default: the size of the run's crops)"
     retrieval.add_argument("--size", type=positive, metavar="N", help=size)
     _add_features(retrieval)
+
+
+def _add_modalities(evaluate: Any) -> None:
+    summary = "how well the modalities of a sample find each other, and accuracies of each"
+    modalities = command(evaluate, "modalities", _modalities, summary)
+    add_checkpoint(modalities)
+    shards = "folder of a shard set whose samples are ranked, and classified if there is a --train"
+    modalities.add_argument("--data", type=local_path, required=True, metavar="D", help=shards)
+    labelled = "folder of a labelled shard set to classify from, by k-NN and logistic regression (default: none)"
+    modalities.add_argument("--train", type=local_path, metavar="T", help=labelled)
+    modalities.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write modalities.json to")
+    ks = "numbers of nearest samples for R@k (default: 1 5 10)"
+    modalities.add_argument("--k", type=positive, nargs="+", metavar="K", help=ks)
+    batch = "samples in a forward pass (default: 64)"
+    modalities.add_argument("--batch", type=positive, default=64, metavar="N", help=batch)
 
 
 def _add_copies(evaluate: Any) -> None:
@@ -430,6 +446,14 @@ def _retrieval(o: argparse.Namespace) -> int:
             print(retrieval_figure.write(result, o.data, o.queries, o.out))
 
     on_all_ranks(run)
+    return 0
+
+
+def _modalities(o: argparse.Namespace) -> int:
+    from esvit_scale.evaluate import modalities
+
+    ks = sorted(set(o.k or modalities.KS))
+    modalities.run_modalities(o.checkpoint, o.data, o.out, ks, o.train, o.batch)
     return 0
 
 

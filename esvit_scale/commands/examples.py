@@ -22,6 +22,7 @@ EXAMPLES = {
     "evaluate linear": "--checkpoint runs/photos --train shards/train --test shards/val --out runs/photos/linear",
     "evaluate transfer": "elevater --checkpoint runs/photos --root data/ --out runs/photos/transfer",
     "evaluate retrieval": "--checkpoint runs/photos --data shards/val --out runs/photos/retrieval",
+    "evaluate modalities": "--checkpoint runs/stamps --data shards/val --train shards/train --out runs/stamps/modalities",
     "evaluate copies": "--checkpoint runs/photos --data shards/val --out runs/photos/copies",
     "evaluate segmentation": "--checkpoint runs/photos --train seg/train --test seg/val --out runs/photos/segmentation",
     "evaluate depth": "--checkpoint runs/photos --train nyu/sync --test nyu/official_splits/test --out runs/photos/depth",
