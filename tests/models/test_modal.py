@@ -16,6 +16,7 @@ from esvit_scale.models.initialize import initialize
 from esvit_scale.models.modal import ModalTrunk
 from esvit_scale.models.modal_tokens import SpectrogramTokens, kept_tokens
 from esvit_scale.models.registry import build_trunk
+from esvit_scale.models.traced import signals_cost
 from esvit_scale.objective.registry import build_objective
 
 DATA = {
@@ -212,6 +213,15 @@ def test_published_sizes(name: str, layers: int, transformer: int, published: fl
     assert count(trunk) - image == transformer + 4_827_136
     assert abs((count(trunk) - image) / published - 1) < 0.01
     assert trunk.embed["audio"].positions.shape == (1200, 1024)
+
+
+@pytest.mark.parametrize("backbone", ["shared", "separate"])
+def test_flops_of_signals_are_those_of_their_products(backbone: str) -> None:
+    """Tokenizers, and per block qkv, proj, MLP and attention; DropToken shortens what the student's blocks see."""
+    found = signals_cost(config_of(backbone=backbone, drop_audio=0.5, drop_video=0.25))
+    c, projections = 16, 2 * 16 * (9 * 7 + 12 * 3 * 4 * 4 * 4)
+    for flops, lengths in zip(found, ([10, 13, 7, 7], [6, 10, 7, 7]), strict=True):
+        assert flops == projections + 2 * sum(24 * c * c * n + 4 * n * n * c for n in lengths)
 
 
 def test_configs_that_do_not_fit_are_refused() -> None:
