@@ -129,7 +129,7 @@ def table(stats: Stats) -> str:
         ("members", ", ".join(f"{n:,} .{ext}" for ext, n in s["members"].items())),
     ]
     if stats.modalities:
-        rows.append(("samples with", ", ".join(f"{name} {n:,}" for name, n in sorted(stats.modalities.items()))))
+        rows.append(("have", ", ".join(f"{name} {n:,}" for name, n in sorted(stats.modalities.items()))))
     if stats.classes:
         empty = f"; {s['empty_classes']} have none" if s["empty_classes"] else ""
         rows.append(("classes", f"{s['classes']:,}, {_three(s['samples_per_class'])} samples each{empty}"))
