@@ -173,10 +173,12 @@ def train_once(config: Config) -> tuple[StudentNetwork, torch.Tensor, dict[str, 
 
 
 MULTIMODAL = [name for name, objective in OBJECTIVES_OF.items() if objective.takes_signals]
+OF_LIBRARIES = ("esvit", "byol", "classify")  # regions and several sizes of crops, one size, labels
+# What an objective takes of a trunk is the same whatever library the trunk is from.
 PAIRS = [
     (trunk, objective)
     for trunk, objective in product(FAMILIES, OBJECTIVES)
-    if objective not in MULTIMODAL or trunk.startswith("modal_")
+    if (trunk.startswith("modal_") if objective in MULTIMODAL else trunk not in LIBRARY or objective in OF_LIBRARIES)
 ]
 
 

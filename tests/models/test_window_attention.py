@@ -123,13 +123,6 @@ def interpreted(tiles: str) -> dict[str, list[float]]:
 LARGEST_ERROR = {"float32": 2e-6, "float16": 1e-3, "bfloat16": 8e-3}
 
 
-@pytest.mark.skipif(not find_spec("triton"), reason="triton is not installed")
-def test_triton_kernels_of_the_smallest_window_equal_float64():
-    ((name, errors),) = interpreted("smallest").items()
-    assert len(errors) == 3
-    assert max(errors) < LARGEST_ERROR[CASES[name].dtype]
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not find_spec("triton"), reason="triton is not installed")
 @pytest.mark.parametrize("tiles", ["one", "several"])
