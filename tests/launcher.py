@@ -45,12 +45,14 @@ def run(*program: object, ranks: int = 1, timeout: float = 200) -> "subprocess.C
     return subprocess.CompletedProcess(program, 0, *map("".join, zip(*printed, strict=True)))
 
 
-def fork(*program: object) -> Process:
+def fork(*program: object, **variables: str) -> Process:
     """Start `python PROGRAM…` as a fork of a process that has imported torch and DeepSpeed (tests/nursery.py).
+
+    Its environment is that of the test, with `variables`.
 
     It is for programs that import them anyway, and whose tests do not depend on a process's own import and end.
     """
-    return _nursery.start(*program)
+    return _nursery.start(*program, **variables)
 
 
 def wait(process: "subprocess.Popen[str]", timeout: float) -> "subprocess.CompletedProcess[str]":

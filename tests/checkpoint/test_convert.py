@@ -106,6 +106,7 @@ def test_files_of_old_torch_and_numpy_are_read(pth: Path, tmp_path: Path) -> Non
     assert all(torch.equal(t, expected.networks["teacher"][n]) for n, t in weights.networks["teacher"].items())
 
 
+@pytest.mark.slow
 def test_single_file_holds_the_trunk_and_loads_without_deepspeed(pth: Path, tmp_path: Path) -> None:
     files = {network: tmp_path / f"{network}.safetensors" for network in ("teacher", "student")}
     for network, file in files.items():

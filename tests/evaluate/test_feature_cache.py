@@ -76,7 +76,7 @@ def test_changes_to_loaded_features_are_not_written(tmp_path: Path) -> None:
 def test_first_of_two_writers_wins(tmp_path: Path) -> None:
     def slower() -> Iterator[FeatureBatch]:
         program = "from tests.evaluate.test_feature_cache import *; stored(Path(sys.argv[1]))"
-        subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, cwd=launcher.REPOSITORY)
+        assert launcher.fork("-c", program, tmp_path).wait(60) == 0
         yield FeatureBatch(torch.full((1, 3), 99.0), ["late"], torch.zeros(1), torch.zeros(1))
 
     found = load_or_compute(tmp_path, {}, SOURCE, 9, slower)

@@ -1,8 +1,6 @@
 """Ranks as launchers start them, the process group, and the translation of communication errors."""
 
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -66,12 +64,10 @@ def test_port_in_use_prints_one_line_and_exits_75(tmp_path: Path) -> None:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-        command = [sys.executable, "-m", "esvit_scale", "pretrain", str(path)]
-        done = subprocess.run(
-            command, env={**launcher.environment(), **place}, capture_output=True, text=True, timeout=60
-        )
-    assert done.returncode == 75
-    (line,) = [line for line in done.stderr.splitlines() if "error" in line]  # the header stands before it
+        process = launcher.fork(*launcher.CLI, "pretrain", path, **place)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75
+    (line,) = [line for line in errors.splitlines() if "error" in line]  # the header stands before it
     assert f"MASTER_PORT={port} on 127.0.0.1 is in use by another program" in line
 
 

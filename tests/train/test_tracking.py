@@ -2,8 +2,6 @@
 
 import importlib.util
 import logging
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from esvit_scale.config import Config
 from esvit_scale.errors import UserError
 from esvit_scale.train import metrics, run_dir, tracking
 from esvit_scale.train.row_file import read_rows
+from tests import launcher
 
 
 def config_of(run: Path) -> Config:
@@ -103,4 +102,4 @@ def test_without_the_key_or_the_package(run: Path, monkeypatch: pytest.MonkeyPat
 
 def test_wandb_is_imported_only_when_the_key_is_set() -> None:
     code = "import sys; from esvit_scale.train import pretraining; assert 'wandb' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    assert launcher.fork("-c", code).wait(60) == 0
