@@ -17,43 +17,7 @@ from esvit_scale.errors import RestartCanHelp
 from esvit_scale.train import pretraining
 from esvit_scale.train.trainer import Trainer
 from tests import launcher, tiny
-
-
-class Disk:
-    """A tmpfs of 16 MB, which is visible outside its namespace through /proc."""
-
-    def __init__(self, point: Path) -> None:
-        point.mkdir()
-        script = 'mount -t tmpfs -o size=16m none "$1" && echo ready && exec sleep 600'
-        command = ["unshare", "-m", "sh", "-c", script, "sh", str(point)]
-        self._holder = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-        assert self._holder.stdout is not None
-        if self._holder.stdout.readline() != "ready\n":
-            pytest.skip("no mount namespaces here (needs root)")
-        self.root = Path(f"/proc/{self._holder.pid}/root{point}")
-        self._inside = point
-
-    def fill(self) -> None:
-        with (self.root / "filler").open("wb", buffering=0) as file:
-            for size in (1 << 20, 1 << 12):
-                try:
-                    while True:
-                        file.write(bytes(size))
-                except OSError:
-                    pass
-
-    def free(self) -> None:
-        (self.root / "filler").unlink()
-
-    def mount_read_only(self, path: Path) -> None:
-        inside = str(self._inside / path.relative_to(self.root))
-        enter = ["nsenter", "-t", str(self._holder.pid), "-m", "mount"]
-        subprocess.run([*enter, "--bind", inside, inside], check=True)
-        subprocess.run([*enter, "-o", "remount,ro,bind", inside], check=True)
-
-    def close(self) -> None:
-        self._holder.kill()
-        self._holder.communicate()
+from tests.full_disk import Disk
 
 
 @pytest.fixture
