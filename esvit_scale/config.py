@@ -6,19 +6,31 @@ writes the copy that reproduces the run. yaml_text.py reads the YAML, schema.py 
 the overrides. None of them imports torch, so that they load at once on a login node.
 """
 
+from collections.abc import Iterator
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from esvit_scale import presets, store_urls, yaml_text
+from esvit_scale import presets, run_stages, store_urls, yaml_text
 from esvit_scale.division import batch_problem, largest_divisor, nearest_multiple
 from esvit_scale.errors import UserError, nearest
-from esvit_scale.overrides import apply_override
+from esvit_scale.overrides import apply_override, parse_override
 from esvit_scale.presets import names as preset_names
-from esvit_scale.run_keys import Data, GlobalCrops, LocalCrops, Model, Objective, Optim, PathText, Seed, Train
+from esvit_scale.run_keys import (
+    LENGTH_KEYS,
+    Data,
+    GlobalCrops,
+    LocalCrops,
+    Model,
+    Objective,
+    Optim,
+    PathText,
+    Seed,
+    Train,
+)
 from esvit_scale.schema import Section, check
 
 FORMAT_VERSION = 1
@@ -40,13 +52,35 @@ class Config(Section):
     objective: Objective = Objective()
     optim: Optim = Optim()
     train: Train = Train()
+    stages: list[dict[str, Any]] = Field(default_factory=list)
+    """Training stages, one after the other in one run (docs/stages.md): of each, the keys that change, with dots, and its
+    length, train.epochs or train.steps. A stage keeps what the ones before it changed."""
+
+    @field_validator("stages", mode="before")
+    @classmethod
+    def _flat_stages(cls, stages: Any) -> Any:
+        return [run_stages.flatten(stage, cls) for stage in stages] if isinstance(stages, list) else stages
 
     @model_validator(mode="after")
     def _cross_field(self) -> "Config":
-        problems = list(_cross_field_problems(self))
+        problems = list(_cross_field_problems(self)) or list(_stage_problems(self))
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    @property
+    def of_stages(self) -> list["Config"]:
+        """Return the complete config of every training stage, in order; of a run without stages, the config itself."""
+        if not self.stages:
+            return [self]
+        values, found = self._without_stages(), list[Config]()
+        for number, stage in enumerate(self.stages):
+            values = run_stages.after(values, stage, f"stages.{number}", Config)
+            found.append(validate(values, where=f"stages.{number}"))
+        return found
+
+    def _without_stages(self) -> dict[str, Any]:
+        return self.model_dump(mode="json") | {"stages": []}
 
     @property
     def run_path(self) -> Path:
@@ -151,6 +185,25 @@ def _cross_field_problems(c: Config) -> list[str]:
     return problems
 
 
+def _stage_problems(c: Config) -> Iterator[str]:
+    """Yield the problems of training stages, in order, up to the first stage that has any."""
+    if c.stages and c.train.patience:
+        yield "train.patience: not offered with stages, whose lengths are fixed"
+    values = before = c._without_stages()
+    for number, stage in enumerate(c.stages):
+        where = f"stages.{number}"
+        try:
+            values = run_stages.after(values, stage, where, Config)
+            validate(values, where)
+        except UserError as error:
+            yield from str(error).splitlines()
+            return
+        found = list(run_stages.problems(stage, _flatten(before), _flatten(values)))
+        yield from (f"{where}: {problem}" for problem in found)
+        if found:
+            return
+
+
 def _address_problems(c: Config) -> list[str]:
     """Return the problems of keys that take an address, and of folders for which one is given: it would be made here."""
     problems = []
@@ -206,9 +259,37 @@ def resolve(
     """
     values = _read(config)
     for override in overrides or []:
-        apply_override(values, override, Config)
+        _apply(values, override)
+    _check_effect(values, overrides or [])
     values = _merged(_merged(below or {}, values), above or {})
     return validate(values, where=config, overrides=overrides)
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    """Apply an override; in a key of a stage (`stages.1.optim.lr`), what follows its number is the key within the stage."""
+    stages, parts = values.get("stages"), override.partition("=")[0].strip().split(".")
+    if parts[0] != "stages" or len(parts) < 3 or not isinstance(stages, list):
+        apply_override(values, override, Config)
+        return
+    if not parts[1].isdecimal() or int(parts[1]) >= len(stages):
+        raise UserError(f"{override}: there is no stage {parts[1]}; the config has stages 0 to {len(stages) - 1}")
+    path, value = parse_override(override, Config, inside=2)
+    number = int(parts[1])
+    stages[number] = {**run_stages.flatten(stages[number], Config), ".".join(path): value}
+
+
+def _check_effect(values: dict[str, Any], overrides: list[str]) -> None:
+    """Raise UserError for an override that no stage would see, because the first one sets the key, too."""
+    stages = values.get("stages")
+    if not isinstance(stages, list) or not stages:
+        return
+    first = run_stages.flatten(stages[0], Config)
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key in LENGTH_KEYS or (isinstance(first, dict) and key in first):
+            raise UserError(
+                f"{override}: the stages of this config set it; give stages.0.{key}, or that of another stage"
+            )
 
 
 def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -278,7 +359,21 @@ def _secret_problems(config: Config) -> list[str]:
 
 
 def differences(a: Config, b: Config) -> list[str]:
-    """Return `key: a → b` for every key whose values differ."""
+    """Return `key: a → b` for every key whose values differ; in runs with stages, `stages.N.key: …` for the first stage in
+    which they do, and `stages.N: …` for a stage that only one of the two has."""
+    if not (a.stages or b.stages):
+        return _plain_differences(a, b)
+    found: dict[str, int] = {}
+    ours, theirs = a.of_stages, b.of_stages
+    for number, (old, new) in enumerate(zip(ours, theirs, strict=False)):
+        for difference in _plain_differences(old, new):
+            found.setdefault(difference, number)
+    lines = [f"stages.{number}.{difference}" for difference, number in found.items()]
+    lines += [f"stages.{n}: absent → {b.stages[n]}" for n in range(len(ours), len(theirs))]
+    return lines + [f"stages.{n}: {a.stages[n]} → absent" for n in range(len(theirs), len(ours))]
+
+
+def _plain_differences(a: Config, b: Config) -> list[str]:
     flat_a, flat_b = _flatten(a.model_dump(mode="json")), _flatten(b.model_dump(mode="json"))
     keys = [*flat_a, *(k for k in flat_b if k not in flat_a)]
     return [f"{k}: {flat_a.get(k)} → {flat_b.get(k)}" for k in keys if flat_a.get(k) != flat_b.get(k)]

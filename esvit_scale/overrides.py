@@ -14,10 +14,36 @@ def apply_override(values: dict[str, Any], override: str, schema: type[Section])
     Raises:
         UserError: the override is not `key=value`, or its key passes through a value or beyond a list.
     """
+    path, value = parse_override(override, schema)
+    set_value(values, path, value, override, schema)
+
+
+def parse_override(override: str, schema: type[Section], inside: int = 0) -> tuple[list[str], Any]:
+    """Return the parts of the dotted key of `override` (`key=value`), and its value.
+
+    Args:
+        inside: number of parts to leave out, where the rest is a key of `schema`.
+
+    Raises:
+        UserError: the override is not `key=value`, or its value is not YAML.
+    """
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise UserError(f"{show(override)}: overrides are written key=value, for example train.global_batch=64")
-    *parents, leaf = path = key.strip().split(".")
+    path = key.strip().split(".")[inside:]
+    return path, _override_value(path, text, override, schema)
+
+
+def set_value(values: dict[str, Any], path: list[str], value: Any, override: str, schema: type[Section]) -> None:
+    """Set the value at a dotted path in place in `values`, the nested dicts of a `schema` config.
+
+    Args:
+        override: what asks for it, for errors.
+
+    Raises:
+        UserError: the path passes through a value or beyond a list.
+    """
+    *parents, leaf = path
     node: Any = values
     for i, part in enumerate(parents):
         if isinstance(node, list):
@@ -28,9 +54,7 @@ def apply_override(values: dict[str, Any], override: str, schema: type[Section])
             node = node[part]
         if not isinstance(node, dict | list):
             raise UserError(f"{show(override)}: {'.'.join(parents[: i + 1])} is a value, not a section")
-    node[_index(node, leaf, override) if isinstance(node, list) else leaf] = _override_value(
-        path, text, override, schema
-    )
+    node[_index(node, leaf, override) if isinstance(node, list) else leaf] = value
 
 
 def _override_value(path: list[str], text: str, override: str, schema: type[Section]) -> Any:

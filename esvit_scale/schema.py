@@ -102,6 +102,7 @@ _EXPECTED = {
     "finite_number": "a finite number",
     "bool_type": "true or false",
     "string_type": "text",
+    "dict_type": "a mapping (`key: value` lines)",
     "list_type": "a list, written [1, 2]",
     "tuple_type": "a list of two numbers",
     "missing": "a list of two numbers",

@@ -23,6 +23,7 @@ ORDER = [
     {"yaml_text"},
     {"schema"},
     {"overrides", "key_table", "presets", "run_keys"},
+    {"run_stages"},
     {"config"},
     {"data", "models"},
     {"objective"},

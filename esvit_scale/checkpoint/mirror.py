@@ -28,6 +28,7 @@ from esvit_scale.config import Config
 from esvit_scale.data.remote.store import Denied, Missing, Store
 from esvit_scale.errors import RestartCanHelp, UserError, first_line
 from esvit_scale.run_keys import LENGTH_KEYS, MAY_DIFFER
+from esvit_scale.run_stages import key_of
 
 log = logging.getLogger("esvit_scale")
 
@@ -42,7 +43,7 @@ ATTEMPTS = 3  # number of transfers of a file that arrives damaged each time
 SLOWEST = 1e6  # bytes/s; a slower transfer counts as a hang
 # Keys that a restore does not compare: the data may have moved and the run may be made longer, which
 # train/run_dir.py checks once the run dir is there.
-COMPARED_LATER = (*MAY_DIFFER, *LENGTH_KEYS, "data.train", "data.mix")
+COMPARED_LATER = (*MAY_DIFFER, *LENGTH_KEYS, "stages", "data.train", "data.mix")
 
 
 class Damaged(Exception):
@@ -337,7 +338,7 @@ def _check_config(store: Store, name: str, config: Config) -> None:
         saved = configs.validate(yaml_text.parse(text, url), where=url)
     except (Missing, UnicodeError, UserError):
         return  # the run dir's checks decide, which also read the checkpoint's own config
-    keys = [(d, d.split(":")[0]) for d in configs.differences(saved, config)]
+    keys = [(d, key_of(d)) for d in configs.differences(saved, config)]
     differ = [d for d, key in keys if not any(f"{key}.".startswith(f"{same}.") for same in COMPARED_LATER)]
     if differ:
         raise NotOurs(

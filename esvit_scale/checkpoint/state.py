@@ -18,7 +18,15 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from esvit_scale import config as configs
-from esvit_scale.checkpoint import safetensors_file, signal_lead, state_file, step_folders, storage
+from esvit_scale.checkpoint import (
+    carried,
+    positions,
+    safetensors_file,
+    signal_lead,
+    state_file,
+    step_folders,
+    storage,
+)
 from esvit_scale.checkpoint.storage import Interval, whole_interval
 from esvit_scale.checkpoint.weights import TRUNK, Weights, check_shapes, network_shapes, shapes_of
 from esvit_scale.config import Config
@@ -175,17 +183,58 @@ def restore(folder: Path, engines: Engines, centers: dict[str, Tensor]) -> dict[
     intervals = _intervals(engines, state["optimizer_steps"], centers)
     intervals |= _gram_intervals(engines, state["cursor"]["step"])
     storage.load(folder, {key: i for key, i in intervals.items() if key.partition("/")[2] not in old})
+    _sync_loaded(folder, engines, centers)
+    if engines.gram is not None:
+        engines.gram.sync_after_restore()
+    return state["cursor"]
+
+
+@torch.no_grad()
+def carry_over(folder: Path, engines: Engines, centers: dict[str, Tensor]) -> tuple[dict[str, int], str]:
+    """Load the last checkpoint of the training stage before into `engines` and `centers`; carried.py says what of it.
+
+    Centres that it does not have are removed from `centers`, and the optimizer has no state afterwards.
+
+    Returns:
+        The cursor, and what was carried over, for the log.
+
+    Raises:
+        UserError: a tensor fits neither as it is nor resized, or as `restore`.
+    """
+    state, wanted = state_file.read_state(folder), shapes_of(engines.student.module)
+    parts, stored = carried.compare(folder, state["shapes"], wanted), storage.tensor_sizes(folder)
+    for name in [name for name in centers if f"{CENTER}{name}" not in stored]:
+        del centers[name]
+    none = dict.fromkeys(engines.group_of.values(), 0)
+    _prepare_optimizer_state(engines, none)
+    ours, intervals, tables = _intervals(engines, none, centers), dict[str, Interval](), dict[str, Tensor]()
+    for key, interval in ours.items():
+        name = key.partition("/")[2]
+        if name in parts.resized:
+            tables[key] = torch.empty(state["shapes"][name])
+        elif name not in parts.fresh:
+            intervals[key] = interval
+    storage.load(folder, intervals | {key: whole_interval(table) for key, table in tables.items()})
+    for key, table in tables.items():
+        name, interval = key.partition("/")[2], ours[key]
+        resized, _ = positions.resize_to_fit(folder, {name: table}, {name: wanted[name]})
+        interval.values.copy_(resized[name].flatten()[interval.start : interval.start + interval.values.numel()])
+    _sync_loaded(folder, engines, centers)
+    if engines.gram is not None:
+        engines.gram.refresh()
+    return state["cursor"], parts.note
+
+
+def _sync_loaded(folder: Path, engines: Engines, centers: dict[str, Tensor]) -> None:
+    """Let the forwards of student and teacher use what was loaded. Raise UserError if it is not finite."""
     engines.layout.sync_working_weights()
     engines.teacher.sync_frozen()
     engines.teacher.sync_working_weights()
-    if engines.gram is not None:
-        engines.gram.sync_after_restore()
     if bad := find_nonfinite(engines, centers):
         raise UserError(
             f"{folder}: holds NaN or infinite values ({', '.join(bad[:3])}); remove this folder to resume from the "
             "checkpoint before it"
         )
-    return state["cursor"]
 
 
 def load_teacher(checkpoint: Path) -> tuple[Trunk, Config]:

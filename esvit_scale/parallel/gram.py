@@ -53,6 +53,10 @@ class GramTeacher:
         self._sync_frozen()
         self.refresh()
 
+    def begin_after(self, steps: int) -> None:
+        """Count the steps of the schedule from this step of the run on, the first of a training stage."""
+        self._start += steps
+
     def is_on(self, step: int) -> bool:
         """Return whether the step after `step` steps is anchored, so that checkpoints hold the Gram teacher."""
         return step >= self._start

@@ -5,6 +5,7 @@ environment that the launcher sets; the user configures nothing.
 """
 
 import atexit
+import gc
 import logging
 import os
 import subprocess
@@ -218,3 +219,10 @@ def _prepare_deepspeed(backend: str) -> None:
     # A shared-memory collective that DeepSpeed would compile at first use (17 s, needs a compiler) and we never call.
     zero.deepspeed_ops()["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=backend, verbose=False)  # adopts the group made above
+
+
+def free_networks() -> None:
+    """Give back the memory of networks and optimizers that nothing refers to any more, before others are built."""
+    gc.collect()  # DeepSpeed's engines are in reference cycles
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

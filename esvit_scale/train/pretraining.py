@@ -1,10 +1,12 @@
 """`esvit-scale pretrain`: start the process group, open the run dir and the data, and hand them to the trainer."""
 
 import logging
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from esvit_scale.checkpoint import frozen_teacher, mirror, mirror_sender, state_file, step_folders
+from esvit_scale.checkpoint import carried, frozen_teacher, mirror, mirror_sender, state_file, step_folders
 from esvit_scale.config import Config, require_training_data
 from esvit_scale.data import identity as identities
 from esvit_scale.data import labels, stream
@@ -14,9 +16,10 @@ from esvit_scale.data.loader import translate_worker_errors
 from esvit_scale.data.remote import working_set
 from esvit_scale.errors import translate_file_errors
 from esvit_scale.objective.schedules import Schedules
+from esvit_scale.objective.schedules import of_stages as schedules_of_stages
 from esvit_scale.parallel import collectives
 from esvit_scale.parallel import world as worlds
-from esvit_scale.parallel.world import World
+from esvit_scale.parallel.world import World, free_networks
 from esvit_scale.train import header, held_out, implementations, metrics, run_dir, signals, stage, tracking
 from esvit_scale.train.lock import Lock
 from esvit_scale.train.online_accuracy import OnlineAccuracy
@@ -55,13 +58,20 @@ def pretrain(config: Config) -> int:
 
 
 def open_and_train(config: Config, world: World, watchdog: Watchdog) -> int:
-    """Start or resume the run of a config in the process group of `world`; return 0, or 130 after ctrl-C."""
+    """Start or resume the run of a config in the process group of `world`; return 0, or 130 after ctrl-C.
+
+    A run without training stages is one of a single stage. Every checkpoint belongs to the stage that reached its step;
+    the last one of a stage is where the next one begins.
+    """
     given = config
     config = collectives.run_on_rank0_and_broadcast(lambda: frozen_teacher.described_in(given))
+    stages = config.of_stages
     # Before a run dir records a config that cannot be run.
-    collectives.run_on_rank0_and_broadcast(lambda: stream.check_pixels(config))
+    for one in stages:
+        collectives.run_on_rank0_and_broadcast(partial(stream.check_pixels, one))
+        collectives.run_on_rank0_and_broadcast(partial(implementations.check, one, world))
+    collectives.run_on_rank0_and_broadcast(lambda: carried.check(stages))
     collectives.run_on_rank0_and_broadcast(lambda: tracking.require(config))
-    collectives.run_on_rank0_and_broadcast(lambda: implementations.check(config, world))
     if world.rank > 0:
         watchdog.grant(RESTORE_S)
     collectives.run_on_rank0_and_broadcast(lambda: mirror.restore(config, watchdog.grant))
@@ -69,59 +79,123 @@ def open_and_train(config: Config, world: World, watchdog: Watchdog) -> int:
     path, finished = collectives.run_on_rank0_and_broadcast(lambda: run_dir.open_run(config))
     if finished:
         if world.rank == 0:
-            _warn_finished(config, path)
+            _warn_finished(stages[-1], path)
         return 0
-    data = collectives.run_on_rank0_and_broadcast(lambda: stream.open_data(config))
-    collectives.run_on_rank0_and_broadcast(lambda: labels.check(config, data))
-    held = collectives.run_on_rank0_and_broadcast(lambda: working_set.held_out_bytes(config, world.size))
-    needs = collectives.gather_objects(working_set.of_own_node(config, data, world.rank, world.size, held))
-    room = collectives.run_on_rank0_and_broadcast(lambda: working_set.check(config, data, world.size, needs))
+    datas = collectives.run_on_rank0_and_broadcast(lambda: _open_data(stages))
+    room = [line for one, data in zip(stages, datas, strict=True) for line in _check_data(one, data, world)]
     watchdog.progress()
-    if config.data.stage:
-        data = stage.on_every_node(data, config.data.stage, watchdog)
     with Lock(path) as lock:
         metrics.start_logging(path, active=world.rank == 0)
         if world.rank == 0:
             header.record(config)
-            for line in room:
+            for line in dict.fromkeys(room):
                 log.info(line)
         mirrored = collectives.run_on_rank0_and_broadcast(lambda: mirror.claim(config))
-        schedules = Schedules(config, stream.steps_per_epoch(config, data))
+        per_epoch = [stream.steps_per_epoch(one, data) for one, data in zip(stages, datas, strict=True)]
+        schedules = schedules_of_stages(stages, per_epoch)
         collectives.run_on_rank0_and_broadcast(lambda: step_folders.remove_unfinished(path))
         if world.rank == 0 and step_folders.has_checkpoints(path):
             log.info("comparing the newest checkpoint with its checksums …")
         checkpoint = step_folders.newest_valid(path)
-        signals.set_kept(checkpoint)
-        identity = collectives.run_on_rank0_and_broadcast(lambda: _checked_identity(config, data, checkpoint))
-        learns_labels = bool(config.objective.classes and config.data.held_out)
-        if config.train.knn_every or learns_labels:
-            collectives.run_on_rank0_and_broadcast(lambda: held_out.check(config, resumed=checkpoint is not None))
-            watchdog.progress()
-        if world.rank == 0:
-            also = f"reading images of {config.data.held_out}, then " if config.train.knn_every else ""
-            log.info("%sbuilding student and teacher …", also)
-        knn = OnlineKnn(config, world) if config.train.knn_every else None
-        accuracy = OnlineAccuracy(config, world, watchdog.progress) if learns_labels else None
-        watchdog.progress()
-        # Before the networks are built, because the timing needs memory.
-        chosen = collectives.run_on_rank0_and_broadcast(
-            lambda: implementations.choose_for_run(config, world, path, resumed=checkpoint is not None)
-        )
-        watchdog.progress()
-        trainer = Trainer(config, world, schedules, checkpoint is None, chosen)
-        watchdog.progress()
+        done = 0 if checkpoint is None else step_folders.step_of(checkpoint) or 0
+        first = min(sum(one.last_step <= done for one in schedules), len(stages) - 1)
         with mirror_sender.sending(config, world.rank == 0, mirrored) as sender:
-
-            def on_saved(folder: Path) -> None:
-                signals.set_kept(folder)
-                if sender:
-                    sender.send(folder)
-
-            run = RunResources(path, lock, watchdog, data, identity, checkpoint, knn, accuracy, on_saved)
-            code = trainer.train(replace(run, mirrored_step=sender.mirrored_step) if sender else run)
-            if sender and not trainer.stop_requested():
+            for number in range(first, len(stages)):
+                start = _Start(config, path, lock, watchdog, sender, is_start=number == first)
+                of_checkpoint = number - (done == schedules[number].first_step and number > 0)
+                identity = collectives.run_on_rank0_and_broadcast(
+                    partial(_checked_identity, stages, datas, number, of_checkpoint, checkpoint)
+                )
+                code, stopped = _train_stage(start, world, schedules[number], datas[number], identity, checkpoint)
+                if code or stopped:
+                    return code
+                free_networks()
+                checkpoint, done = step_folders.newest_valid(path), schedules[number].last_step
+            if sender:
                 sender.close(60 * config.train.hang_minutes / 2)  # half of what the others' watchdogs allow
-            return code
+    return 0
+
+
+@dataclass(frozen=True)
+class _Start:
+    """What all stages of one start of a run share."""
+
+    config: Config  # of the whole run
+    path: Path
+    lock: Lock
+    watchdog: Watchdog
+    sender: mirror_sender.Sender | None
+    is_start: bool  # whether the stage is the first of this start
+
+
+def _train_stage(
+    start: _Start,
+    world: World,
+    schedules: Schedules,
+    data: stream.TrainingData,
+    identity: Identity,
+    checkpoint: Path | None,
+) -> tuple[int, bool]:
+    """Train one training stage from a checkpoint; return the exit code, and whether a signal ended it early."""
+    config, watchdog, sender = schedules.config, start.watchdog, start.sender
+    if config.data.stage:
+        data = stage.on_every_node(data, config.data.stage, watchdog)
+    signals.set_kept(checkpoint)
+    learns_labels = bool(config.objective.classes and config.data.held_out)
+    if config.train.knn_every or learns_labels:
+        collectives.run_on_rank0_and_broadcast(lambda: held_out.check(config, resumed=checkpoint is not None))
+        watchdog.progress()
+    if world.rank == 0:
+        also = f"reading images of {config.data.held_out}, then " if config.train.knn_every else ""
+        log.info("%sbuilding student and teacher …", also)
+    knn = OnlineKnn(config, world) if config.train.knn_every else None
+    accuracy = OnlineAccuracy(config, world, watchdog.progress) if learns_labels else None
+    watchdog.progress()
+    # Before the networks are built, because the timing needs memory.
+    chosen = collectives.run_on_rank0_and_broadcast(
+        lambda: implementations.choose_for_run(config, world, start.path, resumed=checkpoint is not None)
+    )
+    watchdog.progress()
+    trainer = Trainer(config, world, schedules, checkpoint is None, chosen)
+    watchdog.progress()
+
+    def on_saved(folder: Path) -> None:
+        signals.set_kept(folder)
+        if sender:
+            sender.send(folder)
+
+    run = RunResources(
+        *(start.path, start.config, start.is_start, start.lock, watchdog, data, identity, checkpoint, knn, accuracy),
+        *(on_saved, sender.mirrored_step if sender else None),
+    )
+    return trainer.train(run), trainer.stop_requested()
+
+
+def _open_data(stages: Sequence[Config]) -> list[stream.TrainingData]:
+    """Return the data of every training stage, opened once where consecutive stages have the same."""
+    found = list[stream.TrainingData]()
+    for number, config in enumerate(stages):
+        is_same = number > 0 and _source(config) == _source(stages[number - 1])
+        found.append(found[-1] if is_same else stream.open_data(config))
+    return found
+
+
+def _source(config: Config) -> tuple[object, ...]:
+    data = config.data
+    return data.train, data.mix, data.epoch_samples, data.storage_options, data.cache_dir
+
+
+def _check_data(config: Config, data: stream.TrainingData, world: World) -> list[str]:
+    """Return lines about the room for a stage's data on the nodes. All ranks call it.
+
+    Raises:
+        UserError: the labels do not fit the config, or the data needs more room than there is.
+    """
+    collectives.run_on_rank0_and_broadcast(lambda: labels.check(config, data))
+    held = collectives.run_on_rank0_and_broadcast(lambda: working_set.held_out_bytes(config, world.size))
+    needs = collectives.gather_objects(working_set.of_own_node(config, data, world.rank, world.size, held))
+    room: list[str] = collectives.run_on_rank0_and_broadcast(lambda: working_set.check(config, data, world.size, needs))
+    return room
 
 
 def _warn_finished(config: Config, path: Path) -> None:
@@ -131,11 +205,26 @@ def _warn_finished(config: Config, path: Path) -> None:
         log.warning("%s: %s", path, other)
 
 
-def _checked_identity(config: Config, data: stream.TrainingData, checkpoint: Path | None) -> Identity:
-    """Return the identity of the data. Raise UserError when the checkpoint was trained on other data."""
-    now = identities.identity(data)
+def _checked_identity(
+    stages: Sequence[Config],
+    datas: Sequence[stream.TrainingData],
+    number: int,
+    of_checkpoint: int,
+    checkpoint: Path | None,
+) -> Identity:
+    """Return the identity of the data of a stage.
+
+    Args:
+        of_checkpoint: the stage that the checkpoint is of.
+
+    Raises:
+        UserError: the checkpoint was trained on other data than that of its stage.
+    """
+    wanted = identities.identity(datas[number])
     if checkpoint is None:
-        return now
+        return wanted
+    config, data = stages[of_checkpoint], datas[of_checkpoint]
+    now = wanted if data is datas[number] else identities.identity(data)
     recorded = state_file.read_state(checkpoint).get("data")
     if recorded is None:
         log.info(
@@ -143,4 +232,4 @@ def _checked_identity(config: Config, data: stream.TrainingData, checkpoint: Pat
         )
     identities.check_same(checkpoint, recorded, now, config.data.train or "data.mix")
     identities.check_unchanged(data, checkpoint, (checkpoint / state_file.STATE).stat().st_mtime_ns)
-    return now
+    return wanted

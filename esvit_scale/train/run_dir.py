@@ -20,6 +20,7 @@ from esvit_scale.config import Config
 from esvit_scale.errors import UserError
 from esvit_scale.machine import processor, usable_cpus
 from esvit_scale.run_keys import LENGTH_KEYS, MAY_DIFFER
+from esvit_scale.run_stages import key_of
 from esvit_scale.train.run_records import read_environment, read_summary, starts_of
 
 log = logging.getLogger("esvit_scale")
@@ -74,7 +75,12 @@ def record_start(path: Path, config: Config, step: int = 0) -> Config | None:
     if summary.get("finished"):  # before config.yaml, so that no start in between takes the longer run for finished
         files.write_json(path / "summary.json", summary | {"finished": False})
     if shorter is not None:
-        lengths = [{"steps": c.train.steps} if c.train.steps else {"epochs": c.train.epochs} for c in (shorter, config)]
+        ends = [c.of_stages[-1].train for c in (shorter, config)]
+        lengths: list[dict[str, int]] = [{"steps": c.steps} if c.steps else {"epochs": c.epochs} for c in ends]
+        if config.stages:
+            lengths = [
+                {"stages": len(c.of_stages), **length} for c, length in zip((shorter, config), lengths, strict=True)
+            ]
         with (path / "lengthened.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, "from": lengths[0], "to": lengths[1]}) + "\n")
     files.write_text(path / "config.yaml", configs.dump(config))
@@ -94,7 +100,19 @@ def _shorter_config(path: Path, config: Config) -> Config | None:
 
 def is_longer(saved: Config, config: Config) -> bool:
     """Return whether `config` makes the run of the config `saved` longer: more epochs, or more steps where it counts
-    steps."""
+    steps, of its last training stage, or further stages."""
+    olds, news = saved.of_stages, config.of_stages
+    last = len(olds) - 1
+    if len(news) < len(olds) or any(_length(olds[n]) != _length(news[n]) for n in range(last)):
+        return False
+    return _is_longer(olds[last], news[last]) or (len(news) > len(olds) and _length(olds[last]) == _length(news[last]))
+
+
+def _length(config: Config) -> tuple[int, int | None]:
+    return config.train.epochs, config.train.steps
+
+
+def _is_longer(saved: Config, config: Config) -> bool:
     old, new = saved.train, config.train
     if old.steps is None and new.steps is None:
         return new.epochs > old.epochs
@@ -123,8 +141,8 @@ def _check_same(path: Path, config: Config) -> bool:
         ) from None
     longer = is_longer(saved_config, config)
     goes_on = longer or _may_wait_longer(path, saved_config, config)
-    others = [d for d in matter if not (longer and d.split(":")[0] in LENGTH_KEYS)]
-    if others and all(difference.split(":")[0] in DATA_KEYS for difference in others):
+    others = [d for d in matter if not (longer and key_of(d) in (*LENGTH_KEYS, "stages"))]
+    if others and all(key_of(difference) in DATA_KEYS for difference in others):
         saved = _saved_state(path)
         if saved is not None and "data" in saved:
             return goes_on  # the same data may lie elsewhere: its identity is compared when it is open
@@ -140,7 +158,7 @@ def _check_same(path: Path, config: Config) -> bool:
 
 
 def _names(differences: list[str]) -> set[str]:
-    return {difference.split(":")[0] for difference in differences}
+    return {key_of(difference) for difference in differences}
 
 
 def _load_whole(path: Path) -> Config:
@@ -158,7 +176,7 @@ def _load_whole(path: Path) -> Config:
 def _differences(saved: Config, config: Config) -> list[str]:
     """Return the differences between two configs that can change results, each as `key: saved → given`."""
     found = configs.differences(saved, config)
-    return [d for d in found if not any(f"{d.split(':')[0]}.".startswith(f"{key}.") for key in MAY_DIFFER)]
+    return [d for d in found if not any(f"{key_of(d)}.".startswith(f"{key}.") for key in MAY_DIFFER)]
 
 
 def _matches_checkpoint(path: Path, config: Config, problem: str) -> bool:
@@ -167,7 +185,8 @@ def _matches_checkpoint(path: Path, config: Config, problem: str) -> bool:
     if saved is None:
         return False
     try:
-        if _differences(configs.validate(saved["config"], where=str(path)), config):
+        of_checkpoint = configs.validate(saved["config"], where=str(path))
+        if all(_differences(of_checkpoint, stage) for stage in config.of_stages):
             return False
     except UserError:
         return False

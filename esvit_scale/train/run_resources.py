@@ -1,9 +1,10 @@
-"""The opened data, files and guards of a run, with which `Trainer.train` works; pretraining.py opens them."""
+"""The opened data, files and guards of a run or of one of its training stages, with which `Trainer.train` works; pretraining.py opens them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from esvit_scale.config import Config
 from esvit_scale.data.identity import Identity
 from esvit_scale.data.stream import TrainingData
 from esvit_scale.train.lock import Lock
@@ -14,9 +15,11 @@ from esvit_scale.train.watchdog import Watchdog
 
 @dataclass(frozen=True)
 class RunResources:
-    """The resources of one run."""
+    """The resources of one run or training stage."""
 
     path: Path  # the run dir
+    config: Config  # of the whole run
+    is_start: bool  # whether this is the first training stage of this start
     lock: Lock
     watchdog: Watchdog
     data: TrainingData

@@ -1,5 +1,7 @@
 """What is known about a run once student and teacher are built: their sizes, the devices, and the crops' region tokens."""
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -19,7 +21,7 @@ from esvit_scale.train.learning import RunFacts
 
 
 def lines(
-    config: Config, engines: Engines, world: World, facts: RunFacts, origin: str, shorter: Config | None
+    schedules: Schedules, engines: Engines, world: World, facts: RunFacts, origin: str, shorter: Config | None
 ) -> list[str]:
     """Return what the log says before the first step: the model, notes about the settings, and what takes long.
 
@@ -27,15 +29,14 @@ def lines(
         origin: where the weights come from, or "".
         shorter: the config that the run had so far, if it is now made longer.
     """
-    found = [*([origin] if origin else []), model_line(engines, world, facts.prototypes)]
+    config, found = schedules.config, [] if schedules.run_steps == schedules.total_steps else [stage_line(schedules)]
+    found += [*([origin] if origin else []), model_line(engines, world, facts.prototypes)]
     if engines.frozen is not None:
         found.append(frozen_teacher_line(config, engines.frozen))
-    if shorter is not None:
-        found.append(
-            lengthening(
-                Schedules(shorter, facts.steps_per_epoch), Schedules(config, facts.steps_per_epoch), facts.steps
-            )
-        )
+    if shorter is not None and len(before := shorter.of_stages) > schedules.number:
+        earlier = replace(schedules, config=before[schedules.number])
+        if earlier.total_steps != schedules.total_steps:
+            found.append(lengthening(earlier, schedules, facts.steps))
     found += notes(config, facts)
     if config.train.compile:
         found.append("train.compile: the first step compiles the trunk's blocks, which takes minutes")
@@ -50,12 +51,18 @@ def notes(config: Config, facts: RunFacts) -> list[str]:
     return [f"{'note':<10} {note}" for note in learning.notes_at_start(config, facts)]
 
 
+def stage_line(schedules: Schedules) -> str:
+    """Return a line with a training stage's place in the run."""
+    first, last = schedules.first_step, schedules.last_step
+    return f"{'stage':<10} stages.{schedules.number}, from step {first:,} to {last:,} of {schedules.run_steps:,}"
+
+
 def lengthening(before: Schedules, now: Schedules, step: int) -> str:
     """Return the message that a run goes on longer than planned, and with which learning rate."""
     return (
-        f"lengthened from {before.total_steps:,} to {now.total_steps:,} steps at step {step:,}: from here on every schedule "
-        f"is that of a run planned with {now.total_steps:,} steps; the learning rate goes from "
-        f"{before.lr(max(step - 1, 0)):.3g} to {now.lr(step):.3g}"
+        f"lengthened from {before.last_step:,} to {now.last_step:,} steps at step {step:,}: from here on every schedule "
+        f"is that of a run planned with {now.last_step:,} steps; the learning rate goes from "
+        f"{before.lr(max(step - 1, before.first_step)):.3g} to {now.lr(step):.3g}"
     )
 
 

@@ -178,7 +178,8 @@ class StepMetrics:
         worker_fields, slow_worker = self._workers.take()
         head = {
             "step": step,
-            "images_seen": step * self._batch,
+            "images_seen": schedules.images_seen(step),
+            **({"stage": schedules.number} if schedules.number or schedules.steps_after else {}),
             **{f"images_seen_{name}": images for name, images in images_of_sets.items()},
         }
         tail = {
@@ -256,8 +257,8 @@ class StepMetrics:
         last row."""
         seconds = time.monotonic() - self._began
         return {
-            "total_steps": self._schedules.total_steps,
-            "images_seen": step * self._batch,
+            "total_steps": self._schedules.run_steps,
+            "images_seen": self._schedules.images_seen(step),
             "world_size": self._world.size,
             "seconds_since_start": seconds,
             "images_per_s": (step - self._first_step) * self._batch / seconds,
@@ -289,7 +290,7 @@ class StepMetrics:
     def _on_held_out(self, step: int) -> dict[str, Any]:
         """Measure on the held-out images if it is due at `step`, and return the fields for its row."""
         every = self._config.train.knn_every
-        if self._knn is None or not every or (step % every and step != self._schedules.total_steps):
+        if self._knn is None or not every or (step % every and step != self._schedules.last_step):
             return {}
         context, fields, values = autocast(self._config, self._world.device), {}, {}
         if self._knn.has_labels:
@@ -310,7 +311,7 @@ class StepMetrics:
     def is_measured(self, step: int) -> bool:
         """Return whether the accuracy of the classifier is measured at a step."""
         every = self._config.train.eval_every or self._schedules.steps_per_epoch
-        return self._accuracy is not None and (step % every == 0 or step == self._schedules.total_steps)
+        return self._accuracy is not None and (step % every == 0 or step == self._schedules.last_step)
 
     def _classifier_accuracy(self, step: int) -> dict[str, Any]:
         """Return the fields of the row of `step` about the classifier: of the EMA and, if that differs, of the student."""
@@ -344,9 +345,9 @@ class StepMetrics:
     def last_lines(self, step: int) -> list[str]:
         """Return the lines with which a run that is finished at `step` ends."""
         if self._config.objective.classes:
-            return accuracies.last_lines(self._config, self.accuracies, step, self._schedules.total_steps)
+            return accuracies.last_lines(self._config, self.accuracies, step, self._schedules.run_steps)
         facts = replace(self._facts, steps=step)
-        return learning.last_lines(self._config, self.knn, facts, self._schedules.total_steps)
+        return learning.last_lines(self._config, self.knn, facts, self._schedules.run_steps)
 
     def has_stalled(self) -> bool:
         """Return whether `train.patience` measurements of the accuracy in a row were no better than the best."""

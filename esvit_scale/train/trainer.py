@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from esvit_scale import files, ranges
-from esvit_scale.checkpoint import frozen_teacher, state
+from esvit_scale.checkpoint import frozen_teacher, state, step_folders
 from esvit_scale.checkpoint.initial_weights import NO_INITIAL_WEIGHTS, load_initial_weights
 from esvit_scale.checkpoint.saver import Saver
 from esvit_scale.config import Config
 from esvit_scale.data import labels, stream
 from esvit_scale.data.stream import Batch, MicroBatch
-from esvit_scale.errors import Diverged, UserError
+from esvit_scale.errors import Diverged, RestartCanHelp, UserError
 from esvit_scale.models.drop_path import drop_keys
 from esvit_scale.objective.schedules import Schedules
 from esvit_scale.parallel import collectives, engine
@@ -75,7 +75,9 @@ class Trainer:
         self._load_extra_state(frozen.centers or initial.centers)
         self.clock = StepClock(world.device)
         self.engines.layout.hook_gathers(self.engines.networks, self.clock.mark)
-        self.last_step = schedules.total_steps
+        if self.engines.gram is not None:
+            self.engines.gram.begin_after(schedules.first_step)
+        self.last_step = schedules.last_step
         self.step = self.optimizer_step = self.data_offset = 0
         self._flags, self._saved_step = Flag(0), -1
 
@@ -183,10 +185,10 @@ class Trainer:
     # --- the loop ----------------------------------------------------------------------------------------------------
 
     def train(self, run: RunResources) -> int:
-        """Train from the run's last checkpoint to its last step, and return the exit code.
+        """Train from the run's last checkpoint to the last step of the schedules, and return the exit code.
 
         Returns:
-            0 when the run is finished; when a signal ended it early and it is saved, 0 with a file `requeue` in the run
+            0 when the run, or its training stage, is finished; when a signal ended it early and it is saved, 0 with a file `requeue` in the run
             dir (SIGUSR1, SIGTERM) or 130 (ctrl-C).
 
         Raises:
@@ -226,13 +228,15 @@ class Trainer:
         self._replaced = ReplacedShare(self.config.train.global_batch, self.schedules.steps_per_epoch)
         self._rollbacks = Rollbacks(run.path, self.config.train)
         if run.checkpoint is not None:
-            self._restore(run.checkpoint)
-            self._origin = f"resumed from {run.checkpoint} at step {self.step}"
-        shorter = collectives.run_on_rank0_and_broadcast(lambda: run_dir.record_start(run.path, self.config, self.step))
+            self._origin = self._restore(run.checkpoint)
+        shorter = None
+        if run.is_start:
+            record = partial(run_dir.record_start, run.path, run.config, self.step)
+            shorter = collectives.run_on_rank0_and_broadcast(record)
         facts = startup.run_facts(self.engines, self.schedules, self.step, run.data.samples)
-        for line in startup.lines(self.config, self.engines, self.world, facts, self._origin, shorter):
+        for line in startup.lines(self.schedules, self.engines, self.world, facts, self._origin, shorter):
             self._log(logging.INFO, "%s", line)
-        self._logger = MetricLogger(run.path, self.last_step, self.world.rank == 0, self.config)
+        self._logger = MetricLogger(run.path, self.schedules.run_steps, self.world.rank == 0, self.config)
         collectives.run_on_rank0_and_broadcast(lambda: self._logger.open(self.step))
         if row := self._metrics.start(facts, run.path, run.mirrored_step):
             self._logger.row(row)
@@ -363,13 +367,29 @@ class Trainer:
 
     # --- checkpoints and the end -------------------------------------------------------------------------------------
 
-    def _restore(self, folder: Path) -> None:
+    def _restore(self, folder: Path) -> str:
+        """Go on from a checkpoint of this stage, or begin the stage from the last one of the stage before.
+
+        Returns:
+            Where the weights come from, for the log.
+        """
+        step, schedules = step_folders.step_of(folder) or 0, self.schedules
+        if step < schedules.first_step:  # the last checkpoint of the stage before is damaged, or gone
+            raise RestartCanHelp(
+                f"{folder}: the newest good checkpoint is of an earlier stage; a start goes on from it"
+            )
         extra_state = self.objective.empty_extra_state(self.world.device)
-        cursor = state.restore(folder, self.engines, extra_state)
+        if schedules.number and step == schedules.first_step:
+            cursor, carried = state.carry_over(folder, self.engines, extra_state)
+            data_offset, origin = schedules.first_batch - step, f"starts from {folder}: {carried}"
+        else:
+            cursor = state.restore(folder, self.engines, extra_state)
+            data_offset, origin = cursor["data_offset"], f"resumed from {folder} at step {step}"
         self._load_extra_state(extra_state)
-        self.step = self._saved_step = cursor["step"]
-        self.optimizer_step, self.data_offset = cursor["optimizer_step"], cursor["data_offset"]
+        self.step = self._saved_step = step
+        self.optimizer_step, self.data_offset = cursor["optimizer_step"], data_offset
         signals.set_kept(folder)
+        return origin
 
     def _load_extra_state(self, extra_state: dict[str, Tensor]) -> None:
         """Restore what the first objective's `extra_state` returned, in all: students of one teacher have equal centres."""
@@ -398,7 +418,7 @@ class Trainer:
             "optimizer_step": self.optimizer_step,
             "batch_index": self.step + self.data_offset,
             "data_offset": self.data_offset,
-            "images_seen": self.step * self.config.train.global_batch,
+            "images_seen": self.schedules.images_seen(self.step),
         }
         self._saver.start(self.engines, self.objective.extra_state(), cursor, self._metrics.is_best(self.step))
         self._saved_step, self._saved_at = self.step, time.monotonic()
@@ -408,11 +428,11 @@ class Trainer:
         """End early because of a signal, after the save; return the exit code."""
         self._saver.wait()
         with log_file_errors():
-            self._write_summary(finished=self.step == self.last_step)
+            self._write_summary(finished=self.step == self.schedules.run_steps)
         interrupted = self._flags & Flag.INTERRUPT
         if self.world.rank == 0:
-            log.warning(STOPPED, self.step, self.last_step)
-            if not interrupted and self.step < self.last_step:
+            log.warning(STOPPED, self.step, self.schedules.run_steps)
+            if not interrupted and self.step < self.schedules.run_steps:
                 # On a full disk this ends with exit code 75, which asks for a requeue as well.
                 files.write_text(self._run.path / "requeue", f"{self.step}\n")
         return INTERRUPTED if interrupted else 0
@@ -420,8 +440,9 @@ class Trainer:
     def _finish(self) -> None:
         self._save()
         self._saver.wait()
-        collectives.run_on_rank0_and_broadcast(lambda: self._write_summary(finished=True))
-        for line in self._metrics.last_lines(self.step):
+        is_end = not self.schedules.steps_after
+        collectives.run_on_rank0_and_broadcast(lambda: self._write_summary(finished=is_end))
+        for line in self._metrics.last_lines(self.step) if is_end else ():
             self._log(logging.INFO, "%s", line)
 
     def _stop(self, error: UserError | Diverged) -> NoReturn:
