@@ -20,9 +20,8 @@ from PIL import Image
 from esvit_scale import config as configs
 from esvit_scale.checkpoint import frozen_teacher
 from esvit_scale.checkpoint.backbone import Backbone, load_backbone
-from esvit_scale.commands.plan import memory_bytes, speed_of
+from esvit_scale.commands.plan import as_json, images_of, memory_bytes, speed_of
 from esvit_scale.config import Config
-from esvit_scale.data import mix
 from esvit_scale.errors import RestartCanHelp
 from esvit_scale.evaluate import features, knn
 from esvit_scale.evaluate.features import ExtractionOptions
@@ -166,10 +165,9 @@ def plan(
         UserError: the config is wrong, or its batch does not divide over the GPUs.
     """
     of_run = frozen_teacher.described_in(config(name, changes))
-    if images is None and (of_run.data.train or of_run.data.mix):
-        images = mix.epoch_samples(of_run.data)
-    found = plans.plan(of_run, gpus, memory_bytes(gpu_memory), images, speed_of(of_run, tflops, mfu))
-    return plans.as_json(found, gpus)
+    speed, memory = speed_of(of_run, tflops, mfu), memory_bytes(gpu_memory)
+    found = [plans.plan(one, gpus, memory, images or images_of(one), speed) for one in of_run.of_stages]
+    return as_json(found, gpus)
 
 
 def _written(value: Any) -> str:

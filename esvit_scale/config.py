@@ -301,7 +301,7 @@ def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def sources(config: str, overrides: list[str]) -> dict[str, str]:
     """Return where each value that is no default comes from: dotted key → "preset swin_t", a file's name or an override."""
     label = config if Path(config).expanduser().is_file() else f"preset {config}"
-    found = dict.fromkeys(_flatten(_read(config)), label)
+    found = dict.fromkeys([*_flatten(values := _read(config)), *(values.keys() & {"stages"})], label)
     whole = _flatten(resolve(config, overrides).model_dump(mode="json"))
     for override in overrides:
         changed = override.partition("=")[0].strip()

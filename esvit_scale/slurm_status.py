@@ -140,15 +140,18 @@ def _total_steps(run: Path) -> int | None:
     path = run / "config.yaml"
     if not path.exists():
         return None
-    config = configs.load(path)
-    if config.train.steps:
-        return config.train.steps
-    from esvit_scale.data import mix  # imports numpy, which takes a while
+    total = 0
+    for config in configs.load(path).of_stages:
+        if config.train.steps:
+            total += config.train.steps
+            continue
+        from esvit_scale.data import mix  # imports numpy, which takes a while
 
-    try:
-        return config.train.epochs * (mix.epoch_samples(config.data) // config.train.global_batch)
-    except UserError:
-        return None
+        try:
+            total += config.train.epochs * (mix.epoch_samples(config.data) // config.train.global_batch)
+        except UserError:
+            return None
+    return total
 
 
 def _records(run: Path, name: str) -> list[list[str]]:

@@ -68,8 +68,18 @@ def check(stages: Sequence[Config]) -> None:
         except UserError as error:
             raise UserError(f"stages.{number}: {error}") from None
         if before is not None:
-            compare(f"stages.{number}", before, shapes)
+            _check_next(number, before, shapes)
         before = shapes
+
+
+def _check_next(number: int, before: Shapes, shapes: Shapes) -> None:
+    where = f"stages.{number}"
+    try:
+        compare(where, before, shapes)
+    except UserError as error:
+        reason = str(error).removeprefix(f"{where}: ").replace("in the checkpoint", "before")
+        reason = reason.replace("in the model", "now").removeprefix("a checkpoint of another architecture: ")
+        raise UserError(f"{where}: cannot start from the stage before: {reason}") from None
 
 
 def _head(name: str) -> str:

@@ -128,7 +128,7 @@ def rows_of(config: str | None, overrides: list[str]) -> Iterator[Row]:
         before, zero, after = key.name.partition(".0.")
         if not zero:
             value = _at(values, key.name)
-            if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            if isinstance(value, list) and any(isinstance(item, dict) for item in value) and key.name != "stages":
                 continue  # its items follow, key by key
             yield Row(key, value, sources.get(key.name, "default"))
             continue

@@ -2,10 +2,15 @@
 
 import argparse
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from esvit_scale.commands.parser import add_overrides, command, positive
 from esvit_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from esvit_scale.scaling.plan import Plan
 
 UNITS = {"": 2**30, "G": 2**30, "GB": 2**30, "GIB": 2**30, "M": 2**20, "MB": 2**20, "MIB": 2**20}
 TRAINING_MFU = 0.35  # assumed MFU without --mfu
@@ -47,19 +52,50 @@ def _plan(options: argparse.Namespace) -> int:
     from esvit_scale import config as configs
     from esvit_scale.checkpoint import frozen_teacher
     from esvit_scale.scaling import plan as plans
+    from esvit_scale.train import header
 
     o = options
-    config = frozen_teacher.described_in(configs.resolve(o.config, o.overrides))
+    whole = frozen_teacher.described_in(configs.resolve(o.config, o.overrides))
     if (o.tflops is not None and not 0 < o.tflops < 1e6) or not 0 < o.mfu <= 1:
         raise UserError("plan: --tflops must be above 0, and --mfu above 0 and at most 1")
-    found = plans.plan(config, o.gpus, o.gpu_memory, o.images or _images(config), speed_of(config, o.tflops, o.mfu))
-    print(json.dumps(plans.as_json(found, o.gpus), indent=2) if o.json else plans.table(found, config, o.gpus))
-    if problem := plans.refusal(found, config, o.gpus):
-        raise UserError(problem)
+    speed, stages = speed_of(whole, o.tflops, o.mfu), whole.of_stages
+    found = [plans.plan(stage, o.gpus, o.gpu_memory, o.images or images_of(stage), speed) for stage in stages]
+    if o.json:
+        print(json.dumps(as_json(found, o.gpus), indent=2))
+    else:
+        for number, (one, config) in enumerate(zip(found, stages, strict=True)):
+            heading = f"{header.stage_line(config, number, o.images or images_of(config))}\n" if whole.stages else ""
+            print(f"{heading}{plans.table(one, config, o.gpus)}" + ("\n" if whole.stages else ""))
+        if whole.stages:
+            print(_sum(as_json(found, o.gpus)))
+    refusals = [plans.refusal(one, config, o.gpus) for one, config in zip(found, stages, strict=True)]
+    if problems := [
+        f"stages.{n}: {problem}" if whole.stages else problem for n, problem in enumerate(refusals) if problem
+    ]:
+        raise UserError("\n".join(problems))
     return 0
 
 
-def _images(config: Any) -> int | None:
+def as_json(found: "Sequence[Plan]", gpus: int) -> dict[str, Any]:
+    """Return the plan of a run as plain values; of a run in training stages, their plans and the sums over them."""
+    from esvit_scale.scaling import plan as plans
+
+    values = [plans.as_json(one, gpus) for one in found]
+    if len(values) == 1:
+        return values[0]
+    sums = {key: sum(one[key] for one in values) for key in ("steps", "images_seen", "total_flops")}
+    has_times = values[0]["hours"] is not None
+    sums |= {key: sum(one[key] for one in values) if has_times else None for key in ("hours", "gpu_hours")}
+    return {"stages": values, **sums}
+
+
+def _sum(values: dict[str, Any]) -> str:
+    time = "" if values["hours"] is None else f", {values['hours']:,.1f} h, {values['gpu_hours']:,.1f} GPU hours"
+    return f"all stages          {values['steps']:,} steps, {values['total_flops']:.3g} FLOPs{time}"
+
+
+def images_of(config: Any) -> int | None:
+    """Return the number of images in an epoch of a config's training set; None if it names none."""
     from esvit_scale.data import mix
 
     return mix.epoch_samples(config.data) if config.data.train or config.data.mix else None

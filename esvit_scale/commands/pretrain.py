@@ -47,7 +47,8 @@ def _add_run(parser: argparse.ArgumentParser, example: str) -> None:
         "--show-crops",
         type=Path,
         metavar="PNG",
-        help="only draw the crops of some training images to this file, as the model will see them (default: train)",
+        help="only draw the crops of some training images to this file, as the model will see them, or to one for each "
+        "training stage (default: train)",
     )
 
 
@@ -99,17 +100,18 @@ def _show_crops(config: "Config", path: Path) -> int:
         raise UserError(f"--show-crops {path}: must end in .png")
     from esvit_scale import files
     from esvit_scale.report import sample_images
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_bytes(path, sample_images.crop_sheet(config))
-    print(path)
     from esvit_scale.train import header, startup
 
-    try:
-        notes = startup.notes(config, startup.planned_facts(config))
-    except UserError as error:
-        notes = [f"{'note':<10} training would not begin: {error}"]
-    header.say(*notes)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for number, stage in enumerate(config.of_stages):
+        sheet = path.with_stem(f"{path.stem}-stage-{number}") if config.stages else path
+        files.write_bytes(sheet, sample_images.crop_sheet(stage))
+        print(sheet)
+        try:
+            notes = startup.notes(stage, startup.planned_facts(stage))
+        except UserError as error:
+            notes = [f"{'note':<10} training would not begin: {error}"]
+        header.say(*notes)
     return 0
 
 

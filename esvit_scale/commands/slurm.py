@@ -153,13 +153,16 @@ def _check_pretrain(config: "Config", ranks: int, data: bool) -> None:
     Raises:
         UserError: the batch does not divide over the ranks, the DeepSpeed file does not fit, or the data is missing.
     """
+    from esvit_scale.checkpoint import carried
     from esvit_scale.data import loader, stream
     from esvit_scale.parallel import ds_config
 
-    loader.check_division(config, ranks)
-    ds_config.fill(config, ranks)
-    if data:
-        stream.steps_per_epoch(config, stream.open_data(config))
+    carried.check(config.of_stages)
+    for stage in config.of_stages:
+        loader.check_division(stage, ranks)
+        ds_config.fill(stage, ranks)
+        if data:
+            stream.steps_per_epoch(stage, stream.open_data(stage))
 
 
 def _check_there(o: argparse.Namespace, *paths: str) -> None:

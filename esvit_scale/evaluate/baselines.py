@@ -98,4 +98,4 @@ def _config(value: str) -> Config:
             f"--checkpoint {UNTRAINED}: needs a preset, a YAML file or a run dir, such as {UNTRAINED}swin_t"
         )
     of_run = Path(value) / "config.yaml"
-    return configs.load(of_run) if of_run.is_file() else configs.resolve(value)
+    return (configs.load(of_run) if of_run.is_file() else configs.resolve(value)).of_stages[-1]

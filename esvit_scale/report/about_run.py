@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from esvit_scale import config as configs
-from esvit_scale import presets
+from esvit_scale import presets, yaml_text
 from esvit_scale.checkpoint import state_file, step_folders
 from esvit_scale.config import Config
 from esvit_scale.data import identity as identities
@@ -52,6 +52,7 @@ def about(of: RunFiles) -> AboutRun:
     environment, config = of.environment or {}, of.config
     facts = [
         ("state", _state(of)),
+        *(_stages(of) if config and config.stages else []),
         ("duration", _duration(of.rows)),
         ("starts", _starts(of)),
         *(_data(config, of.path) if config else []),
@@ -76,6 +77,17 @@ def _state(of: RunFiles) -> str:
     total = summary.get("total_steps") or (of.config.train.steps if of.config else None)
     done = f"step {step:,}" + (f" of {total:,}" if total and total != step else "")
     return f"finished, {done}" if summary.get("finished") else f"not finished, {done}"
+
+
+def _stages(of: RunFiles) -> list[tuple[str, str]]:
+    """Return a line for every training stage: its length and what it changes, and the steps that are logged."""
+    found = []
+    for number, stage in enumerate(of.config.stages if of.config else ()):
+        steps = [row["step"] for row in of.rows if row.get("stage") == number]
+        done = f"steps {steps[0]:,} to {steps[-1]:,}" if steps else "not begun"
+        changes = ", ".join(f"{key}={yaml_text.show(value)}" for key, value in stage.items())
+        found.append((f"stage {number}", f"{done}: {changes}"))
+    return found
 
 
 def _duration(rows: list[Json]) -> str:

@@ -15,6 +15,7 @@ RUN_COLOURS = (BLUE, ORANGE, GREEN, VIOLET, "#ec4899", "#14b8a6", "#ca8a04", "#e
 NOT_DRAWN = (
     "step",
     "images_seen",
+    "stage",
     "time",
     "knn_top1_pixels",
     "knn_largest_class",

@@ -84,6 +84,10 @@ def cells(sweep: Sweep, where: str, speed: Speed | None) -> list[Cell]:
         UserError: a size, the base config or its data do not fit, or two cells are the same run.
     """
     base = frozen_teacher.described_in(configs.resolve(sweep.base, list(sweep.overrides)))
+    if base.stages:
+        raise UserError(
+            f"{where}: base: {sweep.base} has stages, and a sweep sets the length of each run itself; stages=[]"
+        )
     configs.require_training_data(base)
     if base.data.mix:
         raise UserError(f"{where}: {sweep.base}: data.mix: a sweep needs one shard set; set data.train instead")

@@ -50,30 +50,48 @@ def lines(config: Config, given: str) -> list[str]:
     They show what the user chose: a value that is the default may not concern this trunk or objective. Where the data
     cannot be read, only their path is given; the run itself then says what is wrong.
     """
+    whole, config = config, config.of_stages[0]
     data, model, train = config.data, config.model, config.train
-    crops = " + ".join(
-        [f"{data.global_crops.count}×{data.global_crops.size}", *(f"{g.count}×{g.size}" for g in data.local_crops)]
-    )
     shape = [
         f"{name} {value if isinstance(value, int) else '-'.join(map(str, value))}"
         for name in ("window", "embed_dim", "depths", "heads")
         if (value := getattr(model, name)) != type(model).model_fields[name].default
     ]
     images = _images(config)
+    length = [stage_line(one, number, _images(one)) for number, one in enumerate(whole.of_stages) if whole.stages]
     source = data.train or ", ".join(mixed.urls for mixed in data.mix)
     rows = [
         ("config", given),
         ("run dir", f"{config.run_path}: {_run_state(config.run_path)}"),
         ("data", source + (f": {images:,} images" if images else "")),
-        ("crops", f"{crops} pixels"),
+        ("crops", f"{_crops(config)} pixels"),
         *([("recipe", presets.recipe_for(images, data.global_crops.size))] if images else []),
         ("trunk", ", ".join([model.trunk, *shape])),
         ("objective", f"{config.objective.name}, {_losses(config)}"),
-        ("length", _length(config, images)),
+        *([] if length else [("length", _length(config, images))]),
         ("numbers", f"{train.precision}, {train.ds_config}{_zero_stage(config)}"),
         _measured(config),
     ]
-    return [f"{name:<10} {text}" for name, text in rows]
+    return [*(f"{name:<10} {text}" for name, text in rows[:-2]), *length] + [
+        f"{name:<10} {text}" for name, text in rows[-2:]
+    ]
+
+
+def stage_line(config: Config, number: int, images: int | None) -> str:
+    """Return a line with a training stage's length, crops, window and learning rate.
+
+    Args:
+        images: number of images in an epoch; None: not known.
+    """
+    parts = [_length(config, images), f"crops {_crops(config)}", f"window {config.model.window}"]
+    return f"{f'stages.{number}':<10} {' · '.join([*parts, f'peak lr {config.peak_lr:.3g}'])}"
+
+
+def _crops(config: Config) -> str:
+    data = config.data
+    return " + ".join(
+        [f"{data.global_crops.count}×{data.global_crops.size}", *(f"{g.count}×{g.size}" for g in data.local_crops)]
+    )
 
 
 def _measured(config: Config) -> tuple[str, str]:
