@@ -204,6 +204,9 @@ class Architecture(Section):
     """Name of the trunk: one of docs/trunks.md, or timm:NAME for one of timm's."""
     window: Positive = 7
     """[tokens] Side of an attention window."""
+    pretrained_windows: Annotated[list[Positive], Field(min_length=1)] | None = None
+    """[tokens] For Swin V2 with weights of other windows: the side that each stage's windows had, by which distances are
+    scaled, so that the bias of two tokens stays as it was (docs/stages.md); null: the present windows."""
     drop_path: Fraction = 0.1
     """[probability] Stochastic depth: the rate at which the last block is skipped; it grows linearly from 0 with depth."""
     embed_dim: Positive | None = None

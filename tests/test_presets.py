@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from esvit_scale import config as configs
+from esvit_scale.checkpoint import carried
 from esvit_scale.errors import UserError
 from esvit_scale.models.initialize import initial_values
 from esvit_scale.objective import costs
@@ -74,4 +75,12 @@ def test_preset_header_states_the_computed_cost(preset: str) -> None:
     assert stated
     flops = stated[1].replace(",", "")
     digits = len(flops.partition(".")[2])
-    assert f"{costs.image_flops(configs.resolve(preset)) / 1e9:.{digits}f}" == flops
+    first, *later = configs.resolve(preset).of_stages
+    assert f"{costs.image_flops(first) / 1e9:.{digits}f}" == flops
+    for config in later:
+        assert f"and {costs.image_flops(config) / 1e9:,.1f} GFLOPs in the last stage" in header_of(preset)
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if configs.resolve(name).stages])
+def test_every_stage_of_a_preset_can_start_from_the_one_before(preset: str) -> None:
+    carried.check(configs.resolve(preset).of_stages)

@@ -19,9 +19,10 @@ from typing import NamedTuple
 import torch
 
 from esvit_scale.checkpoint import positions
-from esvit_scale.checkpoint.weights import OBJECTIVE, Shapes, head_titles, heads_in, network_shapes
+from esvit_scale.checkpoint.weights import OBJECTIVE, Shapes, head_titles, heads_in, shapes_of
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
+from esvit_scale.objective.network import Network, build_network
 
 
 class Carried(NamedTuple):
@@ -61,25 +62,32 @@ def compare(where: object, stored: Shapes, wanted: Shapes) -> Carried:
 
 def check(stages: Sequence[Config]) -> None:
     """Raise UserError if a stage cannot start from the one before; `stages` are the configs of a run's stages."""
-    before: Shapes | None = None
+    before: Network | None = None
     for number, config in enumerate(stages if len(stages) > 1 else ()):
         try:
-            shapes = network_shapes(config)
+            with torch.device("meta"):
+                network = build_network(config)
         except UserError as error:
             raise UserError(f"stages.{number}: {error}") from None
         if before is not None:
-            _check_next(number, before, shapes)
-        before = shapes
+            _check_next(f"stages.{number}", config, before, network)
+        before = network
 
 
-def _check_next(number: int, before: Shapes, shapes: Shapes) -> None:
-    where = f"stages.{number}"
+def _check_next(where: str, config: Config, before: Network, now: Network) -> None:
     try:
-        compare(where, before, shapes)
+        compare(where, shapes_of(before), shapes_of(now))
     except UserError as error:
         reason = str(error).removeprefix(f"{where}: ").replace("in the checkpoint", "before")
         reason = reason.replace("in the model", "now").removeprefix("a checkpoint of another architecture: ")
         raise UserError(f"{where}: cannot start from the stage before: {reason}") from None
+    old, new = before.trunk.distance_windows, now.trunk.distance_windows
+    if old != new and config.model.pretrained_windows is None:
+        keep, stretch = (f"model.pretrained_windows=[{','.join(map(str, sides or ()))}]" for sides in (old, new))
+        raise UserError(
+            f"{where}: the windows change, and the trunk computes its position bias from distances; set {keep} so that the "
+            f"bias of two tokens stays as it is, or {stretch} to stretch it over the new windows"
+        )
 
 
 def _head(name: str) -> str:

@@ -47,5 +47,7 @@ def build_trunk(config: Config) -> Trunk:
         raise UserError(
             f"model.registers: {name} takes none; set model.registers=0, or take one of {', '.join(vit.VARIANTS)}"
         )
+    if config.model.pretrained_windows is not None and trunk.distance_windows is None:
+        raise UserError(f"model.pretrained_windows: is for Swin V2, and {name} is none; leave it out")
     trunk.name = name
     return trunk

@@ -59,6 +59,8 @@ def detector_v2(trunk: "SwinV2", library: str) -> DetectorForm:
         raise UserError(f"{library} has no Swin V2")
     refuse_extra_norms(trunk, library)
     _refuse_other_windows(trunk, library)
+    if trunk.distance_windows != tuple(stage.window for stage in trunk.stages):
+        raise UserError(f"{library}'s Swin V2 scales distances by its own windows, not by model.pretrained_windows")
     return DetectorForm(_torchvision, lambda tensors: dict(tensors))
 
 

@@ -91,7 +91,8 @@ def timm_v2(trunk: "SwinV2", size: int) -> TimmForm:
         UserError: the trunk has extra norms, which timm lacks, or a window needs padding, which timm does differently.
     """
     refuse_extra_norms(trunk, "timm")
-    return _timm(trunk, size, TIMM_V2)
+    form = _timm(trunk, size, TIMM_V2)
+    return form._replace(arguments=form.arguments | _pretrained(trunk))
 
 
 def _timm(trunk: "Swin", size: int, registered: dict[Sizes, str]) -> TimmForm:
@@ -163,7 +164,13 @@ def huggingface_v2(trunk: "SwinV2", size: int) -> HuggingFaceForm:
     """
     refuse_extra_norms(trunk, "huggingface")
     _refuse_padded_windows(trunk, size, "huggingface")
-    return _huggingface(trunk, size, "swinv2", "Swinv2Model")
+    form = _huggingface(trunk, size, "swinv2", "Swinv2Model")
+    return form._replace(config=form.config | _pretrained(trunk))
+
+
+def _pretrained(trunk: "SwinV2") -> dict[str, list[int]]:
+    """Return the argument with which timm and transformers scale distances by the windows of an earlier training."""
+    return {} if trunk.pretrained_windows is None else {"pretrained_window_sizes": list(trunk.pretrained_windows)}
 
 
 def _huggingface(trunk: "Swin", size: int, model_type: str, architecture: str) -> HuggingFaceForm:

@@ -9,6 +9,7 @@ Parameter names are those of the published code.
 """
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -48,6 +49,9 @@ class SwinV2(Swin):
     Args:
         extra_norm_every: norm the residual stream once more after every so many blocks of the third stage, as the
             paper's sizes H and G do; None: never.
+        pretrained_windows: side of each stage's windows in the training that the weights come from, as in the published
+            code for other windows: distances are scaled by it, so that the bias between two tokens stays as it was. None:
+            the present windows.
         embed_dim, depths, heads, window, size, drop_path: as in `Swin`.
     """
 
@@ -62,16 +66,19 @@ class SwinV2(Swin):
         size: int = 224,
         drop_path: float = 0.0,
         extra_norm_every: int | None = None,
+        pretrained_windows: Sequence[int] | None = None,
     ) -> None:
-        self.extra_norm_every = extra_norm_every  # make_block, which the base constructor calls, reads it
+        # make_block, which the base constructor calls, reads these.
+        self.extra_norm_every, self.pretrained_windows = extra_norm_every, pretrained_windows
         super().__init__(embed_dim, depths, heads, window, size, drop_path)
+        self.distance_windows = tuple(pretrained_windows or (stage.window for stage in self.stages))
 
     def make_block(self, stage: int, index: int, dim: int, heads: int, window: int) -> "BlockV2":
         """Return the new block `index` of a stage (both from 0), of width `dim`."""
         every = self.extra_norm_every
-        return BlockV2(
-            dim, heads, window, stage == EXTRA_NORM_STAGE and every is not None and index % every == every - 1
-        )
+        extra_norm = stage == EXTRA_NORM_STAGE and every is not None and index % every == every - 1
+        before = window if self.pretrained_windows is None else self.pretrained_windows[stage]
+        return BlockV2(dim, heads, window, extra_norm, before)
 
     def make_merging(self, dim: int) -> "PatchMergingV2":
         """Return the new patch merging that follows a stage of width `dim`."""
@@ -109,9 +116,9 @@ class SwinV2(Swin):
 class BlockV2(nn.Module):
     """A Swin V2 block: window attention, then an MLP, each normed before it is added to the residual stream."""
 
-    def __init__(self, dim: int, heads: int, window: int, extra_norm: bool) -> None:
+    def __init__(self, dim: int, heads: int, window: int, extra_norm: bool, pretrained_window: int) -> None:
         super().__init__()
-        self.attn = WindowAttentionV2(dim, heads, window)
+        self.attn = WindowAttentionV2(dim, heads, window, pretrained_window)
         self.norm1 = BranchNorm(dim, eps=NORM_EPS)
         self.mlp = GeluMlp(dim)
         self.norm2 = BranchNorm(dim, eps=NORM_EPS)
@@ -144,10 +151,10 @@ class WindowAttentionV2(nn.Module):
     Keys have no bias, as in the published code.
     """
 
-    def __init__(self, dim: int, heads: int, window: int) -> None:
+    def __init__(self, dim: int, heads: int, window: int, pretrained_window: int) -> None:
         super().__init__()
         self.heads = heads
-        self.window = window
+        self.window, self.pretrained_window = window, pretrained_window
         self.attend: AttendWindows = attend_math  # `Swin.use_attention` replaces it
         self.logit_scale = nn.Parameter(torch.full((heads, 1, 1), math.log(10.0)))  # −log τ
         self.cpb_mlp = nn.Sequential(WideLinear(2, BIAS_HIDDEN), nn.ReLU(), WideLinear(BIAS_HIDDEN, heads, bias=False))
@@ -192,7 +199,8 @@ class WindowAttentionV2(nn.Module):
 
     def bias_table(self, device: torch.device) -> Tensor:
         """Return the position bias of every relative distance, [(2·window − 1)², heads], in fp32 or wider."""
-        return BIAS_MAX * torch.sigmoid(self.cpb_mlp(relative_distances(self.window, device)))
+        distances = relative_distances(self.window, self.pretrained_window, device)
+        return BIAS_MAX * torch.sigmoid(self.cpb_mlp(distances))
 
 
 class WideLinear(nn.Linear):
@@ -270,12 +278,12 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 @lru_cache(maxsize=64)
-def relative_distances(window: int, device: torch.device) -> Tensor:
+def relative_distances(window: int, pretrained_window: int, device: torch.device) -> Tensor:
     """Return the log-spaced distance (dy, dx) of each row of the bias table, float64 [(2w−1)², 2] with w = `window`.
 
-    Distances are first scaled to −8 … 8 over the window; the logarithm maps them to about ±1.
+    Distances are first scaled to −8 … 8 over a window of side `pretrained_window`; the logarithm maps these to about ±1.
     """
-    steps = torch.arange(-(window - 1), window, dtype=torch.float64) * (8 / max(window - 1, 1))
+    steps = torch.arange(-(window - 1), window, dtype=torch.float64) * (8 / max(pretrained_window - 1, 1))
     spaced = steps.sign() * torch.log2(steps.abs() + 1) / math.log2(8)
     with torch.inference_mode(False):
         return torch.cartesian_prod(spaced, spaced).to(device)

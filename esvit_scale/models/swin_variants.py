@@ -46,4 +46,11 @@ def build(config: Config) -> Swin:
     shape = swin_shape(config)
     size, window, drop_path = config.data.global_crops.size, config.model.window, config.model.drop_path
     common = (shape.embed_dim, shape.depths, shape.heads, window, size, drop_path)
-    return SwinV2(*common, extra_norm_every=shape.extra_norm_every) if shape.version == 2 else Swin(*common)
+    if shape.version == 1:
+        return Swin(*common)
+    before = config.model.pretrained_windows
+    if before is not None and len(before) != len(shape.depths):
+        raise UserError(
+            f"model.pretrained_windows: {len(before)} stages, but {config.model.trunk} has {len(shape.depths)}"
+        )
+    return SwinV2(*common, extra_norm_every=shape.extra_norm_every, pretrained_windows=before)

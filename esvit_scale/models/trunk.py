@@ -80,6 +80,7 @@ class Trunk(nn.Module):
         has_regions: whether `Features.regions` has any rows.
         registers: the number of register tokens, `model.registers`; 0 in a trunk that takes none.
         modalities: the modalities beside the image whose signals `forward` takes as a third argument.
+        distance_windows: side of the windows, per stage, by which a position network scales distances; None: it has none.
         norm: the final norm, of tokens [n, C]; an identity where there is none.
         has_attention_maps: whether `attention_maps` is implemented.
         has_ladder: whether the shapes of a sweep (scaling/shapes.py) are sizes of it.
@@ -96,6 +97,7 @@ class Trunk(nn.Module):
     has_regions = True
     registers: int = 0
     modalities: tuple[str, ...] = ()
+    distance_windows: tuple[int, ...] | None = None
     has_attention_maps = False
     has_ladder = False
 

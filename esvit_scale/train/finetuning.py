@@ -17,7 +17,7 @@ from esvit_scale.errors import UserError
 
 # Sections and keys whose values are those of the weights, unless the user gave others.
 OF_WEIGHTS = {
-    "model": ("trunk", "window", "embed_dim", "depths", "heads", "registers"),
+    "model": ("trunk", "window", "pretrained_windows", "embed_dim", "depths", "heads", "registers"),
     "data": ("channels", "bits", "mean", "std"),
 }
 

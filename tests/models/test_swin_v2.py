@@ -19,6 +19,10 @@ SHAPES = {  # window 3 pads and shifts everywhere; the windows of the others are
         {"embed_dim": 4, "depths": (1, 1, 4), "heads": (1, 2, 2), "window": 4, "size": 64, "extra_norm_every": 2},
         [(1, 64), (2, 36)],
     ),
+    "w4 after w2": (
+        {"embed_dim": 4, "depths": (1, 2), "heads": (1, 2), "window": 4, "size": 32, "pretrained_windows": (2, 3)},
+        [(1, 32), (2, 20)],
+    ),
     "window of one": ({"embed_dim": 4, "depths": (1, 1), "heads": (1, 2), "window": 1, "size": 16}, [(2, 16)]),
 }
 
@@ -76,7 +80,8 @@ def slow_swin_v2(trunk, shape, x):
         for i in range(depth):
             shift = shape["window"] // 2 if i % 2 and resolution > shape["window"] else 0
             name = f"layers.{s}.blocks.{i}"
-            x = x + norm(slow_attention(p, f"{name}.attn", x, heads, window, shift), f"{name}.norm1")
+            before = shape.get("pretrained_windows", {s: window})[s]
+            x = x + norm(slow_attention(p, f"{name}.attn", x, heads, window, shift, before), f"{name}.norm1")
             h = F.gelu(F.linear(x, p[f"{name}.mlp.fc1.weight"], p[f"{name}.mlp.fc1.bias"]))
             x = x + norm(F.linear(h, p[f"{name}.mlp.fc2.weight"], p[f"{name}.mlp.fc2.bias"]), f"{name}.norm2")
             if s == 2 and "extra_norm_every" in shape and (i + 1) % shape["extra_norm_every"] == 0:
@@ -88,7 +93,7 @@ def slow_swin_v2(trunk, shape, x):
     return norm(x, "norm")
 
 
-def slow_attention(p, name, x, heads, window, shift):
+def slow_attention(p, name, x, heads, window, shift, before):
     _, h, w, c = x.shape
     x = F.pad(x, (0, 0, 0, -w % window, 0, -h % window))  # before the roll, and not masked
     hp, wp = x.shape[1:3]
@@ -98,7 +103,7 @@ def slow_attention(p, name, x, heads, window, shift):
         for i, rows in enumerate((slice(0, -window), slice(-window, -shift), slice(-shift, None))):
             for j, cols in enumerate((slice(0, -window), slice(-window, -shift), slice(-shift, None))):
                 label[rows, cols] = 3 * i + j
-    bias = slow_bias(p, name, window)  # [L, L, heads]
+    bias = slow_bias(p, name, window, before)  # [L, L, heads]
     scale = p[f"{name}.logit_scale"].clamp(max=math.log(100)).exp().flatten()
     qkv_bias = torch.cat([p[f"{name}.q_bias"], torch.zeros(c), p[f"{name}.v_bias"]])
     out = torch.zeros_like(x)
@@ -118,8 +123,8 @@ def slow_attention(p, name, x, heads, window, shift):
     return out.roll((shift, shift), (1, 2))[:, :h, :w]
 
 
-def slow_bias(p, name, window):
-    spaced = lambda d: math.copysign(math.log2(abs(d) * 8 / max(window - 1, 1) + 1) / 3, d)  # noqa: E731
+def slow_bias(p, name, window, before):
+    spaced = lambda d: math.copysign(math.log2(abs(d) * 8 / max(before - 1, 1) + 1) / 3, d)  # noqa: E731
     yx = [(a, b) for a in range(window) for b in range(window)]
     delta = torch.tensor([[(spaced(a - e), spaced(b - f)) for e, f in yx] for a, b in yx], dtype=torch.float64)
     hidden = F.linear(delta, p[f"{name}.cpb_mlp.0.weight"], p[f"{name}.cpb_mlp.0.bias"]).relu()
@@ -158,6 +163,19 @@ def test_outputs_match_timm_with_copied_weights(ours, theirs, window):
     for name, p in trunk.named_parameters():
         theirs_ = gradients[timms(name)]
         assert (p.grad - theirs_).abs().max() <= 2e-6 * theirs_.abs().max(), name
+
+
+def test_outputs_match_timm_in_windows_twice_as_large():
+    """As in the published code for fine-tuning at another window, for which timm has `pretrained_window_sizes`."""
+    timm = pytest.importorskip("timm")
+    sizes = {"embed_dim": 16, "depths": [1, 2], "heads": [1, 2], "window": 8}
+    trunk = settle(build_trunk(tiny.model_config({"trunk": "swinv2_t", **sizes, "pretrained_windows": [4, 3]}, 128)))
+    arguments = {"window_size": 8, "pretrained_window_sizes": (4, 3), "embed_dim": 16, "depths": (1, 2)}
+    other = timm.models.SwinTransformerV2(img_size=128, num_classes=0, num_heads=(1, 2), **arguments).double()
+    other.load_state_dict({timms(k): v for k, v in trunk.double().state_dict().items()})
+    image = crops_of([(1, 128)])
+    expected = other.eval().forward_features(image[0]).flatten(0, 2)
+    torch.testing.assert_close(trunk(image).regions, expected, rtol=0, atol=5e-8)
 
 
 def timms(name):
@@ -200,12 +218,19 @@ def test_attention_temperature_is_bounded():
 
 
 def test_distances_are_log_spaced_over_the_window():
-    table = relative_distances(8, torch.device("cpu"))
+    table = relative_distances(8, 8, torch.device("cpu"))
     assert table.shape == (15**2, 2)
     assert table[0].tolist() == pytest.approx([-math.log2(9) / 3] * 2)
     assert table[15 * 7 + 7].tolist() == [0, 0]
     assert table[15 * 7 + 8].tolist() == pytest.approx([0, math.log2(8 / 7 + 1) / 3])
-    assert relative_distances(1, torch.device("cpu")).tolist() == [[0, 0]]
+    assert relative_distances(1, 1, torch.device("cpu")).tolist() == [[0, 0]]
+
+
+def test_pretrained_window_keeps_the_bias_of_two_tokens():
+    """After a training at windows of 8, tokens that are (dy, dx) apart in windows of 16 have the bias that they had."""
+    before, after = (relative_distances(window, 8, torch.device("cpu")) for window in (8, 16))
+    inner = after.view(31, 31, 2)[8:-8, 8:-8]
+    assert torch.equal(before.view(15, 15, 2), inner)
 
 
 def test_bf16_follows_fp32_and_computes_scores_in_fp32():

@@ -10,6 +10,7 @@ import torch
 
 from esvit_scale import config as configs
 from esvit_scale.checkpoint import carried, state, state_file, step_folders
+from esvit_scale.checkpoint.weights import network_shapes
 from esvit_scale.config import Config
 from esvit_scale.data.stream import MicroBatch
 from esvit_scale.errors import UserError
@@ -164,6 +165,42 @@ def test_next_stage_begins_with_the_weights_of_the_one_before(tmp_path: Path, ze
                 assert torch.equal(working.detach().flatten()[p.start : p.start + p.length], p.master), p.name
     finally:
         worlds.stop()
+
+
+TWICE = {"data.global_crops.size": 64, "data.local_crops.0.size": 32}
+V2 = {"model__trunk": "swinv2_t"}
+VIL = {"model__trunk": "vil_2262", "model__embed_dim": 8, "model__depths": [1] * 4, "model__heads": [1, 1, 2, 4]}
+
+
+@pytest.mark.parametrize(
+    ("own", "changes", "note"),
+    [
+        ({}, {"model.window": 8}, "2 of 3×3 to 7×7, 2 of 7×7 to 15×15"),
+        (V2, {"model.window": 8, "model.pretrained_windows": [4, 4, 2]}, ""),
+        (VIL | {"model__window": 3}, {}, "1 of 1×1 to 3×3, 1 of 3×3 to 7×7"),
+        ({"model__trunk": "resnet50", **dict.fromkeys(("model__embed_dim", "model__depths", "model__heads"))}, {}, ""),
+    ],
+    ids=["swin", "swin v2", "vil", "resnet"],
+)
+def test_trunks_that_go_on_at_larger_crops(own: dict[str, Any], changes: dict[str, Any], note: str) -> None:
+    config = staged(Path("run"), Path("data"), FIRST, {"train.steps": 2, **TWICE, **changes}, **own)
+    carried.check(config.of_stages)
+    shapes = [network_shapes(one) for one in config.of_stages]
+    assert (f"position tables resized: {note}" if note else "each its own") in carried.compare("here", *shapes).note
+
+
+def test_windows_of_a_position_network_change_only_on_request() -> None:
+    second = {"train.steps": 2, **TWICE, "model.window": 8}
+    with pytest.raises(UserError) as error:
+        carried.check(staged(Path("run"), Path("data"), FIRST, second, **V2).of_stages)
+    assert "set model.pretrained_windows=[4,4,2] so that" in str(error.value)
+    assert "or model.pretrained_windows=[8,8,4] to stretch" in str(error.value)
+    with pytest.raises(UserError, match="stages.1: model.pretrained_windows: 2 stages, but swinv2_t has 3"):
+        carried.check(
+            staged(Path("r"), Path("d"), FIRST, second | {"model.pretrained_windows": [4, 4]}, **V2).of_stages
+        )
+    with pytest.raises(UserError, match="model.pretrained_windows: is for Swin V2, and swin_t is none; leave it out"):
+        carried.check(staged(Path("r"), Path("d"), FIRST, second | {"model.pretrained_windows": [4, 4, 2]}).of_stages)
 
 
 def test_schedules_of_stages_are_those_of_runs_of_their_own() -> None:
