@@ -47,6 +47,7 @@ _LAZY = {
     "load_backbone": "esvit_scale.checkpoint.backbone",
     "load_classifier": "esvit_scale.checkpoint.classifier",
     "pretrain": "esvit_scale.api",
+    "finetune": "esvit_scale.api",
     "embed": "esvit_scale.api",
     "evaluate_knn": "esvit_scale.api",
     "plan": "esvit_scale.api",

@@ -1,4 +1,4 @@
-"""The commands as Python functions: pretrain, embed, evaluate_knn and plan; shards.py has `shards.create`.
+"""The commands as Python functions: pretrain, finetune, embed, evaluate_knn and plan; shards.py has `shards.create`.
 
 Every function does what the command of its name does, returns the result, and raises the command's errors (errors.py).
 """
@@ -27,7 +27,7 @@ from esvit_scale.evaluate import features, knn
 from esvit_scale.evaluate.features import ExtractionOptions
 from esvit_scale.overrides import apply_override
 from esvit_scale.scaling import plan as plans
-from esvit_scale.train import pretraining, signals
+from esvit_scale.train import finetuning, pretraining, signals
 from esvit_scale.train.run_records import read_summary
 
 Picture = Image.Image | NDArray[Any] | str | Path  # an image, or the path of its file
@@ -51,7 +51,7 @@ def config(name: str | Path | Config, changes: Mapping[str, Any] | None = None) 
     Raises:
         UserError: an unknown key, or values that do not fit.
     """
-    overrides = [f"{key}={_written(value)}" for key, value in (changes or {}).items()]
+    overrides = _overrides(changes)
     if not isinstance(name, Config):
         return configs.resolve(str(name), overrides)
     values = name.model_dump(mode="json")
@@ -71,7 +71,24 @@ def pretrain(name: str | Path | Config, changes: Mapping[str, Any] | None = None
         RestartCanHelp: SIGTERM or SIGUSR1, after which the run is saved, too; or as the command's exit code 75.
         Diverged: as the command's exit code 3.
     """
-    of_run = config(name, changes)
+    return _trained(config(name, changes))
+
+
+def finetune(name: str | Path = "classify", changes: Mapping[str, Any] | None = None) -> Path:
+    """Start or continue a fine-tuning in this process and return its run dir when it is finished.
+
+    Args:
+        name: a preset's name or the path of a YAML file.
+        changes: dotted key → value; "model.init_from" and "data.train" are needed, as for the command.
+
+    Raises:
+        UserError: the config, the weights, the data or the run dir do not fit.
+        KeyboardInterrupt, RestartCanHelp, Diverged: as `pretrain`.
+    """
+    return _trained(finetuning.resolve(str(name), _overrides(changes)))
+
+
+def _trained(of_run: Config) -> Path:
     with signals.installed():
         if pretraining.pretrain(of_run):
             raise KeyboardInterrupt
@@ -168,6 +185,10 @@ def plan(
     speed, memory = speed_of(of_run, tflops, mfu), memory_bytes(gpu_memory)
     found = [plans.plan(one, gpus, memory, images or images_of(one), speed) for one in of_run.of_stages]
     return as_json(found, gpus)
+
+
+def _overrides(changes: Mapping[str, Any] | None) -> list[str]:
+    return [f"{key}={_written(value)}" for key, value in (changes or {}).items()]
 
 
 def _written(value: Any) -> str:

@@ -60,6 +60,10 @@ def test_page_goes_from_images_to_features(there: Path, capsys: pytest.CaptureFi
     with pytest.raises(UserError, match="holds a run of another config"):
         api.pretrain("demo", changes | rest | {"optim.lr": 0.1})
 
+    of_classes = {"name": "classes", "model.init_from": "runs/photos", "train.precision": "fp32", "train.epochs": 1}
+    assert api.finetune(changes=changes | rest | of_classes) == Path("runs/classes")
+    assert esvit_scale.load_classifier("runs/classes").classes == ("cat", "dog")
+
     each = api.embed(
         "runs/photos", [Image.open("photos/cat/0.png"), np.asarray(Image.open("photos/dog/0.png"))], batch=1
     )
@@ -135,7 +139,7 @@ def test_problems_of_a_changed_config_name_the_change(there: Path) -> None:
 
 
 def test_package_names_are_the_functions() -> None:
-    for name in ("pretrain", "embed", "evaluate_knn", "plan", "Embeddings"):
+    for name in ("pretrain", "finetune", "embed", "evaluate_knn", "plan", "Embeddings"):
         assert getattr(esvit_scale, name) is getattr(api, name)
     assert callable(esvit_scale.shards.create)
     stub = Path(esvit_scale.__file__).with_suffix(".pyi").read_text()
