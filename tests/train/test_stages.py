@@ -1,6 +1,7 @@
 """Training stages: one run, whose stages begin with the weights of the one before; exact over every interruption."""
 
 import shutil
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from esvit_scale import cli
 from esvit_scale import config as configs
 from esvit_scale.checkpoint import carried, state, state_file, step_folders
 from esvit_scale.checkpoint.weights import network_shapes
@@ -16,7 +18,7 @@ from esvit_scale.data.stream import MicroBatch
 from esvit_scale.errors import UserError
 from esvit_scale.objective.schedules import Schedules, of_stages
 from esvit_scale.parallel import world as worlds
-from esvit_scale.train import pretraining, run_dir, run_records
+from esvit_scale.train import pretraining, run_dir, run_records, signals
 from esvit_scale.train.trainer import Trainer
 from tests import launcher, tiny
 from tests.checkpoint.test_positions import slowly
@@ -94,6 +96,31 @@ def test_killed_run_goes_on_in_its_stage(data: Path, straight: Path, tmp_path: P
     assert not run_records.read_summary(run).get("finished")
     assert pretraining.pretrain(staged(run, data)) == 0
     assert tiny.rows(run) == tiny.rows(straight)
+
+
+@pytest.mark.slow
+def test_signal_in_a_later_stage_asks_for_a_requeue(
+    data: Path, straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm's batch script requeues the job when it finds the marker, and the same command goes on in stage 1."""
+    run = tmp_path / "run"
+    path = tiny.write_config(tmp_path / "c.yaml", staged(run, data))
+    record = Trainer._record
+
+    def stopped_at_step_9(trainer: Trainer, *arguments: Any) -> None:
+        record(trainer, *arguments)
+        if trainer.step == 9:
+            signal.raise_signal(signal.SIGUSR1)
+
+    monkeypatch.setattr(Trainer, "_record", stopped_at_step_9)
+    with signals.installed():
+        assert cli.main(["pretrain", str(path)]) == 0
+    assert (run / "requeue").read_text() == "10\n"
+    assert run_records.read_summary(run)["finished"] is False
+    monkeypatch.undo()
+    assert cli.main(["pretrain", str(path)]) == 0
+    assert tiny.rows(run) == tiny.rows(straight)
+    assert not (run / "requeue").exists()
 
 
 @pytest.mark.slow
