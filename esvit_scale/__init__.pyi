@@ -3,6 +3,7 @@ from esvit_scale import shards as shards
 from esvit_scale.api import Embeddings as Embeddings
 from esvit_scale.api import embed as embed
 from esvit_scale.api import evaluate_knn as evaluate_knn
+from esvit_scale.api import finetune as finetune
 from esvit_scale.api import plan as plan
 from esvit_scale.api import pretrain as pretrain
 from esvit_scale.checkpoint.backbone import load_backbone as load_backbone
