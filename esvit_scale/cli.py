@@ -18,6 +18,7 @@ from esvit_scale.commands import (
     report,
     shards,
     slurm,
+    sparsify,
     status,
     sweep,
 )
@@ -113,7 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     root.add_argument("--version", action="version", version=f"esvit-scale {esvit_scale.__version__}")
     commands = root.add_subparsers(metavar="COMMAND", required=True)
-    for station in (pretrain, keys, status, shards, evaluate, convert, plan, sweep, slurm, report, doctor):
+    for station in (pretrain, sparsify, keys, status, shards, evaluate, convert, plan, sweep, slurm, report, doctor):
         station.add(commands)
     completion.add(commands, build_parser)
     return root

@@ -157,7 +157,7 @@ def _cross_field_problems(c: Config) -> list[str]:
             problems.append(f"train.{key}: needs train.knn_every, the steps between two k-NN accuracies")
         if getattr(c.train, key) and learns_labels and not c.data.held_out:
             problems.append(f"train.{key}: needs data.held_out, labelled shards or class folders to measure on")
-    for key in ("layer_decay", "freeze_trunk_steps"):
+    for key in ("layer_decay", "trunk_rate", "freeze_trunk_steps"):
         if c.objective.students and getattr(c.optim, key) != getattr(Optim(), key):
             problems.append(f"optim.{key}: not offered with objective.students; train each student in a run of its own")
     if c.train.guard != "off" and not c.train.knn_every:
@@ -261,7 +261,7 @@ def resolve(
     for override in overrides or []:
         _apply(values, override)
     _check_effect(values, overrides or [])
-    values = _merged(_merged(below or {}, values), above or {})
+    values = merged(merged(below or {}, values), above or {})
     return validate(values, where=config, overrides=overrides)
 
 
@@ -292,10 +292,10 @@ def _check_effect(values: dict[str, Any], overrides: list[str]) -> None:
             )
 
 
-def _merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def merged(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     """Merge two configs as nested dicts; where both have a value, it is that of `over`."""
     sections = [key for key, value in under.items() if isinstance(value, dict) and isinstance(over.get(key), dict)]
-    return under | over | {key: _merged(under[key], over[key]) for key in sections}
+    return under | over | {key: merged(under[key], over[key]) for key in sections}
 
 
 def sources(config: str, overrides: list[str]) -> dict[str, str]:

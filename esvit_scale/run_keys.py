@@ -201,7 +201,7 @@ class Architecture(Section):
     """A trunk and its sizes."""
 
     trunk: str = "swin_t"
-    """Name of the trunk: one of docs/trunks.md, or timm:NAME for one of timm's."""
+    """Name of the trunk: one of docs/trunks.md, timm:NAME for one of timm's, or sparse:NAME for one that prunes tokens."""
     window: Positive = 7
     """[tokens] Side of an attention window."""
     pretrained_windows: Annotated[list[Positive], Field(min_length=1)] | None = None
@@ -217,6 +217,9 @@ class Architecture(Section):
     """[heads] Attention heads of each stage; null: the trunk's own."""
     registers: Annotated[int, Field(ge=0, le=64)] = 0
     """[tokens] Register tokens of a plain vision transformer (docs/trunks.md): learned, without position, in no feature."""
+    keep: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    """[fraction of the tokens] Tokens that a trunk sparse:NAME keeps when it prunes for the first time (docs/sparsify.md);
+    null: 0.7."""
 
 
 class Modalities(Section):
@@ -256,13 +259,13 @@ class Objective(Section):
     regions: bool = True
     """Whether EsViT's region loss is added to the view loss. Its default is false with every other objective than esvit."""
     teacher: PathText | None = None
-    """Weights of the frozen teacher that distill needs: a run dir, step folder, exported folder, .safetensors file or .pth,
+    """Weights of the frozen teacher that distill and sparsify need: a run dir, step folder, exported folder, .safetensors file or .pth,
     or timm:NAME for timm's own."""
     teacher_config: dict[str, Any] | None = None
     """What the teacher is and the checksum of its weights; leave it out: a start reads it from the weights and records it."""
-    targets: Literal["prototypes", "cosine"] = "prototypes"
-    """What distill's student learns from the teacher; prototypes: the distribution over the prototypes of the teacher's heads;
-    cosine: the direction of its features, for a teacher without heads."""
+    targets: Literal["prototypes", "cosine", "features"] = "prototypes"
+    """What a student learns from the frozen teacher; prototypes: the distribution over the prototypes of the teacher's heads;
+    cosine: the direction of its features, for a teacher without heads; features: its features, for sparsify."""
     students: list[Architecture] = Field(default_factory=list)
     """Further students of distill, which learn from the same forward of the teacher; numbered from 0."""
     prototypes: Positive = 65536
@@ -307,12 +310,16 @@ class Objective(Section):
     """Whether KoLeo compares an image with those of all ranks; false: with its own rank's."""
 
     classes: Count = 0
-    """[classes] Number of classes that classify tells apart; `esvit-scale finetune` takes it from the training set. 0: the
-    objective learns without labels."""
+    """[classes] Number of classes that classify, or sparsify with labels, tells apart; `esvit-scale finetune` takes it from
+    the training set. 0: the objective learns without labels."""
     class_names: list[str] = Field(default_factory=list)
     """Names of the classes, in the order of their numbers; `esvit-scale finetune` takes them from the training set."""
     label_smoothing: Beta = 0.0
     """[fraction] Part of an image's label that is spread evenly over all classes, for classify."""
+    ratio_weight: Rate = 2.0
+    """[no unit] Weight of the loss that holds the kept fraction of tokens at its target, for sparsify (docs/sparsify.md)."""
+    token_weight: Rate = 0.5
+    """[no unit] Weight of the distance of kept tokens from those of the dense trunk, for sparsify."""
     gram_weight: Rate = 0.0
     """[no unit] Weight of Gram anchoring, which keeps the similarities between an image's regions as an earlier teacher had
     them (docs/objectives.md); 0: without."""
@@ -372,6 +379,9 @@ class Optim(Section):
     layer_decay: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
     """[factor per block] Factor by which the learning rate of each block of the trunk is smaller than that of the block after
     it (docs/training.md); 1: all blocks learn at the same rate. For runs that start from weights."""
+    trunk_rate: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
+    """[factor] Factor by which the trunk's learning rate is smaller than that of the heads, and of layers that it adds to the
+    weights from which it starts (docs/sparsify.md)."""
     freeze_trunk_steps: Count = 0
     """[steps] Time at the start in which the trunk stands still while the heads learn; its learning rate then begins with a
     warm-up of its own. For runs that start from a trunk's weights with new heads."""

@@ -25,6 +25,7 @@ from esvit_scale.objective.network import (
     build_student,
     build_teacher,
 )
+from esvit_scale.objective.objective import joined_targets
 from esvit_scale.objective.param_groups import parameter_groups
 from esvit_scale.objective.registry import OBJECTIVES
 from esvit_scale.parallel.buffers import persistent_buffers
@@ -53,6 +54,8 @@ SMALL: dict[str, dict[str, Any]] = {
         for name in ("deit_s", "deit_b", "vit_s_moco", "vit_b_moco")
     },
     "vit_s_moco": {"embed_dim": 32, "depths": [2], "heads": [4], "registers": 3},
+    "sparse:deit_s": {"embed_dim": 32, "depths": [3], "heads": [4], "registers": 1, "keep": 0.5},
+    "sparse:swin_t": {"embed_dim": 8, "depths": [1, 1, 3], "heads": [1, 2, 4], "window": 4, "keep": 0.5},
     "resnet50": {"embed_dim": 8, "depths": [1, 1, 2, 1]},
     **{
         name: {"embed_dim": 16, "depths": [2], "heads": [2], "modalities": {"patch": 8}}
@@ -64,12 +67,13 @@ SMALL: dict[str, dict[str, Any]] = {
         for name in ("vil_2262", "focal_t", "focal_s", "focal_b")
     },
 }
+SPARSE = ["sparse:deit_s", "sparse:swin_t"]
 LIBRARY = ["timm:test_convnext", "timm:test_resnet", "timm:test_vit"]  # the smallest of timm's
 VARIANTS = {*SHAPES, "deit_b", "vit_b_moco", "focal_s", "focal_b", "modal_medium", "modal_large"} - {
     "swin_t",
     "swinv2_t",
 }  # another's class, other numbers
-FAMILIES = [*(name for name in TRUNKS if name not in VARIANTS), *LIBRARY]
+FAMILIES = [*(name for name in TRUNKS if name not in VARIANTS), *SPARSE, *LIBRARY]
 
 
 def config_of(trunk: str, objective: str, **changes: Any) -> Config:
@@ -85,6 +89,10 @@ def config_of(trunk: str, objective: str, **changes: Any) -> Config:
         values["objective"] |= FROZEN_TEACHER
     if OBJECTIVES_OF[objective].takes_signals:
         values["data"] |= SIGNALS
+    if "features" in OBJECTIVES_OF[objective].teacher_targets:
+        dense = values["model"] | {"trunk": trunk.removeprefix("sparse:"), "drop_path": 0.0, "keep": None}
+        of_self = FROZEN_TEACHER["teacher_config"] | {"model": dense, "data": {**values["data"], "local_crops": []}}
+        values["objective"] |= {"teacher_config": of_self, "targets": "features"}
     if OBJECTIVES_OF[objective].takes_labels:
         values["objective"] |= {"classes": 3, "regions": False}
         values["data"]["global_crops"]["count"] = 1
@@ -150,13 +158,12 @@ def signals_of(config: Config) -> list[Any]:
 
 
 def targets_of(student: StudentNetwork, teacher: TeacherNetwork, crops: list[torch.Tensor], *beside: Any) -> Any:
-    """The teacher's targets, or labels; None for an objective with neither."""
-    if student.objective.takes_labels:
-        return mix_labels(torch.arange(IMAGES) % 3, None)
+    """The teacher's targets, labels, or both; None for an objective with neither."""
+    labels = mix_labels(torch.arange(IMAGES) % 3, None) if student.objective.takes_labels else None
     if not (student.objective.has_teacher or student.objective.has_frozen_teacher):
-        return None
+        return labels
     with torch.no_grad():
-        return teacher(crops[:1], *beside)
+        return joined_targets(labels, teacher(crops[:1], *beside))
 
 
 def train_once(config: Config) -> tuple[StudentNetwork, torch.Tensor, dict[str, torch.Tensor]]:
@@ -206,7 +213,7 @@ def test_training_step_is_finite_complete_and_reproducible(trunk: str, objective
         assert p.grad is None or torch.equal(p.grad, q.grad), name
 
 
-@pytest.mark.parametrize("trunk", [*TRUNKS, *LIBRARY])
+@pytest.mark.parametrize("trunk", [*TRUNKS, *SPARSE, *LIBRARY])
 def test_features_have_the_agreed_shapes_and_crops_are_independent(trunk: str) -> None:
     """The contract of `Features`, `last_blocks` and `stage_maps`, and crops that do not see each other."""
     config = config_of(trunk, "esvit", model__drop_path=0.0, objective__regions=False)

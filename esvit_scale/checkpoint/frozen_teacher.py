@@ -120,7 +120,7 @@ def _published(trunk: str, config: Config) -> Weights:
 
 def _heads(config: Config) -> list[str]:
     """Return the heads of the teacher that the targets need."""
-    if config.objective.targets == "cosine":
+    if config.objective.targets != "prototypes":
         return []
     return ["view_head", "region_head"] if config.objective.regions else ["view_head"]
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from esvit_scale.checkpoint import convert, exported_folder, positions, state, state_file, step_folders
@@ -19,6 +20,7 @@ from esvit_scale.checkpoint.weights import (
 )
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
+from esvit_scale.models.registry import build_trunk
 from esvit_scale.parallel import collectives
 
 
@@ -88,13 +90,17 @@ def _select(source: Path, weights: Weights, config: Config) -> InitialWeights:
     tensors = weights.networks[network]
     trunk = {name: tensor for name, tensor in tensors.items() if name.startswith(TRUNK)}
     fresh = _check_registers(source, weights.config.model.registers, config.model.registers)
-    fitting = {name: shape for name, shape in _part(wanted, TRUNK).items() if not (fresh and name == REGISTERS)}
+    added = _added(config, trunk)
+    new = (*added, *([REGISTERS] if fresh else []))
+    fitting = {name: shape for name, shape in _part(wanted, TRUNK).items() if not name.startswith(new)}
     trunk, resized = positions.resize_to_fit(f"model.init_from: {source}", trunk, fitting)
     tensors = tensors | trunk
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     taken, notes = [TRUNK], ["trunk" + (f" ({resized})" if resized else "")]
     if fresh:
         notes.append("registers not in the source: initialised at random")
+    if added:
+        notes.append("layers that prune tokens not in the source: initialised at random")
     theirs, ours = heads_in(tensors), heads_in(wanted)
     if not _same_classes(weights.config, config):
         theirs = [head for head in theirs if head not in ours]
@@ -125,6 +131,13 @@ def _check_registers(source: Path, theirs: int, ours: int) -> bool:
             f"model.init_from: {source}: has {theirs} registers, but model.registers={ours}; set model.registers={theirs}"
         )
     return ours > theirs
+
+
+def _added(config: Config, trunk: dict[str, Tensor]) -> tuple[str, ...]:
+    """Return the prefixes of the run's layers that pretrained trunks lack; none if these weights `trunk` have them."""
+    with torch.device("meta"):
+        added = tuple(TRUNK + name for name in build_trunk(config).added)
+    return () if any(name.startswith(added) for name in trunk) else added
 
 
 def _same_classes(theirs: Config, ours: Config) -> bool:

@@ -91,6 +91,8 @@ def _timm_code(config: Config, trunk: Trunk, name: str) -> tuple[str, str]:
     if form.norm_eps:
         imports = "from functools import partial\n\nimport timm\nfrom torch import nn\n"
         norm = f", norm_layer=partial(nn.LayerNorm, eps={form.norm_eps})"
+    if form.imports:
+        imports = f"import timm\n\nimport {form.imports}\n"
     return (
         f'{imports}\nmodel = timm.create_model("local-dir:{name}", pretrained=True{norm}).eval()\n'
         f"features = model(images)  # [B, {config.data.channels}, {size}, {size}] → [B, C]",

@@ -4,6 +4,7 @@ EXAMPLES = {
     "demo": "--out runs/demo",
     "pretrain": "swin_t data.train=shards/photos name=photos train.epochs=100 train.global_batch=64",
     "finetune": "classify model.init_from=runs/photos data.train=shards/train data.held_out=shards/val name=photos-classes",
+    "sparsify": "runs/photos --keep 0.7 data.train=shards/photos name=photos-sparse",
     "presets": "swin_t",
     "config": "swin_t train.epochs=100 --find epochs",
     "status": "runs/photos",

@@ -40,9 +40,14 @@ def add(commands: Any) -> None:
 
 def _add_run(parser: argparse.ArgumentParser, example: str) -> None:
     """Add the arguments of a command that starts or continues a run."""
-    parser.set_defaults(kept=lambda: _kept() or "nothing was trained in this start, and nothing was changed")
     parser.add_argument("config", metavar="CONFIG", help="name of a preset, or a YAML file")
     add_overrides(parser, f"config values to change, for example {example}")
+    add_crops_option(parser)
+
+
+def add_crops_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option `--show-crops` of commands that train, and say what a run keeps that ctrl-C ends."""
+    parser.set_defaults(kept=lambda: _kept() or "nothing was trained in this start, and nothing was changed")
     parser.add_argument(
         "--show-crops",
         type=Path,
@@ -72,7 +77,7 @@ def _pretrain(options: argparse.Namespace) -> int:
 
     config = configs.resolve(options.config, options.overrides)
     configs.require_training_data(config)
-    return _run(options, config)
+    return run_config(options, " ".join([options.config, *options.overrides]), config)
 
 
 def _finetune(options: argparse.Namespace) -> int:
@@ -81,15 +86,17 @@ def _finetune(options: argparse.Namespace) -> int:
     signals.install()
     from esvit_scale.train import finetuning
 
-    return _run(options, finetuning.resolve(options.config, options.overrides))
+    config = finetuning.resolve(options.config, options.overrides)
+    return run_config(options, " ".join([options.config, *options.overrides]), config)
 
 
-def _run(options: argparse.Namespace, config: "Config") -> int:
+def run_config(options: argparse.Namespace, asked: str, config: "Config") -> int:
+    """Train a config, or draw its crops if the options ask for that; `asked` is how the header names the config."""
     if options.show_crops:
         return _show_crops(config, options.show_crops) if rank() == "0" else 0
     from esvit_scale.train import header
 
-    header.show(config, " ".join([options.config, *options.overrides]))
+    header.show(config, asked)
     from esvit_scale.train import pretraining
 
     return pretraining.pretrain(config)

@@ -57,6 +57,17 @@ def components(trunk: nn.Module, image: Tensor, n: int = 3) -> list[Tensor]:
     return maps
 
 
+@torch.no_grad()
+def kept(trunk: nn.Module, image: Tensor) -> list[Tensor]:
+    """Return which tokens of one normalised image [3, H, W] each pruning stage of a sparse trunk keeps, bool [H_s, W_s];
+    nothing of other trunks."""
+    found = require_attention_maps(trunk)([image[None]]).kept
+    if found is None:
+        return []
+    [(_, h, w)] = found.grids
+    return [mask.view(h, w).bool().cpu() for mask in found.masks]
+
+
 class AttentionResult(NamedTuple):
     """The result of the attention evaluation on one picture: every block's attention and every stage's components."""
 
@@ -64,6 +75,7 @@ class AttentionResult(NamedTuple):
     picture: np.ndarray  # uint8 [H, W, 3], as the trunk sees it
     blocks: list[BlockAttention]
     components: list[Tensor]
+    kept: list[Tensor]  # bool [H_s, W_s] for each pruning stage of a sparse trunk: True for a token that it kept
 
 
 def run_attention(checkpoint: Path, image: Path, out: Path, size: int | None = None) -> AttentionResult:
@@ -71,7 +83,8 @@ def run_attention(checkpoint: Path, image: Path, out: Path, size: int | None = N
 
     The file has the arrays `image` (uint8 [H, W, 3]), `stage{s}_block{i}` for block i of stage s, counted from 1
     (float32 [heads, H_s, W_s], the attention that each token receives), and `components_stage{s}` (float32 [3, H_s,
-    W_s]). report/evaluation_figures.py draws the figure.
+    W_s]), and of a sparse trunk `kept{s}` for each of its pruning stages (bool [H_s, W_s]: True for a token that it kept).
+    report/evaluation_figures.py draws the figures.
 
     Args:
         size: pixels to resize the picture's short side to; None takes the size of the run's global crops.
@@ -91,8 +104,10 @@ def save_attention(
     """Do the work of `run_attention` for a loaded trunk and a picture uint8 [H, W, 3]; `name` is for messages."""
     shown = resized(picture, size or teacher.size, name)
     pixels = to_trunk(shown, teacher.pixels)
-    seen = AttentionResult(teacher, shown, attention(teacher.trunk, pixels), components(teacher.trunk, pixels))
+    found = (attention(teacher.trunk, pixels), components(teacher.trunk, pixels), kept(teacher.trunk, pixels))
+    seen = AttentionResult(teacher, shown, *found)
     arrays = {f"stage{b.stage + 1}_block{b.block + 1}": b.received().float().numpy() for b in seen.blocks}
+    arrays |= {f"kept{s + 1}": mask.numpy() for s, mask in enumerate(seen.kept)}
     arrays |= {f"components_stage{s + 1}": c.numpy() for s, c in enumerate(seen.components)}
     out.mkdir(parents=True, exist_ok=True)
     with files.replacing(out / "attention.npz") as tmp, tmp.open("wb") as file:

@@ -1,9 +1,11 @@
 """Attention probabilities of a trunk's blocks, and their conversion from windows to maps [H, W] of the image."""
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class BlockAttention(NamedTuple):
@@ -43,3 +45,14 @@ class BlockAttention(NamedTuple):
         out = values.new_zeros(len(values), self.grid[0] * self.grid[1])
         out[:, self.cells[real]] = values[:, real]
         return out.view(-1, *self.grid)
+
+
+@contextmanager
+def before_forward(modules: Sequence[nn.Module], record: Callable[..., None]) -> Iterator[None]:
+    """Within the context, call record(module, inputs) before the forward of every one of these modules."""
+    handles = [module.register_forward_pre_hook(record) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -126,6 +126,7 @@ class TimmForm(NamedTuple):
     norm_eps: str = ""  # eps of the norms as a Python literal; empty: timm's default
     size_note: str = ""  # sentences for the model card about image sizes
     note: str = ""  # sentences for the model card about the code that loads the export
+    imports: str = ""  # module that registers the network in timm; empty: timm has it
     from_tensors: Callable[[Tensors], Tensors] = lambda theirs: theirs  # undoes what `tensors` did to shapes
 
 

@@ -24,7 +24,10 @@ TRUNKS: dict[str, Callable[[Config], Trunk]] = {
 }
 
 
-LIBRARIES = {"timm": "esvit_scale.models.timm_trunk"}  # prefix of `model.trunk` ("timm:NAME") → module with `build`
+LIBRARIES = {  # prefix of `model.trunk` ("timm:NAME") → module with `build`
+    "sparse": "esvit_scale.models.sparse",
+    "timm": "esvit_scale.models.timm_trunk",
+}
 
 
 def build_trunk(config: Config) -> Trunk:

@@ -8,7 +8,6 @@ Parameter names are the official ones, so checkpoints map by name.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from esvit_scale.models import swin_detectors, swin_forms
-from esvit_scale.models.attention_maps import BlockAttention
+from esvit_scale.models.attention_maps import BlockAttention, before_forward
 from esvit_scale.models.block_parts import GeluMlp, add_branch
 from esvit_scale.models.descriptions import DetectorForm, HuggingFaceForm, TimmForm, TrunkCard, TrunkFormulas
 from esvit_scale.models.distributions import Initializer, normal
@@ -48,6 +47,8 @@ PATCH = 4  # pixels
 NORM_EPS = 1e-6
 
 Attend = Callable[[Tensor], Tensor]  # tokens […, C] → […, C]
+# (index of a block, its tokens [N, C], grids) → the block's inputs after the drop factors
+BlockInputs = Callable[[int, Tensor, Grids], tuple[Tensor | None, ...]]
 
 
 class Swin(Trunk):
@@ -203,12 +204,23 @@ class Swin(Trunk):
             _, h, w = grids[0]
             found.append(BlockAttention(s, i, (h, w), probabilities.cpu(), cells.view(-1, plan.window**2).cpu()))
 
-        with _before_attention(self, record):
+        with before_forward([cast(nn.Module, block.attn) for block in self.blocks], record):
             self([image[None]])
         return found
 
-    def _block_outputs(self, crops: list[Tensor], drop_keys: Tensor | None, mask: Mask | None = None) -> Any:
+    def block_inputs(self, drop_keys: Tensor | None) -> BlockInputs:
+        """Return the function that gives further inputs of each block of a forward; sparse trunks override this."""
+        return lambda i, tokens, grids: ()
+
+    def _block_outputs(
+        self,
+        crops: list[Tensor],
+        drop_keys: Tensor | None,
+        mask: Mask | None = None,
+        inputs: BlockInputs | None = None,
+    ) -> Any:
         """Yield (tokens, grids, window) after each block; tokens [N, C] are in the stage's storage order."""
+        inputs = inputs or self.block_inputs(drop_keys)
         grids: Grids = tuple((len(x), -(-x.shape[-2] // PATCH), -(-x.shape[-1] // PATCH)) for x in crops)
         windows = [stage.window for stage in self.stages]
         device = crops[0].device
@@ -222,7 +234,7 @@ class Swin(Trunk):
             plans = [window_plan(grids, stage.window, shift, device) for shift in stage.shifts]
             for block, plan in zip(stage.blocks, plans, strict=True):
                 keep = token_factors(scales, self.drop_rates, i, grids, tokens.dtype)
-                tokens = self.run_block(block, tokens, plan, *keep)
+                tokens = self.run_block(block, tokens, plan, *keep, *inputs(i, tokens, grids))
                 i += 1
                 yield tokens, grids, stage.window
             if stage.downsample is not None:
@@ -364,15 +376,3 @@ def stage_window(size: int, window: int, stage: int) -> tuple[int, int]:
     """
     resolution = size // PATCH // 2**stage
     return (resolution, 0) if resolution <= window else (window, window // 2)
-
-
-@contextmanager
-def _before_attention(trunk: Swin, record: Callable[..., None]) -> Iterator[None]:
-    """Within the context, call record(module, inputs) before the attention of every block."""
-    modules = [cast(nn.Module, block.attn) for block in trunk.blocks]
-    handles = [module.register_forward_pre_hook(record) for module in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -39,10 +39,15 @@ class PlainSwin(nn.Module):
         proj = self.embed.proj
         tokens = F.conv2d(images, proj.weight, proj.bias, stride=self.patch).flatten(2).transpose(1, 2)  # [B, T, C]
         tokens = self.embed.norm(tokens)
-        for stage in self.stages:
-            tokens = stage(tokens)
+        for index in range(len(self.stages)):
+            tokens = self.run_stage(index, tokens)
         regions = self.norm(tokens)
         return regions.mean(1), regions
+
+    def run_stage(self, index: int, tokens: Tensor) -> Tensor:
+        """Map the tokens [B, T, C] of a stage to those of the next one; sparse trunks override this."""
+        mapped: Tensor = self.stages[index](tokens)
+        return mapped
 
 
 class _PlainStage(nn.Module):
@@ -83,9 +88,10 @@ class _PlainBlock(nn.Module):
             self.register_buffer("bias", block.attn.position_bias(self.cells.device).clone(), persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:  # [B, T, C]
-        return self.block.with_attention(tokens, self._attention, None, None)
+        return self.block.with_attention(tokens, self.attention, None, None)
 
-    def _attention(self, tokens: Tensor) -> Tensor:
+    def attention(self, tokens: Tensor) -> Tensor:
+        """Map normed tokens [B, T, C] to what window attention adds to them."""
         attn = self.block.attn
         # One zero token is appended, which all pads index: [B, T + 1, 3C].
         qkv = F.linear(F.pad(tokens, (0, 0, 0, 1)), attn.qkv.weight, attn.qkv_bias())

@@ -37,6 +37,14 @@ class SignalFeatures(NamedTuple):
     present: Tensor  # bool [n], False where a sample lacks the modality
 
 
+class Kept(NamedTuple):
+    """Which tokens of all crops a sparse trunk kept, once for each of its pruning stages."""
+
+    masks: list[Tensor]  # [ΣB·T] per pruning stage, crops in order, row-major: 1 for a kept token, 0 for a pruned one
+    grids: list[Grid]  # of these tokens
+    ratios: tuple[float, ...]  # fraction of a crop's tokens that each pruning stage shall keep
+
+
 class Features(NamedTuple):
     """The features that a trunk returns for a multi-crop batch."""
 
@@ -45,6 +53,7 @@ class Features(NamedTuple):
     grids: list[Grid]  # per resolution group; (crops, 0, 0) from a trunk without regions
     signals: Mapping[str, SignalFeatures] = {}  # by modality; from a trunk with `modalities`
     has_image: Tensor | None = None  # bool [B], in training with signals: which samples have an image
+    kept: Kept | None = None  # of a sparse trunk (models/sparse.py)
 
 
 class TokenMap(NamedTuple):
@@ -81,6 +90,8 @@ class Trunk(nn.Module):
         registers: the number of register tokens, `model.registers`; 0 in a trunk that takes none.
         modalities: the modalities beside the image whose signals `forward` takes as a third argument.
         distance_windows: side of the windows, per stage, by which a position network scales distances; None: it has none.
+        added: prefixes of the names of parameters that a trunk of the same weights may lack; a run that starts from such
+            weights draws them at random, and trains them at the rate of the heads.
         norm: the final norm, of tokens [n, C]; an identity where there is none.
         has_attention_maps: whether `attention_maps` is implemented.
         has_ladder: whether the shapes of a sweep (scaling/shapes.py) are sizes of it.
@@ -98,6 +109,7 @@ class Trunk(nn.Module):
     registers: int = 0
     modalities: tuple[str, ...] = ()
     distance_windows: tuple[int, ...] | None = None
+    added: tuple[str, ...] = ()
     has_attention_maps = False
     has_ladder = False
 

@@ -59,11 +59,17 @@ class ViT(Trunk):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.reg_token = nn.Parameter(torch.zeros(1, registers, embed_dim)) if registers else None
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + SIDE**2, embed_dim)) if self.learns_positions else None
-        self._modules["blocks"] = nn.ModuleList(Block(embed_dim, heads) for _ in range(depth))  # `blocks` is a property
+        self._modules["blocks"] = nn.ModuleList(
+            self.make_block(embed_dim, heads) for _ in range(depth)
+        )  # `blocks` is a property
         self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
 
     learns_positions = True
     timm_name = "deit_small_patch16_224"  # timm's network of this architecture; sizes are passed as arguments
+
+    def make_block(self, dim: int, heads: int) -> nn.Module:
+        """Return a new block of width `dim`; sparse trunks override this."""
+        return Block(dim, heads)
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -255,9 +261,13 @@ class Attention(nn.Module):
         dim, mixed = tokens.shape[1], []
         groups = self.qkv(tokens).split([n * length for n, _, length in sequences])
         for qkv, (n, _, length) in zip(groups, sequences, strict=True):
-            q, k, v = qkv.view(n, length, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
+            q, k, v = self.heads_of(qkv, n, length)
             mixed.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n * length, dim))
         return self.proj(torch.cat(mixed))
+
+    def heads_of(self, qkv: Tensor, n: int, length: int) -> tuple[Tensor, ...]:
+        """Return queries, keys and values [n, heads, length, C / heads] of qkv [n·length, 3C]."""
+        return qkv.view(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def with_class_position(tensors: Tensors) -> Tensors:

@@ -8,14 +8,13 @@ classes. The EMA of the student's weights is an average for evaluation and expor
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from esvit_scale import config as configs
 from esvit_scale.data.mixing import SoftLabels
 from esvit_scale.models.descriptions import Activations, Count, ObjectiveCard
 from esvit_scale.models.trunk import Features
-from esvit_scale.objective.objective import Logs, Objective, fixed_precision
+from esvit_scale.objective.objective import Logs, Objective, smoothed_cross_entropy
 
 WIDE = 4  # bytes of a number in fp32
 
@@ -45,12 +44,8 @@ class Classify(Objective):
         It logs train_top1: the fraction of images whose highest logit is that of the class with the larger weight.
         """
         logits = self.classifier(student.view)  # [B, K]
-        with fixed_precision(logits.device):
-            scores = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)
-            of_classes = (scores.gather(1, targets.classes) * targets.weights).sum(1)
-            loss = -((1 - self.smoothing) * of_classes + self.smoothing * scores.mean(1)).mean()
-        main = targets.classes.gather(1, targets.weights.argmax(1, keepdim=True))[:, 0]
-        return loss, {"train_top1": (logits.detach().argmax(1) == main).to(loss.dtype).mean()}
+        loss, top1 = smoothed_cross_entropy(logits, targets, self.smoothing)
+        return loss, {"train_top1": top1}
 
     def formulas(self) -> "ClassifyFormulas":
         """Return the formulas for the FLOPs and activations of the classifier and the loss."""

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from esvit_scale.config import Config
-from esvit_scale.data.mixing import mix_labels
+from esvit_scale.data.mixing import SoftLabels, mix_labels
 from esvit_scale.models import traced as models_traced
 from esvit_scale.models.descriptions import Activations, Count, CropCost, KeptActivations
 from esvit_scale.models.drop_path import drop_keys
@@ -27,7 +27,7 @@ from esvit_scale.objective.network import (
     build_student,
     configs_of_students,
 )
-from esvit_scale.objective.objective import Objective
+from esvit_scale.objective.objective import Objective, joined_targets
 from esvit_scale.objective.registry import build_objective
 
 # What activation checkpointing keeps of a block for its backward: everything that autograd saves; the block's inputs and
@@ -96,7 +96,10 @@ def image_flops(config: Config, count: Count = "published") -> int:
     own = _student_flops(first, count) + sum(_student_flops(one, count) for one in further)
     objective, size = _network(first).objective, config.data.global_crops.size
     if objective.has_frozen_teacher:
-        return own + TEACHER_VIEWS * _crop_cost(frozen.teacher_config(config.objective), size, count).flops
+        return (
+            own
+            + config.data.global_crops.count * _crop_cost(frozen.teacher_config(config.objective), size, count).flops
+        )
     crop = _crop_cost(first, size, count)
     teacher = TEACHER_VIEWS * crop.flops + models_traced.signals_cost(first)[0] if objective.has_teacher else 0
     if config.objective.gram_weight:
@@ -184,8 +187,13 @@ def _objective_step_flops(
             with torch.no_grad():
                 seen = _features(grids[:TEACHER_VIEWS], images, of_teacher.dim)
                 targets = of_teacher.objective.targets(_with_signals(seen, trunk, config, images, keyed=False))
-        objective(student, targets, TEACHER_TEMP)[0].backward()
+        objective(student, joined_targets(_labels(objective, images), targets), TEACHER_TEMP)[0].backward()
     return counter.get_total_flops()
+
+
+def _labels(objective: Objective, images: int) -> SoftLabels | None:
+    """Return labels of as many images; None for an objective that learns none."""
+    return mix_labels(torch.zeros(images, dtype=torch.int64), None) if objective.takes_labels else None
 
 
 def _features(grids: list[tuple[int, int]], images: int, dim: int) -> Features:
@@ -315,8 +323,6 @@ def _traced_step(
     targets: Any = None
     signals = models_traced.example_signals(config, images)
     beside: list[Any] = [signals, torch.empty(images, dtype=torch.bool)] if signals else []
-    if network.objective.takes_labels:
-        targets = mix_labels(torch.zeros(images, dtype=torch.int64), None)
     if network.objective.has_teacher:
         with torch.no_grad():
             targets = network.objective.targets(network.features(crops[:1], None, None, *beside))
@@ -327,6 +333,7 @@ def _traced_step(
             targets = of_teacher.objective.to(dtype).targets(
                 given._replace(view=given.view.to(dtype), regions=given.regions.to(dtype))
             )
+    labels = _labels(network.objective, images)
     noted = models_traced.Kept(network)
     blocks = models_traced.KeptByBlocks(noted, network.trunk.blocks)
     network.trunk.run_block = blocks
@@ -336,7 +343,7 @@ def _traced_step(
             anchors = network.trunk(crops[:1]).regions
     keys = drop_keys(0, 0, torch.arange(images), len(sizes) + sum(config.signal_views.values()))
     with noted.hooks(), models_traced.FusedAttention():
-        loss, *_ = network(crops, targets, keys, TEACHER_TEMP, anchors, *beside)
+        loss, *_ = network(crops, joined_targets(labels, targets), keys, TEACHER_TEMP, anchors, *beside)
     network.trunk.run_block = call
     noted.note_attributes(loss.grad_fn)
     return blocks.called, blocks.saved, blocks.inputs, blocks.products, [noted.bytes - sum(blocks.saved)]

@@ -28,11 +28,12 @@ def described(teacher: Config, checksum: str) -> dict[str, Any]:
     of_data["global_crops"] = {"size": teacher.data.global_crops.size}
     # A network of timm is built for its sizes of crops.
     of_data["local_crops"] = [{"size": crops.size, "count": crops.count} for crops in teacher.data.local_crops]
+    sparse = teacher.model.model_dump(mode="json", include={"keep"}, exclude_none=True)
     of_heads = teacher.objective.model_dump(mode="json", include=_OF_HEADS)
     return {
         CHECKSUM: checksum,
         "data": of_data,
-        "model": teacher.model.model_dump(mode="json", include=_OF_MODEL) | {"drop_path": 0.0},
+        "model": teacher.model.model_dump(mode="json", include=_OF_MODEL) | sparse | {"drop_path": 0.0},
         "objective": of_heads | {"regions": False},  # whether they are used, the student's config says
     }
 

@@ -4,17 +4,25 @@ Teacher and student each hold an instance; the teacher's parameters are a moving
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from esvit_scale import config as configs
+from esvit_scale.data.mixing import SoftLabels
 from esvit_scale.models.descriptions import ObjectiveCard, ObjectiveFormulas
 from esvit_scale.models.trunk import Features
 from esvit_scale.objective.prototype_passes import Passes
 
 Logs = dict[str, Tensor]  # detached scalars by name: `feature_std`, `loss_…` and an objective's own diagnostics
+
+
+class LabelsAndTargets(NamedTuple):
+    """What an objective learns that takes labels and has a frozen teacher."""
+
+    labels: SoftLabels
+    targets: Any  # what the frozen teacher's `targets` returned
 
 
 class Objective(nn.Module):
@@ -27,8 +35,10 @@ class Objective(nn.Module):
             own features, or from a frozen teacher, and the average is not run. Without any teacher, a recipe sets
             `ema_momentum` to 0, so that the average, which evaluation reads, is the student itself.
         has_frozen_teacher: whether a frozen teacher, `objective.teacher`, computes targets.
+        teacher_targets: the values of `objective.targets`, of what a frozen teacher gives, that it can learn.
         takes_labels: whether it learns labels of the images (data/mixing.SoftLabels), which `forward` then takes as its
-            targets. It has no teacher then, and sees one global crop of an image.
+            targets (with a frozen teacher, as `LabelsAndTargets`). It has no other teacher then, and sees one global crop of
+            an image.
         takes_masks: whether the loss has a term for hidden regions. `forward` then takes, as a fourth argument, which
             regions of the global crops are hidden, bool [2B·T], or None.
         takes_signals: whether the loss compares modalities, `Features.signals`, which the config then has to read.
@@ -42,6 +52,7 @@ class Objective(nn.Module):
     multi_crop = True
     has_teacher = True
     has_frozen_teacher = False
+    teacher_targets: tuple[str, ...] = ("prototypes", "cosine")
     takes_labels = False
     takes_masks = False
     takes_signals = False
@@ -72,7 +83,7 @@ class Objective(nn.Module):
 
         Args:
             student: features of crop 0 of all images, crop 1 of all images, …
-            targets: what the teacher's `targets` returned; None without a teacher.
+            targets: what the teacher's `targets` returned, or the labels, or both; None without a teacher.
             teacher_temp: the teacher's temperature at this step, for objectives that have one.
 
         Returns:
@@ -121,6 +132,29 @@ class Objective(nn.Module):
     def card(self) -> ObjectiveCard:
         """Return what a model card says about the objective."""
         return ObjectiveCard()
+
+
+def joined_targets(labels: SoftLabels | None, of_teacher: Any) -> Any:
+    """Return what `Objective.forward` takes as targets: labels or a teacher's targets, or both if there are both."""
+    if labels is None or of_teacher is None:
+        return labels or of_teacher
+    return LabelsAndTargets(labels, of_teacher)
+
+
+def smoothed_cross_entropy(logits: Tensor, labels: SoftLabels, smoothing: float) -> tuple[Tensor, Tensor]:
+    """Return the mean cross-entropy of logits [B, K] with labels, and the fraction of images that are right.
+
+    An image is right if its highest logit is that of the class with the larger weight.
+
+    Args:
+        smoothing: part of a label that is spread evenly over all classes.
+    """
+    with fixed_precision(logits.device):
+        scores = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)
+        of_classes = (scores.gather(1, labels.classes) * labels.weights).sum(1)
+        loss = -((1 - smoothing) * of_classes + smoothing * scores.mean(1)).mean()
+    main = labels.classes.gather(1, labels.weights.argmax(1, keepdim=True))[:, 0]
+    return loss, (logits.detach().argmax(1) == main).to(loss.dtype).mean()
 
 
 @torch.no_grad()

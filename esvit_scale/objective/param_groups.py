@@ -2,7 +2,7 @@
 
 The optimizer's groups are named "decay", "no_decay", "last_layer" and "matrices" after their kind. Where the trunk is
 treated differently from the heads, its groups are "trunk.decay" and so on, and with a rate for every depth of the trunk
-"trunk.3.decay" and so on.
+"trunk.3.decay" and so on. Layers that a trunk adds to pretrained ones (`Trunk.added`) are treated like heads.
 """
 
 import math
@@ -61,7 +61,8 @@ def optimizer_groups(
     groups: dict[str, list[str]] = {}
     for name, kind in parameter_groups(network, optim.decay, matrices).items():
         prefix = ""
-        if name.startswith(TRUNK) and (optim.layer_decay < 1 or optim.freeze_trunk_steps):
+        of_weights = name.startswith(TRUNK) and not name.removeprefix(TRUNK).startswith(trunk.added)
+        if of_weights and (optim.layer_decay < 1 or optim.freeze_trunk_steps or optim.trunk_rate < 1):
             prefix = f"{TRUNK}{depths[name.removeprefix(TRUNK)]}." if optim.layer_decay < 1 else TRUNK
         groups.setdefault(prefix + kind, []).append(name)
     return dict(sorted(groups.items(), key=lambda item: get_args(Kind).index(kind_of(item[0]))))
@@ -72,14 +73,16 @@ def kind_of(group: str) -> Kind:
     return cast(Kind, group.rpartition(".")[2])
 
 
-def lr_scale(group: str, trunk: Trunk, layer_decay: float) -> float:
-    """Return the factor of the learning rate of the optimizer group of this name: layer_decay^(n + 1 − depth) for
-    parameters of the trunk with n blocks, 1 for others."""
-    depth = group.split(".")[1] if group.startswith(TRUNK) else ""
-    if not depth.isdecimal():
+def lr_scale(group: str, trunk: Trunk, optim: Optim) -> float:
+    """Return the factor of the learning rate of the optimizer group of this name: trunk_rate · layer_decay^(n + 1 − depth)
+    for parameters of the trunk with n blocks, 1 for others."""
+    if not group.startswith(TRUNK):
         return 1.0
+    depth = group.split(".")[1]
+    if not depth.isdecimal():
+        return optim.trunk_rate
     _, deepest = trunk_depths(trunk)
-    return float(layer_decay ** (deepest - int(depth)))
+    return float(optim.trunk_rate * optim.layer_decay ** (deepest - int(depth)))
 
 
 def trunk_depths(trunk: Trunk) -> tuple[dict[str, int], int]:

@@ -18,6 +18,7 @@ from esvit_scale.objective.moco_v3 import MoCoV3
 from esvit_scale.objective.objective import Objective
 from esvit_scale.objective.simclr import SimCLR
 from esvit_scale.objective.simsiam import SimSiam
+from esvit_scale.objective.sparsify import Sparsify
 from esvit_scale.objective.swav import SwAV
 from esvit_scale.objective.triplet import Triplet
 from esvit_scale.objective.vatt import VATT
@@ -32,6 +33,7 @@ OBJECTIVES: dict[str, Callable[[int, configs.Objective], Objective]] = {  # (C o
     "moco_v3": MoCoV3,
     "simclr": SimCLR,
     "simsiam": SimSiam,
+    "sparsify": Sparsify,
     "swav": SwAV,
     "triplet": Triplet,
     "vatt": VATT,
@@ -84,6 +86,11 @@ def _check_frozen_teacher(objective: Objective, config: Config) -> None:
     if objective.has_frozen_teacher and teacher is None:
         raise UserError(
             f"objective.teacher: {name} needs the weights of a teacher, such as objective.teacher=runs/large"
+        )
+    if objective.has_frozen_teacher and config.objective.targets not in objective.teacher_targets:
+        raise UserError(
+            f"objective.targets: {name} cannot learn {config.objective.targets}; set objective.targets="
+            f"{objective.teacher_targets[0]}"
         )
     if config.objective.students and not objective.has_frozen_teacher:
         raise UserError(f"objective.students: {name} trains one student; leave it out, or take objective.name=distill")

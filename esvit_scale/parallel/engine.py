@@ -64,7 +64,7 @@ class Engines(NamedTuple):
     layout: Layout  # of the student, at the run's ZeRO stage
     dtype: torch.dtype  # of the weights that the forward uses
     moments: dict[str, tuple[str, ...]]  # group → names of the tensors kept per parameter, such as `exp_avg`
-    lr_scales: dict[str, float]  # group → factor of its learning rate (`optim.layer_decay`)
+    lr_scales: dict[str, float]  # group → factor of its learning rate (`optim.trunk_rate`, `optim.layer_decay`)
 
     @property
     def partitions(self) -> list[Partition]:
@@ -133,7 +133,7 @@ def build(config: Config, world: World, given: dict[str, Tensor], of_teacher: di
         frozen = FrozenTeacher(layout, lambda: build_frozen_teacher(config, meta.objective), of_teacher)
     group_of = {name: group for group, members in groups.items() for name in members}
     moments = {group: optimizers.moments(config.optim.name, group) for group in groups}
-    scales = {group: lr_scale(group, meta.trunk, config.optim.layer_decay) for group in groups}
+    scales = {group: lr_scale(group, meta.trunk, config.optim) for group in groups}
     engines = Engines(
         *(student, optimizer, group_of, teacher, gram, frozen, clipper, layout, weight_dtype(config), moments, scales)
     )

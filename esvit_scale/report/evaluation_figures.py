@@ -78,6 +78,23 @@ def components(seen: AttentionResult) -> bytes:
     return png(figure)
 
 
+def kept(seen: AttentionResult) -> bytes:
+    """Draw the picture, and beside it what each pruning stage of a sparse trunk keeps: pruned tokens are left blank."""
+    height, width = seen.picture.shape[:2]
+    columns = 1 + len(seen.kept)
+    figure = blank_figure(WIDTH, WIDTH / columns * height / width + 0.28)
+    row = figure.subplots(1, columns, squeeze=False)[0]
+    _image(row[0], seen.picture)
+    row[0].set_title("picture", color=GREY, fontsize=8.5, loc="left")
+    for s, (axes, mask) in enumerate(zip(row[1:], seen.kept, strict=True), start=1):
+        opaque = 255 * _stretched(mask.numpy().astype(np.uint8), height, width)
+        _image(axes, np.dstack([seen.picture, opaque]))
+        axes.set_title(
+            f"pruning {s} · {int(mask.sum())} of {mask.numel()} tokens", color=GREY, fontsize=8.5, loc="left"
+        )
+    return png(figure)
+
+
 def write_correspondences(result: CorrespondenceResult, out: Path) -> list[Path]:
     """Write correspondence-best.png, -worst.png and -stereo.png to the folder `out`; return their paths."""
     pictures = {"best": result.best, "worst": result.worst, "stereo": [result.stereo]}
@@ -90,8 +107,10 @@ def write_correspondences(result: CorrespondenceResult, out: Path) -> list[Path]
 
 
 def write_attention(seen: AttentionResult, out: Path) -> list[Path]:
-    """Write attention.png and components.png to the folder `out`; return their paths."""
+    """Write attention.png, components.png and, of a sparse trunk, kept.png to the folder `out`; return their paths."""
     drawn = {"attention": attention(seen), "components": components(seen)}
+    if seen.kept:
+        drawn["kept"] = kept(seen)
     return [_write(out / f"{name}.png", content) for name, content in drawn.items()]
 
 

@@ -76,6 +76,18 @@ GROUPS = (
             "loss_masked": ("masked regions, before their weight", VIOLET),
             "loss_koleo": ("KoLeo, before its weight", VIOLET),
             "loss_gram": ("Gram anchoring, before its weight", ORANGE),
+            "loss_tokens": ("kept tokens, before their weight", GREEN),
+            "loss_ratio": ("kept fractions, before their weight", VIOLET),
+            "loss_class": ("labels", GREY),
+        },
+    ),
+    Group(
+        "Kept tokens",
+        "Fraction of the tokens that each pruning stage of a sparse trunk keeps, in the mean over crops.",
+        {
+            "kept_1": ("first pruning", BLUE),
+            "kept_2": ("second pruning", ORANGE),
+            "kept_3": ("third pruning", GREEN),
         },
     ),
     Group(

@@ -17,7 +17,17 @@ Json = dict[str, Any]
 T = TypeVar("T")
 
 EVALUATIONS = ("knn", "linear", "transfer", "retrieval", "copies", "segmentation", "depth", "video", "correspondence")
-PICTURES = ("correspondence", "attention", "components", "retrieval", "copies", "segmentation", "depth", "video")
+PICTURES = (
+    "correspondence",
+    "attention",
+    "components",
+    "kept",
+    "retrieval",
+    "copies",
+    "segmentation",
+    "depth",
+    "video",
+)
 
 
 class RunFiles(NamedTuple):

@@ -17,7 +17,7 @@ from esvit_scale.errors import UserError
 
 # Sections and keys whose values are those of the weights, unless the user gave others.
 OF_WEIGHTS = {
-    "model": ("trunk", "window", "pretrained_windows", "embed_dim", "depths", "heads", "registers"),
+    "model": ("trunk", "window", "pretrained_windows", "embed_dim", "depths", "heads", "registers", "keep"),
     "data": ("channels", "bits", "mean", "std"),
 }
 
@@ -37,38 +37,48 @@ def resolve(name: str, overrides: list[str]) -> Config:
             "with its objective and data sections"
         )
     configs.require_training_data(asked)
-    below = _of_weights(asked)
-    classes = _class_names(asked.data)
+    below = of_weights(_source(asked))
+    classes = class_names(asked.data)
     above = {"objective": {"classes": len(classes), "class_names": list(classes)}} if classes else {}
     return configs.resolve(name, overrides, below, above)
 
 
-def _of_weights(asked: Config) -> dict[str, Any]:
-    """Return the values that the weights give, as nested dicts.
-
-    A run that has begun recorded them, and goes on when the weights are no longer there.
-
-    Raises:
-        UserError: no weights are named, or they cannot be read.
-    """
-    recorded = asked.run_path / "config.yaml"
-    if recorded.is_file():
-        config = configs.load(recorded)
-    elif asked.model.init_from is None:
-        raise UserError(
-            "model.init_from: not set; give the weights to start from: a run dir, a step folder, a .safetensors file or an "
-            "official .pth (`pretrain` trains from random weights, also with labels)"
-        )
-    else:
-        config = _config_of(Path(asked.model.init_from))
+def of_weights(config: Config) -> dict[str, Any]:
+    """Return the values that weights with this config give a run that starts from them, as nested dicts."""
     values = config.model_dump(mode="json")
     found = {section: {key: values[section][key] for key in keys} for section, keys in OF_WEIGHTS.items()}
     found["data"]["global_crops"] = {"size": config.data.global_crops.size}
     return found
 
 
-def _config_of(weights: Path) -> Config:
-    """Return the config of weights in any supported format."""
+def _source(asked: Config) -> Config:
+    """Return the config of the weights.
+
+    A run that has begun recorded what they gave, and goes on when the weights are no longer there.
+
+    Raises:
+        UserError: no weights are named, or they cannot be read.
+    """
+    recorded = asked.run_path / "config.yaml"
+    if recorded.is_file():
+        return configs.load(recorded)
+    if asked.model.init_from is None:
+        raise UserError(
+            "model.init_from: not set; give the weights to start from: a run dir, a step folder, a .safetensors file or an "
+            "official .pth (`pretrain` trains from random weights, also with labels)"
+        )
+    return config_of(Path(asked.model.init_from), "model.init_from")
+
+
+def config_of(weights: Path, key: str) -> Config:
+    """Return the config of weights in any supported format.
+
+    Args:
+        key: what named the weights, for messages.
+
+    Raises:
+        UserError: they cannot be read.
+    """
     try:
         path = step_folders.follow_pointer(weights)
         if not path.exists():
@@ -78,10 +88,10 @@ def _config_of(weights: Path) -> Config:
         folder = step_folders.resolve(path)
         return configs.validate(state_file.read_state(folder)["config"], where=str(folder / state_file.STATE))
     except UserError as error:
-        raise UserError(f"model.init_from: {error}") from None
+        raise UserError(f"{key}: {error}") from None
 
 
-def _class_names(data: Data) -> tuple[str, ...]:
+def class_names(data: Data) -> tuple[str, ...]:
     """Return the names of the classes of the training set; none for plain tars, which do not say them.
 
     Raises:

@@ -79,7 +79,9 @@ def model_line(engines: Engines, world: World, prototypes: int) -> str:
 def frozen_teacher_line(config: Config, teacher: FrozenTeacher) -> str:
     """Return a line with the frozen teacher's trunk, its parameters, and what the student learns from it."""
     name, learned = frozen.teacher_name(config.objective), config.objective.targets
-    what = "its prototypes" if learned == "prototypes" else "the direction of its features"
+    what = {"prototypes": "its prototypes", "cosine": "the direction of its features", "features": "its features"}[
+        learned
+    ]
     return (
         f"{'teacher':<10} {config.objective.teacher}: {name}, {_millions(parameters(teacher.module))} parameters, frozen; "
         f"the student learns {what}"

@@ -24,6 +24,7 @@ from esvit_scale.data import labels, stream
 from esvit_scale.data.stream import Batch, MicroBatch
 from esvit_scale.errors import Diverged, RestartCanHelp, UserError
 from esvit_scale.models.drop_path import drop_keys
+from esvit_scale.objective.objective import joined_targets
 from esvit_scale.objective.schedules import Schedules
 from esvit_scale.parallel import collectives, engine
 from esvit_scale.parallel.step_clock import StepClock
@@ -109,9 +110,9 @@ class Trainer:
         sums: dict[str, Tensor] = {}
         applied = False
         for micro_batch in micro_batches:
-            # Labels, or targets of the teacher or the frozen teacher, from the two global crops.
+            # Labels, and targets of the teacher or the frozen teacher, from the global crops.
             beside = (micro_batch.signals, micro_batch.has_image) if micro_batch.signals else ()
-            targets = micro_batch.labels or self._teacher_targets(micro_batch.crops[:1], *beside)
+            targets = joined_targets(micro_batch.labels, self._teacher_targets(micro_batch.crops[:1], *beside))
             anchors = self._gram_anchors(micro_batch.crops[:1])
 
             # Student forward on all crops, and loss.

@@ -72,7 +72,9 @@ def test_published_model_has_expected_size() -> None:
         trunk = build_trunk(configs.resolve("cvt_s1"))
     assert sum(p.numel() for p in trunk.parameters()) == 29_303_616
     assert (trunk.dim, trunk.channels, trunk.reductions) == (768, (64, 192, 384, 768), (4, 8, 16, 32))
-    view, regions, grids = trunk([torch.empty(2, 3, 224, 224, device="meta"), torch.empty(8, 3, 96, 96, device="meta")])
+    view, regions, grids, *_ = trunk(
+        [torch.empty(2, 3, 224, 224, device="meta"), torch.empty(8, 3, 96, 96, device="meta")]
+    )
     assert (tuple(view.shape), tuple(regions.shape), grids) == ((10, 768), (170, 768), [(2, 7, 7), (8, 3, 3)])
 
 

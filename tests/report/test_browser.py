@@ -54,7 +54,7 @@ def full(run: Path) -> Path:
         CorrespondenceResult({}, [case] * 3, [case] * 3, correspondence.stereo(trunk)), run
     )
     pixels = to_trunk(picture)
-    seen = AttentionResult(FrozenTrunk(trunk, 64, 1), picture, attention(trunk, pixels), components(trunk, pixels))
+    seen = AttentionResult(FrozenTrunk(trunk, 64, 1), picture, attention(trunk, pixels), components(trunk, pixels), [])
     evaluation_figures.write_attention(seen, run)
     return run
 
