@@ -53,7 +53,15 @@ PRESETS = [name for name in configs.preset_names() if name != "demo"]
 # Those whose FLOPs are counted by running the network, for seconds; deit_s and simsiam_resnet50 stay among the fast ones.
 TRACED = {
     *("cvt_s1", "focal_t", "vil_2262", "byol_resnet50", "dino_resnet50", "swav_resnet50"),
-    *("moco_v3_vit_s", "stability_frozen", "stability_trained", "vatt_medium", "vatt_small"),
+    *(
+        "moco_v3_vit_s",
+        "stability_frozen",
+        "stability_trained",
+        "vatt_medium",
+        "vatt_small",
+        "sparsify",
+        "sparsify_swin",
+    ),
 }
 
 

@@ -28,6 +28,7 @@ LIBRARIES = {  # prefix of `model.trunk` ("timm:NAME") → module with `build`
     "sparse": "esvit_scale.models.sparse",
     "timm": "esvit_scale.models.timm_trunk",
 }
+SPARSE = "sparse:"  # prefix of trunks that prune tokens
 
 
 def build_trunk(config: Config) -> Trunk:

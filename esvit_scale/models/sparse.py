@@ -7,12 +7,12 @@ from esvit_scale.config import Config
 from esvit_scale.errors import UserError, nearest
 from esvit_scale.models import convolution, layer_norm, swin_variants, vit
 from esvit_scale.models.channels import take_channels
+from esvit_scale.models.registry import SPARSE
 from esvit_scale.models.shape import overridden
 from esvit_scale.models.sparse_swin import SparseSwin
 from esvit_scale.models.sparse_vit import SparseMoCoViT, SparseViT, places
 from esvit_scale.models.trunk import Trunk
 
-PREFIX = "sparse:"
 DEFAULT_KEEP = 0.7
 NAMES = (*vit.VARIANTS, *(name for name, shape in swin_variants.SHAPES.items() if shape.version == 1))
 
@@ -23,7 +23,7 @@ def build(config: Config) -> Trunk:
     Raises:
         UserError: there is no sparse form of the trunk, or it has too few blocks, or the trunk itself cannot be built.
     """
-    name = config.model.trunk.removeprefix(PREFIX)
+    name = config.model.trunk.removeprefix(SPARSE)
     if name not in NAMES:
         raise UserError(f"model.trunk: no sparse form of {name!r}{nearest(name, NAMES)}; there are {', '.join(NAMES)}")
     dense = config.model_copy(update={"model": config.model.model_copy(update={"trunk": name})})

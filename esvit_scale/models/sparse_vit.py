@@ -212,7 +212,7 @@ class DroppedTokens(Pruning):
         chosen = torch.cat(stay)
         self.last, self.sequences = self.all_tokens(tokens), tuple(sequences)
         self.rows = chosen if self.rows is None else self.rows[chosen]
-        nothing = torch.zeros(len(self.last), 1, dtype=scores.dtype, device=scores.device)
+        nothing = torch.zeros(self.last.shape[0], 1, dtype=scores.dtype, device=scores.device)
         self.masks.append(patches_of(nothing.index_fill(0, self.rows, 1.0), self.whole, self.before)[:, 0])
         return tokens.index_select(0, chosen)
 

@@ -11,7 +11,7 @@ from typing import Any
 from esvit_scale import config as configs
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
-from esvit_scale.models.sparse import PREFIX
+from esvit_scale.models.registry import SPARSE
 from esvit_scale.train import finetuning
 
 
@@ -39,13 +39,13 @@ def resolve(weights: str, name: str, overrides: list[str], keep: float | None = 
     recorded = asked.run_path / "config.yaml"
     source = configs.load(recorded) if recorded.is_file() else finetuning.config_of(Path(weights), "CHECKPOINT")
     trunk = source.model.trunk
-    if trunk.startswith(PREFIX) and not recorded.is_file():
+    if trunk.startswith(SPARSE) and not recorded.is_file():
         raise UserError(
             f"{weights}: is sparse already (keep {source.model.keep}); name the dense weights that it came from"
         )
     values = finetuning.of_weights(source)
     shape = {key: value for key, value in values.pop("model").items() if key != "keep"}
-    shape |= {"trunk": PREFIX + trunk.removeprefix(PREFIX)}
+    shape |= {"trunk": SPARSE + trunk.removeprefix(SPARSE)}
     above = configs.merged(given, {"model": shape})
     if labels:
         classes = finetuning.class_names(asked.data)

@@ -113,7 +113,7 @@ def test_groups_have_one_rate_a_depth() -> None:
         names = [name for members in groups.values() for name in members]
         assert sorted(names) == sorted(name for name, _ in network.named_parameters())  # each in one group
         kinds = parameter_groups(network, matrices=muons)
-        rates = {name: lr_scale(group, trunk, 0.5) for group, members in groups.items() for name in members}
+        rates = {name: lr_scale(group, trunk, decay) for group, members in groups.items() for name in members}
         assert all(kinds[name] == group.split(".")[-1] for group, members in groups.items() for name in members)
         assert rates["trunk.patch_embed.proj.weight"] == 0.5**13
         assert (
@@ -126,4 +126,4 @@ def test_groups_have_one_rate_a_depth() -> None:
     ):
         groups = optimizer_groups(network, trunk, optim)
         assert groups.keys() == expected
-        assert {lr_scale(group, trunk, 1.0) for group in groups} == {1.0}
+        assert {lr_scale(group, trunk, optim) for group in groups} == {1.0}
