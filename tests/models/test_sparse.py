@@ -303,7 +303,10 @@ def test_flops_are_those_of_the_kept_tokens() -> None:
 
 @pytest.mark.parametrize("model", [VIT, SWIN], ids=["vit", "swin"])
 def test_costs_are_those_of_torchs_counter(model: dict[str, Any]) -> None:
-    assert models_traced.crop_cost(config_of(model), 64).flops == counted(config_of(model), 64)
+    cost = models_traced.crop_cost(config_of(model), 64)
+    assert cost.flops + cost.flops_per_forward == counted(
+        config_of(model), 64
+    )  # a resize of positions is counted apart
 
 
 @pytest.mark.slow
