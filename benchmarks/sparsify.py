@@ -132,7 +132,7 @@ def on_fashion(source: Path, out: Path, keeps: list[float], seeds: list[int]) ->
 
 
 def dense_config(out: Path, data: Path) -> Config:
-    """Return the config of the dense ViT: classification from random weights."""
+    """Return the config of the dense ViT: classification, from random weights."""
     own = [
         f"data.train={data}",
         f"run_dir={out / 'dense'}",

@@ -92,7 +92,7 @@ def config_of(weights: Path, key: str) -> Config:
 
 
 def class_names(data: Data) -> tuple[str, ...]:
-    """Return the names of the classes of the training set; none for plain tars, which do not say them.
+    """Return the names of the classes of a training set; none for plain tars, which do not say them.
 
     Raises:
         UserError: the set has no classes, or only one, or mixed sets have different ones.
