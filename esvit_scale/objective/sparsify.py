@@ -53,6 +53,7 @@ class Sparsify(Objective):
         super().__init__()
         self.dim, self._config = dim, config
         self.takes_labels = config.classes > 0
+        self.image_views = (1,) if self.takes_labels else (2,)
         self.classifier = nn.Linear(dim, config.classes) if config.classes else None
 
     def of_frozen_teacher(self, dim: int, config: configs.Objective) -> Objective:
