@@ -1,12 +1,17 @@
-"""Peak memory of real training steps against what `esvit-scale plan` says: run alone, prints a table.
+"""Real training steps on CPU processes against what `esvit-scale plan` says: peak memory, traffic and time.
 
     python benchmarks/plan.py                    # all cases, one after the other; each up to 10 GB of main memory
     python benchmarks/plan.py swin_305m:zero2:bf16:1:4
 
 A case is shape:ds_config:precision:ranks:global batch[:activation checkpointing]. Every rank builds student, teacher and
-optimizer, notes its resident memory, takes some steps on random crops, and reports its high-water mark since (Linux:
-/proc/self/clear_refs). On a CPU memory counts when it is first written, so the reduction buckets, which DeepSpeed
-reserves whole, count for what passes through them: the plan's formulas with `on_cpu=True`.
+optimizer, notes its resident memory, takes some steps on random crops, and reports
+
+- its high-water mark since (Linux: /proc/self/clear_refs). On a CPU memory counts when it is first written, so the
+  reduction buckets, which DeepSpeed reserves whole, count for what passes through them: the plan's formulas with
+  `on_cpu=True`. "plan" has activations by their formulas, "traced" those of the traced step;
+- the bytes of a step's collectives by kind, from wrapped functions of torch.distributed;
+- the shortest step. The estimate is the traced step's, on a machine with this one's rates: matrix products, memory and
+  all-reduces are timed in all ranks at once, between the steps, and the best of each is taken, as of the steps.
 """
 
 import argparse
@@ -16,11 +21,16 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import noted_collectives
 
 if TYPE_CHECKING:
     from esvit_scale.config import Config
+    from esvit_scale.scaling.memory import ElementCounts
+    from esvit_scale.scaling.step_trace import StepTrace
 
 SHAPES = {  # trunk and heads together 309 and 310 million parameters: between Swin-L and SwinV2-H; and a smaller one
     "swin_138m": {"trunk": "swin_l", "embed_dim": 160, "heads": [5, 10, 20, 40]},
@@ -35,8 +45,13 @@ CASES = [  # what decides the peak: the optimizer's step, or the activations of 
     "swin_305m:zero3:bf16:1:4",
     "swin_305m:zero0:fp32:1:12:none",
     "swin_305m:zero3:bf16:2:8",
+    "swin_305m:zero3:bf16:4:8",
+    "swin_138m:zero1:fp32:2:8",
+    "swin_138m:zero3:fp32:2:8",
 ]
-STEPS = 3  # stage 3 learns its order of gathering in the first
+STEPS = 4  # stage 3 learns its order of gathering in the first two
+RATE_BYTES = 2**26  # of the tensors by which rates of memory and of all-reduces are measured
+LAUNCH = 1e-5  # seconds that an operation of torch takes on a CPU at the least
 
 
 def config_of(case: str) -> "Config":
@@ -60,15 +75,47 @@ def config_of(case: str) -> "Config":
     return configs.validate(values, where=case)
 
 
-def plan(case: str) -> float:
-    """Bytes of the peak above what is there after building; stage 3 has its gradients' buffer by then."""
+class Planned(NamedTuple):
+    """What the plan says about one rank of a case: bytes above what is there after building, and of collectives."""
+
+    by_formulas: float
+    by_trace: float
+    traffic: dict[str, int]  # kind → bytes
+    step: "StepTrace"
+    network: "ElementCounts"
+
+
+def plan(case: str) -> Planned:
+    """The plan of a case; stage 3 has its gradients' buffer after building."""
     from esvit_scale.objective import costs
-    from esvit_scale.scaling import memory
+    from esvit_scale.scaling import memory, step_trace, traffic
 
     config, stage = config_of(case), int(case.split(":")[1][-1])
     ranks, kept = int(case.split(":")[3]), costs.checkpointing_of(config)
-    m = memory.memory(config, memory.network_of(config), stage, ranks, kept, on_cpu=True)
-    return m.peak - m.at_start - (m.gradients if stage == 3 else 0)
+    network = memory.network_of(config)
+    step = step_trace.trace(config, ranks, kept, step_trace.ON_CPU)
+    peaks = []
+    for peak in (None, step.peaks):
+        m = memory.memory(config, network, stage, ranks, kept, on_cpu=True, traced=peak)
+        peaks.append(m.peak - m.at_start - (m.gradients if stage == 3 else 0))
+    said: dict[str, int] = {}
+    for one in traffic.of_step(config, network, stage, ranks, step):
+        said[one.kind] = said.get(one.kind, 0) + one.bytes
+    return Planned(peaks[0], peaks[1], {kind: count for kind, count in said.items() if count}, step, network)
+
+
+def seconds(case: str, planned: Planned, rates: dict[str, float]) -> tuple[float, str]:
+    """The estimated time of a step on a machine with these rates, and its largest part."""
+    from esvit_scale.scaling import roofline
+
+    ranks = int(case.split(":")[3])
+    machine = roofline.Machine(rates["flops"] / 1e12, "as measured", rates["memory"] / 1e9, 1.0, LAUNCH)
+    machine = machine._replace(gpus_per_node=ranks, node_link=max(rates["link"], 1e-9))
+    found = roofline.estimate(
+        config_of(case), planned.network, int(case.split(":")[1][-1]), ranks, planned.step, machine
+    )
+    largest = found.terms[0]
+    return found.seconds, f"{largest.seconds / found.seconds:.0%} {largest.name}"
 
 
 def status(name: str) -> float:
@@ -78,11 +125,14 @@ def status(name: str) -> float:
 
 
 def measure(case: str, out: str) -> None:
-    """One rank: baseline and peak in bytes, written to out.rank."""
+    """One rank: bytes at the start and at the peak, bytes of collectives, seconds of the best step, rates; written to
+    out.rank."""
+    noted_collectives.wrap()
     import torch
 
     from esvit_scale.data.stream import MicroBatch
     from esvit_scale.objective.schedules import Schedules
+    from esvit_scale.parallel import collectives
     from esvit_scale.parallel import world as worlds
     from esvit_scale.train.trainer import Trainer
 
@@ -97,14 +147,50 @@ def measure(case: str, out: str) -> None:
     gc.collect()
     baseline = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
+    times, rates = [], []
     for _ in range(STEPS):
+        noted_collectives.noted.clear()
+        collectives.barrier()
+        began = time.perf_counter()
         trainer.train_step([batch])
-    peak = status("VmHWM")
-    Path(f"{out}.{world.rank}").write_text(json.dumps({"baseline": baseline, "peak": peak}))
+        times.append(time.perf_counter() - began)
+        said = list(noted_collectives.noted)
+        if len(times) == STEPS - 1:
+            peak = status("VmHWM")  # before tensors by which rates are measured
+        if len(times) >= STEPS - 1:
+            rates.append(_rates(world.size))
+    totals: dict[str, int] = {}
+    for kind, count in said:
+        totals[kind] = totals.get(kind, 0) + count
+    best = {name: max(rate[name] for rate in rates) for name in rates[0]}
+    found = {"baseline": baseline, "peak": peak, "step": min(times[1:]), "traffic": totals, "rates": best}
+    Path(f"{out}.{world.rank}").write_text(json.dumps(found))
     worlds.stop()
 
 
-def run(case: str) -> list[dict[str, float]]:
+def _rates(ranks: int) -> dict[str, float]:
+    """Rates of this process while all ranks measure: FLOP/s of products, bytes/s of memory and of all-reduces."""
+    import torch
+
+    from esvit_scale.parallel import collectives
+    from esvit_scale.parallel.probe import all_reduce_rate
+    from esvit_scale.train.mfu import matmul_rate
+
+    matmul_rate.cache_clear()
+    collectives.barrier()
+    flops = matmul_rate(torch.device("cpu"), torch.float32)
+    collectives.barrier()
+    a, b = torch.ones(RATE_BYTES // 4), torch.ones(RATE_BYTES // 4)
+    times = []
+    for _ in range(10):
+        began = time.perf_counter()
+        a.add_(b)
+        times.append(time.perf_counter() - began)
+    link = all_reduce_rate([range(ranks)], torch.device("cpu"), RATE_BYTES) if ranks > 1 else None
+    return {"flops": flops, "memory": 3 * RATE_BYTES / min(times), "link": link or 0.0}
+
+
+def run(case: str) -> list[dict[str, Any]]:
     ranks = int(case.split(":")[3])
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "measured"
@@ -124,14 +210,32 @@ def main() -> None:
     if options.out:
         measure(options.cases[0], options.out)
         return
-    print(
-        f"{'case':34s} {'rank':>4s} {'measured':>9s} {'plan':>9s} {'off':>7s}   MiB above what is there after building"
-    )
     for case in options.cases:
-        planned = plan(case) / 2**20
-        for rank, found in enumerate(run(case)):
-            measured = (found["peak"] - found["baseline"]) / 2**20
-            print(f"{case:34s} {rank:4d} {measured:9.0f} {planned:9.0f} {planned / measured - 1:+7.1%}", flush=True)
+        report(case)
+
+
+def report(case: str) -> None:
+    """Measure a case and print it beside the plan."""
+    planned = plan(case)
+    ranks = run(case)
+    mib = [(found["peak"] - found["baseline"]) / 2**20 for found in ranks]
+    most = max(mib)
+    print(case, flush=True)
+    print(f"  peak MiB above what is there after building, of each rank: {', '.join(f'{m:.0f}' for m in mib)}")
+    for name, bytes_ in (("plan", planned.by_formulas), ("traced", planned.by_trace)):
+        print(f"    {name:8s} {bytes_ / 2**20:7.0f} ({bytes_ / 2**20 / most - 1:+.1%})")
+    same = all(found["traffic"] == planned.traffic for found in ranks) if len(ranks) > 1 else None
+    said = ", ".join(f"{kind} {count:,}" for kind, count in planned.traffic.items())
+    if same is not None:
+        print(f"  traffic: {said} bytes planned; measured {'equal' if same else [found['traffic'] for found in ranks]}")
+    rates = {name: min(found["rates"][name] for found in ranks) for name in ranks[0]["rates"]}
+    step = max(found["step"] for found in ranks)
+    estimated, largest = seconds(case, planned, rates)
+    print(f"  step: measured {step:.2f} s, estimated {estimated:.2f} s ({estimated / step - 1:+.0%}; {largest})")
+    print(
+        f"    at {rates['flops'] / 1e9:.0f} GFLOP/s, {rates['memory'] / 1e9:.1f} GB/s, {rates['link']:.2f} GB/s",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from PIL import Image
 from esvit_scale import config as configs
 from esvit_scale.checkpoint import frozen_teacher
 from esvit_scale.checkpoint.backbone import Backbone, load_backbone
-from esvit_scale.commands.plan import as_json, images_of, memory_bytes, speed_of
+from esvit_scale.commands.plan import as_json, images_of, machine_of, memory_bytes, speed_of
 from esvit_scale.config import Config
 from esvit_scale.errors import RestartCanHelp
 from esvit_scale.evaluate import features, knn
@@ -167,7 +167,8 @@ def plan(
     gpu_memory: str = "80G",
     images: int | None = None,
     tflops: float | None = None,
-    mfu: float = 0.35,
+    mfu: float | None = None,
+    rates: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Return what a config needs, as `plan --json` prints it; `config` explains the first two arguments.
 
@@ -176,14 +177,17 @@ def plan(
         images: images in the training set; None: those of data.train, or ImageNet-1K's.
         tflops: TFLOP/s of one GPU on large matrix products; None: measured on this machine's GPU; without
             one the times are None.
-        mfu: fraction of `tflops` that training reaches.
+        mfu: fraction of `tflops` that training reaches; None: the time follows from a traced step and the machine's rates.
+        rates: rates of the machine that are not the defaults, by the names of the options: bandwidth, gpus_per_node,
+            node_link, network.
 
     Raises:
         UserError: the config is wrong, or its batch does not divide over the GPUs.
     """
     of_run = frozen_teacher.described_in(config(name, changes))
-    speed, memory = speed_of(of_run, tflops, mfu), memory_bytes(gpu_memory)
-    found = [plans.plan(one, gpus, memory, images or images_of(one), speed) for one in of_run.of_stages]
+    speed = machine_of(of_run, tflops, rates or {}) if mfu is None else speed_of(of_run, tflops, mfu)
+    memory = memory_bytes(gpu_memory)
+    found = [plans.plan(one, gpus, memory, images or images_of(one), speed, traced=True) for one in of_run.of_stages]
     return as_json(found, gpus)
 
 

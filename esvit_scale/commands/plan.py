@@ -1,7 +1,8 @@
-"""The `plan` command: estimates a config's memory at each ZeRO stage, its FLOPs, time and disk space."""
+"""The `plan` command: estimates a config's memory at each ZeRO stage, its FLOPs, traffic, time and disk space."""
 
 import argparse
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from esvit_scale.commands.parser import add_overrides, command, positive
@@ -13,7 +14,13 @@ if TYPE_CHECKING:
     from esvit_scale.scaling.plan import Plan
 
 UNITS = {"": 2**30, "G": 2**30, "GB": 2**30, "GIB": 2**30, "M": 2**20, "MB": 2**20, "MIB": 2**20}
-TRAINING_MFU = 0.35  # assumed MFU without --mfu
+TRAINING_MFU = 0.35  # assumed MFU of commands that trace no step
+RATES = {  # options that describe the machine: field of roofline.Machine → metavar and help
+    "bandwidth": ("GB/S", "GB/s at which one GPU reads and writes its memory (default: 3350, an H100 SXM's)"),
+    "gpus_per_node": ("N", "GPUs in a node (default: 8)"),
+    "node_link": ("GB/S", "GB/s that a GPU sends to the others of its node (default: 450, an H100's NVLink)"),
+    "network": ("GBIT/S", "Gb/s that a GPU sends to one of another node (default: 400)"),
+}
 
 
 def add(commands: Any) -> None:
@@ -39,10 +46,12 @@ def add(commands: Any) -> None:
     plan.add_argument(
         "--mfu",
         type=float,
-        default=TRAINING_MFU,
         metavar="F",
-        help=f"fraction of --tflops that training reaches (default: {TRAINING_MFU})",
+        help="fraction of --tflops that training reaches (default: the time follows from a traced step and the rates below)",
     )
+    for name, (metavar, text) in RATES.items():
+        kind = positive if name == "gpus_per_node" else float
+        plan.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
@@ -56,10 +65,14 @@ def _plan(options: argparse.Namespace) -> int:
 
     o = options
     whole = frozen_teacher.described_in(configs.resolve(o.config, o.overrides))
-    if (o.tflops is not None and not 0 < o.tflops < 1e6) or not 0 < o.mfu <= 1:
+    if (o.tflops is not None and not 0 < o.tflops < 1e6) or (o.mfu is not None and not 0 < o.mfu <= 1):
         raise UserError("plan: --tflops must be above 0, and --mfu above 0 and at most 1")
-    speed, stages = speed_of(whole, o.tflops, o.mfu), whole.of_stages
-    found = [plans.plan(stage, o.gpus, o.gpu_memory, o.images or images_of(stage), speed) for stage in stages]
+    rates = {name: getattr(o, name) for name in RATES if getattr(o, name) is not None}
+    if any(not 0 < rate < 1e9 for rate in rates.values()):
+        raise UserError("plan: --bandwidth, --node-link and --network must be above 0")
+    speed = speed_of(whole, o.tflops, o.mfu) if o.mfu is not None else machine_of(whole, o.tflops, rates)
+    stages = whole.of_stages
+    found = [plans.plan(one, o.gpus, o.gpu_memory, o.images or images_of(one), speed, traced=True) for one in stages]
     if o.json:
         print(json.dumps(as_json(found, o.gpus), indent=2))
     else:
@@ -102,14 +115,33 @@ def images_of(config: Any) -> int | None:
 
 
 def speed_of(config: Any, tflops: float | None, mfu: float) -> Any:
-    """Return the Speed from which times are estimated; None without `tflops` on a machine without a GPU.
+    """Return the Speed from which times are estimated by an MFU; None without `tflops` on a machine without a GPU."""
+    from esvit_scale.scaling.plan import Speed
+
+    rate = _rate(config, tflops)
+    return rate and Speed(rate[0], mfu, f"{rate[1]}, MFU {mfu:g} assumed")
+
+
+def machine_of(config: Any, tflops: float | None, rates: Mapping[str, Any]) -> Any:
+    """Return the Machine from which times are estimated by a traced step; None without `tflops` on a machine without a
+    GPU.
+
+    Args:
+        rates: the fields in RATES that are not the defaults.
+    """
+    from esvit_scale.scaling.roofline import Machine
+
+    rate = _rate(config, tflops)
+    return rate and Machine(*rate, **rates)
+
+
+def _rate(config: Any, tflops: float | None) -> tuple[float, str] | None:
+    """Return TFLOP/s of one GPU and where they come from; None without `tflops` on a machine without a GPU.
 
     Without `tflops` it is the rate of this machine's GPU. The rate of a CPU would say nothing about the GPUs to plan for.
     """
-    from esvit_scale.scaling.plan import Speed
-
     if tflops is not None:
-        return Speed(tflops, mfu, f"{tflops:g} TFLOP/s for each GPU as given, MFU {mfu:g} assumed")
+        return tflops, f"{tflops:g} TFLOP/s for each GPU as given"
     import torch
 
     if not torch.cuda.is_available():
@@ -118,8 +150,7 @@ def speed_of(config: Any, tflops: float | None, mfu: float) -> Any:
 
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     rate = matmul_rate(torch.device("cuda"), dtype) / 1e12
-    on = torch.cuda.get_device_name()
-    return Speed(rate, mfu, f"{rate:.3g} TFLOP/s for each GPU as measured on {on}, MFU {mfu:g} assumed")
+    return rate, f"{rate:.3g} TFLOP/s for each GPU as measured on {torch.cuda.get_device_name()}"
 
 
 def memory_bytes(text: str) -> int:

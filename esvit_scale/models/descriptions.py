@@ -78,6 +78,9 @@ class ObjectiveFormulas(Protocol):
             grids: (H, W) of the region tokens of each crop, the two global crops first.
         """
 
+    def teacher_flops(self, grids: Sequence[tuple[int, int]], count: Count) -> int:
+        """Return the part of `image_flops` that is the teacher's targets, which further students share."""
+
     def kept(self, grids: Sequence[tuple[int, int]], element: int) -> Activations:
         """Return what the student's heads and loss keep for the backward.
 

@@ -66,6 +66,10 @@ class ClassifyFormulas:
         """Return the FLOPs of the classifier per image, forward and backward; `grids` are those of each crop."""
         return 3 * len(grids) * 2 * self.dim * self.classes
 
+    def teacher_flops(self, grids: Sequence[tuple[int, int]], count: Count) -> int:
+        """Return 0: there is no teacher."""
+        return 0
+
     def kept(self, grids: Sequence[tuple[int, int]], element: int) -> Activations:
         """Return the bytes that classifier and loss keep for the backward: its input, and log probabilities in fp32."""
         return Activations(len(grids) * (self.dim * element + self.classes * WIDE), 0)

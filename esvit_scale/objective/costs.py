@@ -80,7 +80,7 @@ def image_flops(config: Config, count: Count = "published") -> int:
     """Return the FLOPs of a training step per image: student's forward and backward, teacher's forward, heads and loss.
 
     A frozen teacher's forward takes the place of the teacher's. Of several students everything is counted but the
-    teacher's trunk, which runs once; its heads, 2 % of Swin-T's step, are counted once a student.
+    teacher's trunk and heads, which run once.
 
     Recomputation under activation checkpointing is not counted. Costs per step that do not grow with the batch (Swin
     V2's position bias, the centre) are left out because they are negligible, and so is KoLeo's comparison of view
@@ -93,7 +93,8 @@ def image_flops(config: Config, count: Count = "published") -> int:
             and the backward of a traced trunk counts as two forwards.
     """
     first, *further = configs_of_students(config)
-    own = _student_flops(first, count) + sum(_student_flops(one, count) for one in further)
+    own = _student_flops(first, count)
+    own += sum(_student_flops(one, count) - _target_flops(one, count) for one in further)
     objective, size = _network(first).objective, config.data.global_crops.size
     if objective.has_frozen_teacher:
         return (
@@ -120,6 +121,14 @@ def _student_flops(config: Config, count: Count) -> int:
     return 3 * student + of_objective - pixels
 
 
+def _target_flops(config: Config, count: Count) -> int:
+    """Return the FLOPs per image of the teacher's heads, as `_student_flops` counts them."""
+    formulas = _network(config).objective.formulas()
+    if formulas is None:
+        return _objective_flops(_key(config), targets_only=True)
+    return formulas.teacher_flops([_crop_cost(config, size, count).grid for size in config.crop_sizes], count)
+
+
 def region_grids(config: Config) -> list[tuple[int, int]]:
     """Return (H, W) of the region tokens of every crop of an image, the two global crops first."""
     return [region_grid(config, size) for size in config.crop_sizes]
@@ -141,8 +150,11 @@ def _crop_cost(config: Config, size: int, count: Count) -> CropCost:
 
 
 @lru_cache(maxsize=64)
-def _objective_flops(key: str) -> int:
-    """Return the traced FLOPs of an objective per image: the teacher's targets, the student's loss and its backward."""
+def _objective_flops(key: str, targets_only: bool = False) -> int:
+    """Return the traced FLOPs of an objective per image: the teacher's targets, the student's loss and its backward.
+
+    With `targets_only` it is those of the teacher's targets alone.
+    """
     config = Config.model_validate_json(key)
     grids = region_grids(config)
     with models_traced.on_meta():
@@ -151,7 +163,8 @@ def _objective_flops(key: str) -> int:
         of_teacher = _of_teacher(config, objective, trunk.dim)
         least = max(2, objective.images_at_least)
         fewer, more = (
-            _objective_step_flops(objective, of_teacher, grids, images, trunk, config) for images in (least, least + 1)
+            _objective_step_flops(objective, of_teacher, grids, images, trunk, config, targets_only)
+            for images in (least, least + 1)
         )
     return more - fewer
 
@@ -179,6 +192,7 @@ def _objective_step_flops(
     images: int,
     trunk: Trunk,
     config: Config,
+    targets_only: bool,
 ) -> int:
     student = _with_signals(_features(grids, images, trunk.dim), trunk, config, images, keyed=True)
     with models_traced.flop_counter() as counter:
@@ -187,7 +201,8 @@ def _objective_step_flops(
             with torch.no_grad():
                 seen = _features(grids[:TEACHER_VIEWS], images, of_teacher.dim)
                 targets = of_teacher.objective.targets(_with_signals(seen, trunk, config, images, keyed=False))
-        objective(student, joined_targets(_labels(objective, images), targets), TEACHER_TEMP)[0].backward()
+        if not targets_only:
+            objective(student, joined_targets(_labels(objective, images), targets), TEACHER_TEMP)[0].backward()
     return counter.get_total_flops()
 
 

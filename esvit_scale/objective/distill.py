@@ -163,6 +163,10 @@ class CosineFormulas:
         match = 2 * TEACHER_VIEWS * regions[0] * self.dim * compared if regions else 0
         return 3 * (len(grids) + sum(regions)) * 2 * self.dim * self.out + match
 
+    def teacher_flops(self, grids: Sequence[tuple[int, int]], count: Count) -> int:
+        """Return 0: the teacher has no heads."""
+        return 0
+
     def kept(self, grids: Sequence[tuple[int, int]], element: int) -> Activations:
         """Return the bytes that projections and loss keep for the backward, at `element` bytes per value."""
         # Per token: the projection's input; in fp32 its output, the mean of its targets, and a length before and after

@@ -30,7 +30,7 @@ class EsViTFormulas:
         regions = [h * w for h, w in grids] if self.regions else []
         student_tokens = len(grids) + sum(regions)
         teacher_tokens = TEACHER_VIEWS + sum(regions[:TEACHER_VIEWS])
-        mlp, of_teacher = (2 * (h.dim * h.hidden + h.hidden**2 + h.hidden * h.bottleneck) for h in (head, self.teacher))
+        mlp, of_teacher = self._mlp(head), self._mlp(self.teacher)
         logits = 2 * head.bottleneck * head.prototypes
         compared = sum(regions) if count == "executed" else sum(regions[1:])  # with either teacher view
         match = 2 * TEACHER_VIEWS * regions[0] * head.dim * compared if regions else 0
@@ -40,6 +40,18 @@ class EsViTFormulas:
             # and the prototypes' gradient.
             flops += (3 * teacher_tokens + student_tokens) * logits
         return flops
+
+    def teacher_flops(self, grids: Sequence[tuple[int, int]], count: Count) -> int:
+        """Return the FLOPs of the teacher's heads per image. Its logits belong to them, except in the fused loss, where
+        every student computes them again."""
+        tokens = TEACHER_VIEWS + (sum(h * w for h, w in grids[:TEACHER_VIEWS]) if self.regions else 0)
+        logits = 0 if count == "executed" else 2 * self.head.bottleneck * self.head.prototypes
+        return tokens * (self._mlp(self.teacher) + logits)
+
+    @staticmethod
+    def _mlp(head: ProjectionHead) -> int:
+        """Return the FLOPs of a head before its prototypes, per token."""
+        return 2 * (head.dim * head.hidden + head.hidden**2 + head.hidden * head.bottleneck)
 
     def kept(self, grids: Sequence[tuple[int, int]], element: int) -> Activations:
         """Return the bytes that heads and loss keep for the backward, at `element` bytes per value."""

@@ -17,12 +17,12 @@ from torch.autograd.function import once_differentiable
 from esvit_scale.errors import RestartCanHelp, UserError, translate_file_errors
 
 T = TypeVar("T")
+Note = Callable[[str, int], None]  # takes the kind of a collective and its bytes
 
 # A gloo group for flags and small objects: with NCCL, the host would have to wait for the GPU's queue.
 _control_group: Any = None
-_thread_state = (
-    threading.local()
-)  # `group` replaces the control group in a thread; `alone` hides the other ranks from it
+# In a thread, `group` replaces the control group, `alone` hides the other ranks, and `pretended` invents some.
+_thread_state = threading.local()
 
 
 def initialized() -> bool:
@@ -32,11 +32,13 @@ def initialized() -> bool:
 
 def rank() -> int:
     """Return this process's rank, from 0; 0 without a process group."""
-    return dist.get_rank() if initialized() else 0
+    return dist.get_rank() if initialized() and _pretended() is None else 0
 
 
 def world_size() -> int:
     """Return the number of ranks; 1 without a process group."""
+    if (pretended := _pretended()) is not None:
+        return pretended[0]
     return dist.get_world_size() if initialized() else 1
 
 
@@ -50,17 +52,48 @@ def alone() -> Iterator[None]:
         _thread_state.alone = False
 
 
+@contextmanager
+def pretend(ranks: int, note: Note) -> Iterator[None]:
+    """Make this thread behave as rank 0 of so many ranks, to count what a step communicates; nothing is sent.
+
+    Reductions and gathers of tensors leave results as they are. Flags, objects and barriers are not pretended.
+
+    Args:
+        note: is called at each collective with its kind (`all_reduce`, `all_gather`, `all_to_all`) and its bytes: what is
+            reduced, the whole that is gathered, or what this rank sends.
+    """
+    before = _pretended()
+    _thread_state.pretended = (ranks, note)
+    try:
+        yield
+    finally:
+        _thread_state.pretended = before
+
+
+def _pretended() -> tuple[int, Note] | None:
+    found: tuple[int, Note] | None = getattr(_thread_state, "pretended", None)
+    return found
+
+
+def _all_reduce(tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> None:
+    """Reduce a tensor over ranks, in place; where ranks are pretended, only note it."""
+    if (pretended := _pretended()) is not None:
+        pretended[1]("all_reduce", tensor.nbytes)
+    else:
+        dist.all_reduce(tensor, op)
+
+
 def all_reduce_sum_(tensor: Tensor) -> Tensor:
     """Sum a tensor over ranks, in place."""
     if world_size() > 1:
-        dist.all_reduce(tensor)
+        _all_reduce(tensor)
     return tensor
 
 
 def all_reduce_mean_(tensor: Tensor) -> Tensor:
     """Average a floating-point tensor over ranks, in place."""
     if world_size() > 1:
-        dist.all_reduce(tensor)
+        _all_reduce(tensor)
         tensor.div_(world_size())
     return tensor
 
@@ -69,7 +102,7 @@ def log_add_exp_(tensor: Tensor) -> Tensor:
     """Replace every element x of a tensor, in place, by log Σ exp(x), where the sum runs over ranks."""
     if world_size() > 1:
         top = tensor.clone()
-        dist.all_reduce(top, dist.ReduceOp.MAX)
+        _all_reduce(top, dist.ReduceOp.MAX)
         tensor.copy_(all_reduce_sum_((tensor - top).exp_()).log_().add_(top))
     return tensor
 
@@ -98,6 +131,9 @@ class _Sum(torch.autograd.Function):
 
 def all_gather_flat(gathered: Tensor, part: Tensor) -> None:
     """Write the parts [n, …] of all ranks into `gathered` [world · n, …], in rank order."""
+    if (pretended := _pretended()) is not None:
+        pretended[1]("all_gather", gathered.nbytes)
+        return
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name before torch 2.14
     gather(gathered, part)
 
@@ -113,6 +149,9 @@ def exchange(parts: list[Tensor], lengths: list[int]) -> list[Tensor]:
         return parts
     sent = torch.cat(parts)
     received = sent.new_empty(sum(lengths))
+    if (pretended := _pretended()) is not None:
+        pretended[1]("all_to_all", sent.nbytes)
+        return list(received.split(lengths))
     dist.all_to_all_single(received, sent, lengths, [len(part) for part in parts])
     return list(received.split(lengths))
 

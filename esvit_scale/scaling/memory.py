@@ -32,6 +32,7 @@ from esvit_scale.objective import costs
 from esvit_scale.objective.costs import Checkpointing
 from esvit_scale.objective.network import Network, build_frozen_teacher, build_network
 from esvit_scale.objective.param_groups import MATRICES, TRUNK, hidden_matrices, kind_of, optimizer_groups
+from esvit_scale.objective.prototype_passes import LARGEST_BOTTLENECK
 from esvit_scale.objective.prototype_tiles import CPU_TILE_BYTES, GPU_TILE_SHARE
 from esvit_scale.parallel import optimizers
 from esvit_scale.parallel.ds_config import BUCKET, accumulates_in_fp32, bucket_elements
@@ -132,6 +133,14 @@ def _of_frozen(config: Config, network: Network) -> list[int]:
         return [p.numel() for p in build_frozen_teacher(config, network.objective).parameters()]
 
 
+class Peaks(NamedTuple):
+    """Peaks of one rank's memory in a traced step (step_trace.py) beside weights, gradients, optimizer and crops, in bytes."""
+
+    forward: int
+    backward: int
+    backward_with_gradients: int
+
+
 class _Demand(NamedTuple):
     """The inputs that the memory estimate needs at every ZeRO stage; sizes are bytes on one rank."""
 
@@ -187,6 +196,7 @@ def memory(
     checkpointing: Checkpointing,
     on_cpu: bool = False,
     capacity: int = 80 * 10**9,
+    traced: Peaks | None = None,
 ) -> Memory:
     """Return the bytes of each part of memory on one rank at a ZeRO stage.
 
@@ -195,15 +205,20 @@ def memory(
         checkpointing: what activation checkpointing keeps.
         on_cpu: estimate resident memory on a CPU with gloo: a bucket counts as far as it is written, and gloo copies what
             it scatters.
-        capacity: bytes of one GPU; the loss takes a fraction of them as workspace.
+        capacity: bytes of one GPU; the loss on tiles takes a fraction of them as workspace.
+        traced: peaks of forward and backward to take in place of those that are estimated from the blocks' activations.
     """
     e = 2 if config.train.precision in ("bf16", "fp16") else 4
     images = config.train.global_batch // ranks // config.train.grad_accum
     pixels = _pixel_bytes(config, images, e)
     activations = costs.activation_bytes(config, checkpointing).total(images) + pixels
     held = costs.bytes_after_forward(config, checkpointing).total(images) + pixels
-    loss = _loss_workspace(network, e, CPU_TILE_BYTES if on_cpu else capacity // GPU_TILE_SHARE)
+    tile = CPU_TILE_BYTES if on_cpu else 0 if resolves_to_triton(config) else capacity // GPU_TILE_SHARE
+    loss = _loss_workspace(network, e, tile)
     early, late = backward_peaks(config, network, images, checkpointing, pixels, e)
+    if traced is not None:
+        held, early, late = (pixels + peak for peak in traced)
+        held -= loss  # the sum of both is what counts
     summed = 4 if accumulates_in_fp32(config) else e
     gram = network.trunk if config.objective.gram_weight else {}
     return _AT_STAGE[stage](
@@ -302,6 +317,14 @@ def backward_peaks(
     return early, max(late, e * network.total + pixels)
 
 
+def resolves_to_triton(config: Config) -> bool:
+    """Return whether the loss over prototypes runs in fused kernels on a GPU, without tiles of logits in memory: if
+    `objective.prototype_loss` names them, or leaves the choice open and they can run."""
+    asked, of_products = config.objective.prototype_loss, config.train.precision in ("bf16", "fp16", "autocast")
+    can_run = of_products and config.objective.bottleneck <= LARGEST_BOTTLENECK
+    return asked == "triton" or (asked == "auto" and can_run)
+
+
 def _pixel_bytes(config: Config, images: int, e: int) -> int:
     """Return the bytes of the crops of `images` images in all three copies.
 
@@ -314,8 +337,8 @@ def _loss_workspace(network: ElementCounts, e: int, tile: int) -> int:
     """Return the bytes of the fused cross-entropy's workspace.
 
     It holds the normalised prototypes of all the teacher's heads and of the student's largest one, and for one tile of
-    logits (`tile` bytes in fp32) the logits, the student's probabilities (counted as a whole tile), and in bf16 and
-    fp16 a copy of both in that dtype.
+    logits (`tile` bytes in fp32; 0 in fused kernels, whose tiles stay in registers) the logits, the student's
+    probabilities (counted as a whole tile), and in bf16 and fp16 a copy of both in that dtype.
     """
     if not network.prototypes:
         return 0

@@ -1,9 +1,12 @@
 """`esvit-scale plan`: estimates memory, time and disk of a config on a number of GPUs, and finds a setting that fits.
 
-No weights are allocated. The state is exact; the peak is the state plus the largest phase of a step (memory.py). The
-time is estimated from a rate, which is printed beside it; without one there are FLOPs and no time.
+No weights are allocated. The state is exact; the peak is the state plus the largest phase of a step (memory.py). One step
+of the smallest setting that fits is traced (step_trace.py), which gives its kernels, its traffic (traffic.py) and a second
+estimate of the peak. The time follows from these and the rates of a machine (roofline.py), or, if an MFU is given, from
+the FLOPs alone; the assumptions are printed beside it. Without a rate there are FLOPs and no time.
 """
 
+from contextlib import suppress
 from textwrap import wrap
 from typing import Any, NamedTuple
 
@@ -13,8 +16,11 @@ from esvit_scale.errors import UserError
 from esvit_scale.objective import costs
 from esvit_scale.objective.costs import Checkpointing
 from esvit_scale.parallel.ds_config import offered_stages
-from esvit_scale.scaling import memory
+from esvit_scale.scaling import memory, roofline, step_trace, traffic
 from esvit_scale.scaling.memory import ElementCounts, Memory
+from esvit_scale.scaling.roofline import Estimate, Machine
+from esvit_scale.scaling.step_trace import StepTrace
+from esvit_scale.scaling.traffic import Traffic
 
 HEADROOM = 0.92  # usable fraction of a GPU's memory; the driver, allocator's gaps and kernels' scratch take the rest
 IMAGENET = 1_281_167
@@ -35,6 +41,7 @@ ROWS = {  # the parts of a rank's memory, each with the sentence that explains i
 PARTS = tuple(ROWS)
 FURTHER = ("gram", "frozen")  # parts that most runs do not have
 ASK_FOR_RATE = "give --tflops RATE for a time: what one of your GPUs reaches on large matrix products, for example 400"
+CANNOT_TRACE = "give --mfu F for a time: no setting fits, or this torch cannot trace a step of the config"
 GIB, TERA = 2**30, 1e12
 CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "selective", "full")
 # Assumed fraction of a step that computes activations again: full, one of the student's four passes (forward, backward of
@@ -75,6 +82,15 @@ class Speed(NamedTuple):
     source: str  # where the two come from, in words
 
 
+class TracedStep(NamedTuple):
+    """A traced step of one setting."""
+
+    setting: Setting  # with the memory that the trace gives
+    trace: StepTrace
+    traffic: list[Traffic]
+    estimate: Estimate | None  # None without a machine
+
+
 class Plan(NamedTuple):
     """The plan of a config: memory of each setting, the cheapest setting that fits, and costs."""
 
@@ -82,15 +98,24 @@ class Plan(NamedTuple):
     fits: Setting | None
     capacity: int  # bytes of one GPU
     numbers: dict[str, Any]
+    step: TracedStep | None  # of `fits`; None if no step was traced
 
 
-def plan(config: Config, gpus: int, capacity: int, images: int | None, speed: Speed | None) -> Plan:
+def plan(
+    config: Config,
+    gpus: int,
+    capacity: int,
+    images: int | None,
+    speed: Speed | Machine | None,
+    traced: bool = False,
+) -> Plan:
     """Estimate the memory, time and disk that a config needs on `gpus` GPUs.
 
     Args:
         capacity: bytes of one GPU.
         images: number of images in the training set, for the length of an epoch; None: as in ImageNet-1K.
-        speed: the rate from which the time is estimated; None: no time.
+        speed: the rate, or for a traced step the machine, from which the time is estimated; None: no time.
+        traced: whether to trace a step of the smallest setting that fits, by the trace as well. It takes seconds.
 
     Raises:
         UserError: the batch does not divide over the GPUs, or the trunk cannot be built.
@@ -103,13 +128,47 @@ def plan(config: Config, gpus: int, capacity: int, images: int | None, speed: Sp
         for kept in CHECKPOINTING
         for stage in offered_stages(config.train.precision)
     ]
+    step = None
+    if traced:
+        with suppress(NotImplementedError):  # of torch 2.7, for heads with weight norm: then nothing is traced
+            step = _trace_first_that_fits(config, network, gpus, capacity, settings, speed)
     fits = next((s for s in settings if s.memory.peak <= HEADROOM * capacity), None)
-    return Plan(
-        settings,
-        fits,
-        capacity,
-        _numbers(config, network, gpus, images, speed, fits.checkpointing if fits else "none"),
-    )
+    return Plan(settings, fits, capacity, _numbers(config, network, gpus, images, speed, fits, step), step)
+
+
+def _trace_first_that_fits(
+    config: Config,
+    network: ElementCounts,
+    gpus: int,
+    capacity: int,
+    settings: list[Setting],
+    speed: Speed | Machine | None,
+) -> TracedStep | None:
+    """Return a step of the first setting that fits by the formulas and by its trace; None if none does.
+
+    The memory of a setting that fits by the formulas alone is replaced by what its trace gives.
+    """
+    for i, setting in enumerate(settings):
+        if setting.memory.peak <= HEADROOM * capacity:
+            step = _traced(config, network, gpus, capacity, setting, speed)
+            if step.setting.memory.peak <= HEADROOM * capacity:
+                return step
+            settings[i] = step.setting
+    return None
+
+
+def _traced(
+    config: Config, network: ElementCounts, gpus: int, capacity: int, setting: Setting, speed: Speed | Machine | None
+) -> TracedStep:
+    """Trace a step of a setting, and estimate its memory, and with a machine its time."""
+    stage, kept = setting.stage, setting.checkpointing
+    trace = step_trace.trace(config, gpus, kept, step_trace.kernels_on_gpu(config, capacity))
+    needed = memory.memory(config, network, stage, gpus, kept, capacity=capacity, traced=trace.peaks)
+    estimate = None
+    if isinstance(speed, Machine):
+        estimate = roofline.estimate(config, network, stage, gpus, trace, speed)
+    said = traffic.of_step(config, network, stage, gpus, trace)
+    return TracedStep(setting._replace(memory=needed), trace, said, estimate)
 
 
 def refusal(found: Plan, config: Config, gpus: int, limit: int = 4096) -> str | None:
@@ -161,10 +220,12 @@ def _numbers(
     network: ElementCounts,
     gpus: int,
     images: int | None,
-    speed: Speed | None,
-    checkpointing: Checkpointing,
+    speed: Speed | Machine | None,
+    fits: Setting | None,
+    step: TracedStep | None,
 ) -> dict[str, Any]:
-    """Return the costs that do not depend on the ZeRO stage: parameters, FLOPs, time and checkpoint size."""
+    """Return parameters, FLOPs, time and checkpoint size, and what the traced step does."""
+    checkpointing = fits.checkpointing if fits else "none"
     trunk, heads = costs.parameters(config)
     count, batch = images or IMAGENET, config.train.global_batch
     steps = config.train.steps or config.train.epochs * max(1, count // batch)
@@ -182,29 +243,74 @@ def _numbers(
         "steps": steps,
         "images_seen": steps * batch,
         "total_flops": per_image * steps * batch,
-        "speed": speed and speed._asdict(),
+        "speed": _speed(speed, useful * batch / gpus, step),
+        "machine": speed._asdict() if isinstance(speed, Machine) else None,
         "recomputes": checkpointing != "none",
-        **_times(gpus, useful, count, steps * batch, speed, checkpointing),
+        **_times(gpus, _images_per_s(gpus, useful, batch, speed, checkpointing, step), count, steps * batch),
+        "step": step and _step(config, gpus, step),
         "checkpoint_bytes": checkpoint,
         "checkpoints_disk_bytes": checkpoint * (config.train.keep_checkpoints + 1),  # plus the one being written
     }
 
 
-def _times(
-    gpus: int, useful: float, images: int, seen: int, speed: Speed | None, checkpointing: Checkpointing
-) -> dict[str, float | None]:
-    """Return images per second and hours, each None without a speed.
+def _speed(speed: Speed | Machine | None, useful: float, step: TracedStep | None) -> dict[str, Any] | None:
+    """Return the rate, the MFU and where they come from; None without a time.
 
-    Time is useful FLOPs (as MFU counts them) over the rate, of which activation checkpointing takes its fraction.
+    Args:
+        useful: useful FLOPs of one GPU in a step.
     """
-    if speed is None:
+    if isinstance(speed, Speed):
+        return speed._asdict()
+    if speed is None or step is None or step.estimate is None:
+        return None
+    mfu = useful / (step.estimate.seconds * speed.tflops * TERA)
+    return {"tflops": speed.tflops, "mfu": mfu, "source": speed.source, "assumed": speed.words}
+
+
+def _images_per_s(
+    gpus: int,
+    useful: float,
+    batch: int,
+    speed: Speed | Machine | None,
+    checkpointing: Checkpointing,
+    step: TracedStep | None,
+) -> float | None:
+    """Return the images per second of all GPUs; None without a speed.
+
+    From an MFU, time is useful FLOPs (as MFU counts them) over the rate, of which activation checkpointing takes its
+    fraction.
+    """
+    if isinstance(speed, Speed):
+        return gpus * speed.tflops * TERA * speed.mfu / useful * (1 - RECOMPUTING[checkpointing])
+    return batch / step.estimate.seconds if step is not None and step.estimate is not None else None
+
+
+def _times(gpus: int, rate: float | None, images: int, seen: int) -> dict[str, float | None]:
+    """Return images per second and hours, each None without a rate."""
+    if rate is None:
         return dict.fromkeys(("images_per_s", "hours_per_epoch", "hours", "gpu_hours"))
-    rate = gpus * speed.tflops * TERA * speed.mfu / useful * (1 - RECOMPUTING[checkpointing])
     return {
         "images_per_s": rate,
         "hours_per_epoch": images / rate / 3600,
         "hours": seen / rate / 3600,
         "gpu_hours": gpus * seen / rate / 3600,
+    }
+
+
+def _step(config: Config, gpus: int, step: TracedStep) -> dict[str, Any]:
+    """Return what one GPU does in a traced step, as plain values."""
+    batches = config.train.grad_accum
+    kernels = step.trace.kernels
+    return {
+        "peak_bytes": step.setting.memory.peak,
+        "kernels": batches * sum(kernels.values()),
+        "flops": batches * sum(kernel.flops * count for kernel, count in kernels.items()),
+        "bytes": batches * sum(kernel.bytes * count for kernel, count in kernels.items()),
+        "sent_bytes": sum(said.wire(gpus) for said in step.traffic),
+        "traffic": [said._asdict() | {"sent_bytes": said.wire(gpus)} for said in step.traffic],
+        "seconds": step.estimate and step.estimate.seconds,
+        "hidden_s": step.estimate and step.estimate.hidden,
+        "terms": step.estimate and [term._asdict() for term in step.estimate.terms],
     }
 
 
@@ -284,27 +390,61 @@ def _costs(found: Plan, config: Config) -> list[str]:
         f"{config.train.global_batch:,} images, {n['total_flops']:.3g} in all {n['steps']:,} steps",
         f"                    FLOPs and activations {n['counted']}",
     ]
-    if n["speed"]:
+    lines += _step_lines(n["step"]) if n["step"] else []
+    if n["images_per_s"]:
         lines += [
             f"time (estimate)     {_hours(n['hours_per_epoch'])} an epoch of {n['images_per_epoch']:,} images{assumed}, "
             f"{_hours(n['hours'])} in all, {n['gpu_hours']:,.1f} GPU hours",
             f"                    at {n['images_per_s']:,.0f} images/s: {n['speed']['source']}"
             + (
                 f"; assumes that {RECOMPUTING[found.fits.checkpointing]:.0%} of it recomputes"
-                if found.fits and n["recomputes"]
+                if found.fits and n["recomputes"] and "assumed" not in n["speed"]
                 else ""
             ),
         ]
+        if "assumed" in n["speed"]:
+            lines += wrap(f"MFU {n['speed']['mfu']:.2f} follows; assumed: {n['speed']['assumed']}", **_INDENTED)
     else:
         lines += [
             f"epoch               {n['images_per_epoch']:,} images{assumed}",
-            f"time                {ASK_FOR_RATE}",
+            f"time                {CANNOT_TRACE if n['machine'] else ASK_FOR_RATE}",
         ]
     lines.append(
         f"checkpoint          {gib(n['checkpoint_bytes'])} each, {gib(n['checkpoints_disk_bytes'])} on disk at "
         f"train.keep_checkpoints={config.train.keep_checkpoints}"
     )
     return lines
+
+
+_INDENTED: dict[str, Any] = {"width": 118, "initial_indent": 20 * " ", "subsequent_indent": 20 * " "}
+
+
+def _step_lines(step: dict[str, Any]) -> list[str]:
+    """Return the lines about the traced step of one GPU: peak, kernels, traffic and, if it has a time, its largest terms."""
+    lines = [
+        f"traced step         on each GPU: peak {gib(step['peak_bytes'])}; {step['kernels']:,} kernels of the networks, "
+        f"{step['flops'] / TERA:,.1f} TFLOP, {gib(step['bytes'])} read and written",
+        f"traffic             each GPU sends {gib(step['sent_bytes'])} a step:",
+    ]
+    for said in sorted(step["traffic"], key=lambda one: -one["sent_bytes"]):
+        what = f"{said['purpose']}: {said['kind'].replace('_', '-')} of {_size(said['bytes'])}"
+        lines.append(f"                    {what}, {said['calls']} calls, {said['source']}")
+    if step["seconds"]:
+        largest = [f"{t['seconds'] / step['seconds']:.0%} is {t['name']} ({t['limit']})" for t in step["terms"][:3]]
+        beside = f"; {step['hidden_s']:.3g} s of traffic run beside it" if step["hidden_s"] else ""
+        lines += wrap(
+            f"{step['seconds']:.3g} s, of which {', '.join(largest)}{beside}",
+            **_INDENTED | {"initial_indent": "step (estimate)     "},
+        )
+    return lines
+
+
+def _size(count: float) -> str:
+    """Format a number of bytes in the unit that suits it."""
+    for unit, name in ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if count >= unit:
+            return f"{count / unit:.2f} {name}"
+    return f"{count:.0f} bytes"
 
 
 def gib(count: float) -> str:

@@ -1,6 +1,7 @@
 """What `plan` says a rank holds, against engines that are really built."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,9 @@ def test_plan_command_prints_table_json_and_refusal(capsys):
     text = capsys.readouterr().out
     assert "smallest that fits" in text
     assert "GPU hours" in text
+    assert re.search(r"step \(estimate\) +0\.\d+ s, of which \d+% is .* \(memory\), \d+% is ", text)
+    assert "assumed: memory 3,350 GB/s (80% reached), 8 GPUs a node" in text
+    assert "gradients: all-reduce of " in text
     assert cli.main(["plan", "swin_t", "--gpus", "8", "--gpu-memory", "80G", "--tflops", "400", "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)
     assert {row["checkpointing"] for row in planned["settings"]} == {"none", "selective", "full"}
@@ -173,6 +177,10 @@ def test_plan_command_prints_table_json_and_refusal(capsys):
         "checkpointing": "none",
         "keys": "train.ds_config=zero1 train.activation_checkpointing=none",
     }
+    step = planned["step"]
+    assert step["seconds"] == pytest.approx(sum(term["seconds"] for term in step["terms"]))
+    assert planned["images_per_s"] == pytest.approx(512 / step["seconds"])
+    assert {said["source"] for said in step["traffic"]} == {"traced", "modelled"}
     assert cli.main(["plan", "swinv2_g", "--gpus", "1", "--gpu-memory", "24G", "--tflops", "400"]) == 2
     assert "would fit" in capsys.readouterr().err
 

@@ -1,0 +1,69 @@
+"""What `plan` says that ranks communicate in a step, against real engines whose collectives are wrapped."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+from esvit_scale.scaling import memory, step_trace, traffic
+from tests import launcher, tiny
+
+REUSE = 60_000  # elements within which the third kind of ZeRO 3 keeps a layer: fewer than the network has
+CASES = {  # name, which begins with the DeepSpeed file → what differs from the tiny run
+    "zero0": {"train__precision": "fp32", "train__grad_accum": 2},
+    "zero1": {"optim__clip_by": "global"},
+    "zero1-fp32-lamb": {"train__precision": "fp32", "optim__name": "lamb", "train__grad_accum": 2},
+    "zero2-accumulated": {"train__grad_accum": 2},
+    "zero2-sinkhorn": {
+        "objective__name": "swav",
+        "objective__koleo_weight": 0.1,
+        "objective__koleo_across_ranks": True,
+    },
+    "zero3": {"train__grad_accum": 2, "optim__clip_by": "global"},
+    "zero3-again": {},
+    "zero3-again-full": {"train__activation_checkpointing": "torch"},
+    "zero3-byol": {"objective__name": "byol"},
+}
+
+
+def config_of(name, folder):
+    odd = {"model__embed_dim": 18, "model__heads": [1, 2, 3], "objective__prototypes": 65, "objective__bottleneck": 15}
+    odd |= {"optim__freeze_last_layer_epochs": 0, "train__precision": "bf16", "train__ds_config": name[:5]}
+    if "again" in name:
+        file = folder / "reuse.json"
+        section = {"stage": 3, "memory_efficient_linear": False, "stage3_param_persistence_threshold": 0}
+        file.write_text(json.dumps({"zero_optimization": {**section, "stage3_max_reuse_distance": REUSE}}))
+        odd["train__ds_config"] = str(file)
+    return tiny.config(folder / name, folder, **odd | CASES[name])
+
+
+def totals(calls):
+    """Bytes by kind of collective."""
+    found = defaultdict(int)
+    for kind, count in calls:
+        found[kind] += count
+    return dict(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_planned_traffic_equals_that_of_real_steps(ranks, tmp_path, monkeypatch):
+    """To the byte, by kind, at every stage; 3 ranks pad parameters and batches more than 2 do."""
+    batch = {"train__global_batch": 4 * ranks}
+    configs = {}
+    for name in CASES:
+        configs[name] = config_of(name, tmp_path)
+        configs[name].train.global_batch = batch["train__global_batch"]
+        tiny.write_config(tmp_path / f"{name}.yaml", configs[name])
+    files = [tmp_path / f"{name}.yaml" for name in CASES]
+    launcher.run(Path(__file__).with_name("measured_traffic.py"), tmp_path / "said", *files, ranks=ranks)
+    measured = json.loads((tmp_path / "said.0").read_text())
+    planned = {}
+    for name, config in configs.items():
+        monkeypatch.setattr(traffic, "LIVE", REUSE if "again" in name else memory.LIVE)
+        kept = "full" if "full" in name else "none"
+        step = step_trace.trace(config, ranks, kept, step_trace.ON_CPU)
+        said = traffic.of_step(config, memory.network_of(config), int(name[4]), ranks, step)
+        planned[name] = totals((one.kind, one.bytes) for one in said if one.bytes)
+    assert {name: totals(calls) for name, calls in measured.items()} == planned
