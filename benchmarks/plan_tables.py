@@ -11,7 +11,8 @@ from pathlib import Path
 
 from esvit_scale import config as configs
 from esvit_scale.objective import costs
-from esvit_scale.scaling import memory, plan, roofline, step_trace
+from esvit_scale.scaling import memory, roofline, step_trace
+from esvit_scale.scaling import plan as plans
 from esvit_scale.scaling.roofline import Machine
 
 PAGE = Path(__file__).parents[1] / "docs" / "plan_at_scale.md"
@@ -28,19 +29,19 @@ PARTS = 6  # of a step that a table names
 def section(preset: str, gpus: int) -> str:
     """The tables of one preset on so many GPUs, at its own batch."""
     config = configs.resolve(preset)
-    found = plan.plan(config, gpus, CAPACITY, None, MACHINE, traced=True)
+    found = plans.plan(config, gpus, CAPACITY, None, MACHINE, traced=True)
     assert found.step is not None
     assert found.step.estimate is not None
     lines = [f"### {preset} on {gpus} GPUs, global batch {config.train.global_batch}", ""]
     lines += ["| setting | state, GiB | peak, GiB | fits |", "|---|---|---|---|"]
     for setting in found.settings:
-        fits = "yes" if setting.memory.peak <= plan.HEADROOM * CAPACITY else "no"
-        state, peak = setting.memory.state / plan.GIB, setting.memory.peak / plan.GIB
+        fits = "yes" if setting.memory.peak <= plans.HEADROOM * CAPACITY else "no"
+        state, peak = setting.memory.state / plans.GIB, setting.memory.peak / plans.GIB
         lines.append(f"| {setting.name} | {state:.2f} | {peak:.2f} | {fits} |")
     step, estimate, numbers = found.step, found.step.estimate, found.numbers
     lines += [
         "",
-        f"Traced with {step.setting.name}: peak {step.setting.memory.peak / plan.GIB:.2f} GiB, "
+        f"Traced with {step.setting.name}: peak {step.setting.memory.peak / plans.GIB:.2f} GiB, "
         f"{estimate.kernels:,} kernels, {estimate.flops / 1e12:.1f} TFLOP and {estimate.bytes / 1e9:.0f} GB read and "
         f"written on each GPU. A step takes {1e3 * estimate.seconds:.1f} ms: {numbers['images_per_s']:,.0f} images/s, "
         f"{numbers['hours_per_epoch'] * 60:.1f} minutes for an epoch of ImageNet-1K, MFU {numbers['speed']['mfu']:.2f}.",
@@ -82,7 +83,7 @@ def weak_scaling(preset: str) -> str:
         cells = []
         for stage in (1, 3):
             needed = memory.memory(config, network, stage, world, kept, capacity=CAPACITY, traced=step.peaks)
-            if needed.peak > plan.HEADROOM * CAPACITY:
+            if needed.peak > plans.HEADROOM * CAPACITY:
                 cells += ["does not fit", "", ""]
                 continue
             seconds = roofline.estimate(config, network, stage, world, step, MACHINE).seconds

@@ -15,12 +15,7 @@ if TYPE_CHECKING:
 
 UNITS = {"": 2**30, "G": 2**30, "GB": 2**30, "GIB": 2**30, "M": 2**20, "MB": 2**20, "MIB": 2**20}
 TRAINING_MFU = 0.35  # assumed MFU of commands that trace no step
-RATES = {  # options that describe the machine: field of roofline.Machine → metavar and help
-    "bandwidth": ("GB/S", "GB/s at which one GPU reads and writes its memory (default: 3350, an H100 SXM's)"),
-    "gpus_per_node": ("N", "GPUs in a node (default: 8)"),
-    "node_link": ("GB/S", "GB/s that a GPU sends to the others of its node (default: 450, an H100's NVLink)"),
-    "network": ("GBIT/S", "Gb/s that a GPU sends to one of another node (default: 400)"),
-}
+RATES = ("bandwidth", "gpus_per_node", "node_link", "network")  # options that are fields of roofline.Machine
 
 
 def add(commands: Any) -> None:
@@ -49,9 +44,25 @@ def add(commands: Any) -> None:
         metavar="F",
         help="fraction of --tflops that training reaches (default: the time follows from a traced step and the rates below)",
     )
-    for name, (metavar, text) in RATES.items():
-        kind = positive if name == "gpus_per_node" else float
-        plan.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
+    plan.add_argument(
+        "--bandwidth",
+        type=float,
+        metavar="GB/S",
+        help="GB/s at which one GPU reads and writes its memory (default: 3350, an H100 SXM's)",
+    )
+    plan.add_argument("--gpus-per-node", type=positive, metavar="N", help="GPUs in a node (default: 8)")
+    plan.add_argument(
+        "--node-link",
+        type=float,
+        metavar="GB/S",
+        help="GB/s that a GPU sends to the others of its node (default: 450, an H100's NVLink)",
+    )
+    plan.add_argument(
+        "--network",
+        type=float,
+        metavar="GBIT/S",
+        help="Gb/s that a GPU sends to one of another node (default: 400)",
+    )
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
@@ -68,8 +79,6 @@ def _plan(options: argparse.Namespace) -> int:
     if (o.tflops is not None and not 0 < o.tflops < 1e6) or (o.mfu is not None and not 0 < o.mfu <= 1):
         raise UserError("plan: --tflops must be above 0, and --mfu above 0 and at most 1")
     rates = {name: getattr(o, name) for name in RATES if getattr(o, name) is not None}
-    if any(not 0 < rate < 1e9 for rate in rates.values()):
-        raise UserError("plan: --bandwidth, --node-link and --network must be above 0")
     speed = speed_of(whole, o.tflops, o.mfu) if o.mfu is not None else machine_of(whole, o.tflops, rates)
     stages = whole.of_stages
     found = [plans.plan(one, o.gpus, o.gpu_memory, o.images or images_of(one), speed, traced=True) for one in stages]
@@ -128,9 +137,15 @@ def machine_of(config: Any, tflops: float | None, rates: Mapping[str, Any]) -> A
 
     Args:
         rates: the fields in RATES that are not the defaults.
+
+    Raises:
+        UserError: a rate has another name, or is no positive number.
     """
     from esvit_scale.scaling.roofline import Machine
 
+    for name, value in rates.items():
+        if name not in RATES or not 0 < value < 1e9:
+            raise UserError(f"plan: {name}={value}: rates are {', '.join(RATES)}, each above 0")
     rate = _rate(config, tflops)
     return rate and Machine(*rate, **rates)
 

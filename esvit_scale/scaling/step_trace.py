@@ -25,7 +25,8 @@ from torch.utils.flop_counter import flop_registry
 
 from esvit_scale.config import Config
 from esvit_scale.data.mixing import mix_labels
-from esvit_scale.models import recomputation, traced
+from esvit_scale.models import recomputation
+from esvit_scale.models import traced as models_traced
 from esvit_scale.models.drop_path import drop_keys
 from esvit_scale.models.windows import WindowPlan
 from esvit_scale.objective.costs import Checkpointing, weight_dtype
@@ -124,7 +125,7 @@ def trace(config: Config, ranks: int, checkpointing: Checkpointing, kernels: Ker
         recorder.kernels,
         said[:in_batch],
         said[in_batch:],
-        memory.Peaks(recorder.forward_peak, recorder.peak, recorder.peak_with_gradients),
+        recorder.peaks(),
         recorder.layers_of_teacher,
         recorder.layers_of_student,
     )
@@ -172,7 +173,13 @@ def _run(config: Config, images: int, student: StudentNetwork, teachers: _Teache
     crops = [torch.empty(images * sizes.count(s), channels, s, s, dtype=dtype) for s in dict.fromkeys(sizes)]
     keys = drop_keys(0, 0, torch.arange(images), len(sizes))
     blocks = {id(block) for trunk in student.trunks for block in trunk.blocks}
-    with recorder.follow(student, blocks, recorder.layers_of_student), recorder, traced.FusedAttention():
+    with torch.no_grad():  # makes the tables that trunks keep, which are not part of a step
+        for trunk in student.trunks:
+            trunk(crops, keys)
+        for network in teachers:
+            if network is not None:
+                network.trunk(crops[:1])  # type: ignore[operator,union-attr]
+    with recorder.follow(student, blocks, recorder.layers_of_student), recorder, models_traced.FusedAttention():
         targets: Any = None
         anchors = None
         recorder.phase = TEACHER
@@ -191,6 +198,14 @@ def _run(config: Config, images: int, student: StudentNetwork, teachers: _Teache
         loss.backward()
 
 
+class _Event(NamedTuple):
+    """An allocation, or the end of a storage as an activation."""
+
+    number: int  # of the storage
+    bytes: int  # negative at its end
+    is_gradient: bool = False  # whether it ends because it holds a gradient of a parameter
+
+
 class _Recorder(TorchDispatchMode):
     """A mode that notes every kernel, and follows the bytes of floating-point storages that live at each time."""
 
@@ -200,9 +215,9 @@ class _Recorder(TorchDispatchMode):
         self.kernels: Counter[Kernel] = Counter()
         self.layers_of_teacher: list[Layer] = []
         self.layers_of_student: list[Layer] = []
-        self.forward_peak = self.peak = self.peak_with_gradients = 0
-        self._live = self._gradients = 0
-        self._storages: dict[int, int] = {}  # storage → bytes, while it lives
+        self._events: list[_Event] = []
+        self._backward = 0  # index of the backward's first event
+        self._storages: dict[int, tuple[int, int]] = {}  # storage → its number and bytes, while it lives
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Run an operation and note its kernel and the storages of its results."""
@@ -227,8 +242,25 @@ class _Recorder(TorchDispatchMode):
 
     def end_forward(self) -> None:
         """Take what has come for the forward, and what follows for the backward."""
-        self.forward_peak, self.phase = self.peak, BACKWARD
-        self.peak = self.peak_with_gradients = self._live
+        self._backward, self.phase = len(self._events), BACKWARD
+
+    def peaks(self) -> memory.Peaks:
+        """Return the peaks of memory. Storages that are still there are none of a step's activations, and are left out:
+        the tables that trunks make once and keep."""
+        kept = {number for number, _ in self._storages.values()}
+        live = gradients = forward = backward = with_gradients = 0
+        for i, event in enumerate(self._events):
+            if i == self._backward:
+                backward = with_gradients = live
+            if event.number in kept:
+                continue
+            live += event.bytes
+            gradients += -event.bytes if event.is_gradient else 0
+            if i < self._backward:
+                forward = max(forward, live)
+            else:
+                backward, with_gradients = max(backward, live), max(with_gradients, live + gradients)
+        return memory.Peaks(forward, backward, with_gradients)
 
     def attend(self, qkv: Tensor, table: Tensor, plan: WindowPlan) -> Tensor:
         """Compute window attention as a fused kernel would: without numbers, and with its costs noted."""
@@ -283,20 +315,19 @@ class _Recorder(TorchDispatchMode):
         storage = x.untyped_storage()
         key = storage._cdata
         if key not in self._storages:
-            self._storages[key] = storage.nbytes()
-            self._live += storage.nbytes()
-            self.peak = max(self.peak, self._live)
-            self.peak_with_gradients = max(self.peak_with_gradients, self._live + self._gradients)
-            weakref.finalize(storage, self._freed, key)
-
-    def _freed(self, key: int) -> None:
-        self._live -= self._storages.pop(key, 0)
+            self._storages[key] = (len(self._events), storage.nbytes())
+            self._events.append(_Event(len(self._events), storage.nbytes()))
+            weakref.finalize(storage, self._ended, key)
 
     def _became_gradient(self, p: Tensor) -> None:
         if p.grad is not None:
-            count = self._storages.pop(p.grad.untyped_storage()._cdata, 0)
-            self._live -= count
-            self._gradients += count
+            self._ended(p.grad.untyped_storage()._cdata, is_gradient=True)
+
+    def _ended(self, key: int, is_gradient: bool = False) -> None:
+        """Note that a storage was freed, or holds a gradient from now on."""
+        if key in self._storages:
+            number, count = self._storages.pop(key)
+            self._events.append(_Event(number, -count, is_gradient))
 
 
 def _bytes(x: Tensor) -> int:

@@ -27,9 +27,14 @@ CASES = {  # name, which begins with the DeepSpeed file → what differs from th
 }
 
 
-def config_of(name, folder):
+def config_of(name, folder, ranks):
     odd = {"model__embed_dim": 18, "model__heads": [1, 2, 3], "objective__prototypes": 65, "objective__bottleneck": 15}
-    odd |= {"optim__freeze_last_layer_epochs": 0, "train__precision": "bf16", "train__ds_config": name[:5]}
+    odd |= {
+        "train__global_batch": 4 * ranks,
+        "optim__freeze_last_layer_epochs": 0,
+        "train__precision": "bf16",
+        "train__ds_config": name[:5],
+    }
     if "again" in name:
         file = folder / "reuse.json"
         section = {"stage": 3, "memory_efficient_linear": False, "stage3_param_persistence_threshold": 0}
@@ -47,14 +52,12 @@ def totals(calls):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_planned_traffic_equals_that_of_real_steps(ranks, tmp_path, monkeypatch):
     """To the byte, by kind, at every stage; 3 ranks pad parameters and batches more than 2 do."""
-    batch = {"train__global_batch": 4 * ranks}
     configs = {}
     for name in CASES:
-        configs[name] = config_of(name, tmp_path)
-        configs[name].train.global_batch = batch["train__global_batch"]
+        configs[name] = config_of(name, tmp_path, ranks)
         tiny.write_config(tmp_path / f"{name}.yaml", configs[name])
     files = [tmp_path / f"{name}.yaml" for name in CASES]
     launcher.run(Path(__file__).with_name("measured_traffic.py"), tmp_path / "said", *files, ranks=ranks)
