@@ -10,11 +10,13 @@ optimizer, notes its resident memory, takes some steps on random crops, and repo
   reduction buckets, which DeepSpeed reserves whole, count for what passes through them: the plan's formulas with
   `on_cpu=True`. "plan" has activations by their formulas, "traced" those of the traced step;
 - the bytes of a step's collectives by kind, from wrapped functions of torch.distributed;
-- the shortest step. The estimate is the traced step's, on a machine with this one's rates: matrix products, memory and
-  all-reduces are timed in all ranks at once, between the steps, and the best of each is taken, as of the steps.
+- the processor time of the shortest step, with an allocator that keeps freed memory, as runs have it. The estimate is the
+  traced step's without its collectives, on a machine with this one's rates of matrix products and of memory, which are
+  measured in all ranks at once, between the steps, in processor time as well.
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -22,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -49,8 +52,10 @@ CASES = [  # what decides the peak: the optimizer's step, or the activations of 
     "swin_138m:zero1:fp32:2:8",
     "swin_138m:zero3:fp32:2:8",
 ]
-STEPS = 4  # stage 3 learns its order of gathering in the first two
-RATE_BYTES = 2**26  # of the tensors by which rates of memory and of all-reduces are measured
+STEPS = 3  # stage 3 learns its order of gathering in the first two
+TIMED_STEPS = 2
+RATE_BYTES = 2**26  # of the tensors by which the rate of memory is measured
+SIDE = 1024  # of the matrices by which that of products is
 LAUNCH = 1e-5  # seconds that an operation of torch takes on a CPU at the least
 
 
@@ -110,12 +115,12 @@ def seconds(case: str, planned: Planned, rates: dict[str, float]) -> tuple[float
 
     ranks = int(case.split(":")[3])
     machine = roofline.Machine(rates["flops"] / 1e12, "as measured", rates["memory"] / 1e9, 1.0, LAUNCH)
-    machine = machine._replace(gpus_per_node=ranks, node_link=max(rates["link"], 1e-9))
     found = roofline.estimate(
         config_of(case), planned.network, int(case.split(":")[1][-1]), ranks, planned.step, machine
     )
-    largest = found.terms[0]
-    return found.seconds, f"{largest.seconds / found.seconds:.0%} {largest.name}"
+    kernels = [term for term in found.terms if term.limit != "links"]
+    total = sum(term.seconds for term in kernels)
+    return total, f"{kernels[0].seconds / total:.0%} {kernels[0].name}"
 
 
 def status(name: str) -> float:
@@ -132,7 +137,7 @@ def measure(case: str, out: str) -> None:
 
     from esvit_scale.data.stream import MicroBatch
     from esvit_scale.objective.schedules import Schedules
-    from esvit_scale.parallel import collectives
+    from esvit_scale.parallel import allocator, collectives
     from esvit_scale.parallel import world as worlds
     from esvit_scale.train.trainer import Trainer
 
@@ -147,47 +152,50 @@ def measure(case: str, out: str) -> None:
     gc.collect()
     baseline = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    times, rates = [], []
     for _ in range(STEPS):
         noted_collectives.noted.clear()
-        collectives.barrier()
-        began = time.perf_counter()
         trainer.train_step([batch])
-        times.append(time.perf_counter() - began)
-        said = list(noted_collectives.noted)
-        if len(times) == STEPS - 1:
-            peak = status("VmHWM")  # before tensors by which rates are measured
-        if len(times) >= STEPS - 1:
-            rates.append(_rates(world.size))
+    peak, said = status("VmHWM"), list(noted_collectives.noted)
+    allocator.set_thresholds(ctypes.CDLL(None).mallopt)
+    trainer.train_step([batch])
+    times, rates = [], []
+    for _ in range(TIMED_STEPS):
+        collectives.barrier()
+        began = time.process_time()
+        trainer.train_step([batch])
+        times.append(time.process_time() - began)
+        rates.append(_rates())
     totals: dict[str, int] = {}
     for kind, count in said:
         totals[kind] = totals.get(kind, 0) + count
     best = {name: max(rate[name] for rate in rates) for name in rates[0]}
-    found = {"baseline": baseline, "peak": peak, "step": min(times[1:]), "traffic": totals, "rates": best}
+    found = {"baseline": baseline, "peak": peak, "step": min(times), "traffic": totals, "rates": best}
     Path(f"{out}.{world.rank}").write_text(json.dumps(found))
     worlds.stop()
 
 
-def _rates(ranks: int) -> dict[str, float]:
-    """Rates of this process while all ranks measure: FLOP/s of products, bytes/s of memory and of all-reduces."""
+def _rates() -> dict[str, float]:
+    """Rates of this process while all ranks measure: FLOP/s of products, and bytes/s of memory."""
     import torch
 
     from esvit_scale.parallel import collectives
-    from esvit_scale.parallel.probe import all_reduce_rate
-    from esvit_scale.train.mfu import matmul_rate
 
-    matmul_rate.cache_clear()
     collectives.barrier()
-    flops = matmul_rate(torch.device("cpu"), torch.float32)
-    collectives.barrier()
+    x = torch.randn(SIDE, SIDE)
     a, b = torch.ones(RATE_BYTES // 4), torch.ones(RATE_BYTES // 4)
+    flops = 2 * SIDE**3 / _processor_seconds(lambda: torch.mm(x, x))
+    collectives.barrier()
+    return {"flops": flops, "memory": 3 * RATE_BYTES / _processor_seconds(lambda: a.add_(b))}
+
+
+def _processor_seconds(work: Callable[[], object]) -> float:
+    """The shortest processor time of some work."""
     times = []
-    for _ in range(10):
-        began = time.perf_counter()
-        a.add_(b)
-        times.append(time.perf_counter() - began)
-    link = all_reduce_rate([range(ranks)], torch.device("cpu"), RATE_BYTES) if ranks > 1 else None
-    return {"flops": flops, "memory": 3 * RATE_BYTES / min(times), "link": link or 0.0}
+    for _ in range(8):
+        began = time.process_time()
+        work()
+        times.append(time.process_time() - began)
+    return min(times)
 
 
 def run(case: str) -> list[dict[str, Any]]:

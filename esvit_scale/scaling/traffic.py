@@ -6,7 +6,8 @@ micro-batches per step:
 
     stage   gradients                        parameters
     0       all-reduce of 4P, once           –
-    1, 2    all-reduce of eP, m times        all-gather of eP for the student and of eP for the teacher, once
+    1       all-reduce of eP, once           as at stage 2
+    2       all-reduce of eP, m times        all-gather of eP for the student and of eP for the teacher, once
     3       reduce-scatter of eP, m times    all-gather of eP for each forward, m times, and in the backward again for the
                                              parameters that were released since
 
@@ -14,14 +15,15 @@ DeepSpeed's stages 1 and 2 do all-reduce the gradients: every rank receives all 
 parameters are padded to a multiple of W. Gradient norms, the test for NaN and the ranks' flags are one small all-reduce
 for each parameter group. Metrics (every `train.log_every` steps), checkpoints and evaluations are not part of a step.
 
-tests/scaling/test_traffic.py compares every collective with those of real engines.
+tests/scaling/test_traffic.py compares the bytes of each kind with those of real engines. What stage 3 gathers again is not
+part of the comparison, because it happens in networks of more than a thousand million elements: it is an upper bound.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from esvit_scale.config import Config
-from esvit_scale.parallel.ds_config import BUCKET
+from esvit_scale.parallel.ds_config import BUCKET, accumulates_in_fp32
 from esvit_scale.parallel.gradients import FLAGS
 from esvit_scale.scaling.memory import LIVE, START_ALIGNMENT, ElementCounts
 from esvit_scale.scaling.step_trace import Layer, StepTrace
@@ -56,7 +58,7 @@ def of_step(config: Config, network: ElementCounts, stage: int, ranks: int, step
     elif stage == 0:
         found.append(Traffic("gradients", "all_reduce", 4 * network.total, 1, MODELLED, True))
     else:
-        found += _flat(config, network, ranks, element)
+        found += _flat(config, network, stage, ranks, element)
     return [*found, *_control(config, network, stage), *_of_optimizer(config, network, stage, ranks)]
 
 
@@ -75,10 +77,12 @@ def _of_loss(config: Config, step: StepTrace) -> list[Traffic]:
     ]
 
 
-def _flat(config: Config, network: ElementCounts, ranks: int, element: int) -> list[Traffic]:
+def _flat(config: Config, network: ElementCounts, stage: int, ranks: int, element: int) -> list[Traffic]:
     multiple = START_ALIGNMENT * ranks
     padded = sum(-(-sum(sizes) // multiple) * multiple for sizes in network.groups.values())
-    batches, groups = config.train.grad_accum, len(network.groups)
+    # Stage 1 reduces the sums of a step's micro-batches; where bf16 gradients are summed in fp32 it runs as stage 2.
+    batches = config.train.grad_accum if stage == 2 or accumulates_in_fp32(config) else 1
+    groups = len(network.groups)
     buckets = -(-network.total // BUCKET)
     return [
         Traffic("gradients", "all_reduce", batches * element * network.total, batches * buckets, MODELLED, True),
@@ -99,17 +103,23 @@ def _partitioned(config: Config, network: ElementCounts, ranks: int, step: StepT
     scattered = sum(-(-size // ranks) * ranks for size in every)
     buckets = -(-network.total // BUCKET)
     return [
-        gathers("teachers' parameters", [size for layer in step.teacher for size in layer.sizes]),
-        gathers("student's parameters", [size for layer in step.student for size in layer.sizes]),
-        gathers("student's parameters, again", gathered_again(step.student, LIVE), True),
+        gathers("teachers' parameters", _once(step.teacher)),
+        gathers("student's parameters", _once(step.student)),
+        gathers("student's parameters, again (at most)", gathered_again(step.student, LIVE), True),
         Traffic("gradients", "reduce_scatter", batches * element * scattered, batches * buckets, MODELLED, True),
     ]
+
+
+def _once(layers: Sequence[Layer]) -> list[int]:
+    """Return the sizes of the parameters of layers, of each layer once: at a second call they are still there."""
+    return [size for sizes in {layer.name: layer.sizes for layer in layers}.values() for size in sizes]
 
 
 def gathered_again(layers: Sequence[Layer], reuse: int) -> list[int]:
     """Return the sizes of the parameters that stage 3 releases after the forward and gathers again for the backward.
 
     DeepSpeed keeps a layer's parameters if the same layer comes again among the next calls with at most `reuse` elements.
+    It also keeps some that it passed over while it looked ahead, so that it gathers fewer than these.
     A layer that activation checkpointing computes again is called twice in the backward.
     """
     behind = 0  # elements of the calls between a layer's forward and its backward
@@ -131,7 +141,10 @@ def _control(config: Config, network: ElementCounts, stage: int) -> list[Traffic
     names = sum(map(len, network.groups.values()))
     found = [Traffic("norms and flags", "all_reduce", 4 * (names + 1 + FLAGS) * calls, calls, MODELLED)]
     if config.optim.clip is not None and config.optim.clip_by == "global":
-        found.append(Traffic("DeepSpeed's norms", "all_reduce", 4 * calls, calls, MODELLED))
+        of_norm = 8 if stage == 3 else 4  # fp64 and fp32
+        found.append(Traffic("DeepSpeed's norms", "all_reduce", of_norm * calls, calls, MODELLED))
+        if stage < 3 and config.train.precision in ("bf16", "fp16"):
+            found.append(Traffic("DeepSpeed's test for NaN", "all_reduce", 1, 1, MODELLED))
     return found
 
 
