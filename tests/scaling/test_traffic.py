@@ -9,6 +9,7 @@ import pytest
 from esvit_scale.scaling import memory, step_trace, traffic
 from tests import launcher, tiny
 
+RANKS = 2
 CASES = {  # name, which begins with the DeepSpeed file → what differs from the tiny run
     "zero0": {"train__precision": "fp32", "train__grad_accum": 2},
     "zero1": {"optim__clip_by": "global"},
@@ -24,10 +25,10 @@ CASES = {  # name, which begins with the DeepSpeed file → what differs from th
 }
 
 
-def config_of(name, folder, ranks):
+def config_of(name, folder):
     odd = {"model__embed_dim": 18, "model__heads": [1, 2, 3], "objective__prototypes": 65, "objective__bottleneck": 15}
     odd |= {
-        "train__global_batch": 4 * ranks,
+        "train__global_batch": 4 * RANKS,
         "optim__freeze_last_layer_epochs": 0,
         "train__precision": "bf16",
         "train__ds_config": name[:5],
@@ -44,19 +45,18 @@ def totals(calls):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2])
-def test_planned_traffic_equals_that_of_real_steps(ranks, tmp_path):
+def test_planned_traffic_equals_that_of_real_steps(tmp_path):
     """To the byte, by kind, at every stage, with odd sizes that have to be padded."""
     configs = {}
     for name in CASES:
-        configs[name] = config_of(name, tmp_path, ranks)
+        configs[name] = config_of(name, tmp_path)
         tiny.write_config(tmp_path / f"{name}.yaml", configs[name])
     files = [tmp_path / f"{name}.yaml" for name in CASES]
-    launcher.run(Path(__file__).with_name("measured_traffic.py"), tmp_path / "said", *files, ranks=ranks)
+    launcher.run(Path(__file__).with_name("measured_traffic.py"), tmp_path / "said", *files, ranks=RANKS)
     measured = json.loads((tmp_path / "said.0").read_text())
     planned = {}
     for name, config in configs.items():
-        step = step_trace.trace(config, ranks, "none", step_trace.ON_CPU)
-        said = traffic.of_step(config, memory.network_of(config), int(name[4]), ranks, step)
+        step = step_trace.trace(config, RANKS, "none", step_trace.ON_CPU)
+        said = traffic.of_step(config, memory.network_of(config), int(name[4]), RANKS, step)
         planned[name] = totals((one.kind, one.bytes) for one in said if one.bytes)
     assert {name: totals(calls) for name, calls in measured.items()} == planned
