@@ -171,11 +171,13 @@ def _run(config: Config, images: int, student: StudentNetwork, teachers: _Teache
     sizes, dtype = config.crop_sizes, weight_dtype(config)
     channels = student.trunk.in_chans
     crops = [torch.empty(images * sizes.count(s), channels, s, s, dtype=dtype) for s in dict.fromkeys(sizes)]
-    keys = drop_keys(0, 0, torch.arange(images), len(sizes))
+    keys = drop_keys(0, 0, torch.arange(images), len(sizes) + sum(config.signal_views.values()))
+    signals = models_traced.example_signals(config, images)
+    beside: list[Any] = [signals, torch.empty(images, dtype=torch.bool)] if signals else []
     blocks = {id(block) for trunk in student.trunks for block in trunk.blocks}
     with torch.no_grad():  # makes the tables that trunks keep, which are not part of a step
         for trunk in student.trunks:
-            trunk(crops, keys)
+            trunk(crops, keys, *beside[:1])
         for network in teachers:
             if network is not None:
                 network.trunk(crops[:1])  # type: ignore[operator,union-attr]
@@ -188,12 +190,12 @@ def _run(config: Config, images: int, student: StudentNetwork, teachers: _Teache
                 targets = mix_labels(torch.zeros(images, dtype=torch.int64), None)
             if teachers.targets is not None:
                 with recorder.follow(teachers.targets, set(), recorder.layers_of_teacher):
-                    targets = teachers.targets(crops[:1])
+                    targets = teachers.targets(crops[:1], *beside)
             if teachers.anchors is not None:
                 with recorder.follow(teachers.anchors, set(), recorder.layers_of_teacher):
                     anchors = teachers.anchors(crops[:1])
         recorder.phase = STUDENT
-        loss, *_ = student(crops, targets, keys, TEACHER_TEMP, anchors)
+        loss, *_ = student(crops, targets, keys, TEACHER_TEMP, anchors, *beside)
         recorder.end_forward()
         loss.backward()
 
