@@ -25,7 +25,7 @@ from tests import test_conformance as conformance
 from tests import tiny
 
 ON: dict[str, Any] = {"objective__mask_weight": 0.7}
-MASKABLE = {name for name in TRUNKS if not name.startswith(("resnet", "cvt"))}
+MASKABLE = {name for name in TRUNKS if not name.startswith(("resnet", "cvt", "modal"))}
 IMAGES, TEMP = 3, 0.05
 
 
