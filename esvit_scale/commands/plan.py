@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from esvit_scale.scaling.plan import Plan
 
 UNITS = {"": 2**30, "G": 2**30, "GB": 2**30, "GIB": 2**30, "M": 2**20, "MB": 2**20, "MIB": 2**20}
-TRAINING_MFU = 0.35  # assumed MFU of commands that trace no step
 RATES = ("bandwidth", "gpus_per_node", "node_link", "network")  # options that are fields of roofline.Machine
 
 

@@ -6,7 +6,6 @@ estimate of the peak. The time follows from these and the rates of a machine (ro
 the FLOPs alone; the assumptions are printed beside it. Without a rate there are FLOPs and no time.
 """
 
-from contextlib import suppress
 from textwrap import wrap
 from typing import Any, NamedTuple
 
@@ -41,7 +40,8 @@ ROWS = {  # the parts of a rank's memory, each with the sentence that explains i
 PARTS = tuple(ROWS)
 FURTHER = ("gram", "frozen")  # parts that most runs do not have
 ASK_FOR_RATE = "give --tflops RATE for a time: what one of your GPUs reaches on large matrix products, for example 400"
-CANNOT_TRACE = "give --mfu F for a time: no setting fits, or this torch cannot trace a step of the config"
+NOTHING_TRACED = "no setting fits, so that no step was traced; --mfu F gives a time"
+ASSUMED_MFU = 0.35  # where torch cannot trace a step
 GIB, TERA = 2**30, 1e12
 CHECKPOINTING: tuple[Checkpointing, ...] = ("none", "selective", "full")
 # Assumed fraction of a step that computes activations again: full, one of the student's four passes (forward, backward of
@@ -130,8 +130,12 @@ def plan(
     ]
     step = None
     if traced:
-        with suppress(NotImplementedError):  # of torch 2.7, for heads with weight norm: then nothing is traced
+        try:
             step = _trace_first_that_fits(config, network, gpus, capacity, settings, speed)
+        except NotImplementedError:  # of torch 2.7, for heads with weight norm
+            if isinstance(speed, Machine):
+                how = f"MFU {ASSUMED_MFU:g} assumed, since this torch cannot trace a step of the config"
+                speed = Speed(speed.tflops, ASSUMED_MFU, f"{speed.source}, {how}")
     fits = next((s for s in settings if s.memory.peak <= HEADROOM * capacity), None)
     return Plan(settings, fits, capacity, _numbers(config, network, gpus, images, speed, fits, step), step)
 
@@ -407,7 +411,7 @@ def _costs(found: Plan, config: Config) -> list[str]:
     else:
         lines += [
             f"epoch               {n['images_per_epoch']:,} images{assumed}",
-            f"time                {CANNOT_TRACE if n['machine'] else ASK_FOR_RATE}",
+            f"time                {NOTHING_TRACED if n['machine'] else ASK_FOR_RATE}",
         ]
     lines.append(
         f"checkpoint          {gib(n['checkpoint_bytes'])} each, {gib(n['checkpoints_disk_bytes'])} on disk at "

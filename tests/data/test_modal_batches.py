@@ -213,7 +213,7 @@ def test_members_of_a_set_in_a_store_come_with_its_images(
 
     monkeypatch.setattr(Store, "read", counted)
     monkeypatch.setattr(working_set, "ring_bytes", lambda *arguments: 4 << 20)  # there is no room for whole shards
-    there = {"train": f"file://{mixed.root}", "cache_dir": str(tmp_path)}
+    there = {"train": f"file://{mixed.root}", "cache_dir": str(tmp_path / str(workers))}
     config = modal_config(workers, **there)
     remote = [([*b.keys], tensors([b])) for b in batches(config, open_data(config), 0, 1, 0, 4)]
     assert_same(remote, stream(mixed, 0, 4))
