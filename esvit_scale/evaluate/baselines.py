@@ -81,7 +81,7 @@ def load(checkpoint: str) -> Baseline:
             )
         side = int(value or SIDE)
         return Baseline(f"raw pixels, {side} × {side}", PixelTrunk(side), side, None, RGB8)
-    config = _config(value)
+    config = untrained_config(value)
     # The seed draws a value by the parameter's name in the whole network, which begins with "trunk.".
     holder = nn.ModuleDict({"trunk": build_trunk(config)})
     initialize(holder, config.seed)
@@ -92,7 +92,12 @@ def load(checkpoint: str) -> Baseline:
     )
 
 
-def _config(value: str) -> Config:
+def untrained_config(value: str) -> Config:
+    """Return the config that `untrained:` is followed by: that of a preset, a YAML file or a run dir.
+
+    Raises:
+        UserError: there is no such config.
+    """
     if not value:
         raise UserError(
             f"--checkpoint {UNTRAINED}: needs a preset, a YAML file or a run dir, such as {UNTRAINED}swin_t"

@@ -24,12 +24,13 @@ from esvit_scale.config import Config
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data.evaluation_signals import evaluation_signals
 from esvit_scale.errors import UserError
-from esvit_scale.evaluate import logistic
+from esvit_scale.evaluate import baselines, logistic
 from esvit_scale.evaluate.features import default_device, source_info
 from esvit_scale.evaluate.knn import knn, write_result
 from esvit_scale.evaluate.labels import split_held_out
 from esvit_scale.evaluate.metrics import accuracy, wilson_interval
 from esvit_scale.evaluate.ranking import mean_with_interval, rank_relevant
+from esvit_scale.models.initialize import initialize
 from esvit_scale.objective.network import Network, build_network
 
 KS: tuple[int, ...] = (1, 5, 10)
@@ -91,18 +92,29 @@ def run_modalities(
 
 
 def load(checkpoint: Path) -> Trained:
-    """Load the teacher's network of a run dir or step folder, with its objective's heads.
+    """Load the teacher's network of a run dir or step folder, with its objective's heads; or that of `untrained:CONFIG`.
 
     Raises:
-        UserError: it is neither, or its objective compares no modalities.
+        UserError: it is none of these, or the run reads images alone.
     """
+    kind, colon, value = str(checkpoint).partition(":")
+    if kind + colon == baselines.UNTRAINED:
+        config = baselines.untrained_config(value)
+        _require_signals(checkpoint, config)
+        network = build_network(config)
+        initialize(network, config.seed)
+        return Trained(network.eval(), config, 0)
     folder = step_folders.resolve(step_folders.follow_pointer(checkpoint))
     weights = state.read_weights(folder)
-    if not weights.config.signal_views:
-        raise UserError(f"{checkpoint}: was trained on images alone; evaluate modalities needs a run that reads others")
+    _require_signals(checkpoint, weights.config)
     network = build_network(weights.config)
     network.load_state_dict(weights.networks["teacher"])
     return Trained(network.eval(), weights.config, int(state_file.read_state(folder)["cursor"]["step"]))
+
+
+def _require_signals(checkpoint: Path, config: Config) -> None:
+    if not config.signal_views:
+        raise UserError(f"{checkpoint}: reads images alone; evaluate modalities needs a run that reads others")
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from esvit_scale import config as configs
+from esvit_scale.errors import UserError
 from esvit_scale.evaluate import modalities
 from esvit_scale.evaluate.modalities import Modality, MultimodalSet, Trained
 from esvit_scale.models.initialize import initialize
@@ -143,3 +144,15 @@ def test_classification_finds_what_the_features_separate() -> None:
     found = {row["modality"]: row for row in modalities.classify(data, test)}
     assert found["image"]["n_test"] == 55
     assert found["image"]["knn"]["top1"] == found["image"]["linear"]["top1"] == 100
+
+
+def test_untrained_network_is_the_one_with_which_a_run_starts() -> None:
+    untrained = modalities.load(Path("untrained:vatt_small"))
+    config = configs.resolve("vatt_small")
+    begun = build_network(config)
+    initialize(begun, config.seed)
+    assert untrained.step == 0
+    for name, value in begun.state_dict().items():
+        assert torch.equal(untrained.network.state_dict()[name], value), name
+    with pytest.raises(UserError, match="reads images alone"):
+        modalities.load(Path("untrained:demo"))
