@@ -320,7 +320,6 @@ def test_killed_sweep_resumes_and_is_fitted(tmp_path):
     )
     sweep, found = cells_of(path)
     ordered = sorted(found, key=lambda c: c.flops)
-    assert all(cells.evaluated_steps(c, sweep)[1] <= 10 < c.steps for c in ordered)
     spoilt = ordered[-1]
     spoilt.path.mkdir(parents=True)
     shutil.copy(tmp_path / "base.yaml", spoilt.path / "config.yaml")
