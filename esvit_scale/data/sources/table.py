@@ -3,6 +3,7 @@
 import csv
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -134,28 +135,14 @@ def table_source(
         UserError: the table cannot be read, has no header or no rows, lacks a column, is not UTF-8, or has a row with
             too few or too many columns or an unclosed quote.
     """
-    csv.field_size_limit(1 << 20)
     notes: list[str] = []
     left = LeftOut()
-    encoding = "UTF-8"
-    try:
-        dialect = _dialect(path, separator, quoted, notes)
-        with path.open(encoding=dialect.encoding, errors="surrogateescape", newline="") as file:
-            encoding, rows = dialect.encoding, dialect.rows(path, file)
-            header = [name.strip() for name in next(rows, (1, []))[1]]
-            if not header:
-                raise UserError(f"{path}: empty; its first row must name the columns")
-            columns = _columns(path, header, dialect, image, label, caption)
-            notes += filter(None, [columns.label_unused(label)])
-            start = root if root is not None else path.parent
-            source = PathSource(_rows(path, rows, dialect, columns, len(header), left, notes), start, classes)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except UnicodeError as error:
-        raise UserError(f"{path}: not text in {encoding}: {error}") from None
-    if not len(source):
-        raise UserError(f"{path}: no usable rows below its header{': ' + left.short() if left else ''}")
-    source.notes, source.left_out = [*notes, *source.notes], left
+    with _opened(path, separator, quoted, notes) as (dialect, header, rows):
+        columns = _columns(path, header, dialect, image, label, caption)
+        notes += filter(None, [columns.label_unused(label)])
+        start = root if root is not None else path.parent
+        source = PathSource(_rows(path, rows, dialect, columns, len(header), left, notes), start, classes)
+    _finish(path, source, notes, left)
     return source
 
 
@@ -178,33 +165,55 @@ def member_table(
     Raises:
         UserError: as `table_source`.
     """
-    csv.field_size_limit(1 << 20)
     notes: list[str] = []
     left = LeftOut()
+    with _opened(path, separator, quoted, notes) as (_, header, rows):
+        found = {**named, "image": named["image"] or next((name for name in IMAGE_COLUMNS if name in header), None)}
+        options = {"image": "--image-column", "audio": "--audio-column", "video": "--video-column"}
+        at = {
+            kind: _at(str(path), header, name, options.get(kind, f"--{kind}")) if name and name != "none" else None
+            for kind, name in found.items()
+        }
+        columns = MemberColumns(**at, fields={name: _at(str(path), header, name, "--fields") for name in fields})
+        used = [number for number in (*at.values(), *columns.fields.values()) if number is not None]
+        start = root if root is not None else path.parent
+        checked = _whole_rows(path, rows, used, len(header))
+        source = MemberSource(member_rows(checked, columns, start, left), start, classes)
+    _finish(path, source, notes, left)
+    return source
+
+
+@contextmanager
+def _opened(
+    path: Path, separator: str, quoted: bool, notes: list[str]
+) -> Iterator[tuple[Dialect, list[str], Iterator[tuple[int, list[str]]]]]:
+    """Open a table; give its dialect, its header and an iterator over the rows below, which must be read inside.
+
+    Raises:
+        UserError: the table cannot be read, is empty, or is not text in its encoding.
+    """
+    csv.field_size_limit(1 << 20)
+    encoding = "UTF-8"
     try:
         dialect = _dialect(path, separator, quoted, notes)
-        with path.open(encoding=dialect.encoding, errors="surrogateescape", newline="") as file:
+        encoding = dialect.encoding
+        with path.open(encoding=encoding, errors="surrogateescape", newline="") as file:
             rows = dialect.rows(path, file)
             header = [name.strip() for name in next(rows, (1, []))[1]]
-            found = {**named, "image": named["image"] or next((name for name in IMAGE_COLUMNS if name in header), None)}
-            options = {"image": "--image-column", "audio": "--audio-column", "video": "--video-column"}
-            at = {
-                kind: _at(str(path), header, name, options.get(kind, f"--{kind}")) if name and name != "none" else None
-                for kind, name in found.items()
-            }
-            columns = MemberColumns(**at, fields={name: _at(str(path), header, name, "--fields") for name in fields})
-            used = [number for number in (*at.values(), *columns.fields.values()) if number is not None]
-            start = root if root is not None else path.parent
-            checked = _whole_rows(path, rows, used, len(header))
-            source = MemberSource(member_rows(checked, columns, start, left), start, classes)
+            if not header:
+                raise UserError(f"{path}: empty; its first row must name the columns")
+            yield dialect, header, rows
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except UnicodeError as error:
-        raise UserError(f"{path}: not text in UTF-8: {error}") from None
+        raise UserError(f"{path}: not text in {encoding}: {error}") from None
+
+
+def _finish(path: Path, source: PathSource | MemberSource, notes: list[str], left: LeftOut) -> None:
+    """Give a table's source its notes and what was left out; raise UserError if it has no rows."""
     if not len(source):
         raise UserError(f"{path}: no usable rows below its header{': ' + left.short() if left else ''}")
     source.notes, source.left_out = [*notes, *source.notes], left
-    return source
 
 
 def _whole_rows(
