@@ -149,7 +149,8 @@ def _add_retrieval(evaluate: Any) -> None:
 def _add_modalities(evaluate: Any) -> None:
     summary = "how well the modalities of a sample find each other, and accuracies of each"
     modalities = command(evaluate, "modalities", _modalities, summary)
-    add_checkpoint(modalities)
+    weights = "run dir or step folder to evaluate (its teacher, with its heads), or untrained:CONFIG, as it is before training"
+    modalities.add_argument("--checkpoint", type=Path, required=True, metavar="C", help=weights)
     shards = "folder of a shard set whose samples are ranked, and classified if there is a --train"
     modalities.add_argument("--data", type=local_path, required=True, metavar="D", help=shards)
     labelled = "folder of a labelled shard set to classify from, by k-NN and logistic regression (default: none)"
