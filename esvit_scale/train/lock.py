@@ -2,10 +2,11 @@
 
 The file holds host, pid, Slurm job and a heartbeat. It is made with `link`, which is atomic on NFS, too, so that one of
 several starts gets it. Another process takes it over when its holder has ended on this host, when its holder ran on
-another host or in another container of the same Slurm job (a requeue), or when the heartbeat is older than 60 s. To do
-so, it first creates a claim file named after the hash of the old record, which only one process can, and goes on only
-if the lock still holds that record. A holder writes heartbeats only into the file that it made itself, so that a
-process that was suspended for an hour cannot take the run back.
+another host or in another container of the same Slurm job (a requeue), or when the heartbeat is older than 60 s and does
+not change for 25 s: the clocks of two hosts may differ, so age alone proves nothing. To do so, it first creates a claim
+file named after the hash of the old record, which only one process can, and goes on only if the lock still holds that
+record. A holder writes heartbeats only into the file that it made itself, so that a process that was suspended for an
+hour cannot take the run back.
 """
 
 import hashlib
@@ -29,7 +30,7 @@ log = logging.getLogger("esvit_scale")
 
 HEARTBEAT_S = 10
 LEAVE_S = 5  # leaving the lock waits so long for the heartbeat thread, which may hang on storage that does not answer
-WATCH_S = 25  # a record of unknown age is watched so long; a living holder writes a heartbeat within this time
+WATCH_S = 25  # a record that is not recent is watched so long; a living holder writes a heartbeat within this time
 RECORD_BYTES = 512  # every record is padded to this length, so that a heartbeat needs no space on a full disk
 
 
@@ -207,13 +208,12 @@ class Lock:
                     return True
             elif self._me["slurm_job"] and holder.slurm_job == self._me["slurm_job"]:
                 return True  # a requeue: the job's process on another host has ended
-        if holder is not None and holder.age_s is not None:
-            if holder.age_s > STALE_S:
-                return True
-        elif _is_unchanged(self._path, found):
+        recent = holder is not None and holder.age_s is not None and holder.age_s <= STALE_S
+        if not recent and _is_unchanged(self._path, found):
             return True
+        lives = "" if recent else "; it lives, and its clock differs from the one here"
         raise UserError(
-            f"{self._path.parent}: in use by {holder.in_words() if holder else 'another process'}; "
+            f"{self._path.parent}: in use by {holder.in_words() if holder else 'another process'}{lives}; "
             f"stop that process, or wait until its heartbeat is {STALE_S} s old"
         )
 
@@ -249,16 +249,16 @@ def _in_words(content: bytes) -> str:
 
 
 def _is_unchanged(path: Path, content: bytes) -> bool:
-    """Watch a lock of unknown age for WATCH_S; return whether it stayed as it was, so that its holder has ended."""
+    """Watch a lock for WATCH_S; return whether it stayed as it was, so that its holder has ended."""
     log.warning(
-        "%s: the lock's age is unknown (%s); watching for %d s whether its holder lives",
+        "%s: left behind, or its holder's clock differs from the one here (%s); watching for %d s whether it lives",
         path,
         _in_words(content),
         WATCH_S,
     )
     deadline = time.monotonic() + WATCH_S
     while time.monotonic() < deadline:
-        time.sleep(0.25)
+        time.sleep(min(0.25, WATCH_S))
         try:
             if path.read_bytes() != content:
                 return False

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from esvit_scale.errors import UserError
+from esvit_scale.train import lock as locks
 from esvit_scale.train import metrics, pretraining, run_dir, run_records
 from esvit_scale.train.lock import Lock
 from tests import tiny
@@ -92,7 +93,10 @@ def test_second_writer_is_refused(tmp_path: Path) -> None:
     assert not (path / "lock.json").exists()
 
 
-def test_fresh_heartbeat_of_another_host_is_respected_stale_is_not(tmp_path: Path) -> None:
+def test_fresh_heartbeat_of_another_host_is_respected_stale_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(locks, "WATCH_S", 0.1)
     path = opened(tmp_path)
     holder(path, 1, time.time() - 50, host="elsewhere")
     with pytest.raises(UserError, match="on elsewhere"), Lock(path):
