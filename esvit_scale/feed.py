@@ -35,8 +35,11 @@ class Supply(NamedTuple):
 
 def run(config: Config) -> int:
     """Measure and print the images/s of the storage, of one loader process and of all of them, the images/s that the
-    GPUs need, and what to change; return 0.
+    GPUs need, and what to change; return 0. Of a run with training stages it measures the first.
     """
+    if config.stages:
+        print(_row("stage", f"0 of {len(config.stages)}; for another, give its keys as key=value and stages=[]"))
+        config = config.of_stages[0]
     data = stream.open_data(config)
     cores = usable_cpus()
     for line in working_set.check(config, data, max(torch.cuda.device_count(), 1)):

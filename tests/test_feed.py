@@ -26,6 +26,19 @@ def test_doctor_data_measures_a_shard_set(
     assert f"data.workers={feed.usable_cpus()}" in text
 
 
+def test_of_a_run_with_training_stages_the_first_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = list[int]()
+    rate = lambda config, *_: measured.append(config.data.global_crops.size) or 1.0  # noqa: E731
+    monkeypatch.setattr(feed, "_rate", rate)
+    shards = tiny.shards(tmp_path / "set")
+    stages = "stages=[{train.epochs: 1, data.global_crops.size: 48}, {train.epochs: 1, data.global_crops.size: 64}]"
+    assert cli.main(["doctor", "--data", str(shards), "swin_t", stages]) == 0
+    assert set(measured) == {48}
+    assert "0 of 2; for another" in capsys.readouterr().out
+
+
 def test_config_without_data_asks_for_the_data_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "swin_t"]) == 2
     assert "add --data SHARDS" in capsys.readouterr().err

@@ -65,7 +65,7 @@ def lines(config: Config, given: str) -> list[str]:
         ("run dir", f"{config.run_path}: {_run_state(config.run_path)}"),
         ("data", source + (f": {images:,} images" if images else "")),
         ("crops", f"{_crops(config)} pixels"),
-        *([("recipe", presets.recipe_for(images, data.global_crops.size))] if images else []),
+        *([("recipe", presets.recipe_for(images, data.global_crops.size))] if images and _begins_anew(config) else []),
         ("trunk", ", ".join([model.trunk, *shape])),
         ("objective", f"{config.objective.name}, {_losses(config)}"),
         *([] if length else [("length", _length(config, images))]),
@@ -92,6 +92,12 @@ def _crops(config: Config) -> str:
     return " + ".join(
         [f"{data.global_crops.count}×{data.global_crops.size}", *(f"{g.count}×{g.size}" for g in data.local_crops)]
     )
+
+
+def _begins_anew(config: Config) -> bool:
+    """Return whether a run learns from images alone, and from nothing: what the presets' comparison is about."""
+    objective = config.objective
+    return not (objective.classes or objective.teacher or config.signal_views or config.model.init_from)
 
 
 def _measured(config: Config) -> tuple[str, str]:

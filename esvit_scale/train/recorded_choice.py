@@ -36,6 +36,8 @@ class RecordedChoice(ABC):
         self.config, self.device = config, world.device
         self.micro_batch = config.train.global_batch // (world.size * config.train.grad_accum)
         self.dtype = torch.bfloat16 if config.train.precision == "autocast" else weight_dtype(config)
+        # A training stage may change these, and the fastest implementation with them.
+        self.sizes = {"window": config.model.window, "crops": sorted(set(config.crop_sizes))}
 
     @property
     @abstractmethod
@@ -80,8 +82,9 @@ class RecordedChoice(ABC):
     def choose_for_run(self, path: Path, resumed: bool) -> str:
         """Return the implementation for this start of the run in `path`, and record it there.
 
-        `auto` keeps what is recorded, if it is still accurate on another device or with another torch. Without a record,
-        it is `plain` on a CPU and for a run that is resumed (it began with it), and otherwise the outcome of `fastest`.
+        `auto` keeps what is recorded for the same window and crops, if it is still accurate on another device or with
+        another torch. Without a record, it is `plain` on a CPU and for a run that is resumed (it began with it), and
+        otherwise the outcome of `fastest`.
 
         Raises:
             UserError: the implementation that the config names is not accurate here, or raises.
@@ -104,9 +107,10 @@ class RecordedChoice(ABC):
                 *(self.part, record[self.field], name),
             )
         log.info("%s: %s (%s)", self.part, name, why)
-        if record is not None and record[self.field] == name:
+        if record is not None and record[self.field] == name and record.get("sizes", self.sizes) == self.sizes:
             why = record.get("why", why)  # the times by which it was chosen
-        files.write_json(path / self.file, {self.field: name, "device": now, "torch": torch.__version__, "why": why})
+        about = {"device": now, "torch": torch.__version__, "why": why, "sizes": self.sizes}
+        files.write_json(path / self.file, {self.field: name, **about})
         return name
 
     def _choice(self, record: dict[str, Any] | None, resumed: bool) -> tuple[str, str]:
@@ -115,7 +119,8 @@ class RecordedChoice(ABC):
             if self.asked != self.plain and (problem := self._problem(self.asked)):
                 raise UserError(f"{self.key}={self.asked}: cannot be used here: {problem}; nearest: auto")
             return self.asked, f"{self.key} names it"
-        if record is not None and not self.unavailable(record[self.field]):
+        same_sizes = record is not None and record.get("sizes", self.sizes) == self.sizes
+        if record is not None and same_sizes and not self.unavailable(record[self.field]):
             same_machine = record["device"] == device_name(self.device) and record.get("torch") == torch.__version__
             if same_machine or not self._problem(record[self.field]):
                 return record[self.field], "as this run began"

@@ -83,15 +83,27 @@ def test_the_choice_is_logged_recorded_and_kept(tmp_path, gpu, monkeypatch, capl
 @pytest.mark.parametrize("changed", ["device", "torch"])
 @pytest.mark.parametrize(("problem", "expected"), [(None, "flex"), ("its output is off", "sdpa")])
 def test_a_recorded_choice_is_checked_again_on_another_machine(changed, problem, expected, tmp_path, gpu, monkeypatch):
-    record = {"attention": "flex", "device": "A", "torch": torch.__version__, "why": "flex 1.0 ms"}
+    config = tiny.config(tmp_path, tmp_path)
+    sizes = AttentionChoice(config, WORLD).sizes
+    record = {"attention": "flex", "device": "A", "torch": torch.__version__, "why": "flex 1.0 ms", "sizes": sizes}
     (tmp_path / AttentionChoice.file).write_text(json.dumps(record | {changed: "another"}))
     monkeypatch.setattr(attention_choice, "inaccuracy", lambda *_: problem)
-    config = tiny.config(tmp_path, tmp_path)
     assert AttentionChoice(config, WORLD).choose_for_run(tmp_path, resumed=True) == expected
     written = json.loads((tmp_path / AttentionChoice.file).read_text())
     assert written["device"] == "A"
     assert written["attention"] == expected
     assert (written == record) is (problem is None)  # the times by which it was chosen are kept
+
+
+@pytest.mark.parametrize(("key", "value"), [("model__window", 6), ("data__global_crops__size", 128)])
+def test_a_training_stage_with_other_sizes_chooses_again_and_keeps_that(key, value, tmp_path, gpu, monkeypatch):
+    record = {"attention": "flex", "device": "A", "torch": torch.__version__, "why": "flex 1.0 ms"}
+    record["sizes"] = AttentionChoice(tiny.config(tmp_path, tmp_path), WORLD).sizes
+    (tmp_path / AttentionChoice.file).write_text(json.dumps(record))
+    later = AttentionChoice(tiny.config(tmp_path, tmp_path, **{key: value}), WORLD)
+    assert later.choose_for_run(tmp_path, resumed=True) == "sdpa"
+    monkeypatch.setattr(attention_choice, "choose", lambda *_: pytest.fail("chosen again"))
+    assert later.choose_for_run(tmp_path, resumed=True) == "sdpa"
 
 
 def test_step_of_the_benchmarks_uses_the_implementation_of_its_config(tmp_path, monkeypatch):

@@ -105,6 +105,11 @@ def test_header_says_what_is_trained(tmp_path: Path) -> None:
         assert part in said
 
 
+def test_header_recommends_a_preset_only_for_a_run_that_begins_anew(tmp_path: Path) -> None:
+    config = tiny.config(tmp_path / "run", tiny.shards(tmp_path / "shards"), model__init_from="weights.pth")
+    assert "recipe" not in "\n".join(header.lines(config, "tiny.yaml"))
+
+
 @pytest.mark.parametrize(
     ("images", "crop", "said"),
     [
