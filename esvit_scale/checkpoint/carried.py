@@ -22,6 +22,7 @@ from esvit_scale.checkpoint import positions
 from esvit_scale.checkpoint.weights import OBJECTIVE, Shapes, head_titles, heads_in, shapes_of
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
+from esvit_scale.models.trunk import Trunk
 from esvit_scale.objective.network import Network, build_network
 
 
@@ -81,13 +82,25 @@ def _check_next(where: str, config: Config, before: Network, now: Network) -> No
         reason = str(error).removeprefix(f"{where}: ").replace("in the checkpoint", "before")
         reason = reason.replace("in the model", "now").removeprefix("a checkpoint of another architecture: ")
         raise UserError(f"{where}: cannot start from the stage before: {reason}") from None
-    old, new = before.trunk.distance_windows, now.trunk.distance_windows
-    if old != new and config.model.pretrained_windows is None:
-        keep, stretch = (f"model.pretrained_windows=[{','.join(map(str, sides or ()))}]" for sides in (old, new))
-        raise UserError(
-            f"{where}: the windows change, and the trunk computes its position bias from distances; set {keep} so that the "
-            f"bias of two tokens stays as it is, or {stretch} to stretch it over the new windows"
-        )
+    check_distances(where, before.trunk, now.trunk, config)
+
+
+def check_distances(where: str, before: Trunk, now: Trunk, config: Config) -> None:
+    """Raise UserError if position biases that are computed from distances would be stretched without being asked for.
+
+    Args:
+        where: the stage or the source of the weights, for the message.
+        before: the trunk that the weights come from.
+        now: the trunk of `config` that takes them.
+    """
+    old, new = before.distance_windows, now.distance_windows
+    if old == new or config.model.pretrained_windows is not None:
+        return
+    keep, stretch = (f"model.pretrained_windows=[{','.join(map(str, sides or ()))}]" for sides in (old, new))
+    raise UserError(
+        f"{where}: the windows change, and the trunk computes its position bias from distances; set {keep} so that the "
+        f"bias of two tokens stays as it is, or {stretch} to stretch it over the new windows"
+    )
 
 
 def _head(name: str) -> str:

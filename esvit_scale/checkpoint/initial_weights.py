@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from esvit_scale.checkpoint import convert, exported_folder, positions, state, state_file, step_folders
+from esvit_scale.checkpoint import carried, convert, exported_folder, positions, state, state_file, step_folders
 from esvit_scale.checkpoint.weights import (
     TRUNK,
     Shapes,
@@ -48,7 +48,8 @@ def load_initial_weights(config: Config) -> InitialWeights:
     head's last layer are not loaded when `norm_last_layer` fixes them at 1.
 
     Raises:
-        UserError: the source cannot be read, or its trunk or a head does not fit the run's network.
+        UserError: the source cannot be read, its trunk or a head does not fit the run's network, or it computes position
+            biases from distances in other windows and `model.pretrained_windows` does not say which count.
     """
     if config.model.init_from is None:
         return NO_INITIAL_WEIGHTS
@@ -94,6 +95,8 @@ def _select(source: Path, weights: Weights, config: Config) -> InitialWeights:
     new = (*added, *([REGISTERS] if fresh else []))
     fitting = {name: shape for name, shape in _part(wanted, TRUNK).items() if not name.startswith(new)}
     trunk, resized = positions.resize_to_fit(f"model.init_from: {source}", trunk, fitting)
+    with torch.device("meta"):
+        carried.check_distances(f"model.init_from: {source}", build_trunk(weights.config), build_trunk(config), config)
     tensors = tensors | trunk
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     taken, notes = [TRUNK], ["trunk" + (f" ({resized})" if resized else "")]

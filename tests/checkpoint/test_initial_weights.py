@@ -147,3 +147,15 @@ def test_unused_heads_of_the_source_are_ignored(weights: Weights, shards: Path, 
     begun = _begin(config, tmp_path / "run")
     assert list(begun.centers) == ["view.values"]
     assert not any("region" in name for name in begun.networks["student"])
+
+
+def test_position_biases_of_swin_v2_are_not_stretched_in_silence(shards: Path, tmp_path: Path) -> None:
+    old = tiny.config(tmp_path / "old", shards, model__trunk="swinv2_t")
+    tensors = {"teacher": _tensors(build_network(old))}
+    safetensors_file.write(tmp_path / "old.safetensors", Weights(old, tensors, {}), "teacher")
+    changed = {"model__trunk": "swinv2_t", "model__init_from": str(tmp_path / "old.safetensors"), "model__window": 2}
+    with pytest.raises(UserError, match=r"set model.pretrained_windows=\[4,4,2\].* or .*=\[2,2,2\] to stretch"):
+        load_initial_weights(tiny.config(tmp_path / "run", shards, **changed))
+    kept = tiny.config(tmp_path / "run", shards, **changed, model__pretrained_windows=[4, 4, 2])
+    name = "trunk.patch_embed.proj.weight"
+    assert torch.equal(load_initial_weights(kept).values[name], tensors["teacher"][name])

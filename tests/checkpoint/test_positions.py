@@ -97,7 +97,7 @@ def v2(window: int) -> dict[str, object]:
         ({}, {"model__window": 8}, "1 of 7×7 to 15×15"),
         ({"model__window": 8}, {"model__window": 4}, "1 of 15×15 to 7×7"),
         ({}, {"data__global_crops__size": 64}, "2 of 3×3 to 7×7"),
-        (v2(4), v2(8), ""),
+        (v2(4), {**v2(8), "model__pretrained_windows": [4, 4, 2]}, ""),
         (vil(64, 3), vil(96, 3), "1 of 3×3 to 5×5, 1 of 7×7 to 11×11"),
         (vil(64, 3), vil(64, 4), "2 of 11×11 to 15×15"),
     ],
