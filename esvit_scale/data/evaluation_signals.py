@@ -52,7 +52,10 @@ def evaluation_signals(
         UserError: the source is no shard set, or a library is missing.
     """
     if not manifests.is_shard_set(source):
-        raise UserError(f"{source}: no shard set; sound, video and text are read from shard sets only")
+        raise UserError(
+            f"{source}: no shard set; evaluations read sound, video and text from shard sets only: `esvit-scale shards create "
+            "SRC DST --members audio,video,text` makes one, also of tars (--from tars)"
+        )
     signals.require(config.data)
     manifest = manifests.load(source)
     manifests.check_sizes(manifest)

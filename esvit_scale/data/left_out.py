@@ -16,6 +16,7 @@ IMAGES, FILES, MEMBERS, ROWS, FOLDERS, ARCHIVES = "images", "files", "members", 
 # Why it was left out; manifests record these texts. A source may add reasons of its own.
 HIDDEN = "hidden (name begins with a dot)"
 NO_IMAGE = "no image in its group"
+NOT_READ = "no image in its group, and nothing else that the run reads"
 DANGLING = "dangling link"
 LINK_LOOP = "link back to a folder that holds it"
 LINK = "link inside an archive"

@@ -20,7 +20,7 @@ from esvit_scale.data.reader import ShardReader, StorageGone
 from esvit_scale.data.remote.ahead import ReadAhead
 from esvit_scale.data.remote.range_ahead import RangeAhead
 from esvit_scale.data.remote.range_reader import RangeReader
-from esvit_scale.data.worker_batch import SLOW_SECONDS, DecodedSample, decode_for_crops, decode_modalities
+from esvit_scale.data.worker_batch import SLOW_SECONDS, DecodedSample, decode_for_crops, decode_modalities, member_rows
 from esvit_scale.errors import is_machine_fault
 
 FIRST_BATCHES = 2  # whose shards are fetched before those that come later
@@ -142,11 +142,9 @@ class ShardSamples:
                 key = entry.key
                 if signals.wanted(config.data):
                     read = partial(reader.member, shard, entry)
-                    image, views, problems = decode_modalities(config, address.epoch, entry, read)
-                    told = (
-                        {"reason": problem, "used": True, "member": problem.partition(":")[0]} for problem in problems
-                    )
-                    bad += [{**where, "key": key, **each} for each in told]
+                    members = list(entry.members)
+                    image, views, problems = decode_modalities(config, address.epoch, key, members, read)
+                    bad += member_rows({**where, "key": key}, problems)
                     sample = DecodedSample(batch_position, key, reader.label(shard, entry), *image, bad, views)
                 else:
                     decoded = decode_for_crops(config, address.epoch, key, reader.image(shard, entry))

@@ -135,11 +135,6 @@ def open_data(config: Config) -> TrainingData:
         check_pixels(config)
         return MixedSets.open(config.data)
     if UrlSets.wanted(config.data):
-        if read := signals.wanted(config.data):
-            raise UserError(
-                f"data.{read[0]}: read from shard sets only, not from plain tars; `esvit-scale shards create --from tars` "
-                "makes a set of them"
-            )
         for urls in (mixed.urls for mixed in config.data.mix if manifests.is_shard_set(Path(mixed.urls))):
             log.warning(
                 "data.mix: %s is a shard set, but it is mixed with plain tars and therefore streamed like them: a resume is "

@@ -13,7 +13,7 @@ import itertools
 import logging
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from webdataset import filters, shardlists
 
 from esvit_scale.config import Data
+from esvit_scale.data import signals
 from esvit_scale.data.decode import BadImage
 from esvit_scale.data.hashing import derive_seed
 from esvit_scale.data.loader import LoaderAssignment, NoValidSamples, reason
@@ -29,13 +30,14 @@ from esvit_scale.data.reader import StorageGone
 from esvit_scale.data.tar_names import TAR, parse_label
 from esvit_scale.data.tar_reader import NO_ZSTD, open_zstd
 from esvit_scale.data.tar_stream import Raw, TarSamples
-from esvit_scale.data.worker_batch import SLOW_SECONDS, DecodedSample, decode_for_crops
+from esvit_scale.data.worker_batch import SLOW_SECONDS, DecodedSample, decode_for_crops, decode_modalities, member_rows
 from esvit_scale.errors import UserError
 from esvit_scale.store_urls import is_set_url
 
 log = logging.getLogger(__name__)
 
 SHUFFLE = 1000  # encoded samples in a worker's shuffle buffer
+SHUFFLE_CLIPS = 100  # the same, where samples have videos of some megabytes
 RESERVES = 8  # first samples of an epoch that a worker keeps as substitutes for bad ones
 
 
@@ -160,7 +162,7 @@ class UrlSamples:
                 assignment.worker()[1],
             )
         bad: list[dict[str, Any]] = []
-        tars = TarSamples()
+        tars = TarSamples(signals.wanted(assignment.config.data))
         for epoch in range(
             assignment.start // assignment.steps_per_epoch, -(-assignment.stop // assignment.steps_per_epoch)
         ):
@@ -201,15 +203,22 @@ class UrlSamples:
             key, began = f"{candidate.crop_key}#{number}" if attempt else candidate.crop_key, time.monotonic()
             where = {"shard": candidate.url, "key": candidate.key, "epoch": epoch, "position": number}
             try:
-                if not candidate.image:
+                views: Mapping[str, signals.Views] = {}
+                if candidate.members:
+                    image, views, problems = decode_modalities(
+                        self.assignment.config, epoch, key, list(candidate.members), candidate.member
+                    )
+                    bad += member_rows(where, problems)
+                elif not candidate.image:
                     raise BadImage("empty file")
-                decoded = decode_for_crops(self.assignment.config, epoch, key, candidate.image)
+                else:
+                    image = decode_for_crops(self.assignment.config, epoch, key, candidate.image)
             except BadImage as error:
                 bad.append({**where, "reason": reason(error), **({"stand_in": True} if attempt else {})})
                 continue
             if (took := time.monotonic() - began) > SLOW_SECONDS:
                 bad.append({**where, "reason": f"slow: {took:.0f} s to decode", "used": True})
-            return DecodedSample(position, candidate.key, parse_label(candidate.label), *decoded, bad)
+            return DecodedSample(position, candidate.key, parse_label(candidate.label), *image, bad, views)
         raise NoValidSamples(
             f"{raw.url}: {raw.key} and all {len(reserves)} samples that could replace it are bad (last: {bad[-1]['reason']})"
         )
@@ -233,7 +242,8 @@ class UrlSamples:
     ) -> Iterator[Raw]:
         """Yield this worker's samples of one set without end; each pass deals out tars and shuffles samples anew."""
         seed, urls = self.assignment.config.seed, self.source.sets[number].urls
-        buffer = max(SHUFFLE // len(self.source.sets), 2)
+        clips = self.assignment.config.data.video.views > 0
+        buffer = max((SHUFFLE_CLIPS if clips else SHUFFLE) // len(self.source.sets), 2)
         for turn in itertools.count():
             order = permutation(len(urls), seed, epoch, "tars", number, turn)[consumer::consumers]
             samples = tars.of([urls[i] for i in order], epoch, bad)

@@ -4,7 +4,7 @@ Both run in a loader process; stream.py shows an example.
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +17,6 @@ from esvit_scale.data import photometric, photometric_8bit, signals
 from esvit_scale.data.bad_image import BadImage
 from esvit_scale.data.crops import Box, ImagePyramid, choose_reductions, crop_box, crop_groups, keyed_generator
 from esvit_scale.data.loader import pixel_dtype, pixel_memory
-from esvit_scale.data.manifest import Entry
 from esvit_scale.data.photometric import AugmentationParams
 from esvit_scale.data.picture import open_picture
 from esvit_scale.data.pixel_format import pixel_format
@@ -105,11 +104,13 @@ def decode_for_crops(
 
 
 def decode_modalities(
-    config: Config, epoch: int, entry: Entry, read: Callable[[str], bytes]
+    config: Config, epoch: int, key: str, extensions: Sequence[str], read: Callable[[str], bytes]
 ) -> tuple[tuple[list[PlacedCrop], list[int], ImagePyramid | None], dict[str, Views], list[str]]:
     """Decode what a sample has of an image and of the modalities that a config reads.
 
     Args:
+        key: of the sample, from which crops and views are drawn.
+        extensions: of the sample's members.
         read: returns the bytes of the member of an extension, or raises BadImage.
 
     Returns:
@@ -119,17 +120,27 @@ def decode_modalities(
     Raises:
         BadImage: no member can be used.
     """
-    views, problems = signals.read_all(config, epoch, entry.key, list(entry.members), read)
+    views, problems = signals.read_all(config, epoch, key, extensions, read)
     image: tuple[list[PlacedCrop], list[int], ImagePyramid | None] = [], [], None
-    if chosen := plain_image(entry.members):
+    if chosen := plain_image(extensions):
         try:
-            image = decode_for_crops(config, epoch, entry.key, read(chosen))
+            image = decode_for_crops(config, epoch, key, read(chosen))
         except BadImage as error:
             problems.insert(0, f"image: {error}")
     if image[2] is None and not views:
-        held = ", ".join(entry.members) or "none"
+        held = ", ".join(extensions) or "none"
         raise BadImage("; ".join(problems) or f"nothing that the run reads among its members ({held})")
     return image, views, problems
+
+
+def member_rows(where: Mapping[str, Any], problems: Iterable[str]) -> list[dict[str, Any]]:
+    """Return the quarantine rows of members that cannot be used, of a sample that is used without them.
+
+    Args:
+        where: what the rows say of the sample: shard, key, epoch, position.
+        problems: as `decode_modalities` returns them.
+    """
+    return [{**where, "reason": problem, "used": True, "member": problem.partition(":")[0]} for problem in problems]
 
 
 def make_worker_batch(
