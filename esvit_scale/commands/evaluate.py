@@ -300,14 +300,20 @@ def _add_video(evaluate: Any) -> None:
 
 
 def _add_attention(evaluate: Any) -> None:
-    attention = command(evaluate, "attention", _attention, "attention maps and token components of one image")
-    attention.add_argument("image", type=Path, metavar="IMAGE", help="image file")
+    summary = "attention maps and token components of one image, or attention of the modalities of some samples"
+    attention = command(evaluate, "attention", _attention, summary)
+    image = "image file; or the folder of a shard set, to see what each modality of its samples attends to"
+    attention.add_argument("image", type=Path, metavar="IMAGE", help=image)
     add_checkpoint(attention)
     attention.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="folder to write the pictures and arrays to"
     )
     size = "pixels to resize the image's short side to (default: the size of the run's global crops)"
     attention.add_argument("--size", type=positive, metavar="N", help=size)
+    keys = "shard set: keys of the samples to show (default: the first ones with the most modalities)"
+    attention.add_argument("--keys", nargs="+", default=[], metavar="K", help=keys)
+    samples = "shard set: number of samples to show without --keys (default: 3)"
+    attention.add_argument("--samples", type=positive, metavar="N", help=samples)
 
 
 def _add_correspondence(evaluate: Any) -> None:
@@ -527,9 +533,21 @@ def _video(o: argparse.Namespace) -> int:
 
 
 def _attention(o: argparse.Namespace) -> int:
-    from esvit_scale.evaluate import attention
-    from esvit_scale.report import evaluation_figures
+    from esvit_scale.data.manifest import is_shard_set
+    from esvit_scale.evaluate import attention, modal_attention
+    from esvit_scale.report import evaluation_figures, modal_figure
 
+    if is_shard_set(o.image):
+        if o.size:
+            raise UserError("--size: not with a shard set, of which the trunk sees what it sees in evaluations")
+        found = modal_attention.run_modal_attention(
+            o.checkpoint, o.image, o.out, o.keys, o.samples or modal_attention.SAMPLES
+        )
+        for path in (o.out / "attention.npz", modal_figure.write(found, o.out)):
+            print(path)
+        return 0
+    if o.keys or o.samples:
+        raise UserError(f"{'--keys' if o.keys else '--samples'}: only with a shard set; {o.image} is none")
     result = attention.run_attention(o.checkpoint, o.image, o.out, o.size)
     for path in [o.out / "attention.npz", *evaluation_figures.write_attention(result, o.out)]:
         print(path)

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from esvit_scale.config import Config
 from esvit_scale.errors import UserError
 from esvit_scale.models import vit
+from esvit_scale.models.attention_maps import BlockAttention, before_forward
 from esvit_scale.models.drop_path import keep_scales, linear_rates, token_factors
 from esvit_scale.models.modal_tokens import ImageTokens, Sequences, tokenizers
 from esvit_scale.models.shape import Shape, overridden
@@ -40,6 +41,13 @@ class Packing(NamedTuple):
     masks: tuple[Tensor | None, ...]  # of each group: bool [n, 1, 1, tokens], False for padding; None: no padding
 
 
+class SequenceAttention(NamedTuple):
+    """The attention probabilities within the sequences of one modality, whose first token is the aggregation token."""
+
+    blocks: list[Tensor]  # of every block, [n, heads, 1 + T, 1 + T] (query, key); 0 for keys that are padding
+    valid: Tensor  # bool [n, 1 + T], False for padding
+
+
 class ModalTrunk(Trunk):
     """The trunk of all modalities: tokenizers, and one shared or several separate transformers.
 
@@ -50,6 +58,8 @@ class ModalTrunk(Trunk):
         drop_path: stochastic-depth rate of the last block; rates grow linearly from 0.
         drop_tokens: fraction of its tokens that DropToken removes from every sequence of a modality, in training.
     """
+
+    has_attention_maps = True
 
     def __init__(
         self,
@@ -122,6 +132,48 @@ class ModalTrunk(Trunk):
             ]
             features = self._with_grids(groups, crops)
             yield TokenMap(features.regions, features.grids, features.view)
+
+    @torch.no_grad()
+    def attention(
+        self, crops: list[Tensor], signals: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> dict[str, SequenceAttention]:
+        """Return the attention of every block by modality, without DropToken.
+
+        Args:
+            crops: at most one resolution group, [n, channels, S, S].
+            signals: as for `forward`.
+        """
+        if len(crops) > 1:
+            raise ValueError("crops of one size only")
+        sequences = self._sequences(crops, None, signals)
+        found: dict[str, SequenceAttention] = {}
+        for modality, (tokens, valid) in sequences:
+            there = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if valid is None else valid
+            found[modality] = SequenceAttention([], there)
+        for name, members in self._of_transformers(sequences).items():
+
+            def record(
+                module: MaskedAttention, inputs: tuple[Tensor, Packing], members: list[tuple[str, Sequences]] = members
+            ) -> None:
+                for (modality, _), probabilities in zip(members, module.probabilities(*inputs), strict=True):
+                    found[modality].blocks.append(probabilities)
+
+            blocks = self._transformer(name).blocks
+            with before_forward([cast(Block, block).attn for block in blocks], record):
+                for _ in self._block_outputs(name, members, None, sequences):
+                    pass
+        return found
+
+    def attention_maps(self, image: Tensor) -> list[BlockAttention]:
+        """Return every block's attention on one normalised image [channels, H, W], whose patches are one window.
+
+        The aggregation token has the cell −1.
+        """
+        patch = cast(ImageTokens, self.embed["image"]).patch
+        h, w = (-(-side // patch) for side in image.shape[-2:])
+        cells = torch.arange(-1, h * w)[None]
+        blocks = self.attention([image[None]], {})["image"].blocks
+        return [BlockAttention(0, i, (h, w), found.cpu(), cells) for i, found in enumerate(blocks)]
 
     def _sequences(
         self, crops: list[Tensor], drop_keys: Tensor | None, signals: Mapping[str, tuple[Tensor, Tensor]]
@@ -209,13 +261,24 @@ class MaskedAttention(vit.Attention):
 
     def forward(self, tokens: Tensor, packing: Packing) -> Tensor:  # type: ignore[override]
         """Map tokens [N, C] to [N, C]."""
-        dim, mixed = tokens.shape[1], []
-        groups = self.qkv(tokens).split([n * length for n, _, length in packing.groups])
-        for qkv, (n, _, length), mask in zip(groups, packing.groups, packing.masks, strict=True):
-            q, k, v = qkv.view(n, length, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
+        mixed = []
+        for (q, k, v), mask in zip(self._heads(tokens, packing), packing.masks, strict=True):
             attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-            mixed.append(attended.transpose(1, 2).reshape(n * length, dim))
+            mixed.append(attended.transpose(1, 2).reshape(-1, tokens.shape[1]))
         return self.proj(torch.cat(mixed))
+
+    def probabilities(self, tokens: Tensor, packing: Packing) -> list[Tensor]:
+        """Return the attention probabilities of every group of sequences, [n, heads, length, length] (query, key)."""
+        found = []
+        for (q, k, _), mask in zip(self._heads(tokens, packing), packing.masks, strict=True):
+            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+            found.append((scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1))
+        return found
+
+    def _heads(self, tokens: Tensor, packing: Packing) -> Iterator[tuple[Tensor, ...]]:
+        """Yield queries, keys and values [n, heads, length, C / heads] of every group of sequences."""
+        groups = self.qkv(tokens).split([n * length for n, _, length in packing.groups])
+        return (self.heads_of(qkv, n, length) for qkv, (n, _, length) in zip(groups, packing.groups, strict=True))
 
 
 def _split(tokens: Tensor, members: list[tuple[str, Sequences]]) -> tuple[Tensor, ...]:

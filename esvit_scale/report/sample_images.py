@@ -118,9 +118,7 @@ def _augmented_crops(config: Config, images: int) -> list[list[Image.Image]]:
     for group in batch.crops:  # uint8 or uint16 [V_g, B, C, S, S]
         views = len(group)
         augmented = photometric.apply(group.flatten(0, 1), batch.photometric.crops(first, first + views), pixels)
-        columns += [
-            [_unnormalized(image, pixels) for image in view] for view in augmented.unflatten(0, group.shape[:2])
-        ]
+        columns += [[unnormalized(image, pixels) for image in view] for view in augmented.unflatten(0, group.shape[:2])]
         first += views
     return columns
 
@@ -213,7 +211,7 @@ def _picture(data: bytes) -> Image.Image:
     return composite(raster.read(data))
 
 
-def _unnormalized(image: Tensor, pixels: PixelFormat) -> Image.Image:
+def unnormalized(image: Tensor, pixels: PixelFormat) -> Image.Image:
     """Undo the normalisation of a crop [C, S, S] and return it as a picture."""
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (pixels.mean, pixels.std))
     values = (image.cpu() * std + mean).clamp(0, 1).permute(1, 2, 0)  # [S, S, C]

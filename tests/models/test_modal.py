@@ -235,3 +235,47 @@ def test_configs_that_do_not_fit_are_refused() -> None:
         built(data={"audio": {"views": 0}, "video": {"views": 0}})
     with pytest.raises(UserError, match=r"sees images alone"):
         built(data={"video": {"views": 0}}, model={"trunk": "deit_s"})
+
+
+def slow_attention(trunk: ModalTrunk, modality: str, tokens: Tensor) -> list[Tensor]:
+    """[heads, L, L] of every block for the tokens [L, C] of one sequence alone: loops over heads, queries and keys."""
+    one = trunk.transformers[modality if modality in trunk.transformers else "shared"]
+    found, x = [], tokens
+    for block in one.blocks:
+        heads, dim = block.attn.heads, x.shape[1] // block.attn.heads
+        q, k, v = F.linear(block.norm1(x), block.attn.qkv.weight, block.attn.qkv.bias).chunk(3, 1)
+        weights, mixed = x.new_zeros(heads, len(x), len(x)), torch.zeros_like(x)
+        for head in range(heads):
+            own = slice(head * dim, (head + 1) * dim)
+            for i in range(len(x)):
+                scores = torch.stack([sum(q[i, c] * k[j, c] for c in range(*own.indices(9999))) for j in range(len(x))])
+                weights[head, i] = (scores / dim**0.5).exp() / (scores / dim**0.5).exp().sum()
+                mixed[i, own] = sum(weights[head, i, j] * v[j, own] for j in range(len(x)))
+        found.append(weights)
+        x = x + F.linear(mixed, block.attn.proj.weight, block.attn.proj.bias)
+        x = x + block.mlp(block.norm2(x))
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backbone", ["shared", "separate"])
+def test_attention_is_that_of_every_sequence_alone(backbone: str) -> None:
+    trunk = trunk_of(config_of(backbone=backbone))
+    for p in trunk.parameters():
+        torch.nn.init.normal_(p, std=0.4)
+    signals, images = signals_of(2), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    found = trunk.attention([images], signals)
+    assert list(found) == ["image", "audio", "video", "text"]
+    for modality, (embedded, valid) in trunk._sequences([images], None, signals):
+        there = found[modality].valid
+        assert valid is None or torch.equal(valid, there)
+        assert len(found[modality].blocks) == 2
+        for row, tokens in enumerate(embedded):
+            for got, slow in zip(
+                found[modality].blocks, slow_attention(trunk, modality, tokens[there[row]]), strict=True
+            ):
+                torch.testing.assert_close(got[row][:, there[row]][:, :, there[row]], slow, rtol=0, atol=1e-12)
+                assert not got[row][:, :, ~there[row]].any()
+    blocks = trunk.attention_maps(images[1])
+    received = found["image"].blocks[1][1][:, 1:, 1:].mean(1) * 5  # patches ask; 4 of them and the aggregation token
+    torch.testing.assert_close(blocks[1].received().flatten(1), received)
