@@ -242,15 +242,20 @@ class Clip:
             raise BadMember(f"{len(data)} bytes: over the limit of {MAX_BYTES}", TOO_LARGE)
         self._data, self._demuxer = data, DEMUXERS[ending]
         times: list[int | None] = []
+        reordered = False
         with _decoding(), self._open() as (container, stream):
             for packet in container.demux(stream):
                 if packet.size:
                     times.append(packet.pts)
+                    reordered = reordered or packet.pts != packet.dts
                 if len(times) > MAX_FRAMES:
                     raise BadMember(f"more than {MAX_FRAMES} frames", TOO_LARGE)
         self.count = len(times)
         known = sorted({time for time in times if time is not None})
-        self._times = known if len(known) == len(times) else None  # None: some have no time, as in AVI
+        # None: some have no time; or they are in an AVI and are shown in another order than they are stored in: AVI has no
+        # times of its own, and those that FFmpeg guesses there are wrong, and others after a seek.
+        guessed = reordered and self._demuxer == DEMUXERS["avi"]
+        self._times = known if len(known) == len(times) and not guessed else None
 
     @contextmanager
     def _open(self) -> Iterator[tuple[Any, Any]]:
@@ -269,7 +274,8 @@ class Clip:
             yield container, stream
 
     def at(self, numbers: Sequence[int]) -> Iterator[Image.Image]:
-        """Yield the upright frames of these ascending numbers, decoded from the key frame before the first.
+        """Yield the upright frames of these ascending numbers, decoded from the key frame before the first, or, without
+        times, from the beginning.
 
         Fewer are yielded of a file that is cut short. Raises BadMember.
         """

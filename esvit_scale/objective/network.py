@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from esvit_scale import ranges
@@ -96,7 +97,7 @@ class StudentNetwork(Network):
         signals: Signals | None = None,
         has_image: Tensor | None = None,
     ) -> tuple[Tensor, Logs, Tensor]:
-        """Return the loss of all crops, scalars to log, and the detached view features [ΣB, C].
+        """Return the loss of all crops, scalars to log, and the detached view features [ΣB, C] that monitors watch.
 
         Args:
             crops: one tensor per resolution group, [V_g·B, channels, S_g, S_g], the two globals first.
@@ -111,7 +112,7 @@ class StudentNetwork(Network):
         """
         mask = None if drop_keys is None else self._mask(crops[0], drop_keys)
         features = self.features(crops, drop_keys, mask, signals, has_image)
-        view = features.view.detach()
+        view = watched(features)
         hidden = [] if mask is None else [mask.cells.flatten()]
         loss, logs = self.objective(features, targets, teacher_temp, *hidden)
         for number, student in enumerate(self.networks[1:]):
@@ -172,6 +173,23 @@ class GramNetwork(nn.Module):
         """
         regions: Tensor = self.trunk(crops, None).regions
         return regions
+
+
+def watched(features: Features) -> Tensor:
+    """Return the detached view features [ΣB, C] that show whether features collapse.
+
+    Where a sample has no image, whose crops would be all alike, they are those of the first modality that it has.
+    """
+    view = features.view.detach()
+    if features.has_image is None:
+        return view
+    there, samples = features.has_image, len(features.has_image)
+    rows = view.unflatten(0, (-1, samples))
+    for signal in features.signals.values():  # without indexing by masks, which would wait for the device
+        own, present = signal.view.detach()[:samples], signal.present[:samples]
+        rows = torch.where((present & ~there)[:, None], own, rows)
+        there = there | present
+    return rows.flatten(0, 1)
 
 
 def build_network(config: Config) -> Network:

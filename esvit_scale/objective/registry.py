@@ -146,12 +146,9 @@ def _check_signals(trunk: Trunk, objective: Objective, config: Config) -> None:
     for modality in used:
         if modality != "image" and modality not in read:
             raise UserError(f"data.{modality}.views: objective.pairs has {modality}, which is not read; set it to 1")
-    for modality in ("image", *read):
+    for modality in read:
         if modality not in used:
-            raise UserError(
-                f"objective.pairs: no pair has {modality}"
-                + ("" if modality == "image" else f"; add one, or set data.{modality}.views=0")
-            )
+            raise UserError(f"objective.pairs: no pair has {modality}; add one, or set data.{modality}.views=0")
     if config.objective.students:
         raise UserError(f"objective.students: not with {name}")
 

@@ -90,7 +90,12 @@ class VATT(Objective):
             loss, accuracy = pair_loss(x, y, self.temp, many=b == "text")
             terms.append(loss)
             logs |= {f"loss_{a}_{b}": loss.detach(), f"accuracy_{a}_{b}": accuracy}
-        return torch.stack(terms).mean(), logs
+        loss = torch.stack(terms).mean()
+        if "image" not in self.modalities:
+            loss = (
+                loss + 0.0 * student.view.sum()
+            )  # so that every parameter has a gradient, as every ZeRO stage expects
+        return loss, logs
 
     def spaces(self, views: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the unit vectors of view features [n, C] in the first space and in the second, by modality.

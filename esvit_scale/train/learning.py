@@ -143,8 +143,17 @@ def history_of(rows: Iterable[Mapping[str, Any]]) -> KnnHistory:
 
 
 def how_to_measure(config: Config) -> list[str]:
-    """Return lines with the commands that measure the k-NN accuracy of a run, of its untrained trunk and of pixels."""
+    """Return lines with the commands that measure the k-NN accuracy of a run, of its untrained trunk and of pixels.
+
+    Of a run with several modalities, they measure how well these find each other.
+    """
     run_path = shlex.quote(str(config.run_path))
+    if config.signal_views:
+        command, sets = "esvit-scale evaluate modalities --checkpoint", "--data SHARDS --train LABELLED --out"
+        return [
+            f"is it good? {command} {run_path} {sets} {run_path}/modalities",
+            f"untrained: {command} untrained:{run_path} {sets} {run_path}/modalities-untrained",
+        ]
     sets = "--train LABELLED --test LABELLED --out"
     return [
         f"is it good? esvit-scale evaluate knn --checkpoint {run_path} {sets} {run_path}/knn",

@@ -32,14 +32,18 @@ def sound(x: NDArray[Any], rate: int, kind: str = "WAV", subtype: str | None = N
     return out.getvalue()
 
 
-def video(frames: NDArray[np.uint8], kind: str = "mp4", codec: str = "mpeg4", key_every: int = 12) -> bytes:
-    """A file of frames [T, H, W, 3] at 25 frames a second."""
+def video(
+    frames: NDArray[np.uint8], kind: str = "mp4", codec: str = "mpeg4", key_every: int = 12, b_frames: int = 0
+) -> bytes:
+    """A file of frames [T, H, W, 3] at 25 frames a second, `b_frames` of which are stored after the next one."""
     av = pytest.importorskip("av", reason="needs the extra modalities")
     out = io.BytesIO()
     with av.open(out, "w", format=kind) as container:
         stream = container.add_stream(codec, rate=25)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         stream.codec_context.gop_size = key_every
+        if b_frames:
+            stream.codec_context.options = {"bf": str(b_frames)}
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())

@@ -82,12 +82,12 @@ def test_a_long_recording_is_refused_by_its_header() -> None:
         media.Recording(long)
 
 
-CLIPS: list[tuple[str, str]] = [("mp4", "mpeg4"), ("mp4", "libx264"), ("webm", "libvpx"), ("avi", "mpeg4")]
+CLIPS = [("mp4", "mpeg4", 0), ("mp4", "mpeg4", 2), ("mp4", "libx264", 0), ("webm", "libvpx", 0), ("avi", "mpeg4", 0)]
 
 
-@pytest.mark.parametrize(("kind", "codec"), CLIPS)
-def test_any_frames_are_those_of_the_whole_clip(kind: str, codec: str) -> None:
-    clip = media.Clip(video(steps(50), kind, codec), kind)
+@pytest.mark.parametrize(("kind", "codec", "b_frames"), [*CLIPS, ("avi", "mpeg4", 2)])
+def test_any_frames_are_those_of_the_whole_clip(kind: str, codec: str, b_frames: int) -> None:
+    clip = media.Clip(video(steps(50), kind, codec, b_frames=b_frames), kind)
     clip.check()
     assert clip.count == 50
     whole = [np.asarray(frame) for frame in clip.at(range(50))]

@@ -4,7 +4,8 @@ import torch
 from esvit_scale.config import validate
 from esvit_scale.models.drop_path import drop_keys
 from esvit_scale.models.initialize import initialize
-from esvit_scale.objective.network import build_student, build_teacher
+from esvit_scale.models.trunk import Features, SignalFeatures
+from esvit_scale.objective.network import build_student, build_teacher, watched
 from tests.objective.test_param_groups import SMALL
 
 B = 2
@@ -70,3 +71,18 @@ def test_parameter_names_are_stable():
     assert "trunk.patch_embed.proj.weight" in names
     assert "objective.view_head.last_layer.weight_v" in names
     assert "objective.region_head.mlp.4.bias" in names
+
+
+def test_monitors_watch_another_modality_where_a_sample_has_no_image():
+    """Crops of missing images are all alike; they would look like collapsed features."""
+    view, audio, text = torch.randn(2 * 4, 3), torch.randn(2 * 4, 3), torch.randn(4, 3)
+    heard, has_text = torch.tensor([1, 1, 0, 0] * 2).bool(), torch.tensor([1, 1, 1, 0]).bool()
+    signals = {
+        "audio": SignalFeatures(audio, audio[:, None], heard[:, None], heard),
+        "text": SignalFeatures(text, text[:, None], has_text[:, None], has_text),
+    }
+    found = watched(Features(view, view, [(8, 1, 1)], signals, torch.tensor([True, False, False, False])))
+    torch.testing.assert_close(
+        found, torch.stack([view[0], audio[1], text[2], view[3], view[4], audio[1], text[2], view[7]])
+    )
+    assert torch.equal(watched(Features(view, view, [(8, 1, 1)])), view)

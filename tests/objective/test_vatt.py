@@ -48,7 +48,7 @@ def slow_loss(objective: VATT, f: Features) -> tuple[Tensor, dict[str, float]]:
     views = {"image": f.view} | {name: s.view for name, s in f.signals.items()}
     spaces: dict[tuple[str, int], list[Tensor]] = {}
     for name, rows in views.items():
-        for row in rows:
+        for row in rows if name in objective.modalities else ():
             if name == "text":
                 spaces.setdefault((name, 2), []).append(F.normalize(objective.text(row), dim=0))
                 continue
@@ -120,6 +120,16 @@ def test_missing_modalities_change_nothing_and_no_pair_gives_zero() -> None:
     assert loss.item() == 0
     assert all(value.isfinite() for value in logs.values())
     assert all(not g.any() for g in gradients(loss, objective, none))
+
+
+def test_pairs_without_images_leave_images_out() -> None:
+    """VATT's own pairs: images have no part in the loss, and gradients of 0 for the tokenizer that every run has."""
+    objective, f = objective_of(["video-audio", "video-text"]), features_of()
+    loss, _ = objective(f, None, 0.0)
+    assert loss.item() == pytest.approx(slow_loss(objective, f)[0].item(), abs=1e-9)
+    of_images = gradients(loss, objective, f)[len([*objective.parameters()])]
+    assert of_images.shape == f.view.shape
+    assert not of_images.any()
 
 
 def test_perfect_pairs_have_accuracy_1_and_the_loss_of_their_negatives() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from esvit_scale import cli
+from esvit_scale import config as configs
 from esvit_scale.checkpoint import convert, step_folders
 from esvit_scale.errors import UserError
 from esvit_scale.evaluate.features import load_frozen_trunk
@@ -112,6 +113,14 @@ def test_run_without_measurements_is_told_commands_that_parse() -> None:
     assert [str(one.checkpoint) for one in parsed] == ["run", "untrained:run", "pixels"]
     assert len({one.out for one in parsed}) == 3
     assert "train.knn_every=500 with data.held_out=LABELLED" in lines[-1]
+
+
+def test_run_of_several_modalities_is_told_how_to_evaluate_these() -> None:
+    config = configs.resolve("vatt_small", ["run_dir=a run"])
+    lines = [line.partition("esvit-scale ")[2] for line in learning.how_to_measure(config)]
+    parsed = [cli.build_parser().parse_args(shlex.split(line)) for line in lines]
+    assert [str(one.checkpoint) for one in parsed] == ["a run", "untrained:a run"]
+    assert all(line.startswith("evaluate modalities") for line in lines)
 
 
 def test_number_of_images_and_margin_are_left_out_when_unknown() -> None:
