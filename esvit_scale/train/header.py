@@ -60,14 +60,17 @@ def lines(config: Config, given: str) -> list[str]:
     images = _images(config)
     length = [stage_line(one, number, _images(one)) for number, one in enumerate(whole.of_stages) if whole.stages]
     things = "samples" if config.signal_views else "images"
-    recipe = bool(images) and _begins_anew(config) and not config.signal_views  # the recipes are for images
     source = data.train or ", ".join(mixed.urls for mixed in data.mix)
     rows = [
         ("config", given),
         ("run dir", f"{config.run_path}: {_run_state(config.run_path)}"),
         ("data", source + (f": {images:,} {things}" if images else "")),
         ("crops", f"{_crops(config)} pixels"),
-        *([("recipe", presets.recipe_for(images, data.global_crops.size))] if recipe else []),
+        *(
+            [("recipe", presets.recipe_for(images, data.global_crops.size))]
+            if images and _begins_anew(config) and not config.signal_views  # recipes are for images alone
+            else []
+        ),
         ("trunk", ", ".join([model.trunk, *shape])),
         ("objective", f"{config.objective.name}, {_losses(config)}"),
         *([] if length else [("length", _length(config, images))]),
