@@ -59,7 +59,9 @@ class Cluster:
         folder.chmod(0o755)
 
     def __enter__(self) -> "Cluster":
-        script = self._write("controller.sh", CONTROLLER.format(folder=self._folder, network=NETWORK))
+        script = self._write(
+            "controller.sh", CONTROLLER.format(folder=self._folder, network=NETWORK, controller=self._controller())
+        )
         log = (self._folder / "log/controller.out").open("w")
         self._holder = subprocess.Popen(
             [*NEW_NAMESPACES, "bash", str(script)],
@@ -99,6 +101,25 @@ class Cluster:
     def kill_node(self, number: int) -> None:
         """A power failure: everything on the node is gone at once, and nobody tells Slurm."""
         self.run("kill", "-9", (self._folder / f"node{number}.pid").read_text().strip())
+
+    def unplug_node(self, number: int) -> None:
+        """Take a node's network away: all that runs there goes on, and hears nothing."""
+        self.run("ip", "link", "set", f"to{number}", "down")
+
+    def plug_node(self, number: int) -> None:
+        """Give a node its network back."""
+        self.run("ip", "link", "set", f"to{number}", "up")
+
+    def kill_controller(self) -> None:
+        """The controller's machine fails: what it had not saved is lost."""
+        self.run("pkill", "-9", "-x", "slurmctld")
+
+    def start_controller(self) -> None:
+        self.run("bash", "-c", self._controller())
+        self._wait_for(lambda: "UP" in self.run("scontrol", "ping", check=False, timeout=5), "slurmctld")
+
+    def _controller(self) -> str:
+        return f"slurmctld -D </dev/null >>{self._folder}/log/slurmctld.out 2>&1 &"
 
     def on_node(self, number: int, *command: str) -> str:
         """A command on a node, as its administrator."""
@@ -177,7 +198,7 @@ ip link set lo up
 ip link add bridge type bridge; ip addr add {network}.254/24 dev bridge; ip link set bridge up
 munged --force --key-file={folder}/munge.key --socket={folder}/munge.socket --pid-file={folder}/munged.pid \\
   --log-file={folder}/log/munged.log --seed-file={folder}/munge.seed
-slurmctld -D </dev/null >{folder}/log/slurmctld.out 2>&1 &
+{controller}
 cat
 """
 

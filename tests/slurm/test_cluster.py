@@ -17,6 +17,7 @@ from PIL import Image
 from esvit_scale.data import manifest as manifests
 from esvit_scale.train.run_records import read_summary
 from tests import launcher, tiny
+from tests.distributed import comparison
 from tests.slurm.cluster import Cluster, why_not
 
 pytestmark = [
@@ -284,6 +285,76 @@ def test_job_of_a_dead_node_resumes_elsewhere(site: Site, undisturbed: list[dict
     assert (first.split("\t")[3], last.split("\t")[3]) == ("node[1-2]", "node[1,3]")
     assert tiny.rows(site.folder / "orphan") == undisturbed
     site.cluster.start_node(2)
+    site.cluster.wait_idle()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(2400)
+def test_run_of_eight_ranks_survives_every_fault(site: Site) -> None:
+    """Of a process, a node, the network and Slurm's controller; at last the run goes on with four ranks."""
+    steps, layout = 72, ("--nodes=2", "--time=300")
+    options = {"train__checkpoint_every": 4, "train__hang_minutes": 1 / 3, "optim__lr": 1e-3}
+    calm, chaos = (site.config(name, steps, **options) for name in ("calm", "chaos"))
+    eight, four = (("--ntasks-per-node=4", "--gpus-per-node=4"), ("--ntasks-per-node=2", "--gpus-per-node=2"))
+    run, began = site.folder / "chaos", time.monotonic()
+    job = site.submit("pretrain.sbatch", str(chaos), options=(*layout, *eight))
+
+    def until_step(step: int) -> None:
+        site.until(lambda: (rows := tiny.rows(run)) and rows[-1]["step"] >= step, f"step {step}", job, timeout=300)
+        print(f"{time.monotonic() - began:.0f} s: step {step}, {starts(site, 'chaos')} starts", flush=True)
+
+    def until_started(number: int) -> None:
+        site.until(lambda: starts(site, "chaos") == number, f"start {number}", job, timeout=120)
+        print(f"{time.monotonic() - began:.0f} s: start {number} on {hosts()}", flush=True)
+
+    def hosts() -> list[int]:
+        """Return the numbers of the nodes on which the run's last start is."""
+        last = (run / "slurm/starts.tsv").read_text().splitlines()[-1].split("\t")[3]
+        return [int(name[4:]) for name in site.cluster.run("scontrol", "show", "hostnames", last).split()]
+
+    until_step(6)
+    site.cluster.run("kill", "-9", str(site.rank_pids("chaos")[5]))
+    until_started(2)
+    until_step(14)
+    site.cluster.kill_controller()
+    time.sleep(10)
+    site.cluster.start_controller()
+    until_step(22)
+    site.cluster.run("scontrol", "suspend", job)
+    time.sleep(5)
+    site.cluster.run("scontrol", "resume", job)
+    until_step(30)
+    assert starts(site, "chaos") == 2  # the ranks noticed neither
+    lost = hosts()[1]
+    site.cluster.kill_node(lost)
+    until_started(3)
+    assert lost not in hosts()
+    site.cluster.start_node(lost)
+    until_step(38)
+    site.cluster.run("kill", "-STOP", str(site.rank_pids("chaos")[2]))
+    until_started(4)
+    until_step(46)
+    lost = hosts()[1]
+    site.cluster.unplug_node(lost)
+    until_started(5)
+    assert lost not in hosts()
+    site.cluster.plug_node(lost)
+    until_step(54)
+    site.cluster.run("scancel", "--batch", "--signal=USR1", job)
+    site.until(lambda: (run / "requeue").exists(), "the save", job)
+    site.until(lambda: site.rank_pids("chaos") == [], "the ranks' end", job)
+    site.cluster.run("scancel", job)
+    saved = tiny.rows(run)[-1]["step"]
+    assert saved < steps
+    assert starts(site, "chaos") == 5
+    job = site.submit("pretrain.sbatch", str(chaos), options=(*layout, *four))
+    site.until_ended(job, timeout=400)
+    assert json.loads((run / "environment.json").read_text())["world_size"] == 4
+    print(f"{time.monotonic() - began:.0f} s: finished; {saved} steps on eight ranks", flush=True)
+    launcher.run(*launcher.CLI, "pretrain", calm, ranks=8, timeout=600)
+    rows, expected = tiny.rows(run), tiny.rows(site.folder / "calm")
+    assert rows[:saved] == expected[:saved]
+    comparison.assert_same_up_to_order_of_sums(rows, expected)
     site.cluster.wait_idle()
 
 
