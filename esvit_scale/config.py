@@ -119,6 +119,11 @@ def _cross_field_problems(c: Config) -> list[str]:
     batch = c.train.global_batch
     if problem := batch_problem(batch, c.train.grad_accum):
         problems.append(problem)
+    audio = c.data.audio
+    if audio.views and not round(audio.rate * audio.seconds):
+        problems.append(
+            f"data.audio.seconds: {audio.seconds:g} s at {audio.rate} Hz are no sample; nearest: {1 / audio.rate:g}"
+        )
     if c.data.slots and batch % c.data.slots:
         problems.append(
             f"data.slots: {c.data.slots} does not divide train.global_batch={batch}; nearest: {largest_divisor(batch, c.data.slots)}"

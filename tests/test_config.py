@@ -223,6 +223,7 @@ IN_A_FILE = {
     "data: {local_crops: [{scale: [0, 0.4]}]}": "data.local_crops.0.scale: needs 0 < low <= high",
     "data: {local_crops: 8}": "data.local_crops: expected a list, written [1, 2], got 8",
     "data: {slots: 100}": "data.slots: 100 does not divide train.global_batch=512; nearest: 64",
+    "data: {audio: {views: 1, seconds: 1.0e-5}}": "data.audio.seconds: 1e-05 s at 16000 Hz are no sample; nearest: 6.25e-05",
     "model: {depths: []}": "model.depths: expected at least one number, got []",
     "model: {depths: [1, 1], heads: [1]}": "model.heads: 1 stages, but model.depths has 2",
     "train: {global_batch: 10, grad_accum: 3}": "train.global_batch: 10 does not divide over train.grad_accum=3; nearest: 9",

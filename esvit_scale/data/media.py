@@ -65,7 +65,9 @@ def _decoding() -> Iterator[None]:
     except (MemoryError, BadMember, UserError):
         raise
     except Exception as error:
-        raise BadMember(one_line(error)) from None
+        # Without the names that libsndfile and FFmpeg give to bytes in memory, such as an address
+        plain = getattr(error, "error_string", None) or getattr(error, "strerror", None)
+        raise BadMember(plain.rstrip(".") if isinstance(plain, str) else one_line(error)) from None
 
 
 def start_of(place: float, held: int, wanted: int) -> int:
@@ -100,7 +102,8 @@ class Recording:
                 raise BadMember(f"longer than {MAX_SECONDS:g} s, or of unknown length", TOO_LARGE)
             self.rate: int = file.samplerate
             self.samples: int = file.frames  # of one channel
-            self._seeks = file.format != "OGG"  # in Vorbis, samples after a seek may be 32 places off
+            # In Vorbis, samples after a seek may be 32 places off; GSM cannot seek.
+            self._seeks = file.format != "OGG" and file.seekable()
 
     def _open(self) -> Any:
         return sound_library().SoundFile(io.BytesIO(self._data))

@@ -100,6 +100,19 @@ def _names_tars(urls: str) -> bool:
     return urls.startswith("pipe:") or "://" in urls or "{" in urls or TAR.search(urls) is not None
 
 
+def require_epoch_samples(data: Data) -> None:
+    """Raise UserError if a config names plain tars, which do not say how many samples they hold, and no epoch's length."""
+    named = [mixed.urls for mixed in data.mix] or [data.train]
+    if data.epoch_samples is not None or not any(map(_names_tars, named)):
+        return
+    squeezed = next((urls for urls in named if TAR.search(urls) and not urls.lower().endswith(".tar")), None)
+    raise UserError(
+        f"data.epoch_samples: not set; {f'{squeezed} is a compressed tar, and' if squeezed else 'plain'} tars do not "
+        "say how many samples they hold: set the number of samples in an epoch, or write an indexed set with "
+        f"`esvit-scale shards create`{' from the decompressed tar' if squeezed else ''}"
+    )
+
+
 def epoch_samples(data: Data) -> int:
     """Return the number of samples in an epoch of the data that a config names, from manifests and the config alone.
 

@@ -152,7 +152,8 @@ def _checked(plan: ShardPlan, i: int, item: Item, bad: list[Bad]) -> tuple[bytes
         except BadImage as error:
             problems = {"image": error} | problems
     if not image[0] and not extras:
-        raise BadImage("; ".join(f"{what}: {error}" for what, error in problems.items()) or "no member", EMPTY)
+        kind = next((error.kind for error in problems.values()), EMPTY)
+        raise BadImage("; ".join(f"{what}: {error}" for what, error in problems.items()) or "no member", kind)
     name = printable(plan.source.name(i))
     bad += [
         {"file": f"{name} ({what})", "reason": str(error), "kind": error.kind, "what": MEMBERS}

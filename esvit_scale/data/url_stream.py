@@ -25,6 +25,7 @@ from esvit_scale.data import signals
 from esvit_scale.data.decode import BadImage
 from esvit_scale.data.hashing import derive_seed
 from esvit_scale.data.loader import LoaderAssignment, NoValidSamples, reason
+from esvit_scale.data.mix import require_epoch_samples
 from esvit_scale.data.order import permutation
 from esvit_scale.data.reader import StorageGone
 from esvit_scale.data.tar_names import TAR, parse_label
@@ -78,14 +79,8 @@ class UrlSets:
                 f"data.mix: {remote} is a shard set in a store and cannot be mixed with plain tars; make a set of the "
                 "tars with `esvit-scale shards create --from tars`, or leave one of the two out"
             )
-        if data.epoch_samples is None:
-            named = [mixed.urls for mixed in data.mix] or [data.train]
-            squeezed = next((urls for urls in named if TAR.search(urls) and not urls.lower().endswith(".tar")), None)
-            raise UserError(
-                f"data.epoch_samples: not set; {f'{squeezed} is a compressed tar, and' if squeezed else 'plain'} tars do not "
-                "say how many samples they hold: set the number of samples in an epoch, or write an indexed set with "
-                f"`esvit-scale shards create`{' from the decompressed tar' if squeezed else ''}"
-            )
+        require_epoch_samples(data)
+        assert data.epoch_samples is not None
         mix = [(m.urls, m.weight) for m in data.mix] or [(data.train, 1.0)]
         return UrlSets(tuple(UrlSet(tuple(_expanded(urls)), weight) for urls, weight in mix), data.epoch_samples)
 

@@ -147,6 +147,9 @@ def _check_sets(config: Config) -> None:
     data = config.data
     folders = [mixed.urls for mixed in data.mix] if mix.MixedSets.wanted(data) else []
     if not folders and data.epoch_samples is None:
+        with suppress(OSError):  # a long pattern is no path
+            if not Path(data.train).is_dir():  # a folder of tars is rather an unfinished set
+                mix.require_epoch_samples(data)
         folders = [data.train]
     with suppress(OSError):
         for folder in folders:

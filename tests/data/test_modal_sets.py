@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from esvit_scale import cli
+from esvit_scale.data import left_out, media
 from esvit_scale.data import manifest as manifests
-from esvit_scale.data import media
 from esvit_scale.data.evaluation import evaluation_batches
 from esvit_scale.data.evaluation_signals import SignalBatch, evaluation_signals
 from esvit_scale.data.shard_verify import verify
@@ -110,6 +110,8 @@ def test_damaged_members_are_left_out_and_named(folder: Path, tmp_path: Path) ->
     assert members(out) == {key: value for key, value in EXPECTED.items() if key != "b/film"} | changed
     rows = [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
     assert sorted(row["file"] for row in rows) == ["a/p0 (ogg)", "a/p1 (image)", "a/p2 (txt)", "b/empty", "b/film"]
+    kinds = {row["file"]: row["kind"] for row in rows}
+    assert (kinds["b/empty"], kinds["b/film"]) == (left_out.EMPTY, left_out.DAMAGED)
     assert verify(out) == []
 
 

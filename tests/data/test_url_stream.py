@@ -16,6 +16,7 @@ from esvit_scale.data.manifest import is_shard_set
 from esvit_scale.data.stream import Batch, batches, open_data, steps_per_epoch
 from esvit_scale.data.url_stream import UrlSets
 from esvit_scale.errors import RestartCanHelp, UserError
+from esvit_scale.train import header
 from tests.data.conftest import encoded, picture
 from tests.data.source_helpers import tar_of
 
@@ -166,6 +167,12 @@ def test_invalid_tar_configs_are_errors_that_name_the_remedy(tars: Path) -> None
             stream(config_of(**data), 0, 1)
     with pytest.raises(UserError, match=r"data\.workers: 4 loader processes .* has 1 tars"):
         stream(config_of(2, train=f"{tars}/a-0.tar"), 0, 1, 0, 2)
+
+
+def test_header_of_a_run_names_what_tars_lack(tars: Path) -> None:
+    for train in (f"{tars}/a-0.tar", f"{tars}/a-{{0..7}}.tar"):
+        with pytest.raises(UserError, match=r"data\.epoch_samples: not set; plain tars do not say"):
+            header.show(validate({"data": {"train": train}}, "test"), "tars")
 
 
 def test_patterns_in_data_train_expand_or_are_errors(tmp_path: Path) -> None:
