@@ -22,9 +22,20 @@ from esvit_scale.schema import declared
 from tests.test_layering import ORDER
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = (".", "docs", "data_shards", "ds_configs", "slurm", "benchmarks")
+FOLDERS = (".", "docs", "data_shards", "ds_configs", "slurm", "benchmarks", "studies/fashion")
 PAGES = sorted(str(page.relative_to(ROOT)) for folder in FOLDERS for page in ROOT.glob(f"{folder}/*.md"))
-CODE = ("esvit_scale", "tests", "benchmarks", "ds_configs", "data_shards", "slurm", "findings", "constraints", ".ci")
+CODE = (
+    "esvit_scale",
+    "tests",
+    "benchmarks",
+    "studies",
+    "ds_configs",
+    "data_shards",
+    "slurm",
+    "findings",
+    "constraints",
+    ".ci",
+)
 SECTIONS = tuple(name for name in Config.model_fields if isinstance(Config.model_fields[name].default, configs.Section))
 
 # What the pages show of programs that are not ours.

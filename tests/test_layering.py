@@ -199,7 +199,9 @@ def module_spellings(files: Iterable[Path], modules: set[str]) -> dict[str, set[
 
 
 def test_a_module_has_one_spelling():
-    files = [file for folder in ("esvit_scale", "tests", "benchmarks") for file in (ROOT / folder).rglob("*.py")]
+    files = [
+        file for folder in ("esvit_scale", "tests", "benchmarks", "studies") for file in (ROOT / folder).rglob("*.py")
+    ]
     spellings = module_spellings(files, {source.module for source in sources()})
     assert spellings["esvit_scale.config"] == {"configs"}
     assert {module: names for module, names in spellings.items() if len(names) > 1} == {}
@@ -269,7 +271,7 @@ def test_light_modules_import_no_torch(name):
 
 
 def shipped_text() -> Iterator[Path]:
-    folders = ["esvit_scale", "ds_configs", "data_shards", "slurm", "tests", "benchmarks", "docs", ".ci"]
+    folders = ["esvit_scale", "ds_configs", "data_shards", "slurm", "tests", "benchmarks", "studies", "docs", ".ci"]
     files = [path for folder in folders for path in sorted((ROOT / folder).rglob("*")) if path.is_file()]
     files += [path for path in ROOT.iterdir() if path.is_file() and path.name != ".git"]
     return (path for path in files if path.suffix in ("", ".py", ".md", ".toml", ".yaml", ".json", ".sh", ".sbatch"))

@@ -23,6 +23,7 @@ PLACES = {
     "ds_configs/README.md": "ds_configs.md",
     "slurm/README.md": "slurm_scripts.md",
     "benchmarks/README.md": "benchmarks.md",
+    "studies/fashion/README.md": "fashion_study.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }

@@ -54,6 +54,15 @@ def add(commands: Any) -> None:
         help="budgets, in FLOPs, to predict at (default: none)",
     )
     fit.add_argument(
+        "--predict-run",
+        type=_above_zero,
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("N", "D"),
+        help="one run to predict, with the interval of its measurement; may be repeated; goes with --n (default: none)",
+    )
+    fit.add_argument(
         "--force", action="store_true", help="allow predictions beyond 10 times the largest measured compute"
     )
     fit.add_argument("--out", type=Path, metavar="DIR", help="folder for fit.json (default: the folder of the CSV)")
@@ -218,7 +227,7 @@ def _fit(options: argparse.Namespace) -> int:
         columns = table.Columns((o.n, o.d), o.loss, o.compute, o.group)
     else:
         raise UserError("sweep fit: give either --x COL --y COL, or --n COL --d COL --loss COL")
-    how = fit.Options(o.form, o.resamples, o.seed, tuple(o.predict), o.force, o.best)
+    how = fit.Options(o.form, o.resamples, o.seed, tuple(o.predict), o.force, o.best, tuple(map(tuple, o.predict_run)))
     out = o.out or o.table.parent
     print("\n".join(fit.summary(fit.run(o.table, columns, out, how))))
     print(out / "fit.json")

@@ -97,8 +97,8 @@ def cells(sweep: Sweep, where: str, speed: Speed | None) -> list[Cell]:
     for source in (sweep.evaluate.train, sweep.evaluate.test) if sweep.evaluate else ():
         if not Path(source).is_dir():
             raise UserError(f"{where}: evaluate: {source}: no such folder")
-    sizes = [shapes.shape_of(size, base) for size in sweep.sizes]
-    grid = product(sizes, sweep.budgets, sweep.unique_images, sweep.seeds)
+    sizes = [(shapes.shape_of(size, base), size.budgets or sweep.budgets) for size in sweep.sizes]
+    grid = [point for shape, budgets in sizes for point in product([shape], budgets, sweep.unique_images, sweep.seeds)]
     found = [_cell(i, sweep, where, base, data, speed, *point) for i, point in enumerate(grid)]
     names = [cell.name for cell in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):

@@ -3,6 +3,7 @@ reliability.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ class Options:
     predict: tuple[float, ...] = ()  # where to predict: budgets in FLOPs (with one input: values of x)
     force: bool = False
     best: bool = False  # fit only the best point of each budget (the frontier)
+    runs: tuple[tuple[float, float], ...] = ()  # runs to predict, each as its N and D; for laws of N and D
 
 
 def run(path: Path, columns: Columns, out: Path, options: Options) -> dict[str, Any]:
@@ -43,7 +45,9 @@ def run(path: Path, columns: Columns, out: Path, options: Options) -> dict[str, 
             10 times the largest measured compute.
     """
     data, columns = read(path, columns)
-    _check_reach(data, options)
+    _check_reach("--predict", options.predict, data, options.force)
+    if options.runs and len(columns.inputs) == 1:
+        raise UserError("--predict-run: needs a law of N and D: --n COL --d COL --loss COL; with --x use --predict")
     if options.best:
         data = best_of_each_budget(data)
     try:
@@ -118,12 +122,12 @@ def _choose_form(data: Measurements, name: str, scores: list[checks.Score]) -> t
     return FORMS[name], "asked for"
 
 
-def _check_reach(data: Measurements, options: Options) -> None:
+def _check_reach(option: str, targets: Iterable[float], data: Measurements, force: bool) -> None:
     limit = FARTHEST * float(data.compute.max())
-    for target in options.predict:
-        if target > limit and not options.force:
+    for target in targets:
+        if target > limit and not force:
             raise UserError(
-                f"--predict {target:.3g}: {target / data.compute.max():.3g} times the largest measured compute "
+                f"{option} {target:.3g}: {target / data.compute.max():.3g} times the largest measured compute "
                 f"({data.compute.max():.3g}); beyond {FARTHEST:.0f} times a fit is unreliable; nearest: {limit:.3g}, or add --force"
             )
 
@@ -156,7 +160,41 @@ def _beyond(form: Form, parameters: Array, samples: Array, data: Measurements, o
         "isoflop": [parabola._asdict() for parabola in found],
         "isoflop_size_exponent": _isoflop_exponent(found),
         "predictions": _frontier(form, parameters, samples, cost, asked),
+        "predicted_runs": _predicted_runs(form, parameters, samples, data, cost, options),
     }
+
+
+def _predicted_runs(
+    form: Form, parameters: Array, samples: Array, data: Measurements, cost: optimum.Cost, options: Options
+) -> list[dict[str, Any]]:
+    """Return for every run that was asked for what the law says, and the interval in which its measurement should lie.
+
+    `y_ci95` is the interval of the law, from the bootstrap alone. `measured_ci95` is that of one new measurement, which
+    has noise of its own (test images, seed): every resample is multiplied by a residual drawn from those of the fit,
+    which are widened by √(n/(n − p)), because a fit of p parameters to n points leaves them too small.
+    """
+    if not options.runs:
+        return []
+    at = np.array(options.runs, dtype=np.float64)
+    compute = cost.k * at[:, 0] ** cost.kappa * at[:, 1]
+    _check_reach("--predict-run, FLOPs", compute.tolist(), data, options.force)
+    fitted = predict(form, parameters[None], data.x)[0]
+    residuals = np.log(data.y / fitted) * math.sqrt(len(data.y) / (len(data.y) - form.size))
+    drawn = np.random.default_rng(options.seed).choice(residuals, size=(len(samples), len(at)))
+    laws = predict(form, samples, at)
+    measured = laws * np.exp(drawn)
+    y = predict(form, parameters[None], at)[0]
+    return [
+        {
+            "N": float(n),
+            "D": float(d),
+            "compute": float(compute[i]),
+            "y": float(y[i]),
+            "y_ci95": checks.interval(laws[:, i]),
+            "measured_ci95": checks.interval(measured[:, i]),
+        }
+        for i, (n, d) in enumerate(at)
+    ]
 
 
 def _curve(form: Form, parameters: Array, samples: Array, at: Array) -> list[dict[str, Any]]:
@@ -222,6 +260,12 @@ def summary(result: dict[str, Any]) -> list[str]:
     for row in result["predictions"]:
         split = f" with N* {row['N']:.3g}, D* {row['D']:.3g}" if math.isfinite(row.get("N", math.nan)) else ""
         lines.append(f"  at {row['compute']:.3g}: y {_estimate(row['y'], row['y_ci95'])}{split}")
+    for row in result.get("predicted_runs", ()):
+        low, high = row["measured_ci95"]
+        lines.append(
+            f"  run with N {row['N']:.4g}, D {row['D']:.4g}: y {_estimate(row['y'], row['y_ci95'])}; "
+            f"95 % of measurements {low:.4g} to {high:.4g}"
+        )
     return lines + [f"  warning: {warning}" for warning in result["warnings"]]
 
 

@@ -202,7 +202,9 @@ def _evaluate(cell: Cell, sweep: Sweep) -> None:
     assert sweep.evaluate is not None
     train, test = Path(sweep.evaluate.train), Path(sweep.evaluate.test)
     ks = (sweep.evaluate.k, *knn.KS)
-    loading = features.ExtractionOptions(workers=cell.config.data.workers, cache=cell.path / "features")
+    loading = features.ExtractionOptions(
+        workers=cell.config.data.workers, cache=cell.path / "features", whole=sweep.evaluate.whole
+    )
     for step in evaluated_steps(cell, sweep):
         weights = cell.path if step == cell.steps else cell.path / "checkpoints" / f"step-{step:08d}"
         out = results_of(cell, step)

@@ -21,6 +21,9 @@ class Size(Section):
     embed_dim: Positive | None = None  # a multiple of 32; depths as in scaling/shapes.py unless they are given
     depths: Annotated[list[Positive], Field(min_length=1)] | None = None
     model: Annotated[dict[str, Any], Field(min_length=1)] | None = None  # keys of the run's section model; any trunk
+    # Those of the sweep's budgets that this size is trained with, so that each budget has the sizes around its valley;
+    # null: all.
+    budgets: Annotated[list[AboveZero], Field(min_length=1)] | None = None
 
     @model_validator(mode="after")
     def _one_way(self) -> "Size":
@@ -55,6 +58,7 @@ class Evaluate(Section):
     test: PathText
     linear: bool = True  # also fit a logistic regression to the features, for linear_error
     k: Positive = 20  # the k whose error is collected: the same for all cells, not the best of each
+    whole: bool = False  # resize whole images to the crop's square, as `evaluate --whole`, instead of a centre crop
     checkpoints: Positive = 1  # evaluated along each run, evenly spaced to its last step; each is a row of runs.csv
 
 
@@ -94,6 +98,16 @@ class Sweep(Section):
     evaluate: Evaluate | None = None
     machine: Machine = Machine()
     limits: Limits = Limits()
+
+    @model_validator(mode="after")
+    def _budgets_of_sizes(self) -> "Sweep":
+        for number, size in enumerate(self.sizes):
+            if other := [budget for budget in size.budgets or [] if budget not in self.budgets]:
+                raise ValueError(
+                    f"sizes.{number}.budgets: {other[0]:g} is none of the sweep's budgets, "
+                    f"{', '.join(f'{budget:g}' for budget in self.budgets)}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _one_of_two_ways(self) -> "Sweep":

@@ -185,6 +185,35 @@ def test_far_extrapolation_needs_force(tmp_path):
         assert row["y_ci95"][0] < exact[2][0, 0] < row["y_ci95"][1]
 
 
+def test_interval_of_a_predicted_run_covers_its_measurement(tmp_path):
+    """A new run is measured with noise of its own, so its interval is wider than the law's and covers about 95 %."""
+    x, inside = laws.grid(4, 5), []
+    new = (3 * x[:, 0].max(), 3 * x[:, 1].max())
+    for draw in range(60):
+        data = data_of(x, laws.measure(x, noise=0.02, seed=draw))
+        result, _ = fit.fit(data, fit.Options(resamples=200, runs=(new,)))
+        row = result["predicted_runs"][0]
+        measured = laws.measure(np.array([new]), noise=0.02, seed=1000 + draw)[0]
+        inside.append(row["measured_ci95"][0] <= measured <= row["measured_ci95"][1])
+        assert np.diff(row["measured_ci95"]) > np.diff(row["y_ci95"])
+        assert row["y"] == pytest.approx(
+            predict(laws.CHINCHILLA, np.array([list(result["params"].values())]), np.array([new]))[0, 0]
+        )
+    assert 51 <= sum(inside) <= 60  # 57 expected; 51 or fewer have a probability of 1 %
+    assert f"run with N {new[0]:.4g}" in "\n".join(fit.summary(result))
+
+
+def test_runs_are_predicted_by_laws_of_two_inputs_near_the_data(tmp_path):
+    x = laws.isoflop()
+    table = laws.write(
+        tmp_path / "f.csv", np.column_stack([x, 6 * x[:, 0] * x[:, 1]]), laws.measure(x, 0.01), "N,D,flops,loss"
+    )
+    with pytest.raises(UserError, match="--predict-run: needs a law of N and D"):
+        fit.run(table, Columns(("flops",), "loss"), tmp_path, fit.Options(resamples=40, runs=((1e8, 1e9),)))
+    with pytest.raises(UserError, match=r"--predict-run, FLOPs .* or add --force"):
+        fit.run(table, ND, tmp_path, fit.Options(resamples=40, runs=((1e12, 1e12),)))
+
+
 def test_best_option_keeps_the_lowest_loss_of_each_budget(tmp_path):
     x = laws.isoflop()
     y = laws.measure(x)

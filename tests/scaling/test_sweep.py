@@ -117,6 +117,10 @@ PATIENT = ["train.patience=3", "train.knn_every=1", "data.held_out=x"]
         ({"seeds": [0, 0]}, "two cells are the same run"),
         ({"evaluate": {"train": "nowhere", "test": "nowhere"}}, "nowhere: no such folder"),
         ({"sizes": [{"model": {"embed_dims": 32}}]}, "unknown key model.embed_dims; did you mean 'model.embed_dim"),
+        (
+            {"sizes": [SMALL[0] | {"budgets": [5e9]}]},
+            r"sizes.0.budgets: 5e\+09 is none of the sweep's budgets, 4e\+09, 8e",
+        ),
         ({"overrides": PATIENT}, "train.patience: a sweep needs runs of their full length"),
     ],
 )
@@ -124,6 +128,11 @@ def test_bad_sweep_file_is_one_line(tmp_path, values, message):
     with pytest.raises(UserError, match=message) as error:
         cells_of(write(tmp_path, **values))
     assert "\n" not in str(error.value)
+
+
+def test_size_with_budgets_has_cells_for_these_alone(tmp_path):
+    _, found = cells_of(write(tmp_path, sizes=[SMALL[0], SMALL[1] | {"budgets": [8e9]}]))
+    assert [(cell.shape.depths[2], cell.budget) for cell in found] == [(1, 4e9), (1, 8e9), (4, 8e9)]
 
 
 def test_any_trunk_can_be_swept(tmp_path):
