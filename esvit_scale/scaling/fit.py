@@ -170,8 +170,9 @@ def _predicted_runs(
     """Return for every run that was asked for what the law says, and the interval in which its measurement should lie.
 
     `y_ci95` is the interval of the law, from the bootstrap alone. `measured_ci95` is that of one new measurement, which
-    has noise of its own (test images, seed): every resample is multiplied by a residual drawn from those of the fit,
-    which are widened by √(n/(n − p)), because a fit of p parameters to n points leaves them too small.
+    has noise of its own (test images, seed): every resample is multiplied by the exponential of a draw from Student's t
+    with n − p degrees of freedom, scaled by the standard deviation √(Σ r²/(n − p)) of the log residuals r, for n points
+    and p parameters.
     """
     if not options.runs:
         return []
@@ -179,8 +180,9 @@ def _predicted_runs(
     compute = cost.k * at[:, 0] ** cost.kappa * at[:, 1]
     _check_reach("--predict-run, FLOPs", compute.tolist(), data, options.force)
     fitted = predict(form, parameters[None], data.x)[0]
-    residuals = np.log(data.y / fitted) * math.sqrt(len(data.y) / (len(data.y) - form.size))
-    drawn = np.random.default_rng(options.seed).choice(residuals, size=(len(samples), len(at)))
+    freedom = len(data.y) - form.size
+    deviation = math.sqrt((np.log(data.y / fitted) ** 2).sum() / freedom)
+    drawn = deviation * np.random.default_rng(options.seed).standard_t(freedom, size=(len(samples), len(at)))
     laws = predict(form, samples, at)
     measured = laws * np.exp(drawn)
     y = predict(form, parameters[None], at)[0]
