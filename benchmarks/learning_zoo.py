@@ -94,9 +94,17 @@ def about(run: Path, name: str, shards: Path) -> Json:
             "trained": learning.of_trunk(frozen.trunk, frozen.size, sets, True, True, True),
             "untrained": learning.of_trunk(untrained.trunk, frozen.size, sets, True, True, True),
             "raw pixels": learning.scores(pixels[0], pixels[1], False),
+            "raw pixels, mean picture subtracted": learning.scores(*centred(*pixels), False),
         },
         "features": of_pattern(frozen.trunk, frozen.size)[0, :8].tolist(),
     }
+
+
+def centred(train: Any, test: Any) -> tuple[learning.Measured, learning.Measured]:
+    """Return both sets with the training set's mean picture subtracted, which matters where most of a picture is white."""
+    mean = train.features.float().mean(0)
+    first, second = (learning.Measured(part.features.float() - mean, part.labels) for part in (train, test))
+    return first, second
 
 
 @torch.no_grad()

@@ -65,8 +65,8 @@ from esvit_scale import config as configs
 from esvit_scale.data import stream
 from esvit_scale.parallel import world as worlds
 
-folder, recorded, steps = learning.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-train, _ = learning_sets.shards("digits", "test", None, folder / "shards")
+folder, name, recorded, steps = learning.Path(sys.argv[1]), *sys.argv[2:4], int(sys.argv[4])
+train, _ = learning_sets.shards(name, "test", None, folder / "shards")
 config = configs.resolve(recorded, [f"data.train={train}", "data.held_out=''", "train.knn_every=null"])
 world = worlds.start()
 side = learning.OurSide(config, world)
@@ -77,17 +77,18 @@ worlds.stop()
 
 
 @pytest.mark.slow
-def test_first_steps_of_the_digits_run_are_the_recorded_ones_bit_for_bit(tmp_path: Path) -> None:
-    recorded = json.loads((FOLDER / "digits" / "environment.json").read_text())
+@pytest.mark.parametrize("name", ["digits", pytest.param("demo", marks=pytest.mark.long)])
+def test_first_steps_of_a_run_are_the_recorded_ones_bit_for_bit(name: str, tmp_path: Path) -> None:
+    recorded = json.loads((FOLDER / name / "environment.json").read_text())
     here = (processor(), torch.backends.cpu.get_cpu_capability(), torch.__version__.partition("+")[0])
     there = (recorded["processor"], recorded["cpu_capability"], recorded["packages"]["torch"])
     if here != there:
         pytest.skip(f"recorded on {', '.join(there)}; this is {', '.join(here)}, which adds in another order")
-    shutil.copy(FOLDER / "digits" / "config.json", tmp_path / "digits.yaml")  # JSON is YAML
+    shutil.copy(FOLDER / name / "config.json", tmp_path / f"{name}.yaml")  # JSON is YAML
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}"}
-    command = [sys.executable, "-c", REPEAT, str(tmp_path), str(tmp_path / "digits.yaml"), str(STEPS)]
+    command = [sys.executable, "-c", REPEAT, str(tmp_path), name, str(tmp_path / f"{name}.yaml"), str(STEPS)]
     said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout
     losses = [float(line.split()[1]) for line in said.splitlines() if line.startswith("loss ")]
-    rows = [json.loads(line) for line in (FOLDER / "digits" / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (FOLDER / name / "metrics.jsonl").read_text().splitlines()]
     assert losses == [row["loss"] for row in rows if 1 <= row["step"] <= STEPS]
     assert len(losses) == STEPS
