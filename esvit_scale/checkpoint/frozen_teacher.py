@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from esvit_scale import config as configs
-from esvit_scale.checkpoint import convert
+from esvit_scale.checkpoint import convert, zoo
 from esvit_scale.checkpoint.weights import (
     TRUNK,
     Weights,
@@ -92,9 +92,9 @@ def load(config: Config) -> FrozenWeights:
 
 
 def _read(source: str, config: Config) -> Weights:
-    """Return the weights of a file or folder, or those that a library knows by the name of a trunk ("timm:NAME")."""
-    path = Path(source)
+    """Return the weights of a file, a folder or zoo:NAME, or those that a library knows by the name of a trunk ("timm:NAME")."""
     try:
+        path = zoo.located(Path(source))
         if ":" in source and not path.exists():
             return _published(source, config)
         if not path.exists():

@@ -4,7 +4,7 @@
 """
 
 from esvit_scale.config import Config
-from esvit_scale.errors import UserError, nearest
+from esvit_scale.errors import UserError
 from esvit_scale.models import convolution, layer_norm, swin_variants, vit
 from esvit_scale.models.channels import take_channels
 from esvit_scale.models.registry import SPARSE
@@ -25,7 +25,7 @@ def build(config: Config) -> Trunk:
     """
     name = config.model.trunk.removeprefix(SPARSE)
     if name not in NAMES:
-        raise UserError(f"model.trunk: no sparse form of {name!r}{nearest(name, NAMES)}; there are {', '.join(NAMES)}")
+        raise UserError(f"model.trunk: no sparse form of {name!r}; there are {', '.join(NAMES)}")
     dense = config.model_copy(update={"model": config.model.model_copy(update={"trunk": name})})
     build_sparse = _swin if name in swin_variants.SHAPES else _vit
     trunk = take_channels(build_sparse(dense, config.model.keep or DEFAULT_KEEP), config.data.channels)

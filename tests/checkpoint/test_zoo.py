@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import esvit_scale
-from esvit_scale.checkpoint import zoo
+from esvit_scale.checkpoint import frozen_teacher, zoo
 from esvit_scale.checkpoint.initial_weights import load_initial_weights
 from esvit_scale.config import resolve
 from esvit_scale.errors import UserError
@@ -51,6 +51,11 @@ def test_names_of_the_zoo_stand_wherever_weights_are_taken(tmp_path: Path, monke
     )
     start = load_initial_weights(resolve("small", ["model.init_from=zoo:digits"]))
     assert torch.equal(start.values["trunk.conv1.weight"], expected["conv1.weight"])
+    taught = ["objective.name=distill", "objective.teacher=zoo:digits", "objective.targets=cosine"]
+    config = frozen_teacher.described_in(
+        resolve("small", [*taught, "data.mean=[0.305,0.305,0.305]", "data.std=[0.376,0.376,0.376]"])
+    )
+    assert config.objective.teacher_config is not None
     with pytest.raises(UserError, match=r"zoo:digit: the zoo has no backbone of this name; did you mean 'digits'"):
         esvit_scale.load_backbone("zoo:digit")
     with pytest.raises(UserError, match=r"zoo:mammoth: the zoo has no backbone of this name; known: .*digits"):
