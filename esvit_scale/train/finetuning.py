@@ -103,7 +103,7 @@ def class_names(data: Data) -> tuple[str, ...]:
     found = [place.open_set(urls, data).classes for urls in sets]
     for urls, classes in zip(sets, found, strict=True):
         if not classes:
-            raise UserError(f"{urls}: its images have no labels, which fine-tuning learns; write it from class folders")
+            raise UserError(f"{urls}: its images have no labels to learn; write it from class folders")
         if classes != found[0]:
             raise UserError(
                 f"data.mix: {urls} has other classes than {sets[0]}; fine-tuning needs the same in all sets"
