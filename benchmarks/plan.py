@@ -240,10 +240,7 @@ def report(case: str) -> None:
     step = max(found["step"] for found in ranks)
     estimated, largest = seconds(case, planned, rates)
     print(f"  step: measured {step:.2f} s, estimated {estimated:.2f} s ({estimated / step - 1:+.0%}; {largest})")
-    print(
-        f"    at {rates['flops'] / 1e9:.0f} GFLOP/s, {rates['memory'] / 1e9:.1f} GB/s, {rates['link']:.2f} GB/s",
-        flush=True,
-    )
+    print(f"    at {rates['flops'] / 1e9:.0f} GFLOP/s, {rates['memory'] / 1e9:.1f} GB/s", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Argparse types of options: each converts a text, or raises an error that shows a valid value."""
 
 import argparse
+import math
 import re
 from pathlib import Path
 
@@ -53,6 +54,17 @@ def size(text: str) -> int:
     number = int(float(match[1]) * 1000 ** " KMGT".index(match[2] or " ")) if match else 0
     if number < 1:
         raise argparse.ArgumentTypeError(f"expected a size such as 500M or 2G, got {text!r}")
+    return number
+
+
+def rate(text: str) -> float:
+    """Convert a rate, in the unit that the option's help names, to a number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, without a unit, got {text!r}")
     return number
 
 

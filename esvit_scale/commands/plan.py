@@ -1,12 +1,14 @@
 """The `plan` command: estimates a config's memory at each ZeRO stage, its FLOPs, traffic, time and disk space."""
 
 import argparse
+import math
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from esvit_scale.commands import option_types
 from esvit_scale.commands.parser import add_overrides, command, positive
-from esvit_scale.errors import UserError
+from esvit_scale.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,33 +34,33 @@ def add(commands: Any) -> None:
     )
     plan.add_argument(
         "--tflops",
-        type=float,
+        type=option_types.rate,
         metavar="T",
         help="TFLOP/s of one GPU on large matrix products (default: measured on this machine's GPU; without a "
         "GPU there are FLOPs and no time)",
     )
     plan.add_argument(
         "--mfu",
-        type=float,
+        type=option_types.fraction,
         metavar="F",
         help="fraction of --tflops that training reaches (default: the time follows from a traced step and the rates below)",
     )
     plan.add_argument(
         "--bandwidth",
-        type=float,
+        type=option_types.rate,
         metavar="GB/S",
         help="GB/s at which one GPU reads and writes its memory (default: 3350, an H100 SXM's)",
     )
     plan.add_argument("--gpus-per-node", type=positive, metavar="N", help="GPUs in a node (default: 8)")
     plan.add_argument(
         "--node-link",
-        type=float,
+        type=option_types.rate,
         metavar="GB/S",
         help="GB/s that a GPU sends to the others of its node (default: 450, an H100's NVLink)",
     )
     plan.add_argument(
         "--network",
-        type=float,
+        type=option_types.rate,
         metavar="GBIT/S",
         help="Gb/s that a GPU sends to one of another node (default: 400)",
     )
@@ -75,8 +77,6 @@ def _plan(options: argparse.Namespace) -> int:
 
     o = options
     whole = frozen_teacher.described_in(configs.resolve(o.config, o.overrides))
-    if (o.tflops is not None and not 0 < o.tflops < 1e6) or (o.mfu is not None and not 0 < o.mfu <= 1):
-        raise UserError("plan: --tflops must be above 0, and --mfu above 0 and at most 1")
     rates = {name: getattr(o, name) for name in RATES if getattr(o, name) is not None}
     speed = speed_of(whole, o.tflops, o.mfu) if o.mfu is not None else machine_of(whole, o.tflops, rates)
     stages = whole.of_stages
@@ -123,9 +123,15 @@ def images_of(config: Any) -> int | None:
 
 
 def speed_of(config: Any, tflops: float | None, mfu: float) -> Any:
-    """Return the Speed from which times are estimated by an MFU; None without `tflops` on a machine without a GPU."""
+    """Return the Speed from which times are estimated by an MFU; None without `tflops` on a machine without a GPU.
+
+    Raises:
+        UserError: the MFU or the rate is no such number.
+    """
     from esvit_scale.scaling.plan import Speed
 
+    if not 0 < mfu <= 1:
+        raise UserError(f"plan: mfu={mfu}: must be above 0 and at most 1")
     rate = _rate(config, tflops)
     return rate and Speed(rate[0], mfu, f"{rate[1]}, MFU {mfu:g} assumed")
 
@@ -143,8 +149,10 @@ def machine_of(config: Any, tflops: float | None, rates: Mapping[str, Any]) -> A
     from esvit_scale.scaling.roofline import Machine
 
     for name, value in rates.items():
-        if name not in RATES or not 0 < value < 1e9:
-            raise UserError(f"plan: {name}={value}: rates are {', '.join(RATES)}, each above 0")
+        if name not in RATES:
+            raise UserError(f"plan: no rate is named {name!r}{nearest(name, RATES)}")
+        if not 0 < value < math.inf:
+            raise UserError(f"plan: {name}={value}: must be a number above 0")
     rate = _rate(config, tflops)
     return rate and Machine(*rate, **rates)
 
@@ -153,8 +161,13 @@ def _rate(config: Any, tflops: float | None) -> tuple[float, str] | None:
     """Return TFLOP/s of one GPU and where they come from; None without `tflops` on a machine without a GPU.
 
     Without `tflops` it is the rate of this machine's GPU. The rate of a CPU would say nothing about the GPUs to plan for.
+
+    Raises:
+        UserError: `tflops` is no positive number.
     """
     if tflops is not None:
+        if not 0 < tflops < math.inf:
+            raise UserError(f"plan: tflops={tflops}: must be a number above 0")
         return tflops, f"{tflops:g} TFLOP/s for each GPU as given"
     import torch
 

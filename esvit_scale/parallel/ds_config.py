@@ -2,7 +2,7 @@
 
 import json
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 from esvit_scale.config import Config
 from esvit_scale.division import batch_problem
@@ -33,6 +33,8 @@ _FIXED = {
     "managed_gradient_accumulation": True,
 }
 BUCKET = 500_000_000  # elements of DeepSpeed's reduction bucket if the config does not say
+SUB_GROUP = LIVE = 1_000_000_000  # DeepSpeed's defaults of ZeroSizes, in elements
+PREFETCH = 50_000_000
 _DTYPES = {"bfloat16": "bf16", "torch.bfloat16": "bf16", "float16": "fp16", "torch.float16": "fp16", "half": "fp16"}
 _DTYPES |= {"float32": "fp32", "torch.float32": "fp32", "float": "fp32"}
 
@@ -96,6 +98,31 @@ def fit_reduction_bucket(values: dict[str, Any], elements: int) -> None:
 def bucket_elements(elements: int) -> int:
     """Return the number of elements in the reduction bucket for a network of so many trainable elements."""
     return max(1, min(elements, BUCKET))
+
+
+class ZeroSizes(NamedTuple):
+    """Numbers of elements in a run's DeepSpeed file that decide memory and traffic, with DeepSpeed's defaults."""
+
+    reduce_bucket_size: int | None = None  # None: as large as the network, at most BUCKET
+    sub_group_size: int = SUB_GROUP  # after which stage 3 begins another part of a parameter group
+    stage3_max_live_parameters: int = LIVE  # that stage 3 keeps gathered
+    stage3_max_reuse_distance: int = LIVE  # within which stage 3 keeps parameters for their next use
+    stage3_prefetch_bucket_size: int = PREFETCH  # that stage 3 gathers ahead in one collective
+
+    def bucket(self, elements: int) -> int:
+        """Return the number of elements of the reduction bucket, for a network of so many."""
+        return bucket_elements(elements) if self.reduce_bucket_size is None else self.reduce_bucket_size
+
+
+def zero_sizes(config: Config) -> ZeroSizes:
+    """Read the ZeroSizes of a run's DeepSpeed file; what is no positive number there has its default.
+
+    Raises:
+        UserError: the file is missing or is not JSON.
+    """
+    section = ds_keys.read(ds_config_path(config.train.ds_config)).get("zero_optimization")
+    given = {name: section.get(name) for name in ZeroSizes._fields} if isinstance(section, dict) else {}
+    return ZeroSizes(**{name: int(x) for name, x in given.items() if isinstance(x, int | float) and x >= 1})
 
 
 def offloads_optimizer(values: dict[str, Any]) -> bool:

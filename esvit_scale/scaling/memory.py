@@ -35,9 +35,8 @@ from esvit_scale.objective.param_groups import MATRICES, TRUNK, hidden_matrices,
 from esvit_scale.objective.prototype_passes import LARGEST_BOTTLENECK
 from esvit_scale.objective.prototype_tiles import CPU_TILE_BYTES, GPU_TILE_SHARE
 from esvit_scale.parallel import optimizers
-from esvit_scale.parallel.ds_config import BUCKET, accumulates_in_fp32, bucket_elements
+from esvit_scale.parallel.ds_config import BUCKET, ZeroSizes, accumulates_in_fp32, zero_sizes
 
-LIVE = 1_000_000_000  # parameters that stage 3 keeps gathered (its default)
 START_ALIGNMENT = 2  # stages 1 and 2 pad a group to a multiple of this many elements per rank
 
 
@@ -156,11 +155,18 @@ class _Demand(NamedTuple):
     early: int  # peak of the activations during the backward
     late: int  # peak of the activations plus the gradients computed so far
     gram: dict[str, list[int]]  # parameter group → the number of elements of each parameter of the Gram teacher
+    sizes: ZeroSizes  # of buffers, and of what stage 3 keeps gathered
 
     @property
     def bucket(self) -> int:
-        """Return the bytes of the reduction bucket: that of DeepSpeed's default size, or smaller where the network is."""
-        return self.element * bucket_elements(self.network.total)
+        """Return the bytes of the reduction bucket; on a CPU, of the part of it that is written."""
+        elements = self.sizes.bucket(self.network.total)
+        return self.element * (min(elements, self.network.total) if self.on_cpu else elements)
+
+    @property
+    def reduces_early(self) -> bool:
+        """Return whether the reduction bucket is full, and is reduced, before the backward ends."""
+        return self.network.total > self.sizes.bucket(self.network.total)
 
     @property
     def left_at_reduction(self) -> int:
@@ -169,7 +175,7 @@ class _Demand(NamedTuple):
         If all gradients fit into one bucket, it is reduced at the end of the backward, when only the crops are left;
         otherwise the first reduction comes early, and all activations are counted.
         """
-        return self.activations if self.network.total > BUCKET else self.pixels
+        return self.activations if self.reduces_early else self.pixels
 
     def moments(self, groups: dict[str, int]) -> int:
         """Return the bytes of the optimizer's averages of the gradients, for parameter groups of so many elements."""
@@ -222,7 +228,9 @@ def memory(
     summed = 4 if accumulates_in_fp32(config) else e
     gram = network.trunk if config.objective.gram_weight else {}
     return _AT_STAGE[stage](
-        _Demand(network, ranks, e, summed, on_cpu, pixels, activations, held, loss, early, late, gram)
+        _Demand(
+            network, ranks, e, summed, on_cpu, pixels, activations, held, loss, early, late, gram, zero_sizes(config)
+        )
     )
 
 
@@ -255,7 +263,7 @@ def _flat(d: _Demand) -> Memory:
     # The trunk comes first in a group's buffer, so that the first ranks own its fp32 values.
     of_gram = sum(d.element * sum(sizes) + 4 * min(sum(sizes), groups[name]) for name, sizes in d.gram.items())
     refresh = d.element * (d.ranks + 1) * max((groups[name] for name in d.gram), default=0)
-    growing = max(d.early, d.late) if d.on_cpu else d.early + d.bucket
+    growing = max(d.early, min(d.late, d.early + d.bucket + gradients)) if d.on_cpu else d.early + d.bucket
     return Memory(
         *(d.element * whole, 4 * part, d.moments(groups), 4 * part, d.element * whole),
         *(of_gram, d.element * sum(d.network.frozen), gradients, d.bucket, 0, d.activations, d.loss),
@@ -272,11 +280,12 @@ def _partitioned(d: _Demand) -> Memory:
     gradients = d.summed_element * part
     of_gram = (d.element + 4) * sum(-(-size // d.ranks) for sizes in d.gram.values() for size in sizes)
     of_frozen = d.element * sum(-(-size // d.ranks) for size in d.network.frozen)
-    gathered = d.element * min(d.network.total, LIVE) if d.ranks > 1 else 0
-    of_teacher = d.element * min(sum(d.network.frozen), LIVE) if d.ranks > 1 else 0  # gathered in its forward
+    live = d.sizes.stage3_max_live_parameters if d.ranks > 1 else 0
+    gathered = d.element * min(d.network.total, live)
+    of_teacher = d.element * min(sum(d.network.frozen), live)  # gathered in its forward
     scattered = d.bucket * (2 if d.on_cpu else 1)  # a copy of the bucket, ordered by the rank that owns each part
     lasting = gradients + d.bucket  # both are kept from step to step
-    left = d.left_at_reduction + (gathered if d.network.total > BUCKET else 0)
+    left = d.left_at_reduction + (gathered if d.reduces_early else 0)
     return Memory(
         *(d.element * part, 4 * part, d.moments(groups), 4 * part, d.element * part, of_gram, of_frozen, gradients),
         *(d.bucket + scattered, gathered, d.activations, d.loss),

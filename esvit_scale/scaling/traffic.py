@@ -23,13 +23,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from esvit_scale.config import Config
-from esvit_scale.parallel.ds_config import BUCKET, accumulates_in_fp32
+from esvit_scale.parallel.ds_config import ZeroSizes, accumulates_in_fp32, zero_sizes
 from esvit_scale.parallel.gradients import FLAGS
-from esvit_scale.scaling.memory import LIVE, START_ALIGNMENT, ElementCounts
+from esvit_scale.scaling.memory import START_ALIGNMENT, ElementCounts
 from esvit_scale.scaling.step_trace import Layer, StepTrace
 
-SUB_GROUP = 1_000_000_000  # elements after which stage 3 begins another part of a parameter group
-PREFETCH = 50_000_000  # elements that stage 3 gathers ahead in one collective
 TRACED, MODELLED = "traced", "modelled"
 
 
@@ -52,14 +50,14 @@ class Traffic(NamedTuple):
 def of_step(config: Config, network: ElementCounts, stage: int, ranks: int, step: StepTrace) -> list[Traffic]:
     """Return what one rank communicates in a step at a ZeRO stage."""
     element = 2 if config.train.precision in ("bf16", "fp16") else 4
-    found = _of_loss(config, step)
+    found, sizes = _of_loss(config, step), zero_sizes(config)
     if stage == 3:
-        found += _partitioned(config, network, ranks, step, element)
+        found += _partitioned(config, network, ranks, step, element, sizes)
     elif stage == 0:
         found.append(Traffic("gradients", "all_reduce", 4 * network.total, 1, MODELLED, True))
     else:
-        found += _flat(config, network, stage, ranks, element)
-    return [*found, *_control(config, network, stage), *_of_optimizer(config, network, stage, ranks)]
+        found += _flat(config, network, stage, ranks, element, sizes)
+    return [*found, *_control(config, network, stage, sizes), *_of_optimizer(config, network, stage, ranks)]
 
 
 def _of_loss(config: Config, step: StepTrace) -> list[Traffic]:
@@ -77,13 +75,15 @@ def _of_loss(config: Config, step: StepTrace) -> list[Traffic]:
     ]
 
 
-def _flat(config: Config, network: ElementCounts, stage: int, ranks: int, element: int) -> list[Traffic]:
+def _flat(
+    config: Config, network: ElementCounts, stage: int, ranks: int, element: int, sizes: ZeroSizes
+) -> list[Traffic]:
     multiple = START_ALIGNMENT * ranks
     padded = sum(-(-sum(sizes) // multiple) * multiple for sizes in network.groups.values())
     # Stage 1 reduces the sums of a step's micro-batches; where bf16 gradients are summed in fp32 it runs as stage 2.
     batches = config.train.grad_accum if stage == 2 or accumulates_in_fp32(config) else 1
     groups = len(network.groups)
-    buckets = -(-network.total // BUCKET)
+    buckets = -(-network.total // sizes.bucket(network.total))
     return [
         Traffic("gradients", "all_reduce", batches * element * network.total, batches * buckets, MODELLED, True),
         Traffic("student's parameters", "all_gather", element * padded, groups, MODELLED),
@@ -91,21 +91,25 @@ def _flat(config: Config, network: ElementCounts, stage: int, ranks: int, elemen
     ]
 
 
-def _partitioned(config: Config, network: ElementCounts, ranks: int, step: StepTrace, element: int) -> list[Traffic]:
+def _partitioned(
+    config: Config, network: ElementCounts, ranks: int, step: StepTrace, element: int, sizes: ZeroSizes
+) -> list[Traffic]:
     batches = config.train.grad_accum
 
-    def gathers(purpose: str, sizes: Sequence[int], backward: bool = False) -> Traffic:
-        count = sum(-(-size // ranks) * ranks for size in sizes)
-        calls = -(-count // PREFETCH) if count else 0
+    def gathers(purpose: str, parameters: Sequence[int], backward: bool = False) -> Traffic:
+        count = sum(-(-size // ranks) * ranks for size in parameters)
+        calls = -(-count // sizes.stage3_prefetch_bucket_size) if count else 0
         return Traffic(purpose, "all_gather", batches * element * count, batches * calls, MODELLED, backward)
 
-    every = [size for sizes in network.groups.values() for size in sizes]
+    every = [size for group in network.groups.values() for size in group]
     scattered = sum(-(-size // ranks) * ranks for size in every)
-    buckets = -(-network.total // BUCKET)
+    buckets = -(-network.total // sizes.bucket(network.total))
     return [
         gathers("teachers' parameters", _once(step.teacher)),
         gathers("student's parameters", _once(step.student)),
-        gathers("student's parameters, again (at most)", gathered_again(step.student, LIVE), True),
+        gathers(
+            "student's parameters, again (at most)", gathered_again(step.student, sizes.stage3_max_reuse_distance), True
+        ),
         Traffic("gradients", "reduce_scatter", batches * element * scattered, batches * buckets, MODELLED, True),
     ]
 
@@ -131,13 +135,13 @@ def gathered_again(layers: Sequence[Layer], reuse: int) -> list[int]:
     return again
 
 
-def _control(config: Config, network: ElementCounts, stage: int) -> list[Traffic]:
+def _control(config: Config, network: ElementCounts, stage: int, sizes: ZeroSizes) -> list[Traffic]:
     """Return the all-reduces of gradient norms, the test for NaN and the ranks' flags."""
     if stage == 0:
         return [Traffic("norms and flags", "all_reduce", 4 * (1 + FLAGS), 1, MODELLED)]
     calls = len(network.groups)
     if stage == 3:
-        calls = sum(len(sub_groups(sizes)) for sizes in network.groups.values())
+        calls = sum(len(sub_groups(group, sizes.sub_group_size)) for group in network.groups.values())
     names = sum(map(len, network.groups.values()))
     found = [Traffic("norms and flags", "all_reduce", 4 * (names + 1 + FLAGS) * calls, calls, MODELLED)]
     if config.optim.clip is not None and config.optim.clip_by == "global":
@@ -148,7 +152,7 @@ def _control(config: Config, network: ElementCounts, stage: int) -> list[Traffic
     return found
 
 
-def sub_groups(sizes: Sequence[int], most: int = SUB_GROUP) -> list[int]:
+def sub_groups(sizes: Sequence[int], most: int) -> list[int]:
     """Return the elements of the parts into which stage 3 divides a parameter group, each of which is stepped alone."""
     found, open_ = [], 0
     for i, size in enumerate(sizes):

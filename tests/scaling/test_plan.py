@@ -11,7 +11,7 @@ from esvit_scale import config as configs
 from esvit_scale.checkpoint import frozen_teacher
 from esvit_scale.errors import UserError
 from esvit_scale.objective import costs
-from esvit_scale.scaling import memory
+from esvit_scale.scaling import memory, step_trace, traffic
 from esvit_scale.scaling import plan as plans
 from tests import launcher, tiny
 from tests.objective.distillation import write_teacher
@@ -198,6 +198,36 @@ def test_plan_assumes_an_mfu_where_torch_cannot_trace_a_step(monkeypatch):
     assert found.step is None
     assert found.numbers["hours"] == assumed.numbers["hours"] > 0
     assert "MFU 0.35 assumed, since this torch cannot trace" in plans.table(found, config, 2)
+
+
+def test_plan_reads_the_sizes_of_the_deepspeed_file(tmp_path):
+    """Stages 1 to 3 reserve the reduction bucket whole, and stage 3 keeps gathered what the file allows."""
+    path = tmp_path / "mine.json"
+    sizes = {"reduce_bucket_size": 1e4, "stage3_max_live_parameters": 2e4, "stage3_prefetch_bucket_size": 1e3}
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3, **sizes}}))
+    config = tiny_config(tmp_path, train__ds_config=str(path))  # in fp32
+    network = memory.network_of(config)
+    of = {stage: memory.memory(config, network, stage, 8, "none") for stage in (1, 3)}
+    assert [m.buckets for m in of.values()] == [4e4, 2 * 4e4]
+    assert of[3].gathered == 8e4
+    trace = step_trace.trace(config, 8, "none", step_trace.ON_CPU)
+    said = {one.purpose: one for one in traffic.of_step(config, network, 3, 8, trace)}
+    assert said["gradients"].calls == -(-network.total // 10**4)
+    assert said["student's parameters"].calls >= network.total // 10**3
+    path.write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        memory.memory(config, network, 1, 8, "none")
+
+
+@pytest.mark.parametrize(
+    "wrong", ["--network=-1", "--network=400G", "--tflops=0", "--bandwidth=nan", "--mfu=40", "--node-link=inf"]
+)
+def test_wrong_rate_is_an_error_of_one_line_that_names_the_option(wrong, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["plan", "demo", "--gpus", "2", "--gpu-memory", "16G", wrong])
+    assert stopped.value.code == 2
+    option, _, value = wrong.partition("=")
+    assert re.fullmatch(rf".*argument {option}: expected a .*, got {value!r} .*\n", capsys.readouterr().err)
 
 
 def test_plan_explains_every_row(capsys):
