@@ -38,7 +38,7 @@ url_stream.py in the place of shard_stream.py; their batches are the same only a
 
 import glob
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -49,7 +49,7 @@ import torch
 from torch import Tensor
 
 from esvit_scale import ranges
-from esvit_scale.config import Config
+from esvit_scale.config import Config, Data
 from esvit_scale.data import manifest as manifests
 from esvit_scale.data import mix, mixing, photometric, photometric_8bit, signals
 from esvit_scale.data import order as orders
@@ -133,7 +133,9 @@ def open_data(config: Config) -> TrainingData:
     signals.require(config.data)
     if MixedSets.wanted(config.data):
         check_pixels(config)
-        return MixedSets.open(config.data)
+        mixed = MixedSets.open(config.data)
+        _warn_of_absent(config.data, [one.manifest for one in mixed.sets])
+        return mixed
     if UrlSets.wanted(config.data):
         for urls in (mixed.urls for mixed in config.data.mix if manifests.is_shard_set(Path(mixed.urls))):
             log.warning(
@@ -151,7 +153,24 @@ def open_data(config: Config) -> TrainingData:
     check_pixels(config)
     manifest = place.open_set(config.data.train, config.data)
     manifests.check_sizes(manifest)
+    _warn_of_absent(config.data, [manifest])
     return manifest
+
+
+def _warn_of_absent(data: Data, sets: Sequence[Manifest]) -> None:
+    """Log a warning for each modality that a config reads and no sample of the sets has, by the counts of their manifests."""
+    for name in signals.wanted(data):
+        if name == "text" and not all(manifest.modalities for manifest in sets):
+            continue  # captions of sets that were written as images alone are not counted
+        if not any(manifest.modalities.get(name) for manifest in sets):
+            log.warning(
+                "data.%s.views: no sample of %s has %s, so nothing is learned of it; name a set that has some, or set "
+                "data.%s.views=0",
+                name,
+                ", ".join(manifests.address(manifest.root) for manifest in sets),
+                name,
+                name,
+            )
 
 
 def check_pixels(config: Config) -> None:

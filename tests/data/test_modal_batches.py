@@ -178,6 +178,25 @@ def test_a_huge_member_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     }
 
 
+def test_modality_that_no_sample_has_is_told_at_the_start(
+    mixed: Manifest, shard_set: Manifest, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    open_data(modal_config(train=str(mixed.root)))
+    assert not caplog.records
+    open_data(modal_config(train=str(shard_set.root)))
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
+        "data.audio.views",
+        "data.video.views",
+    ]
+    caplog.clear()
+    silent = [Sample(f"s{i}", None, "", b"", {"wav": sound(tone(i, 100), 8000)}) for i in range(8)]
+    open_data(modal_config(train=str(modal_set(tmp_path / "set", silent).root)))
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
+        "data.video.views",
+        "data.text.views",
+    ]
+
+
 def tar_stream(config: Config, start: int, stop: int, world: int = 1) -> list[Any]:
     ranks = [list(batches(config, open_data(config), rank, world, start, stop)) for rank in range(world)]
     return [([k for p in parts for k in p.keys], tensors(list(parts))) for parts in zip(*ranks, strict=True)]
