@@ -9,7 +9,6 @@ run is never in a fit.
 
 import csv
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from esvit_scale.scaling import fit, page
-from esvit_scale.scaling.table import Columns
+from esvit_scale.scaling import checks, fit, page
+from esvit_scale.scaling.table import Columns, read
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -35,7 +34,7 @@ def main() -> None:
     grid = rows_of("sweep") + rows_of("seeds")
     write(RESULTS / "runs.csv", grid)
     for short, column in MEASURES.items():
-        law(short, column, RESULTS / short)
+        law(column, RESULTS / short)
         page.write(RESULTS / short, None, None, 0.35)
         keep_small(RESULTS / short)
     text = (HERE / "README.md").read_text()
@@ -44,10 +43,15 @@ def main() -> None:
     (HERE / "README.md").write_text(before + BEGIN + tables(grid) + END + after)
 
 
-def law(short: str, column: str, out: Path) -> Json:
-    """Fit the law of parameters and images seen to a measure, with the prediction of the held-out run."""
+def law(column: str, out: Path) -> Json:
+    """Fit the law of parameters and images seen to a measure, with the prediction of the held-out run.
+
+    The form is the simplest within one standard error of the best on hold-out, as `sweep fit` chooses it for one input.
+    """
     columns = Columns(("params", "images_seen"), column, "flops", "cell")
-    return fit.run(RESULTS / "runs.csv", columns, out, fit.Options(runs=(HELD_OUT,)))
+    measured, _ = read(RESULTS / "runs.csv", columns)
+    form = checks.choose(checks.hold_out(measured))
+    return fit.run(RESULTS / "runs.csv", columns, out, fit.Options(form, runs=(HELD_OUT,)))
 
 
 def rows_of(name: str) -> list[Row]:
@@ -67,10 +71,10 @@ def write(path: Path, rows: list[Row]) -> None:
 
 
 def keep_small(folder: Path) -> None:
-    """Keep fit.json and the vector figures; what else a report has can be made again."""
+    """Keep fit.json and two figures; what else a report has can be made again."""
     for path in folder.iterdir():
-        if path.suffix not in (".json", ".svg"):
-            path.unlink() if path.is_file() else shutil.rmtree(path)
+        if path.name not in ("fit.json", "scaling-curve.svg", "scaling-isoflop.svg"):
+            path.unlink()
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -121,7 +125,9 @@ def optima_table(found: Json) -> str:
     grows = (
         "not determined" if exponent["value"] is None else f"{exponent['value']:.2f} (95 % {span(exponent['ci95'])})"
     )
-    text = f"{page.LAWS[found['form']]} with {law_text} (95 % intervals). Best size ∝ FLOPs^{grows}."
+    scores = ", ".join(f"{score['form']} {100 * score['error']:.1f} %" for score in found["hold_out"])
+    text = f"{page.LAWS[found['form']]} with {law_text} (95 % intervals). Best size ∝ FLOPs^{grows}. "
+    text += f"Mean error on the dearest quarter of the runs, from a fit to the others: {scores}."
     notes = "".join(f"\n- Warning of the fit: {warning}." for warning in found["warnings"])
     head = ["FLOPs", "points", "best size, parabola", "best size, law"]
     return text + "\n" + notes + ("\n\n" + table(head, rows) if rows else "")

@@ -325,7 +325,7 @@ def test_killed_sweep_resumes_and_is_fitted(tmp_path):
     path = write(
         tmp_path,
         budgets=[1.2e10, 2.4e10],
-        evaluate={"train": shards, "test": shards, "k": 5, "checkpoints": 4},
+        evaluate={"train": shards, "test": shards, "k": 5, "checkpoints": 4, "whole": True},
     )
     sweep, found = cells_of(path)
     ordered = sorted(found, key=lambda c: c.flops)
@@ -344,6 +344,7 @@ def test_killed_sweep_resumes_and_is_fitted(tmp_path):
     process.wait()
     assert runner.state(ordered[0], sweep).word == "finished"
     evaluated = (ordered[0].path / "knn.json").stat().st_mtime_ns
+    assert json.loads((ordered[0].path / "knn.json").read_text())["whole_images"]
 
     process = start("submit", "--local", str(path))
     said, _ = process.communicate(timeout=200)
