@@ -2,9 +2,11 @@
 
 import gzip
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from esvit_scale.data import manifest as manifests
@@ -54,6 +56,25 @@ def test_sweep_files_plan_without_a_refused_cell(planned, monkeypatch):
     assert max(cell.budget for cell in grid) >= 30 * min(cell.budget for cell in grid)
     points = {(cell.shape, cell.budget) for cell in grid}  # the other sweeps vary one thing in a cell of the grid
     assert all((cell.shape, cell.budget) in points for name in ("seeds", "reuse", "view") for cell in everything[name])
+
+
+@pytest.mark.parametrize("short", ["linear", "knn"])
+def test_committed_rows_reproduce_the_committed_fit(tmp_path, monkeypatch, short):
+    analyse = script("analyse", monkeypatch)
+    committed = json.loads((STUDY / "results" / short / "fit.json").read_text())
+    again = analyse.law(analyse.MEASURES[short], tmp_path)
+    assert again["form"] == committed["form"]
+    for name, value in committed["params"].items():
+        assert again["params"][name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
+    (before,), (now,) = committed["predicted_runs"], again["predicted_runs"]
+    assert now["y"] == pytest.approx(before["y"], rel=1e-3)
+    np.testing.assert_allclose(now["measured_ci95"], before["measured_ci95"], rtol=0.02)  # resamples: another BLAS
+
+
+def test_page_has_the_tables_of_the_rows(monkeypatch):
+    analyse = script("analyse", monkeypatch)
+    page = (STUDY / "README.md").read_text()
+    assert page.split(analyse.BEGIN)[1].split(analyse.END)[0] == analyse.tables(analyse.rows_of("runs"))
 
 
 def test_recipe_refuses_other_files(tmp_path, monkeypatch):
