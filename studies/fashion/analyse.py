@@ -104,8 +104,10 @@ def error_table(grid: list[Row], short: str, column: str) -> str:
         for budget in budgets:
             some = [row for row in grid if int(row["params"]) == size and float(row["budget"]) == budget]
             line.append(" / ".join(f"{float(row[column]):.1f}" for row in sorted(some, key=lambda row: row["seed"])))
+        before = [row[column] for row in rows_of("untrained") if int(row["params"]) == size]
+        line.insert(1, f"{float(before[0]):.1f}" if before else "–")
         rows.append(line)
-    head = ["parameters", *(f"{budget:.3g} FLOPs" for budget in budgets)]
+    head = ["parameters", "untrained", *(f"{budget:.3g} FLOPs" for budget in budgets)]
     return f"**Error of the {NAMES[short]}, %** (two seeds where there are two figures):\n\n" + table(head, rows)
 
 

@@ -39,8 +39,19 @@ def main() -> None:
 
 
 def probe(cell: Cell, evaluate: Evaluate) -> dict[str, Any]:
-    """Return the content of linear.json: the penalty is chosen on a part of the training set, the test set is used once."""
+    """Return the content of linear.json for a cell."""
     train, test = (view_features(cell, Path(source), evaluate.whole) for source in (evaluate.train, evaluate.test))
+    result = regression(train, test)
+    return {
+        "features": "view",
+        "n_train": len(train.labels),
+        "n_test": len(test.labels),
+        "results": {"logistic": result},
+    }
+
+
+def regression(train: FeatureSet, test: FeatureSet) -> dict[str, Any]:
+    """Fit a logistic regression, its penalty chosen on a part of the training set; return its score on the test set."""
     labels, classes = train.labels, int(train.labels.max()) + 1
 
     def of(rows: torch.Tensor) -> logistic.LabelledFeatures:
@@ -50,8 +61,7 @@ def probe(cell: Cell, evaluate: Evaluate) -> dict[str, Any]:
     best, _ = logistic.search_penalty(of(fit), of(held_out))
     final = logistic.fit(of(torch.arange(len(labels))), best.l2)
     top1 = accuracy(final.scores(test.features.float()), test.labels)
-    result = {"top1": top1, "interval": wilson_interval(top1, len(test.labels)), "selected": best._asdict()}
-    return {"features": "view", "n_train": len(labels), "n_test": len(test.labels), "results": {"logistic": result}}
+    return {"top1": top1, "interval": wilson_interval(top1, len(test.labels)), "selected": best._asdict()}
 
 
 def view_features(cell: Cell, source: Path, whole: bool) -> FeatureSet:

@@ -20,4 +20,5 @@ done
 for name in $sweeps; do
   "$python" -m esvit_scale sweep collect $here/$name.yaml --out $here/results/$name.csv
 done
+"$python" $here/untrained.py
 "$python" $here/analyse.py
