@@ -202,10 +202,11 @@ def like(grid: list[Row], rows: list[Row]) -> list[Row]:
 def ranking_table(grid: list[Row]) -> str:
     """Return the rank correlations of the self-supervised losses with the errors."""
     lines = []
-    groups = {"all cells": grid} | {
-        f"{size / 1e6:.2f} M": [row for row in grid if int(row["params"]) == size]
-        for size in sorted({int(row["params"]) for row in grid})
-    }
+    groups = {"all": grid}
+    for size in sorted({int(row["params"]) for row in grid}):
+        groups[f"{size / 1e6:.2f} M, all budgets"] = [row for row in grid if int(row["params"]) == size]
+    for budget in sorted({float(row["budget"]) for row in grid}):
+        groups[f"{budget:.3g} FLOPs, all sizes"] = [row for row in grid if float(row["budget"]) == budget]
     for name, rows in groups.items():
         if len(rows) < 4:
             continue
