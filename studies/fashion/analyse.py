@@ -86,7 +86,7 @@ def tables(grid: list[Row]) -> str:
     for short, column in MEASURES.items():
         found = json.loads((RESULTS / short / "fit.json").read_text())
         parts += [error_table(grid, short, column), optima_table(found), prediction(found, short, column)]
-    parts += [reuse_table(grid), view_table(grid), ranking_table(grid)]
+    parts += [more_seeds_table(grid), reuse_table(grid), view_table(grid), ranking_table(grid)]
     return "\n" + "\n\n".join(part for part in parts if part) + "\n\n"
 
 
@@ -157,6 +157,26 @@ def prediction(found: Json, short: str, column: str) -> str:
     value, (low, high) = float(measured[0][column]), pair(row["measured_ci95"])
     where = "inside" if low <= value <= high else "**outside**"
     return text + f", measured {value:.2f} %: {where} the interval."
+
+
+def more_seeds_table(grid: list[Row]) -> str:
+    """Return the errors of dear cells with a second seed, which no fit has."""
+    rows = rows_of("more_seeds")
+    if not rows:
+        return ""
+    first = {(row["params"], row["budget"]): row for row in [*like(grid, rows), *rows_of("held_out")]}
+    lines = [
+        [
+            described(row),
+            *(
+                f"{float(first[row['params'], row['budget']][column]):.1f} / {float(row[column]):.1f}"
+                for column in MEASURES.values()
+            ),
+        ]
+        for row in rows
+    ]
+    head = ["run", "logistic error, %", "k-NN error, %"]
+    return "**Second seeds of dear runs**, in no fit (seed 0 / seed 1):\n\n" + table(head, lines)
 
 
 def reuse_table(grid: list[Row]) -> str:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Repeat the study: write the shards, run every cell that is not finished, collect, fit and draw.
 #
-#   studies/fashion/run.sh [SOURCE]          everything but the held-out run
-#   HELD_OUT=1 studies/fashion/run.sh [SOURCE]   the held-out run too
+#   studies/fashion/run.sh [SOURCE]          everything but the held-out run and what came after it
+#   HELD_OUT=1 studies/fashion/run.sh [SOURCE]   these too
 #
 # SOURCE holds the files of Debian's dataset-fashion-mnist (default: /usr/share/datasets). Stop it at any time: the same
 # command continues from the last checkpoint. Runs are in runs/sweeps/fashion*, results in studies/fashion/results.
@@ -12,7 +12,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 python=${PYTHON:-python} here=studies/fashion
 
 "$python" $here/study_shards.py "${1:-/usr/share/datasets}" runs/fashion/shards
-sweeps="sweep reuse view seeds${HELD_OUT:+ held_out}"
+sweeps="sweep seeds reuse view${HELD_OUT:+ held_out more_seeds}"
 for name in $sweeps; do
   "$python" -m esvit_scale sweep submit --local $here/$name.yaml
   "$python" $here/probe.py $here/$name.yaml
