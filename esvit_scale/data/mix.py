@@ -17,6 +17,7 @@ epoch, with other crops, whatever the other sets do; within an epoch of a set ev
 """
 
 import math
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -101,10 +102,16 @@ def _names_tars(urls: str) -> bool:
 
 
 def require_epoch_samples(data: Data) -> None:
-    """Raise UserError if a config names plain tars, which do not say how many samples they hold, and no epoch's length."""
+    """Raise UserError if a config names plain tars, which do not say how many samples they hold, and no epoch's length.
+
+    A local tar that is not there is named first.
+    """
     named = [mixed.urls for mixed in data.mix] or [data.train]
     if data.epoch_samples is not None or not any(map(_names_tars, named)):
         return
+    for urls in named:
+        if TAR.search(urls) and "://" not in urls and not re.search(r"^pipe:|[{*?[]", urls) and not Path(urls).exists():
+            raise UserError(f"data: {urls}: no such tar")
     squeezed = next((urls for urls in named if TAR.search(urls) and not urls.lower().endswith(".tar")), None)
     raise UserError(
         f"data.epoch_samples: not set; {f'{squeezed} is a compressed tar, and' if squeezed else 'plain'} tars do not "
