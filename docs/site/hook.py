@@ -2,7 +2,7 @@
 
 - README.md is the first page, and the pages beside docs/ (of slurm/, benchmarks/, …) belong to the site.
 - The navigation has the sections and pages of docs/README.md, in its order; a page not listed there fails the build.
-- A link to a file or folder of the repository leads to a page that shows it.
+- A link to a file or folder of the repository leads to a page that shows it; pictures are pictures.
 - Lists are written as CommonMark has them, and reindented for Python-Markdown.
 """
 
@@ -30,6 +30,7 @@ PLACES = {
 LINK = re.compile(r"(\]\()([^)#:\s]+)((?:#[^)\s]*)?\))")
 CODE = re.compile(r"(^ *```.*?^ *```$|`[^`\n]+`)", re.DOTALL | re.MULTILINE)
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".json": "json", ".sh": "bash", ".sbatch": "bash"}
+PICTURES = (".svg", ".png", ".jpg")
 ITEM = re.compile(r"(?:[-*]|\d+\.) ")
 
 _pages: dict[str, str] = {}  # page of the repository → its place in the site
@@ -48,7 +49,7 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Files, *, config: Any) -> Files:
-    """Add the pages beside docs/, and a page for every other file or folder that a page links to."""
+    """Add the pages beside docs/, the pictures they show, and a page for every other file or folder that a page links to."""
     _pages.clear()
     for place, page in [(f.src_uri, f"docs/{f.src_uri}") for f in files.documentation_pages()]:
         if page not in PLACES:
@@ -60,6 +61,10 @@ def on_files(files: Files, *, config: Any) -> Files:
         files.append(File.generated(config, place, content=(ROOT / page).read_text()))
     for target in sorted({target for page in list(_pages) for target in _targets(page)}):
         if target in _pages or target.startswith("docs/"):
+            continue
+        if Path(target).suffix in PICTURES:
+            _pages[target] = f"source/{target}"
+            files.append(File.generated(config, _pages[target], abs_src_path=str(ROOT / target)))
             continue
         _pages[target] = f"source/{target}.md"
         shown = File.generated(config, _pages[target], content=_shown(target))
