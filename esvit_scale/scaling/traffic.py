@@ -79,7 +79,7 @@ def _flat(
     config: Config, network: ElementCounts, stage: int, ranks: int, element: int, sizes: ZeroSizes
 ) -> list[Traffic]:
     multiple = START_ALIGNMENT * ranks
-    padded = sum(-(-sum(sizes) // multiple) * multiple for sizes in network.groups.values())
+    padded = sum(-(-sum(group) // multiple) * multiple for group in network.groups.values())
     # Stage 1 reduces the sums of a step's micro-batches; where bf16 gradients are summed in fp32 it runs as stage 2.
     batches = config.train.grad_accum if stage == 2 or accumulates_in_fp32(config) else 1
     groups = len(network.groups)
