@@ -289,6 +289,8 @@ def test_workers_ignore_signals_and_die_with_their_parent(shard_set: Manifest, s
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])},
         start_new_session=True,
+        # Under `nohup make test &` SIGINT is ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdout is not None
     children = [int(pid) for pid in process.stdout.readline().split()]
