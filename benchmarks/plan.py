@@ -10,9 +10,11 @@ optimizer, notes its resident memory, takes some steps on random crops, and repo
   reduction buckets, which DeepSpeed reserves whole, count for what passes through them: the plan's formulas with
   `on_cpu=True`. "plan" has activations by their formulas, "traced" those of the traced step;
 - the bytes of a step's collectives by kind, from wrapped functions of torch.distributed;
-- the processor time of the shortest step, with an allocator that keeps freed memory, as runs have it. The estimate is the
-  traced step's without its collectives, on a machine with this one's rates of matrix products and of memory, which are
-  measured in all ranks at once, between the steps, in processor time as well.
+- the median of the processor times of three steps, with an allocator that keeps freed memory, as runs have it. The estimate is the
+  traced step's, on a machine with this one's rates, which all ranks measure at once between the steps, in processor time
+  as well: of the products of a layer of the third stage, which has most of a Swin's work; of the operations between
+  them, on tensors of the same layer; of memory, on tensors that no cache holds; and of collectives. In processor time
+  nothing hides behind another, so collectives count in full.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import ctypes
 import gc
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -53,9 +56,9 @@ CASES = [  # what decides the peak: the optimizer's step, or the activations of 
     "swin_138m:zero3:fp32:2:8",
 ]
 STEPS = 3  # stage 3 learns its order of gathering in the first two
-TIMED_STEPS = 2
-RATE_BYTES = 2**26  # of the tensors by which the rate of memory is measured
-SIDE = 1024  # of the matrices by which that of products is
+TIMED_STEPS = 3
+RATE_BYTES = 2**26  # of the tensors by which the rates of memory and of collectives are measured
+LAYERS = 4  # of which the products are timed in turns, so that their weights come from memory as in a step
 LAUNCH = 1e-5  # seconds that an operation of torch takes on a CPU at the least
 
 
@@ -110,17 +113,26 @@ def plan(case: str) -> Planned:
 
 
 def seconds(case: str, planned: Planned, rates: dict[str, float]) -> tuple[float, str]:
-    """The estimated time of a step on a machine with these rates, and its largest part."""
+    """The estimated processor time of a step on a machine with these rates, and its largest part."""
     from esvit_scale.scaling import roofline
 
-    ranks = int(case.split(":")[3])
-    machine = roofline.Machine(rates["flops"] / 1e12, "as measured", rates["memory"] / 1e9, 1.0, LAUNCH)
-    found = roofline.estimate(
-        config_of(case), planned.network, int(case.split(":")[1][-1]), ranks, planned.step, machine
+    memory = rates["memory"]
+    machine = roofline.Machine(
+        rates["products"] / 1e12,
+        "as measured",
+        memory / 1e9,
+        reached=rates["operations"] / memory,
+        streamed=1.0,
+        launch=LAUNCH,
     )
-    kernels = [term for term in found.terms if term.limit != "links"]
-    total = sum(term.seconds for term in kernels)
-    return total, f"{kernels[0].seconds / total:.0%} {kernels[0].name}"
+    stage, ranks = int(case.split(":")[1][-1]), int(case.split(":")[3])
+    found = roofline.estimate(config_of(case), planned.network, stage, ranks, planned.step, machine)
+    parts = {term.name: term.seconds for term in found.terms if term.limit != "links"}
+    if ranks > 1:
+        parts |= {f"collectives: {kind}": count / rates[kind] for kind, count in planned.traffic.items()}
+    largest = max(parts, key=lambda name: parts[name])
+    total = sum(parts.values())
+    return total, f"{parts[largest] / total:.0%} {largest}"
 
 
 def status(name: str) -> float:
@@ -130,7 +142,7 @@ def status(name: str) -> float:
 
 
 def measure(case: str, out: str) -> None:
-    """One rank: bytes at the start and at the peak, bytes of collectives, seconds of the best step, rates; written to
+    """One rank: bytes at the start and at the peak, bytes of collectives, seconds of a step, rates; written to
     out.rank."""
     noted_collectives.wrap()
     import torch
@@ -164,38 +176,92 @@ def measure(case: str, out: str) -> None:
         began = time.process_time()
         trainer.train_step([batch])
         times.append(time.process_time() - began)
-        rates.append(_rates())
+        rates.append(_rates(config, images, dtype))
     totals: dict[str, int] = {}
     for kind, count in said:
         totals[kind] = totals.get(kind, 0) + count
-    best = {name: max(rate[name] for rate in rates) for name in rates[0]}
-    found = {"baseline": baseline, "peak": peak, "step": min(times), "traffic": totals, "rates": best}
+    median = {name: statistics.median(rate[name] for rate in rates) for name in rates[0]}
+    found = {"baseline": baseline, "peak": peak, "step": statistics.median(times), "traffic": totals, "rates": median}
     Path(f"{out}.{world.rank}").write_text(json.dumps(found))
     worlds.stop()
 
 
-def _rates() -> dict[str, float]:
-    """Rates of this process while all ranks measure: FLOP/s of products, and bytes/s of memory."""
+def _rates(config: "Config", images: int, dtype: Any) -> dict[str, float]:
+    """Rates of this process while all ranks measure: FLOP/s of products, bytes/s of operations between them and of memory,
+    and, with several ranks, bytes/s of collectives by kind."""
     import torch
 
     from esvit_scale.parallel import collectives
 
     collectives.barrier()
-    x = torch.randn(SIDE, SIDE)
-    a, b = torch.ones(RATE_BYTES // 4), torch.ones(RATE_BYTES // 4)
-    flops = 2 * SIDE**3 / _processor_seconds(lambda: torch.mm(x, x))
+    tokens = images * sum((size // 16) ** 2 for size in config.crop_sizes)
+    width = 4 * (config.model.embed_dim or 0)  # SHAPES give it
+    x = torch.randn(tokens, width).to(dtype)
+    wide = torch.randn(tokens, 4 * width).to(dtype)
+    weights = [torch.randn(4 * width, width).to(dtype) for _ in range(LAYERS)]
+
+    def products() -> None:
+        for weight in weights:
+            torch.mm(x, weight.t())
+            torch.mm(wide, weight)
+            torch.mm(wide.t(), x)
+
+    flops = LAYERS * 3 * 2 * tokens * width * 4 * width
+    found = {"products": flops / _processor_seconds(products), "operations": _rate_of_operations(x, wide)}
     collectives.barrier()
-    return {"flops": flops, "memory": 3 * RATE_BYTES / _processor_seconds(lambda: a.add_(b))}
+    a, b = torch.ones(RATE_BYTES // 4), torch.ones(RATE_BYTES // 4)
+    found["memory"] = 3 * RATE_BYTES / _processor_seconds(lambda: a.add_(b))
+    return found | (_rates_of_collectives(a.to(dtype)) if collectives.world_size() > 1 else {})
+
+
+def _rate_of_operations(x: Any, wide: Any) -> float:
+    """Bytes/s, as a trace counts them, of what a block does between its products: norm, activation, residual, order of
+    windows, softmax, and the backward's sums."""
+    import torch
+    from torch.nn import functional
+
+    width = x.shape[1]
+    scores = torch.randn(len(x), 20, 49).to(x.dtype)
+    order = torch.randperm(len(x))
+
+    def operations() -> None:
+        functional.layer_norm(x, (width,))
+        functional.gelu(wide)
+        functional.softmax(scores, -1)
+        x.index_select(0, order)
+        torch.add(x, x)
+        wide.sum(0)
+
+    moved = 2 * x.nbytes + 2 * wide.nbytes + 2 * scores.nbytes + 2 * x.nbytes + 2 * x.nbytes + wide.nbytes
+    return moved / _processor_seconds(operations)
+
+
+def _rates_of_collectives(x: Any) -> dict[str, float]:
+    """Bytes/s of processor time of this rank, of the bytes as traffic counts them: the whole tensor of all ranks."""
+    import torch
+    from torch import distributed as dist
+
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the names before torch 2.14
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    x = x[: len(x) // ranks * ranks]
+    part = torch.chunk(x.clone(), ranks)[rank]
+    kinds: dict[str, Callable[[], object]] = {
+        "all_reduce": lambda: dist.all_reduce(x),
+        "all_gather": lambda: gather(x, part),
+        "reduce_scatter": lambda: scatter(part, x),
+    }
+    return {kind: x.nbytes / _processor_seconds(work) for kind, work in kinds.items()}
 
 
 def _processor_seconds(work: Callable[[], object]) -> float:
-    """The shortest processor time of some work."""
+    """The median of the processor times of some work."""
     times = []
     for _ in range(8):
         began = time.process_time()
         work()
         times.append(time.process_time() - began)
-    return min(times)
+    return statistics.median(times)
 
 
 def run(case: str) -> list[dict[str, Any]]:
@@ -240,7 +306,8 @@ def report(case: str) -> None:
     step = max(found["step"] for found in ranks)
     estimated, largest = seconds(case, planned, rates)
     print(f"  step: measured {step:.2f} s, estimated {estimated:.2f} s ({estimated / step - 1:+.0%}; {largest})")
-    print(f"    at {rates['flops'] / 1e9:.0f} GFLOP/s, {rates['memory'] / 1e9:.1f} GB/s", flush=True)
+    in_gb = ", ".join(f"{name} {rate / 1e9:.1f} GB/s" for name, rate in rates.items() if name != "products")
+    print(f"    at {rates['products'] / 1e9:.0f} GFLOP/s; {in_gb}", flush=True)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 KEY = "ESVIT_MALLOC"  # environment variable; `system` leaves the allocator as it is
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of mallopt(3)
-_LARGEST_INT = 2**31 - 1
-_LARGEST_KEPT = 2**30  # bytes; larger blocks are still unmapped when they are freed
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # parameters of mallopt(3)
+_ALL = -1  # as size_t the largest number: a block of any size is kept, and free memory is never returned
 _LARGEST_KEPT_OLD = 32 * 2**20  # the most that glibc before 2.35 accepts
 
 
@@ -42,9 +41,10 @@ def set_thresholds(mallopt: Callable[[int, int], int]) -> bool:
     Returns:
         Whether they were raised; False: nothing has changed.
     """
-    if not (mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT) or mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT_OLD)):
+    if not (mallopt(_MMAP_THRESHOLD, _ALL) or mallopt(_MMAP_THRESHOLD, _LARGEST_KEPT_OLD)):
         return False  # setting only the trim threshold would fix the mmap threshold at 128 KiB
-    mallopt(_TRIM_THRESHOLD, _LARGEST_INT)
+    mallopt(_TRIM_THRESHOLD, _ALL)
+    mallopt(_ARENA_MAX, 1)  # a thread's own arena would return what gloo's threads free
     return True
 
 

@@ -31,7 +31,10 @@ class Machine(NamedTuple):
     tflops: float  # TFLOP/s of one GPU on large matrix products
     source: str  # where this rate comes from, in words
     bandwidth: float = 3350.0  # GB/s at which one GPU reads and writes its memory
-    reached: float = 0.8  # fraction of `bandwidth` that elementwise kernels reach
+    reached: float = 0.8  # fraction of `bandwidth` that elementwise kernels of the networks reach
+    streamed: float = (
+        0.8  # fraction of it that kernels over all parameters reach: optimizer, buckets, teacher's average
+    )
     launch: float = 5e-6  # seconds in which the host launches one kernel
     gpus_per_node: int = 8
     node_link: float = 450.0  # GB/s that a GPU sends to the others of its node (NVLink, one direction)
@@ -40,14 +43,17 @@ class Machine(NamedTuple):
 
     def kernel_seconds(self, kernel: Kernel) -> float:
         """Return the time of one launch of a kernel."""
-        memory = kernel.bytes / (self.bandwidth * self.reached * GIGA)
-        return max(kernel.flops / (self.tflops * TERA), memory, self.launch)
+        return max(self._seconds_by_limit(kernel).values())
 
     def limit(self, kernel: Kernel) -> str:
         """Return what limits a kernel: FLOPs, memory or launches."""
-        memory = kernel.bytes / (self.bandwidth * self.reached * GIGA)
-        times = {"FLOPs": kernel.flops / (self.tflops * TERA), "memory": memory, "launches": self.launch}
+        times = self._seconds_by_limit(kernel)
         return max(times, key=lambda name: times[name])
+
+    def _seconds_by_limit(self, kernel: Kernel) -> dict[str, float]:
+        reached = self.reached if kernel.kind else self.streamed
+        memory = kernel.bytes / (self.bandwidth * reached * GIGA)
+        return {"FLOPs": kernel.flops / (self.tflops * TERA), "memory": memory, "launches": self.launch}
 
     @property
     def words(self) -> str:
@@ -99,7 +105,7 @@ def estimate(
     seconds: dict[tuple[str, str], float] = {}
     limits: dict[tuple[str, str], dict[str, float]] = {}
     kernels = [(kernel, batches * count) for kernel, count in step.kernels.items()]
-    kernels += [(kernel, 1) for kernel in _around(config, network, stage, ranks)]
+    kernels += [(kernel, 1) for kernel in _around(config, network, stage, ranks, said)]
     for kernel, count in kernels:
         key = (kernel.phase, kernel.kind)
         taken = count * machine.kernel_seconds(kernel)
@@ -150,8 +156,8 @@ def _exposed(
     return terms, hidden
 
 
-def _around(config: Config, network: ElementCounts, stage: int, ranks: int) -> list[Kernel]:
-    """Return the kernels around the networks, which are modelled: gradients into buckets, norms, optimizer, teacher.
+def _around(config: Config, network: ElementCounts, stage: int, ranks: int, said: list[Traffic]) -> list[Kernel]:
+    """Return the kernels around the networks, which are modelled: gathering, buckets, norms, optimizer, teacher.
 
     Each is one kernel for a tensor that it goes over: a parameter before ZeRO's partition, an interval after it.
     """
@@ -167,6 +173,9 @@ def _around(config: Config, network: ElementCounts, stage: int, ranks: int) -> l
     def over(phase: str, tensors: int, count: float) -> None:
         found.extend([Kernel(phase, "", 0, int(count / max(1, tensors)))] * max(1, tensors))
 
+    for one in said if stage == 3 and ranks > 1 else ():
+        if one.kind == "all_gather" and one.source == traffic.MODELLED:  # from parts, which are joined from parameters
+            over("gathered parameters", one.calls, 2 * one.bytes + 2 * one.bytes / ranks)
     # Into the bucket and divided by the number of ranks; what is this rank's out of it, in fp32.
     for _ in range(1 if stage == 0 else batches):
         over("gradient buckets", len(every), 2 * element * total)
