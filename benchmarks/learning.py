@@ -328,13 +328,18 @@ def of_trunk(
 @torch.no_grad()
 def measured(trunk: Any, source: Path, size: int, whole: bool, maps: bool) -> list[Measured]:
     """Return the view features of a set's images and, if wanted, the cells of every stage's map, in one pass."""
-    parts: list[list[Tensor]] = []
+    stages = range(1, len(trunk.depths) + 1) if maps else ()
+    parts: list[list[Tensor]] = [[] for _ in (0, *stages)]
     labels: list[Tensor] = []
     for batch in evaluation_batches(source, size, BATCH_OF_EVALUATION, whole=whole):
-        stages = range(1, len(trunk.depths) + 1) if maps else ()
-        parts.append([trunk([batch.images]).view, *(stage_cells(trunk, batch.images, s) for s in stages)])
+        found = [trunk([batch.images]).view, *(stage_cells(trunk, batch.images, s) for s in stages)]
+        for part, features in zip(parts, found, strict=True):
+            part.append(features)
         labels.append(batch.labels)
-    return [Measured(torch.cat(kind), torch.cat(labels)) for kind in zip(*parts, strict=True)]
+    joined = []
+    while parts:  # 60,000 maps of a stage are gigabytes: no second copy of all stages at once
+        joined.append(Measured(torch.cat(parts.pop(0)), torch.cat(labels)))
+    return joined
 
 
 def by_k(train: Any, test: Any) -> dict[str, float]:
