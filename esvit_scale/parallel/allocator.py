@@ -2,8 +2,8 @@
 
 By default, glibc maps every block above a few MB from the system and unmaps it when it is freed. Each new tensor of that
 size then costs a page fault per 4 kB, in which the kernel fills the page with zeros: a training step allocates many times
-its peak, and spends up to a quarter of its time there. A step of 300 million parameters frees more than 2 GiB at the end of
-the heap: with a trim threshold of that size, it spent 3 of 7 seconds in page faults, hence none.
+its peak, and spends up to a quarter of its time there. A step of 300 million parameters can free
+more than 2 GiB at the end of the heap: with a trim threshold of that size, a benchmark spent 3 of its 7 seconds in faults.
 
 A preloaded tcmalloc (gperftools) keeps such memory, but now and then returns a block of it. From then on it keeps two kinds
 of free memory that it does not join, so that a large tensor may fit in neither; whenever it therefore has to grow, it
